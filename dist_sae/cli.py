@@ -1,0 +1,202 @@
+"""The command line: the only place where the programs meet.
+
+Programs are imported when they are called, so that `--help` answers at once.
+"""
+
+import argparse
+import json
+import os
+import signal
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dist_sae import __version__, logs
+from dist_sae.errors import EXIT_DONE, DistSaeError, Stopped
+
+if TYPE_CHECKING:
+    from dist_sae.config import Run
+
+Command = Callable[[argparse.Namespace], None]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; returns the exit code (see `dist_sae.errors`)."""
+    options = _parser().parse_args(arguments)
+    logs.configure(rank=int(os.environ.get("RANK", "0")))
+    try:
+        options.command(options)
+    except Stopped as stop:
+        sys.stderr.write(f"stopped: {stop}\n")
+        return stop.exit_code
+    except DistSaeError as error:
+        for line in str(error).splitlines():
+            sys.stderr.write(f"error: {line}\n")
+        return error.exit_code
+    except BrokenPipeError:
+        return EXIT_DONE  # whoever read our output has had enough
+    return EXIT_DONE
+
+
+def _plan(options: argparse.Namespace) -> None:
+    from dist_sae.plan import plan
+
+    plan(_load(options))
+
+
+def _produce(options: argparse.Namespace) -> None:
+    from dist_sae.produce import produce
+    from dist_sae.telemetry.exporter import Telemetry
+
+    run = _load(options)
+    worker = options.worker or f"producer-{os.getpid()}@{os.uname().nodename}"
+    with Telemetry(run.name, "produce", _port(run.telemetry.port, options.port_offset)) as telemetry:
+        produce(run, worker, _stop_on_signals(), telemetry)
+
+
+def _train(options: argparse.Namespace) -> None:
+    from dist_sae.parallel.mesh import join_mesh
+    from dist_sae.telemetry.exporter import Telemetry
+    from dist_sae.train import train
+
+    run = _load(options)
+    stopping = _stop_on_signals()
+    with (
+        Telemetry(run.name, "train", _port(run.telemetry.port, options.port_offset)) as telemetry,
+        join_mesh(run.processes.trainers) as mesh,
+    ):
+        train(run, mesh, stopping, telemetry)
+
+
+def _evaluate(options: argparse.Namespace) -> None:
+    from dist_sae.evaluate import evaluate
+
+    _print_result(options, evaluate(_load(options)))
+
+
+def _export(options: argparse.Namespace) -> None:
+    from dist_sae.export import export
+
+    _print_result(options, {"export": export(_load(options))})
+
+
+def _report(options: argparse.Namespace) -> None:
+    from dist_sae.report import report
+
+    _print_result(options, {"report": report(_load(options))})
+
+
+def _run(options: argparse.Namespace) -> None:
+    from dist_sae.run import run_locally
+
+    _print_result(options, run_locally(_load(options), options.run, options.set))
+
+
+def _config_show(options: argparse.Namespace) -> None:
+    from dist_sae.config import dump_run
+
+    sys.stdout.write(dump_run(_load(options)))
+
+
+def _config_schema(_: argparse.Namespace) -> None:
+    from dist_sae.config import Run
+
+    sys.stdout.write(json.dumps(Run.model_json_schema(), indent=2) + "\n")
+
+
+def _store_verify(options: argparse.Namespace) -> None:
+    from dist_sae.verify import verify
+
+    _print_result(options, verify(_load(options)))
+
+
+def _render(options: argparse.Namespace) -> None:
+    from dist_sae.parallel.zero import deepspeed_config
+
+    sys.stdout.write(json.dumps({"deepspeed": deepspeed_config(_load(options))}, indent=2) + "\n")
+
+
+def _load(options: argparse.Namespace) -> "Run":
+    from dist_sae.config import load_run
+
+    return load_run(options.run, options.set)
+
+
+def _print_result(options: argparse.Namespace, result: Mapping[str, Any]) -> None:
+    """For people, and with --json for programs: one object as the last line of stdout."""
+    if options.json:
+        sys.stdout.write(json.dumps(result) + "\n")
+        return
+    for name, value in result.items():
+        if isinstance(value, float):
+            sys.stdout.write(f"{name:20} {value:.4g}\n")
+        elif not isinstance(value, list):
+            sys.stdout.write(f"{name:20} {value}\n")
+
+
+def _port(first: int | None, offset: int) -> int | None:
+    """The metrics port of one of several processes; 0 stays "any"."""
+    return first + offset if first else first
+
+
+def _stop_on_signals() -> threading.Event:
+    """An event that SIGTERM, SIGINT or the death of `dist-sae run` sets."""
+    stopping = threading.Event()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, lambda *_: stopping.set())
+    if os.environ.get(logs.SUPERVISED):
+
+        def watch() -> None:
+            os.read(sys.stdin.fileno(), 1)  # returns when the parent is gone; takes no lock, unlike sys.stdin
+            stopping.set()
+
+        threading.Thread(target=watch, name="parent", daemon=True).start()
+    return stopping
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="dist-sae",
+        description="Train sparse autoencoders on language-model activations, on a laptop or a cluster.",
+        epilog="Exit codes: 0 done, 2 something to fix, 75 stopped and resumable, 1 a bug.",
+    )
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(name: str, command: Command, text: str, group: Any = commands) -> argparse.ArgumentParser:
+        sub: argparse.ArgumentParser = group.add_parser(name, help=text, description=text)
+        sub.add_argument("run", metavar="RUN.yaml", help="the run file")
+        sub.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override, as sae.k=64")
+        sub.add_argument("--json", action="store_true", help="print the result as one JSON object")
+        sub.set_defaults(command=command)
+        return sub
+
+    add("run", _run, "do everything on this machine: plan, produce, train, evaluate, export, report")
+    add("plan", _plan, "read the corpus and fix which documents make up which unit")
+    produce = add("produce", _produce, "run the model over units and store their activations")
+    produce.add_argument("--worker", help="name of this producer; unique among those alive")
+    train = add("train", _train, "train, as one rank of those that RANK and WORLD_SIZE name")
+    for sub in (produce, train):
+        sub.add_argument("--port-offset", type=int, default=0, help="added to telemetry.port")
+    add("evaluate", _evaluate, "measure the newest checkpoint on held-out data")
+    add("export", _export, "write the newest checkpoint as safetensors that SAELens loads")
+    add("report", _report, "write one HTML file with the run's curves, numbers and latents")
+    add("render", _render, "print what this run implies: the DeepSpeed configuration")
+
+    groups = {
+        "config": ("the run file itself", [("show", _config_show, "print the resolved run")]),
+        "store": (
+            "the activation set",
+            [("verify", _store_verify, "check every object against its manifest")],
+        ),
+    }
+    for name, (text, members) in groups.items():
+        group = commands.add_parser(name, help=text, description=text)
+        actions = group.add_subparsers(metavar="ACTION", required=True)
+        for action, command, help_text in members:
+            add(action, command, help_text, actions)
+        if name == "config":
+            schema = actions.add_parser("schema", help="print the JSON Schema of run files, for editors")
+            schema.set_defaults(command=_config_schema)
+    return parser

@@ -1,0 +1,166 @@
+"""Where activations come from and how they are stored: store, model, corpus, activation set."""
+
+import re
+from typing import Annotated, Literal, Self
+
+from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+
+from dist_sae.config.base import Section, StoreUrl
+
+SITE_NAMES = ("resid_pre", "resid_post", "mlp_in", "mlp_out", "attn_out", "attn_z")
+SYNTHETIC_SITE = "synthetic"
+
+
+def _check_site(site: str) -> str:
+    if site != SYNTHETIC_SITE and not re.fullmatch(rf"({'|'.join(SITE_NAMES)})\.\d+", site):
+        raise ValueError(
+            f"{site!r} is not a site: use NAME.LAYER with NAME one of {', '.join(SITE_NAMES)}, "
+            f"for example resid_post.7"
+        )
+    return site
+
+
+Site = Annotated[str, AfterValidator(_check_site)]
+
+
+class S3Config(Section):
+    """How to reach an S3-compatible endpoint. Credentials come from the usual AWS chain."""
+
+    endpoint_url: str | None = None
+    """Endpoint of a store other than AWS, for example http://127.0.0.1:8333."""
+    region: str | None = None
+    """Region; null takes the one that the AWS chain gives, else us-east-1."""
+    path_style: bool = True
+    """Address buckets as endpoint/bucket; most S3-compatible servers need it."""
+
+
+class StoreConfig(Section):
+    """The two places that a run uses."""
+
+    activations: StoreUrl
+    """The activation set; any number of training runs may read it."""
+    runs: StoreUrl
+    """Where runs live; this run's folder is <runs>/<name>."""
+    s3: S3Config = S3Config()
+
+
+class HuggingFaceModel(Section):
+    """A `transformers` model of any decoder architecture, or an encoder."""
+
+    kind: Literal["huggingface"] = "huggingface"
+    path: str
+    """Name on the model hub, or a local folder."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub; name a commit to make the plan reproducible."""
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Precision of the forward pass."""
+    batch_tokens: PositiveInt = 4096
+    """Tokens in one forward pass, padding included."""
+
+
+class SyntheticModel(Section):
+    """Activations with a known dictionary: x = sum_i a_i D_i + b with Zipf-distributed firing.
+
+    Feature i is active with probability proportional to rank^-zipf, scaled so that `l0`
+    features are active on average; its intensity is 1 + 0.25 N(0, 1), at least 0.1; the rows
+    of D are random unit vectors.
+    """
+
+    kind: Literal["synthetic"] = "synthetic"
+    d_in: PositiveInt = 64
+    n_features: PositiveInt = 256
+    l0: PositiveFloat = 4.0
+    zipf: float = 1.0
+    p_max: float = Field(0.5, gt=0, le=1)
+    """No feature is active more often than this."""
+    seed: NonNegativeInt = 0
+
+    @model_validator(mode="after")
+    def _l0_is_reachable(self) -> Self:
+        if self.l0 > self.p_max * self.n_features:
+            raise ValueError(
+                f"l0 ({self.l0}) must not exceed p_max * n_features ({self.p_max * self.n_features})"
+            )
+        return self
+
+
+ModelConfig = Annotated[HuggingFaceModel | SyntheticModel, Field(discriminator="kind")]
+
+
+class FilesCorpus(Section):
+    """Text in files: .txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet."""
+
+    kind: Literal["files"] = "files"
+    files: Annotated[tuple[str, ...], Field(min_length=1)]
+    """Paths, glob patterns, or URLs of single objects (s3://bucket/key)."""
+    text_field: str = "text"
+    """The key (jsonl) or column (parquet) that holds the text."""
+    txt_documents: Literal["paragraph", "line", "file"] = "paragraph"
+    """What one document is in a .txt file."""
+
+
+class DatasetCorpus(Section):
+    """A data set by its name on the Hugging Face hub (needs the `datasets` extra)."""
+
+    kind: Literal["dataset"] = "dataset"
+    name: str
+    subset: str | None = None
+    split: str = "train"
+    revision: str | None = None
+    text_field: str = "text"
+
+
+class SyntheticCorpus(Section):
+    """Documents of the synthetic model: no text, `document_rows` rows each."""
+
+    kind: Literal["synthetic"] = "synthetic"
+    documents: PositiveInt = 1024
+    document_rows: PositiveInt = 128
+
+
+CorpusConfig = Annotated[
+    FilesCorpus | DatasetCorpus | SyntheticCorpus, Field(discriminator="kind")
+]
+
+
+class ExcludeConfig(Section):
+    """Rows that are left out of the activation set. What is left out is counted by reason."""
+
+    special_tokens: bool = True
+    """Leave out BOS, EOS, pad and every other special token of the tokenizer."""
+    first_positions: NonNegativeInt = 1
+    """Leave out this many first positions of every context (attention sinks live there)."""
+    over_norm: PositiveFloat | None = 10.0
+    """Leave out rows with a norm above this multiple of their unit's median norm, at any site."""
+
+
+class ActivationsConfig(Section):
+    """The activation set: what is recorded and how it is laid out. All of it enters the plan."""
+
+    sites: Annotated[tuple[Site, ...], Field(min_length=1)]
+    """Where activations are read, for example [resid_post.7]."""
+    context_tokens: Annotated[int, Field(ge=2)] = 256
+    """Longest context; longer documents are cut into several."""
+    prepend_bos: bool = True
+    """Start every context with the tokenizer's BOS token, where it has one."""
+    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
+    """Storage type."""
+    unit_rows: PositiveInt = 65_536
+    """Rows of one unit, about; the piece of work of a producer."""
+    block_rows: PositiveInt = 4096
+    """Rows of one block, the smallest piece a reader fetches."""
+    streams: PositiveInt = 8
+    """Canonical streams V: a multiple of every number of data-parallel ranks ever used."""
+    window_units: PositiveInt = 4
+    """Units of one stream that are mixed row by row."""
+    heldout_share: float = Field(0.05, ge=0, lt=1)
+    """Share of the units kept from training, for evaluation."""
+    exclude: ExcludeConfig = ExcludeConfig()
+    seed: NonNegativeInt = 0
+    """Decides which documents meet in a unit and every order that follows."""
+
+    @model_validator(mode="after")
+    def _sites_are_distinct(self) -> Self:
+        if len(set(self.sites)) != len(self.sites):
+            raise ValueError(f"sites has duplicates: {', '.join(self.sites)}")
+        return self

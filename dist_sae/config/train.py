@@ -1,0 +1,74 @@
+"""How the dictionary is trained and what it is measured on."""
+
+from typing import Any, Literal
+
+from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+
+from dist_sae.config.base import Section
+from dist_sae.config.data import Site
+
+
+class TrainConfig(Section):
+    """One training run over one site of an activation set."""
+
+    site: Site | None = None
+    """Which site to fit; may be left out when the activation set has one."""
+    rows: PositiveInt
+    """Rows to train on; repeats count. The run stops at the last full batch within them."""
+    max_passes: PositiveInt = 1
+    """How often the data may be gone through to reach `rows`."""
+    batch_rows: PositiveInt = 4096
+    """Rows of one global batch, over all ranks."""
+    lr: PositiveFloat | None = None
+    """Learning rate; null gives 2e-4 * sqrt(2^14 / n_latents)."""
+    warmup_steps: NonNegativeInt = 0
+    """Steps over which the learning rate rises linearly from zero."""
+    decay_share: float = Field(0.2, ge=0, le=1)
+    """The learning rate falls linearly to zero over this last share of the steps."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """Adam's decay rates."""
+    eps: PositiveFloat = 6.25e-10
+    """Adam's epsilon; far below rare latents' gradients, or they never learn."""
+    clip_norm: PositiveFloat | None = 1.0
+    """Largest norm of the global gradient; null turns clipping off."""
+    products: Literal["bf16", "fp32"] = "bf16"
+    """Precision of the encoder product. Parameters are always fp32."""
+    normaliser_rows: PositiveInt = 1_000_000
+    """The scale and the mean of activations come from the first units with this many rows."""
+    seed: NonNegativeInt = 0
+    """Decides the initial dictionary."""
+    log_every_steps: PositiveInt = 10
+    save_every_steps: PositiveInt = 1000
+    keep_checkpoints: PositiveInt = 2
+    deepspeed: dict[str, Any] = {}
+    """Merged over the DeepSpeed configuration that this run derives (`dist-sae render`)."""
+
+
+class EvaluateConfig(Section):
+    """Held-out measurements."""
+
+    rows: PositiveInt = 200_000
+    """Held-out rows for FVU, L0 and densities; fewer are used when there are fewer."""
+    contexts: NonNegativeInt = 64
+    """Held-out contexts for the cross-entropy with the reconstruction spliced in."""
+    latents: NonNegativeInt = 24
+    """Latents shown in the report with their top activating text."""
+
+
+class ProcessesConfig(Section):
+    """How many processes share the work."""
+
+    producers: PositiveInt = 1
+    """Producers; each holds the language model."""
+    trainers: PositiveInt = 1
+    """Trainer ranks."""
+    threads: NonNegativeInt = 0
+    """CPU threads of each process on a local run; 0 shares the cores out evenly."""
+
+
+class TelemetryConfig(Section):
+    """Prometheus metrics."""
+
+    port: NonNegativeInt | None = Field(None, le=65_535)
+    """First port: producers and trainer ranks of one machine count up from it.
+    0 takes any free port; null serves no metrics."""

@@ -1,0 +1,43 @@
+"""Which rows enter the activation set. One definition for producers and for evaluation."""
+
+from collections import Counter
+from collections.abc import Set as AbstractSet
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from dist_sae.config.data import ExcludeConfig
+from dist_sae.data.tokens import TokenBatch
+
+
+def admitted(
+    batch: TokenBatch, special: AbstractSet[int], rules: ExcludeConfig, excluded: Counter[str]
+) -> Bool[Tensor, "batch seq"]:
+    """Rows that neither padding nor a rule about tokens excludes.
+
+    Args:
+        batch: Tokens.
+        special: Ids that stand for no text.
+        rules: What to exclude.
+        excluded: Is added to; each excluded row counts under one reason.
+    """
+    ids = torch.tensor(sorted(special), dtype=batch.tokens.dtype)
+    reasons = {
+        "padding": ~batch.mask,
+        "special_token": torch.isin(batch.tokens, ids) if rules.special_tokens else batch.positions < 0,
+        "first_position": batch.offsets < rules.first_positions,
+    }
+    keep = torch.ones_like(batch.mask)
+    for reason, hit in reasons.items():
+        excluded[reason] += int((keep & hit).sum())
+        keep &= ~hit
+    return keep
+
+
+def of_usual_norm(acts: Float[Tensor, "rows d_in"], over_norm: float | None) -> Bool[Tensor, " rows"]:
+    """Rows whose norm is at most `over_norm` times the median norm of these rows."""
+    if over_norm is None or not len(acts):
+        return torch.ones(len(acts), dtype=torch.bool)
+    norms = acts.float().norm(dim=1)
+    return norms <= over_norm * norms.median()

@@ -1,0 +1,274 @@
+"""The canonical streams: which rows make up global batch b, whoever reads it.
+
+Training unit u belongs to stream u mod V. A stream goes through its units in the order of the plan,
+which is random already and in which they are produced; in later passes in an order drawn anew.
+`window_units` of them at a time are merged row by row in a seeded random order, each unit read
+front to back (its rows were shuffled when it was written). Global batch
+b takes rows [b r, (b + 1) r) of every stream, r = batch_rows / V. So the position in the data
+is the step, and it does not depend on the number of ranks: rank i of n serves streams
+[i V / n, (i + 1) V / n).
+
+Only `window_units` blocks per stream are in memory, and as many on their way.
+"""
+
+import logging
+import queue
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dist_sae.data.orders import permutation
+from dist_sae.data.plan import Plan
+from dist_sae.data.shard import Rows, SiteShard, UnitManifest, read_block, read_manifest
+from dist_sae.errors import CorruptObjectError, DataExhaustedError, ObjectNotFoundError, Stopped
+from dist_sae.storage import ObjectStore
+
+logger = logging.getLogger(__name__)
+
+_POLL_SECONDS = (0.1, 2.0)  # first and longest pause while a unit is not there yet
+_SAY_EVERY_SECONDS = 30.0
+_BATCHES_AHEAD = 2
+
+
+class Batch(NamedTuple):
+    """This rank's part of a global batch: the same number of rows from each of its streams."""
+
+    step: int
+    acts: Float[Tensor, "batch d_in"]
+    waited_seconds: float
+    """How long the trainer stood still for it."""
+
+
+class Units:
+    """Manifests of an activation set, waited for when they are not there yet."""
+
+    def __init__(self, store: ObjectStore, plan: Plan, site: str, stopping: threading.Event) -> None:
+        self.store = store
+        self.plan = plan
+        self._site = site
+        self._stopping = stopping
+
+    def manifest(self, unit: int) -> UnitManifest:
+        """The manifest of `unit`, as soon as it exists.
+
+        Raises:
+            Stopped: The wait was called off.
+        """
+        pause, longest = _POLL_SECONDS
+        since = said = time.monotonic()
+        while True:
+            try:
+                manifest = read_manifest(self.store, unit)
+            except ObjectNotFoundError:
+                pass
+            else:
+                return self._checked(manifest)
+            if self._stopping.wait(pause):
+                raise Stopped(f"stopped while waiting for unit {unit}")
+            pause = min(pause * 1.5, longest)
+            if time.monotonic() - said > _SAY_EVERY_SECONDS:
+                said = time.monotonic()
+                logger.info("waiting for unit %d for %.0f s; are producers running?", unit, said - since)
+
+    def shard(self, manifest: UnitManifest) -> SiteShard:
+        """The shard of this reader's site."""
+        return manifest.sites[self._site]
+
+    def _checked(self, manifest: UnitManifest) -> UnitManifest:
+        if manifest.plan != self.plan.hash:
+            raise CorruptObjectError(
+                "was made under another plan; delete it and produce the unit again",
+                url=self.store.url,
+                key=f"units/{manifest.unit:08d}.json",
+            )
+        return manifest
+
+
+class _UnitReader:
+    """One unit's rows, front to back, the next block always on its way."""
+
+    def __init__(self, units: Units, manifest: UnitManifest, row: int, pool: ThreadPoolExecutor) -> None:
+        self._store = units.store
+        self._shard = units.shard(manifest)
+        self._pool = pool
+        ends = np.cumsum([block.rows for block in self._shard.blocks])
+        self._number = int(np.searchsorted(ends, row, side="right"))
+        before = int(ends[self._number - 1]) if self._number else 0
+        self._next = self._fetch(self._number)
+        self._acts: Tensor | None = None
+        self._row = row - before
+
+    def take(self, n: int) -> Float[Tensor, "n d_in"]:
+        pieces: list[Tensor] = []
+        while n:
+            if self._acts is None:
+                assert self._next is not None, "read past the end of a unit"
+                self._acts = self._next.result().acts
+                self._number += 1
+                self._next = self._fetch(self._number)
+            piece = self._acts[self._row : self._row + n]
+            pieces.append(piece)
+            n -= len(piece)
+            self._row += len(piece)
+            if self._row == len(self._acts):
+                self._acts, self._row = None, 0
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _fetch(self, number: int) -> "Future[Rows] | None":
+        if number >= len(self._shard.blocks):
+            return None
+        return self._pool.submit(read_block, self._store, self._shard, number)
+
+
+class Stream:
+    """One canonical stream, from any row on.
+
+    Args:
+        units: The activation set.
+        number: Which of the V streams.
+        start: The first row to give.
+        max_passes: How often the units may be gone through.
+        pool: Fetches blocks.
+    """
+
+    def __init__(
+        self, units: Units, number: int, start: int, max_passes: int, pool: ThreadPoolExecutor
+    ) -> None:
+        self._units = units
+        self._number = number
+        self._max_passes = max_passes
+        self._pool = pool
+        self._pieces = self._windows(start)
+        self._order = np.empty(0, dtype=np.int64)
+        self._readers: list[_UnitReader] = []
+
+    def take(self, n: int) -> Float[Tensor, "n d_in"]:
+        """The next `n` rows.
+
+        Raises:
+            DataExhaustedError: The passes do not hold that many.
+        """
+        pieces: list[Tensor] = []
+        while n:
+            if not len(self._order):
+                self._order, self._readers = next(self._pieces)
+            now, self._order = self._order[:n], self._order[n:]
+            pieces.append(self._merge(now))
+            n -= len(now)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+    def _merge(self, order: np.ndarray) -> Tensor:
+        """Rows of the window's units in the given order of units."""
+        counts = np.bincount(order, minlength=len(self._readers))
+        rows = torch.cat([reader.take(int(n)) for reader, n in zip(self._readers, counts, strict=True) if n])
+        place = np.empty(len(order), dtype=np.int64)
+        place[np.argsort(order, kind="stable")] = np.arange(len(order))
+        return rows[torch.from_numpy(place)]
+
+    def _windows(self, skip: int) -> Iterator[tuple[np.ndarray, list[_UnitReader]]]:
+        """(order of units over the rows, readers) of each window; the first `skip` rows left out."""
+        plan = self._units.plan
+        own = plan.stream_units(self._number)
+        rows_seen = 0
+        for data_pass in range(self._max_passes):
+            order = permutation(len(own), plan.seed, 1, self._number, data_pass) if data_pass else range(len(own))
+            for first in range(0, len(own), plan.window_units):
+                window = [self._units.manifest(own[i]) for i in order[first : first + plan.window_units]]
+                rows = sum(manifest.rows for manifest in window)
+                rows_seen += rows
+                if skip >= rows:
+                    skip -= rows
+                    continue
+                ranks = np.repeat(np.arange(len(window)), [manifest.rows for manifest in window])
+                merged = ranks[permutation(rows, plan.seed, 2, self._number, data_pass, first)]
+                starts = np.bincount(merged[:skip], minlength=len(window))
+                readers = [
+                    _UnitReader(self._units, manifest, int(start), self._pool)
+                    for manifest, start in zip(window, starts, strict=True)
+                ]
+                yield merged[skip:], readers
+                skip = 0
+        passes = "1 pass" if self._max_passes == 1 else f"{self._max_passes} passes"
+        raise DataExhaustedError(
+            f"{self._units.store.url}: stream {self._number} of {plan.streams} ends after "
+            f"{rows_seen} rows ({passes}), so there are about {rows_seen * plan.streams} rows in all; "
+            f"lower train.rows, raise train.max_passes or add text"
+        )
+
+
+class Loader:
+    """This rank's share of the global batches `[start, stop)`, assembled ahead in a thread.
+
+    Args:
+        units: The activation set.
+        rank: This rank along the data axis.
+        world: Size of the data axis; divides the number of streams.
+        batch_rows: Rows of a global batch.
+        steps: Which batches to give.
+        max_passes: How often the units may be gone through.
+    """
+
+    def __init__(
+        self, units: Units, *, rank: int, world: int, batch_rows: int, steps: range, max_passes: int
+    ) -> None:
+        streams = units.plan.streams
+        assert streams % world == 0 and batch_rows % streams == 0, (streams, world, batch_rows)
+        self._steps = steps
+        self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=_BATCHES_AHEAD)
+        self._closed = threading.Event()
+        rows = batch_rows // streams
+        own = range(rank * streams // world, (rank + 1) * streams // world)
+        # each stream of the window keeps one block on its way
+        self._pool = ThreadPoolExecutor(max_workers=8, thread_name_prefix="fetch")
+
+        def streams_from(step: int) -> list[Stream]:
+            return [Stream(units, v, step * rows, max_passes, self._pool) for v in own]
+
+        self._thread = threading.Thread(
+            target=self._assemble, args=(streams_from, rows), name="loader", daemon=True
+        )
+
+    def __enter__(self) -> Self:
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._closed.set()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def __iter__(self) -> Iterator[Batch]:
+        for _ in self._steps:
+            since = time.monotonic()
+            item = self._queue.get()
+            if isinstance(item, BaseException):
+                raise item
+            yield item._replace(waited_seconds=time.monotonic() - since)
+
+    def _assemble(self, streams_from: Callable[[int], list[Stream]], rows: int) -> None:
+        try:
+            streams = streams_from(self._steps.start)
+            for step in self._steps:
+                acts = torch.cat([stream.take(rows) for stream in streams])
+                if not self._put(Batch(step, acts, 0.0)):
+                    return
+        except BaseException as exc:  # noqa: BLE001 - handed to the trainer's thread, which raises it
+            self._put(exc)
+
+    def _put(self, item: Batch | BaseException) -> bool:
+        while not self._closed.is_set():
+            try:
+                self._queue.put(item, timeout=0.2)
+            except queue.Full:
+                continue
+            return True
+        return False

@@ -1,0 +1,37 @@
+"""Every random order of the data, as a pure function of its seed.
+
+Raw Philox bits and a stable sort: unlike `Generator.permutation`, their results are fixed for
+all NumPy versions, so a run resumed next year sees the order that it began with.
+"""
+
+import numpy as np
+from numpy.typing import NDArray
+
+
+def permutation(n: int, *key: int) -> NDArray[np.int64]:
+    """A random order of `range(n)` that `key` decides."""
+    return np.argsort(_bits(n, key), kind="stable")
+
+
+def spread(groups: NDArray[np.int64], *key: int) -> NDArray[np.int64]:
+    """A random order of rows in which each group's rows are evenly spaced.
+
+    Row j (in random order) of a group of n comes at (j + u) / n of the way with u uniform per
+    group. Every row is equally likely at every place, and two rows of one document are about
+    len(groups) / n rows apart, so they rarely meet in a batch: fewer same-document pairs
+    than a uniform shuffle of the same rows gives.
+
+    Args:
+        groups: The group (document) of each row, any integers.
+        key: Decides the order.
+    """
+    shuffled = permutation(len(groups), *key, 0)
+    by_group = shuffled[np.argsort(groups[shuffled], kind="stable")]
+    _, starts, counts = np.unique(groups[by_group], return_index=True, return_counts=True)
+    rank = np.arange(len(groups)) - np.repeat(starts, counts)
+    offsets = np.repeat(_bits(len(counts), (*key, 1)) / 2.0**64, counts)
+    return by_group[np.argsort((rank + offsets) / np.repeat(counts, counts), kind="stable")]
+
+
+def _bits(n: int, key: tuple[int, ...]) -> NDArray[np.uint64]:
+    return np.random.Philox(np.random.SeedSequence(key)).random_raw(n)

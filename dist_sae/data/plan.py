@@ -1,0 +1,197 @@
+"""The plan: which documents make up which unit. Made once, never changed.
+
+Everything about the stream of rows follows from the plan, so two processes that hold the same
+plan agree on it without talking to each other.
+"""
+
+import hashlib
+import json
+from collections.abc import Mapping
+from typing import Any, Literal, TypeVar
+
+import numpy as np
+from pydantic import BaseModel, ConfigDict, ValidationError
+
+from dist_sae.config import Run, differences
+from dist_sae.data.corpus import CorpusFile, CorpusIndex, Span
+from dist_sae.data.orders import permutation
+from dist_sae.errors import CorpusError, CorruptObjectError, ObjectNotFoundError, PlanMismatchError
+from dist_sae.storage import ObjectStore
+
+PLAN_KEY = "plan.json"
+SCHEMA_VERSION = 1
+Model = TypeVar("Model", bound=BaseModel)
+
+
+class Plan(BaseModel):
+    """`plan.json`. Units `[0, n_train_units)` are for training, the rest is held out."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    settings: dict[str, Any]
+    """The sections `model`, `corpus` and `activations` of the run file that it was made from."""
+    files: tuple[CorpusFile, ...]
+    document_rows: float
+    """Rows that a document gives on average, estimated from a sample; exclusions not counted."""
+    n_train_units: int
+    units: tuple[tuple[Span, ...], ...]
+
+    @property
+    def hash(self) -> str:
+        """Identifies the plan; every manifest made under it carries the hash."""
+        return hashlib.sha256(self.encode()).hexdigest()
+
+    @property
+    def streams(self) -> int:
+        """Number of canonical streams V."""
+        return int(self.settings["activations"]["streams"])
+
+    @property
+    def window_units(self) -> int:
+        """Units of one stream that are mixed row by row."""
+        return int(self.settings["activations"]["window_units"])
+
+    @property
+    def seed(self) -> int:
+        """Decides every order of the rows."""
+        return int(self.settings["activations"]["seed"])
+
+    @property
+    def train_units(self) -> range:
+        """Units that trainers read."""
+        return range(self.n_train_units)
+
+    @property
+    def heldout_units(self) -> range:
+        """Units that only evaluation reads."""
+        return range(self.n_train_units, len(self.units))
+
+    @property
+    def train_rows_estimate(self) -> int:
+        """Rows for training, about; before exclusions by norm."""
+        documents = sum(span.count for unit in self.train_units for span in self.units[unit])
+        return int(documents * self.document_rows)
+
+    def stream_units(self, stream: int) -> list[int]:
+        """The training units of one canonical stream, in unit order."""
+        return list(self.train_units[stream :: self.streams])
+
+    def encode(self) -> bytes:
+        """Canonical JSON."""
+        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")).encode()
+
+
+def plan_settings(run: Run) -> dict[str, Any]:
+    """What of a run file enters the plan. How fast it is computed does not."""
+    settings = run.model_dump(mode="json", include={"model", "corpus", "activations"})
+    settings["model"].pop("batch_tokens", None)
+    return settings
+
+
+def make_plan(run: Run, index: CorpusIndex, document_rows: float) -> Plan:
+    """Deal the corpus out to units in a seeded random order.
+
+    The number of training units is a multiple of the number of streams, so that all streams
+    are of about one length.
+
+    Raises:
+        CorpusError: There are too few documents.
+    """
+    activations = run.activations
+    spans = index.spans
+    order = permutation(len(spans), activations.seed)
+    share = activations.heldout_share
+    heldout_spans = max(1, round(len(spans) * share)) if share else 0
+    rows_per_span = document_rows * sum(span.count for span in spans) / len(spans)
+    train_rows = (len(spans) - heldout_spans) * rows_per_span
+    streams = activations.streams
+    n_train = streams * max(1, round(train_rows / (activations.unit_rows * streams)))
+    n_heldout = max(1, round(heldout_spans * rows_per_span / activations.unit_rows)) if share else 0
+    if len(spans) - heldout_spans < n_train:
+        raise CorpusError(
+            f"corpus: {len(spans)} documents are too few for {n_train} training units in "
+            f"{streams} streams; give more text or lower activations.streams"
+        )
+    if train_rows < run.train.batch_rows:
+        raise CorpusError(
+            f"corpus: about {train_rows:.0f} rows to train on, less than one batch "
+            f"(train.batch_rows {run.train.batch_rows}); give more text or lower train.batch_rows"
+        )
+    dealt = np.array_split(order[: len(spans) - heldout_spans], n_train)
+    if n_heldout:
+        dealt += np.array_split(order[len(spans) - heldout_spans :], n_heldout)
+    return Plan(
+        settings=plan_settings(run),
+        files=index.files,
+        document_rows=document_rows,
+        n_train_units=n_train,
+        units=tuple(tuple(spans[i] for i in unit) for unit in dealt),
+    )
+
+
+def publish_plan(store: ObjectStore, plan: Plan) -> bool:
+    """Put the plan in place, unless the same one is there already.
+
+    Returns:
+        Whether this call created it.
+
+    Raises:
+        PlanMismatchError: Another plan is there.
+    """
+    if store.put(PLAN_KEY, plan.encode(), if_absent=True):
+        return True
+    there = _read(store)
+    if there.hash != plan.hash:
+        changed = differences(there.settings, plan.settings) or ["the corpus files have changed"]
+        raise _mismatch(store, changed)
+    return False
+
+
+def load_plan(store: ObjectStore, run: Run) -> Plan:
+    """The plan in the store, checked against the run file.
+
+    Raises:
+        PlanMismatchError: There is none, or it was made from other settings.
+    """
+    try:
+        plan = _read(store)
+    except ObjectNotFoundError as exc:
+        raise PlanMismatchError(f"{store.url}: holds no plan yet; run `dist-sae plan` first") from exc
+    changed = differences(plan.settings, plan_settings(run))
+    if changed:
+        raise _mismatch(store, changed)
+    return plan
+
+
+def _mismatch(store: ObjectStore, changed: list[str]) -> PlanMismatchError:
+    return PlanMismatchError(
+        f"{store.url}: holds another plan ({'; '.join(changed)}); "
+        f"restore the setting or give store.activations another place"
+    )
+
+
+def _read(store: ObjectStore) -> Plan:
+    return parse(Plan, store.get(PLAN_KEY), store, PLAN_KEY)
+
+
+def parse(model: type[Model], data: bytes, store: ObjectStore, key: str) -> Model:
+    """A JSON object of the store as a validated model.
+
+    Raises:
+        CorruptObjectError: It is damaged, or of a schema that this version does not know.
+    """
+    try:
+        content: Mapping[str, Any] = json.loads(data)
+        version = content.get("schema_version")
+        if version != SCHEMA_VERSION:
+            raise CorruptObjectError(
+                f"has schema version {version}, this program reads {SCHEMA_VERSION}; "
+                f"use the version of dist-sae that wrote it",
+                url=store.url,
+                key=key,
+            )
+        return model.model_validate(content)
+    except (ValueError, AttributeError, ValidationError) as exc:
+        reason = str(exc).splitlines()[0]
+        raise CorruptObjectError(f"is damaged: {reason}", url=store.url, key=key) from exc

@@ -1,0 +1,175 @@
+"""The on-disk format: a unit's manifest, and its shards, one webdataset tar for each site.
+
+One sample of a shard is a block of rows:
+
+    <block>.safetensors   acts [rows, d_in], tokens [rows], positions [rows], documents [rows]
+    <block>.json          rows and unit
+
+The manifest is written last; a unit exists when its manifest exists. It knows where every
+block lies, so a reader fetches single blocks by range and checks each against its sha256.
+"""
+
+import hashlib
+import io
+import tarfile
+import uuid
+from typing import Literal, NamedTuple
+
+import safetensors.torch
+import torch
+import webdataset
+from jaxtyping import Float, Int
+from pydantic import BaseModel, ConfigDict
+from torch import Tensor
+
+from dist_sae.data.plan import SCHEMA_VERSION, parse
+from dist_sae.errors import CorruptObjectError
+from dist_sae.storage import ObjectStore
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+
+class Rows(NamedTuple):
+    """Activations of one site with where they come from. The same rows at every site."""
+
+    acts: Float[Tensor, "rows d_in"]
+    tokens: Int[Tensor, " rows"]
+    positions: Int[Tensor, " rows"]
+    """Position within the document."""
+    documents: Int[Tensor, " rows"]
+
+    def take(self, index: Int[Tensor, " taken"]) -> "Rows":
+        """The rows at `index`, in that order."""
+        return Rows(*(column[index] for column in self))
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class Block(_Record):
+    """Where a block's safetensors lie within the tar."""
+
+    offset: int
+    bytes: int
+    rows: int
+    sha256: str
+
+
+class SiteShard(_Record):
+    """The shard of one site, with what the normaliser needs."""
+
+    key: str
+    bytes: int
+    sha256: str
+    d_in: int
+    blocks: tuple[Block, ...]
+    sum: tuple[float, ...]
+    """Sum of the rows, [d_in]."""
+    sum_squares: float
+    """Sum of the squared norms of the rows."""
+
+
+class UnitManifest(_Record):
+    """`units/<unit>.json`."""
+
+    schema_version: Literal[1] = SCHEMA_VERSION
+    plan: str
+    """Hash of the plan."""
+    unit: int
+    producer: str
+    documents: int
+    rows: int
+    excluded: dict[str, int]
+    """Rows left out, by reason."""
+    seconds: dict[str, float]
+    """Where the producer's time went."""
+    sites: dict[str, SiteShard]
+
+
+def manifest_key(unit: int) -> str:
+    """Where the manifest of a unit lies."""
+    return f"units/{unit:08d}.json"
+
+
+def write_shard(store: ObjectStore, unit: int, site: str, rows: Rows, block_rows: int) -> SiteShard:
+    """Encode and store one site's rows of a unit, under a name that no other attempt uses."""
+    tar = _encode_tar(unit, rows, block_rows)
+    key = f"shards/{site}/{unit:08d}-{uuid.uuid4().hex[:8]}.tar"
+    store.put(key, tar)
+    acts = rows.acts.double()
+    return SiteShard(
+        key=key,
+        bytes=len(tar),
+        sha256=hashlib.sha256(tar).hexdigest(),
+        d_in=acts.shape[1],
+        blocks=_locate_blocks(tar),
+        sum=tuple(acts.sum(0).tolist()),
+        sum_squares=float(acts.square().sum()),
+    )
+
+
+def read_manifest(store: ObjectStore, unit: int) -> UnitManifest:
+    """The manifest of a unit; raises `ObjectNotFoundError` while the unit does not exist."""
+    key = manifest_key(unit)
+    return parse(UnitManifest, store.get(key), store, key)
+
+
+def read_block(store: ObjectStore, shard: SiteShard, number: int) -> Rows:
+    """Fetch one block by range and check it.
+
+    Raises:
+        CorruptObjectError: The bytes are not those that were written.
+    """
+    block = shard.blocks[number]
+    data = store.get(shard.key, block.offset, block.offset + block.bytes)
+    if hashlib.sha256(data).hexdigest() != block.sha256:
+        fault = "is cut short" if len(data) < block.bytes else "does not match its checksum"
+        raise CorruptObjectError(
+            f"block {number} {fault}; delete the unit's manifest and produce the unit again",
+            url=store.url,
+            key=shard.key,
+        )
+    return decode_block(data)
+
+
+def decode_block(data: bytes) -> Rows:
+    """Rows from the bytes of a block's safetensors."""
+    tensors = safetensors.torch.load(data)
+    return Rows(*(tensors[name] for name in Rows._fields))
+
+
+def _encode_tar(unit: int, rows: Rows, block_rows: int) -> bytes:
+    stream = io.BytesIO()
+    # fixed times and owners: the same rows give the same bytes
+    with webdataset.TarWriter(stream, encoder=False, mtime=0.0, user="", group="") as writer:
+        for number, start in enumerate(range(0, len(rows.acts), block_rows)):
+            block = {name: column[start : start + block_rows] for name, column in rows._asdict().items()}
+            block = {name: column.contiguous() for name, column in block.items()}
+            count = len(block["acts"])
+            writer.write(
+                {
+                    "__key__": f"{unit:08d}-{number:06d}",
+                    "json": f'{{"unit": {unit}, "rows": {count}}}'.encode(),
+                    "safetensors": safetensors.torch.save(block),
+                }
+            )
+    return stream.getvalue()
+
+
+def _locate_blocks(tar: bytes) -> tuple[Block, ...]:
+    blocks = []
+    with tarfile.open(fileobj=io.BytesIO(tar)) as archive:
+        for member in archive:
+            if member.name.endswith(".safetensors"):
+                data = tar[member.offset_data : member.offset_data + member.size]
+                blocks.append(
+                    Block(
+                        offset=member.offset_data,
+                        bytes=member.size,
+                        rows=len(decode_block(data).tokens),
+                        sha256=hashlib.sha256(data).hexdigest(),
+                    )
+                )
+    return tuple(blocks)
+

@@ -1,0 +1,111 @@
+"""Everything that can go wrong for a user, as one tree.
+
+    DistSaeError                  exit 2: the user can fix it; printed as one line
+        ConfigError               run.yaml or an override
+        CorpusError               the text: missing, empty, unreadable, too small
+        ModelError                the language model or a site it does not have
+        PlanMismatchError         the store holds another plan, or a run of another configuration
+        NonFiniteError            NaN or infinity in activations, loss or gradients
+        DataExhaustedError        fewer rows than the run asks for
+        TelemetryError            a metrics port that cannot be opened
+        ProcessFailedError        a process of a local run ended with an error of its own
+        StoreError                .url and .key name the object
+            ObjectNotFoundError
+            AccessError           credentials, permissions, missing bucket
+            UnavailableError      the endpoint does not answer
+            StoreFullError        no space left, or over quota
+            CorruptObjectError    bytes that do not match their checksum or schema
+    Stopped                       exit 75: asked to stop, state saved, start again to continue
+
+Third-party errors are mapped once, in the module that is their door (boto3 in
+`storage/s3.py`, transformers in `models/huggingface.py`, ...). A message says what, where
+and what to do, in one sentence. Anything outside this tree is a bug: exit 1, with a traceback.
+"""
+
+EXIT_DONE = 0
+EXIT_BUG = 1
+EXIT_USER = 2
+EXIT_RESUMABLE = 75
+
+
+class DistSaeError(Exception):
+    """Something the user can fix."""
+
+    exit_code = EXIT_USER
+
+
+class ConfigError(DistSaeError):
+    """The run file or an override is not valid. The message has one line per problem."""
+
+
+class CorpusError(DistSaeError):
+    """The text cannot be read, is empty or is too small."""
+
+
+class ModelError(DistSaeError):
+    """The language model cannot be loaded, or lacks a site."""
+
+
+class PlanMismatchError(DistSaeError):
+    """The store already holds something made from other settings."""
+
+
+class NonFiniteError(DistSaeError):
+    """A NaN or an infinity, found before it could reach the weights or the store."""
+
+
+class DataExhaustedError(DistSaeError):
+    """The activation set has fewer rows than the run asks for."""
+
+
+class TelemetryError(DistSaeError):
+    """Metrics cannot be served."""
+
+
+class ProcessFailedError(DistSaeError):
+    """A process of a local run failed; carries its own last words and exit code."""
+
+    def __init__(self, message: str, exit_code: int) -> None:
+        super().__init__(message)
+        self.exit_code = exit_code
+
+
+class StoreError(DistSaeError):
+    """An operation on the object store failed.
+
+    Attributes:
+        url: The store.
+        key: The object in it, or None when the store as a whole is meant.
+    """
+
+    def __init__(self, message: str, *, url: str, key: str | None = None) -> None:
+        place = url if key is None else f"{url.rstrip('/')}/{key}"
+        super().__init__(f"{place}: {message}")
+        self.url = url
+        self.key = key
+
+
+class ObjectNotFoundError(StoreError):
+    """The object does not exist."""
+
+
+class AccessError(StoreError):
+    """Credentials are missing or refused, or the bucket does not exist."""
+
+
+class UnavailableError(StoreError):
+    """The endpoint cannot be reached or keeps failing."""
+
+
+class StoreFullError(StoreError):
+    """There is no room for the object."""
+
+
+class CorruptObjectError(StoreError):
+    """The bytes are not what their manifest says."""
+
+
+class Stopped(DistSaeError):  # noqa: N818 - not an error: an agreed stop
+    """Asked to stop; everything done so far is saved."""
+
+    exit_code = EXIT_RESUMABLE

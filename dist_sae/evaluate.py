@@ -1,0 +1,182 @@
+"""`dist-sae evaluate`: the newest checkpoint on held-out text, beside the baselines it must beat."""
+
+import json
+import logging
+import threading
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import islice
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
+from dist_sae.checkpoint.state import weights
+from dist_sae.config import Run
+from dist_sae.config.data import HuggingFaceModel
+from dist_sae.data.admission import admitted, of_usual_norm
+from dist_sae.data.corpus import Corpus
+from dist_sae.data.loader import Units
+from dist_sae.data.plan import Plan, load_plan
+from dist_sae.data.shard import read_block
+from dist_sae.data.tokens import TokenBatch, cut, pack
+from dist_sae.errors import ConfigError, NonFiniteError
+from dist_sae.models import build_tokenizer
+from dist_sae.sae import build_sae
+from dist_sae.sae.base import Sae
+from dist_sae.sae.metrics import Fit, ce_recovered
+from dist_sae.storage import open_store
+
+logger = logging.getLogger(__name__)
+
+_PCA_ROWS = 100_000
+_DENSITY_EDGES = [-7 + 0.25 * i for i in range(29)]  # log10, to 0
+
+
+def evaluate(run: Run) -> dict[str, Any]:
+    """Measure the newest checkpoint and leave the result in `<run>/evaluation.json`.
+
+    Returns:
+        `fvu`, `l0`, `dead_share`, `rows`, `pca_fvu` (of a PCA with k components, from training rows),
+        densities, and for language models the cross-entropies in nats per token with the site
+        left alone (`ce_clean`), replaced by the reconstruction (`ce_spliced`), by zero (`ce_zero`)
+        and by the mean (`ce_mean`), with the shares recovered.
+
+    Raises:
+        ConfigError: There is no checkpoint, or nothing is held out.
+    """
+    runs = open_store(run.store.runs, run.store.s3)
+    store = open_store(run.store.activations, run.store.s3)
+    plan = load_plan(store, run)
+    checkpoint = Checkpoints(runs, run.name, run.train.keep_checkpoints).latest()
+    if checkpoint is None:
+        raise ConfigError(f"{runs.url}/{run.name}: holds no checkpoint yet; run `dist-sae train` first")
+    if not len(plan.heldout_units):
+        raise ConfigError("activations.heldout_share: is 0, so there is nothing to evaluate on")
+    units = Units(store, plan, run.site, threading.Event())
+    scale, mean = float(checkpoint.scalars["scale"]), torch.tensor(checkpoint.scalars["mean"])
+    sae = build_sae(run.sae, len(mean))
+    sae.load_state_dict(weights(checkpoint))
+
+    fit = Fit.empty(run.sae.n_latents)
+    pca = _principal_components(units, scale, run.sae.k)
+    pca_error = torch.zeros((), dtype=torch.float64)
+    for x in _scaled_rows(units, plan.heldout_units, scale, run.evaluate.rows):
+        codes = sae.encode(x)
+        fit = fit.add(x, sae.decode(codes), codes, mean)
+        centred = x - mean
+        pca_error += (centred - centred @ pca @ pca.T).double().square().sum()
+    result = {
+        "step": checkpoint.step,
+        "rows": fit.rows,
+        "fvu": fit.fvu,
+        "l0": fit.l0,
+        "dead_share": _dead_share(run, checkpoint),
+        "pca_fvu": float(pca_error / fit.squared_total),
+        "pca_components": run.sae.k,
+        **_density_histogram(fit),
+    }
+    if isinstance(run.model, HuggingFaceModel) and run.evaluate.contexts:
+        result |= _cross_entropies(run, run.model, plan, sae, scale, mean)
+    bad = [name for name, value in result.items() if isinstance(value, float) and value != value]  # noqa: PLR0124
+    if bad:
+        raise NonFiniteError(f"{runs.url}/{run.name}: {', '.join(bad)} came out as NaN")
+    runs.put(f"{run.name}/evaluation.json", json.dumps(result, indent=1).encode())
+    return result
+
+
+def _scaled_rows(units: Units, numbers: range, scale: float, limit: int) -> Iterator[Float[Tensor, "rows d_in"]]:
+    """Scaled activations of units, block by block, `limit` rows at most."""
+    for number in numbers:
+        shard = units.shard(units.manifest(number))
+        for block in range(len(shard.blocks)):
+            if limit <= 0:
+                return
+            acts = read_block(units.store, shard, block).acts[:limit]
+            limit -= len(acts)
+            yield acts.float() * scale
+
+
+def _principal_components(units: Units, scale: float, components: int) -> Float[Tensor, "d_in components"]:
+    """The leading directions of training rows, about their mean."""
+    rows, total, products = 0, torch.zeros(()), torch.zeros(())
+    for x in _scaled_rows(units, units.plan.train_units, scale, _PCA_ROWS):
+        rows, total, products = rows + len(x), total + x.double().sum(0), products + (x.T @ x).double()
+    mean = total / rows
+    covariance = products / rows - torch.outer(mean, mean)
+    return torch.linalg.eigh(covariance).eigenvectors[:, -components:].float()
+
+
+def _dead_share(run: Run, checkpoint: Checkpoint) -> float:
+    return float((checkpoint.tensors["idle_rows"] >= run.sae.dead_after_rows).double().mean())
+
+
+def _density_histogram(fit: Fit) -> dict[str, Any]:
+    """How many latents fire how often, on a log scale."""
+    fired = fit.densities[fit.counts > 0].log10()
+    edges = torch.tensor(_DENSITY_EDGES, dtype=torch.float64)
+    counts = torch.histogram(fired.clamp(float(edges[0]), float(edges[-1])), edges).hist
+    return {
+        "density_log10_edges": _DENSITY_EDGES,
+        "density_counts": counts.long().tolist(),
+        "never_fired": int((fit.counts == 0).sum()),
+    }
+
+
+def _cross_entropies(
+    run: Run, model: HuggingFaceModel, plan: Plan, sae: Sae, scale: float, mean: Tensor
+) -> dict[str, float]:
+    """Next-token losses of the whole model with the site's admitted rows replaced."""
+    from dist_sae.models.huggingface import SplicedModel  # noqa: PLC0415 - 3 s to import
+
+    tokenizer = build_tokenizer(model, 0)
+    spliced = SplicedModel(model, run.site)
+    totals: Counter[str] = Counter()
+    replacements: dict[str, Callable[[Tensor], Tensor] | None] = {
+        "clean": None,
+        "spliced": lambda rows: sae.decode(sae.encode(rows * scale)) / scale,
+        "zero": torch.zeros_like,
+        "mean": lambda rows: (mean / scale).expand_as(rows),
+    }
+    for batch in _heldout_batches(run, model, plan, tokenizer.bos):
+        keep = admitted(batch, tokenizer.special, run.activations.exclude, Counter())
+        totals["tokens"] += int(batch.mask[:, 1:].sum())
+        for name, replace in replacements.items():
+            edit = _edit(keep, replace, run.activations.exclude.over_norm) if replace else None
+            totals[name] += float(spliced.losses(batch.tokens, batch.mask, edit).double().nansum())  # type: ignore[assignment]
+    ce = {name: totals[name] / totals["tokens"] for name in replacements}
+    return {
+        **{f"ce_{name}": value for name, value in ce.items()},
+        "ce_recovered": ce_recovered(ce["clean"], ce["spliced"], ce["zero"]),
+        "ce_recovered_mean": ce_recovered(ce["clean"], ce["spliced"], ce["mean"]),
+        "tokens": totals["tokens"],
+    }
+
+
+def _heldout_batches(run: Run, model: HuggingFaceModel, plan: Plan, bos: int | None) -> Iterator[TokenBatch]:
+    tokenizer = build_tokenizer(model, 0)
+    bos = bos if run.activations.prepend_bos else None
+    spans = [span for unit in plan.heldout_units for span in plan.units[unit]]
+    documents = Corpus(run.corpus, run.store.s3).read(plan.files, spans)
+    contexts = cut(
+        islice(documents, run.evaluate.contexts), tokenizer, context_tokens=run.activations.context_tokens, bos=bos
+    )
+    chosen = list(islice(contexts, run.evaluate.contexts))
+    return pack(chosen, batch_tokens=model.batch_tokens, bos=bos)
+
+
+def _edit(
+    keep: Bool[Tensor, "batch seq"], replace: Callable[[Tensor], Tensor], over_norm: float | None
+) -> Callable[[Tensor], Tensor]:
+    """Replaces the rows that training would have seen; sinks and special tokens stay."""
+
+    def edit(acts: Tensor) -> Tensor:
+        usual = keep.clone()
+        usual[keep] = of_usual_norm(acts[keep], over_norm)
+        edited = acts.clone()
+        edited[usual] = replace(acts[usual].float()).to(acts.dtype)
+        return edited
+
+    return edit

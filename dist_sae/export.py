@@ -1,0 +1,115 @@
+"""`dist-sae export`: the newest checkpoint as two files that SAELens loads (`SAE.load_from_disk`).
+
+The scale of the activations is folded in, so that the exported dictionary takes raw activations x
+and `encode` gives the f of training:
+
+    z = W_enc (s x - b_dec) + b_enc = (s W_enc) (x - b_dec / s) + b_enc
+    x_hat = (W_dec^T f + b_dec) / s
+"""
+
+import json
+from typing import Any
+
+import safetensors.torch
+import torch
+from torch import Tensor
+
+from dist_sae import __version__
+from dist_sae.checkpoint.layout import Checkpoints
+from dist_sae.checkpoint.state import weights
+from dist_sae.config import Run
+from dist_sae.config.data import HuggingFaceModel
+from dist_sae.errors import ConfigError
+from dist_sae.storage import open_store
+
+# The SAELens format this follows. Below 6, its loader drops the metadata without a word.
+_SAELENS_VERSION = "6.54.12"
+# TransformerLens's names of our sites.
+_HOOKS = {
+    "resid_pre": "hook_resid_pre",
+    "resid_post": "hook_resid_post",
+    "mlp_in": "ln2.hook_normalized",
+    "mlp_out": "hook_mlp_out",
+    "attn_out": "hook_attn_out",
+    "attn_z": "attn.hook_z",
+}
+
+
+def export(run: Run) -> str:
+    """Write `<run>/export/cfg.json` and `sae_weights.safetensors`; returns where.
+
+    Raises:
+        ConfigError: There is no checkpoint.
+    """
+    runs = open_store(run.store.runs, run.store.s3)
+    checkpoint = Checkpoints(runs, run.name, run.train.keep_checkpoints).latest()
+    if checkpoint is None:
+        raise ConfigError(f"{runs.url}/{run.name}: holds no checkpoint yet; run `dist-sae train` first")
+    scale = float(checkpoint.scalars["scale"])
+    folder = f"{run.name}/export"
+    tensors = folded(weights(checkpoint), scale)
+    runs.put(f"{folder}/sae_weights.safetensors", safetensors.torch.save(tensors))
+    config = saelens_config(run, tensors, step=checkpoint.step, scale=scale)
+    runs.put(f"{folder}/cfg.json", json.dumps(config, indent=2).encode())
+    return f"{runs.url.removeprefix('file://')}/{folder}"
+
+
+def folded(parameters: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+    """Tensors in SAELens's names and orientation, for raw activations."""
+    p = {name: tensor.double() for name, tensor in parameters.items()}
+    norms = p["W_dec"].norm(dim=1)
+    assert torch.allclose(norms, torch.ones_like(norms), atol=1e-4), "decoder rows must have unit norm"
+    exported = {
+        "W_enc": scale * p["W_enc"].T,
+        "b_enc": p["b_enc"],
+        "W_dec": p["W_dec"] / scale,
+        "b_dec": p["b_dec"] / scale,
+    }
+    return {name: tensor.float().contiguous() for name, tensor in exported.items()}
+
+
+def saelens_config(run: Run, tensors: dict[str, Tensor], *, step: int, scale: float) -> dict[str, Any]:
+    """`cfg.json`, with every key that SAELens writes itself, and what else one should know."""
+    d_in, n_latents = tensors["W_enc"].shape
+    site, _, layer = run.site.rpartition(".")
+    hugging_face = isinstance(run.model, HuggingFaceModel)
+    return {
+        "architecture": "topk",
+        "d_in": d_in,
+        "d_sae": n_latents,
+        "k": run.sae.k,
+        "rescale_acts_by_decoder_norm": False,
+        "dtype": "float32",
+        "device": "cpu",
+        "apply_b_dec_to_input": True,
+        "normalize_activations": "none",
+        "reshape_activations": "hook_z" if site == "attn_z" else "none",
+        "metadata": {
+            "sae_lens_version": _SAELENS_VERSION,
+            "sae_lens_training_version": None,
+            "model_name": run.model.path if isinstance(run.model, HuggingFaceModel) else "synthetic",
+            "model_class_name": "HookedTransformer",
+            "hook_name": f"blocks.{layer}.{_HOOKS[site]}" if hugging_face else run.site,
+            "hook_head_index": None,
+            "context_size": run.activations.context_tokens,
+            "prepend_bos": run.activations.prepend_bos,
+            "exclude_special_tokens": run.activations.exclude.special_tokens,
+            "seqpos_slice": [None],
+            "dataset_path": _corpus_name(run),
+            "model_from_pretrained_kwargs": {},
+            "dist_sae_version": __version__,
+            "site": run.site,
+            "activation_scale": scale,
+            "trained_rows": step * run.train.batch_rows,
+        },
+    }
+
+
+def _corpus_name(run: Run) -> str:
+    match run.corpus.kind:
+        case "files":
+            return ", ".join(run.corpus.files)
+        case "dataset":
+            return run.corpus.name
+        case _:
+            return "synthetic"

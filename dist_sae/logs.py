@@ -1,0 +1,36 @@
+"""Logging, set up once by the command line; progress for whoever watches this process."""
+
+import json
+import logging
+import os
+import sys
+from typing import Any
+
+SUPERVISED = "DIST_SAE_SUPERVISED"
+"""Set by `dist-sae run` for its children: progress goes to stdout, one JSON object a line."""
+
+logger = logging.getLogger(__name__)
+
+
+def configure(*, rank: int = 0) -> None:
+    """Log to stderr; rank 0 at INFO, the others at WARNING."""
+    logging.basicConfig(
+        level=logging.INFO if rank == 0 else logging.WARNING,
+        format="%(asctime)s %(levelname)s %(name)s: %(message)s",
+        datefmt="%H:%M:%S",
+        stream=sys.stderr,
+        force=True,
+    )
+    for noisy in ("DeepSpeed", "deepspeed", "botocore", "boto3", "urllib3", "torch", "httpx"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+
+
+def progress(role: str, done: float, total: float, **numbers: Any) -> None:
+    """Say how far this process has come."""
+    if os.environ.get(SUPERVISED):
+        record = {"role": role, "done": done, "total": total, **numbers}
+        sys.stdout.write(json.dumps(record) + "\n")
+        sys.stdout.flush()
+    else:
+        shown = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in numbers.items())
+        logger.info("%s %s/%s %s", role, f"{done:.0f}", f"{total:.0f}", shown)

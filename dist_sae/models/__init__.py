@@ -1,0 +1,40 @@
+"""Where activations come from."""
+
+from typing import assert_never
+
+from dist_sae.config.data import HuggingFaceModel, ModelConfig, SyntheticModel
+from dist_sae.models.base import ActivationSource, Tokenizer
+from dist_sae.models.synthetic import SyntheticSource, SyntheticTokenizer
+
+__all__ = ["ActivationSource", "Tokenizer", "build_source", "build_tokenizer"]
+
+
+def build_tokenizer(model: ModelConfig, document_rows: int) -> Tokenizer:
+    """The tokenizer that goes with a model; loads no weights.
+
+    Args:
+        model: The model section.
+        document_rows: Rows of a synthetic document.
+    """
+    match model:
+        case HuggingFaceModel():
+            from dist_sae.models.huggingface import load_tokenizer  # noqa: PLC0415 - 3 s to import
+
+            return load_tokenizer(model)
+        case SyntheticModel():
+            return SyntheticTokenizer(document_rows)
+        case _:
+            assert_never(model)
+
+
+def build_source(model: ModelConfig, sites: tuple[str, ...]) -> ActivationSource:
+    """The model, ready to give activations at `sites`; layers above the deepest are not loaded."""
+    match model:
+        case HuggingFaceModel():
+            from dist_sae.models.huggingface import HuggingFaceSource  # noqa: PLC0415
+
+            return HuggingFaceSource(model, sites)
+        case SyntheticModel():
+            return SyntheticSource(model)
+        case _:
+            assert_never(model)

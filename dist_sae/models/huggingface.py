@@ -1,0 +1,206 @@
+"""`transformers` models, cut open with hooks; the only module that talks to transformers."""
+
+import contextlib
+import logging
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import torch
+import transformers
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from dist_sae.config.data import HuggingFaceModel
+from dist_sae.errors import ModelError
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+# Names under which decoder and encoder blocks keep their parts, over the common architectures.
+_MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
+_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
+_ATTENTION_OUTPUT = ("o_proj", "c_proj", "out_proj", "dense", "wo")
+
+Edit = Callable[[Float[Tensor, "batch seq d_in"]], Float[Tensor, "batch seq d_in"]]
+
+transformers.logging.set_verbosity_error()  # unused weights are expected: upper layers are left out
+transformers.logging.disable_progress_bar()
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+class _HuggingFaceTokenizer:
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.bos: int | None = tokenizer.bos_token_id
+        if self.bos is None:
+            self.bos = tokenizer.cls_token_id  # encoders
+        self.special = frozenset(tokenizer.all_special_ids)
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        encoded = self._tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
+        ids: list[list[int]] = encoded["input_ids"]
+        return ids
+
+    def text(self, tokens: Sequence[int]) -> list[str]:
+        return [str(self._tokenizer.decode([token])) for token in tokens]
+
+
+def load_tokenizer(config: HuggingFaceModel) -> _HuggingFaceTokenizer:
+    """The model's own tokenizer."""
+    with _errors(config):
+        return _HuggingFaceTokenizer(
+            transformers.AutoTokenizer.from_pretrained(config.path, revision=config.revision)
+        )
+
+
+class HuggingFaceSource:
+    """The layers up to the deepest site, with a hook at each site."""
+
+    def __init__(self, config: HuggingFaceModel, sites: tuple[str, ...]) -> None:
+        with _errors(config):
+            description = transformers.AutoConfig.from_pretrained(config.path, revision=config.revision)
+            depth = description.get_text_config().num_hidden_layers
+            for site in sites:
+                if _layer(site) >= depth:
+                    raise ModelError(
+                        f"activations.sites: {site}: {config.path} has layers 0 to {depth - 1}"
+                    )
+            _cut(description.get_text_config(), 1 + max(map(_layer, sites)))
+            self._model = transformers.AutoModel.from_pretrained(
+                config.path,
+                revision=config.revision,
+                config=description,
+                dtype=DTYPES[config.dtype],
+            ).eval()
+        self._seen: dict[str, Tensor] = {}
+        for site in sites:
+            _attach(self._model, site, self._record(site))
+
+    @torch.inference_mode()
+    def run(
+        self, tokens: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]
+    ) -> dict[str, Float[Tensor, "batch seq d_in"]]:
+        self._seen.clear()
+        self._model(input_ids=tokens.long(), attention_mask=None if mask.all() else mask.long())
+        return dict(self._seen)
+
+    def _record(self, site: str) -> Edit:
+        def record(acts: Tensor) -> Tensor:
+            self._seen[site] = acts.detach()
+            return acts
+
+        return record
+
+
+class SplicedModel:
+    """The whole causal model, with the activations at one site replaced on their way."""
+
+    def __init__(self, config: HuggingFaceModel, site: str) -> None:
+        with _errors(config):
+            self._model = transformers.AutoModelForCausalLM.from_pretrained(
+                config.path, revision=config.revision, dtype=DTYPES[config.dtype]
+            ).eval()
+        self._edit: Edit | None = None
+        _attach(self._model, site, lambda acts: self._edit(acts) if self._edit else acts)
+
+    @torch.inference_mode()
+    def losses(
+        self, tokens: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"], edit: Edit | None = None
+    ) -> Float[Tensor, "batch next"]:
+        """Cross-entropy in nats of every next token, fp32; NaN where the next token is padding.
+
+        Args:
+            tokens: Token ids.
+            mask: False at padding.
+            edit: What becomes of the activations at the site; None leaves them alone.
+        """
+        self._edit = edit
+        logits = self._model(
+            input_ids=tokens.long(), attention_mask=None if mask.all() else mask.long()
+        ).logits[:, :-1]
+        targets = torch.where(mask[:, 1:], tokens[:, 1:].long(), -100)
+        losses = nn.functional.cross_entropy(
+            logits.float().transpose(1, 2), targets, reduction="none", ignore_index=-100
+        )
+        return losses.masked_fill(~mask[:, 1:], torch.nan)
+
+
+def _layer(site: str) -> int:
+    return int(site.rpartition(".")[2])
+
+
+def _cut(description: Any, layers: int) -> None:
+    """Make the configuration describe the first `layers` layers only."""
+    description.num_hidden_layers = layers
+    if getattr(description, "layer_types", None) is not None:
+        description.layer_types = description.layer_types[:layers]
+
+
+def _attach(model: nn.Module, site: str, edit: Edit) -> None:
+    """Hook `edit` in at `site`: it sees the activations and what it returns goes on."""
+    name, _, _ = site.rpartition(".")
+    layer = _layers(model)[_layer(site)]
+    match name:
+        case "resid_pre":
+            _edit_input(layer, edit)
+        case "resid_post":
+            _edit_output(layer, edit)
+        case "mlp_in":
+            _edit_input(_part(layer, _MLP, site), edit)
+        case "mlp_out":
+            _edit_output(_part(layer, _MLP, site), edit)
+        case "attn_out":
+            _edit_output(_part(layer, _ATTENTION, site), edit)
+        case "attn_z":
+            attention = _part(layer, _ATTENTION, site)
+            _edit_input(_part(attention, _ATTENTION_OUTPUT, site), edit)
+        case _:
+            raise ModelError(f"activations.sites: {site}: a language model has no such site")
+
+
+def _layers(model: nn.Module) -> nn.ModuleList:
+    """The stack of blocks: the outermost list with one entry per hidden layer."""
+    depth = model.config.get_text_config().num_hidden_layers  # type: ignore[operator, union-attr]
+    for _, module in sorted(model.named_modules(), key=lambda item: item[0].count(".")):
+        if isinstance(module, nn.ModuleList) and len(module) == depth:
+            return module
+    raise ModelError(f"{type(model).__name__}: no list of {depth} layers found; this architecture is not known")
+
+
+def _part(module: nn.Module, names: tuple[str, ...], site: str) -> nn.Module:
+    for name in names:
+        if hasattr(module, name):
+            part: nn.Module = getattr(module, name)
+            return part
+    found = ", ".join(name for name, _ in module.named_children())
+    raise ModelError(
+        f"activations.sites: {site}: {type(module).__name__} has none of {', '.join(names)} (it has {found})"
+    )
+
+
+def _edit_input(module: nn.Module, edit: Edit) -> None:
+    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if args:
+            return (edit(args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": edit(kwargs["hidden_states"])}
+
+    module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _edit_output(module: nn.Module, edit: Edit) -> None:
+    def hook(_: nn.Module, __: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (edit(output[0]), *output[1:])
+        return edit(output)
+
+    module.register_forward_hook(hook)
+
+
+@contextlib.contextmanager
+def _errors(config: HuggingFaceModel) -> Iterator[None]:
+    try:
+        yield
+    except (OSError, ValueError, KeyError) as exc:
+        reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
+        raise ModelError(f"model.path {config.path}: cannot be loaded: {reason}") from exc

@@ -1,0 +1,90 @@
+"""Activations with a known ground-truth dictionary: demo, test data and recovery benchmark."""
+
+from collections.abc import Sequence
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dist_sae.config.data import SYNTHETIC_SITE, SyntheticModel
+
+
+class SyntheticTokenizer:
+    """The text "17" is the 17th document; its tokens are the numbers of its rows."""
+
+    bos = None
+    special: frozenset[int] = frozenset()
+
+    def __init__(self, document_rows: int) -> None:
+        self._rows = document_rows
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        return [list(range(int(t) * self._rows, (int(t) + 1) * self._rows)) for t in texts]
+
+    def text(self, tokens: Sequence[int]) -> list[str]:
+        return [f"{token} " for token in tokens]
+
+
+class SyntheticSource:
+    """x = sum_i a_i D_i + b (`SyntheticModel` has the distribution).
+
+    Row r of the world is a pure function of (seed, r): the rows of a context are drawn with a
+    generator seeded by its first row. The dictionary's seed is set apart from every seed of a
+    trainer, so that an initial dictionary never starts out near the truth.
+
+    Attributes:
+        directions: The dictionary D, `[n_features, d_in]`, unit rows.
+        probabilities: How often each feature is active, `[n_features]`.
+        bias: b, `[d_in]`.
+    """
+
+    directions: Float[Tensor, "n_features d_in"]
+    probabilities: Float[Tensor, " n_features"]
+    bias: Float[Tensor, " d_in"]
+
+    def __init__(self, config: SyntheticModel) -> None:
+        self._config = config
+        generator = torch.Generator().manual_seed(_mix(config.seed, -1))
+        directions = torch.randn(config.n_features, config.d_in, generator=generator)
+        self.directions = directions / directions.norm(dim=1, keepdim=True)
+        self.bias = 0.5 * torch.randn(config.d_in, generator=generator) / config.d_in**0.5
+        self.probabilities = _zipf(config)
+
+    def run(
+        self, tokens: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]
+    ) -> dict[str, Float[Tensor, "batch seq d_in"]]:
+        acts = torch.zeros(*tokens.shape, self._config.d_in)
+        for i, (row, real) in enumerate(zip(tokens, mask, strict=True)):
+            n = int(real.sum())
+            intensities = self.intensities(int(row[0]), n)
+            acts[i, :n] = intensities @ self.directions + self.bias
+        return {SYNTHETIC_SITE: acts}
+
+    def intensities(self, first_row: int, n: int) -> Float[Tensor, "n n_features"]:
+        """The true a_i of the context of `n` rows that begins at `first_row`."""
+        generator = torch.Generator().manual_seed(_mix(self._config.seed, first_row))
+        shape = (n, self._config.n_features)
+        active = torch.rand(shape, generator=generator) < self.probabilities
+        intensity = (1 + 0.25 * torch.randn(shape, generator=generator)).clamp_min(0.1)
+        return intensity * active
+
+
+def _zipf(config: SyntheticModel) -> Tensor:
+    """p_i proportional to i^-zipf, at most p_max, summing to l0 (the excess goes to the rest)."""
+    p = torch.arange(1, config.n_features + 1, dtype=torch.float64) ** -config.zipf
+    capped = torch.zeros_like(p, dtype=torch.bool)
+    while True:
+        free = config.l0 - config.p_max * int(capped.sum())
+        p = torch.where(capped, config.p_max, p * free / p[~capped].sum())
+        over = (p > config.p_max) & ~capped
+        if not over.any():
+            return p.float()
+        capped |= over
+
+
+def _mix(seed: int, row: int) -> int:
+    """One 64-bit seed out of two numbers (splitmix64's finaliser)."""
+    z = (seed * 0x9E3779B97F4A7C15 + (row + 2) * 0xBF58476D1CE4E5B9 + 0xD1B54A32D192ED03) % 2**64
+    z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
+    z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
+    return (z ^ (z >> 31)) % 2**63

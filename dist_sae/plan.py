@@ -1,0 +1,58 @@
+"""`dist-sae plan`: read the corpus once and fix which documents make up which unit."""
+
+import logging
+
+from dist_sae.config import Run
+from dist_sae.config.data import SyntheticCorpus
+from dist_sae.data.corpus import Corpus, CorpusIndex
+from dist_sae.data.orders import permutation
+from dist_sae.data.plan import Plan, make_plan, publish_plan
+from dist_sae.data.tokens import cut
+from dist_sae.errors import CorpusError
+from dist_sae.models import build_tokenizer
+from dist_sae.storage import open_store
+
+logger = logging.getLogger(__name__)
+
+_SAMPLE_SPANS = 512  # to estimate how many rows a document gives
+
+
+def plan(run: Run) -> Plan:
+    """Make the plan of a run's activation set, or find that it is there already.
+
+    Raises:
+        CorpusError: The text is missing, unreadable, empty or too small.
+        PlanMismatchError: The store holds a plan made from other settings or other text.
+    """
+    store = open_store(run.store.activations, run.store.s3)
+    corpus = Corpus(run.corpus, run.store.s3)
+    index = corpus.index()
+    made = make_plan(run, index, _document_rows(run, corpus, index))
+    created = publish_plan(store, made)
+    logger.info(
+        "%s %s: %d documents, %d training and %d held-out units, about %d rows to train on",
+        "made" if created else "found",
+        store.url,
+        sum(file.documents for file in made.files),
+        len(made.train_units),
+        len(made.heldout_units),
+        made.train_rows_estimate,
+    )
+    return made
+
+
+def _document_rows(run: Run, corpus: Corpus, index: CorpusIndex) -> float:
+    """Rows per document over a seeded sample, after the exclusions that depend on tokens alone."""
+    if isinstance(run.corpus, SyntheticCorpus):
+        return float(run.corpus.document_rows)
+    tokenizer = build_tokenizer(run.model, 0)
+    activations = run.activations
+    sample = permutation(len(index.spans), activations.seed, 3)[:_SAMPLE_SPANS]
+    documents = list(corpus.read(index.files, [index.spans[i] for i in sample]))
+    bos = tokenizer.bos if activations.prepend_bos else None
+    contexts = cut(documents, tokenizer, context_tokens=activations.context_tokens, bos=bos)
+    first = activations.exclude.first_positions
+    rows = sum(max(0, len(c.tokens) - max(first, 0 if bos is None else 1)) for c in contexts)
+    if rows == 0:
+        raise CorpusError("corpus: a sample of its documents gives no tokens; give files with text")
+    return rows / len(documents)

@@ -1,0 +1,229 @@
+"""`dist-sae produce`: text -> tokens -> activations -> shards, unit by unit.
+
+Any number of producers work on one plan. Three stages overlap: a thread claims and tokenises the
+next unit, this thread runs the model on the present one, another thread packs and stores the
+last one. So at most three units are in memory, and the model never waits for the network unless
+storing a unit takes longer than computing it.
+"""
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from typing import NamedTuple
+
+import torch
+
+from dist_sae import logs
+from dist_sae.config import Run
+from dist_sae.config.data import ActivationsConfig, SyntheticCorpus
+from dist_sae.data.admission import admitted, of_usual_norm
+from dist_sae.data.claims import Claims
+from dist_sae.data.corpus import Corpus
+from dist_sae.data.orders import spread
+from dist_sae.data.plan import Plan, load_plan
+from dist_sae.data.shard import DTYPES, Rows, UnitManifest, manifest_key, write_shard
+from dist_sae.data.tokens import TokenBatch, cut, pack
+from dist_sae.errors import NonFiniteError, Stopped
+from dist_sae.models import ActivationSource, Tokenizer, build_source, build_tokenizer
+from dist_sae.storage import ObjectStore, open_store
+from dist_sae.telemetry.exporter import Telemetry
+
+logger = logging.getLogger(__name__)
+
+
+class TokenizedUnit(NamedTuple):
+    """A unit that waits for the model."""
+
+    unit: int
+    documents: int
+    batches: list[TokenBatch]
+    seconds: Counter[str]
+
+
+class ComputedUnit(NamedTuple):
+    """A unit that waits to be packed: the same rows at every site."""
+
+    unit: int
+    documents: int
+    sites: dict[str, Rows]
+    excluded: Counter[str]
+    seconds: Counter[str]
+
+
+def produce(run: Run, worker: str, stopping: threading.Event, telemetry: Telemetry) -> None:
+    """Produce units until every unit of the plan exists.
+
+    Args:
+        run: The run.
+        worker: Names this producer; no two that live at the same time share a name.
+        stopping: When set, leave the unit at hand and return.
+        telemetry: Takes the metrics.
+
+    Raises:
+        PlanMismatchError: The store holds no plan, or another one.
+        NonFiniteError: The model gave NaN or infinity.
+        Stopped: `stopping` was set before the work was done.
+    """
+    store = open_store(run.store.activations, run.store.s3)
+    plan = load_plan(store, run)
+    claims = Claims(store, plan, worker, stopping)
+    prepare = _Preparer(run, plan, claims)
+    source: ActivationSource | None = None  # loaded when there is something to do
+    with ThreadPoolExecutor(1, "prepare") as preparer, ThreadPoolExecutor(1, "finish") as finisher:
+        try:
+            upcoming = preparer.submit(prepare.next_unit)
+            finishing: Future[UnitManifest] | None = None
+            while (tokenized := upcoming.result()) is not None:
+                upcoming = preparer.submit(prepare.next_unit)
+                source = source or build_source(run.model, run.activations.sites)
+                computed = _compute(tokenized, source, prepare.tokenizer, run.activations, stopping)
+                if finishing is not None:
+                    _report(finishing.result(), plan, claims, telemetry)
+                finishing = finisher.submit(_finish, computed, store, plan, run.activations, worker, claims)
+            if finishing is not None:
+                _report(finishing.result(), plan, claims, telemetry)
+        except BaseException:
+            stopping.set()  # wakes the preparing thread, which may wait for other producers
+            raise
+        finally:
+            upcoming.cancel()
+            finisher.shutdown()
+            claims.release_all()
+    if stopping.is_set() and claims.pending():
+        raise Stopped(f"{worker}: stopped; start it again to go on")
+    logs.progress("produce", claims.done(), len(plan.units))
+
+
+class _Preparer:
+    """Claims the next unit and turns its documents into batches of tokens."""
+
+    def __init__(self, run: Run, plan: Plan, claims: Claims) -> None:
+        corpus_rows = run.corpus.document_rows if isinstance(run.corpus, SyntheticCorpus) else 0
+        self.tokenizer = build_tokenizer(run.model, corpus_rows)
+        self._run = run
+        self._plan = plan
+        self._claims = claims
+        self._corpus = Corpus(run.corpus, run.store.s3)
+
+    def next_unit(self) -> TokenizedUnit | None:
+        unit = self._claims.take()
+        if unit is None:
+            return None
+        seconds = Counter[str]()
+        activations, model = self._run.activations, self._run.model
+        bos = self.tokenizer.bos if activations.prepend_bos else None
+        with _timed(seconds, "tokenize"):
+            documents = list(self._corpus.read(self._plan.files, self._plan.units[unit]))
+            contexts = cut(documents, self.tokenizer, context_tokens=activations.context_tokens, bos=bos)
+            batch_tokens = model.batch_tokens if model.kind == "huggingface" else 65_536
+            batches = list(pack(contexts, batch_tokens=batch_tokens, bos=bos))
+        return TokenizedUnit(unit, len(documents), batches, seconds)
+
+
+def _compute(
+    work: TokenizedUnit,
+    source: ActivationSource,
+    tokenizer: Tokenizer,
+    activations: ActivationsConfig,
+    stopping: threading.Event,
+) -> ComputedUnit:
+    """Run the model over a unit and keep the rows that the rules for tokens admit."""
+    excluded: Counter[str] = Counter()
+    parts: dict[str, list[Rows]] = {site: [] for site in activations.sites}
+    with _timed(work.seconds, "forward"):
+        for batch in work.batches:
+            if stopping.is_set():
+                raise Stopped(f"stopped within unit {work.unit}; start again to go on")
+            keep = admitted(batch, tokenizer.special, activations.exclude, excluded)
+            acts = source.run(batch.tokens, batch.mask)
+            for site in activations.sites:
+                rows = Rows(
+                    acts[site][keep].to(DTYPES[activations.dtype]),
+                    batch.tokens[keep],
+                    batch.positions[keep],
+                    batch.documents[keep],
+                )
+                _check_finite(rows, site)
+                parts[site].append(rows)
+    sites = {site: Rows(*map(torch.cat, zip(*rows, strict=True))) for site, rows in parts.items()}
+    return ComputedUnit(work.unit, work.documents, sites, excluded, work.seconds)
+
+
+def _check_finite(rows: Rows, site: str) -> None:
+    finite = rows.acts.isfinite().all(dim=1)
+    if not finite.all():
+        row = int((~finite).nonzero()[0])
+        raise NonFiniteError(
+            f"{site}: NaN or infinity in document {rows.documents[row]} at position {rows.positions[row]}; "
+            f"check the model, or use a wider model.dtype or activations.dtype"
+        )
+
+
+def _finish(
+    computed: ComputedUnit,
+    store: ObjectStore,
+    plan: Plan,
+    activations: ActivationsConfig,
+    worker: str,
+    claims: Claims,
+) -> UnitManifest:
+    """Exclude by norm, shuffle, store the shards, and the manifest last."""
+    unit, seconds = computed.unit, computed.seconds
+    with _timed(seconds, "pack"):
+        keep = torch.ones(len(next(iter(computed.sites.values())).tokens), dtype=torch.bool)
+        for rows in computed.sites.values():
+            keep &= of_usual_norm(rows.acts, activations.exclude.over_norm)
+        computed.excluded["over_norm"] = int((~keep).sum())
+        kept = keep.nonzero()[:, 0]
+        documents = next(iter(computed.sites.values())).documents[kept]
+        order = kept[torch.from_numpy(spread(documents.numpy(), plan.seed, 4, unit))]
+        sites = {site: rows.take(order) for site, rows in computed.sites.items()}
+    with _timed(seconds, "store"):
+        shards = {
+            site: write_shard(store, unit, site, rows, activations.block_rows) for site, rows in sites.items()
+        }
+    manifest = UnitManifest(
+        plan=plan.hash,
+        unit=unit,
+        producer=worker,
+        documents=computed.documents,
+        rows=len(order),
+        excluded=dict(computed.excluded),
+        seconds={stage: round(s, 3) for stage, s in seconds.items()},
+        sites=shards,
+    )
+    # if another producer was faster its unit stands, and this one's shards are orphans
+    store.put(manifest_key(unit), manifest.model_dump_json().encode(), if_absent=True)
+    claims.release(unit)
+    return manifest
+
+
+def _report(manifest: UnitManifest, plan: Plan, claims: Claims, telemetry: Telemetry) -> None:
+    telemetry.add("dist_sae_produce_units_total", 1)
+    telemetry.add("dist_sae_produce_rows_total", manifest.rows)
+    for reason, count in manifest.excluded.items():
+        telemetry.add("dist_sae_produce_excluded_rows_total", count, reason=reason)
+    for stage, seconds in manifest.seconds.items():
+        telemetry.add("dist_sae_produce_seconds_total", seconds, stage=stage)
+    busy = max(manifest.seconds, key=lambda stage: manifest.seconds[stage])
+    logs.progress(
+        "produce",
+        claims.done(),
+        len(plan.units),
+        rows=manifest.rows,
+        rows_per_second=round(manifest.rows / max(manifest.seconds[busy], 1e-9)),
+        busiest=busy,
+    )
+
+
+@contextmanager
+def _timed(seconds: Counter[str], stage: str) -> Iterator[None]:
+    since = time.monotonic()
+    yield
+    seconds[stage] += time.monotonic() - since  # type: ignore[assignment] # Counter holds floats well
+
+

@@ -1,0 +1,219 @@
+"""Charts as inline SVG, written by hand.
+
+Three shapes of chart do not earn matplotlib as a dependency, and hand-written SVG takes its
+colours and its font from the page, so one file is right in light, in dark and on paper.
+"""
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from html import escape
+from typing import NamedTuple
+
+_WIDTH, _HEIGHT = 520, 250
+_LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 12, 40
+_BUCKETS = 240  # points that a line is thinned to; the band shows what thinning hides
+_LOG_FROM = 8.0  # a positive quantity that spans this factor gets a logarithmic axis
+
+
+class Line(NamedTuple):
+    """One quantity against another; points that are not finite are left out."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+class Mark(NamedTuple):
+    """A single value to compare the lines with."""
+
+    name: str
+    y: float
+
+
+class _Axis(NamedTuple):
+    low: float
+    high: float
+    ticks: list[float]
+    place: Callable[[float], float]
+    """From a value to where it lies on the axis, 0 to 1."""
+
+
+def render_lines(
+    title: str,
+    lines: Sequence[Line],
+    *,
+    x_label: str,
+    mark: Mark | None = None,
+    from_zero: bool = False,
+) -> str:
+    """A figure with lines over one x axis.
+
+    Args:
+        title: Said above the plot.
+        lines: What is drawn; thinned to the mean of each stretch, with a band from least to most.
+        x_label: Quantity and unit of x.
+        mark: A level drawn dashed across the plot.
+        from_zero: The y axis is linear and starts at zero.
+    """
+    series = [(line.name, list(_thin(line))) for line in lines]
+    points = [point for _, thinned in series for point in thinned]
+    if not points:
+        return ""
+    values = [v for point in points for v in point[1:]] + ([mark.y] if mark else [])
+    x_axis = _linear(0.0, max(p[0] for p in points), 5)
+    wide = min(values) > 0 and max(values) / min(values) > _LOG_FROM
+    y_axis = (
+        _log(min(values), max(values)) if wide and not from_zero else _padded(values, from_zero)
+    )
+    parts = [_frame(x_axis, y_axis, x_label)]
+    for number, (name, thinned) in enumerate(series):
+        if thinned:
+            parts.append(_drawn_line(name, thinned, x_axis, y_axis, number))
+    legend = [f'<span class="key c{n}">{escape(name)}</span>' for n, (name, _) in enumerate(series)]
+    if mark is not None:
+        y = _y(y_axis, mark.y)
+        parts.append(f'<line class="mark" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<circle class="dot" cx="{_WIDTH - _RIGHT}" cy="{y}" r="4"/>')
+        legend.append(f'<span class="key mark">{escape(mark.name)}</span>')
+    return _figure(title, parts, legend if len(legend) > 1 else [])
+
+
+def render_histogram(
+    title: str, log10_edges: Sequence[float], counts: Sequence[int], *, x_label: str
+) -> str:
+    """A figure with bars between edges that are decimal logarithms."""
+    if not any(counts):
+        return ""
+    used = [i for i, count in enumerate(counts) if count]
+    first, last = max(0, used[0] - 1), min(len(counts), used[-1] + 2)
+    edges, counts = log10_edges[first : last + 1], counts[first:last]
+    low, high = edges[0], edges[-1]
+    ticks = [float(t) for t in range(math.ceil(low), math.floor(high) + 1)]
+    x_axis = _Axis(low, high, ticks, lambda v: (v - low) / (high - low))
+    y_axis = _linear(0, max(counts) * 1.05, 4)
+    bars = []
+    for left, right, count in zip(edges, edges[1:], counts, strict=False):
+        x, y = _x(x_axis, left), _y(y_axis, count)
+        width, height = _x(x_axis, right) - x, _HEIGHT - _BOTTOM - y
+        said = f"{count} latents, {10**left:.2g} to {10**right:.2g}"
+        bars.append(
+            f'<rect class="bar" x="{x + 0.5:.1f}" y="{y:.1f}" width="{max(width - 1, 0.5):.1f}" '
+            f'height="{height:.1f}"><title>{said}</title></rect>'
+        )
+    return _figure(title, [_frame(x_axis, y_axis, x_label, exponents=True), *bars], [])
+
+
+def render_sparkbars(counts: Sequence[int]) -> str:
+    """A histogram the size of a word."""
+    top = max(counts, default=0) or 1
+    width = 120 / max(len(counts), 1)
+    bars = "".join(
+        f'<rect class="bar" x="{i * width:.1f}" y="{28 - 28 * count / top:.1f}" '
+        f'width="{width - 1:.1f}" height="{28 * count / top:.1f}"/>'
+        for i, count in enumerate(counts)
+    )
+    return f'<svg class="spark" viewBox="0 0 120 28" aria-hidden="true">{bars}</svg>'
+
+
+def short(value: float) -> str:
+    """A number as an axis shows it: 3M, 250k, 0.02."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:.4g}{letter}"
+    if value and abs(value) < 1e-3:  # noqa: PLR2004
+        mantissa, _, exponent = f"{value:.2g}".partition("e")
+        return f"{mantissa}e{int(exponent)}" if exponent else mantissa
+    return f"{value:.3g}"
+
+
+def _thin(line: Line) -> Iterator[tuple[float, float, float, float]]:
+    """(x, mean, least, most) of each of at most `_BUCKETS` stretches."""
+    pairs = zip(line.x, line.y, strict=True)
+    points = [(x, y) for x, y in pairs if math.isfinite(x) and math.isfinite(y)]
+    size = -(-len(points) // _BUCKETS) or 1
+    for start in range(0, len(points), size):
+        xs, ys = zip(*points[start : start + size], strict=True)
+        yield sum(xs) / len(xs), sum(ys) / len(ys), min(ys), max(ys)
+
+
+def _drawn_line(
+    name: str,
+    points: list[tuple[float, float, float, float]],
+    x_axis: _Axis,
+    y_axis: _Axis,
+    number: int,
+) -> str:
+    def path(column: int, order: list[tuple[float, float, float, float]]) -> str:
+        return " ".join(f"{_x(x_axis, p[0]):.1f},{_y(y_axis, p[column]):.1f}" for p in order)
+
+    said = f"<title>{escape(name)}: last {points[-1][1]:.4g}</title>"
+    if len(points) == 1:
+        x, y = path(1, points).split(",")
+        return f'<circle class="dot c{number}" cx="{x}" cy="{y}" r="3.5">{said}</circle>'
+    band = f'<polygon class="band c{number}" points="{path(3, points)} {path(2, points[::-1])}"/>'
+    return f'{band}<polyline class="line c{number}" points="{path(1, points)}">{said}</polyline>'
+
+
+def _frame(x_axis: _Axis, y_axis: _Axis, x_label: str, *, exponents: bool = False) -> str:
+    floor = _HEIGHT - _BOTTOM
+    parts = []
+    for tick in y_axis.ticks:
+        y = _y(y_axis, tick)
+        parts.append(f'<line class="grid" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
+        parts.append(f'<text class="tick y" x="{_LEFT - 8}" y="{y + 4}">{short(tick)}</text>')
+    for tick in x_axis.ticks:
+        x = _x(x_axis, tick)
+        label = f'10<tspan dy="-4" class="power">{tick:.0f}</tspan>' if exponents else short(tick)
+        parts.append(f'<line class="axis" x1="{x}" x2="{x}" y1="{floor}" y2="{floor + 4}"/>')
+        parts.append(f'<text class="tick x" x="{x}" y="{floor + 17}">{label}</text>')
+    parts.append(
+        f'<line class="axis" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{floor}" y2="{floor}"/>'
+    )
+    middle = (_LEFT + _WIDTH - _RIGHT) / 2
+    parts.append(f'<text class="tick x" x="{middle}" y="{_HEIGHT - 5}">{escape(x_label)}</text>')
+    return "".join(parts)
+
+
+def _figure(title: str, parts: Sequence[str], legend: Sequence[str]) -> str:
+    keys = f'<span class="keys">{"".join(legend)}</span>' if legend else ""
+    return (
+        f"<figure><figcaption>{escape(title)}{keys}</figcaption>"
+        f'<svg viewBox="0 0 {_WIDTH} {_HEIGHT}" role="img" aria-label="{escape(title)}">'
+        f"{''.join(parts)}</svg></figure>"
+    )
+
+
+def _linear(low: float, high: float, about: int) -> _Axis:
+    if not high > low:
+        low, high = (low - 0.5 * abs(low), high + 0.5 * abs(high)) if low else (0.0, 1.0)
+    rough = (high - low) / about
+    power = 10.0 ** math.floor(math.log10(rough))
+    step = power * min((1, 2, 5, 10), key=lambda m: abs(m * power - rough))
+    count = math.floor(high / step + 1e-9) - math.ceil(low / step - 1e-9) + 1
+    ticks = [(math.ceil(low / step - 1e-9) + i) * step for i in range(count)]
+    return _Axis(low, high, ticks, lambda v: (v - low) / (high - low))
+
+
+def _padded(values: Sequence[float], from_zero: bool) -> _Axis:  # noqa: FBT001
+    low, high = min(values), max(values)
+    # flat lines lie in the middle; a share that never left zero lies on the floor
+    pad = 0.06 * (high - low) or 0.1 * abs(high) or 1e-2
+    return _linear(0.0 if from_zero or 0 <= low < pad else low - pad, high + pad, 4)
+
+
+def _log(low: float, high: float) -> _Axis:
+    low, high = low / 1.15, high * 1.15
+    bottom, span = math.log10(low), math.log10(high) - math.log10(low)
+    digits = (1, 2, 5) if span < 2.5 else (1,)  # noqa: PLR2004
+    decades = range(math.floor(bottom), math.ceil(bottom + span) + 1)
+    ticks = [digit * 10.0**decade for decade in decades for digit in digits]
+    within = [tick for tick in ticks if low <= tick <= high]
+    return _Axis(low, high, within, lambda v: (math.log10(v) - bottom) / span)
+
+
+def _x(axis: _Axis, value: float) -> float:
+    return round(_LEFT + axis.place(value) * (_WIDTH - _LEFT - _RIGHT), 1)
+
+
+def _y(axis: _Axis, value: float) -> float:
+    return round(_HEIGHT - _BOTTOM - axis.place(value) * (_HEIGHT - _TOP - _BOTTOM), 1)

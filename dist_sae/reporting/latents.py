@@ -1,0 +1,232 @@
+"""Latents for people: a sample of them, each with the texts that activate it most."""
+
+import logging
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dist_sae.config import Run
+from dist_sae.config.data import SyntheticCorpus
+from dist_sae.data.corpus import Corpus, first_numbers
+from dist_sae.data.loader import Units
+from dist_sae.data.orders import permutation
+from dist_sae.data.plan import Plan
+from dist_sae.data.shard import manifest_key, read_block
+from dist_sae.errors import CorpusError
+from dist_sae.models import Tokenizer, build_tokenizer
+from dist_sae.sae.base import Sae
+
+logger = logging.getLogger(__name__)
+
+_MOST_ROWS = 200_000
+_ENCODE_ROWS = 4096
+_LEAST_FIRINGS = 8
+_EXAMPLES = 6
+_CONTEXT_TOKENS = 24  # on either side
+_SPARK_BARS = 16
+
+
+class Token(NamedTuple):
+    """A piece of text and how strongly the latent is active on it."""
+
+    text: str
+    act: float
+    """0 also where the row is not in the activation set."""
+    in_context: bool
+    """Whether the model saw it together with the token of the example."""
+
+
+class Example(NamedTuple):
+    """One firing, with the text around it."""
+
+    act: float
+    document: int
+    position: int
+    tokens: list[Token]
+    peak: int
+    """Which of `tokens` the activation belongs to."""
+
+
+class LatentView(NamedTuple):
+    """What the report says of one latent. Activations are in the scale of the checkpoint."""
+
+    latent: int
+    firings: int
+    density: float
+    max_act: float
+    counts: list[int]
+    """Firings by activation, in equal steps from 0 to `max_act`."""
+    examples: list[Example]
+
+
+class Firings(NamedTuple):
+    """Every row that was read, and what fired on it."""
+
+    units: Int[Tensor, " rows"]
+    tokens: Int[Tensor, " rows"]
+    positions: Int[Tensor, " rows"]
+    documents: Int[Tensor, " rows"]
+    acts: Float[Tensor, "rows k"]
+    latents: Int[Tensor, "rows k"]
+
+
+def view_latents(run: Run, units: Units, sae: Sae, scale: float) -> tuple[list[LatentView], int]:
+    """A sample of latents over the whole range of densities, and the rows that were read for it.
+
+    Args:
+        run: The run.
+        units: The activation set; units that are not there are passed over.
+        sae: The dictionary.
+        scale: What activations are multiplied by before they are encoded.
+
+    Raises:
+        CorpusError: The text is gone, or is not what the activations were made from.
+    """
+    firings = read_firings(units, sae, scale, min(_MOST_ROWS, max(run.evaluate.rows, 1)))
+    rows = len(firings.tokens)
+    if not rows or not run.evaluate.latents:
+        return [], rows
+    counts = torch.bincount(firings.latents[firings.acts > 0].long(), minlength=run.sae.n_latents)
+    texts = Texts(run, units.plan)
+    chosen = choose_latents(counts, run.evaluate.latents, run.train.seed)
+    return [_view(latent, firings, texts) for latent in chosen], rows
+
+
+def read_firings(units: Units, sae: Sae, scale: float, most_rows: int) -> Firings:
+    """Encode rows, of held-out units first."""
+    parts: list[Firings] = []
+    rows = 0
+    plan = units.plan
+    for unit in [*plan.heldout_units, *plan.train_units]:
+        if rows >= most_rows:
+            break
+        if units.store.size(manifest_key(unit)) is None:
+            continue
+        shard = units.shard(units.manifest(unit))
+        for number in range(len(shard.blocks)):
+            if rows >= most_rows:
+                break
+            block = read_block(units.store, shard, number)
+            codes = [sae.encode(x.float() * scale) for x in block.acts.split(_ENCODE_ROWS)]
+            acts, latents = (torch.cat(column) for column in zip(*codes, strict=True))
+            which = torch.full_like(block.tokens, unit)
+            parts.append(Firings(which, *block[1:], acts, latents.int()))
+            rows += len(which)
+    if not parts:
+        empty = torch.zeros(0, dtype=torch.int32)
+        return Firings(empty, empty, empty, empty, torch.zeros(0, 1), torch.zeros(0, 1).int())
+    return Firings(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def choose_latents(counts: Int[Tensor, " n_latents"], n: int, seed: int) -> list[int]:
+    """`n` latents that fire, as evenly spread over log density as there are any; densest first."""
+    shuffled = torch.from_numpy(permutation(len(counts), seed, 5))  # so that ties are no bias
+    able = shuffled[counts[shuffled] >= _LEAST_FIRINGS]
+    able = able[counts[able].argsort(descending=True, stable=True)]
+    if len(able) <= n:
+        return [int(latent) for latent in able]
+    density = counts[able].double().log()
+    chosen: list[int] = []
+    for target in torch.linspace(float(density[0]), float(density[-1]), n):
+        distance = (density - target).abs()
+        distance[chosen] = math.inf
+        nearest = (distance <= distance.min() + 1e-9).nonzero()[:, 0]
+        chosen.append(int(nearest[0]))
+    return [int(able[i]) for i in sorted(chosen)]
+
+
+class Texts:
+    """The tokens of documents, as text.
+
+    Args:
+        run: The run.
+        plan: Its plan, which knows where every document lies.
+    """
+
+    def __init__(self, run: Run, plan: Plan) -> None:
+        document_rows = run.corpus.document_rows if isinstance(run.corpus, SyntheticCorpus) else 0
+        self.tokenizer: Tokenizer = build_tokenizer(run.model, document_rows)
+        has_bos = run.activations.prepend_bos and self.tokenizer.bos is not None
+        self.context_tokens = run.activations.context_tokens - has_bos
+        self._plan = plan
+        self._corpus = Corpus(run.corpus, run.store.s3)
+        self._first = first_numbers(plan.files)
+        self._known: dict[int, list[int]] = {}
+
+    def read(self, unit: int, documents: Iterable[int]) -> None:
+        """Make the documents of a unit known."""
+        wanted = set(documents) - self._known.keys()
+        if not wanted:
+            return
+        spans = []
+        for span in self._plan.units[unit]:
+            start = self._first[span.file] + span.first
+            if not wanted.isdisjoint(range(start, start + span.count)):
+                spans.append(span)
+        found = [d for d in self._corpus.read(self._plan.files, spans) if d.number in wanted]
+        for document, ids in zip(found, self.tokenizer([d.text for d in found]), strict=True):
+            self._known[document.number] = ids
+
+    def tokens(self, document: int) -> list[int]:
+        """Token ids of a document that has been read."""
+        return self._known.get(document, [])
+
+
+def _view(latent: int, firings: Firings, texts: Texts) -> LatentView:
+    hit = (firings.latents == latent) & (firings.acts > 0)
+    rows = hit.any(dim=1).nonzero()[:, 0]
+    acts = (firings.acts * hit).sum(dim=1)
+    order = rows[acts[rows].argsort(descending=True, stable=True)]
+    top = list(_apart(order.tolist(), firings))[:_EXAMPLES]
+    for row in top:
+        texts.read(int(firings.units[row]), [int(firings.documents[row])])
+    known = {
+        (int(firings.documents[row]), int(firings.positions[row])): float(acts[row])
+        for row in rows[torch.isin(firings.documents[rows], firings.documents[top])]
+    }
+    max_act = float(acts[order[0]])
+    return LatentView(
+        latent=latent,
+        firings=len(rows),
+        density=len(rows) / len(firings.tokens),
+        max_act=max_act,
+        counts=[int(c) for c in torch.histc(acts[rows], _SPARK_BARS, 0.0, max_act)],
+        examples=[_example(row, firings, known, texts) for row in top],
+    )
+
+
+def _apart(rows: Sequence[int], firings: Firings) -> Iterator[int]:
+    """Rows whose texts do not overlap with that of an earlier one."""
+    seen: dict[int, list[int]] = {}
+    for row in rows:
+        position, others = (
+            int(firings.positions[row]),
+            seen.setdefault(int(firings.documents[row]), []),
+        )
+        if all(abs(position - other) > 2 * _CONTEXT_TOKENS for other in others):
+            others.append(position)
+            yield row
+
+
+def _example(
+    row: int, firings: Firings, known: dict[tuple[int, int], float], texts: Texts
+) -> Example:
+    document, position = int(firings.documents[row]), int(firings.positions[row])
+    ids = texts.tokens(document)
+    if position >= len(ids) or ids[position] != int(firings.tokens[row]):
+        raise CorpusError(
+            f"corpus: document {document} is not the text that the activations were made from; "
+            f"restore the files that the plan names"
+        )
+    start = max(0, position - _CONTEXT_TOKENS)
+    window = range(start, min(len(ids), position + _CONTEXT_TOKENS + 1))
+    context = position // texts.context_tokens
+    tokens = [
+        Token(text, known.get((document, place), 0.0), place // texts.context_tokens == context)
+        for place, text in zip(window, texts.tokenizer.text([ids[p] for p in window]), strict=True)
+    ]
+    return Example(known[document, position], document, position, tokens, position - start)

@@ -1,0 +1,259 @@
+"""The page: everything that the report says, as one HTML text. Pure but for its style sheet."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from html import escape
+from importlib.resources import files
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+from dist_sae.reporting.charts import (
+    Line,
+    Mark,
+    render_histogram,
+    render_lines,
+    render_sparkbars,
+    short,
+)
+from dist_sae.reporting.latents import Example, LatentView, Token
+
+_HEADLINES = {
+    "fvu": (
+        "FVU",
+        "Fraction of the variance that the reconstruction misses; 0 is perfect, 1 is the mean.",
+    ),
+    "l0": ("L0", "Latents active on a row, on average."),
+    "dead_share": (
+        "Dead latents",
+        "Share of latents that had not fired for sae.dead_after_rows rows at the checkpoint.",
+    ),
+    "ce_recovered": (
+        "CE recovered",
+        "Share of the harm of zero ablation that splicing the reconstruction in avoids; 1 is all.",
+    ),
+}
+_DETAILS = {
+    "pca_fvu": (
+        "FVU of PCA",
+        "The same for the leading principal components, k of them: the bar to beat.",
+    ),
+    "ce_recovered_mean": (
+        "CE recovered, against the mean",
+        "The same share, of the harm of mean ablation.",
+    ),
+    "ce_clean": ("Cross-entropy, model alone", "Nats per token; the site is left alone."),
+    "ce_spliced": (
+        "Cross-entropy, spliced",
+        "Nats per token; the site is replaced by the reconstruction.",
+    ),
+    "ce_mean": (
+        "Cross-entropy, mean ablation",
+        "Nats per token; the site is replaced by its mean.",
+    ),
+    "ce_zero": ("Cross-entropy, zero ablation", "Nats per token; the site is replaced by zero."),
+    "never_fired": ("Never fired", "Latents that fired on none of the held-out rows."),
+    "rows": ("Rows", "Held-out rows behind FVU, L0 and densities."),
+    "tokens": ("Tokens", "Held-out tokens behind the cross-entropies."),
+}
+_STAGES = ("tokenize", "forward", "pack", "store")  # in the order of the work
+_PALETTE = 4
+
+
+class Page(NamedTuple):
+    """What the report says."""
+
+    title: str
+    facts: Sequence[tuple[str, str]]
+    """Of the header: what, and its value."""
+    run_file: str
+    """What a user would write after a command."""
+    evaluation: Mapping[str, Any] | None
+    history: Sequence[Mapping[str, Any]]
+    auxk_coefficient: float
+    producer_seconds: Mapping[str, float]
+    """Summed over the units that exist, by stage."""
+    latents: Sequence[LatentView]
+    latent_rows: int
+    """Rows that the examples were looked for in."""
+    no_latents: str
+    """Why there are no latents to show, or nothing."""
+
+
+def render_page(page: Page) -> str:
+    """The whole report."""
+    style = files("dist_sae.reporting").joinpath("style.css").read_text(encoding="utf-8")
+    facts = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in page.facts)
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(page.title)} - dist_sae</title><style>\n{style}</style></head><body>\n"
+        f'<header><h1>{escape(page.title)}</h1><dl class="facts">{facts}</dl></header>\n'
+        f"<main>{_numbers(page)}\n{_plots(page)}\n{_latents(page)}</main>\n</body></html>\n"
+    )
+
+
+def _numbers(page: Page) -> str:
+    head = "<section><h2>Held-out numbers</h2>"
+    numbers = page.evaluation
+    if numbers is None:
+        return f"{head}{_missing('not measured yet', 'evaluate', page)}</section>"
+    cards = "".join(
+        f'<div class="card"><b>{name}</b>{_number(key, numbers[key])}<small>{meaning}</small></div>'
+        for key, (name, meaning) in _HEADLINES.items()
+        if key in numbers
+    )
+    rows = "".join(
+        f"<tr><td>{name}</td><td>{_number(key, numbers[key])}</td><td>{meaning}</td></tr>"
+        for key, (name, meaning) in _DETAILS.items()
+        if key in numbers
+    )
+    measured = f"<p>Measured on data that training never saw, at step {numbers['step']:,}.</p>"
+    return f'{head}{measured}<div class="cards">{cards}</div><table>{rows}</table></section>'
+
+
+def _number(key: str, value: float) -> str:
+    """Rounded for the eye, whole for programs that read the page."""
+    if isinstance(value, int):
+        shown = f"{value:,}"
+    elif key.endswith("_share") or key.startswith("ce_recovered"):
+        shown = f"{100 * value:.2f} %"
+    else:
+        shown = f"{value:.4g}"
+    return f'<data id="{key}" value="{value!r}">{shown}</data>'
+
+
+def _plots(page: Page) -> str:
+    figures = [*_history_plots(page), _times(page)]
+    if page.evaluation is not None and "density_counts" in page.evaluation:
+        figures.append(
+            render_histogram(
+                "Latent densities",
+                page.evaluation["density_log10_edges"],
+                page.evaluation["density_counts"],
+                x_label="share of rows that a latent fires on",
+            )
+        )
+    missing = "" if page.history else _missing("no history of training yet", "train", page)
+    return (
+        f'<section><h2>Training</h2>{missing}<div class="plots">{"".join(figures)}</div></section>'
+    )
+
+
+def _history_plots(page: Page) -> Iterator[str]:
+    def column(name: str) -> list[float]:
+        return [float(record.get(name, float("nan"))) for record in page.history]
+
+    rows, fvu, seconds = column("rows"), column("fvu"), column("seconds")
+    terms = zip(fvu, column("auxk_loss"), strict=True)
+    loss = Line("loss", rows, [a + page.auxk_coefficient * b for a, b in terms])
+    heldout = None if page.evaluation is None else Mark("held-out FVU", page.evaluation["fvu"])
+    x_label = "rows trained on"
+    lines = [loss, Line("FVU", rows, fvu)]
+    yield render_lines("Loss and FVU", lines, x_label=x_label, mark=heldout)
+    for title, name, from_zero in (
+        ("L0", "l0_latents", False),
+        ("Dead share", "dead_share", True),
+        ("Gradient norm", "gradient_norm", False),
+        ("Learning rate", "learning_rate", True),
+    ):
+        yield render_lines(
+            title, [Line(title, rows, column(name))], x_label=x_label, from_zero=from_zero
+        )
+    size, unit = _time_unit(sum(seconds))
+    times = [total / size for total in accumulate(seconds)]
+    speed = [Line("Rows per second", times, column("rows_per_second"))]
+    yield render_lines(
+        "Rows per second", speed, x_label=f"time in training, {unit}", from_zero=True
+    )
+
+
+def _times(page: Page) -> str:
+    """Where time went, as one stacked bar for each side."""
+    waited = sum(float(record.get("wait_seconds", 0.0)) for record in page.history)
+    total = sum(float(record.get("seconds", 0.0)) for record in page.history)
+    bars = [
+        _stack("Trainer", {"computing": total - waited, "waiting for data": waited}),
+        _stack("Producers", dict(sorted(page.producer_seconds.items(), key=_stage_order))),
+    ]
+    shown = "".join(bars)
+    return (
+        f'<figure><figcaption>Where time went</figcaption><div class="times">{shown}</div></figure>'
+        if shown
+        else ""
+    )
+
+
+def _stage_order(item: tuple[str, float]) -> int:
+    return _STAGES.index(item[0]) if item[0] in _STAGES else len(_STAGES)
+
+
+def _stack(name: str, seconds: Mapping[str, float]) -> str:
+    total = sum(seconds.values())
+    if not total > 0:
+        return ""
+    pieces = [(label, s, f"c{i % _PALETTE}") for i, (label, s) in enumerate(seconds.items())]
+    parts = "".join(f'<i class="{c}" style="flex:{s / total:.5f}"></i>' for _, s, c in pieces)
+    keys = "".join(
+        f'<span class="key {c}">{escape(label)} {100 * s / total:.1f} %, {_duration(s)}</span>'
+        for label, s, c in pieces
+    )
+    return (
+        f'<div><b>{name}</b><div class="stack">{parts}</div><span class="keys">{keys}</span></div>'
+    )
+
+
+def _latents(page: Page) -> str:
+    head = "<section><h2>Latents</h2>"
+    if not page.latents:
+        return f'{head}<p class="missing">{escape(page.no_latents)}</p></section>'
+    shown = f"{len(page.latents)} latents" if len(page.latents) > 1 else "One latent"
+    intro = (
+        f"<p>{shown}, chosen by the run's seed over the whole range of densities, densest first, "
+        f"with the texts among {page.latent_rows:,} rows that activate them most. Colour is the "
+        "latent's activation on a token; the outlined token has the activation on the left. Grey "
+        "text was outside the model's context. The bars count firings by activation, from 0 to the "
+        "maximum.</p>"
+    )
+    return f"{head}{intro}{''.join(map(_latent, page.latents))}</section>"
+
+
+def _latent(view: LatentView) -> str:
+    examples = "".join(_example(example, view.max_act) for example in view.examples)
+    return (
+        f'<article class="latent" id="latent-{view.latent}"><div><h3>Latent {view.latent}</h3>'
+        f"<small>on {100 * view.density:.3g} % of rows</small>"
+        f"<small>{view.firings:,} firings</small><small>max {view.max_act:.4g}</small>"
+        f"{render_sparkbars(view.counts)}</div>"
+        f'<ol class="examples">{examples}</ol></article>'
+    )
+
+
+def _example(example: Example, max_act: float) -> str:
+    where = f"document {example.document}, position {example.position}"
+    marked = (_token(t, max_act, peak=i == example.peak) for i, t in enumerate(example.tokens))
+    text = f'<span class="text">{"".join(marked)}</span>'
+    return f'<li title="{where}"><b>{example.act:.3g}</b>{text}</li>'
+
+
+def _token(token: Token, max_act: float, *, peak: bool) -> str:
+    text = escape(token.text).replace("\n", '<span class="nl">&#8629;</span>')
+    if token.act > 0:
+        strength = f"--a:{0.9 * token.act / max_act:.2f}"
+        kind = ' class="peak"' if peak else ""
+        return f'<mark{kind} style="{strength}" title="{token.act:.4g}">{text}</mark>'
+    return text if token.in_context else f'<span class="unseen">{text}</span>'
+
+
+def _missing(what: str, command: str, page: Page) -> str:
+    done = f"<code>dist-sae {command} {escape(page.run_file)}</code>"
+    return f'<p class="missing">{what}: run {done}, then make the report again.</p>'
+
+
+def _duration(seconds: float) -> str:
+    size, unit = _time_unit(seconds)
+    return f"{short(seconds / size)} {unit}"
+
+
+def _time_unit(seconds: float) -> tuple[float, str]:
+    """Seconds in the unit that shows a stretch of time best, and its name."""
+    units = ((86_400.0, "days"), (3600.0, "h"), (60.0, "min"))
+    return next(((size, unit) for size, unit in units if seconds >= 2 * size), (1.0, "s"))

@@ -1,0 +1,321 @@
+"""`dist-sae run`: a whole run on this machine, as the processes that a cluster would run.
+
+plan -> producers and trainer ranks, side by side -> evaluate -> export -> report
+"""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+from dist_sae.config import Run
+from dist_sae.errors import EXIT_BUG, EXIT_RESUMABLE, EXIT_USER, ProcessFailedError, Stopped
+from dist_sae.logs import SUPERVISED
+
+_POLL_SECONDS = 0.05
+_GRACE_SECONDS = 60.0  # to finish a step and save, when the user asks to stop
+_FAILED_GRACE_SECONDS = 5.0  # for the others when one process has failed: ranks may hang without it
+_PLAIN_EVERY_SECONDS = 10.0  # between lines when the output is not a terminal
+
+
+def run_locally(run: Run, path: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Do everything that the run file asks for; goes on where an earlier start stopped.
+
+    Args:
+        run: The run.
+        path: Its file.
+        overrides: The `--set` options it was loaded with.
+
+    Returns:
+        The evaluation, and where the exported dictionary and the report are.
+
+    Raises:
+        Stopped: On Ctrl-C or SIGTERM, after everything was saved.
+        ProcessFailedError: A process failed; the message is its own.
+    """
+    arguments = [path, *(argument for override in overrides for argument in ("--set", override))]
+    logs = _log_folder(run)
+    logs.mkdir(parents=True, exist_ok=True)
+    with _stop_requests() as stopping, _Bars() as bars:
+        job = _Job(arguments, logs, stopping, bars)
+        job.run_together([job.process("plan", "plan")])
+        job.run_together(_workers(run, job))
+        results: dict[str, Any] = {}
+        for command in ("evaluate", "export", "report"):
+            process = job.process(command, command, "--json")
+            job.run_together([process])
+            results |= process.result
+    return results
+
+
+def _workers(run: Run, job: "_Job") -> list["_Process"]:
+    """Producers and trainer ranks, with the cores shared out among them."""
+    producers, trainers = run.processes.producers, run.processes.trainers
+    threads = run.processes.threads or max(1, (os.cpu_count() or 1) // (producers + trainers))
+    common = {"OMP_NUM_THREADS": str(threads)}
+    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(trainers)}
+    return [
+        job.process(f"producer-{i}", "produce", "--worker", f"producer-{i}", "--port-offset", str(i), env=common)
+        for i in range(producers)
+    ] + [
+        job.process(
+            f"trainer-{rank}",
+            "train",
+            "--port-offset",
+            str(producers + rank),
+            env=common | rendezvous | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(trainers)
+    ]
+
+
+class _Process:
+    """A child: its progress goes to the bars, its words to a log file.
+
+    It holds one end of a pipe as its stdin; when this program dies, the pipe closes and the
+    child stops by itself.
+    """
+
+    def __init__(self, name: str, command: list[str], env: Mapping[str, str], log: Path) -> None:
+        self.name = name
+        self.log = log
+        self.result: dict[str, Any] = {}
+        self._command = command
+        self._env = dict(os.environ) | {SUPERVISED: "1"} | dict(env)
+        self._process: subprocess.Popen[str] | None = None
+        self._readers: list[threading.Thread] = []
+        self._words: list[str] = []
+
+    def start(self, show: Callable[[str, dict[str, Any]], None]) -> None:
+        """Start it. In a session of its own: Ctrl-C reaches this program alone, which passes it on."""
+        self._process = subprocess.Popen(
+            self._command,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=self._env,
+            start_new_session=True,
+        )
+        self._readers = [
+            threading.Thread(target=self._read_stdout, args=(show,), daemon=True),
+            threading.Thread(target=self._read_stderr, daemon=True),
+        ]
+        for reader in self._readers:
+            reader.start()
+
+    def poll(self) -> int | None:
+        """Its exit code once it has ended."""
+        assert self._process is not None
+        return self._process.poll()
+
+    def signal(self, number: signal.Signals) -> None:
+        """Send a signal, if it still lives."""
+        if self._process is not None and self._process.poll() is None:
+            self._process.send_signal(number)
+
+    def close(self) -> None:
+        """Wait for its last words."""
+        if self._process is not None:
+            self._process.wait()
+            for reader in self._readers:
+                reader.join()
+            assert self._process.stdin is not None
+            self._process.stdin.close()
+
+    def failure(self) -> ProcessFailedError:
+        """What it said when it failed, and what exit code that makes for the whole."""
+        code = self.poll()
+        assert code is not None
+        said = [line.removeprefix("error: ").rstrip() for line in self._words if line.startswith("error: ")]
+        if said:
+            return ProcessFailedError("\n".join(f"{self.name}: {line}" for line in said), code)
+        if code < 0:
+            name = signal.Signals(-code).name
+            return ProcessFailedError(
+                f"{self.name}: killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}; "
+                f"its log is {self.log}; start again to go on",
+                EXIT_RESUMABLE,
+            )
+        last = next((line.strip() for line in reversed(self._words) if line.strip()), "it said nothing")
+        return ProcessFailedError(f"{self.name}: {last}; its log is {self.log}", EXIT_BUG)
+
+    @property
+    def spoke_for_itself(self) -> bool:
+        """Whether it ended with an error of its own, not because another one was gone."""
+        return self.poll() == EXIT_USER
+
+    def _read_stdout(self, show: Callable[[str, dict[str, Any]], None]) -> None:
+        assert self._process is not None
+        assert self._process.stdout is not None
+        for line in self._process.stdout:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                self._words.append(line)
+                continue
+            if "role" in record:
+                show(self.name, record)
+            else:
+                self.result = record
+
+    def _read_stderr(self) -> None:
+        assert self._process is not None
+        assert self._process.stderr is not None
+        with self.log.open("a", encoding="utf-8") as file:
+            for line in self._process.stderr:
+                self._words.append(line)
+                del self._words[:-200]
+                file.write(line)
+                file.flush()
+
+
+class _Job:
+    """Starts processes, watches them, and ends them together."""
+
+    def __init__(self, arguments: list[str], logs: Path, stopping: threading.Event, bars: "_Bars") -> None:
+        self._arguments = arguments
+        self._logs = logs
+        self._stopping = stopping
+        self._bars = bars
+
+    def process(self, name: str, command: str, *options: str, env: Mapping[str, str] | None = None) -> _Process:
+        line = [sys.executable, "-m", "dist_sae", command, *self._arguments, *options]
+        return _Process(name, line, env or {}, self._logs / f"{name}.log")
+
+    def run_together(self, processes: list[_Process]) -> None:
+        """Run processes side by side until all have ended.
+
+        Raises:
+            ProcessFailedError: One failed; the others have been ended.
+            Stopped: The user asked to stop; all have saved and ended.
+        """
+        self._bars.stage(processes[0].name if len(processes) == 1 else "")
+        try:
+            for process in processes:
+                process.start(self._bars.show)
+            self._watch(processes)
+        finally:
+            for process in processes:
+                process.signal(signal.SIGKILL)
+            for process in processes:
+                process.close()
+        failed = [p for p in processes if p.poll() not in (0, EXIT_RESUMABLE)]
+        if failed:
+            raise next((p for p in failed if p.spoke_for_itself), failed[0]).failure()
+        if any(p.poll() == EXIT_RESUMABLE for p in processes) or self._stopping.is_set():
+            raise Stopped("everything is saved; start the same command again to go on")
+
+    def _watch(self, processes: list[_Process]) -> None:
+        """Until all have ended by themselves, or their time to do so is up."""
+        deadline = float("inf")
+        while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
+            failed = any(p.poll() not in (None, 0, EXIT_RESUMABLE) for p in processes)
+            grace = _FAILED_GRACE_SECONDS if failed else _GRACE_SECONDS
+            ended_early = any(p.poll() == EXIT_RESUMABLE for p in processes)
+            if failed or ended_early or self._stopping.is_set():
+                if deadline == float("inf"):
+                    for process in processes:
+                        process.signal(signal.SIGTERM)
+                    deadline = time.monotonic() + grace
+                deadline = min(deadline, time.monotonic() + grace)
+            time.sleep(_POLL_SECONDS)
+
+
+class _Bars:
+    """Progress in the terminal; lines now and then where there is no terminal."""
+
+    def __init__(self) -> None:
+        self._console = Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description:9}"),
+            BarColumn(bar_width=24),
+            TextColumn("{task.percentage:3.0f}%"),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            TextColumn("{task.fields[note]}"),
+            console=self._console,
+            disable=not self._console.is_terminal,
+        )
+        self._tasks: dict[str, TaskID] = {}
+        self._done: dict[str, float] = {}
+        self._rates: dict[str, float] = {}
+        self._said: dict[str, float] = {}
+
+    def __enter__(self) -> "_Bars":
+        self._progress.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._progress.stop()
+
+    def stage(self, name: str) -> None:
+        """A part of the run that has no progress of its own begins."""
+        if name:
+            self._console.print(f"{name} ...", highlight=False)
+
+    def show(self, process: str, record: dict[str, Any]) -> None:
+        """Take in what a process says of its progress."""
+        role, done, total = record.pop("role"), record.pop("done"), record.pop("total")
+        if role == "produce":
+            self._rates[process] = record.get("rows_per_second", self._rates.get(process, 0))
+            done = max(done, self._done.get(role, 0))  # each producer sees its own share at once
+            record = {"rows_per_second": sum(self._rates.values()), "limit": record.get("busiest", "-")}
+        self._done[role] = done
+        note = "  ".join(f"{name} {_short(value)}" for name, value in record.items())
+        if role not in self._tasks:
+            self._tasks[role] = self._progress.add_task(role, total=total, note="")
+        self._progress.update(self._tasks[role], completed=done, total=total, note=note)
+        self._say(role, done, total, note)
+
+    def _say(self, role: str, done: float, total: float, note: str) -> None:
+        if self._console.is_terminal:
+            return
+        if time.monotonic() - self._said.get(role, 0) > _PLAIN_EVERY_SECONDS or done == total:
+            self._said[role] = time.monotonic()
+            self._console.print(f"{role} {done:.0f}/{total:.0f}  {note}", highlight=False, soft_wrap=True)
+
+
+def _short(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"  # noqa: PLR2004
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+@contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set, for as long as the context lasts."""
+    stopping = threading.Event()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *_: stopping.set()) for number in numbers]
+    try:
+        yield stopping
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _log_folder(run: Run) -> Path:
+    """Beside the run's other files, or in the current folder where they are not on this disk."""
+    if run.store.runs.startswith("file://"):
+        return Path(unquote(urlsplit(run.store.runs).path)) / run.name / "logs"
+    return Path(f"{run.name}-logs")
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port: int = probe.getsockname()[1]
+        return port

@@ -1,0 +1,24 @@
+"""Constraints on the decoder, in place."""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+
+@torch.no_grad()
+def normalise_rows_(W_dec: Float[Tensor, "n_latents d_in"]) -> None:
+    """Give every row unit norm."""
+    W_dec /= torch.linalg.vector_norm(W_dec, dim=1, keepdim=True).clamp_min_(torch.finfo(W_dec.dtype).tiny)
+
+
+@torch.no_grad()
+def remove_parallel_(
+    gradient: Float[Tensor, "n_latents d_in"], W_dec: Float[Tensor, "n_latents d_in"]
+) -> None:
+    """Take out of each row's gradient the part along the (unit) row.
+
+    That part would only change the norm, which the constraint resets; left in, it would fill
+    Adam's second moment with a direction that is never taken.
+    """
+    along = torch.linalg.vecdot(gradient, W_dec)[:, None]
+    gradient.addcmul_(W_dec, along, value=-1)

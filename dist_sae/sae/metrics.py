@@ -1,0 +1,73 @@
+"""The one definition of every metric. Sums over a set, never means of per-batch ratios."""
+
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dist_sae.sae.base import Codes
+
+
+class Fit(NamedTuple):
+    """Sums over the rows seen so far; they add up over batches and ranks."""
+
+    squared_error: Float[Tensor, ""]
+    squared_total: Float[Tensor, ""]
+    active: Float[Tensor, ""]
+    rows: int
+    counts: Int[Tensor, " n_latents"]
+    """Rows in which each latent fired."""
+
+    @classmethod
+    def empty(cls, n_latents: int) -> "Fit":
+        """No rows yet."""
+        zero = torch.zeros((), dtype=torch.float64)
+        return cls(zero, zero, zero, 0, torch.zeros(n_latents, dtype=torch.int64))
+
+    def add(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        x_hat: Float[Tensor, "batch d_in"],
+        codes: Codes,
+        mean: Float[Tensor, " d_in"],
+    ) -> "Fit":
+        """These sums with a batch added.
+
+        Args:
+            x: Activations.
+            x_hat: Their reconstruction, in the same scale.
+            codes: What it was made from.
+            mean: Of the data set, in the same scale (not the batch's).
+        """
+        active = codes.acts > 0
+        return Fit(
+            self.squared_error + (x - x_hat).double().square().sum(),
+            self.squared_total + (x - mean).double().square().sum(),
+            self.active + active.sum(),
+            self.rows + len(x),
+            self.counts + torch.bincount(codes.latents[active], minlength=len(self.counts)),
+        )
+
+    @property
+    def fvu(self) -> float:
+        """Fraction of variance unexplained: sum |x - x_hat|^2 / sum |x - mean|^2 (arXiv:2406.04093)."""
+        return float(self.squared_error / self.squared_total)
+
+    @property
+    def l0(self) -> float:
+        """Active latents per row."""
+        return float(self.active / self.rows)
+
+    @property
+    def densities(self) -> Float[Tensor, " n_latents"]:
+        """Share of rows in which each latent fires."""
+        return self.counts.double() / self.rows
+
+
+def ce_recovered(clean: float, spliced: float, ablated: float) -> float:
+    """Share of the ablation's harm that the reconstruction avoids: 1 is perfect, 0 is no better.
+
+    (ablated - spliced) / (ablated - clean), of cross-entropies, as SAEBench defines it.
+    """
+    return (ablated - spliced) / (ablated - clean)

@@ -1,0 +1,16 @@
+"""Schedules as pure functions of the step."""
+
+
+def learning_rate(step: int, steps: int, *, peak: float, warmup_steps: int, decay_share: float) -> float:
+    """Linear warm-up, constant, then linear to zero over the last `decay_share` of the run.
+
+    Args:
+        step: From 0; the update that takes the run from `step` to `step + 1`.
+        steps: Of the whole run.
+        peak: The constant in the middle.
+        warmup_steps: The first update has peak / warmup_steps.
+        decay_share: The last update has peak / (decay_share * steps).
+    """
+    rise = (step + 1) / warmup_steps if warmup_steps else 1.0
+    fall = (steps - step) / (decay_share * steps) if decay_share else 1.0
+    return peak * min(1.0, rise, fall)

@@ -1,0 +1,108 @@
+"""A folder as an object store: the embedded default."""
+
+import errno
+import os
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import BinaryIO
+from urllib.parse import unquote, urlsplit
+
+from dist_sae.errors import AccessError, ObjectNotFoundError, StoreError, StoreFullError
+
+_TEMPORARY = ".partial"  # suffix of files that are still being written; never listed
+
+
+class LocalStore:
+    """Objects are files; a write becomes visible by one rename (or link) after fsync."""
+
+    def __init__(self, url: str) -> None:
+        self._root = Path(unquote(urlsplit(url).path) if url.startswith("file://") else url).absolute()
+
+    @property
+    def url(self) -> str:
+        return self._root.as_uri()
+
+    def get(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
+        with self._errors(key), (self._root / key).open("rb") as file:
+            file.seek(start)
+            return file.read(-1 if stop is None else stop - start)
+
+    def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
+        path = self._root / key
+        partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}{_TEMPORARY}")
+        with self._errors(key):
+            try:
+                with _create(partial) as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                if if_absent:
+                    try:
+                        os.link(partial, path)  # fails when the file exists, unlike rename
+                    except FileExistsError:
+                        return False
+                else:
+                    partial.replace(path)
+                _sync_folder(path.parent)
+                return True
+            finally:
+                with suppress(FileNotFoundError):
+                    partial.unlink()
+
+    def size(self, key: str) -> int | None:
+        with self._errors(key):
+            try:
+                return (self._root / key).stat().st_size
+            except FileNotFoundError:
+                return None
+
+    def keys(self, prefix: str = "") -> Iterator[str]:
+        folder = self._root / prefix.rpartition("/")[0]
+        found = (
+            path.relative_to(self._root).as_posix()
+            for path in folder.rglob("*")
+            if not path.name.endswith(_TEMPORARY) and path.is_file()
+        )
+        yield from sorted(key for key in found if key.startswith(prefix))
+
+    def delete(self, key: str) -> None:
+        path = self._root / key
+        with self._errors(key), suppress(FileNotFoundError):
+            path.unlink()
+            with suppress(OSError):  # not empty, or gone
+                path.parent.rmdir()
+
+    @contextmanager
+    def _errors(self, key: str) -> Iterator[None]:
+        try:
+            yield
+        except FileNotFoundError as exc:
+            raise ObjectNotFoundError("no such object", url=self.url, key=key) from exc
+        except OSError as exc:
+            if exc.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise StoreFullError(
+                    "no space left; free some and start the same command again to continue",
+                    url=self.url,
+                    key=key,
+                ) from exc
+            kind = AccessError if exc.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else StoreError
+            raise kind(f"{exc.strerror or exc}", url=self.url, key=key) from exc
+
+
+def _create(path: Path) -> BinaryIO:
+    """A new file, in a new folder where need be."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # another process deleted the folder, empty, in between
+            return path.open("xb")
+
+
+def _sync_folder(folder: Path) -> None:
+    """Make a new name in a folder survive a power cut."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

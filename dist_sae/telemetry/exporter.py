@@ -1,0 +1,65 @@
+"""Serves the metrics to Prometheus; the only module that talks to prometheus_client."""
+
+import logging
+from typing import Self
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+
+from dist_sae import __version__
+from dist_sae.errors import TelemetryError
+from dist_sae.telemetry.metrics import METRICS
+
+logger = logging.getLogger(__name__)
+
+
+class Telemetry:
+    """The metrics of this process.
+
+    Args:
+        run: Name of the run.
+        role: What this process is: `produce` or `train`.
+        port: Where to serve them; 0 takes any free port, None serves nothing.
+
+    Raises:
+        TelemetryError: The port is taken.
+    """
+
+    def __init__(self, run: str, role: str, port: int | None) -> None:
+        registry = CollectorRegistry()
+        kinds = {"counter": Counter, "gauge": Gauge}
+        self._metrics = {
+            m.name: kinds[m.kind](m.name, m.help, m.labels, registry=registry) for m in METRICS
+        }
+        self.port: int | None = None
+        self._server = None
+        if port is not None:
+            try:
+                self._server, _ = start_http_server(port, registry=registry)
+            except OSError as exc:
+                raise TelemetryError(
+                    f"telemetry.port {port}: cannot be opened ({exc.strerror}); "
+                    f"choose another, or 0 for any free one"
+                ) from exc
+            self.port = self._server.server_port
+            logger.info("metrics on port %d", self.port)
+        self.set("dist_sae_run_info", 1, run=run, role=role, version=__version__)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._server is not None:
+            self._server.shutdown()
+            self._server.server_close()
+
+    def set(self, name: str, value: float, **labels: str) -> None:
+        """Set a gauge."""
+        self._child(name, labels).set(value)
+
+    def add(self, name: str, value: float, **labels: str) -> None:
+        """Add to a counter."""
+        self._child(name, labels).inc(value)
+
+    def _child(self, name: str, labels: dict[str, str]) -> Counter | Gauge:
+        metric = self._metrics[name]
+        return metric.labels(**labels) if labels else metric

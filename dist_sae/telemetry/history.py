@@ -1,0 +1,39 @@
+"""The same numbers in the run's folder, so that a report needs no Prometheus."""
+
+import json
+from collections.abc import Mapping
+from typing import Any
+
+from dist_sae.storage import ObjectStore
+
+_PREFIX = "history/"
+
+
+class History:
+    """Records of one process's life, as JSON lines under `history/<first step>.jsonl`."""
+
+    def __init__(self, store: ObjectStore, run: str, first_step: int) -> None:
+        self._store = store
+        self._key = f"{run}/{_PREFIX}{first_step:08d}.jsonl"
+        self._lines: list[str] = []
+
+    def append(self, record: Mapping[str, Any]) -> None:
+        """Keep a record; it must have a `step`."""
+        self._lines.append(json.dumps(record))
+
+    def flush(self) -> None:
+        """Make all records so far durable."""
+        if self._lines:
+            self._store.put(self._key, ("\n".join(self._lines) + "\n").encode())
+
+
+def read_history(store: ObjectStore, run: str) -> list[dict[str, Any]]:
+    """All records of a run by step; where it was repeated after a restart, the later life counts."""
+    records: dict[int, dict[str, Any]] = {}
+    for key in store.keys(f"{run}/{_PREFIX}"):
+        first = int(key.rpartition("/")[2].partition(".")[0])
+        records = {step: record for step, record in records.items() if step <= first}
+        for line in store.get(key).decode().splitlines():
+            record = json.loads(line)
+            records[record["step"]] = record
+    return [records[step] for step in sorted(records)]

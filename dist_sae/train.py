@@ -1,0 +1,240 @@
+"""`dist-sae train`: one rank of a training job. The loop is `train()`, below."""
+
+import logging
+import threading
+import time
+
+import torch
+import yaml
+
+from dist_sae import logs
+from dist_sae.checkpoint.layout import Checkpoints
+from dist_sae.checkpoint.state import TrainingTensors
+from dist_sae.config import Run, differences, dump_run
+from dist_sae.data.loader import Batch, Loader, Units
+from dist_sae.data.normaliser import Normaliser, measure
+from dist_sae.data.plan import Plan, load_plan
+from dist_sae.errors import DataExhaustedError, ObjectNotFoundError, PlanMismatchError, Stopped
+from dist_sae.parallel import preemption
+from dist_sae.parallel.engine import DeepSpeedEngine
+from dist_sae.parallel.mesh import Mesh
+from dist_sae.sae import build_sae
+from dist_sae.sae.base import Output, Sae
+from dist_sae.sae.dead import DeadLatents, fired
+from dist_sae.sae.init import initialise
+from dist_sae.sae.schedules import learning_rate
+from dist_sae.storage import ObjectStore, open_store
+from dist_sae.telemetry.exporter import Telemetry
+from dist_sae.telemetry.history import History
+
+logger = logging.getLogger(__name__)
+
+_FREE_SETTINGS = {  # of a run: they change how it is done, not what comes out
+    "store",
+    "processes",
+    "evaluate",
+    "telemetry",
+    "train.log_every_steps",
+    "train.save_every_steps",
+    "train.keep_checkpoints",
+}
+
+
+def train(run: Run, mesh: Mesh, stopping: threading.Event, telemetry: Telemetry) -> None:
+    """Fit the dictionary, from the newest checkpoint on if there is one.
+
+    Args:
+        run: The run.
+        mesh: This rank's place among the ranks.
+        stopping: When set on any rank, all save and stop.
+        telemetry: Takes the metrics.
+
+    Raises:
+        Stopped: Asked to stop; a checkpoint holds everything so far.
+        DataExhaustedError: The activation set has too few rows.
+        NonFiniteError: Loss or gradient; the weights were not touched.
+    """
+    runs = open_store(run.store.runs, run.store.s3)
+    activations = open_store(run.store.activations, run.store.s3)
+    plan = load_plan(activations, run)
+    _check_rows(run, plan)
+    _own_run_folder(run, runs, mesh)
+
+    units = Units(activations, plan, run.site, stopping)
+    normaliser = measure(units, run.train.normaliser_rows)
+    sae = build_sae(run.sae, len(normaliser.mean), run.train.products).to(mesh.device)
+    dead = DeadLatents(run.sae.n_latents, run.sae.dead_after_rows)
+    engine = DeepSpeedEngine(run, sae, mesh)
+    tensors = TrainingTensors(sae, engine.optimizer, dead)
+    checkpoints = Checkpoints(runs, run.name, run.train.keep_checkpoints)
+    start = _resume_or_start(run, mesh, units, normaliser, sae, tensors, checkpoints)
+    scalars = {"scale": normaliser.scale, "mean": normaliser.mean.tolist(), "variance": normaliser.variance}
+    report = _Reporter(run, mesh, telemetry, History(runs, run.name, start), start)
+
+    with _loader(run, mesh, units, range(start, run.steps)) as batches:
+        for batch in batches:
+            x = batch.acts.to(mesh.device, torch.float32) * normaliser.scale
+            output = engine.objective(x, normaliser.variance, dead.mask, mesh.sum)
+            engine.backward(output.terms.total)
+            lr = _learning_rate(run, batch.step)
+            gradient_norm = engine.step(lr)  # raises NonFiniteError before it touches the weights
+            dead.update(mesh.any(fired(output.codes, run.sae.n_latents)), run.train.batch_rows)
+            step = batch.step + 1
+            report.step(step, batch, output, dead, lr=lr, gradient_norm=gradient_norm)
+            stop = preemption.agreed(mesh, stopping)
+            if stop or step == run.steps or step % run.train.save_every_steps == 0:
+                _save(checkpoints, step, tensors, scalars, mesh, report)
+            if stop and step < run.steps:
+                raise Stopped(f"stopped at step {step} of {run.steps}, all saved; start again to go on")
+
+
+def _resume_or_start(
+    run: Run,
+    mesh: Mesh,
+    units: Units,
+    normaliser: Normaliser,
+    sae: Sae,
+    tensors: TrainingTensors,
+    checkpoints: Checkpoints,
+) -> int:
+    """Fill in the dictionary; returns the step to go on from."""
+    checkpoint = checkpoints.latest()
+    if checkpoint is not None:
+        tensors.restore(checkpoint)
+        logger.info("resuming at step %d of %d", checkpoint.step, run.steps)
+        return checkpoint.step
+    with _loader(run, mesh, units, range(1)) as batches:
+        (first,) = batches
+    x = first.acts.to(mesh.device, torch.float32) * normaliser.scale
+    initialise(sae, x, run.train.seed, mesh.sum)
+    return 0
+
+
+def _loader(run: Run, mesh: Mesh, units: Units, steps: range) -> Loader:
+    return Loader(
+        units,
+        rank=mesh.rank,
+        world=mesh.world,
+        batch_rows=run.train.batch_rows,
+        steps=steps,
+        max_passes=run.train.max_passes,
+    )
+
+
+def _learning_rate(run: Run, step: int) -> float:
+    train = run.train
+    return learning_rate(
+        step, run.steps, peak=run.lr, warmup_steps=train.warmup_steps, decay_share=train.decay_share
+    )
+
+
+def _check_rows(run: Run, plan: Plan) -> None:
+    """Say at once, not after a week, that the data cannot last."""
+    there = plan.train_rows_estimate * run.train.max_passes
+    if run.train.rows > 1.05 * there:  # the estimate is good to a few per cent
+        raise DataExhaustedError(
+            f"train.rows asks for {run.train.rows} rows, but the activation set will have about "
+            f"{plan.train_rows_estimate} x {run.train.max_passes} passes; lower train.rows, raise "
+            f"train.max_passes or add text"
+        )
+
+
+def _own_run_folder(run: Run, runs: ObjectStore, mesh: Mesh) -> None:
+    """Leave the resolved run in its folder, or find that another run lives there."""
+    key = f"{run.name}/run.yaml"
+    try:
+        there = yaml.safe_load(runs.get(key))
+    except ObjectNotFoundError:
+        there = None
+    if there is not None:
+        changed = [
+            line
+            for line in differences(there, yaml.safe_load(dump_run(run)))
+            if not any(line.startswith((f"{free}.", f"{free}:")) for free in _FREE_SETTINGS)
+        ]
+        if changed:
+            raise PlanMismatchError(
+                f"{runs.url}/{run.name}: holds a run with other settings ({'; '.join(changed)}); "
+                f"restore them or choose another name"
+            )
+    mesh.barrier()  # every rank has looked before the first one writes
+    if mesh.is_first:
+        runs.put(key, dump_run(run).encode())
+
+
+def _save(
+    checkpoints: Checkpoints,
+    step: int,
+    tensors: TrainingTensors,
+    scalars: dict[str, object],
+    mesh: Mesh,
+    report: "_Reporter",
+) -> None:
+    """Save on the first rank (the dictionary is whole on each); no rank goes on before it is durable."""
+    since = time.monotonic()
+    size = checkpoints.save(step, tensors.collect(), scalars) if mesh.is_first else 0
+    mesh.barrier()
+    report.saved(step, size, time.monotonic() - since)
+
+
+class _Reporter:
+    """Numbers about the run, for people: Prometheus, the run's history, the progress bar."""
+
+    def __init__(self, run: Run, mesh: Mesh, telemetry: Telemetry, history: History, start: int) -> None:
+        self._run = run
+        self._mesh = mesh
+        self._telemetry = telemetry
+        self._history = history
+        self._since = (start, time.monotonic())
+        self._waited = 0.0
+        telemetry.set("dist_sae_train_steps", run.steps)
+
+    def step(
+        self, step: int, batch: Batch, output: Output, dead: DeadLatents, *, lr: float, gradient_norm: float
+    ) -> None:
+        """Count a step; every `log_every_steps`, gather and publish. Collective then."""
+        self._waited += batch.waited_seconds
+        if step % self._run.train.log_every_steps and step != self._run.steps:
+            return
+        active = (output.codes.acts > 0).sum().float() / len(batch.acts)
+        terms = torch.stack([output.terms.fvu.detach(), output.terms.auxk.detach(), active])
+        fvu, auxk, l0 = (self._mesh.sum(terms) / self._mesh.world).tolist()
+        first, then = self._since
+        seconds = time.monotonic() - then
+        self._since = (step, time.monotonic())
+        rows = (step - first) * self._run.train.batch_rows
+        numbers = {
+            "fvu": fvu,
+            "auxk_loss": auxk,
+            "l0_latents": l0,
+            "dead_share": float(dead.mask.float().mean()),
+            "gradient_norm": gradient_norm,
+            "learning_rate": lr,
+            "rows_per_second": rows / seconds,
+        }
+        self._publish(step, rows, seconds, numbers)
+        self._waited = 0.0
+
+    def _publish(self, step: int, rows: int, seconds: float, numbers: dict[str, float]) -> None:
+        telemetry = self._telemetry
+        for name, value in numbers.items():
+            telemetry.set(f"dist_sae_train_{name}", value)
+        telemetry.set("dist_sae_train_step", step)
+        telemetry.add("dist_sae_train_rows_total", rows)
+        telemetry.add("dist_sae_train_step_seconds_total", seconds)
+        telemetry.add("dist_sae_train_wait_seconds_total", self._waited)
+        if self._mesh.is_first:
+            trained = step * self._run.train.batch_rows
+            self._history.append(
+                {"step": step, "rows": trained, "seconds": seconds, "wait_seconds": self._waited, **numbers}
+            )
+            shown = {name: numbers[name] for name in ("fvu", "l0_latents", "dead_share", "rows_per_second")}
+            logs.progress("train", step, self._run.steps, wait_share=self._waited / seconds, **shown)
+
+    def saved(self, step: int, size: int, seconds: float) -> None:
+        """A checkpoint is durable."""
+        self._telemetry.set("dist_sae_checkpoint_step", step)
+        self._telemetry.set("dist_sae_checkpoint_seconds", seconds)
+        self._telemetry.set("dist_sae_checkpoint_bytes", size)
+        if self._mesh.is_first:
+            self._history.flush()

