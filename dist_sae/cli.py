@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dist_sae import __version__, logs
-from dist_sae.errors import EXIT_DONE, DistSaeError, Stopped
+from dist_sae.errors import EXIT_DONE, EXIT_RESUMABLE, DistSaeError, Stopped
 
 if TYPE_CHECKING:
     from dist_sae.config import Run
@@ -27,6 +27,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logs.configure(rank=int(os.environ.get("RANK", "0")))
     try:
         options.command(options)
+        sys.stdout.flush()
     except Stopped as stop:
         sys.stderr.write(f"stopped: {stop}\n")
         return stop.exit_code
@@ -34,15 +35,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for line in str(error).splitlines():
             sys.stderr.write(f"error: {line}\n")
         return error.exit_code
-    except BrokenPipeError:
-        return EXIT_DONE  # whoever read our output has had enough
+    except KeyboardInterrupt:
+        sys.stderr.write("stopped: interrupted; start the same command again\n")
+        return EXIT_RESUMABLE
+    except BrokenPipeError:  # whoever read our output has had enough
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit fails too
     return EXIT_DONE
 
 
 def _plan(options: argparse.Namespace) -> None:
     from dist_sae.plan import plan
 
-    plan(_load(options))
+    made = plan(_load(options))
+    result = {
+        "plan": made.hash,
+        "documents": sum(file.documents for file in made.files),
+        "train_units": len(made.train_units),
+        "heldout_units": len(made.heldout_units),
+        "train_rows": made.train_rows_estimate,
+    }
+    _print_result(options, result)
 
 
 def _produce(options: argparse.Namespace) -> None:
@@ -51,7 +63,9 @@ def _produce(options: argparse.Namespace) -> None:
 
     run = _load(options)
     worker = options.worker or f"producer-{os.getpid()}@{os.uname().nodename}"
-    with Telemetry(run.name, "produce", _port(run.telemetry.port, options.port_offset)) as telemetry:
+    with Telemetry(
+        run.name, "produce", _port(run.telemetry.port, options.port_offset)
+    ) as telemetry:
         produce(run, worker, _stop_on_signals(), telemetry)
 
 
@@ -72,7 +86,7 @@ def _train(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from dist_sae.evaluate import evaluate
 
-    _print_result(options, evaluate(_load(options)))
+    _print_result(options, evaluate(_load(options), _stop_on_signals()))
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -96,25 +110,28 @@ def _run(options: argparse.Namespace) -> None:
 def _config_show(options: argparse.Namespace) -> None:
     from dist_sae.config import dump_run
 
-    sys.stdout.write(dump_run(_load(options)))
+    run = _load(options)
+    sys.stdout.write(_json(options, run.model_dump(mode="json")) if options.json else dump_run(run))
 
 
-def _config_schema(_: argparse.Namespace) -> None:
+def _config_schema(options: argparse.Namespace) -> None:
     from dist_sae.config import Run
 
-    sys.stdout.write(json.dumps(Run.model_json_schema(), indent=2) + "\n")
+    sys.stdout.write(_json(options, Run.model_json_schema()))
 
 
 def _store_verify(options: argparse.Namespace) -> None:
     from dist_sae.verify import verify
 
-    _print_result(options, verify(_load(options)))
+    found = verify(_load(options))
+    _print_result(options, found.result())
+    found.raise_if_bad()
 
 
 def _render(options: argparse.Namespace) -> None:
     from dist_sae.parallel.zero import deepspeed_config
 
-    sys.stdout.write(json.dumps({"deepspeed": deepspeed_config(_load(options))}, indent=2) + "\n")
+    sys.stdout.write(_json(options, {"deepspeed": deepspeed_config(_load(options))}))
 
 
 def _load(options: argparse.Namespace) -> "Run":
@@ -126,13 +143,18 @@ def _load(options: argparse.Namespace) -> "Run":
 def _print_result(options: argparse.Namespace, result: Mapping[str, Any]) -> None:
     """For people, and with --json for programs: one object as the last line of stdout."""
     if options.json:
-        sys.stdout.write(json.dumps(result) + "\n")
+        sys.stdout.write(_json(options, result))
         return
     for name, value in result.items():
         if isinstance(value, float):
             sys.stdout.write(f"{name:20} {value:.4g}\n")
         elif not isinstance(value, list):
             sys.stdout.write(f"{name:20} {value}\n")
+
+
+def _json(options: argparse.Namespace, content: Mapping[str, Any]) -> str:
+    """On one line where a program asked for it, indented for people."""
+    return json.dumps(content, indent=None if options.json else 2) + "\n"
 
 
 def _port(first: int | None, offset: int) -> int | None:
@@ -148,7 +170,9 @@ def _stop_on_signals() -> threading.Event:
     if os.environ.get(logs.SUPERVISED):
 
         def watch() -> None:
-            os.read(sys.stdin.fileno(), 1)  # returns when the parent is gone; takes no lock, unlike sys.stdin
+            os.read(
+                sys.stdin.fileno(), 1
+            )  # returns when the parent is gone; takes no lock, unlike sys.stdin
             stopping.set()
 
         threading.Thread(target=watch, name="parent", daemon=True).start()
@@ -158,21 +182,28 @@ def _stop_on_signals() -> threading.Event:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="dist-sae",
-        description="Train sparse autoencoders on language-model activations, on a laptop or a cluster.",
+        description="Train sparse autoencoders on language-model activations, "
+        "on a laptop or a cluster.",
         epilog="Exit codes: 0 done, 2 something to fix, 75 stopped and resumable, 1 a bug.",
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
 
-    def add(name: str, command: Command, text: str, group: Any = commands) -> argparse.ArgumentParser:
+    def add(
+        name: str, command: Command, text: str, group: Any = commands
+    ) -> argparse.ArgumentParser:
         sub: argparse.ArgumentParser = group.add_parser(name, help=text, description=text)
         sub.add_argument("run", metavar="RUN.yaml", help="the run file")
-        sub.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override, as sae.k=64")
+        sub.add_argument(
+            "--set", metavar="KEY=VALUE", action="append", default=[], help="override, as sae.k=64"
+        )
         sub.add_argument("--json", action="store_true", help="print the result as one JSON object")
         sub.set_defaults(command=command)
         return sub
 
-    add("run", _run, "do everything on this machine: plan, produce, train, evaluate, export, report")
+    add(
+        "run", _run, "do everything on this machine: plan, produce, train, evaluate, export, report"
+    )
     add("plan", _plan, "read the corpus and fix which documents make up which unit")
     produce = add("produce", _produce, "run the model over units and store their activations")
     produce.add_argument("--worker", help="name of this producer; unique among those alive")
@@ -197,6 +228,9 @@ def _parser() -> argparse.ArgumentParser:
         for action, command, help_text in members:
             add(action, command, help_text, actions)
         if name == "config":
-            schema = actions.add_parser("schema", help="print the JSON Schema of run files, for editors")
+            schema = actions.add_parser(
+                "schema", help="print the JSON Schema of run files, for editors"
+            )
+            schema.add_argument("--json", action="store_true", help="print it on one line")
             schema.set_defaults(command=_config_schema)
     return parser

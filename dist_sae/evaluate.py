@@ -1,4 +1,4 @@
-"""`dist-sae evaluate`: the newest checkpoint on held-out text, beside the baselines it must beat."""
+"""`dist-sae evaluate`: the newest checkpoint on held-out text, beside what it must beat."""
 
 import json
 import logging
@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
-from dist_sae.checkpoint.state import weights
+from dist_sae.checkpoint.state import IDLE_ROWS, WEIGHTS, weights
 from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.data.admission import admitted, of_usual_norm
@@ -35,13 +35,17 @@ _PCA_ROWS = 100_000
 _DENSITY_EDGES = [-7 + 0.25 * i for i in range(29)]  # log10, to 0
 
 
-def evaluate(run: Run) -> dict[str, Any]:
+def evaluate(run: Run, stopping: threading.Event) -> dict[str, Any]:
     """Measure the newest checkpoint and leave the result in `<run>/evaluation.json`.
 
+    Args:
+        run: The run.
+        stopping: Ends the wait for units that are not there yet.
+
     Returns:
-        `fvu`, `l0`, `dead_share`, `rows`, `pca_fvu` (of a PCA with k components, from training rows),
-        densities, and for language models the cross-entropies in nats per token with the site
-        left alone (`ce_clean`), replaced by the reconstruction (`ce_spliced`), by zero (`ce_zero`)
+        `fvu`, `l0`, `dead_share`, `rows`, `pca_fvu` (of a PCA with k components, from
+        training rows), densities, and for language models the cross-entropies in nats per
+        token with the site left alone (`ce_clean`), replaced by the reconstruction (`ce_spliced`), by zero (`ce_zero`)
         and by the mean (`ce_mean`), with the shares recovered.
 
     Raises:
@@ -50,12 +54,16 @@ def evaluate(run: Run) -> dict[str, Any]:
     runs = open_store(run.store.runs, run.store.s3)
     store = open_store(run.store.activations, run.store.s3)
     plan = load_plan(store, run)
-    checkpoint = Checkpoints(runs, run.name, run.train.keep_checkpoints).latest()
+    checkpoint = Checkpoints(runs, run.name, run.train.keep_checkpoints).latest(
+        [*WEIGHTS, IDLE_ROWS]
+    )
     if checkpoint is None:
-        raise ConfigError(f"{runs.url}/{run.name}: holds no checkpoint yet; run `dist-sae train` first")
+        raise ConfigError(
+            f"{runs.url}/{run.name}: holds no checkpoint yet; run `dist-sae train` first"
+        )
     if not len(plan.heldout_units):
         raise ConfigError("activations.heldout_share: is 0, so there is nothing to evaluate on")
-    units = Units(store, plan, run.site, threading.Event())
+    units = Units(store, plan, run.site, stopping)
     scale, mean = float(checkpoint.scalars["scale"]), torch.tensor(checkpoint.scalars["mean"])
     sae = build_sae(run.sae, len(mean))
     sae.load_state_dict(weights(checkpoint))
@@ -87,7 +95,9 @@ def evaluate(run: Run) -> dict[str, Any]:
     return result
 
 
-def _scaled_rows(units: Units, numbers: range, scale: float, limit: int) -> Iterator[Float[Tensor, "rows d_in"]]:
+def _scaled_rows(
+    units: Units, numbers: range, scale: float, limit: int
+) -> Iterator[Float[Tensor, "rows d_in"]]:
     """Scaled activations of units, block by block, `limit` rows at most."""
     for number in numbers:
         shard = units.shard(units.manifest(number))
@@ -99,18 +109,24 @@ def _scaled_rows(units: Units, numbers: range, scale: float, limit: int) -> Iter
             yield acts.float() * scale
 
 
-def _principal_components(units: Units, scale: float, components: int) -> Float[Tensor, "d_in components"]:
+def _principal_components(
+    units: Units, scale: float, components: int
+) -> Float[Tensor, "d_in components"]:
     """The leading directions of training rows, about their mean."""
     rows, total, products = 0, torch.zeros(()), torch.zeros(())
     for x in _scaled_rows(units, units.plan.train_units, scale, _PCA_ROWS):
-        rows, total, products = rows + len(x), total + x.double().sum(0), products + (x.T @ x).double()
+        rows, total, products = (
+            rows + len(x),
+            total + x.double().sum(0),
+            products + (x.T @ x).double(),
+        )
     mean = total / rows
     covariance = products / rows - torch.outer(mean, mean)
     return torch.linalg.eigh(covariance).eigenvectors[:, -components:].float()
 
 
 def _dead_share(run: Run, checkpoint: Checkpoint) -> float:
-    return float((checkpoint.tensors["idle_rows"] >= run.sae.dead_after_rows).double().mean())
+    return float((checkpoint.tensors[IDLE_ROWS] >= run.sae.dead_after_rows).double().mean())
 
 
 def _density_histogram(fit: Fit) -> dict[str, Any]:
@@ -129,7 +145,7 @@ def _cross_entropies(
     run: Run, model: HuggingFaceModel, plan: Plan, sae: Sae, scale: float, mean: Tensor
 ) -> dict[str, float]:
     """Next-token losses of the whole model with the site's admitted rows replaced."""
-    from dist_sae.models.huggingface import SplicedModel  # noqa: PLC0415 - 3 s to import
+    from dist_sae.models.huggingface import SplicedModel
 
     tokenizer = build_tokenizer(model, 0)
     spliced = SplicedModel(model, run.site)
@@ -138,7 +154,7 @@ def _cross_entropies(
         "clean": None,
         "spliced": lambda rows: sae.decode(sae.encode(rows * scale)) / scale,
         "zero": torch.zeros_like,
-        "mean": lambda rows: (mean / scale).expand_as(rows),
+        "mean": lambda rows: (mean / scale).expand(rows.shape),
     }
     for batch in _heldout_batches(run, model, plan, tokenizer.bos):
         keep = admitted(batch, tokenizer.special, run.activations.exclude, Counter())
@@ -155,13 +171,18 @@ def _cross_entropies(
     }
 
 
-def _heldout_batches(run: Run, model: HuggingFaceModel, plan: Plan, bos: int | None) -> Iterator[TokenBatch]:
+def _heldout_batches(
+    run: Run, model: HuggingFaceModel, plan: Plan, bos: int | None
+) -> Iterator[TokenBatch]:
     tokenizer = build_tokenizer(model, 0)
     bos = bos if run.activations.prepend_bos else None
     spans = [span for unit in plan.heldout_units for span in plan.units[unit]]
     documents = Corpus(run.corpus, run.store.s3).read(plan.files, spans)
     contexts = cut(
-        islice(documents, run.evaluate.contexts), tokenizer, context_tokens=run.activations.context_tokens, bos=bos
+        islice(documents, run.evaluate.contexts),
+        tokenizer,
+        context_tokens=run.activations.context_tokens,
+        bos=bos,
     )
     chosen = list(islice(contexts, run.evaluate.contexts))
     return pack(chosen, batch_tokens=model.batch_tokens, bos=bos)

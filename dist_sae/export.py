@@ -16,7 +16,7 @@ from torch import Tensor
 
 from dist_sae import __version__
 from dist_sae.checkpoint.layout import Checkpoints
-from dist_sae.checkpoint.state import weights
+from dist_sae.checkpoint.state import WEIGHTS, weights
 from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.errors import ConfigError
@@ -42,9 +42,11 @@ def export(run: Run) -> str:
         ConfigError: There is no checkpoint.
     """
     runs = open_store(run.store.runs, run.store.s3)
-    checkpoint = Checkpoints(runs, run.name, run.train.keep_checkpoints).latest()
+    checkpoint = Checkpoints(runs, run.name, run.train.keep_checkpoints).latest(WEIGHTS)
     if checkpoint is None:
-        raise ConfigError(f"{runs.url}/{run.name}: holds no checkpoint yet; run `dist-sae train` first")
+        raise ConfigError(
+            f"{runs.url}/{run.name}: holds no checkpoint yet; run `dist-sae train` first"
+        )
     scale = float(checkpoint.scalars["scale"])
     folder = f"{run.name}/export"
     tensors = folded(weights(checkpoint), scale)
@@ -58,7 +60,9 @@ def folded(parameters: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
     """Tensors in SAELens's names and orientation, for raw activations."""
     p = {name: tensor.double() for name, tensor in parameters.items()}
     norms = p["W_dec"].norm(dim=1)
-    assert torch.allclose(norms, torch.ones_like(norms), atol=1e-4), "decoder rows must have unit norm"
+    assert torch.allclose(norms, torch.ones_like(norms), atol=1e-4), (
+        "decoder rows must have unit norm"
+    )
     exported = {
         "W_enc": scale * p["W_enc"].T,
         "b_enc": p["b_enc"],
@@ -68,7 +72,9 @@ def folded(parameters: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
     return {name: tensor.float().contiguous() for name, tensor in exported.items()}
 
 
-def saelens_config(run: Run, tensors: dict[str, Tensor], *, step: int, scale: float) -> dict[str, Any]:
+def saelens_config(
+    run: Run, tensors: dict[str, Tensor], *, step: int, scale: float
+) -> dict[str, Any]:
     """`cfg.json`, with every key that SAELens writes itself, and what else one should know."""
     d_in, n_latents = tensors["W_enc"].shape
     site, _, layer = run.site.rpartition(".")
@@ -87,7 +93,9 @@ def saelens_config(run: Run, tensors: dict[str, Tensor], *, step: int, scale: fl
         "metadata": {
             "sae_lens_version": _SAELENS_VERSION,
             "sae_lens_training_version": None,
-            "model_name": run.model.path if isinstance(run.model, HuggingFaceModel) else "synthetic",
+            "model_name": run.model.path
+            if isinstance(run.model, HuggingFaceModel)
+            else "synthetic",
             "model_class_name": "HookedTransformer",
             "hook_name": f"blocks.{layer}.{_HOOKS[site]}" if hugging_face else run.site,
             "hook_head_index": None,

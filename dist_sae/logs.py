@@ -32,5 +32,7 @@ def progress(role: str, done: float, total: float, **numbers: Any) -> None:
         sys.stdout.write(json.dumps(record) + "\n")
         sys.stdout.flush()
     else:
-        shown = " ".join(f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in numbers.items())
+        shown = " ".join(
+            f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in numbers.items()
+        )
         logger.info("%s %s/%s %s", role, f"{done:.0f}", f"{total:.0f}", shown)

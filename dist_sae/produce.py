@@ -27,7 +27,7 @@ from dist_sae.data.orders import spread
 from dist_sae.data.plan import Plan, load_plan
 from dist_sae.data.shard import DTYPES, Rows, UnitManifest, manifest_key, write_shard
 from dist_sae.data.tokens import TokenBatch, cut, pack
-from dist_sae.errors import NonFiniteError, Stopped
+from dist_sae.errors import CorpusError, NonFiniteError, Stopped
 from dist_sae.models import ActivationSource, Tokenizer, build_source, build_tokenizer
 from dist_sae.storage import ObjectStore, open_store
 from dist_sae.telemetry.exporter import Telemetry
@@ -80,17 +80,21 @@ def produce(run: Run, worker: str, stopping: threading.Event, telemetry: Telemet
             while (tokenized := upcoming.result()) is not None:
                 upcoming = preparer.submit(prepare.next_unit)
                 source = source or build_source(run.model, run.activations.sites)
-                computed = _compute(tokenized, source, prepare.tokenizer, run.activations, stopping)
+                computed = _compute(
+                    tokenized, source, prepare.tokenizer, run.activations, claims, stopping
+                )
                 if finishing is not None:
                     _report(finishing.result(), plan, claims, telemetry)
-                finishing = finisher.submit(_finish, computed, store, plan, run.activations, worker, claims)
+                finishing = finisher.submit(
+                    _finish, computed, store, plan, run.activations, worker, claims
+                )
             if finishing is not None:
                 _report(finishing.result(), plan, claims, telemetry)
         except BaseException:
             stopping.set()  # wakes the preparing thread, which may wait for other producers
             raise
-        finally:
-            upcoming.cancel()
+        finally:  # no thread may claim or finish anything after the release
+            preparer.shutdown(cancel_futures=True)
             finisher.shutdown()
             claims.release_all()
     if stopping.is_set() and claims.pending():
@@ -118,7 +122,9 @@ class _Preparer:
         bos = self.tokenizer.bos if activations.prepend_bos else None
         with _timed(seconds, "tokenize"):
             documents = list(self._corpus.read(self._plan.files, self._plan.units[unit]))
-            contexts = cut(documents, self.tokenizer, context_tokens=activations.context_tokens, bos=bos)
+            contexts = cut(
+                documents, self.tokenizer, context_tokens=activations.context_tokens, bos=bos
+            )
             batch_tokens = model.batch_tokens if model.kind == "huggingface" else 65_536
             batches = list(pack(contexts, batch_tokens=batch_tokens, bos=bos))
         return TokenizedUnit(unit, len(documents), batches, seconds)
@@ -129,15 +135,22 @@ def _compute(
     source: ActivationSource,
     tokenizer: Tokenizer,
     activations: ActivationsConfig,
+    claims: Claims,
     stopping: threading.Event,
 ) -> ComputedUnit:
     """Run the model over a unit and keep the rows that the rules for tokens admit."""
+    if not work.batches:
+        raise CorpusError(
+            f"unit {work.unit}: none of its {work.documents} documents has a token; "
+            f"take empty documents out of the corpus or raise activations.unit_rows"
+        )
     excluded: Counter[str] = Counter()
     parts: dict[str, list[Rows]] = {site: [] for site in activations.sites}
     with _timed(work.seconds, "forward"):
         for batch in work.batches:
             if stopping.is_set():
                 raise Stopped(f"stopped within unit {work.unit}; start again to go on")
+            claims.renew()
             keep = admitted(batch, tokenizer.special, activations.exclude, excluded)
             acts = source.run(batch.tokens, batch.mask)
             for site in activations.sites:
@@ -158,7 +171,8 @@ def _check_finite(rows: Rows, site: str) -> None:
     if not finite.all():
         row = int((~finite).nonzero()[0])
         raise NonFiniteError(
-            f"{site}: NaN or infinity in document {rows.documents[row]} at position {rows.positions[row]}; "
+            f"{site}: NaN or infinity in document {rows.documents[row]} "
+            f"at position {rows.positions[row]}; "
             f"check the model, or use a wider model.dtype or activations.dtype"
         )
 
@@ -181,10 +195,10 @@ def _finish(
         kept = keep.nonzero()[:, 0]
         documents = next(iter(computed.sites.values())).documents[kept]
         order = kept[torch.from_numpy(spread(documents.numpy(), plan.seed, 4, unit))]
-        sites = {site: rows.take(order) for site, rows in computed.sites.items()}
     with _timed(seconds, "store"):
         shards = {
-            site: write_shard(store, unit, site, rows, activations.block_rows) for site, rows in sites.items()
+            site: write_shard(store, unit, site, rows.take(order), activations.block_rows)
+            for site, rows in computed.sites.items()
         }
     manifest = UnitManifest(
         plan=plan.hash,
@@ -225,5 +239,3 @@ def _timed(seconds: Counter[str], stage: str) -> Iterator[None]:
     since = time.monotonic()
     yield
     seconds[stage] += time.monotonic() - since  # type: ignore[assignment] # Counter holds floats well
-
-

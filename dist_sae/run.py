@@ -18,7 +18,14 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.progress import (
+    BarColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeElapsedColumn,
+    TimeRemainingColumn,
+)
 
 from dist_sae.config import Run
 from dist_sae.errors import EXIT_BUG, EXIT_RESUMABLE, EXIT_USER, ProcessFailedError, Stopped
@@ -65,9 +72,21 @@ def _workers(run: Run, job: "_Job") -> list["_Process"]:
     producers, trainers = run.processes.producers, run.processes.trainers
     threads = run.processes.threads or max(1, (os.cpu_count() or 1) // (producers + trainers))
     common = {"OMP_NUM_THREADS": str(threads)}
-    rendezvous = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port()), "WORLD_SIZE": str(trainers)}
+    rendezvous = {
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(_free_port()),
+        "WORLD_SIZE": str(trainers),
+    }
     return [
-        job.process(f"producer-{i}", "produce", "--worker", f"producer-{i}", "--port-offset", str(i), env=common)
+        job.process(
+            f"producer-{i}",
+            "produce",
+            "--worker",
+            f"producer-{i}",
+            "--port-offset",
+            str(i),
+            env=common,
+        )
         for i in range(producers)
     ] + [
         job.process(
@@ -99,7 +118,7 @@ class _Process:
         self._words: list[str] = []
 
     def start(self, show: Callable[[str, dict[str, Any]], None]) -> None:
-        """Start it. In a session of its own: Ctrl-C reaches this program alone, which passes it on."""
+        """Start it, in a session of its own: Ctrl-C reaches this program, which passes it on."""
         self._process = subprocess.Popen(
             self._command,
             stdin=subprocess.PIPE,
@@ -139,7 +158,11 @@ class _Process:
         """What it said when it failed, and what exit code that makes for the whole."""
         code = self.poll()
         assert code is not None
-        said = [line.removeprefix("error: ").rstrip() for line in self._words if line.startswith("error: ")]
+        said = [
+            line.removeprefix("error: ").rstrip()
+            for line in self._words
+            if line.startswith("error: ")
+        ]
         if said:
             return ProcessFailedError("\n".join(f"{self.name}: {line}" for line in said), code)
         if code < 0:
@@ -149,7 +172,9 @@ class _Process:
                 f"its log is {self.log}; start again to go on",
                 EXIT_RESUMABLE,
             )
-        last = next((line.strip() for line in reversed(self._words) if line.strip()), "it said nothing")
+        last = next(
+            (line.strip() for line in reversed(self._words) if line.strip()), "it said nothing"
+        )
         return ProcessFailedError(f"{self.name}: {last}; its log is {self.log}", EXIT_BUG)
 
     @property
@@ -185,13 +210,17 @@ class _Process:
 class _Job:
     """Starts processes, watches them, and ends them together."""
 
-    def __init__(self, arguments: list[str], logs: Path, stopping: threading.Event, bars: "_Bars") -> None:
+    def __init__(
+        self, arguments: list[str], logs: Path, stopping: threading.Event, bars: "_Bars"
+    ) -> None:
         self._arguments = arguments
         self._logs = logs
         self._stopping = stopping
         self._bars = bars
 
-    def process(self, name: str, command: str, *options: str, env: Mapping[str, str] | None = None) -> _Process:
+    def process(
+        self, name: str, command: str, *options: str, env: Mapping[str, str] | None = None
+    ) -> _Process:
         line = [sys.executable, "-m", "dist_sae", command, *self._arguments, *options]
         return _Process(name, line, env or {}, self._logs / f"{name}.log")
 
@@ -272,7 +301,10 @@ class _Bars:
         if role == "produce":
             self._rates[process] = record.get("rows_per_second", self._rates.get(process, 0))
             done = max(done, self._done.get(role, 0))  # each producer sees its own share at once
-            record = {"rows_per_second": sum(self._rates.values()), "limit": record.get("busiest", "-")}
+            record = {
+                "rows_per_second": sum(self._rates.values()),
+                "limit": record.get("busiest", "-"),
+            }
         self._done[role] = done
         note = "  ".join(f"{name} {_short(value)}" for name, value in record.items())
         if role not in self._tasks:
@@ -285,7 +317,9 @@ class _Bars:
             return
         if time.monotonic() - self._said.get(role, 0) > _PLAIN_EVERY_SECONDS or done == total:
             self._said[role] = time.monotonic()
-            self._console.print(f"{role} {done:.0f}/{total:.0f}  {note}", highlight=False, soft_wrap=True)
+            self._console.print(
+                f"{role} {done:.0f}/{total:.0f}  {note}", highlight=False, soft_wrap=True
+            )
 
 
 def _short(value: Any) -> str:

@@ -68,7 +68,11 @@ def train(run: Run, mesh: Mesh, stopping: threading.Event, telemetry: Telemetry)
     tensors = TrainingTensors(sae, engine.optimizer, dead)
     checkpoints = Checkpoints(runs, run.name, run.train.keep_checkpoints)
     start = _resume_or_start(run, mesh, units, normaliser, sae, tensors, checkpoints)
-    scalars = {"scale": normaliser.scale, "mean": normaliser.mean.tolist(), "variance": normaliser.variance}
+    scalars = {
+        "scale": normaliser.scale,
+        "mean": normaliser.mean.tolist(),
+        "variance": normaliser.variance,
+    }
     report = _Reporter(run, mesh, telemetry, History(runs, run.name, start), start)
 
     with _loader(run, mesh, units, range(start, run.steps)) as batches:
@@ -85,7 +89,9 @@ def train(run: Run, mesh: Mesh, stopping: threading.Event, telemetry: Telemetry)
             if stop or step == run.steps or step % run.train.save_every_steps == 0:
                 _save(checkpoints, step, tensors, scalars, mesh, report)
             if stop and step < run.steps:
-                raise Stopped(f"stopped at step {step} of {run.steps}, all saved; start again to go on")
+                raise Stopped(
+                    f"stopped at step {step} of {run.steps}, all saved; start again to go on"
+                )
 
 
 def _resume_or_start(
@@ -170,7 +176,7 @@ def _save(
     mesh: Mesh,
     report: "_Reporter",
 ) -> None:
-    """Save on the first rank (the dictionary is whole on each); no rank goes on before it is durable."""
+    """Save on the first rank (the dictionary is whole on each); none goes on before it is done."""
     since = time.monotonic()
     size = checkpoints.save(step, tensors.collect(), scalars) if mesh.is_first else 0
     mesh.barrier()
@@ -180,7 +186,9 @@ def _save(
 class _Reporter:
     """Numbers about the run, for people: Prometheus, the run's history, the progress bar."""
 
-    def __init__(self, run: Run, mesh: Mesh, telemetry: Telemetry, history: History, start: int) -> None:
+    def __init__(
+        self, run: Run, mesh: Mesh, telemetry: Telemetry, history: History, start: int
+    ) -> None:
         self._run = run
         self._mesh = mesh
         self._telemetry = telemetry
@@ -190,7 +198,14 @@ class _Reporter:
         telemetry.set("dist_sae_train_steps", run.steps)
 
     def step(
-        self, step: int, batch: Batch, output: Output, dead: DeadLatents, *, lr: float, gradient_norm: float
+        self,
+        step: int,
+        batch: Batch,
+        output: Output,
+        dead: DeadLatents,
+        *,
+        lr: float,
+        gradient_norm: float,
     ) -> None:
         """Count a step; every `log_every_steps`, gather and publish. Collective then."""
         self._waited += batch.waited_seconds
@@ -226,10 +241,21 @@ class _Reporter:
         if self._mesh.is_first:
             trained = step * self._run.train.batch_rows
             self._history.append(
-                {"step": step, "rows": trained, "seconds": seconds, "wait_seconds": self._waited, **numbers}
+                {
+                    "step": step,
+                    "rows": trained,
+                    "seconds": seconds,
+                    "wait_seconds": self._waited,
+                    **numbers,
+                }
             )
-            shown = {name: numbers[name] for name in ("fvu", "l0_latents", "dead_share", "rows_per_second")}
-            logs.progress("train", step, self._run.steps, wait_share=self._waited / seconds, **shown)
+            shown = {
+                name: numbers[name]
+                for name in ("fvu", "l0_latents", "dead_share", "rows_per_second")
+            }
+            logs.progress(
+                "train", step, self._run.steps, wait_share=self._waited / seconds, **shown
+            )
 
     def saved(self, step: int, size: int, seconds: float) -> None:
         """A checkpoint is durable."""

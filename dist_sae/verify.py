@@ -1,48 +1,90 @@
 """`dist-sae store verify`: check every object of an activation set against its manifest."""
 
 import hashlib
-import logging
-from typing import Any
+from collections.abc import Iterator
+from typing import Any, NamedTuple
 
 from dist_sae.config import Run
-from dist_sae.data.plan import load_plan
-from dist_sae.data.shard import read_manifest
+from dist_sae.data.plan import Plan, load_plan, parse
+from dist_sae.data.shard import SiteShard, UnitManifest
 from dist_sae.errors import CorruptObjectError, ObjectNotFoundError
-from dist_sae.storage import open_store
-
-logger = logging.getLogger(__name__)
+from dist_sae.storage import ObjectStore, open_store
 
 
-def verify(run: Run) -> dict[str, Any]:
-    """Read everything once.
+class Verification(NamedTuple):
+    """What `verify` found."""
 
-    Returns:
-        `objects` and `bytes` read, and `bad`: what is missing or damaged, by key.
+    url: str
+    objects: int
+    bytes: int
+    bad: dict[str, str]
+    """What is wrong with an object, by key."""
+
+    def result(self) -> dict[str, Any]:
+        """For programs: `bad` is their number, `bad_objects` says which and why."""
+        return {
+            "objects": self.objects,
+            "bytes": self.bytes,
+            "bad": len(self.bad),
+            "bad_objects": self.bad,
+        }
+
+    def raise_if_bad(self) -> None:
+        """One line for every bad object, as a `CorruptObjectError`."""
+        if self.bad:
+            lines = [f"{key}: {fault}" for key, fault in self.bad.items()]
+            remedy = (
+                f"{len(self.bad)} of {self.objects} objects are bad; "
+                f"delete the manifests (units/) of their units and produce them again"
+            )
+            raise CorruptObjectError("\n".join([remedy, *lines]), url=self.url)
+
+
+def verify(run: Run) -> Verification:
+    """Read the whole activation set once.
 
     Raises:
-        CorruptObjectError: Something is bad; the message names all of it.
+        PlanMismatchError: The store holds no plan, or another one.
     """
     store = open_store(run.store.activations, run.store.s3)
     plan = load_plan(store, run)
-    objects, size, bad = 0, 0, []
+    objects = size = 0
+    bad: dict[str, str] = {}
     for key in store.keys("units/"):
-        manifest = read_manifest(store, int(key[6:14]))
-        objects += 1
-        if manifest.plan != plan.hash:
-            bad.append(key)
-        for shard in manifest.sites.values():
+        data = store.get(key)
+        objects, size = objects + 1, size + len(data)
+        try:
+            shards = list(_shards(store, key, data, plan))
+        except CorruptObjectError as exc:
+            bad[key] = str(exc).removeprefix(f"{exc.url}/{exc.key}: ")
+            continue
+        for shard in shards:
+            objects += 1
             try:
                 data = store.get(shard.key)
             except ObjectNotFoundError:
-                bad.append(shard.key)
+                bad[shard.key] = "is missing"
                 continue
-            objects, size = objects + 1, size + len(data)
-            if hashlib.sha256(data).hexdigest() != shard.sha256:
-                bad.append(shard.key)
-    if bad:
-        raise CorruptObjectError(
-            f"{len(bad)} of {objects} objects are missing or damaged: {', '.join(bad)}; "
-            f"delete their units' manifests and produce them again",
-            url=store.url,
-        )
-    return {"objects": objects, "bytes": size, "bad": 0}
+            size += len(data)
+            if fault := _fault(shard, data):
+                bad[shard.key] = fault
+    return Verification(store.url, objects, size, bad)
+
+
+def _shards(store: ObjectStore, key: str, data: bytes, plan: Plan) -> Iterator[SiteShard]:
+    manifest = parse(UnitManifest, data, store, key)
+    if manifest.plan != plan.hash:
+        raise CorruptObjectError("belongs to another plan", url=store.url, key=key)
+    yield from manifest.sites.values()
+
+
+def _fault(shard: SiteShard, data: bytes) -> str | None:
+    if len(data) != shard.bytes:
+        return f"has {len(data)} bytes where {shard.bytes} were written"
+    if hashlib.sha256(data).hexdigest() != shard.sha256:
+        return "does not match its checksum"
+    for block in shard.blocks:
+        piece = data[block.offset : block.offset + block.bytes]
+        if hashlib.sha256(piece).hexdigest() != block.sha256:
+            return "does not match its manifest's list of blocks"
+    return None

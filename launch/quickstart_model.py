@@ -43,7 +43,7 @@ def packed_model() -> Path | None:
 
 
 def hugging_face_name(name: str) -> str:
-    """blk.7.attn_q.weight -> model.layers.7.self_attn.q_proj.weight"""
+    """blk.7.attn_q.weight -> model.layers.7.self_attn.q_proj.weight."""
     *block, part, kind = name.split(".")
     prefix = f"model.layers.{block[1]}." if block else ""
     return f"{prefix}{NAMES[part]}.{kind}"

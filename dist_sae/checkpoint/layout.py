@@ -10,7 +10,7 @@ whoever loads takes the rows it wants.
 import hashlib
 import json
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any, Literal, NamedTuple
 
 import safetensors.torch
@@ -97,8 +97,8 @@ class Checkpoints:
             self._delete(old)
         return sum(part.bytes for record in records.values() for part in record.parts)
 
-    def load(self, step: int) -> Checkpoint:
-        """Read and check a checkpoint.
+    def load(self, step: int, names: Collection[str] | None = None) -> Checkpoint:
+        """Read and check a checkpoint, or of its tensors `names` alone.
 
         Raises:
             CorruptObjectError: A part is not what was written.
@@ -108,17 +108,19 @@ class Checkpoints:
             manifest = CheckpointManifest.model_validate(json.loads(self._store.get(key)))
         except (ValueError, ValidationError) as exc:
             raise CorruptObjectError(
-                f"is damaged: {str(exc).splitlines()[0]}; delete the folder to fall back to the checkpoint before",
+                f"is damaged: {str(exc).splitlines()[0]}; "
+                f"delete the folder to fall back to the checkpoint before",
                 url=self._store.url,
                 key=key,
             ) from exc
-        tensors = {name: self._load_tensor(record) for name, record in manifest.tensors.items()}
+        wanted = manifest.tensors if names is None else names
+        tensors = {name: self._load_tensor(manifest.tensors[name]) for name in wanted}
         return Checkpoint(manifest.step, tensors, manifest.scalars)
 
-    def latest(self) -> Checkpoint | None:
+    def latest(self, names: Collection[str] | None = None) -> Checkpoint | None:
         """The newest checkpoint, if there is one."""
         steps = self.steps()
-        return self.load(steps[-1]) if steps else None
+        return self.load(steps[-1], names) if steps else None
 
     def _save_tensor(self, step: int, name: str, tensor: Tensor) -> TensorRecord:
         rows = tensor.reshape(tensor.shape or (1,)).detach().cpu()
@@ -130,7 +132,8 @@ class Checkpoints:
             key = f"{self._folder(step)}{name}-{start:09d}.safetensors"
             self._store.put(key, data)
             digest = hashlib.sha256(data).hexdigest()
-            parts.append(Part(key=key, start=start, stop=start + len(piece), bytes=len(data), sha256=digest))
+            stop = start + len(piece)
+            parts.append(Part(key=key, start=start, stop=stop, bytes=len(data), sha256=digest))
         return TensorRecord(shape=tuple(tensor.shape), parts=tuple(parts))
 
     def _load_tensor(self, record: TensorRecord) -> Tensor:
@@ -139,7 +142,7 @@ class Checkpoints:
             data = self._store.get(part.key)
             if hashlib.sha256(data).hexdigest() != part.sha256:
                 raise CorruptObjectError(
-                    "does not match its checksum; delete its folder to fall back to the checkpoint before",
+                    "does not match its checksum; delete its folder to fall back to the one before",
                     url=self._store.url,
                     key=part.key,
                 )

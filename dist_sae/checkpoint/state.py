@@ -1,6 +1,6 @@
 """What of a training run is saved, and how it is put back."""
 
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -9,6 +9,10 @@ from dist_sae.checkpoint.layout import Checkpoint
 from dist_sae.sae.dead import DeadLatents
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+WEIGHTS = ("W_enc", "W_dec", "b_enc", "b_dec")
+"""What of a checkpoint makes the dictionary."""
+IDLE_ROWS = "idle_rows"
+"""Rows since each latent last fired."""
 
 
 class TrainingTensors(NamedTuple):
@@ -20,7 +24,7 @@ class TrainingTensors(NamedTuple):
 
     def collect(self) -> dict[str, Tensor]:
         """Every tensor that the run cannot do without, by name."""
-        tensors: dict[str, Tensor] = {"idle_rows": self.dead.idle_rows}
+        tensors: dict[str, Tensor] = {IDLE_ROWS: self.dead.idle_rows}
         for name, parameter in self.sae.named_parameters():
             tensors[name] = parameter
             state = self.optimizer.state[parameter]
@@ -32,7 +36,7 @@ class TrainingTensors(NamedTuple):
     def restore(self, checkpoint: Checkpoint) -> None:
         """Put the tensors back where `collect` took them from."""
         tensors = checkpoint.tensors
-        self.dead.idle_rows = tensors["idle_rows"].to(self.dead.idle_rows.device)
+        self.dead.idle_rows = tensors[IDLE_ROWS].to(self.dead.idle_rows.device)
         for name, parameter in self.sae.named_parameters():
             parameter.copy_(tensors[name])
             self.optimizer.state[parameter] = {
@@ -41,7 +45,6 @@ class TrainingTensors(NamedTuple):
             }
 
 
-def weights(checkpoint: Checkpoint) -> dict[str, Any]:
-    """The dictionary's parameters alone, as a state dict."""
-    names = ("W_enc", "W_dec", "b_enc", "b_dec")
-    return {name: checkpoint.tensors[name] for name in names}
+def weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
+    """The dictionary's parameters, as a state dict."""
+    return {name: checkpoint.tensors[name] for name in WEIGHTS}

@@ -7,6 +7,7 @@ need no torch.
 import difflib
 import os
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Annotated, Any, Self, get_args
@@ -24,7 +25,13 @@ from dist_sae.config.data import (
     StoreConfig,
 )
 from dist_sae.config.sae import SaeConfig
-from dist_sae.config.train import EvaluateConfig, ProcessesConfig, TelemetryConfig, TrainConfig
+from dist_sae.config.train import (
+    LAST_PORT,
+    EvaluateConfig,
+    ProcessesConfig,
+    TelemetryConfig,
+    TrainConfig,
+)
 from dist_sae.errors import ConfigError
 
 RunName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]{0,50}[a-z0-9])?$")]
@@ -78,7 +85,8 @@ class Run(Section):
         if train.batch_rows % activations.streams:
             yield (
                 "train.batch_rows",
-                f"{train.batch_rows} is not a multiple of activations.streams ({activations.streams})",
+                f"{train.batch_rows} is not a multiple of "
+                f"activations.streams ({activations.streams})",
             )
         if train.rows < train.batch_rows:
             yield "train.rows", f"{train.rows} is less than one batch ({train.batch_rows} rows)"
@@ -86,6 +94,13 @@ class Run(Section):
             yield (
                 "processes.trainers",
                 f"{processes.trainers} does not divide activations.streams ({activations.streams})",
+            )
+        last_port = (self.telemetry.port or 0) + processes.producers + processes.trainers - 1
+        if self.telemetry.port and last_port > LAST_PORT:
+            yield (
+                "telemetry.port",
+                f"{self.telemetry.port} leaves no ports for {processes.producers} producers and "
+                f"{processes.trainers} trainers: the last one would be {last_port}",
             )
         synthetic = self.model.kind == "synthetic"
         if synthetic != (self.corpus.kind == "synthetic"):
@@ -112,14 +127,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     try:
         run = Run.model_validate(data)
     except ValidationError as exc:
-        errors = exc.errors()
-        locations = [error["loc"] for error in errors]
-        lines = [
-            line
-            for error in errors
-            if not any(len(loc) > len(error["loc"]) and loc[: len(error["loc"])] == error["loc"] for loc in locations)
-            for line in _explain(error, data)
-        ]
+        lines = [line for error in _innermost(exc.errors()) for line in _explain(error)]
         raise ConfigError("\n".join(f"{path}: {line}" for line in lines)) from exc
     return _with_absolute_stores(run)
 
@@ -141,31 +149,36 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return lines
 
 
-class _UniqueKeyLoader(yaml.SafeLoader):
-    """YAML in which a repeated key is an error, not a silent override."""
+class _Loader(yaml.SafeLoader):
+    """YAML in which a repeated key is an error, not a silent override, and 1e6 is a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
-        seen = set()
-        for key_node, _ in node.value:
-            if key_node.value in seen:
-                raise yaml.MarkedYAMLError(
-                    problem=f"key {key_node.value!r} appears twice", problem_mark=key_node.start_mark
-                )
-            seen.add(key_node.value)
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key, count in Counter(key.value for key in keys).items():
+            if count > 1:
+                again = [node.start_mark for node in keys if node.value == key][1]
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} appears twice", problem_mark=again)
         return super().construct_mapping(node, deep)
+
+
+# YAML 1.1, which PyYAML speaks, takes 1e6 and 1e-3 for strings: it wants 1.0e+6
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
 
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_UniqueKeyLoader)  # noqa: S506
+        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
     except FileNotFoundError as exc:
         raise ConfigError(f"{path}: no such file; give the path of a run file (YAML)") from exc
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigError(f"{path}: cannot be read: {exc}") from exc
-    except yaml.MarkedYAMLError as exc:
-        mark = exc.problem_mark
+    except yaml.YAMLError as exc:
+        mark = getattr(exc, "problem_mark", None)
         place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
-        raise ConfigError(f"{path}{place}: not valid YAML: {exc.problem}") from exc
+        problem = getattr(exc, "problem", None) or str(exc).splitlines()[0]
+        raise ConfigError(f"{path}{place}: not valid YAML: {problem}") from exc
     if not isinstance(data, dict):
         raise ConfigError(f"{path}: must hold a mapping with keys {', '.join(Run.model_fields)}")
     return data
@@ -177,34 +190,46 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     if not equals or not all(keys):
         raise ConfigError(f"--set {override}: write it as section.key=value")
     try:
-        value = yaml.safe_load(text)
+        value = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as exc:
         raise ConfigError(f"--set {override}: the value is not valid YAML") from exc
     section = data
     for key in keys[:-1]:
-        section = section.setdefault(key, {})
+        if section.get(key) is None:  # absent, or there without a value
+            section[key] = {}
+        section = section[key]
         if not isinstance(section, dict):
             raise ConfigError(f"--set {override}: {key} is a value, not a section")
     section[keys[-1]] = value
 
 
-def _explain(error: ErrorDetails, data: Mapping[str, Any]) -> Iterator[str]:
+def _innermost(errors: list[ErrorDetails]) -> list[ErrorDetails]:
+    """Without the errors that follow from others: a list of bad items is "too short" as well."""
+    inner = {error["loc"][:depth] for error in errors for depth in range(len(error["loc"]))}
+    return [error for error in errors if error["loc"] not in inner]
+
+
+def _explain(error: ErrorDetails) -> Iterator[str]:
     """One line per problem, with the path that the user wrote."""
-    path, section = _locate(error["loc"], data)
+    path, known = _locate(error["loc"])
     dotted = ".".join(path)
-    message = error["msg"].removeprefix("Value error, ")
+    message = error["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
     match error["type"]:
         case "extra_forbidden":
-            known = list(section.model_fields) if section else []
             close = difflib.get_close_matches(path[-1], known, n=1)
             hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
             yield f"{dotted}: unknown key; {hint}"
         case "missing":
             yield f"{dotted}: missing"
         case "union_tag_not_found":
-            yield f"{dotted}.kind: missing; give {_kinds(error)}"
+            yield f"{dotted}.kind: missing; give one of {', '.join(known)}"
         case "union_tag_invalid":
-            yield f"{dotted}.kind: unknown kind; give {_kinds(error)}"
+            kind = error["ctx"]["tag"]
+            close = difflib.get_close_matches(kind, known, n=1)
+            hint = f"did you mean {close[0]}?" if close else f"give one of {', '.join(known)}"
+            yield f"{dotted}.kind: unknown kind {kind}; {hint}"
+        case "model_type" | "model_attributes_type":
+            yield f"{dotted}: must be a section with keys of its own (got {error['input']!r})"
         case "value_error" if not path:  # the cross-section check: it carries its own paths
             yield from message.splitlines()
         case "value_error":
@@ -213,41 +238,35 @@ def _explain(error: ErrorDetails, data: Mapping[str, Any]) -> Iterator[str]:
             yield f"{dotted}: {message[0].lower()}{message[1:]} (got {error['input']!r})"
 
 
-def _kinds(error: ErrorDetails) -> str:
-    """The kinds that a discriminated union knows."""
-    expected = error.get("ctx", {}).get("expected_tags")
-    return f"one of {expected}" if expected else "one of the known kinds"
+def _locate(loc: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
+    """The user's path, and what could stand there.
 
+    pydantic puts the tag of a union into the path (`sae.topk.k`), which the user did not write.
 
-def _locate(
-    loc: tuple[int | str, ...], data: Mapping[str, Any]
-) -> tuple[list[str], type[Section] | None]:
-    """The user's path (without pydantic's union tags) and the section that holds its last key."""
+    Returns:
+        The path, and the keys known beside its last one; for the path of a union its kinds.
+    """
     path: list[str] = []
-    holder: type[Section] | None = Run
-    here: Any = data
-    for position, key in enumerate(loc):
-        is_tag = isinstance(here, Mapping) and here.get("kind") == key and key not in here
-        if is_tag:
+    known: list[str] = []
+    sections: dict[Any, type[Section]] = {None: Run}  # what may be here, by kind
+    for key in loc:
+        if key in sections:
+            sections = {None: sections[key]}
             continue
+        fields = sections[None].model_fields if None in sections else {}
         path.append(str(key))
-        if position < len(loc) - 1:
-            tag = loc[position + 1]
-            holder = _subsection(holder, key, tag)
-            try:
-                here = here[key]
-            except (KeyError, IndexError, TypeError):
-                here = None
-    return path, holder
+        known = list(fields)
+        sections = _sections_by_kind(fields[str(key)].annotation) if key in fields else {}
+    is_union = bool(sections) and None not in sections
+    return path, list(sections) if is_union else known
 
 
-def _subsection(section: type[Section] | None, key: int | str, tag: int | str) -> type[Section] | None:
-    """The section below `key`; of a union the one whose kind is `tag`."""
-    if section is None or key not in section.model_fields:
-        return None
-    candidates = list(_sections_in(section.model_fields[str(key)].annotation))
-    tagged = [c for c in candidates if "kind" in c.model_fields and c.model_fields["kind"].default == tag]
-    return (tagged or candidates or [None])[0]
+def _sections_by_kind(annotation: Any) -> dict[Any, type[Section]]:
+    """The sections that a field may hold; a section that is no member of a union under None."""
+    sections = list(_sections_in(annotation))
+    if sections and "kind" not in sections[0].model_fields:
+        return {None: sections[0]}
+    return {section.model_fields["kind"].default: section for section in sections}
 
 
 def _sections_in(annotation: Any) -> Iterator[type[Section]]:
@@ -261,7 +280,7 @@ def _with_absolute_stores(run: Run) -> Run:
     """Local paths as file:// URLs, so that the resolved run means the same from any folder."""
     store = run.store
     resolved = {
-        name: url if re.match(r"[a-z0-9]+://", url) else Path(os.path.abspath(url)).as_uri()
+        name: url if "://" in url else Path(os.path.abspath(Path(url).expanduser())).as_uri()
         for name, url in (("activations", store.activations), ("runs", store.runs))
     }
     return run.model_copy(update={"store": store.model_copy(update=resolved)})

@@ -3,7 +3,14 @@
 import re
 from typing import Annotated, Literal, Self
 
-from pydantic import AfterValidator, Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from pydantic import (
+    AfterValidator,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from dist_sae.config.base import Section, StoreUrl
 
@@ -23,10 +30,24 @@ def _check_site(site: str) -> str:
 Site = Annotated[str, AfterValidator(_check_site)]
 
 
+def _check_endpoint(url: str) -> str:
+    if not url.startswith(("http://", "https://")):
+        raise ValueError(f"{url} has no scheme: write http://host:port or https://host")
+    return url
+
+
+def _check_corpus_file(name: str) -> str:
+    scheme, separator, rest = name.partition("://")
+    bucket, _, key = rest.partition("/")
+    if separator and not (scheme == "s3" and bucket and key):
+        raise ValueError(f"{name} is no file: use a path, a pattern or s3://bucket/key")
+    return name
+
+
 class S3Config(Section):
     """How to reach an S3-compatible endpoint. Credentials come from the usual AWS chain."""
 
-    endpoint_url: str | None = None
+    endpoint_url: Annotated[str, AfterValidator(_check_endpoint)] | None = None
     """Endpoint of a store other than AWS, for example http://127.0.0.1:8333."""
     region: str | None = None
     """Region; null takes the one that the AWS chain gives, else us-east-1."""
@@ -79,7 +100,8 @@ class SyntheticModel(Section):
     def _l0_is_reachable(self) -> Self:
         if self.l0 > self.p_max * self.n_features:
             raise ValueError(
-                f"l0 ({self.l0}) must not exceed p_max * n_features ({self.p_max * self.n_features})"
+                f"l0 ({self.l0}) must not exceed "
+                f"p_max * n_features ({self.p_max * self.n_features})"
             )
         return self
 
@@ -91,7 +113,9 @@ class FilesCorpus(Section):
     """Text in files: .txt, .jsonl, .jsonl.gz, .jsonl.zst or .parquet."""
 
     kind: Literal["files"] = "files"
-    files: Annotated[tuple[str, ...], Field(min_length=1)]
+    files: Annotated[
+        tuple[Annotated[str, AfterValidator(_check_corpus_file)], ...], Field(min_length=1)
+    ]
     """Paths, glob patterns, or URLs of single objects (s3://bucket/key)."""
     text_field: str = "text"
     """The key (jsonl) or column (parquet) that holds the text."""
@@ -118,9 +142,7 @@ class SyntheticCorpus(Section):
     document_rows: PositiveInt = 128
 
 
-CorpusConfig = Annotated[
-    FilesCorpus | DatasetCorpus | SyntheticCorpus, Field(discriminator="kind")
-]
+CorpusConfig = Annotated[FilesCorpus | DatasetCorpus | SyntheticCorpus, Field(discriminator="kind")]
 
 
 class ExcludeConfig(Section):

@@ -2,10 +2,12 @@
 
 from typing import Any, Literal
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveFloat, PositiveInt
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
 from dist_sae.config.base import Section
 from dist_sae.config.data import Site
+
+LAST_PORT = 65_535
 
 
 class TrainConfig(Section):
@@ -40,7 +42,7 @@ class TrainConfig(Section):
     log_every_steps: PositiveInt = 10
     save_every_steps: PositiveInt = 1000
     keep_checkpoints: PositiveInt = 2
-    deepspeed: dict[str, Any] = {}
+    deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Merged over the DeepSpeed configuration that this run derives (`dist-sae render`)."""
 
 
@@ -69,6 +71,6 @@ class ProcessesConfig(Section):
 class TelemetryConfig(Section):
     """Prometheus metrics."""
 
-    port: NonNegativeInt | None = Field(None, le=65_535)
+    port: NonNegativeInt | None = Field(None, le=LAST_PORT)
     """First port: producers and trainer ranks of one machine count up from it.
     0 takes any free port; null serves no metrics."""

@@ -16,6 +16,8 @@ def admitted(
 ) -> Bool[Tensor, "batch seq"]:
     """Rows that neither padding nor a rule about tokens excludes.
 
+    BOS put in front of a context is no token of the text: it never enters, whatever the rules.
+
     Args:
         batch: Tokens.
         special: Ids that stand for no text.
@@ -25,7 +27,9 @@ def admitted(
     ids = torch.tensor(sorted(special), dtype=batch.tokens.dtype)
     reasons = {
         "padding": ~batch.mask,
-        "special_token": torch.isin(batch.tokens, ids) if rules.special_tokens else batch.positions < 0,
+        "special_token": torch.isin(batch.tokens, ids)
+        if rules.special_tokens
+        else batch.positions < 0,
         "first_position": batch.offsets < rules.first_positions,
     }
     keep = torch.ones_like(batch.mask)
@@ -35,9 +39,12 @@ def admitted(
     return keep
 
 
-def of_usual_norm(acts: Float[Tensor, "rows d_in"], over_norm: float | None) -> Bool[Tensor, " rows"]:
+def of_usual_norm(
+    acts: Float[Tensor, "rows d_in"], over_norm: float | None
+) -> Bool[Tensor, " rows"]:
     """Rows whose norm is at most `over_norm` times the median norm of these rows."""
     if over_norm is None or not len(acts):
         return torch.ones(len(acts), dtype=torch.bool)
-    norms = acts.float().norm(dim=1)
-    return norms <= over_norm * norms.median()
+    norms = torch.linalg.vector_norm(acts, dim=1, dtype=torch.float32)
+    usual: Tensor = norms <= over_norm * norms.median()
+    return usual

@@ -26,14 +26,18 @@ class Claims:
         stopping: Ends every wait.
     """
 
-    def __init__(self, store: ObjectStore, plan: Plan, worker: str, stopping: threading.Event) -> None:
+    def __init__(
+        self, store: ObjectStore, plan: Plan, worker: str, stopping: threading.Event
+    ) -> None:
         self._store = store
         self._worker = worker
         self._stopping = stopping
         self._units = len(plan.units)
         made = {int(key[6:14]) for key in store.keys("units/") if key.endswith(".json")}
-        self._pending = set(range(self._units)) - made  # shared by two threads: single set operations only
+        # both are shared by the producer's threads: single set operations only
+        self._pending = set(range(self._units)) - made
         self._held: set[int] = set()
+        self._renewed = time.monotonic()
 
     def take(self) -> int | None:
         """Claim a unit; None when all are done or the producer is to stop.
@@ -53,6 +57,13 @@ class Claims:
                 return None
             self._stopping.wait(_POLL_SECONDS)
         return None
+
+    def renew(self) -> None:
+        """Call it often: extends the leases of the units at hand once a third has run out."""
+        if time.monotonic() - self._renewed > _LEASE_SECONDS / 3:
+            self._renewed = time.monotonic()
+            for unit in sorted(self._held):
+                self._store.put(_key(unit), self._lease())
 
     def release(self, unit: int) -> None:
         """Give a unit back, done or not."""
@@ -75,17 +86,19 @@ class Claims:
         return self._units - len(self._pending)
 
     def _claim(self, unit: int) -> bool:
-        claim = json.dumps({"worker": self._worker, "until": time.time() + _LEASE_SECONDS}).encode()
-        if self._store.put(_key(unit), claim, if_absent=True):
+        if self._store.put(_key(unit), self._lease(), if_absent=True):
             return True
         try:
             there = json.loads(self._store.get(_key(unit)))
         except ObjectNotFoundError:
             return False  # released in this instant; the next round sees how
         if there["worker"] == self._worker or there["until"] < time.time():
-            self._store.put(_key(unit), claim)
+            self._store.put(_key(unit), self._lease())
             return True
         return False
+
+    def _lease(self) -> bytes:
+        return json.dumps({"worker": self._worker, "until": time.time() + _LEASE_SECONDS}).encode()
 
 
 def _key(unit: int) -> str:

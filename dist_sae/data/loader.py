@@ -50,7 +50,9 @@ class Batch(NamedTuple):
 class Units:
     """Manifests of an activation set, waited for when they are not there yet."""
 
-    def __init__(self, store: ObjectStore, plan: Plan, site: str, stopping: threading.Event) -> None:
+    def __init__(
+        self, store: ObjectStore, plan: Plan, site: str, stopping: threading.Event
+    ) -> None:
         self.store = store
         self.plan = plan
         self._site = site
@@ -76,7 +78,9 @@ class Units:
             pause = min(pause * 1.5, longest)
             if time.monotonic() - said > _SAY_EVERY_SECONDS:
                 said = time.monotonic()
-                logger.info("waiting for unit %d for %.0f s; are producers running?", unit, said - since)
+                logger.info(
+                    "waiting for unit %d for %.0f s; are producers running?", unit, said - since
+                )
 
     def shard(self, manifest: UnitManifest) -> SiteShard:
         """The shard of this reader's site."""
@@ -95,7 +99,9 @@ class Units:
 class _UnitReader:
     """One unit's rows, front to back, the next block always on its way."""
 
-    def __init__(self, units: Units, manifest: UnitManifest, row: int, pool: ThreadPoolExecutor) -> None:
+    def __init__(
+        self, units: Units, manifest: UnitManifest, row: int, pool: ThreadPoolExecutor
+    ) -> None:
         self._store = units.store
         self._shard = units.shard(manifest)
         self._pool = pool
@@ -168,7 +174,9 @@ class Stream:
     def _merge(self, order: np.ndarray) -> Tensor:
         """Rows of the window's units in the given order of units."""
         counts = np.bincount(order, minlength=len(self._readers))
-        rows = torch.cat([reader.take(int(n)) for reader, n in zip(self._readers, counts, strict=True) if n])
+        rows = torch.cat(
+            [reader.take(int(n)) for reader, n in zip(self._readers, counts, strict=True) if n]
+        )
         place = np.empty(len(order), dtype=np.int64)
         place[np.argsort(order, kind="stable")] = np.arange(len(order))
         return rows[torch.from_numpy(place)]
@@ -179,9 +187,15 @@ class Stream:
         own = plan.stream_units(self._number)
         rows_seen = 0
         for data_pass in range(self._max_passes):
-            order = permutation(len(own), plan.seed, 1, self._number, data_pass) if data_pass else range(len(own))
+            order = (
+                permutation(len(own), plan.seed, 1, self._number, data_pass)
+                if data_pass
+                else range(len(own))
+            )
             for first in range(0, len(own), plan.window_units):
-                window = [self._units.manifest(own[i]) for i in order[first : first + plan.window_units]]
+                window = [
+                    self._units.manifest(own[i]) for i in order[first : first + plan.window_units]
+                ]
                 rows = sum(manifest.rows for manifest in window)
                 rows_seen += rows
                 if skip >= rows:
@@ -241,7 +255,10 @@ class Loader:
         return self
 
     def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
     ) -> None:
         self._closed.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
@@ -261,7 +278,7 @@ class Loader:
                 acts = torch.cat([stream.take(rows) for stream in streams])
                 if not self._put(Batch(step, acts, 0.0)):
                     return
-        except BaseException as exc:  # noqa: BLE001 - handed to the trainer's thread, which raises it
+        except BaseException as exc:  # handed to the trainer's thread, which raises it
             self._put(exc)
 
     def _put(self, item: Batch | BaseException) -> bool:

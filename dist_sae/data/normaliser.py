@@ -42,8 +42,8 @@ def measure(units: Units, at_least_rows: int) -> Normaliser:
     variance = mean_square - float(mean.square().sum())
     if not variance > 1e-12 * mean_square:
         raise NonFiniteError(
-            f"{units.store.url}: the activations do not vary (variance {variance:.3g} over {rows} rows); "
-            f"check the model and the site"
+            f"{units.store.url}: the activations do not vary "
+            f"(variance {variance:.3g} over {rows} rows); check the model and the site"
         )
     scale = (len(mean) / mean_square) ** 0.5
     return Normaliser(scale, mean * scale, variance * scale**2, rows)

@@ -34,4 +34,5 @@ def spread(groups: NDArray[np.int64], *key: int) -> NDArray[np.int64]:
 
 
 def _bits(n: int, key: tuple[int, ...]) -> NDArray[np.uint64]:
-    return np.random.Philox(np.random.SeedSequence(key)).random_raw(n)
+    # the length goes first, for SeedSequence ignores zeros at the end: (1, 2) would equal (1, 2, 0)
+    return np.random.Philox(np.random.SeedSequence((len(key), *key))).random_raw(n)

@@ -7,6 +7,7 @@ plan agree on it without talking to each other.
 import hashlib
 import json
 from collections.abc import Mapping
+from functools import cached_property
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -19,7 +20,7 @@ from dist_sae.errors import CorpusError, CorruptObjectError, ObjectNotFoundError
 from dist_sae.storage import ObjectStore
 
 PLAN_KEY = "plan.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION: Literal[1] = 1
 Model = TypeVar("Model", bound=BaseModel)
 
 
@@ -37,7 +38,7 @@ class Plan(BaseModel):
     n_train_units: int
     units: tuple[tuple[Span, ...], ...]
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """Identifies the plan; every manifest made under it carries the hash."""
         return hashlib.sha256(self.encode()).hexdigest()
@@ -79,7 +80,9 @@ class Plan(BaseModel):
 
     def encode(self) -> bytes:
         """Canonical JSON."""
-        return json.dumps(self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")).encode()
+        return json.dumps(
+            self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")
+        ).encode()
 
 
 def plan_settings(run: Run) -> dict[str, Any]:
@@ -106,21 +109,25 @@ def make_plan(run: Run, index: CorpusIndex, document_rows: float) -> Plan:
     rows_per_span = document_rows * sum(span.count for span in spans) / len(spans)
     train_rows = (len(spans) - heldout_spans) * rows_per_span
     streams = activations.streams
-    n_train = streams * max(1, round(train_rows / (activations.unit_rows * streams)))
-    n_heldout = max(1, round(heldout_spans * rows_per_span / activations.unit_rows)) if share else 0
-    if len(spans) - heldout_spans < n_train:
+    # documents longer than a unit give fewer, larger units: no unit is without a document
+    train_spans = len(spans) - heldout_spans
+    per_stream = min(round(train_rows / (activations.unit_rows * streams)), train_spans // streams)
+    n_train = streams * max(1, per_stream)
+    wanted = max(1, round(heldout_spans * rows_per_span / activations.unit_rows))
+    n_heldout = min(wanted, heldout_spans)
+    if train_spans < streams:
         raise CorpusError(
-            f"corpus: {len(spans)} documents are too few for {n_train} training units in "
-            f"{streams} streams; give more text or lower activations.streams"
+            f"corpus: {train_spans} documents to train on are too few for {streams} streams; "
+            f"give more text or lower activations.streams"
         )
     if train_rows < run.train.batch_rows:
         raise CorpusError(
             f"corpus: about {train_rows:.0f} rows to train on, less than one batch "
             f"(train.batch_rows {run.train.batch_rows}); give more text or lower train.batch_rows"
         )
-    dealt = np.array_split(order[: len(spans) - heldout_spans], n_train)
+    dealt = np.array_split(order[:train_spans], n_train)
     if n_heldout:
-        dealt += np.array_split(order[len(spans) - heldout_spans :], n_heldout)
+        dealt += np.array_split(order[train_spans:], n_heldout)
     return Plan(
         settings=plan_settings(run),
         files=index.files,
@@ -157,7 +164,9 @@ def load_plan(store: ObjectStore, run: Run) -> Plan:
     try:
         plan = _read(store)
     except ObjectNotFoundError as exc:
-        raise PlanMismatchError(f"{store.url}: holds no plan yet; run `dist-sae plan` first") from exc
+        raise PlanMismatchError(
+            f"{store.url}: holds no plan yet; run `dist-sae plan` first"
+        ) from exc
     changed = differences(plan.settings, plan_settings(run))
     if changed:
         raise _mismatch(store, changed)

@@ -94,18 +94,26 @@ def manifest_key(unit: int) -> str:
 
 def write_shard(store: ObjectStore, unit: int, site: str, rows: Rows, block_rows: int) -> SiteShard:
     """Encode and store one site's rows of a unit, under a name that no other attempt uses."""
-    tar = _encode_tar(unit, rows, block_rows)
+    blocks = [
+        Rows(*(column[start : start + block_rows] for column in rows))
+        for start in range(0, len(rows.acts), block_rows)
+    ]
+    tar = _encode_tar(unit, blocks)
     key = f"shards/{site}/{unit:08d}-{uuid.uuid4().hex[:8]}.tar"
     store.put(key, tar)
-    acts = rows.acts.double()
+    total, squares = torch.zeros(rows.acts.shape[1], dtype=torch.float64), 0.0
+    for block in blocks:  # one after the other: fp64 of a whole unit would be large
+        acts = block.acts.double()
+        total += acts.sum(0)
+        squares += float(acts.square().sum())
     return SiteShard(
         key=key,
         bytes=len(tar),
         sha256=hashlib.sha256(tar).hexdigest(),
-        d_in=acts.shape[1],
-        blocks=_locate_blocks(tar),
-        sum=tuple(acts.sum(0).tolist()),
-        sum_squares=float(acts.square().sum()),
+        d_in=rows.acts.shape[1],
+        blocks=_locate_blocks(tar, blocks),
+        sum=tuple(total.tolist()),
+        sum_squares=squares,
     )
 
 
@@ -139,37 +147,32 @@ def decode_block(data: bytes) -> Rows:
     return Rows(*(tensors[name] for name in Rows._fields))
 
 
-def _encode_tar(unit: int, rows: Rows, block_rows: int) -> bytes:
+def _encode_tar(unit: int, blocks: list[Rows]) -> bytes:
     stream = io.BytesIO()
     # fixed times and owners: the same rows give the same bytes
     with webdataset.TarWriter(stream, encoder=False, mtime=0.0, user="", group="") as writer:
-        for number, start in enumerate(range(0, len(rows.acts), block_rows)):
-            block = {name: column[start : start + block_rows] for name, column in rows._asdict().items()}
-            block = {name: column.contiguous() for name, column in block.items()}
-            count = len(block["acts"])
+        for number, block in enumerate(blocks):
+            columns = {name: column.contiguous() for name, column in block._asdict().items()}
             writer.write(
                 {
                     "__key__": f"{unit:08d}-{number:06d}",
-                    "json": f'{{"unit": {unit}, "rows": {count}}}'.encode(),
-                    "safetensors": safetensors.torch.save(block),
+                    "json": f'{{"unit": {unit}, "rows": {len(block.acts)}}}'.encode(),
+                    "safetensors": safetensors.torch.save(columns),
                 }
             )
     return stream.getvalue()
 
 
-def _locate_blocks(tar: bytes) -> tuple[Block, ...]:
-    blocks = []
+def _locate_blocks(tar: bytes, blocks: list[Rows]) -> tuple[Block, ...]:
     with tarfile.open(fileobj=io.BytesIO(tar)) as archive:
-        for member in archive:
-            if member.name.endswith(".safetensors"):
-                data = tar[member.offset_data : member.offset_data + member.size]
-                blocks.append(
-                    Block(
-                        offset=member.offset_data,
-                        bytes=member.size,
-                        rows=len(decode_block(data).tokens),
-                        sha256=hashlib.sha256(data).hexdigest(),
-                    )
-                )
-    return tuple(blocks)
-
+        members = [m for m in archive if m.name.endswith(".safetensors")]
+    view = memoryview(tar)
+    return tuple(
+        Block(
+            offset=m.offset_data,
+            bytes=m.size,
+            rows=len(block.acts),
+            sha256=hashlib.sha256(view[m.offset_data : m.offset_data + m.size]).hexdigest(),
+        )
+        for m, block in zip(members, blocks, strict=True)
+    )

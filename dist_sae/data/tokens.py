@@ -50,8 +50,13 @@ def cut(
             yield Context(document.number, start, prefix + ids[start : start + room])
 
 
-def pack(contexts: Iterable[Context], *, batch_tokens: int, bos: int | None) -> Iterator[TokenBatch]:
-    """Group contexts of like length, so that little is padding; at most `batch_tokens` a batch."""
+def pack(
+    contexts: Iterable[Context], *, batch_tokens: int, bos: int | None
+) -> Iterator[TokenBatch]:
+    """Group contexts of like length, so that little is padding.
+
+    A batch has at most `batch_tokens`, unless one context alone has more.
+    """
     group: list[Context] = []
     for context in sorted(contexts, key=lambda c: len(c.tokens), reverse=True):
         if group and len(group[0].tokens) * (len(group) + 1) > batch_tokens:
@@ -72,7 +77,9 @@ def _batch(group: list[Context], bos: int | None) -> TokenBatch:
         n = len(context.tokens)
         tokens[i, :n] = torch.tensor(context.tokens, dtype=torch.int32)
         mask[i, :n] = True
-        positions[i, skip:n] = torch.arange(context.start, context.start + n - skip, dtype=torch.int32)
+        positions[i, skip:n] = torch.arange(
+            context.start, context.start + n - skip, dtype=torch.int32
+        )
     documents = torch.tensor([c.document for c in group])[:, None].expand(shape)
     offsets = torch.arange(shape[1], dtype=torch.int32).expand(shape)
     return TokenBatch(tokens, mask, documents, positions, offsets)

@@ -18,7 +18,7 @@ def build_tokenizer(model: ModelConfig, document_rows: int) -> Tokenizer:
     """
     match model:
         case HuggingFaceModel():
-            from dist_sae.models.huggingface import load_tokenizer  # noqa: PLC0415 - 3 s to import
+            from dist_sae.models.huggingface import load_tokenizer  # takes 3 s
 
             return load_tokenizer(model)
         case SyntheticModel():
@@ -31,7 +31,7 @@ def build_source(model: ModelConfig, sites: tuple[str, ...]) -> ActivationSource
     """The model, ready to give activations at `sites`; layers above the deepest are not loaded."""
     match model:
         case HuggingFaceModel():
-            from dist_sae.models.huggingface import HuggingFaceSource  # noqa: PLC0415
+            from dist_sae.models.huggingface import HuggingFaceSource
 
             return HuggingFaceSource(model, sites)
         case SyntheticModel():

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 import transformers
 from jaxtyping import Bool, Float, Int
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from dist_sae.config.data import HuggingFaceModel
@@ -15,15 +16,24 @@ from dist_sae.errors import ModelError
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-# Names under which decoder and encoder blocks keep their parts, over the common architectures.
-_MLP = ("mlp", "feed_forward", "ffn", "block_sparse_moe")
-_ATTENTION = ("self_attn", "attn", "attention", "self_attention")
-_ATTENTION_OUTPUT = ("o_proj", "c_proj", "out_proj", "dense", "wo")
+# Where blocks keep their parts, over the common architectures; the first path that exists counts.
+_MLP_IN = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "intermediate")
+# in BLOOM and BERT the whole part adds the residual; its last product does not
+_MLP_OUT = ("mlp.dense_4h_to_h", "output.dense", "mlp", "feed_forward", "ffn", "block_sparse_moe")
+_ATTENTION_OUTPUT = tuple(
+    f"{attention}.{projection}"
+    for attention in (
+        *("self_attn", "attn", "attention", "self_attention"),
+        *("attn.attention", "attention.output"),  # GPT-Neo, BERT
+    )
+    for projection in ("o_proj", "c_proj", "out_proj", "dense", "wo", "out_lin")
+)
 
 Edit = Callable[[Float[Tensor, "batch seq d_in"]], Float[Tensor, "batch seq d_in"]]
 
-transformers.logging.set_verbosity_error()  # unused weights are expected: upper layers are left out
-transformers.logging.disable_progress_bar()
+# unused weights are expected: upper layers are left out
+transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
 
 
@@ -59,7 +69,9 @@ class HuggingFaceSource:
 
     def __init__(self, config: HuggingFaceModel, sites: tuple[str, ...]) -> None:
         with _errors(config):
-            description = transformers.AutoConfig.from_pretrained(config.path, revision=config.revision)
+            description = transformers.AutoConfig.from_pretrained(
+                config.path, revision=config.revision
+            )
             depth = description.get_text_config().num_hidden_layers
             for site in sites:
                 if _layer(site) >= depth:
@@ -67,12 +79,7 @@ class HuggingFaceSource:
                         f"activations.sites: {site}: {config.path} has layers 0 to {depth - 1}"
                     )
             _cut(description.get_text_config(), 1 + max(map(_layer, sites)))
-            self._model = transformers.AutoModel.from_pretrained(
-                config.path,
-                revision=config.revision,
-                config=description,
-                dtype=DTYPES[config.dtype],
-            ).eval()
+            self._model = _load(transformers.AutoModel, config, description)
         self._seen: dict[str, Tensor] = {}
         for site in sites:
             _attach(self._model, site, self._record(site))
@@ -98,15 +105,19 @@ class SplicedModel:
 
     def __init__(self, config: HuggingFaceModel, site: str) -> None:
         with _errors(config):
-            self._model = transformers.AutoModelForCausalLM.from_pretrained(
-                config.path, revision=config.revision, dtype=DTYPES[config.dtype]
-            ).eval()
+            description = transformers.AutoConfig.from_pretrained(
+                config.path, revision=config.revision
+            )
+            self._model = _load(transformers.AutoModelForCausalLM, config, description)
         self._edit: Edit | None = None
         _attach(self._model, site, lambda acts: self._edit(acts) if self._edit else acts)
 
     @torch.inference_mode()
     def losses(
-        self, tokens: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"], edit: Edit | None = None
+        self,
+        tokens: Int[Tensor, "batch seq"],
+        mask: Bool[Tensor, "batch seq"],
+        edit: Edit | None = None,
     ) -> Float[Tensor, "batch next"]:
         """Cross-entropy in nats of every next token, fp32; NaN where the next token is padding.
 
@@ -119,11 +130,29 @@ class SplicedModel:
         logits = self._model(
             input_ids=tokens.long(), attention_mask=None if mask.all() else mask.long()
         ).logits[:, :-1]
-        targets = torch.where(mask[:, 1:], tokens[:, 1:].long(), -100)
-        losses = nn.functional.cross_entropy(
-            logits.float().transpose(1, 2), targets, reduction="none", ignore_index=-100
+        losses = [  # one context after the other: fp32 logits of a batch would be large
+            nn.functional.cross_entropy(of_context.float(), targets, reduction="none")
+            for of_context, targets in zip(logits, tokens[:, 1:].long(), strict=True)
+        ]
+        return torch.stack(losses).masked_fill(~mask[:, 1:], torch.nan)
+
+
+def _load(kind: Any, config: HuggingFaceModel, description: Any) -> Any:
+    description.get_text_config().use_cache = False  # nothing is generated
+    model, loading = kind.from_pretrained(
+        config.path,
+        revision=config.revision,
+        config=description,
+        dtype=DTYPES[config.dtype],
+        output_loading_info=True,
+    )
+    # transformers would go on with random ones; a pooler above the layers is no loss
+    missing = sorted(name for name in loading["missing_keys"] if not name.startswith("pooler."))
+    if missing:
+        raise ModelError(
+            f"model.path {config.path}: its files lack the weights {', '.join(missing)}"
         )
-        return losses.masked_fill(~mask[:, 1:], torch.nan)
+    return model.eval()
 
 
 def _layer(site: str) -> int:
@@ -147,14 +176,13 @@ def _attach(model: nn.Module, site: str, edit: Edit) -> None:
         case "resid_post":
             _edit_output(layer, edit)
         case "mlp_in":
-            _edit_input(_part(layer, _MLP, site), edit)
+            _edit_input(_part(layer, _MLP_IN, site), edit)
         case "mlp_out":
-            _edit_output(_part(layer, _MLP, site), edit)
+            _edit_output(_part(layer, _MLP_OUT, site), edit)
         case "attn_out":
-            _edit_output(_part(layer, _ATTENTION, site), edit)
+            _edit_output(_part(layer, _ATTENTION_OUTPUT, site), edit)
         case "attn_z":
-            attention = _part(layer, _ATTENTION, site)
-            _edit_input(_part(attention, _ATTENTION_OUTPUT, site), edit)
+            _edit_input(_part(layer, _ATTENTION_OUTPUT, site), edit)
         case _:
             raise ModelError(f"activations.sites: {site}: a language model has no such site")
 
@@ -165,17 +193,19 @@ def _layers(model: nn.Module) -> nn.ModuleList:
     for _, module in sorted(model.named_modules(), key=lambda item: item[0].count(".")):
         if isinstance(module, nn.ModuleList) and len(module) == depth:
             return module
-    raise ModelError(f"{type(model).__name__}: no list of {depth} layers found; this architecture is not known")
-
-
-def _part(module: nn.Module, names: tuple[str, ...], site: str) -> nn.Module:
-    for name in names:
-        if hasattr(module, name):
-            part: nn.Module = getattr(module, name)
-            return part
-    found = ", ".join(name for name, _ in module.named_children())
     raise ModelError(
-        f"activations.sites: {site}: {type(module).__name__} has none of {', '.join(names)} (it has {found})"
+        f"{type(model).__name__}: no list of {depth} layers found; this architecture is not known"
+    )
+
+
+def _part(layer: nn.Module, paths: tuple[str, ...], site: str) -> nn.Module:
+    for path in paths:
+        with contextlib.suppress(AttributeError):
+            return layer.get_submodule(path)
+    found = ", ".join(name for name, _ in layer.named_children())
+    raise ModelError(
+        f"activations.sites: {site}: {type(layer).__name__} keeps no such part under a known name "
+        f"(it has {found}); use resid_pre or resid_post"
     )
 
 
@@ -201,6 +231,6 @@ def _edit_output(module: nn.Module, edit: Edit) -> None:
 def _errors(config: HuggingFaceModel) -> Iterator[None]:
     try:
         yield
-    except (OSError, ValueError, KeyError) as exc:
+    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as exc:
         reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
         raise ModelError(f"model.path {config.path}: cannot be loaded: {reason}") from exc

@@ -1,12 +1,14 @@
 """Activations with a known ground-truth dictionary: demo, test data and recovery benchmark."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dist_sae.config.data import SYNTHETIC_SITE, SyntheticModel
+
+_BLOCK_ROWS = 64  # drawn together; changing it changes the world
 
 
 class SyntheticTokenizer:
@@ -28,9 +30,10 @@ class SyntheticTokenizer:
 class SyntheticSource:
     """x = sum_i a_i D_i + b (`SyntheticModel` has the distribution).
 
-    Row r of the world is a pure function of (seed, r): the rows of a context are drawn with a
-    generator seeded by its first row. The dictionary's seed is set apart from every seed of a
-    trainer, so that an initial dictionary never starts out near the truth.
+    Row r of the world is a pure function of (seed, r), however rows are grouped into contexts
+    and batches: rows are drawn in blocks, each with a generator of its own. The dictionary's
+    seed is set apart from every seed of a trainer, so that an initial dictionary never starts
+    out near the truth.
 
     Attributes:
         directions: The dictionary D, `[n_features, d_in]`, unit rows.
@@ -56,14 +59,21 @@ class SyntheticSource:
         acts = torch.zeros(*tokens.shape, self._config.d_in)
         for i, (row, real) in enumerate(zip(tokens, mask, strict=True)):
             n = int(real.sum())
-            intensities = self.intensities(int(row[0]), n)
-            acts[i, :n] = intensities @ self.directions + self.bias
+            acts[i, :n] = self._rows(int(row[0]), n, lambda a: a @ self.directions + self.bias)
         return {SYNTHETIC_SITE: acts}
 
     def intensities(self, first_row: int, n: int) -> Float[Tensor, "n n_features"]:
-        """The true a_i of the context of `n` rows that begins at `first_row`."""
-        generator = torch.Generator().manual_seed(_mix(self._config.seed, first_row))
-        shape = (n, self._config.n_features)
+        """The true a_i of rows `[first_row, first_row + n)`."""
+        return self._rows(first_row, n, lambda a: a)
+
+    def _rows(self, first: int, n: int, of: Callable[[Tensor], Tensor]) -> Tensor:
+        # `of` sees whole blocks: a product's last bits depend on its shape
+        blocks = range(first // _BLOCK_ROWS, (first + n - 1) // _BLOCK_ROWS + 1)
+        return torch.cat([of(self._block(b)) for b in blocks])[first % _BLOCK_ROWS :][:n]
+
+    def _block(self, number: int) -> Float[Tensor, "rows n_features"]:
+        generator = torch.Generator().manual_seed(_mix(self._config.seed, number))
+        shape = (_BLOCK_ROWS, self._config.n_features)
         active = torch.rand(shape, generator=generator) < self.probabilities
         intensity = (1 + 0.25 * torch.randn(shape, generator=generator)).clamp_min(0.1)
         return intensity * active
@@ -82,9 +92,9 @@ def _zipf(config: SyntheticModel) -> Tensor:
         capped |= over
 
 
-def _mix(seed: int, row: int) -> int:
+def _mix(seed: int, number: int) -> int:
     """One 64-bit seed out of two numbers (splitmix64's finaliser)."""
-    z = (seed * 0x9E3779B97F4A7C15 + (row + 2) * 0xBF58476D1CE4E5B9 + 0xD1B54A32D192ED03) % 2**64
+    z = (seed * 0x9E3779B97F4A7C15 + (number + 2) * 0xBF58476D1CE4E5B9 + 0xD1B54A32D192ED03) % 2**64
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64
     return (z ^ (z >> 31)) % 2**63

@@ -1,4 +1,4 @@
-"""Who averages the gradients and updates the parameters; the only module that talks to DeepSpeed."""
+"""Averages the gradients and updates the parameters; the only module that talks to DeepSpeed."""
 
 import logging
 import os
@@ -55,7 +55,7 @@ class LocalEngine:
         return self._sae.objective(*args)
 
     def backward(self, loss: Float[Tensor, ""]) -> None:
-        loss.backward()
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def step(self, lr: float) -> float:
         norm = prepare_gradients(self._sae, self._clip_norm)
@@ -108,7 +108,9 @@ def build_optimizer(run: Run, sae: Sae) -> torch.optim.Adam:
     """Adam without weight decay over the dictionary's parameters."""
     assert isinstance(sae, nn.Module)
     train = run.train
-    return torch.optim.Adam(sae.parameters(), lr=run.lr, betas=train.betas, eps=train.eps, fused=True)
+    return torch.optim.Adam(
+        sae.parameters(), lr=run.lr, betas=train.betas, eps=train.eps, fused=True
+    )
 
 
 def set_lr(optimizer: torch.optim.Adam, lr: float) -> None:
@@ -141,8 +143,10 @@ def prepare_gradients(sae: Sae, clip_norm: float | None) -> float:
 def _import_deepspeed(mesh: Mesh) -> Any:
     if mesh.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("LOCAL_RANK", str(mesh.device.index or mesh.rank))  # DeepSpeed insists on it
-    import deepspeed  # noqa: PLC0415 - takes seconds, and must see DS_ACCELERATOR
+    os.environ.setdefault(
+        "LOCAL_RANK", str(mesh.device.index or mesh.rank)
+    )  # DeepSpeed insists on it
+    import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
     # An all-reduce for inference that DeepSpeed would compile for a minute at first use, and

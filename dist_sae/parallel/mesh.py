@@ -71,7 +71,8 @@ def join_mesh(expected_world: int) -> Iterator[Mesh]:
     if world > 1:
         dist.init_process_group(backend, timeout=_COLLECTIVE_TIMEOUT)
     else:  # DeepSpeed wants a process group even so; this one needs no port
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        store = dist.HashStore()  # type: ignore[attr-defined]
+        dist.init_process_group(backend, store=store, rank=0, world_size=1)
     try:
         yield Mesh(rank, world, device)
     finally:

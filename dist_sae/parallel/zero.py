@@ -23,6 +23,8 @@ def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:
     result = dict(base)
     for key, value in over.items():
         there = result.get(key)
-        both = isinstance(there, Mapping) and isinstance(value, Mapping)
-        result[key] = _merged(there, value) if both else value
+        if isinstance(there, Mapping) and isinstance(value, Mapping):
+            result[key] = _merged(there, value)
+        else:
+            result[key] = value
     return result

@@ -111,7 +111,9 @@ def read_firings(units: Units, sae: Sae, scale: float, most_rows: int) -> Firing
             if rows >= most_rows:
                 break
             block = read_block(units.store, shard, number)
-            codes = [sae.encode(x.float() * scale) for x in block.acts.split(_ENCODE_ROWS)]
+            x = block.acts.float() * scale
+            starts = range(0, len(x), _ENCODE_ROWS)
+            codes = [sae.encode(x[start : start + _ENCODE_ROWS]) for start in starts]
             acts, latents = (torch.cat(column) for column in zip(*codes, strict=True))
             which = torch.full_like(block.tokens, unit)
             parts.append(Firings(which, *block[1:], acts, latents.int()))

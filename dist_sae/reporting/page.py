@@ -28,7 +28,7 @@ _HEADLINES = {
     ),
     "ce_recovered": (
         "CE recovered",
-        "Share of the harm of zero ablation that splicing the reconstruction in avoids; 1 is all.",
+        "Share of the harm of zero ablation that splicing in the reconstruction avoids.",
     ),
 }
 _DETAILS = {
@@ -95,7 +95,7 @@ def _numbers(page: Page) -> str:
     head = "<section><h2>Held-out numbers</h2>"
     numbers = page.evaluation
     if numbers is None:
-        return f"{head}{_missing('not measured yet', 'evaluate', page)}</section>"
+        return f"{head}{_missing('Not measured yet', 'evaluate', page)}</section>"
     cards = "".join(
         f'<div class="card"><b>{name}</b>{_number(key, numbers[key])}<small>{meaning}</small></div>'
         for key, (name, meaning) in _HEADLINES.items()
@@ -132,7 +132,7 @@ def _plots(page: Page) -> str:
                 x_label="share of rows that a latent fires on",
             )
         )
-    missing = "" if page.history else _missing("no history of training yet", "train", page)
+    missing = "" if page.history else _missing("No history of training yet", "train", page)
     return (
         f'<section><h2>Training</h2>{missing}<div class="plots">{"".join(figures)}</div></section>'
     )

@@ -35,6 +35,7 @@ class Output(NamedTuple):
     codes: Codes
 
 
+@runtime_checkable
 class GlobalSum(Protocol):
     """Sums a tensor over all ranks of the data axis; no gradient flows through it."""
 

@@ -8,7 +8,9 @@ from torch import Tensor
 @torch.no_grad()
 def normalise_rows_(W_dec: Float[Tensor, "n_latents d_in"]) -> None:
     """Give every row unit norm."""
-    W_dec /= torch.linalg.vector_norm(W_dec, dim=1, keepdim=True).clamp_min_(torch.finfo(W_dec.dtype).tiny)
+    W_dec /= torch.linalg.vector_norm(W_dec, dim=1, keepdim=True).clamp_min_(
+        torch.finfo(W_dec.dtype).tiny
+    )
 
 
 @torch.no_grad()

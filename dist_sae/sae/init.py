@@ -16,7 +16,7 @@ def initialise(sae: Sae, x: Float[Tensor, "batch d_in"], seed: int, global_sum: 
     """Random unit decoder rows, a tied encoder, and a bias in the middle of the data.
 
     b_dec is the geometric median of the rows; W_enc = c W_dec with c such that the
-    reconstruction has on average the length of what it reconstructs (Gao et al. 2024, appendix A.1).
+    reconstruction has on average the length of what it reconstructs (Gao et al. 2024, app. A.1).
 
     Args:
         sae: Is filled in.
@@ -31,13 +31,17 @@ def initialise(sae: Sae, x: Float[Tensor, "batch d_in"], seed: int, global_sum: 
     sae.b_enc.zero_()
     sae.b_dec.copy_(geometric_median(x, global_sum))
     codes: Codes = sae.encode(x)
-    lengths = torch.stack([(x - sae.b_dec).norm(dim=1).sum(), (sae.decode(codes) - sae.b_dec).norm(dim=1).sum()])
+    lengths = torch.stack(
+        [(x - sae.b_dec).norm(dim=1).sum(), (sae.decode(codes) - sae.b_dec).norm(dim=1).sum()]
+    )
     target, now = global_sum(lengths)
     sae.W_enc.mul_(target / now)
 
 
-def geometric_median(x: Float[Tensor, "batch d_in"], global_sum: GlobalSum) -> Float[Tensor, " d_in"]:
-    """The point with the least sum of distances to the rows of all ranks (Weiszfeld's iteration)."""
+def geometric_median(
+    x: Float[Tensor, "batch d_in"], global_sum: GlobalSum
+) -> Float[Tensor, " d_in"]:
+    """The point with the least sum of distances to all ranks' rows (Weiszfeld's iteration)."""
     rows = x.double()
     ones = rows.new_ones(len(rows))
     median = _weighted_mean(rows, ones, global_sum)

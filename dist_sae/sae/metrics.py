@@ -51,7 +51,7 @@ class Fit(NamedTuple):
 
     @property
     def fvu(self) -> float:
-        """Fraction of variance unexplained: sum |x - x_hat|^2 / sum |x - mean|^2 (arXiv:2406.04093)."""
+        """Fraction of variance unexplained: sum |x - x_hat|^2 / sum |x - mean|^2."""
         return float(self.squared_error / self.squared_total)
 
     @property
@@ -66,7 +66,7 @@ class Fit(NamedTuple):
 
 
 def ce_recovered(clean: float, spliced: float, ablated: float) -> float:
-    """Share of the ablation's harm that the reconstruction avoids: 1 is perfect, 0 is no better.
+    """Share of the ablation's harm that the reconstruction avoids: 1 perfect, 0 no better.
 
     (ablated - spliced) / (ablated - clean), of cross-entropies, as SAEBench defines it.
     """

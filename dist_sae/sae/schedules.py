@@ -1,7 +1,9 @@
 """Schedules as pure functions of the step."""
 
 
-def learning_rate(step: int, steps: int, *, peak: float, warmup_steps: int, decay_share: float) -> float:
+def learning_rate(
+    step: int, steps: int, *, peak: float, warmup_steps: int, decay_share: float
+) -> float:
     """Linear warm-up, constant, then linear to zero over the last `decay_share` of the run.
 
     Args:

@@ -96,7 +96,7 @@ class TopK(nn.Module):
         dead: Bool[Tensor, " n_latents"],
         global_sum: GlobalSum,
     ) -> Float[Tensor, ""]:
-        """E|e - e_hat|^2 / Var(e) over the global batch; 0 when nothing is dead or e is constant."""
+        """E|e - e_hat|^2 / Var(e) over the global batch; 0 without dead latents or variance."""
         candidates = dead.nonzero()[:, 0]
         if not self.config.auxk or not len(candidates):
             return error.new_zeros(())
@@ -113,7 +113,9 @@ class TopK(nn.Module):
         return (error - e_hat).square().sum() / spread * (rows / len(error))
 
     @torch.no_grad()
-    def _select(self, centred: Tensor, W_enc: Tensor, b_enc: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    def _select(
+        self, centred: Tensor, W_enc: Tensor, b_enc: Tensor, k: int
+    ) -> tuple[Tensor, Tensor]:
         return kernels.select_topk(centred, W_enc, b_enc, k, self.product_dtype)
 
 

@@ -8,9 +8,9 @@ __all__ = ["ObjectStore", "open_store"]
 
 
 def open_store(url: str, s3: S3Config | None = None) -> ObjectStore:
-    """The store behind `file:///path`, a plain path or `s3://bucket/prefix`. Opens no connection."""
+    """The store behind `file:///path`, a path or `s3://bucket/prefix`. Opens no connection."""
     if url.startswith("s3://"):
-        from dist_sae.storage.s3 import S3Store  # noqa: PLC0415 - boto3 takes .7 s to import
+        from dist_sae.storage.s3 import S3Store  # boto3 takes .7 s to import
 
         return S3Store(url, s3 or S3Config())
     return LocalStore(url)

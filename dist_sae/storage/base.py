@@ -17,7 +17,11 @@ class ObjectStore(Protocol):
         ...
 
     def get(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
-        """The object's bytes `[start, stop)`; raises `ObjectNotFoundError`."""
+        """The object's bytes `[start, stop)`, as far as it has them.
+
+        Raises:
+            ObjectNotFoundError: There is no such object.
+        """
         ...
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:

@@ -12,13 +12,16 @@ from urllib.parse import unquote, urlsplit
 from dist_sae.errors import AccessError, ObjectNotFoundError, StoreError, StoreFullError
 
 _TEMPORARY = ".partial"  # suffix of files that are still being written; never listed
+_RACES = 100
 
 
 class LocalStore:
     """Objects are files; a write becomes visible by one rename (or link) after fsync."""
 
     def __init__(self, url: str) -> None:
-        self._root = Path(unquote(urlsplit(url).path) if url.startswith("file://") else url).absolute()
+        self._root = Path(
+            unquote(urlsplit(url).path) if url.startswith("file://") else url
+        ).absolute()
 
     @property
     def url(self) -> str:
@@ -27,7 +30,7 @@ class LocalStore:
     def get(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
         with self._errors(key), (self._root / key).open("rb") as file:
             file.seek(start)
-            return file.read(-1 if stop is None else stop - start)
+            return file.read(-1 if stop is None else max(0, stop - start))
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
         path = self._root / key
@@ -59,12 +62,12 @@ class LocalStore:
                 return None
 
     def keys(self, prefix: str = "") -> Iterator[str]:
-        folder = self._root / prefix.rpartition("/")[0]
-        found = (
-            path.relative_to(self._root).as_posix()
-            for path in folder.rglob("*")
-            if not path.name.endswith(_TEMPORARY) and path.is_file()
-        )
+        found = []
+        with self._errors(prefix or None):
+            top = self._root / prefix.rpartition("/")[0]
+            for folder, _, names in os.walk(top, onerror=_unless_gone):
+                inside = Path(folder).relative_to(self._root)
+                found += [(inside / n).as_posix() for n in names if not n.endswith(_TEMPORARY)]
         yield from sorted(key for key in found if key.startswith(prefix))
 
     def delete(self, key: str) -> None:
@@ -75,7 +78,7 @@ class LocalStore:
                 path.parent.rmdir()
 
     @contextmanager
-    def _errors(self, key: str) -> Iterator[None]:
+    def _errors(self, key: str | None) -> Iterator[None]:
         try:
             yield
         except FileNotFoundError as exc:
@@ -87,21 +90,36 @@ class LocalStore:
                     url=self.url,
                     key=key,
                 ) from exc
-            kind = AccessError if exc.errno in (errno.EACCES, errno.EPERM, errno.EROFS) else StoreError
-            raise kind(f"{exc.strerror or exc}", url=self.url, key=key) from exc
+            if exc.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                raise AccessError(
+                    f"{exc.strerror}; check the folder's owner and permissions",
+                    url=self.url,
+                    key=key,
+                ) from exc
+            raise StoreError(f"{exc.strerror or exc}", url=self.url, key=key) from exc
+
+
+def _unless_gone(exc: OSError) -> None:
+    """What is deleted while a folder is listed is not in the list."""
+    if not isinstance(exc, FileNotFoundError):
+        raise exc
 
 
 def _create(path: Path) -> BinaryIO:
     """A new file, in a new folder where need be."""
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
+    for _ in range(_RACES):
         with suppress(FileNotFoundError):  # another process deleted the folder, empty, in between
+            path.parent.mkdir(parents=True, exist_ok=True)
             return path.open("xb")
+    return path.open("xb")
 
 
 def _sync_folder(folder: Path) -> None:
     """Make a new name in a folder survive a power cut."""
-    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:  # another process has deleted the object, and the folder with it
+        return
     try:
         os.fsync(descriptor)
     finally:

@@ -1,7 +1,7 @@
 """An S3-compatible endpoint as an object store; the only module that talks to boto3."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from typing import Any
 
@@ -11,10 +11,15 @@ from botocore.exceptions import (
     BotoCoreError,
     ClientError,
     ConnectionError,  # noqa: A004 - boto's own name
+    CredentialRetrievalError,
     HTTPClientError,
+    IncompleteReadError,
     NoCredentialsError,
-    NoRegionError,
+    ParamValidationError,
     PartialCredentialsError,
+    ProfileNotFound,
+    ReadTimeoutError,
+    ResponseStreamingError,
 )
 
 from dist_sae.config.data import S3Config
@@ -28,19 +33,30 @@ from dist_sae.errors import (
 
 _NOT_FOUND = {"404", "NoSuchKey", "NotFound"}
 _REFUSED = {
-    "403": "access denied; check the credentials' permissions",
+    "403": "access denied; check the credentials and their permissions on this bucket",
     "AccessDenied": "access denied; check the credentials' permissions on this bucket",
     "InvalidAccessKeyId": "the access key is unknown to the endpoint; check AWS_ACCESS_KEY_ID",
     "SignatureDoesNotMatch": "the secret key is wrong; check AWS_SECRET_ACCESS_KEY",
     "ExpiredToken": "the session token has expired; renew the credentials",
     "RequestTimeTooSkewed": "this machine's clock is off; set it",
-    "NoSuchBucket": "no such bucket; create it or correct store.activations / store.runs",
-    "InvalidBucketName": "not a valid bucket name; correct store.activations / store.runs",
+    "PermanentRedirect": "the bucket is in another region; set store.s3.region",
+    "AuthorizationHeaderMalformed": "the bucket is in another region; set store.s3.region",
+    "NoSuchBucket": "no such bucket; create it or correct the URL",
+    "InvalidBucketName": "not a valid bucket name; correct the URL",
 }
-_FULL = {"QuotaExceeded", "EntityTooLarge", "InsufficientStorage", "507"}
+_FULL = {
+    "QuotaExceeded",
+    "InsufficientStorage",
+    "507",
+    "XMinioStorageFull",
+    "XMinioAdminBucketQuotaExceeded",
+}
 _BUSY = {"SlowDown", "ServiceUnavailable", "InternalError", "500", "502", "503", "504", "429"}
 _EXISTS = {"PreconditionFailed", "412"}
 _RACING = {"ConditionalRequestConflict", "409"}
+_OUT_OF_RANGE = {"InvalidRange", "416"}
+_ATTEMPTS = 5
+_RACES = 100
 
 
 class S3Store:
@@ -61,17 +77,37 @@ class S3Store:
 
     def get(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
         if stop is not None and stop <= start:
+            if self.size(key) is None:
+                raise ObjectNotFoundError("no such object", url=self.url, key=key)
             return b""
-        span = {} if (start, stop) == (0, None) else {"Range": f"bytes={start}-{'' if stop is None else stop - 1}"}
+        last = "" if stop is None else stop - 1
+        span = {} if (start, stop) == (0, None) else {"Range": f"bytes={start}-{last}"}
         with self._errors(key):
-            answer = self._client.get_object(Bucket=self._bucket, Key=self._prefix + key, **span)
-            data: bytes = answer["Body"].read()
-            return data
+            return self._read(key, span)
+
+    def _read(self, key: str, span: Mapping[str, str]) -> bytes:
+        """GET, again when the connection breaks on the way: boto retries until the headers only."""
+        for attempt in range(1, _ATTEMPTS + 1):
+            try:
+                answer = self._client.get_object(
+                    Bucket=self._bucket, Key=self._prefix + key, **span
+                )
+                data: bytes = answer["Body"].read()
+            except ClientError as exc:
+                if span and _code(exc) in _OUT_OF_RANGE:
+                    return b""
+                raise
+            except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
+                if attempt == _ATTEMPTS:
+                    raise
+            else:
+                return data
+        raise AssertionError  # the last attempt returns or raises
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
         condition = {"IfNoneMatch": "*"} if if_absent else {}
         with self._errors(key):
-            while True:
+            for _ in range(_RACES):
                 try:
                     self._client.put_object(
                         Bucket=self._bucket, Key=self._prefix + key, Body=data, **condition
@@ -79,10 +115,14 @@ class S3Store:
                 except ClientError as exc:
                     if if_absent and _code(exc) in _EXISTS:
                         return False
-                    if if_absent and _code(exc) in _RACING:
-                        continue  # another writer was at it in this instant: ask again
-                    raise
-                return True
+                    if not (if_absent and _code(exc) in _RACING):
+                        raise
+                    # another writer was at it in this instant: ask again
+                else:
+                    return True
+        raise UnavailableError(
+            f"the endpoint answered {_RACES} times that others write it", url=self.url, key=key
+        )
 
     def size(self, key: str) -> int | None:
         try:
@@ -108,12 +148,22 @@ class S3Store:
 
     @cached_property
     def _client(self) -> Any:
+        # Patience is for a run under way. A mistyped endpoint should be told at once: any answer
+        # will do here, and what is wrong besides the call itself will hear.
+        with suppress(ClientError):
+            self._connect(attempts=2).head_bucket(Bucket=self._bucket)
+        return self._connect(attempts=_ATTEMPTS)
+
+    def _connect(self, attempts: int) -> Any:
         config = Config(
-            retries={"mode": "standard", "max_attempts": 5},
+            retries={"mode": "standard", "max_attempts": attempts},
             connect_timeout=5,
             read_timeout=60,
             max_pool_connections=32,
             s3={"addressing_style": "path" if self._config.path_style else "virtual"},
+            # many S3-compatible endpoints refuse boto's checksums; ours are in the manifests
+            request_checksum_calculation="when_required",
+            response_checksum_validation="when_required",
         )
         session = boto3.session.Session()
         return session.client(
@@ -136,7 +186,9 @@ class S3Store:
     def _errors(self, key: str | None) -> Iterator[None]:
         try:
             yield
-        except (NoCredentialsError, PartialCredentialsError, NoRegionError) as exc:
+        except (CredentialRetrievalError, PartialCredentialsError, ProfileNotFound) as exc:
+            raise AccessError(f"{_line(exc)}; check the AWS settings", url=self.url) from exc
+        except NoCredentialsError as exc:
             raise AccessError(
                 "no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
                 "AWS_PROFILE or a web identity",
@@ -144,15 +196,18 @@ class S3Store:
             ) from exc
         except ClientError as exc:
             raise self._mapped(exc, key) from exc
+        except ParamValidationError as exc:
+            raise AccessError(_REFUSED["InvalidBucketName"], url=self.url) from exc
         except (ConnectionError, HTTPClientError) as exc:
             endpoint = self._config.endpoint_url or "AWS"
             raise UnavailableError(
-                f"{endpoint} does not answer ({type(exc).__name__}); check store.s3.endpoint_url and the network",
+                f"{endpoint} does not answer ({type(exc).__name__}); "
+                f"check store.s3.endpoint_url and the network",
                 url=self.url,
                 key=key,
             ) from exc
         except BotoCoreError as exc:
-            raise StoreError(str(exc), url=self.url, key=key) from exc
+            raise StoreError(_line(exc), url=self.url, key=key) from exc
 
     def _mapped(self, exc: ClientError, key: str | None) -> StoreError:
         code = _code(exc)
@@ -164,8 +219,13 @@ class S3Store:
             return StoreFullError("no space left or over quota", url=self.url, key=key)
         if code in _BUSY:
             return UnavailableError(f"the endpoint keeps answering {code}", url=self.url, key=key)
-        return StoreError(f"{code}: {exc}", url=self.url, key=key)
+        return StoreError(_line(exc), url=self.url, key=key)
 
 
 def _code(exc: ClientError) -> str:
     return str(exc.response.get("Error", {}).get("Code", ""))
+
+
+def _line(exc: Exception) -> str:
+    """An error of boto's on one line."""
+    return " ".join(str(exc).split())

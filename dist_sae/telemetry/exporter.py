@@ -26,9 +26,15 @@ class Telemetry:
 
     def __init__(self, run: str, role: str, port: int | None) -> None:
         registry = CollectorRegistry()
-        kinds = {"counter": Counter, "gauge": Gauge}
-        self._metrics = {
-            m.name: kinds[m.kind](m.name, m.help, m.labels, registry=registry) for m in METRICS
+        self._gauges = {
+            m.name: Gauge(m.name, m.help, m.labels, registry=registry)
+            for m in METRICS
+            if m.kind == "gauge"
+        }
+        self._counters = {
+            m.name: Counter(m.name, m.help, m.labels, registry=registry)
+            for m in METRICS
+            if m.kind == "counter"
         }
         self.port: int | None = None
         self._server = None
@@ -54,12 +60,10 @@ class Telemetry:
 
     def set(self, name: str, value: float, **labels: str) -> None:
         """Set a gauge."""
-        self._child(name, labels).set(value)
+        gauge = self._gauges[name]
+        (gauge.labels(**labels) if labels else gauge).set(value)
 
     def add(self, name: str, value: float, **labels: str) -> None:
         """Add to a counter."""
-        self._child(name, labels).inc(value)
-
-    def _child(self, name: str, labels: dict[str, str]) -> Counter | Gauge:
-        metric = self._metrics[name]
-        return metric.labels(**labels) if labels else metric
+        counter = self._counters[name]
+        (counter.labels(**labels) if labels else counter).inc(value)

@@ -28,7 +28,7 @@ class History:
 
 
 def read_history(store: ObjectStore, run: str) -> list[dict[str, Any]]:
-    """All records of a run by step; where it was repeated after a restart, the later life counts."""
+    """All records of a run by step; of steps repeated after a restart the later ones."""
     records: dict[int, dict[str, Any]] = {}
     for key in store.keys(f"{run}/{_PREFIX}"):
         first = int(key.rpartition("/")[2].partition(".")[0])

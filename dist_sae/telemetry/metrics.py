@@ -13,7 +13,9 @@ class Metric(NamedTuple):
 
 
 METRICS = (
-    Metric("dist_sae_run_info", "gauge", "1; the labels say what runs.", ("run", "role", "version")),
+    Metric(
+        "dist_sae_run_info", "gauge", "1; the labels say what runs.", ("run", "role", "version")
+    ),
     Metric("dist_sae_produce_rows_total", "counter", "Rows written to the activation set."),
     Metric(
         "dist_sae_produce_excluded_rows_total",
@@ -30,16 +32,30 @@ METRICS = (
     ),
     Metric("dist_sae_train_step", "gauge", "Steps done."),
     Metric("dist_sae_train_steps", "gauge", "Steps that the run will do."),
-    Metric("dist_sae_train_rows_total", "counter", "Rows trained on by this process's run, all ranks."),
-    Metric("dist_sae_train_rows_per_second", "gauge", "Rows per second since the last report, all ranks."),
+    Metric(
+        "dist_sae_train_rows_total", "counter", "Rows trained on by this process's run, all ranks."
+    ),
+    Metric(
+        "dist_sae_train_rows_per_second",
+        "gauge",
+        "Rows per second since the last report, all ranks.",
+    ),
     Metric("dist_sae_train_fvu", "gauge", "Fraction of variance unexplained on the last batch."),
-    Metric("dist_sae_train_auxk_loss", "gauge", "AuxK loss on the last batch, before its coefficient."),
+    Metric(
+        "dist_sae_train_auxk_loss", "gauge", "AuxK loss on the last batch, before its coefficient."
+    ),
     Metric("dist_sae_train_l0_latents", "gauge", "Latents active per row on the last batch."),
-    Metric("dist_sae_train_dead_share", "gauge", "Share of latents that have not fired for dead_after_rows."),
+    Metric(
+        "dist_sae_train_dead_share",
+        "gauge",
+        "Share of latents that have not fired for dead_after_rows.",
+    ),
     Metric("dist_sae_train_gradient_norm", "gauge", "Norm of the global gradient before clipping."),
     Metric("dist_sae_train_learning_rate", "gauge", "Learning rate of the last step."),
     Metric("dist_sae_train_wait_seconds_total", "counter", "Time this rank stood still for data."),
-    Metric("dist_sae_train_step_seconds_total", "counter", "Time spent in steps, waiting included."),
+    Metric(
+        "dist_sae_train_step_seconds_total", "counter", "Time spent in steps, waiting included."
+    ),
     Metric("dist_sae_checkpoint_step", "gauge", "Step of the last durable checkpoint."),
     Metric("dist_sae_checkpoint_seconds", "gauge", "How long the last checkpoint took."),
     Metric("dist_sae_checkpoint_bytes", "gauge", "Size of the last checkpoint."),

@@ -1,1 +1,1 @@
-"""The sparse products. `torch` is what runs; `reference` is the dense oracle that tests hold it to."""
+"""The sparse products: `torch` is what runs, `reference` the dense oracle of the tests."""

@@ -20,7 +20,7 @@ def topk_loss(
     auxk: int,
     auxk_coefficient: float,
 ) -> LossTerms:
-    """TopK with AuxK as Gao et al. 2024 (arXiv:2406.04093, section 2.3 and appendix A.2) state it."""
+    """TopK with AuxK as Gao et al. 2024 state it (arXiv:2406.04093, 2.3 and A.2)."""
     pre_acts = (x - b_dec) @ W_enc.T + b_enc
     x_hat = _topk(pre_acts, k).relu() @ W_dec + b_dec
     fvu = (x - x_hat).square().sum() / (len(x) * variance)

@@ -44,7 +44,7 @@ def select_topk(
 
 
 class Selection:
-    """The selected latents of a batch, and the same sorted by latent when a gradient asks for it."""
+    """The selected latents of a batch; sorted by latent when a gradient first asks for it."""
 
     def __init__(self, latents: Int[Tensor, "batch k"], n_latents: int) -> None:
         self.latents = latents
@@ -61,7 +61,7 @@ class Selection:
     def sum_by_latent(
         self, coefficients: Float[Tensor, "batch k"], rows: Float[Tensor, "batch d_in"]
     ) -> Float[Tensor, "n_latents d_in"]:
-        """For every latent, the sum of `rows` weighted with its coefficients: C^T rows, C sparse."""
+        """For each latent, the sum of `rows` weighted with its coefficients: C^T rows, C sparse."""
         order, starts = self._by_latent
         k = self.latents.shape[1]
         return F.embedding_bag(
@@ -72,23 +72,29 @@ class Selection:
             per_sample_weights=coefficients.flatten()[order].to(rows.dtype),
         )
 
-    def count_by_latent(self, coefficients: Float[Tensor, "batch k"]) -> Float[Tensor, " n_latents"]:
+    def count_by_latent(
+        self, coefficients: Float[Tensor, "batch k"]
+    ) -> Float[Tensor, " n_latents"]:
         """For every latent, the sum of its coefficients."""
         zeros = coefficients.new_zeros(self.n_latents)
         return zeros.index_add(0, self.latents.flatten(), coefficients.flatten())
 
 
 def sparse_matmul(
-    acts: Float[Tensor, "batch k"], latents: Int[Tensor, "batch k"], W_dec: Float[Tensor, "n_latents d_in"]
+    acts: Float[Tensor, "batch k"],
+    latents: Int[Tensor, "batch k"],
+    W_dec: Float[Tensor, "n_latents d_in"],
 ) -> Float[Tensor, "batch d_in"]:
     """Sum of each row's selected decoder rows, weighted with its acts; no gradient."""
     return F.embedding_bag(latents, W_dec, mode="sum", per_sample_weights=acts)
 
 
 def gather_dot(
-    rows: Float[Tensor, "batch d_in"], latents: Int[Tensor, "batch k"], W: Float[Tensor, "n_latents d_in"]
+    rows: Float[Tensor, "batch d_in"],
+    latents: Int[Tensor, "batch k"],
+    W: Float[Tensor, "n_latents d_in"],
 ) -> Float[Tensor, "batch k"]:
-    """rows[b] . W[latents[b, j]] without the [batch, k, d_in] tensor: embedding_bag's own gradient."""
+    """rows[b] . W[latents[b, j]] without a [batch, k, d_in] tensor: embedding_bag's gradient."""
     ones = torch.ones(latents.shape, dtype=W.dtype, device=W.device, requires_grad=True)
     with torch.enable_grad():
         bags = F.embedding_bag(latents, W.detach(), mode="sum", per_sample_weights=ones)
@@ -96,7 +102,7 @@ def gather_dot(
 
 
 class _Encode(torch.autograd.Function):
-    """acts = relu(pre_acts), with pre_acts = (x - b_dec) W_enc^T + b_enc at the selected latents."""
+    """relu of pre_acts = (x - b_dec) W_enc^T + b_enc at the selected latents."""
 
     @staticmethod
     def forward(
@@ -105,8 +111,8 @@ class _Encode(torch.autograd.Function):
         selection: Selection,
         centred: Tensor,
         W_enc: Tensor,
-        b_enc: Tensor,
-        b_dec: Tensor,
+        b_enc: Tensor,  # noqa: ARG004 - for its gradient
+        b_dec: Tensor,  # noqa: ARG004 - for its gradient
     ) -> Tensor:
         ctx.selection = selection
         acts = pre_acts.relu()
@@ -160,13 +166,15 @@ def encode(
         b_enc: Encoder bias.
         b_dec: Decoder bias.
     """
-    acts: Tensor = _Encode.apply(pre_acts, selection, centred, W_enc, b_enc, b_dec)
+    acts: Tensor = _Encode.apply(  # type: ignore[no-untyped-call]
+        pre_acts, selection, centred, W_enc, b_enc, b_dec
+    )
     return acts
 
 
 def decode(
     acts: Float[Tensor, "batch k"], selection: Selection, W_dec: Float[Tensor, "n_latents d_in"]
 ) -> Float[Tensor, "batch d_in"]:
-    """acts W_dec (no bias), with gradients to acts and W_dec."""
-    x_hat: Tensor = _Decode.apply(acts, selection, W_dec)
+    """Acts W_dec (no bias), with gradients to acts and W_dec."""
+    x_hat: Tensor = _Decode.apply(acts, selection, W_dec)  # type: ignore[no-untyped-call]
     return x_hat

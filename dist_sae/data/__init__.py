@@ -1,0 +1,1 @@
+"""Documents, tokens, units, shards and the canonical streams made of them."""

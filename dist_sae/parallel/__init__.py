@@ -1,0 +1,1 @@
+"""Ranks, engines and agreed stops."""

@@ -1,0 +1,158 @@
+"""`dist-sae report`: one HTML file with a run's numbers, curves and latents."""
+
+import json
+import threading
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+from urllib.parse import unquote, urlsplit
+
+from dist_sae import __version__
+from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
+from dist_sae.checkpoint.state import WEIGHTS, weights
+from dist_sae.config import Run
+from dist_sae.config.data import DatasetCorpus, FilesCorpus, HuggingFaceModel
+from dist_sae.data.loader import Units
+from dist_sae.data.plan import Plan, load_plan
+from dist_sae.data.shard import manifest_key, read_manifest
+from dist_sae.errors import CorpusError, ModelError
+from dist_sae.reporting.latents import LatentView, view_latents
+from dist_sae.reporting.page import Page, render_page
+from dist_sae.sae import build_sae
+from dist_sae.storage import ObjectStore, open_store
+from dist_sae.telemetry.history import read_history
+
+_RUN_FILE = "RUN.yaml"
+_READERS = 16
+_LIBRARIES = ("torch", "deepspeed", "transformers")
+
+
+def report(run: Run) -> str:
+    """Write `<run>/report/report.html` from whatever the run has so far.
+
+    Returns:
+        Where the file is: a path, or the URL of an object.
+
+    Raises:
+        PlanMismatchError: The activation set has no plan, or one of other settings.
+    """
+    runs = open_store(run.store.runs, run.store.s3)
+    activations = open_store(run.store.activations, run.store.s3)
+    plan = load_plan(activations, run)
+    checkpoint = Checkpoints(runs, run.name, run.train.keep_checkpoints).latest(WEIGHTS)
+    latents, latent_rows, no_latents = _latents(
+        run, Units(activations, plan, run.site, _no_waiting()), checkpoint
+    )
+    page = Page(
+        title=run.name,
+        facts=list(_facts(run, checkpoint)),
+        run_file=_RUN_FILE,
+        evaluation=_evaluation(runs, run),
+        history=read_history(runs, run.name),
+        auxk_coefficient=run.sae.auxk_coefficient,
+        producer_seconds=_producer_seconds(activations, plan),
+        latents=latents,
+        latent_rows=latent_rows,
+        no_latents=no_latents,
+    )
+    key = f"{run.name}/report/report.html"
+    runs.put(key, render_page(page).encode())
+    return _place(runs.url, key)
+
+
+def _no_waiting() -> threading.Event:
+    """For `Units`: a unit that is not there, or goes away, must not hold up the report."""
+    stopping = threading.Event()
+    stopping.set()
+    return stopping
+
+
+def _evaluation(runs: ObjectStore, run: Run) -> Mapping[str, Any] | None:
+    key = f"{run.name}/evaluation.json"
+    if runs.size(key) is None:
+        return None
+    numbers: Mapping[str, Any] = json.loads(runs.get(key))
+    return numbers
+
+
+def _latents(
+    run: Run, units: Units, checkpoint: Checkpoint | None
+) -> tuple[list[LatentView], int, str]:
+    """Latents, the rows they were looked for in, and why there are none."""
+    if checkpoint is None:
+        return (
+            [],
+            0,
+            f"No checkpoint yet: run dist-sae train {_RUN_FILE}, then make the report again.",
+        )
+    sae = build_sae(run.sae, len(checkpoint.scalars["mean"]))
+    sae.load_state_dict(weights(checkpoint))
+    try:
+        views, rows = view_latents(run, units, sae, float(checkpoint.scalars["scale"]))
+    except (CorpusError, ModelError) as error:  # numbers and curves need no text
+        return [], 0, f"The text cannot be shown: {error}"
+    if not rows:
+        return (
+            [],
+            0,
+            f"No activations there: run dist-sae produce {_RUN_FILE}, then make the report again.",
+        )
+    return views, rows, f"No latent fires often enough in {rows} rows to be shown."
+
+
+def _producer_seconds(activations: ObjectStore, plan: Plan) -> Mapping[str, float]:
+    """Where the producers' time went, by stage, over the units that exist."""
+    there = set(activations.keys("units/"))
+    units = [unit for unit in range(len(plan.units)) if manifest_key(unit) in there]
+    seconds: dict[str, float] = {}
+    with ThreadPoolExecutor(_READERS) as pool:  # a manifest from S3 takes tens of milliseconds
+        for manifest in pool.map(lambda unit: read_manifest(activations, unit), units):
+            for stage, spent in manifest.seconds.items():
+                seconds[stage] = seconds.get(stage, 0.0) + spent
+    return seconds
+
+
+def _facts(run: Run, checkpoint: Checkpoint | None) -> Iterator[tuple[str, str]]:
+    model = run.model
+    if isinstance(model, HuggingFaceModel):
+        revision = f" @ {model.revision}" if model.revision else ""
+        yield "Model", f"{model.path}{revision}, {model.dtype}"
+    else:
+        yield "Model", f"synthetic, {model.n_features:,} features, true L0 {model.l0:g}"
+    yield "Site", run.site
+    match run.corpus:
+        case FilesCorpus(files=names):
+            yield "Corpus", ", ".join(names)
+        case DatasetCorpus(name=name):
+            yield "Corpus", name
+        case _:
+            yield "Corpus", "synthetic"
+    yield "Dictionary", f"{run.sae.kind}, {run.sae.n_latents:,} latents, k\u00a0=\u00a0{run.sae.k}"
+    if checkpoint is None:
+        yield "Checkpoint", "none yet"
+    else:
+        yield "Activation width", f"{len(checkpoint.scalars['mean']):,}"
+        yield "Rows trained", f"{checkpoint.step * run.train.batch_rows:,} of {run.train.rows:,}"
+        yield "Checkpoint", f"step {checkpoint.step:,} of {run.steps:,}"
+    yield "Batch", f"{run.train.batch_rows:,} rows, peak learning rate {run.lr:.3g}"
+
+    yield "Versions", _versions()
+    yield "Report made", datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _versions() -> str:
+    found = [f"dist_sae {__version__}"]
+    for library in _LIBRARIES:
+        try:
+            found.append(f"{library} {version(library)}")
+        except PackageNotFoundError:  # transformers is not needed for the synthetic model
+            continue
+    return ", ".join(name.replace(" ", "\u00a0") for name in found)
+
+
+def _place(url: str, key: str) -> str:
+    if url.startswith("file://"):
+        return f"{unquote(urlsplit(url).path).rstrip('/')}/{key}"
+    return f"{url.rstrip('/')}/{key}"

@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Usage: launch/install.sh VENV WHAT    installs WHAT (".", ".[dev]") at the pinned versions.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+venv=$1 what=$2
+
+[ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
+"$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+    { echo "Python 3.11 or newer is needed; name one with PYTHON=..." >&2; exit 2; }
+echo "installing $what into $venv (the first time this takes some minutes) ..." >&2
+"$venv/bin/python" -m pip install --quiet --constraint launch/constraints.txt --editable "$what"

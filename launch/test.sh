@@ -1,0 +1,13 @@
+#!/usr/bin/env bash
+# Installs into a virtual environment of its own and runs every check. Needs Python >= 3.11.
+# Options go to pytest, for example: launch/test.sh -k loader
+set -euo pipefail
+cd "$(dirname "$0")/.."
+
+./launch/install.sh .venv-test '.[dev]'
+bin=.venv-test/bin
+$bin/ruff format --check .
+$bin/ruff check .
+$bin/mypy
+$bin/lint-imports
+exec $bin/python -m pytest "$@"

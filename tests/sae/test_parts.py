@@ -1,0 +1,82 @@
+"""The small pieces: schedules, dead counts, initialisation, metrics."""
+
+import pytest
+import torch
+
+from dist_sae.config.sae import TopKConfig
+from dist_sae.sae import build_sae
+from dist_sae.sae.base import Codes, identity_sum
+from dist_sae.sae.dead import DeadLatents, fired
+from dist_sae.sae.init import geometric_median, initialise
+from dist_sae.sae.metrics import Fit, ce_recovered
+from dist_sae.sae.schedules import learning_rate
+
+
+def test_learning_rate_rises_stays_and_falls() -> None:
+    rates = [learning_rate(s, 10, peak=8.0, warmup_steps=4, decay_share=0.2) for s in range(10)]
+    # warm-up over 4 steps, constant, and the last 2 steps at 2/2 and 1/2 of the peak
+    assert rates == [2.0, 4.0, 6.0, 8.0, 8.0, 8.0, 8.0, 8.0, 8.0, 4.0]
+
+
+def test_learning_rate_is_constant_without_warmup_and_decay() -> None:
+    assert {learning_rate(s, 5, peak=3.0, warmup_steps=0, decay_share=0.0) for s in range(5)} == {
+        3.0
+    }
+
+
+def test_dead_latents_are_counted_in_rows_and_revive() -> None:
+    dead = DeadLatents(3, after_rows=20)
+    for _ in range(2):
+        dead.update(torch.tensor([True, False, False]), rows=10)
+    assert dead.mask.tolist() == [False, True, True]
+    dead.update(torch.tensor([False, True, False]), rows=10)
+    assert dead.mask.tolist() == [False, False, True]
+    assert dead.idle_rows.tolist() == [10, 0, 30]
+
+
+def test_fired_ignores_latents_selected_at_zero() -> None:
+    codes = Codes(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[0, 1], [2, 3]]))
+    assert fired(codes, 5).tolist() == [True, False, False, True, False]
+
+
+def test_geometric_median_is_not_moved_by_an_outlier() -> None:
+    """Of points on a line it is the median: 2, where the mean is 202."""
+    x = torch.tensor([[0.0], [1.0], [2.0], [3.0], [1004.0]])
+    assert float(geometric_median(x, identity_sum)) == pytest.approx(2.0, abs=1e-3)
+
+
+def test_initial_reconstruction_is_as_long_as_the_data() -> None:
+    x = 3 * torch.randn(256, 24, generator=torch.Generator().manual_seed(0)) + 1
+    sae = build_sae(TopKConfig(n_latents=96, k=8, auxk=0), 24)
+    initialise(sae, x, seed=5, global_sum=identity_sum)
+    centre = sae.b_dec.detach()
+    rebuilt = sae.decode(sae.encode(x)) - centre
+    lengths = rebuilt.norm(dim=1).mean() / (x - centre).norm(dim=1).mean()
+    assert float(lengths) == pytest.approx(1.0, rel=1e-5)
+    torch.testing.assert_close(sae.W_dec.detach().norm(dim=1), torch.ones(96))
+    cosines = torch.cosine_similarity(sae.W_enc, sae.W_dec)
+    torch.testing.assert_close(cosines.detach(), torch.ones(96))
+
+
+def test_fit_sums_over_the_set_and_not_over_batches() -> None:
+    """Two batches of different size: the ratio of sums, not the mean of two ratios (D11)."""
+    mean = torch.zeros(1)
+    codes = Codes(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int64))
+    fit = Fit.empty(2).add(torch.tensor([[1.0]]), torch.tensor([[0.0]]), codes, mean)
+    fit = fit.add(torch.tensor([[3.0]]), torch.tensor([[3.0]]), codes, mean)
+    assert fit.fvu == pytest.approx(1 / 10)  # (1 + 0) / (1 + 9), where the mean of ratios is 1/2
+    assert fit.l0 == 1
+    assert fit.densities.tolist() == [1.0, 0.0]
+
+
+def test_fvu_of_the_identity_is_zero_and_of_the_mean_is_one() -> None:
+    x = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
+    codes = Codes(torch.zeros(64, 1), torch.zeros(64, 1, dtype=torch.int64))
+    assert Fit.empty(1).add(x, x, codes, x.mean(0)).fvu == 0
+    assert Fit.empty(1).add(x, x.mean(0).expand_as(x), codes, x.mean(0)).fvu == pytest.approx(1)
+
+
+def test_ce_recovered_is_one_for_the_identity_and_zero_for_the_ablation() -> None:
+    assert ce_recovered(2.0, 2.0, 10.0) == 1
+    assert ce_recovered(2.0, 10.0, 10.0) == 0
+    assert ce_recovered(2.0, 4.0, 10.0) == 0.75

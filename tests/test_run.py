@@ -1,0 +1,88 @@
+"""`dist-sae run`: the whole job as a user starts it."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from dist_sae.checkpoint.layout import Checkpoints
+from dist_sae.storage import open_store
+from tests.launch import write_run
+
+BOTH = {"producers": 2, "trainers": 2, "threads": 1}
+
+
+def start(path: Path, *options: str) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "dist_sae", "run", str(path), "--json", *options]
+    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def children(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in tasks.read_text().split()]
+
+
+def test_one_command_goes_from_nothing_to_a_report_and_continues_after_ctrl_c(
+    tmp_path: Path,
+) -> None:
+    path = write_run(tmp_path, processes=BOTH, train={"rows": 16_000, "max_passes": 3})
+    process = start(path)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("train "):
+            process.send_signal(signal.SIGINT)
+            break
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 75, err
+    assert "stopped: everything is saved" in err
+    assert "Traceback" not in err
+    steps = Checkpoints(open_store(str(tmp_path / "runs")), "world", 2).steps()
+    assert steps
+    assert steps[-1] < 100
+
+    out, err = start(path).communicate(timeout=180)
+    result = json.loads(out.splitlines()[-1])
+    assert result["step"] == 100
+    assert result["fvu"] < result["pca_fvu"]
+    assert {"fvu", "l0", "dead_share", "rows", "export", "report"} <= result.keys()
+    assert Path(result["report"]).stat().st_size > 10_000
+    assert (Path(result["export"]) / "cfg.json").exists()
+    assert "resuming at step" in (tmp_path / "runs/world/logs/trainer-0.log").read_text()
+
+
+@pytest.mark.parametrize("site", ["rows", "lr"])
+def test_a_failing_process_ends_the_run_with_its_own_error(tmp_path: Path, site: str) -> None:
+    """Both trainers fail alike; one line says so, and the producers do not outlive them."""
+    settings = {"rows": {"max_passes": 1}, "lr": {"lr": 1e38}}[site]
+    path = write_run(tmp_path, processes=BOTH, train=settings)
+    process = start(path)
+    _, err = process.communicate(timeout=120)
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert process.returncode == 2, err
+    assert len(errors) == 1
+    assert "Traceback" not in err
+    assert errors[0].startswith("error: trainer-")
+    assert {"rows": "train.rows asks for", "lr": "the gradient's norm is"}[site] in errors[0]
+
+
+def test_children_stop_when_the_parent_is_killed(tmp_path: Path) -> None:
+    path = write_run(tmp_path, processes=BOTH, train={"rows": 16_000, "max_passes": 3})
+    process = start(path)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("train "):
+            break
+    orphans = [os.pidfd_open(child) for child in children(process.pid)]
+    assert orphans
+    process.kill()
+    process.communicate()
+    for orphan in orphans:  # readable once the process has ended
+        import select
+
+        ready, _, _ = select.select([orphan], [], [], 60)
+        assert ready
+        os.close(orphan)
