@@ -1,3 +1,3 @@
-"""Distributed training of sparse autoencoders (dictionary learning) on language-model activations."""
+"""Distributed training of sparse autoencoders on language-model activations."""
 
 __version__ = "0.1.0"

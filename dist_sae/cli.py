@@ -148,7 +148,7 @@ def _print_result(options: argparse.Namespace, result: Mapping[str, Any]) -> Non
     for name, value in result.items():
         if isinstance(value, float):
             sys.stdout.write(f"{name:20} {value:.4g}\n")
-        elif not isinstance(value, list):
+        elif not isinstance(value, list | dict):
             sys.stdout.write(f"{name:20} {value}\n")
 
 

@@ -43,10 +43,10 @@ def evaluate(run: Run, stopping: threading.Event) -> dict[str, Any]:
         stopping: Ends the wait for units that are not there yet.
 
     Returns:
-        `fvu`, `l0`, `dead_share`, `rows`, `pca_fvu` (of a PCA with k components, from
-        training rows), densities, and for language models the cross-entropies in nats per
-        token with the site left alone (`ce_clean`), replaced by the reconstruction (`ce_spliced`), by zero (`ce_zero`)
-        and by the mean (`ce_mean`), with the shares recovered.
+        `fvu`, `l0`, `dead_share`, `rows`, `pca_fvu` (of a PCA with k components, from training
+        rows), densities, and for language models the cross-entropies in nats per token with the
+        site left alone (`ce_clean`), replaced by the reconstruction (`ce_spliced`), by zero
+        (`ce_zero`) and by the mean (`ce_mean`), with the shares recovered.
 
     Raises:
         ConfigError: There is no checkpoint, or nothing is held out.
@@ -115,14 +115,13 @@ def _principal_components(
     """The leading directions of training rows, about their mean."""
     rows, total, products = 0, torch.zeros(()), torch.zeros(())
     for x in _scaled_rows(units, units.plan.train_units, scale, _PCA_ROWS):
-        rows, total, products = (
-            rows + len(x),
-            total + x.double().sum(0),
-            products + (x.T @ x).double(),
-        )
+        rows += len(x)
+        total = total + x.double().sum(0)
+        products = products + (x.T @ x).double()
     mean = total / rows
     covariance = products / rows - torch.outer(mean, mean)
-    return torch.linalg.eigh(covariance).eigenvectors[:, -components:].float()
+    directions: Tensor = torch.linalg.eigh(covariance).eigenvectors
+    return directions[:, -components:].float()
 
 
 def _dead_share(run: Run, checkpoint: Checkpoint) -> float:

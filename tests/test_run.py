@@ -2,10 +2,12 @@
 
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -57,7 +59,7 @@ def test_one_command_goes_from_nothing_to_a_report_and_continues_after_ctrl_c(
 @pytest.mark.parametrize("site", ["rows", "lr"])
 def test_a_failing_process_ends_the_run_with_its_own_error(tmp_path: Path, site: str) -> None:
     """Both trainers fail alike; one line says so, and the producers do not outlive them."""
-    settings = {"rows": {"max_passes": 1}, "lr": {"lr": 1e38}}[site]
+    settings: dict[str, Any] = {"rows": {"max_passes": 1}, "lr": {"lr": 1e38}}[site]
     path = write_run(tmp_path, processes=BOTH, train=settings)
     process = start(path)
     _, err = process.communicate(timeout=120)
@@ -81,8 +83,6 @@ def test_children_stop_when_the_parent_is_killed(tmp_path: Path) -> None:
     process.kill()
     process.communicate()
     for orphan in orphans:  # readable once the process has ended
-        import select
-
         ready, _, _ = select.select([orphan], [], [], 60)
         assert ready
         os.close(orphan)

@@ -213,7 +213,7 @@ def _explain(error: ErrorDetails) -> Iterator[str]:
     """One line per problem, with the path that the user wrote."""
     path, known = _locate(error["loc"])
     dotted = ".".join(path)
-    message = error["msg"].removeprefix("Value error, ").replace("valid tuple", "list")
+    message = error["msg"].removeprefix("Value error, ")
     match error["type"]:
         case "extra_forbidden":
             close = difflib.get_close_matches(path[-1], known, n=1)
@@ -235,7 +235,8 @@ def _explain(error: ErrorDetails) -> Iterator[str]:
         case "value_error":
             yield f"{dotted}: {message}"
         case _:
-            yield f"{dotted}: {message[0].lower()}{message[1:]} (got {error['input']!r})"
+            message = message[0].lower() + message[1:]
+            yield f"{dotted}: {message.replace('tuple', 'list')} (got {error['input']!r})"
 
 
 def _locate(loc: tuple[int | str, ...]) -> tuple[list[str], list[str]]:

@@ -18,7 +18,7 @@ import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import NamedTuple, Self
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -182,7 +182,10 @@ class Stream:
         return rows[torch.from_numpy(place)]
 
     def _windows(self, skip: int) -> Iterator[tuple[np.ndarray, list[_UnitReader]]]:
-        """(order of units over the rows, readers) of each window; the first `skip` rows left out."""
+        """Of each window: the unit of each of its rows in order, and the units' readers.
+
+        The first `skip` rows are left out.
+        """
         plan = self._units.plan
         own = plan.stream_units(self._number)
         rows_seen = 0
@@ -213,8 +216,8 @@ class Stream:
         passes = "1 pass" if self._max_passes == 1 else f"{self._max_passes} passes"
         raise DataExhaustedError(
             f"{self._units.store.url}: stream {self._number} of {plan.streams} ends after "
-            f"{rows_seen} rows ({passes}), so there are about {rows_seen * plan.streams} rows in all; "
-            f"lower train.rows, raise train.max_passes or add text"
+            f"{rows_seen} rows ({passes}), so there are about {rows_seen * plan.streams} rows "
+            f"in all; lower train.rows, raise train.max_passes or add text"
         )
 
 
@@ -234,7 +237,8 @@ class Loader:
         self, units: Units, *, rank: int, world: int, batch_rows: int, steps: range, max_passes: int
     ) -> None:
         streams = units.plan.streams
-        assert streams % world == 0 and batch_rows % streams == 0, (streams, world, batch_rows)
+        assert streams % world == 0, (streams, world)
+        assert batch_rows % streams == 0, (batch_rows, streams)
         self._steps = steps
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=_BATCHES_AHEAD)
         self._closed = threading.Event()
@@ -250,7 +254,7 @@ class Loader:
             target=self._assemble, args=(streams_from, rows), name="loader", daemon=True
         )
 
-    def __enter__(self) -> Self:
+    def __enter__(self) -> "Loader":
         self._thread.start()
         return self
 

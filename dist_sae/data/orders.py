@@ -16,10 +16,10 @@ def permutation(n: int, *key: int) -> NDArray[np.int64]:
 def spread(groups: NDArray[np.int64], *key: int) -> NDArray[np.int64]:
     """A random order of rows in which each group's rows are evenly spaced.
 
-    Row j (in random order) of a group of n comes at (j + u) / n of the way with u uniform per
-    group. Every row is equally likely at every place, and two rows of one document are about
-    len(groups) / n rows apart, so they rarely meet in a batch: fewer same-document pairs
-    than a uniform shuffle of the same rows gives.
+    Row j (in random order) of a group of n comes (j + u) / n of the way, with u uniform per
+    group. So how far along a row comes is uniform for every row, and two rows of one document
+    are at least about len(groups) / n rows apart: in a batch they meet less often than after a
+    uniform shuffle of the same rows.
 
     Args:
         groups: The group (document) of each row, any integers.

@@ -150,11 +150,12 @@ class S3Store:
     def _client(self) -> Any:
         # Patience is for a run under way. A mistyped endpoint should be told at once: any answer
         # will do here, and what is wrong besides the call itself will hear.
+        session = boto3.session.Session()
         with suppress(ClientError):
-            self._connect(attempts=2).head_bucket(Bucket=self._bucket)
-        return self._connect(attempts=_ATTEMPTS)
+            self._connect(session, attempts=2).head_bucket(Bucket=self._bucket)
+        return self._connect(session, attempts=_ATTEMPTS)
 
-    def _connect(self, attempts: int) -> Any:
+    def _connect(self, session: boto3.session.Session, *, attempts: int) -> Any:
         config = Config(
             retries={"mode": "standard", "max_attempts": attempts},
             connect_timeout=5,
@@ -165,7 +166,6 @@ class S3Store:
             request_checksum_calculation="when_required",
             response_checksum_validation="when_required",
         )
-        session = boto3.session.Session()
         return session.client(
             "s3",
             endpoint_url=self._config.endpoint_url,
@@ -198,7 +198,7 @@ class S3Store:
             raise self._mapped(exc, key) from exc
         except ParamValidationError as exc:
             raise AccessError(_REFUSED["InvalidBucketName"], url=self.url) from exc
-        except (ConnectionError, HTTPClientError) as exc:
+        except (ConnectionError, HTTPClientError, IncompleteReadError) as exc:
             endpoint = self._config.endpoint_url or "AWS"
             raise UnavailableError(
                 f"{endpoint} does not answer ({type(exc).__name__}); "

@@ -1,11 +1,11 @@
-"""SCIENCE D1 for TopK with AuxK: loss and gradients against the dense oracle, by autograd in fp64."""
+"""SCIENCE D1 for TopK with AuxK: loss and gradients against the dense oracle in fp64."""
 
 import pytest
 import torch
 from torch import Tensor
 
 from dist_sae.config.sae import TopKConfig
-from dist_sae.sae.base import identity_sum
+from dist_sae.sae.base import LossTerms, identity_sum
 from dist_sae.sae.kernels import reference
 from dist_sae.sae.kernels import torch as kernels
 from dist_sae.sae.topk import TopK
@@ -35,7 +35,7 @@ def some_dead() -> Tensor:
     return torch.arange(N_LATENTS) % 4 == 0
 
 
-def oracle(sae: TopK, x: Tensor, dead: Tensor) -> reference.LossTerms:
+def oracle(sae: TopK, x: Tensor, dead: Tensor) -> LossTerms:
     return reference.topk_loss(
         x,
         sae.W_enc,
@@ -123,7 +123,7 @@ def test_auxk_does_not_count_the_bias_twice() -> None:
     sae, x, dead = make_sae(), rows(), some_dead()
     before = sae.objective(x, VARIANCE, dead, identity_sum).terms.auxk
     with torch.no_grad():
-        sae.b_dec += 3.0
+        sae.b_dec.add_(3.0)
     after = sae.objective(x + 3.0, VARIANCE, dead, identity_sum).terms.auxk
     torch.testing.assert_close(before, after, rtol=1e-12, atol=0)
 
@@ -155,10 +155,10 @@ def test_fvu_by_hand() -> None:
 
 
 def test_loss_over_two_ranks_is_the_mean_of_their_losses() -> None:
-    """Half of the batch on each rank, their sums added: as the whole batch on one (D2, data axis)."""
+    """Half of the batch on each rank, their sums added: as the whole batch on one (D2)."""
     sae, x, dead = make_sae(), rows(), some_dead()
     whole = sae.objective(x, VARIANCE, dead, identity_sum).terms.total
-    halves = x.split(BATCH // 2)
+    halves = x.split(BATCH // 2)  # type: ignore[no-untyped-call]
 
     def statistics(half: Tensor) -> Tensor:
         seen: list[Tensor] = []

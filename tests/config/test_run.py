@@ -1,0 +1,347 @@
+import json
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from pydantic import ValidationError
+
+from dist_sae.config import Run, differences, dump_run, load_run
+from dist_sae.errors import ConfigError
+from tests.conftest import synthetic_run
+
+
+def problems(path: Path, overrides: Sequence[str] = ()) -> list[str]:
+    """What `load_run` says, line by line, without the file's name that every line starts with."""
+    with pytest.raises(ConfigError) as caught:
+        load_run(path, overrides)
+    lines = str(caught.value).splitlines()
+    assert all(line.startswith(f"{path}: ") for line in lines)
+    return [line.removeprefix(f"{path}: ") for line in lines]
+
+
+def test_load_run_reports_every_problem_at_once(tmp_path: Path) -> None:
+    path = synthetic_run(
+        tmp_path, sae={"k": 0, "auxk": -1}, train={"rows": "many"}, evaluate={"rowz": 1}
+    )
+    assert problems(path) == [
+        "sae.k: input should be greater than 0 (got 0)",
+        "sae.auxk: input should be greater than or equal to 0 (got -1)",
+        "train.rows: input should be a valid integer, "
+        "unable to parse string as an integer (got 'many')",
+        "evaluate.rowz: unknown key; did you mean rows?",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("sae.n_latent=3", "sae.n_latent: unknown key; did you mean n_latents?"),
+        ("trian={}", "trian: unknown key; did you mean train?"),
+        ("store.s3.endpoint=x", "store.s3.endpoint: unknown key; did you mean endpoint_url?"),
+        (
+            "model.layers=3",
+            "model.layers: unknown key; known keys: kind, d_in, n_features, l0, zipf, p_max, seed",
+        ),
+        (
+            "activations.exclude.norm=3",
+            "activations.exclude.norm: unknown key; did you mean over_norm?",
+        ),
+    ],
+)
+def test_load_run_suggests_what_an_unknown_key_may_mean(
+    tmp_path: Path, override: str, problem: str
+) -> None:
+    assert problems(synthetic_run(tmp_path), [override]) == [problem]
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        # the tag of the union, `files`, is also the name of the key
+        (
+            "corpus={kind: files, files: [1]}",
+            "corpus.files.0: input should be a valid string (got 1)",
+        ),
+        ("corpus={kind: files, files: a}", "corpus.files: input should be a valid list (got 'a')"),
+        ("corpus={kind: file}", "corpus.kind: unknown kind file; did you mean files?"),
+        ("corpus={}", "corpus.kind: missing; give one of files, dataset, synthetic"),
+        ("corpus={kind: dataset}", "corpus.name: missing"),
+        ("corpus=3", "corpus: must be a section with keys of its own (got 3)"),
+        ("sae.k=1e3", "sae: k (1000) must not exceed n_latents (32)"),
+        ("sae.auxk=33", "sae: auxk (33) must not exceed n_latents (32)"),
+        (
+            "activations.sites=[]",
+            "activations.sites: list should have at least 1 item after validation, not 0 (got [])",
+        ),
+    ],
+)
+def test_load_run_keeps_union_tags_out_of_the_path(
+    tmp_path: Path, override: str, problem: str
+) -> None:
+    assert problems(synthetic_run(tmp_path), [override]) == [problem]
+
+
+@pytest.mark.parametrize("site", ["resid_post", "resid_post.x", "resid_mid.3", "RESID_POST.3"])
+def test_load_run_names_the_bad_site_and_no_consequence_of_it(tmp_path: Path, site: str) -> None:
+    (problem,) = problems(synthetic_run(tmp_path), [f"activations.sites=[{site}]"])
+    assert problem.startswith(f"activations.sites.0: {site!r} is not a site: use NAME.LAYER")
+
+
+@pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
+def test_load_run_refuses_numbers_that_are_not_finite(tmp_path: Path, value: str) -> None:
+    (problem,) = problems(synthetic_run(tmp_path), [f"train.lr={value}"])
+    assert problem.startswith("train.lr: input should be")
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("store.runs=s3://", "store.runs: s3:// names no bucket: use s3://bucket/prefix"),
+        ("store.runs=s3:///a", "store.runs: s3:///a names no bucket: use s3://bucket/prefix"),
+        (
+            "store.runs=gs://a/b",
+            "store.runs: unknown scheme 'gs': use s3://bucket/prefix, file:///path or a path",
+        ),
+        (
+            "store.runs=file://a/b",
+            "store.runs: file://a/b names a host: use file:///path, with three slashes",
+        ),
+        ("store.runs=''", "store.runs: is empty: use s3://bucket/prefix, file:///path or a path"),
+        ("store.runs=/", "store.runs: is the root of the file system: name a folder in it"),
+        ("store.runs=file:///", "store.runs: is the root of the file system: name a folder in it"),
+        (
+            "store.s3.endpoint_url=localhost:9000",
+            "store.s3.endpoint_url: localhost:9000 has no scheme: "
+            "write http://host:port or https://host",
+        ),
+        (
+            "corpus={kind: files, files: ['s3://bucket']}",
+            "corpus.files.0: s3://bucket is no file: use a path, a pattern or s3://bucket/key",
+        ),
+        (
+            "corpus={kind: files, files: ['https://a/b']}",
+            "corpus.files.0: https://a/b is no file: use a path, a pattern or s3://bucket/key",
+        ),
+    ],
+)
+def test_load_run_refuses_urls_that_lead_nowhere(
+    tmp_path: Path, override: str, problem: str
+) -> None:
+    assert problems(synthetic_run(tmp_path), [override]) == [problem]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problem"),
+    [
+        (
+            ["train.site=mlp_in.0"],
+            "train.site: mlp_in.0 is not among activations.sites (synthetic)",
+        ),
+        (
+            ["train.batch_rows=254"],
+            "train.batch_rows: 254 is not a multiple of activations.streams (4)",
+        ),
+        (["train.rows=255"], "train.rows: 255 is less than one batch (256 rows)"),
+        (["processes.trainers=3"], "processes.trainers: 3 does not divide activations.streams (4)"),
+        (
+            ["telemetry.port=65535"],
+            "telemetry.port: 65535 leaves no ports for 1 producers and 1 trainers: "
+            "the last one would be 65536",
+        ),
+        (
+            ["corpus={kind: dataset, name: x}"],
+            "corpus.kind: a synthetic model goes with a synthetic corpus, and only with one",
+        ),
+        (
+            ["activations.sites=[mlp_in.0]"],
+            "activations.sites: a synthetic model has one site: [synthetic]",
+        ),
+        (
+            ["model={kind: huggingface, path: x}", "corpus={kind: dataset, name: x}"],
+            "activations.sites: synthetic is a site of the synthetic model only",
+        ),
+    ],
+)
+def test_load_run_checks_that_sections_agree(
+    tmp_path: Path, overrides: list[str], problem: str
+) -> None:
+    assert problems(synthetic_run(tmp_path), overrides) == [problem]
+
+
+def test_load_run_asks_which_site_when_there_are_several(tmp_path: Path) -> None:
+    overrides = [
+        "model={kind: huggingface, path: x}",
+        "corpus={kind: dataset, name: x}",
+        "activations.sites=[mlp_in.0, mlp_out.0]",
+    ]
+    path = synthetic_run(tmp_path)
+    assert problems(path, overrides) == [
+        "train.site: missing; activations.sites has several: mlp_in.0, mlp_out.0"
+    ]
+    assert load_run(path, [*overrides, "train.site=mlp_out.0"]).site == "mlp_out.0"
+
+
+def test_load_run_reports_every_disagreement_at_once(tmp_path: Path) -> None:
+    overrides = ["train.batch_rows=6", "train.rows=5", "processes.trainers=3"]
+    assert [line.partition(":")[0] for line in problems(synthetic_run(tmp_path), overrides)] == [
+        "train.batch_rows",
+        "train.rows",
+        "processes.trainers",
+    ]
+
+
+def test_overrides_are_yaml_and_the_last_one_wins(tmp_path: Path) -> None:
+    run = load_run(
+        synthetic_run(tmp_path),
+        ["train.lr=1e-3", "train.lr=2e-3", "train.rows=1e5", "train.betas=[0.8, 0.9]",
+         "train.clip_norm=null", "train.deepspeed={zero: {eps: 1e-5}}"],
+    )  # fmt: skip
+    assert run.train.lr == 0.002
+    assert run.train.rows == 100_000
+    assert run.train.betas == (0.8, 0.9)
+    assert run.train.clip_norm is None
+    assert run.train.deepspeed == {"zero": {"eps": 1e-5}}  # a number, although nothing asks for one
+
+
+def test_overrides_create_the_sections_they_need(tmp_path: Path) -> None:
+    path = synthetic_run(tmp_path)
+    path.write_text(path.read_text() + "telemetry:\n")  # a section without a value
+    run = load_run(path, ["telemetry.port=9000", "store.s3.region=eu-west-1"])
+    assert run.telemetry.port == 9000
+    assert run.store.s3.region == "eu-west-1"
+
+
+@pytest.mark.parametrize(
+    ("override", "message"),
+    [
+        ("sae.k", "--set sae.k: write it as section.key=value"),
+        ("=3", "--set =3: write it as section.key=value"),
+        ("sae..k=3", "--set sae..k=3: write it as section.key=value"),
+        ("sae.k=[", "--set sae.k=[: the value is not valid YAML"),
+        ("sae.k.x=1", "--set sae.k.x=1: k is a value, not a section"),
+    ],
+)
+def test_override_errors_name_the_override(tmp_path: Path, override: str, message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load_run(synthetic_run(tmp_path), [override])
+    assert str(caught.value) == message
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("name: a\nname: b\n", ":2:1: not valid YAML: key 'name' appears twice"),
+        ("sae:\n  k: 1\n  k: 2\n", ":3:3: not valid YAML: key 'k' appears twice"),
+        ("sae: [1\nname: x\n", ":2:5: not valid YAML: expected ',' or ']', but got ':'"),
+        ("name: \x07\n", ": not valid YAML: unacceptable character #x0007"),
+        ("? [a, b]\n: 1\n", ":1:3: not valid YAML: found unhashable key"),
+        ("- a\n", ": must hold a mapping with keys name, store, model"),
+        ("", ": must hold a mapping with keys name, store, model"),
+    ],
+)
+def test_load_run_says_where_the_yaml_is_wrong(tmp_path: Path, text: str, message: str) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError) as caught:
+        load_run(path)
+    assert str(caught.value).startswith(f"{path}{message}")
+    assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [(None, "no such file"), (b"name: \xff\n", "cannot be read")]
+)
+def test_load_run_says_so_when_the_file_cannot_be_read(
+    tmp_path: Path, content: bytes | None, message: str
+) -> None:
+    path = tmp_path / "run.yaml"
+    if content:
+        path.write_bytes(content)
+    with pytest.raises(ConfigError, match=f"^{path}: {message}"):
+        load_run(path)
+
+
+def test_dumped_run_loads_to_an_equal_run(tmp_path: Path) -> None:
+    run = load_run(synthetic_run(tmp_path), ["train.lr=1e-3", "train.deepspeed={a: [1, 2]}"])
+    again = tmp_path / "again.yaml"
+    again.write_text(dump_run(run))
+    assert load_run(again) == run
+    assert load_run(again, ["sae.k=1"]) != run
+
+
+def test_local_stores_resolve_to_absolute_urls(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", "/home/someone")
+    path = synthetic_run(tmp_path)
+    run = load_run(path, ["store.activations=a b/../c/", "store.runs=~/r"])
+    assert run.store.activations == f"file://{tmp_path}/c"
+    assert run.store.runs == "file:///home/someone/r"
+    assert load_run(path, ["store.runs=s3://b/p/"]).store.runs == "s3://b/p"
+
+
+def test_run_cannot_be_changed(tmp_path: Path) -> None:
+    run: Any = load_run(synthetic_run(tmp_path))
+    with pytest.raises(ValidationError, match="frozen"):
+        run.name = "other"
+    with pytest.raises(ValidationError, match="frozen"):
+        run.sae.k = 3
+
+
+def test_json_schema_documents_every_key() -> None:
+    schema = json.loads(json.dumps(Run.model_json_schema()))
+    latents = schema["$defs"]["TopKConfig"]["properties"]["n_latents"]
+    assert latents["description"] == "Width of the dictionary."
+    assert schema["additionalProperties"] is False
+
+
+def test_differences_name_the_nested_keys_that_differ() -> None:
+    old = {"a": {"b": 1, "c": 2}, "d": 3, "gone": 1}
+    new = {"a": {"b": 1, "c": 4}, "d": 3, "new": {"x": 1}}
+    assert differences(old, new) == ["a.c: 2 -> 4", "gone: 1 -> None", "new: None -> {'x': 1}"]
+    assert differences(old, old) == []
+
+
+def test_learning_rate_follows_the_width_unless_given(tmp_path: Path) -> None:
+    path = synthetic_run(tmp_path)
+    # 2e-4 * sqrt(2^14 / 2^18) = 2e-4 / 4
+    assert load_run(path, ["sae.n_latents=262144"]).lr == pytest.approx(5e-5)
+    assert load_run(path, ["train.lr=0.5"]).lr == 0.5
+
+
+def test_steps_are_full_batches(tmp_path: Path) -> None:
+    assert load_run(synthetic_run(tmp_path), ["train.rows=1023"]).steps == 3  # of 256 rows
+
+
+def test_importing_the_configuration_needs_no_torch() -> None:
+    heavy = {"torch", "deepspeed", "transformers", "boto3", "numpy"}
+    code = "import sys, dist_sae.config, dist_sae.cli; print(*sys.modules)"
+    loaded = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, check=True
+    ).stdout.split()
+    assert "dist_sae.config" in loaded
+    assert heavy.isdisjoint(loaded)
+
+
+def test_help_answers_at_once() -> None:
+    seconds = []
+    for _ in range(5):
+        since = time.monotonic()
+        done = subprocess.run(
+            [sys.executable, "-m", "dist_sae", "--help"], capture_output=True, text=True, check=True
+        )
+        seconds.append(time.monotonic() - since)
+    assert "produce" in done.stdout
+    assert min(seconds) < 0.5  # .1 s alone on a machine; importing torch takes 2 s
+
+
+def test_yaml_written_for_people_reads_back(tmp_path: Path) -> None:
+    assert list(yaml.safe_load(dump_run(load_run(synthetic_run(tmp_path))))) == list(
+        Run.model_fields
+    )

@@ -1,0 +1,365 @@
+"""The stream of rows. `make_run` gives 16 training units in 4 streams, read 3 at a time."""
+
+import json
+import random
+import threading
+import time
+import weakref
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import dist_sae.data.loader
+from dist_sae.config import Run
+from dist_sae.data.loader import Stream
+from dist_sae.data.shard import Rows, manifest_key, read_manifest
+from dist_sae.errors import (
+    CorruptObjectError,
+    DataExhaustedError,
+    ObjectNotFoundError,
+    Stopped,
+)
+from dist_sae.storage import ObjectStore, open_store
+from tests.world import (
+    DOCUMENT_ROWS,
+    RowNumbers,
+    Wrapped,
+    batches,
+    fill,
+    make_run,
+    open_loader,
+    open_units,
+    same,
+)
+
+
+@dataclass
+class World:
+    run: Run
+    store: ObjectStore
+    stream_rows: list[int]
+    """Rows of each stream in one pass."""
+
+    @property
+    def full_batches(self) -> int:
+        return min(self.stream_rows) // 16
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    run = make_run(tmp_path_factory.mktemp("loader"))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        plan = fill(run, RowNumbers(), monkeypatch)
+    store = open_store(run.store.activations)
+    assert len(plan.train_units) == 16
+    rows = [sum(read_manifest(store, u).rows for u in plan.stream_units(v)) for v in range(4)]
+    return World(run, store, rows)
+
+
+def ids(acts: Tensor | list[Tensor]) -> list[int]:
+    return [int(i) for i in (acts if isinstance(acts, Tensor) else torch.cat(acts))[:, 0]]
+
+
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_ranks_divide_each_global_batch(world: World, ranks: int) -> None:
+    """Ranks' parts, one after the other, are bitwise the batch of a single rank."""
+    steps = range(world.full_batches)
+    whole = batches(open_units(world.run), steps)
+    parts = [batches(open_units(world.run), steps, world=ranks, rank=r) for r in range(ranks)]
+    assert same(whole, [torch.cat(part) for part in zip(*parts, strict=True)])
+    assert {len(batch) for part in parts for batch in part} == {64 // ranks}
+
+
+@pytest.mark.parametrize("start", [1, 5, 17, 30, 31, 44])
+def test_resuming_at_a_step_gives_the_batches_that_an_undisturbed_run_sees(
+    world: World, start: int
+) -> None:
+    """Within a block, at and across the end of a window (372 of 496 rows), in the second pass."""
+    stop = min(start + 8, 2 * world.full_batches)
+    whole = batches(open_units(world.run), range(stop), passes=2)
+    resumed = batches(open_units(world.run), range(start, stop), passes=2)
+    assert same(whole[start:], resumed)
+
+
+def test_resuming_with_another_number_of_ranks_changes_nothing(world: World) -> None:
+    whole = batches(open_units(world.run), range(10))
+    first = batches(open_units(world.run), range(4))
+    rest = [batches(open_units(world.run), range(4, 10), world=2, rank=r) for r in (0, 1)]
+    assert same(whole, first + [torch.cat(part) for part in zip(*rest, strict=True)])
+
+
+def test_one_pass_has_every_training_row_once(world: World) -> None:
+    units = open_units(world.run)
+    with ThreadPoolExecutor(2) as pool:
+        seen = [
+            ids(Stream(units, v, 0, 1, pool).take(rows)) for v, rows in enumerate(world.stream_rows)
+        ]
+    documents = {
+        number
+        for unit in units.plan.train_units
+        for span in units.plan.units[unit]
+        for number in range(span.first, span.first + span.count)
+    }
+    expected = [d * DOCUMENT_ROWS + i for d in sorted(documents) for i in range(DOCUMENT_ROWS)]
+    assert sorted(i for stream in seen for i in stream) == expected
+
+
+def test_the_batches_of_one_pass_repeat_nothing_and_lack_less_than_a_batch_per_stream(
+    world: World,
+) -> None:
+    seen = ids(batches(open_units(world.run), range(world.full_batches)))
+    assert len(set(seen)) == len(seen) == 64 * world.full_batches
+    assert min(world.stream_rows) - len(seen) // 4 < 16
+    with pytest.raises(DataExhaustedError):
+        batches(open_units(world.run), range(world.full_batches + 1))
+
+
+def test_the_second_pass_has_the_same_rows_in_another_order(world: World) -> None:
+    units = open_units(world.run)
+    last = []
+    for number, n in enumerate(world.stream_rows):
+        with ThreadPoolExecutor(2) as pool:
+            stream = Stream(units, number, 0, 3, pool)
+            one, two, three = (ids(stream.take(n)) for _ in range(3))
+        assert sorted(one) == sorted(two) == sorted(three)
+        assert one != two
+        assert two != three
+        last.append([frozenset(order[-100:]) for order in (one, two, three)])
+    # the last window is one unit of four; in a new pass it is another one
+    assert any(len({*passes}) == 3 and not passes[1] & passes[2] for passes in last)
+
+
+def test_the_sizes_in_which_a_stream_is_read_do_not_matter(world: World) -> None:
+    units = open_units(world.run)
+    with ThreadPoolExecutor(2) as pool:
+        at_once = Stream(units, 1, 0, 1, pool).take(300)
+        stream = Stream(units, 1, 0, 1, pool)
+        assert torch.equal(at_once, torch.cat([stream.take(n) for n in (1, 33, 66, 199, 1)]))
+
+
+def test_a_pass_that_does_not_suffice_says_how_much_there_is(world: World) -> None:
+    shortest = min(world.stream_rows)
+    with pytest.raises(DataExhaustedError) as caught:
+        batches(open_units(world.run), range(2 * world.full_batches + 5), passes=2)
+    message = str(caught.value)
+    assert f"ends after {2 * shortest} rows (2 passes)" in message
+    assert f"about {8 * shortest} rows in all" in message
+    assert "lower train.rows, raise train.max_passes or add text" in message
+
+
+class LateUnits(Wrapped):
+    """Units appear one by one, in an order of its own, each time a reader finds one missing."""
+
+    def __init__(self, store: ObjectStore, seed: int) -> None:
+        super().__init__(store)
+        self.hidden = sorted(key for key in store.keys("units/"))
+        random.Random(seed).shuffle(self.hidden)
+        self.misses = 0
+
+    def get(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
+        if key in self.hidden:
+            self.misses += 1
+            self.hidden.pop()
+            raise ObjectNotFoundError("no such object", url=self.url, key=key)
+        return super().get(key, start, stop)
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_units_that_come_late_and_in_any_order_are_waited_for(
+    world: World, monkeypatch: pytest.MonkeyPatch, seed: int
+) -> None:
+    monkeypatch.setattr(dist_sae.data.loader, "_POLL_SECONDS", (0.0, 0.001))
+    steps = range(world.full_batches)
+    store = LateUnits(world.store, seed)
+    late = batches(open_units(world.run, store=store), steps)
+    assert store.misses > 5
+    assert same(batches(open_units(world.run), steps), late)
+
+
+def test_waiting_for_a_unit_ends_when_the_run_is_stopped(world: World) -> None:
+    stopping = threading.Event()
+
+    class Nothing(Wrapped):
+        def get(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
+            if key.startswith("units/"):
+                stopping.set()
+                raise ObjectNotFoundError("no such object", url=self.url, key=key)
+            return super().get(key, start, stop)
+
+    with pytest.raises(Stopped, match="waiting for unit 0"):
+        batches(open_units(world.run, stopping, Nothing(world.store)), range(1))
+
+
+def test_a_run_that_is_stopped_still_gets_the_data_that_is_there(world: World) -> None:
+    """The trainer decides when to stop; the loader only ends its waits."""
+    stopping = threading.Event()
+    stopping.set()
+    assert len(batches(open_units(world.run, stopping), range(3))) == 3
+
+
+@pytest.fixture
+def own_world(tmp_path: Path, world: World) -> World:
+    """A copy that may be damaged."""
+    run = make_run(tmp_path)
+    store = open_store(run.store.activations)
+    for key in world.store.keys():
+        store.put(key, world.store.get(key))
+    return World(run, store, world.stream_rows)
+
+
+@pytest.mark.parametrize("damage", ["flip", "cut"])
+def test_a_damaged_block_is_an_error_that_names_the_shard(own_world: World, damage: str) -> None:
+    shard = read_manifest(own_world.store, 8).sites["synthetic"]
+    data = bytearray(own_world.store.get(shard.key))
+    block = shard.blocks[1]
+    if damage == "flip":
+        data[block.offset + block.bytes - 1] ^= 1
+    else:
+        del data[block.offset + 10 :]
+    own_world.store.put(shard.key, bytes(data))
+    fault = {"flip": "does not match its checksum", "cut": "is cut short"}[damage]
+    with pytest.raises(CorruptObjectError, match=f"block 1 {fault}") as caught:
+        batches(open_units(own_world.run), range(own_world.full_batches))
+    assert caught.value.key == shard.key
+
+
+def test_a_missing_shard_is_an_error_in_the_trainers_thread(own_world: World) -> None:
+    key = read_manifest(own_world.store, 5).sites["synthetic"].key
+    own_world.store.delete(key)
+    with pytest.raises(ObjectNotFoundError) as caught:
+        batches(open_units(own_world.run), range(own_world.full_batches))
+    assert caught.value.key == key
+
+
+@pytest.mark.parametrize("change", [{"plan": "0" * 64}, {"rows": "many"}, {"schema_version": 2}])
+def test_a_manifest_of_another_plan_or_form_is_an_error(
+    own_world: World, change: dict[str, Any]
+) -> None:
+    content = json.loads(own_world.store.get(manifest_key(0)))
+    own_world.store.put(manifest_key(0), json.dumps(content | change).encode())
+    with pytest.raises(CorruptObjectError) as caught:
+        batches(open_units(own_world.run), range(1))
+    assert caught.value.key == "units/00000000.json"
+
+
+def test_a_unit_without_rows_is_passed_over(own_world: World) -> None:
+    """Unit 4 is the second of stream 0; without its rows the others come as they would."""
+    content = json.loads(own_world.store.get(manifest_key(4)))
+    gone, content["rows"] = content["rows"], 0
+    content["sites"]["synthetic"]["blocks"] = []
+    own_world.store.put(manifest_key(4), json.dumps(content).encode())
+    n = own_world.stream_rows[0]
+    with ThreadPoolExecutor(2) as pool:
+        before = ids(Stream(open_units(own_world.run), 1, 0, 1, pool).take(50))
+        left = ids(Stream(open_units(own_world.run), 0, 0, 1, pool).take(n - gone))
+        with pytest.raises(DataExhaustedError):
+            Stream(open_units(own_world.run), 0, 0, 1, pool).take(n - gone + 1)
+    assert len(set(left)) == n - gone
+    assert before == ids(Stream(open_units(own_world.run), 1, 0, 1, Inline()).take(50))
+
+
+class Inline(ThreadPoolExecutor):
+    """Runs everything at once, so that what is fetched depends on nothing else."""
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> "Future[Any]":
+        future: Future[Any] = Future()
+        future.set_result(fn(*args, **kwargs))
+        return future
+
+
+def test_two_blocks_a_unit_of_the_window_are_in_memory(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 3 units one block each in use and one on its way: 6, whatever has been read."""
+    alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    most = 0
+
+    def read_block(*args: Any) -> Rows:
+        nonlocal most
+        rows = real(*args)
+        alive.add(rows.acts)
+        most = max(most, len(alive))
+        return rows
+
+    real = dist_sae.data.loader.read_block
+    monkeypatch.setattr(dist_sae.data.loader, "read_block", read_block)
+    stream = Stream(open_units(world.run), 0, 0, 2, Inline())
+    for _ in range(2 * world.stream_rows[0] // 10):
+        stream.take(10)
+    assert most == 6
+
+
+def test_the_loader_does_not_run_ahead_of_the_trainer(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two batches wait and one is in hand: with nobody taking any, a fourth is never begun."""
+    begun = threading.Semaphore(0)
+    real = Stream.take
+
+    def take(self: Stream, n: int) -> Tensor:
+        begun.release()
+        return real(self, n)
+
+    monkeypatch.setattr(Stream, "take", take)
+    with open_loader(open_units(world.run), range(world.full_batches)) as loader:
+        for _ in range(3 * 4):  # 4 streams
+            assert begun.acquire(timeout=30)
+        assert not begun.acquire(timeout=0.3)
+        next(iter(loader))
+        for _ in range(4):
+            assert begun.acquire(timeout=30)
+        assert not begun.acquire(timeout=0.3)
+
+
+def test_leaving_the_loader_ends_its_thread(world: World) -> None:
+    with open_loader(open_units(world.run), range(world.full_batches)) as loader:
+        next(iter(loader))
+    loader._thread.join(timeout=30)
+    assert not loader._thread.is_alive()
+
+
+def test_waiting_is_measured(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A unit that takes .3 s to appear costs the first batch that, and the next ones nothing."""
+    monkeypatch.setattr(dist_sae.data.loader, "_POLL_SECONDS", (0.3, 0.3))
+    store = LateUnits(world.store, 0)
+    store.hidden = [manifest_key(0)]
+    since = time.monotonic()
+    with open_loader(open_units(world.run, store=store), range(3)) as loader:
+        first, *rest = loader
+    assert 0.25 < first.waited_seconds <= time.monotonic() - since
+    assert sum(batch.waited_seconds for batch in rest) < 0.25
+    assert [first.step, *(batch.step for batch in rest)] == [0, 1, 2]
+
+
+def test_rows_of_one_document_rarely_meet_in_a_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SCIENCE.md D17: same-document pairs at most 1.2 x what a uniform shuffle gives.
+
+    1024 documents x 16 rows in 64 units of 2 streams; a uniform shuffle of all rows puts
+    1024 C(16, 2) C(64, 2) / C(16384, 2) = 1.85 such pairs in a batch of 64. A producer that wrote
+    its rows in any order, documents not spread, would give about 8 x that, for an eighth of the
+    units is open at a time.
+    """
+    run = make_run(
+        tmp_path,
+        corpus={"kind": "synthetic", "documents": 1024, "document_rows": DOCUMENT_ROWS},
+        activations={"streams": 2, "unit_rows": 256, "window_units": 4, "heldout_share": 0.0},
+    )
+    plan = fill(run, RowNumbers(), monkeypatch)
+    assert len(plan.train_units) == 64
+    pairs = [
+        int((counts * (counts - 1) // 2).sum())
+        for batch in batches(open_units(run), range(256))
+        if len(counts := np.unique(batch[:, 1], return_counts=True)[1])
+    ]
+    uniform = 1024 * (16 * 15 / 2) * (64 * 63 / 2) / (16384 * 16383 / 2)
+    assert np.mean(pairs) <= 1.2 * uniform
+    thirds = np.array_split(np.array(pairs), 3)
+    assert all(part.mean() <= 1.5 * uniform for part in thirds)  # and nowhere much more

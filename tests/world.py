@@ -1,0 +1,138 @@
+"""Small activation sets whose rows say who they are."""
+
+import itertools
+import threading
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import dist_sae.produce
+from dist_sae.config import Run
+from dist_sae.config.data import SYNTHETIC_SITE
+from dist_sae.data.loader import Loader, Units
+from dist_sae.data.plan import Plan, load_plan
+from dist_sae.models import ActivationSource
+from dist_sae.plan import plan
+from dist_sae.storage import ObjectStore, open_store
+from dist_sae.telemetry.exporter import Telemetry
+
+DOCUMENT_ROWS = 16
+
+
+def make_run(folder: Path, **sections: dict[str, Any]) -> Run:
+    """A synthetic world: 128 documents of 16 rows, 16 training units in 4 streams, no exclusions."""
+    settings: dict[str, dict[str, Any]] = {
+        "store": {"activations": str(folder / "a"), "runs": str(folder / "r")},
+        "model": {"kind": "synthetic", "d_in": 2},
+        "corpus": {"kind": "synthetic", "documents": 128, "document_rows": DOCUMENT_ROWS},
+        "activations": {
+            "sites": [SYNTHETIC_SITE],
+            "context_tokens": DOCUMENT_ROWS,
+            "streams": 4,
+            "unit_rows": 120,
+            "block_rows": 32,
+            "window_units": 3,
+            "heldout_share": 0.05,
+            "dtype": "fp32",
+            "exclude": {"first_positions": 0, "over_norm": None},
+        },
+        "sae": {"kind": "topk", "n_latents": 8, "k": 2, "auxk": 4},
+        "train": {"rows": 1024, "batch_rows": 64},
+    }
+    for name, section in sections.items():
+        kind = section.get("kind")
+        replaces = kind is not None and kind != settings[name].get("kind")
+        settings[name] = section if replaces else settings[name] | section
+    return Run.model_validate({"name": "world", **settings})
+
+
+class RowNumbers:
+    """A model whose activations are (number of the row, its document)."""
+
+    def run(self, tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        acts = torch.stack([tokens, tokens // DOCUMENT_ROWS], dim=-1).float()
+        return {SYNTHETIC_SITE: acts.masked_fill(~mask[..., None], torch.nan)}
+
+
+def fill(
+    run: Run,
+    source: ActivationSource,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    worker: str = "p0",
+    stopping: threading.Event | None = None,
+) -> Plan:
+    """Plan, and run the real producer on a stand-in for the model."""
+    made = plan(run)
+    monkeypatch.setattr(dist_sae.produce, "build_source", lambda *_: source)
+    dist_sae.produce.produce(
+        run, worker, stopping or threading.Event(), Telemetry("world", "produce", None)
+    )
+    return made
+
+
+def open_units(
+    run: Run, stopping: threading.Event | None = None, store: ObjectStore | None = None
+) -> Units:
+    store = store or open_store(run.store.activations)
+    return Units(store, load_plan(store, run), run.site, stopping or threading.Event())
+
+
+def open_loader(
+    units: Units, steps: range, *, world: int = 1, rank: int = 0, rows: int = 64, passes: int = 1
+) -> Loader:
+    return Loader(units, rank=rank, world=world, batch_rows=rows, steps=steps, max_passes=passes)
+
+
+def batches(units: Units, steps: range, **options: int) -> list[Tensor]:
+    """The activations of the batches `steps`."""
+    with open_loader(units, steps, **options) as loader:
+        return [batch.acts for batch in loader]
+
+
+class Wrapped:
+    """A store that passes everything on; tests override what they watch or break."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        self.inner = store
+
+    @property
+    def url(self) -> str:
+        return self.inner.url
+
+    def get(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
+        return self.inner.get(key, start, stop)
+
+    def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
+        return self.inner.put(key, data, if_absent=if_absent)
+
+    def size(self, key: str) -> int | None:
+        return self.inner.size(key)
+
+    def keys(self, prefix: str = "") -> Iterator[str]:
+        return self.inner.keys(prefix)
+
+    def delete(self, key: str) -> None:
+        self.inner.delete(key)
+
+
+class Letters:
+    """A tokenizer: one token a letter, its code point; "!" stands for nothing."""
+
+    bos: int | None = 1
+    special = frozenset({1, 2})
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        return [[ord(letter) for letter in text if letter != "!"] for text in texts]
+
+    def text(self, tokens: Sequence[int]) -> list[str]:
+        return [chr(token) for token in tokens]
+
+
+def same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
+    """Bitwise equality."""
+    return all(itertools.starmap(torch.equal, zip(one, other, strict=True)))
