@@ -80,7 +80,8 @@ def _train(options: argparse.Namespace) -> None:
         Telemetry(run.name, "train", _port(run.telemetry.port, options.port_offset)) as telemetry,
         join_mesh(run.processes.trainers) as mesh,
     ):
-        train(run, mesh, stopping, telemetry)
+        result = train(run, mesh, stopping, telemetry)
+    _print_result(options, result)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

@@ -40,7 +40,9 @@ _FREE_SETTINGS = {  # of a run: they change how it is done, not what comes out
 }
 
 
-def train(run: Run, mesh: Mesh, stopping: threading.Event, telemetry: Telemetry) -> None:
+def train(
+    run: Run, mesh: Mesh, stopping: threading.Event, telemetry: Telemetry
+) -> dict[str, float]:
     """Fit the dictionary, from the newest checkpoint on if there is one.
 
     Args:
@@ -48,6 +50,9 @@ def train(run: Run, mesh: Mesh, stopping: threading.Event, telemetry: Telemetry)
         mesh: This rank's place among the ranks.
         stopping: When set on any rank, all save and stop.
         telemetry: Takes the metrics.
+
+    Returns:
+        `step` and `rows` reached, and the numbers last reported.
 
     Raises:
         Stopped: Asked to stop; a checkpoint holds everything so far.
@@ -92,6 +97,7 @@ def train(run: Run, mesh: Mesh, stopping: threading.Event, telemetry: Telemetry)
                 raise Stopped(
                     f"stopped at step {step} of {run.steps}, all saved; start again to go on"
                 )
+    return {"step": run.steps, "rows": run.steps * run.train.batch_rows, **report.last}
 
 
 def _resume_or_start(
@@ -195,6 +201,7 @@ class _Reporter:
         self._history = history
         self._since = (start, time.monotonic())
         self._waited = 0.0
+        self.last: dict[str, float] = {}
         telemetry.set("dist_sae_train_steps", run.steps)
 
     def step(
@@ -227,6 +234,7 @@ class _Reporter:
             "learning_rate": lr,
             "rows_per_second": rows / seconds,
         }
+        self.last = numbers
         self._publish(step, rows, seconds, numbers)
         self._waited = 0.0
 

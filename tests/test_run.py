@@ -12,15 +12,18 @@ from typing import Any
 import pytest
 
 from dist_sae.checkpoint.layout import Checkpoints
+from dist_sae.config.data import S3Config
 from dist_sae.storage import open_store
+from tests.conftest import Bucket
 from tests.launch import write_run
 
 BOTH = {"producers": 2, "trainers": 2, "threads": 1}
 
 
-def start(path: Path, *options: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "dist_sae", "run", str(path), "--json", *options]
-    return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+def start(path: Path, cwd: Path | None = None) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "dist_sae", "run", str(path), "--json"]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=cwd)
 
 
 def children(pid: int) -> list[int]:
@@ -56,11 +59,31 @@ def test_one_command_goes_from_nothing_to_a_report_and_continues_after_ctrl_c(
     assert "resuming at step" in (tmp_path / "runs/world/logs/trainer-0.log").read_text()
 
 
+def test_the_whole_run_works_over_s3(tmp_path: Path, bucket: Bucket) -> None:
+    url = f"s3://{bucket.name}/some/prefix"
+    store = {
+        "activations": f"{url}/activations",
+        "runs": f"{url}/runs",
+        "s3": {"endpoint_url": bucket.endpoint_url},
+    }
+    path = write_run(tmp_path, store=store, processes=BOTH)
+    process = start(path, cwd=tmp_path)
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert result["fvu"] < result["pca_fvu"]
+    assert result["report"].startswith(url)
+    keys = set(open_store(url, S3Config(**store["s3"])).keys())
+    assert {"activations/plan.json", "activations/units/00000000.json"} <= keys
+    assert {"runs/world/evaluation.json", "runs/world/export/cfg.json"} <= keys
+    assert not [key for key in keys if "/claims/" in key]  # all given back
+
+
 @pytest.mark.parametrize("site", ["rows", "lr"])
 def test_a_failing_process_ends_the_run_with_its_own_error(tmp_path: Path, site: str) -> None:
     """Both trainers fail alike; one line says so, and the producers do not outlive them."""
-    settings: dict[str, Any] = {"rows": {"max_passes": 1}, "lr": {"lr": 1e38}}[site]
-    path = write_run(tmp_path, processes=BOTH, train=settings)
+    every: dict[str, dict[str, Any]] = {"rows": {"max_passes": 1}, "lr": {"lr": 1e38}}
+    path = write_run(tmp_path, processes=BOTH, train=every[site])
     process = start(path)
     _, err = process.communicate(timeout=120)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]

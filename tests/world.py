@@ -24,7 +24,7 @@ DOCUMENT_ROWS = 16
 
 
 def make_run(folder: Path, **sections: dict[str, Any]) -> Run:
-    """A synthetic world: 128 documents of 16 rows, 16 training units in 4 streams, no exclusions."""
+    """A synthetic world: 128 documents of 16 rows, 16 training units, 4 streams, no exclusions."""
     settings: dict[str, dict[str, Any]] = {
         "store": {"activations": str(folder / "a"), "runs": str(folder / "r")},
         "model": {"kind": "synthetic", "d_in": 2},

@@ -121,6 +121,8 @@ class FilesCorpus(Section):
     """The key (jsonl) or column (parquet) that holds the text."""
     txt_documents: Literal["paragraph", "line", "file"] = "paragraph"
     """What one document is in a .txt file."""
+    max_documents: PositiveInt | None = None
+    """Use only about this many documents, sampled by activations.seed; null uses all."""
 
 
 class DatasetCorpus(Section):
@@ -132,6 +134,8 @@ class DatasetCorpus(Section):
     split: str = "train"
     revision: str | None = None
     text_field: str = "text"
+    max_documents: PositiveInt | None = None
+    """Use only about this many documents, sampled by activations.seed; null uses all."""
 
 
 class SyntheticCorpus(Section):

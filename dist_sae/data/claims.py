@@ -45,14 +45,14 @@ class Claims:
         While all that is left is claimed by others it waits, to take over should they die.
         """
         while not self._stopping.is_set():
-            for unit in sorted(self._pending):
-                if unit in self._held:
-                    continue
-                if self._store.size(manifest_key(unit)) is not None:
+            for unit in sorted(self._pending - self._held):
+                if self._exists(unit):
                     self._pending.discard(unit)
                 elif self._claim(unit):
                     self._held.add(unit)
-                    return unit
+                    if not self._exists(unit):
+                        return unit
+                    self.release(unit)  # finished between the look and the claim
             if self._pending <= self._held:
                 return None
             self._stopping.wait(_POLL_SECONDS)
@@ -68,7 +68,7 @@ class Claims:
     def release(self, unit: int) -> None:
         """Give a unit back, done or not."""
         self._store.delete(_key(unit))
-        if self._store.size(manifest_key(unit)) is not None:
+        if self._exists(unit):
             self._pending.discard(unit)
         self._held.discard(unit)
 
@@ -84,6 +84,9 @@ class Claims:
     def done(self) -> int:
         """Units that exist, as far as this producer has seen."""
         return self._units - len(self._pending)
+
+    def _exists(self, unit: int) -> bool:
+        return self._store.size(manifest_key(unit)) is not None
 
     def _claim(self, unit: int) -> bool:
         if self._store.put(_key(unit), self._lease(), if_absent=True):

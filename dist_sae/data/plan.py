@@ -104,13 +104,15 @@ def make_plan(run: Run, index: CorpusIndex, document_rows: float) -> Plan:
     activations = run.activations
     spans = index.spans
     order = permutation(len(spans), activations.seed)
+    if run.corpus.kind != "synthetic" and run.corpus.max_documents is not None:
+        order = order[: -(-run.corpus.max_documents // spans[0].count)]
     share = activations.heldout_share
-    heldout_spans = max(1, round(len(spans) * share)) if share else 0
+    heldout_spans = max(1, round(len(order) * share)) if share else 0
     rows_per_span = document_rows * sum(span.count for span in spans) / len(spans)
-    train_rows = (len(spans) - heldout_spans) * rows_per_span
+    train_spans = len(order) - heldout_spans
+    train_rows = train_spans * rows_per_span
     streams = activations.streams
     # documents longer than a unit give fewer, larger units: no unit is without a document
-    train_spans = len(spans) - heldout_spans
     per_stream = min(round(train_rows / (activations.unit_rows * streams)), train_spans // streams)
     n_train = streams * max(1, per_stream)
     wanted = max(1, round(heldout_spans * rows_per_span / activations.unit_rows))

@@ -1,6 +1,5 @@
 from collections import Counter
 
-import pytest
 import torch
 
 from dist_sae.config.data import ExcludeConfig
@@ -75,10 +74,10 @@ def test_rows_of_unusual_norm_are_told_by_the_median() -> None:
     assert of_usual_norm(acts, None).all()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_norms_do_not_overflow_in_half_precision(dtype: torch.dtype) -> None:
-    """300^2 x 4 = 360,000 is infinite in fp16; the rows are alike, so all are usual."""
-    assert of_usual_norm(torch.full((3, 4), 300.0, dtype=dtype), 1.01).all()
+def test_norms_are_taken_in_fp32() -> None:
+    """|(100, 9)| = 100.404 is over 1.003 x 100; in bf16 both would be 100.5."""
+    acts = torch.tensor([[100.0, 0], [100, 0], [100, 9]], dtype=torch.bfloat16)
+    assert of_usual_norm(acts, 1.003).tolist() == [True, True, False]
 
 
 def test_no_rows_are_no_error() -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 import dist_sae.data.loader
+import dist_sae.data.shard
 from dist_sae.config import Run
 from dist_sae.data.loader import Stream
 from dist_sae.data.shard import Rows, manifest_key, read_manifest
@@ -208,7 +209,7 @@ def own_world(tmp_path: Path, world: World) -> World:
     """A copy that may be damaged."""
     run = make_run(tmp_path)
     store = open_store(run.store.activations)
-    for key in world.store.keys():
+    for key in world.store.keys(""):
         store.put(key, world.store.get(key))
     return World(run, store, world.stream_rows)
 
@@ -287,7 +288,7 @@ def test_two_blocks_a_unit_of_the_window_are_in_memory(
         most = max(most, len(alive))
         return rows
 
-    real = dist_sae.data.loader.read_block
+    real = dist_sae.data.shard.read_block
     monkeypatch.setattr(dist_sae.data.loader, "read_block", read_block)
     stream = Stream(open_units(world.run), 0, 0, 2, Inline())
     for _ in range(2 * world.stream_rows[0] // 10):

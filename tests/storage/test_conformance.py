@@ -128,9 +128,7 @@ def test_keys_are_sorted_over_folders_and_filtered_by_prefix(store: ObjectStore)
     # "-" < "." < "/" < "0": the order is that of whole keys, not of folder after folder
     keys = ["a", "a-b", "a.c", "a1", "d/x", "d/y/z", "d-x", "d0", "\u00e9", "\U0001f600", "\uffee"]
     for key in keys:
-        if not (key == "a" and store.url.startswith("file")):
-            store.put(key, b"")
-    keys = [key for key in keys if store.size(key) is not None]
+        store.put(key, b"")
     assert list(store.keys()) == sorted(keys)
     assert list(store.keys("d")) == ["d-x", "d/x", "d/y/z", "d0"]
     assert list(store.keys("d/")) == ["d/x", "d/y/z"]

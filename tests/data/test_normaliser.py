@@ -1,0 +1,69 @@
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dist_sae.data.normaliser import measure
+from dist_sae.errors import NonFiniteError
+from tests.world import RowNumbers, batches, fill, make_run, open_units
+
+
+class Normal(RowNumbers):
+    """Rows drawn about (3, -1) with deviations (2, .5), by the number of the row."""
+
+    def run(self, tokens: Tensor, _: Tensor) -> dict[str, Tensor]:
+        generator = torch.Generator().manual_seed(int(tokens[0, 0]))
+        noise = torch.randn(*tokens.shape, 2, generator=generator)
+        return {"synthetic": torch.tensor([3.0, -1.0]) + noise * torch.tensor([2.0, 0.5])}
+
+
+class Constant(RowNumbers):
+    def run(self, tokens: Tensor, _: Tensor) -> dict[str, Tensor]:
+        return {"synthetic": torch.full((*tokens.shape, 2), 7.0)}
+
+
+def test_scale_mean_and_variance_are_those_of_the_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """After scaling E|x|^2 = d_in = 2; all training rows are measured, held-out ones are not."""
+    run = make_run(tmp_path, train={"rows": 64, "batch_rows": 4})
+    made = fill(run, Normal(), monkeypatch)
+    units = open_units(run)
+    normaliser = measure(units, 10**9)
+    rows = sum(units.manifest(unit).rows for unit in made.train_units)
+    assert normaliser.rows == rows
+    shortest = min(
+        sum(units.manifest(u).rows for u in made.stream_units(stream)) for stream in range(4)
+    )
+    x = torch.cat(batches(units, range(shortest), rows=4)).double()
+    assert rows - len(x) <= 4 * 16  # all but the ends of the streams
+    assert float((x * normaliser.scale).square().sum(1).mean()) == pytest.approx(2, rel=0.02)
+    torch.testing.assert_close(
+        normaliser.mean, x.mean(0) * normaliser.scale, rtol=0.02, atol=0.02, check_dtype=True
+    )
+    variance = float((x - x.mean(0)).square().sum(1).mean()) * normaliser.scale**2
+    assert normaliser.variance == pytest.approx(variance, rel=0.02)
+    identity = float(normaliser.mean.square().sum()) + normaliser.variance
+    assert identity == pytest.approx(2, rel=1e-12)  # E|x|^2 = |mean|^2 + variance
+
+
+def test_only_as_many_units_are_measured_as_needed_in_their_order(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Training may start when the first units are there; every rank measures the same ones."""
+    run = make_run(tmp_path)
+    fill(run, Normal(), monkeypatch)
+    units = open_units(run)
+    first, second = (units.manifest(unit).rows for unit in (0, 1))
+    for unit in range(2, 16):
+        units.store.delete(f"units/{unit:08d}.json")
+    assert measure(units, first).rows == first
+    assert measure(units, first + 1).rows == first + second
+
+
+def test_constant_activations_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = make_run(tmp_path)
+    fill(run, Constant(), monkeypatch)
+    with pytest.raises(NonFiniteError, match="the activations do not vary"):
+        measure(open_units(run), 100)

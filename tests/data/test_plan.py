@@ -1,0 +1,218 @@
+import json
+from collections import Counter
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_sae.config import Run, load_run
+from dist_sae.data.corpus import CorpusFile, CorpusIndex, Span
+from dist_sae.data.plan import PLAN_KEY, Plan, load_plan, make_plan, publish_plan
+from dist_sae.errors import CorpusError, CorruptObjectError, PlanMismatchError
+from dist_sae.plan import plan
+from dist_sae.storage import open_store
+from tests.launch import write_run
+from tests.world import make_run
+
+
+def index(documents: int, per_span: int = 1) -> CorpusIndex:
+    spans = [Span(0, i, per_span, i, i + per_span) for i in range(0, documents, per_span)]
+    return CorpusIndex((CorpusFile(name="x", documents=documents, fingerprint="f"),), spans)
+
+
+def documents_of(made: Plan, units: range) -> list[int]:
+    return [
+        number
+        for unit in units
+        for span in made.units[unit]
+        for number in range(span.first, span.first + span.count)
+    ]
+
+
+def test_the_plan_follows_from_corpus_and_settings_alone(tmp_path: Path) -> None:
+    """Golden hash: a change of it makes every existing activation set unreadable."""
+    one = make_plan(make_run(tmp_path), index(128), 16.0)
+    other = make_plan(make_run(tmp_path / "elsewhere"), index(128), 16.0)
+    assert one.hash == other.hash
+    assert one == other
+    assert one.hash == "24a630092cab38b483a9c37a6a24107b48b7e51fce0afd88c08a46effb14eb6f"
+
+
+def test_the_stored_plan_is_the_plan(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    made = plan(run)
+    read = load_plan(open_store(run.store.activations), run)
+    assert read == made
+    assert read.hash == made.hash
+
+
+@pytest.mark.parametrize(
+    ("section", "changed"),
+    [
+        ("activations", {"seed": 1}),
+        ("activations", {"streams": 8}),
+        ("activations", {"heldout_share": 0.2}),
+        ("model", {"seed": 5}),
+        ("corpus", {"documents": 256}),
+    ],
+)
+def test_other_settings_give_another_plan(
+    tmp_path: Path, section: str, changed: dict[str, Any]
+) -> None:
+    first, second = make_run(tmp_path), make_run(tmp_path, **{section: changed})
+    assert make_plan(first, index(128), 16.0).hash != make_plan(second, index(128), 16.0).hash
+
+
+def test_the_seed_decides_which_documents_meet(tmp_path: Path) -> None:
+    one = make_plan(make_run(tmp_path), index(128), 16.0)
+    other = make_plan(make_run(tmp_path, activations={"seed": 1}), index(128), 16.0)
+    assert one.units != other.units
+    assert one.units != tuple(sorted(one.units))
+
+
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("activations", "dtype", "bf16"),
+        ("activations", "unit_rows", 100),
+        ("activations", "block_rows", 8),
+        ("model", "l0", 2.0),
+        ("corpus", "document_rows", 32),
+    ],
+)
+def test_a_store_with_another_plan_is_refused_and_the_setting_named(
+    tmp_path: Path, section: str, key: str, value: Any
+) -> None:
+    run = make_run(tmp_path)
+    made = plan(run)
+    changed = make_run(tmp_path, **{section: {key: value}})
+    store = open_store(run.store.activations)
+    both: list[Callable[[], object]] = [lambda: load_plan(store, changed), lambda: plan(changed)]
+    for refused in both:
+        with pytest.raises(PlanMismatchError, match=rf"{section}\.{key}: .* -> {value}"):
+            refused()
+    assert store.get(PLAN_KEY) == made.encode()
+
+
+def test_settings_that_only_change_speed_or_training_keep_the_plan(tmp_path: Path) -> None:
+    """And `make` it again finds it there."""
+
+    def language_model(**model: int) -> Run:
+        return make_run(
+            tmp_path,
+            model={"kind": "huggingface", "path": "m"} | model,
+            corpus={"kind": "files", "files": ["x"]},
+            activations={"sites": ["resid_post.0"]},
+        )
+
+    one, other = language_model(), language_model(batch_tokens=77)
+    assert make_plan(one, index(128), 16.0).hash == make_plan(other, index(128), 16.0).hash
+    run = make_run(tmp_path)
+    plan(run)
+    trained_otherwise = make_run(tmp_path, train={"lr": 0.5}, sae={"k": 3})
+    assert load_plan(open_store(run.store.activations), trained_otherwise) == plan(run)
+
+
+def test_publishing_creates_once(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    store = open_store(run.store.activations)
+    made = make_plan(run, index(128), 16.0)
+    assert publish_plan(store, made)
+    assert not publish_plan(store, made)
+
+
+def test_another_corpus_under_the_same_settings_is_refused(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    store = open_store(run.store.activations)
+    made = make_plan(run, index(128), 16.0)
+    publish_plan(store, made)
+    file = made.files[0].model_copy(update={"fingerprint": "other"})
+    with pytest.raises(PlanMismatchError, match="the corpus files have changed"):
+        publish_plan(store, made.model_copy(update={"files": (file,)}))
+
+
+def test_no_plan_yet_is_said(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    with pytest.raises(PlanMismatchError, match="run `dist-sae plan` first"):
+        load_plan(open_store(run.store.activations), run)
+
+
+@pytest.mark.parametrize("content", [b"", b"{", b"[]", b"null", b'{"schema_version": 1}'])
+def test_a_damaged_plan_is_an_error_that_names_it(tmp_path: Path, content: bytes) -> None:
+    run = make_run(tmp_path)
+    store = open_store(run.store.activations)
+    store.put(PLAN_KEY, content)
+    with pytest.raises(CorruptObjectError) as caught:
+        load_plan(store, run)
+    assert caught.value.key == PLAN_KEY
+    assert "\n" not in str(caught.value)
+
+
+def test_a_plan_of_a_later_version_names_the_versions(tmp_path: Path) -> None:
+    run = make_run(tmp_path)
+    store = open_store(run.store.activations)
+    content = json.loads(plan(run).encode())
+    store.put(PLAN_KEY, json.dumps(content | {"schema_version": 2}).encode())
+    with pytest.raises(CorruptObjectError, match="schema version 2, this program reads 1"):
+        load_plan(store, run)
+
+
+@pytest.mark.parametrize("streams", [1, 4, 8])
+@pytest.mark.parametrize(
+    ("documents", "per_span", "rows"), [(128, 1, 16.0), (1000, 3, 40.0), (90, 1, 1000.0)]
+)
+def test_each_document_is_in_one_unit_and_units_divide_among_streams(
+    tmp_path: Path, streams: int, documents: int, per_span: int, rows: float
+) -> None:
+    """The last case: documents longer than a unit (120 rows). No unit is empty."""
+    run = make_run(tmp_path, activations={"streams": streams, "heldout_share": 0.1})
+    made = make_plan(run, index(documents, per_span), rows)
+    assert made.n_train_units % streams == 0
+    assert all(made.units)
+    train, heldout = (documents_of(made, u) for u in (made.train_units, made.heldout_units))
+    assert set(Counter(train + heldout).values()) == {1}
+    assert len(train) + len(heldout) >= documents
+    assert len(heldout) == pytest.approx(0.1 * documents, abs=per_span)
+    streamed = [unit for v in range(streams) for unit in made.stream_units(v)]
+    assert sorted(streamed) == list(made.train_units)
+    assert len({len(made.stream_units(v)) for v in range(streams)}) == 1
+
+
+def test_units_have_about_the_rows_that_were_asked_for(tmp_path: Path) -> None:
+    """122 documents x 16 rows to train on, in units of about 120: 16 units of 7 or 8 documents."""
+    made = make_plan(make_run(tmp_path), index(128), 16.0)
+    assert made.n_train_units == 16
+    assert {len(made.units[u]) for u in made.train_units} == {7, 8}
+    assert made.train_rows_estimate == 122 * 16
+
+
+def test_nothing_is_held_out_when_nothing_shall_be(tmp_path: Path) -> None:
+    made = make_plan(make_run(tmp_path, activations={"heldout_share": 0.0}), index(128), 16.0)
+    assert len(made.heldout_units) == 0
+    assert sorted(documents_of(made, made.train_units)) == list(range(128))
+
+
+def test_too_few_documents_for_the_streams_is_said(tmp_path: Path) -> None:
+    with pytest.raises(CorpusError, match="3 documents to train on are too few for 4 streams"):
+        make_plan(make_run(tmp_path), index(4), 1000.0)
+
+
+def test_less_than_one_batch_is_said(tmp_path: Path) -> None:
+    # 3 of the 64 documents are held out
+    with pytest.raises(CorpusError, match=r"about 61 rows to train on, less than one batch.*64"):
+        make_plan(make_run(tmp_path), index(64), 1.0)
+
+
+def test_max_documents_takes_a_sample_of_the_corpus(tmp_path: Path) -> None:
+    settings = [
+        "corpus={kind: files, files: [x.txt], max_documents: 100}",
+        "model={kind: huggingface, path: x}",
+        "activations.sites=[resid_pre.0]",
+    ]
+    run = load_run(write_run(tmp_path, activations={"unit_rows": 50}), settings)
+    made = make_plan(run, index(400), document_rows=10.0)
+    chosen = documents_of(made, range(len(made.units)))
+    assert len(chosen) == len(set(chosen)) == 100
+    assert min(chosen) < 40  # a sample of all 400, not the first hundred
+    assert max(chosen) > 360

@@ -1,0 +1,414 @@
+"""Tiny random models of four architectures, against a run by hand of their own weights."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+import transformers
+from torch import Tensor, nn
+
+from dist_sae.config.data import SITE_NAMES, HuggingFaceModel
+from dist_sae.errors import ModelError
+from dist_sae.models.huggingface import HuggingFaceSource, SplicedModel, load_tokenizer
+
+LAYERS, D, HEADS, VOCABULARY = 3, 24, 4, 50
+hf: Any = transformers  # half typed, half not
+COMMON: dict[str, Any] = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": D,
+    "num_hidden_layers": LAYERS,
+    "num_attention_heads": HEADS,
+    "intermediate_size": 40,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.3,
+    "bos_token_id": 0,
+    "eos_token_id": 1,
+    "pad_token_id": 1,
+}
+CONFIGS: dict[str, Callable[[], Any]] = {
+    "llama": lambda: hf.LlamaConfig(**COMMON, num_key_value_heads=2),
+    "gpt2": lambda: hf.GPT2Config(
+        vocab_size=VOCABULARY,
+        n_embd=D,
+        n_layer=LAYERS,
+        n_head=HEADS,
+        n_positions=64,
+        initializer_range=0.3,
+        bos_token_id=0,
+        eos_token_id=1,
+    ),
+    "gpt_neox": lambda: hf.GPTNeoXConfig(**COMMON),
+    "bert": lambda: hf.BertConfig(**COMMON),
+}
+DECODERS = ("llama", "gpt2", "gpt_neox")
+
+
+def save_model(folder: Path, name: str) -> Path:
+    torch.manual_seed(1)
+    kind: Any = hf.AutoModel if name == "bert" else hf.AutoModelForCausalLM
+    model = kind.from_config(CONFIGS[name]())
+    for parameter in model.parameters():  # norms and biases that do nothing would hide mistakes
+        parameter.data += 0.1 * torch.randn_like(parameter)
+    model.save_pretrained(folder)
+    words = {"<s>": 0, "</s>": 1, "?": 2} | {f"w{i}": i for i in range(3, VOCABULARY)}
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
+    tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
+    special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
+    if name == "bert":
+        special = {"cls_token": "<s>", "pad_token": "</s>"}
+    hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, HuggingFaceModel]:
+    folder = tmp_path_factory.mktemp("models")
+    return {
+        name: HuggingFaceModel(path=str(save_model(folder / name, name)), dtype="fp32")
+        for name in CONFIGS
+    }
+
+
+def random_tokens(*lengths: int) -> tuple[Tensor, Tensor]:
+    """Right-padded token ids and their mask."""
+    generator = torch.Generator().manual_seed(sum(lengths))
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    tokens = torch.randint(3, VOCABULARY, mask.shape, generator=generator, dtype=torch.int32)
+    return tokens * mask, mask
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+    """Softmax attention by hand; [batch, heads, seq, d_head] to [batch, seq, d]."""
+    scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
+    if causal:
+        future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
+        scores = scores.masked_fill(future, -torch.inf)
+    z: Tensor = (scores.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    return z
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Rotary embedding of the first dimensions of every head."""
+    n = cos.shape[-1]
+    first, second = x[..., : n // 2], x[..., n // 2 : n]
+    turned = x[..., :n] * cos[:, None] + torch.cat([-second, first], -1) * sin[:, None]
+    return torch.cat([turned, x[..., n:]], -1)
+
+
+def heads(x: Tensor, n: int = HEADS) -> Tensor:
+    return x.view(*x.shape[:2], n, -1).transpose(1, 2)
+
+
+def hand_llama(model: Any, tokens: Tensor) -> list[dict[str, Tensor]]:
+    x = model.embed_tokens(tokens)
+    cos, sin = model.rotary_emb(x, torch.arange(tokens.shape[1])[None])
+    sites = []
+    for layer in model.layers:
+        here = {"resid_pre": x}
+        attention, normed = layer.self_attn, layer.input_layernorm(x)
+        q = rotate(heads(attention.q_proj(normed)), cos, sin)
+        k = rotate(heads(attention.k_proj(normed), 2), cos, sin).repeat_interleave(2, 1)
+        v = heads(attention.v_proj(normed), 2).repeat_interleave(2, 1)
+        here["attn_z"] = attend(q, k, v, causal=True)
+        here["attn_out"] = attention.o_proj(here["attn_z"])
+        x = x + here["attn_out"]
+        here["mlp_in"] = normed = layer.post_attention_layernorm(x)
+        gate = nn.functional.silu(layer.mlp.gate_proj(normed))
+        here["mlp_out"] = layer.mlp.down_proj(gate * layer.mlp.up_proj(normed))
+        here["resid_post"] = x = x + here["mlp_out"]
+        sites.append(here)
+    return sites
+
+
+def hand_gpt2(model: Any, tokens: Tensor) -> list[dict[str, Tensor]]:
+    x = model.wte(tokens) + model.wpe(torch.arange(tokens.shape[1]))
+    sites = []
+    for layer in model.h:
+        here = {"resid_pre": x}
+        normed = layer.ln_1(x)
+        q, k, v = map(
+            heads, (normed @ layer.attn.c_attn.weight + layer.attn.c_attn.bias).split(D, 2)
+        )
+        here["attn_z"] = attend(q, k, v, causal=True)
+        here["attn_out"] = here["attn_z"] @ layer.attn.c_proj.weight + layer.attn.c_proj.bias
+        x = x + here["attn_out"]
+        here["mlp_in"] = normed = layer.ln_2(x)
+        hidden = nn.functional.gelu(
+            normed @ layer.mlp.c_fc.weight + layer.mlp.c_fc.bias, approximate="tanh"
+        )
+        here["mlp_out"] = hidden @ layer.mlp.c_proj.weight + layer.mlp.c_proj.bias
+        here["resid_post"] = x = x + here["mlp_out"]
+        sites.append(here)
+    return sites
+
+
+def hand_gpt_neox(model: Any, tokens: Tensor) -> list[dict[str, Tensor]]:
+    """The two halves of a block read the same residual stream."""
+    x = model.embed_in(tokens)
+    cos, sin = model.rotary_emb(x, torch.arange(tokens.shape[1])[None])
+    sites = []
+    for layer in model.layers:
+        here = {"resid_pre": x}
+        qkv = heads(layer.attention.query_key_value(layer.input_layernorm(x)))
+        q, k, v = qkv.chunk(3, -1)
+        here["attn_z"] = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, causal=True)
+        here["attn_out"] = layer.attention.dense(here["attn_z"])
+        here["mlp_in"] = normed = layer.post_attention_layernorm(x)
+        hidden = nn.functional.gelu(layer.mlp.dense_h_to_4h(normed))
+        here["mlp_out"] = layer.mlp.dense_4h_to_h(hidden)
+        here["resid_post"] = x = x + here["attn_out"] + here["mlp_out"]
+        sites.append(here)
+    return sites
+
+
+def hand_bert(model: Any, tokens: Tensor) -> list[dict[str, Tensor]]:
+    """Norms come after the sums, and every token sees all others."""
+    x = model.embeddings(tokens)
+    sites = []
+    for layer in model.encoder.layer:
+        here = {"resid_pre": x}
+        attention = layer.attention.self
+        q, k, v = (heads(f(x)) for f in (attention.query, attention.key, attention.value))
+        here["attn_z"] = attend(q, k, v, causal=False)
+        here["attn_out"] = layer.attention.output.dense(here["attn_z"])
+        here["mlp_in"] = x = layer.attention.output.LayerNorm(x + here["attn_out"])
+        here["mlp_out"] = layer.output.dense(nn.functional.gelu(layer.intermediate.dense(x)))
+        here["resid_post"] = x = layer.output.LayerNorm(x + here["mlp_out"])
+        sites.append(here)
+    return sites
+
+
+HANDS: dict[str, Callable[[Any, Tensor], list[dict[str, Tensor]]]] = {
+    "llama": hand_llama,
+    "gpt2": hand_gpt2,
+    "gpt_neox": hand_gpt_neox,
+    "bert": hand_bert,
+}
+
+
+def whole(config: HuggingFaceModel) -> Any:
+    return hf.AutoModel.from_pretrained(config.path).eval()
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_every_site_equals_a_run_by_hand(models: dict[str, HuggingFaceModel], name: str) -> None:
+    tokens, mask = random_tokens(9, 9)
+    expected = HANDS[name](whole(models[name]), tokens.long())
+    sites = tuple(f"{site}.{layer}" for site in SITE_NAMES for layer in range(LAYERS))
+    found = HuggingFaceSource(models[name], sites).run(tokens, mask)
+    assert set(found) == set(sites)
+    for site in sites:
+        kind, _, layer = site.rpartition(".")
+        wanted = expected[int(layer)][kind]
+        assert wanted.std() > 0.05  # 1e-5 is small
+        torch.testing.assert_close(found[site].clone(), wanted, rtol=1e-5, atol=1e-5, msg=site)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+@torch.no_grad()
+def test_residual_sites_are_transformers_hidden_states(
+    models: dict[str, HuggingFaceModel], name: str
+) -> None:
+    """The last hidden state is left out: there a final norm comes first, which is no site."""
+    tokens, mask = random_tokens(7, 7)
+    states = whole(models[name])(tokens.long(), output_hidden_states=True).hidden_states
+    sites = tuple(f"{site}.{layer}" for site in ("resid_pre", "resid_post") for layer in range(2))
+    found = HuggingFaceSource(models[name], sites).run(tokens, mask)
+    for layer in range(2):
+        assert torch.allclose(found[f"resid_pre.{layer}"], states[layer], atol=1e-5)
+        assert torch.allclose(found[f"resid_post.{layer}"], states[layer + 1], atol=1e-5)
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_padding_changes_nothing(models: dict[str, HuggingFaceModel], name: str) -> None:
+    sites = ("resid_post.2", "attn_z.1", "mlp_out.0")
+    source = HuggingFaceSource(models[name], sites)
+    tokens, mask = random_tokens(11, 4, 1)
+    padded = source.run(tokens, mask)
+    for row, n in enumerate((11, 4, 1)):
+        alone = source.run(tokens[row : row + 1, :n], mask[row : row + 1, :n])
+        for site in sites:
+            assert torch.allclose(padded[site][row, :n], alone[site][0], atol=2e-5), site
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_layers_above_the_deepest_site_do_not_exist(
+    models: dict[str, HuggingFaceModel], name: str
+) -> None:
+    source = HuggingFaceSource(models[name], ("resid_post.0", "mlp_in.1"))
+    kinds = [type(module).__name__ for module in source._model.modules()]
+    block = {"llama": "LlamaDecoderLayer", "gpt2": "GPT2Block"}
+    block |= {"gpt_neox": "GPTNeoXLayer", "bert": "BertLayer"}
+    assert kinds.count(block[name]) == 2
+
+
+def test_half_precision_is_used_when_asked_for(models: dict[str, HuggingFaceModel]) -> None:
+    config = models["llama"].model_copy(update={"dtype": "bf16"})
+    acts = HuggingFaceSource(config, ("resid_post.1",)).run(*random_tokens(5))["resid_post.1"]
+    exact = HuggingFaceSource(models["llama"], ("resid_post.1",)).run(*random_tokens(5))
+    assert acts.dtype == torch.bfloat16
+    error = (acts.float() - exact["resid_post.1"]).norm() / exact["resid_post.1"].norm()
+    assert 0 < error < 0.02
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_a_site_beyond_the_depth_is_an_error(
+    models: dict[str, HuggingFaceModel], name: str
+) -> None:
+    with pytest.raises(ModelError, match=r"resid_post\.3: .* has layers 0 to 2"):
+        HuggingFaceSource(models[name], ("resid_pre.0", "resid_post.3"))
+
+
+def test_a_site_that_an_architecture_keeps_under_no_known_name_is_an_error(tmp_path: Path) -> None:
+    """OPT has no module for its MLP; its residual stream is there all the same."""
+    config = hf.OPTConfig(
+        vocab_size=50,
+        hidden_size=8,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        ffn_dim=16,
+        word_embed_proj_dim=8,
+        max_position_embeddings=32,
+    )
+    hf.AutoModel.from_config(config).save_pretrained(tmp_path)
+    model = HuggingFaceModel(path=str(tmp_path), dtype="fp32")
+    with pytest.raises(ModelError, match=r"mlp_out\.0: OPTDecoderLayer .* use resid_pre"):
+        HuggingFaceSource(model, ("mlp_out.0",))
+    assert HuggingFaceSource(model, ("attn_z.0", "resid_post.1")).run(*random_tokens(4))
+
+
+def message(error: pytest.ExceptionInfo[ModelError]) -> str:
+    assert "\n" not in str(error.value)
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    "load", [lambda m: HuggingFaceSource(m, ("resid_post.0",)), load_tokenizer]
+)
+def test_a_path_without_a_model_is_one_line(
+    tmp_path: Path, load: Callable[[HuggingFaceModel], object]
+) -> None:
+    for path in (tmp_path / "none", tmp_path):
+        with pytest.raises(ModelError) as caught:
+            load(HuggingFaceModel(path=str(path)))
+        assert message(caught).startswith(f"model.path {path}: cannot be loaded: ")
+
+
+@pytest.mark.parametrize("damage", ["cut", "missing", "shape"])
+def test_damaged_weights_are_one_line_and_never_random_ones(tmp_path: Path, damage: str) -> None:
+    path = save_model(tmp_path / "m", "llama")
+    weights = path / "model.safetensors"
+    if damage == "cut":
+        weights.write_bytes(weights.read_bytes()[:-100])
+    elif damage == "missing":
+        tensors = {n: t for n, t in load_safetensors(weights).items() if "layers.0.mlp.up" not in n}
+        save_safetensors(tensors, weights)
+    else:
+        config = json.loads((path / "config.json").read_text())
+        (path / "config.json").write_text(json.dumps(config | {"intermediate_size": 41}))
+    with pytest.raises(ModelError) as caught:
+        HuggingFaceSource(HuggingFaceModel(path=str(path)), ("resid_post.0",))
+    assert message(caught).startswith(f"model.path {path}: ")
+    if damage == "missing":
+        assert "lack the weights layers.0.mlp.up_proj.weight" in str(caught.value)
+
+
+def load_safetensors(path: Path) -> dict[str, Tensor]:
+    from safetensors.torch import load
+
+    return load(path.read_bytes())
+
+
+def save_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
+    from safetensors.torch import save
+
+    path.write_bytes(save(tensors, {"format": "pt"}))
+
+
+def test_the_tokenizer_adds_nothing_and_knows_special_tokens(
+    models: dict[str, HuggingFaceModel],
+) -> None:
+    tokenizer = load_tokenizer(models["llama"])
+    assert tokenizer(["w3 w40 </s> w5", "", "w6"]) == [[3, 40, 1, 5], [], [6]]
+    assert (tokenizer.bos, tokenizer.special) == (0, frozenset({0, 1}))
+    assert tokenizer.text([3, 40]) == ["w3", "w40"]
+
+
+def test_an_encoders_cls_stands_at_the_front(models: dict[str, HuggingFaceModel]) -> None:
+    tokenizer = load_tokenizer(models["bert"])
+    assert (tokenizer.bos, tokenizer.special) == (0, frozenset({0, 1}))
+
+
+def plain_losses(config: HuggingFaceModel, tokens: Tensor) -> Tensor:
+    model = hf.AutoModelForCausalLM.from_pretrained(config.path).eval()
+    with torch.no_grad():
+        logits = model(tokens.long()).logits[:, :-1]
+    logs = logits.double().log_softmax(-1)
+    losses: Tensor = -logs.gather(2, tokens[:, 1:].long()[..., None])[..., 0]
+    return losses.float()
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@pytest.mark.parametrize("site", ["resid_post.1", "mlp_out.0", "attn_z.2"])
+def test_losses_are_the_plain_models_and_the_identity_changes_nothing(
+    models: dict[str, HuggingFaceModel], name: str, site: str
+) -> None:
+    spliced = SplicedModel(models[name], site)
+    tokens, mask = random_tokens(8, 8)
+    clean = spliced.losses(tokens, mask)
+    torch.testing.assert_close(clean, plain_losses(models[name], tokens), rtol=1e-5, atol=1e-5)
+    assert torch.equal(clean, spliced.losses(tokens, mask, lambda acts: acts))
+    assert torch.equal(clean, spliced.losses(tokens, mask, torch.clone))
+
+
+@pytest.mark.parametrize("name", DECODERS)
+@torch.no_grad()
+def test_an_edit_goes_on_through_the_rest_of_the_model(
+    models: dict[str, HuggingFaceModel], name: str
+) -> None:
+    """With nothing left of the last residual stream the logits are those of a zero."""
+    spliced = SplicedModel(models[name], f"resid_post.{LAYERS - 1}")
+    tokens, mask = random_tokens(6, 6)
+    losses = spliced.losses(tokens, mask, torch.zeros_like)
+    model = hf.AutoModelForCausalLM.from_pretrained(models[name].path).eval()
+    norm = {
+        "llama": "model.norm",
+        "gpt2": "transformer.ln_f",
+        "gpt_neox": "gpt_neox.final_layer_norm",
+    }
+    final = model.get_submodule(norm[name])(torch.zeros(D))
+    expected = -model.get_output_embeddings()(final).log_softmax(0)[tokens[:, 1:].long()]
+    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
+    assert not torch.allclose(losses, spliced.losses(tokens, mask), atol=0.01)  # edits do not stay
+
+
+def test_the_edit_sees_what_the_source_gives(models: dict[str, HuggingFaceModel]) -> None:
+    tokens, mask = random_tokens(6, 3)
+    acts = HuggingFaceSource(models["gpt2"], ("mlp_out.1",)).run(tokens, mask)["mlp_out.1"]
+    seen: list[Tensor] = []
+
+    def record(x: Tensor) -> Tensor:
+        seen.append(x)
+        return x
+
+    SplicedModel(models["gpt2"], "mlp_out.1").losses(tokens, mask, record)
+    assert len(seen) == 1
+    assert torch.allclose(seen[0][mask], acts[mask], atol=1e-6)
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_losses_of_padded_batches_are_nan_at_padding_and_unchanged_elsewhere(
+    models: dict[str, HuggingFaceModel], name: str
+) -> None:
+    spliced = SplicedModel(models[name], "resid_post.1")
+    tokens, mask = random_tokens(9, 4)
+    losses = spliced.losses(tokens, mask)
+    assert losses.shape == (2, 8)
+    assert torch.equal(losses.isnan(), ~mask[:, 1:])
+    alone = spliced.losses(tokens[1:, :4], mask[1:, :4])
+    assert torch.allclose(losses[1:, :3], alone, atol=1e-5)
