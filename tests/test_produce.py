@@ -283,8 +283,13 @@ def test_nan_is_reported_with_its_place_and_stops_a_producer_that_waits_for_othe
     for unit in range(1, UNITS):
         store.put(f"claims/{unit:08d}.json", b'{"worker": "other", "until": 1e12}')
     with_source(monkeypatch, Broken())
+    stopping = threading.Event()
+    rescue = threading.Timer(20, stopping.set)  # else a mistake would hang
+    rescue.start()
     with pytest.raises(NonFiniteError) as caught:
-        start(run, "a")
+        start(run, "a", stopping)
+    assert rescue.is_alive()
+    rescue.cancel()
     assert f"synthetic: NaN or infinity in document {documents[3]} at position 5;" in str(
         caught.value
     )

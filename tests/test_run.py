@@ -61,7 +61,7 @@ def test_one_command_goes_from_nothing_to_a_report_and_continues_after_ctrl_c(
 
 def test_the_whole_run_works_over_s3(tmp_path: Path, bucket: Bucket) -> None:
     url = f"s3://{bucket.name}/some/prefix"
-    store = {
+    store: dict[str, Any] = {
         "activations": f"{url}/activations",
         "runs": f"{url}/runs",
         "s3": {"endpoint_url": bucket.endpoint_url},
