@@ -70,6 +70,7 @@ def _produce(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    from dist_sae.parallel import preemption
     from dist_sae.parallel.mesh import join_mesh
     from dist_sae.telemetry.exporter import Telemetry
     from dist_sae.train import train
@@ -80,7 +81,8 @@ def _train(options: argparse.Namespace) -> None:
         Telemetry(run.name, "train", _port(run.telemetry.port, options.port_offset)) as telemetry,
         join_mesh(run.processes.trainers) as mesh,
     ):
-        result = train(run, mesh, stopping, telemetry)
+        with preemption.shared(mesh, stopping):
+            result = train(run, mesh, stopping, telemetry)
     _print_result(options, result)
 
 

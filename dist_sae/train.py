@@ -80,24 +80,26 @@ def train(
     }
     report = _Reporter(run, mesh, telemetry, History(runs, run.name, start), start)
 
-    with _loader(run, mesh, units, range(start, run.steps)) as batches:
-        for batch in batches:
+    step = start
+    with _loader(run, mesh, units, range(start, run.steps)) as loader:
+        batches = iter(loader)
+        while step < run.steps:
+            batch = next(batches, None)  # None: asked to stop while waiting for data
+            if preemption.agreed(mesh, stop=batch is None or stopping.is_set()):
+                _save(checkpoints, step, tensors, scalars, mesh, report)
+                raise Stopped(f"stopped at step {step} of {run.steps}; start again to go on")
+            assert batch is not None
             x = batch.acts.to(mesh.device, torch.float32) * normaliser.scale
             output = engine.objective(x, normaliser.variance, dead.mask, mesh.sum)
             engine.backward(output.terms.total)
-            lr = _learning_rate(run, batch.step)
+            lr = _learning_rate(run, step)
             gradient_norm = engine.step(lr)  # raises NonFiniteError before it touches the weights
             dead.update(mesh.any(fired(output.codes, run.sae.n_latents)), run.train.batch_rows)
-            step = batch.step + 1
+            step += 1
             report.step(step, batch, output, dead, lr=lr, gradient_norm=gradient_norm)
-            stop = preemption.agreed(mesh, stopping)
-            if stop or step == run.steps or step % run.train.save_every_steps == 0:
+            if step == run.steps or step % run.train.save_every_steps == 0:
                 _save(checkpoints, step, tensors, scalars, mesh, report)
-            if stop and step < run.steps:
-                raise Stopped(
-                    f"stopped at step {step} of {run.steps}, all saved; start again to go on"
-                )
-    return {"step": run.steps, "rows": run.steps * run.train.batch_rows, **report.last}
+    return {"step": step, "rows": step * run.train.batch_rows, **report.last}
 
 
 def _resume_or_start(
@@ -115,8 +117,11 @@ def _resume_or_start(
         tensors.restore(checkpoint)
         logger.info("resuming at step %d of %d", checkpoint.step, run.steps)
         return checkpoint.step
-    with _loader(run, mesh, units, range(1)) as batches:
-        (first,) = batches
+    with _loader(run, mesh, units, range(1)) as loader:
+        first = next(iter(loader), None)
+    if preemption.agreed(mesh, stop=first is None):
+        raise Stopped("stopped before the first step; start again to go on")
+    assert first is not None
     x = first.acts.to(mesh.device, torch.float32) * normaliser.scale
     initialise(sae, x, run.train.seed, mesh.sum)
     return 0
@@ -183,6 +188,8 @@ def _save(
     report: "_Reporter",
 ) -> None:
     """Save on the first rank (the dictionary is whole on each); none goes on before it is done."""
+    if step == 0:
+        return  # the beginning can be made again
     since = time.monotonic()
     size = checkpoints.save(step, tensors.collect(), scalars) if mesh.is_first else 0
     mesh.barrier()

