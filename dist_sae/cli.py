@@ -80,9 +80,9 @@ def _train(options: argparse.Namespace) -> None:
     with (
         Telemetry(run.name, "train", _port(run.telemetry.port, options.port_offset)) as telemetry,
         join_mesh(run.processes.trainers) as mesh,
+        preemption.shared(mesh, stopping),
     ):
-        with preemption.shared(mesh, stopping):
-            result = train(run, mesh, stopping, telemetry)
+        result = train(run, mesh, stopping, telemetry)
     _print_result(options, result)
 
 
