@@ -66,7 +66,8 @@ def _produce(options: argparse.Namespace) -> None:
     with Telemetry(
         run.name, "produce", _port(run.telemetry.port, options.port_offset)
     ) as telemetry:
-        produce(run, worker, _stop_on_signals(), telemetry)
+        result = produce(run, worker, _stop_on_signals(), telemetry)
+    _print_result(options, result)
 
 
 def _train(options: argparse.Namespace) -> None:

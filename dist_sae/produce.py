@@ -54,7 +54,9 @@ class ComputedUnit(NamedTuple):
     seconds: Counter[str]
 
 
-def produce(run: Run, worker: str, stopping: threading.Event, telemetry: Telemetry) -> None:
+def produce(
+    run: Run, worker: str, stopping: threading.Event, telemetry: Telemetry
+) -> dict[str, int]:
     """Produce units until every unit of the plan exists.
 
     Args:
@@ -62,6 +64,9 @@ def produce(run: Run, worker: str, stopping: threading.Event, telemetry: Telemet
         worker: Names this producer; no two that live at the same time share a name.
         stopping: When set, leave the unit at hand and return.
         telemetry: Takes the metrics.
+
+    Returns:
+        `units` and `rows` that this producer wrote.
 
     Raises:
         PlanMismatchError: The store holds no plan, or another one.
@@ -72,6 +77,7 @@ def produce(run: Run, worker: str, stopping: threading.Event, telemetry: Telemet
     plan = load_plan(store, run)
     claims = Claims(store, plan, worker, stopping)
     prepare = _Preparer(run, plan, claims)
+    written = Counter(units=0, rows=0)
     source: ActivationSource | None = None  # loaded when there is something to do
     with ThreadPoolExecutor(1, "prepare") as preparer, ThreadPoolExecutor(1, "finish") as finisher:
         try:
@@ -84,12 +90,12 @@ def produce(run: Run, worker: str, stopping: threading.Event, telemetry: Telemet
                     tokenized, source, prepare.tokenizer, run.activations, claims, stopping
                 )
                 if finishing is not None:
-                    _report(finishing.result(), plan, claims, telemetry)
+                    _report(finishing.result(), plan, claims, telemetry, written)
                 finishing = finisher.submit(
                     _finish, computed, store, plan, run.activations, worker, claims
                 )
             if finishing is not None:
-                _report(finishing.result(), plan, claims, telemetry)
+                _report(finishing.result(), plan, claims, telemetry, written)
         except BaseException:
             stopping.set()  # wakes the preparing thread, which may wait for other producers
             raise
@@ -100,6 +106,7 @@ def produce(run: Run, worker: str, stopping: threading.Event, telemetry: Telemet
     if stopping.is_set() and claims.pending():
         raise Stopped(f"{worker}: stopped; start it again to go on")
     logs.progress("produce", claims.done(), len(plan.units))
+    return dict(written)
 
 
 class _Preparer:
@@ -216,7 +223,14 @@ def _finish(
     return manifest
 
 
-def _report(manifest: UnitManifest, plan: Plan, claims: Claims, telemetry: Telemetry) -> None:
+def _report(
+    manifest: UnitManifest,
+    plan: Plan,
+    claims: Claims,
+    telemetry: Telemetry,
+    written: Counter[str],
+) -> None:
+    written.update(units=1, rows=manifest.rows)
     telemetry.add("dist_sae_produce_units_total", 1)
     telemetry.add("dist_sae_produce_rows_total", manifest.rows)
     for reason, count in manifest.excluded.items():

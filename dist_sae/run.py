@@ -282,6 +282,7 @@ class _Bars:
         self._done: dict[str, float] = {}
         self._rates: dict[str, float] = {}
         self._said: dict[str, float] = {}
+        self._complete: set[str] = set()
 
     def __enter__(self) -> "_Bars":
         self._progress.start()
@@ -315,8 +316,11 @@ class _Bars:
     def _say(self, role: str, done: float, total: float, note: str) -> None:
         if self._console.is_terminal:
             return
-        if time.monotonic() - self._said.get(role, 0) > _PLAIN_EVERY_SECONDS or done == total:
+        waited = time.monotonic() - self._said.get(role, 0) > _PLAIN_EVERY_SECONDS
+        if waited or (done == total and role not in self._complete):
             self._said[role] = time.monotonic()
+            if done == total:
+                self._complete.add(role)
             self._console.print(
                 f"{role} {done:.0f}/{total:.0f}  {note}", highlight=False, soft_wrap=True
             )

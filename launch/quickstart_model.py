@@ -53,8 +53,9 @@ def convert(packed: Path, out: Path) -> None:
     """Write the Hugging Face folder `out` for the Llama model in the GGUF file `packed`."""
     import gguf  # heavy imports wait until there is something to do
     import torch
-    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+    from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM, logging
 
+    logging.disable_progress_bar()  # type: ignore[no-untyped-call]
     reader = gguf.GGUFReader(packed)
     meta: dict[str, Any] = {
         key: field.contents() for key, field in reader.fields.items() if len(field.data) == 1
