@@ -25,6 +25,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (see `dist_sae.errors`)."""
     options = _parser().parse_args(arguments)
     logs.configure(rank=int(os.environ.get("RANK", "0")))
+    _heed_signals()
     try:
         options.command(options)
         sys.stdout.flush()
@@ -90,7 +91,7 @@ def _train(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from dist_sae.evaluate import evaluate
 
-    _print_result(options, evaluate(_load(options), _stop_on_signals()))
+    _print_result(options, evaluate(_load(options)))
 
 
 def _export(options: argparse.Namespace) -> None:
@@ -166,20 +167,23 @@ def _port(first: int | None, offset: int) -> int | None:
     return first + offset if first else first
 
 
+def _heed_signals() -> None:
+    """SIGTERM is like Ctrl-C, and the death of `dist-sae run` like a SIGTERM."""
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    if os.environ.get(logs.SUPERVISED):
+        threading.Thread(target=_watch_parent, name="parent", daemon=True).start()
+
+
+def _watch_parent() -> None:
+    os.read(sys.stdin.fileno(), 1)  # returns when the parent is gone; sys.stdin would take a lock
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
 def _stop_on_signals() -> threading.Event:
-    """An event that SIGTERM, SIGINT or the death of `dist-sae run` sets."""
+    """An event that SIGTERM and SIGINT set, for programs that have something to save first."""
     stopping = threading.Event()
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, lambda *_: stopping.set())
-    if os.environ.get(logs.SUPERVISED):
-
-        def watch() -> None:
-            os.read(
-                sys.stdin.fileno(), 1
-            )  # returns when the parent is gone; takes no lock, unlike sys.stdin
-            stopping.set()
-
-        threading.Thread(target=watch, name="parent", daemon=True).start()
     return stopping
 
 

@@ -35,12 +35,8 @@ _PCA_ROWS = 100_000
 _DENSITY_EDGES = [-7 + 0.25 * i for i in range(29)]  # log10, to 0
 
 
-def evaluate(run: Run, stopping: threading.Event) -> dict[str, Any]:
+def evaluate(run: Run) -> dict[str, Any]:
     """Measure the newest checkpoint and leave the result in `<run>/evaluation.json`.
-
-    Args:
-        run: The run.
-        stopping: Ends the wait for units that are not there yet.
 
     Returns:
         `fvu`, `l0`, `dead_share`, `rows`, `pca_fvu` (of a PCA with k components, from training
@@ -63,7 +59,7 @@ def evaluate(run: Run, stopping: threading.Event) -> dict[str, Any]:
         )
     if not len(plan.heldout_units):
         raise ConfigError("activations.heldout_share: is 0, so there is nothing to evaluate on")
-    units = Units(store, plan, run.site, stopping)
+    units = Units(store, plan, run.site, threading.Event())
     scale, mean = float(checkpoint.scalars["scale"]), torch.tensor(checkpoint.scalars["mean"])
     sae = build_sae(run.sae, len(mean))
     sae.load_state_dict(weights(checkpoint))
@@ -160,7 +156,8 @@ def _cross_entropies(
         totals["tokens"] += int(batch.mask[:, 1:].sum())
         for name, replace in replacements.items():
             edit = _edit(keep, replace, run.activations.exclude.over_norm) if replace else None
-            totals[name] += float(spliced.losses(batch.tokens, batch.mask, edit).double().nansum())  # type: ignore[assignment]
+            losses = spliced.losses(batch.tokens, batch.mask, edit)[batch.mask[:, 1:]]
+            totals[name] += float(losses.double().sum())  # type: ignore[assignment]
     ce = {name: totals[name] / totals["tokens"] for name in replacements}
     return {
         **{f"ce_{name}": value for name, value in ce.items()},

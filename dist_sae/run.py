@@ -12,7 +12,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
@@ -28,7 +28,14 @@ from rich.progress import (
 )
 
 from dist_sae.config import Run
-from dist_sae.errors import EXIT_BUG, EXIT_RESUMABLE, EXIT_USER, ProcessFailedError, Stopped
+from dist_sae.errors import (
+    EXIT_BUG,
+    EXIT_RESUMABLE,
+    EXIT_USER,
+    AccessError,
+    ProcessFailedError,
+    Stopped,
+)
 from dist_sae.logs import SUPERVISED
 
 _POLL_SECONDS = 0.05
@@ -54,7 +61,10 @@ def run_locally(run: Run, path: str, overrides: Sequence[str]) -> dict[str, Any]
     """
     arguments = [path, *(argument for override in overrides for argument in ("--set", override))]
     logs = _log_folder(run)
-    logs.mkdir(parents=True, exist_ok=True)
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise AccessError(f"{exc.strerror}; correct store.runs", url=str(logs)) from exc
     with _stop_requests() as stopping, _Bars() as bars:
         job = _Job(arguments, logs, stopping, bars)
         job.run_together([job.process("plan", "plan")])
@@ -82,7 +92,7 @@ def _workers(run: Run, job: "_Job") -> list["_Process"]:
             f"producer-{i}",
             "produce",
             "--worker",
-            f"producer-{i}",
+            f"{run.name}-producer-{i}",
             "--port-offset",
             str(i),
             env=common,
@@ -125,6 +135,7 @@ class _Process:
             stdout=subprocess.PIPE,
             stderr=subprocess.PIPE,
             text=True,
+            errors="replace",
             env=self._env,
             start_new_session=True,
         )
@@ -199,12 +210,11 @@ class _Process:
     def _read_stderr(self) -> None:
         assert self._process is not None
         assert self._process.stderr is not None
-        with self.log.open("a", encoding="utf-8") as file:
-            for line in self._process.stderr:
-                self._words.append(line)
-                del self._words[:-200]
-                file.write(line)
-                file.flush()
+        for line in self._process.stderr:
+            self._words.append(line)
+            del self._words[:-200]
+            with suppress(OSError), self.log.open("a", encoding="utf-8") as file:
+                file.write(line)  # a full disk must not keep us from hearing the rest
 
 
 class _Job:
@@ -235,32 +245,46 @@ class _Job:
         try:
             for process in processes:
                 process.start(self._bars.show)
-            self._watch(processes)
+            first = self._watch(processes)
         finally:
             for process in processes:
                 process.signal(signal.SIGKILL)
             for process in processes:
                 process.close()
         failed = [p for p in processes if p.poll() not in (0, EXIT_RESUMABLE)]
-        if failed:
-            raise next((p for p in failed if p.spoke_for_itself), failed[0]).failure()
+        spoke = [p for p in failed if p.spoke_for_itself]
+        if spoke or first:
+            raise (spoke or first)[0].failure()
+        if failed:  # they did not heed the signal in time; what was saved before is safe
+            names = ", ".join(p.name for p in failed)
+            raise Stopped(f"{names} did not end in time; start the same command again to go on")
         if any(p.poll() == EXIT_RESUMABLE for p in processes) or self._stopping.is_set():
             raise Stopped("everything is saved; start the same command again to go on")
 
-    def _watch(self, processes: list[_Process]) -> None:
-        """Until all have ended by themselves, or their time to do so is up."""
+    def _watch(self, processes: list[_Process]) -> list[_Process]:
+        """Until all have ended by themselves, or their time to do so is up.
+
+        Returns:
+            Those that had failed before any was told to end: whose fault it is.
+        """
+        first: list[_Process] = []
         deadline = float("inf")
         while any(p.poll() is None for p in processes) and time.monotonic() < deadline:
-            failed = any(p.poll() not in (None, 0, EXIT_RESUMABLE) for p in processes)
-            grace = _FAILED_GRACE_SECONDS if failed else _GRACE_SECONDS
+            failed = [p for p in processes if p.poll() not in (None, 0, EXIT_RESUMABLE)]
             ended_early = any(p.poll() == EXIT_RESUMABLE for p in processes)
             if failed or ended_early or self._stopping.is_set():
+                grace = _FAILED_GRACE_SECONDS if failed else _GRACE_SECONDS
                 if deadline == float("inf"):
+                    first = failed
                     for process in processes:
                         process.signal(signal.SIGTERM)
-                    deadline = time.monotonic() + grace
                 deadline = min(deadline, time.monotonic() + grace)
             time.sleep(_POLL_SECONDS)
+        return first or [
+            p
+            for p in processes
+            if deadline == float("inf") and p.poll() not in (None, 0, EXIT_RESUMABLE)
+        ]
 
 
 class _Bars:

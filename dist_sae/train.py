@@ -15,7 +15,6 @@ from dist_sae.data.loader import Batch, Loader, Units
 from dist_sae.data.normaliser import Normaliser, measure
 from dist_sae.data.plan import Plan, load_plan
 from dist_sae.errors import DataExhaustedError, ObjectNotFoundError, PlanMismatchError, Stopped
-from dist_sae.parallel import preemption
 from dist_sae.parallel.engine import DeepSpeedEngine
 from dist_sae.parallel.mesh import Mesh
 from dist_sae.sae import build_sae
@@ -34,6 +33,7 @@ _FREE_SETTINGS = {  # of a run: they change how it is done, not what comes out
     "processes",
     "evaluate",
     "telemetry",
+    "train.max_passes",  # later passes follow earlier ones: no batch changes
     "train.log_every_steps",
     "train.save_every_steps",
     "train.keep_checkpoints",
@@ -66,27 +66,35 @@ def train(
     _own_run_folder(run, runs, mesh)
 
     units = Units(activations, plan, run.site, stopping)
-    normaliser = measure(units, run.train.normaliser_rows)
+    checkpoints = Checkpoints(runs, run.name, run.train.keep_checkpoints)
+    checkpoint = checkpoints.latest()
+    if checkpoint is None:
+        normaliser = measure(units, run.train.normaliser_rows)
+    else:
+        normaliser = Normaliser.from_scalars(checkpoint.scalars)
     sae = build_sae(run.sae, len(normaliser.mean), run.train.products).to(mesh.device)
-    dead = DeadLatents(run.sae.n_latents, run.sae.dead_after_rows)
+    dead = DeadLatents(run.sae.n_latents, run.sae.dead_after_rows, mesh.device)
     engine = DeepSpeedEngine(run, sae, mesh)
     tensors = TrainingTensors(sae, engine.optimizer, dead)
-    checkpoints = Checkpoints(runs, run.name, run.train.keep_checkpoints)
-    start = _resume_or_start(run, mesh, units, normaliser, sae, tensors, checkpoints)
-    scalars = {
-        "scale": normaliser.scale,
-        "mean": normaliser.mean.tolist(),
-        "variance": normaliser.variance,
-    }
-    report = _Reporter(run, mesh, telemetry, History(runs, run.name, start), start)
+    if checkpoint is None:
+        step = 0
+        _initialise(run, mesh, units, normaliser, sae)
+    else:
+        step = checkpoint.step
+        tensors.restore(checkpoint)
+        logger.info("resuming at step %d of %d", step, run.steps)
+        del checkpoint  # as large as the dictionary and its moments
+    scalars = normaliser.to_scalars()
+    report = _Reporter(run, mesh, telemetry, History(runs, run.name, step), step)
 
-    step = start
-    with _loader(run, mesh, units, range(start, run.steps)) as loader:
-        batches = iter(loader)
+    with _loader(run, mesh, units, range(step, run.steps)) as loader:
         while step < run.steps:
-            batch = next(batches, None)  # None: asked to stop while waiting for data
-            if preemption.agreed(mesh, stop=batch is None or stopping.is_set()):
+            batch = (
+                loader.next()
+            )  # None: no more to come, because of a stop or because there is none
+            if mesh.agree(wish=batch is None or stopping.is_set()):
                 _save(checkpoints, step, tensors, scalars, mesh, report)
+                loader.raise_if_failed()
                 raise Stopped(f"stopped at step {step} of {run.steps}; start again to go on")
             assert batch is not None
             x = batch.acts.to(mesh.device, torch.float32) * normaliser.scale
@@ -102,29 +110,16 @@ def train(
     return {"step": step, "rows": step * run.train.batch_rows, **report.last}
 
 
-def _resume_or_start(
-    run: Run,
-    mesh: Mesh,
-    units: Units,
-    normaliser: Normaliser,
-    sae: Sae,
-    tensors: TrainingTensors,
-    checkpoints: Checkpoints,
-) -> int:
-    """Fill in the dictionary; returns the step to go on from."""
-    checkpoint = checkpoints.latest()
-    if checkpoint is not None:
-        tensors.restore(checkpoint)
-        logger.info("resuming at step %d of %d", checkpoint.step, run.steps)
-        return checkpoint.step
+def _initialise(run: Run, mesh: Mesh, units: Units, normaliser: Normaliser, sae: Sae) -> None:
+    """The initial dictionary, from the first batch."""
     with _loader(run, mesh, units, range(1)) as loader:
-        first = next(iter(loader), None)
-    if preemption.agreed(mesh, stop=first is None):
-        raise Stopped("stopped before the first step; start again to go on")
+        first = loader.next()
+        if mesh.agree(wish=first is None):
+            loader.raise_if_failed()
+            raise Stopped("stopped before the first step; start again to go on")
     assert first is not None
     x = first.acts.to(mesh.device, torch.float32) * normaliser.scale
     initialise(sae, x, run.train.seed, mesh.sum)
-    return 0
 
 
 def _loader(run: Run, mesh: Mesh, units: Units, steps: range) -> Loader:
@@ -250,7 +245,7 @@ class _Reporter:
         for name, value in numbers.items():
             telemetry.set(f"dist_sae_train_{name}", value)
         telemetry.set("dist_sae_train_step", step)
-        telemetry.add("dist_sae_train_rows_total", rows)
+        telemetry.add("dist_sae_train_rows_total", rows / self._mesh.world)
         telemetry.add("dist_sae_train_step_seconds_total", seconds)
         telemetry.add("dist_sae_train_wait_seconds_total", self._waited)
         if self._mesh.is_first:

@@ -4,8 +4,13 @@ set -euo pipefail
 cd "$(dirname "$0")/.."
 venv=$1 what=$2
 
-[ -x "$venv/bin/python" ] || "${PYTHON:-python3}" -m venv "$venv"
-"$venv/bin/python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
-    { echo "Python 3.11 or newer is needed; name one with PYTHON=..." >&2; exit 2; }
+usable() { "$1" -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
+
+if ! usable "$venv/bin/python"; then
+    python=${PYTHON:-python3}
+    "$python" -c 'import sys; sys.exit(sys.version_info < (3, 11))' ||
+        { echo "Python 3.11 or newer is needed; name one with PYTHON=..." >&2; exit 2; }
+    "$python" -m venv --clear "$venv"
+fi
 echo "installing $what into $venv (the first time this takes some minutes) ..." >&2
 "$venv/bin/python" -m pip install --quiet --constraint launch/constraints.txt --editable "$what"

@@ -13,4 +13,5 @@ cd "$(dirname "$0")/.."
 .venv/bin/python launch/quickstart_model.py work/smollm2
 .venv/bin/python launch/quickstart_text.py work/wikipedia.jsonl
 
+export CUDA_VISIBLE_DEVICES=  # this run file is for CPUs
 exec .venv/bin/dist-sae run launch/runs/smollm2-resid7-topk-cpu.yaml "$@"

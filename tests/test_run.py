@@ -6,6 +6,7 @@ import select
 import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,8 @@ import pytest
 
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.config.data import S3Config
+from dist_sae.errors import ProcessFailedError
+from dist_sae.run import _Bars, _Job, _Process
 from dist_sae.storage import open_store
 from tests.conftest import Bucket
 from tests.launch import write_run
@@ -92,6 +95,35 @@ def test_a_failing_process_ends_the_run_with_its_own_error(tmp_path: Path, site:
     assert "Traceback" not in err
     assert errors[0].startswith("error: trainer-")
     assert {"rows": "train.rows asks for", "lr": "the gradient's norm is"}[site] in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("last_words", "code", "message"),
+    [
+        ("sys.exit('error: the store is full')", 1, "culprit: the store is full"),
+        ("raise RuntimeError('a bug')", 1, "culprit: RuntimeError: a bug"),
+        ("os.kill(os.getpid(), 9)", 75, "culprit: killed by SIGKILL (out of memory?)"),
+    ],
+)
+def test_the_one_that_failed_first_is_blamed(
+    tmp_path: Path, last_words: str, code: int, message: str
+) -> None:
+    """And not the other, which is ended by us for not heeding the signal."""
+    deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); print('{}', flush=True); "
+    job = _Job([], tmp_path, threading.Event(), _Bars())
+    processes = [
+        _Process("deaf", [sys.executable, "-c", deaf + "time.sleep(100)"], {}, tmp_path / "1.log"),
+        _Process(
+            "culprit",
+            [sys.executable, "-c", f"import os, sys; {last_words}"],
+            {},
+            Path("/dev/full"),
+        ),
+    ]
+    with pytest.raises(ProcessFailedError) as caught:
+        job.run_together(processes)
+    assert str(caught.value).startswith(message)
+    assert caught.value.exit_code == code
 
 
 def test_children_stop_when_the_parent_is_killed(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.data.shard import manifest_key, read_manifest
 from dist_sae.storage import open_store
 from dist_sae.telemetry.history import read_history
-from tests.launch import produce, run, train, write_run
+from tests.launch import produce, run, start, train, write_run
 
 STEPS = 60
 
@@ -126,6 +126,40 @@ def test_too_little_data_is_said_before_the_first_step(tmp_path: Path, activatio
     error = run("train", str(run_file(tmp_path, activations, train={"max_passes": 1})), code=2)
     assert "train.rows asks for 9600 rows" in error
     assert not (tmp_path / "runs").exists()
+
+
+def test_a_run_that_meets_the_end_of_its_data_can_be_finished(
+    tmp_path: Path, activations: str
+) -> None:
+    """The plan's estimate counts rows that are excluded later: 5 % more are let through."""
+    settings = {
+        "rows": 6080,
+        "max_passes": 1,
+    }  # 190 documents of 32 rows; a row of each is left out
+    path = run_file(tmp_path, activations, train=settings)
+    error = run("train", str(path), code=2)
+    assert "raise train.max_passes and start again" in error
+    stopped_at = final(tmp_path).step
+    assert 0 < stopped_at < 6080 // 160
+    run("train", str(path), "--set", "train.max_passes=2")
+    assert [r["step"] for r in history(tmp_path)] == list(range(1, 6080 // 160 + 1))
+
+
+def test_a_killed_run_repeats_what_was_not_saved_bitwise(
+    tmp_path: Path, activations: str, calm: Path
+) -> None:
+    path = run_file(tmp_path, activations, train={"save_every_steps": 7})
+    process = start("train", str(path))
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("{") and json.loads(line)["done"] >= 17:
+            process.kill()
+            break
+    process.communicate()
+    assert final(tmp_path).step in range(14, 60, 7)
+    train(path)
+    for name, tensor in final(calm).tensors.items():
+        assert torch.equal(tensor, final(tmp_path).tensors[name]), name
 
 
 def test_a_damaged_shard_stops_the_run_and_is_named(tmp_path: Path) -> None:

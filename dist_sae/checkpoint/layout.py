@@ -86,6 +86,11 @@ class Checkpoints:
             int(k.removeprefix(self._prefix)[5:13]) for k in keys if k.endswith(f"/{_MANIFEST}")
         ]
 
+    def _folders(self) -> set[int]:
+        """Steps of which there is anything, a complete checkpoint or not."""
+        keys = self._store.keys(self._prefix)
+        return {int(key.removeprefix(self._prefix)[5:13]) for key in keys}
+
     def save(self, step: int, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> int:
         """Store a checkpoint and drop old ones; returns its bytes."""
         if step in self.steps():
@@ -93,8 +98,10 @@ class Checkpoints:
         records = {name: self._save_tensor(step, name, tensor) for name, tensor in tensors.items()}
         manifest = CheckpointManifest(step=step, scalars=dict(scalars), tensors=records)
         self._store.put(f"{self._folder(step)}{_MANIFEST}", manifest.model_dump_json().encode())
-        for old in self.steps()[: -self._keep]:
-            self._delete(old)
+        kept = self.steps()[-self._keep :]
+        for old in self._folders():
+            if old < step and old not in kept:  # too old, or left by a save that was cut off
+                self._delete(old)
         return sum(part.bytes for record in records.values() for part in record.parts)
 
     def load(self, step: int, names: Collection[str] | None = None) -> Checkpoint:

@@ -40,7 +40,7 @@ class TrainingTensors(NamedTuple):
         for name, parameter in self.sae.named_parameters():
             parameter.copy_(tensors[name])
             self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(checkpoint.step)),
+                "step": torch.tensor(float(checkpoint.step), device=parameter.device),
                 **{m: tensors[f"{m}.{name}"].to(parameter.device) for m in _MOMENTS},
             }
 

@@ -78,7 +78,7 @@ class Units:
             pause = min(pause * 1.5, longest)
             if time.monotonic() - said > _SAY_EVERY_SECONDS:
                 said = time.monotonic()
-                logger.info(
+                logger.warning(
                     "waiting for unit %d for %.0f s; are producers running?", unit, said - since
                 )
 
@@ -217,7 +217,7 @@ class Stream:
         raise DataExhaustedError(
             f"{self._units.store.url}: stream {self._number} of {plan.streams} ends after "
             f"{rows_seen} rows ({passes}), so there are about {rows_seen * plan.streams} rows "
-            f"in all; lower train.rows, raise train.max_passes or add text"
+            f"in all; raise train.max_passes and start again"
         )
 
 
@@ -241,6 +241,7 @@ class Loader:
         assert batch_rows % streams == 0, (batch_rows, streams)
         self._steps = steps
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=_BATCHES_AHEAD)
+        self._end: BaseException | None = None
         self._closed = threading.Event()
         rows = batch_rows // streams
         own = range(rank * streams // world, (rank + 1) * streams // world)
@@ -267,16 +268,33 @@ class Loader:
         self._closed.set()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
+    def next(self) -> Batch | None:
+        """The next batch; None when there is none, because of a stop or because the data ended.
+
+        A rank that comes to its end must still tell the others before it raises: see
+        `raise_if_failed`.
+        """
+        since = time.monotonic()
+        item = self._queue.get()
+        if isinstance(item, Batch):
+            return item._replace(waited_seconds=time.monotonic() - since)
+        if not isinstance(item, Stopped | DataExhaustedError):
+            raise item
+        self._end = item
+        return None
+
+    def raise_if_failed(self) -> None:
+        """Raise what made `next` return None, unless it was a stop."""
+        if isinstance(self._end, DataExhaustedError):
+            raise self._end
+
     def __iter__(self) -> Iterator[Batch]:
-        """Ends before its time when it was asked to stop while waiting for a unit."""
         for _ in self._steps:
-            since = time.monotonic()
-            item = self._queue.get()
-            if isinstance(item, Stopped):
-                return
-            if isinstance(item, BaseException):
-                raise item
-            yield item._replace(waited_seconds=time.monotonic() - since)
+            batch = self.next()
+            if batch is None:
+                assert self._end is not None
+                raise self._end
+            yield batch
 
     def _assemble(self, streams_from: Callable[[int], list[Stream]], rows: int) -> None:
         try:

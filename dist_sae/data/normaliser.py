@@ -1,6 +1,7 @@
 """One constant scale for all activations of a site, from the manifests' sums."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float
@@ -20,6 +21,16 @@ class Normaliser(NamedTuple):
     """E|x - mean|^2 of the scaled activations, summed over the dimensions."""
     rows: int
     """How many rows it was measured on."""
+
+    def to_scalars(self) -> dict[str, Any]:
+        """For a checkpoint; `from_scalars` gives it back exactly."""
+        return {**self._asdict(), "mean": self.mean.tolist()}
+
+    @classmethod
+    def from_scalars(cls, scalars: Mapping[str, Any]) -> "Normaliser":
+        """What `to_scalars` made of it."""
+        mean = torch.tensor(scalars["mean"], dtype=torch.float64)
+        return cls(scalars["scale"], mean, scalars["variance"], scalars["rows"])
 
 
 def measure(units: Units, at_least_rows: int) -> Normaliser:

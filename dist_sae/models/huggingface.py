@@ -89,8 +89,8 @@ class HuggingFaceSource:
         self, tokens: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]
     ) -> dict[str, Float[Tensor, "batch seq d_in"]]:
         self._seen.clear()
-        self._model(input_ids=tokens.long(), attention_mask=None if mask.all() else mask.long())
-        return dict(self._seen)
+        self._model(**_inputs(self._model, tokens, mask))
+        return {site: acts.cpu() for site, acts in self._seen.items()}
 
     def _record(self, site: str) -> Edit:
         def record(acts: Tensor) -> Tensor:
@@ -110,7 +110,7 @@ class SplicedModel:
             )
             self._model = _load(transformers.AutoModelForCausalLM, config, description)
         self._edit: Edit | None = None
-        _attach(self._model, site, lambda acts: self._edit(acts) if self._edit else acts)
+        _attach(self._model, site, self._replace)
 
     @torch.inference_mode()
     def losses(
@@ -127,14 +127,21 @@ class SplicedModel:
             edit: What becomes of the activations at the site; None leaves them alone.
         """
         self._edit = edit
-        logits = self._model(
-            input_ids=tokens.long(), attention_mask=None if mask.all() else mask.long()
-        ).logits[:, :-1]
+        logits = self._model(**_inputs(self._model, tokens, mask)).logits[:, :-1].cpu()
         losses = [  # one context after the other: fp32 logits of a batch would be large
             nn.functional.cross_entropy(of_context.float(), targets, reduction="none")
             for of_context, targets in zip(logits, tokens[:, 1:].long(), strict=True)
         ]
         return torch.stack(losses).masked_fill(~mask[:, 1:], torch.nan)
+
+    def _replace(self, acts: Tensor) -> Tensor:
+        return acts if self._edit is None else self._edit(acts.cpu()).to(acts.device)
+
+
+def _inputs(model: Any, tokens: Tensor, mask: Tensor) -> dict[str, Tensor | None]:
+    """What a model is called with, where it is; without padding it needs no mask."""
+    attention_mask = None if mask.all() else mask.long().to(model.device)
+    return {"input_ids": tokens.long().to(model.device), "attention_mask": attention_mask}
 
 
 def _load(kind: Any, config: HuggingFaceModel, description: Any) -> Any:
@@ -152,7 +159,7 @@ def _load(kind: Any, config: HuggingFaceModel, description: Any) -> Any:
         raise ModelError(
             f"model.path {config.path}: its files lack the weights {', '.join(missing)}"
         )
-    return model.eval()
+    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def _layer(site: str) -> int:

@@ -133,7 +133,7 @@ def prepare_gradients(sae: Sae, clip_norm: float | None) -> float:
     if not torch.isfinite(torch.tensor(norm)):
         raise NonFiniteError(
             f"the gradient's norm is {norm}; the weights are those of the step before. "
-            f"Lower train.lr, or look for broken activations with `dist-sae evaluate`"
+            f"Lower train.lr under another name, or check the shards with `dist-sae store verify`"
         )
     if clip_norm is not None:
         nn.utils.clip_grads_with_norm_(list(sae.parameters()), clip_norm, torch.tensor(norm))
@@ -143,9 +143,7 @@ def prepare_gradients(sae: Sae, clip_norm: float | None) -> float:
 def _import_deepspeed(mesh: Mesh) -> Any:
     if mesh.device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault(
-        "LOCAL_RANK", str(mesh.device.index or mesh.rank)
-    )  # DeepSpeed insists on it
+    os.environ.setdefault("LOCAL_RANK", str(mesh.rank))  # DeepSpeed insists on it
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)

@@ -4,18 +4,12 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
-import torch
 import torch.distributed as dist
 
 from dist_sae.parallel.mesh import Mesh
 
 _KEY = "dist_sae/stop"
 _POLL_SECONDS = 0.5
-
-
-def agreed(mesh: Mesh, *, stop: bool) -> bool:
-    """Whether any rank wants to stop; the same answer on every rank. Collective."""
-    return bool(mesh.any(torch.tensor([stop], device=mesh.device)))
 
 
 @contextmanager
@@ -50,4 +44,4 @@ def _pass_on(stopping: threading.Event, over: threading.Event) -> None:
                 stopping.set()
                 return
     except dist.DistError:
-        return  # the first rank, which keeps the store, is gone; collectives will say so
+        stopping.set()  # the first rank, which keeps the store, is gone: no use in waiting for data

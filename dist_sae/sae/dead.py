@@ -20,12 +20,13 @@ class DeadLatents:
     Args:
         n_latents: Width of the dictionary.
         after_rows: A latent is dead when it has not fired for so many rows.
+        device: Where the codes will be.
     """
 
     idle_rows: Int[Tensor, " n_latents"]
 
-    def __init__(self, n_latents: int, after_rows: int) -> None:
-        self.idle_rows = torch.zeros(n_latents, dtype=torch.int64)
+    def __init__(self, n_latents: int, after_rows: int, device: torch.device | str = "cpu") -> None:
+        self.idle_rows = torch.zeros(n_latents, dtype=torch.int64, device=device)
         self._after_rows = after_rows
 
     @property

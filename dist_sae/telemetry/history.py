@@ -14,7 +14,8 @@ class History:
 
     def __init__(self, store: ObjectStore, run: str, first_step: int) -> None:
         self._store = store
-        self._key = f"{run}/{_PREFIX}{first_step:08d}.jsonl"
+        self._prefix = f"{run}/{_PREFIX}"
+        self._key = f"{self._prefix}{first_step:08d}.jsonl"
         self._lines: list[str] = []
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -22,7 +23,13 @@ class History:
         self._lines.append(json.dumps(record))
 
     def flush(self) -> None:
-        """Make all records so far durable."""
+        """Make all records so far durable, and forget lives that began at a later step.
+
+        Such a life went on from a checkpoint that has been given up since.
+        """
+        for key in list(self._store.keys(self._prefix)):
+            if key > self._key:
+                self._store.delete(key)
         if self._lines:
             self._store.put(self._key, ("\n".join(self._lines) + "\n").encode())
 

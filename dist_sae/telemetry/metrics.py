@@ -32,9 +32,7 @@ METRICS = (
     ),
     Metric("dist_sae_train_step", "gauge", "Steps done."),
     Metric("dist_sae_train_steps", "gauge", "Steps that the run will do."),
-    Metric(
-        "dist_sae_train_rows_total", "counter", "Rows trained on by this process's run, all ranks."
-    ),
+    Metric("dist_sae_train_rows_total", "counter", "Rows that this rank has trained on."),
     Metric(
         "dist_sae_train_rows_per_second",
         "gauge",

@@ -151,7 +151,7 @@ def test_a_pass_that_does_not_suffice_says_how_much_there_is(world: World) -> No
     message = str(caught.value)
     assert f"ends after {2 * shortest} rows (2 passes)" in message
     assert f"about {8 * shortest} rows in all" in message
-    assert "lower train.rows, raise train.max_passes or add text" in message
+    assert "raise train.max_passes and start again" in message
 
 
 class LateUnits(Wrapped):

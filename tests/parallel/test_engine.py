@@ -121,3 +121,10 @@ def test_deepspeeds_configuration_follows_the_run_and_the_user(tmp_path: Path) -
     assert config["zero_optimization"] == {"stage": 1}
     assert config["x"] == 1
     assert config["gradient_accumulation_steps"] == 1
+
+
+def test_what_the_run_file_decides_cannot_be_set_past_it(tmp_path: Path) -> None:
+    """With two accumulation steps half of the updates would be missing, in silence."""
+    path = write_run(tmp_path, train={"deepspeed": {"gradient_accumulation_steps": 2}})
+    with pytest.raises(ConfigError, match=r"train\.deepspeed\.gradient_accumulation_steps"):
+        deepspeed_config(load_run(path))
