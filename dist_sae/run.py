@@ -162,8 +162,9 @@ class _Process:
             self._process.wait()
             for reader in self._readers:
                 reader.join()
-            assert self._process.stdin is not None
-            self._process.stdin.close()
+            for pipe in (self._process.stdin, self._process.stdout, self._process.stderr):
+                assert pipe is not None
+                pipe.close()
 
     def failure(self) -> ProcessFailedError:
         """What it said when it failed, and what exit code that makes for the whole."""
