@@ -39,8 +39,8 @@ def evaluate(run: Run) -> dict[str, Any]:
     """Measure the newest checkpoint and leave the result in `<run>/evaluation.json`.
 
     Returns:
-        `fvu`, `l0`, `dead_share`, `rows`, `pca_fvu` (of a PCA with k components, from training
-        rows), densities, and for language models the cross-entropies in nats per token with the
+        `trained_rows`; on `rows` held-out rows `fvu`, `l0`, `dead_share`, `pca_fvu` (of a PCA
+        with k components, from training rows), densities, and for language models the cross-entropies in nats per token with the
         site left alone (`ce_clean`), replaced by the reconstruction (`ce_spliced`), by zero
         (`ce_zero`) and by the mean (`ce_mean`), with the shares recovered.
 
@@ -74,6 +74,7 @@ def evaluate(run: Run) -> dict[str, Any]:
         pca_error += (centred - centred @ pca @ pca.T).double().square().sum()
     result = {
         "step": checkpoint.step,
+        "trained_rows": checkpoint.step * run.train.batch_rows,
         "rows": fit.rows,
         "fvu": fit.fvu,
         "l0": fit.l0,

@@ -6,10 +6,10 @@ from dist_sae.config import Run
 from dist_sae.config.data import SyntheticCorpus
 from dist_sae.data.corpus import Corpus, CorpusIndex
 from dist_sae.data.orders import permutation
-from dist_sae.data.plan import Plan, make_plan, publish_plan
+from dist_sae.data.plan import Plan, check_rows, make_plan, publish_plan
 from dist_sae.data.tokens import cut
 from dist_sae.errors import CorpusError
-from dist_sae.models import build_tokenizer
+from dist_sae.models import build_tokenizer, check_sites
 from dist_sae.storage import open_store
 
 logger = logging.getLogger(__name__)
@@ -22,18 +22,22 @@ def plan(run: Run) -> Plan:
 
     Raises:
         CorpusError: The text is missing, unreadable, empty or too small.
+        ModelError: The model cannot be found, or has too few layers for a site.
+        DataExhaustedError: `train.rows` asks for more than there will be.
         PlanMismatchError: The store holds a plan made from other settings or other text.
     """
     store = open_store(run.store.activations, run.store.s3)
     corpus = Corpus(run.corpus, run.store.s3)
     index = corpus.index()
+    check_sites(run.model, run.activations.sites)
     made = make_plan(run, index, _document_rows(run, corpus, index))
+    check_rows(run, made)
     created = publish_plan(store, made)
     logger.info(
         "%s %s: %d documents, %d training and %d held-out units, about %d rows to train on",
         "made" if created else "found",
         store.url,
-        sum(file.documents for file in made.files),
+        sum(span.count for unit in made.units for span in unit),
         len(made.train_units),
         len(made.heldout_units),
         made.train_rows_estimate,

@@ -23,9 +23,9 @@ from rich.progress import (
     Progress,
     TaskID,
     TextColumn,
-    TimeElapsedColumn,
     TimeRemainingColumn,
 )
+from rich.table import Column
 
 from dist_sae.config import Run
 from dist_sae.errors import (
@@ -294,12 +294,11 @@ class _Bars:
     def __init__(self) -> None:
         self._console = Console(stderr=True)
         self._progress = Progress(
-            TextColumn("{task.description:9}"),
-            BarColumn(bar_width=24),
-            TextColumn("{task.percentage:3.0f}%"),
-            TimeElapsedColumn(),
-            TimeRemainingColumn(),
-            TextColumn("{task.fields[note]}"),
+            TextColumn("{task.description:7}", table_column=Column(no_wrap=True, min_width=7)),
+            BarColumn(bar_width=12),
+            TextColumn("{task.percentage:3.0f}%", table_column=Column(no_wrap=True, min_width=4)),
+            TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
+            TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True)),
             console=self._console,
             disable=not self._console.is_terminal,
         )
@@ -327,12 +326,9 @@ class _Bars:
         if role == "produce":
             self._rates[process] = record.get("rows_per_second", self._rates.get(process, 0))
             done = max(done, self._done.get(role, 0))  # each producer sees its own share at once
-            record = {
-                "rows_per_second": sum(self._rates.values()),
-                "limit": record.get("busiest", "-"),
-            }
+            record["rows_per_second"] = sum(self._rates.values())
         self._done[role] = done
-        note = "  ".join(f"{name} {_short(value)}" for name, value in record.items())
+        note = _note(record)
         if role not in self._tasks:
             self._tasks[role] = self._progress.add_task(role, total=total, note="")
         self._progress.update(self._tasks[role], completed=done, total=total, note=note)
@@ -351,10 +347,17 @@ class _Bars:
             )
 
 
-def _short(value: Any) -> str:
-    if isinstance(value, float):
-        return f"{value:.3g}" if value < 1000 else f"{value:,.0f}"  # noqa: PLR2004
-    return f"{value:,}" if isinstance(value, int) else str(value)
+def _note(record: Mapping[str, Any]) -> str:
+    """What a process says of itself, in few words: a terminal has 80 columns."""
+    words = {
+        "fvu": "fvu {:.3f}",
+        "l0_latents": "l0 {:.3g}",
+        "dead_share": "dead {:.1%}",
+        "rows_per_second": "{:,.0f} rows/s",
+        "wait_share": "waits {:.0%}",
+        "busiest": "slowest: {}",
+    }
+    return "  ".join(text.format(record[name]) for name, text in words.items() if name in record)
 
 
 @contextmanager

@@ -13,8 +13,8 @@ from dist_sae.checkpoint.state import TrainingTensors
 from dist_sae.config import Run, differences, dump_run
 from dist_sae.data.loader import Batch, Loader, Units
 from dist_sae.data.normaliser import Normaliser, measure
-from dist_sae.data.plan import Plan, load_plan
-from dist_sae.errors import DataExhaustedError, ObjectNotFoundError, PlanMismatchError, Stopped
+from dist_sae.data.plan import check_rows, load_plan
+from dist_sae.errors import ObjectNotFoundError, PlanMismatchError, Stopped
 from dist_sae.parallel.engine import DeepSpeedEngine
 from dist_sae.parallel.mesh import Mesh
 from dist_sae.sae import build_sae
@@ -62,7 +62,7 @@ def train(
     runs = open_store(run.store.runs, run.store.s3)
     activations = open_store(run.store.activations, run.store.s3)
     plan = load_plan(activations, run)
-    _check_rows(run, plan)
+    check_rows(run, plan)
     _own_run_folder(run, runs, mesh)
 
     units = Units(activations, plan, run.site, stopping)
@@ -140,17 +140,6 @@ def _learning_rate(run: Run, step: int) -> float:
     )
 
 
-def _check_rows(run: Run, plan: Plan) -> None:
-    """Say at once, not after a week, that the data cannot last."""
-    there = plan.train_rows_estimate * run.train.max_passes
-    if run.train.rows > 1.05 * there:  # the estimate is good to a few per cent
-        raise DataExhaustedError(
-            f"train.rows asks for {run.train.rows} rows, but the activation set will have about "
-            f"{plan.train_rows_estimate} x {run.train.max_passes} passes; lower train.rows, raise "
-            f"train.max_passes or add text"
-        )
-
-
 def _own_run_folder(run: Run, runs: ObjectStore, mesh: Mesh) -> None:
     """Leave the resolved run in its folder, or find that another run lives there."""
     key = f"{run.name}/run.yaml"
@@ -164,7 +153,7 @@ def _own_run_folder(run: Run, runs: ObjectStore, mesh: Mesh) -> None:
             for line in differences(there, yaml.safe_load(dump_run(run)))
             if not any(line.startswith((f"{free}.", f"{free}:")) for free in _FREE_SETTINGS)
         ]
-        if changed:
+        if changed and Checkpoints(runs, run.name, 1).steps():  # else nothing was trained yet
             raise PlanMismatchError(
                 f"{runs.url}/{run.name}: holds a run with other settings ({'; '.join(changed)}); "
                 f"restore them or choose another name"

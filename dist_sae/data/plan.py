@@ -16,7 +16,13 @@ from pydantic import BaseModel, ConfigDict, ValidationError
 from dist_sae.config import Run, differences
 from dist_sae.data.corpus import CorpusFile, CorpusIndex, Span
 from dist_sae.data.orders import permutation
-from dist_sae.errors import CorpusError, CorruptObjectError, ObjectNotFoundError, PlanMismatchError
+from dist_sae.errors import (
+    CorpusError,
+    CorruptObjectError,
+    DataExhaustedError,
+    ObjectNotFoundError,
+    PlanMismatchError,
+)
 from dist_sae.storage import ObjectStore
 
 PLAN_KEY = "plan.json"
@@ -139,6 +145,21 @@ def make_plan(run: Run, index: CorpusIndex, document_rows: float) -> Plan:
     )
 
 
+def check_rows(run: Run, plan: Plan) -> None:
+    """Say at once, not after a week, that the data cannot last.
+
+    Raises:
+        DataExhaustedError: `train.rows` is well above what the plan will give.
+    """
+    there = plan.train_rows_estimate * run.train.max_passes
+    if run.train.rows > 1.05 * there:  # the estimate is good to a few per cent
+        raise DataExhaustedError(
+            f"train.rows asks for {run.train.rows} rows, but the activation set will have about "
+            f"{plan.train_rows_estimate} in one pass (train.max_passes {run.train.max_passes}); "
+            f"lower train.rows, raise train.max_passes or add text"
+        )
+
+
 def publish_plan(store: ObjectStore, plan: Plan) -> bool:
     """Put the plan in place, unless the same one is there already.
 
@@ -176,10 +197,10 @@ def load_plan(store: ObjectStore, run: Run) -> Plan:
 
 
 def _mismatch(store: ObjectStore, changed: list[str]) -> PlanMismatchError:
-    return PlanMismatchError(
-        f"{store.url}: holds another plan ({'; '.join(changed)}); "
-        f"restore the setting or give store.activations another place"
-    )
+    remedy = "restore the setting or give store.activations another place"
+    if next(iter(store.keys("units/")), None) is None:
+        remedy = f"nothing was produced under it yet: delete {PLAN_KEY} there to plan anew"
+    return PlanMismatchError(f"{store.url}: holds another plan ({'; '.join(changed)}); {remedy}")
 
 
 def _read(store: ObjectStore) -> Plan:

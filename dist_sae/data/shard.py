@@ -23,7 +23,7 @@ from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
 from dist_sae.data.plan import SCHEMA_VERSION, parse
-from dist_sae.errors import CorruptObjectError
+from dist_sae.errors import CorruptObjectError, ObjectNotFoundError
 from dist_sae.storage import ObjectStore
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
@@ -130,7 +130,14 @@ def read_block(store: ObjectStore, shard: SiteShard, number: int) -> Rows:
         CorruptObjectError: The bytes are not those that were written.
     """
     block = shard.blocks[number]
-    data = store.get(shard.key, block.offset, block.offset + block.bytes)
+    try:
+        data = store.get(shard.key, block.offset, block.offset + block.bytes)
+    except ObjectNotFoundError as exc:
+        raise CorruptObjectError(
+            "is gone; delete the unit's manifest and produce the unit again",
+            url=store.url,
+            key=shard.key,
+        ) from exc
     if hashlib.sha256(data).hexdigest() != block.sha256:
         fault = "is cut short" if len(data) < block.bytes else "does not match its checksum"
         raise CorruptObjectError(

@@ -6,7 +6,7 @@ from dist_sae.config.data import HuggingFaceModel, ModelConfig, SyntheticModel
 from dist_sae.models.base import ActivationSource, Tokenizer
 from dist_sae.models.synthetic import SyntheticSource, SyntheticTokenizer
 
-__all__ = ["ActivationSource", "Tokenizer", "build_source", "build_tokenizer"]
+__all__ = ["ActivationSource", "Tokenizer", "build_source", "build_tokenizer", "check_sites"]
 
 
 def build_tokenizer(model: ModelConfig, document_rows: int) -> Tokenizer:
@@ -23,6 +23,19 @@ def build_tokenizer(model: ModelConfig, document_rows: int) -> Tokenizer:
             return load_tokenizer(model)
         case SyntheticModel():
             return SyntheticTokenizer(document_rows)
+        case _:
+            assert_never(model)
+
+
+def check_sites(model: ModelConfig, sites: tuple[str, ...]) -> None:
+    """Raise `ModelError` when the model has fewer layers than a site names; loads no weights."""
+    match model:
+        case HuggingFaceModel():
+            from dist_sae.models.huggingface import describe
+
+            describe(model, sites)
+        case SyntheticModel():
+            pass  # the run file's own check: it has one site
         case _:
             assert_never(model)
 

@@ -64,20 +64,25 @@ def load_tokenizer(config: HuggingFaceModel) -> _HuggingFaceTokenizer:
         )
 
 
+def describe(config: HuggingFaceModel, sites: tuple[str, ...]) -> Any:
+    """The model's own configuration, once it is known to have the layers of `sites`."""
+    with _errors(config):
+        description = transformers.AutoConfig.from_pretrained(config.path, revision=config.revision)
+    depth = description.get_text_config().num_hidden_layers
+    for site in sites:
+        if _layer(site) >= depth:
+            raise ModelError(
+                f"activations.sites: {site}: {config.path} has layers 0 to {depth - 1}"
+            )
+    return description
+
+
 class HuggingFaceSource:
     """The layers up to the deepest site, with a hook at each site."""
 
     def __init__(self, config: HuggingFaceModel, sites: tuple[str, ...]) -> None:
+        description = describe(config, sites)
         with _errors(config):
-            description = transformers.AutoConfig.from_pretrained(
-                config.path, revision=config.revision
-            )
-            depth = description.get_text_config().num_hidden_layers
-            for site in sites:
-                if _layer(site) >= depth:
-                    raise ModelError(
-                        f"activations.sites: {site}: {config.path} has layers 0 to {depth - 1}"
-                    )
             _cut(description.get_text_config(), 1 + max(map(_layer, sites)))
             self._model = _load(transformers.AutoModel, config, description)
         self._seen: dict[str, Tensor] = {}
@@ -104,10 +109,8 @@ class SplicedModel:
     """The whole causal model, with the activations at one site replaced on their way."""
 
     def __init__(self, config: HuggingFaceModel, site: str) -> None:
+        description = describe(config, (site,))
         with _errors(config):
-            description = transformers.AutoConfig.from_pretrained(
-                config.path, revision=config.revision
-            )
             self._model = _load(transformers.AutoModelForCausalLM, config, description)
         self._edit: Edit | None = None
         _attach(self._model, site, self._replace)

@@ -3,13 +3,29 @@
 import logging
 from typing import Self
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, start_http_server
+from prometheus_client import (
+    CollectorRegistry,
+    Counter,
+    Gauge,
+    disable_created_metrics,
+    start_http_server,
+)
 
 from dist_sae import __version__
 from dist_sae.errors import TelemetryError
 from dist_sae.telemetry.metrics import METRICS
 
 logger = logging.getLogger(__name__)
+
+
+disable_created_metrics()  # type: ignore[no-untyped-call] # a second series for every counter that nobody reads
+
+
+def _belongs(name: str, role: str) -> bool:
+    """A producer says nothing of training, rather than that its loss is 0."""
+    other = "train" if role == "produce" else "produce"
+    checkpoints = name.startswith("dist_sae_checkpoint_") and role == "produce"
+    return not (name.startswith(f"dist_sae_{other}_") or checkpoints)
 
 
 class Telemetry:
@@ -29,12 +45,12 @@ class Telemetry:
         self._gauges = {
             m.name: Gauge(m.name, m.help, m.labels, registry=registry)
             for m in METRICS
-            if m.kind == "gauge"
+            if m.kind == "gauge" and _belongs(m.name, role)
         }
         self._counters = {
             m.name: Counter(m.name, m.help, m.labels, registry=registry)
             for m in METRICS
-            if m.kind == "counter"
+            if m.kind == "counter" and _belongs(m.name, role)
         }
         self.port: int | None = None
         self._server = None

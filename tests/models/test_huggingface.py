@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from dist_sae.config.data import SITE_NAMES, HuggingFaceModel
 from dist_sae.errors import ModelError
+from dist_sae.models import check_sites
 from dist_sae.models.huggingface import HuggingFaceSource, SplicedModel, load_tokenizer
 
 LAYERS, D, HEADS, VOCABULARY = 3, 24, 4, 50
@@ -412,3 +413,12 @@ def test_losses_of_padded_batches_are_nan_at_padding_and_unchanged_elsewhere(
     assert torch.equal(losses.isnan(), ~mask[:, 1:])
     alone = spliced.losses(tokens[1:, :4], mask[1:, :4])
     assert torch.allclose(losses[1:, :3], alone, atol=1e-5)
+
+
+def test_sites_are_checked_without_loading_weights(tmp_path: Path) -> None:
+    """`plan` does so before it writes anything; a folder with a config.json alone is enough."""
+    transformers.LlamaConfig(num_hidden_layers=3).save_pretrained(tmp_path)
+    config = HuggingFaceModel(path=str(tmp_path))
+    check_sites(config, ("resid_post.2",))
+    with pytest.raises(ModelError, match=r"mlp_out\.3: .* has layers 0 to 2"):
+        check_sites(config, ("resid_post.2", "mlp_out.3"))

@@ -23,13 +23,21 @@ def scrape(port: int) -> str:
 def test_metrics_are_served() -> None:
     with Telemetry("my-run", "train", port=0) as telemetry:
         telemetry.set("dist_sae_train_fvu", 0.25)
+        assert telemetry.port
+        text = scrape(telemetry.port)
+    assert "dist_sae_train_fvu 0.25" in text
+    assert re.search(r'dist_sae_run_info{role="train",run="my-run",version="[^"]+"} 1.0', text)
+
+
+def test_a_producer_says_nothing_of_training() -> None:
+    with Telemetry("my-run", "produce", port=0) as telemetry:
         telemetry.add("dist_sae_produce_excluded_rows_total", 3, reason="over_norm")
         telemetry.add("dist_sae_produce_excluded_rows_total", 2, reason="over_norm")
         assert telemetry.port
         text = scrape(telemetry.port)
-    assert "dist_sae_train_fvu 0.25" in text
     assert 'dist_sae_produce_excluded_rows_total{reason="over_norm"} 5.0' in text
-    assert re.search(r'dist_sae_run_info{role="train",run="my-run",version="[^"]+"} 1.0', text)
+    assert "dist_sae_train" not in text
+    assert "_created" not in text
 
 
 def test_a_taken_port_is_one_clear_line() -> None:
