@@ -40,9 +40,10 @@ def evaluate(run: Run) -> dict[str, Any]:
 
     Returns:
         `trained_rows`; on `rows` held-out rows `fvu`, `l0`, `dead_share`, `pca_fvu` (of a PCA
-        with k components, from training rows), densities, and for language models the cross-entropies in nats per token with the
-        site left alone (`ce_clean`), replaced by the reconstruction (`ce_spliced`), by zero
-        (`ce_zero`) and by the mean (`ce_mean`), with the shares recovered.
+        with k components, from training rows), densities, and for language models the
+        cross-entropies in nats per token with the site left alone (`ce_clean`), replaced by the
+        reconstruction (`ce_spliced`), by zero (`ce_zero`) and by the mean (`ce_mean`), with the
+        shares recovered.
 
     Raises:
         ConfigError: There is no checkpoint, or nothing is held out.
