@@ -82,19 +82,24 @@ def test_the_whole_run_works_over_s3(tmp_path: Path, bucket: Bucket) -> None:
     assert not [key for key in keys if "/claims/" in key]  # all given back
 
 
-@pytest.mark.parametrize("site", ["rows", "lr"])
-def test_a_failing_process_ends_the_run_with_its_own_error(tmp_path: Path, site: str) -> None:
-    """Both trainers fail alike; one line says so, and the producers do not outlive them."""
-    every: dict[str, dict[str, Any]] = {"rows": {"max_passes": 1}, "lr": {"lr": 1e38}}
-    path = write_run(tmp_path, processes=BOTH, train=every[site])
-    process = start(path)
+@pytest.mark.parametrize(
+    ("settings", "who", "what"),
+    [
+        ({"max_passes": 1}, "plan", "train.rows asks for"),
+        ({"lr": 1e38}, "trainer-", "the gradient's norm is"),  # both trainers; one of them says so
+    ],
+)
+def test_a_failing_process_ends_the_run_with_its_own_error(
+    tmp_path: Path, settings: dict[str, Any], who: str, what: str
+) -> None:
+    process = start(write_run(tmp_path, processes=BOTH, train=settings))
     _, err = process.communicate(timeout=120)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert process.returncode == 2, err
     assert len(errors) == 1
     assert "Traceback" not in err
-    assert errors[0].startswith("error: trainer-")
-    assert {"rows": "train.rows asks for", "lr": "the gradient's norm is"}[site] in errors[0]
+    assert errors[0].startswith(f"error: {who}")
+    assert what in errors[0]
 
 
 @pytest.mark.parametrize(
