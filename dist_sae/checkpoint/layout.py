@@ -3,8 +3,8 @@
     <run>/checkpoints/step-00000400/<tensor>-<first row>.safetensors
     <run>/checkpoints/step-00000400/manifest.json
 
-A checkpoint exists when its manifest exists. Parts are independent of the number of ranks:
-whoever loads takes the rows it wants.
+A checkpoint exists when its manifest exists. Parts are independent of the number of ranks; every
+rank loads whole tensors so far.
 """
 
 import hashlib
