@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_sae import __version__, logs
@@ -24,6 +25,8 @@ Command = Callable[[argparse.Namespace], None]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (see `dist_sae.errors`)."""
     options = _parser().parse_args(arguments)
+    # torch's large buffers in large pages: on a CPU, gradients are allocated anew at every step
+    os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     logs.configure(rank=int(os.environ.get("RANK", "0")))
     _heed_signals()
     try:
@@ -81,7 +84,7 @@ def _train(options: argparse.Namespace) -> None:
     stopping = _stop_on_signals()
     with (
         Telemetry(run.name, "train", _port(run.telemetry.port, options.port_offset)) as telemetry,
-        join_mesh(run.processes.trainers) as mesh,
+        join_mesh(run.processes.trainers, run.processes.shards) as mesh,
         preemption.shared(mesh, stopping),
     ):
         result = train(run, mesh, stopping, telemetry)
@@ -139,6 +142,42 @@ def _render(options: argparse.Namespace) -> None:
     sys.stdout.write(_json(options, {"deepspeed": deepspeed_config(_load(options))}))
 
 
+def _bench_step(options: argparse.Namespace) -> None:
+    import torch
+
+    from dist_sae.bench.step import StepShape, bench_step
+    from dist_sae.parallel.mesh import join_mesh
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    world = int(os.environ.get("WORLD_SIZE", "1"))
+    shape = StepShape(
+        options.d_in, options.n_latents, options.k, options.batch, options.products, options.kernels
+    )
+    with join_mesh(world, options.shards) as mesh:
+        result = bench_step(shape, mesh, rounds=options.rounds)
+    if mesh.is_first:
+        _print_result(options, result)
+
+
+def _bench_peers(options: argparse.Namespace) -> None:
+    from dist_sae.bench.peers import bench_peers, render_table
+
+    rows = bench_peers(
+        d_in=options.d_in,
+        n_latents=options.n_latents,
+        k=options.k,
+        batch=options.batch,
+        steps=options.steps,
+        rounds=options.rounds,
+        threads=options.threads or os.cpu_count() or 1,
+        rows=options.rows,
+        folder=options.folder,
+        fvu_rows=options.fvu_rows,
+    )
+    sys.stdout.write(_json(options, {"peers": rows}) if options.json else render_table(rows))
+
+
 def _load(options: argparse.Namespace) -> "Run":
     from dist_sae.config import load_run
 
@@ -153,7 +192,11 @@ def _print_result(options: argparse.Namespace, result: Mapping[str, Any]) -> Non
     for name, value in result.items():
         if isinstance(value, float):
             sys.stdout.write(f"{name:20} {value:.4g}\n")
-        elif not isinstance(value, list | dict):
+        elif isinstance(value, dict):
+            for key, number in value.items():
+                if isinstance(number, float):
+                    sys.stdout.write(f"  {key:40} {number:.4g}\n")
+        elif not isinstance(value, list):
             sys.stdout.write(f"{name:20} {value}\n")
 
 
@@ -223,6 +266,7 @@ def _parser() -> argparse.ArgumentParser:
     add("report", _report, "write one HTML file with the run's curves, numbers and latents")
     add("render", _render, "print what this run implies: the DeepSpeed configuration")
 
+    _add_benches(commands)
     groups = {
         "config": ("the run file itself", [("show", _config_show, "print the resolved run")]),
         "store": (
@@ -242,3 +286,31 @@ def _parser() -> argparse.ArgumentParser:
             schema.add_argument("--json", action="store_true", help="print it on one line")
             schema.set_defaults(command=_config_schema)
     return parser
+
+
+def _add_benches(commands: Any) -> None:
+    text = "measure against the limit of this machine, in one run; needs no run file"
+    actions = commands.add_parser("bench", help=text, description=text).add_subparsers(
+        metavar="WHAT", required=True
+    )
+    step = actions.add_parser("step", help="a training step against the bare encoder product")
+    step.add_argument("--products", choices=["bf16", "fp32"], default="bf16")
+    step.add_argument("--kernels", choices=["auto", "torch", "native", "triton"], default="auto")
+    step.add_argument("--shards", type=int, default=1, help="ranks of torchrun per dictionary")
+    step.set_defaults(command=_bench_step)
+    peers = actions.add_parser("peers", help="the same rows through other SAE libraries from PyPI")
+    peers.add_argument("--steps", type=int, default=4, help="timed steps of one round")
+    peers.add_argument("--rows", type=Path, help=".npy with activations; synthetic if left out")
+    peers.add_argument("--folder", type=Path, help="keeps the libraries' environments")
+    peers.add_argument(
+        "--fvu-rows", type=int, default=0, help="rows of the FVU comparison; 0: none"
+    )
+    peers.set_defaults(command=_bench_peers)
+    for action in (step, peers):
+        action.add_argument("--d-in", type=int, default=768)
+        action.add_argument("--n-latents", type=int, default=65_536)
+        action.add_argument("--k", type=int, default=32)
+        action.add_argument("--batch", type=int, default=4096, help="rows")
+        action.add_argument("--rounds", type=int, default=9, help="medians are over so many")
+        action.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
+        action.add_argument("--json", action="store_true", help="print one JSON object")

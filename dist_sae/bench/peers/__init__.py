@@ -1,0 +1,278 @@
+"""`dist-sae bench peers`: the same rows through other trainers' public APIs and through ours.
+
+    environments.py  which peers, which versions, an environment of its own for each
+    activations.py   the rows
+    protocol.py      what the runners share; run_*.py, one per peer, run with the peer's Python
+
+Speed comes from short runs, interleaved: each round runs everybody once, ours first. FVU comes
+from one longer run each, at equal rows, and is computed by one definition of ours. All of it on
+the CPU.
+"""
+
+import json
+import logging
+import os
+import statistics
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from dist_sae.bench.peers import activations
+from dist_sae.bench.peers.environments import (
+    PEERS,
+    Peer,
+    PeerError,
+    ensure_environment,
+    last_words,
+)
+from dist_sae.bench.peers.protocol import Spec, rows_per_second
+from dist_sae.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+DEFAULT_FOLDER = Path("~/.cache/dist_sae/peers")
+WARMUP_STEPS = 1
+RUN_LIMIT_SECONDS = 4 * 3600
+
+_HERE = Path(__file__).parent
+_PACKAGES = _HERE.parents[2]
+
+
+@dataclass
+class Entry:
+    """A peer in one setting, and what has been measured of it so far."""
+
+    peer: Peer
+    setting: str
+    version: str | None = None
+    speeds: list[float] = field(default_factory=list)
+    peak_bytes: int | None = None
+    fvu: float | None = None
+    rows_trained: int = 0
+    notes: list[str] = field(default_factory=list)
+    error: str | None = None
+
+    def row(self) -> dict[str, object]:
+        """As it is reported."""
+        speeds = self.speeds
+        return {
+            "name": self.peer.name,
+            "version": self.version or self.peer.version,
+            "setting": self.setting,
+            "rows_per_second": statistics.median(speeds) if speeds else None,
+            "rows_per_second_spread": [min(speeds), max(speeds)] if speeds else None,
+            "fvu": self.fvu,
+            "rows_trained": self.rows_trained,
+            "peak_bytes": self.peak_bytes,
+            "notes": self.notes,
+            "error": self.error,
+        }
+
+
+def bench_peers(
+    *,
+    d_in: int,
+    n_latents: int,
+    k: int,
+    batch: int,
+    steps: int,
+    rounds: int,
+    threads: int,
+    rows: Path | None,
+    folder: Path | None,
+    fvu_rows: int,
+) -> list[dict[str, object]]:
+    """One row per peer and setting. A peer that fails is a row with an error.
+
+    Args:
+        d_in: Width of the rows.
+        n_latents: Width of the dictionaries.
+        k: Latents kept for each row.
+        batch: Rows of a step.
+        steps: Steps that are timed in each round, after a warm-up.
+        rounds: How often everybody is timed; 0 leaves the timing out.
+        threads: Of every process.
+        rows: A .npy file [rows, d_in] of float32 in random order; None makes synthetic ones.
+        folder: Where the peers' environments are kept.
+        fvu_rows: Rows that everybody trains on before FVU is measured; 0 leaves that out.
+
+    Raises:
+        ConfigError: The rows cannot be used, or they or the steps do not suffice.
+    """
+    fvu_steps = fvu_rows // batch
+    if rounds and steps < 1:
+        raise ConfigError("at least one step is needed in each round")
+    if fvu_rows and not fvu_steps:
+        raise ConfigError(f"{fvu_rows} rows for FVU are less than one batch of {batch}")
+    entries = [Entry(peer, setting) for peer in PEERS for setting in peer.settings]
+    with tempfile.TemporaryDirectory(prefix="dist-sae-bench-") as name:
+        work = Path(name)
+        heldout = work / "heldout.npy"
+        timed = Spec(
+            rows=str((rows or work / "rows.npy").resolve()),
+            heldout=None,
+            d_in=d_in,
+            n_latents=n_latents,
+            k=k,
+            batch=batch,
+            steps=WARMUP_STEPS + steps,
+            lr=2e-4 * (2**14 / n_latents) ** 0.5,
+            setting="",
+            threads=threads,
+            seed=0,
+        )
+        n_rows = max(timed.steps, fvu_steps) * batch
+        if rows:
+            activations.split_file(rows, heldout, n_rows=n_rows, d_in=d_in)
+        else:
+            activations.write_synthetic(
+                Path(timed.rows), heldout, n_rows=n_rows, d_in=d_in, n_directions=2 * n_latents,
+                n_active=k,
+            )  # fmt: skip
+        pythons = _ensure_environments(entries, folder or DEFAULT_FOLDER)
+        for number in range(rounds):
+            for entry in entries:
+                _time(entry, pythons, timed, work, f"round {number + 1} of {rounds}")
+        if fvu_steps:
+            longer = replace(timed, heldout=str(heldout), steps=fvu_steps)
+            for entry in entries:
+                _measure_fvu(entry, pythons, longer, work)
+    return [entry.row() for entry in entries]
+
+
+def render_table(rows: Sequence[Mapping[str, Any]]) -> str:
+    """The rows as text: a line each, then what could not be matched."""
+    head = ("name", "version", "setting", "rows/s", "min", "max", "fvu", "rows trained", "peak GB")
+    table = [head] + [
+        (
+            str(row["name"]),
+            str(row["version"] or "-"),
+            str(row["setting"]),
+            _number(row["rows_per_second"], ".0f"),
+            *(_number(speed, ".0f") for speed in row["rows_per_second_spread"] or (None, None)),
+            _number(row["fvu"], ".4f"),
+            str(row["rows_trained"] or "-"),
+            _number(row["peak_bytes"] and row["peak_bytes"] / 1e9, ".2f"),
+        )
+        for row in rows
+    ]
+    widths = [max(map(len, column)) for column in zip(*table, strict=True)]
+    n_left = head.index("rows/s")
+    lines = [
+        "  ".join(
+            cell.ljust(width) if column < n_left else cell.rjust(width)
+            for column, (cell, width) in enumerate(zip(cells, widths, strict=True))
+        ).rstrip()
+        for cells in table
+    ]
+    for row in rows:
+        remarks = [*row["notes"], *([f"ERROR: {row['error']}"] if row["error"] else [])]
+        lines += [f"{row['name']} {row['setting']}: {remark}" for remark in remarks]
+    return "\n".join(lines) + "\n"
+
+
+def _number(value: float | None, spec: str) -> str:
+    return "-" if value is None else format(value, spec)
+
+
+def _ensure_environments(entries: Sequence[Entry], folder: Path) -> dict[str, Path]:
+    """The Python of each peer; a peer that cannot be installed is marked in its entries."""
+    pythons: dict[str, Path] = {}
+    for peer in dict.fromkeys(entry.peer for entry in entries):
+        try:
+            pythons[peer.name] = ensure_environment(peer, folder)
+        except (PeerError, OSError) as error:
+            for entry in entries:
+                if entry.peer == peer:
+                    entry.error = f"not installed: {error}"
+    return pythons
+
+
+def _time(entry: Entry, pythons: Mapping[str, Path], spec: Spec, work: Path, when: str) -> None:
+    result = _run(entry, pythons, spec, work)
+    if result is None:
+        return
+    speed = rows_per_second(result["seconds_per_step"], spec.batch, WARMUP_STEPS)
+    entry.speeds.append(speed)
+    entry.peak_bytes = max(entry.peak_bytes or 0, result["peak_bytes"])
+    logger.info("%s: %s %s: %.0f rows/s", when, entry.peer.name, entry.setting, speed)
+
+
+def _measure_fvu(entry: Entry, pythons: Mapping[str, Path], spec: Spec, work: Path) -> None:
+    result = _run(entry, pythons, spec, work)
+    if result is None:
+        return
+    entry.fvu, entry.rows_trained = result["fvu"], result["rows"]
+    entry.peak_bytes = entry.peak_bytes or result["peak_bytes"]
+    logger.info("%s %s: FVU %.4f", entry.peer.name, entry.setting, entry.fvu)
+
+
+def _run(
+    entry: Entry, pythons: Mapping[str, Path], spec: Spec, work: Path
+) -> dict[str, Any] | None:
+    """What the runner measured; None after a failure, now or before, which the entry then tells."""
+    if entry.error:
+        return None
+    try:
+        result = run_runner(
+            entry.peer, pythons[entry.peer.name], replace(spec, setting=entry.setting), work
+        )
+    except PeerError as error:
+        entry.error = str(error)
+        logger.warning("%s %s failed: %s", entry.peer.name, entry.setting, error)
+        return None
+    entry.version, entry.notes = result["version"], result["notes"]
+    return result
+
+
+def run_runner(peer: Peer, python: Path, spec: Spec, work: Path) -> dict[str, Any]:
+    """Run a peer once, in a process of its own.
+
+    Raises:
+        PeerError: It failed, took too long, or did not answer as it should.
+    """
+    path = work / "spec.json"
+    path.write_text(json.dumps(asdict(spec)), encoding="utf-8")
+    # -E -s: of our own environment, a peer sees nothing
+    isolation = [] if peer.version is None else ["-E", "-s"]
+    command = [str(python), *isolation, str(_HERE / peer.script), str(path)]
+    try:
+        done = subprocess.run(
+            command,
+            capture_output=True,
+            text=True,
+            check=False,
+            timeout=RUN_LIMIT_SECONDS,
+            env=_environment(spec.threads),
+            cwd=work,
+        )
+    except subprocess.TimeoutExpired as error:
+        raise PeerError(f"not done after {RUN_LIMIT_SECONDS} seconds") from error
+    if done.returncode < 0:
+        raise PeerError(f"killed by signal {-done.returncode}; 9 is often a lack of memory")
+    if done.returncode:
+        raise PeerError(last_words(done.stderr))
+    try:
+        result: dict[str, Any] = json.loads(last_words(done.stdout))
+        missing = {"seconds_per_step", "rows", "fvu", "peak_bytes", "version", "notes"} - set(
+            result
+        )
+    except (ValueError, TypeError) as error:
+        raise PeerError(f"its last line is no result: {last_words(done.stdout)}") from error
+    if missing or len(result["seconds_per_step"]) != spec.steps:
+        raise PeerError(f"its result lacks {sorted(missing) or 'steps'}")
+    return result
+
+
+def _environment(threads: int) -> dict[str, str]:
+    return os.environ | {
+        "OMP_NUM_THREADS": str(threads),
+        "MKL_NUM_THREADS": str(threads),
+        "CUDA_VISIBLE_DEVICES": "",
+        "HF_HUB_OFFLINE": "1",
+        "WANDB_MODE": "disabled",
+        "PYTHONPATH": os.pathsep.join(filter(None, [str(_PACKAGES), os.environ.get("PYTHONPATH")])),
+    }

@@ -1,0 +1,72 @@
+"""The rows that every peer gets: from a file, or from a synthetic world."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_sae.errors import ConfigError
+
+HELDOUT_ROWS = 8_192
+
+_CHUNK_ROWS = 512
+_NOISE = 0.05
+
+
+def write_synthetic(
+    train: Path, heldout: Path, *, n_rows: int, d_in: int, n_directions: int, n_active: int
+) -> None:
+    """A superposition of sparse directions with Zipf frequencies; both files from one world.
+
+    x = c (sum_i a_i v_i + mean + noise): the v_i are unit vectors, drawn by rank with probability
+    ~ 1 / (rank + n_active), the a_i exponential; E|x|^2 is about d_in.
+    """
+    random = np.random.default_rng(0)
+    directions = random.standard_normal((n_directions, d_in), dtype=np.float32)
+    directions /= np.linalg.norm(directions, axis=1, keepdims=True)
+    mean = random.standard_normal(d_in, dtype=np.float32) * (n_active / d_in) ** 0.5
+    frequencies = 1 / (np.arange(n_directions) + n_active)
+    cumulative = np.cumsum(frequencies / frequencies.sum())
+    scale = (
+        d_in / (3 * n_active)
+    ) ** 0.5  # E|sum|^2 is n_active E a^2 = 2 n_active, the mean's n_active
+
+    def chunks(total: int) -> Iterator[NDArray[np.float32]]:
+        for first in range(0, total, _CHUNK_ROWS):
+            rows = min(_CHUNK_ROWS, total - first)
+            drawn = np.searchsorted(cumulative, random.random((rows, n_active)))
+            acts = random.standard_exponential((rows, n_active), dtype=np.float32)
+            x = np.einsum("rk,rkd->rd", acts, directions[np.minimum(drawn, n_directions - 1)])
+            noise = random.standard_normal((rows, d_in), dtype=np.float32)
+            yield scale * (x + mean + _NOISE * noise)
+
+    for path, total in ((train, n_rows), (heldout, HELDOUT_ROWS)):
+        written = np.lib.format.open_memmap(path, "w+", np.float32, (total, d_in))
+        first = 0
+        for chunk in chunks(total):
+            written[first : first + len(chunk)] = chunk
+            first += len(chunk)
+        written.flush()
+
+
+def split_file(path: Path, heldout: Path, *, n_rows: int, d_in: int) -> None:
+    """Copy the file's last rows to `heldout`; training takes the first `n_rows`, in their order.
+
+    Raises:
+        ConfigError: The file is no [rows, d_in] array of floats, or has too few rows.
+    """
+    try:
+        rows = np.load(path, mmap_mode="r")
+    except (OSError, ValueError) as error:
+        raise ConfigError(f"{path}: not a .npy file that can be read ({error})") from error
+    if rows.ndim != 2 or rows.shape[1] != d_in or rows.dtype.kind != "f":  # noqa: PLR2004
+        raise ConfigError(
+            f"{path}: holds {rows.dtype} of shape {list(rows.shape)}, not floats of [rows, {d_in}]"
+        )
+    if len(rows) < n_rows + HELDOUT_ROWS:
+        raise ConfigError(
+            f"{path}: has {len(rows)} rows, and {n_rows} to train on and {HELDOUT_ROWS} held out "
+            "are needed; take fewer steps or FVU rows, or a smaller batch"
+        )
+    np.save(heldout, rows[-HELDOUT_ROWS:].astype(np.float32))

@@ -1,0 +1,91 @@
+"""The peers: which versions, and an environment of its own for each."""
+
+import json
+import logging
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+logger = logging.getLogger(__name__)
+
+TORCH = "torch==2.13.0"
+
+SETTINGS = ("as_shipped", "matched", "as_shipped_bf16", "matched_bf16")
+
+
+@dataclass(frozen=True)
+class Peer:
+    """One trainer under comparison.
+
+    Attributes:
+        name: On PyPI.
+        version: The release; None is dist_sae itself, as it lies here.
+        script: The runner, beside this file.
+        settings: Settings that it is run in.
+        removed: Requirements that are taken out again after the installation.
+    """
+
+    name: str
+    version: str | None
+    script: str
+    settings: tuple[str, ...] = SETTINGS
+    removed: tuple[str, ...] = ()
+
+
+PEERS = (
+    Peer("dist-sae", None, "run_dist_sae.py", ("matched", "matched_bf16")),
+    Peer("sae-lens", "6.54.12", "run_sae_lens.py"),
+    Peer("eai-sparsify", "1.3.3", "run_sparsify.py"),
+    Peer(
+        "dictionary-learning",
+        "0.1.0",
+        "run_dictionary_learning.py",
+        # nothing uses it, but transformers imports it when it is there, and its compiled part
+        # cannot be loaded where torch is the CPU build
+        removed=("torchvision",),
+    ),
+)
+
+
+class PeerError(Exception):
+    """A peer could not be installed or run. It becomes a row of the result, never a crash."""
+
+
+def ensure_environment(peer: Peer, folder: Path) -> Path:
+    """The Python to run the peer with; its environment is made where it is not complete yet.
+
+    Raises:
+        PeerError: The installation failed.
+    """
+    if peer.version is None:
+        return Path(sys.executable)
+    home = folder.expanduser() / peer.name
+    python = home / "bin" / "python"
+    marker = home / "complete.json"  # written last
+    content = json.dumps([TORCH, peer.version, *peer.removed, *sys.version_info[:2]])
+    if python.exists() and marker.exists() and marker.read_text(encoding="utf-8") == content:
+        return python
+    logger.info("installing %s==%s into %s", peer.name, peer.version, home)
+    home.mkdir(parents=True, exist_ok=True)
+    pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check"]
+    _call([sys.executable, "-m", "venv", "--clear", str(home)])
+    # torch first and alone: a local CPU build is taken where pip is pointed at one, and stays
+    _call([*pip, "install", TORCH])
+    _call([*pip, "install", f"{peer.name}=={peer.version}", TORCH])
+    if peer.removed:
+        _call([*pip, "uninstall", "--yes", *peer.removed])
+    marker.write_text(content, encoding="utf-8")
+    return python
+
+
+def last_words(text: str) -> str:
+    """The last line that is not empty, where Python and pip put the reason."""
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
+    return lines[-1] if lines else "it said nothing"
+
+
+def _call(command: list[str]) -> None:
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
+    if done.returncode:
+        raise PeerError(f"{' '.join(command[1:])}: {last_words(done.stderr or done.stdout)}")

@@ -1,0 +1,164 @@
+"""What the runners share: they read a spec, take batches from one file, and print one JSON line.
+
+A runner is executed by path with its peer's own Python, where dist_sae is not installed. So this
+file knows the standard library, numpy and torch alone, and is found beside the runner.
+"""
+
+import json
+import resource
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+AS_SHIPPED, MATCHED = "as_shipped", "matched"
+BF16 = "_bf16"
+
+BETAS = (0.9, 0.999)
+EPS = 6.25e-10
+AUXK_COEFFICIENT = 1 / 32
+DEAD_AFTER_ROWS = 10_000_000
+
+_SCALE_ROWS = 65_536
+_FVU_CHUNK_ROWS = 512  # peers hold [rows, n_latents] when they encode
+
+
+@dataclass(frozen=True)
+class Spec:
+    """One run of one peer; the orchestrator writes it as JSON."""
+
+    rows: str
+    heldout: str | None
+    d_in: int
+    n_latents: int
+    k: int
+    batch: int
+    steps: int
+    lr: float
+    setting: str
+    threads: int
+    seed: int
+
+    @property
+    def matched(self) -> bool:
+        return self.setting.startswith(MATCHED)
+
+    @property
+    def bf16(self) -> bool:
+        return self.setting.endswith(BF16)
+
+
+class Batches(Iterator[Tensor]):
+    """The first `spec.steps` batches of rows, and a stamp of the clock whenever one is asked for.
+
+    Whoever trains pulls: the time between two stamps is a step, with all that belongs to one.
+
+    Args:
+        spec: The run.
+        scale: What rows are multiplied by.
+    """
+
+    def __init__(self, spec: Spec, scale: float = 1.0) -> None:
+        self._spec = spec
+        self._scale = scale
+        self._stamps: list[float] = []
+
+    def __next__(self) -> Tensor:
+        number = len(self._stamps)
+        if number >= self._spec.steps:
+            self.finish()
+            raise StopIteration
+        self._stamps.append(time.perf_counter())
+        return self.read(number)
+
+    def __len__(self) -> int:
+        return self._spec.steps
+
+    def read(self, number: int) -> Tensor:
+        """Batch `number`, without a stamp."""
+        return read_rows(self._spec, number * self._spec.batch, self._spec.batch) * self._scale
+
+    def finish(self) -> None:
+        """Stamp the end of the last step; later calls change nothing."""
+        if len(self._stamps) == self._spec.steps:
+            self._stamps.append(time.perf_counter())
+
+    @property
+    def seconds_per_step(self) -> list[float]:
+        """How long each step took."""
+        return [b - a for a, b in zip(self._stamps, self._stamps[1:], strict=False)]
+
+
+def read_spec(arguments: Sequence[str] | None = None) -> Spec:
+    """The spec that the first argument names; also sets the threads and the seed."""
+    path = (sys.argv if arguments is None else arguments)[1]
+    spec = Spec(**json.loads(Path(path).read_text(encoding="utf-8")))
+    torch.set_num_threads(spec.threads)
+    torch.manual_seed(spec.seed)
+    return spec
+
+
+def read_rows(spec: Spec, first: int, n_rows: int) -> Tensor:
+    """Rows as a new float32 tensor. The mapping ends here, so its pages do not count as memory."""
+    mapped = np.load(spec.rows, mmap_mode="r")
+    return torch.from_numpy(np.array(mapped[first : first + n_rows], dtype=np.float32))
+
+
+def common_scale(spec: Spec) -> float:
+    """The factor that gives the rows E|x|^2 = d_in."""
+    rows = read_rows(spec, 0, min(_SCALE_ROWS, spec.steps * spec.batch))
+    return float((spec.d_in / rows.square().sum(1, dtype=torch.float64).mean()).sqrt())
+
+
+@torch.no_grad()
+def heldout_fvu(
+    spec: Spec, reconstruct: Callable[[Tensor], Tensor], scale: float = 1.0
+) -> float | None:
+    """Sum |x - x_hat|^2 / sum |x - mean|^2 over the held-out rows, in their own units.
+
+    Args:
+        spec: The run; without held-out rows there is nothing to measure.
+        reconstruct: From rows in the trainer's units to x_hat in the same.
+        scale: From the rows' own units to the trainer's.
+    """
+    if spec.heldout is None:
+        return None
+    heldout = np.load(spec.heldout, mmap_mode="r")
+    mean = torch.from_numpy(np.asarray(heldout.mean(0, dtype=np.float64)))
+    error = spread = 0.0
+    for first in range(0, len(heldout), _FVU_CHUNK_ROWS):
+        x = torch.from_numpy(np.array(heldout[first : first + _FVU_CHUNK_ROWS], np.float32))
+        x_hat = reconstruct(x * scale).float() / scale
+        error += float((x.double() - x_hat.double()).square().sum())
+        spread += float((x.double() - mean).square().sum())
+    return error / spread
+
+
+def print_result(
+    spec: Spec, batches: Batches, version: str, notes: Sequence[str], fvu: float | None
+) -> None:
+    """One JSON line, the last of stdout."""
+    result = {
+        "seconds_per_step": batches.seconds_per_step,
+        "rows": len(batches.seconds_per_step) * spec.batch,
+        "fvu": fvu,
+        "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT_BYTES,
+        "version": version,
+        "notes": list(notes),
+    }
+    sys.stdout.write("\n" + json.dumps(result) + "\n")
+    sys.stdout.flush()
+
+
+def rows_per_second(seconds_per_step: Sequence[float], batch: int, warmup_steps: int) -> float:
+    """Of the median step after the warm-up."""
+    return batch / statistics.median(seconds_per_step[warmup_steps:])
+
+
+_RSS_UNIT_BYTES = 1 if sys.platform == "darwin" else 1024

@@ -1,0 +1,73 @@
+"""Runner for sae-lens: `SAETrainer.fit` with an iterator of activations as its data provider."""
+
+import sys
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+from sae_lens import (  # type: ignore[import-not-found]
+    LoggingConfig,
+    TopKTrainingSAE,
+    TopKTrainingSAEConfig,
+)
+from sae_lens.config import SAETrainerConfig  # type: ignore[import-not-found]
+from sae_lens.training.sae_trainer import SAETrainer  # type: ignore[import-not-found]
+
+if TYPE_CHECKING:
+    from dist_sae.bench.peers import protocol
+else:
+    import protocol
+
+_NOTES = [
+    "Adam's eps is set in its parameter groups: no setting reaches it",
+    "b_dec starts at zero; decoder rows start with unit norm (its default of .1 fits worse)",
+    "decoder rows are not kept at unit norm; activations are rescaled by their norm instead",
+    "the loss is not divided by the variance; clipping (norm 1) is fixed and meets that loss",
+    "AuxK: d_in / 2 latents, not divided by the error's variance",
+]
+_SHIPPED_NOTES = ["Adam at lr 3e-4 for any width; rows in their own scale"]
+
+
+def main() -> int:
+    """Train as the spec says; measure."""
+    spec = protocol.read_spec()
+    scale = protocol.common_scale(spec) if spec.matched else 1.0
+    batches = protocol.Batches(spec, scale)
+    trainer = _build(spec, batches)
+    sae = trainer.fit()
+    batches.finish()
+    fvu = protocol.heldout_fvu(spec, lambda x: sae.decode(sae.encode(x)), scale)
+    notes = _NOTES if spec.matched else _SHIPPED_NOTES
+    protocol.print_result(spec, batches, version("sae-lens"), notes, fvu)
+    return 0
+
+
+def _build(spec: protocol.Spec, batches: protocol.Batches) -> Any:
+    sae: dict[str, Any] = {"d_in": spec.d_in, "d_sae": spec.n_latents, "k": spec.k}
+    training: dict[str, Any] = {
+        "total_training_samples": spec.steps * spec.batch,
+        "train_batch_size_samples": spec.batch,
+        "lr_end": spec.lr,  # has no default, and no effect: the schedule is constant
+        "autocast": spec.bf16,
+        "logger": LoggingConfig(log_to_wandb=False),
+    }
+    if spec.matched:
+        sae |= {"decoder_init_norm": 1.0, "aux_loss_coefficient": protocol.AUXK_COEFFICIENT}
+        training |= {
+            "lr": spec.lr,
+            "adam_beta1": protocol.BETAS[0],
+            "adam_beta2": protocol.BETAS[1],
+            "dead_feature_window": protocol.DEAD_AFTER_ROWS // spec.batch,
+        }
+    trainer = SAETrainer(
+        SAETrainerConfig(**training),
+        TopKTrainingSAE(TopKTrainingSAEConfig(**sae)),
+        data_provider=batches,
+    )
+    if spec.matched:
+        for group in trainer.optimizer.param_groups:
+            group["eps"] = protocol.EPS
+    return trainer
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,141 @@
+"""Runner for eai-sparsify: its `Trainer`, whose language model is a stand-in that gives the rows.
+
+The trainer takes activations from a hook on a module of a model. Here the model has one module,
+and what comes out of it is the next batch; row numbers stand for tokens.
+"""
+
+import os
+import sys
+import tempfile
+from importlib.metadata import version
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.data import Dataset
+
+os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # read at import; its kernels cannot run on a CPU
+
+from sparsify import (  # type: ignore[import-not-found]
+    SparseCoderConfig,
+    TrainConfig,
+    Trainer,
+)
+
+if TYPE_CHECKING:
+    from dist_sae.bench.peers import protocol
+else:
+    import protocol
+
+_NOTES = [
+    "Adam's eps is set in its parameter groups, the lr schedule is taken out: no setting does it",
+    "gradients are not clipped",
+    "AuxK gives no gradient to the encoder; d_in / 2 latents, divided by the variance of x",
+]
+_SHIPPED_NOTES = ["schedule-free signum instead of Adam; no AuxK; rows in their own scale"]
+_BF16_NOTES = [
+    "its autocast is for CUDA alone: forward() is wrapped in the same autocast for the CPU",
+]
+
+
+class Rows(nn.Module):
+    """The language model's stand-in."""
+
+    def __init__(self, spec: protocol.Spec, batches: protocol.Batches) -> None:
+        super().__init__()
+        self.site = nn.Identity()
+        self.device = torch.device("cpu")
+        self.dummy_inputs = {"input_ids": torch.zeros(1, 0, dtype=torch.long)}
+        self._d_in = spec.d_in
+        self._batches = batches
+
+    @property
+    def base_model(self) -> nn.Module:
+        return self
+
+    def forward(self, input_ids: Tensor) -> Tensor:
+        if not input_ids.numel():  # the trainer's question how wide the site is
+            x: Tensor = self.site(torch.zeros(1, 0, self._d_in))
+        else:
+            x = self.site(next(self._batches)[None])
+        return x
+
+
+class RowNumbers(Dataset[dict[str, Tensor]]):
+    """Item i holds the row numbers of batch i."""
+
+    def __init__(self, spec: protocol.Spec) -> None:
+        self._spec = spec
+
+    def __len__(self) -> int:
+        return self._spec.steps
+
+    def __getitem__(self, number: int) -> dict[str, Tensor]:
+        if not 0 <= number < len(self):
+            raise IndexError(number)
+        first = number * self._spec.batch
+        return {"input_ids": torch.arange(first, first + self._spec.batch)}
+
+
+class UnsavedTrainer(Trainer):  # type: ignore[misc]
+    """Writes no checkpoints: a step's time is a step's time."""
+
+    def save(self) -> None:
+        """Nothing."""
+
+
+def main() -> int:
+    """Train as the spec says; measure."""
+    spec = protocol.read_spec()
+    scale = protocol.common_scale(spec) if spec.matched else 1.0
+    batches = protocol.Batches(spec, scale)
+    with tempfile.TemporaryDirectory() as folder:
+        trainer = _build(spec, batches, folder)
+        trainer.fit()
+        batches.finish()
+    for optimizer in trainer.optimizers:
+        if hasattr(optimizer, "eval"):  # schedule-free: to the weights that would be saved
+            optimizer.eval()
+    sae = trainer.saes["site"]
+
+    def reconstruct(x: Tensor) -> Tensor:
+        codes = sae.encode(x)
+        x_hat: Tensor = sae.decode(codes.top_acts, codes.top_indices)
+        return x_hat
+
+    fvu = protocol.heldout_fvu(spec, reconstruct, scale)
+    notes = (_NOTES if spec.matched else _SHIPPED_NOTES) + (_BF16_NOTES if spec.bf16 else [])
+    protocol.print_result(spec, batches, version("eai-sparsify"), notes, fvu)
+    return 0
+
+
+def _build(spec: protocol.Spec, batches: protocol.Batches, folder: str) -> Any:
+    settings: dict[str, Any] = {
+        "sae": SparseCoderConfig(num_latents=spec.n_latents, k=spec.k),
+        "batch_size": 1,  # sequences; one holds a batch of rows
+        "hookpoints": ["site"],
+        "init_seeds": [spec.seed],
+        "log_to_wandb": False,
+        "save_dir": folder,
+    }
+    if spec.matched:
+        settings |= {
+            "optimizer": "adam",
+            "lr": spec.lr,
+            "lr_warmup_steps": 0,
+            "auxk_alpha": protocol.AUXK_COEFFICIENT,
+            "dead_feature_threshold": protocol.DEAD_AFTER_ROWS,
+        }
+    trainer = UnsavedTrainer(TrainConfig(**settings), RowNumbers(spec), Rows(spec, batches))
+    if spec.matched:
+        trainer.lr_schedulers = []
+        for group in trainer.optimizers[0].param_groups:
+            group["eps"] = protocol.EPS
+    if spec.bf16:
+        sae = trainer.saes["site"]
+        sae.forward = torch.autocast("cpu", dtype=torch.bfloat16)(sae.forward)
+    return trainer
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,264 @@
+"""`dist-sae bench step`: a training step against the encoder product that it cannot do without.
+
+The step is the real one: the recipe's loss, DeepSpeed's engine, clipping, Adam, the constraint,
+the count of dead latents. The product is the bare `x W_enc^T` in the step's precision, in the
+fastest chunking of it that is found in the same run. Both are timed in turn, and the ratio of each
+pair is taken, so that a machine that is busy for a while does not tell a lie.
+"""
+
+import resource
+import statistics
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dist_sae.config import Run
+from dist_sae.config.sae import SaeConfig
+from dist_sae.parallel.engine import DeepSpeedEngine
+from dist_sae.parallel.mesh import Mesh
+from dist_sae.sae import PRODUCT_DTYPES, build_sae
+from dist_sae.sae.base import Step
+from dist_sae.sae.dead import DeadLatents
+from dist_sae.sae.kernels import Kernels
+from dist_sae.sae.kernels.choice import choose_kernels
+
+_CHUNKS = (1024, 2048, 4096, 8192, 16_384, 65_536)  # latents
+_STATE_BYTES = 4 * 4  # per parameter: fp32 weight, gradient and two moments
+
+
+class StepShape(NamedTuple):
+    """What is measured."""
+
+    d_in: int
+    n_latents: int
+    k: int
+    batch: int
+    products: str = "bf16"
+    kernels: str = "auto"
+    lr: float = 1e-4
+    seed: int = 0
+
+
+class TrainingStep:
+    """One optimiser step as `train()` takes it, on rows that are handed to it.
+
+    Args:
+        shape: Sizes and settings.
+        mesh: This rank's place; `shape.batch` rows are shared by all ranks.
+        sae: The recipe; TopK with AuxK if None.
+    """
+
+    def __init__(self, shape: StepShape, mesh: Mesh, sae: dict[str, Any] | None = None) -> None:
+        recipe: dict[str, Any] = sae or {"kind": "topk", "k": shape.k}
+        auxk = {"auxk": min(512, shape.n_latents)} if "k" in recipe else {}
+        self.run = _run(shape, mesh, {"n_latents": shape.n_latents, **auxk, **recipe})
+        self.mesh = mesh
+        config: SaeConfig = self.run.sae
+        self.sae = build_sae(
+            config,
+            shape.d_in,
+            mesh.axis,
+            choose_kernels(self.run.train.kernels, mesh.device),
+            PRODUCT_DTYPES[shape.products],
+        ).to(mesh.device)
+        self.dead = DeadLatents(len(self.sae.W_enc), config.dead_after_rows, mesh.axis, mesh.device)
+        self._engine: DeepSpeedEngine | None = None
+        self._shape = shape
+
+    def initialise(self, x: Float[Tensor, "batch d_in"]) -> None:
+        """The recipe's initial dictionary from this rank's part of the first batch."""
+        self.sae.initialise(x, self._shape.seed)
+        self._engine = DeepSpeedEngine(self.run, self.sae, self.mesh)
+
+    def __call__(self, x: Float[Tensor, "batch d_in"], lr: float | None = None) -> float:
+        """A step on this rank's part of a batch, scaled to E|x|^2 = d_in; returns its FVU."""
+        engine = self._engine
+        assert engine is not None, "initialise first"
+        now = Step(float(self._shape.d_in), self.dead.mask, self.dead.count, progress=0.5)
+        output = engine.objective(x, now)
+        engine.backward(output.terms.total)
+        engine.step(self._shape.lr if lr is None else lr)
+        self.dead.update(output.fired, self._shape.batch)
+        return float(output.terms.fvu.detach())
+
+    def reconstruct(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
+        """x_hat of scaled rows."""
+        return self.sae.decode(self.sae.encode(x))
+
+
+def bench_step(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any]:
+    """Time steps and bare products in turn.
+
+    Returns:
+        Medians over `rounds`: `step_seconds`, `product_seconds`, `rows_per_second`; `ratio` with
+        `ratio_low` and `ratio_high` (quartiles of the pairs); `product_chunk`; `phases`, seconds of
+        one profiled step by kind of work; `beyond_state_bytes`, how far the resident memory rose
+        above parameters, gradients and moments.
+    """
+    generator = torch.Generator().manual_seed(shape.seed)
+    local = shape.batch // mesh.world
+    batches = [torch.randn(local, shape.d_in, generator=generator) for _ in range(2)]
+    batches = [x.to(mesh.device) for x in batches]
+    step = TrainingStep(shape, mesh)
+    step.initialise(batches[0])
+    before = _resident_bytes()
+    state = _STATE_BYTES * sum(p.numel() for p in step.sae.parameters())
+    held = 4 * sum(p.numel() for p in step.sae.parameters())  # the weights are in `before`
+    with _peak_memory() as peak:
+        for x in batches:
+            step(x)  # moments are made, memory is mapped
+    product, chunk = _fastest_product(shape, mesh, batches[0], step.sae.W_enc.detach())
+    pairs = []
+    for number in range(rounds):
+        product_seconds = _seconds(product, mesh)
+        step_seconds = _seconds(lambda n=number: step(batches[n % 2]), mesh)  # type: ignore[misc]
+        pairs.append((step_seconds, product_seconds))
+    ratios = sorted(one / other for one, other in pairs)
+    step_seconds = statistics.median(one for one, _ in pairs)
+    return {
+        **shape._asdict(),
+        "replicas": mesh.axis.replicas,
+        "shards": mesh.axis.shards,
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+        "step_seconds": step_seconds,
+        "product_seconds": statistics.median(other for _, other in pairs),
+        "product_chunk": chunk,
+        "ratio": statistics.median(ratios),
+        "ratio_low": ratios[rounds // 4],
+        "ratio_high": ratios[-1 - rounds // 4],
+        "rows_per_second": shape.batch / step_seconds,
+        "beyond_state_bytes": max(0, peak[0] - before - (state - held)),
+        "phases": _phases(step, batches[0]),
+    }
+
+
+def _run(shape: StepShape, mesh: Mesh, sae: dict[str, Any]) -> Run:
+    """A run whose training is this step; its data are never read."""
+    nowhere = str(Path("nowhere").absolute())
+    return Run.model_validate(
+        {
+            "name": "bench",
+            "store": {"activations": nowhere, "runs": nowhere},
+            "model": {"kind": "synthetic", "d_in": shape.d_in},
+            "corpus": {"kind": "synthetic"},
+            "activations": {"sites": ["synthetic"], "streams": mesh.world},
+            "sae": sae,
+            "train": {
+                "rows": shape.batch,
+                "batch_rows": shape.batch,
+                "lr": shape.lr,
+                "products": shape.products,
+                "kernels": shape.kernels,
+            },
+            "processes": {"trainers": mesh.world, "shards": mesh.axis.shards},
+        }
+    )
+
+
+def _fastest_product(
+    shape: StepShape, mesh: Mesh, x: Tensor, W_enc: Tensor
+) -> tuple[Callable[[], None], int]:
+    """The bare encoder product of the replica's rows with this shard, in its fastest chunking."""
+    dtype = PRODUCT_DTYPES[shape.products]
+    rows, weights = mesh.axis.gather(x).to(dtype), W_enc.to(dtype)
+    timed = []
+    for chunk in _CHUNKS:
+        width = min(chunk, len(weights))
+        out = torch.empty(len(rows), width, dtype=dtype, device=rows.device)
+
+        def product(width: int = width, out: Tensor = out) -> None:
+            for start in range(0, len(weights), width):
+                part = weights[start : start + width]
+                torch.mm(rows, part.T, out=out[:, : len(part)] if len(part) == width else None)
+
+        product()
+        seconds = min(_seconds(product, mesh) for _ in range(3))
+        timed.append((seconds, width, product))
+        if width == len(weights):
+            break
+    _, width, product = min(timed, key=lambda entry: entry[0])
+    return product, width
+
+
+def _seconds(work: Callable[[], Any], mesh: Mesh) -> float:
+    mesh.barrier()
+    _synchronise(mesh)
+    since = time.perf_counter()
+    work()
+    _synchronise(mesh)
+    return time.perf_counter() - since
+
+
+def _synchronise(mesh: Mesh) -> None:
+    if mesh.device.type == "cuda":
+        torch.cuda.synchronize()
+
+
+def _phases(step: TrainingStep, x: Tensor) -> dict[str, float]:
+    """Where one profiled step spends its seconds."""
+    kernels = step.sae.kernels
+    step.sae.kernels = Kernels(
+        kernels.name,
+        _labelled("select", kernels.keep_largest),
+        _labelled("decode", kernels.combine),
+        _labelled("gradient_of_codes", kernels.gather_dot),
+        _labelled("gradients_of_weights", kernels.sum_by_latent),
+    )
+    cpu = torch.profiler.ProfilerActivity.CPU
+    with (
+        torch.profiler.profile(activities=[cpu]) as profile,
+        torch.profiler.record_function("step"),
+    ):
+        step(x)
+    step.sae.kernels = kernels
+    events = {event.key: event for event in profile.key_averages()}
+    operators = {
+        "product": "aten::mm",
+        "adam": "aten::_fused_adam_",
+        "norms": "aten::linalg_vector_norm",
+    }
+    labels = ("select", "decode", "gradient_of_codes", "gradients_of_weights")
+    phases = {label: events[label].cpu_time_total / 1e6 for label in labels}
+    for phase, operator in operators.items():
+        phases[phase] = events[operator].self_cpu_time_total / 1e6 if operator in events else 0.0
+    phases["rest"] = events["step"].cpu_time_total / 1e6 - sum(phases.values())
+    return dict(sorted(phases.items(), key=lambda phase: -phase[1]))
+
+
+def _labelled(label: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    def labelled(*arguments: Any) -> Tensor:
+        with torch.profiler.record_function(label):
+            return function(*arguments)
+
+    return labelled
+
+
+def _resident_bytes() -> int:
+    with Path("/proc/self/statm").open(encoding="ascii") as file:
+        return int(file.read().split()[1]) * resource.getpagesize()
+
+
+@contextmanager
+def _peak_memory() -> Iterator[list[int]]:
+    """The largest resident memory while this lasts, looked at every few milliseconds."""
+    peak, over = [_resident_bytes()], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.005):
+            peak[0] = max(peak[0], _resident_bytes())
+
+    thread = threading.Thread(target=watch, name="memory", daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        thread.join()
