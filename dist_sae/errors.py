@@ -6,6 +6,7 @@
         ModelError                the language model or a site it does not have
         PlanMismatchError         the store holds another plan, or a run of another configuration
         NonFiniteError            NaN or infinity in activations, loss or gradients
+        DivergedError             ranks that should hold the same no longer do
         DataExhaustedError        fewer rows than the run asks for
         TelemetryError            a metrics port that cannot be opened
         ProcessFailedError        a process of a local run ended with an error of its own
@@ -52,6 +53,10 @@ class PlanMismatchError(DistSaeError):
 
 class NonFiniteError(DistSaeError):
     """A NaN or an infinity, found before it could reach the weights or the store."""
+
+
+class DivergedError(DistSaeError):
+    """Ranks hold different values of what must be the same on all."""
 
 
 class DataExhaustedError(DistSaeError):

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
-from dist_sae.checkpoint.state import IDLE_ROWS, WEIGHTS, weights
+from dist_sae.checkpoint.state import IDLE_ROWS, load_weights
 from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.data.admission import admitted, of_usual_norm
@@ -25,7 +25,7 @@ from dist_sae.data.tokens import TokenBatch, cut, pack
 from dist_sae.errors import ConfigError, NonFiniteError
 from dist_sae.models import build_tokenizer
 from dist_sae.sae import build_sae
-from dist_sae.sae.base import Sae
+from dist_sae.sae.base import Dictionary
 from dist_sae.sae.metrics import Fit, ce_recovered
 from dist_sae.storage import open_store
 
@@ -40,10 +40,10 @@ def evaluate(run: Run) -> dict[str, Any]:
 
     Returns:
         `trained_rows`; on `rows` held-out rows `fvu`, `l0`, `dead_share`, `pca_fvu` (of a PCA
-        with k components, from training rows), densities, and for language models the
-        cross-entropies in nats per token with the site left alone (`ce_clean`), replaced by the
-        reconstruction (`ce_spliced`), by zero (`ce_zero`) and by the mean (`ce_mean`), with the
-        shares recovered.
+        of training rows with as many components as latents are active), densities, and for
+        language models the cross-entropies in nats per token with the site left alone (`ce_clean`),
+        replaced by the reconstruction (`ce_spliced`), by zero (`ce_zero`) and by the mean
+        (`ce_mean`), with the shares recovered.
 
     Raises:
         ConfigError: There is no checkpoint, or nothing is held out.
@@ -51,9 +51,7 @@ def evaluate(run: Run) -> dict[str, Any]:
     runs = open_store(run.store.runs, run.store.s3)
     store = open_store(run.store.activations, run.store.s3)
     plan = load_plan(store, run)
-    checkpoint = Checkpoints(runs, run.name, run.train.keep_checkpoints).latest(
-        [*WEIGHTS, IDLE_ROWS]
-    )
+    checkpoint = Checkpoints(runs, run.name, run.train.keep_checkpoints).latest()
     if checkpoint is None:
         raise ConfigError(
             f"{runs.url}/{run.name}: holds no checkpoint yet; run `dist-sae train` first"
@@ -63,14 +61,16 @@ def evaluate(run: Run) -> dict[str, Any]:
     units = Units(store, plan, run.site, threading.Event())
     scale, mean = float(checkpoint.scalars["scale"]), torch.tensor(checkpoint.scalars["mean"])
     sae = build_sae(run.sae, len(mean))
-    sae.load_state_dict(weights(checkpoint))
+    load_weights(sae, checkpoint)
 
     fit = Fit.empty(run.sae.n_latents)
-    pca = _principal_components(units, scale, run.sae.k)
-    pca_error = torch.zeros((), dtype=torch.float64)
     for x in _scaled_rows(units, plan.heldout_units, scale, run.evaluate.rows):
         codes = sae.encode(x)
         fit = fit.add(x, sae.decode(codes), codes, mean)
+    components = min(max(1, round(fit.l0)), len(mean))
+    pca = _principal_components(units, scale, components)
+    pca_error = torch.zeros((), dtype=torch.float64)
+    for x in _scaled_rows(units, plan.heldout_units, scale, run.evaluate.rows):
         centred = x - mean
         pca_error += (centred - centred @ pca @ pca.T).double().square().sum()
     result = {
@@ -81,7 +81,7 @@ def evaluate(run: Run) -> dict[str, Any]:
         "l0": fit.l0,
         "dead_share": _dead_share(run, checkpoint),
         "pca_fvu": float(pca_error / fit.squared_total),
-        "pca_components": run.sae.k,
+        "pca_components": components,
         **_density_histogram(fit),
     }
     if isinstance(run.model, HuggingFaceModel) and run.evaluate.contexts:
@@ -123,7 +123,7 @@ def _principal_components(
 
 
 def _dead_share(run: Run, checkpoint: Checkpoint) -> float:
-    return float((checkpoint.tensors[IDLE_ROWS] >= run.sae.dead_after_rows).double().mean())
+    return float((checkpoint.read(IDLE_ROWS) >= run.sae.dead_after_rows).double().mean())
 
 
 def _density_histogram(fit: Fit) -> dict[str, Any]:
@@ -139,7 +139,7 @@ def _density_histogram(fit: Fit) -> dict[str, Any]:
 
 
 def _cross_entropies(
-    run: Run, model: HuggingFaceModel, plan: Plan, sae: Sae, scale: float, mean: Tensor
+    run: Run, model: HuggingFaceModel, plan: Plan, sae: Dictionary, scale: float, mean: Tensor
 ) -> dict[str, float]:
     """Next-token losses of the whole model with the site's admitted rows replaced."""
     from dist_sae.models.huggingface import SplicedModel

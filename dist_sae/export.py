@@ -1,29 +1,40 @@
 """`dist-sae export`: the newest checkpoint as two files that SAELens loads (`SAE.load_from_disk`).
 
-The scale of the activations is folded in, so that the exported dictionary takes raw activations x
-and `encode` gives the f of training:
+The scale of the activations is folded in, so that the exported dictionary takes raw activations x,
+and the decoder's norms, so that its rows have length 1 / s and f says what a latent contributes:
 
     z = W_enc (s x - b_dec) + b_enc = (s W_enc) (x - b_dec / s) + b_enc
-    x_hat = (W_dec^T f + b_dec) / s
+    x_hat = (W_dec^T f + b_dec) / s = ((W_dec / |d|)^T (|d| f) + b_dec) / s
+
+BatchTopK goes out as the JumpReLU that it is at inference.
 """
 
 import json
 from typing import Any
 
 import safetensors.torch
-import torch
 from torch import Tensor
 
 from dist_sae import __version__
 from dist_sae.checkpoint.layout import Checkpoints
-from dist_sae.checkpoint.state import WEIGHTS, weights
+from dist_sae.checkpoint.state import load_weights
 from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.errors import ConfigError
+from dist_sae.sae import build_sae
+from dist_sae.sae.base import Dictionary
+from dist_sae.sae.batchtopk import BatchTopK
 from dist_sae.storage import open_store
 
 # The SAELens format this follows. Below 6, its loader drops the metadata without a word.
 _SAELENS_VERSION = "6.54.12"
+_ARCHITECTURES = {
+    "topk": "topk",
+    "batchtopk": "jumprelu",
+    "jumprelu": "jumprelu",
+    "jumprelu_tanh": "jumprelu",
+    "relu": "standard",
+}
 # TransformerLens's names of our sites.
 _HOOKS = {
     "resid_pre": "hook_resid_pre",
@@ -42,33 +53,36 @@ def export(run: Run) -> str:
         ConfigError: There is no checkpoint.
     """
     runs = open_store(run.store.runs, run.store.s3)
-    checkpoint = Checkpoints(runs, run.name, run.train.keep_checkpoints).latest(WEIGHTS)
+    checkpoint = Checkpoints(runs, run.name, run.train.keep_checkpoints).latest()
     if checkpoint is None:
         raise ConfigError(
             f"{runs.url}/{run.name}: holds no checkpoint yet; run `dist-sae train` first"
         )
     scale = float(checkpoint.scalars["scale"])
     folder = f"{run.name}/export"
-    tensors = folded(weights(checkpoint), scale)
+    sae = build_sae(run.sae, len(checkpoint.scalars["mean"]))
+    load_weights(sae, checkpoint)
+    tensors = folded(sae, scale)
     runs.put(f"{folder}/sae_weights.safetensors", safetensors.torch.save(tensors))
     config = saelens_config(run, tensors, step=checkpoint.step, scale=scale)
     runs.put(f"{folder}/cfg.json", json.dumps(config, indent=2).encode())
     return f"{runs.url.removeprefix('file://')}/{folder}"
 
 
-def folded(parameters: dict[str, Tensor], scale: float) -> dict[str, Tensor]:
+def folded(sae: Dictionary, scale: float) -> dict[str, Tensor]:
     """Tensors in SAELens's names and orientation, for raw activations."""
-    p = {name: tensor.double() for name, tensor in parameters.items()}
-    norms = p["W_dec"].norm(dim=1)
-    assert torch.allclose(norms, torch.ones_like(norms), atol=1e-4), (
-        "decoder rows must have unit norm"
-    )
+    p = {name: parameter.detach().double() for name, parameter in sae.named_parameters()}
+    norms = p["W_dec"].norm(dim=1).clamp_min(1e-30)
     exported = {
-        "W_enc": scale * p["W_enc"].T,
-        "b_enc": p["b_enc"],
-        "W_dec": p["W_dec"] / scale,
+        "W_enc": scale * (norms[:, None] * p["W_enc"]).T,
+        "b_enc": norms * p["b_enc"],
+        "W_dec": p["W_dec"] / (norms[:, None] * scale),
         "b_dec": p["b_dec"] / scale,
     }
+    if isinstance(sae, BatchTopK):
+        exported["threshold"] = norms * sae.theta
+    elif "log_threshold" in p:
+        exported["threshold"] = norms * p["log_threshold"].exp()
     return {name: tensor.float().contiguous() for name, tensor in exported.items()}
 
 
@@ -79,15 +93,15 @@ def saelens_config(
     d_in, n_latents = tensors["W_enc"].shape
     site, _, layer = run.site.rpartition(".")
     hugging_face = isinstance(run.model, HuggingFaceModel)
+    topk = {"k": run.sae.k, "rescale_acts_by_decoder_norm": False} if run.sae.kind == "topk" else {}
     return {
-        "architecture": "topk",
+        "architecture": _ARCHITECTURES[run.sae.kind],
         "d_in": d_in,
         "d_sae": n_latents,
-        "k": run.sae.k,
-        "rescale_acts_by_decoder_norm": False,
+        **topk,
         "dtype": "float32",
         "device": "cpu",
-        "apply_b_dec_to_input": True,
+        "apply_b_dec_to_input": run.sae.kind in ("topk", "batchtopk"),
         "normalize_activations": "none",
         "reshape_activations": "hook_z" if site == "attn_z" else "none",
         "metadata": {

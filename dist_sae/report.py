@@ -11,7 +11,7 @@ from urllib.parse import unquote, urlsplit
 
 from dist_sae import __version__
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
-from dist_sae.checkpoint.state import WEIGHTS, weights
+from dist_sae.checkpoint.state import load_weights
 from dist_sae.config import Run
 from dist_sae.config.data import DatasetCorpus, FilesCorpus, HuggingFaceModel
 from dist_sae.data.loader import Units
@@ -41,7 +41,7 @@ def report(run: Run) -> str:
     runs = open_store(run.store.runs, run.store.s3)
     activations = open_store(run.store.activations, run.store.s3)
     plan = load_plan(activations, run)
-    checkpoint = Checkpoints(runs, run.name, run.train.keep_checkpoints).latest(WEIGHTS)
+    checkpoint = Checkpoints(runs, run.name, run.train.keep_checkpoints).latest()
     latents, latent_rows, no_latents = _latents(
         run, Units(activations, plan, run.site, _no_waiting()), checkpoint
     )
@@ -51,7 +51,7 @@ def report(run: Run) -> str:
         run_file=_RUN_FILE,
         evaluation=_evaluation(runs, run),
         history=read_history(runs, run.name),
-        auxk_coefficient=run.sae.auxk_coefficient,
+        auxk_coefficient=getattr(run.sae, "auxk_coefficient", 0.0),
         producer_seconds=_producer_seconds(activations, plan),
         latents=latents,
         latent_rows=latent_rows,
@@ -88,7 +88,7 @@ def _latents(
             f"No checkpoint yet: run dist-sae train {_RUN_FILE}, then make the report again.",
         )
     sae = build_sae(run.sae, len(checkpoint.scalars["mean"]))
-    sae.load_state_dict(weights(checkpoint))
+    load_weights(sae, checkpoint)
     try:
         views, rows = view_latents(run, units, sae, float(checkpoint.scalars["scale"]))
     except (CorpusError, ModelError) as error:  # numbers and curves need no text
@@ -114,6 +114,12 @@ def _producer_seconds(activations: ObjectStore, plan: Plan) -> Mapping[str, floa
     return seconds
 
 
+def _recipe(run: Run) -> str:
+    sae = run.sae
+    cost = f"k\u00a0=\u00a0{sae.k}" if hasattr(sae, "k") else f"sparsity\u00a0{sae.sparsity:g}"
+    return f"{sae.kind}, {sae.n_latents:,} latents, {cost}"
+
+
 def _facts(run: Run, checkpoint: Checkpoint | None) -> Iterator[tuple[str, str]]:
     model = run.model
     if isinstance(model, HuggingFaceModel):
@@ -129,7 +135,7 @@ def _facts(run: Run, checkpoint: Checkpoint | None) -> Iterator[tuple[str, str]]
             yield "Corpus", name
         case _:
             yield "Corpus", "synthetic"
-    yield "Dictionary", f"{run.sae.kind}, {run.sae.n_latents:,} latents, k\u00a0=\u00a0{run.sae.k}"
+    yield "Dictionary", _recipe(run)
     if checkpoint is None:
         yield "Checkpoint", "none yet"
     else:

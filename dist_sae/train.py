@@ -9,18 +9,20 @@ import yaml
 
 from dist_sae import logs
 from dist_sae.checkpoint.layout import Checkpoints
-from dist_sae.checkpoint.state import TrainingTensors
+from dist_sae.checkpoint.state import TrainingState
 from dist_sae.config import Run, differences, dump_run
 from dist_sae.data.loader import Batch, Loader, Units
 from dist_sae.data.normaliser import Normaliser, measure
 from dist_sae.data.plan import check_rows, load_plan
 from dist_sae.errors import ObjectNotFoundError, PlanMismatchError, Stopped
 from dist_sae.parallel.engine import DeepSpeedEngine
-from dist_sae.parallel.mesh import Mesh
-from dist_sae.sae import build_sae
-from dist_sae.sae.base import Output, Sae
-from dist_sae.sae.dead import DeadLatents, fired
-from dist_sae.sae.init import initialise
+from dist_sae.parallel.mesh import Mesh, check_replicated
+from dist_sae.sae import PRODUCT_DTYPES, build_sae
+from dist_sae.sae.base import Dictionary, Output, Step
+from dist_sae.sae.dead import DeadLatents
+from dist_sae.sae.ema import WeightAverage
+from dist_sae.sae.init import initialise_from_data
+from dist_sae.sae.kernels.choice import choose_kernels
 from dist_sae.sae.schedules import learning_rate
 from dist_sae.storage import ObjectStore, open_store
 from dist_sae.telemetry.exporter import Telemetry
@@ -72,18 +74,24 @@ def train(
         normaliser = measure(units, run.train.normaliser_rows)
     else:
         normaliser = Normaliser.from_scalars(checkpoint.scalars)
-    sae = build_sae(run.sae, len(normaliser.mean), run.train.products).to(mesh.device)
-    dead = DeadLatents(run.sae.n_latents, run.sae.dead_after_rows, mesh.device)
-    engine = DeepSpeedEngine(run, sae, mesh)
-    tensors = TrainingTensors(sae, engine.optimizer, dead)
+    sae = build_sae(
+        run.sae,
+        len(normaliser.mean),
+        mesh.axis,
+        choose_kernels(run.train.kernels, mesh.device),
+        PRODUCT_DTYPES[run.train.products],
+    ).to(mesh.device)
+    dead = DeadLatents(len(sae.W_enc), run.sae.dead_after_rows, mesh.axis, mesh.device)
     if checkpoint is None:
-        step = 0
         _initialise(run, mesh, units, normaliser, sae)
-    else:
+    engine = DeepSpeedEngine(run, sae, mesh)
+    average = WeightAverage(sae, run.train.ema_decay) if run.train.ema_decay else None
+    state = TrainingState(sae, engine, dead, average)
+    step = 0
+    if checkpoint is not None:
         step = checkpoint.step
-        tensors.restore(checkpoint)
+        state.restore(checkpoint)
         logger.info("resuming at step %d of %d", step, run.steps)
-        del checkpoint  # as large as the dictionary and its moments
     scalars = normaliser.to_scalars()
     report = _Reporter(run, mesh, telemetry, History(runs, run.name, step), step)
 
@@ -93,33 +101,46 @@ def train(
                 loader.next()
             )  # None: no more to come, because of a stop or because there is none
             if mesh.agree(wish=batch is None or stopping.is_set()):
-                _save(checkpoints, step, tensors, scalars, mesh, report)
+                _save(checkpoints, step, state, scalars, mesh, report)
                 loader.raise_if_failed()
                 raise Stopped(f"stopped at step {step} of {run.steps}; start again to go on")
             assert batch is not None
             x = batch.acts.to(mesh.device, torch.float32) * normaliser.scale
-            output = engine.objective(x, normaliser.variance, dead.mask, mesh.sum)
+            now = Step(normaliser.variance, dead.mask, dead.count, progress=step / run.steps)
+            output = engine.objective(x, now)
             engine.backward(output.terms.total)
             lr = _learning_rate(run, step)
             gradient_norm = engine.step(lr)  # raises NonFiniteError before it touches the weights
-            dead.update(mesh.any(fired(output.codes, run.sae.n_latents)), run.train.batch_rows)
+            dead.update(output.fired, run.train.batch_rows)
+            if dead.n_stuck:
+                engine.retie(dead.stuck)
+            if average is not None:
+                average.update()
             step += 1
             report.step(step, batch, output, dead, lr=lr, gradient_norm=gradient_norm)
             if step == run.steps or step % run.train.save_every_steps == 0:
-                _save(checkpoints, step, tensors, scalars, mesh, report)
+                _save(checkpoints, step, state, scalars, mesh, report)
     return {"step": step, "rows": step * run.train.batch_rows, **report.last}
 
 
-def _initialise(run: Run, mesh: Mesh, units: Units, normaliser: Normaliser, sae: Sae) -> None:
-    """The initial dictionary, from the first batch."""
-    with _loader(run, mesh, units, range(1)) as loader:
-        first = loader.next()
-        if mesh.agree(wish=first is None):
-            loader.raise_if_failed()
-            raise Stopped("stopped before the first step; start again to go on")
-    assert first is not None
-    x = first.acts.to(mesh.device, torch.float32) * normaliser.scale
-    initialise(sae, x, run.train.seed, mesh.sum)
+def _initialise(
+    run: Run, mesh: Mesh, units: Units, normaliser: Normaliser, sae: Dictionary
+) -> None:
+    """The initial dictionary, from the first batch, or as many as it wants directions from."""
+    from_data = getattr(run.sae, "init", "random") == "data"
+    n_batches = -(-run.sae.n_latents // run.train.batch_rows) if from_data else 1
+    rows = []
+    with _loader(run, mesh, units, range(n_batches)) as loader:
+        for _ in range(n_batches):
+            batch = loader.next()
+            if mesh.agree(wish=batch is None):
+                loader.raise_if_failed()
+                raise Stopped("stopped before the first step; start again to go on")
+            assert batch is not None
+            rows.append(batch.acts.to(mesh.device, torch.float32) * normaliser.scale)
+    sae.initialise(rows[0], run.train.seed)
+    if from_data:
+        initialise_from_data(sae, rows)
 
 
 def _loader(run: Run, mesh: Mesh, units: Units, steps: range) -> Loader:
@@ -166,16 +187,25 @@ def _own_run_folder(run: Run, runs: ObjectStore, mesh: Mesh) -> None:
 def _save(
     checkpoints: Checkpoints,
     step: int,
-    tensors: TrainingTensors,
+    state: TrainingState,
     scalars: dict[str, object],
     mesh: Mesh,
     report: "_Reporter",
 ) -> None:
-    """Save on the first rank (the dictionary is whole on each); none goes on before it is done."""
-    if step == 0:
+    """The first replica saves, each rank its shard; none goes on before all is done."""
+    if step == 0 or step in checkpoints.steps():
         return  # the beginning can be made again
     since = time.monotonic()
-    size = checkpoints.save(step, tensors.collect(), scalars) if mesh.is_first else 0
+    check_replicated(mesh, state.sae.b_dec)
+    pieces = state.pieces()
+    if mesh.axis.replica == 0:
+        records = checkpoints.write(step, pieces)
+    else:
+        records = {}
+        for _ in pieces:  # making them is collective
+            pass
+    everyones = mesh.everyones(records)
+    size = checkpoints.commit(step, everyones, scalars) if mesh.is_first else 0
     mesh.barrier()
     report.saved(step, size, time.monotonic() - since)
 
@@ -207,11 +237,13 @@ class _Reporter:
     ) -> None:
         """Count a step; every `log_every_steps`, gather and publish. Collective then."""
         self._waited += batch.waited_seconds
+        self._telemetry.add("dist_sae_train_stuck_latents_total", dead.n_stuck)
         if step % self._run.train.log_every_steps and step != self._run.steps:
             return
-        active = (output.codes.acts > 0).sum().float() / len(batch.acts)
-        terms = torch.stack([output.terms.fvu.detach(), output.terms.auxk.detach(), active])
-        fvu, auxk, l0 = (self._mesh.sum(terms) / self._mesh.world).tolist()
+        axis, terms = self._mesh.axis, output.terms
+        active = output.active / (len(batch.acts) * axis.shards)
+        local = [terms.fvu.detach(), terms.auxk.detach(), terms.sparsity.detach(), active]
+        fvu, auxk, sparsity, l0 = (axis.total(torch.stack(local)) / axis.replicas).tolist()
         first, then = self._since
         seconds = time.monotonic() - then
         self._since = (step, time.monotonic())
@@ -219,8 +251,9 @@ class _Reporter:
         numbers = {
             "fvu": fvu,
             "auxk_loss": auxk,
+            "sparsity_loss": sparsity,
             "l0_latents": l0,
-            "dead_share": float(dead.mask.float().mean()),
+            "dead_share": dead.share,
             "gradient_norm": gradient_norm,
             "learning_rate": lr,
             "rows_per_second": rows / seconds,

@@ -1,5 +1,6 @@
 """Fixtures that several test modules use."""
 
+import os
 import uuid
 from collections.abc import Iterator
 from pathlib import Path
@@ -7,8 +8,20 @@ from typing import Any, NamedTuple
 
 import boto3
 import pytest
+import torch
 import yaml
 from moto.server import ThreadedMotoServer
+
+# Without a GPU the Triton kernels run in Triton's interpreter. Triton reads this when a kernel is
+# defined, so it is set before any test can import one; torch and DeepSpeed work with it either way.
+if not torch.cuda.is_available():
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--long", action="store_true", help="train as long as the acceptance tests ask (an hour)"
+    )
 
 
 class Bucket(NamedTuple):

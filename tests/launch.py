@@ -41,11 +41,16 @@ WORLD: dict[str, Any] = {
 
 
 def write_run(folder: Path, **sections: dict[str, Any]) -> Path:
-    """A run file of the small world under `folder`, with keys of some sections replaced."""
+    """A run file of the small world under `folder`, with keys of some sections replaced.
+
+    A section of another kind replaces the whole.
+    """
     data = json.loads(json.dumps(WORLD))
     data["store"] = {"activations": str(folder / "activations"), "runs": str(folder / "runs")}
     for section, values in sections.items():
-        data[section] = {**data.get(section, {}), **values} if isinstance(values, dict) else values
+        old = data.get(section, {})
+        same = isinstance(values, dict) and values.get("kind", old.get("kind")) == old.get("kind")
+        data[section] = {**old, **values} if same else values
     path = folder / "run.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(yaml.safe_dump(data))

@@ -1,6 +1,6 @@
 """SCIENCE D8: what is exported is what was trained, read by SAELens's rules.
 
-`forward` is an independent reading of SAELens 6.54.12's TopK, checked against that package on
+`forward` is an independent reading of SAELens 6.54.12, for TopK checked against that package on
 10,000 rows when it was written; it knows nothing of this project but the two files.
 """
 
@@ -19,18 +19,19 @@ from dist_sae.config import load_run
 from dist_sae.errors import ConfigError
 from dist_sae.export import export
 from dist_sae.sae import build_sae
+from dist_sae.sae.base import Codes
+from dist_sae.sae.kernels import Entries
 from dist_sae.storage import open_store
 from tests.launch import write_run
+from tests.sae.recipes import KINDS, UNIT_ROWS
+from tests.world import save
 
-SCALE = 0.37
-# Keys that SAELens writes itself; without `k` it would silently take 100, without the version it
-# would silently drop the metadata.
+SCALE, THETA = 0.37, 2.5
+# Keys that SAELens writes itself; without the version it would silently drop the metadata.
 KEYS = {
     "architecture",
     "d_in",
     "d_sae",
-    "k",
-    "rescale_acts_by_decoder_norm",
     "dtype",
     "device",
     "apply_b_dec_to_input",
@@ -38,6 +39,7 @@ KEYS = {
     "reshape_activations",
     "metadata",
 }
+TOPK_KEYS = {"k", "rescale_acts_by_decoder_norm"}  # without k it would silently take 100
 
 
 def forward(
@@ -47,61 +49,95 @@ def forward(
     config: dict[str, Any] = json.loads((folder / "cfg.json").read_text())
     weights = safetensors.numpy.load_file(folder / "sae_weights.safetensors")
     w = {name: tensor.astype(np.float64) for name, tensor in weights.items()}
-    assert config["architecture"] == "topk"
     assert config["normalize_activations"] == "none"
     z = (x - w["b_dec"] * config["apply_b_dec_to_input"]) @ w["W_enc"] + w["b_enc"]
-    top = np.argpartition(-z, config["k"] - 1, axis=-1)[:, : config["k"]]
-    f = np.zeros_like(z)
-    np.put_along_axis(f, top, np.maximum(np.take_along_axis(z, top, -1), 0), -1)
+    match config["architecture"]:
+        case "topk":
+            top = np.argpartition(-z, config["k"] - 1, axis=-1)[:, : config["k"]]
+            f = np.zeros_like(z)
+            np.put_along_axis(f, top, np.maximum(np.take_along_axis(z, top, -1), 0), -1)
+        case "jumprelu":
+            f = np.maximum(z, 0) * (z > w["threshold"])
+        case "standard":
+            f = np.maximum(z, 0)
+        case other:
+            raise AssertionError(other)
     return f, f @ w["W_dec"] + w["b_dec"]
 
 
+def dense(codes: Codes, n_latents: int) -> NDArray[np.float64]:
+    entries = Entries(codes.latents, codes.starts, n_latents)
+    found = torch.zeros(len(codes.starts), n_latents, dtype=codes.acts.dtype)
+    found[entries.rows, entries.latents] = codes.acts
+    return found.numpy()
+
+
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest) -> str:
+    kind: str = request.param
+    return kind
+
+
 @pytest.fixture
-def exported(tmp_path: Path) -> tuple[Path, dict[str, torch.Tensor]]:
-    path = write_run(tmp_path)
+def exported(tmp_path: Path, kind: str) -> tuple[Path, dict[str, torch.Tensor]]:
+    sae: dict[str, Any] = {"kind": kind, "n_latents": 64, "dead_after_rows": 480}
+    sae |= {"k": 3, "auxk": 16} if kind in ("topk", "batchtopk") else {}
+    run = load_run(write_run(tmp_path, sae=sae))
     generator = torch.Generator().manual_seed(0)
+    W_dec = torch.randn(64, 16, generator=generator)
     weights = {
         "W_enc": torch.randn(64, 16, generator=generator),
-        "W_dec": torch.nn.functional.normalize(torch.randn(64, 16, generator=generator)),
+        "W_dec": torch.nn.functional.normalize(W_dec) if kind in UNIT_ROWS else W_dec / 4,
         "b_enc": torch.randn(64, generator=generator) - 14,  # some rows have fewer than k positive
         "b_dec": torch.randn(16, generator=generator),
     }
-    run = load_run(path)
-    Checkpoints(open_store(run.store.runs), run.name, 1).save(5, weights, {"scale": SCALE})
+    if kind == "batchtopk":
+        weights["threshold"] = torch.tensor([THETA * 0.75, 0.75], dtype=torch.float64)
+    if kind in ("jumprelu", "jumprelu_tanh"):
+        weights["log_threshold"] = torch.randn(64, generator=generator)
+    checkpoints = Checkpoints(open_store(run.store.runs), run.name, 1)
+    save(checkpoints, 5, weights, {"scale": SCALE, "mean": [0.0] * 16})
     return Path(export(run)), weights
 
 
-def test_files_have_what_saelens_wants(exported: tuple[Path, dict[str, torch.Tensor]]) -> None:
+def test_files_have_what_saelens_wants(
+    exported: tuple[Path, dict[str, torch.Tensor]], kind: str
+) -> None:
     folder, _ = exported
     config = json.loads((folder / "cfg.json").read_text())
-    assert config.keys() == KEYS
-    assert (config["d_in"], config["d_sae"], config["k"]) == (16, 64, 3)
+    assert config.keys() == (KEYS | TOPK_KEYS if kind == "topk" else KEYS)
+    assert (config["d_in"], config["d_sae"]) == (16, 64)
+    assert config.get("k") == (3 if kind == "topk" else None)
     assert int(config["metadata"]["sae_lens_version"].split(".")[0]) >= 6
     assert {"hook_name", "context_size", "prepend_bos", "model_name"} <= config["metadata"].keys()
     weights = safetensors.numpy.load_file(folder / "sae_weights.safetensors")
-    assert {name: tensor.shape for name, tensor in weights.items()} == {
-        "W_enc": (16, 64),
-        "b_enc": (64,),
-        "W_dec": (64, 16),
-        "b_dec": (16,),
-    }
+    expected = {"W_enc": (16, 64), "b_enc": (64,), "W_dec": (64, 16), "b_dec": (16,)}
+    if config["architecture"] == "jumprelu":
+        expected["threshold"] = (64,)
+    assert {name: tensor.shape for name, tensor in weights.items()} == expected
     assert {tensor.dtype for tensor in weights.values()} == {np.dtype(np.float32)}
 
 
 def test_the_exported_dictionary_is_the_trained_one(
-    exported: tuple[Path, dict[str, torch.Tensor]], tmp_path: Path
+    exported: tuple[Path, dict[str, torch.Tensor]], kind: str, tmp_path: Path
 ) -> None:
-    """fp64 on both sides of fp32 files: raw x in, the same features and the same raw x_hat out."""
+    """fp64 on both sides of fp32 files: raw x in, the same features and the same raw x_hat out.
+
+    A feature is what a latent contributes, its code times the norm of its decoder row.
+    """
     folder, weights = exported
     x = 5 * torch.randn(2000, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
     sae = build_sae(load_run(tmp_path / "run.yaml").sae, 16).double()
     sae.load_state_dict(weights)
     codes = sae.encode(x * SCALE)
-    ours = torch.zeros(2000, 64).double().scatter(1, codes.latents, codes.acts).numpy()
+    ours = dense(codes, 64) * sae.W_dec.detach().norm(dim=1).numpy()
     features, x_hat = forward(folder, x.numpy())
     assert np.array_equal(ours > 0, features > 0)
     active = (ours > 0).sum(1)
-    assert (active.min(), active.max()) == (0, 3)
+    assert active.min() == 0
+    assert active.max() == 3 if kind == "topk" else active.max() > 3
+    if kind == "batchtopk":
+        assert ours[ours > 0].min() > THETA
     np.testing.assert_allclose(features, ours, atol=1e-5)
     np.testing.assert_allclose(x_hat, sae.decode(codes).numpy() / SCALE, atol=1e-5)
 
@@ -120,7 +156,8 @@ def test_hooks_have_the_names_that_users_know(tmp_path: Path, site: str, hook: s
     run = load_run(path, settings)
     weights = {"W_enc": torch.zeros(64, 16), "W_dec": torch.ones(64, 16) / 4}
     weights |= {"b_enc": torch.zeros(64), "b_dec": torch.zeros(16)}
-    Checkpoints(open_store(run.store.runs), run.name, 1).save(5, weights, {"scale": 1.0})
+    checkpoints = Checkpoints(open_store(run.store.runs), run.name, 1)
+    save(checkpoints, 5, weights, {"scale": 1.0, "mean": [0.0] * 16})
     config = json.loads((Path(export(run)) / "cfg.json").read_text())
     assert config["metadata"]["hook_name"] == hook
 

@@ -27,6 +27,7 @@ from dist_sae.reporting.latents import (
 )
 from dist_sae.reporting.page import Page, render_page
 from dist_sae.storage import open_store
+from tests.world import save
 
 EVALUATION: dict[str, Any] = {
     "step": 7,
@@ -252,7 +253,7 @@ def save_identity(run: Run) -> None:
     eye, zero = torch.eye(4), torch.zeros(4)
     tensors = {"W_enc": eye, "W_dec": eye, "b_enc": zero, "b_dec": zero, "idle_rows": zero}
     scalars = {"scale": 0.5, "mean": [0.0] * 4, "variance": 1.0}
-    Checkpoints(open_store(run.store.runs), run.name, 1).save(1, tensors, scalars)
+    save(Checkpoints(open_store(run.store.runs), run.name, 1), 1, tensors, scalars)
 
 
 def test_report_outlines_the_row_with_the_highest_activation(run: Run) -> None:
@@ -298,14 +299,14 @@ def test_examples_are_refused_when_the_text_is_another(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     made = load_plan(open_store(run.store.activations), run) if plan(run) else None
-    one, zero = torch.ones(9, 1), torch.zeros(9, 1).int()
     wrong = Firings(
         units=torch.zeros(9).int(),
         tokens=torch.full((9,), -1),
         positions=torch.arange(9),
         documents=torch.full((9,), made.units[0][0].first if made else 0),
-        acts=one,
-        latents=zero,
+        acts=torch.ones(9),
+        latents=torch.zeros(9).int(),
+        rows=torch.arange(9).int(),
     )
     monkeypatch.setattr("dist_sae.reporting.latents.read_firings", lambda *_: wrong)
     with pytest.raises(CorpusError, match="not the text"):

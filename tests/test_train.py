@@ -1,19 +1,33 @@
 """The trainer as processes: resume, ranks, bad endings. The synthetic world, one thread a rank."""
 
 import json
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
+from dist_sae.config import load_run
+from dist_sae.data.loader import Loader, Units
+from dist_sae.data.normaliser import measure
+from dist_sae.data.plan import load_plan
 from dist_sae.data.shard import manifest_key, read_manifest
+from dist_sae.evaluate import evaluate
+from dist_sae.export import export
+from dist_sae.parallel.mesh import Mesh
+from dist_sae.sae import build_sae
+from dist_sae.sae.axis import WHOLE
 from dist_sae.storage import open_store
 from dist_sae.telemetry.history import read_history
+from dist_sae.train import _initialise
 from tests.launch import produce, run, start, train, write_run
+from tests.world import save
 
 STEPS = 60
+SHARDED = ("--set", "processes.shards=2")
 
 
 @pytest.fixture(scope="module")
@@ -57,9 +71,7 @@ def test_a_stopped_run_resumes_bitwise(tmp_path: Path, activations: str, calm: P
     train(path)
     one, other = final(calm), final(tmp_path)
     assert (one.step, one.scalars) == (other.step, other.scalars) == (STEPS, one.scalars)
-    assert one.tensors.keys() == other.tensors.keys()
-    for name, tensor in one.tensors.items():
-        assert torch.equal(tensor, other.tensors[name]), name
+    check_same(one, other)
     losses = [[r["fvu"], r["gradient_norm"], r["dead_share"]] for r in history(calm)]
     assert losses == [[r["fvu"], r["gradient_norm"], r["dead_share"]] for r in history(tmp_path)]
     assert [r["step"] for r in history(tmp_path)] == list(range(1, STEPS + 1))
@@ -84,17 +96,139 @@ def test_a_stop_while_waiting_for_data_saves_what_was_done(tmp_path: Path, calm:
     assert history(tmp_path)[-1]["fvu"] == pytest.approx(history(calm)[-1]["fvu"], rel=1e-4)
 
 
-def test_two_ranks_train_as_one(tmp_path: Path, activations: str, calm: Path) -> None:
+@pytest.fixture(scope="module")
+def sharded(tmp_path_factory: pytest.TempPathFactory, activations: str) -> Path:
+    """The same on two ranks that hold one half of the dictionary each."""
+    folder = tmp_path_factory.mktemp("sharded")
+    train(run_file(folder, activations), *SHARDED, world=2)
+    return folder
+
+
+def check_trained_alike(one: Path, other: Path) -> None:
     """Sums in another order: fp32 differs in the last bits, and no more (SCIENCE D2)."""
-    train(run_file(tmp_path, activations), world=2)
-    for one, two in zip(history(calm), history(tmp_path), strict=True):
-        assert two["fvu"] == pytest.approx(one["fvu"], rel=1e-5), one["step"]
-        assert two["gradient_norm"] == pytest.approx(one["gradient_norm"], rel=1e-4)
-        assert two["dead_share"] == one["dead_share"]
-    one, two = final(calm).tensors, final(tmp_path).tensors
-    for name in ("W_enc", "W_dec", "b_dec"):
-        error = (one[name] - two[name]).norm() / one[name].norm()
+    assert final(one).step == final(other).step == STEPS
+    for here, there in zip(history(one), history(other), strict=True):
+        assert there["fvu"] == pytest.approx(here["fvu"], rel=1e-5), here["step"]
+        assert there["l0_latents"] == pytest.approx(here["l0_latents"], rel=1e-3), here["step"]
+        assert there["auxk_loss"] == pytest.approx(here["auxk_loss"], rel=1e-4), here["step"]
+        assert there["gradient_norm"] == pytest.approx(here["gradient_norm"], rel=1e-4)
+        assert there["dead_share"] == here["dead_share"]
+    check_close(final(one), final(other))
+
+
+def check_close(one: Checkpoint, other: Checkpoint) -> None:
+    assert one.manifest.tensors.keys() == other.manifest.tensors.keys()
+    assert torch.equal(one.read("idle_rows"), other.read("idle_rows"))
+    for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+        error = (one.read(name) - other.read(name)).norm() / one.read(name).norm()
         assert float(error) < 1e-4, name
+
+
+def check_same(one: Checkpoint, other: Checkpoint) -> None:
+    assert one.manifest.tensors.keys() == other.manifest.tensors.keys()
+    for name, tensor in one.tensors.items():
+        assert torch.equal(tensor, other.read(name)), name
+
+
+@pytest.mark.parametrize(("stage", "shards"), [(0, 1), (2, 2)], ids=["replicas", "zero-2, shards"])
+def test_two_ranks_train_as_one(
+    tmp_path: Path, activations: str, calm: Path, stage: int, shards: int
+) -> None:
+    deepspeed = {"zero_optimization": {"stage": stage}} if stage else {}
+    path = run_file(tmp_path, activations, train={"deepspeed": deepspeed})
+    train(path, "--set", f"processes.shards={shards}", world=2)
+    check_trained_alike(calm, tmp_path)
+
+
+def test_two_shards_train_as_one(calm: Path, sharded: Path) -> None:
+    check_trained_alike(calm, sharded)
+    parts = final(sharded).manifest.tensors["W_enc"].parts
+    assert [(part.start, part.stop) for part in parts] == [(0, 32), (32, 64)]
+
+
+def test_a_sharded_run_resumes_bitwise(tmp_path: Path, activations: str, sharded: Path) -> None:
+    path = run_file(tmp_path, activations)
+    train(path, *SHARDED, world=2, stop_at=20)
+    assert 20 <= final(tmp_path).step < STEPS
+    train(path, *SHARDED, world=2)
+    check_same(final(sharded), final(tmp_path))
+    assert [r["fvu"] for r in history(sharded)] == [r["fvu"] for r in history(tmp_path)]
+
+
+def test_a_run_goes_on_however_its_ranks_are_arranged(
+    tmp_path: Path, activations: str, calm: Path
+) -> None:
+    """Two shards, one rank, two replicas, and two shards again.
+
+    With ZeRO-1, whose partitions change with the replicas.
+    """
+    settings = {"deepspeed": {"zero_optimization": {"stage": 1}}}
+    path = run_file(tmp_path, activations, train=settings)
+    train(path, *SHARDED, world=2, stop_at=10)
+    train(path, stop_at=22)
+    train(path, world=2, stop_at=34)
+    train(path, *SHARDED, world=2)
+    check_trained_alike(calm, tmp_path)
+
+
+def test_what_shards_saved_is_whole_for_whoever_reads_it(
+    activations: str, calm: Path, sharded: Path
+) -> None:
+    """fp32 rounds otherwise, as above."""
+    one, two = (load_run(run_file(folder, activations)) for folder in (calm, sharded))
+    here, there = evaluate(one), evaluate(two)
+    for name in ("fvu", "l0", "dead_share", "pca_fvu"):
+        assert there[name] == pytest.approx(here[name], rel=1e-3), name
+    weights = [load_file(Path(export(run)) / "sae_weights.safetensors") for run in (one, two)]
+    for name, tensor in weights[0].items():
+        assert weights[1][name].shape == tensor.shape
+        assert float((weights[1][name] - tensor).norm() / tensor.norm()) < 1e-4, name
+
+
+def test_directions_from_data_take_as_many_batches_as_they_need(
+    tmp_path: Path, activations: str
+) -> None:
+    """64 latents from batches of 24 rows: two and two thirds."""
+    sae_section = {"init": "data"}
+    path = run_file(tmp_path, activations, sae=sae_section, train={"batch_rows": 24})
+    settings = load_run(path)
+    store = open_store(settings.store.activations)
+    units = Units(store, load_plan(store, settings), settings.site, threading.Event())
+    normaliser = measure(units, settings.train.normaliser_rows)
+    sae = build_sae(settings.sae, 16)
+    mesh = Mesh(0, 1, torch.device("cpu"), WHOLE)
+    _initialise(settings, mesh, units, normaliser, sae)
+    with Loader(units, rank=0, world=1, batch_rows=24, steps=range(3), max_passes=1) as loader:
+        rows = torch.cat([batch.acts for batch in loader])[:64] * normaliser.scale
+    expected = torch.nn.functional.normalize(rows - sae.b_dec)
+    torch.testing.assert_close(sae.W_dec.detach(), expected.detach())
+
+
+def test_a_running_mean_of_the_weights_is_resumed_and_evaluated(
+    tmp_path: Path, activations: str, calm: Path
+) -> None:
+    """Bitwise; and what is trained is what is trained without it."""
+    decay = {"ema_decay": 0.9}
+    folders = [tmp_path / name for name in ("undisturbed", "stopped", "as weights")]
+    paths = [run_file(folder, activations, train=decay) for folder in folders[:2]]
+    train(paths[0])
+    train(paths[1], stop_at=20)
+    train(paths[1])
+    checkpoint = final(folders[0])
+    check_same(checkpoint, final(folders[1]))
+    for name, tensor in final(calm).tensors.items():
+        assert torch.equal(tensor, checkpoint.read(name)), name
+
+    as_weights = load_run(run_file(folders[2], activations))
+    tensors = {name: checkpoint.read(name) for name in final(calm).manifest.tensors}
+    means = {name: checkpoint.read(f"ema.{name}") for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+    means["W_dec"] /= means["W_dec"].norm(dim=1, keepdim=True)  # as the recipe wants it
+    store = Checkpoints(open_store(as_weights.store.runs), "world", 2)
+    save(store, STEPS, tensors | means, checkpoint.scalars)
+    fvu = evaluate(load_run(paths[0]))["fvu"]
+    assert fvu == pytest.approx(evaluate(as_weights)["fvu"], rel=1e-6)
+    calm_fvu = evaluate(load_run(run_file(calm, activations)))["fvu"]
+    assert abs(fvu - calm_fvu) > 1e-3 * calm_fvu
 
 
 def test_a_run_stopped_on_two_ranks_goes_on_with_one(
@@ -158,8 +292,7 @@ def test_a_killed_run_repeats_what_was_not_saved_bitwise(
     process.communicate()
     assert final(tmp_path).step in range(14, 60, 7)
     train(path)
-    for name, tensor in final(calm).tensors.items():
-        assert torch.equal(tensor, final(tmp_path).tensors[name]), name
+    check_same(final(calm), final(tmp_path))
 
 
 def test_a_damaged_shard_stops_the_run_and_is_named(tmp_path: Path) -> None:

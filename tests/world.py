@@ -2,7 +2,7 @@
 
 import itertools
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 import dist_sae.produce
+from dist_sae.checkpoint.layout import Checkpoints, Piece
 from dist_sae.config import Run
 from dist_sae.config.data import SYNTHETIC_SITE
 from dist_sae.data.loader import Loader, Units
@@ -92,6 +93,14 @@ def batches(units: Units, steps: range, **options: int) -> list[Tensor]:
     """The activations of the batches `steps`."""
     with open_loader(units, steps, **options) as loader:
         return [batch.acts for batch in loader]
+
+
+def save(
+    checkpoints: Checkpoints, step: int, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]
+) -> None:
+    """A checkpoint of whole tensors, as a single rank writes it."""
+    pieces = (Piece(name, t, 0, len(t) if t.shape else 1) for name, t in tensors.items())
+    checkpoints.commit(step, [checkpoints.write(step, pieces)], scalars)
 
 
 class Wrapped:

@@ -3,14 +3,14 @@
     <run>/checkpoints/step-00000400/<tensor>-<first row>.safetensors
     <run>/checkpoints/step-00000400/manifest.json
 
-A checkpoint exists when its manifest exists. Parts are independent of the number of ranks; every
-rank loads whole tensors so far.
+A checkpoint exists when its manifest exists. Every rank writes the rows it holds and reads the rows
+it needs, so the number of ranks may change in between.
 """
 
 import hashlib
 import json
 import logging
-from collections.abc import Collection, Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal, NamedTuple
 
 import safetensors.torch
@@ -57,12 +57,64 @@ class CheckpointManifest(_Record):
     tensors: dict[str, TensorRecord]
 
 
-class Checkpoint(NamedTuple):
-    """All that a run is at a step."""
+class Piece(NamedTuple):
+    """Rows `[first, first + len(rows))` of a tensor that has `total` of them."""
 
-    step: int
-    tensors: dict[str, Tensor]
-    scalars: dict[str, Any]
+    name: str
+    rows: Tensor
+    first: int
+    total: int
+
+
+class Checkpoint(NamedTuple):
+    """All that a run is at a step, in the store."""
+
+    store: ObjectStore
+    manifest: CheckpointManifest
+
+    @property
+    def step(self) -> int:
+        """Steps done."""
+        return self.manifest.step
+
+    @property
+    def scalars(self) -> dict[str, Any]:
+        """What is no tensor."""
+        return self.manifest.scalars
+
+    @property
+    def tensors(self) -> dict[str, Tensor]:
+        """All tensors, whole."""
+        return {name: self.read(name) for name in self.manifest.tensors}
+
+    def has(self, name: str) -> bool:
+        """Whether there is such a tensor."""
+        return name in self.manifest.tensors
+
+    def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
+        """Rows `[start, stop)` of a tensor, checked; other parts are not fetched.
+
+        Raises:
+            CorruptObjectError: A part is not what was written.
+        """
+        record = self.manifest.tensors[name]
+        stop = (record.shape or (1,))[0] if stop is None else stop
+        pieces = []
+        for part in record.parts:
+            if part.start < stop and start < part.stop:
+                rows = self._rows(part)
+                pieces.append(rows[max(start - part.start, 0) : stop - part.start])
+        return torch.cat(pieces).reshape(-1, *record.shape[1:]) if record.shape else pieces[0][0]
+
+    def _rows(self, part: Part) -> Tensor:
+        data = self.store.get(part.key)
+        if hashlib.sha256(data).hexdigest() != part.sha256:
+            raise CorruptObjectError(
+                "does not match its checksum; delete its folder to fall back to the one before",
+                url=self.store.url,
+                key=part.key,
+            )
+        return safetensors.torch.load(data)["rows"]
 
 
 class Checkpoints:
@@ -91,24 +143,53 @@ class Checkpoints:
         keys = self._store.keys(self._prefix)
         return {int(key.removeprefix(self._prefix)[5:13]) for key in keys}
 
-    def save(self, step: int, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]) -> int:
-        """Store a checkpoint and drop old ones; returns its bytes."""
-        if step in self.steps():
-            return 0
-        records = {name: self._save_tensor(step, name, tensor) for name, tensor in tensors.items()}
-        manifest = CheckpointManifest(step=step, scalars=dict(scalars), tensors=records)
+    def write(self, step: int, pieces: Iterable[Piece]) -> dict[str, TensorRecord]:
+        """Store what one rank holds; the checkpoint exists once `commit` has all ranks' records."""
+        records: dict[str, TensorRecord] = {}
+        for name, tensor, first, total in pieces:
+            rows = tensor.reshape(tensor.shape or (1,)).detach()
+            per_part = max(1, _PART_BYTES // max(1, rows[:1].nbytes))
+            parts = []
+            for start in range(0, len(rows), per_part):
+                piece = rows[start : start + per_part].contiguous().cpu()
+                data = safetensors.torch.save({"rows": piece})
+                key = f"{self._folder(step)}{name}-{first + start:09d}.safetensors"
+                self._store.put(key, data)
+                parts.append(
+                    Part(
+                        key=key,
+                        start=first + start,
+                        stop=first + start + len(piece),
+                        bytes=len(data),
+                        sha256=hashlib.sha256(data).hexdigest(),
+                    )
+                )
+            shape = (total, *tensor.shape[1:]) if tensor.shape else ()
+            records[name] = TensorRecord(shape=shape, parts=tuple(parts))
+        return records
+
+    def commit(
+        self, step: int, records: Iterable[Mapping[str, TensorRecord]], scalars: Mapping[str, Any]
+    ) -> int:
+        """Write the manifest of all ranks' records, drop old checkpoints; returns the bytes."""
+        merged: dict[str, TensorRecord] = {}
+        for name, record in (item for rank in records for item in rank.items()):
+            before = merged[name].parts if name in merged else ()
+            parts = tuple(sorted((*before, *record.parts), key=lambda part: part.start))
+            merged[name] = TensorRecord(shape=record.shape, parts=parts)
+        manifest = CheckpointManifest(step=step, scalars=dict(scalars), tensors=merged)
         self._store.put(f"{self._folder(step)}{_MANIFEST}", manifest.model_dump_json().encode())
         kept = self.steps()[-self._keep :]
         for old in self._folders():
             if old < step and old not in kept:  # too old, or left by a save that was cut off
                 self._delete(old)
-        return sum(part.bytes for record in records.values() for part in record.parts)
+        return sum(part.bytes for record in merged.values() for part in record.parts)
 
-    def load(self, step: int, names: Collection[str] | None = None) -> Checkpoint:
-        """Read and check a checkpoint, or of its tensors `names` alone.
+    def open(self, step: int) -> Checkpoint:
+        """A complete checkpoint.
 
         Raises:
-            CorruptObjectError: A part is not what was written.
+            CorruptObjectError: Its manifest is not what was written.
         """
         key = f"{self._folder(step)}{_MANIFEST}"
         try:
@@ -120,41 +201,12 @@ class Checkpoints:
                 url=self._store.url,
                 key=key,
             ) from exc
-        wanted = manifest.tensors if names is None else names
-        tensors = {name: self._load_tensor(manifest.tensors[name]) for name in wanted}
-        return Checkpoint(manifest.step, tensors, manifest.scalars)
+        return Checkpoint(self._store, manifest)
 
-    def latest(self, names: Collection[str] | None = None) -> Checkpoint | None:
+    def latest(self) -> Checkpoint | None:
         """The newest checkpoint, if there is one."""
         steps = self.steps()
-        return self.load(steps[-1], names) if steps else None
-
-    def _save_tensor(self, step: int, name: str, tensor: Tensor) -> TensorRecord:
-        rows = tensor.reshape(tensor.shape or (1,)).detach().cpu()
-        per_part = max(1, _PART_BYTES // max(1, rows[:1].nbytes))
-        parts = []
-        for start in range(0, len(rows), per_part):
-            piece = rows[start : start + per_part].contiguous()
-            data = safetensors.torch.save({"rows": piece})
-            key = f"{self._folder(step)}{name}-{start:09d}.safetensors"
-            self._store.put(key, data)
-            digest = hashlib.sha256(data).hexdigest()
-            stop = start + len(piece)
-            parts.append(Part(key=key, start=start, stop=stop, bytes=len(data), sha256=digest))
-        return TensorRecord(shape=tuple(tensor.shape), parts=tuple(parts))
-
-    def _load_tensor(self, record: TensorRecord) -> Tensor:
-        pieces = []
-        for part in record.parts:
-            data = self._store.get(part.key)
-            if hashlib.sha256(data).hexdigest() != part.sha256:
-                raise CorruptObjectError(
-                    "does not match its checksum; delete its folder to fall back to the one before",
-                    url=self._store.url,
-                    key=part.key,
-                )
-            pieces.append(safetensors.torch.load(data)["rows"])
-        return torch.cat(pieces).reshape(record.shape)
+        return self.open(steps[-1]) if steps else None
 
     def _delete(self, step: int) -> None:
         """The manifest first: what has none does not exist."""

@@ -1,50 +1,93 @@
 """What of a training run is saved, and how it is put back."""
 
-from typing import NamedTuple
+from collections.abc import Iterator
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from dist_sae.checkpoint.layout import Checkpoint
+from dist_sae.checkpoint.layout import Checkpoint, Piece
+from dist_sae.sae.base import Dictionary
 from dist_sae.sae.dead import DeadLatents
+from dist_sae.sae.ema import WeightAverage
 
-_MOMENTS = ("exp_avg", "exp_avg_sq")
-WEIGHTS = ("W_enc", "W_dec", "b_enc", "b_dec")
-"""What of a checkpoint makes the dictionary."""
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Adam's state of each parameter."""
 IDLE_ROWS = "idle_rows"
 """Rows since each latent last fired."""
+_EMA = "ema."
 
 
-class TrainingTensors(NamedTuple):
+class Moments(Protocol):
+    """The optimiser's part of the state; see `Engine`."""
+
+    def moment(self, parameter: nn.Parameter, name: str) -> Tensor: ...
+
+    def restore(self, step: int, moments: dict[nn.Parameter, dict[str, Tensor]]) -> None: ...
+
+
+class TrainingState(NamedTuple):
     """The live objects whose state a checkpoint holds."""
 
-    sae: nn.Module
-    optimizer: torch.optim.Adam
+    sae: Dictionary
+    engine: Moments
     dead: DeadLatents
+    average: WeightAverage | None
 
-    def collect(self) -> dict[str, Tensor]:
-        """Every tensor that the run cannot do without, by name."""
-        tensors: dict[str, Tensor] = {IDLE_ROWS: self.dead.idle_rows}
+    def pieces(self) -> Iterator[Piece]:
+        """Every tensor that the run cannot do without, one at a time: this rank's rows of it.
+
+        To be consumed by all ranks, in step; only those of the first replica need to store it.
+        """
+        yield self._piece(IDLE_ROWS, self.dead.idle_rows)
+        for name, buffer in self.sae.named_buffers():
+            yield self._piece(name, buffer)
         for name, parameter in self.sae.named_parameters():
-            tensors[name] = parameter
-            state = self.optimizer.state[parameter]
-            for moment in _MOMENTS:
-                tensors[f"{moment}.{name}"] = state[moment]
-        return tensors
+            yield self._piece(name, parameter.detach())
+            for moment in MOMENTS:
+                yield self._piece(f"{moment}.{name}", self.engine.moment(parameter, moment))
+        for name, mean in self.average.mean.items() if self.average else ():
+            yield self._piece(f"{_EMA}{name}", mean)
 
     @torch.no_grad()
     def restore(self, checkpoint: Checkpoint) -> None:
-        """Put the tensors back where `collect` took them from."""
-        tensors = checkpoint.tensors
-        self.dead.idle_rows = tensors[IDLE_ROWS].to(self.dead.idle_rows.device)
+        """Put the tensors back where `pieces` took them from."""
+        self.dead.take(self._read(checkpoint, IDLE_ROWS))
+        for name, buffer in self.sae.named_buffers():
+            buffer.copy_(self._read(checkpoint, name))
+        moments = {}
         for name, parameter in self.sae.named_parameters():
-            parameter.copy_(tensors[name])
-            self.optimizer.state[parameter] = {
-                "step": torch.tensor(float(checkpoint.step), device=parameter.device),
-                **{m: tensors[f"{m}.{name}"].to(parameter.device) for m in _MOMENTS},
-            }
+            parameter.copy_(self._read(checkpoint, name))
+            moments[parameter] = {m: self._read(checkpoint, f"{m}.{name}") for m in MOMENTS}
+        self.engine.restore(checkpoint.step, moments)
+        for name, mean in self.average.mean.items() if self.average else ():
+            mean.copy_(self._read(checkpoint, f"{_EMA}{name}"))
+
+    def _is_sharded(self, name: str) -> bool:
+        base = name.rpartition(".")[2]
+        return base not in ("b_dec", *(buffer for buffer, _ in self.sae.named_buffers()))
+
+    def _piece(self, name: str, tensor: Tensor) -> Piece:
+        if self._is_sharded(name):
+            return Piece(name, tensor, self.sae.first_latent, self.sae.n_latents)
+        nothing = tensor[:0] if self.sae.axis.shard else tensor  # the first shard's is everyone's
+        return Piece(name, nothing, 0, len(tensor))
+
+    def _read(self, checkpoint: Checkpoint, name: str) -> Tensor:
+        device = self.sae.W_enc.device
+        if not self._is_sharded(name):
+            return checkpoint.read(name).to(device)
+        first = self.sae.first_latent
+        return checkpoint.read(name, first, first + len(self.sae.W_enc)).to(device)
 
 
-def weights(checkpoint: Checkpoint) -> dict[str, Tensor]:
-    """The dictionary's parameters, as a state dict."""
-    return {name: checkpoint.tensors[name] for name in WEIGHTS}
+@torch.no_grad()
+def load_weights(sae: Dictionary, checkpoint: Checkpoint) -> None:
+    """Fill a whole dictionary for inference: with the running mean of the weights if there is one.
+
+    The mean of unit rows is a little shorter than one, so the recipe's constraint is applied.
+    """
+    for name, tensor in sae.state_dict().items():
+        mean = f"{_EMA}{name}"
+        tensor.copy_(checkpoint.read(mean if checkpoint.has(mean) else name))
+    sae.constrain()

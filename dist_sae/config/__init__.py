@@ -63,6 +63,11 @@ class Run(Section):
         return self.train.rows // self.train.batch_rows
 
     @property
+    def replicas(self) -> int:
+        """Whole dictionaries that the trainer ranks hold together."""
+        return self.processes.trainers // self.processes.shards
+
+    @property
     def lr(self) -> float:
         """Peak learning rate: `train.lr`, or the fit of Gao et al. scaled as 1/sqrt(n_latents)."""
         return self.train.lr or float(2e-4 * (2**14 / self.sae.n_latents) ** 0.5)
@@ -74,6 +79,24 @@ class Run(Section):
         if problems:
             raise ValueError("\n".join(problems))
         return self
+
+    def _shard_problems(self) -> Iterator[tuple[str, str]]:
+        n_latents, shards = self.sae.n_latents, self.processes.shards
+        if self.processes.trainers % shards:
+            yield (
+                "processes.shards",
+                f"{shards} does not divide processes.trainers ({self.processes.trainers})",
+            )
+        if n_latents % shards:
+            below = n_latents // shards * shards
+            nearest = " or ".join(str(n) for n in (below, below + shards) if n)
+            yield (
+                "sae.n_latents",
+                f"{n_latents} is not a multiple of processes.shards ({shards}); use {nearest}",
+            )
+        from_data = getattr(self.sae, "init", "random") == "data"
+        if from_data and n_latents > self.train.rows:
+            yield "sae.init", f"data wants n_latents ({n_latents}) rows, of train.rows"
 
     def _disagreements(self) -> Iterator[tuple[str, str]]:
         train, activations, processes = self.train, self.activations, self.processes
@@ -95,6 +118,7 @@ class Run(Section):
                 "processes.trainers",
                 f"{processes.trainers} does not divide activations.streams ({activations.streams})",
             )
+        yield from self._shard_problems()
         last_port = (self.telemetry.port or 0) + processes.producers + processes.trainers - 1
         if self.telemetry.port and last_port > LAST_PORT:
             yield (

@@ -1,34 +1,111 @@
-"""One section per architecture, told apart by `kind`."""
+"""One section per recipe, told apart by `kind`. The mathematics is in `sae/<kind>.py`."""
 
 from typing import Annotated, Literal, Self
 
-from pydantic import Field, NonNegativeFloat, NonNegativeInt, PositiveInt, model_validator
+from pydantic import (
+    Field,
+    NonNegativeFloat,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    model_validator,
+)
 
 from dist_sae.config.base import Section
 
 
-class TopKConfig(Section):
-    """TopK with AuxK (Gao et al. 2024, arXiv:2406.04093)."""
+class DictionaryConfig(Section):
+    """What every recipe has."""
 
-    kind: Literal["topk"] = "topk"
     n_latents: PositiveInt
     """Width of the dictionary."""
+    dead_after_rows: PositiveInt = 10_000_000
+    """A latent is dead when it has not fired for this many rows."""
+
+
+class _CountsLatents(DictionaryConfig):
     k: PositiveInt
-    """Latents kept for each row."""
+    """Latents kept for each row (BatchTopK: on average)."""
+    k_start: PositiveInt | None = None
+    """Begin with so many and come down to `k` linearly; null keeps `k` throughout."""
+    k_anneal_share: float = Field(0.1, gt=0, le=1)
+    """Share of the run over which `k_start` comes down to `k`."""
     auxk: NonNegativeInt = 512
     """Dead latents that reconstruct the error of each row; 0 turns AuxK off."""
     auxk_coefficient: NonNegativeFloat = 1 / 32
     """Weight of the AuxK loss."""
-    dead_after_rows: PositiveInt = 10_000_000
-    """A latent is dead when it has not fired for this many rows."""
+    init: Literal["random", "data"] = "random"
+    """Initial directions: random, or those of the first `n_latents` rows about their median."""
 
     @model_validator(mode="after")
-    def _k_fits(self) -> Self:
-        if self.k > self.n_latents:
-            raise ValueError(f"k ({self.k}) must not exceed n_latents ({self.n_latents})")
-        if self.auxk > self.n_latents:
-            raise ValueError(f"auxk ({self.auxk}) must not exceed n_latents ({self.n_latents})")
+    def _counts_fit(self) -> Self:
+        for name in ("k", "k_start", "auxk"):
+            value = getattr(self, name)
+            if value is not None and value > self.n_latents:
+                raise ValueError(f"{name} ({value}) must not exceed n_latents ({self.n_latents})")
         return self
 
 
-SaeConfig = Annotated[TopKConfig, Field(discriminator="kind")]
+class TopKConfig(_CountsLatents):
+    """TopK with AuxK (Gao et al. 2024, arXiv:2406.04093)."""
+
+    kind: Literal["topk"] = "topk"
+
+
+class BatchTopKConfig(_CountsLatents):
+    """BatchTopK with AuxK (Bussmann et al. 2024, arXiv:2412.06410)."""
+
+    kind: Literal["batchtopk"] = "batchtopk"
+    threshold_decay: float = Field(0.99, ge=0, lt=1)
+    """Of the running mean of a batch's least code, per step; it is the threshold at inference."""
+
+
+class JumpReLUConfig(DictionaryConfig):
+    """JumpReLU with an L0 penalty (Rajamanoharan et al. 2024, arXiv:2407.14435; Gemma Scope)."""
+
+    kind: Literal["jumprelu"] = "jumprelu"
+    sparsity: NonNegativeFloat = 6e-4
+    """lambda: what an active latent costs, in units of FVU."""
+    sparsity_warmup_share: float = Field(0.1, ge=0, le=1)
+    """lambda rises linearly from 0 over this first share of the run."""
+    initial_threshold: PositiveFloat = 0.001
+    """In units of the rows' root mean square norm."""
+    bandwidth: PositiveFloat = 0.001
+    """Width of the window in which a threshold gets a gradient, in the same units."""
+
+
+class JumpReLUTanhConfig(DictionaryConfig):
+    """JumpReLU with tanh and pre-activation penalties (Anthropic, January 2025)."""
+
+    kind: Literal["jumprelu_tanh"] = "jumprelu_tanh"
+    sparsity: NonNegativeFloat = 20.0
+    """lambda_S, at its highest."""
+    sparsity_warmup_share: float = Field(1.0, ge=0, le=1)
+    """lambda_S rises linearly from 0 over this first share of the run."""
+    tanh_scale: PositiveFloat = 4.0
+    """c."""
+    pre_act: NonNegativeFloat = 3e-6
+    """lambda_P, which keeps latents alive; 0 turns it off."""
+    initial_threshold: PositiveFloat = 0.1
+    bandwidth: PositiveFloat = 2.0
+    """Width of the window in which thresholds and pre-activations get a gradient."""
+    initial_l0: PositiveFloat = 10_000
+    """Active latents per row at the start; at most half of all."""
+
+
+class ReLUConfig(DictionaryConfig):
+    """ReLU with an L1 penalty on codes times decoder norms (Anthropic, April 2024)."""
+
+    kind: Literal["relu"] = "relu"
+    sparsity: NonNegativeFloat = 5.0
+    """lambda."""
+    sparsity_warmup_share: float = Field(0.05, ge=0, le=1)
+    """lambda rises linearly from 0 over this first share of the run."""
+    decoder_norm: PositiveFloat = 0.1
+    """Initial norm of the decoder rows."""
+
+
+SaeConfig = Annotated[
+    TopKConfig | BatchTopKConfig | JumpReLUConfig | JumpReLUTanhConfig | ReLUConfig,
+    Field(discriminator="kind"),
+]

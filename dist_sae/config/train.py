@@ -37,6 +37,10 @@ class TrainConfig(Section):
     """Precision of the encoder product. Parameters are always fp32."""
     normaliser_rows: PositiveInt = 1_000_000
     """The scale and the mean of activations come from the first units with this many rows."""
+    kernels: Literal["auto", "torch", "native", "triton"] = "auto"
+    """The sparse products; auto takes triton on NVIDIA GPUs, native (C++) on CPUs."""
+    ema_decay: float | None = Field(None, gt=0, lt=1)
+    """Keep a running mean of the weights with this decay per step, and evaluate and export it."""
     seed: NonNegativeInt = 0
     """Decides the initial dictionary."""
     log_every_steps: PositiveInt = 10
@@ -64,6 +68,8 @@ class ProcessesConfig(Section):
     """Producers; each holds the language model."""
     trainers: PositiveInt = 1
     """Trainer ranks."""
+    shards: PositiveInt = 1
+    """Ranks that share one dictionary, each with its part; trainers / shards replicas train it."""
     threads: NonNegativeInt = 0
     """CPU threads of each process on a local run; 0 shares the cores out evenly."""
 

@@ -1,27 +1,32 @@
 """The ranks of a training job and what they say to each other."""
 
+import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_sae.errors import ConfigError
+from dist_sae.errors import ConfigError, DivergedError
+from dist_sae.parallel.axis import ShardedAxis
+from dist_sae.sae.axis import LatentAxis
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 _FOREVER = timedelta(days=365)
 
 
 class Mesh(NamedTuple):
-    """This rank's place. The `data` axis: every rank has its own rows of each batch."""
+    """This rank's place among all, and what they say to each other."""
 
     rank: int
     world: int
     device: torch.device
+    axis: LatentAxis
+    """Its place in `replicas` x `shards`."""
     control: dist.ProcessGroup | None = None
     """For words between the hosts, without a time limit: a rank may wait long for data."""
 
@@ -30,39 +35,36 @@ class Mesh(NamedTuple):
         """Whether this rank speaks for all."""
         return self.rank == 0
 
-    def sum(self, tensor: Tensor) -> Tensor:
-        """Sum over the ranks."""
-        return self._reduced(tensor, dist.ReduceOp.SUM)
-
-    def any(self, flags: Tensor) -> Tensor:
-        """Logical or over the ranks, element by element."""
-        return self._reduced(flags.to(torch.uint8), dist.ReduceOp.MAX).bool()
-
     def agree(self, *, wish: bool) -> bool:
         """Whether any rank has the wish; waits for the last rank to say, however long it takes."""
-        return bool(
-            self._reduced(torch.tensor(wish, dtype=torch.uint8), dist.ReduceOp.MAX, self.control)
-        )
+        if self.world == 1:
+            return wish
+        votes = torch.tensor(wish, dtype=torch.uint8)
+        dist.all_reduce(votes, dist.ReduceOp.MAX, self.control)
+        return bool(votes)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
         self.agree(wish=False)
 
-    def _reduced(
-        self, tensor: Tensor, op: dist.ReduceOp.RedOpType, group: dist.ProcessGroup | None = None
-    ) -> Tensor:
+    def everyones(self, value: Any) -> list[Any]:
+        """A picklable value of every rank, in their order."""
         if self.world == 1:
-            return tensor
-        tensor = tensor.clone()
-        dist.all_reduce(tensor, op, group)
-        return tensor
+            return [value]
+        values: list[Any] = [None] * self.world
+        dist.all_gather_object(values, value, self.control)
+        return values
 
 
 @contextmanager
-def join_mesh(expected_world: int) -> Iterator[Mesh]:
+def join_mesh(expected_world: int, shards: int = 1) -> Iterator[Mesh]:
     """Meet the other ranks, as RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT say.
 
     Without these variables the job is this one process.
+
+    Args:
+        expected_world: Ranks that the run file names.
+        shards: Into how many pieces the dictionary is cut; divides the number of ranks.
 
     Raises:
         ConfigError: The launcher started another number of ranks than the run file names, more
@@ -85,7 +87,6 @@ def join_mesh(expected_world: int) -> Iterator[Mesh]:
     if cuda:
         torch.cuda.set_device(device)
     backend = "nccl" if cuda else "gloo"
-    control = None
     if world > 1:
         try:
             dist.init_process_group(backend, timeout=_COLLECTIVE_TIMEOUT)
@@ -99,7 +100,35 @@ def join_mesh(expected_world: int) -> Iterator[Mesh]:
     else:  # DeepSpeed wants a process group even so; this one needs no port
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
+        control = None
     try:
-        yield Mesh(rank, world, device, control)
+        yield Mesh(rank, world, device, _split(rank, world, shards), control)
     finally:
         dist.destroy_process_group()
+
+
+def _split(rank: int, world: int, shards: int) -> ShardedAxis:
+    """The ranks as `replicas` x `shards`; neighbours, on one host where that fits, share a replica.
+
+    Every rank takes part in the making of every group.
+    """
+    grid = torch.arange(world).reshape(-1, shards)
+    replica, shard = divmod(rank, shards)
+    within = [dist.new_group(ranks.tolist()) for ranks in grid][replica]
+    across = [dist.new_group(ranks.tolist()) for ranks in grid.T][shard]
+    return ShardedAxis(shard, shards, replica, len(grid), within, across)
+
+
+def check_replicated(mesh: Mesh, tensor: Tensor) -> None:
+    """Make sure that all ranks hold the same bits of what they all hold. Collective.
+
+    Raises:
+        DivergedError: They do not; what they would save is not one dictionary.
+    """
+    digests = mesh.everyones(hashlib.sha256(tensor.detach().cpu().numpy().tobytes()).hexdigest())
+    if len(set(digests)) > 1:
+        odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        raise DivergedError(
+            f"ranks {odd} hold another decoder bias than rank 0, so their dictionaries are no "
+            f"longer one; nothing was saved. Start again from the last checkpoint, and report it"
+        )

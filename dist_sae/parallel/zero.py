@@ -23,15 +23,44 @@ def deepspeed_config(run: Run) -> dict[str, Any]:
     Raises:
         ConfigError: The user sets what the run file decides.
     """
+    zero = run.train.deepspeed.get("zero_optimization", {})
+    stage = zero.get("stage", 0)
+    if stage not in (0, 1, 2):
+        raise ConfigError(
+            f"train.deepspeed.zero_optimization.stage: {stage} would split each shard's parameters "
+            f"over the replicas once more; use 0, 1 or 2, and processes.shards for a dictionary "
+            f"that does not fit"
+        )
+    offload = (zero.get("offload_optimizer") or {}).get("device", "none")
+    if offload not in ("none", "cpu"):
+        raise ConfigError(
+            f"train.deepspeed.zero_optimization.offload_optimizer.device: {offload} is for stage 3 "
+            f"only (at stage {stage} DeepSpeed would take the CPU's memory without a word); use cpu"
+        )
+    for precision in ("bf16", "bfloat16", "fp16"):
+        if run.train.deepspeed.get(precision, {}).get("enabled"):
+            raise ConfigError(
+                f"train.deepspeed.{precision}: would round the parameters, which are their own "
+                f"fp32 masters; leave it out, and see train.products for the precision of products"
+            )
+    if not zero.get("compute_grad_norm", True):
+        raise ConfigError(
+            "train.deepspeed.zero_optimization.compute_grad_norm: without the norm a gradient that "
+            "is not finite would reach the weights; leave it out"
+        )
     owned = {key: why for key, why in _OWNED.items() if key in run.train.deepspeed}
     if owned:
         raise ConfigError(
             "\n".join(f"train.deepspeed.{key}: {why}; leave it out" for key, why in owned.items())
         )
     derived = {
-        "train_micro_batch_size_per_gpu": run.train.batch_rows // run.processes.trainers,
+        # in DeepSpeed's arithmetic a replica is one worker, whose batch all its shards see
+        "train_micro_batch_size_per_gpu": run.train.batch_rows // run.replicas,
         "gradient_accumulation_steps": 1,
-        "zero_optimization": {"stage": 0},
+        "gradient_clipping": (run.train.clip_norm or 0.0) if stage else 0.0,
+        "zero_optimization": {"stage": stage},
+        "zero_force_ds_cpu_optimizer": False,  # offloaded, it is the same fused Adam
+        "zero_allow_untested_optimizer": True,
         "steps_per_print": _NEVER,
     }
     return _merged(derived, run.train.deepspeed)

@@ -18,7 +18,8 @@ from dist_sae.data.plan import Plan
 from dist_sae.data.shard import manifest_key, read_block
 from dist_sae.errors import CorpusError
 from dist_sae.models import Tokenizer, build_tokenizer
-from dist_sae.sae.base import Sae
+from dist_sae.sae.base import Dictionary
+from dist_sae.sae.kernels import Entries
 
 logger = logging.getLogger(__name__)
 
@@ -70,11 +71,15 @@ class Firings(NamedTuple):
     tokens: Int[Tensor, " rows"]
     positions: Int[Tensor, " rows"]
     documents: Int[Tensor, " rows"]
-    acts: Float[Tensor, "rows k"]
-    latents: Int[Tensor, "rows k"]
+    acts: Float[Tensor, " entries"]
+    """Of the active entries of all rows."""
+    latents: Int[Tensor, " entries"]
+    rows: Int[Tensor, " entries"]
 
 
-def view_latents(run: Run, units: Units, sae: Sae, scale: float) -> tuple[list[LatentView], int]:
+def view_latents(
+    run: Run, units: Units, sae: Dictionary, scale: float
+) -> tuple[list[LatentView], int]:
     """A sample of latents over the whole range of densities, and the rows that were read for it.
 
     Args:
@@ -90,13 +95,13 @@ def view_latents(run: Run, units: Units, sae: Sae, scale: float) -> tuple[list[L
     rows = len(firings.tokens)
     if not rows or not run.evaluate.latents:
         return [], rows
-    counts = torch.bincount(firings.latents[firings.acts > 0].long(), minlength=run.sae.n_latents)
+    counts = torch.bincount(firings.latents, minlength=run.sae.n_latents)
     texts = Texts(run, units.plan)
     chosen = choose_latents(counts, run.evaluate.latents, run.train.seed)
     return [_view(latent, firings, texts) for latent in chosen], rows
 
 
-def read_firings(units: Units, sae: Sae, scale: float, most_rows: int) -> Firings:
+def read_firings(units: Units, sae: Dictionary, scale: float, most_rows: int) -> Firings:
     """Encode rows, of held-out units first."""
     parts: list[Firings] = []
     rows = 0
@@ -113,15 +118,25 @@ def read_firings(units: Units, sae: Sae, scale: float, most_rows: int) -> Firing
             block = read_block(units.store, shard, number)
             x = block.acts.float() * scale
             starts = range(0, len(x), _ENCODE_ROWS)
-            codes = [sae.encode(x[start : start + _ENCODE_ROWS]) for start in starts]
-            acts, latents = (torch.cat(column) for column in zip(*codes, strict=True))
+            active = [_active(sae, x[start : start + _ENCODE_ROWS]) for start in starts]
             which = torch.full_like(block.tokens, unit)
-            parts.append(Firings(which, *block[1:], acts, latents.int()))
+            for start, (acts, latents, where) in zip(starts, active, strict=True):
+                here = slice(start, start + _ENCODE_ROWS)
+                names = [column[here] for column in (which, *block[1:])]
+                parts.append(Firings._make([*names, acts, latents, where + rows + start]))
             rows += len(which)
     if not parts:
         empty = torch.zeros(0, dtype=torch.int32)
-        return Firings(empty, empty, empty, empty, torch.zeros(0, 1), torch.zeros(0, 1).int())
+        return Firings(empty, empty, empty, empty, empty.float(), empty, empty)
     return Firings(*map(torch.cat, zip(*parts, strict=True)))
+
+
+def _active(sae: Dictionary, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(Codes, latents, rows) of the active entries."""
+    codes = sae.encode(x)
+    entries = Entries(codes.latents, codes.starts, sae.n_latents)
+    on = codes.acts > 0
+    return codes.acts[on], entries.latents[on].int(), entries.rows[on].int()
 
 
 def choose_latents(counts: Int[Tensor, " n_latents"], n: int, seed: int) -> list[int]:
@@ -179,24 +194,24 @@ class Texts:
 
 
 def _view(latent: int, firings: Firings, texts: Texts) -> LatentView:
-    hit = (firings.latents == latent) & (firings.acts > 0)
-    rows = hit.any(dim=1).nonzero()[:, 0]
-    acts = (firings.acts * hit).sum(dim=1)
-    order = rows[acts[rows].argsort(descending=True, stable=True)]
+    hit = firings.latents == latent
+    rows, acts = firings.rows[hit].long(), firings.acts[hit]
+    order = rows[acts.argsort(descending=True, stable=True)]
     top = list(_apart(order.tolist(), firings))[:_EXAMPLES]
     for row in top:
         texts.read(int(firings.units[row]), [int(firings.documents[row])])
+    near = torch.isin(firings.documents[rows], firings.documents[top])
     known = {
-        (int(firings.documents[row]), int(firings.positions[row])): float(acts[row])
-        for row in rows[torch.isin(firings.documents[rows], firings.documents[top])]
+        (int(firings.documents[row]), int(firings.positions[row])): act
+        for row, act in zip(rows[near].tolist(), acts[near].tolist(), strict=True)
     }
-    max_act = float(acts[order[0]])
+    max_act = float(acts.max())
     return LatentView(
         latent=latent,
         firings=len(rows),
         density=len(rows) / len(firings.tokens),
         max_act=max_act,
-        counts=[int(c) for c in torch.histc(acts[rows], _SPARK_BARS, 0.0, max_act)],
+        counts=[int(c) for c in torch.histc(acts, _SPARK_BARS, 0.0, max_act)],
         examples=[_example(row, firings, known, texts) for row in top],
     )
 

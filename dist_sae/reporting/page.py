@@ -143,8 +143,8 @@ def _history_plots(page: Page) -> Iterator[str]:
         return [float(record.get(name, float("nan"))) for record in page.history]
 
     rows, fvu, seconds = column("rows"), column("fvu"), column("seconds")
-    terms = zip(fvu, column("auxk_loss"), strict=True)
-    loss = Line("loss", rows, [a + page.auxk_coefficient * b for a, b in terms])
+    terms = zip(fvu, column("auxk_loss"), column("sparsity_loss"), strict=True)
+    loss = Line("loss", rows, [a + page.auxk_coefficient * b + c for a, b, c in terms])
     heldout = None if page.evaluation is None else Mark("held-out FVU", page.evaluation["fvu"])
     x_label = "rows trained on"
     lines = [loss, Line("FVU", rows, fvu)]

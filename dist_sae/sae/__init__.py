@@ -4,16 +4,46 @@ from typing import assert_never
 
 import torch
 
-from dist_sae.config.sae import SaeConfig, TopKConfig
+from dist_sae.config.sae import (
+    BatchTopKConfig,
+    JumpReLUConfig,
+    JumpReLUTanhConfig,
+    ReLUConfig,
+    SaeConfig,
+    TopKConfig,
+)
+from dist_sae.sae.axis import WHOLE, LatentAxis
+from dist_sae.sae.batchtopk import BatchTopK
+from dist_sae.sae.jumprelu import JumpReLU
+from dist_sae.sae.jumprelu_tanh import JumpReLUTanh
+from dist_sae.sae.kernels import Kernels
+from dist_sae.sae.kernels.torch import KERNELS
+from dist_sae.sae.relu import ReLU
 from dist_sae.sae.topk import TopK
 
 PRODUCT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
-def build_sae(config: SaeConfig, d_in: int, products: str = "fp32") -> TopK:
-    """An empty dictionary of the kind that `config` names."""
+def build_sae(
+    config: SaeConfig,
+    d_in: int,
+    axis: LatentAxis = WHOLE,
+    kernels: Kernels = KERNELS,
+    product_dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype = torch.float32,
+) -> TopK | BatchTopK | JumpReLU | JumpReLUTanh | ReLU:
+    """An empty dictionary of the kind that `config` names; the arguments of `Dictionary`."""
+    arguments = d_in, axis, kernels, product_dtype, dtype
     match config:
         case TopKConfig():
-            return TopK(config, d_in, PRODUCT_DTYPES[products])
+            return TopK(config, *arguments)
+        case BatchTopKConfig():
+            return BatchTopK(config, *arguments)
+        case JumpReLUConfig():
+            return JumpReLU(config, *arguments)
+        case JumpReLUTanhConfig():
+            return JumpReLUTanh(config, *arguments)
+        case ReLUConfig():
+            return ReLU(config, *arguments)
         case _:
             assert_never(config)

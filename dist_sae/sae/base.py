@@ -1,29 +1,53 @@
-"""What every architecture shares: the codes, the outputs, the parameters.
+"""What every recipe shares: the parameters, the codes, the parts of the loss.
 
-One process, no I/O, no torch.distributed. Both weights are `[n_latents, d_in]`: dim 0 is the one
-that is sharded, and a decoder row lies in one piece.
+No I/O, no torch.distributed: what ranks do together is behind `LatentAxis`. Both weights are
+`[n_latents, d_in]`: dim 0 is the one that is sharded, and a decoder row lies in one piece.
 """
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
+from dist_sae.config.sae import DictionaryConfig
+from dist_sae.sae.axis import WHOLE, LatentAxis
+from dist_sae.sae.kernels import Entries, Kernels
+from dist_sae.sae.kernels.torch import KERNELS
+
 
 class Codes(NamedTuple):
-    """The selected latents of each row and how strongly they are active (0: not at all)."""
+    """The selected entries of the [batch, n_latents] matrix of codes, row after row."""
 
-    acts: Float[Tensor, "batch k"]
-    latents: Int[Tensor, "batch k"]
+    acts: Float[Tensor, " entries"]
+    """How strongly each is active; 0: not at all."""
+    latents: Int[Tensor, " entries"]
+    starts: Int[Tensor, " batch"]
+    """Where each row's entries begin."""
+
+
+class Step(NamedTuple):
+    """What the loss of a step depends on beside the rows and the parameters."""
+
+    variance: float
+    """Of the data set, in the scale of the rows."""
+    dead: Bool[Tensor, " n_local"]
+    """Latents of this shard that have not fired for long."""
+    n_dead: int
+    """Dead latents of all shards."""
+    progress: float
+    """Share of the run's steps that are done, from 0 to below 1."""
 
 
 class LossTerms(NamedTuple):
-    """The loss of a batch, in parts. Scalars; sums over this rank's rows of the *global* mean."""
+    """The loss of a batch, in parts: scalars, sums over a replica's ranks, means over replicas."""
 
     fvu: Float[Tensor, ""]
     """sum |x - x_hat|^2 / (rows * variance of the data set)."""
     auxk: Float[Tensor, ""]
     """sum |e - e_hat|^2 / (rows * variance of e), e the error that the main latents leave."""
+    sparsity: Float[Tensor, ""]
+    """The recipe's penalty on the codes, with its coefficient."""
     total: Float[Tensor, ""]
     """What is minimised."""
 
@@ -32,59 +56,91 @@ class Output(NamedTuple):
     """A batch's loss and what is counted from it."""
 
     terms: LossTerms
-    codes: Codes
+    fired: Bool[Tensor, " n_local"]
+    """Latents of this shard that were active in a row of the replica."""
+    active: Int[Tensor, ""]
+    """Active entries of this shard, over the replica's rows."""
 
 
-@runtime_checkable
-class GlobalSum(Protocol):
-    """Sums a tensor over all ranks of the data axis; no gradient flows through it."""
+class Dictionary(nn.Module):
+    """The parameters that all recipes have, with their products.
 
-    def __call__(self, tensor: Tensor) -> Tensor: ...
+    Args:
+        config: The recipe.
+        d_in: Width of the activations.
+        axis: This rank's place; it allocates its shard of the dictionary.
+        kernels: The sparse products.
+        product_dtype: Precision of the encoder product in training.
+        dtype: Precision of the parameters.
+    """
 
+    config: DictionaryConfig
 
-def identity_sum(tensor: Tensor) -> Tensor:
-    """`GlobalSum` of one process."""
-    return tensor
+    def __init__(
+        self,
+        config: DictionaryConfig,
+        d_in: int,
+        axis: LatentAxis = WHOLE,
+        kernels: Kernels = KERNELS,
+        product_dtype: torch.dtype = torch.float32,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        super().__init__()
+        n_local = config.n_latents // axis.shards
+        self.config = config
+        self.axis = axis
+        self.kernels = kernels
+        self.product_dtype = product_dtype
+        self.W_enc = nn.Parameter(torch.zeros(n_local, d_in, dtype=dtype))
+        self.W_dec = nn.Parameter(torch.zeros(n_local, d_in, dtype=dtype))
+        self.b_enc = nn.Parameter(torch.zeros(n_local, dtype=dtype))
+        self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype))
 
+    @property
+    def n_latents(self) -> int:
+        """Width of the whole dictionary."""
+        return self.config.n_latents
 
-@runtime_checkable
-class Sae(Protocol):
-    """A dictionary that can be trained and read."""
-
-    W_enc: nn.Parameter
-    W_dec: nn.Parameter
-    b_enc: nn.Parameter
-    b_dec: nn.Parameter
+    @property
+    def first_latent(self) -> int:
+        """Number of this shard's first latent in the whole dictionary."""
+        return self.axis.shard * len(self.W_enc)
 
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
-        """Codes of scaled activations, in the parameters' precision, without gradients."""
-        ...
+        """Codes of scaled activations as they are at inference, without gradients.
 
-    def decode(self, codes: Codes) -> Float[Tensor, "batch d_in"]:
-        """x_hat = acts W_dec + b_dec."""
-        ...
-
-    def objective(
-        self,
-        x: Float[Tensor, "batch d_in"],
-        variance: float,
-        dead: Bool[Tensor, " n_latents"],
-        global_sum: GlobalSum,
-    ) -> Output:
-        """The loss of this rank's rows.
-
-        Args:
-            x: Scaled activations.
-            variance: Of the data set, in the same scale.
-            dead: Latents that have not fired for long.
-            global_sum: Over the ranks that share the batch; the same number of rows on each.
+        In the parameters' precision; with this shard's latents, numbered from its first.
         """
-        ...
+        raise NotImplementedError
 
-    def constrain_gradients(self) -> None:
-        """What the recipe does to the gradients before the update."""
-        ...
+    def objective(self, x: Float[Tensor, "batch d_in"], step: Step) -> Output:
+        """The loss of this rank's rows, which are as many as every other rank's."""
+        raise NotImplementedError
 
-    def constrain_parameters(self) -> None:
-        """What the recipe does to the parameters after the update."""
-        ...
+    def initialise(self, x: Float[Tensor, "batch d_in"], seed: int) -> None:
+        """The recipe's initial parameters; `x` is this rank's part of the first batch."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def decode(self, codes: Codes) -> Float[Tensor, "batch d_in"]:
+        """x_hat = acts W_dec + b_dec, of this rank's rows."""
+        entries = Entries(codes.latents, codes.starts, len(self.W_dec))
+        parts = self.kernels.combine(codes.acts, entries, self.W_dec)
+        return self.axis.scatter_sum(parts) + self.b_dec
+
+    def forward(self, x: Float[Tensor, "batch d_in"], step: Step) -> Output:
+        """`objective`, under the name that wrappers of modules call."""
+        return self.objective(x, step)
+
+    def constrain(self) -> None:
+        """What the recipe does to the parameters after an update; here nothing."""
+
+    def retie(self, stuck: Bool[Tensor, " n_local"]) -> None:
+        """What the recipe does to latents that are dead and stay so; here nothing."""
+
+
+def fired(acts: Float[Tensor, " entries"], entries: Entries) -> Bool[Tensor, " n_local"]:
+    """Latents that are active in at least one row."""
+    hit = torch.zeros(entries.n_latents, dtype=torch.bool, device=acts.device)
+    hit[entries.latents[acts > 0]] = True
+    return hit

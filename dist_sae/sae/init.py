@@ -1,18 +1,25 @@
-"""The initial dictionary, from the first batch."""
+"""Initial dictionaries, from the first batch. No rank ever holds more than its shard."""
+
+from collections.abc import Iterable
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dist_sae.sae.base import Codes, GlobalSum, Sae
+from dist_sae.sae.axis import LatentAxis
+from dist_sae.sae.base import Dictionary
 from dist_sae.sae.constraints import normalise_rows_
 
 _MEDIAN_STEPS = 100
 _MEDIAN_TOLERANCE = 1e-6
+_BLOCK = 1024  # latents that share a random generator
+_STRIDE = 0x9E37_79B1  # odd, 2^32 over the golden ratio: multiples of it lie far apart
 
 
 @torch.no_grad()
-def initialise(sae: Sae, x: Float[Tensor, "batch d_in"], seed: int, global_sum: GlobalSum) -> None:
+def initialise_tied(
+    sae: Dictionary, x: Float[Tensor, "batch d_in"], seed: int, *, rescale: bool = True
+) -> None:
     """Random unit decoder rows, a tied encoder, and a bias in the middle of the data.
 
     b_dec is the geometric median of the rows; W_enc = c W_dec with c such that the
@@ -21,38 +28,102 @@ def initialise(sae: Sae, x: Float[Tensor, "batch d_in"], seed: int, global_sum: 
     Args:
         sae: Is filled in.
         x: This rank's part of the first batch, scaled.
-        seed: Decides the directions; the same on all ranks.
-        global_sum: Over the ranks that share the batch.
+        seed: Decides the directions.
+        rescale: Whether c is computed; else it is 1.
     """
-    generator = torch.Generator().manual_seed(seed)
-    sae.W_dec.copy_(torch.randn(sae.W_dec.shape, generator=generator, dtype=torch.float32))
+    random_rows(sae.W_dec, seed, sae.first_latent)
     normalise_rows_(sae.W_dec)
     sae.W_enc.copy_(sae.W_dec)
     sae.b_enc.zero_()
-    sae.b_dec.copy_(geometric_median(x, global_sum))
-    codes: Codes = sae.encode(x)
+    sae.b_dec.copy_(geometric_median(x, sae.axis))
+    if rescale:
+        rescale_encoder(sae, x)
+
+
+@torch.no_grad()
+def initialise_from_data(sae: Dictionary, batches: Iterable[Float[Tensor, "batch d_in"]]) -> None:
+    """Directions of data points: latent i gets that of row i about b_dec; the encoder is tied.
+
+    After `initialise_tied`, which sets b_dec. (Anthropic, Circuits Updates, October 2025.)
+
+    Args:
+        sae: Its directions are replaced.
+        batches: This rank's parts of the first batches, with `n_latents` rows over all ranks.
+    """
+    axis, n_local = sae.axis, len(sae.W_dec)
+    directions, done = torch.zeros_like(sae.W_dec), 0
+    for x in batches:
+        rows = axis.gather(x) - sae.b_dec
+        start = done + axis.replica * len(rows) - sae.first_latent
+        ours = slice(max(start, 0), max(min(start + len(rows), n_local), 0))
+        if ours.start < ours.stop:
+            directions[ours] = rows[ours.start - start : ours.stop - start]
+        done += axis.replicas * len(rows)
+    sae.W_dec.copy_(axis.across_replicas(directions))
+    normalise_rows_(sae.W_dec)
+    sae.W_enc.copy_(sae.W_dec)
+    rescale_encoder(sae, x)
+
+
+@torch.no_grad()
+def rescale_encoder(sae: Dictionary, x: Float[Tensor, "batch d_in"]) -> None:
+    """Scale W_enc so that reconstructions are as long as what they reconstruct, on average."""
+    codes = sae.encode(x)
     lengths = torch.stack(
         [(x - sae.b_dec).norm(dim=1).sum(), (sae.decode(codes) - sae.b_dec).norm(dim=1).sum()]
     )
-    target, now = global_sum(lengths)
+    target, now = sae.axis.total(lengths)
     sae.W_enc.mul_(target / now)
 
 
-def geometric_median(
-    x: Float[Tensor, "batch d_in"], global_sum: GlobalSum
-) -> Float[Tensor, " d_in"]:
+@torch.no_grad()
+def random_rows(
+    W: Float[Tensor, "n_local d_in"], seed: int, first: int, *, uniform: bool = False
+) -> None:
+    """Fill the rows of a shard with what they are in the whole dictionary.
+
+    Args:
+        W: The shard.
+        seed: Of the dictionary.
+        first: Number of the shard's first row.
+        uniform: From [-1, 1); else standard normal.
+    """
+    for block in range(first // _BLOCK, -(-(first + len(W)) // _BLOCK)):
+        # torch's generator takes 32 bits of a seed; blocks of other seeds are far away
+        generator = torch.Generator().manual_seed((seed * _STRIDE + block) % 2**32)
+        values = torch.empty(_BLOCK, W.shape[1])
+        if uniform:
+            values.uniform_(-1, 1, generator=generator)
+        else:
+            values.normal_(generator=generator)
+        start, stop = block * _BLOCK - first, (block + 1) * _BLOCK - first
+        W[max(start, 0) : stop] = values[max(-start, 0) : len(W) - start].to(W)
+
+
+def first_rows(
+    x: Float[Tensor, "batch d_in"], n: int, axis: LatentAxis
+) -> Float[Tensor, "rows d_in"]:
+    """The first rows of the global batch, `n` at most, on every rank."""
+    start = (axis.replica * axis.shards + axis.shard) * len(x)
+    rows = x.new_zeros(min(n, axis.replicas * axis.shards * len(x)), x.shape[1])
+    ours = rows[start : start + len(x)]
+    ours.copy_(x[: len(ours)])
+    return axis.total(rows)
+
+
+def geometric_median(x: Float[Tensor, "batch d_in"], axis: LatentAxis) -> Float[Tensor, " d_in"]:
     """The point with the least sum of distances to all ranks' rows (Weiszfeld's iteration)."""
     rows = x.double()
     ones = rows.new_ones(len(rows))
-    median = _weighted_mean(rows, ones, global_sum)
+    median = _weighted_mean(rows, ones, axis)
     for _ in range(_MEDIAN_STEPS):
         weights = (rows - median).norm(dim=1).clamp_min(1e-12).reciprocal()
-        previous, median = median, _weighted_mean(rows, weights, global_sum)
+        previous, median = median, _weighted_mean(rows, weights, axis)
         if (median - previous).norm() <= _MEDIAN_TOLERANCE * median.norm():
             break
     return median.to(x.dtype)
 
 
-def _weighted_mean(rows: Tensor, weights: Tensor, global_sum: GlobalSum) -> Tensor:
-    total = global_sum(torch.cat([weights @ rows, weights.sum()[None]]))
+def _weighted_mean(rows: Tensor, weights: Tensor, axis: LatentAxis) -> Tensor:
+    total = axis.total(torch.cat([weights @ rows, weights.sum()[None]]))
     return total[:-1] / total[-1]

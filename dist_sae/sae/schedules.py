@@ -1,4 +1,4 @@
-"""Schedules as pure functions of the step."""
+"""Schedules as pure functions of the step, or of the share of the run that is done."""
 
 
 def learning_rate(
@@ -16,3 +16,15 @@ def learning_rate(
     rise = (step + 1) / warmup_steps if warmup_steps else 1.0
     fall = (steps - step) / (decay_share * steps) if decay_share else 1.0
     return peak * min(1.0, rise, fall)
+
+
+def annealed(progress: float, k: int, start: int | None, share: float) -> int:
+    """Active latents per row: from `start` linearly to `k` over the first `share` of the run."""
+    if start is None or progress >= share:
+        return k
+    return round(start + (k - start) * progress / share)
+
+
+def warmed_up(progress: float, coefficient: float, share: float) -> float:
+    """A coefficient that rises linearly from 0 over the first `share` of the run."""
+    return coefficient * min(1.0, progress / share) if share else coefficient

@@ -3,125 +3,59 @@
     z     = W_enc (x - b_dec) + b_enc
     f     = relu(TopK_k(z))
     x_hat = W_dec^T f + b_dec
-    L     = E|x - x_hat|^2 / Var(x)  +  alpha E|e - e_hat|^2 / Var(e)
+    L     = E|x - x_hat|^2 / Var(x)  +  alpha L_aux            (auxk.py)
 
-with e = x - x_hat, held fixed, and e_hat = W_dec^T relu(TopK_auxk(z of dead latents)), without a
-bias. Decoder rows have unit norm; the gradient's part along them is taken out before Adam sees it.
+Decoder rows have unit norm; the gradient's part along them is left out.
 """
 
 import torch
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from dist_sae.config.sae import TopKConfig
-from dist_sae.sae.base import Codes, GlobalSum, LossTerms, Output
-from dist_sae.sae.constraints import normalise_rows_, remove_parallel_
-from dist_sae.sae.kernels import torch as kernels
+from dist_sae.sae.auxk import auxk_loss, retie_, topk_entries
+from dist_sae.sae.base import Codes, Dictionary, LossTerms, Output, Step, fired
+from dist_sae.sae.constraints import normalise_rows_
+from dist_sae.sae.init import initialise_tied
+from dist_sae.sae.kernels import autograd
+from dist_sae.sae.schedules import annealed
 
 
-class TopK(nn.Module):
-    """The dictionary and its loss.
+class TopK(Dictionary):
+    """The dictionary and its loss."""
 
-    Args:
-        config: The recipe.
-        d_in: Width of the activations.
-        product_dtype: Precision of the encoder product in training.
-        dtype: Precision of the parameters.
-    """
-
-    def __init__(
-        self,
-        config: TopKConfig,
-        d_in: int,
-        product_dtype: torch.dtype = torch.float32,
-        dtype: torch.dtype = torch.float32,
-    ) -> None:
-        super().__init__()
-        self.config = config
-        self.product_dtype = product_dtype
-        self.W_enc = nn.Parameter(torch.zeros(config.n_latents, d_in, dtype=dtype))
-        self.W_dec = nn.Parameter(torch.zeros(config.n_latents, d_in, dtype=dtype))
-        self.b_enc = nn.Parameter(torch.zeros(config.n_latents, dtype=dtype))
-        self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype))
+    config: TopKConfig
 
     @torch.no_grad()
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
-        pre_acts, latents = kernels.select_topk(
-            x - self.b_dec, self.W_enc, self.b_enc, self.config.k, self.W_enc.dtype
+        centred = self.axis.gather(x) - self.b_dec
+        pre_acts, entries = topk_entries(
+            self, centred, self.config.k, product_dtype=self.W_enc.dtype
         )
-        return Codes(pre_acts.relu(), latents)
+        return Codes(pre_acts.relu(), entries.latents, entries.starts)
 
-    @torch.no_grad()
-    def decode(self, codes: Codes) -> Float[Tensor, "batch d_in"]:
-        return kernels.sparse_matmul(codes.acts, codes.latents, self.W_dec) + self.b_dec
+    def objective(self, x: Float[Tensor, "batch d_in"], step: Step) -> Output:
+        config = self.config
+        k = annealed(step.progress, config.k, config.k_start, config.k_anneal_share)
+        b_dec = self.axis.replicated(self.b_dec)
+        centred = (self.axis.gather(x) - b_dec).detach()
+        pre_acts, entries = topk_entries(self, centred, k)
+        pre_acts = autograd.encode(
+            pre_acts, self.kernels, entries, centred, self.W_enc, self.b_enc, b_dec
+        )
+        acts = pre_acts.relu()
+        parts = autograd.decode(acts, self.kernels, entries, self.W_dec, unit_rows=True)
+        error = x - (self.axis.scatter_sum(parts) + b_dec)
+        fvu = error.square().sum() / (len(centred) * step.variance)
+        auxk = auxk_loss(self, config.auxk, error.detach(), centred, b_dec, step)
+        terms = LossTerms(fvu, auxk, fvu.new_zeros(()), fvu + config.auxk_coefficient * auxk)
+        return Output(terms, fired(acts, entries), (acts > 0).sum())
 
-    def forward(
-        self,
-        x: Float[Tensor, "batch d_in"],
-        variance: float,
-        dead: Bool[Tensor, " n_latents"],
-        global_sum: GlobalSum,
-    ) -> Output:
-        """`objective`, under the name that wrappers of modules call."""
-        return self.objective(x, variance, dead, global_sum)
+    def initialise(self, x: Float[Tensor, "batch d_in"], seed: int) -> None:
+        initialise_tied(self, x, seed)
 
-    def objective(
-        self,
-        x: Float[Tensor, "batch d_in"],
-        variance: float,
-        dead: Bool[Tensor, " n_latents"],
-        global_sum: GlobalSum,
-    ) -> Output:
-        centred = (x - self.b_dec).detach()
-        pre_acts, latents = self._select(centred, self.W_enc, self.b_enc, self.config.k)
-        selection = kernels.Selection(latents, self.config.n_latents)
-        acts = kernels.encode(pre_acts, selection, centred, self.W_enc, self.b_enc, self.b_dec)
-        x_hat = kernels.decode(acts, selection, self.W_dec) + self.b_dec
-        fvu = (x - x_hat).square().sum() / (len(x) * variance)
-        auxk = self._auxk_loss((x - x_hat).detach(), centred, dead, global_sum)
-        terms = LossTerms(fvu, auxk, fvu + self.config.auxk_coefficient * auxk)
-        return Output(terms, Codes(acts.detach(), latents))
-
-    def constrain_gradients(self) -> None:
-        if self.W_dec.grad is not None:
-            remove_parallel_(self.W_dec.grad, self.W_dec)
-
-    def constrain_parameters(self) -> None:
+    def constrain(self) -> None:
         normalise_rows_(self.W_dec)
 
-    def _auxk_loss(
-        self,
-        error: Float[Tensor, "batch d_in"],
-        centred: Float[Tensor, "batch d_in"],
-        dead: Bool[Tensor, " n_latents"],
-        global_sum: GlobalSum,
-    ) -> Float[Tensor, ""]:
-        """E|e - e_hat|^2 / Var(e) over the global batch; 0 without dead latents or variance."""
-        candidates = dead.nonzero()[:, 0]
-        if not self.config.auxk or not len(candidates):
-            return error.new_zeros(())
-        spread, rows = _sum_of_squares_about_mean(error, global_sum)
-        if not spread > 0:
-            return error.new_zeros(())
-        pre_acts, within = self._select(
-            centred, self.W_enc[candidates], self.b_enc[candidates], self.config.auxk
-        )
-        selection = kernels.Selection(candidates[within], self.config.n_latents)
-        acts = kernels.encode(pre_acts, selection, centred, self.W_enc, self.b_enc, self.b_dec)
-        e_hat = kernels.decode(acts, selection, self.W_dec)
-        # the mean over ranks of this is the global sum over the global spread
-        return (error - e_hat).square().sum() / spread * (rows / len(error))
-
-    @torch.no_grad()
-    def _select(
-        self, centred: Tensor, W_enc: Tensor, b_enc: Tensor, k: int
-    ) -> tuple[Tensor, Tensor]:
-        return kernels.select_topk(centred, W_enc, b_enc, k, self.product_dtype)
-
-
-def _sum_of_squares_about_mean(error: Tensor, global_sum: GlobalSum) -> tuple[Tensor, int]:
-    """(sum |e - mean e|^2, rows), both over the global batch."""
-    local = torch.cat([error.sum(0), error.square().sum()[None], error.new_tensor([len(error)])])
-    total = global_sum(local)
-    sums, squares, rows = total[:-2], total[-2], total[-1]
-    return squares - sums.square().sum() / rows, int(rows)
+    def retie(self, stuck: Bool[Tensor, " n_local"]) -> None:
+        retie_(self, stuck)

@@ -42,11 +42,19 @@ METRICS = (
     Metric(
         "dist_sae_train_auxk_loss", "gauge", "AuxK loss on the last batch, before its coefficient."
     ),
+    Metric(
+        "dist_sae_train_sparsity_loss", "gauge", "Sparsity penalty on the last batch, weighted."
+    ),
     Metric("dist_sae_train_l0_latents", "gauge", "Latents active per row on the last batch."),
     Metric(
         "dist_sae_train_dead_share",
         "gauge",
         "Share of latents that have not fired for dead_after_rows.",
+    ),
+    Metric(
+        "dist_sae_train_stuck_latents_total",
+        "counter",
+        "Latents that were dead for another dead_after_rows; TopK and BatchTopK re-tie them.",
     ),
     Metric("dist_sae_train_gradient_norm", "gauge", "Norm of the global gradient before clipping."),
     Metric("dist_sae_train_learning_rate", "gauge", "Learning rate of the last step."),

@@ -149,6 +149,22 @@ def test_load_run_refuses_urls_that_lead_nowhere(
         (["train.rows=255"], "train.rows: 255 is less than one batch (256 rows)"),
         (["processes.trainers=3"], "processes.trainers: 3 does not divide activations.streams (4)"),
         (
+            ["processes.trainers=2", "processes.shards=4"],
+            "processes.shards: 4 does not divide processes.trainers (2)",
+        ),
+        (
+            ["processes.trainers=4", "processes.shards=4", "sae.n_latents=33"],
+            "sae.n_latents: 33 is not a multiple of processes.shards (4); use 32 or 36",
+        ),
+        (
+            ["processes.trainers=4", "processes.shards=4", "sae.n_latents=3", "sae.auxk=0"],
+            "sae.n_latents: 3 is not a multiple of processes.shards (4); use 4",
+        ),
+        (
+            ["sae.n_latents=5000", "sae.init=data"],
+            "sae.init: data wants n_latents (5000) rows, of train.rows",
+        ),
+        (
             ["telemetry.port=65535"],
             "telemetry.port: 65535 leaves no ports for 1 producers and 1 trainers: "
             "the last one would be 65536",
@@ -313,6 +329,14 @@ def test_learning_rate_follows_the_width_unless_given(tmp_path: Path) -> None:
     # 2e-4 * sqrt(2^14 / 2^18) = 2e-4 / 4
     assert load_run(path, ["sae.n_latents=262144"]).lr == pytest.approx(5e-5)
     assert load_run(path, ["train.lr=0.5"]).lr == 0.5
+
+
+@pytest.mark.parametrize(("trainers", "shards", "replicas"), [(1, 1, 1), (4, 1, 4), (4, 2, 2)])
+def test_ranks_are_replicas_times_shards(
+    tmp_path: Path, trainers: int, shards: int, replicas: int
+) -> None:
+    settings = [f"processes.trainers={trainers}", f"processes.shards={shards}"]
+    assert load_run(synthetic_run(tmp_path), settings).replicas == replicas
 
 
 def test_steps_are_full_batches(tmp_path: Path) -> None:

@@ -5,9 +5,12 @@ import torch
 
 from dist_sae.config.sae import TopKConfig
 from dist_sae.sae import build_sae
-from dist_sae.sae.base import Codes, identity_sum
-from dist_sae.sae.dead import DeadLatents, fired
-from dist_sae.sae.init import geometric_median, initialise
+from dist_sae.sae.axis import WHOLE
+from dist_sae.sae.base import Codes, fired
+from dist_sae.sae.dead import DeadLatents
+from dist_sae.sae.ema import WeightAverage
+from dist_sae.sae.init import geometric_median, initialise_tied
+from dist_sae.sae.kernels import Entries
 from dist_sae.sae.metrics import Fit, ce_recovered
 from dist_sae.sae.schedules import learning_rate
 
@@ -29,26 +32,51 @@ def test_dead_latents_are_counted_in_rows_and_revive() -> None:
     for _ in range(2):
         dead.update(torch.tensor([True, False, False]), rows=10)
     assert dead.mask.tolist() == [False, True, True]
+    assert (dead.count, dead.share) == (2, 2 / 3)
     dead.update(torch.tensor([False, True, False]), rows=10)
     assert dead.mask.tolist() == [False, False, True]
     assert dead.idle_rows.tolist() == [10, 0, 30]
 
 
+def test_a_latent_is_stuck_once_in_every_further_window() -> None:
+    """Dead from 20 rows on; stuck when 40, 60, ... are first reached, in batches of 8."""
+    dead = DeadLatents(2, after_rows=20)
+    stuck = []
+    for batch in range(1, 10):
+        dead.update(torch.tensor([True, False]), rows=8)
+        assert dead.n_stuck == int(dead.stuck.sum())
+        if dead.stuck[1]:
+            stuck.append(8 * batch)
+    assert stuck == [40, 64]
+    assert not dead.stuck[0]
+
+
 def test_fired_ignores_latents_selected_at_zero() -> None:
-    codes = Codes(torch.tensor([[1.0, 0.0], [0.0, 2.0]]), torch.tensor([[0, 1], [2, 3]]))
-    assert fired(codes, 5).tolist() == [True, False, False, True, False]
+    entries = Entries(torch.tensor([0, 1, 2, 3]), torch.tensor([0, 2]), 5)
+    acts = torch.tensor([1.0, 0.0, -1.0, 2.0])
+    assert fired(acts, entries).tolist() == [True, False, False, True, False]
+
+
+def test_entries_know_their_rows_and_their_order_by_latent() -> None:
+    """Of 4 rows the second and the last are empty."""
+    entries = Entries(torch.tensor([3, 1, 3, 0, 1]), torch.tensor([0, 2, 2, 5]), 5)
+    assert entries.rows.tolist() == [0, 0, 2, 2, 2]
+    order, starts = entries.by_latent
+    assert entries.latents[order].tolist() == [0, 1, 1, 3, 3]
+    assert order.tolist() == [3, 1, 4, 0, 2]  # of one latent in the order of the rows
+    assert starts.tolist() == [0, 1, 3, 3, 5]
 
 
 def test_geometric_median_is_not_moved_by_an_outlier() -> None:
     """Of points on a line it is the median: 2, where the mean is 202."""
     x = torch.tensor([[0.0], [1.0], [2.0], [3.0], [1004.0]])
-    assert float(geometric_median(x, identity_sum)) == pytest.approx(2.0, abs=1e-3)
+    assert float(geometric_median(x, WHOLE)) == pytest.approx(2.0, abs=1e-3)
 
 
 def test_initial_reconstruction_is_as_long_as_the_data() -> None:
     x = 3 * torch.randn(256, 24, generator=torch.Generator().manual_seed(0)) + 1
     sae = build_sae(TopKConfig(n_latents=96, k=8, auxk=0), 24)
-    initialise(sae, x, seed=5, global_sum=identity_sum)
+    initialise_tied(sae, x, seed=5)
     centre = sae.b_dec.detach()
     rebuilt = sae.decode(sae.encode(x)) - centre
     lengths = rebuilt.norm(dim=1).mean() / (x - centre).norm(dim=1).mean()
@@ -58,10 +86,26 @@ def test_initial_reconstruction_is_as_long_as_the_data() -> None:
     torch.testing.assert_close(cosines.detach(), torch.ones(96))
 
 
+def test_the_running_mean_begins_at_the_weights_and_follows_them() -> None:
+    """Decay .75: 0, then .25 x 4 = 1, then .75 x 1 + .25 x 4 = 1.75; in 3 of 4 dims nothing."""
+    module = torch.nn.Linear(4, 1, bias=False)
+    with torch.no_grad():
+        module.weight.zero_()
+    average = WeightAverage(module, 0.75)
+    with torch.no_grad():
+        module.weight[0, 2] = 4.0
+    assert not average.mean["weight"].any()  # a copy
+    seen = []
+    for _ in range(2):
+        average.update()
+        seen.append(average.mean["weight"].tolist())
+    assert seen == [[[0.0, 0.0, 1.0, 0.0]], [[0.0, 0.0, 1.75, 0.0]]]
+
+
 def test_fit_sums_over_the_set_and_not_over_batches() -> None:
     """Two batches of different size: the ratio of sums, not the mean of two ratios (D11)."""
     mean = torch.zeros(1)
-    codes = Codes(torch.ones(1, 1), torch.zeros(1, 1, dtype=torch.int64))
+    codes = Codes(torch.ones(1), torch.tensor([0]), torch.tensor([0]))
     fit = Fit.empty(2).add(torch.tensor([[1.0]]), torch.tensor([[0.0]]), codes, mean)
     fit = fit.add(torch.tensor([[3.0]]), torch.tensor([[3.0]]), codes, mean)
     assert fit.fvu == pytest.approx(1 / 10)  # (1 + 0) / (1 + 9), where the mean of ratios is 1/2
@@ -71,7 +115,7 @@ def test_fit_sums_over_the_set_and_not_over_batches() -> None:
 
 def test_fvu_of_the_identity_is_zero_and_of_the_mean_is_one() -> None:
     x = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
-    codes = Codes(torch.zeros(64, 1), torch.zeros(64, 1, dtype=torch.int64))
+    codes = Codes(torch.zeros(0), torch.zeros(0).long(), torch.zeros(64).long())
     assert Fit.empty(1).add(x, x, codes, x.mean(0)).fvu == 0
     assert Fit.empty(1).add(x, x.mean(0).expand_as(x), codes, x.mean(0)).fvu == pytest.approx(1)
 

@@ -1,40 +1,134 @@
-"""The oracle: the same mathematics, dense, by autograd. Slow, obvious, used in tests."""
+"""The oracle: the losses of all recipes, dense, by autograd. Slow, obvious, used in tests."""
+
+from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dist_sae.sae.base import LossTerms
+from dist_sae.config.sae import (
+    BatchTopKConfig,
+    JumpReLUConfig,
+    JumpReLUTanhConfig,
+    ReLUConfig,
+    TopKConfig,
+)
+from dist_sae.sae.base import LossTerms, Step
+from dist_sae.sae.schedules import annealed, warmed_up
+
+Parameters = dict[str, Tensor]
 
 
-def topk_loss(
-    x: Float[Tensor, "batch d_in"],
-    W_enc: Float[Tensor, "n_latents d_in"],
-    b_enc: Float[Tensor, " n_latents"],
-    W_dec: Float[Tensor, "n_latents d_in"],
-    b_dec: Float[Tensor, " d_in"],
-    *,
-    k: int,
-    variance: float,
-    dead: Bool[Tensor, " n_latents"],
-    auxk: int,
-    auxk_coefficient: float,
+def topk_loss(x: Tensor, p: Parameters, config: TopKConfig, step: Step) -> LossTerms:
+    """`sae/topk.py`."""
+    k = annealed(step.progress, config.k, config.k_start, config.k_anneal_share)
+    pre_acts = (x - p["b_dec"]) @ p["W_enc"].T + p["b_enc"]
+    return _with_auxk(x, _topk(pre_acts, k).relu(), pre_acts, p, config, step)
+
+
+def batchtopk_loss(x: Tensor, p: Parameters, config: BatchTopKConfig, step: Step) -> LossTerms:
+    """`sae/batchtopk.py`."""
+    k = annealed(step.progress, config.k, config.k_start, config.k_anneal_share)
+    pre_acts = (x - p["b_dec"]) @ p["W_enc"].T + p["b_enc"]
+    # the first of equals by latent, then by row
+    flat = _topk(pre_acts.relu().T.reshape(1, -1), k * len(x))
+    return _with_auxk(x, flat.reshape(-1, len(x)).T, pre_acts, p, config, step)
+
+
+def jumprelu_loss(x: Tensor, p: Parameters, config: JumpReLUConfig, step: Step) -> LossTerms:
+    """`sae/jumprelu.py`."""
+    eps = config.bandwidth * x.shape[1] ** 0.5
+    z, theta = x @ p["W_enc"].T + p["b_enc"], p["log_threshold"].exp()
+    acts = _JumpReLU.apply(z, theta, eps, False)  # type: ignore[no-untyped-call]
+    l0 = _Step.apply(z, theta, eps).sum() / len(x)  # type: ignore[no-untyped-call]
+    fvu = _fvu(x, acts @ p["W_dec"] + p["b_dec"], step)
+    sparsity = warmed_up(step.progress, config.sparsity, config.sparsity_warmup_share) * l0
+    return LossTerms(fvu, fvu.new_zeros(()), sparsity, fvu + sparsity)
+
+
+def jumprelu_tanh_loss(
+    x: Tensor, p: Parameters, config: JumpReLUTanhConfig, step: Step
 ) -> LossTerms:
-    """TopK with AuxK as Gao et al. 2024 state it (arXiv:2406.04093, 2.3 and A.2)."""
-    pre_acts = (x - b_dec) @ W_enc.T + b_enc
-    x_hat = _topk(pre_acts, k).relu() @ W_dec + b_dec
-    fvu = (x - x_hat).square().sum() / (len(x) * variance)
-    error = (x - x_hat).detach()
-    aux = fvu.new_zeros(())
-    if auxk and dead.any():
-        e_hat = _topk(pre_acts.where(dead, -torch.inf), min(auxk, int(dead.sum()))).relu() @ W_dec
+    """`sae/jumprelu_tanh.py`."""
+    z, theta = x @ p["W_enc"].T + p["b_enc"], p["log_threshold"].exp()
+    norms = p["W_dec"].norm(dim=1)
+    acts = _JumpReLU.apply(z, theta, config.bandwidth, True)  # type: ignore[no-untyped-call]
+    fvu = _fvu(x, acts @ p["W_dec"] + p["b_dec"], step)
+    coefficient = warmed_up(step.progress, config.sparsity, config.sparsity_warmup_share)
+    penalty = coefficient * torch.tanh(config.tanh_scale * acts * norms).sum()
+    penalty = penalty + config.pre_act * ((theta - z).relu() * norms).sum()
+    sparsity = penalty / (len(x) * step.variance)
+    return LossTerms(fvu, fvu.new_zeros(()), sparsity, fvu + sparsity)
+
+
+def relu_loss(x: Tensor, p: Parameters, config: ReLUConfig, step: Step) -> LossTerms:
+    """`sae/relu.py`."""
+    acts = (x @ p["W_enc"].T + p["b_enc"]).relu()
+    fvu = _fvu(x, acts @ p["W_dec"] + p["b_dec"], step)
+    l1 = (acts * p["W_dec"].norm(dim=1)).sum() / (len(x) * step.variance)
+    sparsity = warmed_up(step.progress, config.sparsity, config.sparsity_warmup_share) * l1
+    return LossTerms(fvu, fvu.new_zeros(()), sparsity, fvu + sparsity)
+
+
+def _with_auxk(
+    x: Tensor,
+    acts: Tensor,
+    pre_acts: Tensor,
+    p: Parameters,
+    config: TopKConfig | BatchTopKConfig,
+    step: Step,
+) -> LossTerms:
+    x_hat = acts @ p["W_dec"] + p["b_dec"]
+    fvu = _fvu(x, x_hat, step)
+    error, aux = (x - x_hat).detach(), fvu.new_zeros(())
+    if config.auxk and step.dead.any():
+        among_dead = pre_acts.where(step.dead, -torch.inf)
+        e_hat = _topk(among_dead, min(config.auxk, int(step.dead.sum()))).relu() @ p["W_dec"]
         spread = (error - error.mean(0)).square().sum()
         if spread > 0:
             aux = (error - e_hat).square().sum() / spread
-    return LossTerms(fvu, aux, fvu + auxk_coefficient * aux)
+    return LossTerms(fvu, aux, fvu.new_zeros(()), fvu + config.auxk_coefficient * aux)
 
 
-def _topk(pre_acts: Tensor, k: int) -> Tensor:
-    """All but the k largest of each row set to zero."""
-    top = pre_acts.topk(k, dim=1)
-    return torch.zeros_like(pre_acts).scatter(1, top.indices, top.values)
+def _fvu(x: Tensor, x_hat: Tensor, step: Step) -> Tensor:
+    return (x - x_hat).square().sum() / (len(x) * step.variance)
+
+
+def _topk(values: Tensor, k: int) -> Tensor:
+    """All but the k largest of each row set to zero; of equals the first are kept."""
+    kept = values.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return torch.zeros_like(values).scatter(1, kept, values.gather(1, kept))
+
+
+class _JumpReLU(torch.autograd.Function):
+    """z H(z - theta), its gradients written out as in SAE papers' appendices."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, theta: Tensor, eps: float, through_z: bool) -> Tensor:  # noqa: FBT001
+        ctx.save_for_backward(z, theta)
+        ctx.eps, ctx.through_z = eps, through_z
+        return z * (z > theta)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        z, theta = ctx.saved_tensors
+        kernel = ((z - theta) / ctx.eps).abs() < 0.5  # noqa: PLR2004 - K is 1 up to one half
+        grad_z = gradient * (z > theta)
+        if ctx.through_z:
+            grad_z = grad_z + gradient * (theta / ctx.eps) * kernel
+        return grad_z, (-(theta / ctx.eps) * kernel * gradient).sum(0), None, None
+
+
+class _Step(torch.autograd.Function):
+    """H(z - theta)."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, theta: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(z, theta)
+        ctx.eps = eps
+        return (z > theta).to(z.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        z, theta = ctx.saved_tensors
+        kernel = ((z - theta) / ctx.eps).abs() < 0.5  # noqa: PLR2004
+        return None, -(gradient * kernel / ctx.eps).sum(0), None

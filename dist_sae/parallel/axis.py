@@ -1,0 +1,99 @@
+"""The latent axis as collectives: what `sae/axis.py` declares, between the ranks of a mesh."""
+
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dist_sae.sae.axis import WHOLE
+
+
+class ShardedAxis(NamedTuple):
+    """See `LatentAxis`. Ranks of a replica are neighbours: rank = replica * shards + shard."""
+
+    shard: int
+    shards: int
+    replica: int
+    replicas: int
+    within: dist.ProcessGroup
+    """The ranks of this replica."""
+    across: dist.ProcessGroup
+    """The ranks with this shard."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        return _gathered(x, self.within, self.shards)
+
+    def scatter_sum(self, parts: Tensor) -> Tensor:
+        result: Tensor = _ScatterSum.apply(parts, self.within, self.shards)  # type: ignore[no-untyped-call]
+        return result
+
+    def replicated(self, parameter: Tensor) -> Tensor:
+        result: Tensor = _Replicated.apply(parameter, self.within)  # type: ignore[no-untyped-call]
+        return result
+
+    def kth_largest(self, keys: Tensor, k: int) -> Tensor:
+        """Each rank decides for an equal part of the rows, from all ranks' candidates."""
+        if self.shards == 1:
+            return WHOLE.kth_largest(keys, k)
+        per_rank = keys.reshape(self.shards, -1, keys.shape[1])
+        received = torch.empty_like(per_rank)
+        dist.all_to_all_single(received, per_rank.contiguous(), group=self.within)
+        candidates = received.transpose(0, 1).flatten(1)
+        kth = candidates.topk(min(k, candidates.shape[1]), dim=1).values[:, -1]
+        return _gathered(kth, self.within, self.shards)
+
+    def across_replicas(self, tensor: Tensor) -> Tensor:
+        return _summed(tensor, self.across)
+
+    def total(self, tensor: Tensor) -> Tensor:
+        return _summed(tensor, None)
+
+
+class _ScatterSum(torch.autograd.Function):
+    """Reduce-scatter of dim 0 forward, all-gather backward."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor, group: dist.ProcessGroup, shards: int) -> Tensor:
+        ctx.group, ctx.shards = group, shards
+        if shards == 1:
+            return parts.view_as(parts)
+        own = parts.new_empty(len(parts) // shards, *parts.shape[1:])
+        dist.reduce_scatter_single(own, parts.contiguous(), group=group)
+        return own
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _gathered(gradient, ctx.group, ctx.shards), None, None
+
+
+class _Replicated(torch.autograd.Function):
+    """The identity forward, all-reduce backward."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _summed(gradient, ctx.group), None
+
+
+def _gathered(tensor: Tensor, group: dist.ProcessGroup, ranks: int) -> Tensor:
+    if ranks == 1:
+        return tensor
+    whole = tensor.new_empty(ranks * len(tensor), *tensor.shape[1:])
+    dist.all_gather_single(whole, tensor.contiguous(), group=group)
+    return whole
+
+
+def _summed(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    if dist.get_world_size(group) == 1:
+        return tensor
+    tensor = tensor.clone()
+    dist.all_reduce(tensor, group=group)
+    return tensor

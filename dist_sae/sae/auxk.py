@@ -1,0 +1,99 @@
+"""AuxK: dead latents learn from the error that the live ones leave (Gao et al. 2024, A.2).
+
+    e     = x - x_hat, held fixed
+    e_hat = W_dec^T relu(TopK_auxk(z of dead latents))      (no bias)
+    L_aux = sum |e - e_hat|^2 / sum |e - mean e|^2          (sums over the global batch)
+
+A latent whose z is negative on every row gets no gradient from this and would be dead for good.
+One that has been dead for as long as it took to be called dead is *stuck*, and re-tied: it gets the
+direction of its decoder row as its encoder, and no bias.
+"""
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from dist_sae.sae.base import Dictionary, Step
+from dist_sae.sae.kernels import Entries, autograd, select
+
+
+def auxk_loss(
+    sae: Dictionary,
+    auxk: int,
+    error: Float[Tensor, "batch d_in"],
+    centred: Float[Tensor, "rows d_in"],
+    b_dec: Float[Tensor, " d_in"],
+    step: Step,
+) -> Float[Tensor, ""]:
+    """The loss above, of this rank's rows; 0 without dead latents or error.
+
+    Args:
+        sae: The dictionary.
+        auxk: Dead latents that reconstruct the error of each row.
+        error: e of this rank's rows.
+        centred: The replica's rows less b_dec.
+        b_dec: Gets the gradient of the centring.
+        step: Which latents are dead.
+    """
+    if not auxk or not step.n_dead:
+        return error.new_zeros(())
+    spread, rows = _sum_of_squares_about_mean(sae, error)
+    if not spread > 0:
+        return error.new_zeros(())
+    pre_acts, entries = topk_entries(sae, centred, auxk, among=step.dead.nonzero()[:, 0])
+    pre_acts = autograd.encode(pre_acts, sae.kernels, entries, centred, sae.W_enc, sae.b_enc, b_dec)
+    parts = autograd.decode(pre_acts.relu(), sae.kernels, entries, sae.W_dec, unit_rows=True)
+    e_hat = sae.axis.scatter_sum(parts)
+    return (error - e_hat).square().sum() / spread * (rows / len(centred))
+
+
+@torch.no_grad()
+def retie_(sae: Dictionary, stuck: Bool[Tensor, " n_local"]) -> None:
+    """Give stuck latents their decoder row, at the length of the old, as encoder, and no bias."""
+    lengths = sae.W_enc[stuck].norm(dim=1, keepdim=True)
+    sae.W_enc[stuck] = sae.W_dec[stuck] * lengths  # decoder rows have unit norm
+    sae.b_enc[stuck] = 0
+
+
+@torch.no_grad()
+def topk_entries(
+    sae: Dictionary,
+    centred: Float[Tensor, "rows d_in"],
+    k: int,
+    *,
+    among: Tensor | None = None,
+    product_dtype: torch.dtype | None = None,
+) -> tuple[Float[Tensor, " entries"], Entries]:
+    """This shard's part of the k largest pre-activations of each row over all shards.
+
+    Args:
+        sae: The dictionary.
+        centred: The replica's rows less b_dec.
+        k: How many of each row.
+        among: This shard's latents to choose from; all if None.
+        product_dtype: Precision of the product; `sae.product_dtype` if None.
+    """
+    product_dtype = product_dtype or sae.product_dtype
+    keys = select.topk_keys(
+        centred,
+        sae.W_enc,
+        sae.b_enc,
+        min(k, sae.n_latents),
+        product_dtype,
+        sae.kernels,
+        first=sae.first_latent,
+        among=among,
+    )
+    threshold = sae.axis.kth_largest(keys, k)
+    pre_acts, entries = select.entries_of(keys, threshold, sae.first_latent, len(sae.W_enc))
+    if product_dtype == torch.float64:  # keys hold fp32
+        pre_acts = sae.kernels.gather_dot(centred, entries, sae.W_enc) + sae.b_enc[entries.latents]
+    return pre_acts.to(sae.W_enc.dtype), entries
+
+
+def _sum_of_squares_about_mean(sae: Dictionary, error: Tensor) -> tuple[Tensor, int]:
+    """(sum |e - mean e|^2, rows), both over the global batch."""
+    local = torch.cat([error.sum(0), error.square().sum()[None], error.new_tensor([len(error)])])
+    total = sae.axis.total(local)
+    sums, squares, rows = total[:-2], total[-2], total[-1]
+    return squares - sums.square().sum() / rows, int(rows)

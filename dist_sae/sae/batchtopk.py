@@ -1,0 +1,144 @@
+"""BatchTopK (Bussmann et al. 2024, arXiv:2412.06410), with AuxK.
+
+    z     = W_enc (x - b_dec) + b_enc
+    f     = relu(z) where it is among the (rows * k) largest of the global batch, else 0
+    x_hat = W_dec^T f + b_dec
+    L     = E|x - x_hat|^2 / Var(x)  +  alpha L_aux            (auxk.py)
+
+A row has k active latents on average, and its codes depend on the rows beside it. At inference they
+do not: f = z where z > theta, with theta the running mean of the smallest f kept in a batch.
+Decoder rows have unit norm, so that z alone says how much a latent matters.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dist_sae.config.sae import BatchTopKConfig
+from dist_sae.sae.auxk import auxk_loss, retie_
+from dist_sae.sae.axis import LatentAxis
+from dist_sae.sae.base import Codes, Dictionary, LossTerms, Output, Step, fired
+from dist_sae.sae.constraints import normalise_rows_
+from dist_sae.sae.init import initialise_tied
+from dist_sae.sae.kernels import Entries, autograd, select
+from dist_sae.sae.kernels.keys import from_ordered, ordered
+from dist_sae.sae.kernels.select import Candidates
+from dist_sae.sae.schedules import annealed
+
+_DIGIT = 16  # bits
+
+
+class BatchTopK(Dictionary):
+    """The dictionary and its loss."""
+
+    threshold: Float[Tensor, "2"]
+    """(sum, weight) of the running mean of the smallest code kept; theta = sum / weight."""
+
+    config: BatchTopKConfig
+
+    def __init__(self, config: BatchTopKConfig, d_in: int, *place: Any, **precision: Any) -> None:
+        super().__init__(config, d_in, *place, **precision)
+        self.register_buffer("threshold", torch.zeros(2, dtype=torch.float64))
+
+    @property
+    def theta(self) -> float:
+        """The least code at inference; 0 before the first step."""
+        total, weight = self.threshold.tolist()
+        return total / weight if weight else 0.0
+
+    @torch.no_grad()
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
+        centred = self.axis.gather(x) - self.b_dec
+        bound = torch.full_like(self.b_enc, self.theta)
+        found = select.above(centred, self.W_enc, self.b_enc, bound, self.W_enc.dtype)
+        assert found is not None
+        return Codes(found.values, found.latents, select.starts_of(found.rows, len(centred)))
+
+    def objective(self, x: Float[Tensor, "batch d_in"], step: Step) -> Output:
+        config = self.config
+        k = annealed(step.progress, config.k, config.k_start, config.k_anneal_share)
+        b_dec = self.axis.replicated(self.b_dec)
+        centred = (self.axis.gather(x) - b_dec).detach()
+        pre_acts, entries = self._select(centred, k)
+        acts = autograd.encode(
+            pre_acts, self.kernels, entries, centred, self.W_enc, self.b_enc, b_dec
+        )
+        parts = autograd.decode(acts, self.kernels, entries, self.W_dec, unit_rows=True)
+        error = x - (self.axis.scatter_sum(parts) + b_dec)
+        fvu = error.square().sum() / (len(centred) * step.variance)
+        auxk = auxk_loss(self, config.auxk, error.detach(), centred, b_dec, step)
+        terms = LossTerms(fvu, auxk, fvu.new_zeros(()), fvu + config.auxk_coefficient * auxk)
+        return Output(terms, fired(acts, entries), (acts > 0).sum())
+
+    def initialise(self, x: Float[Tensor, "batch d_in"], seed: int) -> None:
+        initialise_tied(self, x, seed)
+
+    def constrain(self) -> None:
+        normalise_rows_(self.W_dec)
+
+    def retie(self, stuck: Bool[Tensor, " n_local"]) -> None:
+        retie_(self, stuck)
+
+    @torch.no_grad()
+    def _select(self, centred: Tensor, k: int) -> tuple[Tensor, Entries]:
+        """This shard's part of the (rows * k) largest positive pre-activations of all ranks."""
+        rows = len(centred)
+        count = k * rows * self.axis.replicas
+        found = select.largest(centred, self.W_enc, self.b_enc, count, self.product_dtype)
+        total = int(self.axis.total(torch.tensor(len(found.values), device=centred.device)))
+        if total:
+            chosen, least = self._reach(found, min(count, total), rows)
+            found = Candidates(*(part[chosen] for part in found))
+            if self.training:
+                decay, seen = self.config.threshold_decay, torch.stack([least, least.new_ones(())])
+                self.threshold.mul_(decay).add_((1 - decay) * seen.double())
+        found = select.by_row(found)
+        entries = Entries(found.latents, select.starts_of(found.rows, rows), len(self.W_enc))
+        return found.values, entries
+
+    def _reach(self, found: Candidates, count: int, rows: int) -> tuple[Tensor, Tensor]:
+        """(Which candidates are among the `count` largest of all ranks, the least of these).
+
+        Of equal ones the lower latents win, then the earlier rows of the global batch.
+        """
+        axis = self.axis
+        order = ordered(found.values)
+        least, before = kth_largest(axis, order, count, bits=32)
+        chosen, tied = order >= least, order == least
+        missing = count - before
+        if int(axis.total(tied.sum())) > missing:
+            position = (found.latents + self.first_latent) * (rows * axis.replicas)
+            position += found.rows + rows * axis.replica
+            last, _ = kth_largest(axis, -position[tied], missing, bits=64)
+            chosen &= ~tied | (-position >= last)
+        return chosen, from_ordered(least)
+
+
+def kth_largest(
+    axis: LatentAxis, values: Int[Tensor, " some"], k: int, *, bits: int
+) -> tuple[Int[Tensor, ""], int]:
+    """(The k-th largest of the values of all ranks, how many are larger), by radix selection.
+
+    Counts of 16 bits at a time are summed over the ranks; no value leaves its rank.
+
+    Args:
+        axis: The ranks.
+        values: This rank's, signed, within `bits` bits.
+        k: From 1, at most what all ranks have together.
+        bits: 32 or 64.
+    """
+    digits = 1 << _DIGIT
+    found, before = values.new_zeros(()), 0
+    for shift in range(bits - _DIGIT, -1, -_DIGIT):
+        # the highest digit is signed: half of them lie below 0
+        low = digits // 2 if shift == bits - _DIGIT else 0
+        digit = ((values >> shift) + low) & (digits - 1)
+        from_top = axis.total(torch.bincount(digit, minlength=digits)).flip(0).cumsum(0)
+        place = int((from_top < k - before).sum())
+        before += int(from_top[place - 1]) if place else 0
+        chosen = digits - 1 - place
+        values = values[digit == chosen]
+        found = found + ((chosen - low) << shift)
+    return found, before

@@ -1,0 +1,122 @@
+"""JumpReLU with an L0 penalty (Rajamanoharan et al. 2024, arXiv:2407.14435; Gemma Scope).
+
+    z     = W_enc x + b_enc
+    f     = z H(z - theta)                                     theta = exp(log_threshold)
+    x_hat = W_dec^T f + b_dec
+    L     = E|x - x_hat|^2 / Var(x)  +  lambda E|f|_0
+
+The step H has no gradient of its own. With K(u) = 1 for |u| < 1/2, else 0:
+
+    df/dz = H(z - theta)        df/dtheta = -(theta / eps) K((z - theta) / eps)
+    dH/dz = 0                   dH/dtheta = -(1 / eps) K((z - theta) / eps)
+
+Decoder rows have unit norm. `bandwidth` (eps) and `initial_threshold` are in units of the rows'
+root mean square norm, as in the paper, where that norm is 1.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from dist_sae.config.sae import JumpReLUConfig
+from dist_sae.sae.base import Codes, Dictionary, LossTerms, Output, Step
+from dist_sae.sae.constraints import normalise_rows_
+from dist_sae.sae.gated import gated
+from dist_sae.sae.init import initialise_tied
+from dist_sae.sae.kernels import select
+from dist_sae.sae.schedules import warmed_up
+
+
+class JumpReLU(Dictionary):
+    """The dictionary and its loss."""
+
+    config: JumpReLUConfig
+
+    def __init__(self, config: JumpReLUConfig, d_in: int, *place: Any, **precision: Any) -> None:
+        super().__init__(config, d_in, *place, **precision)
+        self.bandwidth = config.bandwidth * d_in**0.5  # rows are scaled to E|x|^2 = d_in
+        self.log_threshold = nn.Parameter(torch.zeros_like(self.b_enc))
+
+    @torch.no_grad()
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
+        return encode_above(self, x, self.log_threshold.exp())
+
+    def objective(self, x: Float[Tensor, "batch d_in"], step: Step) -> Output:
+        config, eps = self.config, self.bandwidth
+        rows = self.axis.gather(x)
+        theta = self.log_threshold.exp()
+
+        def gate(pre_acts: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+            return jump_relu(pre_acts, theta, eps), jump(pre_acts, theta, eps)
+
+        out = gated(self, rows, gate, (theta - eps / 2).detach(), theta, unit_rows=True)
+        error = x - (out.x_hat + self.axis.replicated(self.b_dec))
+        fvu = error.square().sum() / (len(rows) * step.variance)
+        coefficient = warmed_up(step.progress, config.sparsity, config.sparsity_warmup_share)
+        sparsity = coefficient * out.penalty / len(rows)
+        terms = LossTerms(fvu, fvu.new_zeros(()), sparsity, fvu + sparsity)
+        return Output(terms, out.fired, out.active)
+
+    def initialise(self, x: Float[Tensor, "batch d_in"], seed: int) -> None:
+        with torch.no_grad():
+            self.log_threshold.fill_(self.config.initial_threshold * len(self.b_dec) ** 0.5).log_()
+        initialise_tied(self, x, seed, rescale=False)
+
+    def constrain(self) -> None:
+        normalise_rows_(self.W_dec)
+
+
+@torch.no_grad()
+def encode_above(
+    sae: Dictionary, x: Float[Tensor, "batch d_in"], theta: Float[Tensor, " n_local"]
+) -> Codes:
+    """F = z H(z - theta) of the replica's rows, in the parameters' precision."""
+    rows = sae.axis.gather(x)
+    found = select.above(rows, sae.W_enc, sae.b_enc, theta, sae.W_enc.dtype)
+    assert found is not None  # there was no limit
+    return Codes(found.values, found.latents, select.starts_of(found.rows, len(rows)))
+
+
+class _Jump(torch.autograd.Function):
+    """z H(z - theta), or H(z - theta) alone; see the head of the file for the gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, theta: Tensor, eps: float, times_z: bool, through_z: bool
+    ) -> Tensor:
+        ctx.save_for_backward(z, theta)
+        ctx.settings = eps, times_z, through_z
+        return (z > theta) * (z if times_z else torch.ones_like(z))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        z, theta = ctx.saved_tensors
+        eps, times_z, through_z = ctx.settings
+        window = ((z - theta).abs() < eps / 2) * gradient * ((theta if times_z else 1.0) / eps)
+        grad_z = gradient * (z > theta) if times_z else torch.zeros_like(gradient)
+        if through_z:
+            grad_z = grad_z + window
+        return grad_z, (-window).sum_to_size(theta.shape), None, None, None
+
+
+def jump_relu(z: Tensor, theta: Tensor, eps: float, *, through_z: bool = False) -> Tensor:
+    """Z H(z - theta).
+
+    Args:
+        z: Pre-activations.
+        theta: Thresholds, positive; broadcast to z.
+        eps: Width of the window in which theta gets a gradient.
+        through_z: Whether z gets the window's gradient as well, with the other sign.
+    """
+    result: Tensor = _Jump.apply(z, theta, eps, True, through_z)  # type: ignore[no-untyped-call]
+    return result
+
+
+def jump(z: Tensor, theta: Tensor, eps: float) -> Tensor:
+    """H(z - theta): 1 where a latent is active, whose sum is L0; gradient to theta alone."""
+    result: Tensor = _Jump.apply(z, theta, eps, False, False)  # type: ignore[no-untyped-call]
+    return result

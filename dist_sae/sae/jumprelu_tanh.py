@@ -1,0 +1,89 @@
+"""JumpReLU with a tanh penalty (Anthropic, Circuits Updates, January 2025).
+
+    z     = W_enc x + b_enc
+    f     = z H(z - theta)                                     theta = exp(log_threshold)
+    x_hat = W_dec^T f + b_dec
+    L     = (E|x - x_hat|^2  +  lambda_S E sum_i tanh(c f_i |d_i|)
+                             +  lambda_P E sum_i relu(theta_i - z_i) |d_i|) / Var(x)
+
+lambda_S rises over the whole run. The window's gradient (jumprelu.py) reaches theta and, with the
+other sign, z and so every parameter. The last term, over all entries, needs no dense product:
+
+    relu(theta - z) = (theta - z) + relu(z - theta)
+
+sums to something linear in the sum of the rows, and a part from the entries above their threshold.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dist_sae.config.sae import JumpReLUTanhConfig
+from dist_sae.sae.base import Codes, Dictionary, LossTerms, Output, Step
+from dist_sae.sae.gated import gated
+from dist_sae.sae.init import first_rows, random_rows
+from dist_sae.sae.jumprelu import encode_above, jump_relu
+from dist_sae.sae.schedules import warmed_up
+
+_INIT_CHUNK = 1024  # latents
+_INIT_ROWS = 16_384
+
+
+class JumpReLUTanh(Dictionary):
+    """The dictionary and its loss."""
+
+    config: JumpReLUTanhConfig
+
+    def __init__(
+        self, config: JumpReLUTanhConfig, d_in: int, *place: Any, **precision: Any
+    ) -> None:
+        super().__init__(config, d_in, *place, **precision)
+        self.log_threshold = nn.Parameter(torch.zeros_like(self.b_enc))
+
+    @torch.no_grad()
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
+        return encode_above(self, x, self.log_threshold.exp())
+
+    def objective(self, x: Float[Tensor, "batch d_in"], step: Step) -> Output:
+        config, eps = self.config, self.config.bandwidth
+        sparsity = warmed_up(step.progress, config.sparsity, config.sparsity_warmup_share)
+        rows = self.axis.gather(x)
+        theta, norms = self.log_threshold.exp(), self.W_dec.norm(dim=1)
+
+        def gate(pre_acts: Tensor, theta: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+            acts = jump_relu(pre_acts, theta, eps, through_z=True)
+            penalty = sparsity * torch.tanh(config.tanh_scale * acts * norms)
+            return acts, penalty + config.pre_act * norms * (pre_acts - theta).relu()
+
+        out = gated(self, rows, gate, (theta - eps / 2).detach(), theta, norms, unit_rows=False)
+        error = x - (out.x_hat + self.axis.replicated(self.b_dec))
+        shortfall = len(rows) * (theta - self.b_enc) - self.W_enc @ rows.sum(0)
+        penalty = out.penalty + config.pre_act * (norms * shortfall).sum()
+        scale = len(rows) * step.variance
+        fvu, sparsity_loss = error.square().sum() / scale, penalty / scale
+        terms = LossTerms(fvu, fvu.new_zeros(()), sparsity_loss, fvu + sparsity_loss)
+        return Output(terms, out.fired, out.active)
+
+    @torch.no_grad()
+    def initialise(self, x: Float[Tensor, "batch d_in"], seed: int) -> None:
+        """W_dec uniform, W_enc its transpose times d_in / n_latents, `initial_l0` active latents.
+
+        b_enc is such that each latent is above its threshold on the same share of the rows.
+        """
+        rows, d_in = first_rows(x, _INIT_ROWS, self.axis), len(self.b_dec)
+        random_rows(self.W_dec, seed, self.first_latent, uniform=True)
+        self.W_dec.mul_(d_in**-0.5)
+        self.W_enc.copy_(self.W_dec * (d_in / self.n_latents))
+        self.log_threshold.fill_(self.config.initial_threshold).log_()
+        self.b_dec.zero_()
+        share = min(self.config.initial_l0 / self.n_latents, 0.5)
+        place = max(1, round((1 - share) * len(rows)))
+        for start in range(0, len(self.W_enc), _INIT_CHUNK):
+            chunk = slice(start, start + _INIT_CHUNK)
+            exceeded = (rows @ self.W_enc[chunk].T).kthvalue(place, dim=0).values
+            self.b_enc[chunk] = self.config.initial_threshold - exceeded
+
+    def constrain(self) -> None:
+        """Nothing: decoder norms are free, the penalties hold them."""

@@ -1,0 +1,105 @@
+"""What the sparse products take and give. See the package."""
+
+from functools import cached_property
+from typing import NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+
+class Entries:
+    """Where the non-zeros of a [batch, n_latents] matrix are, row after row.
+
+    Args:
+        latents: Column of each.
+        starts: Where each row's begin.
+        n_latents: Columns of the matrix.
+    """
+
+    def __init__(
+        self, latents: Int[Tensor, " entries"], starts: Int[Tensor, " batch"], n_latents: int
+    ) -> None:
+        self.latents = latents
+        self.starts = starts
+        self.n_latents = n_latents
+
+    @cached_property
+    def rows(self) -> Int[Tensor, " entries"]:
+        """Row of each entry."""
+        ends = torch.cat([self.starts[1:], self.starts.new_tensor([len(self.latents)])])
+        numbers = torch.arange(len(self.starts), device=self.starts.device)
+        return numbers.repeat_interleave(ends - self.starts, output_size=len(self.latents))
+
+    @cached_property
+    def by_latent(self) -> tuple[Int[Tensor, " entries"], Int[Tensor, " n_latents"]]:
+        """(Entries in the order of their latent, where each latent's begin)."""
+        keys = self.latents.int()  # an int32 sort is far faster than an int64 one
+        order = keys.argsort(stable=True)
+        counts = torch.bincount(keys, minlength=self.n_latents)
+        return order, counts.cumsum(0) - counts
+
+
+class KeepLargest(Protocol):
+    """The k largest pre-activations of each row so far, with a chunk of latents taken in.
+
+    As keys (`keys.py`): of equal pre-activations the lower latent is kept. The chunk's are its
+    products plus the bias. `latents` are the numbers of its columns, ascending, and above all that
+    came before.
+    """
+
+    def __call__(
+        self,
+        best: Int[Tensor, "batch k"],
+        products: Float[Tensor, "batch chunk"],
+        bias: Float[Tensor, " chunk"],
+        latents: Int[Tensor, " chunk"],
+    ) -> Int[Tensor, "batch k"]: ...
+
+
+class Combine(Protocol):
+    """C W: for each row the sum of rows of W, weighted with the row's coefficients."""
+
+    def __call__(
+        self,
+        coefficients: Float[Tensor, " entries"],
+        entries: Entries,
+        W: Float[Tensor, "n_latents d_in"],
+    ) -> Float[Tensor, "batch d_in"]: ...
+
+
+class GatherDot(Protocol):
+    """rows W^T at the entries: the product of each entry's row with its latent's row of W."""
+
+    def __call__(
+        self,
+        rows: Float[Tensor, "batch d_in"],
+        entries: Entries,
+        W: Float[Tensor, "n_latents d_in"],
+    ) -> Float[Tensor, " entries"]: ...
+
+
+class SumByLatent(Protocol):
+    """C^T rows: for each latent the sum of rows, weighted with its coefficients.
+
+    Less along[n] W[n] for each latent n with entries, if these are given.
+    """
+
+    def __call__(
+        self,
+        coefficients: Float[Tensor, " entries"],
+        entries: Entries,
+        rows: Float[Tensor, "batch d_in"],
+        W: Float[Tensor, "n_latents d_in"] | None = None,
+        along: Float[Tensor, " n_latents"] | None = None,
+    ) -> Float[Tensor, "n_latents d_in"]: ...
+
+
+class Kernels(NamedTuple):
+    """One implementation of the sparse products; no gradients, see `autograd`."""
+
+    name: str
+    keep_largest: KeepLargest
+    combine: Combine
+    gather_dot: GatherDot
+    sum_by_latent: SumByLatent

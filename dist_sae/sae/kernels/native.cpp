@@ -1,0 +1,163 @@
+// Selection on a CPU, for native.py. Plain C functions, OpenMP threads.
+//
+// B rows, C columns of a chunk, K kept per row.
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <functional>
+#include <vector>
+
+namespace {
+
+constexpr int kLanes = 16;  // numbers in a vector
+constexpr int kBlock = 64;  // columns that are compared before any is looked at
+
+typedef float Floats __attribute__((vector_size(4 * kLanes)));
+typedef uint32_t Words __attribute__((vector_size(4 * kLanes)));
+typedef uint16_t Halves __attribute__((vector_size(2 * kLanes)));
+typedef int32_t Flags __attribute__((vector_size(4 * kLanes)));
+
+// Integers in the order of the numbers; -0 counts as 0.
+inline int32_t ordered(float value) {
+    value += 0.0f;
+    int32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    return bits ^ ((bits >> 31) & 0x7fffffff);
+}
+
+struct BFloat16 {
+    uint16_t bits;  // the high half of a float's
+};
+
+inline float value_of(float x) { return x; }
+
+inline float value_of(BFloat16 x) {
+    const uint32_t wide = static_cast<uint32_t>(x.bits) << 16;
+    float result;
+    std::memcpy(&result, &wide, sizeof result);
+    return result;
+}
+
+inline Floats load(const float* x) {
+    Floats result;
+    std::memcpy(&result, x, sizeof result);
+    return result;
+}
+
+inline Floats load(const BFloat16* x) {
+    Halves halves;
+    std::memcpy(&halves, x, sizeof halves);
+    const Words wide = __builtin_convertvector(halves, Words) << 16;
+    Floats result;
+    std::memcpy(&result, &wide, sizeof result);
+    return result;
+}
+
+// Whether any of kBlock sums is above a bound, or NaN.
+template <typename T>
+inline bool any_above(const T* x, const float* bias, float bound) {
+    const Floats bounds = bound - Floats{};
+    Flags within = load(x) + load(bias) <= bounds;
+    for (int i = kLanes; i < kBlock; i += kLanes) within &= load(x + i) + load(bias + i) <= bounds;
+    int64_t flags[kLanes / 2];  // all ones where all are within
+    std::memcpy(flags, &within, sizeof flags);
+    int64_t all = -1;
+    for (const int64_t pair : flags) all &= pair;
+    return all != -1;
+}
+
+template <typename T>
+inline float largest(const T* x, const float* bias) {
+    Floats most = load(x) + load(bias);
+    for (int i = kLanes; i < kBlock; i += kLanes) {
+        const Floats sums = load(x + i) + load(bias + i);
+        most = sums > most ? sums : most;
+    }
+    float values[kLanes];
+    std::memcpy(values, &most, sizeof values);
+    const float result = *std::max_element(values, values + kLanes);
+    return std::isnan(result) ? INFINITY : result;  // NaN comes before all numbers
+}
+
+inline float value_of_key(int64_t key) {
+    const int32_t high = static_cast<int32_t>(key >> 32);
+    const int32_t bits = high ^ ((high >> 31) & 0x7fffffff);
+    float value;
+    std::memcpy(&value, &bits, sizeof value);
+    return value;
+}
+
+// Keys as select.py makes them: (ordered value, complement of the latent).
+template <typename T>
+void keep_largest(int64_t* best, const T* products, const float* bias, const int64_t* latents,
+                  int64_t B, int64_t C, int64_t K, int threads) {
+    const int64_t room = std::max<int64_t>(4 * K, 32);
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<int64_t> keys(room);
+        std::vector<float> peaks;
+#pragma omp for schedule(static)
+        for (int64_t b = 0; b < B; ++b) {
+            const T* row = products + b * C;
+            std::copy(best + b * K, best + (b + 1) * K, keys.begin());
+            int64_t n = K;
+            // A later latent loses against an equal value, so only what is above the bound counts.
+            int64_t least = *std::min_element(keys.begin(), keys.begin() + K);
+            bool bounded = least != INT64_MIN;
+            float bound = bounded ? value_of_key(least) : 0.0f;
+            if (!bounded && C >= 2 * K * kBlock) {
+                // K blocks have a number that is at least the K-th largest of the blocks' largest.
+                peaks.clear();
+                for (int64_t c = 0; c + kBlock <= C; c += kBlock)
+                    peaks.push_back(largest(row + c, bias + c));
+                std::nth_element(peaks.begin(), peaks.begin() + K - 1, peaks.end(),
+                                 std::greater<float>());
+                bound = std::nextafter(peaks[K - 1], -INFINITY);
+                bounded = true;
+            }
+            auto cut = [&] {
+                std::nth_element(keys.begin(), keys.begin() + K - 1, keys.begin() + n,
+                                 std::greater<int64_t>());
+                n = K;
+                least = keys[K - 1];
+                if (least == INT64_MIN) return;
+                bounded = true;
+                bound = value_of_key(least);
+            };
+            auto look_at = [&](int64_t c) {
+                const float value = value_of(row[c]) + bias[c];
+                if (bounded && value <= bound) return;
+                keys[n++] = (static_cast<int64_t>(ordered(value)) << 32) |
+                            (0xffffffffLL - latents[c]);
+                if (n == room) cut();
+            };
+            int64_t c = 0;
+            for (; c + kBlock <= C; c += kBlock) {
+                if (bounded && !any_above(row + c, bias + c, bound)) continue;
+                for (int64_t i = c; i < c + kBlock; ++i) look_at(i);
+                if (!bounded && n >= 2 * K) cut();  // a bound as soon as there can be one
+            }
+            for (; c < C; ++c) look_at(c);
+            if (n > K) cut();
+            std::copy(keys.begin(), keys.begin() + K, best + b * K);
+        }
+    }
+}
+
+}  // namespace
+
+extern "C" {
+
+// best [B, K] becomes the K largest of itself and of products [B, C] + bias [C], latents [C].
+void keep_largest_bf16(int64_t* best, const void* products, const float* bias,
+                       const int64_t* latents, int64_t B, int64_t C, int64_t K, int threads) {
+    keep_largest(best, static_cast<const BFloat16*>(products), bias, latents, B, C, K, threads);
+}
+
+void keep_largest_fp32(int64_t* best, const void* products, const float* bias,
+                       const int64_t* latents, int64_t B, int64_t C, int64_t K, int threads) {
+    keep_largest(best, static_cast<const float*>(products), bias, latents, B, C, K, threads);
+}
+}

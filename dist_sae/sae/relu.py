@@ -1,0 +1,58 @@
+"""ReLU with an L1 penalty on codes times decoder norms (Anthropic, Circuits Updates, April 2024).
+
+    z     = W_enc x + b_enc
+    f     = relu(z)
+    x_hat = W_dec^T f + b_dec
+    L     = (E|x - x_hat|^2  +  lambda E sum_i f_i |d_i|) / Var(x)
+
+Decoder norms are free. lambda is the published one, for rows scaled to E|x|^2 = d_in.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dist_sae.config.sae import ReLUConfig
+from dist_sae.sae.base import Codes, Dictionary, LossTerms, Output, Step
+from dist_sae.sae.gated import gated
+from dist_sae.sae.init import initialise_tied
+from dist_sae.sae.jumprelu import encode_above
+from dist_sae.sae.schedules import warmed_up
+
+
+class ReLU(Dictionary):
+    """The dictionary and its loss."""
+
+    config: ReLUConfig
+
+    @torch.no_grad()
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
+        return encode_above(self, x, torch.zeros_like(self.b_enc))
+
+    def objective(self, x: Float[Tensor, "batch d_in"], step: Step) -> Output:
+        config = self.config
+        rows = self.axis.gather(x)
+
+        def gate(pre_acts: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+            acts = pre_acts.relu()
+            return acts, acts * norms
+
+        zero = torch.zeros_like(self.b_enc)
+        out = gated(self, rows, gate, zero, self.W_dec.norm(dim=1), unit_rows=False)
+        error = x - (out.x_hat + self.axis.replicated(self.b_dec))
+        coefficient = warmed_up(step.progress, config.sparsity, config.sparsity_warmup_share)
+        scale = len(rows) * step.variance
+        fvu, sparsity = error.square().sum() / scale, coefficient * out.penalty / scale
+        terms = LossTerms(fvu, fvu.new_zeros(()), sparsity, fvu + sparsity)
+        return Output(terms, out.fired, out.active)
+
+    @torch.no_grad()
+    def initialise(self, x: Float[Tensor, "batch d_in"], seed: int) -> None:
+        """Random decoder rows of norm `decoder_norm`, the encoder their transpose, no biases."""
+        initialise_tied(self, x, seed, rescale=False)
+        self.W_dec.mul_(self.config.decoder_norm)
+        self.W_enc.copy_(self.W_dec)
+        self.b_dec.zero_()
+
+    def constrain(self) -> None:
+        """Nothing: decoder norms are free, the penalty holds them."""

@@ -1,0 +1,121 @@
+"""What a run is made of is saved and put back, for every recipe."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dist_sae.checkpoint.layout import Checkpoints
+from dist_sae.checkpoint.state import TrainingState, load_weights
+from dist_sae.config import Run, load_run
+from dist_sae.parallel.engine import LocalEngine
+from dist_sae.sae.axis import WHOLE, LatentAxis, WholeAxis
+from dist_sae.sae.base import Step
+from dist_sae.sae.dead import DeadLatents
+from dist_sae.sae.ema import WeightAverage
+from dist_sae.storage import open_store
+from tests.launch import write_run
+from tests.sae.recipes import BATCH, CONFIGS, D_IN, KINDS, N_LATENTS, VARIANCE, make
+
+DEAD_AFTER = 2 * BATCH
+
+
+def make_run(folder: Path, kind: str) -> Run:
+    return load_run(write_run(folder, sae=CONFIGS[kind].model_dump()))
+
+
+def make_state(run: Run, kind: str, axis: LatentAxis = WHOLE) -> TrainingState:
+    sae = make(CONFIGS[kind], torch.float32, axis)
+    dead = DeadLatents(len(sae.W_enc), DEAD_AFTER, axis)
+    return TrainingState(sae, LocalEngine(run, sae), dead, WeightAverage(sae, 0.9))
+
+
+def advance(state: TrainingState, steps: range) -> list[float]:
+    losses = []
+    for number in steps:
+        generator = torch.Generator().manual_seed(number)
+        x = torch.randn(BATCH, D_IN, generator=generator)
+        now = Step(VARIANCE, state.dead.mask, state.dead.count, progress=number / 10)
+        engine = state.engine
+        assert isinstance(engine, LocalEngine)
+        output = engine.objective(x, now)
+        engine.backward(output.terms.total)
+        losses += [float(output.terms.total.detach()), engine.step(lr=1e-2)]
+        state.dead.update(output.fired, BATCH)
+        assert state.average is not None
+        state.average.update()
+    return losses
+
+
+def tensors(state: TrainingState) -> dict[str, Tensor]:
+    return {piece.name: piece.rows.clone() for piece in state.pieces()}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_recipe_goes_on_from_its_checkpoint_bitwise(tmp_path: Path, kind: str) -> None:
+    run = make_run(tmp_path, kind)
+    state = make_state(run, kind)
+    advance(state, range(4))
+    checkpoints = Checkpoints(open_store(str(tmp_path)), "run", keep=1)
+    checkpoints.commit(4, [checkpoints.write(4, state.pieces())], {})
+    expected = advance(state, range(4, 9))
+
+    again = make_state(run, kind)
+    again.restore(checkpoints.open(4))
+    assert advance(again, range(4, 9)) == expected
+    one, other = tensors(state), tensors(again)
+    assert one.keys() == other.keys()
+    for name, tensor in one.items():
+        assert torch.equal(tensor, other[name]), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_shard_takes_its_rows_and_gives_them_back(tmp_path: Path, kind: str) -> None:
+    """Whole to two shards and from these to whole."""
+    run = make_run(tmp_path, kind)
+    state = make_state(run, kind)
+    advance(state, range(3))
+    checkpoints = Checkpoints(open_store(str(tmp_path)), "run", keep=2)
+    checkpoints.commit(3, [checkpoints.write(3, state.pieces())], {})
+    whole = tensors(state)
+
+    records = []
+    for shard in range(2):
+        part = make_state(run, kind, WholeAxis(shard=shard, shards=2))
+        part.restore(checkpoints.open(3))
+        half = N_LATENTS // 2
+        own = slice(half * shard, half * (shard + 1))
+        assert torch.equal(part.sae.W_dec, whole["W_dec"][own])
+        assert torch.equal(part.sae.b_dec, whole["b_dec"])
+        assert torch.equal(part.dead.idle_rows, whole["idle_rows"][own])
+        moment = part.engine.moment(part.sae.W_enc, "exp_avg_sq")
+        assert torch.equal(moment, whole["exp_avg_sq.W_enc"][own])
+        records.append(checkpoints.write(4, part.pieces()))
+    checkpoints.commit(4, records, {})
+    checkpoint = checkpoints.open(4)
+    assert checkpoint.manifest.tensors.keys() == whole.keys()
+    for name, tensor in whole.items():
+        assert torch.equal(checkpoint.read(name), tensor), name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_inference_takes_the_running_mean(tmp_path: Path, kind: str) -> None:
+    state = make_state(make_run(tmp_path, kind), kind)
+    advance(state, range(5))
+    checkpoints = Checkpoints(open_store(str(tmp_path)), "run", keep=2)
+    checkpoints.commit(5, [checkpoints.write(5, state.pieces())], {})
+    checkpoints.commit(6, [checkpoints.write(6, state._replace(average=None).pieces())], {})
+    assert state.average is not None
+    mean, last = make(CONFIGS[kind], torch.float32), make(CONFIGS[kind], torch.float32)
+    load_weights(mean, checkpoints.open(5))
+    load_weights(last, checkpoints.open(6))
+    for name, parameter in mean.named_parameters():
+        expected = state.average.mean[name]
+        if name == "W_dec" and kind in ("topk", "batchtopk", "jumprelu"):
+            expected = expected / expected.norm(dim=1, keepdim=True)
+        torch.testing.assert_close(parameter.detach(), expected)
+    for name, parameter in last.named_parameters():
+        torch.testing.assert_close(parameter, dict(state.sae.named_parameters())[name])
+    for name, buffer in mean.named_buffers():
+        assert torch.equal(buffer, dict(state.sae.named_buffers())[name])

@@ -1,0 +1,127 @@
+"""One rank of a job that trains every recipe on the same batches and leaves what it saw.
+
+python -m tests.parallel.sharded_worker SPEC.json     RANK, WORLD_SIZE, MASTER_... as torchrun sets
+"""
+
+import json
+import sys
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_sae.config import Run, load_run
+from dist_sae.parallel.engine import DeepSpeedEngine, LocalEngine
+from dist_sae.parallel.mesh import Mesh, join_mesh
+from dist_sae.sae.base import Step
+from dist_sae.sae.dead import DeadLatents
+from dist_sae.sae.ema import WeightAverage
+from dist_sae.sae.kernels import Entries
+from tests.launch import write_run
+from tests.sae.recipes import D_IN, make
+
+N_LATENTS, BATCH, DEAD_AFTER = 64, 32, 48
+RECIPES: dict[str, dict[str, Any]] = {
+    "topk": {"k": 4, "auxk": 8, "auxk_coefficient": 0.25},
+    "batchtopk": {"k": 4, "auxk": 8, "auxk_coefficient": 0.25},
+    "jumprelu": {"sparsity": 0.02, "initial_threshold": 0.2, "bandwidth": 0.2},
+    "jumprelu_tanh": {"pre_act": 0.01},
+    "relu": {},
+}
+
+
+class Watch:
+    """Kernels that remember which entries the reconstruction was made from."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, coefficients: Tensor, entries: Entries, W: Tensor) -> Tensor:
+        self.seen.append((entries.rows, entries.latents))
+        result: Tensor = self.inner(coefficients, entries, W)
+        return result
+
+
+class Averaging(LocalEngine):
+    """Plain torch, with the gradients averaged over replicas."""
+
+    def backward(self, loss: Tensor) -> None:
+        super().backward(loss)
+        for parameter in self._sae.parameters():
+            assert parameter.grad is not None
+            axis = self._sae.axis
+            parameter.grad = axis.across_replicas(parameter.grad) / axis.replicas
+
+
+def main(spec: dict[str, Any]) -> None:
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    results = {}
+    with join_mesh(spec["world"], spec["shards"]) as mesh:
+        for kind in spec["kinds"]:
+            results[kind] = trained(spec, kind, mesh)
+    torch.save(results, f"{spec['out']}.{mesh.rank}")
+
+
+def trained(spec: dict[str, Any], kind: str, mesh: Mesh) -> dict[str, Any]:
+    dtype = torch.float64 if spec["dtype"] == "fp64" else torch.float32
+    folder = Path(spec["out"]).parent / f"{kind}-{mesh.rank}"
+    run: Run = load_run(
+        write_run(
+            folder,
+            sae={"kind": kind, "n_latents": N_LATENTS, "dead_after_rows": DEAD_AFTER}
+            | RECIPES[kind],
+            train={"batch_rows": BATCH, "lr": 3e-3, "deepspeed": spec["deepspeed"]},
+            processes={"trainers": spec["world"], "shards": spec["shards"]},
+        )
+    )
+    sae = make(run.sae, dtype, mesh.axis)
+    watch = Watch(sae.kernels.combine)
+    sae.kernels = sae.kernels._replace(combine=watch)
+    generator = torch.Generator().manual_seed(5)
+    batches = [
+        (2 * torch.randn(BATCH, D_IN, generator=generator, dtype=torch.float64)).to(dtype)
+        for _ in range(spec["steps"])
+    ]
+    own = slice(mesh.rank * BATCH // mesh.world, (mesh.rank + 1) * BATCH // mesh.world)
+    sae.initialise(batches[0][own], 3)
+    # DeepSpeed averages no fp64
+    engine = DeepSpeedEngine(run, sae, mesh) if dtype == torch.float32 else Averaging(run, sae)
+    dead = DeadLatents(len(sae.W_enc), DEAD_AFTER, mesh.axis)
+    average = WeightAverage(sae, 0.9)
+    steps = []
+    for number, batch in enumerate(batches):
+        watch.seen.clear()
+        now = Step(4.0 * D_IN, dead.mask, dead.count, progress=number / len(batches))
+        output = engine.objective(batch[own], now)
+        engine.backward(output.terms.total)
+        norm = engine.step(lr=3e-3)
+        dead.update(output.fired, BATCH)
+        if dead.n_stuck:
+            engine.retie(dead.stuck)
+        average.update()
+        first_row = mesh.axis.replica * (BATCH // mesh.axis.replicas)
+        steps.append(
+            {
+                "terms": [float(t) for t in output.terms],
+                "norm": norm,
+                "selected": [
+                    (rows + first_row) * N_LATENTS + latents + sae.first_latent
+                    for rows, latents in watch.seen
+                ],
+                "dead": dead.mask,
+            }
+        )
+    tensors = {n: p.detach() for n, p in sae.named_parameters()}
+    tensors |= {f"ema.{n}": mean for n, mean in average.mean.items()}
+    tensors |= {
+        f"exp_avg_sq.{n}": engine.moment(p, "exp_avg_sq") for n, p in sae.named_parameters()
+    }
+    return {"steps": steps, "tensors": tensors, "buffers": dict(sae.named_buffers())}
+
+
+if __name__ == "__main__":
+    main(json.loads(Path(sys.argv[1]).read_text()))

@@ -1,0 +1,129 @@
+"""SCIENCE D2: however dictionary and batch are split over ranks, the training is the same.
+
+With `--long` as SCIENCE asks: 200 steps, fp32 and fp64, every factorisation.
+"""
+
+import json
+import os
+import socket
+import subprocess
+import sys
+from contextlib import ExitStack
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.parallel.sharded_worker import RECIPES
+
+FACTORISATIONS = [(1, 2), (2, 1), (2, 2), (1, 4), (4, 1)]  # replicas x shards
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sharding")
+
+
+def job(
+    folder: Path, name: str, replicas: int, shards: int, *, steps: int, **settings: Any
+) -> list[dict[str, Any]]:
+    """What each rank of a job of `replicas` x `shards` saw, by recipe; run once."""
+    out, world = folder / name, replicas * shards
+    if not out.exists():
+        out.mkdir()
+        spec = {"world": world, "shards": shards, "out": str(out / "seen"), "steps": steps}
+        spec |= {"deepspeed": {}, "kinds": list(RECIPES), "dtype": "fp32"} | settings
+        (out / "spec.json").write_text(json.dumps(spec))
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        command = [sys.executable, "-m", "tests.parallel.sharded_worker", str(out / "spec.json")]
+        with ExitStack() as logs:  # a pipe that nobody reads would fill up
+            ranks = [
+                subprocess.Popen(
+                    command,
+                    env=os.environ
+                    | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+                    | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+                    | {"OMP_NUM_THREADS": "1"},
+                    stdout=logs.enter_context((out / f"log.{rank}").open("w")),
+                    stderr=subprocess.STDOUT,
+                )
+                for rank in range(world)
+            ]
+            for number, process in enumerate(ranks):
+                if process.wait(timeout=300):
+                    (out / "failed").write_text((out / f"log.{number}").read_text())
+    assert not (out / "failed").exists(), (out / "failed").read_text()[-3000:]
+    return [torch.load(out / f"seen.{rank}") for rank in range(world)]
+
+
+class Seen:
+    """What the ranks of a job saw of one recipe, put together."""
+
+    def __init__(self, ranks: list[dict[str, Any]], kind: str, replicas: int, shards: int) -> None:
+        self.ranks = [rank[kind] for rank in ranks]
+        self.replica, self.replicas = self.ranks[:shards], replicas
+        self.steps = range(len(self.ranks[0]["steps"]))
+
+    def terms(self, step: int) -> list[float]:
+        columns = zip(*(rank["steps"][step]["terms"] for rank in self.ranks), strict=True)
+        return [sum(column) / self.replicas for column in columns]
+
+    def selected(self, step: int) -> list[list[int]]:
+        products = zip(*(rank["steps"][step]["selected"] for rank in self.ranks), strict=True)
+        return [torch.cat(parts).sort().values.tolist() for parts in products]
+
+    def dead(self, step: int) -> Tensor:
+        return torch.cat([rank["steps"][step]["dead"] for rank in self.replica])
+
+    def norm(self, step: int) -> float:
+        (norm,) = {rank["steps"][step]["norm"] for rank in self.ranks}  # the same on all
+        return float(norm)
+
+    def tensors(self) -> dict[str, Tensor]:
+        first = self.replica[0]["tensors"]
+        return {
+            name: tensor
+            if name.endswith("b_dec")
+            else torch.cat([rank["tensors"][name] for rank in self.replica])
+            for name, tensor in first.items()
+        }
+
+
+def compare(one: Seen, other: Seen, loss: float, parameters: float) -> None:
+    for step in one.steps:
+        assert one.selected(step) == other.selected(step), f"step {step}"
+        assert other.terms(step) == pytest.approx(one.terms(step), rel=loss, abs=1e-30), step
+        assert other.norm(step) == pytest.approx(one.norm(step), rel=10 * loss), step
+        assert torch.equal(one.dead(step), other.dead(step)), f"step {step}"
+    found = other.tensors()
+    for name, tensor in one.tensors().items():
+        error = (tensor - found[name]).norm() / tensor.norm()
+        assert float(error) <= parameters, name
+    for rank in other.ranks:  # what all hold has the same bits on all
+        assert torch.equal(rank["tensors"]["b_dec"], other.ranks[0]["tensors"]["b_dec"])
+        for name, buffer in one.ranks[0]["buffers"].items():
+            assert torch.equal(rank["buffers"][name], other.ranks[0]["buffers"][name])
+            torch.testing.assert_close(rank["buffers"][name], buffer, rtol=10 * loss, atol=0)
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+@pytest.mark.parametrize(("replicas", "shards"), FACTORISATIONS)
+@pytest.mark.parametrize("dtype", ["fp32", "fp64"])
+def test_sharded_training_equals_unsharded(
+    folder: Path, dtype: str, replicas: int, shards: int, kind: str, request: pytest.FixtureRequest
+) -> None:
+    long = request.config.getoption("--long")
+    if not long and dtype == "fp64" and (replicas, shards) != (2, 2):
+        pytest.skip("fp64 on the other factorisations: with --long")
+    steps = 200 if long else 30
+    one = Seen(job(folder, f"{dtype}-1x1", 1, 1, dtype=dtype, steps=steps), kind, 1, 1)
+    name = f"{dtype}-{replicas}x{shards}"
+    ranks = job(folder, name, replicas, shards, dtype=dtype, steps=steps)
+    if kind in ("topk", "batchtopk"):
+        assert any(one.dead(step).any() for step in one.steps)  # AuxK takes part
+    loss, parameters = (1e-10, 1e-10) if dtype == "fp64" else (1e-6, 1e-5)
+    compare(one, Seen(ranks, kind, replicas, shards), loss, parameters)

@@ -1,0 +1,82 @@
+"""Ranks of a mesh as threads of this process; no gradient flows between them."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+T = TypeVar("T")
+
+
+class Meeting:
+    """Where `n` ranks swap what they hold."""
+
+    def __init__(self, n: int) -> None:
+        self._barrier = threading.Barrier(n, timeout=60)
+        self._held: list[Any] = [None] * n
+
+    def swap(self, rank: int, value: Tensor) -> list[Tensor]:
+        self._held[rank] = value
+        self._barrier.wait()
+        everyones = list(self._held)
+        self._barrier.wait()  # nobody comes again before all have looked
+        return everyones
+
+    def give_up(self) -> None:
+        self._barrier.abort()
+
+
+class ThreadAxis:
+    """A rank's `LatentAxis`."""
+
+    def __init__(self, meeting: Meeting, rank: int, shards: int, replicas: int) -> None:
+        self.replica, self.shard = divmod(rank, shards)
+        self.shards, self.replicas = shards, replicas
+        self._meeting, self._rank = meeting, rank
+
+    def _within(self, tensor: Tensor) -> list[Tensor]:
+        first = self.replica * self.shards
+        return self._meeting.swap(self._rank, tensor)[first : first + self.shards]
+
+    def gather(self, x: Tensor) -> Tensor:
+        return torch.cat(self._within(x))
+
+    def scatter_sum(self, parts: Tensor) -> Tensor:
+        return torch.stack(self._within(parts)).sum(0).chunk(self.shards)[self.shard]
+
+    def replicated(self, parameter: Tensor) -> Tensor:
+        return parameter
+
+    def kth_largest(self, keys: Tensor, k: int) -> Tensor:
+        candidates = torch.cat(self._within(keys), 1)
+        return candidates.topk(min(k, candidates.shape[1]), dim=1).values[:, -1]
+
+    def across_replicas(self, tensor: Tensor) -> Tensor:
+        return torch.stack(self._meeting.swap(self._rank, tensor)[self.shard :: self.shards]).sum(0)
+
+    def total(self, tensor: Tensor) -> Tensor:
+        return torch.stack(self._meeting.swap(self._rank, tensor)).sum(0)
+
+
+def on_ranks(replicas: int, shards: int, work: Callable[[ThreadAxis], T]) -> list[T]:
+    """What `work` returns on each rank, in their order."""
+    n = replicas * shards
+    meeting = Meeting(n)
+
+    def run(rank: int) -> T:
+        try:
+            return work(ThreadAxis(meeting, rank, shards, replicas))
+        except BaseException:
+            meeting.give_up()
+            raise
+
+    with ThreadPoolExecutor(n) as pool:
+        futures = [pool.submit(run, rank) for rank in range(n)]
+        failed = [exc for f in futures if (exc := f.exception()) is not None]
+        cause = [exc for exc in failed if not isinstance(exc, threading.BrokenBarrierError)]
+        if failed:
+            raise (cause or failed)[0]
+        return [future.result() for future in futures]

@@ -1,0 +1,184 @@
+"""Initial dictionaries: what they are, and that shards have their parts of the same one."""
+
+import pytest
+import torch
+from torch import Tensor
+
+from dist_sae.config.sae import JumpReLUTanhConfig, TopKConfig
+from dist_sae.sae import build_sae
+from dist_sae.sae.axis import WHOLE, LatentAxis
+from dist_sae.sae.base import Dictionary
+from dist_sae.sae.init import first_rows, geometric_median, initialise_from_data, random_rows
+from tests.sae.ranks import ThreadAxis, on_ranks
+from tests.sae.recipes import CONFIGS, D_IN, KINDS, N_LATENTS
+
+LAYOUTS = [(1, 2), (2, 1), (2, 2), (1, 4)]  # replicas x shards
+BATCH = 24
+
+
+def batch(number: int, rows: int = BATCH) -> Tensor:
+    generator = torch.Generator().manual_seed(100 + number)
+    return 1 + torch.randn(rows, D_IN, generator=generator)
+
+
+def part(axis: LatentAxis, x: Tensor) -> Tensor:
+    """This rank's rows of a global batch."""
+    return x.chunk(axis.replicas * axis.shards)[axis.replica * axis.shards + axis.shard]
+
+
+def parameters(sae: Dictionary) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in sae.named_parameters()}
+
+
+def check_shards(ranks: list[dict[str, Tensor]], whole: dict[str, Tensor], shards: int) -> None:
+    """Sums over ranks are in another order than over one batch: fp32 differs in the last bits."""
+    for number, found in enumerate(ranks):
+        for name, tensor in whole.items():
+            expected = tensor if name == "b_dec" else tensor.chunk(shards)[number % shards]
+            torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("uniform", [False, True])
+def test_random_rows_of_a_shard_are_those_of_the_whole(*, uniform: bool) -> None:
+    """3,000 rows are two whole blocks of random numbers and one in part."""
+    whole = torch.empty(3000, 4)
+    random_rows(whole, 7, 0, uniform=uniform)
+    assert len(torch.unique(whole, dim=0)) == 3000  # no block is like another
+    for first, stop in ((0, 1500), (1500, 3000), (1000, 1050), (1023, 1025), (2048, 3000)):
+        shard = torch.full((stop - first, 4), torch.nan)
+        random_rows(shard, 7, first, uniform=uniform)
+        assert torch.equal(shard, whole[first:stop])
+    if uniform:
+        assert whole.abs().max() < 1
+        assert float(whole.square().mean()) == pytest.approx(1 / 3, abs=0.02)
+    else:
+        assert float(whole.square().mean()) == pytest.approx(1, abs=0.05)
+    assert float(whole.mean()) == pytest.approx(0, abs=0.05)
+
+
+@pytest.mark.parametrize("seeds", [(0, 1), (3, 4), (0, 2**32 - 1), (1, 1000)])
+def test_another_seed_gives_other_directions(seeds: tuple[int, int]) -> None:
+    """In all blocks: none is another block of the other."""
+    found = []
+    for seed in seeds:
+        W = torch.empty(8 * 1024, 2)
+        random_rows(W, seed, 0)
+        found.append(W)
+    assert len(torch.unique(torch.cat(found), dim=0)) == 2 * 8 * 1024
+
+
+@pytest.mark.parametrize(("replicas", "shards"), LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_shards_begin_as_parts_of_the_same_dictionary(
+    kind: str, replicas: int, shards: int
+) -> None:
+    config = CONFIGS[kind]
+    if kind == "jumprelu_tanh":
+        config = config.model_copy(update={"initial_l0": 10.0})
+
+    def initialised(axis: LatentAxis) -> dict[str, Tensor]:
+        sae: Dictionary = build_sae(config, D_IN, axis)  # type: ignore[arg-type]
+        sae.initialise(part(axis, batch(0)), seed=5)
+        return parameters(sae)
+
+    whole = initialised(WHOLE)
+    assert all(tensor.isfinite().all() for tensor in whole.values())
+    check_shards(on_ranks(replicas, shards, initialised), whole, shards)
+
+
+def from_data(axis: LatentAxis) -> dict[str, Tensor]:
+    """64 latents from 72 rows."""
+    sae = build_sae(CONFIGS["topk"], D_IN, axis)  # type: ignore[arg-type]
+    rows = [part(axis, batch(number)) for number in range(3)]
+    sae.initialise(rows[0], seed=5)
+    initialise_from_data(sae, iter(rows))
+    return parameters(sae)
+
+
+def test_directions_from_data_are_those_of_the_first_rows() -> None:
+    found = from_data(WHOLE)
+    torch.testing.assert_close(found["b_dec"], geometric_median(batch(0), WHOLE))
+    rows = torch.cat([batch(number) for number in range(3)])[:N_LATENTS] - found["b_dec"]
+    expected = rows / rows.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(found["W_dec"], expected)
+    # the encoder is tied, with one factor for all of it
+    factors = found["W_enc"].norm(dim=1)
+    torch.testing.assert_close(factors, factors[:1].expand(N_LATENTS))
+    torch.testing.assert_close(found["W_enc"], factors[0] * expected)
+    assert not found["b_enc"].any()
+
+
+@pytest.mark.parametrize(("replicas", "shards"), LAYOUTS)
+def test_directions_from_data_are_the_same_for_shards(replicas: int, shards: int) -> None:
+    check_shards(on_ranks(replicas, shards, from_data), from_data(WHOLE), shards)
+
+
+def test_reconstructions_from_data_are_as_long_as_the_rows() -> None:
+    """On the batch that the factor was computed from, the last one."""
+    sae = build_sae(TopKConfig(n_latents=48, k=4, auxk=0, init="data"), D_IN)
+    rows = [batch(0), batch(1)]
+    sae.initialise(rows[0], seed=5)
+    initialise_from_data(sae, rows)
+    rebuilt = sae.decode(sae.encode(rows[1])) - sae.b_dec
+    ratio = rebuilt.norm(dim=1).sum() / (rows[1] - sae.b_dec).norm(dim=1).sum()
+    assert float(ratio.detach()) == pytest.approx(1, rel=1e-5)
+
+
+@pytest.mark.parametrize(("replicas", "shards"), LAYOUTS)
+def test_the_first_rows_of_a_batch_are_known_to_all(replicas: int, shards: int) -> None:
+    for n in (1, 7, BATCH, 100):
+        ranks = on_ranks(
+            replicas,
+            shards,
+            lambda axis, n=n: first_rows(part(axis, batch(0)), n, axis),  # type: ignore[misc]
+        )
+        for found in ranks:
+            assert torch.equal(found, batch(0)[:n])
+
+
+@pytest.mark.parametrize(("replicas", "shards"), LAYOUTS)
+def test_the_geometric_median_is_that_of_all_rows(replicas: int, shards: int) -> None:
+    def median(axis: ThreadAxis) -> Tensor:
+        return geometric_median(part(axis, batch(0)), axis)
+
+    for found in on_ranks(replicas, shards, median):
+        torch.testing.assert_close(found, geometric_median(batch(0), WHOLE))
+
+
+@pytest.mark.parametrize(("initial_l0", "expected"), [(20.0, 20.0), (100.0, 100.0), (1e4, 256.0)])
+def test_jumprelu_tanh_begins_with_so_many_active_latents(
+    initial_l0: float, expected: float
+) -> None:
+    """At most half of them. Each is active on as many rows, to one of the 2,000."""
+    config = JumpReLUTanhConfig(n_latents=512, initial_l0=initial_l0, initial_threshold=0.1)
+    sae, x = build_sae(config, D_IN), batch(0, 2000)
+    sae.initialise(x, seed=1)
+    codes = sae.encode(x)
+    assert len(codes.acts) / len(x) == pytest.approx(expected, rel=0.01)
+    assert float(codes.acts.min()) > 0.1 * (1 - 1e-6)
+    counts = torch.bincount(codes.latents, minlength=512)
+    assert int(counts.max() - counts.min()) <= 2
+    found = parameters(sae)
+    torch.testing.assert_close(found["log_threshold"].exp(), torch.full((512,), 0.1))
+    torch.testing.assert_close(found["W_enc"], found["W_dec"] * (D_IN / 512))
+    assert float(found["W_dec"].abs().max()) <= D_IN**-0.5
+    assert not found["b_dec"].any()
+
+
+def test_jumprelus_thresholds_begin_in_units_of_the_rows_norm() -> None:
+    """sqrt(d_in) = 4 times 0.2."""
+    sae = build_sae(CONFIGS["jumprelu"], D_IN)  # type: ignore[arg-type]
+    sae.initialise(batch(0), seed=1)
+    found = parameters(sae)
+    torch.testing.assert_close(found["log_threshold"].exp(), torch.full((N_LATENTS,), 0.8))
+    assert torch.equal(found["W_enc"], found["W_dec"])
+
+
+def test_relu_begins_with_short_decoder_rows_and_no_biases() -> None:
+    sae = build_sae(CONFIGS["relu"], D_IN)  # type: ignore[arg-type]
+    sae.initialise(batch(0), seed=1)
+    found = parameters(sae)
+    torch.testing.assert_close(found["W_dec"].norm(dim=1), torch.full((N_LATENTS,), 0.1))
+    assert torch.equal(found["W_enc"], found["W_dec"])
+    assert not found["b_dec"].any()
+    assert not found["b_enc"].any()
