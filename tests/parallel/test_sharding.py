@@ -119,7 +119,7 @@ def test_sharded_training_equals_unsharded(
     long = request.config.getoption("--long")
     if not long and dtype == "fp64" and (replicas, shards) != (2, 2):
         pytest.skip("fp64 on the other factorisations: with --long")
-    steps = 200 if long else 30
+    steps = 200 if long else 16
     one = Seen(job(folder, f"{dtype}-1x1", 1, 1, dtype=dtype, steps=steps), kind, 1, 1)
     name = f"{dtype}-{replicas}x{shards}"
     ranks = job(folder, name, replicas, shards, dtype=dtype, steps=steps)
