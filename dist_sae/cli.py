@@ -145,7 +145,7 @@ def _render(options: argparse.Namespace) -> None:
 def _bench_step(options: argparse.Namespace) -> None:
     import torch
 
-    from dist_sae.bench.step import StepShape, bench_step
+    from dist_sae.bench.step import StepShape, bench_run, bench_step
     from dist_sae.parallel.mesh import join_mesh
 
     if options.threads:
@@ -154,6 +154,7 @@ def _bench_step(options: argparse.Namespace) -> None:
     shape = StepShape(
         options.d_in, options.n_latents, options.k, options.batch, options.products, options.kernels
     )
+    bench_run(shape, world, options.shards)  # or it says what is wrong before the ranks meet
     with join_mesh(world, options.shards) as mesh:
         result = bench_step(shape, mesh, rounds=options.rounds)
     if mesh.is_first:

@@ -17,6 +17,7 @@ from dist_sae.data.plan import check_rows, load_plan
 from dist_sae.errors import ObjectNotFoundError, PlanMismatchError, Stopped
 from dist_sae.parallel.engine import DeepSpeedEngine
 from dist_sae.parallel.mesh import Mesh, check_replicated
+from dist_sae.parallel.zero import deepspeed_config
 from dist_sae.sae import PRODUCT_DTYPES, build_sae
 from dist_sae.sae.base import Dictionary, Output, Step
 from dist_sae.sae.dead import DeadLatents
@@ -57,10 +58,13 @@ def train(
         `step` and `rows` reached, and the numbers last reported.
 
     Raises:
+        ConfigError: These kernels or this DeepSpeed configuration cannot be.
         Stopped: Asked to stop; a checkpoint holds everything so far.
         DataExhaustedError: The activation set has too few rows.
         NonFiniteError: Loss or gradient; the weights were not touched.
     """
+    deepspeed_config(run)  # refuses what it must before anything is read or written
+    kernels = choose_kernels(run.train.kernels, mesh.device)
     runs = open_store(run.store.runs, run.store.s3)
     activations = open_store(run.store.activations, run.store.s3)
     plan = load_plan(activations, run)
@@ -75,23 +79,16 @@ def train(
     else:
         normaliser = Normaliser.from_scalars(checkpoint.scalars)
     sae = build_sae(
-        run.sae,
-        len(normaliser.mean),
-        mesh.axis,
-        choose_kernels(run.train.kernels, mesh.device),
-        PRODUCT_DTYPES[run.train.products],
+        run.sae, len(normaliser.mean), mesh.axis, kernels, PRODUCT_DTYPES[run.train.products]
     ).to(mesh.device)
-    dead = DeadLatents(len(sae.W_enc), run.sae.dead_after_rows, mesh.axis, mesh.device)
     if checkpoint is None:
         _initialise(run, mesh, units, normaliser, sae)
     engine = DeepSpeedEngine(run, sae, mesh)
+    dead = DeadLatents(len(sae.W_enc), run.sae.dead_after_rows, mesh.axis, mesh.device)
     average = WeightAverage(sae, run.train.ema_decay) if run.train.ema_decay else None
     state = TrainingState(sae, engine, dead, average)
-    step = 0
-    if checkpoint is not None:
-        step = checkpoint.step
-        state.restore(checkpoint)
-        logger.info("resuming at step %d of %d", step, run.steps)
+    step = state.restore(checkpoint) if checkpoint is not None else 0
+    logger.info("%s at step %d of %d", "resuming" if step else "starting", step, run.steps)
     scalars = normaliser.to_scalars()
     report = _Reporter(run, mesh, telemetry, History(runs, run.name, step), step)
 

@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dist_sae.config import Run
+from dist_sae.config import Run, validate_run
 from dist_sae.config.sae import SaeConfig
 from dist_sae.parallel.engine import DeepSpeedEngine
 from dist_sae.parallel.mesh import Mesh
@@ -52,13 +52,10 @@ class TrainingStep:
     Args:
         shape: Sizes and settings.
         mesh: This rank's place; `shape.batch` rows are shared by all ranks.
-        sae: The recipe; TopK with AuxK if None.
     """
 
-    def __init__(self, shape: StepShape, mesh: Mesh, sae: dict[str, Any] | None = None) -> None:
-        recipe: dict[str, Any] = sae or {"kind": "topk", "k": shape.k}
-        auxk = {"auxk": min(512, shape.n_latents)} if "k" in recipe else {}
-        self.run = _run(shape, mesh, {"n_latents": shape.n_latents, **auxk, **recipe})
+    def __init__(self, shape: StepShape, mesh: Mesh) -> None:
+        self.run = bench_run(shape, mesh.world, mesh.axis.shards)
         self.mesh = mesh
         config: SaeConfig = self.run.sae
         self.sae = build_sae(
@@ -77,14 +74,14 @@ class TrainingStep:
         self.sae.initialise(x, self._shape.seed)
         self._engine = DeepSpeedEngine(self.run, self.sae, self.mesh)
 
-    def __call__(self, x: Float[Tensor, "batch d_in"], lr: float | None = None) -> float:
+    def __call__(self, x: Float[Tensor, "batch d_in"]) -> float:
         """A step on this rank's part of a batch, scaled to E|x|^2 = d_in; returns its FVU."""
         engine = self._engine
         assert engine is not None, "initialise first"
         now = Step(float(self._shape.d_in), self.dead.mask, self.dead.count, progress=0.5)
         output = engine.objective(x, now)
         engine.backward(output.terms.total)
-        engine.step(self._shape.lr if lr is None else lr)
+        engine.step(self._shape.lr)
         self.dead.update(output.fired, self._shape.batch)
         return float(output.terms.fvu.detach())
 
@@ -140,17 +137,26 @@ def bench_step(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any]:
     }
 
 
-def _run(shape: StepShape, mesh: Mesh, sae: dict[str, Any]) -> Run:
-    """A run whose training is this step; its data are never read."""
+def bench_run(shape: StepShape, world: int, shards: int) -> Run:
+    """A run whose training is this step, of TopK with AuxK; its data are never read.
+
+    Raises:
+        ConfigError: There can be no such step.
+    """
     nowhere = str(Path("nowhere").absolute())
-    return Run.model_validate(
+    return validate_run(
         {
             "name": "bench",
             "store": {"activations": nowhere, "runs": nowhere},
             "model": {"kind": "synthetic", "d_in": shape.d_in},
             "corpus": {"kind": "synthetic"},
-            "activations": {"sites": ["synthetic"], "streams": mesh.world},
-            "sae": sae,
+            "activations": {"sites": ["synthetic"], "streams": world},
+            "sae": {
+                "kind": "topk",
+                "n_latents": shape.n_latents,
+                "k": shape.k,
+                "auxk": min(512, shape.n_latents),
+            },
             "train": {
                 "rows": shape.batch,
                 "batch_rows": shape.batch,
@@ -158,8 +164,9 @@ def _run(shape: StepShape, mesh: Mesh, sae: dict[str, Any]) -> Run:
                 "products": shape.products,
                 "kernels": shape.kernels,
             },
-            "processes": {"trainers": mesh.world, "shards": mesh.axis.shards},
-        }
+            "processes": {"trainers": world, "shards": shards},
+        },
+        "bench step",
     )
 
 

@@ -11,8 +11,6 @@ from dist_sae.sae.base import Dictionary
 from dist_sae.sae.dead import DeadLatents
 from dist_sae.sae.ema import WeightAverage
 
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's state of each parameter."""
 IDLE_ROWS = "idle_rows"
 """Rows since each latent last fired."""
 _EMA = "ema."
@@ -20,6 +18,8 @@ _EMA = "ema."
 
 class Moments(Protocol):
     """The optimiser's part of the state; see `Engine`."""
+
+    moments: tuple[str, ...]
 
     def moment(self, parameter: nn.Parameter, name: str) -> Tensor: ...
 
@@ -44,24 +44,27 @@ class TrainingState(NamedTuple):
             yield self._piece(name, buffer)
         for name, parameter in self.sae.named_parameters():
             yield self._piece(name, parameter.detach())
-            for moment in MOMENTS:
+            for moment in self.engine.moments:
                 yield self._piece(f"{moment}.{name}", self.engine.moment(parameter, moment))
         for name, mean in self.average.mean.items() if self.average else ():
             yield self._piece(f"{_EMA}{name}", mean)
 
     @torch.no_grad()
-    def restore(self, checkpoint: Checkpoint) -> None:
-        """Put the tensors back where `pieces` took them from."""
+    def restore(self, checkpoint: Checkpoint) -> int:
+        """Put the tensors back where `pieces` took them from; returns the step."""
         self.dead.take(self._read(checkpoint, IDLE_ROWS))
         for name, buffer in self.sae.named_buffers():
             buffer.copy_(self._read(checkpoint, name))
         moments = {}
         for name, parameter in self.sae.named_parameters():
             parameter.copy_(self._read(checkpoint, name))
-            moments[parameter] = {m: self._read(checkpoint, f"{m}.{name}") for m in MOMENTS}
+            moments[parameter] = {
+                m: self._read(checkpoint, f"{m}.{name}") for m in self.engine.moments
+            }
         self.engine.restore(checkpoint.step, moments)
         for name, mean in self.average.mean.items() if self.average else ():
             mean.copy_(self._read(checkpoint, f"{_EMA}{name}"))
+        return checkpoint.step
 
     def _is_sharded(self, name: str) -> bool:
         base = name.rpartition(".")[2]

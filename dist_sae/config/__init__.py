@@ -148,12 +148,24 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     data = _read_yaml(Path(path))
     for override in overrides:
         _apply_override(data, override)
+    return _with_absolute_stores(validate_run(data, str(path)))
+
+
+def validate_run(data: Mapping[str, Any], origin: str) -> Run:
+    """A run from its sections.
+
+    Args:
+        data: The sections.
+        origin: Where they come from, for messages.
+
+    Raises:
+        ConfigError: With one line for every problem.
+    """
     try:
-        run = Run.model_validate(data)
+        return Run.model_validate(data)
     except ValidationError as exc:
         lines = [line for error in _innermost(exc.errors()) for line in _explain(error)]
-        raise ConfigError("\n".join(f"{path}: {line}" for line in lines)) from exc
-    return _with_absolute_stores(run)
+        raise ConfigError("\n".join(f"{origin}: {line}" for line in lines)) from exc
 
 
 def dump_run(run: Run) -> str:

@@ -23,7 +23,9 @@ class DictionaryConfig(Section):
     """A latent is dead when it has not fired for this many rows."""
 
 
-class _CountsLatents(DictionaryConfig):
+class CountsLatentsConfig(DictionaryConfig):
+    """What TopK and BatchTopK share."""
+
     k: PositiveInt
     """Latents kept for each row (BatchTopK: on average)."""
     k_start: PositiveInt | None = None
@@ -46,13 +48,13 @@ class _CountsLatents(DictionaryConfig):
         return self
 
 
-class TopKConfig(_CountsLatents):
+class TopKConfig(CountsLatentsConfig):
     """TopK with AuxK (Gao et al. 2024, arXiv:2406.04093)."""
 
     kind: Literal["topk"] = "topk"
 
 
-class BatchTopKConfig(_CountsLatents):
+class BatchTopKConfig(CountsLatentsConfig):
     """BatchTopK with AuxK (Bussmann et al. 2024, arXiv:2412.06410)."""
 
     kind: Literal["batchtopk"] = "batchtopk"

@@ -20,14 +20,15 @@ from dist_sae.sae.base import Dictionary, Output, Step
 
 logger = logging.getLogger(__name__)
 
-
-MOMENTS = ("exp_avg", "exp_avg_sq")
-"""Adam's state of each parameter."""
+_MOMENTS: tuple[str, ...] = ("exp_avg", "exp_avg_sq")  # of Adam
 
 
 @runtime_checkable
 class Engine(Protocol):
     """One optimiser step of a dictionary, however many ranks share it."""
+
+    moments: tuple[str, ...]
+    """Names of the optimiser's state of each parameter."""
 
     def objective(self, x: Tensor, step: Step) -> Output:
         """The dictionary's objective on this rank's rows."""
@@ -53,7 +54,7 @@ class Engine(Protocol):
         ...
 
     def moment(self, parameter: nn.Parameter, name: str) -> Tensor:
-        """One of `MOMENTS` of a parameter, whole; collective."""
+        """One of `moments` of a parameter, whole; collective."""
         ...
 
     def restore(self, step: int, moments: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
@@ -63,6 +64,8 @@ class Engine(Protocol):
 
 class LocalEngine:
     """Plain torch, one process: what readers read and what tests compare DeepSpeed with."""
+
+    moments = _MOMENTS
 
     def __init__(self, run: Run, sae: Dictionary) -> None:
         self._sae = sae
@@ -100,6 +103,8 @@ class DeepSpeedEngine:
     Parameters are fp32 and are the masters. At stage 0 clipping is done here, because DeepSpeed
     then neither tells the norm nor looks whether it is finite before it updates the weights.
     """
+
+    moments = _MOMENTS
 
     def __init__(self, run: Run, sae: Dictionary, mesh: Mesh) -> None:
         deepspeed = _import_deepspeed(mesh)
@@ -168,7 +173,7 @@ class DeepSpeedEngine:
         for partition in zero.single_partition_of_fp32_groups:
             self._optimizer.state[partition] |= {
                 "step": torch.tensor(float(step), device=partition.device),
-                **{name: torch.zeros_like(partition) for name in MOMENTS},
+                **{name: torch.zeros_like(partition) for name in _MOMENTS},
             }
         # else it does so after the first update, and knows of no state before
         zero._hp_optimizer_states_linked = False  # noqa: SLF001

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dist_sae.sae.base import Dictionary, Step
-from dist_sae.sae.kernels import Entries, autograd, select
+from dist_sae.sae.kernels import autograd
 
 
 def auxk_loss(
@@ -40,7 +40,7 @@ def auxk_loss(
     spread, rows = _sum_of_squares_about_mean(sae, error)
     if not spread > 0:
         return error.new_zeros(())
-    pre_acts, entries = topk_entries(sae, centred, auxk, among=step.dead.nonzero()[:, 0])
+    pre_acts, entries = sae.topk_entries(centred, auxk, among=step.dead.nonzero()[:, 0])
     pre_acts = autograd.encode(pre_acts, sae.kernels, entries, centred, sae.W_enc, sae.b_enc, b_dec)
     parts = autograd.decode(pre_acts.relu(), sae.kernels, entries, sae.W_dec, unit_rows=True)
     e_hat = sae.axis.scatter_sum(parts)
@@ -53,42 +53,6 @@ def retie_(sae: Dictionary, stuck: Bool[Tensor, " n_local"]) -> None:
     lengths = sae.W_enc[stuck].norm(dim=1, keepdim=True)
     sae.W_enc[stuck] = sae.W_dec[stuck] * lengths  # decoder rows have unit norm
     sae.b_enc[stuck] = 0
-
-
-@torch.no_grad()
-def topk_entries(
-    sae: Dictionary,
-    centred: Float[Tensor, "rows d_in"],
-    k: int,
-    *,
-    among: Tensor | None = None,
-    product_dtype: torch.dtype | None = None,
-) -> tuple[Float[Tensor, " entries"], Entries]:
-    """This shard's part of the k largest pre-activations of each row over all shards.
-
-    Args:
-        sae: The dictionary.
-        centred: The replica's rows less b_dec.
-        k: How many of each row.
-        among: This shard's latents to choose from; all if None.
-        product_dtype: Precision of the product; `sae.product_dtype` if None.
-    """
-    product_dtype = product_dtype or sae.product_dtype
-    keys = select.topk_keys(
-        centred,
-        sae.W_enc,
-        sae.b_enc,
-        min(k, sae.n_latents),
-        product_dtype,
-        sae.kernels,
-        first=sae.first_latent,
-        among=among,
-    )
-    threshold = sae.axis.kth_largest(keys, k)
-    pre_acts, entries = select.entries_of(keys, threshold, sae.first_latent, len(sae.W_enc))
-    if product_dtype == torch.float64:  # keys hold fp32
-        pre_acts = sae.kernels.gather_dot(centred, entries, sae.W_enc) + sae.b_enc[entries.latents]
-    return pre_acts.to(sae.W_enc.dtype), entries
 
 
 def _sum_of_squares_about_mean(sae: Dictionary, error: Tensor) -> tuple[Tensor, int]:

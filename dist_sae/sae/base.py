@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dist_sae.config.sae import DictionaryConfig
 from dist_sae.sae.axis import WHOLE, LatentAxis
-from dist_sae.sae.kernels import Entries, Kernels
+from dist_sae.sae.kernels import Entries, Kernels, select
 from dist_sae.sae.kernels.torch import KERNELS
 
 
@@ -127,6 +127,41 @@ class Dictionary(nn.Module):
         entries = Entries(codes.latents, codes.starts, len(self.W_dec))
         parts = self.kernels.combine(codes.acts, entries, self.W_dec)
         return self.axis.scatter_sum(parts) + self.b_dec
+
+    @torch.no_grad()
+    def topk_entries(
+        self,
+        x: Float[Tensor, "rows d_in"],
+        k: int,
+        *,
+        among: Int[Tensor, " some"] | None = None,
+        product_dtype: torch.dtype | None = None,
+    ) -> tuple[Float[Tensor, " entries"], Entries]:
+        """This shard's part of the k largest pre-activations of each row over all shards.
+
+        Args:
+            x: The replica's rows, centred where the recipe does.
+            k: How many of each row.
+            among: This shard's latents to choose from; all if None.
+            product_dtype: Precision of the product; that of training if None.
+        """
+        product_dtype = product_dtype or self.product_dtype
+        keys = select.topk_keys(
+            x,
+            self.W_enc,
+            self.b_enc,
+            min(k, self.n_latents),
+            product_dtype,
+            self.kernels,
+            first=self.first_latent,
+            among=among,
+        )
+        threshold = self.axis.kth_largest(keys, k)
+        pre_acts, entries = select.entries_of(keys, threshold, self.first_latent, len(self.W_enc))
+        if product_dtype == torch.float64:  # keys hold fp32
+            pre_acts = self.kernels.gather_dot(x, entries, self.W_enc)
+            pre_acts = pre_acts + self.b_enc[entries.latents]
+        return pre_acts.to(self.W_enc.dtype), entries
 
     def forward(self, x: Float[Tensor, "batch d_in"], step: Step) -> Output:
         """`objective`, under the name that wrappers of modules call."""

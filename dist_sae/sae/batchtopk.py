@@ -13,25 +13,22 @@ Decoder rows have unit norm, so that z alone says how much a latent matters.
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dist_sae.config.sae import BatchTopKConfig
-from dist_sae.sae.auxk import auxk_loss, retie_
 from dist_sae.sae.axis import LatentAxis
-from dist_sae.sae.base import Codes, Dictionary, LossTerms, Output, Step, fired
-from dist_sae.sae.constraints import normalise_rows_
-from dist_sae.sae.init import initialise_tied
-from dist_sae.sae.kernels import Entries, autograd, select
+from dist_sae.sae.base import Codes
+from dist_sae.sae.kernels import Entries, select
 from dist_sae.sae.kernels.keys import from_ordered, ordered
 from dist_sae.sae.kernels.select import Candidates
-from dist_sae.sae.schedules import annealed
+from dist_sae.sae.topk import TopK
 
 _DIGIT = 16  # bits
 
 
-class BatchTopK(Dictionary):
-    """The dictionary and its loss."""
+class BatchTopK(TopK):
+    """TopK, but for what is selected."""
 
     threshold: Float[Tensor, "2"]
     """(sum, weight) of the running mean of the smallest code kept; theta = sum / weight."""
@@ -56,33 +53,10 @@ class BatchTopK(Dictionary):
         assert found is not None
         return Codes(found.values, found.latents, select.starts_of(found.rows, len(centred)))
 
-    def objective(self, x: Float[Tensor, "batch d_in"], step: Step) -> Output:
-        config = self.config
-        k = annealed(step.progress, config.k, config.k_start, config.k_anneal_share)
-        b_dec = self.axis.replicated(self.b_dec)
-        centred = (self.axis.gather(x) - b_dec).detach()
-        pre_acts, entries = self._select(centred, k)
-        acts = autograd.encode(
-            pre_acts, self.kernels, entries, centred, self.W_enc, self.b_enc, b_dec
-        )
-        parts = autograd.decode(acts, self.kernels, entries, self.W_dec, unit_rows=True)
-        error = x - (self.axis.scatter_sum(parts) + b_dec)
-        fvu = error.square().sum() / (len(centred) * step.variance)
-        auxk = auxk_loss(self, config.auxk, error.detach(), centred, b_dec, step)
-        terms = LossTerms(fvu, auxk, fvu.new_zeros(()), fvu + config.auxk_coefficient * auxk)
-        return Output(terms, fired(acts, entries), (acts > 0).sum())
-
-    def initialise(self, x: Float[Tensor, "batch d_in"], seed: int) -> None:
-        initialise_tied(self, x, seed)
-
-    def constrain(self) -> None:
-        normalise_rows_(self.W_dec)
-
-    def retie(self, stuck: Bool[Tensor, " n_local"]) -> None:
-        retie_(self, stuck)
-
     @torch.no_grad()
-    def _select(self, centred: Tensor, k: int) -> tuple[Tensor, Entries]:
+    def select(
+        self, centred: Float[Tensor, "rows d_in"], k: int
+    ) -> tuple[Float[Tensor, " entries"], Entries]:
         """This shard's part of the (rows * k) largest positive pre-activations of all ranks."""
         rows = len(centred)
         count = k * rows * self.axis.replicas

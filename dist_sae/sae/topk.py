@@ -12,25 +12,25 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dist_sae.config.sae import TopKConfig
-from dist_sae.sae.auxk import auxk_loss, retie_, topk_entries
+from dist_sae.config.sae import CountsLatentsConfig
+from dist_sae.sae.auxk import auxk_loss, retie_
 from dist_sae.sae.base import Codes, Dictionary, LossTerms, Output, Step, fired
 from dist_sae.sae.constraints import normalise_rows_
 from dist_sae.sae.init import initialise_tied
-from dist_sae.sae.kernels import autograd
+from dist_sae.sae.kernels import Entries, autograd
 from dist_sae.sae.schedules import annealed
 
 
 class TopK(Dictionary):
     """The dictionary and its loss."""
 
-    config: TopKConfig
+    config: CountsLatentsConfig
 
     @torch.no_grad()
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
         centred = self.axis.gather(x) - self.b_dec
-        pre_acts, entries = topk_entries(
-            self, centred, self.config.k, product_dtype=self.W_enc.dtype
+        pre_acts, entries = self.topk_entries(
+            centred, self.config.k, product_dtype=self.W_enc.dtype
         )
         return Codes(pre_acts.relu(), entries.latents, entries.starts)
 
@@ -39,7 +39,7 @@ class TopK(Dictionary):
         k = annealed(step.progress, config.k, config.k_start, config.k_anneal_share)
         b_dec = self.axis.replicated(self.b_dec)
         centred = (self.axis.gather(x) - b_dec).detach()
-        pre_acts, entries = topk_entries(self, centred, k)
+        pre_acts, entries = self.select(centred, k)
         pre_acts = autograd.encode(
             pre_acts, self.kernels, entries, centred, self.W_enc, self.b_enc, b_dec
         )
@@ -50,6 +50,12 @@ class TopK(Dictionary):
         auxk = auxk_loss(self, config.auxk, error.detach(), centred, b_dec, step)
         terms = LossTerms(fvu, auxk, fvu.new_zeros(()), fvu + config.auxk_coefficient * auxk)
         return Output(terms, fired(acts, entries), (acts > 0).sum())
+
+    def select(
+        self, centred: Float[Tensor, "rows d_in"], k: int
+    ) -> tuple[Float[Tensor, " entries"], Entries]:
+        """(Pre-activations, entries) of this shard that training keeps of the replica's rows."""
+        return self.topk_entries(centred, k)
 
     def initialise(self, x: Float[Tensor, "batch d_in"], seed: int) -> None:
         initialise_tied(self, x, seed)

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dist_sae.config import Run, load_run
 from dist_sae.errors import ConfigError, NonFiniteError
-from dist_sae.parallel.engine import MOMENTS, DeepSpeedEngine, Engine, LocalEngine
+from dist_sae.parallel.engine import DeepSpeedEngine, Engine, LocalEngine
 from dist_sae.parallel.mesh import Mesh, join_mesh
 from dist_sae.parallel.zero import deepspeed_config
 from dist_sae.sae import build_sae
@@ -80,7 +80,7 @@ def state(sae: Dictionary, engine: Engine) -> dict[str, Tensor]:
     """Parameters and Adam's moments."""
     found = {name: p.detach().clone() for name, p in sae.named_parameters()}
     for name, parameter in sae.named_parameters():
-        found |= {f"{m}.{name}": engine.moment(parameter, m).clone() for m in MOMENTS}
+        found |= {f"{m}.{name}": engine.moment(parameter, m).clone() for m in engine.moments}
     return found
 
 
@@ -89,7 +89,7 @@ def restore(sae: Dictionary, engine: Engine, step: int, saved: Mapping[str, Tens
     with torch.no_grad():
         for name, parameter in sae.named_parameters():
             parameter.copy_(saved[name])
-            moments[parameter] = {m: saved[f"{m}.{name}"].clone() for m in MOMENTS}
+            moments[parameter] = {m: saved[f"{m}.{name}"].clone() for m in engine.moments}
     engine.restore(step, moments)
 
 

@@ -35,7 +35,7 @@ RECIPES: dict[str, tuple[DictionaryConfig, int, int]] = {
             dead_after_rows=WINDOW,
         ),
         1200,
-        104,
+        119,
     ),
     "jumprelu_tanh": (
         JumpReLUTanhConfig(n_latents=N, sparsity=1.0, initial_l0=12, dead_after_rows=WINDOW),
@@ -63,7 +63,7 @@ def test_a_recipe_recovers_a_flat_world(kind: str) -> None:
     assert early[0].max_cosine < 0.8
     assert early[40].matched < 0.2 * N
     assert recovery(FLAT, trained.sae.W_dec).matched >= found - 8
-    assert trained.dead.count <= 0.08 * N
+    assert trained.dead.count <= 0.05 * N  # most: 5, of jumprelu_tanh
 
 
 def test_latents_that_are_pushed_down_come_back() -> None:

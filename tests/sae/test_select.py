@@ -232,7 +232,7 @@ def test_batchtopk_selects_the_largest_of_all_ranks(
             with torch.no_grad():
                 sae.W_enc.copy_(pre_acts.T[own])
             first = axis.replica * per_replica
-            values, entries = sae._select(torch.eye(ROWS)[first : first + per_replica], k)
+            values, entries = sae.select(torch.eye(ROWS)[first : first + per_replica], k)
             rows, latents = entries.rows + first, entries.latents + sae.first_latent
             assert torch.equal(values, pre_acts[rows, latents])
             return set(zip(rows.tolist(), latents.tolist(), strict=True)), sae.theta
