@@ -62,11 +62,16 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _produce(options: argparse.Namespace) -> None:
+    from dist_sae.data.claims import Worker
     from dist_sae.produce import produce
     from dist_sae.telemetry.exporter import Telemetry
 
     run = _load(options)
-    worker = options.worker or f"producer-{os.getpid()}@{os.uname().nodename}"
+    worker = Worker(
+        options.worker or f"producer-{os.getpid()}@{os.uname().nodename}",
+        options.index,
+        run.processes.producers,
+    )
     with Telemetry(
         run.name, "produce", _port(run.telemetry.port, options.port_offset)
     ) as telemetry:
@@ -129,11 +134,23 @@ def _config_schema(options: argparse.Namespace) -> None:
 
 
 def _store_verify(options: argparse.Namespace) -> None:
-    from dist_sae.verify import verify
+    from dist_sae.store import verify
 
     found = verify(_load(options))
     _print_result(options, found.result())
     found.raise_if_bad()
+
+
+def _store_ls(options: argparse.Namespace) -> None:
+    from dist_sae.store import ls
+
+    _print_result(options, ls(_load(options)))
+
+
+def _store_gc(options: argparse.Namespace) -> None:
+    from dist_sae.store import gc
+
+    _print_result(options, gc(_load(options), hours=options.hours, delete=options.delete))
 
 
 def _render(options: argparse.Namespace) -> None:
@@ -177,6 +194,27 @@ def _bench_peers(options: argparse.Namespace) -> None:
         fvu_rows=options.fvu_rows,
     )
     sys.stdout.write(_json(options, {"peers": rows}) if options.json else render_table(rows))
+
+
+def _bench_store(options: argparse.Namespace) -> None:
+    import torch
+
+    from dist_sae.bench.store import StoreShape, bench_run, bench_store
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    shape = StoreShape(
+        options.d_in,
+        options.units,
+        options.unit_rows,
+        options.block_rows,
+        options.dtype,
+        options.batch,
+        options.streams,
+        options.window_units,
+    )
+    run = bench_run(shape, options.url, options.endpoint_url)
+    _print_result(options, bench_store(run, shape, rounds=options.rounds, cached=options.cached))
 
 
 def _load(options: argparse.Namespace) -> "Run":
@@ -259,6 +297,13 @@ def _parser() -> argparse.ArgumentParser:
     add("plan", _plan, "read the corpus and fix which documents make up which unit")
     produce = add("produce", _produce, "run the model over units and store their activations")
     produce.add_argument("--worker", help="name of this producer; unique among those alive")
+    produce.add_argument(
+        "--index",
+        type=int,
+        default=int(os.environ.get("JOB_COMPLETION_INDEX", "0")),
+        help="its number, below processes.producers; matters where the store has no "
+        "conditional writes (default: JOB_COMPLETION_INDEX, else 0)",
+    )
     train = add("train", _train, "train, as one rank of those that RANK and WORLD_SIZE name")
     for sub in (produce, train):
         sub.add_argument("--port-offset", type=int, default=0, help="added to telemetry.port")
@@ -272,14 +317,26 @@ def _parser() -> argparse.ArgumentParser:
         "config": ("the run file itself", [("show", _config_show, "print the resolved run")]),
         "store": (
             "the activation set",
-            [("verify", _store_verify, "check every object against its manifest")],
+            [
+                ("verify", _store_verify, "check every object against its manifest"),
+                ("ls", _store_ls, "say what is there, who makes it and who reads it"),
+                ("gc", _store_gc, "list what no manifest names: left by producers that died"),
+            ],
         ),
     }
     for name, (text, members) in groups.items():
         group = commands.add_parser(name, help=text, description=text)
         actions = group.add_subparsers(metavar="ACTION", required=True)
         for action, command, help_text in members:
-            add(action, command, help_text, actions)
+            sub = add(action, command, help_text, actions)
+            if action == "gc":
+                sub.add_argument("--delete", action="store_true", help="delete it as well")
+                sub.add_argument(
+                    "--hours",
+                    type=float,
+                    default=24.0,
+                    help="leave alone what is younger: it may be in the making (default 24)",
+                )
         if name == "config":
             schema = actions.add_parser(
                 "schema", help="print the JSON Schema of run files, for editors"
@@ -307,11 +364,28 @@ def _add_benches(commands: Any) -> None:
         "--fvu-rows", type=int, default=0, help="rows of the FVU comparison; 0: none"
     )
     peers.set_defaults(command=_bench_peers)
+    store = actions.add_parser("store", help="writing and reading activations against raw PUT, GET")
+    store.add_argument(
+        "--url", required=True, help="s3://bucket/prefix or a folder; what is written is deleted"
+    )
+    store.add_argument("--endpoint-url", help="of a store other than AWS")
+    store.add_argument("--units", type=int, default=16)
+    store.add_argument("--unit-rows", type=int, default=16_384)
+    store.add_argument("--block-rows", type=int, default=4096)
+    store.add_argument("--dtype", choices=["bf16", "fp16", "fp32", "int8"], default="bf16")
+    store.add_argument("--streams", type=int, default=4)
+    store.add_argument("--window-units", type=int, default=4)
+    store.add_argument(
+        "--cached", action="store_true", help="let a folder's files stay in the page cache"
+    )
+    store.set_defaults(command=_bench_store)
     for action in (step, peers):
-        action.add_argument("--d-in", type=int, default=768)
         action.add_argument("--n-latents", type=int, default=65_536)
         action.add_argument("--k", type=int, default=32)
+    for action in (step, peers, store):
+        rounds = 5 if action is store else 9
+        action.add_argument("--d-in", type=int, default=768)
         action.add_argument("--batch", type=int, default=4096, help="rows")
-        action.add_argument("--rounds", type=int, default=9, help="medians are over so many")
+        action.add_argument("--rounds", type=int, default=rounds, help="medians are over so many")
         action.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
         action.add_argument("--json", action="store_true", help="print one JSON object")

@@ -13,7 +13,7 @@
         StoreError                .url and .key name the object
             ObjectNotFoundError
             AccessError           credentials, permissions, missing bucket
-            UnavailableError      the endpoint does not answer
+            UnavailableError      the endpoint did not answer until the deadline: exit 75
             StoreFullError        no space left, or over quota
             CorruptObjectError    bytes that do not match their checksum or schema
     Stopped                       exit 75: asked to stop, state saved, start again to continue
@@ -99,7 +99,9 @@ class AccessError(StoreError):
 
 
 class UnavailableError(StoreError):
-    """The endpoint cannot be reached or keeps failing."""
+    """The endpoint cannot be reached or keeps failing; started again, all goes on."""
+
+    exit_code = EXIT_RESUMABLE
 
 
 class StoreFullError(StoreError):

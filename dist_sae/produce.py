@@ -16,12 +16,14 @@ from contextlib import contextmanager
 from typing import NamedTuple
 
 import torch
+from torch import Tensor
 
 from dist_sae import logs
 from dist_sae.config import Run
 from dist_sae.config.data import ActivationsConfig, SyntheticCorpus
 from dist_sae.data.admission import admitted, of_usual_norm
-from dist_sae.data.claims import Claims
+from dist_sae.data.claims import Claims, Worker
+from dist_sae.data.consumers import Consumers
 from dist_sae.data.corpus import Corpus
 from dist_sae.data.orders import spread
 from dist_sae.data.plan import Plan, load_plan
@@ -30,6 +32,7 @@ from dist_sae.data.tokens import TokenBatch, cut, pack
 from dist_sae.errors import CorpusError, NonFiniteError, Stopped
 from dist_sae.models import ActivationSource, Tokenizer, build_source, build_tokenizer
 from dist_sae.storage import ObjectStore, open_store
+from dist_sae.storage.records import seal
 from dist_sae.telemetry.exporter import Telemetry
 
 logger = logging.getLogger(__name__)
@@ -55,13 +58,13 @@ class ComputedUnit(NamedTuple):
 
 
 def produce(
-    run: Run, worker: str, stopping: threading.Event, telemetry: Telemetry
+    run: Run, worker: Worker, stopping: threading.Event, telemetry: Telemetry
 ) -> dict[str, int]:
     """Produce units until every unit of the plan exists.
 
     Args:
         run: The run.
-        worker: Names this producer; no two that live at the same time share a name.
+        worker: This producer, among the others.
         stopping: When set, leave the unit at hand and return.
         telemetry: Takes the metrics.
 
@@ -73,9 +76,10 @@ def produce(
         NonFiniteError: The model gave NaN or infinity.
         Stopped: `stopping` was set before the work was done.
     """
-    store = open_store(run.store.activations, run.store.s3)
+    store = open_store(run.store.activations, run.store.s3, telemetry, stopping)
     plan = load_plan(store, run)
-    claims = Claims(store, plan, worker, stopping)
+    consumers = Consumers(store, run.store.consumer_expiry_hours)
+    claims = Claims(store, plan, worker, stopping, consumers, run.store.max_ahead_units)
     prepare = _Preparer(run, plan, claims)
     written = Counter(units=0, rows=0)
     source: ActivationSource | None = None  # loaded when there is something to do
@@ -92,7 +96,7 @@ def produce(
                 if finishing is not None:
                     _report(finishing.result(), plan, claims, telemetry, written)
                 finishing = finisher.submit(
-                    _finish, computed, store, plan, run.activations, worker, claims
+                    _finish, computed, store, plan, run.activations, worker.name, claims
                 )
             if finishing is not None:
                 _report(finishing.result(), plan, claims, telemetry, written)
@@ -104,7 +108,7 @@ def produce(
             finisher.shutdown()
             claims.release_all()
     if stopping.is_set() and claims.pending():
-        raise Stopped(f"{worker}: stopped; start it again to go on")
+        raise Stopped(f"{worker.name}: stopped; start it again to go on")
     logs.progress("produce", claims.done(), len(plan.units))
     return dict(written)
 
@@ -162,7 +166,7 @@ def _compute(
             acts = source.run(batch.tokens, batch.mask)
             for site in activations.sites:
                 rows = Rows(
-                    acts[site][keep].to(DTYPES[activations.dtype]),
+                    _held(acts[site][keep], activations.dtype),
                     batch.tokens[keep],
                     batch.positions[keep],
                     batch.documents[keep],
@@ -171,6 +175,11 @@ def _compute(
                 parts[site].append(rows)
     sites = {site: Rows(*map(torch.cat, zip(*rows, strict=True))) for site, rows in parts.items()}
     return ComputedUnit(work.unit, work.documents, sites, excluded, work.seconds)
+
+
+def _held(acts: Tensor, dtype: str) -> Tensor:
+    """As they are until the unit is stored; int8 comes then, from the model's own precision."""
+    return acts if dtype == "int8" else acts.to(DTYPES[dtype])
 
 
 def _check_finite(rows: Rows, site: str) -> None:
@@ -204,7 +213,9 @@ def _finish(
         order = kept[torch.from_numpy(spread(documents.numpy(), plan.seed, 4, unit))]
     with _timed(seconds, "store"):
         shards = {
-            site: write_shard(store, unit, site, rows.take(order), activations.block_rows)
+            site: write_shard(
+                store, unit, site, rows.take(order), activations.block_rows, activations.dtype
+            )
             for site, rows in computed.sites.items()
         }
     manifest = UnitManifest(
@@ -218,8 +229,8 @@ def _finish(
         sites=shards,
     )
     # if another producer was faster its unit stands, and this one's shards are orphans
-    store.put(manifest_key(unit), manifest.model_dump_json().encode(), if_absent=True)
-    claims.release(unit)
+    store.put(manifest_key(unit), seal(manifest), if_absent=True)
+    claims.release(unit, done=True)
     return manifest
 
 
@@ -237,6 +248,7 @@ def _report(
         telemetry.add("dist_sae_produce_excluded_rows_total", count, reason=reason)
     for stage, seconds in manifest.seconds.items():
         telemetry.add("dist_sae_produce_seconds_total", seconds, stage=stage)
+    telemetry.set("dist_sae_produce_wait_seconds", claims.waited_seconds)
     busy = max(manifest.seconds, key=lambda stage: manifest.seconds[stage])
     logs.progress(
         "produce",

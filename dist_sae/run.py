@@ -93,6 +93,8 @@ def _workers(run: Run, job: "_Job") -> list["_Process"]:
             "produce",
             "--worker",
             f"{run.name}-producer-{i}",
+            "--index",
+            str(i),
             "--port-offset",
             str(i),
             env=common,

@@ -3,17 +3,20 @@
 import logging
 import threading
 import time
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import torch
 import yaml
 
 from dist_sae import logs
-from dist_sae.checkpoint.layout import Checkpoints
+from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.checkpoint.state import TrainingState
 from dist_sae.config import Run, differences, dump_run
-from dist_sae.data.loader import Batch, Loader, Units
+from dist_sae.data.consumers import Consumers, Registration
+from dist_sae.data.loader import Batch, Loader, Place, Units
 from dist_sae.data.normaliser import Normaliser, measure
-from dist_sae.data.plan import check_rows, load_plan
+from dist_sae.data.plan import Plan, check_rows, load_plan
 from dist_sae.errors import ObjectNotFoundError, PlanMismatchError, Stopped
 from dist_sae.parallel.engine import DeepSpeedEngine
 from dist_sae.parallel.mesh import Mesh, check_replicated
@@ -65,8 +68,10 @@ def train(
     """
     deepspeed_config(run)  # refuses what it must before anything is read or written
     kernels = choose_kernels(run.train.kernels, mesh.device)
-    runs = open_store(run.store.runs, run.store.s3)
-    activations = open_store(run.store.activations, run.store.s3)
+    runs, activations = (
+        open_store(url, run.store.s3, telemetry, stopping)
+        for url in (run.store.runs, run.store.activations)
+    )
     plan = load_plan(activations, run)
     check_rows(run, plan)
     _own_run_folder(run, runs, mesh)
@@ -74,10 +79,13 @@ def train(
     units = Units(activations, plan, run.site, stopping)
     checkpoints = Checkpoints(runs, run.name, run.train.keep_checkpoints)
     checkpoint = checkpoints.latest()
-    if checkpoint is None:
-        normaliser = measure(units, run.train.normaliser_rows)
-    else:
-        normaliser = Normaliser.from_scalars(checkpoint.scalars)
+    places = _places(checkpoint)
+    registration = _register(run, plan, activations, places, mesh)
+    normaliser = (
+        measure(units, run.train.normaliser_rows)
+        if checkpoint is None
+        else Normaliser.from_scalars(checkpoint.scalars)
+    )
     sae = build_sae(
         run.sae, len(normaliser.mean), mesh.axis, kernels, PRODUCT_DTYPES[run.train.products]
     ).to(mesh.device)
@@ -89,16 +97,17 @@ def train(
     state = TrainingState(sae, engine, dead, average)
     step = state.restore(checkpoint) if checkpoint is not None else 0
     logger.info("%s at step %d of %d", "resuming" if step else "starting", step, run.steps)
-    scalars = normaliser.to_scalars()
     report = _Reporter(run, mesh, telemetry, History(runs, run.name, step), step)
+    scalars = normaliser.to_scalars()
+    saver = _Saver(run, checkpoints, state, scalars, registration, mesh, report)
 
-    with _loader(run, mesh, units, range(step, run.steps)) as loader:
+    with _loader(run, mesh, units, range(step, run.steps), places) as loader:
         while step < run.steps:
             batch = (
                 loader.next()
             )  # None: no more to come, because of a stop or because there is none
             if mesh.agree(wish=batch is None or stopping.is_set()):
-                _save(checkpoints, step, state, scalars, mesh, report)
+                saver.save(step, places)
                 loader.raise_if_failed()
                 raise Stopped(f"stopped at step {step} of {run.steps}; start again to go on")
             assert batch is not None
@@ -114,9 +123,11 @@ def train(
             if average is not None:
                 average.update()
             step += 1
+            places = batch.places
+            registration.at(places)
             report.step(step, batch, output, dead, lr=lr, gradient_norm=gradient_norm)
             if step == run.steps or step % run.train.save_every_steps == 0:
-                _save(checkpoints, step, state, scalars, mesh, report)
+                saver.save(step, places)
     return {"step": step, "rows": step * run.train.batch_rows, **report.last}
 
 
@@ -140,7 +151,33 @@ def _initialise(
         initialise_from_data(sae, rows)
 
 
-def _loader(run: Run, mesh: Mesh, units: Units, steps: range) -> Loader:
+def _places(checkpoint: Checkpoint | None) -> Mapping[int, Place]:
+    """Where the streams are, by number; none at the beginning."""
+    saved = checkpoint.scalars["places"] if checkpoint is not None else {}
+    return {int(stream): Place(*place) for stream, place in saved.items()}
+
+
+def _register(
+    run: Run, plan: Plan, activations: ObjectStore, places: Mapping[int, Place], mesh: Mesh
+) -> Registration:
+    """Make the run known on the activation set."""
+    store = run.store
+    consumers = Consumers(activations, store.consumer_expiry_hours)
+    registration = Registration(
+        consumers,
+        plan,
+        run.name,
+        keeps=run.train.max_passes > 1,
+        retires=store.retention == "delete_consumed",
+        speaks=mesh.is_first,
+    )
+    registration.begin(places)
+    return registration
+
+
+def _loader(
+    run: Run, mesh: Mesh, units: Units, steps: range, places: Mapping[int, Place] | None = None
+) -> Loader:
     return Loader(
         units,
         rank=mesh.rank,
@@ -148,6 +185,7 @@ def _loader(run: Run, mesh: Mesh, units: Units, steps: range) -> Loader:
         batch_rows=run.train.batch_rows,
         steps=steps,
         max_passes=run.train.max_passes,
+        places=places,
     )
 
 
@@ -181,30 +219,40 @@ def _own_run_folder(run: Run, runs: ObjectStore, mesh: Mesh) -> None:
         runs.put(key, dump_run(run).encode())
 
 
-def _save(
-    checkpoints: Checkpoints,
-    step: int,
-    state: TrainingState,
-    scalars: dict[str, object],
-    mesh: Mesh,
-    report: "_Reporter",
-) -> None:
-    """The first replica saves, each rank its shard; none goes on before all is done."""
-    if step == 0 or step in checkpoints.steps():
-        return  # the beginning can be made again
-    since = time.monotonic()
-    check_replicated(mesh, state.sae.b_dec)
-    pieces = state.pieces()
-    if mesh.axis.replica == 0:
-        records = checkpoints.write(step, pieces)
-    else:
-        records = {}
-        for _ in pieces:  # making them is collective
-            pass
-    everyones = mesh.everyones(records)
-    size = checkpoints.commit(step, everyones, scalars) if mesh.is_first else 0
-    mesh.barrier()
-    report.saved(step, size, time.monotonic() - since)
+class _Saver(NamedTuple):
+    """Makes checkpoints."""
+
+    run: Run
+    checkpoints: Checkpoints
+    state: TrainingState
+    scalars: dict[str, Any]
+    registration: Registration
+    mesh: Mesh
+    report: "_Reporter"
+
+    def save(self, step: int, places: Mapping[int, Place]) -> None:
+        """The first replica saves, each rank its shard; none goes on before all is done."""
+        if step == 0 or step in self.checkpoints.steps():
+            return  # the beginning can be made again
+        since = time.monotonic()
+        check_replicated(self.mesh, self.state.sae.b_dec)
+        pieces = self.state.pieces()
+        if self.mesh.axis.replica == 0:
+            records = self.checkpoints.write(step, pieces)
+        else:
+            records = {}
+            for _ in pieces:  # making them is collective
+                pass
+        everyones = self.mesh.everyones((records, places))
+        size = 0
+        if self.mesh.is_first:
+            everywhere = {stream: place for _, own in everyones for stream, place in own.items()}
+            size = self.checkpoints.commit(
+                step, [records for records, _ in everyones], self.scalars | {"places": everywhere}
+            )
+            self.registration.durable(everywhere, ended=step == self.run.steps)
+        self.mesh.barrier()
+        self.report.saved(step, size, time.monotonic() - since)
 
 
 class _Reporter:

@@ -1,16 +1,19 @@
 """Fixtures that several test modules use."""
 
+import contextlib
+import functools
 import os
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import boto3
 import pytest
 import torch
 import yaml
-from moto.server import ThreadedMotoServer
+
+from tests.servers import OWNER, SERVERS, Server
 
 # Without a GPU the Triton kernels run in Triton's interpreter. Triton reads this when a kernel is
 # defined, so it is set before any test can import one; torch and DeepSpeed work with it either way.
@@ -33,35 +36,46 @@ class Bucket(NamedTuple):
 
 
 @pytest.fixture(scope="session")
-def s3_endpoint() -> Iterator[str]:
-    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    yield f"http://{host}:{port}"
-    server.stop()
+def server() -> Iterator[Callable[[str], Server]]:
+    """The server of a name in `SERVERS`, started when a test first asks for it."""
+    with ExitStack() as running:
+        yield functools.cache(lambda name: running.enter_context(SERVERS[name]()))
 
 
 @pytest.fixture(scope="session")
-def s3_client(s3_endpoint: str) -> Iterator[Any]:
-    client = boto3.client(
-        "s3",
-        endpoint_url=s3_endpoint,
-        region_name="us-east-1",
-        aws_access_key_id="test",
-        aws_secret_access_key="test",
-    )
-    yield client
-    client.close()
+def server_client(server: Callable[[str], Server]) -> Iterator[Callable[[str], Any]]:
+    """The owner's client of a server; making one takes a while."""
+    with ExitStack() as clients:
+        yield functools.cache(
+            lambda name: clients.enter_context(contextlib.closing(server(name).client()))
+        )
 
 
 @pytest.fixture
-def bucket(s3_endpoint: str, s3_client: Any, monkeypatch: pytest.MonkeyPatch) -> Bucket:
-    monkeypatch.setenv("AWS_ACCESS_KEY_ID", "test")
-    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", "test")
+def make_bucket(
+    server: Callable[[str], Server],
+    server_client: Callable[[str], Any],
+    monkeypatch: pytest.MonkeyPatch,
+) -> Callable[[str], Bucket]:
+    """Makes a bucket on a server; its owner's key is in the environment."""
+    monkeypatch.setenv("AWS_ACCESS_KEY_ID", OWNER.id)
+    monkeypatch.setenv("AWS_SECRET_ACCESS_KEY", OWNER.secret)
     monkeypatch.setenv("AWS_EC2_METADATA_DISABLED", "true")
-    name = f"bucket-{uuid.uuid4().hex[:8]}"
-    s3_client.create_bucket(Bucket=name)
-    return Bucket(s3_endpoint, name, s3_client)
+
+    def make(name: str) -> Bucket:
+        bucket = Bucket(
+            server(name).endpoint_url, f"bucket-{uuid.uuid4().hex[:8]}", server_client(name)
+        )
+        bucket.client.create_bucket(Bucket=bucket.name)
+        return bucket
+
+    return make
+
+
+@pytest.fixture
+def bucket(make_bucket: Callable[[str], Bucket]) -> Bucket:
+    """On moto, the server that starts at once."""
+    return make_bucket("moto")
 
 
 def synthetic_run(folder: Path, **sections: dict[str, Any]) -> Path:

@@ -15,7 +15,8 @@ import dist_sae.data.claims
 import dist_sae.plan
 import dist_sae.produce
 from dist_sae.config import Run
-from dist_sae.data.claims import Claims
+from dist_sae.data.claims import Claims, Worker
+from dist_sae.data.consumers import Consumers
 from dist_sae.data.shard import Rows, manifest_key, read_block, read_manifest
 from dist_sae.errors import CorpusError, NonFiniteError, Stopped, StoreFullError
 from dist_sae.plan import plan
@@ -65,7 +66,7 @@ def store(run: Run) -> ObjectStore:
 
 def start(run: Run, worker: str, stopping: threading.Event | None = None) -> None:
     telemetry = Telemetry("world", "produce", None)
-    produce(run, worker, stopping or threading.Event(), telemetry)
+    produce(run, Worker(worker), stopping or threading.Event(), telemetry)
 
 
 def with_source(monkeypatch: pytest.MonkeyPatch, source: RowNumbers) -> None:
@@ -149,7 +150,7 @@ def test_a_dead_producers_unit_is_taken_over(
     """Two units were claimed by one that is gone; its lease is over in .2 s."""
     monkeypatch.setattr(dist_sae.data.claims, "_POLL_SECONDS", 0.01)
     monkeypatch.setattr(dist_sae.data.claims, "_LEASE_SECONDS", 0.2)
-    dead = Claims(store, plan(run), "dead", threading.Event())
+    dead = Claims(store, plan(run), Worker("dead"), threading.Event(), Consumers(store, 1.0))
     assert (dead.take(), dead.take()) == (0, 1)
     with_source(monkeypatch, RowNumbers())
     start(run, "b")
@@ -423,7 +424,7 @@ def test_metrics_count_rows_and_units(
             super().add(name, value, **labels)
             totals[" ".join([name, *labels.values()])] += value  # type: ignore[assignment]
 
-    produce(run, "a", threading.Event(), Recorder("world", "produce", None))
+    produce(run, Worker("a"), threading.Event(), Recorder("world", "produce", None))
     manifests = [read_manifest(store, unit) for unit in made_letters(store)]
     assert totals["dist_sae_produce_units_total"] == len(manifests)
     assert totals["dist_sae_produce_rows_total"] == sum(m.rows for m in manifests)

@@ -27,6 +27,7 @@ from dist_sae.reporting.latents import (
 )
 from dist_sae.reporting.page import Page, render_page
 from dist_sae.storage import open_store
+from dist_sae.storage.records import seal
 from tests.world import save
 
 EVALUATION: dict[str, Any] = {
@@ -244,9 +245,9 @@ def store_unit(run: Run, made: Plan, unit: int) -> None:
         rows=len(positions),
         excluded={},
         seconds={"forward": 1.0},
-        sites={"synthetic": write_shard(store, unit, "synthetic", rows, 32)},
+        sites={"synthetic": write_shard(store, unit, "synthetic", rows, 32, "fp32")},
     )
-    store.put(manifest_key(unit), manifest.model_dump_json().encode())
+    store.put(manifest_key(unit), seal(manifest))
 
 
 def save_identity(run: Run) -> None:

@@ -68,8 +68,10 @@ def test_the_whole_run_works_over_s3(tmp_path: Path, bucket: Bucket) -> None:
         "activations": f"{url}/activations",
         "runs": f"{url}/runs",
         "s3": {"endpoint_url": bucket.endpoint_url},
+        "retention": "delete_consumed",
     }
-    path = write_run(tmp_path, store=store, processes=BOTH)
+    train = {"rows": 4800, "max_passes": 1}
+    path = write_run(tmp_path, store=store, processes=BOTH, train=train)
     process = start(path, cwd=tmp_path)
     out, err = process.communicate(timeout=180)
     assert process.returncode == 0, err
@@ -80,6 +82,9 @@ def test_the_whole_run_works_over_s3(tmp_path: Path, bucket: Bucket) -> None:
     assert {"activations/plan.json", "activations/units/00000000.json"} <= keys
     assert {"runs/world/evaluation.json", "runs/world/export/cfg.json"} <= keys
     assert not [key for key in keys if "/claims/" in key]  # all given back
+    shards = [key for key in keys if key.startswith("activations/shards/")]
+    assert len(shards) == 1  # the held-out one
+    assert "activations/consumers/world.json" in keys
 
 
 @pytest.mark.parametrize(

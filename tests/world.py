@@ -1,8 +1,10 @@
 """Small activation sets whose rows say who they are."""
 
 import itertools
+import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Executor
 from pathlib import Path
 from typing import Any
 
@@ -14,11 +16,12 @@ import dist_sae.produce
 from dist_sae.checkpoint.layout import Checkpoints, Piece
 from dist_sae.config import Run
 from dist_sae.config.data import SYNTHETIC_SITE
-from dist_sae.data.loader import Loader, Units
+from dist_sae.data.claims import Worker
+from dist_sae.data.loader import Loader, Place, Stream, Units
 from dist_sae.data.plan import Plan, load_plan
 from dist_sae.models import ActivationSource
 from dist_sae.plan import plan
-from dist_sae.storage import ObjectStore, open_store
+from dist_sae.storage import Entry, ObjectStore, open_store, records
 from dist_sae.telemetry.exporter import Telemetry
 
 DOCUMENT_ROWS = 16
@@ -46,8 +49,8 @@ def make_run(folder: Path, **sections: dict[str, Any]) -> Run:
     }
     for name, section in sections.items():
         kind = section.get("kind")
-        replaces = kind is not None and kind != settings[name].get("kind")
-        settings[name] = section if replaces else settings[name] | section
+        replaces = kind is not None and kind != settings.get(name, {}).get("kind")
+        settings[name] = section if replaces else settings.get(name, {}) | section
     return Run.model_validate({"name": "world", **settings})
 
 
@@ -71,7 +74,7 @@ def fill(
     made = plan(run)
     monkeypatch.setattr(dist_sae.produce, "build_source", lambda *_: source)
     dist_sae.produce.produce(
-        run, worker, stopping or threading.Event(), Telemetry("world", "produce", None)
+        run, Worker(worker), stopping or threading.Event(), Telemetry("world", "produce", None)
     )
     return made
 
@@ -84,12 +87,31 @@ def open_units(
 
 
 def open_loader(
-    units: Units, steps: range, *, world: int = 1, rank: int = 0, rows: int = 64, passes: int = 1
+    units: Units,
+    steps: range,
+    *,
+    world: int = 1,
+    rank: int = 0,
+    rows: int = 64,
+    passes: int = 1,
+    places: Mapping[int, Place] | None = None,
 ) -> Loader:
-    return Loader(units, rank=rank, world=world, batch_rows=rows, steps=steps, max_passes=passes)
+    return Loader(
+        units,
+        rank=rank,
+        world=world,
+        batch_rows=rows,
+        steps=steps,
+        max_passes=passes,
+        places=places,
+    )
 
 
-def batches(units: Units, steps: range, **options: int) -> list[Tensor]:
+def open_stream(units: Units, number: int, pool: Executor, passes: int = 1) -> Stream:
+    return Stream(units, number, 0, passes, pool, pool)
+
+
+def batches(units: Units, steps: range, **options: Any) -> list[Tensor]:
     """The activations of the batches `steps`."""
     with open_loader(units, steps, **options) as loader:
         return [batch.acts for batch in loader]
@@ -101,6 +123,13 @@ def save(
     """A checkpoint of whole tensors, as a single rank writes it."""
     pieces = (Piece(name, t, 0, len(t) if t.shape else 1) for name, t in tensors.items())
     checkpoints.commit(step, [checkpoints.write(step, pieces)], scalars)
+
+
+def changed(data: bytes, **change: Any) -> bytes:
+    """A record with other fields, under a seal that fits."""
+    content = json.loads(data) | change
+    del content["sha256"]
+    return records._canonical({**content, "sha256": records._digest(content)})
 
 
 class Wrapped:
@@ -121,6 +150,13 @@ class Wrapped:
 
     def size(self, key: str) -> int | None:
         return self.inner.size(key)
+
+    @property
+    def exclusive(self) -> bool:
+        return self.inner.exclusive
+
+    def entries(self, prefix: str = "") -> Iterator[Entry]:
+        return self.inner.entries(prefix)
 
     def keys(self, prefix: str = "") -> Iterator[str]:
         return self.inner.keys(prefix)

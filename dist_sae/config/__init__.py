@@ -98,6 +98,26 @@ class Run(Section):
         if from_data and n_latents > self.train.rows:
             yield "sae.init", f"data wants n_latents ({n_latents}) rows, of train.rows"
 
+    def _retention_problems(self) -> Iterator[tuple[str, str]]:
+        store, activations = self.store, self.activations
+        if store.retention == "delete_consumed" and self.train.max_passes > 1:
+            yield "store.retention", "delete_consumed leaves nothing for train.max_passes above 1"
+        # what a run reads before it can say that it has come any further
+        first_rows = max(
+            self.train.normaliser_rows,
+            self.sae.n_latents if getattr(self.sae, "init", "random") == "data" else 0,
+        )
+        rows = first_rows + 4 * self.train.batch_rows  # batches are assembled ahead
+        # streams may be a window apart, for their units are not equally long
+        least = 2 * activations.streams * activations.window_units
+        least += -(-rows // activations.unit_rows)
+        if store.max_ahead_units is not None and store.max_ahead_units < least:
+            yield (
+                "store.max_ahead_units",
+                f"{store.max_ahead_units} would stop the run: its streams' windows and its "
+                f"normaliser hold {least} units at once",
+            )
+
     def _disagreements(self) -> Iterator[tuple[str, str]]:
         train, activations, processes = self.train, self.activations, self.processes
         sites = ", ".join(activations.sites)
@@ -119,6 +139,7 @@ class Run(Section):
                 f"{processes.trainers} does not divide activations.streams ({activations.streams})",
             )
         yield from self._shard_problems()
+        yield from self._retention_problems()
         last_port = (self.telemetry.port or 0) + processes.producers + processes.trainers - 1
         if self.telemetry.port and last_port > LAST_PORT:
             yield (

@@ -53,6 +53,14 @@ class S3Config(Section):
     """Region; null takes the one that the AWS chain gives, else us-east-1."""
     path_style: bool = True
     """Address buckets as endpoint/bucket; most S3-compatible servers need it."""
+    ca_bundle: str | None = None
+    """File with the certificates to trust; null takes those that the AWS chain gives."""
+    encryption: Literal["AES256", "aws:kms", "aws:kms:dsse"] | None = None
+    """Server-side encryption of what is written; null leaves it to the bucket."""
+    kms_key_id: str | None = None
+    """Key for the aws:kms encryptions; null takes the bucket's."""
+    deadline_seconds: PositiveFloat = 300.0
+    """A call that the endpoint cannot answer is repeated for so long."""
 
 
 class StoreConfig(Section):
@@ -63,6 +71,12 @@ class StoreConfig(Section):
     runs: StoreUrl
     """Where runs live; this run's folder is <runs>/<name>."""
     s3: S3Config = S3Config()
+    max_ahead_units: PositiveInt | None = None
+    """Producers wait while they are so many units ahead of the slowest run; null: no limit."""
+    retention: Literal["keep", "delete_consumed"] = "keep"
+    """delete_consumed deletes training shards that no run's last checkpoint needs any more."""
+    consumer_expiry_hours: PositiveFloat = 72.0
+    """A run that was silent for so long is waited for no more, and nothing is kept for it."""
 
 
 class HuggingFaceModel(Section):
@@ -169,8 +183,8 @@ class ActivationsConfig(Section):
     """Longest context; longer documents are cut into several."""
     prepend_bos: bool = True
     """Start every context with the tokenizer's BOS token, where it has one."""
-    dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
-    """Storage type."""
+    dtype: Literal["bf16", "fp16", "fp32", "int8"] = "bf16"
+    """Storage type; int8 keeps a scale per row beside it, at half the bytes of bf16."""
     unit_rows: PositiveInt = 65_536
     """Rows of one unit, about; the piece of work of a producer."""
     block_rows: PositiveInt = 4096

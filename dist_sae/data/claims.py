@@ -1,81 +1,125 @@
 """Who is working on which unit: an optimisation, so that producers do not do work twice.
 
-Correctness does not rest on it: a manifest is created once, whoever comes first.
+Correctness does not rest on it: a manifest is created once, whoever comes first. On a store that
+cannot create exclusively there are no claims: producer i of n does the units i, i + n, ...
 """
 
 import json
+import logging
 import threading
 import time
+from typing import NamedTuple
 
+from dist_sae.data.consumers import Consumers
 from dist_sae.data.plan import Plan
-from dist_sae.data.shard import manifest_key
 from dist_sae.errors import ObjectNotFoundError
 from dist_sae.storage import ObjectStore
 
-_LEASE_SECONDS = 600.0
+logger = logging.getLogger(__name__)
+
+_LEASE_SECONDS = 180.0
 _POLL_SECONDS = 1.0
+_SAY_EVERY_SECONDS = 30.0
+_FOLDER = "claims/"
+_DIGITS = 8  # of a unit's number in keys
+_PAGE = 1000  # keys that one request lists
+
+
+class Worker(NamedTuple):
+    """A producer among the others."""
+
+    name: str
+    """No two that live at the same time share it; claims under it are from an earlier life."""
+    number: int = 0
+    """From 0; no two share it."""
+    of: int = 1
+    """How many producers there are; this and the number matter where a store has no claims."""
 
 
 class Claims:
     """Hands this producer the lowest unit that is neither done nor claimed by a live producer.
 
+    A claim lives as long as it is renewed: its age is told by the store's clock.
+
     Args:
         store: The activation set.
         plan: Its plan.
-        worker: This producer; claims under its own name are left-overs of an earlier life.
+        worker: This producer.
         stopping: Ends every wait.
+        consumers: Those to keep step with.
+        max_ahead_units: No unit so far ahead of the slowest consumer is begun; None: no limit.
     """
 
     def __init__(
-        self, store: ObjectStore, plan: Plan, worker: str, stopping: threading.Event
+        self,
+        store: ObjectStore,
+        plan: Plan,
+        worker: Worker,
+        stopping: threading.Event,
+        consumers: Consumers,
+        max_ahead_units: int | None = None,
     ) -> None:
         self._store = store
         self._worker = worker
         self._stopping = stopping
+        self._consumers = consumers
+        self._max_ahead = max_ahead_units
         self._units = len(plan.units)
-        made = {int(key[6:14]) for key in store.keys("units/") if key.endswith(".json")}
+        self._exclusive = store.exclusive
         # both are shared by the producer's threads: single set operations only
-        self._pending = set(range(self._units)) - made
+        self._pending = set(range(self._units))
         self._held: set[int] = set()
         self._renewed = time.monotonic()
+        if self._exclusive:
+            self._drop_left_overs()
+        self.waited_seconds = 0.0
+        """For consumers and other producers."""
 
     def take(self) -> int | None:
         """Claim a unit; None when all are done or the producer is to stop.
 
-        While all that is left is claimed by others it waits, to take over should they die.
+        While all that is left is claimed by others it waits, to take over should they die; and it
+        waits for consumers that are far behind.
         """
+        said = time.monotonic()
         while not self._stopping.is_set():
-            for unit in sorted(self._pending - self._held):
-                if self._exists(unit):
-                    self._pending.discard(unit)
-                elif self._claim(unit):
-                    self._held.add(unit)
-                    if not self._exists(unit):
+            limit, slowest = self._limit()
+            claimed = self._claimed()  # before `_look`: what is in neither was begun by nobody
+            for page in sorted({unit // _PAGE for unit in self._mine() if unit < limit}):
+                self._look(page)
+                for unit in sorted(self._mine() - claimed):
+                    if unit // _PAGE == page and unit < limit and self._claim(unit):
+                        self._held.add(unit)
                         return unit
-                    self.release(unit)  # finished between the look and the claim
-            if self._pending <= self._held:
+            mine = self._mine()
+            if not mine:
                 return None
+            if min(mine) >= limit and time.monotonic() - said > _SAY_EVERY_SECONDS:
+                said = time.monotonic()
+                logger.warning("unit %d waits for %s", min(mine), slowest)
             self._stopping.wait(_POLL_SECONDS)
+            self.waited_seconds += _POLL_SECONDS
         return None
 
     def renew(self) -> None:
-        """Call it often: extends the leases of the units at hand once a third has run out."""
+        """Call it often: renews the claims at hand once a third of their lease has run out."""
         if time.monotonic() - self._renewed > _LEASE_SECONDS / 3:
             self._renewed = time.monotonic()
             for unit in sorted(self._held):
-                self._store.put(_key(unit), self._lease())
+                self._write(unit)
 
-    def release(self, unit: int) -> None:
-        """Give a unit back, done or not."""
-        self._store.delete(_key(unit))
-        if self._exists(unit):
+    def release(self, unit: int, *, done: bool) -> None:
+        """Give a unit back."""
+        if self._exclusive:
+            self._store.delete(_key(unit))
+        if done:
             self._pending.discard(unit)
         self._held.discard(unit)
 
     def release_all(self) -> None:
         """Give back what was claimed and not done, so that others need not wait for the lease."""
         for unit in sorted(self._held):
-            self.release(unit)
+            self.release(unit, done=False)
 
     def pending(self) -> bool:
         """Whether units were missing when last looked at."""
@@ -85,24 +129,67 @@ class Claims:
         """Units that exist, as far as this producer has seen."""
         return self._units - len(self._pending)
 
-    def _exists(self, unit: int) -> bool:
-        return self._store.size(manifest_key(unit)) is not None
+    def _mine(self) -> set[int]:
+        """Units that are not done and not at hand; without claims, of this producer's share."""
+        left = self._pending - self._held
+        if self._exclusive:
+            return left
+        return {unit for unit in left if unit % self._worker.of == self._worker.number}
+
+    def _limit(self) -> tuple[int, str]:
+        """(The first unit that is too far ahead, whom it would leave behind)."""
+        if self._max_ahead is None:
+            return self._units, ""
+        reached, run = self._consumers.slowest()
+        return reached + self._max_ahead, (
+            f"{run}, which is at unit {reached} (store.max_ahead_units {self._max_ahead})"
+        )
+
+    def _claimed(self) -> set[int]:
+        """Units on which live producers work."""
+        if not self._exclusive:
+            return set()
+        return {
+            _unit(entry.key)
+            for entry in self._store.entries(_FOLDER)
+            if entry.age_seconds < _LEASE_SECONDS
+        }
 
     def _claim(self, unit: int) -> bool:
-        if self._store.put(_key(unit), self._lease(), if_absent=True):
+        """Claim a unit whose claim is missing or has run out."""
+        if not self._exclusive or self._store.put(_key(unit), self._lease, if_absent=True):
             return True
-        try:
-            there = json.loads(self._store.get(_key(unit)))
-        except ObjectNotFoundError:
-            return False  # released in this instant; the next round sees how
-        if there["worker"] == self._worker or there["until"] < time.time():
-            self._store.put(_key(unit), self._lease())
-            return True
-        return False
+        if unit in self._claimed():  # another was faster
+            return False
+        self._write(unit)  # two may take over at once: work done twice, and nothing worse
+        return True
 
+    def _look(self, page: int) -> None:
+        """Take note of the units that exist, of those that one request can list."""
+        for key in self._store.keys(f"units/{page:0{_DIGITS - 3}d}"):
+            self._pending.discard(int(key.removeprefix("units/").removesuffix(".json")))
+
+    def _drop_left_overs(self) -> None:
+        for key in list(self._store.keys(_FOLDER)):
+            try:
+                left_over = self._store.get(key) == self._lease
+            except ObjectNotFoundError:
+                continue
+            if left_over:
+                self._store.delete(key)
+
+    def _write(self, unit: int) -> None:
+        if self._exclusive:
+            self._store.put(_key(unit), self._lease)
+
+    @property
     def _lease(self) -> bytes:
-        return json.dumps({"worker": self._worker, "until": time.time() + _LEASE_SECONDS}).encode()
+        return json.dumps({"worker": self._worker.name}).encode()
 
 
 def _key(unit: int) -> str:
-    return f"claims/{unit:08d}.json"
+    return f"{_FOLDER}{unit:0{_DIGITS}d}.json"
+
+
+def _unit(key: str) -> int:
+    return int(key.removeprefix(_FOLDER).removesuffix(".json"))

@@ -8,15 +8,16 @@ b takes rows [b r, (b + 1) r) of every stream, r = batch_rows / V. So the positi
 is the step, and it does not depend on the number of ranks: rank i of n serves streams
 [i V / n, (i + 1) V / n).
 
-Only `window_units` blocks per stream are in memory, and as many on their way.
+Only `window_units` blocks per stream are in memory, and as many on their way; the next window
+is opened meanwhile.
 """
 
 import logging
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from types import TracebackType
 from typing import NamedTuple
 
@@ -36,6 +37,17 @@ logger = logging.getLogger(__name__)
 _POLL_SECONDS = (0.1, 2.0)  # first and longest pause while a unit is not there yet
 _SAY_EVERY_SECONDS = 30.0
 _BATCHES_AHEAD = 2
+_LOOK_UP_SECONDS = 2.0
+
+
+class Place(NamedTuple):
+    """A window of a stream, and what lies before it. Pure function of the plan and the row."""
+
+    data_pass: int
+    first: int
+    """The window's first unit, counted among the stream's own in the order of the pass."""
+    rows_before: int
+    """Rows of the stream in all windows before."""
 
 
 class Batch(NamedTuple):
@@ -43,6 +55,8 @@ class Batch(NamedTuple):
 
     step: int
     acts: Float[Tensor, "batch d_in"]
+    places: Mapping[int, Place]
+    """By stream: the window that the last of its rows is from."""
     waited_seconds: float
     """How long the trainer stood still for it."""
 
@@ -51,12 +65,22 @@ class Units:
     """Manifests of an activation set, waited for when they are not there yet."""
 
     def __init__(
-        self, store: ObjectStore, plan: Plan, site: str, stopping: threading.Event
+        self,
+        store: ObjectStore,
+        plan: Plan,
+        site: str,
+        stopping: threading.Event,
+        closed: threading.Event | None = None,
     ) -> None:
         self.store = store
         self.plan = plan
+        self.stopping = stopping
         self._site = site
-        self._stopping = stopping
+        self._closed = closed or threading.Event()
+
+    def until(self, closed: threading.Event) -> "Units":
+        """The same, for a reader whose waits end when `closed` is set."""
+        return Units(self.store, self.plan, self._site, self.stopping, closed)
 
     def manifest(self, unit: int) -> UnitManifest:
         """The manifest of `unit`, as soon as it exists.
@@ -73,7 +97,7 @@ class Units:
                 pass
             else:
                 return self._checked(manifest)
-            if self._stopping.wait(pause):
+            if self.stopping.wait(pause) or self._closed.is_set():
                 raise Stopped(f"stopped while waiting for unit {unit}")
             pause = min(pause * 1.5, longest)
             if time.monotonic() - said > _SAY_EVERY_SECONDS:
@@ -99,9 +123,7 @@ class Units:
 class _UnitReader:
     """One unit's rows, front to back, the next block always on its way."""
 
-    def __init__(
-        self, units: Units, manifest: UnitManifest, row: int, pool: ThreadPoolExecutor
-    ) -> None:
+    def __init__(self, units: Units, manifest: UnitManifest, row: int, pool: Executor) -> None:
         self._store = units.store
         self._shard = units.shard(manifest)
         self._pool = pool
@@ -134,6 +156,9 @@ class _UnitReader:
         return self._pool.submit(read_block, self._store, self._shard, number)
 
 
+_START = Place(0, 0, 0)
+
+
 class Stream:
     """One canonical stream, from any row on.
 
@@ -143,16 +168,31 @@ class Stream:
         start: The first row to give.
         max_passes: How often the units may be gone through.
         pool: Fetches blocks.
+        opener: Opens the next window while the present one is read: threads of its own, because
+            they wait for units that are not there yet.
+        place: A window at or before `start`, from where to look for it.
     """
 
+    place: Place
+    """The window that the last row taken is from."""
+
     def __init__(
-        self, units: Units, number: int, start: int, max_passes: int, pool: ThreadPoolExecutor
+        self,
+        units: Units,
+        number: int,
+        start: int,
+        max_passes: int,
+        pool: Executor,
+        opener: Executor,
+        place: Place = _START,
     ) -> None:
         self._units = units
         self._number = number
         self._max_passes = max_passes
         self._pool = pool
-        self._pieces = self._windows(start)
+        self._opener = opener
+        self._windows = self._open_windows(start, place)
+        self._next = opener.submit(next, self._windows)
         self._order = np.empty(0, dtype=np.int64)
         self._readers: list[_UnitReader] = []
 
@@ -165,7 +205,8 @@ class Stream:
         pieces: list[Tensor] = []
         while n:
             if not len(self._order):
-                self._order, self._readers = next(self._pieces)
+                self.place, self._order, self._readers = self._next.result()
+                self._next = self._opener.submit(next, self._windows)
             now, self._order = self._order[:n], self._order[n:]
             pieces.append(self._merge(now))
             n -= len(now)
@@ -181,38 +222,41 @@ class Stream:
         place[np.argsort(order, kind="stable")] = np.arange(len(order))
         return rows.index_select(0, torch.from_numpy(place))  # 3 x as fast as rows[place]
 
-    def _windows(self, skip: int) -> Iterator[tuple[np.ndarray, list[_UnitReader]]]:
+    def _open_windows(
+        self, start: int, place: Place
+    ) -> Iterator[tuple[Place, np.ndarray, list[_UnitReader]]]:
         """Of each window: the unit of each of its rows in order, and the units' readers.
 
-        The first `skip` rows are left out.
+        Rows before `start` are left out; windows before `place` are not looked at.
         """
         plan = self._units.plan
         own = plan.stream_units(self._number)
-        rows_seen = 0
-        for data_pass in range(self._max_passes):
+        rows_seen = place.rows_before
+        for data_pass in range(place.data_pass, self._max_passes):
             order = (
                 permutation(len(own), plan.seed, 1, self._number, data_pass)
                 if data_pass
                 else range(len(own))
             )
-            for first in range(0, len(own), plan.window_units):
+            at = place.first if data_pass == place.data_pass else 0
+            for first in range(at, len(own), plan.window_units):
                 window = [
                     self._units.manifest(own[i]) for i in order[first : first + plan.window_units]
                 ]
+                here = Place(data_pass, first, rows_seen)
                 rows = sum(manifest.rows for manifest in window)
                 rows_seen += rows
-                if skip >= rows:
-                    skip -= rows
+                if rows_seen <= start:
                     continue
+                skip = max(0, start - here.rows_before)
                 ranks = np.repeat(np.arange(len(window)), [manifest.rows for manifest in window])
                 merged = ranks[permutation(rows, plan.seed, 2, self._number, data_pass, first)]
                 starts = np.bincount(merged[:skip], minlength=len(window))
                 readers = [
-                    _UnitReader(self._units, manifest, int(start), self._pool)
-                    for manifest, start in zip(window, starts, strict=True)
+                    _UnitReader(self._units, manifest, int(begin), self._pool)
+                    for manifest, begin in zip(window, starts, strict=True)
                 ]
-                yield merged[skip:], readers
-                skip = 0
+                yield here, merged[skip:], readers
         passes = "1 pass" if self._max_passes == 1 else f"{self._max_passes} passes"
         raise DataExhaustedError(
             f"{self._units.store.url}: stream {self._number} of {plan.streams} ends after "
@@ -231,10 +275,20 @@ class Loader:
         batch_rows: Rows of a global batch.
         steps: Which batches to give.
         max_passes: How often the units may be gone through.
+        places: Of streams: windows at or before the first batch, as an earlier loader left them.
+            Without them a resumed run reads the manifest of every unit before.
     """
 
     def __init__(
-        self, units: Units, *, rank: int, world: int, batch_rows: int, steps: range, max_passes: int
+        self,
+        units: Units,
+        *,
+        rank: int,
+        world: int,
+        batch_rows: int,
+        steps: range,
+        max_passes: int,
+        places: Mapping[int, Place] | None = None,
     ) -> None:
         streams = units.plan.streams
         assert streams % world == 0, (streams, world)
@@ -247,12 +301,20 @@ class Loader:
         own = range(rank * streams // world, (rank + 1) * streams // world)
         # each stream of the window keeps one block on its way
         self._pool = ThreadPoolExecutor(max_workers=8, thread_name_prefix="fetch")
+        self._opener = ThreadPoolExecutor(max_workers=len(own), thread_name_prefix="open")
+        self._stopping = units.stopping
+        units = units.until(self._closed)
+        at = {v: (places or {}).get(v, _START) for v in own}
 
         def streams_from(step: int) -> list[Stream]:
-            return [Stream(units, v, step * rows, max_passes, self._pool) for v in own]
+            return [
+                Stream(units, v, step * rows, max_passes, self._pool, self._opener, at[v])
+                for v in own
+            ]
 
+        # no daemon: one that is inside torch when Python ends would abort the process
         self._thread = threading.Thread(
-            target=self._assemble, args=(streams_from, rows), name="loader", daemon=True
+            target=self._assemble, args=(streams_from, own, rows), name="loader"
         )
 
     def __enter__(self) -> "Loader":
@@ -266,7 +328,8 @@ class Loader:
         trace: TracebackType | None,
     ) -> None:
         self._closed.set()
-        self._pool.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._opener, self._pool):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def next(self) -> Batch | None:
         """The next batch; None when there is none, because of a stop or because the data ended.
@@ -275,7 +338,14 @@ class Loader:
         `raise_if_failed`.
         """
         since = time.monotonic()
-        item = self._queue.get()
+        while True:
+            try:
+                item = self._queue.get(timeout=_LOOK_UP_SECONDS)
+            except queue.Empty:
+                if not self._stopping.is_set():  # the store may be patient for long
+                    continue
+                item = Stopped("stopped while waiting for data")
+            break
         if isinstance(item, Batch):
             return item._replace(waited_seconds=time.monotonic() - since)
         if not isinstance(item, Stopped | DataExhaustedError):
@@ -296,12 +366,13 @@ class Loader:
                 raise self._end
             yield batch
 
-    def _assemble(self, streams_from: Callable[[int], list[Stream]], rows: int) -> None:
+    def _assemble(self, streams_from: Callable[[int], list[Stream]], own: range, rows: int) -> None:
         try:
             streams = streams_from(self._steps.start)
             for step in self._steps:
                 acts = torch.cat([stream.take(rows) for stream in streams])
-                if not self._put(Batch(step, acts, 0.0)):
+                places = {v: stream.place for v, stream in zip(own, streams, strict=True)}
+                if not self._put(Batch(step, acts, places, 0.0)):
                     return
         except BaseException as exc:  # handed to the trainer's thread, which raises it
             self._put(exc)

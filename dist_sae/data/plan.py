@@ -4,38 +4,30 @@ Everything about the stream of rows follows from the plan, so two processes that
 plan agree on it without talking to each other.
 """
 
-import hashlib
-import json
-from collections.abc import Mapping
 from functools import cached_property
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import numpy as np
-from pydantic import BaseModel, ConfigDict, ValidationError
 
 from dist_sae.config import Run, differences
 from dist_sae.data.corpus import CorpusFile, CorpusIndex, Span
 from dist_sae.data.orders import permutation
 from dist_sae.errors import (
     CorpusError,
-    CorruptObjectError,
     DataExhaustedError,
     ObjectNotFoundError,
     PlanMismatchError,
 )
 from dist_sae.storage import ObjectStore
+from dist_sae.storage.records import Record, digest, read_record, seal
 
 PLAN_KEY = "plan.json"
-SCHEMA_VERSION: Literal[1] = 1
-Model = TypeVar("Model", bound=BaseModel)
 
 
-class Plan(BaseModel):
+class Plan(Record):
     """`plan.json`. Units `[0, n_train_units)` are for training, the rest is held out."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     settings: dict[str, Any]
     """The sections `model`, `corpus` and `activations` of the run file that it was made from."""
     files: tuple[CorpusFile, ...]
@@ -47,7 +39,7 @@ class Plan(BaseModel):
     @cached_property
     def hash(self) -> str:
         """Identifies the plan; every manifest made under it carries the hash."""
-        return hashlib.sha256(self.encode()).hexdigest()
+        return digest(self)
 
     @property
     def streams(self) -> int:
@@ -83,12 +75,6 @@ class Plan(BaseModel):
     def stream_units(self, stream: int) -> list[int]:
         """The training units of one canonical stream, in unit order."""
         return list(self.train_units[stream :: self.streams])
-
-    def encode(self) -> bytes:
-        """Canonical JSON."""
-        return json.dumps(
-            self.model_dump(mode="json"), sort_keys=True, separators=(",", ":")
-        ).encode()
 
 
 def plan_settings(run: Run) -> dict[str, Any]:
@@ -169,7 +155,7 @@ def publish_plan(store: ObjectStore, plan: Plan) -> bool:
     Raises:
         PlanMismatchError: Another plan is there.
     """
-    if store.put(PLAN_KEY, plan.encode(), if_absent=True):
+    if store.put(PLAN_KEY, seal(plan), if_absent=True):
         return True
     there = _read(store)
     if there.hash != plan.hash:
@@ -204,26 +190,4 @@ def _mismatch(store: ObjectStore, changed: list[str]) -> PlanMismatchError:
 
 
 def _read(store: ObjectStore) -> Plan:
-    return parse(Plan, store.get(PLAN_KEY), store, PLAN_KEY)
-
-
-def parse(model: type[Model], data: bytes, store: ObjectStore, key: str) -> Model:
-    """A JSON object of the store as a validated model.
-
-    Raises:
-        CorruptObjectError: It is damaged, or of a schema that this version does not know.
-    """
-    try:
-        content: Mapping[str, Any] = json.loads(data)
-        version = content.get("schema_version")
-        if version != SCHEMA_VERSION:
-            raise CorruptObjectError(
-                f"has schema version {version}, this program reads {SCHEMA_VERSION}; "
-                f"use the version of dist-sae that wrote it",
-                url=store.url,
-                key=key,
-            )
-        return model.model_validate(content)
-    except (ValueError, AttributeError, ValidationError) as exc:
-        reason = str(exc).splitlines()[0]
-        raise CorruptObjectError(f"is damaged: {reason}", url=store.url, key=key) from exc
+    return read_record(Plan, store, PLAN_KEY)

@@ -2,7 +2,8 @@
 
 One sample of a shard is a block of rows:
 
-    <block>.safetensors   acts [rows, d_in], tokens [rows], positions [rows], documents [rows]
+    <block>.safetensors   acts [rows, d_in], tokens [rows], positions [rows], documents [rows];
+                          where acts are int8, scales [rows]: a row is its acts times its scale
     <block>.json          rows and unit
 
 The manifest is written last; a unit exists when its manifest exists. It knows where every
@@ -11,6 +12,7 @@ block lies, so a reader fetches single blocks by range and checks each against i
 
 import hashlib
 import io
+import logging
 import tarfile
 import uuid
 from typing import Literal, NamedTuple
@@ -19,14 +21,16 @@ import safetensors.torch
 import torch
 import webdataset
 from jaxtyping import Float, Int
-from pydantic import BaseModel, ConfigDict
 from torch import Tensor
 
-from dist_sae.data.plan import SCHEMA_VERSION, parse
 from dist_sae.errors import CorruptObjectError, ObjectNotFoundError
 from dist_sae.storage import ObjectStore
+from dist_sae.storage.records import READS, Record, read_record
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+logger = logging.getLogger(__name__)
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}
+_INT8_LARGEST = 127
 
 
 class Rows(NamedTuple):
@@ -43,11 +47,7 @@ class Rows(NamedTuple):
         return Rows(*(column.index_select(0, index) for column in self))
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Block(_Record):
+class Block(Record):
     """Where a block's safetensors lie within the tar."""
 
     offset: int
@@ -56,7 +56,7 @@ class Block(_Record):
     sha256: str
 
 
-class SiteShard(_Record):
+class SiteShard(Record):
     """The shard of one site, with what the normaliser needs."""
 
     key: str
@@ -70,10 +70,10 @@ class SiteShard(_Record):
     """Sum of the squared norms of the rows."""
 
 
-class UnitManifest(_Record):
+class UnitManifest(Record):
     """`units/<unit>.json`."""
 
-    schema_version: Literal[1] = SCHEMA_VERSION
+    schema_version: Literal[1] = 1
     plan: str
     """Hash of the plan."""
     unit: int
@@ -92,10 +92,21 @@ def manifest_key(unit: int) -> str:
     return f"units/{unit:08d}.json"
 
 
-def write_shard(store: ObjectStore, unit: int, site: str, rows: Rows, block_rows: int) -> SiteShard:
-    """Encode and store one site's rows of a unit, under a name that no other attempt uses."""
+def write_shard(
+    store: ObjectStore, unit: int, site: str, rows: Rows, block_rows: int, dtype: str
+) -> SiteShard:
+    """Encode and store one site's rows of a unit, under a name that no other attempt uses.
+
+    Args:
+        store: The activation set.
+        unit: The unit.
+        site: Where the rows are from.
+        rows: They.
+        block_rows: Rows of a block.
+        dtype: Key of `DTYPES`.
+    """
     blocks = [
-        Rows(*(column[start : start + block_rows] for column in rows))
+        _encode(Rows(*(column[start : start + block_rows] for column in rows)), dtype)
         for start in range(0, len(rows.acts), block_rows)
     ]
     tar = _encode_tar(unit, blocks)
@@ -103,7 +114,7 @@ def write_shard(store: ObjectStore, unit: int, site: str, rows: Rows, block_rows
     store.put(key, tar)
     total, squares = torch.zeros(rows.acts.shape[1], dtype=torch.float64), 0.0
     for block in blocks:  # one after the other: fp64 of a whole unit would be large
-        acts = block.acts.double()
+        acts = _decode(block).acts.double()  # as they will be read
         total += acts.sum(0)
         squares += float(acts.square().sum())
     return SiteShard(
@@ -119,58 +130,76 @@ def write_shard(store: ObjectStore, unit: int, site: str, rows: Rows, block_rows
 
 def read_manifest(store: ObjectStore, unit: int) -> UnitManifest:
     """The manifest of a unit; raises `ObjectNotFoundError` while the unit does not exist."""
-    key = manifest_key(unit)
-    return parse(UnitManifest, store.get(key), store, key)
+    return read_record(UnitManifest, store, manifest_key(unit))
 
 
 def read_block(store: ObjectStore, shard: SiteShard, number: int) -> Rows:
-    """Fetch one block by range and check it.
+    """Fetch one block by range and check it; again if the bytes are not those that were written.
 
     Raises:
-        CorruptObjectError: The bytes are not those that were written.
+        CorruptObjectError: They are not so in the store either.
     """
     block = shard.blocks[number]
-    try:
-        data = store.get(shard.key, block.offset, block.offset + block.bytes)
-    except ObjectNotFoundError as exc:
-        raise CorruptObjectError(
-            "is gone; delete the unit's manifest and produce the unit again",
-            url=store.url,
-            key=shard.key,
-        ) from exc
-    if hashlib.sha256(data).hexdigest() != block.sha256:
+    fault = ""
+    for _ in range(READS):
+        try:
+            data = store.get(shard.key, block.offset, block.offset + block.bytes)
+        except ObjectNotFoundError as exc:
+            raise CorruptObjectError(
+                "is gone; delete the unit's manifest and produce the unit again",
+                url=store.url,
+                key=shard.key,
+            ) from exc
+        if hashlib.sha256(data).hexdigest() == block.sha256:
+            return decode_block(data)
         fault = "is cut short" if len(data) < block.bytes else "does not match its checksum"
-        raise CorruptObjectError(
-            f"block {number} {fault}; delete the unit's manifest and produce the unit again",
-            url=store.url,
-            key=shard.key,
-        )
-    return decode_block(data)
+        logger.warning("%s/%s: block %d %s; reading it again", store.url, shard.key, number, fault)
+    raise CorruptObjectError(
+        f"block {number} {fault}; delete the unit's manifest and produce the unit again",
+        url=store.url,
+        key=shard.key,
+    )
 
 
 def decode_block(data: bytes) -> Rows:
     """Rows from the bytes of a block's safetensors."""
-    tensors = safetensors.torch.load(data)
-    return Rows(*(tensors[name] for name in Rows._fields))
+    return _decode(safetensors.torch.load(data))
 
 
-def _encode_tar(unit: int, blocks: list[Rows]) -> bytes:
+def _encode(rows: Rows, dtype: str) -> dict[str, Tensor]:
+    """A block's tensors. int8 rounds each row to 255 levels between -max|x| and max|x|."""
+    columns = rows._asdict()
+    if dtype == "int8":
+        acts = rows.acts.float()
+        scales = (acts.abs().amax(dim=1) / _INT8_LARGEST).clamp_min(torch.finfo().tiny)
+        columns["acts"], columns["scales"] = (acts / scales[:, None]).round(), scales
+    columns["acts"] = columns["acts"].to(DTYPES[dtype])
+    return {name: column.contiguous() for name, column in columns.items()}
+
+
+def _decode(tensors: dict[str, Tensor]) -> Rows:
+    columns = {name: tensors[name] for name in Rows._fields}
+    if "scales" in tensors:
+        columns["acts"] = columns["acts"] * tensors["scales"][:, None]
+    return Rows(**columns)
+
+
+def _encode_tar(unit: int, blocks: list[dict[str, Tensor]]) -> bytes:
     stream = io.BytesIO()
     # fixed times and owners: the same rows give the same bytes
     with webdataset.TarWriter(stream, encoder=False, mtime=0.0, user="", group="") as writer:
         for number, block in enumerate(blocks):
-            columns = {name: column.contiguous() for name, column in block._asdict().items()}
             writer.write(
                 {
                     "__key__": f"{unit:08d}-{number:06d}",
-                    "json": f'{{"unit": {unit}, "rows": {len(block.acts)}}}'.encode(),
-                    "safetensors": safetensors.torch.save(columns),
+                    "json": f'{{"unit": {unit}, "rows": {len(block["acts"])}}}'.encode(),
+                    "safetensors": safetensors.torch.save(block),
                 }
             )
     return stream.getvalue()
 
 
-def _locate_blocks(tar: bytes, blocks: list[Rows]) -> tuple[Block, ...]:
+def _locate_blocks(tar: bytes, blocks: list[dict[str, Tensor]]) -> tuple[Block, ...]:
     with tarfile.open(fileobj=io.BytesIO(tar)) as archive:
         members = [m for m in archive if m.name.endswith(".safetensors")]
     view = memoryview(tar)
@@ -178,7 +207,7 @@ def _locate_blocks(tar: bytes, blocks: list[Rows]) -> tuple[Block, ...]:
         Block(
             offset=m.offset_data,
             bytes=m.size,
-            rows=len(block.acts),
+            rows=len(block["acts"]),
             sha256=hashlib.sha256(view[m.offset_data : m.offset_data + m.size]).hexdigest(),
         )
         for m, block in zip(members, blocks, strict=True)

@@ -1,16 +1,30 @@
 """Immutable objects under keys, on a local disk or an S3-compatible endpoint."""
 
+import threading
+
 from dist_sae.config.data import S3Config
-from dist_sae.storage.base import ObjectStore
+from dist_sae.storage.base import Entry, Meter, ObjectStore
 from dist_sae.storage.local import LocalStore
 
-__all__ = ["ObjectStore", "open_store"]
+__all__ = ["Entry", "ObjectStore", "open_store"]
 
 
-def open_store(url: str, s3: S3Config | None = None) -> ObjectStore:
-    """The store behind `file:///path`, a path or `s3://bucket/prefix`. Opens no connection."""
+def open_store(
+    url: str,
+    s3: S3Config | None = None,
+    meter: Meter | None = None,
+    stopping: threading.Event | None = None,
+) -> ObjectStore:
+    """The store behind `file:///path`, a path or `s3://bucket/prefix`. Opens no connection.
+
+    Args:
+        url: The place.
+        s3: How to reach an S3-compatible endpoint.
+        meter: Takes the numbers of requests, bytes and seconds of S3.
+        stopping: Once set, no call is patient for longer than a few seconds.
+    """
     if url.startswith("s3://"):
         from dist_sae.storage.s3 import S3Store  # boto3 takes .7 s to import
 
-        return S3Store(url, s3 or S3Config())
+        return S3Store(url, s3 or S3Config(), meter, stopping)
     return LocalStore(url)

@@ -2,6 +2,7 @@
 
 import errno
 import os
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
@@ -10,6 +11,7 @@ from typing import BinaryIO
 from urllib.parse import unquote, urlsplit
 
 from dist_sae.errors import AccessError, ObjectNotFoundError, StoreError, StoreFullError
+from dist_sae.storage.base import Entry
 
 _TEMPORARY = ".partial"  # suffix of files that are still being written; never listed
 _RACES = 100
@@ -26,6 +28,10 @@ class LocalStore:
     @property
     def url(self) -> str:
         return self._root.as_uri()
+
+    @property
+    def exclusive(self) -> bool:
+        return True
 
     def get(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
         with self._errors(key), (self._root / key).open("rb") as file:
@@ -69,6 +75,15 @@ class LocalStore:
                 inside = Path(folder).relative_to(self._root)
                 found += [(inside / n).as_posix() for n in names if not n.endswith(_TEMPORARY)]
         yield from sorted(key for key in found if key.startswith(prefix))
+
+    def entries(self, prefix: str = "") -> Iterator[Entry]:
+        for key in self.keys(prefix):
+            with self._errors(key):
+                try:
+                    there = (self._root / key).stat()
+                except FileNotFoundError:  # deleted since it was listed
+                    continue
+            yield Entry(key, there.st_size, time.time() - there.st_mtime)
 
     def delete(self, key: str) -> None:
         path = self._root / key

@@ -1,11 +1,30 @@
-"""An S3-compatible endpoint as an object store; the only module that talks to boto3."""
+"""An S3-compatible endpoint as an object store; the only module that talks to boto3.
 
-from collections.abc import Iterator, Mapping
+Boto repeats a request a few times; what it cannot mend (an endpoint that is down for minutes, a
+connection that breaks in the middle of a body) is repeated here, with jitter, until
+`store.s3.deadline_seconds` have passed. Large objects go in parts, several at a time.
+"""
+
+import io
+import logging
+import random
+import re
+import ssl
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
+from datetime import UTC, datetime
+from email.utils import parsedate_to_datetime
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeVar
 
 import boto3
+import urllib3.exceptions
+from boto3.exceptions import Boto3Error
+from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
@@ -18,9 +37,10 @@ from botocore.exceptions import (
     ParamValidationError,
     PartialCredentialsError,
     ProfileNotFound,
-    ReadTimeoutError,
-    ResponseStreamingError,
+    SSLError,
 )
+from botocore.parsers import ResponseParserError
+from botocore.utils import conditionally_calculate_md5
 
 from dist_sae.config.data import S3Config
 from dist_sae.errors import (
@@ -30,13 +50,21 @@ from dist_sae.errors import (
     StoreFullError,
     UnavailableError,
 )
+from dist_sae.storage.base import Entry, Meter
 
-_NOT_FOUND = {"404", "NoSuchKey", "NotFound"}
+logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
+
+# What endpoints answer, by its code; where a code is not here, by its HTTP status.
+_NOT_FOUND = {"NoSuchKey"}
 _REFUSED = {
+    "401": "access denied; check the credentials",
     "403": "access denied; check the credentials and their permissions on this bucket",
     "AccessDenied": "access denied; check the credentials' permissions on this bucket",
     "InvalidAccessKeyId": "the access key is unknown to the endpoint; check AWS_ACCESS_KEY_ID",
     "SignatureDoesNotMatch": "the secret key is wrong; check AWS_SECRET_ACCESS_KEY",
+    "InvalidToken": "the session token is not valid; check AWS_SESSION_TOKEN",
     "ExpiredToken": "the session token has expired; renew the credentials",
     "RequestTimeTooSkewed": "this machine's clock is off; set it",
     "PermanentRedirect": "the bucket is in another region; set store.s3.region",
@@ -51,136 +79,332 @@ _FULL = {
     "XMinioStorageFull",
     "XMinioAdminBucketQuotaExceeded",
 }
-_BUSY = {"SlowDown", "ServiceUnavailable", "InternalError", "500", "502", "503", "504", "429"}
+_BUSY = {
+    "SlowDown",
+    "ServiceUnavailable",
+    "InternalError",
+    "RequestTimeout",
+    "RequestLimitExceeded",
+    "Throttling",
+    "ThrottlingException",
+    "TooManyRequests",
+    "500",
+    "502",
+    "503",
+    "504",
+    "429",
+    "408",
+    "404",  # of a proxy that lacks its server: a server would say what is missing
+    "ConditionalRequestConflict",  # another writer is at it in this instant
+    "409",
+    "BadDigest",  # the bytes were damaged on their way
+    "XAmzContentSHA256Mismatch",
+    "IncompleteBody",
+    "NoSuchUpload",  # complete already, and the answer was lost
+}
 _EXISTS = {"PreconditionFailed", "412"}
-_RACING = {"ConditionalRequestConflict", "409"}
+_NOT_IMPLEMENTED = {"NotImplemented", "501"}
 _OUT_OF_RANGE = {"InvalidRange", "416"}
-_ATTEMPTS = 5
-_RACES = 100
+
+_ATTEMPTS = 3  # of boto's, before ours
+_FIRST_PAUSE_SECONDS = 0.2
+_LONGEST_PAUSE_SECONDS = 10.0
+_SAY_EVERY_SECONDS = 30.0
+_LAST_PATIENCE_SECONDS = 15.0  # when the program is to stop
+_PART_BYTES = 16 * 2**20
+_CONCURRENT_PARTS = 8
+_TRANSFER = TransferConfig(
+    multipart_threshold=2 * _PART_BYTES,
+    multipart_chunksize=_PART_BYTES,
+    max_concurrency=_CONCURRENT_PARTS,
+    preferred_transfer_client="classic",  # the other one has retries and errors of its own
+)
+_RACERS = 4
+
+
+class ConditionNotImplementedError(Exception):
+    """The endpoint says that it knows no If-None-Match."""
 
 
 class S3Store:
-    """`s3://bucket/prefix`. The client is made on first use and dropped when pickled."""
+    """`s3://bucket/prefix`. The client is made on first use and dropped when pickled.
 
-    def __init__(self, url: str, config: S3Config) -> None:
+    Args:
+        url: The place.
+        config: How to reach it.
+        meter: Takes the numbers of requests, bytes and seconds.
+        stopping: Once set, no call is patient for longer than a few seconds.
+    """
+
+    def __init__(
+        self,
+        url: str,
+        config: S3Config,
+        meter: Meter | None = None,
+        stopping: threading.Event | None = None,
+    ) -> None:
         self._url = url
         self._config = config
+        self._meter = meter
+        self._stopping = stopping or threading.Event()
         self._bucket, _, prefix = url.removeprefix("s3://").partition("/")
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
 
-    def __getstate__(self) -> dict[str, Any]:
-        return {name: value for name, value in self.__dict__.items() if name != "_client"}
+    def __reduce__(self) -> Any:
+        return S3Store, (self._url, self._config)
 
     @property
     def url(self) -> str:
         return self._url
 
+    @cached_property
+    def exclusive(self) -> bool:
+        key = f"probe-{uuid.uuid4().hex}"
+        try:
+            won = [self._put_if_absent(key, b"first"), self._put_if_absent(key, b"second")]
+            if won == [True, False]:
+                self.delete(key)
+                with ThreadPoolExecutor(_RACERS) as pool:
+                    won = list(
+                        pool.map(lambda i: self._put_if_absent(key, b"%d" % i), range(_RACERS))
+                    )
+        except ConditionNotImplementedError:
+            won = []
+        self.delete(key)
+        if sum(won) != 1:
+            logger.warning(
+                "%s: does not honour If-None-Match; units are dealt out to producers by number",
+                self.url,
+            )
+        return sum(won) == 1
+
     def get(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
         if stop is not None and stop <= start:
-            if self.size(key) is None:
-                raise ObjectNotFoundError("no such object", url=self.url, key=key)
+            self._get_part(key, 0, 1)  # raises when there is no object
             return b""
-        last = "" if stop is None else stop - 1
-        span = {} if (start, stop) == (0, None) else {"Range": f"bytes={start}-{last}"}
-        with self._errors(key):
-            return self._read(key, span)
-
-    def _read(self, key: str, span: Mapping[str, str]) -> bytes:
-        """GET, again when the connection breaks on the way: boto retries until the headers only."""
-        for attempt in range(1, _ATTEMPTS + 1):
-            try:
-                answer = self._client.get_object(
-                    Bucket=self._bucket, Key=self._prefix + key, **span
-                )
-                data: bytes = answer["Body"].read()
-            except ClientError as exc:
-                if span and _code(exc) in _OUT_OF_RANGE:
-                    return b""
-                raise
-            except (IncompleteReadError, ReadTimeoutError, ResponseStreamingError):
-                if attempt == _ATTEMPTS:
-                    raise
-            else:
-                return data
-        raise AssertionError  # the last attempt returns or raises
+        first_stop = start + _PART_BYTES
+        first, size = self._get_part(key, start, min(first_stop, stop or first_stop))
+        end = min(size, size if stop is None else stop)
+        starts = range(start + len(first), end, _PART_BYTES)
+        stops = [min(at + _PART_BYTES, end) for at in starts]
+        rest = self._pool.map(self._get_part, [key] * len(starts), starts, stops)
+        return b"".join([first, *(part for part, _ in rest)])[: max(0, end - start)]
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
-        condition = {"IfNoneMatch": "*"} if if_absent else {}
-        with self._errors(key):
-            for _ in range(_RACES):
-                try:
-                    self._client.put_object(
-                        Bucket=self._bucket, Key=self._prefix + key, Body=data, **condition
-                    )
-                except ClientError as exc:
-                    if if_absent and _code(exc) in _EXISTS:
-                        return False
-                    if not (if_absent and _code(exc) in _RACING):
-                        raise
-                    # another writer was at it in this instant: ask again
-                else:
-                    return True
-        raise UnavailableError(
-            f"the endpoint answered {_RACES} times that others write it", url=self.url, key=key
-        )
+        if if_absent and self.exclusive:
+            return self._put_if_absent(key, data)
+        if if_absent and self.size(key) is not None:
+            return False
+
+        where = self._bucket, self._prefix + key
+
+        def upload() -> None:
+            if len(data) < _TRANSFER.multipart_threshold:
+                self._client.put_object(
+                    Bucket=where[0], Key=where[1], Body=data, **self._encryption
+                )
+            else:  # in parts
+                self._client.upload_fileobj(
+                    io.BytesIO(data), *where, ExtraArgs=self._encryption, Config=_TRANSFER
+                )
+
+        self._patiently(key, upload)
+        self._moved("out", len(data))
+        return True
 
     def size(self, key: str) -> int | None:
+        # no HEAD: its answer has no body that could tell a missing key from a missing bucket
         try:
-            with self._errors(key):
-                head = self._client.head_object(Bucket=self._bucket, Key=self._prefix + key)
+            return self._get_part(key, 0, 1)[1]
         except ObjectNotFoundError:
-            self._check_bucket()  # a HEAD cannot tell a missing key from a missing bucket
             return None
-        return int(head["ContentLength"])
+
+    def entries(self, prefix: str = "") -> Iterator[Entry]:
+        token: dict[str, str] = {}
+        while True:
+            page = self._patiently(
+                prefix or None,
+                lambda token=token: self._client.list_objects_v2(  # type: ignore[misc]
+                    Bucket=self._bucket, Prefix=self._prefix + prefix, **token
+                ),
+            )
+            now = _clock(page)
+            for entry in page.get("Contents", ()):
+                age = (now - entry["LastModified"]).total_seconds()
+                yield Entry(entry["Key"][len(self._prefix) :], entry["Size"], max(0.0, age))
+            if not page.get("IsTruncated"):
+                return
+            token = {"ContinuationToken": page["NextContinuationToken"]}
 
     def keys(self, prefix: str = "") -> Iterator[str]:
-        with self._errors(prefix or None):
-            pages = self._client.get_paginator("list_objects_v2").paginate(
-                Bucket=self._bucket, Prefix=self._prefix + prefix
-            )
-            for page in pages:
-                for entry in page.get("Contents", ()):
-                    yield entry["Key"][len(self._prefix) :]
+        for entry in self.entries(prefix):
+            yield entry.key
 
     def delete(self, key: str) -> None:
-        with self._errors(key):
-            self._client.delete_object(Bucket=self._bucket, Key=self._prefix + key)
+        self._patiently(
+            key,
+            lambda: self._client.delete_object(Bucket=self._bucket, Key=self._prefix + key),
+        )
+
+    def _get_part(self, key: str, start: int, stop: int) -> tuple[bytes, int]:
+        """(The object's bytes [start, stop), its size).
+
+        An endpoint that knows no ranges gives all from `start` on.
+        """
+
+        def download() -> tuple[bytes, int]:
+            try:
+                answer = self._client.get_object(
+                    Bucket=self._bucket, Key=self._prefix + key, Range=f"bytes={start}-{stop - 1}"
+                )
+            except ClientError as exc:
+                if _code(exc) in _OUT_OF_RANGE:
+                    return b"", 0
+                raise
+            data: bytes = answer["Body"].read()
+            span = re.fullmatch(r"bytes (\d+)-\d+/(\d+)", answer.get("ContentRange", ""))
+            if span is None:
+                return data[start:], len(data)
+            first, size = (int(number) for number in span.groups())
+            if (first, len(data)) != (start, min(stop, size) - start):
+                raise UnavailableError("came in part only", url=self.url, key=key)
+            return data, size
+
+        data, size = self._patiently(key, download)
+        self._moved("in", len(data))
+        return data, size
+
+    def _put_if_absent(self, key: str, data: bytes) -> bool:
+        attempts = 0
+
+        def create() -> bool:
+            nonlocal attempts
+            attempts += 1
+            try:
+                self._client.put_object(
+                    Bucket=self._bucket,
+                    Key=self._prefix + key,
+                    Body=data,
+                    IfNoneMatch="*",
+                    **self._encryption,
+                )
+            except ClientError as exc:
+                if _code(exc) in _NOT_IMPLEMENTED:
+                    raise ConditionNotImplementedError from exc
+                if _code(exc) not in _EXISTS:
+                    raise
+                attempts += exc.response.get("ResponseMetadata", {}).get("RetryAttempts", 0)
+                return False
+            return True
+
+        created = self._patiently(key, create)
+        if not created and attempts > 1:  # an attempt may have succeeded whose answer was lost
+            with suppress(ObjectNotFoundError):  # another's, and gone again
+                created = self.get(key) == data
+        if created:
+            self._moved("out", len(data))
+        return created
+
+    def _patiently(self, key: str | None, call: Callable[[], Result]) -> Result:
+        """Repeat a call while the endpoint cannot answer it, until the deadline."""
+        since = said = time.monotonic()
+        pause = _FIRST_PAUSE_SECONDS
+        while True:
+            try:
+                with self._errors(key):
+                    return call()
+            except UnavailableError as exc:
+                now = time.monotonic()
+                patience = self._config.deadline_seconds
+                if self._stopping.is_set():
+                    patience = min(patience, _LAST_PATIENCE_SECONDS)
+                if now - since >= patience:
+                    raise
+                if said == since or now - said > _SAY_EVERY_SECONDS:
+                    said = now
+                    logger.warning(
+                        "%s; asking again for up to %.0f s", exc, patience - (now - since)
+                    )
+                if self._meter:
+                    self._meter.add("dist_sae_store_retries_total", 1)
+            rest = since + patience - time.monotonic()
+            self._pause(min(random.uniform(pause / 2, pause), max(rest, 0.0)))
+            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+
+    def _pause(self, seconds: float) -> None:
+        if not self._stopping.is_set():
+            self._stopping.wait(seconds)
+        else:
+            time.sleep(seconds)
+
+    @cached_property
+    def _pool(self) -> ThreadPoolExecutor:
+        return ThreadPoolExecutor(_CONCURRENT_PARTS, "store")
+
+    @cached_property
+    def _encryption(self) -> Mapping[str, str]:
+        """Server-side encryption, as arguments of a PUT."""
+        config = self._config
+        given = {"ServerSideEncryption": config.encryption, "SSEKMSKeyId": config.kms_key_id}
+        return {name: value for name, value in given.items() if value is not None}
 
     @cached_property
     def _client(self) -> Any:
-        # Patience is for a run under way. A mistyped endpoint should be told at once: any answer
-        # will do here, and what is wrong besides the call itself will hear.
-        session = boto3.session.Session()
-        with suppress(ClientError):
-            self._connect(session, attempts=2).head_bucket(Bucket=self._bucket)
-        return self._connect(session, attempts=_ATTEMPTS)
-
-    def _connect(self, session: boto3.session.Session, *, attempts: int) -> Any:
-        config = Config(
-            retries={"mode": "standard", "max_attempts": attempts},
-            connect_timeout=5,
-            read_timeout=60,
-            max_pool_connections=32,
-            s3={"addressing_style": "path" if self._config.path_style else "virtual"},
-            # many S3-compatible endpoints refuse boto's checksums; ours are in the manifests
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-        )
-        return session.client(
-            "s3",
-            endpoint_url=self._config.endpoint_url,
-            region_name=self._config.region or session.region_name or "us-east-1",
-            config=config,
-        )
-
-    def _check_bucket(self) -> None:
-        with self._errors(None):
+        bundle = self._config.ca_bundle
+        if bundle is not None:
             try:
-                self._client.head_bucket(Bucket=self._bucket)
-            except ClientError as exc:
-                if _code(exc) in _NOT_FOUND:
-                    raise AccessError(_REFUSED["NoSuchBucket"], url=self.url) from exc
-                raise
+                ssl.create_default_context(cafile=bundle)
+            except OSError as exc:
+                reason = exc.strerror or "no certificates"
+                raise AccessError(f"store.s3.ca_bundle {bundle}: {reason}", url=self.url) from exc
+        with self._errors(None):
+            session = boto3.session.Session()
+            try:
+                client = session.client(
+                    "s3",
+                    endpoint_url=self._config.endpoint_url,
+                    region_name=self._config.region or session.region_name or "us-east-1",
+                    verify=bundle,
+                    config=Config(
+                        retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
+                        connect_timeout=5,
+                        read_timeout=60,
+                        max_pool_connections=4 * _CONCURRENT_PARTS,
+                        s3={"addressing_style": "path" if self._config.path_style else "virtual"},
+                        # many endpoints refuse boto's checksums; ours are in the manifests
+                        request_checksum_calculation="when_required",
+                        response_checksum_validation="when_required",
+                    ),
+                )
+            except ValueError as exc:  # of a malformed endpoint or region
+                raise AccessError(f"{_line(exc)}; check store.s3", url=self.url) from exc
+        for operation in ("PutObject", "UploadPart"):  # servers that ignore signed hashes heed this
+            client.meta.events.register(f"before-call.s3.{operation}", conditionally_calculate_md5)
+        if self._meter:
+            client.meta.events.register("request-created.s3", _start_clock)
+            client.meta.events.register("needs-retry.s3", self._count_request)
+        return client
+
+    def _count_request(
+        self, operation: Any, attempts: int, request_dict: Any, response: Any, **_: object
+    ) -> None:
+        """After every attempt of boto's: how it went, and how long until its headers came."""
+        assert self._meter is not None
+        status = "none" if response is None else str(response[0].status_code)
+        started = request_dict["context"].get("dist_sae_started")
+        self._meter.add("dist_sae_store_requests_total", 1, operation=operation.name, status=status)
+        if attempts > 1:
+            self._meter.add("dist_sae_store_retries_total", 1)
+        if started is not None:
+            self._meter.observe(
+                "dist_sae_store_request_seconds",
+                time.monotonic() - started,
+                operation=operation.name,
+            )
+
+    def _moved(self, direction: str, n_bytes: int) -> None:
+        if self._meter:
+            self._meter.add("dist_sae_store_bytes_total", n_bytes, direction=direction)
 
     @contextmanager
     def _errors(self, key: str | None) -> Iterator[None]:
@@ -198,7 +422,19 @@ class S3Store:
             raise self._mapped(exc, key) from exc
         except ParamValidationError as exc:
             raise AccessError(_REFUSED["InvalidBucketName"], url=self.url) from exc
-        except (ConnectionError, HTTPClientError, IncompleteReadError) as exc:
+        except (
+            ConnectionError,
+            HTTPClientError,
+            IncompleteReadError,
+            ResponseParserError,
+            urllib3.exceptions.HTTPError,  # botocore lets through what breaks an answer's body
+        ) as exc:
+            if isinstance(exc, SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(exc):
+                raise AccessError(
+                    f"the certificate of {self._config.endpoint_url} is not trusted; "
+                    f"set store.s3.ca_bundle",
+                    url=self.url,
+                ) from exc
             endpoint = self._config.endpoint_url or "AWS"
             raise UnavailableError(
                 f"{endpoint} does not answer ({type(exc).__name__}); "
@@ -206,24 +442,40 @@ class S3Store:
                 url=self.url,
                 key=key,
             ) from exc
-        except BotoCoreError as exc:
+        except (BotoCoreError, Boto3Error) as exc:
             raise StoreError(_line(exc), url=self.url, key=key) from exc
 
     def _mapped(self, exc: ClientError, key: str | None) -> StoreError:
-        code = _code(exc)
-        if code in _NOT_FOUND:
-            return ObjectNotFoundError("no such object", url=self.url, key=key)
-        if code in _REFUSED:
-            return AccessError(_REFUSED[code], url=self.url)
-        if code in _FULL:
-            return StoreFullError("no space left or over quota", url=self.url, key=key)
-        if code in _BUSY:
-            return UnavailableError(f"the endpoint keeps answering {code}", url=self.url, key=key)
+        for answer in (_code(exc), str(_status(exc))):
+            if answer in _NOT_FOUND:
+                return ObjectNotFoundError("no such object", url=self.url, key=key)
+            if answer in _REFUSED:
+                return AccessError(_REFUSED[answer], url=self.url)
+            if answer in _FULL:
+                return StoreFullError("no space left or over quota", url=self.url, key=key)
+            if answer in _BUSY:
+                return UnavailableError(f"the endpoint answers {answer}", url=self.url, key=key)
         return StoreError(_line(exc), url=self.url, key=key)
 
 
+def _start_clock(request: Any, **_: object) -> None:
+    request.context["dist_sae_started"] = time.monotonic()
+
+
+def _clock(answer: Mapping[str, Any]) -> datetime:
+    """The time by the endpoint's clock."""
+    date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
+    return parsedate_to_datetime(date) if date else datetime.now(UTC)
+
+
 def _code(exc: ClientError) -> str:
-    return str(exc.response.get("Error", {}).get("Code", ""))
+    """What the endpoint calls it; the HTTP status where boto does not understand what it says."""
+    return str(exc.response.get("Error", {}).get("Code") or _status(exc))
+
+
+def _status(exc: ClientError) -> int | None:
+    status: int | None = exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+    return status
 
 
 def _line(exc: Exception) -> str:

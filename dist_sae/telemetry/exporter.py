@@ -7,6 +7,7 @@ from prometheus_client import (
     CollectorRegistry,
     Counter,
     Gauge,
+    Histogram,
     disable_created_metrics,
     start_http_server,
 )
@@ -52,6 +53,11 @@ class Telemetry:
             for m in METRICS
             if m.kind == "counter" and _belongs(m.name, role)
         }
+        self._histograms = {
+            m.name: Histogram(m.name, m.help, m.labels, registry=registry)
+            for m in METRICS
+            if m.kind == "histogram" and _belongs(m.name, role)
+        }
         self.port: int | None = None
         self._server = None
         if port is not None:
@@ -83,3 +89,7 @@ class Telemetry:
         """Add to a counter."""
         counter = self._counters[name]
         (counter.labels(**labels) if labels else counter).inc(value)
+
+    def observe(self, name: str, value: float, **labels: str) -> None:
+        """Put a value into a histogram."""
+        self._histograms[name].labels(**labels).observe(value)

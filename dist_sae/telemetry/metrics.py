@@ -7,7 +7,7 @@ class Metric(NamedTuple):
     """One row of the table. Names carry the unit; counters end in `_total`."""
 
     name: str
-    kind: Literal["counter", "gauge"]
+    kind: Literal["counter", "gauge", "histogram"]
     help: str
     labels: tuple[str, ...] = ()
 
@@ -29,6 +29,30 @@ METRICS = (
         "counter",
         "Time spent in each stage; stages overlap.",
         ("stage",),
+    ),
+    Metric(
+        "dist_sae_produce_wait_seconds",
+        "gauge",
+        "Time this producer has waited for consumers (store.max_ahead_units) or other producers.",
+    ),
+    Metric(
+        "dist_sae_store_requests_total",
+        "counter",
+        "Requests to the S3 endpoint, repeated ones included, by HTTP status.",
+        ("operation", "status"),
+    ),
+    Metric("dist_sae_store_retries_total", "counter", "Requests that had to be repeated."),
+    Metric(
+        "dist_sae_store_bytes_total",
+        "counter",
+        "Bytes read (in) and written (out).",
+        ("direction",),
+    ),
+    Metric(
+        "dist_sae_store_request_seconds",
+        "histogram",
+        "Time until the headers of an answer.",
+        ("operation",),
     ),
     Metric("dist_sae_train_step", "gauge", "Steps done."),
     Metric("dist_sae_train_steps", "gauge", "Steps that the run will do."),

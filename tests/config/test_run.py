@@ -147,6 +147,15 @@ def test_load_run_refuses_urls_that_lead_nowhere(
             "train.batch_rows: 254 is not a multiple of activations.streams (4)",
         ),
         (["train.rows=255"], "train.rows: 255 is less than one batch (256 rows)"),
+        (
+            ["store.retention=delete_consumed", "train.max_passes=2"],
+            "store.retention: delete_consumed leaves nothing for train.max_passes above 1",
+        ),
+        (  # 2 windows of 4 units in 4 streams, and 2,048 + 4 * 256 rows in units of 2,048
+            ["store.max_ahead_units=33"],
+            "store.max_ahead_units: 33 would stop the run: its streams' windows and its "
+            "normaliser hold 34 units at once",
+        ),
         (["processes.trainers=3"], "processes.trainers: 3 does not divide activations.streams (4)"),
         (
             ["processes.trainers=2", "processes.shards=4"],

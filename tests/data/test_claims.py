@@ -1,18 +1,21 @@
 import json
 import threading
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
 import dist_sae.data.claims
 from dist_sae.config import Run
-from dist_sae.data.claims import Claims
+from dist_sae.data.claims import Claims, Worker
+from dist_sae.data.consumers import Consumers
 from dist_sae.data.shard import manifest_key
 from dist_sae.errors import ObjectNotFoundError
 from dist_sae.plan import plan
-from dist_sae.storage import ObjectStore, open_store
+from dist_sae.storage import Entry, ObjectStore, open_store
 from tests.world import Wrapped, make_run
 
 UNITS = 17
@@ -50,13 +53,35 @@ def run(tmp_path: Path) -> Run:
     return run
 
 
+class Aging(Wrapped):
+    """A store whose objects age by the clock of the test."""
+
+    def __init__(self, store: ObjectStore, clock: Clock) -> None:
+        super().__init__(store)
+        self._clock = clock
+        self._written: dict[str, float] = {}
+
+    def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
+        done = super().put(key, data, if_absent=if_absent)
+        if done:
+            self._written[key] = self._clock.now
+        return done
+
+    def entries(self, prefix: str = "") -> Iterator[Entry]:
+        for entry in super().entries(prefix):
+            yield entry._replace(age_seconds=self._clock.now - self._written[entry.key])
+
+
 @pytest.fixture
-def store(run: Run) -> ObjectStore:
-    return open_store(run.store.activations)
+def store(run: Run, clock: Clock) -> ObjectStore:
+    return Aging(open_store(run.store.activations), clock)
 
 
-def open_claims(run: Run, worker: str, clock: Clock, store: ObjectStore | None = None) -> Claims:
-    return Claims(store or open_store(run.store.activations), plan(run), worker, clock)
+def open_claims(
+    run: Run, worker: str, clock: Clock, store: ObjectStore, ahead: int | None = None
+) -> Claims:
+    consumers = Consumers(store, run.store.consumer_expiry_hours)
+    return Claims(store, plan(run), Worker(worker), clock, consumers, ahead)
 
 
 def finish(store: ObjectStore, *units: int) -> None:
@@ -72,7 +97,7 @@ def test_the_lowest_free_unit_is_handed_out_and_none_twice(
     run: Run, clock: Clock, store: ObjectStore
 ) -> None:
     finish(store, 0, 2)
-    a, b = open_claims(run, "a", clock), open_claims(run, "b", clock)
+    a, b = open_claims(run, "a", clock, store), open_claims(run, "b", clock, store)
     assert [a.take(), b.take(), a.take(), b.take()] == [1, 3, 4, 5]
     assert claimed(store) == {1: "a", 3: "b", 4: "a", 5: "b"}
 
@@ -80,7 +105,7 @@ def test_the_lowest_free_unit_is_handed_out_and_none_twice(
 def test_units_that_others_finish_meanwhile_are_not_handed_out(
     run: Run, clock: Clock, store: ObjectStore
 ) -> None:
-    claims = open_claims(run, "a", clock)
+    claims = open_claims(run, "a", clock, store)
     finish(store, 0, 1)
     assert claims.take() == 2
     assert claims.done() == 2
@@ -90,25 +115,25 @@ def test_a_claim_of_a_dead_producer_is_taken_over_when_its_lease_ends(
     run: Run, clock: Clock, store: ObjectStore
 ) -> None:
     finish(store, *range(1, UNITS))
-    assert open_claims(run, "dead", clock).take() == 0
+    assert open_claims(run, "dead", clock, store).take() == 0
     since = clock.now
-    assert open_claims(run, "b", clock).take() == 0
-    assert 600 < clock.now - since < 602
+    assert open_claims(run, "b", clock, store).take() == 0
+    assert 180 <= clock.now - since < 182
     assert claimed(store) == {0: "b"}
 
 
 def test_an_own_claim_of_an_earlier_life_is_taken_at_once(
     run: Run, clock: Clock, store: ObjectStore
 ) -> None:
-    open_claims(run, "a", clock).take()
-    assert open_claims(run, "a", clock).take() == 0
+    open_claims(run, "a", clock, store).take()
+    assert open_claims(run, "a", clock, store).take() == 0
     assert clock.waits == 0
 
 
 def test_renewing_keeps_a_slow_producers_unit(run: Run, clock: Clock, store: ObjectStore) -> None:
-    """It works for 50 minutes on one unit, and says so every minute."""
+    """It works for 50 minutes on one unit, and says so all the time."""
     finish(store, *range(1, UNITS))
-    slow = open_claims(run, "slow", clock)
+    slow = open_claims(run, "slow", clock, store)
     assert slow.take() == 0
     since = clock.now
 
@@ -116,15 +141,15 @@ def test_renewing_keeps_a_slow_producers_unit(run: Run, clock: Clock, store: Obj
         slow.renew()
         if clock.now - since > 3000:
             finish(store, 0)
-            slow.release(0)
+            slow.release(0, done=True)
 
     clock.then = meanwhile
-    assert open_claims(run, "b", clock).take() is None
+    assert open_claims(run, "b", clock, store).take() is None
     assert clock.now - since > 3000
 
 
-def test_renewing_often_writes_rarely(run: Run, clock: Clock) -> None:
-    """Twice in 450 s for each of two units: the lease is 600 s."""
+def test_renewing_often_writes_rarely(run: Run, clock: Clock, store: ObjectStore) -> None:
+    """Twice in 150 s for each of two units: the lease is 180 s."""
 
     class Counting(Wrapped):
         puts = 0
@@ -133,35 +158,35 @@ def test_renewing_often_writes_rarely(run: Run, clock: Clock) -> None:
             self.puts += 1
             return super().put(key, data, if_absent=if_absent)
 
-    store = Counting(open_store(run.store.activations))
-    claims = open_claims(run, "a", clock, store)
+    counting = Counting(store)
+    claims = open_claims(run, "a", clock, counting)
     claims.take()
     claims.take()
-    store.puts = 0
-    for _ in range(450):
+    counting.puts = 0
+    for _ in range(150):
         claims.renew()
         clock.now += 1
-    assert store.puts == 4
+    assert counting.puts == 4
 
 
 def test_a_released_unit_is_free_for_others_at_once(
     run: Run, clock: Clock, store: ObjectStore
 ) -> None:
-    a = open_claims(run, "a", clock)
+    a = open_claims(run, "a", clock, store)
     a.take()
     a.take()
     a.release_all()
     assert claimed(store) == {}
-    assert open_claims(run, "b", clock).take() == 0
+    assert open_claims(run, "b", clock, store).take() == 0
     assert clock.waits == 0
 
 
 def test_release_counts_what_is_done(run: Run, clock: Clock, store: ObjectStore) -> None:
-    claims = open_claims(run, "a", clock)
+    claims = open_claims(run, "a", clock, store)
     assert (claims.take(), claims.take()) == (0, 1)
     finish(store, 0)
-    claims.release(0)
-    claims.release(1)
+    claims.release(0, done=True)
+    claims.release(1, done=False)
     assert claims.done() == 1
     assert claims.take() == 1
 
@@ -170,13 +195,13 @@ def test_take_ends_when_all_is_done_or_in_own_hands(
     run: Run, clock: Clock, store: ObjectStore
 ) -> None:
     finish(store, *range(2, UNITS))
-    claims = open_claims(run, "a", clock)
+    claims = open_claims(run, "a", clock, store)
     assert [claims.take(), claims.take(), claims.take()] == [0, 1, None]
     assert claims.pending()
     finish(store, 0, 1)
     claims.release_all()
-    assert not claims.pending()
     assert claims.take() is None
+    assert not claims.pending()
     assert clock.waits == 0
 
 
@@ -184,45 +209,138 @@ def test_take_waits_for_others_and_ends_when_they_finish(
     run: Run, clock: Clock, store: ObjectStore
 ) -> None:
     finish(store, *range(1, UNITS))
-    open_claims(run, "b", clock).take()
+    open_claims(run, "b", clock, store).take()
     clock.then = lambda: finish(store, 0) if clock.waits == 5 else None
-    claims = open_claims(run, "a", clock)
+    claims = open_claims(run, "a", clock, store)
     assert claims.take() is None
     assert (clock.waits, claims.pending()) == (5, False)
 
 
 def test_take_ends_when_the_producer_is_stopped(run: Run, clock: Clock, store: ObjectStore) -> None:
     finish(store, *range(1, UNITS))
-    open_claims(run, "b", clock).take()
+    open_claims(run, "b", clock, store).take()
     clock.then = clock.set
-    claims = open_claims(run, "a", clock)
+    claims = open_claims(run, "a", clock, store)
     assert claims.take() is None
     assert claims.pending()
 
 
-def test_a_unit_that_is_finished_between_the_look_and_the_claim_is_not_done_again(
+def test_a_unit_that_another_claims_in_the_same_instant_is_left_to_it(
     run: Run, clock: Clock, store: ObjectStore
 ) -> None:
     class Racing(Wrapped):
         def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
             if key == "claims/00000000.json":
-                finish(store, 0)
+                self.inner.put(key, b'{"worker": "faster"}')
             return super().put(key, data, if_absent=if_absent)
 
-    claims = open_claims(run, "a", clock, Racing(store))
-    assert claims.take() == 1
-    assert claimed(store) == {1: "a"}
-    assert claims.done() == 1
+    assert open_claims(run, "a", clock, Racing(store)).take() == 1
+    assert claimed(store) == {0: "faster", 1: "a"}
 
 
-def test_a_claim_released_in_the_instant_of_looking_is_no_error(run: Run, clock: Clock) -> None:
+def test_a_claim_released_in_the_instant_of_looking_is_no_error(
+    run: Run, clock: Clock, store: ObjectStore
+) -> None:
     class Racing(Wrapped):
-        def get(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
-            if key == "claims/00000000.json":
-                self.delete(key)
-                raise ObjectNotFoundError("no such object", url=self.url, key=key)
-            return super().get(key, start, stop)
+        def get(self, key: str, *_: Any) -> bytes:
+            self.delete(key)
+            raise ObjectNotFoundError("no such object", url=self.url, key=key)
 
-    open_claims(run, "b", clock).take()
-    claims = open_claims(run, "a", clock, Racing(open_store(run.store.activations)))
-    assert [claims.take(), claims.take()] == [1, 0]
+    open_claims(run, "b", clock, store).take()
+    assert open_claims(run, "a", clock, Racing(store)).take() == 0
+
+
+def test_a_unit_costs_three_requests_however_many_others_there_are(
+    run: Run, clock: Clock, store: ObjectStore
+) -> None:
+    """List the claims, list the units, claim: finished and claimed ones are not asked for."""
+
+    class Counting(Wrapped):
+        asked: Counter[str]
+
+        def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
+            self.asked["put"] += 1
+            return super().put(key, data, if_absent=if_absent)
+
+        def entries(self, prefix: str = "") -> Iterator[Entry]:
+            self.asked["list"] += 1
+            return super().entries(prefix)
+
+        def keys(self, prefix: str = "") -> Iterator[str]:
+            self.asked["list"] += 1
+            return super().keys(prefix)
+
+    finish(store, *range(5))
+    for other in "bcdef":
+        open_claims(run, other, clock, store).take()
+    counting = Counting(store)
+    counting.asked = Counter()
+    claims = open_claims(run, "a", clock, counting)
+    counting.asked.clear()  # of the beginning
+    assert claims.take() == 10
+    assert counting.asked == {"list": 2, "put": 1}
+
+
+@pytest.mark.parametrize("number", [0, 1, 2])
+def test_without_exclusive_writes_each_producer_does_its_share(
+    run: Run, clock: Clock, store: ObjectStore, number: int
+) -> None:
+    class Liar(Wrapped):
+        exclusive = False
+
+    finish(store, 3, 4, 5)
+    liar = Liar(store)
+    claims = Claims(liar, plan(run), Worker("p", number, 3), clock, Consumers(store, 1.0))
+    taken = []
+    while (unit := claims.take()) is not None:
+        taken.append(unit)
+        finish(store, unit)
+        claims.renew()
+        claims.release(unit, done=True)
+    assert taken == [unit for unit in range(number, UNITS, 3) if unit not in (3, 4, 5)]
+    assert claimed(store) == {}
+    assert clock.waits == 0
+
+
+# --- consumers
+
+
+def test_a_producer_waits_for_the_slowest_run(
+    run: Run, clock: Clock, store: ObjectStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    consumers = Consumers(store, run.store.consumer_expiry_hours)
+    consumers.report("slow", reached=2, needed=2)
+    consumers.report("fast", reached=9, needed=9)
+    claims = open_claims(run, "a", clock, store, ahead=3)
+    assert [claims.take() for _ in range(5)] == [0, 1, 2, 3, 4]
+    clock.then = lambda: (
+        consumers.report("slow", reached=3, needed=2) if clock.waits == 40 else None
+    )
+    assert claims.take() == 5
+    assert clock.waits == 40
+    assert claims.waited_seconds == 40
+    assert "unit 5 waits for slow, which is at unit 2 (store.max_ahead_units 3)" in caplog.text
+
+
+def test_before_any_run_has_come_the_first_units_are_made(
+    run: Run, clock: Clock, store: ObjectStore
+) -> None:
+    claims = open_claims(run, "a", clock, store, ahead=2)
+    assert [claims.take(), claims.take()] == [0, 1]
+    clock.then = clock.set
+    assert claims.take() is None
+
+
+def test_nobody_waits_for_a_run_that_was_abandoned(
+    run: Run, clock: Clock, store: ObjectStore
+) -> None:
+    """But when all are, production rests where the last one was."""
+    consumers = Consumers(store, run.store.consumer_expiry_hours)
+    consumers.report("gone", reached=1, needed=0)
+    clock.now += 73 * 3600
+    consumers.report("alive", reached=5, needed=4)
+    assert consumers.slowest() == (5, "alive")
+    assert [consumer.run for consumer in consumers.alive()] == ["alive"]
+    clock.now += 73 * 3600
+    assert consumers.slowest() == (5, "alive")
+    assert consumers.alive() == []

@@ -1,4 +1,3 @@
-import json
 from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
@@ -12,8 +11,9 @@ from dist_sae.data.plan import PLAN_KEY, Plan, load_plan, make_plan, publish_pla
 from dist_sae.errors import CorpusError, CorruptObjectError, PlanMismatchError
 from dist_sae.plan import plan
 from dist_sae.storage import open_store
+from dist_sae.storage.records import seal
 from tests.launch import write_run
-from tests.world import make_run
+from tests.world import changed, make_run
 
 
 def index(documents: int, per_span: int = 1) -> CorpusIndex:
@@ -92,7 +92,7 @@ def test_a_store_with_another_plan_is_refused_and_the_setting_named(
     for refused in both:
         with pytest.raises(PlanMismatchError, match=rf"{section}\.{key}: .* -> {value}"):
             refused()
-    assert store.get(PLAN_KEY) == made.encode()
+    assert store.get(PLAN_KEY) == seal(made)
 
 
 def test_settings_that_only_change_speed_or_training_keep_the_plan(tmp_path: Path) -> None:
@@ -152,8 +152,8 @@ def test_a_damaged_plan_is_an_error_that_names_it(tmp_path: Path, content: bytes
 def test_a_plan_of_a_later_version_names_the_versions(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     store = open_store(run.store.activations)
-    content = json.loads(plan(run).encode())
-    store.put(PLAN_KEY, json.dumps(content | {"schema_version": 2}).encode())
+    plan(run)
+    store.put(PLAN_KEY, changed(store.get(PLAN_KEY), schema_version=2))
     with pytest.raises(CorruptObjectError, match="schema version 2, this program reads 1"):
         load_plan(store, run)
 

@@ -9,7 +9,7 @@ import safetensors.torch
 import torch
 import webdataset
 
-from dist_sae.data.shard import Rows, SiteShard, read_block, write_shard
+from dist_sae.data.shard import DTYPES, Rows, SiteShard, read_block, write_shard
 from dist_sae.errors import CorruptObjectError
 from dist_sae.storage import ObjectStore, open_store
 
@@ -33,10 +33,10 @@ def equal(one: Rows, other: Rows) -> bool:
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_blocks_hold_the_rows_in_order(store: ObjectStore, dtype: torch.dtype) -> None:
-    rows = random_rows(50, 3, dtype)
-    shard = write_shard(store, 7, "resid_post.3", rows, 20)
+@pytest.mark.parametrize("dtype", ["bf16", "fp16", "fp32"])
+def test_blocks_hold_the_rows_in_order(store: ObjectStore, dtype: str) -> None:
+    rows = random_rows(50, 3, DTYPES[dtype])
+    shard = write_shard(store, 7, "resid_post.3", rows, 20, dtype)
     assert [block.rows for block in shard.blocks] == [20, 20, 10]
     assert shard.d_in == 3
     for number in range(3):
@@ -46,7 +46,7 @@ def test_blocks_hold_the_rows_in_order(store: ObjectStore, dtype: torch.dtype) -
 
 def test_plain_webdataset_reads_a_shard(store: ObjectStore, tmp_path: Path) -> None:
     rows = random_rows(50, 3)
-    shard = write_shard(store, 7, "resid_post.3", rows, 20)
+    shard = write_shard(store, 7, "resid_post.3", rows, 20, "fp32")
     with warnings.catch_warnings():  # WebDataset leaves its file to the garbage collector
         warnings.simplefilter("ignore", ResourceWarning)
         samples = list(webdataset.WebDataset(str(tmp_path / shard.key), shardshuffle=False))
@@ -61,8 +61,8 @@ def test_plain_webdataset_reads_a_shard(store: ObjectStore, tmp_path: Path) -> N
 
 def test_the_tar_adds_less_than_one_per_cent(store: ObjectStore) -> None:
     """At the default block of 4096 rows x 576 bf16, tokens and places not counted as overhead."""
-    rows = random_rows(8192, 576)
-    shard = write_shard(store, 0, "s", rows, 4096)
+    rows = random_rows(8192, 576, torch.bfloat16)
+    shard = write_shard(store, 0, "s", rows, 4096, "bf16")
     payload = sum(column.numel() * column.element_size() for column in rows)
     assert payload < shard.bytes < 1.01 * payload
 
@@ -70,8 +70,8 @@ def test_the_tar_adds_less_than_one_per_cent(store: ObjectStore) -> None:
 def test_the_same_rows_give_the_same_bytes(store: ObjectStore) -> None:
     """Under different names: attempts never write over each other."""
     rows = random_rows(50, 3)
-    one = write_shard(store, 7, "s", rows, 20)
-    other = write_shard(store, 7, "s", Rows(*(c.clone() for c in rows)), 20)
+    one = write_shard(store, 7, "s", rows, 20, "fp32")
+    other = write_shard(store, 7, "s", Rows(*(c.clone() for c in rows)), 20, "fp32")
     assert store.get(one.key) == store.get(other.key)
     assert one.key != other.key
     assert one.model_copy(update={"key": ""}) == other.model_copy(update={"key": ""})
@@ -81,12 +81,12 @@ def test_rows_that_are_views_of_a_larger_tensor_are_stored_alone(store: ObjectSt
     """A slice across columns is not contiguous, and safetensors would refuse or store it all."""
     wide = random_rows(50, 12)
     rows = wide._replace(acts=wide.acts[:, 4:7])
-    shard = write_shard(store, 7, "s", rows, 25)
+    shard = write_shard(store, 7, "s", rows, 25, "bf16")
     assert equal(read_block(store, shard, 1), rows.take(torch.arange(25, 50)))
 
 
 def test_checksums_and_sizes_are_those_of_the_bytes(store: ObjectStore) -> None:
-    shard = write_shard(store, 7, "s", random_rows(50, 3), 20)
+    shard = write_shard(store, 7, "s", random_rows(50, 3), 20, "fp32")
     data = store.get(shard.key)
     assert (shard.bytes, shard.sha256) == (len(data), hashlib.sha256(data).hexdigest())
     for block in shard.blocks:
@@ -98,7 +98,7 @@ def test_sums_are_those_of_the_stored_values_in_fp64(store: ObjectStore) -> None
     """bf16 sums would be off by whole units here: 999 rows about 100."""
     rows = random_rows(999, 4)
     rows = rows._replace(acts=rows.acts + 100)
-    shard = write_shard(store, 7, "s", rows, 128)
+    shard = write_shard(store, 7, "s", rows, 128, "fp32")
     exact = rows.acts.double()
     torch.testing.assert_close(
         torch.tensor(shard.sum, dtype=torch.float64), exact.sum(0), rtol=1e-14, atol=0
@@ -107,7 +107,7 @@ def test_sums_are_those_of_the_stored_values_in_fp64(store: ObjectStore) -> None
 
 
 def test_a_unit_that_lost_all_its_rows_can_be_stored(store: ObjectStore) -> None:
-    shard = write_shard(store, 7, "s", random_rows(0, 3), 20)
+    shard = write_shard(store, 7, "s", random_rows(0, 3), 20, "fp32")
     assert (shard.blocks, shard.sum, shard.sum_squares, shard.d_in) == ((), (0, 0, 0), 0, 3)
 
 
@@ -115,9 +115,29 @@ def damaged(store: ObjectStore, shard: SiteShard, data: bytes) -> None:
     store.put(shard.key, data)
 
 
+def test_int8_rounds_each_row_to_its_own_scale(store: ObjectStore) -> None:
+    """To within half of max|x| / 127, and to the levels worked out by hand."""
+    rows = random_rows(50, 8, torch.float32)
+    rows.acts[3] = 0
+    rows.acts[4] *= 1e4
+    rows.acts[5] = torch.tensor([2.0, -2.0, 0.01, 0.0, 1.0, -0.5, 0.005, -0.009])
+    shard = write_shard(store, 7, "s", rows, 20, "int8")
+    read = [read_block(store, shard, number) for number in range(3)]
+    acts = torch.cat([block.acts for block in read])
+    level = rows.acts.abs().amax(1, keepdim=True) / 127
+    assert ((acts - rows.acts).abs() <= 0.5001 * level).all()
+    torch.testing.assert_close(
+        acts[5] * 127 / 2, torch.tensor([127.0, -127.0, 1.0, 0.0, 64.0, -32.0, 0.0, -1.0])
+    )
+    assert torch.equal(torch.cat([block.tokens for block in read]), rows.tokens)
+    # what the normaliser is measured on is what is read
+    total = torch.tensor(shard.sum, dtype=torch.float64)
+    torch.testing.assert_close(total, acts.double().sum(0), rtol=1e-12, atol=1e-12)
+
+
 @pytest.mark.parametrize("place", ["first", "last"])
 def test_one_flipped_bit_is_found(store: ObjectStore, place: str) -> None:
-    shard = write_shard(store, 7, "s", random_rows(50, 3), 20)
+    shard = write_shard(store, 7, "s", random_rows(50, 3), 20, "fp32")
     data = bytearray(store.get(shard.key))
     block = shard.blocks[1]
     data[block.offset if place == "first" else block.offset + block.bytes - 1] ^= 1
@@ -129,7 +149,7 @@ def test_one_flipped_bit_is_found(store: ObjectStore, place: str) -> None:
 
 
 def test_a_cut_shard_is_found(store: ObjectStore) -> None:
-    shard = write_shard(store, 7, "s", random_rows(50, 3), 20)
+    shard = write_shard(store, 7, "s", random_rows(50, 3), 20, "fp32")
     damaged(store, shard, store.get(shard.key)[: shard.blocks[2].offset + 10])
     with pytest.raises(CorruptObjectError, match="block 2 is cut short"):
         read_block(store, shard, 2)
@@ -137,7 +157,7 @@ def test_a_cut_shard_is_found(store: ObjectStore) -> None:
 
 def test_a_block_is_one_ranged_read(store: ObjectStore) -> None:
     """A reader of one block does not fetch the shard."""
-    shard = write_shard(store, 7, "s", random_rows(50, 3), 20)
+    shard = write_shard(store, 7, "s", random_rows(50, 3), 20, "fp32")
     data = store.get(shard.key)
     block = shard.blocks[1]
     zeros = io.BytesIO(bytes(len(data)))

@@ -1,0 +1,376 @@
+"""`dist-sae bench store`: the way of activations to a store and back, against raw transfers.
+
+Writing is `write_shard` (encode, put, checksums), one unit after the other, against uploads of the
+same bytes in parts of the same size, as many at a time. Reading is the trainer's `Loader` over the
+whole set, against GETs of the same ranges by as many threads, of which nothing is decoded. On S3
+the raw transfers are boto3's, on a folder the operating system's. Both are timed in turn, and the
+ratio of each pair is taken.
+"""
+
+import io
+import math
+import os
+import shutil
+import statistics
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from copy import copy
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from urllib.parse import unquote, urlsplit
+
+import torch
+
+from dist_sae.config import Run, validate_run
+from dist_sae.config.data import SYNTHETIC_SITE
+from dist_sae.data.corpus import Corpus
+from dist_sae.data.loader import Loader, Units
+from dist_sae.data.plan import PLAN_KEY, Plan, make_plan, publish_plan
+from dist_sae.data.shard import DTYPES, Rows, SiteShard, UnitManifest, manifest_key, write_shard
+from dist_sae.errors import ConfigError
+from dist_sae.storage import ObjectStore, open_store
+from dist_sae.storage.records import seal
+
+if TYPE_CHECKING:
+    from dist_sae.storage.s3 import S3Store
+
+_FETCHERS = 8  # threads of the Loader's pool
+_PART_BYTES = 16 * 2**20  # of a folder's raw writes; S3's are the store's own
+_SITE = SYNTHETIC_SITE
+_ORIGIN_BYTES = 4 + 4 + 8  # of a row: token, position, document
+
+
+class StoreShape(NamedTuple):
+    """What is measured: `units` units of `unit_rows` random rows, read in batches of `batch`."""
+
+    d_in: int
+    units: int
+    unit_rows: int
+    block_rows: int
+    dtype: str
+    batch: int
+    streams: int
+    window_units: int
+    seed: int = 0
+
+
+class Raw(Protocol):
+    """The fastest plain way to the same store."""
+
+    def put(self, key: str, data: bytes) -> None:
+        """Write durably, in parts, several at a time."""
+        ...
+
+    def get(self, key: str, start: int, stop: int) -> bytes:
+        """The bytes [start, stop)."""
+        ...
+
+    def forget(self) -> None:
+        """Drop from this machine's memory what can be dropped."""
+        ...
+
+    def remove(self) -> None:
+        """Remove what an empty store leaves behind."""
+        ...
+
+
+def bench_store(run: Run, shape: StoreShape, *, rounds: int, cached: bool) -> dict[str, Any]:
+    """Write a set beside whatever is at `run.store.activations`, time it, delete it.
+
+    Args:
+        run: From `bench_run`.
+        shape: Sizes.
+        rounds: How many pairs are timed each way.
+        cached: Leave a folder's files in the page cache; else they come from its disk.
+
+    Returns:
+        `write_` and `read_`: `seconds` of the project and `raw_seconds`, medians over `rounds`;
+        `ratio`, raw / project, with `ratio_low` and `ratio_high` (quartiles of the pairs);
+        `rows_per_second`, `bytes_per_second` of the project. `payload_bytes` are activations,
+        tokens, positions and documents; `overhead` is what else is stored, as a share of them.
+    """
+    url = f"{run.store.activations}/bench-{uuid.uuid4().hex[:12]}"
+    store = open_store(url, run.store.s3)
+    raw: Raw = _RawS3(store) if url.startswith("s3://") else _RawFolder(url)  # type: ignore[arg-type]
+    with _removed(store, raw):
+        corpus = Corpus(run.corpus, run.store.s3)
+        plan = make_plan(run, corpus.index(), float(_document_rows(shape)))
+        publish_plan(store, plan)
+        shards = [_write_unit(store, plan, shape, unit) for unit in plan.train_units]
+        sizes = {entry.key: entry.bytes for entry in store.entries()}
+        writes = [_time_writing(number, store, raw, shape, shards) for number in range(rounds)]
+        raw.forget()
+        _read_raw(raw, shards)  # connections are opened
+        reads = [
+            _time_reading(number, store, raw, shape, plan, shards, cached=cached)
+            for number in range(rounds)
+        ]
+    n_rows = shape.units * shape.unit_rows
+    payload = n_rows * (shape.d_in * DTYPES[shape.dtype].itemsize + _ORIGIN_BYTES)
+    tars = sum(sizes[shard.key] for shard in shards)
+    metadata = sizes[PLAN_KEY] + sum(sizes[manifest_key(unit)] for unit in plan.train_units)
+    return {
+        "url": run.store.activations,
+        **shape._asdict(),
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+        "payload_bytes": payload,
+        "tar_bytes": tars,
+        "metadata_bytes": metadata,
+        "overhead": (tars + metadata) / payload - 1,
+        **_summary("write", writes, n_rows, tars),
+        **_summary("read", reads, n_rows, sum(b.bytes for s in shards for b in s.blocks)),
+    }
+
+
+def bench_run(shape: StoreShape, url: str, endpoint_url: str | None) -> Run:
+    """A run over such an activation set; it is never trained.
+
+    Raises:
+        ConfigError: There can be no such set.
+    """
+    run = validate_run(
+        {
+            "name": "bench",
+            "store": {"activations": url, "runs": url, "s3": {"endpoint_url": endpoint_url}},
+            "model": {"kind": "synthetic", "d_in": shape.d_in},
+            "corpus": {
+                "kind": "synthetic",
+                "documents": shape.units * shape.unit_rows // _document_rows(shape) or 1,
+                "document_rows": _document_rows(shape),
+            },
+            "activations": {
+                "sites": [_SITE],
+                "dtype": shape.dtype,
+                "unit_rows": shape.unit_rows,
+                "block_rows": shape.block_rows,
+                "streams": shape.streams,
+                "window_units": shape.window_units,
+                "heldout_share": 0.0,
+                "seed": shape.seed,
+            },
+            "sae": {"kind": "topk", "n_latents": 2, "k": 1, "auxk": 1},
+            "train": {"rows": shape.batch, "batch_rows": shape.batch},
+        },
+        "bench store",
+    )
+    if shape.units < 1 or shape.units % shape.streams:
+        raise ConfigError(
+            f"bench store: --units {shape.units} is no multiple of --streams {shape.streams}"
+        )
+    if shape.units * shape.unit_rows % shape.batch:
+        raise ConfigError(
+            f"bench store: --batch {shape.batch} does not divide the rows of all units, "
+            f"{shape.units * shape.unit_rows}"
+        )
+    return run
+
+
+class _RawS3:
+    """boto3, with the connections and settings of the store, and nothing of ours around it."""
+
+    def __init__(self, store: "S3Store") -> None:
+        from dist_sae.storage.s3 import _TRANSFER  # boto3 takes .7 s to import
+
+        # the one place outside the store that talks to its client: it measures the store
+        self._client = store._client  # noqa: SLF001
+        self._bucket, self._prefix = store._bucket, store._prefix  # noqa: SLF001
+        self._transfer = copy(_TRANSFER)
+        self._transfer.multipart_threshold = self._transfer.multipart_chunksize
+
+    def put(self, key: str, data: bytes) -> None:
+        self._client.upload_fileobj(
+            io.BytesIO(data), self._bucket, self._prefix + key, Config=self._transfer
+        )
+
+    def get(self, key: str, start: int, stop: int) -> bytes:
+        answer = self._client.get_object(
+            Bucket=self._bucket, Key=self._prefix + key, Range=f"bytes={start}-{stop - 1}"
+        )
+        data: bytes = answer["Body"].read()
+        return data
+
+    def forget(self) -> None:
+        """What the server holds in memory is its own affair."""
+
+    def remove(self) -> None:
+        """S3 has no folders."""
+
+
+class _RawFolder:
+    """Reads and writes of the operating system."""
+
+    def __init__(self, url: str) -> None:
+        self._root = Path(unquote(urlsplit(url).path) if url.startswith("file://") else url)
+
+    def put(self, key: str, data: bytes) -> None:
+        path = self._root / key
+        path.parent.mkdir(parents=True, exist_ok=True)
+        view = memoryview(data)
+        with path.open("xb") as file, ThreadPoolExecutor(_FETCHERS) as pool:
+            for _ in pool.map(
+                lambda at: os.pwrite(file.fileno(), view[at : at + _PART_BYTES], at),
+                range(0, len(data), _PART_BYTES),
+            ):
+                pass
+            os.fsync(file.fileno())
+
+    def get(self, key: str, start: int, stop: int) -> bytes:
+        with (self._root / key).open("rb") as file:
+            return os.pread(file.fileno(), stop - start, start)
+
+    def forget(self) -> None:
+        for path in self._root.rglob("*"):
+            if path.is_file():
+                with path.open("rb") as file:
+                    os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+    def remove(self) -> None:
+        shutil.rmtree(self._root, ignore_errors=True)
+
+
+@contextmanager
+def _removed(store: ObjectStore, raw: Raw) -> Iterator[None]:
+    """Nothing is left of it, whatever happens."""
+    try:
+        yield
+    finally:
+        for key in list(store.keys()):
+            store.delete(key)
+        raw.remove()
+
+
+def _document_rows(shape: StoreShape) -> int:
+    return math.gcd(128, shape.unit_rows)
+
+
+def _random_rows(shape: StoreShape, unit: int) -> Rows:
+    """Every unit's own; as the producer holds them: in the storage type, but for int8."""
+    generator = torch.Generator().manual_seed(shape.seed + unit)
+    acts = torch.randn(shape.unit_rows, shape.d_in, generator=generator)
+    if shape.dtype != "int8":
+        acts = acts.to(DTYPES[shape.dtype])
+    number = torch.arange(shape.unit_rows, dtype=torch.int32)
+    documents = unit * shape.unit_rows + number.long()
+    return Rows(acts, number * 7 % 50_000, number % 256, documents)
+
+
+def _write_unit(store: ObjectStore, plan: Plan, shape: StoreShape, unit: int) -> SiteShard:
+    """As a producer writes it: the shard, and the manifest last."""
+    rows = _random_rows(shape, unit)
+    shard = write_shard(store, unit, _SITE, rows, shape.block_rows, shape.dtype)
+    manifest = UnitManifest(
+        plan=plan.hash,
+        unit=unit,
+        producer="bench",
+        documents=sum(span.count for span in plan.units[unit]),
+        rows=shape.unit_rows,
+        excluded={},
+        seconds={},
+        sites={_SITE: shard},
+    )
+    store.put(manifest_key(unit), seal(manifest), if_absent=True)
+    return shard
+
+
+def _time_writing(
+    number: int, store: ObjectStore, raw: Raw, shape: StoreShape, shards: list[SiteShard]
+) -> tuple[float, float]:
+    """Seconds of all units, written once more by the project and raw, in turn."""
+    ours = theirs = 0.0
+    for unit, shard in enumerate(shards):
+        rows, tar = _random_rows(shape, unit), store.get(shard.key)
+        again: list[SiteShard] = []
+
+        def write(unit: int = unit, rows: Rows = rows, again: list[SiteShard] = again) -> None:
+            again.append(write_shard(store, unit, _SITE, rows, shape.block_rows, shape.dtype))
+
+        def put(unit: int = unit, tar: bytes = tar) -> None:
+            raw.put(f"raw/{unit:08d}.tar", tar)
+
+        one, other = _in_turn(number + unit, write, put)
+        ours, theirs = ours + one, theirs + other
+        assert again[0].sha256 == shard.sha256, "the same rows gave other bytes"
+        store.delete(again[0].key)
+        store.delete(f"raw/{unit:08d}.tar")
+    return ours, theirs
+
+
+def _time_reading(
+    number: int,
+    store: ObjectStore,
+    raw: Raw,
+    shape: StoreShape,
+    plan: Plan,
+    shards: list[SiteShard],
+    *,
+    cached: bool,
+) -> tuple[float, float]:
+    """Seconds of the whole set, once by the project and once raw."""
+    before = (lambda: None) if cached else raw.forget
+    return _in_turn(
+        number,
+        lambda: _read(store, plan, shape),
+        lambda: _read_raw(raw, shards),
+        before=before,
+    )
+
+
+def _read(store: ObjectStore, plan: Plan, shape: StoreShape) -> None:
+    """Every batch, for a trainer that takes no time."""
+    units = Units(store, plan, _SITE, threading.Event())
+    steps = range(shape.units * shape.unit_rows // shape.batch)
+    with Loader(
+        units, rank=0, world=1, batch_rows=shape.batch, steps=steps, max_passes=1
+    ) as loader:
+        for batch in loader:
+            assert batch.acts.shape == (shape.batch, shape.d_in)
+
+
+def _read_raw(raw: Raw, shards: list[SiteShard]) -> None:
+    places = [(shard.key, block) for shard in shards for block in shard.blocks]
+
+    def get(place: int) -> int:
+        key, block = places[place]
+        return len(raw.get(key, block.offset, block.offset + block.bytes))
+
+    with ThreadPoolExecutor(_FETCHERS) as pool:
+        read = sum(pool.map(get, range(len(places))))
+    assert read == sum(block.bytes for _, block in places), "cut short"
+
+
+def _in_turn(
+    number: int,
+    ours: Callable[[], None],
+    theirs: Callable[[], None],
+    before: Callable[[], None] = lambda: None,
+) -> tuple[float, float]:
+    """Seconds of both; which goes first changes with `number`."""
+    seconds = {}
+    for work in (ours, theirs) if number % 2 == 0 else (theirs, ours):
+        before()
+        since = time.perf_counter()
+        work()
+        seconds[work] = time.perf_counter() - since
+    return seconds[ours], seconds[theirs]
+
+
+def _summary(
+    way: str, pairs: list[tuple[float, float]], n_rows: int, n_bytes: int
+) -> dict[str, float]:
+    ratios = sorted(raw / ours for ours, raw in pairs)
+    seconds = statistics.median(ours for ours, _ in pairs)
+    summary = {
+        "seconds": seconds,
+        "raw_seconds": statistics.median(raw for _, raw in pairs),
+        "ratio": statistics.median(ratios),
+        "ratio_low": ratios[len(ratios) // 4],
+        "ratio_high": ratios[-1 - len(ratios) // 4],
+        "rows_per_second": n_rows / seconds,
+        "bytes_per_second": n_bytes / seconds,
+    }
+    return {f"{way}_{name}": value for name, value in summary.items()}

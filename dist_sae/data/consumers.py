@@ -1,0 +1,211 @@
+"""How far each training run has come: holds producers back, and says what may be deleted.
+
+    consumers/<run>.json    rewritten as the run goes; its age, by the store's clock, tells whether
+                            it still goes
+    retired.json            units below are consumed and their shards deleted; it never falls
+
+A run that has not rewritten its object for `store.consumer_expiry_hours` is abandoned: nobody waits
+for it, and nothing is kept for it.
+"""
+
+import logging
+import time
+from collections.abc import Mapping
+from typing import Literal
+
+from dist_sae.data.loader import Place
+from dist_sae.data.plan import Plan
+from dist_sae.data.shard import read_manifest
+from dist_sae.errors import DataExhaustedError, ObjectNotFoundError
+from dist_sae.storage import Entry, ObjectStore
+from dist_sae.storage.records import Record, read_record, seal
+
+logger = logging.getLogger(__name__)
+
+_FOLDER = "consumers/"
+_RETIRED_KEY = "retired.json"
+_ALIVE_EVERY_SECONDS = 600.0
+
+
+class Consumer(Record):
+    """`consumers/<run>.json`."""
+
+    schema_version: Literal[1] = 1
+    run: str
+    reached: int
+    """It reads this unit or later ones now. Producers run ahead of it by so many units."""
+    needed: int
+    """It may read this unit or later ones again, from its last checkpoint on."""
+
+
+class Retired(Record):
+    """`retired.json`."""
+
+    schema_version: Literal[1] = 1
+    below: int
+    """The shards of units below it are deleted; their manifests stay."""
+
+
+class Consumers:
+    """The training runs on an activation set.
+
+    Args:
+        store: The activation set.
+        expiry_hours: After so long without a word a run counts as abandoned.
+    """
+
+    def __init__(self, store: ObjectStore, expiry_hours: float) -> None:
+        self._store = store
+        self._expiry_seconds = 3600 * expiry_hours
+        self._abandoned: set[str] = set()
+
+    def report(self, run: str, *, reached: int, needed: int) -> None:
+        """Say how far a run has come; its first word registers it."""
+        consumer = Consumer(run=run, reached=reached, needed=needed)
+        self._store.put(f"{_FOLDER}{run}.json", seal(consumer))
+
+    def all(self) -> list[tuple[Consumer, Entry]]:
+        """Every run that ever registered."""
+        found = []
+        for entry in list(self._store.entries(_FOLDER)):
+            try:
+                found.append((read_record(Consumer, self._store, entry.key), entry))
+            except ObjectNotFoundError:  # deleted since
+                continue
+        return found
+
+    def is_abandoned(self, entry: Entry) -> bool:
+        """Whether the run that this object is of counts no more."""
+        return entry.age_seconds > self._expiry_seconds
+
+    def alive(self) -> list[Consumer]:
+        """The runs that count."""
+        alive = []
+        for consumer, entry in self.all():
+            if not self.is_abandoned(entry):
+                alive.append(consumer)
+            elif consumer.run not in self._abandoned:
+                self._abandoned.add(consumer.run)
+                logger.warning(
+                    "run %s gave no sign of life for %.0f h and counts as abandoned",
+                    consumer.run,
+                    entry.age_seconds / 3600,
+                )
+        return alive
+
+    def slowest(self) -> tuple[int, str]:
+        """(The unit that the slowest run has reached, its name); without runs, where they ended."""
+        alive = self.alive()
+        if alive:
+            return min((consumer.reached, consumer.run) for consumer in alive)
+        gone = [(consumer.reached, consumer.run) for consumer, _ in self.all()]
+        return max(gone, default=(0, "the first run to come"))
+
+    def retired_below(self) -> int:
+        """Units below it have no shards any more."""
+        try:
+            return read_record(Retired, self._store, _RETIRED_KEY).below
+        except ObjectNotFoundError:
+            return 0
+
+    def check_present(self, run: str, needed: int) -> None:
+        """Say at once that what a run is going to read was deleted.
+
+        Raises:
+            DataExhaustedError: It was.
+        """
+        below = self.retired_below()
+        if needed < below:
+            raise DataExhaustedError(
+                f"{self._store.url}: run {run} starts at unit {needed}, but units below {below} "
+                f"were deleted after use (store.retention: delete_consumed); make another "
+                f"activation set, with retention keep or with all its runs started together"
+            )
+
+    def retire(self, plan: Plan) -> int:
+        """Delete the shards that no run will read again; returns of how many units.
+
+        The manifests stay, so that nobody produces the units again.
+        """
+        below = min((consumer.needed for consumer in self.alive()), default=0)
+        first = self.retired_below()
+        if below <= first:
+            return 0
+        # a shard that outlives a crash after this line is an orphan for `store gc`
+        self._store.put(_RETIRED_KEY, seal(Retired(below=below)))
+        for unit in range(first, min(below, plan.n_train_units)):
+            for shard in read_manifest(self._store, unit).sites.values():
+                self._store.delete(shard.key)
+        return below - first
+
+
+class Registration:
+    """A run's word to producers and to other runs, while it trains.
+
+    Args:
+        consumers: The runs on the activation set.
+        plan: Its plan.
+        run: Name of the run.
+        keeps: It may go through the data again, so it needs all units until it has ended.
+        retires: Whether to delete what no run needs any more.
+        speaks: One rank of a run does; the others are silent.
+    """
+
+    def __init__(
+        self,
+        consumers: Consumers,
+        plan: Plan,
+        run: str,
+        *,
+        keeps: bool,
+        retires: bool,
+        speaks: bool = True,
+    ) -> None:
+        self._consumers = consumers
+        self._plan = plan
+        self._run = run
+        self._keeps = keeps
+        self._retires = retires and speaks
+        self._speaks = speaks
+        self._reached = self._needed = 0
+        self._said = 0.0
+
+    def begin(self, places: Mapping[int, Place]) -> None:
+        """Register, or come back; `places` are the last checkpoint's, none at the beginning.
+
+        Raises:
+            DataExhaustedError: What the run is going to read was deleted.
+        """
+        self.durable(places)
+        self._consumers.check_present(self._run, self._needed)
+
+    def at(self, places: Mapping[int, Place]) -> None:
+        """Say how far reading has come, when it is worth saying."""
+        reached = self._lowest(places)
+        if reached != self._reached or time.monotonic() - self._said > _ALIVE_EVERY_SECONDS:
+            self._reached = reached
+            self._say()
+
+    def durable(self, places: Mapping[int, Place], *, ended: bool = False) -> None:
+        """A checkpoint would go on from here; `ended`: nothing will be read any more."""
+        self._reached = self._plan.n_train_units if ended else self._lowest(places)
+        self._needed = 0 if self._keeps and not ended else self._reached
+        self._say()
+        if self._retires and self._consumers.retire(self._plan):
+            logger.info("deleted the shards of units below %d", self._consumers.retired_below())
+
+    def _lowest(self, places: Mapping[int, Place]) -> int:
+        """The first unit, in the order of the plan, of all windows that are being read."""
+        plan = self._plan
+        return min(
+            (
+                plan.n_train_units if place.data_pass else stream + plan.streams * place.first
+                for stream, place in places.items()
+            ),
+            default=0,
+        )
+
+    def _say(self) -> None:
+        self._said = time.monotonic()
+        if self._speaks:
+            self._consumers.report(self._run, reached=self._reached, needed=self._needed)

@@ -1,0 +1,114 @@
+"""Producers and a trainer's reading side as processes that may be killed at any moment.
+
+Forked from a server that has imported everything, so a process starts in milliseconds.
+"""
+
+import hashlib
+import json
+import logging
+import multiprocessing
+import os
+import threading
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import dist_sae.data.claims
+import dist_sae.data.loader
+import dist_sae.produce
+import dist_sae.storage.s3
+from dist_sae.config import Run
+from dist_sae.data.claims import Worker
+from dist_sae.data.consumers import Consumers, Registration
+from dist_sae.data.loader import Loader, Place, Units
+from dist_sae.data.plan import load_plan
+from dist_sae.storage import open_store
+from dist_sae.telemetry.exporter import Telemetry
+from tests.world import RowNumbers
+
+SAVE_EVERY = 4  # steps
+
+processes = multiprocessing.get_context("forkserver")
+processes.set_forkserver_preload(["tests.data.dataplane"])
+
+
+def _quicken(credentials: Mapping[str, str]) -> None:
+    """The same code, with short waits, on one thread."""
+    os.environ.update(credentials)
+    torch.set_num_threads(1)
+    logging.disable(logging.CRITICAL)
+    dist_sae.data.claims._POLL_SECONDS = 0.05
+    dist_sae.data.claims._LEASE_SECONDS = 2.0
+    dist_sae.data.loader._POLL_SECONDS = (0.02, 0.1)
+    dist_sae.storage.s3._FIRST_PAUSE_SECONDS = 0.02
+    dist_sae.storage.s3._LONGEST_PAUSE_SECONDS = 0.2
+
+
+def produce(settings: dict[str, Any], name: str, number: int, credentials: dict[str, str]) -> None:
+    """A producer, to the end of its work."""
+    _quicken(credentials)
+    run = Run.model_validate(settings)
+    setattr(dist_sae.produce, "build_source", lambda *_: RowNumbers())  # noqa: B010 - not exported
+    worker = Worker(name, number, run.processes.producers)
+    dist_sae.produce.produce(run, worker, threading.Event(), Telemetry("w", "produce", None))
+
+
+def read(settings: dict[str, Any], world: int, folder: Path, credentials: dict[str, str]) -> None:
+    """A trainer of `world` ranks, but for the training: resumes, reads, saves, registers.
+
+    Writes a line for each step: its number, the digest of the batch, the rows in it. What a killed
+    reader has read after its last save is read again, as a trainer would.
+    """
+    _quicken(credentials)
+    run = Run.model_validate(settings)
+    store = open_store(run.store.activations, run.store.s3)
+    plan = load_plan(store, run)
+    saved = folder / "saved.json"
+    step, places = 0, dict[int, Place]()
+    if saved.exists():
+        state = json.loads(saved.read_text())
+        step, places = state["step"], {int(v): Place(*p) for v, p in state["places"].items()}
+    registration = Registration(
+        Consumers(store, run.store.consumer_expiry_hours),
+        plan,
+        run.name,
+        keeps=False,
+        retires=run.store.retention == "delete_consumed",
+    )
+    registration.begin(places)
+    units = Units(store, plan, run.site, threading.Event())
+    loaders = [
+        Loader(
+            units,
+            rank=rank,
+            world=world,
+            batch_rows=run.train.batch_rows,
+            steps=range(step, run.steps),
+            max_passes=1,
+            places=places,
+        )
+        for rank in range(world)
+    ]
+    with (folder / "log.jsonl").open("a") as log:
+        log.write("\n")  # a killed one may have left half a line
+        for loader in loaders:
+            loader.__enter__()
+        while step < run.steps:
+            batches = [loader.next() for loader in loaders]
+            assert all(batch is not None for batch in batches)
+            acts = torch.cat([batch.acts for batch in batches if batch])
+            places = {v: place for batch in batches if batch for v, place in batch.places.items()}
+            registration.at(places)
+            step += 1
+            digest = hashlib.sha256(acts.numpy().tobytes()).hexdigest()
+            rows = [int(row) for row in acts[:, 0]]
+            log.write(json.dumps({"step": step, "digest": digest, "rows": rows}) + "\n")
+            log.flush()
+            if step % SAVE_EVERY == 0 or step == run.steps:
+                new = saved.with_suffix(".new")
+                new.write_text(json.dumps({"step": step, "places": places}))
+                new.replace(saved)
+                registration.durable(places, ended=step == run.steps)
+    os._exit(0)  # as a killed one would: no thread of the loader is waited for

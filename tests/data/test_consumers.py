@@ -1,0 +1,162 @@
+"""How far runs have come, and what is deleted behind them."""
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from dist_sae.config import Run
+from dist_sae.data.consumers import Consumers, Registration
+from dist_sae.data.loader import Place
+from dist_sae.data.plan import Plan
+from dist_sae.data.shard import read_block, read_manifest
+from dist_sae.errors import CorruptObjectError, DataExhaustedError
+from dist_sae.storage import Entry, ObjectStore, open_store
+from dist_sae.store import gc, verify
+from tests.world import RowNumbers, Wrapped, fill, make_run
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    """16 training units in 4 streams."""
+    return make_run(tmp_path)
+
+
+@pytest.fixture
+def plan(run: Run, monkeypatch: pytest.MonkeyPatch) -> Plan:
+    return fill(run, RowNumbers(), monkeypatch)
+
+
+@pytest.fixture
+def store(run: Run) -> ObjectStore:
+    return open_store(run.store.activations)
+
+
+def register(
+    store: ObjectStore, plan: Plan, run: str = "r", *, keeps: bool = False
+) -> Registration:
+    return Registration(Consumers(store, 1.0), plan, run, keeps=keeps, retires=True)
+
+
+def everywhere(first: int) -> dict[int, Place]:
+    """All four streams at windows that begin with their unit `first`."""
+    return {stream: Place(0, first, 0) for stream in range(4)}
+
+
+def readable(store: ObjectStore, plan: Plan) -> list[int]:
+    units = []
+    for unit in range(len(plan.units)):
+        try:
+            read_block(store, read_manifest(store, unit).sites["synthetic"], 0)
+        except CorruptObjectError:
+            continue
+        units.append(unit)
+    return units
+
+
+def test_the_position_is_that_of_the_slowest_stream(store: ObjectStore, plan: Plan) -> None:
+    consumers = Consumers(store, 1.0)
+    registration = register(store, plan)
+    registration.begin({})
+    assert consumers.slowest() == (0, "r")
+    registration.at(
+        {0: Place(0, 3, 90), 1: Place(0, 2, 60), 2: Place(0, 3, 90), 3: Place(0, 2, 60)}
+    )
+    assert consumers.slowest() == (9, "r")  # unit 2 of stream 1 is 1 + 4 * 2
+    registration.at(
+        {0: Place(1, 0, 200), 1: Place(0, 3, 90)}
+    )  # the others are in their second pass
+    assert consumers.slowest() == (13, "r")
+
+
+def test_what_every_run_has_behind_it_is_deleted(store: ObjectStore, plan: Plan) -> None:
+    slow, fast = register(store, plan, "slow"), register(store, plan, "fast")
+    slow.begin({})
+    fast.begin({})
+    fast.durable(everywhere(2))
+    assert readable(store, plan) == list(range(17))
+    slow.at(everywhere(3))  # not saved yet
+    assert readable(store, plan) == list(range(17))
+    slow.durable(everywhere(1))
+    assert readable(store, plan) == list(range(4, 17))
+    slow.durable({}, ended=True)
+    assert readable(store, plan) == list(range(8, 17))
+    fast.durable({}, ended=True)
+    assert readable(store, plan) == [16]  # held-out units stay
+
+
+def test_manifests_of_deleted_units_stay_so_that_nobody_makes_them_again(
+    run: Run, store: ObjectStore, plan: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    register(store, plan).durable({}, ended=True)
+    before = list(store.keys())
+    fill(run, RowNumbers(), monkeypatch)
+    assert list(store.keys()) == before
+    found = verify(run)
+    assert (found.retired_units, found.missing_units, found.bad) == (16, 0, {})
+
+
+def test_a_run_that_may_go_through_the_data_again_keeps_all_of_it(
+    store: ObjectStore, plan: Plan
+) -> None:
+    keeper, other = register(store, plan, "keeper", keeps=True), register(store, plan, "other")
+    keeper.begin({})
+    keeper.durable(everywhere(3))
+    other.durable({}, ended=True)
+    assert readable(store, plan) == list(range(17))
+    keeper.durable({}, ended=True)
+    assert readable(store, plan) == [16]
+
+
+def test_a_run_that_joins_late_is_told_what_is_gone(store: ObjectStore, plan: Plan) -> None:
+    register(store, plan, "early").durable(everywhere(2))
+    with pytest.raises(DataExhaustedError, match="run late starts at unit 0, but units below 8"):
+        register(store, plan, "late").begin({})
+    register(store, plan, "resumed").begin(everywhere(2))
+
+
+def test_nothing_is_kept_for_an_abandoned_run(store: ObjectStore, plan: Plan) -> None:
+    class Aged(Wrapped):
+        def entries(self, prefix: str = "") -> Iterator[Entry]:
+            for entry in super().entries(prefix):
+                old = entry.key == "consumers/gone.json"
+                yield entry._replace(age_seconds=3601.0 if old else 1.0)
+
+    aged = Aged(store)
+    register(aged, plan, "gone").begin({})
+    register(aged, plan, "alive").durable(everywhere(1))
+    assert readable(store, plan) == list(range(4, 17))
+
+
+def test_a_crash_between_the_word_and_the_deed_leaves_orphans_that_gc_finds(
+    run: Run, store: ObjectStore, plan: Plan
+) -> None:
+    class Dying(Wrapped):
+        def delete(self, *_: object) -> None:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        register(Dying(store), plan).durable(everywhere(1))
+    assert Consumers(store, 1.0).retired_below() == 4
+    assert gc(run, hours=1.0, delete=True)["orphans"] == 0  # too young to be sure
+    found = gc(run, hours=0.0, delete=False)
+    assert (found["orphans"], found["deleted"]) == (4, False)
+    assert readable(store, plan) == list(range(17))
+    assert gc(run, hours=0.0, delete=True)["orphans"] == 4
+    assert readable(store, plan) == list(range(4, 17))
+
+
+def test_gc_finds_what_dead_and_slow_producers_left(
+    run: Run, store: ObjectStore, plan: Plan
+) -> None:
+    """A shard of a unit without manifest, and a second one of a unit that has one."""
+    named = read_manifest(store, 3).sites["synthetic"].key
+    store.put("shards/synthetic/00000003-aaaaaaaa.tar", b"12345")
+    store.delete("units/00000005.json")
+    lost = list(store.keys("shards/synthetic/00000005-"))
+    found = gc(run, hours=0.0, delete=True)
+    assert sorted(found["keys"]) == ["shards/synthetic/00000003-aaaaaaaa.tar", *lost]
+    assert found["bytes"] > 5
+    assert store.size(named)
+    assert verify(run).missing_units == 1
+    assert gc(run, hours=0.0, delete=True)["orphans"] == 0

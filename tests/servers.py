@@ -1,0 +1,211 @@
+"""Real S3 servers on loopback, each in a folder of its own, that end with the `with`."""
+
+import json
+import random
+import re
+import shutil
+import socket
+import subprocess
+import sysconfig
+import tempfile
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import boto3
+from botocore.config import Config
+from moto.server import ThreadedMotoServer
+
+START_SECONDS = 60.0
+_POLL_SECONDS = 0.05
+_STARTS = 3  # another process may take a port before the server does
+_GRPC = 10_000  # SeaweedFS opens every port once more, so much higher
+
+
+class Key(NamedTuple):
+    """An access key with its secret."""
+
+    id: str
+    secret: str
+
+
+OWNER = Key("test", "test-secret")
+READER = Key("reader", "reader-secret")
+"""May only read and list, on SeaweedFS."""
+
+
+class Server(NamedTuple):
+    """An S3 server that runs."""
+
+    name: str
+    endpoint_url: str
+    pid: int | None = None
+    """Its process, where it has one of its own."""
+
+    def client(self, key: Key = OWNER) -> Any:
+        """A client that goes past the code under test."""
+        return boto3.client(
+            "s3",
+            endpoint_url=self.endpoint_url,
+            region_name="us-east-1",
+            aws_access_key_id=key.id,
+            aws_secret_access_key=key.secret,
+            config=Config(
+                s3={"addressing_style": "path"}, request_checksum_calculation="when_required"
+            ),
+        )
+
+
+@contextmanager
+def moto() -> Iterator[Server]:
+    """In this process, with everything in memory; accepts any key."""
+    server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
+    server.start()
+    try:
+        host, port = server.get_host_and_port()
+        yield Server("moto", f"http://{host}:{port}")
+    finally:
+        server.stop()
+
+
+@contextmanager
+def seaweedfs() -> Iterator[Server]:
+    """The server that keeps every promise, conditional writes among them."""
+    with ExitStack() as stack:
+        folder = stack.enter_context(_folder())
+        identities = [
+            _identity(OWNER, "Admin", "Read", "Write", "List", "Tagging"),
+            _identity(READER, "Read", "List"),
+        ]
+        (folder / "s3.json").write_text(json.dumps({"identities": identities}))
+        for attempt in range(_STARTS):
+            port = _free_ports(4)
+            stack.callback(_remove_sockets, range(port, port + 4))
+            command = _weed(folder, port)
+            process = stack.enter_context(_process(command, folder / f"{attempt}.log"))
+            endpoint = f"http://127.0.0.1:{port}"
+            if _answers(process, endpoint, 403):
+                yield Server("seaweedfs", endpoint, process.pid)
+                return
+        raise RuntimeError((folder / f"{attempt}.log").read_text()[-2000:])
+
+
+@contextmanager
+def rclone() -> Iterator[Server]:
+    """A server that takes conditions on writes and ignores them."""
+    with _folder() as folder:
+        (folder / "data").mkdir()
+        command = [
+            *(_binary("rclone"), "serve", "s3", "--addr", "127.0.0.1:0"),
+            *("--config", str(folder / "none"), "--cache-dir", str(folder / "cache")),
+            *("--auth-key", f"{OWNER.id},{OWNER.secret}", str(folder / "data")),
+        ]
+        with _process(command, folder / "log") as process:
+            deadline = time.monotonic() + START_SECONDS
+            while not (said := re.search(r"http://[\d.:]+", (folder / "log").read_text())):
+                if process.poll() is not None or time.monotonic() > deadline:
+                    raise RuntimeError((folder / "log").read_text()[-2000:])
+                time.sleep(_POLL_SECONDS)
+            yield Server("rclone", said[0], process.pid)
+
+
+SERVERS = {"moto": moto, "seaweedfs": seaweedfs, "rclone": rclone}
+
+
+def _weed(folder: Path, port: int) -> list[str]:
+    """With telemetry off, no ports that are not needed, and fast to start again after a kill."""
+    flags = {
+        "dir": folder,
+        "ip": "127.0.0.1",
+        "ip.bind": "127.0.0.1",
+        "s3.port": port,
+        "master.port": port + 1,
+        "volume.port": port + 2,
+        "filer.port": port + 3,
+        "s3.port.iceberg": 0,
+        "s3.port.lance": 0,
+        "s3.config": folder / "s3.json",
+        "volume.max": 10_000,  # every bucket takes some
+        "master.volumeSizeLimitMB": 64,
+        "volume.preStopSeconds": 0,
+        "master.telemetry": "false",
+        "master.electionTimeout": "1s",
+        "master.heartbeatInterval": "100ms",
+        "master.resumeState": "false",
+    }
+    settings = [f"-{name}={value}" for name, value in flags.items()]
+    return [_binary("weed"), "-logtostderr=true", "server", *settings, "-filer", "-s3"]
+
+
+def _identity(key: Key, *actions: str) -> dict[str, object]:
+    credentials = [{"accessKey": key.id, "secretKey": key.secret}]
+    return {"name": key.id, "credentials": credentials, "actions": actions}
+
+
+def _binary(name: str) -> str:
+    """A program that a package of this environment brings."""
+    return str(Path(sysconfig.get_path("scripts")) / name)
+
+
+@contextmanager
+def _folder() -> Iterator[Path]:
+    with tempfile.TemporaryDirectory(prefix="s3-", ignore_cleanup_errors=True) as name:
+        yield Path(name)
+
+
+@contextmanager
+def _process(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+    """A process that is killed at the end; on Linux also when the thread that started it ends."""
+    setpriv = shutil.which("setpriv")
+    dies_too = [setpriv, "--pdeathsig", "KILL"] if setpriv else []
+    with log.open("wb") as output:
+        process = subprocess.Popen(
+            [*dies_too, *command], stdin=subprocess.DEVNULL, stdout=output, stderr=output
+        )
+    try:
+        yield process
+    finally:
+        process.kill()
+        process.wait()
+
+
+def _answers(process: subprocess.Popen[bytes], url: str, status: int) -> bool:
+    """Wait until a server answers with a status; False when it has ended."""
+    deadline = time.monotonic() + START_SECONDS
+    while process.poll() is None and time.monotonic() < deadline:
+        try:
+            urllib.request.urlopen(url, timeout=5).close()
+        except urllib.error.HTTPError as exc:
+            exc.close()
+            if exc.code == status:
+                return True
+        except OSError:
+            pass
+        time.sleep(_POLL_SECONDS)
+    return False
+
+
+def _free_ports(n_ports: int) -> int:
+    """The first of some free ports in a row, below those that clients get by chance."""
+    while True:
+        port = random.SystemRandom().randrange(11_000, 22_000)
+        with ExitStack() as stack, suppress(OSError):
+            for number in range(port, port + n_ports):
+                for offset in (0, _GRPC):
+                    probe = stack.enter_context(socket.socket())
+                    probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+                    probe.bind(("127.0.0.1", number + offset))
+            return port
+
+
+def _remove_sockets(ports: range) -> None:
+    """Those that SeaweedFS leaves behind when it is killed."""
+    for port in ports:
+        for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
+            path.unlink(missing_ok=True)
+        for path in Path("/tmp").glob(f"seaweedfs-*-grpc-{port + _GRPC}.sock"):
+            path.unlink(missing_ok=True)

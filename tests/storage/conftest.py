@@ -1,0 +1,14 @@
+"""Fixtures of the tests of stores."""
+
+import pytest
+from botocore.retries.standard import ExponentialBackoff
+
+from dist_sae.storage import s3
+
+
+@pytest.fixture
+def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ask again after milliseconds; how often and until when stays as it is."""
+    monkeypatch.setattr(s3, "_FIRST_PAUSE_SECONDS", 0.005)
+    monkeypatch.setattr(s3, "_LONGEST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda *_: 0.002)
