@@ -17,7 +17,7 @@ from dist_sae.checkpoint.state import IDLE_ROWS, load_weights
 from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.data.admission import admitted, of_usual_norm
-from dist_sae.data.consumers import Consumers
+from dist_sae.data.consumers import kept_units
 from dist_sae.data.corpus import Corpus
 from dist_sae.data.loader import Units
 from dist_sae.data.plan import Plan, load_plan
@@ -69,9 +69,8 @@ def evaluate(run: Run) -> dict[str, Any]:
         codes = sae.encode(x)
         fit = fit.add(x, sae.decode(codes), codes, mean)
     components = min(max(1, round(fit.l0)), len(mean))
-    retired = Consumers(store, run.store.consumer_expiry_hours).retired_below()
     # where no training unit is left PCA sees the held-out rows, which can only flatter it
-    kept = plan.train_units[retired:] or plan.heldout_units
+    kept = kept_units(store, plan) or plan.heldout_units
     pca = _principal_components(units, kept, scale, components)
     pca_error = torch.zeros((), dtype=torch.float64)
     for x in _scaled_rows(units, plan.heldout_units, scale, run.evaluate.rows):

@@ -6,7 +6,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
 from dist_sae.config import Run
-from dist_sae.data.consumers import Consumers
+from dist_sae.data.consumers import Consumers, retired_below
 from dist_sae.data.plan import Plan, load_plan
 from dist_sae.data.shard import SiteShard, UnitManifest, read_manifest
 from dist_sae.errors import CorruptObjectError, ObjectNotFoundError
@@ -60,9 +60,7 @@ def verify(run: Run) -> Verification:
     """
     store = open_store(run.store.activations, run.store.s3)
     plan = load_plan(store, run)
-    retired = min(
-        Consumers(store, run.store.consumer_expiry_hours).retired_below(), len(plan.units)
-    )
+    retired = min(retired_below(store), len(plan.units))
     objects = size = 0
     units: set[int] = set()
     bad: dict[str, str] = {}
@@ -101,7 +99,7 @@ def ls(run: Run) -> dict[str, Any]:
         "train_units": f"{sum(u in plan.train_units for u in units)} of {plan.n_train_units}",
         "heldout_units": f"{sum(u in plan.heldout_units for u in units)} "
         f"of {len(plan.heldout_units)}",
-        "retired_units": min(consumers.retired_below(), plan.n_train_units),
+        "retired_units": retired_below(store),
         "bytes": {site: float(size) for site, size in sorted(sizes.items())},
         "runs": {
             consumer.run: (
@@ -134,7 +132,7 @@ def gc(run: Run, *, hours: float, delete: bool) -> dict[str, Any]:
     """
     store = open_store(run.store.activations, run.store.s3)
     load_plan(store, run)
-    retired = Consumers(store, run.store.consumer_expiry_hours).retired_below()
+    retired = retired_below(store)
     # listed before the manifests are read: a shard that gets its manifest meanwhile has one then
     old = [entry for entry in store.entries(_SHARDS) if entry.age_seconds > 3600 * hours]
     units = {_unit(key) for key in store.keys(_UNITS)}

@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 from dist_sae.data.consumers import Consumers
 from dist_sae.data.plan import Plan
+from dist_sae.data.shard import manifest_key
 from dist_sae.errors import ObjectNotFoundError
 from dist_sae.storage import ObjectStore
 
@@ -84,13 +85,15 @@ class Claims:
         said = time.monotonic()
         while not self._stopping.is_set():
             limit, slowest = self._limit()
-            claimed = self._claimed()  # before `_look`: what is in neither was begun by nobody
+            claimed = self._claimed()
             for page in sorted({unit // _PAGE for unit in self._mine() if unit < limit}):
                 self._look(page)
                 for unit in sorted(self._mine() - claimed):
                     if unit // _PAGE == page and unit < limit and self._claim(unit):
                         self._held.add(unit)
-                        return unit
+                        if self._store.size(manifest_key(unit)) is None:
+                            return unit
+                        self.release(unit, done=True)  # finished since it was looked for
             mine = self._mine()
             if not mine:
                 return None

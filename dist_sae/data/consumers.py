@@ -46,6 +46,19 @@ class Retired(Record):
     """The shards of units below it are deleted; their manifests stay."""
 
 
+def retired_below(store: ObjectStore) -> int:
+    """Units below it have no shards any more."""
+    try:
+        return read_record(Retired, store, _RETIRED_KEY).below
+    except ObjectNotFoundError:
+        return 0
+
+
+def kept_units(store: ObjectStore, plan: Plan) -> range:
+    """Training units that have not been deleted after use."""
+    return plan.train_units[retired_below(store) :]
+
+
 class Consumers:
     """The training runs on an activation set.
 
@@ -101,20 +114,13 @@ class Consumers:
         gone = [(consumer.reached, consumer.run) for consumer, _ in self.all()]
         return max(gone, default=(0, "the first run to come"))
 
-    def retired_below(self) -> int:
-        """Units below it have no shards any more."""
-        try:
-            return read_record(Retired, self._store, _RETIRED_KEY).below
-        except ObjectNotFoundError:
-            return 0
-
     def check_present(self, run: str, needed: int) -> None:
         """Say at once that what a run is going to read was deleted.
 
         Raises:
             DataExhaustedError: It was.
         """
-        below = self.retired_below()
+        below = retired_below(self._store)
         if needed < below:
             raise DataExhaustedError(
                 f"{self._store.url}: run {run} starts at unit {needed}, but units below {below} "
@@ -123,12 +129,12 @@ class Consumers:
             )
 
     def retire(self, plan: Plan) -> int:
-        """Delete the shards that no run will read again; returns of how many units.
+        """Delete the shards that no run will read again; returns of units below which, if any.
 
         The manifests stay, so that nobody produces the units again.
         """
         below = min((consumer.needed for consumer in self.alive()), default=0)
-        first = self.retired_below()
+        first = retired_below(self._store)
         if below <= first:
             return 0
         # a shard that outlives a crash after this line is an orphan for `store gc`
@@ -136,7 +142,7 @@ class Consumers:
         for unit in range(first, min(below, plan.n_train_units)):
             for shard in read_manifest(self._store, unit).sites.values():
                 self._store.delete(shard.key)
-        return below - first
+        return below
 
 
 class Registration:
@@ -191,8 +197,8 @@ class Registration:
         self._reached = self._plan.n_train_units if ended else self._lowest(places)
         self._needed = 0 if self._keeps and not ended else self._reached
         self._say()
-        if self._retires and self._consumers.retire(self._plan):
-            logger.info("deleted the shards of units below %d", self._consumers.retired_below())
+        if self._retires and (below := self._consumers.retire(self._plan)):
+            logger.info("deleted the shards of units below %d", below)
 
     def _lowest(self, places: Mapping[int, Place]) -> int:
         """The first unit, in the order of the plan, of all windows that are being read."""

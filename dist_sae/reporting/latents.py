@@ -11,6 +11,7 @@ from torch import Tensor
 
 from dist_sae.config import Run
 from dist_sae.config.data import SyntheticCorpus
+from dist_sae.data.consumers import kept_units
 from dist_sae.data.corpus import Corpus, first_numbers
 from dist_sae.data.loader import Units
 from dist_sae.data.orders import permutation
@@ -106,7 +107,7 @@ def read_firings(units: Units, sae: Dictionary, scale: float, most_rows: int) ->
     parts: list[Firings] = []
     rows = 0
     plan = units.plan
-    for unit in [*plan.heldout_units, *plan.train_units]:
+    for unit in [*plan.heldout_units, *kept_units(units.store, plan)]:
         if rows >= most_rows:
             break
         if units.store.size(manifest_key(unit)) is None:

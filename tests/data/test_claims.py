@@ -250,10 +250,25 @@ def test_a_claim_released_in_the_instant_of_looking_is_no_error(
     assert open_claims(run, "a", clock, Racing(store)).take() == 0
 
 
-def test_a_unit_costs_three_requests_however_many_others_there_are(
+def test_a_unit_that_is_finished_between_the_look_and_the_claim_is_not_done_again(
     run: Run, clock: Clock, store: ObjectStore
 ) -> None:
-    """List the claims, list the units, claim: finished and claimed ones are not asked for."""
+    class Racing(Wrapped):
+        def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
+            if key == "claims/00000000.json":
+                finish(store, 0)
+            return super().put(key, data, if_absent=if_absent)
+
+    claims = open_claims(run, "a", clock, Racing(store))
+    assert claims.take() == 1
+    assert claimed(store) == {1: "a"}
+    assert claims.done() == 1
+
+
+def test_a_unit_costs_four_requests_however_many_others_there_are(
+    run: Run, clock: Clock, store: ObjectStore
+) -> None:
+    """List the claims, list the units, claim, look: others' units are not asked for one by one."""
 
     class Counting(Wrapped):
         asked: Counter[str]
@@ -270,6 +285,10 @@ def test_a_unit_costs_three_requests_however_many_others_there_are(
             self.asked["list"] += 1
             return super().keys(prefix)
 
+        def size(self, key: str) -> int | None:
+            self.asked["size"] += 1
+            return super().size(key)
+
     finish(store, *range(5))
     for other in "bcdef":
         open_claims(run, other, clock, store).take()
@@ -278,7 +297,7 @@ def test_a_unit_costs_three_requests_however_many_others_there_are(
     claims = open_claims(run, "a", clock, counting)
     counting.asked.clear()  # of the beginning
     assert claims.take() == 10
-    assert counting.asked == {"list": 2, "put": 1}
+    assert counting.asked == {"list": 2, "put": 1, "size": 1}
 
 
 @pytest.mark.parametrize("number", [0, 1, 2])

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from dist_sae.config import Run
-from dist_sae.data.consumers import Consumers, Registration
+from dist_sae.data.consumers import Consumers, Registration, retired_below
 from dist_sae.data.loader import Place
 from dist_sae.data.plan import Plan
 from dist_sae.data.shard import read_block, read_manifest
@@ -137,7 +137,7 @@ def test_a_crash_between_the_word_and_the_deed_leaves_orphans_that_gc_finds(
 
     with pytest.raises(KeyboardInterrupt):
         register(Dying(store), plan).durable(everywhere(1))
-    assert Consumers(store, 1.0).retired_below() == 4
+    assert retired_below(store) == 4
     assert gc(run, hours=1.0, delete=True)["orphans"] == 0  # too young to be sure
     found = gc(run, hours=0.0, delete=False)
     assert (found["orphans"], found["deleted"]) == (4, False)
