@@ -2,6 +2,7 @@
 
 import http.client
 import random
+import re
 import socket
 import ssl
 import struct
@@ -53,9 +54,9 @@ class _Answer(NamedTuple):
 class FaultProxy:
     """Stands on a port of its own while in its `with`; talk to `endpoint_url` in place of `target`.
 
-    What befalls the n-th try of a request depends on the seed, the request and n alone, not on
-    what other threads do meanwhile. Everything in a request but its body goes on as it came, the
-    signed Host header too.
+    What befalls the n-th try of a request depends on the seed, the request (method, key, query,
+    range) and n alone, not on what other threads do meanwhile. Everything in a request but its
+    body goes on as it came, the signed Host header too.
 
     Args:
         target: The endpoint of the server.
@@ -164,7 +165,8 @@ class FaultProxy:
                     upstream.putheader(name, value)
             if body or handler.command in ("PUT", "POST"):
                 upstream.putheader("Content-Length", str(len(body)))
-            upstream.endheaders(body)
+            with suppress(BrokenPipeError, ConnectionResetError):  # it may answer half-way
+                upstream.endheaders(body)
             said = upstream.getresponse()
             content = said.read()
             headers = [(n, v) for n, v in said.headers.items() if n.lower() not in _HOP_BY_HOP]
@@ -216,7 +218,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _serve(self) -> None:
         body = self.rfile.read(int(self.headers.get("Content-Length") or 0))
-        request = f"{self.command} {self.path} {self.headers.get('Range', '')}"
+        # what servers and tests make up anew every time does not count: bucket, upload
+        what = re.sub(r"^/[^/?]*|uploadId=[^&]*", "", self.path)
+        request = f"{self.command} {what} {self.headers.get('Range', '')}"
         is_object = "/" in urlsplit(self.path).path.strip("/")
         self.proxy.requests[self.command] += 1
         if not self.proxy._only(self.command, self.path):

@@ -18,7 +18,6 @@ import uuid
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from copy import copy
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 from urllib.parse import unquote, urlsplit
@@ -39,7 +38,7 @@ if TYPE_CHECKING:
     from dist_sae.storage.s3 import S3Store
 
 _FETCHERS = 8  # threads of the Loader's pool
-_PART_BYTES = 16 * 2**20  # of a folder's raw writes; S3's are the store's own
+_WRITE_BYTES = 16 * 2**20  # parts of a folder's raw writes; on S3 they are the store's
 _SITE = SYNTHETIC_SITE
 _ORIGIN_BYTES = 4 + 4 + 8  # of a row: token, position, document
 
@@ -174,13 +173,18 @@ class _RawS3:
     """boto3, with the connections and settings of the store, and nothing of ours around it."""
 
     def __init__(self, store: "S3Store") -> None:
-        from dist_sae.storage.s3 import _TRANSFER  # boto3 takes .7 s to import
+        # boto3 takes .7 s to import; the uploads to compare with are its own
+        from boto3.s3.transfer import TransferConfig  # noqa: TID251
 
-        # the one place outside the store that talks to its client: it measures the store
-        self._client = store._client  # noqa: SLF001
+        from dist_sae.storage.s3 import _CONCURRENT_PARTS, _PART_BYTES
+
+        self._client = store._client  # noqa: SLF001 - the same connections and settings
         self._bucket, self._prefix = store._bucket, store._prefix  # noqa: SLF001
-        self._transfer = copy(_TRANSFER)
-        self._transfer.multipart_threshold = self._transfer.multipart_chunksize
+        self._transfer = TransferConfig(
+            multipart_threshold=_PART_BYTES,
+            multipart_chunksize=_PART_BYTES,
+            max_concurrency=_CONCURRENT_PARTS,
+        )
 
     def put(self, key: str, data: bytes) -> None:
         self._client.upload_fileobj(
@@ -213,8 +217,8 @@ class _RawFolder:
         view = memoryview(data)
         with path.open("xb") as file, ThreadPoolExecutor(_FETCHERS) as pool:
             for _ in pool.map(
-                lambda at: os.pwrite(file.fileno(), view[at : at + _PART_BYTES], at),
-                range(0, len(data), _PART_BYTES),
+                lambda at: os.pwrite(file.fileno(), view[at : at + _WRITE_BYTES], at),
+                range(0, len(data), _WRITE_BYTES),
             ):
                 pass
             os.fsync(file.fileno())

@@ -1,7 +1,7 @@
 """The interface of an object store, the whole of it."""
 
 from collections.abc import Iterator
-from typing import NamedTuple, Protocol, runtime_checkable
+from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 
 class Entry(NamedTuple):
@@ -38,13 +38,15 @@ class ObjectStore(Protocol):
         """Where the store is."""
         ...
 
-    @property
-    def exclusive(self) -> bool:
-        """Whether of writers that race with `if_absent` exactly one wins.
+    if TYPE_CHECKING:  # isinstance() would read it, and so try the endpoint out
 
-        Some endpoints accept the condition and ignore it; that is tried out when first asked.
-        """
-        ...
+        @property
+        def exclusive(self) -> bool:
+            """Whether of writers that race with `if_absent` exactly one wins.
+
+            Some endpoints accept the condition and ignore it; that is tried out when first asked.
+            """
+            ...
 
     def get(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
         """The object's bytes `[start, stop)`, as far as it has them.

@@ -123,9 +123,13 @@ def _unless_gone(exc: OSError) -> None:
 def _create(path: Path) -> BinaryIO:
     """A new file, in a new folder where need be."""
     for _ in range(_RACES):
-        with suppress(FileNotFoundError):  # another process deleted the folder, empty, in between
-            path.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):
             return path.open("xb")
+        new = [folder for folder in path.parents if not folder.exists()]
+        with suppress(FileNotFoundError):  # another process deleted a folder, empty, in between
+            path.parent.mkdir(parents=True, exist_ok=True)
+        for folder in new:
+            _sync_folder(folder.parent)
     return path.open("xb")
 
 

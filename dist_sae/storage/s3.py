@@ -5,7 +5,6 @@ connection that breaks in the middle of a body) is repeated here, with jitter, u
 `store.s3.deadline_seconds` have passed. Large objects go in parts, several at a time.
 """
 
-import io
 import logging
 import random
 import re
@@ -18,19 +17,19 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import boto3
 import urllib3.exceptions
 from boto3.exceptions import Boto3Error
-from boto3.s3.transfer import TransferConfig
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
     ConnectionError,  # noqa: A004 - boto's own name
     CredentialRetrievalError,
+    EndpointProviderError,
     HTTPClientError,
     IncompleteReadError,
     NoCredentialsError,
@@ -100,10 +99,10 @@ _BUSY = {
     "BadDigest",  # the bytes were damaged on their way
     "XAmzContentSHA256Mismatch",
     "IncompleteBody",
-    "NoSuchUpload",  # complete already, and the answer was lost
 }
 _EXISTS = {"PreconditionFailed", "412"}
 _NOT_IMPLEMENTED = {"NotImplemented", "501"}
+_NO_UPLOAD = {"NoSuchUpload"}
 _OUT_OF_RANGE = {"InvalidRange", "416"}
 
 _ATTEMPTS = 3  # of boto's, before ours
@@ -113,17 +112,17 @@ _SAY_EVERY_SECONDS = 30.0
 _LAST_PATIENCE_SECONDS = 15.0  # when the program is to stop
 _PART_BYTES = 16 * 2**20
 _CONCURRENT_PARTS = 8
-_TRANSFER = TransferConfig(
-    multipart_threshold=2 * _PART_BYTES,
-    multipart_chunksize=_PART_BYTES,
-    max_concurrency=_CONCURRENT_PARTS,
-    preferred_transfer_client="classic",  # the other one has retries and errors of its own
-)
+_MULTIPART_FROM_BYTES = 2 * _PART_BYTES
 _RACERS = 4
+_CUT = "the endpoint's answer was cut short"
 
 
 class ConditionNotImplementedError(Exception):
     """The endpoint says that it knows no If-None-Match."""
+
+
+class UploadGoneError(Exception):
+    """The endpoint knows no such multipart upload: it gave it up, or has completed it already."""
 
 
 class S3Store:
@@ -196,19 +195,13 @@ class S3Store:
         if if_absent and self.size(key) is not None:
             return False
 
-        where = self._bucket, self._prefix + key
-
-        def upload() -> None:
-            if len(data) < _TRANSFER.multipart_threshold:
-                self._client.put_object(
-                    Bucket=where[0], Key=where[1], Body=data, **self._encryption
-                )
-            else:  # in parts
-                self._client.upload_fileobj(
-                    io.BytesIO(data), *where, ExtraArgs=self._encryption, Config=_TRANSFER
-                )
-
-        self._patiently(key, upload)
+        if len(data) < _MULTIPART_FROM_BYTES:
+            where = self._where(key)
+            self._patiently(
+                key, lambda: self._client.put_object(**where, Body=data, **self._encryption)
+            )
+        else:
+            self._patiently(key, partial(self._put_parts, key, data))
         self._moved("out", len(data))
         return True
 
@@ -222,17 +215,12 @@ class S3Store:
     def entries(self, prefix: str = "") -> Iterator[Entry]:
         token: dict[str, str] = {}
         while True:
-            page = self._patiently(
-                prefix or None,
-                lambda token=token: self._client.list_objects_v2(  # type: ignore[misc]
-                    Bucket=self._bucket, Prefix=self._prefix + prefix, **token
-                ),
-            )
+            page = self._patiently(prefix or None, partial(self._list, prefix, token))
             now = _clock(page)
             for entry in page.get("Contents", ()):
                 age = (now - entry["LastModified"]).total_seconds()
                 yield Entry(entry["Key"][len(self._prefix) :], entry["Size"], max(0.0, age))
-            if not page.get("IsTruncated"):
+            if not page["IsTruncated"]:
                 return
             token = {"ContinuationToken": page["NextContinuationToken"]}
 
@@ -241,10 +229,15 @@ class S3Store:
             yield entry.key
 
     def delete(self, key: str) -> None:
-        self._patiently(
-            key,
-            lambda: self._client.delete_object(Bucket=self._bucket, Key=self._prefix + key),
+        self._patiently(key, lambda: self._client.delete_object(**self._where(key)))
+
+    def _list(self, prefix: str, token: Mapping[str, str]) -> Any:
+        page = self._client.list_objects_v2(
+            Bucket=self._bucket, Prefix=self._prefix + prefix, **token
         )
+        if "IsTruncated" not in page:  # boto takes an empty body for an empty list
+            raise UnavailableError(_CUT, url=self.url, key=prefix or None)
+        return page
 
     def _get_part(self, key: str, start: int, stop: int) -> tuple[bytes, int]:
         """(The object's bytes [start, stop), its size).
@@ -255,7 +248,7 @@ class S3Store:
         def download() -> tuple[bytes, int]:
             try:
                 answer = self._client.get_object(
-                    Bucket=self._bucket, Key=self._prefix + key, Range=f"bytes={start}-{stop - 1}"
+                    **self._where(key), Range=f"bytes={start}-{stop - 1}"
                 )
             except ClientError as exc:
                 if _code(exc) in _OUT_OF_RANGE:
@@ -267,12 +260,45 @@ class S3Store:
                 return data[start:], len(data)
             first, size = (int(number) for number in span.groups())
             if (first, len(data)) != (start, min(stop, size) - start):
-                raise UnavailableError("came in part only", url=self.url, key=key)
+                raise UnavailableError(_CUT, url=self.url, key=key)
             return data, size
 
         data, size = self._patiently(key, download)
         self._moved("in", len(data))
         return data, size
+
+    def _put_parts(self, key: str, data: bytes) -> None:
+        where = self._where(key)
+        upload = {**where, "UploadId": self._patiently(key, partial(self._begin_upload, where))}
+
+        def put_part(start: int) -> dict[str, Any]:
+            number, body = start // _PART_BYTES + 1, data[start : start + _PART_BYTES]
+
+            def put() -> Any:
+                with _upload_errors():
+                    return self._client.upload_part(**upload, PartNumber=number, Body=body)
+
+            return {"PartNumber": number, "ETag": self._patiently(key, put)["ETag"]}
+
+        def complete() -> None:
+            with _upload_errors():
+                self._client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
+
+        try:
+            parts = list(self._pool.map(put_part, range(0, len(data), _PART_BYTES)))
+            self._patiently(key, complete)
+        except UploadGoneError as exc:
+            raise UnavailableError("the upload is gone", url=self.url, key=key) from exc
+        except BaseException:
+            with suppress(ClientError, BotoCoreError):
+                self._client.abort_multipart_upload(**upload)
+            raise
+
+    def _begin_upload(self, where: Mapping[str, str]) -> str:
+        answer = self._client.create_multipart_upload(**where, **self._encryption)
+        if "UploadId" not in answer:  # boto takes an empty body for an answer
+            raise UnavailableError(_CUT, url=self.url)
+        return str(answer["UploadId"])
 
     def _put_if_absent(self, key: str, data: bytes) -> bool:
         attempts = 0
@@ -282,11 +308,7 @@ class S3Store:
             attempts += 1
             try:
                 self._client.put_object(
-                    Bucket=self._bucket,
-                    Key=self._prefix + key,
-                    Body=data,
-                    IfNoneMatch="*",
-                    **self._encryption,
+                    **self._where(key), Body=data, IfNoneMatch="*", **self._encryption
                 )
             except ClientError as exc:
                 if _code(exc) in _NOT_IMPLEMENTED:
@@ -337,6 +359,9 @@ class S3Store:
         else:
             time.sleep(seconds)
 
+    def _where(self, key: str) -> dict[str, str]:
+        return {"Bucket": self._bucket, "Key": self._prefix + key}
+
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
         return ThreadPoolExecutor(_CONCURRENT_PARTS, "store")
@@ -376,8 +401,10 @@ class S3Store:
                         response_checksum_validation="when_required",
                     ),
                 )
-            except ValueError as exc:  # of a malformed endpoint or region
-                raise AccessError(f"{_line(exc)}; check store.s3", url=self.url) from exc
+            except ValueError as exc:  # the endpoint or the region is malformed
+                raise AccessError(
+                    f"{_line(exc)}; check store.s3.endpoint_url", url=self.url
+                ) from exc
         for operation in ("PutObject", "UploadPart"):  # servers that ignore signed hashes heed this
             client.meta.events.register(f"before-call.s3.{operation}", conditionally_calculate_md5)
         if self._meter:
@@ -412,6 +439,8 @@ class S3Store:
             yield
         except (CredentialRetrievalError, PartialCredentialsError, ProfileNotFound) as exc:
             raise AccessError(f"{_line(exc)}; check the AWS settings", url=self.url) from exc
+        except EndpointProviderError as exc:
+            raise AccessError(f"{_line(exc)}; check store.s3.endpoint_url", url=self.url) from exc
         except NoCredentialsError as exc:
             raise AccessError(
                 "no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
@@ -456,6 +485,16 @@ class S3Store:
             if answer in _BUSY:
                 return UnavailableError(f"the endpoint answers {answer}", url=self.url, key=key)
         return StoreError(_line(exc), url=self.url, key=key)
+
+
+@contextmanager
+def _upload_errors() -> Iterator[None]:
+    try:
+        yield
+    except ClientError as exc:
+        if _code(exc) in _NO_UPLOAD:
+            raise UploadGoneError from exc
+        raise
 
 
 def _start_clock(request: Any, **_: object) -> None:

@@ -16,7 +16,8 @@ from dist_sae.config.sae import (
 )
 from dist_sae.sae.base import Dictionary
 from dist_sae.sae.dead import DeadLatents
-from tests.sae.worlds import Recovery, World, recovery, train
+from dist_sae.sae.jumprelu_tanh import JumpReLUTanh
+from tests.sae.worlds import Recovery, World, mean_matched_cosine, recovery, train
 
 N = 128
 FLAT = World(d_in=64, n_features=N, l0=3, zipf=0.0)
@@ -84,6 +85,61 @@ def test_latents_that_are_pushed_down_come_back() -> None:
     assert sum(trained.fvu[498:518]) / 20 <= 1.02 * before
 
 
+def test_the_weight_of_auxk_decides_how_many_latents_of_batchtopk_are_dead() -> None:
+    """D6 in a Zipf world whose every feature has use for a latent, over 16 windows.
+
+    Of 128 latents 5.8 (at 1/4) and 20.5 (at 1/32) were dead on average when this was written, and
+    24.9 without AuxK.
+    """
+    world = World(d_in=32, n_features=N, l0=3, zipf=1.0)
+    dead: dict[float, float] = {}
+    for coefficient in (1 / 4, 1 / 32):
+        config = BatchTopKConfig(
+            n_latents=N, k=3, auxk=16, auxk_coefficient=coefficient, dead_after_rows=12_800
+        )
+        counts: list[int] = []
+
+        def count(_: int, sae: Dictionary, latents: DeadLatents, to: list[int] = counts) -> None:
+            to.append(latents.count)
+
+        train(world, config, steps=800, batch=256, lr=3e-3, each=count)
+        dead[coefficient] = sum(counts[400:]) / 400
+    assert dead[1 / 4] <= 0.08 * N
+    assert dead[1 / 32] >= 2 * dead[1 / 4]
+
+
+def test_jumprelu_tanh_starts_with_the_l0_that_was_asked_for() -> None:
+    """D13: about 10,000 active latents per row where there are at least 100,000."""
+    x = World(d_in=32, n_features=256, l0=4, zipf=1.0).batch(0, 1024)
+    sae = JumpReLUTanh(JumpReLUTanhConfig(n_latents=131_072, initial_l0=10_000), 32)
+    sae.initialise(x, seed=0)
+    active = sum(len(sae.encode(x[start : start + 128]).acts) for start in range(0, 1024, 128))
+    assert active / 1024 == pytest.approx(10_000, rel=0.05)
+
+
+def test_the_pre_act_penalty_keeps_latents_of_jumprelu_tanh_alive() -> None:
+    """D13: at most 1 % dead with lambda_P; 100 of 256 were without when this was written.
+
+    Four times as many features as latents, so that all have a use. lambda_P is far above its
+    default here; it costs sparsity (L0 4.6, not 2.1) and features found (36, not 59).
+    """
+    world = World(d_in=64, n_features=1024, l0=4, zipf=1.0)
+    dead = {
+        pre_act: train(
+            world,
+            JumpReLUTanhConfig(
+                n_latents=256, sparsity=1.5, initial_l0=12, pre_act=pre_act, dead_after_rows=50_000
+            ),
+            steps=400,
+            batch=512,
+            lr=5e-3,
+        ).dead.count
+        for pre_act in (0.04, 0.0)
+    }
+    assert dead[0.04] <= 0.01 * 256
+    assert dead[0.0] >= 0.2 * 256
+
+
 def test_sparsity_of_jumprelu_tanh_falls_with_its_coefficient() -> None:
     """D13: L0 is monotone in lambda."""
     l0 = [
@@ -103,6 +159,26 @@ def test_sparsity_of_jumprelu_tanh_falls_with_its_coefficient() -> None:
 def _long(request: pytest.FixtureRequest) -> None:
     if not request.config.getoption("--long"):
         pytest.skip("trains for minutes: with --long")
+
+
+@pytest.mark.usefixtures("_long")
+def test_topk_recovers_every_feature_of_a_flat_world() -> None:
+    """D5a: 6.1 M rows, as many latents as features. 300 steps must not do."""
+    world = World(d_in=128, n_features=512, l0=6, zipf=0.0)
+    config = TopKConfig(n_latents=512, k=6, auxk=64, auxk_coefficient=1 / 4, dead_after_rows=50_000)
+    early: dict[int, int] = {}
+
+    def look(step: int, sae: Dictionary, dead: DeadLatents) -> None:
+        if step == 0:
+            assert recovery(world, sae.W_dec).max_cosine < 0.8
+        if step == 300:
+            early[step] = mean_matched_cosine(world, sae.W_dec)[1]
+
+    trained = train(world, config, steps=6000, batch=1024, lr=3e-3, each=look)
+    mcc, matched = mean_matched_cosine(world, trained.sae.W_dec)
+    assert early[300] < 512
+    assert mcc >= 0.995
+    assert matched == 512
 
 
 @pytest.mark.usefixtures("_long")

@@ -128,6 +128,21 @@ def recovery(world: World, W_dec: Tensor, alive: int | None = None) -> Recovery:
     )
 
 
+def mean_matched_cosine(world: World, W_dec: Tensor) -> tuple[float, int]:
+    """(MCC, pairs at cosine > .9) of features and latents, paired one to one, the nearest first.
+
+    No more than with the best pairing, and the same where every feature is found.
+    """
+    rows = W_dec.detach()
+    cosines = (rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)) @ world.directions.T
+    matched = torch.empty(min(cosines.shape))
+    for pair in range(len(matched)):
+        latent, feature = divmod(int(cosines.argmax()), cosines.shape[1])
+        matched[pair] = cosines[latent, feature]
+        cosines[latent], cosines[:, feature] = -2, -2
+    return float(matched.mean()), int((matched > 0.9).sum())
+
+
 def _logistic(x: Tensor, y: Tensor) -> tuple[float, float]:
     """(Slope, intercept) of the logit of P(y), by Newton's method with a little ridge."""
     mean, spread = x.mean(), x.std()

@@ -1,9 +1,21 @@
 """Fixtures of the tests of stores."""
 
+import botocore.loaders
 import pytest
 from botocore.retries.standard import ExponentialBackoff
 
 from dist_sae.storage import s3
+
+
+@pytest.fixture(scope="session")
+def loader() -> botocore.loaders.Loader:
+    return botocore.loaders.create_loader()
+
+
+@pytest.fixture(autouse=True)
+def shared_service_model(loader: botocore.loaders.Loader, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let boto read its description of S3 once: every test makes clients of its own."""
+    monkeypatch.setattr(botocore.loaders, "create_loader", lambda *_: loader)
 
 
 @pytest.fixture

@@ -11,7 +11,6 @@ from typing import Literal
 
 import pytest
 import torch
-from boto3.s3.transfer import TransferConfig
 
 from dist_sae.config.data import S3Config
 from dist_sae.data.shard import Rows, read_block, write_shard
@@ -39,7 +38,7 @@ def use(store: ObjectStore, worker: int) -> dict[str, bytes]:
     """Write, read, overwrite and delete objects; the ones that are left."""
     chance = random.Random(worker)
     left = {}
-    for i in range(4):
+    for i in range(3):
         key = f"folder/{worker}-{i}"
         first, second = (chance.randbytes(chance.randrange(1, 3000)) for _ in range(2))
         assert store.put(key, first, if_absent=True)
@@ -61,7 +60,7 @@ def use(store: ObjectStore, worker: int) -> dict[str, bytes]:
 def stress(bucket: Bucket, proxy: FaultProxy) -> None:
     """Several writers at once; what is in the bucket at the end is what they wrote."""
     store = make_store(bucket, proxy)
-    n_workers = 3
+    n_workers = 2
     with ThreadPoolExecutor(n_workers) as pool:
         left = [*pool.map(use, [store] * n_workers, range(n_workers))]
     expected = {key: content for some in left for key, content in some.items()}
@@ -99,15 +98,17 @@ def test_bit_flipped_on_its_way_to_the_server_is_not_stored(
     kind: str, make_bucket: Callable[[str], Bucket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     bucket = make_bucket(kind)
-    content = random.Random(0).randbytes(6 * 2**20)
-    parts = TransferConfig(multipart_threshold=5 * 2**20, multipart_chunksize=5 * 2**20)
-    monkeypatch.setattr(s3, "_TRANSFER", parts)
+    content = random.Random(0).randbytes(11 * 2**20)
+    monkeypatch.setattr(s3, "_PART_BYTES", 5 * 2**20)  # the least that S3 takes
+    monkeypatch.setattr(s3, "_MULTIPART_FROM_BYTES", 2**20)
     with FaultProxy(bucket.endpoint_url, 3, {"flip_put": 1.0}, most_per_request=2) as proxy:
         store = make_store(bucket, proxy)
         store.put("small", content[:100])
-        store.put("large", content)
-        assert proxy.injected["flip_put"] >= 3
+        assert proxy.injected["flip_put"] == 2
         assert store.get("small") == content[:100]
+        proxy.rates = {"flip_put": 0.5}  # rclone gives up an upload with a damaged part
+        store.put("large", content)
+        assert proxy.injected["flip_put"] > 2
         assert store.get("large") == content
 
 
@@ -117,16 +118,15 @@ def test_large_objects_go_in_parts_through_faults(
 ) -> None:
     bucket = make_bucket(kind)
     content = random.Random(0).randbytes(11 * 2**20)
-    parts = TransferConfig(multipart_threshold=5 * 2**20, multipart_chunksize=5 * 2**20)
-    monkeypatch.setattr(s3, "_TRANSFER", parts)
-    monkeypatch.setattr(s3, "_PART_BYTES", 2**20)
+    monkeypatch.setattr(s3, "_MULTIPART_FROM_BYTES", 2**20)
+    monkeypatch.setattr(s3, "_PART_BYTES", 5 * 2**20)
     faults = [fault for fault in HARMLESS_BELOW if fault != "flip_put"]
-    with FaultProxy(bucket.endpoint_url, 4, dict.fromkeys(faults, 0.07)) as proxy:
+    with FaultProxy(bucket.endpoint_url, 4, dict.fromkeys(faults, 0.1)) as proxy:
         store = make_store(bucket, proxy)
-        for i in range(3):
+        for i in range(2):
             store.put(f"large-{i}", content)
             assert store.get(f"large-{i}") == content
-        assert sum(proxy.injected.values()) > 10
+        assert sum(proxy.injected.values()) > 3
 
 
 @pytest.mark.parametrize(("kind", "n_keys"), [("moto", 5), ("seaweedfs", 1)])
@@ -157,7 +157,7 @@ def test_exclusive_is_found_out_through_faults(make_bucket: Callable[[str], Buck
     for kind in ("moto", "rclone"):
         bucket = make_bucket(kind)
         with FaultProxy(bucket.endpoint_url, 6, rates) as proxy:
-            for _ in range(5):
+            for _ in range(3):
                 store = make_store(bucket, proxy)
                 del vars(store)["exclusive"]
                 assert store.exclusive == (kind == "moto")
@@ -172,7 +172,7 @@ class Note(Record):
 
 
 @pytest.mark.parametrize(
-    "rates", [{"flip_get": 1.0}, dict.fromkeys(HARMLESS_BELOW, 0.1) | {"flip_get": 0.5}]
+    "rates", [{"flip_get": 1.0}, dict.fromkeys(HARMLESS_BELOW, 0.1) | {"flip_get": 1.0}]
 )
 def test_bits_flipped_on_their_way_to_the_reader_are_read_again(
     rates: dict[str, float], make_bucket: Callable[[str], Bucket]
@@ -194,7 +194,7 @@ def test_bits_flipped_on_their_way_to_the_reader_are_read_again(
             block = read_block(store, shard, number)
             for got, written in zip(block, rows, strict=True):
                 assert torch.equal(got, written[16 * number : 16 * (number + 1)])
-        assert proxy.injected["flip_get"] >= 5
+        assert proxy.injected["flip_get"] > 0
 
 
 def test_same_seed_gives_the_same_faults(make_bucket: Callable[[str], Bucket]) -> None:
@@ -204,7 +204,7 @@ def test_same_seed_gives_the_same_faults(make_bucket: Callable[[str], Bucket]) -
     for seed in (1, 1, 2):
         with FaultProxy(bucket.endpoint_url, seed, rates) as proxy:
             store = make_store(bucket, proxy)
-            for i in range(20):
+            for i in range(8):
                 store.put(f"key/{i}", b"content %d" % i)
                 assert store.get(f"key/{i}") == b"content %d" % i
             seen.append((proxy.injected, proxy.requests))
