@@ -5,6 +5,8 @@ from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, NamedTuple
 
+import xxhash
+
 from dist_sae.config import Run
 from dist_sae.data.consumers import Consumers, retired_below
 from dist_sae.data.plan import Plan, load_plan
@@ -170,7 +172,7 @@ def _fault(store: ObjectStore, shard: SiteShard) -> str | None:
         return "does not match its checksum"
     for block in shard.blocks:
         piece = data[block.offset : block.offset + block.bytes]
-        if hashlib.sha256(piece).hexdigest() != block.sha256:
+        if xxhash.xxh3_128_hexdigest(piece) != block.xxh3:
             return "does not match its manifest's list of blocks"
     return None
 

@@ -11,6 +11,7 @@ import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from email.utils import formatdate
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import NamedTuple, Self
 from urllib.parse import urlsplit
@@ -25,10 +26,11 @@ KINDS = {
     "reset_body": "the connection is reset in the middle of the answer's body",
     "truncate": "the answer's body ends early; Content-Length says what it should have been",
     "shorten": "the answer's body ends early, and Content-Length agrees",
+    "skew": "the answer's Date is off by up to an hour, as if the server's clock were",
     "flip_get": "one bit of the body of an object is flipped on its way to the client",
 }
 _BEFORE = ("error", "reset", "flip_put")
-_AFTER = ("error_after", "reset_after", "reset_body", "truncate", "shorten", "flip_get")
+_AFTER = ("error_after", "reset_after", "reset_body", "truncate", "shorten", "skew", "flip_get")
 
 XML = b"<?xml version='1.0'?><Error><Code>%s</Code><Message>injected</Message></Error>"
 ANSWERS = (
@@ -258,6 +260,8 @@ class _Handler(BaseHTTPRequestHandler):
             possible |= {"reset_body", "truncate", "shorten"}
         if self.command == "GET" and answer.body and answer.status < 300 and is_object:
             possible.add("flip_get")
+        if any(name.lower() == "date" for name, _ in answer.headers):
+            possible.add("skew")
         fault = self.proxy.draw(_AFTER, chance, request, possible)
         cut = answer._replace(body=answer.body[: chance.randrange(max(1, len(answer.body)))])
         if fault == "reset_after":
@@ -270,6 +274,8 @@ class _Handler(BaseHTTPRequestHandler):
             self._answer(cut)
             if fault == "reset_body":
                 self._reset()
+        elif fault == "skew":
+            self._answer(answer._replace(headers=_skew(answer.headers, chance)))
         elif fault == "flip_get":
             self._answer(answer._replace(body=_flip(answer.body, chance)))
         else:
@@ -299,6 +305,12 @@ class _Handler(BaseHTTPRequestHandler):
 
     def log_message(self, *_: object) -> None:
         """Nothing: the counters tell."""
+
+
+def _skew(headers: list[tuple[str, str]], chance: random.Random) -> list[tuple[str, str]]:
+    """Another Date."""
+    date = formatdate(time.time() + chance.uniform(-3600, 3600), usegmt=True)
+    return [(name, date if name.lower() == "date" else value) for name, value in headers]
 
 
 def _flip(data: bytes, chance: random.Random) -> bytes:

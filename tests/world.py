@@ -111,6 +111,13 @@ def open_stream(units: Units, number: int, pool: Executor, passes: int = 1) -> S
     return Stream(units, number, 0, passes, pool, pool)
 
 
+def take(stream: Stream, n: int) -> Tensor:
+    """The next `n` rows of a stream."""
+    acts = torch.empty(n, stream.d_in())
+    stream.put(acts)
+    return acts
+
+
 def batches(units: Units, steps: range, **options: Any) -> list[Tensor]:
     """The activations of the batches `steps`."""
     with open_loader(units, steps, **options) as loader:

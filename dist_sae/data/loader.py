@@ -19,16 +19,17 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from types import TracebackType
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from jaxtyping import Float
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_sae.data.orders import permutation
 from dist_sae.data.plan import Plan
-from dist_sae.data.shard import Rows, SiteShard, UnitManifest, read_block, read_manifest
+from dist_sae.data.shard import SiteShard, UnitManifest, read_acts, read_manifest
 from dist_sae.errors import CorruptObjectError, DataExhaustedError, ObjectNotFoundError, Stopped
 from dist_sae.storage import ObjectStore
 
@@ -126,6 +127,7 @@ class _UnitReader:
     def __init__(self, units: Units, manifest: UnitManifest, row: int, pool: Executor) -> None:
         self._store = units.store
         self._shard = units.shard(manifest)
+        self.d_in = self._shard.d_in
         self._pool = pool
         ends = np.cumsum([block.rows for block in self._shard.blocks])
         self._number = int(np.searchsorted(ends, row, side="right"))
@@ -134,26 +136,37 @@ class _UnitReader:
         self._acts: Tensor | None = None
         self._row = row - before
 
-    def take(self, n: int) -> Float[Tensor, "n d_in"]:
-        pieces: list[Tensor] = []
-        while n:
-            if self._acts is None:
-                assert self._next is not None, "read past the end of a unit"
-                self._acts = self._next.result().acts
-                self._number += 1
-                self._next = self._fetch(self._number)
-            piece = self._acts[self._row : self._row + n]
-            pieces.append(piece)
-            n -= len(piece)
+    def put(self, rows: NDArray[Any], places: NDArray[np.int64]) -> None:
+        """The next `len(places)` rows, whole, into these places of `rows`."""
+        while len(places):
+            acts = self._block()
+            piece = _whole_rows(acts[self._row : self._row + len(places)])
+            rows[places[: len(piece)]] = piece  # one thread, 7 x as fast as cat and index_select
+            places = places[len(piece) :]
             self._row += len(piece)
-            if self._row == len(self._acts):
+            if self._row == len(acts):
                 self._acts, self._row = None, 0
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+            del acts, piece  # or the block outlives its use while the next is fetched
 
-    def _fetch(self, number: int) -> "Future[Rows] | None":
+    def _block(self) -> Float[Tensor, "rows d_in"]:
+        if self._acts is None:
+            assert self._next is not None, "read past the end of a unit"
+            self._acts = self._next.result()
+            self._number += 1
+            self._next = self._fetch(self._number)
+        return self._acts
+
+    def _fetch(self, number: int) -> "Future[Tensor] | None":
         if number >= len(self._shard.blocks):
             return None
-        return self._pool.submit(read_block, self._store, self._shard, number)
+        return self._pool.submit(read_acts, self._store, self._shard, number)
+
+
+def _whole_rows(acts: Float[Tensor, "rows d_in"]) -> NDArray[Any]:
+    """The same memory, for NumPy, which knows no bf16: an element is a row."""
+    row_bytes = acts.shape[1] * acts.itemsize
+    rows: NDArray[Any] = acts.view(torch.uint8).numpy().view(f"V{row_bytes}")[:, 0]
+    return rows
 
 
 _START = Place(0, 0, 0)
@@ -196,31 +209,29 @@ class Stream:
         self._order = np.empty(0, dtype=np.int64)
         self._readers: list[_UnitReader] = []
 
-    def take(self, n: int) -> Float[Tensor, "n d_in"]:
-        """The next `n` rows.
+    def d_in(self) -> int:
+        """Width of the rows."""
+        self._ready()
+        return self._readers[0].d_in
+
+    def put(self, acts: Float[Tensor, "n d_in"]) -> None:
+        """Fill `acts` with the next rows.
 
         Raises:
             DataExhaustedError: The passes do not hold that many.
         """
-        pieces: list[Tensor] = []
-        while n:
-            if not len(self._order):
-                self.place, self._order, self._readers = self._next.result()
-                self._next = self._opener.submit(next, self._windows)
-            now, self._order = self._order[:n], self._order[n:]
-            pieces.append(self._merge(now))
-            n -= len(now)
-        return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+        rows = _whole_rows(acts)
+        while len(rows):
+            self._ready()
+            now, self._order = self._order[: len(rows)], self._order[len(rows) :]
+            for number, reader in enumerate(self._readers):
+                reader.put(rows, np.flatnonzero(now == number))
+            rows = rows[len(now) :]
 
-    def _merge(self, order: np.ndarray) -> Tensor:
-        """Rows of the window's units in the given order of units."""
-        counts = np.bincount(order, minlength=len(self._readers))
-        rows = torch.cat(
-            [reader.take(int(n)) for reader, n in zip(self._readers, counts, strict=True) if n]
-        )
-        place = np.empty(len(order), dtype=np.int64)
-        place[np.argsort(order, kind="stable")] = np.arange(len(order))
-        return rows.index_select(0, torch.from_numpy(place))  # 3 x as fast as rows[place]
+    def _ready(self) -> None:
+        if not len(self._order):
+            self.place, self._order, self._readers = self._next.result()
+            self._next = self._opener.submit(next, self._windows)
 
     def _open_windows(
         self, start: int, place: Place
@@ -294,6 +305,7 @@ class Loader:
         assert streams % world == 0, (streams, world)
         assert batch_rows % streams == 0, (batch_rows, streams)
         self._steps = steps
+        self._dtype = units.plan.acts_dtype
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=_BATCHES_AHEAD)
         self._end: BaseException | None = None
         self._closed = threading.Event()
@@ -370,7 +382,9 @@ class Loader:
         try:
             streams = streams_from(self._steps.start)
             for step in self._steps:
-                acts = torch.cat([stream.take(rows) for stream in streams])
+                acts = torch.empty(rows * len(own), streams[0].d_in(), dtype=self._dtype)
+                for stream, part in zip(streams, torch.split(acts, rows), strict=True):
+                    stream.put(part)
                 places = {v: stream.place for v, stream in zip(own, streams, strict=True)}
                 if not self._put(Batch(step, acts, places, 0.0)):
                     return

@@ -8,10 +8,12 @@ from functools import cached_property
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
 from dist_sae.config import Run, differences
 from dist_sae.data.corpus import CorpusFile, CorpusIndex, Span
 from dist_sae.data.orders import permutation
+from dist_sae.data.shard import DTYPES
 from dist_sae.errors import (
     CorpusError,
     DataExhaustedError,
@@ -45,6 +47,12 @@ class Plan(Record):
     def streams(self) -> int:
         """Number of canonical streams V."""
         return int(self.settings["activations"]["streams"])
+
+    @property
+    def acts_dtype(self) -> torch.dtype:
+        """Of rows as they are read: int8 is scaled back to fp32."""
+        stored = self.settings["activations"]["dtype"]
+        return torch.float32 if stored == "int8" else DTYPES[stored]
 
     @property
     def window_units(self) -> int:

@@ -484,6 +484,10 @@ class S3Store:
                 return StoreFullError("no space left or over quota", url=self.url, key=key)
             if answer in _BUSY:
                 return UnavailableError(f"the endpoint answers {answer}", url=self.url, key=key)
+        if _code(exc).isdigit():  # no S3 error, or one whose text was lost on the way
+            return UnavailableError(
+                f"the endpoint answers {_code(exc)} without a reason", url=self.url, key=key
+            )
         return StoreError(_line(exc), url=self.url, key=key)
 
 

@@ -10,6 +10,7 @@ import multiprocessing
 import os
 import threading
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -91,10 +92,11 @@ def read(settings: dict[str, Any], world: int, folder: Path, credentials: dict[s
         )
         for rank in range(world)
     ]
-    with (folder / "log.jsonl").open("a") as log:
+    with ExitStack() as stack:
+        log = stack.enter_context((folder / "log.jsonl").open("a"))
         log.write("\n")  # a killed one may have left half a line
         for loader in loaders:
-            loader.__enter__()
+            stack.enter_context(loader)
         while step < run.steps:
             batches = [loader.next() for loader in loaders]
             assert all(batch is not None for batch in batches)
@@ -111,4 +113,3 @@ def read(settings: dict[str, Any], world: int, folder: Path, credentials: dict[s
                 new.write_text(json.dumps({"step": step, "places": places}))
                 new.replace(saved)
                 registration.durable(places, ended=step == run.steps)
-    os._exit(0)  # as a killed one would: no thread of the loader is waited for

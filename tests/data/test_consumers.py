@@ -76,6 +76,7 @@ def test_what_every_run_has_behind_it_is_deleted(store: ObjectStore, plan: Plan)
     fast.durable(everywhere(2))
     assert readable(store, plan) == list(range(17))
     slow.at(everywhere(3))  # not saved yet
+    fast.durable(everywhere(2))
     assert readable(store, plan) == list(range(17))
     slow.durable(everywhere(1))
     assert readable(store, plan) == list(range(4, 17))

@@ -18,7 +18,7 @@ import dist_sae.data.loader
 import dist_sae.data.shard
 from dist_sae.config import Run
 from dist_sae.data.loader import Stream
-from dist_sae.data.shard import Rows, manifest_key, read_manifest
+from dist_sae.data.shard import manifest_key, read_manifest
 from dist_sae.errors import (
     CorruptObjectError,
     DataExhaustedError,
@@ -39,6 +39,7 @@ from tests.world import (
     open_stream,
     open_units,
     same,
+    take,
 )
 
 
@@ -123,7 +124,7 @@ def test_one_pass_has_every_training_row_once(world: World) -> None:
     units = open_units(world.run)
     with ThreadPoolExecutor(2) as pool:
         seen = [
-            ids(open_stream(units, v, pool).take(rows)) for v, rows in enumerate(world.stream_rows)
+            ids(take(open_stream(units, v, pool), rows)) for v, rows in enumerate(world.stream_rows)
         ]
     documents = {
         number
@@ -151,7 +152,7 @@ def test_the_second_pass_has_the_same_rows_in_another_order(world: World) -> Non
     for number, n in enumerate(world.stream_rows):
         with ThreadPoolExecutor(2) as pool:
             stream = open_stream(units, number, pool, 3)
-            one, two, three = (ids(stream.take(n)) for _ in range(3))
+            one, two, three = (ids(take(stream, n)) for _ in range(3))
         assert sorted(one) == sorted(two) == sorted(three)
         assert one != two
         assert two != three
@@ -163,9 +164,9 @@ def test_the_second_pass_has_the_same_rows_in_another_order(world: World) -> Non
 def test_the_sizes_in_which_a_stream_is_read_do_not_matter(world: World) -> None:
     units = open_units(world.run)
     with ThreadPoolExecutor(2) as pool:
-        at_once = open_stream(units, 1, pool).take(300)
+        at_once = take(open_stream(units, 1, pool), 300)
         stream = open_stream(units, 1, pool)
-        assert torch.equal(at_once, torch.cat([stream.take(n) for n in (1, 33, 66, 199, 1)]))
+        assert torch.equal(at_once, torch.cat([take(stream, n) for n in (1, 33, 66, 199, 1)]))
 
 
 def test_a_pass_that_does_not_suffice_says_how_much_there_is(world: World) -> None:
@@ -221,7 +222,7 @@ def test_waiting_for_a_unit_ends_when_the_run_is_stopped(world: World) -> None:
     with pytest.raises(Stopped):
         batches(units, range(1))
     with pytest.raises(Stopped, match="waiting for unit 3"), ThreadPoolExecutor(1) as pool:
-        open_stream(units, 3, pool).take(1)
+        take(open_stream(units, 3, pool), 1)
 
 
 def test_a_run_that_is_stopped_still_gets_the_data_that_is_there(world: World) -> None:
@@ -285,12 +286,12 @@ def test_a_unit_without_rows_is_passed_over(own_world: World) -> None:
     own_world.store.put(manifest_key(4), seal(manifest))
     n = own_world.stream_rows[0]
     with ThreadPoolExecutor(2) as pool:
-        before = ids(open_stream(open_units(own_world.run), 1, pool).take(50))
-        left = ids(open_stream(open_units(own_world.run), 0, pool).take(n - gone))
+        before = ids(take(open_stream(open_units(own_world.run), 1, pool), 50))
+        left = ids(take(open_stream(open_units(own_world.run), 0, pool), n - gone))
         with pytest.raises(DataExhaustedError):
-            open_stream(open_units(own_world.run), 0, pool).take(n - gone + 1)
+            take(open_stream(open_units(own_world.run), 0, pool), n - gone + 1)
     assert len(set(left)) == n - gone
-    assert before == ids(open_stream(open_units(own_world.run), 1, Inline()).take(50))
+    assert before == ids(take(open_stream(open_units(own_world.run), 1, Inline()), 50))
 
 
 class Inline(ThreadPoolExecutor):
@@ -312,18 +313,18 @@ def test_two_blocks_a_unit_of_the_window_are_in_memory(
     alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
     most = 0
 
-    def read_block(*args: Any) -> Rows:
+    def read_block(*args: Any) -> Tensor:
         nonlocal most
-        rows = real(*args)
-        alive.add(rows.acts)
+        acts = real(*args)
+        alive.add(acts)
         most = max(most, len(alive))
-        return rows
+        return acts
 
-    real = dist_sae.data.shard.read_block
-    monkeypatch.setattr(dist_sae.data.loader, "read_block", read_block)
+    real = dist_sae.data.shard.read_acts
+    monkeypatch.setattr(dist_sae.data.loader, "read_acts", read_block)
     stream = open_stream(open_units(world.run), 0, Inline(), 2)
     for _ in range(2 * world.stream_rows[0] // 10):
-        stream.take(10)
+        take(stream, 10)
     assert most == 7
 
 
@@ -332,13 +333,13 @@ def test_the_loader_does_not_run_ahead_of_the_trainer(
 ) -> None:
     """Two batches wait and one is in hand: with nobody taking any, a fourth is never begun."""
     begun = threading.Semaphore(0)
-    real = Stream.take
+    real = Stream.put
 
-    def take(self: Stream, n: int) -> Tensor:
+    def put(self: Stream, acts: Tensor) -> None:
         begun.release()
-        return real(self, n)
+        real(self, acts)
 
-    monkeypatch.setattr(Stream, "take", take)
+    monkeypatch.setattr(Stream, "put", put)
     with open_loader(open_units(world.run), range(world.full_batches)) as loader:
         for _ in range(3 * 4):  # 4 streams
             assert begun.acquire(timeout=30)

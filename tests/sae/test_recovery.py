@@ -85,29 +85,6 @@ def test_latents_that_are_pushed_down_come_back() -> None:
     assert sum(trained.fvu[498:518]) / 20 <= 1.02 * before
 
 
-def test_the_weight_of_auxk_decides_how_many_latents_of_batchtopk_are_dead() -> None:
-    """D6 in a Zipf world whose every feature has use for a latent, over 16 windows.
-
-    Of 128 latents 5.8 (at 1/4) and 20.5 (at 1/32) were dead on average when this was written, and
-    24.9 without AuxK.
-    """
-    world = World(d_in=32, n_features=N, l0=3, zipf=1.0)
-    dead: dict[float, float] = {}
-    for coefficient in (1 / 4, 1 / 32):
-        config = BatchTopKConfig(
-            n_latents=N, k=3, auxk=16, auxk_coefficient=coefficient, dead_after_rows=12_800
-        )
-        counts: list[int] = []
-
-        def count(_: int, sae: Dictionary, latents: DeadLatents, to: list[int] = counts) -> None:
-            to.append(latents.count)
-
-        train(world, config, steps=800, batch=256, lr=3e-3, each=count)
-        dead[coefficient] = sum(counts[400:]) / 400
-    assert dead[1 / 4] <= 0.08 * N
-    assert dead[1 / 32] >= 2 * dead[1 / 4]
-
-
 def test_jumprelu_tanh_starts_with_the_l0_that_was_asked_for() -> None:
     """D13: about 10,000 active latents per row where there are at least 100,000."""
     x = World(d_in=32, n_features=256, l0=4, zipf=1.0).batch(0, 1024)
@@ -115,29 +92,6 @@ def test_jumprelu_tanh_starts_with_the_l0_that_was_asked_for() -> None:
     sae.initialise(x, seed=0)
     active = sum(len(sae.encode(x[start : start + 128]).acts) for start in range(0, 1024, 128))
     assert active / 1024 == pytest.approx(10_000, rel=0.05)
-
-
-def test_the_pre_act_penalty_keeps_latents_of_jumprelu_tanh_alive() -> None:
-    """D13: at most 1 % dead with lambda_P; 100 of 256 were without when this was written.
-
-    Four times as many features as latents, so that all have a use. lambda_P is far above its
-    default here; it costs sparsity (L0 4.6, not 2.1) and features found (36, not 59).
-    """
-    world = World(d_in=64, n_features=1024, l0=4, zipf=1.0)
-    dead = {
-        pre_act: train(
-            world,
-            JumpReLUTanhConfig(
-                n_latents=256, sparsity=1.5, initial_l0=12, pre_act=pre_act, dead_after_rows=50_000
-            ),
-            steps=400,
-            batch=512,
-            lr=5e-3,
-        ).dead.count
-        for pre_act in (0.04, 0.0)
-    }
-    assert dead[0.04] <= 0.01 * 256
-    assert dead[0.0] >= 0.2 * 256
 
 
 def test_sparsity_of_jumprelu_tanh_falls_with_its_coefficient() -> None:
@@ -195,18 +149,44 @@ def test_topk_recovers_zipf_features_up_to_its_width() -> None:
 
 
 @pytest.mark.usefixtures("_long")
-def test_auxk_keeps_latents_alive_that_die_without_it() -> None:
-    """D6: the ablation must show more dead, or the count would prove nothing."""
+@pytest.mark.parametrize(("recipe", "rows"), [(TopKConfig, 100_000), (BatchTopKConfig, 300_000)])
+def test_auxk_keeps_latents_alive_that_die_without_it(
+    recipe: type[TopKConfig | BatchTopKConfig], rows: int
+) -> None:
+    """D6: at most 1 % dead; the ablation must show more, or it proves nothing.
+
+    A latent of BatchTopK that comes back fires rarely at first, since all rows compete: 17 were
+    idle for 100,000 rows at the end, and none for 300,000.
+    """
     world = World(d_in=128, n_features=2048, l0=6, zipf=1.0)
+    idle = {}
+    for auxk in (64, 0):
+        config = recipe(n_latents=1024, k=6, auxk=auxk, dead_after_rows=100_000)
+        trained = train(world, config, steps=3000, batch=1024, lr=3e-3)
+        idle[auxk] = int((trained.dead.idle_rows >= rows).sum())
+    assert idle[64] <= 0.01 * 1024
+    assert idle[0] > 2 * idle[64]
+
+
+@pytest.mark.usefixtures("_long")
+def test_the_pre_act_penalty_keeps_latents_of_jumprelu_tanh_alive() -> None:
+    """D13: at most 1 % dead with lambda_P; 100 of 256 were without when this was written.
+
+    Four times as many features as latents, so that all have a use. lambda_P is far above its
+    default here; it costs sparsity (L0 4.6, not 2.1) and features found (36, not 59).
+    """
+    world = World(d_in=64, n_features=1024, l0=4, zipf=1.0)
     dead = {
-        auxk: train(
+        pre_act: train(
             world,
-            TopKConfig(n_latents=1024, k=6, auxk=auxk, dead_after_rows=100_000),
-            steps=3000,
-            batch=1024,
-            lr=3e-3,
+            JumpReLUTanhConfig(
+                n_latents=256, sparsity=1.5, initial_l0=12, pre_act=pre_act, dead_after_rows=50_000
+            ),
+            steps=400,
+            batch=512,
+            lr=5e-3,
         ).dead.count
-        for auxk in (64, 0)
+        for pre_act in (0.04, 0.0)
     }
-    assert dead[64] <= 0.01 * 1024
-    assert dead[0] > 2 * dead[64]
+    assert dead[0.04] <= 0.01 * 256
+    assert dead[0.0] >= 0.2 * 256
