@@ -79,7 +79,7 @@ def train(
     units = Units(activations, plan, run.site, stopping)
     checkpoints = Checkpoints(runs, run.name, run.train.keep_checkpoints)
     checkpoint = checkpoints.latest()
-    places = _places(checkpoint)
+    places = _places(run, checkpoint, plan)
     registration = _register(run, plan, activations, places, mesh)
     normaliser = (
         measure(units, run.train.normaliser_rows)
@@ -98,7 +98,7 @@ def train(
     step = state.restore(checkpoint) if checkpoint is not None else 0
     logger.info("%s at step %d of %d", "resuming" if step else "starting", step, run.steps)
     report = _Reporter(run, mesh, telemetry, History(runs, run.name, step), step)
-    scalars = normaliser.to_scalars()
+    scalars = normaliser.to_scalars() | {"plan": plan.hash}
     saver = _Saver(run, checkpoints, state, scalars, registration, mesh, report)
 
     with _loader(run, mesh, units, range(step, run.steps), places) as loader:
@@ -151,10 +151,24 @@ def _initialise(
         initialise_from_data(sae, rows)
 
 
-def _places(checkpoint: Checkpoint | None) -> Mapping[int, Place]:
-    """Where the streams are, by number; none at the beginning."""
-    saved = checkpoint.scalars["places"] if checkpoint is not None else {}
-    return {int(stream): Place(*place) for stream, place in saved.items()}
+def _places(run: Run, checkpoint: Checkpoint | None, plan: Plan) -> Mapping[int, Place]:
+    """Where the streams are, by number; none at the beginning.
+
+    Raises:
+        PlanMismatchError: The checkpoint is of a run on another activation set.
+    """
+    if checkpoint is None:
+        return {}
+    places = {int(v): Place(*place) for v, place in checkpoint.scalars["places"].items()}
+    windows = range(0, plan.n_train_units // plan.streams, plan.window_units)
+    if checkpoint.scalars["plan"] != plan.hash or not all(
+        stream < plan.streams and place.first in windows for stream, place in places.items()
+    ):
+        raise PlanMismatchError(
+            f"{run.store.runs}/{run.name}: was trained on another activation set than "
+            f"{run.store.activations}; restore store.activations or choose another name"
+        )
+    return places
 
 
 def _register(

@@ -15,14 +15,16 @@ from dist_sae.data.loader import Loader, Units
 from dist_sae.data.normaliser import measure
 from dist_sae.data.plan import load_plan
 from dist_sae.data.shard import manifest_key, read_manifest
+from dist_sae.errors import PlanMismatchError
 from dist_sae.evaluate import evaluate
 from dist_sae.export import export
 from dist_sae.parallel.mesh import Mesh
+from dist_sae.plan import plan
 from dist_sae.sae import build_sae
 from dist_sae.sae.axis import WHOLE
 from dist_sae.storage import open_store
 from dist_sae.telemetry.history import read_history
-from dist_sae.train import _initialise
+from dist_sae.train import _initialise, _places
 from tests.launch import produce, run, start, train, write_run
 from tests.world import save
 
@@ -254,6 +256,19 @@ def test_other_settings_under_the_same_name_are_refused(activations: str, calm: 
     assert "train.lr: 0.003 -> 0.5" in error
     assert error.count("error:") == 1
     run("train", str(path), "--set", "train.log_every_steps=7")  # how it is told is free to change
+
+
+def test_a_run_does_not_go_on_with_another_activation_set(
+    tmp_path: Path, activations: str, calm: Path
+) -> None:
+    """`store` may change between two starts, for a set may move; but not to another one."""
+    run = load_run(run_file(calm, activations))
+    saved = Checkpoints(open_store(str(calm / "runs")), "world", 2).latest()
+    own = load_plan(open_store(activations), run)
+    assert sorted(_places(run, saved, own)) == [0, 1, 2, 3]
+    other = plan(load_run(write_run(tmp_path, activations={"seed": 1})))
+    with pytest.raises(PlanMismatchError, match="was trained on another activation set"):
+        _places(run, saved, other)
 
 
 def test_too_little_data_is_said_before_the_first_step(tmp_path: Path, activations: str) -> None:

@@ -134,12 +134,13 @@ class Consumers:
         The manifests stay, so that nobody produces the units again.
         """
         below = min((consumer.needed for consumer in self.alive()), default=0)
+        below = min(below, plan.n_train_units)
         first = retired_below(self._store)
         if below <= first:
             return 0
         # a shard that outlives a crash after this line is an orphan for `store gc`
         self._store.put(_RETIRED_KEY, seal(Retired(below=below)))
-        for unit in range(first, min(below, plan.n_train_units)):
+        for unit in range(first, below):
             for shard in read_manifest(self._store, unit).sites.values():
                 self._store.delete(shard.key)
         return below

@@ -129,6 +129,15 @@ def test_nothing_is_kept_for_an_abandoned_run(store: ObjectStore, plan: Plan) ->
     assert readable(store, plan) == list(range(4, 17))
 
 
+def test_a_position_beyond_the_data_deletes_no_more_than_there_is(
+    store: ObjectStore, plan: Plan
+) -> None:
+    Consumers(store, 1.0).report("odd", reached=10_000, needed=10_000)
+    Consumers(store, 1.0).retire(plan)
+    assert retired_below(store) == 16
+    assert readable(store, plan) == [16]
+
+
 def test_a_crash_between_the_word_and_the_deed_leaves_orphans_that_gc_finds(
     run: Run, store: ObjectStore, plan: Plan
 ) -> None:
