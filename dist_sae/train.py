@@ -34,6 +34,7 @@ from dist_sae.telemetry.history import History
 
 logger = logging.getLogger(__name__)
 
+_FAR_ABOVE_EPS = 10
 _FREE_SETTINGS = {  # of a run: they change how it is done, not what comes out
     "store",
     "processes",
@@ -125,7 +126,7 @@ def train(
             step += 1
             places = batch.places
             registration.at(places)
-            report.step(step, batch, output, dead, lr=lr, gradient_norm=gradient_norm)
+            report.step(step, batch, output, state, lr=lr, gradient_norm=gradient_norm)
             if step == run.steps or step % run.train.save_every_steps == 0:
                 saver.save(step, places)
     return {"step": step, "rows": step * run.train.batch_rows, **report.last}
@@ -289,14 +290,14 @@ class _Reporter:
         step: int,
         batch: Batch,
         output: Output,
-        dead: DeadLatents,
+        state: TrainingState,
         *,
         lr: float,
         gradient_norm: float,
     ) -> None:
         """Count a step; every `log_every_steps`, gather and publish. Collective then."""
         self._waited += batch.waited_seconds
-        self._telemetry.add("dist_sae_train_stuck_latents_total", dead.n_stuck)
+        self._telemetry.add("dist_sae_train_stuck_latents_total", state.dead.n_stuck)
         if step % self._run.train.log_every_steps and step != self._run.steps:
             return
         axis, terms = self._mesh.axis, output.terms
@@ -312,7 +313,8 @@ class _Reporter:
             "auxk_loss": auxk,
             "sparsity_loss": sparsity,
             "l0_latents": l0,
-            "dead_share": dead.share,
+            "dead_share": state.dead.share,
+            "starved_share": self._starved_share(state),
             "gradient_norm": gradient_norm,
             "learning_rate": lr,
             "rows_per_second": rows / seconds,
@@ -320,6 +322,14 @@ class _Reporter:
         self.last = numbers
         self._publish(step, rows, seconds, numbers)
         self._waited = 0.0
+
+    def _starved_share(self, state: TrainingState) -> float:
+        """Of all latents: those whose encoder row learns as fast as eps, not Adam, lets it."""
+        variance = state.engine.moment(state.sae.W_enc, "exp_avg_sq").mean(dim=1)
+        starved = (variance.sqrt() < _FAR_ABOVE_EPS * self._run.train.eps).sum()
+        return int(self._mesh.axis.total(starved)) / (
+            self._mesh.axis.replicas * state.sae.n_latents
+        )
 
     def _publish(self, step: int, rows: int, seconds: float, numbers: dict[str, float]) -> None:
         telemetry = self._telemetry

@@ -3,6 +3,7 @@
 import json
 import threading
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -24,7 +25,7 @@ from dist_sae.sae import build_sae
 from dist_sae.sae.axis import WHOLE
 from dist_sae.storage import open_store
 from dist_sae.telemetry.history import read_history
-from dist_sae.train import _initialise, _places
+from dist_sae.train import _initialise, _places, _Reporter
 from tests.launch import produce, run, start, train, write_run
 from tests.world import save
 
@@ -115,6 +116,7 @@ def check_trained_alike(one: Path, other: Path) -> None:
         assert there["auxk_loss"] == pytest.approx(here["auxk_loss"], rel=1e-4), here["step"]
         assert there["gradient_norm"] == pytest.approx(here["gradient_norm"], rel=1e-4)
         assert there["dead_share"] == here["dead_share"]
+        assert there["starved_share"] == here["starved_share"]
     check_close(final(one), final(other))
 
 
@@ -269,6 +271,17 @@ def test_a_run_does_not_go_on_with_another_activation_set(
     other = plan(load_run(write_run(tmp_path, activations={"seed": 1})))
     with pytest.raises(PlanMismatchError, match="was trained on another activation set"):
         _places(run, saved, other)
+
+
+def test_latents_whose_gradients_are_near_eps_are_counted(tmp_path: Path) -> None:
+    """SCIENCE D4: a root mean second moment below 10 eps; here of 1 latent in 4."""
+    run = load_run(write_run(tmp_path, train={"eps": 1e-6}))
+    moments = torch.tensor([[4e-10, 0.0], [1e-12, 1e-10], [1.0, 0.0], [3e-10, 1e-10]])
+    engine = SimpleNamespace(moment=lambda *_: moments)
+    state = SimpleNamespace(engine=engine, sae=SimpleNamespace(W_enc=None, n_latents=4))
+    reporter = object.__new__(_Reporter)
+    reporter._run, reporter._mesh = run, Mesh(0, 1, torch.device("cpu"), WHOLE)
+    assert reporter._starved_share(state) == 0.25  # type: ignore[arg-type]
 
 
 def test_too_little_data_is_said_before_the_first_step(tmp_path: Path, activations: str) -> None:

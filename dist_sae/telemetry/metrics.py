@@ -76,6 +76,11 @@ METRICS = (
         "Share of latents that have not fired for dead_after_rows.",
     ),
     Metric(
+        "dist_sae_train_starved_share",
+        "gauge",
+        "Share of latents whose gradients are below 10 eps of Adam: lower train.eps if it grows.",
+    ),
+    Metric(
         "dist_sae_train_stuck_latents_total",
         "counter",
         "Latents that were dead for another dead_after_rows; TopK and BatchTopK re-tie them.",

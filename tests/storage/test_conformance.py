@@ -112,8 +112,7 @@ def test_server_that_ignores_conditions_is_found_out(
 
 
 def test_put_if_absent_has_one_winner_among_racing_writers(kind: str, store: ObjectStore) -> None:
-    if kind in LIARS:
-        pytest.skip("is not exclusive")
+    """On a server that ignores conditions at least one: producers do not rely on it there."""
     n_writers = 8
     barrier = threading.Barrier(n_writers)
 
@@ -124,8 +123,8 @@ def test_put_if_absent_has_one_winner_among_racing_writers(kind: str, store: Obj
     for key in ("folder/a", "c"):
         with ThreadPoolExecutor(n_writers) as pool:
             won = list(pool.map(race, range(n_writers), [key] * n_writers))
-        assert sum(won) == 1
-        assert store.get(key) == b"%d" % won.index(True)
+        assert sum(won) == 1 or (kind in LIARS and any(won))
+        assert won[int(store.get(key))]
     assert list(store.keys()) == ["c", "folder/a"]
 
 

@@ -616,6 +616,14 @@ def old_store(bucket: Bucket) -> Iterator[ObjectStore]:
     endpoint.server_close()
 
 
+def test_endpoint_that_does_not_give_back_what_was_written_is_refused(
+    old_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("dist_sae.storage.s3.S3Store.get", lambda *_: b"")  # of an old listing
+    with pytest.raises(StoreError, match="does not give back what was written a moment ago"):
+        old_store.put("key", b"first", if_absent=True)
+
+
 def test_endpoint_without_conditions_gets_look_then_put(
     old_store: ObjectStore, warnings: list[str]
 ) -> None:
