@@ -22,8 +22,9 @@ def initialise_tied(
 ) -> None:
     """Random unit decoder rows, a tied encoder, and a bias in the middle of the data.
 
-    b_dec is the geometric median of the rows; W_enc = c W_dec with c such that the
-    reconstruction has on average the length of what it reconstructs (Gao et al. 2024, app. A.1).
+    b_dec is the geometric median of the rows; W_enc = c W_dec with the c of least squared error.
+    (Gao et al. 2024, app. A.1, match the lengths of rows and reconstructions, which overshoots by
+    1 / cos(x, x_hat): measured in DESIGN.md.)
 
     Args:
         sae: Is filled in.
@@ -67,13 +68,10 @@ def initialise_from_data(sae: Dictionary, batches: Iterable[Float[Tensor, "batch
 
 @torch.no_grad()
 def rescale_encoder(sae: Dictionary, x: Float[Tensor, "batch d_in"]) -> None:
-    """Scale W_enc so that reconstructions are as long as what they reconstruct, on average."""
-    codes = sae.encode(x)
-    lengths = torch.stack(
-        [(x - sae.b_dec).norm(dim=1).sum(), (sae.decode(codes) - sae.b_dec).norm(dim=1).sum()]
-    )
-    target, now = sae.axis.total(lengths)
-    sae.W_enc.mul_(target / now)
+    """Scale W_enc so that reconstructions of these rows have the least squared error."""
+    y, y_hat = x - sae.b_dec, sae.decode(sae.encode(x)) - sae.b_dec
+    products = sae.axis.total(torch.stack([(y * y_hat).sum(), y_hat.square().sum()]))
+    sae.W_enc.mul_(products[0] / products[1])
 
 
 @torch.no_grad()
