@@ -29,7 +29,7 @@ def rows(number: int, batch: int = BATCH) -> Tensor:
 def build(folder: Path, **train: Any) -> tuple[Dictionary, LocalEngine]:
     run = load_run(write_run(folder, train=train))
     sae = build_sae(run.sae, D_IN)
-    initialise_tied(sae, rows(0), 0)
+    initialise_tied(sae, rows(0), 0, rescale=False)
     return sae, LocalEngine(run, sae)
 
 
