@@ -123,9 +123,11 @@ def test_put_if_absent_has_one_winner_among_racing_writers(kind: str, store: Obj
     for key in ("folder/a", "c"):
         with ThreadPoolExecutor(n_writers) as pool:
             won = list(pool.map(race, range(n_writers), [key] * n_writers))
-        assert sum(won) == 1 or (kind in LIARS and any(won))
-        assert won[int(store.get(key))]
-    assert list(store.keys()) == ["c", "folder/a"]
+        assert any(won)
+        if kind not in LIARS:
+            assert sum(won) == 1
+            assert store.get(key) == b"%d" % won.index(True)
+    assert set(store.keys()) == {"c", "folder/a"}  # rclone may list one twice after a race
 
 
 def test_entries_tell_bytes_and_age(store: ObjectStore) -> None:
