@@ -58,8 +58,11 @@ def apart(one: list[dict[str, Tensor]], other: list[dict[str, Tensor]]) -> float
 def test_the_scale_of_the_loss_does_not_matter(tmp_path: Path) -> None:
     """Adam divides it out, as long as eps is far below the gradients.
 
-    Without clipping, which knows a scale. Here elements of the gradient are 1e-2 to 1e-5: at a
-    factor of 1e-3 the smallest come near eps, and with the usual eps of 1e-8 below it.
+    Without clipping, which knows a scale, and from an encoder of unit length: at the scale that it
+    gets in training the gradients of some biases, which start at zero, are smaller still, and b_enc
+    differs by 2.3 % at a factor of 1e-3 (the weights by 9e-4). Here elements of the gradient are
+    1e-2 to 1e-5: at a factor of 1e-3 the smallest come near eps, and with the usual eps of 1e-8
+    below it.
     """
     reference = trained(tmp_path, 1.0)
     for factor in (1e-3, 1e2, 1e4):

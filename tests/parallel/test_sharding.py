@@ -18,6 +18,7 @@ from torch import Tensor
 
 from tests.parallel.sharded_worker import RECIPES
 
+STEPS = 16
 FACTORISATIONS = [(1, 2), (2, 1), (2, 2), (1, 4), (4, 1)]  # replicas x shards
 
 
@@ -97,7 +98,9 @@ def compare(one: Seen, other: Seen, loss: float, parameters: float) -> None:
     for step in one.steps:
         assert one.selected(step) == other.selected(step), f"step {step}"
         terms = one.terms(step)
-        assert other.terms(step) == pytest.approx(terms, rel=loss, abs=loss * terms[-1]), step
+        # a penalty of 2 % of the loss gathers 1.1e-6 of itself over 198 steps
+        beside = 1e-30 if step < STEPS else loss * terms[-1]
+        assert other.terms(step) == pytest.approx(terms, rel=loss, abs=beside), step
         assert other.norm(step) == pytest.approx(one.norm(step), rel=10 * loss), step
         assert torch.equal(one.dead(step), other.dead(step)), f"step {step}"
     found = other.tensors()
@@ -120,7 +123,7 @@ def test_sharded_training_equals_unsharded(
     long = request.config.getoption("--long")
     if not long and dtype == "fp64" and (replicas, shards) != (2, 2):
         pytest.skip("fp64 on the other factorisations: with --long")
-    steps = 200 if long else 16
+    steps = 200 if long else STEPS
     one = Seen(job(folder, f"{dtype}-1x1", 1, 1, dtype=dtype, steps=steps), kind, 1, 1)
     name = f"{dtype}-{replicas}x{shards}"
     ranks = job(folder, name, replicas, shards, dtype=dtype, steps=steps)
