@@ -10,7 +10,7 @@ import xxhash
 from dist_sae.config import Run
 from dist_sae.data.consumers import Consumers, retired_below
 from dist_sae.data.plan import Plan, load_plan
-from dist_sae.data.shard import SiteShard, UnitManifest, read_manifest
+from dist_sae.data.shard import SiteShard, UnitManifest, manifest_key, read_manifest, unit_of
 from dist_sae.errors import CorruptObjectError, ObjectNotFoundError
 from dist_sae.storage import ObjectStore, open_store
 
@@ -69,7 +69,7 @@ def verify(run: Run) -> Verification:
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         for entry in store.entries(_UNITS):
             objects, size = objects + 1, size + entry.bytes
-            unit = _unit(entry.key)
+            unit = unit_of(entry.key)
             units.add(unit)
             try:
                 shards = _shards(store, unit, plan) if unit >= retired else []
@@ -91,7 +91,7 @@ def ls(run: Run) -> dict[str, Any]:
     store = open_store(run.store.activations, run.store.s3)
     plan = load_plan(store, run)
     consumers = Consumers(store, run.store.consumer_expiry_hours)
-    units = [_unit(key) for key in store.keys(_UNITS)]
+    units = [unit_of(key) for key in store.keys(_UNITS)]
     sizes: Counter[str] = Counter()
     for entry in store.entries(_SHARDS):
         sizes[_site(entry.key)] += entry.bytes
@@ -137,9 +137,9 @@ def gc(run: Run, *, hours: float, delete: bool) -> dict[str, Any]:
     retired = retired_below(store)
     # listed before the manifests are read: a shard that gets its manifest meanwhile has one then
     old = [entry for entry in store.entries(_SHARDS) if entry.age_seconds > 3600 * hours]
-    units = {_unit(key) for key in store.keys(_UNITS)}
+    units = {unit_of(key) for key in store.keys(_UNITS)}
     named: set[str] = set()
-    for unit in sorted({_unit(entry.key) for entry in old} & units):
+    for unit in sorted({unit_of(entry.key) for entry in old} & units):
         if unit >= retired:
             named |= {shard.key for shard in read_manifest(store, unit).sites.values()}
     orphans = [entry for entry in old if entry.key not in named]
@@ -156,8 +156,7 @@ def gc(run: Run, *, hours: float, delete: bool) -> dict[str, Any]:
 def _shards(store: ObjectStore, unit: int, plan: Plan) -> list[SiteShard]:
     manifest: UnitManifest = read_manifest(store, unit)
     if manifest.plan != plan.hash:
-        key = f"{_UNITS}{unit:08d}.json"
-        raise CorruptObjectError("belongs to another plan", url=store.url, key=key)
+        raise CorruptObjectError("belongs to another plan", url=store.url, key=manifest_key(unit))
     return list(manifest.sites.values())
 
 
@@ -175,11 +174,6 @@ def _fault(store: ObjectStore, shard: SiteShard) -> str | None:
         if xxhash.xxh3_128_hexdigest(piece) != block.xxh3:
             return "does not match its manifest's list of blocks"
     return None
-
-
-def _unit(key: str) -> int:
-    """Of a manifest's or a shard's key."""
-    return int(key.rpartition("/")[2][:8])
 
 
 def _site(key: str) -> str:

@@ -12,7 +12,7 @@ from typing import NamedTuple
 
 from dist_sae.data.consumers import Consumers
 from dist_sae.data.plan import Plan
-from dist_sae.data.shard import manifest_key
+from dist_sae.data.shard import manifest_key, unit_of
 from dist_sae.errors import ObjectNotFoundError
 from dist_sae.storage import ObjectStore
 
@@ -153,7 +153,7 @@ class Claims:
         if not self._exclusive:
             return set()
         return {
-            _unit(entry.key)
+            unit_of(entry.key)
             for entry in self._store.entries(_FOLDER)
             if entry.age_seconds < _LEASE_SECONDS
         }
@@ -170,7 +170,7 @@ class Claims:
     def _look(self, page: int) -> None:
         """Take note of the units that exist, of those that one request can list."""
         for key in self._store.keys(f"units/{page:0{_DIGITS - 3}d}"):
-            self._pending.discard(int(key.removeprefix("units/").removesuffix(".json")))
+            self._pending.discard(unit_of(key))
 
     def _drop_left_overs(self) -> None:
         for key in list(self._store.keys(_FOLDER)):
@@ -192,7 +192,3 @@ class Claims:
 
 def _key(unit: int) -> str:
     return f"{_FOLDER}{unit:0{_DIGITS}d}.json"
-
-
-def _unit(key: str) -> int:
-    return int(key.removeprefix(_FOLDER).removesuffix(".json"))

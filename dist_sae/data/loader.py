@@ -29,7 +29,7 @@ from torch import Tensor
 
 from dist_sae.data.orders import permutation
 from dist_sae.data.plan import Plan
-from dist_sae.data.shard import SiteShard, UnitManifest, read_acts, read_manifest
+from dist_sae.data.shard import SiteShard, UnitManifest, manifest_key, read_acts, read_manifest
 from dist_sae.errors import CorruptObjectError, DataExhaustedError, ObjectNotFoundError, Stopped
 from dist_sae.storage import ObjectStore
 
@@ -116,7 +116,7 @@ class Units:
             raise CorruptObjectError(
                 "was made under another plan; delete it and produce the unit again",
                 url=self.store.url,
-                key=f"units/{manifest.unit:08d}.json",
+                key=manifest_key(manifest.unit),
             )
         return manifest
 

@@ -102,6 +102,11 @@ def manifest_key(unit: int) -> str:
     return f"units/{unit:08d}.json"
 
 
+def unit_of(key: str) -> int:
+    """The unit of a key: of a manifest, a shard or a claim."""
+    return int(key.rpartition("/")[2][:8])
+
+
 def write_shard(
     store: ObjectStore, unit: int, site: str, rows: Rows, block_rows: int, dtype: str
 ) -> SiteShard:

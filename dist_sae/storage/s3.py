@@ -21,24 +21,11 @@ from functools import cached_property, partial
 from typing import Any, TypeVar
 
 import boto3
-import urllib3.exceptions
-from boto3.exceptions import Boto3Error
 from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
-    ConnectionError,  # noqa: A004 - boto's own name
-    CredentialRetrievalError,
-    EndpointProviderError,
-    HTTPClientError,
-    IncompleteReadError,
-    NoCredentialsError,
-    ParamValidationError,
-    PartialCredentialsError,
-    ProfileNotFound,
-    SSLError,
 )
-from botocore.parsers import ResponseParserError
 from botocore.utils import conditionally_calculate_md5
 
 from dist_sae.config.data import S3Config
@@ -46,60 +33,16 @@ from dist_sae.errors import (
     AccessError,
     ObjectNotFoundError,
     StoreError,
-    StoreFullError,
     UnavailableError,
 )
 from dist_sae.storage.base import Entry, Meter
+from dist_sae.storage.s3_errors import code_of, line_of, mapped
 
 logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
 # What endpoints answer, by its code; where a code is not here, by its HTTP status.
-_NOT_FOUND = {"NoSuchKey"}
-_REFUSED = {
-    "401": "access denied; check the credentials",
-    "403": "access denied; check the credentials and their permissions on this bucket",
-    "AccessDenied": "access denied; check the credentials' permissions on this bucket",
-    "InvalidAccessKeyId": "the access key is unknown to the endpoint; check AWS_ACCESS_KEY_ID",
-    "SignatureDoesNotMatch": "the secret key is wrong; check AWS_SECRET_ACCESS_KEY",
-    "InvalidToken": "the session token is not valid; check AWS_SESSION_TOKEN",
-    "ExpiredToken": "the session token has expired; renew the credentials",
-    "RequestTimeTooSkewed": "this machine's clock is off; set it",
-    "PermanentRedirect": "the bucket is in another region; set store.s3.region",
-    "AuthorizationHeaderMalformed": "the bucket is in another region; set store.s3.region",
-    "NoSuchBucket": "no such bucket; create it or correct the URL",
-    "InvalidBucketName": "not a valid bucket name; correct the URL",
-}
-_FULL = {
-    "QuotaExceeded",
-    "InsufficientStorage",
-    "507",
-    "XMinioStorageFull",
-    "XMinioAdminBucketQuotaExceeded",
-}
-_BUSY = {
-    "SlowDown",
-    "ServiceUnavailable",
-    "InternalError",
-    "RequestTimeout",
-    "RequestLimitExceeded",
-    "Throttling",
-    "ThrottlingException",
-    "TooManyRequests",
-    "500",
-    "502",
-    "503",
-    "504",
-    "429",
-    "408",
-    "404",  # of a proxy that lacks its server: a server would say what is missing
-    "ConditionalRequestConflict",  # another writer is at it in this instant
-    "409",
-    "BadDigest",  # the bytes were damaged on their way
-    "XAmzContentSHA256Mismatch",
-    "IncompleteBody",
-}
 _EXISTS = {"PreconditionFailed", "412"}
 _NOT_IMPLEMENTED = {"NotImplemented", "501"}
 _NO_UPLOAD = {"NoSuchUpload"}
@@ -260,7 +203,7 @@ class S3Store:
                     **self._where(key), Range=f"bytes={start}-{stop - 1}"
                 )
             except ClientError as exc:
-                if _code(exc) in _OUT_OF_RANGE:
+                if code_of(exc) in _OUT_OF_RANGE:
                     return b"", 0
                 raise
             data: bytes = answer["Body"].read()
@@ -320,9 +263,9 @@ class S3Store:
                     **self._where(key), Body=data, IfNoneMatch="*", **self._encryption
                 )
             except ClientError as exc:
-                if _code(exc) in _NOT_IMPLEMENTED:
+                if code_of(exc) in _NOT_IMPLEMENTED:
                     raise ConditionNotImplementedError from exc
-                if _code(exc) not in _EXISTS:
+                if code_of(exc) not in _EXISTS:
                     raise
                 attempts += exc.response.get("ResponseMetadata", {}).get("RetryAttempts", 0)
                 return False
@@ -342,7 +285,7 @@ class S3Store:
         pause = _FIRST_PAUSE_SECONDS
         while True:
             try:
-                with self._errors(key):
+                with mapped(self.url, key, self._config.endpoint_url):
                     return call()
             except UnavailableError as exc:
                 now = time.monotonic()
@@ -391,7 +334,7 @@ class S3Store:
             except OSError as exc:
                 reason = exc.strerror or "no certificates"
                 raise AccessError(f"store.s3.ca_bundle {bundle}: {reason}", url=self.url) from exc
-        with self._errors(None):
+        with mapped(self.url, None, self._config.endpoint_url):
             session = boto3.session.Session()
             try:
                 client = session.client(
@@ -412,7 +355,7 @@ class S3Store:
                 )
             except ValueError as exc:  # the endpoint or the region is malformed
                 raise AccessError(
-                    f"{_line(exc)}; check store.s3.endpoint_url", url=self.url
+                    f"{line_of(exc)}; check store.s3.endpoint_url", url=self.url
                 ) from exc
         for operation in ("PutObject", "UploadPart"):  # servers that ignore signed hashes heed this
             client.meta.events.register(f"before-call.s3.{operation}", conditionally_calculate_md5)
@@ -442,70 +385,13 @@ class S3Store:
         if self._meter:
             self._meter.add("dist_sae_store_bytes_total", n_bytes, direction=direction)
 
-    @contextmanager
-    def _errors(self, key: str | None) -> Iterator[None]:
-        try:
-            yield
-        except (CredentialRetrievalError, PartialCredentialsError, ProfileNotFound) as exc:
-            raise AccessError(f"{_line(exc)}; check the AWS settings", url=self.url) from exc
-        except EndpointProviderError as exc:
-            raise AccessError(f"{_line(exc)}; check store.s3.endpoint_url", url=self.url) from exc
-        except NoCredentialsError as exc:
-            raise AccessError(
-                "no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-                "AWS_PROFILE or a web identity",
-                url=self.url,
-            ) from exc
-        except ClientError as exc:
-            raise self._mapped(exc, key) from exc
-        except ParamValidationError as exc:
-            raise AccessError(_REFUSED["InvalidBucketName"], url=self.url) from exc
-        except (
-            ConnectionError,
-            HTTPClientError,
-            IncompleteReadError,
-            ResponseParserError,
-            urllib3.exceptions.HTTPError,  # botocore lets through what breaks an answer's body
-        ) as exc:
-            if isinstance(exc, SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(exc):
-                raise AccessError(
-                    f"the certificate of {self._config.endpoint_url} is not trusted; "
-                    f"set store.s3.ca_bundle",
-                    url=self.url,
-                ) from exc
-            endpoint = self._config.endpoint_url or "AWS"
-            raise UnavailableError(
-                f"{endpoint} does not answer ({type(exc).__name__}); "
-                f"check store.s3.endpoint_url and the network",
-                url=self.url,
-                key=key,
-            ) from exc
-        except (BotoCoreError, Boto3Error) as exc:
-            raise StoreError(_line(exc), url=self.url, key=key) from exc
-
-    def _mapped(self, exc: ClientError, key: str | None) -> StoreError:
-        for answer in (_code(exc), str(_status(exc))):
-            if answer in _NOT_FOUND:
-                return ObjectNotFoundError("no such object", url=self.url, key=key)
-            if answer in _REFUSED:
-                return AccessError(_REFUSED[answer], url=self.url)
-            if answer in _FULL:
-                return StoreFullError("no space left or over quota", url=self.url, key=key)
-            if answer in _BUSY:
-                return UnavailableError(f"the endpoint answers {answer}", url=self.url, key=key)
-        if _code(exc).isdigit():  # no S3 error, or one whose text was lost on the way
-            return UnavailableError(
-                f"the endpoint answers {_code(exc)} without a reason", url=self.url, key=key
-            )
-        return StoreError(_line(exc), url=self.url, key=key)
-
 
 @contextmanager
 def _upload_errors() -> Iterator[None]:
     try:
         yield
     except ClientError as exc:
-        if _code(exc) in _NO_UPLOAD:
+        if code_of(exc) in _NO_UPLOAD:
             raise UploadGoneError from exc
         raise
 
@@ -518,18 +404,3 @@ def _clock(answer: Mapping[str, Any]) -> datetime:
     """The time by the endpoint's clock."""
     date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
     return parsedate_to_datetime(date) if date else datetime.now(UTC)
-
-
-def _code(exc: ClientError) -> str:
-    """What the endpoint calls it; the HTTP status where boto does not understand what it says."""
-    return str(exc.response.get("Error", {}).get("Code") or _status(exc))
-
-
-def _status(exc: ClientError) -> int | None:
-    status: int | None = exc.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-    return status
-
-
-def _line(exc: Exception) -> str:
-    """An error of boto's on one line."""
-    return " ".join(str(exc).split())
