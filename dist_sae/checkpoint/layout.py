@@ -15,11 +15,12 @@ from typing import Any, Literal, NamedTuple
 
 import safetensors.torch
 import torch
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import ValidationError
 from torch import Tensor
 
 from dist_sae.errors import CorruptObjectError
 from dist_sae.storage import ObjectStore
+from dist_sae.storage.records import Record
 
 logger = logging.getLogger(__name__)
 
@@ -27,11 +28,7 @@ _PART_BYTES = 256 * 2**20
 _MANIFEST = "manifest.json"
 
 
-class _Record(BaseModel):
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-
-class Part(_Record):
+class Part(Record):
     """Rows `[start, stop)` of a tensor."""
 
     key: str
@@ -41,14 +38,14 @@ class Part(_Record):
     sha256: str
 
 
-class TensorRecord(_Record):
+class TensorRecord(Record):
     """A tensor and where its rows are."""
 
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
 
 
-class CheckpointManifest(_Record):
+class CheckpointManifest(Record):
     """`manifest.json` of a checkpoint."""
 
     schema_version: Literal[1] = 1

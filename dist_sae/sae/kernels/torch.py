@@ -55,7 +55,7 @@ def sum_by_latent(
     W: Tensor | None = None,
     along: Tensor | None = None,
 ) -> Tensor:
-    """See `SumByLatent`. Over entries sorted by latent: 3 x as fast as `index_add`."""
+    """See `SumByLatent`. Over entries sorted by latent: a fifth of `index_add`'s time."""
     order, starts = entries.by_latent
     sums = F.embedding_bag(
         entries.rows[order], rows, starts, mode="sum", per_sample_weights=coefficients[order]
