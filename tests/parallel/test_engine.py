@@ -29,7 +29,7 @@ ZERO: dict[str, dict[str, Any]] = {
     "zero-2, offloaded": {"stage": 2, **CPU},
 }
 ENGINES = ["local", "deepspeed", *ZERO]
-VARIANCE = 16.0
+VARIANCE = 5.0
 
 
 @pytest.fixture(scope="module")  # DeepSpeed remembers its process groups for good
@@ -130,18 +130,17 @@ def test_zero_gives_the_curve_of_plain_torch(tmp_path: Path, mesh: Mesh, kind: s
     """Up to rounding: the norm is summed in another order, and DeepSpeed divides by it plus 1e-6.
 
     The first makes an fp32 ulp (6e-8) or two, the second 1e-6 of the gradient where it is clipped
-    (the bound is 0.14, so that it is on most steps): Adam forgets a common factor of the gradients
+    (the bound is 0.45, so that it is on most steps): Adam forgets a common factor of the gradients
     but for its changes from step to step.
     """
     xs = batches(12)
     (local, plain), (deep, engine) = (
-        build(tmp_path, one, mesh, xs[0], clip_norm=0.14) for one in ("local", kind)
+        build(tmp_path, one, mesh, xs[0], clip_norm=0.45) for one in ("local", kind)
     )
     curve = losses(plain, xs)
-    assert sum(norm > 0.14 for norm in curve[1::2]) >= 6
+    assert sum(norm > 0.45 for norm in curve[1::2]) >= 6
     assert losses(engine, xs) == pytest.approx(curve, rel=1e-5)
-    # squares of gradients that are divided by .14 + 1e-6
-    check_close(state(local, plain), state(deep, engine), 2e-5)
+    check_close(state(local, plain), state(deep, engine), 1e-5)
 
 
 @pytest.mark.parametrize("kind", ZERO)
