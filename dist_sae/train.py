@@ -3,11 +3,14 @@
 import logging
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from itertools import chain
 from typing import Any, NamedTuple
 
 import torch
 import yaml
+from torch import Tensor
 
 from dist_sae import logs
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
@@ -120,7 +123,7 @@ def train(
             gradient_norm = engine.step(lr)  # raises NonFiniteError before it touches the weights
             dead.update(output.fired, run.train.batch_rows)
             if dead.n_stuck:
-                engine.retie(dead.stuck)
+                engine.retie(dead.stuck, x, output.error)
             if average is not None:
                 average.update()
             step += 1
@@ -136,20 +139,23 @@ def _initialise(
     run: Run, mesh: Mesh, units: Units, normaliser: Normaliser, sae: Dictionary
 ) -> None:
     """The initial dictionary, from the first batch, or as many as it wants directions from."""
-    from_data = getattr(run.sae, "init", "random") == "data"
-    n_batches = -(-run.sae.n_latents // run.train.batch_rows) if from_data else 1
-    rows = []
-    with _loader(run, mesh, units, range(n_batches)) as loader:
-        for _ in range(n_batches):
-            batch = loader.next()
-            if mesh.agree(wish=batch is None):
-                loader.raise_if_failed()
-                raise Stopped("stopped before the first step; start again to go on")
-            assert batch is not None
-            rows.append(batch.acts.to(mesh.device, torch.float32) * normaliser.scale)
-    sae.initialise(rows[0], run.train.seed)
-    if from_data:
-        initialise_from_data(sae, rows)
+    n_batches = max(1, -(-run.sae.init_rows // run.train.batch_rows))
+
+    def rows() -> Iterator[Tensor]:
+        with _loader(run, mesh, units, range(n_batches)) as loader:
+            for _ in range(n_batches):
+                batch = loader.next()
+                if mesh.agree(wish=batch is None):
+                    loader.raise_if_failed()
+                    raise Stopped("stopped before the first step; start again to go on")
+                assert batch is not None
+                yield batch.acts.to(mesh.device, torch.float32) * normaliser.scale
+
+    with closing(rows()) as batches:
+        first = next(batches)
+        sae.initialise(first, run.train.seed)
+        if run.sae.init_rows:
+            initialise_from_data(sae, chain([first], batches))
 
 
 def _places(run: Run, checkpoint: Checkpoint | None, plan: Plan) -> Mapping[int, Place]:

@@ -156,6 +156,7 @@ def bench_run(shape: StepShape, world: int, shards: int) -> Run:
                 "n_latents": shape.n_latents,
                 "k": shape.k,
                 "auxk": min(512, shape.n_latents),
+                "init": "random",
             },
             "train": {
                 "rows": shape.batch,

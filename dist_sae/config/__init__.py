@@ -94,19 +94,15 @@ class Run(Section):
                 "sae.n_latents",
                 f"{n_latents} is not a multiple of processes.shards ({shards}); use {nearest}",
             )
-        from_data = getattr(self.sae, "init", "random") == "data"
-        if from_data and n_latents > self.train.rows:
-            yield "sae.init", f"data wants n_latents ({n_latents}) rows, of train.rows"
+        if self.sae.init_rows > self.train.rows:
+            yield "sae.init", f"data wants n_latents ({n_latents}) rows, of train.rows; or: random"
 
     def _retention_problems(self) -> Iterator[tuple[str, str]]:
         store, activations = self.store, self.activations
         if store.retention == "delete_consumed" and self.train.max_passes > 1:
             yield "store.retention", "delete_consumed leaves nothing for train.max_passes above 1"
         # what a run reads before it can say that it has come any further
-        first_rows = max(
-            self.train.normaliser_rows,
-            self.sae.n_latents if getattr(self.sae, "init", "random") == "data" else 0,
-        )
+        first_rows = max(self.train.normaliser_rows, self.sae.init_rows)
         rows = first_rows + 4 * self.train.batch_rows  # batches are assembled ahead
         # streams may be a window apart, for their units are not equally long
         least = 2 * activations.streams * activations.window_units

@@ -22,6 +22,11 @@ class DictionaryConfig(Section):
     dead_after_rows: PositiveInt = 10_000_000
     """A latent is dead when it has not fired for this many rows."""
 
+    @property
+    def init_rows(self) -> int:
+        """Rows that initial directions are taken from; 0 where they are random."""
+        return 0
+
 
 class CountsLatentsConfig(DictionaryConfig):
     """What TopK and BatchTopK share."""
@@ -36,8 +41,12 @@ class CountsLatentsConfig(DictionaryConfig):
     """Dead latents that reconstruct the error of each row; 0 turns AuxK off."""
     auxk_coefficient: NonNegativeFloat = 1 / 32
     """Weight of the AuxK loss; above Gao et al.'s 1/32 fewer latents idle, and FVU is worse."""
-    init: Literal["random", "data"] = "random"
-    """Initial directions: random, or those of the first `n_latents` rows about their median."""
+    init: Literal["random", "data"] = "data"
+    """Initial directions: random, or near those of the first `n_latents` rows about their median."""
+
+    @property
+    def init_rows(self) -> int:
+        return self.n_latents if self.init == "data" else 0
 
     @model_validator(mode="after")
     def _counts_fit(self) -> Self:

@@ -49,7 +49,7 @@ class Engine(Protocol):
         """
         ...
 
-    def retie(self, stuck: Tensor) -> None:
+    def retie(self, stuck: Tensor, x: Tensor, error: Tensor) -> None:
         """Have the dictionary do what its recipe does to stuck latents."""
         ...
 
@@ -86,8 +86,8 @@ class LocalEngine:
         self._sae.constrain()
         return norm
 
-    def retie(self, stuck: Tensor) -> None:
-        self._sae.retie(stuck)
+    def retie(self, stuck: Tensor, x: Tensor, error: Tensor) -> None:
+        self._sae.retie(stuck, x, error)
 
     def moment(self, parameter: nn.Parameter, name: str) -> Tensor:
         moment: Tensor = self._optimizer.state[parameter][name]
@@ -149,8 +149,8 @@ class DeepSpeedEngine:
         self._take_over()
         return norm
 
-    def retie(self, stuck: Tensor) -> None:
-        self._sae.retie(stuck)
+    def retie(self, stuck: Tensor, x: Tensor, error: Tensor) -> None:
+        self._sae.retie(stuck, x, error)
         self._take_over()
 
     def moment(self, parameter: nn.Parameter, name: str) -> Tensor:

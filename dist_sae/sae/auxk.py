@@ -6,7 +6,9 @@
 
 A latent whose z is negative on every row gets no gradient from this and would be dead for good.
 One that has been dead for as long as it took to be called dead is *stuck*, and re-tied: it gets the
-direction of its decoder row as its encoder, and no bias.
+direction of its decoder row as its encoder, and no bias. Stuck latents are often alike, rows of one
+large direction say, so that at the length of their neighbours they would overshoot together. They
+start at the one length with which their e_hat comes nearest to e.
 """
 
 import torch
@@ -14,7 +16,10 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dist_sae.sae.base import Dictionary, Step
+from dist_sae.sae.init import least_squares_scale
 from dist_sae.sae.kernels import autograd
+
+_LEAST_LENGTH = 0.01  # with none at all, nothing could reach them
 
 
 def auxk_loss(
@@ -48,11 +53,28 @@ def auxk_loss(
 
 
 @torch.no_grad()
-def retie_(sae: Dictionary, stuck: Bool[Tensor, " n_local"]) -> None:
-    """Give stuck latents their decoder row, at the length of the old, as encoder, and no bias."""
-    lengths = sae.W_enc[stuck].norm(dim=1, keepdim=True)
-    sae.W_enc[stuck] = sae.W_dec[stuck] * lengths  # decoder rows have unit norm
+def retie_(
+    sae: Dictionary,
+    auxk: int,
+    stuck: Bool[Tensor, " n_local"],
+    x: Float[Tensor, "batch d_in"],
+    error: Float[Tensor, "batch d_in"],
+) -> None:
+    """Give stuck latents their decoder row as encoder, at the length above, and no bias.
+
+    Args:
+        sae: The dictionary; its decoder rows have unit norm.
+        auxk: Of them that reconstruct the error of each row.
+        stuck: Which.
+        x: This rank's rows.
+        error: What the live latents leave of them.
+    """
+    sae.W_enc[stuck] = sae.W_dec[stuck]
     sae.b_enc[stuck] = 0
+    centred = sae.axis.gather(x) - sae.b_dec
+    pre_acts, entries = sae.topk_entries(centred, auxk, among=stuck.nonzero()[:, 0])
+    e_hat = sae.axis.scatter_sum(sae.kernels.combine(pre_acts.relu(), entries, sae.W_dec))
+    sae.W_enc[stuck] *= least_squares_scale(sae.axis, error, e_hat).clamp(min=_LEAST_LENGTH)
 
 
 def _sum_of_squares_about_mean(sae: Dictionary, error: Tensor) -> tuple[Tensor, int]:

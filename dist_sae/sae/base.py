@@ -60,6 +60,8 @@ class Output(NamedTuple):
     """Latents of this shard that were active in a row of the replica."""
     active: Int[Tensor, ""]
     """Active entries of this shard, over the replica's rows."""
+    error: Float[Tensor, "batch d_in"]
+    """x - x_hat of this rank's rows, without gradients."""
 
 
 class Dictionary(nn.Module):
@@ -170,8 +172,16 @@ class Dictionary(nn.Module):
     def constrain(self) -> None:
         """What the recipe does to the parameters after an update; here nothing."""
 
-    def retie(self, stuck: Bool[Tensor, " n_local"]) -> None:
-        """What the recipe does to latents that are dead and stay so; here nothing."""
+    def retie(
+        self,
+        stuck: Bool[Tensor, " n_local"],
+        x: Float[Tensor, "batch d_in"],
+        error: Float[Tensor, "batch d_in"],
+    ) -> None:
+        """What the recipe does to latents that are dead and stay so; here nothing. Collective.
+
+        `x` and `error` are this rank's rows of the last step and what was left of them.
+        """
 
 
 def fired(acts: Float[Tensor, " entries"], entries: Entries) -> Bool[Tensor, " n_local"]:

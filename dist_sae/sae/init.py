@@ -12,6 +12,7 @@ from dist_sae.sae.constraints import normalise_rows_
 
 _MEDIAN_STEPS = 100
 _MEDIAN_TOLERANCE = 1e-6
+_FROM_DATA = 0.8  # of a direction's length; the rest is at right angles to it, nearly
 _BLOCK = 1024  # latents that share a random generator
 _STRIDE = 0x9E37_79B1  # odd, 2^32 over the golden ratio: multiples of it lie far apart
 
@@ -43,12 +44,15 @@ def initialise_tied(
 
 @torch.no_grad()
 def initialise_from_data(sae: Dictionary, batches: Iterable[Float[Tensor, "batch d_in"]]) -> None:
-    """Directions of data points: latent i gets that of row i about b_dec; the encoder is tied.
+    """Turn the directions towards data points: latent i to row i about b_dec; the encoder is tied.
 
-    After `initialise_tied`, which sets b_dec. (Anthropic, Circuits Updates, October 2025.)
+    After `initialise_tied`, which sets b_dec. A part of each direction stays random: rows with one
+    very large coordinate, as language models have them, all point the same way, and latents that
+    are copies of one another die together. (Anthropic, Circuits Updates, October 2025; figures in
+    DESIGN.md.)
 
     Args:
-        sae: Its directions are replaced.
+        sae: Its directions are turned.
         batches: This rank's parts of the first batches, with `n_latents` rows over all ranks.
     """
     axis, n_local = sae.axis, len(sae.W_dec)
@@ -60,7 +64,9 @@ def initialise_from_data(sae: Dictionary, batches: Iterable[Float[Tensor, "batch
         if ours.start < ours.stop:
             directions[ours] = rows[ours.start - start : ours.stop - start]
         done += axis.replicas * len(rows)
-    sae.W_dec.copy_(axis.across_replicas(directions))
+    directions = axis.across_replicas(directions)
+    normalise_rows_(directions)
+    sae.W_dec.mul_((1 - _FROM_DATA**2) ** 0.5).add_(directions, alpha=_FROM_DATA)
     normalise_rows_(sae.W_dec)
     sae.W_enc.copy_(sae.W_dec)
     rescale_encoder(sae, x)
@@ -70,8 +76,15 @@ def initialise_from_data(sae: Dictionary, batches: Iterable[Float[Tensor, "batch
 def rescale_encoder(sae: Dictionary, x: Float[Tensor, "batch d_in"]) -> None:
     """Scale W_enc so that reconstructions of these rows have the least squared error."""
     y, y_hat = x - sae.b_dec, sae.decode(sae.encode(x)) - sae.b_dec
-    products = sae.axis.total(torch.stack([(y * y_hat).sum(), y_hat.square().sum()]))
-    sae.W_enc.mul_(products[0] / products[1])
+    sae.W_enc.mul_(least_squares_scale(sae.axis, y, y_hat))
+
+
+def least_squares_scale(
+    axis: LatentAxis, y: Float[Tensor, "batch d_in"], y_hat: Float[Tensor, "batch d_in"]
+) -> Float[Tensor, ""]:
+    """The c that makes sum |y - c y_hat|^2 over all ranks' rows least."""
+    products = axis.total(torch.stack([(y * y_hat).sum(), y_hat.square().sum()]))
+    return products[0] / products[1].clamp_min(torch.finfo(y.dtype).tiny)
 
 
 @torch.no_grad()

@@ -49,7 +49,7 @@ class TopK(Dictionary):
         fvu = error.square().sum() / (len(centred) * step.variance)
         auxk = auxk_loss(self, config.auxk, error.detach(), centred, b_dec, step)
         terms = LossTerms(fvu, auxk, fvu.new_zeros(()), fvu + config.auxk_coefficient * auxk)
-        return Output(terms, fired(acts, entries), (acts > 0).sum())
+        return Output(terms, fired(acts, entries), (acts > 0).sum(), error.detach())
 
     def select(
         self, centred: Float[Tensor, "rows d_in"], k: int
@@ -63,5 +63,11 @@ class TopK(Dictionary):
     def constrain(self) -> None:
         normalise_rows_(self.W_dec)
 
-    def retie(self, stuck: Bool[Tensor, " n_local"]) -> None:
-        retie_(self, stuck)
+    def retie(
+        self,
+        stuck: Bool[Tensor, " n_local"],
+        x: Float[Tensor, "batch d_in"],
+        error: Float[Tensor, "batch d_in"],
+    ) -> None:
+        if self.config.auxk:
+            retie_(self, self.config.auxk, stuck, x, error)

@@ -171,7 +171,7 @@ def test_load_run_refuses_urls_that_lead_nowhere(
         ),
         (
             ["sae.n_latents=5000", "sae.init=data"],
-            "sae.init: data wants n_latents (5000) rows, of train.rows",
+            "sae.init: data wants n_latents (5000) rows, of train.rows; or: random",
         ),
         (
             ["telemetry.port=65535"],
@@ -217,6 +217,7 @@ def test_load_run_reports_every_disagreement_at_once(tmp_path: Path) -> None:
         "train.batch_rows",
         "train.rows",
         "processes.trainers",
+        "sae.init",
     ]
 
 
@@ -336,7 +337,7 @@ def test_differences_name_the_nested_keys_that_differ() -> None:
 def test_learning_rate_follows_the_width_unless_given(tmp_path: Path) -> None:
     path = synthetic_run(tmp_path)
     # 2e-4 * sqrt(2^14 / 2^18) = 2e-4 / 4
-    assert load_run(path, ["sae.n_latents=262144"]).lr == pytest.approx(5e-5)
+    assert load_run(path, ["sae.n_latents=262144", "sae.init=random"]).lr == pytest.approx(5e-5)
     assert load_run(path, ["train.lr=0.5"]).lr == 0.5
 
 

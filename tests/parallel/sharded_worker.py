@@ -103,7 +103,7 @@ def trained(spec: dict[str, Any], kind: str, mesh: Mesh) -> dict[str, Any]:
         norm = engine.step(lr=LR[kind])
         dead.update(output.fired, BATCH)
         if dead.n_stuck:
-            engine.retie(dead.stuck)
+            engine.retie(dead.stuck, batch[own], output.error)
         average.update()
         first_row = mesh.axis.replica * (BATCH // mesh.axis.replicas)
         steps.append(

@@ -95,17 +95,32 @@ def from_data(axis: LatentAxis) -> dict[str, Tensor]:
     return parameters(sae)
 
 
-def test_directions_from_data_are_those_of_the_first_rows() -> None:
+def test_directions_from_data_are_near_those_of_the_first_rows() -> None:
     found = from_data(WHOLE)
     torch.testing.assert_close(found["b_dec"], geometric_median(batch(0), WHOLE))
     rows = torch.cat([batch(number) for number in range(3)])[:N_LATENTS] - found["b_dec"]
-    expected = rows / rows.norm(dim=1, keepdim=True)
+    random = torch.empty(N_LATENTS, D_IN)
+    random_rows(random, 5, 0)
+    mixed = 0.8 * rows / rows.norm(dim=1, keepdim=True)
+    mixed += 0.6 * random / random.norm(dim=1, keepdim=True)
+    expected = mixed / mixed.norm(dim=1, keepdim=True)
     torch.testing.assert_close(found["W_dec"], expected)
     # the encoder is tied, with one factor for all of it
     factors = found["W_enc"].norm(dim=1)
     torch.testing.assert_close(factors, factors[:1].expand(N_LATENTS))
     torch.testing.assert_close(found["W_enc"], factors[0] * expected)
     assert not found["b_enc"].any()
+
+
+def test_latents_from_equal_rows_are_no_copies() -> None:
+    """Rows with one very large coordinate all point the same way; copies would die together."""
+    sae = build_sae(TopKConfig(n_latents=48, k=4, auxk=0), D_IN)
+    rows = batch(0, 48)
+    sae.initialise(rows, seed=5)
+    rows[:, 3] += 1e4
+    initialise_from_data(sae, [rows])
+    cosines = (sae.W_dec @ sae.W_dec.T).detach()
+    assert cosines[~torch.eye(48, dtype=torch.bool)].mean() == pytest.approx(0.8**2, abs=0.05)
 
 
 @pytest.mark.parametrize(("replicas", "shards"), LAYOUTS)

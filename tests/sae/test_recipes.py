@@ -99,14 +99,33 @@ def test_a_stuck_latent_is_tied_again(kind: str) -> None:
     found = gradients(sae, sae.objective(rows(), step(dead)).terms.auxk)
     assert found["b_enc"][9] == 0
     before = {name: p.detach().clone() for name, p in sae.named_parameters()}
-    sae.retie(dead)
+    x, error = rows(), rows() / 3
+    sae.retie(dead, x, error)
     assert sae.b_enc[9] == 0
-    length = before["W_enc"][9].norm()
-    torch.testing.assert_close(sae.W_enc[9].detach(), length * sae.W_dec[9].detach())
+    direction = before["W_dec"][9]
+    e_hat = ((x - before["b_dec"]) @ direction).relu()[:, None] * direction
+    length = (error * e_hat).sum() / e_hat.square().sum()
+    torch.testing.assert_close(sae.W_enc[9].detach(), length * direction)
     for name, parameter in sae.named_parameters():
         unchanged = ~dead if name in ("W_enc", "b_enc") else slice(None)
         assert torch.equal(parameter[unchanged], before[name][unchanged]), name
     assert gradients(sae, sae.objective(rows(), step(dead)).terms.auxk)["b_enc"][9] != 0
+
+
+def test_stuck_latents_that_are_alike_do_not_overshoot() -> None:
+    """At unit length four copies would give four times what a row has along them."""
+    sae, stuck = make(CONFIGS["topk"]), torch.arange(N_LATENTS) < AUXK
+    x = rows()
+    error = (x - sae.b_dec).detach()
+    with torch.no_grad():
+        sae.W_dec[stuck] = x[0] / x[0].norm()
+    sae.retie(stuck, x, error)
+    e_hat = (error @ sae.W_enc[stuck].T).relu() @ sae.W_dec[stuck]
+    assert (error - e_hat).square().sum() < error.square().sum()
+    sae.retie(stuck, x, -error)  # they can take nothing of this away, and stay within reach
+    lengths = sae.W_enc[stuck].detach().norm(dim=1)
+    torch.testing.assert_close(lengths, torch.full_like(lengths, 0.01))
+    assert gradients(sae, sae.objective(x, step(stuck)).terms.auxk)["W_enc"][stuck].any()
 
 
 @pytest.mark.parametrize("kind", ["topk", "batchtopk"])

@@ -24,8 +24,17 @@ FLAT = World(d_in=64, n_features=N, l0=3, zipf=0.0)
 WINDOW = 20_000
 RECIPES: dict[str, tuple[DictionaryConfig, int, int]] = {
     # (recipe, steps, features that it found in them when this was written)
-    "topk": (TopKConfig(n_latents=N, k=3, auxk=16, dead_after_rows=WINDOW), 600, 124),
-    "batchtopk": (BatchTopKConfig(n_latents=N, k=3, auxk=16, dead_after_rows=WINDOW), 600, 115),
+    # from random directions: some rows have one feature alone, and would give it away
+    "topk": (
+        TopKConfig(n_latents=N, k=3, auxk=16, dead_after_rows=WINDOW, init="random"),
+        600,
+        124,
+    ),
+    "batchtopk": (
+        BatchTopKConfig(n_latents=N, k=3, auxk=16, dead_after_rows=WINDOW, init="random"),
+        600,
+        115,
+    ),
     "relu": (ReLUConfig(n_latents=N, sparsity=1.0, dead_after_rows=WINDOW), 600, 122),
     "jumprelu": (
         JumpReLUConfig(
@@ -120,10 +129,10 @@ def _long(request: pytest.FixtureRequest) -> None:
 
 @pytest.mark.usefixtures("_long")
 def test_topk_recovers_every_feature_of_a_flat_world() -> None:
-    """D5a: 6.1 M rows, as many latents as features. 300 steps must not do.
+    """D5a: 6.1 M rows, as many latents as features. 600 steps must not do.
 
-    Not met yet: 511 of 512, mean matched cosine .9972. From random directions at a constant k
-    504 (.987): some features then have two latents, and others none.
+    Small batches at a high rate, and k from above: in large batches two latents that share a
+    feature keep to it (1,024 rows: .9969 and 511; 512 rows: .9993 and 512, two seeds).
     """
     world = World(d_in=128, n_features=512, l0=6, zipf=0.0)
     config = TopKConfig(
@@ -133,18 +142,17 @@ def test_topk_recovers_every_feature_of_a_flat_world() -> None:
         k_anneal_share=0.3,
         auxk=64,
         dead_after_rows=50_000,
-        init="data",
     )
     early: dict[int, int] = {}
 
     def look(step: int, sae: Dictionary, dead: DeadLatents) -> None:
-        if step in (0, 300):
+        if step in (0, 600):
             early[step] = mean_matched_cosine(world, sae.W_dec)[1]
 
-    trained = train(world, config, steps=6000, batch=1024, lr=6e-3, each=look)
+    trained = train(world, config, steps=12_000, batch=512, lr=6e-3, each=look)
     mcc, matched = mean_matched_cosine(world, trained.sae.W_dec)
     assert early[0] < 50  # rows with a single feature
-    assert early[300] < 500
+    assert early[600] < 500
     assert mcc >= 0.995
     assert matched == 512
 
@@ -170,7 +178,7 @@ def test_auxk_keeps_latents_alive_that_die_without_it(
     """D6: at most 1 % dead; the ablation must show more, or it proves nothing.
 
     A latent of BatchTopK that comes back fires rarely at first, since all rows compete: 17 were
-    idle for 100,000 rows at the end, and none for 300,000.
+    idle for 100,000 rows at the end, and none for 300,000 (from data points 19 and 2).
     """
     world = World(d_in=128, n_features=2048, l0=6, zipf=1.0)
     idle = {}

@@ -72,8 +72,8 @@ def train(
     sae: Dictionary = build_sae(config, world.d_in, kernels=kernels)  # type: ignore[arg-type]
     first = world.batch(0, max(batch, 4096))
     sae.initialise(first, seed)
-    if getattr(config, "init", "random") == "data":
-        initialise_from_data(sae, [world.batch(0, config.n_latents)])
+    if config.init_rows:
+        initialise_from_data(sae, [world.batch(0, config.init_rows)])
     optimizer = torch.optim.Adam(sae.parameters(), lr=lr, betas=betas, eps=6.25e-10, fused=True)
     dead = DeadLatents(config.n_latents, config.dead_after_rows)
     fvu, l0 = [], []
@@ -94,7 +94,7 @@ def train(
         sae.constrain()
         dead.update(output.fired, batch)
         if dead.n_stuck:
-            sae.retie(dead.stuck)
+            sae.retie(dead.stuck, x, output.error)
         fvu.append(float(output.terms.fvu.detach()))
         l0.append(float(output.active) / batch)
     return Trained(sae, dead, fvu, l0)
