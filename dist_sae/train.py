@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import closing
 from itertools import chain
 from typing import Any, NamedTuple
@@ -141,7 +141,7 @@ def _initialise(
     """The initial dictionary, from the first batch, or as many as it wants directions from."""
     n_batches = max(1, -(-run.sae.init_rows // run.train.batch_rows))
 
-    def rows() -> Iterator[Tensor]:
+    def rows() -> Generator[Tensor]:
         with _loader(run, mesh, units, range(n_batches)) as loader:
             for _ in range(n_batches):
                 batch = loader.next()

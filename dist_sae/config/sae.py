@@ -42,7 +42,7 @@ class CountsLatentsConfig(DictionaryConfig):
     auxk_coefficient: NonNegativeFloat = 1 / 32
     """Weight of the AuxK loss; above Gao et al.'s 1/32 fewer latents idle, and FVU is worse."""
     init: Literal["random", "data"] = "data"
-    """Initial directions: random, or near those of the first `n_latents` rows about their median."""
+    """Initial directions: random, or near those of the first `n_latents` rows."""
 
     @property
     def init_rows(self) -> int:
