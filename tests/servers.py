@@ -11,7 +11,7 @@ import tempfile
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -45,6 +45,10 @@ class Server(NamedTuple):
     endpoint_url: str
     pid: int | None = None
     """Its process, where it has one of its own."""
+    kill: Callable[[], None] | None = None
+    """SIGKILL, where it can be started again."""
+    start: Callable[[], None] | None = None
+    """On the same port and the same data."""
 
     def client(self, key: Key = OWNER) -> Any:
         """A client that goes past the code under test."""
@@ -86,12 +90,24 @@ def seaweedfs() -> Iterator[Server]:
             port = _free_ports(4)
             stack.callback(_remove_sockets, range(port, port + 4))
             command = _weed(folder, port)
-            process = stack.enter_context(_process(command, folder / f"{attempt}.log"))
+            log = folder / f"{attempt}.log"
+            process = stack.enter_context(_process(command, log))
             endpoint = f"http://127.0.0.1:{port}"
             if _answers(process, endpoint, 403):
-                yield Server("seaweedfs", endpoint, process.pid)
-                return
-        raise RuntimeError((folder / f"{attempt}.log").read_text()[-2000:])
+                break
+        else:
+            raise RuntimeError(log.read_text()[-2000:])
+        living = [process]
+
+        def kill() -> None:
+            living[-1].kill()
+            living[-1].wait()
+
+        def start() -> None:
+            living.append(stack.enter_context(_process(command, log)))
+            assert _answers(living[-1], endpoint, 403), log.read_text()[-2000:]
+
+        yield Server("seaweedfs", endpoint, process.pid, kill, start)
 
 
 @contextmanager

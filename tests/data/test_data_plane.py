@@ -7,7 +7,7 @@ killed when, how many producers and ranks come after. By default two; with `--lo
 import json
 import random
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +21,7 @@ from dist_sae.store import gc, verify
 from tests.data.dataplane import processes, produce, read
 from tests.faults import KINDS, FaultProxy
 from tests.servers import OWNER, Server
+from tests.servers import seaweedfs as seaweedfs_server
 from tests.world import make_run
 
 CREDENTIALS = {
@@ -61,9 +62,9 @@ class Schedule:
         self._random = None if seed is None else random.Random(seed)
         self.kills = 0
 
-    def run(self) -> dict[int, dict[str, Any]]:
-        """What the reader saw last of each step."""
-        chance = self._random
+    def run(self, meanwhile: Iterable[None] = ()) -> dict[int, dict[str, Any]]:
+        """What the reader saw last of each step; `meanwhile` is advanced again and again."""
+        chance, ticks = self._random, iter(meanwhile)
         until = time.monotonic() + LIMIT_SECONDS
         producers = [self._producer(i, 0) for i in range(2)]
         reader = self._reader()
@@ -90,6 +91,7 @@ class Schedule:
                     lives[i] += 1
             for process in (*producers, reader):
                 assert process.exitcode in (None, 0, -9), f"ended with {process.exitcode}"
+            next(ticks, None)
             reader.join(timeout=0.02)
         for process in producers:
             process.join(timeout=max(0.0, until - time.monotonic()))
@@ -172,6 +174,33 @@ def test_whatever_happens_the_same_batches_are_seen(
     orphans = gc(run.model_copy(update={"store": _direct(run, seaweedfs)}), hours=0.0, delete=True)
     store = open_store(run.store.activations, S3Config(endpoint_url=seaweedfs.endpoint_url))
     assert len(list(store.keys("shards/"))) == 1, orphans  # the held-out unit's
+
+
+def test_a_server_that_dies_comes_back_to_the_same_batches(
+    tmp_path: Path, calm: dict[int, dict[str, Any]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """SIGKILL in the midst of reading and writing; everybody waits, nobody fails."""
+    _use_credentials(monkeypatch)
+    with seaweedfs_server() as server:
+        run = world(tmp_path, server, server.endpoint_url, "dies")
+        plan(run)
+        steps = Schedule(run, tmp_path, None).run(_dies_once(server, tmp_path / "log.jsonl"))
+    assert {s: line["digest"] for s, line in steps.items()} == {
+        s: line["digest"] for s, line in calm.items()
+    }
+
+
+def _dies_once(server: Server, log: Path) -> Iterator[None]:
+    """Down for a second, from the moment that the reader has taken some steps."""
+    assert server.kill is not None
+    assert server.start is not None
+    while not (log.exists() and log.read_text().count("digest") >= STEPS // 4):
+        yield
+    server.kill()
+    back = time.monotonic() + 1.0
+    while time.monotonic() < back:
+        yield
+    server.start()
 
 
 def _use_credentials(patch: pytest.MonkeyPatch) -> None:
