@@ -80,8 +80,8 @@ def _produce(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
-    from dist_sae.parallel import preemption
     from dist_sae.parallel.mesh import join_mesh
+    from dist_sae.parallel.watch import Watch
     from dist_sae.telemetry.exporter import Telemetry
     from dist_sae.train import train
 
@@ -90,9 +90,14 @@ def _train(options: argparse.Namespace) -> None:
     with (
         Telemetry(run.name, "train", _port(run.telemetry.port, options.port_offset)) as telemetry,
         join_mesh(run.processes.trainers, run.processes.shards) as mesh,
-        preemption.shared(mesh, stopping),
+        Watch(
+            mesh,
+            stopping,
+            lost_seconds=run.train.lost_seconds,
+            hung_seconds=run.train.hung_seconds,
+        ) as watch,
     ):
-        result = train(run, mesh, stopping, telemetry)
+        result = train(run, mesh, watch, stopping, telemetry)
     _print_result(options, result)
 
 
@@ -151,6 +156,35 @@ def _store_gc(options: argparse.Namespace) -> None:
     from dist_sae.store import gc
 
     _print_result(options, gc(_load(options), hours=options.hours, delete=options.delete))
+
+
+def _checkpoints_ls(options: argparse.Namespace) -> None:
+    from dist_sae.checkpoints import ls
+
+    found = ls(_load(options))
+    if options.json:
+        sys.stdout.write(_json(options, found))
+        return
+    for c in found["checkpoints"]:
+        size = f"{c['bytes'] / 1e6:,.1f} MB in {c['parts']} parts"
+        sys.stdout.write(f"step {c['step']:<10} {c['rows']:>14,} rows trained   {size}\n")
+    for step in found["damaged"]:
+        sys.stdout.write(f"step {step:<10} damaged: its manifest does not match its checksum\n")
+
+
+def _checkpoints_verify(options: argparse.Namespace) -> None:
+    from dist_sae.checkpoints import verify
+
+    found = verify(_load(options))
+    _print_result(options, found.result())
+    found.raise_if_bad()
+
+
+def _checkpoints_convert(options: argparse.Namespace) -> None:
+    from dist_sae.checkpoints import convert
+
+    converted = convert(_load(options), options.output, step=options.step, moments=options.moments)
+    _print_result(options, converted)
 
 
 def _render(options: argparse.Namespace) -> None:
@@ -323,6 +357,14 @@ def _parser() -> argparse.ArgumentParser:
                 ("gc", _store_gc, "list what no manifest names: left by producers that died"),
             ],
         ),
+        "checkpoints": (
+            "the checkpoints of a run",
+            [
+                ("ls", _checkpoints_ls, "say what is there"),
+                ("verify", _checkpoints_verify, "check every part against its manifest"),
+                ("convert", _checkpoints_convert, "write one as a single safetensors file"),
+            ],
+        ),
     }
     for name, (text, members) in groups.items():
         group = commands.add_parser(name, help=text, description=text)
@@ -336,6 +378,12 @@ def _parser() -> argparse.ArgumentParser:
                     type=float,
                     default=24.0,
                     help="leave alone what is younger: it may be in the making (default 24)",
+                )
+            if action == "convert":
+                sub.add_argument("--output", type=Path, required=True, help="the file to write")
+                sub.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
+                sub.add_argument(
+                    "--moments", action="store_true", help="the optimiser's moments as well"
                 )
         if name == "config":
             schema = actions.add_parser(

@@ -7,6 +7,7 @@
         PlanMismatchError         the store holds another plan, or a run of another configuration
         NonFiniteError            NaN or infinity in activations, loss or gradients
         DivergedError             ranks that should hold the same no longer do
+        RankLostError             a rank of the job is gone or hung: exit 75
         DataExhaustedError        fewer rows than the run asks for
         TelemetryError            a metrics port that cannot be opened
         ProcessFailedError        a process of a local run ended with an error of its own
@@ -57,6 +58,12 @@ class NonFiniteError(DistSaeError):
 
 class DivergedError(DistSaeError):
     """Ranks hold different values of what must be the same on all."""
+
+
+class RankLostError(DistSaeError):
+    """Another rank is gone or hung; started again, all goes on from the last checkpoint."""
+
+    exit_code = EXIT_RESUMABLE
 
 
 class DataExhaustedError(DistSaeError):

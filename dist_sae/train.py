@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Generator, Mapping
+from collections.abc import Generator, Mapping, Sequence
 from contextlib import closing
 from itertools import chain
 from typing import Any, NamedTuple
@@ -14,15 +14,17 @@ from torch import Tensor
 
 from dist_sae import logs
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
+from dist_sae.checkpoint.saver import Saved, Saver
 from dist_sae.checkpoint.state import TrainingState
 from dist_sae.config import Run, differences, dump_run
 from dist_sae.data.consumers import Consumers, Registration
 from dist_sae.data.loader import Batch, Loader, Place, Units
 from dist_sae.data.normaliser import Normaliser, measure
 from dist_sae.data.plan import Plan, check_rows, load_plan
-from dist_sae.errors import ObjectNotFoundError, PlanMismatchError, Stopped
+from dist_sae.errors import CorruptObjectError, ObjectNotFoundError, PlanMismatchError, Stopped
 from dist_sae.parallel.engine import DeepSpeedEngine
 from dist_sae.parallel.mesh import Mesh, check_replicated
+from dist_sae.parallel.watch import Watch
 from dist_sae.parallel.zero import deepspeed_config
 from dist_sae.sae import PRODUCT_DTYPES, build_sae
 from dist_sae.sae.base import Dictionary, Output, Step
@@ -47,17 +49,20 @@ _FREE_SETTINGS = {  # of a run: they change how it is done, not what comes out
     "train.log_every_steps",
     "train.save_every_steps",
     "train.keep_checkpoints",
+    "train.lost_seconds",
+    "train.hung_seconds",
 }
 
 
 def train(
-    run: Run, mesh: Mesh, stopping: threading.Event, telemetry: Telemetry
+    run: Run, mesh: Mesh, watch: Watch, stopping: threading.Event, telemetry: Telemetry
 ) -> dict[str, float]:
     """Fit the dictionary, from the newest checkpoint on if there is one.
 
     Args:
         run: The run.
         mesh: This rank's place among the ranks.
+        watch: Is told where the training is.
         stopping: When set on any rank, all save and stop.
         telemetry: Takes the metrics.
 
@@ -70,51 +75,48 @@ def train(
         DataExhaustedError: The activation set has too few rows.
         NonFiniteError: Loss or gradient; the weights were not touched.
     """
-    deepspeed_config(run)  # refuses what it must before anything is read or written
-    kernels = choose_kernels(run.train.kernels, mesh.device)
-    runs, activations = (
-        open_store(url, run.store.s3, telemetry, stopping)
-        for url in (run.store.runs, run.store.activations)
-    )
-    plan = load_plan(activations, run)
-    check_rows(run, plan)
-    _own_run_folder(run, runs, mesh)
-
-    units = Units(activations, plan, run.site, stopping)
-    checkpoints = Checkpoints(runs, run.name, run.train.keep_checkpoints)
-    checkpoint = checkpoints.latest()
-    places = _places(run, checkpoint, plan)
-    registration = _register(run, plan, activations, places, mesh)
-    normaliser = (
-        measure(units, run.train.normaliser_rows)
-        if checkpoint is None
-        else Normaliser.from_scalars(checkpoint.scalars)
-    )
-    sae = build_sae(
-        run.sae, len(normaliser.mean), mesh.axis, kernels, PRODUCT_DTYPES[run.train.products]
-    ).to(mesh.device)
-    if checkpoint is None:
-        _initialise(run, mesh, units, normaliser, sae)
-    engine = DeepSpeedEngine(run, sae, mesh)
-    dead = DeadLatents(len(sae.W_enc), run.sae.dead_after_rows, mesh.axis, mesh.device)
-    average = WeightAverage(sae, run.train.ema_decay) if run.train.ema_decay else None
-    state = TrainingState(sae, engine, dead, average)
-    step = state.restore(checkpoint) if checkpoint is not None else 0
+    job = _begin(run, mesh, stopping, telemetry)
+    normaliser, state = job.normaliser, job.state
+    step, places = job.step, job.places
+    sae, engine, dead, average = state.sae, job.engine, state.dead, state.average
     logger.info("%s at step %d of %d", "resuming" if step else "starting", step, run.steps)
-    report = _Reporter(run, mesh, telemetry, History(runs, run.name, step), step)
-    scalars = normaliser.to_scalars() | {"plan": plan.hash}
-    saver = _Saver(run, checkpoints, state, scalars, registration, mesh, report)
+    report = _Reporter(run, mesh, telemetry, History(job.runs, run.name, step), step)
 
-    with _loader(run, mesh, units, range(step, run.steps), places) as loader:
+    def save() -> None:
+        watch.at(step, working=False)
+        since = time.monotonic()
+        check_replicated(mesh, sae.b_dec)
+        saver.save(step, places)
+        report.stalled(time.monotonic() - since)
+
+    def durable(saved: Saved) -> None:
+        job.registration.durable(saved.places, ended=saved.step == run.steps)
+        report.saved(saved)
+
+    with (
+        Saver(
+            job.checkpoints,
+            state,
+            normaliser.to_scalars() | {"plan": job.units.plan.hash, "run": _deciding(run)},
+            everyones=mesh.beside().everyones,
+            first=mesh.is_first,
+            durable=durable,
+            step=step,
+        ) as saver,
+        _loader(run, mesh, job.units, range(step, run.steps), places) as loader,
+    ):
         while step < run.steps:
+            watch.at(step, working=False)
             batch = (
                 loader.next()
             )  # None: no more to come, because of a stop or because there is none
             if mesh.agree(wish=batch is None or stopping.is_set()):
-                saver.save(step, places)
+                save()
+                saver.finish()
                 loader.raise_if_failed()
                 raise Stopped(f"stopped at step {step} of {run.steps}; start again to go on")
             assert batch is not None
+            watch.at(step, working=True)
             x = batch.acts.to(mesh.device, torch.float32) * normaliser.scale
             now = Step(normaliser.variance, dead.mask, dead.count, progress=step / run.steps)
             output = engine.objective(x, now)
@@ -128,11 +130,64 @@ def train(
                 average.update()
             step += 1
             places = batch.places
-            registration.at(places)
+            job.registration.at(places)
             report.step(step, batch, output, state, lr=lr, gradient_norm=gradient_norm)
             if step == run.steps or step % run.train.save_every_steps == 0:
-                saver.save(step, places)
+                save()
     return {"step": step, "rows": step * run.train.batch_rows, **report.last}
+
+
+class _Job(NamedTuple):
+    """What there is when the first step begins."""
+
+    runs: ObjectStore
+    units: Units
+    checkpoints: Checkpoints
+    registration: Registration
+    normaliser: Normaliser
+    engine: DeepSpeedEngine
+    state: TrainingState
+    step: int
+    places: Mapping[int, Place]
+
+
+def _begin(run: Run, mesh: Mesh, stopping: threading.Event, telemetry: Telemetry) -> _Job:
+    """From the newest checkpoint that is whole, or else from the beginning."""
+    deepspeed_config(run)  # refuses what it must before anything is read or written
+    kernels = choose_kernels(run.train.kernels, mesh.device)
+    runs, activations = (
+        open_store(url, run.store.s3, telemetry, stopping)
+        for url in (run.store.runs, run.store.activations)
+    )
+    plan = load_plan(activations, run)
+    check_rows(run, plan)
+    units = Units(activations, plan, run.site, stopping)
+    checkpoints = Checkpoints(runs, run.name, run.train.keep_checkpoints)
+    registration = _registration(run, plan, activations, mesh)
+
+    found = _found(checkpoints, runs, run, plan)
+    if mesh.is_first:
+        runs.put(f"{run.name}/run.yaml", dump_run(run).encode())
+    if found:
+        normaliser = Normaliser.from_scalars(found[0].scalars)
+    else:
+        registration.begin({})
+        normaliser = measure(units, run.train.normaliser_rows)
+    sae = build_sae(
+        run.sae, len(normaliser.mean), mesh.axis, kernels, PRODUCT_DTYPES[run.train.products]
+    ).to(mesh.device)
+    if not found:
+        _initialise(run, mesh, units, normaliser, sae)
+    engine = DeepSpeedEngine(run, sae, mesh)
+    dead = DeadLatents(len(sae.W_enc), run.sae.dead_after_rows, mesh.axis, mesh.device)
+    average = WeightAverage(sae, run.train.ema_decay) if run.train.ema_decay else None
+    state = TrainingState(sae, engine, dead, average)
+    step, places = 0, dict[int, Place]()
+    if found:
+        checkpoint = _restore(state, found, checkpoints, mesh, telemetry)
+        step, places = checkpoint.step, _places(checkpoint)
+        registration.begin(places)
+    return _Job(runs, units, checkpoints, registration, normaliser, engine, state, step, places)
 
 
 def _initialise(
@@ -158,42 +213,85 @@ def _initialise(
             initialise_from_data(sae, chain([first], batches))
 
 
-def _places(run: Run, checkpoint: Checkpoint | None, plan: Plan) -> Mapping[int, Place]:
-    """Where the streams are, by number; none at the beginning.
+def _found(checkpoints: Checkpoints, runs: ObjectStore, run: Run, plan: Plan) -> list[Checkpoint]:
+    """The checkpoints to go on from, the best first; none at the beginning.
 
     Raises:
-        PlanMismatchError: The checkpoint is of a run on another activation set.
+        CorruptObjectError: There are some, and not one has a manifest that is whole.
+        PlanMismatchError: They are of a run with other settings, or on another activation set.
     """
-    if checkpoint is None:
-        return {}
-    places = {int(v): Place(*place) for v, place in checkpoint.scalars["places"].items()}
-    windows = range(0, plan.n_train_units // plan.streams, plan.window_units)
-    if checkpoint.scalars["plan"] != plan.hash or not all(
-        stream < plan.streams and place.first in windows for stream, place in places.items()
-    ):
-        raise PlanMismatchError(
-            f"{run.store.runs}/{run.name}: was trained on another activation set than "
-            f"{run.store.activations}; restore store.activations or choose another name"
+    found = list(checkpoints.newest_first())
+    if not found and checkpoints.steps():
+        raise CorruptObjectError(
+            "no checkpoint is whole; restore one, or train under another name",
+            url=runs.url,
+            key=run.name,
         )
-    return places
+    windows = range(0, plan.n_train_units // plan.streams, plan.window_units)
+    for checkpoint in found:
+        if changed := differences(checkpoint.scalars["run"], _deciding(run)):
+            raise PlanMismatchError(
+                f"{runs.url}/{run.name}: holds a run with other settings ({'; '.join(changed)}); "
+                f"restore them or choose another name"
+            )
+        if checkpoint.scalars["plan"] != plan.hash or not all(
+            stream < plan.streams and place.first in windows
+            for stream, place in _places(checkpoint).items()
+        ):
+            raise PlanMismatchError(
+                f"{run.store.runs}/{run.name}: was trained on another activation set than "
+                f"{run.store.activations}; restore store.activations or choose another name"
+            )
+    return found
 
 
-def _register(
-    run: Run, plan: Plan, activations: ObjectStore, places: Mapping[int, Place], mesh: Mesh
-) -> Registration:
-    """Make the run known on the activation set."""
+def _places(checkpoint: Checkpoint) -> dict[int, Place]:
+    """Where the streams are, by number."""
+    return {int(v): Place(*place) for v, place in checkpoint.scalars["places"].items()}
+
+
+def _restore(
+    state: TrainingState,
+    found: Sequence[Checkpoint],
+    checkpoints: Checkpoints,
+    mesh: Mesh,
+    telemetry: Telemetry,
+) -> Checkpoint:
+    """Put the run back to the first of these checkpoints that all ranks find whole.
+
+    Raises:
+        CorruptObjectError: There is none.
+    """
+    for checkpoint in found:
+        damage: CorruptObjectError | ObjectNotFoundError | None = None
+        try:
+            take = state.read(checkpoint)
+        except (CorruptObjectError, ObjectNotFoundError) as exc:
+            damage = exc
+        if not mesh.agree(wish=damage is not None):
+            take()
+            return checkpoint
+        telemetry.add("dist_sae_checkpoint_damaged_total", 1)
+        if damage is not None:
+            logger.error("%s; the checkpoint before step %d is taken", damage, checkpoint.step)
+        if mesh.is_first:  # or it would be the newest again
+            checkpoints.delete(checkpoint.step)
+    raise CorruptObjectError(
+        "no checkpoint is whole; train under another name", url=checkpoint.store.url
+    )
+
+
+def _registration(run: Run, plan: Plan, activations: ObjectStore, mesh: Mesh) -> Registration:
+    """How the store knows what this run still needs."""
     store = run.store
-    consumers = Consumers(activations, store.consumer_expiry_hours)
-    registration = Registration(
-        consumers,
+    return Registration(
+        Consumers(activations, store.consumer_expiry_hours),
         plan,
         run.name,
         keeps=run.train.max_passes > 1,
         retires=store.retention == "delete_consumed",
         speaks=mesh.is_first,
     )
-    registration.begin(places)
-    return registration
 
 
 def _loader(
@@ -217,63 +315,13 @@ def _learning_rate(run: Run, step: int) -> float:
     )
 
 
-def _own_run_folder(run: Run, runs: ObjectStore, mesh: Mesh) -> None:
-    """Leave the resolved run in its folder, or find that another run lives there."""
-    key = f"{run.name}/run.yaml"
-    try:
-        there = yaml.safe_load(runs.get(key))
-    except ObjectNotFoundError:
-        there = None
-    if there is not None:
-        changed = [
-            line
-            for line in differences(there, yaml.safe_load(dump_run(run)))
-            if not any(line.startswith((f"{free}.", f"{free}:")) for free in _FREE_SETTINGS)
-        ]
-        if changed and Checkpoints(runs, run.name, 1).steps():  # else nothing was trained yet
-            raise PlanMismatchError(
-                f"{runs.url}/{run.name}: holds a run with other settings ({'; '.join(changed)}); "
-                f"restore them or choose another name"
-            )
-    mesh.barrier()  # every rank has looked before the first one writes
-    if mesh.is_first:
-        runs.put(key, dump_run(run).encode())
-
-
-class _Saver(NamedTuple):
-    """Makes checkpoints."""
-
-    run: Run
-    checkpoints: Checkpoints
-    state: TrainingState
-    scalars: dict[str, Any]
-    registration: Registration
-    mesh: Mesh
-    report: "_Reporter"
-
-    def save(self, step: int, places: Mapping[int, Place]) -> None:
-        """The first replica saves, each rank its shard; none goes on before all is done."""
-        if step == 0 or step in self.checkpoints.steps():
-            return  # the beginning can be made again
-        since = time.monotonic()
-        check_replicated(self.mesh, self.state.sae.b_dec)
-        pieces = self.state.pieces()
-        if self.mesh.axis.replica == 0:
-            records = self.checkpoints.write(step, pieces)
-        else:
-            records = {}
-            for _ in pieces:  # making them is collective
-                pass
-        everyones = self.mesh.everyones((records, places))
-        size = 0
-        if self.mesh.is_first:
-            everywhere = {stream: place for _, own in everyones for stream, place in own.items()}
-            size = self.checkpoints.commit(
-                step, [records for records, _ in everyones], self.scalars | {"places": everywhere}
-            )
-            self.registration.durable(everywhere, ended=step == self.run.steps)
-        self.mesh.barrier()
-        self.report.saved(step, size, time.monotonic() - since)
+def _deciding(run: Run) -> dict[str, Any]:
+    """The settings that what comes out depends on; a checkpoint carries them."""
+    settings: dict[str, Any] = yaml.safe_load(dump_run(run))
+    for free in _FREE_SETTINGS:
+        section, _, key = free.partition(".")
+        (settings[section] if key else settings).pop(key or section, None)
+    return settings
 
 
 class _Reporter:
@@ -364,10 +412,14 @@ class _Reporter:
                 "train", step, self._run.steps, wait_share=self._waited / seconds, **shown
             )
 
-    def saved(self, step: int, size: int, seconds: float) -> None:
-        """A checkpoint is durable."""
-        self._telemetry.set("dist_sae_checkpoint_step", step)
-        self._telemetry.set("dist_sae_checkpoint_seconds", seconds)
-        self._telemetry.set("dist_sae_checkpoint_bytes", size)
+    def stalled(self, seconds: float) -> None:
+        """The training stood still for a copy to be made, or for the save before."""
+        self._telemetry.add("dist_sae_train_save_stall_seconds_total", seconds)
+
+    def saved(self, saved: Saved) -> None:
+        """A checkpoint is durable. Called in the thread that saves."""
+        self._telemetry.set("dist_sae_checkpoint_step", saved.step)
+        self._telemetry.set("dist_sae_checkpoint_seconds", saved.seconds)
+        self._telemetry.set("dist_sae_checkpoint_bytes", saved.bytes)
         if self._mesh.is_first:
             self._history.flush()

@@ -26,7 +26,7 @@ from dist_sae.sae.axis import WHOLE
 from dist_sae.sae.init import initialise_from_data
 from dist_sae.storage import open_store
 from dist_sae.telemetry.history import read_history
-from dist_sae.train import _initialise, _places, _Reporter
+from dist_sae.train import _found, _initialise, _places, _Reporter
 from tests.launch import produce, run, start, train, write_run
 from tests.world import save
 
@@ -268,12 +268,45 @@ def test_a_run_does_not_go_on_with_another_activation_set(
 ) -> None:
     """`store` may change between two starts, for a set may move; but not to another one."""
     run = load_run(run_file(calm, activations))
-    saved = Checkpoints(open_store(str(calm / "runs")), "world", 2).latest()
-    own = load_plan(open_store(activations), run)
-    assert sorted(_places(run, saved, own)) == [0, 1, 2, 3]
+    runs = open_store(str(calm / "runs"))
+    checkpoints = Checkpoints(runs, "world", 2)
+    (saved,) = _found(checkpoints, runs, run, load_plan(open_store(activations), run))
+    assert sorted(_places(saved)) == [0, 1, 2, 3]
     other = plan(load_run(write_run(tmp_path, activations={"seed": 1})))
     with pytest.raises(PlanMismatchError, match="was trained on another activation set"):
-        _places(run, saved, other)
+        _found(checkpoints, runs, run, other)
+
+
+@pytest.mark.parametrize("damage", ["a part of the second rank", "manifest", "a part is gone"])
+def test_a_damaged_checkpoint_falls_back_to_the_one_before(
+    tmp_path: Path, activations: str, sharded: Path, damage: str
+) -> None:
+    """Loudly, on all ranks, and to the same end."""
+    path = run_file(tmp_path, activations, train={"save_every_steps": 8})
+    train(path, *SHARDED, world=2, stop_at=20)
+    store = open_store(str(tmp_path / "runs"))
+    newest = max(Checkpoints(store, "world", 2).steps())
+    name = "manifest.json" if damage == "manifest" else "W_dec-000000032.safetensors"
+    key = f"world/checkpoints/step-{newest:08d}/{name}"
+    data = store.get(key)
+    store.delete(key)
+    if damage != "a part is gone":
+        store.put(key, data[:-1] + bytes([data[-1] ^ 1]))
+    errors = train(path, *SHARDED, world=2)
+    assert name in "".join(errors)
+    assert "resuming at step 16" in errors[0]
+    check_same(final(sharded), final(tmp_path))
+
+
+def test_a_run_without_a_whole_checkpoint_does_not_begin_again(
+    tmp_path: Path, activations: str
+) -> None:
+    path = run_file(tmp_path, activations)
+    train(path, stop_at=5)
+    for manifest in (tmp_path / "runs/world/checkpoints").glob("*/manifest.json"):
+        manifest.write_bytes(manifest.read_bytes()[:-9])
+    error = run("train", str(path), code=2)
+    assert "no checkpoint is whole" in error
 
 
 def test_latents_whose_gradients_are_near_eps_are_counted(tmp_path: Path) -> None:
@@ -317,7 +350,8 @@ def test_a_killed_run_repeats_what_was_not_saved_bitwise(
     process = start("train", str(path))
     assert process.stdout is not None
     for line in process.stdout:
-        if line.startswith("{") and json.loads(line)["done"] >= 17:
+        # the save at 21 has waited for the one at 14
+        if line.startswith("{") and json.loads(line)["done"] >= 22:
             process.kill()
             break
     process.communicate()

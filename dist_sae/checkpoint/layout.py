@@ -8,23 +8,21 @@ it needs, so the number of ranks may change in between.
 """
 
 import hashlib
-import json
 import logging
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, Literal, NamedTuple
 
 import safetensors.torch
 import torch
-from pydantic import ValidationError
 from torch import Tensor
 
 from dist_sae.errors import CorruptObjectError
 from dist_sae.storage import ObjectStore
-from dist_sae.storage.records import Record
+from dist_sae.storage.records import READS, Record, read_record, seal
 
 logger = logging.getLogger(__name__)
 
-_PART_BYTES = 256 * 2**20
+_PART_BYTES = 64 * 2**20  # what a rank reads too much of where its rows begin in a part
 _MANIFEST = "manifest.json"
 
 
@@ -103,15 +101,30 @@ class Checkpoint(NamedTuple):
                 pieces.append(rows[max(start - part.start, 0) : stop - part.start])
         return torch.cat(pieces).reshape(-1, *record.shape[1:]) if record.shape else pieces[0][0]
 
-    def _rows(self, part: Part) -> Tensor:
-        data = self.store.get(part.key)
-        if hashlib.sha256(data).hexdigest() != part.sha256:
+    def check(self, name: str) -> None:
+        """Read a tensor part by part, and see that its parts are whole and leave no row out.
+
+        Raises:
+            CorruptObjectError: They are not, or do.
+        """
+        record = self.manifest.tensors[name]
+        at = 0
+        for part in record.parts:
+            rows = len(self._rows(part))
+            if (part.start, part.stop) != (at, at + rows):
+                break
+            at = part.stop
+        if at != (record.shape or (1,))[0]:
             raise CorruptObjectError(
-                "does not match its checksum; delete its folder to fall back to the one before",
-                url=self.store.url,
-                key=part.key,
+                f"step {self.step}: {name} lacks rows from {at}", url=self.store.url
             )
-        return safetensors.torch.load(data)["rows"]
+
+    def _rows(self, part: Part) -> Tensor:
+        for _ in range(READS):
+            data = self.store.get(part.key)
+            if hashlib.sha256(data).hexdigest() == part.sha256:
+                return safetensors.torch.load(data)["rows"]
+        raise CorruptObjectError("does not match its checksum", url=self.store.url, key=part.key)
 
 
 class Checkpoints:
@@ -175,11 +188,11 @@ class Checkpoints:
             parts = tuple(sorted((*before, *record.parts), key=lambda part: part.start))
             merged[name] = TensorRecord(shape=record.shape, parts=parts)
         manifest = CheckpointManifest(step=step, scalars=dict(scalars), tensors=merged)
-        self._store.put(f"{self._folder(step)}{_MANIFEST}", manifest.model_dump_json().encode())
+        self._store.put(f"{self._folder(step)}{_MANIFEST}", seal(manifest))
         kept = self.steps()[-self._keep :]
         for old in self._folders():
             if old < step and old not in kept:  # too old, or left by a save that was cut off
-                self._delete(old)
+                self.delete(old)
         return sum(part.bytes for record in merged.values() for part in record.parts)
 
     def open(self, step: int) -> Checkpoint:
@@ -189,24 +202,22 @@ class Checkpoints:
             CorruptObjectError: Its manifest is not what was written.
         """
         key = f"{self._folder(step)}{_MANIFEST}"
-        try:
-            manifest = CheckpointManifest.model_validate(json.loads(self._store.get(key)))
-        except (ValueError, ValidationError) as exc:
-            raise CorruptObjectError(
-                f"is damaged: {str(exc).splitlines()[0]}; "
-                f"delete the folder to fall back to the checkpoint before",
-                url=self._store.url,
-                key=key,
-            ) from exc
-        return Checkpoint(self._store, manifest)
+        return Checkpoint(self._store, read_record(CheckpointManifest, self._store, key))
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint, if there is one."""
-        steps = self.steps()
-        return self.open(steps[-1]) if steps else None
+        return next(self.newest_first(), None)
 
-    def _delete(self, step: int) -> None:
-        """The manifest first: what has none does not exist."""
+    def newest_first(self) -> Iterator[Checkpoint]:
+        """The checkpoints whose manifests are whole; of others an error is logged."""
+        for step in reversed(self.steps()):
+            try:
+                yield self.open(step)
+            except CorruptObjectError as exc:
+                logger.error("%s; the checkpoint before is taken", exc)
+
+    def delete(self, step: int) -> None:
+        """Remove a checkpoint: the manifest first, what has none does not exist."""
         folder = self._folder(step)
         self._store.delete(f"{folder}{_MANIFEST}")
         for key in list(self._store.keys(folder)):

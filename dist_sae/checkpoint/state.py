@@ -1,6 +1,6 @@
 """What of a training run is saved, and how it is put back."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
 import torch
@@ -35,9 +35,9 @@ class TrainingState(NamedTuple):
     average: WeightAverage | None
 
     def pieces(self) -> Iterator[Piece]:
-        """Every tensor that the run cannot do without, one at a time: this rank's rows of it.
+        """Every tensor that the run cannot do without, one at a time: this rank's part of it.
 
-        To be consumed by all ranks, in step; only those of the first replica need to store it.
+        To be consumed by all ranks, in step. The rows of a shard are shared out to its replicas.
         """
         yield self._piece(IDLE_ROWS, self.dead.idle_rows)
         for name, buffer in self.sae.named_buffers():
@@ -50,9 +50,13 @@ class TrainingState(NamedTuple):
             yield self._piece(f"{_EMA}{name}", mean)
 
     @torch.no_grad()
-    def restore(self, checkpoint: Checkpoint) -> int:
-        """Put the tensors back where `pieces` took them from; returns the step."""
-        self.dead.take(self._read(checkpoint, IDLE_ROWS))
+    def read(self, checkpoint: Checkpoint) -> Callable[[], None]:
+        """Fetch this rank's part; what is returned puts it where `pieces` took it from. Collective.
+
+        Raises:
+            CorruptObjectError: The checkpoint is damaged; another one can be read instead.
+        """
+        idle_rows = self._read(checkpoint, IDLE_ROWS)
         for name, buffer in self.sae.named_buffers():
             buffer.copy_(self._read(checkpoint, name))
         moments = {}
@@ -61,20 +65,26 @@ class TrainingState(NamedTuple):
             moments[parameter] = {
                 m: self._read(checkpoint, f"{m}.{name}") for m in self.engine.moments
             }
-        self.engine.restore(checkpoint.step, moments)
         for name, mean in self.average.mean.items() if self.average else ():
             mean.copy_(self._read(checkpoint, f"{_EMA}{name}"))
-        return checkpoint.step
+
+        def take() -> None:
+            self.dead.take(idle_rows)
+            self.engine.restore(checkpoint.step, moments)
+
+        return take
 
     def _is_sharded(self, name: str) -> bool:
         base = name.rpartition(".")[2]
         return base not in ("b_dec", *(buffer for buffer, _ in self.sae.named_buffers()))
 
     def _piece(self, name: str, tensor: Tensor) -> Piece:
-        if self._is_sharded(name):
-            return Piece(name, tensor, self.sae.first_latent, self.sae.n_latents)
-        nothing = tensor[:0] if self.sae.axis.shard else tensor  # the first shard's is everyone's
-        return Piece(name, nothing, 0, len(tensor))
+        axis, n = self.sae.axis, len(tensor)
+        if not self._is_sharded(name):
+            stores = axis.shard == axis.replica == 0
+            return Piece(name, tensor if stores else tensor[:0], 0, n)
+        start, stop = (n * replica // axis.replicas for replica in (axis.replica, axis.replica + 1))
+        return Piece(name, tensor[start:stop], self.sae.first_latent + start, self.sae.n_latents)
 
     def _read(self, checkpoint: Checkpoint, name: str) -> Tensor:
         device = self.sae.W_enc.device
@@ -82,6 +92,11 @@ class TrainingState(NamedTuple):
             return checkpoint.read(name).to(device)
         first = self.sae.first_latent
         return checkpoint.read(name, first, first + len(self.sae.W_enc)).to(device)
+
+
+def is_moment(name: str) -> bool:
+    """Whether a tensor of a checkpoint is the optimiser's."""
+    return name.startswith("exp_avg")
 
 
 @torch.no_grad()

@@ -46,6 +46,10 @@ class TrainConfig(Section):
     log_every_steps: PositiveInt = 10
     save_every_steps: PositiveInt = 1000
     keep_checkpoints: PositiveInt = 2
+    lost_seconds: PositiveFloat = 30
+    """A rank without a sign of life for so long is lost: the job ends, to be started again."""
+    hung_seconds: PositiveFloat = 900
+    """A rank that works on one step for so long is hung; the same follows."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Merged over the DeepSpeed configuration that this run derives (`dist-sae render`)."""
 

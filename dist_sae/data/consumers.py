@@ -174,7 +174,7 @@ class Registration:
         self._keeps = keeps
         self._retires = retires and speaks
         self._speaks = speaks
-        self._reached = self._needed = 0
+        self._reached = self._needed = self._before = 0
         self._said = 0.0
 
     def begin(self, places: Mapping[int, Place]) -> None:
@@ -183,6 +183,7 @@ class Registration:
         Raises:
             DataExhaustedError: What the run is going to read was deleted.
         """
+        self._reached, self._before = 0, self._lowest(places)
         self.durable(places)
         self._consumers.check_present(self._run, self._needed)
 
@@ -194,9 +195,14 @@ class Registration:
             self._say()
 
     def durable(self, places: Mapping[int, Place], *, ended: bool = False) -> None:
-        """A checkpoint would go on from here; `ended`: nothing will be read any more."""
-        self._reached = self._plan.n_train_units if ended else self._lowest(places)
-        self._needed = 0 if self._keeps and not ended else self._reached
+        """A checkpoint would go on from here; `ended`: nothing will be read any more.
+
+        What the checkpoint before needs is kept too: this one may turn out to be damaged.
+        """
+        lowest = self._plan.n_train_units if ended else self._lowest(places)
+        self._reached = max(self._reached, lowest)
+        before, self._before = self._before, lowest
+        self._needed = lowest if ended else 0 if self._keeps else before
         self._say()
         if self._retires and (below := self._consumers.retire(self._plan)):
             logger.info("deleted the shards of units below %d", below)

@@ -9,6 +9,9 @@ from torch.autograd.function import once_differentiable
 
 from dist_sae.sae.axis import WHOLE
 
+entered = 0
+"""Collectives that this rank has entered."""
+
 
 class ShardedAxis(NamedTuple):
     """See `LatentAxis`. Ranks of a replica are neighbours: rank = replica * shards + shard."""
@@ -37,6 +40,7 @@ class ShardedAxis(NamedTuple):
         """Each rank decides for an equal part of the rows, from all ranks' candidates."""
         if self.shards == 1:
             return WHOLE.kth_largest(keys, k)
+        _enter()
         per_rank = keys.reshape(self.shards, -1, keys.shape[1])
         received = torch.empty_like(per_rank)
         dist.all_to_all_single(received, per_rank.contiguous(), group=self.within)
@@ -59,6 +63,7 @@ class _ScatterSum(torch.autograd.Function):
         ctx.group, ctx.shards = group, shards
         if shards == 1:
             return parts.view_as(parts)
+        _enter()
         own = parts.new_empty(len(parts) // shards, *parts.shape[1:])
         dist.reduce_scatter_single(own, parts.contiguous(), group=group)
         return own
@@ -86,6 +91,7 @@ class _Replicated(torch.autograd.Function):
 def _gathered(tensor: Tensor, group: dist.ProcessGroup, ranks: int) -> Tensor:
     if ranks == 1:
         return tensor
+    _enter()
     whole = tensor.new_empty(ranks * len(tensor), *tensor.shape[1:])
     dist.all_gather_single(whole, tensor.contiguous(), group=group)
     return whole
@@ -94,6 +100,12 @@ def _gathered(tensor: Tensor, group: dist.ProcessGroup, ranks: int) -> Tensor:
 def _summed(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if dist.get_world_size(group) == 1:
         return tensor
+    _enter()
     tensor = tensor.clone()
     dist.all_reduce(tensor, group=group)
     return tensor
+
+
+def _enter() -> None:
+    global entered  # noqa: PLW0603 - of the process, like the process groups
+    entered += 1

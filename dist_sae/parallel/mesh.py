@@ -29,6 +29,8 @@ class Mesh(NamedTuple):
     """Its place in `replicas` x `shards`."""
     control: dist.ProcessGroup | None = None
     """For words between the hosts, without a time limit: a rank may wait long for data."""
+    spare: dist.ProcessGroup | None = None
+    """The same once more, for one thread beside the training."""
 
     @property
     def is_first(self) -> bool:
@@ -42,6 +44,10 @@ class Mesh(NamedTuple):
         votes = torch.tensor(wish, dtype=torch.uint8)
         dist.all_reduce(votes, dist.ReduceOp.MAX, self.control)
         return bool(votes)
+
+    def beside(self) -> "Mesh":
+        """The same ranks on a line of their own, for one thread beside the training."""
+        return self._replace(control=self.spare)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
@@ -96,13 +102,13 @@ def join_mesh(expected_world: int, shards: int = 1) -> Iterator[Mesh]:
                 f"MASTER_ADDR:MASTER_PORT {address}: the ranks cannot meet there "
                 f"({str(exc).splitlines()[0]}); give an address and a free port"
             ) from exc
-        control = dist.new_group(backend="gloo", timeout=_FOREVER)
+        control, spare = (dist.new_group(backend="gloo", timeout=_FOREVER) for _ in range(2))
     else:  # DeepSpeed wants a process group even so; this one needs no port
         store = dist.HashStore()  # type: ignore[attr-defined]
         dist.init_process_group(backend, store=store, rank=0, world_size=1)
-        control = None
+        control = spare = None
     try:
-        yield Mesh(rank, world, device, _split(rank, world, shards), control)
+        yield Mesh(rank, world, device, _split(rank, world, shards), control, spare)
     finally:
         dist.destroy_process_group()
 

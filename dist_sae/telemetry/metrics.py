@@ -91,7 +91,21 @@ METRICS = (
     Metric(
         "dist_sae_train_step_seconds_total", "counter", "Time spent in steps, waiting included."
     ),
+    Metric(
+        "dist_sae_train_save_stall_seconds_total",
+        "counter",
+        "Time this rank stood still for checkpoints.",
+    ),
+    Metric(
+        "dist_sae_checkpoint_damaged_total",
+        "counter",
+        "Checkpoints found damaged, so that the one before was taken.",
+    ),
     Metric("dist_sae_checkpoint_step", "gauge", "Step of the last durable checkpoint."),
-    Metric("dist_sae_checkpoint_seconds", "gauge", "How long the last checkpoint took."),
+    Metric(
+        "dist_sae_checkpoint_seconds",
+        "gauge",
+        "From the copy of the last checkpoint until it was durable.",
+    ),
     Metric("dist_sae_checkpoint_bytes", "gauge", "Size of the last checkpoint."),
 )

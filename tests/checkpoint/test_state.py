@@ -62,7 +62,7 @@ def test_a_recipe_goes_on_from_its_checkpoint_bitwise(tmp_path: Path, kind: str)
     expected = advance(state, range(4, 9))
 
     again = make_state(run, kind)
-    again.restore(checkpoints.open(4))
+    again.read(checkpoints.open(4))()
     assert advance(again, range(4, 9)) == expected
     one, other = tensors(state), tensors(again)
     assert one.keys() == other.keys()
@@ -83,7 +83,7 @@ def test_a_shard_takes_its_rows_and_gives_them_back(tmp_path: Path, kind: str) -
     records = []
     for shard in range(2):
         part = make_state(run, kind, WholeAxis(shard=shard, shards=2))
-        part.restore(checkpoints.open(3))
+        part.read(checkpoints.open(3))()
         half = N_LATENTS // 2
         own = slice(half * shard, half * (shard + 1))
         assert torch.equal(part.sae.W_dec, whole["W_dec"][own])

@@ -35,7 +35,7 @@ processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["tests.data.dataplane"])
 
 
-def _quicken(credentials: Mapping[str, str]) -> None:
+def quicken(credentials: Mapping[str, str]) -> None:
     """The same code, with short waits, on one thread."""
     os.environ.update(credentials)
     torch.set_num_threads(1)
@@ -49,7 +49,7 @@ def _quicken(credentials: Mapping[str, str]) -> None:
 
 def produce(settings: dict[str, Any], name: str, number: int, credentials: dict[str, str]) -> None:
     """A producer, to the end of its work."""
-    _quicken(credentials)
+    quicken(credentials)
     run = Run.model_validate(settings)
     setattr(dist_sae.produce, "build_source", lambda *_: RowNumbers())  # noqa: B010 - not exported
     worker = Worker(name, number, run.processes.producers)
@@ -62,7 +62,7 @@ def read(settings: dict[str, Any], world: int, folder: Path, credentials: dict[s
     Writes a line for each step: its number, the digest of the batch, the rows in it. What a killed
     reader has read after its last save is read again, as a trainer would.
     """
-    _quicken(credentials)
+    quicken(credentials)
     run = Run.model_validate(settings)
     store = open_store(run.store.activations, run.store.s3)
     plan = load_plan(store, run)

@@ -1,0 +1,129 @@
+"""`dist-sae checkpoints ls|verify|convert`: a run's checkpoints, for people and other tools."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+
+from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
+from dist_sae.checkpoint.state import is_moment
+from dist_sae.config import Run
+from dist_sae.errors import ConfigError, CorruptObjectError, ObjectNotFoundError
+from dist_sae.storage import open_store
+
+
+def ls(run: Run) -> dict[str, Any]:
+    """What there is, the oldest first; `damaged` are those whose manifest is not whole."""
+    checkpoints, listed, damaged = _open(run), [], []
+    for step in checkpoints.steps():
+        try:
+            manifest = checkpoints.open(step).manifest
+        except CorruptObjectError:
+            damaged.append(step)
+            continue
+        tensors = manifest.tensors
+        listed.append(
+            {
+                "step": step,
+                "rows": step * run.train.batch_rows,
+                "n_latents": tensors["W_enc"].shape[0],
+                "parts": sum(len(tensor.parts) for tensor in tensors.values()),
+                "bytes": sum(part.bytes for tensor in tensors.values() for part in tensor.parts),
+            }
+        )
+    return {"checkpoints": listed, "damaged": damaged}
+
+
+class Verification(NamedTuple):
+    """What `verify` found."""
+
+    url: str
+    checkpoints: int
+    parts: int
+    bytes: int
+    bad: dict[str, str]
+    """What is wrong, by step and object."""
+
+    def result(self) -> dict[str, Any]:
+        """For programs: `bad` is their number, `bad_objects` says which and why."""
+        numbers = {"checkpoints": self.checkpoints, "parts": self.parts, "bytes": self.bytes}
+        return {**numbers, "bad": len(self.bad), "bad_objects": self.bad}
+
+    def raise_if_bad(self) -> None:
+        """One line for every bad object, as a `CorruptObjectError`."""
+        if self.bad:
+            remedy = (
+                "damaged checkpoints; training goes on from the newest that is whole, "
+                "and the others may be deleted"
+            )
+            raise CorruptObjectError("\n".join([remedy, *self.bad.values()]), url=self.url)
+
+
+def verify(run: Run) -> Verification:
+    """Read every part of every checkpoint once, and check that no rows are missing."""
+    checkpoints = _open(run)
+    n_parts = n_bytes = 0
+    bad: dict[str, str] = {}
+    steps = checkpoints.steps()
+    for step in steps:
+        try:
+            checkpoint = checkpoints.open(step)
+        except CorruptObjectError as exc:
+            bad[f"step {step}"] = str(exc)
+            continue
+        for name, tensor in checkpoint.manifest.tensors.items():
+            n_parts += len(tensor.parts)
+            n_bytes += sum(part.bytes for part in tensor.parts)
+            try:
+                checkpoint.check(name)
+            except (CorruptObjectError, ObjectNotFoundError) as exc:
+                bad[f"step {step}, {name}"] = str(exc)
+    return Verification(
+        f"{run.store.runs}/{run.name}/checkpoints", len(steps), n_parts, n_bytes, bad
+    )
+
+
+def convert(run: Run, output: Path, *, step: int | None, moments: bool) -> dict[str, Any]:
+    """Write a checkpoint as one safetensors file of whole tensors, on this machine.
+
+    Names, orientation and scale are those of training; `dist-sae export` writes what SAELens
+    loads. The file's metadata hold the step and what else is no tensor, as JSON.
+
+    Args:
+        run: The run.
+        output: The file.
+        step: Of the checkpoint; None takes the newest.
+        moments: Whether the optimiser's moments are wanted too: three times the size.
+
+    Raises:
+        ConfigError: There is no such checkpoint, or the file cannot be written.
+    """
+    checkpoints = _open(run)
+    checkpoint = _chosen(run, checkpoints, step)
+    names = [name for name in checkpoint.manifest.tensors if moments or not is_moment(name)]
+    tensors = {name: checkpoint.read(name).contiguous() for name in names}
+    metadata = {"step": str(checkpoint.step), "scalars": json.dumps(checkpoint.scalars)}
+    try:
+        safetensors.torch.save_file(tensors, output, metadata)
+    except OSError as exc:
+        raise ConfigError(f"{output}: cannot be written ({exc}); choose another --output") from exc
+    return {"step": checkpoint.step, "tensors": len(tensors), "output": str(output)}
+
+
+def _chosen(run: Run, checkpoints: Checkpoints, step: int | None) -> Checkpoint:
+    steps = checkpoints.steps()
+    if step is not None and step in steps:
+        return checkpoints.open(step)
+    if step is not None:
+        there = ", ".join(map(str, steps)) or "none"
+        raise ConfigError(f"--step: {run.store.runs}/{run.name} has no {step}; there are: {there}")
+    newest = checkpoints.latest()
+    if newest is None:
+        raise ConfigError(f"{run.store.runs}/{run.name}: holds no checkpoint that is whole")
+    return newest
+
+
+def _open(run: Run) -> Checkpoints:
+    runs = open_store(run.store.runs, run.store.s3)
+    return Checkpoints(runs, run.name, run.train.keep_checkpoints)

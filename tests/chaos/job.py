@@ -1,0 +1,69 @@
+"""Producers and trainer ranks as processes that may be killed at any moment.
+
+The real programs, forked from a server that has imported everything, with short waits.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import threading
+from pathlib import Path
+from typing import Any
+
+import deepspeed  # noqa: F401 - imported once, for all that are forked
+
+import dist_sae.train
+from dist_sae.cli import _stop_on_signals
+from dist_sae.config import Run
+from dist_sae.data.claims import Worker
+from dist_sae.data.loader import Batch, Loader
+from dist_sae.errors import DistSaeError
+from dist_sae.parallel.mesh import join_mesh
+from dist_sae.parallel.watch import Watch
+from dist_sae.produce import produce
+from dist_sae.telemetry.exporter import Telemetry
+from tests.data.dataplane import processes, quicken
+
+LOST_SECONDS = 5.0
+
+processes.set_forkserver_preload(["tests.chaos.job"])
+
+
+def produce_units(settings: dict[str, Any], name: str, number: int, env: dict[str, str]) -> None:
+    """A producer, to the end of its work."""
+    quicken(env)
+    run = Run.model_validate(settings)
+    worker = Worker(name, number, run.processes.producers)
+    produce(run, worker, threading.Event(), Telemetry("chaos", "produce", None))
+
+
+def train_rank(settings: dict[str, Any], seen: Path, env: dict[str, str]) -> None:
+    """One rank; appends to `seen` what it was given: step, stream, digest of the rows."""
+    quicken(env)
+    logging.disable(logging.NOTSET)
+    logging.basicConfig(filename=seen.with_suffix(f".{env['RANK']}.log"), level=logging.INFO)
+    stopping = _stop_on_signals()
+    run = Run.model_validate(settings)
+
+    class Recording(Loader):
+        def next(self) -> Batch | None:
+            batch = super().next()
+            if batch is not None:
+                with seen.open("a") as file:
+                    parts = batch.acts.chunk(len(batch.places))
+                    for stream, rows in zip(batch.places, parts, strict=True):
+                        digest = hashlib.sha256(rows.numpy().tobytes()).hexdigest()
+                        file.write(json.dumps([batch.step, stream, digest]) + "\n")
+            return batch
+
+    setattr(dist_sae.train, "Loader", Recording)  # noqa: B010 - not exported
+    try:
+        with (
+            join_mesh(run.processes.trainers, run.processes.shards) as mesh,
+            Watch(mesh, stopping, lost_seconds=LOST_SECONDS, hung_seconds=60.0) as watch,
+        ):
+            dist_sae.train.train(run, mesh, watch, stopping, Telemetry("chaos", "train", None))
+    except DistSaeError as error:
+        logging.getLogger(__name__).info("ends: %s", error)
+        os._exit(error.exit_code)

@@ -1,0 +1,232 @@
+"""The whole pipeline under a seeded schedule of deaths, store faults and restarts.
+
+Producers, an S3 server behind a proxy that injects faults, and a trainer of one to four ranks that
+is killed, told to stop, and started again with another number of them. However it went, the trainer
+has been given the same rows at every step, and ends at the same parameters as a calm run.
+
+By default one schedule; with `--long` 30.
+"""
+
+import json
+import os
+import random
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
+from dist_sae.config import Run, load_run
+from dist_sae.config.data import S3Config
+from dist_sae.plan import plan
+from dist_sae.storage import open_store
+from dist_sae.telemetry.history import read_history
+from tests.chaos.job import produce_units, train_rank
+from tests.data.dataplane import processes
+from tests.faults import KINDS, FaultProxy
+from tests.launch import write_run
+from tests.servers import OWNER, Server
+
+CREDENTIALS = {
+    "AWS_ACCESS_KEY_ID": OWNER.id,
+    "AWS_SECRET_ACCESS_KEY": OWNER.secret,
+    "AWS_EC2_METADATA_DISABLED": "true",
+}
+LIMIT_SECONDS = 240.0
+SHAPES = ((1, 1), (2, 1), (2, 2), (4, 2))  # ranks, shards
+STREAMS = 4
+
+
+def make_run(folder: Path, server: Server, endpoint: str, name: str) -> Run:
+    """60 steps of 160 rows from 16 units; a checkpoint every 5."""
+    client = server.client()
+    if name not in [bucket["Name"] for bucket in client.list_buckets()["Buckets"]]:
+        client.create_bucket(Bucket=name)
+    store = {
+        "activations": f"s3://{name}/activations",
+        "runs": f"s3://{name}/runs",
+        "s3": {"endpoint_url": endpoint, "deadline_seconds": 60.0},
+    }
+    path = write_run(folder, train={"save_every_steps": 5}, processes={"producers": 2})
+    settings = [f"store.{key}={json.dumps(value)}" for key, value in store.items()]
+    return load_run(path, settings)
+
+
+class Outcome(NamedTuple):
+    """What a pipeline came to."""
+
+    checkpoint: Checkpoint
+    rows: dict[tuple[int, int], str]
+    """Digest of what was trained on last, by step and stream."""
+    fvu: list[float]
+    deaths: int
+    starts: int
+
+
+class Pipeline:
+    """Runs to the end, whatever the schedule does to it."""
+
+    def __init__(self, run: Run, folder: Path, chance: random.Random | None) -> None:
+        self._run = run
+        self._chance = chance
+        self._seen = folder / "seen.jsonl"
+        self._until = time.monotonic() + LIMIT_SECONDS
+        self._lives = 0
+        self._deaths = 0
+        self._starts = 0
+
+    def run(self) -> tuple[dict[tuple[int, int], str], int, int]:
+        producers = [self._producer(number) for number in range(2)]
+        while not self._train(producers):
+            pass
+        for producer in producers:
+            producer.join(self._left())
+            assert producer.exitcode == 0
+        rows = {}
+        for line in self._seen.read_text().splitlines():
+            step, stream, digest = json.loads(line)
+            # what a dead rank had read ahead of the step that was saved is read again
+            rows[step, stream] = digest
+        return rows, self._deaths, self._starts
+
+    def _train(self, producers: list[Any]) -> bool:
+        """One life of the trainer; whether it came to the end."""
+        chance = self._chance
+        ranks = self._ranks()
+        plot = self._plot() if chance else []
+        began = time.monotonic()
+        while any(rank.is_alive() for rank in ranks):
+            assert self._left() > 0, "the pipeline did not end"
+            while plot and time.monotonic() - began > plot[0][0]:
+                _, victim, number = plot.pop(0)
+                self._strike(producers, ranks, victim, number)
+            time.sleep(0.02)
+        codes = [rank.exitcode for rank in ranks]
+        assert set(codes) <= {0, 75, -signal.SIGKILL, -signal.SIGTERM}, codes
+        return set(codes) == {0}
+
+    def _plot(self) -> list[tuple[float, str, signal.Signals]]:
+        """(When, who, by which signal) of what happens in one life of the trainer."""
+        chance = self._chance
+        assert chance is not None
+        if self._starts > 3:
+            return []  # in the end there is peace
+        events = [(chance.uniform(0.5, 8.0), "trainer", chance.choice(_SIGNALS))]
+        if chance.random() < 0.5:
+            events.append((chance.uniform(0.2, 4.0), "producer", signal.SIGKILL))
+        return sorted(events)
+
+    def _strike(
+        self, producers: list[Any], ranks: list[Any], victim: str, number: signal.Signals
+    ) -> None:
+        assert self._chance is not None
+        among = ranks if victim == "trainer" else producers
+        index = self._chance.randrange(len(among))
+        process = among[index]
+        if process.is_alive():
+            self._deaths += 1
+            os.kill(process.pid, number)
+        if victim == "producer":
+            process.join()
+            producers[index] = self._producer(index)
+
+    def _ranks(self) -> list[Any]:
+        self._starts += 1
+        world, shards = self._chance.choice(SHAPES) if self._chance else (1, 1)
+        settings = self._run.model_dump(mode="json")
+        settings["processes"] |= {"trainers": world, "shards": shards}
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        started = []
+        for rank in range(world):
+            env = CREDENTIALS | {
+                "RANK": str(rank),
+                "LOCAL_RANK": str(rank),
+                "WORLD_SIZE": str(world),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            started.append(self._start(train_rank, settings, self._seen, env))
+        return started
+
+    def _producer(self, number: int) -> Any:
+        self._lives += 1
+        settings = self._run.model_dump(mode="json")
+        name = f"producer-{number}-{self._lives}"
+        return self._start(produce_units, settings, name, number, CREDENTIALS)
+
+    def _start(self, work: Callable[..., None], *arguments: Any) -> Any:
+        process = processes.Process(target=work, args=arguments, daemon=True)
+        process.start()
+        return process
+
+    def _left(self) -> float:
+        return self._until - time.monotonic()
+
+
+_SIGNALS = (signal.SIGKILL, signal.SIGKILL, signal.SIGTERM)
+
+
+def outcome(run: Run, folder: Path, server: Server, chance: random.Random | None) -> Outcome:
+    plan(run)
+    rows, deaths, starts = Pipeline(run, folder, chance).run()
+    runs = open_store(run.store.runs, S3Config(endpoint_url=server.endpoint_url))
+    checkpoint = Checkpoints(runs, run.name, 2).latest()
+    assert checkpoint is not None
+    fvu = [record["fvu"] for record in read_history(runs, run.name)]
+    return Outcome(checkpoint, rows, fvu, deaths, starts)
+
+
+@pytest.fixture(scope="module")
+def seaweedfs(server: Callable[[str], Server]) -> Server:
+    return server("seaweedfs")
+
+
+@pytest.fixture(scope="module")
+def calm(tmp_path_factory: pytest.TempPathFactory, seaweedfs: Server) -> Outcome:
+    """One rank that nobody disturbs."""
+    folder = tmp_path_factory.mktemp("calm")
+    with pytest.MonkeyPatch.context() as patch:
+        for name, value in CREDENTIALS.items():
+            patch.setenv(name, value)
+        run = make_run(folder, seaweedfs, seaweedfs.endpoint_url, "calm-pipeline")
+        found = outcome(run, folder, seaweedfs, None)
+    assert found.starts == 1
+    assert sorted(found.rows) == [(step, v) for step in range(run.steps) for v in range(STREAMS)]
+    assert len(set(found.rows.values())) == len(found.rows)
+    return found
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "seed" in metafunc.fixturenames:
+        metafunc.parametrize("seed", range(30 if metafunc.config.getoption("--long") else 1))
+
+
+def test_chaos_changes_nothing(
+    tmp_path: Path,
+    seaweedfs: Server,
+    calm: Outcome,
+    monkeypatch: pytest.MonkeyPatch,
+    seed: int,
+) -> None:
+    """SCIENCE D3: the same rows at every step, the same losses within 1e-5, the same parameters."""
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    chance = random.Random(seed)
+    rates = {kind: chance.choice([0.0, 0.01, 0.04]) for kind in KINDS}
+    with FaultProxy(seaweedfs.endpoint_url, seed, rates, most_per_request=2) as proxy:
+        run = make_run(tmp_path, seaweedfs, proxy.endpoint_url, f"chaos-{seed}")
+        found = outcome(run, tmp_path, seaweedfs, chance)
+    assert found.deaths + sum(proxy.injected.values()) > 0
+    assert found.rows == calm.rows
+    assert found.fvu == pytest.approx(calm.fvu, rel=1e-5)
+    one, other = calm.checkpoint, found.checkpoint
+    assert one.step == other.step == run.steps
+    for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+        error = (one.read(name) - other.read(name)).norm() / one.read(name).norm()
+        assert float(error) <= 1e-5, name

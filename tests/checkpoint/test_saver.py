@@ -1,0 +1,105 @@
+"""Saving beside the training: what is copied when, and what happens when a rank cannot."""
+
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_sae.checkpoint.layout import Checkpoints
+from dist_sae.checkpoint.saver import Saved, Saver
+from dist_sae.errors import Stopped, UnavailableError
+from dist_sae.storage import ObjectStore, open_store
+from tests.checkpoint.test_state import advance, make_run, make_state, tensors
+from tests.world import Wrapped
+
+
+class Held(Wrapped):
+    """A store whose writes wait until they may go on."""
+
+    def __init__(self, store: ObjectStore) -> None:
+        super().__init__(store)
+        self.go = threading.Event()
+
+    def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
+        assert self.go.wait(60)
+        return super().put(key, data, if_absent=if_absent)
+
+
+class Down(Wrapped):
+    """A store that one rank cannot reach."""
+
+    def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:  # noqa: ARG002
+        raise UnavailableError("does not answer", url=self.url, key=key)
+
+
+def make_saver(
+    store: ObjectStore,
+    state: Any,
+    durable: Callable[[Saved], None],
+    everyones: Callable[[Any], list[Any]] = lambda value: [value],
+    *,
+    first: bool = True,
+) -> Saver:
+    checkpoints = Checkpoints(store, "run", keep=2)
+    return Saver(
+        checkpoints, state, {"a": 1}, everyones=everyones, first=first, durable=durable, step=0
+    )
+
+
+def test_training_goes_on_and_does_not_reach_what_is_saved(tmp_path: Path) -> None:
+    state = make_state(make_run(tmp_path, "topk"), "topk")
+    advance(state, range(3))
+    store, saved = Held(open_store(str(tmp_path))), list[Saved]()
+    with make_saver(store, state, saved.append) as saver:
+        expected = tensors(state)
+        saver.save(3, {0: (0, 0, 0)}, heldout_fvu=0.5)  # returns, though nothing can be written
+        advance(state, range(3, 6))
+        assert not saved
+        store.go.set()
+    checkpoint = Checkpoints(store, "run", keep=2).open(3)
+    for name, tensor in expected.items():
+        assert torch.equal(checkpoint.read(name), tensor), name
+    assert [(s.step, s.places) for s in saved] == [(3, {0: (0, 0, 0)})]
+    assert checkpoint.scalars == {"a": 1, "heldout_fvu": 0.5, "places": {"0": [0, 0, 0]}}
+
+
+def test_the_step_that_is_saved_already_is_not_saved_again(tmp_path: Path) -> None:
+    state = make_state(make_run(tmp_path, "topk"), "topk")
+    advance(state, range(1))
+    store, saved = open_store(str(tmp_path)), list[Saved]()
+    with make_saver(store, state, saved.append) as saver:
+        for step in (0, 4, 4):
+            saver.save(step, {})
+    assert [s.step for s in saved] == [4]
+
+
+def test_what_one_rank_cannot_save_is_no_checkpoint(tmp_path: Path) -> None:
+    """It says why; the other stops too, does not wait for it, and is to be started again."""
+    state = make_state(make_run(tmp_path, "topk"), "topk")
+    advance(state, range(1))
+    store = open_store(str(tmp_path))
+    meeting, said = threading.Barrier(2, timeout=60), [None, None]
+
+    def rank(number: int) -> None:
+        def everyones(value: Any) -> list[Any]:
+            said[number] = value
+            meeting.wait()
+            both = list(said)
+            meeting.wait()
+            return both
+
+        own = Down(store) if number else store
+        with make_saver(own, state, lambda _: None, everyones, first=number == 0) as saver:
+            saver.save(7, {})
+
+    with ThreadPoolExecutor(2) as threads:
+        futures = [threads.submit(rank, number) for number in range(2)]
+        with pytest.raises(Stopped, match="another rank could not save"):
+            futures[0].result()
+        with pytest.raises(UnavailableError):
+            futures[1].result()
+    assert Checkpoints(store, "run", keep=2).steps() == []

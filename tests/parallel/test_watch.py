@@ -1,0 +1,124 @@
+"""A rank that is lost, hung or has failed ends the job, within seconds, and is named."""
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pytest
+
+from tests.data.dataplane import processes
+from tests.parallel.watch_worker import HUNG_SECONDS, LOST_SECONDS, rank
+
+WORLD = 3
+MARGIN_SECONDS = 20.0  # for a busy machine
+
+
+class Rank(NamedTuple):
+    """One process of a job."""
+
+    process: Any
+    output: Path
+
+    def reaches(self, step: int) -> None:
+        until = time.monotonic() + MARGIN_SECONDS
+        while f"\n{step}\n" not in self.said("out"):
+            assert self.process.is_alive(), self.said("err")
+            assert time.monotonic() < until
+            time.sleep(0.02)
+
+    def ends(self, seconds: float) -> tuple[int, str]:
+        """(Exit code, what it said last)."""
+        self.process.join(seconds + MARGIN_SECONDS)
+        errors = [line for line in self.said("err").splitlines() if line.startswith("error: ")]
+        return self.process.exitcode, errors[-1] if errors else ""
+
+    def said(self, where: str) -> str:
+        file = self.output.with_suffix(f".{where}")
+        return file.read_text() if file.exists() else ""
+
+
+@pytest.fixture
+def start(tmp_path: Path) -> Iterator[Callable[[str], list[Rank]]]:
+    """Starts a job; none of its processes is left at the end."""
+    ranks: list[Rank] = []
+
+    def job(what: str) -> list[Rank]:
+        with socket.socket() as probe:
+            probe.bind(("127.0.0.1", 0))
+            port = probe.getsockname()[1]
+        for number in range(WORLD):
+            env = {
+                "RANK": str(number),
+                "LOCAL_RANK": str(number),
+                "WORLD_SIZE": str(WORLD),
+                "MASTER_ADDR": "127.0.0.1",
+                "MASTER_PORT": str(port),
+            }
+            output = tmp_path / f"rank-{number}"
+            process = processes.Process(target=rank, args=(what, str(output), env), daemon=True)
+            process.start()
+            ranks.append(Rank(process, output))
+        return ranks
+
+    yield job
+    for one in ranks:
+        one.process.kill()
+        one.process.join()
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
+def test_a_lost_rank_is_named(
+    start: Callable[[str], list[Rank]], number: signal.Signals, victim: int
+) -> None:
+    job = start("goes on")
+    job[victim].reaches(5)
+    os.kill(job[victim].process.pid, number)
+    for other in {0, 1, 2} - {victim}:
+        code, error = job[other].ends(LOST_SECONDS)
+        assert code == 75
+        assert f"rank {victim}" in error
+        assert "start again" in error
+
+
+def test_a_hung_rank_is_named_and_tells_where_it_stands(
+    start: Callable[[str], list[Rank]],
+) -> None:
+    """The others are at the same step, inside a collective that it has not entered."""
+    job = start("hangs")
+    for one in job:
+        code, error = one.ends(HUNG_SECONDS)
+        assert code == 75
+        assert error.startswith("error: rank 1 (")
+        assert "hung at step 3" in error
+    assert "in work" in job[1].said("err")  # the stack
+
+
+def test_a_rank_that_fails_speaks_for_itself_and_ends_the_others(
+    start: Callable[[str], list[Rank]],
+) -> None:
+    job = start("fails")
+    assert job[1].ends(0) == (2, "error: s3://bucket/unit: is damaged")
+    for other in (job[0], job[2]):
+        code, error = other.ends(LOST_SECONDS)
+        assert code == 75
+        assert error.startswith("error: rank 1 (")
+        assert "s3://bucket/unit: is damaged" in error
+
+
+def test_a_wish_to_stop_reaches_all(start: Callable[[str], list[Rank]]) -> None:
+    said = {one.ends(0) for one in start("stops")}
+    assert len(said) == 1
+    code, error = said.pop()
+    assert code == 75
+    assert error.startswith("error: stopped at step")
+
+
+def test_waiting_is_not_hanging(start: Callable[[str], list[Rank]]) -> None:
+    for one in start("waits"):
+        assert one.ends(2 * HUNG_SECONDS) == (0, "")
+        assert "\n10\n" in one.said("out")
