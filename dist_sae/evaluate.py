@@ -19,9 +19,9 @@ from dist_sae.config.data import HuggingFaceModel
 from dist_sae.data.admission import admitted, of_usual_norm
 from dist_sae.data.consumers import kept_units
 from dist_sae.data.corpus import Corpus
+from dist_sae.data.heldout import rows_of
 from dist_sae.data.loader import Units
 from dist_sae.data.plan import Plan, load_plan
-from dist_sae.data.shard import read_block
 from dist_sae.data.tokens import TokenBatch, cut, pack
 from dist_sae.errors import ConfigError, NonFiniteError
 from dist_sae.models import build_tokenizer
@@ -99,15 +99,8 @@ def evaluate(run: Run) -> dict[str, Any]:
 def _scaled_rows(
     units: Units, numbers: range, scale: float, limit: int
 ) -> Iterator[Float[Tensor, "rows d_in"]]:
-    """Scaled activations of units, block by block, `limit` rows at most."""
-    for number in numbers:
-        shard = units.shard(units.manifest(number))
-        for block in range(len(shard.blocks)):
-            if limit <= 0:
-                return
-            acts = read_block(units.store, shard, block).acts[:limit]
-            limit -= len(acts)
-            yield acts.float() * scale
+    for acts in rows_of(units, numbers, limit):
+        yield acts * scale
 
 
 def _principal_components(

@@ -18,6 +18,7 @@ from dist_sae.checkpoint.saver import Saved, Saver
 from dist_sae.checkpoint.state import TrainingState
 from dist_sae.config import Run, differences, dump_run
 from dist_sae.data.consumers import Consumers, Registration
+from dist_sae.data.heldout import are_there, rows_of
 from dist_sae.data.loader import Batch, Loader, Place, Units
 from dist_sae.data.normaliser import Normaliser, measure
 from dist_sae.data.plan import Plan, check_rows, load_plan
@@ -49,6 +50,9 @@ _FREE_SETTINGS = {  # of a run: they change how it is done, not what comes out
     "train.log_every_steps",
     "train.save_every_steps",
     "train.keep_checkpoints",
+    "train.keep_every_steps",
+    "train.keep_best",
+    "train.heldout_rows",
     "train.lost_seconds",
     "train.hung_seconds",
 }
@@ -82,11 +86,15 @@ def train(
     logger.info("%s at step %d of %d", "resuming" if step else "starting", step, run.steps)
     report = _Reporter(run, mesh, telemetry, History(job.runs, run.name, step), step)
 
+    heldout = _Heldout(run, mesh, job.units, normaliser)
+
     def save() -> None:
         watch.at(step, working=False)
         since = time.monotonic()
         check_replicated(mesh, sae.b_dec)
-        saver.save(step, places)
+        fvu = heldout.fvu(sae)
+        saver.save(step, places, heldout_fvu=fvu)
+        report.heldout(fvu)
         report.stalled(time.monotonic() - since)
 
     def durable(saved: Saved) -> None:
@@ -162,7 +170,13 @@ def _begin(run: Run, mesh: Mesh, stopping: threading.Event, telemetry: Telemetry
     plan = load_plan(activations, run)
     check_rows(run, plan)
     units = Units(activations, plan, run.site, stopping)
-    checkpoints = Checkpoints(runs, run.name, run.train.keep_checkpoints)
+    checkpoints = Checkpoints(
+        runs,
+        run.name,
+        run.train.keep_checkpoints,
+        every=run.train.keep_every_steps,
+        best=run.train.keep_best,
+    )
     registration = _registration(run, plan, activations, mesh)
 
     found = _found(checkpoints, runs, run, plan)
@@ -324,6 +338,40 @@ def _deciding(run: Run) -> dict[str, Any]:
     return settings
 
 
+class _Heldout:
+    """The first held-out rows, each rank's share of them, to measure FVU on in mid-run."""
+
+    def __init__(self, run: Run, mesh: Mesh, units: Units, normaliser: Normaliser) -> None:
+        self._rows = run.train.heldout_rows // mesh.world
+        self._mesh = mesh
+        self._units = units
+        self._normaliser = normaliser
+        self._x: Tensor | None = None
+
+    @torch.no_grad()
+    def fvu(self, sae: Dictionary) -> float | None:
+        """Of the weights as they are; None while held-out units are missing. Collective."""
+        if not self._rows:
+            return None
+        if self._x is None and not self._read():
+            return None
+        assert self._x is not None
+        centred = self._x - self._normaliser.mean.to(self._x)
+        error = self._x - sae.decode(sae.encode(self._x))
+        sums = torch.stack([error.square().sum(), centred.square().sum()])
+        left, total = sae.axis.total(sums).tolist()
+        return float(left / total)
+
+    def _read(self) -> bool:
+        numbers, mesh = self._units.plan.heldout_units, self._mesh
+        if mesh.agree(wish=not are_there(self._units, numbers)):
+            return False
+        rows = torch.cat(list(rows_of(self._units, numbers, mesh.world * self._rows)))
+        own = rows[mesh.rank * len(rows) // mesh.world :][: len(rows) // mesh.world]
+        self._x = own.to(mesh.device) * self._normaliser.scale
+        return True
+
+
 class _Reporter:
     """Numbers about the run, for people: Prometheus, the run's history, the progress bar."""
 
@@ -411,6 +459,11 @@ class _Reporter:
             logs.progress(
                 "train", step, self._run.steps, wait_share=self._waited / seconds, **shown
             )
+
+    def heldout(self, fvu: float | None) -> None:
+        """Held-out FVU, where it is measured."""
+        if fvu is not None:
+            self._telemetry.set("dist_sae_train_heldout_fvu", fvu)
 
     def stalled(self, seconds: float) -> None:
         """The training stood still for a copy to be made, or for the save before."""

@@ -277,6 +277,19 @@ def test_a_run_does_not_go_on_with_another_activation_set(
         _found(checkpoints, runs, run, other)
 
 
+def test_checkpoints_tell_their_held_out_fvu(tmp_path: Path, activations: str, calm: Path) -> None:
+    """What `evaluate` measures on the same rows; and measuring changes nothing."""
+    settings = {"heldout_rows": 200, "keep_best": 1, "save_every_steps": 20}
+    path = run_file(tmp_path, activations, train=settings, evaluate={"rows": 200})
+    train(path, *SHARDED, world=2)
+    saved = final(tmp_path)
+    assert saved.scalars["heldout_fvu"] == pytest.approx(evaluate(load_run(path))["fvu"], rel=1e-4)
+    train(run_file(tmp_path / "one", activations, train=settings))
+    check_same(final(calm), final(tmp_path / "one"))
+    (one, other) = (final(f).scalars["heldout_fvu"] for f in (tmp_path, tmp_path / "one"))
+    assert one == pytest.approx(other, rel=1e-4)
+
+
 @pytest.mark.parametrize("damage", ["a part of the second rank", "manifest", "a part is gone"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     tmp_path: Path, activations: str, sharded: Path, damage: str

@@ -134,12 +134,18 @@ class Checkpoints:
         store: The store of runs.
         run: Name of the run.
         keep: How many of the newest to keep.
+        every: Keep those at multiples of so many steps too.
+        best: Keep so many with the lowest `heldout_fvu` too.
     """
 
-    def __init__(self, store: ObjectStore, run: str, keep: int) -> None:
+    def __init__(
+        self, store: ObjectStore, run: str, keep: int, *, every: int | None = None, best: int = 0
+    ) -> None:
         self._store = store
         self._prefix = f"{run}/checkpoints/"
         self._keep = keep
+        self._every = every
+        self._best = best
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending."""
@@ -189,11 +195,22 @@ class Checkpoints:
             merged[name] = TensorRecord(shape=record.shape, parts=parts)
         manifest = CheckpointManifest(step=step, scalars=dict(scalars), tensors=merged)
         self._store.put(f"{self._folder(step)}{_MANIFEST}", seal(manifest))
-        kept = self.steps()[-self._keep :]
+        kept = self._kept()
         for old in self._folders():
             if old < step and old not in kept:  # too old, or left by a save that was cut off
                 self.delete(old)
         return sum(part.bytes for record in merged.values() for part in record.parts)
+
+    def _kept(self) -> set[int]:
+        steps = self.steps()
+        kept = set(steps[-self._keep :])
+        if self._every:
+            kept.update(step for step in steps if step % self._every == 0)
+        if self._best:
+            measured = [(c.scalars.get("heldout_fvu"), c.step) for c in self.newest_first()]
+            ranked = sorted((fvu, step) for fvu, step in measured if fvu is not None)
+            kept.update(step for _, step in ranked[: self._best])
+        return kept
 
     def open(self, step: int) -> Checkpoint:
         """A complete checkpoint.

@@ -117,6 +117,10 @@ class Run(Section):
     def _disagreements(self) -> Iterator[tuple[str, str]]:
         train, activations, processes = self.train, self.activations, self.processes
         sites = ", ".join(activations.sites)
+        if train.keep_best and not train.heldout_rows:
+            yield "train.keep_best", "needs train.heldout_rows, to know which are the best"
+        if train.heldout_rows and not activations.heldout_share:
+            yield "train.heldout_rows", "nothing is held out; set activations.heldout_share"
         if train.site is None and len(activations.sites) > 1:
             yield "train.site", f"missing; activations.sites has several: {sites}"
         if train.site is not None and train.site not in activations.sites:

@@ -46,6 +46,13 @@ class TrainConfig(Section):
     log_every_steps: PositiveInt = 10
     save_every_steps: PositiveInt = 1000
     keep_checkpoints: PositiveInt = 2
+    """How many of the newest are kept."""
+    keep_every_steps: PositiveInt | None = None
+    """Checkpoints at multiples of this are kept as well."""
+    keep_best: NonNegativeInt = 0
+    """So many with the lowest held-out FVU are kept as well; needs `heldout_rows`."""
+    heldout_rows: NonNegativeInt = 0
+    """At each save FVU is measured on so many held-out rows, if they are there yet; 0: not."""
     lost_seconds: PositiveFloat = 30
     """A rank without a sign of life for so long is lost: the job ends, to be started again."""
     hung_seconds: PositiveFloat = 900

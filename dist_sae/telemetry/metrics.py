@@ -63,6 +63,7 @@ METRICS = (
         "Rows per second since the last report, all ranks.",
     ),
     Metric("dist_sae_train_fvu", "gauge", "Fraction of variance unexplained on the last batch."),
+    Metric("dist_sae_train_heldout_fvu", "gauge", "The same on held-out rows, at the last save."),
     Metric(
         "dist_sae_train_auxk_loss", "gauge", "AuxK loss on the last batch, before its coefficient."
     ),

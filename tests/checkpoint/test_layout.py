@@ -135,6 +135,15 @@ def test_only_the_newest_are_kept(tmp_path: Path) -> None:
     ]
 
 
+def test_every_mth_and_the_best_are_kept_as_well(tmp_path: Path) -> None:
+    """Held-out FVU falls until step 25 and rises again; unmeasured ones are not the best."""
+    checkpoints = Checkpoints(open_store(str(tmp_path)), "run", keep=2, every=20, best=2)
+    fvu = {5: None, 10: 0.5, 15: 0.4, 20: 0.3, 25: 0.2, 30: 0.3, 35: 0.4, 40: 0.5, 45: 0.6}
+    for step, value in fvu.items():
+        save(checkpoints, step, TENSORS, {"heldout_fvu": value})
+    assert checkpoints.steps() == [20, 25, 40, 45]
+
+
 @pytest.mark.parametrize("damage", ["flip", "cut", "manifest"])
 def test_damage_is_found_and_named(tmp_path: Path, damage: str) -> None:
     store = open_store(str(tmp_path))

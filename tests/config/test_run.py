@@ -174,6 +174,14 @@ def test_load_run_refuses_urls_that_lead_nowhere(
             "sae.init: data wants n_latents (5000) rows, of train.rows; or: random",
         ),
         (
+            ["train.keep_best=1"],
+            "train.keep_best: needs train.heldout_rows, to know which are the best",
+        ),
+        (
+            ["train.heldout_rows=100", "activations.heldout_share=0"],
+            "train.heldout_rows: nothing is held out; set activations.heldout_share",
+        ),
+        (
             ["telemetry.port=65535"],
             "telemetry.port: 65535 leaves no ports for 1 producers and 1 trainers: "
             "the last one would be 65536",
