@@ -108,6 +108,7 @@ def train(
             normaliser.to_scalars() | {"plan": job.units.plan.hash, "run": _deciding(run)},
             everyones=mesh.beside().everyones,
             first=mesh.is_first,
+            before=report.flush,
             durable=durable,
             step=step,
         ) as saver,
@@ -474,5 +475,7 @@ class _Reporter:
         self._telemetry.set("dist_sae_checkpoint_step", saved.step)
         self._telemetry.set("dist_sae_checkpoint_seconds", saved.seconds)
         self._telemetry.set("dist_sae_checkpoint_bytes", saved.bytes)
-        if self._mesh.is_first:
-            self._history.flush()
+
+    def flush(self) -> None:
+        """The history up to now, durably. Called in the thread that saves."""
+        self._history.flush()

@@ -36,6 +36,8 @@ class Saver:
         scalars: What is no tensor and never changes.
         everyones: Gathers a value of every rank, in their order; called in the thread.
         first: Whether this rank writes the manifest.
+        before: Called in the thread, on the first rank, before a checkpoint exists: what would
+            be lost if the run died right after.
         durable: Called in the thread, on every rank, when a checkpoint exists.
         step: The step that the run begins at, which needs no saving.
     """
@@ -48,6 +50,7 @@ class Saver:
         *,
         everyones: Callable[[Any], list[Any]],
         first: bool,
+        before: Callable[[], None],
         durable: Callable[[Saved], None],
         step: int,
     ) -> None:
@@ -56,6 +59,7 @@ class Saver:
         self._scalars = scalars
         self._everyones = everyones
         self._first = first
+        self._before = before
         self._durable = durable
         self._step = step
         self._thread: threading.Thread | None = None
@@ -136,6 +140,7 @@ class Saver:
         def commit() -> int:
             if not self._first:
                 return 0
+            self._before()
             records = [records for records, _ in everyones]
             all_scalars = {**self._scalars, **scalars, "places": everywhere}
             return self._checkpoints.commit(step, records, all_scalars)

@@ -43,10 +43,18 @@ def make_saver(
     everyones: Callable[[Any], list[Any]] = lambda value: [value],
     *,
     first: bool = True,
+    before: Callable[[], None] = lambda: None,
 ) -> Saver:
     checkpoints = Checkpoints(store, "run", keep=2)
     return Saver(
-        checkpoints, state, {"a": 1}, everyones=everyones, first=first, durable=durable, step=0
+        checkpoints,
+        state,
+        {"a": 1},
+        everyones=everyones,
+        first=first,
+        before=before,
+        durable=durable,
+        step=0,
     )
 
 
@@ -75,6 +83,20 @@ def test_the_step_that_is_saved_already_is_not_saved_again(tmp_path: Path) -> No
         for step in (0, 4, 4):
             saver.save(step, {})
     assert [s.step for s in saved] == [4]
+
+
+def test_what_belongs_to_a_checkpoint_is_there_before_it(tmp_path: Path) -> None:
+    """The history: a run that dies right after a save would lack the steps before it."""
+    state = make_state(make_run(tmp_path, "topk"), "topk")
+    advance(state, range(1))
+    store, seen = open_store(str(tmp_path)), list[list[int]]()
+
+    def before() -> None:
+        seen.append(Checkpoints(store, "run", keep=2).steps())
+
+    with make_saver(store, state, lambda _: None, before=before) as saver:
+        saver.save(4, {})
+    assert seen == [[]]
 
 
 def test_what_one_rank_cannot_save_is_no_checkpoint(tmp_path: Path) -> None:
