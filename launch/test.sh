@@ -11,4 +11,6 @@ $bin/ruff format --check .
 $bin/ruff check .
 $bin/mypy
 $bin/lint-imports
-OMP_NUM_THREADS=1 exec $bin/python -m pytest -n 2 --dist loadfile "$@"
+# the longest files first, or one of the two would be left alone with them at the end
+OMP_NUM_THREADS=1 exec $bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
+    tests/test_train.py tests/parallel tests/test_run.py tests "$@"
