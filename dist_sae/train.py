@@ -180,7 +180,7 @@ def _begin(run: Run, mesh: Mesh, stopping: threading.Event, telemetry: Telemetry
     )
     registration = _registration(run, plan, activations, mesh)
 
-    found = _found(checkpoints, runs, run, plan)
+    found = _found(checkpoints, runs, run, plan, mesh)
     if mesh.is_first:
         runs.put(f"{run.name}/run.yaml", dump_run(run).encode())
     if found:
@@ -228,14 +228,20 @@ def _initialise(
             initialise_from_data(sae, chain([first], batches))
 
 
-def _found(checkpoints: Checkpoints, runs: ObjectStore, run: Run, plan: Plan) -> list[Checkpoint]:
-    """The checkpoints to go on from, the best first; none at the beginning.
+def _found(
+    checkpoints: Checkpoints, runs: ObjectStore, run: Run, plan: Plan, mesh: Mesh
+) -> list[Checkpoint]:
+    """The checkpoints to go on from, the newest first; none at the beginning. Collective.
+
+    Those whose manifest every rank could read: they must not go on from different ones.
 
     Raises:
         CorruptObjectError: There are some, and not one has a manifest that is whole.
         PlanMismatchError: They are of a run with other settings, or on another activation set.
     """
     found = list(checkpoints.newest_first())
+    on_all = set.intersection(*mesh.everyones({checkpoint.step for checkpoint in found}))
+    found = [checkpoint for checkpoint in found if checkpoint.step in on_all]
     if not found and checkpoints.steps():
         raise CorruptObjectError(
             "no checkpoint is whole; restore one, or train under another name",
@@ -283,16 +289,20 @@ def _restore(
             take = state.read(checkpoint)
         except (CorruptObjectError, ObjectNotFoundError) as exc:
             damage = exc
-        if not mesh.agree(wish=damage is not None):
-            take()
-            return checkpoint
-        telemetry.add("dist_sae_checkpoint_damaged_total", 1)
-        if damage is not None:
-            logger.error("%s; the checkpoint before step %d is taken", damage, checkpoint.step)
-        if mesh.is_first:  # or it would be the newest again
-            checkpoints.delete(checkpoint.step)
+        if mesh.agree(wish=damage is not None):
+            if damage is not None:
+                logger.error("%s; the checkpoint before is taken", damage)
+            continue
+        take()
+        if mesh.is_first:  # later ones are damaged, and would be the newest again
+            for step in checkpoints.steps():
+                if step > checkpoint.step:
+                    telemetry.add("dist_sae_checkpoint_damaged_total", 1)
+                    checkpoints.delete(step)
+        return checkpoint
     raise CorruptObjectError(
-        "no checkpoint is whole; train under another name", url=checkpoint.store.url
+        "no checkpoint is whole; restore one, or train under another name",
+        url=checkpoint.store.url,
     )
 
 

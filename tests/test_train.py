@@ -270,11 +270,12 @@ def test_a_run_does_not_go_on_with_another_activation_set(
     run = load_run(run_file(calm, activations))
     runs = open_store(str(calm / "runs"))
     checkpoints = Checkpoints(runs, "world", 2)
-    (saved,) = _found(checkpoints, runs, run, load_plan(open_store(activations), run))
+    alone = Mesh(0, 1, torch.device("cpu"), WHOLE)
+    (saved,) = _found(checkpoints, runs, run, load_plan(open_store(activations), run), alone)
     assert sorted(_places(saved)) == [0, 1, 2, 3]
     other = plan(load_run(write_run(tmp_path, activations={"seed": 1})))
     with pytest.raises(PlanMismatchError, match="was trained on another activation set"):
-        _found(checkpoints, runs, run, other)
+        _found(checkpoints, runs, run, other, alone)
 
 
 def test_checkpoints_tell_their_held_out_fvu(tmp_path: Path, activations: str, calm: Path) -> None:
@@ -290,12 +291,31 @@ def test_checkpoints_tell_their_held_out_fvu(tmp_path: Path, activations: str, c
     assert one == pytest.approx(other, rel=1e-4)
 
 
+def test_ranks_go_on_from_a_checkpoint_that_all_can_read(tmp_path: Path, activations: str) -> None:
+    """What one rank has read in vain, the others leave alone."""
+    path = run_file(tmp_path, activations, train={"save_every_steps": 8, "keep_checkpoints": 3})
+    train(path, stop_at=20)
+    settings, runs = load_run(path), open_store(str(tmp_path / "runs"))
+    checkpoints = Checkpoints(runs, "world", 3)
+    newest = max(checkpoints.steps())
+
+    class OneOfTwo(Mesh):
+        def everyones(self, value: set[int]) -> list[set[int]]:
+            return [value, value - {newest}]
+
+    mesh = OneOfTwo(0, 2, torch.device("cpu"), WHOLE)
+    plan_ = load_plan(open_store(activations), settings)
+    found = _found(checkpoints, runs, settings, plan_, mesh)
+    assert [checkpoint.step for checkpoint in found] == [16, 8]
+
+
 @pytest.mark.parametrize("damage", ["a part of the second rank", "manifest", "a part is gone"])
 def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     tmp_path: Path, activations: str, sharded: Path, damage: str
 ) -> None:
     """Loudly, on all ranks, and to the same end."""
-    path = run_file(tmp_path, activations, train={"save_every_steps": 8})
+    settings = {"save_every_steps": 8, "keep_checkpoints": 100}
+    path = run_file(tmp_path, activations, train=settings)
     train(path, *SHARDED, world=2, stop_at=20)
     store = open_store(str(tmp_path / "runs"))
     newest = max(Checkpoints(store, "world", 2).steps())
@@ -308,6 +328,8 @@ def test_a_damaged_checkpoint_falls_back_to_the_one_before(
     errors = train(path, *SHARDED, world=2)
     assert name in "".join(errors)
     assert "resuming at step 16" in errors[0]
+    # and does not stay among those that are kept
+    assert Checkpoints(store, "world", 2).steps() == [*range(8, STEPS, 8), STEPS]
     check_same(final(sharded), final(tmp_path))
 
 

@@ -1,5 +1,6 @@
 """Saving while training goes on."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable, Mapping
@@ -9,6 +10,8 @@ from typing import Any, NamedTuple, TypeVar
 from dist_sae.checkpoint.layout import Checkpoints, Piece
 from dist_sae.checkpoint.state import TrainingState
 from dist_sae.errors import Stopped
+
+logger = logging.getLogger(__name__)
 
 Some = TypeVar("Some")
 
@@ -74,10 +77,12 @@ class Saver:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._thread is not None:
-            self._thread.join()
-        if kind is None:
+        try:
             self.finish()
+        except Exception as exc:
+            if kind is None:
+                raise
+            logger.error("the last save failed as well: %s", exc)
 
     def save(self, step: int, places: Mapping[int, Any], **scalars: Any) -> None:
         """Begin to save; collective. Returns as soon as the copy is made.

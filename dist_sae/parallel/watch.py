@@ -1,9 +1,9 @@
 """Ranks that watch over one another: a stop is passed on, and a lost or hung rank ends the job.
 
-Every rank leaves a sign of life in the rendezvous store each second. The first rank reads them all
-and says when one is missing; the others read what it says, and its sign. A rank that waits for data
-or is inside a collective takes part in nothing else, so none of this needs the training's thread:
-when the job must end and that thread does not come back by itself, the process is ended.
+Every rank leaves a sign of life in the rendezvous store twice a second. The first rank reads all of
+them and says when one is missing; the others read what it says, and its sign. A rank that waits for
+data or is inside a collective takes part in nothing else, so none of this needs the training's
+thread: when the job must end and that thread does not come back by itself, the process is ended.
 """
 
 import faulthandler
@@ -25,9 +25,7 @@ from dist_sae.parallel import axis
 from dist_sae.parallel.mesh import Mesh
 
 _BEAT_SECONDS = 0.5
-_GRACE_SECONDS = (
-    5.0  # for the training's thread to end by itself; every rank may have its own error
-)
+_GRACE_SECONDS = 5.0  # for the training's thread to end by itself, with an error of its own
 _STOP, _OVER, _SIGN = "dist_sae/stop", "dist_sae/over", "dist_sae/sign/"
 
 
@@ -40,9 +38,9 @@ class _Sign(NamedTuple):
     """Not waiting for data, for the store, or for others that may."""
     collectives: int
     """Entered so far: who is behind the others keeps them waiting."""
-    error: str | None
-    """Why it has ended."""
     left: bool
+    error: str | None
+    """Why it has left, if not as it should."""
     host: str
 
 
@@ -72,9 +70,10 @@ class Watch:
         self._stopping = stopping
         self._lost_seconds = lost_seconds
         self._hung_seconds = hung_seconds
-        self._sign = _Sign(
-            0, 0, working=False, collectives=0, error=None, left=False, host=socket.gethostname()
-        )
+        self._beats = 0
+        # each is written by one thread, whole: what the two wrote together could be lost
+        self._at = (0, False)
+        self._left: tuple[bool, str | None] = (False, None)
         self._ended = threading.Event()
         self._over = threading.Event()
         self._verdict = ""
@@ -86,7 +85,7 @@ class Watch:
 
     def at(self, step: int, *, working: bool) -> None:
         """Say what the training is about."""
-        self._sign = self._sign._replace(step=step, working=working)
+        self._at = (step, working)
 
     def __enter__(self) -> "Watch":
         if self._mesh.world > 1:
@@ -114,7 +113,7 @@ class Watch:
         self._leave(None if error is None or isinstance(error, Stopped) else _first_line(error))
 
     def _leave(self, error: str | None) -> None:
-        self._sign = self._sign._replace(left=True, working=False, error=error)
+        self._left = (True, error)
         self._ended.set()
         for thread in self._threads:
             thread.join(_GRACE_SECONDS)
@@ -136,8 +135,10 @@ class Watch:
                 self._end(f"rank 0, which keeps the rendezvous store, is gone ({_first_line(exc)})")
 
     def _say(self) -> None:
-        self._sign = self._sign._replace(beat=self._sign.beat + 1, collectives=axis.entered)
-        self._store.set(f"{_SIGN}{self._mesh.rank}", json.dumps(self._sign))
+        self._beats += 1
+        (step, working), (left, error) = self._at, self._left
+        sign = _Sign(self._beats, step, working, axis.entered, left, error, socket.gethostname())
+        self._store.set(f"{_SIGN}{self._mesh.rank}", json.dumps(sign))
 
     def _pass_on_a_stop(self) -> None:
         if self._stopping.is_set():
