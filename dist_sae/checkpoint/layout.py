@@ -124,7 +124,11 @@ class Checkpoint(NamedTuple):
             data = self.store.get(part.key)
             if hashlib.sha256(data).hexdigest() == part.sha256:
                 return safetensors.torch.load(data)["rows"]
-        raise CorruptObjectError("does not match its checksum", url=self.store.url, key=part.key)
+        raise CorruptObjectError(
+            "does not match its checksum; without its folder the checkpoint before is used",
+            url=self.store.url,
+            key=part.key,
+        )
 
 
 class Checkpoints:
