@@ -212,6 +212,24 @@ def _bench_step(options: argparse.Namespace) -> None:
         _print_result(options, result)
 
 
+def _bench_checkpoint(options: argparse.Namespace) -> None:
+    import torch
+
+    from dist_sae.bench.checkpoint import bench_checkpoint
+    from dist_sae.bench.step import StepShape, bench_run
+    from dist_sae.parallel.mesh import join_mesh
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    shape = StepShape(options.d_in, options.n_latents, options.k, options.batch)
+    run = bench_run(shape, 1, 1, url=options.url, endpoint_url=options.endpoint_url)
+    with join_mesh(1) as mesh:
+        result = bench_checkpoint(
+            shape, mesh, run.store, every=options.every, rounds=options.rounds
+        )
+    _print_result(options, result)
+
+
 def _bench_peers(options: argparse.Namespace) -> None:
     from dist_sae.bench.peers import bench_peers, render_table
 
@@ -412,11 +430,12 @@ def _add_benches(commands: Any) -> None:
         "--fvu-rows", type=int, default=0, help="rows of the FVU comparison; 0: none"
     )
     peers.set_defaults(command=_bench_peers)
-    store = actions.add_parser("store", help="writing and reading activations against raw PUT, GET")
-    store.add_argument(
-        "--url", required=True, help="s3://bucket/prefix or a folder; what is written is deleted"
+    checkpoint = actions.add_parser(
+        "checkpoint", help="what saving costs the training, and loading"
     )
-    store.add_argument("--endpoint-url", help="of a store other than AWS")
+    checkpoint.add_argument("--every", type=int, default=200, help="steps between two saves")
+    checkpoint.set_defaults(command=_bench_checkpoint)
+    store = actions.add_parser("store", help="writing and reading activations against raw PUT, GET")
     store.add_argument("--units", type=int, default=16)
     store.add_argument("--unit-rows", type=int, default=16_384)
     store.add_argument("--block-rows", type=int, default=4096)
@@ -427,11 +446,17 @@ def _add_benches(commands: Any) -> None:
         "--cached", action="store_true", help="let a folder's files stay in the page cache"
     )
     store.set_defaults(command=_bench_store)
-    for action in (step, peers):
+    for action in (store, checkpoint):
+        action.add_argument(
+            "--url",
+            required=True,
+            help="s3://bucket/prefix or a folder; what is written is deleted",
+        )
+        action.add_argument("--endpoint-url", help="of a store other than AWS")
+    for action in (step, peers, checkpoint):
         action.add_argument("--n-latents", type=int, default=65_536)
         action.add_argument("--k", type=int, default=32)
-    for action in (step, peers, store):
-        rounds = 5 if action is store else 9
+    for action, rounds in ((step, 9), (peers, 9), (store, 5), (checkpoint, 3)):
         action.add_argument("--d-in", type=int, default=768)
         action.add_argument("--batch", type=int, default=4096, help="rows")
         action.add_argument("--rounds", type=int, default=rounds, help="medians are over so many")

@@ -6,12 +6,9 @@ fastest chunking of it that is found in the same run. Both are timed in turn, an
 pair is taken, so that a machine that is busy for a while does not tell a lie.
 """
 
-import resource
 import statistics
-import threading
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -19,6 +16,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dist_sae.bench.memory import peak_memory, resident_bytes
+from dist_sae.checkpoint.state import TrainingState
 from dist_sae.config import Run, validate_run
 from dist_sae.config.sae import SaeConfig
 from dist_sae.parallel.engine import DeepSpeedEngine
@@ -85,6 +84,12 @@ class TrainingStep:
         self.dead.update(output.fired, self._shape.batch)
         return float(output.terms.fvu.detach())
 
+    @property
+    def state(self) -> TrainingState:
+        """What a checkpoint of it holds."""
+        assert self._engine is not None, "initialise first"
+        return TrainingState(self.sae, self._engine, self.dead, None)
+
     def reconstruct(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
         """x_hat of scaled rows."""
         return self.sae.decode(self.sae.encode(x))
@@ -105,10 +110,10 @@ def bench_step(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any]:
     batches = [x.to(mesh.device) for x in batches]
     step = TrainingStep(shape, mesh)
     step.initialise(batches[0])
-    before = _resident_bytes()
+    before = resident_bytes()
     state = _STATE_BYTES * sum(p.numel() for p in step.sae.parameters())
     held = 4 * sum(p.numel() for p in step.sae.parameters())  # the weights are in `before`
-    with _peak_memory() as peak:
+    with peak_memory() as peak:
         for x in batches:
             step(x)  # moments are made, memory is mapped
     product, chunk = _fastest_product(shape, mesh, batches[0], step.sae.W_enc.detach())
@@ -137,17 +142,24 @@ def bench_step(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any]:
     }
 
 
-def bench_run(shape: StepShape, world: int, shards: int) -> Run:
-    """A run whose training is this step, of TopK with AuxK; its data are never read.
+def bench_run(
+    shape: StepShape,
+    world: int,
+    shards: int,
+    *,
+    url: str | None = None,
+    endpoint_url: str | None = None,
+) -> Run:
+    """A run at `url` whose training is this step, of TopK with AuxK; its data are never read.
 
     Raises:
         ConfigError: There can be no such step.
     """
-    nowhere = str(Path("nowhere").absolute())
+    url = url or str(Path("nowhere").absolute())
     return validate_run(
         {
             "name": "bench",
-            "store": {"activations": nowhere, "runs": nowhere},
+            "store": {"activations": url, "runs": url, "s3": {"endpoint_url": endpoint_url}},
             "model": {"kind": "synthetic", "d_in": shape.d_in},
             "corpus": {"kind": "synthetic"},
             "activations": {"sites": ["synthetic"], "streams": world},
@@ -167,7 +179,7 @@ def bench_run(shape: StepShape, world: int, shards: int) -> Run:
             },
             "processes": {"trainers": world, "shards": shards},
         },
-        "bench step",
+        "bench",
     )
 
 
@@ -247,26 +259,3 @@ def _labelled(label: str, function: Callable[..., Tensor]) -> Callable[..., Tens
             return function(*arguments)
 
     return labelled
-
-
-def _resident_bytes() -> int:
-    with Path("/proc/self/statm").open(encoding="ascii") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
-
-
-@contextmanager
-def _peak_memory() -> Iterator[list[int]]:
-    """The largest resident memory while this lasts, looked at every few milliseconds."""
-    peak, over = [_resident_bytes()], threading.Event()
-
-    def watch() -> None:
-        while not over.wait(0.005):
-            peak[0] = max(peak[0], _resident_bytes())
-
-    thread = threading.Thread(target=watch, name="memory", daemon=True)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        over.set()
-        thread.join()

@@ -10,20 +10,16 @@ ratio of each pair is taken.
 import io
 import math
 import os
-import shutil
 import statistics
 import threading
 import time
-import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
-from urllib.parse import unquote, urlsplit
 
 import torch
 
+from dist_sae.bench.scratch import scratch
 from dist_sae.config import Run, validate_run
 from dist_sae.config.data import SYNTHETIC_SITE
 from dist_sae.data.corpus import Corpus
@@ -31,7 +27,8 @@ from dist_sae.data.loader import Loader, Units
 from dist_sae.data.plan import PLAN_KEY, Plan, make_plan, publish_plan
 from dist_sae.data.shard import DTYPES, Rows, SiteShard, UnitManifest, manifest_key, write_shard
 from dist_sae.errors import ConfigError
-from dist_sae.storage import ObjectStore, open_store
+from dist_sae.storage import ObjectStore
+from dist_sae.storage.local import LocalStore
 from dist_sae.storage.records import seal
 
 if TYPE_CHECKING:
@@ -72,10 +69,6 @@ class Raw(Protocol):
         """Drop from this machine's memory what can be dropped."""
         ...
 
-    def remove(self) -> None:
-        """Remove what an empty store leaves behind."""
-        ...
-
 
 def bench_store(run: Run, shape: StoreShape, *, rounds: int, cached: bool) -> dict[str, Any]:
     """Write a set beside whatever is at `run.store.activations`, time it, delete it.
@@ -92,10 +85,8 @@ def bench_store(run: Run, shape: StoreShape, *, rounds: int, cached: bool) -> di
         `rows_per_second`, `bytes_per_second` of the project. `payload_bytes` are activations,
         tokens, positions and documents; `overhead` is what else is stored, as a share of them.
     """
-    url = f"{run.store.activations}/bench-{uuid.uuid4().hex[:12]}"
-    store = open_store(url, run.store.s3)
-    raw: Raw = _RawS3(store) if url.startswith("s3://") else _RawFolder(url)  # type: ignore[arg-type]
-    with _removed(store, raw):
+    with scratch(run.store.activations, run.store.s3) as store:
+        raw = _RawFolder(store) if isinstance(store, LocalStore) else _RawS3(store)  # type: ignore[arg-type]
         corpus = Corpus(run.corpus, run.store.s3)
         plan = make_plan(run, corpus.index(), float(_document_rows(shape)))
         publish_plan(store, plan)
@@ -201,15 +192,12 @@ class _RawS3:
     def forget(self) -> None:
         """What the server holds in memory is its own affair."""
 
-    def remove(self) -> None:
-        """S3 has no folders."""
-
 
 class _RawFolder:
     """Reads and writes of the operating system."""
 
-    def __init__(self, url: str) -> None:
-        self._root = Path(unquote(urlsplit(url).path) if url.startswith("file://") else url)
+    def __init__(self, store: LocalStore) -> None:
+        self._root = store.root
 
     def put(self, key: str, data: bytes) -> None:
         path = self._root / key
@@ -232,20 +220,6 @@ class _RawFolder:
             if path.is_file():
                 with path.open("rb") as file:
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
-
-    def remove(self) -> None:
-        shutil.rmtree(self._root, ignore_errors=True)
-
-
-@contextmanager
-def _removed(store: ObjectStore, raw: Raw) -> Iterator[None]:
-    """Nothing is left of it, whatever happens."""
-    try:
-        yield
-    finally:
-        for key in list(store.keys()):
-            store.delete(key)
-        raw.remove()
 
 
 def _document_rows(shape: StoreShape) -> int:

@@ -21,25 +21,25 @@ class LocalStore:
     """Objects are files; a write becomes visible by one rename (or link) after fsync."""
 
     def __init__(self, url: str) -> None:
-        self._root = Path(
+        self.root = Path(
             unquote(urlsplit(url).path) if url.startswith("file://") else url
         ).absolute()
 
     @property
     def url(self) -> str:
-        return self._root.as_uri()
+        return self.root.as_uri()
 
     @property
     def exclusive(self) -> bool:
         return True
 
     def get(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
-        with self._errors(key), (self._root / key).open("rb") as file:
+        with self._errors(key), (self.root / key).open("rb") as file:
             file.seek(start)
             return file.read(-1 if stop is None else max(0, stop - start))
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
-        path = self._root / key
+        path = self.root / key
         partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}{_TEMPORARY}")
         with self._errors(key):
             try:
@@ -63,16 +63,16 @@ class LocalStore:
     def size(self, key: str) -> int | None:
         with self._errors(key):
             try:
-                return (self._root / key).stat().st_size
+                return (self.root / key).stat().st_size
             except FileNotFoundError:
                 return None
 
     def keys(self, prefix: str = "") -> Iterator[str]:
         found = []
         with self._errors(prefix or None):
-            top = self._root / prefix.rpartition("/")[0]
+            top = self.root / prefix.rpartition("/")[0]
             for folder, _, names in os.walk(top, onerror=_unless_gone):
-                inside = Path(folder).relative_to(self._root)
+                inside = Path(folder).relative_to(self.root)
                 found += [(inside / n).as_posix() for n in names if not n.endswith(_TEMPORARY)]
         yield from sorted(key for key in found if key.startswith(prefix))
 
@@ -80,13 +80,13 @@ class LocalStore:
         for key in self.keys(prefix):
             with self._errors(key):
                 try:
-                    there = (self._root / key).stat()
+                    there = (self.root / key).stat()
                 except FileNotFoundError:  # deleted since it was listed
                     continue
             yield Entry(key, there.st_size, time.time() - there.st_mtime)
 
     def delete(self, key: str) -> None:
-        path = self._root / key
+        path = self.root / key
         with self._errors(key), suppress(FileNotFoundError):
             path.unlink()
             with suppress(OSError):  # not empty, or gone

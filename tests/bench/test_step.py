@@ -20,11 +20,11 @@ def test_bench_step_reports_the_ratio_and_where_the_time_goes() -> None:
 def test_bench_step_refuses_in_one_line_what_cannot_be() -> None:
     """Before the ranks meet, in the words of the run file."""
     for options, expected in (
-        (("--k", "0"), "error: bench step: sae.k: input should be greater than 0 (got 0)\n"),
+        (("--k", "0"), "error: bench: sae.k: input should be greater than 0 (got 0)\n"),
         (
             ("--shards", "2"),
-            "error: bench step: processes.shards: 2 does not divide processes.trainers (1)\n",
+            "error: bench: processes.shards: 2 does not divide processes.trainers (1)\n",
         ),
-        (("--k", "300"), "error: bench step: sae: k (300) must not exceed n_latents (256)\n"),
+        (("--k", "300"), "error: bench: sae: k (300) must not exceed n_latents (256)\n"),
     ):
         assert run("bench", "step", *SMALL, *options, code=2) == expected

@@ -22,7 +22,7 @@ from dist_sae.errors import DistSaeError
 from dist_sae.parallel.mesh import join_mesh
 from dist_sae.parallel.watch import Watch
 from dist_sae.produce import produce
-from dist_sae.telemetry.exporter import Telemetry
+from tests.chaos.scraper import serve
 from tests.data.dataplane import processes, quicken
 
 LOST_SECONDS = 5.0
@@ -30,15 +30,18 @@ LOST_SECONDS = 5.0
 processes.set_forkserver_preload(["tests.chaos.job"])
 
 
-def produce_units(settings: dict[str, Any], name: str, number: int, env: dict[str, str]) -> None:
+def produce_units(
+    settings: dict[str, Any], target: Path, name: str, number: int, env: dict[str, str]
+) -> None:
     """A producer, to the end of its work."""
     quicken(env)
     run = Run.model_validate(settings)
     worker = Worker(name, number, run.processes.producers)
-    produce(run, worker, threading.Event(), Telemetry("chaos", "produce", None))
+    with serve("produce", target) as telemetry:
+        produce(run, worker, threading.Event(), telemetry)
 
 
-def train_rank(settings: dict[str, Any], seen: Path, env: dict[str, str]) -> None:
+def train_rank(settings: dict[str, Any], target: Path, seen: Path, env: dict[str, str]) -> None:
     """One rank; appends to `seen` what it was given: step, stream, digest of the rows."""
     quicken(env)
     logging.disable(logging.NOTSET)
@@ -60,10 +63,11 @@ def train_rank(settings: dict[str, Any], seen: Path, env: dict[str, str]) -> Non
     setattr(dist_sae.train, "Loader", Recording)  # noqa: B010 - not exported
     try:
         with (
+            serve("train", target) as telemetry,
             join_mesh(run.processes.trainers, run.processes.shards) as mesh,
             Watch(mesh, stopping, lost_seconds=LOST_SECONDS, hung_seconds=60.0) as watch,
         ):
-            dist_sae.train.train(run, mesh, watch, stopping, Telemetry("chaos", "train", None))
+            dist_sae.train.train(run, mesh, watch, stopping, telemetry)
     except DistSaeError as error:
         logging.getLogger(__name__).info("ends: %s", error)
         os._exit(error.exit_code)

@@ -1,8 +1,9 @@
 """The whole pipeline under a seeded schedule of deaths, store faults and restarts.
 
-Producers, an S3 server behind a proxy that injects faults, and a trainer of one to four ranks that
-is killed, told to stop, and started again with another number of them. However it went, the trainer
-has been given the same rows at every step, and ends at the same parameters as a calm run.
+Producers, an S3 server behind a proxy that injects faults, a scraper of everyone's metrics, and a
+trainer of one to four ranks that is killed, told to stop, and started again with another number of
+them. However it went, the trainer has been given the same rows at every step, and ends at the same
+parameters as a calm run.
 
 By default one schedule; with `--long` 30.
 """
@@ -26,6 +27,7 @@ from dist_sae.plan import plan
 from dist_sae.storage import open_store
 from dist_sae.telemetry.history import read_history
 from tests.chaos.job import produce_units, train_rank
+from tests.chaos.scraper import Scraper
 from tests.data.dataplane import processes
 from tests.faults import KINDS, FaultProxy
 from tests.launch import write_run
@@ -74,24 +76,45 @@ class Pipeline:
         self._run = run
         self._chance = chance
         self._seen = folder / "seen.jsonl"
+        self._targets = folder / "targets"
+        self._targets.mkdir()
         self._until = time.monotonic() + LIMIT_SECONDS
         self._lives = 0
         self._deaths = 0
         self._starts = 0
 
     def run(self) -> tuple[dict[tuple[int, int], str], int, int]:
-        producers = [self._producer(number) for number in range(2)]
-        while not self._train(producers):
-            pass
-        for producer in producers:
-            producer.join(self._left())
-            assert producer.exitcode == 0
+        with Scraper(self._targets) as scraper:
+            producers = [self._producer(number) for number in range(2)]
+            while not self._train(producers):
+                pass
+            for producer in producers:
+                producer.join(self._left())
+                assert producer.exitcode == 0
+        self._check_metrics(scraper)
         rows = {}
         for line in self._seen.read_text().splitlines():
             step, stream, digest = json.loads(line)
             # what a dead rank had read ahead of the step that was saved is read again
             rows[step, stream] = digest
         return rows, self._deaths, self._starts
+
+    def _check_metrics(self, scraper: Scraper) -> None:
+        """What an operator saw was true: what was called durable was not trained on again."""
+        scraper.check_counters()
+        durable = 0.0
+        for life in range(1, self._starts + 1):
+            first = f"train-{life:03d}-0"
+            if first in scraper.samples:
+                steps = [step for step in scraper.values(first, "dist_sae_train_step") if step]
+                assert all(step > durable for step in steps[:1]), (life, durable, steps[0])
+                assert steps == sorted(steps)
+                saved = scraper.values(first, "dist_sae_checkpoint_step")
+                assert saved == sorted(saved)
+                assert all(step <= self._run.steps for step in saved)
+                durable = max([durable, *saved])
+        assert durable > 0
+        assert any(name.startswith("produce") for name in scraper.samples)
 
     def _train(self, producers: list[Any]) -> bool:
         """One life of the trainer; whether it came to the end."""
@@ -151,14 +174,16 @@ class Pipeline:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
-            started.append(self._start(train_rank, settings, self._seen, env))
+            target = self._targets / f"train-{self._starts:03d}-{rank}"
+            started.append(self._start(train_rank, settings, target, self._seen, env))
         return started
 
     def _producer(self, number: int) -> Any:
         self._lives += 1
         settings = self._run.model_dump(mode="json")
-        name = f"producer-{number}-{self._lives}"
-        return self._start(produce_units, settings, name, number, CREDENTIALS)
+        name = f"produce-{number}-{self._lives}"
+        target = self._targets / name
+        return self._start(produce_units, settings, target, name, number, CREDENTIALS)
 
     def _start(self, work: Callable[..., None], *arguments: Any) -> Any:
         process = processes.Process(target=work, args=arguments, daemon=True)

@@ -1,0 +1,141 @@
+"""`dist-sae bench checkpoint`: what saving costs the training, and what loading costs a rank.
+
+A rank trains alone and saves into the store, through the trainer's `Saver`. A save costs the time
+that the training stands still, and what the steps beside it take longer than usual. Then processes
+of their own load a rank's share of a dictionary of 1, 2 and 4 shards.
+"""
+
+import multiprocessing
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+from dist_sae.bench.memory import peak_memory, resident_bytes
+from dist_sae.bench.scratch import scratch
+from dist_sae.bench.step import StepShape, TrainingStep, bench_run
+from dist_sae.checkpoint.layout import Checkpoints
+from dist_sae.checkpoint.saver import Saved, Saver
+from dist_sae.checkpoint.state import TrainingState
+from dist_sae.config.data import S3Config, StoreConfig
+from dist_sae.parallel.engine import LocalEngine
+from dist_sae.parallel.mesh import Mesh
+from dist_sae.sae import build_sae
+from dist_sae.sae.axis import WholeAxis
+from dist_sae.sae.dead import DeadLatents
+from dist_sae.storage import ObjectStore, open_store
+
+_SHARDS = (1, 2, 4)
+_RUN = "bench"
+
+
+def bench_checkpoint(
+    shape: StepShape, mesh: Mesh, place: StoreConfig, *, every: int, rounds: int
+) -> dict[str, Any]:
+    """Save beside the training and load, in the store of runs; what is written is deleted.
+
+    Args:
+        shape: Sizes.
+        mesh: Of one rank.
+        place: The store.
+        every: Steps between two saves; no more are taken than a save lasts.
+        rounds: How many saves.
+
+    Returns:
+        Medians over `rounds`: `step_seconds` without a save; `stall_seconds`, in which the training
+        stood still; `slowed_seconds`, lost beside that by the steps during a save;
+        `durable_seconds`, until the manifest was written; `share`, of the time of `every` steps
+        that a save cost, with `share_low` and `share_high`. `load_1_of_4_seconds` and
+        `load_1_of_4_peak_bytes` are of a rank with a quarter of the latents: memory beside the
+        parameters that are loaded into.
+
+    Raises:
+        ConfigError: There can be no such shards.
+    """
+    for shards in _SHARDS:
+        bench_run(shape, shards, shards)
+    with scratch(place.runs, place.s3) as store:
+        saves, step_seconds, size = _time_saves(shape, mesh, store, rounds)
+        load = {n: _in_a_process(_time_load, shape, store.url, place.s3, n) for n in _SHARDS}
+    shares = sorted((stall + slowed) / (every * step_seconds) for stall, slowed, _ in saves)
+    stalls, slowed, durable = zip(*saves, strict=True)
+    return {
+        **shape._asdict(),
+        "every": every,
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+        "checkpoint_bytes": size,
+        "step_seconds": step_seconds,
+        "stall_seconds": statistics.median(stalls),
+        "slowed_seconds": statistics.median(slowed),
+        "durable_seconds": statistics.median(durable),
+        "share": statistics.median(shares),
+        "share_low": shares[0],
+        "share_high": shares[-1],
+        **{f"load_1_of_{n}_seconds": seconds for n, (seconds, _) in load.items()},
+        **{f"load_1_of_{n}_peak_bytes": peak for n, (_, peak) in load.items()},
+    }
+
+
+def _time_saves(
+    shape: StepShape, mesh: Mesh, store: ObjectStore, rounds: int
+) -> tuple[list[tuple[float, float, float]], float, int]:
+    """((Stood still, slowed, durable after) of every save, a step without one, bytes)."""
+    generator = torch.Generator().manual_seed(shape.seed)
+    x = torch.randn(shape.batch, shape.d_in, generator=generator).to(mesh.device)
+    step = TrainingStep(shape, mesh)
+    step.initialise(x)
+    step(x)  # moments are made, memory is mapped
+    saves, undisturbed, durable = [], [], list[Saved]()
+    with Saver(
+        Checkpoints(store, _RUN, keep=1),
+        step.state,
+        {},
+        everyones=lambda value: [value],
+        first=True,
+        before=lambda: None,
+        durable=durable.append,
+        step=0,
+    ) as saver:
+        for number in range(rounds):
+            undisturbed += [_seconds(lambda: step(x)) for _ in range(3)]
+            stall = _seconds(lambda n=number: saver.save(n + 1, {}))  # type: ignore[misc]
+            beside = []
+            while len(durable) == number:
+                beside.append(_seconds(lambda: step(x)))
+            saver.finish()
+            usual = statistics.median(undisturbed)
+            slowed = sum(seconds - usual for seconds in beside)
+            saves.append((stall, slowed, durable[-1].seconds))
+    return saves, statistics.median(undisturbed), durable[-1].bytes
+
+
+def _time_load(shape: StepShape, url: str, s3: S3Config, shards: int) -> tuple[float, float]:
+    """(Seconds, bytes of memory) that the last of so many shards takes to be loaded."""
+    axis = WholeAxis(shard=shards - 1, shards=shards)
+    run = bench_run(shape, shards, shards)
+    sae = build_sae(run.sae, shape.d_in, axis)
+    dead = DeadLatents(len(sae.W_enc), run.sae.dead_after_rows, axis)
+    state = TrainingState(sae, LocalEngine(run, sae), dead, None)
+    checkpoint = Checkpoints(open_store(url, s3), _RUN, keep=1).latest()
+    assert checkpoint is not None
+    before = resident_bytes()
+    with peak_memory() as peak:
+        since = time.perf_counter()
+        take = state.read(checkpoint)
+        take()
+        seconds = time.perf_counter() - since
+    return seconds, float(peak[0] - before)
+
+
+def _seconds(work: Callable[[], Any]) -> float:
+    since = time.perf_counter()
+    work()
+    return time.perf_counter() - since
+
+
+def _in_a_process(work: Callable[..., Any], *arguments: Any) -> Any:
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        return pool.apply(work, arguments)
