@@ -80,6 +80,7 @@ def _produce(options: argparse.Namespace) -> None:
 
 
 def _train(options: argparse.Namespace) -> None:
+    from dist_sae.parallel.meeting import meet
     from dist_sae.parallel.mesh import join_mesh
     from dist_sae.parallel.watch import Watch
     from dist_sae.telemetry.exporter import Telemetry
@@ -89,13 +90,14 @@ def _train(options: argparse.Namespace) -> None:
     stopping = _stop_on_signals()
     with (
         Telemetry(run.name, "train", _port(run.telemetry.port, options.port_offset)) as telemetry,
-        join_mesh(run.processes.trainers, run.processes.shards) as mesh,
+        meet(run.processes.trainers, run.train.missing_seconds, stopping) as ranks,
         Watch(
-            mesh,
+            ranks,
             stopping,
             lost_seconds=run.train.lost_seconds,
             hung_seconds=run.train.hung_seconds,
         ) as watch,
+        join_mesh(ranks, run.processes.shards) as mesh,
     ):
         result = train(run, mesh, watch, stopping, telemetry)
     _print_result(options, result)
@@ -197,6 +199,7 @@ def _bench_step(options: argparse.Namespace) -> None:
     import torch
 
     from dist_sae.bench.step import StepShape, bench_run, bench_step
+    from dist_sae.parallel.meeting import meet
     from dist_sae.parallel.mesh import join_mesh
 
     if options.threads:
@@ -206,7 +209,7 @@ def _bench_step(options: argparse.Namespace) -> None:
         options.d_in, options.n_latents, options.k, options.batch, options.products, options.kernels
     )
     bench_run(shape, world, options.shards)  # or it says what is wrong before the ranks meet
-    with join_mesh(world, options.shards) as mesh:
+    with meet(world) as ranks, join_mesh(ranks, options.shards) as mesh:
         result = bench_step(shape, mesh, rounds=options.rounds)
     if mesh.is_first:
         _print_result(options, result)
@@ -217,13 +220,14 @@ def _bench_checkpoint(options: argparse.Namespace) -> None:
 
     from dist_sae.bench.checkpoint import bench_checkpoint
     from dist_sae.bench.step import StepShape, bench_run
+    from dist_sae.parallel.meeting import meet
     from dist_sae.parallel.mesh import join_mesh
 
     if options.threads:
         torch.set_num_threads(options.threads)
     shape = StepShape(options.d_in, options.n_latents, options.k, options.batch)
     run = bench_run(shape, 1, 1, url=options.url, endpoint_url=options.endpoint_url)
-    with join_mesh(1) as mesh:
+    with meet(1) as ranks, join_mesh(ranks) as mesh:
         result = bench_checkpoint(
             shape, mesh, run.store, every=options.every, rounds=options.rounds
         )

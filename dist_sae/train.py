@@ -53,6 +53,7 @@ _FREE_SETTINGS = {  # of a run: they change how it is done, not what comes out
     "train.keep_every_steps",
     "train.keep_best",
     "train.heldout_rows",
+    "train.missing_seconds",
     "train.lost_seconds",
     "train.hung_seconds",
 }

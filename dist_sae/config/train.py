@@ -53,8 +53,11 @@ class TrainConfig(Section):
     """So many with the lowest held-out FVU are kept as well; needs `heldout_rows`."""
     heldout_rows: NonNegativeInt = 0
     """At each save FVU is measured on so many held-out rows, if they are there yet; 0: not."""
+    missing_seconds: PositiveFloat = 600
+    """A rank that has not come so long after the first is missing: the job ends, to be started
+    again."""
     lost_seconds: PositiveFloat = 30
-    """A rank without a sign of life for so long is lost: the job ends, to be started again."""
+    """A rank without a sign of life for so long is lost; the same follows."""
     hung_seconds: PositiveFloat = 900
     """A rank that works on one step for so long is hung; the same follows."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)

@@ -1,7 +1,6 @@
 """The ranks of a training job and what they say to each other."""
 
 import hashlib
-import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -13,6 +12,7 @@ from torch import Tensor
 
 from dist_sae.errors import ConfigError, DivergedError
 from dist_sae.parallel.axis import ShardedAxis
+from dist_sae.parallel.meeting import Ranks
 from dist_sae.sae.axis import LatentAxis
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=10)
@@ -63,50 +63,36 @@ class Mesh(NamedTuple):
 
 
 @contextmanager
-def join_mesh(expected_world: int, shards: int = 1) -> Iterator[Mesh]:
-    """Meet the other ranks, as RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT say.
-
-    Without these variables the job is this one process.
+def join_mesh(ranks: Ranks, shards: int = 1) -> Iterator[Mesh]:
+    """Make the groups of ranks that compute together.
 
     Args:
-        expected_world: Ranks that the run file names.
+        ranks: All of them.
         shards: Into how many pieces the dictionary is cut; divides the number of ranks.
 
     Raises:
-        ConfigError: The launcher started another number of ranks than the run file names, more
-            than there are GPUs, or told them no place to meet.
+        ConfigError: There are more ranks on this machine than GPUs.
     """
-    rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", str(rank)))
-    if world != expected_world:
-        raise ConfigError(
-            f"processes.trainers is {expected_world}, but WORLD_SIZE is {world}; "
-            f"start {expected_world} ranks or set processes.trainers"
-        )
+    rank, world = ranks.rank, ranks.world
     cuda = torch.cuda.is_available()
-    if cuda and local_rank >= torch.cuda.device_count():
+    if cuda and ranks.local_rank >= torch.cuda.device_count():
         raise ConfigError(
-            f"this machine has {torch.cuda.device_count()} GPUs, none for local rank {local_rank}; "
-            f"lower processes.trainers, or set CUDA_VISIBLE_DEVICES= to train on the CPU"
+            f"this machine has {torch.cuda.device_count()} GPUs, none for local rank "
+            f"{ranks.local_rank}; lower processes.trainers, or set CUDA_VISIBLE_DEVICES= "
+            f"to train on the CPU"
         )
-    device = torch.device("cuda", local_rank) if cuda else torch.device("cpu")
+    device = torch.device("cuda", ranks.local_rank) if cuda else torch.device("cpu")
     if cuda:
         torch.cuda.set_device(device)
     backend = "nccl" if cuda else "gloo"
+    # DeepSpeed wants a process group of one rank as well; it needs no port
+    store = ranks.connect() if world > 1 else dist.HashStore()  # type: ignore[attr-defined]
+    dist.init_process_group(
+        backend, store=store, rank=rank, world_size=world, timeout=_COLLECTIVE_TIMEOUT
+    )
+    control = spare = None
     if world > 1:
-        try:
-            dist.init_process_group(backend, timeout=_COLLECTIVE_TIMEOUT)
-        except (dist.DistError, ValueError) as exc:
-            address = f"{os.environ.get('MASTER_ADDR')}:{os.environ.get('MASTER_PORT')}"
-            raise ConfigError(
-                f"MASTER_ADDR:MASTER_PORT {address}: the ranks cannot meet there "
-                f"({str(exc).splitlines()[0]}); give an address and a free port"
-            ) from exc
         control, spare = (dist.new_group(backend="gloo", timeout=_FOREVER) for _ in range(2))
-    else:  # DeepSpeed wants a process group even so; this one needs no port
-        store = dist.HashStore()  # type: ignore[attr-defined]
-        dist.init_process_group(backend, store=store, rank=0, world_size=1)
-        control = spare = None
     try:
         yield Mesh(rank, world, device, _split(rank, world, shards), control, spare)
     finally:

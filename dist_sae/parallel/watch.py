@@ -1,32 +1,31 @@
 """Ranks that watch over one another: a stop is passed on, and a lost or hung rank ends the job.
 
-Every rank leaves a sign of life in the rendezvous store twice a second. The first rank reads all of
-them and says when one is missing; the others read what it says, and its sign. A rank that waits for
-data or is inside a collective takes part in nothing else, so none of this needs the training's
-thread: when the job must end and that thread does not come back by itself, the process is ended.
+Every rank leaves a sign of life in the store that they met at twice a second. The first rank reads
+all of them and says when one is missing; the others read what it says, and its sign. A rank that
+waits for data, for the others, or is inside a collective takes part in nothing else, so none of
+this needs the training's thread: when the job must end and that thread does not come back by
+itself, the process is ended.
 """
 
 import faulthandler
 import json
 import os
-import socket
 import sys
 import threading
 import time
 from collections.abc import Mapping
-from datetime import timedelta
 from types import TracebackType
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch.distributed as dist
 
 from dist_sae.errors import DistSaeError, RankLostError, Stopped
 from dist_sae.parallel import axis
-from dist_sae.parallel.mesh import Mesh
+from dist_sae.parallel.meeting import Ranks
 
 _BEAT_SECONDS = 0.5
 _GRACE_SECONDS = 5.0  # for the training's thread to end by itself, with an error of its own
-_STOP, _OVER, _SIGN = "dist_sae/stop", "dist_sae/over", "dist_sae/sign/"
+_STOP, _OVER, _SIGN = "stop", "over", "sign/"
 
 
 class _Sign(NamedTuple):
@@ -41,7 +40,10 @@ class _Sign(NamedTuple):
     left: bool
     error: str | None
     """Why it has left, if not as it should."""
-    host: str
+
+
+# of a rank that has met the others and not yet said more
+_SILENT = _Sign(beat=0, step=0, working=False, collectives=0, left=False, error=None)
 
 
 class _Seen(NamedTuple):
@@ -57,16 +59,16 @@ class Watch:
     """This rank's part of the watch, while in its `with`.
 
     Args:
-        mesh: The ranks.
+        ranks: Those that have met.
         stopping: Set on one rank, it is set on all within seconds.
         lost_seconds: A rank that gives no sign of life for so long is lost.
         hung_seconds: A rank that works on one step for so long is hung.
     """
 
     def __init__(
-        self, mesh: Mesh, stopping: threading.Event, *, lost_seconds: float, hung_seconds: float
+        self, ranks: Ranks, stopping: threading.Event, *, lost_seconds: float, hung_seconds: float
     ) -> None:
-        self._mesh = mesh
+        self._ranks = ranks
         self._stopping = stopping
         self._lost_seconds = lost_seconds
         self._hung_seconds = hung_seconds
@@ -75,6 +77,7 @@ class Watch:
         self._at = (0, False)
         self._left: tuple[bool, str | None] = (False, None)
         self._ended = threading.Event()
+        self._alone = threading.Event()  # all others have left
         self._over = threading.Event()
         self._verdict = ""
         self._heard = time.monotonic()  # from the store
@@ -88,10 +91,8 @@ class Watch:
         self._at = (step, working)
 
     def __enter__(self) -> "Watch":
-        if self._mesh.world > 1:
-            self._store = _own_client(self._mesh.world, self._lost_seconds)
-            self._say()
-            self._mesh.barrier()  # every rank has a sign
+        if self._ranks.world > 1:
+            self._store = self._ranks.connect()
             for thread in self._threads:
                 thread.start()
         return self
@@ -102,23 +103,27 @@ class Watch:
         error: BaseException | None,
         trace: TracebackType | None,
     ) -> None:
-        if self._mesh.world == 1:
+        if self._ranks.world == 1:
             return
-        if error is None:
-            self._mesh.barrier()  # under watch: nobody is missed before all are done
+        failed = None if error is None or isinstance(error, Stopped) else _first_line(error)
+        if failed is None and self._ranks.rank == 0:  # the store ends with this process
+            while not (self._alone.wait(_BEAT_SECONDS) or self._over.is_set()):
+                pass
         # which rank it is about, the watch will know soon
-        elif _is_about_others(error) and self._over.wait(self._lost_seconds + _GRACE_SECONDS):
+        if (failed is None and self._over.is_set()) or (
+            _is_about_others(error) and self._over.wait(self._lost_seconds + _GRACE_SECONDS)
+        ):
             self._leave(None)
             raise RankLostError(self._verdict) from error
-        self._leave(None if error is None or isinstance(error, Stopped) else _first_line(error))
+        self._leave(failed)
 
     def _leave(self, error: str | None) -> None:
         self._left = (True, error)
         self._ended.set()
         for thread in self._threads:
             thread.join(_GRACE_SECONDS)
-        if self._mesh.is_first and (error or self._verdict):
-            time.sleep(3 * _BEAT_SECONDS)  # the store ends with this process: let the others hear
+        if self._ranks.rank == 0 and (error or self._verdict):
+            time.sleep(3 * _BEAT_SECONDS)  # let the others hear
 
     def _beat(self) -> None:
         """Give signs of life, and hear what is said."""
@@ -137,8 +142,8 @@ class Watch:
     def _say(self) -> None:
         self._beats += 1
         (step, working), (left, error) = self._at, self._left
-        sign = _Sign(self._beats, step, working, axis.entered, left, error, socket.gethostname())
-        self._store.set(f"{_SIGN}{self._mesh.rank}", json.dumps(sign))
+        sign = _Sign(self._beats, step, working, axis.entered, left, error)
+        self._store.set(f"{_SIGN}{self._ranks.rank}", json.dumps(sign))
 
     def _pass_on_a_stop(self) -> None:
         if self._stopping.is_set():
@@ -150,25 +155,29 @@ class Watch:
         if self._store.check([_OVER]):
             self._end(self._store.get(_OVER).decode())
             return
-        ranks = range(self._mesh.world) if self._mesh.is_first else range(1)
         now = time.monotonic()
-        signs = self._store.multi_get([f"{_SIGN}{rank}" for rank in ranks])
-        for rank, data in zip(ranks, signs, strict=True):
-            sign = _Sign(*json.loads(data))
-            last = seen.get(rank, _Seen(sign, now, now))
+        for rank in range(self._ranks.world if self._ranks.rank == 0 else 1):
+            last = seen.get(rank, _Seen(_SILENT, now, now))
+            sign = self._sign(rank)
             moved = (sign.step, sign.working) != (last.sign.step, last.sign.working)
             alive = now if sign.beat != last.sign.beat else last.alive
             seen[rank] = _Seen(sign, alive, now if moved else last.moved)
+        if all(sign.left for rank, (sign, *_) in seen.items() if rank):
+            self._alone.set()
         if problem := self._problem(seen, now):
-            if self._mesh.is_first:
+            if self._ranks.rank == 0:
                 self._store.set(_OVER, problem)
             self._end(problem)
+
+    def _sign(self, rank: int) -> _Sign:
+        key = f"{_SIGN}{rank}"
+        return _Sign(*json.loads(self._store.get(key))) if self._store.check([key]) else _SILENT
 
     def _problem(self, seen: Mapping[int, _Seen], now: float) -> str | None:
         """What ends the job, if anything does."""
         working, hung = [], False
         for rank, (sign, alive, moved) in seen.items():
-            who = f"rank {rank} ({sign.host})"
+            who = f"rank {rank} ({self._ranks.hosts[rank]})"
             if sign.left:
                 if sign.error is not None:
                     return f"{who} has ended: {sign.error}"
@@ -177,7 +186,7 @@ class Watch:
             elif sign.working:
                 working.append((sign.step, sign.collectives, who))
                 hung = hung or now - moved > self._hung_seconds
-        if not self._mesh.is_first or not hung:
+        if self._ranks.rank or not hung:
             return None
         step, collectives, _ = min(working)  # the others wait for those that are behind
         behind = ", ".join(who for *at, who in working if at == [step, collectives])
@@ -199,17 +208,6 @@ class Watch:
         sys.stderr.write(f"error: {self._verdict}\n")
         sys.stderr.flush()
         os._exit(RankLostError.exit_code)
-
-
-def _own_client(world: int, limit_seconds: float) -> Any:
-    """A connection of its own to the store that the ranks met at: the other may be in use."""
-    return dist.TCPStore(  # type: ignore[attr-defined]
-        os.environ["MASTER_ADDR"],
-        int(os.environ["MASTER_PORT"]),
-        world,
-        is_master=False,
-        timeout=timedelta(seconds=limit_seconds),
-    )
 
 
 def _is_about_others(error: BaseException | None) -> bool:

@@ -19,13 +19,14 @@ from dist_sae.config import Run
 from dist_sae.data.claims import Worker
 from dist_sae.data.loader import Batch, Loader
 from dist_sae.errors import DistSaeError
+from dist_sae.parallel.meeting import meet
 from dist_sae.parallel.mesh import join_mesh
 from dist_sae.parallel.watch import Watch
 from dist_sae.produce import produce
 from tests.chaos.scraper import serve
 from tests.data.dataplane import processes, quicken
 
-LOST_SECONDS = 5.0
+MISSING_SECONDS, LOST_SECONDS = 10.0, 5.0
 
 processes.set_forkserver_preload(["tests.chaos.job"])
 
@@ -64,8 +65,9 @@ def train_rank(settings: dict[str, Any], target: Path, seen: Path, env: dict[str
     try:
         with (
             serve("train", target) as telemetry,
-            join_mesh(run.processes.trainers, run.processes.shards) as mesh,
-            Watch(mesh, stopping, lost_seconds=LOST_SECONDS, hung_seconds=60.0) as watch,
+            meet(run.processes.trainers, MISSING_SECONDS, stopping) as ranks,
+            Watch(ranks, stopping, lost_seconds=LOST_SECONDS, hung_seconds=60.0) as watch,
+            join_mesh(ranks, run.processes.shards) as mesh,
         ):
             dist_sae.train.train(run, mesh, watch, stopping, telemetry)
     except DistSaeError as error:

@@ -1,5 +1,6 @@
 """Reads the metrics of processes that come and go, as Prometheus would."""
 
+import http.client
 import threading
 import urllib.request
 from itertools import pairwise
@@ -20,7 +21,7 @@ Sample = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
 def serve(role: str, target: Path) -> Telemetry:
     """Metrics of this process, on a free port that `target` tells the scraper."""
-    telemetry = Telemetry("chaos", role, 0)
+    telemetry = Telemetry(target.name, role, 0)
     partial = target.with_suffix(".partial")
     partial.write_text(str(telemetry.port))
     partial.rename(target)
@@ -65,13 +66,17 @@ class Scraper:
             url = f"http://127.0.0.1:{target.read_text()}/metrics"
             with urllib.request.urlopen(url, timeout=10) as answer:
                 text = answer.read().decode()
-        except (OSError, EOFError):  # it has been killed, or is about to be
+        except (OSError, http.client.HTTPException):  # it has been killed, or is about to be
             target.unlink()
             return
         families = text_string_to_metric_families(text)
         sample = {
             (s.name, tuple(sorted(s.labels.items()))): s.value for f in families for s in f.samples
         }
+        runs = {dict(labels)["run"] for name, labels in sample if name == "dist_sae_run_info"}
+        if runs != {target.name}:  # it is dead, and its port another's
+            target.unlink()
+            return
         self.samples.setdefault(target.name, []).append(sample)
 
     def values(self, target: str, name: str) -> list[float]:

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from dist_sae.config import Run, load_run
 from dist_sae.parallel.engine import DeepSpeedEngine, LocalEngine
+from dist_sae.parallel.meeting import meet
 from dist_sae.parallel.mesh import Mesh, join_mesh
 from dist_sae.sae.base import Step
 from dist_sae.sae.dead import DeadLatents
@@ -62,7 +63,7 @@ def main(spec: dict[str, Any]) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     results = {}
-    with join_mesh(spec["world"], spec["shards"]) as mesh:
+    with meet(spec["world"]) as ranks, join_mesh(ranks, spec["shards"]) as mesh:
         for kind in spec["kinds"]:
             results[kind] = trained(spec, kind, mesh)
     torch.save(results, f"{spec['out']}.{mesh.rank}")

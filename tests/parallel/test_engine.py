@@ -11,6 +11,7 @@ from torch import Tensor
 from dist_sae.config import Run, load_run
 from dist_sae.errors import ConfigError, NonFiniteError
 from dist_sae.parallel.engine import DeepSpeedEngine, Engine, LocalEngine
+from dist_sae.parallel.meeting import meet
 from dist_sae.parallel.mesh import Mesh, join_mesh
 from dist_sae.parallel.zero import deepspeed_config
 from dist_sae.sae import build_sae
@@ -34,7 +35,7 @@ VARIANCE = 5.0
 
 @pytest.fixture(scope="module")  # DeepSpeed remembers its process groups for good
 def mesh() -> Iterator[Mesh]:
-    with join_mesh(1) as mesh:
+    with meet(1) as ranks, join_mesh(ranks) as mesh:
         yield mesh
 
 
@@ -283,7 +284,7 @@ def test_the_launcher_must_start_as_many_ranks_as_the_run_names(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match=r"processes\.trainers is 2, but WORLD_SIZE is 3"):
-        join_mesh(2).__enter__()
+        meet(2).__enter__()
 
 
 def test_deepspeeds_configuration_follows_the_run_and_the_user(tmp_path: Path) -> None:

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from tests.data.dataplane import processes
-from tests.parallel.watch_worker import HUNG_SECONDS, LOST_SECONDS, rank
+from tests.parallel.watch_worker import HUNG_SECONDS, LOST_SECONDS, MISSING_SECONDS, rank
 
 WORLD = 3
 MARGIN_SECONDS = 20.0  # for a busy machine
@@ -23,9 +23,9 @@ class Rank(NamedTuple):
     process: Any
     output: Path
 
-    def reaches(self, step: int) -> None:
+    def reaches(self, where: int | str) -> None:
         until = time.monotonic() + MARGIN_SECONDS
-        while f"\n{step}\n" not in self.said("out"):
+        while f"\n{where}\n" not in self.said("out"):
             assert self.process.is_alive(), self.said("err")
             assert time.monotonic() < until
             time.sleep(0.02)
@@ -42,15 +42,15 @@ class Rank(NamedTuple):
 
 
 @pytest.fixture
-def start(tmp_path: Path) -> Iterator[Callable[[str], list[Rank]]]:
+def start(tmp_path: Path) -> Iterator[Callable[..., list[Rank]]]:
     """Starts a job; none of its processes is left at the end."""
     ranks: list[Rank] = []
 
-    def job(what: str) -> list[Rank]:
+    def job(what: str, present: tuple[int, ...] = (0, 1, 2)) -> list[Rank]:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        for number in range(WORLD):
+        for number in present:
             env = {
                 "RANK": str(number),
                 "LOCAL_RANK": str(number),
@@ -70,10 +70,47 @@ def start(tmp_path: Path) -> Iterator[Callable[[str], list[Rank]]]:
         one.process.join()
 
 
+@pytest.mark.parametrize(
+    ("missing", "said"),
+    [(1, "error: rank 1: not here after 3 s"), (0, "error: rank 0 is not at MASTER_ADDR:MASTER_")],
+)
+def test_a_rank_that_does_not_come_is_named(
+    start: Callable[..., list[Rank]], missing: int, said: str
+) -> None:
+    for one in start("goes on", tuple({0, 1, 2} - {missing})):
+        code, error = one.ends(MISSING_SECONDS)
+        assert code == 75
+        assert error.startswith(said)
+        assert "start again" in error
+
+
+def test_a_rank_that_dies_before_the_groups_are_made_is_named(
+    start: Callable[..., list[Rank]],
+) -> None:
+    """The others wait for it inside the making of a group, which has no time limit."""
+    job = start("dies first")
+    for other in (job[0], job[2]):
+        code, error = other.ends(LOST_SECONDS)
+        assert code == 75
+        assert "rank 1 (" in error
+        assert "is lost" in error
+
+
+def test_ranks_that_wait_for_others_can_be_stopped(start: Callable[..., list[Rank]]) -> None:
+    first, last = start("goes on", (0, 2))
+    for one in (last, first):  # which the store ends with
+        one.reaches("ready")
+        os.kill(one.process.pid, signal.SIGTERM)
+        assert one.ends(0) == (
+            75,
+            "error: stopped before all ranks had come; start again to go on",
+        )
+
+
 @pytest.mark.parametrize("victim", [0, 1])
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGSTOP], ids=["killed", "frozen"])
 def test_a_lost_rank_is_named(
-    start: Callable[[str], list[Rank]], number: signal.Signals, victim: int
+    start: Callable[..., list[Rank]], number: signal.Signals, victim: int
 ) -> None:
     job = start("goes on")
     job[victim].reaches(5)
@@ -86,7 +123,7 @@ def test_a_lost_rank_is_named(
 
 
 def test_a_hung_rank_is_named_and_tells_where_it_stands(
-    start: Callable[[str], list[Rank]],
+    start: Callable[..., list[Rank]],
 ) -> None:
     """The others are at the same step, inside a collective that it has not entered."""
     job = start("hangs")
@@ -99,7 +136,7 @@ def test_a_hung_rank_is_named_and_tells_where_it_stands(
 
 
 def test_a_rank_that_fails_speaks_for_itself_and_ends_the_others(
-    start: Callable[[str], list[Rank]],
+    start: Callable[..., list[Rank]],
 ) -> None:
     job = start("fails")
     assert job[1].ends(0) == (2, "error: s3://bucket/unit: is damaged")
@@ -110,7 +147,7 @@ def test_a_rank_that_fails_speaks_for_itself_and_ends_the_others(
         assert "s3://bucket/unit: is damaged" in error
 
 
-def test_a_wish_to_stop_reaches_all(start: Callable[[str], list[Rank]]) -> None:
+def test_a_wish_to_stop_reaches_all(start: Callable[..., list[Rank]]) -> None:
     said = {one.ends(0) for one in start("stops")}
     assert len(said) == 1
     code, error = said.pop()
@@ -118,7 +155,7 @@ def test_a_wish_to_stop_reaches_all(start: Callable[[str], list[Rank]]) -> None:
     assert error.startswith("error: stopped at step")
 
 
-def test_waiting_is_not_hanging(start: Callable[[str], list[Rank]]) -> None:
+def test_waiting_is_not_hanging(start: Callable[..., list[Rank]]) -> None:
     for one in start("waits"):
         assert one.ends(2 * HUNG_SECONDS) == (0, "")
         assert "\n10\n" in one.said("out")

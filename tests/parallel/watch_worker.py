@@ -4,44 +4,55 @@ Rank 1 meets something at step 3; each rank prints its steps.
 """
 
 import os
+import signal
 import threading
 import time
 
 import torch
 
+from dist_sae.cli import _stop_on_signals
 from dist_sae.errors import CorruptObjectError, DistSaeError, Stopped
 from dist_sae.parallel import watch as watch_module
-from dist_sae.parallel.mesh import join_mesh
+from dist_sae.parallel.meeting import meet
+from dist_sae.parallel.mesh import Mesh, join_mesh
 from dist_sae.parallel.watch import Watch
 
-LOST_SECONDS, HUNG_SECONDS = 2.0, 3.0
+MISSING_SECONDS, LOST_SECONDS, HUNG_SECONDS = 3.0, 2.0, 3.0
 
 
 def work(what: str) -> None:
-    stopping = threading.Event()
+    stopping = _stop_on_signals()
+    os.write(1, b"\nready\n")
     with (
-        join_mesh(3) as mesh,
-        Watch(mesh, stopping, lost_seconds=LOST_SECONDS, hung_seconds=HUNG_SECONDS) as watch,
+        meet(3, MISSING_SECONDS, stopping) as ranks,
+        Watch(ranks, stopping, lost_seconds=LOST_SECONDS, hung_seconds=HUNG_SECONDS) as watch,
     ):
-        for step in range(10_000):
-            watch.at(step, working=False)
-            if what == "waits" and mesh.rank == 1 and step == 3:
-                time.sleep(2 * HUNG_SECONDS)  # for data
-            if mesh.agree(wish=stopping.is_set()):
-                raise Stopped(f"stopped at step {step}")
-            watch.at(step, working=True)
-            if mesh.rank == 1 and step == 3:
-                if what == "hangs":
-                    time.sleep(3600)
-                elif what == "fails":
-                    raise CorruptObjectError("is damaged", url="s3://bucket", key="unit")
-                elif what == "stops":
-                    stopping.set()
-            mesh.axis.total(torch.ones(1))
-            os.write(1, f"{step}\n".encode())
-            if what == "waits" and step == 10:
-                return
-            time.sleep(0.02)
+        if what == "dies first" and ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        with join_mesh(ranks) as mesh:
+            go(what, mesh, watch, stopping)
+
+
+def go(what: str, mesh: Mesh, watch: Watch, stopping: threading.Event) -> None:
+    for step in range(10_000):
+        watch.at(step, working=False)
+        if what == "waits" and mesh.rank == 1 and step == 3:
+            time.sleep(2 * HUNG_SECONDS)  # for data
+        if mesh.agree(wish=stopping.is_set()):
+            raise Stopped(f"stopped at step {step}")
+        watch.at(step, working=True)
+        if mesh.rank == 1 and step == 3:
+            if what == "hangs":
+                time.sleep(3600)
+            elif what == "fails":
+                raise CorruptObjectError("is damaged", url="s3://bucket", key="unit")
+            elif what == "stops":
+                stopping.set()
+        mesh.axis.total(torch.ones(1))
+        os.write(1, f"{step}\n".encode())
+        if what == "waits" and step == 10:
+            return
+        time.sleep(0.02)
 
 
 def rank(what: str, output: str, env: dict[str, str]) -> None:

@@ -11,6 +11,7 @@ from dist_sae.bench.peers.protocol import (
     read_spec,
 )
 from dist_sae.bench.step import StepShape, TrainingStep
+from dist_sae.parallel.meeting import meet
 from dist_sae.parallel.mesh import join_mesh
 from dist_sae.sae.init import initialise_from_data
 
@@ -29,7 +30,7 @@ def main() -> int:
         lr=spec.lr,
         seed=spec.seed,
     )
-    with join_mesh(1) as mesh:
+    with meet(1) as ranks, join_mesh(ranks) as mesh:
         step = TrainingStep(shape, mesh)
         step.initialise(batches.read(0))
         n_batches = -(-spec.n_latents // spec.batch)
