@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 import safetensors.torch
 
+from dist_sae.checkpoint import warm_start
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.checkpoint.state import is_moment
 from dist_sae.config import Run
@@ -109,6 +110,23 @@ def convert(run: Run, output: Path, *, step: int | None, moments: bool) -> dict[
     except OSError as exc:
         raise ConfigError(f"{output}: cannot be written ({exc}); choose another --output") from exc
     return {"step": checkpoint.step, "tensors": len(tensors), "output": str(output)}
+
+
+def convert_to_run(run: Run, other: Run, *, step: int | None) -> dict[str, Any]:
+    """Have another run begin with a checkpoint's dictionary, which may be narrower than its own.
+
+    Raises:
+        ConfigError: There is no such checkpoint, or the other run cannot begin with it.
+    """
+    checkpoint = _chosen(run, _open(run), step)
+    copied = warm_start.leave(checkpoint, open_store(other.store.runs, other.store.s3), other)
+    return {
+        "step": checkpoint.step,
+        "known_latents": warm_start.width(checkpoint),
+        "new_latents": other.sae.n_latents - warm_start.width(checkpoint),
+        "bytes": copied,
+        "run": other.name,
+    }
 
 
 def _chosen(run: Run, checkpoints: Checkpoints, step: int | None) -> Checkpoint:

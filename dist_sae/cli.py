@@ -183,10 +183,15 @@ def _checkpoints_verify(options: argparse.Namespace) -> None:
 
 
 def _checkpoints_convert(options: argparse.Namespace) -> None:
-    from dist_sae.checkpoints import convert
+    from dist_sae.checkpoints import convert, convert_to_run
+    from dist_sae.config import load_run
 
-    converted = convert(_load(options), options.output, step=options.step, moments=options.moments)
-    _print_result(options, converted)
+    run = _load(options)
+    if options.to_run:
+        result = convert_to_run(run, load_run(options.to_run, []), step=options.step)
+    else:
+        result = convert(run, options.output, step=options.step, moments=options.moments)
+    _print_result(options, result)
 
 
 def _render(options: argparse.Namespace) -> None:
@@ -384,7 +389,11 @@ def _parser() -> argparse.ArgumentParser:
             [
                 ("ls", _checkpoints_ls, "say what is there"),
                 ("verify", _checkpoints_verify, "check every part against its manifest"),
-                ("convert", _checkpoints_convert, "write one as a single safetensors file"),
+                (
+                    "convert",
+                    _checkpoints_convert,
+                    "make a file of one, or another run begin with it",
+                ),
             ],
         ),
     }
@@ -402,7 +411,13 @@ def _parser() -> argparse.ArgumentParser:
                     help="leave alone what is younger: it may be in the making (default 24)",
                 )
             if action == "convert":
-                sub.add_argument("--output", type=Path, required=True, help="the file to write")
+                target = sub.add_mutually_exclusive_group(required=True)
+                target.add_argument("--output", type=Path, help="the safetensors file to write")
+                target.add_argument(
+                    "--to-run",
+                    metavar="NEW.yaml",
+                    help="a run that is to begin with it; `train` adds the latents it lacks",
+                )
                 sub.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
                 sub.add_argument(
                     "--moments", action="store_true", help="the optimiser's moments as well"

@@ -13,6 +13,7 @@ import yaml
 from torch import Tensor
 
 from dist_sae import logs
+from dist_sae.checkpoint import warm_start
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.checkpoint.saver import Saved, Saver
 from dist_sae.checkpoint.state import TrainingState
@@ -184,16 +185,19 @@ def _begin(run: Run, mesh: Mesh, stopping: threading.Event, telemetry: Telemetry
     found = _found(checkpoints, runs, run, plan, mesh)
     if mesh.is_first:
         runs.put(f"{run.name}/run.yaml", dump_run(run).encode())
+    narrower = None if found else warm_start.find(runs, run)
     if found:
         normaliser = Normaliser.from_scalars(found[0].scalars)
     else:
         registration.begin({})
         normaliser = measure(units, run.train.normaliser_rows)
+    if narrower:
+        normaliser = normaliser.at(narrower.scalars["scale"])
     sae = build_sae(
         run.sae, len(normaliser.mean), mesh.axis, kernels, PRODUCT_DTYPES[run.train.products]
     ).to(mesh.device)
     if not found:
-        _initialise(run, mesh, units, normaliser, sae)
+        _initialise(run, mesh, units, normaliser, sae, narrower)
     engine = DeepSpeedEngine(run, sae, mesh)
     dead = DeadLatents(len(sae.W_enc), run.sae.dead_after_rows, mesh.axis, mesh.device)
     average = WeightAverage(sae, run.train.ema_decay) if run.train.ema_decay else None
@@ -207,10 +211,17 @@ def _begin(run: Run, mesh: Mesh, stopping: threading.Event, telemetry: Telemetry
 
 
 def _initialise(
-    run: Run, mesh: Mesh, units: Units, normaliser: Normaliser, sae: Dictionary
+    run: Run,
+    mesh: Mesh,
+    units: Units,
+    normaliser: Normaliser,
+    sae: Dictionary,
+    narrower: Checkpoint | None,
 ) -> None:
     """The initial dictionary, from the first batch, or as many as it wants directions from."""
-    n_batches = max(1, -(-run.sae.init_rows // run.train.batch_rows))
+    known = warm_start.width(narrower) if narrower else 0
+    n_rows = sae.n_latents - known if narrower else run.sae.init_rows
+    n_batches = max(1, -(-n_rows // run.train.batch_rows))
 
     def rows() -> Generator[Tensor]:
         with _loader(run, mesh, units, range(n_batches)) as loader:
@@ -225,8 +236,10 @@ def _initialise(
     with closing(rows()) as batches:
         first = next(batches)
         sae.initialise(first, run.train.seed)
-        if run.sae.init_rows:
-            initialise_from_data(sae, chain([first], batches))
+        if narrower:
+            warm_start.load(sae, narrower)
+        if n_rows:
+            initialise_from_data(sae, chain([first], batches), known)
 
 
 def _found(

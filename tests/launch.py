@@ -40,7 +40,7 @@ WORLD: dict[str, Any] = {
 }
 
 
-def write_run(folder: Path, **sections: dict[str, Any]) -> Path:
+def write_run(folder: Path, **sections: Any) -> Path:
     """A run file of the small world under `folder`, with keys of some sections replaced.
 
     A section of another kind replaces the whole.

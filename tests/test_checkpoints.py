@@ -110,3 +110,29 @@ def test_convert_writes_whole_tensors(
     error = run(capsys, "convert", str(path), "--step", "15", "--output", "x", code=2)
     assert "--step" in error
     assert "there are: 10, 20" in error
+
+
+def test_convert_takes_one_target(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    for targets in ((), ("--output", "x", "--to-run", "y")):
+        with pytest.raises(SystemExit):
+            run(capsys, "convert", str(path), *targets)
+    assert "--to-run" in capsys.readouterr().err
+
+
+def test_convert_has_another_run_begin_with_a_checkpoint(
+    path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    checkpoints = Checkpoints(open_store(str(tmp_path / "runs")), "world", 3)
+    scalars = {"scale": 0.5, "run": {"sae": {"kind": "topk"}}}
+    save(checkpoints, 30, TENSORS, scalars)
+    other = write_run(tmp_path / "other", name="wider", sae={"n_latents": 96})
+    result = json.loads(run(capsys, "convert", str(path), "--to-run", str(other), "--json"))
+    assert {**result, "bytes": 0} == {
+        "step": 30,
+        "known_latents": 64,
+        "new_latents": 32,
+        "bytes": 0,
+        "run": "wider",
+    }
+    left = Checkpoints(open_store(str(tmp_path / "other/runs")), "wider", 1, folder="warm-start")
+    assert torch.equal(left.open(30).read("W_enc"), TENSORS["W_enc"])

@@ -11,12 +11,13 @@ import torch
 from safetensors.torch import load_file
 
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
+from dist_sae.checkpoints import convert_to_run
 from dist_sae.config import load_run
 from dist_sae.data.loader import Loader, Units
 from dist_sae.data.normaliser import measure
 from dist_sae.data.plan import load_plan
 from dist_sae.data.shard import manifest_key, read_manifest
-from dist_sae.errors import PlanMismatchError
+from dist_sae.errors import ConfigError, PlanMismatchError
 from dist_sae.evaluate import evaluate
 from dist_sae.export import export
 from dist_sae.parallel.mesh import Mesh
@@ -201,13 +202,51 @@ def test_directions_from_data_take_as_many_batches_as_they_need(
     normaliser = measure(units, settings.train.normaliser_rows)
     sae = build_sae(settings.sae, 16)
     mesh = Mesh(0, 1, torch.device("cpu"), WHOLE)
-    _initialise(settings, mesh, units, normaliser, sae)
+    _initialise(settings, mesh, units, normaliser, sae, None)
     with Loader(units, rank=0, world=1, batch_rows=24, steps=range(3), max_passes=1) as loader:
         rows = torch.cat([batch.acts for batch in loader])[:64] * normaliser.scale
     expected = build_sae(settings.sae, 16)
     expected.initialise(rows[:24], settings.train.seed)
     initialise_from_data(expected, [rows])
     torch.testing.assert_close(sae.W_dec, expected.W_dec)
+
+
+def test_a_wider_dictionary_begins_with_a_narrower_one(
+    tmp_path: Path, activations: str, calm: Path
+) -> None:
+    """On one rank and on two shards; where the narrower had come to."""
+    old = load_run(run_file(calm, activations))
+    folders = [tmp_path / name for name in ("one", "shards")]
+    wider = {"sae": {"n_latents": 96}, "train": {"rows": 1600}}
+    paths = [run_file(folder, activations, **wider) for folder in folders]
+    for path in paths:
+        converted = convert_to_run(old, load_run(path), step=None)
+        assert (converted["known_latents"], converted["new_latents"]) == (64, 32)
+    train(paths[0])
+    train(paths[1], *SHARDED, world=2)
+    check_close(*map(final, folders))
+    narrow, wide = history(calm), history(folders[0])
+    assert wide[0]["fvu"] < 1.2 * narrow[-1]["fvu"]
+    assert wide[-1]["fvu"] < narrow[-1]["fvu"]
+    cosines = (final(folders[0]).read("W_dec")[:64] * final(calm).read("W_dec")).sum(1)
+    assert float(cosines.median()) > 0.99  # latent 17 stays latent 17
+    with pytest.raises(ConfigError, match="world: has been trained already; choose another name"):
+        convert_to_run(old, load_run(paths[0]), step=None)
+
+
+def test_what_a_run_begins_with_must_fit_it(tmp_path: Path, activations: str, calm: Path) -> None:
+    """Also when the run file is changed afterwards."""
+    old = load_run(run_file(calm, activations))
+    for section, problem in (
+        ({"n_latents": 32}, "world: sae.n_latents: 32 is less than the 64 that it is to begin"),
+        ({"kind": "relu", "n_latents": 96}, "world: sae.kind: relu cannot begin with the weights"),
+    ):
+        new = load_run(run_file(tmp_path, activations, sae=section))
+        with pytest.raises(ConfigError, match=problem):
+            convert_to_run(old, new, step=None)
+    convert_to_run(old, load_run(run_file(tmp_path, activations)), step=None)
+    path = run_file(tmp_path, activations, sae={"n_latents": 32})
+    assert "sae.n_latents: 32 is less than the 64" in run("train", str(path), code=2)
 
 
 def test_a_running_mean_of_the_weights_is_resumed_and_evaluated(

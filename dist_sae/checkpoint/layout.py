@@ -10,6 +10,8 @@ it needs, so the number of ranks may change in between.
 import hashlib
 import logging
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import safetensors.torch
@@ -23,6 +25,7 @@ from dist_sae.storage.records import READS, Record, read_record, seal
 logger = logging.getLogger(__name__)
 
 _PART_BYTES = 64 * 2**20  # what a rank reads too much of where its rows begin in a part
+_COPIES = 8  # parts in flight
 _MANIFEST = "manifest.json"
 
 
@@ -120,10 +123,18 @@ class Checkpoint(NamedTuple):
             )
 
     def _rows(self, part: Part) -> Tensor:
+        return safetensors.torch.load(self.data(part))["rows"]
+
+    def data(self, part: Part) -> bytes:
+        """The object that holds a part.
+
+        Raises:
+            CorruptObjectError: It is not what was written.
+        """
         for _ in range(READS):
             data = self.store.get(part.key)
             if hashlib.sha256(data).hexdigest() == part.sha256:
-                return safetensors.torch.load(data)["rows"]
+                return data
         raise CorruptObjectError(
             "does not match its checksum; without its folder the checkpoint before is used",
             url=self.store.url,
@@ -140,13 +151,21 @@ class Checkpoints:
         keep: How many of the newest to keep.
         every: Keep those at multiples of so many steps too.
         best: Keep so many with the lowest `heldout_fvu` too.
+        folder: Of the run, where they are.
     """
 
     def __init__(
-        self, store: ObjectStore, run: str, keep: int, *, every: int | None = None, best: int = 0
+        self,
+        store: ObjectStore,
+        run: str,
+        keep: int,
+        *,
+        every: int | None = None,
+        best: int = 0,
+        folder: str = "checkpoints",
     ) -> None:
         self._store = store
-        self._prefix = f"{run}/checkpoints/"
+        self._prefix = f"{run}/{folder}/"
         self._keep = keep
         self._every = every
         self._best = best
@@ -173,7 +192,7 @@ class Checkpoints:
             for start in range(0, len(rows), per_part):
                 piece = rows[start : start + per_part].contiguous().cpu()
                 data = safetensors.torch.save({"rows": piece})
-                key = f"{self._folder(step)}{name}-{first + start:09d}.safetensors"
+                key = self._part_key(step, name, first + start)
                 self._store.put(key, data)
                 parts.append(
                     Part(
@@ -186,6 +205,26 @@ class Checkpoints:
                 )
             shape = (total, *tensor.shape[1:]) if tensor.shape else ()
             records[name] = TensorRecord(shape=shape, parts=tuple(parts))
+        return records
+
+    def copy(self, checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, TensorRecord]:
+        """Store some tensors of another run's checkpoint, as `write` stores pieces.
+
+        Raises:
+            CorruptObjectError: A part of it is damaged.
+        """
+
+        def copied(name: str, part: Part) -> Part:
+            key = self._part_key(checkpoint.step, name, part.start)
+            self._store.put(key, checkpoint.data(part))
+            return part.model_copy(update={"key": key})
+
+        records = {}
+        with ThreadPoolExecutor(_COPIES) as pool:
+            for name in names:
+                record = checkpoint.manifest.tensors[name]
+                parts = tuple(pool.map(partial(copied, name), record.parts))
+                records[name] = TensorRecord(shape=record.shape, parts=parts)
         return records
 
     def commit(
@@ -246,3 +285,6 @@ class Checkpoints:
 
     def _folder(self, step: int) -> str:
         return f"{self._prefix}step-{step:08d}/"
+
+    def _part_key(self, step: int, name: str, first: int) -> str:
+        return f"{self._folder(step)}{name}-{first:09d}.safetensors"

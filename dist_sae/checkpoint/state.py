@@ -74,13 +74,9 @@ class TrainingState(NamedTuple):
 
         return take
 
-    def _is_sharded(self, name: str) -> bool:
-        base = name.rpartition(".")[2]
-        return base not in ("b_dec", *(buffer for buffer, _ in self.sae.named_buffers()))
-
     def _piece(self, name: str, tensor: Tensor) -> Piece:
         axis, n = self.sae.axis, len(tensor)
-        if not self._is_sharded(name):
+        if not is_per_latent(name):
             stores = axis.shard == axis.replica == 0
             return Piece(name, tensor if stores else tensor[:0], 0, n)
         start, stop = (n * replica // axis.replicas for replica in (axis.replica, axis.replica + 1))
@@ -88,7 +84,7 @@ class TrainingState(NamedTuple):
 
     def _read(self, checkpoint: Checkpoint, name: str) -> Tensor:
         device = self.sae.W_enc.device
-        if not self._is_sharded(name):
+        if not is_per_latent(name):
             return checkpoint.read(name).to(device)
         first = self.sae.first_latent
         return checkpoint.read(name, first, first + len(self.sae.W_enc)).to(device)
@@ -99,6 +95,22 @@ def is_moment(name: str) -> bool:
     return name.startswith("exp_avg")
 
 
+def is_weight(name: str) -> bool:
+    """Whether it is a parameter or a buffer of the dictionary, as they are after the last step."""
+    return not is_moment(name) and not name.startswith(_EMA) and name != IDLE_ROWS
+
+
+def is_per_latent(name: str) -> bool:
+    """Whether its rows are latents, and sharded; else every rank has the whole."""
+    return name.rpartition(".")[2] not in ("b_dec", "threshold")
+
+
+def mean_or_last(checkpoint: Checkpoint, name: str) -> str:
+    """The tensor to use for a weight: its running mean if there is one."""
+    mean = f"{_EMA}{name}"
+    return mean if checkpoint.has(mean) else name
+
+
 @torch.no_grad()
 def load_weights(sae: Dictionary, checkpoint: Checkpoint) -> None:
     """Fill a whole dictionary for inference: with the running mean of the weights if there is one.
@@ -106,6 +118,5 @@ def load_weights(sae: Dictionary, checkpoint: Checkpoint) -> None:
     The mean of unit rows is a little shorter than one, so the recipe's constraint is applied.
     """
     for name, tensor in sae.state_dict().items():
-        mean = f"{_EMA}{name}"
-        tensor.copy_(checkpoint.read(mean if checkpoint.has(mean) else name))
+        tensor.copy_(checkpoint.read(mean_or_last(checkpoint, name)))
     sae.constrain()

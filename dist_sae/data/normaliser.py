@@ -32,6 +32,11 @@ class Normaliser(NamedTuple):
         mean = torch.tensor(scalars["mean"], dtype=torch.float64)
         return cls(scalars["scale"], mean, scalars["variance"], scalars["rows"])
 
+    def at(self, scale: float) -> "Normaliser":
+        """The same measurement with another scale."""
+        change = scale / self.scale
+        return Normaliser(scale, self.mean * change, self.variance * change**2, self.rows)
+
 
 def measure(units: Units, at_least_rows: int) -> Normaliser:
     """Measure the first training units that together have `at_least_rows` rows (or all of them).

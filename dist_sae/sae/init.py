@@ -13,6 +13,7 @@ from dist_sae.sae.constraints import normalise_rows_
 _MEDIAN_STEPS = 100
 _MEDIAN_TOLERANCE = 1e-6
 _FROM_DATA = 0.8  # of a direction's length; the rest is at right angles to it, nearly
+_NEW_LENGTH = 0.5  # of a new encoder row, where known ones have 1
 _BLOCK = 1024  # latents that share a random generator
 _STRIDE = 0x9E37_79B1  # odd, 2^32 over the golden ratio: multiples of it lie far apart
 
@@ -43,33 +44,64 @@ def initialise_tied(
 
 
 @torch.no_grad()
-def initialise_from_data(sae: Dictionary, batches: Iterable[Float[Tensor, "batch d_in"]]) -> None:
-    """Turn the directions towards data points: latent i to row i about b_dec; the encoder is tied.
+def initialise_from_data(
+    sae: Dictionary, batches: Iterable[Float[Tensor, "batch d_in"]], known: int = 0
+) -> None:
+    """Turn the directions of new latents towards data: the i-th towards what is left of row i.
 
-    After `initialise_tied`, which sets b_dec. A part of each direction stays random: rows with one
+    After `initialise`. With no known latents what is left of a row is its distance from b_dec; the
+    encoder is tied, with one length for all. A part of each direction stays random: rows with one
     very large coordinate, as language models have them, all point the same way, and latents that
     are copies of one another die together. (Anthropic, Circuits Updates, October 2025; figures in
     DESIGN.md.)
 
+    Known latents are left as they are, and reconstruct the rows first. The others then get the mean
+    of what the known have, but for their directions, and half of the encoder's length: they take
+    part from the start, and do not crowd the known out.
+
     Args:
         sae: Its directions are turned.
-        batches: This rank's parts of the first batches, with `n_latents` rows over all ranks.
+        batches: This rank's parts of the first batches, with a row for each new latent over all
+            ranks.
+        known: So many latents, the first ones, have been trained before.
     """
     axis, n_local = sae.axis, len(sae.W_dec)
-    directions, done = torch.zeros_like(sae.W_dec), 0
+    first_new = min(max(known - sae.first_latent, 0), n_local)
+    new = slice(first_new, n_local)
+    sae.W_enc[new] = sae.b_enc[new] = 0  # silent
+    directions, done = torch.zeros_like(sae.W_dec[new]), known - sae.first_latent - first_new
     for x in batches:
-        rows = axis.gather(x) - sae.b_dec
-        start = done + axis.replica * len(rows) - sae.first_latent
-        ours = slice(max(start, 0), max(min(start + len(rows), n_local), 0))
+        left = axis.gather(x - (sae.decode(sae.encode(x)) if known else sae.b_dec))
+        start = done + axis.replica * len(left)
+        ours = slice(max(start, 0), max(min(start + len(left), len(directions)), 0))
         if ours.start < ours.stop:
-            directions[ours] = rows[ours.start - start : ours.stop - start]
-        done += axis.replicas * len(rows)
-    directions = axis.across_replicas(directions)
+            directions[ours] = left[ours.start - start : ours.stop - start]
+        done += axis.replicas * len(left)
+    directions, random = axis.across_replicas(directions), sae.W_dec[new]
     normalise_rows_(directions)
-    sae.W_dec.mul_((1 - _FROM_DATA**2) ** 0.5).add_(directions, alpha=_FROM_DATA)
-    normalise_rows_(sae.W_dec)
-    sae.W_enc.copy_(sae.W_dec)
-    rescale_encoder(sae, x)
+    normalise_rows_(random)
+    random.mul_((1 - _FROM_DATA**2) ** 0.5).add_(directions, alpha=_FROM_DATA)
+    normalise_rows_(random)
+    sae.W_enc[new] = random
+    if known:
+        _liken(sae, known, new)
+    else:
+        rescale_encoder(sae, x)
+
+
+def _liken(sae: Dictionary, known: int, new: slice) -> None:
+    """Give new latents, whose rows are directions, what the known ones have on average."""
+    for name, parameter in sae.named_parameters():
+        if name == "b_dec":
+            continue
+        is_matrix = name in ("W_enc", "W_dec")
+        values = parameter[: new.start]
+        sizes = values.norm(dim=1) if is_matrix else values
+        mean = sae.axis.total(sizes.sum()) / (sae.axis.replicas * known)
+        if is_matrix:
+            parameter[new] *= mean * (_NEW_LENGTH if name == "W_enc" else 1)
+        else:
+            parameter[new] = mean
 
 
 @torch.no_grad()

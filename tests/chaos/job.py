@@ -8,6 +8,7 @@ import json
 import logging
 import os
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from dist_sae.parallel.meeting import meet
 from dist_sae.parallel.mesh import join_mesh
 from dist_sae.parallel.watch import Watch
 from dist_sae.produce import produce
+from dist_sae.storage.s3 import S3Store
 from tests.chaos.scraper import serve
 from tests.data.dataplane import processes, quicken
 
@@ -73,3 +75,18 @@ def train_rank(settings: dict[str, Any], target: Path, seen: Path, env: dict[str
     except DistSaeError as error:
         logging.getLogger(__name__).info("ends: %s", error)
         os._exit(error.exit_code)
+
+
+def train_held(settings: dict[str, Any], target: Path, seen: Path, env: dict[str, str]) -> None:
+    """The same, but its first checkpoint waits, half written, for a file `go` beside `seen`."""
+    put = S3Store.put
+
+    def held(self: S3Store, key: str, data: bytes, *, if_absent: bool = False) -> bool:
+        if "step-00000005/W_enc" in key:
+            seen.with_name(f"held-{env['RANK']}").touch()
+            while not seen.with_name("go").exists():
+                time.sleep(0.02)
+        return put(self, key, data, if_absent=if_absent)
+
+    setattr(S3Store, "put", held)  # noqa: B010 - mypy wants no method replaced
+    train_rank(settings, target, seen, env)

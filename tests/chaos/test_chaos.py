@@ -26,7 +26,7 @@ from dist_sae.config.data import S3Config
 from dist_sae.plan import plan
 from dist_sae.storage import open_store
 from dist_sae.telemetry.history import read_history
-from tests.chaos.job import produce_units, train_rank
+from tests.chaos.job import produce_units, train_held, train_rank
 from tests.chaos.scraper import Scraper
 from tests.data.dataplane import processes
 from tests.faults import KINDS, FaultProxy
@@ -85,7 +85,7 @@ class Pipeline:
 
     def run(self) -> tuple[dict[tuple[int, int], str], int, int]:
         with Scraper(self._targets) as scraper:
-            producers = [self._producer(number) for number in range(2)]
+            producers = self.producers()
             while not self._train(producers):
                 pass
             for producer in producers:
@@ -98,6 +98,16 @@ class Pipeline:
             # what a dead rank had read ahead of the step that was saved is read again
             rows[step, stream] = digest
         return rows, self._deaths, self._starts
+
+    def producers(self) -> list[Any]:
+        """Start them."""
+        return [self._producer(number) for number in range(2)]
+
+    def wait(self, until: Callable[[], bool]) -> None:
+        """Come back when it is so."""
+        while not until():
+            assert self._left() > 0, "it did not come to that"
+            time.sleep(0.02)
 
     def _check_metrics(self, scraper: Scraper) -> None:
         """What an operator saw was true: what was called durable was not trained on again."""
@@ -158,8 +168,11 @@ class Pipeline:
             producers[index] = self._producer(index)
 
     def _ranks(self) -> list[Any]:
+        return self.ranks(*(self._chance.choice(SHAPES) if self._chance else (1, 1)))
+
+    def ranks(self, world: int, shards: int, work: Callable[..., None] = train_rank) -> list[Any]:
+        """Start the trainer."""
         self._starts += 1
-        world, shards = self._chance.choice(SHAPES) if self._chance else (1, 1)
         settings = self._run.model_dump(mode="json")
         settings["processes"] |= {"trainers": world, "shards": shards}
         with socket.socket() as probe:
@@ -175,7 +188,7 @@ class Pipeline:
                 "MASTER_PORT": str(port),
             }
             target = self._targets / f"train-{self._starts:03d}-{rank}"
-            started.append(self._start(train_rank, settings, target, self._seen, env))
+            started.append(self._start(work, settings, target, self._seen, env))
         return started
 
     def _producer(self, number: int) -> Any:
@@ -227,6 +240,45 @@ def calm(tmp_path_factory: pytest.TempPathFactory, seaweedfs: Server) -> Outcome
     return found
 
 
+def check_alike(one: Checkpoint, other: Checkpoint) -> None:
+    """SCIENCE D3, on other numbers of ranks."""
+    for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+        error = (one.read(name) - other.read(name)).norm() / one.read(name).norm()
+        assert float(error) <= 1e-5, name
+
+
+def test_a_stop_during_a_save_keeps_both(
+    tmp_path: Path, seaweedfs: Server, calm: Outcome, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What is half written is finished, then what was done since is saved, and all ranks end."""
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+    run = make_run(tmp_path, seaweedfs, seaweedfs.endpoint_url, "stop-in-a-save")
+    plan(run)
+    pipeline = Pipeline(run, tmp_path, None)
+    produced = pipeline.producers()
+    ranks = pipeline.ranks(2, 2, train_held)
+    pipeline.wait(lambda: len(list(tmp_path.glob("held-*"))) == len(ranks))
+    os.kill(ranks[1].pid, signal.SIGTERM)
+    ranks[0].join(2.0)
+    checkpoints = Checkpoints(open_store(run.store.runs, run.store.s3), run.name, 2)
+    assert checkpoints.steps() == []
+    assert all(rank.is_alive() for rank in ranks)
+    (tmp_path / "go").touch()
+    pipeline.wait(lambda: not any(rank.is_alive() for rank in [*ranks, *produced]))
+    assert [rank.exitcode for rank in ranks] == [75, 75]
+    saved = checkpoints.steps()
+    assert saved[0] == 5
+    assert len(saved) == 2
+    assert saved[1] < run.steps
+    rows, _, _ = pipeline.run()
+    assert rows == calm.rows
+    last = checkpoints.latest()
+    assert last is not None
+    assert last.step == run.steps
+    check_alike(calm.checkpoint, last)
+
+
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "seed" in metafunc.fixturenames:
         metafunc.parametrize("seed", range(30 if metafunc.config.getoption("--long") else 1))
@@ -250,8 +302,5 @@ def test_chaos_changes_nothing(
     assert found.deaths + sum(proxy.injected.values()) > 0
     assert found.rows == calm.rows
     assert found.fvu == pytest.approx(calm.fvu, rel=1e-5)
-    one, other = calm.checkpoint, found.checkpoint
-    assert one.step == other.step == run.steps
-    for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
-        error = (one.read(name) - other.read(name)).norm() / one.read(name).norm()
-        assert float(error) <= 1e-5, name
+    assert found.checkpoint.step == calm.checkpoint.step == run.steps
+    check_alike(calm.checkpoint, found.checkpoint)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_sae.data.normaliser import measure
+from dist_sae.data.normaliser import Normaliser, measure
 from dist_sae.errors import NonFiniteError
 from tests.world import RowNumbers, batches, fill, make_run, open_units
 
@@ -67,3 +67,10 @@ def test_constant_activations_are_an_error(tmp_path: Path, monkeypatch: pytest.M
     fill(run, Constant(), monkeypatch)
     with pytest.raises(NonFiniteError, match="the activations do not vary"):
         measure(open_units(run), 100)
+
+
+def test_the_same_measurement_at_another_scale() -> None:
+    one = Normaliser(0.5, torch.tensor([1.0, -2.0], dtype=torch.float64), 3.0, 7)
+    other = one.at(1.5)
+    assert (other.scale, other.variance, other.rows) == (1.5, 27.0, 7)
+    assert other.mean.tolist() == [3.0, -6.0]

@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch.nn.functional import normalize
 
 from dist_sae.config.sae import JumpReLUTanhConfig, TopKConfig
 from dist_sae.sae import build_sae
@@ -10,7 +11,7 @@ from dist_sae.sae.axis import WHOLE, LatentAxis
 from dist_sae.sae.base import Dictionary
 from dist_sae.sae.init import first_rows, geometric_median, initialise_from_data, random_rows
 from tests.sae.ranks import ThreadAxis, on_ranks
-from tests.sae.recipes import CONFIGS, D_IN, KINDS, N_LATENTS
+from tests.sae.recipes import CONFIGS, D_IN, KINDS, N_LATENTS, make
 
 LAYOUTS = [(1, 2), (2, 1), (2, 2), (1, 4)]  # replicas x shards
 BATCH = 24
@@ -126,6 +127,65 @@ def test_latents_from_equal_rows_are_no_copies() -> None:
 @pytest.mark.parametrize(("replicas", "shards"), LAYOUTS)
 def test_directions_from_data_are_the_same_for_shards(replicas: int, shards: int) -> None:
     check_shards(on_ranks(replicas, shards, from_data), from_data(WHOLE), shards)
+
+
+KNOWN = 24
+
+
+def widened(kind: str, axis: LatentAxis) -> dict[str, Tensor]:
+    """24 known latents; 40 new ones from 48 rows."""
+    narrow = make(CONFIGS[kind], torch.float32)
+    sae: Dictionary = build_sae(CONFIGS[kind], D_IN, axis)  # type: ignore[arg-type]
+    rows = [part(axis, batch(number)) for number in range(2)]
+    sae.initialise(rows[0], seed=5)
+    with torch.no_grad():
+        for name, parameter in sae.named_parameters():
+            values = dict(narrow.named_parameters())[name]
+            n = min(max(KNOWN - sae.first_latent, 0), len(sae.W_enc))
+            known = slice(sae.first_latent, sae.first_latent + n)
+            if name == "b_dec":
+                parameter.copy_(values)
+            else:
+                parameter[:n] = values[known]
+    if kind == "batchtopk":
+        sae.get_buffer("threshold").copy_(torch.tensor([0.3, 1.0]))
+    initialise_from_data(sae, iter(rows), KNOWN)
+    return parameters(sae)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_new_latents_point_at_what_the_known_ones_leave(kind: str) -> None:
+    found, narrow = widened(kind, WHOLE), make(CONFIGS[kind], torch.float32)
+    known = {name: p.detach()[:KNOWN] for name, p in narrow.named_parameters() if name != "b_dec"}
+    for name, values in known.items():
+        assert torch.equal(found[name][:KNOWN], values)
+    alone = CONFIGS[kind].model_copy(update={"n_latents": KNOWN})
+    sae: Dictionary = build_sae(alone, D_IN)  # type: ignore[arg-type]
+    sae.load_state_dict({**known, "b_dec": narrow.b_dec}, strict=False)
+    if kind == "batchtopk":
+        sae.get_buffer("threshold").copy_(torch.tensor([0.3, 1.0]))
+    x = torch.cat([batch(0), batch(1)])
+    left = x - sae.decode(sae.encode(x))
+    random = torch.empty(N_LATENTS, D_IN)
+    random_rows(random, 5, 0, uniform=kind == "jumprelu_tanh")
+    expected = 0.8 * normalize(left)[: N_LATENTS - KNOWN] + 0.6 * normalize(random)[KNOWN:]
+    torch.testing.assert_close(normalize(found["W_dec"][KNOWN:]), normalize(expected))
+    for name, share in (("W_dec", 1.0), ("W_enc", 0.5)):
+        torch.testing.assert_close(normalize(found[name][KNOWN:]), normalize(expected))
+        lengths = found[name].norm(dim=1)
+        mean = lengths[:KNOWN].mean().expand(N_LATENTS - KNOWN)
+        torch.testing.assert_close(lengths[KNOWN:], share * mean)
+    for name in known.keys() - {"W_dec", "W_enc"}:
+        mean = known[name].mean().expand(N_LATENTS - KNOWN)
+        torch.testing.assert_close(found[name][KNOWN:], mean)
+
+
+@pytest.mark.parametrize(("replicas", "shards"), LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_shards_are_widened_as_the_whole(kind: str, replicas: int, shards: int) -> None:
+    """16 latents a shard: the first has known ones only, the second both, the others new ones."""
+    ranks = on_ranks(replicas, shards, lambda axis: widened(kind, axis))
+    check_shards(ranks, widened(kind, WHOLE), shards)
 
 
 def test_no_other_scale_of_the_encoder_reconstructs_rows_better() -> None:

@@ -1,0 +1,105 @@
+"""A narrower dictionary that a run begins with, from a checkpoint of another run.
+
+    <run>/warm-start/step-00000400/          the weights, laid out as in a checkpoint
+
+The first latents are those of the narrower dictionary, in their order: latent 17 stays latent 17.
+"""
+
+import torch
+
+from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
+from dist_sae.checkpoint.state import is_per_latent, is_weight, mean_or_last
+from dist_sae.config import Run
+from dist_sae.errors import ConfigError
+from dist_sae.sae.base import Dictionary
+from dist_sae.storage import ObjectStore
+
+
+def leave(checkpoint: Checkpoint, runs: ObjectStore, run: Run) -> int:
+    """Have a run begin with the weights of a checkpoint; returns the bytes copied.
+
+    With the running mean of the weights if there is one. What was left for the run before goes.
+
+    Raises:
+        ConfigError: The run cannot begin with them, or has begun.
+        CorruptObjectError: The checkpoint is damaged.
+    """
+    check(checkpoint, run)
+    if Checkpoints(runs, run.name, 1).steps():
+        raise ConfigError(f"{runs.url}/{run.name}: has been trained already; choose another name")
+    places = _place(runs, run)
+    for step in places.steps():
+        places.delete(step)
+    weights = [
+        mean_or_last(checkpoint, name) for name in checkpoint.manifest.tensors if is_weight(name)
+    ]
+    kept = ("scale", "run")
+    scalars = {name: checkpoint.scalars[name] for name in kept}
+    return places.commit(checkpoint.step, [places.copy(checkpoint, weights)], scalars)
+
+
+def find(runs: ObjectStore, run: Run) -> Checkpoint | None:
+    """What was left for this run, if anything was.
+
+    Raises:
+        ConfigError: The run file has been changed, and cannot begin with it any more.
+        CorruptObjectError: It is damaged.
+    """
+    places = _place(runs, run)
+    steps = places.steps()
+    if not steps:
+        return None
+    checkpoint = places.open(steps[-1])
+    check(checkpoint, run)
+    return checkpoint
+
+
+def check(checkpoint: Checkpoint, run: Run) -> None:
+    """Make sure that the run's dictionary is the same kind, and no narrower.
+
+    Raises:
+        ConfigError: It is not.
+    """
+    kind, n_latents = checkpoint.scalars["run"]["sae"]["kind"], width(checkpoint)
+    if kind != run.sae.kind:
+        raise ConfigError(
+            f"{run.name}: sae.kind: {run.sae.kind} cannot begin with the weights of {kind}"
+        )
+    if n_latents > run.sae.n_latents:
+        raise ConfigError(
+            f"{run.name}: sae.n_latents: {run.sae.n_latents} is less than the {n_latents} "
+            f"that it is to begin with"
+        )
+
+
+def width(checkpoint: Checkpoint) -> int:
+    """Latents of a checkpoint."""
+    return checkpoint.manifest.tensors["W_enc"].shape[0]
+
+
+@torch.no_grad()
+def load(sae: Dictionary, checkpoint: Checkpoint) -> None:
+    """Fill the first latents, and what all latents share.
+
+    Raises:
+        ConfigError: The activations are of another width.
+        CorruptObjectError: A part is damaged.
+    """
+    _, d_in = checkpoint.manifest.tensors["W_enc"].shape
+    if d_in != len(sae.b_dec):
+        raise ConfigError(
+            f"{checkpoint.store.url}: the dictionary to begin with is of activations "
+            f"{d_in} wide, these are {len(sae.b_dec)} wide"
+        )
+    n_known = min(max(width(checkpoint) - sae.first_latent, 0), len(sae.W_enc))
+    for name, tensor in sae.state_dict().items():
+        stored = mean_or_last(checkpoint, name)
+        if not is_per_latent(name):
+            tensor.copy_(checkpoint.read(stored))
+        elif n_known:
+            tensor[:n_known] = checkpoint.read(stored, sae.first_latent, sae.first_latent + n_known)
+    sae.constrain()
+
+
+def _place(runs: ObjectStore, run: Run) -> Checkpoints:
+    return Checkpoints(runs, run.name, keep=1, folder="warm-start")
