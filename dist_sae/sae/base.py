@@ -169,6 +169,14 @@ class Dictionary(nn.Module):
         """`objective`, under the name that wrappers of modules call."""
         return self.objective(x, step)
 
+    def settle(self, new: slice, x: Float[Tensor, "batch d_in"]) -> None:
+        """What the recipe does to new latents beside known ones; here nothing. Collective.
+
+        Args:
+            new: Which of this shard; they have directions and the mean of what the known ones have.
+            x: This rank's rows of a batch.
+        """
+
     def constrain(self) -> None:
         """What the recipe does to the parameters after an update; here nothing."""
 

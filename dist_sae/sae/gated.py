@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from dist_sae.sae.base import Dictionary, fired
 from dist_sae.sae.constraints import remove_parallel_
+from dist_sae.sae.init import first_rows
 from dist_sae.sae.kernels import Entries, autograd, select
 
 Gate = Callable[..., tuple[Tensor, Tensor]]
@@ -26,6 +27,9 @@ Where z is not above the bound both are 0, and so are their gradients.
 """
 
 _SPARSE_BELOW = 1 / 32  # share of entries; about where the sparse products begin to be faster
+_RARE = 0.003  # of the rows: new latents add little to what known ones make of a row, and live
+_INIT_ROWS = 16_384  # looked at
+_INIT_CHUNK = 1024  # latents
 _CHUNK_BYTES = 64 * 2**20  # of one [rows, chunk] matrix in fp32; a chunk needs several
 
 
@@ -110,3 +114,29 @@ class _WithoutParallel(torch.autograd.Function):
         gradient = gradient.clone()
         remove_parallel_(gradient, *ctx.saved_tensors)
         return gradient
+
+
+@torch.no_grad()
+def set_active_share(
+    sae: Dictionary,
+    latents: slice,
+    x: Float[Tensor, "batch d_in"],
+    theta: Float[Tensor, " n_local"],
+    share: float = _RARE,
+) -> None:
+    """Set b_enc such that each of these latents is above its threshold on this share of the rows.
+
+    Args:
+        sae: The dictionary.
+        latents: Of this shard.
+        x: This rank's rows of the batch, of which the first of all ranks' are taken.
+        theta: Thresholds.
+        share: To one of the rows looked at, and at least that one.
+    """
+    rows = first_rows(x, _INIT_ROWS, sae.axis)
+    place = max(1, min(round((1 - share) * len(rows)), len(rows) - 1))
+    W_enc, b_enc = sae.W_enc[latents], sae.b_enc[latents]
+    for start in range(0, len(W_enc), _INIT_CHUNK):
+        chunk = slice(start, start + _INIT_CHUNK)
+        exceeded = (rows @ W_enc[chunk].T).kthvalue(place, dim=0).values
+        b_enc[chunk] = theta[latents][chunk] - exceeded

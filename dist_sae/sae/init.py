@@ -85,6 +85,7 @@ def initialise_from_data(
     sae.W_enc[new] = random
     if known:
         _liken(sae, known, new)
+        sae.settle(new, x)
     else:
         rescale_encoder(sae, x)
 

@@ -24,7 +24,7 @@ from torch.autograd.function import once_differentiable
 from dist_sae.config.sae import JumpReLUConfig
 from dist_sae.sae.base import Codes, Dictionary, LossTerms, Output, Step
 from dist_sae.sae.constraints import normalise_rows_
-from dist_sae.sae.gated import gated
+from dist_sae.sae.gated import gated, set_active_share
 from dist_sae.sae.init import initialise_tied
 from dist_sae.sae.kernels import select
 from dist_sae.sae.schedules import warmed_up
@@ -64,6 +64,9 @@ class JumpReLU(Dictionary):
         with torch.no_grad():
             self.log_threshold.fill_(self.config.initial_threshold * len(self.b_dec) ** 0.5).log_()
         initialise_tied(self, x, seed, rescale=False)
+
+    def settle(self, new: slice, x: Float[Tensor, "batch d_in"]) -> None:
+        set_active_share(self, new, x, self.log_threshold.exp())
 
     def constrain(self) -> None:
         normalise_rows_(self.W_dec)

@@ -22,13 +22,10 @@ from torch import Tensor, nn
 
 from dist_sae.config.sae import JumpReLUTanhConfig
 from dist_sae.sae.base import Codes, Dictionary, LossTerms, Output, Step
-from dist_sae.sae.gated import gated
-from dist_sae.sae.init import first_rows, random_rows
+from dist_sae.sae.gated import gated, set_active_share
+from dist_sae.sae.init import random_rows
 from dist_sae.sae.jumprelu import encode_above, jump_relu
 from dist_sae.sae.schedules import warmed_up
-
-_INIT_CHUNK = 1024  # latents
-_INIT_ROWS = 16_384
 
 
 class JumpReLUTanh(Dictionary):
@@ -72,18 +69,17 @@ class JumpReLUTanh(Dictionary):
 
         b_enc is such that each latent is above its threshold on the same share of the rows.
         """
-        rows, d_in = first_rows(x, _INIT_ROWS, self.axis), len(self.b_dec)
+        d_in = len(self.b_dec)
         random_rows(self.W_dec, seed, self.first_latent, uniform=True)
         self.W_dec.mul_(d_in**-0.5)
         self.W_enc.copy_(self.W_dec * (d_in / self.n_latents))
         self.log_threshold.fill_(self.config.initial_threshold).log_()
         self.b_dec.zero_()
         share = min(self.config.initial_l0 / self.n_latents, 0.5)
-        place = max(1, round((1 - share) * len(rows)))
-        for start in range(0, len(self.W_enc), _INIT_CHUNK):
-            chunk = slice(start, start + _INIT_CHUNK)
-            exceeded = (rows @ self.W_enc[chunk].T).kthvalue(place, dim=0).values
-            self.b_enc[chunk] = self.config.initial_threshold - exceeded
+        set_active_share(self, slice(None), x, self.log_threshold.exp(), share)
+
+    def settle(self, new: slice, x: Float[Tensor, "batch d_in"]) -> None:
+        set_active_share(self, new, x, self.log_threshold.exp())
 
     def constrain(self) -> None:
         """Nothing: decoder norms are free, the penalties hold them."""

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dist_sae.config.sae import ReLUConfig
 from dist_sae.sae.base import Codes, Dictionary, LossTerms, Output, Step
-from dist_sae.sae.gated import gated
+from dist_sae.sae.gated import gated, set_active_share
 from dist_sae.sae.init import initialise_tied
 from dist_sae.sae.jumprelu import encode_above
 from dist_sae.sae.schedules import warmed_up
@@ -53,6 +53,9 @@ class ReLU(Dictionary):
         self.W_dec.mul_(self.config.decoder_norm)
         self.W_enc.copy_(self.W_dec)
         self.b_dec.zero_()
+
+    def settle(self, new: slice, x: Float[Tensor, "batch d_in"]) -> None:
+        set_active_share(self, new, x, torch.zeros_like(self.b_enc))
 
     def constrain(self) -> None:
         """Nothing: decoder norms are free, the penalty holds them."""

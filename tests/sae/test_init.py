@@ -15,6 +15,7 @@ from tests.sae.recipes import CONFIGS, D_IN, KINDS, N_LATENTS, make
 
 LAYOUTS = [(1, 2), (2, 1), (2, 2), (1, 4)]  # replicas x shards
 BATCH = 24
+GATED = ("relu", "jumprelu", "jumprelu_tanh")
 
 
 def batch(number: int, rows: int = BATCH) -> Tensor:
@@ -175,9 +176,24 @@ def test_new_latents_point_at_what_the_known_ones_leave(kind: str) -> None:
         lengths = found[name].norm(dim=1)
         mean = lengths[:KNOWN].mean().expand(N_LATENTS - KNOWN)
         torch.testing.assert_close(lengths[KNOWN:], share * mean)
-    for name in known.keys() - {"W_dec", "W_enc"}:
+    settled = {"b_enc"} if kind in GATED else set()
+    for name in known.keys() - {"W_dec", "W_enc"} - settled:
         mean = known[name].mean().expand(N_LATENTS - KNOWN)
         torch.testing.assert_close(found[name][KNOWN:], mean)
+
+
+@pytest.mark.parametrize("kind", GATED)
+def test_new_latents_without_a_count_fire_rarely(kind: str) -> None:
+    """On .3 % of the rows, or known ones would be drowned; not never, or they could not learn."""
+    sae, x = make(CONFIGS[kind], torch.float32), batch(0, 2000)
+    before = sae.b_enc.detach().clone()
+    sae.settle(slice(KNOWN, None), x)
+    counts = torch.bincount(sae.encode(x).latents, minlength=N_LATENTS)
+    assert set(counts[KNOWN:].tolist()) <= {6, 7}  # rounding decides about the last
+    assert torch.equal(sae.b_enc[:KNOWN], before[:KNOWN])
+    sae.settle(slice(KNOWN, None), x[:20])
+    counts = torch.bincount(sae.encode(x[:20]).latents, minlength=N_LATENTS)
+    assert set(counts[KNOWN:].tolist()) <= {1, 2}
 
 
 @pytest.mark.parametrize(("replicas", "shards"), LAYOUTS)
