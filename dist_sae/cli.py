@@ -220,6 +220,18 @@ def _bench_step(options: argparse.Namespace) -> None:
         _print_result(options, result)
 
 
+def _bench_produce(options: argparse.Namespace) -> None:
+    import torch
+
+    from dist_sae.bench.produce import bench_produce
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    _print_result(
+        options, bench_produce(_load(options), units=options.units, rounds=options.rounds)
+    )
+
+
 def _bench_checkpoint(options: argparse.Namespace) -> None:
     import torch
 
@@ -432,7 +444,7 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _add_benches(commands: Any) -> None:
-    text = "measure against the limit of this machine, in one run; needs no run file"
+    text = "measure against the limit of this machine, in one run"
     actions = commands.add_parser("bench", help=text, description=text).add_subparsers(
         metavar="WHAT", required=True
     )
@@ -475,9 +487,16 @@ def _add_benches(commands: Any) -> None:
     for action in (step, peers, checkpoint):
         action.add_argument("--n-latents", type=int, default=65_536)
         action.add_argument("--k", type=int, default=32)
+    produce = actions.add_parser("produce", help="a producer against the bare forward pass")
+    produce.add_argument("run", metavar="RUN.yaml", help="whose model and text are used")
+    produce.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override")
+    produce.add_argument("--units", type=int, default=6, help="produced in each round")
+    produce.add_argument("--rounds", type=int, default=5, help="medians are over so many")
+    produce.set_defaults(command=_bench_produce)
     for action, rounds in ((step, 9), (peers, 9), (store, 5), (checkpoint, 3)):
         action.add_argument("--d-in", type=int, default=768)
         action.add_argument("--batch", type=int, default=4096, help="rows")
         action.add_argument("--rounds", type=int, default=rounds, help="medians are over so many")
+    for action in (step, peers, store, checkpoint, produce):
         action.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
         action.add_argument("--json", action="store_true", help="print one JSON object")

@@ -177,6 +177,9 @@ def _heldout_batches(
         tokenizer,
         context_tokens=run.activations.context_tokens,
         bos=bos,
+        failed=lambda document, exc: logger.warning(
+            "document %d is left out, the tokenizer refuses it: %s", document.number, exc
+        ),
     )
     chosen = list(islice(contexts, run.evaluate.contexts))
     return pack(chosen, batch_tokens=model.batch_tokens, bos=bos)

@@ -54,7 +54,13 @@ def _document_rows(run: Run, corpus: Corpus, index: CorpusIndex) -> float:
     sample = permutation(len(index.spans), activations.seed, 3)[:_SAMPLE_SPANS]
     documents = list(corpus.read(index.files, [index.spans[i] for i in sample]))
     bos = tokenizer.bos if activations.prepend_bos else None
-    contexts = cut(documents, tokenizer, context_tokens=activations.context_tokens, bos=bos)
+    contexts = cut(
+        documents,
+        tokenizer,
+        context_tokens=activations.context_tokens,
+        bos=bos,
+        failed=lambda *_: None,  # gives no rows; producers tell of it
+    )
     first = activations.exclude.first_positions
     rows = sum(max(0, len(c.tokens) - max(first, 0 if bos is None else 1)) for c in contexts)
     if rows == 0:

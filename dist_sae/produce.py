@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import NamedTuple
@@ -24,12 +24,12 @@ from dist_sae.config.data import ActivationsConfig, SyntheticCorpus
 from dist_sae.data.admission import admitted, of_usual_norm
 from dist_sae.data.claims import Claims, Worker
 from dist_sae.data.consumers import Consumers
-from dist_sae.data.corpus import Corpus
+from dist_sae.data.corpus import Corpus, Document
 from dist_sae.data.orders import spread
 from dist_sae.data.plan import Plan, load_plan
 from dist_sae.data.shard import DTYPES, Rows, UnitManifest, manifest_key, write_shard
 from dist_sae.data.tokens import TokenBatch, cut, pack
-from dist_sae.errors import CorpusError, NonFiniteError, Stopped
+from dist_sae.errors import CorpusError, ModelError, NonFiniteError, Stopped
 from dist_sae.models import ActivationSource, Tokenizer, build_source, build_tokenizer
 from dist_sae.storage import ObjectStore, open_store
 from dist_sae.storage.records import seal
@@ -43,6 +43,7 @@ class TokenizedUnit(NamedTuple):
 
     unit: int
     documents: int
+    refused: int
     batches: list[TokenBatch]
     seconds: Counter[str]
 
@@ -52,13 +53,18 @@ class ComputedUnit(NamedTuple):
 
     unit: int
     documents: int
+    refused: int
     sites: dict[str, Rows]
     excluded: Counter[str]
     seconds: Counter[str]
 
 
 def produce(
-    run: Run, worker: Worker, stopping: threading.Event, telemetry: Telemetry
+    run: Run,
+    worker: Worker,
+    stopping: threading.Event,
+    telemetry: Telemetry,
+    open_source: Callable[[], ActivationSource] | None = None,
 ) -> dict[str, int]:
     """Produce units until every unit of the plan exists.
 
@@ -67,6 +73,7 @@ def produce(
         worker: This producer, among the others.
         stopping: When set, leave the unit at hand and return.
         telemetry: Takes the metrics.
+        open_source: Loads the model, when there is something to do; that of the run if left out.
 
     Returns:
         `units` and `rows` that this producer wrote.
@@ -82,16 +89,16 @@ def produce(
     claims = Claims(store, plan, worker, stopping, consumers, run.store.max_ahead_units)
     prepare = _Preparer(run, plan, claims)
     written = Counter(units=0, rows=0)
-    source: ActivationSource | None = None  # loaded when there is something to do
+    forward: _Forward | None = None
     with ThreadPoolExecutor(1, "prepare") as preparer, ThreadPoolExecutor(1, "finish") as finisher:
         try:
             upcoming = preparer.submit(prepare.next_unit)
             finishing: Future[UnitManifest] | None = None
             while (tokenized := upcoming.result()) is not None:
                 upcoming = preparer.submit(prepare.next_unit)
-                source = source or build_source(run.model, run.activations.sites)
+                forward = forward or _Forward((open_source or _opener(run))())
                 computed = _compute(
-                    tokenized, source, prepare.tokenizer, run.activations, claims, stopping
+                    tokenized, forward, prepare.tokenizer, run.activations, claims, stopping
                 )
                 if finishing is not None:
                     _report(finishing.result(), plan, claims, telemetry, written)
@@ -113,12 +120,15 @@ def produce(
     return dict(written)
 
 
+def _opener(run: Run) -> Callable[[], ActivationSource]:
+    return lambda: build_source(run.model, run.activations.sites)
+
+
 class _Preparer:
     """Claims the next unit and turns its documents into batches of tokens."""
 
     def __init__(self, run: Run, plan: Plan, claims: Claims) -> None:
-        corpus_rows = run.corpus.document_rows if isinstance(run.corpus, SyntheticCorpus) else 0
-        self.tokenizer = build_tokenizer(run.model, corpus_rows)
+        self.tokenizer = tokenizer_of(run)
         self._run = run
         self._plan = plan
         self._claims = claims
@@ -128,22 +138,96 @@ class _Preparer:
         unit = self._claims.take()
         if unit is None:
             return None
-        seconds = Counter[str]()
-        activations, model = self._run.activations, self._run.model
-        bos = self.tokenizer.bos if activations.prepend_bos else None
-        with _timed(seconds, "tokenize"):
-            documents = list(self._corpus.read(self._plan.files, self._plan.units[unit]))
-            contexts = cut(
-                documents, self.tokenizer, context_tokens=activations.context_tokens, bos=bos
+        return tokenize(self._run, self._plan, self._corpus, self.tokenizer, unit)
+
+
+def tokenizer_of(run: Run) -> Tokenizer:
+    """The tokenizer of a run's model."""
+    document_rows = run.corpus.document_rows if isinstance(run.corpus, SyntheticCorpus) else 0
+    return build_tokenizer(run.model, document_rows)
+
+
+def tokenize(
+    run: Run, plan: Plan, corpus: Corpus, tokenizer: Tokenizer, unit: int
+) -> TokenizedUnit:
+    """Read the documents of a unit, cut them into contexts and these into batches."""
+    seconds, refused = Counter[str](), list[int]()
+    activations, model = run.activations, run.model
+
+    def failed(document: Document, exc: Exception) -> None:
+        refused.append(document.number)
+        logger.warning(
+            "unit %d: document %d is left out, the tokenizer refuses it: %s",
+            unit,
+            document.number,
+            str(exc).strip().partition("\n")[0],
+        )
+
+    bos = tokenizer.bos if activations.prepend_bos else None
+    with _timed(seconds, "tokenize"):
+        documents = list(corpus.read(plan.files, plan.units[unit]))
+        contexts = cut(
+            documents, tokenizer, context_tokens=activations.context_tokens, bos=bos, failed=failed
+        )
+        batch_tokens = model.batch_tokens if model.kind == "huggingface" else 65_536
+        batches = list(pack(contexts, batch_tokens=batch_tokens, bos=bos))
+    return TokenizedUnit(unit, len(documents), len(refused), batches, seconds)
+
+
+class _Forward:
+    """The model; when its memory is short, with batches in parts from then on."""
+
+    def __init__(self, source: ActivationSource) -> None:
+        self._source = source
+        self._parts = 1
+
+    def __call__(self, batch: TokenBatch) -> dict[str, Tensor]:
+        """Activations at every site, of the whole batch.
+
+        Raises:
+            ModelError: Not even a single context fits.
+        """
+        while True:
+            try:
+                return self._run(batch)
+            except (RuntimeError, MemoryError) as exc:
+                if not _is_out_of_memory(exc):
+                    raise
+                if self._parts >= len(batch.tokens):
+                    raise ModelError(
+                        f"model: a single context of {batch.tokens.shape[1]} tokens does not fit "
+                        f"into memory; lower activations.context_tokens, or use a narrower "
+                        f"model.dtype or a larger device"
+                    ) from exc
+            if torch.cuda.is_available():  # not while the exception holds what was allocated
+                torch.cuda.empty_cache()
+            self._parts *= 2
+            logger.warning(
+                "out of memory: batches are run in %d parts from now on; lower model.batch_tokens",
+                self._parts,
             )
-            batch_tokens = model.batch_tokens if model.kind == "huggingface" else 65_536
-            batches = list(pack(contexts, batch_tokens=batch_tokens, bos=bos))
-        return TokenizedUnit(unit, len(documents), batches, seconds)
+
+    def _run(self, batch: TokenBatch) -> dict[str, Tensor]:
+        rows = -(-len(batch.tokens) // self._parts)
+        parts = [
+            self._source.run(tokens, mask)
+            for tokens, mask in zip(
+                torch.split(batch.tokens, rows), torch.split(batch.mask, rows), strict=True
+            )
+        ]
+        if len(parts) == 1:
+            return parts[0]
+        return {site: torch.cat([part[site] for part in parts]) for site in parts[0]}
+
+
+def _is_out_of_memory(exc: BaseException) -> bool:
+    """Of the device, or of this machine: torch says that in words alone."""
+    return isinstance(exc, torch.OutOfMemoryError | MemoryError) or "can't allocate" in str(exc)
 
 
 def _compute(
     work: TokenizedUnit,
-    source: ActivationSource,
+    forward: "_Forward",
     tokenizer: Tokenizer,
     activations: ActivationsConfig,
     claims: Claims,
@@ -163,7 +247,7 @@ def _compute(
                 raise Stopped(f"stopped within unit {work.unit}; start again to go on")
             claims.renew()
             keep = admitted(batch, tokenizer.special, activations.exclude, excluded)
-            acts = source.run(batch.tokens, batch.mask)
+            acts = forward(batch)
             for site in activations.sites:
                 rows = Rows(
                     _held(acts[site][keep], activations.dtype),
@@ -174,7 +258,7 @@ def _compute(
                 _check_finite(rows, site)
                 parts[site].append(rows)
     sites = {site: Rows(*map(torch.cat, zip(*rows, strict=True))) for site, rows in parts.items()}
-    return ComputedUnit(work.unit, work.documents, sites, excluded, work.seconds)
+    return ComputedUnit(work.unit, work.documents, work.refused, sites, excluded, work.seconds)
 
 
 def _held(acts: Tensor, dtype: str) -> Tensor:
@@ -223,6 +307,7 @@ def _finish(
         unit=unit,
         producer=worker,
         documents=computed.documents,
+        refused=computed.refused,
         rows=len(order),
         excluded=dict(computed.excluded),
         seconds={stage: round(s, 3) for stage, s in seconds.items()},
@@ -244,6 +329,7 @@ def _report(
     written.update(units=1, rows=manifest.rows)
     telemetry.add("dist_sae_produce_units_total", 1)
     telemetry.add("dist_sae_produce_rows_total", manifest.rows)
+    telemetry.add("dist_sae_produce_refused_documents_total", manifest.refused)
     for reason, count in manifest.excluded.items():
         telemetry.add("dist_sae_produce_excluded_rows_total", count, reason=reason)
     for stage, seconds in manifest.seconds.items():

@@ -18,7 +18,7 @@ from dist_sae.config import Run
 from dist_sae.data.claims import Claims, Worker
 from dist_sae.data.consumers import Consumers
 from dist_sae.data.shard import Rows, manifest_key, read_block, read_manifest
-from dist_sae.errors import CorpusError, NonFiniteError, Stopped, StoreFullError
+from dist_sae.errors import CorpusError, ModelError, NonFiniteError, Stopped, StoreFullError
 from dist_sae.plan import plan
 from dist_sae.produce import produce
 from dist_sae.storage import ObjectStore, open_store
@@ -411,6 +411,85 @@ def test_units_do_not_depend_on_how_the_model_is_batched(
     there = open_store(other.store.activations)
     for unit in made_letters(store):
         assert same(rows_of(store, unit, SITES[1]), rows_of(there, unit, SITES[1]))
+
+
+class SmallMemory(LetterSource):
+    """Has room for so many tokens; the first error is a device's, the others are this machine's."""
+
+    def __init__(self, room: int, error: Exception | None = None) -> None:
+        super().__init__()
+        self.sizes: list[int] = []
+        self._room, self._error = room, error
+
+    def run(self, tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        self.sizes.append(tokens.numel())
+        if tokens.numel() > self._room:
+            error: Exception = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB")
+            if len(self.sizes) > 1:
+                error = RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to")
+            raise self._error or error
+        return super().run(tokens, mask)
+
+
+def test_a_model_that_runs_out_of_memory_gets_smaller_batches_from_then_on(
+    letters: tuple[Run, ObjectStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, store = letters
+    start(run, "a")
+    (tmp_path / "b").mkdir()
+    other = letters_run(tmp_path / "b", monkeypatch, TEXTS, batch_tokens=40)
+    source = SmallMemory(room=10)
+    with_source(monkeypatch, source)
+    start(other, "a")
+    there = open_store(other.store.activations)
+    for unit in made_letters(store):
+        assert same(rows_of(store, unit, SITES[1]), rows_of(there, unit, SITES[1]))
+    assert source.sizes[:3] == [40, 20, 10]
+    assert max(source.sizes[3:]) <= 10
+
+
+@pytest.mark.parametrize(
+    ("room", "error", "expected", "words"),
+    [
+        (4, None, ModelError, "a single context of 5 tokens does not fit into memory"),
+        (10, RuntimeError("another"), RuntimeError, "^another$"),
+    ],
+)
+def test_what_no_smaller_batch_mends_is_an_error(
+    letters: tuple[Run, ObjectStore],
+    monkeypatch: pytest.MonkeyPatch,
+    room: int,
+    error: Exception | None,
+    expected: type[Exception],
+    words: str,
+) -> None:
+    run, store = letters
+    with_source(monkeypatch, SmallMemory(room, error))
+    with pytest.raises(expected, match=words):
+        start(run, "a")
+    assert made_letters(store) == []
+
+
+def test_a_refused_document_is_left_out_and_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Fussy(Letters):
+        def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+            if any("?" in text for text in texts):
+                raise TypeError("TextEncodeInput must be text")
+            return super().__call__(texts)
+
+    run = letters_run(tmp_path, monkeypatch, [*TEXTS, "ab?", "cdefghij?"])
+    monkeypatch.setattr(dist_sae.produce, "build_tokenizer", lambda *_: Fussy())
+    with_source(monkeypatch, LetterSource())
+    start(run, "a")
+    store = open_store(run.store.activations)
+    manifests = [read_manifest(store, unit) for unit in made_letters(store)]
+    assert sum(m.refused for m in manifests) == 2
+    assert sum(m.documents for m in manifests) == len(TEXTS) + 2
+    assert sum("the tokenizer refuses it" in message for message in caplog.messages) == 2
+    documents = torch.cat([rows_of(store, m.unit, SITES[0]).documents for m in manifests])
+    assert not set(documents.tolist()) & {60, 61}
 
 
 def test_metrics_count_rows_and_units(

@@ -89,6 +89,8 @@ class UnitManifest(Record):
     unit: int
     producer: str
     documents: int
+    refused: int = 0
+    """Documents among them that the tokenizer refused."""
     rows: int
     excluded: dict[str, int]
     """Rows left out, by reason."""

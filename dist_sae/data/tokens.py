@@ -9,6 +9,9 @@ from torch import Tensor
 
 from dist_sae.data.corpus import Document
 
+_MOST_PADDING = 0.05
+_LIKENESS = (0.0, 0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
+
 Tokenize = Callable[[Sequence[str]], list[list[int]]]
 """Texts to token ids, without special tokens."""
 
@@ -36,35 +39,88 @@ class TokenBatch(NamedTuple):
 
 
 def cut(
-    documents: Iterable[Document], tokenize: Tokenize, *, context_tokens: int, bos: int | None
+    documents: Iterable[Document],
+    tokenize: Tokenize,
+    *,
+    context_tokens: int,
+    bos: int | None,
+    failed: Callable[[Document, Exception], None] | None = None,
 ) -> Iterator[Context]:
     """Cut every document into contexts of at most `context_tokens`, BOS included.
 
     No token is lost and none appears twice. A document without tokens gives no context.
+
+    Args:
+        documents: Texts.
+        tokenize: The tokenizer.
+        context_tokens: Of the model.
+        bos: Begins each context, if there is one.
+        failed: Is told of a document that the tokenizer refuses, which is left out; without it
+            the tokenizer's error is raised.
     """
     documents = list(documents)
     prefix = [] if bos is None else [bos]
     room = context_tokens - len(prefix)
-    for document, ids in zip(documents, tokenize([d.text for d in documents]), strict=True):
+    for document, ids in _tokenized(documents, tokenize, failed):
         for start in range(0, len(ids), room):
             yield Context(document.number, start, prefix + ids[start : start + room])
+
+
+def _tokenized(
+    documents: Sequence[Document],
+    tokenize: Tokenize,
+    failed: Callable[[Document, Exception], None] | None,
+) -> Iterator[tuple[Document, list[int]]]:
+    try:
+        together = tokenize([document.text for document in documents])
+    except Exception:
+        if failed is None:
+            raise
+    else:
+        yield from zip(documents, together, strict=True)
+        return
+    for document in documents:  # one by one, to know which
+        try:
+            (ids,) = tokenize([document.text])
+        except Exception as exc:
+            failed(document, exc)
+        else:
+            yield document, ids
 
 
 def pack(
     contexts: Iterable[Context], *, batch_tokens: int, bos: int | None
 ) -> Iterator[TokenBatch]:
-    """Group contexts of like length, so that little is padding.
+    """Group contexts of like length, in as few batches as little padding allows.
 
-    A batch has at most `batch_tokens`, unless one context alone has more.
+    A batch has at most `batch_tokens`, unless one context alone has more. At most 5 % of the tokens
+    are padding, or what a sixteenth of one batch could hold.
     """
+    contexts = sorted(contexts, key=lambda c: len(c.tokens), reverse=True)
+    real = sum(len(context.tokens) for context in contexts)
+    for likeness in _LIKENESS:
+        groups = list(_groups(contexts, batch_tokens, likeness))
+        padded = sum(len(group) * len(group[0].tokens) for group in groups)
+        if padded - real <= max(_MOST_PADDING * padded, batch_tokens / 16):
+            break
+    yield from (_batch(group, bos) for group in groups)
+
+
+def _groups(
+    contexts: Sequence[Context], batch_tokens: int, likeness: float
+) -> Iterator[list[Context]]:
+    """Neighbours in a row of descending lengths, none below `likeness` of the longest beside it."""
     group: list[Context] = []
-    for context in sorted(contexts, key=lambda c: len(c.tokens), reverse=True):
-        if group and len(group[0].tokens) * (len(group) + 1) > batch_tokens:
-            yield _batch(group, bos)
-            group = []
+    for context in contexts:
+        if group:
+            longest = len(group[0].tokens)
+            full = longest * (len(group) + 1) > batch_tokens
+            if full or len(context.tokens) < likeness * longest:
+                yield group
+                group = []
         group.append(context)
     if group:
-        yield _batch(group, bos)
+        yield group
 
 
 def _batch(group: list[Context], bos: int | None) -> TokenBatch:

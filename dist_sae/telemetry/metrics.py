@@ -23,6 +23,11 @@ METRICS = (
         "Rows left out of the activation set, by reason.",
         ("reason",),
     ),
+    Metric(
+        "dist_sae_produce_refused_documents_total",
+        "counter",
+        "Documents left out because the tokenizer refused them.",
+    ),
     Metric("dist_sae_produce_units_total", "counter", "Units written by this producer."),
     Metric(
         "dist_sae_produce_seconds_total",

@@ -1,4 +1,5 @@
 import random
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -114,3 +115,41 @@ def test_nothing_gives_nothing() -> None:
     assert list(pack([], batch_tokens=8, bos=BOS)) == []
     (batch,) = pack([Context(4, 0, [BOS, 7])], batch_tokens=8, bos=BOS)
     assert batch.tokens.tolist() == [[BOS, 7]]
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_little_is_padding_and_batches_are_large_all_the_same(seed: int) -> None:
+    """Lengths as of articles: many reach the limit, the rest are of all kinds."""
+    chance = random.Random(seed)
+    lengths = [64] * 100 + [chance.randint(1, 64) for _ in range(150)]
+    contexts = [Context(n, 0, [7] * length) for n, length in enumerate(lengths)]
+    batches = list(pack(contexts, batch_tokens=512, bos=None))
+    padded = sum(batch.tokens.numel() for batch in batches)
+    assert sum(int(batch.mask.sum()) for batch in batches) == sum(lengths)
+    assert padded - sum(lengths) <= 0.05 * padded
+    assert len(batches) <= 2 * sum(lengths) / 512
+
+
+class Fussy(Letters):
+    """Refuses text with a question mark."""
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        if any("?" in text for text in texts):
+            raise TypeError("TextEncodeInput must be a text\nand this is none")
+        return super().__call__(texts)
+
+
+def test_a_document_that_the_tokenizer_refuses_is_told_and_left_out() -> None:
+    texts = [Document(0, "ab"), Document(1, "c?"), Document(2, "de")]
+    told: list[tuple[int, str]] = []
+    contexts = cut(
+        texts,
+        Fussy(),
+        context_tokens=8,
+        bos=None,
+        failed=lambda document, exc: told.append((document.number, type(exc).__name__)),
+    )
+    assert [c.document for c in contexts] == [0, 2]
+    assert told == [(1, "TypeError")]
+    with pytest.raises(TypeError):
+        list(cut(texts, Fussy(), context_tokens=8, bos=None))

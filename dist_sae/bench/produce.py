@@ -1,0 +1,100 @@
+"""`dist-sae bench produce`: a producer against the bare forward pass to the same layer.
+
+The producer is the real one: text is read, tokenised, run through the model, packed, checked and
+stored. The bare pass runs the same batches, tokenised beforehand, through the same model and drops
+what comes out. Both are timed in turn, and the ratio of each pair is taken.
+"""
+
+import statistics
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterable
+from typing import Any
+
+from dist_sae.bench.memory import peak_memory, resident_bytes
+from dist_sae.bench.scratch import scratch
+from dist_sae.config import Run
+from dist_sae.data.claims import Worker
+from dist_sae.data.corpus import Corpus
+from dist_sae.data.plan import publish_plan
+from dist_sae.data.shard import read_manifest
+from dist_sae.data.tokens import TokenBatch
+from dist_sae.models import ActivationSource, build_source
+from dist_sae.plan import plan
+from dist_sae.produce import produce, tokenize, tokenizer_of
+from dist_sae.storage import open_store
+from dist_sae.telemetry.exporter import Telemetry
+
+
+def bench_produce(run: Run, *, units: int, rounds: int) -> dict[str, Any]:
+    """Produce the first units of a run's plan beside its activation set; what is written goes.
+
+    Args:
+        run: The run.
+        units: How many units are produced in a round; its begin and its end count.
+        rounds: How many pairs are timed.
+
+    Returns:
+        Medians over `rounds`: `rows_per_second` of the producer and `bare_rows_per_second`;
+        `ratio` with `ratio_low` and `ratio_high` (quartiles of the pairs); `padding`, as a share of
+        the model's tokens; `beyond_model_bytes`, how far the resident memory rose above the loaded
+        model; `busy`, the share of the last round that each stage was at work.
+    """
+    source = build_source(run.model, run.activations.sites)
+    before, pairs = resident_bytes(), []
+    with scratch(run.store.activations, run.store.s3) as store, peak_memory() as peak:
+        whole = plan(_at(run, f"{store.url}/plan"))
+        units = min(units, whole.n_train_units)
+        part = whole.model_copy(update={"units": whole.units[:units], "n_train_units": units})
+        corpus = Corpus(run.corpus, run.store.s3)
+        tokenizer = tokenizer_of(run)
+        batches = [
+            batch
+            for unit in range(units)
+            for batch in tokenize(run, part, corpus, tokenizer, unit).batches
+        ]
+        _run(source, batches[:1])
+        for number in range(rounds):
+            here = _at(run, f"{store.url}/{number}")
+            place = open_store(here.store.activations, here.store.s3)
+            publish_plan(place, part)
+            bare = _run(source, batches)
+            since = time.perf_counter()
+            with Telemetry("bench", "produce", None) as telemetry:
+                produced = produce(
+                    here, Worker("bench"), threading.Event(), telemetry, lambda: source
+                )
+            pairs.append((time.perf_counter() - since, bare))
+        busy = Counter[str]()
+        for unit in range(units):
+            busy.update(read_manifest(place, unit).seconds)
+    rows, ratios = produced["rows"], sorted(bare / seconds for seconds, bare in pairs)
+    tokens = sum(batch.tokens.numel() for batch in batches)
+    return {
+        "units": units,
+        "rows": rows,
+        "rounds": rounds,
+        "rows_per_second": rows / statistics.median(seconds for seconds, _ in pairs),
+        "bare_rows_per_second": rows / statistics.median(bare for _, bare in pairs),
+        "ratio": statistics.median(ratios),
+        "ratio_low": ratios[rounds // 4],
+        "ratio_high": ratios[-1 - rounds // 4],
+        "padding": 1 - sum(int(batch.mask.sum()) for batch in batches) / tokens,
+        "beyond_model_bytes": peak[0] - before,
+        "busy": {stage: seconds / pairs[-1][0] for stage, seconds in sorted(busy.items())},
+    }
+
+
+def _run(source: ActivationSource, batches: Iterable[TokenBatch]) -> float:
+    """Seconds of the bare forward pass."""
+    since = time.perf_counter()
+    for batch in batches:
+        source.run(batch.tokens, batch.mask)
+    return time.perf_counter() - since
+
+
+def _at(run: Run, url: str) -> Run:
+    return run.model_copy(
+        update={"store": run.store.model_copy(update={"activations": url, "max_ahead_units": None})}
+    )
