@@ -63,7 +63,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _produce(options: argparse.Namespace) -> None:
     from dist_sae.data.claims import Worker
-    from dist_sae.produce import produce
+    from dist_sae.produce import produce, produce_together
     from dist_sae.telemetry.exporter import Telemetry
 
     run = _load(options)
@@ -75,7 +75,8 @@ def _produce(options: argparse.Namespace) -> None:
     with Telemetry(
         run.name, "produce", _port(run.telemetry.port, options.port_offset)
     ) as telemetry:
-        result = produce(run, worker, _stop_on_signals(), telemetry)
+        work = produce_together if run.model_shards > 1 else produce
+        result = work(run, worker, _stop_on_signals(), telemetry)
     _print_result(options, result)
 
 

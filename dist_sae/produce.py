@@ -31,6 +31,10 @@ from dist_sae.data.shard import DTYPES, Rows, UnitManifest, manifest_key, write_
 from dist_sae.data.tokens import TokenBatch, cut, pack
 from dist_sae.errors import CorpusError, ModelError, NonFiniteError, Stopped
 from dist_sae.models import ActivationSource, Tokenizer, build_source, build_tokenizer
+from dist_sae.parallel.lead import Leader, Work, follow, leading
+from dist_sae.parallel.meeting import meet
+from dist_sae.parallel.mesh import join_mesh
+from dist_sae.parallel.watch import Watch
 from dist_sae.storage import ObjectStore, open_store
 from dist_sae.storage.records import seal
 from dist_sae.telemetry.exporter import Telemetry
@@ -118,6 +122,33 @@ def produce(
         raise Stopped(f"{worker.name}: stopped; start it again to go on")
     logs.progress("produce", claims.done(), len(plan.units))
     return dict(written)
+
+
+def produce_together(
+    run: Run, worker: Worker, stopping: threading.Event, telemetry: Telemetry
+) -> dict[str, int]:
+    """The same as one of `model.shards` ranks that hold the model together; the first one leads.
+
+    Raises:
+        RankLostError: Another rank is gone, hung or has failed.
+    """
+    train = run.train
+    with (
+        meet(run.model_shards, train.missing_seconds, stopping, setting="model.shards") as ranks,
+        Watch(
+            ranks, stopping, lost_seconds=train.lost_seconds, hung_seconds=train.hung_seconds
+        ) as watch,
+        join_mesh(ranks) as mesh,
+    ):
+
+        def open_work() -> Work:
+            return build_source(run.model, run.activations.sites).run
+
+        if not mesh.is_first:
+            follow(open_work, mesh, watch)
+            return {}
+        with leading(mesh):
+            return produce(run, worker, stopping, telemetry, lambda: Leader(open_work, mesh, watch))
 
 
 def _opener(run: Run) -> Callable[[], ActivationSource]:

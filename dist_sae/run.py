@@ -80,36 +80,49 @@ def run_locally(run: Run, path: str, overrides: Sequence[str]) -> dict[str, Any]
 def _workers(run: Run, job: "_Job") -> list["_Process"]:
     """Producers and trainer ranks, with the cores shared out among them."""
     producers, trainers = run.processes.producers, run.processes.trainers
-    threads = run.processes.threads or max(1, (os.cpu_count() or 1) // (producers + trainers))
+    each = run.model_shards  # processes of a producer
+    n = producers * each + trainers
+    threads = run.processes.threads or max(1, (os.cpu_count() or 1) // n)
     common = {"OMP_NUM_THREADS": str(threads)}
-    rendezvous = {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(_free_port()),
-        "WORLD_SIZE": str(trainers),
-    }
-    return [
+    producing = [
         job.process(
-            f"producer-{i}",
+            f"producer-{i}" if each == 1 else f"producer-{i}-{rank}",
             "produce",
             "--worker",
             f"{run.name}-producer-{i}",
             "--index",
             str(i),
             "--port-offset",
-            str(i),
-            env=common,
+            str(i * each + rank),
+            env=common | rendezvous,
         )
         for i in range(producers)
-    ] + [
+        for rank, rendezvous in enumerate(_rendezvous(each))
+    ]
+    training = [
         job.process(
             f"trainer-{rank}",
             "train",
             "--port-offset",
-            str(producers + rank),
-            env=common | rendezvous | {"RANK": str(rank), "LOCAL_RANK": str(rank)},
+            str(producers * each + rank),
+            env=common | rendezvous,
         )
-        for rank in range(trainers)
+        for rank, rendezvous in enumerate(_rendezvous(trainers))
     ]
+    return producing + training
+
+
+def _rendezvous(world: int) -> Iterator[dict[str, str]]:
+    """For each rank of a group: where and as whom it meets the others."""
+    port = str(_free_port())
+    for rank in range(world):
+        yield {
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+            "WORLD_SIZE": str(world),
+            "RANK": str(rank),
+            "LOCAL_RANK": str(rank),
+        }
 
 
 class _Process:

@@ -53,6 +53,11 @@ class Run(Section):
     telemetry: TelemetryConfig = TelemetryConfig()
 
     @property
+    def model_shards(self) -> int:
+        """Ranks that hold the model together, which make one producer."""
+        return self.model.shards if self.model.kind == "huggingface" else 1
+
+    @property
     def site(self) -> str:
         """The site that the dictionary is fitted to."""
         return self.train.site or self.activations.sites[0]

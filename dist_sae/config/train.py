@@ -79,7 +79,7 @@ class ProcessesConfig(Section):
     """How many processes share the work."""
 
     producers: PositiveInt = 1
-    """Producers; each holds the language model."""
+    """Producers; each holds the language model, in `model.shards` processes."""
     trainers: PositiveInt = 1
     """Trainer ranks."""
     shards: PositiveInt = 1

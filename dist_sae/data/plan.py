@@ -88,7 +88,8 @@ class Plan(Record):
 def plan_settings(run: Run) -> dict[str, Any]:
     """What of a run file enters the plan. How fast it is computed does not."""
     settings = run.model_dump(mode="json", include={"model", "corpus", "activations"})
-    settings["model"].pop("batch_tokens", None)
+    for how in ("batch_tokens", "shards"):
+        settings["model"].pop(how, None)
     return settings
 
 

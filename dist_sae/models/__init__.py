@@ -41,7 +41,10 @@ def check_sites(model: ModelConfig, sites: tuple[str, ...]) -> None:
 
 
 def build_source(model: ModelConfig, sites: tuple[str, ...]) -> ActivationSource:
-    """The model, ready to give activations at `sites`; layers above the deepest are not loaded."""
+    """The model, ready to give activations at `sites`; layers above the deepest are not loaded.
+
+    With `model.shards` this rank's part of it; all ranks of the default process group are to do so.
+    """
     match model:
         case HuggingFaceModel():
             from dist_sae.models.huggingface import HuggingFaceSource

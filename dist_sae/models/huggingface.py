@@ -6,10 +6,12 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import transformers
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
 from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
 
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.errors import ModelError
@@ -82,12 +84,18 @@ class HuggingFaceSource:
 
     def __init__(self, config: HuggingFaceModel, sites: tuple[str, ...]) -> None:
         description = describe(config, sites)
+        if config.shards > 1:
+            check_shards(config, description)
         with _errors(config):
             _cut(description.get_text_config(), 1 + max(map(_layer, sites)))
-            self._model = _load(transformers.AutoModel, config, description)
+            self._model = _load(transformers.AutoModel, config, description, shards=config.shards)
         self._seen: dict[str, Tensor] = {}
+        self._widths: dict[str, int] = {}
+        """Of sites that ranks have parts of."""
         for site in sites:
-            _attach(self._model, site, self._record(site))
+            module = _attach(self._model, site, self._record(site))
+            if site.startswith("attn_z.") and config.shards > 1:
+                self._widths[site] = module.get_parameter("weight").shape[1]  # of all parts
 
     @torch.inference_mode()
     def run(
@@ -95,6 +103,8 @@ class HuggingFaceSource:
     ) -> dict[str, Float[Tensor, "batch seq d_in"]]:
         self._seen.clear()
         self._model(**_inputs(self._model, tokens, mask))
+        for site, width in self._widths.items():
+            self._seen[site] = _whole(self._seen[site], width)
         return {site: acts.cpu() for site, acts in self._seen.items()}
 
     def _record(self, site: str) -> Edit:
@@ -147,14 +157,45 @@ def _inputs(model: Any, tokens: Tensor, mask: Tensor) -> dict[str, Tensor | None
     return {"input_ids": tokens.long().to(model.device), "attention_mask": attention_mask}
 
 
-def _load(kind: Any, config: HuggingFaceModel, description: Any) -> Any:
+def check_shards(config: HuggingFaceModel, description: Any) -> None:
+    """Make sure that so many ranks can hold this architecture together, by transformers' own plan.
+
+    Raises:
+        ModelError: They cannot; the numbers that can are named.
+    """
+    text = description.get_text_config()
+    name = description.model_type
+    if not getattr(text, "base_model_tp_plan", None):
+        raise ModelError(
+            f"model.shards: {config.shards}: transformers has no plan to divide {name}; use 1"
+        )
+    heads = text.num_attention_heads
+    parts = {"heads": heads, "key-value heads": getattr(text, "num_key_value_heads", None) or heads}
+    for key in ("intermediate_size", "moe_intermediate_size"):
+        if size := getattr(text, key, None):
+            parts[key] = size
+    fitting = [n for n in range(1, heads + 1) if not any(size % n for size in parts.values())]
+    if config.shards not in fitting:
+        sizes = ", ".join(f"{size} {part}" for part, size in parts.items())
+        raise ModelError(
+            f"model.shards: {config.shards} ranks cannot hold {config.path} together ({name} with "
+            f"{sizes}); use one of {', '.join(map(str, fitting))}"
+        )
+
+
+def _load(kind: Any, config: HuggingFaceModel, description: Any, *, shards: int = 1) -> Any:
     description.get_text_config().use_cache = False  # nothing is generated
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    parallel: dict[str, Any] = {}
+    if shards > 1:  # each rank reads its slices of the weights alone
+        parallel = {"tp_plan": "auto", "device_mesh": init_device_mesh(device, (shards,))}
     model, loading = kind.from_pretrained(
         config.path,
         revision=config.revision,
         config=description,
         dtype=DTYPES[config.dtype],
         output_loading_info=True,
+        **parallel,
     )
     # transformers would go on with random ones; a pooler above the layers is no loss
     missing = sorted(name for name in loading["missing_keys"] if not name.startswith("pooler."))
@@ -162,7 +203,7 @@ def _load(kind: Any, config: HuggingFaceModel, description: Any) -> Any:
         raise ModelError(
             f"model.path {config.path}: its files lack the weights {', '.join(missing)}"
         )
-    return model.eval().to("cuda" if torch.cuda.is_available() else "cpu")
+    return model.eval() if shards > 1 else model.eval().to(device)
 
 
 def _layer(site: str) -> int:
@@ -176,25 +217,38 @@ def _cut(description: Any, layers: int) -> None:
         description.layer_types = description.layer_types[:layers]
 
 
-def _attach(model: nn.Module, site: str, edit: Edit) -> None:
-    """Hook `edit` in at `site`: it sees the activations and what it returns goes on."""
+def _attach(model: nn.Module, site: str, edit: Edit) -> nn.Module:
+    """Hook `edit` in at `site`: it sees the activations and what it returns goes on.
+
+    Returns:
+        The module that it is hooked to.
+    """
     name, _, _ = site.rpartition(".")
     layer = _layers(model)[_layer(site)]
     match name:
         case "resid_pre":
-            _edit_input(layer, edit)
+            return _edit_input(layer, edit)
         case "resid_post":
-            _edit_output(layer, edit)
+            return _edit_output(layer, edit)
         case "mlp_in":
-            _edit_input(_part(layer, _MLP_IN, site), edit)
+            return _edit_input(_part(layer, _MLP_IN, site), edit)
         case "mlp_out":
-            _edit_output(_part(layer, _MLP_OUT, site), edit)
+            return _edit_output(_part(layer, _MLP_OUT, site), edit)
         case "attn_out":
-            _edit_output(_part(layer, _ATTENTION_OUTPUT, site), edit)
+            return _edit_output(_part(layer, _ATTENTION_OUTPUT, site), edit)
         case "attn_z":
-            _edit_input(_part(layer, _ATTENTION_OUTPUT, site), edit)
+            return _edit_input(_part(layer, _ATTENTION_OUTPUT, site), edit)
         case _:
             raise ModelError(f"activations.sites: {site}: a language model has no such site")
+
+
+def _whole(acts: Tensor, width: int) -> Tensor:
+    """Heads of all ranks, side by side, where a rank has seen only its own. Collective then."""
+    if acts.shape[-1] == width:
+        return acts
+    parts = [torch.empty_like(acts) for _ in range(width // acts.shape[-1])]
+    dist.all_gather(parts, acts.contiguous())
+    return torch.cat(parts, dim=-1)
 
 
 def _layers(model: nn.Module) -> nn.ModuleList:
@@ -219,22 +273,24 @@ def _part(layer: nn.Module, paths: tuple[str, ...], site: str) -> nn.Module:
     )
 
 
-def _edit_input(module: nn.Module, edit: Edit) -> None:
+def _edit_input(module: nn.Module, edit: Edit) -> nn.Module:
     def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         if args:
             return (edit(args[0]), *args[1:]), kwargs
         return args, kwargs | {"hidden_states": edit(kwargs["hidden_states"])}
 
     module.register_forward_pre_hook(hook, with_kwargs=True)
+    return module
 
 
-def _edit_output(module: nn.Module, edit: Edit) -> None:
+def _edit_output(module: nn.Module, edit: Edit) -> nn.Module:
     def hook(_: nn.Module, __: Any, output: Any) -> Any:
         if isinstance(output, tuple):
             return (edit(output[0]), *output[1:])
         return edit(output)
 
     module.register_forward_hook(hook)
+    return module
 
 
 @contextlib.contextmanager

@@ -35,7 +35,11 @@ class Ranks(NamedTuple):
 
 @contextmanager
 def meet(
-    expected_world: int, limit_seconds: float = 600.0, stopping: threading.Event | None = None
+    expected_world: int,
+    limit_seconds: float = 600.0,
+    stopping: threading.Event | None = None,
+    *,
+    setting: str = "processes.trainers",
 ) -> Iterator[Ranks]:
     """Wait for all ranks, as RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT say.
 
@@ -45,6 +49,7 @@ def meet(
         expected_world: Ranks that the run file names.
         limit_seconds: Whoever has not come by then is missing.
         stopping: Ends the waiting.
+        setting: Where the run file names them.
 
     Raises:
         ConfigError: The launcher started another number of ranks than the run file names, or told
@@ -56,8 +61,8 @@ def meet(
     local_rank = int(os.environ.get("LOCAL_RANK", str(rank)))
     if world != expected_world:
         raise ConfigError(
-            f"processes.trainers is {expected_world}, but WORLD_SIZE is {world}; "
-            f"start {expected_world} ranks or set processes.trainers"
+            f"{setting} is {expected_world}, but WORLD_SIZE is {world}; "
+            f"start {expected_world} ranks or set {setting}"
         )
     host = socket.gethostname()
     if world == 1:

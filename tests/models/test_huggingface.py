@@ -1,4 +1,4 @@
-"""Tiny random models of four architectures, against a run by hand of their own weights."""
+"""Tiny random models of eight architectures, against a run by hand of their own weights."""
 
 import json
 from collections.abc import Callable
@@ -44,6 +44,18 @@ CONFIGS: dict[str, Callable[[], Any]] = {
     ),
     "gpt_neox": lambda: hf.GPTNeoXConfig(**COMMON),
     "bert": lambda: hf.BertConfig(**COMMON),
+    "mistral": lambda: hf.MistralConfig(**COMMON, num_key_value_heads=2),
+    "qwen3": lambda: hf.Qwen3Config(**COMMON, num_key_value_heads=2, head_dim=8),
+    "gemma2": lambda: hf.Gemma2Config(
+        **COMMON,
+        num_key_value_heads=2,
+        head_dim=8,
+        query_pre_attn_scalar=5,
+        attn_logit_softcapping=2.0,
+    ),
+    "mixtral": lambda: hf.MixtralConfig(
+        **COMMON, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2
+    ),
 }
 DECODERS = ("llama", "gpt2", "gpt_neox")
 
@@ -82,9 +94,19 @@ def random_tokens(*lengths: int) -> tuple[Tensor, Tensor]:
     return tokens * mask, mask
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, *, causal: bool) -> Tensor:
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    causal: bool,
+    scalar: float | None = None,
+    cap: float | None = None,
+) -> Tensor:
     """Softmax attention by hand; [batch, heads, seq, d_head] to [batch, seq, d]."""
-    scores = q @ k.transpose(2, 3) / q.shape[-1] ** 0.5
+    scores = q @ k.transpose(2, 3) / (scalar or q.shape[-1]) ** 0.5
+    if cap is not None:
+        scores = cap * (scores / cap).tanh()
     if causal:
         future = torch.ones(scores.shape[-2:], dtype=torch.bool).triu(1)
         scores = scores.masked_fill(future, -torch.inf)
@@ -121,6 +143,81 @@ def hand_llama(model: Any, tokens: Tensor) -> list[dict[str, Tensor]]:
         gate = nn.functional.silu(layer.mlp.gate_proj(normed))
         here["mlp_out"] = layer.mlp.down_proj(gate * layer.mlp.up_proj(normed))
         here["resid_post"] = x = x + here["mlp_out"]
+        sites.append(here)
+    return sites
+
+
+def hand_qwen3(model: Any, tokens: Tensor) -> list[dict[str, Tensor]]:
+    """Llama with a norm over each head of q and k."""
+    x = model.embed_tokens(tokens)
+    cos, sin = model.rotary_emb(x, torch.arange(tokens.shape[1])[None])
+    sites = []
+    for layer in model.layers:
+        here = {"resid_pre": x}
+        attention, normed = layer.self_attn, layer.input_layernorm(x)
+        q = rotate(attention.q_norm(heads(attention.q_proj(normed))), cos, sin)
+        k = attention.k_norm(heads(attention.k_proj(normed), 2))
+        k = rotate(k, cos, sin).repeat_interleave(2, 1)
+        v = heads(attention.v_proj(normed), 2).repeat_interleave(2, 1)
+        here["attn_z"] = attend(q, k, v, causal=True)
+        here["attn_out"] = attention.o_proj(here["attn_z"])
+        x = x + here["attn_out"]
+        here["mlp_in"] = normed = layer.post_attention_layernorm(x)
+        gate = nn.functional.silu(layer.mlp.gate_proj(normed))
+        here["mlp_out"] = layer.mlp.down_proj(gate * layer.mlp.up_proj(normed))
+        here["resid_post"] = x = x + here["mlp_out"]
+        sites.append(here)
+    return sites
+
+
+def hand_gemma2(model: Any, tokens: Tensor) -> list[dict[str, Tensor]]:
+    """Norms before and after both halves, capped attention scores."""
+    x = model.embed_tokens(tokens)  # which scales them
+    cos, sin = model.rotary_emb(x, torch.arange(tokens.shape[1])[None])
+    sites = []
+    for layer in model.layers:
+        here = {"resid_pre": x}
+        attention, normed = layer.self_attn, layer.input_layernorm(x)
+        q = rotate(heads(attention.q_proj(normed)), cos, sin)
+        k = rotate(heads(attention.k_proj(normed), 2), cos, sin).repeat_interleave(2, 1)
+        v = heads(attention.v_proj(normed), 2).repeat_interleave(2, 1)
+        here["attn_z"] = attend(q, k, v, causal=True, scalar=5, cap=2.0)
+        here["attn_out"] = attention.o_proj(here["attn_z"])
+        x = x + layer.post_attention_layernorm(here["attn_out"])
+        here["mlp_in"] = normed = layer.pre_feedforward_layernorm(x)
+        gate = nn.functional.gelu(layer.mlp.gate_proj(normed), approximate="tanh")
+        here["mlp_out"] = layer.mlp.down_proj(gate * layer.mlp.up_proj(normed))
+        here["resid_post"] = x = x + layer.post_feedforward_layernorm(here["mlp_out"])
+        sites.append(here)
+    return sites
+
+
+def hand_mixtral(model: Any, tokens: Tensor) -> list[dict[str, Tensor]]:
+    """Llama's attention; each token goes through two of four experts."""
+    x = model.embed_tokens(tokens)
+    cos, sin = model.rotary_emb(x, torch.arange(tokens.shape[1])[None])
+    sites = []
+    for layer in model.layers:
+        here = {"resid_pre": x}
+        attention, normed = layer.self_attn, layer.input_layernorm(x)
+        q = rotate(heads(attention.q_proj(normed)), cos, sin)
+        k = rotate(heads(attention.k_proj(normed), 2), cos, sin).repeat_interleave(2, 1)
+        v = heads(attention.v_proj(normed), 2).repeat_interleave(2, 1)
+        here["attn_z"] = attend(q, k, v, causal=True)
+        here["attn_out"] = attention.o_proj(here["attn_z"])
+        x = x + here["attn_out"]
+        here["mlp_in"] = normed = layer.post_attention_layernorm(x)
+        shares = (normed @ layer.mlp.gate.weight.T).softmax(-1)
+        least = shares.topk(2, dim=-1).values[..., -1:]
+        shares = shares * (shares >= least)
+        shares = shares / shares.sum(-1, keepdim=True)
+        out = torch.zeros_like(normed)
+        for expert in range(4):
+            gate, up = (normed @ layer.mlp.experts.gate_up_proj[expert].T).chunk(2, -1)
+            hidden = nn.functional.silu(gate) * up
+            out += shares[..., expert, None] * (hidden @ layer.mlp.experts.down_proj[expert].T)
+        here["mlp_out"] = out
+        here["resid_post"] = x = x + out
         sites.append(here)
     return sites
 
@@ -188,6 +285,10 @@ HANDS: dict[str, Callable[[Any, Tensor], list[dict[str, Tensor]]]] = {
     "gpt2": hand_gpt2,
     "gpt_neox": hand_gpt_neox,
     "bert": hand_bert,
+    "mistral": hand_llama,
+    "qwen3": hand_qwen3,
+    "gemma2": hand_gemma2,
+    "mixtral": hand_mixtral,
 }
 
 
@@ -244,7 +345,9 @@ def test_layers_above_the_deepest_site_do_not_exist(
     source = HuggingFaceSource(models[name], ("resid_post.0", "mlp_in.1"))
     kinds = [type(module).__name__ for module in source._model.modules()]
     block = {"llama": "LlamaDecoderLayer", "gpt2": "GPT2Block"}
-    block |= {"gpt_neox": "GPTNeoXLayer", "bert": "BertLayer"}
+    block |= {"gpt_neox": "GPTNeoXLayer", "bert": "BertLayer", "mistral": "MistralDecoderLayer"}
+    block |= {"qwen3": "Qwen3DecoderLayer", "gemma2": "Gemma2DecoderLayer"}
+    block |= {"mixtral": "MixtralDecoderLayer"}
     assert kinds.count(block[name]) == 2
 
 

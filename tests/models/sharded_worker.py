@@ -1,0 +1,66 @@
+"""One of the ranks that hold tiny models together."""
+
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import accelerate  # type: ignore[import-untyped]  # noqa: F401 - once, for all that are forked
+import torch
+import torch.distributed.tensor.parallel
+from transformers import LlamaModel, PreTrainedTokenizerFast  # noqa: F401
+
+from dist_sae.cli import _stop_on_signals
+from dist_sae.config import Run
+from dist_sae.config.data import HuggingFaceModel
+from dist_sae.data.claims import Worker
+from dist_sae.errors import DistSaeError
+from dist_sae.models.huggingface import HuggingFaceSource
+from dist_sae.parallel.meeting import meet
+from dist_sae.parallel.mesh import join_mesh
+from dist_sae.produce import produce, produce_together
+from dist_sae.telemetry.exporter import Telemetry
+from tests.data.dataplane import processes
+
+processes.set_forkserver_preload(["tests.models.sharded_worker"])
+
+
+def rank(
+    models: list[dict[str, Any]],
+    sites: tuple[str, ...],
+    batch: tuple[torch.Tensor, torch.Tensor],
+    output: str,
+    env: dict[str, str],
+) -> None:
+    """Leaves what each model gives at the sites, and how many weights are here, in `output`."""
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    results = []
+    try:
+        with meet(int(env["WORLD_SIZE"])) as ranks, join_mesh(ranks):
+            for settings in models:
+                source = HuggingFaceSource(HuggingFaceModel.model_validate(settings), sites)
+                weights = sum(
+                    getattr(p, "_local_tensor", p).numel() for p in source._model.parameters()
+                )
+                results.append((source.run(*batch), weights))
+    except DistSaeError as error:
+        sys.stderr.write(f"error: {error}\n")
+        os._exit(error.exit_code)
+    torch.save(results, output)
+
+
+def produce_rank(settings: dict[str, Any], output: str, env: dict[str, str]) -> None:
+    """One rank of a producer, or all of one; its last words go to `output`."""
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    stopping = _stop_on_signals()
+    run = Run.model_validate(settings)
+    work = produce_together if run.model_shards > 1 else produce
+    try:
+        work(
+            run, Worker(f"producer-{env['MASTER_PORT']}"), stopping, Telemetry("t", "produce", None)
+        )
+    except DistSaeError as error:
+        Path(output).write_text(str(error))
+        os._exit(error.exit_code)
