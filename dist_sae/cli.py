@@ -91,7 +91,7 @@ def _train(options: argparse.Namespace) -> None:
     stopping = _stop_on_signals()
     with (
         Telemetry(run.name, "train", _port(run.telemetry.port, options.port_offset)) as telemetry,
-        meet(run.processes.trainers, run.train.missing_seconds, stopping) as ranks,
+        meet(run.processes.trainers, run.train.missing_seconds, stopping, name=run.name) as ranks,
         Watch(
             ranks,
             stopping,
@@ -186,8 +186,11 @@ def _checkpoints_verify(options: argparse.Namespace) -> None:
 def _checkpoints_convert(options: argparse.Namespace) -> None:
     from dist_sae.checkpoints import convert, convert_to_run
     from dist_sae.config import load_run
+    from dist_sae.errors import ConfigError
 
     run = _load(options)
+    if options.to_run and options.moments:
+        raise ConfigError("--moments goes with --output: a run that begins anew has its own")
     if options.to_run:
         result = convert_to_run(run, load_run(options.to_run, []), step=options.step)
     else:

@@ -100,7 +100,9 @@ def produce(
             finishing: Future[UnitManifest] | None = None
             while (tokenized := upcoming.result()) is not None:
                 upcoming = preparer.submit(prepare.next_unit)
-                forward = forward or _Forward((open_source or _opener(run))())
+                forward = forward or _Forward(
+                    (open_source or _opener(run))(), shared=run.model_shards > 1
+                )
                 computed = _compute(
                     tokenized, forward, prepare.tokenizer, run.activations, claims, stopping
                 )
@@ -134,7 +136,13 @@ def produce_together(
     """
     train = run.train
     with (
-        meet(run.model_shards, train.missing_seconds, stopping, setting="model.shards") as ranks,
+        meet(
+            run.model_shards,
+            train.missing_seconds,
+            stopping,
+            setting="model.shards",
+            name=worker.name,
+        ) as ranks,
         Watch(
             ranks, stopping, lost_seconds=train.lost_seconds, hung_seconds=train.hung_seconds
         ) as watch,
@@ -208,8 +216,9 @@ def tokenize(
 class _Forward:
     """The model; when its memory is short, with batches in parts from then on."""
 
-    def __init__(self, source: ActivationSource) -> None:
+    def __init__(self, source: ActivationSource, *, shared: bool) -> None:
         self._source = source
+        self._shared = shared  # other ranks would be out of step with a second try
         self._parts = 1
 
     def __call__(self, batch: TokenBatch) -> dict[str, Tensor]:
@@ -224,6 +233,10 @@ class _Forward:
             except (RuntimeError, MemoryError) as exc:
                 if not _is_out_of_memory(exc):
                     raise
+                if self._shared:
+                    raise ModelError(
+                        "model: out of memory; lower model.batch_tokens or raise model.shards"
+                    ) from exc
                 if self._parts >= len(batch.tokens):
                     raise ModelError(
                         f"model: a single context of {batch.tokens.shape[1]} tokens does not fit "
@@ -253,7 +266,9 @@ class _Forward:
 
 def _is_out_of_memory(exc: BaseException) -> bool:
     """Of the device, or of this machine: torch says that in words alone."""
-    return isinstance(exc, torch.OutOfMemoryError | MemoryError) or "can't allocate" in str(exc)
+    said = str(exc)
+    signs = ("can't allocate", "out of memory", "ALLOC_FAILED")
+    return isinstance(exc, torch.OutOfMemoryError | MemoryError) or any(s in said for s in signs)
 
 
 def _compute(

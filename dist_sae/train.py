@@ -185,7 +185,7 @@ def _begin(run: Run, mesh: Mesh, stopping: threading.Event, telemetry: Telemetry
     found = _found(checkpoints, runs, run, plan, mesh)
     if mesh.is_first:
         runs.put(f"{run.name}/run.yaml", dump_run(run).encode())
-    narrower = None if found else warm_start.find(runs, run)
+    narrower = None if found else _narrower(runs, run, mesh)
     if found:
         normaliser = Normaliser.from_scalars(found[0].scalars)
     else:
@@ -208,6 +208,14 @@ def _begin(run: Run, mesh: Mesh, stopping: threading.Event, telemetry: Telemetry
         step, places = checkpoint.step, _places(checkpoint)
         registration.begin(places)
     return _Job(runs, units, checkpoints, registration, normaliser, engine, state, step, places)
+
+
+def _narrower(runs: ObjectStore, run: Run, mesh: Mesh) -> Checkpoint | None:
+    """What the run is to begin with, if anything. Collective."""
+    narrower = warm_start.find(runs, run)
+    if len(set(mesh.everyones(narrower and narrower.step))) > 1:
+        raise Stopped(f"{run.name}/warm-start was written while the ranks began; start again")
+    return narrower
 
 
 def _initialise(

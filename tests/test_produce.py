@@ -470,6 +470,18 @@ def test_what_no_smaller_batch_mends_is_an_error(
     assert made_letters(store) == []
 
 
+def test_ranks_that_share_a_model_do_not_try_again(
+    letters: tuple[Run, ObjectStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, _ = letters
+    source = SmallMemory(room=10)
+    with_source(monkeypatch, source)
+    together = run.model_copy(update={"model": run.model.model_copy(update={"shards": 2})})
+    with pytest.raises(ModelError, match=r"lower model\.batch_tokens or raise model\.shards"):
+        start(together, "a")
+    assert len(source.sizes) == 1
+
+
 def test_a_refused_document_is_left_out_and_counted(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

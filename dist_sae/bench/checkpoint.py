@@ -9,6 +9,7 @@ import multiprocessing
 import statistics
 import time
 from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
 import torch
@@ -103,7 +104,7 @@ def _time_saves(
             undisturbed += [_seconds(lambda: step(x)) for _ in range(3)]
             stall = _seconds(lambda n=number: saver.save(n + 1, {}))  # type: ignore[misc]
             beside = []
-            while len(durable) == number:
+            while saver.saving:
                 beside.append(_seconds(lambda: step(x)))
             saver.finish()
             usual = statistics.median(undisturbed)
@@ -137,5 +138,5 @@ def _seconds(work: Callable[[], Any]) -> float:
 
 
 def _in_a_process(work: Callable[..., Any], *arguments: Any) -> Any:
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        return pool.apply(work, arguments)
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        return pool.submit(work, *arguments).result()

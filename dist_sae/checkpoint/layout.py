@@ -177,7 +177,7 @@ class Checkpoints:
             int(k.removeprefix(self._prefix)[5:13]) for k in keys if k.endswith(f"/{_MANIFEST}")
         ]
 
-    def _folders(self) -> set[int]:
+    def folders(self) -> set[int]:
         """Steps of which there is anything, a complete checkpoint or not."""
         keys = self._store.keys(self._prefix)
         return {int(key.removeprefix(self._prefix)[5:13]) for key in keys}
@@ -239,7 +239,7 @@ class Checkpoints:
         manifest = CheckpointManifest(step=step, scalars=dict(scalars), tensors=merged)
         self._store.put(f"{self._folder(step)}{_MANIFEST}", seal(manifest))
         kept = self._kept()
-        for old in self._folders():
+        for old in self.folders():
             if old < step and old not in kept:  # too old, or left by a save that was cut off
                 self.delete(old)
         return sum(part.bytes for record in merged.values() for part in record.parts)

@@ -115,6 +115,11 @@ class Saver:
         self._thread = threading.Thread(target=store, name="saver")
         self._thread.start()
 
+    @property
+    def saving(self) -> bool:
+        """Whether a save is under way."""
+        return self._thread is not None and self._thread.is_alive()
+
     def finish(self) -> None:
         """Wait until the last save is durable.
 

@@ -28,7 +28,7 @@ def leave(checkpoint: Checkpoint, runs: ObjectStore, run: Run) -> int:
     if Checkpoints(runs, run.name, 1).steps():
         raise ConfigError(f"{runs.url}/{run.name}: has been trained already; choose another name")
     places = _place(runs, run)
-    for step in places.steps():
+    for step in places.folders():  # a cut-off one too
         places.delete(step)
     weights = [
         mean_or_last(checkpoint, name) for name in checkpoint.manifest.tensors if is_weight(name)
@@ -70,11 +70,26 @@ def check(checkpoint: Checkpoint, run: Run) -> None:
             f"{run.name}: sae.n_latents: {run.sae.n_latents} is less than the {n_latents} "
             f"that it is to begin with"
         )
+    n_new = run.sae.n_latents - n_latents  # each points at what is left of a row
+    if n_new > run.train.rows:
+        raise ConfigError(
+            f"{run.name}: train.rows: {run.train.rows} rows are too few for {n_new} new latents"
+        )
+    ahead, least = run.store.max_ahead_units, run.least_ahead_units(n_new)
+    if ahead is not None and ahead < least:
+        raise ConfigError(
+            f"{run.name}: store.max_ahead_units: {ahead} would stop the run before its first step, "
+            f"which needs a row for each new latent; use {least} or more"
+        )
 
 
 def width(checkpoint: Checkpoint) -> int:
     """Latents of a checkpoint."""
-    return checkpoint.manifest.tensors["W_enc"].shape[0]
+    return _shape(checkpoint)[0]
+
+
+def _shape(checkpoint: Checkpoint) -> tuple[int, ...]:
+    return checkpoint.manifest.tensors[mean_or_last(checkpoint, "W_enc")].shape
 
 
 @torch.no_grad()
@@ -85,7 +100,7 @@ def load(sae: Dictionary, checkpoint: Checkpoint) -> None:
         ConfigError: The activations are of another width.
         CorruptObjectError: A part is damaged.
     """
-    _, d_in = checkpoint.manifest.tensors["W_enc"].shape
+    _, d_in = _shape(checkpoint)
     if d_in != len(sae.b_dec):
         raise ConfigError(
             f"{checkpoint.store.url}: the dictionary to begin with is of activations "

@@ -102,16 +102,23 @@ class Run(Section):
         if self.sae.init_rows > self.train.rows:
             yield "sae.init", f"data wants n_latents ({n_latents}) rows, of train.rows; or: random"
 
+    def least_ahead_units(self, init_rows: int) -> int:
+        """The least `store.max_ahead_units` that a run with so many rows to begin with can do with.
+
+        It reads them before it can say that it has come any further.
+        """
+        activations = self.activations
+        rows = max(self.train.normaliser_rows, init_rows)
+        rows += 4 * self.train.batch_rows  # batches are assembled ahead
+        # streams may be a window apart, for their units are not equally long
+        windows = 2 * activations.streams * activations.window_units
+        return windows + -(-rows // activations.unit_rows)
+
     def _retention_problems(self) -> Iterator[tuple[str, str]]:
-        store, activations = self.store, self.activations
+        store = self.store
         if store.retention == "delete_consumed" and self.train.max_passes > 1:
             yield "store.retention", "delete_consumed leaves nothing for train.max_passes above 1"
-        # what a run reads before it can say that it has come any further
-        first_rows = max(self.train.normaliser_rows, self.sae.init_rows)
-        rows = first_rows + 4 * self.train.batch_rows  # batches are assembled ahead
-        # streams may be a window apart, for their units are not equally long
-        least = 2 * activations.streams * activations.window_units
-        least += -(-rows // activations.unit_rows)
+        least = self.least_ahead_units(self.sae.init_rows)
         if store.max_ahead_units is not None and store.max_ahead_units < least:
             yield (
                 "store.max_ahead_units",

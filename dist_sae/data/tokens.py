@@ -73,19 +73,28 @@ def _tokenized(
 ) -> Iterator[tuple[Document, list[int]]]:
     try:
         together = tokenize([document.text for document in documents])
-    except Exception:
+    except (MemoryError, OSError):  # not about a text
+        raise
+    except Exception as exc:
         if failed is None:
             raise
+        first = exc
     else:
         yield from zip(documents, together, strict=True)
         return
+    refused = 0
     for document in documents:  # one by one, to know which
         try:
             (ids,) = tokenize([document.text])
+        except (MemoryError, OSError):
+            raise
         except Exception as exc:
+            refused += 1
             failed(document, exc)
         else:
             yield document, ids
+    if refused == len(documents):  # it is not about the texts
+        raise first
 
 
 def pack(

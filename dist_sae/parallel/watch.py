@@ -15,7 +15,7 @@ import threading
 import time
 from collections.abc import Mapping
 from types import TracebackType
-from typing import NamedTuple
+from typing import NamedTuple, TypeGuard
 
 import torch.distributed as dist
 
@@ -109,10 +109,14 @@ class Watch:
         if failed is None and self._ranks.rank == 0:  # the store ends with this process
             while not (self._alone.wait(_BEAT_SECONDS) or self._over.is_set()):
                 pass
-        # which rank it is about, the watch will know soon
-        if (failed is None and self._over.is_set()) or (
-            _is_about_others(error) and self._over.wait(self._lost_seconds + _GRACE_SECONDS)
-        ):
+        if _is_about_others(error):
+            self._over.wait(self._lost_seconds + _GRACE_SECONDS)  # until it is known which
+            self._leave(None)
+            if self._stopping.is_set() and not self._verdict:
+                raise Stopped("stopped while others were at work; start again") from error
+            words = f"another rank has failed ({_first_line(error)}); start again"
+            raise RankLostError(self._verdict or words) from error
+        if failed is None and self._over.is_set():
             self._leave(None)
             raise RankLostError(self._verdict) from error
         self._leave(failed)
@@ -210,7 +214,7 @@ class Watch:
         os._exit(RankLostError.exit_code)
 
 
-def _is_about_others(error: BaseException | None) -> bool:
+def _is_about_others(error: BaseException | None) -> TypeGuard[BaseException]:
     """Whether it is a collective that failed because another rank did."""
     words = str(error)
     return not isinstance(error, DistSaeError) and (

@@ -1,6 +1,7 @@
 """What another run's checkpoint leaves for a run to begin with, and what of it a shard takes."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -52,12 +53,17 @@ def test_weights_are_left_and_nothing_else(tmp_path: Path) -> None:
 
 def test_the_running_mean_goes_before_the_last_weights(tmp_path: Path) -> None:
     run, runs = make_run(tmp_path), open_store(str(tmp_path / "runs"))
-    warm_start.leave(checkpoint(tmp_path, **{"ema.b_enc": torch.ones(N_KNOWN)}), runs, run)
+    means = {f"ema.{name}": t + 1 for name, t in WEIGHTS.items() if name != "threshold"}
+    warm_start.leave(checkpoint(tmp_path, **means), runs, run)
     found = warm_start.find(runs, run)
     assert found is not None
     sae = build_sae(run.sae, D_IN)
     warm_start.load(sae, found)
-    assert torch.equal(sae.b_enc[:N_KNOWN], torch.ones(N_KNOWN))
+    assert warm_start.width(found) == N_KNOWN
+    assert torch.equal(sae.b_enc[:N_KNOWN], WEIGHTS["b_enc"] + 1)
+    assert torch.equal(sae.W_enc[:N_KNOWN], WEIGHTS["W_enc"] + 1)
+    lengths = sae.W_dec[:N_KNOWN].norm(dim=1)  # a mean of unit rows is none
+    torch.testing.assert_close(lengths, torch.ones(N_KNOWN))
     assert not sae.b_enc[N_KNOWN:].any()
 
 
@@ -92,6 +98,34 @@ def test_what_was_left_last_counts(tmp_path: Path) -> None:
     found = warm_start.find(runs, run)
     assert found is not None
     assert found.step == 10
+
+
+def test_what_was_left_in_part_goes_too(tmp_path: Path) -> None:
+    run, runs = make_run(tmp_path), open_store(str(tmp_path / "runs"))
+    runs.put("world/warm-start/step-00000040/W_enc-000000000.safetensors", b"cut off")
+    warm_start.leave(checkpoint(tmp_path), runs, run)
+    assert {key.split("/")[2] for key in runs.keys("world/warm-start/")} == {"step-00000030"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "problem"),
+    [
+        ({"train": {"rows": 160}, "sae": {"n_latents": 300}}, "160 rows are too few for 236 new"),
+        (
+            {"store": {"max_ahead_units": 24}, "sae": {"n_latents": 6000}},
+            "max_ahead_units: 24 would stop the run before its first step",
+        ),
+    ],
+)
+def test_new_latents_must_have_rows_to_point_at(
+    tmp_path: Path, settings: dict[str, Any], problem: str
+) -> None:
+    """Also of recipes whose own directions are random."""
+    settings["sae"] |= {"kind": "batchtopk", "k": 3, "auxk": 16, "init": "random"}
+    places = {"activations": str(tmp_path / "a"), "runs": str(tmp_path / "runs")}
+    path = write_run(tmp_path, **settings | {"store": places | settings.get("store", {})})
+    with pytest.raises(ConfigError, match=problem):
+        warm_start.leave(checkpoint(tmp_path), open_store(str(tmp_path / "runs")), load_run(path))
 
 
 def test_a_damaged_checkpoint_leaves_nothing(tmp_path: Path) -> None:

@@ -153,3 +153,15 @@ def test_a_document_that_the_tokenizer_refuses_is_told_and_left_out() -> None:
     assert told == [(1, "TypeError")]
     with pytest.raises(TypeError):
         list(cut(texts, Fussy(), context_tokens=8, bos=None))
+
+
+@pytest.mark.parametrize("error", [MemoryError("no room"), OSError("disk"), TypeError("broken")])
+def test_a_tokenizer_that_refuses_everything_is_broken(error: Exception) -> None:
+    """What is not about one text is raised; documents are not dropped for it."""
+
+    def broken(texts: Sequence[str]) -> list[list[int]]:
+        raise error
+
+    texts = [Document(0, "ab"), Document(1, "cd")]
+    with pytest.raises(type(error)):
+        list(cut(texts, broken, context_tokens=8, bos=None, failed=lambda *_: None))

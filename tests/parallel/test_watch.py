@@ -46,10 +46,11 @@ def start(tmp_path: Path) -> Iterator[Callable[..., list[Rank]]]:
     """Starts a job; none of its processes is left at the end."""
     ranks: list[Rank] = []
 
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+
     def job(what: str, present: tuple[int, ...] = (0, 1, 2)) -> list[Rank]:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         for number in present:
             env = {
                 "RANK": str(number),
@@ -58,11 +59,11 @@ def start(tmp_path: Path) -> Iterator[Callable[..., list[Rank]]]:
                 "MASTER_ADDR": "127.0.0.1",
                 "MASTER_PORT": str(port),
             }
-            output = tmp_path / f"rank-{number}"
+            output = tmp_path / f"rank-{len(ranks)}"
             process = processes.Process(target=rank, args=(what, str(output), env), daemon=True)
             process.start()
             ranks.append(Rank(process, output))
-        return ranks
+        return ranks[-len(present) :]
 
     yield job
     for one in ranks:
@@ -94,6 +95,25 @@ def test_a_rank_that_dies_before_the_groups_are_made_is_named(
         assert code == 75
         assert "rank 1 (" in error
         assert "is lost" in error
+
+
+def test_a_rank_that_is_started_again_alone_does_not_take_part(
+    start: Callable[..., list[Rank]],
+) -> None:
+    """The others miss it, though it is back; all together they begin anew."""
+    job = start("goes on")
+    job[1].reaches(5)
+    job[1].process.kill()
+    job[1].process.join()
+    again = start("goes on", (1,))[0]
+    for other in (job[0], job[2]):
+        code, error = other.ends(LOST_SECONDS)
+        assert code == 75
+        assert "rank 1 (" in error
+    code, error = again.ends(MISSING_SECONDS)
+    assert code == 75
+    assert "start" in error
+    assert "\n0\n" not in again.said("out")
 
 
 def test_ranks_that_wait_for_others_can_be_stopped(start: Callable[..., list[Rank]]) -> None:
