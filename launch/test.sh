@@ -13,4 +13,4 @@ $bin/mypy
 $bin/lint-imports
 # the longest files first, or one of the two would be left alone with them at the end
 OMP_NUM_THREADS=1 exec $bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
-    tests/test_train.py tests/parallel tests/test_run.py tests "$@"
+    tests/train tests/parallel tests/test_run.py tests "$@"

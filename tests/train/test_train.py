@@ -1,194 +1,40 @@
-"""The trainer as processes: resume, ranks, bad endings. The synthetic world, one thread a rank."""
+"""Beginnings, bad endings, damaged checkpoints, numbers. Real processes, one thread a rank."""
 
 import json
 import threading
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
-from safetensors.torch import load_file
 
-from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
+from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.checkpoints import convert_to_run
 from dist_sae.config import load_run
 from dist_sae.data.loader import Loader, Units
 from dist_sae.data.normaliser import measure
 from dist_sae.data.plan import load_plan
-from dist_sae.data.shard import manifest_key, read_manifest
+from dist_sae.data.shard import read_manifest
 from dist_sae.errors import ConfigError, PlanMismatchError
 from dist_sae.evaluate import evaluate
-from dist_sae.export import export
 from dist_sae.parallel.mesh import Mesh
 from dist_sae.plan import plan
 from dist_sae.sae import build_sae
 from dist_sae.sae.axis import WHOLE
 from dist_sae.sae.init import initialise_from_data
 from dist_sae.storage import open_store
-from dist_sae.telemetry.history import read_history
 from dist_sae.train import _found, _initialise, _places, _Reporter
-from tests.launch import produce, run, start, train, write_run
+from tests.launch import produce, run, train, write_run
+from tests.train.trained import (
+    SHARDED,
+    STEPS,
+    check_close,
+    check_same,
+    final,
+    history,
+    run_file,
+)
 from tests.world import save
-
-STEPS = 60
-SHARDED = ("--set", "processes.shards=2")
-
-
-@pytest.fixture(scope="module")
-def activations(tmp_path_factory: pytest.TempPathFactory) -> str:
-    folder = tmp_path_factory.mktemp("activations")
-    produce(write_run(folder))
-    return str(folder / "activations")
-
-
-@pytest.fixture(scope="module")
-def calm(tmp_path_factory: pytest.TempPathFactory, activations: str) -> Path:
-    """A run that nobody disturbed."""
-    folder = tmp_path_factory.mktemp("calm")
-    path = write_run(folder, store={"activations": activations, "runs": str(folder / "runs")})
-    train(path)
-    return folder
-
-
-def run_file(folder: Path, activations: str, **sections: Any) -> Path:
-    store = {"activations": activations, "runs": str(folder / "runs")}
-    return write_run(folder, store=store, **sections)
-
-
-def final(folder: Path) -> Checkpoint:
-    checkpoint = Checkpoints(open_store(str(folder / "runs")), "world", 2).latest()
-    assert checkpoint is not None
-    return checkpoint
-
-
-def history(folder: Path) -> list[dict[str, Any]]:
-    return read_history(open_store(str(folder / "runs")), "world")
-
-
-def test_a_stopped_run_resumes_bitwise(tmp_path: Path, activations: str, calm: Path) -> None:
-    path = run_file(tmp_path, activations)
-    (error,) = train(path, stop_at=20)
-    assert "stopped at step" in error
-    assert "start again to go on" in error
-    stopped_at = final(tmp_path).step
-    assert 20 <= stopped_at < STEPS
-    train(path)
-    one, other = final(calm), final(tmp_path)
-    assert (one.step, one.scalars) == (other.step, other.scalars) == (STEPS, one.scalars)
-    check_same(one, other)
-    losses = [[r["fvu"], r["gradient_norm"], r["dead_share"]] for r in history(calm)]
-    assert losses == [[r["fvu"], r["gradient_norm"], r["dead_share"]] for r in history(tmp_path)]
-    assert [r["step"] for r in history(tmp_path)] == list(range(1, STEPS + 1))
-
-
-def test_a_stop_while_waiting_for_data_saves_what_was_done(tmp_path: Path, calm: Path) -> None:
-    """Of 16 units the first 8 are there: one window of each stream. Then there are all."""
-    path = write_run(tmp_path)
-    produce(path)
-    store = open_store(str(tmp_path / "activations"))
-    later = {manifest_key(unit): store.get(manifest_key(unit)) for unit in range(8, 16)}
-    for key in later:
-        store.delete(key)
-    rows = [sum(read_manifest(store, u).rows for u in (v, v + 4)) for v in range(4)]
-    last = min(rows) // 40  # of each batch, 40 rows come from each of the 4 streams
-    train(path, world=2, stop_at=last)
-    assert final(tmp_path).step == last
-    for key, data in later.items():
-        store.put(key, data)
-    train(path, world=2)
-    assert [r["step"] for r in history(tmp_path)] == list(range(1, STEPS + 1))
-    assert history(tmp_path)[-1]["fvu"] == pytest.approx(history(calm)[-1]["fvu"], rel=1e-4)
-
-
-@pytest.fixture(scope="module")
-def sharded(tmp_path_factory: pytest.TempPathFactory, activations: str) -> Path:
-    """The same on two ranks that hold one half of the dictionary each."""
-    folder = tmp_path_factory.mktemp("sharded")
-    train(run_file(folder, activations), *SHARDED, world=2)
-    return folder
-
-
-def check_trained_alike(one: Path, other: Path) -> None:
-    """Sums in another order: fp32 differs in the last bits, and no more (SCIENCE D2)."""
-    assert final(one).step == final(other).step == STEPS
-    for here, there in zip(history(one), history(other), strict=True):
-        assert there["fvu"] == pytest.approx(here["fvu"], rel=1e-5), here["step"]
-        assert there["l0_latents"] == pytest.approx(here["l0_latents"], rel=1e-3), here["step"]
-        assert there["auxk_loss"] == pytest.approx(here["auxk_loss"], rel=1e-4), here["step"]
-        assert there["gradient_norm"] == pytest.approx(here["gradient_norm"], rel=1e-4)
-        assert there["dead_share"] == here["dead_share"]
-        assert there["starved_share"] == here["starved_share"]
-    check_close(final(one), final(other))
-
-
-def check_close(one: Checkpoint, other: Checkpoint) -> None:
-    assert one.manifest.tensors.keys() == other.manifest.tensors.keys()
-    assert torch.equal(one.read("idle_rows"), other.read("idle_rows"))
-    for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
-        error = (one.read(name) - other.read(name)).norm() / one.read(name).norm()
-        assert float(error) < 1e-4, name
-
-
-def check_same(one: Checkpoint, other: Checkpoint) -> None:
-    assert one.manifest.tensors.keys() == other.manifest.tensors.keys()
-    for name, tensor in one.tensors.items():
-        assert torch.equal(tensor, other.read(name)), name
-
-
-@pytest.mark.parametrize(("stage", "shards"), [(0, 1), (2, 2)], ids=["replicas", "zero-2, shards"])
-def test_two_ranks_train_as_one(
-    tmp_path: Path, activations: str, calm: Path, stage: int, shards: int
-) -> None:
-    deepspeed = {"zero_optimization": {"stage": stage}} if stage else {}
-    path = run_file(tmp_path, activations, train={"deepspeed": deepspeed})
-    train(path, "--set", f"processes.shards={shards}", world=2)
-    check_trained_alike(calm, tmp_path)
-
-
-def test_two_shards_train_as_one(calm: Path, sharded: Path) -> None:
-    check_trained_alike(calm, sharded)
-    parts = final(sharded).manifest.tensors["W_enc"].parts
-    assert [(part.start, part.stop) for part in parts] == [(0, 32), (32, 64)]
-
-
-def test_a_sharded_run_resumes_bitwise(tmp_path: Path, activations: str, sharded: Path) -> None:
-    path = run_file(tmp_path, activations)
-    train(path, *SHARDED, world=2, stop_at=20)
-    assert 20 <= final(tmp_path).step < STEPS
-    train(path, *SHARDED, world=2)
-    check_same(final(sharded), final(tmp_path))
-    assert [r["fvu"] for r in history(sharded)] == [r["fvu"] for r in history(tmp_path)]
-
-
-def test_a_run_goes_on_however_its_ranks_are_arranged(
-    tmp_path: Path, activations: str, calm: Path
-) -> None:
-    """Two shards, one rank, two replicas, and two shards again.
-
-    With ZeRO-1, whose partitions change with the replicas.
-    """
-    settings = {"deepspeed": {"zero_optimization": {"stage": 1}}}
-    path = run_file(tmp_path, activations, train=settings)
-    train(path, *SHARDED, world=2, stop_at=10)
-    train(path, stop_at=22)
-    train(path, world=2, stop_at=34)
-    train(path, *SHARDED, world=2)
-    check_trained_alike(calm, tmp_path)
-
-
-def test_what_shards_saved_is_whole_for_whoever_reads_it(
-    activations: str, calm: Path, sharded: Path
-) -> None:
-    """fp32 rounds otherwise, as above."""
-    one, two = (load_run(run_file(folder, activations)) for folder in (calm, sharded))
-    here, there = evaluate(one), evaluate(two)
-    for name in ("fvu", "l0", "dead_share", "pca_fvu"):
-        assert there[name] == pytest.approx(here[name], rel=1e-3), name
-    weights = [load_file(Path(export(run)) / "sae_weights.safetensors") for run in (one, two)]
-    for name, tensor in weights[0].items():
-        assert weights[1][name].shape == tensor.shape
-        assert float((weights[1][name] - tensor).norm() / tensor.norm()) < 1e-4, name
 
 
 def test_directions_from_data_take_as_many_batches_as_they_need(
@@ -274,17 +120,6 @@ def test_a_running_mean_of_the_weights_is_resumed_and_evaluated(
     assert fvu == pytest.approx(evaluate(as_weights)["fvu"], rel=1e-6)
     calm_fvu = evaluate(load_run(run_file(calm, activations)))["fvu"]
     assert abs(fvu - calm_fvu) > 1e-3 * calm_fvu
-
-
-def test_a_run_stopped_on_two_ranks_goes_on_with_one(
-    tmp_path: Path, activations: str, calm: Path
-) -> None:
-    path = run_file(tmp_path, activations)
-    errors = train(path, world=2, stop_at=15)
-    assert all("stopped at step" in error for error in errors)
-    train(path, world=1)
-    assert final(tmp_path).step == STEPS
-    assert history(tmp_path)[-1]["fvu"] == pytest.approx(history(calm)[-1]["fvu"], rel=1e-4)
 
 
 def test_training_lowers_fvu_and_auxk_takes_part(tmp_path: Path, activations: str) -> None:
@@ -415,23 +250,6 @@ def test_a_run_that_meets_the_end_of_its_data_can_be_finished(
     assert 0 < stopped_at < 6080 // 160
     run("train", str(path), "--set", "train.max_passes=2")
     assert [r["step"] for r in history(tmp_path)] == list(range(1, 6080 // 160 + 1))
-
-
-def test_a_killed_run_repeats_what_was_not_saved_bitwise(
-    tmp_path: Path, activations: str, calm: Path
-) -> None:
-    path = run_file(tmp_path, activations, train={"save_every_steps": 7})
-    process = start("train", str(path))
-    assert process.stdout is not None
-    for line in process.stdout:
-        # the save at 21 has waited for the one at 14
-        if line.startswith("{") and json.loads(line)["done"] >= 22:
-            process.kill()
-            break
-    process.communicate()
-    assert final(tmp_path).step in range(14, 60, 7)
-    train(path)
-    check_same(final(calm), final(tmp_path))
 
 
 def test_a_damaged_shard_stops_the_run_and_is_named(tmp_path: Path) -> None:

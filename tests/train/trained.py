@@ -1,0 +1,57 @@
+"""Runs of the trainer in the small world, and what is compared of them."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
+from dist_sae.storage import open_store
+from dist_sae.telemetry.history import read_history
+from tests.launch import write_run
+
+STEPS = 60
+SHARDED = ("--set", "processes.shards=2")
+
+
+def run_file(folder: Path, activations: str, **sections: Any) -> Path:
+    store = {"activations": activations, "runs": str(folder / "runs")}
+    return write_run(folder, store=store, **sections)
+
+
+def final(folder: Path) -> Checkpoint:
+    checkpoint = Checkpoints(open_store(str(folder / "runs")), "world", 2).latest()
+    assert checkpoint is not None
+    return checkpoint
+
+
+def history(folder: Path) -> list[dict[str, Any]]:
+    return read_history(open_store(str(folder / "runs")), "world")
+
+
+def check_trained_alike(one: Path, other: Path) -> None:
+    """Sums in another order: fp32 differs in the last bits, and no more (SCIENCE D2)."""
+    assert final(one).step == final(other).step == STEPS
+    for here, there in zip(history(one), history(other), strict=True):
+        assert there["fvu"] == pytest.approx(here["fvu"], rel=1e-5), here["step"]
+        assert there["l0_latents"] == pytest.approx(here["l0_latents"], rel=1e-3), here["step"]
+        assert there["auxk_loss"] == pytest.approx(here["auxk_loss"], rel=1e-4), here["step"]
+        assert there["gradient_norm"] == pytest.approx(here["gradient_norm"], rel=1e-4)
+        assert there["dead_share"] == here["dead_share"]
+        assert there["starved_share"] == here["starved_share"]
+    check_close(final(one), final(other))
+
+
+def check_close(one: Checkpoint, other: Checkpoint) -> None:
+    assert one.manifest.tensors.keys() == other.manifest.tensors.keys()
+    assert torch.equal(one.read("idle_rows"), other.read("idle_rows"))
+    for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
+        error = (one.read(name) - other.read(name)).norm() / one.read(name).norm()
+        assert float(error) < 1e-4, name
+
+
+def check_same(one: Checkpoint, other: Checkpoint) -> None:
+    assert one.manifest.tensors.keys() == other.manifest.tensors.keys()
+    for name, tensor in one.tensors.items():
+        assert torch.equal(tensor, other.read(name)), name
