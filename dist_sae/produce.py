@@ -93,6 +93,7 @@ def produce(
     claims = Claims(store, plan, worker, stopping, consumers, run.store.max_ahead_units)
     prepare = _Preparer(run, plan, claims)
     written = Counter(units=0, rows=0)
+    open_source = open_source or (lambda: build_source(run.model, run.activations.sites))
     forward: _Forward | None = None
     with ThreadPoolExecutor(1, "prepare") as preparer, ThreadPoolExecutor(1, "finish") as finisher:
         try:
@@ -100,9 +101,7 @@ def produce(
             finishing: Future[UnitManifest] | None = None
             while (tokenized := upcoming.result()) is not None:
                 upcoming = preparer.submit(prepare.next_unit)
-                forward = forward or _Forward(
-                    (open_source or _opener(run))(), shared=run.model_shards > 1
-                )
+                forward = forward or _Forward(open_source(), shared=run.model_shards > 1)
                 computed = _compute(
                     tokenized, forward, prepare.tokenizer, run.activations, claims, stopping
                 )
@@ -141,7 +140,7 @@ def produce_together(
             train.missing_seconds,
             stopping,
             setting="model.shards",
-            name=worker.name,
+            name=run.name,
         ) as ranks,
         Watch(
             ranks, stopping, lost_seconds=train.lost_seconds, hung_seconds=train.hung_seconds
@@ -157,10 +156,6 @@ def produce_together(
             return {}
         with leading(mesh):
             return produce(run, worker, stopping, telemetry, lambda: Leader(open_work, mesh, watch))
-
-
-def _opener(run: Run) -> Callable[[], ActivationSource]:
-    return lambda: build_source(run.model, run.activations.sites)
 
 
 class _Preparer:

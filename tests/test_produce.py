@@ -400,6 +400,12 @@ def test_all_sites_hold_the_same_rows_in_the_same_order(letters: tuple[Run, Obje
             assert torch.equal(a, b)
 
 
+def check_same_units(store: ObjectStore, other: Run) -> None:
+    there = open_store(other.store.activations)
+    for unit in made_letters(store):
+        assert same(rows_of(store, unit, SITES[1]), rows_of(there, unit, SITES[1]))
+
+
 def test_units_do_not_depend_on_how_the_model_is_batched(
     letters: tuple[Run, ObjectStore], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -408,9 +414,7 @@ def test_units_do_not_depend_on_how_the_model_is_batched(
     (tmp_path / "b").mkdir()
     other = letters_run(tmp_path / "b", monkeypatch, TEXTS, batch_tokens=400)
     start(other, "a")
-    there = open_store(other.store.activations)
-    for unit in made_letters(store):
-        assert same(rows_of(store, unit, SITES[1]), rows_of(there, unit, SITES[1]))
+    check_same_units(store, other)
 
 
 class SmallMemory(LetterSource):
@@ -441,9 +445,7 @@ def test_a_model_that_runs_out_of_memory_gets_smaller_batches_from_then_on(
     source = SmallMemory(room=10)
     with_source(monkeypatch, source)
     start(other, "a")
-    there = open_store(other.store.activations)
-    for unit in made_letters(store):
-        assert same(rows_of(store, unit, SITES[1]), rows_of(there, unit, SITES[1]))
+    check_same_units(store, other)
     assert source.sizes[:3] == [40, 20, 10]
     assert max(source.sizes[3:]) <= 10
 

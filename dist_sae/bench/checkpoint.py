@@ -10,13 +10,14 @@ import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
+from functools import partial
 from typing import Any
 
 import torch
 
 from dist_sae.bench.memory import peak_memory, resident_bytes
 from dist_sae.bench.scratch import scratch
-from dist_sae.bench.step import StepShape, TrainingStep, bench_run
+from dist_sae.bench.step import StepShape, TrainingStep, bench_run, seconds
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.checkpoint.saver import Saved, Saver
 from dist_sae.checkpoint.state import TrainingState
@@ -75,7 +76,7 @@ def bench_checkpoint(
         "share": statistics.median(shares),
         "share_low": shares[0],
         "share_high": shares[-1],
-        **{f"load_1_of_{n}_seconds": seconds for n, (seconds, _) in load.items()},
+        **{f"load_1_of_{n}_seconds": lasted for n, (lasted, _) in load.items()},
         **{f"load_1_of_{n}_peak_bytes": peak for n, (_, peak) in load.items()},
     }
 
@@ -101,14 +102,14 @@ def _time_saves(
         step=0,
     ) as saver:
         for number in range(rounds):
-            undisturbed += [_seconds(lambda: step(x)) for _ in range(3)]
-            stall = _seconds(lambda n=number: saver.save(n + 1, {}))  # type: ignore[misc]
+            undisturbed += [seconds(partial(step, x), mesh) for _ in range(3)]
+            stall = seconds(partial(saver.save, number + 1, {}), mesh)
             beside = []
             while saver.saving:
-                beside.append(_seconds(lambda: step(x)))
+                beside.append(seconds(partial(step, x), mesh))
             saver.finish()
             usual = statistics.median(undisturbed)
-            slowed = sum(seconds - usual for seconds in beside)
+            slowed = sum(one - usual for one in beside)
             saves.append((stall, slowed, durable[-1].seconds))
     return saves, statistics.median(undisturbed), durable[-1].bytes
 
@@ -127,14 +128,8 @@ def _time_load(shape: StepShape, url: str, s3: S3Config, shards: int) -> tuple[f
         since = time.perf_counter()
         take = state.read(checkpoint)
         take()
-        seconds = time.perf_counter() - since
-    return seconds, float(peak[0] - before)
-
-
-def _seconds(work: Callable[[], Any]) -> float:
-    since = time.perf_counter()
-    work()
-    return time.perf_counter() - since
+        lasted = time.perf_counter() - since
+    return lasted, float(peak[0] - before)
 
 
 def _in_a_process(work: Callable[..., Any], *arguments: Any) -> Any:

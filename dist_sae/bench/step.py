@@ -119,8 +119,8 @@ def bench_step(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any]:
     product, chunk = _fastest_product(shape, mesh, batches[0], step.sae.W_enc.detach())
     pairs = []
     for number in range(rounds):
-        product_seconds = _seconds(product, mesh)
-        step_seconds = _seconds(lambda n=number: step(batches[n % 2]), mesh)  # type: ignore[misc]
+        product_seconds = seconds(product, mesh)
+        step_seconds = seconds(lambda n=number: step(batches[n % 2]), mesh)  # type: ignore[misc]
         pairs.append((step_seconds, product_seconds))
     ratios = sorted(one / other for one, other in pairs)
     step_seconds = statistics.median(one for one, _ in pairs)
@@ -200,15 +200,16 @@ def _fastest_product(
                 torch.mm(rows, part.T, out=out[:, : len(part)] if len(part) == width else None)
 
         product()
-        seconds = min(_seconds(product, mesh) for _ in range(3))
-        timed.append((seconds, width, product))
+        fastest = min(seconds(product, mesh) for _ in range(3))
+        timed.append((fastest, width, product))
         if width == len(weights):
             break
     _, width, product = min(timed, key=lambda entry: entry[0])
     return product, width
 
 
-def _seconds(work: Callable[[], Any], mesh: Mesh) -> float:
+def seconds(work: Callable[[], Any], mesh: Mesh) -> float:
+    """How long it takes on all ranks, their devices included."""
     mesh.barrier()
     _synchronise(mesh)
     since = time.perf_counter()

@@ -76,7 +76,7 @@ class TrainingState(NamedTuple):
 
     def _piece(self, name: str, tensor: Tensor) -> Piece:
         axis, n = self.sae.axis, len(tensor)
-        if not is_per_latent(name):
+        if not is_per_latent(self.sae, name):
             stores = axis.shard == axis.replica == 0
             return Piece(name, tensor if stores else tensor[:0], 0, n)
         start, stop = (n * replica // axis.replicas for replica in (axis.replica, axis.replica + 1))
@@ -84,7 +84,7 @@ class TrainingState(NamedTuple):
 
     def _read(self, checkpoint: Checkpoint, name: str) -> Tensor:
         device = self.sae.W_enc.device
-        if not is_per_latent(name):
+        if not is_per_latent(self.sae, name):
             return checkpoint.read(name).to(device)
         first = self.sae.first_latent
         return checkpoint.read(name, first, first + len(self.sae.W_enc)).to(device)
@@ -100,9 +100,10 @@ def is_weight(name: str) -> bool:
     return not is_moment(name) and not name.startswith(_EMA) and name != IDLE_ROWS
 
 
-def is_per_latent(name: str) -> bool:
+def is_per_latent(sae: Dictionary, name: str) -> bool:
     """Whether its rows are latents, and sharded; else every rank has the whole."""
-    return name.rpartition(".")[2] not in ("b_dec", "threshold")
+    base = name.rpartition(".")[2]
+    return base not in ("b_dec", *(buffer for buffer, _ in sae.named_buffers()))
 
 
 def mean_or_last(checkpoint: Checkpoint, name: str) -> str:

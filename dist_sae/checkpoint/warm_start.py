@@ -27,15 +27,15 @@ def leave(checkpoint: Checkpoint, runs: ObjectStore, run: Run) -> int:
     check(checkpoint, run)
     if Checkpoints(runs, run.name, 1).steps():
         raise ConfigError(f"{runs.url}/{run.name}: has been trained already; choose another name")
-    places = _place(runs, run)
-    for step in places.folders():  # a cut-off one too
-        places.delete(step)
+    there = _warm_starts(runs, run)
+    for step in there.folders():  # a cut-off one too
+        there.delete(step)
     weights = [
         mean_or_last(checkpoint, name) for name in checkpoint.manifest.tensors if is_weight(name)
     ]
     kept = ("scale", "run")
     scalars = {name: checkpoint.scalars[name] for name in kept}
-    return places.commit(checkpoint.step, [places.copy(checkpoint, weights)], scalars)
+    return there.commit(checkpoint.step, [there.copy(checkpoint, weights)], scalars)
 
 
 def find(runs: ObjectStore, run: Run) -> Checkpoint | None:
@@ -45,11 +45,11 @@ def find(runs: ObjectStore, run: Run) -> Checkpoint | None:
         ConfigError: The run file has been changed, and cannot begin with it any more.
         CorruptObjectError: It is damaged.
     """
-    places = _place(runs, run)
-    steps = places.steps()
+    there = _warm_starts(runs, run)
+    steps = there.steps()
     if not steps:
         return None
-    checkpoint = places.open(steps[-1])
+    checkpoint = there.open(steps[-1])
     check(checkpoint, run)
     return checkpoint
 
@@ -109,12 +109,12 @@ def load(sae: Dictionary, checkpoint: Checkpoint) -> None:
     n_known = min(max(width(checkpoint) - sae.first_latent, 0), len(sae.W_enc))
     for name, tensor in sae.state_dict().items():
         stored = mean_or_last(checkpoint, name)
-        if not is_per_latent(name):
+        if not is_per_latent(sae, name):
             tensor.copy_(checkpoint.read(stored))
         elif n_known:
             tensor[:n_known] = checkpoint.read(stored, sae.first_latent, sae.first_latent + n_known)
     sae.constrain()
 
 
-def _place(runs: ObjectStore, run: Run) -> Checkpoints:
+def _warm_starts(runs: ObjectStore, run: Run) -> Checkpoints:
     return Checkpoints(runs, run.name, keep=1, folder="warm-start")

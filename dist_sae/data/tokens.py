@@ -8,6 +8,7 @@ from jaxtyping import Bool, Int
 from torch import Tensor
 
 from dist_sae.data.corpus import Document
+from dist_sae.errors import CorpusError
 
 _MOST_PADDING = 0.05
 _LIKENESS = (0.0, 0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
@@ -57,6 +58,9 @@ def cut(
         bos: Begins each context, if there is one.
         failed: Is told of a document that the tokenizer refuses, which is left out; without it
             the tokenizer's error is raised.
+
+    Raises:
+        CorpusError: It refuses every one of them.
     """
     documents = list(documents)
     prefix = [] if bos is None else [bos]
@@ -93,8 +97,11 @@ def _tokenized(
             failed(document, exc)
         else:
             yield document, ids
-    if refused == len(documents):  # it is not about the texts
-        raise first
+    if refused == len(documents):  # it is hardly about the texts
+        raise CorpusError(
+            f"the tokenizer refuses all of {refused} documents ({str(first).strip()}); "
+            f"check model.path, or take them out of the corpus"
+        ) from first
 
 
 def pack(

@@ -19,7 +19,7 @@ from dist_sae.parallel.watch import Watch
 Work = Callable[[Tensor, Tensor], Any]
 """Of (tokens, mask): the same on every rank."""
 
-_OPEN, _RUN, _END = range(3)
+_OPEN, _RUN, _STOP, _END = range(4)
 
 
 class Leader:
@@ -35,12 +35,12 @@ class Leader:
         self._mesh = mesh
         self._watch = watch
         self._batches = 0
-        self._say(_OPEN)
+        _tell(mesh, _OPEN)
         self._work = open_work()
 
     def run(self, tokens: Tensor, mask: Tensor) -> Any:
         """Run a batch on all ranks; what comes out here."""
-        self._say(_RUN, *tokens.shape)
+        _tell(self._mesh, _RUN, *tokens.shape)
         for tensor in (tokens.int(), mask.byte()):
             dist.broadcast(tensor.contiguous(), 0, self._mesh.control)
         self._batches += 1
@@ -49,9 +49,6 @@ class Leader:
         self._watch.at(self._batches, working=False)
         return result
 
-    def _say(self, what: int, rows: int = 0, length: int = 0) -> None:
-        _broadcast_header(self._mesh, torch.tensor([what, rows, length]))
-
 
 @contextmanager
 def leading(mesh: Mesh) -> Iterator[None]:
@@ -59,9 +56,9 @@ def leading(mesh: Mesh) -> Iterator[None]:
     try:
         yield
     except Stopped:
-        _broadcast_header(mesh, torch.tensor([_END, 1, 0]))
+        _tell(mesh, _STOP)
         raise
-    _broadcast_header(mesh, torch.tensor([_END, 0, 0]))
+    _tell(mesh, _END)
 
 
 def follow(open_work: Callable[[], Work], mesh: Mesh, watch: Watch) -> None:
@@ -73,10 +70,8 @@ def follow(open_work: Callable[[], Work], mesh: Mesh, watch: Watch) -> None:
     work: Work | None = None
     batches = 0
     while True:
-        header = torch.zeros(3, dtype=torch.int64)
-        _broadcast_header(mesh, header)
-        what, rows, length = header.tolist()
-        if what == _END and rows:
+        what, rows, length = _tell(mesh)
+        if what == _STOP:
             raise Stopped("stopped with the rank that leads; start again to go on")
         if what == _END:
             return
@@ -94,5 +89,8 @@ def follow(open_work: Callable[[], Work], mesh: Mesh, watch: Watch) -> None:
         watch.at(batches, working=False)
 
 
-def _broadcast_header(mesh: Mesh, header: Tensor) -> None:
-    dist.broadcast(header, 0, mesh.control)
+def _tell(mesh: Mesh, what: int = 0, rows: int = 0, length: int = 0) -> list[int]:
+    """What the first rank says; what the others say counts for nothing."""
+    words = torch.tensor([what, rows, length])
+    dist.broadcast(words, 0, mesh.control)
+    return words.tolist()

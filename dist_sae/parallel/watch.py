@@ -141,7 +141,7 @@ class Watch:
             self._say()  # that it has left
         except dist.DistError as exc:
             if not self._ended.is_set():
-                self._end(f"rank 0, which keeps the rendezvous store, is gone ({_first_line(exc)})")
+                self._end(f"rank 0, which keeps the ranks' store, is gone ({_first_line(exc)})")
 
     def _say(self) -> None:
         self._beats += 1
@@ -160,9 +160,8 @@ class Watch:
             self._end(self._store.get(_OVER).decode())
             return
         now = time.monotonic()
-        for rank in range(self._ranks.world if self._ranks.rank == 0 else 1):
+        for rank, sign in self._signs(seen).items():
             last = seen.get(rank, _Seen(_SILENT, now, now))
-            sign = self._sign(rank)
             moved = (sign.step, sign.working) != (last.sign.step, last.sign.working)
             alive = now if sign.beat != last.sign.beat else last.alive
             seen[rank] = _Seen(sign, alive, now if moved else last.moved)
@@ -173,9 +172,17 @@ class Watch:
                 self._store.set(_OVER, problem)
             self._end(problem)
 
-    def _sign(self, rank: int) -> _Sign:
-        key = f"{_SIGN}{rank}"
-        return _Sign(*json.loads(self._store.get(key))) if self._store.check([key]) else _SILENT
+    def _signs(self, seen: Mapping[int, _Seen]) -> dict[int, _Sign]:
+        """What those say that this rank listens to, one after the other until each has spoken."""
+        ranks = range(self._ranks.world if self._ranks.rank == 0 else 1)
+        keys = [f"{_SIGN}{rank}" for rank in ranks]
+        if all(rank in seen and seen[rank].sign.beat for rank in ranks):
+            signs = self._store.multi_get(keys)
+        else:
+            signs = [self._store.get(key) if self._store.check([key]) else None for key in keys]
+        return {
+            r: _Sign(*json.loads(s)) if s else _SILENT for r, s in zip(ranks, signs, strict=True)
+        }
 
     def _problem(self, seen: Mapping[int, _Seen], now: float) -> str | None:
         """What ends the job, if anything does."""
@@ -200,11 +207,11 @@ class Watch:
         """End the job when the store does not even refuse to answer."""
         while not self._ended.wait(_BEAT_SECONDS) and not self._over.is_set():
             if time.monotonic() - self._heard > self._lost_seconds:
-                self._end("rank 0, which keeps the rendezvous store, does not answer")
+                self._end("rank 0, which keeps the ranks' store, does not answer")
 
     def _end(self, verdict: str) -> None:
         """Make the verdict known; end the process if the training's thread does not."""
-        self._verdict = f"{verdict}; start again to go on from the last checkpoint"
+        self._verdict = f"{verdict}; start again to go on"
         self._over.set()
         if self._ended.wait(_GRACE_SECONDS):
             return

@@ -6,6 +6,7 @@ import torch
 
 from dist_sae.data.corpus import Document
 from dist_sae.data.tokens import Context, TokenBatch, cut, pack
+from dist_sae.errors import CorpusError
 from tests.world import Letters
 
 LETTERS = Letters()
@@ -155,13 +156,22 @@ def test_a_document_that_the_tokenizer_refuses_is_told_and_left_out() -> None:
         list(cut(texts, Fussy(), context_tokens=8, bos=None))
 
 
-@pytest.mark.parametrize("error", [MemoryError("no room"), OSError("disk"), TypeError("broken")])
-def test_a_tokenizer_that_refuses_everything_is_broken(error: Exception) -> None:
+@pytest.mark.parametrize(
+    ("error", "raised"),
+    [
+        (MemoryError("no room"), MemoryError),
+        (OSError("disk"), OSError),
+        (TypeError("broken"), CorpusError),
+    ],
+)
+def test_a_tokenizer_that_refuses_everything_is_broken(
+    error: Exception, raised: type[Exception]
+) -> None:
     """What is not about one text is raised; documents are not dropped for it."""
 
     def broken(texts: Sequence[str]) -> list[list[int]]:
         raise error
 
     texts = [Document(0, "ab"), Document(1, "cd")]
-    with pytest.raises(type(error)):
+    with pytest.raises(raised, match=str(error)):
         list(cut(texts, broken, context_tokens=8, bos=None, failed=lambda *_: None))

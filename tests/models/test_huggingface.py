@@ -126,17 +126,26 @@ def heads(x: Tensor, n: int = HEADS) -> Tensor:
     return x.view(*x.shape[:2], n, -1).transpose(1, 2)
 
 
-def hand_llama(model: Any, tokens: Tensor) -> list[dict[str, Tensor]]:
+def attention_of(
+    attention: Any, x: Tensor, cos: Tensor, sin: Tensor, *, norms: bool = False, **how: float
+) -> Tensor:
+    """The heads of a grouped-query attention with two key-value heads, side by side."""
+    q, k = heads(attention.q_proj(x)), heads(attention.k_proj(x), 2)
+    if norms:
+        q, k = attention.q_norm(q), attention.k_norm(k)
+    v = heads(attention.v_proj(x), 2).repeat_interleave(2, 1)
+    k = rotate(k, cos, sin).repeat_interleave(2, 1)
+    return attend(rotate(q, cos, sin), k, v, causal=True, **how)
+
+
+def hand_llama(model: Any, tokens: Tensor, *, norms: bool = False) -> list[dict[str, Tensor]]:
     x = model.embed_tokens(tokens)
     cos, sin = model.rotary_emb(x, torch.arange(tokens.shape[1])[None])
     sites = []
     for layer in model.layers:
         here = {"resid_pre": x}
         attention, normed = layer.self_attn, layer.input_layernorm(x)
-        q = rotate(heads(attention.q_proj(normed)), cos, sin)
-        k = rotate(heads(attention.k_proj(normed), 2), cos, sin).repeat_interleave(2, 1)
-        v = heads(attention.v_proj(normed), 2).repeat_interleave(2, 1)
-        here["attn_z"] = attend(q, k, v, causal=True)
+        here["attn_z"] = attention_of(attention, normed, cos, sin, norms=norms)
         here["attn_out"] = attention.o_proj(here["attn_z"])
         x = x + here["attn_out"]
         here["mlp_in"] = normed = layer.post_attention_layernorm(x)
@@ -149,25 +158,7 @@ def hand_llama(model: Any, tokens: Tensor) -> list[dict[str, Tensor]]:
 
 def hand_qwen3(model: Any, tokens: Tensor) -> list[dict[str, Tensor]]:
     """Llama with a norm over each head of q and k."""
-    x = model.embed_tokens(tokens)
-    cos, sin = model.rotary_emb(x, torch.arange(tokens.shape[1])[None])
-    sites = []
-    for layer in model.layers:
-        here = {"resid_pre": x}
-        attention, normed = layer.self_attn, layer.input_layernorm(x)
-        q = rotate(attention.q_norm(heads(attention.q_proj(normed))), cos, sin)
-        k = attention.k_norm(heads(attention.k_proj(normed), 2))
-        k = rotate(k, cos, sin).repeat_interleave(2, 1)
-        v = heads(attention.v_proj(normed), 2).repeat_interleave(2, 1)
-        here["attn_z"] = attend(q, k, v, causal=True)
-        here["attn_out"] = attention.o_proj(here["attn_z"])
-        x = x + here["attn_out"]
-        here["mlp_in"] = normed = layer.post_attention_layernorm(x)
-        gate = nn.functional.silu(layer.mlp.gate_proj(normed))
-        here["mlp_out"] = layer.mlp.down_proj(gate * layer.mlp.up_proj(normed))
-        here["resid_post"] = x = x + here["mlp_out"]
-        sites.append(here)
-    return sites
+    return hand_llama(model, tokens, norms=True)
 
 
 def hand_gemma2(model: Any, tokens: Tensor) -> list[dict[str, Tensor]]:
@@ -178,10 +169,7 @@ def hand_gemma2(model: Any, tokens: Tensor) -> list[dict[str, Tensor]]:
     for layer in model.layers:
         here = {"resid_pre": x}
         attention, normed = layer.self_attn, layer.input_layernorm(x)
-        q = rotate(heads(attention.q_proj(normed)), cos, sin)
-        k = rotate(heads(attention.k_proj(normed), 2), cos, sin).repeat_interleave(2, 1)
-        v = heads(attention.v_proj(normed), 2).repeat_interleave(2, 1)
-        here["attn_z"] = attend(q, k, v, causal=True, scalar=5, cap=2.0)
+        here["attn_z"] = attention_of(attention, normed, cos, sin, scalar=5, cap=2.0)
         here["attn_out"] = attention.o_proj(here["attn_z"])
         x = x + layer.post_attention_layernorm(here["attn_out"])
         here["mlp_in"] = normed = layer.pre_feedforward_layernorm(x)
@@ -200,10 +188,7 @@ def hand_mixtral(model: Any, tokens: Tensor) -> list[dict[str, Tensor]]:
     for layer in model.layers:
         here = {"resid_pre": x}
         attention, normed = layer.self_attn, layer.input_layernorm(x)
-        q = rotate(heads(attention.q_proj(normed)), cos, sin)
-        k = rotate(heads(attention.k_proj(normed), 2), cos, sin).repeat_interleave(2, 1)
-        v = heads(attention.v_proj(normed), 2).repeat_interleave(2, 1)
-        here["attn_z"] = attend(q, k, v, causal=True)
+        here["attn_z"] = attention_of(attention, normed, cos, sin)
         here["attn_out"] = attention.o_proj(here["attn_z"])
         x = x + here["attn_out"]
         here["mlp_in"] = normed = layer.post_attention_layernorm(x)
