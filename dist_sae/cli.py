@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_sae import __version__, logs
+from dist_sae.bench.commands import add_benches
 from dist_sae.errors import EXIT_DONE, EXIT_RESUMABLE, DistSaeError, Stopped
 
 if TYPE_CHECKING:
@@ -204,94 +205,16 @@ def _render(options: argparse.Namespace) -> None:
     sys.stdout.write(_json(options, {"deepspeed": deepspeed_config(_load(options))}))
 
 
-def _bench_step(options: argparse.Namespace) -> None:
-    import torch
-
-    from dist_sae.bench.step import StepShape, bench_run, bench_step
-    from dist_sae.parallel.meeting import meet
-    from dist_sae.parallel.mesh import join_mesh
-
+def _bench(options: argparse.Namespace) -> None:
     if options.threads:
+        import torch
+
         torch.set_num_threads(options.threads)
-    world = int(os.environ.get("WORLD_SIZE", "1"))
-    shape = StepShape(
-        options.d_in, options.n_latents, options.k, options.batch, options.products, options.kernels
-    )
-    bench_run(shape, world, options.shards)  # or it says what is wrong before the ranks meet
-    with meet(world) as ranks, join_mesh(ranks, options.shards) as mesh:
-        result = bench_step(shape, mesh, rounds=options.rounds)
-    if mesh.is_first:
+    result = options.bench(options)
+    if isinstance(result, str):
+        sys.stdout.write(result)
+    elif result is not None:
         _print_result(options, result)
-
-
-def _bench_produce(options: argparse.Namespace) -> None:
-    import torch
-
-    from dist_sae.bench.produce import bench_produce
-
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    _print_result(
-        options, bench_produce(_load(options), units=options.units, rounds=options.rounds)
-    )
-
-
-def _bench_checkpoint(options: argparse.Namespace) -> None:
-    import torch
-
-    from dist_sae.bench.checkpoint import bench_checkpoint
-    from dist_sae.bench.step import StepShape, bench_run
-    from dist_sae.parallel.meeting import meet
-    from dist_sae.parallel.mesh import join_mesh
-
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    shape = StepShape(options.d_in, options.n_latents, options.k, options.batch)
-    run = bench_run(shape, 1, 1, url=options.url, endpoint_url=options.endpoint_url)
-    with meet(1) as ranks, join_mesh(ranks) as mesh:
-        result = bench_checkpoint(
-            shape, mesh, run.store, every=options.every, rounds=options.rounds
-        )
-    _print_result(options, result)
-
-
-def _bench_peers(options: argparse.Namespace) -> None:
-    from dist_sae.bench.peers import bench_peers, render_table
-
-    rows = bench_peers(
-        d_in=options.d_in,
-        n_latents=options.n_latents,
-        k=options.k,
-        batch=options.batch,
-        steps=options.steps,
-        rounds=options.rounds,
-        threads=options.threads or os.cpu_count() or 1,
-        rows=options.rows,
-        folder=options.folder,
-        fvu_rows=options.fvu_rows,
-    )
-    sys.stdout.write(_json(options, {"peers": rows}) if options.json else render_table(rows))
-
-
-def _bench_store(options: argparse.Namespace) -> None:
-    import torch
-
-    from dist_sae.bench.store import StoreShape, bench_run, bench_store
-
-    if options.threads:
-        torch.set_num_threads(options.threads)
-    shape = StoreShape(
-        options.d_in,
-        options.units,
-        options.unit_rows,
-        options.block_rows,
-        options.dtype,
-        options.batch,
-        options.streams,
-        options.window_units,
-    )
-    run = bench_run(shape, options.url, options.endpoint_url)
-    _print_result(options, bench_store(run, shape, rounds=options.rounds, cached=options.cached))
 
 
 def _load(options: argparse.Namespace) -> "Run":
@@ -389,7 +312,7 @@ def _parser() -> argparse.ArgumentParser:
     add("report", _report, "write one HTML file with the run's curves, numbers and latents")
     add("render", _render, "print what this run implies: the DeepSpeed configuration")
 
-    _add_benches(commands)
+    add_benches(commands, _bench)
     groups = {
         "config": ("the run file itself", [("show", _config_show, "print the resolved run")]),
         "store": (
@@ -445,62 +368,3 @@ def _parser() -> argparse.ArgumentParser:
             schema.add_argument("--json", action="store_true", help="print it on one line")
             schema.set_defaults(command=_config_schema)
     return parser
-
-
-def _add_benches(commands: Any) -> None:
-    text = "measure against the limit of this machine, in one run"
-    actions = commands.add_parser("bench", help=text, description=text).add_subparsers(
-        metavar="WHAT", required=True
-    )
-    step = actions.add_parser("step", help="a training step against the bare encoder product")
-    step.add_argument("--products", choices=["bf16", "fp32"], default="bf16")
-    step.add_argument("--kernels", choices=["auto", "torch", "native", "triton"], default="auto")
-    step.add_argument("--shards", type=int, default=1, help="ranks of torchrun per dictionary")
-    step.set_defaults(command=_bench_step)
-    peers = actions.add_parser("peers", help="the same rows through other SAE libraries from PyPI")
-    peers.add_argument("--steps", type=int, default=4, help="timed steps of one round")
-    peers.add_argument("--rows", type=Path, help=".npy with activations; synthetic if left out")
-    peers.add_argument("--folder", type=Path, help="keeps the libraries' environments")
-    peers.add_argument(
-        "--fvu-rows", type=int, default=0, help="rows of the FVU comparison; 0: none"
-    )
-    peers.set_defaults(command=_bench_peers)
-    checkpoint = actions.add_parser(
-        "checkpoint", help="what saving costs the training, and loading"
-    )
-    checkpoint.add_argument("--every", type=int, default=200, help="steps between two saves")
-    checkpoint.set_defaults(command=_bench_checkpoint)
-    store = actions.add_parser("store", help="writing and reading activations against raw PUT, GET")
-    store.add_argument("--units", type=int, default=16)
-    store.add_argument("--unit-rows", type=int, default=16_384)
-    store.add_argument("--block-rows", type=int, default=4096)
-    store.add_argument("--dtype", choices=["bf16", "fp16", "fp32", "int8"], default="bf16")
-    store.add_argument("--streams", type=int, default=4)
-    store.add_argument("--window-units", type=int, default=4)
-    store.add_argument(
-        "--cached", action="store_true", help="let a folder's files stay in the page cache"
-    )
-    store.set_defaults(command=_bench_store)
-    for action in (store, checkpoint):
-        action.add_argument(
-            "--url",
-            required=True,
-            help="s3://bucket/prefix or a folder; what is written is deleted",
-        )
-        action.add_argument("--endpoint-url", help="of a store other than AWS")
-    for action in (step, peers, checkpoint):
-        action.add_argument("--n-latents", type=int, default=65_536)
-        action.add_argument("--k", type=int, default=32)
-    produce = actions.add_parser("produce", help="a producer against the bare forward pass")
-    produce.add_argument("run", metavar="RUN.yaml", help="whose model and text are used")
-    produce.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override")
-    produce.add_argument("--units", type=int, default=6, help="produced in each round")
-    produce.add_argument("--rounds", type=int, default=5, help="medians are over so many")
-    produce.set_defaults(command=_bench_produce)
-    for action, rounds in ((step, 9), (peers, 9), (store, 5), (checkpoint, 3)):
-        action.add_argument("--d-in", type=int, default=768)
-        action.add_argument("--batch", type=int, default=4096, help="rows")
-        action.add_argument("--rounds", type=int, default=rounds, help="medians are over so many")
-    for action in (step, peers, store, checkpoint, produce):
-        action.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
-        action.add_argument("--json", action="store_true", help="print one JSON object")
