@@ -28,7 +28,10 @@ def build_tokenizer(model: ModelConfig, document_rows: int) -> Tokenizer:
 
 
 def check_sites(model: ModelConfig, sites: tuple[str, ...]) -> None:
-    """Raise `ModelError` when the model has fewer layers than a site names; loads no weights."""
+    """Raise `ModelError` when the model has too few layers, or cannot be so many ranks'.
+
+    Loads no weights.
+    """
     match model:
         case HuggingFaceModel():
             from dist_sae.models.huggingface import describe

@@ -67,7 +67,7 @@ def load_tokenizer(config: HuggingFaceModel) -> _HuggingFaceTokenizer:
 
 
 def describe(config: HuggingFaceModel, sites: tuple[str, ...]) -> Any:
-    """The model's own configuration, once it is known to have the layers of `sites`."""
+    """The model's own configuration, once it is known to have the layers and to fit the ranks."""
     with _errors(config):
         description = transformers.AutoConfig.from_pretrained(config.path, revision=config.revision)
     depth = description.get_text_config().num_hidden_layers
@@ -76,7 +76,35 @@ def describe(config: HuggingFaceModel, sites: tuple[str, ...]) -> Any:
             raise ModelError(
                 f"activations.sites: {site}: {config.path} has layers 0 to {depth - 1}"
             )
+    if config.shards > 1:
+        _check_shards(config, description)
     return description
+
+
+def _check_shards(config: HuggingFaceModel, description: Any) -> None:
+    """Make sure that so many ranks can hold this architecture together, by transformers' own plan.
+
+    Raises:
+        ModelError: They cannot; the numbers that can are named.
+    """
+    text = description.get_text_config()
+    name = description.model_type
+    if not getattr(text, "base_model_tp_plan", None):
+        raise ModelError(
+            f"model.shards: {config.shards}: transformers has no plan to divide {name}; use 1"
+        )
+    heads = text.num_attention_heads
+    parts = {"heads": heads, "key-value heads": getattr(text, "num_key_value_heads", None) or heads}
+    for key in ("intermediate_size", "moe_intermediate_size"):
+        if size := getattr(text, key, None):
+            parts[key] = size
+    fitting = [n for n in range(1, heads + 1) if not any(size % n for size in parts.values())]
+    if config.shards not in fitting:
+        sizes = ", ".join(f"{size} {part}" for part, size in parts.items())
+        raise ModelError(
+            f"model.shards: {config.shards} ranks cannot hold {config.path} together ({name} with "
+            f"{sizes}); use one of {', '.join(map(str, fitting))}"
+        )
 
 
 class HuggingFaceSource:
@@ -84,8 +112,6 @@ class HuggingFaceSource:
 
     def __init__(self, config: HuggingFaceModel, sites: tuple[str, ...]) -> None:
         description = describe(config, sites)
-        if config.shards > 1:
-            check_shards(config, description)
         with _errors(config):
             _cut(description.get_text_config(), 1 + max(map(_layer, sites)))
             self._model = _load(transformers.AutoModel, config, description, shards=config.shards)
@@ -155,32 +181,6 @@ def _inputs(model: Any, tokens: Tensor, mask: Tensor) -> dict[str, Tensor | None
     """What a model is called with, where it is; without padding it needs no mask."""
     attention_mask = None if mask.all() else mask.long().to(model.device)
     return {"input_ids": tokens.long().to(model.device), "attention_mask": attention_mask}
-
-
-def check_shards(config: HuggingFaceModel, description: Any) -> None:
-    """Make sure that so many ranks can hold this architecture together, by transformers' own plan.
-
-    Raises:
-        ModelError: They cannot; the numbers that can are named.
-    """
-    text = description.get_text_config()
-    name = description.model_type
-    if not getattr(text, "base_model_tp_plan", None):
-        raise ModelError(
-            f"model.shards: {config.shards}: transformers has no plan to divide {name}; use 1"
-        )
-    heads = text.num_attention_heads
-    parts = {"heads": heads, "key-value heads": getattr(text, "num_key_value_heads", None) or heads}
-    for key in ("intermediate_size", "moe_intermediate_size"):
-        if size := getattr(text, key, None):
-            parts[key] = size
-    fitting = [n for n in range(1, heads + 1) if not any(size % n for size in parts.values())]
-    if config.shards not in fitting:
-        sizes = ", ".join(f"{size} {part}" for part, size in parts.items())
-        raise ModelError(
-            f"model.shards: {config.shards} ranks cannot hold {config.path} together ({name} with "
-            f"{sizes}); use one of {', '.join(map(str, fitting))}"
-        )
 
 
 def _load(kind: Any, config: HuggingFaceModel, description: Any, *, shards: int = 1) -> Any:

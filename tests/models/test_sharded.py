@@ -8,7 +8,8 @@ import torch
 
 from dist_sae.config.data import SITE_NAMES, HuggingFaceModel
 from dist_sae.errors import ModelError
-from dist_sae.models.huggingface import HuggingFaceSource, check_shards, describe
+from dist_sae.models import check_sites
+from dist_sae.models.huggingface import HuggingFaceSource
 from tests.data.dataplane import processes
 from tests.models.sharded_worker import rank
 from tests.models.test_huggingface import LAYERS, random_tokens, save_model
@@ -83,4 +84,4 @@ def test_ranks_that_cannot_hold_a_model_are_refused(
 ) -> None:
     config = models[name].model_copy(update={"shards": shards})
     with pytest.raises(ModelError, match=words):
-        check_shards(config, describe(config, SITES))
+        check_sites(config, SITES)  # before anything is planned
