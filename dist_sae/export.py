@@ -40,6 +40,7 @@ _HOOKS = {
     "resid_pre": "hook_resid_pre",
     "resid_post": "hook_resid_post",
     "mlp_in": "ln2.hook_normalized",
+    "mlp_inner": "mlp.hook_post",
     "mlp_out": "hook_mlp_out",
     "attn_out": "hook_attn_out",
     "attn_z": "attn.hook_z",

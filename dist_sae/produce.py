@@ -1,9 +1,9 @@
 """`dist-sae produce`: text -> tokens -> activations -> shards, unit by unit.
 
 Any number of producers work on one plan. Three stages overlap: a thread claims and tokenises the
-next unit, this thread runs the model on the present one, another thread packs and stores the
-last one. So at most three units are in memory, and the model never waits for the network unless
-storing a unit takes longer than computing it.
+next unit, this thread runs the model on the present one, another thread checks, packs and stores
+the last one. The model never waits for the network unless storing a unit takes longer than
+computing it. In memory are the rows of two units at most, and twice those of four sites.
 """
 
 import logging
@@ -11,9 +11,10 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager
-from typing import NamedTuple
+from functools import partial
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -27,10 +28,11 @@ from dist_sae.data.consumers import Consumers
 from dist_sae.data.corpus import Corpus, Document
 from dist_sae.data.orders import spread
 from dist_sae.data.plan import Plan, load_plan
-from dist_sae.data.shard import DTYPES, Rows, UnitManifest, manifest_key, write_shard
+from dist_sae.data.shard import DTYPES, Rows, SiteShard, UnitManifest, manifest_key, write_shard
 from dist_sae.data.tokens import TokenBatch, cut, pack
-from dist_sae.errors import CorpusError, ModelError, NonFiniteError, Stopped
+from dist_sae.errors import CorpusError, NonFiniteError, Stopped
 from dist_sae.models import ActivationSource, Tokenizer, build_source, build_tokenizer
+from dist_sae.models.forward import Forward, Leaving
 from dist_sae.parallel.lead import Leader, Work, follow, leading
 from dist_sae.parallel.meeting import meet
 from dist_sae.parallel.mesh import join_mesh
@@ -40,6 +42,8 @@ from dist_sae.storage.records import seal
 from dist_sae.telemetry.exporter import Telemetry
 
 logger = logging.getLogger(__name__)
+
+_SITES_AT_ONCE = 4  # while they are stored; each needs its rows in order, and them again as bytes
 
 
 class TokenizedUnit(NamedTuple):
@@ -53,12 +57,15 @@ class TokenizedUnit(NamedTuple):
 
 
 class ComputedUnit(NamedTuple):
-    """A unit that waits to be packed: the same rows at every site."""
+    """A unit that waits to be packed."""
 
     unit: int
     documents: int
     refused: int
-    sites: dict[str, Rows]
+    leaving: list[Leaving]
+    """Its rows at every site, batch by batch."""
+    origin: tuple[Tensor, ...]
+    """Their tokens, positions and documents."""
     excluded: Counter[str]
     seconds: Counter[str]
 
@@ -94,14 +101,16 @@ def produce(
     prepare = _Preparer(run, plan, claims)
     written = Counter(units=0, rows=0)
     open_source = open_source or (lambda: build_source(run.model, run.activations.sites))
-    forward: _Forward | None = None
+    held = None if run.activations.dtype == "int8" else DTYPES[run.activations.dtype]
+    forward: Forward | None = None
     with ThreadPoolExecutor(1, "prepare") as preparer, ThreadPoolExecutor(1, "finish") as finisher:
         try:
             upcoming = preparer.submit(prepare.next_unit)
             finishing: Future[UnitManifest] | None = None
-            while (tokenized := upcoming.result()) is not None:
+            while (tokenized := _first_of(upcoming, finishing)) is not None:
                 upcoming = preparer.submit(prepare.next_unit)
-                forward = forward or _Forward(open_source(), shared=run.model_shards > 1)
+                if forward is None:
+                    forward = Forward(open_source(), dtype=held, shared=run.model_shards > 1)
                 computed = _compute(
                     tokenized, forward, prepare.tokenizer, run.activations, claims, stopping
                 )
@@ -158,6 +167,18 @@ def produce_together(
             return produce(run, worker, stopping, telemetry, lambda: Leader(open_work, mesh, watch))
 
 
+def _first_of(
+    upcoming: Future[TokenizedUnit | None], finishing: Future[UnitManifest] | None
+) -> TokenizedUnit | None:
+    """The next unit, which may be long in coming; if the last one cannot be finished, its error."""
+    if finishing is not None:
+        either: list[Future[Any]] = [upcoming, finishing]
+        wait(either, return_when=FIRST_COMPLETED)
+        if finishing.done():
+            finishing.result()
+    return upcoming.result()
+
+
 class _Preparer:
     """Claims the next unit and turns its documents into batches of tokens."""
 
@@ -208,67 +229,9 @@ def tokenize(
     return TokenizedUnit(unit, len(documents), len(refused), batches, seconds)
 
 
-class _Forward:
-    """The model; when its memory is short, with batches in parts from then on."""
-
-    def __init__(self, source: ActivationSource, *, shared: bool) -> None:
-        self._source = source
-        self._shared = shared  # other ranks would be out of step with a second try
-        self._parts = 1
-
-    def __call__(self, batch: TokenBatch) -> dict[str, Tensor]:
-        """Activations at every site, of the whole batch.
-
-        Raises:
-            ModelError: Not even a single context fits.
-        """
-        while True:
-            try:
-                return self._run(batch)
-            except (RuntimeError, MemoryError) as exc:
-                if not _is_out_of_memory(exc):
-                    raise
-                if self._shared:
-                    raise ModelError(
-                        "model: out of memory; lower model.batch_tokens or raise model.shards"
-                    ) from exc
-                if self._parts >= len(batch.tokens):
-                    raise ModelError(
-                        f"model: a single context of {batch.tokens.shape[1]} tokens does not fit "
-                        f"into memory; lower activations.context_tokens, or use a narrower "
-                        f"model.dtype or a larger device"
-                    ) from exc
-            if torch.cuda.is_available():  # not while the exception holds what was allocated
-                torch.cuda.empty_cache()
-            self._parts *= 2
-            logger.warning(
-                "out of memory: batches are run in %d parts from now on; lower model.batch_tokens",
-                self._parts,
-            )
-
-    def _run(self, batch: TokenBatch) -> dict[str, Tensor]:
-        rows = -(-len(batch.tokens) // self._parts)
-        parts = [
-            self._source.run(tokens, mask)
-            for tokens, mask in zip(
-                torch.split(batch.tokens, rows), torch.split(batch.mask, rows), strict=True
-            )
-        ]
-        if len(parts) == 1:
-            return parts[0]
-        return {site: torch.cat([part[site] for part in parts]) for site in parts[0]}
-
-
-def _is_out_of_memory(exc: BaseException) -> bool:
-    """Of the device, or of this machine: torch says that in words alone."""
-    said = str(exc)
-    signs = ("can't allocate", "out of memory", "ALLOC_FAILED")
-    return isinstance(exc, torch.OutOfMemoryError | MemoryError) or any(s in said for s in signs)
-
-
 def _compute(
     work: TokenizedUnit,
-    forward: "_Forward",
+    forward: Forward,
     tokenizer: Tokenizer,
     activations: ActivationsConfig,
     claims: Claims,
@@ -281,41 +244,20 @@ def _compute(
             f"take empty documents out of the corpus or raise activations.unit_rows"
         )
     excluded: Counter[str] = Counter()
-    parts: dict[str, list[Rows]] = {site: [] for site in activations.sites}
+    leaving: list[Leaving] = []
+    origins: list[tuple[Tensor, ...]] = []
     with _timed(work.seconds, "forward"):
         for batch in work.batches:
             if stopping.is_set():
                 raise Stopped(f"stopped within unit {work.unit}; start again to go on")
             claims.renew()
             keep = admitted(batch, tokenizer.special, activations.exclude, excluded)
-            acts = forward(batch)
-            for site in activations.sites:
-                rows = Rows(
-                    _held(acts[site][keep], activations.dtype),
-                    batch.tokens[keep],
-                    batch.positions[keep],
-                    batch.documents[keep],
-                )
-                _check_finite(rows, site)
-                parts[site].append(rows)
-    sites = {site: Rows(*map(torch.cat, zip(*rows, strict=True))) for site, rows in parts.items()}
-    return ComputedUnit(work.unit, work.documents, work.refused, sites, excluded, work.seconds)
-
-
-def _held(acts: Tensor, dtype: str) -> Tensor:
-    """As they are until the unit is stored; int8 comes then, from the model's own precision."""
-    return acts if dtype == "int8" else acts.to(DTYPES[dtype])
-
-
-def _check_finite(rows: Rows, site: str) -> None:
-    finite = rows.acts.isfinite().all(dim=1)
-    if not finite.all():
-        row = int((~finite).nonzero()[0])
-        raise NonFiniteError(
-            f"{site}: NaN or infinity in document {rows.documents[row]} "
-            f"at position {rows.positions[row]}; "
-            f"check the model, or use a wider model.dtype or activations.dtype"
-        )
+            leaving += forward(batch.tokens, batch.mask, keep)
+            origins.append((batch.tokens[keep], batch.positions[keep], batch.documents[keep]))
+    origin = tuple(map(torch.cat, zip(*origins, strict=True)))
+    return ComputedUnit(
+        work.unit, work.documents, work.refused, leaving, origin, excluded, work.seconds
+    )
 
 
 def _finish(
@@ -326,23 +268,30 @@ def _finish(
     worker: str,
     claims: Claims,
 ) -> UnitManifest:
-    """Exclude by norm, shuffle, store the shards, and the manifest last."""
+    """Check, exclude by norm, shuffle, store the shards, and the manifest last."""
     unit, seconds = computed.unit, computed.seconds
-    with _timed(seconds, "pack"):
-        keep = torch.ones(len(next(iter(computed.sites.values())).tokens), dtype=torch.bool)
-        for rows in computed.sites.values():
-            keep &= of_usual_norm(rows.acts, activations.exclude.over_norm)
-        computed.excluded["over_norm"] = int((~keep).sum())
-        kept = keep.nonzero()[:, 0]
-        documents = next(iter(computed.sites.values())).documents[kept]
-        order = kept[torch.from_numpy(spread(documents.numpy(), plan.seed, 4, unit))]
-    with _timed(seconds, "store"):
-        shards = {
-            site: write_shard(
-                store, unit, site, rows.take(order), activations.block_rows, activations.dtype
-            )
-            for site, rows in computed.sites.items()
-        }
+    with ThreadPoolExecutor(_SITES_AT_ONCE, "site") as pool:
+        with _timed(seconds, "pack"):
+            arrived = [batch.arrived() for batch in computed.leaving]
+            computed.leaving.clear()
+            sites = {
+                site: Rows(torch.cat([batch.pop(site) for batch in arrived]), *computed.origin)
+                for site in activations.sites
+            }
+            keep = torch.ones(len(computed.origin[0]), dtype=torch.bool)
+            for usual in pool.map(partial(_usual, activations), sites, sites.values()):
+                keep &= usual
+            computed.excluded["over_norm"] = int((~keep).sum())
+            kept = keep.nonzero()[:, 0]
+            documents = computed.origin[2][kept].numpy()
+            order = kept[torch.from_numpy(spread(documents, plan.seed, 4, unit))]
+
+        def write(site: str) -> SiteShard:
+            rows = sites.pop(site).take(order)
+            return write_shard(store, unit, site, rows, activations.block_rows, activations.dtype)
+
+        with _timed(seconds, "store"):
+            shards = dict(zip(activations.sites, pool.map(write, activations.sites), strict=True))
     manifest = UnitManifest(
         plan=plan.hash,
         unit=unit,
@@ -358,6 +307,23 @@ def _finish(
     store.put(manifest_key(unit), seal(manifest), if_absent=True)
     claims.release(unit, done=True)
     return manifest
+
+
+def _usual(activations: ActivationsConfig, site: str, rows: Rows) -> Tensor:
+    """Which rows of a site are not excluded by their norm.
+
+    Raises:
+        NonFiniteError: The model gave NaN or infinity.
+    """
+    finite = rows.acts.isfinite().all(dim=1)
+    if not finite.all():
+        row = int((~finite).nonzero()[0])
+        raise NonFiniteError(
+            f"{site}: NaN or infinity in document {rows.documents[row]} "
+            f"at position {rows.positions[row]}; "
+            f"check the model, or use a wider model.dtype or activations.dtype"
+        )
+    return of_usual_norm(rows.acts, activations.exclude.over_norm)
 
 
 def _report(

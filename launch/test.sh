@@ -11,6 +11,4 @@ $bin/ruff format --check .
 $bin/ruff check .
 $bin/mypy
 $bin/lint-imports
-# the longest files first, or one of the two would be left alone with them at the end
-OMP_NUM_THREADS=1 exec $bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder \
-    tests/train tests/parallel tests/test_run.py tests "$@"
+OMP_NUM_THREADS=1 exec $bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"

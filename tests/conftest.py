@@ -21,10 +21,18 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+_LONGEST = {file: place for place, file in enumerate(("tests/train/test_train.py",))}
+
+
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--long", action="store_true", help="train as long as the acceptance tests ask (an hour)"
     )
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files first: of two workers, one would be left alone with them at the end."""
+    items.sort(key=lambda item: _LONGEST.get(item.nodeid.partition("::")[0], len(_LONGEST)))
 
 
 class Bucket(NamedTuple):

@@ -2,7 +2,9 @@
 
 The producer is the real one: text is read, tokenised, run through the model, packed, checked and
 stored. The bare pass runs the same batches, tokenised beforehand, through the same model and drops
-what comes out. Both are timed in turn, and the ratio of each pair is taken.
+what comes out. Both are timed in turn, and the ratio of each pair is taken. A producer's time
+begins when it is about to load the model and ends with its last unit: what comes before happens
+once in a run, whatever its length.
 """
 
 import statistics
@@ -32,17 +34,23 @@ def bench_produce(run: Run, *, units: int, rounds: int) -> dict[str, Any]:
 
     Args:
         run: The run.
-        units: How many units are produced in a round; its begin and its end count.
+        units: How many units are produced in a round.
         rounds: How many pairs are timed.
 
     Returns:
         Medians over `rounds`: `rows_per_second` of the producer and `bare_rows_per_second`;
         `ratio` with `ratio_low` and `ratio_high` (quartiles of the pairs); `padding`, as a share of
-        the model's tokens; `beyond_model_bytes`, how far the resident memory rose above the loaded
-        model; `busy`, the share of the last round that each stage was at work.
+        the model's tokens; `model_bytes`, the resident memory after a bare pass, and
+        `beyond_model_bytes`, how far it rose above that; `busy`, the share of the last round that
+        each stage was at work.
     """
     source = build_source(run.model, run.activations.sites)
-    before, pairs = resident_bytes(), []
+    begun, pairs = [0.0], []
+
+    def open_source() -> ActivationSource:
+        begun[0] = time.perf_counter()
+        return source
+
     with scratch(run.store.activations, run.store.s3) as store, peak_memory() as peak:
         whole = plan(_at(run, f"{store.url}/plan"))
         units = min(units, whole.n_train_units)
@@ -54,18 +62,16 @@ def bench_produce(run: Run, *, units: int, rounds: int) -> dict[str, Any]:
             for unit in range(units)
             for batch in tokenize(run, part, corpus, tokenizer, unit).batches
         ]
-        _run(source, batches[:1])
+        _run(source, batches)
+        before = peak[0] = resident_bytes()
         for number in range(rounds):
             here = _at(run, f"{store.url}/{number}")
             place = open_store(here.store.activations, here.store.s3)
             publish_plan(place, part)
             bare = _run(source, batches)
-            since = time.perf_counter()
             with Telemetry("bench", "produce", None) as telemetry:
-                produced = produce(
-                    here, Worker("bench"), threading.Event(), telemetry, lambda: source
-                )
-            pairs.append((time.perf_counter() - since, bare))
+                produced = produce(here, Worker("bench"), threading.Event(), telemetry, open_source)
+            pairs.append((time.perf_counter() - begun[0], bare))
         busy = Counter[str]()
         for unit in range(units):
             busy.update(read_manifest(place, unit).seconds)
@@ -81,6 +87,7 @@ def bench_produce(run: Run, *, units: int, rounds: int) -> dict[str, Any]:
         "ratio_low": ratios[rounds // 4],
         "ratio_high": ratios[-1 - rounds // 4],
         "padding": 1 - sum(int(batch.mask.sum()) for batch in batches) / tokens,
+        "model_bytes": before,
         "beyond_model_bytes": peak[0] - before,
         "busy": {stage: seconds / pairs[-1][0] for stage, seconds in sorted(busy.items())},
     }

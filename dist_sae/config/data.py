@@ -14,7 +14,7 @@ from pydantic import (
 
 from dist_sae.config.base import Section, StoreUrl
 
-SITE_NAMES = ("resid_pre", "resid_post", "mlp_in", "mlp_out", "attn_out", "attn_z")
+SITE_NAMES = ("resid_pre", "resid_post", "mlp_in", "mlp_inner", "mlp_out", "attn_out", "attn_z")
 SYNTHETIC_SITE = "synthetic"
 
 

@@ -37,5 +37,8 @@ class ActivationSource(Protocol):
     def run(
         self, tokens: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]
     ) -> dict[str, Float[Tensor, "batch seq d_in"]]:
-        """Activations at every site; what stands at padding (mask False) means nothing."""
+        """Activations at every site, on the model's device.
+
+        What stands at padding (mask False) means nothing.
+        """
         ...

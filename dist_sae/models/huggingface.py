@@ -3,10 +3,9 @@
 import contextlib
 import logging
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
-import torch.distributed as dist
 import transformers
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
@@ -15,11 +14,18 @@ from torch.distributed.device_mesh import init_device_mesh
 
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.errors import ModelError
+from dist_sae.models.sharding import Divider, choose_divider, divide, gather
+
+logger = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 # Where blocks keep their parts, over the common architectures; the first path that exists counts.
 _MLP_IN = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "intermediate")
+_MLP_OUTPUT = (  # the last product
+    *("mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h", "mlp.fc2", "mlp.fc_out"),
+    *("feed_forward.w2", "ffn.lin2", "output.dense"),
+)
 # in BLOOM and BERT the whole part adds the residual; its last product does not
 _MLP_OUT = ("mlp.dense_4h_to_h", "output.dense", "mlp", "feed_forward", "ffn", "block_sparse_moe")
 _ATTENTION_OUTPUT = tuple(
@@ -30,6 +36,17 @@ _ATTENTION_OUTPUT = tuple(
     )
     for projection in ("o_proj", "c_proj", "out_proj", "dense", "wo", "out_lin")
 )
+
+# (paths of the module within its block, or none for the block; whether what goes in is the site)
+_SITES: dict[str, tuple[tuple[str, ...], bool]] = {
+    "resid_pre": ((), True),
+    "resid_post": ((), False),
+    "mlp_in": (_MLP_IN, True),
+    "mlp_inner": (_MLP_OUTPUT, True),
+    "mlp_out": (_MLP_OUT, False),
+    "attn_out": (_ATTENTION_OUTPUT, False),
+    "attn_z": (_ATTENTION_OUTPUT, True),
+}
 
 Edit = Callable[[Float[Tensor, "batch seq d_in"]], Float[Tensor, "batch seq d_in"]]
 
@@ -77,34 +94,8 @@ def describe(config: HuggingFaceModel, sites: tuple[str, ...]) -> Any:
                 f"activations.sites: {site}: {config.path} has layers 0 to {depth - 1}"
             )
     if config.shards > 1:
-        _check_shards(config, description)
+        choose_divider(config, description)
     return description
-
-
-def _check_shards(config: HuggingFaceModel, description: Any) -> None:
-    """Make sure that so many ranks can hold this architecture together, by transformers' own plan.
-
-    Raises:
-        ModelError: They cannot; the numbers that can are named.
-    """
-    text = description.get_text_config()
-    name = description.model_type
-    if not getattr(text, "base_model_tp_plan", None):
-        raise ModelError(
-            f"model.shards: {config.shards}: transformers has no plan to divide {name}; use 1"
-        )
-    heads = text.num_attention_heads
-    parts = {"heads": heads, "key-value heads": getattr(text, "num_key_value_heads", None) or heads}
-    for key in ("intermediate_size", "moe_intermediate_size"):
-        if size := getattr(text, key, None):
-            parts[key] = size
-    fitting = [n for n in range(1, heads + 1) if not any(size % n for size in parts.values())]
-    if config.shards not in fitting:
-        sizes = ", ".join(f"{size} {part}" for part, size in parts.items())
-        raise ModelError(
-            f"model.shards: {config.shards} ranks cannot hold {config.path} together ({name} with "
-            f"{sizes}); use one of {', '.join(map(str, fitting))}"
-        )
 
 
 class HuggingFaceSource:
@@ -114,24 +105,31 @@ class HuggingFaceSource:
         description = describe(config, sites)
         with _errors(config):
             _cut(description.get_text_config(), 1 + max(map(_layer, sites)))
-            self._model = _load(transformers.AutoModel, config, description, shards=config.shards)
+            divider = choose_divider(config, description) if config.shards > 1 else None
+            self._model = _load(transformers.AutoModel, config, description, divider)
+            self._widths = {}
+            """Of sites that ranks may have parts of."""
+            if divider is not None:
+                logger.info("%s: held by %d ranks (%s)", config.path, config.shards, divider)
+                for site in sites:
+                    if site.startswith(("attn_z.", "mlp_inner.")):
+                        weight = _place(self._model, site).module.get_parameter("weight")
+                        self._widths[site] = weight.shape[1]  # of all parts
+            if divider == "deepspeed":
+                self._model = divide(self._model, DTYPES[config.dtype])
         self._seen: dict[str, Tensor] = {}
-        self._widths: dict[str, int] = {}
-        """Of sites that ranks have parts of."""
         for site in sites:
-            module = _attach(self._model, site, self._record(site))
-            if site.startswith("attn_z.") and config.shards > 1:
-                self._widths[site] = module.get_parameter("weight").shape[1]  # of all parts
+            _attach(self._model, site, self._record(site))
 
     @torch.inference_mode()
     def run(
         self, tokens: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]
     ) -> dict[str, Float[Tensor, "batch seq d_in"]]:
-        self._seen.clear()
         self._model(**_inputs(self._model, tokens, mask))
         for site, width in self._widths.items():
-            self._seen[site] = _whole(self._seen[site], width)
-        return {site: acts.cpu() for site, acts in self._seen.items()}
+            self._seen[site] = gather(self._seen[site], width)
+        seen, self._seen = self._seen, {}
+        return seen
 
     def _record(self, site: str) -> Edit:
         def record(acts: Tensor) -> Tensor:
@@ -183,19 +181,19 @@ def _inputs(model: Any, tokens: Tensor, mask: Tensor) -> dict[str, Tensor | None
     return {"input_ids": tokens.long().to(model.device), "attention_mask": attention_mask}
 
 
-def _load(kind: Any, config: HuggingFaceModel, description: Any, *, shards: int = 1) -> Any:
+def _load(
+    kind: Any, config: HuggingFaceModel, description: Any, divider: Divider | None = None
+) -> Any:
+    """On its device; for DeepSpeed to divide, as it is in its files, which are only mapped."""
     description.get_text_config().use_cache = False  # nothing is generated
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    parallel: dict[str, Any] = {}
-    if shards > 1:  # each rank reads its slices of the weights alone
-        parallel = {"tp_plan": "auto", "device_mesh": init_device_mesh(device, (shards,))}
+    how: dict[str, Any] = {"dtype": DTYPES[config.dtype]}
+    if divider == "transformers":
+        how |= {"tp_plan": "auto", "device_mesh": init_device_mesh(device, (config.shards,))}
+    elif divider == "deepspeed":
+        how = {"dtype": "auto"}
     model, loading = kind.from_pretrained(
-        config.path,
-        revision=config.revision,
-        config=description,
-        dtype=DTYPES[config.dtype],
-        output_loading_info=True,
-        **parallel,
+        config.path, revision=config.revision, config=description, output_loading_info=True, **how
     )
     # transformers would go on with random ones; a pooler above the layers is no loss
     missing = sorted(name for name in loading["missing_keys"] if not name.startswith("pooler."))
@@ -203,7 +201,7 @@ def _load(kind: Any, config: HuggingFaceModel, description: Any, *, shards: int 
         raise ModelError(
             f"model.path {config.path}: its files lack the weights {', '.join(missing)}"
         )
-    return model.eval() if shards > 1 else model.eval().to(device)
+    return model.eval().to(device) if divider is None else model.eval()
 
 
 def _layer(site: str) -> int:
@@ -217,38 +215,40 @@ def _cut(description: Any, layers: int) -> None:
         description.layer_types = description.layer_types[:layers]
 
 
-def _attach(model: nn.Module, site: str, edit: Edit) -> nn.Module:
-    """Hook `edit` in at `site`: it sees the activations and what it returns goes on.
+class _Place(NamedTuple):
+    """Where a site is: what goes into a module, or what comes out."""
 
-    Returns:
-        The module that it is hooked to.
-    """
+    module: nn.Module
+    goes_in: bool
+
+
+def _place(model: nn.Module, site: str) -> _Place:
     name, _, _ = site.rpartition(".")
+    if name not in _SITES:
+        raise ModelError(f"activations.sites: {site}: a language model has no such site")
     layer = _layers(model)[_layer(site)]
-    match name:
-        case "resid_pre":
-            return _edit_input(layer, edit)
-        case "resid_post":
-            return _edit_output(layer, edit)
-        case "mlp_in":
-            return _edit_input(_part(layer, _MLP_IN, site), edit)
-        case "mlp_out":
-            return _edit_output(_part(layer, _MLP_OUT, site), edit)
-        case "attn_out":
-            return _edit_output(_part(layer, _ATTENTION_OUTPUT, site), edit)
-        case "attn_z":
-            return _edit_input(_part(layer, _ATTENTION_OUTPUT, site), edit)
-        case _:
-            raise ModelError(f"activations.sites: {site}: a language model has no such site")
+    paths, goes_in = _SITES[name]
+    return _Place(_part(layer, paths, site) if paths else layer, goes_in)
 
 
-def _whole(acts: Tensor, width: int) -> Tensor:
-    """Heads of all ranks, side by side, where a rank has seen only its own. Collective then."""
-    if acts.shape[-1] == width:
-        return acts
-    parts = [torch.empty_like(acts) for _ in range(width // acts.shape[-1])]
-    dist.all_gather(parts, acts.contiguous())
-    return torch.cat(parts, dim=-1)
+def _attach(model: nn.Module, site: str, edit: Edit) -> None:
+    """Hook `edit` in at `site`: it sees the activations and what it returns goes on."""
+    module, goes_in = _place(model, site)
+
+    def hook_in(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+        if args:
+            return (edit(args[0]), *args[1:]), kwargs
+        return args, kwargs | {"hidden_states": edit(kwargs["hidden_states"])}
+
+    def hook_out(_: nn.Module, __: Any, output: Any) -> Any:
+        if isinstance(output, tuple):
+            return (edit(output[0]), *output[1:])
+        return edit(output)
+
+    if goes_in:
+        module.register_forward_pre_hook(hook_in, with_kwargs=True)
+    else:
+        module.register_forward_hook(hook_out)
 
 
 def _layers(model: nn.Module) -> nn.ModuleList:
@@ -271,26 +271,6 @@ def _part(layer: nn.Module, paths: tuple[str, ...], site: str) -> nn.Module:
         f"activations.sites: {site}: {type(layer).__name__} keeps no such part under a known name "
         f"(it has {found}); use resid_pre or resid_post"
     )
-
-
-def _edit_input(module: nn.Module, edit: Edit) -> nn.Module:
-    def hook(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        if args:
-            return (edit(args[0]), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": edit(kwargs["hidden_states"])}
-
-    module.register_forward_pre_hook(hook, with_kwargs=True)
-    return module
-
-
-def _edit_output(module: nn.Module, edit: Edit) -> nn.Module:
-    def hook(_: nn.Module, __: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (edit(output[0]), *output[1:])
-        return edit(output)
-
-    module.register_forward_hook(hook)
-    return module
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""Averages the gradients and updates the parameters; the only module that talks to DeepSpeed."""
+"""Averages the gradients and updates the parameters, by DeepSpeed."""
 
 import logging
 import math

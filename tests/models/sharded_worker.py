@@ -15,7 +15,7 @@ from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.data.claims import Worker
 from dist_sae.errors import DistSaeError
-from dist_sae.models.huggingface import HuggingFaceSource
+from dist_sae.models.huggingface import HuggingFaceSource, _layers
 from dist_sae.parallel.meeting import meet
 from dist_sae.parallel.mesh import join_mesh
 from dist_sae.produce import produce, produce_together
@@ -26,22 +26,22 @@ processes.set_forkserver_preload(["tests.models.sharded_worker"])
 
 
 def rank(
-    models: list[dict[str, Any]],
-    sites: tuple[str, ...],
+    models: list[tuple[dict[str, Any], tuple[str, ...]]],
     batch: tuple[torch.Tensor, torch.Tensor],
     output: str,
     env: dict[str, str],
 ) -> None:
-    """Leaves what each model gives at the sites, and how many weights are here, in `output`."""
+    """Leaves in `output` what each model gives at its sites and the size of its blocks."""
     os.environ.update(env)
     torch.set_num_threads(1)
     results = []
     try:
         with meet(int(env["WORLD_SIZE"])) as ranks, join_mesh(ranks):
-            for settings in models:
+            for settings, sites in models:
                 source = HuggingFaceSource(HuggingFaceModel.model_validate(settings), sites)
                 weights = sum(
-                    getattr(p, "_local_tensor", p).numel() for p in source._model.parameters()
+                    getattr(p, "_local_tensor", p).numel()
+                    for p in _layers(source._model).parameters()
                 )
                 results.append((source.run(*batch), weights))
     except DistSaeError as error:

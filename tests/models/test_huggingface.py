@@ -60,13 +60,15 @@ CONFIGS: dict[str, Callable[[], Any]] = {
 DECODERS = ("llama", "gpt2", "gpt_neox")
 
 
-def save_model(folder: Path, name: str) -> Path:
+def save_model(
+    folder: Path, name: str, config: Any = None, dtype: torch.dtype = torch.float32
+) -> Path:
     torch.manual_seed(1)
     kind: Any = hf.AutoModel if name == "bert" else hf.AutoModelForCausalLM
-    model = kind.from_config(CONFIGS[name]())
+    model = kind.from_config(config or CONFIGS[name]())
     for parameter in model.parameters():  # norms and biases that do nothing would hide mistakes
         parameter.data += 0.1 * torch.randn_like(parameter)
-    model.save_pretrained(folder)
+    model.to(dtype).save_pretrained(folder)
     words = {"<s>": 0, "</s>": 1, "?": 2} | {f"w{i}": i for i in range(3, VOCABULARY)}
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(words, unk_token="?"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
@@ -150,7 +152,8 @@ def hand_llama(model: Any, tokens: Tensor, *, norms: bool = False) -> list[dict[
         x = x + here["attn_out"]
         here["mlp_in"] = normed = layer.post_attention_layernorm(x)
         gate = nn.functional.silu(layer.mlp.gate_proj(normed))
-        here["mlp_out"] = layer.mlp.down_proj(gate * layer.mlp.up_proj(normed))
+        here["mlp_inner"] = gate * layer.mlp.up_proj(normed)
+        here["mlp_out"] = layer.mlp.down_proj(here["mlp_inner"])
         here["resid_post"] = x = x + here["mlp_out"]
         sites.append(here)
     return sites
@@ -174,7 +177,8 @@ def hand_gemma2(model: Any, tokens: Tensor) -> list[dict[str, Tensor]]:
         x = x + layer.post_attention_layernorm(here["attn_out"])
         here["mlp_in"] = normed = layer.pre_feedforward_layernorm(x)
         gate = nn.functional.gelu(layer.mlp.gate_proj(normed), approximate="tanh")
-        here["mlp_out"] = layer.mlp.down_proj(gate * layer.mlp.up_proj(normed))
+        here["mlp_inner"] = gate * layer.mlp.up_proj(normed)
+        here["mlp_out"] = layer.mlp.down_proj(here["mlp_inner"])
         here["resid_post"] = x = x + layer.post_feedforward_layernorm(here["mlp_out"])
         sites.append(here)
     return sites
@@ -220,7 +224,7 @@ def hand_gpt2(model: Any, tokens: Tensor) -> list[dict[str, Tensor]]:
         here["attn_out"] = here["attn_z"] @ layer.attn.c_proj.weight + layer.attn.c_proj.bias
         x = x + here["attn_out"]
         here["mlp_in"] = normed = layer.ln_2(x)
-        hidden = nn.functional.gelu(
+        here["mlp_inner"] = hidden = nn.functional.gelu(
             normed @ layer.mlp.c_fc.weight + layer.mlp.c_fc.bias, approximate="tanh"
         )
         here["mlp_out"] = hidden @ layer.mlp.c_proj.weight + layer.mlp.c_proj.bias
@@ -241,7 +245,7 @@ def hand_gpt_neox(model: Any, tokens: Tensor) -> list[dict[str, Tensor]]:
         here["attn_z"] = attend(rotate(q, cos, sin), rotate(k, cos, sin), v, causal=True)
         here["attn_out"] = layer.attention.dense(here["attn_z"])
         here["mlp_in"] = normed = layer.post_attention_layernorm(x)
-        hidden = nn.functional.gelu(layer.mlp.dense_h_to_4h(normed))
+        here["mlp_inner"] = hidden = nn.functional.gelu(layer.mlp.dense_h_to_4h(normed))
         here["mlp_out"] = layer.mlp.dense_4h_to_h(hidden)
         here["resid_post"] = x = x + here["attn_out"] + here["mlp_out"]
         sites.append(here)
@@ -259,7 +263,8 @@ def hand_bert(model: Any, tokens: Tensor) -> list[dict[str, Tensor]]:
         here["attn_z"] = attend(q, k, v, causal=False)
         here["attn_out"] = layer.attention.output.dense(here["attn_z"])
         here["mlp_in"] = x = layer.attention.output.LayerNorm(x + here["attn_out"])
-        here["mlp_out"] = layer.output.dense(nn.functional.gelu(layer.intermediate.dense(x)))
+        here["mlp_inner"] = nn.functional.gelu(layer.intermediate.dense(x))
+        here["mlp_out"] = layer.output.dense(here["mlp_inner"])
         here["resid_post"] = x = layer.output.LayerNorm(x + here["mlp_out"])
         sites.append(here)
     return sites
@@ -277,6 +282,12 @@ HANDS: dict[str, Callable[[Any, Tensor], list[dict[str, Tensor]]]] = {
 }
 
 
+def sites_of(name: str) -> tuple[str, ...]:
+    """Every site of every layer; experts have no one inner layer."""
+    names = [site for site in SITE_NAMES if (site, name) != ("mlp_inner", "mixtral")]
+    return tuple(f"{site}.{layer}" for site in names for layer in range(LAYERS))
+
+
 def whole(config: HuggingFaceModel) -> Any:
     return hf.AutoModel.from_pretrained(config.path).eval()
 
@@ -286,7 +297,7 @@ def whole(config: HuggingFaceModel) -> Any:
 def test_every_site_equals_a_run_by_hand(models: dict[str, HuggingFaceModel], name: str) -> None:
     tokens, mask = random_tokens(9, 9)
     expected = HANDS[name](whole(models[name]), tokens.long())
-    sites = tuple(f"{site}.{layer}" for site in SITE_NAMES for layer in range(LAYERS))
+    sites = sites_of(name)
     found = HuggingFaceSource(models[name], sites).run(tokens, mask)
     assert set(found) == set(sites)
     for site in sites:

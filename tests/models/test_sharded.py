@@ -1,31 +1,78 @@
 """Tiny models that two ranks hold together, against the same models whole (SCIENCE D16)."""
 
 import socket
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+import transformers
+from torch import Tensor
 
-from dist_sae.config.data import SITE_NAMES, HuggingFaceModel
+from dist_sae.config.data import HuggingFaceModel
 from dist_sae.errors import ModelError
 from dist_sae.models import check_sites
-from dist_sae.models.huggingface import HuggingFaceSource
+from dist_sae.models.huggingface import HuggingFaceSource, _layers
 from tests.data.dataplane import processes
 from tests.models.sharded_worker import rank
-from tests.models.test_huggingface import LAYERS, random_tokens, save_model
+from tests.models.test_huggingface import COMMON, LAYERS, random_tokens, save_model, sites_of
 
-NAMES = ("llama", "gpt_neox", "mistral", "qwen3", "gemma2", "mixtral")
-SITES = tuple(f"{site}.{layer}" for site in SITE_NAMES for layer in range(LAYERS))
+hf: Any = transformers
+EVEN = ("llama", "gpt_neox", "mistral", "qwen3", "gemma2", "mixtral")
+"""By transformers' plan."""
+THREE: dict[str, Any] = COMMON | {"hidden_size": 24, "num_attention_heads": 3}
+KV: dict[str, Any] = {"num_key_value_heads": 3}
+UNEVEN: dict[str, Callable[[], Any]] = {
+    "llama": lambda: hf.LlamaConfig(**THREE | {"hidden_size": 36, "num_attention_heads": 9}, **KV),
+    "mistral": lambda: hf.MistralConfig(**THREE, **KV),
+    "qwen2": lambda: hf.Qwen2Config(**THREE, **KV),
+    "qwen3": lambda: hf.Qwen3Config(**THREE, **KV, head_dim=8),
+    "gemma": lambda: hf.GemmaConfig(**THREE, **KV, head_dim=8),
+    "gemma2": lambda: hf.Gemma2Config(**THREE, **KV, head_dim=8, query_pre_attn_scalar=5),
+    "gemma3_text": lambda: hf.Gemma3TextConfig(**THREE, **KV, head_dim=8),
+    "phi": lambda: hf.PhiConfig(**THREE),
+    "starcoder2": lambda: hf.Starcoder2Config(**THREE, **KV),
+    "gpt_neox": lambda: hf.GPTNeoXConfig(**THREE),
+    "gpt_neo": lambda: hf.GPTNeoConfig(
+        **_without(THREE, "num_hidden_layers", "num_attention_heads"),
+        num_layers=LAYERS,
+        num_heads=3,
+        attention_types=[[["global"], LAYERS]],
+    ),
+    "gptj": lambda: hf.GPTJConfig(**THREE, rotary_dim=4),
+    "opt": lambda: hf.OPTConfig(**THREE, ffn_dim=40, word_embed_proj_dim=24),
+    "bert": lambda: hf.BertConfig(**THREE),
+}
+"""By AutoTP: three key-value heads on two ranks."""
+CASES = (*(f"{name}-even" for name in EVEN), *(f"{name}-uneven" for name in UNEVEN))
+BF16 = ("llama-even", "gemma2-even", "llama-uneven", "opt-uneven")
 BATCH = random_tokens(9, 6)
+
+
+def _without(settings: dict[str, Any], *keys: str) -> dict[str, Any]:
+    return {key: value for key, value in settings.items() if key not in keys}
+
+
+def sites_of_case(case: str) -> tuple[str, ...]:
+    name = case.partition("-")[0]
+    return tuple(s for s in sites_of(name) if name != "opt" or not s.startswith("mlp"))
 
 
 @pytest.fixture(scope="module")
 def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, HuggingFaceModel]:
     folder = tmp_path_factory.mktemp("models")
-    return {
-        name: HuggingFaceModel(path=str(save_model(folder / name, name)), dtype="fp32", shards=2)
-        for name in (*NAMES, "gpt2")
+    paths = {f"{name}-even": save_model(folder / name, name) for name in (*EVEN, "gpt2")}
+    for name, config in UNEVEN.items():
+        paths[f"{name}-uneven"] = save_model(folder / f"{name}-3", name, config())
+    models = {
+        case: HuggingFaceModel(path=str(path), dtype="fp32", shards=2)
+        for case, path in paths.items()
     }
+    for case in BF16:
+        models[f"{case}-bf16"] = models[case].model_copy(update={"dtype": "bf16"})
+    path = save_model(folder / "half", "llama", UNEVEN["llama"](), torch.bfloat16)
+    models["llama-uneven-from-bf16"] = HuggingFaceModel(path=str(path), dtype="fp32", shards=2)
+    return models
 
 
 @pytest.fixture(scope="module")
@@ -37,46 +84,68 @@ def shared(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    settings = [models[name].model_dump() for name in NAMES]
+    cases = [case for case in models if case != "gpt2-even"]
+    settings = [(models[case].model_dump(), sites_of_case(case)) for case in cases]
     started = []
     for number, output in enumerate(outputs):
         env = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         process = processes.Process(
-            target=rank, args=(settings, SITES, BATCH, str(output), env), daemon=True
+            target=rank, args=(settings, BATCH, str(output), env), daemon=True
         )
         process.start()
         started.append(process)
     for process in started:
         process.join(300)
         assert process.exitcode == 0
-    return [dict(zip(NAMES, torch.load(output), strict=True)) for output in outputs]
+    return [dict(zip(cases, torch.load(output), strict=True)) for output in outputs]
 
 
-@pytest.mark.parametrize("name", NAMES)
+def relative_error(acts: Tensor, wanted: Tensor) -> float:
+    mask = BATCH[1]
+    return float((acts.float() - wanted.float())[mask].norm() / wanted[mask].float().norm())
+
+
+@pytest.mark.parametrize("case", [*CASES, "llama-uneven-from-bf16"])
 def test_two_ranks_give_what_one_gives(
-    models: dict[str, HuggingFaceModel], shared: list[dict[str, Any]], name: str
+    models: dict[str, HuggingFaceModel], shared: list[dict[str, Any]], case: str
 ) -> None:
     """At every site, on both ranks; and neither held the whole model."""
-    source = HuggingFaceSource(models[name].model_copy(update={"shards": 1}), SITES)
-    tokens, mask = BATCH
-    expected = source.run(tokens, mask)
-    weights = sum(p.numel() for p in source._model.parameters())
-    embeddings = source._model.get_input_embeddings().weight.numel()
-    for acts, here in (one[name] for one in shared):
+    config = models[case].model_copy(update={"shards": 1})
+    source = HuggingFaceSource(config, sites_of_case(case))
+    expected = source.run(*BATCH)
+    weights = sum(p.numel() for p in _layers(source._model).parameters())
+    for acts, here in (one[case] for one in shared):
         assert acts.keys() == expected.keys()
         for site, wanted in expected.items():
-            error = (acts[site] - wanted)[mask].norm() / wanted[mask].norm()
-            assert float(error) <= 1e-5, site
-        assert here - embeddings < 0.6 * (weights - embeddings)
+            assert relative_error(acts[site], wanted) <= 1e-5, site
+        assert here < (0.55 if "-even" in case else 0.8) * weights
+
+
+@pytest.mark.parametrize("case", BF16)
+def test_two_ranks_round_to_bf16_as_one_does(
+    models: dict[str, HuggingFaceModel], shared: list[dict[str, Any]], case: str
+) -> None:
+    """Their roundings differ, and deeper layers amplify any: so each is held to the exact run."""
+    sites = sites_of_case(case)
+    config = models[case].model_copy(update={"shards": 1})
+    exact = HuggingFaceSource(config, sites).run(*BATCH)
+    one = HuggingFaceSource(config.model_copy(update={"dtype": "bf16"}), sites).run(*BATCH)
+    for acts, _ in (one[f"{case}-bf16"] for one in shared):
+        for site, wanted in exact.items():
+            assert acts[site].dtype == torch.bfloat16
+            error = relative_error(acts[site], wanted)
+            assert error <= 1.5 * relative_error(one[site], wanted) + 1e-3, site
+            if site.endswith(".0"):
+                assert relative_error(acts[site], one[site]) <= 1e-2, site
 
 
 @pytest.mark.parametrize(
     ("name", "shards", "words"),
     [
-        ("llama", 3, r"3 ranks cannot hold .* \(llama with 4 heads, 2 key-value heads, 40 inter"),
-        ("llama", 4, r"use one of 1, 2$"),
-        ("gpt2", 2, r"transformers has no plan to divide gpt2; use 1$"),
+        ("llama-even", 3, r"3 ranks cannot hold .* \(llama with 4 heads and 2 key-value heads\); "),
+        ("llama-uneven", 4, r"use one of 1, 2, 3$"),
+        ("gpt2-even", 2, r"neither transformers nor DeepSpeed can divide gpt2; use 1$"),
     ],
 )
 def test_ranks_that_cannot_hold_a_model_are_refused(
@@ -84,4 +153,4 @@ def test_ranks_that_cannot_hold_a_model_are_refused(
 ) -> None:
     config = models[name].model_copy(update={"shards": shards})
     with pytest.raises(ModelError, match=words):
-        check_sites(config, SITES)  # before anything is planned
+        check_sites(config, ("resid_post.1",))  # before anything is planned

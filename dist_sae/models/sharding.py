@@ -1,0 +1,127 @@
+"""How several ranks hold one `transformers` model together.
+
+By transformers' own plan, where heads and widths divide by the ranks: each reads its slices alone.
+Else, and where transformers has no plan, by DeepSpeed's AutoTP, which divides them unevenly too;
+it knows layers by their names, so only for the architectures that were seen to come out right.
+The weights that it slices are mapped from their files: no rank ever holds them all.
+"""
+
+import contextlib
+import io
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from dist_sae.config.data import HuggingFaceModel
+from dist_sae.errors import ModelError
+
+Divider = Literal["transformers", "deepspeed"]
+
+_AUTOTP = frozenset(
+    {
+        *("llama", "mistral", "qwen2", "qwen3", "gemma", "gemma2", "gemma3_text", "phi"),
+        *("starcoder2", "gpt_neox", "gpt_neo", "gptj", "opt", "bert"),
+    }
+)
+
+
+def choose_divider(config: HuggingFaceModel, description: Any) -> Divider:
+    """Who divides this model over `config.shards` ranks.
+
+    Args:
+        config: The model.
+        description: Its own configuration.
+
+    Raises:
+        ModelError: They cannot hold it together; the numbers of ranks that can are named.
+    """
+    text = description.get_text_config()
+    name = description.model_type
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    widths = [getattr(text, key, None) for key in ("intermediate_size", "moe_intermediate_size")]
+    evenly = [
+        n
+        for n in range(2, heads + 1)
+        if not any(size % n for size in (heads, kv_heads, *filter(None, widths)))
+    ]
+    able: dict[Divider, list[int]] = {
+        "transformers": evenly if getattr(text, "base_model_tp_plan", None) else [],
+        "deepspeed": list(range(2, kv_heads + 1)) if name in _AUTOTP else [],
+    }
+    for divider, numbers in able.items():
+        if config.shards in numbers:
+            return divider
+    if not any(able.values()):
+        raise ModelError(
+            f"model.shards: {config.shards}: neither transformers nor DeepSpeed can divide {name}; "
+            f"use 1"
+        )
+    fitting = sorted({1, *able["transformers"], *able["deepspeed"]})
+    raise ModelError(
+        f"model.shards: {config.shards} ranks cannot hold {config.path} together ({name} with "
+        f"{heads} heads and {kv_heads} key-value heads); use one of {', '.join(map(str, fitting))}"
+    )
+
+
+def divide(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+    """By AutoTP; keeps this rank's slices, as `dtype`. Collective.
+
+    Args:
+        model: With its weights as they are in their files, so that they need no memory.
+        dtype: Of the result.
+    """
+    world = dist.get_world_size()
+    if not torch.cuda.is_available():
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    # without it DeepSpeed's sums on the CPU end the process with a signal
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", str(world)))
+    buffers = dict(model.named_buffers())
+    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it found
+        import deepspeed
+
+        engine = deepspeed.init_inference(
+            model,
+            tensor_parallel={"tp_size": world},
+            dtype=next(model.parameters()).dtype,
+            replace_with_kernel_inject=False,
+        )
+    dist.barrier()
+    _unlink_shared_memory()
+    divided: nn.Module = engine.module
+    for parameter in divided.parameters():
+        parameter.data = parameter.data.to(dtype)
+    for name, buffer in buffers.items():  # it has rounded them like weights, rotary angles too
+        owner, _, own = name.rpartition(".")
+        divided.get_submodule(owner).register_buffer(own, buffer.to(parameter.device))
+    return divided
+
+
+def _unlink_shared_memory() -> None:
+    """Of DeepSpeed's sums on the CPU: all have it open; what has a name would outlive a kill."""
+    port, rank = os.environ["MASTER_PORT"], dist.get_rank()
+    for file in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*_{port}_{rank}"):
+        file.unlink(missing_ok=True)
+
+
+def gather(acts: Tensor, width: int) -> Tensor:
+    """What all ranks have, side by side, where this one has only a part. Collective then.
+
+    Args:
+        acts: `[batch, seq, part or width]`; parts need not be equal.
+        width: Of all parts.
+    """
+    if acts.shape[-1] == width:
+        return acts
+    here = torch.tensor([acts.shape[-1]], device=acts.device)
+    sizes = [torch.empty_like(here) for _ in range(dist.get_world_size())]
+    dist.all_gather(sizes, here)
+    widths = [int(size) for size in sizes]
+    padded = nn.functional.pad(acts, (0, max(widths) - acts.shape[-1]))
+    parts = [torch.empty_like(padded) for _ in widths]
+    dist.all_gather(parts, padded)
+    return torch.cat([part[..., :n] for part, n in zip(parts, widths, strict=True)], dim=-1)
