@@ -4,14 +4,13 @@ import json
 import os
 import signal
 import socket
-import subprocess
-import sys
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from dist_sae.logs import SUPERVISED
+from tests.forks import Program
 
 WORLD: dict[str, Any] = {
     "name": "world",
@@ -57,20 +56,9 @@ def write_run(folder: Path, **sections: Any) -> Path:
     return path
 
 
-def start(*arguments: str, env: dict[str, str] | None = None) -> "subprocess.Popen[str]":
+def start(*arguments: str, env: dict[str, str] | None = None) -> Program:
     """A `dist-sae` process with one thread, supervised by this one: it stops when this one dies."""
-    stdin, _held_open = os.pipe()
-    try:
-        return subprocess.Popen(
-            [sys.executable, "-m", "dist_sae", *arguments],
-            stdin=stdin,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env=os.environ | {"OMP_NUM_THREADS": "1", SUPERVISED: "1"} | (env or {}),
-        )
-    finally:
-        os.close(stdin)
+    return Program(arguments, os.environ | {"OMP_NUM_THREADS": "1", SUPERVISED: "1"} | (env or {}))
 
 
 def run(*arguments: str, env: dict[str, str] | None = None, code: int = 0) -> str:
@@ -103,9 +91,7 @@ def train(path: Path, *options: str, world: int = 1, stop_at: int | None = None)
         setting = f"processes.trainers={world}"
         ranks.append(start("train", str(path), "--set", setting, *options, env=env))
     if stop_at is not None:
-        stdout = ranks[0].stdout
-        assert stdout is not None
-        for line in stdout:
+        for line in ranks[0].stdout:
             if line.startswith("{") and json.loads(line)["done"] >= stop_at:
                 ranks[0].send_signal(signal.SIGTERM)
                 break

@@ -16,7 +16,7 @@ from dist_sae.config import load_run
 from dist_sae.data.shard import Rows, read_block, read_manifest, unit_of
 from dist_sae.plan import plan
 from dist_sae.storage import open_store
-from tests.data.dataplane import processes
+from tests.forks import processes
 from tests.launch import write_run
 from tests.models.sharded_worker import produce_rank
 from tests.models.test_huggingface import VOCABULARY, save_model

@@ -8,8 +8,6 @@ The weights that it slices are mapped from their files: no rank ever holds them 
 
 import contextlib
 import io
-import os
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -17,6 +15,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from dist_sae.config.data import HuggingFaceModel
+from dist_sae.deepspeed import import_deepspeed
 from dist_sae.errors import ModelError
 
 Divider = Literal["transformers", "deepspeed"]
@@ -75,23 +74,14 @@ def divide(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         model: With its weights as they are in their files, so that they need no memory.
         dtype: Of the result.
     """
-    world = dist.get_world_size()
-    if not torch.cuda.is_available():
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    # without it DeepSpeed's sums on the CPU end the process with a signal
-    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", str(world)))
     buffers = dict(model.named_buffers())
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it found
-        import deepspeed
-
-        engine = deepspeed.init_inference(
+        engine = import_deepspeed().init_inference(
             model,
-            tensor_parallel={"tp_size": world},
+            tensor_parallel={"tp_size": dist.get_world_size()},
             dtype=next(model.parameters()).dtype,
             replace_with_kernel_inject=False,
         )
-    dist.barrier()
-    _unlink_shared_memory()
     divided: nn.Module = engine.module
     for parameter in divided.parameters():
         parameter.data = parameter.data.to(dtype)
@@ -99,13 +89,6 @@ def divide(model: nn.Module, dtype: torch.dtype) -> nn.Module:
         owner, _, own = name.rpartition(".")
         divided.get_submodule(owner).register_buffer(own, buffer.to(parameter.device))
     return divided
-
-
-def _unlink_shared_memory() -> None:
-    """Of DeepSpeed's sums on the CPU: all have it open; what has a name would outlive a kill."""
-    port, rank = os.environ["MASTER_PORT"], dist.get_rank()
-    for file in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_{os.getuid()}_*_{port}_{rank}"):
-        file.unlink(missing_ok=True)
 
 
 def gather(acts: Tensor, width: int) -> Tensor:

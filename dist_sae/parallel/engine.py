@@ -1,8 +1,6 @@
 """Averages the gradients and updates the parameters, by DeepSpeed."""
 
-import logging
 import math
-import os
 from collections.abc import Mapping
 from typing import Any, Protocol, runtime_checkable
 
@@ -11,14 +9,13 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dist_sae.config import Run
+from dist_sae.deepspeed import import_deepspeed
 from dist_sae.errors import ConfigError, NonFiniteError
 from dist_sae.parallel.axis import ShardedAxis
 from dist_sae.parallel.mesh import Mesh
 from dist_sae.parallel.zero import deepspeed_config
 from dist_sae.sae.axis import LatentAxis
 from dist_sae.sae.base import Dictionary, Output, Step
-
-logger = logging.getLogger(__name__)
 
 _MOMENTS: tuple[str, ...] = ("exp_avg", "exp_avg_sq")  # of Adam
 
@@ -107,7 +104,7 @@ class DeepSpeedEngine:
     moments = _MOMENTS
 
     def __init__(self, run: Run, sae: Dictionary, mesh: Mesh) -> None:
-        deepspeed = _import_deepspeed(mesh)
+        deepspeed = import_deepspeed()
         self._sae = sae
         self._clip_norm = run.train.clip_norm
         self._optimizer = build_optimizer(run, sae)
@@ -270,16 +267,3 @@ def check_finite(norm: float) -> None:
             f"the gradient's norm is {norm}; the weights are those of the step before. "
             f"Lower train.lr under another name, or check the shards with `dist-sae store verify`"
         )
-
-
-def _import_deepspeed(mesh: Mesh) -> Any:
-    if mesh.device.type == "cpu":
-        os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("LOCAL_RANK", str(mesh.rank))  # DeepSpeed insists on it
-    import deepspeed
-
-    logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # An all-reduce for inference that DeepSpeed would compile for a minute at first use, and
-    # that leaves 66 MiB per rank in /dev/shm. Training goes through gloo or NCCL.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    return deepspeed

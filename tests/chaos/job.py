@@ -1,6 +1,6 @@
 """Producers and trainer ranks as processes that may be killed at any moment.
 
-The real programs, forked from a server that has imported everything, with short waits.
+The real programs with short waits.
 """
 
 import hashlib
@@ -11,8 +11,6 @@ import threading
 import time
 from pathlib import Path
 from typing import Any
-
-import deepspeed  # noqa: F401 - imported once, for all that are forked
 
 import dist_sae.train
 from dist_sae.cli import _stop_on_signals
@@ -26,11 +24,9 @@ from dist_sae.parallel.watch import Watch
 from dist_sae.produce import produce
 from dist_sae.storage.s3 import S3Store
 from tests.chaos.scraper import serve
-from tests.data.dataplane import processes, quicken
+from tests.data.dataplane import quicken
 
 MISSING_SECONDS, LOST_SECONDS = 10.0, 5.0
-
-processes.set_forkserver_preload(["tests.chaos.job"])
 
 
 def produce_units(

@@ -28,8 +28,8 @@ from dist_sae.storage import open_store
 from dist_sae.telemetry.history import read_history
 from tests.chaos.job import produce_units, train_held, train_rank
 from tests.chaos.scraper import Scraper
-from tests.data.dataplane import processes
 from tests.faults import KINDS, FaultProxy
+from tests.forks import processes
 from tests.launch import write_run
 from tests.servers import OWNER, Server
 

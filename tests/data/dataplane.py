@@ -1,12 +1,8 @@
-"""Producers and a trainer's reading side as processes that may be killed at any moment.
-
-Forked from a server that has imported everything, so a process starts in milliseconds.
-"""
+"""Producers and a trainer's reading side as processes that may be killed at any moment."""
 
 import hashlib
 import json
 import logging
-import multiprocessing
 import os
 import threading
 from collections.abc import Mapping
@@ -30,9 +26,6 @@ from dist_sae.telemetry.exporter import Telemetry
 from tests.world import RowNumbers
 
 SAVE_EVERY = 4  # steps
-
-processes = multiprocessing.get_context("forkserver")
-processes.set_forkserver_preload(["tests.data.dataplane"])
 
 
 def quicken(credentials: Mapping[str, str]) -> None:

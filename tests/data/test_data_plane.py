@@ -18,8 +18,9 @@ from dist_sae.config.data import S3Config
 from dist_sae.plan import plan
 from dist_sae.storage import open_store
 from dist_sae.store import gc, verify
-from tests.data.dataplane import processes, produce, read
+from tests.data.dataplane import produce, read
 from tests.faults import KINDS, FaultProxy
+from tests.forks import processes
 from tests.servers import OWNER, Server
 from tests.servers import seaweedfs as seaweedfs_server
 from tests.world import make_run

@@ -5,10 +5,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-import accelerate  # type: ignore[import-untyped]  # noqa: F401 - once, for all that are forked
 import torch
-import torch.distributed.tensor.parallel
-from transformers import LlamaModel, PreTrainedTokenizerFast  # noqa: F401
 
 from dist_sae.cli import _stop_on_signals
 from dist_sae.config import Run
@@ -20,9 +17,6 @@ from dist_sae.parallel.meeting import meet
 from dist_sae.parallel.mesh import join_mesh
 from dist_sae.produce import produce, produce_together
 from dist_sae.telemetry.exporter import Telemetry
-from tests.data.dataplane import processes
-
-processes.set_forkserver_preload(["tests.models.sharded_worker"])
 
 
 def rank(

@@ -13,7 +13,7 @@ from dist_sae.config.data import HuggingFaceModel
 from dist_sae.errors import ModelError
 from dist_sae.models import check_sites
 from dist_sae.models.huggingface import HuggingFaceSource, _layers
-from tests.data.dataplane import processes
+from tests.forks import processes
 from tests.models.sharded_worker import rank
 from tests.models.test_huggingface import COMMON, LAYERS, random_tokens, save_model, sites_of
 

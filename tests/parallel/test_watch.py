@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
-from tests.data.dataplane import processes
+from tests.forks import processes
 from tests.parallel.watch_worker import HUNG_SECONDS, LOST_SECONDS, MISSING_SECONDS, rank
 
 WORLD = 3
