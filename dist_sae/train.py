@@ -12,7 +12,6 @@ import torch
 import yaml
 from torch import Tensor
 
-from dist_sae import logs
 from dist_sae.checkpoint import warm_start
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.checkpoint.saver import Saved, Saver
@@ -20,7 +19,7 @@ from dist_sae.checkpoint.state import TrainingState
 from dist_sae.config import Run, differences, dump_run
 from dist_sae.data.consumers import Consumers, Registration
 from dist_sae.data.heldout import are_there, rows_of
-from dist_sae.data.loader import Batch, Loader, Place, Units
+from dist_sae.data.loader import Loader, Place, Units
 from dist_sae.data.normaliser import Normaliser, measure
 from dist_sae.data.plan import Plan, check_rows, load_plan
 from dist_sae.errors import CorruptObjectError, ObjectNotFoundError, PlanMismatchError, Stopped
@@ -28,8 +27,9 @@ from dist_sae.parallel.engine import DeepSpeedEngine
 from dist_sae.parallel.mesh import Mesh, check_replicated
 from dist_sae.parallel.watch import Watch
 from dist_sae.parallel.zero import deepspeed_config
+from dist_sae.reporting.training import TrainingReporter
 from dist_sae.sae import PRODUCT_DTYPES, build_sae
-from dist_sae.sae.base import Dictionary, Output, Step
+from dist_sae.sae.base import Dictionary, Step
 from dist_sae.sae.dead import DeadLatents
 from dist_sae.sae.ema import WeightAverage
 from dist_sae.sae.init import initialise_from_data
@@ -41,7 +41,6 @@ from dist_sae.telemetry.history import History
 
 logger = logging.getLogger(__name__)
 
-_FAR_ABOVE_EPS = 10
 _FREE_SETTINGS = {  # of a run: they change how it is done, not what comes out
     "store",
     "processes",
@@ -86,14 +85,14 @@ def train(
     step, places = job.step, job.places
     sae, engine, dead, average = state.sae, job.engine, state.dead, state.average
     logger.info("%s at step %d of %d", "resuming" if step else "starting", step, run.steps)
-    report = _Reporter(run, mesh, telemetry, History(job.runs, run.name, step), step)
+    report = TrainingReporter(run, mesh, telemetry, History(job.runs, run.name, step), step)
 
     heldout = _Heldout(run, mesh, job.units, normaliser)
 
     def save() -> None:
         watch.at(step, working=False)
         since = time.monotonic()
-        check_replicated(mesh, sae.b_dec)
+        check_replicated(mesh, [sae.get_parameter(name) for name in sae.shared])
         fvu = heldout.fvu(sae)
         saver.save(step, places, heldout_fvu=fvu)
         report.heldout(fvu)
@@ -403,111 +402,3 @@ class _Heldout:
         own = rows[mesh.rank * len(rows) // mesh.world :][: len(rows) // mesh.world]
         self._x = own.to(mesh.device) * self._normaliser.scale
         return True
-
-
-class _Reporter:
-    """Numbers about the run, for people: Prometheus, the run's history, the progress bar."""
-
-    def __init__(
-        self, run: Run, mesh: Mesh, telemetry: Telemetry, history: History, start: int
-    ) -> None:
-        self._run = run
-        self._mesh = mesh
-        self._telemetry = telemetry
-        self._history = history
-        self._since = (start, time.monotonic())
-        self._waited = 0.0
-        self.last: dict[str, float] = {}
-        telemetry.set("dist_sae_train_steps", run.steps)
-
-    def step(
-        self,
-        step: int,
-        batch: Batch,
-        output: Output,
-        state: TrainingState,
-        *,
-        lr: float,
-        gradient_norm: float,
-    ) -> None:
-        """Count a step; every `log_every_steps`, gather and publish. Collective then."""
-        self._waited += batch.waited_seconds
-        self._telemetry.add("dist_sae_train_stuck_latents_total", state.dead.n_stuck)
-        if step % self._run.train.log_every_steps and step != self._run.steps:
-            return
-        axis, terms = self._mesh.axis, output.terms
-        active = output.active / (len(batch.acts) * axis.shards)
-        local = [terms.fvu.detach(), terms.auxk.detach(), terms.sparsity.detach(), active]
-        fvu, auxk, sparsity, l0 = (axis.total(torch.stack(local)) / axis.replicas).tolist()
-        first, then = self._since
-        seconds = time.monotonic() - then
-        self._since = (step, time.monotonic())
-        rows = (step - first) * self._run.train.batch_rows
-        numbers = {
-            "fvu": fvu,
-            "auxk_loss": auxk,
-            "sparsity_loss": sparsity,
-            "l0_latents": l0,
-            "dead_share": state.dead.share,
-            "starved_share": self._starved_share(state),
-            "gradient_norm": gradient_norm,
-            "learning_rate": lr,
-            "rows_per_second": rows / seconds,
-        }
-        self.last = numbers
-        self._publish(step, rows, seconds, numbers)
-        self._waited = 0.0
-
-    def _starved_share(self, state: TrainingState) -> float:
-        """Of all latents: those whose encoder row learns as fast as eps, not Adam, lets it."""
-        variance = state.engine.moment(state.sae.W_enc, "exp_avg_sq").mean(dim=1)
-        starved = (variance.sqrt() < _FAR_ABOVE_EPS * self._run.train.eps).sum()
-        return int(self._mesh.axis.total(starved)) / (
-            self._mesh.axis.replicas * state.sae.n_latents
-        )
-
-    def _publish(self, step: int, rows: int, seconds: float, numbers: dict[str, float]) -> None:
-        telemetry = self._telemetry
-        for name, value in numbers.items():
-            telemetry.set(f"dist_sae_train_{name}", value)
-        telemetry.set("dist_sae_train_step", step)
-        telemetry.add("dist_sae_train_rows_total", rows / self._mesh.world)
-        telemetry.add("dist_sae_train_step_seconds_total", seconds)
-        telemetry.add("dist_sae_train_wait_seconds_total", self._waited)
-        if self._mesh.is_first:
-            trained = step * self._run.train.batch_rows
-            self._history.append(
-                {
-                    "step": step,
-                    "rows": trained,
-                    "seconds": seconds,
-                    "wait_seconds": self._waited,
-                    **numbers,
-                }
-            )
-            shown = {
-                name: numbers[name]
-                for name in ("fvu", "l0_latents", "dead_share", "rows_per_second")
-            }
-            logs.progress(
-                "train", step, self._run.steps, wait_share=self._waited / seconds, **shown
-            )
-
-    def heldout(self, fvu: float | None) -> None:
-        """Held-out FVU, where it is measured."""
-        if fvu is not None:
-            self._telemetry.set("dist_sae_train_heldout_fvu", fvu)
-
-    def stalled(self, seconds: float) -> None:
-        """The training stood still for a copy to be made, or for the save before."""
-        self._telemetry.add("dist_sae_train_save_stall_seconds_total", seconds)
-
-    def saved(self, saved: Saved) -> None:
-        """A checkpoint is durable. Called in the thread that saves."""
-        self._telemetry.set("dist_sae_checkpoint_step", saved.step)
-        self._telemetry.set("dist_sae_checkpoint_seconds", saved.seconds)
-        self._telemetry.set("dist_sae_checkpoint_bytes", saved.bytes)
-
-    def flush(self) -> None:
-        """The history up to now, durably. Called in the thread that saves."""
-        self._history.flush()

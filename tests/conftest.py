@@ -21,7 +21,16 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
-_LONGEST = {file: place for place, file in enumerate(("tests/train/test_train.py",))}
+_LONGEST = (
+    "tests/test_run.py",
+    "tests/parallel/test_sharding.py",
+    "tests/sae/test_recovery.py",
+    "tests/train/test_resume.py",
+    "tests/chaos/test_chaos.py",
+    "tests/test_produce_together.py",
+    "tests/storage/test_s3.py",
+    "tests/train/test_train.py",
+)
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -32,7 +41,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: of two workers, one would be left alone with them at the end."""
-    items.sort(key=lambda item: _LONGEST.get(item.nodeid.partition("::")[0], len(_LONGEST)))
+    places = {file: place for place, file in enumerate(_LONGEST)}
+    items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
 
 
 class Bucket(NamedTuple):

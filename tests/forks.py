@@ -85,6 +85,8 @@ def _main(
 ) -> None:
     os.environ.clear()
     os.environ.update(env)
+    # it ends with the test's process, and may still start others
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
     for number, end in enumerate((stdin, stdout, stderr)):
         os.dup2(end.fileno(), number)
         end.close()

@@ -103,7 +103,7 @@ def is_weight(name: str) -> bool:
 def is_per_latent(sae: Dictionary, name: str) -> bool:
     """Whether its rows are latents, and sharded; else every rank has the whole."""
     base = name.rpartition(".")[2]
-    return base not in ("b_dec", *(buffer for buffer, _ in sae.named_buffers()))
+    return base not in (*sae.shared, *(buffer for buffer, _ in sae.named_buffers()))
 
 
 def mean_or_last(checkpoint: Checkpoint, name: str) -> str:

@@ -65,6 +65,11 @@ def check(checkpoint: Checkpoint, run: Run) -> None:
         raise ConfigError(
             f"{run.name}: sae.kind: {run.sae.kind} cannot begin with the weights of {kind}"
         )
+    if kind == "routed":
+        raise ConfigError(
+            f"{run.name}: sae.kind: routed dictionaries cannot be widened: latents would come to "
+            f"other experts; train one from the start"
+        )
     if n_latents > run.sae.n_latents:
         raise ConfigError(
             f"{run.name}: sae.n_latents: {run.sae.n_latents} is less than the {n_latents} "

@@ -99,6 +99,12 @@ class Run(Section):
                 "sae.n_latents",
                 f"{n_latents} is not a multiple of processes.shards ({shards}); use {nearest}",
             )
+        if self.sae.kind == "routed" and self.sae.experts % shards:
+            yield (
+                "sae.experts",
+                f"{self.sae.experts} is not a multiple of processes.shards ({shards}): "
+                f"a shard holds whole experts",
+            )
         if self.sae.init_rows > self.train.rows:
             yield "sae.init", f"data wants n_latents ({n_latents}) rows, of train.rows; or: random"
 

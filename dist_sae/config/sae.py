@@ -71,6 +71,57 @@ class BatchTopKConfig(CountsLatentsConfig):
     """Of the running mean of a batch's least code, per step; it is the threshold at inference."""
 
 
+class RoutedConfig(CountsLatentsConfig):
+    """Experts, of which a row meets few (Switch SAE, Mudide et al. 2024, arXiv:2410.08201)."""
+
+    kind: Literal["routed"] = "routed"
+    experts: PositiveInt = 16
+    """Equal parts of the latents; a multiple of `processes.shards`."""
+    experts_per_row: PositiveInt = 1
+    """How many a row is sent to; each keeps `k / experts_per_row` latents."""
+    balance: Literal["loss", "bias"] = "loss"
+    """Keeps the experts equally busy: a term of the loss, or a bias where experts are chosen."""
+    balance_coefficient: NonNegativeFloat = 0.01
+    """Weight of the term."""
+    balance_rate: PositiveFloat = 1e-3
+    """What the bias of an expert with too few or too many rows changes by in a step."""
+    capacity: float | None = Field(None, ge=1)
+    """An expert takes at most so many times its even share of a batch; null: all that come.
+
+    What it does not take is reconstructed by b_dec alone, and counted.
+    """
+
+    @property
+    def init_rows(self) -> int:
+        spare = self.n_latents // 4  # some experts get more rows than others
+        return self.n_latents + spare if self.init == "data" else 0
+
+    @model_validator(mode="after")
+    def _experts_fit(self) -> Self:
+        if self.n_latents % self.experts:
+            raise ValueError(
+                f"n_latents ({self.n_latents}) is not a multiple of experts ({self.experts})"
+            )
+        if self.experts_per_row > self.experts:
+            raise ValueError(
+                f"experts_per_row ({self.experts_per_row}) must not exceed experts ({self.experts})"
+            )
+        width = self.n_latents // self.experts
+        for name in ("k", "k_start"):
+            value = getattr(self, name)
+            if value is not None and value % self.experts_per_row:
+                raise ValueError(
+                    f"{name} ({value}) is not a multiple of experts_per_row "
+                    f"({self.experts_per_row})"
+                )
+            if value is not None and value // self.experts_per_row > width:
+                raise ValueError(
+                    f"{name}: {value // self.experts_per_row} of an expert's latents, "
+                    f"of which there are {width}"
+                )
+        return self
+
+
 class JumpReLUConfig(DictionaryConfig):
     """JumpReLU with an L0 penalty (Rajamanoharan et al. 2024, arXiv:2407.14435; Gemma Scope)."""
 
@@ -117,6 +168,6 @@ class ReLUConfig(DictionaryConfig):
 
 
 SaeConfig = Annotated[
-    TopKConfig | BatchTopKConfig | JumpReLUConfig | JumpReLUTanhConfig | ReLUConfig,
+    TopKConfig | BatchTopKConfig | RoutedConfig | JumpReLUConfig | JumpReLUTanhConfig | ReLUConfig,
     Field(discriminator="kind"),
 ]

@@ -48,6 +48,14 @@ class ShardedAxis(NamedTuple):
         kth = candidates.topk(min(k, candidates.shape[1]), dim=1).values[:, -1]
         return _gathered(kth, self.within, self.shards)
 
+    def exchange(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        result: Tensor = _Exchange.apply(rows, sent, received, self.within)  # type: ignore[no-untyped-call]
+        return result
+
+    def exchange_counts(self, counts: Tensor) -> Tensor:
+        ones = [1] * self.shards
+        return _exchanged(counts, ones, ones, self.within)
+
     def across_replicas(self, tensor: Tensor) -> Tensor:
         return _summed(tensor, self.across)
 
@@ -86,6 +94,33 @@ class _Replicated(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         return _summed(gradient, ctx.group), None
+
+
+class _Exchange(torch.autograd.Function):
+    """All-to-all of rows forward, and backward the other way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        return _exchanged(rows, sent, received, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchanged(gradient, ctx.received, ctx.sent, ctx.group), None, None, None
+
+
+def _exchanged(
+    rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
+) -> Tensor:
+    if len(sent) == 1:
+        return rows.view_as(rows)
+    _enter()
+    result = rows.new_empty(sum(received), *rows.shape[1:])
+    dist.all_to_all_single(result, rows.contiguous(), received, sent, group=group)
+    return result
 
 
 def _gathered(tensor: Tensor, group: dist.ProcessGroup, ranks: int) -> Tensor:

@@ -109,7 +109,7 @@ class DeepSpeedEngine:
         self._clip_norm = run.train.clip_norm
         self._optimizer = build_optimizer(run, sae)
         for name, parameter in sae.named_parameters():
-            parameter.model_parallel = name != "b_dec"  # type: ignore[attr-defined]
+            parameter.model_parallel = name not in sae.shared  # type: ignore[attr-defined]
         self._engine, *_ = deepspeed.initialize(
             model=sae,
             optimizer=self._optimizer,
@@ -244,15 +244,15 @@ def clip_gradients(sae: Dictionary, optimizer: torch.optim.Adam, clip_norm: floa
     scaling: clipping costs no pass over them.
 
     Returns:
-        The norm of the whole dictionary's gradient; b_dec is in every shard and counts once.
+        The norm of the whole dictionary's gradient; what every shard holds counts once.
 
     Raises:
         NonFiniteError: The norm is NaN or infinite.
     """
     gradients = {n: p.grad for n, p in sae.named_parameters() if p.grad is not None}
-    shared = gradients.pop("b_dec")
+    shared = nn.utils.get_total_norm([gradients.pop(name) for name in sae.shared]).square()
     local = nn.utils.get_total_norm(list(gradients.values())).square()
-    squares = sae.axis.total(local) / sae.axis.replicas + shared.square().sum()
+    squares = sae.axis.total(local) / sae.axis.replicas + shared
     norm = float(squares.sqrt())
     check_finite(norm)
     scale = max(1.0, norm / clip_norm) if clip_norm is not None else 1.0

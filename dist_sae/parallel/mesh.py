@@ -1,7 +1,7 @@
 """The ranks of a training job and what they say to each other."""
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
 from typing import Any, NamedTuple
@@ -111,16 +111,19 @@ def _split(rank: int, world: int, shards: int) -> ShardedAxis:
     return ShardedAxis(shard, shards, replica, len(grid), within, across)
 
 
-def check_replicated(mesh: Mesh, tensor: Tensor) -> None:
+def check_replicated(mesh: Mesh, tensors: Iterable[Tensor]) -> None:
     """Make sure that all ranks hold the same bits of what they all hold. Collective.
 
     Raises:
         DivergedError: They do not; what they would save is not one dictionary.
     """
-    digests = mesh.everyones(hashlib.sha256(tensor.detach().cpu().numpy().tobytes()).hexdigest())
+    digest = hashlib.sha256()
+    for tensor in tensors:
+        digest.update(tensor.detach().cpu().numpy().tobytes())
+    digests = mesh.everyones(digest.hexdigest())
     if len(set(digests)) > 1:
-        odd = [rank for rank, digest in enumerate(digests) if digest != digests[0]]
+        odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
         raise DivergedError(
-            f"ranks {odd} hold another decoder bias than rank 0, so their dictionaries are no "
+            f"ranks {odd} hold other shared parameters than rank 0, so their dictionaries are no "
             f"longer one; nothing was saved. Start again from the last checkpoint, and report it"
         )

@@ -9,6 +9,7 @@ from dist_sae.config.sae import (
     JumpReLUConfig,
     JumpReLUTanhConfig,
     ReLUConfig,
+    RoutedConfig,
     SaeConfig,
     TopKConfig,
 )
@@ -19,6 +20,7 @@ from dist_sae.sae.jumprelu_tanh import JumpReLUTanh
 from dist_sae.sae.kernels import Kernels
 from dist_sae.sae.kernels.torch import KERNELS
 from dist_sae.sae.relu import ReLU
+from dist_sae.sae.routed import Routed
 from dist_sae.sae.topk import TopK
 
 PRODUCT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -31,7 +33,7 @@ def build_sae(
     kernels: Kernels = KERNELS,
     product_dtype: torch.dtype = torch.float32,
     dtype: torch.dtype = torch.float32,
-) -> TopK | BatchTopK | JumpReLU | JumpReLUTanh | ReLU:
+) -> TopK | BatchTopK | Routed | JumpReLU | JumpReLUTanh | ReLU:
     """An empty dictionary of the kind that `config` names; the arguments of `Dictionary`."""
     arguments = d_in, axis, kernels, product_dtype, dtype
     match config:
@@ -39,6 +41,8 @@ def build_sae(
             return TopK(config, *arguments)
         case BatchTopKConfig():
             return BatchTopK(config, *arguments)
+        case RoutedConfig():
+            return Routed(config, *arguments)
         case JumpReLUConfig():
             return JumpReLU(config, *arguments)
         case JumpReLUTanhConfig():

@@ -11,75 +11,69 @@ large direction say, so that at the length of their neighbours they would oversh
 start at the one length with which their e_hat comes nearest to e.
 """
 
+from collections.abc import Callable
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from dist_sae.sae.axis import LatentAxis
 from dist_sae.sae.base import Dictionary, Step
 from dist_sae.sae.init import least_squares_scale
-from dist_sae.sae.kernels import autograd
+
+Reconstruct = Callable[[Tensor], Tensor]
+"""e_hat of this rank's rows from the latents of this shard that a mask names, and all shards'."""
 
 _LEAST_LENGTH = 0.01  # with none at all, nothing could reach them
 
 
 def auxk_loss(
-    sae: Dictionary,
-    auxk: int,
+    axis: LatentAxis,
     error: Float[Tensor, "batch d_in"],
-    centred: Float[Tensor, "rows d_in"],
-    b_dec: Float[Tensor, " d_in"],
     step: Step,
+    reconstruct: Reconstruct,
 ) -> Float[Tensor, ""]:
     """The loss above, of this rank's rows; 0 without dead latents or error.
 
     Args:
-        sae: The dictionary.
-        auxk: Dead latents that reconstruct the error of each row.
+        axis: This rank's place.
         error: e of this rank's rows.
-        centred: The replica's rows less b_dec.
-        b_dec: Gets the gradient of the centring.
         step: Which latents are dead.
+        reconstruct: e_hat from them.
     """
-    if not auxk or not step.n_dead:
+    if not step.n_dead:
         return error.new_zeros(())
-    spread, rows = _sum_of_squares_about_mean(sae, error)
+    spread, rows = _sum_of_squares_about_mean(axis, error)
     if not spread > 0:
         return error.new_zeros(())
-    pre_acts, entries = sae.topk_entries(centred, auxk, among=step.dead.nonzero()[:, 0])
-    pre_acts = autograd.encode(pre_acts, sae.kernels, entries, centred, sae.W_enc, sae.b_enc, b_dec)
-    parts = autograd.decode(pre_acts.relu(), sae.kernels, entries, sae.W_dec, unit_rows=True)
-    e_hat = sae.axis.scatter_sum(parts)
-    return (error - e_hat).square().sum() / spread * (rows / len(centred))
+    replica_rows = len(error) * axis.shards
+    return (error - reconstruct(step.dead)).square().sum() / spread * (rows / replica_rows)
 
 
 @torch.no_grad()
 def retie_(
     sae: Dictionary,
-    auxk: int,
     stuck: Bool[Tensor, " n_local"],
-    x: Float[Tensor, "batch d_in"],
     error: Float[Tensor, "batch d_in"],
+    reconstruct: Reconstruct,
 ) -> None:
     """Give stuck latents their decoder row as encoder, at the length above, and no bias.
 
     Args:
         sae: The dictionary; its decoder rows have unit norm.
-        auxk: Of them that reconstruct the error of each row.
         stuck: Which.
-        x: This rank's rows.
-        error: What the live latents leave of them.
+        error: What the live latents leave of this rank's rows.
+        reconstruct: e_hat from the stuck ones.
     """
     sae.W_enc[stuck] = sae.W_dec[stuck]
     sae.b_enc[stuck] = 0
-    centred = sae.axis.gather(x) - sae.b_dec
-    pre_acts, entries = sae.topk_entries(centred, auxk, among=stuck.nonzero()[:, 0])
-    e_hat = sae.axis.scatter_sum(sae.kernels.combine(pre_acts.relu(), entries, sae.W_dec))
-    sae.W_enc[stuck] *= least_squares_scale(sae.axis, error, e_hat).clamp(min=_LEAST_LENGTH)
+    scale = least_squares_scale(sae.axis, error, reconstruct(stuck))
+    sae.W_enc[stuck] *= scale.clamp(min=_LEAST_LENGTH)
 
 
-def _sum_of_squares_about_mean(sae: Dictionary, error: Tensor) -> tuple[Tensor, int]:
+def _sum_of_squares_about_mean(axis: LatentAxis, error: Tensor) -> tuple[Tensor, int]:
     """(sum |e - mean e|^2, rows), both over the global batch."""
     local = torch.cat([error.sum(0), error.square().sum()[None], error.new_tensor([len(error)])])
-    total = sae.axis.total(local)
+    total = axis.total(local)
     sums, squares, rows = total[:-2], total[-2], total[-1]
     return squares - sums.square().sum() / rows, int(rows)

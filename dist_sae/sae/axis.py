@@ -57,6 +57,22 @@ class LatentAxis(Protocol):
         """
         ...
 
+    def exchange(
+        self, rows: Float[Tensor, "sent d_in"], sent: list[int], received: list[int]
+    ) -> Float[Tensor, "received d_in"]:
+        """Rows to and from the shards of the replica, in their order; the gradient goes back.
+
+        Args:
+            rows: The first `sent[0]` are for the first shard, and so on.
+            sent: To each shard.
+            received: From each shard.
+        """
+        ...
+
+    def exchange_counts(self, counts: Int[Tensor, "shards some"]) -> Int[Tensor, "shards some"]:
+        """The i-th row goes to the i-th shard of the replica; that of the result came from it."""
+        ...
+
     def across_replicas(self, tensor: Tensor) -> Tensor:
         """Sum over the ranks that hold the same shard; no gradient."""
         ...
@@ -87,6 +103,12 @@ class WholeAxis(NamedTuple):
         if k >= keys.shape[1]:
             return keys.amin(1)
         return keys.topk(k, dim=1).values[:, -1]
+
+    def exchange(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:  # noqa: ARG002 - all stay
+        return rows
+
+    def exchange_counts(self, counts: Tensor) -> Tensor:
+        return counts
 
     def across_replicas(self, tensor: Tensor) -> Tensor:
         return tensor

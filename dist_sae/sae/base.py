@@ -4,6 +4,7 @@ No I/O, no torch.distributed: what ranks do together is behind `LatentAxis`. Bot
 `[n_latents, d_in]`: dim 0 is the one that is sharded, and a decoder row lies in one piece.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import torch
@@ -52,6 +53,15 @@ class LossTerms(NamedTuple):
     """What is minimised."""
 
 
+class Routing(NamedTuple):
+    """What became of a batch's rows where they are sent to experts."""
+
+    load: Int[Tensor, " experts"]
+    """Rows of the global batch that each was sent."""
+    dropped: Int[Tensor, ""]
+    """Rows of the replica that this shard's experts had no room for."""
+
+
 class Output(NamedTuple):
     """A batch's loss and what is counted from it."""
 
@@ -62,6 +72,11 @@ class Output(NamedTuple):
     """Active entries of this shard, over the replica's rows."""
     error: Float[Tensor, "batch d_in"]
     """x - x_hat of this rank's rows, without gradients."""
+    routing: Routing | None = None
+
+
+Slots = Callable[[Tensor], Tensor]
+"""Rows of the next batch (of all ranks, centred) to the latents that they give directions to."""
 
 
 class Dictionary(nn.Module):
@@ -77,6 +92,8 @@ class Dictionary(nn.Module):
     """
 
     config: DictionaryConfig
+    shared: tuple[str, ...] = ("b_dec",)
+    """Parameters that every rank holds whole."""
 
     def __init__(
         self,
@@ -158,7 +175,16 @@ class Dictionary(nn.Module):
             first=self.first_latent,
             among=among,
         )
-        threshold = self.axis.kth_largest(keys, k)
+        return self.entries_of(keys, self.axis.kth_largest(keys, k), x, product_dtype)
+
+    def entries_of(
+        self,
+        keys: Int[Tensor, "rows k"],
+        threshold: Int[Tensor, " rows"],
+        x: Float[Tensor, "rows d_in"],
+        product_dtype: torch.dtype,
+    ) -> tuple[Float[Tensor, " entries"], Entries]:
+        """(Pre-activations, entries) of the keys that reach their row's threshold."""
         pre_acts, entries = select.entries_of(keys, threshold, self.first_latent, len(self.W_enc))
         if product_dtype == torch.float64:  # keys hold fp32
             pre_acts = self.kernels.gather_dot(x, entries, self.W_enc)
@@ -168,6 +194,20 @@ class Dictionary(nn.Module):
     def forward(self, x: Float[Tensor, "batch d_in"], step: Step) -> Output:
         """`objective`, under the name that wrappers of modules call."""
         return self.objective(x, step)
+
+    def slots(self, first: int) -> Slots:
+        """Which latents the rows of coming batches give their directions to, from `first` on.
+
+        A number of `n_latents` or more is none.
+        """
+        done = first
+
+        def slots(centred: Tensor) -> Tensor:
+            nonlocal done
+            done += len(centred)
+            return torch.arange(done - len(centred), done, device=centred.device)
+
+        return slots
 
     def settle(self, new: slice, x: Float[Tensor, "batch d_in"]) -> None:
         """What the recipe does to new latents beside known ones; here nothing. Collective.

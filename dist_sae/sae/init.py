@@ -66,18 +66,16 @@ def initialise_from_data(
         known: So many latents, the first ones, have been trained before.
     """
     axis, n_local = sae.axis, len(sae.W_dec)
-    first_new = min(max(known - sae.first_latent, 0), n_local)
-    new = slice(first_new, n_local)
+    new = slice(min(max(known - sae.first_latent, 0), n_local), n_local)
     sae.W_enc[new] = sae.b_enc[new] = 0  # silent
-    directions, done = torch.zeros_like(sae.W_dec[new]), known - sae.first_latent - first_new
+    directions, slots = torch.zeros_like(sae.W_dec[new]), sae.slots(known)
     for x in batches:
-        left = axis.gather(x - (sae.decode(sae.encode(x)) if known else sae.b_dec))
-        start = done + axis.replica * len(left)
-        ours = slice(max(start, 0), max(min(start + len(left), len(directions)), 0))
-        if ours.start < ours.stop:
-            directions[ours] = left[ours.start - start : ours.stop - start]
-        done += axis.replicas * len(left)
-    directions, random = axis.across_replicas(directions), sae.W_dec[new]
+        left = x - (sae.decode(sae.encode(x)) if known else sae.b_dec)
+        left = first_rows(left, len(left) * axis.replicas * axis.shards, axis)
+        places = slots(left) - (sae.first_latent + new.start)
+        ours = (places >= 0) & (places < len(directions))
+        directions[places[ours]] = left[ours]
+    random = sae.W_dec[new]
     normalise_rows_(directions)
     normalise_rows_(random)
     random.mul_((1 - _FROM_DATA**2) ** 0.5).add_(directions, alpha=_FROM_DATA)
@@ -93,7 +91,7 @@ def initialise_from_data(
 def _liken(sae: Dictionary, known: int, new: slice) -> None:
     """Give new latents, whose rows are directions, what the known ones have on average."""
     for name, parameter in sae.named_parameters():
-        if name == "b_dec":
+        if name in sae.shared:
             continue
         is_matrix = name in ("W_enc", "W_dec")
         values = parameter[: new.start]

@@ -16,7 +16,8 @@ come to their expert, with p held fixed: what they learn is no reason to route e
 Experts are neighbouring latents, `n_latents / experts` each, so a shard holds whole experts.
 """
 
-from functools import cached_property
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -24,11 +25,20 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dist_sae.config.sae import RoutedConfig
-from dist_sae.sae.auxk import auxk_loss, rescale_stuck_
+from dist_sae.sae.auxk import auxk_loss, retie_
 from dist_sae.sae.axis import WHOLE, LatentAxis
-from dist_sae.sae.base import Codes, Dictionary, LossTerms, Output, Routing, Step, fired
+from dist_sae.sae.base import (
+    Codes,
+    Dictionary,
+    LossTerms,
+    Output,
+    Routing,
+    Slots,
+    Step,
+    fired,
+)
 from dist_sae.sae.constraints import normalise_rows_
-from dist_sae.sae.init import first_rows, initialise_tied, random_rows
+from dist_sae.sae.init import first_rows, initialise_tied, random_rows, rescale_encoder
 from dist_sae.sae.kernels import Entries, autograd, select
 from dist_sae.sae.kernels.keys import NOTHING
 from dist_sae.sae.schedules import annealed
@@ -44,6 +54,16 @@ class Route(NamedTuple):
     experts: Int[Tensor, "rows chosen"]
     gates: Float[Tensor, "rows chosen"]
     """p of the chosen."""
+
+
+class Reconstruction(NamedTuple):
+    """What this rank's experts and others made of rows."""
+
+    acts: Float[Tensor, " entries"]
+    """Of this shard's experts, without p."""
+    entries: Entries
+    parts: Float[Tensor, "rows chosen d_in"]
+    """Of this rank's rows, by whichever experts."""
 
 
 class Trip:
@@ -80,10 +100,8 @@ class Trip:
 
     def back(self, parts: Float[Tensor, "arrived d_in"]) -> Float[Tensor, "rows chosen d_in"]:
         """What experts made of this rank's rows; its gradient goes there."""
-        returned = self._axis.exchange(
-            parts[_inverse(self._by_expert)], self._received, self._sent
-        )
-        return returned[_inverse(self._order)].unflatten(0, (-1, self._chosen))
+        returned = self._axis.exchange(parts[_inverse(self._by_expert)], self._received, self._sent)
+        return returned[_inverse(self._order)].view(-1, self._chosen, parts.shape[1])
 
 
 class Routed(Dictionary):
@@ -100,14 +118,13 @@ class Routed(Dictionary):
         self.b_router = nn.Parameter(self.b_dec.new_zeros(config.experts))
         self.register_buffer("balance", self.b_dec.new_zeros(config.experts))
 
-    @cached_property
+    @property
     def width(self) -> int:
         """Latents of an expert."""
         return self.n_latents // self.config.experts
 
-    def route(self, x: Float[Tensor, "rows d_in"], axis: LatentAxis = WHOLE) -> Route:
+    def route(self, centred: Float[Tensor, "rows d_in"], axis: LatentAxis = WHOLE) -> Route:
         """Choose each row's experts; with the replica's axis, gradients are of all its rows."""
-        centred = x - self.b_dec.detach()
         logits = centred @ axis.replicated(self.W_router).T + axis.replicated(self.b_router)
         p = logits.softmax(1)
         experts = (p.detach().log() + self.balance).topk(self.config.experts_per_row, dim=1).indices
@@ -117,79 +134,191 @@ class Routed(Dictionary):
         config, axis = self.config, self.axis
         k = annealed(step.progress, config.k, config.k_start, config.k_anneal_share)
         b_dec = axis.replicated(self.b_dec)
-        route = self.route(x, axis)
+        centred = (x - b_dec).detach()
+        route = self.route(centred, axis)
         trip = Trip(axis, route.experts, config.experts)
-        rows = trip.there((x - b_dec).detach())
+        rows = trip.there(centred)
+        replica_rows = len(x) * axis.shards
 
-        pre_acts, entries = self._expert_entries(rows, trip.arrived, k)
-        pre_acts = autograd.encode(
-            pre_acts, self.kernels, entries, rows, self.W_enc, self.b_enc, b_dec
-        )
-        acts = pre_acts.relu()
-        parts = autograd.decode(acts, self.kernels, entries, self.W_dec, unit_rows=True)
-        x_hat = (route.gates[:, :, None] * trip.back(parts)).sum(1) + b_dec
-        error = x - x_hat
-
-        def reconstruct_error(dead: Tensor) -> Tensor:
-            pre_acts, entries = self._expert_entries(rows, trip.arrived, config.auxk, among=dead)
+        def reconstruct(k: int, limit: int | None, dead: Tensor | None) -> Reconstruction:
+            pre_acts, entries = self._select(rows, trip.arrived, k, limit=limit, among=dead)
             pre_acts = autograd.encode(
                 pre_acts, self.kernels, entries, rows, self.W_enc, self.b_enc, b_dec
             )
-            parts = autograd.decode(
-                pre_acts.relu(), self.kernels, entries, self.W_dec, unit_rows=True
-            )
-            return (route.gates.detach()[:, :, None] * trip.back(parts)).sum(1)
+            acts = pre_acts.relu()
+            parts = autograd.decode(acts, self.kernels, entries, self.W_dec, unit_rows=True)
+            return Reconstruction(acts, entries, trip.back(parts))
 
-        replica_rows = len(x) * axis.shards
+        def error_of(dead: Tensor) -> Tensor:
+            return _mixed(route.gates.detach(), reconstruct(config.auxk, None, dead).parts)
+
+        limit = self._limit(replica_rows)
+        acts, entries, parts = reconstruct(k, limit, None)
+        error = x - (_mixed(route.gates, parts) + b_dec)
         fvu = error.square().sum() / (replica_rows * step.variance)
         auxk = fvu.new_zeros(())
         if config.auxk:
-            auxk = auxk_loss(axis, error.detach(), step, reconstruct_error)
-        load = axis.total(trip.load).to(x.dtype)
-        imbalance = config.experts * (load / load.sum() * route.p.sum(0)).sum()
-        imbalance = (imbalance - len(x)) / replica_rows
-        coefficient = config.balance_coefficient if config.balance == "loss" else 0.0
-        penalty = coefficient * imbalance
+            auxk = auxk_loss(axis, error.detach(), step, error_of)
+        load = axis.total(trip.load)
+        penalty = self._imbalance(load, route.p) / replica_rows
         if config.balance == "bias" and self.training:
-            self.balance += config.balance_rate * (load.mean() - load).sign()
+            self.balance += config.balance_rate * (load.double().mean() - load).sign()
         total = fvu + config.auxk_coefficient * auxk + penalty
-        dropped = sum(max(0, n - self._capacity(rows)) for n in trip.arrived)
+        dropped = sum(max(0, n - limit) for n in trip.arrived) if limit is not None else 0
         return Output(
             LossTerms(fvu, auxk, penalty, total),
             fired(acts, entries),
             (acts > 0).sum(),
             error.detach(),
-            Routing(load, torch.tensor(dropped, device=x.device)),
+            Routing(load, load.new_tensor(dropped)),
         )
 
     @torch.no_grad()
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
         """Every shard looks at all of the replica's rows, and computes those that come to it."""
-        rows = self.axis.gather(x)
-        route = self.route(rows)
-        here = route.experts.flatten() - self.first_latent // self.width
-        order = here.argsort(stable=True)
-        local = len(self.W_enc) // self.width
-        counts = torch.bincount(here[(here >= 0) & (here < local)], minlength=local).tolist()
-        first = int((here < 0).sum())
-        order = order[first : first + sum(counts)]
-        chosen = order // self.config.experts_per_row
-        pre_acts, entries = self._expert_entries(
-            (rows - self.b_dec)[chosen],
-            counts,
-            self.config.k,
-            product_dtype=self.W_enc.dtype,
-            limited=False,
+        centred = self.axis.gather(x) - self.b_dec
+        route = self.route(centred)
+        experts = route.experts.flatten() - self.first_latent // self.width
+        n_here = len(self.W_enc) // self.width
+        order = experts.argsort(stable=True)
+        order = order[((experts >= 0) & (experts < n_here))[order]]  # by expert of this shard
+        rows = order // self.config.experts_per_row
+        arrived = torch.bincount(experts[order], minlength=n_here).tolist()
+        pre_acts, entries = self._select(
+            centred[rows], arrived, self.config.k, product_dtype=self.W_enc.dtype
         )
         acts = pre_acts.relu() * route.gates.flatten()[order][entries.rows]
-        found = select.by_row(select.Candidates(acts, chosen[entries.rows], entries.latents))
-        return Codes(found.values, found.latents, select.starts_of(found.rows, len(rows)))
+        found = select.by_row(select.Candidates(acts, rows[entries.rows], entries.latents))
+        return Codes(found.values, found.latents, select.starts_of(found.rows, len(centred)))
 
     def initialise(self, x: Float[Tensor, "batch d_in"], seed: int) -> None:
-        """Random directions, and a router that spreads these rows evenly."""
-        random_rows(self.W_router.data, seed + _ROUTER_SEED, 0)
-        self.W_router.data.mul_(len(self.b_dec) ** -0.5)
         initialise_tied(self, x, seed, rescale=False)
-        self._spread(x)
-        if self.config.init == "random":
-            self.rescale(x)
+        self._initialise_router(x, seed)
+        rescale_encoder(self, x)
+
+    def slots(self, first: int) -> Slots:
+        """Each row gives its direction to its own expert's next latent."""
+        assert first == 0, "routed dictionaries are not widened"
+        filled = torch.zeros(self.config.experts, dtype=torch.int64, device=self.W_enc.device)
+
+        def slots(centred: Tensor) -> Tensor:
+            experts = self.route(centred).experts[:, 0]
+            load = torch.bincount(experts, minlength=len(filled))
+            order = experts.argsort(stable=True)
+            places = torch.arange(len(order), device=order.device)
+            places = places - (load.cumsum(0) - load)[experts[order]] + filled[experts[order]]
+            latents = torch.empty_like(order)
+            latents[order] = torch.where(
+                places < self.width, experts[order] * self.width + places, self.n_latents
+            )
+            filled.add_(load)
+            return latents
+
+        return slots
+
+    def constrain(self) -> None:
+        normalise_rows_(self.W_dec)
+
+    @torch.no_grad()
+    def retie(
+        self,
+        stuck: Bool[Tensor, " n_local"],
+        x: Float[Tensor, "batch d_in"],
+        error: Float[Tensor, "batch d_in"],
+    ) -> None:
+        if not self.config.auxk:
+            return
+        centred = x - self.b_dec
+        route = self.route(centred)
+        trip = Trip(self.axis, route.experts, self.config.experts)
+
+        def error_of(stuck: Tensor) -> Tensor:
+            pre_acts, entries = self._select(
+                trip.there(centred), trip.arrived, self.config.auxk, among=stuck
+            )
+            parts = self.kernels.combine(pre_acts.relu(), entries, self.W_dec)
+            return _mixed(route.gates, trip.back(parts))
+
+        retie_(self, stuck, error, error_of)
+
+    def _limit(self, replica_rows: int) -> int | None:
+        """The most rows of a batch that an expert computes."""
+        config = self.config
+        if config.capacity is None:
+            return None
+        return math.ceil(config.capacity * replica_rows * config.experts_per_row / config.experts)
+
+    def _imbalance(self, load: Tensor, p: Tensor) -> Tensor:
+        """The last term of the loss, times the replica's rows."""
+        if self.config.balance != "loss":
+            return p.new_zeros(())
+        even = 1 / self.config.experts  # both sides less it: sum share p - even, without cancelling
+        share = (load / load.sum() - even).to(p.dtype)
+        return self.config.balance_coefficient * (share * (p - even).sum(0)).sum() / even
+
+    @torch.no_grad()
+    def _select(
+        self,
+        rows: Float[Tensor, "arrived d_in"],
+        arrived: Sequence[int],
+        k: int,
+        *,
+        limit: int | None = None,
+        among: Bool[Tensor, " n_local"] | None = None,
+        product_dtype: torch.dtype | None = None,
+    ) -> tuple[Float[Tensor, " entries"], Entries]:
+        """The k largest pre-activations of each row within its expert.
+
+        Args:
+            rows: Centred, those of one expert after those of the other.
+            arrived: How many each expert of this shard has.
+            k: Of a row, over all its experts, which have equal parts.
+            limit: Of an expert's rows, the first ones; others get no entries.
+            among: Latents to choose from; all if None.
+            product_dtype: Precision of the product; that of training if None.
+        """
+        k = min(max(1, k // self.config.experts_per_row), self.width)
+        product_dtype = product_dtype or self.product_dtype
+        keys = torch.full((len(rows), k), NOTHING, dtype=torch.int64, device=rows.device)
+        start = 0
+        for expert, n in enumerate(arrived):
+            here = slice(start, start + (n if limit is None else min(n, limit)))
+            latents = slice(expert * self.width, (expert + 1) * self.width)
+            start += n
+            if here.start < here.stop:
+                keys[here] = select.topk_keys(
+                    rows[here],
+                    self.W_enc[latents],
+                    self.b_enc[latents],
+                    k,
+                    product_dtype,
+                    self.kernels,
+                    first=self.first_latent + latents.start,
+                    among=None if among is None else among[latents].nonzero()[:, 0],
+                )
+        return self.entries_of(keys, keys.amin(1), rows, product_dtype)
+
+    @torch.no_grad()
+    def _initialise_router(self, x: Tensor, seed: int) -> None:
+        """Random directions, with biases that spread the first batch evenly over the experts."""
+        random_rows(self.W_router, seed + _ROUTER_SEED, 0)
+        self.W_router.mul_(len(self.b_dec) ** -0.5)  # logits of about 1
+        self.b_router.zero_()
+        axis, experts = self.axis, self.config.experts
+        centred = first_rows(x, len(x) * axis.replicas * axis.shards, axis) - self.b_dec
+        logits, even = centred @ self.W_router.T, len(centred) / experts
+        for number in range(_BALANCING_STEPS):
+            load = torch.bincount((logits + self.b_router).argmax(1), minlength=experts)
+            self.b_router.sub_((load / even - 1).clamp(-1, 1) / (1 + number / 10))
+
+
+def _mixed(gates: Tensor, parts: Tensor) -> Tensor:
+    """What a row's experts made of it, together."""
+    return (gates[:, :, None] * parts).sum(1)
+
+
+def _inverse(order: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
+    """Where each came from."""
+    inverse = torch.empty_like(order)
+    inverse[order] = torch.arange(len(order), device=order.device)
+    return inverse

@@ -47,7 +47,20 @@ class TopK(Dictionary):
         parts = autograd.decode(acts, self.kernels, entries, self.W_dec, unit_rows=True)
         error = x - (self.axis.scatter_sum(parts) + b_dec)
         fvu = error.square().sum() / (len(centred) * step.variance)
-        auxk = auxk_loss(self, config.auxk, error.detach(), centred, b_dec, step)
+
+        def error_of(dead: Tensor) -> Tensor:
+            pre_acts, entries = self.topk_entries(centred, config.auxk, among=dead.nonzero()[:, 0])
+            pre_acts = autograd.encode(
+                pre_acts, self.kernels, entries, centred, self.W_enc, self.b_enc, b_dec
+            )
+            parts = autograd.decode(
+                pre_acts.relu(), self.kernels, entries, self.W_dec, unit_rows=True
+            )
+            return self.axis.scatter_sum(parts)
+
+        auxk = fvu.new_zeros(())
+        if config.auxk:
+            auxk = auxk_loss(self.axis, error.detach(), step, error_of)
         terms = LossTerms(fvu, auxk, fvu.new_zeros(()), fvu + config.auxk_coefficient * auxk)
         return Output(terms, fired(acts, entries), (acts > 0).sum(), error.detach())
 
@@ -63,11 +76,21 @@ class TopK(Dictionary):
     def constrain(self) -> None:
         normalise_rows_(self.W_dec)
 
+    @torch.no_grad()
     def retie(
         self,
         stuck: Bool[Tensor, " n_local"],
         x: Float[Tensor, "batch d_in"],
         error: Float[Tensor, "batch d_in"],
     ) -> None:
-        if self.config.auxk:
-            retie_(self, self.config.auxk, stuck, x, error)
+        if not self.config.auxk:
+            return
+        centred = self.axis.gather(x) - self.b_dec
+
+        def error_of(stuck: Tensor) -> Tensor:
+            pre_acts, entries = self.topk_entries(
+                centred, self.config.auxk, among=stuck.nonzero()[:, 0]
+            )
+            return self.axis.scatter_sum(self.kernels.combine(pre_acts.relu(), entries, self.W_dec))
+
+        retie_(self, stuck, error, error_of)

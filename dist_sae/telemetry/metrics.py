@@ -89,7 +89,21 @@ METRICS = (
     Metric(
         "dist_sae_train_stuck_latents_total",
         "counter",
-        "Latents that were dead for another dead_after_rows; TopK and BatchTopK re-tie them.",
+        "Latents that were dead for another dead_after_rows; TopK and its kin re-tie them.",
+    ),
+    Metric(
+        "dist_sae_train_expert_load_ratio",
+        "gauge",
+        "Rows that the busiest expert was sent since the last report, over the mean.",
+    ),
+    Metric(
+        "dist_sae_train_idle_experts", "gauge", "Experts that got no row since the last report."
+    ),
+    Metric("dist_sae_train_expert_dead_share", "gauge", "Share of dead latents, worst expert."),
+    Metric(
+        "dist_sae_train_dropped_rows_total",
+        "counter",
+        "Rows that an expert of this rank had no room for (sae.capacity).",
     ),
     Metric("dist_sae_train_gradient_norm", "gauge", "Norm of the global gradient before clipping."),
     Metric("dist_sae_train_learning_rate", "gauge", "Learning rate of the last step."),

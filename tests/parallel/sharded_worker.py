@@ -1,10 +1,6 @@
-"""One rank of a job that trains every recipe on the same batches and leaves what it saw.
+"""One rank of a job that trains every recipe on the same batches and leaves what it saw."""
 
-python -m tests.parallel.sharded_worker SPEC.json     RANK, WORLD_SIZE, MASTER_... as torchrun sets
-"""
-
-import json
-import sys
+import os
 import warnings
 from pathlib import Path
 from typing import Any
@@ -25,10 +21,12 @@ from tests.sae.recipes import D_IN, make
 
 N_LATENTS, BATCH, DEAD_AFTER = 64, 32, 48
 # at 3e-3 the penalised recipes let rounding alone grow to 1.2e-6 of the loss within 106 steps
-LR = {"topk": 3e-3, "batchtopk": 3e-3, "relu": 1e-3, "jumprelu": 1e-3, "jumprelu_tanh": 1e-3}
+LR = dict.fromkeys(("topk", "batchtopk", "routed"), 3e-3)
+LR |= dict.fromkeys(("relu", "jumprelu", "jumprelu_tanh"), 1e-3)
 RECIPES: dict[str, dict[str, Any]] = {
     "topk": {"k": 4, "auxk": 8, "auxk_coefficient": 0.25},
     "batchtopk": {"k": 4, "auxk": 8, "auxk_coefficient": 0.25},
+    "routed": {"k": 4, "experts": 8, "auxk": 8, "auxk_coefficient": 0.25},
     "jumprelu": {"sparsity": 0.02, "initial_threshold": 0.2, "bandwidth": 0.2},
     "jumprelu_tanh": {"pre_act": 0.01},
     "relu": {},
@@ -59,7 +57,11 @@ class Averaging(LocalEngine):
             parameter.grad = axis.across_replicas(parameter.grad) / axis.replicas
 
 
-def main(spec: dict[str, Any]) -> None:
+def train_rank(spec: dict[str, Any], env: dict[str, str], log: str) -> None:
+    os.environ.update(env)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT)
+    for number in (1, 2):
+        os.dup2(file, number)
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     results = {}
@@ -112,7 +114,10 @@ def trained(spec: dict[str, Any], kind: str, mesh: Mesh) -> dict[str, Any]:
                 "terms": [float(t) for t in output.terms],
                 "norm": norm,
                 "selected": [
-                    (rows + first_row) * N_LATENTS + latents + sae.first_latent
+                    # rows come to experts in the order of these
+                    (0 if kind == "routed" else (rows + first_row) * N_LATENTS)
+                    + latents
+                    + sae.first_latent
                     for rows, latents in watch.seen
                 ],
                 "dead": dead.mask,
@@ -124,7 +129,3 @@ def trained(spec: dict[str, Any], kind: str, mesh: Mesh) -> dict[str, Any]:
         f"exp_avg_sq.{n}": engine.moment(p, "exp_avg_sq") for n, p in sae.named_parameters()
     }
     return {"steps": steps, "tensors": tensors, "buffers": dict(sae.named_buffers())}
-
-
-if __name__ == "__main__":
-    main(json.loads(Path(sys.argv[1]).read_text()))

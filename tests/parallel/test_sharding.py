@@ -3,12 +3,7 @@
 With `--long` as SCIENCE asks: 200 steps, fp32 and fp64, every factorisation.
 """
 
-import json
-import os
 import socket
-import subprocess
-import sys
-from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from tests.parallel.sharded_worker import RECIPES
+from tests.forks import processes
+from tests.parallel.sharded_worker import RECIPES, train_rank
+from tests.sae.recipes import SHARED
 
 STEPS = 16
 FACTORISATIONS = [(1, 2), (2, 1), (2, 2), (1, 4), (4, 1)]  # replicas x shards
@@ -36,27 +33,20 @@ def job(
         out.mkdir()
         spec = {"world": world, "shards": shards, "out": str(out / "seen"), "steps": steps}
         spec |= {"deepspeed": {}, "kinds": list(RECIPES), "dtype": "fp32"} | settings
-        (out / "spec.json").write_text(json.dumps(spec))
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]
-        command = [sys.executable, "-m", "tests.parallel.sharded_worker", str(out / "spec.json")]
-        with ExitStack() as logs:  # a pipe that nobody reads would fill up
-            ranks = [
-                subprocess.Popen(
-                    command,
-                    env=os.environ
-                    | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-                    | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-                    | {"OMP_NUM_THREADS": "1"},
-                    stdout=logs.enter_context((out / f"log.{rank}").open("w")),
-                    stderr=subprocess.STDOUT,
-                )
-                for rank in range(world)
-            ]
-            for number, process in enumerate(ranks):
-                if process.wait(timeout=300):
-                    (out / "failed").write_text((out / f"log.{number}").read_text())
+        ranks = []
+        for number in range(world):
+            env = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(world)}
+            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+            log = str(out / f"log.{number}")
+            ranks.append(processes.Process(target=train_rank, args=(spec, env, log), daemon=True))
+            ranks[-1].start()
+        for number, process in enumerate(ranks):
+            process.join(300)
+            if process.exitcode:
+                (out / "failed").write_text((out / f"log.{number}").read_text())
     assert not (out / "failed").exists(), (out / "failed").read_text()[-3000:]
     return [torch.load(out / f"seen.{rank}") for rank in range(world)]
 
@@ -88,7 +78,7 @@ class Seen:
         first = self.replica[0]["tensors"]
         return {
             name: tensor
-            if name.endswith("b_dec")
+            if name.rpartition(".")[2] in SHARED
             else torch.cat([rank["tensors"][name] for rank in self.replica])
             for name, tensor in first.items()
         }
@@ -108,7 +98,8 @@ def compare(one: Seen, other: Seen, loss: float, parameters: float) -> None:
         error = (tensor - found[name]).norm() / tensor.norm()
         assert float(error) <= parameters, name
     for rank in other.ranks:  # what all hold has the same bits on all
-        assert torch.equal(rank["tensors"]["b_dec"], other.ranks[0]["tensors"]["b_dec"])
+        for name in SHARED & rank["tensors"].keys():
+            assert torch.equal(rank["tensors"][name], other.ranks[0]["tensors"][name])
         for name, buffer in one.ranks[0]["buffers"].items():
             assert torch.equal(rank["buffers"][name], other.ranks[0]["buffers"][name])
             torch.testing.assert_close(rank["buffers"][name], buffer, rtol=10 * loss, atol=0)
@@ -127,7 +118,7 @@ def test_sharded_training_equals_unsharded(
     one = Seen(job(folder, f"{dtype}-1x1", 1, 1, dtype=dtype, steps=steps), kind, 1, 1)
     name = f"{dtype}-{replicas}x{shards}"
     ranks = job(folder, name, replicas, shards, dtype=dtype, steps=steps)
-    if kind in ("topk", "batchtopk"):
+    if kind in ("topk", "batchtopk", "routed"):
         assert any(one.dead(step).any() for step in one.steps)  # AuxK takes part
     loss, parameters = (1e-10, 1e-10) if dtype == "fp64" else (1e-6, 1e-5)
     compare(one, Seen(ranks, kind, replicas, shards), loss, parameters)

@@ -18,7 +18,7 @@ class Meeting:
         self._barrier = threading.Barrier(n, timeout=60)
         self._held: list[Any] = [None] * n
 
-    def swap(self, rank: int, value: Tensor) -> list[Tensor]:
+    def swap(self, rank: int, value: T) -> list[T]:
         self._held[rank] = value
         self._barrier.wait()
         everyones = list(self._held)
@@ -37,9 +37,9 @@ class ThreadAxis:
         self.shards, self.replicas = shards, replicas
         self._meeting, self._rank = meeting, rank
 
-    def _within(self, tensor: Tensor) -> list[Tensor]:
+    def _within(self, value: T) -> list[T]:
         first = self.replica * self.shards
-        return self._meeting.swap(self._rank, tensor)[first : first + self.shards]
+        return self._meeting.swap(self._rank, value)[first : first + self.shards]
 
     def gather(self, x: Tensor) -> Tensor:
         return torch.cat(self._within(x))
@@ -53,6 +53,14 @@ class ThreadAxis:
     def kth_largest(self, keys: Tensor, k: int) -> Tensor:
         candidates = torch.cat(self._within(keys), 1)
         return candidates.topk(min(k, candidates.shape[1]), dim=1).values[:, -1]
+
+    def exchange(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        packets = [p[self.shard] for p in self._within(torch.split(rows, sent))]
+        assert [len(packet) for packet in packets] == received
+        return torch.cat(packets)
+
+    def exchange_counts(self, counts: Tensor) -> Tensor:
+        return torch.stack([of_rank[self.shard] for of_rank in self._within(counts)])
 
     def across_replicas(self, tensor: Tensor) -> Tensor:
         return torch.stack(self._meeting.swap(self._rank, tensor)[self.shard :: self.shards]).sum(0)

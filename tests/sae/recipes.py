@@ -13,6 +13,7 @@ from dist_sae.config.sae import (
     JumpReLUConfig,
     JumpReLUTanhConfig,
     ReLUConfig,
+    RoutedConfig,
     SaeConfig,
     TopKConfig,
 )
@@ -27,6 +28,15 @@ VARIANCE, PROGRESS = 11.0, 0.25
 CONFIGS: dict[str, DictionaryConfig] = {
     "topk": TopKConfig(n_latents=N_LATENTS, k=K, auxk=AUXK, auxk_coefficient=0.25),
     "batchtopk": BatchTopKConfig(n_latents=N_LATENTS, k=K, auxk=AUXK, auxk_coefficient=0.25),
+    "routed": RoutedConfig(
+        n_latents=N_LATENTS,
+        experts=4,
+        experts_per_row=2,
+        k=2 * K,
+        auxk=AUXK,
+        auxk_coefficient=0.25,
+        balance_coefficient=0.3,
+    ),
     "jumprelu": JumpReLUConfig(
         n_latents=N_LATENTS, sparsity=0.3, initial_threshold=0.2, bandwidth=0.15
     ),
@@ -34,7 +44,8 @@ CONFIGS: dict[str, DictionaryConfig] = {
     "relu": ReLUConfig(n_latents=N_LATENTS),
 }
 KINDS = tuple(CONFIGS)
-UNIT_ROWS = ("topk", "batchtopk", "jumprelu")
+SHARED = {"b_dec", "W_router", "b_router"}
+UNIT_ROWS = ("topk", "batchtopk", "routed", "jumprelu")
 assert set(KINDS) == {c.model_fields["kind"].default for c in get_args(get_args(SaeConfig)[0])}, (
     "every recipe is tested"
 )
@@ -51,12 +62,12 @@ def make(
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in sae.named_parameters():
-            n = d_in if name == "b_dec" else config.n_latents
+            n = len(parameter) if name in SHARED else config.n_latents
             shape = (n, *parameter.shape[1:])
             whole = 0.5 * torch.randn(shape, generator=generator, dtype=torch.float64)
             if name == "log_threshold":
                 whole -= 1
-            first = 0 if name == "b_dec" else sae.first_latent
+            first = 0 if name in SHARED else sae.first_latent
             parameter.copy_(whole[first : first + len(parameter)])
     sae.constrain()
     return sae
@@ -79,6 +90,7 @@ def oracle(sae: Dictionary, x: Tensor, now: Step) -> LossTerms:
     losses: dict[type[DictionaryConfig], Callable[..., LossTerms]] = {
         TopKConfig: reference.topk_loss,
         BatchTopKConfig: reference.batchtopk_loss,
+        RoutedConfig: reference.routed_loss,
         JumpReLUConfig: reference.jumprelu_loss,
         JumpReLUTanhConfig: reference.jumprelu_tanh_loss,
         ReLUConfig: reference.relu_loss,

@@ -19,11 +19,12 @@ from dist_sae.errors import ConfigError, PlanMismatchError
 from dist_sae.evaluate import evaluate
 from dist_sae.parallel.mesh import Mesh
 from dist_sae.plan import plan
+from dist_sae.reporting.training import TrainingReporter
 from dist_sae.sae import build_sae
 from dist_sae.sae.axis import WHOLE
 from dist_sae.sae.init import initialise_from_data
 from dist_sae.storage import open_store
-from dist_sae.train import _found, _initialise, _places, _Reporter
+from dist_sae.train import _found, _initialise, _places
 from tests.launch import produce, run, train, write_run
 from tests.train.trained import (
     SHARDED,
@@ -224,7 +225,7 @@ def test_latents_whose_gradients_are_near_eps_are_counted(tmp_path: Path) -> Non
     moments = torch.tensor([[4e-10, 0.0], [1e-12, 1e-10], [1.0, 0.0], [3e-10, 1e-10]])
     engine = SimpleNamespace(moment=lambda *_: moments)
     state = SimpleNamespace(engine=engine, sae=SimpleNamespace(W_enc=None, n_latents=4))
-    reporter = object.__new__(_Reporter)
+    reporter = object.__new__(TrainingReporter)
     reporter._run, reporter._mesh = run, Mesh(0, 1, torch.device("cpu"), WHOLE)
     assert reporter._starved_share(state) == 0.25  # type: ignore[arg-type]
 

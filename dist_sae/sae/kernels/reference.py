@@ -10,6 +10,7 @@ from dist_sae.config.sae import (
     JumpReLUConfig,
     JumpReLUTanhConfig,
     ReLUConfig,
+    RoutedConfig,
     TopKConfig,
 )
 from dist_sae.sae.base import LossTerms, Step
@@ -32,6 +33,32 @@ def batchtopk_loss(x: Tensor, p: Parameters, config: BatchTopKConfig, step: Step
     # the first of equals by latent, then by row
     flat = _topk(pre_acts.relu().T.reshape(1, -1), k * len(x))
     return _with_auxk(x, flat.reshape(-1, len(x)).T, pre_acts, p, config, step)
+
+
+def routed_loss(x: Tensor, p: Parameters, config: RoutedConfig, step: Step) -> LossTerms:
+    """`sae/routed.py`, with all experts computed for all rows and a mask; capacity is ignored."""
+    experts, chosen = config.experts, config.experts_per_row
+    k = annealed(step.progress, config.k, config.k_start, config.k_anneal_share) // chosen
+    pre_acts = (x - p["b_dec"]) @ p["W_enc"].T + p["b_enc"]
+    router = ((x - p["b_dec"]).detach() @ p["W_router"].T + p["b_router"]).softmax(1)
+    sent = _topk(router, chosen) > 0
+    gates = (router * sent)[:, :, None]
+
+    def decoded(pre_acts: Tensor, k: int, gates: Tensor) -> Tensor:
+        by_expert = pre_acts.reshape(len(x) * experts, -1)
+        acts = _topk(by_expert, min(k, by_expert.shape[1])).relu().reshape(len(x), experts, -1)
+        return (acts * gates).flatten(1) @ p["W_dec"]
+
+    x_hat = decoded(pre_acts, k, gates) + p["b_dec"]
+    fvu = _fvu(x, x_hat, step)
+    error, aux = (x - x_hat).detach(), fvu.new_zeros(())
+    if config.auxk and step.dead.any():
+        among_dead = pre_acts.where(step.dead, -torch.inf)
+        e_hat = decoded(among_dead, max(1, config.auxk // chosen), gates.detach())
+        aux = (error - e_hat).square().sum() / (error - error.mean(0)).square().sum()
+    share = sent.sum(0) / sent.sum()
+    imbalance = config.balance_coefficient * (experts * (share * router.mean(0)).sum() - 1)
+    return LossTerms(fvu, aux, imbalance, fvu + config.auxk_coefficient * aux + imbalance)
 
 
 def jumprelu_loss(x: Tensor, p: Parameters, config: JumpReLUConfig, step: Step) -> LossTerms:
