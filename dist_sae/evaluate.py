@@ -16,6 +16,7 @@ from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.checkpoint.state import IDLE_ROWS, load_weights
 from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
+from dist_sae.config.sae import RoutedConfig
 from dist_sae.data.admission import admitted, of_usual_norm
 from dist_sae.data.consumers import kept_units
 from dist_sae.data.corpus import Corpus
@@ -27,7 +28,7 @@ from dist_sae.errors import ConfigError, NonFiniteError
 from dist_sae.models import build_tokenizer
 from dist_sae.sae import build_sae
 from dist_sae.sae.base import Dictionary
-from dist_sae.sae.metrics import Fit, ce_recovered
+from dist_sae.sae.metrics import Fit, ce_recovered, duplicate_shares
 from dist_sae.storage import open_store
 
 logger = logging.getLogger(__name__)
@@ -41,7 +42,8 @@ def evaluate(run: Run) -> dict[str, Any]:
 
     Returns:
         `trained_rows`; on `rows` held-out rows `fvu`, `l0`, `dead_share`, `pca_fvu` (of a PCA
-        of training rows with as many components as latents are active), densities, and for
+        of training rows with as many components as latents are active), `duplicate_share` (of
+        latents with a near copy, and that have one in another expert), densities, and for
         language models the cross-entropies in nats per token with the site left alone (`ce_clean`),
         replaced by the reconstruction (`ce_spliced`), by zero (`ce_zero`) and by the mean
         (`ce_mean`), with the shares recovered.
@@ -85,6 +87,7 @@ def evaluate(run: Run) -> dict[str, Any]:
         "dead_share": _dead_share(run, checkpoint),
         "pca_fvu": float(pca_error / fit.squared_total),
         "pca_components": components,
+        **_duplicates(run, sae),
         **_density_histogram(fit),
     }
     if isinstance(run.model, HuggingFaceModel) and run.evaluate.contexts:
@@ -120,6 +123,13 @@ def _principal_components(
 
 def _dead_share(run: Run, checkpoint: Checkpoint) -> float:
     return float((checkpoint.read(IDLE_ROWS) >= run.sae.dead_after_rows).double().mean())
+
+
+def _duplicates(run: Run, sae: Dictionary) -> dict[str, float]:
+    experts = run.sae.experts if isinstance(run.sae, RoutedConfig) else 1
+    anywhere, elsewhere = duplicate_shares(sae.W_dec, experts)
+    across = {"duplicate_share_across_experts": elsewhere} if experts > 1 else {}
+    return {"duplicate_share": anywhere, **across}
 
 
 def _density_histogram(fit: Fit) -> dict[str, Any]:

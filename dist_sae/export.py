@@ -51,8 +51,13 @@ def export(run: Run) -> str:
     """Write `<run>/export/cfg.json` and `sae_weights.safetensors`; returns where.
 
     Raises:
-        ConfigError: There is no checkpoint.
+        ConfigError: There is no checkpoint, or SAELens has no such kind.
     """
+    if run.sae.kind not in _ARCHITECTURES:
+        raise ConfigError(
+            f"sae.kind: {run.sae.kind}: SAELens has nothing like it; use the checkpoint, "
+            f"`dist-sae checkpoints convert` makes one file of it"
+        )
     runs = open_store(run.store.runs, run.store.s3)
     checkpoint = Checkpoints(runs, run.name, run.train.keep_checkpoints).latest()
     if checkpoint is None:

@@ -53,7 +53,8 @@ def run_locally(run: Run, path: str, overrides: Sequence[str]) -> dict[str, Any]
         overrides: The `--set` options it was loaded with.
 
     Returns:
-        The evaluation, and where the exported dictionary and the report are.
+        The evaluation, and where the exported dictionary (if SAELens has its kind) and the report
+        are.
 
     Raises:
         Stopped: On Ctrl-C or SIGTERM, after everything was saved.
@@ -71,6 +72,8 @@ def run_locally(run: Run, path: str, overrides: Sequence[str]) -> dict[str, Any]
         job.run_together(_workers(run, job))
         results: dict[str, Any] = {}
         for command in ("evaluate", "export", "report"):
+            if command == "export" and run.sae.kind == "routed":  # SAELens has nothing like it
+                continue
             process = job.process(command, command, "--json")
             job.run_together([process])
             results |= process.result

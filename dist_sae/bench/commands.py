@@ -22,6 +22,8 @@ def add_benches(commands: Any, command: Callable[[argparse.Namespace], None]) ->
     step = actions.add_parser("step", help="a training step against the bare encoder product")
     step.add_argument("--products", choices=["bf16", "fp32"], default="bf16")
     step.add_argument("--kernels", choices=["auto", "torch", "native", "triton"], default="auto")
+    step.add_argument("--kind", choices=["topk", "routed"], default="topk")
+    step.add_argument("--experts", type=int, default=16, help="of a routed dictionary")
     step.add_argument("--shards", type=int, default=1, help="ranks of torchrun per dictionary")
     step.set_defaults(command=command, bench=_step)
     peers = actions.add_parser("peers", help="the same rows through other SAE libraries from PyPI")
@@ -80,7 +82,13 @@ def _step(options: argparse.Namespace) -> Result:
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     shape = StepShape(
-        options.d_in, options.n_latents, options.k, options.batch, options.products, options.kernels
+        options.d_in,
+        options.n_latents,
+        options.k,
+        options.batch,
+        options.products,
+        options.kernels,
+        options.experts if options.kind == "routed" else 0,
     )
     bench_run(shape, world, options.shards)  # or it says what is wrong before the ranks meet
     with meet(world) as ranks, join_mesh(ranks, options.shards) as mesh:

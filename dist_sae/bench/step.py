@@ -3,7 +3,9 @@
 The step is the real one: the recipe's loss, DeepSpeed's engine, clipping, Adam, the constraint,
 the count of dead latents. The product is the bare `x W_enc^T` in the step's precision, in the
 fastest chunking of it that is found in the same run. Both are timed in turn, and the ratio of each
-pair is taken, so that a machine that is busy for a while does not tell a lie.
+pair is taken, so that a machine that is busy for a while does not tell a lie. A routed dictionary
+is held against the same product, most of which it spares itself: so its ratio can be compared with
+an exact one's.
 """
 
 import statistics
@@ -41,6 +43,8 @@ class StepShape(NamedTuple):
     batch: int
     products: str = "bf16"
     kernels: str = "auto"
+    experts: int = 0
+    """Of a routed dictionary; 0: an exact one."""
     lr: float = 1e-4
     seed: int = 0
 
@@ -67,6 +71,8 @@ class TrainingStep:
         self.dead = DeadLatents(len(self.sae.W_enc), config.dead_after_rows, mesh.axis, mesh.device)
         self._engine: DeepSpeedEngine | None = None
         self._shape = shape
+        self.load_ratio = 1.0
+        """Rows of the busiest expert over the mean, in the last step."""
 
     def initialise(self, x: Float[Tensor, "batch d_in"]) -> None:
         """The recipe's initial dictionary from this rank's part of the first batch."""
@@ -82,6 +88,9 @@ class TrainingStep:
         engine.backward(output.terms.total)
         engine.step(self._shape.lr)
         self.dead.update(output.fired, self._shape.batch)
+        if output.routing:
+            load = output.routing.load
+            self.load_ratio = float(load.max() / load.double().mean())
         return float(output.terms.fvu.detach())
 
     @property
@@ -138,6 +147,7 @@ def bench_step(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any]:
         "ratio_high": ratios[-1 - rounds // 4],
         "rows_per_second": shape.batch / step_seconds,
         "beyond_state_bytes": max(0, peak[0] - before - (state - held)),
+        "expert_load_ratio": step.load_ratio,
         "phases": _phases(step, batches[0]),
     }
 
@@ -150,12 +160,13 @@ def bench_run(
     url: str | None = None,
     endpoint_url: str | None = None,
 ) -> Run:
-    """A run at `url` whose training is this step, of TopK with AuxK; its data are never read.
+    """A run at `url` whose training is this step, with AuxK; its data are never read.
 
     Raises:
         ConfigError: There can be no such step.
     """
     url = url or str(Path("nowhere").absolute())
+    kind = {"kind": "routed", "experts": shape.experts} if shape.experts else {"kind": "topk"}
     return validate_run(
         {
             "name": "bench",
@@ -163,8 +174,8 @@ def bench_run(
             "model": {"kind": "synthetic", "d_in": shape.d_in},
             "corpus": {"kind": "synthetic"},
             "activations": {"sites": ["synthetic"], "streams": world},
-            "sae": {
-                "kind": "topk",
+            "sae": kind
+            | {
                 "n_latents": shape.n_latents,
                 "k": shape.k,
                 "auxk": min(512, shape.n_latents),

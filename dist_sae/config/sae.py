@@ -79,11 +79,13 @@ class RoutedConfig(CountsLatentsConfig):
     """Equal parts of the latents; a multiple of `processes.shards`."""
     experts_per_row: PositiveInt = 1
     """How many a row is sent to; each keeps `k / experts_per_row` latents."""
+    gate: Literal["straight_through", "probability"] = "straight_through"
+    """What an expert's codes are times: its share of the row's chosen p, or p (Mudide et al.)."""
     balance: Literal["loss", "bias"] = "loss"
     """Keeps the experts equally busy: a term of the loss, or a bias where experts are chosen."""
-    balance_coefficient: NonNegativeFloat = 0.01
+    balance_coefficient: NonNegativeFloat = 0.03
     """Weight of the term."""
-    balance_rate: PositiveFloat = 1e-3
+    balance_rate: PositiveFloat = 1e-2
     """What the bias of an expert with too few or too many rows changes by in a step."""
     capacity: float | None = Field(None, ge=1)
     """An expert takes at most so many times its even share of a batch; null: all that come.

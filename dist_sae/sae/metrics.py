@@ -8,6 +8,10 @@ from torch import Tensor
 
 from dist_sae.sae.base import Codes
 
+_DUPLICATE_COSINE = 0.9
+_DUPLICATES_OF = 4096
+_DUPLICATES_CHUNK = 16_384
+
 
 class Fit(NamedTuple):
     """Sums over the rows seen so far; they add up over batches and ranks."""
@@ -71,3 +75,32 @@ def ce_recovered(clean: float, spliced: float, ablated: float) -> float:
     (ablated - spliced) / (ablated - clean), of cross-entropies, as SAEBench defines it.
     """
     return (ablated - spliced) / (ablated - clean)
+
+
+@torch.no_grad()
+def duplicate_shares(
+    W_dec: Float[Tensor, "n_latents d_in"], experts: int = 1
+) -> tuple[float, float]:
+    """(Share of latents with a duplicate, share with one in another expert).
+
+    A duplicate is another latent with a decoder direction at a cosine above .9. Looked at are
+    4,096 latents, evenly spaced, against all.
+
+    Args:
+        W_dec: The whole decoder.
+        experts: Equal parts of the latents.
+    """
+    n = len(W_dec)
+    looked_at = torch.linspace(0, n - 1, min(n, _DUPLICATES_OF), device=W_dec.device).long()
+    directions = torch.nn.functional.normalize(W_dec[looked_at], dim=1)
+    width = n // experts
+    found = torch.zeros(2, len(looked_at), dtype=torch.bool, device=W_dec.device)
+    for first in range(0, n, _DUPLICATES_CHUNK):
+        others = torch.nn.functional.normalize(W_dec[first : first + _DUPLICATES_CHUNK], dim=1)
+        near = directions @ others.T > _DUPLICATE_COSINE
+        numbers = torch.arange(first, first + len(others), device=W_dec.device)
+        near &= numbers != looked_at[:, None]
+        found[0] |= near.any(1)
+        found[1] |= (near & (numbers // width != looked_at[:, None] // width)).any(1)
+    anywhere, elsewhere = found.double().mean(1).tolist()
+    return anywhere, elsewhere

@@ -5,7 +5,8 @@ that a row is sent to are computed, on the rank that holds them.
 
     p     = softmax(W_router (x - b_dec) + b_router)
     e     : the `experts_per_row` largest p, or (balance: bias) of log p + bias
-    f_e   = p_e relu(TopK(W_enc_e (x - b_dec) + b_enc_e))
+    g_e   = p_e / stop_gradient(sum of the row's chosen p),  or (gate: probability) p_e
+    f_e   = g_e relu(TopK(W_enc_e (x - b_dec) + b_enc_e))
     x_hat = sum_e W_dec_e^T f_e + b_dec
     L     = E|x - x_hat|^2 / Var(x)  +  alpha L_aux  +  beta (E sum_e share_e mean p_e - 1)
 
@@ -23,6 +24,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dist_sae.config.sae import RoutedConfig
 from dist_sae.sae.auxk import auxk_loss, retie_
@@ -53,14 +55,14 @@ class Route(NamedTuple):
     p: Float[Tensor, "rows experts"]
     experts: Int[Tensor, "rows chosen"]
     gates: Float[Tensor, "rows chosen"]
-    """p of the chosen."""
+    """g."""
 
 
 class Reconstruction(NamedTuple):
     """What this rank's experts and others made of rows."""
 
     acts: Float[Tensor, " entries"]
-    """Of this shard's experts, without p."""
+    """Of this shard's experts, without g."""
     entries: Entries
     parts: Float[Tensor, "rows chosen d_in"]
     """Of this rank's rows, by whichever experts."""
@@ -89,19 +91,44 @@ class Trip:
         self._received = counts.sum(1).tolist()
         self.arrived: list[int] = counts.sum(0).tolist()
         """Rows of the replica at each expert of this shard."""
-        numbers = torch.arange(per_shard, device=flat.device).repeat(axis.shards)
-        # they arrive by rank, then by expert
-        self._by_expert = numbers.repeat_interleave(counts.flatten()).argsort(stable=True)
+        self._by_expert: Tensor | None = None  # they arrive by rank, then by expert
+        if axis.shards > 1:
+            numbers = torch.arange(per_shard, device=flat.device).repeat(axis.shards)
+            self._by_expert = numbers.repeat_interleave(counts.flatten()).argsort(stable=True)
 
     def there(self, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "arrived d_in"]:
         """Rows at this shard's experts, one expert after the other; no gradient."""
         sent = x.index_select(0, self._order // self._chosen)
-        return self._axis.exchange(sent, self._sent, self._received)[self._by_expert]
+        rows = self._axis.exchange(sent, self._sent, self._received)
+        return rows if self._by_expert is None else rows.index_select(0, self._by_expert)
 
     def back(self, parts: Float[Tensor, "arrived d_in"]) -> Float[Tensor, "rows chosen d_in"]:
         """What experts made of this rank's rows; its gradient goes there."""
-        returned = self._axis.exchange(parts[_inverse(self._by_expert)], self._received, self._sent)
-        return returned[_inverse(self._order)].view(-1, self._chosen, parts.shape[1])
+        if self._by_expert is not None:
+            parts = _put_back(parts, self._by_expert)
+        returned = self._axis.exchange(parts, self._received, self._sent)
+        return _put_back(returned, self._order).view(-1, self._chosen, parts.shape[1])
+
+
+class _PutBack(torch.autograd.Function):
+    """Undoes `x[order]`; the gradient is taken in that order, where indexing would sum it up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor) -> Tensor:
+        ctx.order = order
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(len(order), device=order.device)
+        return x.index_select(0, inverse)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.index_select(0, ctx.order), None
+
+
+def _put_back(x: Tensor, order: Tensor) -> Tensor:
+    result: Tensor = _PutBack.apply(x, order)  # type: ignore[no-untyped-call]
+    return result
 
 
 class Routed(Dictionary):
@@ -128,7 +155,10 @@ class Routed(Dictionary):
         logits = centred @ axis.replicated(self.W_router).T + axis.replicated(self.b_router)
         p = logits.softmax(1)
         experts = (p.detach().log() + self.balance).topk(self.config.experts_per_row, dim=1).indices
-        return Route(p, experts, p.gather(1, experts))
+        gates = p.gather(1, experts)
+        if self.config.gate == "straight_through":
+            gates = gates / gates.sum(1, keepdim=True).detach()
+        return Route(p, experts, gates)
 
     def objective(self, x: Float[Tensor, "batch d_in"], step: Step) -> Output:
         config, axis = self.config, self.axis
@@ -314,11 +344,6 @@ class Routed(Dictionary):
 
 def _mixed(gates: Tensor, parts: Tensor) -> Tensor:
     """What a row's experts made of it, together."""
+    if parts.shape[1] == 1:
+        return gates * parts[:, 0]
     return (gates[:, :, None] * parts).sum(1)
-
-
-def _inverse(order: Int[Tensor, " n"]) -> Int[Tensor, " n"]:
-    """Where each came from."""
-    inverse = torch.empty_like(order)
-    inverse[order] = torch.arange(len(order), device=order.device)
-    return inverse

@@ -4,14 +4,14 @@ import pytest
 import torch
 
 from dist_sae.config.sae import TopKConfig
-from dist_sae.sae import build_sae
+from dist_sae.sae import build_sae, metrics
 from dist_sae.sae.axis import WHOLE
 from dist_sae.sae.base import Codes, fired
 from dist_sae.sae.dead import DeadLatents
 from dist_sae.sae.ema import WeightAverage
 from dist_sae.sae.init import geometric_median, initialise_tied
 from dist_sae.sae.kernels import Entries
-from dist_sae.sae.metrics import Fit, ce_recovered
+from dist_sae.sae.metrics import Fit, ce_recovered, duplicate_shares
 from dist_sae.sae.schedules import learning_rate
 
 
@@ -125,3 +125,15 @@ def test_ce_recovered_is_one_for_the_identity_and_zero_for_the_ablation() -> Non
     assert ce_recovered(2.0, 2.0, 10.0) == 1
     assert ce_recovered(2.0, 10.0, 10.0) == 0
     assert ce_recovered(2.0, 4.0, 10.0) == 0.75
+
+
+def test_duplicates_are_near_copies_of_other_latents(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 12 latents 0 and 1 are copies, within an expert of 3, and 2 and 11 in different ones."""
+    W_dec = torch.eye(12, 16)
+    W_dec[1] = 3 * W_dec[0] + 0.2
+    W_dec[11] = 0.2 * W_dec[2]
+    W_dec[7] = -W_dec[6]  # the other way round is another feature
+    for chunk in (16_384, 5):
+        monkeypatch.setattr(metrics, "_DUPLICATES_CHUNK", chunk)
+        assert duplicate_shares(W_dec, 4) == pytest.approx((4 / 12, 2 / 12))
+        assert duplicate_shares(W_dec) == pytest.approx((4 / 12, 0))

@@ -20,8 +20,10 @@ from tests.sae.recipes import (
     N_LATENTS,
     VARIANCE,
     K,
+    along_rows,
     gradients,
     make,
+    oracle,
     relative_error,
     rows,
     some_dead,
@@ -84,6 +86,20 @@ def test_a_row_meets_its_expert_and_no_other(monkeypatch: pytest.MonkeyPatch) ->
     for row, (start, end) in enumerate(zip(codes.starts.tolist(), ends, strict=True)):
         assert end - start == K
         assert (codes.latents[start:end] // WIDTH == experts[row]).all()
+
+
+@pytest.mark.parametrize("per_row", [1, 2])
+@pytest.mark.parametrize("gate", ["straight_through", "probability"])
+def test_either_gate_equals_the_dense_reference(gate: str, per_row: int) -> None:
+    sae, x = routed(gate=gate, experts_per_row=per_row, k=per_row * K), rows()
+    now = step(some_dead())
+    ours, theirs = sae.objective(x, now).terms.total, oracle(sae, x, now).total
+    assert relative_error(ours, theirs) <= 1e-12
+    found, expected = gradients(sae, ours), gradients(sae, theirs)
+    expected["W_dec"] -= along_rows(expected["W_dec"], sae.W_dec.detach())
+    for name, gradient in found.items():
+        assert gradient.norm() > 0, name
+        assert relative_error(gradient, expected[name]) <= 1e-9, name
 
 
 @pytest.mark.parametrize("per_row", [1, 2])

@@ -43,6 +43,8 @@ def routed_loss(x: Tensor, p: Parameters, config: RoutedConfig, step: Step) -> L
     router = ((x - p["b_dec"]).detach() @ p["W_router"].T + p["b_router"]).softmax(1)
     sent = _topk(router, chosen) > 0
     gates = (router * sent)[:, :, None]
+    if config.gate == "straight_through":
+        gates = gates / gates.sum(1, keepdim=True).detach()
 
     def decoded(pre_acts: Tensor, k: int, gates: Tensor) -> Tensor:
         by_expert = pre_acts.reshape(len(x) * experts, -1)
