@@ -49,6 +49,7 @@ _FREE_SETTINGS = {  # of a run: they change how it is done, not what comes out
     "train.max_passes",  # later passes follow earlier ones: no batch changes
     "train.log_every_steps",
     "train.save_every_steps",
+    "train.save_beside",
     "train.keep_checkpoints",
     "train.keep_every_steps",
     "train.keep_best",
@@ -112,6 +113,7 @@ def train(
             before=report.flush,
             durable=durable,
             step=step,
+            beside=run.train.save_beside,
         ) as saver,
         _loader(run, mesh, job.units, range(step, run.steps), places) as loader,
     ):

@@ -3,7 +3,7 @@
 import logging
 import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
@@ -43,6 +43,7 @@ class Saver:
             be lost if the run died right after.
         durable: Called in the thread, on every rank, when a checkpoint exists.
         step: The step that the run begins at, which needs no saving.
+        beside: Whether a copy is stored in a thread; else `save` returns when all is durable.
     """
 
     def __init__(
@@ -56,6 +57,7 @@ class Saver:
         before: Callable[[], None],
         durable: Callable[[Saved], None],
         step: int,
+        beside: bool = True,
     ) -> None:
         self._checkpoints = checkpoints
         self._state = state
@@ -65,6 +67,7 @@ class Saver:
         self._before = before
         self._durable = durable
         self._step = step
+        self._beside = beside
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -85,7 +88,7 @@ class Saver:
             logger.error("the last save failed as well: %s", exc)
 
     def save(self, step: int, places: Mapping[int, Any], **scalars: Any) -> None:
-        """Begin to save; collective. Returns as soon as the copy is made.
+        """Begin to save; collective. Returns as soon as the copy is made, if beside.
 
         Args:
             step: Steps done.
@@ -101,13 +104,16 @@ class Saver:
             return
         self._step = step
         since = time.monotonic()
+        if not self._beside:
+            self._store(step, self._state.pieces(), places, scalars, since)
+            return
         copies = [
             piece._replace(rows=piece.rows.to("cpu", copy=True)) for piece in self._state.pieces()
         ]
 
         def store() -> None:
             try:
-                self._store(step, copies, places, scalars, since)
+                self._store(step, _consumed(copies), places, scalars, since)
             except BaseException as exc:  # the training's thread raises it
                 self._error = exc
 
@@ -137,14 +143,13 @@ class Saver:
     def _store(
         self,
         step: int,
-        copies: list[Piece],
+        pieces: Iterable[Piece],
         places: Mapping[int, Any],
         scalars: Mapping[str, Any],
         since: float,
     ) -> None:
-        """In the thread: this rank's part, then the manifest of all ranks' parts."""
-        everyones = self._together(lambda: (self._checkpoints.write(step, copies), places))
-        copies.clear()
+        """This rank's part, then the manifest of all ranks' parts."""
+        everyones = self._together(lambda: (self._checkpoints.write(step, pieces), places))
         everywhere = {v: place for _, own in everyones for v, place in own.items()}
 
         def commit() -> int:
@@ -171,3 +176,10 @@ class Saver:
         if said := [words for _, words in everyones if words is not None]:
             raise Stopped(f"another rank could not save: {said[0]}")
         return [value for value, _ in everyones]
+
+
+def _consumed(copies: list[Piece]) -> Iterator[Piece]:
+    """One after the other; none is held any longer than it takes."""
+    copies.reverse()
+    while copies:
+        yield copies.pop()

@@ -45,6 +45,11 @@ class TrainConfig(Section):
     """Decides the initial dictionary."""
     log_every_steps: PositiveInt = 10
     save_every_steps: PositiveInt = 1000
+    save_beside: bool = True
+    """Copy the state to the host's memory and store it beside the training; else training waits.
+
+    The copy is as large as the state: 12 bytes per parameter of a rank's share.
+    """
     keep_checkpoints: PositiveInt = 2
     """How many of the newest are kept."""
     keep_every_steps: PositiveInt | None = None

@@ -44,6 +44,7 @@ def make_saver(
     *,
     first: bool = True,
     before: Callable[[], None] = lambda: None,
+    beside: bool = True,
 ) -> Saver:
     checkpoints = Checkpoints(store, "run", keep=2)
     return Saver(
@@ -55,6 +56,7 @@ def make_saver(
         before=before,
         durable=durable,
         step=0,
+        beside=beside,
     )
 
 
@@ -73,6 +75,29 @@ def test_training_goes_on_and_does_not_reach_what_is_saved(tmp_path: Path) -> No
         assert torch.equal(checkpoint.read(name), tensor), name
     assert [(s.step, s.places) for s in saved] == [(3, {0: (0, 0, 0)})]
     assert checkpoint.scalars == {"a": 1, "heldout_fvu": 0.5, "places": {"0": [0, 0, 0]}}
+
+
+def test_where_memory_is_short_training_waits_until_all_is_durable(tmp_path: Path) -> None:
+    """And nothing is copied but the part that is on its way."""
+    state = make_state(make_run(tmp_path, "topk"), "topk")
+    advance(state, range(3))
+    store, saved = open_store(str(tmp_path)), list[Saved]()
+    written: list[Any] = []
+
+    class Watched(Checkpoints):
+        def write(self, step: int, pieces: Any) -> Any:
+            written.extend(pieces)
+            return super().write(step, written)
+
+    with make_saver(store, state, saved.append, beside=False) as saver:
+        saver._checkpoints = Watched(store, "run", keep=2)
+        saver.save(3, {})
+        assert [s.step for s in saved] == [3]
+        own = {p.data_ptr() for p in state.sae.parameters()}
+        assert own <= {piece.rows.data_ptr() for piece in written}
+    checkpoint = Checkpoints(store, "run", keep=2).open(3)
+    for name, tensor in tensors(state).items():
+        assert torch.equal(checkpoint.read(name), tensor), name
 
 
 def test_the_step_that_is_saved_already_is_not_saved_again(tmp_path: Path) -> None:

@@ -279,6 +279,18 @@ def test_stages_that_would_do_something_else_are_refused(
     assert "\n" not in str(caught.value)
 
 
+def test_shards_of_state_cannot_be_saved_in_place(tmp_path: Path) -> None:
+    for stage in (0, 1):
+        run = make_run(tmp_path, deepspeed={"zero_optimization": {"stage": stage}})
+        train = run.train.model_copy(update={"save_beside": False})
+        run = run.model_copy(update={"train": train})
+        if stage:
+            with pytest.raises(ConfigError, match=r"train\.save_beside: false needs .*stage 0"):
+                deepspeed_config(run)
+        else:
+            deepspeed_config(run)
+
+
 def test_the_launcher_must_start_as_many_ranks_as_the_run_names(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
