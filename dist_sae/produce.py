@@ -3,7 +3,7 @@
 Any number of producers work on one plan. Three stages overlap: a thread claims and tokenises the
 next unit, this thread runs the model on the present one, another thread checks, packs and stores
 the last one. The model never waits for the network unless storing a unit takes longer than
-computing it. In memory are the rows of two units at most, and twice those of four sites.
+computing it. In memory are the rows of two units, and once more of the one that is being stored.
 """
 
 import logging
@@ -32,7 +32,7 @@ from dist_sae.data.shard import DTYPES, Rows, SiteShard, UnitManifest, manifest_
 from dist_sae.data.tokens import TokenBatch, cut, pack
 from dist_sae.errors import CorpusError, NonFiniteError, Stopped
 from dist_sae.models import ActivationSource, Tokenizer, build_source, build_tokenizer
-from dist_sae.models.forward import Forward, Leaving
+from dist_sae.models.forward import Forward, Leaving, in_step
 from dist_sae.parallel.lead import Leader, Work, follow, leading
 from dist_sae.parallel.meeting import meet
 from dist_sae.parallel.mesh import join_mesh
@@ -110,7 +110,7 @@ def produce(
             while (tokenized := _first_of(upcoming, finishing)) is not None:
                 upcoming = preparer.submit(prepare.next_unit)
                 if forward is None:
-                    forward = Forward(open_source(), dtype=held, shared=run.model_shards > 1)
+                    forward = Forward(open_source(), held)
                 computed = _compute(
                     tokenized, forward, prepare.tokenizer, run.activations, claims, stopping
                 )
@@ -158,7 +158,7 @@ def produce_together(
     ):
 
         def open_work() -> Work:
-            return build_source(run.model, run.activations.sites).run
+            return in_step(build_source(run.model, run.activations.sites).run)
 
         if not mesh.is_first:
             follow(open_work, mesh, watch)

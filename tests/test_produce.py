@@ -5,7 +5,9 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from dist_sae.data.claims import Claims, Worker
 from dist_sae.data.consumers import Consumers
 from dist_sae.data.shard import Rows, manifest_key, read_block, read_manifest
 from dist_sae.errors import CorpusError, ModelError, NonFiniteError, Stopped, StoreFullError
+from dist_sae.models.forward import Forward, in_step
 from dist_sae.plan import plan
 from dist_sae.produce import produce
 from dist_sae.storage import ObjectStore, open_store
@@ -472,15 +475,16 @@ def test_what_no_smaller_batch_mends_is_an_error(
     assert made_letters(store) == []
 
 
-def test_ranks_that_share_a_model_do_not_try_again(
-    letters: tuple[Run, ObjectStore], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, _ = letters
+@pytest.mark.parametrize("rank", ["leads", "follows"])
+def test_ranks_that_share_a_model_do_not_try_again(rank: str) -> None:
     source = SmallMemory(room=10)
-    with_source(monkeypatch, source)
-    together = run.model_copy(update={"model": run.model.model_copy(update={"shards": 2})})
+    run = in_step(source.run)
+    tokens = torch.ones(8, 5, dtype=torch.int32)
+    everything = torch.ones(8, 5, dtype=torch.bool)
+    forward = Forward(SimpleNamespace(run=run), None)
+    work = partial(forward, tokens, everything) if rank == "leads" else partial(run, tokens)
     with pytest.raises(ModelError, match=r"lower model\.batch_tokens or raise model\.shards"):
-        start(together, "a")
+        work(everything)
     assert len(source.sizes) == 1
 
 

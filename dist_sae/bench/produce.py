@@ -14,6 +14,8 @@ from collections import Counter
 from collections.abc import Iterable
 from typing import Any
 
+import torch
+
 from dist_sae.bench.memory import peak_memory, resident_bytes
 from dist_sae.bench.scratch import scratch
 from dist_sae.config import Run
@@ -98,6 +100,8 @@ def _run(source: ActivationSource, batches: Iterable[TokenBatch]) -> float:
     since = time.perf_counter()
     for batch in batches:
         source.run(batch.tokens, batch.mask)
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
     return time.perf_counter() - since
 
 

@@ -10,6 +10,7 @@ import torch
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.checkpoint.state import is_per_latent, is_weight, mean_or_last
 from dist_sae.config import Run
+from dist_sae.config.sae import RoutedConfig
 from dist_sae.errors import ConfigError
 from dist_sae.sae.base import Dictionary
 from dist_sae.storage import ObjectStore
@@ -65,11 +66,13 @@ def check(checkpoint: Checkpoint, run: Run) -> None:
         raise ConfigError(
             f"{run.name}: sae.kind: {run.sae.kind} cannot begin with the weights of {kind}"
         )
-    if kind == "routed":
-        raise ConfigError(
-            f"{run.name}: sae.kind: routed dictionaries cannot be widened: latents would come to "
-            f"other experts; train one from the start"
-        )
+    if isinstance(run.sae, RoutedConfig):
+        experts = checkpoint.scalars["run"]["sae"]["experts"]
+        if (n_latents, experts) != (run.sae.n_latents, run.sae.experts):
+            raise ConfigError(
+                f"{run.name}: sae.kind: routed dictionaries cannot be widened: latents would come "
+                f"to other experts; train one from the start"
+            )
     if n_latents > run.sae.n_latents:
         raise ConfigError(
             f"{run.name}: sae.n_latents: {run.sae.n_latents} is less than the {n_latents} "

@@ -106,7 +106,8 @@ class Run(Section):
                 f"a shard holds whole experts",
             )
         if self.sae.init_rows > self.train.rows:
-            yield "sae.init", f"data wants n_latents ({n_latents}) rows, of train.rows; or: random"
+            wanted = self.sae.init_rows
+            yield "sae.init", f"data wants {wanted} rows, of train.rows; or: random"
 
     def least_ahead_units(self, init_rows: int) -> int:
         """The least `store.max_ahead_units` that a run with so many rows to begin with can do with.

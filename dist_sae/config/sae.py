@@ -90,7 +90,8 @@ class RoutedConfig(CountsLatentsConfig):
     capacity: float | None = Field(None, ge=1)
     """An expert takes at most so many times its even share of a batch; null: all that come.
 
-    What it does not take is reconstructed by b_dec alone, and counted.
+    What it does not take goes without its part of the reconstruction, and is counted. The share is
+    of a replica's rows, so what is trained depends on the number of replicas.
     """
 
     @property

@@ -2,6 +2,7 @@
 
 import logging
 from collections import deque
+from collections.abc import Callable
 
 import torch
 from jaxtyping import Bool, Int
@@ -11,6 +12,9 @@ from dist_sae.errors import ModelError
 from dist_sae.models.base import ActivationSource
 
 logger = logging.getLogger(__name__)
+
+Work = Callable[[Tensor, Tensor], dict[str, Tensor]]
+"""Of (tokens, mask): activations at every site."""
 
 _MOST_UNDER_WAY = 2  # what a GPU is ahead of its copies, so what they hold of its memory
 
@@ -26,6 +30,9 @@ class Leaving:
         """`[rows, d_in]` at every site, on the CPU; waits for them."""
         if self._copied is not None:
             self._copied.synchronize()
+            self._copied = None
+            # pinned memory is never given back: the next batch gets this batch's
+            self._rows = {site: rows.clone() for site, rows in self._rows.items()}
         return self._rows
 
 
@@ -35,19 +42,16 @@ class Forward:
     Args:
         source: The model.
         dtype: Rows leave in it, or as the model gives them.
-        shared: Whether other ranks run the same, and would be out of step with a second try.
     """
 
-    def __init__(
-        self, source: ActivationSource, *, dtype: torch.dtype | None, shared: bool
-    ) -> None:
+    def __init__(self, source: ActivationSource, dtype: torch.dtype | None) -> None:
         self._source = source
         self._dtype = dtype
-        self._shared = shared
         self._parts = 1
         """Of a batch; doubled when memory is short, and from then on."""
         self._under_way: deque[Leaving] = deque()
         self._stream: torch.cuda.Stream | None = None
+        self._device = torch.device("cpu")  # of the batch before
 
     def __call__(
         self,
@@ -68,10 +72,6 @@ class Forward:
             except (RuntimeError, MemoryError) as exc:
                 if not _is_out_of_memory(exc):
                     raise
-                if self._shared:
-                    raise ModelError(
-                        "model: out of memory; lower model.batch_tokens or raise model.shards"
-                    ) from exc
                 if self._parts >= len(tokens):
                     raise ModelError(
                         f"model: a single context of {tokens.shape[1]} tokens does not fit "
@@ -89,10 +89,14 @@ class Forward:
     def _run(self, tokens: Tensor, mask: Tensor, keep: Tensor) -> Leaving:
         while len(self._under_way) >= _MOST_UNDER_WAY:
             self._under_way.popleft().arrived()
-        acts = self._source.run(tokens, mask)
         index = keep.flatten().nonzero()[:, 0]
+        if self._device.type == "cuda":  # on its way before the model is: it waits for nothing
+            index = index.pin_memory().to(self._device, non_blocking=True)
+        acts = self._source.run(tokens, mask)
+        self._device = next(iter(acts.values())).device
+        index = index.to(self._device)
         rows = {
-            site: of_site.flatten(0, 1).index_select(0, index.to(of_site.device)).to(self._dtype)
+            site: of_site.flatten(0, 1).index_select(0, index).to(self._dtype)
             for site, of_site in acts.items()
         }
         leaving = self._send(rows)
@@ -113,6 +117,25 @@ class Forward:
         for of_site in rows.values():  # their memory is not to be used again before
             of_site.record_stream(self._stream)
         return Leaving(copies, copied)
+
+
+def in_step(run: Work) -> Work:
+    """A source's `run` where other ranks run the same: a second try would be out of step.
+
+    What it then raises when memory is short is a `ModelError`.
+    """
+
+    def work(tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
+        try:
+            return run(tokens, mask)
+        except (RuntimeError, MemoryError) as exc:
+            if not _is_out_of_memory(exc):
+                raise
+            raise ModelError(
+                "model: out of memory; lower model.batch_tokens or raise model.shards"
+            ) from exc
+
+    return work
 
 
 def _is_out_of_memory(exc: BaseException) -> bool:

@@ -2,10 +2,13 @@
 
 import contextlib
 import logging
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
+import accelerate  # type: ignore[import-untyped]
 import torch
+import torch.distributed as dist
 import transformers
 from jaxtyping import Bool, Float, Int
 from safetensors import SafetensorError
@@ -47,6 +50,8 @@ _SITES: dict[str, tuple[tuple[str, ...], bool]] = {
     "attn_out": (_ATTENTION_OUTPUT, False),
     "attn_z": (_ATTENTION_OUTPUT, True),
 }
+
+_OF_RANKS = re.compile(r"gloo|nccl|connection closed by peer|connection reset", re.IGNORECASE)
 
 Edit = Callable[[Float[Tensor, "batch seq d_in"]], Float[Tensor, "batch seq d_in"]]
 
@@ -115,8 +120,9 @@ class HuggingFaceSource:
                     if site.startswith(("attn_z.", "mlp_inner.")):
                         weight = _place(self._model, site).module.get_parameter("weight")
                         self._widths[site] = weight.shape[1]  # of all parts
-            if divider == "deepspeed":
-                self._model = divide(self._model, DTYPES[config.dtype])
+        if divider == "deepspeed":
+            buffers = _buffers(self._model, description, DTYPES[config.dtype])
+            self._model = divide(self._model, DTYPES[config.dtype], buffers)
         self._seen: dict[str, Tensor] = {}
         for site in sites:
             _attach(self._model, site, self._record(site))
@@ -125,6 +131,7 @@ class HuggingFaceSource:
     def run(
         self, tokens: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]
     ) -> dict[str, Float[Tensor, "batch seq d_in"]]:
+        self._seen = {}  # of a batch that did not fit
         self._model(**_inputs(self._model, tokens, mask))
         for site, width in self._widths.items():
             self._seen[site] = gather(self._seen[site], width)
@@ -204,6 +211,17 @@ def _load(
     return model.eval().to(device) if divider is None else model.eval()
 
 
+def _buffers(model: nn.Module, description: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Those of a model as it would be made in `dtype`; what files hold is as they hold it."""
+    with accelerate.init_empty_weights(include_buffers=False):
+        made: Any = transformers.AutoModel.from_config(description, dtype=dtype)  # type: ignore[no-untyped-call]
+    anew = dict(made.named_buffers())
+    persistent = model.state_dict().keys()
+    return {
+        name: buffer if name in persistent else anew[name] for name, buffer in model.named_buffers()
+    }
+
+
 def _layer(site: str) -> int:
     return int(site.rpartition(".")[2])
 
@@ -278,5 +296,7 @@ def _errors(config: HuggingFaceModel) -> Iterator[None]:
     try:
         yield
     except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as exc:
+        if isinstance(exc, dist.DistError) or _OF_RANKS.search(str(exc)):
+            raise  # another rank is gone, which is no fault of the model
         reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
         raise ModelError(f"model.path {config.path}: cannot be loaded: {reason}") from exc

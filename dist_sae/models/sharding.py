@@ -8,6 +8,7 @@ The weights that it slices are mapped from their files: no rank ever holds them 
 
 import contextlib
 import io
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
@@ -40,7 +41,7 @@ def choose_divider(config: HuggingFaceModel, description: Any) -> Divider:
     """
     text = description.get_text_config()
     name = description.model_type
-    heads = text.num_attention_heads
+    heads = getattr(text, "num_attention_heads", None) or 1
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     widths = [getattr(text, key, None) for key in ("intermediate_size", "moe_intermediate_size")]
     evenly = [
@@ -67,14 +68,15 @@ def choose_divider(config: HuggingFaceModel, description: Any) -> Divider:
     )
 
 
-def divide(model: nn.Module, dtype: torch.dtype) -> nn.Module:
+def divide(model: nn.Module, dtype: torch.dtype, buffers: Mapping[str, Tensor]) -> nn.Module:
     """By AutoTP; keeps this rank's slices, as `dtype`. Collective.
 
     Args:
         model: With its weights as they are in their files, so that they need no memory.
         dtype: Of the result.
+        buffers: As they are to be. DeepSpeed rounds the model's own like weights, rotary angles
+            too, and they were made in the precision of the files.
     """
-    buffers = dict(model.named_buffers())
     with contextlib.redirect_stdout(io.StringIO()):  # it prints what it found
         engine = import_deepspeed().init_inference(
             model,
@@ -85,7 +87,7 @@ def divide(model: nn.Module, dtype: torch.dtype) -> nn.Module:
     divided: nn.Module = engine.module
     for parameter in divided.parameters():
         parameter.data = parameter.data.to(dtype)
-    for name, buffer in buffers.items():  # it has rounded them like weights, rotary angles too
+    for name, buffer in buffers.items():
         owner, _, own = name.rpartition(".")
         divided.get_submodule(owner).register_buffer(own, buffer.to(parameter.device))
     return divided

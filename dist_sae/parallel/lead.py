@@ -46,6 +46,7 @@ class Leader:
         self._batches += 1
         self._watch.at(self._batches, working=True)
         result = self._work(tokens, mask)
+        _wait_for_device()
         self._watch.at(self._batches, working=False)
         return result
 
@@ -86,7 +87,14 @@ def follow(open_work: Callable[[], Work], mesh: Mesh, watch: Watch) -> None:
         watch.at(batches, working=True)
         assert work is not None
         work(tokens, mask.bool())
+        _wait_for_device()
         watch.at(batches, working=False)
+
+
+def _wait_for_device() -> None:
+    """Until the work is done and not only begun, or a rank that hangs would look idle."""
+    if torch.cuda.is_available():
+        torch.cuda.current_stream().synchronize()
 
 
 def _tell(mesh: Mesh, what: int = 0, rows: int = 0, length: int = 0) -> list[int]:

@@ -48,7 +48,7 @@ class LossTerms(NamedTuple):
     auxk: Float[Tensor, ""]
     """sum |e - e_hat|^2 / (rows * variance of e), e the error that the main latents leave."""
     sparsity: Float[Tensor, ""]
-    """The recipe's penalty on the codes, with its coefficient."""
+    """The recipe's penalty on the codes, or on the routing, with its coefficient."""
     total: Float[Tensor, ""]
     """What is minimised."""
 

@@ -153,12 +153,13 @@ class Routed(Dictionary):
     def route(self, centred: Float[Tensor, "rows d_in"], axis: LatentAxis = WHOLE) -> Route:
         """Choose each row's experts; with the replica's axis, gradients are of all its rows."""
         logits = centred @ axis.replicated(self.W_router).T + axis.replicated(self.b_router)
-        p = logits.softmax(1)
-        experts = (p.detach().log() + self.balance).topk(self.config.experts_per_row, dim=1).indices
-        gates = p.gather(1, experts)
+        log_p = logits.log_softmax(1)  # p itself may be 0 where a bias sends a row
+        wanted = log_p.detach() + self.balance
+        experts = wanted.topk(self.config.experts_per_row, dim=1).indices
+        log_gates = log_p.gather(1, experts)
         if self.config.gate == "straight_through":
-            gates = gates / gates.sum(1, keepdim=True).detach()
-        return Route(p, experts, gates)
+            log_gates = log_gates - log_gates.detach().logsumexp(1, keepdim=True)
+        return Route(log_p.exp(), experts, log_gates.exp())
 
     def objective(self, x: Float[Tensor, "batch d_in"], step: Step) -> Output:
         config, axis = self.config, self.axis

@@ -73,7 +73,9 @@ METRICS = (
         "dist_sae_train_auxk_loss", "gauge", "AuxK loss on the last batch, before its coefficient."
     ),
     Metric(
-        "dist_sae_train_sparsity_loss", "gauge", "Sparsity penalty on the last batch, weighted."
+        "dist_sae_train_sparsity_loss",
+        "gauge",
+        "Penalty on codes (routed: loads), last batch, weighted.",
     ),
     Metric("dist_sae_train_l0_latents", "gauge", "Latents active per row on the last batch."),
     Metric(

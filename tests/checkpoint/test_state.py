@@ -16,17 +16,21 @@ from dist_sae.sae.dead import DeadLatents
 from dist_sae.sae.ema import WeightAverage
 from dist_sae.storage import open_store
 from tests.launch import write_run
-from tests.sae.recipes import BATCH, CONFIGS, D_IN, KINDS, N_LATENTS, VARIANCE, make
+from tests.sae.recipes import BATCH, CONFIGS, D_IN, KINDS, N_LATENTS, UNIT_ROWS, VARIANCE, make
 
 DEAD_AFTER = 2 * BATCH
 
 
+RECIPES = CONFIGS | {"routed": CONFIGS["routed"].model_copy(update={"balance": "bias"})}
+"""With everything in them that a step changes."""
+
+
 def make_run(folder: Path, kind: str) -> Run:
-    return load_run(write_run(folder, sae=CONFIGS[kind].model_dump()))
+    return load_run(write_run(folder, sae=RECIPES[kind].model_dump()))
 
 
 def make_state(run: Run, kind: str, axis: LatentAxis = WHOLE) -> TrainingState:
-    sae = make(CONFIGS[kind], torch.float32, axis)
+    sae = make(RECIPES[kind], torch.float32, axis)
     dead = DeadLatents(len(sae.W_enc), DEAD_AFTER, axis)
     return TrainingState(sae, LocalEngine(run, sae), dead, WeightAverage(sae, 0.9))
 
@@ -107,12 +111,12 @@ def test_inference_takes_the_running_mean(tmp_path: Path, kind: str) -> None:
     checkpoints.commit(5, [checkpoints.write(5, state.pieces())], {})
     checkpoints.commit(6, [checkpoints.write(6, state._replace(average=None).pieces())], {})
     assert state.average is not None
-    mean, last = make(CONFIGS[kind], torch.float32), make(CONFIGS[kind], torch.float32)
+    mean, last = make(RECIPES[kind], torch.float32), make(RECIPES[kind], torch.float32)
     load_weights(mean, checkpoints.open(5))
     load_weights(last, checkpoints.open(6))
     for name, parameter in mean.named_parameters():
         expected = state.average.mean[name]
-        if name == "W_dec" and kind in ("topk", "batchtopk", "jumprelu"):
+        if name == "W_dec" and kind in UNIT_ROWS:
             expected = expected / expected.norm(dim=1, keepdim=True)
         torch.testing.assert_close(parameter.detach(), expected)
     for name, parameter in last.named_parameters():

@@ -171,7 +171,7 @@ def test_load_run_refuses_urls_that_lead_nowhere(
         ),
         (
             ["sae.n_latents=5000", "sae.init=data"],
-            "sae.init: data wants n_latents (5000) rows, of train.rows; or: random",
+            "sae.init: data wants 5000 rows, of train.rows; or: random",
         ),
         (
             ["train.keep_best=1"],

@@ -45,7 +45,8 @@ def job(
             ranks[-1].start()
         for number, process in enumerate(ranks):
             process.join(300)
-            if process.exitcode:
+            if process.exitcode != 0:  # None: it hangs
+                process.kill()
                 (out / "failed").write_text((out / f"log.{number}").read_text())
     assert not (out / "failed").exists(), (out / "failed").read_text()[-3000:]
     return [torch.load(out / f"seen.{rank}") for rank in range(world)]

@@ -89,9 +89,9 @@ def test_shards_begin_as_parts_of_the_same_dictionary(
     check_shards(on_ranks(replicas, shards, initialised), whole, shards)
 
 
-def from_data(axis: LatentAxis) -> dict[str, Tensor]:
+def from_data(axis: LatentAxis, kind: str = "topk") -> dict[str, Tensor]:
     """64 latents from 72 rows."""
-    sae = build_sae(CONFIGS["topk"], D_IN, axis)  # type: ignore[arg-type]
+    sae = build_sae(CONFIGS[kind], D_IN, axis)  # type: ignore[arg-type]
     rows = [part(axis, batch(number)) for number in range(3)]
     sae.initialise(rows[0], seed=5)
     initialise_from_data(sae, iter(rows))
@@ -127,8 +127,12 @@ def test_latents_from_equal_rows_are_no_copies() -> None:
 
 
 @pytest.mark.parametrize(("replicas", "shards"), LAYOUTS)
-def test_directions_from_data_are_the_same_for_shards(replicas: int, shards: int) -> None:
-    check_shards(on_ranks(replicas, shards, from_data), from_data(WHOLE), shards)
+@pytest.mark.parametrize("kind", ["topk", "routed"])
+def test_directions_from_data_are_the_same_for_shards(
+    kind: str, replicas: int, shards: int
+) -> None:
+    ranks = on_ranks(replicas, shards, lambda axis: from_data(axis, kind))
+    check_shards(ranks, from_data(WHOLE, kind), shards)
 
 
 KNOWN = 24

@@ -230,6 +230,24 @@ def test_latents_whose_gradients_are_near_eps_are_counted(tmp_path: Path) -> Non
     assert reporter._starved_share(state) == 0.25  # type: ignore[arg-type]
 
 
+def test_a_routed_run_tells_how_its_experts_fare_and_resumes_bitwise(
+    tmp_path: Path, activations: str
+) -> None:
+    sae = {"kind": "routed", "experts": 4, "n_latents": 64, "k": 3, "auxk": 16}
+    sae |= {"balance": "bias", "capacity": 1.25, "dead_after_rows": 480}
+    for name in ("calm", "stopped"):
+        (tmp_path / name).mkdir()
+        path = run_file(tmp_path / name, activations, sae=sae)
+        if name == "stopped":
+            train(path, *SHARDED, world=2, stop_at=20)
+        train(path, *SHARDED, world=2)
+    check_same(final(tmp_path / "calm"), final(tmp_path / "stopped"))
+    last = history(tmp_path / "calm")[-1]
+    assert 1 <= last["expert_load_ratio"] < 4
+    assert last["idle_experts"] == 0
+    assert 0 <= last["dead_share"] <= last["expert_dead_share"] <= 1
+
+
 def test_too_little_data_is_said_before_the_first_step(tmp_path: Path, activations: str) -> None:
     error = run("train", str(run_file(tmp_path, activations, train={"max_passes": 1})), code=2)
     assert "train.rows asks for 9600 rows" in error
