@@ -1,8 +1,10 @@
 """A model at work: rows leave its device while it goes on, and batches shrink to its memory."""
 
 import logging
+import threading
 from collections import deque
 from collections.abc import Callable
+from typing import Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Int
@@ -19,21 +21,30 @@ Work = Callable[[Tensor, Tensor], dict[str, Tensor]]
 _MOST_UNDER_WAY = 2  # what a GPU is ahead of its copies, so what they hold of its memory
 
 
+@runtime_checkable
+class Event(Protocol):
+    """Something on a device that can be waited for, as `torch.cuda.Event` is."""
+
+    def synchronize(self) -> None: ...
+
+
 class Leaving:
     """Rows at every site on their way off the model's device."""
 
-    def __init__(self, rows: dict[str, Tensor], copied: torch.cuda.Event | None) -> None:
+    def __init__(self, rows: dict[str, Tensor], copied: Event | None) -> None:
         self._rows = rows
         self._copied = copied
+        self._one_at_a_time = threading.Lock()  # who runs the model waits, and who uses the rows
 
     def arrived(self) -> dict[str, Tensor]:
         """`[rows, d_in]` at every site, on the CPU; waits for them."""
-        if self._copied is not None:
-            self._copied.synchronize()
-            self._copied = None
-            # pinned memory is never given back: the next batch gets this batch's
-            self._rows = {site: rows.clone() for site, rows in self._rows.items()}
-        return self._rows
+        with self._one_at_a_time:
+            if self._copied is not None:
+                self._copied.synchronize()
+                self._copied = None
+                # pinned memory is never given back: the next batch gets this batch's
+                self._rows = {site: rows.clone() for site, rows in self._rows.items()}
+            return self._rows
 
 
 class Forward:
