@@ -53,7 +53,7 @@ class TrainingReporter:
         self._waited += batch.waited_seconds
         self._telemetry.add("dist_sae_train_stuck_latents_total", state.dead.n_stuck)
         if routing := output.routing:
-            self._telemetry.add("dist_sae_train_dropped_rows_total", int(routing.dropped))
+            self._telemetry.add("dist_sae_train_dropped_rows_total", routing.dropped)
             self._load = routing.load if self._load is None else self._load + routing.load
         if step % self._run.train.log_every_steps and step != self._run.steps:
             return

@@ -21,7 +21,7 @@ from dist_sae.sae.axis import LatentAxis
 from dist_sae.sae.base import Dictionary, Step
 from dist_sae.sae.init import least_squares_scale
 
-Reconstruct = Callable[[Tensor], Tensor]
+EHat = Callable[[Tensor], Tensor]
 """e_hat of this rank's rows from the latents of this shard that a mask names, and all shards'."""
 
 _LEAST_LENGTH = 0.01  # with none at all, nothing could reach them
@@ -31,7 +31,7 @@ def auxk_loss(
     axis: LatentAxis,
     error: Float[Tensor, "batch d_in"],
     step: Step,
-    reconstruct: Reconstruct,
+    e_hat: EHat,
 ) -> Float[Tensor, ""]:
     """The loss above, of this rank's rows; 0 without dead latents or error.
 
@@ -39,7 +39,7 @@ def auxk_loss(
         axis: This rank's place.
         error: e of this rank's rows.
         step: Which latents are dead.
-        reconstruct: e_hat from them.
+        e_hat: From them.
     """
     if not step.n_dead:
         return error.new_zeros(())
@@ -47,7 +47,7 @@ def auxk_loss(
     if not spread > 0:
         return error.new_zeros(())
     replica_rows = len(error) * axis.shards
-    return (error - reconstruct(step.dead)).square().sum() / spread * (rows / replica_rows)
+    return (error - e_hat(step.dead)).square().sum() / spread * (rows / replica_rows)
 
 
 @torch.no_grad()
@@ -55,7 +55,7 @@ def retie_(
     sae: Dictionary,
     stuck: Bool[Tensor, " n_local"],
     error: Float[Tensor, "batch d_in"],
-    reconstruct: Reconstruct,
+    e_hat: EHat,
 ) -> None:
     """Give stuck latents their decoder row as encoder, at the length above, and no bias.
 
@@ -63,11 +63,11 @@ def retie_(
         sae: The dictionary; its decoder rows have unit norm.
         stuck: Which.
         error: What the live latents leave of this rank's rows.
-        reconstruct: e_hat from the stuck ones.
+        e_hat: From the stuck ones.
     """
     sae.W_enc[stuck] = sae.W_dec[stuck]
     sae.b_enc[stuck] = 0
-    scale = least_squares_scale(sae.axis, error, reconstruct(stuck))
+    scale = least_squares_scale(sae.axis, error, e_hat(stuck))
     sae.W_enc[stuck] *= scale.clamp(min=_LEAST_LENGTH)
 
 

@@ -58,7 +58,7 @@ class Routing(NamedTuple):
 
     load: Int[Tensor, " experts"]
     """Rows of the global batch that each was sent."""
-    dropped: Int[Tensor, ""]
+    dropped: int
     """Rows of the replica that this shard's experts had no room for."""
 
 

@@ -27,23 +27,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dist_sae.config.sae import RoutedConfig
-from dist_sae.sae.auxk import auxk_loss, retie_
+from dist_sae.sae.auxk import EHat, auxk_loss
 from dist_sae.sae.axis import WHOLE, LatentAxis
-from dist_sae.sae.base import (
-    Codes,
-    Dictionary,
-    LossTerms,
-    Output,
-    Routing,
-    Slots,
-    Step,
-    fired,
-)
-from dist_sae.sae.constraints import normalise_rows_
+from dist_sae.sae.base import Codes, LossTerms, Output, Routing, Slots, Step, fired
 from dist_sae.sae.init import first_rows, initialise_tied, random_rows, rescale_encoder
-from dist_sae.sae.kernels import Entries, autograd, select
+from dist_sae.sae.kernels import Entries, select
 from dist_sae.sae.kernels.keys import NOTHING
 from dist_sae.sae.schedules import annealed
+from dist_sae.sae.topk import TopK
 
 _BALANCING_STEPS = 200  # of the initial router, on the first batch
 _ROUTER_SEED = 1  # beside the dictionary's
@@ -56,16 +47,6 @@ class Route(NamedTuple):
     experts: Int[Tensor, "rows chosen"]
     gates: Float[Tensor, "rows chosen"]
     """g."""
-
-
-class Reconstruction(NamedTuple):
-    """What this rank's experts and others made of rows."""
-
-    acts: Float[Tensor, " entries"]
-    """Of this shard's experts, without g."""
-    entries: Entries
-    parts: Float[Tensor, "rows chosen d_in"]
-    """Of this rank's rows, by whichever experts."""
 
 
 class Trip:
@@ -131,8 +112,8 @@ def _put_back(x: Tensor, order: Tensor) -> Tensor:
     return result
 
 
-class Routed(Dictionary):
-    """The dictionary and its loss."""
+class Routed(TopK):
+    """TopK in what it does with latents; which ones a row meets is the router's choice."""
 
     config: RoutedConfig
     balance: Float[Tensor, " experts"]
@@ -170,26 +151,15 @@ class Routed(Dictionary):
         trip = Trip(axis, route.experts, config.experts)
         rows = trip.there(centred)
         replica_rows = len(x) * axis.shards
-
-        def reconstruct(k: int, limit: int | None, dead: Tensor | None) -> Reconstruction:
-            pre_acts, entries = self._select(rows, trip.arrived, k, limit=limit, among=dead)
-            pre_acts = autograd.encode(
-                pre_acts, self.kernels, entries, rows, self.W_enc, self.b_enc, b_dec
-            )
-            acts = pre_acts.relu()
-            parts = autograd.decode(acts, self.kernels, entries, self.W_dec, unit_rows=True)
-            return Reconstruction(acts, entries, trip.back(parts))
-
-        def error_of(dead: Tensor) -> Tensor:
-            return _mixed(route.gates.detach(), reconstruct(config.auxk, None, dead).parts)
-
         limit = self._limit(replica_rows)
-        acts, entries, parts = reconstruct(k, limit, None)
-        error = x - (_mixed(route.gates, parts) + b_dec)
+        pre_acts, entries = self._select(rows, trip.arrived, k, limit=limit)
+        acts, parts = self.reconstruct(pre_acts, entries, rows, b_dec)
+        error = x - (_mixed(route.gates, trip.back(parts)) + b_dec)
         fvu = error.square().sum() / (replica_rows * step.variance)
         auxk = fvu.new_zeros(())
         if config.auxk:
-            auxk = auxk_loss(axis, error.detach(), step, error_of)
+            e_hat = self._error_by_experts(route, trip, rows, b_dec)
+            auxk = auxk_loss(axis, error.detach(), step, e_hat)
         load = axis.total(trip.load)
         penalty = self._imbalance(load, route.p) / replica_rows
         if config.balance == "bias" and self.training:
@@ -201,7 +171,7 @@ class Routed(Dictionary):
             fired(acts, entries),
             (acts > 0).sum(),
             error.detach(),
-            Routing(load, load.new_tensor(dropped)),
+            Routing(load, dropped),
         )
 
     @torch.no_grad()
@@ -247,30 +217,19 @@ class Routed(Dictionary):
 
         return slots
 
-    def constrain(self) -> None:
-        normalise_rows_(self.W_dec)
-
-    @torch.no_grad()
-    def retie(
-        self,
-        stuck: Bool[Tensor, " n_local"],
-        x: Float[Tensor, "batch d_in"],
-        error: Float[Tensor, "batch d_in"],
-    ) -> None:
-        if not self.config.auxk:
-            return
+    def error_from(self, x: Float[Tensor, "batch d_in"]) -> EHat:
         centred = x - self.b_dec
         route = self.route(centred)
         trip = Trip(self.axis, route.experts, self.config.experts)
+        return self._error_by_experts(route, trip, trip.there(centred), self.b_dec)
 
-        def error_of(stuck: Tensor) -> Tensor:
-            pre_acts, entries = self._select(
-                trip.there(centred), trip.arrived, self.config.auxk, among=stuck
-            )
-            parts = self.kernels.combine(pre_acts.relu(), entries, self.W_dec)
-            return _mixed(route.gates, trip.back(parts))
+    def _error_by_experts(self, route: Route, trip: Trip, rows: Tensor, b_dec: Tensor) -> EHat:
+        def e_hat(dead: Tensor) -> Tensor:
+            pre_acts, entries = self._select(rows, trip.arrived, self.config.auxk, among=dead)
+            _, parts = self.reconstruct(pre_acts, entries, rows, b_dec)
+            return _mixed(route.gates.detach(), trip.back(parts))
 
-        retie_(self, stuck, error, error_of)
+        return e_hat
 
     def _limit(self, replica_rows: int) -> int | None:
         """The most rows of a batch that an expert computes."""

@@ -13,7 +13,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dist_sae.config.sae import CountsLatentsConfig
-from dist_sae.sae.auxk import auxk_loss, retie_
+from dist_sae.sae.auxk import EHat, auxk_loss, retie_
 from dist_sae.sae.base import Codes, Dictionary, LossTerms, Output, Step, fired
 from dist_sae.sae.constraints import normalise_rows_
 from dist_sae.sae.init import initialise_tied
@@ -40,27 +40,12 @@ class TopK(Dictionary):
         b_dec = self.axis.replicated(self.b_dec)
         centred = (self.axis.gather(x) - b_dec).detach()
         pre_acts, entries = self.select(centred, k)
-        pre_acts = autograd.encode(
-            pre_acts, self.kernels, entries, centred, self.W_enc, self.b_enc, b_dec
-        )
-        acts = pre_acts.relu()
-        parts = autograd.decode(acts, self.kernels, entries, self.W_dec, unit_rows=True)
+        acts, parts = self.reconstruct(pre_acts, entries, centred, b_dec)
         error = x - (self.axis.scatter_sum(parts) + b_dec)
         fvu = error.square().sum() / (len(centred) * step.variance)
-
-        def error_of(dead: Tensor) -> Tensor:
-            pre_acts, entries = self.topk_entries(centred, config.auxk, among=dead.nonzero()[:, 0])
-            pre_acts = autograd.encode(
-                pre_acts, self.kernels, entries, centred, self.W_enc, self.b_enc, b_dec
-            )
-            parts = autograd.decode(
-                pre_acts.relu(), self.kernels, entries, self.W_dec, unit_rows=True
-            )
-            return self.axis.scatter_sum(parts)
-
         auxk = fvu.new_zeros(())
         if config.auxk:
-            auxk = auxk_loss(self.axis, error.detach(), step, error_of)
+            auxk = auxk_loss(self.axis, error.detach(), step, self._error_from(centred, b_dec))
         terms = LossTerms(fvu, auxk, fvu.new_zeros(()), fvu + config.auxk_coefficient * auxk)
         return Output(terms, fired(acts, entries), (acts > 0).sum(), error.detach())
 
@@ -69,6 +54,33 @@ class TopK(Dictionary):
     ) -> tuple[Float[Tensor, " entries"], Entries]:
         """(Pre-activations, entries) of this shard that training keeps of the replica's rows."""
         return self.topk_entries(centred, k)
+
+    def reconstruct(
+        self,
+        pre_acts: Float[Tensor, " entries"],
+        entries: Entries,
+        centred: Float[Tensor, "rows d_in"],
+        b_dec: Float[Tensor, " d_in"],
+    ) -> tuple[Float[Tensor, " entries"], Float[Tensor, "rows d_in"]]:
+        """(Codes, this shard's part of x_hat - b_dec) of selected pre-activations."""
+        pre_acts = autograd.encode(
+            pre_acts, self.kernels, entries, centred, self.W_enc, self.b_enc, b_dec
+        )
+        acts = pre_acts.relu()
+        return acts, autograd.decode(acts, self.kernels, entries, self.W_dec, unit_rows=True)
+
+    def error_from(self, x: Float[Tensor, "batch d_in"]) -> EHat:
+        """What latents that a mask names make of the errors of rows, AuxK's e_hat."""
+        return self._error_from(self.axis.gather(x) - self.b_dec, self.b_dec)
+
+    def _error_from(self, centred: Tensor, b_dec: Tensor) -> EHat:
+        def e_hat(dead: Tensor) -> Tensor:
+            among = dead.nonzero()[:, 0]
+            pre_acts, entries = self.topk_entries(centred, self.config.auxk, among=among)
+            _, parts = self.reconstruct(pre_acts, entries, centred, b_dec)
+            return self.axis.scatter_sum(parts)
+
+        return e_hat
 
     def initialise(self, x: Float[Tensor, "batch d_in"], seed: int) -> None:
         initialise_tied(self, x, seed)
@@ -83,14 +95,5 @@ class TopK(Dictionary):
         x: Float[Tensor, "batch d_in"],
         error: Float[Tensor, "batch d_in"],
     ) -> None:
-        if not self.config.auxk:
-            return
-        centred = self.axis.gather(x) - self.b_dec
-
-        def error_of(stuck: Tensor) -> Tensor:
-            pre_acts, entries = self.topk_entries(
-                centred, self.config.auxk, among=stuck.nonzero()[:, 0]
-            )
-            return self.axis.scatter_sum(self.kernels.combine(pre_acts.relu(), entries, self.W_dec))
-
-        retie_(self, stuck, error, error_of)
+        if self.config.auxk:
+            retie_(self, stuck, error, self.error_from(x))

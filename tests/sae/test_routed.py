@@ -141,11 +141,11 @@ def test_experts_on_several_ranks_give_what_one_rank_gives(
     for output, _ in parts:
         assert output.routing is not None
         assert torch.equal(output.routing.load, whole.routing.load)
-    dropped = sum(int(output.routing.dropped) for output, _ in parts if output.routing)
+    dropped = sum(output.routing.dropped for output, _ in parts if output.routing)
     assert (dropped > 0) == (case == "capacity")
     if case == "capacity" and replicas > 1:
         return  # it is of a replica's share of the batch
-    assert dropped == int(whole.routing.dropped)
+    assert dropped == whole.routing.dropped
     for name, wanted in whole.terms._asdict().items():
         found = sum(getattr(output.terms, name) for output, _ in parts) / replicas
         assert relative_error(found, wanted) <= 1e-12, name
@@ -163,7 +163,7 @@ def test_an_expert_over_capacity_drops_its_last_rows_and_counts_them() -> None:
     output = sae.objective(rows(), step())
     assert output.routing is not None
     assert output.routing.load.tolist() == [0, 0, BATCH, 0]
-    assert int(output.routing.dropped) == BATCH - BATCH // E
+    assert output.routing.dropped == BATCH - BATCH // E
     x = rows()
     assert torch.equal(output.error[BATCH // E :], (x - sae.b_dec)[BATCH // E :])
     assert not torch.equal(output.error[: BATCH // E], (x - sae.b_dec)[: BATCH // E])
