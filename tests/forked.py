@@ -7,7 +7,7 @@ import torch
 if not torch.cuda.is_available():
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
-import accelerate  # type: ignore[import-untyped]  # noqa: F401
+import accelerate  # noqa: F401
 import deepspeed  # noqa: F401
 import torch.distributed.tensor.parallel
 from transformers import LlamaModel, PreTrainedTokenizerFast  # noqa: F401

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
-import accelerate  # type: ignore[import-untyped]
+import accelerate
 import torch
 import torch.distributed as dist
 import transformers

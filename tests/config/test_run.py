@@ -170,6 +170,10 @@ def test_load_run_refuses_urls_that_lead_nowhere(
             "sae.n_latents: 3 is not a multiple of processes.shards (4); use 4",
         ),
         (
+            ["processes.trainers=4", "processes.shards=4", "sae.kind=routed", "sae.experts=2"],
+            "sae.experts: 2 is not a multiple of processes.shards (4): a shard holds whole experts",
+        ),
+        (
             ["sae.n_latents=5000", "sae.init=data"],
             "sae.init: data wants 5000 rows, of train.rows; or: random",
         ),

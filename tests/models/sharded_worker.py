@@ -2,6 +2,9 @@
 
 import os
 import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -19,25 +22,50 @@ from dist_sae.produce import produce, produce_together
 from dist_sae.telemetry.exporter import Telemetry
 
 
+def _anonymous_bytes() -> int:
+    """Memory of this process that no file is behind."""
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.partition("RssAnon:")[2].split()[0])
+
+
+@contextmanager
+def _peak(measured: Callable[[], int]) -> Iterator[list[int]]:
+    peak, over = [measured()], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.001):
+            peak[0] = max(peak[0], measured())
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        thread.join()
+
+
 def rank(
     models: list[tuple[dict[str, Any], tuple[str, ...]]],
     batch: tuple[torch.Tensor, torch.Tensor],
     output: str,
     env: dict[str, str],
 ) -> None:
-    """Leaves in `output` what each model gives at its sites and the size of its blocks."""
+    """Leaves in `output` what each model gives, the size of its blocks and the memory it took."""
     os.environ.update(env)
     torch.set_num_threads(1)
     results = []
     try:
         with meet(int(env["WORLD_SIZE"])) as ranks, join_mesh(ranks):
             for settings, sites in models:
-                source = HuggingFaceSource(HuggingFaceModel.model_validate(settings), sites)
+                before = _anonymous_bytes()
+                with _peak(_anonymous_bytes) as peak:
+                    source = HuggingFaceSource(HuggingFaceModel.model_validate(settings), sites)
                 weights = sum(
                     getattr(p, "_local_tensor", p).numel()
                     for p in _layers(source._model).parameters()
                 )
-                results.append((source.run(*batch), weights))
+                results.append((source.run(*batch), weights, peak[0] - before))
     except DistSaeError as error:
         sys.stderr.write(f"error: {error}\n")
         os._exit(error.exit_code)

@@ -2,6 +2,7 @@
 
 import socket
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -48,6 +49,10 @@ CASES = (*(f"{name}-even" for name in EVEN), *(f"{name}-uneven" for name in UNEV
 BF16 = ("llama-even", "gemma2-even", "llama-uneven", "opt-uneven")
 FROM_BF16 = ("llama", "gemma3_text", "gptj")
 """Rotary angles, a scale of the embeddings and positions are buffers of theirs."""
+WIDE = {"hidden_size": 480, "intermediate_size": 1920, "num_hidden_layers": 8}
+LARGE = {"large-even": 4, "large-uneven": 3}
+LAST = "resid_post.7"
+"""Heads of models of 118 MB, loaded before the others: there is nothing yet to be used again."""
 BATCH = random_tokens(9, 6)
 
 
@@ -70,6 +75,10 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, HuggingFaceMod
         case: HuggingFaceModel(path=str(path), dtype="fp32", shards=2)
         for case, path in paths.items()
     }
+    for case, n_heads in LARGE.items():
+        config = hf.LlamaConfig(**THREE | WIDE | {"num_attention_heads": n_heads})
+        path = save_model(folder / case, "llama", config)
+        models[case] = HuggingFaceModel(path=str(path), dtype="fp32", shards=2)
     mamba = hf.MambaConfig(vocab_size=50, hidden_size=8, num_hidden_layers=LAYERS)  # no heads
     mamba.save_pretrained(folder / "mamba")
     models["mamba"] = HuggingFaceModel(path=str(folder / "mamba"), shards=2)
@@ -91,8 +100,11 @@ def shared(
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    cases = [case for case in models if case not in ("gpt2-even", "mamba")]
-    settings = [(models[case].model_dump(), sites_of_case(case)) for case in cases]
+    cases = [*LARGE, *(set(models) - {"gpt2-even", "mamba", *LARGE})]
+    settings = [
+        (models[case].model_dump(), (LAST,) if case in LARGE else sites_of_case(case))
+        for case in cases
+    ]
     started = []
     for number, output in enumerate(outputs):
         env = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
@@ -124,11 +136,23 @@ def test_two_ranks_give_what_one_gives(
     source = HuggingFaceSource(config, sites_of_case(case))
     expected = source.run(*BATCH)
     weights = sum(p.numel() for p in _layers(source._model).parameters())
-    for acts, here in (one[case] for one in shared):
+    for acts, here, _ in (one[case] for one in shared):
         assert acts.keys() == expected.keys()
         for site, wanted in expected.items():
             assert relative_error(acts[site], wanted) <= 1e-5, site
         assert here < (0.55 if "-even" in case else 0.8) * weights
+
+
+@pytest.mark.parametrize("case", LARGE)
+def test_no_rank_ever_holds_the_whole_model(
+    models: dict[str, HuggingFaceModel], shared: list[dict[str, Any]], case: str
+) -> None:
+    """Not even while it is loaded: at most its slices, here one half or two thirds."""
+    size = sum(file.stat().st_size for file in Path(models[case].path).glob("*.safetensors"))
+    for of_rank in shared:
+        _, weights, peak = of_rank[case]
+        assert 4 * weights < 0.7 * size
+        assert peak < 4 * weights + 0.15 * size
 
 
 @pytest.mark.parametrize("case", BF16)
@@ -140,7 +164,7 @@ def test_two_ranks_round_to_bf16_as_one_does(
     config = models[case].model_copy(update={"shards": 1})
     exact = HuggingFaceSource(config, sites).run(*BATCH)
     one = HuggingFaceSource(config.model_copy(update={"dtype": "bf16"}), sites).run(*BATCH)
-    for acts, _ in (one[f"{case}-bf16"] for one in shared):
+    for acts, _, _ in (one[f"{case}-bf16"] for one in shared):
         for site, wanted in exact.items():
             assert acts[site].dtype == torch.bfloat16
             error = relative_error(acts[site], wanted)

@@ -22,6 +22,7 @@ from dist_sae.plan import plan
 from dist_sae.reporting.training import TrainingReporter
 from dist_sae.sae import build_sae
 from dist_sae.sae.axis import WHOLE
+from dist_sae.sae.base import Routing
 from dist_sae.sae.init import initialise_from_data
 from dist_sae.storage import open_store
 from dist_sae.train import _found, _initialise, _places
@@ -228,6 +229,29 @@ def test_latents_whose_gradients_are_near_eps_are_counted(tmp_path: Path) -> Non
     reporter = object.__new__(TrainingReporter)
     reporter._run, reporter._mesh = run, Mesh(0, 1, torch.device("cpu"), WHOLE)
     assert reporter._starved_share(state) == 0.25  # type: ignore[arg-type]
+
+
+def test_experts_without_a_row_are_named_and_dropped_rows_are_counted(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    added: list[tuple[str, float]] = []
+    reporter = object.__new__(TrainingReporter)
+    reporter._run = SimpleNamespace(train=SimpleNamespace(log_every_steps=9), steps=99)  # type: ignore[assignment]
+    reporter._telemetry = SimpleNamespace(add=lambda *of: added.append(of))  # type: ignore[assignment]
+    reporter._mesh = Mesh(0, 1, torch.device("cpu"), WHOLE)
+    reporter._waited, reporter._load, reporter._idle_experts = 0.0, None, []
+    dead = SimpleNamespace(mask=torch.arange(12) >= 7, n_stuck=0)
+    batch, state = SimpleNamespace(waited_seconds=0.0), SimpleNamespace(dead=dead)
+    for load in ([5, 0, 0, 3], [6, 0, 1, 1]):
+        output = SimpleNamespace(routing=Routing(torch.tensor(load), 2))
+        reporter.step(1, batch, output, state, lr=0, gradient_norm=0)  # type: ignore[arg-type]
+    assert added.count(("dist_sae_train_dropped_rows_total", 2)) == 2
+    assert reporter._load is not None
+    for _ in range(2):  # the second time it is known
+        numbers = reporter._of_experts(reporter._load, state)
+    assert numbers == {"expert_load_ratio": 11 / 4, "idle_experts": 1, "expert_dead_share": 1}
+    (said,) = caplog.messages
+    assert said.startswith("experts 1 got no row since the last report; raise sae.balance")
 
 
 def test_a_routed_run_tells_how_its_experts_fare_and_resumes_bitwise(
