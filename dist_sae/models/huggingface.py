@@ -4,6 +4,7 @@ import contextlib
 import logging
 import re
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import accelerate
@@ -299,4 +300,6 @@ def _errors(config: HuggingFaceModel) -> Iterator[None]:
         if isinstance(exc, dist.DistError) or _OF_RANKS.search(str(exc)):
             raise  # another rank is gone, which is no fault of the model
         reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
+        if not Path(config.path).is_dir():  # transformers speaks of the hub alone
+            reason = f"there is no such folder here, and as a name on the model hub: {reason}"
         raise ModelError(f"model.path {config.path}: cannot be loaded: {reason}") from exc
