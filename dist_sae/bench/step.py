@@ -206,13 +206,14 @@ def _fastest_product(
         width = min(chunk, len(weights))
         out = torch.empty(len(rows), width, dtype=dtype, device=rows.device)
 
-        def product(width: int = width, out: Tensor = out) -> None:
-            for start in range(0, len(weights), width):
-                part = weights[start : start + width]
+        def product(width: int = width, out: Tensor = out, n: int = len(weights)) -> None:
+            for start in range(0, n, width):
+                part = weights[start : min(start + width, n)]
                 torch.mm(rows, part.T, out=out[:, : len(part)] if len(part) == width else None)
 
-        product()
-        fastest = min(seconds(product, mesh) for _ in range(3))
+        some = partial(product, n=min(_CHUNKS[-1], len(weights)))  # tells as much as all
+        some()
+        fastest = min(seconds(some, mesh) for _ in range(3))
         timed.append((fastest, width, product))
         if width == len(weights):
             break

@@ -250,14 +250,26 @@ def clip_gradients(sae: Dictionary, optimizer: torch.optim.Adam, clip_norm: floa
         NonFiniteError: The norm is NaN or infinite.
     """
     gradients = {n: p.grad for n, p in sae.named_parameters() if p.grad is not None}
-    shared = nn.utils.get_total_norm([gradients.pop(name) for name in sae.shared]).square()
-    local = nn.utils.get_total_norm(list(gradients.values())).square()
+    shared = sum(_square_sum(gradients.pop(name)) for name in sae.shared)
+    local = torch.stack([_square_sum(gradient) for gradient in gradients.values()]).sum()
     squares = sae.axis.total(local) / sae.axis.replicas + shared
     norm = float(squares.sqrt())
     check_finite(norm)
     scale = max(1.0, norm / clip_norm) if clip_norm is not None else 1.0
-    optimizer.grad_scale = torch.tensor(scale, device=shared.device) if scale > 1 else None  # type: ignore[attr-defined]
+    optimizer.grad_scale = torch.tensor(scale, device=local.device) if scale > 1 else None  # type: ignore[attr-defined]
     return norm
+
+
+def _square_sum(gradient: Tensor) -> Float[Tensor, ""]:
+    """Of all elements, in fp64 from rows of d_in on.
+
+    On a CPU `vector_norm` of all at once adds them up in a few fp32 numbers: of 67 million squares
+    it lost one percent, and took twice the time.
+    """
+    if gradient.ndim == 1:
+        return gradient.double().square().sum()
+    norms: Tensor = torch.linalg.vector_norm(gradient, dim=1)
+    return norms.double().square().sum()
 
 
 def check_finite(norm: float) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor
 from dist_sae.config import load_run
 from dist_sae.config.data import SyntheticModel
 from dist_sae.models.synthetic import SyntheticSource
-from dist_sae.parallel.engine import LocalEngine
+from dist_sae.parallel.engine import LocalEngine, build_optimizer, clip_gradients
 from dist_sae.sae import build_sae
 from dist_sae.sae.base import Dictionary, Step
 from dist_sae.sae.init import initialise_tied
@@ -44,6 +44,23 @@ def trained(folder: Path, factor: float, steps: int = 40, **train: Any) -> list[
         engine.step(lr=1e-3)
         seen.append({name: p.detach().clone() for name, p in sae.named_parameters()})
     return seen
+
+
+def test_the_norm_is_that_of_all_elements_however_many(tmp_path: Path) -> None:
+    """Added up in fp32 one after the other, squares of a wide dictionary get lost."""
+    run = load_run(write_run(tmp_path, sae={"n_latents": 2**17, "init": "random"}))
+    sae = build_sae(run.sae, 256)
+    for number, parameter in enumerate(sae.parameters()):
+        parameter.grad = torch.full_like(parameter, 0.1 * (1 + number))
+    wanted = math.sqrt(
+        sum(
+            float(p.grad[..., 0].double().square().max()) * p.numel()
+            for p in sae.parameters()
+            if p.grad is not None
+        )
+    )
+    norm = clip_gradients(sae, build_optimizer(run, sae), clip_norm=None)
+    assert norm == pytest.approx(wanted, rel=1e-6)
 
 
 def apart(one: list[dict[str, Tensor]], other: list[dict[str, Tensor]]) -> float:
