@@ -63,22 +63,30 @@ class TopKConfig(CountsLatentsConfig):
     kind: Literal["topk"] = "topk"
 
 
-class BatchTopKConfig(CountsLatentsConfig):
-    """BatchTopK with AuxK (Bussmann et al. 2024, arXiv:2412.06410)."""
+class KeepsThresholdConfig(CountsLatentsConfig):
+    """What may select over a whole batch."""
 
-    kind: Literal["batchtopk"] = "batchtopk"
     threshold_decay: float = Field(0.99, ge=0, lt=1)
     """Of the running mean of a batch's least code, per step; it is the threshold at inference."""
 
 
-class RoutedConfig(CountsLatentsConfig):
+class BatchTopKConfig(KeepsThresholdConfig):
+    """BatchTopK with AuxK (Bussmann et al. 2024, arXiv:2412.06410)."""
+
+    kind: Literal["batchtopk"] = "batchtopk"
+
+
+class RoutedConfig(KeepsThresholdConfig):
     """Experts, of which a row meets few (Switch SAE, Mudide et al. 2024, arXiv:2410.08201)."""
 
     kind: Literal["routed"] = "routed"
+    selection: Literal["row", "batch"] = "row"
+    """Each expert's codes are its `k / experts_per_row` largest (TopK), or those among the `k` per
+    row that are largest in the global batch (BatchTopK; only then `threshold_decay` matters)."""
     experts: PositiveInt = 16
     """Equal parts of the latents; a multiple of `processes.shards`."""
     experts_per_row: PositiveInt = 1
-    """How many a row is sent to; each keeps `k / experts_per_row` latents."""
+    """How many a row is sent to."""
     gate: Literal["straight_through", "probability"] = "straight_through"
     """What an expert's codes are times: its share of the row's chosen p, or p (Mudide et al.)."""
     balance: Literal["loss", "bias"] = "loss"
@@ -109,19 +117,16 @@ class RoutedConfig(CountsLatentsConfig):
             raise ValueError(
                 f"experts_per_row ({self.experts_per_row}) must not exceed experts ({self.experts})"
             )
-        width = self.n_latents // self.experts
+        met = self.n_latents // self.experts * self.experts_per_row
         for name in ("k", "k_start"):
             value = getattr(self, name)
-            if value is not None and value % self.experts_per_row:
+            if value is not None and self.selection == "row" and value % self.experts_per_row:
                 raise ValueError(
                     f"{name} ({value}) is not a multiple of experts_per_row "
                     f"({self.experts_per_row})"
                 )
-            if value is not None and value // self.experts_per_row > width:
-                raise ValueError(
-                    f"{name}: {value // self.experts_per_row} of an expert's latents, "
-                    f"of which there are {width}"
-                )
+            if value is not None and value > met:
+                raise ValueError(f"{name} ({value}) must not exceed the {met} latents a row meets")
         return self
 
 

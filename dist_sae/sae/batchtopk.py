@@ -10,18 +10,19 @@ do not: f = z where z > theta, with theta the running mean of the smallest f kep
 Decoder rows have unit norm, so that z alone says how much a latent matters.
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dist_sae.config.sae import BatchTopKConfig
+from dist_sae.config.sae import KeepsThresholdConfig
 from dist_sae.sae.axis import LatentAxis
 from dist_sae.sae.base import Codes
 from dist_sae.sae.kernels import Entries, select
 from dist_sae.sae.kernels.keys import from_ordered, ordered
-from dist_sae.sae.kernels.select import Candidates
+from dist_sae.sae.kernels.select import Block, Candidates
 from dist_sae.sae.topk import TopK
 
 _DIGIT = 16  # bits
@@ -33,9 +34,11 @@ class BatchTopK(TopK):
     threshold: Float[Tensor, "2"]
     """(sum, weight) of the running mean of the smallest code kept; theta = sum / weight."""
 
-    config: BatchTopKConfig
+    config: KeepsThresholdConfig
 
-    def __init__(self, config: BatchTopKConfig, d_in: int, *place: Any, **precision: Any) -> None:
+    def __init__(
+        self, config: KeepsThresholdConfig, d_in: int, *place: Any, **precision: Any
+    ) -> None:
         super().__init__(config, d_in, *place, **precision)
         self.register_buffer("threshold", torch.zeros(2, dtype=torch.float64))
 
@@ -49,21 +52,36 @@ class BatchTopK(TopK):
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
         centred = self.axis.gather(x) - self.b_dec
         bound = torch.full_like(self.b_enc, self.theta)
-        found = select.above(centred, self.W_enc, self.b_enc, bound, self.W_enc.dtype)
+        found = select.above(
+            select.products(centred, self.W_enc, self.W_enc.dtype), self.b_enc, bound
+        )
         assert found is not None
         return Codes(found.values, found.latents, select.starts_of(found.rows, len(centred)))
 
-    @torch.no_grad()
     def select(
         self, centred: Float[Tensor, "rows d_in"], k: int
     ) -> tuple[Float[Tensor, " entries"], Entries]:
         """This shard's part of the (rows * k) largest positive pre-activations of all ranks."""
         rows = len(centred)
-        count = k * rows * self.axis.replicas
-        found = select.largest(centred, self.W_enc, self.b_enc, count, self.product_dtype)
-        total = int(self.axis.total(torch.tensor(len(found.values), device=centred.device)))
+        blocks = select.products(centred, self.W_enc, self.product_dtype)
+        return self.largest_of_all(blocks, k * rows * self.axis.replicas, rows, rows)
+
+    @torch.no_grad()
+    def largest_of_all(
+        self, blocks: Iterable[Block], count: int, rows: int, most: int
+    ) -> tuple[Float[Tensor, " entries"], Entries]:
+        """This shard's part of the `count` largest positive pre-activations of all ranks.
+
+        Args:
+            blocks: Of this shard's products.
+            count: From 1.
+            rows: Of the blocks.
+            most: A bound on `rows` that is the same on all ranks.
+        """
+        found = select.largest(blocks, self.b_enc, count)
+        total = int(self.axis.total(torch.tensor(len(found.values), device=self.b_enc.device)))
         if total:
-            chosen, least = self._reach(found, min(count, total), rows)
+            chosen, least = self._reach(found, min(count, total), most)
             found = Candidates(*(part[chosen] for part in found))
             if self.training:
                 decay, seen = self.config.threshold_decay, torch.stack([least, least.new_ones(())])
@@ -72,7 +90,7 @@ class BatchTopK(TopK):
         entries = Entries(found.latents, select.starts_of(found.rows, rows), len(self.W_enc))
         return found.values, entries
 
-    def _reach(self, found: Candidates, count: int, rows: int) -> tuple[Tensor, Tensor]:
+    def _reach(self, found: Candidates, count: int, most: int) -> tuple[Tensor, Tensor]:
         """(Which candidates are among the `count` largest of all ranks, the least of these).
 
         Of equal ones the lower latents win, then the earlier rows of the global batch.
@@ -83,8 +101,8 @@ class BatchTopK(TopK):
         chosen, tied = order >= least, order == least
         missing = count - before
         if int(axis.total(tied.sum())) > missing:
-            position = (found.latents + self.first_latent) * (rows * axis.replicas)
-            position += found.rows + rows * axis.replica
+            position = (found.latents + self.first_latent) * (most * axis.replicas)
+            position += found.rows + most * axis.replica
             last, _ = kth_largest(axis, -position[tied], missing, bits=64)
             chosen &= ~tied | (-position >= last)
         return chosen, from_ordered(least)

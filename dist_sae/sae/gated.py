@@ -64,7 +64,9 @@ def gated(
     """
     limit = int(_SPARSE_BELOW * len(x) * len(sae.W_enc))
     with torch.no_grad():
-        found = select.above(x, sae.W_enc, sae.b_enc, bound, sae.product_dtype, limit=limit)
+        found = select.above(
+            select.products(x, sae.W_enc, sae.product_dtype), sae.b_enc, bound, limit=limit
+        )
     if found is None:
         return _dense(sae, x, gate, *per_latent, unit_rows=unit_rows)
     entries = Entries(found.latents, select.starts_of(found.rows, len(x)), len(sae.W_enc))

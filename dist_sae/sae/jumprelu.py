@@ -78,7 +78,7 @@ def encode_above(
 ) -> Codes:
     """F = z H(z - theta) of the replica's rows, in the parameters' precision."""
     rows = sae.axis.gather(x)
-    found = select.above(rows, sae.W_enc, sae.b_enc, theta, sae.W_enc.dtype)
+    found = select.above(select.products(rows, sae.W_enc, sae.W_enc.dtype), sae.b_enc, theta)
     assert found is not None  # there was no limit
     return Codes(found.values, found.latents, select.starts_of(found.rows, len(rows)))
 

@@ -10,15 +10,19 @@ that a row is sent to are computed, on the rank that holds them.
     x_hat = sum_e W_dec_e^T f_e + b_dec
     L     = E|x - x_hat|^2 / Var(x)  +  alpha L_aux  +  beta (E sum_e share_e mean p_e - 1)
 
+With `selection: batch` f_e is relu(z) where that is among the (rows * k) largest of the global
+batch, over all experts, and at inference where z > theta (batchtopk.py).
+
 share_e is the part of the global batch's rows that goes to e, so the last term is 0 when all get as
-many. With one expert p is 1, and this is TopK. AuxK's dead latents see the errors of the rows that
-come to their expert, with p held fixed: what they learn is no reason to route elsewhere.
+many. With one expert p is 1, and this is TopK or BatchTopK. AuxK's dead latents see the errors of
+the rows that come to their expert, with p held fixed: what they learn is no reason to route
+elsewhere.
 
 Experts are neighbouring latents, `n_latents / experts` each, so a shard holds whole experts.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -30,11 +34,12 @@ from dist_sae.config.sae import RoutedConfig
 from dist_sae.sae.auxk import EHat, auxk_loss
 from dist_sae.sae.axis import WHOLE, LatentAxis
 from dist_sae.sae.base import Codes, LossTerms, Output, Routing, Slots, Step, fired
+from dist_sae.sae.batchtopk import BatchTopK
 from dist_sae.sae.init import first_rows, initialise_tied, random_rows, rescale_encoder
 from dist_sae.sae.kernels import Entries, select
 from dist_sae.sae.kernels.keys import NOTHING
+from dist_sae.sae.kernels.select import Block
 from dist_sae.sae.schedules import annealed
-from dist_sae.sae.topk import TopK
 
 _BALANCING_STEPS = 200  # of the initial router, on the first batch
 _ROUTER_SEED = 1  # beside the dictionary's
@@ -112,8 +117,8 @@ def _put_back(x: Tensor, order: Tensor) -> Tensor:
     return result
 
 
-class Routed(TopK):
-    """TopK in what it does with latents; which ones a row meets is the router's choice."""
+class Routed(BatchTopK):
+    """TopK or BatchTopK in what it does with latents; which a row meets is the router's choice."""
 
     config: RoutedConfig
     balance: Float[Tensor, " experts"]
@@ -152,7 +157,14 @@ class Routed(TopK):
         rows = trip.there(centred)
         replica_rows = len(x) * axis.shards
         limit = self._limit(replica_rows)
-        pre_acts, entries = self._select(rows, trip.arrived, k, limit=limit)
+        if config.selection == "row":
+            pre_acts, entries = self._select(rows, trip.arrived, k, limit=limit)
+        else:
+            sent = replica_rows * config.experts_per_row
+            blocks = self._blocks(rows, trip.arrived, self.product_dtype, limit=limit)
+            pre_acts, entries = self.largest_of_all(
+                blocks, k * replica_rows * axis.replicas, len(rows), sent
+            )
         acts, parts = self.reconstruct(pre_acts, entries, rows, b_dec)
         error = x - (_mixed(route.gates, trip.back(parts)) + b_dec)
         fvu = error.square().sum() / (replica_rows * step.variance)
@@ -185,11 +197,19 @@ class Routed(TopK):
         order = order[((experts >= 0) & (experts < n_here))[order]]  # by expert of this shard
         rows = order // self.config.experts_per_row
         arrived = torch.bincount(experts[order], minlength=n_here).tolist()
-        pre_acts, entries = self._select(
-            centred[rows], arrived, self.config.k, product_dtype=self.W_enc.dtype
-        )
-        acts = pre_acts.relu() * route.gates.flatten()[order][entries.rows]
-        found = select.by_row(select.Candidates(acts, rows[entries.rows], entries.latents))
+        dtype = self.W_enc.dtype
+        if self.config.selection == "row":
+            pre_acts, entries = self._select(
+                centred[rows], arrived, self.config.k, product_dtype=dtype
+            )
+            found = select.Candidates(pre_acts.relu(), entries.rows, entries.latents)
+        else:
+            blocks = self._blocks(centred[rows], arrived, dtype)
+            above = select.above(blocks, self.b_enc, torch.full_like(self.b_enc, self.theta))
+            assert above is not None  # there was no limit
+            found = above
+        acts = found.values * route.gates.flatten()[order][found.rows]
+        found = select.by_row(select.Candidates(acts, rows[found.rows], found.latents))
         return Codes(found.values, found.latents, select.starts_of(found.rows, len(centred)))
 
     def initialise(self, x: Float[Tensor, "batch d_in"], seed: int) -> None:
@@ -270,23 +290,43 @@ class Routed(TopK):
         k = min(max(1, k // self.config.experts_per_row), self.width)
         product_dtype = product_dtype or self.product_dtype
         keys = torch.full((len(rows), k), NOTHING, dtype=torch.int64, device=rows.device)
+        for here, latents in self._met(arrived, limit):
+            keys[here] = select.topk_keys(
+                rows[here],
+                self.W_enc[latents],
+                self.b_enc[latents],
+                k,
+                product_dtype,
+                self.kernels,
+                first=self.first_latent + latents.start,
+                among=None if among is None else among[latents].nonzero()[:, 0],
+            )
+        return self.entries_of(keys, keys.amin(1), rows, product_dtype)
+
+    def _blocks(
+        self,
+        rows: Float[Tensor, "arrived d_in"],
+        arrived: Sequence[int],
+        product_dtype: torch.dtype,
+        *,
+        limit: int | None = None,
+    ) -> Iterator[Block]:
+        """The products of rows with their experts' latents; arguments as of `_select`."""
+        for here, latents in self._met(arrived, limit):
+            for block in select.products(rows[here], self.W_enc[latents], product_dtype):
+                yield block._replace(
+                    rows=slice(block.rows.start + here.start, block.rows.stop + here.start),
+                    latents=block.latents + latents.start,
+                )
+
+    def _met(self, arrived: Sequence[int], limit: int | None) -> Iterator[tuple[slice, slice]]:
+        """Which of the arrived rows meet which of this shard's latents: expert by expert."""
         start = 0
         for expert, n in enumerate(arrived):
-            here = slice(start, start + (n if limit is None else min(n, limit)))
-            latents = slice(expert * self.width, (expert + 1) * self.width)
+            stop = start + (n if limit is None else min(n, limit))
+            if stop > start:
+                yield slice(start, stop), slice(expert * self.width, (expert + 1) * self.width)
             start += n
-            if here.start < here.stop:
-                keys[here] = select.topk_keys(
-                    rows[here],
-                    self.W_enc[latents],
-                    self.b_enc[latents],
-                    k,
-                    product_dtype,
-                    self.kernels,
-                    first=self.first_latent + latents.start,
-                    among=None if among is None else among[latents].nonzero()[:, 0],
-                )
-        return self.entries_of(keys, keys.amin(1), rows, product_dtype)
 
     @torch.no_grad()
     def _initialise_router(self, x: Tensor, seed: int) -> None:

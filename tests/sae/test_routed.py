@@ -46,10 +46,11 @@ def send_all_to(sae: Routed, expert: int) -> None:
         sae.b_router[expert] = 50.0
 
 
+@pytest.mark.parametrize(("selection", "kind"), [("row", "topk"), ("batch", "batchtopk")])
 @pytest.mark.parametrize("dead", [None, some_dead()], ids=["alive", "some dead"])
-def test_one_expert_is_topk(dead: Tensor | None) -> None:
-    one = routed(experts=1)
-    topk = make(CONFIGS["topk"])
+def test_one_expert_is_an_exact_dictionary(dead: Tensor | None, selection: str, kind: str) -> None:
+    one = routed(experts=1, selection=selection)
+    topk = make(CONFIGS[kind])
     topk.load_state_dict(one.state_dict(), strict=False)
     now = step(dead)
     found, expected = one.objective(rows(), now), topk.objective(rows(), now)
@@ -93,8 +94,12 @@ def test_a_row_meets_its_expert_and_no_other(monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize("per_row", [1, 2])
 @pytest.mark.parametrize("gate", ["straight_through", "probability"])
-def test_either_gate_equals_the_dense_reference(gate: str, per_row: int) -> None:
-    sae, x = routed(gate=gate, experts_per_row=per_row, k=per_row * K), rows()
+@pytest.mark.parametrize("selection", ["row", "batch"])
+def test_gates_and_selections_equal_the_dense_reference(
+    selection: str, gate: str, per_row: int
+) -> None:
+    sae = routed(selection=selection, gate=gate, experts_per_row=per_row, k=per_row * K)
+    x = rows()
     now = step(some_dead())
     ours, theirs = sae.objective(x, now).terms.total, oracle(sae, x, now).total
     assert relative_error(ours, theirs) <= 1e-12
@@ -113,8 +118,30 @@ def test_what_is_trained_is_what_is_used(per_row: int) -> None:
     torch.testing.assert_close(sae.objective(rows(), step()).error, error)
 
 
+@pytest.mark.parametrize("per_row", [1, 2])
+def test_a_batch_selection_uses_what_lies_above_the_threshold(per_row: int) -> None:
+    """Of the experts that a row is sent to, and of no others."""
+    sae = routed(experts_per_row=per_row, selection="batch", k=3)
+    now = step()
+    kept = sum(float(sae.objective(rows(), now).active) for _ in range(2))
+    assert kept == 2 * 3 * BATCH
+    x = rows()
+    pre_acts = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
+    route = sae.route(x - sae.b_dec)
+    met = x.new_zeros(BATCH, E).scatter(1, route.experts, route.gates).repeat_interleave(WIDTH, 1)
+    expected = pre_acts.where(pre_acts > sae.theta, 0) * met
+    assert 0 < (expected > 0).sum() < BATCH * WIDTH / 2
+    codes = sae.encode(x)
+    found = torch.zeros_like(expected)
+    ends = torch.cat([codes.starts[1:], torch.tensor([len(codes.latents)])])
+    found[torch.arange(BATCH).repeat_interleave(ends - codes.starts), codes.latents] = codes.acts
+    torch.testing.assert_close(found, expected.detach())
+
+
 @pytest.mark.parametrize(("replicas", "shards"), [(1, 2), (1, 4), (2, 2)])
-@pytest.mark.parametrize("case", ["even", "one expert", "r = 2", "capacity"])
+@pytest.mark.parametrize(
+    "case", ["even", "one expert", "r = 2", "capacity", "batch", "batch, one expert"]
+)
 def test_experts_on_several_ranks_give_what_one_rank_gives(
     replicas: int, shards: int, case: str
 ) -> None:
@@ -122,11 +149,13 @@ def test_experts_on_several_ranks_give_what_one_rank_gives(
     settings: dict[str, dict[str, object]] = {
         "r = 2": {"experts_per_row": 2, "k": 2 * K},
         "capacity": {"capacity": 1.0},
+        "batch": {"experts_per_row": 2, "selection": "batch"},
+        "batch, one expert": {"selection": "batch"},
     }
 
     def run(axis: LatentAxis) -> tuple[Output, Tensor]:
         sae = routed(axis, **settings.get(case, {}))
-        if case == "one expert":
+        if "one expert" in case:
             send_all_to(sae, 1)
         dead = some_dead()[sae.first_latent :][: len(sae.W_enc)]
         n = BATCH // (axis.replicas * axis.shards)
@@ -281,7 +310,8 @@ def test_a_router_that_is_not_finite_makes_the_gradient_so(
     ("settings", "words"),
     [
         ({"n_latents": 65}, r"n_latents \(65\) is not a multiple of experts \(4\)"),
-        ({"k": 20}, "k: 20 of an expert's latents, of which there are 16"),
+        ({"k": 20}, r"k \(20\) must not exceed the 16 latents a row meets"),
+        ({"k": 20, "selection": "batch"}, r"k \(20\) must not exceed the 16 latents"),
         ({"experts_per_row": 5, "k": 5}, r"experts_per_row \(5\) must not exceed experts \(4\)"),
         ({"experts_per_row": 2}, r"k \(5\) is not a multiple of experts_per_row \(2\)"),
     ],

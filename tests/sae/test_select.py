@@ -187,19 +187,20 @@ def test_keys_have_the_order_of_values_and_the_other_of_latents() -> None:
 # BatchTopK: the largest of the whole batch
 
 
+@pytest.mark.parametrize("block_rows", [3, ROWS])
 @pytest.mark.parametrize("chunk", [16, 48, 10_000])
 @pytest.mark.parametrize("case", CASES)
 def test_the_largest_of_a_batch_are_all_there(
-    case: str, chunk: int, monkeypatch: pytest.MonkeyPatch
+    case: str, chunk: int, block_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And of each value, the lower latents before the higher ones."""
     monkeypatch.setattr(select, "_CHUNK", chunk)
     for n in (4, 16, 60, 340):
         pre_acts = CASES[case](n)
+        monkeypatch.setattr(select, "_CHUNK_BYTES", 4 * min(chunk, n) * block_rows)
         for count in (1, 5, 40, ROWS * n):
-            found = select.largest(
-                torch.eye(ROWS), pre_acts.T.contiguous(), torch.zeros(n), count, torch.float32
-            )
+            blocks = select.products(torch.eye(ROWS), pre_acts.T.contiguous(), torch.float32)
+            found = select.largest(blocks, torch.zeros(n), count)
             assert torch.equal(found.values, pre_acts[found.rows, found.latents])
             there = set(zip(found.latents.tolist(), found.rows.tolist(), strict=True))
             assert len(there) == len(found.values)

@@ -30,15 +30,13 @@ def batchtopk_loss(x: Tensor, p: Parameters, config: BatchTopKConfig, step: Step
     """`sae/batchtopk.py`."""
     k = annealed(step.progress, config.k, config.k_start, config.k_anneal_share)
     pre_acts = (x - p["b_dec"]) @ p["W_enc"].T + p["b_enc"]
-    # the first of equals by latent, then by row
-    flat = _topk(pre_acts.relu().T.reshape(1, -1), k * len(x))
-    return _with_auxk(x, flat.reshape(-1, len(x)).T, pre_acts, p, config, step)
+    return _with_auxk(x, _batch_topk(pre_acts, k), pre_acts, p, config, step)
 
 
 def routed_loss(x: Tensor, p: Parameters, config: RoutedConfig, step: Step) -> LossTerms:
     """`sae/routed.py`, with all experts computed for all rows and a mask; capacity is ignored."""
     experts, chosen = config.experts, config.experts_per_row
-    k = annealed(step.progress, config.k, config.k_start, config.k_anneal_share) // chosen
+    k = annealed(step.progress, config.k, config.k_start, config.k_anneal_share)
     pre_acts = (x - p["b_dec"]) @ p["W_enc"].T + p["b_enc"]
     router = ((x - p["b_dec"]).detach() @ p["W_router"].T + p["b_router"]).softmax(1)
     sent = _topk(router, chosen) > 0
@@ -46,17 +44,24 @@ def routed_loss(x: Tensor, p: Parameters, config: RoutedConfig, step: Step) -> L
     if config.gate == "straight_through":
         gates = gates / gates.sum(1, keepdim=True).detach()
 
-    def decoded(pre_acts: Tensor, k: int, gates: Tensor) -> Tensor:
+    def kept(pre_acts: Tensor, k: int) -> Tensor:
         by_expert = pre_acts.reshape(len(x) * experts, -1)
-        acts = _topk(by_expert, min(k, by_expert.shape[1])).relu().reshape(len(x), experts, -1)
+        return _topk(by_expert, min(k, by_expert.shape[1])).relu().reshape(len(x), experts, -1)
+
+    def decoded(acts: Tensor, gates: Tensor) -> Tensor:
         return (acts * gates).flatten(1) @ p["W_dec"]
 
-    x_hat = decoded(pre_acts, k, gates) + p["b_dec"]
+    if config.selection == "row":
+        acts = kept(pre_acts, k // chosen)
+    else:
+        met = (pre_acts.reshape(len(x), experts, -1) * sent[:, :, None]).flatten(1)
+        acts = _batch_topk(met, k).reshape(len(x), experts, -1)
+    x_hat = decoded(acts, gates) + p["b_dec"]
     fvu = _fvu(x, x_hat, step)
     error, aux = (x - x_hat).detach(), fvu.new_zeros(())
     if config.auxk and step.dead.any():
         among_dead = pre_acts.where(step.dead, -torch.inf)
-        e_hat = decoded(among_dead, max(1, config.auxk // chosen), gates.detach())
+        e_hat = decoded(kept(among_dead, max(1, config.auxk // chosen)), gates.detach())
         aux = (error - e_hat).square().sum() / (error - error.mean(0)).square().sum()
     share = sent.sum(0) / sent.sum()
     imbalance = config.balance_coefficient * (experts * (share * router.mean(0)).sum() - 1)
@@ -126,6 +131,12 @@ def _topk(values: Tensor, k: int) -> Tensor:
     """All but the k largest of each row set to zero; of equals the first are kept."""
     kept = values.sort(dim=1, descending=True, stable=True).indices[:, :k]
     return torch.zeros_like(values).scatter(1, kept, values.gather(1, kept))
+
+
+def _batch_topk(values: Tensor, k: int) -> Tensor:
+    """All but the (rows * k) largest positive values set to zero; first of equals by latent."""
+    flat = _topk(values.relu().T.reshape(1, -1), k * len(values))
+    return flat.reshape(-1, len(values)).T
 
 
 class _JumpReLU(torch.autograd.Function):

@@ -3,7 +3,7 @@
 Only `[batch, chunk]` pre-activations are ever held. Selections are exact (`keys.py`).
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -24,6 +24,49 @@ class Candidates(NamedTuple):
     values: Float[Tensor, " entries"]
     rows: Int[Tensor, " entries"]
     latents: Int[Tensor, " entries"]
+
+
+class Block(NamedTuple):
+    """A part of x W_enc^T."""
+
+    rows: slice
+    latents: Int[Tensor, " chunk"]
+    products: Float[Tensor, "rows chunk"]
+    """Overwritten by the next block's."""
+    opens: bool
+    """Is the first of its chunk of latents; those of the next chunk are higher."""
+
+
+def products(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "n_latents d_in"],
+    product_dtype: torch.dtype,
+    among: Int[Tensor, " some"] | None = None,
+) -> Iterator[Block]:
+    """The encoder product, block by block: of a chunk of latents all rows, then the next chunk.
+
+    Args:
+        x: Rows, centred where the recipe does.
+        W_enc: Encoder.
+        product_dtype: Precision of the product.
+        among: These latents only; ascending.
+    """
+    x = x.to(product_dtype)
+    n = len(W_enc) if among is None else len(among)
+    width = max(1, min(_CHUNK, n))
+    height = max(1, min(_CHUNK_BYTES // (width * x.element_size()), len(x)))
+    out = x.new_empty(height * width)  # fresh pages cost more than what is written to them
+    for first in range(0, n, width):
+        if among is None:
+            latents = torch.arange(first, min(first + width, n), device=x.device)
+            weights = W_enc[first : first + width].to(product_dtype)
+        else:
+            latents = among[first : first + width]
+            weights = W_enc[latents].to(product_dtype)
+        for top in range(0, len(x), height):
+            rows = slice(top, min(top + height, len(x)))
+            block = out[: (rows.stop - top) * len(weights)].view(rows.stop - top, -1)
+            yield Block(rows, latents, torch.mm(x[rows], weights.T, out=block), opens=top == 0)
 
 
 def topk_keys(
@@ -50,8 +93,8 @@ def topk_keys(
         among: Choose from these latents only; ascending.
     """
     best = x.new_full((len(x), k), NOTHING, dtype=torch.int64)
-    for rows, columns, products in _products(x, W_enc, product_dtype, among):
-        best[rows] = kernels.keep_largest(best[rows], products, b_enc[columns], columns + first)
+    for rows, columns, block, _ in products(x, W_enc, product_dtype, among):
+        best[rows] = kernels.keep_largest(best[rows], block, b_enc[columns], columns + first)
     return best
 
 
@@ -66,64 +109,59 @@ def entries_of(
 
 
 def above(
-    x: Float[Tensor, "batch d_in"],
-    W_enc: Float[Tensor, "n_latents d_in"],
+    blocks: Iterable[Block],
     b_enc: Float[Tensor, " n_latents"],
     bound: Float[Tensor, " n_latents"],
-    product_dtype: torch.dtype,
     *,
     limit: int | None = None,
 ) -> Candidates | None:
     """All entries of x W_enc^T + b_enc that exceed their latent's bound; no gradient.
 
     Args:
-        x: Rows, centred where the recipe does.
-        W_enc: Encoder.
+        blocks: x W_enc^T, chunk after chunk.
         b_enc: Encoder bias.
         bound: For each latent.
-        product_dtype: Precision of the product.
         limit: Give up when there are more than this many.
 
     Returns:
         The entries by row and latent, or None if there are more than `limit`.
     """
-    found: list[Candidates] = []
-    for block, columns, products in _products(x, W_enc, product_dtype):
-        pre_acts = products + b_enc[columns]
-        rows, places = (pre_acts > bound[columns]).nonzero(as_tuple=True)
-        found.append(Candidates(pre_acts[rows, places], rows + block.start, columns[places]))
+    found = [_nothing(b_enc)]
+    for rows, columns, block, _ in blocks:
+        pre_acts = block + b_enc[columns]
+        hits, places = (pre_acts > bound[columns]).nonzero(as_tuple=True)
+        found.append(Candidates(pre_acts[hits, places], hits + rows.start, columns[places]))
         if limit is not None and sum(len(c.rows) for c in found) > limit:
             return None
     return by_row(Candidates(*map(torch.cat, zip(*found, strict=True))))
 
 
-def largest(
-    x: Float[Tensor, "batch d_in"],
-    W_enc: Float[Tensor, "n_latents d_in"],
-    b_enc: Float[Tensor, " n_latents"],
-    count: int,
-    product_dtype: torch.dtype,
-) -> Candidates:
+def largest(blocks: Iterable[Block], b_enc: Float[Tensor, " n_latents"], count: int) -> Candidates:
     """The `count` largest positive entries of x W_enc^T + b_enc in the whole batch; no gradient.
+
+    Args:
+        blocks: x W_enc^T, chunk after chunk.
+        b_enc: Encoder bias.
+        count: From 1.
 
     Returns:
         At least these (fewer if fewer are positive), and some that are smaller or equal, in any
         order. Of equal ones with the same value, those of lower latents are there.
     """
-    found = Candidates(x.new_empty(0), *x.new_empty((2, 0), dtype=torch.int64))
-    bound = x.new_zeros(())
-    for block, columns, products in _products(x, W_enc, product_dtype):
-        if block.start == 0 and len(found.values) > count:  # a new chunk: of equals its own lose
+    found = _nothing(b_enc)
+    bound = b_enc.new_zeros(())
+    for rows, columns, block, opens in blocks:
+        if opens and len(found.values) > count:  # of equals, those of a later chunk lose
             found, bound = _cut(found, count)
-        pre_acts = products + b_enc[columns]
+        pre_acts = block + b_enc[columns]
         chosen = pre_acts > bound
         if not len(found.values) and pre_acts.numel() > 4 * count:  # spare us most of the first
             peaks = pre_acts[:, : pre_acts.shape[1] // _GROUP * _GROUP]
             peaks = peaks.reshape(len(peaks), _GROUP, -1).amax(1).flatten()
             if len(peaks) >= count:
                 chosen &= pre_acts >= _kth(peaks, count)
-        rows, places = chosen.nonzero(as_tuple=True)
-        more = Candidates(pre_acts[rows, places], rows + block.start, columns[places])
+        hits, places = chosen.nonzero(as_tuple=True)
+        more = Candidates(pre_acts[hits, places], hits + rows.start, columns[places])
         found = Candidates(*map(torch.cat, zip(found, more, strict=True)))
     return _cut(found, count)[0] if len(found.values) > count else found
 
@@ -140,29 +178,9 @@ def starts_of(rows: Int[Tensor, " entries"], batch: int) -> Int[Tensor, " batch"
     return counts.cumsum(0) - counts
 
 
-def _products(
-    x: Tensor, W_enc: Tensor, product_dtype: torch.dtype, among: Tensor | None = None
-) -> Iterator[tuple[slice, Tensor, Tensor]]:
-    """(Rows, latents, x W_enc^T) block by block: of a chunk of latents all rows, then the next.
-
-    A block is overwritten by the one that follows.
-    """
-    x = x.to(product_dtype)
-    n = len(W_enc) if among is None else len(among)
-    width = max(1, min(_CHUNK, n))
-    height = max(1, min(_CHUNK_BYTES // (width * x.element_size()), len(x)))
-    out = x.new_empty(height * width)  # fresh pages cost more than what is written to them
-    for first in range(0, n, width):
-        if among is None:
-            latents = torch.arange(first, min(first + width, n), device=x.device)
-            weights = W_enc[first : first + width].to(product_dtype)
-        else:
-            latents = among[first : first + width]
-            weights = W_enc[latents].to(product_dtype)
-        for top in range(0, len(x), height):
-            rows = slice(top, min(top + height, len(x)))
-            products = out[: (rows.stop - top) * len(weights)].view(rows.stop - top, -1)
-            yield rows, latents, torch.mm(x[rows], weights.T, out=products)
+def _nothing(like: Tensor) -> Candidates:
+    rows, latents = like.new_empty((2, 0), dtype=torch.int64)
+    return Candidates(like.new_empty(0), rows, latents)
 
 
 def _cut(found: Candidates, count: int) -> tuple[Candidates, Tensor]:
