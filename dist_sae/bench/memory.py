@@ -2,7 +2,7 @@
 
 import resource
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -14,13 +14,13 @@ def resident_bytes() -> int:
 
 
 @contextmanager
-def peak_memory() -> Iterator[list[int]]:
-    """The largest resident memory while this lasts, looked at every few milliseconds."""
-    peak, over = [resident_bytes()], threading.Event()
+def peak_memory(measured: Callable[[], int] = resident_bytes) -> Iterator[list[int]]:
+    """The largest memory while this lasts, looked at every few milliseconds."""
+    peak, over = [measured()], threading.Event()
 
     def watch() -> None:
-        while not over.wait(0.005):
-            peak[0] = max(peak[0], resident_bytes())
+        while not over.wait(0.001):
+            peak[0] = max(peak[0], measured())
 
     thread = threading.Thread(target=watch, name="memory", daemon=True)
     thread.start()

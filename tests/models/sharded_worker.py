@@ -2,14 +2,12 @@
 
 import os
 import sys
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from dist_sae.bench.memory import peak_memory
 from dist_sae.cli import _stop_on_signals
 from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
@@ -28,23 +26,6 @@ def _anonymous_bytes() -> int:
     return 1024 * int(status.partition("RssAnon:")[2].split()[0])
 
 
-@contextmanager
-def _peak(measured: Callable[[], int]) -> Iterator[list[int]]:
-    peak, over = [measured()], threading.Event()
-
-    def watch() -> None:
-        while not over.wait(0.001):
-            peak[0] = max(peak[0], measured())
-
-    thread = threading.Thread(target=watch)
-    thread.start()
-    try:
-        yield peak
-    finally:
-        over.set()
-        thread.join()
-
-
 def rank(
     models: list[tuple[dict[str, Any], tuple[str, ...]]],
     batch: tuple[torch.Tensor, torch.Tensor],
@@ -59,7 +40,7 @@ def rank(
         with meet(int(env["WORLD_SIZE"])) as ranks, join_mesh(ranks):
             for settings, sites in models:
                 before = _anonymous_bytes()
-                with _peak(_anonymous_bytes) as peak:
+                with peak_memory(_anonymous_bytes) as peak:
                     source = HuggingFaceSource(HuggingFaceModel.model_validate(settings), sites)
                 weights = sum(
                     getattr(p, "_local_tensor", p).numel()
