@@ -391,3 +391,20 @@ def test_yaml_written_for_people_reads_back(tmp_path: Path) -> None:
     assert list(yaml.safe_load(dump_run(load_run(synthetic_run(tmp_path))))) == list(
         Run.model_fields
     )
+
+
+RUN_FILES = sorted((Path(__file__).parents[2] / "launch/runs").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("path", RUN_FILES, ids=lambda path: path.stem)
+def test_run_files_that_ship_are_valid(path: Path) -> None:
+    assert load_run(path).name
+
+
+def test_the_million_latents_train_on_the_quickstarts_activations() -> None:
+    """The plan is made from these sections: with others the store would refuse the run."""
+    shipped = {path.stem: load_run(path) for path in RUN_FILES}
+    one, other = (shipped[f"smollm2-resid7-{kind}-cpu"] for kind in ("topk", "routed-1m"))
+    for section in ("model", "corpus", "activations", "store"):
+        assert getattr(one, section) == getattr(other, section)
+    assert one.name != other.name
