@@ -214,6 +214,12 @@ def _config_schema(options: argparse.Namespace) -> None:
     sys.stdout.write(_json(options, Run.model_json_schema()))
 
 
+def _config_metrics(_: argparse.Namespace) -> None:
+    from dist_sae.telemetry.metrics import render_table
+
+    sys.stdout.write(render_table())
+
+
 def _store_verify(options: argparse.Namespace) -> None:
     from dist_sae.store import verify
 
@@ -473,4 +479,6 @@ def _parser() -> argparse.ArgumentParser:
             )
             schema.add_argument("--json", action="store_true", help="print it on one line")
             schema.set_defaults(command=_config_schema)
+            table = actions.add_parser("metrics", help="print the metrics that programs export")
+            table.set_defaults(command=_config_metrics)
     return parser
