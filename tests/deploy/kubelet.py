@@ -73,6 +73,7 @@ class Pod:
         self.hostname: str = self.spec.get("hostname", self.name)
         self.phase = "Pending"
         self.ready = False
+        self.has_been_ready = False
         self.exit_codes: dict[str, int] = {}
         """Of containers that have ended."""
         self.conditions: set[str] = set()
@@ -277,6 +278,7 @@ class Pod:
     def _be_ready(self, *, ready: bool) -> None:
         if ready != self.ready and not self.cut_off:
             self.ready = ready
+            self.has_been_ready |= ready
             self._changed()
 
     def _end_container(self) -> None:

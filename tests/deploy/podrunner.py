@@ -97,7 +97,7 @@ class Cluster:
             for job in jobs:
                 del self.jobs[job.name]
 
-    def wait(self, until: Callable[[], object], seconds: float = 120.0) -> None:
+    def wait(self, until: Callable[[], object], seconds: float = 300.0) -> None:
         """Until something is so, looking at it whenever a pod changes.
 
         Raises:
