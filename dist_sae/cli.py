@@ -19,6 +19,7 @@ from dist_sae.errors import EXIT_DONE, EXIT_RESUMABLE, DistSaeError, Stopped
 
 if TYPE_CHECKING:
     from dist_sae.config import Run
+    from dist_sae.telemetry.exporter import Telemetry
 
 Command = Callable[[argparse.Namespace], int | None]
 
@@ -28,7 +29,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     # torch's large buffers in large pages: on a CPU, gradients are allocated anew at every step
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    logs.configure(rank=int(os.environ.get("RANK", "0")))
+    logs.configure(rank=_rank())
     _heed_signals()
     try:
         code = options.command(options)
@@ -52,7 +53,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _plan(options: argparse.Namespace) -> None:
     from dist_sae.plan import plan
 
-    made = plan(_load(options))
+    run = _load(options)
+    with _short_lived(run, "plan") as telemetry:
+        made = plan(run, telemetry)
     result = {
         "plan": made.hash,
         "documents": sum(file.documents for file in made.files),
@@ -81,9 +84,9 @@ def _produce(options: argparse.Namespace) -> int | None:
         options.index,
         run.processes.producers,
     )
-    with Telemetry(
-        run.name, "produce", _port(run.telemetry.port, options.port_offset)
-    ) as telemetry:
+    port = _port(run.telemetry.port, options.port_offset)
+    rank = options.index * run.model_shards + _rank()
+    with Telemetry(run.name, "produce", port, rank) as telemetry:
         work = produce_together if run.model_shards > 1 else produce
         result = work(run, worker, stopping, telemetry)
     _print_result(options, result)
@@ -112,7 +115,9 @@ def _train(options: argparse.Namespace) -> int | None:
         os.environ.update(*rank_environments(1, world))
         logs.configure(rank=int(os.environ["RANK"]))
     with (
-        Telemetry(run.name, "train", _port(run.telemetry.port, options.port_offset)) as telemetry,
+        Telemetry(
+            run.name, "train", _port(run.telemetry.port, options.port_offset), _rank()
+        ) as telemetry,
         meet(run.processes.trainers, run.train.missing_seconds, stopping, name=run.name) as ranks,
         Watch(
             ranks,
@@ -154,19 +159,27 @@ def _evaluate(options: argparse.Namespace) -> None:
         from dist_sae.waiting import await_end
 
         await_end(run, _stop_on_signals())
-    _print_result(options, evaluate(run))
+    with _short_lived(run, "evaluate") as telemetry:
+        result = evaluate(run, telemetry)
+    _print_result(options, result)
 
 
 def _export(options: argparse.Namespace) -> None:
     from dist_sae.export import export
 
-    _print_result(options, {"export": export(_load(options))})
+    run = _load(options)
+    with _short_lived(run, "export") as telemetry:
+        result = export(run, telemetry)
+    _print_result(options, {"export": result})
 
 
 def _report(options: argparse.Namespace) -> None:
     from dist_sae.report import report
 
-    _print_result(options, {"report": report(_load(options))})
+    run = _load(options)
+    with _short_lived(run, "report") as telemetry:
+        result = report(run, telemetry)
+    _print_result(options, {"report": result})
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -273,6 +286,13 @@ def _load(options: argparse.Namespace) -> "Run":
     return load_run(options.run, options.set)
 
 
+def _short_lived(run: "Run", role: str) -> "Telemetry":
+    """The metrics of a program that nobody can scrape."""
+    from dist_sae.telemetry.exporter import Telemetry
+
+    return Telemetry(run.name, role, None, pushgateway_url=run.telemetry.pushgateway_url)
+
+
 def _print_result(options: argparse.Namespace, result: Mapping[str, Any]) -> None:
     """For people, and with --json for programs: one object as the last line of stdout."""
     if options.json:
@@ -292,6 +312,11 @@ def _print_result(options: argparse.Namespace, result: Mapping[str, Any]) -> Non
 def _json(options: argparse.Namespace, content: Mapping[str, Any]) -> str:
     """On one line where a program asked for it, indented for people."""
     return json.dumps(content, indent=None if options.json else 2) + "\n"
+
+
+def _rank() -> int:
+    """Of this process among those that it shares its work with; torchrun's name for it."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def _port(first: int | None, offset: int) -> int | None:
