@@ -218,7 +218,7 @@ class Container:
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
                 if os.readlink(folder / "ns/pid") == own:
-                    yield int(folder.name), (folder / "cmdline").read_text().split("\0")
+                    yield int(folder.name), (folder / "cmdline").read_text().split("\0")[:-1]
 
 
 def _preparation(
