@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -68,6 +69,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _produce(options: argparse.Namespace) -> int | None:
     from dist_sae.data.claims import Worker
+    from dist_sae.parallel.local_ranks import rank_environments
     from dist_sae.produce import produce, produce_together
     from dist_sae.telemetry.exporter import Telemetry
 
@@ -78,7 +80,8 @@ def _produce(options: argparse.Namespace) -> int | None:
     if options.local_ranks > 1:
         name = ["--worker", options.worker] if options.worker else []
         arguments = ["produce", "--index", str(options.index), *name]
-        return _run_ranks(options, arguments, run.model_shards, stopping)
+        environments = rank_environments(options.local_ranks, run.model_shards)
+        return _run_ranks(options, run, arguments, environments, stopping)
     worker = Worker(
         options.worker or f"producer-{os.getpid()}@{os.uname().nodename}",
         options.index,
@@ -109,11 +112,12 @@ def _train(options: argparse.Namespace) -> int | None:
     stopping = _stop_on_signals()
     if options.wait:
         _await_plan(run, stopping)
-    if options.local_ranks > 1:
-        return _run_ranks(options, ["train"], world, stopping)
     if options.local_ranks:
-        os.environ.update(*rank_environments(1, world))
-        logs.configure(rank=int(os.environ["RANK"]))
+        environments = rank_environments(options.local_ranks, world)
+        if options.local_ranks > 1:
+            return _run_ranks(options, run, ["train"], environments, stopping)
+        os.environ.update(environments[0])
+        logs.configure(rank=_rank())
     with (
         Telemetry(
             run.name, "train", _port(run.telemetry.port, options.port_offset), _rank()
@@ -139,16 +143,25 @@ def _await_plan(run: "Run", stopping: threading.Event) -> None:
 
 
 def _run_ranks(
-    options: argparse.Namespace, arguments: list[str], world: int, stopping: threading.Event
+    options: argparse.Namespace,
+    run: "Run",
+    arguments: list[str],
+    environments: list[dict[str, str]],
+    stopping: threading.Event,
 ) -> int:
-    """Ranks of this pod as children; what they say goes where this process's words go."""
+    """Ranks of this pod as children, with one page of metrics for all of them."""
     from dist_sae.parallel.local_ranks import run_ranks
+    from dist_sae.telemetry.gather import GatheredTelemetry
 
-    overrides = [word for override in options.set for word in ("--set", override)]
     program, *others = arguments
-    return run_ranks(
-        [program, options.run, *overrides, *others], options.local_ranks, world, stopping
-    )
+    overrides = [word for override in options.set for word in ("--set", override)]
+    command = [program, options.run, *overrides, *others]
+    with ExitStack() as serving:
+        if first := run.telemetry.port:
+            before = options.index * run.model_shards if program == "produce" else 0
+            ports = {before + int(e["RANK"]): first + 1 + i for i, e in enumerate(environments)}
+            serving.enter_context(GatheredTelemetry(run.name, program, ports, first))
+        return run_ranks(command, environments, stopping)
 
 
 def _evaluate(options: argparse.Namespace) -> None:

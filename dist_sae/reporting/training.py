@@ -123,6 +123,7 @@ class TrainingReporter:
             loaded: Batches that are ready.
             reached: Unit that reading has come to.
         """
+        self._telemetry.pulse.rest()  # it works; whether a step hangs is the watch's to say
         self._counts["dist_sae_train_wait_seconds_total"] += batch.waited_seconds
         self._counts["dist_sae_train_loader_stalls_total"] += batch.waited_seconds > _STALL_SECONDS
         self._counts["dist_sae_train_stuck_latents_total"] += self._state.dead.n_stuck
