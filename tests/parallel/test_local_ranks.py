@@ -31,7 +31,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "executable", str(program))
         monkeypatch.setattr(local_ranks, "_POLL_SECONDS", 0.01)
-        return run_ranks(["train", "run.yaml"], 2, 2, stopping or threading.Event())
+        environments = rank_environments(2, 2)
+        return run_ranks(["train", "run.yaml"], environments, stopping or threading.Event())
 
     return run
 
@@ -94,3 +95,5 @@ def test_ranks_know_their_numbers_and_where_to_meet(monkeypatch: pytest.MonkeyPa
     monkeypatch.delenv("JOB_COMPLETION_INDEX")
     with pytest.raises(ConfigError, match="JOB_COMPLETION_INDEX: not set, though 4 ranks are on 2"):
         rank_environments(2, 4)
+    with pytest.raises(ConfigError, match="--local-ranks 2: does not divide the 3 ranks"):
+        rank_environments(2, 3)
