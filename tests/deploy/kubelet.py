@@ -73,6 +73,8 @@ class Pod:
         self.hostname: str = self.spec.get("hostname", self.name)
         self.phase = "Pending"
         self.ready = False
+        self.has_started = False
+        """Its startup probe, if any, has been answered."""
         self.has_been_ready = False
         self.exit_codes: dict[str, int] = {}
         """Of containers that have ended."""
@@ -168,7 +170,7 @@ class Pod:
                 self._container = container = self._start(spec)
             code = self._probe_until_end(container, spec)
         except Exception:
-            (self.folder / "runner.log").write_text(traceback.format_exc())
+            self._say(traceback.format_exc())
         self.exit_codes[spec["name"]] = code
         if self._killing is not None:
             self._killing.cancel()
@@ -253,9 +255,10 @@ class Pod:
             for kind in ("startup", "liveness", "readiness")
             if f"{kind}Probe" in spec
         }
-        startup = probes.pop("startup", None)
-        self._be_ready(ready=startup is None and "readiness" not in probes)
-        active = probes if startup is None else {"startup": startup}
+        is_main = spec in self.spec["containers"]
+        active = {"startup": probes.pop("startup")} if "startup" in probes else probes
+        if active is probes and is_main:
+            self._be_started(ready="readiness" not in probes)
         while True:
             due = min((probe.due for probe in active.values()), default=None)
             left = None if due is None or self.terminating else max(0.0, due - time.monotonic())
@@ -268,12 +271,22 @@ class Pod:
                 if kind == "readiness":
                     self._be_ready(ready=answer)
                 elif not answer:
+                    self._say(f"{spec['name']}: {kind} probe failed")
                     with self._lock:
                         self._end_container()
                     active = {}
                 elif kind == "startup":
                     active = probes
-                    self._be_ready(ready="readiness" not in probes)
+                    self._be_started(ready="readiness" not in probes)
+
+    def _be_started(self, *, ready: bool) -> None:
+        self.has_started = True
+        self._be_ready(ready=ready)
+        self._changed()
+
+    def _say(self, words: str) -> None:
+        with (self.folder / "runner.log").open("a") as log:
+            log.write(f"{words}\n")
 
     def _be_ready(self, *, ready: bool) -> None:
         if ready != self.ready and not self.cut_off:

@@ -9,7 +9,6 @@ import os
 import re
 import time
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 from signal import SIGKILL
 from typing import NamedTuple
@@ -95,6 +94,12 @@ class Runs:
         checkpoints = Checkpoints(self.store(run.store.runs, run), run.name, 2)
         self.until(lambda: checkpoints.steps()[-1:] > [beyond])
 
+    def await_waiting(self, pod: Pod, what: str) -> None:
+        """Until it waits; if it is probed it says that it lives, for a start may take less time."""
+        self.until(lambda: f"waiting for {what}" in pod.log())
+        probed = "startupProbe" in pod.spec["containers"][0]
+        self.cluster.wait(lambda: pod.has_started or not probed)
+
     def outcome(self, run: Run) -> Outcome:
         store = self.store(run.store.runs, run)
         checkpoint = Checkpoints(store, run.name, 2).latest()
@@ -131,10 +136,6 @@ def calm(runs: Runs) -> Calm:
     assert jobset.condition == COMPLETED, runs.cluster.story()
     runs.cluster.delete(run.name)
     return Calm(run, jobset, runs.outcome(run))
-
-
-def has_said(pod: Pod, words: str) -> bool:
-    return words in pod.log()
 
 
 def exit_code(pod: Pod) -> int:
@@ -284,7 +285,7 @@ def test_plain_jobs_wait_for_one_another(runs: Runs, calm: Calm) -> None:
     waiting = {"producer": "a plan", "trainer": "a plan", "reporter": f"step {run.steps}"}
     for part, what in waiting.items():
         (pod, *_) = runs.job(run, part).active.values()
-        runs.until(partial(has_said, pod, f"waiting for {what}"))
+        runs.await_waiting(pod, what)
     cluster.apply([planner])
     jobs = [runs.job(run, part) for part in ("planner", *waiting)]
     cluster.wait(lambda: all(job.condition for job in jobs))
