@@ -122,7 +122,7 @@ class Cluster:
     def story(self) -> str:
         """What happened, for people."""
         pods = (
-            f"== {pod.name} {pod.phase} {pod.exit_codes} {pod.conditions}\n{pod.log()[-3000:]}"
+            f"== {pod.name} {pod.phase} {pod.exit_codes} {pod.conditions}\n{pod.log()[-1000:]}"
             for pod in self.pods
         )
         return "\n".join([*pods, *(f"{name}: {what}" for name, what in self.conditions().items())])

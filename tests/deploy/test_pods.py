@@ -42,6 +42,7 @@ SMALL = (
     "train.kernels=torch",  # the native ones are compiled anew in every pod, which takes its time
     "train.log_every_steps=1",
     "train.save_every_steps=20",
+    "train.lost_seconds=10",
 )
 WEIGHTS = ("W_enc", "W_dec", "b_enc", "b_dec")
 COMPLETE = Condition("Complete", "CompletionsReached")
@@ -79,9 +80,9 @@ class Runs:
 
     def job(self, run: Run, part: str) -> Job:
         """When it has begun."""
-        name = job_name(run, part)  # type: ignore[arg-type]
-        self.cluster.wait(lambda: name in self.cluster.jobs)
-        return self.cluster.jobs[name]
+        jobs, name = self.cluster.jobs, job_name(run, part)  # type: ignore[arg-type]
+        self.cluster.wait(lambda: name in jobs and jobs[name].pods)
+        return jobs[name]
 
     def until(self, what: Callable[[], object], seconds: float = 300.0) -> None:
         """Until something is so in the store, which does not tell."""
@@ -249,9 +250,9 @@ def test_a_run_goes_on_with_more_ranks_and_ends_though_a_node_is_lost(
 
     cluster.wait(lambda: jobset.condition)
     assert jobset.condition == COMPLETED, cluster.story()
-    assert trainer.counted == [first[0]]
+    assert trainer.counted == [first[0]], cluster.story()
     assert exit_code(first[0]) == 137
-    assert trainer.ignored == [first[1], second[1]]
+    assert trainer.ignored == [first[1], second[1]], cluster.story()
     assert exit_code(first[1]) == 75
     assert "starting" not in trainer.succeeded[1].log()
     found = runs.outcome(run)
