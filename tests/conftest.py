@@ -23,6 +23,7 @@ if not torch.cuda.is_available():
 
 
 _LONGEST = (
+    "tests/deploy/test_pods.py",
     "tests/test_run.py",
     "tests/parallel/test_sharding.py",
     "tests/sae/test_recovery.py",
