@@ -289,7 +289,9 @@ class Cluster:
         found = re.search(
             r'User "(?P<user>[^"]*)" cannot (?P<verb>\w+) resource "(?P<resource>[^"]*)"', said
         )
-        if not found:  # a quota, or the namespace's security standard
+        if not found and "denied the request" in said:  # JobSet's webhook, or somebody's policy
+            return RejectedError(_line(said))
+        if not found:  # a quota
             return ClusterError(f"{self._place}: {_line(said)}")
         nodes = found["resource"] == "nodes"
         where = "of the cluster" if nodes else f"in namespace {self.namespace}"
