@@ -14,7 +14,6 @@ from dist_sae.config import Run, load_run
 from tests.conftest import Bucket, synthetic_run
 from tests.world import changed
 
-
 pytestmark = pytest.mark.usefixtures("process_as_it_was")
 
 

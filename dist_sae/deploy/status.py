@@ -54,7 +54,7 @@ def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]
     numbers: dict[str, Any] | None = None
     try:
         numbers = _live_numbers(run, cluster, pods)
-    except ClusterError as exc:
+    except (ClusterError, ValueError) as exc:  # or what came is no page of metrics
         out_of_reach["metrics"] = str(exc)
     try:
         status["store"] = stored.progress()

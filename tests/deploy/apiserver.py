@@ -10,6 +10,7 @@ import copy
 import itertools
 import json
 import re
+import sys
 import threading
 import time
 import urllib.request
@@ -24,7 +25,13 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 import yaml
 
 from tests.deploy import schemas
-from tests.deploy.defaults import with_defaults
+from tests.deploy.apply import (
+    RefusedError,
+    check_immutable,
+    find_conflict,
+    merge,
+    with_defaults,
+)
 
 Object = dict[str, Any]
 Key = tuple[str, str]
@@ -46,28 +53,6 @@ _PATHS = re.compile(
 _WAIT_SECONDS = 30.0
 
 
-class Refusal(Exception):
-    """An answer other than 200; `reason` None: not from the API, but from whatever is before it."""
-
-    def __init__(self, code: int, reason: str | None, message: str, **details: str) -> None:
-        super().__init__(message)
-        self.code, self.reason, self.details = code, reason, details
-
-    def body(self) -> bytes:
-        if self.reason is None:
-            return str(self).encode()
-        status = {
-            "kind": "Status",
-            "apiVersion": "v1",
-            "status": "Failure",
-            "code": self.code,
-            "reason": self.reason,
-            "message": str(self),
-            "details": self.details,
-        }
-        return json.dumps(status).encode()
-
-
 class ApiServer:
     """One namespace, `dist-sae`, and whoever has `TOKEN` is a researcher in it."""
 
@@ -82,6 +67,8 @@ class ApiServer:
         """Says why an object is not to be, if it is not."""
         self.watches = 0
         """Begun so far."""
+        self.followers = 0
+        """Of logs, so far."""
         self.logs: dict[str, list[str]] = {}
         """Of pods; each line begins with its time."""
         self.ports: dict[str, int] = {}
@@ -90,8 +77,7 @@ class ApiServer:
         self._events: list[tuple[int, str, Key, Object]] = []
         self._versions = itertools.count(1)
         self._ids = itertools.count()
-        self._http = ThreadingHTTPServer(("127.0.0.1", 0), _handler(self))
-        self._http.daemon_threads = True
+        self._http = _Http(("127.0.0.1", 0), _handler(self))
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,))
 
     def __enter__(self) -> Self:
@@ -174,7 +160,7 @@ class ApiServer:
         with self.changed:
             key = (_plural(kind), name)
             self._applied[key, manager] = change
-            self._store(key, _merge(self.objects[key], {}, change), "MODIFIED")
+            self._store(key, merge(self.objects[key], {}, change), "MODIFIED")
 
     def await_(self, condition: Callable[[], bool]) -> None:
         """Until something holds of the objects."""
@@ -193,12 +179,12 @@ class ApiServer:
         url = urlsplit(handler.path)
         query = dict(parse_qsl(url.query))
         length = int(handler.headers.get("Content-Length") or 0)
-        body = yaml.safe_load(handler.rfile.read(length)) if length else None
+        body = json.loads(handler.rfile.read(length)) if length else {}
         if handler.headers.get("Authorization") != f"Bearer {TOKEN}":
-            raise Refusal(401, "Unauthorized", "Unauthorized")
+            raise RefusedError(401, "Unauthorized", "Unauthorized")
         found = _PATHS.fullmatch(unquote(url.path))
         if not found or (found["group"] or "") not in self.groups:
-            raise Refusal(404, None, "404 page not found")
+            raise RefusedError(404, None, "404 page not found")
         plural, name, sub = found["plural"], found["name"], found["sub"]
         key = (plural, name or "")
         self._authorize(method, found, query, exists=key in self.objects)
@@ -236,19 +222,17 @@ class ApiServer:
         group = path["group"] or ""
         for verb in verbs:
             if (group, resource, verb) not in self.rules:
-                where = f' in the namespace "{path["namespace"]}"' if path["namespace"] else ""
-                raise Refusal(
+                named = ".".join(filter(None, [resource, group]))
+                where = f'in the namespace "{path["namespace"]}"' if path["namespace"] else "at all"
+                raise RefusedError(
                     403,
                     "Forbidden",
-                    f'{resource}{"." if group else ""}{group} is forbidden: User "ada" cannot {verb} '
-                    f'resource "{resource}" in API group "{group}"{where or " at the cluster scope"}',
+                    f'{named} is forbidden: User "ada" cannot {verb} resource "{resource}" in API '
+                    f'group "{group}" {where}',
                 )
-        if path["namespace"] not in {*self.namespaces, None} and (path["name"] or method != "GET"):
-            if method == "PATCH":
-                name = path["namespace"]
-                raise Refusal(
-                    404, "NotFound", f'namespaces "{name}" not found', kind="namespaces", name=name
-                )
+        if method == "PATCH" and (name := path["namespace"]) not in self.namespaces:
+            said = f'namespaces "{name}" not found'
+            raise RefusedError(404, "NotFound", said, kind="namespaces", name=name)
 
     def _apply(self, key: Key, body: Object, query: Object) -> Object:
         manager = query["fieldManager"]
@@ -260,18 +244,18 @@ class ApiServer:
             _check(json.dumps(body))
         except Exception as exc:
             said = f'{kind} "{name}" is invalid: {str(exc).splitlines()[0]}'
-            raise Refusal(422, "Invalid", said) from exc
+            raise RefusedError(422, "Invalid", said) from exc
         if denial := self.admission(body):
             said = f'admission webhook "policy.example.org" denied the request: {denial}'
-            raise Refusal(403, "Forbidden", said)
+            raise RefusedError(403, "Forbidden", said)
         for (other, who), theirs in self._applied.items():
-            if other == key and who != manager and (where := _conflict(theirs, body)):
+            if other == key and who != manager and (where := find_conflict(theirs, body)):
                 said = f'Apply failed with 1 conflict: conflict with "{who}": {where}'
-                raise Refusal(409, "Conflict", said)
+                raise RefusedError(409, "Conflict", said)
         before = self._applied.get((key, manager), {})
-        new = with_defaults(_merge(live or {}, before, body))
+        new = with_defaults(merge(live or {}, before, body))
         if live:
-            _check_immutable(live, new)
+            check_immutable(live, new)
         if query.get("dryRun") != "All":
             self._applied[key, manager] = copy.deepcopy(body)
             if live is None:
@@ -291,8 +275,7 @@ class ApiServer:
         }
         self._store(key, obj, "ADDED")
         if obj["kind"] == "JobSet":
-            for job in schemas.jobs_of(obj):
-                job = copy.deepcopy(job)
+            for job in copy.deepcopy(list(schemas.jobs_of(obj))):
                 job["metadata"]["ownerReferences"] = [_owner(obj)]
                 self._create(("jobs", job["metadata"]["name"]), job)
         if obj["kind"] == "Job":
@@ -320,7 +303,7 @@ class ApiServer:
     def _existing(self, key: Key) -> Object:
         if key not in self.objects:
             said = f'{key[0]} "{key[1]}" not found'
-            raise Refusal(404, "NotFound", said, kind=key[0], name=key[1])
+            raise RefusedError(404, "NotFound", said, kind=key[0], name=key[1])
         return self.objects[key]
 
     def _list(self, plural: str, query: Object) -> Object:
@@ -348,7 +331,7 @@ class ApiServer:
     def _delete(self, key: Key, options: Object) -> Object:
         obj = self._existing(key)
         if options["preconditions"]["uid"] != obj["metadata"]["uid"]:
-            raise Refusal(409, "Conflict", "the UID in the precondition does not match")
+            raise RefusedError(409, "Conflict", "the UID in the precondition does not match")
         assert options["propagationPolicy"] == "Foreground"
         self._begin_deletion(key)
         return obj
@@ -394,10 +377,13 @@ class ApiServer:
             assert query["container"] in names
             if pod["status"]["phase"] == "Pending":
                 said = f'container "{query["container"]}" in pod "{name}" is waiting to start'
-                raise Refusal(400, "BadRequest", said)
+                raise RefusedError(400, "BadRequest", said)
         return self._log_lines(name, query)
 
     def _log_lines(self, name: str, query: Object) -> Iterator[bytes]:
+        with self.changed:
+            self.followers += "follow" in query
+            self.changed.notify_all()
         at = max(0, len(self.logs.get(name, [])) - int(query.get("tailLines", 1_000_000)))
         while True:
             with self.changed:
@@ -416,10 +402,18 @@ class ApiServer:
     def _proxy(self, name: str, path: str) -> bytes:
         pod, _, _ = name.partition(":")
         if pod not in self.ports:
-            raise Refusal(503, "ServiceUnavailable", "error trying to reach service: refused")
+            raise RefusedError(503, "ServiceUnavailable", "error trying to reach service: refused")
         with urllib.request.urlopen(f"http://127.0.0.1:{self.ports[pod]}/{path}") as answer:
             page: bytes = answer.read()
         return page
+
+
+class _Http(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        if not isinstance(sys.exception(), ConnectionError):  # whoever watched has seen enough
+            super().handle_error(request, client_address)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -448,10 +442,8 @@ class _Handler(BaseHTTPRequestHandler):
     def _respond(self) -> None:
         try:
             self.server_of.answer(self, self.command)
-        except Refusal as refusal:
+        except RefusedError as refusal:
             self.send(refusal.body(), refusal.code)
-        except BrokenPipeError:  # whoever watched has seen enough
-            self.close_connection = True
 
     do_GET = do_PATCH = do_DELETE = _respond  # noqa: N815
 
@@ -489,45 +481,7 @@ def _selected(obj: Object, query: Object) -> bool:
     return wanted.items() <= (obj["metadata"].get("labels") or {}).items()
 
 
-def _merge(live: Object, before: Object, new: Object) -> Object:
-    """What the manager sets, and not what it had set before and sets no more. Lists are atomic."""
-    merged = {key: value for key, value in live.items() if key not in before or key in new}
-    for key, value in new.items():
-        if isinstance(value, dict):
-            past, old = (d.get(key) for d in (live, before))
-            merged[key] = _merge(
-                past if isinstance(past, dict) else {}, old if isinstance(old, dict) else {}, value
-            )
-        else:
-            merged[key] = copy.deepcopy(value)
-    return merged
-
-
-def _conflict(theirs: Object, ours: Object, path: str = "") -> str | None:
-    for key in theirs.keys() & ours.keys():
-        mine, yours = ours[key], theirs[key]
-        if isinstance(mine, dict) and isinstance(yours, dict):
-            if where := _conflict(yours, mine, f"{path}.{key}"):
-                return where
-        elif mine != yours:
-            return f"{path}.{key}"
-    return None
-
-
 @cache
 def _check(body: str) -> None:
-    """Against the schemas; what is valid is not looked at again, for that takes a second."""
+    """Against the schemas; what is valid is not looked at again."""
     schemas.check(json.loads(body))
-
-
-def _check_immutable(live: Object, new: Object) -> None:
-    kind, name = live["kind"], live["metadata"]["name"]
-    if kind == "Job" and live["spec"]["template"] != new["spec"]["template"]:
-        said = f'Job.batch "{name}" is invalid: spec.template: Invalid value: field is immutable'
-        raise Refusal(422, "Invalid", said)
-    if kind == "JobSet" and live["spec"]["replicatedJobs"] != new["spec"]["replicatedJobs"]:
-        said = (  # as controller-runtime's webhooks say it: by 403
-            'admission webhook "vjobset.kb.io" denied the request: spec.replicatedJobs: Invalid '
-            "value: field is immutable"
-        )
-        raise Refusal(403, "Forbidden", said)

@@ -76,17 +76,17 @@ def ending(api: ApiServer) -> Iterator[list[str]]:
         pods = (obj for key, obj in api.objects.items() if key[0] == "pods")
         return [p["metadata"]["name"] for p in pods if "deletionTimestamp" in p["metadata"]]
 
+    def next_to_go(watches: int) -> str | None:
+        with api.changed:
+            api.await_(lambda: over.is_set() or bool(going() and api.watches > watches))
+            return None if over.is_set() else going()[0]
+
     def end() -> None:
         watches = api.watches
-        while True:
-            seen = watches
-            api.await_(lambda: over.is_set() or bool(going() and api.watches > seen))
-            if over.is_set():
-                return
-            with api.changed:
-                watches = api.watches
-                ended.append(going()[0])
-                api.end_pod(ended[-1])
+        while pod := next_to_go(watches):
+            watches = api.watches
+            ended.append(pod)
+            api.end_pod(pod)
 
     thread = threading.Thread(target=end)
     thread.start()

@@ -14,8 +14,8 @@ from dist_sae.deploy.jobs import render_objects
 from dist_sae.storage import open_store
 from tests.conftest import Bucket
 from tests.deploy.apiserver import ApiServer, Object
+from tests.deploy.apply import with_defaults
 from tests.deploy.conftest import Shell, ending
-from tests.deploy.defaults import with_defaults
 
 PLAIN = ("--set", "cluster.jobset=false")
 MODES = pytest.mark.parametrize("mode", [(), PLAIN], ids=["jobset", "plain"])
