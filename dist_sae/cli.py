@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +21,7 @@ from dist_sae.errors import EXIT_DONE, EXIT_RESUMABLE, DistSaeError, Stopped
 
 if TYPE_CHECKING:
     from dist_sae.config import Run
+    from dist_sae.telemetry.exporter import Telemetry
 
 Command = Callable[[argparse.Namespace], int | None]
 
@@ -29,7 +31,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     # torch's large buffers in large pages: on a CPU, gradients are allocated anew at every step
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    logs.configure(rank=int(os.environ.get("RANK", "0")))
+    logs.configure(rank=_rank())
     _heed_signals()
     try:
         code = options.command(options)
@@ -53,7 +55,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _plan(options: argparse.Namespace) -> None:
     from dist_sae.plan import plan
 
-    made = plan(_load(options))
+    run = _load(options)
+    with _short_lived(run, "plan") as telemetry:
+        made = plan(run, telemetry)
     result = {
         "plan": made.hash,
         "documents": sum(file.documents for file in made.files),
@@ -66,6 +70,7 @@ def _plan(options: argparse.Namespace) -> None:
 
 def _produce(options: argparse.Namespace) -> int | None:
     from dist_sae.data.claims import Worker
+    from dist_sae.parallel.local_ranks import rank_environments
     from dist_sae.produce import produce, produce_together
     from dist_sae.telemetry.exporter import Telemetry
 
@@ -76,15 +81,16 @@ def _produce(options: argparse.Namespace) -> int | None:
     if options.local_ranks > 1:
         name = ["--worker", options.worker] if options.worker else []
         arguments = ["produce", "--index", str(options.index), *name]
-        return _run_ranks(options, arguments, run.model_shards, stopping)
+        environments = rank_environments(options.local_ranks, run.model_shards)
+        return _run_ranks(options, run, arguments, environments, stopping)
     worker = Worker(
         options.worker or f"producer-{os.getpid()}@{os.uname().nodename}",
         options.index,
         run.processes.producers,
     )
-    with Telemetry(
-        run.name, "produce", _port(run.telemetry.port, options.port_offset)
-    ) as telemetry:
+    port = _port(run.telemetry.port, options.port_offset)
+    rank = options.index * run.model_shards + _rank()
+    with Telemetry(run.name, "produce", port, rank) as telemetry:
         work = produce_together if run.model_shards > 1 else produce
         result = work(run, worker, stopping, telemetry)
     _print_result(options, result)
@@ -107,13 +113,16 @@ def _train(options: argparse.Namespace) -> int | None:
     stopping = _stop_on_signals()
     if options.wait:
         _await_plan(run, stopping)
-    if options.local_ranks > 1:
-        return _run_ranks(options, ["train"], world, stopping)
     if options.local_ranks:
-        os.environ.update(*rank_environments(1, world))
-        logs.configure(rank=int(os.environ["RANK"]))
+        environments = rank_environments(options.local_ranks, world)
+        if options.local_ranks > 1:
+            return _run_ranks(options, run, ["train"], environments, stopping)
+        os.environ.update(environments[0])
+        logs.configure(rank=_rank())
     with (
-        Telemetry(run.name, "train", _port(run.telemetry.port, options.port_offset)) as telemetry,
+        Telemetry(
+            run.name, "train", _port(run.telemetry.port, options.port_offset), _rank()
+        ) as telemetry,
         meet(run.processes.trainers, run.train.missing_seconds, stopping, name=run.name) as ranks,
         Watch(
             ranks,
@@ -135,16 +144,25 @@ def _await_plan(run: "Run", stopping: threading.Event) -> None:
 
 
 def _run_ranks(
-    options: argparse.Namespace, arguments: list[str], world: int, stopping: threading.Event
+    options: argparse.Namespace,
+    run: "Run",
+    arguments: list[str],
+    environments: list[dict[str, str]],
+    stopping: threading.Event,
 ) -> int:
-    """Ranks of this pod as children; what they say goes where this process's words go."""
+    """Ranks of this pod as children, with one page of metrics for all of them."""
     from dist_sae.parallel.local_ranks import run_ranks
+    from dist_sae.telemetry.gather import GatheredTelemetry
 
-    overrides = [word for override in options.set for word in ("--set", override)]
     program, *others = arguments
-    return run_ranks(
-        [program, options.run, *overrides, *others], options.local_ranks, world, stopping
-    )
+    overrides = [word for override in options.set for word in ("--set", override)]
+    command = [program, options.run, *overrides, *others]
+    with ExitStack() as serving:
+        if first := run.telemetry.port:
+            before = options.index * run.model_shards if program == "produce" else 0
+            ports = {before + int(e["RANK"]): first + 1 + i for i, e in enumerate(environments)}
+            serving.enter_context(GatheredTelemetry(run.name, program, ports, first))
+        return run_ranks(command, environments, stopping)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
@@ -155,19 +173,27 @@ def _evaluate(options: argparse.Namespace) -> None:
         from dist_sae.waiting import await_end
 
         await_end(run, _stop_on_signals())
-    _print_result(options, evaluate(run))
+    with _short_lived(run, "evaluate") as telemetry:
+        result = evaluate(run, telemetry)
+    _print_result(options, result)
 
 
 def _export(options: argparse.Namespace) -> None:
     from dist_sae.export import export
 
-    _print_result(options, {"export": export(_load(options))})
+    run = _load(options)
+    with _short_lived(run, "export") as telemetry:
+        result = export(run, telemetry)
+    _print_result(options, {"export": result})
 
 
 def _report(options: argparse.Namespace) -> None:
     from dist_sae.report import report
 
-    _print_result(options, {"report": report(_load(options))})
+    run = _load(options)
+    with _short_lived(run, "report") as telemetry:
+        result = report(run, telemetry)
+    _print_result(options, {"report": result})
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -187,6 +213,12 @@ def _config_schema(options: argparse.Namespace) -> None:
     from dist_sae.config import Run
 
     sys.stdout.write(_json(options, Run.model_json_schema()))
+
+
+def _config_metrics(_: argparse.Namespace) -> None:
+    from dist_sae.telemetry.metrics import render_table
+
+    sys.stdout.write(render_table())
 
 
 def _store_verify(options: argparse.Namespace) -> None:
@@ -274,6 +306,13 @@ def _load(options: argparse.Namespace) -> "Run":
     return load_run(options.run, options.set)
 
 
+def _short_lived(run: "Run", role: str) -> "Telemetry":
+    """The metrics of a program that nobody can scrape."""
+    from dist_sae.telemetry.exporter import Telemetry
+
+    return Telemetry(run.name, role, None, pushgateway_url=run.telemetry.pushgateway_url)
+
+
 def _print_result(options: argparse.Namespace, result: Mapping[str, Any]) -> None:
     """For people, and with --json for programs: one object as the last line of stdout."""
     if options.json:
@@ -293,6 +332,11 @@ def _print_result(options: argparse.Namespace, result: Mapping[str, Any]) -> Non
 def _json(options: argparse.Namespace, content: Mapping[str, Any]) -> str:
     """On one line where a program asked for it, indented for people."""
     return json.dumps(content, indent=None if options.json else 2) + "\n"
+
+
+def _rank() -> int:
+    """Of this process among those that it shares its work with; torchrun's name for it."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def _port(first: int | None, offset: int) -> int | None:
@@ -437,4 +481,6 @@ def _parser() -> argparse.ArgumentParser:
             )
             schema.add_argument("--json", action="store_true", help="print it on one line")
             schema.set_defaults(command=_config_schema)
+            table = actions.add_parser("metrics", help="print the metrics that programs export")
+            table.set_defaults(command=_config_metrics)
     return parser

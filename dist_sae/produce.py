@@ -97,7 +97,8 @@ def produce(
     store = open_store(run.store.activations, run.store.s3, telemetry, stopping)
     plan = load_plan(store, run)
     consumers = Consumers(store, run.store.consumer_expiry_hours)
-    claims = Claims(store, plan, worker, stopping, consumers, run.store.max_ahead_units)
+    claims = Claims(store, plan, worker, stopping, consumers, run.store.max_ahead_units, telemetry)
+    telemetry.set("dist_sae_produce_plan_units", len(plan.units))
     prepare = _Preparer(run, plan, claims)
     written = Counter(units=0, rows=0)
     open_source = open_source or (lambda: build_source(run.model, run.activations.sites))
@@ -112,7 +113,7 @@ def produce(
                 if forward is None:
                     forward = Forward(open_source(), held)
                 computed = _compute(
-                    tokenized, forward, prepare.tokenizer, run.activations, claims, stopping
+                    tokenized, forward, prepare.tokenizer, run, claims, stopping, telemetry
                 )
                 if finishing is not None:
                     _report(finishing.result(), plan, claims, telemetry, written)
@@ -233,9 +234,10 @@ def _compute(
     work: TokenizedUnit,
     forward: Forward,
     tokenizer: Tokenizer,
-    activations: ActivationsConfig,
+    run: Run,
     claims: Claims,
     stopping: threading.Event,
+    telemetry: Telemetry,
 ) -> ComputedUnit:
     """Run the model over a unit and keep the rows that the rules for tokens admit."""
     if not work.batches:
@@ -251,9 +253,12 @@ def _compute(
             if stopping.is_set():
                 raise Stopped(f"stopped within unit {work.unit}; start again to go on")
             claims.renew()
-            keep = admitted(batch, tokenizer.special, activations.exclude, excluded)
+            telemetry.pulse.work(run.train.hung_seconds)
+            keep = admitted(batch, tokenizer.special, run.activations.exclude, excluded)
             leaving += forward(batch.tokens, batch.mask, keep)
+            telemetry.add("dist_sae_produce_tokens_total", int(batch.mask.sum()))
             origins.append((batch.tokens[keep], batch.positions[keep], batch.documents[keep]))
+    telemetry.pulse.rest()
     origin = tuple(map(torch.cat, zip(*origins, strict=True)))
     return ComputedUnit(
         work.unit, work.documents, work.refused, leaving, origin, excluded, work.seconds
@@ -341,7 +346,7 @@ def _report(
         telemetry.add("dist_sae_produce_excluded_rows_total", count, reason=reason)
     for stage, seconds in manifest.seconds.items():
         telemetry.add("dist_sae_produce_seconds_total", seconds, stage=stage)
-    telemetry.set("dist_sae_produce_wait_seconds", claims.waited_seconds)
+    telemetry.set("dist_sae_produce_ready_units", claims.done())
     busy = max(manifest.seconds, key=lambda stage: manifest.seconds[stage])
     logs.progress(
         "produce",

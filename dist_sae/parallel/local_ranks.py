@@ -12,7 +12,7 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from dist_sae.errors import EXIT_BUG, EXIT_DONE, EXIT_RESUMABLE, EXIT_USER, ConfigError
 
@@ -31,15 +31,18 @@ def rank_environments(n_local: int, world: int) -> list[dict[str, str]]:
         world: Ranks of the job.
 
     Raises:
-        ConfigError: Kubernetes has not said which pod of several this is.
+        ConfigError: Pods of so many ranks cannot hold the job, or Kubernetes has not said which pod
+            of several this is.
     """
+    if world % n_local:
+        raise ConfigError(f"--local-ranks {n_local}: does not divide the {world} ranks of the job")
     node, place = 0, {}
     if world == n_local:
         place = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     else:
         if _NODE_RANK not in os.environ:
             raise ConfigError(
-                f"{_NODE_RANK}: not set, though {world} ranks are on {-(-world // n_local)} nodes; "
+                f"{_NODE_RANK}: not set, though {world} ranks are on {world // n_local} nodes; "
                 f"an Indexed Job sets it, elsewhere set it to the node's number"
             )
         node = int(os.environ[_NODE_RANK])
@@ -54,13 +57,14 @@ def rank_environments(n_local: int, world: int) -> list[dict[str, str]]:
     ]
 
 
-def run_ranks(arguments: Sequence[str], n_local: int, world: int, stopping: threading.Event) -> int:
+def run_ranks(
+    arguments: Sequence[str], environments: Sequence[Mapping[str, str]], stopping: threading.Event
+) -> int:
     """Run the ranks of this pod until all have ended; when one ends, the others are told to.
 
     Args:
         arguments: Of `dist-sae`, for every rank; `--port-offset` is added.
-        n_local: Ranks of this pod.
-        world: Ranks of the job.
+        environments: Of each rank.
         stopping: When set, all are told to save and stop.
 
     Returns:
@@ -70,10 +74,10 @@ def run_ranks(arguments: Sequence[str], n_local: int, world: int, stopping: thre
     ranks = [
         subprocess.Popen(
             [sys.executable, "-m", "dist_sae", *arguments, "--port-offset", str(1 + local_rank)],
-            env=dict(os.environ) | environment,
+            env={**os.environ, **environment},
             start_new_session=True,  # signals reach this process alone, which passes them on
         )
-        for local_rank, environment in enumerate(rank_environments(n_local, world))
+        for local_rank, environment in enumerate(environments)
     ]
     try:
         first = _watch(ranks, stopping)
