@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_sae import __version__, logs
 from dist_sae.bench.commands import add_benches
+from dist_sae.deploy.commands import add_cluster_commands
 from dist_sae.errors import EXIT_DONE, EXIT_RESUMABLE, DistSaeError, Stopped
 
 if TYPE_CHECKING:
@@ -425,6 +426,7 @@ def _parser() -> argparse.ArgumentParser:
         help="kubernetes: as kubectl apply -f - reads it",
     )
 
+    add_cluster_commands(add)
     add_benches(commands, _bench)
     groups = {
         "config": ("the run file itself", [("show", _config_show, "print the resolved run")]),

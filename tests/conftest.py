@@ -4,6 +4,7 @@ import contextlib
 import functools
 import logging
 import os
+import signal
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -105,6 +106,19 @@ def make_bucket(
 def bucket(make_bucket: Callable[[str], Bucket]) -> Bucket:
     """On moto, the server that starts at once."""
     return make_bucket("moto")
+
+
+@pytest.fixture
+def process_as_it_was() -> Iterator[None]:
+    """`main` sets up logging and signals for a process of its own."""
+    root, numbers = logging.getLogger(), (signal.SIGINT, signal.SIGTERM)
+    handlers, level = list(root.handlers), root.level
+    signals = [signal.getsignal(number) for number in numbers]
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    for number, handler in zip(numbers, signals, strict=True):
+        signal.signal(number, handler)
 
 
 def synthetic_run(folder: Path, **sections: dict[str, Any]) -> Path:
