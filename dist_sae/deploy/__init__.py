@@ -1,0 +1,1 @@
+"""What a run is deployed with, rendered to text: pure, without torch."""
