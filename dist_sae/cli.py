@@ -28,7 +28,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     options = _parser().parse_args(arguments)
     # torch's large buffers in large pages: on a CPU, gradients are allocated anew at every step
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
-    logs.configure(rank=int(os.environ.get("RANK", "0")))
+    logs.configure(rank=_rank())
     _heed_signals()
     try:
         options.command(options)
@@ -73,9 +73,9 @@ def _produce(options: argparse.Namespace) -> None:
         options.index,
         run.processes.producers,
     )
-    with Telemetry(
-        run.name, "produce", _port(run.telemetry.port, options.port_offset)
-    ) as telemetry:
+    port = _port(run.telemetry.port, options.port_offset)
+    rank = options.index * run.model_shards + _rank()
+    with Telemetry(run.name, "produce", port, rank) as telemetry:
         work = produce_together if run.model_shards > 1 else produce
         result = work(run, worker, _stop_on_signals(), telemetry)
     _print_result(options, result)
@@ -91,7 +91,9 @@ def _train(options: argparse.Namespace) -> None:
     run = _load(options)
     stopping = _stop_on_signals()
     with (
-        Telemetry(run.name, "train", _port(run.telemetry.port, options.port_offset)) as telemetry,
+        Telemetry(
+            run.name, "train", _port(run.telemetry.port, options.port_offset), _rank()
+        ) as telemetry,
         meet(run.processes.trainers, run.train.missing_seconds, stopping, name=run.name) as ranks,
         Watch(
             ranks,
@@ -242,6 +244,11 @@ def _print_result(options: argparse.Namespace, result: Mapping[str, Any]) -> Non
 def _json(options: argparse.Namespace, content: Mapping[str, Any]) -> str:
     """On one line where a program asked for it, indented for people."""
     return json.dumps(content, indent=None if options.json else 2) + "\n"
+
+
+def _rank() -> int:
+    """Of this process among those that it shares its work with; torchrun's name for it."""
+    return int(os.environ.get("RANK", "0"))
 
 
 def _port(first: int | None, offset: int) -> int | None:

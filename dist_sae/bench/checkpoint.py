@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from dist_sae.bench.memory import peak_memory, resident_bytes
+from dist_sae.bench.memory import peak_memory
 from dist_sae.bench.scratch import scratch
 from dist_sae.bench.step import StepShape, TrainingStep, bench_run, seconds
 from dist_sae.checkpoint.layout import Checkpoints
@@ -28,6 +28,7 @@ from dist_sae.sae import build_sae
 from dist_sae.sae.axis import WholeAxis
 from dist_sae.sae.dead import DeadLatents
 from dist_sae.storage import ObjectStore, open_store
+from dist_sae.telemetry.process import resident_bytes
 
 _SHARDS = (1, 2, 4)
 _RUN = "bench"

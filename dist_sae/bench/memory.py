@@ -1,16 +1,10 @@
 """How much memory this process holds."""
 
-import resource
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from pathlib import Path
 
-
-def resident_bytes() -> int:
-    """What it holds now."""
-    with Path("/proc/self/statm").open(encoding="ascii") as file:
-        return int(file.read().split()[1]) * resource.getpagesize()
+from dist_sae.telemetry.process import resident_bytes
 
 
 @contextmanager

@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from dist_sae.bench.memory import peak_memory, resident_bytes
+from dist_sae.bench.memory import peak_memory
 from dist_sae.bench.scratch import scratch
 from dist_sae.config import Run
 from dist_sae.data.claims import Worker
@@ -29,6 +29,7 @@ from dist_sae.plan import plan
 from dist_sae.produce import produce, tokenize, tokenizer_of
 from dist_sae.storage import open_store
 from dist_sae.telemetry.exporter import Telemetry
+from dist_sae.telemetry.process import resident_bytes
 
 
 def bench_produce(run: Run, *, units: int, rounds: int) -> dict[str, Any]:

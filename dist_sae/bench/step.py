@@ -19,7 +19,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dist_sae.bench.memory import peak_memory, resident_bytes
+from dist_sae.bench.memory import peak_memory
 from dist_sae.checkpoint.state import TrainingState
 from dist_sae.config import Run, validate_run
 from dist_sae.config.sae import SaeConfig
@@ -30,6 +30,7 @@ from dist_sae.sae.base import Step
 from dist_sae.sae.dead import DeadLatents
 from dist_sae.sae.kernels import Kernels
 from dist_sae.sae.kernels.choice import choose_kernels
+from dist_sae.telemetry.process import resident_bytes
 
 _CHUNKS = (1024, 2048, 4096, 8192, 16_384, 65_536)  # latents
 _STATE_BYTES = 4 * 4  # per parameter: fp32 weight, gradient and two moments

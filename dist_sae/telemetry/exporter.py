@@ -1,6 +1,10 @@
 """Serves the metrics to Prometheus; the only module that talks to prometheus_client."""
 
 import logging
+import platform
+import time
+from importlib.metadata import version
+from types import TracebackType
 from typing import Self
 
 from prometheus_client import (
@@ -9,87 +13,138 @@ from prometheus_client import (
     Gauge,
     Histogram,
     disable_created_metrics,
-    start_http_server,
+    generate_latest,
+    push_to_gateway,
 )
 
 from dist_sae import __version__
-from dist_sae.errors import TelemetryError
-from dist_sae.telemetry.metrics import METRICS
+from dist_sae.errors import DistSaeError, Stopped
+from dist_sae.telemetry import metrics
+from dist_sae.telemetry.process import device_bytes, resident_bytes
+from dist_sae.telemetry.server import PageServer
 
 logger = logging.getLogger(__name__)
+
+_PUSH_SECONDS = 5.0
 
 
 disable_created_metrics()  # type: ignore[no-untyped-call] # a second series for every counter that nobody reads
 
 
-def _belongs(name: str, role: str) -> bool:
-    """A producer says nothing of training, rather than that its loss is 0."""
-    other = "train" if role == "produce" else "produce"
-    checkpoints = name.startswith("dist_sae_checkpoint_") and role == "produce"
-    return not (name.startswith(f"dist_sae_{other}_") or checkpoints)
-
-
 class Telemetry:
-    """The metrics of this process.
+    """The metrics of this process, from its beginning to its end.
+
+    How it ended is among them. A process that is being scraped stays until that has been seen, for
+    one interval at most; a program that nobody can scrape pushes.
 
     Args:
         run: Name of the run.
-        role: What this process is: `produce` or `train`.
+        role: What this process is, one of `metrics.ROLES`.
         port: Where to serve them; 0 takes any free port, None serves nothing.
+        rank: Of this process among those of its role.
+        pushgateway_url: Where to push them at the end; None: nowhere.
 
     Raises:
         TelemetryError: The port is taken.
     """
 
-    def __init__(self, run: str, role: str, port: int | None) -> None:
-        registry = CollectorRegistry()
-        self._gauges = {
-            m.name: Gauge(m.name, m.help, m.labels, registry=registry)
-            for m in METRICS
-            if m.kind == "gauge" and _belongs(m.name, role)
-        }
-        self._counters = {
-            m.name: Counter(m.name, m.help, m.labels, registry=registry)
-            for m in METRICS
-            if m.kind == "counter" and _belongs(m.name, role)
-        }
-        self._histograms = {
-            m.name: Histogram(m.name, m.help, m.labels, registry=registry)
-            for m in METRICS
-            if m.kind == "histogram" and _belongs(m.name, role)
-        }
-        self.port: int | None = None
-        self._server = None
-        if port is not None:
-            try:
-                self._server, _ = start_http_server(port, registry=registry)
-            except OSError as exc:
-                raise TelemetryError(
-                    f"telemetry.port {port}: cannot be opened ({exc.strerror}); "
-                    f"choose another, or 0 for any free one"
-                ) from exc
-            self.port = self._server.server_port
+    def __init__(
+        self,
+        run: str,
+        role: str,
+        port: int | None,
+        rank: int = 0,
+        pushgateway_url: str | None = None,
+    ) -> None:
+        self._every = {"run": run, "role": role, "rank": str(rank)}
+        self._pushgateway_url = pushgateway_url
+        self._began = time.time()
+        self._registry = CollectorRegistry()
+        self._metrics = {m.name: self._open(m) for m in metrics.metrics_of(role)}
+        self._server = None if port is None else PageServer(port, self.render)
+        self.port = None if self._server is None else self._server.port
+        if self.port is not None:
             logger.info("metrics on port %d", self.port)
-        self.set("dist_sae_run_info", 1, run=run, role=role, version=__version__)
+        self.set("dist_sae_run_info", 1, version=__version__)
+        self.set(
+            "dist_sae_build_info",
+            1,
+            version=__version__,
+            python=platform.python_version(),
+            torch=version("torch"),
+        )
+        self.set("dist_sae_process_start_timestamp_seconds", self._began)
+        self.set("dist_sae_run_finished", 0)
 
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None:
+            self.set("dist_sae_run_finished", 1)
+        failed = kind is not None and issubclass(kind, Exception) and not issubclass(kind, Stopped)
+        if failed:
+            name = type(error).__name__ if isinstance(error, DistSaeError) else "bug"
+            self.set("dist_sae_run_failed", 1, error=name)
+        if self._every["role"] in metrics.SHORT_LIVED:
+            self.set("dist_sae_job_seconds", time.time() - self._began)
+            self.set("dist_sae_job_end_timestamp_seconds", time.time())
+        if self._pushgateway_url is not None:
+            self._push(self._pushgateway_url)
         if self._server is not None:
-            self._server.shutdown()
-            self._server.server_close()
+            if kind is None or failed:
+                self._server.await_last_scrape()
+            self._server.close()
+
+    def render(self) -> bytes:
+        """The page, in Prometheus' text format."""
+        self.set("dist_sae_process_resident_memory_bytes", resident_bytes())
+        for state, held in device_bytes().items():
+            self.set("dist_sae_process_device_memory_bytes", held, state=state)
+        return generate_latest(self._registry)
 
     def set(self, name: str, value: float, **labels: str) -> None:
         """Set a gauge."""
-        gauge = self._gauges[name]
-        (gauge.labels(**labels) if labels else gauge).set(value)
+        gauge = self._metrics[name]
+        assert isinstance(gauge, Gauge)
+        gauge.labels(**self._every, **labels).set(value)
 
     def add(self, name: str, value: float, **labels: str) -> None:
         """Add to a counter."""
-        counter = self._counters[name]
-        (counter.labels(**labels) if labels else counter).inc(value)
+        counter = self._metrics[name]
+        assert isinstance(counter, Counter)
+        counter.labels(**self._every, **labels).inc(value)
 
     def observe(self, name: str, value: float, **labels: str) -> None:
         """Put a value into a histogram."""
-        self._histograms[name].labels(**labels).observe(value)
+        histogram = self._metrics[name]
+        assert isinstance(histogram, Histogram)
+        histogram.labels(**self._every, **labels).observe(value)
+
+    def _open(self, metric: metrics.Metric) -> Counter | Gauge | Histogram:
+        labels = (*metrics.EVERY_SERIES, *metric.labels)
+        if metric.kind == "gauge":
+            return Gauge(metric.name, metric.help, labels, registry=self._registry)
+        if metric.kind == "histogram":
+            buckets = metric.buckets or Histogram.DEFAULT_BUCKETS
+            return Histogram(
+                metric.name, metric.help, labels, registry=self._registry, buckets=buckets
+            )
+        counter = Counter(metric.name, metric.help, labels, registry=self._registry)
+        if not metric.labels:
+            counter.labels(**self._every)  # from here on it is there, at 0
+        for value in metric.values:
+            counter.labels(**self._every, **{metric.labels[0]: value})
+        return counter
+
+    def _push(self, url: str) -> None:
+        group = {"run": self._every["run"], "role": self._every["role"]}
+        try:
+            push_to_gateway(url, "dist_sae", self._registry, group, _PUSH_SECONDS)
+        except OSError as exc:
+            logger.warning("telemetry.pushgateway_url %s: nothing was pushed: %s", url, exc)

@@ -10,7 +10,7 @@ from typing import Self
 from prometheus_client.parser import text_string_to_metric_families
 
 from dist_sae.telemetry.exporter import Telemetry
-from dist_sae.telemetry.metrics import METRICS
+from dist_sae.telemetry.metrics import EVERY_SERIES, METRICS
 
 INTERVAL_SECONDS = 0.1
 COUNTERS = {metric.name for metric in METRICS if metric.kind == "counter"}
@@ -80,8 +80,13 @@ class Scraper:
         self.samples.setdefault(target.name, []).append(sample)
 
     def values(self, target: str, name: str) -> list[float]:
-        """What a metric without labels was, scrape after scrape."""
-        return [sample[name, ()] for sample in self.samples[target] if (name, ()) in sample]
+        """What a metric without labels of its own was, scrape after scrape."""
+        return [
+            value
+            for sample in self.samples[target]
+            for (found, labels), value in sample.items()
+            if found == name and {label for label, _ in labels} == set(EVERY_SERIES)
+        ]
 
     def check_counters(self) -> None:
         """No counter of any process ever went down."""

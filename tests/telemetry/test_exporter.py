@@ -21,12 +21,13 @@ def scrape(port: int) -> str:
 
 
 def test_metrics_are_served() -> None:
-    with Telemetry("my-run", "train", port=0) as telemetry:
+    with Telemetry("my-run", "train", port=0, rank=3) as telemetry:
         telemetry.set("dist_sae_train_fvu", 0.25)
         assert telemetry.port
         text = scrape(telemetry.port)
-    assert "dist_sae_train_fvu 0.25" in text
-    assert re.search(r'dist_sae_run_info{role="train",run="my-run",version="[^"]+"} 1.0', text)
+    labels = 'rank="3",role="train",run="my-run"'
+    assert f"dist_sae_train_fvu{{{labels}}} 0.25" in text
+    assert re.search(rf'dist_sae_run_info{{{labels},version="[^"]+"}} 1.0', text)
 
 
 def test_a_producer_says_nothing_of_training() -> None:
@@ -35,7 +36,8 @@ def test_a_producer_says_nothing_of_training() -> None:
         telemetry.add("dist_sae_produce_excluded_rows_total", 2, reason="over_norm")
         assert telemetry.port
         text = scrape(telemetry.port)
-    assert 'dist_sae_produce_excluded_rows_total{reason="over_norm"} 5.0' in text
+    labels = 'rank="0",reason="over_norm",role="produce",run="my-run"'
+    assert f"dist_sae_produce_excluded_rows_total{{{labels}}} 5.0" in text
     assert "dist_sae_train" not in text
     assert "_created" not in text
 

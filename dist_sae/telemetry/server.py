@@ -1,0 +1,89 @@
+"""Serves a page of metrics over HTTP."""
+
+import threading
+import time
+from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from typing import Any
+
+from dist_sae.errors import TelemetryError
+
+_LAST_SCRAPE_SECONDS = 60.0  # the longest that a process stays for it
+_CLIENT_SECONDS = 10.0
+
+
+class PageServer:
+    """One page, made when it is asked for, in threads of its own.
+
+    Args:
+        port: Where; 0 takes any free port.
+        render: Makes the page, in Prometheus' text format.
+
+    Raises:
+        TelemetryError: The port is taken.
+    """
+
+    def __init__(self, port: int, render: Callable[[], bytes]) -> None:
+        self._render = render
+        self._sent: float | None = None
+        self._interval: float | None = None
+        self._once_more = threading.Event()
+        try:
+            self._server = _Server(("", port), self._handler())
+        except OSError as exc:
+            raise TelemetryError(
+                f"telemetry.port {port}: cannot be opened ({exc.strerror}); "
+                f"choose another, or 0 for any free one"
+            ) from exc
+        self.port: int = self._server.server_port
+        self._thread = threading.Thread(
+            target=self._server.serve_forever, args=(0.05,), name="metrics", daemon=True
+        )
+        self._thread.start()
+
+    def close(self) -> None:
+        """Serve no more."""
+        self._server.shutdown()
+        self._server.server_close()
+
+    def await_last_scrape(self) -> None:
+        """Stay until whoever asks regularly has asked once more; not at all if nobody does."""
+        self._once_more.clear()
+        if self._sent is None or self._interval is None:
+            return
+        rest = self._sent + 1.5 * self._interval - time.monotonic()  # below 0: they are gone
+        self._once_more.wait(min(max(rest, 0.0), _LAST_SCRAPE_SECONDS))
+
+    def _note(self) -> None:
+        now = time.monotonic()
+        if self._sent is not None:
+            self._interval = now - self._sent
+        self._sent = now
+        self._once_more.set()
+
+    def _handler(self) -> type[BaseHTTPRequestHandler]:
+        render, note = self._render, self._note
+
+        class Handler(BaseHTTPRequestHandler):
+            timeout = _CLIENT_SECONDS
+
+            def do_GET(self) -> None:
+                page = render()
+                self.send_response(200)
+                self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
+                self.send_header("Content-Length", str(len(page)))
+                self.end_headers()
+                self.wfile.write(page)
+                note()
+
+            def log_message(self, *_: Any) -> None:
+                pass  # a line for every scrape
+
+        return Handler
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, *_: Any) -> None:
+        pass  # whoever asked has gone away; they will ask again
