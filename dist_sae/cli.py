@@ -90,20 +90,22 @@ def _train(options: argparse.Namespace) -> None:
 
     run = _load(options)
     stopping = _stop_on_signals()
-    with (
-        Telemetry(
-            run.name, "train", _port(run.telemetry.port, options.port_offset), _rank()
-        ) as telemetry,
-        meet(run.processes.trainers, run.train.missing_seconds, stopping, name=run.name) as ranks,
-        Watch(
-            ranks,
-            stopping,
-            lost_seconds=run.train.lost_seconds,
-            hung_seconds=run.train.hung_seconds,
-        ) as watch,
-        join_mesh(ranks, run.processes.shards) as mesh,
-    ):
-        result = train(run, mesh, watch, stopping, telemetry)
+    config, n_ranks = run.train, run.processes.trainers
+    with Telemetry(
+        run.name, "train", _port(run.telemetry.port, options.port_offset), _rank()
+    ) as telemetry:
+        telemetry.set("dist_sae_train_ranks", n_ranks)  # before they meet: one may not come
+        with (
+            meet(n_ranks, config.missing_seconds, stopping, name=run.name) as ranks,
+            Watch(
+                ranks,
+                stopping,
+                lost_seconds=config.lost_seconds,
+                hung_seconds=config.hung_seconds,
+            ) as watch,
+            join_mesh(ranks, run.processes.shards) as mesh,
+        ):
+            result = train(run, mesh, watch, stopping, telemetry)
     _print_result(options, result)
 
 

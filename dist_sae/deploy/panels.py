@@ -219,9 +219,7 @@ def _number(panel: Panel) -> stat.Panel:
         .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
         .graph_mode(style.BigValueGraphMode.AREA)
         .wide_layout(True)
-        .color_mode(
-            style.BigValueColorMode.VALUE if panel.limits else style.BigValueColorMode.NONE
-        )
+        .color_mode(style.BigValueColorMode.VALUE if panel.limits else style.BigValueColorMode.NONE)
         .thresholds(_thresholds(panel.limits))
         .no_value("none")
         .targets([_target(query) for query in panel.queries])
