@@ -184,7 +184,7 @@ METRICS = (
         "gauge",
         "units",
         _P,
-        "No unit so far ahead of the slowest consumer is begun; none without store.max_ahead_units.",
+        "store.max_ahead_units: no unit so far ahead of the slowest consumer is begun.",
     ),
     Metric(
         "dist_sae_produce_claimed_units",

@@ -1,8 +1,7 @@
-"""Dashboards as plain values, and as Grafana's JSON; only this module talks to Grafana's SDK."""
+"""Grafana's JSON for a dashboard; only this module talks to Grafana's SDK."""
 
 import json
 from collections.abc import Sequence
-from typing import Literal, NamedTuple
 
 from grafana_foundation_sdk.builders import (
     common,
@@ -18,10 +17,10 @@ from grafana_foundation_sdk.models import common as style
 from grafana_foundation_sdk.models import dashboard as schema
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
-Unit = Literal["count", "share", "seconds", "bytes", "bytes/s", "rows/s", "per second", "step/s"]
-Shape = Literal["graph", "stack", "number", "table"]
+from dist_sae.deploy.dashboards.panels import Page, Panel, Shape, Unit
+from dist_sae.deploy.dashboards.queries import Query
 
-_TAG = "dist-sae"
+GENERATED = "Generated from dist_sae/deploy/dashboards/ by launch/dashboards.py: edit the former."
 _SOURCE = schema.DataSourceRef(type_val="prometheus", uid="${datasource}")
 _GRAFANA_UNITS: dict[Unit, str] = {
     "count": "short",
@@ -31,7 +30,6 @@ _GRAFANA_UNITS: dict[Unit, str] = {
     "bytes/s": "Bps",
     "rows/s": "rowsps",
     "per second": "cps",
-    "step/s": "cps",
 }
 _SIZES: dict[Shape, tuple[int, int]] = {  # width of 24, height
     "graph": (8, 8),
@@ -39,50 +37,6 @@ _SIZES: dict[Shape, tuple[int, int]] = {  # width of 24, height
     "number": (4, 4),
     "table": (24, 6),
 }
-
-
-class Query(NamedTuple):
-    """PromQL, and what its series are called (`{{label}}` is the label's value)."""
-
-    legend: str
-    expr: str
-
-
-class Panel(NamedTuple):
-    """One picture of some series."""
-
-    title: str
-    unit: Unit
-    queries: tuple[Query, ...]
-    description: str = ""
-    shape: Shape = "graph"
-    limits: tuple[float, ...] = ()
-    """Where it becomes yellow, then red; from the highest to the lowest where low is bad."""
-    width: int | None = None
-    """Of 24."""
-
-
-class Section(NamedTuple):
-    """Panels that answer one question."""
-
-    title: str
-    panels: tuple[Panel, ...]
-
-
-class Page(NamedTuple):
-    """One dashboard."""
-
-    name: str
-    title: str
-    description: str
-    sections: tuple[Section, ...]
-    ranks: str = ""
-    """The role whose ranks can be chosen, if any."""
-
-    @property
-    def uid(self) -> str:
-        """What Grafana knows it by, and other dashboards link to."""
-        return f"dist-sae-{self.name}"
 
 
 def render_page(page: Page, others: Sequence[Page]) -> str:
@@ -95,8 +49,8 @@ def render_page(page: Page, others: Sequence[Page]) -> str:
     built = (
         dashboard.Dashboard(page.title)
         .uid(page.uid)
-        .description(page.description)
-        .tags([_TAG, "generated"])
+        .description(f"{page.says} {GENERATED}")
+        .tags(["dist-sae", "generated"])
         .readonly()
         .tooltip(schema.DashboardCursorSync.CROSSHAIR)
         .time("now-3h", "now")
@@ -145,7 +99,7 @@ def _link(page: Page) -> dashboard.DashboardLink:
         dashboard.DashboardLink(page.title)
         .type(schema.DashboardLinkType.LINK)
         .url(f"/d/{page.uid}")
-        .tooltip(page.description)
+        .tooltip(page.says)
         .include_vars(True)
         .keep_time(True)
     )
@@ -178,7 +132,7 @@ def _graph(panel: Panel) -> timeseries.Panel:
     graph = (
         timeseries.Panel()
         .title(panel.title)
-        .description(panel.description)
+        .description(panel.says)
         .datasource(_SOURCE)
         .span(width)
         .height(height)
@@ -211,7 +165,7 @@ def _number(panel: Panel) -> stat.Panel:
     return (
         stat.Panel()
         .title(panel.title)
-        .description(panel.description)
+        .description(panel.says)
         .datasource(_SOURCE)
         .span(width)
         .height(height)
@@ -233,7 +187,7 @@ def _table(panel: Panel) -> table.Panel:
     return (
         table.Panel()
         .title(panel.title)
-        .description(panel.description)
+        .description(panel.says)
         .datasource(_SOURCE)
         .span(width)
         .height(height)
@@ -259,8 +213,6 @@ def _target(query: Query) -> prometheus.Dataquery:
 
 def _thresholds(limits: Sequence[float]) -> dashboard.ThresholdsConfig:
     colours = ["green", "yellow", "red"] if len(limits) > 1 else ["green", "red"]
-    if len(limits) > 1 and limits[0] > limits[-1]:
-        colours, limits = colours[::-1], limits[::-1]
     steps = [
         schema.Threshold(value=value, color=colour)
         for value, colour in zip([None, *limits], colours, strict=False)
