@@ -19,6 +19,7 @@ from dist_sae.errors import EXIT_DONE, EXIT_RESUMABLE, DistSaeError, Stopped
 
 if TYPE_CHECKING:
     from dist_sae.config import Run
+    from dist_sae.telemetry.exporter import Telemetry
 
 Command = Callable[[argparse.Namespace], None]
 
@@ -51,7 +52,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _plan(options: argparse.Namespace) -> None:
     from dist_sae.plan import plan
 
-    made = plan(_load(options))
+    run = _load(options)
+    with _short_lived(run, "plan") as telemetry:
+        made = plan(run, telemetry)
     result = {
         "plan": made.hash,
         "documents": sum(file.documents for file in made.files),
@@ -112,19 +115,28 @@ def _train(options: argparse.Namespace) -> None:
 def _evaluate(options: argparse.Namespace) -> None:
     from dist_sae.evaluate import evaluate
 
-    _print_result(options, evaluate(_load(options)))
+    run = _load(options)
+    with _short_lived(run, "evaluate") as telemetry:
+        result = evaluate(run, telemetry)
+    _print_result(options, result)
 
 
 def _export(options: argparse.Namespace) -> None:
     from dist_sae.export import export
 
-    _print_result(options, {"export": export(_load(options))})
+    run = _load(options)
+    with _short_lived(run, "export") as telemetry:
+        result = export(run, telemetry)
+    _print_result(options, {"export": result})
 
 
 def _report(options: argparse.Namespace) -> None:
     from dist_sae.report import report
 
-    _print_result(options, {"report": report(_load(options))})
+    run = _load(options)
+    with _short_lived(run, "report") as telemetry:
+        result = report(run, telemetry)
+    _print_result(options, {"report": result})
 
 
 def _run(options: argparse.Namespace) -> None:
@@ -225,6 +237,13 @@ def _load(options: argparse.Namespace) -> "Run":
     from dist_sae.config import load_run
 
     return load_run(options.run, options.set)
+
+
+def _short_lived(run: "Run", role: str) -> "Telemetry":
+    """The metrics of a program that nobody can scrape."""
+    from dist_sae.telemetry.exporter import Telemetry
+
+    return Telemetry(run.name, role, None, pushgateway_url=run.telemetry.pushgateway_url)
 
 
 def _print_result(options: argparse.Namespace, result: Mapping[str, Any]) -> None:

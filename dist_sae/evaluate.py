@@ -29,16 +29,24 @@ from dist_sae.models import build_tokenizer
 from dist_sae.sae import build_sae
 from dist_sae.sae.base import Dictionary
 from dist_sae.sae.metrics import Fit, ce_recovered, duplicate_shares
-from dist_sae.storage import open_store
+from dist_sae.storage import UNMETERED, Meter, open_store
 
 logger = logging.getLogger(__name__)
 
 _PCA_ROWS = 100_000
+_EXPORTED = {"l0_latents": "l0"} | {
+    name: name for name in ("step", "rows", "fvu", "pca_fvu", "dead_share", "ce_recovered")
+}
+"""Metrics, and what they are called in the result."""
 _DENSITY_EDGES = [-7 + 0.25 * i for i in range(29)]  # log10, to 0
 
 
-def evaluate(run: Run) -> dict[str, Any]:
+def evaluate(run: Run, meter: Meter = UNMETERED) -> dict[str, Any]:
     """Measure the newest checkpoint and leave the result in `<run>/evaluation.json`.
+
+    Args:
+        run: The run.
+        meter: Takes the metrics.
 
     Returns:
         `trained_rows`; on `rows` held-out rows `fvu`, `l0`, `dead_share`, `pca_fvu` (of a PCA
@@ -51,8 +59,8 @@ def evaluate(run: Run) -> dict[str, Any]:
     Raises:
         ConfigError: There is no checkpoint, or nothing is held out.
     """
-    runs = open_store(run.store.runs, run.store.s3)
-    store = open_store(run.store.activations, run.store.s3)
+    runs = open_store(run.store.runs, run.store.s3, meter)
+    store = open_store(run.store.activations, run.store.s3, meter)
     plan = load_plan(store, run)
     checkpoint = Checkpoints(runs, run.name, run.train.keep_checkpoints).latest()
     if checkpoint is None:
@@ -96,6 +104,9 @@ def evaluate(run: Run) -> dict[str, Any]:
     if bad:
         raise NonFiniteError(f"{runs.url}/{run.name}: {', '.join(bad)} came out as NaN")
     runs.put(f"{run.name}/evaluation.json", json.dumps(result, indent=1).encode())
+    for metric, name in _EXPORTED.items():
+        if name in result:
+            meter.set(f"dist_sae_evaluate_{metric}", result[name])
     return result
 
 

@@ -24,7 +24,7 @@ from dist_sae.errors import ConfigError
 from dist_sae.sae import build_sae
 from dist_sae.sae.base import Dictionary
 from dist_sae.sae.batchtopk import BatchTopK
-from dist_sae.storage import open_store
+from dist_sae.storage import UNMETERED, Meter, open_store
 
 # The SAELens format this follows. Below 6, its loader drops the metadata without a word.
 _SAELENS_VERSION = "6.54.12"
@@ -47,8 +47,12 @@ _HOOKS = {
 }
 
 
-def export(run: Run) -> str:
+def export(run: Run, meter: Meter = UNMETERED) -> str:
     """Write `<run>/export/cfg.json` and `sae_weights.safetensors`; returns where.
+
+    Args:
+        run: The run.
+        meter: Takes the metrics.
 
     Raises:
         ConfigError: There is no checkpoint, or SAELens has no such kind.
@@ -58,7 +62,7 @@ def export(run: Run) -> str:
             f"sae.kind: {run.sae.kind}: SAELens has nothing like it; use the checkpoint, "
             f"`dist-sae checkpoints convert` makes one file of it"
         )
-    runs = open_store(run.store.runs, run.store.s3)
+    runs = open_store(run.store.runs, run.store.s3, meter)
     checkpoint = Checkpoints(runs, run.name, run.train.keep_checkpoints).latest()
     if checkpoint is None:
         raise ConfigError(

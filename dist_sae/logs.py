@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 SUPERVISED = "DIST_SAE_SUPERVISED"
@@ -26,13 +27,15 @@ def configure(*, rank: int = 0) -> None:
 
 
 def progress(role: str, done: float, total: float, **numbers: Any) -> None:
-    """Say how far this process has come."""
+    """Say how far this process has come; numbers that are mappings are for programs only."""
     if os.environ.get(SUPERVISED):
         record = {"role": role, "done": done, "total": total, **numbers}
         sys.stdout.write(json.dumps(record) + "\n")
         sys.stdout.flush()
     else:
         shown = " ".join(
-            f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}" for k, v in numbers.items()
+            f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
+            for k, v in numbers.items()
+            if not isinstance(v, Mapping)
         )
         logger.info("%s %s/%s %s", role, f"{done:.0f}", f"{total:.0f}", shown)

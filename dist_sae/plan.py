@@ -10,15 +10,19 @@ from dist_sae.data.plan import Plan, check_rows, make_plan, publish_plan
 from dist_sae.data.tokens import cut
 from dist_sae.errors import CorpusError
 from dist_sae.models import build_tokenizer, check_sites
-from dist_sae.storage import open_store
+from dist_sae.storage import UNMETERED, Meter, open_store
 
 logger = logging.getLogger(__name__)
 
 _SAMPLE_SPANS = 512  # to estimate how many rows a document gives
 
 
-def plan(run: Run) -> Plan:
+def plan(run: Run, meter: Meter = UNMETERED) -> Plan:
     """Make the plan of a run's activation set, or find that it is there already.
+
+    Args:
+        run: The run.
+        meter: Takes the metrics.
 
     Raises:
         CorpusError: The text is missing, unreadable, empty or too small.
@@ -26,18 +30,22 @@ def plan(run: Run) -> Plan:
         DataExhaustedError: `train.rows` asks for more than there will be.
         PlanMismatchError: The store holds a plan made from other settings or other text.
     """
-    store = open_store(run.store.activations, run.store.s3)
+    store = open_store(run.store.activations, run.store.s3, meter)
     corpus = Corpus(run.corpus, run.store.s3)
     index = corpus.index()
     check_sites(run.model, run.activations.sites)
     made = make_plan(run, index, _document_rows(run, corpus, index))
     check_rows(run, made)
     created = publish_plan(store, made)
+    documents = sum(span.count for unit in made.units for span in unit)
+    meter.set("dist_sae_plan_units", len(made.units))
+    meter.set("dist_sae_plan_documents", documents)
+    meter.set("dist_sae_plan_train_rows", made.train_rows_estimate)
     logger.info(
         "%s %s: %d documents, %d training and %d held-out units, about %d rows to train on",
         "made" if created else "found",
         store.url,
-        sum(span.count for unit in made.units for span in unit),
+        documents,
         len(made.train_units),
         len(made.heldout_units),
         made.train_rows_estimate,

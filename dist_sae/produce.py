@@ -98,7 +98,8 @@ def produce(
     plan = load_plan(store, run)
     consumers = Consumers(store, run.store.consumer_expiry_hours)
     ahead = run.store.max_ahead_units
-    claims = Claims(store, plan, worker, stopping, consumers, ahead)
+    claims = Claims(store, plan, worker, stopping, consumers, ahead, telemetry)
+    telemetry.set("dist_sae_produce_plan_units", len(plan.units))
     if ahead is not None:
         telemetry.set("dist_sae_produce_max_ahead_units", ahead)
     prepare = _Preparer(run, plan, claims)
@@ -115,7 +116,13 @@ def produce(
                 if forward is None:
                     forward = Forward(open_source(), held)
                 computed = _compute(
-                    tokenized, forward, prepare.tokenizer, run.activations, claims, stopping
+                    tokenized,
+                    forward,
+                    prepare.tokenizer,
+                    run.activations,
+                    claims,
+                    stopping,
+                    telemetry,
                 )
                 if finishing is not None:
                     _report(finishing.result(), plan, claims, telemetry, written)
@@ -239,6 +246,7 @@ def _compute(
     activations: ActivationsConfig,
     claims: Claims,
     stopping: threading.Event,
+    telemetry: Telemetry,
 ) -> ComputedUnit:
     """Run the model over a unit and keep the rows that the rules for tokens admit."""
     if not work.batches:
@@ -256,6 +264,7 @@ def _compute(
             claims.renew()
             keep = admitted(batch, tokenizer.special, activations.exclude, excluded)
             leaving += forward(batch.tokens, batch.mask, keep)
+            telemetry.add("dist_sae_produce_tokens_total", int(batch.mask.sum()))
             origins.append((batch.tokens[keep], batch.positions[keep], batch.documents[keep]))
     origin = tuple(map(torch.cat, zip(*origins, strict=True)))
     return ComputedUnit(
@@ -344,7 +353,7 @@ def _report(
         telemetry.add("dist_sae_produce_excluded_rows_total", count, reason=reason)
     for stage, seconds in manifest.seconds.items():
         telemetry.add("dist_sae_produce_seconds_total", seconds, stage=stage)
-    telemetry.set("dist_sae_produce_wait_seconds", claims.waited_seconds)
+    telemetry.set("dist_sae_produce_ready_units", claims.done())
     busy = max(manifest.seconds, key=lambda stage: manifest.seconds[stage])
     logs.progress(
         "produce",

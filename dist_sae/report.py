@@ -21,7 +21,7 @@ from dist_sae.errors import CorpusError, ModelError
 from dist_sae.reporting.latents import LatentView, view_latents
 from dist_sae.reporting.page import Page, render_page
 from dist_sae.sae import build_sae
-from dist_sae.storage import ObjectStore, open_store
+from dist_sae.storage import UNMETERED, Meter, ObjectStore, open_store
 from dist_sae.telemetry.history import read_history
 
 _RUN_FILE = "RUN.yaml"
@@ -29,8 +29,12 @@ _READERS = 16
 _LIBRARIES = ("torch", "deepspeed", "transformers")
 
 
-def report(run: Run) -> str:
+def report(run: Run, meter: Meter = UNMETERED) -> str:
     """Write `<run>/report/report.html` from whatever the run has so far.
+
+    Args:
+        run: The run.
+        meter: Takes the metrics.
 
     Returns:
         Where the file is: a path, or the URL of an object.
@@ -38,8 +42,8 @@ def report(run: Run) -> str:
     Raises:
         PlanMismatchError: The activation set has no plan, or one of other settings.
     """
-    runs = open_store(run.store.runs, run.store.s3)
-    activations = open_store(run.store.activations, run.store.s3)
+    runs = open_store(run.store.runs, run.store.s3, meter)
+    activations = open_store(run.store.activations, run.store.s3, meter)
     plan = load_plan(activations, run)
     checkpoint = Checkpoints(runs, run.name, run.train.keep_checkpoints).latest()
     latents, latent_rows, no_latents = _latents(

@@ -2,9 +2,8 @@
 
 import logging
 import threading
-import time
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import closing
+from contextlib import AbstractContextManager, closing, nullcontext
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -17,6 +16,7 @@ from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.checkpoint.saver import Saved, Saver
 from dist_sae.checkpoint.state import TrainingState
 from dist_sae.config import Run, differences, dump_run
+from dist_sae.data.backlog import ReadyUnits
 from dist_sae.data.consumers import Consumers, Registration
 from dist_sae.data.heldout import are_there, rows_of
 from dist_sae.data.loader import Loader, Place, Units
@@ -37,7 +37,7 @@ from dist_sae.sae.kernels.choice import choose_kernels
 from dist_sae.sae.schedules import learning_rate
 from dist_sae.storage import ObjectStore, open_store
 from dist_sae.telemetry.exporter import Telemetry
-from dist_sae.telemetry.history import History
+from dist_sae.telemetry.sinks import open_sinks
 
 logger = logging.getLogger(__name__)
 
@@ -86,24 +86,24 @@ def train(
     step, places = job.step, job.places
     sae, engine, dead, average = state.sae, job.engine, state.dead, state.average
     logger.info("%s at step %d of %d", "resuming" if step else "starting", step, run.steps)
-    report = TrainingReporter(run, mesh, telemetry, History(job.runs, run.name, step), step)
-
+    report = _reporter(run, mesh, telemetry, job)
     heldout = _Heldout(run, mesh, job.units, normaliser)
 
     def save() -> None:
         watch.at(step, working=False)
-        since = time.monotonic()
         check_replicated(mesh, [sae.get_parameter(name) for name in sae.shared])
         fvu = heldout.fvu(sae)
         saver.save(step, places, heldout_fvu=fvu)
         report.heldout(fvu)
-        report.stalled(time.monotonic() - since)
+        report.end("save")
 
     def durable(saved: Saved) -> None:
         job.registration.durable(saved.places, ended=saved.step == run.steps)
         report.saved(saved)
 
     with (
+        report,
+        _backlog(job.units, mesh, report),
         Saver(
             job.checkpoints,
             state,
@@ -119,9 +119,8 @@ def train(
     ):
         while step < run.steps:
             watch.at(step, working=False)
-            batch = (
-                loader.next()
-            )  # None: no more to come, because of a stop or because there is none
+            batch = loader.next()  # None: no more, because of a stop or because there is none
+            report.end("wait")
             if mesh.agree(wish=batch is None or stopping.is_set()):
                 save()
                 saver.finish()
@@ -130,11 +129,16 @@ def train(
             assert batch is not None
             watch.at(step, working=True)
             x = batch.acts.to(mesh.device, torch.float32) * normaliser.scale
-            now = Step(normaliser.variance, dead.mask, dead.count, progress=step / run.steps)
-            output = engine.objective(x, now)
+            report.end("rest")
+            output = engine.objective(
+                x, Step(normaliser.variance, dead.mask, dead.count, progress=step / run.steps)
+            )
+            report.end("forward")
             engine.backward(output.terms.total)
+            report.end("backward")
             lr = _learning_rate(run, step)
             gradient_norm = engine.step(lr)  # raises NonFiniteError before it touches the weights
+            report.end("optimiser")
             dead.update(output.fired, run.train.batch_rows)
             if dead.n_stuck:
                 engine.retie(dead.stuck, x, output.error)
@@ -143,7 +147,16 @@ def train(
             step += 1
             places = batch.places
             job.registration.at(places)
-            report.step(step, batch, output, state, lr=lr, gradient_norm=gradient_norm)
+            report.step(
+                step,
+                batch,
+                x,
+                output,
+                lr=lr,
+                gradient_norm=gradient_norm,
+                loaded=loader.loaded,
+                reached=job.registration.reached,
+            )
             if step == run.steps or step % run.train.save_every_steps == 0:
                 save()
     return {"step": step, "rows": step * run.train.batch_rows, **report.last}
@@ -354,6 +367,19 @@ def _loader(
         max_passes=run.train.max_passes,
         places=places,
     )
+
+
+def _reporter(run: Run, mesh: Mesh, telemetry: Telemetry, job: _Job) -> TrainingReporter:
+    sinks = open_sinks(run, job.runs, job.step) if mesh.is_first else []
+    return TrainingReporter(run, mesh, telemetry, sinks, job.state, job.normaliser.mean, job.step)
+
+
+def _backlog(units: Units, mesh: Mesh, report: TrainingReporter) -> AbstractContextManager[object]:
+    """Counts the units there are to read, on one rank."""
+    if not mesh.is_first:
+        return nullcontext()
+    report.plan(len(units.plan.train_units))
+    return ReadyUnits(units.store, units.plan, report.ready)
 
 
 def _learning_rate(run: Run, step: int) -> float:

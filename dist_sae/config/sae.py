@@ -27,6 +27,11 @@ class DictionaryConfig(Section):
         """Rows that initial directions are taken from; 0 where they are random."""
         return 0
 
+    @property
+    def latents_met(self) -> int:
+        """Latents whose pre-activation is computed for a row."""
+        return self.n_latents
+
 
 class CountsLatentsConfig(DictionaryConfig):
     """What TopK and BatchTopK share."""
@@ -106,6 +111,10 @@ class RoutedConfig(KeepsThresholdConfig):
     def init_rows(self) -> int:
         spare = self.n_latents // 4  # some experts get more rows than others
         return self.n_latents + spare if self.init == "data" else 0
+
+    @property
+    def latents_met(self) -> int:
+        return self.n_latents // self.experts * self.experts_per_row
 
     @model_validator(mode="after")
     def _experts_fit(self) -> Self:

@@ -94,8 +94,16 @@ class ProcessesConfig(Section):
 
 
 class TelemetryConfig(Section):
-    """Prometheus metrics."""
+    """Where a run's numbers go, beside its own folder."""
 
     port: NonNegativeInt | None = Field(None, le=LAST_PORT)
-    """First port: producers and trainer ranks of one machine count up from it.
-    0 takes any free port; null serves no metrics."""
+    """First port of Prometheus metrics: producers and trainer ranks of one machine count up from
+    it. 0 takes any free port; null serves no metrics."""
+    pushgateway_url: str | None = Field(None, pattern=r"^https?://")
+    """A Prometheus Pushgateway: programs that nobody can scrape, because they soon end (plan,
+    evaluate, export, report), push their metrics there; null: they do not."""
+    tensorboard: str | None = None
+    """A folder of the first trainer's machine: curves as TensorBoard reads them, in `<run>/`."""
+    wandb: str | None = None
+    """A project of Weights & Biases: curves go there, under the run's name. Key, entity and mode
+    are in WANDB_API_KEY, WANDB_ENTITY and WANDB_MODE."""

@@ -12,9 +12,9 @@ from typing import NamedTuple
 
 from dist_sae.data.consumers import Consumers
 from dist_sae.data.plan import Plan
-from dist_sae.data.shard import manifest_key, unit_of
+from dist_sae.data.shard import PAGE_UNITS, manifest_key, unit_of, units_of_page
 from dist_sae.errors import ObjectNotFoundError
-from dist_sae.storage import ObjectStore
+from dist_sae.storage import UNMETERED, Meter, ObjectStore
 
 logger = logging.getLogger(__name__)
 
@@ -23,7 +23,6 @@ _POLL_SECONDS = 1.0
 _SAY_EVERY_SECONDS = 30.0
 _FOLDER = "claims/"
 _DIGITS = 8  # of a unit's number in keys
-_PAGE = 1000  # keys that one request lists
 
 
 class Worker(NamedTuple):
@@ -49,6 +48,7 @@ class Claims:
         stopping: Ends every wait.
         consumers: Those to keep step with.
         max_ahead_units: No unit so far ahead of the slowest consumer is begun; None: no limit.
+        meter: Takes the metrics.
     """
 
     def __init__(
@@ -59,12 +59,14 @@ class Claims:
         stopping: threading.Event,
         consumers: Consumers,
         max_ahead_units: int | None = None,
+        meter: Meter = UNMETERED,
     ) -> None:
         self._store = store
         self._worker = worker
         self._stopping = stopping
         self._consumers = consumers
         self._max_ahead = max_ahead_units
+        self._meter = meter
         self._units = len(plan.units)
         self._exclusive = store.exclusive
         # both are shared by the producer's threads: single set operations only
@@ -86,22 +88,30 @@ class Claims:
         while not self._stopping.is_set():
             limit, slowest = self._limit()
             claimed = self._claimed()
-            for page in sorted({unit // _PAGE for unit in self._mine() if unit < limit}):
+            for page in sorted({unit // PAGE_UNITS for unit in self._mine() if unit < limit}):
                 self._look(page)
                 for unit in sorted(self._mine() - claimed):
-                    if unit // _PAGE == page and unit < limit and self._claim(unit):
+                    if unit // PAGE_UNITS == page and unit < limit and self._claim(unit):
                         self._held.add(unit)
+                        self._meter.set("dist_sae_produce_claimed_units", len(self._held))
                         if self._store.size(manifest_key(unit)) is None:
                             return unit
                         self.release(unit, done=True)  # finished since it was looked for
             mine = self._mine()
             if not mine:
                 return None
-            if min(mine) >= limit and time.monotonic() - said > _SAY_EVERY_SECONDS:
+            held_back = min(mine) >= limit
+            if held_back and time.monotonic() - said > _SAY_EVERY_SECONDS:
                 said = time.monotonic()
                 logger.warning("unit %d waits for %s", min(mine), slowest)
             self._stopping.wait(_POLL_SECONDS)
             self.waited_seconds += _POLL_SECONDS
+            self._meter.set("dist_sae_produce_wait_seconds", self.waited_seconds)
+            self._meter.add(
+                "dist_sae_produce_waited_seconds_total",
+                _POLL_SECONDS,
+                waited_for="consumers" if held_back else "producers",
+            )
         return None
 
     def renew(self) -> None:
@@ -118,6 +128,7 @@ class Claims:
         if done:
             self._pending.discard(unit)
         self._held.discard(unit)
+        self._meter.set("dist_sae_produce_claimed_units", len(self._held))
 
     def release_all(self) -> None:
         """Give back what was claimed and not done, so that others need not wait for the lease."""
@@ -165,12 +176,15 @@ class Claims:
         if unit in self._claimed():  # another was faster
             return False
         self._write(unit)  # two may take over at once: work done twice, and nothing worse
+        self._meter.add("dist_sae_produce_takeovers_total", 1)
+        logger.warning("unit %d: taken over; its producer has not renewed its claim", unit)
         return True
 
     def _look(self, page: int) -> None:
         """Take note of the units that exist, of those that one request can list."""
-        for key in self._store.keys(f"units/{page:0{_DIGITS - 3}d}"):
-            self._pending.discard(unit_of(key))
+        for unit in units_of_page(self._store, page):
+            self._pending.discard(unit)
+        self._meter.set("dist_sae_produce_ready_units", self.done())
 
     def _drop_left_overs(self) -> None:
         for key in list(self._store.keys(_FOLDER)):

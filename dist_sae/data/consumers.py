@@ -177,6 +177,11 @@ class Registration:
         self._reached = self._needed = self._before = 0
         self._said = 0.0
 
+    @property
+    def reached(self) -> int:
+        """The unit that reading has come to; those before it, in the plan's order, are read."""
+        return self._reached
+
     def begin(self, places: Mapping[int, Place]) -> None:
         """Register, or come back; `places` are the last checkpoint's, none at the beginning.
 

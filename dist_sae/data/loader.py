@@ -365,6 +365,11 @@ class Loader:
         self._end = item
         return None
 
+    @property
+    def loaded(self) -> int:
+        """Batches that are ready."""
+        return self._queue.qsize()
+
     def raise_if_failed(self) -> None:
         """Raise what made `next` return None, unless it was a stop."""
         if isinstance(self._end, DataExhaustedError):

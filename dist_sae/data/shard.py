@@ -17,6 +17,7 @@ import logging
 import tarfile
 import uuid
 import warnings
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Literal, NamedTuple
 
@@ -33,6 +34,9 @@ from dist_sae.storage.records import READS, Record, read_record
 
 logger = logging.getLogger(__name__)
 
+PAGE_UNITS = 1000  # one request lists as many keys
+_UNITS = "units/"
+_DIGITS = 8  # of a unit's number in keys
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}
 _STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _INT8_LARGEST = 127
@@ -101,12 +105,18 @@ class UnitManifest(Record):
 
 def manifest_key(unit: int) -> str:
     """Where the manifest of a unit lies."""
-    return f"units/{unit:08d}.json"
+    return f"{_UNITS}{unit:0{_DIGITS}d}.json"
 
 
 def unit_of(key: str) -> int:
     """The unit of a key: of a manifest, a shard or a claim."""
-    return int(key.rpartition("/")[2][:8])
+    return int(key.rpartition("/")[2][:_DIGITS])
+
+
+def units_of_page(store: ObjectStore, page: int) -> Iterator[int]:
+    """The units that exist, of a thousand neighbours: as many as one request lists."""
+    for key in store.keys(f"{_UNITS}{page:0{_DIGITS - 3}d}"):
+        yield unit_of(key)
 
 
 def write_shard(

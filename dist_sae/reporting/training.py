@@ -1,9 +1,15 @@
-"""Numbers about a training run, for people."""
+"""Numbers about a training run: to Prometheus, to its history, to whoever watches it.
+
+What a step costs for this is a count on the device and a few marks of its clock. All else, what is
+collective or waits for the device above all, is done every `train.log_every_steps` steps.
+"""
 
 import logging
 import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from types import TracebackType
 
-import torch
 from torch import Tensor
 
 from dist_sae import logs
@@ -11,148 +17,255 @@ from dist_sae.checkpoint.saver import Saved
 from dist_sae.checkpoint.state import TrainingState
 from dist_sae.config import Run
 from dist_sae.data.loader import Batch
+from dist_sae.errors import Stopped
 from dist_sae.parallel.mesh import Mesh
-from dist_sae.sae.base import Output
+from dist_sae.reporting.numbers import batch_numbers, expert_numbers, starved_share
+from dist_sae.reporting.phases import Clock, Phases, ProductSamples
+from dist_sae.sae.axis import LatentAxis
+from dist_sae.sae.base import Output, Routing
+from dist_sae.sae.density import Densities, DensityCounts
 from dist_sae.telemetry.exporter import Telemetry
-from dist_sae.telemetry.history import History
+from dist_sae.telemetry.metrics import DENSITIES, NEVER, RARE
+from dist_sae.telemetry.sinks import Sink
 
 logger = logging.getLogger(__name__)
 
-_FAR_ABOVE_EPS = 10
+_STALL_SECONDS = 0.01
+_EDGES = [float(edge) for edge in DENSITIES if edge != NEVER]
 
 
 class TrainingReporter:
-    """Into Prometheus, the run's history and the progress bar."""
+    """Counts every step, and publishes now and then.
+
+    Args:
+        run: The run.
+        mesh: This rank's place.
+        telemetry: Takes the metrics.
+        sinks: Take the first rank's series.
+        state: What is trained.
+        mean: Of the data set, scaled.
+        start: Steps that are done already.
+    """
 
     def __init__(
-        self, run: Run, mesh: Mesh, telemetry: Telemetry, history: History, start: int
+        self,
+        run: Run,
+        mesh: Mesh,
+        telemetry: Telemetry,
+        sinks: Sequence[Sink],
+        state: TrainingState,
+        mean: Tensor,
+        start: int,
     ) -> None:
         self._run = run
         self._mesh = mesh
         self._telemetry = telemetry
-        self._history = history
-        self._since = (start, time.monotonic())
-        self._waited = 0.0
-        self._load: Tensor | None = None
-        """Rows that each expert of a routed dictionary was sent since the last report."""
-        self._idle_experts: list[int] = []
+        self._sinks = sinks
+        self._state = state
+        self._mean = mean.to(mesh.device)
+        clock = Clock(mesh.device)
+        self._phases = Phases(clock)
+        self._product = ProductSamples(state.sae, clock)
+        self._densities = Densities(
+            len(state.sae.W_enc), run.sae.dead_after_rows, mesh.axis, mesh.device
+        )
+        self._experts = _Experts()
+        self._reported = start
+        self._counts: defaultdict[str, float] = defaultdict(float)
+        self._reached_units = 0
         self.last: dict[str, float] = {}
+        telemetry.set(
+            "dist_sae_train_info", 1, kind=run.sae.kind, site=run.site, device=mesh.device.type
+        )
+        telemetry.set("dist_sae_train_latents", run.sae.n_latents)
+        telemetry.set("dist_sae_train_step", start)
         telemetry.set("dist_sae_train_steps", run.steps)
+
+    def __enter__(self) -> "TrainingReporter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None or issubclass(kind, Stopped):
+            self._spend(self._phases.take())
+        for sink in self._sinks:
+            sink.close()
+
+    def end(self, phase: str) -> None:
+        """What was done since the last call was this phase of a step."""
+        self._phases.end(phase)
 
     def step(
         self,
         step: int,
         batch: Batch,
+        x: Tensor,
         output: Output,
-        state: TrainingState,
         *,
         lr: float,
         gradient_norm: float,
+        loaded: int,
+        reached: int,
     ) -> None:
-        """Count a step; every `log_every_steps`, gather and publish. Collective then."""
-        self._waited += batch.waited_seconds
-        self._telemetry.add("dist_sae_train_stuck_latents_total", state.dead.n_stuck)
-        if routing := output.routing:
-            self._telemetry.add("dist_sae_train_dropped_rows_total", routing.dropped)
-            self._load = routing.load if self._load is None else self._load + routing.load
-        if step % self._run.train.log_every_steps and step != self._run.steps:
-            return
-        axis, terms = self._mesh.axis, output.terms
-        active = output.active / (len(batch.acts) * axis.shards)
-        local = [terms.fvu.detach(), terms.auxk.detach(), terms.sparsity.detach(), active]
-        fvu, auxk, sparsity, l0 = (axis.total(torch.stack(local)) / axis.replicas).tolist()
-        first, then = self._since
-        seconds = time.monotonic() - then
-        self._since = (step, time.monotonic())
-        rows = (step - first) * self._run.train.batch_rows
-        numbers = {
-            "fvu": fvu,
-            "auxk_loss": auxk,
-            "sparsity_loss": sparsity,
-            "l0_latents": l0,
+        """Count a step; every `log_every_steps`, gather and publish. Collective then.
+
+        Args:
+            step: Steps done, with this one.
+            batch: What it was made from.
+            x: The same rows, scaled.
+            output: What came of them.
+            lr: Learning rate of the update.
+            gradient_norm: Before clipping.
+            loaded: Batches that are ready.
+            reached: Unit that reading has come to.
+        """
+        self._counts["dist_sae_train_wait_seconds_total"] += batch.waited_seconds
+        self._counts["dist_sae_train_loader_stalls_total"] += batch.waited_seconds > _STALL_SECONDS
+        self._counts["dist_sae_train_stuck_latents_total"] += self._state.dead.n_stuck
+        self._densities.add(output.firings, self._run.train.batch_rows)
+        if output.routing:
+            self._counts["dist_sae_train_dropped_rows_total"] += output.routing.dropped
+            self._experts.add(output.routing)
+        if step % self._run.train.log_every_steps == 0 or step == self._run.steps:
+            self._telemetry.set("dist_sae_train_loaded_batches", loaded)
+            self._reached_units = reached
+            numbers, quantiles = batch_numbers(self._mesh.axis, output, x, self._mean)
+            numbers |= {"gradient_norm": gradient_norm, "learning_rate": lr}
+            self._product.sample(x)
+            self._publish(step, numbers, quantiles)
+        self._phases.end("rest")
+
+    def _publish(
+        self, step: int, numbers: dict[str, float], quantiles: Mapping[str, float]
+    ) -> None:
+        run, state, axis = self._run, self._state, self._mesh.axis
+        second_moment = state.engine.moment(state.sae.W_enc, "exp_avg_sq")
+        density = self._densities.counts(_EDGES, RARE)
+        numbers |= {
             "dead_share": state.dead.share,
-            "starved_share": self._starved_share(state),
-            "gradient_norm": gradient_norm,
-            "learning_rate": lr,
-            "rows_per_second": rows / seconds,
+            "rare_share": density.rare / run.sae.n_latents,
+            "starved_share": starved_share(axis, second_moment, run.train.eps),
+            **self._experts.take(axis, state.dead.mask),
         }
-        if self._load is not None:
-            numbers |= self._of_experts(self._load, state)
-            self._load = None
+        self._phases.end("rest")
+        phases = self._phases.take()
+        seconds, steps = sum(phases.values()), step - self._reported
+        self._reported = step
+        rows = steps * run.train.batch_rows
+        numbers["rows_per_second"] = rows / seconds
+        if self._product.seconds is not None:
+            numbers["product_seconds"] = self._product.seconds
+            numbers["product_share"] = self._product.seconds * steps / seconds
         self.last = numbers
-        self._publish(step, rows, seconds, numbers)
-        self._waited = 0.0
+        waited = self._counts["dist_sae_train_wait_seconds_total"]
+        self._counts["dist_sae_train_rows_total"] += rows / self._mesh.world
+        self._export(step, numbers, quantiles, density)
+        self._spend(phases)
+        if self._mesh.is_first:
+            record = {
+                "step": step,
+                "rows": step * run.train.batch_rows,
+                "seconds": seconds,
+                "wait_seconds": waited,
+                **numbers,
+                "phases": phases,
+                "explained_variance": quantiles,
+                "density": _by_bucket(density),
+                "density_rows": density.rows,
+            }
+            for sink in self._sinks:
+                sink.append(record)
+            self._show(step, numbers, phases)
 
-    def _starved_share(self, state: TrainingState) -> float:
-        """Of all latents: those whose encoder row learns as fast as eps, not Adam, lets it."""
-        variance = state.engine.moment(state.sae.W_enc, "exp_avg_sq").mean(dim=1)
-        starved = (variance.sqrt() < _FAR_ABOVE_EPS * self._run.train.eps).sum()
-        return int(self._mesh.axis.total(starved)) / (
-            self._mesh.axis.replicas * state.sae.n_latents
-        )
-
-    def _of_experts(self, load: Tensor, state: TrainingState) -> dict[str, float]:
-        """How evenly rows were sent, and how the worst expert fares. Collective."""
-        axis = self._mesh.axis
-        idle = (load == 0).nonzero()[:, 0].tolist()
-        if idle and idle != self._idle_experts:
-            logger.warning(
-                "experts %s got no row since the last report; raise sae.balance_coefficient or try "
-                "sae.balance: bias",
-                ", ".join(map(str, idle)),
-            )
-        self._idle_experts = idle
-        here = state.dead.mask.view(len(load) // axis.shards, -1).double().mean(1)
-        dead = here.new_zeros(len(load))
-        dead[axis.shard * len(here) :][: len(here)] = here
-        return {
-            "expert_load_ratio": float(load.max() / load.double().mean()),
-            "idle_experts": float(len(idle)),
-            "expert_dead_share": float(axis.total(dead).max()) / axis.replicas,
-        }
-
-    def _publish(self, step: int, rows: int, seconds: float, numbers: dict[str, float]) -> None:
+    def _export(
+        self,
+        step: int,
+        numbers: Mapping[str, float],
+        quantiles: Mapping[str, float],
+        density: DensityCounts,
+    ) -> None:
         telemetry = self._telemetry
+        telemetry.set("dist_sae_train_step", step)
         for name, value in numbers.items():
             telemetry.set(f"dist_sae_train_{name}", value)
-        telemetry.set("dist_sae_train_step", step)
-        telemetry.add("dist_sae_train_rows_total", rows / self._mesh.world)
-        telemetry.add("dist_sae_train_step_seconds_total", seconds)
-        telemetry.add("dist_sae_train_wait_seconds_total", self._waited)
+        for name, value in self._counts.items():
+            telemetry.add(name, value)
+        self._counts.clear()
+        for quantile, value in quantiles.items():
+            telemetry.set("dist_sae_train_row_explained_variance", value, quantile=quantile)
+        for bucket, latents in _by_bucket(density).items():
+            telemetry.set("dist_sae_train_density_latents", latents, log10=bucket)
+        telemetry.set("dist_sae_train_density_rows", density.rows)
         if self._mesh.is_first:
-            trained = step * self._run.train.batch_rows
-            self._history.append(
-                {
-                    "step": step,
-                    "rows": trained,
-                    "seconds": seconds,
-                    "wait_seconds": self._waited,
-                    **numbers,
-                }
-            )
-            shown = {
-                name: numbers[name]
-                for name in ("fvu", "l0_latents", "dead_share", "rows_per_second")
-            }
-            logs.progress(
-                "train", step, self._run.steps, wait_share=self._waited / seconds, **shown
-            )
+            telemetry.set("dist_sae_train_reached_units", self._reached_units)
+
+    def _spend(self, phases: Mapping[str, float]) -> None:
+        telemetry = self._telemetry
+        telemetry.add("dist_sae_train_step_seconds_total", sum(phases.values()))
+        telemetry.add("dist_sae_train_save_stall_seconds_total", phases.get("save", 0.0))
+        for phase, seconds in phases.items():
+            telemetry.add("dist_sae_train_phase_seconds_total", seconds, phase=phase)
+
+    def _show(self, step: int, numbers: Mapping[str, float], phases: Mapping[str, float]) -> None:
+        names = ("fvu", "l0_latents", "dead_share", "rows_per_second", "product_share")
+        shown = {name: numbers[name] for name in names if name in numbers}
+        logs.progress("train", step, self._run.steps, **shown, phases=phases)
+
+    def plan(self, units: int) -> None:
+        """So many training units there will be."""
+        self._telemetry.set("dist_sae_train_plan_units", units)
+
+    def ready(self, units: int) -> None:
+        """So many training units exist. Called in a thread."""
+        self._telemetry.set("dist_sae_train_ready_units", units)
+        self._telemetry.set("dist_sae_train_backlog_units", max(0, units - self._reached_units))
 
     def heldout(self, fvu: float | None) -> None:
         """Held-out FVU, where it is measured."""
         if fvu is not None:
             self._telemetry.set("dist_sae_train_heldout_fvu", fvu)
 
-    def stalled(self, seconds: float) -> None:
-        """The training stood still for a copy to be made, or for the save before."""
-        self._telemetry.add("dist_sae_train_save_stall_seconds_total", seconds)
-
     def saved(self, saved: Saved) -> None:
         """A checkpoint is durable. Called in the thread that saves."""
         self._telemetry.set("dist_sae_checkpoint_step", saved.step)
+        self._telemetry.set("dist_sae_checkpoint_timestamp_seconds", time.time())
         self._telemetry.set("dist_sae_checkpoint_seconds", saved.seconds)
         self._telemetry.set("dist_sae_checkpoint_bytes", saved.bytes)
 
     def flush(self) -> None:
-        """The history up to now, durably. Called in the thread that saves."""
-        self._history.flush()
+        """The series up to now, durably. Called in the thread that saves."""
+        for sink in self._sinks:
+            sink.flush()
+
+
+class _Experts:
+    """Where a routed dictionary's rows went since the last report."""
+
+    def __init__(self) -> None:
+        self._load: Tensor | None = None
+        self._idle: list[int] = []
+
+    def add(self, routing: Routing) -> None:
+        self._load = routing.load if self._load is None else self._load + routing.load
+
+    def take(self, axis: LatentAxis, dead: Tensor) -> dict[str, float]:
+        """Numbers of the time since the last call, none without experts. Collective."""
+        if self._load is None:
+            return {}
+        numbers, idle = expert_numbers(axis, self._load, dead)
+        if idle and idle != self._idle:
+            logger.warning(
+                "experts %s got no row since the last report; raise sae.balance_coefficient or try "
+                "sae.balance: bias",
+                ", ".join(map(str, idle)),
+            )
+        self._load, self._idle = None, idle
+        return numbers
+
+
+def _by_bucket(density: DensityCounts) -> dict[str, int]:
+    return dict(zip(DENSITIES, (density.never, *density.counts), strict=True))

@@ -66,13 +66,18 @@ class Output(NamedTuple):
     """A batch's loss and what is counted from it."""
 
     terms: LossTerms
-    fired: Bool[Tensor, " n_local"]
-    """Latents of this shard that were active in a row of the replica."""
+    firings: Int[Tensor, " n_local"]
+    """Rows of the replica in which each latent of this shard was active."""
     active: Int[Tensor, ""]
     """Active entries of this shard, over the replica's rows."""
     error: Float[Tensor, "batch d_in"]
     """x - x_hat of this rank's rows, without gradients."""
     routing: Routing | None = None
+
+    @property
+    def fired(self) -> Bool[Tensor, " n_local"]:
+        """Latents of this shard that were active in a row of the replica."""
+        return self.firings > 0
 
 
 Slots = Callable[[Tensor], Tensor]
@@ -232,8 +237,7 @@ class Dictionary(nn.Module):
         """
 
 
-def fired(acts: Float[Tensor, " entries"], entries: Entries) -> Bool[Tensor, " n_local"]:
-    """Latents that are active in at least one row."""
-    hit = torch.zeros(entries.n_latents, dtype=torch.bool, device=acts.device)
-    hit[entries.latents[acts > 0]] = True
-    return hit
+def firings(acts: Float[Tensor, " entries"], entries: Entries) -> Int[Tensor, " n_local"]:
+    """Rows in which each latent is active."""
+    rows = torch.zeros(entries.n_latents, dtype=torch.int32, device=acts.device)
+    return rows.scatter_add_(0, entries.latents, (acts > 0).int())

@@ -10,12 +10,12 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from dist_sae.sae.base import Dictionary, fired
+from dist_sae.sae.base import Dictionary, firings
 from dist_sae.sae.constraints import remove_parallel_
 from dist_sae.sae.init import first_rows
 from dist_sae.sae.kernels import Entries, autograd, select
@@ -40,7 +40,7 @@ class Gated(NamedTuple):
     """This rank's rows, without b_dec."""
     penalty: Float[Tensor, ""]
     """Sum over this shard's latents and the replica's rows."""
-    fired: Bool[Tensor, " n_local"]
+    firings: Int[Tensor, " n_local"]
     active: Int[Tensor, ""]
 
 
@@ -75,7 +75,7 @@ def gated(
     acts, penalty = gate(pre_acts, *values)
     parts = autograd.decode(acts, sae.kernels, entries, sae.W_dec, unit_rows=unit_rows)
     x_hat = sae.axis.scatter_sum(parts)
-    return Gated(x_hat, penalty.sum(), fired(acts, entries), (acts > 0).sum())
+    return Gated(x_hat, penalty.sum(), firings(acts, entries), (acts > 0).sum())
 
 
 def _dense(sae: Dictionary, x: Tensor, gate: Gate, *per_latent: Tensor, unit_rows: bool) -> Gated:
@@ -88,7 +88,7 @@ def _dense(sae: Dictionary, x: Tensor, gate: Gate, *per_latent: Tensor, unit_row
         acts, penalty = gate(pre_acts, *values)
         x_hat = (acts.to(dtype) @ W_dec.to(dtype)).to(W_dec.dtype)
         active = acts.detach() > 0
-        return x_hat, penalty.sum(), active.any(0), active.sum()
+        return x_hat, penalty.sum(), active.sum(0, dtype=torch.int32), active.sum()
 
     W_dec: Tensor = _WithoutParallel.apply(sae.W_dec) if unit_rows else sae.W_dec  # type: ignore[no-untyped-call]
     chunk = max(1, _CHUNK_BYTES // (4 * len(x)))

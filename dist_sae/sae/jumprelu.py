@@ -58,7 +58,7 @@ class JumpReLU(Dictionary):
         coefficient = warmed_up(step.progress, config.sparsity, config.sparsity_warmup_share)
         sparsity = coefficient * out.penalty / len(rows)
         terms = LossTerms(fvu, fvu.new_zeros(()), sparsity, fvu + sparsity)
-        return Output(terms, out.fired, out.active, error.detach())
+        return Output(terms, out.firings, out.active, error.detach())
 
     def initialise(self, x: Float[Tensor, "batch d_in"], seed: int) -> None:
         with torch.no_grad():

@@ -61,7 +61,7 @@ class JumpReLUTanh(Dictionary):
         scale = len(rows) * step.variance
         fvu, sparsity_loss = error.square().sum() / scale, penalty / scale
         terms = LossTerms(fvu, fvu.new_zeros(()), sparsity_loss, fvu + sparsity_loss)
-        return Output(terms, out.fired, out.active, error.detach())
+        return Output(terms, out.firings, out.active, error.detach())
 
     @torch.no_grad()
     def initialise(self, x: Float[Tensor, "batch d_in"], seed: int) -> None:

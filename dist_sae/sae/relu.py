@@ -44,7 +44,7 @@ class ReLU(Dictionary):
         scale = len(rows) * step.variance
         fvu, sparsity = error.square().sum() / scale, coefficient * out.penalty / scale
         terms = LossTerms(fvu, fvu.new_zeros(()), sparsity, fvu + sparsity)
-        return Output(terms, out.fired, out.active, error.detach())
+        return Output(terms, out.firings, out.active, error.detach())
 
     @torch.no_grad()
     def initialise(self, x: Float[Tensor, "batch d_in"], seed: int) -> None:

@@ -33,7 +33,7 @@ from torch.autograd.function import once_differentiable
 from dist_sae.config.sae import RoutedConfig
 from dist_sae.sae.auxk import EHat, auxk_loss
 from dist_sae.sae.axis import WHOLE, LatentAxis
-from dist_sae.sae.base import Codes, LossTerms, Output, Routing, Slots, Step, fired
+from dist_sae.sae.base import Codes, LossTerms, Output, Routing, Slots, Step, firings
 from dist_sae.sae.batchtopk import BatchTopK
 from dist_sae.sae.init import first_rows, initialise_tied, random_rows, rescale_encoder
 from dist_sae.sae.kernels import Entries, select
@@ -180,7 +180,7 @@ class Routed(BatchTopK):
         dropped = sum(max(0, n - limit) for n in trip.arrived) if limit is not None else 0
         return Output(
             LossTerms(fvu, auxk, penalty, total),
-            fired(acts, entries),
+            firings(acts, entries),
             (acts > 0).sum(),
             error.detach(),
             Routing(load, dropped),

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dist_sae.config.sae import CountsLatentsConfig
 from dist_sae.sae.auxk import EHat, auxk_loss, retie_
-from dist_sae.sae.base import Codes, Dictionary, LossTerms, Output, Step, fired
+from dist_sae.sae.base import Codes, Dictionary, LossTerms, Output, Step, firings
 from dist_sae.sae.constraints import normalise_rows_
 from dist_sae.sae.init import initialise_tied
 from dist_sae.sae.kernels import Entries, autograd
@@ -47,7 +47,7 @@ class TopK(Dictionary):
         if config.auxk:
             auxk = auxk_loss(self.axis, error.detach(), step, self._error_from(centred, b_dec))
         terms = LossTerms(fvu, auxk, fvu.new_zeros(()), fvu + config.auxk_coefficient * auxk)
-        return Output(terms, fired(acts, entries), (acts > 0).sum(), error.detach())
+        return Output(terms, firings(acts, entries), (acts > 0).sum(), error.detach())
 
     def select(
         self, centred: Float[Tensor, "rows d_in"], k: int

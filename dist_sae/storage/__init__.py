@@ -3,10 +3,11 @@
 import threading
 
 from dist_sae.config.data import S3Config
-from dist_sae.storage.base import Entry, Meter, ObjectStore
+from dist_sae.storage.base import UNMETERED, Entry, Meter, ObjectStore
 from dist_sae.storage.local import LocalStore
+from dist_sae.storage.metered import MeteredStore
 
-__all__ = ["Entry", "ObjectStore", "open_store"]
+__all__ = ["UNMETERED", "Entry", "Meter", "ObjectStore", "open_store"]
 
 
 def open_store(
@@ -20,11 +21,14 @@ def open_store(
     Args:
         url: The place.
         s3: How to reach an S3-compatible endpoint.
-        meter: Takes the numbers of requests, bytes and seconds of S3.
+        meter: Takes the numbers of operations, bytes, seconds and errors, and of S3's requests.
         stopping: Once set, no call is patient for longer than a few seconds.
     """
+    store: ObjectStore
     if url.startswith("s3://"):
         from dist_sae.storage.s3 import S3Store  # boto3 takes .7 s to import
 
-        return S3Store(url, s3 or S3Config(), meter, stopping)
-    return LocalStore(url)
+        store = S3Store(url, s3 or S3Config(), meter, stopping)
+    else:
+        store = LocalStore(url)
+    return store if meter is None else MeteredStore(store, meter)

@@ -13,8 +13,13 @@ class Entry(NamedTuple):
     """Since it was last written, by the store's own clock: no other machine's enters."""
 
 
+@runtime_checkable
 class Meter(Protocol):
-    """Takes the metrics of a store: `telemetry.exporter.Telemetry`."""
+    """Takes metrics: `telemetry.exporter.Telemetry`."""
+
+    def set(self, name: str, value: float, **labels: str) -> None:
+        """Set a gauge."""
+        ...
 
     def add(self, name: str, value: float, **labels: str) -> None:
         """Add to a counter."""
@@ -23,6 +28,19 @@ class Meter(Protocol):
     def observe(self, name: str, value: float, **labels: str) -> None:
         """Put a value into a histogram."""
         ...
+
+
+class _Unmetered:
+    """Takes metrics that nobody wants."""
+
+    def set(self, name: str, value: float, **labels: str) -> None: ...
+
+    def add(self, name: str, value: float, **labels: str) -> None: ...
+
+    def observe(self, name: str, value: float, **labels: str) -> None: ...
+
+
+UNMETERED: Meter = _Unmetered()
 
 
 @runtime_checkable

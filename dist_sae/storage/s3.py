@@ -75,7 +75,7 @@ class S3Store:
     Args:
         url: The place.
         config: How to reach it.
-        meter: Takes the numbers of requests, bytes and seconds.
+        meter: Takes the numbers of requests and their seconds.
         stopping: Once set, no call is patient for longer than a few seconds.
     """
 
@@ -154,7 +154,6 @@ class S3Store:
             )
         else:
             self._patiently(key, partial(self._put_parts, key, data))
-        self._moved("out", len(data))
         return True
 
     def size(self, key: str) -> int | None:
@@ -215,9 +214,7 @@ class S3Store:
                 raise UnavailableError(_CUT, url=self.url, key=key)
             return data, size
 
-        data, size = self._patiently(key, download)
-        self._moved("in", len(data))
-        return data, size
+        return self._patiently(key, download)
 
     def _put_parts(self, key: str, data: bytes) -> None:
         where = self._where(key)
@@ -275,8 +272,6 @@ class S3Store:
         if not created and attempts > 1:  # an attempt may have succeeded whose answer was lost
             with suppress(ObjectNotFoundError):  # another's, and gone again
                 created = self.get(key) == data
-        if created:
-            self._moved("out", len(data))
         return created
 
     def _patiently(self, key: str | None, call: Callable[[], Result]) -> Result:
@@ -380,10 +375,6 @@ class S3Store:
                 time.monotonic() - started,
                 operation=operation.name,
             )
-
-    def _moved(self, direction: str, n_bytes: int) -> None:
-        if self._meter:
-            self._meter.add("dist_sae_store_bytes_total", n_bytes, direction=direction)
 
 
 @contextmanager

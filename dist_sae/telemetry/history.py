@@ -33,6 +33,9 @@ class History:
         if self._lines:
             self._store.put(self._key, ("\n".join(self._lines) + "\n").encode())
 
+    def close(self) -> None:
+        """Nothing: what was not made durable is behind the last checkpoint, and comes again."""
+
 
 def read_history(store: ObjectStore, run: str) -> list[dict[str, Any]]:
     """All records of a run by step; of steps repeated after a restart the later ones."""

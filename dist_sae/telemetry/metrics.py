@@ -32,7 +32,6 @@ RARE = 1e-5
 """A latent that fires on a smaller share of rows fires rarely."""
 STORE_ERRORS = (
     "AccessError",
-    "CorruptObjectError",
     "StoreError",
     "StoreFullError",
     "UnavailableError",

@@ -6,7 +6,7 @@ import torch
 from dist_sae.config.sae import TopKConfig
 from dist_sae.sae import build_sae, metrics
 from dist_sae.sae.axis import WHOLE
-from dist_sae.sae.base import Codes, fired
+from dist_sae.sae.base import Codes, firings
 from dist_sae.sae.dead import DeadLatents
 from dist_sae.sae.ema import WeightAverage
 from dist_sae.sae.init import geometric_median, initialise_tied
@@ -51,10 +51,10 @@ def test_a_latent_is_stuck_once_in_every_further_window() -> None:
     assert not dead.stuck[0]
 
 
-def test_fired_ignores_latents_selected_at_zero() -> None:
-    entries = Entries(torch.tensor([0, 1, 2, 3]), torch.tensor([0, 2]), 5)
-    acts = torch.tensor([1.0, 0.0, -1.0, 2.0])
-    assert fired(acts, entries).tolist() == [True, False, False, True, False]
+def test_firings_ignore_latents_selected_at_zero() -> None:
+    entries = Entries(torch.tensor([0, 1, 2, 3, 0]), torch.tensor([0, 4]), 5)
+    acts = torch.tensor([1.0, 0.0, -1.0, 2.0, 0.5])
+    assert firings(acts, entries).tolist() == [2, 0, 0, 1, 0]
 
 
 def test_entries_know_their_rows_and_their_order_by_latent() -> None:

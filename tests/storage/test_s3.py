@@ -168,6 +168,9 @@ class Recorder:
     def __init__(self) -> None:
         self.sums: Counter[str] = Counter()
 
+    def set(self, name: str, value: float, **labels: str) -> None:
+        raise AssertionError((name, value, labels))
+
     def add(self, name: str, value: float, **labels: str) -> None:
         self.sums[" ".join([name.removeprefix("dist_sae_store_"), *labels.values()])] += int(value)
 

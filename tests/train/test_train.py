@@ -3,7 +3,6 @@
 import json
 import threading
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,10 +18,8 @@ from dist_sae.errors import ConfigError, PlanMismatchError
 from dist_sae.evaluate import evaluate
 from dist_sae.parallel.mesh import Mesh
 from dist_sae.plan import plan
-from dist_sae.reporting.training import TrainingReporter
 from dist_sae.sae import build_sae
 from dist_sae.sae.axis import WHOLE
-from dist_sae.sae.base import Routing
 from dist_sae.sae.init import initialise_from_data
 from dist_sae.storage import open_store
 from dist_sae.train import _found, _initialise, _places
@@ -218,40 +215,6 @@ def test_a_run_without_a_whole_checkpoint_does_not_begin_again(
         manifest.write_bytes(manifest.read_bytes()[:-9])
     error = run("train", str(path), code=2)
     assert "no checkpoint is whole" in error
-
-
-def test_latents_whose_gradients_are_near_eps_are_counted(tmp_path: Path) -> None:
-    """SCIENCE D4: a root mean second moment below 10 eps; here of 1 latent in 4."""
-    run = load_run(write_run(tmp_path, train={"eps": 1e-6}))
-    moments = torch.tensor([[4e-10, 0.0], [1e-12, 1e-10], [1.0, 0.0], [3e-10, 1e-10]])
-    engine = SimpleNamespace(moment=lambda *_: moments)
-    state = SimpleNamespace(engine=engine, sae=SimpleNamespace(W_enc=None, n_latents=4))
-    reporter = object.__new__(TrainingReporter)
-    reporter._run, reporter._mesh = run, Mesh(0, 1, torch.device("cpu"), WHOLE)
-    assert reporter._starved_share(state) == 0.25  # type: ignore[arg-type]
-
-
-def test_experts_without_a_row_are_named_and_dropped_rows_are_counted(
-    caplog: pytest.LogCaptureFixture,
-) -> None:
-    added: list[tuple[str, float]] = []
-    reporter = object.__new__(TrainingReporter)
-    reporter._run = SimpleNamespace(train=SimpleNamespace(log_every_steps=9), steps=99)  # type: ignore[assignment]
-    reporter._telemetry = SimpleNamespace(add=lambda *of: added.append(of))  # type: ignore[assignment]
-    reporter._mesh = Mesh(0, 1, torch.device("cpu"), WHOLE)
-    reporter._waited, reporter._load, reporter._idle_experts = 0.0, None, []
-    dead = SimpleNamespace(mask=torch.arange(12) >= 7, n_stuck=0)
-    batch, state = SimpleNamespace(waited_seconds=0.0), SimpleNamespace(dead=dead)
-    for load in ([5, 0, 0, 3], [6, 0, 1, 1]):
-        output = SimpleNamespace(routing=Routing(torch.tensor(load), 2))
-        reporter.step(1, batch, output, state, lr=0, gradient_norm=0)  # type: ignore[arg-type]
-    assert added.count(("dist_sae_train_dropped_rows_total", 2)) == 2
-    assert reporter._load is not None
-    for _ in range(2):  # the second time it is known
-        numbers = reporter._of_experts(reporter._load, state)
-    assert numbers == {"expert_load_ratio": 11 / 4, "idle_experts": 1, "expert_dead_share": 1}
-    (said,) = caplog.messages
-    assert said.startswith("experts 1 got no row since the last report; raise sae.balance")
 
 
 def test_a_routed_run_tells_how_its_experts_fare_and_resumes_bitwise(

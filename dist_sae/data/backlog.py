@@ -1,0 +1,65 @@
+"""How many units there are for a run to read."""
+
+import logging
+import threading
+from collections.abc import Callable
+
+from dist_sae.data.plan import Plan
+from dist_sae.data.shard import PAGE_UNITS, units_of_page
+from dist_sae.errors import StoreError
+from dist_sae.storage import ObjectStore
+
+logger = logging.getLogger(__name__)
+
+_LOOK_EVERY_SECONDS = 15.0
+
+
+class ReadyUnits:
+    """Counts, beside the training, the training units that exist.
+
+    Producers work in the order of the plan, so a look is a request or two: pages of units that are
+    complete are not listed again, nor what lies behind an empty one.
+
+    Args:
+        store: The activation set.
+        plan: Its plan.
+        show: Is told how many there are, from a thread, while this lasts.
+    """
+
+    def __init__(self, store: ObjectStore, plan: Plan, show: Callable[[int], None]) -> None:
+        self._store = store
+        self._plan = plan
+        self._show = show
+        self._complete_pages = 0
+        self._over = threading.Event()
+        # a daemon: the store may be patient for longer than anyone wants to wait for a number
+        self._thread = threading.Thread(target=self._look, name="backlog", daemon=True)
+
+    def __enter__(self) -> "ReadyUnits":
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
+
+    def count(self) -> int:
+        """Training units that exist now."""
+        train = self._plan.train_units
+        page, ready = self._complete_pages, self._complete_pages * PAGE_UNITS
+        while page * PAGE_UNITS < len(train):
+            found = sum(unit in train for unit in units_of_page(self._store, page))
+            if not found:
+                break
+            if found == PAGE_UNITS and page == self._complete_pages:
+                self._complete_pages += 1
+            page, ready = page + 1, ready + found
+        return ready
+
+    def _look(self) -> None:
+        while True:
+            try:
+                self._show(self.count())
+            except StoreError as exc:
+                logger.warning("the backlog of units is not known: %s", exc)
+            if self._over.wait(_LOOK_EVERY_SECONDS):
+                return

@@ -1,0 +1,115 @@
+"""Where a run's series go beside its own history: TensorBoard and Weights & Biases, if asked."""
+
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any, Protocol
+
+import yaml
+
+from dist_sae.config import Run, dump_run
+from dist_sae.errors import ConfigError
+from dist_sae.storage import ObjectStore
+from dist_sae.telemetry.history import History
+
+Record = Mapping[str, Any]
+"""Numbers by name, or by name and label; one is `step`."""
+
+
+class Sink(Protocol):
+    """Takes the records of one process's life, in the order of their steps."""
+
+    def append(self, record: Record) -> None:
+        """Keep a record."""
+        ...
+
+    def flush(self) -> None:
+        """Make all records so far durable."""
+        ...
+
+    def close(self) -> None:
+        """There will be no more."""
+        ...
+
+
+def open_sinks(run: Run, runs: ObjectStore, first_step: int) -> list[Sink]:
+    """The history, and what the run file asks for beside it.
+
+    Args:
+        run: The run.
+        runs: Where the history is.
+        first_step: The curves go on from here; what is beyond it is of a life that is given up.
+
+    Raises:
+        ConfigError: A package is missing, or Weights & Biases refuses.
+    """
+    sinks: list[Sink] = [History(runs, run.name, first_step)]
+    if run.telemetry.tensorboard is not None:
+        sinks.append(TensorBoard(Path(run.telemetry.tensorboard) / run.name, first_step))
+    if run.telemetry.wandb is not None:
+        sinks.append(WeightsAndBiases(run, run.telemetry.wandb))
+    return sinks
+
+
+class TensorBoard:
+    """Event files in a folder of this machine."""
+
+    def __init__(self, folder: Path, first_step: int) -> None:
+        _require("tensorboard")
+        from torch.utils.tensorboard import SummaryWriter  # takes a second, and is not needed else
+
+        self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
+
+    def append(self, record: Record) -> None:
+        for name, value in _flat(record):
+            self._writer.add_scalar(name, value, record["step"])
+
+    def flush(self) -> None:
+        self._writer.flush()
+
+    def close(self) -> None:
+        self._writer.close()
+
+
+class WeightsAndBiases:
+    """A run of a project, under the run's own name; who may and where is in WANDB_*."""
+
+    def __init__(self, run: Run, project: str) -> None:
+        _require("wandb")
+        import wandb
+
+        try:
+            self._run = wandb.init(
+                project=project,
+                id=run.name,
+                resume="allow",
+                config=yaml.safe_load(dump_run(run)),
+                settings=wandb.Settings(console="off", silent=True),
+            )
+        except wandb.errors.Error as exc:
+            raise ConfigError(f"telemetry.wandb: {project} cannot be opened: {exc}") from exc
+
+    def append(self, record: Record) -> None:
+        self._run.log(dict(_flat(record)), step=record["step"])
+
+    def flush(self) -> None:
+        pass  # it keeps what it was told in a file of its own
+
+    def close(self) -> None:
+        self._run.finish()
+
+
+def _require(package: str) -> None:
+    if find_spec(package) is None:
+        raise ConfigError(
+            f"telemetry.{package}: the package is missing; pip install 'dist-sae[{package}]'"
+        )
+
+
+def _flat(record: Record) -> Iterator[tuple[str, float]]:
+    """Names as both services group them: `phases/wait`."""
+    for name, value in record.items():
+        if isinstance(value, Mapping):
+            yield from ((f"{name}/{label}", number) for label, number in value.items())
+        elif name != "step":
+            yield name, value
