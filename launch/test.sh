@@ -5,6 +5,22 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
+# what pip does not have: the servers that metrics go to, and Grafana's types
+missing=()
+command -v prometheus > /dev/null || missing+=(prometheus)
+command -v prometheus-alertmanager > /dev/null || missing+=(prometheus-alertmanager)
+command -v npm > /dev/null || missing+=(npm)
+if ((${#missing[@]})); then
+    if ((EUID)) || ! command -v apt-get > /dev/null; then
+        echo "tests/monitoring needs Debian's packages ${missing[*]}; install them, or as root run this again" >&2
+        exit 2
+    fi
+    apt-get update --quiet --quiet
+    DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --quiet --no-install-recommends "${missing[@]}"
+fi
+[ tests/monitoring/node_modules -nt tests/monitoring/package.json ] ||
+    npm install --prefix tests/monitoring --no-package-lock --no-fund --no-audit --silent
+
 ./launch/install.sh .venv-test '.[dev]'
 bin=.venv-test/bin
 $bin/ruff format --check .
