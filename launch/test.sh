@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Installs into a virtual environment of its own and runs every check. Needs Python >= 3.11.
+# Installs into a virtual environment of its own and runs every check. Needs Python >= 3.11, and
+# Debian's prometheus, prometheus-alertmanager and npm, which it installs as root.
 # Options go to pytest, for example: launch/test.sh -k loader
 # Two tests at a time, one thread each: most of them wait for processes and servers.
 set -euo pipefail
@@ -12,14 +13,17 @@ command -v prometheus-alertmanager > /dev/null || missing+=(prometheus-alertmana
 command -v npm > /dev/null || missing+=(npm)
 if ((${#missing[@]})); then
     if ((EUID)) || ! command -v apt-get > /dev/null; then
-        echo "tests/monitoring needs Debian's packages ${missing[*]}; install them, or as root run this again" >&2
+        echo "tests/monitoring needs ${missing[*]}: install them (apt-get install), or run this as root" >&2
         exit 2
     fi
     apt-get update --quiet --quiet
-    DEBIAN_FRONTEND=noninteractive apt-get install --yes --quiet --quiet --no-install-recommends "${missing[@]}"
+    DEBIAN_FRONTEND=noninteractive \
+        apt-get install --yes --quiet --quiet --no-install-recommends "${missing[@]}"
 fi
-[ tests/monitoring/node_modules -nt tests/monitoring/package.json ] ||
+if ! [ tests/monitoring/node_modules -nt tests/monitoring/package.json ]; then
     npm install --prefix tests/monitoring --no-package-lock --no-fund --no-audit --silent
+    touch tests/monitoring/node_modules
+fi
 
 ./launch/install.sh .venv-test '.[dev]'
 bin=.venv-test/bin
