@@ -17,16 +17,6 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import unquote, urlsplit
 
-from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-)
-from rich.table import Column
-
 from dist_sae.config import Run
 from dist_sae.errors import (
     EXIT_BUG,
@@ -37,11 +27,11 @@ from dist_sae.errors import (
     Stopped,
 )
 from dist_sae.logs import SUPERVISED
+from dist_sae.reporting.progress import ProgressView
 
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 60.0  # to finish a step and save, when the user asks to stop
 _FAILED_GRACE_SECONDS = 5.0  # for the others when one process has failed: ranks may hang without it
-_PLAIN_EVERY_SECONDS = 10.0  # between lines when the output is not a terminal
 
 
 def run_locally(run: Run, path: str, overrides: Sequence[str]) -> dict[str, Any]:
@@ -66,8 +56,8 @@ def run_locally(run: Run, path: str, overrides: Sequence[str]) -> dict[str, Any]
         logs.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise AccessError(f"{exc.strerror}; correct store.runs", url=str(logs)) from exc
-    with _stop_requests() as stopping, _Bars() as bars:
-        job = _Job(arguments, logs, stopping, bars)
+    with _stop_requests() as stopping, ProgressView() as view:
+        job = _Job(arguments, logs, stopping, view)
         job.run_together([job.process("plan", "plan")])
         job.run_together(_workers(run, job))
         results: dict[str, Any] = {}
@@ -129,7 +119,7 @@ def _rendezvous(world: int) -> Iterator[dict[str, str]]:
 
 
 class _Process:
-    """A child: its progress goes to the bars, its words to a log file.
+    """A child: its progress is shown, its words to a log file.
 
     It holds one end of a pipe as its stdin; when this program dies, the pipe closes and the
     child stops by itself.
@@ -240,12 +230,12 @@ class _Job:
     """Starts processes, watches them, and ends them together."""
 
     def __init__(
-        self, arguments: list[str], logs: Path, stopping: threading.Event, bars: "_Bars"
+        self, arguments: list[str], logs: Path, stopping: threading.Event, view: ProgressView
     ) -> None:
         self._arguments = arguments
         self._logs = logs
         self._stopping = stopping
-        self._bars = bars
+        self._view = view
 
     def process(
         self, name: str, command: str, *options: str, env: Mapping[str, str] | None = None
@@ -260,10 +250,11 @@ class _Job:
             ProcessFailedError: One failed; the others have been ended.
             Stopped: The user asked to stop; all have saved and ended.
         """
-        self._bars.stage(processes[0].name if len(processes) == 1 else "")
+        if len(processes) == 1:
+            self._view.begin(processes[0].name)
         try:
             for process in processes:
-                process.start(self._bars.show)
+                process.start(self._view.show)
             first = self._watch(processes)
         finally:
             for process in processes:
@@ -304,78 +295,6 @@ class _Job:
             for p in processes
             if deadline == float("inf") and p.poll() not in (None, 0, EXIT_RESUMABLE)
         ]
-
-
-class _Bars:
-    """Progress in the terminal; lines now and then where there is no terminal."""
-
-    def __init__(self) -> None:
-        self._console = Console(stderr=True)
-        self._progress = Progress(
-            TextColumn("{task.description:7}", table_column=Column(no_wrap=True, min_width=7)),
-            BarColumn(bar_width=12),
-            TextColumn("{task.percentage:3.0f}%", table_column=Column(no_wrap=True, min_width=4)),
-            TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
-            TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True)),
-            console=self._console,
-            disable=not self._console.is_terminal,
-        )
-        self._tasks: dict[str, TaskID] = {}
-        self._done: dict[str, float] = {}
-        self._rates: dict[str, float] = {}
-        self._said: dict[str, float] = {}
-        self._complete: set[str] = set()
-
-    def __enter__(self) -> "_Bars":
-        self._progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._progress.stop()
-
-    def stage(self, name: str) -> None:
-        """A part of the run that has no progress of its own begins."""
-        if name:
-            self._console.print(f"{name} ...", highlight=False)
-
-    def show(self, process: str, record: dict[str, Any]) -> None:
-        """Take in what a process says of its progress."""
-        role, done, total = record.pop("role"), record.pop("done"), record.pop("total")
-        if role == "produce":
-            self._rates[process] = record.get("rows_per_second", self._rates.get(process, 0))
-            done = max(done, self._done.get(role, 0))  # each producer sees its own share at once
-            record["rows_per_second"] = sum(self._rates.values())
-        self._done[role] = done
-        note = _note(record)
-        if role not in self._tasks:
-            self._tasks[role] = self._progress.add_task(role, total=total, note="")
-        self._progress.update(self._tasks[role], completed=done, total=total, note=note)
-        self._say(role, done, total, note)
-
-    def _say(self, role: str, done: float, total: float, note: str) -> None:
-        if self._console.is_terminal:
-            return
-        waited = time.monotonic() - self._said.get(role, 0) > _PLAIN_EVERY_SECONDS
-        if waited or (done == total and role not in self._complete):
-            self._said[role] = time.monotonic()
-            if done == total:
-                self._complete.add(role)
-            self._console.print(
-                f"{role} {done:.0f}/{total:.0f}  {note}", highlight=False, soft_wrap=True
-            )
-
-
-def _note(record: Mapping[str, Any]) -> str:
-    """What a process says of itself, in few words: a terminal has 80 columns."""
-    words = {
-        "fvu": "fvu {:.3f}",
-        "l0_latents": "l0 {:.3g}",
-        "dead_share": "dead {:.1%}",
-        "rows_per_second": "{:,.0f} rows/s",
-        "wait_share": "waits {:.0%}",
-        "busiest": "slowest: {}",
-    }
-    return "  ".join(text.format(record[name]) for name, text in words.items() if name in record)
 
 
 @contextmanager

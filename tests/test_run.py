@@ -15,7 +15,8 @@ import pytest
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.config.data import S3Config
 from dist_sae.errors import ProcessFailedError
-from dist_sae.run import _Bars, _Job, _Process
+from dist_sae.reporting.progress import ProgressView
+from dist_sae.run import _Job, _Process
 from dist_sae.storage import open_store
 from tests.conftest import Bucket
 from tests.launch import write_run
@@ -120,7 +121,7 @@ def test_the_one_that_failed_first_is_blamed(
 ) -> None:
     """And not the other, which is ended by us for not heeding the signal."""
     deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); print('{}', flush=True); "
-    job = _Job([], tmp_path, threading.Event(), _Bars())
+    job = _Job([], tmp_path, threading.Event(), ProgressView())
     processes = [
         _Process("deaf", [sys.executable, "-c", deaf + "time.sleep(100)"], {}, tmp_path / "1.log"),
         _Process(

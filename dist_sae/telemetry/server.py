@@ -1,5 +1,6 @@
 """Serves a page of metrics over HTTP."""
 
+import logging
 import threading
 import time
 from collections.abc import Callable
@@ -8,7 +9,10 @@ from typing import Any
 
 from dist_sae.errors import TelemetryError
 
+logger = logging.getLogger(__name__)
+
 _LAST_SCRAPE_SECONDS = 60.0  # the longest that a process stays for it
+_LATE_SECONDS = 1.0
 _CLIENT_SECONDS = 10.0
 
 
@@ -27,6 +31,7 @@ class PageServer:
         self._render = render
         self._sent: float | None = None
         self._interval: float | None = None
+        self._ending = float("inf")
         self._once_more = threading.Event()
         try:
             self._server = _Server(("", port), self._handler())
@@ -48,18 +53,19 @@ class PageServer:
 
     def await_last_scrape(self) -> None:
         """Stay until whoever asks regularly has asked once more; not at all if nobody does."""
-        self._once_more.clear()
+        self._ending = time.monotonic()
         if self._sent is None or self._interval is None:
             return
-        rest = self._sent + 1.5 * self._interval - time.monotonic()  # below 0: they are gone
+        late = 0.5 * self._interval + _LATE_SECONDS
+        rest = self._sent + self._interval + late - self._ending  # below 0: they are gone
         self._once_more.wait(min(max(rest, 0.0), _LAST_SCRAPE_SECONDS))
 
-    def _note(self) -> None:
-        now = time.monotonic()
+    def _note(self, asked: float) -> None:
         if self._sent is not None:
-            self._interval = now - self._sent
-        self._sent = now
-        self._once_more.set()
+            self._interval = asked - self._sent
+        self._sent = asked
+        if asked >= self._ending:
+            self._once_more.set()
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
         render, note = self._render, self._note
@@ -68,13 +74,19 @@ class PageServer:
             timeout = _CLIENT_SECONDS
 
             def do_GET(self) -> None:
-                page = render()
+                asked = time.monotonic()
+                try:
+                    page = render()
+                except Exception:
+                    logger.exception("the page of metrics could not be made")
+                    self.send_error(500)
+                    return
                 self.send_response(200)
                 self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
                 self.send_header("Content-Length", str(len(page)))
                 self.end_headers()
                 self.wfile.write(page)
-                note()
+                note(asked)
 
             def log_message(self, *_: Any) -> None:
                 pass  # a line for every scrape

@@ -1,40 +1,42 @@
-"""Metrics over HTTP, and the history in the run's folder."""
+"""Metrics over HTTP, from the beginning of a process to its end."""
 
+import itertools
+import logging
 import re
 import socket
-import urllib.request
-from pathlib import Path
+import threading
+import time
+import urllib.error
+from http.server import BaseHTTPRequestHandler, HTTPServer
 
 import pytest
 
-from dist_sae.errors import TelemetryError
-from dist_sae.storage import open_store
+from dist_sae.errors import NonFiniteError, Stopped, TelemetryError
 from dist_sae.telemetry.exporter import Telemetry
-from dist_sae.telemetry.history import History, read_history
-from dist_sae.telemetry.metrics import METRICS
+from dist_sae.telemetry.metrics import METRICS, ROLES, SHORT_LIVED, Metric, metrics_of
+from tests.telemetry.scrape import of_rank, scrape, series
 
-
-def scrape(port: int) -> str:
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
-        text: str = answer.read().decode()
-        return text
+UNKNOWN = {"operation": 8, "status": 4, "error": 8}
+"""As many values as a label may have that the table does not list: 8 requests that a store makes,
+4 kinds of answers, 8 errors."""
 
 
 def test_metrics_are_served() -> None:
     with Telemetry("my-run", "train", port=0, rank=3) as telemetry:
         telemetry.set("dist_sae_train_fvu", 0.25)
-        assert telemetry.port
         text = scrape(telemetry.port)
     labels = 'rank="3",role="train",run="my-run"'
     assert f"dist_sae_train_fvu{{{labels}}} 0.25" in text
     assert re.search(rf'dist_sae_run_info{{{labels},version="[^"]+"}} 1.0', text)
+    assert f'dist_sae_train_phase_seconds_total{{phase="wait",{labels}}} 0.0' in text
+    assert "dist_sae_train_heldout_fvu{" not in text  # it is not known, which is not 0
+    assert of_rank(text, "dist_sae_process_resident_memory_bytes")["3"] > 1e7
 
 
 def test_a_producer_says_nothing_of_training() -> None:
     with Telemetry("my-run", "produce", port=0) as telemetry:
         telemetry.add("dist_sae_produce_excluded_rows_total", 3, reason="over_norm")
         telemetry.add("dist_sae_produce_excluded_rows_total", 2, reason="over_norm")
-        assert telemetry.port
         text = scrape(telemetry.port)
     labels = 'rank="0",reason="over_norm",role="produce",run="my-run"'
     assert f"dist_sae_produce_excluded_rows_total{{{labels}}} 5.0" in text
@@ -51,22 +53,143 @@ def test_a_taken_port_is_one_clear_line() -> None:
             Telemetry("run", "train", port)
 
 
+@pytest.mark.parametrize(
+    ("error", "finished", "failed"),
+    [
+        (None, 1.0, {}),
+        (Stopped("stopped"), 0.0, {}),
+        (NonFiniteError("nan"), 0.0, {"NonFiniteError": 1.0}),
+        (ZeroDivisionError(), 0.0, {"bug": 1.0}),
+    ],
+)
+def test_how_a_process_ended_is_among_its_metrics(
+    error: Exception | None, finished: float, failed: dict[str, float]
+) -> None:
+    telemetry = Telemetry("run", "train", None)
+    telemetry.__exit__(type(error) if error else None, error, None)
+    found = series(telemetry.render().decode())
+    ends = {dict(key)["error"]: v for (name, key), v in found.items() if "run_failed" in name}
+    assert of_rank(telemetry.render().decode(), "dist_sae_run_finished") == {"0": finished}
+    assert ends == failed
+
+
+def test_a_process_that_is_scraped_stays_until_its_last_values_were_seen() -> None:
+    pages: list[str] = []
+    several, over = threading.Event(), threading.Event()
+
+    def watch(port: int | None) -> None:
+        while True:
+            try:
+                pages.append(scrape(port))
+            except (urllib.error.URLError, ConnectionError):
+                return
+            if len(pages) > 2:
+                several.set()
+            over.wait(0.05)
+
+    with Telemetry("run", "train", 0) as telemetry:
+        scraper = threading.Thread(target=watch, args=(telemetry.port,))
+        scraper.start()
+        assert several.wait(20)
+    scraper.join()
+    assert of_rank(pages[-1], "dist_sae_run_finished") == {"0": 1.0}
+
+
+def test_a_process_that_nobody_scrapes_does_not_wait() -> None:
+    since = time.monotonic()
+    with Telemetry("run", "train", 0) as telemetry:
+        scrape(telemetry.port)  # somebody looked once
+    assert time.monotonic() - since < 1
+
+
+class Gateway(HTTPServer):
+    """Takes what is pushed, as Prometheus' Pushgateway does."""
+
+    def __init__(self) -> None:
+        pushed = self.pushed = dict[str, str]()
+
+        class Handler(BaseHTTPRequestHandler):
+            def do_PUT(self) -> None:
+                body = self.rfile.read(int(self.headers["Content-Length"]))
+                pushed[self.path] = body.decode()
+                self.send_response(200)
+                self.end_headers()
+
+            def log_message(self, *_: object) -> None: ...
+
+        super().__init__(("127.0.0.1", 0), Handler)
+
+
+def test_a_short_program_pushes_its_metrics_at_its_end() -> None:
+    with Gateway() as gateway:
+        serving = threading.Thread(target=gateway.handle_request)
+        serving.start()
+        url = f"http://127.0.0.1:{gateway.server_port}"
+        with Telemetry("my-run", "evaluate", None, pushgateway_url=url) as telemetry:
+            telemetry.set("dist_sae_evaluate_fvu", 0.125)
+        serving.join()
+    (path,) = gateway.pushed
+    assert path == "/metrics/job/dist_sae/role/evaluate/run/my-run"
+    page = gateway.pushed[path]
+    assert of_rank(page, "dist_sae_evaluate_fvu") == {"0": 0.125}
+    assert of_rank(page, "dist_sae_run_finished") == {"0": 1.0}
+    assert of_rank(page, "dist_sae_job_seconds")["0"] > 0
+
+
+def test_a_push_that_fails_is_a_warning(caplog: pytest.LogCaptureFixture) -> None:
+    with socket.socket() as closed:  # bound and not listening: refuses
+        closed.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{closed.getsockname()[1]}"
+        with (
+            caplog.at_level(logging.WARNING),
+            Telemetry("run", "export", None, pushgateway_url=url),
+        ):
+            pass
+    (said,) = caplog.messages
+    assert said.startswith(f"telemetry.pushgateway_url {url}: nothing was pushed: ")
+
+
 def test_names_follow_the_conventions_of_prometheus() -> None:
     for metric in METRICS:
         assert re.fullmatch(r"dist_sae_[a-z0-9_]+", metric.name)
         assert metric.name.endswith("_total") == (metric.kind == "counter"), metric.name
         assert metric.help.endswith(".")
+        name = metric.name.removesuffix("_total")
+        for unit in ("seconds", "bytes"):
+            assert name.endswith(f"_{unit}") == (metric.unit == unit), metric.name
+        assert set(metric.roles) <= set(ROLES)
+        assert not metric.values or len(metric.labels) == 1
     assert len({metric.name for metric in METRICS}) == len(METRICS)
 
 
-def test_steps_that_were_repeated_after_a_restart_count_once(tmp_path: Path) -> None:
-    store = open_store(str(tmp_path))
-    first = History(store, "run", 0)
-    for step in (10, 20, 30):
-        first.append({"step": step, "fvu": 1.0})
-        first.flush()
-    second = History(store, "run", 20)  # the checkpoint was at step 20
-    second.append({"step": 30, "fvu": 0.5})
-    second.flush()
-    records = read_history(store, "run")
-    assert [(r["step"], r["fvu"]) for r in records] == [(10, 1.0), (20, 1.0), (30, 0.5)]
+@pytest.mark.parametrize("role", ROLES)
+def test_a_rank_has_at_most_500_series(role: str) -> None:
+    telemetry = Telemetry("run", role, None)
+    for metric in metrics_of(role):
+        for labels in every_label(metric):
+            match metric.kind:
+                case "gauge":
+                    telemetry.set(metric.name, 1, **labels)
+                case "counter":
+                    telemetry.add(metric.name, 1, **labels)
+                case "histogram":
+                    telemetry.observe(metric.name, 1, **labels)
+    found = series(telemetry.render().decode())
+    names = {name for name, _ in found}
+    assert {metric.name for metric in metrics_of(role) if metric.kind != "histogram"} <= names
+    assert len(found) <= 500
+
+
+def every_label(metric: Metric) -> list[dict[str, str]]:
+    """Every combination of values that a metric's labels may have."""
+    values = [
+        metric.values or [f"{label}-{i}" for i in range(UNKNOWN.get(label, 1))]
+        for label in metric.labels
+    ]
+    return [dict(zip(metric.labels, chosen, strict=True)) for chosen in itertools.product(*values)]
+
+
+def test_only_programs_that_cannot_be_scraped_have_the_metrics_of_their_end() -> None:
+    of_jobs = {metric.name: metric.roles for metric in METRICS if "_job_" in metric.name}
+    assert of_jobs
+    assert set(of_jobs.values()) == {SHORT_LIVED}

@@ -1,0 +1,99 @@
+"""One endpoint for the ranks of a pod, each of which serves its own page."""
+
+import time
+import urllib.request
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from http.client import HTTPException
+from typing import Self
+
+from dist_sae.telemetry.metrics import METRICS
+from dist_sae.telemetry.server import PageServer
+
+_PATIENCE_SECONDS = 0.04  # for all ranks together: a scrape of a pod takes at most 50 ms
+_STALE_SECONDS = 30.0  # a rank that has not answered for so long is down
+_ANSWER_SECONDS = 10.0
+
+_UP = next(metric for metric in METRICS if metric.name == "dist_sae_rank_up")
+
+
+class GatheredTelemetry:
+    """Serves the pages of several ranks as one, for whoever supervises them in a pod.
+
+    A rank's own labels keep its series apart from the others'. `dist_sae_rank_up` says which ranks
+    answered. One that is busy is shown as it was when asked last; one that is gone is not shown.
+
+    Args:
+        run: Name of the run.
+        role: What the ranks are: `produce` or `train`.
+        targets: The ranks, by number: the ports on this machine that they serve their pages on.
+        port: Where to serve the whole; 0 takes any free port.
+
+    Raises:
+        TelemetryError: The port is taken.
+    """
+
+    def __init__(self, run: str, role: str, targets: Mapping[int, int], port: int) -> None:
+        self._labels = f'role="{role}",run="{run}"'
+        self._ranks = [_Rank(rank, target) for rank, target in targets.items()]
+        self._pool = ThreadPoolExecutor(len(self._ranks), "gather")
+        self._server = PageServer(port, self._render)
+        self.port = self._server.port
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._server.close()
+        self._pool.shutdown(wait=False, cancel_futures=True)
+
+    def _render(self) -> bytes:
+        answers = [rank.ask(self._pool) for rank in self._ranks]
+        wait(answers, timeout=_PATIENCE_SECONDS)
+        up = "".join(
+            f'{_UP.name}{{rank="{rank.number}",{self._labels}}} {float(rank.is_up)}\n'
+            for rank in self._ranks
+        )
+        pages = [rank.page for rank in self._ranks if rank.is_up]
+        own = f"# HELP {_UP.name} {_UP.help}\n# TYPE {_UP.name} gauge\n{up}"
+        return merge([own, *pages]).encode()
+
+
+def merge(pages: Iterable[str]) -> str:
+    """Pages in Prometheus' text format as one, in which every family is in one piece."""
+    families: dict[str, list[str]] = {}
+    for page in pages:
+        for family in page.split("# HELP ")[1:]:
+            about, kind, samples = family.split("\n", 2)
+            families.setdefault(f"# HELP {about}\n{kind}\n", []).append(samples)
+    return "".join(head + "".join(samples) for head, samples in families.items())
+
+
+class _Rank:
+    """The last page of a rank, and how old it is."""
+
+    def __init__(self, number: int, port: int) -> None:
+        self.number = number
+        self.page = ""
+        self._url = f"http://127.0.0.1:{port}/metrics"
+        self._answered = float("-inf")
+        self._asked: Future[None] | None = None
+
+    @property
+    def is_up(self) -> bool:
+        """Whether the page is of a process that lives, as far as is known."""
+        return time.monotonic() - self._answered < _STALE_SECONDS
+
+    def ask(self, pool: ThreadPoolExecutor) -> Future[None]:
+        """Ask for a new page, unless it still has not answered."""
+        if self._asked is None or self._asked.done():
+            self._asked = pool.submit(self._fetch)
+        return self._asked
+
+    def _fetch(self) -> None:
+        try:
+            with urllib.request.urlopen(self._url, timeout=_ANSWER_SECONDS) as answer:
+                self.page = answer.read().decode()
+            self._answered = time.monotonic()
+        except (OSError, HTTPException):  # nobody is there, or nobody answers: rank_up says it
+            self._answered = float("-inf")

@@ -1,0 +1,73 @@
+"""What `dist-sae run` shows while it runs."""
+
+import io
+from typing import Any
+
+import pytest
+from rich.console import Console
+from rich.text import Text
+
+from dist_sae.reporting import progress
+from dist_sae.reporting.progress import ProgressView
+
+PRODUCING = {"role": "produce", "done": 2, "total": 1000, "busiest": "forward"}
+TRAINING: dict[str, Any] = {
+    "role": "train",
+    "done": 300,
+    "total": 400,
+    "fvu": 0.1904,
+    "l0_latents": 50.27,
+    "dead_share": 0.1077,
+    "rows_per_second": 1_024_673.4,
+    "product_share": 0.31,
+    "phases": {"wait": 6.2, "forward": 2.0, "backward": 1.8},
+}
+
+
+def shown(*, terminal: bool) -> list[str]:
+    """What is there after two producers and a trainer have spoken; on a terminal, at the end."""
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=80, legacy_windows=False)
+    with ProgressView(console) as view:
+        view.begin("plan")
+        view.show("producer-0", PRODUCING | {"rows_per_second": 40_000})
+        view.show("producer-1", PRODUCING | {"done": 1, "rows_per_second": 5_613})
+        view.show("trainer-0", TRAINING | {"done": 200})
+        view.show("trainer-0", TRAINING)
+        if terminal:
+            with console.capture() as capture:
+                console.print(view._live.get_renderable())
+            lines = [Text.from_ansi(line).plain.rstrip() for line in capture.get().splitlines()]
+            return lines[-3:]
+    return out.getvalue().splitlines()
+
+
+def test_bars_fit_80_columns_and_say_what_limits_the_run() -> None:
+    produce, train, limit = shown(terminal=True)
+    assert produce.startswith("produce ")
+    assert produce.endswith("45,613 rows/s")  # of both; the units are those that the most have seen
+    assert " 75% " in train
+    assert train.endswith("1,024,673 rows/s  fvu 0.190  l0 50.3  dead 10.8%")
+    assert limit == "limit: data: trainers wait 62% of the time; producers' slowest stage: forward"
+    assert max(map(len, (produce, train, limit))) <= 80
+
+
+def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
+    plan, produce, train = shown(terminal=False)  # the others came within ten seconds
+    assert plan == "plan ..."
+    assert produce == "produce 2/1000  40,000 rows/s"
+    assert train.startswith(
+        "train 200/400  1,024,673 rows/s  fvu 0.190  l0 50.3  dead 10.8%  limit: "
+    )
+    monkeypatch.setattr(progress, "_PLAIN_EVERY_SECONDS", 0.0)
+    *_, last = shown(terminal=False)
+    assert last.startswith("train 300/400  0:00:00 left  ")
+
+
+def test_the_end_is_told_once() -> None:
+    out = io.StringIO()
+    with ProgressView(Console(file=out, width=80)) as view:
+        for _ in range(2):
+            view.show("trainer-0", TRAINING | {"done": 400})
+    (line,) = out.getvalue().splitlines()
+    assert line == "train 400/400  1,024,673 rows/s  fvu 0.190  l0 50.3  dead 10.8%"

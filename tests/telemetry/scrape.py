@@ -1,0 +1,37 @@
+"""Reads pages of metrics as Prometheus does."""
+
+import urllib.request
+
+from prometheus_client.parser import text_string_to_metric_families
+
+Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
+"""Values by name and sorted labels."""
+
+
+def scrape(port: int | None) -> str:
+    """The page of a port."""
+    assert port
+    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
+        text: str = answer.read().decode()
+        return text
+
+
+def series(page: str) -> Series:
+    """Every sample of a page.
+
+    Raises:
+        ValueError: A series is there twice.
+    """
+    found: Series = {}
+    for family in text_string_to_metric_families(page):
+        for sample in family.samples:
+            key = sample.name, tuple(sorted(sample.labels.items()))
+            if key in found:
+                raise ValueError(f"{key} is there twice")
+            found[key] = sample.value
+    return found
+
+
+def of_rank(page: str, name: str) -> dict[str, float]:
+    """The values of a metric without other labels, by rank."""
+    return {dict(labels)["rank"]: v for (found, labels), v in series(page).items() if found == name}

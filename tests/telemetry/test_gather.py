@@ -1,0 +1,97 @@
+"""The pages of a pod's ranks as one."""
+
+import threading
+import time
+from contextlib import ExitStack
+
+import pytest
+
+from dist_sae.telemetry import gather, server
+from dist_sae.telemetry.exporter import Telemetry
+from dist_sae.telemetry.gather import GatheredTelemetry, merge
+from dist_sae.telemetry.server import PageServer
+from tests.telemetry.scrape import of_rank, scrape, series
+
+
+@pytest.fixture(autouse=True)
+def no_last_scrape(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ranks of these tests do not stay for it."""
+    monkeypatch.setattr(server, "_LAST_SCRAPE_SECONDS", 0.0)
+
+
+def settled(gathered: GatheredTelemetry, up: int) -> str:
+    """The page once so many ranks are up: on a busy machine an answer comes after the first one."""
+    while sum(of_rank(page := scrape(gathered.port), "dist_sae_rank_up").values()) != up:
+        pass
+    return page
+
+
+def test_every_series_of_every_rank_is_there_once_and_families_are_whole() -> None:
+    with ExitStack() as open_:
+        ranks = {
+            rank: open_.enter_context(Telemetry("run", "train", 0, rank)) for rank in (0, 1, 9)
+        }
+        for rank, telemetry in ranks.items():
+            telemetry.set("dist_sae_train_fvu", rank / 10)
+            telemetry.observe("dist_sae_store_operation_seconds", 0.1, operation="get")
+        ports = {rank: telemetry.port or 0 for rank, telemetry in ranks.items()}
+        gathered = open_.enter_context(GatheredTelemetry("run", "train", ports, 0))
+        page = settled(gathered, up=3)
+        own = [scrape(port) for port in ports.values()]
+    assert of_rank(page, "dist_sae_train_fvu") == {"0": 0.0, "1": 0.1, "9": 0.9}
+    assert of_rank(page, "dist_sae_rank_up") == {"0": 1.0, "1": 1.0, "9": 1.0}
+    assert len(series(page)) == sum(len(series(text)) for text in own) + len(ranks)
+    names = [line.split()[2] for line in page.splitlines() if line.startswith("# TYPE")]
+    assert len(names) == len(set(names))
+
+
+def test_a_rank_that_is_gone_is_marked_and_not_shown() -> None:
+    with Telemetry("run", "train", 0, 0) as first, ExitStack() as second:
+        other = second.enter_context(Telemetry("run", "train", 0, 1))
+        ports = {0: first.port or 0, 1: other.port or 0}
+        with GatheredTelemetry("run", "train", ports, 0) as gathered:
+            page = settled(gathered, up=2)
+            assert of_rank(page, "dist_sae_run_finished") == {"0": 0.0, "1": 0.0}
+            second.close()
+            page = settled(gathered, up=1)
+    assert of_rank(page, "dist_sae_rank_up") == {"0": 1.0, "1": 0.0}
+    assert of_rank(page, "dist_sae_run_finished") == {"0": 0}
+
+
+def test_a_busy_rank_holds_nobody_up_and_is_shown_as_it_was(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    busy, free = threading.Event(), threading.Event()
+    free.set()
+
+    def render() -> bytes:
+        busy.set()
+        free.wait(20)
+        return b'# HELP one A one.\n# TYPE one gauge\none{rank="1"} 1.0\n'
+
+    slow = PageServer(0, render)
+    with GatheredTelemetry("run", "train", {1: slow.port}, 0) as gathered:
+        settled(gathered, up=1)
+        free.clear()
+        busy.clear()
+        since = time.monotonic()
+        page = scrape(gathered.port)
+        seconds = time.monotonic() - since
+        assert busy.wait(20)
+        assert of_rank(page, "one") == {"1": 1.0}
+        assert of_rank(page, "dist_sae_rank_up") == {"1": 1.0}
+        assert seconds < 5  # it waits for 40 ms; the rest is this machine's
+        monkeypatch.setattr(gather, "_STALE_SECONDS", 0.0)
+        page = scrape(gathered.port)
+        assert of_rank(page, "dist_sae_rank_up") == {"1": 0.0}
+        assert of_rank(page, "one") == {}
+        free.set()
+    slow.close()
+
+
+def test_pages_are_merged_by_family() -> None:
+    one = "# HELP a An a.\n# TYPE a gauge\na 1\n# HELP b A b.\n# TYPE b counter\nb 2\n"
+    other = "# HELP b A b.\n# TYPE b counter\nb 3\n"
+    assert merge([one, other]) == (
+        "# HELP a An a.\n# TYPE a gauge\na 1\n# HELP b A b.\n# TYPE b counter\nb 2\nb 3\n"
+    )
