@@ -1,6 +1,7 @@
 """The dashboards: generated, of metrics that exist, and what Grafana takes."""
 
 import json
+import runpy
 import subprocess
 import sys
 from pathlib import Path
@@ -12,7 +13,7 @@ from dist_sae.deploy.dashboards import PAGES, render_dashboards
 from dist_sae.deploy.dashboards.queries import now, rate
 from dist_sae.errors import ConfigError
 from dist_sae.telemetry.metrics import METRICS
-from tests.monitoring.files import MONITORING, metrics_in, recorded_in, rules
+from tests.monitoring.files import MONITORING, ROOT, metrics_in, recorded_in, rules
 
 HERE = Path(__file__).parent
 UNSHOWN = {
@@ -43,8 +44,11 @@ def expressions() -> list[str]:
 
 
 def test_the_files_are_what_the_code_gives() -> None:
-    files = {path.name: path.read_text() for path in (MONITORING / "dashboards").iterdir()}
-    assert files == render_dashboards(), "run launch/dashboards.py"
+    script = runpy.run_path(str(ROOT / "launch" / "monitoring.py"))
+    for name, text in script["render_monitoring"]().items():
+        assert (MONITORING / name).read_text() == text, f"{name}: run launch/monitoring.py"
+    files = {path.name for path in (MONITORING / "dashboards").iterdir()}
+    assert files == set(render_dashboards())
 
 
 def test_every_metric_is_shown_once_at_least() -> None:

@@ -20,7 +20,7 @@ from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 from dist_sae.deploy.dashboards.panels import Page, Panel, Shape, Unit
 from dist_sae.deploy.dashboards.queries import Query
 
-GENERATED = "Generated from dist_sae/deploy/dashboards/ by launch/dashboards.py: edit the former."
+GENERATED = "Generated from dist_sae/deploy/dashboards/ by launch/monitoring.py: edit the former."
 _SOURCE = schema.DataSourceRef(type_val="prometheus", uid="${datasource}")
 _GRAFANA_UNITS: dict[Unit, str] = {
     "count": "short",
@@ -35,7 +35,7 @@ _SIZES: dict[Shape, tuple[int, int]] = {  # width of 24, height
     "graph": (8, 8),
     "stack": (8, 8),
     "number": (4, 4),
-    "table": (24, 6),
+    "table": (24, 4),
 }
 
 

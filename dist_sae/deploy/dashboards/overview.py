@@ -69,8 +69,8 @@ OVERVIEW = Page(
                 graph(
                     "Rows",
                     "rows/s",
-                    recorded("run:dist_sae_train_rows:rate5m").named("trained"),
-                    recorded("run:dist_sae_produce_rows:rate5m").named("produced"),
+                    rate("dist_sae_train_rows_total").named("trained"),
+                    rate("dist_sae_produce_rows_total").named("produced"),
                     width=12,
                 ),
                 UNITS._replace(width=12),
@@ -89,8 +89,8 @@ OVERVIEW = Page(
                 graph(
                     "Who waits for whom",
                     "share",
-                    recorded(PHASE_SHARE, phase="wait").named("trainers for data"),
-                    WAITING_PRODUCERS.named("for (producers)"),
+                    recorded(PHASE_SHARE, phase="wait").named("trainers wait for data"),
+                    WAITING_PRODUCERS.named("keep producers waiting"),
                     limits=(0.05,),
                 ),
                 graph(

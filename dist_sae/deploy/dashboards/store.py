@@ -14,7 +14,7 @@ STORE = Page(
                 graph(
                     "Operations that failed for good",
                     "per second",
-                    rate("dist_sae_store_errors_total", "run, role, error"),
+                    rate("dist_sae_store_errors_total", "run, error"),
                 ),
                 graph(
                     "Repeats among the requests",
@@ -40,7 +40,7 @@ STORE = Page(
                 graph(
                     "Requests",
                     "per second",
-                    rate("dist_sae_store_requests_total", "run, role, operation"),
+                    rate("dist_sae_store_requests_total", "run, operation"),
                 ),
                 graph(
                     "Time until an answer begins, p99",
