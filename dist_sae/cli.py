@@ -10,6 +10,7 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +22,7 @@ if TYPE_CHECKING:
     from dist_sae.config import Run
     from dist_sae.telemetry.exporter import Telemetry
 
-Command = Callable[[argparse.Namespace], None]
+Command = Callable[[argparse.Namespace], int | None]
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -32,7 +33,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     logs.configure(rank=_rank())
     _heed_signals()
     try:
-        options.command(options)
+        code = options.command(options)
         sys.stdout.flush()
     except Stopped as stop:
         sys.stderr.write(f"stopped: {stop}\n")
@@ -46,7 +47,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         return EXIT_RESUMABLE
     except BrokenPipeError:  # whoever read our output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit fails too
-    return EXIT_DONE
+        return EXIT_DONE
+    return code or EXIT_DONE
 
 
 def _plan(options: argparse.Namespace) -> None:
@@ -65,12 +67,21 @@ def _plan(options: argparse.Namespace) -> None:
     _print_result(options, result)
 
 
-def _produce(options: argparse.Namespace) -> None:
+def _produce(options: argparse.Namespace) -> int | None:
     from dist_sae.data.claims import Worker
+    from dist_sae.parallel.local_ranks import rank_environments
     from dist_sae.produce import produce, produce_together
     from dist_sae.telemetry.exporter import Telemetry
 
     run = _load(options)
+    stopping = _stop_on_signals()
+    if options.wait:
+        _await_plan(run, stopping)
+    if options.local_ranks > 1:
+        name = ["--worker", options.worker] if options.worker else []
+        arguments = ["produce", "--index", str(options.index), *name]
+        environments = rank_environments(options.local_ranks, run.model_shards)
+        return _run_ranks(options, run, arguments, environments, stopping)
     worker = Worker(
         options.worker or f"producer-{os.getpid()}@{os.uname().nodename}",
         options.index,
@@ -80,26 +91,40 @@ def _produce(options: argparse.Namespace) -> None:
     rank = options.index * run.model_shards + _rank()
     with Telemetry(run.name, "produce", port, rank) as telemetry:
         work = produce_together if run.model_shards > 1 else produce
-        result = work(run, worker, _stop_on_signals(), telemetry)
+        result = work(run, worker, stopping, telemetry)
     _print_result(options, result)
+    return None
 
 
-def _train(options: argparse.Namespace) -> None:
+def _train(options: argparse.Namespace) -> int | None:
+    from dist_sae.parallel.local_ranks import rank_environments
     from dist_sae.parallel.meeting import meet
     from dist_sae.parallel.mesh import join_mesh
     from dist_sae.parallel.watch import Watch
     from dist_sae.telemetry.exporter import Telemetry
-    from dist_sae.train import train
+    from dist_sae.train import train, what_is_done
 
     run = _load(options)
+    world = run.processes.trainers
+    if world > 1 and (result := what_is_done(run)):
+        _print_result(options, result)
+        return None
     stopping = _stop_on_signals()
-    config, n_ranks = run.train, run.processes.trainers
+    if options.wait:
+        _await_plan(run, stopping)
+    if options.local_ranks:
+        environments = rank_environments(options.local_ranks, world)
+        if options.local_ranks > 1:
+            return _run_ranks(options, run, ["train"], environments, stopping)
+        os.environ.update(environments[0])
+        logs.configure(rank=_rank())
+    config = run.train
     with Telemetry(
         run.name, "train", _port(run.telemetry.port, options.port_offset), _rank()
     ) as telemetry:
-        telemetry.set("dist_sae_train_ranks", n_ranks)  # before they meet: one may not come
+        telemetry.set("dist_sae_train_ranks", world)  # before they meet: one may not come
         with (
-            meet(n_ranks, config.missing_seconds, stopping, name=run.name) as ranks,
+            meet(world, config.missing_seconds, stopping, name=run.name) as ranks,
             Watch(
                 ranks,
                 stopping,
@@ -110,12 +135,45 @@ def _train(options: argparse.Namespace) -> None:
         ):
             result = train(run, mesh, watch, stopping, telemetry)
     _print_result(options, result)
+    return None
+
+
+def _await_plan(run: "Run", stopping: threading.Event) -> None:
+    from dist_sae.waiting import await_plan
+
+    await_plan(run, stopping)
+
+
+def _run_ranks(
+    options: argparse.Namespace,
+    run: "Run",
+    arguments: list[str],
+    environments: list[dict[str, str]],
+    stopping: threading.Event,
+) -> int:
+    """Ranks of this pod as children, with one page of metrics for all of them."""
+    from dist_sae.parallel.local_ranks import run_ranks
+    from dist_sae.telemetry.gather import GatheredTelemetry
+
+    program, *others = arguments
+    overrides = [word for override in options.set for word in ("--set", override)]
+    command = [program, options.run, *overrides, *others]
+    with ExitStack() as serving:
+        if first := run.telemetry.port:
+            before = options.index * run.model_shards if program == "produce" else 0
+            ports = {before + int(e["RANK"]): first + 1 + i for i, e in enumerate(environments)}
+            serving.enter_context(GatheredTelemetry(run.name, program, ports, first))
+        return run_ranks(command, environments, stopping)
 
 
 def _evaluate(options: argparse.Namespace) -> None:
     from dist_sae.evaluate import evaluate
 
     run = _load(options)
+    if options.wait:
+        from dist_sae.waiting import await_end
+
+        await_end(run, _stop_on_signals())
     with _short_lived(run, "evaluate") as telemetry:
         result = evaluate(run, telemetry)
     _print_result(options, result)
@@ -156,6 +214,12 @@ def _config_schema(options: argparse.Namespace) -> None:
     from dist_sae.config import Run
 
     sys.stdout.write(_json(options, Run.model_json_schema()))
+
+
+def _config_metrics(_: argparse.Namespace) -> None:
+    from dist_sae.telemetry.metrics import render_table
+
+    sys.stdout.write(render_table())
 
 
 def _store_verify(options: argparse.Namespace) -> None:
@@ -216,9 +280,13 @@ def _checkpoints_convert(options: argparse.Namespace) -> None:
 
 
 def _render(options: argparse.Namespace) -> None:
-    from dist_sae.parallel.zero import deepspeed_config
+    from dist_sae.deploy.render import render, to_yaml
 
-    sys.stdout.write(_json(options, {"deepspeed": deepspeed_config(_load(options))}))
+    found = render(_load(options), options.only)
+    if options.only == "kubernetes" and not options.json:
+        sys.stdout.write(to_yaml(found["kubernetes"]))
+    else:
+        sys.stdout.write(_json(options, found))
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -335,10 +403,28 @@ def _parser() -> argparse.ArgumentParser:
     train = add("train", _train, "train, as one rank of those that RANK and WORLD_SIZE name")
     for sub in (produce, train):
         sub.add_argument("--port-offset", type=int, default=0, help="added to telemetry.port")
-    add("evaluate", _evaluate, "measure the newest checkpoint on held-out data")
+        sub.add_argument(
+            "--local-ranks",
+            type=int,
+            default=0,
+            metavar="N",
+            help="start N ranks here, those of node JOB_COMPLETION_INDEX (what pods run)",
+        )
+    evaluate = add("evaluate", _evaluate, "measure the newest checkpoint on held-out data")
     add("export", _export, "write the newest checkpoint as safetensors that SAELens loads")
+    for sub, what in (
+        (produce, "the plan"),
+        (train, "the plan"),
+        (evaluate, "the last checkpoint"),
+    ):
+        sub.add_argument("--wait", action="store_true", help=f"until {what} is there")
     add("report", _report, "write one HTML file with the run's curves, numbers and latents")
-    add("render", _render, "print what this run implies: the DeepSpeed configuration")
+    rendering = add("render", _render, "print what this run implies for other programs")
+    rendering.add_argument(
+        "--only",
+        choices=("deepspeed", "kubernetes", "dashboards"),
+        help="kubernetes: as kubectl apply -f - reads it; dashboards: Grafana's",
+    )
 
     add_benches(commands, _bench)
     groups = {
@@ -395,4 +481,6 @@ def _parser() -> argparse.ArgumentParser:
             )
             schema.add_argument("--json", action="store_true", help="print it on one line")
             schema.set_defaults(command=_config_schema)
+            table = actions.add_parser("metrics", help="print the metrics that programs export")
+            table.set_defaults(command=_config_metrics)
     return parser

@@ -116,13 +116,7 @@ def produce(
                 if forward is None:
                     forward = Forward(open_source(), held)
                 computed = _compute(
-                    tokenized,
-                    forward,
-                    prepare.tokenizer,
-                    run.activations,
-                    claims,
-                    stopping,
-                    telemetry,
+                    tokenized, forward, prepare.tokenizer, run, claims, stopping, telemetry
                 )
                 if finishing is not None:
                     _report(finishing.result(), plan, claims, telemetry, written)
@@ -243,7 +237,7 @@ def _compute(
     work: TokenizedUnit,
     forward: Forward,
     tokenizer: Tokenizer,
-    activations: ActivationsConfig,
+    run: Run,
     claims: Claims,
     stopping: threading.Event,
     telemetry: Telemetry,
@@ -262,10 +256,12 @@ def _compute(
             if stopping.is_set():
                 raise Stopped(f"stopped within unit {work.unit}; start again to go on")
             claims.renew()
-            keep = admitted(batch, tokenizer.special, activations.exclude, excluded)
+            telemetry.pulse.work(run.train.hung_seconds)
+            keep = admitted(batch, tokenizer.special, run.activations.exclude, excluded)
             leaving += forward(batch.tokens, batch.mask, keep)
             telemetry.add("dist_sae_produce_tokens_total", int(batch.mask.sum()))
             origins.append((batch.tokens[keep], batch.positions[keep], batch.documents[keep]))
+    telemetry.pulse.rest()
     origin = tuple(map(torch.cat, zip(*origins, strict=True)))
     return ComputedUnit(
         work.unit, work.documents, work.refused, leaving, origin, excluded, work.seconds

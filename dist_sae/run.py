@@ -6,7 +6,6 @@ plan -> producers and trainer ranks, side by side -> evaluate -> export -> repor
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import threading
@@ -27,6 +26,7 @@ from dist_sae.errors import (
     Stopped,
 )
 from dist_sae.logs import SUPERVISED
+from dist_sae.parallel.local_ranks import rank_environments
 from dist_sae.reporting.progress import ProgressView
 
 _POLL_SECONDS = 0.05
@@ -90,7 +90,7 @@ def _workers(run: Run, job: "_Job") -> list["_Process"]:
             env=common | rendezvous,
         )
         for i in range(producers)
-        for rank, rendezvous in enumerate(_rendezvous(each))
+        for rank, rendezvous in enumerate(rank_environments(each, each))
     ]
     training = [
         job.process(
@@ -100,22 +100,9 @@ def _workers(run: Run, job: "_Job") -> list["_Process"]:
             str(producers * each + rank),
             env=common | rendezvous,
         )
-        for rank, rendezvous in enumerate(_rendezvous(trainers))
+        for rank, rendezvous in enumerate(rank_environments(trainers, trainers))
     ]
     return producing + training
-
-
-def _rendezvous(world: int) -> Iterator[dict[str, str]]:
-    """For each rank of a group: where and as whom it meets the others."""
-    port = str(_free_port())
-    for rank in range(world):
-        yield {
-            "MASTER_ADDR": "127.0.0.1",
-            "MASTER_PORT": port,
-            "WORLD_SIZE": str(world),
-            "RANK": str(rank),
-            "LOCAL_RANK": str(rank),
-        }
 
 
 class _Process:
@@ -315,10 +302,3 @@ def _log_folder(run: Run) -> Path:
     if run.store.runs.startswith("file://"):
         return Path(unquote(urlsplit(run.store.runs).path)) / run.name / "logs"
     return Path(f"{run.name}-logs")
-
-
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

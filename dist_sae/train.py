@@ -2,13 +2,13 @@
 
 import logging
 import threading
+import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
-import yaml
 from torch import Tensor
 
 from dist_sae.checkpoint import warm_start
@@ -16,6 +16,7 @@ from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.checkpoint.saver import Saved, Saver
 from dist_sae.checkpoint.state import TrainingState
 from dist_sae.config import Run, differences, dump_run
+from dist_sae.config.deciding import deciding
 from dist_sae.data.backlog import ReadyUnits
 from dist_sae.data.consumers import Consumers, Registration
 from dist_sae.data.heldout import are_there, rows_of
@@ -40,24 +41,6 @@ from dist_sae.telemetry.exporter import Telemetry
 from dist_sae.telemetry.sinks import open_sinks
 
 logger = logging.getLogger(__name__)
-
-_FREE_SETTINGS = {  # of a run: they change how it is done, not what comes out
-    "store",
-    "processes",
-    "evaluate",
-    "telemetry",
-    "train.max_passes",  # later passes follow earlier ones: no batch changes
-    "train.log_every_steps",
-    "train.save_every_steps",
-    "train.save_beside",
-    "train.keep_checkpoints",
-    "train.keep_every_steps",
-    "train.keep_best",
-    "train.heldout_rows",
-    "train.missing_seconds",
-    "train.lost_seconds",
-    "train.hung_seconds",
-}
 
 
 def train(
@@ -107,7 +90,7 @@ def train(
         Saver(
             job.checkpoints,
             state,
-            normaliser.to_scalars() | {"plan": job.units.plan.hash, "run": _deciding(run)},
+            normaliser.to_scalars() | {"plan": job.units.plan.hash, "run": deciding(run)},
             everyones=mesh.beside().everyones,
             first=mesh.is_first,
             before=report.flush,
@@ -160,6 +143,21 @@ def train(
             if step == run.steps or step % run.train.save_every_steps == 0:
                 save()
     return {"step": step, "rows": step * run.train.batch_rows, **report.last}
+
+
+def what_is_done(run: Run) -> dict[str, float] | None:
+    """What `train` returned if the run has nothing left to do, else None.
+
+    Asked before ranks meet: one that is started again when the others have ended for good would
+    wait for them in vain.
+    """
+    runs = open_store(run.store.runs, run.store.s3)
+    checkpoint = Checkpoints(runs, run.name, run.train.keep_checkpoints).latest()
+    if checkpoint is None or checkpoint.step < run.steps:
+        return None
+    if checkpoint.scalars["run"] != deciding(run):  # which `train` refuses, and says why
+        return None
+    return {"step": checkpoint.step, "rows": checkpoint.step * run.train.batch_rows}
 
 
 class _Job(NamedTuple):
@@ -220,6 +218,9 @@ def _begin(run: Run, mesh: Mesh, stopping: threading.Event, telemetry: Telemetry
     if found:
         checkpoint = _restore(state, found, checkpoints, mesh, telemetry)
         step, places = checkpoint.step, _places(checkpoint)
+        durable_at = time.time() - checkpoints.age_seconds(step)
+        telemetry.set("dist_sae_checkpoint_step", step)
+        telemetry.set("dist_sae_checkpoint_timestamp_seconds", durable_at)
         registration.begin(places)
     return _Job(runs, units, checkpoints, registration, normaliser, engine, state, step, places)
 
@@ -286,7 +287,7 @@ def _found(
         )
     windows = range(0, plan.n_train_units // plan.streams, plan.window_units)
     for checkpoint in found:
-        if changed := differences(checkpoint.scalars["run"], _deciding(run)):
+        if changed := differences(checkpoint.scalars["run"], deciding(run)):
             raise PlanMismatchError(
                 f"{runs.url}/{run.name}: holds a run with other settings ({'; '.join(changed)}); "
                 f"restore them or choose another name"
@@ -387,15 +388,6 @@ def _learning_rate(run: Run, step: int) -> float:
     return learning_rate(
         step, run.steps, peak=run.lr, warmup_steps=train.warmup_steps, decay_share=train.decay_share
     )
-
-
-def _deciding(run: Run) -> dict[str, Any]:
-    """The settings that what comes out depends on; a checkpoint carries them."""
-    settings: dict[str, Any] = yaml.safe_load(dump_run(run))
-    for free in _FREE_SETTINGS:
-        section, _, key = free.partition(".")
-        (settings[section] if key else settings).pop(key or section, None)
-    return settings
 
 
 class _Heldout:

@@ -2,6 +2,7 @@
 
 import contextlib
 import functools
+import logging
 import os
 import uuid
 from collections.abc import Callable, Iterator
@@ -43,6 +44,15 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: of two workers, one would be left alone with them at the end."""
     places = {file: place for place, file in enumerate(_LONGEST)}
     items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
+
+
+@pytest.fixture(autouse=True)
+def _no_log_to_a_closed_stream() -> Iterator[None]:
+    """`main` logs to the stderr of its test; a server in a thread may log after it."""
+    yield
+    for handler in list(logging.root.handlers):
+        if type(handler) is logging.StreamHandler:
+            logging.root.removeHandler(handler)
 
 
 class Bucket(NamedTuple):

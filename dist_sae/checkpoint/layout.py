@@ -264,6 +264,10 @@ class Checkpoints:
         key = f"{self._folder(step)}{_MANIFEST}"
         return Checkpoint(self._store, read_record(CheckpointManifest, self._store, key))
 
+    def age_seconds(self, step: int) -> float:
+        """How long a checkpoint has existed, by the store's own clock."""
+        return next(self._store.entries(f"{self._folder(step)}{_MANIFEST}")).age_seconds
+
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint, if there is one."""
         return next(self.newest_first(), None)

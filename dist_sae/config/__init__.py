@@ -17,6 +17,7 @@ from pydantic import StringConstraints, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
 from dist_sae.config.base import Section
+from dist_sae.config.cluster import ClusterConfig
 from dist_sae.config.data import (
     SYNTHETIC_SITE,
     ActivationsConfig,
@@ -51,6 +52,7 @@ class Run(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     processes: ProcessesConfig = ProcessesConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
+    cluster: ClusterConfig = ClusterConfig()
 
     @property
     def model_shards(self) -> int:
@@ -133,6 +135,23 @@ class Run(Section):
                 f"normaliser hold {least} units at once",
             )
 
+    def _pod_problems(self) -> Iterator[tuple[str, str]]:
+        trainer, producer = self.cluster.trainer, self.cluster.producer
+        if self.processes.trainers % trainer.ranks:
+            yield (
+                "cluster.trainer.ranks",
+                f"{trainer.ranks} does not divide processes.trainers ({self.processes.trainers})",
+            )
+        for name, ranks, gpus in (
+            ("trainer", trainer.ranks, trainer.gpus),
+            ("producer", self.model_shards, producer.gpus),
+        ):
+            if gpus not in (0, ranks):
+                yield (
+                    f"cluster.{name}.gpus",
+                    f"{gpus} for {ranks} ranks in a pod: each has one of its own; use {ranks} or 0",
+                )
+
     def _disagreements(self) -> Iterator[tuple[str, str]]:
         train, activations, processes = self.train, self.activations, self.processes
         sites = ", ".join(activations.sites)
@@ -158,6 +177,7 @@ class Run(Section):
                 f"{processes.trainers} does not divide activations.streams ({activations.streams})",
             )
         yield from self._shard_problems()
+        yield from self._pod_problems()
         yield from self._retention_problems()
         last_port = (self.telemetry.port or 0) + processes.producers + processes.trainers - 1
         if self.telemetry.port and last_port > LAST_PORT:

@@ -1,1 +1,1 @@
-"""What a run is deployed with, rendered to text: pure, without torch."""
+"""A run on Kubernetes, the cluster's side of it, and dashboards: rendered, without torch."""

@@ -134,11 +134,15 @@ def set_active_share(
         x: This rank's rows of the batch, of which the first of all ranks' are taken.
         theta: Thresholds.
         share: To one of the rows looked at, and at least that one.
+
+    The threshold is put between two rows: one that lay on it would be above it or not by rounding,
+    that is by how the product was split.
     """
     rows = first_rows(x, _INIT_ROWS, sae.axis)
     place = max(1, min(round((1 - share) * len(rows)), len(rows) - 1))
     W_enc, b_enc = sae.W_enc[latents], sae.b_enc[latents]
     for start in range(0, len(W_enc), _INIT_CHUNK):
         chunk = slice(start, start + _INIT_CHUNK)
-        exceeded = (rows @ W_enc[chunk].T).kthvalue(place, dim=0).values
-        b_enc[chunk] = theta[latents][chunk] - exceeded
+        products = rows @ W_enc[chunk].T
+        below, above = (products.kthvalue(n, dim=0).values for n in (place, place + 1))
+        b_enc[chunk] = theta[latents][chunk] - (below + above) / 2

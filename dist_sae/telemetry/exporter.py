@@ -21,6 +21,7 @@ from dist_sae import __version__
 from dist_sae.errors import DistSaeError, Stopped
 from dist_sae.telemetry import metrics
 from dist_sae.telemetry.process import device_bytes, resident_bytes
+from dist_sae.telemetry.pulse import Pulse
 from dist_sae.telemetry.server import PageServer
 
 logger = logging.getLogger(__name__)
@@ -61,7 +62,8 @@ class Telemetry:
         self._began = time.time()
         self._registry = CollectorRegistry()
         self._metrics = {m.name: self._open(m) for m in metrics.metrics_of(role)}
-        self._server = None if port is None else PageServer(port, self.render)
+        self.pulse = Pulse()
+        self._server = None if port is None else PageServer(port, self.render, self.pulse.fault)
         self.port = None if self._server is None else self._server.port
         if self.port is not None:
             logger.info("metrics on port %d", self.port)

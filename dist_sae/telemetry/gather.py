@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from http.client import HTTPException
 from typing import Self
+from urllib.error import HTTPError
 
 from dist_sae.telemetry.metrics import METRICS
 from dist_sae.telemetry.server import PageServer
@@ -13,6 +14,7 @@ from dist_sae.telemetry.server import PageServer
 _PATIENCE_SECONDS = 0.04  # for all ranks together: a scrape of a pod takes at most 50 ms
 _STALE_SECONDS = 30.0  # a rank that has not answered for so long is down
 _ANSWER_SECONDS = 10.0
+_PROBE_SECONDS = 5.0  # below the probe's own limit: the answer names the rank
 
 _UP = next(metric for metric in METRICS if metric.name == "dist_sae_rank_up")
 
@@ -37,7 +39,7 @@ class GatheredTelemetry:
         self._labels = f'role="{role}",run="{run}"'
         self._ranks = [_Rank(rank, target) for rank, target in targets.items()]
         self._pool = ThreadPoolExecutor(len(self._ranks), "gather")
-        self._server = PageServer(port, self._render)
+        self._server = PageServer(port, self._render, self._fault)
         self.port = self._server.port
 
     def __enter__(self) -> Self:
@@ -58,6 +60,11 @@ class GatheredTelemetry:
         own = f"# HELP {_UP.name} {_UP.help}\n# TYPE {_UP.name} gauge\n{up}"
         return merge([own, *pages]).encode()
 
+    def _fault(self, path: str) -> str | None:
+        """The pod lives while all ranks live, and works while all work."""
+        faults = self._pool.map(lambda rank: rank.fault(path), self._ranks)
+        return next((fault for fault in faults if fault), None)
+
 
 def merge(pages: Iterable[str]) -> str:
     """Pages in Prometheus' text format as one, in which every family is in one piece."""
@@ -75,7 +82,7 @@ class _Rank:
     def __init__(self, number: int, port: int) -> None:
         self.number = number
         self.page = ""
-        self._url = f"http://127.0.0.1:{port}/metrics"
+        self._url = f"http://127.0.0.1:{port}"
         self._answered = float("-inf")
         self._asked: Future[None] | None = None
 
@@ -92,8 +99,18 @@ class _Rank:
 
     def _fetch(self) -> None:
         try:
-            with urllib.request.urlopen(self._url, timeout=_ANSWER_SECONDS) as answer:
+            with urllib.request.urlopen(f"{self._url}/metrics", timeout=_ANSWER_SECONDS) as answer:
                 self.page = answer.read().decode()
             self._answered = time.monotonic()
         except (OSError, HTTPException):  # nobody is there, or nobody answers: rank_up says it
             self._answered = float("-inf")
+
+    def fault(self, path: str) -> str | None:
+        """What the rank answers to a probe, if it is no."""
+        try:
+            with urllib.request.urlopen(f"{self._url}{path}", timeout=_PROBE_SECONDS):
+                return None
+        except HTTPError as exc:
+            return f"rank {self.number}: {exc.read().decode().strip()}"
+        except (OSError, HTTPException):
+            return f"rank {self.number}: does not answer"

@@ -1,4 +1,4 @@
-"""Serves a page of metrics over HTTP."""
+"""Serves a page of metrics over HTTP, and answers probes beside it."""
 
 import logging
 import threading
@@ -8,6 +8,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
 from dist_sae.errors import TelemetryError
+from dist_sae.telemetry.pulse import PATHS
 
 logger = logging.getLogger(__name__)
 
@@ -22,13 +23,17 @@ class PageServer:
     Args:
         port: Where; 0 takes any free port.
         render: Makes the page, in Prometheus' text format.
+        fault: Why the answer to a probe is no, by path (see `pulse`); None if it is yes.
 
     Raises:
         TelemetryError: The port is taken.
     """
 
-    def __init__(self, port: int, render: Callable[[], bytes]) -> None:
+    def __init__(
+        self, port: int, render: Callable[[], bytes], fault: Callable[[str], str | None]
+    ) -> None:
         self._render = render
+        self._fault = fault
         self._sent: float | None = None
         self._interval: float | None = None
         self._ending = float("inf")
@@ -68,12 +73,16 @@ class PageServer:
             self._once_more.set()
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
-        render, note = self._render, self._note
+        render, note, fault = self._render, self._note, self._fault
 
         class Handler(BaseHTTPRequestHandler):
             timeout = _CLIENT_SECONDS
 
             def do_GET(self) -> None:
+                if self.path in PATHS:
+                    why = fault(self.path)
+                    self._answer(200 if why is None else 503, f"{why or 'ok'}\n".encode())
+                    return
                 asked = time.monotonic()
                 try:
                     page = render()
@@ -81,12 +90,15 @@ class PageServer:
                     logger.exception("the page of metrics could not be made")
                     self.send_error(500)
                     return
-                self.send_response(200)
+                self._answer(200, page)
+                note(asked)
+
+            def _answer(self, status: int, page: bytes) -> None:
+                self.send_response(status)
                 self.send_header("Content-Type", "text/plain; version=0.0.4; charset=utf-8")
                 self.send_header("Content-Length", str(len(page)))
                 self.end_headers()
                 self.wfile.write(page)
-                note(asked)
 
             def log_message(self, *_: Any) -> None:
                 pass  # a line for every scrape

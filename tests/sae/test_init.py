@@ -248,7 +248,7 @@ def test_the_geometric_median_is_that_of_all_rows(replicas: int, shards: int) ->
 def test_jumprelu_tanh_begins_with_so_many_active_latents(
     initial_l0: float, expected: float
 ) -> None:
-    """At most half of them. Each is active on as many rows, to one of the 2,000."""
+    """At most half of them. Each is active on as many rows: none lies on the threshold."""
     config = JumpReLUTanhConfig(n_latents=512, initial_l0=initial_l0, initial_threshold=0.1)
     sae, x = build_sae(config, D_IN), batch(0, 2000)
     sae.initialise(x, seed=1)
@@ -256,7 +256,7 @@ def test_jumprelu_tanh_begins_with_so_many_active_latents(
     assert len(codes.acts) / len(x) == pytest.approx(expected, rel=0.01)
     assert float(codes.acts.min()) > 0.1 * (1 - 1e-6)
     counts = torch.bincount(codes.latents, minlength=512)
-    assert int(counts.max() - counts.min()) <= 2
+    assert (counts != counts.mode().values).sum() <= 2  # where two rows are a rounding apart
     found = parameters(sae)
     torch.testing.assert_close(found["log_threshold"].exp(), torch.full((512,), 0.1))
     torch.testing.assert_close(found["W_enc"], found["W_dec"] * (D_IN / 512))

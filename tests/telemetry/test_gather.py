@@ -69,7 +69,7 @@ def test_a_busy_rank_holds_nobody_up_and_is_shown_as_it_was(
         free.wait(20)
         return b'# HELP one A one.\n# TYPE one gauge\none{rank="1"} 1.0\n'
 
-    slow = PageServer(0, render)
+    slow = PageServer(0, render, lambda _: None)
     with GatheredTelemetry("run", "train", {1: slow.port}, 0) as gathered:
         settled(gathered, up=1)
         free.clear()

@@ -1,0 +1,51 @@
+"""`--wait`: programs that were started before there is anything for them to do.
+
+Where nobody starts them one after the other: plain Kubernetes Jobs, for example.
+"""
+
+import logging
+import threading
+from collections.abc import Callable
+
+from dist_sae.checkpoint.layout import Checkpoints
+from dist_sae.config import Run
+from dist_sae.data.plan import PLAN_KEY
+from dist_sae.errors import Stopped
+from dist_sae.storage import open_store
+
+logger = logging.getLogger(__name__)
+
+_LOOK_SECONDS = 10.0
+
+
+def await_plan(run: Run, stopping: threading.Event) -> None:
+    """Until the activation set has its plan.
+
+    Raises:
+        Stopped: Before that.
+    """
+    store = open_store(run.store.activations, run.store.s3, None, stopping)
+    what = f"a plan in {store.url}"
+    _await(what, lambda: next(iter(store.keys(PLAN_KEY)), None) is not None, stopping)
+
+
+def await_end(run: Run, stopping: threading.Event) -> None:
+    """Until the run's last checkpoint is there.
+
+    Raises:
+        Stopped: Before that.
+    """
+    store = open_store(run.store.runs, run.store.s3, None, stopping)
+    checkpoints = Checkpoints(store, run.name, run.train.keep_checkpoints)
+    what = f"step {run.steps} of {store.url}/{run.name}"
+    _await(what, lambda: run.steps in checkpoints.steps(), stopping)
+
+
+def _await(what: str, is_there: Callable[[], bool], stopping: threading.Event) -> None:
+    if is_there():
+        return
+    logger.info("waiting for %s", what)
+    while not stopping.wait(_LOOK_SECONDS):
+        if is_there():
+            return
+    raise Stopped(f"stopped while waiting for {what}; start again to go on")

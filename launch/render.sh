@@ -1,0 +1,11 @@
+#!/usr/bin/env bash
+# Writes again what is generated from run files and code and kept in the repository; a test compares.
+set -euo pipefail
+cd "$(dirname "$0")/.."
+dist_sae() { "${PYTHON:-.venv/bin/python}" -m dist_sae "$@"; }
+
+for run in $(grep -l 'image:' launch/runs/*.yaml); do
+    file=k8s/rendered/$(basename "$run")
+    { echo "# Generated: dist-sae render $run --only kubernetes"; dist_sae render "$run" --only kubernetes; } > "$file.new"
+    mv "$file.new" "$file"
+done

@@ -1,0 +1,152 @@
+"""What a Kubernetes API server would check of objects, as far as it can be had without one.
+
+Strict schemas of the core kinds (kubernetes-validate), the JobSet definition's own schema and CEL
+rules, and the restricted pod security standard.
+"""
+
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import yaml
+from cel_expr_python import cel
+
+VERSIONS = ("1.31", "1.34", "1.37")
+Object = dict[str, Any]
+
+_CRD = Path(__file__).parent / "data" / "jobset_crd.yaml"
+
+
+def check(obj: Object, version: str = VERSIONS[-1]) -> None:
+    """Raise what is wrong with an object, in words."""
+    if obj["kind"] == "JobSet":
+        check_jobset(obj)
+        for job in jobs_of(obj):
+            kubernetes_validate.validate(job, version, strict=True)
+    else:
+        kubernetes_validate.validate(obj, version, strict=True)
+
+
+def check_jobset(jobset: Object, old: Object | None = None) -> None:
+    """Schema and rules of the definition; rules about changes too where there is an old object."""
+    schema = _jobset_schema()
+    jsonschema.validate(jobset, _strict(schema))
+    for rule in broken_rules(schema, jobset, old):
+        raise AssertionError(rule)
+
+
+def jobs_of(jobset: Object) -> Iterator[Object]:
+    """The Jobs that the JobSet controller would make."""
+    for replicated in jobset["spec"]["replicatedJobs"]:
+        name = f"{jobset['metadata']['name']}-{replicated['name']}-0"
+        template = replicated["template"]
+        yield {
+            "apiVersion": "batch/v1",
+            "kind": "Job",
+            "metadata": {**template.get("metadata", {}), "name": name},
+            "spec": template["spec"],
+        }
+
+
+def templates_of(obj: Object) -> Iterator[Object]:
+    """The pod templates in an object."""
+    if obj["kind"] == "JobSet":
+        for job in jobs_of(obj):
+            yield job["spec"]["template"]
+    elif "template" in obj.get("spec", {}):
+        yield obj["spec"]["template"]
+
+
+def security_faults(template: Object) -> Iterator[str]:
+    """What the restricted pod security standard, and a read-only root, do not allow."""
+    spec = template["spec"]
+    pod = spec.get("securityContext", {})
+    if pod.get("runAsNonRoot") is not True or pod.get("runAsUser", 0) == 0:
+        yield "may run as root"
+    if pod.get("seccompProfile", {}).get("type") != "RuntimeDefault":
+        yield "no seccomp profile"
+    for shared in ("hostNetwork", "hostPID", "hostIPC"):
+        if spec.get(shared):
+            yield shared
+    allowed = {"name", "configMap", "emptyDir", "secret", "projected", "downwardAPI"}
+    for volume in spec.get("volumes", []):
+        if volume.keys() - allowed:
+            yield f"volume {volume}"
+    for container in [*spec.get("initContainers", []), *spec["containers"]]:
+        own = container.get("securityContext", {})
+        if own.get("allowPrivilegeEscalation") is not False:
+            yield f"{container['name']} may gain privileges"
+        if own.get("capabilities") != {"drop": ["ALL"]}:
+            yield f"{container['name']} has capabilities"
+        if own.get("readOnlyRootFilesystem") is not True:
+            yield f"{container['name']} may write its root"
+
+
+def broken_rules(schema: Object, value: Any, old: Any | None, path: str = "") -> Iterator[str]:
+    """CEL rules of a schema that a value breaks; those about changes need the old value."""
+    for rule in schema.get("x-kubernetes-validations", []):
+        if ("oldSelf" not in rule["rule"] or old is not None) and not _holds(
+            rule["rule"], value, old
+        ):
+            yield f"{path or '.'}: {rule['message']}"
+    if isinstance(value, dict):
+        for key, inner in schema.get("properties", {}).items():
+            if key in value:
+                before = old.get(key) if isinstance(old, dict) else None
+                yield from broken_rules(inner, value[key], before, f"{path}.{key}")
+    if isinstance(value, list) and "items" in schema:
+        keys = schema.get("x-kubernetes-list-map-keys", [])
+        before = {tuple(o.get(k) for k in keys): o for o in old or []} if keys else {}
+        for item in value:
+            was = before.get(tuple(item.get(k) for k in keys)) if keys else None
+            yield from broken_rules(schema["items"], item, was, f"{path}[]")
+
+
+def _holds(rule: str, value: Any, old: Any) -> bool:
+    variables = {"self": cel.Type.DYN, "oldSelf": cel.Type.DYN}
+    expression = cel.NewEnv(variables=variables).compile(rule)
+    return bool(expression.eval(data={"self": value, "oldSelf": old}).value())
+
+
+@cache
+def _jobset_schema() -> Object:
+    crd = yaml.load(_CRD.read_text(), Loader=yaml.CSafeLoader)
+    (version,) = crd["spec"]["versions"]
+    schema: Object = version["schema"]["openAPIV3Schema"]
+    return schema
+
+
+def _strict(schema: Object) -> Object:
+    """As JSON Schema that refuses keys which the definition does not know."""
+    strict = {key: schema[key] for key in schema.keys() & _KEYWORDS}
+    if schema.get("x-kubernetes-int-or-string"):
+        strict = {"anyOf": [{"type": "integer"}, {"type": "string"}]}
+    if "properties" in schema:
+        strict["properties"] = {k: _strict(v) for k, v in schema["properties"].items()}
+        strict["additionalProperties"] = False
+        if "metadata" in schema["properties"] and not schema["properties"]["metadata"].get(
+            "properties"
+        ):  # the API server checks it, not the definition
+            strict["properties"]["metadata"] = {"type": "object"}
+    if "items" in schema:
+        strict["items"] = _strict(schema["items"])
+    if isinstance(schema.get("additionalProperties"), dict):
+        strict["additionalProperties"] = _strict(schema["additionalProperties"])
+    return strict
+
+
+_KEYWORDS = {
+    "type",
+    "required",
+    "enum",
+    "pattern",
+    "minimum",
+    "maximum",
+    "minLength",
+    "maxLength",
+    "minItems",
+    "maxItems",
+}
