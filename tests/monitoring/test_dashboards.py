@@ -46,7 +46,7 @@ def expressions() -> list[str]:
 def test_the_files_are_what_the_code_gives() -> None:
     script = runpy.run_path(str(ROOT / "launch" / "monitoring.py"))
     for name, text in script["render_monitoring"]().items():
-        assert (MONITORING / name).read_text() == text, f"{name}: run launch/monitoring.py"
+        assert (MONITORING / name).read_text() == text, f"{name}: run launch/render.sh"
     files = {path.name for path in (MONITORING / "dashboards").iterdir()}
     assert files == set(render_dashboards())
 
