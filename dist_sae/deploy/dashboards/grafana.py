@@ -20,7 +20,7 @@ from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 from dist_sae.deploy.dashboards.panels import Page, Panel, Shape, Unit
 from dist_sae.deploy.dashboards.queries import Query
 
-GENERATED = "Generated from dist_sae/deploy/dashboards/ by launch/monitoring.py: edit the former."
+GENERATED = "Generated from dist_sae/deploy/dashboards/ by launch/render.sh: edit the former."
 _SOURCE = schema.DataSourceRef(type_val="prometheus", uid="${datasource}")
 _GRAFANA_UNITS: dict[Unit, str] = {
     "count": "short",
