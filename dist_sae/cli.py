@@ -117,17 +117,18 @@ def _train(options: argparse.Namespace) -> int | None:
             return _run_ranks(options, run, ["train"], environments, stopping)
         os.environ.update(environments[0])
         logs.configure(rank=_rank())
-    port = _port(run.telemetry.port, options.port_offset)
+    config, port = run.train, _port(run.telemetry.port, options.port_offset)
     with Telemetry(run.name, "train", port, _rank()) as telemetry:
+        telemetry.set("dist_sae_train_ranks", world)  # before they meet: one may not come
         if options.wait:
             _await_plan(run, stopping)
         with (
-            meet(world, run.train.missing_seconds, stopping, name=run.name) as ranks,
+            meet(world, config.missing_seconds, stopping, name=run.name) as ranks,
             Watch(
                 ranks,
                 stopping,
-                lost_seconds=run.train.lost_seconds,
-                hung_seconds=run.train.hung_seconds,
+                lost_seconds=config.lost_seconds,
+                hung_seconds=config.hung_seconds,
             ) as watch,
             join_mesh(ranks, run.processes.shards) as mesh,
         ):
@@ -422,8 +423,8 @@ def _parser() -> argparse.ArgumentParser:
     rendering = add("render", _render, "print what this run implies for other programs")
     rendering.add_argument(
         "--only",
-        choices=("deepspeed", "kubernetes"),
-        help="kubernetes: as kubectl apply -f - reads it",
+        choices=("deepspeed", "kubernetes", "dashboards"),
+        help="kubernetes: as kubectl apply -f - reads it; dashboards: Grafana's",
     )
 
     add_cluster_commands(add)

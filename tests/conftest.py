@@ -48,15 +48,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
 
 
-@pytest.fixture(autouse=True)
-def _no_log_to_a_closed_stream() -> Iterator[None]:
-    """`main` logs to the stderr of its test; a server in a thread may log after it."""
-    yield
-    for handler in list(logging.root.handlers):
-        if type(handler) is logging.StreamHandler:
-            logging.root.removeHandler(handler)
-
-
 class Bucket(NamedTuple):
     """An empty bucket of an S3 server, with a client to look into it past the code under test."""
 
@@ -108,8 +99,8 @@ def bucket(make_bucket: Callable[[str], Bucket]) -> Bucket:
     return make_bucket("moto")
 
 
-@pytest.fixture
-def process_as_it_was() -> Iterator[None]:
+@pytest.fixture(autouse=True)
+def _process_as_it_was() -> Iterator[None]:
     """`main` sets up logging and signals for a process of its own."""
     root, numbers = logging.getLogger(), (signal.SIGINT, signal.SIGTERM)
     handlers, level = list(root.handlers), root.level

@@ -47,7 +47,7 @@ class Shell:
 
 
 @pytest.fixture
-def sh(capsys: pytest.CaptureFixture[str], process_as_it_was: None) -> Shell:
+def sh(capsys: pytest.CaptureFixture[str]) -> Shell:
     return Shell(capsys)
 
 
