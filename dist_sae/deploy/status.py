@@ -3,6 +3,7 @@
 Each of them may be out of reach; the others are told all the same.
 """
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -14,6 +15,7 @@ from dist_sae.deploy.presence import look
 from dist_sae.deploy.stored import StoredRun
 from dist_sae.deploy.workers import describe_parts, newest_pods, part_of
 from dist_sae.errors import ClusterError, DistSaeError
+from dist_sae.reporting.limits import describe_limit
 from dist_sae.telemetry.scrape import read_page
 
 NUMBERS = (
@@ -23,8 +25,10 @@ NUMBERS = (
     "l0_latents",
     "dead_share",
     "rows_per_second",
+    "product_share",
 )
 """Of training, by their names in the history and, with a prefix, among the metrics."""
+_PHASE_SECONDS = "dist_sae_train_phase_seconds_total"
 _SAVE_SECONDS = "dist_sae_checkpoint_seconds"
 
 
@@ -33,8 +37,8 @@ def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]
 
     Returns:
         `state`, `parts` and `conditions` (from the cluster), `store`, `numbers` (the last ones of
-        training, and where they are `from`), `warnings`, and `out_of_reach`: what could not be
-        asked, and why.
+        training, and where they are `from`), `limit` (what would have to be faster; None if that is
+        not known), `warnings`, and `out_of_reach`: what could not be asked, and why.
     """
     out_of_reach: dict[str, str] = {}
     status: dict[str, Any] = {"run": run.name, "namespace": cluster.namespace}
@@ -63,6 +67,7 @@ def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]
         out_of_reach["store"] = str(exc)
         status["store"] = None
     return status | {
+        "limit": _limit(numbers, status["store"]),
         "numbers": numbers,
         "warnings": _warnings(run, numbers),
         "out_of_reach": out_of_reach,
@@ -88,13 +93,18 @@ def _live_numbers(run: Run, cluster: Cluster, pods: list[Object]) -> dict[str, A
             break
         name = pod["metadata"]["name"]
         page = cluster.proxy(name, run.telemetry.port or run.cluster.port, "metrics")
-        values = {sample.name: sample.value for sample in read_page(page)}
+        samples = read_page(page)
+        values = {sample.name: sample.value for sample in samples}
         found = {
             n: values[f"dist_sae_train_{n}"] for n in NUMBERS if f"dist_sae_train_{n}" in values
         }
         if _SAVE_SECONDS in values:
             found["checkpoint_seconds"] = values[_SAVE_SECONDS]
-        return found | {"from": f"pod {name}"}
+        phases: Counter[str] = Counter()
+        for sample in samples:
+            if sample.name == _PHASE_SECONDS:
+                phases[sample.labels["phase"]] += sample.value  # type: ignore[assignment]
+        return found | {"phases": phases, "from": f"pod {name}"}
     return None
 
 
@@ -102,7 +112,18 @@ def _stored_numbers(stored: StoredRun) -> dict[str, Any] | None:
     last = stored.last_numbers()
     if last is None:
         return None
-    return {name: last[name] for name in NUMBERS if name in last} | {"from": "the run's history"}
+    found = {name: last[name] for name in NUMBERS if name in last}
+    return found | {"phases": last.get("phases", {}), "from": "the run's history"}
+
+
+def _limit(numbers: dict[str, Any] | None, store: Mapping[str, Any] | None) -> str | None:
+    """In a sentence; takes the phases out of the numbers."""
+    phases = numbers.pop("phases") if numbers else {}
+    if not numbers or not sum(phases.values()):
+        return None
+    units = store or {}
+    all_produced = "units" in units and units["ready_units"] == units["units"]
+    return describe_limit(phases, numbers.get("product_share"), all_produced=all_produced)
 
 
 def _warnings(run: Run, numbers: Mapping[str, Any] | None) -> list[str]:

@@ -97,6 +97,7 @@ def test_status_joins_pods_store_and_history(api: ApiServer, sh: Shell, going: s
         "rows_per_second": 100.0,
         "from": "the run's history",
     }
+    assert found["limit"] is None  # an old history does not tell
     assert found["warnings"] == []
     assert found["out_of_reach"] == {}
 
@@ -152,7 +153,12 @@ def test_status_asks_the_first_trainer_for_its_numbers(
         telemetry.set("dist_sae_train_step", 11)
         telemetry.set("dist_sae_train_fvu", 0.125)
         telemetry.set("dist_sae_checkpoint_seconds", 301)
+        telemetry.set("dist_sae_train_product_share", 0.25)
+        for phase, seconds in (("wait", 3.0), ("forward", 1.0)):
+            telemetry.add("dist_sae_train_phase_seconds_total", seconds, phase=phase)
         found = status(sh, going)
+        assert found["limit"] == "data: trainers wait 75% of the time"
+        assert "limit    data: trainers wait 75% of the time" in sh("status", going)
         assert (
             found["numbers"].items()
             >= {
