@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_sae import __version__, logs
 from dist_sae.bench.commands import add_benches
+from dist_sae.deploy.commands import add_cluster_commands
 from dist_sae.errors import EXIT_DONE, EXIT_RESUMABLE, DistSaeError, Stopped
 
 if TYPE_CHECKING:
@@ -116,17 +117,18 @@ def _train(options: argparse.Namespace) -> int | None:
             return _run_ranks(options, run, ["train"], environments, stopping)
         os.environ.update(environments[0])
         logs.configure(rank=_rank())
-    port = _port(run.telemetry.port, options.port_offset)
+    config, port = run.train, _port(run.telemetry.port, options.port_offset)
     with Telemetry(run.name, "train", port, _rank()) as telemetry:
+        telemetry.set("dist_sae_train_ranks", world)  # before they meet: one may not come
         if options.wait:
             _await_plan(run, stopping)
         with (
-            meet(world, run.train.missing_seconds, stopping, name=run.name) as ranks,
+            meet(world, config.missing_seconds, stopping, name=run.name) as ranks,
             Watch(
                 ranks,
                 stopping,
-                lost_seconds=run.train.lost_seconds,
-                hung_seconds=run.train.hung_seconds,
+                lost_seconds=config.lost_seconds,
+                hung_seconds=config.hung_seconds,
             ) as watch,
             join_mesh(ranks, run.processes.shards) as mesh,
         ):
@@ -213,6 +215,12 @@ def _config_schema(options: argparse.Namespace) -> None:
     from dist_sae.config import Run
 
     sys.stdout.write(_json(options, Run.model_json_schema()))
+
+
+def _config_metrics(_: argparse.Namespace) -> None:
+    from dist_sae.telemetry.metrics import render_table
+
+    sys.stdout.write(render_table())
 
 
 def _store_verify(options: argparse.Namespace) -> None:
@@ -415,10 +423,11 @@ def _parser() -> argparse.ArgumentParser:
     rendering = add("render", _render, "print what this run implies for other programs")
     rendering.add_argument(
         "--only",
-        choices=("deepspeed", "kubernetes"),
-        help="kubernetes: as kubectl apply -f - reads it",
+        choices=("deepspeed", "kubernetes", "dashboards"),
+        help="kubernetes: as kubectl apply -f - reads it; dashboards: Grafana's",
     )
 
+    add_cluster_commands(add)
     add_benches(commands, _bench)
     groups = {
         "config": ("the run file itself", [("show", _config_show, "print the resolved run")]),
@@ -474,4 +483,6 @@ def _parser() -> argparse.ArgumentParser:
             )
             schema.add_argument("--json", action="store_true", help="print it on one line")
             schema.set_defaults(command=_config_schema)
+            table = actions.add_parser("metrics", help="print the metrics that programs export")
+            table.set_defaults(command=_config_metrics)
     return parser

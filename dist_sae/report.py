@@ -55,7 +55,6 @@ def report(run: Run, meter: Meter = UNMETERED) -> str:
         run_file=_RUN_FILE,
         evaluation=_evaluation(runs, run),
         history=read_history(runs, run.name),
-        auxk_coefficient=getattr(run.sae, "auxk_coefficient", 0.0),
         producer_seconds=_producer_seconds(activations, plan),
         latents=latents,
         latent_rows=latent_rows,

@@ -2,6 +2,7 @@
 
 import logging
 import threading
+import time
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import AbstractContextManager, closing, nullcontext
 from itertools import chain
@@ -217,6 +218,9 @@ def _begin(run: Run, mesh: Mesh, stopping: threading.Event, telemetry: Telemetry
     if found:
         checkpoint = _restore(state, found, checkpoints, mesh, telemetry)
         step, places = checkpoint.step, _places(checkpoint)
+        durable_at = time.time() - checkpoints.age_seconds(step)
+        telemetry.set("dist_sae_checkpoint_step", step)
+        telemetry.set("dist_sae_checkpoint_timestamp_seconds", durable_at)
         registration.begin(places)
     return _Job(runs, units, checkpoints, registration, normaliser, engine, state, step, places)
 

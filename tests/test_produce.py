@@ -26,6 +26,8 @@ from dist_sae.plan import plan
 from dist_sae.produce import produce
 from dist_sae.storage import ObjectStore, open_store
 from dist_sae.telemetry.exporter import Telemetry
+from dist_sae.telemetry.metrics import STAGES
+from tests.telemetry.scrape import values
 from tests.world import (
     DOCUMENT_ROWS,
     Letters,
@@ -510,27 +512,27 @@ def test_a_refused_document_is_left_out_and_counted(
     assert not set(documents.tolist()) & {60, 61}
 
 
-def test_metrics_count_rows_and_units(
-    letters: tuple[Run, ObjectStore], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_metrics_count_rows_and_units(letters: tuple[Run, ObjectStore]) -> None:
     run, store = letters
-    totals: Counter[str] = Counter()
-
-    class Recorder(Telemetry):
-        def add(self, name: str, value: float, **labels: str) -> None:
-            super().add(name, value, **labels)
-            totals[" ".join([name, *labels.values()])] += value  # type: ignore[assignment]
-
-    produce(run, Worker("a"), threading.Event(), Recorder("world", "produce", None))
+    telemetry = Telemetry("world", "produce", None)
+    produce(run, Worker("a"), threading.Event(), telemetry)
     manifests = [read_manifest(store, unit) for unit in made_letters(store)]
-    assert totals["dist_sae_produce_units_total"] == len(manifests)
-    assert totals["dist_sae_produce_rows_total"] == sum(m.rows for m in manifests)
+    found = values(telemetry.render().decode())
+    assert found["dist_sae_produce_units_total",] == len(manifests)
+    assert found["dist_sae_produce_ready_units",] == len(manifests)
+    assert found["dist_sae_produce_plan_units",] == len(manifests)
+    assert found["dist_sae_produce_claimed_units",] == 0
+    assert found["dist_sae_produce_rows_total",] == sum(m.rows for m in manifests)
     for reason in ("padding", "special_token", "first_position", "over_norm"):
-        counted = totals[f"dist_sae_produce_excluded_rows_total {reason}"]
+        counted = found["dist_sae_produce_excluded_rows_total", reason]
         assert counted == sum(m.excluded[reason] for m in manifests)
-    assert {key.split()[1] for key in totals if "seconds" in key} == {
-        *("tokenize", "forward", "pack", "store")
-    }
+    tokens = sum(m.rows + sum(m.excluded.values()) - m.excluded["padding"] for m in manifests)
+    assert found["dist_sae_produce_tokens_total",] == tokens
+    for stage in STAGES:
+        assert found["dist_sae_produce_seconds_total", stage] > 0
+    shards = sum(site.bytes for m in manifests for site in m.sites.values())
+    assert found["dist_sae_store_bytes_total", "out"] > shards
+    assert found["dist_sae_store_operation_seconds_count", "put"] >= 2 * len(manifests)
 
 
 def test_a_corpus_that_changed_is_an_error_and_writes_nothing(

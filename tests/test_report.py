@@ -28,6 +28,7 @@ from dist_sae.reporting.latents import (
 from dist_sae.reporting.page import Page, render_page
 from dist_sae.storage import open_store
 from dist_sae.storage.records import seal
+from dist_sae.telemetry.metrics import DENSITIES
 from tests.world import save
 
 EVALUATION: dict[str, Any] = {
@@ -88,7 +89,8 @@ def make_page(evaluation: dict[str, Any] | None = None, latents: Sequence[Latent
             "seconds": 2.0,
             "wait_seconds": 0.5,
             "fvu": 1 / s,
-            "auxk_loss": 0.0,
+            "loss": 2 / s,
+            "phases": {"wait": 0.5, "forward": 1.5},
         }
         for s in (1, 2, 4)
     ]
@@ -98,7 +100,6 @@ def make_page(evaluation: dict[str, Any] | None = None, latents: Sequence[Latent
         run_file="RUN.yaml",
         evaluation=evaluation,
         history=history,
-        auxk_coefficient=0.0,
         producer_seconds={"forward": 3.0, "tokenize": 1.0},
         latents=latents,
         latent_rows=10,
@@ -164,13 +165,34 @@ def test_page_is_one_file() -> None:
     assert not re.search(r"<(link|script|img|iframe)|@import|url\(|https?://", page)
 
 
+def test_page_draws_what_training_said_of_rows_and_latents() -> None:
+    said = {
+        "rare_share": 0.25,
+        "product_share": 0.5,
+        "explained_variance": {"0.05": 0.1, "0.5": 0.75},
+        "density": dict.fromkeys(DENSITIES, 0) | {"-2.0": 3, "never": 4},
+        "density_rows": 5000,
+    }
+    page = make_page()
+    page = page._replace(history=[{**record, **said} for record in page.history])
+    elements = Elements(render_page(page))
+    titles = {text for _, text in elements.all("title")}
+    assert {"5 %: last 0.1", "50 %: last 0.75", "rarely firing: last 0.25"} <= titles
+    assert {"encoder product: last 0.5", "waiting for data: last 0.25"} <= titles
+    assert "3 latents, 0.01 to 0.032" in titles  # half a decade from 10 ** -2; 4 are in no bar
+    assert "share of 5,000 rows that a latent fired on" in render_page(page)
+    measured = render_page(page._replace(evaluation=EVALUATION))  # finer, and on held-out rows
+    assert "share of held-out rows that a latent fires on" in measured
+    assert "of 5,000 rows" not in measured
+
+
 def test_page_divides_time_by_stage() -> None:
     spans = Elements(render_page(make_page())).all("span")
     keys = [t for a, t in spans if (a.get("class") or "").startswith("key ") and " %, " in t]
     # trainer: 3 records of 2 s, .5 s of each waiting; producers in the order of the work
     assert keys == [
-        "computing 75.0 %, 4.5 s",
         "waiting for data 25.0 %, 1.5 s",
+        "forward 75.0 %, 4.5 s",
         "tokenize 25.0 %, 1 s",
         "forward 75.0 %, 3 s",
     ]

@@ -23,8 +23,10 @@ from dist_sae.bench.memory import peak_memory
 from dist_sae.checkpoint.state import TrainingState
 from dist_sae.config import Run, validate_run
 from dist_sae.config.sae import SaeConfig
+from dist_sae.data.loader import Batch
 from dist_sae.parallel.engine import DeepSpeedEngine
 from dist_sae.parallel.mesh import Mesh
+from dist_sae.reporting.training import TrainingReporter
 from dist_sae.sae import PRODUCT_DTYPES, build_sae
 from dist_sae.sae.base import Step
 from dist_sae.sae.dead import DeadLatents
@@ -75,21 +77,40 @@ class TrainingStep:
         self._shape = shape
         self.load_ratio = 1.0
         """Rows of the busiest expert over the mean, in the last step."""
+        self.done = 0
+        """Steps."""
 
     def initialise(self, x: Float[Tensor, "batch d_in"]) -> None:
         """The recipe's initial dictionary from this rank's part of the first batch."""
         self.sae.initialise(x, self._shape.seed)
         self._engine = DeepSpeedEngine(self.run, self.sae, self.mesh)
 
-    def __call__(self, x: Float[Tensor, "batch d_in"]) -> float:
-        """A step on this rank's part of a batch, scaled to E|x|^2 = d_in; returns its FVU."""
+    def __call__(
+        self, x: Float[Tensor, "batch d_in"], report: TrainingReporter | None = None
+    ) -> float:
+        """A step on this rank's part of a batch, scaled to E|x|^2 = d_in; returns its FVU.
+
+        Args:
+            x: The rows.
+            report: Is told of it, as in a run; as a rule none is.
+        """
         engine = self._engine
         assert engine is not None, "initialise first"
+        end = report.end if report else _say_nothing
+        end("wait")
         now = Step(float(self._shape.d_in), self.dead.mask, self.dead.count, progress=0.5)
         output = engine.objective(x, now)
+        end("forward")
         engine.backward(output.terms.total)
-        engine.step(self._shape.lr)
+        end("backward")
+        norm = engine.step(self._shape.lr)
+        end("optimiser")
         self.dead.update(output.fired, self._shape.batch)
+        self.done += 1
+        if report:
+            batch = Batch(self.done, x, {}, 0.0)
+            lr = self._shape.lr
+            report.step(self.done, batch, x, output, lr=lr, gradient_norm=norm, loaded=1, reached=0)
         if output.routing:
             load = output.routing.load
             self.load_ratio = float(load.max() / load.double().mean())
@@ -104,6 +125,10 @@ class TrainingStep:
     def reconstruct(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
         """x_hat of scaled rows."""
         return self.sae.decode(self.sae.encode(x))
+
+
+def _say_nothing(_: str) -> None:
+    pass
 
 
 def bench_step(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any]:

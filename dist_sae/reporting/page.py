@@ -1,5 +1,6 @@
 """The page: everything that the report says, as one HTML text. Pure but for its style sheet."""
 
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from html import escape
 from importlib.resources import files
@@ -15,6 +16,7 @@ from dist_sae.reporting.charts import (
     short,
 )
 from dist_sae.reporting.latents import Example, LatentView, Token
+from dist_sae.telemetry.metrics import DENSITIES, NEVER, PHASES, QUANTILES, STAGES
 
 _HEADLINES = {
     "fvu": (
@@ -54,8 +56,9 @@ _DETAILS = {
     "rows": ("Rows", "Held-out rows behind FVU, L0 and densities."),
     "tokens": ("Tokens", "Held-out tokens behind the cross-entropies."),
 }
-_STAGES = ("tokenize", "forward", "pack", "store")  # in the order of the work
-_PALETTE = 4
+_STALLS = {"wait": "waiting for data", "save": "saving"}
+"""Phases of a step in which nothing is computed."""
+_PALETTE = 6
 
 
 class Page(NamedTuple):
@@ -68,7 +71,6 @@ class Page(NamedTuple):
     """What a user would write after a command."""
     evaluation: Mapping[str, Any] | None
     history: Sequence[Mapping[str, Any]]
-    auxk_coefficient: float
     producer_seconds: Mapping[str, float]
     """Summed over the units that exist, by stage."""
     latents: Sequence[LatentView]
@@ -129,7 +131,17 @@ def _plots(page: Page) -> str:
                 "Latent densities",
                 page.evaluation["density_log10_edges"],
                 page.evaluation["density_counts"],
-                x_label="share of rows that a latent fires on",
+                x_label="share of held-out rows that a latent fires on",
+            )
+        )
+    elif page.history and "density" in (last := page.history[-1]):
+        edges = [float(edge) for edge in DENSITIES if edge != NEVER]
+        figures.append(
+            render_histogram(
+                "Latent densities",
+                [*edges, 0.0],
+                [last["density"][edge] for edge in DENSITIES if edge != NEVER],
+                x_label=f"share of {last['density_rows']:,} rows that a latent fired on",
             )
         )
     missing = "" if page.history else _missing("No history of training yet", "train", page)
@@ -142,22 +154,31 @@ def _history_plots(page: Page) -> Iterator[str]:
     def column(name: str) -> list[float]:
         return [float(record.get(name, float("nan"))) for record in page.history]
 
-    rows, fvu, seconds = column("rows"), column("fvu"), column("seconds")
-    terms = zip(fvu, column("auxk_loss"), column("sparsity_loss"), strict=True)
-    loss = Line("loss", rows, [a + page.auxk_coefficient * b + c for a, b, c in terms])
+    def labelled(name: str, label: str) -> list[float]:
+        return [float(record.get(name, {}).get(label, "nan")) for record in page.history]
+
+    rows, seconds = column("rows"), column("seconds")
     heldout = None if page.evaluation is None else Mark("held-out FVU", page.evaluation["fvu"])
     x_label = "rows trained on"
-    lines = [loss, Line("FVU", rows, fvu)]
+    lines = [Line("loss", rows, column("loss")), Line("FVU", rows, column("fvu"))]
     yield render_lines("Loss and FVU", lines, x_label=x_label, mark=heldout)
-    for title, name, from_zero in (
-        ("L0", "l0_latents", False),
-        ("Dead share", "dead_share", True),
-        ("Gradient norm", "gradient_norm", False),
-        ("Learning rate", "learning_rate", True),
+    lines = [
+        Line(f"{100 * float(q):.0f} %", rows, labelled("explained_variance", q)) for q in QUANTILES
+    ]
+    yield render_lines("Explained variance of rows, quantiles", lines, x_label=x_label)
+    for title, names, from_zero in (
+        ("L0", {"L0": "l0_latents"}, False),
+        ("Share of latents", {"dead": "dead_share", "rarely firing": "rare_share"}, True),
+        ("Gradient norm", {"Gradient norm": "gradient_norm"}, False),
+        ("Learning rate", {"Learning rate": "learning_rate"}, True),
     ):
-        yield render_lines(
-            title, [Line(title, rows, column(name))], x_label=x_label, from_zero=from_zero
-        )
+        lines = [Line(line, rows, column(name)) for line, name in names.items()]
+        yield render_lines(title, lines, x_label=x_label, from_zero=from_zero)
+    lines = [Line("encoder product", rows, column("product_share"))]
+    for phase, name in _STALLS.items():
+        spent = zip(labelled("phases", phase), seconds, strict=True)
+        lines.append(Line(name, rows, [part / whole for part, whole in spent]))
+    yield render_lines("Share of a step", lines, x_label=x_label, from_zero=True)
     size, unit = _time_unit(sum(seconds))
     times = [total / size for total in accumulate(seconds)]
     speed = [Line("Rows per second", times, column("rows_per_second"))]
@@ -168,10 +189,11 @@ def _history_plots(page: Page) -> Iterator[str]:
 
 def _times(page: Page) -> str:
     """Where time went, as one stacked bar for each side."""
-    waited = sum(float(record.get("wait_seconds", 0.0)) for record in page.history)
-    total = sum(float(record.get("seconds", 0.0)) for record in page.history)
+    phases: Counter[str] = Counter()
+    for record in page.history:
+        phases.update(record.get("phases", {}))
     bars = [
-        _stack("Trainer", {"computing": total - waited, "waiting for data": waited}),
+        _stack("Trainer", {_STALLS.get(p, p): phases[p] for p in PHASES if p in phases}),
         _stack("Producers", dict(sorted(page.producer_seconds.items(), key=_stage_order))),
     ]
     shown = "".join(bars)
@@ -183,7 +205,7 @@ def _times(page: Page) -> str:
 
 
 def _stage_order(item: tuple[str, float]) -> int:
-    return _STAGES.index(item[0]) if item[0] in _STAGES else len(_STAGES)
+    return STAGES.index(item[0]) if item[0] in STAGES else len(STAGES)
 
 
 def _stack(name: str, seconds: Mapping[str, float]) -> str:

@@ -73,6 +73,7 @@ class TrainingReporter:
         self._reported = start
         self._counts: defaultdict[str, float] = defaultdict(float)
         self._reached_units = 0
+        self._ready_units: int | None = None
         self.last: dict[str, float] = {}
         telemetry.set(
             "dist_sae_train_info", 1, kind=run.sae.kind, site=run.site, device=mesh.device.type
@@ -203,6 +204,7 @@ class TrainingReporter:
         telemetry.set("dist_sae_train_density_rows", density.rows)
         if self._mesh.is_first:
             telemetry.set("dist_sae_train_reached_units", self._reached_units)
+            self._show_backlog()
 
     def _spend(self, phases: Mapping[str, float]) -> None:
         telemetry = self._telemetry
@@ -222,8 +224,14 @@ class TrainingReporter:
 
     def ready(self, units: int) -> None:
         """So many training units exist. Called in a thread."""
+        self._ready_units = units
         self._telemetry.set("dist_sae_train_ready_units", units)
-        self._telemetry.set("dist_sae_train_backlog_units", max(0, units - self._reached_units))
+        self._show_backlog()
+
+    def _show_backlog(self) -> None:
+        if self._ready_units is not None:
+            ahead = max(0, self._ready_units - self._reached_units)
+            self._telemetry.set("dist_sae_train_backlog_units", ahead)
 
     def heldout(self, fvu: float | None) -> None:
         """Held-out FVU, where it is measured."""

@@ -1,6 +1,5 @@
 """One endpoint for the ranks of a pod, each of which serves its own page."""
 
-import time
 import urllib.request
 from collections.abc import Iterable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -12,8 +11,7 @@ from dist_sae.telemetry.metrics import METRICS
 from dist_sae.telemetry.server import PageServer
 
 _PATIENCE_SECONDS = 0.04  # for all ranks together: a scrape of a pod takes at most 50 ms
-_STALE_SECONDS = 30.0  # a rank that has not answered for so long is down
-_ANSWER_SECONDS = 10.0
+_ANSWER_SECONDS = 10.0  # a rank that takes longer is down
 _PROBE_SECONDS = 5.0  # below the probe's own limit: the answer names the rank
 
 _UP = next(metric for metric in METRICS if metric.name == "dist_sae_rank_up")
@@ -38,7 +36,7 @@ class GatheredTelemetry:
     def __init__(self, run: str, role: str, targets: Mapping[int, int], port: int) -> None:
         self._labels = f'role="{role}",run="{run}"'
         self._ranks = [_Rank(rank, target) for rank, target in targets.items()]
-        self._pool = ThreadPoolExecutor(len(self._ranks), "gather")
+        self._pool = ThreadPoolExecutor(2 * len(self._ranks), "gather")  # a scrape beside a probe
         self._server = PageServer(port, self._render, self._fault)
         self.port = self._server.port
 
@@ -53,10 +51,10 @@ class GatheredTelemetry:
         answers = [rank.ask(self._pool) for rank in self._ranks]
         wait(answers, timeout=_PATIENCE_SECONDS)
         up = "".join(
-            f'{_UP.name}{{rank="{rank.number}",{self._labels}}} {float(rank.is_up)}\n'
+            f'{_UP.name}{{rank="{rank.number}",{self._labels}}} {float(bool(rank.page))}\n'
             for rank in self._ranks
         )
-        pages = [rank.page for rank in self._ranks if rank.is_up]
+        pages = [rank.page for rank in self._ranks]
         own = f"# HELP {_UP.name} {_UP.help}\n# TYPE {_UP.name} gauge\n{up}"
         return merge([own, *pages]).encode()
 
@@ -77,19 +75,14 @@ def merge(pages: Iterable[str]) -> str:
 
 
 class _Rank:
-    """The last page of a rank, and how old it is."""
+    """A rank, and the page that it gave last."""
 
     def __init__(self, number: int, port: int) -> None:
         self.number = number
         self.page = ""
+        """Empty when it did not answer."""
         self._url = f"http://127.0.0.1:{port}"
-        self._answered = float("-inf")
         self._asked: Future[None] | None = None
-
-    @property
-    def is_up(self) -> bool:
-        """Whether the page is of a process that lives, as far as is known."""
-        return time.monotonic() - self._answered < _STALE_SECONDS
 
     def ask(self, pool: ThreadPoolExecutor) -> Future[None]:
         """Ask for a new page, unless it still has not answered."""
@@ -101,9 +94,8 @@ class _Rank:
         try:
             with urllib.request.urlopen(f"{self._url}/metrics", timeout=_ANSWER_SECONDS) as answer:
                 self.page = answer.read().decode()
-            self._answered = time.monotonic()
         except (OSError, HTTPException):  # nobody is there, or nobody answers: rank_up says it
-            self._answered = float("-inf")
+            self.page = ""
 
     def fault(self, path: str) -> str | None:
         """What the rank answers to a probe, if it is no."""

@@ -15,7 +15,9 @@ from dist_sae.data.consumers import Consumers
 from dist_sae.data.shard import manifest_key
 from dist_sae.errors import ObjectNotFoundError
 from dist_sae.plan import plan
-from dist_sae.storage import Entry, ObjectStore, open_store
+from dist_sae.storage import UNMETERED, Entry, Meter, ObjectStore, open_store
+from dist_sae.telemetry.exporter import Telemetry
+from tests.telemetry.scrape import values
 from tests.world import Wrapped, make_run
 
 UNITS = 17
@@ -78,10 +80,15 @@ def store(run: Run, clock: Clock) -> ObjectStore:
 
 
 def open_claims(
-    run: Run, worker: str, clock: Clock, store: ObjectStore, ahead: int | None = None
+    run: Run,
+    worker: str,
+    clock: Clock,
+    store: ObjectStore,
+    ahead: int | None = None,
+    meter: Meter = UNMETERED,
 ) -> Claims:
     consumers = Consumers(store, run.store.consumer_expiry_hours)
-    return Claims(store, plan(run), Worker(worker), clock, consumers, ahead)
+    return Claims(store, plan(run), Worker(worker), clock, consumers, ahead, meter)
 
 
 def finish(store: ObjectStore, *units: int) -> None:
@@ -339,6 +346,29 @@ def test_a_producer_waits_for_the_slowest_run(
     assert clock.waits == 40
     assert claims.waited_seconds == 40
     assert "unit 5 waits for slow, which is at unit 2 (store.max_ahead_units 3)" in caplog.text
+
+
+def test_whom_a_producer_waits_for_and_what_it_takes_over_is_metered(
+    run: Run, clock: Clock, store: ObjectStore
+) -> None:
+    telemetry = Telemetry("run", "produce", None)
+    dead = open_claims(run, "dead", clock, store)
+    assert [dead.take() for _ in range(UNITS)] == list(range(UNITS))
+    claims = open_claims(run, "a", clock, store, ahead=UNITS, meter=telemetry)
+    assert claims.take() == 0  # after the dead one's lease
+    finish(store, 0)
+    claims.release(0, done=True)
+    consumers = Consumers(store, run.store.consumer_expiry_hours)
+    consumers.report("slow", reached=0, needed=0)
+    held_back = open_claims(run, "b", clock, store, ahead=1, meter=telemetry)
+    before = clock.waits
+    clock.then = lambda: consumers.report("slow", reached=1, needed=0)
+    assert held_back.take() == 1
+    found = values(telemetry.render().decode())
+    assert found["dist_sae_produce_waited_seconds_total", "producers"] == before
+    assert found["dist_sae_produce_waited_seconds_total", "consumers"] == clock.waits - before == 1
+    assert found["dist_sae_produce_takeovers_total",] == 2
+    assert found["dist_sae_produce_claimed_units",] == 1
 
 
 def test_before_any_run_has_come_the_first_units_are_made(

@@ -4,6 +4,8 @@ import urllib.request
 
 from prometheus_client.parser import text_string_to_metric_families
 
+from dist_sae.telemetry.metrics import EVERY_SERIES
+
 Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 """Values by name and sorted labels."""
 
@@ -30,6 +32,14 @@ def series(page: str) -> Series:
                 raise ValueError(f"{key} is there twice")
             found[key] = sample.value
     return found
+
+
+def values(page: str) -> dict[tuple[str, ...], float]:
+    """Every value of a page of one process, by name and the values of its own labels."""
+    return {
+        (name, *(value for label, value in labels if label not in EVERY_SERIES)): found
+        for (name, labels), found in series(page).items()
+    }
 
 
 def of_rank(page: str, name: str) -> dict[str, float]:

@@ -8,9 +8,11 @@ import threading
 import time
 import urllib.error
 from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
 
 import pytest
 
+from dist_sae.cli import main
 from dist_sae.errors import NonFiniteError, Stopped, TelemetryError
 from dist_sae.telemetry.exporter import Telemetry
 from dist_sae.telemetry.metrics import METRICS, ROLES, SHORT_LIVED, Metric, metrics_of
@@ -193,3 +195,11 @@ def test_only_programs_that_cannot_be_scraped_have_the_metrics_of_their_end() ->
     of_jobs = {metric.name: metric.roles for metric in METRICS if "_job_" in metric.name}
     assert of_jobs
     assert set(of_jobs.values()) == {SHORT_LIVED}
+
+
+def test_the_table_for_people_is_the_one_in_the_repository(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    assert main(["config", "metrics"]) == 0
+    table = Path(__file__).parents[2] / "monitoring" / "metrics.md"
+    assert capsys.readouterr().out == table.read_text()  # else print it there anew

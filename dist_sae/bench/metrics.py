@@ -1,0 +1,109 @@
+"""`dist-sae bench metrics`: what telling the world costs a training step, and what a scrape costs.
+
+Windows of `train.log_every_steps` steps are taken in turn with the reporter of a run and without
+it, so each has one report with all that is collective. On a CPU, where nothing runs beside the
+Python thread, the time that passes inside the reporter is the same cost without the machine's
+noise.
+"""
+
+import statistics
+import time
+import urllib.request
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+
+from dist_sae.bench.step import StepShape, TrainingStep, seconds
+from dist_sae.parallel.mesh import Mesh
+from dist_sae.reporting.training import TrainingReporter
+from dist_sae.telemetry.exporter import Telemetry
+from dist_sae.telemetry.gather import GatheredTelemetry
+
+_POD_RANKS = 8
+_SCRAPES = 50
+
+
+def bench_metrics(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any]:
+    """Time steps with and without reports in turn, then scrapes of what they left.
+
+    Returns:
+        Medians over `rounds`: `step_seconds` without; `ratio` of steps with reports to steps
+        without, with its quartiles `ratio_low` and `ratio_high`; `reporting_share`, the time inside
+        the reporter over that of the steps; `product_seconds`, what its samples say of the product.
+        Of the page: `series`, `page_bytes`, `scrape_seconds` and its maximum; of a pod of eight
+        such ranks (here in one process) `pod_scrape_seconds` and its maximum.
+    """
+    generator = torch.Generator().manual_seed(shape.seed)
+    x = torch.randn(shape.batch, shape.d_in, generator=generator).to(mesh.device)
+    step = TrainingStep(shape, mesh)
+    step.initialise(x)
+    window, mean = step.run.train.log_every_steps, torch.zeros(shape.d_in)
+    with ExitStack() as pod:
+        ranks = [Telemetry("bench", "train", 0, rank) for rank in range(_POD_RANKS)]
+        reports = [_Timed(step.run, mesh, rank, [], step.state, mean, 0) for rank in ranks]
+        report = reports[0]
+        for other in reports:  # a report of each; and memory is mapped
+            step.done = window - 1
+            step(x, other)
+
+        def steps(who: TrainingReporter | None) -> float:
+            return seconds(lambda: [step(x, who) for _ in range(window)], mesh)
+
+        pairs = []
+        report.spent = 0.0
+        for number in range(rounds):
+            times = {who: steps(who) for who in ((report, None) if number % 2 else (None, report))}
+            pairs.append((times[report], times[None]))
+        page = ranks[0].render()
+        alone = _scrapes(ranks[0].port)
+        ports = {rank: telemetry.port or 0 for rank, telemetry in enumerate(ranks)}
+        gathered = pod.enter_context(GatheredTelemetry("bench", "train", ports, 0))
+        together = _scrapes(gathered.port)
+    ratios = sorted(reported / bare for reported, bare in pairs)
+    bare = statistics.median(bare for _, bare in pairs)
+    return {
+        **shape._asdict(),
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+        "window_steps": window,
+        "step_seconds": bare / window,
+        "ratio": statistics.median(ratios),
+        "ratio_low": ratios[rounds // 4],
+        "ratio_high": ratios[-1 - rounds // 4],
+        "reporting_share": report.spent / sum(bare for _, bare in pairs),
+        "product_seconds": report.last["product_seconds"],
+        "series": sum(not line.startswith(b"#") for line in page.splitlines()),
+        "page_bytes": len(page),
+        "scrape_seconds": statistics.median(alone),
+        "scrape_seconds_most": max(alone),
+        "pod_scrape_seconds": statistics.median(together),
+        "pod_scrape_seconds_most": max(together),
+    }
+
+
+class _Timed(TrainingReporter):
+    """Knows how long it has held up the training."""
+
+    spent = 0.0
+
+    def end(self, phase: str) -> None:
+        since = time.perf_counter()
+        super().end(phase)
+        self.spent += time.perf_counter() - since
+
+    def step(self, *arguments: Any, **numbers: Any) -> None:
+        since = time.perf_counter()
+        super().step(*arguments, **numbers)
+        self.spent += time.perf_counter() - since
+
+
+def _scrapes(port: int | None) -> list[float]:
+    """Seconds that each of some scrapes takes."""
+    times = []
+    for _ in range(_SCRAPES):
+        since = time.perf_counter()
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics") as answer:
+            answer.read()
+        times.append(time.perf_counter() - since)
+    return times

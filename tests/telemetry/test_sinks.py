@@ -1,0 +1,102 @@
+"""The curves as TensorBoard and Weights & Biases read them."""
+
+import struct
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from wandb.proto import wandb_internal_pb2
+
+from dist_sae.config import Run, load_run
+from dist_sae.errors import ConfigError
+from dist_sae.storage import open_store
+from dist_sae.telemetry.sinks import open_sinks
+from tests.conftest import synthetic_run
+
+
+def life(run: Run, tmp_path: Path, first_step: int, records: list[dict[str, Any]]) -> None:
+    """One process of a run, from its beginning or a checkpoint to its end."""
+    sinks = open_sinks(run, open_store(str(tmp_path / "runs")), first_step)
+    for sink in sinks:
+        for record in records:
+            sink.append(record)
+        sink.flush()
+        sink.close()
+
+
+def two_lives(run: Run, tmp_path: Path) -> None:
+    """The first dies after step 30, the second goes on from the checkpoint at 20."""
+    phases = {"wait": 0.25, "forward": 1.5}
+    life(run, tmp_path, 0, [{"step": s, "fvu": s / 4, "phases": phases} for s in (10, 20, 30)])
+    life(run, tmp_path, 20, [{"step": s, "fvu": s / 2, "phases": phases} for s in (30, 40)])
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what tensorboard is built on
+def test_tensorboard_shows_one_curve_of_a_resumed_run(tmp_path: Path) -> None:
+    folder = tmp_path / "tensorboard"
+    run = load_run(synthetic_run(tmp_path, telemetry={"tensorboard": str(folder)}))
+    two_lives(run, tmp_path)
+    events = EventAccumulator(str(folder / "tiny"))
+    events.Reload()
+    fvu = [(event.step, event.value) for event in events.Scalars("fvu")]
+    assert fvu == [(10, 2.5), (20, 5.0), (30, 15.0), (40, 20.0)]
+    assert {event.value for event in events.Scalars("phases/wait")} == {0.25}
+
+
+def test_wandb_gets_the_curve_under_the_runs_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
+    run = load_run(synthetic_run(tmp_path, telemetry={"wandb": "a-project"}))
+    two_lives(run, tmp_path)
+    lives = sorted((tmp_path / "wandb").glob("offline-run-*/run-tiny.wandb"))
+    curves = [list(steps_of(path)) for path in lives]
+    assert sorted(curves) == [
+        [(10, 2.5, 0.25), (20, 5.0, 0.25), (30, 7.5, 0.25)],
+        [(30, 15.0, 0.25), (40, 20.0, 0.25)],
+    ]
+
+
+def steps_of(path: Path) -> Iterator[tuple[int, float, float]]:
+    """(Step, fvu, phases/wait) of what wandb has on its way to its server."""
+    messages: Any = wandb_internal_pb2
+    for data in logged(path.read_bytes()):
+        record = messages.Record()
+        record.ParseFromString(data)
+        if record.WhichOneof("record_type") == "history":
+            items = {
+                item.key or "/".join(item.nested_key): float(item.value_json)
+                for item in record.history.item
+                if not (item.key or item.nested_key[0]).startswith("_")
+            }
+            yield record.history.step.num, items["fvu"], items["phases/wait"]
+
+
+def logged(file: bytes) -> Iterator[bytes]:
+    """The records of a log in LevelDB's format, behind a header of seven bytes."""
+    whole, at = b"", 7
+    while at + 7 <= len(file):
+        if (rest := 32_768 - at % 32_768) < 7:  # no room for a header: the next block
+            at += rest
+        _, length, kind = struct.unpack_from("<IHB", file, at)
+        whole += file[at + 7 : at + 7 + length]
+        at += 7 + length
+        if kind in (1, 4):  # all of a record, or its last piece
+            yield whole
+            whole = b""
+
+
+@pytest.mark.parametrize("package", ["tensorboard", "wandb"])
+def test_a_missing_package_is_one_clear_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
+) -> None:
+    run = load_run(synthetic_run(tmp_path, telemetry={package: "somewhere"}))
+    monkeypatch.setattr("dist_sae.telemetry.sinks.find_spec", lambda _: None)
+    with pytest.raises(ConfigError) as caught:
+        open_sinks(run, open_store(str(tmp_path / "runs")), 0)
+    assert str(caught.value) == (
+        f"telemetry.{package}: the package is missing; pip install 'dist-sae[{package}]'"
+    )
