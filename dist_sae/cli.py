@@ -76,8 +76,6 @@ def _produce(options: argparse.Namespace) -> int | None:
 
     run = _load(options)
     stopping = _stop_on_signals()
-    if options.wait:
-        _await_plan(run, stopping)
     if options.local_ranks > 1:
         name = ["--worker", options.worker] if options.worker else []
         arguments = ["produce", "--index", str(options.index), *name]
@@ -91,6 +89,8 @@ def _produce(options: argparse.Namespace) -> int | None:
     port = _port(run.telemetry.port, options.port_offset)
     rank = options.index * run.model_shards + _rank()
     with Telemetry(run.name, "produce", port, rank) as telemetry:
+        if options.wait:
+            _await_plan(run, stopping)
         work = produce_together if run.model_shards > 1 else produce
         result = work(run, worker, stopping, telemetry)
     _print_result(options, result)
@@ -111,33 +111,34 @@ def _train(options: argparse.Namespace) -> int | None:
         _print_result(options, result)
         return None
     stopping = _stop_on_signals()
-    if options.wait:
-        _await_plan(run, stopping)
     if options.local_ranks:
         environments = rank_environments(options.local_ranks, world)
         if options.local_ranks > 1:
             return _run_ranks(options, run, ["train"], environments, stopping)
         os.environ.update(environments[0])
         logs.configure(rank=_rank())
-    with (
-        Telemetry(
-            run.name, "train", _port(run.telemetry.port, options.port_offset), _rank()
-        ) as telemetry,
-        meet(run.processes.trainers, run.train.missing_seconds, stopping, name=run.name) as ranks,
-        Watch(
-            ranks,
-            stopping,
-            lost_seconds=run.train.lost_seconds,
-            hung_seconds=run.train.hung_seconds,
-        ) as watch,
-        join_mesh(ranks, run.processes.shards) as mesh,
-    ):
-        result = train(run, mesh, watch, stopping, telemetry)
+    config, port = run.train, _port(run.telemetry.port, options.port_offset)
+    with Telemetry(run.name, "train", port, _rank()) as telemetry:
+        telemetry.set("dist_sae_train_ranks", world)  # before they meet: one may not come
+        if options.wait:
+            _await_plan(run, stopping)
+        with (
+            meet(world, config.missing_seconds, stopping, name=run.name) as ranks,
+            Watch(
+                ranks,
+                stopping,
+                lost_seconds=config.lost_seconds,
+                hung_seconds=config.hung_seconds,
+            ) as watch,
+            join_mesh(ranks, run.processes.shards) as mesh,
+        ):
+            result = train(run, mesh, watch, stopping, telemetry)
     _print_result(options, result)
     return None
 
 
 def _await_plan(run: "Run", stopping: threading.Event) -> None:
+    """While metrics are served: a process that waits is alive, however long it takes."""
     from dist_sae.waiting import await_plan
 
     await_plan(run, stopping)
@@ -156,7 +157,8 @@ def _run_ranks(
 
     program, *others = arguments
     overrides = [word for override in options.set for word in ("--set", override)]
-    command = [program, options.run, *overrides, *others]
+    waiting = ["--wait"] if options.wait else []
+    command = [program, options.run, *overrides, *waiting, *others]
     with ExitStack() as serving:
         if first := run.telemetry.port:
             before = options.index * run.model_shards if program == "produce" else 0
@@ -421,8 +423,8 @@ def _parser() -> argparse.ArgumentParser:
     rendering = add("render", _render, "print what this run implies for other programs")
     rendering.add_argument(
         "--only",
-        choices=("deepspeed", "kubernetes"),
-        help="kubernetes: as kubectl apply -f - reads it",
+        choices=("deepspeed", "kubernetes", "dashboards"),
+        help="kubernetes: as kubectl apply -f - reads it; dashboards: Grafana's",
     )
 
     add_cluster_commands(add)

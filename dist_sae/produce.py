@@ -97,8 +97,11 @@ def produce(
     store = open_store(run.store.activations, run.store.s3, telemetry, stopping)
     plan = load_plan(store, run)
     consumers = Consumers(store, run.store.consumer_expiry_hours)
-    claims = Claims(store, plan, worker, stopping, consumers, run.store.max_ahead_units, telemetry)
+    ahead = run.store.max_ahead_units
+    claims = Claims(store, plan, worker, stopping, consumers, ahead, telemetry)
     telemetry.set("dist_sae_produce_plan_units", len(plan.units))
+    if ahead is not None:
+        telemetry.set("dist_sae_produce_max_ahead_units", ahead)
     prepare = _Preparer(run, plan, claims)
     written = Counter(units=0, rows=0)
     open_source = open_source or (lambda: build_source(run.model, run.activations.sites))

@@ -9,3 +9,5 @@ for run in $(grep -l 'image:' launch/runs/*.yaml); do
     { echo "# Generated: dist-sae render $run --only kubernetes"; dist_sae render "$run" --only kubernetes; } > "$file.new"
     mv "$file.new" "$file"
 done
+dist_sae config metrics > monitoring/metrics.md
+"${PYTHON:-.venv/bin/python}" launch/monitoring.py

@@ -1,9 +1,36 @@
 #!/usr/bin/env bash
-# Installs into a virtual environment of its own and runs every check. Needs Python >= 3.11.
+# Installs into a virtual environment of its own and runs every check. Needs Python >= 3.11, root,
+# and what is named below of Debian, which it installs: servers that metrics go to, npm for Grafana's
+# types, and what runs pods in namespaces of their own.
 # Options go to pytest, for example: launch/test.sh -k loader
 # Two tests at a time, one thread each: most of them wait for processes and servers.
 set -euo pipefail
 cd "$(dirname "$0")/.."
+
+declare -A packages=(
+    [prometheus]=prometheus
+    [prometheus-alertmanager]=prometheus-alertmanager
+    [npm]=npm
+    [ip]=iproute2
+    [tini]=tini
+)
+missing=()
+for command in "${!packages[@]}"; do
+    command -v "$command" > /dev/null || missing+=("${packages[$command]}")
+done
+if ((${#missing[@]})); then
+    if ((EUID)) || ! command -v apt-get > /dev/null; then
+        echo "the tests need ${missing[*]}: install them (apt-get install), or run this as root" >&2
+        exit 2
+    fi
+    apt-get update --quiet --quiet
+    DEBIAN_FRONTEND=noninteractive \
+        apt-get install --yes --quiet --quiet --no-install-recommends "${missing[@]}"
+fi
+if ! [ tests/monitoring/node_modules -nt tests/monitoring/package.json ]; then
+    npm install --prefix tests/monitoring --no-package-lock --no-fund --no-audit --silent
+    touch tests/monitoring/node_modules
+fi
 
 ./launch/install.sh .venv-test '.[dev]'
 bin=.venv-test/bin

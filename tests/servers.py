@@ -77,7 +77,7 @@ def moto() -> Iterator[Server]:
 
 
 @contextmanager
-def seaweedfs() -> Iterator[Server]:
+def seaweedfs(address: str = "127.0.0.1") -> Iterator[Server]:
     """The server that keeps every promise, conditional writes among them."""
     with ExitStack() as stack:
         folder = stack.enter_context(_folder())
@@ -87,13 +87,13 @@ def seaweedfs() -> Iterator[Server]:
         ]
         (folder / "s3.json").write_text(json.dumps({"identities": identities}))
         for attempt in range(_STARTS):
-            port = _free_ports(4)
+            port = free_ports(4)
             stack.callback(_remove_sockets, range(port, port + 4))
-            command = _weed(folder, port)
+            command = _weed(folder, address, port)
             log = folder / f"{attempt}.log"
-            process = stack.enter_context(_process(command, log))
-            endpoint = f"http://127.0.0.1:{port}"
-            if _answers(process, endpoint, 403):
+            process = stack.enter_context(running(command, log))
+            endpoint = f"http://{address}:{port}"
+            if answers(process, endpoint, 403):
                 break
         else:
             raise RuntimeError(log.read_text()[-2000:])
@@ -104,8 +104,8 @@ def seaweedfs() -> Iterator[Server]:
             living[-1].wait()
 
         def start() -> None:
-            living.append(stack.enter_context(_process(command, log)))
-            assert _answers(living[-1], endpoint, 403), log.read_text()[-2000:]
+            living.append(stack.enter_context(running(command, log)))
+            assert answers(living[-1], endpoint, 403), log.read_text()[-2000:]
 
         yield Server("seaweedfs", endpoint, process.pid, kill, start)
 
@@ -120,7 +120,7 @@ def rclone() -> Iterator[Server]:
             *("--config", str(folder / "none"), "--cache-dir", str(folder / "cache")),
             *("--auth-key", f"{OWNER.id},{OWNER.secret}", str(folder / "data")),
         ]
-        with _process(command, folder / "log") as process:
+        with running(command, folder / "log") as process:
             deadline = time.monotonic() + START_SECONDS
             while not (said := re.search(r"http://[\d.:]+", (folder / "log").read_text())):
                 if process.poll() is not None or time.monotonic() > deadline:
@@ -132,12 +132,12 @@ def rclone() -> Iterator[Server]:
 SERVERS = {"moto": moto, "seaweedfs": seaweedfs, "rclone": rclone}
 
 
-def _weed(folder: Path, port: int) -> list[str]:
+def _weed(folder: Path, address: str, port: int) -> list[str]:
     """With telemetry off, no ports that are not needed, and fast to start again after a kill."""
     flags = {
         "dir": folder,
-        "ip": "127.0.0.1",
-        "ip.bind": "127.0.0.1",
+        "ip": address,
+        "ip.bind": address,
         "s3.port": port,
         "master.port": port + 1,
         "volume.port": port + 2,
@@ -174,7 +174,7 @@ def _folder() -> Iterator[Path]:
 
 
 @contextmanager
-def _process(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
+def running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
     """A process that is killed at the end; on Linux also when the thread that started it ends."""
     setpriv = shutil.which("setpriv")
     dies_too = [setpriv, "--pdeathsig", "KILL"] if setpriv else []
@@ -189,23 +189,24 @@ def _process(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]
         process.wait()
 
 
-def _answers(process: subprocess.Popen[bytes], url: str, status: int) -> bool:
+def answers(process: subprocess.Popen[bytes], url: str, status: int) -> bool:
     """Wait until a server answers with a status; False when it has ended."""
     deadline = time.monotonic() + START_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
-        try:
-            urllib.request.urlopen(url, timeout=5).close()
-        except urllib.error.HTTPError as exc:
-            exc.close()
-            if exc.code == status:
+        with suppress(OSError):
+            try:
+                with urllib.request.urlopen(url, timeout=5) as answer:
+                    said = answer.status
+            except urllib.error.HTTPError as exc:
+                exc.close()
+                said = exc.code
+            if said == status:
                 return True
-        except OSError:
-            pass
         time.sleep(_POLL_SECONDS)
     return False
 
 
-def _free_ports(n_ports: int) -> int:
+def free_ports(n_ports: int) -> int:
     """The first of some free ports in a row, below those that clients get by chance."""
     while True:
         port = random.SystemRandom().randrange(11_000, 22_000)

@@ -14,8 +14,6 @@ from dist_sae.config import Run, load_run
 from tests.conftest import Bucket, synthetic_run
 from tests.world import changed
 
-pytestmark = pytest.mark.usefixtures("process_as_it_was")
-
 
 def fail(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """What a command that must fail says: one line, after its exit code 2."""

@@ -1,1 +1,1 @@
-"""A run on Kubernetes: its objects, rendered from the run file, and the cluster's side of it."""
+"""A run on Kubernetes, the cluster's side of it, and dashboards: rendered, without torch."""

@@ -1,22 +1,33 @@
 """`dist-sae render`: what a run file implies for other programs."""
 
+import json
 from collections.abc import Callable
 from typing import Any
 
 import yaml
 
 from dist_sae.config import Run
+from dist_sae.deploy.dashboards import render_dashboards
 from dist_sae.deploy.jobs import render_objects
 from dist_sae.parallel.zero import deepspeed_config
+
+
+def _dashboards(_: Run) -> dict[str, Any]:
+    """Grafana's, by file name: the same for every run."""
+    return {name: json.loads(text) for name, text in render_dashboards().items()}
+
 
 WHAT: dict[str, Callable[[Run], Any]] = {
     "deepspeed": deepspeed_config,
     "kubernetes": render_objects,
+    "dashboards": _dashboards,
 }
 
 
 def render(run: Run, only: str | None = None) -> dict[str, Any]:
     """Everything that the run implies, by what it is for; Kubernetes' objects if it has an image.
+
+    Dashboards, which are long and the same for all, only when asked for.
 
     Args:
         run: The run.
@@ -25,7 +36,8 @@ def render(run: Run, only: str | None = None) -> dict[str, Any]:
     Raises:
         ConfigError: The run cannot be on a cluster.
     """
-    named = [only] if only else [n for n in WHAT if n != "kubernetes" or run.cluster.image]
+    implied = ["deepspeed", "kubernetes"] if run.cluster.image else ["deepspeed"]
+    named = [only] if only else implied
     return {name: WHAT[name](run) for name in named}
 
 

@@ -179,6 +179,13 @@ METRICS = (
     ),
     Metric("dist_sae_produce_plan_units", "gauge", "units", _P, "Units that there will be."),
     Metric(
+        "dist_sae_produce_max_ahead_units",
+        "gauge",
+        "units",
+        _P,
+        "store.max_ahead_units: no unit so far ahead of the slowest consumer is begun.",
+    ),
+    Metric(
         "dist_sae_produce_claimed_units",
         "gauge",
         "units",
@@ -278,6 +285,7 @@ METRICS = (
         "1; the labels say what is trained.",
         ("kind", "site", "device"),
     ),
+    Metric("dist_sae_train_ranks", "gauge", "ranks", _T, "Ranks that the job is to have."),
     Metric("dist_sae_train_latents", "gauge", "latents", _T, "Width of the whole dictionary."),
     Metric("dist_sae_train_step", "gauge", "steps", _T, "Steps done."),
     Metric("dist_sae_train_steps", "gauge", "steps", _T, "Steps that the run will do."),

@@ -1,4 +1,4 @@
-"""A cluster to submit to, a run for it, and what its commands say."""
+"""A cluster that runs pods, one to submit to, a run for it, and what its commands say."""
 
 import threading
 from collections.abc import Iterator
@@ -10,6 +10,13 @@ import pytest
 from dist_sae.cli import main
 from tests.conftest import Bucket, synthetic_run
 from tests.deploy.apiserver import ApiServer
+from tests.deploy.podrunner import Cluster
+
+
+@pytest.fixture(scope="module")
+def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
+    with Cluster(tmp_path_factory.mktemp("cluster")) as cluster:
+        yield cluster
 
 
 class Shell:
@@ -40,7 +47,7 @@ class Shell:
 
 
 @pytest.fixture
-def sh(capsys: pytest.CaptureFixture[str], process_as_it_was: None) -> Shell:
+def sh(capsys: pytest.CaptureFixture[str]) -> Shell:
     return Shell(capsys)
 
 

@@ -1,0 +1,106 @@
+"""PromQL from the metric table: a name or a label that does not exist is an error here.
+
+In a dashboard it would be an empty panel.
+"""
+
+import re
+from typing import Literal, NamedTuple, Self
+
+from dist_sae.telemetry.metrics import EVERY_SERIES, METRICS
+
+_TABLE = {metric.name: metric for metric in METRICS}
+_START = "dist_sae_process_start_timestamp_seconds"
+
+
+class Query(NamedTuple):
+    """An expression, and what Grafana calls its series (`{{label}}` is a label's value)."""
+
+    expr: str
+    legend: str
+
+    def named(self, word: str) -> Self:
+        """With a word that tells its series from those of the panel's other queries."""
+        return self._replace(legend=f"{self.legend} {word}")
+
+    def over(self, other: "Query", on: str | None = None) -> Self:
+        """Divided by another; with `on`, many of these by one of those."""
+        match = f"on ({on}) group_left () " if on else ""
+        return self._replace(expr=f"{self.expr} / {match}({other.expr} > 0)")
+
+    def averaged(self, by: str) -> Self:
+        """The mean over other labels, of those ranks that are chosen."""
+        return self._replace(expr=f"avg by ({by}) ({self.expr})", legend=_legend(by))
+
+
+def now(name: str, by: str = "run", how: str = "max", **where: str) -> Query:
+    """A gauge; all ranks say the same of what is global, so that `max` takes any."""
+    return _aggregated(f"{_series(name, 'gauge', by, where)}", by, how)
+
+
+def rate(name: str, by: str = "run", how: str = "sum", **where: str) -> Query:
+    """How fast a counter grows, per second."""
+    series = _series(name, "counter", by, where)
+    return _aggregated(f"rate({series}[$__rate_interval])", by, how)
+
+
+def growth(name: str, by: str = "run", **where: str) -> Query:
+    """What a counter has grown by in the time that is shown."""
+    return _aggregated(f"increase({_series(name, 'counter', by, where)}[$__range])", by, "sum")
+
+
+def quantile(share: float, name: str, by: str) -> Query:
+    """Of a histogram."""
+    series = _series(name, "histogram", by, {}).replace("{", "_bucket{")
+    buckets = f"sum by ({by}, le) (rate({series}[$__rate_interval]))"
+    return Query(f"histogram_quantile({share}, {buckets})", _legend(by)).named(f"p{share * 100:g}")
+
+
+def age(name: str, by: str = "run") -> Query:
+    """Of a gauge that holds a time."""
+    moment = now(name, by)
+    return moment._replace(expr=f"time() - {moment.expr}")
+
+
+def alive(role: str) -> Query:
+    """Processes of a role that can be scraped."""
+    ranks = f'count by (run, rank) ({_START}{{run=~"$run",role="{role}"}})'
+    return Query(f"count by (run) ({ranks})", "{{run}}")
+
+
+def recorded(name: str, **where: str) -> Query:
+    """A series of monitoring/rules.yaml; its name begins with its labels."""
+    labels = re.findall(r"run|role|rank|phase|waited_for", name.partition(":")[0])
+    shown = ", ".join(label for label in labels if label not in where)
+    return Query(f"{name}{{{_matchers(['run'], where)}}}", _legend(shown))
+
+
+def _series(
+    name: str, kind: Literal["counter", "gauge", "histogram"], by: str, where: dict[str, str]
+) -> str:
+    """A metric's series that the dashboard's variables choose.
+
+    Raises:
+        ValueError: It is of another kind, or lacks a label.
+    """
+    metric, labels = _TABLE[name], by.split(", ")
+    if metric.kind != kind:
+        raise ValueError(f"{name} is a {metric.kind}, not a {kind}")
+    if unknown := {*labels, *where} - {*EVERY_SERIES, *metric.labels}:
+        raise ValueError(f"{name} has no label {', '.join(sorted(unknown))}")
+    chosen = ["run", "rank"] if "rank" in labels else ["run"]
+    return f"{name}{{{_matchers(chosen, where)}}}"
+
+
+def _matchers(chosen: list[str], where: dict[str, str]) -> str:
+    fixed = [f'{label}="{value}"' for label, value in where.items()]
+    return ",".join([*(f'{label}=~"${label}"' for label in chosen), *fixed])
+
+
+def _aggregated(expr: str, by: str, how: str) -> Query:
+    return Query(f"{how} by ({by}) ({expr})", _legend(by))
+
+
+def _legend(by: str) -> str:
+    """`{{run}} rank {{rank}} {{phase}}`."""
+    words = ("rank {{rank}}" if label == "rank" else f"{{{{{label}}}}}" for label in by.split(", "))
+    return " ".join(words)

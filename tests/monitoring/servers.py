@@ -1,0 +1,139 @@
+"""Prometheus and Alertmanager as they are shipped, on loopback, and who they send alerts to."""
+
+import json
+import queue
+import shutil
+import threading
+import urllib.parse
+import urllib.request
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, HTTPServer
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from tests.monitoring.files import MONITORING
+from tests.servers import answers, free_ports, running
+
+INTERVAL = "500ms"
+"""Of scrapes and evaluations."""
+
+
+class Prometheus(NamedTuple):
+    """One that runs."""
+
+    url: str
+
+    def ask(self, path: str, **parameters: str) -> Any:
+        """The data that its API answers with."""
+        query = urllib.parse.urlencode(parameters)
+        with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{query}", timeout=30) as answer:
+            return json.load(answer)["data"]
+
+    def query(self, expression: str) -> list[dict[str, Any]]:
+        """The series that an expression gives now."""
+        result: list[dict[str, Any]] = self.ask("query", query=expression)["result"]
+        return result
+
+
+@contextmanager
+def prometheus(folder: Path, targets: Sequence[str], alertmanager: str) -> Iterator[Prometheus]:
+    """Prometheus with this project's rules and configuration, at short intervals.
+
+    Args:
+        folder: For its files.
+        targets: host:port of what it scrapes.
+        alertmanager: host:port.
+    """
+    config = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
+    config["global"] = {"scrape_interval": INTERVAL, "evaluation_interval": INTERVAL}
+    config["rule_files"] = [str(folder / name) for name in config["rule_files"]]
+    config["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"] = [alertmanager]
+    job = config["scrape_configs"][0]
+    job["static_configs"][0]["targets"] = list(targets)
+    config["scrape_configs"] = [job]
+    (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
+    (folder / "rules.yaml").write_text((MONITORING / "rules.yaml").read_text())
+    (folder / "alerts.yaml").write_text(_hasty((MONITORING / "alerts.yaml").read_text()))
+    port = free_ports(1)
+    command = [
+        _installed("prometheus"),
+        f"--config.file={folder / 'prometheus.yml'}",
+        f"--storage.tsdb.path={folder / 'data'}",
+        f"--web.listen-address=127.0.0.1:{port}",
+    ]
+    with _server(command, folder / "prometheus.log", port):
+        yield Prometheus(f"http://127.0.0.1:{port}")
+
+
+@contextmanager
+def alertmanager(folder: Path, webhook: str) -> Iterator[str]:
+    """Alertmanager with this project's example, which sends at once; its host:port."""
+    config = yaml.safe_load((MONITORING / "alertmanager.yml").read_text())
+    for route in [config["route"], *config["route"]["routes"]]:
+        route["group_wait"] = "0s"
+    config["receivers"][0]["webhook_configs"][0]["url"] = webhook
+    (folder / "alertmanager.yml").write_text(yaml.safe_dump(config))
+    port = free_ports(1)
+    command = [
+        _installed("prometheus-alertmanager"),
+        f"--config.file={folder / 'alertmanager.yml'}",
+        f"--storage.path={folder / 'alertmanager'}",
+        f"--web.listen-address=127.0.0.1:{port}",
+        "--cluster.listen-address=",
+    ]
+    with _server(command, folder / "alertmanager.log", port):
+        yield f"127.0.0.1:{port}"
+
+
+@contextmanager
+def webhook() -> Iterator[tuple[str, "queue.Queue[dict[str, Any]]"]]:
+    """Where to send alerts, and those that have come."""
+    alerts: queue.Queue[dict[str, Any]] = queue.Queue()
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_POST(self) -> None:
+            message = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
+            for alert in message["alerts"]:
+                alerts.put(alert)
+            self.send_response(200)
+            self.end_headers()
+
+        def log_message(self, *_: Any) -> None:
+            pass
+
+    server = HTTPServer(("127.0.0.1", 0), Handler)
+    thread = threading.Thread(target=server.serve_forever, args=(0.05,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}/alerts", alerts
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def _hasty(rules: str) -> str:
+    """Alerts that need not last: only the one on trainers that are gone, which a test awaits."""
+    groups = yaml.safe_load(rules)
+    for group in groups["groups"]:
+        for rule in group["rules"]:
+            if rule["alert"] == "DistSaeTrainersGone":
+                rule["for"] = "0s"
+    return yaml.safe_dump(groups)
+
+
+@contextmanager
+def _server(command: list[str], log: Path, port: int) -> Iterator[None]:
+    with running(command, log) as process:
+        if not answers(process, f"http://127.0.0.1:{port}/-/ready", 200):
+            raise RuntimeError(log.read_text()[-2000:])
+        yield
+
+
+def _installed(program: str) -> str:
+    path = shutil.which(program)
+    assert path, f"{program} is missing: launch/test.sh installs it, as root; else ask for it"
+    return path

@@ -1,0 +1,218 @@
+"""The real Prometheus and Alertmanager at a real run on S3: two producers, a job of two ranks."""
+
+import re
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from queue import Queue
+from threading import Thread
+from typing import Any, NamedTuple
+
+import promql_parser
+import pytest
+
+from dist_sae.deploy.dashboards import PAGES
+from tests import launch
+from tests.forks import Program
+from tests.monitoring.files import alerts, metrics_in, rules
+from tests.monitoring.servers import Prometheus, alertmanager, prometheus, webhook
+from tests.servers import OWNER, Server, free_ports
+
+WAIT_SECONDS = 60.0
+MOST_SERIES = 500  # of a rank
+MOST_SCRAPE_SECONDS = 0.05
+
+ABSENT = {
+    "dist_sae_process_device_memory_bytes": "no GPU",
+    "dist_sae_run_failed": "nothing has failed",
+    "dist_sae_train_heldout_fvu": "held-out units are made last",
+    "dist_sae_evaluate_fvu": "`evaluate` comes after the training, and pushes",
+    "dist_sae_evaluate_pca_fvu": "the same",
+    "dist_sae_evaluate_ce_recovered": "the same",
+    "dist_sae_evaluate_l0_latents": "the same",
+    "dist_sae_evaluate_dead_share": "the same",
+    "dist_sae_evaluate_step": "the same",
+}
+"""Metrics that have no series in this run, and why; a query of others that is empty is wrong."""
+
+
+class Live(NamedTuple):
+    prometheus: Prometheus
+    alerts: "Queue[dict[str, Any]]"
+    trainers: list[Program]
+
+
+@pytest.fixture(scope="module")
+def live(
+    server: Callable[[str], Server],
+    server_client: Callable[[str], Any],
+    tmp_path_factory: pytest.TempPathFactory,
+) -> Iterator[Live]:
+    folder = tmp_path_factory.mktemp("live")
+    s3, bucket = server("seaweedfs"), "monitoring"
+    server_client("seaweedfs").create_bucket(Bucket=bucket)
+    port, meeting = free_ports(4), free_ports(1)
+    path = launch.write_run(
+        folder,
+        store={
+            "activations": f"s3://{bucket}/activations",
+            "runs": f"s3://{bucket}/runs",
+            "s3": {"endpoint_url": s3.endpoint_url},
+            "max_ahead_units": 40,  # so that producers live as long as the trainers
+        },
+        corpus={"documents": 20_000},
+        sae={
+            "kind": "routed",
+            "n_latents": 64,
+            "k": 3,
+            "experts": 4,
+            "auxk": 16,
+            "dead_after_rows": 480,
+        },
+        train={
+            "rows": 2_000_000,
+            "max_passes": 4,
+            "save_every_steps": 20,
+            "lost_seconds": 3,
+        },
+        processes={"producers": 2, "trainers": 2, "shards": 2},
+        telemetry={"port": port},
+    )
+    owner = {"AWS_ACCESS_KEY_ID": OWNER.id, "AWS_SECRET_ACCESS_KEY": OWNER.secret}
+    launch.run("plan", str(path), env=owner)
+    with ExitStack() as stack:
+        url, received = stack.enter_context(webhook())
+        manager = stack.enter_context(alertmanager(folder, url))
+        targets = [f"127.0.0.1:{port + i}" for i in range(4)]
+        running = stack.enter_context(prometheus(folder, targets, manager))
+        rendezvous = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(meeting)}
+        ranks = [owner | rendezvous | {"RANK": r, "LOCAL_RANK": r} for r in ("0", "1")]
+        for i in range(2):
+            stack.enter_context(program("produce", path, i, owner, "--index", str(i)))
+        trainers = [
+            stack.enter_context(program("train", path, 2 + i, env)) for i, env in enumerate(ranks)
+        ]
+        yield Live(running, received, trainers)
+
+
+@contextmanager
+def program(
+    command: str, path: Path, offset: int, env: dict[str, str], *options: str
+) -> Iterator[Program]:
+    """A program of the run, killed at the end; what it says is read, or it would wait for that."""
+    started = launch.start(command, str(path), "--port-offset", str(offset), *options, env=env)
+    readers = [Thread(target=pipe.read) for pipe in (started.stdout, started.stderr)]
+    for reader in readers:
+        reader.start()
+    try:
+        yield started
+    finally:
+        started.kill()
+        started.wait()
+        for reader in readers:
+            reader.join()
+        started.communicate()
+
+
+def until(missing: Callable[[], list[str]]) -> None:
+    """Wait until nothing is missing.
+
+    Raises:
+        AssertionError: In time; says what.
+    """
+    deadline = time.monotonic() + WAIT_SECONDS
+    while left := missing():
+        assert time.monotonic() < deadline, "\n".join(left)
+        time.sleep(0.2)
+
+
+def filled(expression: str) -> str:
+    """As Grafana asks it, with everything chosen."""
+    expression = re.sub(r'"\$(run|rank)"', '".*"', expression)
+    return expression.replace("$__rate_interval", "5s").replace("$__range", "1m")
+
+
+def series_in(expression: str) -> set[str]:
+    """The selectors of an expression, as text."""
+    found, left = set[str](), [promql_parser.parse(expression)]
+    while left:
+        node = left.pop()
+        if isinstance(node, promql_parser.VectorSelector):
+            found.add(str(node))
+        left += [
+            getattr(node, name)
+            for name in ("lhs", "rhs", "expr", "vector_selector")
+            if hasattr(node, name)
+        ]
+        left += getattr(node, "args", [])
+    return found
+
+
+def excused(expression: str) -> bool:
+    return bool(metrics_in(expression) & set(ABSENT)) or "ALERTS" in expression
+
+
+def test_every_panel_has_data(live: Live) -> None:
+    queries = {
+        f"{page.name}, {panel.title}: {query.expr}": filled(query.expr)
+        for page in PAGES
+        for section in page.sections
+        for panel in section.panels
+        for query in panel.queries
+    }
+
+    def empty() -> list[str]:
+        return [
+            name
+            for name, expression in queries.items()
+            if not live.prometheus.query(expression) and not excused(expression)
+        ]
+
+    until(empty)
+
+
+def test_what_is_absent_is_absent(live: Live) -> None:
+    assert [name for name in ABSENT if live.prometheus.query(name)] == []
+
+
+def test_every_rule_and_alert_finds_its_series(live: Live) -> None:
+    expressions = {rule.get("record") or rule["alert"]: rule["expr"] for rule in rules() + alerts()}
+    for expression in expressions.values():
+        live.prometheus.query(expression)  # an error raises
+
+    def empty() -> list[str]:
+        return [
+            f"{name}: {series}"
+            for name, expression in expressions.items()
+            for series in series_in(expression)
+            if not live.prometheus.query(series) and not excused(series)
+        ]
+
+    until(empty)
+
+
+def test_a_scrape_is_quick_and_small(live: Live) -> None:
+    for sample in live.prometheus.query("max_over_time(scrape_samples_scraped[1m])"):
+        assert 50 < float(sample["value"][1]) <= MOST_SERIES, sample
+    (matrix,) = [live.prometheus.query("scrape_duration_seconds[1m]")]
+    seconds = [float(value) for series in matrix for _, value in series["values"]]
+    assert statistics.median(seconds) <= MOST_SCRAPE_SECONDS
+
+
+def test_a_healthy_run_alerts_nobody(live: Live) -> None:
+    until(lambda: [] if live.prometheus.query("run:dist_sae_train_step:share > 0") else ["no step"])
+    firing = live.prometheus.query('ALERTS{alertstate="firing"}')
+    assert firing == []
+
+
+def test_the_death_of_a_rank_is_heard_of(live: Live) -> None:
+    """The other ranks end when one is gone: without the alert nobody would know."""
+    live.trainers[1].kill()
+    assert live.trainers[0].wait(timeout=WAIT_SECONDS) == 75
+    alert = live.alerts.get(timeout=WAIT_SECONDS)
+    assert alert["status"] == "firing"
+    assert alert["labels"]["alertname"] == "DistSaeTrainersGone"
+    assert alert["labels"]["run"] == "world"
+    assert "no trainer lives" in alert["annotations"]["summary"]
