@@ -51,6 +51,17 @@ def test_the_files_are_what_the_code_gives() -> None:
     assert files == set(render_dashboards())
 
 
+def test_grafana_can_tell_panels_and_queries_apart() -> None:
+    for page in PAGES:
+        panels = json.loads(render_dashboards()[f"{page.name}.json"])["panels"]
+        assert len({panel["id"] for panel in panels}) == len(panels)
+        places = {(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels}
+        assert len(places) == len(panels)
+        for panel in panels:
+            letters = [target["refId"] for target in panel.get("targets", [])]
+            assert letters == list("ABCD")[: len(letters)], panel["title"]
+
+
 def test_every_metric_is_shown_once_at_least() -> None:
     shown = "\n".join(expressions())
     recorded = recorded_in(shown)
