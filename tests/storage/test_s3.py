@@ -199,6 +199,8 @@ def test_requests_bytes_and_retries_are_metered(bucket: Bucket) -> None:
         "requests_total GetObject none": 4,
         "requests_total GetObject 206": 1,
         "request_seconds GetObject": 5,
+        "operation_seconds put": 1,
+        "operation_seconds get": 1,
         "bytes_total in": 2,
         "retries_total": 4,  # two of boto's, one of ours, one of boto's
     }

@@ -1,0 +1,39 @@
+"""What a store says of its operations, whatever it is."""
+
+from pathlib import Path
+
+import pytest
+
+from dist_sae.errors import ObjectNotFoundError, StoreError
+from dist_sae.storage import ObjectStore, open_store
+from dist_sae.telemetry.exporter import Telemetry
+from tests.telemetry.scrape import values
+
+PREFIX = "dist_sae_store_"
+
+
+def test_operations_bytes_and_errors_of_a_folder_are_metered(tmp_path: Path) -> None:
+    telemetry = Telemetry("run", "train", None)
+    store = open_store(str(tmp_path), meter=telemetry)
+    assert isinstance(store, ObjectStore)
+    assert store.put("a/key", b"12345", if_absent=True)
+    assert not store.put("a/key", b"678", if_absent=True)  # is not written
+    assert store.get("a/key", 1, 3) == b"23"
+    assert store.size("a/key") == 5
+    assert list(store.keys()) == [entry.key for entry in store.entries()] == ["a/key"]
+    with pytest.raises(ObjectNotFoundError):  # an answer, no error
+        store.get("another")
+    with pytest.raises(StoreError):
+        store.put("a/key/below", b"")
+    store.delete("a/key")
+    found = values(telemetry.render().decode())
+    assert found[f"{PREFIX}bytes_total", "in"] == 2
+    assert found[f"{PREFIX}bytes_total", "out"] == 5
+    counts = {
+        name[1]: value
+        for name, value in found.items()
+        if name[0] == f"{PREFIX}operation_seconds_count"
+    }
+    assert counts == {"put": 3, "get": 2, "size": 1, "list": 2, "delete": 1}
+    errors = {name[1]: n for name, n in found.items() if name[0] == f"{PREFIX}errors_total"}
+    assert {error: n for error, n in errors.items() if n} == {"StoreError": 1}
