@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from dist_sae import __version__, logs
 from dist_sae.bench.commands import add_benches
+from dist_sae.deploy.commands import add_cluster_commands
 from dist_sae.errors import EXIT_DONE, EXIT_RESUMABLE, DistSaeError, Stopped
 
 if TYPE_CHECKING:
@@ -75,8 +76,6 @@ def _produce(options: argparse.Namespace) -> int | None:
 
     run = _load(options)
     stopping = _stop_on_signals()
-    if options.wait:
-        _await_plan(run, stopping)
     if options.local_ranks > 1:
         name = ["--worker", options.worker] if options.worker else []
         arguments = ["produce", "--index", str(options.index), *name]
@@ -90,6 +89,8 @@ def _produce(options: argparse.Namespace) -> int | None:
     port = _port(run.telemetry.port, options.port_offset)
     rank = options.index * run.model_shards + _rank()
     with Telemetry(run.name, "produce", port, rank) as telemetry:
+        if options.wait:
+            _await_plan(run, stopping)
         work = produce_together if run.model_shards > 1 else produce
         result = work(run, worker, stopping, telemetry)
     _print_result(options, result)
@@ -110,19 +111,17 @@ def _train(options: argparse.Namespace) -> int | None:
         _print_result(options, result)
         return None
     stopping = _stop_on_signals()
-    if options.wait:
-        _await_plan(run, stopping)
     if options.local_ranks:
         environments = rank_environments(options.local_ranks, world)
         if options.local_ranks > 1:
             return _run_ranks(options, run, ["train"], environments, stopping)
         os.environ.update(environments[0])
         logs.configure(rank=_rank())
-    config = run.train
-    with Telemetry(
-        run.name, "train", _port(run.telemetry.port, options.port_offset), _rank()
-    ) as telemetry:
+    config, port = run.train, _port(run.telemetry.port, options.port_offset)
+    with Telemetry(run.name, "train", port, _rank()) as telemetry:
         telemetry.set("dist_sae_train_ranks", world)  # before they meet: one may not come
+        if options.wait:
+            _await_plan(run, stopping)
         with (
             meet(world, config.missing_seconds, stopping, name=run.name) as ranks,
             Watch(
@@ -139,6 +138,7 @@ def _train(options: argparse.Namespace) -> int | None:
 
 
 def _await_plan(run: "Run", stopping: threading.Event) -> None:
+    """While metrics are served: a process that waits is alive, however long it takes."""
     from dist_sae.waiting import await_plan
 
     await_plan(run, stopping)
@@ -157,7 +157,8 @@ def _run_ranks(
 
     program, *others = arguments
     overrides = [word for override in options.set for word in ("--set", override)]
-    command = [program, options.run, *overrides, *others]
+    waiting = ["--wait"] if options.wait else []
+    command = [program, options.run, *overrides, *waiting, *others]
     with ExitStack() as serving:
         if first := run.telemetry.port:
             before = options.index * run.model_shards if program == "produce" else 0
@@ -426,6 +427,7 @@ def _parser() -> argparse.ArgumentParser:
         help="kubernetes: as kubectl apply -f - reads it; dashboards: Grafana's",
     )
 
+    add_cluster_commands(add)
     add_benches(commands, _bench)
     groups = {
         "config": ("the run file itself", [("show", _config_show, "print the resolved run")]),

@@ -20,7 +20,7 @@
     Stopped                       exit 75: asked to stop, state saved, start again to continue
 
 Third-party errors are mapped once, in the module that is their door (boto3 in
-`storage/s3_errors.py`, transformers in `models/huggingface.py`, ...). A message says what, where
+`storage/s3_errors.py`, kubernetes in `deploy/cluster.py`, ...). A message says what, where
 and what to do, in one sentence. Anything outside this tree is a bug: exit 1, with a traceback.
 """
 
@@ -80,6 +80,18 @@ class ProcessFailedError(DistSaeError):
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
         self.exit_code = exit_code
+
+
+class ClusterError(DistSaeError):
+    """A Kubernetes cluster cannot be reached, or refuses what was asked of it."""
+
+
+class ForbiddenError(ClusterError):
+    """The user lacks a permission there."""
+
+
+class RejectedError(ClusterError):
+    """An object is not valid there, or cannot be changed into that."""
 
 
 class StoreError(DistSaeError):

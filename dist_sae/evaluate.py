@@ -49,12 +49,12 @@ def evaluate(run: Run, meter: Meter = UNMETERED) -> dict[str, Any]:
         meter: Takes the metrics.
 
     Returns:
-        `trained_rows`; on `rows` held-out rows `fvu`, `l0`, `dead_share`, `pca_fvu` (of a PCA
-        of training rows with as many components as latents are active), `duplicate_share` (of
-        latents with a near copy, and that have one in another expert), densities, and for
-        language models the cross-entropies in nats per token with the site left alone (`ce_clean`),
-        replaced by the reconstruction (`ce_spliced`), by zero (`ce_zero`) and by the mean
-        (`ce_mean`), with the shares recovered.
+        `trained_rows`; `dead_share`, of routed dictionaries by expert too; on `rows` held-out rows
+        `fvu`, `l0`, `pca_fvu` (of a PCA of training rows with as many components as latents are
+        active), `duplicate_share` (of latents with a near copy, and that have one in another
+        expert), densities, and for language models the cross-entropies in nats per token with the
+        site left alone (`ce_clean`), replaced by the reconstruction (`ce_spliced`), by zero
+        (`ce_zero`) and by the mean (`ce_mean`), with the shares recovered.
 
     Raises:
         ConfigError: There is no checkpoint, or nothing is held out.
@@ -92,7 +92,7 @@ def evaluate(run: Run, meter: Meter = UNMETERED) -> dict[str, Any]:
         "rows": fit.rows,
         "fvu": fit.fvu,
         "l0": fit.l0,
-        "dead_share": _dead_share(run, checkpoint),
+        **_dead_shares(run, checkpoint),
         "pca_fvu": float(pca_error / fit.squared_total),
         "pca_components": components,
         **_duplicates(run, sae),
@@ -132,8 +132,12 @@ def _principal_components(
     return directions[:, -components:].float()
 
 
-def _dead_share(run: Run, checkpoint: Checkpoint) -> float:
-    return float((checkpoint.read(IDLE_ROWS) >= run.sae.dead_after_rows).double().mean())
+def _dead_shares(run: Run, checkpoint: Checkpoint) -> dict[str, Any]:
+    dead = (checkpoint.read(IDLE_ROWS) >= run.sae.dead_after_rows).double()
+    shares: dict[str, Any] = {"dead_share": float(dead.mean())}
+    if isinstance(run.sae, RoutedConfig):
+        shares["dead_share_by_expert"] = dead.view(run.sae.experts, -1).mean(1).tolist()
+    return shares
 
 
 def _duplicates(run: Run, sae: Dictionary) -> dict[str, float]:

@@ -1,19 +1,26 @@
 #!/usr/bin/env bash
-# Installs into a virtual environment of its own and runs every check. Needs Python >= 3.11, and
-# Debian's prometheus, prometheus-alertmanager and npm, which it installs as root.
+# Installs into a virtual environment of its own and runs every check. Needs Python >= 3.11, root,
+# and what is named below of Debian, which it installs: servers that metrics go to, npm for Grafana's
+# types, and what runs pods in namespaces of their own.
 # Options go to pytest, for example: launch/test.sh -k loader
 # Two tests at a time, one thread each: most of them wait for processes and servers.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-# what pip does not have: the servers that metrics go to, and Grafana's types
+declare -A packages=(
+    [prometheus]=prometheus
+    [prometheus-alertmanager]=prometheus-alertmanager
+    [npm]=npm
+    [ip]=iproute2
+    [tini]=tini
+)
 missing=()
-command -v prometheus > /dev/null || missing+=(prometheus)
-command -v prometheus-alertmanager > /dev/null || missing+=(prometheus-alertmanager)
-command -v npm > /dev/null || missing+=(npm)
+for command in "${!packages[@]}"; do
+    command -v "$command" > /dev/null || missing+=("${packages[$command]}")
+done
 if ((${#missing[@]})); then
     if ((EUID)) || ! command -v apt-get > /dev/null; then
-        echo "tests/monitoring needs ${missing[*]}: install them (apt-get install), or run this as root" >&2
+        echo "the tests need ${missing[*]}: install them (apt-get install), or run this as root" >&2
         exit 2
     fi
     apt-get update --quiet --quiet

@@ -4,6 +4,7 @@ import contextlib
 import functools
 import logging
 import os
+import signal
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
@@ -23,6 +24,7 @@ if not torch.cuda.is_available():
 
 
 _LONGEST = (
+    "tests/deploy/test_pods.py",
     "tests/test_run.py",
     "tests/parallel/test_sharding.py",
     "tests/sae/test_recovery.py",
@@ -44,15 +46,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The longest files first: of two workers, one would be left alone with them at the end."""
     places = {file: place for place, file in enumerate(_LONGEST)}
     items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
-
-
-@pytest.fixture(autouse=True)
-def _no_log_to_a_closed_stream() -> Iterator[None]:
-    """`main` logs to the stderr of its test; a server in a thread may log after it."""
-    yield
-    for handler in list(logging.root.handlers):
-        if type(handler) is logging.StreamHandler:
-            logging.root.removeHandler(handler)
 
 
 class Bucket(NamedTuple):
@@ -104,6 +97,19 @@ def make_bucket(
 def bucket(make_bucket: Callable[[str], Bucket]) -> Bucket:
     """On moto, the server that starts at once."""
     return make_bucket("moto")
+
+
+@pytest.fixture(autouse=True)
+def _process_as_it_was() -> Iterator[None]:
+    """`main` sets up logging and signals for a process of its own."""
+    root, numbers = logging.getLogger(), (signal.SIGINT, signal.SIGTERM)
+    handlers, level = list(root.handlers), root.level
+    signals = [signal.getsignal(number) for number in numbers]
+    yield
+    root.handlers[:] = handlers
+    root.setLevel(level)
+    for number, handler in zip(numbers, signals, strict=True):
+        signal.signal(number, handler)
 
 
 def synthetic_run(folder: Path, **sections: dict[str, Any]) -> Path:

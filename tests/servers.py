@@ -77,7 +77,7 @@ def moto() -> Iterator[Server]:
 
 
 @contextmanager
-def seaweedfs() -> Iterator[Server]:
+def seaweedfs(address: str = "127.0.0.1") -> Iterator[Server]:
     """The server that keeps every promise, conditional writes among them."""
     with ExitStack() as stack:
         folder = stack.enter_context(_folder())
@@ -89,10 +89,10 @@ def seaweedfs() -> Iterator[Server]:
         for attempt in range(_STARTS):
             port = free_ports(4)
             stack.callback(_remove_sockets, range(port, port + 4))
-            command = _weed(folder, port)
+            command = _weed(folder, address, port)
             log = folder / f"{attempt}.log"
             process = stack.enter_context(running(command, log))
-            endpoint = f"http://127.0.0.1:{port}"
+            endpoint = f"http://{address}:{port}"
             if answers(process, endpoint, 403):
                 break
         else:
@@ -132,12 +132,12 @@ def rclone() -> Iterator[Server]:
 SERVERS = {"moto": moto, "seaweedfs": seaweedfs, "rclone": rclone}
 
 
-def _weed(folder: Path, port: int) -> list[str]:
+def _weed(folder: Path, address: str, port: int) -> list[str]:
     """With telemetry off, no ports that are not needed, and fast to start again after a kill."""
     flags = {
         "dir": folder,
-        "ip": "127.0.0.1",
-        "ip.bind": "127.0.0.1",
+        "ip": address,
+        "ip.bind": address,
         "s3.port": port,
         "master.port": port + 1,
         "volume.port": port + 2,

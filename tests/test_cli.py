@@ -1,11 +1,8 @@
 import json
-import logging
 import os
-import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -16,19 +13,6 @@ from dist_sae.cli import main
 from dist_sae.config import Run, load_run
 from tests.conftest import Bucket, synthetic_run
 from tests.world import changed
-
-
-@pytest.fixture(autouse=True)
-def _leave_the_process_as_it_was() -> Iterator[None]:
-    """`main` sets up logging and signals for a process of its own."""
-    root, numbers = logging.getLogger(), (signal.SIGINT, signal.SIGTERM)
-    handlers, level = list(root.handlers), root.level
-    signals = [signal.getsignal(number) for number in numbers]
-    yield
-    root.handlers[:] = handlers
-    root.setLevel(level)
-    for number, handler in zip(numbers, signals, strict=True):
-        signal.signal(number, handler)
 
 
 def fail(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:

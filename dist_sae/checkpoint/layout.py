@@ -172,10 +172,16 @@ class Checkpoints:
 
     def steps(self) -> list[int]:
         """Steps with a complete checkpoint, ascending."""
-        keys = self._store.keys(self._prefix)
-        return [
-            int(k.removeprefix(self._prefix)[5:13]) for k in keys if k.endswith(f"/{_MANIFEST}")
-        ]
+        return list(self.ages())
+
+    def ages(self) -> dict[int, float]:
+        """Seconds since each complete checkpoint was, by step, ascending."""
+        entries = self._store.entries(self._prefix)
+        return {
+            int(entry.key.removeprefix(self._prefix)[5:13]): entry.age_seconds
+            for entry in entries
+            if entry.key.endswith(f"/{_MANIFEST}")
+        }
 
     def folders(self) -> set[int]:
         """Steps of which there is anything, a complete checkpoint or not."""

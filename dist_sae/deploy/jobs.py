@@ -32,7 +32,7 @@ def render_objects(run: Run) -> list[Object]:
     """
     if problems := list(_problems(run)):
         raise ConfigError("\n".join(problems))
-    configuration = _object(run, "v1", "ConfigMap") | {"data": {RUN_KEY: dump_run(_in_pods(run))}}
+    configuration = _object(run, "v1", "ConfigMap") | {"data": {RUN_KEY: dump_run(in_pods(run))}}
     if run.cluster.jobset:
         return [configuration, _jobset(run)]
     service = _object(run, "v1", "Service") | {
@@ -134,7 +134,7 @@ def _queued(run: Run, workload: Object) -> Object:
     return workload
 
 
-def _in_pods(run: Run) -> Run:
+def in_pods(run: Run) -> Run:
     """As pods read it: they serve metrics, for Prometheus and for probes."""
     telemetry = run.telemetry.model_copy(update={"port": run.telemetry.port or run.cluster.port})
     return run.model_copy(update={"telemetry": telemetry})

@@ -4,6 +4,8 @@ from dist_sae import __version__
 from dist_sae.config import Run
 from dist_sae.errors import ConfigError
 
+PART = "app.kubernetes.io/component"
+"""The label that tells a run's parts apart."""
 _LONGEST = 63 - len("-producer-0-0000-abcde")  # a pod's name is a host's name
 
 
@@ -33,4 +35,4 @@ def labels(run: Run, part: str | None = None) -> dict[str, str]:
 def selector(run: Run, part: str | None = None) -> dict[str, str]:
     """What finds the objects of a run, or a part's pods."""
     found = {"app.kubernetes.io/name": "dist-sae", "app.kubernetes.io/instance": run.name}
-    return found | ({"app.kubernetes.io/component": part} if part else {})
+    return found | ({PART: part} if part else {})

@@ -14,7 +14,7 @@ import threading
 import time
 from collections.abc import Mapping, Sequence
 
-from dist_sae.errors import EXIT_BUG, EXIT_DONE, EXIT_RESUMABLE, EXIT_USER, ConfigError
+from dist_sae.errors import EXIT_DONE, EXIT_RESUMABLE, EXIT_USER, ConfigError
 
 logger = logging.getLogger(__name__)
 
@@ -83,7 +83,7 @@ def run_ranks(
         first = _watch(ranks, stopping)
     finally:
         for rank in ranks:
-            rank.kill()  # does nothing to what has ended
+            rank.kill()
             rank.wait()
     return _exit_code([rank.returncode for rank in ranks], first)
 
@@ -95,22 +95,21 @@ def _watch(ranks: list[subprocess.Popen[bytes]], stopping: threading.Event) -> i
         The exit code of the first that crashed, if any did.
     """
     told, first, deadline = False, None, float("inf")
-    while any(rank.poll() is None for rank in ranks) and time.monotonic() < deadline:
-        crashed = [code for rank in ranks if (code := rank.poll()) not in (None, 0, EXIT_RESUMABLE)]
+    while True:
+        codes = [rank.poll() for rank in ranks]
+        # a rank that is told before it has learnt to heed it dies of it, with nothing to save
+        fine = (None, EXIT_DONE, EXIT_RESUMABLE, *([-signal.SIGTERM] if told else []))
+        crashed = [code for code in codes if code not in fine]
         if crashed and first is None:
             first = crashed[0]
             deadline = time.monotonic() + _FAILED_GRACE_SECONDS
-        stopped = any(rank.poll() == EXIT_RESUMABLE for rank in ranks)
-        if not told and (crashed or stopped or stopping.is_set()):
+        if None not in codes or time.monotonic() > deadline:
+            return first
+        if not told and (crashed or EXIT_RESUMABLE in codes or stopping.is_set()):
             told = True
             for rank in ranks:
-                if rank.poll() is None:
-                    rank.send_signal(signal.SIGTERM)
+                rank.send_signal(signal.SIGTERM)  # does nothing to what has ended
         time.sleep(_POLL_SECONDS)
-    if first is None:
-        codes = [rank.poll() for rank in ranks]
-        first = next((c for c in codes if c not in (None, 0, EXIT_RESUMABLE)), None)
-    return first
 
 
 def _exit_code(codes: list[int], first: int | None) -> int:
@@ -122,9 +121,7 @@ def _exit_code(codes: list[int], first: int | None) -> int:
             logger.error("a rank was killed by %s (out of memory, if SIGKILL)", name)
             return 128 - first
         return first
-    if any(code < 0 for code in codes):  # did not end when told to
-        return EXIT_BUG
-    return EXIT_RESUMABLE if EXIT_RESUMABLE in codes else EXIT_DONE
+    return EXIT_RESUMABLE if any(codes) else EXIT_DONE
 
 
 def _free_port() -> int:

@@ -233,6 +233,10 @@ def test_a_routed_run_tells_how_its_experts_fare_and_resumes_bitwise(
     assert 1 <= last["expert_load_ratio"] < 4
     assert last["idle_experts"] == 0
     assert 0 <= last["dead_share"] <= last["expert_dead_share"] <= 1
+    found = evaluate(load_run(tmp_path / "calm/run.yaml"))
+    shares = found["dead_share_by_expert"]
+    assert max(shares) == last["expert_dead_share"]
+    assert sum(shares) / 4 == found["dead_share"] == pytest.approx(last["dead_share"])
 
 
 def test_too_little_data_is_said_before_the_first_step(tmp_path: Path, activations: str) -> None:

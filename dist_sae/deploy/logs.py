@@ -1,0 +1,103 @@
+"""`dist-sae logs`: what a run's pods say, those that were replaced included."""
+
+import heapq
+import queue
+import threading
+from collections.abc import Iterator
+from itertools import chain
+from typing import get_args
+
+from dist_sae.config import Run
+from dist_sae.deploy.cluster import Cluster
+from dist_sae.deploy.names import selector
+from dist_sae.deploy.pods import Object, Part
+from dist_sae.deploy.presence import describe
+from dist_sae.deploy.workers import index_of, newest_pods, part_of
+from dist_sae.errors import ClusterError
+
+DEFAULT = "trainer-0"
+
+
+def read_logs(
+    run: Run,
+    cluster: Cluster,
+    which: str = DEFAULT,
+    *,
+    follow: bool = False,
+    previous: bool = False,
+    tail: int | None = None,
+) -> Iterator[str]:
+    """Lines, in the order of their times; each begins with its pod's name if there are several.
+
+    Args:
+        run: The run.
+        cluster: Where it is.
+        which: A part, one index of it (`trainer-0`), or a pod's name.
+        follow: Go on until the pods end.
+        previous: Of the pods that the present ones replaced.
+        tail: Only so many last lines of each container.
+
+    Raises:
+        ClusterError: There are no such pods, or they cannot say anything yet.
+    """
+    pods = _chosen(cluster.find("Pod", selector(run)), which, previous=previous)
+    if not pods:
+        earlier = "earlier " if previous else ""
+        raise ClusterError(
+            f"{describe(run, cluster)}: there is no {earlier}pod {which}; "
+            f"dist-sae status says what there is"
+        )
+    sources = [
+        (pod["metadata"]["name"], container["name"])
+        for pod in pods
+        for spec in [pod["spec"]]
+        for container in [*spec.get("initContainers", []), *spec["containers"]]
+    ]
+    named = len(pods) > 1
+    if len(sources) == 1 or not named:  # containers of a pod run one after the other
+        return chain.from_iterable(
+            cluster.logs(pod, container, follow=follow, tail=tail) for pod, container in sources
+        )
+    merged = _as_they_come if follow else _by_time
+    return merged(cluster, sources, tail)
+
+
+def _chosen(pods: list[Object], which: str, *, previous: bool) -> list[Object]:
+    part, _, index = which.rpartition("-")
+    if which in get_args(Part):
+        return newest_pods((p for p in pods if part_of(p) == which), before=int(previous))
+    if part in get_args(Part) and index.isdigit():
+        ranked = [p for p in pods if part_of(p) == part and index_of(p) == int(index)]
+        return newest_pods(ranked, before=int(previous))
+    return [pod for pod in pods if pod["metadata"]["name"] == which]
+
+
+def _by_time(cluster: Cluster, sources: list[tuple[str, str]], tail: int | None) -> Iterator[str]:
+    def lines(pod: str, container: str) -> Iterator[tuple[str, str]]:
+        for line in cluster.logs(pod, container, follow=False, tail=tail, stamped=True):
+            stamp, _, text = line.partition(" ")
+            yield stamp, f"{pod}: {text}"
+
+    for _, line in heapq.merge(*(lines(*source) for source in sources), key=lambda item: item[0]):
+        yield line
+
+
+def _as_they_come(
+    cluster: Cluster, sources: list[tuple[str, str]], tail: int | None
+) -> Iterator[str]:
+    said: queue.Queue[str | None] = queue.Queue()
+
+    def read(pod: str, container: str) -> None:
+        try:
+            for line in cluster.logs(pod, container, follow=True, tail=tail):
+                said.put(f"{pod}: {line}")
+        except ClusterError as exc:  # of one pod; the others go on
+            said.put(f"{pod}: ({exc})")
+        finally:
+            said.put(None)
+
+    for source in sources:
+        threading.Thread(target=read, args=source, daemon=True).start()
+    for _ in sources:
+        while (line := said.get()) is not None:
+            yield line

@@ -1,0 +1,83 @@
+"""What of a run its store holds, for somebody who does not want to wait for long."""
+
+import threading
+from functools import cached_property
+from typing import Any
+
+import yaml
+
+from dist_sae.checkpoint.layout import Checkpoints
+from dist_sae.config import Run, validate_run
+from dist_sae.data.consumers import Consumers
+from dist_sae.data.plan import Plan, load_plan
+from dist_sae.data.shard import unit_of
+from dist_sae.errors import ObjectNotFoundError, PlanMismatchError
+from dist_sae.storage import ObjectStore, open_store
+from dist_sae.telemetry.history import read_history
+
+
+class StoredRun:
+    """A run's objects in `store.runs` and `store.activations`."""
+
+    def __init__(self, run: Run) -> None:
+        hurry = threading.Event()
+        hurry.set()
+        self._run = run
+        self._runs, self._activations = (
+            open_store(url, run.store.s3, None, hurry)
+            for url in (run.store.runs, run.store.activations)
+        )
+        self._checkpoints = Checkpoints(self._runs, run.name, run.train.keep_checkpoints)
+        self.url = f"{self._runs.url}/{run.name}"
+
+    def begun(self) -> Run | None:
+        """The run as trainers found it when they last began; None if none ever did."""
+        try:
+            text = self._runs.get(f"{self._run.name}/run.yaml")
+        except ObjectNotFoundError:
+            return None
+        return validate_run(yaml.safe_load(text), f"{self.url}/run.yaml")
+
+    def is_complete(self) -> bool:
+        """Whether the last checkpoint is there."""
+        return self._run.steps in self._checkpoints.steps()
+
+    def progress(self) -> dict[str, Any]:
+        """How far producers and trainers are, by what they have stored.
+
+        `plan` says what is wrong where the plan cannot be had; there are no numbers of units then.
+        """
+        ages = self._checkpoints.ages()
+        newest = max(ages, default=None)
+        return {
+            **self._units(),
+            "steps": self._run.steps,
+            "checkpoint_step": newest,
+            "checkpoint_age_seconds": None if newest is None else ages[newest],
+        }
+
+    def last_numbers(self) -> dict[str, Any] | None:
+        """The last report that the run's history has, if it has one."""
+        history = read_history(self._runs, self._run.name)
+        return history[-1] if history else None
+
+    @cached_property
+    def _plan(self) -> Plan:
+        return load_plan(self._activations, self._run)
+
+    def _units(self) -> dict[str, Any]:
+        store: ObjectStore = self._activations
+        try:
+            plan = self._plan
+        except PlanMismatchError as exc:  # or there is none yet
+            return {"plan": str(exc)}
+        ready = sum(unit_of(key) in plan.train_units for key in store.keys("units/"))
+        consumers = Consumers(store, self._run.store.consumer_expiry_hours).all()
+        reached = next((c.reached for c, _ in consumers if c.run == self._run.name), 0)
+        return {
+            "plan": plan.hash,
+            "units": plan.n_train_units,
+            "ready_units": ready,
+            "reached_unit": reached,
+            "backlog_units": max(0, ready - reached),
+        }

@@ -1,0 +1,82 @@
+"""What `dist-sae status` says, laid out for a terminal. Pure."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from rich.console import Group, RenderableType
+from rich.table import Table
+from rich.text import Text
+
+_NUMBERS = {
+    "step": "step {:,.0f}",
+    "fvu": "fvu {:.3f}",
+    "heldout_fvu": "held-out {:.3f}",
+    "l0_latents": "l0 {:.3g}",
+    "dead_share": "dead {:.1%}",
+    "rows_per_second": "{:,.0f} rows/s",
+}
+
+
+def render_status(status: Mapping[str, Any]) -> RenderableType:
+    """The whole view."""
+    head = f"{status['run']} in {status['namespace']}: {status['state']}"
+    lines = [Text(line) for line in _lines(status)]
+    bad = [Text(line, style="yellow") for line in _troubles(status)]
+    return Group(Text(head, style="bold"), _table(status["parts"]), *lines, *bad)
+
+
+def _table(parts: Mapping[str, Mapping[str, Any]]) -> RenderableType:
+    if not parts:
+        return Text("")
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for name in ("part", "wanted", "running", "ready", "done", "restarts", "last end"):
+        right = name not in ("part", "last end")
+        table.add_column(name, justify="right" if right else "left", overflow="fold")
+    for name, part in parts.items():
+        counts = (part[key] for key in ("wanted", "running", "ready", "done", "restarts"))
+        table.add_row(name, *map(str, counts), Text(part["last_end"] or ""))
+    return table
+
+
+def _lines(status: Mapping[str, Any]) -> Iterator[str]:
+    for part in status["parts"].values():
+        for pending in part["pending"]:
+            yield f"waits    {pending}"
+    for condition in status["conditions"]:
+        yield f"says     {condition}"
+    if store := status["store"]:
+        yield f"store    {_store(store)}"
+        yield f"saved    {_saved(store)}"
+    if numbers := status["numbers"]:
+        shown = [text.format(numbers[name]) for name, text in _NUMBERS.items() if name in numbers]
+        yield f"training {'  '.join(shown)}  ({numbers['from']})"
+
+
+def _store(store: Mapping[str, Any]) -> str:
+    if "units" not in store:
+        return str(store["plan"])
+    return (
+        f"{store['ready_units']} of {store['units']} units ready, the run is at "
+        f"{store['reached_unit']}, backlog {store['backlog_units']}"
+    )
+
+
+def _saved(store: Mapping[str, Any]) -> str:
+    if store["checkpoint_step"] is None:
+        return f"no checkpoint yet, of {store['steps']} steps"
+    age = _duration(store["checkpoint_age_seconds"])
+    return f"step {store['checkpoint_step']} of {store['steps']}, {age} ago"
+
+
+def _troubles(status: Mapping[str, Any]) -> Iterator[str]:
+    for warning in status["warnings"]:
+        yield f"warning: {warning}"
+    for what, why in status["out_of_reach"].items():
+        yield f"{what} out of reach: {why}"
+
+
+def _duration(seconds: float) -> str:
+    minutes, hours = seconds / 60, seconds / 3600
+    if minutes < 2:  # noqa: PLR2004
+        return f"{seconds:.0f} s"
+    return f"{minutes:.0f} min" if hours < 2 else f"{hours:.1f} h"  # noqa: PLR2004

@@ -1,0 +1,23 @@
+"""Reads what `telemetry/exporter.py` serves, as Prometheus would."""
+
+from typing import NamedTuple
+
+from prometheus_client.parser import text_string_to_metric_families
+
+
+class Sample(NamedTuple):
+    """A value of a series."""
+
+    name: str
+    labels: dict[str, str]
+    value: float
+
+
+def read_page(text: str) -> list[Sample]:
+    """All samples of a page in Prometheus' text format.
+
+    Raises:
+        ValueError: It is none.
+    """
+    families = text_string_to_metric_families(text)
+    return [Sample(s.name, dict(s.labels), s.value) for family in families for s in family.samples]

@@ -1,0 +1,96 @@
+"""What server-side apply makes of an object: merged, with defaults, or refused."""
+
+import copy
+import json
+from typing import Any
+
+Object = dict[str, Any]
+
+
+class RefusedError(Exception):
+    """An answer other than 200; `reason` None: not from the API, but from whatever is before it."""
+
+    def __init__(self, code: int, reason: str | None, message: str, **details: str) -> None:
+        super().__init__(message)
+        self.code, self.reason, self.details = code, reason, details
+
+    def body(self) -> bytes:
+        if self.reason is None:
+            return str(self).encode()
+        status = {
+            "kind": "Status",
+            "apiVersion": "v1",
+            "status": "Failure",
+            "code": self.code,
+            "reason": self.reason,
+            "message": str(self),
+            "details": self.details,
+        }
+        return json.dumps(status).encode()
+
+
+def with_defaults(obj: Object) -> Object:
+    """Some of the defaults of the kinds that a run consists of."""
+    obj = copy.deepcopy(obj)
+    match obj["kind"]:
+        case "Service":
+            obj["spec"] = {"sessionAffinity": "None", "type": "ClusterIP"} | obj["spec"]
+        case "Job":
+            _fill_job(obj["spec"])
+        case "JobSet":
+            obj["spec"] = {"successPolicy": {"operator": "All"}} | obj["spec"]
+            for replicated in obj["spec"]["replicatedJobs"]:
+                _fill_job(replicated["template"]["spec"])
+    return obj
+
+
+def _fill_job(spec: Object) -> None:
+    spec.setdefault("suspend", False)
+    pod = spec["template"]["spec"]
+    pod.setdefault("dnsPolicy", "ClusterFirst")
+    pod.setdefault("schedulerName", "default-scheduler")
+    for container in [*pod.get("initContainers", []), *pod["containers"]]:
+        container.setdefault("terminationMessagePath", "/dev/termination-log")
+        for port in container.get("ports", []):
+            port.setdefault("protocol", "TCP")
+    for volume in pod.get("volumes", []):
+        if "configMap" in volume:
+            volume["configMap"].setdefault("defaultMode", 420)
+
+
+def merge(live: Object, before: Object, new: Object) -> Object:
+    """What the manager sets, and not what it had set before and sets no more. Lists are atomic."""
+    merged = {key: value for key, value in live.items() if key not in before or key in new}
+    for key, value in new.items():
+        if isinstance(value, dict):
+            past, old = (d.get(key) for d in (live, before))
+            merged[key] = merge(
+                past if isinstance(past, dict) else {}, old if isinstance(old, dict) else {}, value
+            )
+        else:
+            merged[key] = copy.deepcopy(value)
+    return merged
+
+
+def find_conflict(theirs: Object, ours: Object, path: str = "") -> str | None:
+    for key in theirs.keys() & ours.keys():
+        mine, yours = ours[key], theirs[key]
+        if isinstance(mine, dict) and isinstance(yours, dict):
+            if where := find_conflict(yours, mine, f"{path}.{key}"):
+                return where
+        elif mine != yours:
+            return f"{path}.{key}"
+    return None
+
+
+def check_immutable(live: Object, new: Object) -> None:
+    kind, name = live["kind"], live["metadata"]["name"]
+    if kind == "Job" and live["spec"]["template"] != new["spec"]["template"]:
+        said = f'Job.batch "{name}" is invalid: spec.template: Invalid value: field is immutable'
+        raise RefusedError(422, "Invalid", said)
+    if kind == "JobSet" and live["spec"]["replicatedJobs"] != new["spec"]["replicatedJobs"]:
+        said = (  # as controller-runtime's webhooks say it: by 403
+            'admission webhook "vjobset.kb.io" denied the request: spec.replicatedJobs: Invalid '
+            "value: field is immutable"
+        )
+        raise RefusedError(403, "Forbidden", said)

@@ -1,0 +1,100 @@
+"""What pods say, by part, index and name, while they live and after they were replaced."""
+
+import json
+import threading
+
+import pytest
+
+from dist_sae.cli import main
+from tests.deploy.apiserver import ApiServer
+from tests.deploy.conftest import Shell
+
+
+@pytest.fixture
+def trainers(api: ApiServer, sh: Shell, path: str) -> tuple[str, str]:
+    """The pods of two trainers that run and have spoken in turn."""
+    sh("submit", path)
+    first, second = api.pods("trainer")
+    for second_of_day, pod in ((1, first), (2, second), (3, first), (4, second)):
+        api.run_pod(pod)
+        api.say(pod, second_of_day, f"step {second_of_day}")
+    return first, second
+
+
+def test_logs_are_of_the_first_trainer(sh: Shell, path: str, trainers: tuple[str, str]) -> None:
+    assert sh("logs", path).splitlines() == ["step 1", "step 3"]
+    assert sh("logs", path, "--tail", "1").splitlines() == ["step 3"]
+    assert sh("logs", path, "trainer-1").splitlines() == ["step 2", "step 4"]
+    assert json.loads(sh("logs", path, "--tail", "1", "--json")) == {"line": "step 3"}
+
+
+def test_logs_of_a_part_are_in_the_order_of_their_times(
+    sh: Shell, path: str, trainers: tuple[str, str]
+) -> None:
+    first, second = trainers
+    assert sh("logs", path, "trainer").splitlines() == [
+        f"{first}: step 1",
+        f"{second}: step 2",
+        f"{first}: step 3",
+        f"{second}: step 4",
+    ]
+
+
+def test_logs_of_a_replaced_pod_are_found(
+    api: ApiServer, sh: Shell, path: str, trainers: tuple[str, str]
+) -> None:
+    first, _ = trainers
+    assert sh.fail("logs", path, "--previous") == (
+        "dist-sae/tiny: there is no earlier pod trainer-0; dist-sae status says what there is"
+    )
+    third = api.fail_pod(first)
+    api.run_pod(third)
+    api.say(third, 9, "resuming")
+    assert sh("logs", path).splitlines() == ["resuming"]
+    for which in (["--previous"], [first], ["trainer", "--previous"]):
+        assert sh("logs", path, *which).splitlines() == ["step 1", "step 3"]
+
+
+def test_logs_of_the_reporter_are_of_all_its_programs(api: ApiServer, sh: Shell, path: str) -> None:
+    sh("submit", path)
+    (pod,) = api.pods("reporter")
+    api.run_pod(pod)
+    api.say(pod, 1, "done")
+    assert sh("logs", path, "reporter").splitlines() == ["done"] * 3  # evaluate, export, report
+
+
+def test_logs_of_what_is_not_there_or_has_not_begun(api: ApiServer, sh: Shell, path: str) -> None:
+    assert "dist-sae/tiny: there is no pod trainer-0" in sh.fail("logs", path)
+    sh("submit", path)
+    assert "is waiting to start" in sh.fail("logs", path)
+    assert "there is no pod trainer-7" in sh.fail("logs", path, "trainer-7")
+
+
+@pytest.mark.parametrize("which", ["trainer-0", "trainer"])
+def test_following_goes_on_until_the_pods_end(
+    api: ApiServer,
+    path: str,
+    trainers: tuple[str, str],
+    capsys: pytest.CaptureFixture[str],
+    which: str,
+) -> None:
+    first, second = trainers
+    prefix = f"{first}: " if which == "trainer" else ""
+
+    def speak_and_end() -> None:
+        api.await_(lambda: api.followers >= (2 if which == "trainer" else 1))
+        api.say(first, 5, "the end")
+        for pod in trainers:
+            api.fail_pod(pod)
+
+    thread = threading.Thread(target=speak_and_end)
+    thread.start()
+    assert main(["logs", path, which, "--follow", "--tail", "1"]) == 0
+    thread.join()
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if line.startswith(prefix)] == [
+        f"{prefix}step 3",
+        f"{prefix}the end",
+    ]
+    if which == "trainer":
+        assert f"{second}: step 4" in lines
