@@ -20,7 +20,6 @@ from typing import Any, NamedTuple
 import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.axes import Axes
-from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, MaxNLocator
 from PIL import Image
@@ -98,8 +97,8 @@ def say(value: float, unit: str) -> str:
     return f"{value:.3g}{suffix}"
 
 
-def draw(dashboard: dict[str, Any], asker: Asker) -> Figure:
-    """A dashboard as a figure."""
+def draw(dashboard: dict[str, Any], asker: Asker, picture: Path) -> None:
+    """A dashboard as a PNG with few colours, which keeps it small."""
     panels = dashboard["panels"]
     rows = max(p["gridPos"]["y"] + p["gridPos"]["h"] for p in panels) + 2
     figure = plt.figure(figsize=(24 * CELL[0], rows * CELL[1]), facecolor="#f2f4f6")
@@ -131,7 +130,9 @@ def draw(dashboard: dict[str, Any], asker: Asker) -> Figure:
         else:
             inner = (x + 0.052, y + 2.3 / rows, width - 0.072, height - 3.7 / rows)
             _draw_graph(figure.add_axes(inner), series, unit, panel, asker)
-    return figure
+    figure.savefig(picture, dpi=84)
+    plt.close(figure)
+    Image.open(picture).convert("RGB").quantize(256).save(picture, optimize=True)
 
 
 def _draw_table(card: Axes, series: Sequence[Series]) -> None:
@@ -220,11 +221,8 @@ def main() -> None:
     folder = MONITORING / "pictures"
     folder.mkdir(exist_ok=True)
     for path in sorted((MONITORING / "dashboards").glob("*.json")):
-        figure = draw(json.loads(path.read_text()), asker)
         picture = folder / f"{path.stem}.png"
-        figure.savefig(picture, dpi=84)
-        plt.close(figure)
-        Image.open(picture).convert("RGB").quantize(256).save(picture, optimize=True)
+        draw(json.loads(path.read_text()), asker, picture)
         print(picture, f"{picture.stat().st_size / 1e3:.0f} kB")
 
 
