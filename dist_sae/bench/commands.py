@@ -20,7 +20,6 @@ def add_benches(commands: Any, command: Callable[[argparse.Namespace], None]) ->
         metavar="WHAT", required=True
     )
     step = actions.add_parser("step", help="a training step against the bare encoder product")
-    step.add_argument("--products", choices=["bf16", "fp32"], default="bf16")
     step.add_argument("--kernels", choices=["auto", "torch", "native", "triton"], default="auto")
     step.add_argument("--kind", choices=["topk", "routed"], default="topk")
     step.add_argument("--experts", type=int, default=16, help="of a routed dictionary")
@@ -61,6 +60,8 @@ def add_benches(commands: Any, command: Callable[[argparse.Namespace], None]) ->
             help="s3://bucket/prefix or a folder; what is written is deleted",
         )
         action.add_argument("--endpoint-url", help="of a store other than AWS")
+    for action in (step, metrics):
+        action.add_argument("--products", choices=["bf16", "fp32"], default="bf16")
     for action in (step, metrics, peers, checkpoint):
         action.add_argument("--n-latents", type=int, default=65_536)
         action.add_argument("--k", type=int, default=32)
@@ -106,7 +107,7 @@ def _metrics(options: argparse.Namespace) -> Result:
     from dist_sae.parallel.meeting import meet
     from dist_sae.parallel.mesh import join_mesh
 
-    shape = StepShape(options.d_in, options.n_latents, options.k, options.batch)
+    shape = StepShape(options.d_in, options.n_latents, options.k, options.batch, options.products)
     bench_run(shape, 1, 1)
     with meet(1) as ranks, join_mesh(ranks) as mesh:
         return bench_metrics(shape, mesh, rounds=options.rounds)

@@ -71,14 +71,14 @@ def test_a_gpu_is_waited_for_only_when_its_times_are_asked_for(
 
 def test_the_product_is_scaled_up_from_its_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     """128 rows x 1,024 latents of 65,536, or of the 2 experts of 16 that a row meets."""
-    seconds = iter([0.5, 0.25, 1.0])
+    seconds = iter([0.25, 0.5, 1.0])
     monkeypatch.setattr(Clock, "seconds", lambda *_: next(seconds))
     monkeypatch.setattr(phases, "_MOST_TIME", 1e9)
     x = torch.randn(128, 4)
     topk = ProductSamples(build_sae(TopKConfig(n_latents=32_768, k=4, auxk=4), 4), Clock(CPU))
     assert topk.seconds is None
     topk.sample(x)
-    assert topk.seconds == 0.5 * 32
+    assert topk.seconds == 0.25 * 32
     topk.sample(x)  # the fastest sample counts
     assert topk.seconds == 0.25 * 32
     config = RoutedConfig(n_latents=32_768, k=4, auxk=4, experts=16, experts_per_row=2)

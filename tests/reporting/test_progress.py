@@ -60,7 +60,8 @@ def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch: pytest.Mon
         "train 200/400  1,024,673 rows/s  fvu 0.190  l0 50.3  dead 10.8%  limit: "
     )
     monkeypatch.setattr(progress, "_PLAIN_EVERY_SECONDS", 0.0)
-    *_, last = shown(terminal=False)
+    *_, produce, _, last = shown(terminal=False)
+    assert produce.startswith("produce 2/1000  ")  # though the other one has seen 1
     assert last.startswith("train 300/400  0:00:00 left  ")
 
 

@@ -21,8 +21,9 @@ def no_last_scrape(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def settled(gathered: GatheredTelemetry, up: int) -> str:
     """The page once so many ranks are up: on a busy machine an answer comes after the first one."""
+    deadline = time.monotonic() + 30
     while sum(of_rank(page := scrape(gathered.port), "dist_sae_rank_up").values()) != up:
-        pass
+        assert time.monotonic() < deadline, page
     return page
 
 
