@@ -32,10 +32,10 @@ SMALL = (
     "model.n_features=64",
     "sae.n_latents=64",
     "sae.auxk=16",
-    "corpus.documents=1_400",
+    "corpus.documents=1_000",
     "activations.unit_rows=2048",
     "activations.block_rows=256",
-    "train.rows=76_800",
+    "train.rows=51_200",
     "train.batch_rows=256",
     "train.normaliser_rows=10_000",
     "train.products=fp32",
@@ -280,9 +280,9 @@ def test_a_mistake_fails_the_run_at_once(runs: Runs, calm: Calm) -> None:
 def test_plain_jobs_wait_for_one_another(runs: Runs, calm: Calm) -> None:
     """Even if the planner comes last."""
     run, cluster = runs.run("plain", "cluster.jobset=false", "processes.producers=1"), runs.cluster
-    objects = {item["metadata"]["name"]: item for item in render_objects(run)}
-    planner = objects.pop(job_name(run, "planner"))
-    cluster.apply(objects.values())
+    *others, planner, producer, trainer, reporter = render_objects(run)
+    assert planner["metadata"]["name"] == job_name(run, "planner")
+    cluster.apply([*others, producer, trainer, reporter])
     waiting = {"producer": "a plan", "trainer": "a plan", "reporter": f"step {run.steps}"}
     for part, what in waiting.items():
         (pod, *_) = runs.job(run, part).active.values()
