@@ -289,9 +289,11 @@ def test_pods_that_can_never_fit_are_refused(api: ApiServer, sh: Shell, path: st
         "it has 32Gi); lower it, or --ignore-nodes if larger ones will be added"
     )
     assert not api.objects
-    tolerant = "cluster.trainer.tolerations=[{key: gpu, operator: Equal, value: 'yes'}]"
-    assert "is submitted" in sh(*large, "--set", tolerant)
-    api.objects.clear()
+    for tolerates in ("{key: gpu}", "{key: gpu, operator: Equal, value: 'yes'}"):
+        assert "is submitted" in sh(*large, "--set", f"cluster.trainer.tolerations=[{tolerates}]")
+        api.objects.clear()
+    others = "cluster.trainer.tolerations=[{key: gpu, operator: Equal, value: 'no'}]"
+    assert "none of the 1 nodes" in sh.fail(*large, "--set", others)
     assert "is submitted" in sh(*large, "--ignore-nodes")
 
 
