@@ -75,7 +75,6 @@ class Pod:
         self.ready = False
         self.has_started = False
         """Its startup probe, if any, has been answered."""
-        self.has_been_ready = False
         self.exit_codes: dict[str, int] = {}
         """Of containers that have ended."""
         self.conditions: set[str] = set()
@@ -90,9 +89,9 @@ class Pod:
         self._lock = threading.Lock()  # between a start and a signal
         self._killing: threading.Timer | None = None
         self.folder.mkdir()
-        self._volumes = {volume["name"]: self._volume(volume) for volume in self.spec["volumes"]}
         self._hosts = self.folder / "hosts"
         self._hosts.touch()
+        self._volumes = {volume["name"]: self._volume(volume) for volume in self.spec["volumes"]}
         self._namespace, self.address = node.network.attach()
         self._thread = threading.Thread(target=self._run, name=self.name)
 
@@ -242,7 +241,7 @@ class Pod:
                 (folder / key).write_text(value)
             return folder
         if volume["emptyDir"].get("medium") == "Memory":
-            folder = Path(f"/dev/shm/{self.name}-{volume['name']}")
+            folder = Path("/dev/shm", f"{self._node.network.name}-{self.name}-{volume['name']}")
         folder.mkdir()
         folder.chmod(0o777)
         return folder
@@ -291,7 +290,6 @@ class Pod:
     def _be_ready(self, *, ready: bool) -> None:
         if ready != self.ready and not self.cut_off:
             self.ready = ready
-            self.has_been_ready |= ready
             self._changed()
 
     def _end_container(self) -> None:

@@ -29,7 +29,7 @@ class Cluster:
         time_scale: Of the seconds between probes, so many pass.
     """
 
-    def __init__(self, folder: Path, *, time_scale: float = 0.1) -> None:
+    def __init__(self, folder: Path, *, time_scale: float = 0.25) -> None:
         self.network = Network()
         self.pods: list[Pod] = []
         self.jobs: dict[str, Job] = {}
