@@ -31,6 +31,7 @@ _LONGEST = (
     "tests/train/test_resume.py",
     "tests/chaos/test_chaos.py",
     "tests/test_produce_together.py",
+    "tests/monitoring/test_live.py",
     "tests/storage/test_s3.py",
     "tests/train/test_train.py",
 )

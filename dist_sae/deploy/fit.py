@@ -25,8 +25,7 @@ def check_fit(templates: Mapping[str, Object], nodes: list[Object]) -> list[str]
         if not pool:
             wanted = ", ".join(f"{k}={v}" for k, v in spec.get("nodeSelector", {}).items())
             warnings.append(
-                f"no node is for {part} pods now ({wanted or 'every one has a taint'}): they wait "
-                f"until one is added"
+                f"no node is for {part} pods now{wanted and f' ({wanted})'}: they wait until one is"
             )
         elif all(lacks):
             problems.append(

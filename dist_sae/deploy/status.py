@@ -9,12 +9,13 @@ from typing import Any
 from dist_sae.config import Run
 from dist_sae.deploy.cluster import Cluster
 from dist_sae.deploy.names import selector
-from dist_sae.deploy.pods import Object
+from dist_sae.deploy.pods import Object, Part
 from dist_sae.deploy.presence import look
 from dist_sae.deploy.stored import StoredRun
 from dist_sae.deploy.workers import describe_parts, newest_pods, part_of
 from dist_sae.errors import ClusterError, DistSaeError
-from dist_sae.telemetry.scrape import read_page
+from dist_sae.reporting.limits import describe_limit
+from dist_sae.telemetry.scrape import Sample, read_page
 
 NUMBERS = (
     "step",
@@ -23,9 +24,9 @@ NUMBERS = (
     "l0_latents",
     "dead_share",
     "rows_per_second",
+    "product_share",
 )
 """Of training, by their names in the history and, with a prefix, among the metrics."""
-_SAVE_SECONDS = "dist_sae_checkpoint_seconds"
 
 
 def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]:
@@ -33,8 +34,8 @@ def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]
 
     Returns:
         `state`, `parts` and `conditions` (from the cluster), `store`, `numbers` (the last ones of
-        training, and where they are `from`), `warnings`, and `out_of_reach`: what could not be
-        asked, and why.
+        training, and where they are `from`), `limit` (what limits the run), `warnings`, and
+        `out_of_reach`: what could not be asked, and why.
     """
     out_of_reach: dict[str, str] = {}
     status: dict[str, Any] = {"run": run.name, "namespace": cluster.namespace}
@@ -52,8 +53,10 @@ def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]
         out_of_reach["cluster"] = str(exc)
         status |= {"state": "unknown", "parts": {}, "conditions": []}
     numbers: dict[str, Any] | None = None
+    slowest_stage: str | None = None
     try:
         numbers = _live_numbers(run, cluster, pods)
+        slowest_stage = _slowest_stage(run, cluster, pods)
     except (ClusterError, ValueError) as exc:  # or what came is no page of metrics
         out_of_reach["metrics"] = str(exc)
     try:
@@ -64,6 +67,7 @@ def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]
         status["store"] = None
     return status | {
         "numbers": numbers,
+        "limit": _limit(numbers, slowest_stage, status["store"] or {}),
         "warnings": _warnings(run, numbers),
         "out_of_reach": out_of_reach,
     }
@@ -82,27 +86,61 @@ def _conditions(workloads: list[Object]) -> list[str]:
 
 def _live_numbers(run: Run, cluster: Cluster, pods: list[Object]) -> dict[str, Any] | None:
     """From the metrics of the first trainer, if it runs."""
-    trainers = [pod for pod in pods if part_of(pod) == "trainer"]
-    for pod in newest_pods(trainers)[:1]:
-        if pod["status"].get("phase") != "Running":
-            break
-        name = pod["metadata"]["name"]
-        page = cluster.proxy(name, run.telemetry.port or run.cluster.port, "metrics")
-        values = {sample.name: sample.value for sample in read_page(page)}
-        found = {
-            n: values[f"dist_sae_train_{n}"] for n in NUMBERS if f"dist_sae_train_{n}" in values
-        }
-        if _SAVE_SECONDS in values:
-            found["checkpoint_seconds"] = values[_SAVE_SECONDS]
-        return found | {"from": f"pod {name}"}
-    return None
+    pod, page = _page(run, cluster, pods, "trainer")
+    if not page:
+        return None
+    values = {sample.name: sample.value for sample in page if "phase" not in sample.labels}
+    names = {name: f"dist_sae_train_{name}" for name in NUMBERS}
+    names["checkpoint_seconds"] = "dist_sae_checkpoint_seconds"
+    found = {name: values[metric] for name, metric in names.items() if metric in values}
+    phases = _sums(page, "dist_sae_train_phase_seconds_total", "phase")
+    return found | {"phases": phases, "from": f"pod {pod}"}
+
+
+def _slowest_stage(run: Run, cluster: Cluster, pods: list[Object]) -> str | None:
+    """Of the first producer, if it runs."""
+    _, page = _page(run, cluster, pods, "producer")
+    stages = _sums(page, "dist_sae_produce_seconds_total", "stage")
+    return max(stages, key=lambda stage: stages[stage]) if any(stages.values()) else None
+
+
+def _page(
+    run: Run, cluster: Cluster, pods: list[Object], part: Part
+) -> tuple[str | None, list[Sample]]:
+    """The metrics of the first pod of a part, and its name; nothing if it does not run."""
+    for pod in newest_pods(pod for pod in pods if part_of(pod) == part)[:1]:
+        if pod["status"].get("phase") == "Running":
+            name = pod["metadata"]["name"]
+            port = run.telemetry.port or run.cluster.port
+            return name, read_page(cluster.proxy(name, port, "metrics"))
+    return None, []
+
+
+def _sums(page: list[Sample], name: str, label: str) -> dict[str, float]:
+    return {sample.labels[label]: sample.value for sample in page if sample.name == name}
 
 
 def _stored_numbers(stored: StoredRun) -> dict[str, Any] | None:
     last = stored.last_numbers()
     if last is None:
         return None
-    return {name: last[name] for name in NUMBERS if name in last} | {"from": "the run's history"}
+    found = {name: last[name] for name in (*NUMBERS, "phases") if name in last}
+    return found | {"from": "the run's history"}
+
+
+def _limit(
+    numbers: Mapping[str, Any] | None, slowest_stage: str | None, store: Mapping[str, Any]
+) -> str | None:
+    """What limits the run, in a few words; None while there is nothing to judge by."""
+    if not numbers and not slowest_stage:
+        return None
+    known = numbers or {}
+    return describe_limit(
+        known.get("phases", {}),
+        known.get("product_share"),
+        slowest_stage,
+        all_produced="units" in store and store["ready_units"] == store["units"],
+    )
 
 
 def _warnings(run: Run, numbers: Mapping[str, Any] | None) -> list[str]:

@@ -50,6 +50,8 @@ def _lines(status: Mapping[str, Any]) -> Iterator[str]:
     if numbers := status["numbers"]:
         shown = [text.format(numbers[name]) for name, text in _NUMBERS.items() if name in numbers]
         yield f"training {'  '.join(shown)}  ({numbers['from']})"
+    if status["limit"]:
+        yield f"limit    {status['limit']}"
 
 
 def _store(store: Mapping[str, Any]) -> str:

@@ -30,13 +30,13 @@ def describe_limit(
     """
     total = sum(phases.values())
     if not total:
-        begun = "the trainers: they have not begun yet"
-        return begun if all_produced else f"data: {_producers(slowest_stage)}"
+        return _before_training(slowest_stage, all_produced=all_produced)
     shares = {phase: seconds / total for phase, seconds in phases.items()}
     if (waiting := shares.get("wait", 0.0)) > _STALLED:
         if all_produced:
             return f"the store: all units are there, and trainers wait {waiting:.0%} of the time"
-        return f"data: trainers wait {waiting:.0%} of the time; {_producers(slowest_stage)}"
+        of_producers = f"; {_stage(slowest_stage)}" if slowest_stage else ""
+        return f"data: trainers wait {waiting:.0%} of the time{of_producers}"
     if (saving := shares.get("save", 0.0)) > _STALLED:
         return f"saving: training stands still {saving:.0%} of the time"
     if product_share is not None and product_share >= _DENSE:
@@ -46,7 +46,13 @@ def describe_limit(
     return f"{_NAMES.get(phase, phase)}: {shares[phase]:.0%} of a step{product}"
 
 
-def _producers(slowest_stage: str | None) -> str:
+def _before_training(slowest_stage: str | None, *, all_produced: bool) -> str:
+    if all_produced:
+        return "the trainers: they have not begun yet"
     if slowest_stage is None:
-        return "no producer has said anything yet"
-    return f"producers' slowest stage: {slowest_stage}"
+        return "data: no producer has said anything yet"
+    return f"data: {_stage(slowest_stage)}"
+
+
+def _stage(slowest: str) -> str:
+    return f"producers' slowest stage: {slowest}"

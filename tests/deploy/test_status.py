@@ -46,7 +46,8 @@ def going(sh: Shell, path: str) -> str:
     Checkpoints(runs, "tiny", 2).commit(8, [], {})
     history = History(runs, "tiny", 0)
     for step, fvu in ((4, 0.5), (8, 0.25)):
-        history.append({"step": step, "rows": 256 * step, "fvu": fvu, "rows_per_second": 100.0})
+        numbers = {"fvu": fvu, "rows_per_second": 100.0, "phases": {"wait": 3.0, "forward": 1.0}}
+        history.append({"step": step, "rows": 256 * step, **numbers})
     history.flush()
     return path
 
@@ -91,14 +92,16 @@ def test_status_joins_pods_store_and_history(api: ApiServer, sh: Shell, going: s
         "steps": 16,
         "checkpoint_step": 8,
     }
+    assert found["limit"] == "data: trainers wait 75% of the time"
     assert found["numbers"] == {
         "step": 8,
         "fvu": 0.25,
         "rows_per_second": 100.0,
+        "phases": {"wait": 3.0, "forward": 1.0},
         "from": "the run's history",
     }
     assert found["warnings"] == []
-    assert found["out_of_reach"] == {}
+    assert found["out_of_reach"].keys() == {"metrics"}  # of the producer that runs
 
     shown = sh("status", going)
     assert "tiny in dist-sae: running" in shown
@@ -146,9 +149,16 @@ def test_status_asks_the_first_trainer_for_its_numbers(
     sh("submit", going)
     pod = api.pods("trainer")[0]
     api.run_pod(pod)
-    with Telemetry("tiny", "train", 0) as telemetry:
+    producer = api.pods("producer")[0]
+    api.run_pod(producer)
+    with Telemetry("tiny", "train", 0) as telemetry, Telemetry("tiny", "produce", 0) as producing:
         assert telemetry.port
-        api.ports[pod] = telemetry.port
+        assert producing.port
+        api.ports |= {pod: telemetry.port, producer: producing.port}
+        producing.add("dist_sae_produce_seconds_total", 9, stage="store")
+        producing.add("dist_sae_produce_seconds_total", 5, stage="forward")
+        telemetry.add("dist_sae_train_phase_seconds_total", 2, phase="wait")
+        telemetry.add("dist_sae_train_phase_seconds_total", 6, phase="backward")
         telemetry.set("dist_sae_train_step", 11)
         telemetry.set("dist_sae_train_fvu", 0.125)
         telemetry.set("dist_sae_checkpoint_seconds", 301)
@@ -161,6 +171,9 @@ def test_status_asks_the_first_trainer_for_its_numbers(
                 "checkpoint_seconds": 301,
                 "from": f"pod {pod}",
             }.items()
+        )
+        assert found["limit"] == (
+            "data: trainers wait 25% of the time; producers' slowest stage: store"
         )
         assert found["warnings"] == [
             "the last checkpoint took 301 s, and pods that are to end have 600 s; raise "

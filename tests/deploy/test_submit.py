@@ -299,7 +299,7 @@ def test_pods_without_a_node_may_wait_for_one(api: ApiServer, sh: Shell, path: s
     api.nodes = [node("cpus"), node("old-gpus", {"gpu": "a100"})]
     select = ("--set", "cluster.trainer.node_selector={gpu: h100}")
     said = sh.warned("submit", path, *select)
-    assert "no node is for trainer pods now (gpu=h100): they wait until one is added" in said
+    assert "no node is for trainer pods now (gpu=h100): they wait until one is" in said
     assert api.names("JobSet") == ["tiny"]
 
 

@@ -1,6 +1,7 @@
 """The dashboards: generated, of metrics that exist, and what Grafana takes."""
 
 import json
+import re
 import runpy
 import subprocess
 import sys
@@ -51,12 +52,32 @@ def test_the_files_are_what_the_code_gives() -> None:
     assert files == set(render_dashboards())
 
 
+def test_grafana_can_tell_panels_and_queries_apart() -> None:
+    for page in PAGES:
+        panels = json.loads(render_dashboards()[f"{page.name}.json"])["panels"]
+        assert len({panel["id"] for panel in panels}) == len(panels)
+        places = {(panel["gridPos"]["x"], panel["gridPos"]["y"]) for panel in panels}
+        assert len(places) == len(panels)
+        for panel in panels:
+            letters = [target["refId"] for target in panel.get("targets", [])]
+            assert letters == list("ABCD")[: len(letters)], panel["title"]
+
+
 def test_every_metric_is_shown_once_at_least() -> None:
     shown = "\n".join(expressions())
     recorded = recorded_in(shown)
     asked = metrics_in(shown + "".join(r["expr"] for r in rules() if r["record"] in recorded))
     assert asked | UNSHOWN == {metric.name for metric in METRICS}
     assert not asked & UNSHOWN
+
+
+def test_the_runbook_names_panels_that_exist() -> None:
+    titles = {section.title for page in PAGES for section in page.sections}
+    titles |= {panel.title for page in PAGES for sec in page.sections for panel in sec.panels}
+    plain = (MONITORING / "runbook.md").read_text().replace("**", "")
+    named = {name.replace("\n", " ") for name in re.findall(r"\*([^*]+)\*", plain)}
+    assert named
+    assert named <= titles
 
 
 def test_every_recorded_series_is_recorded() -> None:

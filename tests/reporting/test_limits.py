@@ -18,6 +18,7 @@ BUSY = {"wait": 0.2, "forward": 5.0, "backward": 3.0, "optimiser": 1.0, "save": 
             "store",
             "data: trainers wait 51% of the time; producers' slowest stage: store",
         ),
+        (BUSY | {"wait": 10.0}, 0.9, None, "data: trainers wait 51% of the time"),
         (BUSY | {"save": 2.5}, 0.6, "store", "saving: training stands still 20% of the time"),
         (BUSY, 0.55, "store", "the encoder product: 55% of a step"),
         (BUSY, 0.3, "store", "the forward pass: 50% of a step; the encoder product: 30%"),

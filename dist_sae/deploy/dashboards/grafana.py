@@ -2,6 +2,8 @@
 
 import json
 from collections.abc import Sequence
+from itertools import count
+from string import ascii_uppercase
 
 from grafana_foundation_sdk.builders import (
     common,
@@ -18,7 +20,6 @@ from grafana_foundation_sdk.models import dashboard as schema
 from grafana_foundation_sdk.models.prometheus import PromQueryFormat
 
 from dist_sae.deploy.dashboards.panels import Page, Panel, Shape, Unit
-from dist_sae.deploy.dashboards.queries import Query
 
 GENERATED = "Generated from dist_sae/deploy/dashboards/ by launch/render.sh: edit the former."
 _SOURCE = schema.DataSourceRef(type_val="prometheus", uid="${datasource}")
@@ -60,10 +61,11 @@ def render_page(page: Page, others: Sequence[Page]) -> str:
         .links([_link(other) for other in others])
         .annotation(_alerts())
     )
+    numbers = count(1)
     for section in page.sections:
-        built.with_row(dashboard.Row(section.title))
+        built.with_row(dashboard.Row(section.title).id(next(numbers)))
         for panel in section.panels:
-            built.with_panel(_panel(panel))
+            built.with_panel(_panel(panel, next(numbers)))
     return json.dumps(built.build(), cls=JSONEncoder, indent=1) + "\n"
 
 
@@ -117,14 +119,14 @@ def _alerts() -> dashboard.AnnotationQuery:
     )
 
 
-def _panel(panel: Panel) -> Builder[schema.Panel]:
+def _panel(panel: Panel, number: int) -> Builder[schema.Panel]:
     match panel.shape:
         case "graph" | "stack":
-            return _graph(panel)
+            return _graph(panel).id(number)
         case "number":
-            return _number(panel)
+            return _number(panel).id(number)
         case "table":
-            return _table(panel)
+            return _table(panel).id(number)
 
 
 def _graph(panel: Panel) -> timeseries.Panel:
@@ -149,7 +151,7 @@ def _graph(panel: Panel) -> timeseries.Panel:
             .sort(style.SortOrder.DESCENDING)
         )
         .show_points(style.VisibilityMode.NEVER)
-        .targets([_target(query) for query in panel.queries])
+        .targets([target.range() for target in _targets(panel)])
     )
     if panel.limits:
         graph.thresholds(_thresholds(panel.limits)).thresholds_style(
@@ -176,7 +178,7 @@ def _number(panel: Panel) -> stat.Panel:
         .color_mode(style.BigValueColorMode.VALUE if panel.limits else style.BigValueColorMode.NONE)
         .thresholds(_thresholds(panel.limits))
         .no_value("none")
-        .targets([_target(query) for query in panel.queries])
+        .targets([target.range() for target in _targets(panel)])
     )
 
 
@@ -196,9 +198,7 @@ def _table(panel: Panel) -> table.Panel:
         .with_transformation(
             schema.DataTransformerConfig(id_val="organize", options={"excludeByName": hidden})
         )
-        .targets(
-            [_target(query).instant().format(PromQueryFormat.TABLE) for query in panel.queries]
-        )
+        .targets([target.instant().format(PromQueryFormat.TABLE) for target in _targets(panel)])
     )
 
 
@@ -207,8 +207,11 @@ def _size(panel: Panel) -> tuple[int, int]:
     return panel.width or width, height
 
 
-def _target(query: Query) -> prometheus.Dataquery:
-    return prometheus.Dataquery().expr(query.expr).legend_format(query.legend)
+def _targets(panel: Panel) -> list[prometheus.Dataquery]:
+    return [
+        prometheus.Dataquery().ref_id(letter).expr(query.expr).legend_format(query.legend)
+        for letter, query in zip(ascii_uppercase, panel.queries, strict=False)
+    ]
 
 
 def _thresholds(limits: Sequence[float]) -> dashboard.ThresholdsConfig:
