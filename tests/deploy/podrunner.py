@@ -17,7 +17,8 @@ from types import TracebackType
 from typing import Self
 
 from tests.deploy.controllers import Condition, Job, JobSet
-from tests.deploy.kubelet import ENDED, Node, Object, Pod
+from tests.deploy.kubelet import ENDED, Node, Pod
+from tests.deploy.manifests import Object
 from tests.deploy.sandbox import Network, read_image
 
 

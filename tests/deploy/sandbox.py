@@ -88,6 +88,8 @@ class Network:
     """A subnet of this machine: every pod has an address, and reaches the gateway, which is us."""
 
     def __init__(self) -> None:
+        if os.geteuid():
+            raise PermissionError("pods get namespaces and addresses, which root alone can give")
         _sweep()
         self.name = f"ds{os.getpid():06x}{_LETTERS.pop(0)}"
         self._pods = 1
@@ -97,6 +99,8 @@ class Network:
             with suppress(subprocess.CalledProcessError):  # others of this machine have it
                 _ip("route", "add", f"10.77.{number}.0/24", "dev", self.name)
                 break
+        else:
+            raise RuntimeError("10.77.0.0/16: no subnet is free")
         self._prefix = f"10.77.{number}"
         self.gateway = f"{self._prefix}.1"
         _ip("addr", "add", f"{self.gateway}/24", "dev", self.name, "noprefixroute")

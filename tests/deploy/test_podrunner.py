@@ -12,7 +12,8 @@ from typing import Any
 import pytest
 
 from tests.deploy.controllers import Condition, Job
-from tests.deploy.kubelet import Object, Pod
+from tests.deploy.kubelet import Pod
+from tests.deploy.manifests import Object
 from tests.deploy.podrunner import Cluster
 from tests.deploy.sandbox import REPOSITORY
 
