@@ -10,16 +10,12 @@ from collections.abc import Callable
 from copy import deepcopy
 from typing import NamedTuple
 
-from tests.deploy.kubelet import ENDED, Object, Pod, check_pod
+from tests.deploy.kubelet import ENDED, Pod
+from tests.deploy.manifests import Object, check_pod, refuse_unknown
 
 _INDEX = "batch.kubernetes.io/job-completion-index"
 _JOB = "batch.kubernetes.io/job-name"
 JOBSET = "jobset.sigs.k8s.io/jobset-name"
-_KNOWN = {
-    "job": {"completionMode", "completions", "parallelism", "backoffLimit", "template"}
-    | {"podReplacementPolicy", "podFailurePolicy", "ttlSecondsAfterFinished"},
-    "jobset": {"network", "failurePolicy", "replicatedJobs", "ttlSecondsAfterFinished"},
-}
 
 
 class Condition(NamedTuple):
@@ -51,7 +47,7 @@ class Job:
         self._failing: Condition | None = None
         self._deleted = False
         self._make_pod = make_pod
-        _refuse_unknown("job", self.spec)
+        refuse_unknown("job", self.spec)
         assert self.spec["completionMode"] == "Indexed"
         assert self.spec["podReplacementPolicy"] == "Failed"
         check_pod(self.spec["template"])
@@ -142,7 +138,7 @@ class JobSet:
         self.jobs: dict[str, list[Job]] = {}
         """By the name of the replicated job."""
         self._make_job = make_job
-        _refuse_unknown("jobset", self.spec)
+        refuse_unknown("jobset", self.spec)
         assert self.spec["network"]["enableDNSHostnames"]
         assert not self.spec["failurePolicy"]["maxRestarts"], "JobSets are not restarted here"
 
@@ -217,8 +213,3 @@ class JobSet:
         template["metadata"]["labels"] |= ours
         template["spec"]["subdomain"] = self.spec["network"].get("subdomain", self.name)
         return job
-
-
-def _refuse_unknown(what: str, spec: Object) -> None:
-    if unknown := set(spec) - _KNOWN[what]:
-        raise NotImplementedError(f"{what}: this runner does not know {', '.join(sorted(unknown))}")

@@ -10,39 +10,18 @@ import threading
 import time
 import traceback
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import closing
-from http import HTTPStatus
-from http.client import HTTPConnection, HTTPException
 from pathlib import Path
 from signal import SIGKILL, SIGTERM
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
+from tests.deploy.manifests import Object
+from tests.deploy.probe import Probe
 from tests.deploy.sandbox import Container, Image, Mount, Network, User
-
-Object = dict[str, Any]
 
 DISRUPTED = "DisruptionTarget"
 """Condition of a pod that the cluster, not the program, has ended."""
 _NOT_STARTED = 128
 ENDED = ("Succeeded", "Failed")
-_EXECUTED = {
-    "metadata": {"name", "namespace", "labels", "annotations"},
-    "pod": {"restartPolicy", "terminationGracePeriodSeconds", "securityContext", "initContainers"}
-    | {"containers", "volumes", "hostname", "subdomain"},
-    "container": {"name", "command", "args", "env", "envFrom", "securityContext", "volumeMounts"}
-    | {"ports", "startupProbe", "livenessProbe", "readinessProbe"},
-    "probe": {"httpGet", "periodSeconds", "timeoutSeconds", "failureThreshold"}
-    | {"initialDelaySeconds"},
-}
-_NOT_HERE = {
-    "metadata": set[str](),
-    # there is one node, nobody to ask for permission, and nothing to pull or to limit
-    "pod": {"serviceAccountName", "automountServiceAccountToken", "enableServiceLinks"}
-    | {"imagePullSecrets", "priorityClassName", "nodeSelector", "tolerations", "affinity"}
-    | {"topologySpreadConstraints"},
-    "container": {"image", "imagePullPolicy", "resources", "terminationMessagePolicy"},
-    "probe": set[str](),
-}
 
 
 class Node(NamedTuple):
@@ -75,7 +54,6 @@ class Pod:
         self.ready = False
         self.has_started = False
         """Its startup probe, if any, has been answered."""
-        self.has_been_ready = False
         self.exit_codes: dict[str, int] = {}
         """Of containers that have ended."""
         self.conditions: set[str] = set()
@@ -90,9 +68,9 @@ class Pod:
         self._lock = threading.Lock()  # between a start and a signal
         self._killing: threading.Timer | None = None
         self.folder.mkdir()
-        self._volumes = {volume["name"]: self._volume(volume) for volume in self.spec["volumes"]}
         self._hosts = self.folder / "hosts"
         self._hosts.touch()
+        self._volumes = {volume["name"]: self._volume(volume) for volume in self.spec["volumes"]}
         self._namespace, self.address = node.network.attach()
         self._thread = threading.Thread(target=self._run, name=self.name)
 
@@ -242,7 +220,7 @@ class Pod:
                 (folder / key).write_text(value)
             return folder
         if volume["emptyDir"].get("medium") == "Memory":
-            folder = Path(f"/dev/shm/{self.name}-{volume['name']}")
+            folder = Path("/dev/shm", f"{self._node.network.name}-{self.name}-{volume['name']}")
         folder.mkdir()
         folder.chmod(0o777)
         return folder
@@ -251,7 +229,7 @@ class Pod:
         """Probe it, end it if it does not answer; its exit code."""
         port = {named["name"]: named["containerPort"] for named in spec.get("ports", [])}
         probes = {
-            kind: _Probe(spec[f"{kind}Probe"], self.address, port, self._node.time_scale)
+            kind: Probe(spec[f"{kind}Probe"], self.address, port, self._node.time_scale)
             for kind in ("startup", "liveness", "readiness")
             if f"{kind}Probe" in spec
         }
@@ -291,7 +269,6 @@ class Pod:
     def _be_ready(self, *, ready: bool) -> None:
         if ready != self.ready and not self.cut_off:
             self.ready = ready
-            self.has_been_ready |= ready
             self._changed()
 
     def _end_container(self) -> None:
@@ -308,51 +285,6 @@ class Pod:
             self._changed()
 
 
-class _Probe:
-    """One of a container's probes."""
-
-    def __init__(self, spec: Object, address: str, ports: Mapping[str, int], scale: float) -> None:
-        get = spec["httpGet"]
-        self._place = address, ports.get(get["port"], get["port"])
-        self._path = get["path"]
-        self._period = scale * spec["periodSeconds"]
-        self._timeout = spec.get("timeoutSeconds", 1)
-        self._limit = spec.get("failureThreshold", 3)
-        self._failed = 0
-        self.due = time.monotonic() + scale * spec.get("initialDelaySeconds", 0)
-
-    def ask(self) -> bool | None:
-        """Whether all is well; None if it failed, but not often enough to say so."""
-        self.due = time.monotonic() + self._period
-        try:
-            with closing(HTTPConnection(*self._place, timeout=self._timeout)) as connection:
-                connection.request("GET", self._path)
-                well = connection.getresponse().status < HTTPStatus.BAD_REQUEST
-        except (OSError, HTTPException):
-            well = False
-        self._failed = 0 if well else self._failed + 1
-        if well:
-            return True
-        return False if self._failed >= self._limit else None
-
-
-def check_pod(manifest: Object) -> None:
-    """Nothing in a pod's manifest is passed over unless it is known to mean nothing here.
-
-    Raises:
-        NotImplementedError: There is something else.
-    """
-    spec = manifest["spec"]
-    _refuse_unknown("metadata", manifest["metadata"])
-    _refuse_unknown("pod", spec)
-    assert spec["restartPolicy"] == "Never", "containers are not restarted here"
-    for container in (*spec["containers"], *spec.get("initContainers", [])):
-        _refuse_unknown("container", container)
-        for name, probe in container.items():
-            if name.endswith("Probe"):
-                _refuse_unknown("probe", probe)
-
-
 def _expand(text: str, env: Mapping[str, str]) -> str:
     """With $(NAME) replaced where there is such a variable; $$ stands for $."""
     return re.sub(
@@ -360,8 +292,3 @@ def _expand(text: str, env: Mapping[str, str]) -> str:
         lambda found: "$" if found[0] == "$$" else env.get(found[1], found[0]),
         text,
     )
-
-
-def _refuse_unknown(what: str, spec: Object) -> None:
-    if unknown := set(spec) - _EXECUTED[what] - _NOT_HERE[what]:
-        raise NotImplementedError(f"{what}: this runner does not know {', '.join(sorted(unknown))}")

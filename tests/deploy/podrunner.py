@@ -17,7 +17,8 @@ from types import TracebackType
 from typing import Self
 
 from tests.deploy.controllers import Condition, Job, JobSet
-from tests.deploy.kubelet import ENDED, Node, Object, Pod
+from tests.deploy.kubelet import ENDED, Node, Pod
+from tests.deploy.manifests import Object
 from tests.deploy.sandbox import Network, read_image
 
 
@@ -29,7 +30,7 @@ class Cluster:
         time_scale: Of the seconds between probes, so many pass.
     """
 
-    def __init__(self, folder: Path, *, time_scale: float = 0.1) -> None:
+    def __init__(self, folder: Path, *, time_scale: float = 0.25) -> None:
         self.network = Network()
         self.pods: list[Pod] = []
         self.jobs: dict[str, Job] = {}

@@ -15,6 +15,7 @@ import re
 import select
 import shlex
 import signal
+import string
 import subprocess
 import sys
 import sysconfig
@@ -27,6 +28,7 @@ from typing import NamedTuple
 REPOSITORY = Path(__file__).parents[2]
 _SYSTEM_PATH = "/usr/local/sbin:/usr/local/bin:/usr/sbin:/usr/bin:/sbin:/bin"
 _LAST_POD = 254  # addresses of a subnet
+_LETTERS = list(string.ascii_lowercase)  # of this process's networks
 
 
 class Mount(NamedTuple):
@@ -86,7 +88,10 @@ class Network:
     """A subnet of this machine: every pod has an address, and reaches the gateway, which is us."""
 
     def __init__(self) -> None:
-        self.name = f"ds{random.SystemRandom().randrange(16**6):06x}"
+        if os.geteuid():
+            raise PermissionError("pods get namespaces and addresses, which root alone can give")
+        _sweep()
+        self.name = f"ds{os.getpid():06x}{_LETTERS.pop(0)}"
         self._pods = 1
         _ip("link", "add", self.name, "type", "bridge")
         _ip("link", "set", self.name, "up")
@@ -94,6 +99,8 @@ class Network:
             with suppress(subprocess.CalledProcessError):  # others of this machine have it
                 _ip("route", "add", f"10.77.{number}.0/24", "dev", self.name)
                 break
+        else:
+            raise RuntimeError("10.77.0.0/16: no subnet is free")
         self._prefix = f"10.77.{number}"
         self.gateway = f"{self._prefix}.1"
         _ip("addr", "add", f"{self.gateway}/24", "dev", self.name, "noprefixroute")
@@ -125,6 +132,16 @@ class Network:
         _ip("link", "delete", self.name)
         if left := [name for name in (*_names("netns"), *_names("link")) if self.name in name]:
             raise RuntimeError(f"left behind: {', '.join(left)}")
+
+
+def _sweep() -> None:
+    """Remove what tests left that were killed themselves: names have the process that made them."""
+    for what in ("link", "netns"):
+        for name in _names(what):
+            made = re.match(r"ds([0-9a-f]{6})[a-z]", name)
+            if made and not Path(f"/proc/{int(made[1], 16)}").exists():
+                with suppress(subprocess.CalledProcessError):  # others of this machine were faster
+                    _ip(what, "delete", name)
 
 
 class Container:

@@ -165,7 +165,7 @@ def test_a_jobset_runs_to_its_end(runs: Runs, calm: Calm) -> None:
         "reporter": 1,
     }
     assert not [pod for job in jobs.values() for pod in (*job.counted, *job.ignored)]
-    assert all(pod.has_been_ready for pod in jobs["trainer"].succeeded.values())
+    assert all(pod.has_started for pod in jobs["trainer"].succeeded.values())
     producers = {manifest["producer"] for manifest in manifests(runs, calm.run)}
     assert producers == {pod.name for pod in jobs["producer"].succeeded.values()}
 

@@ -1,0 +1,56 @@
+"""What of a manifest the pod runner executes."""
+
+from typing import Any
+
+Object = dict[str, Any]
+
+_EXECUTED = {
+    "job": {"completionMode", "completions", "parallelism", "backoffLimit", "template"}
+    | {"podReplacementPolicy", "podFailurePolicy", "ttlSecondsAfterFinished"},
+    "jobset": {"network", "failurePolicy", "replicatedJobs", "ttlSecondsAfterFinished"},
+    "metadata": {"name", "namespace", "labels", "annotations"},
+    "pod": {"restartPolicy", "terminationGracePeriodSeconds", "securityContext", "initContainers"}
+    | {"containers", "volumes", "hostname", "subdomain"},
+    "container": {"name", "command", "args", "env", "envFrom", "securityContext", "volumeMounts"}
+    | {"ports", "startupProbe", "livenessProbe", "readinessProbe"},
+    "probe": {"httpGet", "periodSeconds", "timeoutSeconds", "failureThreshold"}
+    | {"initialDelaySeconds"},
+}
+_NOT_HERE = {
+    # there is one node, nobody to ask for permission, and nothing to pull or to limit
+    "pod": {"serviceAccountName", "automountServiceAccountToken", "enableServiceLinks"}
+    | {"imagePullSecrets", "priorityClassName", "nodeSelector", "tolerations", "affinity"}
+    | {"topologySpreadConstraints"},
+    "container": {"image", "imagePullPolicy", "resources", "terminationMessagePolicy"},
+}
+
+
+def refuse_unknown(what: str, spec: Object) -> None:
+    """Nothing is passed over unless it is known to mean nothing here.
+
+    Args:
+        what: `job`, `jobset`, `pod`, `container`, `probe` or the `metadata` of a pod.
+        spec: It.
+
+    Raises:
+        NotImplementedError: There is something else in it.
+    """
+    if unknown := set(spec) - _EXECUTED[what] - _NOT_HERE.get(what, set()):
+        raise NotImplementedError(f"{what}: this runner does not know {', '.join(sorted(unknown))}")
+
+
+def check_pod(manifest: Object) -> None:
+    """The same of a pod with all that is in it.
+
+    Raises:
+        NotImplementedError: There is something else.
+    """
+    spec = manifest["spec"]
+    refuse_unknown("metadata", manifest["metadata"])
+    refuse_unknown("pod", spec)
+    assert spec["restartPolicy"] == "Never", "containers are not restarted here"
+    for container in (*spec["containers"], *spec.get("initContainers", [])):
+        refuse_unknown("container", container)
+        for name, probe in container.items():
+            if name.endswith("Probe"):
+                refuse_unknown("probe", probe)
