@@ -21,7 +21,6 @@ from tests.servers import OWNER, Server, free_ports
 
 WAIT_SECONDS = 120.0
 MOST_SERIES = 500  # of a rank
-MOST_SCRAPE_SECONDS = 0.05
 
 ABSENT = {
     "dist_sae_process_device_memory_bytes": "no GPU",
@@ -192,13 +191,10 @@ def test_every_rule_and_alert_finds_its_series(live: Live) -> None:
     until(empty)
 
 
-def test_a_scrape_is_quick_and_small(live: Live) -> None:
-    """By the quarter that was least disturbed: few cores carry the run and all servers."""
+def test_a_scrape_is_small(live: Live) -> None:
+    """How long it takes is told by `dist-sae bench metrics`."""
     for series in live.prometheus.query("max_over_time(scrape_samples_scraped[1m])"):
         assert 50 < float(series["value"][1]) <= MOST_SERIES, series
-    for series in live.prometheus.query("scrape_duration_seconds[1m]"):
-        seconds = sorted(float(value) for _, value in series["values"])
-        assert seconds[len(seconds) // 4] <= MOST_SCRAPE_SECONDS, series["metric"]
 
 
 def test_a_healthy_run_alerts_nobody(live: Live) -> None:
