@@ -33,6 +33,7 @@ _ROLE = "role dist-sae-researcher of k8s/base"
 _NODES_ROLE = "cluster role dist-sae-nodes of k8s/base"
 _CONNECT_SECONDS, _ANSWER_SECONDS = 5.0, 30.0
 _WATCH_SECONDS = 20
+_UNREADABLE = (ConfigException, OSError, yaml.YAMLError)
 _NOT_FOUND = 404
 _EXPIRED = 410
 """Of a watch whose beginning the server has forgotten."""
@@ -73,37 +74,27 @@ class Cluster:
 
     @cached_property
     def _client(self) -> ApiClient:
-        contexts, current = self._contexts()
-        context = self._context or current
-        if context not in contexts:
-            raise ClusterError(
-                f"{self._file} has no context {context}, but: {', '.join(contexts)}; correct "
-                f"cluster.context"
-            )
         settings = Configuration()
         settings.retries = urllib3.Retry(2, backoff_factor=0.2)
         # an attempt that failed is no news while another one follows
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
         try:
-            load_kube_config(self._file, context=context, client_configuration=settings)
-        except ConfigException as exc:
-            raise ClusterError(f"{self._file}, context {context}: {_line(exc)}") from exc
-        return ApiClient(settings)
-
-    def _contexts(self) -> tuple[list[str], str]:
-        """All of the kubeconfig, and the current one."""
-        try:
-            contexts, current = list_kube_config_contexts(self._file)
-        except (ConfigException, OSError, yaml.YAMLError) as exc:
+            load_kube_config(self._file, context=self._context, client_configuration=settings)
+        except _UNREADABLE as exc:
             raise ClusterError(
-                f"{self._file}: no kubeconfig ({_line(exc)}); log in to the cluster, or set "
-                f"KUBECONFIG"
+                f"{self._place}: no kubeconfig that can be used ({_line(exc)}); log in to the "
+                f"cluster, set KUBECONFIG or correct cluster.context"
             ) from exc
-        return [context["name"] for context in contexts], current["name"]
+        return ApiClient(settings)
 
     @property
     def _place(self) -> str:
-        return f"context {self._context or self._contexts()[1]} of {self._file}"
+        """What led here, for messages."""
+        name = self._context
+        if name is None:
+            with suppress(*_UNREADABLE):
+                name = list_kube_config_contexts(self._file)[1]["name"]
+        return f"context {name} of {self._file}" if name else self._file
 
     def apply(self, obj: Object, *, dry_run: bool = False) -> Object:
         """Server-side apply; returns the object as it is then, or would be.

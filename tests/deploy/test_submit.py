@@ -202,14 +202,21 @@ def test_missing_kubeconfig_is_named(
 ) -> None:
     monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
     said = sh.fail(command, path)
-    assert said.startswith(f"{tmp_path}/none: no kubeconfig (")
-    assert said.endswith("log in to the cluster, or set KUBECONFIG")
+    assert said.startswith(f"{tmp_path}/none: no kubeconfig that can be used (")
+    assert said.endswith("log in to the cluster, set KUBECONFIG or correct cluster.context")
 
 
-def test_unknown_context_is_named(api: ApiServer, sh: Shell, path: str, tmp_path: Path) -> None:
-    said = sh.fail("submit", path, "--set", "cluster.context=prod")
+def test_context_is_the_one_that_is_asked_for(
+    api: ApiServer, sh: Shell, path: str, tmp_path: Path
+) -> None:
     file = tmp_path / "kubeconfig"
-    assert said == f"{file} has no context prod, but: test; correct cluster.context"
+    said = sh.fail("submit", path, "--set", "cluster.context=prod")
+    assert said.startswith(f"context prod of {file}: no kubeconfig that can be used (")
+    assert "with name prod in" in said
+
+    file.write_text(file.read_text().replace("current-context: test", ""))
+    assert sh.fail("submit", path).startswith(f"{file}: no kubeconfig that can be used (")
+    assert "is submitted" in sh("submit", path, "--set", "cluster.context=test")
 
 
 def test_cluster_that_does_not_answer_is_named(
