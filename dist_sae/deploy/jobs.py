@@ -5,10 +5,12 @@ What ends a pod decides what follows:
     0       done
     2       something for the user to fix: the job fails, and the run with it
     75      stopped and resumable (preempted, a rank lost, the store away): a new pod, not counted
+    143     told to end (SIGTERM) before it could heed it: the same
     evicted, preempted, drained (DisruptionTarget): the same
     else    a crash: counted against `retries`
 """
 
+import signal
 from typing import get_args
 
 from dist_sae.config import Run, dump_run
@@ -19,6 +21,7 @@ from dist_sae.errors import EXIT_RESUMABLE, EXIT_USER, ConfigError
 
 JOBSET_VERSION = "jobset.x-k8s.io/v1alpha2"
 RUN_KEY = "run.yaml"
+_TERMINATED = 128 + signal.SIGTERM
 
 _AFTER: dict[Part, Part] = {"producer": "planner", "trainer": "planner", "reporter": "trainer"}
 """A part begins when another is complete. Without JobSet its pods wait by themselves (`--wait`)."""
@@ -97,8 +100,8 @@ def _plain_job(run: Run, part: Part) -> Object:
 
 
 def _job(run: Run, part: Part) -> Object:
-    def exits(action: str, code: int) -> Object:
-        return {"action": action, "onExitCodes": {"operator": "In", "values": [code]}}
+    def exits(action: str, *codes: int) -> Object:
+        return {"action": action, "onExitCodes": {"operator": "In", "values": list(codes)}}
 
     disrupted = [{"type": "DisruptionTarget", "status": "True"}]
     return {
@@ -111,7 +114,7 @@ def _job(run: Run, part: Part) -> Object:
             "rules": [
                 exits("FailJob", EXIT_USER),
                 {"action": "Ignore", "onPodConditions": disrupted},
-                exits("Ignore", EXIT_RESUMABLE),
+                exits("Ignore", EXIT_RESUMABLE, _TERMINATED),
             ]
         },
         "template": pod_template(run, part),

@@ -138,7 +138,7 @@ def test_what_ends_a_pod_decides_what_follows() -> None:
     for part in ("planner", "producer", "trainer", "reporter"):
         rules = job_of(load(), part)["podFailurePolicy"]["rules"]
         found = [(rule["action"], rule.get("onExitCodes", {}).get("values")) for rule in rules]
-        assert found == [("FailJob", [2]), ("Ignore", None), ("Ignore", [75])]
+        assert found == [("FailJob", [2]), ("Ignore", None), ("Ignore", [75, 143])]
         assert rules[1]["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
     (rule,) = jobset_of(load())["spec"]["failurePolicy"]["rules"]
     assert rule["action"] == "FailJobSet"
