@@ -4,6 +4,7 @@
         ConfigError               run.yaml or an override
         CorpusError               the text: missing, empty, unreadable, too small
         ModelError                the language model or a site it does not have
+            HubUnavailableError   (a CorpusError too) the hub does not answer: exit 75
         PlanMismatchError         the store holds another plan, or a run of another configuration
         NonFiniteError            NaN or infinity in activations, loss or gradients
         DivergedError             ranks that should hold the same no longer do
@@ -46,6 +47,12 @@ class CorpusError(DistSaeError):
 
 class ModelError(DistSaeError):
     """The language model cannot be loaded, or lacks a site."""
+
+
+class HubUnavailableError(ModelError, CorpusError):
+    """The hub of models and data sets does not answer; started again, all goes on."""
+
+    exit_code = EXIT_RESUMABLE
 
 
 class PlanMismatchError(DistSaeError):

@@ -8,12 +8,13 @@ from dist_sae.data.corpus import Corpus, CorpusIndex
 from dist_sae.data.orders import permutation
 from dist_sae.data.plan import Plan, check_rows, make_plan, publish_plan
 from dist_sae.data.tokens import cut
-from dist_sae.errors import CorpusError
+from dist_sae.errors import EXIT_USER, CorpusError, HubUnavailableError
 from dist_sae.models import build_tokenizer, check_sites
 from dist_sae.storage import UNMETERED, Meter, open_store
 
 logger = logging.getLogger(__name__)
 
+_MUCH_MORE = 1.5
 _SAMPLE_SPANS = 512  # to estimate how many rows a document gives
 
 
@@ -31,11 +32,22 @@ def plan(run: Run, meter: Meter = UNMETERED) -> Plan:
         PlanMismatchError: The store holds a plan made from other settings or other text.
     """
     store = open_store(run.store.activations, run.store.s3, meter)
-    corpus = Corpus(run.corpus, run.store.s3)
-    index = corpus.index()
-    check_sites(run.model, run.activations.sites)
-    made = make_plan(run, index, _document_rows(run, corpus, index))
+    try:
+        corpus = Corpus(run.corpus, run.store.s3)
+        index = corpus.index()
+        check_sites(run.model, run.activations.sites)
+        made = make_plan(run, index, _document_rows(run, corpus, index))
+    except HubUnavailableError as exc:
+        exc.exit_code = EXIT_USER  # nothing has shown yet that the name is right
+        raise
     check_rows(run, made)
+    if made.train_rows_estimate > _MUCH_MORE * run.train.rows:
+        logger.warning(
+            "the activation set will have about %d rows to train on, of which this run takes %d: "
+            "all are made; corpus.max_documents makes fewer",
+            made.train_rows_estimate,
+            run.train.rows,
+        )
     created = publish_plan(store, made)
     documents = sum(span.count for unit in made.units for span in unit)
     meter.set("dist_sae_plan_units", len(made.units))

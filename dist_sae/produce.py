@@ -160,11 +160,13 @@ def produce_together(
         ) as watch,
         join_mesh(ranks) as mesh,
     ):
+        telemetry.device = mesh.device
 
         def open_work() -> Work:
             return in_step(build_source(run.model, run.activations.sites).run)
 
         if not mesh.is_first:
+            telemetry.pulse.rest()  # ready; whether it hangs is the watch's to say
             follow(open_work, mesh, watch)
             return {}
         with leading(mesh):

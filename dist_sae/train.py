@@ -76,8 +76,8 @@ def train(
         watch.at(step, working=False)
         check_replicated(mesh, [sae.get_parameter(name) for name in sae.shared])
         fvu = heldout.fvu(sae)
+        report.heldout(step, fvu)
         saver.save(step, places, heldout_fvu=fvu)
-        report.heldout(fvu)
         report.end("save")
 
     def durable(saved: Saved) -> None:
@@ -102,7 +102,8 @@ def train(
     ):
         while step < run.steps:
             watch.at(step, working=False)
-            batch = loader.next()  # None: no more, because of a stop or because there is none
+            # None: no more, because of a stop or because there is none
+            batch = loader.next(report.waiting)
             report.end("wait")
             if mesh.agree(wish=batch is None or stopping.is_set()):
                 save()

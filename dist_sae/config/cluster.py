@@ -98,7 +98,7 @@ class ClusterConfig(Section):
     rendezvous_port: Annotated[int, Field(ge=1024, le=65_535)] = 29_500
     """Where the trainer ranks meet, on the first pod."""
     keep_hours: PositiveFloat = 72.0
-    """Finished objects, and with them the pods' logs, stay for so long."""
+    """A finished JobSet, and with it the pods' logs, stays for so long."""
     planner: PodsConfig = PodsConfig(cpus=2.0, memory="8Gi")
     """Reads the corpus once."""
     producer: ProducerPods = ProducerPods()

@@ -11,6 +11,7 @@ for it, and nothing is kept for it.
 import logging
 import time
 from collections.abc import Mapping
+from contextlib import suppress
 from typing import Literal
 
 from dist_sae.data.loader import Place
@@ -141,8 +142,9 @@ class Consumers:
         # a shard that outlives a crash after this line is an orphan for `store gc`
         self._store.put(_RETIRED_KEY, seal(Retired(below=below)))
         for unit in range(first, below):
-            for shard in read_manifest(self._store, unit).sites.values():
-                self._store.delete(shard.key)
+            with suppress(ObjectNotFoundError):  # a run may end before all units are made
+                for shard in read_manifest(self._store, unit).sites.values():
+                    self._store.delete(shard.key)
         return below
 
 

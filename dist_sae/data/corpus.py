@@ -25,7 +25,8 @@ from typing import Any, BinaryIO, Literal, NamedTuple, Protocol, runtime_checkab
 from pydantic import BaseModel, ConfigDict
 
 from dist_sae.config.data import CorpusConfig, DatasetCorpus, FilesCorpus, S3Config, SyntheticCorpus
-from dist_sae.errors import CorpusError
+from dist_sae.errors import CorpusError, HubUnavailableError
+from dist_sae.hub import is_out_of_reach
 from dist_sae.storage import open_store
 
 _PIECE_BYTES = 64 * 2**20  # of a download
@@ -296,7 +297,8 @@ class _Dataset:
             )
         except Exception as exc:  # `datasets` raises dozens of types; all mean the same here
             reason = " ".join(str(exc).split())
-            raise CorpusError(f"corpus.name {config.name}: cannot be loaded: {reason}") from exc
+            kind = HubUnavailableError if is_out_of_reach(exc) else CorpusError
+            raise kind(f"corpus.name {config.name}: cannot be loaded: {reason}") from exc
         if config.text_field not in self._rows.column_names:
             raise CorpusError(_no_field(config.name, config.text_field, self._rows.column_names))
         self._name, self._field = config.name, config.text_field

@@ -343,11 +343,14 @@ class Loader:
         for threads in (self._opener, self._pool):
             threads.shutdown(wait=False, cancel_futures=True)
 
-    def next(self) -> Batch | None:
+    def next(self, waiting: Callable[[], None] = lambda: None) -> Batch | None:
         """The next batch; None when there is none, because of a stop or because the data ended.
 
         A rank that comes to its end must still tell the others before it raises: see
         `raise_if_failed`.
+
+        Args:
+            waiting: Called every other second while there is none yet.
         """
         since = time.monotonic()
         while True:
@@ -355,6 +358,7 @@ class Loader:
                 item = self._queue.get(timeout=_LOOK_UP_SECONDS)
             except queue.Empty:
                 if not self._stopping.is_set():  # the store may be patient for long
+                    waiting()
                     continue
                 item = Stopped("stopped while waiting for data")
             break

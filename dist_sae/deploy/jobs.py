@@ -96,7 +96,8 @@ def _plain_job(run: Run, part: Part) -> Object:
     job["metadata"]["labels"] |= selector(run, part)
     spec = _job(run, part)
     spec["template"]["spec"]["subdomain"] = object_name(run)
-    return job | {"spec": {"ttlSecondsAfterFinished": int(3600 * run.cluster.keep_hours)} | spec}
+    # no time to live: a job that has gone would look like one that has not begun
+    return job | {"spec": spec}
 
 
 def _job(run: Run, part: Part) -> Object:
@@ -131,7 +132,7 @@ def _object(run: Run, version: str, kind: str) -> Object:
 
 
 def _queued(run: Run, workload: Object) -> Object:
-    """Kueue admits what bears its label, all pods at once."""
+    """Kueue admits what bears its label: a JobSet as a whole, plain jobs one by one."""
     if run.cluster.queue:
         workload["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = run.cluster.queue
     return workload

@@ -15,7 +15,8 @@ from dist_sae.config import Run
 from dist_sae.config.cluster import PodsConfig, ProducerPods, Toleration, TrainerPods
 from dist_sae.deploy.names import labels, object_name, selector
 
-Part = Literal["planner", "producer", "trainer", "reporter"]
+Part = Literal["planner", "trainer", "producer", "reporter"]
+"""In the order of a JobSet: Kueue takes the priority of the first that has one."""
 Object = dict[str, Any]
 
 RUN_FILE = "/etc/dist-sae/run.yaml"

@@ -59,7 +59,7 @@ class StoredRun:
     def last_numbers(self) -> dict[str, Any] | None:
         """The last report that the run's history has, if it has one."""
         history = read_history(self._runs, self._run.name)
-        return history[-1] if history else None
+        return next((record for record in reversed(history) if "fvu" in record), None)
 
     @cached_property
     def _plan(self) -> Plan:

@@ -17,7 +17,8 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from dist_sae.config.data import HuggingFaceModel
-from dist_sae.errors import ModelError
+from dist_sae.errors import HubUnavailableError, ModelError
+from dist_sae.hub import is_out_of_reach
 from dist_sae.models.sharding import Divider, choose_divider, divide, gather
 
 logger = logging.getLogger(__name__)
@@ -300,6 +301,7 @@ def _errors(config: HuggingFaceModel) -> Iterator[None]:
         if isinstance(exc, dist.DistError) or _OF_RANKS.search(str(exc)):
             raise  # another rank is gone, which is no fault of the model
         reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
+        kind = HubUnavailableError if is_out_of_reach(exc) else ModelError
         if not Path(config.path).is_dir():  # transformers speaks of the hub alone
             reason = f"there is no such folder here, and as a name on the model hub: {reason}"
-        raise ModelError(f"model.path {config.path}: cannot be loaded: {reason}") from exc
+        raise kind(f"model.path {config.path}: cannot be loaded: {reason}") from exc

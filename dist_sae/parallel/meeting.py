@@ -200,6 +200,11 @@ def _serve() -> Any:
     try:
         return dist.TCPStore(address, port, is_master=True, wait_for_workers=False)  # type: ignore[attr-defined]
     except dist.DistError as exc:
+        if "EADDRINUSE" not in str(exc):  # it has not found itself, for example: DNS is away
+            raise RankLostError(
+                f"MASTER_ADDR:MASTER_PORT {address}:{port}: nobody can meet there "
+                f"({_first_line(exc)}); see that the name leads to rank 0, and start again"
+            ) from exc
         raise ConfigError(
             f"MASTER_PORT {port}: cannot be opened ({_first_line(exc)}); choose a free one"
         ) from exc

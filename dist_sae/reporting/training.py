@@ -72,9 +72,12 @@ class TrainingReporter:
         self._experts = _Experts()
         self._reported = start
         self._counts: defaultdict[str, float] = defaultdict(float)
+        self._told: defaultdict[str, float] = defaultdict(float)
+        """Seconds by phase since the last report that were exported before it."""
         self._reached_units = 0
         self._ready_units: int | None = None
         self.last: dict[str, float] = {}
+        telemetry.device = mesh.device
         telemetry.set(
             "dist_sae_train_info", 1, kind=run.sae.kind, site=run.site, device=mesh.device.type
         )
@@ -99,6 +102,14 @@ class TrainingReporter:
     def end(self, phase: str) -> None:
         """What was done since the last call was this phase of a step."""
         self._phases.end(phase)
+
+    def waiting(self) -> None:
+        """There is no batch yet: says so now, since the next report may be far away."""
+        self._phases.end("wait")
+        phases = self._phases.take()
+        self._spend(phases)
+        for phase, seconds in phases.items():
+            self._told[phase] += seconds
 
     def step(
         self,
@@ -154,7 +165,9 @@ class TrainingReporter:
             **self._experts.take(axis, state.dead.mask),
         }
         self._phases.end("rest")
-        phases = self._phases.take()
+        untold = self._phases.take()
+        phases = {p: untold.get(p, 0.0) + self._told.get(p, 0.0) for p in {*untold, *self._told}}
+        self._told.clear()
         seconds, steps = sum(phases.values()), step - self._reported
         self._reported = step
         rows = steps * run.train.batch_rows
@@ -166,7 +179,7 @@ class TrainingReporter:
         waited = self._counts["dist_sae_train_wait_seconds_total"]
         self._counts["dist_sae_train_rows_total"] += rows / self._mesh.world
         self._export(step, numbers, quantiles, density)
-        self._spend(phases)
+        self._spend(untold)
         if self._mesh.is_first:
             record = {
                 "step": step,
@@ -233,10 +246,12 @@ class TrainingReporter:
             ahead = max(0, self._ready_units - self._reached_units)
             self._telemetry.set("dist_sae_train_backlog_units", ahead)
 
-    def heldout(self, fvu: float | None) -> None:
-        """Held-out FVU, where it is measured."""
+    def heldout(self, step: int, fvu: float | None) -> None:
+        """Held-out FVU after so many steps, where it is measured."""
         if fvu is not None:
             self._telemetry.set("dist_sae_train_heldout_fvu", fvu)
+            for sink in self._sinks:
+                sink.append({"step": step, "heldout_fvu": fvu})
 
     def saved(self, saved: Saved) -> None:
         """A checkpoint is durable. Called in the thread that saves."""

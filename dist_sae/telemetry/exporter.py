@@ -5,7 +5,7 @@ import platform
 import time
 from importlib.metadata import version
 from types import TracebackType
-from typing import Self
+from typing import Any, Self
 
 from prometheus_client import (
     CollectorRegistry,
@@ -63,7 +63,11 @@ class Telemetry:
         self._registry = CollectorRegistry()
         self._metrics = {m.name: self._open(m) for m in metrics.metrics_of(role)}
         self.pulse = Pulse()
-        self._server = None if port is None else PageServer(port, self.render, self.pulse.fault)
+        self.device: Any = None
+        """What the work is done on, for its memory."""
+        self._server = (
+            None if port is None else PageServer(port, lambda _: self.render(), self.pulse.fault)
+        )
         self.port = None if self._server is None else self._server.port
         if self.port is not None:
             logger.info("metrics on port %d", self.port)
@@ -106,7 +110,7 @@ class Telemetry:
     def render(self) -> bytes:
         """The page, in Prometheus' text format."""
         self.set("dist_sae_process_resident_memory_bytes", resident_bytes())
-        for state, held in device_bytes().items():
+        for state, held in device_bytes(self.device).items():
             self.set("dist_sae_process_device_memory_bytes", held, state=state)
         return generate_latest(self._registry)
 

@@ -8,7 +8,7 @@ from typing import Self
 from urllib.error import HTTPError
 
 from dist_sae.telemetry.metrics import METRICS
-from dist_sae.telemetry.server import PageServer
+from dist_sae.telemetry.server import SCRAPE_HEADER, PageServer
 
 _PATIENCE_SECONDS = 0.04  # for all ranks together: a scrape of a pod takes at most 50 ms
 _ANSWER_SECONDS = 10.0  # a rank that takes longer is down
@@ -47,14 +47,14 @@ class GatheredTelemetry:
         self._server.close()
         self._pool.shutdown(wait=False, cancel_futures=True)
 
-    def _render(self) -> bytes:
-        answers = [rank.ask(self._pool) for rank in self._ranks]
+    def _render(self, scraped: bool) -> bytes:  # noqa: FBT001 - PageServer gives it no name
+        answers = [rank.ask(self._pool, scraped=scraped) for rank in self._ranks]
         wait(answers, timeout=_PATIENCE_SECONDS)
         up = "".join(
             f'{_UP.name}{{rank="{rank.number}",{self._labels}}} {float(bool(rank.page))}\n'
             for rank in self._ranks
         )
-        pages = [rank.page for rank in self._ranks]
+        pages = [rank.serve() for rank in self._ranks]
         own = f"# HELP {_UP.name} {_UP.help}\n# TYPE {_UP.name} gauge\n{up}"
         return merge([own, *pages]).encode()
 
@@ -74,6 +74,10 @@ def merge(pages: Iterable[str]) -> str:
     return "".join(head + "".join(samples) for head, samples in families.items())
 
 
+_DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+"""HTTP_PROXY is not for this machine's own ports."""
+
+
 class _Rank:
     """A rank, and the page that it gave last."""
 
@@ -81,26 +85,34 @@ class _Rank:
         self.number = number
         self.page = ""
         """Empty when it did not answer."""
+        self._served = True
         self._url = f"http://127.0.0.1:{port}"
         self._asked: Future[None] | None = None
 
-    def ask(self, pool: ThreadPoolExecutor) -> Future[None]:
-        """Ask for a new page, unless it still has not answered."""
+    def ask(self, pool: ThreadPoolExecutor, *, scraped: bool) -> Future[None]:
+        """Ask for a new page, unless it still has not answered; for Prometheus if `scraped`."""
         if self._asked is None or self._asked.done():
-            self._asked = pool.submit(self._fetch)
+            self._asked = pool.submit(self._fetch, {SCRAPE_HEADER: "1"} if scraped else {})
         return self._asked
 
-    def _fetch(self) -> None:
+    def serve(self) -> str:
+        """The page, which somebody gets now."""
+        self._served = True
+        return self.page
+
+    def _fetch(self, headers: Mapping[str, str]) -> None:
+        request = urllib.request.Request(f"{self._url}/metrics", headers=dict(headers))
         try:
-            with urllib.request.urlopen(f"{self._url}/metrics", timeout=_ANSWER_SECONDS) as answer:
-                self.page = answer.read().decode()
+            with _DIRECT.open(request, timeout=_ANSWER_SECONDS) as answer:
+                self.page, self._served = answer.read().decode(), False
         except (OSError, HTTPException):  # nobody is there, or nobody answers: rank_up says it
-            self.page = ""
+            if self._served:  # else these are its last words, that came too late for the last page
+                self.page = ""
 
     def fault(self, path: str) -> str | None:
         """What the rank answers to a probe, if it is no."""
         try:
-            with urllib.request.urlopen(f"{self._url}{path}", timeout=_PROBE_SECONDS):
+            with _DIRECT.open(f"{self._url}{path}", timeout=_PROBE_SECONDS):
                 return None
         except HTTPError as exc:
             return f"rank {self.number}: {exc.read().decode().strip()}"

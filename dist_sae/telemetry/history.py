@@ -38,12 +38,12 @@ class History:
 
 
 def read_history(store: ObjectStore, run: str) -> list[dict[str, Any]]:
-    """All records of a run by step; of steps repeated after a restart the later ones."""
+    """What is known of a run by step; of steps repeated after a restart what came later."""
     records: dict[int, dict[str, Any]] = {}
     for key in store.keys(f"{run}/{_PREFIX}"):
         first = int(key.rpartition("/")[2].partition(".")[0])
         records = {step: record for step, record in records.items() if step <= first}
         for line in store.get(key).decode().splitlines():
             record = json.loads(line)
-            records[record["step"]] = record
+            records[record["step"]] = records.get(record["step"], {}) | record
     return [records[step] for step in sorted(records)]

@@ -12,8 +12,9 @@ from dist_sae.telemetry.pulse import PATHS
 
 logger = logging.getLogger(__name__)
 
-_LAST_SCRAPE_SECONDS = 60.0  # the longest that a process stays for it
+_LAST_SCRAPE_SECONDS = 100.0  # the longest that a process stays for it: scrapes of every minute
 _LATE_SECONDS = 1.0
+SCRAPE_HEADER = "X-Prometheus-Scrape-Timeout-Seconds"
 _CLIENT_SECONDS = 10.0
 
 
@@ -22,7 +23,8 @@ class PageServer:
 
     Args:
         port: Where; 0 takes any free port.
-        render: Makes the page, in Prometheus' text format.
+        render: Makes the page, in Prometheus' text format; is told whether Prometheus asks, and
+            not a person or another program, who take no last words.
         fault: Why the answer to a probe is no, by path (see `pulse`); None if it is yes.
 
     Raises:
@@ -30,7 +32,7 @@ class PageServer:
     """
 
     def __init__(
-        self, port: int, render: Callable[[], bytes], fault: Callable[[str], str | None]
+        self, port: int, render: Callable[[bool], bytes], fault: Callable[[str], str | None]
     ) -> None:
         self._render = render
         self._fault = fault
@@ -59,10 +61,11 @@ class PageServer:
     def await_last_scrape(self) -> None:
         """Stay until whoever asks regularly has asked once more; not at all if nobody does."""
         self._ending = time.monotonic()
-        if self._sent is None or self._interval is None:
+        if self._sent is None:
             return
-        late = 0.5 * self._interval + _LATE_SECONDS
-        rest = self._sent + self._interval + late - self._ending  # below 0: they are gone
+        rest = _LAST_SCRAPE_SECONDS  # asked once: it is not known how often
+        if self._interval is not None:  # below 0: they are gone
+            rest = self._sent + 1.5 * self._interval + _LATE_SECONDS - self._ending
         self._once_more.wait(min(max(rest, 0.0), _LAST_SCRAPE_SECONDS))
 
     def _note(self, asked: float) -> None:
@@ -83,15 +86,16 @@ class PageServer:
                     why = fault(self.path)
                     self._answer(200 if why is None else 503, f"{why or 'ok'}\n".encode())
                     return
-                asked = time.monotonic()
+                asked, scraped = time.monotonic(), SCRAPE_HEADER in self.headers
                 try:
-                    page = render()
+                    page = render(scraped)
                 except Exception:
                     logger.exception("the page of metrics could not be made")
                     self.send_error(500)
                     return
                 self._answer(200, page)
-                note(asked)
+                if scraped:
+                    note(asked)
 
             def _answer(self, status: int, page: bytes) -> None:
                 self.send_response(status)

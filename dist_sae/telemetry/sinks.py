@@ -1,6 +1,7 @@
 """Where a run's series go beside its own history: TensorBoard and Weights & Biases, if asked."""
 
-from collections.abc import Iterator, Mapping
+import logging
+from collections.abc import Callable, Iterator, Mapping
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Protocol
@@ -11,6 +12,8 @@ from dist_sae.config import Run, dump_run
 from dist_sae.errors import ConfigError
 from dist_sae.storage import ObjectStore
 from dist_sae.telemetry.history import History
+
+logger = logging.getLogger(__name__)
 
 Record = Mapping[str, Any]
 """Numbers by name, or by name and label; one is `step`."""
@@ -45,10 +48,37 @@ def open_sinks(run: Run, runs: ObjectStore, first_step: int) -> list[Sink]:
     """
     sinks: list[Sink] = [History(runs, run.name, first_step)]
     if run.telemetry.tensorboard is not None:
-        sinks.append(TensorBoard(Path(run.telemetry.tensorboard) / run.name, first_step))
+        folder = Path(run.telemetry.tensorboard) / run.name
+        sinks.append(Dispensable("tensorboard", TensorBoard(folder, first_step)))
     if run.telemetry.wandb is not None:
-        sinks.append(WeightsAndBiases(run, run.telemetry.wandb))
+        sinks.append(Dispensable("wandb", WeightsAndBiases(run, run.telemetry.wandb)))
     return sinks
+
+
+class Dispensable:
+    """A sink that a run goes on without: when it fails once, it gets no more, and that is said."""
+
+    def __init__(self, name: str, sink: Sink) -> None:
+        self._name = name
+        self._sink: Sink | None = sink
+
+    def append(self, record: Record) -> None:
+        self._try(lambda sink: sink.append(record))
+
+    def flush(self) -> None:
+        self._try(lambda sink: sink.flush())
+
+    def close(self) -> None:
+        self._try(lambda sink: sink.close())
+
+    def _try(self, call: Callable[[Sink], None]) -> None:
+        if self._sink is None:
+            return
+        try:
+            call(self._sink)
+        except Exception as exc:  # a full disk, a service that is away: dozens of types
+            self._sink = None
+            logger.warning("telemetry.%s gets no more from this process: %s", self._name, exc)
 
 
 class TensorBoard:

@@ -9,6 +9,7 @@ import logging
 import os
 import threading
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -49,8 +50,8 @@ def train_rank(settings: dict[str, Any], target: Path, seen: Path, env: dict[str
     run = Run.model_validate(settings)
 
     class Recording(Loader):
-        def next(self) -> Batch | None:
-            batch = super().next()
+        def next(self, waiting: Callable[[], None] = lambda: None) -> Batch | None:
+            batch = super().next(waiting)
             if batch is not None:
                 with seen.open("a") as file:
                     parts = batch.acts.chunk(len(batch.places))

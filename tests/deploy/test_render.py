@@ -196,7 +196,7 @@ def test_reporter_leaves_the_export_of_routed_dictionaries_out() -> None:
     routed = load("sae={kind: routed, n_latents: 256, k: 4, auxk: 8, experts: 4}")
     assert programs(routed) == ["evaluate", "report"]
     alone = jobset_of(load("cluster.reporter=null"))["spec"]["replicatedJobs"]
-    assert [job["name"] for job in alone] == ["planner", "producer", "trainer"]
+    assert [job["name"] for job in alone] == ["planner", "trainer", "producer"]
 
 
 def test_pods_ask_for_what_the_run_file_says() -> None:

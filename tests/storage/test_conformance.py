@@ -112,7 +112,10 @@ def test_server_that_ignores_conditions_is_found_out(
 
 
 def test_put_if_absent_has_one_winner_among_racing_writers(kind: str, store: ObjectStore) -> None:
-    """On a server that ignores conditions at least one: producers do not rely on it there."""
+    """On a server that ignores conditions at least one: producers do not rely on it there.
+
+    moto, which looks and writes in two steps, is no judge of races.
+    """
     n_writers = 8
     barrier = threading.Barrier(n_writers)
 
@@ -124,7 +127,7 @@ def test_put_if_absent_has_one_winner_among_racing_writers(kind: str, store: Obj
         with ThreadPoolExecutor(n_writers) as pool:
             won = list(pool.map(race, range(n_writers), [key] * n_writers))
         assert any(won)
-        if kind not in LIARS:
+        if kind not in (*LIARS, "moto"):
             assert sum(won) == 1
             assert store.get(key) == b"%d" % won.index(True)
     keys = list(store.keys())

@@ -1,19 +1,27 @@
 """Reads pages of metrics as Prometheus does."""
 
 import urllib.request
+from collections.abc import Mapping
 
 from prometheus_client.parser import text_string_to_metric_families
 
 from dist_sae.telemetry.metrics import EVERY_SERIES
+from dist_sae.telemetry.server import SCRAPE_HEADER
 
 Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 """Values by name and sorted labels."""
 
 
 def scrape(port: int | None) -> str:
-    """The page of a port."""
+    """The page of a port, as Prometheus asks for it."""
+    return look(port, {SCRAPE_HEADER: "10"})
+
+
+def look(port: int | None, headers: Mapping[str, str] = {}) -> str:
+    """The page of a port, as anybody asks for it."""
     assert port
-    with urllib.request.urlopen(f"http://127.0.0.1:{port}/metrics", timeout=20) as answer:
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers=dict(headers))
+    with urllib.request.urlopen(request, timeout=20) as answer:
         text: str = answer.read().decode()
         return text
 

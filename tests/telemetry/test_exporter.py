@@ -16,7 +16,7 @@ from dist_sae.cli import main
 from dist_sae.errors import NonFiniteError, Stopped, TelemetryError
 from dist_sae.telemetry.exporter import Telemetry
 from dist_sae.telemetry.metrics import METRICS, ROLES, SHORT_LIVED, Metric, metrics_of
-from tests.telemetry.scrape import of_rank, scrape, series
+from tests.telemetry.scrape import look, of_rank, scrape, series
 
 UNKNOWN = {"operation": 8, "status": 4, "error": 8}
 """As many values as a label may have that the table does not list: 8 requests that a store makes,
@@ -100,8 +100,26 @@ def test_a_process_that_is_scraped_stays_until_its_last_values_were_seen() -> No
 def test_a_process_that_nobody_scrapes_does_not_wait() -> None:
     since = time.monotonic()
     with Telemetry("run", "train", 0) as telemetry:
-        scrape(telemetry.port)  # somebody looked once
+        look(telemetry.port)  # a person, or `dist-sae status`
+        look(telemetry.port)
     assert time.monotonic() - since < 1
+
+
+def test_a_process_that_was_scraped_once_stays_for_the_second_time() -> None:
+    """It is not known when it comes; others who ask do not count."""
+    pages: list[str] = []
+    with Telemetry("run", "train", 0) as telemetry:
+        scrape(telemetry.port)
+
+        def finish() -> None:
+            while of_rank(look(telemetry.port), "dist_sae_run_finished") != {"0": 1.0}:
+                pass
+            pages.append(scrape(telemetry.port))
+
+        finishing = threading.Thread(target=finish)
+        finishing.start()
+    finishing.join()
+    assert of_rank(pages[0], "dist_sae_run_finished") == {"0": 1.0}
 
 
 class Gateway(HTTPServer):

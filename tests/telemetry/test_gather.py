@@ -65,7 +65,7 @@ def test_a_busy_rank_holds_nobody_up_and_is_shown_as_it_was(
     busy, free = threading.Event(), threading.Event()
     free.set()
 
-    def render() -> bytes:
+    def render(_: bool) -> bytes:  # noqa: FBT001
         busy.set()
         free.wait(20)
         return b'# HELP one A one.\n# TYPE one gauge\none{rank="1"} 1.0\n'
@@ -90,6 +90,45 @@ def test_a_busy_rank_holds_nobody_up_and_is_shown_as_it_was(
         assert of_rank(page, "one") == {}
         free.set()
     slow.close()
+
+
+def test_last_words_that_come_too_late_for_a_page_are_in_the_next(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The rank takes them for said, and ends."""
+    asked, free = threading.Event(), threading.Event()
+
+    def render(scraped: bool) -> bytes:  # noqa: FBT001
+        assert scraped  # that Prometheus asks is passed on
+        asked.set()
+        assert free.wait(20)
+        return b'# HELP one A one.\n# TYPE one gauge\none{rank="1"} 1.0\n'
+
+    monkeypatch.setattr(gather, "_PATIENCE_SECONDS", 0.0)
+    slow = PageServer(0, render, lambda _: None)
+    with GatheredTelemetry("run", "train", {1: slow.port}, 0) as gathered:
+        assert of_rank(scrape(gathered.port), "one") == {}
+        assert asked.wait(20)
+        (rank,) = gathered._ranks
+        free.set()
+        assert rank._asked is not None
+        rank._asked.result(20)
+        slow.close()
+        monkeypatch.setattr(gather, "_PATIENCE_SECONDS", 20.0)
+        assert of_rank(scrape(gathered.port), "one") == {"1": 1.0}
+        assert of_rank(scrape(gathered.port), "one") == {}
+
+
+def test_a_proxy_for_the_internet_is_not_asked_for_the_ranks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    with Telemetry("run", "train", 0, 1) as telemetry:
+        rank = gather._Rank(1, telemetry.port or 0)
+        assert rank.fault("/livez") is None
+        rank._fetch({})
+        assert "dist_sae_run_info" in rank.serve()
 
 
 def test_pages_are_merged_by_family() -> None:

@@ -12,7 +12,7 @@ from wandb.proto import wandb_internal_pb2
 from dist_sae.config import Run, load_run
 from dist_sae.errors import ConfigError
 from dist_sae.storage import open_store
-from dist_sae.telemetry.sinks import open_sinks
+from dist_sae.telemetry.sinks import Dispensable, open_sinks
 from tests.conftest import synthetic_run
 
 
@@ -87,6 +87,31 @@ def logged(file: bytes) -> Iterator[bytes]:
         if kind in (1, 4):  # all of a record, or its last piece
             yield whole
             whole = b""
+
+
+def test_a_run_goes_on_without_a_sink_that_fails(caplog: pytest.LogCaptureFixture) -> None:
+    class Full:
+        appended = 0
+
+        def append(self, _: object) -> None:
+            self.appended += 1
+
+        def flush(self) -> None:
+            raise OSError("no space left")
+
+        def close(self) -> None:
+            raise AssertionError("it is not asked any more")
+
+    inner = Full()
+    sink = Dispensable("tensorboard", inner)
+    sink.append({"step": 1})
+    sink.flush()
+    sink.append({"step": 2})
+    sink.flush()
+    sink.close()
+    assert inner.appended == 1
+    said = "telemetry.tensorboard gets no more from this process: no space left"
+    assert caplog.messages == [said]
 
 
 @pytest.mark.parametrize("package", ["tensorboard", "wandb"])
