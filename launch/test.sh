@@ -10,6 +10,7 @@ cd "$(dirname "$0")/.."
 declare -A packages=(
     [prometheus]=prometheus
     [prometheus-alertmanager]=prometheus-alertmanager
+    [prometheus-pushgateway]=prometheus-pushgateway
     [npm]=npm
     [ip]=iproute2
     [tini]=tini

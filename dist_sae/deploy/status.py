@@ -3,6 +3,7 @@
 Each of them may be out of reach; the others are told all the same.
 """
 
+from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
@@ -28,14 +29,16 @@ NUMBERS = (
 )
 """Of training, by their names in the history and, with a prefix, among the metrics."""
 
+_HISTORY = "the run's history"
+
 
 def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]:
     """Where a run is, as one object.
 
     Returns:
         `state`, `parts` and `conditions` (from the cluster), `store`, `numbers` (the last ones of
-        training, and where they are `from`), `limit` (what limits the run), `warnings`, and
-        `out_of_reach`: what could not be asked, and why.
+        training, and where they are `from`), `limit` (what limits the run) and what that is
+        judged by (`limit_of`), `warnings`, and `out_of_reach`: what could not be asked, and why.
     """
     out_of_reach: dict[str, str] = {}
     status: dict[str, Any] = {"run": run.name, "namespace": cluster.namespace}
@@ -68,6 +71,7 @@ def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]
     return status | {
         "numbers": numbers,
         "limit": _limit(numbers, slowest_stage, status["store"] or {}),
+        "limit_of": _limit_of(numbers, slowest_stage),
         "warnings": _warnings(run, numbers),
         "out_of_reach": out_of_reach,
     }
@@ -117,7 +121,12 @@ def _page(
 
 
 def _sums(page: list[Sample], name: str, label: str) -> dict[str, float]:
-    return {sample.labels[label]: sample.value for sample in page if sample.name == name}
+    """Over the ranks of a pod, by a label; since its processes began."""
+    sums: defaultdict[str, float] = defaultdict(float)
+    for sample in page:
+        if sample.name == name:
+            sums[sample.labels[label]] += sample.value
+    return sums
 
 
 def _stored_numbers(stored: StoredRun) -> dict[str, Any] | None:
@@ -125,7 +134,7 @@ def _stored_numbers(stored: StoredRun) -> dict[str, Any] | None:
     if last is None:
         return None
     found = {name: last[name] for name in (*NUMBERS, "phases") if name in last}
-    return found | {"from": "the run's history"}
+    return found | {"from": _HISTORY}
 
 
 def _limit(
@@ -141,6 +150,15 @@ def _limit(
         slowest_stage,
         all_produced="units" in store and store["ready_units"] == store["units"],
     )
+
+
+def _limit_of(numbers: Mapping[str, Any] | None, slowest_stage: str | None) -> str | None:
+    """The time that the limit is of: a page of metrics has only sums, the history has reports."""
+    since = "all time since the pods began"
+    if numbers and numbers["from"] == _HISTORY:
+        of_producers = f"; of producers: {since}" if slowest_stage else ""
+        return f"the last report that was saved{of_producers}"
+    return since if numbers or slowest_stage else None
 
 
 def _warnings(run: Run, numbers: Mapping[str, Any] | None) -> list[str]:

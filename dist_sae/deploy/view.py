@@ -51,7 +51,7 @@ def _lines(status: Mapping[str, Any]) -> Iterator[str]:
         shown = [text.format(numbers[name]) for name, text in _NUMBERS.items() if name in numbers]
         yield f"training {'  '.join(shown)}  ({numbers['from']})"
     if status["limit"]:
-        yield f"limit    {status['limit']}"
+        yield f"limit    {status['limit']}  (of {status['limit_of']})"
 
 
 def _store(store: Mapping[str, Any]) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import time
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from dist_sae.config import load_run
 from dist_sae.data.consumers import Consumers
 from dist_sae.storage import open_store
 from dist_sae.telemetry.exporter import Telemetry
+from dist_sae.telemetry.gather import GatheredTelemetry
 from dist_sae.telemetry.history import History
 from tests.deploy.apiserver import ApiServer, Object
 from tests.deploy.conftest import Shell
@@ -93,6 +95,7 @@ def test_status_joins_pods_store_and_history(api: ApiServer, sh: Shell, going: s
         "checkpoint_step": 8,
     }
     assert found["limit"] == "data: trainers wait 75% of the time"
+    assert found["limit_of"] == "the last report that was saved"
     assert found["numbers"] == {
         "step": 8,
         "fvu": 0.25,
@@ -175,6 +178,8 @@ def test_status_asks_the_first_trainer_for_its_numbers(
         assert found["limit"] == (
             "data: trainers wait 25% of the time; producers' slowest stage: store"
         )
+        assert found["limit_of"] == "all time since the pods began"
+        assert "stage: store  (of all time since the pods began)" in sh("status", going)
         assert found["warnings"] == [
             "the last checkpoint took 301 s, and pods that are to end have 600 s; raise "
             "cluster.trainer.grace_seconds"
@@ -185,9 +190,32 @@ def test_status_asks_the_first_trainer_for_its_numbers(
     del api.ports[pod]
     found = status(sh, going)
     assert found["numbers"]["from"] == "the run's history"
+    assert found["limit_of"] == "the last report that was saved"
     assert "error trying to reach service" in found["out_of_reach"]["metrics"]
     api.rules.remove(("", "pods/proxy", "get"))
     assert "ada may not get pods/proxy" in status(sh, going)["out_of_reach"]["metrics"]
+
+
+def test_status_sums_over_the_ranks_of_a_pod(api: ApiServer, sh: Shell, going: str) -> None:
+    """Of ranks that share a model the others export zeros."""
+    sh("submit", going)
+    with ExitStack() as stack:
+        for part, role in (("trainer", "train"), ("producer", "produce")):
+            ranks = [stack.enter_context(Telemetry("tiny", role, 0, rank)) for rank in (0, 1)]
+            if role == "train":
+                ranks[0].add("dist_sae_train_phase_seconds_total", 4, phase="wait")
+                ranks[0].add("dist_sae_train_phase_seconds_total", 1, phase="forward")
+                ranks[1].add("dist_sae_train_phase_seconds_total", 5, phase="forward")
+            else:
+                ranks[0].add("dist_sae_produce_seconds_total", 9, stage="pack")
+            pod = api.pods(part)[0]
+            api.run_pod(pod)
+            ports = {rank: one.port for rank, one in enumerate(ranks) if one.port}
+            gathered = stack.enter_context(GatheredTelemetry("tiny", role, ports, 0))
+            api.ports[pod] = gathered.port
+        assert status(sh, going)["limit"] == (
+            "data: trainers wait 40% of the time; producers' slowest stage: pack"
+        )
 
 
 def test_status_tells_what_is_left_without_the_cluster(

@@ -1,4 +1,4 @@
-"""Prometheus and Alertmanager as they are shipped, on loopback, and who they send alerts to."""
+"""Prometheus and its companions as they are shipped, on loopback, and who they send alerts to."""
 
 import json
 import queue
@@ -39,21 +39,24 @@ class Prometheus(NamedTuple):
 
 
 @contextmanager
-def prometheus(folder: Path, targets: Sequence[str], alertmanager: str) -> Iterator[Prometheus]:
+def prometheus(
+    folder: Path, targets: Sequence[str], gateway: str, alertmanager: str
+) -> Iterator[Prometheus]:
     """Prometheus with this project's rules and configuration, at short intervals.
 
     Args:
         folder: For its files.
-        targets: host:port of what it scrapes.
+        targets: host:port of the programs that it scrapes.
+        gateway: host:port of the Pushgateway.
         alertmanager: host:port.
     """
     config = yaml.safe_load((MONITORING / "prometheus.yml").read_text())
     config["global"] = {"scrape_interval": INTERVAL, "evaluation_interval": INTERVAL}
     config["rule_files"] = [str(folder / name) for name in config["rule_files"]]
     config["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"] = [alertmanager]
-    job = config["scrape_configs"][0]
-    job["static_configs"][0]["targets"] = list(targets)
-    config["scrape_configs"] = [job]
+    programs, pushed = config["scrape_configs"]
+    programs["static_configs"][0]["targets"] = list(targets)
+    pushed["static_configs"][0]["targets"] = [gateway]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     (folder / "rules.yaml").write_text((MONITORING / "rules.yaml").read_text())
     (folder / "alerts.yaml").write_text(_hasty((MONITORING / "alerts.yaml").read_text()))
@@ -85,6 +88,15 @@ def alertmanager(folder: Path, webhook: str) -> Iterator[str]:
         "--cluster.listen-address=",
     ]
     with _server(command, folder / "alertmanager.log", port):
+        yield f"127.0.0.1:{port}"
+
+
+@contextmanager
+def pushgateway(folder: Path) -> Iterator[str]:
+    """The Pushgateway, which keeps nothing on disk; its host:port."""
+    port = free_ports(1)
+    command = [_installed("prometheus-pushgateway"), f"--web.listen-address=127.0.0.1:{port}"]
+    with _server(command, folder / "pushgateway.log", port):
         yield f"127.0.0.1:{port}"
 
 

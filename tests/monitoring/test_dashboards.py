@@ -20,10 +20,11 @@ HERE = Path(__file__).parent
 UNSHOWN = {
     "dist_sae_run_info",  # fills the variable `run`
     "dist_sae_build_info",
-    "dist_sae_rank_up",  # `alive` counts what it is about
-    "dist_sae_run_finished",  # for alerts
+    "dist_sae_rank_up",  # for alerts
+    "dist_sae_run_finished",
     "dist_sae_run_failed",
     "dist_sae_train_info",
+    "dist_sae_train_wait_seconds_total",  # the phase `wait` says the same, and while it lasts
     "dist_sae_produce_wait_seconds",  # produce_waited_seconds_total says for whom as well
     "dist_sae_job_seconds",  # of short-lived programs: one value each
     "dist_sae_job_end_timestamp_seconds",
@@ -61,6 +62,13 @@ def test_grafana_can_tell_panels_and_queries_apart() -> None:
         for panel in panels:
             letters = [target["refId"] for target in panel.get("targets", [])]
             assert letters == list("ABCD")[: len(letters)], panel["title"]
+
+
+def test_one_run_is_shown_until_more_are_chosen() -> None:
+    for text in render_dashboards().values():
+        _, run, *ranks = json.loads(text)["templating"]["list"]
+        assert (run["name"], run["includeAll"], "current" in run) == ("run", False, False)
+        assert [rank["current"]["value"] for rank in ranks] == ["$__all"] * len(ranks)
 
 
 def test_every_metric_is_shown_once_at_least() -> None:

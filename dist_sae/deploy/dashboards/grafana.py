@@ -70,8 +70,6 @@ def render_page(page: Page, others: Sequence[Page]) -> str:
 
 
 def _variables(page: Page) -> list[Builder[schema.VariableModel]]:
-    everything = schema.VariableOption(text="All", value="$__all", selected=True)
-
     def choice(name: str, query: str) -> dashboard.QueryVariable:
         return (
             dashboard.QueryVariable(name)
@@ -81,18 +79,18 @@ def _variables(page: Page) -> list[Builder[schema.VariableModel]]:
             .refresh(schema.VariableRefresh.ON_TIME_RANGE_CHANGED)
             .sort(schema.VariableSort.NUMERICAL_ASC)
             .multi(True)
-            .include_all(True)
-            .current(everything)
         )
 
     source = dashboard.DatasourceVariable("datasource").label("data source").type("prometheus")
     variables: list[Builder[schema.VariableModel]] = [
         source,
-        choice("run", "label_values(dist_sae_run_info, run)"),
+        choice("run", "label_values(dist_sae_run_info, run)"),  # one, until more are chosen
     ]
     if page.ranks:
         of_role = f'dist_sae_run_info{{run=~"$run",role="{page.ranks}"}}'
-        variables.append(choice("rank", f"label_values({of_role}, rank)"))
+        everything = schema.VariableOption(text="All", value="$__all", selected=True)
+        ranks = choice("rank", f"label_values({of_role}, rank)")
+        variables.append(ranks.include_all(True).current(everything))
     return variables
 
 

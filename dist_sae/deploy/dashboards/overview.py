@@ -25,8 +25,9 @@ OVERVIEW = Page(
             (
                 table(
                     "Alerts",
-                    Query('ALERTS{run=~"$run",alertname=~"DistSae.*"}', ""),
-                    "What fires, or will if it stays so; monitoring/runbook.md says what to do.",
+                    Query('ALERTS{alertname=~"DistSae.*"}', ""),
+                    "What fires, of any run, or will if it stays so; monitoring/runbook.md says "
+                    "what to do.",
                 ),
                 number("Trainer ranks", "count", alive("train")),
                 number("Producers", "count", alive("produce")),

@@ -60,8 +60,10 @@ def graph(
 
 
 def stack(title: str, unit: Unit, query: Query, says: str = "") -> Panel:
-    """Areas on top of each other: the parts of a whole."""
-    return Panel("stack", title, unit, (query,), says)
+    """Areas on top of each other: the parts of a whole, of one run."""
+    return Panel(
+        "stack", title, unit, (query,), f"{says} Choose one run: several would be piled up."
+    )
 
 
 def number(

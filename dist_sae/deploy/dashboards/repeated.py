@@ -29,19 +29,23 @@ UNITS = graph(
     now("dist_sae_train_plan_units").named("planned"),
     now("dist_sae_train_ready_units").named("ready"),
     now("dist_sae_train_reached_units").named("reached"),
-    says="Where the reached meet the ready, trainers wait.",
+    says="In the first pass trainers wait where the reached meet the ready; later all are there.",
 )
 BACKLOG = graph(
     "Backlog of units",
     "count",
     now("dist_sae_train_backlog_units").named("waiting"),
     now("dist_sae_produce_max_ahead_units").named("limit"),
-    says="At 0 producers are the limit, near its limit trainers are.",
+    says="While units are made: at 0 producers are the limit, near its limit trainers are.",
 )
 STAGES = graph(
     "Where producers' time goes",
     "count",
-    rate("dist_sae_produce_seconds_total", "run, stage", "avg"),
-    says="Seconds per second; stages overlap, and the one nearest to 1 is the limit.",
+    # of ranks that share a model only the first has stages, and knows the plan
+    rate("dist_sae_produce_seconds_total", "run, stage").over(
+        now("dist_sae_produce_plan_units", how="count"), on="run"
+    ),
+    says="Seconds per second, mean of the producers; stages overlap, and the one nearest to 1 is "
+    "the limit.",
 )
 WAITING_PRODUCERS = recorded("run_waited_for:dist_sae_produce_waited:share5m")

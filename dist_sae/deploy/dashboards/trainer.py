@@ -60,7 +60,7 @@ TRAINER = Page(
                 graph(
                     "Waiting for data",
                     "share",
-                    rate("dist_sae_train_wait_seconds_total", "run, rank").over(
+                    rate("dist_sae_train_phase_seconds_total", "run, rank", phase="wait").over(
                         rate(STEP_SECONDS, "run, rank")
                     ),
                     says="Of the step. One rank alone: its way to the store is slower.",
