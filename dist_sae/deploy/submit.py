@@ -250,7 +250,7 @@ def _settings(old: Run | None, new: Run) -> list[str]:
 
 
 def _ended(state: str, failure: str) -> str:
-    return f"failed ({failure})" if state == "failed" else "ended without its last checkpoint"
+    return f"failed ({failure})" if state == "failed" else "ended before all was in the store"
 
 
 def _asked(obj: Object) -> Object:
