@@ -3,6 +3,7 @@
 Objects are plain mappings, as `deploy/jobs.py` renders them. Errors are mapped here, once.
 """
 
+import copy
 import json
 import logging
 import os
@@ -32,6 +33,8 @@ _KUBECONFIG = "~/.kube/config"
 _ROLE = "role dist-sae-researcher of k8s/base"
 _NODES_ROLE = "cluster role dist-sae-nodes of k8s/base"
 _CONNECT_SECONDS, _ANSWER_SECONDS = 5.0, 30.0
+_POD_SECONDS = 3.0
+"""For a pod's answer: a network policy that drops it looks like one that never comes."""
 _WATCH_SECONDS = 20
 _UNREADABLE = (ConfigException, OSError, yaml.YAMLError)
 _NOT_FOUND = 404
@@ -85,6 +88,13 @@ class Cluster:
                 f"{self._place}: no kubeconfig that can be used ({_line(exc)}); log in to the "
                 f"cluster, set KUBECONFIG or correct cluster.context"
             ) from exc
+        return ApiClient(settings)
+
+    @cached_property
+    def _hasty(self) -> ApiClient:
+        """The same without a second attempt."""
+        settings = copy.copy(self._client.configuration)
+        settings.retries = urllib3.Retry(0)
         return ApiClient(settings)
 
     @property
@@ -161,10 +171,18 @@ class Cluster:
                 yield line.decode(errors="replace").rstrip("\n")
 
     def proxy(self, pod: str, port: int, path: str) -> str:
-        """What a pod answers, asked through the API server."""
+        """What a pod answers, asked once through the API server, which may never hear of it."""
         whole = f"{self._path('Pod', f'{pod}:{port}')}/proxy/{path}"
         with self._mapped(whole):
-            text: str = self._send("GET", whole).data.decode()
+            try:
+                text: str = self._send("GET", whole, hasty=True).data.decode()
+            except urllib3.exceptions.HTTPError as exc:
+                if not isinstance(_reason(exc), urllib3.exceptions.ReadTimeoutError):
+                    raise
+                raise ClusterError(
+                    f"{self._place}: pod {pod} does not answer on port {port} within "
+                    f"{_POD_SECONDS:g} s; see whether a network policy keeps the API server from it"
+                ) from exc
             return text
 
     def nodes(self) -> list[Object]:
@@ -225,8 +243,11 @@ class Cluster:
         content: str = "application/json",
         *,
         patient: bool = False,
+        hasty: bool = False,
     ) -> urllib3.HTTPResponse:
-        answer: urllib3.HTTPResponse = self._client.call_api(
+        seconds = None if patient else _POD_SECONDS if hasty else _ANSWER_SECONDS
+        client = self._hasty if hasty else self._client
+        answer: urllib3.HTTPResponse = client.call_api(
             path,
             method,
             query_params=list((query or {}).items()),
@@ -234,7 +255,7 @@ class Cluster:
             body=body,
             auth_settings=["BearerToken"],
             _preload_content=False,
-            _request_timeout=(_CONNECT_SECONDS, None if patient else _ANSWER_SECONDS),
+            _request_timeout=(_CONNECT_SECONDS, seconds),
         )
         return answer
 
@@ -247,8 +268,9 @@ class Cluster:
             raise self._refusal(exc, path) from exc
         except urllib3.exceptions.HTTPError as exc:
             server = self._client.configuration.host
+            why = type(_reason(exc)).__name__
             raise ClusterError(
-                f"{self._place}: {server} does not answer ({_cause(exc)}); check the network, the "
+                f"{self._place}: {server} does not answer ({why}); check the network, the "
                 f"context and your login"
             ) from exc
 
@@ -307,10 +329,9 @@ def _status_of(exc: ApiException) -> dict[str, Any]:
     return {}
 
 
-def _cause(exc: BaseException) -> str:
+def _reason(exc: BaseException) -> BaseException:
     """What is behind urllib3's many words."""
-    reason = getattr(exc, "reason", None)
-    return type(reason or exc).__name__
+    return getattr(exc, "reason", None) or exc
 
 
 def _line(error: object) -> str:
