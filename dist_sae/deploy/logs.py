@@ -74,9 +74,13 @@ def _chosen(pods: list[Object], which: str, *, previous: bool) -> list[Object]:
 
 def _by_time(cluster: Cluster, sources: list[tuple[str, str]], tail: int | None) -> Iterator[str]:
     def lines(pod: str, container: str) -> Iterator[tuple[str, str]]:
-        for line in cluster.logs(pod, container, follow=False, tail=tail, stamped=True):
-            stamp, _, text = line.partition(" ")
-            yield stamp, f"{pod}: {text}"
+        stamp = ""
+        try:
+            for line in cluster.logs(pod, container, follow=False, tail=tail, stamped=True):
+                stamp, _, text = line.partition(" ")
+                yield stamp, f"{pod}: {text}"
+        except ClusterError as exc:  # of one pod; the others are told all the same
+            yield stamp, f"{pod}: ({exc})"
 
     for _, line in heapq.merge(*(lines(*source) for source in sources), key=lambda item: item[0]):
         yield line

@@ -40,6 +40,17 @@ def test_logs_of_a_part_are_in_the_order_of_their_times(
     ]
 
 
+def test_pod_that_has_not_begun_keeps_nobody_from_reading_the_others(
+    api: ApiServer, sh: Shell, path: str, trainers: tuple[str, str]
+) -> None:
+    first, second = trainers
+    third = api.fail_pod(first)
+    waits, *lines = sh("logs", path, "trainer").splitlines()
+    assert waits.startswith(f"{third}: (")
+    assert waits.endswith("is waiting to start)")
+    assert lines == [f"{second}: step 2", f"{second}: step 4"]
+
+
 def test_logs_of_a_replaced_pod_are_found(
     api: ApiServer, sh: Shell, path: str, trainers: tuple[str, str]
 ) -> None:
