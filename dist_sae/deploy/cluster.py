@@ -24,7 +24,7 @@ from kubernetes.utils.quantity import parse_quantity
 from dist_sae.config.cluster import ClusterConfig
 from dist_sae.deploy.jobs import JOBSET_VERSION
 from dist_sae.deploy.pods import Object
-from dist_sae.errors import ClusterError, ForbiddenError, RejectedError
+from dist_sae.errors import ClusterError, ForbiddenError, NotStartedError, RejectedError
 
 MANAGER = "dist-sae"
 """Field manager of all that is applied."""
@@ -37,6 +37,7 @@ _POD_SECONDS = 3.0
 """For a pod's answer: a network policy that drops it looks like one that never comes."""
 _WATCH_SECONDS = 20
 _UNREADABLE = (ConfigException, OSError, yaml.YAMLError)
+_NO_CONTENT = 204
 _NOT_FOUND = 404
 _EXPIRED = 410
 """Of a watch whose beginning the server has forgotten."""
@@ -160,13 +161,21 @@ class Cluster:
     def logs(
         self, pod: str, container: str, *, follow: bool, tail: int | None, stamped: bool = False
     ) -> Iterator[str]:
-        """Lines of a container, with the time of each if `stamped`; with `follow` until it ends."""
+        """Lines of a container, with the time of each if `stamped`; with `follow` until it ends.
+
+        Raises:
+            NotStartedError: It has not begun.
+        """
         query = {"container": container}
         query |= {"follow": "true"} if follow else {}
         query |= {"timestamps": "true"} if stamped else {}
         query |= {"tailLines": str(tail)} if tail is not None else {}
         path = f"{self._path('Pod', pod)}/log"
         with self._mapped(path), self._send("GET", path, query, patient=follow) as answer:
+            if answer.status == _NO_CONTENT:
+                raise NotStartedError(
+                    f"{self._place}: pod {pod} has no node yet; dist-sae status says why"
+                )
             for line in answer:
                 yield line.decode(errors="replace").rstrip("\n")
 
@@ -277,26 +286,35 @@ class Cluster:
     def _refusal(self, exc: ApiException, path: str) -> ClusterError:
         status = _status_of(exc)
         said = status.get("message") or _line(exc.reason or exc)
-        details, jobset = status.get("details") or {}, _RESOURCES["JobSet"]
         match exc.status:
             case 401:
                 return ClusterError(f"{self._place}: your login is refused; log in again")
             case 403:
                 return self._forbidden(said)
-            case 404 if not status and path.startswith(jobset.base):
-                return ClusterError(
-                    f"{self._place}: the cluster does not know {jobset.version}; install JobSet, "
-                    f"or set cluster.jobset: false"
-                )
-            case 404 if details.get("kind") == "namespaces":
-                return ClusterError(
-                    f"namespace {self.namespace} does not exist; create it "
-                    f"(kubectl apply -k k8s/base) or correct cluster.namespace"
-                )
+            case 404:
+                return self._lacking(status, said, path)
+            case 400 if path.endswith("/log"):  # a node's answer
+                return NotStartedError(f"{self._place}: {_line(said)}")
             case 422:
                 return RejectedError(_line(said))
             case _:
                 return ClusterError(f"{self._place}: {_line(said)}")
+
+    def _lacking(self, status: dict[str, Any], said: str, path: str) -> ClusterError:
+        kind, jobset = (status.get("details") or {}).get("kind"), _RESOURCES["JobSet"]
+        if not status and path.startswith(jobset.base):
+            return ClusterError(
+                f"{self._place}: the cluster does not know {jobset.version}; install JobSet, "
+                f"or set cluster.jobset: false"
+            )
+        if kind == "namespaces":
+            return ClusterError(
+                f"namespace {self.namespace} does not exist; create it "
+                f"(kubectl apply -k k8s/base) or correct cluster.namespace"
+            )
+        if kind == "pods/log":  # a node that has not heard of the pod yet
+            return NotStartedError(f"{self._place}: {_line(said)}")
+        return ClusterError(f"{self._place}: {_line(said)}")
 
     def _forbidden(self, said: str) -> ClusterError:
         found = re.search(
