@@ -97,6 +97,10 @@ class ForbiddenError(ClusterError):
     """The user lacks a permission there."""
 
 
+class NotStartedError(ClusterError):
+    """A container there has nothing to say yet."""
+
+
 class RejectedError(ClusterError):
     """An object is not valid there, or cannot be changed into that."""
 

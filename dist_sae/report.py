@@ -60,9 +60,14 @@ def report(run: Run, meter: Meter = UNMETERED) -> str:
         latent_rows=latent_rows,
         no_latents=no_latents,
     )
-    key = f"{run.name}/report/report.html"
+    key = report_key(run)
     runs.put(key, render_page(page).encode())
     return _place(runs.url, key)
+
+
+def report_key(run: Run) -> str:
+    """Where the report is in the store of runs."""
+    return f"{run.name}/report/report.html"
 
 
 def _no_waiting() -> threading.Event:

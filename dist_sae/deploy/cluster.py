@@ -3,6 +3,7 @@
 Objects are plain mappings, as `deploy/jobs.py` renders them. Errors are mapped here, once.
 """
 
+import copy
 import json
 import logging
 import os
@@ -23,7 +24,7 @@ from kubernetes.utils.quantity import parse_quantity
 from dist_sae.config.cluster import ClusterConfig
 from dist_sae.deploy.jobs import JOBSET_VERSION
 from dist_sae.deploy.pods import Object
-from dist_sae.errors import ClusterError, ForbiddenError, RejectedError
+from dist_sae.errors import ClusterError, ForbiddenError, NotStartedError, RejectedError
 
 MANAGER = "dist-sae"
 """Field manager of all that is applied."""
@@ -32,8 +33,11 @@ _KUBECONFIG = "~/.kube/config"
 _ROLE = "role dist-sae-researcher of k8s/base"
 _NODES_ROLE = "cluster role dist-sae-nodes of k8s/base"
 _CONNECT_SECONDS, _ANSWER_SECONDS = 5.0, 30.0
+_POD_SECONDS = 3.0
+"""For a pod's answer: a network policy that drops it looks like one that never comes."""
 _WATCH_SECONDS = 20
 _UNREADABLE = (ConfigException, OSError, yaml.YAMLError)
+_NO_CONTENT = 204
 _NOT_FOUND = 404
 _EXPIRED = 410
 """Of a watch whose beginning the server has forgotten."""
@@ -85,6 +89,13 @@ class Cluster:
                 f"{self._place}: no kubeconfig that can be used ({_line(exc)}); log in to the "
                 f"cluster, set KUBECONFIG or correct cluster.context"
             ) from exc
+        return ApiClient(settings)
+
+    @cached_property
+    def _hasty(self) -> ApiClient:
+        """The same without a second attempt."""
+        settings = copy.copy(self._client.configuration)
+        settings.retries = urllib3.Retry(0)
         return ApiClient(settings)
 
     @property
@@ -150,21 +161,37 @@ class Cluster:
     def logs(
         self, pod: str, container: str, *, follow: bool, tail: int | None, stamped: bool = False
     ) -> Iterator[str]:
-        """Lines of a container, with the time of each if `stamped`; with `follow` until it ends."""
+        """Lines of a container, with the time of each if `stamped`; with `follow` until it ends.
+
+        Raises:
+            NotStartedError: It has not begun.
+        """
         query = {"container": container}
         query |= {"follow": "true"} if follow else {}
         query |= {"timestamps": "true"} if stamped else {}
         query |= {"tailLines": str(tail)} if tail is not None else {}
         path = f"{self._path('Pod', pod)}/log"
         with self._mapped(path), self._send("GET", path, query, patient=follow) as answer:
+            if answer.status == _NO_CONTENT:
+                raise NotStartedError(
+                    f"{self._place}: pod {pod} has no node yet; dist-sae status says why"
+                )
             for line in answer:
                 yield line.decode(errors="replace").rstrip("\n")
 
     def proxy(self, pod: str, port: int, path: str) -> str:
-        """What a pod answers, asked through the API server."""
+        """What a pod answers, asked once through the API server, which may never hear of it."""
         whole = f"{self._path('Pod', f'{pod}:{port}')}/proxy/{path}"
         with self._mapped(whole):
-            text: str = self._send("GET", whole).data.decode()
+            try:
+                text: str = self._send("GET", whole, hasty=True).data.decode()
+            except urllib3.exceptions.HTTPError as exc:
+                if not isinstance(_reason(exc), urllib3.exceptions.ReadTimeoutError):
+                    raise
+                raise ClusterError(
+                    f"{self._place}: pod {pod} does not answer on port {port} within "
+                    f"{_POD_SECONDS:g} s; see whether a network policy keeps the API server from it"
+                ) from exc
             return text
 
     def nodes(self) -> list[Object]:
@@ -225,8 +252,11 @@ class Cluster:
         content: str = "application/json",
         *,
         patient: bool = False,
+        hasty: bool = False,
     ) -> urllib3.HTTPResponse:
-        answer: urllib3.HTTPResponse = self._client.call_api(
+        seconds = None if patient else _POD_SECONDS if hasty else _ANSWER_SECONDS
+        client = self._hasty if hasty else self._client
+        answer: urllib3.HTTPResponse = client.call_api(
             path,
             method,
             query_params=list((query or {}).items()),
@@ -234,7 +264,7 @@ class Cluster:
             body=body,
             auth_settings=["BearerToken"],
             _preload_content=False,
-            _request_timeout=(_CONNECT_SECONDS, None if patient else _ANSWER_SECONDS),
+            _request_timeout=(_CONNECT_SECONDS, seconds),
         )
         return answer
 
@@ -247,34 +277,44 @@ class Cluster:
             raise self._refusal(exc, path) from exc
         except urllib3.exceptions.HTTPError as exc:
             server = self._client.configuration.host
+            why = type(_reason(exc)).__name__
             raise ClusterError(
-                f"{self._place}: {server} does not answer ({_cause(exc)}); check the network, the "
+                f"{self._place}: {server} does not answer ({why}); check the network, the "
                 f"context and your login"
             ) from exc
 
     def _refusal(self, exc: ApiException, path: str) -> ClusterError:
         status = _status_of(exc)
         said = status.get("message") or _line(exc.reason or exc)
-        details, jobset = status.get("details") or {}, _RESOURCES["JobSet"]
         match exc.status:
             case 401:
                 return ClusterError(f"{self._place}: your login is refused; log in again")
             case 403:
                 return self._forbidden(said)
-            case 404 if not status and path.startswith(jobset.base):
-                return ClusterError(
-                    f"{self._place}: the cluster does not know {jobset.version}; install JobSet, "
-                    f"or set cluster.jobset: false"
-                )
-            case 404 if details.get("kind") == "namespaces":
-                return ClusterError(
-                    f"namespace {self.namespace} does not exist; create it "
-                    f"(kubectl apply -k k8s/base) or correct cluster.namespace"
-                )
+            case 404:
+                return self._lacking(status, said, path)
+            case 400 if path.endswith("/log"):  # a node's answer
+                return NotStartedError(f"{self._place}: {_line(said)}")
             case 422:
                 return RejectedError(_line(said))
             case _:
                 return ClusterError(f"{self._place}: {_line(said)}")
+
+    def _lacking(self, status: dict[str, Any], said: str, path: str) -> ClusterError:
+        kind, jobset = (status.get("details") or {}).get("kind"), _RESOURCES["JobSet"]
+        if not status and path.startswith(jobset.base):
+            return ClusterError(
+                f"{self._place}: the cluster does not know {jobset.version}; install JobSet, "
+                f"or set cluster.jobset: false"
+            )
+        if kind == "namespaces":
+            return ClusterError(
+                f"namespace {self.namespace} does not exist; create it "
+                f"(kubectl apply -k k8s/base) or correct cluster.namespace"
+            )
+        if kind == "pods/log":  # a node that has not heard of the pod yet
+            return NotStartedError(f"{self._place}: {_line(said)}")
+        return ClusterError(f"{self._place}: {_line(said)}")
 
     def _forbidden(self, said: str) -> ClusterError:
         found = re.search(
@@ -307,10 +347,9 @@ def _status_of(exc: ApiException) -> dict[str, Any]:
     return {}
 
 
-def _cause(exc: BaseException) -> str:
+def _reason(exc: BaseException) -> BaseException:
     """What is behind urllib3's many words."""
-    reason = getattr(exc, "reason", None)
-    return type(reason or exc).__name__
+    return getattr(exc, "reason", None) or exc
 
 
 def _line(error: object) -> str:

@@ -1,10 +1,10 @@
 """`dist-sae logs`: what a run's pods say, those that were replaced included."""
 
 import heapq
+import logging
 import queue
 import threading
 from collections.abc import Iterator
-from itertools import chain
 from typing import get_args
 
 from dist_sae.config import Run
@@ -12,10 +12,14 @@ from dist_sae.deploy.cluster import Cluster
 from dist_sae.deploy.names import selector
 from dist_sae.deploy.pods import Object, Part
 from dist_sae.deploy.presence import describe
-from dist_sae.deploy.workers import index_of, newest_pods, part_of
-from dist_sae.errors import ClusterError
+from dist_sae.deploy.workers import has_ended, index_of, newest_pods, part_of
+from dist_sae.errors import ClusterError, NotStartedError
+
+logger = logging.getLogger(__name__)
 
 DEFAULT = "trainer-0"
+_Source = tuple[Object, str]
+"""A pod, and the name of one of its containers."""
 
 
 def read_logs(
@@ -33,7 +37,7 @@ def read_logs(
         run: The run.
         cluster: Where it is.
         which: A part, one index of it (`trainer-0`), or a pod's name.
-        follow: Go on until the pods end.
+        follow: Wait for the pods to begin, and go on until they end.
         previous: Of the pods that the present ones replaced.
         tail: Only so many last lines of each container.
 
@@ -48,16 +52,13 @@ def read_logs(
             f"dist-sae status says what there is"
         )
     sources = [
-        (pod["metadata"]["name"], container["name"])
+        (pod, container["name"])
         for pod in pods
         for spec in [pod["spec"]]
         for container in [*spec.get("initContainers", []), *spec["containers"]]
     ]
-    named = len(pods) > 1
-    if len(sources) == 1 or not named:  # containers of a pod run one after the other
-        return chain.from_iterable(
-            cluster.logs(pod, container, follow=follow, tail=tail) for pod, container in sources
-        )
+    if len(pods) == 1:
+        return _one_after_another(cluster, sources, tail, follow=follow)
     merged = _as_they_come if follow else _by_time
     return merged(cluster, sources, tail)
 
@@ -72,27 +73,61 @@ def _chosen(pods: list[Object], which: str, *, previous: bool) -> list[Object]:
     return [pod for pod in pods if pod["metadata"]["name"] == which]
 
 
-def _by_time(cluster: Cluster, sources: list[tuple[str, str]], tail: int | None) -> Iterator[str]:
-    def lines(pod: str, container: str) -> Iterator[tuple[str, str]]:
-        for line in cluster.logs(pod, container, follow=False, tail=tail, stamped=True):
-            stamp, _, text = line.partition(" ")
-            yield stamp, f"{pod}: {text}"
+def _one_after_another(
+    cluster: Cluster, sources: list[_Source], tail: int | None, *, follow: bool
+) -> Iterator[str]:
+    """Of the containers of one pod, as they run."""
+    for number, (pod, container) in enumerate(sources):
+        try:
+            if follow:
+                yield from _follow(cluster, pod, container, tail)
+            else:
+                yield from cluster.logs(_name(pod), container, follow=False, tail=tail)
+        except NotStartedError:
+            if not number:
+                raise
+            return  # nor have those behind it begun
+
+
+def _follow(cluster: Cluster, pod: Object, container: str, tail: int | None) -> Iterator[str]:
+    """Lines of a container until it ends, once it has begun."""
+    name, waits = _name(pod), False
+    for pods in cluster.follow("Pod", pod["metadata"]["labels"]):
+        try:
+            yield from cluster.logs(name, container, follow=True, tail=tail)
+        except NotStartedError as exc:
+            if not any(_name(there) == name and not has_ended(there) for there in pods):
+                raise  # it never will
+            if not waits:
+                logger.info("waiting: %s", exc)
+            waits = True
+        else:
+            return
+
+
+def _by_time(cluster: Cluster, sources: list[_Source], tail: int | None) -> Iterator[str]:
+    def lines(source: Object, container: str) -> Iterator[tuple[str, str]]:
+        pod, stamp = _name(source), ""
+        try:
+            for line in cluster.logs(pod, container, follow=False, tail=tail, stamped=True):
+                stamp, _, text = line.partition(" ")
+                yield stamp, f"{pod}: {text}"
+        except ClusterError as exc:  # of one pod; the others are told all the same
+            yield stamp, f"{pod}: ({exc})"
 
     for _, line in heapq.merge(*(lines(*source) for source in sources), key=lambda item: item[0]):
         yield line
 
 
-def _as_they_come(
-    cluster: Cluster, sources: list[tuple[str, str]], tail: int | None
-) -> Iterator[str]:
+def _as_they_come(cluster: Cluster, sources: list[_Source], tail: int | None) -> Iterator[str]:
     said: queue.Queue[str | None] = queue.Queue()
 
-    def read(pod: str, container: str) -> None:
+    def read(pod: Object, container: str) -> None:
         try:
-            for line in cluster.logs(pod, container, follow=True, tail=tail):
-                said.put(f"{pod}: {line}")
+            for line in _follow(cluster, pod, container, tail):
+                said.put(f"{_name(pod)}: {line}")
         except ClusterError as exc:  # of one pod; the others go on
-            said.put(f"{pod}: ({exc})")
+            said.put(f"{_name(pod)}: ({exc})")
         finally:
             said.put(None)
 
@@ -101,3 +136,8 @@ def _as_they_come(
     for _ in sources:
         while (line := said.get()) is not None:
             yield line
+
+
+def _name(pod: Object) -> str:
+    name: str = pod["metadata"]["name"]
+    return name

@@ -6,7 +6,9 @@ from dist_sae.errors import ConfigError
 
 PART = "app.kubernetes.io/component"
 """The label that tells a run's parts apart."""
-_LONGEST = 63 - len("-producer-0-0000-abcde")  # a pod's name is a host's name
+TRIAL = "-new"
+"""Behind the names under which a cluster is asked whether it would take objects."""
+_LONGEST = 63 - len(f"{TRIAL}-producer-0-0000-abcde")  # a pod's name is a host's name
 
 
 def object_name(run: Run) -> str:

@@ -12,6 +12,7 @@ from dist_sae.data.consumers import Consumers
 from dist_sae.data.plan import Plan, load_plan
 from dist_sae.data.shard import unit_of
 from dist_sae.errors import ObjectNotFoundError, PlanMismatchError
+from dist_sae.report import report_key
 from dist_sae.storage import ObjectStore, open_store
 from dist_sae.telemetry.history import read_history
 
@@ -39,8 +40,15 @@ class StoredRun:
         return validate_run(yaml.safe_load(text), f"{self.url}/run.yaml")
 
     def is_complete(self) -> bool:
-        """Whether the last checkpoint is there."""
-        return self._run.steps in self._checkpoints.steps()
+        """Whether all is done that pods are for: training and, where there is one, the report.
+
+        A report that was made before the last checkpoint is not the last one.
+        """
+        reports = {entry.age_seconds for entry in self._runs.entries(report_key(self._run))}
+        trained = self._checkpoints.ages().get(self._run.steps)  # looked at later: not too young
+        if trained is None or self._run.cluster.reporter is None:
+            return trained is not None
+        return any(age <= trained for age in reports)
 
     def progress(self) -> dict[str, Any]:
         """How far producers and trainers are, by what they have stored.

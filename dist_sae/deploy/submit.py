@@ -16,6 +16,7 @@ from dist_sae.config.deciding import deciding
 from dist_sae.deploy.cluster import Cluster
 from dist_sae.deploy.fit import check_fit
 from dist_sae.deploy.jobs import in_pods, parts, render_objects
+from dist_sae.deploy.names import TRIAL
 from dist_sae.deploy.pods import Object, pod_template
 from dist_sae.deploy.presence import Presence, Say, await_end, check_own, describe, look, remove
 from dist_sae.deploy.render import to_yaml
@@ -197,7 +198,7 @@ def _try_out(cluster: Cluster, objects: list[Object]) -> None:
     """Have the server check them under other names: what would be refused costs no running run."""
     for obj in objects:
         trial = copy.deepcopy(obj)
-        trial["metadata"]["name"] += "-new"
+        trial["metadata"]["name"] += TRIAL
         try:
             cluster.apply(trial, dry_run=True)
         except RejectedError as exc:
@@ -250,7 +251,7 @@ def _settings(old: Run | None, new: Run) -> list[str]:
 
 
 def _ended(state: str, failure: str) -> str:
-    return f"failed ({failure})" if state == "failed" else "ended without its last checkpoint"
+    return f"failed ({failure})" if state == "failed" else "ended before all was in the store"
 
 
 def _asked(obj: Object) -> Object:

@@ -57,6 +57,11 @@ def index_of(pod: Object) -> int:
     return 0
 
 
+def has_ended(pod: Object) -> bool:
+    """Whether none of its containers will run any more."""
+    return pod["status"].get("phase") in _ENDED
+
+
 def part_of(obj: Object) -> str:
     """The part that a pod or Job belongs to."""
     part: str = obj["metadata"]["labels"].get(PART, "")
@@ -70,7 +75,7 @@ def _of(part: Part, objects: Iterable[Object]) -> list[Object]:
 def _part(wanted: int, pods: list[Object], jobs: list[Object]) -> PartStatus:
     phases = [pod["status"].get("phase", "Pending") for pod in pods]
     failed = [pod for pod in pods if pod["status"].get("phase") == "Failed"]
-    alive = [pod for pod in pods if pod["status"].get("phase") not in _ENDED]
+    alive = [pod for pod in pods if not has_ended(pod)]
     ends = sorted(failed, key=_end_time)
     counted = sum((job.get("status") or {}).get("failed", 0) for job in jobs)
     return PartStatus(

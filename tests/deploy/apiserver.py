@@ -32,6 +32,7 @@ from tests.deploy.apply import (
     merge,
     with_defaults,
 )
+from tests.deploy.containers import names_of, scheduled, state_of
 
 Object = dict[str, Any]
 Key = tuple[str, str]
@@ -70,7 +71,7 @@ class ApiServer:
         self.followers = 0
         """Of logs, so far."""
         self.logs: dict[str, list[str]] = {}
-        """Of pods; each line begins with its time."""
+        """Of pods, or of a container as `pod/container`; each line begins with its time."""
         self.ports: dict[str, int] = {}
         """Of pods: where on this machine their metrics really are."""
         self._applied: dict[tuple[Key, str], Object] = {}
@@ -191,7 +192,8 @@ class ApiServer:
         if plural == "nodes":
             return handler.send(json.dumps({"kind": "NodeList", "items": self.nodes}).encode())
         if sub == "log":
-            return handler.stream(self._log(name, query))
+            pieces = self._log(name, query)
+            return handler.send(b"", 204) if pieces is None else handler.stream(pieces)
         if sub == "proxy":
             return handler.send(self._proxy(name, found["rest"]))
         with self.changed:
@@ -368,28 +370,31 @@ class ApiServer:
             if above in self.objects and waits and not self._dependents(self.objects[above]):
                 self._remove(above)
 
-    def _log(self, name: str, query: Object) -> Iterator[bytes]:
+    def _log(self, name: str, query: Object) -> Iterator[bytes] | None:
         with self.changed:
-            pod = self._existing(("pods", name))
-            names = [
-                c["name"] for c in pod["spec"].get("initContainers", []) + pod["spec"]["containers"]
-            ]
-            assert query["container"] in names
-            if pod["status"]["phase"] == "Pending":
-                said = f'container "{query["container"]}" in pod "{name}" is waiting to start'
+            pod, container = self._existing(("pods", name)), query["container"]
+            assert container in names_of(pod)
+            if scheduled(pod) == "False":
+                return None
+            if not (state := state_of(pod, container)):
+                said = "the server could not find the requested resource"
+                raise RefusedError(404, "NotFound", said, kind="pods/log", name=name)
+            if state == "waiting":
+                said = f'container "{container}" in pod "{name}" is waiting to start'
                 raise RefusedError(400, "BadRequest", said)
-        return self._log_lines(name, query)
+        return self._log_lines(name, container, query)
 
-    def _log_lines(self, name: str, query: Object) -> Iterator[bytes]:
+    def _log_lines(self, name: str, container: str, query: Object) -> Iterator[bytes]:
         with self.changed:
             self.followers += "follow" in query
             self.changed.notify_all()
-        at = max(0, len(self.logs.get(name, [])) - int(query.get("tailLines", 1_000_000)))
+            whose = f"{name}/{container}" if f"{name}/{container}" in self.logs else name
+        at = max(0, len(self.logs.get(whose, [])) - int(query.get("tailLines", 1_000_000)))
         while True:
             with self.changed:
-                lines = self.logs.get(name, [])[at:]
+                lines = self.logs.get(whose, [])[at:]
                 pod = self.objects.get(("pods", name))
-                ended = pod is None or pod["status"]["phase"] != "Running"
+                ended = pod is None or state_of(pod, container) != "running"
                 if not lines and (ended or "follow" not in query):
                     return
                 if not lines:

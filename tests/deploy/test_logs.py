@@ -2,12 +2,34 @@
 
 import json
 import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import pytest
 
 from dist_sae.cli import main
-from tests.deploy.apiserver import ApiServer
+from tests.deploy.apiserver import ApiServer, Object
 from tests.deploy.conftest import Shell
+from tests.deploy.containers import render_status
+
+
+@contextmanager
+def meanwhile(act: Callable[[], None]) -> Iterator[None]:
+    """Something happens on the cluster while a command runs."""
+    thread = threading.Thread(target=act)
+    thread.start()
+    try:
+        yield
+    finally:
+        thread.join()
+
+
+def await_followers(api: ApiServer, number: int) -> None:
+    api.await_(lambda: api.followers >= number)
+
+
+def await_watch(api: ApiServer, before: int) -> None:
+    api.await_(lambda: api.watches > before)
 
 
 @pytest.fixture
@@ -40,6 +62,17 @@ def test_logs_of_a_part_are_in_the_order_of_their_times(
     ]
 
 
+def test_pod_that_has_not_begun_keeps_nobody_from_reading_the_others(
+    api: ApiServer, sh: Shell, path: str, trainers: tuple[str, str]
+) -> None:
+    first, second = trainers
+    third = api.fail_pod(first)
+    waits, *lines = sh("logs", path, "trainer").splitlines()
+    assert waits.startswith(f"{third}: (")
+    assert waits.endswith("is waiting to start)")
+    assert lines == [f"{second}: step 2", f"{second}: step 4"]
+
+
 def test_logs_of_a_replaced_pod_are_found(
     api: ApiServer, sh: Shell, path: str, trainers: tuple[str, str]
 ) -> None:
@@ -63,6 +96,95 @@ def test_logs_of_the_reporter_are_of_all_its_programs(api: ApiServer, sh: Shell,
     assert sh("logs", path, "reporter").splitlines() == ["done"] * 3  # evaluate, export, report
 
 
+@pytest.fixture
+def reporter(api: ApiServer, sh: Shell, path: str) -> Object:
+    """The pod of a reporter whose first program runs and has spoken."""
+    sh("submit", path)
+    pod = api.the("Pod", api.pods("reporter")[0])
+    api.set("Pod", pod["metadata"]["name"], status=render_status(pod, 0))
+    api.say(f"{pod['metadata']['name']}/evaluate", 1, "FVU")
+    return pod
+
+
+def test_logs_of_programs_that_have_not_begun_are_left_out(
+    sh: Shell, path: str, reporter: Object
+) -> None:
+    assert sh("logs", path, "reporter").splitlines() == ["FVU"]
+
+
+def test_following_waits_for_the_next_program(
+    api: ApiServer, sh: Shell, path: str, reporter: Object
+) -> None:
+    pod = reporter["metadata"]["name"]
+
+    def go_on() -> None:
+        for n_ended, program in ((1, "export"), (2, "main")):
+            with api.changed:
+                await_followers(api, n_ended)
+                watches = api.watches
+                api.set("Pod", pod, status=render_status(reporter, n_ended, runs=False))
+                await_watch(api, watches)
+                api.say(f"{pod}/{program}", 1 + n_ended, program)
+                api.set("Pod", pod, status=render_status(reporter, n_ended))
+        await_followers(api, 3)
+        api.set("Pod", pod, status={"phase": "Succeeded"})
+
+    with meanwhile(go_on):
+        said = sh("logs", path, "reporter", "--follow")
+    assert said.splitlines() == ["FVU", "export", "main"]
+
+
+def test_following_does_not_wait_for_what_will_never_begin(
+    api: ApiServer, sh: Shell, path: str, reporter: Object
+) -> None:
+    pod = reporter["metadata"]["name"]
+
+    def fail() -> None:
+        with api.changed:
+            await_followers(api, 1)
+            watches = api.watches
+            waits = render_status(reporter, 1, runs=False)
+            api.set("Pod", pod, status=waits)
+            await_watch(api, watches)
+            api.set("Pod", pod, status=waits | {"phase": "Failed"})
+
+    with meanwhile(fail):
+        assert sh("logs", path, "reporter", "--follow").splitlines() == ["FVU"]
+
+
+def test_following_waits_for_pods_to_begin(
+    api: ApiServer, sh: Shell, path: str, trainers: tuple[str, str]
+) -> None:
+    first, second = trainers
+    third = api.fail_pod(first)
+
+    def schedule(whether: str) -> None:
+        conditions = [{"type": "PodScheduled", "status": whether}]
+        api.set("Pod", third, status={"phase": "Pending", "conditions": conditions})
+
+    schedule("False")
+    assert f"pod {third} has no node yet; dist-sae status says why" in sh.fail("logs", path)
+
+    before = api.watches
+
+    def begin() -> None:
+        with api.changed:
+            await_watch(api, before)
+            watches = api.watches
+            schedule("True")
+            await_watch(api, watches)
+            api.run_pod(third)
+        api.say(third, 9, "resuming")
+        await_followers(api, 2)
+        api.end_pod(third)
+        api.end_pod(second)
+
+    with meanwhile(begin):
+        said = sh("logs", path, "trainer", "--follow")
+    assert f"{third}: resuming" in said.splitlines()
+    assert f"{second}: step 4" in said.splitlines()
+
+
 def test_logs_of_what_is_not_there_or_has_not_begun(api: ApiServer, sh: Shell, path: str) -> None:
     assert "dist-sae/tiny: there is no pod trainer-0" in sh.fail("logs", path)
     sh("submit", path)
@@ -82,15 +204,13 @@ def test_following_goes_on_until_the_pods_end(
     prefix = f"{first}: " if which == "trainer" else ""
 
     def speak_and_end() -> None:
-        api.await_(lambda: api.followers >= (2 if which == "trainer" else 1))
+        await_followers(api, 2 if which == "trainer" else 1)
         api.say(first, 5, "the end")
         for pod in trainers:
             api.fail_pod(pod)
 
-    thread = threading.Thread(target=speak_and_end)
-    thread.start()
-    assert main(["logs", path, which, "--follow", "--tail", "1"]) == 0
-    thread.join()
+    with meanwhile(speak_and_end):
+        assert main(["logs", path, which, "--follow", "--tail", "1"]) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line for line in lines if line.startswith(prefix)] == [
         f"{prefix}step 3",

@@ -238,6 +238,7 @@ def test_pods_serve_metrics_where_the_run_names_no_port() -> None:
         ),
         (["name=1st"], ["name: 1st cannot name pods"]),
         (["name=" + "n" * 43], ["name: nnn"]),
+        (["name=" + "n" * 38], ["name: nnn"]),
     ],
 )
 def test_run_that_cannot_be_on_a_cluster_is_refused(
@@ -248,6 +249,12 @@ def test_run_that_cannot_be_on_a_cluster_is_refused(
     lines = str(refused.value).splitlines()
     assert len(lines) == len(problems)
     assert all(line.startswith(problem) for line, problem in zip(lines, problems, strict=True))
+
+
+def test_longest_name_is_a_hosts_name_in_a_trial_too() -> None:
+    """63 = 37 + the 26 of `-new-producer-0-0000-abcde`."""
+    run = load("name=" + "n" * 37)
+    assert jobset_of(run)["metadata"]["name"] == run.name
 
 
 def test_relative_paths_mean_nothing_to_pods() -> None:

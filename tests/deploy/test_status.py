@@ -1,6 +1,7 @@
 """One view of pods, store and metrics, and what is left of it when one of them is out of reach."""
 
 import json
+import socket
 import time
 from contextlib import ExitStack
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 
 import pytest
 
+import dist_sae.deploy.cluster
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.config import load_run
 from dist_sae.data.consumers import Consumers
@@ -216,6 +218,29 @@ def test_status_sums_over_the_ranks_of_a_pod(api: ApiServer, sh: Shell, going: s
         assert status(sh, going)["limit"] == (
             "data: trainers wait 40% of the time; producers' slowest stage: pack"
         )
+
+
+def test_status_asks_a_pod_that_does_not_answer_once_and_not_for_long(
+    api: ApiServer, sh: Shell, going: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dist_sae.deploy.cluster, "_POD_SECONDS", 0.2)
+    sh("submit", going)
+    pod = api.pods("trainer")[0]
+    api.run_pod(pod)
+    with socket.create_server(("127.0.0.1", 0)) as silent:
+        api.ports[pod] = silent.getsockname()[1]
+        began = time.monotonic()
+        found = status(sh, going)
+        assert time.monotonic() - began < 20  # well below what others have for an answer
+        silent.accept()[0].close()
+        silent.settimeout(0)
+        with pytest.raises(BlockingIOError):
+            silent.accept()
+    assert found["numbers"]["from"] == "the run's history"
+    assert found["out_of_reach"]["metrics"].endswith(
+        f"pod {pod} does not answer on port 9400 within 0.2 s; see whether a network policy keeps "
+        f"the API server from it"
+    )
 
 
 def test_status_tells_what_is_left_without_the_cluster(

@@ -1,6 +1,7 @@
 """submit, cancel and resume, through the command line, against an API server."""
 
 import json
+import os
 import socket
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,9 @@ import yaml
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.config import dump_run, load_run
 from dist_sae.deploy.jobs import render_objects
-from dist_sae.storage import open_store
-from tests.conftest import Bucket
+from dist_sae.deploy.stored import StoredRun
+from dist_sae.storage import ObjectStore, open_store
+from tests.conftest import Bucket, synthetic_run
 from tests.deploy.apiserver import ApiServer, Object
 from tests.deploy.apply import with_defaults
 from tests.deploy.conftest import Shell, ending
@@ -34,12 +36,13 @@ def versions(api: ApiServer) -> dict[Any, str]:
     return {key: obj["metadata"]["resourceVersion"] for key, obj in api.objects.items()}
 
 
-def complete(path: str) -> None:
-    """Put what trainers leave into the store."""
+def train(path: str) -> ObjectStore:
+    """Put what trainers leave into the store, which is returned."""
     run = load_run(path)
     store = open_store(run.store.runs, run.store.s3)
     store.put("tiny/run.yaml", dump_run(run).encode())
     Checkpoints(store, "tiny", 2).commit(run.steps, [], {})
+    return store
 
 
 def node(name: str, labels: dict[str, str] | None = None, *taints: Object, **has: str) -> Object:
@@ -105,18 +108,53 @@ def test_run_of_another_configuration_is_left_alone(api: ApiServer, sh: Shell, p
 def test_stored_run_of_another_configuration_is_left_alone(
     api: ApiServer, sh: Shell, path: str, bucket: Bucket
 ) -> None:
-    complete(path)
+    train(path)
     said = sh.fail("submit", path, "--set", "train.lr=0.5")
     assert said.startswith(f"s3://{bucket.name}/runs/tiny: is a run with other settings (train.lr:")
     assert not api.objects
 
 
 def test_complete_run_is_not_submitted_again(api: ApiServer, sh: Shell, path: str) -> None:
-    complete(path)
+    train(path).put("tiny/report/report.html", b"")
     assert "tiny is complete: step 16 is in s3://" in sh("submit", path)
     assert not api.objects
     assert "/runs/tiny: is complete at step 16" in sh.fail("resume", path)
     assert not api.objects
+
+
+def test_run_without_reporter_is_complete_when_it_is_trained(
+    api: ApiServer, sh: Shell, path: str
+) -> None:
+    train(path)
+    assert "tiny is complete: step 16" in sh("submit", path, "--set", "cluster.reporter=null")
+    assert not api.objects
+
+
+@MODES
+def test_reporter_that_failed_comes_back(
+    api: ApiServer, sh: Shell, path: str, mode: tuple[str, ...]
+) -> None:
+    sh("submit", path, *mode)
+    train(path)
+    kind, name = ("Job", "tiny-reporter-0") if mode else ("JobSet", "tiny")
+    api.condition(kind, name, "Failed", "BackoffLimitExceeded")
+    (first,) = api.pods("reporter")
+    assert "to go on: dist-sae resume" in sh("submit", path, *mode)
+    assert "dist-sae/tiny is submitted" in sh("resume", path, *mode)
+    (second,) = api.pods("reporter")
+    assert second != first
+
+    sh("cancel", path, *mode)
+    assert "dist-sae/tiny is submitted" in sh("submit", path, *mode)
+
+
+def test_report_of_an_earlier_checkpoint_is_not_the_last(tmp_path: Path) -> None:
+    path = str(synthetic_run(tmp_path))
+    report = tmp_path / "runs/tiny/report/report.html"
+    train(path).put("tiny/report/report.html", b"")
+    assert StoredRun(load_run(path)).is_complete()
+    os.utime(report, (0, 0))
+    assert not StoredRun(load_run(path)).is_complete()
 
 
 @MODES
