@@ -12,6 +12,10 @@
         DataExhaustedError        fewer rows than the run asks for
         TelemetryError            a metrics port that cannot be opened
         ProcessFailedError        a process of a local run ended with an error of its own
+        ClusterError              Kubernetes: out of reach, or it refuses
+            ForbiddenError        which verb on which resource
+            NotStartedError       a container has no log yet
+            RejectedError         an object is not valid, or cannot be changed so
         StoreError                .url and .key name the object
             ObjectNotFoundError
             AccessError           credentials, permissions, missing bucket
