@@ -157,7 +157,7 @@ def test_a_jobset_runs_to_its_end(runs: Runs, calm: Calm) -> None:
         "runs/calm/report/report.html",
     } <= keys
     jobs = {name: job for name, (job,) in calm.jobset.jobs.items()}
-    assert list(jobs) == ["planner", "producer", "trainer", "reporter"]
+    assert list(jobs) == ["planner", "trainer", "producer", "reporter"]
     assert {name: len(job.succeeded) for name, job in jobs.items()} == {
         "planner": 1,
         "producer": 2,
