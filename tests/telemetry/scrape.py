@@ -1,7 +1,6 @@
 """Reads pages of metrics as Prometheus does."""
 
 import urllib.request
-from collections.abc import Mapping
 
 from prometheus_client.parser import text_string_to_metric_families
 
@@ -12,15 +11,19 @@ Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 """Values by name and sorted labels."""
 
 
-def scrape(port: int | None) -> str:
-    """The page of a port, as Prometheus asks for it."""
-    return look(port, {SCRAPE_HEADER: "10"})
-
-
-def look(port: int | None, headers: Mapping[str, str] = {}) -> str:
+def look(port: int | None) -> str:
     """The page of a port, as anybody asks for it."""
+    return _page(port, {})
+
+
+def scrape(port: int | None) -> str:
+    """The page of a port, as Prometheus asks for it: who is asked stays for the next time."""
+    return _page(port, {SCRAPE_HEADER: "10"})
+
+
+def _page(port: int | None, headers: dict[str, str]) -> str:
     assert port
-    request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers=dict(headers))
+    request = urllib.request.Request(f"http://127.0.0.1:{port}/metrics", headers=headers)
     with urllib.request.urlopen(request, timeout=20) as answer:
         text: str = answer.read().decode()
         return text

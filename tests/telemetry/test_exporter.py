@@ -26,7 +26,7 @@ UNKNOWN = {"operation": 8, "status": 4, "error": 8}
 def test_metrics_are_served() -> None:
     with Telemetry("my-run", "train", port=0, rank=3) as telemetry:
         telemetry.set("dist_sae_train_fvu", 0.25)
-        text = scrape(telemetry.port)
+        text = look(telemetry.port)
     labels = 'rank="3",role="train",run="my-run"'
     assert f"dist_sae_train_fvu{{{labels}}} 0.25" in text
     assert re.search(rf'dist_sae_run_info{{{labels},version="[^"]+"}} 1.0', text)
@@ -39,7 +39,7 @@ def test_a_producer_says_nothing_of_training() -> None:
     with Telemetry("my-run", "produce", port=0) as telemetry:
         telemetry.add("dist_sae_produce_excluded_rows_total", 3, reason="over_norm")
         telemetry.add("dist_sae_produce_excluded_rows_total", 2, reason="over_norm")
-        text = scrape(telemetry.port)
+        text = look(telemetry.port)
     labels = 'rank="0",reason="over_norm",role="produce",run="my-run"'
     assert f"dist_sae_produce_excluded_rows_total{{{labels}}} 5.0" in text
     assert "dist_sae_train" not in text
