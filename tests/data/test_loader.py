@@ -370,6 +370,25 @@ def test_waiting_is_measured(world: World, monkeypatch: pytest.MonkeyPatch) -> N
     assert [first.step, *(batch.step for batch in rest)] == [0, 1, 2]
 
 
+def test_whoever_waits_for_a_batch_is_told_while_it_lasts(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The reporter counts the time: after a long wait there may be nobody to count it."""
+    monkeypatch.setattr(dist_sae.data.loader, "_POLL_SECONDS", (0.3, 0.3))
+    monkeypatch.setattr(dist_sae.data.loader, "_LOOK_UP_SECONDS", 0.05)
+    store = LateUnits(world.store, 0)
+    store.hidden = [manifest_key(0)]
+    told: list[float] = []
+    with open_loader(open_units(world.run, store=store), range(2)) as loader:
+        first = loader.next(lambda: told.append(time.monotonic()))
+        n_told = len(told)
+        second = loader.next(lambda: told.append(time.monotonic()))
+    assert first is not None
+    assert second is not None
+    assert n_told >= 2
+    assert len(told) <= n_told + 1
+
+
 def test_rows_of_one_document_rarely_meet_in_a_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
