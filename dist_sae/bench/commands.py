@@ -25,6 +25,11 @@ def add_benches(commands: Any, command: Callable[[argparse.Namespace], None]) ->
     step.add_argument("--experts", type=int, default=16, help="of a routed dictionary")
     step.add_argument("--shards", type=int, default=1, help="ranks of torchrun per dictionary")
     step.set_defaults(command=command, bench=_step)
+    routed = actions.add_parser(
+        "routed", help="a routed training step against an exact one of the same width"
+    )
+    routed.add_argument("--experts", type=int, default=16)
+    routed.set_defaults(command=command, bench=_routed)
     metrics = actions.add_parser(
         "metrics", help="what metrics cost a step, and what a scrape costs"
     )
@@ -60,9 +65,9 @@ def add_benches(commands: Any, command: Callable[[argparse.Namespace], None]) ->
             help="s3://bucket/prefix or a folder; what is written is deleted",
         )
         action.add_argument("--endpoint-url", help="of a store other than AWS")
-    for action in (step, metrics):
+    for action in (step, routed, metrics):
         action.add_argument("--products", choices=["bf16", "fp32"], default="bf16")
-    for action in (step, metrics, peers, checkpoint):
+    for action in (step, routed, metrics, peers, checkpoint):
         action.add_argument("--n-latents", type=int, default=65_536)
         action.add_argument("--k", type=int, default=32)
     produce = actions.add_parser("produce", help="a producer against the bare forward pass")
@@ -71,11 +76,12 @@ def add_benches(commands: Any, command: Callable[[argparse.Namespace], None]) ->
     produce.add_argument("--units", type=int, default=6, help="produced in each round")
     produce.add_argument("--rounds", type=int, default=5, help="medians are over so many")
     produce.set_defaults(command=command, bench=_produce)
-    for action, rounds in ((step, 9), (metrics, 9), (peers, 9), (store, 5), (checkpoint, 3)):
+    rounds_of = {step: 9, routed: 9, metrics: 9, peers: 9, store: 5, checkpoint: 3}
+    for action, rounds in rounds_of.items():
         action.add_argument("--d-in", type=int, default=768)
         action.add_argument("--batch", type=int, default=4096, help="rows")
         action.add_argument("--rounds", type=int, default=rounds, help="medians are over so many")
-    for action in (step, metrics, peers, store, checkpoint, produce):
+    for action in (*rounds_of, produce):
         action.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
         action.add_argument("--json", action="store_true", help="print one JSON object")
 
@@ -99,6 +105,19 @@ def _step(options: argparse.Namespace) -> Result:
     with meet(world) as ranks, join_mesh(ranks, options.shards) as mesh:
         result = bench_step(shape, mesh, rounds=options.rounds)
     return result if mesh.is_first else None
+
+
+def _routed(options: argparse.Namespace) -> Result:
+    from dist_sae.bench.routed import bench_routed
+    from dist_sae.bench.step import StepShape, bench_run
+    from dist_sae.parallel.meeting import meet
+    from dist_sae.parallel.mesh import join_mesh
+
+    size = options.d_in, options.n_latents, options.k, options.batch
+    shape = StepShape(*size, products=options.products, experts=options.experts)
+    bench_run(shape, 1, 1)
+    with meet(1) as ranks, join_mesh(ranks) as mesh:
+        return bench_routed(shape, mesh, rounds=options.rounds)
 
 
 def _metrics(options: argparse.Namespace) -> Result:

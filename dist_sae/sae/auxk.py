@@ -18,36 +18,27 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dist_sae.sae.axis import LatentAxis
-from dist_sae.sae.base import Dictionary, Step
+from dist_sae.sae.base import Dictionary
 from dist_sae.sae.init import least_squares_scale
-
-EHat = Callable[[Tensor], Tensor]
-"""e_hat of this rank's rows from the latents of this shard that a mask names, and all shards'."""
 
 _LEAST_LENGTH = 0.01  # with none at all, nothing could reach them
 
 
 def auxk_loss(
-    axis: LatentAxis,
-    error: Float[Tensor, "batch d_in"],
-    step: Step,
-    e_hat: EHat,
+    axis: LatentAxis, error: Float[Tensor, "batch d_in"], e_hat: Float[Tensor, "batch d_in"]
 ) -> Float[Tensor, ""]:
-    """The loss above, of this rank's rows; 0 without dead latents or error.
+    """The loss above, of this rank's rows; 0 without error.
 
     Args:
         axis: This rank's place.
         error: e of this rank's rows.
-        step: Which latents are dead.
-        e_hat: From them.
+        e_hat: Of the same.
     """
-    if not step.n_dead:
-        return error.new_zeros(())
     spread, rows = _sum_of_squares_about_mean(axis, error)
     if not spread > 0:
         return error.new_zeros(())
     replica_rows = len(error) * axis.shards
-    return (error - e_hat(step.dead)).square().sum() / spread * (rows / replica_rows)
+    return (error - e_hat).square().sum() / spread * (rows / replica_rows)
 
 
 @torch.no_grad()
@@ -55,7 +46,7 @@ def retie_(
     sae: Dictionary,
     stuck: Bool[Tensor, " n_local"],
     error: Float[Tensor, "batch d_in"],
-    e_hat: EHat,
+    e_hat: Callable[[], Float[Tensor, "batch d_in"]],
 ) -> None:
     """Give stuck latents their decoder row as encoder, at the length above, and no bias.
 
@@ -63,11 +54,11 @@ def retie_(
         sae: The dictionary; its decoder rows have unit norm.
         stuck: Which.
         error: What the live latents leave of this rank's rows.
-        e_hat: From the stuck ones.
+        e_hat: Of the same rows, from the stuck latents as they then are.
     """
     sae.W_enc[stuck] = sae.W_dec[stuck]
     sae.b_enc[stuck] = 0
-    scale = least_squares_scale(sae.axis, error, e_hat(stuck))
+    scale = least_squares_scale(sae.axis, error, e_hat())
     sae.W_enc[stuck] *= scale.clamp(min=_LEAST_LENGTH)
 
 

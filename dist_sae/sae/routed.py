@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dist_sae.config.sae import RoutedConfig
-from dist_sae.sae.auxk import EHat, auxk_loss
+from dist_sae.sae.auxk import auxk_loss
 from dist_sae.sae.axis import WHOLE, LatentAxis
 from dist_sae.sae.base import Codes, LossTerms, Output, Routing, Slots, Step, firings
 from dist_sae.sae.batchtopk import BatchTopK
@@ -158,20 +158,21 @@ class Routed(BatchTopK):
         replica_rows = len(x) * axis.shards
         limit = self._limit(replica_rows)
         if config.selection == "row":
-            pre_acts, entries = self._select(rows, trip.arrived, k, limit=limit)
+            selected = [self._select(rows, trip.arrived, k, limit=limit)]
         else:
             sent = replica_rows * config.experts_per_row
             blocks = self._blocks(rows, trip.arrived, self.product_dtype, limit=limit)
-            pre_acts, entries = self.largest_of_all(
-                blocks, k * replica_rows * axis.replicas, len(rows), sent
-            )
-        acts, parts = self.reconstruct(pre_acts, entries, rows, b_dec)
+            count = k * replica_rows * axis.replicas
+            selected = [self.largest_of_all(blocks, count, len(rows), sent)]
+        if config.auxk and step.n_dead:
+            selected.append(self._select(rows, trip.arrived, config.auxk, among=step.dead))
+        (acts, parts), *aux = self.reconstruct(selected, rows, b_dec)
         error = x - (_mixed(route.gates, trip.back(parts)) + b_dec)
         fvu = error.square().sum() / (replica_rows * step.variance)
         auxk = fvu.new_zeros(())
-        if config.auxk:
-            e_hat = self._error_by_experts(route, trip, rows, b_dec)
-            auxk = auxk_loss(axis, error.detach(), step, e_hat)
+        for _, parts in aux:
+            e_hat = _mixed(route.gates.detach(), trip.back(parts))
+            auxk = auxk_loss(axis, error.detach(), e_hat)
         load = axis.total(trip.load)
         penalty = self._imbalance(load, route.p) / replica_rows
         if config.balance == "bias" and self.training:
@@ -180,7 +181,7 @@ class Routed(BatchTopK):
         dropped = sum(max(0, n - limit) for n in trip.arrived) if limit is not None else 0
         return Output(
             LossTerms(fvu, auxk, penalty, total),
-            firings(acts, entries),
+            firings(acts, selected[0][1]),
             (acts > 0).sum(),
             error.detach(),
             Routing(load, dropped),
@@ -237,19 +238,16 @@ class Routed(BatchTopK):
 
         return slots
 
-    def error_from(self, x: Float[Tensor, "batch d_in"]) -> EHat:
+    def e_hat(
+        self, dead: Bool[Tensor, " n_local"], x: Float[Tensor, "batch d_in"]
+    ) -> Float[Tensor, "batch d_in"]:
         centred = x - self.b_dec
         route = self.route(centred)
         trip = Trip(self.axis, route.experts, self.config.experts)
-        return self._error_by_experts(route, trip, trip.there(centred), self.b_dec)
-
-    def _error_by_experts(self, route: Route, trip: Trip, rows: Tensor, b_dec: Tensor) -> EHat:
-        def e_hat(dead: Tensor) -> Tensor:
-            pre_acts, entries = self._select(rows, trip.arrived, self.config.auxk, among=dead)
-            _, parts = self.reconstruct(pre_acts, entries, rows, b_dec)
-            return _mixed(route.gates.detach(), trip.back(parts))
-
-        return e_hat
+        rows = trip.there(centred)
+        selected = self._select(rows, trip.arrived, self.config.auxk, among=dead)
+        [(_, parts)] = self.reconstruct([selected], rows, self.b_dec)
+        return _mixed(route.gates, trip.back(parts))
 
     def _limit(self, replica_rows: int) -> int | None:
         """The most rows of a batch that an expert computes."""

@@ -8,12 +8,15 @@
 Decoder rows have unit norm; the gradient's part along them is left out.
 """
 
+from collections.abc import Sequence
+from functools import partial
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dist_sae.config.sae import CountsLatentsConfig
-from dist_sae.sae.auxk import EHat, auxk_loss, retie_
+from dist_sae.sae.auxk import auxk_loss, retie_
 from dist_sae.sae.base import Codes, Dictionary, LossTerms, Output, Step, firings
 from dist_sae.sae.constraints import normalise_rows_
 from dist_sae.sae.init import initialise_tied
@@ -39,15 +42,17 @@ class TopK(Dictionary):
         k = annealed(step.progress, config.k, config.k_start, config.k_anneal_share)
         b_dec = self.axis.replicated(self.b_dec)
         centred = (self.axis.gather(x) - b_dec).detach()
-        pre_acts, entries = self.select(centred, k)
-        acts, parts = self.reconstruct(pre_acts, entries, centred, b_dec)
+        selected = [self.select(centred, k)]
+        if config.auxk and step.n_dead:
+            selected.append(self.select_among(step.dead, centred))
+        (acts, parts), *aux = self.reconstruct(selected, centred, b_dec)
         error = x - (self.axis.scatter_sum(parts) + b_dec)
         fvu = error.square().sum() / (len(centred) * step.variance)
         auxk = fvu.new_zeros(())
-        if config.auxk:
-            auxk = auxk_loss(self.axis, error.detach(), step, self._error_from(centred, b_dec))
+        for _, e_hat in aux:
+            auxk = auxk_loss(self.axis, error.detach(), self.axis.scatter_sum(e_hat))
         terms = LossTerms(fvu, auxk, fvu.new_zeros(()), fvu + config.auxk_coefficient * auxk)
-        return Output(terms, firings(acts, entries), (acts > 0).sum(), error.detach())
+        return Output(terms, firings(acts, selected[0][1]), (acts > 0).sum(), error.detach())
 
     def select(
         self, centred: Float[Tensor, "rows d_in"], k: int
@@ -55,32 +60,46 @@ class TopK(Dictionary):
         """(Pre-activations, entries) of this shard that training keeps of the replica's rows."""
         return self.topk_entries(centred, k)
 
+    def select_among(
+        self, dead: Bool[Tensor, " n_local"], centred: Float[Tensor, "rows d_in"]
+    ) -> tuple[Float[Tensor, " entries"], Entries]:
+        """(Pre-activations, entries) of this shard's part of AuxK's choice among dead latents."""
+        return self.topk_entries(centred, self.config.auxk, among=dead.nonzero()[:, 0])
+
     def reconstruct(
         self,
-        pre_acts: Float[Tensor, " entries"],
-        entries: Entries,
+        selected: Sequence[tuple[Float[Tensor, " _"], Entries]],
         centred: Float[Tensor, "rows d_in"],
         b_dec: Float[Tensor, " d_in"],
-    ) -> tuple[Float[Tensor, " entries"], Float[Tensor, "rows d_in"]]:
-        """(Codes, this shard's part of x_hat - b_dec) of selected pre-activations."""
+    ) -> list[tuple[Float[Tensor, " _"], Float[Tensor, "rows d_in"]]]:
+        """(Codes, this shard's part of x_hat - b_dec) of each selection of pre-activations.
+
+        All in one, as of that many times the rows: a gradient is as large as the dictionary, and
+        autograd would make one of each weight for each selection, and add them up.
+        """
+        entries = Entries.stacked([entries for _, entries in selected])
         pre_acts = autograd.encode(
-            pre_acts, self.kernels, entries, centred, self.W_enc, self.b_enc, b_dec
+            torch.cat([pre_acts for pre_acts, _ in selected]),
+            self.kernels,
+            entries,
+            centred.expand(len(selected), -1, -1).flatten(0, 1),
+            self.W_enc,
+            self.b_enc,
+            b_dec,
         )
         acts = pre_acts.relu()
-        return acts, autograd.decode(acts, self.kernels, entries, self.W_dec, unit_rows=True)
+        parts = autograd.decode(acts, self.kernels, entries, self.W_dec, unit_rows=True)
+        counts = [len(pre_acts) for pre_acts, _ in selected]
+        apart = parts.view(len(selected), *centred.shape)
+        return list(zip(torch.split(acts, counts), apart, strict=True))
 
-    def error_from(self, x: Float[Tensor, "batch d_in"]) -> EHat:
-        """What latents that a mask names make of the errors of rows, AuxK's e_hat."""
-        return self._error_from(self.axis.gather(x) - self.b_dec, self.b_dec)
-
-    def _error_from(self, centred: Tensor, b_dec: Tensor) -> EHat:
-        def e_hat(dead: Tensor) -> Tensor:
-            among = dead.nonzero()[:, 0]
-            pre_acts, entries = self.topk_entries(centred, self.config.auxk, among=among)
-            _, parts = self.reconstruct(pre_acts, entries, centred, b_dec)
-            return self.axis.scatter_sum(parts)
-
-        return e_hat
+    def e_hat(
+        self, dead: Bool[Tensor, " n_local"], x: Float[Tensor, "batch d_in"]
+    ) -> Float[Tensor, "batch d_in"]:
+        """What dead latents make of the errors of rows, as in `auxk`."""
+        centred = self.axis.gather(x) - self.b_dec
+        [(_, parts)] = self.reconstruct([self.select_among(dead, centred)], centred, self.b_dec)
+        return self.axis.scatter_sum(parts)
 
     def initialise(self, x: Float[Tensor, "batch d_in"], seed: int) -> None:
         initialise_tied(self, x, seed)
@@ -96,4 +115,4 @@ class TopK(Dictionary):
         error: Float[Tensor, "batch d_in"],
     ) -> None:
         if self.config.auxk:
-            retie_(self, stuck, error, self.error_from(x))
+            retie_(self, stuck, error, partial(self.e_hat, stuck, x))

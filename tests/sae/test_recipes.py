@@ -1,13 +1,17 @@
 """SCIENCE D1: losses and gradients of every recipe against the dense oracle."""
 
+from typing import Any
+
 import pytest
 import torch
+from torch import Tensor
 
 from dist_sae.config.sae import JumpReLUConfig, ReLUConfig, TopKConfig
 from dist_sae.sae import gated as gated_module
 from dist_sae.sae.base import Dictionary
 from dist_sae.sae.jumprelu import JumpReLU, jump, jump_relu
 from dist_sae.sae.kernels import select
+from dist_sae.sae.kernels.torch import KERNELS
 from dist_sae.sae.relu import ReLU
 from dist_sae.sae.topk import TopK
 from tests.sae.recipes import (
@@ -153,6 +157,25 @@ def test_auxk_does_not_count_the_bias_twice(kind: str) -> None:
         sae.b_dec.add_(3.0)
     after = sae.objective(x + 3.0, now).terms.auxk
     torch.testing.assert_close(before, after, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "routed"])
+def test_auxk_makes_no_gradient_of_its_own(kind: str) -> None:
+    """One is as large as the weight, and autograd would need a third to add the two."""
+    sae, x, places = make(CONFIGS[kind]), rows(), []
+
+    def sum_by_latent(*arguments: Any, **named: Any) -> Tensor:
+        sums = KERNELS.sum_by_latent(*arguments, **named)
+        places.append(sums.data_ptr())
+        return sums
+
+    sae.kernels = KERNELS._replace(sum_by_latent=sum_by_latent)
+    terms = sae.objective(x, step(some_dead())).terms
+    terms.total.backward()  # type: ignore[no-untyped-call]
+    assert terms.auxk > 0
+    assert sae.W_enc.grad is not None
+    assert sae.W_dec.grad is not None
+    assert places == [sae.W_dec.grad.data_ptr(), sae.W_enc.grad.data_ptr()]
 
 
 def test_auxk_is_zero_when_nothing_is_left_to_explain() -> None:

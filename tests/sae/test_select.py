@@ -63,7 +63,7 @@ def oracle(pre_acts: Tensor, k: int, among: Tensor | None = None) -> list[list[i
 def kernels(name: str) -> Kernels:
     if name == "native" and (reason := native.available()):
         pytest.skip(reason)
-    return native.KERNELS if name == "native" else TORCH
+    return native.kernels() if name == "native" else TORCH
 
 
 def selected(

@@ -1,6 +1,8 @@
 """What the sparse products take and give. See the package."""
 
+from collections.abc import Sequence
 from functools import cached_property
+from itertools import accumulate
 from typing import NamedTuple, Protocol
 
 import torch
@@ -23,6 +25,16 @@ class Entries:
         self.latents = latents
         self.starts = starts
         self.n_latents = n_latents
+
+    @classmethod
+    def stacked(cls, parts: Sequence["Entries"]) -> "Entries":
+        """Those of matrices of the same width, one below the other."""
+        if len(parts) == 1:
+            return parts[0]
+        latents = torch.cat([part.latents for part in parts])
+        counts = [0, *accumulate(len(part.latents) for part in parts)]
+        starts = [part.starts + before for part, before in zip(parts, counts, strict=False)]
+        return cls(latents, torch.cat(starts), parts[0].n_latents)
 
     @cached_property
     def rows(self) -> Int[Tensor, " entries"]:

@@ -25,7 +25,7 @@ def choose_kernels(
     match wish, device.type:
         case (("auto" | "native"), "cpu"):
             reason = native.available()
-            kernels = native.KERNELS if reason is None else TORCH
+            kernels = native.kernels() if reason is None else TORCH
         case (("auto" | "triton"), "cuda") if torch.version.hip is None:
             if importlib.util.find_spec("triton") is None:
                 reason = "triton is not installed"
