@@ -9,11 +9,10 @@ from itertools import islice
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
-from dist_sae.checkpoint.state import IDLE_ROWS, load_weights
+from dist_sae.checkpoint.trained import read_trained
 from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.config.sae import RoutedConfig
@@ -26,7 +25,6 @@ from dist_sae.data.plan import Plan, load_plan
 from dist_sae.data.tokens import TokenBatch, cut, pack
 from dist_sae.errors import ConfigError, NonFiniteError
 from dist_sae.models import build_tokenizer
-from dist_sae.sae import build_sae
 from dist_sae.sae.base import Dictionary
 from dist_sae.sae.metrics import Fit, ce_recovered, duplicate_shares
 from dist_sae.storage import UNMETERED, Meter, open_store
@@ -62,17 +60,15 @@ def evaluate(run: Run, meter: Meter = UNMETERED) -> dict[str, Any]:
     runs = open_store(run.store.runs, run.store.s3, meter)
     store = open_store(run.store.activations, run.store.s3, meter)
     plan = load_plan(store, run)
-    checkpoint = Checkpoints(runs, run.name, run.train.keep_checkpoints).latest()
-    if checkpoint is None:
+    trained = read_trained(runs, run)
+    if trained is None:
         raise ConfigError(
             f"{runs.url}/{run.name}: holds no checkpoint yet; run `dist-sae train` first"
         )
     if not len(plan.heldout_units):
         raise ConfigError("activations.heldout_share: is 0, so there is nothing to evaluate on")
     units = Units(store, plan, run.site, threading.Event())
-    scale, mean = float(checkpoint.scalars["scale"]), torch.tensor(checkpoint.scalars["mean"])
-    sae = build_sae(run.sae, len(mean))
-    load_weights(sae, checkpoint)
+    step, sae, scale, mean, idle_rows = trained
 
     fit = Fit.empty(run.sae.n_latents)
     for x in _scaled_rows(units, plan.heldout_units, scale, run.evaluate.rows):
@@ -87,12 +83,12 @@ def evaluate(run: Run, meter: Meter = UNMETERED) -> dict[str, Any]:
         centred = x - mean
         pca_error += (centred - centred @ pca @ pca.T).double().square().sum()
     result = {
-        "step": checkpoint.step,
-        "trained_rows": checkpoint.step * run.train.batch_rows,
+        "step": step,
+        "trained_rows": step * run.train.batch_rows,
         "rows": fit.rows,
         "fvu": fit.fvu,
         "l0": fit.l0,
-        **_dead_shares(run, checkpoint),
+        **_dead_shares(run, idle_rows),
         "pca_fvu": float(pca_error / fit.squared_total),
         "pca_components": components,
         **_duplicates(run, sae),
@@ -132,8 +128,8 @@ def _principal_components(
     return directions[:, -components:].float()
 
 
-def _dead_shares(run: Run, checkpoint: Checkpoint) -> dict[str, Any]:
-    dead = (checkpoint.read(IDLE_ROWS) >= run.sae.dead_after_rows).double()
+def _dead_shares(run: Run, idle_rows: Int[Tensor, " n_latents"]) -> dict[str, Any]:
+    dead = (idle_rows >= run.sae.dead_after_rows).double()
     shares: dict[str, Any] = {"dead_share": float(dead.mean())}
     if isinstance(run.sae, RoutedConfig):
         shares["dead_share_by_expert"] = dead.view(run.sae.experts, -1).mean(1).tolist()

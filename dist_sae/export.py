@@ -16,12 +16,10 @@ import safetensors.torch
 from torch import Tensor
 
 from dist_sae import __version__
-from dist_sae.checkpoint.layout import Checkpoints
-from dist_sae.checkpoint.state import load_weights
+from dist_sae.checkpoint.trained import read_trained
 from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.errors import ConfigError
-from dist_sae.sae import build_sae
 from dist_sae.sae.base import Dictionary
 from dist_sae.sae.batchtopk import BatchTopK
 from dist_sae.storage import UNMETERED, Meter, open_store
@@ -63,18 +61,15 @@ def export(run: Run, meter: Meter = UNMETERED) -> str:
             f"`dist-sae checkpoints convert` makes one file of it"
         )
     runs = open_store(run.store.runs, run.store.s3, meter)
-    checkpoint = Checkpoints(runs, run.name, run.train.keep_checkpoints).latest()
-    if checkpoint is None:
+    trained = read_trained(runs, run)
+    if trained is None:
         raise ConfigError(
             f"{runs.url}/{run.name}: holds no checkpoint yet; run `dist-sae train` first"
         )
-    scale = float(checkpoint.scalars["scale"])
     folder = f"{run.name}/export"
-    sae = build_sae(run.sae, len(checkpoint.scalars["mean"]))
-    load_weights(sae, checkpoint)
-    tensors = folded(sae, scale)
+    tensors = folded(trained.sae, trained.scale)
     runs.put(f"{folder}/sae_weights.safetensors", safetensors.torch.save(tensors))
-    config = saelens_config(run, tensors, step=checkpoint.step, scale=scale)
+    config = saelens_config(run, tensors, step=trained.step, scale=trained.scale)
     runs.put(f"{folder}/cfg.json", json.dumps(config, indent=2).encode())
     return f"{runs.url.removeprefix('file://')}/{folder}"
 

@@ -10,8 +10,7 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from dist_sae import __version__
-from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
-from dist_sae.checkpoint.state import load_weights
+from dist_sae.checkpoint.trained import Trained, read_trained
 from dist_sae.config import Run
 from dist_sae.config.data import DatasetCorpus, FilesCorpus, HuggingFaceModel
 from dist_sae.data.loader import Units
@@ -20,7 +19,6 @@ from dist_sae.data.shard import manifest_key, read_manifest
 from dist_sae.errors import CorpusError, ModelError
 from dist_sae.reporting.latents import LatentView, view_latents
 from dist_sae.reporting.page import Page, render_page
-from dist_sae.sae import build_sae
 from dist_sae.storage import UNMETERED, Meter, ObjectStore, open_store
 from dist_sae.telemetry.history import read_history
 
@@ -45,13 +43,12 @@ def report(run: Run, meter: Meter = UNMETERED) -> str:
     runs = open_store(run.store.runs, run.store.s3, meter)
     activations = open_store(run.store.activations, run.store.s3, meter)
     plan = load_plan(activations, run)
-    checkpoint = Checkpoints(runs, run.name, run.train.keep_checkpoints).latest()
-    latents, latent_rows, no_latents = _latents(
-        run, Units(activations, plan, run.site, _no_waiting()), checkpoint
-    )
+    trained = read_trained(runs, run)
+    units = Units(activations, plan, run.site, _no_waiting())
+    latents, latent_rows, no_latents = _latents(run, units, trained)
     page = Page(
         title=run.name,
-        facts=list(_facts(run, checkpoint)),
+        facts=list(_facts(run, trained)),
         run_file=_RUN_FILE,
         evaluation=_evaluation(runs, run),
         history=read_history(runs, run.name),
@@ -85,20 +82,16 @@ def _evaluation(runs: ObjectStore, run: Run) -> Mapping[str, Any] | None:
     return numbers
 
 
-def _latents(
-    run: Run, units: Units, checkpoint: Checkpoint | None
-) -> tuple[list[LatentView], int, str]:
+def _latents(run: Run, units: Units, trained: Trained | None) -> tuple[list[LatentView], int, str]:
     """Latents, the rows they were looked for in, and why there are none."""
-    if checkpoint is None:
+    if trained is None:
         return (
             [],
             0,
             f"No checkpoint yet: run dist-sae train {_RUN_FILE}, then make the report again.",
         )
-    sae = build_sae(run.sae, len(checkpoint.scalars["mean"]))
-    load_weights(sae, checkpoint)
     try:
-        views, rows = view_latents(run, units, sae, float(checkpoint.scalars["scale"]))
+        views, rows = view_latents(run, units, trained.sae, trained.scale)
     except (CorpusError, ModelError) as error:  # numbers and curves need no text
         return [], 0, f"The text cannot be shown: {error}"
     if not rows:
@@ -128,7 +121,7 @@ def _recipe(run: Run) -> str:
     return f"{sae.kind}, {sae.n_latents:,} latents, {cost}"
 
 
-def _facts(run: Run, checkpoint: Checkpoint | None) -> Iterator[tuple[str, str]]:
+def _facts(run: Run, trained: Trained | None) -> Iterator[tuple[str, str]]:
     model = run.model
     if isinstance(model, HuggingFaceModel):
         revision = f" @ {model.revision}" if model.revision else ""
@@ -144,12 +137,12 @@ def _facts(run: Run, checkpoint: Checkpoint | None) -> Iterator[tuple[str, str]]
         case _:
             yield "Corpus", "synthetic"
     yield "Dictionary", _recipe(run)
-    if checkpoint is None:
+    if trained is None:
         yield "Checkpoint", "none yet"
     else:
-        yield "Activation width", f"{len(checkpoint.scalars['mean']):,}"
-        yield "Rows trained", f"{checkpoint.step * run.train.batch_rows:,} of {run.train.rows:,}"
-        yield "Checkpoint", f"step {checkpoint.step:,} of {run.steps:,}"
+        yield "Activation width", f"{len(trained.mean):,}"
+        yield "Rows trained", f"{trained.step * run.train.batch_rows:,} of {run.train.rows:,}"
+        yield "Checkpoint", f"step {trained.step:,} of {run.steps:,}"
     yield "Batch", f"{run.train.batch_rows:,} rows, peak learning rate {run.lr:.3g}"
 
     yield "Versions", _versions()

@@ -1,0 +1,88 @@
+"""What is looked at while a run goes on, or after something was damaged."""
+
+import logging
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
+from dist_sae.checkpoint.trained import read_trained
+from dist_sae.config import Run
+from dist_sae.errors import CorruptObjectError
+from dist_sae.storage import ObjectStore, open_store
+from tests.checkpoint.test_state import advance, make_run, make_state
+from tests.sae.recipes import D_IN, N_LATENTS
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return make_run(tmp_path, "topk")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> ObjectStore:
+    return open_store(str(tmp_path))
+
+
+def save(run: Run, store: ObjectStore, step: int, keep: int = 2) -> torch.Tensor:
+    """A checkpoint of a dictionary after so many steps; returns its decoder."""
+    state = make_state(run, "topk")
+    advance(state, range(step))
+    checkpoints = Checkpoints(store, run.name, keep)
+    scalars = {"scale": 2.0, "mean": [0.5] * D_IN}
+    checkpoints.commit(
+        step, [checkpoints.write(step, state._replace(average=None).pieces())], scalars
+    )
+    return state.sae.W_dec.detach()
+
+
+def damage(run: Run, store: ObjectStore, step: int) -> None:
+    key = next(k for k in store.keys(f"{run.name}/checkpoints/step-{step:08d}/") if "W_dec" in k)
+    store.put(key, store.get(key)[:-1] + b"!")
+
+
+def test_the_newest_is_read_whole(run: Run, store: ObjectStore) -> None:
+    assert read_trained(store, run) is None
+    save(run, store, 1)
+    W_dec = save(run, store, 2)
+    trained = read_trained(store, run)
+    assert trained is not None
+    assert (trained.step, trained.scale) == (2, 2.0)
+    assert torch.equal(trained.mean, torch.full((D_IN,), 0.5))
+    assert trained.idle_rows.shape == (N_LATENTS,)
+    torch.testing.assert_close(trained.sae.W_dec.detach(), W_dec)
+
+
+def test_a_damaged_one_is_passed_over_loudly(
+    run: Run, store: ObjectStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(run, store, 1)
+    save(run, store, 2)
+    damage(run, store, 2)
+    trained = read_trained(store, run)
+    assert trained is not None
+    assert trained.step == 1
+    assert [r.levelno for r in caplog.records] == [logging.ERROR]
+    damage(run, store, 1)
+    with pytest.raises(CorruptObjectError, match="W_dec"):
+        read_trained(store, run)
+
+
+def test_one_that_its_trainer_deletes_meanwhile_has_a_newer_one(
+    run: Run, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    save(run, store, 1)
+    read, saved = Checkpoint.read, list[torch.Tensor]()
+
+    def read_slowly(self: Checkpoint, name: str, *rows: int) -> torch.Tensor:
+        if name == "W_dec" and not saved:  # other tensors have been read by now
+            with torch.enable_grad():  # it is another process
+                saved.append(save(run, store, 2, keep=1))
+        return read(self, name, *rows)
+
+    monkeypatch.setattr(Checkpoint, "read", read_slowly)
+    trained = read_trained(store, run)
+    assert trained is not None
+    assert trained.step == 2
+    torch.testing.assert_close(trained.sae.W_dec.detach(), saved[0])
