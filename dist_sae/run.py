@@ -5,12 +5,13 @@ plan -> producers and trainer ranks, side by side -> evaluate -> export -> repor
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -29,6 +30,7 @@ from dist_sae.logs import SUPERVISED
 from dist_sae.parallel.local_ranks import rank_environments
 from dist_sae.reporting.progress import ProgressView
 
+_WARNING = re.compile(r"\S+ (?:WARNING|ERROR) dist_sae\S*: (.+)")  # as `logs` has them
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 60.0  # to finish a step and save, when the user asks to stop
 _FAILED_GRACE_SECONDS = 5.0  # for the others when one process has failed: ranks may hang without it
@@ -122,7 +124,7 @@ class _Process:
         self._readers: list[threading.Thread] = []
         self._words: list[str] = []
 
-    def start(self, show: Callable[[str, dict[str, Any]], None]) -> None:
+    def start(self, view: ProgressView) -> None:
         """Start it, in a session of its own: Ctrl-C reaches this program, which passes it on."""
         self._process = subprocess.Popen(
             self._command,
@@ -135,8 +137,8 @@ class _Process:
             start_new_session=True,
         )
         self._readers = [
-            threading.Thread(target=self._read_stdout, args=(show,), daemon=True),
-            threading.Thread(target=self._read_stderr, daemon=True),
+            threading.Thread(target=self._read_stdout, args=(view,), daemon=True),
+            threading.Thread(target=self._read_stderr, args=(view,), daemon=True),
         ]
         for reader in self._readers:
             reader.start()
@@ -189,7 +191,7 @@ class _Process:
         """Whether it ended with an error of its own, not because another one was gone."""
         return self.poll() == EXIT_USER
 
-    def _read_stdout(self, show: Callable[[str, dict[str, Any]], None]) -> None:
+    def _read_stdout(self, view: ProgressView) -> None:
         assert self._process is not None
         assert self._process.stdout is not None
         for line in self._process.stdout:
@@ -199,16 +201,18 @@ class _Process:
                 self._words.append(line)
                 continue
             if "role" in record:
-                show(self.name, record)
+                view.show(self.name, record)
             else:
                 self.result = record
 
-    def _read_stderr(self) -> None:
+    def _read_stderr(self, view: ProgressView) -> None:
         assert self._process is not None
         assert self._process.stderr is not None
         for line in self._process.stderr:
             self._words.append(line)
             del self._words[:-200]
+            if warning := _WARNING.match(line):
+                view.warn(warning[1])
             with suppress(OSError), self.log.open("a", encoding="utf-8") as file:
                 file.write(line)  # a full disk must not keep us from hearing the rest
 
@@ -241,7 +245,7 @@ class _Job:
             self._view.begin(processes[0].name)
         try:
             for process in processes:
-                process.start(self._view.show)
+                process.start(self._view)
             first = self._watch(processes)
         finally:
             for process in processes:

@@ -28,6 +28,7 @@ from dist_sae.parallel.engine import DeepSpeedEngine
 from dist_sae.parallel.mesh import Mesh, check_replicated
 from dist_sae.parallel.watch import Watch
 from dist_sae.parallel.zero import deepspeed_config
+from dist_sae.precision import warn_if_emulated
 from dist_sae.reporting.training import TrainingReporter
 from dist_sae.sae import PRODUCT_DTYPES, build_sae
 from dist_sae.sae.base import Dictionary, Step
@@ -179,6 +180,7 @@ def _begin(run: Run, mesh: Mesh, stopping: threading.Event, telemetry: Telemetry
     """From the newest checkpoint that is whole, or else from the beginning."""
     deepspeed_config(run)  # refuses what it must before anything is read or written
     kernels = choose_kernels(run.train.kernels, mesh.device)
+    warn_if_emulated("train.products", run.train.products, mesh.device)
     runs, activations = (
         open_store(url, run.store.s3, telemetry, stopping)
         for url in (run.store.runs, run.store.activations)

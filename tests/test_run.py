@@ -137,6 +137,23 @@ def test_the_one_that_failed_first_is_blamed(
     assert caught.value.exit_code == code
 
 
+def test_what_children_warn_of_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = (
+        "import logging; from dist_sae import logs; logs.configure(rank=1); "
+        "logging.getLogger('dist_sae.train').warning('it is slow'); "
+        "logging.getLogger('dist_sae.train').info('a detail'); "
+        "logging.getLogger('somebody.else').warning('nothing of ours')"
+    )
+    job = _Job([], tmp_path, threading.Event(), ProgressView())
+    job.run_together(
+        [
+            _Process(name, [sys.executable, "-c", words], {}, tmp_path / f"{name}.log")
+            for name in ("trainer-0", "trainer-1")
+        ]
+    )
+    assert capsys.readouterr().err == "warning: it is slow\n"
+
+
 def test_children_stop_when_the_parent_is_killed(tmp_path: Path) -> None:
     path = write_run(tmp_path, processes=BOTH, train={"rows": 16_000, "max_passes": 3})
     process = start(path)

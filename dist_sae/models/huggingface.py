@@ -20,6 +20,7 @@ from dist_sae.config.data import HuggingFaceModel
 from dist_sae.errors import HubUnavailableError, ModelError
 from dist_sae.hub import is_out_of_reach
 from dist_sae.models.sharding import Divider, choose_divider, divide, gather
+from dist_sae.precision import warn_if_emulated
 
 logger = logging.getLogger(__name__)
 
@@ -196,6 +197,7 @@ def _load(
     """On its device; for DeepSpeed to divide, as it is in its files, which are only mapped."""
     description.get_text_config().use_cache = False  # nothing is generated
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    warn_if_emulated("model.dtype", config.dtype, torch.device(device))
     how: dict[str, Any] = {"dtype": DTYPES[config.dtype]}
     if divider == "transformers":
         how |= {"tp_plan": "auto", "device_mesh": init_device_mesh(device, (config.shards,))}

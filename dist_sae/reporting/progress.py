@@ -37,6 +37,7 @@ class ProgressView:
         self._live = Live(Group(self._progress, self._limit), console=self._console)
         self._tasks: dict[str, TaskID] = {}
         self._roles: dict[str, _Role] = {}
+        self._warned: set[str] = set()
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
@@ -73,6 +74,13 @@ class ProgressView:
             if name == "train" and role.done < role.total:
                 line += f"  {limit}"
             self._console.print(line, highlight=False, soft_wrap=True)
+
+    def warn(self, text: str) -> None:
+        """Show what a process warns of, once, however many say the same."""
+        if text not in self._warned:
+            self._warned.add(text)
+            line = f"warning: {text}"
+            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _describe_limit(self) -> str:
         training, producing = self._roles.get("train"), self._roles.get("produce")

@@ -72,3 +72,16 @@ def test_the_end_is_told_once() -> None:
             view.show("trainer-0", TRAINING | {"done": 400})
     (line,) = out.getvalue().splitlines()
     assert line == "train 400/400  1,024,673 rows/s  fvu 0.190  l0 50.3  dead 10.8%"
+
+
+@pytest.mark.parametrize("terminal", [True, False])
+def test_a_warning_is_shown_once(terminal: bool) -> None:  # noqa: FBT001
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=terminal, width=80, legacy_windows=False)
+    with ProgressView(console) as view:
+        view.show("producer-0", PRODUCING)
+        for text in ("a [slow] one", "another", "a [slow] one"):
+            view.warn(text)
+    lines = Text.from_ansi(out.getvalue()).plain
+    assert lines.count("warning: a [slow] one") == 1
+    assert lines.count("warning: another") == 1
