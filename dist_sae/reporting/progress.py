@@ -1,5 +1,6 @@
 """How far a local run has come: bars in a terminal of 80 columns, else a line now and then."""
 
+import re
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -76,9 +77,10 @@ class ProgressView:
             self._console.print(line, highlight=False, soft_wrap=True)
 
     def warn(self, text: str) -> None:
-        """Show what a process warns of, once, however many say the same."""
-        if text not in self._warned:
-            self._warned.add(text)
+        """Show what a process warns of, once, however many say the same, of whichever unit."""
+        kind = re.sub(r"\d+", "", text)
+        if kind not in self._warned:
+            self._warned.add(kind)
             line = f"warning: {text}"
             self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
