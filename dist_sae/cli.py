@@ -29,7 +29,7 @@ Command = Callable[[argparse.Namespace], int | None]
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (see `dist_sae.errors`)."""
     options = _parser().parse_args(arguments)
-    # torch's large buffers in large pages: on a CPU, gradients are allocated anew at every step
+    # torch's large buffers in large pages: on a CPU most are allocated anew at every step
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     logs.configure(rank=_rank())
     _heed_signals()

@@ -16,13 +16,13 @@ def is_emulated(precision: str, device: torch.device) -> bool:
 
 
 def warn_if_emulated(setting: str, precision: str, device: torch.device) -> None:
-    """Tell whoever reads the log that a setting costs them most of their time.
+    """Tell whoever reads the log that a setting costs them time.
 
-    On AVX2 a product in bf16 takes eight times as long as in fp32.
+    With AVX2 a product in bf16 takes eight times as long as in fp32.
     """
     if is_emulated(precision, device):
         logger.warning(
-            "%s: %s: this processor has no instructions for it, and fp32 is several times as fast",
+            "%s: %s: this processor has no instructions for it; fp32 is faster, or much faster",
             setting,
             precision,
         )

@@ -30,7 +30,7 @@ from dist_sae.logs import SUPERVISED
 from dist_sae.parallel.local_ranks import rank_environments
 from dist_sae.reporting.progress import ProgressView
 
-_WARNING = re.compile(r"\S+ (?:WARNING|ERROR) dist_sae\S*: (.+)")  # as `logs` has them
+_WARNING = re.compile(r"\S+ (WARNING|ERROR) dist_sae\S*: (.+)")  # as `logs` has them
 _POLL_SECONDS = 0.05
 _GRACE_SECONDS = 60.0  # to finish a step and save, when the user asks to stop
 _FAILED_GRACE_SECONDS = 5.0  # for the others when one process has failed: ranks may hang without it
@@ -201,7 +201,8 @@ class _Process:
                 self._words.append(line)
                 continue
             if "role" in record:
-                view.show(self.name, record)
+                with suppress(OSError):
+                    view.show(self.name, record)
             else:
                 self.result = record
 
@@ -211,10 +212,11 @@ class _Process:
         for line in self._process.stderr:
             self._words.append(line)
             del self._words[:-200]
-            if warning := _WARNING.match(line):
-                view.warn(warning[1])
             with suppress(OSError), self.log.open("a", encoding="utf-8") as file:
                 file.write(line)  # a full disk must not keep us from hearing the rest
+            if warning := _WARNING.match(line):
+                with suppress(OSError):  # nor must a terminal that is gone
+                    view.warn(*warning.groups())
 
 
 class _Job:

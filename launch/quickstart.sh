@@ -14,10 +14,4 @@ cd "$(dirname "$0")/.."
 .venv/bin/python launch/quickstart_text.py work/wikipedia.jsonl
 
 export CUDA_VISIBLE_DEVICES=  # this run file is for CPUs
-# in bf16, as it says, if the processor has it: where it has not, fp32 is eight times as fast
-bf16="import torch; from dist_sae.precision import is_emulated
-print('no' if is_emulated('bf16', torch.device('cpu')) else 'yes')"
-if [[ $(.venv/bin/python -c "$bf16") == no ]]; then
-    set -- --set model.dtype=fp32 --set train.products=fp32 "$@"
-fi
 exec .venv/bin/dist-sae run launch/runs/smollm2-resid7-topk-cpu.yaml "$@"

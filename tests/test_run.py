@@ -1,5 +1,7 @@
 """`dist-sae run`: the whole job as a user starts it."""
 
+import errno
+import io
 import json
 import os
 import select
@@ -11,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.config.data import S3Config
@@ -137,21 +140,44 @@ def test_the_one_that_failed_first_is_blamed(
     assert caught.value.exit_code == code
 
 
+WARNS = (
+    "import logging; from dist_sae import logs; logs.configure(rank=1); "
+    "log = logging.getLogger('dist_sae.train').log; log(30, 'it is slow'); log(20, 'a detail'); "
+    "logging.getLogger('somebody.else').warning('nothing of ours'); log(40, 'it is lost'); "
+)
+
+
 def test_what_children_warn_of_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = (
-        "import logging; from dist_sae import logs; logs.configure(rank=1); "
-        "logging.getLogger('dist_sae.train').warning('it is slow'); "
-        "logging.getLogger('dist_sae.train').info('a detail'); "
-        "logging.getLogger('somebody.else').warning('nothing of ours')"
-    )
     job = _Job([], tmp_path, threading.Event(), ProgressView())
     job.run_together(
         [
-            _Process(name, [sys.executable, "-c", words], {}, tmp_path / f"{name}.log")
+            _Process(name, [sys.executable, "-c", WARNS], {}, tmp_path / f"{name}.log")
             for name in ("trainer-0", "trainer-1")
         ]
     )
-    assert capsys.readouterr().err == "warning: it is slow\n"
+    assert capsys.readouterr().err == "warning: it is slow\nerror: it is lost\n"
+
+
+class Full(io.StringIO):
+    """A file on a full disk."""
+
+    def write(self, _: str) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_children_are_heard_when_nothing_can_be_shown(tmp_path: Path) -> None:
+    """Else they would stand still as soon as the pipe is full."""
+    words = WARNS + 'print(\'{"role": "train", "done": 1, "total": 2}\', flush=True); '
+    words += "[log(30, 'x' * 1000) for _ in range(300)]; print('{\"all\": 1}')"
+    console = Console(file=Full())
+    job = _Job([], tmp_path, threading.Event(), ProgressView(console))
+    names = ("trainer-0", "trainer-1")
+    logs = [tmp_path / f"{name}.log" for name in names]
+    command = [sys.executable, "-c", words]
+    processes = [_Process(name, command, {}, log) for name, log in zip(names, logs, strict=True)]
+    job.run_together(processes)
+    assert [len(log.read_text().splitlines()) for log in logs] == [303, 303]
+    assert [process.result for process in processes] == [{"all": 1}] * 2
 
 
 def test_children_stop_when_the_parent_is_killed(tmp_path: Path) -> None:

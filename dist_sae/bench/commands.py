@@ -99,7 +99,7 @@ def _step(options: argparse.Namespace) -> Result:
         options.batch,
         options.products,
         options.kernels,
-        options.experts if options.kind == "routed" else 0,
+        options.experts if options.kind == "routed" else None,
     )
     bench_run(shape, world, options.shards)  # or it says what is wrong before the ranks meet
     with meet(world) as ranks, join_mesh(ranks, options.shards) as mesh:

@@ -21,7 +21,7 @@ def bench_routed(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any]
     generator = torch.Generator().manual_seed(shape.seed)
     batches = [torch.randn(shape.batch, shape.d_in, generator=generator) for _ in range(2)]
     batches = [x.to(mesh.device) for x in batches]
-    exact = TrainingStep(shape._replace(experts=0), mesh)
+    exact = TrainingStep(shape._replace(experts=None), mesh)
     routed = TrainingStep(shape, mesh)
     for step in (exact, routed):
         step.initialise(batches[0])

@@ -47,8 +47,8 @@ class StepShape(NamedTuple):
     batch: int
     products: str = "bf16"
     kernels: str = "auto"
-    experts: int = 0
-    """Of a routed dictionary; 0: an exact one."""
+    experts: int | None = None
+    """Of a routed dictionary; None: an exact one."""
     lr: float = 1e-4
     seed: int = 0
 
@@ -193,7 +193,9 @@ def bench_run(
         ConfigError: There can be no such step.
     """
     url = url or str(Path("nowhere").absolute())
-    kind = {"kind": "routed", "experts": shape.experts} if shape.experts else {"kind": "topk"}
+    kind: dict[str, Any] = {"kind": "topk"}
+    if shape.experts is not None:
+        kind = {"kind": "routed", "experts": shape.experts}
     return validate_run(
         {
             "name": "bench",

@@ -38,19 +38,17 @@ def read_trained(runs: ObjectStore, run: Run) -> Trained | None:
     meanwhile may delete the one that is being read, and has then made a newer one.
 
     Raises:
-        CorruptObjectError: There are some, and all are damaged.
+        CorruptObjectError, ObjectNotFoundError: There are some, and all are damaged.
     """
     checkpoints = Checkpoints(runs, run.name, run.train.keep_checkpoints)
     tried: dict[int, CorruptObjectError | ObjectNotFoundError] = {}
     while left := [step for step in checkpoints.steps() if step not in tried]:
         try:
             return _read(run, checkpoints.open(left[-1]))
-        except CorruptObjectError as exc:
-            logger.error("%s; another checkpoint is taken", exc)
-            tried[left[-1]] = exc
-        except ObjectNotFoundError as exc:
-            logger.info("the checkpoint of step %d was deleted while it was read", left[-1])
-            tried[left[-1]] = exc
+        except (CorruptObjectError, ObjectNotFoundError) as exc:
+            if left[-1] in checkpoints.steps():
+                logger.error("the checkpoint of step %d is passed over: %s", left[-1], exc)
+            tried[left[-1]] = exc.with_traceback(None)  # which has a dictionary
     if tried:
         raise tried[max(tried)]
     return None

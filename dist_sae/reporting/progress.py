@@ -1,6 +1,7 @@
 """How far a local run has come: bars in a terminal of 80 columns, else a line now and then."""
 
 import re
+import threading
 import time
 from collections import Counter
 from collections.abc import Mapping
@@ -39,6 +40,7 @@ class ProgressView:
         self._tasks: dict[str, TaskID] = {}
         self._roles: dict[str, _Role] = {}
         self._warned: set[str] = set()
+        self._warning = threading.Lock()
 
     def __enter__(self) -> Self:
         if self._console.is_terminal:
@@ -76,13 +78,15 @@ class ProgressView:
                 line += f"  {limit}"
             self._console.print(line, highlight=False, soft_wrap=True)
 
-    def warn(self, text: str) -> None:
+    def warn(self, level: str, text: str) -> None:
         """Show what a process warns of, once, however many say the same, of whichever unit."""
         kind = re.sub(r"\d+", "", text)
-        if kind not in self._warned:
+        with self._warning:
+            if kind in self._warned:
+                return
             self._warned.add(kind)
-            line = f"warning: {text}"
-            self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+        line = f"{level.lower()}: {text}"
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _describe_limit(self) -> str:
         training, producing = self._roles.get("train"), self._roles.get("produce")

@@ -2,6 +2,8 @@
 
 import json
 
+import pytest
+
 from tests.bench.test_step import SMALL
 from tests.launch import run
 
@@ -16,7 +18,8 @@ def test_bench_routed_compares_with_an_exact_dictionary() -> None:
     assert (result["experts"], result["products"]) == (4, "fp32")
 
 
-def test_bench_routed_refuses_experts_that_do_not_fit() -> None:
-    message = run("bench", "routed", *SMALL, "--experts", "3", code=2)
+@pytest.mark.parametrize("experts", ["3", "0"])
+def test_bench_routed_refuses_experts_that_cannot_be(experts: str) -> None:
+    message = run("bench", "routed", *SMALL, "--experts", experts, code=2)
     assert message.startswith("error: bench: sae")
     assert "experts" in message

@@ -9,7 +9,7 @@ import torch
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.checkpoint.trained import read_trained
 from dist_sae.config import Run
-from dist_sae.errors import CorruptObjectError
+from dist_sae.errors import CorruptObjectError, ObjectNotFoundError
 from dist_sae.storage import ObjectStore, open_store
 from tests.checkpoint.test_state import advance, make_run, make_state
 from tests.sae.recipes import D_IN, N_LATENTS
@@ -37,8 +37,14 @@ def save(run: Run, store: ObjectStore, step: int, keep: int = 2) -> torch.Tensor
     return state.sae.W_dec.detach()
 
 
+def part(run: Run, store: ObjectStore, step: int) -> str:
+    """The key of one of a checkpoint's objects."""
+    keys = store.keys(f"{run.name}/checkpoints/step-{step:08d}/")
+    return next(key for key in keys if "/W_dec" in key)
+
+
 def damage(run: Run, store: ObjectStore, step: int) -> None:
-    key = next(k for k in store.keys(f"{run.name}/checkpoints/step-{step:08d}/") if "W_dec" in k)
+    key = part(run, store, step)
     store.put(key, store.get(key)[:-1] + b"!")
 
 
@@ -69,8 +75,26 @@ def test_a_damaged_one_is_passed_over_loudly(
         read_trained(store, run)
 
 
+def test_a_lost_part_is_damage_too(
+    run: Run, store: ObjectStore, caplog: pytest.LogCaptureFixture
+) -> None:
+    save(run, store, 1)
+    save(run, store, 2)
+    store.delete(part(run, store, 2))
+    trained = read_trained(store, run)
+    assert trained is not None
+    assert trained.step == 1
+    assert [r.levelno for r in caplog.records] == [logging.ERROR]
+    store.delete(part(run, store, 1))
+    with pytest.raises(ObjectNotFoundError, match="W_dec"):
+        read_trained(store, run)
+
+
 def test_one_that_its_trainer_deletes_meanwhile_has_a_newer_one(
-    run: Run, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+    run: Run,
+    store: ObjectStore,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     save(run, store, 1)
     read, saved = Checkpoint.read, list[torch.Tensor]()
@@ -86,3 +110,4 @@ def test_one_that_its_trainer_deletes_meanwhile_has_a_newer_one(
     assert trained is not None
     assert trained.step == 2
     torch.testing.assert_close(trained.sae.W_dec.detach(), saved[0])
+    assert not caplog.records

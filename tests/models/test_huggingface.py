@@ -347,13 +347,20 @@ def test_layers_above_the_deepest_site_do_not_exist(
     assert kinds.count(block[name]) == 2
 
 
-def test_half_precision_is_used_when_asked_for(models: dict[str, HuggingFaceModel]) -> None:
+def test_half_precision_is_used_when_asked_for(
+    models: dict[str, HuggingFaceModel],
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """With a warning where the processor has no instructions for it."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True})
     config = models["llama"].model_copy(update={"dtype": "bf16"})
     acts = HuggingFaceSource(config, ("resid_post.1",)).run(*random_tokens(5))["resid_post.1"]
     exact = HuggingFaceSource(models["llama"], ("resid_post.1",)).run(*random_tokens(5))
     assert acts.dtype == torch.bfloat16
     error = (acts.float() - exact["resid_post.1"]).norm() / exact["resid_post.1"].norm()
     assert 0 < error < 0.02
+    assert [r.getMessage()[:17] for r in caplog.records] == ["model.dtype: bf16"]
 
 
 @pytest.mark.parametrize("name", CONFIGS)

@@ -16,6 +16,7 @@ from dist_sae.sae.base import Step
 from dist_sae.sae.dead import DeadLatents
 from dist_sae.sae.ema import WeightAverage
 from dist_sae.sae.kernels import Entries
+from dist_sae.sae.kernels.choice import choose_kernels
 from tests.launch import write_run
 from tests.sae.recipes import D_IN, make
 
@@ -84,8 +85,9 @@ def trained(spec: dict[str, Any], kind: str, mesh: Mesh) -> dict[str, Any]:
         )
     )
     sae = make(run.sae, dtype, mesh.axis)
-    watch = Watch(sae.kernels.combine)
-    sae.kernels = sae.kernels._replace(combine=watch)
+    kernels = choose_kernels("auto", mesh.device)
+    watch = Watch(kernels.combine)
+    sae.kernels = kernels._replace(combine=watch)
     generator = torch.Generator().manual_seed(5)
     batches = [
         (2 * torch.randn(BATCH, D_IN, generator=generator, dtype=torch.float64)).to(dtype)

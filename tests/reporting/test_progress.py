@@ -81,7 +81,7 @@ def test_a_warning_is_shown_once(terminal: bool) -> None:  # noqa: FBT001
     with ProgressView(console) as view:
         view.show("producer-0", PRODUCING)
         for text in ("unit 1 is [slow]", "another", "unit 12 is [slow]"):
-            view.warn(text)
+            view.warn("WARNING", text)
     lines = Text.from_ansi(out.getvalue()).plain
     assert "warning: unit 1 is [slow]" in lines
     assert "unit 12" not in lines

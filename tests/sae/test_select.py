@@ -60,6 +60,16 @@ def oracle(pre_acts: Tensor, k: int, among: Tensor | None = None) -> list[list[i
     return [sorted(row) for row in latents[order].tolist()]
 
 
+@pytest.mark.parametrize("implementation", ["torch", "native"])
+def test_the_best_so_far_may_lie_column_by_column(implementation: str) -> None:
+    best = torch.full((2, 3), NOTHING, dtype=torch.int64).T
+    products = torch.tensor([[1.0, 3.0, 2.0]] * 3)
+    found = kernels(implementation).keep_largest(best, products, torch.zeros(3), torch.arange(3))
+    latents = from_keys(found)[1].sort().values
+    assert latents.tolist() == [[1, 2]] * 3
+    assert (best == NOTHING).all()
+
+
 def kernels(name: str) -> Kernels:
     if name == "native" and (reason := native.available()):
         pytest.skip(reason)

@@ -18,6 +18,7 @@ from dist_sae.errors import ConfigError, PlanMismatchError
 from dist_sae.evaluate import evaluate
 from dist_sae.parallel.mesh import Mesh
 from dist_sae.plan import plan
+from dist_sae.precision import is_emulated
 from dist_sae.sae import build_sae
 from dist_sae.sae.axis import WHOLE
 from dist_sae.sae.init import initialise_from_data
@@ -240,8 +241,11 @@ def test_a_routed_run_tells_how_its_experts_fare_and_resumes_bitwise(
 
 
 def test_too_little_data_is_said_before_the_first_step(tmp_path: Path, activations: str) -> None:
-    error = run("train", str(run_file(tmp_path, activations, train={"max_passes": 1})), code=2)
+    settings = {"max_passes": 1, "products": "bf16"}
+    error = run("train", str(run_file(tmp_path, activations, train=settings)), code=2)
     assert "train.rows asks for 9600 rows" in error
+    # so is a precision that costs time here
+    assert ("train.products: bf16" in error) == is_emulated("bf16", torch.device("cpu"))
     assert not (tmp_path / "runs").exists()
 
 

@@ -1,6 +1,6 @@
-// Selection on a CPU, for native.py. Plain C functions, OpenMP threads.
+// Selection and sums by latent on a CPU, for native.py. Plain C functions, OpenMP threads.
 //
-// B rows, C columns of a chunk, K kept per row.
+// B rows, C columns of a chunk, K kept per row; N latents, E entries, D columns of a weight.
 
 #include <algorithm>
 #include <cmath>

@@ -54,7 +54,7 @@ def keep_largest(best: Tensor, products: Tensor, bias: Tensor, latents: Tensor) 
     functions = {torch.bfloat16: "keep_largest_bf16", torch.float32: "keep_largest_fp32"}
     if products.dtype not in functions:
         return plain.keep_largest(best, products, bias, latents)
-    best = best.clone()
+    best = best.clone(memory_format=torch.contiguous_format)
     sizes = (*products.shape, best.shape[1])
     _call(functions[products.dtype], (best, products, bias.float(), latents), sizes)
     return best
@@ -71,6 +71,8 @@ def sum_by_latent(
     """See `SumByLatent`; `empty` gives the fp32 tensor that the sums are written to."""
     if rows.dtype != torch.float32:
         return plain.sum_by_latent(coefficients, entries, rows, W, along)
+    given = (coefficients, W, along)
+    assert all(tensor is None or tensor.dtype == rows.dtype for tensor in given)
     order, starts = entries.by_latent
     sums = empty(entries.n_latents, rows.shape[1])
     tensors = sums, coefficients[order], entries.rows[order], starts, rows, W, along
@@ -98,6 +100,8 @@ class Memory:
 
 def _call(name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int]) -> None:
     """Call a C function; the first tensor is the one that it writes to."""
+    assert tensors[0] is not None
+    assert tensors[0].is_contiguous()
     tensors = [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
     pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
     numbers = [ctypes.c_int64(size) for size in sizes]
