@@ -1,6 +1,7 @@
 """Serves a page of metrics over HTTP, and answers probes beside it."""
 
 import logging
+import socket
 import threading
 import time
 from collections.abc import Callable
@@ -111,7 +112,15 @@ class PageServer:
 
 
 class _Server(ThreadingHTTPServer):
+    """Over IPv4 and IPv6: a pod may have an address of one kind only."""
+
+    address_family = socket.AF_INET6 if socket.has_dualstack_ipv6() else socket.AF_INET
     daemon_threads = True
+
+    def server_bind(self) -> None:
+        if self.address_family == socket.AF_INET6:
+            self.socket.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0)
+        super().server_bind()
 
     def handle_error(self, *_: Any) -> None:
         pass  # whoever asked has gone away; they will ask again

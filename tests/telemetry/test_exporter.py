@@ -1,5 +1,6 @@
 """Metrics over HTTP, from the beginning of a process to its end."""
 
+import http.client
 import itertools
 import logging
 import re
@@ -34,6 +35,17 @@ def test_metrics_are_served() -> None:
     assert f'dist_sae_train_phase_seconds_total{{phase="wait",{labels}}} 0.0' in text
     assert "dist_sae_train_heldout_fvu{" not in text  # it is not known, which is not 0
     assert of_rank(text, "dist_sae_process_resident_memory_bytes")["3"] > 1e7
+
+
+def test_metrics_are_served_over_ipv4_and_ipv6() -> None:
+    """A cluster gives pods addresses of one kind or of both."""
+    hosts = ["127.0.0.1", "::1"] if socket.has_dualstack_ipv6() else ["127.0.0.1"]
+    with Telemetry("my-run", "train", port=0) as telemetry:
+        for host in hosts:
+            client = http.client.HTTPConnection(host, telemetry.port, timeout=20)
+            client.request("GET", "/metrics")
+            assert client.getresponse().status == 200
+            client.close()
 
 
 def test_a_producer_says_nothing_of_training() -> None:
