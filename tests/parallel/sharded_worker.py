@@ -110,17 +110,17 @@ def trained(spec: dict[str, Any], kind: str, mesh: Mesh) -> dict[str, Any]:
         if dead.n_stuck:
             engine.retie(dead.stuck, batch[own], output.error)
         average.update()
-        first_row = mesh.axis.replica * (BATCH // mesh.axis.replicas)
+        n_rows = BATCH // mesh.axis.replicas  # AuxK's entries are of as many rows after these
+        first_row = mesh.axis.replica * n_rows
         steps.append(
             {
                 "terms": [float(t) for t in output.terms],
                 "norm": norm,
                 "selected": [
                     # rows come to experts in the order of these
-                    (0 if kind == "routed" else (rows + first_row) * N_LATENTS)
-                    + latents
-                    + sae.first_latent
+                    (0 if kind == "routed" else row * N_LATENTS) + latents + sae.first_latent
                     for rows, latents in watch.seen
+                    for row in [rows // n_rows * BATCH + rows % n_rows + first_row]
                 ],
                 "dead": dead.mask,
             }
