@@ -15,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from dist_sae.checkpoint.layout import Checkpoints
+from dist_sae.checkpoint.state import IDLE_ROWS
 from dist_sae.config import load_run
 from dist_sae.errors import ConfigError
 from dist_sae.export import export
@@ -27,6 +28,7 @@ from tests.sae.recipes import KINDS, UNIT_ROWS
 from tests.world import save
 
 SCALE, THETA = 0.37, 2.5
+IDLE = {IDLE_ROWS: torch.zeros(64, dtype=torch.int64)}
 # Keys that SAELens writes itself; without the version it would silently drop the metadata.
 KEYS = {
     "architecture",
@@ -96,7 +98,7 @@ def exported(tmp_path: Path, kind: str) -> tuple[Path, dict[str, torch.Tensor]]:
     if kind in ("jumprelu", "jumprelu_tanh"):
         weights["log_threshold"] = torch.randn(64, generator=generator)
     checkpoints = Checkpoints(open_store(run.store.runs), run.name, 1)
-    save(checkpoints, 5, weights, {"scale": SCALE, "mean": [0.0] * 16})
+    save(checkpoints, 5, weights | IDLE, {"scale": SCALE, "mean": [0.0] * 16})
     return Path(export(run)), weights
 
 
@@ -163,7 +165,7 @@ def test_hooks_have_the_names_that_users_know(tmp_path: Path, site: str, hook: s
     weights = {"W_enc": torch.zeros(64, 16), "W_dec": torch.ones(64, 16) / 4}
     weights |= {"b_enc": torch.zeros(64), "b_dec": torch.zeros(16)}
     checkpoints = Checkpoints(open_store(run.store.runs), run.name, 1)
-    save(checkpoints, 5, weights, {"scale": 1.0, "mean": [0.0] * 16})
+    save(checkpoints, 5, weights | IDLE, {"scale": 1.0, "mean": [0.0] * 16})
     config = json.loads((Path(export(run)) / "cfg.json").read_text())
     assert config["metadata"]["hook_name"] == hook
 

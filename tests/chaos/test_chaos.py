@@ -117,9 +117,11 @@ class Pipeline:
             first = f"train-{life:03d}-0"
             if first in scraper.samples:
                 steps = [step for step in scraper.values(first, "dist_sae_train_step") if step]
-                assert all(step > durable for step in steps[:1]), (life, durable, steps[0])
+                saved = [s for s in scraper.values(first, "dist_sae_checkpoint_step") if s]
+                # the first that are seen may be those that it goes on from
+                begun = [*steps[:1], *saved[:1]]
+                assert all(step >= durable for step in begun), (life, durable, begun)
                 assert steps == sorted(steps)
-                saved = scraper.values(first, "dist_sae_checkpoint_step")
                 assert saved == sorted(saved)
                 assert all(step <= self._run.steps for step in saved)
                 durable = max([durable, *saved])
