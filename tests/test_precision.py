@@ -20,8 +20,9 @@ CPU, GPU = torch.device("cpu"), torch.device("cuda")
     ],
 )
 def test_bf16_is_told_by_the_processors_instructions(
+    *,
     has: dict[str, bool],
-    emulated: bool,  # noqa: FBT001
+    emulated: bool,
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:

@@ -49,8 +49,8 @@ class TopK(Dictionary):
         error = x - (self.axis.scatter_sum(parts) + b_dec)
         fvu = error.square().sum() / (len(centred) * step.variance)
         auxk = fvu.new_zeros(())
-        for _, e_hat in aux:
-            auxk = auxk_loss(self.axis, error.detach(), self.axis.scatter_sum(e_hat))
+        for _, parts in aux:
+            auxk = auxk_loss(self.axis, error.detach(), self.axis.scatter_sum(parts))
         terms = LossTerms(fvu, auxk, fvu.new_zeros(()), fvu + config.auxk_coefficient * auxk)
         return Output(terms, firings(acts, selected[0][1]), (acts > 0).sum(), error.detach())
 

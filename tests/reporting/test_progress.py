@@ -75,7 +75,7 @@ def test_the_end_is_told_once() -> None:
 
 
 @pytest.mark.parametrize("terminal", [True, False])
-def test_a_warning_is_shown_once(terminal: bool) -> None:  # noqa: FBT001
+def test_a_warning_is_shown_once(*, terminal: bool) -> None:
     out = io.StringIO()
     console = Console(file=out, force_terminal=terminal, width=80, legacy_windows=False)
     with ProgressView(console) as view:

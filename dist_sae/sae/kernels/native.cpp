@@ -146,27 +146,6 @@ void keep_largest(int64_t* best, const T* products, const float* bias, const int
     }
 }
 
-// out[n] = sum of coefficients[e] * rows[sources[e]] over the entries e of latent n, less
-// along[n] * W[n] where there are any and these are given.
-void sum_by_latent(float* out, const float* coefficients, const int64_t* sources,
-                   const int64_t* starts, const float* rows, const float* W, const float* along,
-                   int64_t N, int64_t E, int64_t D, int threads) {
-#pragma omp parallel for schedule(dynamic, 64) num_threads(threads)
-    for (int64_t n = 0; n < N; ++n) {
-        float* sum = out + n * D;
-        const int64_t end = n + 1 < N ? starts[n + 1] : E;
-        std::memset(sum, 0, D * sizeof *sum);
-        if (starts[n] == end) continue;
-        for (int64_t e = starts[n]; e < end; ++e) {
-            const float* row = rows + sources[e] * D;
-            const float c = coefficients[e];
-            for (int64_t d = 0; d < D; ++d) sum[d] += c * row[d];
-        }
-        if (W != nullptr)
-            for (int64_t d = 0; d < D; ++d) sum[d] -= along[n] * W[n * D + d];
-    }
-}
-
 }  // namespace
 
 extern "C" {
@@ -182,10 +161,24 @@ void keep_largest_fp32(int64_t* best, const void* products, const float* bias,
     keep_largest(best, static_cast<const float*>(products), bias, latents, B, C, K, threads);
 }
 
-// As above; W and along may be null.
+// out[n] = sum of coefficients[e] * rows[sources[e]] over the entries e of latent n, less
+// along[n] * W[n] where there are any, if these are not null.
 void sum_by_latent_fp32(float* out, const float* coefficients, const int64_t* sources,
                         const int64_t* starts, const float* rows, const float* W,
                         const float* along, int64_t N, int64_t E, int64_t D, int threads) {
-    sum_by_latent(out, coefficients, sources, starts, rows, W, along, N, E, D, threads);
+#pragma omp parallel for schedule(dynamic, 64) num_threads(threads)
+    for (int64_t n = 0; n < N; ++n) {
+        float* sum = out + n * D;
+        const int64_t end = n + 1 < N ? starts[n + 1] : E;
+        std::memset(sum, 0, D * sizeof *sum);
+        if (starts[n] == end) continue;
+        for (int64_t e = starts[n]; e < end; ++e) {
+            const float* row = rows + sources[e] * D;
+            const float c = coefficients[e];
+            for (int64_t d = 0; d < D; ++d) sum[d] += c * row[d];
+        }
+        if (W != nullptr)
+            for (int64_t d = 0; d < D; ++d) sum[d] -= along[n] * W[n * D + d];
+    }
 }
 }
