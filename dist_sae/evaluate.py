@@ -3,30 +3,25 @@
 import json
 import logging
 import threading
-from collections import Counter
-from collections.abc import Callable, Iterator
-from itertools import islice
+from collections.abc import Iterator
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 from dist_sae.checkpoint.trained import read_trained
 from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.config.sae import RoutedConfig
-from dist_sae.data.admission import admitted, of_usual_norm
 from dist_sae.data.consumers import kept_units
-from dist_sae.data.corpus import Corpus
 from dist_sae.data.heldout import rows_of
 from dist_sae.data.loader import Units
-from dist_sae.data.plan import Plan, load_plan
-from dist_sae.data.tokens import TokenBatch, cut, pack
+from dist_sae.data.plan import load_plan
 from dist_sae.errors import ConfigError, NonFiniteError
-from dist_sae.models import build_tokenizer
+from dist_sae.evaluation.cross_entropy import cross_entropies
 from dist_sae.sae.base import Dictionary
-from dist_sae.sae.metrics import Fit, ce_recovered, duplicate_shares
+from dist_sae.sae.metrics import Fit, duplicate_shares
 from dist_sae.storage import UNMETERED, Meter, open_store
 
 logger = logging.getLogger(__name__)
@@ -95,7 +90,7 @@ def evaluate(run: Run, meter: Meter = UNMETERED) -> dict[str, Any]:
         **_density_histogram(fit),
     }
     if isinstance(run.model, HuggingFaceModel) and run.evaluate.contexts:
-        result |= _cross_entropies(run, run.model, plan, sae, scale, mean)
+        result |= cross_entropies(run, run.model, plan, sae, scale, mean)
     bad = [name for name, value in result.items() if isinstance(value, float) and value != value]  # noqa: PLR0124
     if bad:
         raise NonFiniteError(f"{runs.url}/{run.name}: {', '.join(bad)} came out as NaN")
@@ -153,69 +148,3 @@ def _density_histogram(fit: Fit) -> dict[str, Any]:
         "density_counts": counts.long().tolist(),
         "never_fired": int((fit.counts == 0).sum()),
     }
-
-
-def _cross_entropies(
-    run: Run, model: HuggingFaceModel, plan: Plan, sae: Dictionary, scale: float, mean: Tensor
-) -> dict[str, float]:
-    """Next-token losses of the whole model with the site's admitted rows replaced."""
-    from dist_sae.models.huggingface import SplicedModel
-
-    tokenizer = build_tokenizer(model, 0)
-    spliced = SplicedModel(model, run.site)
-    totals: Counter[str] = Counter()
-    replacements: dict[str, Callable[[Tensor], Tensor] | None] = {
-        "clean": None,
-        "spliced": lambda rows: sae.decode(sae.encode(rows * scale)) / scale,
-        "zero": torch.zeros_like,
-        "mean": lambda rows: (mean / scale).expand(rows.shape),
-    }
-    for batch in _heldout_batches(run, model, plan, tokenizer.bos):
-        keep = admitted(batch, tokenizer.special, run.activations.exclude, Counter())
-        totals["tokens"] += int(batch.mask[:, 1:].sum())
-        for name, replace in replacements.items():
-            edit = _edit(keep, replace, run.activations.exclude.over_norm) if replace else None
-            losses = spliced.losses(batch.tokens, batch.mask, edit)[batch.mask[:, 1:]]
-            totals[name] += float(losses.double().sum())  # type: ignore[assignment]
-    ce = {name: totals[name] / totals["tokens"] for name in replacements}
-    return {
-        **{f"ce_{name}": value for name, value in ce.items()},
-        "ce_recovered": ce_recovered(ce["clean"], ce["spliced"], ce["zero"]),
-        "ce_recovered_mean": ce_recovered(ce["clean"], ce["spliced"], ce["mean"]),
-        "tokens": totals["tokens"],
-    }
-
-
-def _heldout_batches(
-    run: Run, model: HuggingFaceModel, plan: Plan, bos: int | None
-) -> Iterator[TokenBatch]:
-    tokenizer = build_tokenizer(model, 0)
-    bos = bos if run.activations.prepend_bos else None
-    spans = [span for unit in plan.heldout_units for span in plan.units[unit]]
-    documents = Corpus(run.corpus, run.store.s3).read(plan.files, spans)
-    contexts = cut(
-        islice(documents, run.evaluate.contexts),
-        tokenizer,
-        context_tokens=run.activations.context_tokens,
-        bos=bos,
-        failed=lambda document, exc: logger.warning(
-            "document %d is left out, the tokenizer refuses it: %s", document.number, exc
-        ),
-    )
-    chosen = list(islice(contexts, run.evaluate.contexts))
-    return pack(chosen, batch_tokens=model.batch_tokens, bos=bos)
-
-
-def _edit(
-    keep: Bool[Tensor, "batch seq"], replace: Callable[[Tensor], Tensor], over_norm: float | None
-) -> Callable[[Tensor], Tensor]:
-    """Replaces the rows that training would have seen; sinks and special tokens stay."""
-
-    def edit(acts: Tensor) -> Tensor:
-        usual = keep.clone()
-        usual[keep] = of_usual_norm(acts[keep], over_norm)
-        edited = acts.clone()
-        edited[usual] = replace(acts[usual].float()).to(acts.dtype)
-        return edited
-
-    return edit

@@ -1,0 +1,1 @@
+"""Parts of `dist-sae evaluate`."""

@@ -1,0 +1,88 @@
+"""The language model's losses with a site left alone, replaced by its reconstruction, ablated."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable, Iterator
+from itertools import islice
+
+import torch
+from jaxtyping import Bool
+from torch import Tensor
+
+from dist_sae.config import Run
+from dist_sae.config.data import HuggingFaceModel
+from dist_sae.data.admission import admitted, of_usual_norm
+from dist_sae.data.corpus import Corpus
+from dist_sae.data.plan import Plan
+from dist_sae.data.tokens import TokenBatch, cut, pack
+from dist_sae.models import build_tokenizer
+from dist_sae.sae.base import Dictionary
+from dist_sae.sae.metrics import ce_recovered
+
+logger = logging.getLogger(__name__)
+
+
+def cross_entropies(
+    run: Run, model: HuggingFaceModel, plan: Plan, sae: Dictionary, scale: float, mean: Tensor
+) -> dict[str, float]:
+    """Next-token losses of the whole model with the site's admitted rows replaced."""
+    from dist_sae.models.huggingface import SplicedModel
+
+    tokenizer = build_tokenizer(model, 0)
+    spliced = SplicedModel(model, run.site)
+    totals: Counter[str] = Counter()
+    replacements: dict[str, Callable[[Tensor], Tensor] | None] = {
+        "clean": None,
+        "spliced": lambda rows: sae.decode(sae.encode(rows * scale)) / scale,
+        "zero": torch.zeros_like,
+        "mean": lambda rows: (mean / scale).expand(rows.shape),
+    }
+    for batch in _heldout_batches(run, model, plan, tokenizer.bos):
+        keep = admitted(batch, tokenizer.special, run.activations.exclude, Counter())
+        totals["tokens"] += int(batch.mask[:, 1:].sum())
+        for name, replace in replacements.items():
+            edit = _edit(keep, replace, run.activations.exclude.over_norm) if replace else None
+            losses = spliced.losses(batch.tokens, batch.mask, edit)[batch.mask[:, 1:]]
+            totals[name] += float(losses.double().sum())  # type: ignore[assignment]
+    ce = {name: totals[name] / totals["tokens"] for name in replacements}
+    return {
+        **{f"ce_{name}": value for name, value in ce.items()},
+        "ce_recovered": ce_recovered(ce["clean"], ce["spliced"], ce["zero"]),
+        "ce_recovered_mean": ce_recovered(ce["clean"], ce["spliced"], ce["mean"]),
+        "tokens": totals["tokens"],
+    }
+
+
+def _heldout_batches(
+    run: Run, model: HuggingFaceModel, plan: Plan, bos: int | None
+) -> Iterator[TokenBatch]:
+    tokenizer = build_tokenizer(model, 0)
+    bos = bos if run.activations.prepend_bos else None
+    spans = [span for unit in plan.heldout_units for span in plan.units[unit]]
+    documents = Corpus(run.corpus, run.store.s3).read(plan.files, spans)
+    contexts = cut(
+        islice(documents, run.evaluate.contexts),
+        tokenizer,
+        context_tokens=run.activations.context_tokens,
+        bos=bos,
+        failed=lambda document, exc: logger.warning(
+            "document %d is left out, the tokenizer refuses it: %s", document.number, exc
+        ),
+    )
+    chosen = list(islice(contexts, run.evaluate.contexts))
+    return pack(chosen, batch_tokens=model.batch_tokens, bos=bos)
+
+
+def _edit(
+    keep: Bool[Tensor, "batch seq"], replace: Callable[[Tensor], Tensor], over_norm: float | None
+) -> Callable[[Tensor], Tensor]:
+    """Replaces the rows that training would have seen; sinks and special tokens stay."""
+
+    def edit(acts: Tensor) -> Tensor:
+        usual = keep.clone()
+        usual[keep] = of_usual_norm(acts[keep], over_norm)
+        edited = acts.clone()
+        edited[usual] = replace(acts[usual].float()).to(acts.dtype)
+        return edited
+
+    return edit
