@@ -15,7 +15,7 @@ from dist_sae.config import Run
 from dist_sae.config.data import DatasetCorpus, FilesCorpus, HuggingFaceModel
 from dist_sae.data.loader import Units
 from dist_sae.data.plan import Plan, load_plan
-from dist_sae.data.shard import manifest_key, read_manifest
+from dist_sae.data.shard import existing_units, read_manifest
 from dist_sae.errors import CorpusError, ModelError
 from dist_sae.reporting.latents import LatentView, view_latents
 from dist_sae.reporting.page import Page, render_page
@@ -105,8 +105,7 @@ def _latents(run: Run, units: Units, trained: Trained | None) -> tuple[list[Late
 
 def _producer_seconds(activations: ObjectStore, plan: Plan) -> Mapping[str, float]:
     """Where the producers' time went, by stage, over the units that exist."""
-    there = set(activations.keys("units/"))
-    units = [unit for unit in range(len(plan.units)) if manifest_key(unit) in there]
+    units = sorted(unit for unit in existing_units(activations) if unit < len(plan.units))
     seconds: dict[str, float] = {}
     with ThreadPoolExecutor(_READERS) as pool:  # a manifest from S3 takes tens of milliseconds
         for manifest in pool.map(lambda unit: read_manifest(activations, unit), units):

@@ -8,15 +8,22 @@ from typing import Any, NamedTuple
 import xxhash
 
 from dist_sae.config import Run
+from dist_sae.data.claims import CLAIMS
 from dist_sae.data.consumers import Consumers, retired_below
 from dist_sae.data.plan import Plan, load_plan
-from dist_sae.data.shard import SiteShard, UnitManifest, manifest_key, read_manifest, unit_of
+from dist_sae.data.shard import (
+    MANIFESTS,
+    SHARDS,
+    SiteShard,
+    UnitManifest,
+    existing_units,
+    manifest_key,
+    read_manifest,
+)
 from dist_sae.errors import CorruptObjectError, ObjectNotFoundError
 from dist_sae.storage import ObjectStore, open_store
 
 _AT_ONCE = 4  # shards in memory
-_UNITS = "units/"
-_SHARDS = "shards/"
 
 
 class Verification(NamedTuple):
@@ -67,9 +74,9 @@ def verify(run: Run) -> Verification:
     units: set[int] = set()
     bad: dict[str, str] = {}
     with ThreadPoolExecutor(_AT_ONCE) as pool:
-        for entry in store.entries(_UNITS):
+        for key, entry in MANIFESTS.entries(store):
             objects, size = objects + 1, size + entry.bytes
-            unit = unit_of(entry.key)
+            unit = int(key["unit"])
             units.add(unit)
             try:
                 shards = _shards(store, unit, plan) if unit >= retired else []
@@ -91,10 +98,10 @@ def ls(run: Run) -> dict[str, Any]:
     store = open_store(run.store.activations, run.store.s3)
     plan = load_plan(store, run)
     consumers = Consumers(store, run.store.consumer_expiry_hours)
-    units = [unit_of(key) for key in store.keys(_UNITS)]
+    units = list(existing_units(store))
     sizes: Counter[str] = Counter()
-    for entry in store.entries(_SHARDS):
-        sizes[_site(entry.key)] += entry.bytes
+    for key, entry in SHARDS.entries(store):
+        sizes[key["site"]] += entry.bytes
     return {
         "url": store.url,
         "plan": plan.hash,
@@ -113,7 +120,7 @@ def ls(run: Run) -> dict[str, Any]:
         },
         "claims": {
             entry.key: f"renewed {entry.age_seconds:.0f} s ago"
-            for entry in store.entries("claims/")
+            for _, entry in CLAIMS.entries(store)
         },
     }
 
@@ -136,10 +143,14 @@ def gc(run: Run, *, hours: float, delete: bool) -> dict[str, Any]:
     load_plan(store, run)
     retired = retired_below(store)
     # listed before the manifests are read: a shard that gets its manifest meanwhile has one then
-    old = [entry for entry in store.entries(_SHARDS) if entry.age_seconds > 3600 * hours]
-    units = {unit_of(key) for key in store.keys(_UNITS)}
+    old = {
+        entry: int(key["unit"])
+        for key, entry in SHARDS.entries(store)
+        if entry.age_seconds > 3600 * hours
+    }
+    units = set(existing_units(store))
     named: set[str] = set()
-    for unit in sorted({unit_of(entry.key) for entry in old} & units):
+    for unit in sorted(set(old.values()) & units):
         if unit >= retired:
             named |= {shard.key for shard in read_manifest(store, unit).sites.values()}
     orphans = [entry for entry in old if entry.key not in named]
@@ -174,7 +185,3 @@ def _fault(store: ObjectStore, shard: SiteShard) -> str | None:
         if xxhash.xxh3_128_hexdigest(piece) != block.xxh3:
             return "does not match its manifest's list of blocks"
     return None
-
-
-def _site(key: str) -> str:
-    return key.removeprefix(_SHARDS).rpartition("/")[0]

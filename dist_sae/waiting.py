@@ -26,7 +26,7 @@ def await_plan(run: Run, stopping: threading.Event) -> None:
     """
     store = open_store(run.store.activations, run.store.s3, None, stopping)
     what = f"a plan in {store.url}"
-    _await(what, lambda: next(iter(store.keys(PLAN_KEY)), None) is not None, stopping)
+    _await(what, lambda: store.size(PLAN_KEY) is not None, stopping)
 
 
 def await_end(run: Run, stopping: threading.Event) -> None:

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dist_sae.config import load_run
-from dist_sae.data.shard import Rows, read_block, read_manifest, unit_of
+from dist_sae.data.shard import Rows, existing_units, read_block, read_manifest
 from dist_sae.plan import plan
 from dist_sae.storage import open_store
 from tests.forks import processes
@@ -79,7 +79,7 @@ def start_ranks(path: Path, world: int = 2) -> list[Rank]:
 
 def units(folder: Path) -> list[int]:
     store = open_store(str(folder / "activations"))
-    return sorted(unit_of(key) for key in store.keys("units/"))
+    return sorted(existing_units(store))
 
 
 def rows_of(folder: Path, unit: int, site: str) -> Rows:

@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dist_sae.errors import CorruptObjectError
 from dist_sae.storage import ObjectStore
+from dist_sae.storage.own import OwnKeys
 from dist_sae.storage.records import READS, Record, read_record, seal
 
 logger = logging.getLogger(__name__)
@@ -166,6 +167,9 @@ class Checkpoints:
     ) -> None:
         self._store = store
         self._prefix = f"{run}/{folder}/"
+        self._keys = OwnKeys(
+            self._prefix, r"step-(?P<step>\d{8})/(manifest\.json|[\w.]+-\d{9}\.safetensors)"
+        )
         self._keep = keep
         self._every = every
         self._best = best
@@ -176,17 +180,15 @@ class Checkpoints:
 
     def ages(self) -> dict[int, float]:
         """Seconds since each complete checkpoint was, by step, ascending."""
-        entries = self._store.entries(self._prefix)
         return {
-            int(entry.key.removeprefix(self._prefix)[5:13]): entry.age_seconds
-            for entry in entries
-            if entry.key.endswith(f"/{_MANIFEST}")
+            int(key["step"]): entry.age_seconds
+            for key, entry in self._keys.entries(self._store)
+            if key[0].endswith(f"/{_MANIFEST}")
         }
 
     def folders(self) -> set[int]:
         """Steps of which there is anything, a complete checkpoint or not."""
-        keys = self._store.keys(self._prefix)
-        return {int(key.removeprefix(self._prefix)[5:13]) for key in keys}
+        return {int(key["step"]) for key in self._keys.keys(self._store)}
 
     def write(self, step: int, pieces: Iterable[Piece]) -> dict[str, TensorRecord]:
         """Store what one rank holds; the checkpoint exists once `commit` has all ranks' records."""
@@ -265,14 +267,21 @@ class Checkpoints:
         """A complete checkpoint.
 
         Raises:
-            CorruptObjectError: Its manifest is not what was written.
+            CorruptObjectError: Its manifest is not what was written there.
         """
         key = f"{self._folder(step)}{_MANIFEST}"
-        return Checkpoint(self._store, read_record(CheckpointManifest, self._store, key))
+        manifest = read_record(CheckpointManifest, self._store, key)
+        if manifest.step != step:
+            raise CorruptObjectError(
+                f"is a copy of step {manifest.step}; give its folder a name of another kind",
+                url=self._store.url,
+                key=key,
+            )
+        return Checkpoint(self._store, manifest)
 
     def age_seconds(self, step: int) -> float:
         """How long a checkpoint has existed, by the store's own clock."""
-        return next(self._store.entries(f"{self._folder(step)}{_MANIFEST}")).age_seconds
+        return self.ages()[step]
 
     def latest(self) -> Checkpoint | None:
         """The newest checkpoint, if there is one."""
@@ -290,8 +299,8 @@ class Checkpoints:
         """Remove a checkpoint: the manifest first, what has none does not exist."""
         folder = self._folder(step)
         self._store.delete(f"{folder}{_MANIFEST}")
-        for key in list(self._store.keys(folder)):
-            self._store.delete(key)
+        for key in list(self._keys.keys(self._store, f"step-{step:08d}/")):
+            self._store.delete(key[0])
 
     def _folder(self, step: int) -> str:
         return f"{self._prefix}step-{step:08d}/"

@@ -12,17 +12,17 @@ from typing import NamedTuple
 
 from dist_sae.data.consumers import Consumers
 from dist_sae.data.plan import Plan
-from dist_sae.data.shard import PAGE_UNITS, manifest_key, unit_of, units_of_page
+from dist_sae.data.shard import PAGE_UNITS, manifest_key, units_of_page
 from dist_sae.errors import ObjectNotFoundError
 from dist_sae.storage import UNMETERED, Meter, ObjectStore
+from dist_sae.storage.own import OwnKeys
 
 logger = logging.getLogger(__name__)
 
 _LEASE_SECONDS = 180.0
 _POLL_SECONDS = 1.0
 _SAY_EVERY_SECONDS = 30.0
-_FOLDER = "claims/"
-_DIGITS = 8  # of a unit's number in keys
+CLAIMS = OwnKeys("claims/", r"(?P<unit>\d{8})\.json")
 
 
 class Worker(NamedTuple):
@@ -164,8 +164,8 @@ class Claims:
         if not self._exclusive:
             return set()
         return {
-            unit_of(entry.key)
-            for entry in self._store.entries(_FOLDER)
+            int(key["unit"])
+            for key, entry in CLAIMS.entries(self._store)
             if entry.age_seconds < _LEASE_SECONDS
         }
 
@@ -187,13 +187,13 @@ class Claims:
         self._meter.set("dist_sae_produce_ready_units", self.done())
 
     def _drop_left_overs(self) -> None:
-        for key in list(self._store.keys(_FOLDER)):
+        for key in list(CLAIMS.keys(self._store)):
             try:
-                left_over = self._store.get(key) == self._lease
+                left_over = self._store.get(key[0]) == self._lease
             except ObjectNotFoundError:
                 continue
             if left_over:
-                self._store.delete(key)
+                self._store.delete(key[0])
 
     def _write(self, unit: int) -> None:
         if self._exclusive:
@@ -205,4 +205,4 @@ class Claims:
 
 
 def _key(unit: int) -> str:
-    return f"{_FOLDER}{unit:0{_DIGITS}d}.json"
+    return f"{CLAIMS.folder}{unit:08d}.json"

@@ -19,11 +19,12 @@ from dist_sae.data.plan import Plan
 from dist_sae.data.shard import read_manifest
 from dist_sae.errors import DataExhaustedError, ObjectNotFoundError
 from dist_sae.storage import Entry, ObjectStore
+from dist_sae.storage.own import OwnKeys, name_foreign
 from dist_sae.storage.records import Record, read_record, seal
 
 logger = logging.getLogger(__name__)
 
-_FOLDER = "consumers/"
+_CONSUMERS = OwnKeys("consumers/", r"(?P<run>[a-z0-9.-]+)\.json")
 _RETIRED_KEY = "retired.json"
 _ALIVE_EVERY_SECONDS = 600.0
 
@@ -76,16 +77,20 @@ class Consumers:
     def report(self, run: str, *, reached: int, needed: int) -> None:
         """Say how far a run has come; its first word registers it."""
         consumer = Consumer(run=run, reached=reached, needed=needed)
-        self._store.put(f"{_FOLDER}{run}.json", seal(consumer))
+        self._store.put(f"{_CONSUMERS.folder}{run}.json", seal(consumer))
 
     def all(self) -> list[tuple[Consumer, Entry]]:
         """Every run that ever registered."""
         found = []
-        for entry in list(self._store.entries(_FOLDER)):
+        for key, entry in list(_CONSUMERS.entries(self._store)):
             try:
-                found.append((read_record(Consumer, self._store, entry.key), entry))
+                consumer = read_record(Consumer, self._store, entry.key)
             except ObjectNotFoundError:  # deleted since
                 continue
+            if consumer.run == key["run"]:
+                found.append((consumer, entry))
+            else:
+                name_foreign(self._store, _CONSUMERS.folder, entry.key)  # a copy
         return found
 
     def is_abandoned(self, entry: Entry) -> bool:

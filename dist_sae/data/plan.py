@@ -13,7 +13,7 @@ import torch
 from dist_sae.config import Run, differences
 from dist_sae.data.corpus import CorpusFile, CorpusIndex, Span
 from dist_sae.data.orders import permutation
-from dist_sae.data.shard import DTYPES
+from dist_sae.data.shard import DTYPES, existing_units
 from dist_sae.errors import (
     CorpusError,
     DataExhaustedError,
@@ -193,7 +193,7 @@ def load_plan(store: ObjectStore, run: Run) -> Plan:
 
 def _mismatch(store: ObjectStore, changed: list[str]) -> PlanMismatchError:
     remedy = "restore the setting or give store.activations another place"
-    if next(iter(store.keys("units/")), None) is None:
+    if next(existing_units(store), None) is None:
         remedy = f"nothing was produced under it yet: delete {PLAN_KEY} there to plan anew"
     return PlanMismatchError(f"{store.url}: holds another plan ({'; '.join(changed)}); {remedy}")
 

@@ -30,13 +30,15 @@ from torch import Tensor
 
 from dist_sae.errors import CorruptObjectError, ObjectNotFoundError
 from dist_sae.storage import ObjectStore
+from dist_sae.storage.own import OwnKeys
 from dist_sae.storage.records import READS, Record, read_record
 
 logger = logging.getLogger(__name__)
 
 PAGE_UNITS = 1000  # one request lists as many keys
-_UNITS = "units/"
 _DIGITS = 8  # of a unit's number in keys
+MANIFESTS = OwnKeys("units/", r"(?P<unit>\d{8})\.json")
+SHARDS = OwnKeys("shards/", r"(?P<site>[a-z_]+(\.\d+)?)/(?P<unit>\d{8})-[0-9a-f]+\.tar")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}
 _STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _INT8_LARGEST = 127
@@ -105,18 +107,19 @@ class UnitManifest(Record):
 
 def manifest_key(unit: int) -> str:
     """Where the manifest of a unit lies."""
-    return f"{_UNITS}{unit:0{_DIGITS}d}.json"
+    return f"{MANIFESTS.folder}{unit:0{_DIGITS}d}.json"
 
 
-def unit_of(key: str) -> int:
-    """The unit of a key: of a manifest, a shard or a claim."""
-    return int(key.rpartition("/")[2][:_DIGITS])
+def existing_units(store: ObjectStore) -> Iterator[int]:
+    """The units that exist."""
+    for key in MANIFESTS.keys(store):
+        yield int(key["unit"])
 
 
 def units_of_page(store: ObjectStore, page: int) -> Iterator[int]:
     """The units that exist, of a thousand neighbours: as many as one request lists."""
-    for key in store.keys(f"{_UNITS}{page:0{_DIGITS - 3}d}"):
-        yield unit_of(key)
+    for key in MANIFESTS.keys(store, f"{page:0{_DIGITS - 3}d}"):
+        yield int(key["unit"])
 
 
 def write_shard(
@@ -137,7 +140,7 @@ def write_shard(
         for start in range(0, len(rows.acts), block_rows)
     ]
     tar = _encode_tar(unit, blocks)
-    key = f"shards/{site}/{unit:08d}-{uuid.uuid4().hex[:8]}.tar"
+    key = f"{SHARDS.folder}{site}/{unit:08d}-{uuid.uuid4().hex[:8]}.tar"
     with ThreadPoolExecutor(1, "put") as putter:  # sums and checksums while the tar travels
         putting = putter.submit(store.put, key, tar)
         total, squares = _statistics(blocks, rows.acts.shape[1])

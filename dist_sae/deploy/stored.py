@@ -10,7 +10,7 @@ from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.config import Run, validate_run
 from dist_sae.data.consumers import Consumers
 from dist_sae.data.plan import Plan, load_plan
-from dist_sae.data.shard import unit_of
+from dist_sae.data.shard import existing_units
 from dist_sae.errors import ObjectNotFoundError, PlanMismatchError
 from dist_sae.report import report_key
 from dist_sae.storage import ObjectStore, open_store
@@ -44,7 +44,8 @@ class StoredRun:
 
         A report that was made before the last checkpoint is not the last one.
         """
-        reports = {entry.age_seconds for entry in self._runs.entries(report_key(self._run))}
+        key = report_key(self._run)
+        reports = {entry.age_seconds for entry in self._runs.entries(key) if entry.key == key}
         trained = self._checkpoints.ages().get(self._run.steps)  # looked at later: not too young
         if trained is None or self._run.cluster.reporter is None:
             return trained is not None
@@ -79,7 +80,7 @@ class StoredRun:
             plan = self._plan
         except PlanMismatchError as exc:  # or there is none yet
             return {"plan": str(exc)}
-        ready = sum(unit_of(key) in plan.train_units for key in store.keys("units/"))
+        ready = sum(unit in plan.train_units for unit in existing_units(store))
         consumers = Consumers(store, self._run.store.consumer_expiry_hours).all()
         reached = next((c.reached for c, _ in consumers if c.run == self._run.name), 0)
         return {

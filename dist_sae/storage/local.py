@@ -71,7 +71,8 @@ class LocalStore:
         found = []
         with self._errors(prefix or None):
             top = self.root / prefix.rpartition("/")[0]
-            for folder, _, names in os.walk(top, onerror=_unless_gone):
+            for folder, folders, names in os.walk(top, onerror=_unless_gone):
+                folders[:] = [name for name in folders if not _is_the_systems(name)]
                 inside = Path(folder).relative_to(self.root)
                 found += [(inside / n).as_posix() for n in names if not n.endswith(_TEMPORARY)]
         yield from sorted(key for key in found if key.startswith(prefix))
@@ -112,6 +113,11 @@ class LocalStore:
                     key=key,
                 ) from exc
             raise StoreError(f"{exc.strerror or exc}", url=self.url, key=key) from exc
+
+
+def _is_the_systems(folder: str) -> bool:
+    """Whether a folder is one of snapshots, waste or the like: often large, or closed to us."""
+    return folder.startswith(".") or folder == "lost+found"
 
 
 def _unless_gone(exc: OSError) -> None:

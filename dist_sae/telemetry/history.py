@@ -5,8 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from dist_sae.storage import ObjectStore
-
-_PREFIX = "history/"
+from dist_sae.storage.own import OwnKeys
 
 
 class History:
@@ -14,8 +13,8 @@ class History:
 
     def __init__(self, store: ObjectStore, run: str, first_step: int) -> None:
         self._store = store
-        self._prefix = f"{run}/{_PREFIX}"
-        self._key = f"{self._prefix}{first_step:08d}.jsonl"
+        self._lives = _lives(run)
+        self._key = f"{self._lives.folder}{first_step:08d}.jsonl"
         self._lines: list[str] = []
 
     def append(self, record: Mapping[str, Any]) -> None:
@@ -27,9 +26,9 @@ class History:
 
         Such a life went on from a checkpoint that has been given up since.
         """
-        for key in list(self._store.keys(self._prefix)):
-            if key > self._key:
-                self._store.delete(key)
+        for key in list(self._lives.keys(self._store)):
+            if key[0] > self._key:
+                self._store.delete(key[0])
         if self._lines:
             self._store.put(self._key, ("\n".join(self._lines) + "\n").encode())
 
@@ -40,10 +39,14 @@ class History:
 def read_history(store: ObjectStore, run: str) -> list[dict[str, Any]]:
     """What is known of a run by step; of steps repeated after a restart what came later."""
     records: dict[int, dict[str, Any]] = {}
-    for key in store.keys(f"{run}/{_PREFIX}"):
-        first = int(key.rpartition("/")[2].partition(".")[0])
+    for key in _lives(run).keys(store):
+        first = int(key["first"])
         records = {step: record for step, record in records.items() if step <= first}
-        for line in store.get(key).decode().splitlines():
+        for line in store.get(key[0]).decode().splitlines():
             record = json.loads(line)
             records[record["step"]] = records.get(record["step"], {}) | record
     return [records[step] for step in sorted(records)]
+
+
+def _lives(run: str) -> OwnKeys:
+    return OwnKeys(f"{run}/history/", r"(?P<first>\d{8})\.jsonl")

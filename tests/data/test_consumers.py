@@ -9,7 +9,7 @@ from dist_sae.config import Run
 from dist_sae.data.consumers import Consumers, Registration, retired_below
 from dist_sae.data.loader import Place
 from dist_sae.data.plan import Plan
-from dist_sae.data.shard import manifest_key, read_block, read_manifest, unit_of
+from dist_sae.data.shard import SHARDS, manifest_key, read_block, read_manifest
 from dist_sae.errors import CorruptObjectError, DataExhaustedError
 from dist_sae.storage import Entry, ObjectStore, open_store
 from dist_sae.store import gc, verify
@@ -148,7 +148,7 @@ def test_a_run_that_ends_before_all_units_are_made_deletes_those_there_are(
         store.delete(manifest_key(unit))
     Consumers(store, 1.0).report("world", reached=16, needed=16)
     Consumers(store, 1.0).retire(plan)
-    assert {unit_of(key) for key in store.keys("shards/")} == {7, 15, 16}
+    assert {int(key["unit"]) for key in SHARDS.keys(store)} == {7, 15, 16}
 
 
 def test_a_crash_between_the_word_and_the_deed_leaves_orphans_that_gc_finds(
