@@ -124,7 +124,7 @@ def _principal_components(
 
 
 def _dead_shares(run: Run, idle_rows: Int[Tensor, " n_latents"]) -> dict[str, Any]:
-    dead = (idle_rows >= run.sae.dead_after_rows).double()
+    dead = (idle_rows >= run.dead_after_rows).double()
     shares: dict[str, Any] = {"dead_share": float(dead.mean())}
     if isinstance(run.sae, RoutedConfig):
         shares["dead_share_by_expert"] = dead.view(run.sae.experts, -1).mean(1).tolist()

@@ -15,8 +15,8 @@ from dist_sae.checkpoint import warm_start
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.checkpoint.saver import Saved, Saver
 from dist_sae.checkpoint.state import TrainingState
-from dist_sae.config import Run, differences, dump_run
-from dist_sae.config.deciding import deciding
+from dist_sae.config import Run, dump_run
+from dist_sae.config.deciding import as_begun, changes, deciding
 from dist_sae.data.backlog import ReadyUnits
 from dist_sae.data.consumers import Consumers, Registration
 from dist_sae.data.heldout import are_there, rows_of
@@ -66,7 +66,7 @@ def train(
         NonFiniteError: Loss or gradient; the weights were not touched.
     """
     job = _begin(run, mesh, stopping, telemetry)
-    normaliser, state = job.normaliser, job.state
+    run, normaliser, state = job.run, job.normaliser, job.state
     step, places = job.step, job.places
     sae, engine, dead, average = state.sae, job.engine, state.dead, state.average
     logger.info("%s at step %d of %d", "resuming" if step else "starting", step, run.steps)
@@ -157,7 +157,7 @@ def what_is_done(run: Run) -> dict[str, float] | None:
     checkpoint = Checkpoints(runs, run.name, run.train.keep_checkpoints).latest()
     if checkpoint is None or checkpoint.step < run.steps:
         return None
-    if checkpoint.scalars["run"] != deciding(run):  # which `train` refuses, and says why
+    if changes(checkpoint.scalars["run"], run):  # which `train` refuses, and says why
         return None
     return {"step": checkpoint.step, "rows": checkpoint.step * run.train.batch_rows}
 
@@ -165,6 +165,7 @@ def what_is_done(run: Run) -> dict[str, float] | None:
 class _Job(NamedTuple):
     """What there is when the first step begins."""
 
+    run: Run
     runs: ObjectStore
     units: Units
     checkpoints: Checkpoints
@@ -198,6 +199,8 @@ def _begin(run: Run, mesh: Mesh, stopping: threading.Event, telemetry: Telemetry
     registration = _registration(run, plan, activations, mesh)
 
     found = _found(checkpoints, runs, run, plan, mesh)
+    if found:
+        run = as_begun(run, found[0].scalars["run"])
     if mesh.is_first:
         runs.put(f"{run.name}/run.yaml", dump_run(run).encode())
     narrower = None if found else _narrower(runs, run, mesh)
@@ -214,7 +217,7 @@ def _begin(run: Run, mesh: Mesh, stopping: threading.Event, telemetry: Telemetry
     if not found:
         _initialise(run, mesh, units, normaliser, sae, narrower)
     engine = DeepSpeedEngine(run, sae, mesh)
-    dead = DeadLatents(len(sae.W_enc), run.sae.dead_after_rows, mesh.axis, mesh.device)
+    dead = DeadLatents(len(sae.W_enc), run.dead_after_rows, mesh.axis, mesh.device)
     average = WeightAverage(sae, run.train.ema_decay) if run.train.ema_decay else None
     state = TrainingState(sae, engine, dead, average)
     step, places = 0, dict[int, Place]()
@@ -225,7 +228,9 @@ def _begin(run: Run, mesh: Mesh, stopping: threading.Event, telemetry: Telemetry
         telemetry.set("dist_sae_checkpoint_step", step)
         telemetry.set("dist_sae_checkpoint_timestamp_seconds", durable_at)
         registration.begin(places)
-    return _Job(runs, units, checkpoints, registration, normaliser, engine, state, step, places)
+    return _Job(
+        run, runs, units, checkpoints, registration, normaliser, engine, state, step, places
+    )
 
 
 def _narrower(runs: ObjectStore, run: Run, mesh: Mesh) -> Checkpoint | None:
@@ -290,7 +295,7 @@ def _found(
         )
     windows = range(0, plan.n_train_units // plan.streams, plan.window_units)
     for checkpoint in found:
-        if changed := differences(checkpoint.scalars["run"], deciding(run)):
+        if changed := changes(checkpoint.scalars["run"], run):
             raise PlanMismatchError(
                 f"{runs.url}/{run.name}: holds a run with other settings ({'; '.join(changed)}); "
                 f"restore them or choose another name"

@@ -120,7 +120,7 @@ def _time_load(shape: StepShape, url: str, s3: S3Config, shards: int) -> tuple[f
     axis = WholeAxis(shard=shards - 1, shards=shards)
     run = bench_run(shape, shards, shards)
     sae = build_sae(run.sae, shape.d_in, axis)
-    dead = DeadLatents(len(sae.W_enc), run.sae.dead_after_rows, axis)
+    dead = DeadLatents(len(sae.W_enc), run.dead_after_rows, axis)
     state = TrainingState(sae, LocalEngine(run, sae), dead, None)
     checkpoint = Checkpoints(open_store(url, s3), _RUN, keep=1).latest()
     assert checkpoint is not None

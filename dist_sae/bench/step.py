@@ -72,7 +72,9 @@ class TrainingStep:
             choose_kernels(self.run.train.kernels, mesh.device),
             PRODUCT_DTYPES[shape.products],
         ).to(mesh.device)
-        self.dead = DeadLatents(len(self.sae.W_enc), config.dead_after_rows, mesh.axis, mesh.device)
+        self.dead = DeadLatents(
+            len(self.sae.W_enc), self.run.dead_after_rows, mesh.axis, mesh.device
+        )
         self._engine: DeepSpeedEngine | None = None
         self._shape = shape
         self.load_ratio = 1.0
@@ -209,6 +211,7 @@ def bench_run(
                 "k": shape.k,
                 "auxk": min(512, shape.n_latents),
                 "init": "random",
+                "dead_after_rows": 10_000_000,
             },
             "train": {
                 "rows": shape.batch,

@@ -79,6 +79,17 @@ class Run(Section):
         """Peak learning rate: `train.lr`, or the fit of Gao et al. scaled as 1/sqrt(n_latents)."""
         return self.train.lr or float(2e-4 * (2**14 / self.sae.n_latents) ** 0.5)
 
+    @property
+    def dead_after_rows(self) -> int:
+        """`sae.dead_after_rows`, or ten windows in a run, of at most the 10 M rows of Gao et al."""
+        return self.sae.dead_after_rows or max(1, min(10_000_000, self.train.rows // 10))
+
+    def resolved(self) -> Self:
+        """With numbers where the file leaves a setting to the others (null)."""
+        sae = self.sae.model_copy(update={"dead_after_rows": self.dead_after_rows})
+        train = self.train.model_copy(update={"lr": self.lr})
+        return self.model_copy(update={"sae": sae, "train": train})
+
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
         """Check what no section can check alone; all problems at once."""
@@ -212,7 +223,7 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
 
 
 def validate_run(data: Mapping[str, Any], origin: str) -> Run:
-    """A run from its sections.
+    """A run from its sections, resolved.
 
     Args:
         data: The sections.
@@ -222,7 +233,7 @@ def validate_run(data: Mapping[str, Any], origin: str) -> Run:
         ConfigError: With one line for every problem.
     """
     try:
-        return Run.model_validate(data)
+        return Run.model_validate(data).resolved()
     except ValidationError as exc:
         lines = [line for error in _innermost(exc.errors()) for line in _explain(error)]
         raise ConfigError("\n".join(f"{origin}: {line}" for line in lines)) from exc

@@ -19,8 +19,9 @@ class DictionaryConfig(Section):
 
     n_latents: PositiveInt
     """Width of the dictionary."""
-    dead_after_rows: PositiveInt = 10_000_000
-    """A latent is dead when it has not fired for this many rows."""
+    dead_after_rows: PositiveInt | None = None
+    """A latent is dead when it has not fired for this many rows; null gives a tenth of train.rows,
+    10 million at most."""
 
     @property
     def init_rows(self) -> int:

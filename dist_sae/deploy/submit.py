@@ -12,7 +12,7 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from dist_sae.config import Run, differences
-from dist_sae.config.deciding import deciding
+from dist_sae.config.deciding import changes, deciding
 from dist_sae.deploy.cluster import Cluster
 from dist_sae.deploy.fit import check_fit
 from dist_sae.deploy.jobs import in_pods, parts, render_objects
@@ -210,7 +210,7 @@ def _invalid(obj: Object, exc: RejectedError) -> ClusterError:
 
 
 def _check_same(run: Run, other: Run | None, where: str) -> None:
-    if other and (changed := differences(deciding(other), deciding(run))):
+    if other and (changed := changes(deciding(other), run)):
         raise PlanMismatchError(
             f"{where}: is a run with other settings ({'; '.join(changed)}); restore them or choose "
             f"another name"

@@ -67,7 +67,7 @@ class TrainingReporter:
         self._phases = Phases(clock)
         self._product = ProductSamples(state.sae, clock)
         self._densities = Densities(
-            len(state.sae.W_enc), run.sae.dead_after_rows, mesh.axis, mesh.device
+            len(state.sae.W_enc), run.dead_after_rows, mesh.axis, mesh.device
         )
         self._experts = _Experts()
         self._reported = start

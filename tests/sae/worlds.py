@@ -75,7 +75,7 @@ def train(
     if config.init_rows:
         initialise_from_data(sae, [world.batch(0, config.init_rows)])
     optimizer = torch.optim.Adam(sae.parameters(), lr=lr, betas=betas, eps=6.25e-10, fused=True)
-    dead = DeadLatents(config.n_latents, config.dead_after_rows)
+    dead = DeadLatents(config.n_latents, config.dead_after_rows or 10_000_000)
     fvu, l0 = [], []
     for step in range(steps):
         if each is not None:

@@ -1,0 +1,41 @@
+"""Defaults that follow the run, and runs that began before they did."""
+
+from pathlib import Path
+
+import pytest
+
+from dist_sae.config import dump_run, load_run
+from dist_sae.config.deciding import as_begun, changes, deciding
+from tests.conftest import synthetic_run
+
+
+@pytest.mark.parametrize(
+    ("rows", "window"),
+    [(300_000, 30_000), (99_999_999, 9_999_999), (2_000_000_000, 10_000_000)],
+)
+def test_the_resolved_run_has_numbers_where_settings_follow_others(
+    tmp_path: Path, rows: int, window: int
+) -> None:
+    path = synthetic_run(tmp_path)
+    run = load_run(path, [f"train.rows={rows}", "sae.dead_after_rows=null"])
+    assert run.sae.dead_after_rows == run.dead_after_rows == window
+    assert run.train.lr == run.lr > 0
+    assert load_run(path, ["sae.dead_after_rows=7"]).dead_after_rows == 7
+    assert "null" not in dump_run(run).split("evaluate:")[0].split("lr:")[1].splitlines()[0]
+
+
+def test_a_run_that_began_with_the_defaults_of_its_time_is_the_same_run(tmp_path: Path) -> None:
+    """10 million rows whatever the run, and a learning rate that was not written down."""
+    path = synthetic_run(tmp_path)
+    run = load_run(path, ["sae.dead_after_rows=null"])
+    stored = deciding(run)
+    assert as_begun(run, stored) == run
+    stored["sae"]["dead_after_rows"] = 10_000_000
+    stored["train"]["lr"] = None
+    assert changes(stored, run) == []
+    assert as_begun(run, stored).dead_after_rows == 10_000_000
+    other = load_run(path, ["sae.dead_after_rows=5", "train.lr=0.5"])
+    assert changes(stored, other) == [
+        "sae.dead_after_rows: 10000000 -> 5",
+        f"train.lr: {run.lr} -> 0.5",
+    ]
