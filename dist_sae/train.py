@@ -417,7 +417,7 @@ class _Heldout:
             return None
         assert self._x is not None
         centred = self._x - self._normaliser.mean.to(self._x)
-        error = self._x - sae.decode(sae.encode(self._x))
+        error = self._x - sae.infer(self._x).x_hat
         sums = torch.stack([error.square().sum(), centred.square().sum()])
         left, total = sae.axis.total(sums).tolist()
         return float(left / total)

@@ -126,7 +126,7 @@ class TrainingStep:
 
     def reconstruct(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
         """x_hat of scaled rows."""
-        return self.sae.decode(self.sae.encode(x))
+        return self.sae.infer(x).x_hat
 
 
 def _say_nothing(_: str) -> None:

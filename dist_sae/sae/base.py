@@ -4,7 +4,7 @@ No I/O, no torch.distributed: what ranks do together is behind `LatentAxis`. Bot
 `[n_latents, d_in]`: dim 0 is the one that is sharded, and a decoder row lies in one piece.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -16,6 +16,8 @@ from dist_sae.sae.axis import WHOLE, LatentAxis
 from dist_sae.sae.kernels import Entries, Kernels, select
 from dist_sae.sae.kernels.torch import KERNELS
 
+SPARSE_BELOW = 1 / 32  # share of entries; about where the sparse products begin to be faster
+
 
 class Codes(NamedTuple):
     """The selected entries of the [batch, n_latents] matrix of codes, row after row."""
@@ -25,6 +27,15 @@ class Codes(NamedTuple):
     latents: Int[Tensor, " entries"]
     starts: Int[Tensor, " batch"]
     """Where each row's entries begin."""
+
+
+class Inferred(NamedTuple):
+    """What inference makes of rows."""
+
+    x_hat: Float[Tensor, "batch d_in"]
+    """Of this rank's rows."""
+    firings: Int[Tensor, " n_local"]
+    """Rows of the replica in which each latent of this shard is active."""
 
 
 class Step(NamedTuple):
@@ -137,6 +148,16 @@ class Dictionary(nn.Module):
         """
         raise NotImplementedError
 
+    @torch.no_grad()
+    def infer(self, x: Float[Tensor, "batch d_in"]) -> Inferred:
+        """What `encode` and `decode` make of scaled rows, in bounded memory. Collective.
+
+        However many latents are active: recipes without a bound on them decode as they encode.
+        """
+        codes = self.encode(x)
+        entries = Entries(codes.latents, codes.starts, len(self.W_dec))
+        return Inferred(self.decode(codes), firings(codes.acts, entries))
+
     def objective(self, x: Float[Tensor, "batch d_in"], step: Step) -> Output:
         """The loss of this rank's rows, which are as many as every other rank's."""
         raise NotImplementedError
@@ -146,11 +167,57 @@ class Dictionary(nn.Module):
         raise NotImplementedError
 
     @torch.no_grad()
+    def begin(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
+        """The error x - x_hat of this rank's rows as the first step has it. Collective.
+
+        What the recipe keeps of batches beside the parameters begins with this one.
+        """
+        for buffer in self.buffers():
+            buffer.zero_()
+        none_dead = torch.zeros_like(self.b_enc, dtype=torch.bool)
+        return self.objective(x, Step(1.0, none_dead, 0, progress=0.0)).error
+
+    def scale_encoder(self, factor: Float[Tensor, ""]) -> None:
+        """Make all pre-activations `factor` times as large, where b_enc is 0."""
+        self.W_enc.mul_(factor)
+
+    @torch.no_grad()
     def decode(self, codes: Codes) -> Float[Tensor, "batch d_in"]:
         """x_hat = acts W_dec + b_dec, of this rank's rows."""
         entries = Entries(codes.latents, codes.starts, len(self.W_dec))
         parts = self.kernels.combine(codes.acts, entries, self.W_dec)
         return self.axis.scatter_sum(parts) + self.b_dec
+
+    @torch.no_grad()
+    def decode_above(
+        self,
+        blocks: Iterable[select.Block],
+        bound: Float[Tensor, " n_local"],
+        rows: int,
+    ) -> tuple[Float[Tensor, "rows d_in"], Int[Tensor, " n_local"]]:
+        """(This shard's part of x_hat - b_dec, firings) of all pre-activations above a bound.
+
+        Block by block, densely where many are active: no more than a block is held.
+
+        Args:
+            blocks: The products.
+            bound: Of each latent; from 0.
+            rows: Of the blocks.
+        """
+        parts = self.W_dec.new_zeros(rows, self.W_dec.shape[1])
+        fired = torch.zeros(len(self.W_dec), dtype=torch.int32, device=parts.device)
+        for here, latents, products, _ in blocks:
+            pre_acts = products + self.b_enc[latents]
+            active = pre_acts > bound[latents]
+            counts = active.sum(1)
+            fired[latents] += active.sum(0, dtype=torch.int32)
+            if int(counts.sum()) < SPARSE_BELOW * active.numel():
+                which = latents[active.nonzero()[:, 1]]
+                entries = Entries(which, counts.cumsum(0) - counts, len(self.W_dec))
+                parts[here] += self.kernels.combine(pre_acts[active], entries, self.W_dec)
+            else:
+                parts[here].addmm_(pre_acts.mul_(active), self.W_dec[latents])
+        return parts, fired
 
     @torch.no_grad()
     def topk_entries(

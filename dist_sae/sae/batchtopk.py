@@ -19,7 +19,7 @@ from torch import Tensor
 
 from dist_sae.config.sae import KeepsThresholdConfig
 from dist_sae.sae.axis import LatentAxis
-from dist_sae.sae.base import Codes
+from dist_sae.sae.base import Codes, Inferred
 from dist_sae.sae.kernels import Entries, select
 from dist_sae.sae.kernels.keys import from_ordered, ordered
 from dist_sae.sae.kernels.select import Block, Candidates
@@ -44,19 +44,33 @@ class BatchTopK(TopK):
 
     @property
     def theta(self) -> float:
-        """The least code at inference; 0 before the first step."""
+        """The least code at inference; 0 before any batch has been seen."""
         total, weight = self.threshold.tolist()
         return total / weight if weight else 0.0
+
+    @property
+    def bound(self) -> Float[Tensor, " n_local"]:
+        """Theta, for each latent."""
+        return torch.full_like(self.b_enc, self.theta)
 
     @torch.no_grad()
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
         centred = self.axis.gather(x) - self.b_dec
-        bound = torch.full_like(self.b_enc, self.theta)
-        found = select.above(
-            select.products(centred, self.W_enc, self.W_enc.dtype), self.b_enc, bound
-        )
+        blocks = select.products(centred, self.W_enc, self.W_enc.dtype)
+        found = select.above(blocks, self.b_enc, self.bound)
         assert found is not None
         return Codes(found.values, found.latents, select.starts_of(found.rows, len(centred)))
+
+    @torch.no_grad()
+    def infer(self, x: Float[Tensor, "batch d_in"]) -> Inferred:
+        centred = self.axis.gather(x) - self.b_dec
+        blocks = select.products(centred, self.W_enc, self.W_enc.dtype)
+        parts, fired = self.decode_above(blocks, self.bound, len(centred))
+        return Inferred(self.axis.scatter_sum(parts) + self.b_dec, fired)
+
+    def scale_encoder(self, factor: Float[Tensor, ""]) -> None:
+        super().scale_encoder(factor)
+        self.threshold[0] *= factor
 
     def select(
         self, centred: Float[Tensor, "rows d_in"], k: int

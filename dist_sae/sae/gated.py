@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 from torch.utils.checkpoint import checkpoint
 
-from dist_sae.sae.base import Dictionary, firings
+from dist_sae.sae.base import SPARSE_BELOW, Codes, Dictionary, Inferred, firings
 from dist_sae.sae.constraints import remove_parallel_
 from dist_sae.sae.init import first_rows
 from dist_sae.sae.kernels import Entries, autograd, select
@@ -26,11 +26,35 @@ Gate = Callable[..., tuple[Tensor, Tensor]]
 Where z is not above the bound both are 0, and so are their gradients.
 """
 
-_SPARSE_BELOW = 1 / 32  # share of entries; about where the sparse products begin to be faster
 _RARE = 0.003  # of the rows: new latents add little to what known ones make of a row, and live
 _INIT_ROWS = 16_384  # looked at
 _INIT_CHUNK = 1024  # latents
 _CHUNK_BYTES = 64 * 2**20  # of one [rows, chunk] matrix in fp32; a chunk needs several
+
+
+class Thresholded(Dictionary):
+    """A dictionary whose latents are active above a threshold of their own."""
+
+    @property
+    def thresholds(self) -> Float[Tensor, " n_local"]:
+        """Theta of this shard's latents: f = z H(z - theta)."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
+        rows = self.axis.gather(x)
+        found = select.above(
+            select.products(rows, self.W_enc, self.W_enc.dtype), self.b_enc, self.thresholds
+        )
+        assert found is not None  # there was no limit
+        return Codes(found.values, found.latents, select.starts_of(found.rows, len(rows)))
+
+    @torch.no_grad()
+    def infer(self, x: Float[Tensor, "batch d_in"]) -> Inferred:
+        rows = self.axis.gather(x)
+        blocks = select.products(rows, self.W_enc, self.W_enc.dtype)
+        parts, fired = self.decode_above(blocks, self.thresholds, len(rows))
+        return Inferred(self.axis.scatter_sum(parts) + self.b_dec, fired)
 
 
 class Gated(NamedTuple):
@@ -62,7 +86,7 @@ def gated(
         per_latent: Arguments of `gate`; get their gradients.
         unit_rows: As in `autograd.decode`.
     """
-    limit = int(_SPARSE_BELOW * len(x) * len(sae.W_enc))
+    limit = int(SPARSE_BELOW * len(x) * len(sae.W_enc))
     with torch.no_grad():
         found = select.above(
             select.products(x, sae.W_enc, sae.product_dtype), sae.b_enc, bound, limit=limit

@@ -70,7 +70,7 @@ def initialise_from_data(
     sae.W_enc[new] = sae.b_enc[new] = 0  # silent
     directions, slots = torch.zeros_like(sae.W_dec[new]), sae.slots(known)
     for x in batches:
-        left = x - (sae.decode(sae.encode(x)) if known else sae.b_dec)
+        left = x - (sae.infer(x).x_hat if known else sae.b_dec)
         left = first_rows(left, len(left) * axis.replicas * axis.shards, axis)
         places = slots(left) - (sae.first_latent + new.start)
         ours = (places >= 0) & (places < len(directions))
@@ -105,9 +105,13 @@ def _liken(sae: Dictionary, known: int, new: slice) -> None:
 
 @torch.no_grad()
 def rescale_encoder(sae: Dictionary, x: Float[Tensor, "batch d_in"]) -> None:
-    """Scale W_enc so that reconstructions of these rows have the least squared error."""
-    y, y_hat = x - sae.b_dec, sae.decode(sae.encode(x)) - sae.b_dec
-    sae.W_enc.mul_(least_squares_scale(sae.axis, y, y_hat))
+    """Scale W_enc so that what training keeps of these rows has the least squared error.
+
+    What training keeps, not what `encode` does: before the first step BatchTopK has no threshold,
+    and half of all latents would be active. b_enc is 0, so the selection does not depend on c.
+    """
+    y, error = x - sae.b_dec, sae.begin(x)
+    sae.scale_encoder(least_squares_scale(sae.axis, y, y - error))
 
 
 def least_squares_scale(

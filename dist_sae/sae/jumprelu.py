@@ -22,15 +22,14 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dist_sae.config.sae import JumpReLUConfig
-from dist_sae.sae.base import Codes, Dictionary, LossTerms, Output, Step
+from dist_sae.sae.base import LossTerms, Output, Step
 from dist_sae.sae.constraints import normalise_rows_
-from dist_sae.sae.gated import gated, set_active_share
+from dist_sae.sae.gated import Thresholded, gated, set_active_share
 from dist_sae.sae.init import initialise_tied
-from dist_sae.sae.kernels import select
 from dist_sae.sae.schedules import warmed_up
 
 
-class JumpReLU(Dictionary):
+class JumpReLU(Thresholded):
     """The dictionary and its loss."""
 
     config: JumpReLUConfig
@@ -40,9 +39,9 @@ class JumpReLU(Dictionary):
         self.bandwidth = config.bandwidth * d_in**0.5  # rows are scaled to E|x|^2 = d_in
         self.log_threshold = nn.Parameter(torch.zeros_like(self.b_enc))
 
-    @torch.no_grad()
-    def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
-        return encode_above(self, x, self.log_threshold.exp())
+    @property
+    def thresholds(self) -> Float[Tensor, " n_local"]:
+        return self.log_threshold.exp()
 
     def objective(self, x: Float[Tensor, "batch d_in"], step: Step) -> Output:
         config, eps = self.config, self.bandwidth
@@ -66,21 +65,10 @@ class JumpReLU(Dictionary):
         initialise_tied(self, x, seed, rescale=False)
 
     def settle(self, new: slice, x: Float[Tensor, "batch d_in"]) -> None:
-        set_active_share(self, new, x, self.log_threshold.exp())
+        set_active_share(self, new, x, self.thresholds)
 
     def constrain(self) -> None:
         normalise_rows_(self.W_dec)
-
-
-@torch.no_grad()
-def encode_above(
-    sae: Dictionary, x: Float[Tensor, "batch d_in"], theta: Float[Tensor, " n_local"]
-) -> Codes:
-    """F = z H(z - theta) of the replica's rows, in the parameters' precision."""
-    rows = sae.axis.gather(x)
-    found = select.above(select.products(rows, sae.W_enc, sae.W_enc.dtype), sae.b_enc, theta)
-    assert found is not None  # there was no limit
-    return Codes(found.values, found.latents, select.starts_of(found.rows, len(rows)))
 
 
 class _Jump(torch.autograd.Function):

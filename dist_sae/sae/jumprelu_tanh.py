@@ -21,14 +21,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dist_sae.config.sae import JumpReLUTanhConfig
-from dist_sae.sae.base import Codes, Dictionary, LossTerms, Output, Step
-from dist_sae.sae.gated import gated, set_active_share
+from dist_sae.sae.base import LossTerms, Output, Step
+from dist_sae.sae.gated import Thresholded, gated, set_active_share
 from dist_sae.sae.init import random_rows
-from dist_sae.sae.jumprelu import encode_above, jump_relu
+from dist_sae.sae.jumprelu import jump_relu
 from dist_sae.sae.schedules import warmed_up
 
 
-class JumpReLUTanh(Dictionary):
+class JumpReLUTanh(Thresholded):
     """The dictionary and its loss."""
 
     config: JumpReLUTanhConfig
@@ -39,9 +39,9 @@ class JumpReLUTanh(Dictionary):
         super().__init__(config, d_in, *place, **precision)
         self.log_threshold = nn.Parameter(torch.zeros_like(self.b_enc))
 
-    @torch.no_grad()
-    def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
-        return encode_above(self, x, self.log_threshold.exp())
+    @property
+    def thresholds(self) -> Float[Tensor, " n_local"]:
+        return self.log_threshold.exp()
 
     def objective(self, x: Float[Tensor, "batch d_in"], step: Step) -> Output:
         config, eps = self.config, self.config.bandwidth
@@ -76,10 +76,10 @@ class JumpReLUTanh(Dictionary):
         self.log_threshold.fill_(self.config.initial_threshold).log_()
         self.b_dec.zero_()
         share = min(self.config.initial_l0 / self.n_latents, 0.5)
-        set_active_share(self, slice(None), x, self.log_threshold.exp(), share)
+        set_active_share(self, slice(None), x, self.thresholds, share)
 
     def settle(self, new: slice, x: Float[Tensor, "batch d_in"]) -> None:
-        set_active_share(self, new, x, self.log_threshold.exp())
+        set_active_share(self, new, x, self.thresholds)
 
     def constrain(self) -> None:
         """Nothing: decoder norms are free, the penalties hold them."""

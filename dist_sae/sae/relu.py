@@ -13,21 +13,20 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dist_sae.config.sae import ReLUConfig
-from dist_sae.sae.base import Codes, Dictionary, LossTerms, Output, Step
-from dist_sae.sae.gated import gated, set_active_share
+from dist_sae.sae.base import LossTerms, Output, Step
+from dist_sae.sae.gated import Thresholded, gated, set_active_share
 from dist_sae.sae.init import initialise_tied
-from dist_sae.sae.jumprelu import encode_above
 from dist_sae.sae.schedules import warmed_up
 
 
-class ReLU(Dictionary):
+class ReLU(Thresholded):
     """The dictionary and its loss."""
 
     config: ReLUConfig
 
-    @torch.no_grad()
-    def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
-        return encode_above(self, x, torch.zeros_like(self.b_enc))
+    @property
+    def thresholds(self) -> Float[Tensor, " n_local"]:
+        return torch.zeros_like(self.b_enc)
 
     def objective(self, x: Float[Tensor, "batch d_in"], step: Step) -> Output:
         config = self.config
@@ -55,7 +54,7 @@ class ReLU(Dictionary):
         self.b_dec.zero_()
 
     def settle(self, new: slice, x: Float[Tensor, "batch d_in"]) -> None:
-        set_active_share(self, new, x, torch.zeros_like(self.b_enc))
+        set_active_share(self, new, x, self.thresholds)
 
     def constrain(self) -> None:
         """Nothing: decoder norms are free, the penalty holds them."""

@@ -33,7 +33,17 @@ from torch.autograd.function import once_differentiable
 from dist_sae.config.sae import RoutedConfig
 from dist_sae.sae.auxk import auxk_loss
 from dist_sae.sae.axis import WHOLE, LatentAxis
-from dist_sae.sae.base import Codes, LossTerms, Output, Routing, Slots, Step, firings
+from dist_sae.sae.base import (
+    Codes,
+    Dictionary,
+    Inferred,
+    LossTerms,
+    Output,
+    Routing,
+    Slots,
+    Step,
+    firings,
+)
 from dist_sae.sae.batchtopk import BatchTopK
 from dist_sae.sae.init import first_rows, initialise_tied, random_rows, rescale_encoder
 from dist_sae.sae.kernels import Entries, select
@@ -191,13 +201,7 @@ class Routed(BatchTopK):
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
         """Every shard looks at all of the replica's rows, and computes those that come to it."""
         centred = self.axis.gather(x) - self.b_dec
-        route = self.route(centred)
-        experts = route.experts.flatten() - self.first_latent // self.width
-        n_here = len(self.W_enc) // self.width
-        order = experts.argsort(stable=True)
-        order = order[((experts >= 0) & (experts < n_here))[order]]  # by expert of this shard
-        rows = order // self.config.experts_per_row
-        arrived = torch.bincount(experts[order], minlength=n_here).tolist()
+        rows, gates, arrived = self._come_here(centred)
         dtype = self.W_enc.dtype
         if self.config.selection == "row":
             pre_acts, entries = self._select(
@@ -206,12 +210,35 @@ class Routed(BatchTopK):
             found = select.Candidates(pre_acts.relu(), entries.rows, entries.latents)
         else:
             blocks = self._blocks(centred[rows], arrived, dtype)
-            above = select.above(blocks, self.b_enc, torch.full_like(self.b_enc, self.theta))
+            above = select.above(blocks, self.b_enc, self.bound)
             assert above is not None  # there was no limit
             found = above
-        acts = found.values * route.gates.flatten()[order][found.rows]
+        acts = found.values * gates[found.rows]
         found = select.by_row(select.Candidates(acts, rows[found.rows], found.latents))
         return Codes(found.values, found.latents, select.starts_of(found.rows, len(centred)))
+
+    @torch.no_grad()
+    def infer(self, x: Float[Tensor, "batch d_in"]) -> Inferred:
+        if self.config.selection == "row":
+            return Dictionary.infer(self, x)
+        centred = self.axis.gather(x) - self.b_dec
+        rows, gates, arrived = self._come_here(centred)
+        blocks = self._blocks(centred[rows], arrived, self.W_enc.dtype)
+        parts, fired = self.decode_above(blocks, self.bound, len(rows))
+        parts = torch.zeros_like(centred).index_add_(0, rows, parts.mul_(gates[:, None]))
+        return Inferred(self.axis.scatter_sum(parts) + self.b_dec, fired)
+
+    def _come_here(
+        self, centred: Float[Tensor, "rows d_in"]
+    ) -> tuple[Int[Tensor, " arrived"], Float[Tensor, " arrived"], list[int]]:
+        """(Which of the replica's rows, their gates, how many to each) of this shard's experts."""
+        route = self.route(centred)
+        experts = route.experts.flatten() - self.first_latent // self.width
+        n_here = len(self.W_enc) // self.width
+        order = experts.argsort(stable=True)
+        order = order[((experts >= 0) & (experts < n_here))[order]]
+        arrived = torch.bincount(experts[order], minlength=n_here).tolist()
+        return order // self.config.experts_per_row, route.gates.flatten()[order], arrived
 
     def initialise(self, x: Float[Tensor, "batch d_in"], seed: int) -> None:
         initialise_tied(self, x, seed, rescale=False)

@@ -5,10 +5,10 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from dist_sae.config.sae import JumpReLUTanhConfig, TopKConfig
+from dist_sae.config.sae import BatchTopKConfig, JumpReLUTanhConfig, RoutedConfig, TopKConfig
 from dist_sae.sae import build_sae
 from dist_sae.sae.axis import WHOLE, LatentAxis
-from dist_sae.sae.base import Dictionary
+from dist_sae.sae.base import Dictionary, Step
 from dist_sae.sae.init import first_rows, geometric_median, initialise_from_data, random_rows
 from tests.sae.ranks import ThreadAxis, on_ranks
 from tests.sae.recipes import CONFIGS, D_IN, KINDS, N_LATENTS, SHARED, make
@@ -209,18 +209,33 @@ def test_shards_are_widened_as_the_whole(kind: str, replicas: int, shards: int) 
     check_shards(ranks, widened(kind, WHOLE), shards)
 
 
-def test_no_other_scale_of_the_encoder_reconstructs_rows_better() -> None:
-    """On the batch that the factor was computed from, the last one."""
-    sae = build_sae(TopKConfig(n_latents=48, k=4, auxk=0, init="data"), D_IN)
+SELECTS = {
+    "topk": TopKConfig(n_latents=48, k=4, k_start=6, auxk=0),
+    "batchtopk": BatchTopKConfig(n_latents=48, k=4, k_start=6, auxk=0),
+    "routed": RoutedConfig(n_latents=48, k=4, k_start=6, experts=2, selection="batch", auxk=0),
+}
+
+
+@pytest.mark.parametrize("kind", SELECTS)
+def test_a_dictionary_starts_at_the_scale_that_suits_what_training_keeps(kind: str) -> None:
+    """6 latents a row, on the batch that the factor was computed from, the last one."""
+    sae: Dictionary = build_sae(SELECTS[kind], D_IN)  # type: ignore[arg-type]
     rows = [batch(0), batch(1)]
     sae.initialise(rows[0], seed=5)
     initialise_from_data(sae, rows)
+    if kind != "topk":  # rounding decides whether the least that is kept is above the threshold
+        assert len(sae.encode(rows[1]).acts) in (6 * BATCH - 1, 6 * BATCH)
 
-    def error(scale: float) -> float:
-        rebuilt = scale * (sae.decode(sae.encode(rows[1])) - sae.b_dec)
-        return float((rows[1] - sae.b_dec - rebuilt).detach().square().sum())
+    def fvu(scale: float) -> float:
+        before = sae.W_enc.detach().clone()
+        with torch.no_grad():
+            sae.W_enc.mul_(scale)
+            none_dead = torch.zeros(48, dtype=torch.bool)
+            found = float(sae.objective(rows[1], Step(1.0, none_dead, 0, 0.0)).terms.fvu)
+            sae.W_enc.copy_(before)
+        return found
 
-    assert error(1.0) < min(error(0.98), error(1.02))
+    assert fvu(1.0) < min(fvu(0.98), fvu(1.02))
 
 
 @pytest.mark.parametrize(("replicas", "shards"), LAYOUTS)

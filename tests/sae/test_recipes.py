@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from dist_sae.config.sae import JumpReLUConfig, ReLUConfig, TopKConfig
+from dist_sae.sae import base
 from dist_sae.sae import gated as gated_module
 from dist_sae.sae.base import Dictionary
 from dist_sae.sae.jumprelu import JumpReLU, jump, jump_relu
@@ -65,7 +66,7 @@ def test_loss_and_gradients_equal_the_dense_reference(
 def test_the_sparse_and_the_dense_way_give_the_same(
     kind: str, sparse_below: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gated_module, "_SPARSE_BELOW", sparse_below)
+    monkeypatch.setattr(gated_module, "SPARSE_BELOW", sparse_below)
     monkeypatch.setattr(gated_module, "_CHUNK_BYTES", 4 * BATCH * 24)  # chunks of 24, 24 and 16
     check_against_oracle(make(CONFIGS[kind]), "none", 1e-9)
 
@@ -82,6 +83,23 @@ def test_chunks_of_latents_do_not_change_what_is_selected(
     assert torch.equal(whole.fired, chunked.fired)
     assert int(whole.active) == int(chunked.active)
     assert relative_error(chunked.terms.total, whole.terms.total) <= 1e-12
+
+
+@pytest.mark.parametrize("sparse_below", [0.0, 1.0])
+@pytest.mark.parametrize("kind", [*KINDS, "routed by batch"])
+def test_inference_in_bounded_memory_decodes_what_it_encodes(
+    kind: str, sparse_below: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "SPARSE_BELOW", sparse_below)
+    monkeypatch.setattr(select, "_CHUNK", 16)
+    monkeypatch.setattr(select, "_CHUNK_BYTES", 8 * 16 * 10)  # blocks of 10 rows
+    config = CONFIGS.get(kind, CONFIGS["routed"].model_copy(update={"selection": "batch"}))
+    sae, x = make(config), rows()
+    sae.objective(x, step())  # batch selections have a threshold now
+    codes, found = sae.encode(x), sae.infer(x)
+    torch.testing.assert_close(found.x_hat, sae.decode(codes), rtol=1e-12, atol=1e-12)
+    counts = torch.bincount(codes.latents[codes.acts > 0], minlength=N_LATENTS)
+    assert torch.equal(found.firings.long(), counts)
 
 
 def test_auxk_gives_the_encoder_a_gradient() -> None:

@@ -149,12 +149,15 @@ def largest(blocks: Iterable[Block], b_enc: Float[Tensor, " n_latents"], count: 
         order. Of equal ones with the same value, those of lower latents are there.
     """
     found = _nothing(b_enc)
-    bound = b_enc.new_zeros(())
+    bound = least = b_enc.new_zeros(())
     for rows, columns, block, opens in blocks:
-        if opens and len(found.values) > count:  # of equals, those of a later chunk lose
+        if len(found.values) > (count if opens else 2 * count):
             found, bound = _cut(found, count)
+        # of equals, those of a later chunk lose; in a chunk a later row may have a lower latent
+        if opens:
+            least = bound
         pre_acts = block + b_enc[columns]
-        chosen = pre_acts > bound
+        chosen = (pre_acts > least) & (pre_acts >= bound)
         if not len(found.values) and pre_acts.numel() > 4 * count:  # spare us most of the first
             peaks = pre_acts[:, : pre_acts.shape[1] // _GROUP * _GROUP]
             peaks = peaks.reshape(len(peaks), _GROUP, -1).amax(1).flatten()
