@@ -72,7 +72,7 @@ def _document_rows(run: Run, corpus: Corpus, index: CorpusIndex) -> float:
     tokenizer = build_tokenizer(run.model, 0)
     activations = run.activations
     sample = permutation(len(index.spans), activations.seed, 3)[:_SAMPLE_SPANS]
-    documents = list(corpus.read(index.files, [index.spans[i] for i in sample]))
+    documents = corpus.read(index.files, [index.spans[i] for i in sample])
     bos = tokenizer.bos if activations.prepend_bos else None
     contexts = cut(
         documents,

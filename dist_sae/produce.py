@@ -226,7 +226,7 @@ def tokenize(
 
     bos = tokenizer.bos if activations.prepend_bos else None
     with _timed(seconds, "tokenize"):
-        documents = list(corpus.read(plan.files, plan.units[unit]))
+        documents = corpus.read(plan.files, plan.units[unit], plan.text_checksum(unit))
         contexts = cut(
             documents, tokenizer, context_tokens=activations.context_tokens, bos=bos, failed=failed
         )

@@ -1,6 +1,7 @@
 """Producers, with a stand-in for the model: side by side, dying, stopped, and given bad data."""
 
 import json
+import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -499,17 +500,39 @@ def test_a_refused_document_is_left_out_and_counted(
                 raise TypeError("TextEncodeInput must be text")
             return super().__call__(texts)
 
-    run = letters_run(tmp_path, monkeypatch, [*TEXTS, "ab?", "cdefghij?"])
+    run = letters_run(tmp_path, monkeypatch, [*TEXTS, "ab?", "cdefghij?", "k\ud800"])
     monkeypatch.setattr(dist_sae.produce, "build_tokenizer", lambda *_: Fussy())
     with_source(monkeypatch, LetterSource())
     start(run, "a")
     store = open_store(run.store.activations)
     manifests = [read_manifest(store, unit) for unit in made_letters(store)]
-    assert sum(m.refused for m in manifests) == 2
-    assert sum(m.documents for m in manifests) == len(TEXTS) + 2
-    assert sum("the tokenizer refuses it" in message for message in caplog.messages) == 2
+    assert sum(m.refused for m in manifests) == 3
+    assert sum(m.documents for m in manifests) == len(TEXTS) + 3
+    assert sum("the tokenizer refuses it" in message for message in caplog.messages) == 3
     documents = torch.cat([rows_of(store, m.unit, SITES[0]).documents for m in manifests])
-    assert not set(documents.tolist()) & {60, 61}
+    assert not set(documents.tolist()) & {60, 61, 62}
+    assert sum("1 of 63 documents have half a surrogate" in text for text in caplog.messages) == 1
+
+
+def test_text_that_changes_while_producing_gives_no_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not even where size and time of the file stay as they were."""
+
+    def change(call: int) -> None:
+        if call == 0:
+            corpus.write_text(corpus.read_text().replace("abcdefgh", "ABCDEFGH"))
+            os.utime(corpus, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+    run = letters_run(tmp_path, monkeypatch, TEXTS)
+    corpus = tmp_path / "corpus.jsonl"
+    before = corpus.stat()
+    with_source(monkeypatch, LetterSource(change))
+    with pytest.raises(CorpusError, match=r"corpus\.jsonl: changed since the plan was made"):
+        start(run, "a")
+    store = open_store(run.store.activations)
+    stored = [rows_of(store, unit, SITES[0]).tokens for unit in made_letters(store)]
+    assert all(int(tokens.min()) >= ord("a") for tokens in stored)
 
 
 def test_metrics_count_rows_and_units(letters: tuple[Run, ObjectStore]) -> None:

@@ -2,38 +2,46 @@
 
 A corpus is a list of files; a document is addressed by a `Span` of neighbouring documents in
 one file. Compressed, parquet and remote files are unpacked once per process into a scratch
-folder, so that every span is one ranged read. A document is a text that is not blank; blank
-ones have no number, in any format.
+folder, so that every span is one ranged read.
+
+Text is known by its content. A planned file is looked for among the run's files by its checksum,
+and documents that are read together are compared with the checksum that the plan has of them.
 """
 
-import errno
-import gzip
 import hashlib
-import importlib
-import json
+import logging
 import shutil
 import tempfile
 import weakref
-import zlib
-from collections.abc import Iterable, Iterator
-from contextlib import contextmanager
+from array import array
+from collections.abc import Iterable, Iterator, Sequence
 from functools import cache
 from glob import glob
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import NamedTuple, SupportsIndex
 
-from pydantic import BaseModel, ConfigDict
+import xxhash
+from pydantic import BaseModel, ConfigDict, Field
 
 from dist_sae.config.data import CorpusConfig, DatasetCorpus, FilesCorpus, S3Config, SyntheticCorpus
-from dist_sae.errors import CorpusError, HubUnavailableError
-from dist_sae.hub import is_out_of_reach
-from dist_sae.storage import open_store
+from dist_sae.data.formats import (
+    FORMATS,
+    DatasetRows,
+    Format,
+    JsonLines,
+    Numbers,
+    PlainText,
+    os_errors,
+    unpack,
+)
+from dist_sae.errors import CorpusError
+from dist_sae.storage import ObjectStore, open_store
+
+logger = logging.getLogger(__name__)
 
 _PIECE_BYTES = 64 * 2**20  # of a download
-_CHUNK_BYTES = 2**20  # of a packed file
-_SLICE_ROWS = 1000  # of a table
-_FORMATS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 _MOST_SPANS = 200_000  # keeps plan.json small; neighbours travel together in larger corpora
+_DIGEST_BYTES = 16  # of a document
 
 
 class CorpusFile(BaseModel):
@@ -44,7 +52,9 @@ class CorpusFile(BaseModel):
     name: str
     documents: int
     fingerprint: str
-    """sha256 of its unpacked bytes, or of what identifies it."""
+    """sha256 of its unpacked bytes; for a data set, of the checksums of its documents."""
+    bytes: int | None = Field(None, exclude_if=lambda size: size is None)
+    """Size of the file as it lies; None for what is no file, and in plans of earlier versions."""
 
 
 class Span(NamedTuple):
@@ -71,23 +81,15 @@ class CorpusIndex(NamedTuple):
 
     files: tuple[CorpusFile, ...]
     spans: list[Span]
+    digests: list[bytes] | None = None
+    """The checksums of each span's documents, one after the other; None where there is no text."""
 
-
-class _Place(NamedTuple):
-    """A document and where it is."""
-
-    start: int
-    stop: int
-    text: str
-
-
-@runtime_checkable
-class _Format(Protocol):
-    """How one kind of source is read."""
-
-    def documents(self, start: int = 0, stop: int | None = None) -> Iterator[_Place]:
-        """The documents that lie in `[start, stop)`: texts without space around, never empty."""
-        ...
+    def checksums(self, units: Iterable[Iterable[SupportsIndex]]) -> tuple[str, ...] | None:
+        """Checksum of the documents of each unit, whose spans are named by their place here."""
+        if self.digests is None:
+            return None
+        digests = self.digests
+        return tuple(_combined(digests[span] for span in unit) for unit in units)
 
 
 class Corpus:
@@ -101,10 +103,12 @@ class Corpus:
     def __init__(self, config: CorpusConfig, s3: S3Config) -> None:
         self._config = config
         self._s3 = s3
-        # one of each for every file: opened, unpacked and hashed once
+        # one of each for every file
+        self._names = cache(self._find_names)
         self._format = cache(self._open)
         self._local = cache(self._unpack)
-        self._fingerprint = cache(self._hash)
+        self._hash = cache(_hash)  # of a path in a state
+        self._size = cache(self._measure)
         self._scratch = cache(self._make_scratch)
 
     def index(self) -> CorpusIndex:
@@ -113,46 +117,159 @@ class Corpus:
         Raises:
             CorpusError: A file is missing or unreadable, or there is no text at all.
         """
-        offsets: list[list[tuple[int, int]]] = []
-        files: list[CorpusFile] = []
-        for name in self._names():
-            places = [(start, stop) for start, stop, _ in self._format(name).documents()]
-            offsets.append(places)
-            files.append(
-                CorpusFile(name=name, documents=len(places), fingerprint=self._fingerprint(name))
-            )
+        found = [_Found() for _ in self._names()]
+        files = [self._index(*each) for each in zip(self._names(), found, strict=True)]
         total = sum(file.documents for file in files)
         if total == 0:
             names = ", ".join(file.name for file in files)
             raise CorpusError(f"corpus: no documents in {names}; give files with text")
         per_span = -(-total // _MOST_SPANS)
-        spans = [
-            Span(number, first, len(group), group[0][0], group[-1][1])
-            for number, places in enumerate(offsets)
-            for first in range(0, len(places), per_span)
-            if (group := places[first : first + per_span])
-        ]
-        return CorpusIndex(tuple(files), spans)
+        spans, digests = [], list[bytes]()
+        for number, places in enumerate(found):
+            for first in range(0, len(places.starts), per_span):
+                last = min(first + per_span, len(places.starts))
+                start, stop = places.starts[first], places.stops[last - 1]
+                spans.append(Span(number, first, last - first, start, stop))
+                digests.append(bytes(places.digests[first * _DIGEST_BYTES : last * _DIGEST_BYTES]))
+        has_text = not isinstance(self._config, SyntheticCorpus)
+        return CorpusIndex(tuple(files), spans, digests if has_text else None)
 
-    def read(self, files: tuple[CorpusFile, ...], spans: Iterable[Span]) -> Iterator[Document]:
+    def read(
+        self, files: Sequence[CorpusFile], spans: Iterable[Span], checksum: str | None = None
+    ) -> list[Document]:
         """The documents of `spans`, numbered over the whole corpus in the order of `files`.
 
-        Raises:
-            CorpusError: A file is not what it was when it was indexed.
-        """
-        base = first_numbers(files)
-        for span in spans:
-            file = files[span.file]
-            if self._fingerprint(file.name) != file.fingerprint:
-                raise CorpusError(
-                    f"{file.name}: changed since the plan was made; "
-                    f"restore it or start a new activation set"
-                )
-            places = self._format(file.name).documents(span.start, span.stop)
-            for number, place in enumerate(places, start=base[span.file] + span.first):
-                yield Document(number, place.text)
+        Args:
+            files: As they were planned.
+            spans: Of these files.
+            checksum: Of the documents, as they were planned; None where the plan has none. Then a
+                change is noticed by the files alone, and not in a data set.
 
-    def _names(self) -> list[str]:
+        Raises:
+            CorpusError: The text is not what it was when it was indexed.
+        """
+        spans = list(spans)
+        base = first_numbers(files)
+        names = self._present(files, spans)
+        try:
+            documents = [
+                Document(number, place.text)
+                for span in spans
+                for number, place in enumerate(
+                    self._format(names[span.file]).documents(span.start, span.stop),
+                    start=base[span.file] + span.first,
+                )
+            ]
+            if checksum not in (None, _combined(_digest(document.text) for document in documents)):
+                raise _changed(", ".join(names.values()))
+        except CorpusError:
+            self._hash.cache_clear()  # a file may be another although its size and time are not
+            self._present(files, spans)  # says which file it is
+            raise
+        self._present(files, spans)  # written anew while it was read
+        return documents
+
+    def holds(self, files: Sequence[CorpusFile]) -> bool:
+        """Whether the corpus is these files, in any order and wherever it lies now.
+
+        Sizes that agree suffice: `read` looks closer. So programs that need no text read none.
+
+        Raises:
+            CorpusError: Text is missing or unreadable.
+        """
+        if isinstance(self._config, FilesCorpus):
+            names = self._names()
+            if {*names} == {file.name for file in files}:
+                return True
+            if sorted(map(self._size, names)) == sorted(file.bytes or -1 for file in files):
+                return True
+            fingerprints = [self._fingerprint(name) for name in names]
+        else:
+            fingerprints = [file.fingerprint for file in self.index().files]
+        return sorted(fingerprints) == sorted(file.fingerprint for file in files)
+
+    def _index(self, name: str, found: "_Found") -> CorpusFile:
+        """Read one file through; what is found is added to `found`."""
+        is_file = isinstance(self._config, FilesCorpus)
+        before = self._state(name) if is_file else None
+        refused = 0
+        for start, stop, text in self._format(name).documents():
+            found.starts.append(start)
+            found.stops.append(stop)
+            found.digests += _digest(text)
+            refused += not is_encodable(text)
+        if refused:
+            logger.warning(
+                "%s: %d of %d documents have half a surrogate pair, which no tokenizer takes: "
+                "they are left out, and counted as refused",
+                name,
+                refused,
+                len(found.starts),
+            )
+        match self._config:
+            case FilesCorpus():
+                fingerprint = self._fingerprint(name)
+            case DatasetCorpus():
+                fingerprint = hashlib.sha256(found.digests).hexdigest()
+            case SyntheticCorpus():
+                content = self._config.model_dump_json().encode()
+                fingerprint = hashlib.sha256(content).hexdigest()
+        if is_file and self._state(name) != before:
+            raise CorpusError(f"{name}: changed while it was read; plan again when it is complete")
+        return CorpusFile(
+            name=name,
+            documents=len(found.starts),
+            fingerprint=fingerprint,
+            bytes=self._size(name) if is_file else None,
+        )
+
+    def _present(self, files: Sequence[CorpusFile], spans: Iterable[Span]) -> dict[int, str]:
+        """Where the files of `spans` lie now, by their number."""
+        planned = {file.name for file in files}
+        return {
+            number: self._place(files[number], planned)
+            for number in sorted({span.file for span in spans})
+        }
+
+    def _place(self, file: CorpusFile, planned: set[str]) -> str:
+        """Where a planned file lies now: a file of the run, or where it was, with its content."""
+        if not isinstance(self._config, FilesCorpus):
+            return self._names()[0]
+        names: list[str] = []
+        problem: CorpusError | None = None
+        try:
+            names = self._names()
+        except CorpusError as exc:  # a path relative to another folder: the plan has it whole
+            problem = exc
+        for name in self._candidates(file, names, planned):
+            try:
+                if self._fingerprint(name) == file.fingerprint:
+                    return name
+            except CorpusError as exc:
+                if name in names:
+                    problem = problem or exc
+        if file.name in names:
+            raise problem or _changed(file.name)
+        raise problem or CorpusError(
+            f"corpus.files: none is the file that was {file.name} when the plan was made; "
+            f"name it, or start a new activation set"
+        )
+
+    def _candidates(
+        self, file: CorpusFile, names: Sequence[str], planned: set[str]
+    ) -> Iterator[str]:
+        """Where a planned file may lie, likely places first."""
+        if file.name in names:
+            yield file.name
+        for name in sorted(names, key=lambda name: Path(name).name != Path(file.name).name):
+            # the plan's other files are taken to be there still: none is fetched to look for this
+            other = name in planned and file.bytes not in (None, self._size(name))
+            if name != file.name and not other:
+                yield name
+        if file.name not in names and not file.name.startswith("s3://"):
+            yield file.name
+
+    def _find_names(self) -> list[str]:
         config = self._config
         if isinstance(config, SyntheticCorpus):
             return ["synthetic"]
@@ -163,52 +280,59 @@ class Corpus:
             if pattern.startswith("s3://"):
                 names.append(pattern)
                 continue
-            matches = [pattern] if Path(pattern).exists() else sorted(glob(pattern, recursive=True))
+            path = Path(pattern).expanduser()
+            matches = [str(path)] if path.exists() else sorted(glob(str(path), recursive=True))
             if not matches:
                 raise CorpusError(f"{pattern}: no such file; correct corpus.files")
             names += [str(Path(match).absolute()) for match in matches]
         return list(dict.fromkeys(names))  # a file that two patterns match is read once
 
-    def _open(self, name: str) -> _Format:
+    def _open(self, name: str) -> Format:
         config = self._config
         if isinstance(config, SyntheticCorpus):
-            return _Numbers(config.documents)
+            return Numbers(config.documents)
         if isinstance(config, DatasetCorpus):
-            return _Dataset(config)
+            return DatasetRows(config)
         if name.endswith(".txt"):
-            return _Text(name, self._local(name), config.txt_documents)
-        return _JsonLines(name, self._local(name), config.text_field)
+            return PlainText(name, self._local(name), config.txt_documents)
+        return JsonLines(name, self._local(name), config.text_field)
 
     def _unpack(self, name: str) -> Path:
         """The file, or a local copy of it, as plain text or JSON lines."""
-        if not name.endswith(_FORMATS):
-            raise CorpusError(f"{name}: unknown kind of file; use one of {', '.join(_FORMATS)}")
-        with _errors(name):
+        assert isinstance(self._config, FilesCorpus)
+        if not name.endswith(FORMATS):
+            raise CorpusError(f"{name}: unknown kind of file; use one of {', '.join(FORMATS)}")
+        with os_errors(name):
             path = self._download(name) if name.startswith("s3://") else Path(name)
             if name.endswith((".txt", ".jsonl")):
                 return path
-            unpacked = self._scratch() / (_digest(name) + ".unpacked")
-            with path.open("rb") as source, unpacked.open("wb") as copy:
-                if name.endswith(".gz"):
-                    _unpack_gzip(source, copy, name)
-                elif name.endswith(".zst"):
-                    _unpack_zstandard(source, copy, name)
-                else:
-                    assert isinstance(self._config, FilesCorpus)
-                    _unpack_parquet(source, copy, name, self._config.text_field)
+            unpacked = self._scratch() / f"{_hex(name)}.unpacked"
+            unpack(name, path, unpacked, self._config.text_field)
             return unpacked
 
     def _download(self, name: str) -> Path:
-        folder, _, key = name.rpartition("/")
-        store = open_store(folder, self._s3)
-        size = store.size(key)
-        if size is None:
-            raise CorpusError(f"{name}: no such object; correct corpus.files")
-        path = self._scratch() / _digest(name)
+        store, key = self._object(name)
+        size = self._size(name)
+        path = self._scratch() / _hex(name)
         with path.open("wb") as copy:
             for start in range(0, size, _PIECE_BYTES):
                 copy.write(store.get(key, start, min(size, start + _PIECE_BYTES)))
         return path
+
+    def _measure(self, name: str) -> int:
+        """Size of a file as it lies, in bytes."""
+        if not name.startswith("s3://"):
+            with os_errors(name):
+                return Path(name).stat().st_size
+        store, key = self._object(name)
+        size = store.size(key)
+        if size is None:
+            raise CorpusError(f"{name}: no such object; correct corpus.files")
+        return size
+
+    def _object(self, name: str) -> tuple[ObjectStore, str]:
+        folder, _, key = name.rpartition("/")
+        return open_store(folder, self._s3), key
 
     def _make_scratch(self) -> Path:
         """A folder that goes away with this object."""
@@ -216,11 +340,23 @@ class Corpus:
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         return Path(folder)
 
-    def _hash(self, name: str) -> str:
-        if not isinstance(self._config, FilesCorpus):  # the name and the revision are all we know
-            return _digest(self._config.model_dump_json())
-        with _errors(name), self._local(name).open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
+    def _fingerprint(self, name: str) -> str:
+        state = self._state(name)
+        with os_errors(name):
+            return self._hash(self._local(name), state)
+
+    def _state(self, name: str) -> tuple[int, int, int]:
+        """Changes when the unpacked file is written anew: inode, size, time in ns."""
+        with os_errors(name):
+            there = self._local(name).stat()
+        return there.st_ino, there.st_size, there.st_mtime_ns
+
+
+class _Found:
+    """Documents of one file: where each begins and ends, and their checksums."""
+
+    def __init__(self) -> None:
+        self.starts, self.stops, self.digests = array("q"), array("q"), bytearray()
 
 
 def first_numbers(files: Iterable[CorpusFile]) -> list[int]:
@@ -232,198 +368,34 @@ def first_numbers(files: Iterable[CorpusFile]) -> list[int]:
     return numbers
 
 
-class _Numbers:
-    """The synthetic corpus: document i is the text "i"."""
-
-    def __init__(self, documents: int) -> None:
-        self._documents = documents
-
-    def documents(self, start: int = 0, stop: int | None = None) -> Iterator[_Place]:
-        stop = self._documents if stop is None else stop
-        return (_Place(i, i + 1, str(i)) for i in range(start, stop))
-
-
-class _Text:
-    """Plain text; a document is a line, a paragraph (up to a blank line) or the file."""
-
-    def __init__(self, name: str, path: Path, unit: Literal["paragraph", "line", "file"]) -> None:
-        self._name, self._path, self._unit = name, path, unit
-
-    def documents(self, start: int = 0, stop: int | None = None) -> Iterator[_Place]:
-        first, lines = start, list[str]()
-        for line in _lines(self._name, self._path, start, stop):
-            lines.append(line.text)
-            if self._unit == "line" or (self._unit == "paragraph" and not line.text.strip()):
-                yield from _place(first, line.stop, "".join(lines))
-                first, lines = line.stop, []
-            last = line.stop
-        if lines:
-            yield from _place(first, last, "".join(lines))
-
-
-class _JsonLines:
-    """One JSON object a line."""
-
-    def __init__(self, name: str, path: Path, field: str) -> None:
-        self._name, self._path, self._field = name, path, field
-
-    def documents(self, start: int = 0, stop: int | None = None) -> Iterator[_Place]:
-        for number, line in enumerate(_lines(self._name, self._path, start, stop), start=1):
-            if line.text.strip():
-                yield from _place(
-                    line.start, line.stop, self._text(line.text, f"{self._name}:{number}")
-                )
-
-    def _text(self, line: str, place: str) -> str:
-        try:
-            record = json.loads(line)
-        except ValueError as exc:
-            raise CorpusError(f"{place}: not valid JSON: {exc}") from exc
-        if not isinstance(record, dict):
-            raise CorpusError(f"{place}: not a JSON object; write one object a line")
-        if self._field not in record:
-            raise CorpusError(_no_field(place, self._field, record))
-        return _checked(record[self._field], self._field, place)
-
-
-class _Dataset:
-    """A data set of the hub."""
-
-    def __init__(self, config: DatasetCorpus) -> None:
-        datasets = _import("datasets", config.name)
-        try:
-            self._rows = datasets.load_dataset(
-                config.name, config.subset, split=config.split, revision=config.revision
-            )
-        except Exception as exc:  # `datasets` raises dozens of types; all mean the same here
-            reason = " ".join(str(exc).split())
-            kind = HubUnavailableError if is_out_of_reach(exc) else CorpusError
-            raise kind(f"corpus.name {config.name}: cannot be loaded: {reason}") from exc
-        if config.text_field not in self._rows.column_names:
-            raise CorpusError(_no_field(config.name, config.text_field, self._rows.column_names))
-        self._name, self._field = config.name, config.text_field
-
-    def documents(self, start: int = 0, stop: int | None = None) -> Iterator[_Place]:
-        stop = len(self._rows) if stop is None else stop
-        for first in range(start, stop, _SLICE_ROWS):
-            values = self._rows[first : min(stop, first + _SLICE_ROWS)][self._field]
-            for row, value in enumerate(values, start=first):
-                text = _checked(value, self._field, f"{self._name}: row {row}")
-                yield from _place(row, row + 1, text)
-
-
-class _Line(NamedTuple):
-    start: int
-    stop: int
-    text: str
-
-
-def _lines(name: str, path: Path, start: int, stop: int | None) -> Iterator[_Line]:
-    """The lines of a file in `[start, stop)`. A line ends with LF; CR alone ends none."""
-    position = start
-    with _errors(name), path.open("rb") as file:
-        file.seek(start)
-        for number, line in enumerate(file, start=1):
-            if stop is not None and position >= stop:
-                return
-            try:
-                text = line.decode("utf-8-sig" if position == 0 else "utf-8")
-            except UnicodeDecodeError as exc:
-                raise CorpusError(f"{name}:{number}: not UTF-8; convert the file") from exc
-            yield _Line(position, position + len(line), text)
-            position += len(line)
-
-
-def _place(start: int, stop: int, text: str) -> Iterator[_Place]:
-    """A document, unless it is blank."""
-    if stripped := text.strip():
-        yield _Place(start, stop, stripped)
-
-
-def _checked(value: Any, field: str, place: str) -> str:
-    """The text of a record; null is as good as an empty text."""
-    if value is None:
-        return ""
-    if not isinstance(value, str):
-        kind = type(value).__name__
-        raise CorpusError(f"{place}: {field!r} holds no text but a {kind}; set corpus.text_field")
+def is_encodable(text: str) -> bool:
+    """Whether a text is one: JSON can write half a surrogate pair, which stands for nothing."""
     try:
-        value.encode()
-    except UnicodeEncodeError as exc:
-        raise CorpusError(f"{place}: half a surrogate pair, which is no text; repair it") from exc
-    return value
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
-def _no_field(place: str, field: str, known: Iterable[str]) -> str:
-    return f"{place}: no {field!r} (it has {', '.join(known)}); set corpus.text_field"
+def _changed(name: str) -> CorpusError:
+    return CorpusError(
+        f"{name}: changed since the plan was made; restore it or start a new activation set"
+    )
 
 
-def _unpack_gzip(source: BinaryIO, copy: BinaryIO, name: str) -> None:
-    try:
-        with gzip.open(source) as stream:
-            shutil.copyfileobj(stream, copy)
-    except (EOFError, gzip.BadGzipFile, zlib.error) as exc:
-        raise CorpusError(f"{name}: cannot be unpacked: {exc}; get it again") from exc
+def _hash(path: Path, _: tuple[int, int, int]) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _unpack_zstandard(source: BinaryIO, copy: BinaryIO, name: str) -> None:
-    """By hand: the library's own copying takes a file that was cut short for a whole one."""
-    zstandard = _import("zstandard", name)
-    frame = None
-    try:
-        while packed := source.read(_CHUNK_BYTES):
-            while packed:
-                frame = frame or zstandard.ZstdDecompressor().decompressobj()
-                copy.write(frame.decompress(packed))
-                packed = frame.unused_data if frame.eof else b""
-                frame = None if frame.eof else frame
-    except zstandard.ZstdError as exc:
-        raise CorpusError(f"{name}: cannot be unpacked: {exc}; get it again") from exc
-    if frame is not None:
-        raise CorpusError(f"{name}: cannot be unpacked: it is cut short; get it again")
+def _digest(text: str) -> bytes:
+    return xxhash.xxh3_128_digest(text.encode(errors="surrogatepass"))
 
 
-def _unpack_parquet(source: BinaryIO, copy: BinaryIO, name: str, field: str) -> None:
-    """As JSON lines: any document is one ranged read then, not one row group."""
-    parquet = _import("pyarrow.parquet", name)
-    try:
-        file = parquet.ParquetFile(source)
-        if field not in file.schema_arrow.names:
-            raise CorpusError(_no_field(name, field, file.schema_arrow.names))
-        row = 0
-        for batch in file.iter_batches(_SLICE_ROWS, columns=[field]):
-            for value in batch.column(0).to_pylist():
-                text = _checked(value, field, f"{name}: row {row}")
-                copy.write(json.dumps({field: text}).encode() + b"\n")
-                row += 1
-    except ValueError as exc:  # pyarrow's errors, and text that is not UTF-8
-        reason = " ".join(str(exc).split())
-        raise CorpusError(f"{name}: not a sound parquet file: {reason}") from exc
+def _combined(digests: Iterable[bytes]) -> str:
+    """Checksum of documents, from the checksum of each."""
+    return xxhash.xxh3_128_hexdigest(b"".join(digests))
 
 
-@contextmanager
-def _errors(name: str) -> Iterator[None]:
-    """What the operating system says about a file of the corpus, or about the scratch folder."""
-    try:
-        yield
-    except OSError as exc:
-        if exc.errno == errno.ENOSPC:
-            raise CorpusError(
-                f"{name}: no space to unpack it in {tempfile.gettempdir()}; free some or set TMPDIR"
-            ) from exc
-        reason = " ".join(str(exc.strerror or exc).split())
-        raise CorpusError(f"{name}: cannot be read: {reason}") from exc
-
-
-def _digest(text: str) -> str:
+def _hex(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
-
-
-def _import(module: str, name: str) -> Any:
-    try:
-        return importlib.import_module(module)
-    except ImportError as exc:
-        package = module.partition(".")[0]
-        raise CorpusError(
-            f"{name}: reading it needs {package}; pip install 'dist-sae[text]'"
-        ) from exc

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from pydantic import Field
 
 from dist_sae.config import Run, differences
 from dist_sae.data.corpus import CorpusFile, CorpusIndex, Span
@@ -37,6 +38,9 @@ class Plan(Record):
     """Rows that a document gives on average, estimated from a sample; exclusions not counted."""
     n_train_units: int
     units: tuple[tuple[Span, ...], ...]
+    text_checksums: tuple[str, ...] | None = Field(None, exclude_if=lambda of: of is None)
+    """Of the documents of each unit; None where there is no text, and in plans of earlier versions.
+    """
 
     @cached_property
     def hash(self) -> str:
@@ -79,6 +83,10 @@ class Plan(Record):
         """Rows for training, about; before exclusions by norm."""
         documents = sum(span.count for unit in self.train_units for span in self.units[unit])
         return int(documents * self.document_rows)
+
+    def text_checksum(self, unit: int) -> str | None:
+        """Of the documents of a unit, for `Corpus.read`."""
+        return None if self.text_checksums is None else self.text_checksums[unit]
 
     def stream_units(self, stream: int) -> list[int]:
         """The training units of one canonical stream, in unit order."""
@@ -137,6 +145,7 @@ def make_plan(run: Run, index: CorpusIndex, document_rows: float) -> Plan:
         document_rows=document_rows,
         n_train_units=n_train,
         units=tuple(tuple(spans[i] for i in unit) for unit in dealt),
+        text_checksums=index.checksums(dealt),
     )
 
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
-from dist_sae.data.corpus import Document
+from dist_sae.data.corpus import Document, is_encodable
 from dist_sae.errors import CorpusError
 
 _MOST_PADDING = 0.05
@@ -56,18 +56,32 @@ def cut(
         tokenize: The tokenizer.
         context_tokens: Of the model.
         bos: Begins each context, if there is one.
-        failed: Is told of a document that the tokenizer refuses, which is left out; without it
-            the tokenizer's error is raised.
+        failed: Is told of a document that the tokenizer refuses, or that no encoding can write
+            (half a surrogate pair), which is left out; without it the error is raised.
 
     Raises:
         CorpusError: It refuses every one of them.
     """
-    documents = list(documents)
+    documents = list(_encodable(documents, failed))
     prefix = [] if bos is None else [bos]
     room = context_tokens - len(prefix)
-    for document, ids in _tokenized(documents, tokenize, failed):
+    for document, ids in _tokenized(documents, tokenize, failed) if documents else ():
         for start in range(0, len(ids), room):
             yield Context(document.number, start, prefix + ids[start : start + room])
+
+
+def _encodable(
+    documents: Iterable[Document], failed: Callable[[Document, Exception], None] | None
+) -> Iterator[Document]:
+    """Some tokenizers take half a surrogate pair for a letter, others fail: none gets one."""
+    for document in documents:
+        if is_encodable(document.text):
+            yield document
+            continue
+        problem = CorpusError("it has half a surrogate pair, which stands for no letter")
+        if failed is None:
+            raise problem
+        failed(document, problem)
 
 
 def _tokenized(

@@ -58,8 +58,12 @@ def _heldout_batches(
 ) -> Iterator[TokenBatch]:
     tokenizer = build_tokenizer(model, 0)
     bos = bos if run.activations.prepend_bos else None
-    spans = [span for unit in plan.heldout_units for span in plan.units[unit]]
-    documents = Corpus(run.corpus, run.store.s3).read(plan.files, spans)
+    corpus = Corpus(run.corpus, run.store.s3)
+    documents = (
+        document
+        for unit in plan.heldout_units
+        for document in corpus.read(plan.files, plan.units[unit], plan.text_checksum(unit))
+    )
     contexts = cut(
         islice(documents, run.evaluate.contexts),
         tokenizer,

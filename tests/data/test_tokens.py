@@ -156,6 +156,23 @@ def test_a_document_that_the_tokenizer_refuses_is_told_and_left_out() -> None:
         list(cut(texts, Fussy(), context_tokens=8, bos=None))
 
 
+def test_half_a_surrogate_pair_reaches_no_tokenizer() -> None:
+    """`Letters` would take it for a letter."""
+    texts = [Document(0, "a\ud800"), Document(1, "b")]
+    told: list[int] = []
+    contexts = cut(
+        texts,
+        Letters(),
+        context_tokens=8,
+        bos=None,
+        failed=lambda document, _: told.append(document.number),
+    )
+    assert [(c.document, c.tokens) for c in contexts] == [(1, [ord("b")])]
+    assert told == [0]
+    with pytest.raises(CorpusError, match="half a surrogate pair"):
+        list(cut(texts, Letters(), context_tokens=8, bos=None))
+
+
 @pytest.mark.parametrize(
     ("error", "raised"),
     [

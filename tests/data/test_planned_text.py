@@ -1,0 +1,161 @@
+"""What is read is what was planned, by its content, wherever it lies now."""
+
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import datasets
+import pytest
+
+from dist_sae.config.data import DatasetCorpus, S3Config
+from dist_sae.data.corpus import Corpus, CorpusIndex
+from dist_sae.errors import CorpusError
+from tests.conftest import Bucket
+from tests.data.test_corpus import WRITERS, as_json_lines, files
+
+LINES = ["one", "two", "three", "four"]
+
+
+def write(path: Path, *lines: str) -> Path:
+    path.write_text("".join(f"{line}\n" for line in lines))
+    return path
+
+
+def read(corpus: Corpus, index: CorpusIndex, *spans: int) -> list[str]:
+    """The texts of a unit of these spans, or of all."""
+    unit = spans or range(len(index.spans))
+    checksums = index.checksums([unit])
+    chosen = [index.spans[i] for i in unit]
+    found = corpus.read(index.files, chosen, checksums[0] if checksums else None)
+    return [document.text for document in found]
+
+
+def unchanged_but_for(path: Path, change: Callable[[], object]) -> None:
+    """Do what gives a file other bytes, and set its times back."""
+    before = path.stat()
+    change()
+    os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+def test_a_file_written_anew_between_two_units_is_named(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", *LINES)
+    corpus = files(path, txt_documents="line")
+    index = corpus.index()
+    assert read(corpus, index, 2, 0) == ["three", "one"]
+    write(path, "zero", *LINES)
+    with pytest.raises(CorpusError, match=f"^{path}: changed since the plan was made; restore it"):
+        read(corpus, index, 2, 0)
+
+
+def test_a_change_that_size_and_time_do_not_show_is_named(tmp_path: Path) -> None:
+    a, b = write(tmp_path / "a.txt", *LINES), write(tmp_path / "b.txt", "five", "six")
+    corpus = files(a, b, txt_documents="line")
+    index = corpus.index()
+    assert read(corpus, index, 4, 1) == ["five", "two"]
+    unchanged_but_for(a, lambda: write(a, "one", "TWO", *LINES[2:]))
+    with pytest.raises(CorpusError, match=f"^{a}: changed since the plan was made"):
+        read(corpus, index, 4, 1)
+
+
+def test_a_plan_without_checksums_still_notices_a_new_file(tmp_path: Path) -> None:
+    path = write(tmp_path / "a.txt", *LINES)
+    corpus = files(path, txt_documents="line")
+    index = corpus.index()._replace(digests=None)
+    assert read(corpus, index) == LINES
+    write(path, *LINES, "five")
+    with pytest.raises(CorpusError, match="changed since the plan was made"):
+        read(corpus, index)
+
+
+def test_lines_that_no_longer_parse_are_a_change_not_bad_json(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(as_json_lines(LINES))
+    corpus = files(path)
+    index = corpus.index()
+    unchanged_but_for(path, lambda: path.write_bytes(b"x" * len(as_json_lines(LINES))))
+    with pytest.raises(CorpusError, match="changed since the plan was made"):
+        read(corpus, index, 1)
+
+
+@pytest.mark.parametrize("suffix", WRITERS)
+def test_files_are_found_by_their_content(tmp_path: Path, suffix: str) -> None:
+    """Moved, renamed, in another order, beside a new one, under each other's names."""
+    a, b = tmp_path / f"a{suffix}", tmp_path / f"b{suffix}"
+    WRITERS[suffix](a)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tests.data.test_corpus.TEXTS", LINES)
+        WRITERS[suffix](b)
+    planned = files(a, b, txt_documents="line")
+    index = planned.index()
+    texts = read(planned, index)
+    a.rename(tmp_path / "swap")
+    b.rename(a)
+    (tmp_path / "swap").rename(b)
+    assert read(files(a, b, txt_documents="line"), index) == texts
+    (tmp_path / "new").mkdir()
+    moved = [path.rename(tmp_path / "new" / f"{path.name[::-1]}{suffix}") for path in (a, b)]
+    here = files(*moved, txt_documents="line")
+    assert read(here, index) == texts
+    assert here.holds(index.files)
+    other = write(tmp_path / "other.txt", "something else")
+    assert not files(*moved, other).holds(index.files)
+    with pytest.raises(CorpusError, match=f"none is the file that was {a} when the plan was made"):
+        read(files(other), index, 0)
+
+
+def test_a_planned_path_is_known_from_any_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    write(tmp_path / "a.txt", *LINES)
+    monkeypatch.chdir(tmp_path)
+    index = files("a.txt", txt_documents="line").index()
+    monkeypatch.chdir("/")
+    assert read(files("a.txt", txt_documents="line"), index) == LINES
+
+
+def test_a_file_that_grows_while_it_is_indexed_is_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write(tmp_path / "a.txt", *LINES)
+    corpus = files(path, txt_documents="line")
+    monkeypatch.setattr(
+        "dist_sae.data.corpus._digest", lambda text: write(path, *LINES, text) and b"0" * 16
+    )
+    with pytest.raises(CorpusError, match="changed while it was read; plan again"):
+        corpus.index()
+
+
+def test_an_object_that_is_another_one_is_named(bucket: Bucket) -> None:
+    def put(key: str, *lines: str) -> None:
+        bucket.client.put_object(Bucket=bucket.name, Key=key, Body=as_json_lines([*lines]))
+
+    put("a b#1.jsonl", *LINES)
+    put("b%20?.jsonl", "five")
+    s3 = S3Config(endpoint_url=bucket.endpoint_url)
+    first, second = (f"s3://{bucket.name}/{key}" for key in ("a b#1.jsonl", "b%20?.jsonl"))
+    config = files(first, second)._config
+    index = Corpus(config, s3).index()
+    assert read(Corpus(config, s3), index) == [*LINES, "five"]
+    put("a b#1.jsonl", *LINES[::-1])
+    with pytest.raises(CorpusError, match=r"a b#1\.jsonl: changed since the plan was made"):
+        read(Corpus(config, s3), index)
+
+
+def test_a_data_set_that_is_another_one_is_named(tmp_path: Path) -> None:
+    folder = tmp_path / "set"
+    folder.mkdir()
+    config = DatasetCorpus(name=str(folder))
+
+    def open_set(*lines: str) -> Corpus:
+        datasets.config.HF_DATASETS_CACHE = tmp_path / "cache" / "-".join(lines)
+        (folder / "train.jsonl").write_bytes(as_json_lines([*lines]))
+        return Corpus(config, S3Config())
+
+    index = open_set(*LINES).index()
+    assert read(open_set(*LINES), index, 3, 1) == ["four", "two"]
+    assert open_set(*LINES).holds(index.files)
+    assert not open_set(*LINES[::-1]).holds(index.files)
+    with pytest.raises(CorpusError, match="set: changed since the plan was made"):
+        read(open_set(*LINES[::-1]), index, 3, 1)
+    with pytest.raises(CorpusError, match="set: changed since the plan was made"):
+        read(open_set("one"), index, 3, 1)
