@@ -9,25 +9,30 @@ import safetensors.torch
 from dist_sae.checkpoint import warm_start
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.checkpoint.state import is_moment
+from dist_sae.checkpoint.trained import chosen, trained_run
 from dist_sae.config import Run
 from dist_sae.errors import ConfigError, CorruptObjectError, ObjectNotFoundError
 from dist_sae.storage import open_store
 
 
 def ls(run: Run) -> dict[str, Any]:
-    """What there is, the oldest first; `damaged` are those whose manifest is not whole."""
+    """What there is, the oldest first; `damaged` are those whose manifest is not whole.
+
+    Raises:
+        PlanMismatchError: They are of a run with other settings.
+    """
     checkpoints, listed, damaged = _open(run), [], []
     for step in checkpoints.steps():
         try:
-            manifest = checkpoints.open(step).manifest
+            checkpoint = checkpoints.open(step)
         except CorruptObjectError:
             damaged.append(step)
             continue
-        tensors = manifest.tensors
+        tensors, own = checkpoint.manifest.tensors, trained_run(checkpoint, run)
         listed.append(
             {
                 "step": step,
-                "rows": step * run.train.batch_rows,
+                "rows": step * own.train.batch_rows,
                 "n_latents": tensors["W_enc"].shape[0],
                 "parts": sum(len(tensor.parts) for tensor in tensors.values()),
                 "bytes": sum(part.bytes for tensor in tensors.values() for part in tensor.parts),
@@ -99,6 +104,7 @@ def convert(run: Run, output: Path, *, step: int | None, moments: bool) -> dict[
 
     Raises:
         ConfigError: There is no such checkpoint, or the file cannot be written.
+        PlanMismatchError: It is of a run with other settings.
     """
     checkpoints = _open(run)
     checkpoint = _chosen(run, checkpoints, step)
@@ -117,6 +123,7 @@ def convert_to_run(run: Run, other: Run, *, step: int | None) -> dict[str, Any]:
 
     Raises:
         ConfigError: There is no such checkpoint, or the other run cannot begin with it.
+        PlanMismatchError: It is of a run with other settings.
     """
     checkpoint = _chosen(run, _open(run), step)
     copied = warm_start.leave(checkpoint, open_store(other.store.runs, other.store.s3), other)
@@ -130,16 +137,12 @@ def convert_to_run(run: Run, other: Run, *, step: int | None) -> dict[str, Any]:
 
 
 def _chosen(run: Run, checkpoints: Checkpoints, step: int | None) -> Checkpoint:
-    steps = checkpoints.steps()
-    if step is not None and step in steps:
-        return checkpoints.open(step)
-    if step is not None:
-        there = ", ".join(map(str, steps)) or "none"
-        raise ConfigError(f"--step: {run.store.runs}/{run.name} has no {step}; there are: {there}")
-    newest = checkpoints.latest()
-    if newest is None:
-        raise ConfigError(f"{run.store.runs}/{run.name}: holds no checkpoint that is whole")
-    return newest
+    place = f"{run.store.runs}/{run.name}"
+    checkpoint = checkpoints.latest() if step is None else chosen(checkpoints, step, place)
+    if checkpoint is None:
+        raise ConfigError(f"{place}: holds no checkpoint that is whole")
+    trained_run(checkpoint, run)
+    return checkpoint
 
 
 def _open(run: Run) -> Checkpoints:

@@ -266,15 +266,15 @@ def _checkpoints_verify(options: argparse.Namespace) -> None:
 
 
 def _checkpoints_convert(options: argparse.Namespace) -> None:
+    from dist_sae.checkpoint.folder import open_run
     from dist_sae.checkpoints import convert, convert_to_run
-    from dist_sae.config import load_run
     from dist_sae.errors import ConfigError
 
     run = _load(options)
     if options.to_run and options.moments:
         raise ConfigError("--moments goes with --output: a run that begins anew has its own")
     if options.to_run:
-        result = convert_to_run(run, load_run(options.to_run, []), step=options.step)
+        result = convert_to_run(run, open_run(options.to_run, []), step=options.step)
     else:
         result = convert(run, options.output, step=options.step, moments=options.moments)
     _print_result(options, result)
@@ -303,9 +303,9 @@ def _bench(options: argparse.Namespace) -> None:
 
 
 def _load(options: argparse.Namespace) -> "Run":
-    from dist_sae.config import load_run
+    from dist_sae.checkpoint.folder import open_run
 
-    return load_run(options.run, options.set)
+    return open_run(options.run, options.set)
 
 
 def _short_lived(run: "Run", role: str) -> "Telemetry":
@@ -380,7 +380,9 @@ def _parser() -> argparse.ArgumentParser:
         name: str, command: Command, text: str, group: Any = commands
     ) -> argparse.ArgumentParser:
         sub: argparse.ArgumentParser = group.add_parser(name, help=text, description=text)
-        sub.add_argument("run", metavar="RUN.yaml", help="the run file")
+        sub.add_argument(
+            "run", metavar="RUN", help="the run file, or a run's folder: a path or URL"
+        )
         sub.add_argument(
             "--set", metavar="KEY=VALUE", action="append", default=[], help="override, as sae.k=64"
         )

@@ -51,6 +51,7 @@ def evaluate(run: Run, meter: Meter = UNMETERED) -> dict[str, Any]:
 
     Raises:
         ConfigError: There is no checkpoint, or nothing is held out.
+        PlanMismatchError: The run was trained with other settings, or on another activation set.
     """
     runs = open_store(run.store.runs, run.store.s3, meter)
     store = open_store(run.store.activations, run.store.s3, meter)
@@ -60,10 +61,11 @@ def evaluate(run: Run, meter: Meter = UNMETERED) -> dict[str, Any]:
         raise ConfigError(
             f"{runs.url}/{run.name}: holds no checkpoint yet; run `dist-sae train` first"
         )
+    trained.check_plan(plan.hash)
     if not len(plan.heldout_units):
         raise ConfigError("activations.heldout_share: is 0, so there is nothing to evaluate on")
     units = Units(store, plan, run.site, threading.Event())
-    step, sae, scale, mean, idle_rows = trained
+    step, sae, scale, mean = trained.step, trained.sae, trained.scale, trained.mean
 
     fit = Fit.empty(run.sae.n_latents)
     for x in _scaled_rows(units, plan.heldout_units, scale, run.evaluate.rows):
@@ -83,7 +85,7 @@ def evaluate(run: Run, meter: Meter = UNMETERED) -> dict[str, Any]:
         "rows": fit.rows,
         "fvu": fit.fvu,
         "l0": fit.l0,
-        **_dead_shares(run, idle_rows),
+        **_dead_shares(run, trained.idle_rows),
         "pca_fvu": float(pca_error / fit.squared_total),
         "pca_components": components,
         **_duplicates(run, sae),

@@ -10,6 +10,7 @@ BatchTopK goes out as the JumpReLU that it is at inference.
 """
 
 import json
+import logging
 from typing import Any
 
 import safetensors.torch
@@ -17,12 +18,15 @@ from torch import Tensor
 
 from dist_sae import __version__
 from dist_sae.checkpoint.trained import read_trained
-from dist_sae.config import Run
+from dist_sae.config import Run, differences
 from dist_sae.config.data import HuggingFaceModel
+from dist_sae.data.plan import plan_settings
 from dist_sae.errors import ConfigError
 from dist_sae.sae.base import Dictionary
 from dist_sae.sae.batchtopk import BatchTopK
 from dist_sae.storage import UNMETERED, Meter, open_store
+
+logger = logging.getLogger(__name__)
 
 # The SAELens format this follows. Below 6, its loader drops the metadata without a word.
 _SAELENS_VERSION = "6.54.12"
@@ -54,6 +58,7 @@ def export(run: Run, meter: Meter = UNMETERED) -> str:
 
     Raises:
         ConfigError: There is no checkpoint, or SAELens has no such kind.
+        PlanMismatchError: The run was trained with other settings.
     """
     if run.sae.kind not in _ARCHITECTURES:
         raise ConfigError(
@@ -66,10 +71,13 @@ def export(run: Run, meter: Meter = UNMETERED) -> str:
         raise ConfigError(
             f"{runs.url}/{run.name}: holds no checkpoint yet; run `dist-sae train` first"
         )
+    own = trained.run
+    if changed := differences(plan_settings(own), plan_settings(run)):
+        logger.warning("what the run was trained on is written, not %s", "; ".join(changed))
     folder = f"{run.name}/export"
     tensors = folded(trained.sae, trained.scale)
     runs.put(f"{folder}/sae_weights.safetensors", safetensors.torch.save(tensors))
-    config = saelens_config(run, tensors, step=trained.step, scale=trained.scale)
+    config = saelens_config(own, tensors, step=trained.step, scale=trained.scale)
     runs.put(f"{folder}/cfg.json", json.dumps(config, indent=2).encode())
     return f"{runs.url.removeprefix('file://')}/{folder}"
 

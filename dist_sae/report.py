@@ -10,9 +10,11 @@ from typing import Any
 from urllib.parse import unquote, urlsplit
 
 from dist_sae import __version__
-from dist_sae.checkpoint.trained import Trained, read_trained
+from dist_sae.checkpoint.folder import begun_run
+from dist_sae.checkpoint.trained import Trained, check_own, read_trained
 from dist_sae.config import Run
 from dist_sae.config.data import DatasetCorpus, FilesCorpus, HuggingFaceModel
+from dist_sae.config.deciding import deciding
 from dist_sae.data.loader import Units
 from dist_sae.data.plan import Plan, load_plan
 from dist_sae.data.shard import existing_units, read_manifest
@@ -38,12 +40,17 @@ def report(run: Run, meter: Meter = UNMETERED) -> str:
         Where the file is: a path, or the URL of an object.
 
     Raises:
-        PlanMismatchError: The activation set has no plan, or one of other settings.
+        PlanMismatchError: The activation set has no plan, or one of other settings; or the run was
+            trained with others.
     """
     runs = open_store(run.store.runs, run.store.s3, meter)
     activations = open_store(run.store.activations, run.store.s3, meter)
     plan = load_plan(activations, run)
     trained = read_trained(runs, run)
+    if trained is not None:
+        trained.check_plan(plan.hash)
+    elif begun := begun_run(runs, run.name):  # there may be curves already
+        check_own(deciding(begun), run)
     units = Units(activations, plan, run.site, _no_waiting())
     latents, latent_rows, no_latents = _latents(run, units, trained)
     page = Page(

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor
 
 from dist_sae.checkpoint import warm_start
+from dist_sae.checkpoint.folder import run_file_key
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.checkpoint.saver import Saved, Saver
 from dist_sae.checkpoint.state import TrainingState
 from dist_sae.config import Run, dump_run
-from dist_sae.config.deciding import as_begun, changes, deciding
+from dist_sae.config.deciding import as_begun, changes, check_same_run, deciding
 from dist_sae.data.backlog import ReadyUnits
 from dist_sae.data.consumers import Consumers, Registration
 from dist_sae.data.heldout import are_there, rows_of
@@ -202,7 +203,7 @@ def _begin(run: Run, mesh: Mesh, stopping: threading.Event, telemetry: Telemetry
     if found:
         run = as_begun(run, found[0].scalars["run"])
     if mesh.is_first:
-        runs.put(f"{run.name}/run.yaml", dump_run(run).encode())
+        runs.put(run_file_key(run.name), dump_run(run).encode())
     narrower = None if found else _narrower(runs, run, mesh)
     if found:
         normaliser = Normaliser.from_scalars(found[0].scalars)
@@ -295,11 +296,7 @@ def _found(
         )
     windows = range(0, plan.n_train_units // plan.streams, plan.window_units)
     for checkpoint in found:
-        if changed := changes(checkpoint.scalars["run"], run):
-            raise PlanMismatchError(
-                f"{runs.url}/{run.name}: holds a run with other settings ({'; '.join(changed)}); "
-                f"restore them or choose another name"
-            )
+        check_same_run(checkpoint.scalars["run"], run, f"{runs.url}/{run.name}")
         if checkpoint.scalars["plan"] != plan.hash or not all(
             stream < plan.streams and place.first in windows
             for stream, place in _places(checkpoint).items()

@@ -6,11 +6,13 @@ Where nobody starts them one after the other: plain Kubernetes Jobs, for example
 import logging
 import threading
 from collections.abc import Callable
+from contextlib import suppress
 
 from dist_sae.checkpoint.layout import Checkpoints
+from dist_sae.checkpoint.trained import trained_run
 from dist_sae.config import Run
 from dist_sae.data.plan import PLAN_KEY
-from dist_sae.errors import Stopped
+from dist_sae.errors import ObjectNotFoundError, Stopped
 from dist_sae.storage import open_store
 
 logger = logging.getLogger(__name__)
@@ -33,12 +35,22 @@ def await_end(run: Run, stopping: threading.Event) -> None:
     """Until the run's last checkpoint is there.
 
     Raises:
+        PlanMismatchError: The run there has other settings.
         Stopped: Before that.
     """
     store = open_store(run.store.runs, run.store.s3, None, stopping)
     checkpoints = Checkpoints(store, run.name, run.train.keep_checkpoints)
     what = f"step {run.steps} of {store.url}/{run.name}"
-    _await(what, lambda: run.steps in checkpoints.steps(), stopping)
+
+    def has_ended() -> bool:
+        if run.steps in checkpoints.steps():
+            return True
+        with suppress(ObjectNotFoundError):  # deleted meanwhile, for a newer one
+            if newest := checkpoints.latest():
+                trained_run(newest, run)  # with other settings it may never come to that step
+        return False
+
+    _await(what, has_ended, stopping)
 
 
 def _await(what: str, is_there: Callable[[], bool], stopping: threading.Event) -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from safetensors.torch import load_file
 from dist_sae import cli, logs
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.config import load_run
+from dist_sae.config.deciding import deciding
 from dist_sae.storage import open_store
 from tests.launch import write_run
 from tests.world import save
@@ -32,13 +34,17 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> s
     return said.err if code else said.out
 
 
+def scalars(path: Path) -> dict[str, Any]:
+    return {"scale": 0.5, "run": deciding(load_run(path))}
+
+
 @pytest.fixture
 def path(tmp_path: Path) -> Path:
     """A run with two checkpoints."""
     path = write_run(tmp_path)
     checkpoints = Checkpoints(open_store(str(tmp_path / "runs")), "world", 2)
     for step in (10, 20):
-        save(checkpoints, step, {n: t + step for n, t in TENSORS.items()}, {"scale": 0.5})
+        save(checkpoints, step, {n: t + step for n, t in TENSORS.items()}, scalars(path))
     return path
 
 
@@ -103,7 +109,8 @@ def test_convert_writes_whole_tensors(
     assert load_file(output).keys() == {"W_enc", "b_dec"}
     assert torch.equal(load_file(output)["W_enc"], TENSORS["W_enc"] + 20)
     with safe_open(output, "pt") as file:
-        assert file.metadata() == {"step": "20", "scalars": json.dumps({"scale": 0.5})}
+        assert file.metadata()["step"] == "20"
+        assert json.loads(file.metadata()["scalars"]) == json.loads(json.dumps(scalars(path)))
     older = ["--step", "10", "--moments", "--output", str(output)]
     run(capsys, "convert", str(path), *older)
     assert torch.equal(load_file(output)["exp_avg.W_enc"], TENSORS["exp_avg.W_enc"] + 10)
@@ -123,8 +130,7 @@ def test_convert_has_another_run_begin_with_a_checkpoint(
     path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     checkpoints = Checkpoints(open_store(str(tmp_path / "runs")), "world", 3)
-    scalars = {"scale": 0.5, "run": {"sae": {"kind": "topk"}}}
-    save(checkpoints, 30, TENSORS, scalars)
+    save(checkpoints, 30, TENSORS, scalars(path))
     other = write_run(tmp_path / "other", name="wider", sae={"n_latents": 96})
     result = json.loads(run(capsys, "convert", str(path), "--to-run", str(other), "--json"))
     assert {**result, "bytes": 0} == {

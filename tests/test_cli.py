@@ -280,7 +280,7 @@ def test_interrupt_is_resumable_and_no_traceback(
     def interrupt(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("dist_sae.config.load_run", interrupt)
+    monkeypatch.setattr("dist_sae.checkpoint.folder.open_run", interrupt)
     assert main(["config", "show", str(synthetic_run(tmp_path))]) == 75
     assert capsys.readouterr().err == "stopped: interrupted; start the same command again\n"
 

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.checkpoint.state import IDLE_ROWS
-from dist_sae.config import load_run
+from dist_sae.config import Run, load_run
+from dist_sae.config.deciding import deciding
 from dist_sae.errors import ConfigError
 from dist_sae.export import export
 from dist_sae.sae import build_sae
@@ -67,6 +68,10 @@ def forward(
     return f, f @ w["W_dec"] + w["b_dec"]
 
 
+def scalars(run: Run, scale: float) -> dict[str, Any]:
+    return {"scale": scale, "mean": [0.0] * 16, "run": deciding(run)}
+
+
 def dense(codes: Codes, n_latents: int) -> NDArray[np.float64]:
     entries = Entries(codes.latents, codes.starts, n_latents)
     found = torch.zeros(len(codes.starts), n_latents, dtype=codes.acts.dtype)
@@ -98,7 +103,7 @@ def exported(tmp_path: Path, kind: str) -> tuple[Path, dict[str, torch.Tensor]]:
     if kind in ("jumprelu", "jumprelu_tanh"):
         weights["log_threshold"] = torch.randn(64, generator=generator)
     checkpoints = Checkpoints(open_store(run.store.runs), run.name, 1)
-    save(checkpoints, 5, weights | IDLE, {"scale": SCALE, "mean": [0.0] * 16})
+    save(checkpoints, 5, weights | IDLE, scalars(run, SCALE))
     return Path(export(run)), weights
 
 
@@ -165,7 +170,7 @@ def test_hooks_have_the_names_that_users_know(tmp_path: Path, site: str, hook: s
     weights = {"W_enc": torch.zeros(64, 16), "W_dec": torch.ones(64, 16) / 4}
     weights |= {"b_enc": torch.zeros(64), "b_dec": torch.zeros(16)}
     checkpoints = Checkpoints(open_store(run.store.runs), run.name, 1)
-    save(checkpoints, 5, weights | IDLE, {"scale": 1.0, "mean": [0.0] * 16})
+    save(checkpoints, 5, weights | IDLE, scalars(run, 1.0))
     config = json.loads((Path(export(run)) / "cfg.json").read_text())
     assert config["metadata"]["hook_name"] == hook
 

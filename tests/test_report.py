@@ -11,6 +11,7 @@ import torch
 
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.config import Run
+from dist_sae.config.deciding import deciding
 from dist_sae.data.plan import Plan, load_plan
 from dist_sae.data.shard import Rows, UnitManifest, manifest_key, write_shard
 from dist_sae.errors import CorpusError
@@ -275,7 +276,9 @@ def store_unit(run: Run, made: Plan, unit: int) -> None:
 def save_identity(run: Run) -> None:
     eye, zero = torch.eye(4), torch.zeros(4)
     tensors = {"W_enc": eye, "W_dec": eye, "b_enc": zero, "b_dec": zero, "idle_rows": zero}
+    made = load_plan(open_store(run.store.activations), run)
     scalars = {"scale": 0.5, "mean": [0.0] * 4, "variance": 1.0}
+    scalars |= {"plan": made.hash, "run": deciding(run)}
     save(Checkpoints(open_store(run.store.runs), run.name, 1), 1, tensors, scalars)
 
 

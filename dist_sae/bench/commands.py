@@ -134,9 +134,9 @@ def _metrics(options: argparse.Namespace) -> Result:
 
 def _produce(options: argparse.Namespace) -> Result:
     from dist_sae.bench.produce import bench_produce
-    from dist_sae.config import load_run
+    from dist_sae.checkpoint.folder import open_run
 
-    run = load_run(options.run, options.set)
+    run = open_run(options.run, options.set)
     return bench_produce(run, units=options.units, rounds=options.rounds)
 
 

@@ -216,10 +216,22 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     Raises:
         ConfigError: With one line for every problem, each with the user's own path.
     """
-    data = _read_yaml(Path(path))
+    return resolve_run(_read_yaml(Path(path)), overrides, str(path))
+
+
+def resolve_run(data: dict[str, Any], overrides: Sequence[str], origin: str) -> Run:
+    """A run from its sections and overrides; raises like `load_run`."""
     for override in overrides:
         _apply_override(data, override)
-    return _with_absolute_stores(validate_run(data, str(path)))
+    return _with_absolute_stores(validate_run(data, origin))
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """The sections that `section.key=value` strings make by themselves."""
+    data: dict[str, Any] = {}
+    for override in overrides:
+        _apply_override(data, override)
+    return data
 
 
 def validate_run(data: Mapping[str, Any], origin: str) -> Run:
@@ -276,18 +288,28 @@ _Loader.add_implicit_resolver(
 
 def _read_yaml(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.load(path.read_text(encoding="utf-8"), Loader=_Loader)
+        return parse_run(path.read_text(encoding="utf-8"), str(path))
     except FileNotFoundError as exc:
         raise ConfigError(f"{path}: no such file; give the path of a run file (YAML)") from exc
     except (OSError, UnicodeDecodeError) as exc:
         raise ConfigError(f"{path}: cannot be read: {exc}") from exc
+
+
+def parse_run(text: str, origin: str) -> dict[str, Any]:
+    """The sections of a run file, not validated yet.
+
+    Raises:
+        ConfigError: It is no YAML, or no mapping.
+    """
+    try:
+        data = yaml.load(text, Loader=_Loader)
     except yaml.YAMLError as exc:
         mark = getattr(exc, "problem_mark", None)
         place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
         problem = getattr(exc, "problem", None) or str(exc).splitlines()[0]
-        raise ConfigError(f"{path}{place}: not valid YAML: {problem}") from exc
+        raise ConfigError(f"{origin}{place}: not valid YAML: {problem}") from exc
     if not isinstance(data, dict):
-        raise ConfigError(f"{path}: must hold a mapping with keys {', '.join(Run.model_fields)}")
+        raise ConfigError(f"{origin}: must hold a mapping with keys {', '.join(Run.model_fields)}")
     return data
 
 

@@ -1,11 +1,16 @@
-"""Which settings decide what comes out of a run; the others change how it is done."""
+"""Which settings decide what comes out of a run; the others change how it is done.
 
-from collections.abc import Mapping
+A checkpoint carries the deciding settings of its run. Whoever reads it compares them with the run
+file at hand: a run file in which one differs is another run's, and is refused.
+"""
+
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import yaml
 
-from dist_sae.config import Run, differences, dump_run
+from dist_sae.config import Run, differences, dump_run, validate_run
+from dist_sae.errors import PlanMismatchError
 
 _OLD_DEAD_AFTER_ROWS = 10_000_000  # the default of runs that began before it followed train.rows
 _FREE_SETTINGS = {
@@ -26,6 +31,8 @@ _FREE_SETTINGS = {
     "train.lost_seconds",
     "train.hung_seconds",
 }
+PLAN_SECTIONS = ("model", "corpus", "activations")
+"""Compared with the plan of the activation set, which knows their content; see `data.plan`."""
 
 
 def deciding(run: Run) -> dict[str, Any]:
@@ -37,13 +44,46 @@ def deciding(run: Run) -> dict[str, Any]:
     return settings
 
 
-def changes(stored: Mapping[str, Any], run: Run) -> list[str]:
-    """Where a run's settings differ from a checkpoint's: `["train.lr: 0.001 -> 0.002"]`."""
-    old, new = dict(stored), deciding(as_begun(run, stored))
-    if old["train"]["lr"] is None:  # left to the width, before checkpoints carried the number
-        follows = run.model_copy(update={"train": run.train.model_copy(update={"lr": None})})
-        old["train"] = {**old["train"], "lr": follows.lr}
+def changes(stored: Mapping[str, Any], run: Run, *, but: Sequence[str] = ()) -> list[str]:
+    """Where a run's settings differ from a checkpoint's: `["train.lr: 0.001 -> 0.002"]`.
+
+    Both are compared as this version reads them: a key that older settings lack has its default,
+    and a value that follows from others is written out.
+
+    Args:
+        stored: What `deciding` gave, perhaps in an older version.
+        run: As the run file says.
+        but: Sections that are not compared.
+
+    Raises:
+        ConfigError: This version cannot read the stored settings.
+    """
+    old = _compared(_read(stored, run, run.name))
+    new = _compared(as_begun(run, stored))
+    for section in but:
+        old.pop(section), new.pop(section)
     return differences(old, new)
+
+
+def check_same_run(stored: Mapping[str, Any], run: Run, place: str, remedy: str = "") -> Run:
+    """The run that a checkpoint's settings are of, once a run file is known to mean the same.
+
+    Args:
+        stored: What `deciding` gave, perhaps in an older version.
+        run: As the run file says. `PLAN_SECTIONS` are not compared here.
+        place: Where the settings are from, for messages.
+        remedy: What to do, if not `restore them or choose another name`.
+
+    Raises:
+        PlanMismatchError: They differ.
+        ConfigError: This version cannot read the stored settings.
+    """
+    if changed := changes(stored, run, but=PLAN_SECTIONS):
+        raise PlanMismatchError(
+            f"{place}: holds a run with other settings ({'; '.join(changed)}); "
+            f"{remedy or 'restore them or choose another name'}"
+        )
+    return _read(stored, run, place)
 
 
 def as_begun(run: Run, stored: Mapping[str, Any]) -> Run:
@@ -54,3 +94,14 @@ def as_begun(run: Run, stored: Mapping[str, Any]) -> Run:
     if was != _OLD_DEAD_AFTER_ROWS or run.dead_after_rows != follows:
         return run
     return run.model_copy(update={"sae": run.sae.model_copy(update={"dead_after_rows": was})})
+
+
+def _read(stored: Mapping[str, Any], run: Run, origin: str) -> Run:
+    stores = {"activations": run.store.activations, "runs": run.store.runs}
+    return validate_run({**stored, "store": stores}, origin)
+
+
+def _compared(run: Run) -> dict[str, Any]:
+    settings = deciding(run)
+    settings["train"]["site"] = run.site
+    return settings

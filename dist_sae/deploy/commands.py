@@ -133,10 +133,10 @@ def _status(options: argparse.Namespace) -> None:
 
 
 def _open(options: argparse.Namespace) -> tuple["Run", "Cluster"]:
-    from dist_sae.config import load_run
+    from dist_sae.checkpoint.folder import open_run
     from dist_sae.deploy.cluster import Cluster
 
-    run = load_run(options.run, options.set)
+    run = open_run(options.run, options.set)
     return run, Cluster(run.cluster)
 
 

@@ -57,6 +57,7 @@ def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]
         status |= {"state": "unknown", "parts": {}, "conditions": []}
     numbers: dict[str, Any] | None = None
     slowest_stage: str | None = None
+    differing: list[str] = []
     try:
         numbers = _live_numbers(run, cluster, pods)
         slowest_stage = _slowest_stage(run, cluster, pods)
@@ -64,6 +65,7 @@ def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]
         out_of_reach["metrics"] = str(exc)
     try:
         status["store"] = stored.progress()
+        differing = stored.changes()
         numbers = numbers or _stored_numbers(stored)
     except DistSaeError as exc:
         out_of_reach["store"] = str(exc)
@@ -72,7 +74,7 @@ def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]
         "numbers": numbers,
         "limit": _limit(numbers, slowest_stage, status["store"] or {}),
         "limit_of": _limit_of(numbers, slowest_stage),
-        "warnings": _warnings(run, numbers),
+        "warnings": [*_warnings(run, numbers), *_other_settings(differing)],
         "out_of_reach": out_of_reach,
     }
 
@@ -159,6 +161,12 @@ def _limit_of(numbers: Mapping[str, Any] | None, slowest_stage: str | None) -> s
         of_producers = f"; of producers: {since}" if slowest_stage else ""
         return f"the last report that was saved{of_producers}"
     return since if numbers or slowest_stage else None
+
+
+def _other_settings(differing: list[str]) -> list[str]:
+    if not differing:
+        return []
+    return [f"the run in the store has other settings than this run file ({'; '.join(differing)})"]
 
 
 def _warnings(run: Run, numbers: Mapping[str, Any] | None) -> list[str]:

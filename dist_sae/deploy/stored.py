@@ -4,14 +4,14 @@ import threading
 from functools import cached_property
 from typing import Any
 
-import yaml
-
+from dist_sae.checkpoint.folder import begun_run
 from dist_sae.checkpoint.layout import Checkpoints
-from dist_sae.config import Run, validate_run
+from dist_sae.config import Run
+from dist_sae.config.deciding import changes, deciding
 from dist_sae.data.consumers import Consumers
 from dist_sae.data.plan import Plan, load_plan
 from dist_sae.data.shard import existing_units
-from dist_sae.errors import ObjectNotFoundError, PlanMismatchError
+from dist_sae.errors import PlanMismatchError
 from dist_sae.report import report_key
 from dist_sae.storage import ObjectStore, open_store
 from dist_sae.telemetry.history import read_history
@@ -33,11 +33,7 @@ class StoredRun:
 
     def begun(self) -> Run | None:
         """The run as trainers found it when they last began; None if none ever did."""
-        try:
-            text = self._runs.get(f"{self._run.name}/run.yaml")
-        except ObjectNotFoundError:
-            return None
-        return validate_run(yaml.safe_load(text), f"{self.url}/run.yaml")
+        return begun_run(self._runs, self._run.name)
 
     def is_complete(self) -> bool:
         """Whether all is done that pods are for: training and, where there is one, the report.
@@ -50,6 +46,11 @@ class StoredRun:
         if trained is None or self._run.cluster.reporter is None:
             return trained is not None
         return any(age <= trained for age in reports)
+
+    def changes(self) -> list[str]:
+        """Where the run file at hand differs from the run's own in what decides the outcome."""
+        begun = self.begun()
+        return [] if begun is None else changes(deciding(begun), self._run)
 
     def progress(self) -> dict[str, Any]:
         """How far producers and trainers are, by what they have stored.

@@ -9,6 +9,7 @@ import torch
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.checkpoint.trained import read_trained
 from dist_sae.config import Run
+from dist_sae.config.deciding import deciding
 from dist_sae.errors import CorruptObjectError, ObjectNotFoundError
 from dist_sae.storage import ObjectStore, open_store
 from tests.checkpoint.test_state import advance, make_run, make_state
@@ -30,7 +31,7 @@ def save(run: Run, store: ObjectStore, step: int, keep: int = 2) -> torch.Tensor
     state = make_state(run, "topk")
     advance(state, range(step))
     checkpoints = Checkpoints(store, run.name, keep)
-    scalars = {"scale": 2.0, "mean": [0.5] * D_IN}
+    scalars = {"scale": 2.0, "mean": [0.5] * D_IN, "run": deciding(run)}
     checkpoints.commit(
         step, [checkpoints.write(step, state._replace(average=None).pieces())], scalars
     )

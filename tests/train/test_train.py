@@ -110,7 +110,7 @@ def test_a_running_mean_of_the_weights_is_resumed_and_evaluated(
     for name, tensor in final(calm).tensors.items():
         assert torch.equal(tensor, checkpoint.read(name)), name
 
-    as_weights = load_run(run_file(folders[2], activations))
+    as_weights = load_run(run_file(folders[2], activations, train=decay))
     tensors = {name: checkpoint.read(name) for name in final(calm).manifest.tensors}
     means = {name: checkpoint.read(f"ema.{name}") for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
     means["W_dec"] /= means["W_dec"].norm(dim=1, keepdim=True)  # as the recipe wants it
