@@ -5,6 +5,7 @@ connection that breaks in the middle of a body) is repeated here, with jitter, u
 `store.s3.deadline_seconds` have passed. Large objects go in parts, several at a time.
 """
 
+import json
 import logging
 import random
 import re
@@ -25,6 +26,7 @@ from botocore.config import Config
 from botocore.exceptions import (
     BotoCoreError,
     ClientError,
+    NoCredentialsError,
 )
 from botocore.utils import conditionally_calculate_md5
 
@@ -283,6 +285,8 @@ class S3Store:
                 with mapped(self.url, key, self._config.endpoint_url):
                     return call()
             except UnavailableError as exc:
+                if isinstance(exc.__cause__, NoCredentialsError):
+                    self.__dict__.pop("_client", None)  # a client that has none never looks again
                 now = time.monotonic()
                 patience = self._config.deadline_seconds
                 if self._stopping.is_set():
@@ -348,10 +352,13 @@ class S3Store:
                         response_checksum_validation="when_required",
                     ),
                 )
-            except ValueError as exc:  # the endpoint or the region is malformed
-                raise AccessError(
-                    f"{line_of(exc)}; check store.s3.endpoint_url", url=self.url
-                ) from exc
+            except ValueError as exc:  # malformed: the endpoint, the region, or what is below
+                setting = "store.s3.endpoint_url"
+                if "retrieve metadata" in str(exc) or "Auth token" in str(exc):
+                    setting = "AWS_CONTAINER_CREDENTIALS_FULL_URI and its token"
+                elif isinstance(exc, json.JSONDecodeError):
+                    setting = "what credential_process prints"
+                raise AccessError(f"{line_of(exc)}; check {setting}", url=self.url) from exc
         for operation in ("PutObject", "UploadPart"):  # servers that ignore signed hashes heed this
             client.meta.events.register(f"before-call.s3.{operation}", conditionally_calculate_md5)
         if self._meter:

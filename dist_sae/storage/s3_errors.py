@@ -1,7 +1,9 @@
 """What S3 endpoints and boto call an error, and what we call it: one mapping, for `s3.py` alone."""
 
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
+from urllib.parse import urlsplit
 
 import urllib3.exceptions
 from boto3.exceptions import Boto3Error
@@ -9,14 +11,10 @@ from botocore.exceptions import (
     BotoCoreError,
     ClientError,
     ConnectionError,  # noqa: A004 - boto's own name
-    CredentialRetrievalError,
     EndpointProviderError,
     HTTPClientError,
     IncompleteReadError,
-    NoCredentialsError,
     ParamValidationError,
-    PartialCredentialsError,
-    ProfileNotFound,
     SSLError,
 )
 from botocore.parsers import ResponseParserError
@@ -28,72 +26,90 @@ from dist_sae.errors import (
     StoreFullError,
     UnavailableError,
 )
+from dist_sae.storage import s3_credentials
 
-_NOT_FOUND = {"NoSuchKey"}
-_REFUSED = {
-    "401": "access denied; check the credentials",
-    "403": "access denied; check the credentials and their permissions on this bucket",
-    "AccessDenied": "access denied; check the credentials' permissions on this bucket",
-    "InvalidAccessKeyId": "the access key is unknown to the endpoint; check AWS_ACCESS_KEY_ID",
-    "SignatureDoesNotMatch": "the secret key is wrong; check AWS_SECRET_ACCESS_KEY",
-    "InvalidToken": "the session token is not valid; check AWS_SESSION_TOKEN",
-    "ExpiredToken": "the session token has expired; renew the credentials",
-    "RequestTimeTooSkewed": "this machine's clock is off; set it",
-    "PermanentRedirect": "the bucket is in another region; set store.s3.region",
-    "AuthorizationHeaderMalformed": "the bucket is in another region; set store.s3.region",
-    "NoSuchBucket": "no such bucket; create it or correct the URL",
-    "InvalidBucketName": "not a valid bucket name; correct the URL",
+# what is the matter, by the code's shape: makers of endpoints vary the words
+_ACCESS = "access denied; check the credentials' permissions on this bucket"
+_EXPIRED = "the session token has expired; renew the credentials"
+_CLOCK = "this machine's clock is off; set it"
+_REGION = "the bucket is in another region; set store.s3.region"
+_ANSWERS: tuple[tuple[str, type[StoreError], str], ...] = (
+    ("NoSuchKey", ObjectNotFoundError, "no such object"),
+    ("NoSuchBucket", AccessError, "no such bucket; create it or correct the URL"),
+    ("InvalidBucketName", AccessError, "not a valid bucket name; correct the URL"),
+    ("AccessDenied", AccessError, _ACCESS),
+    ("401", AccessError, "access denied; check the credentials"),
+    (
+        "403|AllAccessDisabled",
+        AccessError,
+        "access denied; check the credentials and their permissions on this bucket",
+    ),
+    (
+        "InvalidAccessKeyId",
+        AccessError,
+        "the access key is unknown to the endpoint; check AWS_ACCESS_KEY_ID",
+    ),
+    (
+        "SignatureDoesNotMatch",
+        AccessError,
+        "the secret key is wrong; check AWS_SECRET_ACCESS_KEY",
+    ),
+    (
+        "InvalidToken",
+        AccessError,
+        "the session token is not valid; check AWS_SESSION_TOKEN",
+    ),
+    ("ExpiredToken|ExpiredTokenException|TokenRefreshRequired", AccessError, _EXPIRED),
+    ("RequestTimeTooSkewed|RequestExpired", AccessError, _CLOCK),
+    (
+        "301|PermanentRedirect|AuthorizationHeaderMalformed|IllegalLocationConstraintException",
+        AccessError,
+        _REGION,
+    ),
+    (
+        r"KMS\.(?!Internal|Thrott).*",
+        AccessError,
+        "the encryption key cannot be used; check store.s3.kms_key_id and the bucket's key",
+    ),
+    (
+        "InvalidObjectState",
+        StoreError,
+        "is archived (Glacier or the like): restore it, and exempt this place from the rules of "
+        "the bucket that archive objects",
+    ),
+    (
+        ".*(Quota|InsufficientStorage|StorageFull|StorageCap).*|507",
+        StoreFullError,
+        "no space left or over quota",
+    ),
+)
+_BUSY = re.compile(
+    ".*(SlowDown|Thrott|TooManyRequests|RequestLimit|BandwidthLimit|ThroughputExceeded"
+    "|Unavailable|Timeout|InternalError|InternalFailure|InternalServer|KMS.Internal"
+    "|NotInitialized|OperationAborted|TransactionInProgress|TemporaryRedirect"
+    "|ConditionalRequestConflict"  # another writer is at it in this instant
+    "|BadDigest|ContentSHA256Mismatch|ChecksumMismatch|IncompleteBody).*"  # damaged on their way
+)
+_BUSY_STATUSES = {
+    404,  # of a proxy that lacks its server: a server would say what is missing
+    409,
 }
-_FULL = {
-    "QuotaExceeded",
-    "InsufficientStorage",
-    "507",
-    "XMinioStorageFull",
-    "XMinioAdminBucketQuotaExceeded",
-}
-_BUSY = {
-    "SlowDown",
-    "ServiceUnavailable",
-    "InternalError",
-    "RequestTimeout",
-    "RequestLimitExceeded",
-    "Throttling",
-    "ThrottlingException",
-    "TooManyRequests",
-    "500",
-    "502",
-    "503",
-    "504",
-    "429",
-    "408",
-    "404",  # of a proxy that lacks its server: a server would say what is missing
-    "ConditionalRequestConflict",  # another writer is at it in this instant
-    "409",
-    "BadDigest",  # the bytes were damaged on their way
-    "XAmzContentSHA256Mismatch",
-    "IncompleteBody",
-}
+_REFUSED_STATUSES = {401, 403}
+_FULL_STATUS = 507
 
 
 @contextmanager
 def mapped(url: str, key: str | None, endpoint_url: str | None) -> Iterator[None]:
     """Raise boto's errors as ours, about an object of a store, or about the store."""
     try:
-        yield
-    except (CredentialRetrievalError, PartialCredentialsError, ProfileNotFound) as exc:
-        raise AccessError(f"{line_of(exc)}; check the AWS settings", url=url) from exc
+        with s3_credentials.mapped(url, key):
+            yield
     except EndpointProviderError as exc:
         raise AccessError(f"{line_of(exc)}; check store.s3.endpoint_url", url=url) from exc
-    except NoCredentialsError as exc:
-        raise AccessError(
-            "no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
-            "AWS_PROFILE or a web identity",
-            url=url,
-        ) from exc
     except ClientError as exc:
         raise _mapped(exc, url, key) from exc
     except ParamValidationError as exc:
-        raise AccessError(_REFUSED["InvalidBucketName"], url=url) from exc
+        raise AccessError("not a valid bucket name; correct the URL", url=url) from exc
     except (
         ConnectionError,
         HTTPClientError,
@@ -106,7 +122,7 @@ def mapped(url: str, key: str | None, endpoint_url: str | None) -> Iterator[None
                 f"the certificate of {endpoint_url} is not trusted; set store.s3.ca_bundle",
                 url=url,
             ) from exc
-        endpoint = endpoint_url or "AWS"
+        endpoint = _asked(exc) or endpoint_url or "AWS"
         raise UnavailableError(
             f"{endpoint} does not answer ({type(exc).__name__}); "
             f"check store.s3.endpoint_url and the network",
@@ -118,20 +134,26 @@ def mapped(url: str, key: str | None, endpoint_url: str | None) -> Iterator[None
 
 
 def _mapped(exc: ClientError, url: str, key: str | None) -> StoreError:
-    for answer in (code_of(exc), str(_status(exc))):
-        if answer in _NOT_FOUND:
-            return ObjectNotFoundError("no such object", url=url, key=key)
-        if answer in _REFUSED:
-            return AccessError(_REFUSED[answer], url=url)
-        if answer in _FULL:
-            return StoreFullError("no space left or over quota", url=url, key=key)
-        if answer in _BUSY:
-            return UnavailableError(f"the endpoint answers {answer}", url=url, key=key)
-    if code_of(exc).isdigit():  # no S3 error, or one whose text was lost on the way
-        return UnavailableError(
-            f"the endpoint answers {code_of(exc)} without a reason", url=url, key=key
-        )
+    code, status = code_of(exc), _status(exc) or 0
+    busy = bool(_BUSY.fullmatch(code)) or s3_credentials.is_busy(status)
+    if refusal := s3_credentials.answer_of_service(exc, code, url, key, busy=busy):
+        return refusal
+    if "kms:" in str(exc):  # the permission that is lacking
+        return AccessError(f"{line_of(exc)}; check store.s3.kms_key_id", url=url)
+    for shape, error, message in _ANSWERS:
+        if re.fullmatch(shape, "507" if status == _FULL_STATUS else code):
+            return error(message, url=url, key=None if error is AccessError else key)
+    if busy or status in _BUSY_STATUSES or code.isdigit():  # or its text was lost on the way
+        return UnavailableError(f"the endpoint answers {code}", url=url, key=key)
+    if status in _REFUSED_STATUSES:
+        return AccessError(f"{line_of(exc)}; check the credentials and the account", url=url)
     return StoreError(line_of(exc), url=url, key=key)
+
+
+def _asked(exc: Exception) -> str | None:
+    """The endpoint that did not answer: the store's, or one that hands out credentials."""
+    url = urlsplit(getattr(exc, "kwargs", {}).get("endpoint_url") or "")
+    return f"{url.scheme}://{url.netloc}" if url.netloc else None
 
 
 def code_of(exc: ClientError) -> str:

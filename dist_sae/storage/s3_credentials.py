@@ -1,0 +1,151 @@
+"""Why credentials cannot be had: for now, or for good; for `s3_errors.py` alone.
+
+Services hand them out: instance metadata (EC2), a container's endpoint (ECS, EKS Pod Identity), STS
+for a web identity. They are busy when many pods start at once. A program is patient with them then,
+as with the store itself; where there are no credentials it says so at once.
+"""
+
+import os
+import re
+import urllib.error
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http import HTTPStatus
+
+from botocore.exceptions import (
+    ClientError,
+    CredentialRetrievalError,
+    NoCredentialsError,
+    PartialCredentialsError,
+    ProfileNotFound,
+)
+
+from dist_sae.errors import AccessError, UnavailableError
+
+_FIELDS = {"AccessKeyId", "SecretAccessKey", "Token", "Expiration"}  # of an endpoint's answer
+_STILL_EXPIRED = "refreshed credentials are still expired"
+_METADATA = "http://169.254.169.254"
+_METADATA_SECONDS = 1.0  # as botocore has it
+_SERVICES = re.compile("AssumeRole|GetRoleCredentials|GetSessionToken|CreateToken|CreateOAuth2")
+
+
+def is_busy(status: int) -> bool:
+    """Whether an HTTP status says that the same request may succeed later."""
+    return status in (
+        HTTPStatus.REQUEST_TIMEOUT,
+        HTTPStatus.TOO_EARLY,
+        HTTPStatus.TOO_MANY_REQUESTS,
+    ) or (
+        status >= HTTPStatus.INTERNAL_SERVER_ERROR
+        and status not in (HTTPStatus.NOT_IMPLEMENTED, HTTPStatus.INSUFFICIENT_STORAGE)
+    )
+
+
+@contextmanager
+def mapped(url: str, key: str | None) -> Iterator[None]:
+    """Raise botocore's errors about credentials as ours; STS' answers are `ClientError`s."""
+    try:
+        yield
+    except CredentialRetrievalError as exc:
+        if _is_passing(str(exc)):
+            raise UnavailableError(_line(exc), url=url, key=key) from exc
+        raise AccessError(f"{_line(exc)}; check the AWS settings", url=url) from exc
+    except (PartialCredentialsError, ProfileNotFound) as exc:
+        raise AccessError(f"{_line(exc)}; check the AWS settings", url=url) from exc
+    except NoCredentialsError as exc:
+        if _metadata_is_busy():
+            raise UnavailableError(
+                "instance metadata hands out no credentials now", url=url, key=key
+            ) from exc
+        raise AccessError(
+            "no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
+            "AWS_PROFILE or a web identity",
+            url=url,
+        ) from exc
+    except (RuntimeError, KeyError) as exc:  # botocore's, of an answer that has none, or old ones
+        if _STILL_EXPIRED not in str(exc) and str(exc).strip("'") not in _FIELDS:
+            raise
+        raise UnavailableError(
+            f"no credentials that are valid now were handed out ({_line(exc)})", url=url, key=key
+        ) from exc
+    except (FileNotFoundError, PermissionError) as exc:  # a token's file, a credential_process
+        if exc.filename is None:
+            raise
+        raise AccessError(
+            f"{exc.filename}: {exc.strerror}; check the AWS settings", url=url
+        ) from exc
+
+
+def answer_of_service(
+    exc: ClientError, code: str, url: str, key: str | None, *, busy: bool
+) -> AccessError | UnavailableError | None:
+    """What it means that a service which hands out credentials refused; None of the store's own.
+
+    A web identity's token is renewed beside the pod, and its issuer may be out of reach: neither
+    code says so, nor that waiting mends it.
+
+    Args:
+        exc: Its answer.
+        code: The answer's code.
+        url: The store.
+        key: The object that was asked for.
+        busy: Whether the code says by itself that the service is busy.
+    """
+    if not _SERVICES.match(exc.operation_name):
+        return None
+    if (
+        busy
+        or code == "IDPCommunicationError"
+        or (code == "InvalidIdentityToken" and "verification key" in str(exc))
+        or (code.startswith("ExpiredToken") and exc.operation_name.endswith("WebIdentity"))
+    ):
+        return UnavailableError(f"no credentials yet: {_line(exc)}", url=url, key=key)
+    return AccessError(f"no credentials: {_line(exc)}; check the AWS settings", url=url)
+
+
+def _is_passing(text: str) -> bool:
+    """Whether an endpoint may give credentials later; by botocore's words, all that there is."""
+    if status := re.search(r"non 200 response (\d+)", text):
+        return is_busy(int(status[1]))
+    return (
+        "container metadata" in text  # no answer, or one that is no JSON
+        or "Credential refresh failed" in text  # there were some before
+    )
+
+
+def _metadata_is_busy() -> bool:
+    """Whether instance metadata is there, and fails.
+
+    Botocore takes a failure for a machine without it. Where nothing can be reached there is none.
+    """
+    if os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
+        return False
+    base = os.environ.get("AWS_EC2_METADATA_SERVICE_ENDPOINT", _METADATA).rstrip("/")
+    headers = {"x-aws-ec2-metadata-token-ttl-seconds": "60"}
+    status, token = _ask(f"{base}/latest/api/token", "PUT", headers)
+    if status != HTTPStatus.REQUEST_TIMEOUT and is_busy(status):
+        return True
+    # the token's answer may travel fewer hops than a container is away; then this one says more
+    headers = {"x-aws-ec2-metadata-token": token} if status == HTTPStatus.OK else {}
+    status, role = _ask(f"{base}/latest/meta-data/iam/security-credentials/", "GET", headers)
+    return is_busy(status) or (status == HTTPStatus.OK and bool(role))  # a role: it works again
+
+
+def _ask(url: str, method: str, headers: dict[str, str]) -> tuple[int, str]:
+    """(Status, text); 408 where there was a connection and no answer, 0 where there was none."""
+    request = urllib.request.Request(url, method=method, headers=headers)
+    try:
+        opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+        with opener.open(request, timeout=_METADATA_SECONDS) as answer:
+            return answer.status, answer.read().decode(errors="replace")
+    except urllib.error.HTTPError as exc:
+        return exc.code, ""
+    except urllib.error.URLError:
+        return 0, ""
+    except (OSError, ValueError):
+        return HTTPStatus.REQUEST_TIMEOUT, ""
+
+
+def _line(exc: Exception) -> str:
+    return " ".join(str(exc).split())
