@@ -79,7 +79,7 @@ def export(run: Run, meter: Meter = UNMETERED) -> str:
     runs.put(f"{folder}/sae_weights.safetensors", safetensors.torch.save(tensors))
     config = saelens_config(own, tensors, step=trained.step, scale=trained.scale)
     runs.put(f"{folder}/cfg.json", json.dumps(config, indent=2).encode())
-    return f"{runs.url.removeprefix('file://')}/{folder}"
+    return f"{runs.url}/{folder}"
 
 
 def folded(sae: Dictionary, scale: float) -> dict[str, Tensor]:

@@ -7,7 +7,6 @@ from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from dist_sae import __version__
 from dist_sae.checkpoint.folder import begun_run
@@ -66,7 +65,7 @@ def report(run: Run, meter: Meter = UNMETERED) -> str:
     )
     key = report_key(run)
     runs.put(key, render_page(page).encode())
-    return _place(runs.url, key)
+    return f"{runs.url}/{key}"
 
 
 def report_key(run: Run) -> str:
@@ -163,9 +162,3 @@ def _versions() -> str:
         except PackageNotFoundError:  # transformers is not needed for the synthetic model
             continue
     return ", ".join(name.replace(" ", "\u00a0") for name in found)
-
-
-def _place(url: str, key: str) -> str:
-    if url.startswith("file://"):
-        return f"{unquote(urlsplit(url).path).rstrip('/')}/{key}"
-    return f"{url.rstrip('/')}/{key}"

@@ -15,9 +15,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
-from urllib.parse import unquote, urlsplit
 
 from dist_sae.config import Run
+from dist_sae.config.base import folder_of
 from dist_sae.errors import (
     EXIT_BUG,
     EXIT_RESUMABLE,
@@ -305,6 +305,6 @@ def _stop_requests() -> Iterator[threading.Event]:
 
 def _log_folder(run: Run) -> Path:
     """Beside the run's other files, or in the current folder where they are not on this disk."""
-    if run.store.runs.startswith("file://"):
-        return Path(unquote(urlsplit(run.store.runs).path)) / run.name / "logs"
+    if folder := folder_of(run.store.runs):
+        return Path(folder) / run.name / "logs"
     return Path(f"{run.name}-logs")

@@ -53,7 +53,7 @@ def part(path: Path, step: int, name: str) -> Path:
 
 
 def load_run_folder(path: Path) -> Path:
-    return Path(load_run(path).store.runs.removeprefix("file://")) / "world" / "checkpoints"
+    return Path(load_run(path).store.runs) / "world" / "checkpoints"
 
 
 def test_ls_says_what_is_there(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,7 +5,6 @@ need no torch.
 """
 
 import difflib
-import os
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -16,7 +15,7 @@ import yaml
 from pydantic import StringConstraints, ValidationError, model_validator
 from pydantic_core import ErrorDetails
 
-from dist_sae.config.base import Section
+from dist_sae.config.base import Section, folder_of
 from dist_sae.config.cluster import ClusterConfig
 from dist_sae.config.data import (
     SYNTHETIC_SITE,
@@ -407,10 +406,10 @@ def _sections_in(annotation: Any) -> Iterator[type[Section]]:
 
 
 def _with_absolute_stores(run: Run) -> Run:
-    """Local paths as file:// URLs, so that the resolved run means the same from any folder."""
+    """Folders as absolute paths, so that the resolved run means the same from any folder."""
     store = run.store
     resolved = {
-        name: url if "://" in url else Path(os.path.abspath(Path(url).expanduser())).as_uri()
+        name: folder_of(url) or url
         for name, url in (("activations", store.activations), ("runs", store.runs))
     }
     return run.model_copy(update={"store": store.model_copy(update=resolved)})

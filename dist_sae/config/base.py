@@ -1,6 +1,8 @@
 """What every section of a run file has in common."""
 
+import os
 from typing import Annotated
+from urllib.parse import unquote
 
 from pydantic import AfterValidator, BaseModel, ConfigDict
 
@@ -25,9 +27,22 @@ def _check_store_url(url: str) -> str:
         raise ValueError(f"{url} names no bucket: use s3://bucket/prefix")
     if separator and scheme == "file" and not rest.startswith("/"):
         raise ValueError(f"{url} names a host: use file:///path, with three slashes")
+    if os.path.expanduser(url).startswith("~"):
+        raise ValueError(f"{url} begins with the home of a user who is not known here")
     if url.rstrip("/") in ("", "file:"):
         raise ValueError("is the root of the file system: name a folder in it")
     return url.rstrip("/")
+
+
+def folder_of(url: str) -> str | None:
+    """The absolute path of the folder that a store's URL names; None on S3.
+
+    A file:// URL is a path, percent-encoded or not: "#" and "?" are letters of it.
+    """
+    if url.startswith("s3://"):
+        return None
+    path = unquote(url.removeprefix("file://")) if url.startswith("file://") else url
+    return os.path.abspath(os.path.expanduser(path))
 
 
 StoreUrl = Annotated[str, AfterValidator(_check_store_url)]

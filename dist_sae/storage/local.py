@@ -1,6 +1,7 @@
 """A folder as an object store: the embedded default."""
 
 import errno
+import logging
 import os
 import time
 import uuid
@@ -8,10 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
-from urllib.parse import unquote, urlsplit
 
+from dist_sae.config.base import folder_of
 from dist_sae.errors import AccessError, ObjectNotFoundError, StoreError, StoreFullError
 from dist_sae.storage.base import Entry
+
+logger = logging.getLogger(__name__)
 
 _TEMPORARY = ".partial"  # suffix of files that are still being written; never listed
 _RACES = 100
@@ -21,13 +24,13 @@ class LocalStore:
     """Objects are files; a write becomes visible by one rename (or link) after fsync."""
 
     def __init__(self, url: str) -> None:
-        self.root = Path(
-            unquote(urlsplit(url).path) if url.startswith("file://") else url
-        ).absolute()
+        folder = folder_of(url)
+        assert folder is not None
+        self.root = Path(folder)
 
     @property
     def url(self) -> str:
-        return self.root.as_uri()
+        return str(self.root)
 
     @property
     def exclusive(self) -> bool:
@@ -78,13 +81,15 @@ class LocalStore:
         yield from sorted(key for key in found if key.startswith(prefix))
 
     def entries(self, prefix: str = "") -> Iterator[Entry]:
+        now = None
         for key in self.keys(prefix):
             with self._errors(key):
                 try:
                     there = (self.root / key).stat()
                 except FileNotFoundError:  # deleted since it was listed
                     continue
-            yield Entry(key, there.st_size, time.time() - there.st_mtime)
+            now = now or self._now()
+            yield Entry(key, there.st_size, max(0.0, now - there.st_mtime))
 
     def delete(self, key: str) -> None:
         path = self.root / key
@@ -92,6 +97,23 @@ class LocalStore:
             path.unlink()
             with suppress(OSError):  # not empty, or gone
                 path.parent.rmdir()
+
+    def _now(self) -> float:
+        """The time by the clock that dates the files: on a network file system the server's."""
+        probe = self.root / f"{uuid.uuid4().hex[:12]}{_TEMPORARY}"
+        try:
+            probe.touch(exist_ok=False)
+            os.utime(probe)  # a server may date a new file by the client, but not this
+            return probe.stat().st_mtime
+        except OSError:
+            logger.warning(
+                "%s: cannot be written to, so this machine's clock tells the ages of objects",
+                self.url,
+            )
+            return time.time()
+        finally:
+            with suppress(OSError):
+                probe.unlink()
 
     @contextmanager
     def _errors(self, key: str | None) -> Iterator[None]:

@@ -111,6 +111,10 @@ def test_load_run_refuses_numbers_that_are_not_finite(tmp_path: Path, value: str
             "store.runs=file://a/b",
             "store.runs: file://a/b names a host: use file:///path, with three slashes",
         ),
+        (
+            "store.runs=~nobody-here/a",
+            "store.runs: ~nobody-here/a begins with the home of a user who is not known here",
+        ),
         ("store.runs=''", "store.runs: is empty: use s3://bucket/prefix, file:///path or a path"),
         ("store.runs=/", "store.runs: is the root of the file system: name a folder in it"),
         ("store.runs=file:///", "store.runs: is the root of the file system: name a folder in it"),
@@ -312,15 +316,17 @@ def test_dumped_run_loads_to_an_equal_run(tmp_path: Path) -> None:
     assert load_run(again, ["sae.k=1"]) != run
 
 
-def test_local_stores_resolve_to_absolute_urls(
+def test_local_stores_resolve_to_absolute_paths(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/someone")
     path = synthetic_run(tmp_path)
     run = load_run(path, ["store.activations=a b/../c/", "store.runs=~/r"])
-    assert run.store.activations == f"file://{tmp_path}/c"
-    assert run.store.runs == "file:///home/someone/r"
+    assert run.store.activations == f"{tmp_path}/c"
+    assert run.store.runs == "/home/someone/r"
+    for url in ("file:///a%20\u00e4#1?x", "file:///a \u00e4#1?x"):
+        assert load_run(path, [f"store.runs={url}"]).store.runs == "/a \u00e4#1?x"
     assert load_run(path, ["store.runs=s3://b/p/"]).store.runs == "s3://b/p"
 
 

@@ -234,7 +234,7 @@ def test_pods_serve_metrics_where_the_run_names_no_port() -> None:
         (["cluster.image=null"], ["cluster.image: missing"]),
         (
             ["store.runs=/data/runs", "store.activations=/data/a"],
-            ["store.activations: file:///data/a is a folder", "store.runs: file:///data/runs is"],
+            ["store.activations: /data/a is a folder", "store.runs: /data/runs is"],
         ),
         (["name=1st"], ["name: 1st cannot name pods"]),
         (["name=" + "n" * 43], ["name: nnn"]),

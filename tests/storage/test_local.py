@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +15,10 @@ import pytest
 
 from dist_sae.errors import AccessError, StoreError, StoreFullError
 from dist_sae.storage import open_store
+
+
+def files(folder: Path) -> list[str]:
+    return sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
 
 
 def test_writer_that_dies_leaves_nothing_to_see(tmp_path: Path) -> None:
@@ -138,9 +143,12 @@ def test_keys_of_a_folder_that_vanishes_are_no_error(
     assert list(store.keys()) == ["units/1"]
 
 
-def test_plain_path_and_url_are_the_same_store(tmp_path: Path) -> None:
-    open_store(str(tmp_path / "a b%20c")).put("key", b"content")
-    assert open_store((tmp_path / "a b%20c").as_uri()).get("key") == b"content"
+def test_plain_path_and_url_are_the_same_store_which_shows_the_path(tmp_path: Path) -> None:
+    folder = tmp_path / "a b%20c \u00e4#1?x"
+    open_store(str(folder)).put("key", b"content")
+    for url in (folder.as_uri(), f"file://{tmp_path}/a b%2520c \u00e4#1?x"):
+        assert open_store(url).get("key") == b"content"
+        assert open_store(url).url == str(folder)
 
 
 def test_object_that_is_deleted_while_listed_is_left_out(
@@ -162,3 +170,29 @@ def test_age_of_a_file_is_its_age(tmp_path: Path) -> None:
     os.utime(tmp_path / "key", (written - 90, written - 90))
     (entry,) = store.entries()
     assert 90 <= entry.age_seconds < 120
+
+
+def test_age_is_told_by_the_clock_that_dates_the_files(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    now = time.time
+    monkeypatch.setattr(time, "time", lambda: now() + 300)  # a machine five minutes ahead
+    store = open_store(str(tmp_path))
+    store.put("key", b"")
+    (entry,) = store.entries()
+    assert 0 <= entry.age_seconds < 60
+    assert files(tmp_path) == ["key"]
+
+
+def test_ages_in_a_folder_that_cannot_be_written_to_are_by_this_clock(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    store = open_store(str(tmp_path))
+    store.put("key", b"")
+
+    def refuse(*_: Any, **__: Any) -> None:  # root may do everything, so it cannot be had for real
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(Path, "touch", refuse)
+    assert [entry.key for entry in store.entries()] == ["key"]
+    assert "this machine's clock tells the ages of objects" in caplog.text
