@@ -1,8 +1,19 @@
-"""`python -m dist_sae` is `dist-sae`."""
+"""`dist-sae` and `python -m dist_sae`: signals are heeded before anything else is imported."""
 
 import sys
 
-from dist_sae.cli import main
+from dist_sae import signals
+
+
+def main() -> int:
+    """Run the command that the arguments name; returns the exit code."""
+    signals.heed()
+    from dist_sae.cli import main as run_command
+
+    code = run_command()
+    signals.heed_no_more(code)
+    return code
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -10,11 +10,11 @@ import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dist_sae import __version__, logs
+from dist_sae import __version__, logs, signals
 from dist_sae.bench.commands import add_benches
 from dist_sae.deploy.commands import add_cluster_commands
 from dist_sae.errors import EXIT_DONE, EXIT_RESUMABLE, DistSaeError, Stopped
@@ -44,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
             sys.stderr.write(f"error: {line}\n")
         return error.exit_code
     except KeyboardInterrupt:
-        sys.stderr.write("stopped: interrupted; start the same command again\n")
+        sys.stderr.write(signals.INTERRUPTED)
         return EXIT_RESUMABLE
     except BrokenPipeError:  # whoever read our output has had enough
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit fails too
@@ -130,11 +130,24 @@ def _train(options: argparse.Namespace) -> int | None:
                 lost_seconds=config.lost_seconds,
                 hung_seconds=config.hung_seconds,
             ) as watch,
+            _hold(run, stopping),
             join_mesh(ranks, run.processes.shards) as mesh,
         ):
             result = train(run, mesh, watch, stopping, telemetry)
     _print_result(options, result)
     return None
+
+
+def _hold(run: "Run", stopping: threading.Event) -> AbstractContextManager[object]:
+    """The run is this job's alone: its first rank sees to that."""
+    from dist_sae.checkpoint.lease import TrainerLease
+    from dist_sae.storage import open_store
+
+    if _rank():
+        return nullcontext()
+    return TrainerLease(
+        open_store(run.store.runs, run.store.s3, None, stopping), run.name, stopping
+    )
 
 
 def _await_plan(run: "Run", stopping: threading.Event) -> None:
@@ -348,7 +361,7 @@ def _port(first: int | None, offset: int) -> int | None:
 
 def _heed_signals() -> None:
     """SIGTERM is like Ctrl-C, and the death of `dist-sae run` like a SIGTERM."""
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    signals.heed()
     if os.environ.get(logs.SUPERVISED):
         threading.Thread(target=_watch_parent, name="parent", daemon=True).start()
 
@@ -361,7 +374,7 @@ def _watch_parent() -> None:
 def _stop_on_signals() -> threading.Event:
     """An event that SIGTERM and SIGINT set, for programs that have something to save first."""
     stopping = threading.Event()
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in signals.SIGNALS:
         signal.signal(number, lambda *_: stopping.set())
     return stopping
 

@@ -9,6 +9,7 @@
         NonFiniteError            NaN or infinity in activations, loss or gradients
         DivergedError             ranks that should hold the same no longer do
         RankLostError             a rank of the job is gone or hung: exit 75
+        RunTakenError             another trainer has the run: exit 75
         DataExhaustedError        fewer rows than the run asks for
         TelemetryError            a metrics port that cannot be opened
         ProcessFailedError        a process of a local run ended with an error of its own
@@ -73,6 +74,12 @@ class DivergedError(DistSaeError):
 
 class RankLostError(DistSaeError):
     """Another rank is gone or hung; started again, all goes on from the last checkpoint."""
+
+    exit_code = EXIT_RESUMABLE
+
+
+class RunTakenError(DistSaeError):
+    """Another process trains this run; started again when that one has ended, all goes on."""
 
     exit_code = EXIT_RESUMABLE
 

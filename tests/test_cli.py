@@ -239,7 +239,7 @@ def test_store_verify_names_every_bad_object(
     assert result["bad"] == 5
     assert result["bad_objects"].keys() == bad.keys()
     lines = [line for line in said.err.splitlines() if line.startswith("error: ")]
-    assert lines[0].startswith(f"error: {store.as_uri()}: 5 of 8 objects are bad; delete the manif")
+    assert lines[0].startswith(f"error: {store}: 5 of 8 objects are bad; delete the manif")
     for line, (key, fault) in zip(lines[1:], bad.items(), strict=True):
         assert line.startswith(f"error: {key}: {fault}")
 
@@ -298,3 +298,29 @@ def test_reader_that_closes_early_is_no_error(tmp_path: Path) -> None:
     )
     os.close(writer)
     assert (done.returncode, done.stderr) == (0, "")
+
+
+DYING = """
+import os, signal
+try:
+    os.kill(os.getpid(), signal.SIG{name})
+except BaseException:  # as C extensions do with what interrupts their import
+    pass
+raise ImportError("no interrupt, it seems")
+"""
+
+
+@pytest.mark.parametrize("name", ["TERM", "INT"])
+@pytest.mark.parametrize("module", ["argparse", "webdataset"])  # at the start, and of a program
+def test_signal_during_an_import_ends_in_one_line(tmp_path: Path, name: str, module: str) -> None:
+    (tmp_path / f"{module}.py").write_text(DYING.format(name=name))
+    paths = os.pathsep.join([str(tmp_path), *sys.path])
+    done = subprocess.run(
+        [sys.executable, "-m", "dist_sae", "store", "ls", str(synthetic_run(tmp_path))],
+        env=os.environ | {"PYTHONPATH": paths},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 75
+    assert done.stderr == "stopped: interrupted; start the same command again\n"
