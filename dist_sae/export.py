@@ -20,7 +20,7 @@ from dist_sae import __version__
 from dist_sae.checkpoint.trained import read_trained
 from dist_sae.config import Run, differences
 from dist_sae.config.data import HuggingFaceModel
-from dist_sae.data.plan import plan_settings
+from dist_sae.data.identity import plan_settings
 from dist_sae.errors import ConfigError
 from dist_sae.sae.base import Dictionary
 from dist_sae.sae.batchtopk import BatchTopK
@@ -71,7 +71,7 @@ def export(run: Run, meter: Meter = UNMETERED) -> str:
         raise ConfigError(
             f"{runs.url}/{run.name}: holds no checkpoint yet; run `dist-sae train` first"
         )
-    own = trained.run
+    own = trained.run.model_copy(update={"export": run.export})
     if changed := differences(plan_settings(own), plan_settings(run)):
         logger.warning("what the run was trained on is written, not %s", "; ".join(changed))
     folder = f"{run.name}/export"
@@ -120,9 +120,8 @@ def saelens_config(
         "metadata": {
             "sae_lens_version": _SAELENS_VERSION,
             "sae_lens_training_version": None,
-            "model_name": run.model.path
-            if isinstance(run.model, HuggingFaceModel)
-            else "synthetic",
+            "model_name": run.export.model_name
+            or (run.model.path if isinstance(run.model, HuggingFaceModel) else "synthetic"),
             "model_class_name": "HookedTransformer",
             "hook_name": f"blocks.{layer}.{_HOOKS[site]}" if hugging_face else run.site,
             "hook_head_index": None,

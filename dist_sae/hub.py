@@ -1,6 +1,9 @@
-"""Whether a model hub was out of reach, as far as an error tells."""
+"""The hub of models and data sets: which commit a name stands for, and whether it was in reach."""
 
 from collections.abc import Iterator
+from pathlib import Path
+
+import huggingface_hub
 
 _OUT_OF_REACH = {  # of httpx, requests and huggingface_hub, none of which every program loads
     "ConnectError",
@@ -14,6 +17,23 @@ _OUT_OF_REACH = {  # of httpx, requests and huggingface_hub, none of which every
     "Timeout",
 }
 _TOO_MANY, _SERVER_ERROR = 429, 500
+
+
+def cached_commit(model: str, revision: str | None) -> str | None:
+    """The commit of a model whose configuration was loaded before; None where there is none."""
+    try:
+        path = huggingface_hub.try_to_load_from_cache(model, "config.json", revision=revision)
+    except ValueError:  # no name that a hub could have
+        return None
+    return Path(path).parent.name if isinstance(path, str) else None
+
+
+def dataset_commit(name: str, revision: str | None) -> str | None:
+    """The commit that a data set's revision stands for now; None if the hub does not tell."""
+    try:
+        return huggingface_hub.HfApi().dataset_info(name, revision=revision).sha
+    except (OSError, ValueError, huggingface_hub.errors.HfHubHTTPError):
+        return None
 
 
 def is_out_of_reach(error: BaseException) -> bool:

@@ -5,6 +5,7 @@ import logging
 from dist_sae.config import Run
 from dist_sae.config.data import SyntheticCorpus
 from dist_sae.data.corpus import Corpus, CorpusIndex
+from dist_sae.data.identity import model_content
 from dist_sae.data.orders import permutation
 from dist_sae.data.plan import Plan, check_rows, make_plan, publish_plan
 from dist_sae.data.tokens import cut
@@ -36,7 +37,8 @@ def plan(run: Run, meter: Meter = UNMETERED) -> Plan:
         corpus = Corpus(run.corpus, run.store.s3)
         index = corpus.index()
         check_sites(run.model, run.activations.sites)
-        made = make_plan(run, index, _document_rows(run, corpus, index))
+        content = model_content(run.model)
+        made = make_plan(run, index, _document_rows(run, corpus, index), content)
     except HubUnavailableError as exc:
         exc.exit_code = EXIT_USER  # nothing has shown yet that the name is right
         raise
@@ -48,7 +50,8 @@ def plan(run: Run, meter: Meter = UNMETERED) -> Plan:
             made.train_rows_estimate,
             run.train.rows,
         )
-    created = publish_plan(store, made)
+    there = publish_plan(store, made)
+    created, made = there is made, there
     documents = sum(span.count for unit in made.units for span in unit)
     meter.set("dist_sae_plan_units", len(made.units))
     meter.set("dist_sae_plan_documents", documents)

@@ -27,7 +27,7 @@ from dist_sae.data.claims import Claims, Worker
 from dist_sae.data.consumers import Consumers
 from dist_sae.data.corpus import Corpus, Document
 from dist_sae.data.orders import spread
-from dist_sae.data.plan import Plan, load_plan
+from dist_sae.data.plan import Plan, as_planned, check_model, load_plan
 from dist_sae.data.shard import DTYPES, Rows, SiteShard, UnitManifest, manifest_key, write_shard
 from dist_sae.data.tokens import TokenBatch, cut, pack
 from dist_sae.errors import CorpusError, NonFiniteError, Stopped
@@ -96,6 +96,14 @@ def produce(
     """
     store = open_store(run.store.activations, run.store.s3, telemetry, stopping)
     plan = load_plan(store, run)
+    run = as_planned(run, plan)
+    if plan.text_checksums is None and not isinstance(run.corpus, SyntheticCorpus):
+        logger.warning(
+            "%s: its plan is of an earlier version and has no checksums of documents: a change of "
+            "the text is noticed %s",
+            store.url,
+            "by a file's size and time only" if run.corpus.kind == "files" else "by nothing",
+        )
     consumers = Consumers(store, run.store.consumer_expiry_hours)
     ahead = run.store.max_ahead_units
     claims = Claims(store, plan, worker, stopping, consumers, ahead, telemetry)
@@ -114,6 +122,7 @@ def produce(
             while (tokenized := _first_of(upcoming, finishing)) is not None:
                 upcoming = preparer.submit(prepare.next_unit)
                 if forward is None:
+                    check_model(run, plan)
                     forward = Forward(open_source(), held)
                 computed = _compute(
                     tokenized, forward, prepare.tokenizer, run, claims, stopping, telemetry
@@ -145,7 +154,9 @@ def produce_together(
 
     Raises:
         RankLostError: Another rank is gone, hung or has failed.
+        PlanMismatchError: The store holds no plan, or another one.
     """
+    run = as_planned(run, load_plan(open_store(run.store.activations, run.store.s3), run))
     train = run.train
     with (
         meet(

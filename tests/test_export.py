@@ -173,6 +173,20 @@ def test_hooks_have_the_names_that_users_know(tmp_path: Path, site: str, hook: s
     save(checkpoints, 5, weights | IDLE, scalars(run, 1.0))
     config = json.loads((Path(export(run)) / "cfg.json").read_text())
     assert config["metadata"]["hook_name"] == hook
+    assert config["metadata"]["model_name"] == "x"
+
+
+def test_a_folder_may_have_the_name_that_the_hub_has_for_its_model(tmp_path: Path) -> None:
+    path = write_run(tmp_path, activations={"sites": ["resid_post.1"]})
+    settings = ["model={kind: huggingface, path: /x}", "corpus={kind: files, files: [x.txt]}"]
+    run = load_run(path, settings)
+    zeros = {"W_enc": torch.zeros(64, 16), "W_dec": torch.ones(64, 16) / 4}
+    zeros |= {"b_enc": torch.zeros(64), "b_dec": torch.zeros(16)}
+    checkpoints = Checkpoints(open_store(run.store.runs), run.name, 1)
+    save(checkpoints, 5, zeros | IDLE, scalars(run, 1.0))  # before anybody thought of the name
+    named = load_run(path, [*settings, "export.model_name=some/model"])
+    config = json.loads((Path(export(named)) / "cfg.json").read_text())
+    assert config["metadata"]["model_name"] == "some/model"
 
 
 def test_exporting_nothing_says_what_to_do(tmp_path: Path) -> None:

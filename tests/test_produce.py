@@ -535,6 +535,23 @@ def test_text_that_changes_while_producing_gives_no_rows(
     assert all(int(tokens.min()) >= ord("a") for tokens in stored)
 
 
+def test_a_producer_whose_run_needs_one_site_makes_them_all(
+    letters: tuple[Run, ObjectStore], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run, store = letters
+    asked: list[tuple[str, ...]] = []
+
+    def build(_: object, sites: tuple[str, ...]) -> LetterSource:
+        asked.append(sites)
+        return LetterSource()
+
+    monkeypatch.setattr(dist_sae.produce, "build_source", build)
+    activations = run.activations.model_copy(update={"sites": (SITES[0],)})
+    start(run.model_copy(update={"activations": activations}), "a")
+    assert asked == [tuple(SITES)]
+    assert set(read_manifest(store, 0).sites) == set(SITES)
+
+
 def test_metrics_count_rows_and_units(letters: tuple[Run, ObjectStore]) -> None:
     run, store = letters
     telemetry = Telemetry("world", "produce", None)

@@ -28,6 +28,7 @@ from dist_sae.config.sae import SaeConfig
 from dist_sae.config.train import (
     LAST_PORT,
     EvaluateConfig,
+    ExportConfig,
     ProcessesConfig,
     TelemetryConfig,
     TrainConfig,
@@ -49,6 +50,7 @@ class Run(Section):
     sae: SaeConfig
     train: TrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
+    export: ExportConfig = ExportConfig()
     processes: ProcessesConfig = ProcessesConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
     cluster: ClusterConfig = ClusterConfig()

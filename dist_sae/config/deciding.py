@@ -19,6 +19,7 @@ _FREE_SETTINGS = {
     "evaluate",
     "telemetry",
     "cluster",
+    "export",
     "train.max_passes",  # later passes follow earlier ones: no batch changes
     "train.log_every_steps",
     "train.save_every_steps",

@@ -80,6 +80,13 @@ class EvaluateConfig(Section):
     """Latents shown in the report with their top activating text."""
 
 
+class ExportConfig(Section):
+    """What is said of a dictionary where others load it."""
+
+    model_name: str | None = None
+    """The model's name on the hub, where `model.path` is a folder; null takes `model.path`."""
+
+
 class ProcessesConfig(Section):
     """How many processes share the work."""
 

@@ -35,6 +35,7 @@ from dist_sae.data.formats import (
     unpack,
 )
 from dist_sae.errors import CorpusError
+from dist_sae.hub import dataset_commit
 from dist_sae.storage import ObjectStore, open_store
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,8 @@ class CorpusIndex(NamedTuple):
     spans: list[Span]
     digests: list[bytes] | None = None
     """The checksums of each span's documents, one after the other; None where there is no text."""
+    commit: str | None = None
+    """Of a data set on the hub."""
 
     def checksums(self, units: Iterable[Iterable[SupportsIndex]]) -> tuple[str, ...] | None:
         """Checksum of the documents of each unit, whose spans are named by their place here."""
@@ -117,6 +120,13 @@ class Corpus:
         Raises:
             CorpusError: A file is missing or unreadable, or there is no text at all.
         """
+        commit = None
+        if isinstance(self._config, DatasetCorpus) and not Path(self._config.name).exists():
+            commit = dataset_commit(self._config.name, self._config.revision)
+            # the same commit is loaded, whatever comes meanwhile
+            self._config = self._config.model_copy(
+                update={"revision": commit or self._config.revision}
+            )
         found = [_Found() for _ in self._names()]
         files = [self._index(*each) for each in zip(self._names(), found, strict=True)]
         total = sum(file.documents for file in files)
@@ -132,7 +142,7 @@ class Corpus:
                 spans.append(Span(number, first, last - first, start, stop))
                 digests.append(bytes(places.digests[first * _DIGEST_BYTES : last * _DIGEST_BYTES]))
         has_text = not isinstance(self._config, SyntheticCorpus)
-        return CorpusIndex(tuple(files), spans, digests if has_text else None)
+        return CorpusIndex(tuple(files), spans, digests if has_text else None, commit)
 
     def read(
         self, files: Sequence[CorpusFile], spans: Iterable[Span], checksum: str | None = None
@@ -274,7 +284,7 @@ class Corpus:
         if isinstance(config, SyntheticCorpus):
             return ["synthetic"]
         if isinstance(config, DatasetCorpus):
-            return [config.name]
+            return [str(Path(config.name).expanduser())]
         names: list[str] = []
         for pattern in config.files:
             if pattern.startswith("s3://"):

@@ -102,7 +102,10 @@ class DatasetRows:
         datasets = _import("datasets", config.name)
         try:
             self._rows = datasets.load_dataset(
-                config.name, config.subset, split=config.split, revision=config.revision
+                str(Path(config.name).expanduser()),
+                config.subset,
+                split=config.split,
+                revision=config.revision,
             )
         except Exception as exc:  # `datasets` raises dozens of types; all mean the same here
             reason = " ".join(str(exc).split())

@@ -4,6 +4,8 @@ Everything about the stream of rows follows from the plan, so two processes that
 plan agree on it without talking to each other.
 """
 
+from collections import Counter
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
 
@@ -12,7 +14,15 @@ import torch
 from pydantic import Field
 
 from dist_sae.config import Run, differences
+from dist_sae.config.data import DatasetCorpus, HuggingFaceModel
 from dist_sae.data.corpus import CorpusFile, CorpusIndex, Span
+from dist_sae.data.identity import (
+    content_changes,
+    model_content,
+    place_changes,
+    plan_settings,
+    setting_changes,
+)
 from dist_sae.data.orders import permutation
 from dist_sae.data.shard import DTYPES, existing_units
 from dist_sae.errors import (
@@ -25,6 +35,7 @@ from dist_sae.storage import ObjectStore
 from dist_sae.storage.records import Record, digest, read_record, seal
 
 PLAN_KEY = "plan.json"
+_MOST_NAMED = 5  # files in a message
 
 
 class Plan(Record):
@@ -41,6 +52,11 @@ class Plan(Record):
     text_checksums: tuple[str, ...] | None = Field(None, exclude_if=lambda of: of is None)
     """Of the documents of each unit; None where there is no text, and in plans of earlier versions.
     """
+    model_content: dict[str, str] | None = Field(None, exclude_if=lambda of: of is None)
+    """`identity.model_content` when the plan was made; None of a synthetic model, and in plans of
+    earlier versions."""
+    corpus_commit: str | None = Field(None, exclude_if=lambda of: of is None)
+    """Commit of a data set on the hub."""
 
     @cached_property
     def hash(self) -> str:
@@ -84,6 +100,11 @@ class Plan(Record):
         documents = sum(span.count for unit in self.train_units for span in self.units[unit])
         return int(documents * self.document_rows)
 
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Where activations are read; a run needs some of them."""
+        return tuple(self.settings["activations"]["sites"])
+
     def text_checksum(self, unit: int) -> str | None:
         """Of the documents of a unit, for `Corpus.read`."""
         return None if self.text_checksums is None else self.text_checksums[unit]
@@ -93,15 +114,9 @@ class Plan(Record):
         return list(self.train_units[stream :: self.streams])
 
 
-def plan_settings(run: Run) -> dict[str, Any]:
-    """What of a run file enters the plan. How fast it is computed does not."""
-    settings = run.model_dump(mode="json", include={"model", "corpus", "activations"})
-    for how in ("batch_tokens", "shards"):
-        settings["model"].pop(how, None)
-    return settings
-
-
-def make_plan(run: Run, index: CorpusIndex, document_rows: float) -> Plan:
+def make_plan(
+    run: Run, index: CorpusIndex, document_rows: float, model: dict[str, str] | None = None
+) -> Plan:
     """Deal the corpus out to units in a seeded random order.
 
     The number of training units is a multiple of the number of streams, so that all streams
@@ -146,6 +161,8 @@ def make_plan(run: Run, index: CorpusIndex, document_rows: float) -> Plan:
         n_train_units=n_train,
         units=tuple(tuple(spans[i] for i in unit) for unit in dealt),
         text_checksums=index.checksums(dealt),
+        model_content=model,
+        corpus_commit=index.commit,
     )
 
 
@@ -164,22 +181,21 @@ def check_rows(run: Run, plan: Plan) -> None:
         )
 
 
-def publish_plan(store: ObjectStore, plan: Plan) -> bool:
-    """Put the plan in place, unless the same one is there already.
+def publish_plan(store: ObjectStore, plan: Plan) -> Plan:
+    """Put the plan in place, unless one of the same settings, text and model is there already.
 
     Returns:
-        Whether this call created it.
+        The plan that is there: `plan` itself if this call created it.
 
     Raises:
         PlanMismatchError: Another plan is there.
     """
     if store.put(PLAN_KEY, seal(plan), if_absent=True):
-        return True
+        return plan
     there = _read(store)
-    if there.hash != plan.hash:
-        changed = differences(there.settings, plan.settings) or ["the corpus files have changed"]
+    if changed := setting_changes(there.settings, plan.settings) or _content_changes(there, plan):
         raise _mismatch(store, changed)
-    return False
+    return there
 
 
 def load_plan(store: ObjectStore, run: Run) -> Plan:
@@ -194,10 +210,77 @@ def load_plan(store: ObjectStore, run: Run) -> Plan:
         raise PlanMismatchError(
             f"{store.url}: holds no plan yet; run `dist-sae plan` first"
         ) from exc
-    changed = differences(plan.settings, plan_settings(run))
+    changed = setting_changes(plan.settings, plan_settings(run)) or place_changes(
+        plan.settings, plan.files, plan.model_content, run
+    )
     if changed:
         raise _mismatch(store, changed)
     return plan
+
+
+def as_planned(run: Run, plan: Plan) -> Run:
+    """The run as producers of the whole set see it.
+
+    All sites of the set, and what the hub had when the plan was made, whatever it has now.
+    """
+    model, corpus = run.model, run.corpus
+    commit = (plan.model_content or {}).get("commit")
+    if isinstance(model, HuggingFaceModel) and commit:
+        model = model.model_copy(update={"revision": commit})
+    if isinstance(corpus, DatasetCorpus) and plan.corpus_commit:
+        corpus = corpus.model_copy(update={"revision": plan.corpus_commit})
+    activations = run.activations.model_copy(update={"sites": plan.sites})
+    train = run.train.model_copy(update={"site": run.site})
+    return run.model_copy(
+        update={"model": model, "corpus": corpus, "activations": activations, "train": train}
+    )
+
+
+def check_model(run: Run, plan: Plan) -> None:
+    """Compare all of the run's model with the one that the plan was made for.
+
+    Raises:
+        PlanMismatchError: It is another one.
+    """
+    there = plan.model_content
+    changed = there and content_changes(there, model_content(run.model))
+    if changed:
+        assert isinstance(run.model, HuggingFaceModel)
+        raise PlanMismatchError(
+            f"model.path {run.model.path}: is not the model that the plan was made for "
+            f"({', '.join(changed)} differ); restore it or give store.activations another place"
+        )
+
+
+def _content_changes(there: Plan, made: Plan) -> list[str]:
+    """How text and model differ from those of a plan of the same settings."""
+    changed = []
+    if there.text_checksums is None and there.settings["corpus"]["kind"] == "dataset":
+        # a plan of an earlier version knows the name alone
+        changed += differences(there.settings["corpus"], made.settings["corpus"], "corpus.")
+    else:
+        changed += _file_changes(there.files, made.files)
+    if there.model_content is None:
+        changed += differences(there.settings["model"], made.settings["model"], "model.")
+    elif names := content_changes(there.model_content, made.model_content):
+        changed.append(f"the model has changed: {', '.join(names)}")
+    return changed
+
+
+def _file_changes(there: Sequence[CorpusFile], here: Sequence[CorpusFile]) -> list[str]:
+    """What has become of the corpus files; their order and places do not matter."""
+    counts = Counter(file.fingerprint for file in here)
+    counts.subtract(Counter(file.fingerprint for file in there))
+    gone = {file.name for file in there if counts[file.fingerprint] < 0}
+    new = {file.name for file in here if counts[file.fingerprint] > 0}
+    changes = [
+        *(f"{name} has changed" for name in sorted(gone & new)),
+        *(f"{name} is gone" for name in sorted(gone - new)),
+        *(f"{name} is new" for name in sorted(new - gone)),
+    ]
+    more = [f"{len(changes) - _MOST_NAMED} more"] * (len(changes) > _MOST_NAMED)
+    named = ", ".join(changes[:_MOST_NAMED] + more)
+    return [f"the corpus files have changed: {named}"] if changes else []
 
 
 def _mismatch(store: ObjectStore, changed: list[str]) -> PlanMismatchError:

@@ -13,7 +13,7 @@ from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.data.admission import admitted, of_usual_norm
 from dist_sae.data.corpus import Corpus
-from dist_sae.data.plan import Plan
+from dist_sae.data.plan import Plan, as_planned, check_model
 from dist_sae.data.tokens import TokenBatch, cut, pack
 from dist_sae.models import build_tokenizer
 from dist_sae.sae.base import Dictionary
@@ -28,6 +28,10 @@ def cross_entropies(
     """Next-token losses of the whole model with the site's admitted rows replaced."""
     from dist_sae.models.huggingface import SplicedModel
 
+    run = as_planned(run, plan)
+    check_model(run, plan)
+    assert isinstance(run.model, HuggingFaceModel)
+    model = run.model  # at the plan's commit
     tokenizer = build_tokenizer(model, 0)
     spliced = SplicedModel(model, run.site)
     totals: Counter[str] = Counter()

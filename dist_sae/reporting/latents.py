@@ -15,7 +15,7 @@ from dist_sae.data.consumers import kept_units
 from dist_sae.data.corpus import Corpus, first_numbers
 from dist_sae.data.loader import Units
 from dist_sae.data.orders import permutation
-from dist_sae.data.plan import Plan
+from dist_sae.data.plan import Plan, as_planned
 from dist_sae.data.shard import manifest_key, read_block
 from dist_sae.errors import CorpusError
 from dist_sae.models import Tokenizer, build_tokenizer
@@ -166,6 +166,7 @@ class Texts:
     """
 
     def __init__(self, run: Run, plan: Plan) -> None:
+        run = as_planned(run, plan)
         document_rows = run.corpus.document_rows if isinstance(run.corpus, SyntheticCorpus) else 0
         self.tokenizer: Tokenizer = build_tokenizer(run.model, document_rows)
         has_bos = run.activations.prepend_bos and self.tokenizer.bos is not None

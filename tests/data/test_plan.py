@@ -118,8 +118,10 @@ def test_publishing_creates_once(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     store = open_store(run.store.activations)
     made = make_plan(run, index(128), 16.0)
-    assert publish_plan(store, made)
-    assert not publish_plan(store, made)
+    assert publish_plan(store, made) is made
+    again = publish_plan(store, made)
+    assert again == made
+    assert again is not made
 
 
 def test_another_corpus_under_the_same_settings_is_refused(tmp_path: Path) -> None:

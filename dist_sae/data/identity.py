@@ -1,0 +1,180 @@
+"""Whether a run and a plan belong together: by the content of text and model, not by their names.
+
+A run's settings must be the plan's, except for where text and model lie and for sites that it does
+not need. Places that are spelled otherwise are compared by content, as closely as programs can
+that need neither; producers and evaluation, which read them, compare all of it.
+"""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import xxhash
+from pydantic import BaseModel, ValidationError
+
+from dist_sae.config import Run, differences
+from dist_sae.config.data import ActivationsConfig, CorpusConfig, ModelConfig, SyntheticModel
+from dist_sae.data.corpus import Corpus, CorpusFile
+from dist_sae.errors import CorpusError, ModelError
+from dist_sae.hub import cached_commit
+
+_HOW = ("batch_tokens", "shards")  # how fast a model computes
+_PLACES = {"model": ("path", "revision"), "corpus": ("files", "name", "revision")}
+_COMMIT = re.compile(r"[0-9a-f]{40}")
+_CHUNK_BYTES = 2**24
+_WEIGHTS = (".safetensors", ".bin")
+_TOKENIZER = (
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken"),
+)
+
+
+class _Settings(BaseModel):
+    """The sections of a run file that decide what an activation set holds."""
+
+    model: ModelConfig
+    corpus: CorpusConfig
+    activations: ActivationsConfig
+
+
+def plan_settings(run: Run) -> dict[str, Any]:
+    """What of a run file enters the plan. How fast it is computed does not."""
+    return _settings(run.model_dump(mode="json", include={"model", "corpus", "activations"}))
+
+
+def setting_changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    """Where the settings `here` do not fit those of a plan, but for places: `["a.b: 1 -> 2"]`.
+
+    Args:
+        there: `Plan.settings`; keys that it lacks have their defaults.
+        here: `plan_settings` of a run.
+    """
+    old, new = _without_places(_filled(there)), _without_places(here)
+    recorded, wanted = old["activations"].pop("sites"), new["activations"].pop("sites")
+    changes = differences(old, new)
+    if more := [site for site in wanted if site not in recorded]:
+        changes.append(
+            f"activations.sites: {', '.join(more)} was not recorded, only {', '.join(recorded)}"
+        )
+    return changes
+
+
+def place_changes(
+    there: Mapping[str, Any],
+    files: Sequence[CorpusFile],
+    content: Mapping[str, str] | None,
+    run: Run,
+) -> list[str]:
+    """Where a run's text or model lies elsewhere than the plan's and has other content.
+
+    Looks at sizes of text and at all of a model but its weights, and only at what is spelled
+    otherwise than in the plan: for programs that read neither.
+
+    Args:
+        there: `Plan.settings`.
+        files: `Plan.files`.
+        content: `Plan.model_content`.
+        run: The run.
+    """
+    here = plan_settings(run)
+    model, corpus = (_moved(section, there, here) for section in ("model", "corpus"))
+    changes: list[str] = []
+    if model and not _is_model(there, content, run):
+        changes += model
+    if corpus:
+        try:
+            if not Corpus(run.corpus, run.store.s3).holds(files):
+                changes += corpus
+        except CorpusError as exc:
+            changes += [f"{change} ({exc})" for change in corpus]
+    return changes
+
+
+def model_content(model: ModelConfig, *, weights: bool = True) -> dict[str, str] | None:
+    """What decides a model's rows: checksums of a folder's files, or the commit on the hub.
+
+    Of a model on the hub whose configuration was loaded before, or whose revision is a commit.
+
+    Args:
+        model: The model section.
+        weights: Whether the files of weights are read, too.
+
+    Returns:
+        By file name, or under `commit`; None of a synthetic model, and where nothing is known.
+
+    Raises:
+        ModelError: A file cannot be read.
+    """
+    if isinstance(model, SyntheticModel):
+        return None
+    folder = Path(model.path).expanduser()
+    if folder.is_dir():
+        try:
+            return {path.name: _checksum(path) for path in _deciding(folder, weights=weights)}
+        except OSError as exc:
+            raise ModelError(f"model.path {model.path}: cannot be read: {exc}") from exc
+    if model.revision and _COMMIT.fullmatch(model.revision):
+        return {"commit": model.revision}
+    commit = cached_commit(model.path, model.revision)
+    return {"commit": commit} if commit else None
+
+
+def content_changes(there: Mapping[str, str], here: Mapping[str, str] | None) -> list[str]:
+    """The names in a model's content that are not the same."""
+    here = here or {}
+    return sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
+
+
+def _is_model(there: Mapping[str, Any], content: Mapping[str, str] | None, run: Run) -> bool:
+    if content is None:  # a plan of an earlier version knows the place alone
+        old, new = (
+            Path(m["path"]).expanduser() for m in (there["model"], plan_settings(run)["model"])
+        )
+        return old.is_dir() and old.resolve() == new.resolve()
+    known = {name: value for name, value in content.items() if not name.endswith(_WEIGHTS)}
+    return not content_changes(known, model_content(run.model, weights=False))
+
+
+def _deciding(folder: Path, *, weights: bool) -> Iterator[Path]:
+    patterns = ["config.json", "adapter_config.json", *_TOKENIZER]
+    if weights:  # of both kinds transformers reads the first
+        patterns += ["*.safetensors"] if any(folder.glob("*.safetensors")) else ["*_model*.bin"]
+    for pattern in patterns:
+        yield from sorted(folder.glob(pattern))
+
+
+def _checksum(path: Path) -> str:
+    checksum = xxhash.xxh3_128()
+    with path.open("rb") as file:
+        while chunk := file.read(_CHUNK_BYTES):
+            checksum.update(chunk)
+    return checksum.hexdigest()
+
+
+def _settings(sections: dict[str, Any]) -> dict[str, Any]:
+    for how in _HOW:
+        sections["model"].pop(how, None)
+    return sections
+
+
+def _filled(settings: Mapping[str, Any]) -> dict[str, Any]:
+    """With the keys that the version which made the plan did not have yet."""
+    try:
+        return _settings(_Settings.model_validate(settings).model_dump(mode="json"))
+    except ValidationError:  # of a later version
+        return dict(settings)
+
+
+def _without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
+    return {
+        section: {k: v for k, v in keys.items() if k not in _PLACES.get(section, ())}
+        for section, keys in settings.items()
+    }
+
+
+def _moved(section: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
+    old, new = (
+        {key: settings[section].get(key) for key in _PLACES[section]} for settings in (there, here)
+    )
+    return differences(old, new, f"{section}.")

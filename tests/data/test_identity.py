@@ -1,0 +1,171 @@
+"""A plan is known by its settings, its text and its model, wherever these lie."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_sae.config import Run
+from dist_sae.config.data import S3Config
+from dist_sae.config.deciding import PLAN_SECTIONS, changes, deciding
+from dist_sae.data.corpus import Corpus
+from dist_sae.data.identity import model_content
+from dist_sae.data.plan import (
+    PLAN_KEY,
+    Plan,
+    as_planned,
+    check_model,
+    load_plan,
+    make_plan,
+    publish_plan,
+)
+from dist_sae.errors import PlanMismatchError
+from dist_sae.storage import open_store
+from tests.world import changed, make_run
+
+SITES = ["resid_post.0", "resid_post.1"]
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The current folder, and the user's: two files of text, and what a model's folder has."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in "ab":
+        (tmp_path / f"{name}.txt").write_text("".join(f"{name} {i}\n\n" for i in range(100)))
+    (tmp_path / "model").mkdir()
+    for name in ("config.json", "model.safetensors", "tokenizer.json", "README.md"):
+        (tmp_path / "model" / name).write_text(name)
+    return tmp_path
+
+
+def run_of(folder: Path, files: list[str], path: str = "model", **activations: Any) -> Run:
+    return make_run(
+        folder,
+        model={"kind": "huggingface", "path": path},
+        corpus={"kind": "files", "files": files},
+        activations={"sites": SITES, **activations},
+        train={"site": SITES[0]},
+    )
+
+
+def make(run: Run) -> Plan:
+    index = Corpus(run.corpus, S3Config()).index()
+    return make_plan(run, index, 16.0, model_content(run.model))
+
+
+def test_another_spelling_or_place_of_the_same_text_and_model_is_the_same_plan(home: Path) -> None:
+    run = run_of(home, ["a.txt", "b.txt"])
+    store = open_store(run.store.activations)
+    made = publish_plan(store, make(run))
+    (home / "link").symlink_to(home / "model")
+    (home / "new").mkdir()
+    for source in ("a.txt", "b.txt"):
+        (home / "new" / f"the {source}").write_bytes((home / source).read_bytes())
+    for files, path in (
+        (["./a.txt", str(home / "b.txt")], "link"),
+        (["~/b.txt", "~/a.txt"], "~/model"),
+        (["new/*.txt"], str(home / "model")),
+    ):
+        other = run_of(home, files, path)
+        assert load_plan(store, other) == made
+        assert publish_plan(store, make(other)) == made
+        check_model(other, made)
+    (home / "model").rename(home / "moved")
+    moved = run_of(home, ["a.txt", "b.txt"], "moved")
+    assert load_plan(store, moved) == made
+    check_model(moved, made)
+
+
+def test_other_text_is_another_plan(home: Path) -> None:
+    run = run_of(home, ["a.txt", "b.txt"])
+    store = open_store(run.store.activations)
+    publish_plan(store, make(run))
+    (home / "c.txt").write_text("something else")
+    for files in (["a.txt"], ["a.txt", "c.txt"], ["a.txt", "b.txt", "c.txt"], ["none.txt"]):
+        with pytest.raises(PlanMismatchError, match=r"corpus\.files: .*'a\.txt'"):
+            load_plan(store, run_of(home, files))
+    more = run_of(home, ["*.txt"])
+    with pytest.raises(PlanMismatchError, match=f"the corpus files have changed: {home}/c.txt is"):
+        publish_plan(store, make(more))
+    (home / "b.txt").write_text((home / "a.txt").read_text())
+    with pytest.raises(PlanMismatchError, match=f"the corpus files have changed: {home}/b.txt has"):
+        publish_plan(store, make(run))
+
+
+@pytest.mark.parametrize("name", ["config.json", "model.safetensors", "tokenizer.json"])
+def test_another_model_under_the_same_name_is_refused(home: Path, name: str) -> None:
+    run = run_of(home, ["a.txt"])
+    store = open_store(run.store.activations)
+    made = publish_plan(store, make(run))
+    (home / "model" / "README.md").write_text("decides nothing")
+    check_model(run, made)
+    (home / "model" / name).write_text("another")
+    with pytest.raises(PlanMismatchError, match=f"is not the model .* \\({name} differ\\)"):
+        check_model(run, made)
+    with pytest.raises(PlanMismatchError, match=f"the model has changed: {name}"):
+        publish_plan(store, make(run))
+
+
+def test_another_model_elsewhere_is_refused_by_programs_that_need_none(home: Path) -> None:
+    run = run_of(home, ["a.txt"])
+    store = open_store(run.store.activations)
+    publish_plan(store, make(run))
+    (home / "other").mkdir()
+    (home / "other" / "config.json").write_text("another")
+    for path in ("other", "none"):
+        with pytest.raises(PlanMismatchError, match=rf"model\.path: model -> {path}"):
+            load_plan(store, run_of(home, ["a.txt"], path))
+
+
+def test_a_run_may_need_fewer_sites_than_the_set_has(home: Path) -> None:
+    run = run_of(home, ["a.txt"])
+    store = open_store(run.store.activations)
+    made = publish_plan(store, make(run))
+    one = run_of(home, ["a.txt"], sites=SITES[:1])
+    assert load_plan(store, one) == made == publish_plan(store, make(one))
+    assert as_planned(one, made).activations.sites == tuple(SITES)  # producers make all of them
+    assert as_planned(one, made).site == one.site
+    more = run_of(home, ["a.txt"], sites=[*SITES, "resid_post.2"])
+    with pytest.raises(PlanMismatchError, match=r"activations\.sites: resid_post\.2 was not rec"):
+        load_plan(store, more)
+
+
+def test_a_run_goes_on_with_text_and_model_elsewhere(home: Path) -> None:
+    run = run_of(home, ["a.txt"])
+    moved = run_of(home, ["b.txt"], "moved", sites=SITES[:1])
+    assert changes(deciding(run), moved, but=PLAN_SECTIONS) == []
+    assert len(changes(deciding(run), moved)) == 3
+    other = moved.model_copy(update={"train": moved.train.model_copy(update={"site": SITES[1]})})
+    assert changes(deciding(run), other, but=PLAN_SECTIONS) == [
+        f"train.site: {SITES[0]} -> {SITES[1]}"
+    ]
+
+
+def test_a_plan_of_an_earlier_version_is_the_same_plan(home: Path) -> None:
+    """Without contents, and without a key that came later; its hash is what it was."""
+    run = run_of(home, ["a.txt", "b.txt"])
+    store = open_store(run.store.activations)
+    made = publish_plan(store, make(run))
+    content = json.loads(store.get(PLAN_KEY))
+    assert set(content) - {"sha256"} == set(Plan.model_fields) - {"corpus_commit"}
+    for new in ("text_checksums", "model_content"):
+        del content[new]
+    for file in content["files"]:
+        del file["bytes"]
+    del content["settings"]["activations"]["block_rows"]  # has the default's value
+    run = run_of(home, ["a.txt", "b.txt"], block_rows=4096)
+    store.put(PLAN_KEY, json.dumps(content).encode())
+    store.put(PLAN_KEY, changed(store.get(PLAN_KEY)))
+    old = load_plan(store, run)
+    assert old.hash == json.loads(store.get(PLAN_KEY))["sha256"] != made.hash
+    assert old.text_checksum(0) is None
+    check_model(run, old)
+    assert publish_plan(store, make(run)) == old
+    assert load_plan(store, run_of(home, ["b.txt", "./a.txt"], "~/model", block_rows=4096)) == old
+    with pytest.raises(PlanMismatchError, match=r"block_rows: 4096 -> 32"):
+        load_plan(store, run_of(home, ["a.txt", "b.txt"]))
+    (home / "b.txt").write_text("other")
+    with pytest.raises(PlanMismatchError, match=f"{home}/b.txt has changed"):
+        publish_plan(store, make(run))
