@@ -239,7 +239,7 @@ def _config_metrics(_: argparse.Namespace) -> None:
 def _store_verify(options: argparse.Namespace) -> None:
     from dist_sae.store import verify
 
-    found = verify(_load(options))
+    found = verify(_load(options), text=options.text)
     _print_result(options, found.result())
     found.raise_if_bad()
 
@@ -472,6 +472,10 @@ def _parser() -> argparse.ArgumentParser:
         actions = group.add_subparsers(metavar="ACTION", required=True)
         for action, command, help_text in members:
             sub = add(action, command, help_text, actions)
+            if command is _store_verify:
+                sub.add_argument(
+                    "--text", action="store_true", help="compare rows with the corpus as well"
+                )
             if action == "gc":
                 sub.add_argument("--delete", action="store_true", help="delete it as well")
                 sub.add_argument(

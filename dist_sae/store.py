@@ -2,25 +2,32 @@
 
 import hashlib
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, NamedTuple
 
 import xxhash
 
 from dist_sae.config import Run
+from dist_sae.config.data import SyntheticCorpus
 from dist_sae.data.claims import CLAIMS
 from dist_sae.data.consumers import Consumers, retired_below
-from dist_sae.data.plan import Plan, load_plan
+from dist_sae.data.corpus import Corpus
+from dist_sae.data.origin import UnitText
+from dist_sae.data.plan import Plan, as_planned, load_plan
 from dist_sae.data.shard import (
     MANIFESTS,
     SHARDS,
     SiteShard,
     UnitManifest,
+    decode_block,
     existing_units,
     manifest_key,
     read_manifest,
 )
 from dist_sae.errors import CorruptObjectError, ObjectNotFoundError
+from dist_sae.models import build_tokenizer
 from dist_sae.storage import ObjectStore, open_store
 
 _AT_ONCE = 4  # shards in memory
@@ -38,14 +45,18 @@ class Verification(NamedTuple):
     """Consumed, their shards deleted."""
     bad: dict[str, str]
     """What is wrong with an object, by key."""
+    text_rows: int | None = None
+    """Rows that were compared with the text; None if it was not asked for."""
 
     def result(self) -> dict[str, Any]:
         """For programs: `bad` is their number, `bad_objects` says which and why."""
+        text = {} if self.text_rows is None else {"rows_compared_with_text": self.text_rows}
         return {
             "objects": self.objects,
             "bytes": self.bytes,
             "missing_units": self.missing_units,
             "retired_units": self.retired_units,
+            **text,
             "bad": len(self.bad),
             "bad_objects": self.bad,
         }
@@ -61,16 +72,22 @@ class Verification(NamedTuple):
             raise CorruptObjectError("\n".join([remedy, *lines]), url=self.url)
 
 
-def verify(run: Run) -> Verification:
+def verify(run: Run, *, text: bool = False) -> Verification:
     """Read the whole activation set once.
+
+    Args:
+        run: The run.
+        text: Read the corpus, too: every row must have the token of its document and position.
 
     Raises:
         PlanMismatchError: The store holds no plan, or another one.
+        CorpusError: The text is not what was planned.
     """
     store = open_store(run.store.activations, run.store.s3)
     plan = load_plan(store, run)
+    read_text = _text_reader(run, plan) if text else None
     retired = min(retired_below(store), len(plan.units))
-    objects = size = 0
+    objects = size = rows = 0
     units: set[int] = set()
     bad: dict[str, str] = {}
     with ThreadPoolExecutor(_AT_ONCE) as pool:
@@ -78,15 +95,23 @@ def verify(run: Run) -> Verification:
             objects, size = objects + 1, size + entry.bytes
             unit = int(key["unit"])
             units.add(unit)
+            if unit < retired:
+                continue
             try:
-                shards = _shards(store, unit, plan) if unit >= retired else []
+                manifest = _manifest(store, unit, plan)
             except CorruptObjectError as exc:
                 bad[entry.key] = str(exc).removeprefix(f"{exc.url}/{exc.key}: ")
                 continue
+            unit_text = read_text(unit) if read_text else None
+            if unit_text and (fault := unit_text.manifest_fault(manifest)):
+                bad[entry.key] = fault
+            shards = list(manifest.sites.values())
             objects, size = objects + len(shards), size + sum(shard.bytes for shard in shards)
-            faults = pool.map(lambda shard: _fault(store, shard), shards)
+            rows += manifest.rows
+            faults = pool.map(partial(_fault, store, unit_text), shards)
             bad |= {s.key: fault for s, fault in zip(shards, faults, strict=True) if fault}
-    return Verification(store.url, objects, size, len(plan.units) - len(units), retired, bad)
+    missing = len(plan.units) - len(units)
+    return Verification(store.url, objects, size, missing, retired, bad, rows if text else None)
 
 
 def ls(run: Run) -> dict[str, Any]:
@@ -164,14 +189,32 @@ def gc(run: Run, *, hours: float, delete: bool) -> dict[str, Any]:
     }
 
 
-def _shards(store: ObjectStore, unit: int, plan: Plan) -> list[SiteShard]:
+def _text_reader(run: Run, plan: Plan) -> Callable[[int], UnitText]:
+    """Reads the text of a unit."""
+    run = as_planned(run, plan)
+    document_rows = run.corpus.document_rows if isinstance(run.corpus, SyntheticCorpus) else 0
+    tokenizer = build_tokenizer(run.model, document_rows)
+    corpus = Corpus(run.corpus, run.store.s3)
+
+    def read(unit: int) -> UnitText:
+        return UnitText(
+            corpus.read(plan.files, plan.units[unit], plan.text_checksum(unit)),
+            tokenizer,
+            context_tokens=run.activations.context_tokens,
+            bos=tokenizer.bos if run.activations.prepend_bos else None,
+        )
+
+    return read
+
+
+def _manifest(store: ObjectStore, unit: int, plan: Plan) -> UnitManifest:
     manifest: UnitManifest = read_manifest(store, unit)
     if manifest.plan != plan.hash:
         raise CorruptObjectError("belongs to another plan", url=store.url, key=manifest_key(unit))
-    return list(manifest.sites.values())
+    return manifest
 
 
-def _fault(store: ObjectStore, shard: SiteShard) -> str | None:
+def _fault(store: ObjectStore, text: UnitText | None, shard: SiteShard) -> str | None:
     try:
         data = store.get(shard.key)
     except ObjectNotFoundError:
@@ -180,8 +223,8 @@ def _fault(store: ObjectStore, shard: SiteShard) -> str | None:
         return f"has {len(data)} bytes where {shard.bytes} were written"
     if hashlib.sha256(data).hexdigest() != shard.sha256:
         return "does not match its checksum"
-    for block in shard.blocks:
-        piece = data[block.offset : block.offset + block.bytes]
+    blocks = [data[block.offset : block.offset + block.bytes] for block in shard.blocks]
+    for piece, block in zip(blocks, shard.blocks, strict=True):
         if xxhash.xxh3_128_hexdigest(piece) != block.xxh3:
             return "does not match its manifest's list of blocks"
-    return None
+    return text.rows_fault(map(decode_block, blocks)) if text else None

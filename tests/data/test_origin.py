@@ -1,0 +1,79 @@
+"""`store verify --text` tells rows of other text, rows that are lost, and rows that come twice."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import pytest
+import torch
+
+import dist_sae.produce
+import dist_sae.store
+from dist_sae.config import Run
+from dist_sae.data.corpus import Document
+from dist_sae.data.origin import UnitText
+from dist_sae.data.shard import Rows
+from dist_sae.errors import CorpusError
+from dist_sae.store import verify
+from tests.test_produce import LetterSource, letters_run, start, with_source
+from tests.world import Letters
+
+TEXTS = ["abcdefgh" + "abcdefghijklm"[n % 13] * (1 + n // 13) for n in range(60)]  # all differ
+
+
+class Shouts(Letters):
+    """Reads one text in capitals, and one without its end."""
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        changed = [
+            text.upper() if text == TEXTS[5] else text[:-1] if text == TEXTS[7] else text
+            for text in texts
+        ]
+        return super().__call__(changed)
+
+
+@pytest.fixture
+def produced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Letters) -> Run:
+    run = letters_run(tmp_path, monkeypatch, [*TEXTS, "half \ud800"])
+    monkeypatch.setattr(dist_sae.produce, "build_tokenizer", lambda *_: tokenizer)
+    monkeypatch.setattr(dist_sae.store, "build_tokenizer", lambda *_: Letters())
+    with_source(monkeypatch, LetterSource())
+    start(run, "a")
+    return run
+
+
+@pytest.mark.parametrize("tokenizer", [Letters()])
+def test_rows_of_the_planned_text_are_sound(produced: Run, tmp_path: Path) -> None:
+    found = verify(produced, text=True)
+    assert found.bad == {}
+    # all letters but for the first of each context of 4
+    assert found.text_rows == sum(len(text) - -(-len(text) // 4) for text in TEXTS)
+    assert verify(produced).result() == {
+        key: value for key, value in found.result().items() if key != "rows_compared_with_text"
+    }
+    corpus = tmp_path / "corpus.jsonl"
+    corpus.write_text(corpus.read_text().upper())
+    with pytest.raises(CorpusError, match="changed since the plan was made"):
+        verify(produced, text=True)
+
+
+@pytest.mark.parametrize("tokenizer", [Shouts()])
+def test_rows_of_other_text_are_named(produced: Run) -> None:
+    assert verify(produced).bad == {}
+    bad = verify(produced, text=True).bad
+    shards = [fault for key, fault in bad.items() if key.startswith("shards/")]
+    assert len(shards) == 2  # both sites of the unit with the fifth document
+    assert all("was made of other text: its token" in fault for fault in shards)
+    assert all("of document 5 at position" in fault for fault in shards)
+    (manifest,) = (fault for key, fault in bad.items() if key.startswith("units/"))
+    assert "left out, where the text has" in manifest
+
+
+def test_a_row_that_comes_twice_is_told() -> None:
+    text = UnitText([Document(3, "abc")], Letters(), context_tokens=3, bos=1)
+    origin = (torch.tensor([98, 99]), torch.tensor([1, 2]), torch.tensor([3, 3]))
+    rows = Rows(torch.zeros(2, 2), *(column.int() for column in origin))
+    assert text.rows_fault([rows]) is None
+    assert text.rows_fault([rows, rows]) == "has a row twice"
+    assert text.rows_fault([rows._replace(documents=rows.documents - 1)]) == (
+        "was made of other text: its token 98 is not that of document 2 at position 1"
+    )
