@@ -26,9 +26,14 @@ def configure(*, rank: int = 0) -> None:
         logging.getLogger(noisy).setLevel(logging.WARNING)
 
 
+def is_supervised() -> bool:
+    """Whether `dist-sae run` started this process, and hears what it says."""
+    return bool(os.environ.get(SUPERVISED))
+
+
 def progress(role: str, done: float, total: float, **numbers: Any) -> None:
     """Say how far this process has come; numbers that are mappings are for programs only."""
-    if os.environ.get(SUPERVISED):
+    if is_supervised():
         record = {"role": role, "done": done, "total": total, **numbers}
         sys.stdout.write(json.dumps(record) + "\n")
         sys.stdout.flush()

@@ -21,7 +21,7 @@ from dist_sae.config.deciding import as_begun, changes, check_same_run, deciding
 from dist_sae.data.backlog import ReadyUnits
 from dist_sae.data.consumers import Consumers, Registration
 from dist_sae.data.heldout import are_there, rows_of
-from dist_sae.data.loader import Loader, Place, Units
+from dist_sae.data.loader import Batch, Loader, Place, Units
 from dist_sae.data.normaliser import Normaliser, measure
 from dist_sae.data.plan import Plan, check_rows, load_plan
 from dist_sae.errors import CorruptObjectError, ObjectNotFoundError, PlanMismatchError, Stopped
@@ -30,6 +30,7 @@ from dist_sae.parallel.mesh import Mesh, check_replicated
 from dist_sae.parallel.watch import Watch
 from dist_sae.parallel.zero import deepspeed_config
 from dist_sae.precision import warn_if_emulated
+from dist_sae.reporting.times import Times
 from dist_sae.reporting.training import TrainingReporter
 from dist_sae.sae import PRODUCT_DTYPES, build_sae
 from dist_sae.sae.base import Dictionary, Step
@@ -66,12 +67,13 @@ def train(
         DataExhaustedError: The activation set has too few rows.
         NonFiniteError: Loss or gradient; the weights were not touched.
     """
-    job = _begin(run, mesh, stopping, telemetry)
+    times = Times(run, telemetry, mesh.device)
+    job = _begin(run, mesh, stopping, telemetry, times)
     run, normaliser, state = job.run, job.normaliser, job.state
     step, places = job.step, job.places
     sae, engine, dead, average = state.sae, job.engine, state.dead, state.average
     logger.info("%s at step %d of %d", "resuming" if step else "starting", step, run.steps)
-    report = _reporter(run, mesh, telemetry, job)
+    report = _reporter(run, mesh, telemetry, times, job)
     heldout = _Heldout(run, mesh, job.units, normaliser)
 
     def save() -> None:
@@ -102,17 +104,15 @@ def train(
         ) as saver,
         _loader(run, mesh, job.units, range(step, run.steps), places) as loader,
     ):
+        report.end("begin")
         while step < run.steps:
             watch.at(step, working=False)
-            # None: no more, because of a stop or because there is none
-            batch = loader.next(report.waiting)
-            report.end("wait")
-            if mesh.agree(wish=batch is None or stopping.is_set()):
+            batch = _next(loader, mesh, stopping, times)
+            if batch is None:
                 save()
                 saver.finish()
                 loader.raise_if_failed()
                 raise Stopped(f"stopped at step {step} of {run.steps}; start again to go on")
-            assert batch is not None
             watch.at(step, working=True)
             x = batch.acts.to(mesh.device, torch.float32) * normaliser.scale
             report.end("rest")
@@ -178,7 +178,9 @@ class _Job(NamedTuple):
     places: Mapping[int, Place]
 
 
-def _begin(run: Run, mesh: Mesh, stopping: threading.Event, telemetry: Telemetry) -> _Job:
+def _begin(
+    run: Run, mesh: Mesh, stopping: threading.Event, telemetry: Telemetry, times: Times
+) -> _Job:
     """From the newest checkpoint that is whole, or else from the beginning."""
     deepspeed_config(run)  # refuses what it must before anything is read or written
     kernels = choose_kernels(run.train.kernels, mesh.device)
@@ -209,14 +211,16 @@ def _begin(run: Run, mesh: Mesh, stopping: threading.Event, telemetry: Telemetry
         normaliser = Normaliser.from_scalars(found[0].scalars)
     else:
         registration.begin({})
-        normaliser = measure(units, run.train.normaliser_rows)
+        times.end("begin")
+        normaliser = measure(units, run.train.normaliser_rows, times.waiting)
+        times.end("wait")
     if narrower:
         normaliser = normaliser.at(narrower.scalars["scale"])
     sae = build_sae(
         run.sae, len(normaliser.mean), mesh.axis, kernels, PRODUCT_DTYPES[run.train.products]
     ).to(mesh.device)
     if not found:
-        _initialise(run, mesh, units, normaliser, sae, narrower)
+        _initialise(run, mesh, units, normaliser, sae, narrower, times)
     engine = DeepSpeedEngine(run, sae, mesh)
     dead = DeadLatents(len(sae.W_enc), run.dead_after_rows, mesh.axis, mesh.device)
     average = WeightAverage(sae, run.train.ema_decay) if run.train.ema_decay else None
@@ -249,6 +253,7 @@ def _initialise(
     normaliser: Normaliser,
     sae: Dictionary,
     narrower: Checkpoint | None,
+    times: Times,
 ) -> None:
     """The initial dictionary, from the first batch, or as many as it wants directions from."""
     known = warm_start.width(narrower) if narrower else 0
@@ -258,11 +263,11 @@ def _initialise(
     def rows() -> Generator[Tensor]:
         with _loader(run, mesh, units, range(n_batches)) as loader:
             for _ in range(n_batches):
-                batch = loader.next()
-                if mesh.agree(wish=batch is None):
+                times.end("begin")
+                batch = _next(loader, mesh, units.stopping, times)
+                if batch is None:
                     loader.raise_if_failed()
                     raise Stopped("stopped before the first step; start again to go on")
-                assert batch is not None
                 yield batch.acts.to(mesh.device, torch.float32) * normaliser.scale
 
     with closing(rows()) as batches:
@@ -375,9 +380,25 @@ def _loader(
     )
 
 
-def _reporter(run: Run, mesh: Mesh, telemetry: Telemetry, job: _Job) -> TrainingReporter:
+def _next(loader: Loader, mesh: Mesh, stopping: threading.Event, times: Times) -> Batch | None:
+    """The next batch, when all ranks have theirs; None if one has none or is to stop. Collective.
+
+    While one waits for its data all do.
+    """
+    batch = loader.next(times.waiting)
+    waited = batch.waited_seconds if batch else 0.0
+    times.end("wait")
+    ends, longest = mesh.meet(wish=batch is None or stopping.is_set(), waited=waited)
+    times.end("ranks", waited=longest - waited)
+    return None if ends else batch
+
+
+def _reporter(
+    run: Run, mesh: Mesh, telemetry: Telemetry, times: Times, job: _Job
+) -> TrainingReporter:
     sinks = open_sinks(run, job.runs, job.step) if mesh.is_first else []
-    return TrainingReporter(run, mesh, telemetry, sinks, job.state, job.normaliser.mean, job.step)
+    mean = job.normaliser.mean
+    return TrainingReporter(run, mesh, telemetry, times, sinks, job.state, mean, job.step)
 
 
 def _backlog(units: Units, mesh: Mesh, report: TrainingReporter) -> AbstractContextManager[object]:

@@ -16,6 +16,7 @@ import torch
 
 from dist_sae.bench.step import StepShape, TrainingStep, seconds
 from dist_sae.parallel.mesh import Mesh
+from dist_sae.reporting.times import Times
 from dist_sae.reporting.training import TrainingReporter
 from dist_sae.telemetry.exporter import Telemetry
 from dist_sae.telemetry.gather import GatheredTelemetry
@@ -41,7 +42,12 @@ def bench_metrics(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any
     window, mean = step.run.train.log_every_steps, torch.zeros(shape.d_in)
     with ExitStack() as pod:
         ranks = [Telemetry("bench", "train", 0, rank) for rank in range(_POD_RANKS)]
-        reports = [_Timed(step.run, mesh, rank, [], step.state, mean, 0) for rank in ranks]
+        reports = [
+            _Timed(
+                step.run, mesh, rank, Times(step.run, rank, mesh.device), [], step.state, mean, 0
+            )
+            for rank in ranks
+        ]
         report = reports[0]
         for other in reports:  # a report of each; and memory is mapped
             step.done = window - 1

@@ -8,11 +8,12 @@ import json
 import logging
 import threading
 import time
+from itertools import chain
 from typing import NamedTuple
 
 from dist_sae.data.consumers import Consumers
 from dist_sae.data.plan import Plan
-from dist_sae.data.shard import PAGE_UNITS, manifest_key, units_of_page
+from dist_sae.data.shard import MANIFESTS, PAGE_UNITS, manifest_key, units_of_page
 from dist_sae.errors import ObjectNotFoundError
 from dist_sae.storage import UNMETERED, Meter, ObjectStore
 from dist_sae.storage.own import OwnKeys
@@ -202,6 +203,13 @@ class Claims:
     @property
     def _lease(self) -> bytes:
         return json.dumps({"worker": self._worker.name}).encode()
+
+
+def producers_live(store: ObjectStore, unit: int) -> bool:
+    """Whether a unit has been claimed, or one around this one made, within the time of a lease."""
+    around = f"{MANIFESTS.folder}{unit // PAGE_UNITS:05d}"
+    made = chain(store.entries(CLAIMS.folder), store.entries(around))
+    return any(entry.age_seconds < _LEASE_SECONDS for entry in made)
 
 
 def _key(unit: int) -> str:

@@ -31,6 +31,7 @@ from dist_sae.data.orders import permutation
 from dist_sae.data.plan import Plan
 from dist_sae.data.shard import SiteShard, UnitManifest, manifest_key, read_acts, read_manifest
 from dist_sae.errors import CorruptObjectError, DataExhaustedError, ObjectNotFoundError, Stopped
+from dist_sae.logs import is_supervised
 from dist_sae.storage import ObjectStore
 
 logger = logging.getLogger(__name__)
@@ -83,8 +84,14 @@ class Units:
         """The same, for a reader whose waits end when `closed` is set."""
         return Units(self.store, self.plan, self._site, self.stopping, closed)
 
-    def manifest(self, unit: int) -> UnitManifest:
+    def manifest(
+        self, unit: int, waiting: Callable[[float], None] = lambda _: None
+    ) -> UnitManifest:
         """The manifest of `unit`, as soon as it exists.
+
+        Args:
+            unit: Its number.
+            waiting: Told now and then for how many seconds there has been none.
 
         Raises:
             Stopped: The wait was called off.
@@ -101,15 +108,22 @@ class Units:
             if self.stopping.wait(pause) or self._closed.is_set():
                 raise Stopped(f"stopped while waiting for unit {unit}")
             pause = min(pause * 1.5, longest)
+            waiting(time.monotonic() - since)
             if time.monotonic() - said > _SAY_EVERY_SECONDS:
                 said = time.monotonic()
-                logger.warning(
-                    "waiting for unit %d for %.0f s; are producers running?", unit, said - since
-                )
+                self._say_waiting(unit, said - since)
 
     def shard(self, manifest: UnitManifest) -> SiteShard:
         """The shard of this reader's site."""
         return manifest.sites[self._site]
+
+    def _say_waiting(self, unit: int, seconds: float) -> None:
+        from dist_sae.data.claims import producers_live  # which knows of loaders
+
+        if is_supervised() or producers_live(self.store, unit):
+            logger.info("waiting for unit %d for %.0f s; producers are at work", unit, seconds)
+        else:
+            logger.warning("waiting for unit %d for %.0f s; are producers running?", unit, seconds)
 
     def _checked(self, manifest: UnitManifest) -> UnitManifest:
         if manifest.plan != self.plan.hash:
@@ -343,14 +357,14 @@ class Loader:
         for threads in (self._opener, self._pool):
             threads.shutdown(wait=False, cancel_futures=True)
 
-    def next(self, waiting: Callable[[], None] = lambda: None) -> Batch | None:
+    def next(self, waiting: Callable[[float], None] = lambda _: None) -> Batch | None:
         """The next batch; None when there is none, because of a stop or because the data ended.
 
         A rank that comes to its end must still tell the others before it raises: see
         `raise_if_failed`.
 
         Args:
-            waiting: Called every other second while there is none yet.
+            waiting: Told every other second for how long there has been none.
         """
         since = time.monotonic()
         while True:
@@ -358,7 +372,7 @@ class Loader:
                 item = self._queue.get(timeout=_LOOK_UP_SECONDS)
             except queue.Empty:
                 if not self._stopping.is_set():  # the store may be patient for long
-                    waiting()
+                    waiting(time.monotonic() - since)
                     continue
                 item = Stopped("stopped while waiting for data")
             break

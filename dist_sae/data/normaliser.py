@@ -1,6 +1,6 @@
 """One constant scale for all activations of a site, from the manifests' sums."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -38,15 +38,22 @@ class Normaliser(NamedTuple):
         return Normaliser(scale, self.mean * change, self.variance * change**2, self.rows)
 
 
-def measure(units: Units, at_least_rows: int) -> Normaliser:
+def measure(
+    units: Units, at_least_rows: int, waiting: Callable[[float], None] = lambda _: None
+) -> Normaliser:
     """Measure the first training units that together have `at_least_rows` rows (or all of them).
+
+    Args:
+        units: The activation set.
+        at_least_rows: How many rows are enough.
+        waiting: Told now and then for how many seconds a unit has been missing.
 
     Raises:
         NonFiniteError: The activations do not vary, so there is nothing to learn.
     """
     rows, total, squares = 0, torch.zeros(0, dtype=torch.float64), 0.0
     for unit in units.plan.train_units:
-        manifest = units.manifest(unit)
+        manifest = units.manifest(unit, waiting)
         shard = units.shard(manifest)
         sums = torch.tensor(shard.sum, dtype=torch.float64)
         total = sums if not rows else total + sums

@@ -25,6 +25,7 @@ NUMBERS = (
     "l0_latents",
     "dead_share",
     "rows_per_second",
+    "worked_rows_per_second",
     "product_share",
 )
 """Of training, by their names in the history and, with a prefix, among the metrics."""

@@ -14,6 +14,7 @@ _NUMBERS = {
     "l0_latents": "l0 {:.3g}",
     "dead_share": "dead {:.1%}",
     "rows_per_second": "{:,.0f} rows/s",
+    "worked_rows_per_second": "{:,.0f} rows/s in steps",
 }
 
 

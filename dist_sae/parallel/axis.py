@@ -1,5 +1,8 @@
 """The latent axis as collectives: what `sae/axis.py` declares, between the ranks of a mesh."""
 
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import torch
@@ -11,6 +14,8 @@ from dist_sae.sae.axis import WHOLE
 
 entered = 0
 """Collectives that this rank has entered."""
+seconds = 0.0
+"""Spent in them: on a CPU, where they are waited for; on a GPU they are only begun."""
 
 
 class ShardedAxis(NamedTuple):
@@ -40,10 +45,10 @@ class ShardedAxis(NamedTuple):
         """Each rank decides for an equal part of the rows, from all ranks' candidates."""
         if self.shards == 1:
             return WHOLE.kth_largest(keys, k)
-        _enter()
         per_rank = keys.reshape(self.shards, -1, keys.shape[1])
         received = torch.empty_like(per_rank)
-        dist.all_to_all_single(received, per_rank.contiguous(), group=self.within)
+        with collective():
+            dist.all_to_all_single(received, per_rank.contiguous(), group=self.within)
         candidates = received.transpose(0, 1).flatten(1)
         kth = candidates.topk(min(k, candidates.shape[1]), dim=1).values[:, -1]
         return _gathered(kth, self.within, self.shards)
@@ -71,9 +76,9 @@ class _ScatterSum(torch.autograd.Function):
         ctx.group, ctx.shards = group, shards
         if shards == 1:
             return parts.view_as(parts)
-        _enter()
         own = parts.new_empty(len(parts) // shards, *parts.shape[1:])
-        dist.reduce_scatter_single(own, parts.contiguous(), group=group)
+        with collective():
+            dist.reduce_scatter_single(own, parts.contiguous(), group=group)
         return own
 
     @staticmethod
@@ -117,30 +122,37 @@ def _exchanged(
 ) -> Tensor:
     if len(sent) == 1:
         return rows.view_as(rows)
-    _enter()
     result = rows.new_empty(sum(received), *rows.shape[1:])
-    dist.all_to_all_single(result, rows.contiguous(), received, sent, group=group)
+    with collective():
+        dist.all_to_all_single(result, rows.contiguous(), received, sent, group=group)
     return result
 
 
 def _gathered(tensor: Tensor, group: dist.ProcessGroup, ranks: int) -> Tensor:
     if ranks == 1:
         return tensor
-    _enter()
     whole = tensor.new_empty(ranks * len(tensor), *tensor.shape[1:])
-    dist.all_gather_single(whole, tensor.contiguous(), group=group)
+    with collective():
+        dist.all_gather_single(whole, tensor.contiguous(), group=group)
     return whole
 
 
 def _summed(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
     if dist.get_world_size(group) == 1:
         return tensor
-    _enter()
     tensor = tensor.clone()
-    dist.all_reduce(tensor, group=group)
+    with collective():
+        dist.all_reduce(tensor, group=group)
     return tensor
 
 
-def _enter() -> None:
-    global entered  # noqa: PLW0603 - of the process, like the process groups
+@contextmanager
+def collective() -> Iterator[None]:
+    """Around every exchange between ranks: counts it, and its time."""
+    global entered, seconds  # noqa: PLW0603 - of the process, like the process groups
     entered += 1
+    since = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds += time.perf_counter() - since

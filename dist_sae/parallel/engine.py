@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dist_sae.config import Run
 from dist_sae.deepspeed import import_deepspeed
 from dist_sae.errors import ConfigError, NonFiniteError
-from dist_sae.parallel.axis import ShardedAxis
+from dist_sae.parallel.axis import ShardedAxis, collective
 from dist_sae.parallel.mesh import Mesh
 from dist_sae.parallel.zero import deepspeed_config
 from dist_sae.sae.axis import LatentAxis
@@ -118,7 +118,9 @@ class DeepSpeedEngine:
             dist_init_required=False,
         )
         self._stage: int = self._engine.zero_optimization_stage()
-        if mesh.axis.replicas == 1 and self._stage == 0:  # it would copy all gradients twice
+        # with one replica it would copy all gradients twice; else it is timed, like all exchange
+        self._sums = self._stage == 0 and mesh.axis.replicas > 1
+        if self._stage == 0:
             self._engine.enable_backward_allreduce = False
         if self._stage == 0 and self._engine.optimizer is not self._optimizer:
             raise ConfigError(
@@ -132,6 +134,9 @@ class DeepSpeedEngine:
 
     def backward(self, loss: Float[Tensor, ""]) -> None:
         self._engine.backward(loss)
+        if self._sums:
+            with collective():
+                self._engine.allreduce_gradients()
 
     def step(self, lr: float) -> float:
         set_lr(self._optimizer, lr)

@@ -39,11 +39,16 @@ class Mesh(NamedTuple):
 
     def agree(self, *, wish: bool) -> bool:
         """Whether any rank has the wish; waits for the last rank to say, however long it takes."""
+        return self.meet(wish=wish, waited=0.0)[0]
+
+    def meet(self, *, wish: bool, waited: float) -> tuple[bool, float]:
+        """Whether any rank has the wish, and the longest that one has waited, in seconds."""
         if self.world == 1:
-            return wish
-        votes = torch.tensor(wish, dtype=torch.uint8)
-        dist.all_reduce(votes, dist.ReduceOp.MAX, self.control)
-        return bool(votes)
+            return wish, waited
+        said = torch.tensor([wish, waited], dtype=torch.float64)
+        dist.all_reduce(said, dist.ReduceOp.MAX, self.control)
+        wished, longest = said.tolist()
+        return bool(wished), longest
 
     def beside(self) -> "Mesh":
         """The same ranks on a line of their own, for one thread beside the training."""

@@ -5,6 +5,7 @@ from collections.abc import Mapping
 _STALLED = 0.1  # share of the time from which standing still is what to mend first
 _DENSE = 0.5  # share of a step from which the product is what limits it
 _NAMES = {
+    "ranks": "waiting for other ranks",
     "forward": "the forward pass",
     "backward": "the backward pass",
     "optimiser": "the optimiser",
@@ -23,11 +24,12 @@ def describe_limit(
 
     Args:
         phases: Seconds of training by phase (`telemetry.metrics.PHASES`); empty while there is no
-            training.
+            training. The beginning is over, and limits nothing.
         product_share: Of a step, what the bare encoder product takes, where it is known.
         slowest_stage: Of the producers; None if none has been heard of.
         all_produced: Whether every unit exists.
     """
+    phases = {phase: seconds for phase, seconds in phases.items() if phase != "begin"}
     total = sum(phases.values())
     if not total:
         return _before_training(slowest_stage, all_produced=all_produced)

@@ -56,7 +56,7 @@ _DETAILS = {
     "rows": ("Rows", "Held-out rows behind FVU, L0 and densities."),
     "tokens": ("Tokens", "Held-out tokens behind the cross-entropies."),
 }
-_STALLS = {"wait": "waiting for data", "save": "saving"}
+_STALLS = {"wait": "waiting for data", "ranks": "with other ranks", "save": "saving"}
 """Phases of a step in which nothing is computed."""
 _PALETTE = 6
 
@@ -181,7 +181,10 @@ def _history_plots(page: Page) -> Iterator[str]:
     yield render_lines("Share of a step", lines, x_label=x_label, from_zero=True)
     size, unit = _time_unit(sum(seconds))
     times = [total / size for total in accumulate(seconds)]
-    speed = [Line("Rows per second", times, column("rows_per_second"))]
+    speed = [
+        Line("all time", times, column("rows_per_second")),
+        Line("time in steps", times, column("worked_rows_per_second")),
+    ]
     yield render_lines(
         "Rows per second", speed, x_label=f"time in training, {unit}", from_zero=True
     )

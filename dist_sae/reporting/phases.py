@@ -2,6 +2,7 @@
 
 import time
 from collections import defaultdict, deque
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -49,26 +50,36 @@ class Phases:
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
         self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._marks = deque([("", clock.mark())])
+        self._marks: deque[tuple[str, Mapping[str, float], Any]] = deque([("", {}, clock.mark())])
 
-    def end(self, phase: str) -> None:
-        """What was done since the last call was this phase."""
-        self._marks.append((phase, self._clock.mark()))
-        if len(self._marks) > _FOLD_FROM and self._clock.is_past(self._marks[1][1]):
+    def end(self, phase: str, within: Mapping[str, float] | None = None) -> None:
+        """What was done since the last call was this phase.
+
+        Args:
+            phase: What to call it.
+            within: Other phases that took so many seconds of it, at most; the first come first.
+        """
+        self._marks.append((phase, within or {}, self._clock.mark()))
+        if len(self._marks) > _FOLD_FROM and self._clock.is_past(self._marks[1][2]):
             self._fold()
 
     def take(self) -> dict[str, float]:
         """Seconds since the last call, by phase. On a GPU this waits for it."""
-        self._clock.await_(self._marks[-1][1])
+        self._clock.await_(self._marks[-1][2])
         while len(self._marks) > 1:
             self._fold()
         seconds, self._seconds = self._seconds, defaultdict(float)
         return dict(seconds)
 
     def _fold(self) -> None:
-        _, start = self._marks.popleft()
-        phase, end = self._marks[0]
-        self._seconds[phase] += self._clock.seconds(start, end)
+        *_, start = self._marks.popleft()
+        phase, within, end = self._marks[0]
+        left = self._clock.seconds(start, end)
+        for other, most in within.items():
+            seconds = min(left, max(most, 0.0))
+            self._seconds[other] += seconds
+            left -= seconds
+        self._seconds[phase] += left
 
 
 class ProductSamples:

@@ -91,8 +91,9 @@ class ProgressView:
     def _describe_limit(self) -> str:
         training, producing = self._roles.get("train"), self._roles.get("produce")
         numbers = training.numbers if training else {}
+        phases = {"wait": 1.0} if training and training.waiting else numbers.get("phases", {})
         return describe_limit(
-            numbers.get("phases", {}),
+            phases,
             numbers.get("product_share"),
             producing.slowest_stage if producing else None,
             all_produced=producing is not None and producing.done == producing.total,
@@ -107,6 +108,8 @@ class _Role:
         self.total = 0.0
         self.numbers: Mapping[str, Any] = {}
         """What one of them said last."""
+        self.waiting: dict[str, float] = {}
+        """Seconds for which processes have stood still, waiting for data."""
         self._of_each: dict[str, Mapping[str, Any]] = {}
         self._began = done, time.monotonic()
         self._said = float("-inf")
@@ -115,6 +118,12 @@ class _Role:
         """Take in what one of them says."""
         self.done = max(self.done, record["done"])  # each producer sees its own share at once
         self.total = record["total"]
+        if (seconds := record.get("waiting_seconds")) is not None:
+            self.waiting.pop(process, None)
+            if seconds:
+                self.waiting[process] = seconds
+            return
+        self.waiting.clear()  # a step is made by all of them
         self.numbers = self._of_each[process] = {**self._of_each.get(process, {}), **record}
 
     @property
@@ -142,7 +151,10 @@ class _Role:
 
     def describe(self) -> str:
         """In few words: a terminal has 80 columns."""
-        rates = [record.get("rows_per_second", 0.0) for record in self._of_each.values()]
+        rates = [
+            record.get("worked_rows_per_second", record.get("rows_per_second", 0.0))
+            for record in self._of_each.values()
+        ]
         words = {
             "fvu": "fvu {:.3f}",
             "l0_latents": "l0 {:.3g}",
@@ -151,4 +163,10 @@ class _Role:
         said = [
             text.format(self.numbers[name]) for name, text in words.items() if name in self.numbers
         ]
-        return "  ".join([f"{sum(rates):,.0f} rows/s", *said])
+        if "fvu" in self.numbers and "dead_share" not in self.numbers:
+            said.append("dead ?")  # nobody can know yet
+        if self.waiting:
+            said.insert(0, f"waits for data, {max(self.waiting.values()):.0f} s")
+        elif rates:
+            said.insert(0, f"{sum(rates):,.0f} rows/s")
+        return "  ".join(said)

@@ -10,6 +10,7 @@ from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from types import TracebackType
 
+import torch
 from torch import Tensor
 
 from dist_sae import logs
@@ -20,12 +21,13 @@ from dist_sae.data.loader import Batch
 from dist_sae.errors import Stopped
 from dist_sae.parallel.mesh import Mesh
 from dist_sae.reporting.numbers import batch_numbers, expert_numbers, starved_share
-from dist_sae.reporting.phases import Clock, Phases, ProductSamples
+from dist_sae.reporting.phases import ProductSamples
+from dist_sae.reporting.times import Times, rows_per_worked_second
 from dist_sae.sae.axis import LatentAxis
 from dist_sae.sae.base import Output, Routing
 from dist_sae.sae.density import Densities, DensityCounts
 from dist_sae.telemetry.exporter import Telemetry
-from dist_sae.telemetry.metrics import DENSITIES, NEVER, RARE
+from dist_sae.telemetry.metrics import DENSITIES, NEVER, PHASES, RARE
 from dist_sae.telemetry.sinks import Sink
 
 logger = logging.getLogger(__name__)
@@ -41,6 +43,7 @@ class TrainingReporter:
         run: The run.
         mesh: This rank's place.
         telemetry: Takes the metrics.
+        times: Where this rank's time went before the first step, and goes.
         sinks: Take the first rank's series.
         state: What is trained.
         mean: Of the data set, scaled.
@@ -52,6 +55,7 @@ class TrainingReporter:
         run: Run,
         mesh: Mesh,
         telemetry: Telemetry,
+        times: Times,
         sinks: Sequence[Sink],
         state: TrainingState,
         mean: Tensor,
@@ -63,20 +67,18 @@ class TrainingReporter:
         self._sinks = sinks
         self._state = state
         self._mean = mean.to(mesh.device)
-        clock = Clock(mesh.device)
-        self._phases = Phases(clock)
-        self._product = ProductSamples(state.sae, clock)
+        self._times = times
+        self._product = ProductSamples(state.sae, times.clock)
         self._densities = Densities(
             len(state.sae.W_enc), run.dead_after_rows, mesh.axis, mesh.device
         )
         self._experts = _Experts()
         self._reported = start
         self._counts: defaultdict[str, float] = defaultdict(float)
-        self._told: defaultdict[str, float] = defaultdict(float)
-        """Seconds by phase since the last report that were exported before it."""
         self._reached_units = 0
         self._ready_units: int | None = None
         self.last: dict[str, float] = {}
+        times.step = start
         telemetry.device = mesh.device
         telemetry.set(
             "dist_sae_train_info", 1, kind=run.sae.kind, site=run.site, device=mesh.device.type
@@ -95,21 +97,13 @@ class TrainingReporter:
         trace: TracebackType | None,
     ) -> None:
         if kind is None or issubclass(kind, Stopped):
-            self._spend(self._phases.take())
+            self._times.take()
         for sink in self._sinks:
             sink.close()
 
     def end(self, phase: str) -> None:
         """What was done since the last call was this phase of a step."""
-        self._phases.end(phase)
-
-    def waiting(self) -> None:
-        """There is no batch yet: says so now, since the next report may be far away."""
-        self._phases.end("wait")
-        phases = self._phases.take()
-        self._spend(phases)
-        for phase, seconds in phases.items():
-            self._told[phase] += seconds
+        self._times.end(phase)
 
     def step(
         self,
@@ -135,6 +129,7 @@ class TrainingReporter:
             loaded: Batches that are ready.
             reached: Unit that reading has come to.
         """
+        self._times.step = step
         self._telemetry.pulse.rest()  # it works; whether a step hangs is the watch's to say
         self._counts["dist_sae_train_wait_seconds_total"] += batch.waited_seconds
         self._counts["dist_sae_train_loader_stalls_total"] += batch.waited_seconds > _STALL_SECONDS
@@ -150,7 +145,7 @@ class TrainingReporter:
             numbers |= {"gradient_norm": gradient_norm, "learning_rate": lr}
             self._product.sample(x)
             self._publish(step, numbers, quantiles)
-        self._phases.end("rest")
+        self.end("rest")
 
     def _publish(
         self, step: int, numbers: dict[str, float], quantiles: Mapping[str, float]
@@ -159,33 +154,33 @@ class TrainingReporter:
         second_moment = state.engine.moment(state.sae.W_enc, "exp_avg_sq")
         density = self._densities.counts(_EDGES, RARE)
         numbers |= {
-            "dead_share": state.dead.share,
             "rare_share": density.rare / run.sae.n_latents,
             "starved_share": starved_share(axis, second_moment, run.train.eps),
             **self._experts.take(axis, state.dead.mask),
         }
-        self._phases.end("rest")
-        untold = self._phases.take()
-        phases = {p: untold.get(p, 0.0) + self._told.get(p, 0.0) for p in {*untold, *self._told}}
-        self._told.clear()
+        if step * run.train.batch_rows >= run.dead_after_rows:
+            numbers["dead_share"] = state.dead.share
+        else:  # nobody can know yet
+            numbers.pop("expert_dead_share", None)
+        self.end("rest")
+        phases = self._of_all_ranks(self._times.take())
         seconds, steps = sum(phases.values()), step - self._reported
         self._reported = step
         rows = steps * run.train.batch_rows
         numbers["rows_per_second"] = rows / seconds
+        numbers["worked_rows_per_second"] = rows_per_worked_second(rows, phases)
         if self._product.seconds is not None:
             numbers["product_seconds"] = self._product.seconds
             numbers["product_share"] = self._product.seconds * steps / seconds
         self.last = numbers
-        waited = self._counts["dist_sae_train_wait_seconds_total"]
         self._counts["dist_sae_train_rows_total"] += rows / self._mesh.world
         self._export(step, numbers, quantiles, density)
-        self._spend(untold)
         if self._mesh.is_first:
             record = {
                 "step": step,
                 "rows": step * run.train.batch_rows,
                 "seconds": seconds,
-                "wait_seconds": waited,
+                "wait_seconds": phases["wait"],
                 **numbers,
                 "phases": phases,
                 "explained_variance": quantiles,
@@ -219,15 +214,14 @@ class TrainingReporter:
             telemetry.set("dist_sae_train_reached_units", self._reached_units)
             self._show_backlog()
 
-    def _spend(self, phases: Mapping[str, float]) -> None:
-        telemetry = self._telemetry
-        telemetry.add("dist_sae_train_step_seconds_total", sum(phases.values()))
-        telemetry.add("dist_sae_train_save_stall_seconds_total", phases.get("save", 0.0))
-        for phase, seconds in phases.items():
-            telemetry.add("dist_sae_train_phase_seconds_total", seconds, phase=phase)
+    def _of_all_ranks(self, phases: Mapping[str, float]) -> dict[str, float]:
+        """The mean over ranks: what is `forward` to one may be `ranks` to another. Collective."""
+        own = torch.tensor([phases.get(phase, 0.0) for phase in PHASES], dtype=torch.float64)
+        mean = self._mesh.axis.total(own.to(self._mesh.device)) / self._mesh.world
+        return dict(zip(PHASES, mean.tolist(), strict=True))
 
     def _show(self, step: int, numbers: Mapping[str, float], phases: Mapping[str, float]) -> None:
-        names = ("fvu", "l0_latents", "dead_share", "rows_per_second", "product_share")
+        names = ("fvu", "l0_latents", "dead_share", "worked_rows_per_second", "product_share")
         shown = {name: numbers[name] for name in names if name in numbers}
         logs.progress("train", step, self._run.steps, **shown, phases=phases)
 

@@ -10,8 +10,11 @@ SHORT_LIVED = ("plan", "evaluate", "export", "report")
 ROLES = ("produce", "train", *SHORT_LIVED)
 """The programs that have metrics."""
 
-PHASES = ("wait", "forward", "backward", "optimiser", "save", "rest")
-"""Of a training step: they add up to its time. `wait` is for data."""
+PHASES = ("wait", "ranks", "begin", "forward", "backward", "optimiser", "save", "rest")
+"""Of training: they add up to its time. `wait` is for data, of the rank that waits longest; `ranks`
+for slower ranks, and on CPUs the exchange with all; `begin` comes before the first step."""
+STANDING = ("wait", "begin", "save")
+"""The phases in which no step is made."""
 STAGES = ("tokenize", "forward", "pack", "store")
 """Of a producer, in the order of the work; they overlap."""
 QUANTILES = ("0.05", "0.25", "0.5", "0.75", "0.95")

@@ -17,6 +17,7 @@ from dist_sae.telemetry.metric import (
     ROLES,
     SHORT_LIVED,
     STAGES,
+    STANDING,
     STORE_ERRORS,
     Metric,
 )
@@ -33,6 +34,7 @@ __all__ = [
     "ROLES",
     "SHORT_LIVED",
     "STAGES",
+    "STANDING",
     "STORE_ERRORS",
     "Metric",
     "metrics_of",

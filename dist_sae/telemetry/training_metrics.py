@@ -28,6 +28,13 @@ TRAINING = (
         _T,
         "Rows per second since the last report, all ranks.",
     ),
+    Metric(
+        "dist_sae_train_worked_rows_per_second",
+        "gauge",
+        "rows/second",
+        _T,
+        "The same of the time in steps: without waiting for data, saving, and the beginning.",
+    ),
     # training: the loss
     Metric("dist_sae_train_loss", "gauge", "1", _T, "What is minimised, on the last batch."),
     Metric(
@@ -89,7 +96,7 @@ TRAINING = (
         "gauge",
         "share",
         _T,
-        "Share of latents that have not fired for dead_after_rows.",
+        "Share of latents that have not fired for dead_after_rows; none before so many rows.",
     ),
     Metric(
         "dist_sae_train_rare_share",
@@ -172,15 +179,16 @@ TRAINING = (
         "counter",
         "seconds",
         _T,
-        "Time spent in steps, waiting included.",
+        "Time spent in training, waiting and the beginning included.",
     ),
     Metric(
         "dist_sae_train_phase_seconds_total",
         "counter",
         "seconds",
         _T,
-        "The same by phase: `wait` for data, `save` standing still for checkpoints. On a GPU "
-        "forward, backward and optimiser are the GPU's time.",
+        "The same by phase: `wait` for data (of whichever rank waits longest), `ranks` for slower "
+        "ranks (on a CPU with the exchange between ranks), `begin` before the first step, `save` "
+        "standing still for checkpoints. On a GPU the others are the GPU's time.",
         ("phase",),
         PHASES,
     ),

@@ -50,7 +50,7 @@ def train_rank(settings: dict[str, Any], target: Path, seen: Path, env: dict[str
     run = Run.model_validate(settings)
 
     class Recording(Loader):
-        def next(self, waiting: Callable[[], None] = lambda: None) -> Batch | None:
+        def next(self, waiting: Callable[[float], None] = lambda _: None) -> Batch | None:
             batch = super().next(waiting)
             if batch is not None:
                 with seen.open("a") as file:

@@ -4,6 +4,7 @@ import random
 import threading
 import time
 import weakref
+from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,7 +26,8 @@ from dist_sae.errors import (
     ObjectNotFoundError,
     Stopped,
 )
-from dist_sae.storage import ObjectStore, open_store
+from dist_sae.logs import SUPERVISED
+from dist_sae.storage import Entry, ObjectStore, open_store
 from dist_sae.storage.records import seal
 from tests.world import (
     DOCUMENT_ROWS,
@@ -208,6 +210,33 @@ def test_units_that_come_late_and_in_any_order_are_waited_for(
     assert same(batches(open_units(world.run), steps), late)
 
 
+@pytest.mark.parametrize("sign", ["none", "claim", "unit", "supervised"])
+def test_whether_producers_run_is_asked_only_where_nothing_tells(
+    world: World, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture, sign: str
+) -> None:
+    """Signs of them: a claim, or a unit made within the time of a lease; or a supervisor."""
+    caplog.set_level("INFO")
+    monkeypatch.setattr(dist_sae.data.loader, "_POLL_SECONDS", (0.0, 0.001))
+    monkeypatch.setattr(dist_sae.data.loader, "_SAY_EVERY_SECONDS", 0.0)
+    young = {"claim": ["claims/00000003.json"], "unit": ["units/00000002.json"]}.get(sign, [])
+
+    class Aged(LateUnits):
+        def entries(self, prefix: str = "") -> Iterator[Entry]:
+            old = [entry._replace(age_seconds=1e4) for entry in super().entries(prefix)]
+            yield from old
+            yield from (Entry(key, 0, 1.0) for key in young if key.startswith(prefix))
+
+    if sign == "supervised":
+        monkeypatch.setenv(SUPERVISED, "1")
+    store = Aged(world.store, 0)
+    store.hidden = [manifest_key(4)]
+    told: list[float] = []
+    open_units(world.run, store=store).manifest(4, told.append)
+    assert ("are producers running?" in caplog.text) == (sign == "none")
+    assert ("producers are at work" in caplog.text) == (sign != "none")
+    assert len(told) == 1
+
+
 def test_waiting_for_a_unit_ends_when_the_run_is_stopped(world: World) -> None:
     stopping = threading.Event()
 
@@ -380,12 +409,13 @@ def test_whoever_waits_for_a_batch_is_told_while_it_lasts(
     store.hidden = [manifest_key(0)]
     told: list[float] = []
     with open_loader(open_units(world.run, store=store), range(2)) as loader:
-        first = loader.next(lambda: told.append(time.monotonic()))
+        first = loader.next(told.append)
         n_told = len(told)
-        second = loader.next(lambda: told.append(time.monotonic()))
+        second = loader.next(told.append)
     assert first is not None
     assert second is not None
     assert n_told >= 2
+    assert told[:n_told] == sorted(told[:n_told])  # for how long it has lasted
     assert len(told) <= n_told + 1
 
 

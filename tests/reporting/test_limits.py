@@ -22,6 +22,12 @@ BUSY = {"wait": 0.2, "forward": 5.0, "backward": 3.0, "optimiser": 1.0, "save": 
         (BUSY | {"save": 2.5}, 0.6, "store", "saving: training stands still 20% of the time"),
         (BUSY, 0.55, "store", "the encoder product: 55% of a step"),
         (BUSY, 0.3, "store", "the forward pass: 50% of a step; the encoder product: 30%"),
+        (
+            BUSY | {"ranks": 6.0, "begin": 90.0},  # of 16 s since it began
+            0.3,
+            "store",
+            "waiting for other ranks: 38% of a step; the encoder product: 30%",
+        ),
         ({"rest": 1.0}, None, None, "what is beside the passes: 100% of a step"),
     ],
 )

@@ -69,6 +69,15 @@ def test_a_gpu_is_waited_for_only_when_its_times_are_asked_for(
     assert Event.waits == 1
 
 
+def test_a_phase_gives_up_what_other_phases_took_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each mark is a second after the one before; nothing gives up more than it has."""
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    watch = Phases(Clock(torch.device("cuda")))
+    watch.end("forward", {"wait": -1.0, "ranks": 0.25})
+    watch.end("ranks", {"wait": 0.75, "save": 3.0})
+    assert watch.take() == {"wait": 0.75, "ranks": 0.25, "forward": 0.75, "save": 0.25}
+
+
 def test_the_product_is_scaled_up_from_its_sample(monkeypatch: pytest.MonkeyPatch) -> None:
     """128 rows x 1,024 latents of 65,536, or of the 2 experts of 16 that a row meets."""
     seconds = iter([0.25, 0.5, 1.0])

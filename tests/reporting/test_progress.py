@@ -86,3 +86,29 @@ def test_a_warning_is_shown_once(*, terminal: bool) -> None:
     assert "warning: unit 1 is [slow]" in lines
     assert "unit 12" not in lines
     assert lines.count("warning: another") == 1
+
+
+def test_a_run_that_stands_still_says_so() -> None:
+    """Whichever rank waits; its first step after that is the end of it."""
+    console = Console(file=io.StringIO(), force_terminal=True, width=80, legacy_windows=False)
+    with ProgressView(console) as view:
+
+        def lines(process: str, record: dict[str, Any]) -> list[str]:
+            view.show(process, record)
+            with console.capture() as capture:
+                console.print(view._live.get_renderable())
+            return [Text.from_ansi(line).plain.rstrip() for line in capture.get().splitlines()]
+
+        lines("producer-0", PRODUCING)
+        lines("trainer-0", TRAINING | {"phases": {"forward": 1.0}, "worked_rows_per_second": 7.0})
+        waiting = {"role": "train", "done": 300, "total": 400, "waiting_seconds": 24.4}
+        *_, train, limit = lines("trainer-1", waiting)
+        assert train.endswith("waits for data, 24 s  fvu 0.190  l0 50.3  dead 10.8%")
+        assert limit.startswith("limit: data: trainers wait 100% of the time; producers' slowest")
+        *_, train, limit = lines("trainer-1", waiting | {"waiting_seconds": 0.0})
+        assert train.endswith(" 7 rows/s  fvu 0.190  l0 50.3  dead 10.8%")
+        assert limit.startswith("limit: the forward pass")
+        unknown = {name: value for name, value in TRAINING.items() if name != "dead_share"}
+        lines("trainer-1", waiting)
+        *_, train, _ = lines("trainer-2", unknown)
+        assert train.endswith("rows/s  fvu 0.190  l0 50.3  dead ?")

@@ -19,10 +19,12 @@ from dist_sae.evaluate import evaluate
 from dist_sae.parallel.mesh import Mesh
 from dist_sae.plan import plan
 from dist_sae.precision import is_emulated
+from dist_sae.reporting.times import Times
 from dist_sae.sae import build_sae
 from dist_sae.sae.axis import WHOLE
 from dist_sae.sae.init import initialise_from_data
 from dist_sae.storage import open_store
+from dist_sae.telemetry.exporter import Telemetry
 from dist_sae.train import _found, _initialise, _places
 from tests.launch import produce, run, train, write_run
 from tests.train.trained import (
@@ -48,7 +50,8 @@ def test_directions_from_data_take_as_many_batches_as_they_need(
     normaliser = measure(units, settings.train.normaliser_rows)
     sae = build_sae(settings.sae, 16)
     mesh = Mesh(0, 1, torch.device("cpu"), WHOLE)
-    _initialise(settings, mesh, units, normaliser, sae, None)
+    times = Times(settings, Telemetry("world", "train", None), mesh.device)
+    _initialise(settings, mesh, units, normaliser, sae, None, times)
     with Loader(units, rank=0, world=1, batch_rows=24, steps=range(3), max_passes=1) as loader:
         rows = torch.cat([batch.acts for batch in loader])[:64] * normaliser.scale
     expected = build_sae(settings.sae, 16)

@@ -84,7 +84,7 @@ OVERVIEW = Page(
                     "Where trainers' time goes",
                     "share",
                     recorded(PHASE_SHARE),
-                    "`wait`: producers or the store are the limit.",
+                    "`wait`: producers or the store are the limit; `ranks`: the slowest rank is.",
                 ),
                 STAGES,
                 graph(

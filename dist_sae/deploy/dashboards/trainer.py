@@ -37,7 +37,12 @@ TRAINER = Page(
             "How long will it take?",
             (
                 graph("Rows by rank", "rows/s", rate("dist_sae_train_rows_total", "run, rank")),
-                graph("Rows of the job", "rows/s", now("dist_sae_train_rows_per_second")),
+                graph(
+                    "Rows of the job",
+                    "rows/s",
+                    now("dist_sae_train_rows_per_second").named("all time"),
+                    now("dist_sae_train_worked_rows_per_second").named("time in steps"),
+                ),
                 graph(
                     "Steps",
                     "count",
@@ -60,11 +65,20 @@ TRAINER = Page(
                 graph(
                     "Waiting for data",
                     "share",
-                    rate("dist_sae_train_phase_seconds_total", "run, rank", phase="wait").over(
+                    rate("dist_sae_train_wait_seconds_total", "run, rank").over(
                         rate(STEP_SECONDS, "run, rank")
                     ),
-                    says="Of the step. One rank alone: its way to the store is slower.",
+                    says="For its own; all wait meanwhile. One rank alone: its way to the store "
+                    "is slower.",
                     limits=(0.05,),
+                ),
+                graph(
+                    "With other ranks",
+                    "share",
+                    rate("dist_sae_train_phase_seconds_total", "run, rank", phase="ranks").over(
+                        rate(STEP_SECONDS, "run, rank")
+                    ),
+                    says="The one with the least keeps the others waiting.",
                 ),
                 graph(
                     "Encoder product's share of a step",
