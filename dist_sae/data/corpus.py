@@ -30,6 +30,7 @@ from dist_sae.data.formats import (
     Format,
     JsonLines,
     Numbers,
+    Place,
     PlainText,
     os_errors,
     unpack,
@@ -120,13 +121,7 @@ class Corpus:
         Raises:
             CorpusError: A file is missing or unreadable, or there is no text at all.
         """
-        commit = None
-        if isinstance(self._config, DatasetCorpus) and not Path(self._config.name).exists():
-            commit = dataset_commit(self._config.name, self._config.revision)
-            # the same commit is loaded, whatever comes meanwhile
-            self._config = self._config.model_copy(
-                update={"revision": commit or self._config.revision}
-            )
+        commit = self._pin()
         found = [_Found() for _ in self._names()]
         files = [self._index(*each) for each in zip(self._names(), found, strict=True)]
         total = sum(file.documents for file in files)
@@ -166,7 +161,7 @@ class Corpus:
                 Document(number, place.text)
                 for span in spans
                 for number, place in enumerate(
-                    self._format(names[span.file]).documents(span.start, span.stop),
+                    filter(_has_text, self._format(names[span.file]).texts(span.start, span.stop)),
                     start=base[span.file] + span.first,
                 )
             ]
@@ -198,16 +193,43 @@ class Corpus:
             fingerprints = [file.fingerprint for file in self.index().files]
         return sorted(fingerprints) == sorted(file.fingerprint for file in files)
 
+    def _pin(self) -> str | None:
+        """Stay with what a data set on the hub is now; returns its commit if the hub tells."""
+        config = self._config
+        if not isinstance(config, DatasetCorpus) or Path(config.name).expanduser().exists():
+            return None
+        commit = dataset_commit(config.name, config.revision)
+        if commit is None:
+            logger.warning(
+                "corpus.name %s: the hub does not tell its commit; "
+                "a later one will be refused where its text is another",
+                config.name,
+            )
+            return None
+        self._config = config.model_copy(update={"revision": commit})
+        return commit
+
     def _index(self, name: str, found: "_Found") -> CorpusFile:
         """Read one file through; what is found is added to `found`."""
         is_file = isinstance(self._config, FilesCorpus)
         before = self._state(name) if is_file else None
-        refused = 0
-        for start, stop, text in self._format(name).documents():
+        blank = refused = 0
+        for start, stop, text in self._format(name).texts():
+            if not text:
+                blank += 1
+                continue
             found.starts.append(start)
             found.stops.append(stop)
             found.digests += _digest(text)
             refused += not is_encodable(text)
+        if blank or not found.starts:
+            logger.log(
+                logging.INFO if found.starts else logging.WARNING,
+                "%s: %d documents; %d records without text are none",
+                name,
+                len(found.starts),
+                blank,
+            )
         if refused:
             logger.warning(
                 "%s: %d of %d documents have half a surrogate pair, which no tokenizer takes: "
@@ -385,6 +407,10 @@ def is_encodable(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _has_text(place: Place) -> bool:
+    return bool(place.text)
 
 
 def _changed(name: str) -> CorpusError:

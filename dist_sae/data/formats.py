@@ -1,4 +1,4 @@
-"""How each kind of text source is read and unpacked: documents, one after the other.
+"""How each kind of text source is read and unpacked: texts, one after the other.
 
 A document is a text that is not blank; blank ones have no number, in any format.
 """
@@ -22,10 +22,11 @@ from dist_sae.hub import is_out_of_reach
 FORMATS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 _CHUNK_BYTES = 2**20  # of a packed file
 _SLICE_ROWS = 1000  # of a table
+_MOST_NAMED = 20  # fields in a message
 
 
 class Place(NamedTuple):
-    """A document and where it is."""
+    """A text and where it is."""
 
     start: int
     stop: int
@@ -36,8 +37,8 @@ class Place(NamedTuple):
 class Format(Protocol):
     """How one kind of source is read."""
 
-    def documents(self, start: int = 0, stop: int | None = None) -> Iterator[Place]:
-        """The documents that lie in `[start, stop)`: texts without space around, never empty."""
+    def texts(self, start: int = 0, stop: int | None = None) -> Iterator[Place]:
+        """The texts that lie in `[start, stop)`, without space around; "" of a blank record."""
         ...
 
 
@@ -47,7 +48,7 @@ class Numbers:
     def __init__(self, documents: int) -> None:
         self._documents = documents
 
-    def documents(self, start: int = 0, stop: int | None = None) -> Iterator[Place]:
+    def texts(self, start: int = 0, stop: int | None = None) -> Iterator[Place]:
         stop = self._documents if stop is None else stop
         return (Place(i, i + 1, str(i)) for i in range(start, stop))
 
@@ -58,7 +59,7 @@ class PlainText:
     def __init__(self, name: str, path: Path, unit: Literal["paragraph", "line", "file"]) -> None:
         self._name, self._path, self._unit = name, path, unit
 
-    def documents(self, start: int = 0, stop: int | None = None) -> Iterator[Place]:
+    def texts(self, start: int = 0, stop: int | None = None) -> Iterator[Place]:
         first, lines = start, list[str]()
         for line in _lines(self._name, self._path, start, stop):
             lines.append(line.text)
@@ -76,18 +77,19 @@ class JsonLines:
     def __init__(self, name: str, path: Path, field: str) -> None:
         self._name, self._path, self._field = name, path, field
 
-    def documents(self, start: int = 0, stop: int | None = None) -> Iterator[Place]:
+    def texts(self, start: int = 0, stop: int | None = None) -> Iterator[Place]:
         for number, line in enumerate(_lines(self._name, self._path, start, stop), start=1):
             if line.text.strip():
-                yield from _place(
-                    line.start, line.stop, self._text(line.text, f"{self._name}:{number}")
-                )
+                text = self._text(line.text, f"{self._name}:{number}")
+                yield Place(line.start, line.stop, text.strip())
 
     def _text(self, line: str, place: str) -> str:
         try:
             record = json.loads(line)
-        except (ValueError, RecursionError) as exc:
+        except (json.JSONDecodeError, RecursionError) as exc:
             raise CorpusError(f"{place}: not valid JSON: {exc}") from exc
+        except ValueError:  # a number of more digits than Python would read
+            record = json.loads(line, parse_int=str)
         if not isinstance(record, dict):
             raise CorpusError(f"{place}: not a JSON object; write one object a line")
         if self._field not in record:
@@ -115,13 +117,13 @@ class DatasetRows:
             raise CorpusError(_no_field(config.name, config.text_field, self._rows.column_names))
         self._name, self._field = config.name, config.text_field
 
-    def documents(self, start: int = 0, stop: int | None = None) -> Iterator[Place]:
+    def texts(self, start: int = 0, stop: int | None = None) -> Iterator[Place]:
         stop = len(self._rows) if stop is None else stop
         for first in range(start, stop, _SLICE_ROWS):
             values = self._rows[first : min(stop, first + _SLICE_ROWS)][self._field]
             for row, value in enumerate(values, start=first):
                 text = _checked(value, self._field, f"{self._name}: row {row}")
-                yield from _place(row, row + 1, text)
+                yield Place(row, row + 1, text.strip())
 
 
 class _Line(NamedTuple):
@@ -163,7 +165,10 @@ def _checked(value: Any, field: str, place: str) -> str:
 
 
 def _no_field(place: str, field: str, known: Iterable[str]) -> str:
-    return f"{place}: no {field!r} (it has {', '.join(known)}); set corpus.text_field"
+    names = [name if name.isprintable() else repr(name) for name in known]
+    more = f" and {len(names) - _MOST_NAMED} more" if len(names) > _MOST_NAMED else ""
+    there = ", ".join(names[:_MOST_NAMED]) + more
+    return f"{place}: no {field!r} (it has {there}); set corpus.text_field"
 
 
 def unpack(name: str, path: Path, unpacked: Path, field: str) -> None:
@@ -172,6 +177,8 @@ def unpack(name: str, path: Path, unpacked: Path, field: str) -> None:
     Raises:
         CorpusError: It is damaged, or has no column `field`.
     """
+    if not path.stat().st_size:  # which gzip and Zstandard take for an empty text
+        raise CorpusError(f"{name}: cannot be unpacked: it is cut short to nothing; get it again")
     with path.open("rb") as source, unpacked.open("wb") as copy:
         if name.endswith(".gz"):
             _unpack_gzip(source, copy, name)

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ValidationError
 from dist_sae.config import Run, differences
 from dist_sae.config.data import ActivationsConfig, CorpusConfig, ModelConfig, SyntheticModel
 from dist_sae.data.corpus import Corpus, CorpusFile
-from dist_sae.errors import CorpusError, ModelError
+from dist_sae.errors import AccessError, CorpusError, HubUnavailableError, ModelError
 from dist_sae.hub import cached_commit
 
 _HOW = ("batch_tokens", "shards")  # how fast a model computes
@@ -86,7 +86,9 @@ def place_changes(
         try:
             if not Corpus(run.corpus, run.store.s3).holds(files):
                 changes += corpus
-        except CorpusError as exc:
+        except HubUnavailableError:
+            raise
+        except (CorpusError, AccessError) as exc:
             changes += [f"{change} ({exc})" for change in corpus]
     return changes
 

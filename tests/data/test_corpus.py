@@ -167,10 +167,23 @@ def test_text_field_chooses_key_and_column(tmp_path: Path) -> None:
     assert read_all(files(*paths, text_field="body")) == DOCUMENTS * 2
 
 
-def test_null_is_no_document(tmp_path: Path) -> None:
+def test_null_is_no_document_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    caplog.set_level("INFO")
     (tmp_path / "a.jsonl").write_text('{"text": null}\n\n{"text": "b"}\n')
     pq.write_table(pa.table({"text": pa.array([None, "c", None])}), tmp_path / "b.parquet")
-    assert read_all(files(tmp_path / "a.jsonl", tmp_path / "b.parquet")) == ["b", "c"]
+    (tmp_path / "c.txt").write_text(" ")
+    assert read_all(files(*(tmp_path / name for name in ("a.jsonl", "b.parquet", "c.txt")))) == [
+        "b",
+        "c",
+    ]
+    assert f"{tmp_path}/a.jsonl: 1 documents; 1 records without text are none" in caplog.text
+    assert f"{tmp_path}/b.parquet: 1 documents; 2 records without text are none" in caplog.text
+    assert f"{tmp_path}/c.txt: 0 documents" in caplog.text
+
+
+def test_a_number_that_python_does_not_read_is_no_fault_of_the_text(tmp_path: Path) -> None:
+    (tmp_path / "a.jsonl").write_text('{"text": "a", "id": ' + "1" * 5000 + "}")
+    assert read_all(files(tmp_path / "a.jsonl")) == ["a"]
 
 
 def test_zstandard_file_of_several_frames_is_read_to_its_end(tmp_path: Path) -> None:
@@ -242,6 +255,7 @@ def test_corpus_without_text_is_an_error(tmp_path: Path, suffix: str) -> None:
     [
         (b'{"text": "a"}\n\n{"text": \n', ":3: not valid JSON: Expecting value"),
         (b'{"text": "a"}\n["b"]\n', ":2: not a JSON object; write one object a line"),
+        (b'{"a\\n": 1}', ":1: no 'text' (it has 'a\\n'); set corpus.text_field"),
         (b'{"id": 1, "body": "a"}', ":1: no 'text' (it has id, body); set corpus.text_field"),
         (b'{"text": 3}', ":1: 'text' holds no text but a int; set corpus.text_field"),
         (b'{"text": "a"}\n{"text": "\xff"}', ":2: not UTF-8; convert the file"),
@@ -278,13 +292,15 @@ def test_folder_in_place_of_a_file_is_an_error(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("suffix", [".jsonl.gz", ".jsonl.zst", ".parquet"])
-@pytest.mark.parametrize("damage", ["cut short", "other bytes"])
+@pytest.mark.parametrize("damage", ["cut short", "cut to nothing", "other bytes"])
 def test_damaged_file_is_an_error(tmp_path: Path, suffix: str, damage: str) -> None:
     path = tmp_path / f"a{suffix}"
     WRITERS[suffix](path)
     content = path.read_bytes()
-    path.write_bytes(content[:-10] if damage == "cut short" else b"no such format" * 9)
-    assert message(files(path)).startswith(f"{path}: ")
+    left = {"cut short": content[:-10], "cut to nothing": b""}
+    path.write_bytes(left.get(damage, b"no such format" * 9))
+    (tmp_path / "whole.txt").write_text("a")  # not all text is missing
+    assert message(files(tmp_path / "whole.txt", path)).startswith(f"{path}: ")
 
 
 def test_damaged_pages_of_a_file_are_an_error(tmp_path: Path) -> None:
@@ -353,6 +369,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         return datasets.Dataset.from_dict({"id": [*range(len(TEXTS) + 1)], "text": [*TEXTS, None]})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
+    monkeypatch.setattr(corpus_module, "dataset_commit", lambda *_: None)
     return asked
 
 

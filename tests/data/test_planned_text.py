@@ -1,10 +1,15 @@
 """What is read is what was planned, by its content, wherever it lies now."""
 
+import json
 import os
+import socket
+import threading
 from collections.abc import Callable
+from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import pytest
 
 from dist_sae.config.data import DatasetCorpus, S3Config
@@ -13,6 +18,7 @@ from dist_sae.errors import CorpusError
 from tests.conftest import Bucket
 from tests.data.test_corpus import WRITERS, as_json_lines, files
 
+COMMIT = "c" * 40
 LINES = ["one", "two", "three", "four"]
 
 
@@ -159,3 +165,51 @@ def test_a_data_set_that_is_another_one_is_named(tmp_path: Path) -> None:
         read(open_set(*LINES[::-1]), index, 3, 1)
     with pytest.raises(CorpusError, match="set: changed since the plan was made"):
         read(open_set("one"), index, 3, 1)
+
+
+class _Hub(BaseHTTPRequestHandler):
+    """Says which commit every revision of every data set is."""
+
+    def do_GET(self) -> None:
+        answer = json.dumps({"id": "some/texts", "sha": COMMIT}).encode()
+        self.send_response(200)
+        self.send_header("Content-Type", "application/json")
+        self.send_header("Content-Length", str(len(answer)))
+        self.end_headers()
+        self.wfile.write(answer)
+
+    def log_message(self, *_: object) -> None: ...
+
+
+def test_a_data_set_on_the_hub_stays_at_its_commit(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[str | None] = []
+
+    def load(*_: object, revision: str | None, **__: object) -> datasets.Dataset:
+        asked.append(revision)
+        return datasets.Dataset.from_dict({"text": LINES})
+
+    monkeypatch.setattr(datasets, "load_dataset", load)
+    corpus = Corpus(DatasetCorpus(name="some/texts"), S3Config())
+    with HTTPServer(("127.0.0.1", 0), _Hub) as server:
+        monkeypatch.setattr(
+            huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}"
+        )
+        threading.Thread(target=server.handle_request).start()
+        index = corpus.index()
+    assert index.commit == COMMIT
+    assert read(corpus, index) == LINES
+    assert asked == [COMMIT]
+
+
+def test_a_hub_that_does_not_answer_leaves_the_content(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    rows = datasets.Dataset.from_dict({"text": [*LINES, "", None]})
+    monkeypatch.setattr(datasets, "load_dataset", lambda *_, **__: rows)
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        closed = f"http://127.0.0.1:{taken.getsockname()[1]}"
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", closed)
+    index = Corpus(DatasetCorpus(name="some/texts"), S3Config()).index()
+    assert index.commit is None
+    assert index.checksums([[0, 1]])
+    assert "the hub does not tell its commit" in caplog.text
