@@ -39,7 +39,7 @@ def dataset_commit(name: str, revision: str | None) -> str | None:
 def is_out_of_reach(error: BaseException) -> bool:
     """Whether the hub could not be asked or had no answer; waiting may mend that."""
     return any(
-        type(cause).__name__ in _OUT_OF_REACH or _is_passing(cause) for cause in _causes(error)
+        type(cause).__name__ in _OUT_OF_REACH or _is_passing(cause) for cause in causes(error)
     )
 
 
@@ -48,7 +48,8 @@ def _is_passing(error: BaseException) -> bool:
     return isinstance(status, int) and (status == _TOO_MANY or status >= _SERVER_ERROR)
 
 
-def _causes(error: BaseException | None) -> Iterator[BaseException]:
+def causes(error: BaseException | None) -> Iterator[BaseException]:
+    """An error, what it followed from, and so on."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

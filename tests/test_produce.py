@@ -1,7 +1,6 @@
 """Producers, with a stand-in for the model: side by side, dying, stopped, and given bad data."""
 
 import json
-import os
 import threading
 from collections import Counter
 from collections.abc import Callable, Sequence
@@ -512,44 +511,6 @@ def test_a_refused_document_is_left_out_and_counted(
     documents = torch.cat([rows_of(store, m.unit, SITES[0]).documents for m in manifests])
     assert not set(documents.tolist()) & {60, 61, 62}
     assert sum("1 of 63 documents have half a surrogate" in text for text in caplog.messages) == 1
-
-
-def test_text_that_changes_while_producing_gives_no_rows(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Not even where size and time of the file stay as they were."""
-
-    def change(call: int) -> None:
-        if call == 0:
-            corpus.write_text(corpus.read_text().replace("abcdefgh", "ABCDEFGH"))
-            os.utime(corpus, ns=(before.st_atime_ns, before.st_mtime_ns))
-
-    run = letters_run(tmp_path, monkeypatch, TEXTS)
-    corpus = tmp_path / "corpus.jsonl"
-    before = corpus.stat()
-    with_source(monkeypatch, LetterSource(change))
-    with pytest.raises(CorpusError, match=r"corpus\.jsonl: changed since the plan was made"):
-        start(run, "a")
-    store = open_store(run.store.activations)
-    stored = [rows_of(store, unit, SITES[0]).tokens for unit in made_letters(store)]
-    assert all(int(tokens.min()) >= ord("a") for tokens in stored)
-
-
-def test_a_producer_whose_run_needs_one_site_makes_them_all(
-    letters: tuple[Run, ObjectStore], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    run, store = letters
-    asked: list[tuple[str, ...]] = []
-
-    def build(_: object, sites: tuple[str, ...]) -> LetterSource:
-        asked.append(sites)
-        return LetterSource()
-
-    monkeypatch.setattr(dist_sae.produce, "build_source", build)
-    activations = run.activations.model_copy(update={"sites": (SITES[0],)})
-    start(run.model_copy(update={"activations": activations}), "a")
-    assert asked == [tuple(SITES)]
-    assert set(read_manifest(store, 0).sites) == set(SITES)
 
 
 def test_metrics_count_rows_and_units(letters: tuple[Run, ObjectStore]) -> None:

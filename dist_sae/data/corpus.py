@@ -10,6 +10,7 @@ and documents that are read together are compared with the checksum that the pla
 
 import hashlib
 import logging
+import os
 import shutil
 import tempfile
 import weakref
@@ -196,7 +197,7 @@ class Corpus:
     def _pin(self) -> str | None:
         """Stay with what a data set on the hub is now; returns its commit if the hub tells."""
         config = self._config
-        if not isinstance(config, DatasetCorpus) or Path(config.name).expanduser().exists():
+        if not isinstance(config, DatasetCorpus) or Path(os.path.expanduser(config.name)).exists():
             return None
         commit = dataset_commit(config.name, config.revision)
         if commit is None:
@@ -306,13 +307,13 @@ class Corpus:
         if isinstance(config, SyntheticCorpus):
             return ["synthetic"]
         if isinstance(config, DatasetCorpus):
-            return [str(Path(config.name).expanduser())]
+            return [os.path.expanduser(config.name)]
         names: list[str] = []
         for pattern in config.files:
             if pattern.startswith("s3://"):
                 names.append(pattern)
                 continue
-            path = Path(pattern).expanduser()
+            path = Path(os.path.expanduser(pattern))
             matches = [str(path)] if path.exists() else sorted(glob(str(path), recursive=True))
             if not matches:
                 raise CorpusError(f"{pattern}: no such file; correct corpus.files")

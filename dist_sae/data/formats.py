@@ -7,6 +7,7 @@ import errno
 import gzip
 import importlib
 import json
+import os
 import shutil
 import tempfile
 import zlib
@@ -17,7 +18,7 @@ from typing import Any, BinaryIO, Literal, NamedTuple, Protocol, runtime_checkab
 
 from dist_sae.config.data import DatasetCorpus
 from dist_sae.errors import CorpusError, HubUnavailableError
-from dist_sae.hub import is_out_of_reach
+from dist_sae.hub import causes, is_out_of_reach
 
 FORMATS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 _CHUNK_BYTES = 2**20  # of a packed file
@@ -104,13 +105,14 @@ class DatasetRows:
         datasets = _import("datasets", config.name)
         try:
             self._rows = datasets.load_dataset(
-                str(Path(config.name).expanduser()),
+                os.path.expanduser(config.name),
                 config.subset,
                 split=config.split,
                 revision=config.revision,
             )
         except Exception as exc:  # `datasets` raises dozens of types; all mean the same here
-            reason = " ".join(str(exc).split())
+            first, *_, last = [exc, *causes(exc)]  # that it failed, and why
+            reason = ": ".join(dict.fromkeys(" ".join(str(e).split()) for e in (first, last)))
             kind = HubUnavailableError if is_out_of_reach(exc) else CorpusError
             raise kind(f"corpus.name {config.name}: cannot be loaded: {reason}") from exc
         if config.text_field not in self._rows.column_names:

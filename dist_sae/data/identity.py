@@ -5,6 +5,7 @@ not need. Places that are spelled otherwise are compared by content, as closely 
 that need neither; producers and evaluation, which read them, compare all of it.
 """
 
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -110,7 +111,7 @@ def model_content(model: ModelConfig, *, weights: bool = True) -> dict[str, str]
     """
     if isinstance(model, SyntheticModel):
         return None
-    folder = Path(model.path).expanduser()
+    folder = Path(os.path.expanduser(model.path))
     if folder.is_dir():
         try:
             return {path.name: _checksum(path) for path in _deciding(folder, weights=weights)}
@@ -131,7 +132,8 @@ def content_changes(there: Mapping[str, str], here: Mapping[str, str] | None) ->
 def _is_model(there: Mapping[str, Any], content: Mapping[str, str] | None, run: Run) -> bool:
     if content is None:  # a plan of an earlier version knows the place alone
         old, new = (
-            Path(m["path"]).expanduser() for m in (there["model"], plan_settings(run)["model"])
+            Path(os.path.expanduser(m["path"]))
+            for m in (there["model"], plan_settings(run)["model"])
         )
         return old.is_dir() and old.resolve() == new.resolve()
     known = {name: value for name, value in content.items() if not name.endswith(_WEIGHTS)}

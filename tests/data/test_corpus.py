@@ -226,6 +226,11 @@ def test_tilde_is_the_home_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     assert read_all(files("~/a.txt")) == read_all(files("~/*.txt")) == ["one"]
 
 
+def test_the_home_of_nobody_is_no_folder() -> None:
+    path = "~no such user/a.txt"
+    assert message(files(path)) == f"{path}: no such file; correct corpus.files"
+
+
 def test_missing_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "none.txt"
     assert message(files(path)) == f"{path}: no such file; correct corpus.files"
@@ -364,7 +369,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
 
     def load(name: str, subset: str | None, **options: Any) -> datasets.Dataset:
         if name != "some/texts":
-            raise ValueError(f"no such data set:\n{name}")
+            raise ValueError(f"no such data set:\n{name}") from LookupError("not on the hub")
         asked.append({"subset": subset} | options)
         return datasets.Dataset.from_dict({"id": [*range(len(TEXTS) + 1)], "text": [*TEXTS, None]})
 
@@ -392,7 +397,7 @@ def test_data_set_is_read_in_slices(
 
 def test_data_set_errors_name_the_data_set(hub: list[dict[str, Any]]) -> None:
     problem = message(Corpus(DatasetCorpus(name="none"), S3Config()))
-    assert problem == "corpus.name none: cannot be loaded: no such data set: none"
+    assert problem == "corpus.name none: cannot be loaded: no such data set: none: not on the hub"
     problem = message(Corpus(DatasetCorpus(name="some/texts", text_field="body"), S3Config()))
     assert problem == "some/texts: no 'body' (it has id, text); set corpus.text_field"
     problem = message(Corpus(DatasetCorpus(name="some/texts", text_field="id"), S3Config()))
