@@ -7,7 +7,15 @@ from dist_sae.config.data import SyntheticCorpus
 from dist_sae.data.corpus import Corpus, CorpusIndex
 from dist_sae.data.identity import model_content
 from dist_sae.data.orders import permutation
-from dist_sae.data.plan import Plan, check_rows, make_plan, publish_plan
+from dist_sae.data.plan import (
+    PLAN_KEY,
+    Plan,
+    as_planned,
+    check_rows,
+    load_plan,
+    make_plan,
+    publish_plan,
+)
 from dist_sae.data.tokens import cut
 from dist_sae.errors import EXIT_USER, CorpusError, HubUnavailableError
 from dist_sae.models import build_tokenizer, check_sites
@@ -33,6 +41,9 @@ def plan(run: Run, meter: Meter = UNMETERED) -> Plan:
         PlanMismatchError: The store holds a plan made from other settings or other text.
     """
     store = open_store(run.store.activations, run.store.s3, meter)
+    is_planned = store.size(PLAN_KEY) is not None
+    if is_planned:  # what the hub had then, whatever it has now
+        run = as_planned(run, load_plan(store, run))
     try:
         corpus = Corpus(run.corpus, run.store.s3)
         index = corpus.index()
@@ -40,7 +51,8 @@ def plan(run: Run, meter: Meter = UNMETERED) -> Plan:
         content = model_content(run.model)
         made = make_plan(run, index, _document_rows(run, corpus, index), content)
     except HubUnavailableError as exc:
-        exc.exit_code = EXIT_USER  # nothing has shown yet that the name is right
+        if not is_planned:
+            exc.exit_code = EXIT_USER  # nothing has shown yet that the name is right
         raise
     check_rows(run, made)
     if made.train_rows_estimate > _MUCH_MORE * run.train.rows:

@@ -4,10 +4,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import datasets
+import huggingface_hub
 import pytest
 
+import dist_sae.data.corpus
+import dist_sae.plan
 from dist_sae.config import Run
-from dist_sae.config.data import S3Config
+from dist_sae.config.data import HuggingFaceModel, S3Config
 from dist_sae.config.deciding import PLAN_SECTIONS, changes, deciding
 from dist_sae.data.corpus import Corpus
 from dist_sae.data.identity import model_content
@@ -21,8 +25,9 @@ from dist_sae.data.plan import (
     publish_plan,
 )
 from dist_sae.errors import PlanMismatchError
+from dist_sae.plan import plan
 from dist_sae.storage import open_store
-from tests.world import changed, make_run
+from tests.world import Letters, changed, make_run
 
 SITES = ["resid_post.0", "resid_post.1"]
 
@@ -169,3 +174,72 @@ def test_a_plan_of_an_earlier_version_is_the_same_plan(home: Path) -> None:
     (home / "b.txt").write_text("other")
     with pytest.raises(PlanMismatchError, match=f"{home}/b.txt has changed"):
         publish_plan(store, make(run))
+
+
+def test_what_the_hub_had_when_the_plan_was_made_stays(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A model's branch moves on: producers load the commit that was planned."""
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_CACHE", str(home / "hub"))
+    folder = home / "hub" / "models--some--model"
+    first, second = "1" * 40, "2" * 40
+    for commit in (first, second):
+        (folder / "snapshots" / commit).mkdir(parents=True)
+        (folder / "snapshots" / commit / "config.json").write_text(commit)
+    (folder / "refs").mkdir()
+    branch = folder / "refs" / "main"
+    branch.write_text(first)
+    run = run_of(home, ["a.txt"], "some/model")
+    store = open_store(run.store.activations)
+    made = publish_plan(store, make(run))
+    assert made.model_content == {"commit": first}
+    branch.write_text(second)
+    planned = as_planned(run, load_plan(store, run))
+    assert isinstance(planned.model, HuggingFaceModel)
+    assert planned.model.revision == first
+    check_model(planned, made)
+    assert publish_plan(store, make(planned)) == made
+    for revision, same in ((first, True), ("main", False), (second, False)):
+        model = planned.model.model_copy(update={"revision": revision})
+        asked = run.model_copy(update={"model": model})
+        if same:
+            assert load_plan(store, asked) == made
+        else:
+            with pytest.raises(PlanMismatchError, match=rf"model\.revision: None -> {revision}"):
+                load_plan(store, asked)
+
+
+def test_planning_again_asks_for_what_was_planned(
+    home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The data set has a new commit, and the run names none."""
+    commits = ["1" * 40, "2" * 40]
+    texts = {commits[0]: [f"text {i}" for i in range(100)], commits[1]: ["other"]}
+    monkeypatch.setattr(
+        datasets,
+        "load_dataset",
+        lambda *_, revision, **__: datasets.Dataset.from_dict({"text": texts[revision]}),
+    )
+    monkeypatch.setattr(
+        dist_sae.data.corpus, "dataset_commit", lambda _, revision: revision or commits[-1]
+    )
+    for module, name, stand_in in (
+        (dist_sae.plan, "check_sites", lambda *_: None),
+        (dist_sae.plan, "build_tokenizer", lambda *_: Letters()),
+    ):
+        monkeypatch.setattr(module, name, stand_in)
+    run = make_run(
+        home,
+        model={"kind": "huggingface", "path": "model"},
+        corpus={"kind": "dataset", "name": "some/texts"},
+        activations={"sites": SITES},
+        train={"site": SITES[0], "rows": 64},
+    )
+    commits.reverse()
+    made = plan(run)
+    assert made.corpus_commit == "1" * 40
+    commits.reverse()
+    assert plan(run) == made
+    (home / "model" / "config.json").write_text("another")
+    with pytest.raises(PlanMismatchError, match=r"the model has changed: config\.json"):
+        plan(run)
