@@ -4,6 +4,8 @@
         ConfigError               run.yaml or an override
         CorpusError               the text: missing, empty, unreadable, too small
         ModelError                the language model or a site it does not have
+            LacksWeightsError     its files lack some weights
+            HeadlessError         it predicts no tokens
             HubUnavailableError   (a CorpusError too) the hub does not answer: exit 75
         PlanMismatchError         the store holds another plan, or a run of another configuration
         NonFiniteError            NaN or infinity in activations, loss or gradients
@@ -35,6 +37,8 @@ EXIT_BUG = 1
 EXIT_USER = 2
 EXIT_RESUMABLE = 75
 
+_MOST_NAMED = 3
+
 
 class DistSaeError(Exception):
     """Something the user can fix."""
@@ -58,6 +62,23 @@ class HubUnavailableError(ModelError, CorpusError):
     """The hub of models and data sets does not answer; started again, all goes on."""
 
     exit_code = EXIT_RESUMABLE
+
+
+class LacksWeightsError(ModelError):
+    """Files of a model without some of its weights.
+
+    Attributes:
+        names: Of the weights.
+    """
+
+    def __init__(self, path: str, names: list[str]) -> None:
+        shown = ", ".join(names[:_MOST_NAMED]) + (", ..." if len(names) > _MOST_NAMED else "")
+        super().__init__(f"model.path {path}: its files lack {len(names)} weights ({shown})")
+        self.names = names
+
+
+class HeadlessError(ModelError):
+    """The model predicts no tokens, so that there is no cross-entropy of it."""
 
 
 class PlanMismatchError(DistSaeError):

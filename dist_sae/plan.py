@@ -36,7 +36,7 @@ def plan(run: Run, meter: Meter = UNMETERED) -> Plan:
 
     Raises:
         CorpusError: The text is missing, unreadable, empty or too small.
-        ModelError: The model cannot be found, or has too few layers for a site.
+        ModelError: The model cannot be found, or cannot be recorded at a site.
         DataExhaustedError: `train.rows` asks for more than there will be.
         PlanMismatchError: The store holds a plan made from other settings or other text.
     """
@@ -47,7 +47,7 @@ def plan(run: Run, meter: Meter = UNMETERED) -> Plan:
     try:
         corpus = Corpus(run.corpus, run.store.s3)
         index = corpus.index()
-        check_sites(run.model, run.activations.sites)
+        check_sites(run.model, run.activations)
         content = model_content(run.model)
         made = make_plan(run, index, _document_rows(run, corpus, index), content)
     except HubUnavailableError as exc:

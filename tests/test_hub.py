@@ -8,7 +8,7 @@ from dist_sae.cli import main
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.errors import HubUnavailableError, ModelError
 from dist_sae.hub import is_out_of_reach
-from dist_sae.models.huggingface import _errors
+from dist_sae.models.huggingface import errors_of
 from tests.conftest import synthetic_run
 
 
@@ -47,7 +47,7 @@ def test_what_waiting_may_mend_is_told_from_what_the_user_must(
     assert is_out_of_reach(cause) is passing
     assert is_out_of_reach(caused_by(cause)) is passing
     config = HuggingFaceModel(path="org/name")
-    with pytest.raises(ModelError) as raised, _errors(config):
+    with pytest.raises(ModelError) as raised, errors_of(config):
         raise caused_by(cause)
     assert isinstance(raised.value, HubUnavailableError) is passing
     assert raised.value.exit_code == (75 if passing else 2)

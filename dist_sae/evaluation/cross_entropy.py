@@ -15,6 +15,7 @@ from dist_sae.data.admission import admitted, of_usual_norm
 from dist_sae.data.corpus import Corpus
 from dist_sae.data.plan import Plan, as_planned, check_model
 from dist_sae.data.tokens import TokenBatch, cut, pack
+from dist_sae.errors import HeadlessError
 from dist_sae.models import build_tokenizer
 from dist_sae.sae.base import Dictionary
 from dist_sae.sae.metrics import ce_recovered
@@ -24,16 +25,24 @@ logger = logging.getLogger(__name__)
 
 def cross_entropies(
     run: Run, model: HuggingFaceModel, plan: Plan, sae: Dictionary, scale: float, mean: Tensor
-) -> dict[str, float]:
-    """Next-token losses of the whole model with the site's admitted rows replaced."""
-    from dist_sae.models.huggingface import SplicedModel
+) -> dict[str, float | str]:
+    """Losses of the whole model with the site's admitted rows replaced.
+
+    Of next tokens, or of masked ones where each token sees those after it. A model that predicts
+    none gives `ce_left_out`, which says why.
+    """
+    from dist_sae.models.spliced import SplicedModel
 
     run = as_planned(run, plan)
     check_model(run, plan)
     assert isinstance(run.model, HuggingFaceModel)
     model = run.model  # at the plan's commit
     tokenizer = build_tokenizer(model, 0)
-    spliced = SplicedModel(model, run.site)
+    try:
+        spliced = SplicedModel(model, run.site)
+    except HeadlessError as exc:
+        logger.warning("cross-entropies are left out: %s", exc)
+        return {"ce_left_out": str(exc)}
     totals: Counter[str] = Counter()
     replacements: dict[str, Callable[[Tensor], Tensor] | None] = {
         "clean": None,
@@ -43,13 +52,15 @@ def cross_entropies(
     }
     for batch in _heldout_batches(run, model, plan, tokenizer.bos):
         keep = admitted(batch, tokenizer.special, run.activations.exclude, Counter())
-        totals["tokens"] += int(batch.mask[:, 1:].sum())
+        predicted = spliced.predicted(batch.tokens, batch.mask)
+        totals["tokens"] += int(predicted.sum())
         for name, replace in replacements.items():
             edit = _edit(keep, replace, run.activations.exclude.over_norm) if replace else None
-            losses = spliced.losses(batch.tokens, batch.mask, edit)[batch.mask[:, 1:]]
+            losses = spliced.losses(batch.tokens, batch.mask, edit)[predicted]
             totals[name] += float(losses.double().sum())  # type: ignore[assignment]
     ce = {name: totals[name] / totals["tokens"] for name in replacements}
     return {
+        "ce_of": "masked tokens" if spliced.masked else "next tokens",
         **{f"ce_{name}": value for name, value in ce.items()},
         "ce_recovered": ce_recovered(ce["clean"], ce["spliced"], ce["zero"]),
         "ce_recovered_mean": ce_recovered(ce["clean"], ce["spliced"], ce["mean"]),

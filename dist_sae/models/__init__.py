@@ -2,7 +2,7 @@
 
 from typing import assert_never
 
-from dist_sae.config.data import HuggingFaceModel, ModelConfig, SyntheticModel
+from dist_sae.config.data import ActivationsConfig, HuggingFaceModel, ModelConfig, SyntheticModel
 from dist_sae.models.base import ActivationSource, Tokenizer
 from dist_sae.models.synthetic import SyntheticSource, SyntheticTokenizer
 
@@ -27,16 +27,13 @@ def build_tokenizer(model: ModelConfig, document_rows: int) -> Tokenizer:
             assert_never(model)
 
 
-def check_sites(model: ModelConfig, sites: tuple[str, ...]) -> None:
-    """Raise `ModelError` when the model has too few layers, or cannot be so many ranks'.
-
-    Loads no weights.
-    """
+def check_sites(model: ModelConfig, activations: ActivationsConfig) -> None:
+    """Raise `ModelError` unless the model can be recorded at the sites, in contexts as long."""
     match model:
         case HuggingFaceModel():
-            from dist_sae.models.huggingface import describe
+            from dist_sae.models.check import check  # takes 3 s
 
-            describe(model, sites)
+            check(model, activations)
         case SyntheticModel():
             pass  # the run file's own check: it has one site
         case _:

@@ -3,7 +3,7 @@
 import contextlib
 import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,46 +17,25 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from dist_sae.config.data import HuggingFaceModel
-from dist_sae.errors import HubUnavailableError, ModelError
+from dist_sae.errors import HubUnavailableError, LacksWeightsError, ModelError
 from dist_sae.hub import is_out_of_reach
 from dist_sae.models.sharding import Divider, choose_divider, divide, gather
+from dist_sae.models.sites import Edit, attach, blocks, layer_of, place
 from dist_sae.precision import warn_if_emulated
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
-# Where blocks keep their parts, over the common architectures; the first path that exists counts.
-_MLP_IN = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "intermediate")
-_MLP_OUTPUT = (  # the last product
-    *("mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h", "mlp.fc2", "mlp.fc_out"),
-    *("feed_forward.w2", "ffn.lin2", "output.dense"),
+_THEIRS = (OSError, ValueError, LookupError, ImportError, RuntimeError, TypeError, AttributeError)
+"""What transformers raises at a model that it cannot load or run."""
+HEADS = (
+    (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, False),
+    (transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, False),
+    (transformers.MODEL_FOR_MASKED_LM_MAPPING, True),
 )
-# in BLOOM and BERT the whole part adds the residual; its last product does not
-_MLP_OUT = ("mlp.dense_4h_to_h", "output.dense", "mlp", "feed_forward", "ffn", "block_sparse_moe")
-_ATTENTION_OUTPUT = tuple(
-    f"{attention}.{projection}"
-    for attention in (
-        *("self_attn", "attn", "attention", "self_attention"),
-        *("attn.attention", "attention.output"),  # GPT-Neo, BERT
-    )
-    for projection in ("o_proj", "c_proj", "out_proj", "dense", "wo", "out_lin")
-)
-
-# (paths of the module within its block, or none for the block; whether what goes in is the site)
-_SITES: dict[str, tuple[tuple[str, ...], bool]] = {
-    "resid_pre": ((), True),
-    "resid_post": ((), False),
-    "mlp_in": (_MLP_IN, True),
-    "mlp_inner": (_MLP_OUTPUT, True),
-    "mlp_out": (_MLP_OUT, False),
-    "attn_out": (_ATTENTION_OUTPUT, False),
-    "attn_z": (_ATTENTION_OUTPUT, True),
-}
-
+"""Models with a head that predicts tokens, by configuration, and whether these are masked ones."""
 _OF_RANKS = re.compile(r"gloo|nccl|connection closed by peer|connection reset", re.IGNORECASE)
-
-Edit = Callable[[Float[Tensor, "batch seq d_in"]], Float[Tensor, "batch seq d_in"]]
 
 # unused weights are expected: upper layers are left out
 transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
@@ -70,7 +49,15 @@ class _HuggingFaceTokenizer:
         self.bos: int | None = tokenizer.bos_token_id
         if self.bos is None:
             self.bos = tokenizer.cls_token_id  # encoders
+        self.mask: int | None = tokenizer.mask_token_id
+        """Stands for a token that is to be predicted; encoders have it."""
         self.special = frozenset(tokenizer.all_special_ids)
+
+    @property
+    def ordinary(self) -> list[int]:
+        """Ids that text is turned to, in order; not added tokens, which it may never have."""
+        added = self._tokenizer.added_tokens_encoder
+        return sorted(i for token, i in self._tokenizer.get_vocab().items() if token not in added)
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
         encoded = self._tokenizer(
@@ -85,57 +72,109 @@ class _HuggingFaceTokenizer:
 
 def load_tokenizer(config: HuggingFaceModel) -> _HuggingFaceTokenizer:
     """The model's own tokenizer."""
-    with _errors(config):
+    with errors_of(config):
         return _HuggingFaceTokenizer(
             transformers.AutoTokenizer.from_pretrained(config.path, revision=config.revision)
         )
 
 
-def describe(config: HuggingFaceModel, sites: tuple[str, ...]) -> Any:
-    """The model's own configuration, once it is known to have the layers and to fit the ranks."""
-    with _errors(config):
-        description = transformers.AutoConfig.from_pretrained(config.path, revision=config.revision)
-    depth = description.get_text_config().num_hidden_layers
-    for site in sites:
-        if _layer(site) >= depth:
+class Description(NamedTuple):
+    """A model before any of its weights are read."""
+
+    config: Any
+    """Its own configuration."""
+    skeleton: Any
+    """All of it below a head, on the meta device."""
+
+    vocabulary: int
+    """Token ids that have an embedding are below this."""
+
+
+def describe(config: HuggingFaceModel, sites: tuple[str, ...]) -> Description:
+    """The model, once it is known to have the sites and to fit the ranks.
+
+    Raises:
+        ModelError: It has not, does not, or cannot be described at all.
+    """
+    with errors_of(config):
+        own = transformers.AutoConfig.from_pretrained(config.path, revision=config.revision)
+        if own.is_encoder_decoder:
             raise ModelError(
-                f"activations.sites: {site}: {config.path} has layers 0 to {depth - 1}"
+                f"model.path {config.path}: {own.model_type} is an encoder and a decoder in one, "
+                f"which needs two texts; use a decoder or an encoder"
             )
+        own.get_text_config().use_cache = False  # nothing is generated
+        own.output_attentions = False  # would change how attention is computed, in Falcon wrongly
+        # as transformers chooses: eager adds Falcon's ALiBi twice
+        own._attn_implementation = None  # noqa: SLF001
+        with torch.device("meta"):
+            skeleton = transformers.AutoModel.from_config(own)  # type: ignore[no-untyped-call]
+        for site in sites:
+            place(skeleton, site)
+        vocabulary = len(skeleton.get_input_embeddings().weight)
     if config.shards > 1:
-        choose_divider(config, description)
-    return description
+        choose_divider(config, own)
+    return Description(own, skeleton, vocabulary)
+
+
+class _Reached(Exception):  # noqa: N818 - no error: all sites have been seen
+    """Ends a forward pass."""
 
 
 class HuggingFaceSource:
-    """The layers up to the deepest site, with a hook at each site."""
+    """A model, with a hook at each site; above the deepest it is neither loaded nor run.
 
-    def __init__(self, config: HuggingFaceModel, sites: tuple[str, ...]) -> None:
+    Args:
+        config: The model.
+        sites: Where it is cut open.
+        whole: Load and run all of it, as a user of transformers would.
+    """
+
+    def __init__(
+        self, config: HuggingFaceModel, sites: tuple[str, ...], *, whole: bool = False
+    ) -> None:
         description = describe(config, sites)
-        with _errors(config):
-            _cut(description.get_text_config(), 1 + max(map(_layer, sites)))
-            divider = choose_divider(config, description) if config.shards > 1 else None
-            self._model = _load(transformers.AutoModel, config, description, divider)
+        self._vocabulary = description.vocabulary
+        self._name = config.path
+        self._sites = sites
+        self._whole = whole
+        with errors_of(config):
+            divider = choose_divider(config, description.config) if config.shards > 1 else None
+            kind = type(description.skeleton)
+            if not whole:
+                kind = _without_layers(kind, above=max(map(layer_of, sites)))
+            self._model = load(kind, config, description, divider)
             self._widths = {}
             """Of sites that ranks may have parts of."""
             if divider is not None:
                 logger.info("%s: held by %d ranks (%s)", config.path, config.shards, divider)
                 for site in sites:
                     if site.startswith(("attn_z.", "mlp_inner.")):
-                        weight = _place(self._model, site).module.get_parameter("weight")
+                        weight = place(self._model, site).module.get_parameter("weight")
                         self._widths[site] = weight.shape[1]  # of all parts
         if divider == "deepspeed":
-            buffers = _buffers(self._model, description, DTYPES[config.dtype])
+            for layer in range(1 + max(map(layer_of, sites)), len(blocks(self._model))):
+                blocks(self._model)[layer] = nn.Module()  # it would divide what has no weights
+            buffers = _buffers(self._model, description.config, DTYPES[config.dtype])
             self._model = divide(self._model, DTYPES[config.dtype], buffers)
+        self._fresh = _States(self._model)
         self._seen: dict[str, Tensor] = {}
         for site in sites:
-            _attach(self._model, site, self._record(site))
+            attach(self._model, site, self._record(site))
+        with errors_of(config, "cannot be run on text alone"):
+            self.run(torch.zeros(1, 3, dtype=torch.int32), torch.ones(1, 3, dtype=torch.bool))
 
     @torch.inference_mode()
     def run(
         self, tokens: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]
     ) -> dict[str, Float[Tensor, "batch seq d_in"]]:
+        check_tokens(tokens, self._vocabulary, self._name)
+        self._fresh.restore()
         self._seen = {}  # of a batch that did not fit
-        self._model(**_inputs(self._model, tokens, mask))
+        with contextlib.suppress(_Reached):
+            self._model(**inputs(self._model, tokens, mask))
+        for site in self._sites:
+            self._check_shape(site, tokens.shape)
         for site, width in self._widths.items():
             self._seen[site] = gather(self._seen[site], width)
         seen, self._seen = self._seen, {}
@@ -143,59 +182,72 @@ class HuggingFaceSource:
 
     def _record(self, site: str) -> Edit:
         def record(acts: Tensor) -> Tensor:
+            if site in self._seen:
+                raise ModelError(
+                    f"activations.sites: {site}: {self._name} comes by there more than once for "
+                    f"each token; use another site"
+                )
             self._seen[site] = acts.detach()
+            if not self._whole and len(self._seen) == len(self._sites):
+                raise _Reached
             return acts
 
         return record
 
+    def _check_shape(self, site: str, shape: torch.Size) -> None:
+        if site not in self._seen:
+            raise ModelError(
+                f"activations.sites: {site}: {self._name} does not come by there; use another site"
+            )
+        found = tuple(self._seen[site].shape)
+        if len(found) != len(shape) + 1 or found[:2] != shape:
+            raise ModelError(
+                f"activations.sites: {site}: {self._name} has activations of shape {found} there "
+                f"for tokens of shape {tuple(shape)}, not one row a token; use another site"
+            )
 
-class SplicedModel:
-    """The whole causal model, with the activations at one site replaced on their way."""
 
-    def __init__(self, config: HuggingFaceModel, site: str) -> None:
-        description = describe(config, (site,))
-        with _errors(config):
-            self._model = _load(transformers.AutoModelForCausalLM, config, description)
-        self._edit: Edit | None = None
-        _attach(self._model, site, self._replace)
+class _States:
+    """What modules keep from one batch to the next: rotary frequencies that follow its length."""
 
-    @torch.inference_mode()
-    def losses(
-        self,
-        tokens: Int[Tensor, "batch seq"],
-        mask: Bool[Tensor, "batch seq"],
-        edit: Edit | None = None,
-    ) -> Float[Tensor, "batch next"]:
-        """Cross-entropy in nats of every next token, fp32; NaN where the next token is padding.
-
-        Args:
-            tokens: Token ids.
-            mask: False at padding.
-            edit: What becomes of the activations at the site; None leaves them alone.
-        """
-        self._edit = edit
-        logits = self._model(**_inputs(self._model, tokens, mask)).logits[:, :-1].cpu()
-        losses = [  # one context after the other: fp32 logits of a batch would be large
-            nn.functional.cross_entropy(of_context.float(), targets, reduction="none")
-            for of_context, targets in zip(logits, tokens[:, 1:].long(), strict=True)
+    def __init__(self, model: nn.Module) -> None:
+        self._kept = [
+            (module, dict(module.named_buffers(recurse=False)), module.max_seq_len_cached)
+            for module in model.modules()
+            if hasattr(module, "max_seq_len_cached")
         ]
-        return torch.stack(losses).masked_fill(~mask[:, 1:], torch.nan)
 
-    def _replace(self, acts: Tensor) -> Tensor:
-        return acts if self._edit is None else self._edit(acts.cpu()).to(acts.device)
+    def restore(self) -> None:
+        """Forget every batch."""
+        for module, buffers, length in self._kept:
+            for name, buffer in buffers.items():
+                setattr(module, name, buffer)
+            module.max_seq_len_cached = length
 
 
-def _inputs(model: Any, tokens: Tensor, mask: Tensor) -> dict[str, Tensor | None]:
+def check_tokens(tokens: Int[Tensor, "batch seq"], vocabulary: int, name: str) -> None:
+    """Raise `ModelError` at a token that has no embedding, before a device fails for it."""
+    if int(tokens.max()) >= vocabulary:
+        raise ModelError(
+            f"model.path {name}: the tokenizer gives token {int(tokens.max())}, but the model has "
+            f"embeddings for 0 to {vocabulary - 1}; the two do not belong together"
+        )
+
+
+def inputs(model: Any, tokens: Tensor, mask: Tensor) -> dict[str, Tensor | None]:
     """What a model is called with, where it is; without padding it needs no mask."""
     attention_mask = None if mask.all() else mask.long().to(model.device)
     return {"input_ids": tokens.long().to(model.device), "attention_mask": attention_mask}
 
 
-def _load(
-    kind: Any, config: HuggingFaceModel, description: Any, divider: Divider | None = None
+def load(
+    kind: Any, config: HuggingFaceModel, description: Description, divider: Divider | None = None
 ) -> Any:
-    """On its device; for DeepSpeed to divide, as it is in its files, which are only mapped."""
-    description.get_text_config().use_cache = False  # nothing is generated
+    """On its device; for DeepSpeed to divide, as it is in its files, which are only mapped.
+
+    Raises:
+        LacksWeightsError: Files that lack some of its weights.
+    """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     warn_if_emulated("model.dtype", config.dtype, torch.device(device))
     how: dict[str, Any] = {"dtype": DTYPES[config.dtype]}
@@ -204,21 +256,45 @@ def _load(
     elif divider == "deepspeed":
         how = {"dtype": "auto"}
     model, loading = kind.from_pretrained(
-        config.path, revision=config.revision, config=description, output_loading_info=True, **how
+        config.path,
+        revision=config.revision,
+        config=description.config,
+        output_loading_info=True,
+        **how,
     )
     # transformers would go on with random ones; a pooler above the layers is no loss
     missing = sorted(name for name in loading["missing_keys"] if not name.startswith("pooler."))
     if missing:
-        raise ModelError(
-            f"model.path {config.path}: its files lack the weights {', '.join(missing)}"
-        )
+        raise LacksWeightsError(config.path, missing)
     return model.eval().to(device) if divider is None else model.eval()
 
 
-def _buffers(model: nn.Module, description: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+def _without_layers(kind: type[Any], *, above: int) -> type[Any]:
+    """`kind`, but layers above this one have no weights, so that transformers reads none for them.
+
+    Everything else is as the configuration says, and so is what the layers below compute.
+    """
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        kind.__init__(self, *args, **kwargs)
+        left_out: Any = blocks(self)[above + 1 :]
+        for module in (m for layer in left_out for m in layer.modules()):
+            module._is_hf_initialized = True  # noqa: SLF001 - or it would be, at random
+            for name, _ in list(module.named_parameters(recurse=False)):
+                setattr(module, name, None)
+        here = {name for name, _ in self.named_parameters(remove_duplicate=False)}
+        self.all_tied_weights_keys = {
+            name: to for name, to in self.all_tied_weights_keys.items() if {name, to} <= here
+        }
+
+    # transformers goes by names of classes and modules
+    return type(kind.__name__, (kind,), {"__init__": init, "__module__": kind.__module__})
+
+
+def _buffers(model: nn.Module, own: Any, dtype: torch.dtype) -> dict[str, Tensor]:
     """Those of a model as it would be made in `dtype`; what files hold is as they hold it."""
     with accelerate.init_empty_weights(include_buffers=False):
-        made: Any = transformers.AutoModel.from_config(description, dtype=dtype)  # type: ignore[no-untyped-call]
+        made: Any = transformers.AutoModel.from_config(own, dtype=dtype)  # type: ignore[no-untyped-call]
     anew = dict(made.named_buffers())
     persistent = model.state_dict().keys()
     return {
@@ -226,84 +302,16 @@ def _buffers(model: nn.Module, description: Any, dtype: torch.dtype) -> dict[str
     }
 
 
-def _layer(site: str) -> int:
-    return int(site.rpartition(".")[2])
-
-
-def _cut(description: Any, layers: int) -> None:
-    """Make the configuration describe the first `layers` layers only."""
-    description.num_hidden_layers = layers
-    if getattr(description, "layer_types", None) is not None:
-        description.layer_types = description.layer_types[:layers]
-
-
-class _Place(NamedTuple):
-    """Where a site is: what goes into a module, or what comes out."""
-
-    module: nn.Module
-    goes_in: bool
-
-
-def _place(model: nn.Module, site: str) -> _Place:
-    name, _, _ = site.rpartition(".")
-    if name not in _SITES:
-        raise ModelError(f"activations.sites: {site}: a language model has no such site")
-    layer = _layers(model)[_layer(site)]
-    paths, goes_in = _SITES[name]
-    return _Place(_part(layer, paths, site) if paths else layer, goes_in)
-
-
-def _attach(model: nn.Module, site: str, edit: Edit) -> None:
-    """Hook `edit` in at `site`: it sees the activations and what it returns goes on."""
-    module, goes_in = _place(model, site)
-
-    def hook_in(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-        if args:
-            return (edit(args[0]), *args[1:]), kwargs
-        return args, kwargs | {"hidden_states": edit(kwargs["hidden_states"])}
-
-    def hook_out(_: nn.Module, __: Any, output: Any) -> Any:
-        if isinstance(output, tuple):
-            return (edit(output[0]), *output[1:])
-        return edit(output)
-
-    if goes_in:
-        module.register_forward_pre_hook(hook_in, with_kwargs=True)
-    else:
-        module.register_forward_hook(hook_out)
-
-
-def _layers(model: nn.Module) -> nn.ModuleList:
-    """The stack of blocks: the outermost list with one entry per hidden layer."""
-    depth = model.config.get_text_config().num_hidden_layers  # type: ignore[operator, union-attr]
-    for _, module in sorted(model.named_modules(), key=lambda item: item[0].count(".")):
-        if isinstance(module, nn.ModuleList) and len(module) == depth:
-            return module
-    raise ModelError(
-        f"{type(model).__name__}: no list of {depth} layers found; this architecture is not known"
-    )
-
-
-def _part(layer: nn.Module, paths: tuple[str, ...], site: str) -> nn.Module:
-    for path in paths:
-        with contextlib.suppress(AttributeError):
-            return layer.get_submodule(path)
-    found = ", ".join(name for name, _ in layer.named_children())
-    raise ModelError(
-        f"activations.sites: {site}: {type(layer).__name__} keeps no such part under a known name "
-        f"(it has {found}); use resid_pre or resid_post"
-    )
-
-
 @contextlib.contextmanager
-def _errors(config: HuggingFaceModel) -> Iterator[None]:
+def errors_of(config: HuggingFaceModel, what: str = "cannot be loaded") -> Iterator[None]:
+    """Third-party errors while something is done with a model, in one line."""
     try:
         yield
-    except (OSError, ValueError, KeyError, ImportError, RuntimeError, SafetensorError) as exc:
+    except (*_THEIRS, SafetensorError) as exc:
         if isinstance(exc, dist.DistError) or _OF_RANKS.search(str(exc)):
             raise  # another rank is gone, which is no fault of the model
         reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
         kind = HubUnavailableError if is_out_of_reach(exc) else ModelError
         if not Path(config.path).is_dir():  # transformers speaks of the hub alone
             reason = f"there is no such folder here, and as a name on the model hub: {reason}"
-        raise kind(f"model.path {config.path}: cannot be loaded: {reason}") from exc
+        raise kind(f"model.path {config.path}: {what}: {reason}") from exc

@@ -13,7 +13,8 @@ from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.data.claims import Worker
 from dist_sae.errors import DistSaeError
-from dist_sae.models.huggingface import HuggingFaceSource, _layers
+from dist_sae.models.huggingface import HuggingFaceSource
+from dist_sae.models.sites import blocks
 from dist_sae.parallel.meeting import meet
 from dist_sae.parallel.mesh import join_mesh
 from dist_sae.produce import produce, produce_together
@@ -44,7 +45,7 @@ def rank(
                     source = HuggingFaceSource(HuggingFaceModel.model_validate(settings), sites)
                 weights = sum(
                     getattr(p, "_local_tensor", p).numel()
-                    for p in _layers(source._model).parameters()
+                    for p in blocks(source._model).parameters()
                 )
                 results.append((source.run(*batch), weights, peak[0] - before))
     except DistSaeError as error:

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 
 from dist_sae.config.data import SITE_NAMES, HuggingFaceModel
 from dist_sae.errors import ModelError
-from dist_sae.models import check_sites
-from dist_sae.models.huggingface import HuggingFaceSource, SplicedModel, load_tokenizer
+from dist_sae.models.huggingface import HuggingFaceSource, load_tokenizer
+from dist_sae.models.sites import blocks
 
 LAYERS, D, HEADS, VOCABULARY = 3, 24, 4, 50
 hf: Any = transformers  # half typed, half not
@@ -57,14 +57,17 @@ CONFIGS: dict[str, Callable[[], Any]] = {
         **COMMON, num_key_value_heads=2, num_local_experts=4, num_experts_per_tok=2
     ),
 }
-DECODERS = ("llama", "gpt2", "gpt_neox")
 
 
 def save_model(
-    folder: Path, name: str, config: Any = None, dtype: torch.dtype = torch.float32
+    folder: Path,
+    name: str,
+    config: Any = None,
+    dtype: torch.dtype = torch.float32,
+    kind: Any = None,
 ) -> Path:
     torch.manual_seed(1)
-    kind: Any = hf.AutoModel if name == "bert" else hf.AutoModelForCausalLM
+    kind = kind or (hf.AutoModel if name == "bert" else hf.AutoModelForCausalLM)
     model = kind.from_config(config or CONFIGS[name]())
     for parameter in model.parameters():  # norms and biases that do nothing would hide mistakes
         parameter.data += 0.1 * torch.randn_like(parameter)
@@ -74,7 +77,7 @@ def save_model(
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
     special = {"bos_token": "<s>", "eos_token": "</s>", "pad_token": "</s>"}
     if name == "bert":
-        special = {"cls_token": "<s>", "pad_token": "</s>"}
+        special = {"cls_token": "<s>", "pad_token": "</s>", "mask_token": "?"}
     hf.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     return folder
 
@@ -335,16 +338,16 @@ def test_padding_changes_nothing(models: dict[str, HuggingFaceModel], name: str)
 
 
 @pytest.mark.parametrize("name", CONFIGS)
-def test_layers_above_the_deepest_site_do_not_exist(
+def test_layers_above_the_deepest_site_have_no_weights_and_do_not_run(
     models: dict[str, HuggingFaceModel], name: str
 ) -> None:
+    """The configuration is the model's own all the same: some compute with its depth."""
     source = HuggingFaceSource(models[name], ("resid_post.0", "mlp_in.1"))
-    kinds = [type(module).__name__ for module in source._model.modules()]
-    block = {"llama": "LlamaDecoderLayer", "gpt2": "GPT2Block"}
-    block |= {"gpt_neox": "GPTNeoXLayer", "bert": "BertLayer", "mistral": "MistralDecoderLayer"}
-    block |= {"qwen3": "Qwen3DecoderLayer", "gemma2": "Gemma2DecoderLayer"}
-    block |= {"mixtral": "MixtralDecoderLayer"}
-    assert kinds.count(block[name]) == 2
+    layers = blocks(source._model)
+    assert [bool(list(layer.parameters())) for layer in layers] == [True, True, False]
+    assert source._model.config.num_hidden_layers == LAYERS
+    layers[1].register_forward_hook(lambda *_: pytest.fail("the MLP of layer 1 has run"))
+    source.run(*random_tokens(5))
 
 
 def test_half_precision_is_used_when_asked_for(
@@ -423,7 +426,7 @@ def test_damaged_weights_are_one_line_and_never_random_ones(tmp_path: Path, dama
         HuggingFaceSource(HuggingFaceModel(path=str(path)), ("resid_post.0",))
     assert message(caught).startswith(f"model.path {path}: ")
     if damage == "missing":
-        assert "lack the weights layers.0.mlp.up_proj.weight" in str(caught.value)
+        assert "lack 1 weights (layers.0.mlp.up_proj.weight)" in str(caught.value)
 
 
 def load_safetensors(path: Path) -> dict[str, Tensor]:
@@ -449,83 +452,4 @@ def test_the_tokenizer_adds_nothing_and_knows_special_tokens(
 
 def test_an_encoders_cls_stands_at_the_front(models: dict[str, HuggingFaceModel]) -> None:
     tokenizer = load_tokenizer(models["bert"])
-    assert (tokenizer.bos, tokenizer.special) == (0, frozenset({0, 1}))
-
-
-def plain_losses(config: HuggingFaceModel, tokens: Tensor) -> Tensor:
-    model = hf.AutoModelForCausalLM.from_pretrained(config.path).eval()
-    with torch.no_grad():
-        logits = model(tokens.long()).logits[:, :-1]
-    logs = logits.double().log_softmax(-1)
-    losses: Tensor = -logs.gather(2, tokens[:, 1:].long()[..., None])[..., 0]
-    return losses.float()
-
-
-@pytest.mark.parametrize("name", DECODERS)
-@pytest.mark.parametrize("site", ["resid_post.1", "mlp_out.0", "attn_z.2"])
-def test_losses_are_the_plain_models_and_the_identity_changes_nothing(
-    models: dict[str, HuggingFaceModel], name: str, site: str
-) -> None:
-    spliced = SplicedModel(models[name], site)
-    tokens, mask = random_tokens(8, 8)
-    clean = spliced.losses(tokens, mask)
-    torch.testing.assert_close(clean, plain_losses(models[name], tokens), rtol=1e-5, atol=1e-5)
-    assert torch.equal(clean, spliced.losses(tokens, mask, lambda acts: acts))
-    assert torch.equal(clean, spliced.losses(tokens, mask, torch.clone))
-
-
-@pytest.mark.parametrize("name", DECODERS)
-@torch.no_grad()
-def test_an_edit_goes_on_through_the_rest_of_the_model(
-    models: dict[str, HuggingFaceModel], name: str
-) -> None:
-    """With nothing left of the last residual stream the logits are those of a zero."""
-    spliced = SplicedModel(models[name], f"resid_post.{LAYERS - 1}")
-    tokens, mask = random_tokens(6, 6)
-    losses = spliced.losses(tokens, mask, torch.zeros_like)
-    model = hf.AutoModelForCausalLM.from_pretrained(models[name].path).eval()
-    norm = {
-        "llama": "model.norm",
-        "gpt2": "transformer.ln_f",
-        "gpt_neox": "gpt_neox.final_layer_norm",
-    }
-    final = model.get_submodule(norm[name])(torch.zeros(D))
-    expected = -model.get_output_embeddings()(final).log_softmax(0)[tokens[:, 1:].long()]
-    torch.testing.assert_close(losses, expected, rtol=1e-5, atol=1e-5)
-    assert not torch.allclose(losses, spliced.losses(tokens, mask), atol=0.01)  # edits do not stay
-
-
-def test_the_edit_sees_what_the_source_gives(models: dict[str, HuggingFaceModel]) -> None:
-    tokens, mask = random_tokens(6, 3)
-    acts = HuggingFaceSource(models["gpt2"], ("mlp_out.1",)).run(tokens, mask)["mlp_out.1"]
-    seen: list[Tensor] = []
-
-    def record(x: Tensor) -> Tensor:
-        seen.append(x)
-        return x
-
-    SplicedModel(models["gpt2"], "mlp_out.1").losses(tokens, mask, record)
-    assert len(seen) == 1
-    assert torch.allclose(seen[0][mask], acts[mask], atol=1e-6)
-
-
-@pytest.mark.parametrize("name", DECODERS)
-def test_losses_of_padded_batches_are_nan_at_padding_and_unchanged_elsewhere(
-    models: dict[str, HuggingFaceModel], name: str
-) -> None:
-    spliced = SplicedModel(models[name], "resid_post.1")
-    tokens, mask = random_tokens(9, 4)
-    losses = spliced.losses(tokens, mask)
-    assert losses.shape == (2, 8)
-    assert torch.equal(losses.isnan(), ~mask[:, 1:])
-    alone = spliced.losses(tokens[1:, :4], mask[1:, :4])
-    assert torch.allclose(losses[1:, :3], alone, atol=1e-5)
-
-
-def test_sites_are_checked_without_loading_weights(tmp_path: Path) -> None:
-    """`plan` does so before it writes anything; a folder with a config.json alone is enough."""
-    transformers.LlamaConfig(num_hidden_layers=3).save_pretrained(tmp_path)
-    config = HuggingFaceModel(path=str(tmp_path))
-    check_sites(config, ("resid_post.2",))
-    with pytest.raises(ModelError, match=r"mlp_out\.3: .* has layers 0 to 2"):
-        check_sites(config, ("resid_post.2", "mlp_out.3"))
+    assert (tokenizer.bos, tokenizer.special) == (0, frozenset({0, 1, 2}))

@@ -10,10 +10,11 @@ import torch
 import transformers
 from torch import Tensor
 
-from dist_sae.config.data import HuggingFaceModel
+from dist_sae.config.data import ActivationsConfig, HuggingFaceModel
 from dist_sae.errors import ModelError
 from dist_sae.models import check_sites
-from dist_sae.models.huggingface import HuggingFaceSource, _layers
+from dist_sae.models.huggingface import HuggingFaceSource
+from dist_sae.models.sites import blocks
 from tests.forks import processes
 from tests.models.sharded_worker import rank
 from tests.models.test_huggingface import COMMON, LAYERS, random_tokens, save_model, sites_of
@@ -135,7 +136,7 @@ def test_two_ranks_give_what_one_gives(
     config = models[case].model_copy(update={"shards": 1})
     source = HuggingFaceSource(config, sites_of_case(case))
     expected = source.run(*BATCH)
-    weights = sum(p.numel() for p in _layers(source._model).parameters())
+    weights = sum(p.numel() for p in blocks(source._model).parameters())
     for acts, here, _ in (one[case] for one in shared):
         assert acts.keys() == expected.keys()
         for site, wanted in expected.items():
@@ -187,4 +188,6 @@ def test_ranks_that_cannot_hold_a_model_are_refused(
 ) -> None:
     config = models[name].model_copy(update={"shards": shards})
     with pytest.raises(ModelError, match=words):
-        check_sites(config, ("resid_post.1",))  # before anything is planned
+        check_sites(
+            config, ActivationsConfig(sites=("resid_post.1",), context_tokens=16)
+        )  # before anything is planned

@@ -1,0 +1,129 @@
+"""Whether a language model can be recorded, found out before anything is planned."""
+
+import logging
+from collections.abc import Iterator
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+
+from dist_sae.config.data import ActivationsConfig, HuggingFaceModel
+from dist_sae.errors import ModelError
+from dist_sae.models.huggingface import Description, HuggingFaceSource, describe, load_tokenizer
+from dist_sae.models.sites import blocks
+
+logger = logging.getLogger(__name__)
+
+_MOST_COMPARED = 10**9
+"""Parameters of a model that is run whole: 4 GB in fp32, within what a planner's pod has."""
+_LENGTHS = (16, 9, 5)
+_MOST_WORK = 2 * 10**10  # parameters times tokens of the longest context that is run: seconds
+_ROUNDING = 1e-3  # relative; right ones have stayed below 1e-5, wrong ones above 1e-2
+
+
+def check(config: HuggingFaceModel, activations: ActivationsConfig) -> None:
+    """Raise `ModelError` unless the rows would be those of the model.
+
+    The sites, positions and vocabulary are checked of every model. One that is small enough is also
+    run, in fp32: rows of a batch with padding, by a model without its upper layers, after another
+    batch, are to be those of each context alone in the whole model.
+    """
+    description = describe(config, activations.sites)
+    _check_positions(config, description, activations.context_tokens)
+    ordinary = _check_vocabulary(config, description)
+    parameters = sum(p.numel() for p in description.skeleton.parameters())
+    if parameters > _MOST_COMPARED:
+        logger.info(
+            "%s: %.1f billion parameters: its sites are checked, but not run here",
+            config.path,
+            parameters / 1e9,
+        )
+        return
+    longest = min(activations.context_tokens, max(_LENGTHS[0], _MOST_WORK // parameters))
+    _compare_with_whole(config, activations.sites, ordinary, longest)
+
+
+def _check_positions(config: HuggingFaceModel, description: Description, tokens: int) -> None:
+    for most, why in _limits(description):
+        if tokens > most:
+            raise ModelError(
+                f"activations.context_tokens: {tokens}: {config.path} {why}; lower it to {most}"
+            )
+
+
+def _limits(description: Description) -> Iterator[tuple[int, str]]:
+    """Most tokens of a context, and why."""
+    text = description.config.get_text_config()
+    positions = next(
+        (
+            found
+            for key in ("max_position_embeddings", "max_seq_len")
+            if isinstance(found := getattr(text, key, None), int) and found > 0
+        ),
+        None,
+    )
+    layers = set(blocks(description.skeleton).modules())
+    for name, module in description.skeleton.named_modules():
+        if isinstance(module, nn.Embedding) and "position" in name and module not in layers:
+            # RoBERTa and its kin begin to count after the id of padding
+            skipped = 0 if module.padding_idx is None else module.padding_idx + 1
+            most = min(module.num_embeddings, positions or module.num_embeddings) - skipped
+            yield most, f"has learned {most} positions"
+    if positions is not None:
+        yield positions, f"is made for {positions} positions"
+    rope = getattr(text, "rope_parameters", None) or {}
+    for kind in (rope, *(of_layers for of_layers in rope.values() if isinstance(of_layers, dict))):
+        original = kind.get("original_max_position_embeddings")
+        if kind.get("rope_type") == "longrope" and original is not None:
+            yield (
+                int(original),
+                f"has other rotary frequencies for a whole batch when one context has more than "
+                f"{original} tokens, so that rows would depend on their neighbours",
+            )
+
+
+def _check_vocabulary(config: HuggingFaceModel, description: Description) -> Tensor:
+    """Token ids of ordinary text."""
+    tokenizer = load_tokenizer(config)
+    ids = tokenizer.ordinary or list(range(description.vocabulary))
+    largest = max(ids[-1], -1 if tokenizer.bos is None else tokenizer.bos)
+    if largest >= description.vocabulary:
+        raise ModelError(
+            f"model.path {config.path}: the tokenizer gives tokens up to {largest}, but the model "
+            f"has embeddings for 0 to {description.vocabulary - 1}; the two do not belong together"
+        )
+    return torch.tensor(ids, dtype=torch.int32)
+
+
+def _compare_with_whole(
+    config: HuggingFaceModel, sites: tuple[str, ...], ordinary: Tensor, longest: int
+) -> None:
+    config = config.model_copy(update={"dtype": "fp32", "shards": 1})
+    lengths = [min(n, longest) for n in _LENGTHS]
+    mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
+    tokens = _made_up(mask.shape, ordinary) * mask
+    whole = HuggingFaceSource(config, sites, whole=True)
+    alone = [whole.run(tokens[i : i + 1, :n], mask[i : i + 1, :n]) for i, n in enumerate(lengths)]
+    del whole
+    source = HuggingFaceSource(config, sites)
+    once = source.run(tokens, mask)
+    source.run(_made_up((1, longest), ordinary), torch.ones(1, longest, dtype=torch.bool))
+    again = source.run(tokens, mask)
+    for rows, when in ((once, "in a batch with padding"), (again, "after another batch")):
+        for site, (i, n) in product(sites, enumerate(lengths)):
+            error = _relative(rows[site][i, :n], alone[i][site][0].float())
+            if not error <= _ROUNDING:
+                raise ModelError(
+                    f"activations.sites: {site}: rows {when} differ by {error:.1%} from those of "
+                    f"each context alone in the whole of {config.path}; this architecture cannot "
+                    f"be recorded"
+                )
+
+
+def _made_up(shape: tuple[int, ...], ordinary: Tensor) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return ordinary[torch.randint(len(ordinary), shape, generator=generator)]
+
+
+def _relative(acts: Tensor, wanted: Tensor) -> float:
+    return float((acts.float() - wanted).norm() / wanted.norm().clamp_min(1e-30))

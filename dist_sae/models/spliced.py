@@ -1,0 +1,131 @@
+"""The whole model with its head, and the activations at one site replaced on their way."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor, nn
+
+from dist_sae.config.data import HuggingFaceModel
+from dist_sae.errors import HeadlessError, LacksWeightsError
+from dist_sae.models.huggingface import (
+    HEADS,
+    Description,
+    check_tokens,
+    describe,
+    errors_of,
+    inputs,
+    load,
+    load_tokenizer,
+)
+from dist_sae.models.sites import Edit, attach
+
+_EVERY = 7  # tokens, of which one is masked: about the 15 % of BERT's training
+_CHANGES = {torch.float32: 1e-4}
+"""Of the first token's logits, relative: less is rounding (of experts that get other batches)."""
+_CHANGES_OF_HALF = 0.03
+
+
+class SplicedModel:
+    """A language model that is edited at one site while it predicts tokens.
+
+    Attributes:
+        masked: Whether it predicts masked tokens, as encoders do, and not the next ones.
+    """
+
+    def __init__(self, config: HuggingFaceModel, site: str) -> None:
+        """Load all of it.
+
+        Raises:
+            HeadlessError: It predicts no tokens.
+            ModelError: It cannot be loaded, or lacks the site.
+        """
+        description = describe(config, (site,))
+        self._name = config.path
+        self._vocabulary = description.vocabulary
+        self._model, self.masked = _with_head(config, description)
+        self._mask_token = load_tokenizer(config).mask if self.masked else None
+        if self.masked and self._mask_token is None:
+            raise HeadlessError(f"model.path {config.path}: its tokenizer has no mask token")
+        self._edit: Edit | None = None
+        attach(self._model, site, self._replace)
+
+    def predicted(
+        self, tokens: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]
+    ) -> Bool[Tensor, "batch next"]:
+        """Which tokens after the first of a context have a loss.
+
+        Of a model that sees both ways it is every seventh, beginning at one that follows from the
+        context's own tokens: the same whatever the context is batched with.
+        """
+        if self._mask_token is None:
+            return mask[:, 1:]
+        places = torch.arange(1, tokens.shape[1]) + (tokens * mask).sum(1, keepdim=True)
+        every = (mask.sum(1, keepdim=True) - 1).clamp(1, _EVERY)
+        return (places % every == 0) & mask[:, 1:]
+
+    @torch.inference_mode()
+    def losses(
+        self,
+        tokens: Int[Tensor, "batch seq"],
+        mask: Bool[Tensor, "batch seq"],
+        edit: Edit | None = None,
+    ) -> Float[Tensor, "batch next"]:
+        """Cross-entropy in nats of every predicted token after the first, fp32; NaN elsewhere.
+
+        Masked tokens of a context are all masked at once.
+
+        Args:
+            tokens: Token ids.
+            mask: False at padding.
+            edit: What becomes of the activations at the site; None leaves them alone.
+        """
+        check_tokens(tokens, self._vocabulary, self._name)
+        self._edit = edit
+        predicted, shown, targets = self.predicted(tokens, mask), tokens, tokens[:, 1:].long()
+        if self._mask_token is not None:
+            shown = tokens.clone()
+            shown[:, 1:][predicted] = self._mask_token
+        logits = self._model(**inputs(self._model, shown, mask)).logits
+        logits = (logits[:, :-1] if self._mask_token is None else logits[:, 1:]).cpu()
+        losses = [  # one context after the other: fp32 logits of a batch would be large
+            nn.functional.cross_entropy(of_context.float(), wanted, reduction="none")
+            for of_context, wanted in zip(logits, targets, strict=True)
+        ]
+        return torch.stack(losses).masked_fill(~predicted, torch.nan)
+
+    def _replace(self, acts: Tensor) -> Tensor:
+        return acts if self._edit is None else self._edit(acts.cpu()).to(acts.device)
+
+
+def _with_head(config: HuggingFaceModel, description: Description) -> tuple[Any, bool]:
+    """The model with a head that predicts tokens, and whether these are masked ones."""
+    reason = f"transformers has no head for {description.config.model_type} that predicts tokens"
+    for heads, masked in HEADS:
+        if type(description.config) not in heads:
+            continue
+        kind: Any = heads[type(description.config)]
+        try:
+            with errors_of(config):
+                model = load(kind, config, description)
+        except LacksWeightsError as exc:
+            if any(name.startswith(f"{kind.base_model_prefix}.") for name in exc.names):
+                raise
+            reason = f"its files have no head that predicts tokens (no {exc.names[0]})"
+            continue
+        if masked or not _looks_ahead(model, description.vocabulary):
+            return model, masked
+        reason = "each token sees those after it, and there is no head that predicts masked ones"
+        del model
+    raise HeadlessError(f"model.path {config.path}: {reason}")
+
+
+@torch.inference_mode()
+def _looks_ahead(model: Any, vocabulary: int) -> bool:
+    """Whether what a token predicts depends on the tokens after it."""
+    one = torch.arange(8)[None] % vocabulary
+    other = torch.cat([one[:, :1], one[:, 1:].flip(1)], dim=1)
+    mask = torch.ones_like(one, dtype=torch.bool)
+    first, second = (model(**inputs(model, t, mask)).logits[0, 0].float() for t in (one, other))
+    least = _CHANGES.get(model.dtype, _CHANGES_OF_HALF)
+    return bool((first - second).norm() > least * first.norm())
