@@ -45,9 +45,10 @@ def evaluate(run: Run, meter: Meter = UNMETERED) -> dict[str, Any]:
         `trained_rows`; `dead_share`, of routed dictionaries by expert too; on `rows` held-out rows
         `fvu`, `l0`, `pca_fvu` (of a PCA of training rows with as many components as latents are
         active), `duplicate_share` (of latents with a near copy, and that have one in another
-        expert), densities, and for language models the cross-entropies in nats per token with the
-        site left alone (`ce_clean`), replaced by the reconstruction (`ce_spliced`), by zero
-        (`ce_zero`) and by the mean (`ce_mean`), with the shares recovered.
+        expert), densities, and for language models the cross-entropies in nats per token (`ce_of`
+        next or masked ones; `ce_left_out` says why there are none) with the site left alone
+        (`ce_clean`), replaced by the reconstruction (`ce_spliced`), by zero (`ce_zero`) and by the
+        mean (`ce_mean`), with the shares recovered.
 
     Raises:
         ConfigError: There is no checkpoint, or nothing is held out.

@@ -109,6 +109,10 @@ def _numbers(page: Page) -> str:
         if key in numbers
     )
     measured = f"<p>Measured on data that training never saw, at step {numbers['step']:,}.</p>"
+    if "ce_left_out" in numbers:
+        measured += f"<p>Cross-entropies are left out: {escape(numbers['ce_left_out'])}.</p>"
+    elif numbers.get("ce_of") == "masked tokens":
+        measured += "<p>Cross-entropies are of masked tokens: each token sees those after it.</p>"
     return f'{head}{measured}<div class="cards">{cards}</div><table>{rows}</table></section>'
 
 
