@@ -27,7 +27,7 @@ from dist_sae.data.claims import Claims, Worker
 from dist_sae.data.consumers import Consumers
 from dist_sae.data.corpus import Corpus, Document
 from dist_sae.data.orders import spread
-from dist_sae.data.plan import Plan, as_planned, check_model, load_plan
+from dist_sae.data.plan import Plan, as_planned, check_model, load_plan, read_unit
 from dist_sae.data.shard import DTYPES, Rows, SiteShard, UnitManifest, manifest_key, write_shard
 from dist_sae.data.tokens import TokenBatch, cut, pack
 from dist_sae.errors import CorpusError, NonFiniteError, Stopped
@@ -237,7 +237,7 @@ def tokenize(
 
     bos = tokenizer.bos if activations.prepend_bos else None
     with _timed(seconds, "tokenize"):
-        documents = corpus.read(plan.files, plan.units[unit], plan.text_checksum(unit))
+        documents = read_unit(corpus, plan, unit)
         contexts = cut(
             documents, tokenizer, context_tokens=activations.context_tokens, bos=bos, failed=failed
         )

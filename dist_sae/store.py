@@ -15,7 +15,7 @@ from dist_sae.data.claims import CLAIMS
 from dist_sae.data.consumers import Consumers, retired_below
 from dist_sae.data.corpus import Corpus
 from dist_sae.data.origin import UnitText
-from dist_sae.data.plan import Plan, as_planned, load_plan
+from dist_sae.data.plan import Plan, as_planned, load_plan, read_unit
 from dist_sae.data.shard import (
     MANIFESTS,
     SHARDS,
@@ -198,7 +198,7 @@ def _text_reader(run: Run, plan: Plan) -> Callable[[int], UnitText]:
 
     def read(unit: int) -> UnitText:
         return UnitText(
-            corpus.read(plan.files, plan.units[unit], plan.text_checksum(unit)),
+            read_unit(corpus, plan, unit),
             tokenizer,
             context_tokens=run.activations.context_tokens,
             bos=tokenizer.bos if run.activations.prepend_bos else None,

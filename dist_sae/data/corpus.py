@@ -155,7 +155,7 @@ class Corpus:
             CorpusError: The text is not what it was when it was indexed.
         """
         spans = list(spans)
-        base = first_numbers(files)
+        base = _first_numbers(files)
         names = self._present(files, spans)
         try:
             documents = [
@@ -392,7 +392,7 @@ class _Found:
         self.starts, self.stops, self.digests = array("q"), array("q"), bytearray()
 
 
-def first_numbers(files: Iterable[CorpusFile]) -> list[int]:
+def _first_numbers(files: Iterable[CorpusFile]) -> list[int]:
     """The number of each file's first document."""
     numbers, total = [], 0
     for file in files:

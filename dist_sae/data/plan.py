@@ -15,7 +15,7 @@ from pydantic import Field
 
 from dist_sae.config import Run, differences
 from dist_sae.config.data import DatasetCorpus, HuggingFaceModel
-from dist_sae.data.corpus import CorpusFile, CorpusIndex, Span
+from dist_sae.data.corpus import Corpus, CorpusFile, CorpusIndex, Document, Span
 from dist_sae.data.identity import (
     content_changes,
     model_content,
@@ -104,10 +104,6 @@ class Plan(Record):
     def sites(self) -> tuple[str, ...]:
         """Where activations are read; a run needs some of them."""
         return tuple(self.settings["activations"]["sites"])
-
-    def text_checksum(self, unit: int) -> str | None:
-        """Of the documents of a unit, for `Corpus.read`."""
-        return None if self.text_checksums is None else self.text_checksums[unit]
 
     def stream_units(self, stream: int) -> list[int]:
         """The training units of one canonical stream, in unit order."""
@@ -216,6 +212,16 @@ def load_plan(store: ObjectStore, run: Run) -> Plan:
     if changed:
         raise _mismatch(store, changed)
     return plan
+
+
+def read_unit(corpus: Corpus, plan: Plan, unit: int) -> list[Document]:
+    """The documents of a unit.
+
+    Raises:
+        CorpusError: They are not what was planned.
+    """
+    checksum = None if plan.text_checksums is None else plan.text_checksums[unit]
+    return corpus.read(plan.files, plan.units[unit], checksum)
 
 
 def as_planned(run: Run, plan: Plan) -> Run:

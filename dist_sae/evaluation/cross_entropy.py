@@ -13,7 +13,7 @@ from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.data.admission import admitted, of_usual_norm
 from dist_sae.data.corpus import Corpus
-from dist_sae.data.plan import Plan, as_planned, check_model
+from dist_sae.data.plan import Plan, as_planned, check_model, read_unit
 from dist_sae.data.tokens import TokenBatch, cut, pack
 from dist_sae.errors import HeadlessError
 from dist_sae.models import build_tokenizer
@@ -75,9 +75,7 @@ def _heldout_batches(
     bos = bos if run.activations.prepend_bos else None
     corpus = Corpus(run.corpus, run.store.s3)
     documents = (
-        document
-        for unit in plan.heldout_units
-        for document in corpus.read(plan.files, plan.units[unit], plan.text_checksum(unit))
+        document for unit in plan.heldout_units for document in read_unit(corpus, plan, unit)
     )
     contexts = cut(
         islice(documents, run.evaluate.contexts),

@@ -12,10 +12,10 @@ from torch import Tensor
 from dist_sae.config import Run
 from dist_sae.config.data import SyntheticCorpus
 from dist_sae.data.consumers import kept_units
-from dist_sae.data.corpus import Corpus, first_numbers
+from dist_sae.data.corpus import Corpus
 from dist_sae.data.loader import Units
 from dist_sae.data.orders import permutation
-from dist_sae.data.plan import Plan, as_planned
+from dist_sae.data.plan import Plan, as_planned, read_unit
 from dist_sae.data.shard import manifest_key, read_block
 from dist_sae.errors import CorpusError
 from dist_sae.models import Tokenizer, build_tokenizer
@@ -173,7 +173,6 @@ class Texts:
         self.context_tokens = run.activations.context_tokens - has_bos
         self._plan = plan
         self._corpus = Corpus(run.corpus, run.store.s3)
-        self._first = first_numbers(plan.files)
         self._known: dict[int, list[int]] = {}
 
     def read(self, unit: int, documents: Iterable[int]) -> None:
@@ -181,12 +180,7 @@ class Texts:
         wanted = set(documents) - self._known.keys()
         if not wanted:
             return
-        spans = []
-        for span in self._plan.units[unit]:
-            start = self._first[span.file] + span.first
-            if not wanted.isdisjoint(range(start, start + span.count)):
-                spans.append(span)
-        found = [d for d in self._corpus.read(self._plan.files, spans) if d.number in wanted]
+        found = [d for d in read_unit(self._corpus, self._plan, unit) if d.number in wanted]
         for document, ids in zip(found, self.tokenizer([d.text for d in found]), strict=True):
             self._known[document.number] = ids
 
