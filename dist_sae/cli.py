@@ -403,7 +403,7 @@ def _parser() -> argparse.ArgumentParser:
         sub.set_defaults(command=command)
         return sub
 
-    add(
+    whole = add(
         "run", _run, "do everything on this machine: plan, produce, train, evaluate, export, report"
     )
     add("plan", _plan, "read the corpus and fix which documents make up which unit")
@@ -417,6 +417,15 @@ def _parser() -> argparse.ArgumentParser:
         "conditional writes (default: JOB_COMPLETION_INDEX, else 0)",
     )
     train = add("train", _train, "train, as one rank of those that RANK and WORLD_SIZE name")
+    for sub in (whole, train):
+        sub.add_argument(
+            "--from",
+            dest="set",
+            action="append",
+            type=lambda name: f"train.parent.run={name}",
+            metavar="NAME",
+            help="go on from another run in store.runs (--set train.parent.run=NAME)",
+        )
     for sub in (produce, train):
         sub.add_argument("--port-offset", type=int, default=0, help="added to telemetry.port")
         sub.add_argument(

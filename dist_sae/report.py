@@ -10,6 +10,7 @@ from typing import Any
 
 from dist_sae import __version__
 from dist_sae.checkpoint.folder import begun_run
+from dist_sae.checkpoint.lineage import Lineage
 from dist_sae.checkpoint.trained import Trained, check_own, read_trained
 from dist_sae.config import Run
 from dist_sae.config.data import DatasetCorpus, FilesCorpus, HuggingFaceModel
@@ -148,6 +149,10 @@ def _facts(run: Run, trained: Trained | None) -> Iterator[tuple[str, str]]:
         yield "Activation width", f"{len(trained.mean):,}"
         yield "Rows trained", f"{trained.step * run.train.batch_rows:,} of {run.train.rows:,}"
         yield "Checkpoint", f"step {trained.step:,} of {run.steps:,}"
+        if (lineage := Lineage.from_scalars(trained.checkpoint.scalars)).ancestors:
+            rows = lineage.rows + trained.step * run.train.batch_rows
+            yield "Goes on from", lineage.describe()
+            yield "Rows with those before", f"{rows:,}"
     yield "Batch", f"{run.train.batch_rows:,} rows, peak learning rate {run.lr:.3g}"
 
     yield "Versions", _versions()

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from dist_sae.checkpoint.layout import Checkpoint, Piece
+from dist_sae.checkpoint.lineage import Lineage
 from dist_sae.sae.base import Dictionary
 from dist_sae.sae.dead import DeadLatents
 from dist_sae.sae.ema import WeightAverage
@@ -66,11 +67,13 @@ class TrainingState(NamedTuple):
                 m: self._read(checkpoint, f"{m}.{name}") for m in self.engine.moments
             }
         for name, mean in self.average.mean.items() if self.average else ():
-            mean.copy_(self._read(checkpoint, f"{_EMA}{name}"))
+            if checkpoint.has(f"{_EMA}{name}"):  # a parent may have none
+                mean.copy_(self._read(checkpoint, f"{_EMA}{name}"))
+        updates = Lineage.from_scalars(checkpoint.scalars).updates + checkpoint.step
 
         def take() -> None:
             self.dead.take(idle_rows)
-            self.engine.restore(checkpoint.step, moments)
+            self.engine.restore(updates, moments)
 
         return take
 

@@ -1,17 +1,20 @@
-"""A narrower dictionary that a run begins with, from a checkpoint of another run.
+"""The dictionary that a run begins with: of its parent (`train.parent`), or left for it.
 
     <run>/warm-start/step-00000400/          the weights, laid out as in a checkpoint
 
-The first latents are those of the narrower dictionary, in their order: latent 17 stays latent 17.
+It may be narrower: the first latents are its own, in their order: latent 17 stays latent 17.
 """
 
 import torch
 
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
+from dist_sae.checkpoint.lineage import Lineage
 from dist_sae.checkpoint.state import is_per_latent, is_weight, mean_or_last
 from dist_sae.config import Run
+from dist_sae.config.deciding import stored_run
 from dist_sae.config.sae import RoutedConfig
-from dist_sae.errors import ConfigError
+from dist_sae.config.train import ParentConfig
+from dist_sae.errors import ConfigError, PlanMismatchError
 from dist_sae.sae.base import Dictionary
 from dist_sae.storage import ObjectStore
 
@@ -36,16 +39,25 @@ def leave(checkpoint: Checkpoint, runs: ObjectStore, run: Run) -> int:
     ]
     kept = ("scale", "run")
     scalars = {name: checkpoint.scalars[name] for name in kept}
+    scalars |= Lineage.from_scalars(checkpoint.scalars).to_scalars()
     return there.commit(checkpoint.step, [there.copy(checkpoint, weights)], scalars)
 
 
-def find(runs: ObjectStore, run: Run) -> Checkpoint | None:
-    """What was left for this run, if anything was.
+def find(runs: ObjectStore, run: Run, plan: str) -> Checkpoint | None:
+    """What a run begins with: its parent's checkpoint or what was left for it, if anything was.
+
+    Args:
+        runs: The store of runs.
+        run: The run.
+        plan: Hash of the plan that it reads.
 
     Raises:
-        ConfigError: The run file has been changed, and cannot begin with it any more.
+        ConfigError: The run cannot begin with it, or there is none.
+        PlanMismatchError: The parent was trained on another activation set.
         CorruptObjectError: It is damaged.
     """
+    if run.train.parent:
+        return _parent(runs, run, run.train.parent, plan)
     there = _warm_starts(runs, run)
     steps = there.steps()
     if not steps:
@@ -55,8 +67,31 @@ def find(runs: ObjectStore, run: Run) -> Checkpoint | None:
     return checkpoint
 
 
+def _parent(runs: ObjectStore, run: Run, parent: ParentConfig, plan: str) -> Checkpoint:
+    checkpoints, place = Checkpoints(runs, parent.run, 1), f"{runs.url}/{parent.run}"
+    steps = checkpoints.steps()
+    if not steps:
+        raise ConfigError(f"train.parent.run: {place} holds no checkpoint")
+    if parent.step not in (None, *steps):
+        there = ", ".join(map(str, steps))
+        raise ConfigError(f"train.parent.step: {place} has no {parent.step}; there are: {there}")
+    checkpoint = checkpoints.open(parent.step or steps[-1])
+    check(checkpoint, run)
+    if parent.state and width(checkpoint) != run.sae.n_latents:
+        raise ConfigError(
+            f"train.parent.state: {place} has {width(checkpoint)} latents, not "
+            f"{run.sae.n_latents}, so its weights alone can go on; use false"
+        )
+    if parent.data == "continue" and checkpoint.scalars["plan"] != plan:
+        raise PlanMismatchError(
+            f"train.parent.data: {place} was trained on another activation set than "
+            f"{run.store.activations}; restore store.activations, or use restart"
+        )
+    return checkpoint
+
+
 def check(checkpoint: Checkpoint, run: Run) -> None:
-    """Make sure that the run's dictionary is the same kind, and no narrower.
+    """Make sure that the run's dictionary is the same kind and of the same site, and no narrower.
 
     Raises:
         ConfigError: It is not.
@@ -65,6 +100,11 @@ def check(checkpoint: Checkpoint, run: Run) -> None:
     if kind != run.sae.kind:
         raise ConfigError(
             f"{run.name}: sae.kind: {run.sae.kind} cannot begin with the weights of {kind}"
+        )
+    site = stored_run(checkpoint.scalars["run"], run, checkpoint.store.url).site
+    if site != run.site:
+        raise ConfigError(
+            f"{run.name}: train.site: {run.site} cannot begin with a dictionary of {site}"
         )
     if isinstance(run.sae, RoutedConfig):
         experts = checkpoint.scalars["run"]["sae"]["experts"]

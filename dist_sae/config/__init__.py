@@ -167,6 +167,8 @@ class Run(Section):
     def _disagreements(self) -> Iterator[tuple[str, str]]:
         train, activations, processes = self.train, self.activations, self.processes
         sites = ", ".join(activations.sites)
+        if train.parent and train.parent.run == self.name:
+            yield "train.parent.run", f"{self.name} is this run; give it a name of its own"
         if train.keep_best and not train.heldout_rows:
             yield "train.keep_best", "needs train.heldout_rows, to know which are the best"
         if train.heldout_rows and not activations.heldout_share:

@@ -59,7 +59,7 @@ def changes(stored: Mapping[str, Any], run: Run, *, but: Sequence[str] = ()) -> 
     Raises:
         ConfigError: This version cannot read the stored settings.
     """
-    old = _compared(_read(stored, run, run.name))
+    old = _compared(stored_run(stored, run, run.name))
     new = _compared(as_begun(run, stored))
     for section in but:
         old.pop(section), new.pop(section)
@@ -84,7 +84,7 @@ def check_same_run(stored: Mapping[str, Any], run: Run, place: str, remedy: str 
             f"{place}: holds a run with other settings ({'; '.join(changed)}); "
             f"{remedy or 'restore them or choose another name'}"
         )
-    return _read(stored, run, place)
+    return stored_run(stored, run, place)
 
 
 def as_begun(run: Run, stored: Mapping[str, Any]) -> Run:
@@ -97,7 +97,12 @@ def as_begun(run: Run, stored: Mapping[str, Any]) -> Run:
     return run.model_copy(update={"sae": run.sae.model_copy(update={"dead_after_rows": was})})
 
 
-def _read(stored: Mapping[str, Any], run: Run, origin: str) -> Run:
+def stored_run(stored: Mapping[str, Any], run: Run, origin: str) -> Run:
+    """The run that settings are of; its stores are those of a run file at hand.
+
+    Raises:
+        ConfigError: This version cannot read them.
+    """
     stores = {"activations": run.store.activations, "runs": run.store.runs}
     return validate_run({**stored, "store": stores}, origin)
 

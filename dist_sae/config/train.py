@@ -10,6 +10,21 @@ from dist_sae.config.data import Site
 LAST_PORT = 65_535
 
 
+class ParentConfig(Section):
+    """A run in the same store.runs, from a checkpoint of which this one goes on."""
+
+    run: str
+    """Its name; its dictionary is of the same kind and site, and no wider."""
+    step: PositiveInt | None = None
+    """Of the checkpoint; null takes the newest."""
+    state: bool = True
+    """Adam's moments, the counts of idle rows and the running mean go on as well, which takes equal
+    width; false: the weights alone, their running mean if there is one."""
+    data: Literal["continue", "restart"] = "continue"
+    """Rows come from where it stopped, so that a pass gives none twice and `max_passes` counts its
+    passes too; or from the beginning, also of another activation set."""
+
+
 class TrainConfig(Section):
     """One training run over one site of an activation set."""
 
@@ -19,6 +34,9 @@ class TrainConfig(Section):
     """Rows to train on; repeats count. The run stops at the last full batch within them."""
     max_passes: PositiveInt = 1
     """How often the data may be gone through to reach `rows`."""
+    parent: ParentConfig | None = None
+    """Go on from another run, as `--from NAME` does. `rows`, the learning rate, and the course of k
+    and penalty are this run's own: they begin at its first step."""
     batch_rows: PositiveInt = 4096
     """Rows of one global batch, over all ranks."""
     lr: PositiveFloat | None = None

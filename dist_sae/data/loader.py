@@ -302,6 +302,7 @@ class Loader:
         max_passes: How often the units may be gone through.
         places: Of streams: windows at or before the first batch, as an earlier loader left them.
             Without them a resumed run reads the manifest of every unit before.
+        stream_rows: Rows of each stream that were taken before batch 0.
     """
 
     def __init__(
@@ -314,6 +315,7 @@ class Loader:
         steps: range,
         max_passes: int,
         places: Mapping[int, Place] | None = None,
+        stream_rows: int = 0,
     ) -> None:
         streams = units.plan.streams
         assert streams % world == 0, (streams, world)
@@ -333,9 +335,9 @@ class Loader:
         at = {v: (places or {}).get(v, _START) for v in own}
 
         def streams_from(step: int) -> list[Stream]:
+            start = stream_rows + step * rows
             return [
-                Stream(units, v, step * rows, max_passes, self._pool, self._opener, at[v])
-                for v in own
+                Stream(units, v, start, max_passes, self._pool, self._opener, at[v]) for v in own
             ]
 
         # no daemon: one that is inside torch when Python ends would abort the process

@@ -162,18 +162,24 @@ def make_plan(
     )
 
 
-def check_rows(run: Run, plan: Plan) -> None:
+def check_rows(run: Run, plan: Plan, taken: int = 0) -> None:
     """Say at once, not after a week, that the data cannot last.
+
+    Args:
+        run: The run.
+        plan: Its plan.
+        taken: Rows that the runs before it have taken.
 
     Raises:
         DataExhaustedError: `train.rows` is well above what the plan will give.
     """
     there = plan.train_rows_estimate * run.train.max_passes
-    if run.train.rows > 1.05 * there:  # the estimate is good to a few per cent
+    if taken + run.train.rows > 1.05 * there:  # the estimate is good to a few per cent
+        after = f" after the {taken} that its parents took" if taken else ""
         raise DataExhaustedError(
-            f"train.rows asks for {run.train.rows} rows, but the activation set will have about "
-            f"{plan.train_rows_estimate} in one pass (train.max_passes {run.train.max_passes}); "
-            f"lower train.rows, raise train.max_passes or add text"
+            f"train.rows asks for {run.train.rows} rows{after}, but the activation set will have "
+            f"about {plan.train_rows_estimate} in one pass (train.max_passes "
+            f"{run.train.max_passes}); lower train.rows, raise train.max_passes or add text"
         )
 
 

@@ -48,6 +48,7 @@ class TrainingReporter:
         state: What is trained.
         mean: Of the data set, scaled.
         start: Steps that are done already.
+        counted_rows: Of the runs before: over which idle rows of latents have been counted.
     """
 
     def __init__(
@@ -60,6 +61,7 @@ class TrainingReporter:
         state: TrainingState,
         mean: Tensor,
         start: int,
+        counted_rows: int = 0,
     ) -> None:
         self._run = run
         self._mesh = mesh
@@ -74,6 +76,7 @@ class TrainingReporter:
         )
         self._experts = _Experts()
         self._reported = start
+        self._counted_rows = counted_rows
         self._counts: defaultdict[str, float] = defaultdict(float)
         self._reached_units = 0
         self._ready_units: int | None = None
@@ -158,7 +161,7 @@ class TrainingReporter:
             "starved_share": starved_share(axis, second_moment, run.train.eps),
             **self._experts.take(axis, state.dead.mask),
         }
-        if step * run.train.batch_rows >= run.dead_after_rows:
+        if self._counted_rows + step * run.train.batch_rows >= run.dead_after_rows:
             numbers["dead_share"] = state.dead.share
         else:  # nobody can know yet
             numbers.pop("expert_dead_share", None)

@@ -43,7 +43,7 @@ def checkpoint(folder: Path, **tensors: torch.Tensor) -> Checkpoint:
 def test_weights_are_left_and_nothing_else(tmp_path: Path) -> None:
     run, runs = make_run(tmp_path), open_store(str(tmp_path / "runs"))
     copied = warm_start.leave(checkpoint(tmp_path), runs, run)
-    found = warm_start.find(runs, run)
+    found = warm_start.find(runs, run, "plan")
     assert found is not None
     assert found.manifest.tensors.keys() == WEIGHTS.keys()
     assert found.scalars == {name: SCALARS[name] for name in ("scale", "run")}
@@ -55,7 +55,7 @@ def test_the_running_mean_goes_before_the_last_weights(tmp_path: Path) -> None:
     run, runs = make_run(tmp_path), open_store(str(tmp_path / "runs"))
     means = {f"ema.{name}": t + 1 for name, t in WEIGHTS.items() if name != "threshold"}
     warm_start.leave(checkpoint(tmp_path, **means), runs, run)
-    found = warm_start.find(runs, run)
+    found = warm_start.find(runs, run, "plan")
     assert found is not None
     sae = build_sae(run.sae, D_IN)
     warm_start.load(sae, found)
@@ -72,7 +72,7 @@ def test_a_shard_takes_its_latents_of_what_was_left(tmp_path: Path, shards: int)
     """96 latents: of 3 shards, 32 wide, the first two are known as a whole, the last is new."""
     run, runs = make_run(tmp_path), open_store(str(tmp_path / "runs"))
     warm_start.leave(checkpoint(tmp_path), runs, run)
-    found = warm_start.find(runs, run)
+    found = warm_start.find(runs, run, "plan")
     assert found is not None
     parts = []
     for shard in range(shards):
@@ -95,7 +95,7 @@ def test_what_was_left_last_counts(tmp_path: Path) -> None:
     save(checkpoints, 10, WEIGHTS, SCALARS)
     for one in (late, checkpoints.open(10)):
         warm_start.leave(one, runs, run)
-    found = warm_start.find(runs, run)
+    found = warm_start.find(runs, run, "plan")
     assert found is not None
     assert found.step == 10
 
@@ -135,13 +135,13 @@ def test_a_damaged_checkpoint_leaves_nothing(tmp_path: Path) -> None:
     part.write_bytes(part.read_bytes()[:-1] + b"!")
     with pytest.raises(CorruptObjectError, match="W_dec-000000000"):
         warm_start.leave(damaged, runs, run)
-    assert warm_start.find(runs, run) is None
+    assert warm_start.find(runs, run, "plan") is None
 
 
 def test_activations_of_another_width_are_refused(tmp_path: Path) -> None:
     run, runs = make_run(tmp_path), open_store(str(tmp_path / "runs"))
     warm_start.leave(checkpoint(tmp_path), runs, run)
-    found = warm_start.find(runs, run)
+    found = warm_start.find(runs, run, "plan")
     assert found is not None
     with pytest.raises(ConfigError, match="16 wide, these are 8 wide"):
         warm_start.load(build_sae(run.sae, 8), found)

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dist_sae.beginning import _found, _initialise, _places, _Start
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.checkpoints import convert_to_run
 from dist_sae.config import load_run
@@ -25,7 +26,6 @@ from dist_sae.sae.axis import WHOLE
 from dist_sae.sae.init import initialise_from_data
 from dist_sae.storage import open_store
 from dist_sae.telemetry.exporter import Telemetry
-from dist_sae.train import _found, _initialise, _places
 from tests.launch import produce, run, train, write_run
 from tests.train.trained import (
     SHARDED,
@@ -51,7 +51,7 @@ def test_directions_from_data_take_as_many_batches_as_they_need(
     sae = build_sae(settings.sae, 16)
     mesh = Mesh(0, 1, torch.device("cpu"), WHOLE)
     times = Times(settings, Telemetry("world", "train", None), mesh.device)
-    _initialise(settings, mesh, units, normaliser, sae, None, times)
+    _initialise(settings, mesh, units, normaliser, sae, _Start(), times)
     with Loader(units, rank=0, world=1, batch_rows=24, steps=range(3), max_passes=1) as loader:
         rows = torch.cat([batch.acts for batch in loader])[:64] * normaliser.scale
     expected = build_sae(settings.sae, 16)

@@ -1,0 +1,330 @@
+"""How training begins: from the newest checkpoint, from another run's, or from rows alone."""
+
+import logging
+import threading
+import time
+from collections.abc import Generator, Mapping, Sequence
+from contextlib import closing
+from itertools import chain
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dist_sae.checkpoint import warm_start
+from dist_sae.checkpoint.folder import run_file_key
+from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
+from dist_sae.checkpoint.lineage import Lineage
+from dist_sae.checkpoint.state import TrainingState
+from dist_sae.config import Run, dump_run
+from dist_sae.config.deciding import as_begun, check_same_run
+from dist_sae.data.consumers import Consumers, Registration
+from dist_sae.data.loader import Batch, Loader, Place, Units
+from dist_sae.data.normaliser import Normaliser, measure
+from dist_sae.data.plan import Plan, check_rows, load_plan
+from dist_sae.errors import CorruptObjectError, ObjectNotFoundError, PlanMismatchError, Stopped
+from dist_sae.parallel.engine import DeepSpeedEngine
+from dist_sae.parallel.mesh import Mesh
+from dist_sae.parallel.zero import deepspeed_config
+from dist_sae.precision import warn_if_emulated
+from dist_sae.reporting.times import Times
+from dist_sae.sae import PRODUCT_DTYPES, build_sae
+from dist_sae.sae.base import Dictionary
+from dist_sae.sae.dead import DeadLatents
+from dist_sae.sae.ema import WeightAverage
+from dist_sae.sae.init import initialise_from_data
+from dist_sae.sae.kernels.choice import choose_kernels
+from dist_sae.storage import ObjectStore, open_store
+from dist_sae.telemetry.exporter import Telemetry
+
+logger = logging.getLogger(__name__)
+
+
+class Job(NamedTuple):
+    """What there is when the first step begins."""
+
+    run: Run
+    runs: ObjectStore
+    units: Units
+    checkpoints: Checkpoints
+    registration: Registration
+    normaliser: Normaliser
+    engine: DeepSpeedEngine
+    state: TrainingState
+    lineage: Lineage
+    step: int
+    places: Mapping[int, Place]
+
+
+def begin(
+    run: Run, mesh: Mesh, stopping: threading.Event, telemetry: Telemetry, times: Times
+) -> Job:
+    """From the newest checkpoint that is whole, or the parent's, or else from the beginning."""
+    deepspeed_config(run)  # refuses what it must before anything is read or written
+    kernels = choose_kernels(run.train.kernels, mesh.device)
+    warn_if_emulated("train.products", run.train.products, mesh.device)
+    runs, activations = (
+        open_store(url, run.store.s3, telemetry, stopping)
+        for url in (run.store.runs, run.store.activations)
+    )
+    plan = load_plan(activations, run)
+    check_rows(run, plan)
+    units = Units(activations, plan, run.site, stopping)
+    checkpoints = Checkpoints(
+        runs,
+        run.name,
+        run.train.keep_checkpoints,
+        every=run.train.keep_every_steps,
+        best=run.train.keep_best,
+    )
+    registration = _registration(run, plan, activations, mesh)
+
+    start = _start(runs, run, plan, checkpoints, mesh)
+    if start.found:
+        run = as_begun(run, start.found[0].scalars["run"])
+    check_rows(run, plan, start.lineage.stream_rows * plan.streams)
+    if mesh.is_first:
+        runs.put(run_file_key(run.name), dump_run(run).encode())
+    if not start.found:
+        registration.begin(start.places)
+    normaliser = _normaliser(run, units, start, times)
+    sae = build_sae(
+        run.sae, len(normaliser.mean), mesh.axis, kernels, PRODUCT_DTYPES[run.train.products]
+    ).to(mesh.device)
+    if start.parent and warm_start.width(start.parent) == sae.n_latents:
+        warm_start.load(sae, start.parent)
+    elif not start.found:
+        _initialise(run, mesh, units, normaliser, sae, start, times)
+    engine = DeepSpeedEngine(run, sae, mesh)
+    dead = DeadLatents(len(sae.W_enc), run.dead_after_rows, mesh.axis, mesh.device)
+    average = WeightAverage(sae, run.train.ema_decay) if run.train.ema_decay else None
+    state = TrainingState(sae, engine, dead, average)
+    step, places = 0, start.places
+    if start.parent and start.lineage.updates:
+        state.read(start.parent)()
+    if start.found:
+        checkpoint = _restore(state, start.found, checkpoints, mesh, telemetry)
+        step, places = checkpoint.step, _places(checkpoint)
+        durable_at = time.time() - checkpoints.age_seconds(step)
+        telemetry.set("dist_sae_checkpoint_step", step)
+        telemetry.set("dist_sae_checkpoint_timestamp_seconds", durable_at)
+        registration.begin(places)
+    return Job(
+        run,
+        runs,
+        units,
+        checkpoints,
+        registration,
+        normaliser,
+        engine,
+        state,
+        start.lineage,
+        step,
+        places,
+    )
+
+
+class _Start(NamedTuple):
+    """What a run goes on from."""
+
+    found: Sequence[Checkpoint] = ()
+    """Its own checkpoints, the newest first."""
+    parent: Checkpoint | None = None
+    """Where there are none: that of another run."""
+    lineage: Lineage = Lineage()
+    places: Mapping[int, Place] = {}
+    """Where the parent's streams were, if they are gone on with."""
+
+
+def _start(runs: ObjectStore, run: Run, plan: Plan, checkpoints: Checkpoints, mesh: Mesh) -> _Start:
+    """Collective: all ranks go on from the same.
+
+    Raises:
+        Stopped: They found different ones.
+    """
+    if found := _found(checkpoints, runs, run, plan, mesh):
+        return _Start(found, lineage=Lineage.from_scalars(found[0].scalars))
+    parent = warm_start.find(runs, run, plan.hash)
+    if len(set(mesh.everyones(parent and parent.step))) > 1:
+        raise Stopped(f"{run.name}: its parent was written while the ranks began; start again")
+    if parent is None:
+        return _Start()
+    how = run.train.parent
+    reads_on = how is not None and how.data == "continue"
+    lineage = Lineage.of_child(
+        parent,
+        state=how is not None and how.state,
+        streams=plan.streams if reads_on else None,
+    )
+    logger.info("goes on from %s", lineage.describe())
+    return _Start(parent=parent, lineage=lineage, places=_places(parent) if reads_on else {})
+
+
+def _normaliser(run: Run, units: Units, start: _Start, times: Times) -> Normaliser:
+    """Its own, or its parent's on the same data; else it is measured, and a parent's scale kept."""
+    known = start.found[0] if start.found else start.parent
+    if known and known.scalars.get("plan") == units.plan.hash:
+        return Normaliser.from_scalars(known.scalars)
+    times.end("begin")
+    normaliser = measure(units, run.train.normaliser_rows, times.waiting)
+    times.end("wait")
+    return normaliser.at(start.parent.scalars["scale"]) if start.parent else normaliser
+
+
+def _initialise(
+    run: Run,
+    mesh: Mesh,
+    units: Units,
+    normaliser: Normaliser,
+    sae: Dictionary,
+    start: _Start,
+    times: Times,
+) -> None:
+    """The initial dictionary, from the first batch, or as many as it wants directions from."""
+    parent = start.parent
+    known = warm_start.width(parent) if parent else 0
+    n_rows = sae.n_latents - known if parent else run.sae.init_rows
+    n_batches = max(1, -(-n_rows // run.train.batch_rows))
+
+    def rows() -> Generator[Tensor]:
+        with open_loader(run, mesh, units, range(n_batches), start.lineage, start.places) as loader:
+            for _ in range(n_batches):
+                times.end("begin")
+                batch = next_batch(loader, mesh, units.stopping, times)
+                if batch is None:
+                    loader.raise_if_failed()
+                    raise Stopped("stopped before the first step; start again to go on")
+                yield batch.acts.to(mesh.device, torch.float32) * normaliser.scale
+
+    with closing(rows()) as batches:
+        first = next(batches)
+        sae.initialise(first, run.train.seed)
+        if parent:
+            warm_start.load(sae, parent)
+        if n_rows:
+            initialise_from_data(sae, chain([first], batches), known)
+
+
+def _found(
+    checkpoints: Checkpoints, runs: ObjectStore, run: Run, plan: Plan, mesh: Mesh
+) -> list[Checkpoint]:
+    """The checkpoints to go on from, the newest first; none at the beginning. Collective.
+
+    Those whose manifest every rank could read: they must not go on from different ones.
+
+    Raises:
+        CorruptObjectError: There are some, and not one has a manifest that is whole.
+        PlanMismatchError: They are of a run with other settings, or on another activation set.
+    """
+    found = list(checkpoints.newest_first())
+    on_all = set.intersection(*mesh.everyones({checkpoint.step for checkpoint in found}))
+    found = [checkpoint for checkpoint in found if checkpoint.step in on_all]
+    if not found and checkpoints.steps():
+        raise CorruptObjectError(
+            "no checkpoint is whole; restore one, or train under another name",
+            url=runs.url,
+            key=run.name,
+        )
+    windows = range(0, plan.n_train_units // plan.streams, plan.window_units)
+    for checkpoint in found:
+        remedy = (
+            f"restore them, or choose another name: `--set name=OTHER --from {run.name}` goes on "
+            f"from this run"
+        )
+        check_same_run(checkpoint.scalars["run"], run, f"{runs.url}/{run.name}", remedy)
+        if checkpoint.scalars["plan"] != plan.hash or not all(
+            stream < plan.streams and place.first in windows
+            for stream, place in _places(checkpoint).items()
+        ):
+            raise PlanMismatchError(
+                f"{run.store.runs}/{run.name}: was trained on another activation set than "
+                f"{run.store.activations}; restore store.activations or choose another name"
+            )
+    return found
+
+
+def _places(checkpoint: Checkpoint) -> dict[int, Place]:
+    """Where the streams are, by number."""
+    return {int(v): Place(*place) for v, place in checkpoint.scalars["places"].items()}
+
+
+def _restore(
+    state: TrainingState,
+    found: Sequence[Checkpoint],
+    checkpoints: Checkpoints,
+    mesh: Mesh,
+    telemetry: Telemetry,
+) -> Checkpoint:
+    """Put the run back to the first of these checkpoints that all ranks find whole.
+
+    Raises:
+        CorruptObjectError: There is none.
+    """
+    for checkpoint in found:
+        damage: CorruptObjectError | ObjectNotFoundError | None = None
+        try:
+            take = state.read(checkpoint)
+        except (CorruptObjectError, ObjectNotFoundError) as exc:
+            damage = exc
+        if mesh.agree(wish=damage is not None):
+            if damage is not None:
+                logger.error("%s; the checkpoint before is taken", damage)
+            continue
+        take()
+        if mesh.is_first:  # later ones are damaged, and would be the newest again
+            for step in checkpoints.steps():
+                if step > checkpoint.step:
+                    telemetry.add("dist_sae_checkpoint_damaged_total", 1)
+                    checkpoints.delete(step)
+        return checkpoint
+    raise CorruptObjectError(
+        "no checkpoint is whole; restore one, or train under another name",
+        url=checkpoint.store.url,
+    )
+
+
+def _registration(run: Run, plan: Plan, activations: ObjectStore, mesh: Mesh) -> Registration:
+    """How the store knows what this run still needs."""
+    store = run.store
+    return Registration(
+        Consumers(activations, store.consumer_expiry_hours),
+        plan,
+        run.name,
+        keeps=run.train.max_passes > 1,
+        retires=store.retention == "delete_consumed",
+        speaks=mesh.is_first,
+    )
+
+
+def open_loader(
+    run: Run,
+    mesh: Mesh,
+    units: Units,
+    steps: range,
+    lineage: Lineage,
+    places: Mapping[int, Place] | None,
+) -> Loader:
+    """This rank's share of the batches of these steps."""
+    return Loader(
+        units,
+        rank=mesh.rank,
+        world=mesh.world,
+        batch_rows=run.train.batch_rows,
+        steps=steps,
+        max_passes=run.train.max_passes,
+        places=places,
+        stream_rows=lineage.stream_rows,
+    )
+
+
+def next_batch(loader: Loader, mesh: Mesh, stopping: threading.Event, times: Times) -> Batch | None:
+    """The next batch, when all ranks have theirs; None if one has none or is to stop. Collective.
+
+    While one waits for its data all do.
+    """
+    batch = loader.next(times.waiting)
+    waited = batch.waited_seconds if batch else 0.0
+    times.end("wait")
+    ends, longest = mesh.meet(wish=batch is None or stopping.is_set(), waited=waited)
+    times.end("ranks", waited=longest - waited)
+    return None if ends else batch
