@@ -58,6 +58,8 @@ def cross_entropies(
             edit = _edit(keep, replace, run.activations.exclude.over_norm) if replace else None
             losses = spliced.losses(batch.tokens, batch.mask, edit)[predicted]
             totals[name] += float(losses.double().sum())  # type: ignore[assignment]
+    if not totals["tokens"]:
+        return {"ce_left_out": "no held-out context has a second token, which could be predicted"}
     ce = {name: totals[name] / totals["tokens"] for name in replacements}
     return {
         "ce_of": "masked tokens" if spliced.masked else "next tokens",

@@ -222,7 +222,8 @@ class _States:
         for module, buffers, length in self._kept:
             for name, buffer in buffers.items():
                 setattr(module, name, buffer)
-            module.max_seq_len_cached = length
+            for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
+                setattr(module, name, length)  # some have one for each type of layer
 
 
 def check_tokens(tokens: Int[Tensor, "batch seq"], vocabulary: int, name: str) -> None:

@@ -144,10 +144,23 @@ def test_falcons_alibi_is_added_once(tmp_path: Path) -> None:
     torch.testing.assert_close(found.clone(), z, rtol=1e-5, atol=1e-5)
 
 
-def test_rows_do_not_depend_on_what_ran_before(tmp_path: Path) -> None:
+DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        hf.LlamaConfig(**KV | {"max_position_embeddings": 8}, rope_parameters=DYNAMIC),
+        hf.Gemma3TextConfig(  # with frequencies of their own for each type of layer
+            **KV | {"max_position_embeddings": 8, "head_dim": 8},
+            layer_types=["full_attention"] * LAYERS,
+            rope_parameters={"full_attention": DYNAMIC, "sliding_attention": DYNAMIC},
+        ),
+    ],
+    ids=["llama", "gemma3"],
+)
+def test_rows_do_not_depend_on_what_ran_before(tmp_path: Path, config: Any) -> None:
     """Dynamic frequencies would be those of the longest context so far."""
-    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
-    config = hf.LlamaConfig(**KV | {"max_position_embeddings": 8}, rope_parameters=rope)
     source = HuggingFaceSource(saved(tmp_path, "llama", config), ("resid_post.1",))
     tokens, mask = random_tokens(12)
     first = source.run(tokens, mask)["resid_post.1"].clone()
