@@ -1,6 +1,7 @@
 """The command line: the only place where the programs meet.
 
-Programs are imported when they are called, so that `--help` answers at once.
+Programs are imported when they are called, so that `--help` answers at once, and after the run file
+is read, so that a mistake in it is told before torch is imported, which takes seconds.
 """
 
 import argparse
@@ -53,9 +54,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _plan(options: argparse.Namespace) -> None:
+    run = _load(options)
     from dist_sae.plan import plan
 
-    run = _load(options)
     with _short_lived(run, "plan") as telemetry:
         made = plan(run, telemetry)
     result = {
@@ -69,12 +70,12 @@ def _plan(options: argparse.Namespace) -> None:
 
 
 def _produce(options: argparse.Namespace) -> int | None:
+    run = _load(options)
     from dist_sae.data.claims import Worker
     from dist_sae.parallel.local_ranks import rank_environments
     from dist_sae.produce import produce, produce_together
     from dist_sae.telemetry.exporter import Telemetry
 
-    run = _load(options)
     stopping = _stop_on_signals()
     if options.local_ranks > 1:
         name = ["--worker", options.worker] if options.worker else []
@@ -98,6 +99,7 @@ def _produce(options: argparse.Namespace) -> int | None:
 
 
 def _train(options: argparse.Namespace) -> int | None:
+    run = _load(options)
     from dist_sae.parallel.local_ranks import rank_environments
     from dist_sae.parallel.meeting import meet
     from dist_sae.parallel.mesh import join_mesh
@@ -105,7 +107,6 @@ def _train(options: argparse.Namespace) -> int | None:
     from dist_sae.telemetry.exporter import Telemetry
     from dist_sae.train import train, what_is_done
 
-    run = _load(options)
     world = run.processes.trainers
     if world > 1 and (result := what_is_done(run)):
         _print_result(options, result)
@@ -181,9 +182,9 @@ def _run_ranks(
 
 
 def _evaluate(options: argparse.Namespace) -> None:
+    run = _load(options)
     from dist_sae.evaluate import evaluate
 
-    run = _load(options)
     if options.wait:
         from dist_sae.waiting import await_end
 
@@ -194,33 +195,34 @@ def _evaluate(options: argparse.Namespace) -> None:
 
 
 def _export(options: argparse.Namespace) -> None:
+    run = _load(options)
     from dist_sae.export import export
 
-    run = _load(options)
     with _short_lived(run, "export") as telemetry:
         result = export(run, telemetry)
     _print_result(options, {"export": result})
 
 
 def _report(options: argparse.Namespace) -> None:
+    run = _load(options)
     from dist_sae.report import report
 
-    run = _load(options)
     with _short_lived(run, "report") as telemetry:
         result = report(run, telemetry)
     _print_result(options, {"report": result})
 
 
 def _run(options: argparse.Namespace) -> None:
+    run = _load(options)
     from dist_sae.run import run_locally
 
-    _print_result(options, run_locally(_load(options), options.run, options.set))
+    _print_result(options, run_locally(run, options.run, options.set))
 
 
 def _config_show(options: argparse.Namespace) -> None:
+    run = _load(options)
     from dist_sae.config import dump_run
 
-    run = _load(options)
     sys.stdout.write(_json(options, run.model_dump(mode="json")) if options.json else dump_run(run))
 
 
@@ -237,29 +239,33 @@ def _config_metrics(_: argparse.Namespace) -> None:
 
 
 def _store_verify(options: argparse.Namespace) -> None:
+    run = _load(options)
     from dist_sae.store import verify
 
-    found = verify(_load(options), text=options.text)
+    found = verify(run, text=options.text)
     _print_result(options, found.result())
     found.raise_if_bad()
 
 
 def _store_ls(options: argparse.Namespace) -> None:
+    run = _load(options)
     from dist_sae.store import ls
 
-    _print_result(options, ls(_load(options)))
+    _print_result(options, ls(run))
 
 
 def _store_gc(options: argparse.Namespace) -> None:
+    run = _load(options)
     from dist_sae.store import gc
 
-    _print_result(options, gc(_load(options), hours=options.hours, delete=options.delete))
+    _print_result(options, gc(run, hours=options.hours, delete=options.delete))
 
 
 def _checkpoints_ls(options: argparse.Namespace) -> None:
+    run = _load(options)
     from dist_sae.checkpoints import ls
 
-    found = ls(_load(options))
+    found = ls(run)
     if options.json:
         sys.stdout.write(_json(options, found))
         return
@@ -271,19 +277,20 @@ def _checkpoints_ls(options: argparse.Namespace) -> None:
 
 
 def _checkpoints_verify(options: argparse.Namespace) -> None:
+    run = _load(options)
     from dist_sae.checkpoints import verify
 
-    found = verify(_load(options))
+    found = verify(run)
     _print_result(options, found.result())
     found.raise_if_bad()
 
 
 def _checkpoints_convert(options: argparse.Namespace) -> None:
+    run = _load(options)
     from dist_sae.checkpoint.folder import open_run
     from dist_sae.checkpoints import convert, convert_to_run
     from dist_sae.errors import ConfigError
 
-    run = _load(options)
     if options.to_run and options.moments:
         raise ConfigError("--moments goes with --output: a run that begins anew has its own")
     if options.to_run:
@@ -294,9 +301,10 @@ def _checkpoints_convert(options: argparse.Namespace) -> None:
 
 
 def _render(options: argparse.Namespace) -> None:
+    run = _load(options)
     from dist_sae.deploy.render import render, to_yaml
 
-    found = render(_load(options), options.only)
+    found = render(run, options.only)
     if options.only == "kubernetes" and not options.json:
         sys.stdout.write(to_yaml(found["kubernetes"]))
     else:

@@ -65,6 +65,28 @@ def test_bad_setting_ends_every_command_before_it_begins(
     assert files_in(tmp_path) == ["run.yaml"]
 
 
+BAD = """
+import sys
+from dist_sae.cli import main
+for command in sys.argv[2:]:
+    assert main([*command.split(), sys.argv[1], "--set", "sae.kk=1"]) == 2
+heavy = {"torch", "deepspeed", "transformers", "boto3", "kubernetes"} & sys.modules.keys()
+assert not heavy, heavy
+"""
+
+
+def test_a_mistake_in_the_run_file_is_told_before_anything_heavy_is_imported(
+    tmp_path: Path,
+) -> None:
+    commands = ["plan", "produce", "train", "run", "evaluate", "export", "report", "render"]
+    commands += ["store ls", "store verify", "store gc", "checkpoints ls", "checkpoints verify"]
+    commands += ["submit", "status", "logs", "cancel", "resume", "bench produce"]
+    code = [sys.executable, "-c", BAD, str(synthetic_run(tmp_path)), *commands]
+    done = subprocess.run(code, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("sae.kk: unknown key; did you mean k?") == len(commands)
+
+
 def test_several_problems_make_a_line_each(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

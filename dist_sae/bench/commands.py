@@ -133,10 +133,11 @@ def _metrics(options: argparse.Namespace) -> Result:
 
 
 def _produce(options: argparse.Namespace) -> Result:
-    from dist_sae.bench.produce import bench_produce
     from dist_sae.checkpoint.folder import open_run
 
     run = open_run(options.run, options.set)
+    from dist_sae.bench.produce import bench_produce
+
     return bench_produce(run, units=options.units, rounds=options.rounds)
 
 

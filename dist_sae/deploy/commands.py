@@ -1,6 +1,7 @@
 """`dist-sae submit|status|logs|cancel|resume`: their options, and what each of them calls.
 
-As on the rest of the command line, programs are imported when they are called.
+As on the rest of the command line, programs are imported when they are called, after the run file
+is read.
 """
 
 import argparse
@@ -53,9 +54,9 @@ def add_cluster_commands(add: Callable[[str, Command, str], argparse.ArgumentPar
 
 
 def _submit(options: argparse.Namespace) -> None:
+    run, cluster = _open(options)
     from dist_sae.deploy.submit import submit
 
-    run, cluster = _open(options)
     result = submit(
         run,
         cluster,
@@ -68,23 +69,23 @@ def _submit(options: argparse.Namespace) -> None:
 
 
 def _resume(options: argparse.Namespace) -> None:
+    run, cluster = _open(options)
     from dist_sae.deploy.submit import resume
 
-    run, cluster = _open(options)
     _finish(options, resume(run, cluster, _say(options), ignore_nodes=options.ignore_nodes))
 
 
 def _cancel(options: argparse.Namespace) -> None:
+    run, cluster = _open(options)
     from dist_sae.deploy.submit import cancel
 
-    run, cluster = _open(options)
     _finish(options, cancel(run, cluster, _say(options)))
 
 
 def _logs(options: argparse.Namespace) -> None:
+    run, cluster = _open(options)
     from dist_sae.deploy.logs import read_logs
 
-    run, cluster = _open(options)
     for line in read_logs(
         run,
         cluster,
@@ -100,6 +101,7 @@ def _logs(options: argparse.Namespace) -> None:
 
 
 def _status(options: argparse.Namespace) -> None:
+    run, cluster = _open(options)
     from rich.console import Console
     from rich.live import Live
 
@@ -107,7 +109,6 @@ def _status(options: argparse.Namespace) -> None:
     from dist_sae.deploy.stored import StoredRun
     from dist_sae.deploy.view import render_status
 
-    run, cluster = _open(options)
     stored = StoredRun(run)
 
     def read() -> Mapping[str, Any]:
@@ -134,9 +135,10 @@ def _status(options: argparse.Namespace) -> None:
 
 def _open(options: argparse.Namespace) -> tuple["Run", "Cluster"]:
     from dist_sae.checkpoint.folder import open_run
-    from dist_sae.deploy.cluster import Cluster
 
     run = open_run(options.run, options.set)
+    from dist_sae.deploy.cluster import Cluster
+
     return run, Cluster(run.cluster)
 
 
