@@ -23,9 +23,9 @@ from dist_sae.data.loader import Batch, Loader, Place, Units
 from dist_sae.data.normaliser import Normaliser, measure
 from dist_sae.data.plan import Plan, check_rows, load_plan
 from dist_sae.errors import CorruptObjectError, ObjectNotFoundError, PlanMismatchError, Stopped
+from dist_sae.parallel.deepspeed_keys import check_deepspeed
 from dist_sae.parallel.engine import DeepSpeedEngine
 from dist_sae.parallel.mesh import Mesh
-from dist_sae.parallel.zero import deepspeed_config
 from dist_sae.precision import warn_if_emulated
 from dist_sae.reporting.times import Times
 from dist_sae.sae import PRODUCT_DTYPES, build_sae
@@ -60,7 +60,7 @@ def begin(
     run: Run, mesh: Mesh, stopping: threading.Event, telemetry: Telemetry, times: Times
 ) -> Job:
     """From the newest checkpoint that is whole, or the parent's, or else from the beginning."""
-    deepspeed_config(run)  # refuses what it must before anything is read or written
+    check_deepspeed(run)  # before anything is read or written
     kernels = choose_kernels(run.train.kernels, mesh.device)
     warn_if_emulated("train.products", run.train.products, mesh.device)
     runs, activations = (

@@ -23,7 +23,7 @@ def deepspeed_config(run: Run) -> dict[str, Any]:
     Raises:
         ConfigError: The user sets what the run file decides.
     """
-    zero = run.train.deepspeed.get("zero_optimization", {})
+    zero = _section(run.train.deepspeed, "zero_optimization")
     stage = zero.get("stage", 0)
     if stage not in (0, 1, 2):
         raise ConfigError(
@@ -31,14 +31,14 @@ def deepspeed_config(run: Run) -> dict[str, Any]:
             f"over the replicas once more; use 0, 1 or 2, and processes.shards for a dictionary "
             f"that does not fit"
         )
-    offload = (zero.get("offload_optimizer") or {}).get("device", "none")
+    offload = _section(zero, "offload_optimizer", "zero_optimization.").get("device", "none")
     if offload not in ("none", "cpu"):
         raise ConfigError(
             f"train.deepspeed.zero_optimization.offload_optimizer.device: {offload} is for stage 3 "
             f"only (at stage {stage} DeepSpeed would take the CPU's memory without a word); use cpu"
         )
     for precision in ("bf16", "bfloat16", "fp16"):
-        if run.train.deepspeed.get(precision, {}).get("enabled"):
+        if _section(run.train.deepspeed, precision).get("enabled"):
             raise ConfigError(
                 f"train.deepspeed.{precision}: would round the parameters, which are their own "
                 f"fp32 masters; leave it out, and see train.products for the precision of products"
@@ -69,6 +69,18 @@ def deepspeed_config(run: Run) -> dict[str, Any]:
         "steps_per_print": _NEVER,
     }
     return _merged(derived, run.train.deepspeed)
+
+
+def _section(given: Mapping[str, Any], key: str, prefix: str = "") -> Mapping[str, Any]:
+    section = given.get(key)
+    if section is None:
+        return {}
+    if not isinstance(section, Mapping):
+        raise ConfigError(
+            f"train.deepspeed.{prefix}{key}: must be a section with keys of its own "
+            f"(got {section!r})"
+        )
+    return section
 
 
 def _merged(base: Mapping[str, Any], over: Mapping[str, Any]) -> dict[str, Any]:

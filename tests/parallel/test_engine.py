@@ -10,6 +10,7 @@ from torch import Tensor
 
 from dist_sae.config import Run, load_run
 from dist_sae.errors import ConfigError, NonFiniteError
+from dist_sae.parallel.deepspeed_keys import check_deepspeed
 from dist_sae.parallel.engine import DeepSpeedEngine, Engine, LocalEngine
 from dist_sae.parallel.meeting import meet
 from dist_sae.parallel.mesh import Mesh, join_mesh
@@ -277,6 +278,54 @@ def test_stages_that_would_do_something_else_are_refused(
     with pytest.raises(ConfigError, match=message) as caught:
         deepspeed_config(run)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"zero_optimisation": {"stage": 1}},
+            "zero_optimisation: unknown to DeepSpeed; did you mean zero_optimization?",
+        ),
+        (
+            {"zero_optimization": {"stage": 1, "overlap_com": True}},
+            "zero_optimization.overlap_com: unknown to DeepSpeed; did you mean overlap_comm?",
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": {"devise": "cpu"}}},
+            "zero_optimization.offload_optimizer.devise: unknown to DeepSpeed; did you mean "
+            "device?",
+        ),
+        (
+            {"zero_optimization": {"reduce_bucket_size": "many"}},
+            "zero_optimization.reduce_bucket_size: Input should be a valid integer, unable to "
+            "parse string as an integer ('many')",
+        ),
+        (
+            {"zero_optimization": 1},
+            "zero_optimization: must be a section with keys of its own (got 1)",
+        ),
+        (
+            {"zero_optimization": {"offload_optimizer": "cpu"}},
+            "zero_optimization.offload_optimizer: must be a section with keys of its own "
+            "(got 'cpu')",
+        ),
+        ({"fp16": True}, "fp16: must be a section with keys of its own (got True)"),
+    ],
+)
+def test_a_mistake_in_deepspeeds_part_is_one_line(
+    tmp_path: Path, given: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        check_deepspeed(make_run(tmp_path, deepspeed=given))
+    assert str(caught.value) == f"train.deepspeed.{message}"
+
+
+def test_keys_that_deepspeed_knows_pass(tmp_path: Path) -> None:
+    offload = {"stage": 2, "offload_optimizer": {"device": "cpu"}, "overlap_comm": True}
+    others = {"wall_clock_breakdown": True, "communication_data_type": "fp32"}
+    later = {"seq_parallel_communication_data_type": "fp32", "memory_breakdown": True}
+    check_deepspeed(make_run(tmp_path, deepspeed={"zero_optimization": offload} | others | later))
 
 
 def test_shards_of_state_cannot_be_saved_in_place(tmp_path: Path) -> None:
