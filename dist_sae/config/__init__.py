@@ -4,18 +4,16 @@ Imports pydantic, PyYAML and the standard library only, so that `--help`, render
 need no torch.
 """
 
-import difflib
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Annotated, Any, Self, get_args
+from typing import Annotated, Any, Self
 
 import yaml
-from pydantic import StringConstraints, ValidationError, model_validator
-from pydantic_core import ErrorDetails
+from pydantic import ValidationError, model_validator
 
-from dist_sae.config.base import Section, folder_of
+from dist_sae.config.base import Section, Shape, folder_of
 from dist_sae.config.cluster import ClusterConfig
 from dist_sae.config.data import (
     SYNTHETIC_SITE,
@@ -24,6 +22,7 @@ from dist_sae.config.data import (
     ModelConfig,
     StoreConfig,
 )
+from dist_sae.config.messages import explain
 from dist_sae.config.sae import SaeConfig
 from dist_sae.config.train import (
     LAST_PORT,
@@ -35,7 +34,14 @@ from dist_sae.config.train import (
 )
 from dist_sae.errors import ConfigError
 
-RunName = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]{0,50}[a-z0-9])?$")]
+RunName = Annotated[
+    str,
+    Shape(
+        r"^[a-z0-9]([a-z0-9.-]{0,50}[a-z0-9])?$",
+        "use lower-case letters, digits, '-' and '.', at most 52 of them, with a letter or a digit "
+        "first and last",
+    ),
+]
 
 
 class Run(Section):
@@ -250,7 +256,7 @@ def validate_run(data: Mapping[str, Any], origin: str) -> Run:
     try:
         return Run.model_validate(data).resolved()
     except ValidationError as exc:
-        lines = [line for error in _innermost(exc.errors()) for line in _explain(error)]
+        lines = explain(exc.errors(), Run)
         raise ConfigError("\n".join(f"{origin}: {line}" for line in lines)) from exc
 
 
@@ -333,80 +339,6 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         if not isinstance(section, dict):
             raise ConfigError(f"--set {override}: {key} is a value, not a section")
     section[keys[-1]] = value
-
-
-def _innermost(errors: list[ErrorDetails]) -> list[ErrorDetails]:
-    """Without the errors that follow from others: a list of bad items is "too short" as well."""
-    inner = {error["loc"][:depth] for error in errors for depth in range(len(error["loc"]))}
-    return [error for error in errors if error["loc"] not in inner]
-
-
-def _explain(error: ErrorDetails) -> Iterator[str]:
-    """One line per problem, with the path that the user wrote."""
-    path, known = _locate(error["loc"])
-    dotted = ".".join(path)
-    message = error["msg"].removeprefix("Value error, ")
-    match error["type"]:
-        case "extra_forbidden":
-            close = difflib.get_close_matches(path[-1], known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"known keys: {', '.join(known)}"
-            yield f"{dotted}: unknown key; {hint}"
-        case "missing":
-            yield f"{dotted}: missing"
-        case "union_tag_not_found":
-            yield f"{dotted}.kind: missing; give one of {', '.join(known)}"
-        case "union_tag_invalid":
-            kind = error["ctx"]["tag"]
-            close = difflib.get_close_matches(kind, known, n=1)
-            hint = f"did you mean {close[0]}?" if close else f"give one of {', '.join(known)}"
-            yield f"{dotted}.kind: unknown kind {kind}; {hint}"
-        case "model_type" | "model_attributes_type":
-            yield f"{dotted}: must be a section with keys of its own (got {error['input']!r})"
-        case "value_error" if not path:  # the cross-section check: it carries its own paths
-            yield from message.splitlines()
-        case "value_error":
-            yield f"{dotted}: {message}"
-        case _:
-            message = message[0].lower() + message[1:]
-            yield f"{dotted}: {message.replace('tuple', 'list')} (got {error['input']!r})"
-
-
-def _locate(loc: tuple[int | str, ...]) -> tuple[list[str], list[str]]:
-    """The user's path, and what could stand there.
-
-    pydantic puts the tag of a union into the path (`sae.topk.k`), which the user did not write.
-
-    Returns:
-        The path, and the keys known beside its last one; for the path of a union its kinds.
-    """
-    path: list[str] = []
-    known: list[str] = []
-    sections: dict[Any, type[Section]] = {None: Run}  # what may be here, by kind
-    for key in loc:
-        if key in sections:
-            sections = {None: sections[key]}
-            continue
-        fields = sections[None].model_fields if None in sections else {}
-        path.append(str(key))
-        known = list(fields)
-        sections = _sections_by_kind(fields[str(key)].annotation) if key in fields else {}
-    is_union = bool(sections) and None not in sections
-    return path, list(sections) if is_union else known
-
-
-def _sections_by_kind(annotation: Any) -> dict[Any, type[Section]]:
-    """The sections that a field may hold; a section that is no member of a union under None."""
-    sections = list(_sections_in(annotation))
-    if sections and "kind" not in sections[0].model_fields:
-        return {None: sections[0]}
-    return {section.model_fields["kind"].default: section for section in sections}
-
-
-def _sections_in(annotation: Any) -> Iterator[type[Section]]:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        yield annotation
-    for argument in get_args(annotation):
-        yield from _sections_in(argument)
 
 
 def _with_absolute_stores(run: Run) -> Run:

@@ -1,18 +1,61 @@
 """What every section of a run file has in common."""
 
 import os
-from typing import Annotated
+import re
+from dataclasses import dataclass
+from typing import Annotated, Any, cast
 from urllib.parse import unquote
 
-from pydantic import AfterValidator, BaseModel, ConfigDict
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    GetCoreSchemaHandler,
+    GetJsonSchemaHandler,
+)
+from pydantic.config import JsonDict
+from pydantic_core import core_schema
+
+
+def _require_kind(schema: JsonDict) -> None:
+    """In the schema as well: a member of a union is told by it, so its default helps nobody."""
+    if "kind" in cast("JsonDict", schema.get("properties", {})):
+        schema["required"] = ["kind", *cast("list[str]", schema.get("required", []))]
 
 
 class Section(BaseModel):
     """An immutable part of the run file; unknown keys are errors."""
 
     model_config = ConfigDict(
-        frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False
+        frozen=True,
+        extra="forbid",
+        use_attribute_docstrings=True,
+        allow_inf_nan=False,
+        json_schema_extra=_require_kind,
     )
+
+
+@dataclass(frozen=True)
+class Shape:
+    """What a string has to look like: a regular expression for schemas, and words for people."""
+
+    pattern: str
+    words: str
+
+    def __get_pydantic_core_schema__(
+        self, source: Any, handler: GetCoreSchemaHandler
+    ) -> core_schema.CoreSchema:
+        return core_schema.no_info_after_validator_function(self._check, handler(source))
+
+    def __get_pydantic_json_schema__(
+        self, schema: core_schema.CoreSchema, handler: GetJsonSchemaHandler
+    ) -> dict[str, Any]:
+        return {**handler(schema), "pattern": self.pattern}
+
+    def _check(self, value: str) -> str:
+        if not re.fullmatch(self.pattern, value, re.ASCII):
+            raise ValueError(f"{self.words} (got {value!r})")
+        return value
 
 
 def _check_store_url(url: str) -> str:

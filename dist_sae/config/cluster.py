@@ -2,20 +2,43 @@
 
 from typing import Annotated, Literal
 
-from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, StringConstraints
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from dist_sae.config.base import Section
+from dist_sae.config.base import Section, Shape
 
+_ENDS = "with a letter or a digit first and last"
 Quantity = Annotated[
-    str, StringConstraints(pattern=r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$")
+    str,
+    Shape(
+        r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$", "write a number and a unit, as in 16Gi"
+    ),
 ]
 """As Kubernetes writes amounts of memory and disk: 16Gi."""
-DnsLabel = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$")]
-Name = Annotated[str, StringConstraints(pattern=r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$")]
-LabelKey = Annotated[
-    str, StringConstraints(pattern=r"^([a-z0-9][a-z0-9.-]*/)?[A-Za-z0-9][\w.-]{0,62}$")
+DnsLabel = Annotated[
+    str,
+    Shape(
+        r"^[a-z0-9]([a-z0-9-]{0,61}[a-z0-9])?$",
+        f"use lower-case letters, digits and '-', at most 63 of them, {_ENDS}",
+    ),
 ]
-Image = Annotated[str, StringConstraints(pattern=r"^[a-z0-9][\w./:@-]*$")]
+Name = Annotated[
+    str,
+    Shape(
+        r"^[a-z0-9]([a-z0-9.-]{0,251}[a-z0-9])?$",
+        f"use lower-case letters, digits, '-' and '.', at most 253 of them, {_ENDS}",
+    ),
+]
+LabelKey = Annotated[
+    str,
+    Shape(
+        r"^([a-z0-9][a-z0-9.-]*/)?[A-Za-z0-9][\w.-]{0,62}$",
+        "write it as Kubernetes does: name or domain/name, as in nvidia.com/gpu",
+    ),
+]
+Image = Annotated[
+    str,
+    Shape(r"^[a-z0-9][\w./:@-]*$", "write it as registry/name:tag or registry/name@sha256:..."),
+]
 
 
 class Toleration(Section):

@@ -18,13 +18,41 @@ SITE_NAMES = ("resid_pre", "resid_post", "mlp_in", "mlp_inner", "mlp_out", "attn
 SYNTHETIC_SITE = "synthetic"
 
 
+_LAYERS = r"(?:transformer\.|model\.)*(?:layers|h|blocks)\.(?P<layer>\d+)"
+_SAME_ROWS = {  # as TransformerLens names a hook, or the model a module: the same activations
+    r"blocks\.(?P<layer>\d+)\.hook_resid_pre": "resid_pre",
+    r"blocks\.(?P<layer>\d+)\.hook_resid_post": "resid_post",
+    r"blocks\.(?P<layer>\d+)\.hook_mlp_out": "mlp_out",
+    r"blocks\.(?P<layer>\d+)\.hook_attn_out": "attn_out",
+    r"blocks\.(?P<layer>\d+)\.mlp\.hook_post": "mlp_inner",
+    r"blocks\.(?P<layer>\d+)\.attn\.hook_z": "attn_z",
+    _LAYERS: "resid_post",
+    rf"{_LAYERS}\.mlp": "mlp_out",
+    rf"{_LAYERS}\.(self_attn|attn|attention)": "attn_out",
+}
+_BEFORE_NORM = {"mlp_out", "attn_out"}
+_NORMALIZED = r"blocks\.(?P<layer>\d+)\.(?:ln2\.hook_normalized|hook_mlp_in)"
+
+
 def _check_site(site: str) -> str:
-    if site != SYNTHETIC_SITE and not re.fullmatch(rf"({'|'.join(SITE_NAMES)})\.\d+", site):
+    if site == SYNTHETIC_SITE or re.fullmatch(rf"({'|'.join(SITE_NAMES)})\.\d+", site, re.ASCII):
+        return site
+    for shape, name in _SAME_ROWS.items():
+        if there := re.fullmatch(shape, site):
+            norm = name in _BEFORE_NORM
+            raise ValueError(
+                f"{site} is called {name}.{there['layer']} here"
+                + (", before a norm that follows it (as Gemma 2 and 3 have)" * norm)
+            )
+    if there := re.fullmatch(_NORMALIZED, site):
         raise ValueError(
-            f"{site!r} is not a site: use NAME.LAYER with NAME one of {', '.join(SITE_NAMES)}, "
-            f"for example resid_post.7"
+            f"{site} is no site: mlp_in.{there['layer']}, what the MLP reads, is the norm's output "
+            f"with its weights"
         )
-    return site
+    raise ValueError(
+        f"{site!r} is not a site: use NAME.LAYER with NAME one of {', '.join(SITE_NAMES)}, "
+        f"for example resid_post.7"
+    )
 
 
 Site = Annotated[str, AfterValidator(_check_site)]

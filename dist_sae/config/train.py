@@ -1,13 +1,14 @@
 """How the dictionary is trained and what it is measured on."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
-from dist_sae.config.base import Section
+from dist_sae.config.base import Section, Shape
 from dist_sae.config.data import Site
 
 LAST_PORT = 65_535
+PushgatewayUrl = Annotated[str, Shape(r"^https?://.+", "write http://host:port or https://host")]
 
 
 class ParentConfig(Section):
@@ -124,7 +125,7 @@ class TelemetryConfig(Section):
     port: NonNegativeInt | None = Field(None, le=LAST_PORT)
     """First port of Prometheus metrics: producers and trainer ranks of one machine count up from
     it. 0 takes any free port; null serves no metrics."""
-    pushgateway_url: str | None = Field(None, pattern=r"^https?://")
+    pushgateway_url: PushgatewayUrl | None = None
     """A Prometheus Pushgateway: programs that nobody can scrape, because they soon end (plan,
     evaluate, export, report), push their metrics there; null: they do not."""
     tensorboard: str | None = None

@@ -6,11 +6,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import jsonschema
 import pytest
 import yaml
 from pydantic import ValidationError
 
-from dist_sae.config import Run, differences, dump_run, load_run
+from dist_sae.config import Run, differences, dump_run, load_run, validate_run
 from dist_sae.errors import ConfigError
 from tests.conftest import synthetic_run
 
@@ -314,6 +315,17 @@ def test_dumped_run_loads_to_an_equal_run(tmp_path: Path) -> None:
     again.write_text(dump_run(run))
     assert load_run(again) == run
     assert load_run(again, ["sae.k=1"]) != run
+
+
+def test_the_schema_asks_for_a_kind_wherever_loading_does(tmp_path: Path) -> None:
+    validator = jsonschema.Draft202012Validator(Run.model_json_schema())
+    data = yaml.safe_load(synthetic_run(tmp_path).read_text())
+    assert not list(validator.iter_errors(data))
+    for section in ("sae", "model", "corpus"):
+        without = data | {section: {k: v for k, v in data[section].items() if k != "kind"}}
+        assert list(validator.iter_errors(without)), section
+        with pytest.raises(ConfigError, match=rf"{section}\.kind: missing"):
+            validate_run(without, "run.yaml")
 
 
 def test_local_stores_resolve_to_absolute_paths(

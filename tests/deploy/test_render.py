@@ -276,8 +276,11 @@ def test_relative_paths_mean_nothing_to_pods() -> None:
         ("cluster.trainer.ranks=3", "cluster.trainer.ranks: 3 does not divide processes.trainers"),
         ("cluster.trainer.gpus=2", "cluster.trainer.gpus: 2 for 1 ranks in a pod"),
         ("cluster.producer.gpus=4", "cluster.producer.gpus: 4 for 1 ranks in a pod"),
-        ("cluster.trainer.memory=16gb", "cluster.trainer.memory: string should match"),
-        ("cluster.image=Bad Image", "cluster.image: string should match"),
+        (
+            "cluster.trainer.memory=16gb",
+            "cluster.trainer.memory: write a number and a unit, as in 16Gi",
+        ),
+        ("cluster.image=Bad Image", "cluster.image: write it as registry/name:tag or"),
         ("cluster.trainr={}", "cluster.trainr: unknown key; did you mean trainer?"),
     ],
 )
