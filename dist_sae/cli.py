@@ -12,13 +12,14 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, nullcontext
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_sae import __version__, logs, signals
 from dist_sae.bench.commands import add_benches
+from dist_sae.completion import SHELLS, render_completion
 from dist_sae.deploy.commands import add_cluster_commands
 from dist_sae.errors import EXIT_DONE, EXIT_RESUMABLE, DistSaeError, Stopped
+from dist_sae.groups import add_groups
 
 if TYPE_CHECKING:
     from dist_sae.config import Run
@@ -219,85 +220,15 @@ def _run(options: argparse.Namespace) -> None:
     _print_result(options, run_locally(run, options.run, options.set))
 
 
-def _config_show(options: argparse.Namespace) -> None:
-    run = _load(options)
-    from dist_sae.config import dump_run
-
-    sys.stdout.write(_json(options, run.model_dump(mode="json")) if options.json else dump_run(run))
-
-
-def _config_schema(options: argparse.Namespace) -> None:
-    from dist_sae.config import Run
-
-    sys.stdout.write(_json(options, Run.model_json_schema()))
-
-
-def _config_metrics(_: argparse.Namespace) -> None:
-    from dist_sae.telemetry.metrics import render_table
-
-    sys.stdout.write(render_table())
-
-
-def _store_verify(options: argparse.Namespace) -> None:
-    run = _load(options)
-    from dist_sae.store import verify
-
-    found = verify(run, text=options.text)
-    _print_result(options, found.result())
-    found.raise_if_bad()
-
-
-def _store_ls(options: argparse.Namespace) -> None:
-    run = _load(options)
-    from dist_sae.store import ls
-
-    _print_result(options, ls(run))
-
-
-def _store_gc(options: argparse.Namespace) -> None:
-    run = _load(options)
-    from dist_sae.store import gc
-
-    _print_result(options, gc(run, hours=options.hours, delete=options.delete))
-
-
-def _checkpoints_ls(options: argparse.Namespace) -> None:
-    run = _load(options)
-    from dist_sae.checkpoints import ls
-
-    found = ls(run)
-    if options.json:
-        sys.stdout.write(_json(options, found))
-        return
-    for c in found["checkpoints"]:
-        size = f"{c['bytes'] / 1e6:,.1f} MB in {c['parts']} parts"
-        sys.stdout.write(f"step {c['step']:<10} {c['rows']:>14,} rows trained   {size}\n")
-    for step in found["damaged"]:
-        sys.stdout.write(f"step {step:<10} damaged: its manifest does not match its checksum\n")
-
-
-def _checkpoints_verify(options: argparse.Namespace) -> None:
-    run = _load(options)
-    from dist_sae.checkpoints import verify
-
-    found = verify(run)
-    _print_result(options, found.result())
-    found.raise_if_bad()
-
-
-def _checkpoints_convert(options: argparse.Namespace) -> None:
-    run = _load(options)
-    from dist_sae.checkpoint.folder import open_run
-    from dist_sae.checkpoints import convert, convert_to_run
-    from dist_sae.errors import ConfigError
-
-    if options.to_run and options.moments:
-        raise ConfigError("--moments goes with --output: a run that begins anew has its own")
-    if options.to_run:
-        result = convert_to_run(run, open_run(options.to_run, []), step=options.step)
+def _grouped(options: argparse.Namespace) -> None:
+    result = options.program(options, _load(options))
+    if isinstance(result, str):
+        sys.stdout.write(result)
+    elif isinstance(result, Mapping):
+        _print_result(options, result)
     else:
-        result = convert(run, options.output, step=options.step, moments=options.moments)
-    _print_result(options, result)
+        _print_result(options, result.result())
+        result.raise_if_bad()
 
 
 def _render(options: argparse.Namespace) -> None:
@@ -309,6 +240,10 @@ def _render(options: argparse.Namespace) -> None:
         sys.stdout.write(to_yaml(found["kubernetes"]))
     else:
         sys.stdout.write(_json(options, found))
+
+
+def _completion(options: argparse.Namespace) -> None:
+    sys.stdout.write(render_completion(_parser(), options.shell))
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -461,64 +396,8 @@ def _parser() -> argparse.ArgumentParser:
 
     add_cluster_commands(add)
     add_benches(commands, _bench)
-    groups = {
-        "config": ("the run file itself", [("show", _config_show, "print the resolved run")]),
-        "store": (
-            "the activation set",
-            [
-                ("verify", _store_verify, "check every object against its manifest"),
-                ("ls", _store_ls, "say what is there, who makes it and who reads it"),
-                ("gc", _store_gc, "list what no manifest names: left by producers that died"),
-            ],
-        ),
-        "checkpoints": (
-            "the checkpoints of a run",
-            [
-                ("ls", _checkpoints_ls, "say what is there"),
-                ("verify", _checkpoints_verify, "check every part against its manifest"),
-                (
-                    "convert",
-                    _checkpoints_convert,
-                    "make a file of one, or another run begin with it",
-                ),
-            ],
-        ),
-    }
-    for name, (text, members) in groups.items():
-        group = commands.add_parser(name, help=text, description=text)
-        actions = group.add_subparsers(metavar="ACTION", required=True)
-        for action, command, help_text in members:
-            sub = add(action, command, help_text, actions)
-            if command is _store_verify:
-                sub.add_argument(
-                    "--text", action="store_true", help="compare rows with the corpus as well"
-                )
-            if action == "gc":
-                sub.add_argument("--delete", action="store_true", help="delete it as well")
-                sub.add_argument(
-                    "--hours",
-                    type=float,
-                    default=24.0,
-                    help="leave alone what is younger: it may be in the making (default 24)",
-                )
-            if action == "convert":
-                target = sub.add_mutually_exclusive_group(required=True)
-                target.add_argument("--output", type=Path, help="the safetensors file to write")
-                target.add_argument(
-                    "--to-run",
-                    metavar="NEW.yaml",
-                    help="a run that is to begin with it; `train` adds the latents it lacks",
-                )
-                sub.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
-                sub.add_argument(
-                    "--moments", action="store_true", help="the optimiser's moments as well"
-                )
-        if name == "config":
-            schema = actions.add_parser(
-                "schema", help="print the JSON Schema of run files, for editors"
-            )
-            schema.add_argument("--json", action="store_true", help="print it on one line")
-            schema.set_defaults(command=_config_schema)
-            table = actions.add_parser("metrics", help="print the metrics that programs export")
-            table.set_defaults(command=_config_metrics)
+    add_groups(commands, add, _grouped)
+    completion = commands.add_parser("completion", help="print what completes commands in a shell")
+    completion.add_argument("shell", choices=SHELLS)
+    completion.set_defaults(command=_completion)
     return parser

@@ -1,6 +1,7 @@
-"""`dist-sae store verify|ls|gc`: the activation set as a whole, against its plan and manifests."""
+"""`dist-sae store verify|ls|urls|gc`: the activation set, against its plan and manifests."""
 
 import hashlib
+import logging
 from collections import Counter
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,7 @@ import xxhash
 from dist_sae.config import Run
 from dist_sae.config.data import SyntheticCorpus
 from dist_sae.data.claims import CLAIMS
-from dist_sae.data.consumers import Consumers, retired_below
+from dist_sae.data.consumers import Consumers, kept_units, retired_below
 from dist_sae.data.corpus import Corpus
 from dist_sae.data.origin import UnitText
 from dist_sae.data.plan import Plan, as_planned, load_plan, read_unit
@@ -26,11 +27,19 @@ from dist_sae.data.shard import (
     manifest_key,
     read_manifest,
 )
-from dist_sae.errors import CorruptObjectError, ObjectNotFoundError
+from dist_sae.errors import (
+    ConfigError,
+    CorruptObjectError,
+    DataExhaustedError,
+    ObjectNotFoundError,
+)
 from dist_sae.models import build_tokenizer
 from dist_sae.storage import ObjectStore, open_store
 
+logger = logging.getLogger(__name__)
+
 _AT_ONCE = 4  # shards in memory
+_READERS = 16  # of manifests
 
 
 class Verification(NamedTuple):
@@ -148,6 +157,37 @@ def ls(run: Run) -> dict[str, Any]:
             for _, entry in CLAIMS.entries(store)
         },
     }
+
+
+def urls(run: Run, site: str, *, heldout: bool) -> list[str]:
+    """Shards of one site in the order of the plan: paths, or s3:// URLs.
+
+    A pattern of their names would match those of the other part, and what dead producers left.
+
+    Args:
+        run: The run.
+        site: The site.
+        heldout: The held-out units' instead of those to train on.
+
+    Raises:
+        ConfigError: The activation set has no such site.
+        DataExhaustedError: There are no such units.
+        PlanMismatchError: The store holds no plan, or another one.
+    """
+    store = open_store(run.store.activations, run.store.s3)
+    plan = load_plan(store, run)
+    wanted = plan.heldout_units if heldout else kept_units(store, plan)
+    units = sorted(set(existing_units(store)) & set(wanted))
+    if not units:
+        what = "held-out" if heldout else "training"
+        raise DataExhaustedError(f"{store.url}: no {what} units are there; run `dist-sae produce`")
+    with ThreadPoolExecutor(_READERS) as pool:
+        manifests = list(pool.map(lambda unit: read_manifest(store, unit), units))
+    if site not in manifests[0].sites:
+        there = ", ".join(manifests[0].sites)
+        raise ConfigError(f"--site {site}: {store.url} has {there}")
+    logger.info("%d of %d units, %d rows", len(units), len(wanted), sum(m.rows for m in manifests))
+    return [f"{store.url}/{manifest.sites[site].key}" for manifest in manifests]
 
 
 def gc(run: Run, *, hours: float, delete: bool) -> dict[str, Any]:

@@ -35,7 +35,7 @@ class ProgressView:
             TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
             TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True)),
         )
-        self._limit = Text(no_wrap=True, overflow="ellipsis")
+        self._limit = Text()
         self._live = Live(Group(self._progress, self._limit), console=self._console)
         self._tasks: dict[str, TaskID] = {}
         self._roles: dict[str, _Role] = {}

@@ -27,6 +27,7 @@ class LocalStore:
         folder = folder_of(url)
         assert folder is not None
         self.root = Path(folder)
+        self._read_only = False  # as far as is known
 
     @property
     def url(self) -> str:
@@ -106,10 +107,12 @@ class LocalStore:
             os.utime(probe)  # a server may date a new file by the client, but not this
             return probe.stat().st_mtime
         except OSError:
-            logger.warning(
-                "%s: cannot be written to, so this machine's clock tells the ages of objects",
-                self.url,
-            )
+            if not self._read_only:
+                self._read_only = True
+                logger.warning(
+                    "%s: cannot be written to: this machine's clock tells the ages of objects",
+                    self.url,
+                )
             return time.time()
         finally:
             with suppress(OSError):

@@ -7,6 +7,7 @@ connection that breaks in the middle of a body) is repeated here, with jitter, u
 
 import json
 import logging
+import os
 import random
 import re
 import ssl
@@ -328,6 +329,7 @@ class S3Store:
     def _client(self) -> Any:
         bundle = self._config.ca_bundle
         if bundle is not None:
+            bundle = os.path.expanduser(bundle)
             try:
                 ssl.create_default_context(cafile=bundle)
             except OSError as exc:

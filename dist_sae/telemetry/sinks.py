@@ -48,7 +48,7 @@ def open_sinks(run: Run, runs: ObjectStore, first_step: int) -> list[Sink]:
     """
     sinks: list[Sink] = [History(runs, run.name, first_step)]
     if run.telemetry.tensorboard is not None:
-        folder = Path(run.telemetry.tensorboard) / run.name
+        folder = Path(run.telemetry.tensorboard).expanduser() / run.name
         sinks.append(Dispensable("tensorboard", TensorBoard(folder, first_step)))
     if run.telemetry.wandb is not None:
         sinks.append(Dispensable("wandb", WeightsAndBiases(run, run.telemetry.wandb)))

@@ -52,6 +52,17 @@ def test_bars_fit_80_columns_and_say_what_limits_the_run() -> None:
     assert max(map(len, (produce, train, limit))) <= 80
 
 
+def test_a_limit_that_is_longer_than_a_line_is_shown_whole() -> None:
+    console = Console(file=io.StringIO(), force_terminal=True, width=50, legacy_windows=False)
+    with ProgressView(console) as view:
+        view.show("producer-0", PRODUCING)
+        view.show("trainer-0", TRAINING)
+        with console.capture() as capture:
+            console.print(view._live.get_renderable())
+    said = " ".join(Text.from_ansi(capture.get()).plain.split())
+    assert "limit: data: trainers wait 62% of the time; producers' slowest stage: forward" in said
+
+
 def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     plan, produce, train = shown(terminal=False)  # the others came within ten seconds
     assert plan == "plan ..."

@@ -1,0 +1,104 @@
+"""`dist-sae completion SHELL`: commands, options, run files and keys of --set, from the parser."""
+
+import argparse
+from collections.abc import Iterator
+
+SHELLS = ("bash", "zsh", "fish")
+_BASH = """\
+# eval "$(dist-sae completion bash)", or keep it as a file that the shell reads when it starts
+_dist_sae() {
+    local cur=${COMP_WORDS[COMP_CWORD]} prev=${COMP_WORDS[COMP_CWORD-1]} at=dist-sae word known
+    known="COMMANDS"
+    for word in "${COMP_WORDS[@]:1:COMP_CWORD-1}"; do
+        case "$known" in *"|$at $word|"*) at="$at $word" ;; esac
+    done
+    if [ "$prev" = --set ]; then
+        compopt -o nospace 2>/dev/null
+        COMPREPLY=($(compgen -W "KEYS" -S = -- "$cur"))
+        return
+    fi
+    case "$at" in
+CASES
+    esac
+}
+complete -o filenames -F _dist_sae dist-sae
+"""
+_CASE = """\
+        "AT") COMPREPLY=($(compgen -W "WORDS" -- "$cur")FILES) ;;"""
+_FILES = """ $(compgen -f -X '!*.y*ml' -- "$cur") $(compgen -d -- "$cur")"""
+_ZSH = """\
+# source <(dist-sae completion zsh), after compinit
+autoload -U +X bashcompinit && bashcompinit
+"""
+
+
+def render_completion(parser: argparse.ArgumentParser, shell: str) -> str:
+    """The script for one of `SHELLS`."""
+    if shell == "fish":
+        return "\n".join(_fish(parser)) + "\n"
+    return (_ZSH if shell == "zsh" else "") + _bash(parser)
+
+
+def _bash(parser: argparse.ArgumentParser) -> str:
+    """Zsh runs it as well."""
+    cases = []
+    commands = dict(_commands(parser, ("dist-sae",)))
+    for path, command in commands.items():
+        words = " ".join([*_choices(command), *_options(command)])
+        case = _CASE.replace("AT", " ".join(path)).replace("WORDS", words)
+        cases.append(case.replace("FILES", _FILES if _takes_run(command) else ""))
+    known = "|".join(["", *(" ".join(path) for path in commands), ""])
+    script = _BASH.replace("COMMANDS", known).replace("CASES", "\n".join(cases))
+    return script.replace("KEYS", " ".join(_keys()))
+
+
+def _fish(parser: argparse.ArgumentParser) -> Iterator[str]:
+    yield "# dist-sae completion fish | source"
+    yield "complete -c dist-sae -f"
+    for path, command in _commands(parser, ()):
+        seen = "; and ".join(f"__fish_seen_subcommand_from {name}" for name in path)
+        choices = " ".join(_choices(command))
+        if choices:
+            none = f"not __fish_seen_subcommand_from {choices}"
+            when = f"{seen}; and {none}" if seen else none
+            yield f"complete -c dist-sae -n '{when}' -a '{choices}'"
+        for option in _options(command) if path else ():
+            name = option.removeprefix("--")
+            keys = f" -x -a '{' '.join(f'{key}=' for key in _keys())}'" if name == "set" else ""
+            yield f"complete -c dist-sae -n '{seen}' -l {name}{keys}"
+        if _takes_run(command):
+            yield f"complete -c dist-sae -n '{seen}' -k -a '(__fish_complete_suffix .yaml)'"
+
+
+def _commands(
+    parser: argparse.ArgumentParser, path: tuple[str, ...]
+) -> Iterator[tuple[tuple[str, ...], argparse.ArgumentParser]]:
+    """The parser and all below it, by the words that lead to each."""
+    yield path, parser
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, command in action.choices.items():
+                yield from _commands(command, (*path, name))
+
+
+def _choices(command: argparse.ArgumentParser) -> list[str]:
+    """What may be the next word: commands, or values of a positional argument."""
+    positional = [action for action in command._actions if not action.option_strings]
+    return [str(choice) for action in positional for choice in action.choices or ()]
+
+
+def _options(command: argparse.ArgumentParser) -> list[str]:
+    options = [option for action in command._actions for option in action.option_strings]
+    return [option for option in options if option.startswith("--")]
+
+
+def _takes_run(command: argparse.ArgumentParser) -> bool:
+    return any(action.dest == "run" for action in command._actions)
+
+
+def _keys() -> list[str]:
+    """What --set may begin with."""
+    from dist_sae.config import Run
+    from dist_sae.config.messages import dotted_keys
+
+    return sorted(set(dotted_keys(Run)))
