@@ -70,8 +70,7 @@ def evaluate(run: Run, meter: Meter = UNMETERED) -> dict[str, Any]:
 
     fit = Fit.empty(run.sae.n_latents)
     for x in _scaled_rows(units, plan.heldout_units, scale, run.evaluate.rows):
-        codes = sae.encode(x)
-        fit = fit.add(x, sae.decode(codes), codes, mean)
+        fit = fit.add(x, sae.infer(x), mean)
     components = min(max(1, round(fit.l0)), len(mean))
     # where no training unit is left PCA sees the held-out rows, which can only flatter it
     kept = kept_units(store, plan) or plan.heldout_units
@@ -86,7 +85,7 @@ def evaluate(run: Run, meter: Meter = UNMETERED) -> dict[str, Any]:
         "rows": fit.rows,
         "fvu": fit.fvu,
         "l0": fit.l0,
-        **_dead_shares(run, trained.idle_rows),
+        **_dead_shares(run, trained.idle_rows.masked_fill(fit.counts > 0, 0)),
         "pca_fvu": float(pca_error / fit.squared_total),
         "pca_components": components,
         **_duplicates(run, sae),

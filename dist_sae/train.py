@@ -65,7 +65,7 @@ def train(
     def save() -> None:
         watch.at(step, working=False)
         check_replicated(mesh, [sae.get_parameter(name) for name in sae.shared])
-        fvu = heldout.fvu(sae)
+        fvu = heldout.fvu(state)
         report.heldout(step, fvu)
         saver.save(step, places, heldout_fvu=fvu)
         report.end("save")
@@ -117,7 +117,7 @@ def train(
             if dead.n_stuck:
                 engine.retie(dead.stuck, x, output.error)
             if average is not None:
-                average.update()
+                average.update(x, step / run.steps)
             step += 1
             places = batch.places
             job.registration.at(places)
@@ -186,17 +186,18 @@ class _Heldout:
         self._x: Tensor | None = None
 
     @torch.no_grad()
-    def fvu(self, sae: Dictionary) -> float | None:
-        """Of the weights as they are; None while held-out units are missing. Collective."""
+    def fvu(self, state: TrainingState) -> float | None:
+        """Of what is evaluated; None while held-out units are missing. Collective."""
         if not self._rows:
             return None
         if self._x is None and not self._read():
             return None
         assert self._x is not None
         centred = self._x - self._normaliser.mean.to(self._x)
-        error = self._x - sae.infer(self._x).x_hat
+        with state.average.applied() if state.average else nullcontext():
+            error = self._x - state.sae.infer(self._x).x_hat
         sums = torch.stack([error.square().sum(), centred.square().sum()])
-        left, total = sae.axis.total(sums).tolist()
+        left, total = state.sae.axis.total(sums).tolist()
         return float(left / total)
 
     def _read(self) -> bool:

@@ -97,13 +97,42 @@ class Checkpoint(NamedTuple):
             CorruptObjectError: A part is not what was written.
         """
         record = self.manifest.tensors[name]
-        stop = (record.shape or (1,))[0] if stop is None else stop
-        pieces = []
+        if not record.shape:
+            return self._rows(record.parts[0])[0]
+        stop = record.shape[0] if stop is None else stop
+        pieces = (rows for _, rows in self.pieces(name, start, stop))
+        return torch.cat(list(pieces)).reshape(-1, *record.shape[1:])
+
+    def fill(self, tensor: Tensor, name: str, start: int = 0) -> None:
+        """Copy rows from `start` on into a tensor, part by part: no more is held.
+
+        Raises:
+            CorruptObjectError: A part is not what was written, or rows are missing.
+        """
+        if not self.manifest.tensors[name].shape:
+            tensor.copy_(self.read(name))
+            return
+        at = start
+        for first, rows in self.pieces(name, start, start + len(tensor)):
+            tensor[first - start : first - start + len(rows)] = rows.to(tensor.device)
+            at += len(rows)
+        if at != start + len(tensor):
+            raise CorruptObjectError(
+                f"step {self.step}: {name} lacks rows from {at}", url=self.store.url
+            )
+
+    def pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+        """(Number of the first, the rows) of `[start, stop)`, part by part.
+
+        Raises:
+            CorruptObjectError: A part is not what was written.
+        """
+        record = self.manifest.tensors[name]
         for part in record.parts:
             if part.start < stop and start < part.stop:
-                rows = self._rows(part)
-                pieces.append(rows[max(start - part.start, 0) : stop - part.start])
-        return torch.cat(pieces).reshape(-1, *record.shape[1:]) if record.shape else pieces[0][0]
+                first = max(start, part.start)
+                rows = self._rows(part)[first - part.start : stop - part.start]
+                yield first, rows.reshape(-1, *record.shape[1:])
 
     def check(self, name: str) -> None:
         """Read a tensor part by part, and see that its parts are whole and leave no row out.

@@ -1,5 +1,6 @@
 """What of a training run is saved, and how it is put back."""
 
+import logging
 from collections.abc import Callable, Iterator
 from typing import NamedTuple, Protocol
 
@@ -11,6 +12,8 @@ from dist_sae.checkpoint.lineage import Lineage
 from dist_sae.sae.base import Dictionary
 from dist_sae.sae.dead import DeadLatents
 from dist_sae.sae.ema import WeightAverage
+
+logger = logging.getLogger(__name__)
 
 IDLE_ROWS = "idle_rows"
 """Rows since each latent last fired."""
@@ -47,6 +50,8 @@ class TrainingState(NamedTuple):
             yield self._piece(name, parameter.detach())
             for moment in self.engine.moments:
                 yield self._piece(f"{moment}.{name}", self.engine.moment(parameter, moment))
+        if self.average:
+            self.average.measure()
         for name, mean in self.average.mean.items() if self.average else ():
             yield self._piece(f"{_EMA}{name}", mean)
 
@@ -59,20 +64,22 @@ class TrainingState(NamedTuple):
         """
         idle_rows = self._read(checkpoint, IDLE_ROWS)
         for name, buffer in self.sae.named_buffers():
-            buffer.copy_(self._read(checkpoint, name))
+            self._fill(buffer, checkpoint, name)
         moments = {}
         for name, parameter in self.sae.named_parameters():
-            parameter.copy_(self._read(checkpoint, name))
+            self._fill(parameter, checkpoint, name)
             moments[parameter] = {
                 m: self._read(checkpoint, f"{m}.{name}") for m in self.engine.moments
             }
         for name, mean in self.average.mean.items() if self.average else ():
-            if checkpoint.has(f"{_EMA}{name}"):  # a parent may have none
-                mean.copy_(self._read(checkpoint, f"{_EMA}{name}"))
+            stored = f"{_EMA}{name}"  # a parent may have none, and of buffers there once was none
+            self._fill(mean, checkpoint, stored if checkpoint.has(stored) else name)
         updates = Lineage.from_scalars(checkpoint.scalars).updates + checkpoint.step
 
         def take() -> None:
             self.dead.take(idle_rows)
+            if self.average:
+                self.average.updates = updates if checkpoint.has(f"{_EMA}W_enc") else 0
             self.engine.restore(updates, moments)
 
         return take
@@ -84,6 +91,10 @@ class TrainingState(NamedTuple):
             return Piece(name, tensor if stores else tensor[:0], 0, n)
         start, stop = (n * replica // axis.replicas for replica in (axis.replica, axis.replica + 1))
         return Piece(name, tensor[start:stop], self.sae.first_latent + start, self.sae.n_latents)
+
+    def _fill(self, tensor: Tensor, checkpoint: Checkpoint, name: str) -> None:
+        first = self.sae.first_latent if is_per_latent(self.sae, name) else 0
+        checkpoint.fill(tensor.data, name, first)
 
     def _read(self, checkpoint: Checkpoint, name: str) -> Tensor:
         device = self.sae.W_enc.device
@@ -109,18 +120,34 @@ def is_per_latent(sae: Dictionary, name: str) -> bool:
     return base not in (*sae.shared, *(buffer for buffer, _ in sae.named_buffers()))
 
 
-def mean_or_last(checkpoint: Checkpoint, name: str) -> str:
-    """The tensor to use for a weight: its running mean if there is one."""
-    mean = f"{_EMA}{name}"
-    return mean if checkpoint.has(mean) else name
+def weights_of(checkpoint: Checkpoint) -> dict[str, str]:
+    """The tensor to use for each parameter and buffer: its running mean if there is one of all.
+
+    A mean without the threshold that belongs to it, as checkpoints once had it, is of no use.
+    """
+    names = {name.removeprefix(_EMA) for name in checkpoint.manifest.tensors}
+    names = {name for name in names if is_weight(name)}
+    means = {name: f"{_EMA}{name}" for name in names}
+    if all(map(checkpoint.has, means.values())):
+        return means
+    lacking = sorted(name for name in names if not checkpoint.has(means[name]))
+    if len(lacking) < len(names):
+        logger.warning(
+            "step %d: the running mean has no %s, so the last weights are taken; train on to "
+            "have both",
+            checkpoint.step,
+            ", ".join(lacking),
+        )
+    return {name: name if checkpoint.has(name) else means[name] for name in names}
 
 
 @torch.no_grad()
 def load_weights(sae: Dictionary, checkpoint: Checkpoint) -> None:
     """Fill a whole dictionary for inference: with the running mean of the weights if there is one.
 
-    The mean of unit rows is a little shorter than one, so the recipe's constraint is applied.
+    The mean of unit rows may be a little shorter than one, so the recipe's constraint is applied.
     """
+    stored = weights_of(checkpoint)
     for name, tensor in sae.state_dict().items():
-        tensor.copy_(checkpoint.read(mean_or_last(checkpoint, name)))
+        checkpoint.fill(tensor, stored[name])
     sae.constrain()

@@ -9,7 +9,7 @@ import torch
 
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.checkpoint.lineage import Lineage
-from dist_sae.checkpoint.state import is_per_latent, is_weight, mean_or_last
+from dist_sae.checkpoint.state import is_per_latent, weights_of
 from dist_sae.config import Run
 from dist_sae.config.deciding import stored_run
 from dist_sae.config.sae import RoutedConfig
@@ -34,9 +34,7 @@ def leave(checkpoint: Checkpoint, runs: ObjectStore, run: Run) -> int:
     there = _warm_starts(runs, run)
     for step in there.folders():  # a cut-off one too
         there.delete(step)
-    weights = [
-        mean_or_last(checkpoint, name) for name in checkpoint.manifest.tensors if is_weight(name)
-    ]
+    weights = weights_of(checkpoint).values()
     kept = ("scale", "run")
     scalars = {name: checkpoint.scalars[name] for name in kept}
     scalars |= Lineage.from_scalars(checkpoint.scalars).to_scalars()
@@ -137,7 +135,7 @@ def width(checkpoint: Checkpoint) -> int:
 
 
 def _shape(checkpoint: Checkpoint) -> tuple[int, ...]:
-    return checkpoint.manifest.tensors[mean_or_last(checkpoint, "W_enc")].shape
+    return checkpoint.manifest.tensors[weights_of(checkpoint)["W_enc"]].shape
 
 
 @torch.no_grad()
@@ -155,8 +153,9 @@ def load(sae: Dictionary, checkpoint: Checkpoint) -> None:
             f"{d_in} wide, these are {len(sae.b_dec)} wide"
         )
     n_known = min(max(width(checkpoint) - sae.first_latent, 0), len(sae.W_enc))
+    weights = weights_of(checkpoint)
     for name, tensor in sae.state_dict().items():
-        stored = mean_or_last(checkpoint, name)
+        stored = weights[name]
         if not is_per_latent(sae, name):
             tensor.copy_(checkpoint.read(stored))
         elif n_known:

@@ -59,7 +59,10 @@ class TrainConfig(Section):
     kernels: Literal["auto", "torch", "native", "triton"] = "auto"
     """The sparse products; auto takes triton on NVIDIA GPUs, native (C++) on CPUs."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
-    """Keep a running mean of the weights with this decay per step, and evaluate and export it."""
+    """Keep a running mean of the weights with this decay per step, and evaluate and export it.
+
+    In a run that is short for it the mean goes back over the last tenth of the steps.
+    """
     seed: NonNegativeInt = 0
     """Decides the initial dictionary."""
     log_every_steps: PositiveInt = 10

@@ -4,6 +4,9 @@
     e_hat = W_dec^T relu(TopK_auxk(z of dead latents))      (no bias)
     L_aux = sum |e - e_hat|^2 / sum |e - mean e|^2          (sums over the global batch)
 
+0 where errors do not differ from row to row: there is nothing to learn then, and the quotient would
+be by what rounding leaves.
+
 A latent whose z is negative on every row gets no gradient from this and would be dead for good.
 One that has been dead for as long as it took to be called dead is *stuck*, and re-tied: it gets the
 direction of its decoder row as its encoder, and no bias. Stuck latents are often alike, rows of one
@@ -22,19 +25,25 @@ from dist_sae.sae.base import Dictionary
 from dist_sae.sae.init import least_squares_scale
 
 _LEAST_LENGTH = 0.01  # with none at all, nothing could reach them
+_LEAST_SPREAD = 1e-4  # of the squares of errors; bf16 products alone may make as much of equal rows
+_ROUNDINGS = 16  # of a row's elements, that an error may be made of
 
 
 def auxk_loss(
-    axis: LatentAxis, error: Float[Tensor, "batch d_in"], e_hat: Float[Tensor, "batch d_in"]
+    axis: LatentAxis,
+    x: Float[Tensor, "batch d_in"],
+    error: Float[Tensor, "batch d_in"],
+    e_hat: Float[Tensor, "batch d_in"],
 ) -> Float[Tensor, ""]:
-    """The loss above, of this rank's rows; 0 without error.
+    """The loss above, of this rank's rows.
 
     Args:
         axis: This rank's place.
-        error: e of this rank's rows.
-        e_hat: Of the same.
+        x: This rank's rows.
+        error: What is left of them, e.
+        e_hat: What dead latents make of that.
     """
-    spread, rows = _sum_of_squares_about_mean(axis, error)
+    spread, rows = _spread(axis, x, error)
     if not spread > 0:
         return error.new_zeros(())
     replica_rows = len(error) * axis.shards
@@ -62,9 +71,14 @@ def retie_(
     sae.W_enc[stuck] *= scale.clamp(min=_LEAST_LENGTH)
 
 
-def _sum_of_squares_about_mean(axis: LatentAxis, error: Tensor) -> tuple[Tensor, int]:
-    """(sum |e - mean e|^2, rows), both over the global batch."""
-    local = torch.cat([error.sum(0), error.square().sum()[None], error.new_tensor([len(error)])])
-    total = axis.total(local)
-    sums, squares, rows = total[:-2], total[-2], total[-1]
-    return squares - sums.square().sum() / rows, int(rows)
+def _spread(axis: LatentAxis, x: Tensor, error: Tensor) -> tuple[Tensor, int]:
+    """(sum |e - mean e|^2, or 0 where that is nothing; rows), both over the global batch."""
+    e = error.double()
+    sizes = torch.stack([e.square().sum(), x.double().square().sum(), e.new_tensor(len(e))])
+    total = axis.total(torch.cat([e.sum(0), sizes]))
+    sums, (squares, of_rows, rows) = total[:-3], total[-3:]
+    spread = squares - sums.square().sum() / rows
+    rounding = (_ROUNDINGS * torch.finfo(error.dtype).eps) ** 2 * of_rows
+    if spread <= torch.maximum(rounding, _LEAST_SPREAD * squares):
+        spread = torch.zeros_like(spread)
+    return spread.to(error.dtype), int(rows)

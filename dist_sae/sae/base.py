@@ -110,6 +110,8 @@ class Dictionary(nn.Module):
     config: DictionaryConfig
     shared: tuple[str, ...] = ("b_dec",)
     """Parameters that every rank holds whole."""
+    measured: tuple[str, ...] = ()
+    """Buffers that are measured on batches with the parameters as they are."""
 
     def __init__(
         self,
@@ -167,15 +169,22 @@ class Dictionary(nn.Module):
         raise NotImplementedError
 
     @torch.no_grad()
-    def begin(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
-        """The error x - x_hat of this rank's rows as the first step has it. Collective.
+    def measure(
+        self, x: Float[Tensor, "batch d_in"], progress: float = 0.0
+    ) -> Float[Tensor, "batch d_in"]:
+        """Make the measured buffers those of this batch, of which `x` are this rank's rows.
 
-        What the recipe keeps of batches beside the parameters begins with this one.
+        Collective. Returns the error x - x_hat that training would have.
         """
-        for buffer in self.buffers():
-            buffer.zero_()
+        for name in self.measured:
+            self.get_buffer(name).zero_()
         none_dead = torch.zeros_like(self.b_enc, dtype=torch.bool)
-        return self.objective(x, Step(1.0, none_dead, 0, progress=0.0)).error
+        return self.objective(x, Step(1.0, none_dead, 0, progress)).error
+
+    @property
+    def initial_share(self) -> float:
+        """Of the encoder's length with the least squared error: what it begins with."""
+        return 1.0
 
     def scale_encoder(self, factor: Float[Tensor, ""]) -> None:
         """Make all pre-activations `factor` times as large, where b_enc is 0."""

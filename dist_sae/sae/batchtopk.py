@@ -35,6 +35,7 @@ class BatchTopK(TopK):
     """(sum, weight) of the running mean of the smallest code kept; theta = sum / weight."""
 
     config: KeepsThresholdConfig
+    measured = ("threshold",)
 
     def __init__(
         self, config: KeepsThresholdConfig, d_in: int, *place: Any, **precision: Any

@@ -1,26 +1,85 @@
-"""A running mean of the weights, to evaluate instead of the last ones (Gao et al. 2024, A.3)."""
+"""A running mean of the weights, to evaluate instead of the last ones (Gao et al. 2024, A.3).
+
+    mean <- mean + (1 - d) (weights - mean)          d = min(decay, n / (n + 9)) after n updates
+
+So the mean goes back over a tenth of a run that is short for its decay, and never to the initial
+weights. What the recipe holds at a length is held at it in the mean too. A threshold that belongs
+to the weights (BatchTopK's) is no mean of theirs: averaged rows are shorter along what varies, so
+fewer codes reach that of the last ones. It is measured with the mean.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
+
+from dist_sae.sae.base import Dictionary
+
+_GROWTH = 9  # times as many updates before the last tenth as in it
 
 
 class WeightAverage:
-    """Exponential moving average of a module's parameters, in their precision.
+    """Exponential moving average of a dictionary's parameters and buffers, in their precision.
 
     Args:
-        module: Whose parameters; the mean begins at what they are now.
-        decay: Of the mean, per update.
+        sae: The dictionary; the mean begins at what it is now.
+        decay: Of the mean, per update, once there have been enough.
     """
 
     mean: dict[str, Tensor]
+    updates: int
+    """How often the mean has taken in the weights."""
 
-    def __init__(self, module: nn.Module, decay: float) -> None:
-        self._module = module
+    def __init__(self, sae: Dictionary, decay: float) -> None:
+        self._sae = sae
         self._decay = decay
-        self.mean = {name: p.detach().clone() for name, p in module.named_parameters()}
+        self._last: tuple[Tensor, float] | None = None
+        self.mean = {name: tensor.detach().clone() for name, tensor in self._tensors()}
+        self.updates = 0
 
     @torch.no_grad()
-    def update(self) -> None:
-        """Take in the parameters as they are now."""
-        for name, parameter in self._module.named_parameters():
-            self.mean[name].lerp_(parameter, 1 - self._decay)
+    def update(self, x: Float[Tensor, "batch d_in"], progress: float) -> None:
+        """Take in the parameters as they are now, after a step.
+
+        Args:
+            x: This rank's rows of the step.
+            progress: As in `Step`.
+        """
+        decay = min(self._decay, self.updates / (self.updates + _GROWTH))
+        for name, tensor in self._tensors():
+            if name not in self._sae.measured:
+                self.mean[name].lerp_(tensor, 1 - decay)
+        self._swap()
+        self._sae.constrain()
+        self._swap()
+        self.updates += 1
+        self._last = x, progress
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        """Measure what is no mean, on the rows of the last step if there was one. Collective."""
+        if self._last is not None and self._sae.measured:
+            self._swap()
+            self._sae.measure(*self._last)
+            self._swap()
+        self._last = None
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The dictionary is the mean while this lasts. Collective."""
+        self.measure()
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for name, tensor in self._tensors():  # the memory, not what is in it
+            tensor.data, self.mean[name] = self.mean[name], tensor.data
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self._sae.named_parameters()
+        yield from self._sae.named_buffers()

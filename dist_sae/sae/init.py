@@ -110,8 +110,8 @@ def rescale_encoder(sae: Dictionary, x: Float[Tensor, "batch d_in"]) -> None:
     What training keeps, not what `encode` does: before the first step BatchTopK has no threshold,
     and half of all latents would be active. b_enc is 0, so the selection does not depend on c.
     """
-    y, error = x - sae.b_dec, sae.begin(x)
-    sae.scale_encoder(least_squares_scale(sae.axis, y, y - error))
+    y, error = x - sae.b_dec, sae.measure(x)
+    sae.scale_encoder(sae.initial_share * least_squares_scale(sae.axis, y, y - error))
 
 
 def least_squares_scale(

@@ -6,7 +6,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dist_sae.sae.base import Codes
+from dist_sae.sae.base import Inferred
 
 _DUPLICATE_COSINE = 0.9
 _DUPLICATES_OF = 4096
@@ -32,25 +32,22 @@ class Fit(NamedTuple):
     def add(
         self,
         x: Float[Tensor, "batch d_in"],
-        x_hat: Float[Tensor, "batch d_in"],
-        codes: Codes,
+        found: Inferred,
         mean: Float[Tensor, " d_in"],
     ) -> "Fit":
         """These sums with a batch added.
 
         Args:
             x: Activations.
-            x_hat: Their reconstruction, in the same scale.
-            codes: What it was made from.
+            found: What a whole dictionary makes of them.
             mean: Of the data set, in the same scale (not the batch's).
         """
-        active = codes.acts > 0
         return Fit(
-            self.squared_error + (x - x_hat).double().square().sum(),
+            self.squared_error + (x - found.x_hat).double().square().sum(),
             self.squared_total + (x - mean).double().square().sum(),
-            self.active + active.sum(),
+            self.active + found.firings.sum(),
             self.rows + len(x),
-            self.counts + torch.bincount(codes.latents[active], minlength=len(self.counts)),
+            self.counts + found.firings,
         )
 
     @property

@@ -182,7 +182,7 @@ class Routed(BatchTopK):
         auxk = fvu.new_zeros(())
         for _, parts in aux:
             e_hat = _mixed(route.gates.detach(), trip.back(parts))
-            auxk = auxk_loss(axis, error.detach(), e_hat)
+            auxk = auxk_loss(axis, x, error.detach(), e_hat)
         load = axis.total(trip.load)
         penalty = self._imbalance(load, route.p) / replica_rows
         if config.balance == "bias" and self.training:
@@ -244,6 +244,14 @@ class Routed(BatchTopK):
         initialise_tied(self, x, seed, rescale=False)
         self._initialise_router(x, seed)
         rescale_encoder(self, x)
+
+    def measure(
+        self, x: Float[Tensor, "batch d_in"], progress: float = 0.0
+    ) -> Float[Tensor, "batch d_in"]:
+        balance = self.balance.clone()
+        error = super().measure(x, progress)
+        self.balance.copy_(balance)
+        return error
 
     def slots(self, first: int) -> Slots:
         """Each row gives its direction to its own expert's next latent."""

@@ -23,6 +23,8 @@ from dist_sae.sae.init import initialise_tied
 from dist_sae.sae.kernels import Entries, autograd
 from dist_sae.sae.schedules import annealed
 
+_SHARE_OF_ONE = 0.98
+
 
 class TopK(Dictionary):
     """The dictionary and its loss."""
@@ -50,9 +52,19 @@ class TopK(Dictionary):
         fvu = error.square().sum() / (len(centred) * step.variance)
         auxk = fvu.new_zeros(())
         for _, parts in aux:
-            auxk = auxk_loss(self.axis, error.detach(), self.axis.scatter_sum(parts))
+            auxk = auxk_loss(self.axis, x, error.detach(), self.axis.scatter_sum(parts))
         terms = LossTerms(fvu, auxk, fvu.new_zeros(()), fvu + config.auxk_coefficient * auxk)
         return Output(terms, firings(acts, selected[0][1]), (acts > 0).sum(), error.detach())
+
+    @property
+    def initial_share(self) -> float:
+        """A little less for one latent a row.
+
+        At the best length what is left of a row is at right angles to its one latent, so that the
+        encoder's gradient would be nothing but rounding, which Adam makes steps of.
+        """
+        k = annealed(0.0, self.config.k, self.config.k_start, self.config.k_anneal_share)
+        return _SHARE_OF_ONE if k == 1 else 1.0
 
     def select(
         self, centred: Float[Tensor, "rows d_in"], k: int

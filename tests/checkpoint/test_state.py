@@ -48,7 +48,7 @@ def advance(state: TrainingState, steps: range) -> list[float]:
         losses += [float(output.terms.total.detach()), engine.step(lr=1e-2)]
         state.dead.update(output.fired, BATCH)
         assert state.average is not None
-        state.average.update()
+        state.average.update(x, number / 10)
     return losses
 
 
@@ -114,12 +114,30 @@ def test_inference_takes_the_running_mean(tmp_path: Path, kind: str) -> None:
     mean, last = make(RECIPES[kind], torch.float32), make(RECIPES[kind], torch.float32)
     load_weights(mean, checkpoints.open(5))
     load_weights(last, checkpoints.open(6))
-    for name, parameter in mean.named_parameters():
-        expected = state.average.mean[name]
-        if name == "W_dec" and kind in UNIT_ROWS:
-            expected = expected / expected.norm(dim=1, keepdim=True)
-        torch.testing.assert_close(parameter.detach(), expected)
-    for name, parameter in last.named_parameters():
-        torch.testing.assert_close(parameter, dict(state.sae.named_parameters())[name])
-    for name, buffer in mean.named_buffers():
-        assert torch.equal(buffer, dict(state.sae.named_buffers())[name])
+    for name, tensor in mean.state_dict().items():
+        torch.testing.assert_close(tensor, state.average.mean[name])
+    for name, tensor in last.state_dict().items():
+        torch.testing.assert_close(tensor, state.sae.state_dict()[name])
+    if kind in UNIT_ROWS:
+        torch.testing.assert_close(mean.W_dec.norm(dim=1), torch.ones(N_LATENTS))
+
+
+def test_a_mean_without_its_threshold_is_not_used(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As older checkpoints have it. Training goes on from them."""
+    run = make_run(tmp_path, "batchtopk")
+    state = make_state(run, "batchtopk")
+    advance(state, range(5))
+    checkpoints = Checkpoints(open_store(str(tmp_path)), "run", keep=1)
+    old = [piece for piece in state.pieces() if piece.name != "ema.threshold"]
+    checkpoints.commit(5, [checkpoints.write(5, old)], {})
+    sae = make(RECIPES["batchtopk"], torch.float32)
+    load_weights(sae, checkpoints.open(5))
+    assert torch.equal(sae.W_enc, state.sae.W_enc)
+    assert "the running mean has no threshold, so the last weights are taken" in caplog.text
+    again = make_state(run, "batchtopk")
+    again.read(checkpoints.open(5))()
+    assert again.average is not None
+    assert again.average.updates == 5
+    assert torch.equal(again.average.mean["threshold"], state.sae.get_buffer("threshold"))

@@ -53,7 +53,7 @@ def test_weights_are_left_and_nothing_else(tmp_path: Path) -> None:
 
 def test_the_running_mean_goes_before_the_last_weights(tmp_path: Path) -> None:
     run, runs = make_run(tmp_path), open_store(str(tmp_path / "runs"))
-    means = {f"ema.{name}": t + 1 for name, t in WEIGHTS.items() if name != "threshold"}
+    means = {f"ema.{name}": t + 1 for name, t in WEIGHTS.items()}
     warm_start.leave(checkpoint(tmp_path, **means), runs, run)
     found = warm_start.find(runs, run, "plan")
     assert found is not None

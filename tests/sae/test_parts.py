@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from dist_sae.config.sae import TopKConfig
+from dist_sae.config.sae import BatchTopKConfig, ReLUConfig, TopKConfig
 from dist_sae.sae import build_sae, metrics
 from dist_sae.sae.axis import WHOLE
-from dist_sae.sae.base import Codes, firings
+from dist_sae.sae.base import Inferred, firings
 from dist_sae.sae.dead import DeadLatents
 from dist_sae.sae.ema import WeightAverage
 from dist_sae.sae.init import geometric_median, initialise_tied
@@ -87,28 +87,53 @@ def test_initial_reconstruction_has_the_scale_of_least_squared_error() -> None:
     torch.testing.assert_close(cosines.detach(), torch.ones(96))
 
 
-def test_the_running_mean_begins_at_the_weights_and_follows_them() -> None:
-    """Decay .75: 0, then .25 x 4 = 1, then .75 x 1 + .25 x 4 = 1.75; in 3 of 4 dims nothing."""
-    module = torch.nn.Linear(4, 1, bias=False)
+def test_the_running_mean_forgets_its_start_and_follows_the_weights() -> None:
+    """By hand: first it is the weights; then 9/10, 9/11, 9/12 of the way to them; then 1/4."""
+    sae = build_sae(ReLUConfig(n_latents=1), 1)
+    average, seen, x = WeightAverage(sae, 0.75), [], torch.ones(1, 1)
     with torch.no_grad():
-        module.weight.zero_()
-    average = WeightAverage(module, 0.75)
+        for value in (4.0, 8.0, 8.0, 0.0):
+            sae.b_enc.fill_(value)
+            average.update(x, 0.5)
+            seen.append(float(average.mean["b_enc"]))
+        assert seen == pytest.approx([4.0, 7.6, 7.6 + 9 / 11 * 0.4, (7.6 + 9 / 11 * 0.4) * 3 / 12])
+        average.updates = 1000
+        before = float(average.mean["b_enc"])
+        average.update(x, 0.5)
+        assert float(average.mean["b_enc"]) == pytest.approx(0.75 * before)
+    assert not sae.b_enc.any()
+
+
+def test_the_running_mean_has_a_threshold_and_unit_rows_of_its_own() -> None:
+    """Latents that were twice as sensitive lately: k of them are active all the same."""
+    x = torch.randn(400, 8, generator=torch.Generator().manual_seed(1))
+    sae = build_sae(BatchTopKConfig(n_latents=32, k=3, auxk=0), 8)
+    initialise_tied(sae, x, seed=2)
+    average = WeightAverage(sae, 0.9)
+    average.update(x, 0.5)
     with torch.no_grad():
-        module.weight[0, 2] = 4.0
-    assert not average.mean["weight"].any()  # a copy
-    seen = []
-    for _ in range(2):
-        average.update()
-        seen.append(average.mean["weight"].tolist())
-    assert seen == [[[0.0, 0.0, 1.0, 0.0]], [[0.0, 0.0, 1.75, 0.0]]]
+        sae.W_enc *= 2
+        sae.W_dec[0] = -sae.W_dec[1]
+    sae.measure(x)
+    average.update(x, 0.5)
+    live = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
+    with average.applied():
+        assert int(sae.infer(x).firings.sum()) == pytest.approx(3 * len(x), abs=1)
+        lengths = sae.W_enc.detach().norm(dim=1)
+        torch.testing.assert_close(lengths, 0.95 * live["W_enc"].norm(dim=1))
+        torch.testing.assert_close(sae.W_dec.detach().norm(dim=1), torch.ones(32))
+        with torch.no_grad():
+            sae.b_dec += 1  # of the mean alone
+    for name, tensor in sae.state_dict().items():
+        assert torch.equal(tensor, live[name]), name
 
 
 def test_fit_sums_over_the_set_and_not_over_batches() -> None:
     """Two batches of different size: the ratio of sums, not the mean of two ratios (D11)."""
     mean = torch.zeros(1)
-    codes = Codes(torch.ones(1), torch.tensor([0]), torch.tensor([0]))
-    fit = Fit.empty(2).add(torch.tensor([[1.0]]), torch.tensor([[0.0]]), codes, mean)
-    fit = fit.add(torch.tensor([[3.0]]), torch.tensor([[3.0]]), codes, mean)
+    fired = torch.tensor([1, 0])
+    fit = Fit.empty(2).add(torch.tensor([[1.0]]), Inferred(torch.tensor([[0.0]]), fired), mean)
+    fit = fit.add(torch.tensor([[3.0]]), Inferred(torch.tensor([[3.0]]), fired), mean)
     assert fit.fvu == pytest.approx(1 / 10)  # (1 + 0) / (1 + 9), where the mean of ratios is 1/2
     assert fit.l0 == 1
     assert fit.densities.tolist() == [1.0, 0.0]
@@ -116,9 +141,9 @@ def test_fit_sums_over_the_set_and_not_over_batches() -> None:
 
 def test_fvu_of_the_identity_is_zero_and_of_the_mean_is_one() -> None:
     x = torch.randn(64, 5, generator=torch.Generator().manual_seed(0))
-    codes = Codes(torch.zeros(0), torch.zeros(0).long(), torch.zeros(64).long())
-    assert Fit.empty(1).add(x, x, codes, x.mean(0)).fvu == 0
-    assert Fit.empty(1).add(x, x.mean(0).expand_as(x), codes, x.mean(0)).fvu == pytest.approx(1)
+    mean, silent = x.mean(0), torch.zeros(1, dtype=torch.int64)
+    assert Fit.empty(1).add(x, Inferred(x, silent), mean).fvu == 0
+    assert Fit.empty(1).add(x, Inferred(mean.expand_as(x), silent), mean).fvu == pytest.approx(1)
 
 
 def test_ce_recovered_is_one_for_the_identity_and_zero_for_the_ablation() -> None:

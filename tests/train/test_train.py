@@ -11,6 +11,7 @@ from dist_sae.beginning import _found, _initialise, _places, _Start
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.checkpoints import convert_to_run
 from dist_sae.config import load_run
+from dist_sae.config.sae import BatchTopKConfig
 from dist_sae.data.loader import Loader, Units
 from dist_sae.data.normaliser import measure
 from dist_sae.data.plan import load_plan
@@ -116,7 +117,6 @@ def test_a_running_mean_of_the_weights_is_resumed_and_evaluated(
     as_weights = load_run(run_file(folders[2], activations, train=decay))
     tensors = {name: checkpoint.read(name) for name in final(calm).manifest.tensors}
     means = {name: checkpoint.read(f"ema.{name}") for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
-    means["W_dec"] /= means["W_dec"].norm(dim=1, keepdim=True)  # as the recipe wants it
     store = Checkpoints(open_store(as_weights.store.runs), "world", 2)
     save(store, STEPS, tensors | means, checkpoint.scalars)
     fvu = evaluate(load_run(paths[0]))["fvu"]
@@ -166,6 +166,18 @@ def test_checkpoints_tell_their_held_out_fvu(tmp_path: Path, activations: str, c
     check_same(final(calm), final(tmp_path / "one"))
     (one, other) = (final(f).scalars["heldout_fvu"] for f in (tmp_path, tmp_path / "one"))
     assert one == pytest.approx(other, rel=1e-4)
+
+
+def test_held_out_fvu_is_that_of_the_running_mean(tmp_path: Path, activations: str) -> None:
+    """With a threshold of its own: as many latents are active as training keeps."""
+    settings = {"heldout_rows": 200, "ema_decay": 0.9}
+    sae = {"kind": "batchtopk", "n_latents": 64, "k": 4, "auxk": 8}
+    path = run_file(tmp_path, activations, sae=sae, train=settings, evaluate={"rows": 200})
+    train(path)
+    found, run = evaluate(load_run(path)), load_run(path)
+    assert final(tmp_path).scalars["heldout_fvu"] == pytest.approx(found["fvu"], rel=1e-5)
+    assert isinstance(run.sae, BatchTopKConfig)
+    assert found["l0"] == pytest.approx(run.sae.k, rel=0.1)
 
 
 def test_ranks_go_on_from_a_checkpoint_that_all_can_read(tmp_path: Path, activations: str) -> None:
