@@ -30,7 +30,6 @@ from dist_sae.reporting.training import TrainingReporter
 from dist_sae.sae import PRODUCT_DTYPES, build_sae
 from dist_sae.sae.base import Step
 from dist_sae.sae.dead import DeadLatents
-from dist_sae.sae.kernels import Kernels
 from dist_sae.sae.kernels.choice import choose_kernels
 from dist_sae.telemetry.process import resident_bytes
 
@@ -270,12 +269,11 @@ def _synchronise(mesh: Mesh) -> None:
 def _phases(step: TrainingStep, x: Tensor) -> dict[str, float]:
     """Where one profiled step spends its seconds."""
     kernels = step.sae.kernels
-    step.sae.kernels = Kernels(
-        kernels.name,
-        _labelled("select", kernels.keep_largest),
-        _labelled("decode", kernels.combine),
-        _labelled("gradient_of_codes", kernels.gather_dot),
-        _labelled("gradients_of_weights", kernels.sum_by_latent),
+    step.sae.kernels = kernels._replace(
+        keep_largest=_labelled("select", kernels.keep_largest),
+        combine=_labelled("decode", kernels.combine),
+        gather_dot=_labelled("gradient_of_codes", kernels.gather_dot),
+        sum_by_latent=_labelled("gradients_of_weights", kernels.sum_by_latent),
     )
     cpu = torch.profiler.ProfilerActivity.CPU
     with (

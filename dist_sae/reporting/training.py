@@ -172,6 +172,7 @@ class TrainingReporter:
         rows = steps * run.train.batch_rows
         numbers["rows_per_second"] = rows / seconds
         numbers["worked_rows_per_second"] = rows_per_worked_second(rows, phases)
+        self._product.at_most(phases.get("forward", float("inf")) / steps)
         if self._product.seconds is not None:
             numbers["product_seconds"] = self._product.seconds
             numbers["product_share"] = self._product.seconds * steps / seconds

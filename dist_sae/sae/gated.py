@@ -6,14 +6,13 @@ from these alone; else densely, chunk by chunk of latents, and each chunk again 
 Which way is taken follows from the batch and the parameters, not from what was before.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
-from torch.utils.checkpoint import checkpoint
 
 from dist_sae.sae.base import SPARSE_BELOW, Codes, Dictionary, Inferred, firings
 from dist_sae.sae.constraints import remove_parallel_
@@ -29,7 +28,8 @@ Where z is not above the bound both are 0, and so are their gradients.
 _RARE = 0.003  # of the rows: new latents add little to what known ones make of a row, and live
 _INIT_ROWS = 16_384  # looked at
 _INIT_CHUNK = 1024  # latents
-_CHUNK_BYTES = 64 * 2**20  # of one [rows, chunk] matrix in fp32; a chunk needs several
+_CHUNK_BYTES = 32 * 2**20  # of one [rows, chunk] matrix in fp32; a chunk needs several
+_MOST_ENTRIES = 2**23  # that are held: a step needs about a hundred bytes for each
 
 
 class Thresholded(Dictionary):
@@ -75,6 +75,8 @@ def gated(
     bound: Float[Tensor, " n_local"],
     *per_latent: Float[Tensor, " n_local"],
     unit_rows: bool,
+    W_enc: Float[Tensor, "n_local d_in"] | None = None,
+    W_dec: Float[Tensor, "n_local d_in"] | None = None,
 ) -> Gated:
     """Encode the replica's rows (no b_dec is subtracted), gate, decode.
 
@@ -85,61 +87,106 @@ def gated(
         bound: Nothing at or below it has a code or a gradient.
         per_latent: Arguments of `gate`; get their gradients.
         unit_rows: As in `autograd.decode`.
+        W_enc: The encoder as it comes out of `autograd.with_product`, where there is a use for it.
+        W_dec: The decoder as it comes out of `autograd.with_norms`, likewise.
     """
-    limit = int(SPARSE_BELOW * len(x) * len(sae.W_enc))
+    W_enc = sae.W_enc if W_enc is None else W_enc
+    W_dec = sae.W_dec if W_dec is None else W_dec
+    limit = min(int(SPARSE_BELOW * len(x) * len(W_enc)), _MOST_ENTRIES)
     with torch.no_grad():
         found = select.above(
-            select.products(x, sae.W_enc, sae.product_dtype), sae.b_enc, bound, limit=limit
+            select.products(x, W_enc, sae.product_dtype), sae.b_enc, bound, limit=limit
         )
     if found is None:
-        return _dense(sae, x, gate, *per_latent, unit_rows=unit_rows)
-    entries = Entries(found.latents, select.starts_of(found.rows, len(x)), len(sae.W_enc))
-    pre_acts = autograd.encode(found.values, sae.kernels, entries, x, sae.W_enc, sae.b_enc)
+        parts, penalty, fired = _dense(sae, x, gate, unit_rows, W_enc, sae.b_enc, W_dec, per_latent)
+        return Gated(sae.axis.scatter_sum(parts), penalty, fired, fired.sum())
+    entries = Entries(found.latents, select.starts_of(found.rows, len(x)), len(W_enc))
+    pre_acts = autograd.encode(found.values, sae.kernels, entries, x, W_enc, sae.b_enc)
     values = [value.index_select(0, entries.latents) for value in per_latent]
     acts, penalty = gate(pre_acts, *values)
-    parts = autograd.decode(acts, sae.kernels, entries, sae.W_dec, unit_rows=unit_rows)
+    parts = autograd.decode(acts, sae.kernels, entries, W_dec, unit_rows=unit_rows)
     x_hat = sae.axis.scatter_sum(parts)
     return Gated(x_hat, penalty.sum(), firings(acts, entries), (acts > 0).sum())
 
 
-def _dense(sae: Dictionary, x: Tensor, gate: Gate, *per_latent: Tensor, unit_rows: bool) -> Gated:
-    rows, dtype = x.to(sae.product_dtype), sae.product_dtype
+class _Dense(torch.autograd.Function):
+    """(This shard's part of x_hat - b_dec, penalty, firings), chunk by chunk of latents.
 
-    def of_chunk(
-        W_enc: Tensor, b_enc: Tensor, W_dec: Tensor, *values: Tensor
-    ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        pre_acts = (rows @ W_enc.to(dtype).T).to(W_enc.dtype) + b_enc
-        acts, penalty = gate(pre_acts, *values)
-        x_hat = (acts.to(dtype) @ W_dec.to(dtype)).to(W_dec.dtype)
-        active = acts.detach() > 0
-        return x_hat, penalty.sum(), active.sum(0, dtype=torch.int32), active.sum()
-
-    W_dec: Tensor = _WithoutParallel.apply(sae.W_dec) if unit_rows else sae.W_dec  # type: ignore[no-untyped-call]
-    chunk = max(1, _CHUNK_BYTES // (4 * len(x)))
-    parts = [t.split(chunk) for t in (sae.W_enc, sae.b_enc, W_dec, *per_latent)]  # type: ignore[no-untyped-call]
-    x_hat, penalty, active = torch.zeros_like(x), x.new_zeros(()), 0
-    hits = []
-    for arguments in zip(*parts, strict=True):
-        more = checkpoint(of_chunk, *arguments, use_reentrant=False)
-        x_hat, penalty, active = x_hat + more[0], penalty + more[1], active + more[3]
-        hits.append(more[2])
-    return Gated(sae.axis.scatter_sum(x_hat), penalty, torch.cat(hits), torch.as_tensor(active))
-
-
-class _WithoutParallel(torch.autograd.Function):
-    """The decoder; its gradient loses the part along its rows."""
+    A chunk is computed again for its gradients, which go straight to their place in those of the
+    weights. The encoder product alone is in the dictionary's precision for it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, W_dec: Tensor) -> Tensor:
-        ctx.save_for_backward(W_dec)
-        return W_dec.view_as(W_dec)
+    def forward(
+        ctx: Any,
+        sae: Dictionary,
+        x: Tensor,
+        gate: Gate,
+        unit_rows: bool,  # noqa: FBT001
+        *tensors: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.sae, ctx.gate, ctx.unit_rows = sae, gate, unit_rows
+        ctx.save_for_backward(x, *tensors)
+        parts, penalty = torch.zeros_like(x), x.new_zeros(())
+        fired = torch.zeros(len(tensors[0]), dtype=torch.int32, device=x.device)
+        for chunk, pre_acts, (_, _, W_dec, *values) in _chunks(sae, x, tensors):
+            acts, more = gate(pre_acts, *values)
+            parts.addmm_(acts, W_dec)
+            penalty += more.sum()
+            fired[chunk] = (acts > 0).sum(0, dtype=torch.int32)
+        ctx.mark_non_differentiable(fired)
+        return parts, penalty, fired
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> Tensor:
-        gradient = gradient.clone()
-        remove_parallel_(gradient, *ctx.saved_tensors)
-        return gradient
+    def backward(ctx: Any, grad: Tensor, grad_penalty: Tensor, _: Tensor) -> tuple[Any, ...]:
+        x, *tensors = ctx.saved_tensors
+        sae, grad = ctx.sae, grad.contiguous()
+        grads = [sae.kernels.empty(t) if t.ndim > 1 else torch.empty_like(t) for t in tensors]
+        grad_W_enc, grad_b_enc, grad_W_dec, *grad_values = grads
+        for chunk, pre_acts, (_, _, W_dec, *values) in _chunks(sae, x, tensors):
+            inputs = [t.detach().requires_grad_() for t in (pre_acts, *values)]
+            with torch.enable_grad():
+                acts, penalty = ctx.gate(*inputs)
+            outputs = [grad @ W_dec.T, grad_penalty.expand_as(penalty)]
+            grad_pre_acts, *more = torch.autograd.grad([acts, penalty], inputs, outputs)
+            torch.mm(grad_pre_acts.T, x, out=grad_W_enc[chunk])
+            grad_b_enc[chunk] = grad_pre_acts.sum(0)
+            torch.mm(acts.detach().T, grad, out=grad_W_dec[chunk])
+            if ctx.unit_rows:
+                remove_parallel_(grad_W_dec[chunk], W_dec)
+            for whole, part in zip(grad_values, more, strict=True):
+                whole[chunk] = part
+        return None, None, None, None, *grads
+
+
+def _chunks(
+    sae: Dictionary, x: Tensor, tensors: Sequence[Tensor]
+) -> Iterator[tuple[slice, Tensor, list[Tensor]]]:
+    """(Which latents, their pre-activations, their part of W_enc, b_enc and what else is given)."""
+    rows = x.to(sae.product_dtype)
+    width = max(1, _CHUNK_BYTES // (4 * len(x)))
+    for start in range(0, len(tensors[0]), width):
+        chunk = slice(start, start + width)
+        parts = [tensor[chunk] for tensor in tensors]
+        W_enc, b_enc, *_ = parts
+        yield chunk, (rows @ W_enc.to(rows.dtype).T).to(x.dtype) + b_enc, parts
+
+
+def _dense(
+    sae: Dictionary,
+    x: Tensor,
+    gate: Gate,
+    unit_rows: bool,  # noqa: FBT001
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    per_latent: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    result: tuple[Tensor, Tensor, Tensor] = _Dense.apply(  # type: ignore[no-untyped-call]
+        sae, x, gate, unit_rows, W_enc, b_enc, W_dec, *per_latent
+    )
+    return result
 
 
 @torch.no_grad()

@@ -25,6 +25,7 @@ from dist_sae.sae.base import LossTerms, Output, Step
 from dist_sae.sae.gated import Thresholded, gated, set_active_share
 from dist_sae.sae.init import random_rows
 from dist_sae.sae.jumprelu import jump_relu
+from dist_sae.sae.kernels import autograd
 from dist_sae.sae.schedules import warmed_up
 
 
@@ -47,16 +48,22 @@ class JumpReLUTanh(Thresholded):
         config, eps = self.config, self.config.bandwidth
         sparsity = warmed_up(step.progress, config.sparsity, config.sparsity_warmup_share)
         rows = self.axis.gather(x)
-        theta, norms = self.log_threshold.exp(), self.W_dec.norm(dim=1)
+        theta = self.log_threshold.exp()
+        # a gradient is as large as its weight: these terms add theirs to it
+        W_dec, norms = autograd.with_norms(self.W_dec)
+        W_enc, sums = autograd.with_product(self.W_enc, rows.sum(0))
 
         def gate(pre_acts: Tensor, theta: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
             acts = jump_relu(pre_acts, theta, eps, through_z=True)
             penalty = sparsity * torch.tanh(config.tanh_scale * acts * norms)
             return acts, penalty + config.pre_act * norms * (pre_acts - theta).relu()
 
-        out = gated(self, rows, gate, (theta - eps / 2).detach(), theta, norms, unit_rows=False)
+        bound = (theta - eps / 2).detach()
+        out = gated(
+            self, rows, gate, bound, theta, norms, unit_rows=False, W_enc=W_enc, W_dec=W_dec
+        )
         error = x - (out.x_hat + self.axis.replicated(self.b_dec))
-        shortfall = len(rows) * (theta - self.b_enc) - self.W_enc @ rows.sum(0)
+        shortfall = len(rows) * (theta - self.b_enc) - sums
         penalty = out.penalty + config.pre_act * (norms * shortfall).sum()
         scale = len(rows) * step.variance
         fvu, sparsity_loss = error.square().sum() / scale, penalty / scale

@@ -16,6 +16,7 @@ from dist_sae.config.sae import ReLUConfig
 from dist_sae.sae.base import LossTerms, Output, Step
 from dist_sae.sae.gated import Thresholded, gated, set_active_share
 from dist_sae.sae.init import initialise_tied
+from dist_sae.sae.kernels import autograd
 from dist_sae.sae.schedules import warmed_up
 
 
@@ -36,8 +37,8 @@ class ReLU(Thresholded):
             acts = pre_acts.relu()
             return acts, acts * norms
 
-        zero = torch.zeros_like(self.b_enc)
-        out = gated(self, rows, gate, zero, self.W_dec.norm(dim=1), unit_rows=False)
+        W_dec, norms = autograd.with_norms(self.W_dec)
+        out = gated(self, rows, gate, self.thresholds, norms, unit_rows=False, W_dec=W_dec)
         error = x - (out.x_hat + self.axis.replicated(self.b_dec))
         coefficient = warmed_up(step.progress, config.sparsity, config.sparsity_warmup_share)
         scale = len(rows) * step.variance

@@ -68,13 +68,14 @@ def train_rank(spec: dict[str, Any], env: dict[str, str], log: str) -> None:
     results = {}
     with meet(spec["world"]) as ranks, join_mesh(ranks, spec["shards"]) as mesh:
         for kind in spec["kinds"]:
-            results[kind] = trained(spec, kind, mesh)
+            for dtype in spec["dtypes"]:
+                results[kind, dtype] = trained(spec, kind, dtype, mesh)
     torch.save(results, f"{spec['out']}.{mesh.rank}")
 
 
-def trained(spec: dict[str, Any], kind: str, mesh: Mesh) -> dict[str, Any]:
-    dtype = torch.float64 if spec["dtype"] == "fp64" else torch.float32
-    folder = Path(spec["out"]).parent / f"{kind}-{mesh.rank}"
+def trained(spec: dict[str, Any], kind: str, precision: str, mesh: Mesh) -> dict[str, Any]:
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    folder = Path(spec["out"]).parent / f"{kind}-{precision}-{mesh.rank}"
     run: Run = load_run(
         write_run(
             folder,
@@ -85,6 +86,8 @@ def trained(spec: dict[str, Any], kind: str, mesh: Mesh) -> dict[str, Any]:
         )
     )
     sae = make(run.sae, dtype, mesh.axis)
+    if precision == "bf16":
+        sae.product_dtype = torch.bfloat16
     kernels = choose_kernels("auto", mesh.device)
     watch = Watch(kernels.combine)
     sae.kernels = kernels._replace(combine=watch)
@@ -109,7 +112,7 @@ def trained(spec: dict[str, Any], kind: str, mesh: Mesh) -> dict[str, Any]:
         dead.update(output.fired, BATCH)
         if dead.n_stuck:
             engine.retie(dead.stuck, batch[own], output.error)
-        average.update()
+        average.update(batch[own], number / len(batches))
         n_rows = BATCH // mesh.axis.replicas  # AuxK's entries are of as many rows after these
         first_row = mesh.axis.replica * n_rows
         steps.append(
@@ -126,8 +129,11 @@ def trained(spec: dict[str, Any], kind: str, mesh: Mesh) -> dict[str, Any]:
             }
         )
     tensors = {n: p.detach() for n, p in sae.named_parameters()}
-    tensors |= {f"ema.{n}": mean for n, mean in average.mean.items()}
+    average.measure()
+    tensors |= {f"ema.{n}": average.mean[n] for n, _ in sae.named_parameters()}
+    buffers = dict(sae.named_buffers())
+    buffers |= {f"ema.{n}": average.mean[n] for n in buffers}
     tensors |= {
         f"exp_avg_sq.{n}": engine.moment(p, "exp_avg_sq") for n, p in sae.named_parameters()
     }
-    return {"steps": steps, "tensors": tensors, "buffers": dict(sae.named_buffers())}
+    return {"steps": steps, "tensors": tensors, "buffers": buffers}

@@ -238,6 +238,21 @@ def test_a_dictionary_starts_at_the_scale_that_suits_what_training_keeps(kind: s
     assert fvu(1.0) < min(fvu(0.98), fvu(1.02))
 
 
+@pytest.mark.parametrize("kind", SELECTS)
+def test_the_encoder_has_a_gradient_at_the_start_with_one_latent_a_row(kind: str) -> None:
+    """At the best length there is none, and rounding would decide about the first steps."""
+    settings = {"k": 1, "k_start": None, "selection": "row"}
+    config, gradients = SELECTS[kind].model_copy(update=settings), []
+    for dtype in (torch.float32, torch.float64):
+        sae: Dictionary = build_sae(config, D_IN, product_dtype=dtype, dtype=dtype)  # type: ignore[arg-type]
+        sae.initialise(batch(0).to(dtype), seed=5)
+        none_dead = torch.zeros(48, dtype=torch.bool)
+        sae.objective(batch(0).to(dtype), Step(1.0, none_dead, 0, 0.0)).terms.fvu.backward()  # type: ignore[no-untyped-call]
+        assert sae.W_enc.grad is not None
+        gradients.append(sae.W_enc.grad.double())
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4 * float(gradients[1].abs().max()))
+
+
 @pytest.mark.parametrize(("replicas", "shards"), LAYOUTS)
 def test_the_first_rows_of_a_batch_are_known_to_all(replicas: int, shards: int) -> None:
     for n in (1, 7, BATCH, 100):

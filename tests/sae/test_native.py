@@ -5,7 +5,8 @@ from functools import partial
 import pytest
 import torch
 
-from dist_sae.sae.kernels import Kernels, autograd, native
+from dist_sae.sae.kernels import Entries, Kernels, autograd, native
+from dist_sae.sae.kernels.torch import KERNELS
 from tests.sae import products
 from tests.sae.products import N_LATENTS, PATTERNS, assert_close_to_oracle, compute
 
@@ -28,6 +29,28 @@ def test_sums_equal_the_dense_ones(kernels: Kernels, product: str, pattern: str,
     case = make_case(pattern, d_in)
     for _ in range(2):
         assert_close_to_oracle(compute(kernels, product, case), product, case)
+
+
+@pytest.mark.parametrize("name", ["torch", "native"])
+def test_gradients_of_a_latent_that_is_always_on_keep_their_digits(
+    kernels: Kernels, name: str
+) -> None:
+    """131,072 rows: one after the other they lose three digits and more."""
+    kernels = kernels if name == "native" else KERNELS
+    n, d_in = 131_072, 2
+    generator = torch.Generator().manual_seed(0)
+    rows, acts = torch.rand(n, d_in, generator=generator), torch.rand(n, generator=generator)
+    entries = Entries(torch.zeros(n, dtype=torch.int64), torch.arange(n), 3)
+    weights = [torch.eye(3, d_in, requires_grad=True) for _ in range(2)]
+    bias = torch.zeros(3, requires_grad=True)
+    pre_acts = autograd.encode(acts, kernels, entries, rows, weights[0], bias)
+    x_hat = autograd.decode(pre_acts, kernels, entries, weights[1], unit_rows=False)
+    x_hat.backward(rows)  # type: ignore[no-untyped-call]
+    by_hand = rows.double()[:, 0]  # of the codes: along the decoder row
+    expected = [by_hand @ rows.double(), acts.double() @ rows.double(), by_hand.sum()[None]]
+    for tensor, sums in zip([*weights, bias], expected, strict=True):
+        assert tensor.grad is not None
+        torch.testing.assert_close(tensor.grad[0].double().view(-1), sums, rtol=1e-6, atol=0)
 
 
 def test_tensors_need_not_be_contiguous(kernels: Kernels) -> None:

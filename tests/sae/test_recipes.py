@@ -9,12 +9,14 @@ from torch import Tensor
 from dist_sae.config.sae import JumpReLUConfig, ReLUConfig, TopKConfig
 from dist_sae.sae import base
 from dist_sae.sae import gated as gated_module
-from dist_sae.sae.base import Dictionary
+from dist_sae.sae.axis import WHOLE, LatentAxis
+from dist_sae.sae.base import Dictionary, LossTerms
 from dist_sae.sae.jumprelu import JumpReLU, jump, jump_relu
 from dist_sae.sae.kernels import select
 from dist_sae.sae.kernels.torch import KERNELS
 from dist_sae.sae.relu import ReLU
 from dist_sae.sae.topk import TopK
+from tests.sae.ranks import on_ranks
 from tests.sae.recipes import (
     AUXK,
     BATCH,
@@ -204,6 +206,25 @@ def test_auxk_is_zero_when_nothing_is_left_to_explain() -> None:
     terms = sae.objective(torch.full((BATCH, D_IN), 2.0).double(), step(some_dead())).terms
     assert terms.auxk == 0
     assert terms.fvu == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "routed"])
+def test_auxk_is_zero_when_all_rows_are_alike(kind: str, dtype: torch.dtype) -> None:
+    """So are their errors, but for rounding, by which it must not divide. On four ranks too."""
+    x = rows(dtype)[:1].expand(BATCH, D_IN).contiguous()
+
+    def losses(axis: LatentAxis = WHOLE) -> LossTerms:
+        sae = make(CONFIGS[kind], dtype, axis)
+        first = axis.replica * axis.shards + axis.shard
+        own = x.chunk(axis.replicas * axis.shards)[first]
+        dead = some_dead().chunk(axis.shards)[axis.shard]
+        return sae.objective(own, step(dead)._replace(n_dead=int(some_dead().sum()))).terms
+
+    whole, ranks = losses(), on_ranks(2, 2, losses)
+    assert whole.auxk == 0
+    assert whole.fvu > 0
+    assert all(terms.auxk == 0 for terms in ranks)
 
 
 def test_fvu_by_hand() -> None:

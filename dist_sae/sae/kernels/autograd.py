@@ -33,7 +33,7 @@ class _Encode(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, W_enc = ctx.saved_tensors
         grad_W_enc = ctx.kernels.sum_by_latent(grad, ctx.entries, x)
-        grad_b_enc = grad.new_zeros(len(W_enc)).index_add_(0, ctx.entries.latents, grad)
+        grad_b_enc = _summed(grad, ctx.entries)
         # every row was centred with the same b_dec
         grad_b_dec = -(grad_b_enc @ W_enc) if ctx.centred else None
         return None, None, None, None, grad_W_enc, grad_b_enc, grad_b_dec
@@ -58,11 +58,67 @@ class _Decode(torch.autograd.Function):
         grad_acts = ctx.kernels.gather_dot(grad, ctx.entries, W_dec)
         parallel: tuple[Tensor, ...] = ()
         if ctx.unit_rows:
-            along = acts.new_zeros(len(W_dec))
-            along.index_add_(0, ctx.entries.latents, acts * grad_acts)  # = grad_W_dec . W_dec
-            parallel = W_dec, along
+            parallel = W_dec, _summed(acts * grad_acts, ctx.entries)  # = grad_W_dec . W_dec
         grad_W_dec = ctx.kernels.sum_by_latent(acts, ctx.entries, grad, *parallel)
         return grad_acts, None, None, grad_W_dec, None
+
+
+def _summed(values: Tensor, entries: Entries) -> Tensor:
+    """Sum of the entries' values by latent, in fp64: one that is always on has very many."""
+    sums = values.new_zeros(entries.n_latents, dtype=torch.float64)
+    return sums.index_add_(0, entries.latents, values.double()).to(values.dtype)
+
+
+class _WithNorms(torch.autograd.Function):
+    """W, and the norms of its rows."""
+
+    @staticmethod
+    def forward(ctx: Any, W: Tensor) -> tuple[Tensor, Tensor]:
+        norms = torch.linalg.vector_norm(W, dim=1)
+        ctx.save_for_backward(W, norms)
+        return W.view_as(W), norms
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_norms: Tensor) -> Tensor:
+        W, norms = ctx.saved_tensors
+        along = grad_norms / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+        return grad.addcmul_(W, along[:, None])
+
+
+class _WithProduct(torch.autograd.Function):
+    """W, and W v."""
+
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(v)
+        return W.view_as(W), W @ v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_product: Tensor) -> tuple[Tensor, None]:
+        (v,) = ctx.saved_tensors
+        return grad.addr_(grad_product, v), None
+
+
+def with_norms(
+    W: Float[Tensor, "n_latents d_in"],
+) -> tuple[Float[Tensor, "n_latents d_in"], Float[Tensor, " n_latents"]]:
+    """(W, the norms of its rows); W is for `encode`, `decode` or the like, once.
+
+    The gradient of the norms is added to that of W where it is. Autograd would make another of the
+    size of W.
+    """
+    result: tuple[Tensor, Tensor] = _WithNorms.apply(W)  # type: ignore[no-untyped-call]
+    return result
+
+
+def with_product(
+    W: Float[Tensor, "n_latents d_in"], v: Float[Tensor, " d_in"]
+) -> tuple[Float[Tensor, "n_latents d_in"], Float[Tensor, " n_latents"]]:
+    """(W, W v), the same for a product; v gets no gradient."""
+    result: tuple[Tensor, Tensor] = _WithProduct.apply(W, v)  # type: ignore[no-untyped-call]
+    return result
 
 
 def encode(

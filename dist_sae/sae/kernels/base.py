@@ -107,6 +107,12 @@ class SumByLatent(Protocol):
     ) -> Float[Tensor, "n_latents d_in"]: ...
 
 
+class Empty(Protocol):
+    """Memory for a gradient like a weight, not filled."""
+
+    def __call__(self, W: Float[Tensor, "n_latents d_in"]) -> Float[Tensor, "n_latents d_in"]: ...
+
+
 class Kernels(NamedTuple):
     """One implementation of the sparse products; no gradients, see `autograd`."""
 
@@ -115,3 +121,4 @@ class Kernels(NamedTuple):
     combine: Combine
     gather_dot: GatherDot
     sum_by_latent: SumByLatent
+    empty: Empty = torch.empty_like

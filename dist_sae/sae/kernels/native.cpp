@@ -12,6 +12,7 @@
 namespace {
 
 constexpr int kLanes = 16;  // numbers in a vector
+constexpr int64_t kRun = 512;  // rows that are summed one after the other: more lose digits
 constexpr int kBlock = 64;  // columns that are compared before any is looked at
 
 typedef float Floats __attribute__((vector_size(4 * kLanes)));
@@ -166,19 +167,30 @@ void keep_largest_fp32(int64_t* best, const void* products, const float* bias,
 void sum_by_latent_fp32(float* out, const float* coefficients, const int64_t* sources,
                         const int64_t* starts, const float* rows, const float* W,
                         const float* along, int64_t N, int64_t E, int64_t D, int threads) {
-#pragma omp parallel for schedule(dynamic, 64) num_threads(threads)
-    for (int64_t n = 0; n < N; ++n) {
-        float* sum = out + n * D;
-        const int64_t end = n + 1 < N ? starts[n + 1] : E;
-        std::memset(sum, 0, D * sizeof *sum);
-        if (starts[n] == end) continue;
-        for (int64_t e = starts[n]; e < end; ++e) {
-            const float* row = rows + sources[e] * D;
-            const float c = coefficients[e];
-            for (int64_t d = 0; d < D; ++d) sum[d] += c * row[d];
+#pragma omp parallel num_threads(threads)
+    {
+        std::vector<float> part(D);
+#pragma omp for schedule(dynamic, 64)
+        for (int64_t n = 0; n < N; ++n) {
+            float* sum = out + n * D;
+            const int64_t end = n + 1 < N ? starts[n + 1] : E;
+            std::memset(sum, 0, D * sizeof *sum);
+            if (starts[n] == end) continue;
+            for (int64_t first = starts[n]; first < end; first += kRun) {
+                // The first run goes where it belongs; what comes later is summed apart.
+                float* to = first == starts[n] ? sum : part.data();
+                if (to != sum) std::memset(to, 0, D * sizeof *to);
+                for (int64_t e = first; e < std::min(first + kRun, end); ++e) {
+                    const float* row = rows + sources[e] * D;
+                    const float c = coefficients[e];
+                    for (int64_t d = 0; d < D; ++d) to[d] += c * row[d];
+                }
+                if (to != sum)
+                    for (int64_t d = 0; d < D; ++d) sum[d] += to[d];
+            }
+            if (W != nullptr)
+                for (int64_t d = 0; d < D; ++d) sum[d] -= along[n] * W[n * D + d];
         }
-        if (W != nullptr)
-            for (int64_t d = 0; d < D; ++d) sum[d] -= along[n] * W[n * D + d];
     }
 }
 }

@@ -36,8 +36,13 @@ _WEIGHTS = 2  # of a dictionary
 
 def kernels() -> Kernels:
     """Those of one dictionary: they keep the memory of its gradients."""
-    sums = partial(sum_by_latent, Memory().empty)
-    return plain.KERNELS._replace(name="native", keep_largest=keep_largest, sum_by_latent=sums)
+    memory = Memory()
+    return plain.KERNELS._replace(
+        name="native",
+        keep_largest=keep_largest,
+        sum_by_latent=partial(sum_by_latent, memory.empty),
+        empty=memory.empty_like,
+    )
 
 
 def available() -> str | None:
@@ -85,6 +90,11 @@ class Memory:
 
     def __init__(self) -> None:
         self._kept: list[tuple[Tensor, weakref.ref[Any]]] = []
+
+    def empty_like(self, W: Tensor) -> Tensor:
+        """See `Empty`."""
+        is_kept = W.dtype == torch.float32 and W.device.type == "cpu"
+        return self.empty(*W.shape) if is_kept else torch.empty_like(W)
 
     def empty(self, *shape: int) -> Float[Tensor, "n_latents d_in"]:
         """An fp32 tensor in memory that no other tensor has any more, fresh if there is none."""
