@@ -28,7 +28,8 @@ Where z is not above the bound both are 0, and so are their gradients.
 _RARE = 0.003  # of the rows: new latents add little to what known ones make of a row, and live
 _INIT_ROWS = 16_384  # looked at
 _INIT_CHUNK = 1024  # latents
-_CHUNK_BYTES = 32 * 2**20  # of one [rows, chunk] matrix in fp32; a chunk needs several
+_CHUNK_BYTES = 16 * 2**20  # of one [rows, chunk] matrix in fp32; a chunk needs about ten
+_CHUNK = 8192  # latents, at most
 _MOST_ENTRIES = 2**23  # that are held: a step needs about a hundred bytes for each
 
 
@@ -165,7 +166,7 @@ def _chunks(
 ) -> Iterator[tuple[slice, Tensor, list[Tensor]]]:
     """(Which latents, their pre-activations, their part of W_enc, b_enc and what else is given)."""
     rows = x.to(sae.product_dtype)
-    width = max(1, _CHUNK_BYTES // (4 * len(x)))
+    width = max(1, min(_CHUNK, _CHUNK_BYTES // (4 * len(x))))
     for start in range(0, len(tensors[0]), width):
         chunk = slice(start, start + width)
         parts = [tensor[chunk] for tensor in tensors]

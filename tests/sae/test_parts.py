@@ -112,7 +112,7 @@ def test_the_running_mean_has_a_threshold_and_unit_rows_of_its_own() -> None:
     average = WeightAverage(sae, 0.9)
     average.update(x, 0.5)
     with torch.no_grad():
-        sae.W_enc *= 2
+        sae.W_enc.mul_(2)
         sae.W_dec[0] = -sae.W_dec[1]
     sae.measure(x)
     average.update(x, 0.5)
@@ -123,7 +123,7 @@ def test_the_running_mean_has_a_threshold_and_unit_rows_of_its_own() -> None:
         torch.testing.assert_close(lengths, 0.95 * live["W_enc"].norm(dim=1))
         torch.testing.assert_close(sae.W_dec.detach().norm(dim=1), torch.ones(32))
         with torch.no_grad():
-            sae.b_dec += 1  # of the mean alone
+            sae.b_dec.add_(1)  # of the mean alone
     for name, tensor in sae.state_dict().items():
         assert torch.equal(tensor, live[name]), name
 

@@ -110,7 +110,9 @@ class SumByLatent(Protocol):
 class Empty(Protocol):
     """Memory for a gradient like a weight, not filled."""
 
-    def __call__(self, W: Float[Tensor, "n_latents d_in"]) -> Float[Tensor, "n_latents d_in"]: ...
+    def __call__(
+        self, W: Float[Tensor, "n_latents d_in"], /
+    ) -> Float[Tensor, "n_latents d_in"]: ...
 
 
 class Kernels(NamedTuple):
