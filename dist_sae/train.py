@@ -11,6 +11,7 @@ from dist_sae.beginning import Job, begin, next_batch, open_loader
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.checkpoint.lineage import Lineage
 from dist_sae.checkpoint.saver import Saved, Saver
+from dist_sae.checkpoint.state import TrainingState
 from dist_sae.config import Run
 from dist_sae.config.deciding import changes, deciding
 from dist_sae.data.backlog import ReadyUnits
@@ -22,7 +23,7 @@ from dist_sae.parallel.mesh import Mesh, check_replicated
 from dist_sae.parallel.watch import Watch
 from dist_sae.reporting.times import Times
 from dist_sae.reporting.training import TrainingReporter
-from dist_sae.sae.base import Dictionary, Step
+from dist_sae.sae.base import Step
 from dist_sae.sae.schedules import learning_rate
 from dist_sae.storage import open_store
 from dist_sae.telemetry.exporter import Telemetry
