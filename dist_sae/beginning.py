@@ -68,6 +68,7 @@ def begin(
         for url in (run.store.runs, run.store.activations)
     )
     plan = load_plan(activations, run)
+    run = plan.resolve(run)
     check_rows(run, plan)
     units = Units(activations, plan, run.site, stopping)
     checkpoints = Checkpoints(
@@ -166,6 +167,7 @@ def _normaliser(run: Run, units: Units, start: _Start, times: Times) -> Normalis
     if known and known.scalars.get("plan") == units.plan.hash:
         return Normaliser.from_scalars(known.scalars)
     times.end("begin")
+    assert run.train.normaliser_rows is not None, "the plan resolves it"
     normaliser = measure(units, run.train.normaliser_rows, times.waiting)
     times.end("wait")
     return normaliser.at(start.parent.scalars["scale"]) if start.parent else normaliser

@@ -56,18 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _plan(options: argparse.Namespace) -> None:
     run = _load(options)
-    from dist_sae.plan import plan
+    from dist_sae.plan import forecast, plan
 
     with _short_lived(run, "plan") as telemetry:
         made = plan(run, telemetry)
-    result = {
-        "plan": made.hash,
-        "documents": sum(file.documents for file in made.files),
-        "train_units": len(made.train_units),
-        "heldout_units": len(made.heldout_units),
-        "train_rows": made.train_rows_estimate,
-    }
-    _print_result(options, result)
+    _print_result(options, forecast(made.resolve(run), made))
 
 
 def _produce(options: argparse.Namespace) -> int | None:

@@ -57,6 +57,7 @@ def evaluate(run: Run, meter: Meter = UNMETERED) -> dict[str, Any]:
     runs = open_store(run.store.runs, run.store.s3, meter)
     store = open_store(run.store.activations, run.store.s3, meter)
     plan = load_plan(store, run)
+    run = plan.resolve(run)
     trained = read_trained(runs, run)
     if trained is None:
         raise ConfigError(

@@ -1,30 +1,37 @@
 """`dist-sae plan`: read the corpus once and fix which documents make up which unit."""
 
 import logging
+from collections.abc import Iterator
+from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_sae import logs
 from dist_sae.config import Run
 from dist_sae.config.data import SyntheticCorpus
 from dist_sae.data.corpus import Corpus, CorpusIndex
+from dist_sae.data.estimate import estimate_rows, rows_of_tokens
 from dist_sae.data.identity import model_content
-from dist_sae.data.orders import permutation
 from dist_sae.data.plan import (
+    LAYOUT_SETTINGS,
     PLAN_KEY,
     Plan,
     as_planned,
     check_rows,
+    find_plan,
     load_plan,
     make_plan,
     publish_plan,
 )
-from dist_sae.data.tokens import cut
-from dist_sae.errors import EXIT_USER, CorpusError, HubUnavailableError
+from dist_sae.errors import EXIT_USER, HubUnavailableError
 from dist_sae.models import build_tokenizer, check_sites
 from dist_sae.storage import UNMETERED, Meter, open_store
 
 logger = logging.getLogger(__name__)
 
 _MUCH_MORE = 1.5
-_SAMPLE_SPANS = 512  # to estimate how many rows a document gives
+_MUCH_LOST = 0.05
 
 
 def plan(run: Run, meter: Meter = UNMETERED) -> Plan:
@@ -46,58 +53,98 @@ def plan(run: Run, meter: Meter = UNMETERED) -> Plan:
         run = as_planned(run, load_plan(store, run))
     try:
         corpus = Corpus(run.corpus, run.store.s3)
+        logs.progress("plan", 0, 1, doing="reading the text")
         index = corpus.index()
         check_sites(run.model, run.activations)
         content = model_content(run.model)
-        made = make_plan(run, index, _document_rows(run, corpus, index), content)
+        found = find_plan(store, run, index, content)
+        made = found or make_plan(run, index, _rows(run, corpus, index), content)
     except HubUnavailableError as exc:
         if not is_planned:
             exc.exit_code = EXIT_USER  # nothing has shown yet that the name is right
         raise
+    run = made.resolve(run)
     check_rows(run, made)
-    if made.train_rows_estimate > _MUCH_MORE * run.train.rows:
-        logger.warning(
-            "the activation set will have about %d rows to train on, of which this run takes %d: "
-            "all are made; corpus.max_documents makes fewer",
-            made.train_rows_estimate,
-            run.train.rows,
-        )
-    there = publish_plan(store, made)
-    created, made = there is made, there
-    documents = sum(span.count for unit in made.units for span in unit)
+    there = found or publish_plan(store, made)
+    created, made = there is made and not found, there
+    told = forecast(run, made)
     meter.set("dist_sae_plan_units", len(made.units))
-    meter.set("dist_sae_plan_documents", documents)
+    meter.set("dist_sae_plan_documents", told["documents"])
     meter.set("dist_sae_plan_train_rows", made.train_rows_estimate)
-    logger.info(
-        "%s %s: %d documents, %d training and %d held-out units, about %d rows to train on",
-        "made" if created else "found",
-        store.url,
-        documents,
-        len(made.train_units),
-        len(made.heldout_units),
-        made.train_rows_estimate,
-    )
+    logger.info("%s %s: %s", "made" if created else "found", store.url, describe(told))
+    for warning in _warnings(told):
+        logger.warning(warning)
+    logs.progress("plan", 1, 1, doing=describe(told))
     return made
 
 
-def _document_rows(run: Run, corpus: Corpus, index: CorpusIndex) -> float:
-    """Rows per document over a seeded sample, after the exclusions that depend on tokens alone."""
-    if isinstance(run.corpus, SyntheticCorpus):
-        return float(run.corpus.document_rows)
-    tokenizer = build_tokenizer(run.model, 0)
-    activations = run.activations
-    sample = permutation(len(index.spans), activations.seed, 3)[:_SAMPLE_SPANS]
-    documents = corpus.read(index.files, [index.spans[i] for i in sample])
-    bos = tokenizer.bos if activations.prepend_bos else None
-    contexts = cut(
-        documents,
-        tokenizer,
-        context_tokens=activations.context_tokens,
-        bos=bos,
-        failed=lambda *_: None,  # gives no rows; producers tell of it
+def forecast(run: Run, plan: Plan) -> dict[str, Any]:
+    """What the plan will give, before anything is produced.
+
+    Args:
+        run: The run, resolved by the plan.
+        plan: Its plan.
+
+    Returns:
+        Counts: `documents`, `train_units`, `heldout_units`; `streams`, `window_units`, `unit_rows`
+        of the layout and `first_unit_rows`; `first_windows_units`, without which no training
+        begins; rows, about: `train_rows` and `heldout_rows` to be stored, `pass_rows` that a pass
+        gives to training, `unusable_rows`, which it does not; of the run `run_rows` and `passes`.
+    """
+    rows = plan.rows_of_units
+    return {
+        "plan": plan.hash,
+        "documents": sum(span.count for unit in plan.units for span in unit),
+        "train_units": len(plan.train_units),
+        "heldout_units": len(plan.heldout_units),
+        **{name: plan.settings["activations"][name] for name in LAYOUT_SETTINGS},
+        "first_unit_rows": rows[0],
+        "first_windows_units": plan.first_windows,
+        "train_rows": plan.train_rows_estimate,
+        "heldout_rows": sum(rows[plan.n_train_units :]),
+        "pass_rows": plan.pass_rows,
+        "unusable_rows": plan.train_rows_estimate - plan.pass_rows,
+        "run_rows": run.steps * run.train.batch_rows,
+        "passes": round(run.steps * run.train.batch_rows / plan.pass_rows, 3),
+    }
+
+
+def describe(told: dict[str, Any]) -> str:
+    """A forecast in a sentence."""
+    return (
+        f"{told['documents']:,} documents in {told['train_units']} units to train on and "
+        f"{told['heldout_units']} held out; about {told['pass_rows']:,} rows a pass; "
+        f"the run takes {told['run_rows']:,}, {told['passes']:.2g} passes"
     )
-    first = activations.exclude.first_positions
-    rows = sum(max(0, len(c.tokens) - max(first, 0 if bos is None else 1)) for c in contexts)
-    if rows == 0:
-        raise CorpusError("corpus: a sample of its documents gives no tokens; give files with text")
-    return rows / len(documents)
+
+
+def _warnings(told: dict[str, Any]) -> Iterator[str]:
+    if told["pass_rows"] > _MUCH_MORE * told["run_rows"]:
+        yield (
+            f"the activation set will have about {told['pass_rows']:,} rows to train on, of which "
+            f"this run takes {told['run_rows']:,}: all are made; corpus.max_documents makes fewer"
+        )
+    if told["unusable_rows"] > _MUCH_LOST * told["train_rows"]:
+        yield (
+            f"about {told['unusable_rows']:,} of {told['train_rows']:,} rows cannot be used in a "
+            f"pass: a document is longer than a stream's share; lower activations.streams "
+            f"({told['streams']}), or cut the longest documents"
+        )
+
+
+def _rows(run: Run, corpus: Corpus, index: CorpusIndex) -> NDArray[np.int64]:
+    """Rows of each span, about."""
+    if isinstance(run.corpus, SyntheticCorpus):
+        counts = np.array([span.count for span in index.spans])
+        tokens = np.full(len(counts), run.corpus.document_rows)
+        return counts * rows_of_tokens(tokens, run.activations, bos=None).astype(np.int64)
+    tokenizer = build_tokenizer(run.model, 0)
+    return estimate_rows(
+        corpus,
+        index,
+        run.activations,
+        tokenizer,
+        bos=tokenizer.bos if run.activations.prepend_bos else None,
+        special=tokenizer.special,
+        said=lambda done, of: logs.progress("plan", done, of, doing="counting tokens"),
+    )

@@ -46,6 +46,7 @@ def report(run: Run, meter: Meter = UNMETERED) -> str:
     runs = open_store(run.store.runs, run.store.s3, meter)
     activations = open_store(run.store.activations, run.store.s3, meter)
     plan = load_plan(activations, run)
+    run = plan.resolve(run)
     trained = read_trained(runs, run)
     if trained is not None:
         trained.check_plan(plan.hash)
@@ -147,7 +148,7 @@ def _facts(run: Run, trained: Trained | None) -> Iterator[tuple[str, str]]:
         yield "Checkpoint", "none yet"
     else:
         yield "Activation width", f"{len(trained.mean):,}"
-        yield "Rows trained", f"{trained.step * run.train.batch_rows:,} of {run.train.rows:,}"
+        yield "Rows trained", f"{trained.step * run.train.batch_rows:,} of {run.rows:,}"
         yield "Checkpoint", f"step {trained.step:,} of {run.steps:,}"
         if (lineage := Lineage.from_scalars(trained.checkpoint.scalars)).ancestors:
             rows = lineage.rows + trained.step * run.train.batch_rows

@@ -18,6 +18,7 @@ from dist_sae.data.backlog import ReadyUnits
 from dist_sae.data.heldout import are_there, rows_of
 from dist_sae.data.loader import Units
 from dist_sae.data.normaliser import Normaliser
+from dist_sae.data.plan import planned
 from dist_sae.errors import Stopped
 from dist_sae.parallel.mesh import Mesh, check_replicated
 from dist_sae.parallel.watch import Watch
@@ -143,6 +144,10 @@ def what_is_done(run: Run) -> dict[str, float] | None:
     Asked before ranks meet: one that is started again when the others have ended for good would
     wait for them in vain.
     """
+    resolved = planned(run)
+    if resolved is None:
+        return None
+    run = resolved
     runs = open_store(run.store.runs, run.store.s3)
     checkpoint = Checkpoints(runs, run.name, run.train.keep_checkpoints).latest()
     if checkpoint is None or checkpoint.step < run.steps:

@@ -11,7 +11,7 @@ from contextlib import suppress
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.checkpoint.trained import trained_run
 from dist_sae.config import Run
-from dist_sae.data.plan import PLAN_KEY
+from dist_sae.data.plan import PLAN_KEY, planned
 from dist_sae.errors import ObjectNotFoundError, Stopped
 from dist_sae.storage import open_store
 
@@ -40,17 +40,18 @@ def await_end(run: Run, stopping: threading.Event) -> None:
     """
     store = open_store(run.store.runs, run.store.s3, None, stopping)
     checkpoints = Checkpoints(store, run.name, run.train.keep_checkpoints)
-    what = f"step {run.steps} of {store.url}/{run.name}"
+    last = "the last step" if run.train.rows == "all" else f"step {run.steps}"
 
     def has_ended() -> bool:
-        if run.steps in checkpoints.steps():
+        resolved = planned(run)
+        if resolved is not None and resolved.steps in checkpoints.steps():
             return True
         with suppress(ObjectNotFoundError):  # deleted meanwhile, for a newer one
             if newest := checkpoints.latest():
                 trained_run(newest, run)  # with other settings it may never come to that step
         return False
 
-    _await(what, has_ended, stopping)
+    _await(f"{last} of {store.url}/{run.name}", has_ended, stopping)
 
 
 def _await(what: str, is_there: Callable[[], bool], stopping: threading.Event) -> None:

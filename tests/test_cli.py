@@ -116,10 +116,10 @@ def test_empty_corpus_is_an_error(tmp_path: Path, capsys: pytest.CaptureFixture[
 def test_corpus_too_small_for_a_batch_is_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    # 5 % of 40 documents are held out; 38 give 38 * 64 rows
+    # 5 % of 40 documents are held out; 38 give 38 * 63 rows, for the first of a context is left out
     path = synthetic_run(tmp_path, corpus={"documents": 40})
     sizes = ["--set", "train.batch_rows=4096", "--set", "train.rows=4096"]
-    problem = "corpus: about 2432 rows to train on, less than one batch (train.batch_rows 4096)"
+    problem = "corpus: about 2394 rows to train on, less than one batch (train.batch_rows 4096)"
     assert fail(capsys, "plan", str(path), *sizes).startswith(problem)
     assert files_in(tmp_path) == ["run.yaml"]
 
@@ -177,11 +177,16 @@ def test_json_is_the_last_line_of_stdout(
     path = str(synthetic_run(tmp_path))
     assert main(["plan", path, "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
-    # 125 documents of 64 rows: 6 held out, 119 * 64 / 2048 = 3.7, a multiple of 4 streams
+    # 125 documents of 63 rows: 6 held out, 119 * 63 / 2048 = 3.7, a multiple of 4 streams
     assert result["documents"] == 125
     assert result["train_units"] == 4
     assert result["heldout_units"] == 1
-    assert result["train_rows"] == 119 * 64
+    assert result["train_rows"] == 119 * 63
+    # 29 documents in the shortest stream, 30 in three others
+    assert result["pass_rows"] == 4 * 29 * 63
+    assert result["unusable_rows"] == 3 * 63
+    assert result["run_rows"] == 4096
+    assert result["passes"] == round(4096 / (4 * 29 * 63), 3)
 
     assert main(["config", "show", path, "--json"]) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["name"] == "tiny"

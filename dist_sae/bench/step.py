@@ -109,7 +109,7 @@ class TrainingStep:
         self.dead.update(output.fired, self._shape.batch)
         self.done += 1
         if report:
-            batch = Batch(self.done, x, {}, 0.0)
+            batch = Batch(self.done, x, {}, 0, 0.0)
             lr = self._shape.lr
             report.step(self.done, batch, x, output, lr=lr, gradient_norm=norm, loaded=1, reached=0)
         if output.routing:

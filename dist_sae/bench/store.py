@@ -17,6 +17,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+import numpy as np
 import torch
 
 from dist_sae.bench.scratch import scratch
@@ -87,8 +88,8 @@ def bench_store(run: Run, shape: StoreShape, *, rounds: int, cached: bool) -> di
     """
     with scratch(run.store.activations, run.store.s3) as store:
         raw = _RawFolder(store) if isinstance(store, LocalStore) else _RawS3(store)  # type: ignore[arg-type]
-        corpus = Corpus(run.corpus, run.store.s3)
-        plan = make_plan(run, corpus.index(), float(_document_rows(shape)))
+        index = Corpus(run.corpus, run.store.s3).index()
+        plan = make_plan(run, index, np.full(len(index.spans), _document_rows(shape)))
         publish_plan(store, plan)
         shards = [_write_unit(store, plan, shape, unit) for unit in plan.train_units]
         sizes = {entry.key: entry.bytes for entry in store.entries()}

@@ -117,7 +117,7 @@ def check(checkpoint: Checkpoint, run: Run) -> None:
             f"that it is to begin with"
         )
     n_new = run.sae.n_latents - n_latents  # each points at what is left of a row
-    if n_new > run.train.rows:
+    if run.train.rows != "all" and n_new > run.train.rows:
         raise ConfigError(
             f"{run.name}: train.rows: {run.train.rows} rows are too few for {n_new} new latents"
         )

@@ -34,6 +34,10 @@ from dist_sae.config.train import (
 )
 from dist_sae.errors import ConfigError
 
+_LEFT_TO_THE_PLAN = {
+    "activations": ("streams", "unit_rows"),
+    "train": ("rows", "normaliser_rows"),
+}
 RunName = Annotated[
     str,
     Shape(
@@ -72,9 +76,43 @@ class Run(Section):
         return self.train.site or self.activations.sites[0]
 
     @property
+    def left_open(self) -> list[tuple[str, str]]:
+        """Section and key of the settings that the file leaves to the plan."""
+        return [
+            (section, key)
+            for section, keys in _LEFT_TO_THE_PLAN.items()
+            for key in keys
+            if getattr(getattr(self, section), key) in (None, "all")
+        ]
+
+    def filled(self, values: Mapping[str, Mapping[str, Any]]) -> Self:
+        """With these values, by section and key, for what the file leaves to the plan."""
+        sections: dict[str, dict[str, Any]] = {}
+        for section, key in self.left_open:
+            if key in values.get(section, {}):
+                sections.setdefault(section, {})[key] = values[section][key]
+        return self.model_copy(
+            update={
+                name: getattr(self, name).model_copy(update=update)
+                for name, update in sections.items()
+            }
+        ).resolved()
+
+    @property
+    def rows(self) -> int:
+        """`train.rows` as a number.
+
+        Raises:
+            ConfigError: It is `all`, which the plan decides: see `Plan.resolve`.
+        """
+        if self.train.rows == "all":
+            raise ConfigError("train.rows: all is not known before there is a plan; run plan first")
+        return self.train.rows
+
+    @property
     def steps(self) -> int:
         """Full batches within `train.rows`."""
-        return self.train.rows // self.train.batch_rows
+        return self.rows // self.train.batch_rows
 
     @property
     def replicas(self) -> int:
@@ -89,11 +127,15 @@ class Run(Section):
     @property
     def dead_after_rows(self) -> int:
         """`sae.dead_after_rows`, or ten windows in a run, of at most the 10 M rows of Gao et al."""
-        return self.sae.dead_after_rows or max(1, min(10_000_000, self.train.rows // 10))
+        return self.sae.dead_after_rows or max(1, min(10_000_000, self.rows // 10))
 
     def resolved(self) -> Self:
-        """With numbers where the file leaves a setting to the others (null)."""
-        sae = self.sae.model_copy(update={"dead_after_rows": self.dead_after_rows})
+        """With numbers where the file leaves a setting to the others (null).
+
+        What it leaves to the plan stays open, and what follows from that: see `Plan.resolve`.
+        """
+        dead_after_rows = None if self.train.rows == "all" else self.dead_after_rows
+        sae = self.sae.model_copy(update={"dead_after_rows": dead_after_rows})
         train = self.train.model_copy(update={"lr": self.lr})
         return self.model_copy(update={"sae": sae, "train": train})
 
@@ -125,17 +167,20 @@ class Run(Section):
                 f"{self.sae.experts} is not a multiple of processes.shards ({shards}): "
                 f"a shard holds whole experts",
             )
-        if self.sae.init_rows > self.train.rows:
+        if self.train.rows != "all" and self.sae.init_rows > self.train.rows:
             wanted = self.sae.init_rows
             yield "sae.init", f"data wants {wanted} rows, of train.rows; or: random"
 
     def least_ahead_units(self, init_rows: int) -> int:
         """The least `store.max_ahead_units` that a run with so many rows to begin with can do with.
 
-        It reads them before it can say that it has come any further.
+        It reads them before it can say that it has come any further. 0 while the plan has not
+        decided how large units and windows are.
         """
         activations = self.activations
-        rows = max(self.train.normaliser_rows, init_rows)
+        if activations.streams is None or activations.unit_rows is None:
+            return 0
+        rows = max(self.train.normaliser_rows or 0, init_rows)
         rows += 4 * self.train.batch_rows  # batches are assembled ahead
         # streams may be a window apart, for their units are not equally long
         windows = 2 * activations.streams * activations.window_units
@@ -183,18 +228,18 @@ class Run(Section):
             yield "train.site", f"missing; activations.sites has several: {sites}"
         if train.site is not None and train.site not in activations.sites:
             yield "train.site", f"{train.site} is not among activations.sites ({sites})"
-        if train.batch_rows % activations.streams:
+        streams = activations.streams or processes.trainers
+        if train.batch_rows % streams:
             yield (
                 "train.batch_rows",
-                f"{train.batch_rows} is not a multiple of "
-                f"activations.streams ({activations.streams})",
+                f"{train.batch_rows} is not a multiple of activations.streams ({streams})",
             )
-        if train.rows < train.batch_rows:
+        if train.rows != "all" and train.rows < train.batch_rows:
             yield "train.rows", f"{train.rows} is less than one batch ({train.batch_rows} rows)"
-        if activations.streams % processes.trainers:
+        if streams % processes.trainers:
             yield (
                 "processes.trainers",
-                f"{processes.trainers} does not divide activations.streams ({activations.streams})",
+                f"{processes.trainers} does not divide activations.streams ({streams})",
             )
         yield from self._shard_problems()
         yield from self._pod_problems()

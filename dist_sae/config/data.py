@@ -215,16 +215,18 @@ class ActivationsConfig(Section):
     """Start every context with the tokenizer's BOS token, where it has one."""
     dtype: Literal["bf16", "fp16", "fp32", "int8"] = "bf16"
     """Storage type; int8 keeps a scale per row beside it, at half the bytes of bf16."""
-    unit_rows: PositiveInt = 65_536
-    """Rows of one unit, about; the piece of work of a producer."""
+    unit_rows: PositiveInt | None = None
+    """Rows of one unit, about; the piece of work of a producer. null: by the size of the corpus,
+    65,536 at most, and less for the first ones, so that training soon begins."""
     block_rows: PositiveInt = 4096
     """Rows of one block, the smallest piece a reader fetches."""
-    streams: PositiveInt = 8
-    """Canonical streams V: a multiple of every number of data-parallel ranks ever used."""
+    streams: PositiveInt | None = None
+    """Canonical streams V: a multiple of every number of data-parallel ranks ever used. null: 8, or
+    what processes.trainers, train.batch_rows and the longest document allow."""
     window_units: PositiveInt = 4
     """Units of one stream that are mixed row by row."""
     heldout_share: float = Field(0.05, ge=0, lt=1)
-    """Share of the units kept from training, for evaluation."""
+    """Share of the rows kept from training, for evaluation, in whole documents."""
     exclude: ExcludeConfig = ExcludeConfig()
     seed: NonNegativeInt = 0
     """Decides which documents meet in a unit and every order that follows."""

@@ -20,7 +20,7 @@ _FREE_SETTINGS = {
     "telemetry",
     "cluster",
     "export",
-    "train.max_passes",  # later passes follow earlier ones: no batch changes
+    "train.max_passes",  # later passes follow earlier ones: no batch before them changes
     "train.log_every_steps",
     "train.save_every_steps",
     "train.save_beside",
@@ -88,7 +88,10 @@ def check_same_run(stored: Mapping[str, Any], run: Run, place: str, remedy: str 
 
 
 def as_begun(run: Run, stored: Mapping[str, Any]) -> Run:
-    """The run with the defaults of the time when it began, where its file leaves them open."""
+    """The run with the numbers that it began with, where its file leaves them open."""
+    run = run.filled(stored)
+    if run.train.rows == "all":  # neither has a plan yet
+        return run
     left_open = run.sae.model_copy(update={"dead_after_rows": None})
     follows = run.model_copy(update={"sae": left_open}).dead_after_rows
     was = stored["sae"]["dead_after_rows"]

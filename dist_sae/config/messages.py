@@ -2,7 +2,8 @@
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any, get_args
+from types import UnionType
+from typing import Any, Union, get_args, get_origin
 
 from pydantic_core import ErrorDetails
 
@@ -60,7 +61,14 @@ def explain(errors: Sequence[ErrorDetails], root: type[Section]) -> Iterator[str
 def _innermost(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
     """Without the errors that follow from others: a list of bad items is "too short" as well."""
     inner = {error["loc"][:depth] for error in errors for depth in range(len(error["loc"]))}
-    return [error for error in errors if error["loc"] not in inner]
+    numbers = {error["loc"][:-1] for error in errors if error["type"].startswith("int_")}
+    return [
+        error
+        for error in errors
+        if error["loc"] not in inner
+        # a number or a word: it is neither
+        and not (error["type"] == "literal_error" and error["loc"][:-1] in numbers)
+    ]
 
 
 def _explain(error: ErrorDetails, root: type[Section]) -> Iterator[str]:
@@ -146,14 +154,19 @@ def _locate(loc: tuple[int | str, ...], root: type[Section]) -> tuple[list[str],
     path: list[str] = []
     known: list[str] = []
     sections: Mapping[Any, type[Section]] = {None: root}  # what may be here, by kind
+    plain_union = False
     for key in loc:
+        if plain_union:  # its members' names
+            continue
         if key in sections:
             sections = {None: sections[key]}
             continue
         fields = sections[None].model_fields if None in sections else {}
         path.append(str(key))
         known = list(fields)
-        sections = sections_by_kind(fields[str(key)].annotation) if key in fields else {}
+        annotation = fields[str(key)].annotation if key in fields else None
+        sections = sections_by_kind(annotation)
+        plain_union = not sections and get_origin(annotation) in (Union, UnionType)
     is_union = bool(sections) and None not in sections
     return path, list(sections) if is_union else known
 

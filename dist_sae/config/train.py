@@ -31,8 +31,9 @@ class TrainConfig(Section):
 
     site: Site | None = None
     """Which site to fit; may be left out when the activation set has one."""
-    rows: PositiveInt
-    """Rows to train on; repeats count. The run stops at the last full batch within them."""
+    rows: PositiveInt | Literal["all"]
+    """Rows to train on; repeats count. The run stops at the last full batch within them. all: what
+    the plan gives in `max_passes`."""
     max_passes: PositiveInt = 1
     """How often the data may be gone through to reach `rows`."""
     parent: ParentConfig | None = None
@@ -54,8 +55,9 @@ class TrainConfig(Section):
     """Largest norm of the global gradient; null turns clipping off."""
     products: Literal["bf16", "fp32"] = "bf16"
     """Precision of the encoder product. Parameters are always fp32."""
-    normaliser_rows: PositiveInt = 1_000_000
-    """The scale and the mean of activations come from the first units with this many rows."""
+    normaliser_rows: PositiveInt | None = None
+    """The scale and the mean of activations come from the first units with this many rows; null:
+    those for which training waits anyway, 1 million rows at most."""
     kernels: Literal["auto", "torch", "native", "triton"] = "auto"
     """The sparse products; auto takes triton on NVIDIA GPUs, native (C++) on CPUs."""
     ema_decay: float | None = Field(None, gt=0, lt=1)

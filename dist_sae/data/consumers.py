@@ -220,11 +220,16 @@ class Registration:
             logger.info("deleted the shards of units below %d", below)
 
     def _lowest(self, places: Mapping[int, Place]) -> int:
-        """The first unit, in the order of the plan, of all windows that are being read."""
+        """The first unit, in the order of the plan, of all windows that are being read.
+
+        A run of one pass that has ended reads its last windows again.
+        """
         plan = self._plan
         return min(
             (
-                plan.n_train_units if place.data_pass else stream + plan.streams * place.first
+                plan.n_train_units
+                if place.data_pass and self._keeps
+                else stream + plan.streams * place.first
                 for stream, place in places.items()
             ),
             default=0,

@@ -84,6 +84,8 @@ class CorpusIndex(NamedTuple):
 
     files: tuple[CorpusFile, ...]
     spans: list[Span]
+    text_bytes: list[int]
+    """Of each span's documents, as UTF-8."""
     digests: list[bytes] | None = None
     """The checksums of each span's documents, one after the other; None where there is no text."""
     commit: str | None = None
@@ -130,15 +132,16 @@ class Corpus:
             names = ", ".join(file.name for file in files)
             raise CorpusError(f"corpus: no documents in {names}; give files with text")
         per_span = -(-total // _MOST_SPANS)
-        spans, digests = [], list[bytes]()
+        spans, text_bytes, digests = [], list[int](), list[bytes]()
         for number, places in enumerate(found):
             for first in range(0, len(places.starts), per_span):
                 last = min(first + per_span, len(places.starts))
                 start, stop = places.starts[first], places.stops[last - 1]
                 spans.append(Span(number, first, last - first, start, stop))
+                text_bytes.append(sum(places.text_bytes[first:last]))
                 digests.append(bytes(places.digests[first * _DIGEST_BYTES : last * _DIGEST_BYTES]))
         has_text = not isinstance(self._config, SyntheticCorpus)
-        return CorpusIndex(tuple(files), spans, digests if has_text else None, commit)
+        return CorpusIndex(tuple(files), spans, text_bytes, digests if has_text else None, commit)
 
     def read(
         self, files: Sequence[CorpusFile], spans: Iterable[Span], checksum: str | None = None
@@ -221,6 +224,7 @@ class Corpus:
                 continue
             found.starts.append(start)
             found.stops.append(stop)
+            found.text_bytes.append(len(text.encode("utf-8", "surrogatepass")))
             found.digests += _digest(text)
             refused += not is_encodable(text)
         if blank or not found.starts:
@@ -390,6 +394,7 @@ class _Found:
 
     def __init__(self) -> None:
         self.starts, self.stops, self.digests = array("q"), array("q"), bytearray()
+        self.text_bytes = array("q")
 
 
 def _first_numbers(files: Iterable[CorpusFile]) -> list[int]:

@@ -8,10 +8,18 @@ b takes rows [b r, (b + 1) r) of every stream, r = batch_rows / V. So the positi
 is the step, and it does not depend on the number of ranks: rank i of n serves streams
 [i V / n, (i + 1) V / n).
 
+The plan promises as many rows of each stream as it estimates for the shortest. Rows that are
+excluded by norm are not known then, so a stream may end a little early. It then reads its last
+window again, its units merged anew, until the run has the rows that it was promised; the rows that
+it reads again are counted. Nothing but the stream's own manifests decides this, so it does not
+depend on the number of ranks, and no unit is needed again that retention may have deleted. Rows of
+longer streams would not repeat, but which these are is known only when every manifest is there.
+
 Only `window_units` blocks per stream are in memory, and as many on their way; the next window
 is opened meanwhile.
 """
 
+import itertools
 import logging
 import queue
 import threading
@@ -59,6 +67,8 @@ class Batch(NamedTuple):
     acts: Float[Tensor, "batch d_in"]
     places: Mapping[int, Place]
     """By stream: the window that the last of its rows is from."""
+    repeated_rows: int
+    """How many of them a stream that had ended read again."""
     waited_seconds: float
     """How long the trainer stood still for it."""
 
@@ -202,6 +212,8 @@ class Stream:
 
     place: Place
     """The window that the last row taken is from."""
+    repeated_rows: int
+    """Rows taken from windows that the stream read again because it had ended."""
 
     def __init__(
         self,
@@ -214,6 +226,7 @@ class Stream:
         place: Place = _START,
     ) -> None:
         self._units = units
+        self.repeated_rows = 0
         self._number = number
         self._max_passes = max_passes
         self._pool = pool
@@ -240,12 +253,21 @@ class Stream:
             now, self._order = self._order[: len(rows)], self._order[len(rows) :]
             for number, reader in enumerate(self._readers):
                 reader.put(rows, np.flatnonzero(now == number))
+            if self.place.data_pass >= self._max_passes:
+                self.repeated_rows += len(now)
             rows = rows[len(now) :]
 
     def _ready(self) -> None:
         if not len(self._order):
             self.place, self._order, self._readers = self._next.result()
             self._next = self._opener.submit(next, self._windows)
+            if self.place.data_pass == self._max_passes:
+                logger.warning(
+                    "stream %d ends after %d rows, fewer than planned, for more were excluded; its "
+                    "last window is read again",
+                    self._number,
+                    self.place.rows_before,
+                )
 
     def _open_windows(
         self, start: int, place: Place
@@ -255,39 +277,46 @@ class Stream:
         Rows before `start` are left out; windows before `place` are not looked at.
         """
         plan = self._units.plan
-        own = plan.stream_units(self._number)
         rows_seen = place.rows_before
-        for data_pass in range(place.data_pass, self._max_passes):
-            order = (
-                permutation(len(own), plan.seed, 1, self._number, data_pass)
-                if data_pass
-                else range(len(own))
-            )
-            at = place.first if data_pass == place.data_pass else 0
-            for first in range(at, len(own), plan.window_units):
-                window = [
-                    self._units.manifest(own[i]) for i in order[first : first + plan.window_units]
-                ]
-                here = Place(data_pass, first, rows_seen)
-                rows = sum(manifest.rows for manifest in window)
-                rows_seen += rows
-                if rows_seen <= start:
-                    continue
-                skip = max(0, start - here.rows_before)
-                ranks = np.repeat(np.arange(len(window)), [manifest.rows for manifest in window])
-                merged = ranks[permutation(rows, plan.seed, 2, self._number, data_pass, first)]
-                starts = np.bincount(merged[:skip], minlength=len(window))
-                readers = [
-                    _UnitReader(self._units, manifest, int(begin), self._pool)
-                    for manifest, begin in zip(window, starts, strict=True)
-                ]
-                yield here, merged[skip:], readers
+        for data_pass, first, units in self._in_order(place):
+            window = [self._units.manifest(unit) for unit in units]
+            here = Place(data_pass, first, rows_seen)
+            rows = sum(manifest.rows for manifest in window)
+            if data_pass >= self._max_passes and not (plan.keeps_promise and rows):
+                break
+            rows_seen += rows
+            if rows_seen <= start:
+                continue
+            skip = max(0, start - here.rows_before)
+            ranks = np.repeat(np.arange(len(window)), [manifest.rows for manifest in window])
+            merged = ranks[permutation(rows, plan.seed, 2, self._number, data_pass, first)]
+            starts = np.bincount(merged[:skip], minlength=len(window))
+            readers = [
+                _UnitReader(self._units, manifest, int(begin), self._pool)
+                for manifest, begin in zip(window, starts, strict=True)
+            ]
+            yield here, merged[skip:], readers
         passes = "1 pass" if self._max_passes == 1 else f"{self._max_passes} passes"
         raise DataExhaustedError(
             f"{self._units.store.url}: stream {self._number} of {plan.streams} ends after "
             f"{rows_seen} rows ({passes}), so there are about {rows_seen * plan.streams} rows "
             f"in all; raise train.max_passes and start again"
         )
+
+    def _in_order(self, place: Place) -> Iterator[tuple[int, int, list[int]]]:
+        """(Pass, first, units) of each window from `place` on; the last one again and again."""
+        plan = self._units.plan
+        own = plan.stream_units(self._number)
+        last = range(0, len(own), plan.window_units)[-1]
+        for data_pass in itertools.count(place.data_pass):
+            at = place.first if data_pass == place.data_pass else 0
+            over = data_pass >= self._max_passes
+            seen = min(data_pass, self._max_passes - 1)
+            order = (
+                permutation(len(own), plan.seed, 1, self._number, seen) if seen else range(len(own))
+            )
+            for first in range(last if over else at, len(own), plan.window_units):
+                yield data_pass, first, [own[i] for i in order[first : first + plan.window_units]]
 
 
 class Loader:
@@ -405,13 +434,15 @@ class Loader:
 
     def _assemble(self, streams_from: Callable[[int], list[Stream]], own: range, rows: int) -> None:
         try:
-            streams = streams_from(self._steps.start)
+            streams, before = streams_from(self._steps.start), 0
             for step in self._steps:
                 acts = torch.empty(rows * len(own), streams[0].d_in(), dtype=self._dtype)
                 for stream, part in zip(streams, torch.split(acts, rows), strict=True):
                     stream.put(part)
                 places = {v: stream.place for v, stream in zip(own, streams, strict=True)}
-                if not self._put(Batch(step, acts, places, 0.0)):
+                repeated = sum(stream.repeated_rows for stream in streams) - before
+                before += repeated
+                if not self._put(Batch(step, acts, places, repeated, 0.0)):
                     return
         except BaseException as exc:  # handed to the trainer's thread, which raises it
             self._put(exc)

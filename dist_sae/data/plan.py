@@ -11,11 +11,13 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from pydantic import Field
 
-from dist_sae.config import Run, differences
+from dist_sae.config import Run, differences, validate_run
 from dist_sae.config.data import DatasetCorpus, HuggingFaceModel
 from dist_sae.data.corpus import Corpus, CorpusFile, CorpusIndex, Document, Span
+from dist_sae.data.deal import choose_layout, deal, hold_out
 from dist_sae.data.identity import (
     content_changes,
     model_content,
@@ -31,11 +33,13 @@ from dist_sae.errors import (
     ObjectNotFoundError,
     PlanMismatchError,
 )
-from dist_sae.storage import ObjectStore
+from dist_sae.storage import ObjectStore, open_store
 from dist_sae.storage.records import Record, digest, read_record, seal
 
 PLAN_KEY = "plan.json"
 _MOST_NAMED = 5  # files in a message
+LAYOUT_SETTINGS = ("streams", "window_units", "unit_rows")
+_MOST_NORMALISER_ROWS = 1_000_000
 
 
 class Plan(Record):
@@ -46,7 +50,7 @@ class Plan(Record):
     """The sections `model`, `corpus` and `activations` of the run file that it was made from."""
     files: tuple[CorpusFile, ...]
     document_rows: float
-    """Rows that a document gives on average, estimated from a sample; exclusions not counted."""
+    """Rows that a document gives on average, estimated; exclusions by norm not counted."""
     n_train_units: int
     units: tuple[tuple[Span, ...], ...]
     text_checksums: tuple[str, ...] | None = Field(None, exclude_if=lambda of: of is None)
@@ -57,6 +61,9 @@ class Plan(Record):
     earlier versions."""
     corpus_commit: str | None = Field(None, exclude_if=lambda of: of is None)
     """Commit of a data set on the hub."""
+    unit_rows: tuple[int, ...] | None = Field(None, exclude_if=lambda rows: rows is None)
+    """Rows that each unit gives, estimated in the same way; None in plans that dealt equal numbers
+    of documents. Left out then, or such a plan would have another hash."""
 
     @cached_property
     def hash(self) -> str:
@@ -94,11 +101,67 @@ class Plan(Record):
         """Units that only evaluation reads."""
         return range(self.n_train_units, len(self.units))
 
+    @cached_property
+    def rows_of_units(self) -> tuple[int, ...]:
+        """Rows that each unit gives, about; before exclusions by norm."""
+        if self.unit_rows is not None:
+            return self.unit_rows
+        counts = (sum(span.count for span in unit) for unit in self.units)
+        return tuple(int(count * self.document_rows) for count in counts)
+
     @property
     def train_rows_estimate(self) -> int:
         """Rows for training, about; before exclusions by norm."""
-        documents = sum(span.count for unit in self.train_units for span in self.units[unit])
-        return int(documents * self.document_rows)
+        return sum(self.rows_of_units[: self.n_train_units])
+
+    @cached_property
+    def pass_rows(self) -> int:
+        """Rows that training is promised in one pass: as many of every stream."""
+        if self.unit_rows is None:  # how its streams differ is not known
+            return self.train_rows_estimate
+        return self.streams * min(
+            sum(self.unit_rows[unit] for unit in self.stream_units(v)) for v in range(self.streams)
+        )
+
+    def resolve(self, run: Run) -> Run:
+        """The run with numbers for what its file leaves to the plan (null, `train.rows: all`).
+
+        Raises:
+            ConfigError: They do not go with its other settings.
+        """
+        if not run.left_open:
+            return run
+        train = run.train
+        there = self.pass_rows * train.max_passes
+        filled = run.filled(
+            {
+                "activations": self.settings["activations"],
+                "train": {
+                    "rows": there // train.batch_rows * train.batch_rows,
+                    "normaliser_rows": self._normaliser_rows,
+                },
+            }
+        )
+        return validate_run(filled.model_dump(mode="json"), "with what its plan decides")
+
+    @property
+    def first_windows(self) -> int:
+        """Units of the streams' first windows: no batch before they exist."""
+        return min(self.n_train_units, self.streams * self.window_units)
+
+    @property
+    def _normaliser_rows(self) -> int:
+        """Most of the rows for which training waits anyway."""
+        if self.unit_rows is None:
+            return _MOST_NORMALISER_ROWS  # what null meant for these
+        return max(
+            1, min(_MOST_NORMALISER_ROWS, int(0.9 * sum(self.unit_rows[: self.first_windows])))
+        )
+
+    @property
+    def keeps_promise(self) -> bool:
+        """Whether a stream with fewer rows than promised reads its last window again."""
+        return self.unit_rows is not None
 
     @property
     def sites(self) -> tuple[str, ...]:
@@ -111,51 +174,62 @@ class Plan(Record):
 
 
 def make_plan(
-    run: Run, index: CorpusIndex, document_rows: float, model: dict[str, str] | None = None
+    run: Run,
+    index: CorpusIndex,
+    rows: NDArray[np.int64],
+    model: dict[str, str] | None = None,
 ) -> Plan:
-    """Deal the corpus out to units in a seeded random order.
+    """Deal the corpus out to units by size, in a seeded random order.
 
-    The number of training units is a multiple of the number of streams, so that all streams
-    are of about one length.
+    Args:
+        run: The run.
+        index: Its corpus.
+        rows: Rows that each of its spans gives, about.
+        model: `identity.model_content`, where there is any.
 
     Raises:
         CorpusError: There are too few documents.
     """
-    activations = run.activations
-    spans = index.spans
+    activations, spans = run.activations, index.spans
     order = permutation(len(spans), activations.seed)
     if run.corpus.kind != "synthetic" and run.corpus.max_documents is not None:
         order = order[: -(-run.corpus.max_documents // spans[0].count)]
-    share = activations.heldout_share
-    heldout_spans = max(1, round(len(order) * share)) if share else 0
-    rows_per_span = document_rows * sum(span.count for span in spans) / len(spans)
-    train_spans = len(order) - heldout_spans
-    train_rows = train_spans * rows_per_span
-    streams = activations.streams
-    # documents longer than a unit give fewer, larger units: no unit is without a document
-    per_stream = min(round(train_rows / (activations.unit_rows * streams)), train_spans // streams)
-    n_train = streams * max(1, per_stream)
-    wanted = max(1, round(heldout_spans * rows_per_span / activations.unit_rows))
-    n_heldout = min(wanted, heldout_spans)
-    if train_spans < streams:
+    train, heldout = hold_out(rows, order, activations.heldout_share)
+    layout = choose_layout(
+        rows[train],
+        streams=activations.streams,
+        window_units=activations.window_units,
+        unit_rows=activations.unit_rows,
+        trainers=run.processes.trainers,
+        batch_rows=run.train.batch_rows,
+    )
+    streams, train_rows = layout.streams, int(rows[train].sum())
+    if len(train) < streams:
         raise CorpusError(
-            f"corpus: {train_spans} documents to train on are too few for {streams} streams; "
+            f"corpus: {len(train)} documents to train on are too few for {streams} streams; "
             f"give more text or lower activations.streams"
         )
     if train_rows < run.train.batch_rows:
         raise CorpusError(
-            f"corpus: about {train_rows:.0f} rows to train on, less than one batch "
+            f"corpus: about {train_rows} rows to train on, less than one batch "
             f"(train.batch_rows {run.train.batch_rows}); give more text or lower train.batch_rows"
         )
-    dealt = np.array_split(order[:train_spans], n_train)
-    if n_heldout:
-        dealt += np.array_split(order[train_spans:], n_heldout)
+    # documents longer than a unit give fewer, larger units: no unit is without a document
+    targets = layout.targets(train_rows // streams)[: len(train) // streams]
+    dealt = deal(rows, train, targets, streams)
+    if len(heldout):
+        wanted = max(1, round(int(rows[heldout].sum()) / layout.unit_rows))
+        dealt += deal(rows, heldout, np.ones(min(wanted, len(heldout)), dtype=np.int64), 1)
+    settings = plan_settings(run)
+    settings["activations"] |= {name: getattr(layout, name) for name in LAYOUT_SETTINGS}
+    documents = sum(spans[i].count for i in order)
     return Plan(
-        settings=plan_settings(run),
+        settings=settings,
         files=index.files,
-        document_rows=document_rows,
-        n_train_units=n_train,
+        document_rows=int(rows[order].sum()) / documents,
+        n_train_units=len(targets) * streams,
         units=tuple(tuple(spans[i] for i in unit) for unit in dealt),
+        unit_rows=tuple(int(rows[unit].sum()) for unit in dealt),
         text_checksums=index.checksums(dealt),
         model_content=model,
         corpus_commit=index.commit,
@@ -171,15 +245,15 @@ def check_rows(run: Run, plan: Plan, taken: int = 0) -> None:
         taken: Rows that the runs before it have taken.
 
     Raises:
-        DataExhaustedError: `train.rows` is well above what the plan will give.
+        DataExhaustedError: `train.rows` is above what the plan promises.
     """
-    there = plan.train_rows_estimate * run.train.max_passes
-    if taken + run.train.rows > 1.05 * there:  # the estimate is good to a few per cent
+    doubt = 1 if plan.keeps_promise else 1.05  # an estimate that is good to a few per cent
+    if taken + run.rows > doubt * plan.pass_rows * run.train.max_passes:
         after = f" after the {taken} that its parents took" if taken else ""
         raise DataExhaustedError(
-            f"train.rows asks for {run.train.rows} rows{after}, but the activation set will have "
-            f"about {plan.train_rows_estimate} in one pass (train.max_passes "
-            f"{run.train.max_passes}); lower train.rows, raise train.max_passes or add text"
+            f"train.rows asks for {run.rows} rows{after}, but the activation set will have about "
+            f"{plan.pass_rows} in one pass (train.max_passes {run.train.max_passes}); "
+            f"lower train.rows (all takes what there is), raise train.max_passes or add text"
         )
 
 
@@ -200,6 +274,29 @@ def publish_plan(store: ObjectStore, plan: Plan) -> Plan:
     return there
 
 
+def find_plan(
+    store: ObjectStore, run: Run, index: CorpusIndex, model: dict[str, str] | None
+) -> Plan | None:
+    """The plan that is in the store, if any: however this version would deal, it stays.
+
+    Args:
+        store: The activation set.
+        run: The run.
+        index: Its corpus.
+        model: `identity.model_content`, where there is any.
+
+    Raises:
+        PlanMismatchError: It was made from other settings, text or model.
+    """
+    try:
+        plan = _read(store)
+    except ObjectNotFoundError:
+        return None
+    here: dict[str, Any] = {"settings": plan_settings(plan.resolve(run)), "files": index.files}
+    here |= {"model_content": model, "corpus_commit": index.commit}
+    return publish_plan(store, plan.model_copy(update=here))
+
+
 def load_plan(store: ObjectStore, run: Run) -> Plan:
     """The plan in the store, checked against the run file.
 
@@ -212,7 +309,7 @@ def load_plan(store: ObjectStore, run: Run) -> Plan:
         raise PlanMismatchError(
             f"{store.url}: holds no plan yet; run `dist-sae plan` first"
         ) from exc
-    changed = setting_changes(plan.settings, plan_settings(run)) or place_changes(
+    changed = setting_changes(plan.settings, plan_settings(plan.resolve(run))) or place_changes(
         plan.settings, plan.files, plan.model_content, run
     )
     if changed:
@@ -228,6 +325,17 @@ def read_unit(corpus: Corpus, plan: Plan, unit: int) -> list[Document]:
     """
     checksum = None if plan.text_checksums is None else plan.text_checksums[unit]
     return corpus.read(plan.files, plan.units[unit], checksum)
+
+
+def planned(run: Run, store: ObjectStore | None = None) -> Run | None:
+    """The run with numbers for what it leaves to its plan; None while there is no plan."""
+    if not run.left_open:
+        return run
+    try:
+        plan = load_plan(store or open_store(run.store.activations, run.store.s3), run)
+    except PlanMismatchError:
+        return None
+    return plan.resolve(run)
 
 
 def as_planned(run: Run, plan: Plan) -> Run:

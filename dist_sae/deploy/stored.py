@@ -9,7 +9,7 @@ from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.config import Run
 from dist_sae.config.deciding import changes, deciding
 from dist_sae.data.consumers import Consumers
-from dist_sae.data.plan import Plan, load_plan
+from dist_sae.data.plan import Plan, load_plan, planned
 from dist_sae.data.shard import existing_units
 from dist_sae.errors import PlanMismatchError
 from dist_sae.report import report_key
@@ -31,6 +31,12 @@ class StoredRun:
         self._checkpoints = Checkpoints(self._runs, run.name, run.train.keep_checkpoints)
         self.url = f"{self._runs.url}/{run.name}"
 
+    @cached_property
+    def steps(self) -> int | None:
+        """Of the whole run; None while its plan, which decides that, is missing."""
+        resolved = planned(self._run, self._activations)
+        return None if resolved is None else resolved.steps
+
     def begun(self) -> Run | None:
         """The run as trainers found it when they last began; None if none ever did."""
         return begun_run(self._runs, self._run.name)
@@ -42,7 +48,8 @@ class StoredRun:
         """
         key = report_key(self._run)
         reports = {entry.age_seconds for entry in self._runs.entries(key) if entry.key == key}
-        trained = self._checkpoints.ages().get(self._run.steps)  # looked at later: not too young
+        ages = self._checkpoints.ages()  # looked at later: not too young
+        trained = None if self.steps is None else ages.get(self.steps)
         if trained is None or self._run.cluster.reporter is None:
             return trained is not None
         return any(age <= trained for age in reports)
@@ -61,7 +68,7 @@ class StoredRun:
         newest = max(ages, default=None)
         return {
             **self._units(),
-            "steps": self._run.steps,
+            "steps": self.steps,
             "checkpoint_step": newest,
             "checkpoint_age_seconds": None if newest is None else ages[newest],
         }

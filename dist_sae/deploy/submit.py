@@ -67,8 +67,8 @@ def submit(
     live = check_own(cluster, run, objects)
     there = look(cluster, run)
     _check_same(run, there.run, f"{describe(run, cluster)} on the cluster")
-    if _is_done(run):
-        say(f"{run.name} is complete: step {run.steps} is in {run.store.runs}/{run.name}")
+    if steps := _done(run):
+        say(f"{run.name} is complete: step {steps} is in {run.store.runs}/{run.name}")
         return {"outcome": "complete", "objects": {}}
     if there.state == "ending":
         raise ClusterError(
@@ -124,9 +124,9 @@ def resume(run: Run, cluster: Cluster, say: Say, *, ignore_nodes: bool = False) 
     render_objects(run)  # says what is wrong before anything is deleted
     there = look(cluster, run)
     _check_same(run, there.run, f"{describe(run, cluster)} on the cluster")
-    if _is_done(run):
+    if steps := _done(run):
         raise PlanMismatchError(
-            f"{run.store.runs}/{run.name}: is complete at step {run.steps}; raise train.rows under "
+            f"{run.store.runs}/{run.name}: is complete at step {steps}; raise train.rows under "
             f"another name to train for longer"
         )
     if there.state == "running":
@@ -217,8 +217,8 @@ def _check_same(run: Run, other: Run | None, where: str) -> None:
         )
 
 
-def _is_done(run: Run) -> bool:
-    """By the store, which also knows runs that were never on this cluster.
+def _done(run: Run) -> int | None:
+    """Steps of a run that is complete by the store, which knows runs of other clusters too.
 
     Raises:
         PlanMismatchError: Its run of that name is another.
@@ -226,10 +226,10 @@ def _is_done(run: Run) -> bool:
     try:
         stored = StoredRun(run)
         _check_same(run, stored.begun(), stored.url)
-        return stored.is_complete()
+        return stored.steps if stored.is_complete() else None
     except StoreError as exc:  # a store may be for the cluster alone; trainers will look again
         logger.warning("whether the run is complete or another is not known from here: %s", exc)
-        return False
+        return None
 
 
 def _check_nodes(run: Run, cluster: Cluster) -> None:

@@ -136,6 +136,7 @@ class TrainingReporter:
         self._telemetry.pulse.rest()  # it works; whether a step hangs is the watch's to say
         self._counts["dist_sae_train_wait_seconds_total"] += batch.waited_seconds
         self._counts["dist_sae_train_loader_stalls_total"] += batch.waited_seconds > _STALL_SECONDS
+        self._counts["dist_sae_train_repeated_rows_total"] += batch.repeated_rows
         self._counts["dist_sae_train_stuck_latents_total"] += self._state.dead.n_stuck
         self._densities.add(output.firings, self._run.train.batch_rows)
         if output.routing:

@@ -221,6 +221,13 @@ TRAINING = (
         "Steps whose batch was not there: they waited for more than 10 ms.",
     ),
     Metric(
+        "dist_sae_train_repeated_rows_total",
+        "counter",
+        "rows",
+        _T,
+        "Rows of this rank that were read again, because its streams had fewer than planned.",
+    ),
+    Metric(
         "dist_sae_train_loaded_batches",
         "gauge",
         "batches",

@@ -56,7 +56,7 @@ def readable(store: ObjectStore, plan: Plan) -> list[int]:
 
 def test_the_position_is_that_of_the_slowest_stream(store: ObjectStore, plan: Plan) -> None:
     consumers = Consumers(store, 1.0)
-    registration = register(store, plan)
+    registration = register(store, plan, keeps=True)
     registration.begin({})
     assert consumers.slowest() == (0, "r")
     registration.at(
@@ -67,6 +67,19 @@ def test_the_position_is_that_of_the_slowest_stream(store: ObjectStore, plan: Pl
         {0: Place(1, 0, 200), 1: Place(0, 3, 90)}
     )  # the others are in their second pass
     assert consumers.slowest() == (13, "r")
+
+
+def test_a_run_of_one_pass_that_has_ended_still_reads_its_last_windows(
+    store: ObjectStore, plan: Plan
+) -> None:
+    """Streams 0 and 1 read theirs again, until the others have come to their ends."""
+    registration = register(store, plan)
+    registration.begin({})
+    for places in ({0: Place(1, 3, 90), 1: Place(2, 3, 120), 2: Place(0, 3, 80)},) * 2:
+        registration.at(places)
+        registration.durable(places)
+    assert Consumers(store, 1.0).slowest() == (12, "r")
+    assert readable(store, plan)[0] == 12
 
 
 def test_what_every_run_has_behind_it_is_deleted(store: ObjectStore, plan: Plan) -> None:

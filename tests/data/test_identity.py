@@ -6,6 +6,7 @@ from typing import Any
 
 import datasets
 import huggingface_hub
+import numpy as np
 import pytest
 
 import dist_sae.data.corpus
@@ -57,7 +58,7 @@ def run_of(folder: Path, files: list[str], path: str = "model", **activations: A
 
 def make(run: Run) -> Plan:
     index = Corpus(run.corpus, S3Config()).index()
-    return make_plan(run, index, 16.0, model_content(run.model))
+    return make_plan(run, index, np.full(len(index.spans), 16), model_content(run.model))
 
 
 def test_another_spelling_or_place_of_the_same_text_and_model_is_the_same_plan(home: Path) -> None:

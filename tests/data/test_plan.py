@@ -3,11 +3,20 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from dist_sae.config import Run, load_run
-from dist_sae.data.corpus import CorpusFile, CorpusIndex, Span
-from dist_sae.data.plan import PLAN_KEY, Plan, load_plan, make_plan, publish_plan
+from dist_sae.config.data import S3Config
+from dist_sae.data.corpus import Corpus, CorpusFile, CorpusIndex, Span
+from dist_sae.data.identity import plan_settings
+from dist_sae.data.plan import (
+    PLAN_KEY,
+    Plan,
+    load_plan,
+    make_plan,
+    publish_plan,
+)
 from dist_sae.errors import CorpusError, CorruptObjectError, PlanMismatchError
 from dist_sae.plan import plan
 from dist_sae.storage import open_store
@@ -18,7 +27,15 @@ from tests.world import changed, make_run
 
 def index(documents: int, per_span: int = 1) -> CorpusIndex:
     spans = [Span(0, i, per_span, i, i + per_span) for i in range(0, documents, per_span)]
-    return CorpusIndex((CorpusFile(name="x", documents=documents, fingerprint="f"),), spans)
+    return CorpusIndex(
+        (CorpusFile(name="x", documents=documents, fingerprint="f"),), spans, [100] * len(spans)
+    )
+
+
+def dealt(run: Run, index: CorpusIndex, document_rows: float) -> Plan:
+    """The plan of documents of one length."""
+    counts = np.array([span.count for span in index.spans])
+    return make_plan(run, index, np.rint(counts * document_rows).astype(np.int64))
 
 
 def documents_of(made: Plan, units: range) -> list[int]:
@@ -31,12 +48,52 @@ def documents_of(made: Plan, units: range) -> list[int]:
 
 
 def test_the_plan_follows_from_corpus_and_settings_alone(tmp_path: Path) -> None:
-    """Golden hash: a change of it makes every existing activation set unreadable."""
-    one = make_plan(make_run(tmp_path), index(128), 16.0)
-    other = make_plan(make_run(tmp_path / "elsewhere"), index(128), 16.0)
+    """Golden hash: the same on every machine. Sets that exist keep the plan that they have."""
+    one = dealt(make_run(tmp_path), index(128), 16.0)
+    other = dealt(make_run(tmp_path / "elsewhere"), index(128), 16.0)
     assert one.hash == other.hash
     assert one == other
-    assert one.hash == "24a630092cab38b483a9c37a6a24107b48b7e51fce0afd88c08a46effb14eb6f"
+    assert one.hash == "30d4b9722b8e0d9c3789d1e2ff6fab5ebe2aeb97bd387e469be43de413a38523"
+
+
+def old_plan(run: Run, documents: int = 8) -> Plan:
+    """As plans were before documents were dealt by size."""
+    settings = plan_settings(make_plan(run, index(documents), np.full(documents, 16)).resolve(run))
+    return Plan(
+        settings=settings,
+        files=index(documents).files,
+        document_rows=16.5,
+        n_train_units=4,
+        units=tuple((span,) for span in index(documents).spans[:5]),
+    )
+
+
+def test_a_plan_of_an_older_version_keeps_its_hash_and_its_streams(tmp_path: Path) -> None:
+    """Both by the version that made it. Rows were estimated by documents then."""
+    settings: dict[str, Any] = {"streams": 2, "window_units": 4, "unit_rows": 65536, "seed": 0}
+    made = Plan(
+        settings={"activations": settings | {"dtype": "bf16"}, "corpus": {"max_documents": None}},
+        files=(CorpusFile(name="x", documents=6, fingerprint="f"),),
+        document_rows=16.5,
+        n_train_units=4,
+        units=tuple((Span(0, i, 1 + (i == 4), i, i + 1 + (i == 4)),) for i in range(5)),
+    )
+    assert made.hash == "a0e77725ab0879f6caa85e69bc4e86d8ded9502392e4e7dcbbd59b0fe6575d5d"
+    assert b'unit_rows":[' not in seal(made)
+    assert [made.stream_units(v) for v in (0, 1)] == [[0, 2], [1, 3]]
+    assert made.rows_of_units == (16, 16, 16, 16, 33)
+    assert made.pass_rows == made.train_rows_estimate == 64
+    assert not made.keeps_promise
+
+
+def test_a_plan_that_is_there_stays_however_it_was_made(tmp_path: Path) -> None:
+    run = make_run(tmp_path, corpus={"documents": 8}, train={"rows": 64})
+    store = open_store(run.store.activations)
+    old = old_plan(run).model_copy(update={"files": Corpus(run.corpus, S3Config()).index().files})
+    publish_plan(store, old)
+    assert plan(run) == old
+    with pytest.raises(PlanMismatchError, match=r"corpus\.documents: 8 -> 9"):
+        plan(make_run(tmp_path, corpus={"documents": 9}, train={"rows": 64}))
 
 
 def test_the_stored_plan_is_the_plan(tmp_path: Path) -> None:
@@ -61,12 +118,12 @@ def test_other_settings_give_another_plan(
     tmp_path: Path, section: str, changed: dict[str, Any]
 ) -> None:
     first, second = make_run(tmp_path), make_run(tmp_path, **{section: changed})
-    assert make_plan(first, index(128), 16.0).hash != make_plan(second, index(128), 16.0).hash
+    assert dealt(first, index(128), 16.0).hash != dealt(second, index(128), 16.0).hash
 
 
 def test_the_seed_decides_which_documents_meet(tmp_path: Path) -> None:
-    one = make_plan(make_run(tmp_path), index(128), 16.0)
-    other = make_plan(make_run(tmp_path, activations={"seed": 1}), index(128), 16.0)
+    one = dealt(make_run(tmp_path), index(128), 16.0)
+    other = dealt(make_run(tmp_path, activations={"seed": 1}), index(128), 16.0)
     assert one.units != other.units
     assert one.units != tuple(sorted(one.units))
 
@@ -107,7 +164,7 @@ def test_settings_that_only_change_speed_or_training_keep_the_plan(tmp_path: Pat
         )
 
     one, other = language_model(), language_model(batch_tokens=77)
-    assert make_plan(one, index(128), 16.0).hash == make_plan(other, index(128), 16.0).hash
+    assert dealt(one, index(128), 16.0).hash == dealt(other, index(128), 16.0).hash
     run = make_run(tmp_path)
     plan(run)
     trained_otherwise = make_run(tmp_path, train={"lr": 0.5}, sae={"k": 3})
@@ -117,7 +174,7 @@ def test_settings_that_only_change_speed_or_training_keep_the_plan(tmp_path: Pat
 def test_publishing_creates_once(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     store = open_store(run.store.activations)
-    made = make_plan(run, index(128), 16.0)
+    made = dealt(run, index(128), 16.0)
     assert publish_plan(store, made) is made
     again = publish_plan(store, made)
     assert again == made
@@ -127,7 +184,7 @@ def test_publishing_creates_once(tmp_path: Path) -> None:
 def test_another_corpus_under_the_same_settings_is_refused(tmp_path: Path) -> None:
     run = make_run(tmp_path)
     store = open_store(run.store.activations)
-    made = make_plan(run, index(128), 16.0)
+    made = dealt(run, index(128), 16.0)
     publish_plan(store, made)
     file = made.files[0].model_copy(update={"fingerprint": "other"})
     with pytest.raises(PlanMismatchError, match="the corpus files have changed"):
@@ -169,13 +226,16 @@ def test_each_document_is_in_one_unit_and_units_divide_among_streams(
 ) -> None:
     """The last case: documents longer than a unit (120 rows). No unit is empty."""
     run = make_run(tmp_path, activations={"streams": streams, "heldout_share": 0.1})
-    made = make_plan(run, index(documents, per_span), rows)
+    made = dealt(run, index(documents, per_span), rows)
     assert made.n_train_units % streams == 0
     assert all(made.units)
     train, heldout = (documents_of(made, u) for u in (made.train_units, made.heldout_units))
     assert set(Counter(train + heldout).values()) == {1}
     assert len(train) + len(heldout) >= documents
     assert len(heldout) == pytest.approx(0.1 * documents, abs=per_span)
+    assert made.unit_rows is not None
+    of_streams = [sum(made.unit_rows[u] for u in made.stream_units(v)) for v in range(streams)]
+    assert max(of_streams) - min(of_streams) <= per_span * rows
     streamed = [unit for v in range(streams) for unit in made.stream_units(v)]
     assert sorted(streamed) == list(made.train_units)
     assert len({len(made.stream_units(v)) for v in range(streams)}) == 1
@@ -183,27 +243,27 @@ def test_each_document_is_in_one_unit_and_units_divide_among_streams(
 
 def test_units_have_about_the_rows_that_were_asked_for(tmp_path: Path) -> None:
     """122 documents x 16 rows to train on, in units of about 120: 16 units of 7 or 8 documents."""
-    made = make_plan(make_run(tmp_path), index(128), 16.0)
+    made = dealt(make_run(tmp_path), index(128), 16.0)
     assert made.n_train_units == 16
     assert {len(made.units[u]) for u in made.train_units} == {7, 8}
     assert made.train_rows_estimate == 122 * 16
 
 
 def test_nothing_is_held_out_when_nothing_shall_be(tmp_path: Path) -> None:
-    made = make_plan(make_run(tmp_path, activations={"heldout_share": 0.0}), index(128), 16.0)
+    made = dealt(make_run(tmp_path, activations={"heldout_share": 0.0}), index(128), 16.0)
     assert len(made.heldout_units) == 0
     assert sorted(documents_of(made, made.train_units)) == list(range(128))
 
 
 def test_too_few_documents_for_the_streams_is_said(tmp_path: Path) -> None:
     with pytest.raises(CorpusError, match="3 documents to train on are too few for 4 streams"):
-        make_plan(make_run(tmp_path), index(4), 1000.0)
+        dealt(make_run(tmp_path), index(4), 1000.0)
 
 
 def test_less_than_one_batch_is_said(tmp_path: Path) -> None:
     # 3 of the 64 documents are held out
     with pytest.raises(CorpusError, match=r"about 61 rows to train on, less than one batch.*64"):
-        make_plan(make_run(tmp_path), index(64), 1.0)
+        dealt(make_run(tmp_path), index(64), 1.0)
 
 
 def test_max_documents_takes_a_sample_of_the_corpus(tmp_path: Path) -> None:
@@ -213,7 +273,7 @@ def test_max_documents_takes_a_sample_of_the_corpus(tmp_path: Path) -> None:
         "activations.sites=[resid_pre.0]",
     ]
     run = load_run(write_run(tmp_path, activations={"unit_rows": 50}), settings)
-    made = make_plan(run, index(400), document_rows=10.0)
+    made = dealt(run, index(400), 10.0)
     chosen = documents_of(made, range(len(made.units)))
     assert len(chosen) == len(set(chosen)) == 100
     assert min(chosen) < 40  # a sample of all 400, not the first hundred

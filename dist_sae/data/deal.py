@@ -1,0 +1,131 @@
+"""Documents dealt to units by size, so that units and above all streams have equal rows.
+
+Long documents are dealt before short ones (by powers of two), documents of about one length in a
+seeded random order. Each goes to the stream with the fewest rows, and within the stream to the unit
+that it fills least. So which documents meet is random, and streams differ by less than a short
+document, unless one document alone is longer than a stream.
+"""
+
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+_STREAMS = 8  # where nothing speaks against it
+_MOST_UNIT_ROWS = 65_536
+_LEAST_UNIT_ROWS = 512
+_WINDOWS = 8  # of a stream, at least, before units reach their largest
+_FIRST_ROWS = 65_536  # of all streams' first windows: what training waits for
+
+
+class Layout(NamedTuple):
+    """How the rows of an activation set are cut up."""
+
+    streams: int
+    window_units: int
+    unit_rows: int
+    """Rows of a unit, about; of the largest where the first ones are smaller."""
+    first_unit_rows: int
+    """Rows of a unit of the first windows; window by window they double, up to `unit_rows`."""
+
+    def targets(self, rows: int) -> NDArray[np.int64]:
+        """Rows that each unit of a stream of so many rows is to have."""
+        targets = list[int]()
+        size = self.first_unit_rows
+        while size < self.unit_rows and sum(targets) + self.window_units * size < rows:
+            targets += [size] * self.window_units
+            size = min(self.unit_rows, 2 * size)
+        left = max(1, round((rows - sum(targets)) / size))
+        return np.array(targets + [size] * left)
+
+
+def choose_layout(
+    rows: NDArray[np.int64],
+    *,
+    streams: int | None,
+    window_units: int,
+    unit_rows: int | None,
+    trainers: int,
+    batch_rows: int,
+) -> Layout:
+    """The layout that suits a corpus; what is given stays.
+
+    Args:
+        rows: Rows of each document to train on.
+        streams: Their number, or None: a multiple of `trainers` that divides `batch_rows`, of which
+            the longest document is no more than one stream's share.
+        window_units: Units of one stream that are mixed.
+        unit_rows: Rows of every unit, or None: windows are then a small share of the corpus.
+        trainers: Ranks of the trainer.
+        batch_rows: Rows of a global batch.
+    """
+    total = int(rows.sum())
+    if streams is None:
+        fitting = [
+            v
+            for v in range(trainers, max(_STREAMS, trainers) + 1, trainers)
+            if batch_rows % v == 0 and v <= len(rows) and int(rows.max(initial=0)) * v <= total
+        ]
+        streams = max(fitting, default=trainers)
+    if unit_rows is not None:
+        return Layout(streams, window_units, unit_rows, unit_rows)
+    at_once = streams * window_units
+    unit_rows = _power_of_two(total / (at_once * _WINDOWS), _LEAST_UNIT_ROWS, _MOST_UNIT_ROWS)
+    first = _power_of_two(_FIRST_ROWS / at_once, _LEAST_UNIT_ROWS, unit_rows)
+    return Layout(streams, window_units, unit_rows, first)
+
+
+def hold_out(
+    rows: NDArray[np.int64], order: NDArray[np.int64], share: float
+) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """Divide documents into those to train on and those held out, about `share` of the rows.
+
+    Held out are the last of the order, but no document that is longer than all that is to be held
+    out; if every one is, the shortest.
+    """
+    if not share:
+        return order, order[:0]
+    wanted = share * rows[order].sum()
+    lengths = np.where(rows[order] <= wanted, rows[order], 0)[::-1]
+    taken = ((lengths > 0) & (np.cumsum(lengths) - lengths / 2 <= wanted))[::-1]
+    if not taken.any():
+        taken[np.argmin(rows[order])] = True
+    return order[~taken], order[taken]
+
+
+def deal(
+    rows: NDArray[np.int64], order: NDArray[np.int64], targets: NDArray[np.int64], streams: int
+) -> list[list[int]]:
+    """The documents of each unit; unit u belongs to stream u mod `streams`.
+
+    Args:
+        rows: Rows of every document of the corpus.
+        order: The documents to deal, in random order; at least one for each unit.
+        targets: Rows that each unit of a stream is to have.
+        streams: Number of streams.
+    """
+    dealt: list[list[int]] = [[] for _ in range(len(targets) * streams)]
+    loads = np.zeros((streams, len(targets)))
+    stream_loads = np.zeros(streams)
+    size_class = np.frexp(rows[order])[1]
+    for document in order[np.argsort(-size_class, kind="stable")]:
+        size = int(rows[document])
+        v = int(np.argmin(stream_loads))
+        j = int(np.argmin((loads[v] + size) / targets))
+        loads[v, j] += size
+        stream_loads[v] += size
+        dealt[j * streams + v].append(int(document))
+    _fill_empty(dealt)
+    return [sorted(unit) for unit in dealt]  # files are read from front to back
+
+
+def _fill_empty(dealt: list[list[int]]) -> None:
+    """Give a short document to each unit that long ones have left without any."""
+    full = sorted((unit for unit in dealt if len(unit) > 1), key=len, reverse=True)
+    for empty in (unit for unit in dealt if not unit):
+        donor = next(unit for unit in full if len(unit) > 1)
+        empty.append(donor.pop())  # the last one dealt is the shortest
+
+
+def _power_of_two(wanted: float, least: int, most: int) -> int:
+    return int(min(most, max(least, 2 ** round(np.log2(max(1.0, wanted))))))

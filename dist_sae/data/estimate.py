@@ -1,0 +1,193 @@
+"""How many rows each document will give, estimated before anything is produced.
+
+The sizes of all texts are known from reading them once. A small corpus is tokenised whole, so that
+its estimate is exact but for rows that are excluded by norm. Of a larger one `_PIECES` pieces are
+tokenised, taken at equal distances along all text in a random order of the documents: a document is
+met in proportion to its length, the longest surely, and often. Tokens per byte are those of the
+document's own pieces, drawn towards those of its file, which are drawn towards those of all text.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Set as AbstractSet
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_sae.config.data import ActivationsConfig
+from dist_sae.data.corpus import Corpus, CorpusIndex, Document
+from dist_sae.data.orders import permutation
+from dist_sae.data.tokens import Context, Tokenize, cut
+from dist_sae.errors import CorpusError
+
+_PIECES = 2048
+_PIECE_BYTES = 2048
+_OWN_PRIOR = 0.5  # pieces: so much does a document's file count beside its own
+_FILE_PRIOR = 4.0
+_SPANS_AT_ONCE = 256
+
+Said = Callable[[int, int], None]
+"""Is told of progress: done, of."""
+
+
+def estimate_rows(
+    corpus: Corpus,
+    index: CorpusIndex,
+    activations: ActivationsConfig,
+    tokenize: Tokenize,
+    *,
+    bos: int | None,
+    special: AbstractSet[int],
+    said: Said = lambda _done, _of: None,
+) -> NDArray[np.int64]:
+    """Rows that each span of the corpus gives, after the exclusions that depend on tokens alone.
+
+    Args:
+        corpus: The texts.
+        index: What is known of them.
+        activations: How documents are cut into contexts, and what is excluded.
+        tokenize: The model's tokenizer.
+        bos: The token that begins each context, if there is one.
+        special: Tokens that stand for no text.
+        said: Is told of progress.
+    """
+    count = _Counter(activations, tokenize, bos, special)
+    text_bytes = np.array(index.text_bytes)
+    if text_bytes.sum() <= _PIECES * _PIECE_BYTES:
+        rows = np.zeros(len(index.spans), dtype=np.int64)
+        for spans in _chunks(np.arange(len(index.spans)), said):
+            found = [(i, text) for i in spans for text in _texts(corpus, index, i)]
+            np.add.at(rows, [i for i, _ in found], count.rows([text for _, text in found]))
+        count.check(rows)
+        return rows
+    pieces = _pieces_of_spans(text_bytes, activations.seed)
+    tokens, taken_bytes = np.zeros(len(pieces)), np.zeros(len(pieces))
+    for spans in _chunks(np.flatnonzero(pieces), said):
+        found = [
+            (i, text)
+            for i in spans
+            for text in _cut_out("\n".join(_texts(corpus, index, i)), int(pieces[i]))
+        ]
+        owners = [i for i, _ in found]
+        np.add.at(tokens, owners, count.tokens([text for _, text in found]))
+        np.add.at(taken_bytes, owners, [len(_encoded(text)) for _, text in found])
+    count.check(tokens)
+    files = np.array([span.file for span in index.spans])
+    ratio = _drawn_together(tokens / np.maximum(1, taken_bytes), pieces, files)
+    counts = np.array([span.count for span in index.spans])
+    estimated = counts * rows_of_tokens(text_bytes * ratio / counts, activations, bos)
+    rounded: NDArray[np.int64] = np.rint(estimated).astype(np.int64)
+    return rounded
+
+
+def _chunks(spans: NDArray[np.int64], said: Said) -> Iterator[list[int]]:
+    for first in range(0, len(spans), _SPANS_AT_ONCE):
+        said(first, len(spans))
+        yield spans[first : first + _SPANS_AT_ONCE].tolist()
+
+
+def _texts(corpus: Corpus, index: CorpusIndex, span: int) -> list[str]:
+    return [document.text for document in corpus.read(index.files, [index.spans[span]])]
+
+
+def rows_of_tokens(
+    tokens: NDArray[Any], activations: ActivationsConfig, bos: int | None
+) -> NDArray[Any]:
+    """Rows of documents with so many tokens, BOS not counted."""
+    n_bos = 0 if bos is None else 1
+    whole, rest = np.divmod(tokens, activations.context_tokens - n_bos)
+    lost = max(activations.exclude.first_positions, n_bos) - n_bos  # of each context, beside BOS
+    rows: NDArray[Any] = whole * max(0, activations.context_tokens - n_bos - lost)
+    rows += np.maximum(0, rest - lost)
+    return rows
+
+
+def _pieces_of_spans(text_bytes: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
+    """How many pieces of each span are looked at."""
+    order = permutation(len(text_bytes), seed, 3)
+    ends = np.cumsum(text_bytes[order])
+    places = (np.arange(_PIECES) + 0.5) * (ends[-1] / _PIECES)
+    met = order[np.searchsorted(ends, places, side="right")]
+    return np.bincount(met, minlength=len(text_bytes))
+
+
+def _cut_out(text: str, pieces: int) -> list[str]:
+    """Pieces at equal distances; the whole text if it is hardly longer."""
+    if len(text) <= pieces * _PIECE_BYTES:
+        return [text]
+    starts = np.linspace(0, len(text) - _PIECE_BYTES, pieces + 2)[1:-1].astype(int)
+    return [text[start : start + _PIECE_BYTES] for start in starts]
+
+
+def _drawn_together(
+    per_byte: NDArray[np.float64], pieces: NDArray[np.int64], files: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Tokens per byte of every span, from those of the sampled ones."""
+    weighted = pieces * per_byte
+    overall = weighted.sum() / pieces.sum()
+    of_file = (np.bincount(files, weighted) + _FILE_PRIOR * overall) / (
+        np.bincount(files, pieces) + _FILE_PRIOR
+    )
+    ratio: NDArray[np.float64] = (weighted + _OWN_PRIOR * of_file[files]) / (pieces + _OWN_PRIOR)
+    return ratio
+
+
+class _Counter:
+    """Counts the tokens and rows of texts."""
+
+    def __init__(
+        self,
+        activations: ActivationsConfig,
+        tokenize: Tokenize,
+        bos: int | None,
+        special: AbstractSet[int],
+    ) -> None:
+        self._refused: CorpusError | None = None
+        self._tokenize = tokenize
+        self._context = activations.context_tokens
+        self._bos = bos
+        self._n_bos = 0 if bos is None else 1
+        self._skipped = max(activations.exclude.first_positions, self._n_bos)
+        self._special = special if activations.exclude.special_tokens else frozenset[int]()
+
+    def rows(self, texts: Sequence[str]) -> list[int]:
+        """Of each text; none of one that the tokenizer refuses: producers tell of it."""
+        rows = [0] * len(texts)
+        for context in self._contexts(texts):
+            kept = context.tokens[self._skipped :]
+            rows[context.document] += sum(token not in self._special for token in kept)
+        return rows
+
+    def tokens(self, texts: Sequence[str]) -> list[int]:
+        """Of each text, without BOS."""
+        tokens = [0] * len(texts)
+        for context in self._contexts(texts):
+            tokens[context.document] += len(context.tokens) - self._n_bos
+        return tokens
+
+    def check(self, found: NDArray[Any]) -> None:
+        """Say why no text has any tokens.
+
+        Raises:
+            CorpusError: None has.
+        """
+        if not found.any():
+            raise self._refused or CorpusError(
+                "corpus: its documents give no tokens; give files with text"
+            )
+
+    def _contexts(self, texts: Sequence[str]) -> Iterator[Context]:
+        try:
+            yield from cut(
+                [Document(number, text) for number, text in enumerate(texts)],
+                self._tokenize,
+                context_tokens=self._context,
+                bos=self._bos,
+                failed=lambda *_: None,
+            )
+        except CorpusError as exc:  # all of these are refused
+            self._refused = exc
+
+
+def _encoded(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
