@@ -9,7 +9,7 @@ import pytest
 import dist_sae.produce
 from dist_sae.data.plan import PLAN_KEY, load_plan
 from dist_sae.data.shard import read_manifest
-from dist_sae.errors import CorpusError
+from dist_sae.errors import CorpusError, PlanMismatchError
 from dist_sae.storage import open_store
 from tests.test_produce import (
     SITES,
@@ -43,6 +43,21 @@ def test_text_that_changes_while_producing_gives_no_rows(
     store = open_store(run.store.activations)
     stored = [rows_of(store, unit, SITES[0]).tokens for unit in made_letters(store)]
     assert all(int(tokens.min()) >= ord("a") for tokens in stored)
+
+
+def test_another_model_under_the_same_path_gives_no_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "none").mkdir()
+    weights = tmp_path / "none" / "model.safetensors"
+    weights.write_text("as planned")
+    run = letters_run(tmp_path, monkeypatch, TEXTS)
+    with_source(monkeypatch, LetterSource())
+    weights.write_text("as trained on")
+    with pytest.raises(PlanMismatchError, match=r"^model\.path none: is not the model that the pl"):
+        start(run, "a")
+    assert made_letters(open_store(run.store.activations)) == []
 
 
 def test_a_plan_without_checksums_of_documents_is_said(

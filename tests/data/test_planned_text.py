@@ -73,6 +73,20 @@ def test_a_plan_without_checksums_still_notices_a_new_file(tmp_path: Path) -> No
         read(corpus, index)
 
 
+def test_a_file_written_anew_while_it_is_read_is_named(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By its state, where the plan has no checksums."""
+    path = write(tmp_path / "a.txt", *LINES)
+    corpus = files(path, txt_documents="line")
+    index = corpus.index()._replace(digests=None)
+    monkeypatch.setattr(
+        "dist_sae.data.corpus._has_text", lambda place: bool(write(path, "1", "2", place.text))
+    )
+    with pytest.raises(CorpusError, match="changed since the plan was made"):
+        read(corpus, index)
+
+
 def test_lines_that_no_longer_parse_are_a_change_not_bad_json(tmp_path: Path) -> None:
     path = tmp_path / "a.jsonl"
     path.write_bytes(as_json_lines(LINES))
