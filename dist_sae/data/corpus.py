@@ -109,13 +109,13 @@ class Corpus:
 
     def __init__(self, config: CorpusConfig, s3: S3Config) -> None:
         self._config = config
-        self._s3 = s3
         # one of each for every file
         self._names = cache(self._find_names)
         self._format = cache(self._open)
         self._local = cache(self._unpack)
         self._hash = cache(_hash)  # of a path in a state
         self._size = cache(self._measure)
+        self._bucket = cache(lambda bucket: open_store(f"s3://{bucket}", s3))
         self._scratch = cache(self._make_scratch)
 
     def index(self) -> CorpusIndex:
@@ -368,8 +368,8 @@ class Corpus:
         return size
 
     def _object(self, name: str) -> tuple[ObjectStore, str]:
-        folder, _, key = name.rpartition("/")
-        return open_store(folder, self._s3), key
+        bucket, _, key = name.removeprefix("s3://").partition("/")
+        return self._bucket(bucket), key
 
     def _make_scratch(self) -> Path:
         """A folder that goes away with this object."""

@@ -5,7 +5,7 @@ import os
 import socket
 import threading
 from collections.abc import Callable
-from http.server import BaseHTTPRequestHandler, HTTPServer
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import datasets
@@ -204,12 +204,15 @@ def test_a_data_set_on_the_hub_stays_at_its_commit(monkeypatch: pytest.MonkeyPat
 
     monkeypatch.setattr(datasets, "load_dataset", load)
     corpus = Corpus(DatasetCorpus(name="some/texts"), S3Config())
-    with HTTPServer(("127.0.0.1", 0), _Hub) as server:
+    with ThreadingHTTPServer(("127.0.0.1", 0), _Hub) as server:
         monkeypatch.setattr(
             huggingface_hub.constants, "ENDPOINT", f"http://127.0.0.1:{server.server_port}"
         )
-        threading.Thread(target=server.handle_request).start()
-        index = corpus.index()
+        threading.Thread(target=server.serve_forever).start()
+        try:
+            index = corpus.index()
+        finally:
+            server.shutdown()
     assert index.commit == COMMIT
     assert read(corpus, index) == LINES
     assert asked == [COMMIT]
