@@ -32,6 +32,7 @@ _RENEW_SECONDS = 5.0
 _LEASE_SECONDS = 20.0  # without a change for so long, its holder is dead
 _LOOK_SECONDS = 0.5
 _START_FIELD = 19  # of /proc/<pid>/stat, counted from what follows the program's name
+_DEAD = "ZX"  # states: killed, and nobody has asked what became of it
 
 
 class Holder(Record):
@@ -93,7 +94,7 @@ class TrainerLease:
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        self._thread.join()
+        self._thread.join(_LEASE_SECONDS)  # the store may be patient for longer
         with suppress(StoreError):  # it runs out by itself
             holder = self._holder()
             if holder is not None and holder.life == self._mine.life:
@@ -156,9 +157,10 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process of this machine started; empty if there is none."""
+    """When a process of this machine started; empty if there is none, or it is dead."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:
         return ""
-    return stat.rpartition(")")[2].split()[_START_FIELD]
+    fields = stat.rpartition(")")[2].split()
+    return "" if fields[0] in _DEAD else fields[_START_FIELD]

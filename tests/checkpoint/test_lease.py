@@ -1,6 +1,7 @@
 """A run has one trainer, and one that was killed keeps nobody away for long."""
 
 import logging
+import os
 import subprocess
 import threading
 from pathlib import Path
@@ -60,6 +61,20 @@ def test_a_trainer_that_was_killed_here_is_followed_at_once(store: ObjectStore) 
     store.put(KEY, seal(mine.model_copy(update={"started": "0", "life": "killed"})))
     with hold(store):
         pass
+
+
+def test_a_trainer_that_was_killed_and_is_not_reaped_is_dead(store: ObjectStore) -> None:
+    with hold(store):
+        mine = read_record(Holder, store, KEY)
+    with subprocess.Popen(["cat"], stdin=subprocess.PIPE) as process:
+        its = {"pid": process.pid, "started": lease._started(process.pid), "life": "killed"}
+        store.put(KEY, seal(mine.model_copy(update=its)))
+        with pytest.raises(RunTakenError), hold(store):
+            pass
+        process.kill()
+        os.waitid(os.P_PID, process.pid, os.WEXITED | os.WNOWAIT)  # a zombie from here on
+        with hold(store):
+            pass
 
 
 @pytest.mark.usefixtures("quick")
