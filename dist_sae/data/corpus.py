@@ -85,7 +85,7 @@ class CorpusIndex(NamedTuple):
     files: tuple[CorpusFile, ...]
     spans: list[Span]
     text_bytes: list[int]
-    """Of each span's documents, as UTF-8."""
+    """Of each span's documents, as UTF-8; what no encoding can write gives no rows and has none."""
     digests: list[bytes] | None = None
     """The checksums of each span's documents, one after the other; None where there is no text."""
     commit: str | None = None
@@ -224,9 +224,10 @@ class Corpus:
                 continue
             found.starts.append(start)
             found.stops.append(stop)
-            found.text_bytes.append(len(text.encode("utf-8", "surrogatepass")))
+            encodable = is_encodable(text)
+            found.text_bytes.append(len(text.encode()) if encodable else 0)
             found.digests += _digest(text)
-            refused += not is_encodable(text)
+            refused += not encodable
         if blank or not found.starts:
             logger.log(
                 logging.INFO if found.starts else logging.WARNING,

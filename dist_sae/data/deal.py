@@ -89,7 +89,9 @@ def hold_out(
     lengths = np.where(rows[order] <= wanted, rows[order], 0)[::-1]
     taken = ((lengths > 0) & (np.cumsum(lengths) - lengths / 2 <= wanted))[::-1]
     if not taken.any():
-        taken[np.argmin(rows[order])] = True
+        giving = np.flatnonzero(rows[order])  # a document that gives no rows is none to measure on
+        shortest = giving[np.argmin(rows[order][giving])] if len(giving) else 0
+        taken[shortest] = True
     return order[~taken], order[taken]
 
 
@@ -115,16 +117,24 @@ def deal(
         loads[v, j] += size
         stream_loads[v] += size
         dealt[j * streams + v].append(int(document))
-    _fill_empty(dealt)
+    _fill_empty(dealt, rows)
     return [sorted(unit) for unit in dealt]  # files are read from front to back
 
 
-def _fill_empty(dealt: list[list[int]]) -> None:
-    """Give a short document to each unit that long ones have left without any."""
-    full = sorted((unit for unit in dealt if len(unit) > 1), key=len, reverse=True)
-    for empty in (unit for unit in dealt if not unit):
-        donor = next(unit for unit in full if len(unit) > 1)
-        empty.append(donor.pop())  # the last one dealt is the shortest
+def _fill_empty(dealt: list[list[int]], rows: NDArray[np.int64]) -> None:
+    """Give a short document to each unit that long ones have left without any that gives rows."""
+
+    def giving(unit: list[int]) -> list[int]:
+        return [document for document in unit if rows[document]]
+
+    donors = sorted(dealt, key=lambda unit: len(giving(unit)), reverse=True)
+    for empty in (unit for unit in dealt if not giving(unit)):
+        donor = next((unit for unit in donors if len(giving(unit)) > 1), None)
+        if donor is None:  # fewer documents give rows than there are units
+            return
+        shortest = giving(donor)[-1]  # the last one dealt
+        donor.remove(shortest)
+        empty.append(shortest)
 
 
 def _power_of_two(wanted: float, least: int, most: int) -> int:

@@ -111,8 +111,8 @@ class DatasetRows:
                 revision=config.revision,
             )
         except Exception as exc:  # `datasets` raises dozens of types; all mean the same here
-            first, *_, last = [exc, *causes(exc)]  # that it failed, and why
-            reason = ": ".join(dict.fromkeys(" ".join(str(e).split()) for e in (first, last)))
+            # that it failed, and why: the library keeps the reason to itself
+            reason = ": ".join(dict.fromkeys(" ".join(str(e).split()) for e in causes(exc)))
             kind = HubUnavailableError if is_out_of_reach(exc) else CorpusError
             raise kind(f"corpus.name {config.name}: cannot be loaded: {reason}") from exc
         if config.text_field not in self._rows.column_names:

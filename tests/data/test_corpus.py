@@ -167,6 +167,14 @@ def test_text_field_chooses_key_and_column(tmp_path: Path) -> None:
     assert read_all(files(*paths, text_field="body")) == DOCUMENTS * 2
 
 
+def test_half_a_surrogate_pair_is_a_document_of_no_size(tmp_path: Path) -> None:
+    path = tmp_path / "a.jsonl"
+    path.write_text('{"text": "\\u00e9"}\n{"text": "a\\ud800b"}\n{"text": "\\ud83d\\ude00"}')
+    corpus = files(path)
+    assert corpus.index().text_bytes == [2, 0, 4]
+    assert read_all(corpus) == ["\u00e9", "a\ud800b", "\U0001f600"]
+
+
 def test_null_is_no_document_and_counted(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level("INFO")
     (tmp_path / "a.jsonl").write_text('{"text": null}\n\n{"text": "b"}\n')

@@ -108,3 +108,13 @@ def test_held_out_is_a_share_of_the_rows_and_no_giant() -> None:
         assert abs(rows[held_out].sum() / rows.sum() - 0.05) < 0.02
     train, held_out = hold_out(np.array([70, 90, 80]), np.arange(3), 0.05)
     assert held_out.tolist() == [0]  # every one is longer than all that is to be held out
+
+
+def test_no_unit_has_only_documents_that_give_no_rows() -> None:
+    """The giant leaves its stream's other unit empty; of the rest one in four gives nothing."""
+    rows = np.array([100, 3, 3, 3, 0])
+    dealt = deal(rows, np.arange(5), np.array([10, 10]), streams=2)
+    assert sorted(document for unit in dealt for document in unit) == [0, 1, 2, 3, 4]
+    assert all(rows[unit].sum() > 0 for unit in dealt)
+    train, heldout = hold_out(np.array([50, 0, 60]), np.arange(3), 0.05)
+    assert (train.tolist(), heldout.tolist()) == ([1, 2], [0])
