@@ -10,7 +10,7 @@ import torch
 import webdataset
 import xxhash
 
-from dist_sae.data.shard import DTYPES, Rows, SiteShard, read_block, write_shard
+from dist_sae.data.shard import DTYPES, Rows, SiteShard, read_acts, read_block, write_shard
 from dist_sae.errors import CorruptObjectError
 from dist_sae.storage import ObjectStore, open_store
 
@@ -134,6 +134,26 @@ def test_int8_rounds_each_row_to_its_own_scale(store: ObjectStore) -> None:
     # what the normaliser is measured on is what is read
     total = torch.tensor(shard.sum, dtype=torch.float64)
     torch.testing.assert_close(total, acts.double().sum(0), rtol=1e-12, atol=1e-12)
+
+
+def test_int8_spends_no_levels_on_columns_that_are_always_large(store: ObjectStore) -> None:
+    """Rows with a column about 60 and one about -40 beside 62 of variance 1.
+
+    Levels are 60 / 127 wide with one scale per row, and a uniform error has a twelfth of their
+    square: 64 (60 / 127)^2 / 12 of a variance of 63 + 16 are .015. Of levels in deviations from the
+    mean, 2.6 / 127 wide on average, it is 3.5e-5.
+    """
+    rows = random_rows(400, 64, torch.float32)
+    rows.acts[:, 3] = 60 + 4 * rows.acts[:, 3]
+    rows.acts[:, 9] -= 40
+    shard = write_shard(store, 7, "s", rows, 200, "int8")
+    acts = torch.cat([read_block(store, shard, number).acts for number in range(2)])
+    variance = (rows.acts - rows.acts.mean(0)).square().sum()
+    assert float((acts - rows.acts).square().sum() / variance) < 5e-5
+    assert torch.equal(read_acts(store, shard, 1), acts[200:])
+    exact = acts.double().sum(0)
+    total = torch.tensor(shard.sum, dtype=torch.float64)
+    torch.testing.assert_close(total, exact, rtol=1e-12, atol=1e-9)
 
 
 @pytest.mark.parametrize("place", ["first", "last"])
