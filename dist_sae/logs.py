@@ -4,6 +4,7 @@ import json
 import logging
 import os
 import sys
+import time
 from collections.abc import Mapping
 from typing import Any
 
@@ -44,3 +45,28 @@ def progress(role: str, done: float, total: float, **numbers: Any) -> None:
             if not isinstance(v, Mapping)
         )
         logger.info("%s %s/%s %s", role, f"{done:.0f}", f"{total:.0f}", shown)
+
+
+class PacedProgress:
+    """Progress that is made all the time, and said every second, or in a log every half minute.
+
+    Args:
+        role: Who makes it.
+    """
+
+    def __init__(self, role: str) -> None:
+        self._role = role
+        self._pause = 1.0 if is_supervised() else 30.0
+        self._said = float("-inf")
+
+    def is_due(self) -> bool:
+        """Whether to say something now; it is taken to be said then."""
+        if time.monotonic() - self._said < self._pause:
+            return False
+        self._said = time.monotonic()
+        return True
+
+    def __call__(self, done: float, total: float, **numbers: Any) -> None:
+        """`progress`, when it is due."""
+        if self.is_due():
+            progress(self._role, done, total, **numbers)

@@ -53,12 +53,13 @@ def plan(run: Run, meter: Meter = UNMETERED) -> Plan:
         run = as_planned(run, load_plan(store, run))
     try:
         corpus = Corpus(run.corpus, run.store.s3)
-        logs.progress("plan", 0, 1, doing="reading the text")
-        index = corpus.index()
+        pace = logs.PacedProgress("plan")
+        pace(0, 1, doing="reads the text")
+        index = corpus.index(lambda n: pace(0, 1, doing=f"reads the text: {n:,} documents"))
         check_sites(run.model, run.activations)
         content = model_content(run.model)
         found = find_plan(store, run, index, content)
-        made = found or make_plan(run, index, _rows(run, corpus, index), content)
+        made = found or make_plan(run, index, _rows(run, corpus, index, pace), content)
     except HubUnavailableError as exc:
         if not is_planned:
             exc.exit_code = EXIT_USER  # nothing has shown yet that the name is right
@@ -74,7 +75,7 @@ def plan(run: Run, meter: Meter = UNMETERED) -> Plan:
     logger.info("%s %s: %s", "made" if created else "found", store.url, describe(told))
     for warning in _warnings(told):
         logger.warning(warning)
-    logs.progress("plan", 1, 1, doing=describe(told))
+    logs.progress("plan", 1, 1, said=describe(told))
     return made
 
 
@@ -132,7 +133,9 @@ def _warnings(told: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _rows(run: Run, corpus: Corpus, index: CorpusIndex) -> NDArray[np.int64]:
+def _rows(
+    run: Run, corpus: Corpus, index: CorpusIndex, pace: logs.PacedProgress
+) -> NDArray[np.int64]:
     """Rows of each span, about."""
     if isinstance(run.corpus, SyntheticCorpus):
         counts = np.array([span.count for span in index.spans])
@@ -146,5 +149,5 @@ def _rows(run: Run, corpus: Corpus, index: CorpusIndex) -> NDArray[np.int64]:
         tokenizer,
         bos=tokenizer.bos if run.activations.prepend_bos else None,
         special=tokenizer.special,
-        said=lambda done, of: logs.progress("plan", done, of, doing="counting tokens"),
+        said=lambda done, of: pace(done / of, 1, doing="counts tokens"),
     )

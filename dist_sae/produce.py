@@ -110,6 +110,8 @@ def produce(
     telemetry.set("dist_sae_produce_plan_units", len(plan.units))
     if ahead is not None:
         telemetry.set("dist_sae_produce_max_ahead_units", ahead)
+    progress = _Progress(plan, claims)
+    progress.say(doing="loads the model")
     prepare = _Preparer(run, plan, claims)
     written = Counter(units=0, rows=0)
     open_source = open_source or (lambda: build_source(run.model, run.activations.sites))
@@ -125,15 +127,22 @@ def produce(
                     check_model(run, plan)
                     forward = Forward(open_source(), held)
                 computed = _compute(
-                    tokenized, forward, prepare.tokenizer, run, claims, stopping, telemetry
+                    tokenized,
+                    forward,
+                    prepare.tokenizer,
+                    run,
+                    claims,
+                    stopping,
+                    telemetry,
+                    progress,
                 )
                 if finishing is not None:
-                    _report(finishing.result(), plan, claims, telemetry, written)
+                    _report(finishing.result(), claims, telemetry, written, progress)
                 finishing = finisher.submit(
                     _finish, computed, store, plan, run.activations, worker.name, claims
                 )
             if finishing is not None:
-                _report(finishing.result(), plan, claims, telemetry, written)
+                _report(finishing.result(), claims, telemetry, written, progress)
         except BaseException:
             stopping.set()  # wakes the preparing thread, which may wait for other producers
             raise
@@ -143,7 +152,7 @@ def produce(
             claims.release_all()
     if stopping.is_set() and claims.pending():
         raise Stopped(f"{worker.name}: stopped; start it again to go on")
-    logs.progress("produce", claims.done(), len(plan.units))
+    progress.say()
     return dict(written)
 
 
@@ -254,6 +263,7 @@ def _compute(
     claims: Claims,
     stopping: threading.Event,
     telemetry: Telemetry,
+    progress: "_Progress",
 ) -> ComputedUnit:
     """Run the model over a unit and keep the rows that the rules for tokens admit."""
     if not work.batches:
@@ -264,6 +274,7 @@ def _compute(
     excluded: Counter[str] = Counter()
     leaving: list[Leaving] = []
     origins: list[tuple[Tensor, ...]] = []
+    n_rows = 0
     with _timed(work.seconds, "forward"):
         for batch in work.batches:
             if stopping.is_set():
@@ -274,6 +285,8 @@ def _compute(
             leaving += forward(batch.tokens, batch.mask, keep)
             telemetry.add("dist_sae_produce_tokens_total", int(batch.mask.sum()))
             origins.append((batch.tokens[keep], batch.positions[keep], batch.documents[keep]))
+            n_rows += int(keep.sum())
+            progress.within(work, n_rows)
     telemetry.pulse.rest()
     origin = tuple(map(torch.cat, zip(*origins, strict=True)))
     return ComputedUnit(
@@ -349,10 +362,10 @@ def _usual(activations: ActivationsConfig, site: str, rows: Rows) -> Tensor:
 
 def _report(
     manifest: UnitManifest,
-    plan: Plan,
     claims: Claims,
     telemetry: Telemetry,
     written: Counter[str],
+    progress: "_Progress",
 ) -> None:
     written.update(units=1, rows=manifest.rows)
     telemetry.add("dist_sae_produce_units_total", 1)
@@ -364,14 +377,49 @@ def _report(
         telemetry.add("dist_sae_produce_seconds_total", seconds, stage=stage)
     telemetry.set("dist_sae_produce_ready_units", claims.done())
     busy = max(manifest.seconds, key=lambda stage: manifest.seconds[stage])
-    logs.progress(
-        "produce",
-        claims.done(),
-        len(plan.units),
+    progress.say(
         rows=manifest.rows,
         rows_per_second=round(manifest.rows / max(manifest.seconds[busy], 1e-9)),
         busiest=busy,
     )
+
+
+class _Progress:
+    """How far production is, in rows: those of units that exist, and of the unit at hand so far."""
+
+    def __init__(self, plan: Plan, claims: Claims) -> None:
+        self._rows = plan.rows_of_units
+        self._claims = claims
+        self._at_hand: dict[int, int] = {}
+        self._pace = logs.PacedProgress("produce")
+        self._began = 0.0
+
+    def within(self, work: TokenizedUnit, n_rows: int) -> None:
+        """Say how many rows of a unit the model has given, when it is worth saying."""
+        if work.unit not in self._at_hand:
+            self._began = time.monotonic()
+        self._at_hand[work.unit] = min(n_rows, self._rows[work.unit])
+        if self._pace.is_due():
+            seconds = time.monotonic() - self._began
+            slower = work.seconds["tokenize"] > seconds
+            self.say(
+                **({"rows_per_second": round(n_rows / seconds)} if seconds > 1 else {}),
+                busiest="tokenize" if slower else "forward",
+            )
+
+    def say(self, **numbers: Any) -> None:
+        """Say it now."""
+        left = self._claims.left()
+        self._at_hand = {unit: rows for unit, rows in self._at_hand.items() if unit in left}
+        total = sum(self._rows)
+        logs.progress(
+            "produce",
+            total - sum(self._rows[unit] for unit in left),
+            total,
+            at_hand=sum(self._at_hand.values()),
+            units=self._claims.done(),
+            **numbers,
+        )
 
 
 @contextmanager

@@ -8,12 +8,14 @@ from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
 import dist_sae.data.claims
+import dist_sae.logs
 import dist_sae.plan
 import dist_sae.produce
 from dist_sae.config import Run
@@ -94,6 +96,27 @@ def made(store: ObjectStore) -> list[int]:
     for unit in units:
         assert len(rows_of(store, unit).acts) == read_manifest(store, unit).rows
     return units
+
+
+def test_progress_counts_rows_within_a_unit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of 17 units of one batch is said when it is at hand and when it exists."""
+    said: list[dict[str, Any]] = []
+    monkeypatch.setattr(
+        dist_sae.logs,
+        "progress",
+        lambda _role, done, total, **numbers: said.append({"done": done, "of": total} | numbers),
+    )
+    monkeypatch.setattr(dist_sae.logs.PacedProgress, "is_due", lambda _: True)
+    made = fill(make_run(tmp_path), RowNumbers(), monkeypatch)
+    said = [record for record in said if "units" in record]
+    assert {record["of"] for record in said} == {sum(made.rows_of_units)} == {128 * 16}
+    assert said[0] | {"done": 0, "at_hand": 0, "units": 0, "doing": "loads the model"} == said[0]
+    assert any(record["at_hand"] for record in said)
+    reached = [record["done"] + record["at_hand"] for record in said]
+    assert reached == sorted(reached)
+    assert (said[-1]["done"], said[-1]["at_hand"], said[-1]["units"]) == (2048, 0, 17)
 
 
 def test_every_row_is_stored_once_with_where_it_comes_from(

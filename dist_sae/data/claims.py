@@ -140,6 +140,10 @@ class Claims:
         """Whether units were missing when last looked at."""
         return bool(self._pending)
 
+    def left(self) -> set[int]:
+        """Units that did not exist when last looked at."""
+        return set(self._pending)
+
     def done(self) -> int:
         """Units that exist, as far as this producer has seen."""
         return self._units - len(self._pending)

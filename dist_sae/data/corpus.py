@@ -15,7 +15,7 @@ import shutil
 import tempfile
 import weakref
 from array import array
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import cache
 from glob import glob
 from pathlib import Path
@@ -43,6 +43,7 @@ from dist_sae.storage import ObjectStore, open_store
 logger = logging.getLogger(__name__)
 
 _PIECE_BYTES = 64 * 2**20  # of a download
+_SAID_EVERY = 1000  # documents
 _MOST_SPANS = 200_000  # keeps plan.json small; neighbours travel together in larger corpora
 _DIGEST_BYTES = 16  # of a document
 
@@ -118,15 +119,21 @@ class Corpus:
         self._bucket = cache(lambda bucket: open_store(f"s3://{bucket}", s3))
         self._scratch = cache(self._make_scratch)
 
-    def index(self) -> CorpusIndex:
+    def index(self, said: Callable[[int], None] = lambda _: None) -> CorpusIndex:
         """Read everything once: count, check and fingerprint it.
+
+        Args:
+            said: Is told now and then of how many documents have been read.
 
         Raises:
             CorpusError: A file is missing or unreadable, or there is no text at all.
         """
         commit = self._pin()
         found = [_Found() for _ in self._names()]
-        files = [self._index(*each) for each in zip(self._names(), found, strict=True)]
+        files = list[CorpusFile]()
+        for name, places in zip(self._names(), found, strict=True):
+            before = sum(file.documents for file in files)
+            files.append(self._index(name, places, said, before))
         total = sum(file.documents for file in files)
         if total == 0:
             names = ", ".join(file.name for file in files)
@@ -213,7 +220,9 @@ class Corpus:
         self._config = config.model_copy(update={"revision": commit})
         return commit
 
-    def _index(self, name: str, found: "_Found") -> CorpusFile:
+    def _index(
+        self, name: str, found: "_Found", said: Callable[[int], None], earlier: int
+    ) -> CorpusFile:
         """Read one file through; what is found is added to `found`."""
         is_file = isinstance(self._config, FilesCorpus)
         before = self._state(name) if is_file else None
@@ -222,6 +231,8 @@ class Corpus:
             if not text:
                 blank += 1
                 continue
+            if len(found.starts) % _SAID_EVERY == 0:
+                said(earlier + len(found.starts))
             found.starts.append(start)
             found.stops.append(stop)
             encodable = is_encodable(text)

@@ -20,7 +20,7 @@ from dist_sae.data.orders import permutation
 from dist_sae.data.tokens import Context, Tokenize, cut
 from dist_sae.errors import CorpusError
 
-_PIECES = 2048
+_PIECES = 4096
 _PIECE_BYTES = 2048
 _OWN_PRIOR = 0.5  # pieces: so much does a document's file count beside its own
 _FILE_PRIOR = 4.0

@@ -10,7 +10,7 @@ from typing import Any, Self
 
 from rich.console import Console, Group
 from rich.live import Live
-from rich.progress import BarColumn, Progress, TaskID, TextColumn, TimeRemainingColumn
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 from rich.text import Text
 
@@ -32,7 +32,7 @@ class ProgressView:
             TextColumn("{task.description:7}", table_column=Column(no_wrap=True, min_width=7)),
             BarColumn(bar_width=10),
             TextColumn("{task.percentage:3.0f}%", table_column=Column(no_wrap=True, min_width=4)),
-            TimeRemainingColumn(table_column=Column(no_wrap=True, min_width=7)),
+            TextColumn("{task.fields[left]:>7}", table_column=Column(no_wrap=True, min_width=7)),
             TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True)),
         )
         self._limit = Text()
@@ -61,19 +61,27 @@ class ProgressView:
         name = record["role"]
         role = self._roles.setdefault(name, _Role(record["done"]))
         role.take(process, record)
+        if "said" in record:
+            self._console.print(f"{name}: {record['said']}", highlight=False, soft_wrap=True)
+            return
         limit = f"limit: {self._describe_limit()}"
         if self._console.is_terminal:
             if name not in self._tasks:
                 self._tasks[name] = self._progress.add_task(
-                    name, total=role.total, completed=round(role.done), note=""
+                    name, total=role.total, completed=round(role.done), note="", left=""
                 )
             self._progress.update(
-                self._tasks[name], completed=role.done, total=role.total, note=role.describe()
+                self._tasks[name],
+                completed=role.done,
+                total=role.total,
+                note=role.describe(),
+                left="-:--:--" if role.left is None else str(role.left),
             )
-            self._limit.plain = limit
+            if name != "plan":
+                self._limit.plain = limit
         elif role.is_due():
             left = "" if role.left is None else f"  {role.left} left"
-            line = f"{name} {role.done:.0f}/{role.total:.0f}{left}  {role.describe()}"
+            line = f"{name} {role.amount()}{left}  {role.describe()}"
             if name == "train" and role.done < role.total:
                 line += f"  {limit}"
             self._console.print(line, highlight=False, soft_wrap=True)
@@ -111,12 +119,22 @@ class _Role:
         self.waiting: dict[str, float] = {}
         """Seconds for which processes have stood still, waiting for data."""
         self._of_each: dict[str, Mapping[str, Any]] = {}
+        self._there = done
+        self._at_hand: dict[str, float] = {}
         self._began = done, time.monotonic()
+        self._heard = self._began[1]
         self._said = float("-inf")
 
     def take(self, process: str, record: Mapping[str, Any]) -> None:
         """Take in what one of them says."""
-        self.done = max(self.done, record["done"])  # each producer sees its own share at once
+        self._at_hand[process] = record.get("at_hand", 0)
+        if self.done == self._began[0]:  # nothing was done before this
+            self._began = self.done, self._heard
+        self._heard = time.monotonic()
+        # each producer sees its own share at once, and one sees units that another had at hand
+        there = max(self._there, record["done"])
+        self._there = there
+        self.done = min(max(self.done, there + sum(self._at_hand.values())), record["total"])
         self.total = record["total"]
         if (seconds := record.get("waiting_seconds")) is not None:
             self.waiting.pop(process, None)
@@ -149,11 +167,18 @@ class _Role:
         self._said = float("inf") if self.done == self.total else time.monotonic()
         return True
 
+    def amount(self) -> str:
+        """What is done, and of how much."""
+        if self.total == 1:
+            return f"{self.done:.0%}"
+        return f"{self.done:,.0f}/{self.total:,.0f}"
+
     def describe(self) -> str:
         """In few words: a terminal has 80 columns."""
         rates = [
             record.get("worked_rows_per_second", record.get("rows_per_second", 0.0))
             for record in self._of_each.values()
+            if "rows_per_second" in record
         ]
         words = {
             "fvu": "fvu {:.3f}",
@@ -169,4 +194,6 @@ class _Role:
             said.insert(0, f"waits for data, {max(self.waiting.values()):.0f} s")
         elif rates:
             said.insert(0, f"{sum(rates):,.0f} rows/s")
+        elif doing := self.numbers.get("doing"):
+            said.insert(0, doing)
         return "  ".join(said)

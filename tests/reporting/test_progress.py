@@ -66,14 +66,51 @@ def test_a_limit_that_is_longer_than_a_line_is_shown_whole() -> None:
 def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch: pytest.MonkeyPatch) -> None:
     plan, produce, train = shown(terminal=False)  # the others came within ten seconds
     assert plan == "plan ..."
-    assert produce == "produce 2/1000  40,000 rows/s"
+    assert produce == "produce 2/1,000  40,000 rows/s"
     assert train.startswith(
         "train 200/400  1,024,673 rows/s  fvu 0.190  l0 50.3  dead 10.8%  limit: "
     )
     monkeypatch.setattr(progress, "_PLAIN_EVERY_SECONDS", 0.0)
     *_, produce, _, last = shown(terminal=False)
-    assert produce.startswith("produce 2/1000  ")  # though the other one has seen 1
+    assert produce.startswith("produce 2/1,000  ")  # though the other one has seen 1
     assert last.startswith("train 300/400  0:00:00 left  ")
+
+
+def test_units_at_hand_count_and_give_a_time_before_the_first_is_done(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Half a minute of loading does not count: 350 of 1,000 rows in 20 s leave 37 s."""
+    monkeypatch.setattr(progress, "_PLAIN_EVERY_SECONDS", 0.0)
+    now = [0.0]
+    monkeypatch.setattr("dist_sae.reporting.progress.time.monotonic", lambda: now[0])
+    out = io.StringIO()
+    record: dict[str, Any] = {"role": "produce", "done": 0, "total": 1000}
+    said: tuple[tuple[str, dict[str, Any]], ...] = (
+        ("producer-0", {"at_hand": 0, "doing": "loads the model"}),
+        ("producer-0", {"at_hand": 0}),
+        ("producer-0", {"at_hand": 150, "rows_per_second": 15}),
+        ("producer-1", {"at_hand": 200, "rows_per_second": 20}),
+        ("producer-0", {"done": 150, "at_hand": 0}),
+    )
+    with ProgressView(Console(file=out, width=80)) as view:
+        for (process, numbers), now[0] in zip(said, (0.0, 30.0, 40.0, 50.0, 50.0), strict=True):
+            view.show(process, record | numbers)
+    assert out.getvalue().splitlines() == [
+        "produce 0/1,000  loads the model",
+        "produce 0/1,000  loads the model",
+        "produce 150/1,000  0:00:57 left  15 rows/s",
+        "produce 350/1,000  0:00:37 left  35 rows/s",
+        "produce 350/1,000  0:00:37 left  35 rows/s",  # a unit that exists is at hand no more
+    ]
+
+
+def test_a_plan_says_what_it_does_and_what_came_of_it() -> None:
+    out = io.StringIO()
+    record: dict[str, Any] = {"role": "plan", "total": 1}
+    with ProgressView(Console(file=out, width=80)) as view:
+        view.show("plan", record | {"done": 0.25, "doing": "counts tokens"})
+        view.show("plan", record | {"done": 1, "said": "12 units"})
+    assert out.getvalue().splitlines() == ["plan 25%  counts tokens", "plan: 12 units"]
 
 
 def test_the_end_is_told_once() -> None:
