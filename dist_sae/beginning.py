@@ -28,6 +28,7 @@ from dist_sae.parallel.engine import DeepSpeedEngine
 from dist_sae.parallel.mesh import Mesh
 from dist_sae.precision import warn_if_emulated
 from dist_sae.reporting.times import Times
+from dist_sae.reporting.void import void_settings
 from dist_sae.sae import PRODUCT_DTYPES, build_sae
 from dist_sae.sae.base import Dictionary
 from dist_sae.sae.dead import DeadLatents
@@ -85,6 +86,8 @@ def begin(
         run = as_begun(run, start.found[0].scalars["run"])
     check_rows(run, plan, start.lineage.stream_rows * plan.streams)
     if mesh.is_first:
+        for line in void_settings(run, plan):
+            logger.warning("%s", line)
         runs.put(run_file_key(run.name), dump_run(run).encode())
     if not start.found:
         registration.begin(start.places)

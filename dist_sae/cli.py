@@ -277,7 +277,7 @@ def _print_result(options: argparse.Namespace, result: Mapping[str, Any]) -> Non
                 if isinstance(number, float):
                     sys.stdout.write(f"  {key:40} {number:.4g}\n")
         elif not isinstance(value, list):
-            sys.stdout.write(f"{name:20} {value}\n")
+            sys.stdout.write(f"{name:20} {'not known yet' if value is None else value}\n")
 
 
 def _json(options: argparse.Namespace, content: Mapping[str, Any]) -> str:

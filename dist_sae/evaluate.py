@@ -10,7 +10,8 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dist_sae.checkpoint.trained import read_trained
+from dist_sae.checkpoint.lineage import Lineage
+from dist_sae.checkpoint.trained import Trained, read_trained
 from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.config.sae import RoutedConfig
@@ -86,7 +87,7 @@ def evaluate(run: Run, meter: Meter = UNMETERED) -> dict[str, Any]:
         "rows": fit.rows,
         "fvu": fit.fvu,
         "l0": fit.l0,
-        **_dead_shares(run, trained.idle_rows.masked_fill(fit.counts > 0, 0)),
+        **_dead_shares(run, trained, trained.idle_rows.masked_fill(fit.counts > 0, 0)),
         "pca_fvu": float(pca_error / fit.squared_total),
         "pca_components": components,
         **_duplicates(run, sae),
@@ -99,7 +100,7 @@ def evaluate(run: Run, meter: Meter = UNMETERED) -> dict[str, Any]:
         raise NonFiniteError(f"{runs.url}/{run.name}: {', '.join(bad)} came out as NaN")
     runs.put(f"{run.name}/evaluation.json", json.dumps(result, indent=1).encode())
     for metric, name in _EXPORTED.items():
-        if name in result:
+        if result.get(name) is not None:
             meter.set(f"dist_sae_evaluate_{metric}", result[name])
     return result
 
@@ -126,7 +127,13 @@ def _principal_components(
     return directions[:, -components:].float()
 
 
-def _dead_shares(run: Run, idle_rows: Int[Tensor, " n_latents"]) -> dict[str, Any]:
+def _dead_shares(
+    run: Run, trained: Trained, idle_rows: Int[Tensor, " n_latents"]
+) -> dict[str, Any]:
+    """None while fewer rows than `dead_after_rows` were counted: nobody can know yet."""
+    counted = Lineage.from_scalars(trained.checkpoint.scalars).counted_rows
+    if counted + trained.step * run.train.batch_rows < run.dead_after_rows:
+        return {"dead_share": None}
     dead = (idle_rows >= run.dead_after_rows).double()
     shares: dict[str, Any] = {"dead_share": float(dead.mean())}
     if isinstance(run.sae, RoutedConfig):

@@ -26,6 +26,7 @@ from dist_sae.data.plan import (
 )
 from dist_sae.errors import EXIT_USER, HubUnavailableError
 from dist_sae.models import build_tokenizer, check_sites
+from dist_sae.reporting.void import void_settings
 from dist_sae.storage import UNMETERED, Meter, open_store
 
 logger = logging.getLogger(__name__)
@@ -73,8 +74,8 @@ def plan(run: Run, meter: Meter = UNMETERED) -> Plan:
     meter.set("dist_sae_plan_documents", told["documents"])
     meter.set("dist_sae_plan_train_rows", made.train_rows_estimate)
     logger.info("%s %s: %s", "made" if created else "found", store.url, describe(told))
-    for warning in _warnings(told):
-        logger.warning(warning)
+    for warning in (*_warnings(told), *void_settings(run, made)):
+        logger.warning("%s", warning)
     logs.progress("plan", 1, 1, said=describe(told))
     return made
 

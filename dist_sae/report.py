@@ -21,6 +21,7 @@ from dist_sae.data.shard import existing_units, read_manifest
 from dist_sae.errors import CorpusError, ModelError
 from dist_sae.reporting.latents import LatentView, view_latents
 from dist_sae.reporting.page import Page, render_page
+from dist_sae.reporting.void import void_settings
 from dist_sae.storage import UNMETERED, Meter, ObjectStore, open_store
 from dist_sae.telemetry.history import read_history
 
@@ -61,6 +62,7 @@ def report(run: Run, meter: Meter = UNMETERED) -> str:
         evaluation=_evaluation(runs, run),
         history=read_history(runs, run.name),
         producer_seconds=_producer_seconds(activations, plan),
+        void_settings=void_settings(run if trained is None else trained.run, plan),
         latents=latents,
         latent_rows=latent_rows,
         no_latents=no_latents,
@@ -154,6 +156,7 @@ def _facts(run: Run, trained: Trained | None) -> Iterator[tuple[str, str]]:
             rows = lineage.rows + trained.step * run.train.batch_rows
             yield "Goes on from", lineage.describe()
             yield "Rows with those before", f"{rows:,}"
+    yield "Seeds", f"{run.train.seed} (dictionary), {run.activations.seed} (order of rows)"
     yield "Batch", f"{run.train.batch_rows:,} rows, peak learning rate {run.lr:.3g}"
 
     yield "Versions", _versions()

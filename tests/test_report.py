@@ -102,6 +102,7 @@ def make_page(evaluation: dict[str, Any] | None = None, latents: Sequence[Latent
         evaluation=evaluation,
         history=history,
         producer_seconds={"forward": 3.0, "tokenize": 1.0},
+        void_settings=["sae.x: <never>"],
         latents=latents,
         latent_rows=10,
         no_latents="none <here>",
@@ -122,6 +123,12 @@ def test_page_escapes_html_in_texts_and_facts() -> None:
     assert elements.all("span", "text")[0][1] == '<script>alert(1)</script> a"&b'
     assert elements.all("h1")[0][1] == "<b>run</b>"
     assert "none <here>" in Elements(render_page(make_page())).all("p", "missing")[1][1]
+
+
+def test_page_tells_of_settings_that_cannot_act_and_of_numbers_that_nobody_knows_yet() -> None:
+    page = Elements(render_page(make_page(EVALUATION | {"dead_share": None})))
+    assert page.all("li")[0][1] == "sae.x: <never>"
+    assert ({"id": "dead_share", "value": ""}, "not known yet") in page.all("data")
 
 
 def test_page_shows_the_numbers_of_the_evaluation() -> None:

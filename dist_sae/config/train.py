@@ -66,7 +66,9 @@ class TrainConfig(Section):
     In a run that is short for it the mean goes back over the last tenth of the steps.
     """
     seed: NonNegativeInt = 0
-    """Decides the initial dictionary."""
+    """Decides what is random in the initial dictionary: all, or with `sae.init: data` .6 of each
+    direction's length, the rest being a row that is the same for every seed. The order of rows, and
+    which are held out, is the plan's (`activations.seed`)."""
     log_every_steps: PositiveInt = 10
     save_every_steps: PositiveInt = 1000
     save_beside: bool = True

@@ -26,7 +26,8 @@ _HEADLINES = {
     "l0": ("L0", "Latents active on a row, on average."),
     "dead_share": (
         "Dead latents",
-        "Share of latents that had not fired for sae.dead_after_rows rows at the checkpoint.",
+        "Share of latents that had not fired for sae.dead_after_rows rows at the checkpoint; not "
+        "known before so many.",
     ),
     "ce_recovered": (
         "CE recovered",
@@ -73,6 +74,8 @@ class Page(NamedTuple):
     history: Sequence[Mapping[str, Any]]
     producer_seconds: Mapping[str, float]
     """Summed over the units that exist, by stage."""
+    void_settings: Sequence[str]
+    """Those that cannot act in this run, and why."""
     latents: Sequence[LatentView]
     latent_rows: int
     """Rows that the examples were looked for in."""
@@ -89,8 +92,13 @@ def render_page(page: Page) -> str:
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         f"<title>{escape(page.title)} - dist_sae</title><style>\n{style}</style></head><body>\n"
         f'<header><h1>{escape(page.title)}</h1><dl class="facts">{facts}</dl></header>\n'
-        f"<main>{_numbers(page)}\n{_plots(page)}\n{_latents(page)}</main>\n</body></html>\n"
+        f"<main>{_void_settings(page)}{_numbers(page)}\n{_plots(page)}\n{_latents(page)}</main>\n</body></html>\n"
     )
+
+
+def _void_settings(page: Page) -> str:
+    lines = "".join(f"<li>{escape(line)}</li>" for line in page.void_settings)
+    return f"<section><h2>Settings to mind</h2><ul>{lines}</ul></section>\n" if lines else ""
 
 
 def _numbers(page: Page) -> str:
@@ -116,8 +124,10 @@ def _numbers(page: Page) -> str:
     return f'{head}{measured}<div class="cards">{cards}</div><table>{rows}</table></section>'
 
 
-def _number(key: str, value: float) -> str:
+def _number(key: str, value: float | None) -> str:
     """Rounded for the eye, whole for programs that read the page."""
+    if value is None:
+        return f'<data id="{key}" value="">not known yet</data>'
     if isinstance(value, int):
         shown = f"{value:,}"
     elif key.endswith("_share") or key.startswith("ce_recovered"):

@@ -1,0 +1,166 @@
+"""Settings that cannot act in the run at hand, and data too few to tell by: a line each. Pure."""
+
+import math
+from collections.abc import Iterator
+
+from dist_sae.config import Run
+from dist_sae.config.sae import BatchTopKConfig, CountsLatentsConfig, RoutedConfig
+from dist_sae.data.plan import Plan
+
+_FEW_DOCUMENTS = 30  # from which on the mean of some numbers is about normal
+
+
+def void_settings(run: Run, plan: Plan) -> list[str]:
+    """What a user should know of a run before it costs anything.
+
+    Args:
+        run: The run, resolved by its plan.
+        plan: That of its activation set.
+
+    Returns:
+        Lines that begin with the key they are about; none for most runs.
+    """
+    return [
+        f"{key}: {words}"
+        for lines in (_dictionary, _course, _checkpoints)
+        for key, words in lines(run)
+    ] + [f"{key}: {words}" for key, words in _data(run, plan)]
+
+
+def _dictionary(run: Run) -> Iterator[tuple[str, str]]:
+    sae, window = run.sae, run.dead_after_rows
+    begun = run.train.parent is not None and run.train.parent.state  # so are the counts
+    if window >= run.rows and not begun:
+        auxk = ", so AuxK never acts" if isinstance(sae, CountsLatentsConfig) and sae.auxk else ""
+        yield (
+            "sae.dead_after_rows",
+            f"{window:,} rows, and the run has {run.rows:,}: no latent can be dead{auxk}, "
+            f"and the dead share stays unknown; leave it out, or lower it",
+        )
+    if isinstance(sae, CountsLatentsConfig):
+        yield from _selection(sae, run.steps)
+    if isinstance(sae, BatchTopKConfig) or (
+        isinstance(sae, RoutedConfig) and sae.selection == "batch"
+    ):
+        horizon = _horizon(sae.threshold_decay)
+        if horizon > run.steps:
+            yield (
+                "sae.threshold_decay",
+                f"{sae.threshold_decay:g} is a mean over {horizon:.0f} steps, and the run has "
+                f"{run.steps}: the threshold at inference comes from early ones; lower it",
+            )
+
+
+def _selection(sae: CountsLatentsConfig, steps: int) -> Iterator[tuple[str, str]]:
+    if sae.auxk and not sae.auxk_coefficient:
+        yield "sae.auxk_coefficient", f"is 0, so sae.auxk ({sae.auxk}) never acts"
+    if sae.k_start is not None and sae.k_anneal_share * steps <= 1:
+        yield (
+            "sae.k_start",
+            f"comes down to k within {sae.k_anneal_share:g} of {steps} steps, so never counts; "
+            f"raise sae.k_anneal_share",
+        )
+
+
+def _course(run: Run) -> Iterator[tuple[str, str]]:
+    train, steps = run.train, run.steps
+    if train.warmup_steps >= steps:
+        yield (
+            "train.warmup_steps",
+            f"{train.warmup_steps}, and the run has {steps} steps: the learning rate never comes "
+            f"to {run.lr:g}; lower it",
+        )
+    elif train.warmup_steps > (1 - train.decay_share) * steps:
+        yield (
+            "train.warmup_steps",
+            f"{train.warmup_steps} of {steps} steps reach into the last {train.decay_share:g} in "
+            f"which the rate falls, so it never comes to {run.lr:g}; lower one of them",
+        )
+    if train.ema_decay and _horizon(train.ema_decay) > steps:
+        yield (
+            "train.ema_decay",
+            f"{train.ema_decay:g} is a mean over {_horizon(train.ema_decay):.0f} steps, and the "
+            f"run has {steps}: early weights weigh in it; lower it",
+        )
+    share = getattr(run.sae, "sparsity_warmup_share", 0.0)
+    if train.parent is not None and share:
+        yield (
+            "sae.sparsity_warmup_share",
+            f"{share:g}: the penalty rises from 0 once more, though the weights are those of "
+            f"{train.parent.run}; use 0 to keep it up",
+        )
+
+
+def _checkpoints(run: Run) -> Iterator[tuple[str, str]]:
+    train, steps = run.train, run.steps
+    saves = -(-steps // train.save_every_steps)
+    if train.save_every_steps > steps:
+        yield (
+            "train.save_every_steps",
+            f"{train.save_every_steps}, and the run has {steps} steps: it is saved at its end "
+            f"alone, or where it is stopped; a crash costs all",
+        )
+    if 0 < saves <= train.keep_best:
+        yield "train.keep_best", f"{train.keep_best} of {saves} checkpoints: all are kept"
+    every = train.keep_every_steps
+    if every and every != train.save_every_steps:
+        meet = math.lcm(every, train.save_every_steps)
+        if meet > steps:
+            yield (
+                "train.keep_every_steps",
+                f"{every}: no save (each {train.save_every_steps} steps) falls on a multiple of "
+                f"it; use a multiple of train.save_every_steps",
+            )
+    if train.log_every_steps > steps:
+        yield (
+            "train.log_every_steps",
+            f"{train.log_every_steps}, and the run has {steps} steps: the one report is the last",
+        )
+
+
+def _data(run: Run, plan: Plan) -> Iterator[tuple[str, str]]:
+    train, there = run.train, plan.pass_rows
+    documents = sum(span.count for unit in plan.heldout_units for span in plan.units[unit])
+    held_out = sum(plan.rows_of_units[plan.n_train_units :])
+    if documents and documents < _FEW_DOCUMENTS:
+        yield (
+            "activations.heldout_share",
+            f"{documents} documents (about {held_out:,} rows) are held out: what is measured on "
+            f"them hangs on which they are; raise it, or give more text",
+        )
+    if train.heldout_rows > held_out > 0:
+        yield (
+            "train.heldout_rows",
+            f"{train.heldout_rows:,}, and about {held_out:,} are held out: these are used",
+        )
+    normaliser_rows = train.normaliser_rows or 0  # which the plan has filled in
+    if normaliser_rows >= there and len(plan.train_units) > plan.streams:
+        yield (
+            "train.normaliser_rows",
+            f"{normaliser_rows:,}, and there will be about {there:,}: training waits for "
+            f"the last unit; lower it",
+        )
+    mixed = there * plan.streams * plan.window_units // len(plan.train_units)
+    if 2 * train.batch_rows > min(mixed, there):
+        yield (
+            "train.batch_rows",
+            f"{train.batch_rows:,} of the {min(mixed, there):,} rows that are mixed at a time: "
+            f"rows of a document meet in a batch; lower it, or raise activations.window_units",
+        )
+    if train.max_passes > 1 and train.parent is None and run.rows < 0.95 * there:
+        yield (
+            "train.max_passes",
+            f"{train.max_passes}, and one pass has about {there:,} rows, more than train.rows: "
+            f"units are kept for a second one that never comes; use 1",
+        )
+    ahead = run.store.max_ahead_units
+    if ahead is not None and ahead >= len(plan.units):
+        yield (
+            "store.max_ahead_units",
+            f"{ahead}, and there will be {len(plan.units)} units: it holds nobody back",
+        )
+
+
+def _horizon(decay: float) -> float:
+    """Steps that a running mean is about."""
+    return 1 / (1 - decay)
