@@ -1,5 +1,6 @@
 """Where activations come from and how they are stored: store, model, corpus, activation set."""
 
+import os
 import re
 from typing import Annotated, Literal, Self
 
@@ -121,6 +122,11 @@ class HuggingFaceModel(Section):
     """Tokens in one forward pass, padding included."""
     shards: PositiveInt = 1
     """Ranks that hold one copy of the model together; each producer is so many processes."""
+
+    @property
+    def place(self) -> str:
+        """`path`, with the home folder in place of a ~."""
+        return os.path.expanduser(self.path)
 
 
 class SyntheticModel(Section):

@@ -111,7 +111,7 @@ def model_content(model: ModelConfig, *, weights: bool = True) -> dict[str, str]
     """
     if isinstance(model, SyntheticModel):
         return None
-    folder = Path(os.path.expanduser(model.path))
+    folder = Path(model.place)
     if folder.is_dir():
         try:
             return {path.name: _checksum(path) for path in _deciding(folder, weights=weights)}

@@ -74,7 +74,7 @@ def load_tokenizer(config: HuggingFaceModel) -> _HuggingFaceTokenizer:
     """The model's own tokenizer."""
     with errors_of(config):
         return _HuggingFaceTokenizer(
-            transformers.AutoTokenizer.from_pretrained(config.path, revision=config.revision)
+            transformers.AutoTokenizer.from_pretrained(config.place, revision=config.revision)
         )
 
 
@@ -97,7 +97,7 @@ def describe(config: HuggingFaceModel, sites: tuple[str, ...]) -> Description:
         ModelError: It has not, does not, or cannot be described at all.
     """
     with errors_of(config):
-        own = transformers.AutoConfig.from_pretrained(config.path, revision=config.revision)
+        own = transformers.AutoConfig.from_pretrained(config.place, revision=config.revision)
         if own.is_encoder_decoder:
             raise ModelError(
                 f"model.path {config.path}: {own.model_type} is an encoder and a decoder in one, "
@@ -257,7 +257,7 @@ def load(
     elif divider == "deepspeed":
         how = {"dtype": "auto"}
     model, loading = kind.from_pretrained(
-        config.path,
+        config.place,
         revision=config.revision,
         config=description.config,
         output_loading_info=True,
@@ -313,6 +313,6 @@ def errors_of(config: HuggingFaceModel, what: str = "cannot be loaded") -> Itera
             raise  # another rank is gone, which is no fault of the model
         reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
         kind = HubUnavailableError if is_out_of_reach(exc) else ModelError
-        if not Path(config.path).is_dir():  # transformers speaks of the hub alone
+        if not Path(config.place).is_dir():  # transformers speaks of the hub alone
             reason = f"there is no such folder here, and as a name on the model hub: {reason}"
         raise kind(f"model.path {config.path}: {what}: {reason}") from exc

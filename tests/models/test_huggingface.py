@@ -441,6 +441,21 @@ def save_safetensors(tensors: dict[str, Tensor], path: Path) -> None:
     path.write_bytes(save(tensors, {"format": "pt"}))
 
 
+def test_tilde_is_the_home_folder(
+    models: dict[str, HuggingFaceModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HOME", str(Path(models["llama"].path).parent))
+    config = HuggingFaceModel(path="~/llama", dtype="fp32")
+    assert load_tokenizer(config)(["w3"]) == [[3]]
+    tokens, mask = random_tokens(5)
+    site = ("resid_post.0",)
+    (here,), (there,) = (
+        HuggingFaceSource(model, site).run(tokens, mask).values()
+        for model in (config, models["llama"])
+    )
+    assert torch.equal(here, there)
+
+
 def test_the_tokenizer_adds_nothing_and_knows_special_tokens(
     models: dict[str, HuggingFaceModel],
 ) -> None:
