@@ -184,7 +184,7 @@ def _evaluate(options: argparse.Namespace) -> None:
 
         await_end(run, _stop_on_signals())
     with _short_lived(run, "evaluate") as telemetry:
-        result = evaluate(run, telemetry)
+        result = evaluate(run, telemetry, options.step)
     _print_result(options, result)
 
 
@@ -193,7 +193,7 @@ def _export(options: argparse.Namespace) -> None:
     from dist_sae.export import export
 
     with _short_lived(run, "export") as telemetry:
-        result = export(run, telemetry)
+        result = export(run, telemetry, options.step)
     _print_result(options, {"export": result})
 
 
@@ -202,7 +202,7 @@ def _report(options: argparse.Namespace) -> None:
     from dist_sae.report import report
 
     with _short_lived(run, "report") as telemetry:
-        result = report(run, telemetry)
+        result = report(run, telemetry, options.step)
     _print_result(options, {"report": result})
 
 
@@ -371,15 +371,17 @@ def _parser() -> argparse.ArgumentParser:
             metavar="N",
             help="start N ranks here, those of node JOB_COMPLETION_INDEX (what pods run)",
         )
-    evaluate = add("evaluate", _evaluate, "measure the newest checkpoint on held-out data")
-    add("export", _export, "write the newest checkpoint as safetensors that SAELens loads")
+    evaluate = add("evaluate", _evaluate, "measure a checkpoint on held-out data")
+    export = add("export", _export, "write a checkpoint as safetensors that SAELens loads")
+    report = add("report", _report, "write one HTML file with a run's curves, numbers and latents")
+    for sub in (evaluate, export, report):
+        sub.add_argument("--step", type=int, help="of the checkpoint; default: the newest")
     for sub, what in (
         (produce, "the plan"),
         (train, "the plan"),
         (evaluate, "the last checkpoint"),
     ):
         sub.add_argument("--wait", action="store_true", help=f"until {what} is there")
-    add("report", _report, "write one HTML file with the run's curves, numbers and latents")
     rendering = add("render", _render, "print what this run implies for other programs")
     rendering.add_argument(
         "--only",

@@ -1,33 +1,43 @@
-"""`dist-sae evaluate`: the newest checkpoint on held-out text, beside what it must beat."""
+"""`dist-sae evaluate`: a checkpoint on held-out text, beside what it must beat."""
 
 import json
 import logging
 import threading
-from collections.abc import Iterator
+import time
 from typing import Any
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
+from dist_sae import __version__
+from dist_sae.checkpoint.layout import Checkpoint
 from dist_sae.checkpoint.lineage import Lineage
-from dist_sae.checkpoint.trained import Trained, read_trained
+from dist_sae.checkpoint.trained import Trained, find_checkpoint, read_trained, suffix
 from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.config.sae import RoutedConfig
-from dist_sae.data.consumers import kept_units
 from dist_sae.data.heldout import rows_of
 from dist_sae.data.loader import Units
-from dist_sae.data.plan import load_plan
+from dist_sae.data.plan import Plan, load_plan
+from dist_sae.environment import hardware, versions
 from dist_sae.errors import ConfigError, NonFiniteError
 from dist_sae.evaluation.cross_entropy import cross_entropies
+from dist_sae.evaluation.pca import pca_fvu
+from dist_sae.evaluation.subject import (
+    evaluation_key,
+    produced,
+    read_evaluation,
+    subject,
+    training_seconds,
+)
 from dist_sae.sae.base import Dictionary
 from dist_sae.sae.metrics import Fit, duplicate_shares
-from dist_sae.storage import UNMETERED, Meter, open_store
+from dist_sae.storage import UNMETERED, Meter, ObjectStore, open_store
+from dist_sae.telemetry.history import read_history
 
 logger = logging.getLogger(__name__)
 
-_PCA_ROWS = 100_000
 _EXPORTED = {"l0_latents": "l0"} | {
     name: name for name in ("step", "rows", "fvu", "pca_fvu", "dead_share", "ce_recovered")
 }
@@ -35,21 +45,26 @@ _EXPORTED = {"l0_latents": "l0"} | {
 _DENSITY_EDGES = [-7 + 0.25 * i for i in range(29)]  # log10, to 0
 
 
-def evaluate(run: Run, meter: Meter = UNMETERED) -> dict[str, Any]:
-    """Measure the newest checkpoint and leave the result in `<run>/evaluation.json`.
+def evaluate(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> dict[str, Any]:
+    """Measure a checkpoint and leave the result in `<run>/evaluation.json`.
+
+    What has been measured with the same settings is not measured again. The result for a step that
+    is not the newest is left in `<run>/evaluation-step-<step>.json`.
 
     Args:
         run: The run.
         meter: Takes the metrics.
+        step: Of the checkpoint; None takes the newest.
 
     Returns:
-        `trained_rows`; `dead_share`, of routed dictionaries by expert too; on `rows` held-out rows
-        `fvu`, `l0`, `pca_fvu` (of a PCA of training rows with as many components as latents are
-        active), `duplicate_share` (of latents with a near copy, and that have one in another
+        What was measured (`evaluation.subject`), on `hardware`, with `versions`, in
+        `evaluate_seconds`; `dead_share`, of routed dictionaries by expert too; on `rows` held-out
+        rows `fvu`, `l0`, `pca_fvu` (of a PCA of training rows with as many components as latents
+        are active), `duplicate_share` (of latents with a near copy, and that have one in another
         expert), densities, and for language models the cross-entropies in nats per token (`ce_of`
         next or masked ones; `ce_left_out` says why there are none) with the site left alone
         (`ce_clean`), replaced by the reconstruction (`ce_spliced`), by zero (`ce_zero`) and by the
-        mean (`ce_mean`), with the shares recovered.
+        mean (`ce_mean`), with the shares recovered, and the 95 % `intervals` of these.
 
     Raises:
         ConfigError: There is no checkpoint, or nothing is held out.
@@ -58,73 +73,78 @@ def evaluate(run: Run, meter: Meter = UNMETERED) -> dict[str, Any]:
     runs = open_store(run.store.runs, run.store.s3, meter)
     store = open_store(run.store.activations, run.store.s3, meter)
     plan = load_plan(store, run)
-    run = plan.resolve(run)
-    trained = read_trained(runs, run)
-    if trained is None:
-        raise ConfigError(
-            f"{runs.url}/{run.name}: holds no checkpoint yet; run `dist-sae train` first"
-        )
-    trained.check_plan(plan.hash)
     if not len(plan.heldout_units):
         raise ConfigError("activations.heldout_share: is 0, so there is nothing to evaluate on")
-    units = Units(store, plan, run.site, threading.Event())
-    step, sae, scale, mean = trained.step, trained.sae, trained.scale, trained.mean
-
-    fit = Fit.empty(run.sae.n_latents)
-    for x in _scaled_rows(units, plan.heldout_units, scale, run.evaluate.rows):
-        fit = fit.add(x, sae.infer(x), mean)
-    components = min(max(1, round(fit.l0)), len(mean))
-    # where no training unit is left PCA sees the held-out rows, which can only flatter it
-    kept = kept_units(store, plan) or plan.heldout_units
-    pca = _principal_components(units, kept, scale, components)
-    pca_error = torch.zeros((), dtype=torch.float64)
-    for x in _scaled_rows(units, plan.heldout_units, scale, run.evaluate.rows):
-        centred = x - mean
-        pca_error += (centred - centred @ pca @ pca.T).double().square().sum()
-    result = {
-        "step": step,
-        "trained_rows": step * run.train.batch_rows,
-        "rows": fit.rows,
-        "fvu": fit.fvu,
-        "l0": fit.l0,
-        **_dead_shares(run, trained, trained.idle_rows.masked_fill(fit.counts > 0, 0)),
-        "pca_fvu": float(pca_error / fit.squared_total),
-        "pca_components": components,
-        **_duplicates(run, sae),
-        **_density_histogram(fit),
-    }
-    if isinstance(run.model, HuggingFaceModel) and run.evaluate.contexts:
-        result |= cross_entropies(run, run.model, plan, sae, scale, mean)
-    bad = [name for name, value in result.items() if isinstance(value, float) and value != value]  # noqa: PLR0124
-    if bad:
-        raise NonFiniteError(f"{runs.url}/{run.name}: {', '.join(bad)} came out as NaN")
-    runs.put(f"{run.name}/evaluation.json", json.dumps(result, indent=1).encode())
+    result = _known(runs, run, plan, step)
+    if result is None:
+        trained = read_trained(runs, run, step)
+        if trained is None:
+            raise ConfigError(
+                f"{runs.url}/{run.name}: holds no checkpoint yet; run `dist-sae train` first"
+            )
+        trained.check_plan(plan.hash)
+        since = time.monotonic()
+        result = _measure(runs, run, trained, Units(store, plan, run.site, threading.Event()))
+        result["evaluate_seconds"] = time.monotonic() - since
+        key = evaluation_key(run.name, trained.suffix)
+        runs.put(key, json.dumps(result, indent=1).encode())
     for metric, name in _EXPORTED.items():
         if result.get(name) is not None:
             meter.set(f"dist_sae_evaluate_{metric}", result[name])
     return result
 
 
-def _scaled_rows(
-    units: Units, numbers: range, scale: float, limit: int
-) -> Iterator[Float[Tensor, "rows d_in"]]:
-    for acts in rows_of(units, numbers, limit):
-        yield acts * scale
+def _known(runs: ObjectStore, run: Run, plan: Plan, step: int | None) -> dict[str, Any] | None:
+    """What was measured before, if that was the same checkpoint, in the same way."""
+    checkpoint = find_checkpoint(runs, run, step)
+    if checkpoint is None:
+        return None
+    key = evaluation_key(run.name, suffix(runs, run, checkpoint.step))
+    found = read_evaluation(runs, key)
+    if found is None or found.get("made_from") != _made_from(run, checkpoint, plan):
+        return None
+    logger.info("step %d was measured before: %s/%s", checkpoint.step, runs.url, key)
+    return found
 
 
-def _principal_components(
-    units: Units, numbers: range, scale: float, components: int
-) -> Float[Tensor, "d_in components"]:
-    """The leading directions of the rows of units, about their mean."""
-    rows, total, products = 0, torch.zeros(()), torch.zeros(())
-    for x in _scaled_rows(units, numbers, scale, _PCA_ROWS):
-        rows += len(x)
-        total = total + x.double().sum(0)
-        products = products + (x.T @ x).double()
-    mean = total / rows
-    covariance = products / rows - torch.outer(mean, mean)
-    directions: Tensor = torch.linalg.eigh(covariance).eigenvectors
-    return directions[:, -components:].float()
+def _made_from(run: Run, checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
+    """All that a result depends on."""
+    return {
+        "checkpoint": checkpoint.digest,
+        "plan": plan.hash,
+        "rows": run.evaluate.rows,
+        "contexts": run.evaluate.contexts,
+        "dist_sae": __version__,
+    }
+
+
+def _measure(runs: ObjectStore, run: Run, trained: Trained, units: Units) -> dict[str, Any]:
+    own, plan, sae, scale, mean = trained.run, units.plan, trained.sae, trained.scale, trained.mean
+    fit = Fit.empty(own.sae.n_latents)
+    for acts in rows_of(units, plan.heldout_units, run.evaluate.rows):
+        x = acts * scale
+        fit = fit.add(x, sae.infer(x), mean)
+    components = min(max(1, round(fit.l0)), len(mean))
+    made = produced(units.store, plan)
+    result = {
+        **subject(own, plan, made, trained.step),
+        "training_seconds": training_seconds(read_history(runs, run.name), trained.step),
+        "rows": fit.rows,
+        "fvu": fit.fvu,
+        "l0": fit.l0,
+        **_dead_shares(own, trained, trained.idle_rows.masked_fill(fit.counts > 0, 0)),
+        "pca_fvu": pca_fvu(units, own.site, mean / scale, run.evaluate.rows, components),
+        "pca_components": components,
+        **_duplicates(own, sae),
+        **_density_histogram(fit),
+    }
+    if isinstance(run.model, HuggingFaceModel) and run.evaluate.contexts:
+        result |= cross_entropies(units, run, sae, scale, mean)
+    bad = [name for name, value in result.items() if isinstance(value, float) and value != value]  # noqa: PLR0124
+    if bad:
+        raise NonFiniteError(f"{runs.url}/{run.name}: {', '.join(bad)} came out as NaN")
+    made_from = _made_from(run, trained.checkpoint, plan)
+    return result | {"hardware": hardware(), "versions": versions(), "made_from": made_from}
 
 
 def _dead_shares(

@@ -1,4 +1,4 @@
-"""`dist-sae export`: the newest checkpoint as two files that SAELens loads (`SAE.load_from_disk`).
+"""`dist-sae export`: a checkpoint as two files that SAELens loads (`SAE.load_from_disk`).
 
 The scale of the activations is folded in, so that the exported dictionary takes raw activations x,
 and the decoder's norms, so that its rows have length 1 / s and f says what a latent contributes:
@@ -17,17 +17,20 @@ import safetensors.torch
 from torch import Tensor
 
 from dist_sae import __version__
-from dist_sae.checkpoint.trained import read_trained
+from dist_sae.checkpoint.layout import Checkpoint
+from dist_sae.checkpoint.trained import find_checkpoint, read_trained, suffix, trained_run
 from dist_sae.config import Run, differences
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.data.identity import plan_settings
-from dist_sae.errors import ConfigError
+from dist_sae.errors import ConfigError, ObjectNotFoundError
 from dist_sae.sae.base import Dictionary
 from dist_sae.sae.batchtopk import BatchTopK
-from dist_sae.storage import UNMETERED, Meter, open_store
+from dist_sae.storage import UNMETERED, Meter, ObjectStore, open_store
 
 logger = logging.getLogger(__name__)
 
+_CONFIG = "cfg.json"
+_WEIGHTS = "sae_weights.safetensors"
 # The SAELens format this follows. Below 6, its loader drops the metadata without a word.
 _SAELENS_VERSION = "6.54.12"
 _ARCHITECTURES = {
@@ -49,12 +52,16 @@ _HOOKS = {
 }
 
 
-def export(run: Run, meter: Meter = UNMETERED) -> str:
+def export(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
     """Write `<run>/export/cfg.json` and `sae_weights.safetensors`; returns where.
+
+    What is there already is not written again. A step that is not the newest has a folder of its
+    own, `<run>/export-step-<step>/`.
 
     Args:
         run: The run.
         meter: Takes the metrics.
+        step: Of the checkpoint; None takes the newest.
 
     Raises:
         ConfigError: There is no checkpoint, or SAELens has no such kind.
@@ -66,20 +73,32 @@ def export(run: Run, meter: Meter = UNMETERED) -> str:
             f"`dist-sae checkpoints convert` makes one file of it"
         )
     runs = open_store(run.store.runs, run.store.s3, meter)
-    trained = read_trained(runs, run)
-    if trained is None:
+    checkpoint = find_checkpoint(runs, run, step)
+    if checkpoint is None:
         raise ConfigError(
             f"{runs.url}/{run.name}: holds no checkpoint yet; run `dist-sae train` first"
         )
-    own = trained.run.model_copy(update={"export": run.export})
+    own = trained_run(checkpoint, run).model_copy(update={"export": run.export})
     if changed := differences(plan_settings(own), plan_settings(run)):
         logger.warning("what the run was trained on is written, not %s", "; ".join(changed))
-    folder = f"{run.name}/export"
-    tensors = folded(trained.sae, trained.scale)
-    runs.put(f"{folder}/sae_weights.safetensors", safetensors.torch.save(tensors))
-    config = saelens_config(own, tensors, step=trained.step, scale=trained.scale)
-    runs.put(f"{folder}/cfg.json", json.dumps(config, indent=2).encode())
+    folder = f"{run.name}/export{suffix(runs, run, checkpoint.step)}"
+    if _is_there(runs, folder, saelens_config(own, checkpoint)):
+        logger.info("step %d was exported before: %s/%s", checkpoint.step, runs.url, folder)
+    elif trained := read_trained(runs, run, step):
+        weights = safetensors.torch.save(folded(trained.sae, trained.scale))
+        runs.put(f"{folder}/{_WEIGHTS}", weights)
+        config = saelens_config(own, trained.checkpoint)
+        runs.put(f"{folder}/{_CONFIG}", json.dumps(config, indent=2).encode())
     return f"{runs.url}/{folder}"
+
+
+def _is_there(runs: ObjectStore, folder: str, config: dict[str, Any]) -> bool:
+    """Whether just this was exported; the configuration is written last."""
+    try:
+        there = json.loads(runs.get(f"{folder}/{_CONFIG}"))
+    except (ObjectNotFoundError, ValueError):
+        return False
+    return bool(there == config) and runs.size(f"{folder}/{_WEIGHTS}") is not None
 
 
 def folded(sae: Dictionary, scale: float) -> dict[str, Tensor]:
@@ -99,18 +118,20 @@ def folded(sae: Dictionary, scale: float) -> dict[str, Tensor]:
     return {name: tensor.float().contiguous() for name, tensor in exported.items()}
 
 
-def saelens_config(
-    run: Run, tensors: dict[str, Tensor], *, step: int, scale: float
-) -> dict[str, Any]:
-    """`cfg.json`, with every key that SAELens writes itself, and what else one should know."""
-    d_in, n_latents = tensors["W_enc"].shape
+def saelens_config(run: Run, checkpoint: Checkpoint) -> dict[str, Any]:
+    """`cfg.json`, with every key that SAELens writes itself, and what else one should know.
+
+    Args:
+        run: As it was trained.
+        checkpoint: What is exported.
+    """
     site, _, layer = run.site.rpartition(".")
     hugging_face = isinstance(run.model, HuggingFaceModel)
     topk = {"k": run.sae.k, "rescale_acts_by_decoder_norm": False} if run.sae.kind == "topk" else {}
     return {
         "architecture": _ARCHITECTURES[run.sae.kind],
-        "d_in": d_in,
-        "d_sae": n_latents,
+        "d_in": len(checkpoint.scalars["mean"]),
+        "d_sae": run.sae.n_latents,
         **topk,
         "dtype": "float32",
         "device": "cpu",
@@ -133,8 +154,9 @@ def saelens_config(
             "model_from_pretrained_kwargs": {},
             "dist_sae_version": __version__,
             "site": run.site,
-            "activation_scale": scale,
-            "trained_rows": step * run.train.batch_rows,
+            "activation_scale": float(checkpoint.scalars["scale"]),
+            "trained_rows": checkpoint.step * run.train.batch_rows,
+            "checkpoint": checkpoint.digest,
         },
     }
 

@@ -99,6 +99,7 @@ def make_page(evaluation: dict[str, Any] | None = None, latents: Sequence[Latent
         title="<b>run</b>",
         facts=[("Model", "a&b")],
         run_file="RUN.yaml",
+        made_from="these numbers",
         evaluation=evaluation,
         history=history,
         producer_seconds={"forward": 3.0, "tokenize": 1.0},

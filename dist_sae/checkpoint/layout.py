@@ -21,7 +21,7 @@ from torch import Tensor
 from dist_sae.errors import CorruptObjectError
 from dist_sae.storage import ObjectStore
 from dist_sae.storage.own import OwnKeys
-from dist_sae.storage.records import READS, Record, read_record, seal
+from dist_sae.storage.records import READS, Record, digest, read_record, seal
 
 logger = logging.getLogger(__name__)
 
@@ -80,6 +80,11 @@ class Checkpoint(NamedTuple):
     def scalars(self) -> dict[str, Any]:
         """What is no tensor."""
         return self.manifest.scalars
+
+    @property
+    def digest(self) -> str:
+        """Identifies what it holds."""
+        return digest(self.manifest)
 
     @property
     def tensors(self) -> dict[str, Tensor]:

@@ -39,6 +39,9 @@ class Trained(NamedTuple):
     idle_rows: Int[Tensor, " n_latents"]
     """Rows since each latent last fired."""
 
+    suffix: str
+    """See `suffix`."""
+
     @property
     def step(self) -> int:
         """Steps done."""
@@ -79,11 +82,12 @@ def read_trained(runs: ObjectStore, run: Run, step: int | None = None) -> Traine
     """
     checkpoints = Checkpoints(runs, run.name, run.train.keep_checkpoints)
     if step is not None:
-        return _read(run, chosen(checkpoints, step, f"{runs.url}/{run.name}"))
+        checkpoint = chosen(checkpoints, step, f"{runs.url}/{run.name}")
+        return _read(run, checkpoint, suffix(runs, run, step))
     tried: dict[int, CorruptObjectError | ObjectNotFoundError] = {}
     while left := [step for step in checkpoints.steps() if step not in tried]:
         try:
-            return _read(run, checkpoints.open(left[-1]))
+            return _read(run, checkpoints.open(left[-1]), "")
         except (CorruptObjectError, ObjectNotFoundError) as exc:
             if left[-1] in checkpoints.steps():
                 logger.error("the checkpoint of step %d is passed over: %s", left[-1], exc)
@@ -91,6 +95,29 @@ def read_trained(runs: ObjectStore, run: Run, step: int | None = None) -> Traine
     if tried:
         raise tried[max(tried)]
     return None
+
+
+def suffix(runs: ObjectStore, run: Run, step: int) -> str:
+    """What the names of a checkpoint's results end with: nothing for the newest, else its step."""
+    steps = Checkpoints(runs, run.name, run.train.keep_checkpoints).steps()
+    return "" if step == steps[-1] else f"-step-{step:08d}"
+
+
+def find_checkpoint(runs: ObjectStore, run: Run, step: int | None) -> Checkpoint | None:
+    """The checkpoint that `read_trained` begins with, whose parts may be damaged.
+
+    Raises:
+        ConfigError: There is no checkpoint of that step.
+        PlanMismatchError: The run was trained with other settings.
+    """
+    checkpoints = Checkpoints(runs, run.name, run.train.keep_checkpoints)
+    if step is None:
+        checkpoint = checkpoints.latest()
+    else:
+        checkpoint = chosen(checkpoints, step, f"{runs.url}/{run.name}")
+    if checkpoint is not None:
+        trained_run(checkpoint, run)
+    return checkpoint
 
 
 def chosen(checkpoints: Checkpoints, step: int, place: str) -> Checkpoint:
@@ -123,10 +150,10 @@ def check_own(settings: Mapping[str, Any], run: Run) -> Run:
     return check_same_run(settings, run, place, remedy)
 
 
-def _read(run: Run, checkpoint: Checkpoint) -> Trained:
+def _read(run: Run, checkpoint: Checkpoint, name_suffix: str) -> Trained:
     own = trained_run(checkpoint, run)
     mean = torch.tensor(checkpoint.scalars["mean"])
     sae = build_sae(own.sae, len(mean))
     load_weights(sae, checkpoint)
     scale = float(checkpoint.scalars["scale"])
-    return Trained(own, checkpoint, sae, scale, mean, checkpoint.read(IDLE_ROWS))
+    return Trained(own, checkpoint, sae, scale, mean, checkpoint.read(IDLE_ROWS), name_suffix)

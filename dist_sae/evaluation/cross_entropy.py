@@ -1,40 +1,54 @@
 """The language model's losses with a site left alone, replaced by its reconstruction, ablated."""
 
 import logging
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import islice
+from typing import Any
 
 import torch
-from jaxtyping import Bool
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.data.admission import admitted, of_usual_norm
 from dist_sae.data.corpus import Corpus
+from dist_sae.data.loader import Units
 from dist_sae.data.plan import Plan, as_planned, check_model, read_unit
 from dist_sae.data.tokens import TokenBatch, cut, pack
-from dist_sae.errors import HeadlessError
+from dist_sae.environment import versions
+from dist_sae.errors import HeadlessError, NonFiniteError
+from dist_sae.evaluation.kept import fingerprint, kept
 from dist_sae.models import build_tokenizer
 from dist_sae.sae.base import Dictionary
 from dist_sae.sae.metrics import ce_recovered
 
 logger = logging.getLogger(__name__)
 
+_RESAMPLES = 1000
+
 
 def cross_entropies(
-    run: Run, model: HuggingFaceModel, plan: Plan, sae: Dictionary, scale: float, mean: Tensor
-) -> dict[str, float | str]:
+    units: Units, run: Run, sae: Dictionary, scale: float, mean: Tensor
+) -> dict[str, Any]:
     """Losses of the whole model with the site's admitted rows replaced.
 
     Of next tokens, or of masked ones where each token sees those after it. A model that predicts
-    none gives `ce_left_out`, which says why.
+    none gives `ce_left_out`, which says why. Losses without the dictionary are kept beside the
+    activation set.
+
+    Returns:
+        See `evaluate`. `intervals` are of the bootstrap over documents.
+
+    Raises:
+        NonFiniteError: A loss is NaN or infinite.
     """
     from dist_sae.models.spliced import SplicedModel
 
-    run = as_planned(run, plan)
-    check_model(run, plan)
+    run = as_planned(run, units.plan)
+    check_model(run, units.plan)
     assert isinstance(run.model, HuggingFaceModel)
     model = run.model  # at the plan's commit
     tokenizer = build_tokenizer(model, 0)
@@ -43,30 +57,107 @@ def cross_entropies(
     except HeadlessError as exc:
         logger.warning("cross-entropies are left out: %s", exc)
         return {"ce_left_out": str(exc)}
-    totals: Counter[str] = Counter()
-    replacements: dict[str, Callable[[Tensor], Tensor] | None] = {
-        "clean": None,
-        "spliced": lambda rows: sae.decode(sae.encode(rows * scale)) / scale,
-        "zero": torch.zeros_like,
-        "mean": lambda rows: (mean / scale).expand(rows.shape),
-    }
-    for batch in _heldout_batches(run, model, plan, tokenizer.bos):
-        keep = admitted(batch, tokenizer.special, run.activations.exclude, Counter())
-        predicted = spliced.predicted(batch.tokens, batch.mask)
-        totals["tokens"] += int(predicted.sum())
-        for name, replace in replacements.items():
-            edit = _edit(keep, replace, run.activations.exclude.over_norm) if replace else None
-            losses = spliced.losses(batch.tokens, batch.mask, edit)[predicted]
-            totals[name] += float(losses.double().sum())  # type: ignore[assignment]
-    if not totals["tokens"]:
+    batches = list(_heldout_batches(run, model, units.plan, tokenizer.bos))
+    predicted = [spliced.predicted(batch.tokens, batch.mask) for batch in batches]
+    tokens = torch.tensor([n for each in predicted for n in each.sum(1).tolist()])
+    if not int(tokens.sum()):
         return {"ce_left_out": "no held-out context has a second token, which could be predicted"}
-    ce = {name: totals[name] / totals["tokens"] for name in replacements}
+    exclude = run.activations.exclude
+    centre = mean / scale
+
+    def losses(replace: Callable[[Tensor], Tensor] | None) -> list[float]:
+        """Summed over the tokens of each context, in nats."""
+        sums: list[float] = []
+        for batch, counts in zip(batches, predicted, strict=True):
+            keep = admitted(batch, tokenizer.special, exclude, Counter())
+            edit = _edit(keep, replace, exclude.over_norm) if replace else None
+            each = spliced.losses(batch.tokens, batch.mask, edit)
+            sums += each.double().where(counts, 0.0).sum(1).tolist()
+        if not all(map(math.isfinite, sums)):
+            raise NonFiniteError(f"model.path {model.path}: a loss is NaN or infinite")
+        return sums
+
+    of = {
+        "plan": units.plan.hash,
+        "site": run.site,
+        "mean": fingerprint(centre.tolist()),
+        "batches": fingerprint([batch.tokens.tolist() for batch in batches]),
+        "predicted": fingerprint([each.tolist() for each in predicted]),
+        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "versions": {name: versions()[name] for name in ("torch", "transformers")},
+    }
+    without = kept(
+        units.store,
+        "cross-entropy",
+        of,
+        lambda: {
+            "clean": losses(None),
+            "zero": losses(torch.zeros_like),
+            "mean": losses(lambda rows: centre.expand(rows.shape)),
+        },
+    )
+    sums = {
+        "clean": without["clean"],
+        "spliced": losses(lambda rows: sae.decode(sae.encode(rows * scale)) / scale),
+        "zero": without["zero"],
+        "mean": without["mean"],
+    }
+    documents = torch.cat([batch.documents[:, 0] for batch in batches])
     return {
         "ce_of": "masked tokens" if spliced.masked else "next tokens",
-        **{f"ce_{name}": value for name, value in ce.items()},
-        "ce_recovered": ce_recovered(ce["clean"], ce["spliced"], ce["zero"]),
-        "ce_recovered_mean": ce_recovered(ce["clean"], ce["spliced"], ce["mean"]),
-        "tokens": totals["tokens"],
+        **_numbers(*(sum(values) for values in sums.values()), tokens=int(tokens.sum())),
+        "tokens": int(tokens.sum()),
+        "ce_documents": len(set(documents.tolist())),
+        "intervals": _intervals(torch.tensor(list(sums.values())), tokens, documents),
+    }
+
+
+def _numbers(
+    clean: float, spliced: float, zero: float, mean: float, *, tokens: float
+) -> dict[str, float]:
+    """From losses summed over tokens."""
+    return {
+        "ce_clean": clean / tokens,
+        "ce_spliced": spliced / tokens,
+        "ce_zero": zero / tokens,
+        "ce_mean": mean / tokens,
+        "ce_recovered": ce_recovered(clean, spliced, zero),
+        "ce_recovered_mean": ce_recovered(clean, spliced, mean),
+    }
+
+
+def _intervals(
+    sums: Float[Tensor, "losses contexts"],
+    tokens: Int[Tensor, " contexts"],
+    documents: Int[Tensor, " contexts"],
+) -> dict[str, list[float]]:
+    """95 % percentile intervals of the bootstrap (Efron 1979) over documents.
+
+    Contexts of one document are alike, so documents are drawn. None for a single one.
+    """
+    sums, documents, tokens = (part[..., tokens > 0] for part in (sums, documents, tokens))
+    numbers = {document: i for i, document in enumerate(dict.fromkeys(documents.tolist()))}
+    which = torch.tensor([numbers[document] for document in documents.tolist()])
+    n = len(numbers)
+    if n == 1:
+        return {}
+    columns = torch.cat([sums.double(), tokens.double()[None]])
+    by_document = torch.zeros(len(columns), n, dtype=torch.float64).index_add_(1, which, columns)
+    generator = torch.Generator().manual_seed(0)
+    drawn = torch.randint(n, (_RESAMPLES, n), generator=generator)
+    times = torch.zeros(_RESAMPLES, n, dtype=torch.float64)
+    times.scatter_add_(1, drawn, torch.ones_like(times))
+    resampled = [
+        _numbers(*totals[:-1], tokens=totals[-1]) for totals in (times @ by_document.T).tolist()
+    ]
+    ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
+    return {
+        name: torch.tensor(
+            [drawn_numbers[name] for drawn_numbers in resampled], dtype=torch.float64
+        )
+        .quantile(ends)
+        .tolist()
+        for name in resampled[0]
     }
 
 

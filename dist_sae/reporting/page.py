@@ -70,6 +70,8 @@ class Page(NamedTuple):
     """Of the header: what, and its value."""
     run_file: str
     """What a user would write after a command."""
+    made_from: str
+    """Identifies all that the page is made from."""
     evaluation: Mapping[str, Any] | None
     history: Sequence[Mapping[str, Any]]
     producer_seconds: Mapping[str, float]
@@ -90,6 +92,7 @@ def render_page(page: Page) -> str:
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f'<meta name="made-from" content="{page.made_from}">'
         f"<title>{escape(page.title)} - dist_sae</title><style>\n{style}</style></head><body>\n"
         f'<header><h1>{escape(page.title)}</h1><dl class="facts">{facts}</dl></header>\n'
         f"<main>{_void_settings(page)}{_numbers(page)}\n{_plots(page)}\n{_latents(page)}</main>\n</body></html>\n"
@@ -232,7 +235,7 @@ def _stack(name: str, seconds: Mapping[str, float]) -> str:
     pieces = [(label, s, f"c{i % _PALETTE}") for i, (label, s) in enumerate(seconds.items())]
     parts = "".join(f'<i class="{c}" style="flex:{s / total:.5f}"></i>' for _, s, c in pieces)
     keys = "".join(
-        f'<span class="key {c}">{escape(label)} {100 * s / total:.1f} %, {_duration(s)}</span>'
+        f'<span class="key {c}">{escape(label)} {100 * s / total:.1f} %, {duration(s)}</span>'
         for label, s, c in pieces
     )
     return (
@@ -287,7 +290,8 @@ def _missing(what: str, command: str, page: Page) -> str:
     return f'<p class="missing">{what}: run {done}, then make the report again.</p>'
 
 
-def _duration(seconds: float) -> str:
+def duration(seconds: float) -> str:
+    """A stretch of time in the unit that shows it best."""
     size, unit = _time_unit(seconds)
     return f"{short(seconds / size)} {unit}"
 

@@ -14,13 +14,15 @@ from dist_sae.plan import plan
 from dist_sae.sae import build_sae
 from tests.models.test_huggingface import D, hf, save_model
 from tests.test_produce_together import run_file
+from tests.world import open_units
 
 
 def measured(folder: Path, path: Path) -> tuple[dict[str, Any], HuggingFaceModel]:
     run = load_run(run_file(folder / "run", path))
     assert isinstance(run.model, HuggingFaceModel)
     sae = build_sae(run.sae, D)
-    return cross_entropies(run, run.model, plan(run), sae, 1.0, torch.zeros(D)), run.model
+    plan(run)
+    return cross_entropies(open_units(run), run, sae, 1.0, torch.zeros(D)), run.model
 
 
 def test_an_encoders_are_of_masked_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -34,7 +36,7 @@ def test_an_encoders_are_of_masked_tokens(tmp_path: Path, monkeypatch: pytest.Mo
 
     monkeypatch.setattr(SplicedModel, "losses", record)
     found, _ = measured(tmp_path, save_model(tmp_path / "m", "bert", kind=hf.AutoModelForMaskedLM))
-    clean = torch.cat([of_batch[~of_batch.isnan()] for of_batch in losses[::4]])
+    clean = torch.cat([of_batch[~of_batch.isnan()] for of_batch in losses[: len(losses) // 4]])
     assert found["ce_of"] == "masked tokens"
     assert found["tokens"] == len(clean) > 0
     assert found["ce_clean"] == pytest.approx(float(clean.double().mean()))

@@ -1,0 +1,74 @@
+"""FVU of a PCA, the bar that a dictionary must beat."""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dist_sae.data.consumers import kept_units
+from dist_sae.data.heldout import rows_of
+from dist_sae.data.loader import Units
+from dist_sae.evaluation.kept import fingerprint, kept
+
+_PCA_ROWS = 100_000
+
+
+def pca_fvu(
+    units: Units, site: str, mean: Float[Tensor, " d_in"], limit: int, components: int
+) -> float:
+    """FVU on held-out rows of a PCA of training rows.
+
+    All numbers of components are measured together, once for all dictionaries of the site. Where
+    no training unit is left the held-out rows take their place, which can only flatter the PCA.
+
+    Args:
+        units: The activation set.
+        site: Where the rows are from.
+        mean: That FVU is about, not scaled.
+        limit: Held-out rows, at most.
+        components: Of the PCA.
+    """
+    plan = units.plan
+    training = kept_units(units.store, plan) or plan.heldout_units
+    of = {
+        "plan": plan.hash,
+        "site": site,
+        "mean": fingerprint(mean.tolist()),
+        "rows": limit,
+        "training_rows": _PCA_ROWS,
+        "training_units": [training.start, training.stop],
+    }
+
+    def measure() -> dict[str, list[float]]:
+        directions = _principal_directions(rows_of(units, training, _PCA_ROWS))
+        return {
+            "fvu": _fvu_by_components(rows_of(units, plan.heldout_units, limit), directions, mean)
+        }
+
+    by_components: list[float] = kept(units.store, "pca", of, measure)["fvu"]
+    return by_components[components]
+
+
+def _principal_directions(batches: Iterator[Tensor]) -> Float[Tensor, "d_in d_in"]:
+    """Eigenvectors of the rows' covariance, about their mean; the leading one first."""
+    rows, total, products = 0, torch.zeros(()), torch.zeros(())
+    for x in batches:
+        rows += len(x)
+        total = total + x.double().sum(0)
+        products = products + (x.T @ x).double()
+    mean = total / rows
+    directions: Tensor = torch.linalg.eigh(products / rows - torch.outer(mean, mean)).eigenvectors
+    return directions.flip(1).float()
+
+
+def _fvu_by_components(
+    batches: Iterator[Tensor], directions: Float[Tensor, "d_in d_in"], mean: Float[Tensor, " d_in"]
+) -> list[float]:
+    """FVU of the projection on the first 0, 1, ... d_in directions."""
+    captured, total = torch.zeros(len(mean), dtype=torch.float64), 0.0
+    for x in batches:
+        centred = x - mean
+        captured += (centred @ directions).double().square().sum(0)
+        total += float(centred.double().square().sum())
+    return [1.0, *(1 - captured.cumsum(0) / total).tolist()]
