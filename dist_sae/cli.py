@@ -56,11 +56,11 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _plan(options: argparse.Namespace) -> None:
     run = _load(options)
-    from dist_sae.plan import forecast, plan
+    from dist_sae.plan import foresee
 
     with _short_lived(run, "plan") as telemetry:
-        made = plan(run, telemetry)
-    _print_result(options, forecast(made.resolve(run), made))
+        _, told = foresee(run, telemetry)
+    _print_result(options, told)
 
 
 def _produce(options: argparse.Namespace) -> int | None:

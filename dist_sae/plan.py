@@ -1,7 +1,7 @@
 """`dist-sae plan`: read the corpus once and fix which documents make up which unit."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -24,6 +24,7 @@ from dist_sae.data.plan import (
     make_plan,
     publish_plan,
 )
+from dist_sae.data.shard import DTYPES, ORIGIN_BYTES
 from dist_sae.errors import EXIT_USER, HubUnavailableError
 from dist_sae.models import build_tokenizer, check_sites
 from dist_sae.reporting.void import void_settings
@@ -36,7 +37,12 @@ _MUCH_LOST = 0.05
 
 
 def plan(run: Run, meter: Meter = UNMETERED) -> Plan:
-    """Make the plan of a run's activation set, or find that it is there already.
+    """Make the plan of a run's activation set, or find that it is there already: see `foresee`."""
+    return foresee(run, meter)[0]
+
+
+def foresee(run: Run, meter: Meter = UNMETERED) -> tuple[Plan, dict[str, Any]]:
+    """The plan of a run's activation set, made or found, and what it will give.
 
     Args:
         run: The run.
@@ -57,7 +63,7 @@ def plan(run: Run, meter: Meter = UNMETERED) -> Plan:
         pace = logs.PacedProgress("plan")
         pace(0, 1, doing="reads the text")
         index = corpus.index(lambda n: pace(0, 1, doing=f"reads the text: {n:,} documents"))
-        check_sites(run.model, run.activations)
+        widths = check_sites(run.model, run.activations)
         content = model_content(run.model)
         found = find_plan(store, run, index, content)
         made = found or make_plan(run, index, _rows(run, corpus, index, pace), content)
@@ -69,7 +75,7 @@ def plan(run: Run, meter: Meter = UNMETERED) -> Plan:
     check_rows(run, made)
     there = found or publish_plan(store, made)
     created, made = there is made and not found, there
-    told = forecast(run, made)
+    told = forecast(run, made, widths)
     meter.set("dist_sae_plan_units", len(made.units))
     meter.set("dist_sae_plan_documents", told["documents"])
     meter.set("dist_sae_plan_train_rows", made.train_rows_estimate)
@@ -77,21 +83,23 @@ def plan(run: Run, meter: Meter = UNMETERED) -> Plan:
     for warning in (*_warnings(told), *void_settings(run, made)):
         logger.warning("%s", warning)
     logs.progress("plan", 1, 1, said=describe(told))
-    return made
+    return made, told
 
 
-def forecast(run: Run, plan: Plan) -> dict[str, Any]:
+def forecast(run: Run, plan: Plan, widths: Mapping[str, int]) -> dict[str, Any]:
     """What the plan will give, before anything is produced.
 
     Args:
         run: The run, resolved by the plan.
         plan: Its plan.
+        widths: Of each site.
 
     Returns:
         Counts: `documents`, `train_units`, `heldout_units`; `streams`, `window_units`, `unit_rows`
         of the layout and `first_unit_rows`; `first_windows_units`, without which no training
         begins; rows, about: `train_rows` and `heldout_rows` to be stored, `pass_rows` that a pass
-        gives to training, `unusable_rows`, which it does not; of the run `run_rows` and `passes`.
+        gives to training, `unusable_rows`, which it does not; `bytes` of all rows in the store; of
+        the run `run_rows` and `passes`.
     """
     rows = plan.rows_of_units
     return {
@@ -106,17 +114,25 @@ def forecast(run: Run, plan: Plan) -> dict[str, Any]:
         "heldout_rows": sum(rows[plan.n_train_units :]),
         "pass_rows": plan.pass_rows,
         "unusable_rows": plan.train_rows_estimate - plan.pass_rows,
+        "bytes": sum(rows) * _row_bytes(run.activations.dtype, widths),
         "run_rows": run.steps * run.train.batch_rows,
         "passes": round(run.steps * run.train.batch_rows / plan.pass_rows, 3),
     }
+
+
+def _row_bytes(dtype: str, widths: Mapping[str, int]) -> int:
+    """Bytes of a row at all sites."""
+    scale = 4 if dtype == "int8" else 0
+    return sum(DTYPES[dtype].itemsize * d_in + scale + ORIGIN_BYTES for d_in in widths.values())
 
 
 def describe(told: dict[str, Any]) -> str:
     """A forecast in a sentence."""
     return (
         f"{told['documents']:,} documents in {told['train_units']} units to train on and "
-        f"{told['heldout_units']} held out; about {told['pass_rows']:,} rows a pass; "
-        f"the run takes {told['run_rows']:,}, {told['passes']:.2g} passes"
+        f"{told['heldout_units']} held out; about {told['pass_rows']:,} rows a pass, "
+        f"{told['bytes'] / 1e9:,.2f} GB; the run takes {told['run_rows']:,}, "
+        f"{told['passes']:.2g} passes"
     )
 
 

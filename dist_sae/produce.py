@@ -405,6 +405,7 @@ class _Progress:
             self.say(
                 **({"rows_per_second": round(n_rows / seconds)} if seconds > 1 else {}),
                 busiest="tokenize" if slower else "forward",
+                doing="",
             )
 
     def say(self, **numbers: Any) -> None:

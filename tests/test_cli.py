@@ -185,6 +185,7 @@ def test_json_is_the_last_line_of_stdout(
     # 29 documents in the shortest stream, 30 in three others
     assert result["pass_rows"] == 4 * 29 * 63
     assert result["unusable_rows"] == 3 * 63
+    assert result["bytes"] == 125 * 63 * (4 * 8 + 16)  # 8 numbers of 4 bytes, and where from
     assert result["run_rows"] == 4096
     assert result["passes"] == round(4096 / (4 * 29 * 63), 3)
 

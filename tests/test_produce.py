@@ -375,7 +375,7 @@ def letters_run(
     )
     for module in (dist_sae.plan, dist_sae.produce):
         monkeypatch.setattr(module, "build_tokenizer", lambda *_: Letters())
-    monkeypatch.setattr(dist_sae.plan, "check_sites", lambda *_: None)
+    monkeypatch.setattr(dist_sae.plan, "check_sites", lambda *_: {})
     plan(run)
     return run
 

@@ -26,7 +26,15 @@ from dist_sae.config.data import SYNTHETIC_SITE
 from dist_sae.data.corpus import Corpus
 from dist_sae.data.loader import Loader, Units
 from dist_sae.data.plan import PLAN_KEY, Plan, make_plan, publish_plan
-from dist_sae.data.shard import DTYPES, Rows, SiteShard, UnitManifest, manifest_key, write_shard
+from dist_sae.data.shard import (
+    DTYPES,
+    ORIGIN_BYTES,
+    Rows,
+    SiteShard,
+    UnitManifest,
+    manifest_key,
+    write_shard,
+)
 from dist_sae.errors import ConfigError
 from dist_sae.storage import ObjectStore
 from dist_sae.storage.local import LocalStore
@@ -38,7 +46,6 @@ if TYPE_CHECKING:
 _FETCHERS = 8  # threads of the Loader's pool
 _WRITE_BYTES = 16 * 2**20  # parts of a folder's raw writes; on S3 they are the store's
 _SITE = SYNTHETIC_SITE
-_ORIGIN_BYTES = 4 + 4 + 8  # of a row: token, position, document
 
 
 class StoreShape(NamedTuple):
@@ -101,7 +108,7 @@ def bench_store(run: Run, shape: StoreShape, *, rounds: int, cached: bool) -> di
             for number in range(rounds)
         ]
     n_rows = shape.units * shape.unit_rows
-    payload = n_rows * (shape.d_in * DTYPES[shape.dtype].itemsize + _ORIGIN_BYTES)
+    payload = n_rows * (shape.d_in * DTYPES[shape.dtype].itemsize + ORIGIN_BYTES)
     tars = sum(sizes[shard.key] for shard in shards)
     metadata = sizes[PLAN_KEY] + sum(sizes[manifest_key(unit)] for unit in plan.train_units)
     return {

@@ -23,7 +23,7 @@ from dist_sae.errors import CorpusError
 _PIECES = 4096
 _PIECE_BYTES = 2048
 _OWN_PRIOR = 0.5  # pieces: so much does a document's file count beside its own
-_FILE_PRIOR = 4.0
+_FILE_PRIOR = 1.0
 _SPANS_AT_ONCE = 256
 
 Said = Callable[[int, int], None]

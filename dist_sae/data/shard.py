@@ -44,6 +44,8 @@ SHARDS = OwnKeys("shards/", r"(?P<site>[a-z_]+(\.\d+)?)/(?P<unit>\d{8})-[0-9a-f]
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}
 _STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _INT8_LARGEST = 127
+ORIGIN_BYTES = 4 + 4 + 8
+"""Of a row: token, position, document."""
 _INT8_GAIN = 0.5  # of the noise
 _STATISTICS_VALUES = 2**15  # torch stays in this thread, and fp64 in the cache: 5 x as fast
 with warnings.catch_warnings():  # said once per process: the memory is read-only, and only read

@@ -27,15 +27,19 @@ def build_tokenizer(model: ModelConfig, document_rows: int) -> Tokenizer:
             assert_never(model)
 
 
-def check_sites(model: ModelConfig, activations: ActivationsConfig) -> None:
-    """Raise `ModelError` unless the model can be recorded at the sites, in contexts as long."""
+def check_sites(model: ModelConfig, activations: ActivationsConfig) -> dict[str, int]:
+    """The width of each site of a model that can be recorded, in contexts as long.
+
+    Raises:
+        ModelError: It cannot.
+    """
     match model:
         case HuggingFaceModel():
             from dist_sae.models.check import check  # takes 3 s
 
-            check(model, activations)
+            return check(model, activations)
         case SyntheticModel():
-            pass  # the run file's own check: it has one site
+            return dict.fromkeys(activations.sites, model.d_in)
         case _:
             assert_never(model)
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dist_sae.config.data import ActivationsConfig, HuggingFaceModel
 from dist_sae.errors import ModelError
 from dist_sae.models.huggingface import Description, HuggingFaceSource, describe, load_tokenizer
-from dist_sae.models.sites import blocks
+from dist_sae.models.sites import blocks, width
 
 logger = logging.getLogger(__name__)
 
@@ -21,14 +21,18 @@ _MOST_WORK = 2 * 10**10  # parameters times tokens of the longest context that i
 _ROUNDING = 1e-3  # relative; right ones have stayed below 1e-5, wrong ones above 1e-2
 
 
-def check(config: HuggingFaceModel, activations: ActivationsConfig) -> None:
+def check(config: HuggingFaceModel, activations: ActivationsConfig) -> dict[str, int]:
     """Raise `ModelError` unless the rows would be those of the model.
 
     The sites, positions and vocabulary are checked of every model. One that is small enough is also
     run, in fp32: rows of a batch with padding, by a model without its upper layers, after another
     batch, are to be those of each context alone in the whole model.
+
+    Returns:
+        The width of each site.
     """
     description = describe(config, activations.sites)
+    widths = {site: width(description.skeleton, site) for site in activations.sites}
     _check_positions(config, description, activations.context_tokens)
     ordinary = _check_vocabulary(config, description)
     parameters = sum(p.numel() for p in description.skeleton.parameters())
@@ -38,9 +42,10 @@ def check(config: HuggingFaceModel, activations: ActivationsConfig) -> None:
             config.path,
             parameters / 1e9,
         )
-        return
+        return widths
     longest = min(activations.context_tokens, max(_LENGTHS[0], _MOST_WORK // parameters))
     _compare_with_whole(config, activations.sites, ordinary, longest)
+    return widths
 
 
 def _check_positions(config: HuggingFaceModel, description: Description, tokens: int) -> None:

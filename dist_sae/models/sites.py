@@ -94,6 +94,17 @@ def place(model: nn.Module, site: str) -> Place:
     return Place(_part(layer, paths, site) if paths else layer, goes_in)
 
 
+def width(model: nn.Module, site: str) -> int:
+    """Numbers in a row of a site."""
+    text = model.config.get_text_config()  # type: ignore[operator, union-attr]
+    name, _, _ = site.rpartition(".")
+    if name in ("attn_z", "mlp_inner"):  # goes into a product; transformers' Conv1D is transposed
+        weight = place(model, site).module.get_parameter("weight")
+        return int(weight.shape[0 if hasattr(place(model, site).module, "nx") else 1])
+    several = getattr(text, "altup_num_inputs", 1) if name.startswith("resid") else 1
+    return int(text.hidden_size * several)
+
+
 def attach(model: nn.Module, site: str, edit: Edit) -> None:
     """Hook `edit` in at `site`: it sees the activations and what it returns goes on.
 

@@ -225,7 +225,7 @@ def test_planning_again_asks_for_what_was_planned(
         dist_sae.data.corpus, "dataset_commit", lambda _, revision: revision or commits[-1]
     )
     for module, name, stand_in in (
-        (dist_sae.plan, "check_sites", lambda *_: None),
+        (dist_sae.plan, "check_sites", lambda *_: {}),
         (dist_sae.plan, "build_tokenizer", lambda *_: Letters()),
     ):
         monkeypatch.setattr(module, name, stand_in)
