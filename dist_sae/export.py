@@ -113,8 +113,8 @@ def folded(sae: Dictionary, scale: float) -> dict[str, Tensor]:
     }
     if isinstance(sae, BatchTopK):
         exported["threshold"] = norms * sae.theta
-    elif "log_threshold" in p:
-        exported["threshold"] = norms * p["log_threshold"].exp()
+    elif "theta" in p:
+        exported["threshold"] = norms * p["theta"] * len(p["b_dec"]) ** 0.5
     return {name: tensor.float().contiguous() for name, tensor in exported.items()}
 
 

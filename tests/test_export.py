@@ -101,7 +101,7 @@ def exported(tmp_path: Path, kind: str) -> tuple[Path, dict[str, torch.Tensor]]:
     if kind == "batchtopk":
         weights["threshold"] = torch.tensor([THETA * 0.75, 0.75], dtype=torch.float64)
     if kind in ("jumprelu", "jumprelu_tanh"):
-        weights["log_threshold"] = torch.randn(64, generator=generator)
+        weights["theta"] = torch.randn(64, generator=generator).exp() / 4
     checkpoints = Checkpoints(open_store(run.store.runs), run.name, 1)
     save(checkpoints, 5, weights | IDLE, scalars(run, SCALE))
     return Path(export(run)), weights

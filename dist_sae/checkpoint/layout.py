@@ -18,6 +18,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from dist_sae.checkpoint import older
 from dist_sae.errors import CorruptObjectError
 from dist_sae.storage import ObjectStore
 from dist_sae.storage.own import OwnKeys
@@ -45,6 +46,8 @@ class TensorRecord(Record):
 
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
+    older: bool = False
+    """Stored under another name, and to be converted (`checkpoint/older.py`)."""
 
 
 class CheckpointManifest(Record):
@@ -137,7 +140,13 @@ class Checkpoint(NamedTuple):
             if part.start < stop and start < part.stop:
                 first = max(start, part.start)
                 rows = self._rows(part)[first - part.start : stop - part.start]
-                yield first, rows.reshape(-1, *record.shape[1:])
+                rows = rows.reshape(-1, *record.shape[1:])
+                yield first, self._modern(name, first, rows) if record.older else rows
+
+    def _modern(self, name: str, first: int, rows: Tensor) -> Tensor:
+        widths = (r.shape[0] for n, r in self.manifest.tensors.items() if n.endswith("b_dec"))
+        stop = first + len(rows)
+        return older.converted(name, rows, next(widths), lambda: self.read("theta", first, stop))
 
     def check(self, name: str) -> None:
         """Read a tensor part by part, and see that its parts are whole and leave no row out.
@@ -266,7 +275,7 @@ class Checkpoints:
             for name in names:
                 record = checkpoint.manifest.tensors[name]
                 parts = tuple(pool.map(partial(copied, name), record.parts))
-                records[name] = TensorRecord(shape=record.shape, parts=parts)
+                records[name] = record.model_copy(update={"parts": parts})
         return records
 
     def commit(
@@ -277,7 +286,7 @@ class Checkpoints:
         for name, record in (item for rank in records for item in rank.items()):
             before = merged[name].parts if name in merged else ()
             parts = tuple(sorted((*before, *record.parts), key=lambda part: part.start))
-            merged[name] = TensorRecord(shape=record.shape, parts=parts)
+            merged[name] = record.model_copy(update={"parts": parts})
         manifest = CheckpointManifest(step=step, scalars=dict(scalars), tensors=merged)
         self._store.put(f"{self._folder(step)}{_MANIFEST}", seal(manifest))
         kept = self._kept()
@@ -311,7 +320,10 @@ class Checkpoints:
                 url=self._store.url,
                 key=key,
             )
-        return Checkpoint(self._store, manifest)
+        tensors = older.renamed(
+            manifest.tensors, lambda record: record.model_copy(update={"older": True})
+        )
+        return Checkpoint(self._store, manifest.model_copy(update={"tensors": tensors}))
 
     def age_seconds(self, step: int) -> float:
         """How long a checkpoint has existed, by the store's own clock."""

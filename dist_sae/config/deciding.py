@@ -13,6 +13,11 @@ from dist_sae.config import Run, differences, dump_run, validate_run
 from dist_sae.errors import PlanMismatchError
 
 _OLD_DEAD_AFTER_ROWS = 10_000_000  # the default of runs that began before it followed train.rows
+_OLD_DEFAULTS: dict[str, dict[str, Any]] = {
+    "jumprelu": {"sparsity": 6e-4, "initial_threshold": 0.001, "bandwidth": 0.001},
+    "jumprelu_tanh": {"sparsity": 20.0, "sparsity_warmup_share": 1.0, "initial_l0": 10_000.0},
+    "relu": {"decoder_norm": 0.1},
+}
 _FREE_SETTINGS = {
     "store",
     "processes",
@@ -90,6 +95,13 @@ def check_same_run(stored: Mapping[str, Any], run: Run, place: str, remedy: str 
 def as_begun(run: Run, stored: Mapping[str, Any]) -> Run:
     """The run with the numbers that it began with, where its file leaves them open."""
     run = run.filled(stored)
+    fields = type(run.sae).model_fields
+    was_default = {
+        key: value
+        for key, value in _OLD_DEFAULTS.get(run.sae.kind, {}).items()
+        if stored["sae"].get(key) == value and getattr(run.sae, key) == fields[key].default
+    }
+    run = run.model_copy(update={"sae": run.sae.model_copy(update=was_default)})
     if run.train.rows == "all":  # neither has a plan yet
         return run
     left_open = run.sae.model_copy(update={"dead_after_rows": None})

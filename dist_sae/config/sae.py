@@ -1,5 +1,6 @@
 """One section per recipe, told apart by `kind`. The mathematics is in `sae/<kind>.py`."""
 
+import math
 from typing import Annotated, Literal, Self
 
 from pydantic import (
@@ -22,11 +23,13 @@ class DictionaryConfig(Section):
     dead_after_rows: PositiveInt | None = None
     """A latent is dead when it has not fired for this many rows; null gives a tenth of train.rows,
     10 million at most."""
+    init: Literal["random", "data"] = "data"
+    """Initial directions: random, or near those of the first `n_latents` rows."""
 
     @property
     def init_rows(self) -> int:
         """Rows that initial directions are taken from; 0 where they are random."""
-        return 0
+        return self.n_latents if self.init == "data" else 0
 
     @property
     def latents_met(self) -> int:
@@ -47,12 +50,6 @@ class CountsLatentsConfig(DictionaryConfig):
     """Dead latents that reconstruct the error of each row; 0 turns AuxK off."""
     auxk_coefficient: NonNegativeFloat = 1 / 32
     """Weight of the AuxK loss; above Gao et al.'s 1/32 fewer latents idle, and FVU is worse."""
-    init: Literal["random", "data"] = "data"
-    """Initial directions: random, or near those of the first `n_latents` rows."""
-
-    @property
-    def init_rows(self) -> int:
-        return self.n_latents if self.init == "data" else 0
 
     @model_validator(mode="after")
     def _counts_fit(self) -> Self:
@@ -140,28 +137,59 @@ class RoutedConfig(KeepsThresholdConfig):
         return self
 
 
-class JumpReLUConfig(DictionaryConfig):
+_TANH_COST = 5e-4
+_LEAST_COST = 1e-5  # below it nothing follows from lambda
+_COST_AT_START = 0.1  # of the latents that are active then, in units of FVU
+_L1_AT_START = 0.8  # the same of ReLU; about that of as many orthogonal features
+
+
+class PenalisedConfig(DictionaryConfig):
+    """What the recipes share whose latents are many or few by a penalty."""
+
+    sparsity_warmup_share: float = Field(0.1, ge=0, le=1)
+    """The penalty's coefficient rises linearly from 0 over this first share of the run."""
+    initial_l0: PositiveFloat | None = None
+    """Active latents per row at the start, at most half of all; null gives so many that the penalty
+    on them is a tenth of the variance of the rows (ReLU: eight tenths)."""
+
+    def l0_at_start(self, d_in: int) -> float:
+        """`initial_l0`, or what follows from the coefficient and the width of the rows."""
+        return self.initial_l0 or _COST_AT_START / max(self.cost(d_in), _LEAST_COST)
+
+    def cost(self, d_in: int) -> float:
+        """What an active latent costs, in units of FVU."""
+        raise NotImplementedError
+
+
+class JumpReLUConfig(PenalisedConfig):
     """JumpReLU with an L0 penalty (Rajamanoharan et al. 2024, arXiv:2407.14435; Gemma Scope)."""
 
     kind: Literal["jumprelu"] = "jumprelu"
-    sparsity: NonNegativeFloat = 6e-4
+    sparsity: NonNegativeFloat = 1e-3
     """lambda: what an active latent costs, in units of FVU."""
-    sparsity_warmup_share: float = Field(0.1, ge=0, le=1)
-    """lambda rises linearly from 0 over this first share of the run."""
-    initial_threshold: PositiveFloat = 0.001
-    """In units of the rows' root mean square norm."""
-    bandwidth: PositiveFloat = 0.001
-    """Width of the window in which a threshold gets a gradient, in the same units."""
+    initial_threshold: PositiveFloat | None = None
+    """In units of the rows' root mean square norm; null gives sqrt(lambda), the least code that
+    can explain as much as it costs, times the length of the encoder's rows."""
+    bandwidth: PositiveFloat | None = None
+    """Width of the window in which a threshold gets a gradient, in the same units; null gives
+    sqrt(lambda)."""
+
+    def cost(self, d_in: int) -> float:  # noqa: ARG002 - it is in units of FVU already
+        return self.sparsity
+
+    @property
+    def least_code(self) -> float:
+        """sqrt(lambda), in units of the rows' root mean square norm."""
+        return math.sqrt(max(self.sparsity, _LEAST_COST))
 
 
-class JumpReLUTanhConfig(DictionaryConfig):
+class JumpReLUTanhConfig(PenalisedConfig):
     """JumpReLU with tanh and pre-activation penalties (Anthropic, January 2025)."""
 
     kind: Literal["jumprelu_tanh"] = "jumprelu_tanh"
-    sparsity: NonNegativeFloat = 20.0
-    """lambda_S, at its highest."""
-    sparsity_warmup_share: float = Field(1.0, ge=0, le=1)
-    """lambda_S rises linearly from 0 over this first share of the run."""
+    sparsity: NonNegativeFloat | None = None
+    """lambda_S, at its highest, for rows of squared norm d_in; null gives .0005 d_in, for which a
+    latent costs the same share of the variance at any width of the rows (published: 20)."""
     tanh_scale: PositiveFloat = 4.0
     """c."""
     pre_act: NonNegativeFloat = 3e-6
@@ -169,20 +197,26 @@ class JumpReLUTanhConfig(DictionaryConfig):
     initial_threshold: PositiveFloat = 0.1
     bandwidth: PositiveFloat = 2.0
     """Width of the window in which thresholds and pre-activations get a gradient."""
-    initial_l0: PositiveFloat = 10_000
-    """Active latents per row at the start; at most half of all."""
+
+    def cost(self, d_in: int) -> float:
+        return _TANH_COST if self.sparsity is None else self.sparsity / d_in
 
 
-class ReLUConfig(DictionaryConfig):
+class ReLUConfig(PenalisedConfig):
     """ReLU with an L1 penalty on codes times decoder norms (Anthropic, April 2024)."""
 
     kind: Literal["relu"] = "relu"
     sparsity: NonNegativeFloat = 5.0
-    """lambda."""
+    """lambda, for rows of squared norm d_in."""
     sparsity_warmup_share: float = Field(0.05, ge=0, le=1)
-    """lambda rises linearly from 0 over this first share of the run."""
-    decoder_norm: PositiveFloat = 0.1
+    """As in the other recipes."""
+    decoder_norm: PositiveFloat = 1.0
     """Initial norm of the decoder rows."""
+
+    def l0_at_start(self, d_in: int) -> float:
+        """The codes of l0 orthogonal features sum to sqrt(l0 d_in)."""
+        share = _L1_AT_START / max(self.sparsity, _LEAST_COST)
+        return self.initial_l0 or d_in * share * share
 
 
 SaeConfig = Annotated[

@@ -186,6 +186,12 @@ class Dictionary(nn.Module):
         """Of the encoder's length with the least squared error: what it begins with."""
         return 1.0
 
+    def open_gates(self, x: Float[Tensor, "batch d_in"]) -> None:
+        """Decide how many latents of a new, tied encoder are active; here nothing. Collective.
+
+        `x` are this rank's rows of a batch.
+        """
+
     def scale_encoder(self, factor: Float[Tensor, ""]) -> None:
         """Make all pre-activations `factor` times as large, where b_enc is 0."""
         self.W_enc.mul_(factor)

@@ -14,6 +14,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
+from dist_sae.config.sae import PenalisedConfig
 from dist_sae.sae.base import SPARSE_BELOW, Codes, Dictionary, Inferred, firings
 from dist_sae.sae.constraints import remove_parallel_
 from dist_sae.sae.init import first_rows
@@ -36,6 +37,8 @@ _MOST_ENTRIES = 2**23  # that are held: a step needs about a hundred bytes for e
 class Thresholded(Dictionary):
     """A dictionary whose latents are active above a threshold of their own."""
 
+    config: PenalisedConfig
+
     @property
     def thresholds(self) -> Float[Tensor, " n_local"]:
         """Theta of this shard's latents: f = z H(z - theta)."""
@@ -56,6 +59,26 @@ class Thresholded(Dictionary):
         blocks = select.products(rows, self.W_enc, self.W_enc.dtype)
         parts, fired = self.decode_above(blocks, self.thresholds, len(rows))
         return Inferred(self.axis.scatter_sum(parts) + self.b_dec, fired)
+
+    @torch.no_grad()
+    def open_gates(self, x: Float[Tensor, "batch d_in"]) -> None:
+        """Let each latent be active on the same share of the rows, few enough for the penalty.
+
+        With half of all active the reconstruction is several times too long, and the penalty first
+        turns off what has not learnt anything.
+        """
+        share = min(self.config.l0_at_start(len(self.b_dec)) / self.n_latents, 0.5)
+        set_active_share(self, slice(None), x, self.thresholds, share)
+
+    @torch.no_grad()
+    def scale_encoder(self, factor: Float[Tensor, ""]) -> None:
+        """Scale what lies above the thresholds: the same latents stay active."""
+        theta = self.thresholds
+        self.W_enc.mul_(factor)
+        self.b_enc.copy_(theta + factor * (self.b_enc - theta))
+
+    def settle(self, new: slice, x: Float[Tensor, "batch d_in"]) -> None:
+        set_active_share(self, new, x, self.thresholds)
 
 
 class Gated(NamedTuple):

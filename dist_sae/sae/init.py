@@ -110,6 +110,7 @@ def rescale_encoder(sae: Dictionary, x: Float[Tensor, "batch d_in"]) -> None:
     What training keeps, not what `encode` does: before the first step BatchTopK has no threshold,
     and half of all latents would be active. b_enc is 0, so the selection does not depend on c.
     """
+    sae.open_gates(x)
     y, error = x - sae.b_dec, sae.measure(x)
     sae.scale_encoder(sae.initial_share * least_squares_scale(sae.axis, y, y - error))
 
@@ -123,25 +124,18 @@ def least_squares_scale(
 
 
 @torch.no_grad()
-def random_rows(
-    W: Float[Tensor, "n_local d_in"], seed: int, first: int, *, uniform: bool = False
-) -> None:
-    """Fill the rows of a shard with what they are in the whole dictionary.
+def random_rows(W: Float[Tensor, "n_local d_in"], seed: int, first: int) -> None:
+    """Fill the rows of a shard with those of the whole dictionary, standard normal.
 
     Args:
         W: The shard.
         seed: Of the dictionary.
         first: Number of the shard's first row.
-        uniform: From [-1, 1); else standard normal.
     """
     for block in range(first // _BLOCK, -(-(first + len(W)) // _BLOCK)):
         # torch's generator takes 32 bits of a seed; blocks of other seeds are far away
         generator = torch.Generator().manual_seed((seed * _STRIDE + block) % 2**32)
-        values = torch.empty(_BLOCK, W.shape[1])
-        if uniform:
-            values.uniform_(-1, 1, generator=generator)
-        else:
-            values.normal_(generator=generator)
+        values = torch.randn(_BLOCK, W.shape[1], generator=generator)
         start, stop = block * _BLOCK - first, (block + 1) * _BLOCK - first
         W[max(start, 0) : stop] = values[max(-start, 0) : len(W) - start].to(W)
 

@@ -1,7 +1,7 @@
 """JumpReLU with an L0 penalty (Rajamanoharan et al. 2024, arXiv:2407.14435; Gemma Scope).
 
     z     = W_enc x + b_enc
-    f     = z H(z - theta)                                     theta = exp(log_threshold)
+    f     = z H(z - theta)
     x_hat = W_dec^T f + b_dec
     L     = E|x - x_hat|^2 / Var(x)  +  lambda E|f|_0
 
@@ -10,10 +10,14 @@ The step H has no gradient of its own. With K(u) = 1 for |u| < 1/2, else 0:
     df/dz = H(z - theta)        df/dtheta = -(theta / eps) K((z - theta) / eps)
     dH/dz = 0                   dH/dtheta = -(1 / eps) K((z - theta) / eps)
 
-Decoder rows have unit norm. `bandwidth` (eps) and `initial_threshold` are in units of the rows'
-root mean square norm, as in the paper, where that norm is 1.
+Decoder rows have unit norm. Thresholds, as a parameter and in the configuration, and eps are in
+units of the rows' root mean square norm, as in the paper, where that norm is 1. The paper's
+parameter is log theta: an optimiser that moves parameters by its rate at most then changes theta by
+a factor of exp(rate x steps) in a run, which is little in a short one or at the rate of a wide
+dictionary. Theta itself comes as far as the encoder does.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -24,7 +28,7 @@ from torch.autograd.function import once_differentiable
 from dist_sae.config.sae import JumpReLUConfig
 from dist_sae.sae.base import LossTerms, Output, Step
 from dist_sae.sae.constraints import normalise_rows_
-from dist_sae.sae.gated import Thresholded, gated, set_active_share
+from dist_sae.sae.gated import Thresholded, gated
 from dist_sae.sae.init import initialise_tied
 from dist_sae.sae.schedules import warmed_up
 
@@ -36,17 +40,18 @@ class JumpReLU(Thresholded):
 
     def __init__(self, config: JumpReLUConfig, d_in: int, *place: Any, **precision: Any) -> None:
         super().__init__(config, d_in, *place, **precision)
-        self.bandwidth = config.bandwidth * d_in**0.5  # rows are scaled to E|x|^2 = d_in
-        self.log_threshold = nn.Parameter(torch.zeros_like(self.b_enc))
+        self.rms_norm = math.sqrt(d_in)  # of the rows, which are scaled
+        self.bandwidth = (config.bandwidth or config.least_code) * self.rms_norm
+        self.theta = nn.Parameter(torch.zeros_like(self.b_enc))
 
     @property
     def thresholds(self) -> Float[Tensor, " n_local"]:
-        return self.log_threshold.exp()
+        return self.rms_norm * self.theta
 
     def objective(self, x: Float[Tensor, "batch d_in"], step: Step) -> Output:
         config, eps = self.config, self.bandwidth
         rows = self.axis.gather(x)
-        theta = self.log_threshold.exp()
+        theta = self.thresholds
 
         def gate(pre_acts: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
             return jump_relu(pre_acts, theta, eps), jump(pre_acts, theta, eps)
@@ -59,16 +64,24 @@ class JumpReLU(Thresholded):
         terms = LossTerms(fvu, fvu.new_zeros(()), sparsity, fvu + sparsity)
         return Output(terms, out.firings, out.active, error.detach())
 
+    @torch.no_grad()
     def initialise(self, x: Float[Tensor, "batch d_in"], seed: int) -> None:
-        with torch.no_grad():
-            self.log_threshold.fill_(self.config.initial_threshold * len(self.b_dec) ** 0.5).log_()
-        initialise_tied(self, x, seed, rescale=False)
+        self.theta.fill_(self.config.initial_threshold or self.config.least_code)
+        initialise_tied(self, x, seed)
 
-    def settle(self, new: slice, x: Float[Tensor, "batch d_in"]) -> None:
-        set_active_share(self, new, x, self.thresholds)
+    @torch.no_grad()
+    def scale_encoder(self, factor: Float[Tensor, ""]) -> None:
+        """Thresholds as well, unless they are given: codes are scaled as a whole."""
+        if self.config.initial_threshold:
+            super().scale_encoder(factor)
+            return
+        for parameter in (self.W_enc, self.b_enc, self.theta):
+            parameter.mul_(factor)
 
     def constrain(self) -> None:
         normalise_rows_(self.W_dec)
+        with torch.no_grad():
+            self.theta.clamp_(min=0)
 
 
 class _Jump(torch.autograd.Function):

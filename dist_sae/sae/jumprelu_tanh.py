@@ -1,19 +1,26 @@
 """JumpReLU with a tanh penalty (Anthropic, Circuits Updates, January 2025).
 
     z     = W_enc x + b_enc
-    f     = z H(z - theta)                                     theta = exp(log_threshold)
+    f     = z H(z - theta)
     x_hat = W_dec^T f + b_dec
     L     = (E|x - x_hat|^2  +  lambda_S E sum_i tanh(c f_i |d_i|)
                              +  lambda_P E sum_i relu(theta_i - z_i) |d_i|) / Var(x)
 
-lambda_S rises over the whole run. The window's gradient (jumprelu.py) reaches theta and, with the
-other sign, z and so every parameter. The last term, over all entries, needs no dense product:
+Thresholds are a parameter as in jumprelu.py; decoder norms are free. The published lambda_S is 20,
+for rows of squared norm d_in and one width of these. The error grows with d_in and the penalty
+does not, so by default lambda_S is in proportion to d_in. Few latents are active at the start:
+where half of all are, as with the published 10,000 in a dictionary not much wider, the penalty
+turns most of them off for good before they are of use.
+
+The window's gradient (jumprelu.py) reaches theta and, with the other sign, z and so every
+parameter. The last term, over all entries, needs no dense product:
 
     relu(theta - z) = (theta - z) + relu(z - theta)
 
 sums to something linear in the sum of the rows, and a part from the entries above their threshold.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -22,8 +29,8 @@ from torch import Tensor, nn
 
 from dist_sae.config.sae import JumpReLUTanhConfig
 from dist_sae.sae.base import LossTerms, Output, Step
-from dist_sae.sae.gated import Thresholded, gated, set_active_share
-from dist_sae.sae.init import random_rows
+from dist_sae.sae.gated import Thresholded, gated
+from dist_sae.sae.init import initialise_tied
 from dist_sae.sae.jumprelu import jump_relu
 from dist_sae.sae.kernels import autograd
 from dist_sae.sae.schedules import warmed_up
@@ -38,17 +45,19 @@ class JumpReLUTanh(Thresholded):
         self, config: JumpReLUTanhConfig, d_in: int, *place: Any, **precision: Any
     ) -> None:
         super().__init__(config, d_in, *place, **precision)
-        self.log_threshold = nn.Parameter(torch.zeros_like(self.b_enc))
+        self.rms_norm = math.sqrt(d_in)
+        self.lambda_s = config.cost(d_in) * d_in
+        self.theta = nn.Parameter(torch.zeros_like(self.b_enc))
 
     @property
     def thresholds(self) -> Float[Tensor, " n_local"]:
-        return self.log_threshold.exp()
+        return self.rms_norm * self.theta
 
     def objective(self, x: Float[Tensor, "batch d_in"], step: Step) -> Output:
         config, eps = self.config, self.config.bandwidth
-        sparsity = warmed_up(step.progress, config.sparsity, config.sparsity_warmup_share)
+        sparsity = warmed_up(step.progress, self.lambda_s, config.sparsity_warmup_share)
         rows = self.axis.gather(x)
-        theta = self.log_threshold.exp()
+        theta = self.thresholds
         # a gradient is as large as its weight: these terms add theirs to it
         W_dec, norms = autograd.with_norms(self.W_dec)
         W_enc, sums = autograd.with_product(self.W_enc, rows.sum(0))
@@ -72,21 +81,10 @@ class JumpReLUTanh(Thresholded):
 
     @torch.no_grad()
     def initialise(self, x: Float[Tensor, "batch d_in"], seed: int) -> None:
-        """W_dec uniform, W_enc its transpose times d_in / n_latents, `initial_l0` active latents.
+        self.theta.fill_(self.config.initial_threshold / self.rms_norm)
+        initialise_tied(self, x, seed)
 
-        b_enc is such that each latent is above its threshold on the same share of the rows.
-        """
-        d_in = len(self.b_dec)
-        random_rows(self.W_dec, seed, self.first_latent, uniform=True)
-        self.W_dec.mul_(d_in**-0.5)
-        self.W_enc.copy_(self.W_dec * (d_in / self.n_latents))
-        self.log_threshold.fill_(self.config.initial_threshold).log_()
-        self.b_dec.zero_()
-        share = min(self.config.initial_l0 / self.n_latents, 0.5)
-        set_active_share(self, slice(None), x, self.thresholds, share)
-
-    def settle(self, new: slice, x: Float[Tensor, "batch d_in"]) -> None:
-        set_active_share(self, new, x, self.thresholds)
-
+    @torch.no_grad()
     def constrain(self) -> None:
-        """Nothing: decoder norms are free, the penalties hold them."""
+        """Decoder norms are free, the penalties hold them."""
+        self.theta.clamp_(min=0)

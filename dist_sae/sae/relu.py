@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dist_sae.config.sae import ReLUConfig
 from dist_sae.sae.base import LossTerms, Output, Step
-from dist_sae.sae.gated import Thresholded, gated, set_active_share
+from dist_sae.sae.gated import Thresholded, gated
 from dist_sae.sae.init import initialise_tied
 from dist_sae.sae.kernels import autograd
 from dist_sae.sae.schedules import warmed_up
@@ -46,16 +46,14 @@ class ReLU(Thresholded):
         terms = LossTerms(fvu, fvu.new_zeros(()), sparsity, fvu + sparsity)
         return Output(terms, out.firings, out.active, error.detach())
 
-    @torch.no_grad()
     def initialise(self, x: Float[Tensor, "batch d_in"], seed: int) -> None:
-        """Random decoder rows of norm `decoder_norm`, the encoder their transpose, no biases."""
-        initialise_tied(self, x, seed, rescale=False)
-        self.W_dec.mul_(self.config.decoder_norm)
-        self.W_enc.copy_(self.W_dec)
-        self.b_dec.zero_()
+        initialise_tied(self, x, seed)
 
-    def settle(self, new: slice, x: Float[Tensor, "batch d_in"]) -> None:
-        set_active_share(self, new, x, self.thresholds)
+    @torch.no_grad()
+    def open_gates(self, x: Float[Tensor, "batch d_in"]) -> None:
+        """And give the decoder rows the norm `decoder_norm`."""
+        super().open_gates(x)
+        self.W_dec.mul_(self.config.decoder_norm)
 
     def constrain(self) -> None:
         """Nothing: decoder norms are free, the penalty holds them."""

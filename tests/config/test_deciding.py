@@ -1,12 +1,14 @@
 """Defaults that follow the run, and runs that began before they did."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from dist_sae.config import dump_run, load_run
 from dist_sae.config.deciding import as_begun, changes, deciding
 from tests.conftest import synthetic_run
+from tests.launch import write_run
 
 
 @pytest.mark.parametrize(
@@ -39,3 +41,26 @@ def test_a_run_that_began_with_the_defaults_of_its_time_is_the_same_run(tmp_path
         "sae.dead_after_rows: 10000000 -> 5",
         f"train.lr: {run.lr} -> 0.5",
     ]
+
+
+@pytest.mark.parametrize(
+    "older",
+    [
+        {"kind": "jumprelu", "sparsity": 6e-4, "initial_threshold": 0.001, "bandwidth": 0.001},
+        {"kind": "jumprelu_tanh", "sparsity": 20.0, "sparsity_warmup_share": 1.0},
+        {"kind": "relu", "decoder_norm": 0.1},
+    ],
+)
+def test_a_penalised_run_goes_on_with_the_penalty_that_it_began_with(
+    tmp_path: Path, older: dict[str, Any]
+) -> None:
+    """Its file left it open; what a file says now is compared."""
+    kind = {"kind": older["kind"], "n_latents": 64}
+    run = load_run(write_run(tmp_path, sae=kind))
+    stored = deciding(run)
+    stored["sae"] |= older
+    del stored["sae"]["init"]  # newer than the run
+    assert changes(stored, run) == []
+    assert as_begun(run, stored).sae.model_dump().items() >= older.items()
+    other = load_run(write_run(tmp_path, sae={**kind, "sparsity": 0.3}))
+    assert changes(stored, other)[0].startswith("sae.sparsity: ")

@@ -41,7 +41,7 @@ CONFIGS: dict[str, DictionaryConfig] = {
         n_latents=N_LATENTS, sparsity=0.3, initial_threshold=0.2, bandwidth=0.15
     ),
     "jumprelu_tanh": JumpReLUTanhConfig(n_latents=N_LATENTS, pre_act=0.05, bandwidth=1.0),
-    "relu": ReLUConfig(n_latents=N_LATENTS),
+    "relu": ReLUConfig(n_latents=N_LATENTS, decoder_norm=0.5),
 }
 KINDS = tuple(CONFIGS)
 SHARED = {"b_dec", "W_router", "b_router"}
@@ -65,8 +65,8 @@ def make(
             n = len(parameter) if name in SHARED else config.n_latents
             shape = (n, *parameter.shape[1:])
             whole = 0.5 * torch.randn(shape, generator=generator, dtype=torch.float64)
-            if name == "log_threshold":
-                whole -= 1
+            if name == "theta":
+                whole = 0.1 + whole.abs() / 8
             first = 0 if name in SHARED else sae.first_latent
             parameter.copy_(whole[first : first + len(parameter)])
     sae.constrain()

@@ -5,7 +5,15 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
-from dist_sae.config.sae import BatchTopKConfig, JumpReLUTanhConfig, RoutedConfig, TopKConfig
+from dist_sae.config.sae import (
+    BatchTopKConfig,
+    DictionaryConfig,
+    JumpReLUConfig,
+    JumpReLUTanhConfig,
+    ReLUConfig,
+    RoutedConfig,
+    TopKConfig,
+)
 from dist_sae.sae import build_sae
 from dist_sae.sae.axis import WHOLE, LatentAxis
 from dist_sae.sae.base import Dictionary, Step
@@ -41,21 +49,16 @@ def check_shards(ranks: list[dict[str, Tensor]], whole: dict[str, Tensor], shard
             torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-6)
 
 
-@pytest.mark.parametrize("uniform", [False, True])
-def test_random_rows_of_a_shard_are_those_of_the_whole(*, uniform: bool) -> None:
+def test_random_rows_of_a_shard_are_those_of_the_whole() -> None:
     """3,000 rows are two whole blocks of random numbers and one in part."""
     whole = torch.empty(3000, 4)
-    random_rows(whole, 7, 0, uniform=uniform)
+    random_rows(whole, 7, 0)
     assert len(torch.unique(whole, dim=0)) == 3000  # no block is like another
     for first, stop in ((0, 1500), (1500, 3000), (1000, 1050), (1023, 1025), (2048, 3000)):
         shard = torch.full((stop - first, 4), torch.nan)
-        random_rows(shard, 7, first, uniform=uniform)
+        random_rows(shard, 7, first)
         assert torch.equal(shard, whole[first:stop])
-    if uniform:
-        assert whole.abs().max() < 1
-        assert float(whole.square().mean()) == pytest.approx(1 / 3, abs=0.02)
-    else:
-        assert float(whole.square().mean()) == pytest.approx(1, abs=0.05)
+    assert float(whole.square().mean()) == pytest.approx(1, abs=0.05)
     assert float(whole.mean()) == pytest.approx(0, abs=0.05)
 
 
@@ -76,8 +79,6 @@ def test_shards_begin_as_parts_of_the_same_dictionary(
     kind: str, replicas: int, shards: int
 ) -> None:
     config = CONFIGS[kind]
-    if kind == "jumprelu_tanh":
-        config = config.model_copy(update={"initial_l0": 10.0})
 
     def initialised(axis: LatentAxis) -> dict[str, Tensor]:
         sae: Dictionary = build_sae(config, D_IN, axis)  # type: ignore[arg-type]
@@ -173,7 +174,7 @@ def test_new_latents_point_at_what_the_known_ones_leave(kind: str) -> None:
     x = torch.cat([batch(0), batch(1)])
     left = x - sae.decode(sae.encode(x))
     random = torch.empty(N_LATENTS, D_IN)
-    random_rows(random, 5, 0, uniform=kind == "jumprelu_tanh")
+    random_rows(random, 5, 0)
     expected = 0.8 * normalize(left)[: N_LATENTS - KNOWN] + 0.6 * normalize(random)[KNOWN:]
     torch.testing.assert_close(normalize(found["W_dec"][KNOWN:]), normalize(expected))
     for name, share in (("W_dec", 1.0), ("W_enc", 0.5)):
@@ -275,39 +276,65 @@ def test_the_geometric_median_is_that_of_all_rows(replicas: int, shards: int) ->
 
 
 @pytest.mark.parametrize(("initial_l0", "expected"), [(20.0, 20.0), (100.0, 100.0), (1e4, 256.0)])
-def test_jumprelu_tanh_begins_with_so_many_active_latents(
-    initial_l0: float, expected: float
+@pytest.mark.parametrize("kind", GATED)
+def test_penalised_recipes_begin_with_so_many_active_latents(
+    kind: str, initial_l0: float, expected: float
 ) -> None:
-    """At most half of them. Each is active on as many rows: none lies on the threshold."""
-    config = JumpReLUTanhConfig(n_latents=512, initial_l0=initial_l0, initial_threshold=0.1)
-    sae, x = build_sae(config, D_IN), batch(0, 2000)
+    """At most half of them, each on as many rows, whatever was done to the encoder's length."""
+    changed = {"initial_l0": initial_l0, "n_latents": 512}
+    sae: Dictionary = build_sae(CONFIGS[kind].model_copy(update=changed), D_IN)  # type: ignore[arg-type]
+    x = batch(0, 2000)
     sae.initialise(x, seed=1)
+    initialise_from_data(sae, [x])
     codes = sae.encode(x)
     assert len(codes.acts) / len(x) == pytest.approx(expected, rel=0.01)
-    assert float(codes.acts.min()) > 0.1 * (1 - 1e-6)
     counts = torch.bincount(codes.latents, minlength=512)
     assert (counts != counts.mode().values).sum() <= 2  # where two rows are a rounding apart
     found = parameters(sae)
-    torch.testing.assert_close(found["log_threshold"].exp(), torch.full((512,), 0.1))
-    torch.testing.assert_close(found["W_enc"], found["W_dec"] * (D_IN / 512))
-    assert float(found["W_dec"].abs().max()) <= D_IN**-0.5
-    assert not found["b_dec"].any()
+    torch.testing.assert_close(normalize(found["W_enc"]), normalize(found["W_dec"]))
+    lengths = found["W_enc"].norm(dim=1)
+    torch.testing.assert_close(lengths, lengths[:1].expand(512))
+    assert lengths[0] != pytest.approx(1, abs=0.05)
+    norm = 0.5 if kind == "relu" else 1.0
+    torch.testing.assert_close(found["W_dec"].norm(dim=1), torch.full((512,), norm))
 
 
-def test_jumprelus_thresholds_begin_in_units_of_the_rows_norm() -> None:
-    """sqrt(d_in) = 4 times 0.2."""
-    sae = build_sae(CONFIGS["jumprelu"], D_IN)  # type: ignore[arg-type]
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (JumpReLUConfig(n_latents=512, sparsity=0.01), 10),  # a tenth of the variance in all
+        (JumpReLUTanhConfig(n_latents=512, sparsity=0.16), 10),  # 16 of which .16 is a hundredth
+        (JumpReLUTanhConfig(n_latents=512), 200),
+        (ReLUConfig(n_latents=512, sparsity=0.8), 16),
+        (JumpReLUConfig(n_latents=512, sparsity=0.0), 256),
+    ],
+)
+def test_the_number_at_the_start_follows_from_the_penalty(
+    config: DictionaryConfig, expected: int
+) -> None:
+    sae: Dictionary = build_sae(config, D_IN)  # type: ignore[arg-type]
+    x = batch(0, 2000)
+    sae.initialise(x, seed=1)
+    assert len(sae.encode(x).acts) / len(x) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected", "is_scaled"),
+    [
+        (JumpReLUConfig(n_latents=64, sparsity=0.04), 0.2, True),
+        (JumpReLUConfig(n_latents=64, initial_threshold=0.3), 0.3, False),
+        (JumpReLUTanhConfig(n_latents=64, initial_threshold=0.1), 0.1 / 4, False),
+    ],
+)
+def test_thresholds_begin_where_a_code_repays_its_cost(
+    config: DictionaryConfig, expected: float, *, is_scaled: bool
+) -> None:
+    """In units of the rows' norm, 4: a code f explains f^2 of 16 at most, and .2^2 is lambda.
+
+    They are scaled with the encoder, whose rows had unit norm, unless they are given.
+    """
+    sae: Dictionary = build_sae(config, D_IN)  # type: ignore[arg-type]
     sae.initialise(batch(0), seed=1)
     found = parameters(sae)
-    torch.testing.assert_close(found["log_threshold"].exp(), torch.full((N_LATENTS,), 0.8))
-    assert torch.equal(found["W_enc"], found["W_dec"])
-
-
-def test_relu_begins_with_short_decoder_rows_and_no_biases() -> None:
-    sae = build_sae(CONFIGS["relu"], D_IN)  # type: ignore[arg-type]
-    sae.initialise(batch(0), seed=1)
-    found = parameters(sae)
-    torch.testing.assert_close(found["W_dec"].norm(dim=1), torch.full((N_LATENTS,), 0.1))
-    assert torch.equal(found["W_enc"], found["W_dec"])
-    assert not found["b_dec"].any()
-    assert not found["b_enc"].any()
+    scale = found["W_enc"].norm(dim=1) if is_scaled else torch.ones(64)
+    torch.testing.assert_close(found["theta"], expected * scale)

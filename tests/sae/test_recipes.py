@@ -310,7 +310,7 @@ def test_jumprelu_and_topk_do_not_shrink() -> None:
     with torch.no_grad():
         sae.W_enc.fill_(1.0)
         sae.W_dec.fill_(1.0)
-        sae.log_threshold.fill_(-1.0)
+        sae.theta.fill_(0.1)
     found = gradients(
         sae, sae.objective(torch.full((8, 1), 2.0), step(torch.zeros(1).bool())).terms.total
     )

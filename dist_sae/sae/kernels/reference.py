@@ -70,8 +70,9 @@ def routed_loss(x: Tensor, p: Parameters, config: RoutedConfig, step: Step) -> L
 
 def jumprelu_loss(x: Tensor, p: Parameters, config: JumpReLUConfig, step: Step) -> LossTerms:
     """`sae/jumprelu.py`."""
-    eps = config.bandwidth * x.shape[1] ** 0.5
-    z, theta = x @ p["W_enc"].T + p["b_enc"], p["log_threshold"].exp()
+    rms_norm = x.shape[1] ** 0.5
+    eps = (config.bandwidth or config.least_code) * rms_norm
+    z, theta = x @ p["W_enc"].T + p["b_enc"], p["theta"] * rms_norm
     acts = _JumpReLU.apply(z, theta, eps, False)  # type: ignore[no-untyped-call]
     l0 = _Step.apply(z, theta, eps).sum() / len(x)  # type: ignore[no-untyped-call]
     fvu = _fvu(x, acts @ p["W_dec"] + p["b_dec"], step)
@@ -83,11 +84,12 @@ def jumprelu_tanh_loss(
     x: Tensor, p: Parameters, config: JumpReLUTanhConfig, step: Step
 ) -> LossTerms:
     """`sae/jumprelu_tanh.py`."""
-    z, theta = x @ p["W_enc"].T + p["b_enc"], p["log_threshold"].exp()
+    d_in = x.shape[1]
+    z, theta = x @ p["W_enc"].T + p["b_enc"], p["theta"] * d_in**0.5
     norms = p["W_dec"].norm(dim=1)
     acts = _JumpReLU.apply(z, theta, config.bandwidth, True)  # type: ignore[no-untyped-call]
     fvu = _fvu(x, acts @ p["W_dec"] + p["b_dec"], step)
-    coefficient = warmed_up(step.progress, config.sparsity, config.sparsity_warmup_share)
+    coefficient = warmed_up(step.progress, config.cost(d_in) * d_in, config.sparsity_warmup_share)
     penalty = coefficient * torch.tanh(config.tanh_scale * acts * norms).sum()
     penalty = penalty + config.pre_act * ((theta - z).relu() * norms).sum()
     sparsity = penalty / (len(x) * step.variance)
