@@ -76,6 +76,9 @@ def _limits(description: Description) -> Iterator[tuple[int, str]]:
             yield most, f"has learned {most} positions"
     if positions is not None:
         yield positions, f"is made for {positions} positions"
+    if getattr(text, "attention_type", None) == "block_sparse":  # BigBird
+        most = (5 + 2 * text.num_random_blocks) * text.block_size
+        yield most, f"attends to blocks beyond {most} tokens, but not once a shorter batch has run"
     rope = getattr(text, "rope_parameters", None) or {}
     for kind in (rope, *(of_layers for of_layers in rope.values() if isinstance(of_layers, dict))):
         original = kind.get("original_max_position_embeddings")
