@@ -22,6 +22,7 @@ from dist_sae.errors import Stopped
 from dist_sae.parallel.mesh import Mesh
 from dist_sae.reporting.numbers import batch_numbers, expert_numbers, starved_share
 from dist_sae.reporting.phases import ProductSamples
+from dist_sae.reporting.sane import doubt
 from dist_sae.reporting.times import Times, rows_per_worked_second
 from dist_sae.sae.axis import LatentAxis
 from dist_sae.sae.base import Output, Routing
@@ -75,6 +76,7 @@ class TrainingReporter:
             len(state.sae.W_enc), run.dead_after_rows, mesh.axis, mesh.device
         )
         self._experts = _Experts()
+        self._doubted = False
         self._reported = start
         self._counted_rows = counted_rows
         self._counts: defaultdict[str, float] = defaultdict(float)
@@ -195,6 +197,13 @@ class TrainingReporter:
             for sink in self._sinks:
                 sink.append(record)
             self._show(step, numbers, phases)
+            self._doubt(step, numbers)
+
+    def _doubt(self, step: int, numbers: Mapping[str, float]) -> None:
+        found = None if self._doubted else doubt(self._run, len(self._mean), step, numbers)
+        if found:
+            logger.warning("after %d of %d steps %s", step, self._run.steps, found)
+            self._doubted = True
 
     def _export(
         self,
