@@ -5,7 +5,7 @@
 So the mean goes back over a tenth of a run that is short for its decay, and never to the initial
 weights. What the recipe holds at a length is held at it in the mean too. A threshold that belongs
 to the weights (BatchTopK's) is no mean of theirs: averaged rows are shorter along what varies, so
-fewer codes reach that of the last ones. It is measured with the mean.
+fewer codes reach that of the last ones. It is measured with both, and changed in proportion.
 """
 
 from collections.abc import Iterator
@@ -59,12 +59,24 @@ class WeightAverage:
 
     @torch.no_grad()
     def measure(self) -> None:
-        """Measure what is no mean, on the rows of the last step if there was one. Collective."""
-        if self._last is not None and self._sae.measured:
-            self._swap()
-            self._sae.measure(*self._last)
-            self._swap()
-        self._last = None
+        """Measure what is no mean, on the rows of the last step if there was one. Collective.
+
+        With the weights as they are too: theirs is known from many batches, and the quotient
+        depends little on which rows these are.
+        """
+        sae, last, self._last = self._sae, self._last, None
+        if last is None or not sae.measured:
+            return
+        known = {name: sae.get_buffer(name).clone() for name in sae.measured}
+        sae.measure(*last)
+        here = {name: sae.get_buffer(name).clone() for name in sae.measured}
+        self._swap()
+        sae.measure(*last)
+        self._swap()
+        for name in sae.measured:
+            quotient = known[name] / here[name]
+            self.mean[name].mul_(torch.where(quotient.isfinite(), quotient, 1.0))
+            sae.get_buffer(name).copy_(known[name])
 
     @contextmanager
     def applied(self) -> Iterator[None]:
