@@ -327,6 +327,29 @@ def test_bf16_products_select_nearly_the_same() -> None:
         assert rough.item() == pytest.approx(exact.item(), rel=0.01), kind
 
 
+@pytest.mark.parametrize("sparse_below", [0.0, 1.0])
+@pytest.mark.parametrize("kind", GATED)
+def test_bf16_products_are_the_encoders_alone(
+    kind: str, sparse_below: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and the decoder's gradient follow from rounded pre-activations in fp32."""
+    monkeypatch.setattr(gated_module, "SPARSE_BELOW", sparse_below)
+    sae, x = make(CONFIGS[kind], torch.float32), rows(torch.float32)
+    assert isinstance(sae, gated_module.Thresholded)
+    sae.product_dtype = torch.bfloat16
+    output = sae.objective(x, step())
+    with torch.no_grad():
+        pre_acts = (x.bfloat16() @ sae.W_enc.bfloat16().T).float() + sae.b_enc
+        acts = pre_acts * (pre_acts > sae.thresholds)
+        error = x - acts @ sae.W_dec - sae.b_dec
+        gradient = -2 * acts.T @ error / (len(x) * VARIANCE)
+        if kind in UNIT_ROWS:
+            gradient -= along_rows(gradient, sae.W_dec)
+    torch.testing.assert_close(output.error, error, rtol=1e-5, atol=1e-5)
+    found = gradients(sae, output.terms.fvu)["W_dec"]
+    assert relative_error(found, gradient) <= 1e-5
+
+
 def test_batchtopk_at_inference_is_a_threshold_that_keeps_k_on_average() -> None:
     sae, x = make(CONFIGS["batchtopk"], torch.float32), rows(torch.float32, 512)
     assert len(sae.encode(x).acts) > K * len(x)  # before the first step: all that is positive
