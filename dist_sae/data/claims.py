@@ -211,9 +211,9 @@ class Claims:
 
 def producers_live(store: ObjectStore, unit: int) -> bool:
     """Whether a unit has been claimed, or one around this one made, within the time of a lease."""
-    around = f"{MANIFESTS.folder}{unit // PAGE_UNITS:05d}"
-    made = chain(store.entries(CLAIMS.folder), store.entries(around))
-    return any(entry.age_seconds < _LEASE_SECONDS for entry in made)
+    around = f"{unit // PAGE_UNITS:05d}"
+    made = chain(CLAIMS.entries(store), MANIFESTS.entries(store, around))
+    return any(entry.age_seconds < _LEASE_SECONDS for _, entry in made)
 
 
 def _key(unit: int) -> str:

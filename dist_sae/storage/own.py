@@ -33,9 +33,9 @@ class OwnKeys:
             if match := self.match(store, key):
                 yield match
 
-    def entries(self, store: ObjectStore) -> Iterator[tuple[re.Match[str], Entry]]:
+    def entries(self, store: ObjectStore, begin: str = "") -> Iterator[tuple[re.Match[str], Entry]]:
         """The objects that there are, each with its key as `keys` has it."""
-        for entry in store.entries(self.folder):
+        for entry in store.entries(f"{self.folder}{begin}"):
             if match := self.match(store, entry.key):
                 yield match, entry
 
