@@ -269,15 +269,25 @@ def _print_result(options: argparse.Namespace, result: Mapping[str, Any]) -> Non
     if options.json:
         sys.stdout.write(_json(options, result))
         return
+    from dist_sae.reporting.shown import shown
+
     for name, value in result.items():
-        if isinstance(value, float):
-            sys.stdout.write(f"{name:20} {value:.4g}\n")
-        elif isinstance(value, dict):
-            for key, number in value.items():
-                if isinstance(number, float):
-                    sys.stdout.write(f"  {key:40} {number:.4g}\n")
+        if name == "made_from":  # for programs
+            continue
+        if isinstance(value, Mapping):
+            sys.stdout.write(f"{name}\n" if value else "")
+            for key, item in value.items():
+                unit = name if name.endswith("bytes") else key
+                sys.stdout.write(f"  {key:40} {_shown_item(unit, item)}\n")
         elif not isinstance(value, list):
-            sys.stdout.write(f"{name:20} {'not known yet' if value is None else value}\n")
+            sys.stdout.write(f"{name:20} {shown(name, value)}\n")
+
+
+def _shown_item(name: str, item: Any) -> str:
+    """A part of a result; a list of two is an interval."""
+    from dist_sae.reporting.shown import shown
+
+    return " to ".join(shown(name, end) for end in (item if isinstance(item, list) else [item]))
 
 
 def _json(options: argparse.Namespace, content: Mapping[str, Any]) -> str:

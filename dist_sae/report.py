@@ -25,7 +25,8 @@ from dist_sae.evaluation.subject import (
     training_seconds,
 )
 from dist_sae.reporting.latents import LatentView, view_latents
-from dist_sae.reporting.page import Page, duration, render_page
+from dist_sae.reporting.page import Page, render_page
+from dist_sae.reporting.shown import duration
 from dist_sae.reporting.void import void_settings
 from dist_sae.storage import UNMETERED, Meter, ObjectStore, open_store
 from dist_sae.telemetry.history import read_history

@@ -27,6 +27,7 @@ from dist_sae.reporting.latents import (
     view_latents,
 )
 from dist_sae.reporting.page import Page, render_page
+from dist_sae.reporting.shown import shown
 from dist_sae.storage import open_store
 from dist_sae.storage.records import seal
 from dist_sae.telemetry.metrics import DENSITIES
@@ -162,8 +163,9 @@ def test_page_says_which_command_measures_when_evaluation_is_missing() -> None:
 def test_page_outlines_the_token_of_the_example_and_colours_by_activation() -> None:
     view = one_latent([" a", " b", " c", " d"], [1.0, 0.0, 4.0, 2.0], 2)
     marks = Elements(render_page(make_page(latents=[view]))).all("mark")
-    assert [text for _, text in marks] == [" a", " c", " d"]  # " b" is not active
-    assert [text for attributes, text in marks if attributes.get("class") == "peak"] == [" c"]
+    assert [text for _, text in marks] == ["a", "c", "d"]  # " b" is not active
+    assert [text for attributes, text in marks if attributes.get("class") == "peak"] == ["c"]
+    assert Elements(render_page(make_page(latents=[view]))).all("span", "text")[0][1] == " a b c d"
     strengths = [float((a["style"] or "").removeprefix("--a:")) for a, _ in marks]
     # .9 at the maximum and linear below: 1/4, 4/4 and 2/4 of it, to two digits
     assert strengths == pytest.approx([0.225, 0.9, 0.45], abs=0.0051)
@@ -205,6 +207,50 @@ def test_page_divides_time_by_stage() -> None:
         "tokenize 25.0 %, 1 s",
         "forward 75.0 %, 3 s",
     ]
+
+
+def test_a_stall_is_a_gap_in_the_curve_over_time() -> None:
+    """The second report waited for most of its time: nothing is drawn between the first and it."""
+    times = [1.0, 9.0, 10.0, 11.0]
+    whole = render_lines("t", [Line("a", times, [4, 1, 4, 4])], x_label="x")
+    broken = [False, True, False, False]
+    pieces = render_lines("t", [Line("a", times, [4, 1, 4, 4], broken)], x_label="x")
+    assert (whole.count("<polyline"), pieces.count("<polyline")) == (1, 1)
+    (line,) = re.findall(r'<polyline[^>]* points="([^"]*)"', pieces)
+    assert len(line.split()) == 3  # the other piece is a dot
+    assert pieces.count('<circle class="dot') == whole.count('<circle class="dot') + 1
+    page = make_page()
+    stalled = [{**r, "rows_per_second": 5.0, "seconds": 4.0} for r in page.history]
+    stalled[1] = stalled[1] | {"phases": {"wait": 3.0, "forward": 1.0}}
+    drawn = render_page(page._replace(history=stalled))
+    assert drawn.count("<title>all time: last 5</title>") == 2  # of a dot, and of a line
+
+
+def test_an_evaluation_shows_its_intervals_and_its_machine() -> None:
+    found = EVALUATION | {"intervals": {"ce_recovered": [0.95, 0.9612]}, "ce_documents": 64}
+    found |= {"hardware": "a <processor>", "evaluate_seconds": 90.0}
+    page = render_page(make_page(found))
+    assert "95 %: 95.00 % to 96.12 %" in page
+    assert "at step 7, in 90 s on a &lt;processor&gt;." in page
+    assert "bootstrap over 64 documents" in page
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("rows", 1234567, "1,234,567"),
+        ("fvu", 0.203776, "0.2038"),
+        ("dead_share", None, "not known yet"),
+        ("ce_clean", 3.14159, "3.142 nats"),
+        ("evaluate_seconds", 7380.0, "2.05 h"),
+        ("bytes", 8704000.0, "8.7 MB"),
+        ("rows_per_second", 12345.6, "12,346 rows/s"),
+        ("loss", 1234567.8, "1,234,568"),
+        ("report", "/runs/r.html", "/runs/r.html"),
+    ],
+)
+def test_results_are_shown_with_units_and_separators(name: str, value: Any, text: str) -> None:
+    assert shown(name, value) == text
 
 
 def test_lines_place_the_mark_at_its_value() -> None:

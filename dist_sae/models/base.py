@@ -26,7 +26,10 @@ class Tokenizer(Protocol):
         ...
 
     def text(self, tokens: Sequence[int]) -> list[str]:
-        """Each token as a reader would see it."""
+        """Each token as a reader would see it.
+
+        Where several tokens make up one character the first has all of it, the others are empty.
+        """
         ...
 
 

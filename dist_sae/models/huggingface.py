@@ -4,6 +4,7 @@ import contextlib
 import logging
 import re
 from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -24,6 +25,9 @@ from dist_sae.models.sites import Edit, attach, blocks, layer_of, place
 from dist_sae.precision import warn_if_emulated
 
 logger = logging.getLogger(__name__)
+
+_PART = "\ufffd"  # what a part of a character is decoded to
+_MOST_TOGETHER = 6  # tokens of characters that share tokens
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -67,7 +71,16 @@ class _HuggingFaceTokenizer:
         return ids
 
     def text(self, tokens: Sequence[int]) -> list[str]:
-        return [str(self._tokenizer.decode([token])) for token in tokens]
+        texts: list[str] = []
+        while len(texts) < len(tokens):
+            rest = tokens[len(texts) :]
+            pieces = (str(self._tokenizer.decode(rest[: n + 1])) for n in range(len(rest)))
+            whole = (
+                n for n, piece in enumerate(islice(pieces, _MOST_TOGETHER)) if _PART not in piece
+            )
+            n = next(whole, 0)
+            texts += [str(self._tokenizer.decode(rest[: n + 1])), *n * [""]]
+        return texts
 
 
 def load_tokenizer(config: HuggingFaceModel) -> _HuggingFaceTokenizer:

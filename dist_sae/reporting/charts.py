@@ -15,12 +15,18 @@ _BUCKETS = 240  # points that a line is thinned to; the band shows what thinning
 _LOG_FROM = 8.0  # a positive quantity that spans this factor gets a logarithmic axis
 
 
+_Point = tuple[float, float, float, float]
+"""(x, mean, least, most) of a stretch of a line."""
+
+
 class Line(NamedTuple):
     """One quantity against another; points that are not finite are left out."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
+    gaps: Sequence[bool] = ()
+    """Whether the line is broken before a point; empty: nowhere."""
 
 
 class Mark(NamedTuple):
@@ -56,7 +62,7 @@ def render_lines(
         from_zero: The y axis is linear and starts at zero.
     """
     series = [(line.name, list(_thin(line))) for line in lines]
-    points = [point for _, thinned in series for point in thinned]
+    points = [point for _, pieces in series for piece in pieces for point in piece]
     if not points:
         return ""
     values = [v for point in points for v in point[1:]] + ([mark.y] if mark else [])
@@ -66,9 +72,10 @@ def render_lines(
         _log(min(values), max(values)) if wide and not from_zero else _padded(values, from_zero)
     )
     parts = [_frame(x_axis, y_axis, x_label)]
-    for number, (name, thinned) in enumerate(series):
-        if thinned:
-            parts.append(_drawn_line(name, thinned, x_axis, y_axis, number))
+    for number, (name, pieces) in enumerate(series):
+        for piece in pieces:
+            last = pieces[-1][-1][1]
+            parts.append(_drawn_line(f"{name}: last {last:.4g}", piece, x_axis, y_axis, number))
     legend = [f'<span class="key c{n}">{escape(name)}</span>' for n, (name, _) in enumerate(series)]
     if mark is not None:
         y = _y(y_axis, mark.y)
@@ -126,32 +133,41 @@ def short(value: float) -> str:
     return f"{value:.3g}"
 
 
-def _thin(line: Line) -> Iterator[tuple[float, float, float, float]]:
-    """(x, mean, least, most) of each of at most `_BUCKETS` stretches."""
-    pairs = zip(line.x, line.y, strict=True)
-    points = [(x, y) for x, y in pairs if math.isfinite(x) and math.isfinite(y)]
-    size = -(-len(points) // _BUCKETS) or 1
-    for start in range(0, len(points), size):
-        xs, ys = zip(*points[start : start + size], strict=True)
-        yield sum(xs) / len(xs), sum(ys) / len(ys), min(ys), max(ys)
+def _thin(line: Line) -> Iterator[list[_Point]]:
+    """The pieces between gaps; about `_BUCKETS` points in all, each of a stretch of the line."""
+    pieces: list[list[tuple[float, float]]] = [[]]
+    gaps = line.gaps or [False] * len(line.x)
+    for x, y, gap in zip(line.x, line.y, gaps, strict=True):
+        if gap and pieces[-1]:
+            pieces.append([])
+        if math.isfinite(x) and math.isfinite(y):
+            pieces[-1].append((x, y))
+    size = -(-sum(map(len, pieces)) // _BUCKETS) or 1
+    for piece in filter(None, pieces):
+        stretches = [piece[start : start + size] for start in range(0, len(piece), size)]
+        yield [_summary(*zip(*stretch, strict=True)) for stretch in stretches]
+
+
+def _summary(xs: Sequence[float], ys: Sequence[float]) -> _Point:
+    return sum(xs) / len(xs), sum(ys) / len(ys), min(ys), max(ys)
 
 
 def _drawn_line(
-    name: str,
-    points: list[tuple[float, float, float, float]],
+    said: str,
+    points: list[_Point],
     x_axis: _Axis,
     y_axis: _Axis,
     number: int,
 ) -> str:
-    def path(column: int, order: list[tuple[float, float, float, float]]) -> str:
+    def path(column: int, order: list[_Point]) -> str:
         return " ".join(f"{_x(x_axis, p[0]):.1f},{_y(y_axis, p[column]):.1f}" for p in order)
 
-    said = f"<title>{escape(name)}: last {points[-1][1]:.4g}</title>"
+    title = f"<title>{escape(said)}</title>"
     if len(points) == 1:
         x, y = path(1, points).split(",")
-        return f'<circle class="dot c{number}" cx="{x}" cy="{y}" r="3.5">{said}</circle>'
+        return f'<circle class="dot c{number}" cx="{x}" cy="{y}" r="3.5">{title}</circle>'
     band = f'<polygon class="band c{number}" points="{path(3, points)} {path(2, points[::-1])}"/>'
-    return f'{band}<polyline class="line c{number}" points="{path(1, points)}">{said}</polyline>'
+    return f'{band}<polyline class="line c{number}" points="{path(1, points)}">{title}</polyline>'
 
 
 def _frame(x_axis: _Axis, y_axis: _Axis, x_label: str, *, exponents: bool = False) -> str:

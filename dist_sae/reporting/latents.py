@@ -29,6 +29,7 @@ _ENCODE_ROWS = 4096
 _LEAST_FIRINGS = 8
 _EXAMPLES = 6
 _CONTEXT_TOKENS = 24  # on either side
+_CHARACTER_TOKENS = 3  # a character has at most four bytes in UTF-8, each perhaps a token
 _SPARK_BARS = 16
 
 
@@ -238,8 +239,21 @@ def _example(
     start = max(0, position - _CONTEXT_TOKENS)
     window = range(start, min(len(ids), position + _CONTEXT_TOKENS + 1))
     context = position // texts.context_tokens
-    tokens = [
-        Token(text, known.get((document, place), 0.0), place // texts.context_tokens == context)
-        for place, text in zip(window, texts.tokenizer.text([ids[p] for p in window]), strict=True)
-    ]
-    return Example(known[document, position], document, position, tokens, position - start)
+    tokens: list[Token] = []
+    peak = 0
+    for place, text in zip(window, _texts(ids, window, texts.tokenizer), strict=True):
+        act = known.get((document, place), 0.0)
+        if text or not tokens:
+            tokens.append(Token(text or "\ufffd", act, place // texts.context_tokens == context))
+        else:  # its text is part of the token before
+            tokens[-1] = tokens[-1]._replace(act=max(tokens[-1].act, act))
+        if place == position:
+            peak = len(tokens) - 1
+    return Example(known[document, position], document, position, tokens, peak)
+
+
+def _texts(ids: Sequence[int], window: range, tokenizer: Tokenizer) -> list[str]:
+    """Each token's text; a character that begins before the window or ends after it is whole."""
+    first = max(0, window.start - _CHARACTER_TOKENS)
+    found = tokenizer.text(ids[first : window.stop + _CHARACTER_TOKENS])
+    return found[window.start - first :][: len(window)]

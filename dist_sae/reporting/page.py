@@ -13,9 +13,9 @@ from dist_sae.reporting.charts import (
     render_histogram,
     render_lines,
     render_sparkbars,
-    short,
 )
 from dist_sae.reporting.latents import Example, LatentView, Token
+from dist_sae.reporting.shown import duration, shown, time_unit
 from dist_sae.telemetry.metrics import DENSITIES, NEVER, PHASES, QUANTILES, STAGES
 
 _HEADLINES = {
@@ -59,6 +59,8 @@ _DETAILS = {
 }
 _STALLS = {"wait": "waiting for data", "ranks": "with other ranks", "save": "saving"}
 """Phases of a step in which nothing is computed."""
+_STALLED = 0.5
+"""Share of the time between two reports from which waiting for data is shown as a gap."""
 _PALETTE = 6
 
 
@@ -110,16 +112,24 @@ def _numbers(page: Page) -> str:
     if numbers is None:
         return f"{head}{_missing('Not measured yet', 'evaluate', page)}</section>"
     cards = "".join(
-        f'<div class="card"><b>{name}</b>{_number(key, numbers[key])}<small>{meaning}</small></div>'
+        f'<div class="card"><b>{name}</b>{_number(key, numbers)}<small>{meaning}</small></div>'
         for key, (name, meaning) in _HEADLINES.items()
         if key in numbers
     )
     rows = "".join(
-        f"<tr><td>{name}</td><td>{_number(key, numbers[key])}</td><td>{meaning}</td></tr>"
+        f"<tr><td>{name}</td><td>{_number(key, numbers)}</td><td>{meaning}</td></tr>"
         for key, (name, meaning) in _DETAILS.items()
         if key in numbers
     )
-    measured = f"<p>Measured on data that training never saw, at step {numbers['step']:,}.</p>"
+    measured = f"<p>Measured on data that training never saw, at step {numbers['step']:,}"
+    if "hardware" in numbers:
+        spent = shown("evaluate_seconds", numbers["evaluate_seconds"])
+        measured += f", in {spent} on {escape(numbers['hardware'])}"
+    measured += ".</p>"
+    if numbers.get("intervals"):
+        measured += (
+            f"<p>Intervals are of the bootstrap over {numbers['ce_documents']:,} documents.</p>"
+        )
     if "ce_left_out" in numbers:
         measured += f"<p>Cross-entropies are left out: {escape(numbers['ce_left_out'])}.</p>"
     elif numbers.get("ce_of") == "masked tokens":
@@ -127,17 +137,15 @@ def _numbers(page: Page) -> str:
     return f'{head}{measured}<div class="cards">{cards}</div><table>{rows}</table></section>'
 
 
-def _number(key: str, value: float | None) -> str:
+def _number(key: str, numbers: Mapping[str, Any]) -> str:
     """Rounded for the eye, whole for programs that read the page."""
-    if value is None:
-        return f'<data id="{key}" value="">not known yet</data>'
-    if isinstance(value, int):
-        shown = f"{value:,}"
-    elif key.endswith("_share") or key.startswith("ce_recovered"):
-        shown = f"{100 * value:.2f} %"
-    else:
-        shown = f"{value:.4g}"
-    return f'<data id="{key}" value="{value!r}">{shown}</data>'
+    value, interval = numbers[key], numbers.get("intervals", {}).get(key)
+    whole = "" if value is None else repr(value)
+    number = f'<data id="{key}" value="{whole}">{shown(key, value)}</data>'
+    if interval is None:
+        return number
+    low, high = (shown(key, end) for end in interval)
+    return f'{number}<small class="interval">95 %: {low} to {high}</small>'
 
 
 def _plots(page: Page) -> str:
@@ -196,11 +204,13 @@ def _history_plots(page: Page) -> Iterator[str]:
         spent = zip(labelled("phases", phase), seconds, strict=True)
         lines.append(Line(name, rows, [part / whole for part, whole in spent]))
     yield render_lines("Share of a step", lines, x_label=x_label, from_zero=True)
-    size, unit = _time_unit(sum(seconds))
+    size, unit = time_unit(sum(seconds))
     times = [total / size for total in accumulate(seconds)]
+    waited = zip(labelled("phases", "wait"), seconds, strict=True)
+    stalls = [part > _STALLED * whole for part, whole in waited]
     speed = [
-        Line("all time", times, column("rows_per_second")),
-        Line("time in steps", times, column("worked_rows_per_second")),
+        Line("all time", times, column("rows_per_second"), stalls),
+        Line("time in steps", times, column("worked_rows_per_second"), stalls),
     ]
     yield render_lines(
         "Rows per second", speed, x_label=f"time in training, {unit}", from_zero=True
@@ -216,10 +226,10 @@ def _times(page: Page) -> str:
         _stack("Trainer", {_STALLS.get(p, p): phases[p] for p in PHASES if p in phases}),
         _stack("Producers", dict(sorted(page.producer_seconds.items(), key=_stage_order))),
     ]
-    shown = "".join(bars)
+    both = "".join(bars)
     return (
-        f'<figure><figcaption>Where time went</figcaption><div class="times">{shown}</div></figure>'
-        if shown
+        f'<figure><figcaption>Where time went</figcaption><div class="times">{both}</div></figure>'
+        if both
         else ""
     )
 
@@ -247,9 +257,9 @@ def _latents(page: Page) -> str:
     head = "<section><h2>Latents</h2>"
     if not page.latents:
         return f'{head}<p class="missing">{escape(page.no_latents)}</p></section>'
-    shown = f"{len(page.latents)} latents" if len(page.latents) > 1 else "One latent"
+    number = f"{len(page.latents)} latents" if len(page.latents) > 1 else "One latent"
     intro = (
-        f"<p>{shown}, chosen by the run's seed over the whole range of densities, densest first, "
+        f"<p>{number}, chosen by the run's seed over the whole range of densities, densest first, "
         f"with the texts among {page.latent_rows:,} rows that activate them most. Colour is the "
         "latent's activation on a token; the outlined token has the activation on the left. Grey "
         "text was outside the model's context. The bars count firings by activation, from 0 to the "
@@ -279,24 +289,14 @@ def _example(example: Example, max_act: float) -> str:
 def _token(token: Token, max_act: float, *, peak: bool) -> str:
     text = escape(token.text).replace("\n", '<span class="nl">&#8629;</span>')
     if token.act > 0:
+        word = text.lstrip(" ") or text  # a line that breaks at the space leaves no colour behind
         strength = f"--a:{0.9 * token.act / max_act:.2f}"
         kind = ' class="peak"' if peak else ""
-        return f'<mark{kind} style="{strength}" title="{token.act:.4g}">{text}</mark>'
+        space = text.removesuffix(word)
+        return f'{space}<mark{kind} style="{strength}" title="{token.act:.4g}">{word}</mark>'
     return text if token.in_context else f'<span class="unseen">{text}</span>'
 
 
 def _missing(what: str, command: str, page: Page) -> str:
     done = f"<code>dist-sae {command} {escape(page.run_file)}</code>"
     return f'<p class="missing">{what}: run {done}, then make the report again.</p>'
-
-
-def duration(seconds: float) -> str:
-    """A stretch of time in the unit that shows it best."""
-    size, unit = _time_unit(seconds)
-    return f"{short(seconds / size)} {unit}"
-
-
-def _time_unit(seconds: float) -> tuple[float, str]:
-    """Seconds in the unit that shows a stretch of time best, and its name."""
-    units = ((86_400.0, "days"), (3600.0, "h"), (60.0, "min"))
-    return next(((size, unit) for size, unit in units if seconds >= 2 * size), (1.0, "s"))
