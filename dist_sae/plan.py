@@ -18,6 +18,7 @@ from dist_sae.data.plan import (
     PLAN_KEY,
     Plan,
     as_planned,
+    check_ahead,
     check_rows,
     find_plan,
     load_plan,
@@ -73,6 +74,7 @@ def foresee(run: Run, meter: Meter = UNMETERED) -> tuple[Plan, dict[str, Any]]:
         raise
     run = made.resolve(run)
     check_rows(run, made)
+    check_ahead(run, made)
     there = found or publish_plan(store, made)
     created, made = there is made and not found, there
     told = forecast(run, made, widths)

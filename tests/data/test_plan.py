@@ -13,11 +13,12 @@ from dist_sae.data.identity import plan_settings
 from dist_sae.data.plan import (
     PLAN_KEY,
     Plan,
+    check_ahead,
     load_plan,
     make_plan,
     publish_plan,
 )
-from dist_sae.errors import CorpusError, CorruptObjectError, PlanMismatchError
+from dist_sae.errors import ConfigError, CorpusError, CorruptObjectError, PlanMismatchError
 from dist_sae.plan import plan
 from dist_sae.storage import open_store
 from dist_sae.storage.records import seal
@@ -278,3 +279,22 @@ def test_max_documents_takes_a_sample_of_the_corpus(tmp_path: Path) -> None:
     assert len(chosen) == len(set(chosen)) == 100
     assert min(chosen) < 40  # a sample of all 400, not the first hundred
     assert max(chosen) > 360
+
+
+def test_small_first_units_count_for_how_far_producers_must_run_ahead(tmp_path: Path) -> None:
+    """72,000 rows to begin with, and 32 units of 2,048 in the first windows: 64 + 34 at once."""
+
+    def run(ahead: int) -> Run:
+        return make_run(
+            tmp_path,
+            activations={"streams": None, "unit_rows": None, "window_units": 4},
+            store={"max_ahead_units": ahead},
+            train={"batch_rows": 4096, "rows": "all", "normaliser_rows": 56_000},
+        )
+
+    made = dealt(run(1), index(9000), 100.0)
+    assert made.first_windows == 32
+    assert made.rows_of_units[0] == pytest.approx(2048, abs=100)
+    check_ahead(made.resolve(run(98)), made)
+    with pytest.raises(ConfigError, match=r"97 would stop the run: .* hold 98 units"):
+        check_ahead(made.resolve(run(97)), made)
