@@ -8,16 +8,23 @@ import torch
 
 from dist_sae.checkpoint import warm_start
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
-from dist_sae.config import Run, load_run
+from dist_sae.config import Run, load_run, validate_run
+from dist_sae.config.deciding import deciding
 from dist_sae.errors import ConfigError, CorruptObjectError
 from dist_sae.sae import build_sae
 from dist_sae.sae.axis import WholeAxis
 from dist_sae.storage import open_store
-from tests.launch import write_run
+from tests.launch import WORLD, write_run
 from tests.sae.recipes import D_IN
 from tests.world import save
 
-N_KNOWN, SCALARS = 64, {"scale": 0.5, "run": {"sae": {"kind": "batchtopk"}}, "places": {}}
+N_KNOWN = 64
+NARROW = WORLD | {
+    "name": "narrow",
+    "sae": {"kind": "batchtopk", "n_latents": N_KNOWN, "k": 3, "auxk": 16},
+    "store": {"activations": "a", "runs": "r"},
+}
+SCALARS = {"scale": 0.5, "run": deciding(validate_run(NARROW, "narrow")), "places": {}}
 WEIGHTS = {
     "W_enc": torch.randn(N_KNOWN, D_IN, generator=torch.Generator().manual_seed(0)),
     "W_dec": torch.eye(D_IN).repeat(N_KNOWN // D_IN, 1),
@@ -126,6 +133,22 @@ def test_new_latents_must_have_rows_to_point_at(
     path = write_run(tmp_path, **settings | {"store": places | settings.get("store", {})})
     with pytest.raises(ConfigError, match=problem):
         warm_start.leave(checkpoint(tmp_path), open_store(str(tmp_path / "runs")), load_run(path))
+
+
+def test_a_dictionary_of_another_site_is_refused(tmp_path: Path) -> None:
+    narrow = checkpoint(tmp_path)
+    settings = narrow.scalars["run"]["activations"] | {"sites": ["resid_post.3", "resid_post.7"]}
+    language = {
+        "model": {"kind": "huggingface", "path": "m"},
+        "corpus": {"kind": "files", "files": ["t.txt"]},
+        "activations": settings,
+    }
+    narrow.scalars["run"] |= language | {"train": WORLD["train"] | {"site": "resid_post.3"}}
+    sae = {"kind": "batchtopk", "n_latents": 96, "k": 3, "auxk": 16}
+    train = {"site": "resid_post.7"}
+    run = load_run(write_run(tmp_path, **language, sae=sae, train=train))
+    with pytest.raises(ConfigError, match=r"resid_post.7 cannot begin with .* of resid_post.3"):
+        warm_start.leave(narrow, open_store(str(tmp_path / "runs")), run)
 
 
 def test_a_damaged_checkpoint_leaves_nothing(tmp_path: Path) -> None:
