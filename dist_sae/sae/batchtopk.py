@@ -10,6 +10,7 @@ do not: f = z where z > theta, with theta the running mean of the smallest f kep
 Decoder rows have unit norm, so that z alone says how much a latent matters.
 """
 
+import math
 from collections.abc import Iterable
 from typing import Any
 
@@ -23,6 +24,7 @@ from dist_sae.sae.base import Codes, Inferred
 from dist_sae.sae.kernels import Entries, select
 from dist_sae.sae.kernels.keys import from_ordered, ordered
 from dist_sae.sae.kernels.select import Block, Candidates
+from dist_sae.sae.schedules import GROWTH
 from dist_sae.sae.topk import TopK
 
 _DIGIT = 16  # bits
@@ -99,11 +101,23 @@ class BatchTopK(TopK):
             chosen, least = self._reach(found, min(count, total), most)
             found = Candidates(*(part[chosen] for part in found))
             if self.training:
-                decay, seen = self.config.threshold_decay, torch.stack([least, least.new_ones(())])
-                self.threshold.mul_(decay).add_((1 - decay) * seen.double())
+                self._follow(least.double())
         found = select.by_row(found)
         entries = Entries(found.latents, select.starts_of(found.rows, rows), len(self.W_enc))
         return found.values, entries
+
+    def _follow(self, least: Float[Tensor, ""]) -> None:
+        """Take the least code of a batch into the mean, which goes back over a tenth of the run.
+
+        While that is less than `threshold_decay` says: codes change much in the first steps. The
+        weight is 1 - decay^n after n batches.
+        """
+        decay, weight = self.config.threshold_decay, self.threshold[1]
+        batches = torch.log1p(-weight) / math.log(decay) if decay else torch.zeros_like(weight)
+        kept = (1 / (1 + GROWTH / batches)).clamp(max=decay)
+        theta = self.threshold[0] / weight if weight > 0 else least
+        weight = decay * weight + 1 - decay
+        self.threshold.copy_(torch.stack([weight * least.lerp(theta, kept), weight]))
 
     def _reach(self, found: Candidates, count: int, most: int) -> tuple[Tensor, Tensor]:
         """(Which candidates are among the `count` largest of all ranks, the least of these).

@@ -16,8 +16,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dist_sae.sae.base import Dictionary
-
-_GROWTH = 9  # times as many updates before the last tenth as in it
+from dist_sae.sae.schedules import GROWTH
 
 
 class WeightAverage:
@@ -47,7 +46,7 @@ class WeightAverage:
             x: This rank's rows of the step.
             progress: As in `Step`.
         """
-        decay = min(self._decay, self.updates / (self.updates + _GROWTH))
+        decay = min(self._decay, self.updates / (self.updates + GROWTH))
         for name, tensor in self._tensors():
             if name not in self._sae.measured:
                 self.mean[name].lerp_(tensor, 1 - decay)

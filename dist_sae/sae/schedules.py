@@ -1,5 +1,7 @@
 """Schedules as pure functions of the step, or of the share of the run that is done."""
 
+GROWTH = 9  # running means keep n / (n + 9) after n updates: they go back over a tenth of them
+
 
 def learning_rate(
     step: int, steps: int, *, peak: float, warmup_steps: int, decay_share: float

@@ -170,15 +170,20 @@ def test_checkpoints_tell_their_held_out_fvu(tmp_path: Path, activations: str, c
 
 
 def test_held_out_fvu_is_that_of_the_running_mean(tmp_path: Path, activations: str) -> None:
-    """With a threshold of its own: as many latents are active as training keeps."""
+    """With a threshold of its own: as many latents are active as training keeps.
+
+    Those that did not fire on the last batch are idle; dead are they that do not now, either.
+    """
     settings = {"heldout_rows": 200, "ema_decay": 0.9}
-    sae = {"kind": "batchtopk", "n_latents": 64, "k": 4, "auxk": 8}
+    sae = {"kind": "batchtopk", "n_latents": 64, "k": 4, "auxk": 0, "dead_after_rows": 1}
     path = run_file(tmp_path, activations, sae=sae, train=settings, evaluate={"rows": 200})
     train(path)
     found, run = evaluate(load_run(path)), load_run(path)
     assert final(tmp_path).scalars["heldout_fvu"] == pytest.approx(found["fvu"], rel=1e-5)
     assert isinstance(run.sae, BatchTopKConfig)
     assert found["l0"] == pytest.approx(run.sae.k, rel=0.1)
+    assert 0 < (final(tmp_path).read("idle_rows") > 0).double().mean() > found["dead_share"]
+    assert found["dead_share"] <= found["never_fired"] / 64
 
 
 def test_ranks_go_on_from_a_checkpoint_that_all_can_read(tmp_path: Path, activations: str) -> None:
