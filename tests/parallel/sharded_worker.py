@@ -30,7 +30,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "routed": {"k": 4, "experts": 8, "auxk": 8, "auxk_coefficient": 0.25},
     "jumprelu": {"sparsity": 0.02, "initial_threshold": 0.2, "bandwidth": 0.2},
     "jumprelu_tanh": {"pre_act": 0.01},
-    "relu": {},
+    "relu": {"initial_l0": 32},  # half of all: computed densely on every shard
 }
 
 

@@ -17,6 +17,7 @@ from dist_sae.config.sae import (
 from dist_sae.sae.base import Dictionary
 from dist_sae.sae.dead import DeadLatents
 from dist_sae.sae.jumprelu_tanh import JumpReLUTanh
+from tests.sae.trees import TreeWorld, scores
 from tests.sae.worlds import Recovery, World, mean_matched_cosine, recovery, train
 
 N = 128
@@ -126,6 +127,25 @@ def test_sparsity_falls_with_the_coefficient(
     assert l0[0] > 1.5 * l0[1] > 1.5 * 1.5 * l0[2] > 0
 
 
+@pytest.mark.parametrize(
+    ("config", "f1", "mcc"),
+    [  # (recipe, what it had when this was written)
+        (JumpReLUConfig(n_latents=N, sparsity=0.022), 0.516, 0.648),
+        (JumpReLUTanhConfig(n_latents=N, sparsity=0.5), 0.538, 0.634),
+        (ReLUConfig(n_latents=N, sparsity=2.4), 0.511, 0.612),
+    ],
+)
+def test_penalised_recipes_learn_a_world_of_trees(
+    config: DictionaryConfig, f1: float, mcc: float
+) -> None:
+    """512 features, 6.8 at a time, of which 128 latents can learn some, in 200 steps."""
+    world = TreeWorld(64, 512, roots=8, depth=2)
+    found = scores(world, train(world, config, steps=200, batch=512, lr=5e-3).sae)
+    assert found.f1 >= f1 - 0.03
+    assert found.mcc >= mcc - 0.02
+    assert 3 <= found.l0 <= 10
+
+
 @pytest.fixture(scope="module")
 def _long(request: pytest.FixtureRequest) -> None:
     if not request.config.getoption("--long"):
@@ -152,10 +172,10 @@ def test_topk_recovers_every_feature_of_a_flat_world() -> None:
 
     def look(step: int, sae: Dictionary, dead: DeadLatents) -> None:
         if step in (0, 600):
-            early[step] = mean_matched_cosine(world, sae.W_dec)[1]
+            early[step] = mean_matched_cosine(world.directions, sae.W_dec)[1]
 
     trained = train(world, config, steps=12_000, batch=512, lr=6e-3, each=look)
-    mcc, matched = mean_matched_cosine(world, trained.sae.W_dec)
+    mcc, matched = mean_matched_cosine(world.directions, trained.sae.W_dec)
     assert early[0] < 50  # rows with a single feature
     assert early[600] < 500
     assert mcc >= 0.995

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -47,6 +47,15 @@ class World:
         return x.index_add(0, where, intensity[:, None] * self.directions[what]) * self.scale
 
 
+@runtime_checkable
+class Rows(Protocol):
+    """A world to train in: rows scaled to E|x|^2 = d_in."""
+
+    d_in: int
+
+    def batch(self, number: int, rows: int) -> Tensor: ...
+
+
 class Trained(NamedTuple):
     sae: Dictionary
     dead: DeadLatents
@@ -55,7 +64,7 @@ class Trained(NamedTuple):
 
 
 def train(
-    world: World,
+    world: Rows,
     config: DictionaryConfig,
     steps: int,
     batch: int,
@@ -128,13 +137,13 @@ def recovery(world: World, W_dec: Tensor, alive: int | None = None) -> Recovery:
     )
 
 
-def mean_matched_cosine(world: World, W_dec: Tensor) -> tuple[float, int]:
+def mean_matched_cosine(directions: Tensor, W_dec: Tensor) -> tuple[float, int]:
     """(MCC, pairs at cosine > .9) of features and latents, paired one to one, the nearest first.
 
     No more than with the best pairing, and the same where every feature is found.
     """
     rows = W_dec.detach()
-    cosines = (rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)) @ world.directions.T
+    cosines = (rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)) @ directions.T
     matched = torch.empty(min(cosines.shape))
     for pair in range(len(matched)):
         latent, feature = divmod(int(cosines.argmax()), cosines.shape[1])
