@@ -8,7 +8,7 @@ from dist_sae.cli import main
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.errors import HubUnavailableError, ModelError
 from dist_sae.hub import is_out_of_reach
-from dist_sae.models.huggingface import errors_of
+from dist_sae.models.loading import errors_of
 from tests.conftest import synthetic_run
 
 

@@ -18,7 +18,7 @@ def build_tokenizer(model: ModelConfig, document_rows: int) -> Tokenizer:
     """
     match model:
         case HuggingFaceModel():
-            from dist_sae.models.huggingface import load_tokenizer  # takes 3 s
+            from dist_sae.models.loading import load_tokenizer  # takes 3 s
 
             return load_tokenizer(model)
         case SyntheticModel():

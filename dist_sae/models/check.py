@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from dist_sae.config.data import ActivationsConfig, HuggingFaceModel
 from dist_sae.errors import ModelError
-from dist_sae.models.huggingface import Description, HuggingFaceSource, describe, load_tokenizer
+from dist_sae.models.huggingface import HuggingFaceSource
+from dist_sae.models.loading import Description, describe, load_tokenizer
 from dist_sae.models.sites import blocks, width
 
 logger = logging.getLogger(__name__)

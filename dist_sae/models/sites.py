@@ -125,7 +125,7 @@ def attach(model: nn.Module, site: str, edit: Edit) -> None:
             return edit(acts)
         beside = acts.movedim(streams, 2)
         flat = edit(beside.flatten(2))
-        return flat.view(beside.shape).movedim(2, streams)
+        return flat.reshape(beside.shape).movedim(2, streams)
 
     def hook_in(_: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         if args:

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.errors import HeadlessError, LacksWeightsError
-from dist_sae.models.huggingface import (
+from dist_sae.models.loading import (
     HEADS,
     Description,
     check_tokens,

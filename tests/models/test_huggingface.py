@@ -13,7 +13,8 @@ from torch import Tensor, nn
 
 from dist_sae.config.data import SITE_NAMES, HuggingFaceModel
 from dist_sae.errors import ModelError
-from dist_sae.models.huggingface import HuggingFaceSource, load_tokenizer
+from dist_sae.models.huggingface import HuggingFaceSource
+from dist_sae.models.loading import load_tokenizer
 from dist_sae.models.sites import blocks
 
 LAYERS, D, HEADS, VOCABULARY = 3, 24, 4, 50

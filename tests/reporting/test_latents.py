@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from dist_sae.config.data import HuggingFaceModel
-from dist_sae.models.huggingface import load_tokenizer
+from dist_sae.models.loading import load_tokenizer
 from dist_sae.reporting.latents import Firings, Token, _example
 
 TEXT = "a\u00e9\u201c\U0001f600b"  # of 1, 2, 3, 4 and 1 bytes

@@ -1,0 +1,222 @@
+"""Models and tokenizers as `transformers` has them; the only module that talks to it."""
+
+import contextlib
+import logging
+import re
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import accelerate
+import torch
+import torch.distributed as dist
+import transformers
+from jaxtyping import Int
+from safetensors import SafetensorError
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+
+from dist_sae.config.data import HuggingFaceModel
+from dist_sae.errors import HubUnavailableError, LacksWeightsError, ModelError
+from dist_sae.hub import is_out_of_reach
+from dist_sae.models.sharding import Divider, choose_divider
+from dist_sae.models.sites import blocks, place
+from dist_sae.precision import warn_if_emulated
+
+logger = logging.getLogger(__name__)
+
+_PART = "\ufffd"  # what a part of a character is decoded to
+_MOST_TOGETHER = 6  # tokens of characters that share tokens
+
+DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+
+_THEIRS = (OSError, ValueError, LookupError, ImportError, RuntimeError, TypeError, AttributeError)
+"""What transformers raises at a model that it cannot load or run."""
+HEADS = (
+    (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, False),
+    (transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, False),
+    (transformers.MODEL_FOR_MASKED_LM_MAPPING, True),
+)
+"""Models with a head that predicts tokens, by configuration, and whether these are masked ones."""
+_OF_RANKS = re.compile(r"gloo|nccl|connection closed by peer|connection reset", re.IGNORECASE)
+
+# unused weights are expected: upper layers are left out
+transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
+transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
+logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+
+
+class _HuggingFaceTokenizer:
+    def __init__(self, tokenizer: Any) -> None:
+        self._tokenizer = tokenizer
+        self.bos: int | None = tokenizer.bos_token_id
+        if self.bos is None:
+            self.bos = tokenizer.cls_token_id  # encoders
+        self.mask: int | None = tokenizer.mask_token_id
+        """Stands for a token that is to be predicted; encoders have it."""
+        self.special = frozenset(tokenizer.all_special_ids)
+
+    @property
+    def ordinary(self) -> list[int]:
+        """Ids that text is turned to, in order; not added tokens, which it may never have."""
+        added = self._tokenizer.added_tokens_encoder
+        return sorted(i for token, i in self._tokenizer.get_vocab().items() if token not in added)
+
+    def __call__(self, texts: Sequence[str]) -> list[list[int]]:
+        encoded = self._tokenizer(
+            list(texts), add_special_tokens=False, return_attention_mask=False, verbose=False
+        )
+        ids: list[list[int]] = encoded["input_ids"]
+        return ids
+
+    def text(self, tokens: Sequence[int]) -> list[str]:
+        texts: list[str] = []
+        while len(texts) < len(tokens):
+            rest = tokens[len(texts) :]
+            pieces = (str(self._tokenizer.decode(rest[: n + 1])) for n in range(len(rest)))
+            whole = (
+                n for n, piece in enumerate(islice(pieces, _MOST_TOGETHER)) if _PART not in piece
+            )
+            n = next(whole, 0)
+            texts += [str(self._tokenizer.decode(rest[: n + 1])), *n * [""]]
+        return texts
+
+
+def load_tokenizer(config: HuggingFaceModel) -> _HuggingFaceTokenizer:
+    """The model's own tokenizer."""
+    with errors_of(config):
+        return _HuggingFaceTokenizer(
+            transformers.AutoTokenizer.from_pretrained(config.place, revision=config.revision)
+        )
+
+
+class Description(NamedTuple):
+    """A model before any of its weights are read."""
+
+    config: Any
+    """Its own configuration."""
+    skeleton: Any
+    """All of it below a head, on the meta device."""
+
+    vocabulary: int
+    """Token ids that have an embedding are below this."""
+
+
+def describe(config: HuggingFaceModel, sites: tuple[str, ...]) -> Description:
+    """The model, once it is known to have the sites and to fit the ranks.
+
+    Raises:
+        ModelError: It has not, does not, or cannot be described at all.
+    """
+    with errors_of(config):
+        own = transformers.AutoConfig.from_pretrained(config.place, revision=config.revision)
+        if own.is_encoder_decoder:
+            raise ModelError(
+                f"model.path {config.path}: {own.model_type} is an encoder and a decoder in one, "
+                f"which needs two texts; use a decoder or an encoder"
+            )
+        own.get_text_config().use_cache = False  # nothing is generated
+        own.output_attentions = False  # would change how attention is computed, in Falcon wrongly
+        # as transformers chooses: eager adds Falcon's ALiBi twice
+        own._attn_implementation = None  # noqa: SLF001
+        with torch.device("meta"):
+            skeleton = transformers.AutoModel.from_config(own)  # type: ignore[no-untyped-call]
+        for site in sites:
+            place(skeleton, site)
+        vocabulary = len(skeleton.get_input_embeddings().weight)
+    if config.shards > 1:
+        choose_divider(config, own)
+    return Description(own, skeleton, vocabulary)
+
+
+def check_tokens(tokens: Int[Tensor, "batch seq"], vocabulary: int, name: str) -> None:
+    """Raise `ModelError` at a token that has no embedding, before a device fails for it."""
+    if int(tokens.max()) >= vocabulary:
+        raise ModelError(
+            f"model.path {name}: the tokenizer gives token {int(tokens.max())}, but the model has "
+            f"embeddings for 0 to {vocabulary - 1}; the two do not belong together"
+        )
+
+
+def inputs(model: Any, tokens: Tensor, mask: Tensor) -> dict[str, Tensor | None]:
+    """What a model is called with, where it is; without padding it needs no mask."""
+    attention_mask = None if mask.all() else mask.long().to(model.device)
+    return {"input_ids": tokens.long().to(model.device), "attention_mask": attention_mask}
+
+
+def load(
+    kind: Any, config: HuggingFaceModel, description: Description, divider: Divider | None = None
+) -> Any:
+    """On its device; for DeepSpeed to divide, as it is in its files, which are only mapped.
+
+    Raises:
+        LacksWeightsError: Files that lack some of its weights.
+    """
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    warn_if_emulated("model.dtype", config.dtype, torch.device(device))
+    how: dict[str, Any] = {"dtype": DTYPES[config.dtype]}
+    if divider == "transformers":
+        how |= {"tp_plan": "auto", "device_mesh": init_device_mesh(device, (config.shards,))}
+    elif divider == "deepspeed":
+        how = {"dtype": "auto"}
+    model, loading = kind.from_pretrained(
+        config.place,
+        revision=config.revision,
+        config=description.config,
+        output_loading_info=True,
+        **how,
+    )
+    # transformers would go on with random ones; a pooler above the layers is no loss
+    missing = sorted(name for name in loading["missing_keys"] if not name.startswith("pooler."))
+    if missing:
+        raise LacksWeightsError(config.path, missing)
+    return model.eval().to(device) if divider is None else model.eval()
+
+
+def without_layers(kind: type[Any], *, above: int) -> type[Any]:
+    """`kind`, but layers above this one have no weights, so that transformers reads none for them.
+
+    Everything else is as the configuration says, and so is what the layers below compute.
+    """
+
+    def init(self: Any, *args: Any, **kwargs: Any) -> None:
+        kind.__init__(self, *args, **kwargs)
+        left_out: Any = blocks(self)[above + 1 :]
+        for module in (m for layer in left_out for m in layer.modules()):
+            module._is_hf_initialized = True  # noqa: SLF001 - or it would be, at random
+            for name, _ in list(module.named_parameters(recurse=False)):
+                setattr(module, name, None)
+        here = {name for name, _ in self.named_parameters(remove_duplicate=False)}
+        self.all_tied_weights_keys = {
+            name: to for name, to in self.all_tied_weights_keys.items() if {name, to} <= here
+        }
+
+    # transformers goes by names of classes and modules
+    return type(kind.__name__, (kind,), {"__init__": init, "__module__": kind.__module__})
+
+
+def buffers_of(model: nn.Module, own: Any, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Those of a model as it would be made in `dtype`; what files hold is as they hold it."""
+    with accelerate.init_empty_weights(include_buffers=False):
+        made: Any = transformers.AutoModel.from_config(own, dtype=dtype)  # type: ignore[no-untyped-call]
+    anew = dict(made.named_buffers())
+    persistent = model.state_dict().keys()
+    return {
+        name: buffer if name in persistent else anew[name] for name, buffer in model.named_buffers()
+    }
+
+
+@contextlib.contextmanager
+def errors_of(config: HuggingFaceModel, what: str = "cannot be loaded") -> Iterator[None]:
+    """Third-party errors while something is done with a model, in one line."""
+    try:
+        yield
+    except (*_THEIRS, SafetensorError) as exc:
+        if isinstance(exc, dist.DistError) or _OF_RANKS.search(str(exc)):
+            raise  # another rank is gone, which is no fault of the model
+        reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
+        kind = HubUnavailableError if is_out_of_reach(exc) else ModelError
+        if not Path(config.place).is_dir():  # transformers speaks of the hub alone
+            reason = f"there is no such folder here, and as a name on the model hub: {reason}"
+        raise kind(f"model.path {config.path}: {what}: {reason}") from exc
