@@ -113,13 +113,16 @@ def as_begun(run: Run, stored: Mapping[str, Any]) -> Run:
 
 
 def stored_run(stored: Mapping[str, Any], run: Run, origin: str) -> Run:
-    """The run that settings are of; its stores are those of a run file at hand.
+    """The run that settings are of; what is free of `train`, and the stores, are a run file's.
 
     Raises:
         ConfigError: This version cannot read them.
     """
     stores = {"activations": run.store.activations, "runs": run.store.runs}
-    return validate_run({**stored, "store": stores}, origin)
+    keys = {free.removeprefix("train.") for free in _FREE_SETTINGS if free.startswith("train.")}
+    free_settings = run.train.model_dump(mode="json", include=keys)
+    train = {**stored["train"], **free_settings}
+    return validate_run({**stored, "train": train, "store": stores}, origin)
 
 
 def _compared(run: Run) -> dict[str, Any]:

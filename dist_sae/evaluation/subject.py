@@ -70,7 +70,7 @@ def subject(run: Run, plan: Plan, made: Mapping[str, Any], step: int | None) -> 
         "k": getattr(run.sae, "k", None),
         "site": run.site,
         "seed": train.seed,
-        "sae": run.sae.model_dump(mode="json"),
+        "sae": run.sae.model_dump(mode="json", exclude_none=True),
         "lr": run.lr,
         "batch_rows": train.batch_rows,
         "ema_decay": train.ema_decay,

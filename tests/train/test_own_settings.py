@@ -99,6 +99,8 @@ def test_older_settings_mean_what_they_meant(calm: Path, activations: str) -> No
     assert check_same_run(settings, run, "here").sae == run.sae
     del settings["sae"]["k_anneal_share"], settings["train"]["seed"], settings["train"]["kernels"]
     assert check_same_run(settings, run, "here").train.kernels == "auto"
+    seldom = load_run(run_file(calm, activations), ["train.save_every_steps=7"])  # it is free
+    assert check_same_run(settings, seldom, "here").train.save_every_steps == 7
     settings["train"]["site"] = "synthetic"  # the only one
     check_same_run(settings, run, "here")
     settings["train"]["lr"] = None  # a value of its own, not 3e-3
