@@ -55,7 +55,8 @@ def test_while_one_rank_waits_for_its_data_all_ranks_wait_for_data(
     assert records[0]["phases"]["wait"] >= begun
     assert records[0]["phases"]["begin"] > 0
     held_up = max(records[1:], key=lambda record: float(record["phases"]["wait"]))
-    assert held_up["phases"]["wait"] >= 0.9 * later  # the mean of two ranks: both waited
+    # of both, in the mean: were the first one's time its own, the two would be about equal
+    assert held_up["phases"]["wait"] > max(0.9 * later, 2 * held_up["phases"]["ranks"])
     for record in (records[0], held_up):  # the pace of the steps, not of the stall
         stood = sum(record["phases"][phase] for phase in ("wait", "begin", "save"))
         rate = record["rows_per_second"] * record["seconds"] / (record["seconds"] - stood)
