@@ -98,11 +98,12 @@ def _train(options: argparse.Namespace) -> int | None:
     from dist_sae.parallel.meeting import meet
     from dist_sae.parallel.mesh import join_mesh
     from dist_sae.parallel.watch import Watch
+    from dist_sae.reporting.completed import completed_result
     from dist_sae.telemetry.exporter import Telemetry
-    from dist_sae.train import train, what_is_done
+    from dist_sae.train import train
 
     world = run.processes.trainers
-    if world > 1 and (result := what_is_done(run)):
+    if world > 1 and (result := completed_result(run)):
         _print_result(options, result)
         return None
     stopping = _stop_on_signals()

@@ -16,6 +16,7 @@ from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+from dist_sae.checkpoint.folder import run_file_key
 from dist_sae.config import Run
 from dist_sae.config.base import folder_of
 from dist_sae.errors import (
@@ -29,6 +30,7 @@ from dist_sae.errors import (
 from dist_sae.logs import SUPERVISED
 from dist_sae.parallel.local_ranks import rank_environments
 from dist_sae.reporting.progress import ProgressView
+from dist_sae.storage import open_store
 
 _WARNING = re.compile(r"\S+ (WARNING|ERROR) dist_sae\S*: (.+)")  # as `logs` has them
 _POLL_SECONDS = 0.05
@@ -60,8 +62,9 @@ def run_locally(run: Run, path: str, overrides: Sequence[str]) -> dict[str, Any]
         raise AccessError(f"{exc.strerror}; correct store.runs", url=str(logs)) from exc
     with _stop_requests() as stopping, ProgressView() as view:
         job = _Job(arguments, logs, stopping, view)
-        job.run_together([job.process("plan", "plan")])
-        job.run_together(_workers(run, job))
+        if not _is_complete(run, stopping):
+            job.run_together([job.process("plan", "plan")])
+            job.run_together(_workers(run, job))
         results: dict[str, Any] = {}
         for command in ("evaluate", "export", "report"):
             if command == "export" and run.sae.kind == "routed":  # SAELens has nothing like it
@@ -70,6 +73,16 @@ def run_locally(run: Run, path: str, overrides: Sequence[str]) -> dict[str, Any]
             job.run_together([process])
             results |= process.result
     return results
+
+
+def _is_complete(run: Run, stopping: threading.Event) -> bool:
+    """Whether all units are made and the last step is done."""
+    runs = open_store(run.store.runs, run.store.s3, None, stopping)
+    if runs.size(run_file_key(run.name)) is None:  # training has not begun
+        return False
+    from dist_sae.reporting.completed import all_units_exist, completed_result  # takes 3 s
+
+    return completed_result(run) is not None and all_units_exist(run)
 
 
 def _workers(run: Run, job: "_Job") -> list["_Process"]:

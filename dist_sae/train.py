@@ -8,17 +8,14 @@ import torch
 from torch import Tensor
 
 from dist_sae.beginning import Job, begin, next_batch, open_loader
-from dist_sae.checkpoint.layout import Checkpoints
-from dist_sae.checkpoint.lineage import Lineage
 from dist_sae.checkpoint.saver import Saved, Saver
 from dist_sae.checkpoint.state import TrainingState
 from dist_sae.config import Run
-from dist_sae.config.deciding import changes, deciding
+from dist_sae.config.deciding import deciding
 from dist_sae.data.backlog import ReadyUnits
 from dist_sae.data.heldout import are_there, rows_of
 from dist_sae.data.loader import Units
 from dist_sae.data.normaliser import Normaliser
-from dist_sae.data.plan import planned
 from dist_sae.errors import Stopped
 from dist_sae.parallel.mesh import Mesh, check_replicated
 from dist_sae.parallel.watch import Watch
@@ -26,7 +23,6 @@ from dist_sae.reporting.times import Times
 from dist_sae.reporting.training import TrainingReporter
 from dist_sae.sae.base import Step
 from dist_sae.sae.schedules import learning_rate
-from dist_sae.storage import open_store
 from dist_sae.telemetry.exporter import Telemetry
 from dist_sae.telemetry.sinks import open_sinks
 
@@ -136,26 +132,6 @@ def train(
             if step == run.steps or step % run.train.save_every_steps == 0:
                 save()
     return {"step": step, **job.lineage.totals(step * run.train.batch_rows), **report.last}
-
-
-def what_is_done(run: Run) -> dict[str, float] | None:
-    """What `train` returned if the run has nothing left to do, else None.
-
-    Asked before ranks meet: one that is started again when the others have ended for good would
-    wait for them in vain.
-    """
-    resolved = planned(run)
-    if resolved is None:
-        return None
-    run = resolved
-    runs = open_store(run.store.runs, run.store.s3)
-    checkpoint = Checkpoints(runs, run.name, run.train.keep_checkpoints).latest()
-    if checkpoint is None or checkpoint.step < run.steps:
-        return None
-    if changes(checkpoint.scalars["run"], run):  # which `train` refuses, and says why
-        return None
-    rows = checkpoint.step * run.train.batch_rows
-    return {"step": checkpoint.step, **Lineage.from_scalars(checkpoint.scalars).totals(rows)}
 
 
 def _reporter(

@@ -63,7 +63,13 @@ def test_one_command_goes_from_nothing_to_a_report_and_continues_after_ctrl_c(
     assert {"fvu", "l0", "dead_share", "rows", "export", "report"} <= result.keys()
     assert Path(result["report"]).stat().st_size > 10_000
     assert (Path(result["export"]) / "cfg.json").exists()
-    assert "resuming at step" in (tmp_path / "runs/world/logs/trainer-0.log").read_text()
+    log = tmp_path / "runs/world/logs/trainer-0.log"
+    assert "resuming at step" in log.read_text()
+
+    log.unlink()
+    out, err = start(path).communicate(timeout=180)  # nothing is left to plan, make or train
+    assert json.loads(out.splitlines()[-1]) == result, err
+    assert not log.exists()
 
 
 def test_the_whole_run_works_over_s3(tmp_path: Path, bucket: Bucket) -> None:

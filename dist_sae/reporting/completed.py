@@ -1,0 +1,46 @@
+"""Whether a run has anything left to do."""
+
+import threading
+
+from dist_sae.checkpoint.layout import Checkpoints
+from dist_sae.checkpoint.lineage import Lineage
+from dist_sae.config import Run
+from dist_sae.config.deciding import changes
+from dist_sae.data.backlog import ReadyUnits
+from dist_sae.data.heldout import are_there
+from dist_sae.data.loader import Units
+from dist_sae.data.plan import load_plan, planned
+from dist_sae.errors import PlanMismatchError
+from dist_sae.storage import open_store
+
+
+def completed_result(run: Run) -> dict[str, float] | None:
+    """What `train` returned if the run has nothing left to train, else None.
+
+    Asked before ranks meet: one that is started again when the others have ended for good would
+    wait for them in vain.
+    """
+    resolved = planned(run)
+    if resolved is None:
+        return None
+    run = resolved
+    runs = open_store(run.store.runs, run.store.s3)
+    checkpoint = Checkpoints(runs, run.name, run.train.keep_checkpoints).latest()
+    if checkpoint is None or checkpoint.step < run.steps:
+        return None
+    if changes(checkpoint.scalars["run"], run):  # which `train` refuses, and says why
+        return None
+    rows = checkpoint.step * run.train.batch_rows
+    return {"step": checkpoint.step, **Lineage.from_scalars(checkpoint.scalars).totals(rows)}
+
+
+def all_units_exist(run: Run) -> bool:
+    """Whether the run's activation set has every unit of its plan."""
+    store = open_store(run.store.activations, run.store.s3)
+    try:
+        plan = load_plan(store, run)
+    except PlanMismatchError:  # which `plan` mends, or says why not
+        return False
+    if ReadyUnits(store, plan, lambda _: None).count() < len(plan.train_units):
+        return False
+    return are_there(Units(store, plan, run.site, threading.Event()), plan.heldout_units)
