@@ -66,8 +66,13 @@ class JumpReLU(Thresholded):
 
     @torch.no_grad()
     def initialise(self, x: Float[Tensor, "batch d_in"], seed: int) -> None:
-        self.theta.fill_(self.config.initial_threshold or self.config.least_code)
         initialise_tied(self, x, seed)
+
+    @torch.no_grad()
+    def open_gates(self, x: Float[Tensor, "batch d_in"]) -> None:
+        """And put the thresholds where they belong to rows of unit norm, which the encoder has."""
+        self.theta.fill_(self.config.initial_threshold or self.config.least_code)
+        super().open_gates(x)
 
     @torch.no_grad()
     def scale_encoder(self, factor: Float[Tensor, ""]) -> None:

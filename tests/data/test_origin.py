@@ -77,3 +77,12 @@ def test_a_row_that_comes_twice_is_told() -> None:
     assert text.rows_fault([rows._replace(documents=rows.documents - 1)]) == (
         "was made of other text: its token 98 is not that of document 2 at position 1"
     )
+
+
+def test_a_unit_without_rows_has_no_fault() -> None:
+    """Of a document that is all in what is left out: its block is empty, or it has none."""
+    text = UnitText([Document(0, "a")], Letters(), context_tokens=4, bos=None)
+    empty = torch.empty(0, dtype=torch.int32)
+    nothing = Rows(torch.empty(0, 2), empty, empty, empty)
+    for blocks in ([], [nothing]):
+        assert text.rows_fault(blocks) is None

@@ -242,6 +242,21 @@ def test_each_document_is_in_one_unit_and_units_divide_among_streams(
     assert len({len(made.stream_units(v)) for v in range(streams)}) == 1
 
 
+def test_documents_without_rows_make_no_unit(tmp_path: Path) -> None:
+    run = make_run(
+        tmp_path,
+        activations={"streams": None, "unit_rows": None, "heldout_share": 0.0},
+        train={"rows": "all", "normaliser_rows": None},
+    )
+    made = make_plan(run, index(43), np.array([10_000, 9_000, 50] + [0] * 40))
+    assert made.n_train_units == made.streams * (3 // made.streams)
+    assert made.unit_rows is not None
+    assert all(made.unit_rows)
+    assert sorted(documents_of(made, made.train_units)) == list(range(43))
+    with pytest.raises(CorpusError, match="3 documents to train on are too few for 4 streams"):
+        make_plan(make_run(tmp_path), index(9), np.array([1000] * 4 + [0] * 5))
+
+
 def test_units_have_about_the_rows_that_were_asked_for(tmp_path: Path) -> None:
     """122 documents x 16 rows to train on, in units of about 120: 16 units of 7 or 8 documents."""
     made = dealt(make_run(tmp_path), index(128), 16.0)
