@@ -59,12 +59,12 @@ def choose_layout(
         trainers: Ranks of the trainer.
         batch_rows: Rows of a global batch.
     """
-    total = int(rows.sum())
+    total, giving = int(rows.sum()), int(np.count_nonzero(rows))
     if streams is None:
         fitting = [
             v
             for v in range(trainers, max(_STREAMS, trainers) + 1, trainers)
-            if batch_rows % v == 0 and v <= len(rows) and int(rows.max(initial=0)) * v <= total
+            if batch_rows % v == 0 and v <= giving and int(rows.max(initial=0)) * v <= total
         ]
         streams = max(fitting, default=trainers)
     if unit_rows is not None:

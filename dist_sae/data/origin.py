@@ -71,6 +71,8 @@ class UnitText:
                     f"that of document {int(documents[row])} at position {int(positions[row])}"
                 )
             places.append(place)
+        if not any(map(len, places)):
+            return None
         everything = torch.cat(places)
         twice = int(torch.bincount(everything).max()) > 1
         return "has a row twice" if twice else None

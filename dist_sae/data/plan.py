@@ -205,9 +205,10 @@ def make_plan(
         batch_rows=run.train.batch_rows,
     )
     streams, train_rows = layout.streams, int(rows[train].sum())
-    if len(train) < streams:
+    giving = int(np.count_nonzero(rows[train]))
+    if giving < streams:
         raise CorpusError(
-            f"corpus: {len(train)} documents to train on are too few for {streams} streams; "
+            f"corpus: {giving} documents to train on are too few for {streams} streams; "
             f"give more text or lower activations.streams"
         )
     if train_rows < run.train.batch_rows:
@@ -215,8 +216,9 @@ def make_plan(
             f"corpus: about {train_rows} rows to train on, less than one batch "
             f"(train.batch_rows {run.train.batch_rows}); give more text or lower train.batch_rows"
         )
-    # documents longer than a unit give fewer, larger units: no unit is without a document
-    targets = layout.targets(train_rows // streams)[: len(train) // streams]
+    # documents longer than a unit give fewer, larger units: no unit is without a document, and no
+    # document without rows makes up for one
+    targets = layout.targets(train_rows // streams)[: giving // streams]
     dealt = deal(rows, train, targets, streams)
     if len(heldout):
         wanted = max(1, round(int(rows[heldout].sum()) / layout.unit_rows))
