@@ -71,6 +71,7 @@ def begin(
     plan = load_plan(activations, run)
     run = plan.resolve(run)
     check_rows(run, plan)
+    times.steps = run.steps
     units = Units(activations, plan, run.site, stopping)
     checkpoints = Checkpoints(
         runs,

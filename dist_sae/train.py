@@ -51,7 +51,7 @@ def train(
         DataExhaustedError: The activation set has too few rows.
         NonFiniteError: Loss or gradient; the weights were not touched.
     """
-    times = Times(run, telemetry, mesh.device)
+    times = Times(telemetry, mesh.device)
     job = begin(run, mesh, stopping, telemetry, times)
     run, normaliser, state = job.run, job.normaliser, job.state
     step, places = job.step, job.places

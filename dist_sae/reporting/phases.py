@@ -20,11 +20,11 @@ class Clock:
     """The device's own: a mark is taken when the work before it is done, and read later."""
 
     def __init__(self, device: torch.device) -> None:
-        self._cuda = device.type == "cuda"
+        self.is_cuda = device.type == "cuda"
 
     def mark(self) -> Any:
         """Now, or on a GPU when what was begun before is done."""
-        if not self._cuda:
+        if not self.is_cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
@@ -32,16 +32,16 @@ class Clock:
 
     def is_past(self, mark: Any) -> bool:
         """Whether a mark can be read without waiting."""
-        return bool(mark.query()) if self._cuda else True
+        return bool(mark.query()) if self.is_cuda else True
 
     def await_(self, mark: Any) -> None:
         """Wait until it can."""
-        if self._cuda:
+        if self.is_cuda:
             mark.synchronize()
 
     def seconds(self, start: Any, end: Any) -> float:
         """From one mark to another, both in the past."""
-        return float(start.elapsed_time(end) / 1e3 if self._cuda else end - start)
+        return float(start.elapsed_time(end) / 1e3 if self.is_cuda else end - start)
 
 
 class Phases:

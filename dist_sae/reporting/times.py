@@ -6,7 +6,6 @@ from collections.abc import Mapping
 import torch
 
 from dist_sae import logs
-from dist_sae.config import Run
 from dist_sae.parallel import axis
 from dist_sae.reporting.phases import Clock, Phases
 from dist_sae.telemetry.exporter import Telemetry
@@ -17,17 +16,17 @@ class Times:
     """This rank's time by phase (`telemetry.metric.PHASES`).
 
     Args:
-        run: The run.
         telemetry: Takes the metrics.
         device: Whose time it is.
     """
 
     step: int = 0
     """Steps done."""
+    steps: int = 0
+    """Steps in all, once the plan has decided them."""
 
-    def __init__(self, run: Run, telemetry: Telemetry, device: torch.device) -> None:
+    def __init__(self, telemetry: Telemetry, device: torch.device) -> None:
         self.clock = Clock(device)
-        self._run = run
         self._telemetry = telemetry
         self._phases = Phases(self.clock)
         self._exchanged = axis.seconds
@@ -39,14 +38,16 @@ class Times:
     def end(self, phase: str, *, waited: float = 0.0) -> None:
         """What was done since the last call was this phase.
 
-        Time in collectives is `ranks`: on a CPU, where they are waited for.
+        Time in collectives is `ranks`: on a CPU, where they are waited for. A GPU's clock knows
+        nothing of the seconds in which they are begun.
 
         Args:
             phase: What to call it.
             waited: Seconds of it, at most, for which another rank waited for its data: `wait`.
         """
         exchanged, self._exchanged = axis.seconds - self._exchanged, axis.seconds
-        self._phases.end(phase, {"wait": waited, "ranks": exchanged})
+        in_ranks = {} if self.clock.is_cuda else {"ranks": exchanged}
+        self._phases.end(phase, {"wait": waited} | in_ranks)
         if self._waited and phase == "wait":
             self._waited = 0.0
             self._say_waiting()
@@ -75,7 +76,7 @@ class Times:
 
     def _say_waiting(self) -> None:
         if logs.is_supervised():
-            logs.progress("train", self.step, self._run.steps, waiting_seconds=self._waited)
+            logs.progress("train", self.step, self.steps, waiting_seconds=self._waited)
 
 
 def rows_per_worked_second(rows: int, phases: Mapping[str, float]) -> float:

@@ -7,9 +7,12 @@ import pytest
 import torch
 
 from dist_sae.config.sae import RoutedConfig, TopKConfig
+from dist_sae.parallel import axis
 from dist_sae.reporting import phases
 from dist_sae.reporting.phases import Clock, Phases, ProductSamples
+from dist_sae.reporting.times import Times
 from dist_sae.sae import build_sae
+from dist_sae.telemetry.exporter import Telemetry
 
 CPU = torch.device("cpu")
 
@@ -76,6 +79,21 @@ def test_a_phase_gives_up_what_other_phases_took_of_it(monkeypatch: pytest.Monke
     watch.end("forward", {"wait": -1.0, "ranks": 0.25})
     watch.end("ranks", {"wait": 0.75, "save": 3.0})
     assert watch.take() == {"wait": 0.75, "ranks": 0.25, "forward": 0.75, "save": 0.25}
+
+
+def test_seconds_of_the_host_are_taken_from_no_phase_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There a collective is only begun; the first one waits for NCCL to start."""
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    spent = {}
+    for device in ("cuda", "cpu"):
+        times = Times(Telemetry("world", "train", None), torch.device(device))
+        monkeypatch.setattr(axis, "seconds", axis.seconds + 1e9)
+        times.end("forward")
+        spent[device] = times.take()
+    assert spent["cuda"] == {"wait": 0.0, "forward": 1.0}
+    assert spent["cpu"]["ranks"] > 0
 
 
 def test_the_product_is_scaled_up_from_its_sample(monkeypatch: pytest.MonkeyPatch) -> None:

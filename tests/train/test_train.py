@@ -51,7 +51,7 @@ def test_directions_from_data_take_as_many_batches_as_they_need(
     normaliser = measure(units, 2000)
     sae = build_sae(settings.sae, 16)
     mesh = Mesh(0, 1, torch.device("cpu"), WHOLE)
-    times = Times(settings, Telemetry("world", "train", None), mesh.device)
+    times = Times(Telemetry("world", "train", None), mesh.device)
     _initialise(settings, mesh, units, normaliser, sae, _Start(), times)
     with Loader(units, rank=0, world=1, batch_rows=24, steps=range(3), max_passes=1) as loader:
         rows = torch.cat([batch.acts for batch in loader])[:64] * normaliser.scale

@@ -24,12 +24,15 @@ def await_wait(rank: Program, *, step: int) -> float:
 def test_while_one_rank_waits_for_its_data_all_ranks_wait_for_data(
     tmp_path: Path, activations: str
 ) -> None:
-    """Unit 0 is missing at first, then one of the second rank's, which holds up the first."""
+    """Unit 0 is missing at first, then one of the second rank's, which holds up the first.
+
+    The number of steps, which they say as well, is the plan's.
+    """
     units = Path(shutil.copytree(activations, tmp_path / "activations")) / "units"
     hidden = {unit: (units / f"{unit:08d}.json") for unit in (0, 15)}
     for unit, manifest in hidden.items():
         manifest.rename(tmp_path / str(unit))
-    path = run_file(tmp_path, str(tmp_path / "activations"), train={"rows": 4800})
+    path = run_file(tmp_path, str(tmp_path / "activations"), train={"rows": "all", "max_passes": 1})
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
