@@ -11,7 +11,6 @@ from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.checkpoint.lineage import Lineage
 from dist_sae.checkpoint.state import is_per_latent, weights_of
 from dist_sae.config import Run
-from dist_sae.config.deciding import stored_run
 from dist_sae.config.sae import RoutedConfig
 from dist_sae.config.train import ParentConfig
 from dist_sae.errors import ConfigError, PlanMismatchError
@@ -99,7 +98,8 @@ def check(checkpoint: Checkpoint, run: Run) -> None:
         raise ConfigError(
             f"{run.name}: sae.kind: {run.sae.kind} cannot begin with the weights of {kind}"
         )
-    site = stored_run(checkpoint.scalars["run"], run, checkpoint.store.url).site
+    settings = checkpoint.scalars["run"]
+    site = settings["train"].get("site") or settings["activations"]["sites"][0]
     if site != run.site:
         raise ConfigError(
             f"{run.name}: train.site: {run.site} cannot begin with a dictionary of {site}"

@@ -94,6 +94,16 @@ def test_a_shard_takes_its_latents_of_what_was_left(tmp_path: Path, shards: int)
         assert not whole[N_KNOWN:].nan_to_num().any()
 
 
+def test_a_run_that_measures_may_begin_with_one_that_held_nothing_out(tmp_path: Path) -> None:
+    measured = {"heldout_rows": 160, "keep_best": 1}
+    run = load_run(write_run(tmp_path, sae=make_run(tmp_path).sae.model_dump(), train=measured))
+    activations = NARROW["activations"] | {"heldout_share": 0.0}
+    settings = deciding(validate_run(NARROW | {"activations": activations}, "narrow"))
+    checkpoints = Checkpoints(open_store(str(tmp_path)), "narrow", 2)
+    save(checkpoints, 30, WEIGHTS, SCALARS | {"run": settings})
+    warm_start.check(checkpoints.open(30), run)
+
+
 def test_what_was_left_last_counts(tmp_path: Path) -> None:
     """Also when it is from an earlier step."""
     run, runs = make_run(tmp_path), open_store(str(tmp_path / "runs"))
