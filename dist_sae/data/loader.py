@@ -207,7 +207,8 @@ class Stream:
         pool: Fetches blocks.
         opener: Opens the next window while the present one is read: threads of its own, because
             they wait for units that are not there yet.
-        place: A window at or before `start`, from where to look for it.
+        place: A window at or before `start`, from where to look for it. Not if it may be one that a
+            run of fewer passes read again: in this one's passes it is elsewhere.
     """
 
     place: Place
@@ -229,6 +230,8 @@ class Stream:
         self.repeated_rows = 0
         self._number = number
         self._max_passes = max_passes
+        plan = units.plan
+        self._last = range(0, len(plan.stream_units(number)), plan.window_units)[-1]
         self._pool = pool
         self._opener = opener
         self._windows = self._open_windows(start, place)
@@ -277,6 +280,9 @@ class Stream:
         Rows before `start` are left out; windows before `place` are not looked at.
         """
         plan = self._units.plan
+        is_read_again = place.data_pass and place.first == self._last
+        if is_read_again or place.data_pass >= self._max_passes:
+            place = _START
         rows_seen = place.rows_before
         for data_pass, first, units in self._in_order(place):
             window = [self._units.manifest(unit) for unit in units]
@@ -307,7 +313,6 @@ class Stream:
         """(Pass, first, units) of each window from `place` on; the last one again and again."""
         plan = self._units.plan
         own = plan.stream_units(self._number)
-        last = range(0, len(own), plan.window_units)[-1]
         for data_pass in itertools.count(place.data_pass):
             at = place.first if data_pass == place.data_pass else 0
             over = data_pass >= self._max_passes
@@ -315,7 +320,7 @@ class Stream:
             order = (
                 permutation(len(own), plan.seed, 1, self._number, seen) if seen else range(len(own))
             )
-            for first in range(last if over else at, len(own), plan.window_units):
+            for first in range(self._last if over else at, len(own), plan.window_units):
                 yield data_pass, first, [own[i] for i in order[first : first + plan.window_units]]
 
 

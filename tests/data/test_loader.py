@@ -192,6 +192,23 @@ def test_a_stream_that_ends_early_reads_its_last_window_again(world: World, rank
         assert max(Counter(given_rows).values()) <= 3
 
 
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (1, 3), (2, 3), (3, 2)])
+def test_another_number_of_passes_goes_on_where_the_rows_are(
+    world: World, before: int, after: int
+) -> None:
+    """Of stream 2: what its last window was when it had ended is a place in another pass."""
+    units, n = open_units(world.run), world.stream_rows[2]
+    start = n * min(before, after) + 40
+    with ThreadPoolExecutor(4) as pool:
+        left = open_stream(units, 2, pool, before)
+        take(left, start)
+        assert left.place.data_pass == min(before, after)
+        here = Stream(units, 2, start, after, pool, pool, left.place)
+        assert torch.equal(
+            take(here, n), take(open_stream(units, 2, pool, after), start + n)[start:]
+        )
+
+
 def test_the_second_pass_has_the_same_rows_in_another_order(world: World) -> None:
     units = open_units(world.run)
     last = []
