@@ -184,6 +184,7 @@ def _evaluate(options: argparse.Namespace) -> None:
         from dist_sae.waiting import await_end
 
         await_end(run, _stop_on_signals())
+        signals.heed()
     with _short_lived(run, "evaluate") as telemetry:
         result = evaluate(run, telemetry, options.step)
     _print_result(options, result)

@@ -79,7 +79,8 @@ def export(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
             f"{runs.url}/{run.name}: holds no checkpoint yet; run `dist-sae train` first"
         )
     own = trained_run(checkpoint, run).model_copy(update={"export": run.export})
-    if changed := differences(plan_settings(own), plan_settings(run)):
+    typed = run.filled(checkpoint.scalars["run"])  # what the file leaves open is no difference
+    if changed := differences(plan_settings(own), plan_settings(typed)):
         logger.warning("what the run was trained on is written, not %s", "; ".join(changed))
     folder = f"{run.name}/export{suffix(runs, run, checkpoint.step)}"
     if _is_there(runs, folder, saelens_config(own, checkpoint)):

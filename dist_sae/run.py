@@ -180,12 +180,7 @@ class _Process:
         """What it said when it failed, and what exit code that makes for the whole."""
         code = self.poll()
         assert code is not None
-        said = [
-            line.removeprefix("error: ").rstrip()
-            for line in self._words
-            if line.startswith("error: ")
-        ]
-        if said:
+        if said := self.said:
             return ProcessFailedError("\n".join(f"{self.name}: {line}" for line in said), code)
         if code < 0:
             name = signal.Signals(-code).name
@@ -198,6 +193,12 @@ class _Process:
             (line.strip() for line in reversed(self._words) if line.strip()), "it said nothing"
         )
         return ProcessFailedError(f"{self.name}: {last}; its log is {self.log}", EXIT_BUG)
+
+    @property
+    def said(self) -> list[str]:
+        """Its errors."""
+        words = [line for line in self._words if line.startswith("error: ")]
+        return [line.removeprefix("error: ").rstrip() for line in words]
 
     @property
     def spoke_for_itself(self) -> bool:
@@ -267,6 +268,7 @@ class _Job:
                 process.signal(signal.SIGKILL)
             for process in processes:
                 process.close()
+        first = [p for p in first if p.poll() != EXIT_RESUMABLE or p.said]
         failed = [p for p in processes if p.poll() not in (0, EXIT_RESUMABLE)]
         spoke = [p for p in failed if p.spoke_for_itself]
         if spoke or first:
@@ -281,7 +283,7 @@ class _Job:
         """Until all have ended by themselves, or their time to do so is up.
 
         Returns:
-            Those that had failed before any was told to end: whose fault it is.
+            Those that had failed, or else stopped, before any was told to end: whose fault it is.
         """
         first: list[_Process] = []
         deadline = float("inf")
@@ -291,7 +293,7 @@ class _Job:
             if failed or ended_early or self._stopping.is_set():
                 grace = _FAILED_GRACE_SECONDS if failed else _GRACE_SECONDS
                 if deadline == float("inf"):
-                    first = failed
+                    first = failed or [p for p in processes if p.poll() == EXIT_RESUMABLE]
                     for process in processes:
                         process.signal(signal.SIGTERM)
                 deadline = min(deadline, time.monotonic() + grace)

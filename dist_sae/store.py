@@ -211,7 +211,7 @@ def gc(run: Run, *, hours: float, delete: bool) -> dict[str, Any]:
     old = {
         entry: int(key["unit"])
         for key, entry in SHARDS.entries(store)
-        if entry.age_seconds > 3600 * hours
+        if entry.age_seconds >= 3600 * hours
     }
     units = set(existing_units(store))
     named: set[str] = set()

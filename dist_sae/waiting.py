@@ -11,7 +11,7 @@ from contextlib import suppress
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.checkpoint.trained import trained_run
 from dist_sae.config import Run
-from dist_sae.data.plan import PLAN_KEY, planned
+from dist_sae.data.plan import PLAN_KEY, load_plan
 from dist_sae.errors import ObjectNotFoundError, Stopped
 from dist_sae.storage import open_store
 
@@ -35,23 +35,25 @@ def await_end(run: Run, stopping: threading.Event) -> None:
     """Until the run's last checkpoint is there.
 
     Raises:
-        PlanMismatchError: The run there has other settings.
+        PlanMismatchError: The run there has other settings, or its plan has.
         Stopped: Before that.
     """
     store = open_store(run.store.runs, run.store.s3, None, stopping)
     checkpoints = Checkpoints(store, run.name, run.train.keep_checkpoints)
-    last = "the last step" if run.train.rows == "all" else f"step {run.steps}"
+    if run.train.rows == "all":  # the plan knows how many that are
+        await_plan(run, stopping)
+        activations = open_store(run.store.activations, run.store.s3, None, stopping)
+        run = load_plan(activations, run).resolve(run)
 
     def has_ended() -> bool:
-        resolved = planned(run)
-        if resolved is not None and resolved.steps in checkpoints.steps():
+        if run.steps in checkpoints.steps():
             return True
         with suppress(ObjectNotFoundError):  # deleted meanwhile, for a newer one
             if newest := checkpoints.latest():
                 trained_run(newest, run)  # with other settings it may never come to that step
         return False
 
-    _await(f"{last} of {store.url}/{run.name}", has_ended, stopping)
+    _await(f"step {run.steps} of {store.url}/{run.name}", has_ended, stopping)
 
 
 def _await(what: str, is_there: Callable[[], bool], stopping: threading.Event) -> None:

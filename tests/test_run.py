@@ -123,6 +123,11 @@ def test_a_failing_process_ends_the_run_with_its_own_error(
         ("sys.exit('error: the store is full')", 1, "culprit: the store is full"),
         ("raise RuntimeError('a bug')", 1, "culprit: RuntimeError: a bug"),
         ("os.kill(os.getpid(), 9)", 75, "culprit: killed by SIGKILL (out of memory?)"),
+        (
+            "sys.stderr.write('error: another trains it'); sys.exit(75)",
+            75,
+            "culprit: another trains it",
+        ),
     ],
 )
 def test_the_one_that_failed_first_is_blamed(

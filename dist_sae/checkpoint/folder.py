@@ -36,7 +36,8 @@ def open_run(argument: str, overrides: Sequence[str] = ()) -> Run:
         return load_run(argument, overrides)
     place = argument if is_url else Path(os.path.abspath(argument)).as_uri()
     runs, _, name = place.removesuffix(f"/{_RUN_FILE}").rstrip("/").rpartition("/")
-    given = parse_overrides(overrides).get("store", {}).get("s3", {})
+    store = parse_overrides(overrides).get("store", {})
+    given = store.get("s3", {}) if isinstance(store, dict) else {}  # else refused with the rest
     try:
         s3 = S3Config.model_validate(given)
     except ValidationError as exc:

@@ -31,11 +31,12 @@ class StoredRun:
         self._checkpoints = Checkpoints(self._runs, run.name, run.train.keep_checkpoints)
         self.url = f"{self._runs.url}/{run.name}"
 
-    @cached_property
+    @property
     def steps(self) -> int | None:
-        """Of the whole run; None while its plan, which decides that, is missing."""
-        resolved = planned(self._run, self._activations)
-        return None if resolved is None else resolved.steps
+        """Of the whole run; None while its plan decides that, and is missing."""
+        if self._run.train.rows == "all" and (resolved := planned(self._run, self._activations)):
+            self._run = resolved
+        return None if self._run.train.rows == "all" else self._run.steps
 
     def begun(self) -> Run | None:
         """The run as trainers found it when they last began; None if none ever did."""

@@ -68,7 +68,7 @@ def _saved(store: Mapping[str, Any]) -> str:
     if store["checkpoint_step"] is None:
         return f"no checkpoint yet, of {store['steps'] or 'an unknown number of'} steps"
     age = _duration(store["checkpoint_age_seconds"])
-    return f"step {store['checkpoint_step']} of {store['steps']}, {age} ago"
+    return f"step {store['checkpoint_step']} of {store['steps'] or 'an unknown number'}, {age} ago"
 
 
 def _troubles(status: Mapping[str, Any]) -> Iterator[str]:

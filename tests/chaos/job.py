@@ -13,6 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import dist_sae.beginning
 import dist_sae.train
 from dist_sae.cli import _stop_on_signals
 from dist_sae.config import Run
@@ -60,7 +61,7 @@ def train_rank(settings: dict[str, Any], target: Path, seen: Path, env: dict[str
                         file.write(json.dumps([batch.step, stream, digest]) + "\n")
             return batch
 
-    setattr(dist_sae.train, "Loader", Recording)  # noqa: B010 - not exported
+    setattr(dist_sae.beginning, "Loader", Recording)  # noqa: B010 - not exported
     try:
         with (
             serve("train", target) as telemetry,

@@ -1,6 +1,7 @@
 """What is looked at while a run goes on, or after something was damaged."""
 
 import logging
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -98,15 +99,17 @@ def test_one_that_its_trainer_deletes_meanwhile_has_a_newer_one(
     caplog: pytest.LogCaptureFixture,
 ) -> None:
     save(run, store, 1)
-    read, saved = Checkpoint.read, list[torch.Tensor]()
+    pieces, saved = Checkpoint.pieces, list[torch.Tensor]()
 
-    def read_slowly(self: Checkpoint, name: str, *rows: int) -> torch.Tensor:
+    def read_slowly(
+        self: Checkpoint, name: str, start: int, stop: int
+    ) -> Iterator[tuple[int, torch.Tensor]]:
         if name == "W_dec" and not saved:  # other tensors have been read by now
             with torch.enable_grad():  # it is another process
                 saved.append(save(run, store, 2, keep=1))
-        return read(self, name, *rows)
+        return pieces(self, name, start, stop)
 
-    monkeypatch.setattr(Checkpoint, "read", read_slowly)
+    monkeypatch.setattr(Checkpoint, "pieces", read_slowly)
     trained = read_trained(store, run)
     assert trained is not None
     assert trained.step == 2

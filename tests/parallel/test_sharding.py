@@ -90,12 +90,13 @@ class Seen:
         }
 
 
-def compare(one: Seen, other: Seen, loss: float, parameters: float) -> None:
+def compare(one: Seen, other: Seen, loss: float, parameters: float, *, rounds: bool) -> None:
     for step in one.steps:
         assert one.selected(step) == other.selected(step), f"step {step}"
         terms = one.terms(step)
-        # a penalty of 2 % of the loss gathers 1.1e-6 of itself over 198 steps
-        beside = 1e-30 if step < STEPS else loss * terms[-1]
+        # a penalty of 2 % of the loss gathers 1.1e-6 of itself over 198 steps, and in bf16 over 16:
+        # what rounding leaves different in a weight may round to another bf16
+        beside = loss * terms[-1] if rounds or step >= STEPS else 1e-30
         assert other.terms(step) == pytest.approx(terms, rel=loss, abs=beside), step
         assert other.norm(step) == pytest.approx(one.norm(step), rel=10 * loss), step
         assert torch.equal(one.dead(step), other.dead(step)), f"step {step}"
@@ -117,7 +118,7 @@ def compare(one: Seen, other: Seen, loss: float, parameters: float) -> None:
 def test_sharded_training_equals_unsharded(
     folder: Path, dtype: str, replicas: int, shards: int, kind: str, request: pytest.FixtureRequest
 ) -> None:
-    """In bf16 the encoder product alone is rounded, to the same bits however it is split."""
+    """In bf16 the encoder product alone is rounded."""
     long = request.config.getoption("--long")
     if not long and dtype == "fp64" and (replicas, shards) != FP64:
         pytest.skip("fp64 on the other factorisations: with --long")
@@ -126,4 +127,6 @@ def test_sharded_training_equals_unsharded(
     if kind in ("topk", "batchtopk", "routed"):
         assert any(one.dead(step).any() for step in one.steps)  # AuxK takes part
     loss, parameters = (1e-10, 1e-10) if dtype == "fp64" else (1e-6, 1e-5)
-    compare(one, Seen(ranks, (kind, dtype), replicas, shards), loss, parameters)
+    compare(
+        one, Seen(ranks, (kind, dtype), replicas, shards), loss, parameters, rounds=dtype == "bf16"
+    )

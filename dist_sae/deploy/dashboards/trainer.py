@@ -44,6 +44,11 @@ TRAINER = Page(
                     now("dist_sae_train_worked_rows_per_second").named("time in steps"),
                 ),
                 graph(
+                    "Rows read again, of streams that ended early",
+                    "rows/s",
+                    rate("dist_sae_train_repeated_rows_total"),
+                ),
+                graph(
                     "Steps",
                     "count",
                     now("dist_sae_train_step").named("done"),
