@@ -15,9 +15,10 @@ import shutil
 import tempfile
 import weakref
 from array import array
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import cache
 from glob import glob
+from itertools import accumulate, chain
 from pathlib import Path
 from typing import NamedTuple, SupportsIndex
 
@@ -112,6 +113,9 @@ class Corpus:
         self._config = config
         # one of each for every file
         self._names = cache(self._find_names)
+        self._named = cache(lambda: dict.fromkeys(self._names()))
+        self._namesakes = cache(self._find_namesakes)
+        self._planned = _Planned.of(())
         self._format = cache(self._open)
         self._local = cache(self._unpack)
         self._hash = cache(_hash)  # of a path in a state
@@ -131,10 +135,10 @@ class Corpus:
         commit = self._pin()
         found = [_Found() for _ in self._names()]
         files = list[CorpusFile]()
+        total = 0
         for name, places in zip(self._names(), found, strict=True):
-            before = sum(file.documents for file in files)
-            files.append(self._index(name, places, said, before))
-        total = sum(file.documents for file in files)
+            files.append(self._index(name, places, said, total))
+            total += files[-1].documents
         if total == 0:
             names = ", ".join(file.name for file in files)
             raise CorpusError(f"corpus: no documents in {names}; give files with text")
@@ -165,7 +169,9 @@ class Corpus:
             CorpusError: The text is not what it was when it was indexed.
         """
         spans = list(spans)
-        base = _first_numbers(files)
+        if files is not self._planned.files:
+            self._planned = _Planned.of(files)
+        base = self._planned.first_numbers
         names = self._present(files, spans)
         try:
             documents = [
@@ -274,23 +280,21 @@ class Corpus:
 
     def _present(self, files: Sequence[CorpusFile], spans: Iterable[Span]) -> dict[int, str]:
         """Where the files of `spans` lie now, by their number."""
-        planned = {file.name for file in files}
         return {
-            number: self._place(files[number], planned)
-            for number in sorted({span.file for span in spans})
+            number: self._place(files[number]) for number in sorted({span.file for span in spans})
         }
 
-    def _place(self, file: CorpusFile, planned: set[str]) -> str:
+    def _place(self, file: CorpusFile) -> str:
         """Where a planned file lies now: a file of the run, or where it was, with its content."""
         if not isinstance(self._config, FilesCorpus):
             return self._names()[0]
-        names: list[str] = []
+        names: Mapping[str, None] = {}
         problem: CorpusError | None = None
         try:
-            names = self._names()
+            names = self._named()
         except CorpusError as exc:  # a path relative to another folder: the plan has it whole
             problem = exc
-        for name in self._candidates(file, names, planned):
+        for name in self._candidates(file, names):
             try:
                 if self._fingerprint(name) == file.fingerprint:
                     return name
@@ -304,15 +308,14 @@ class Corpus:
             f"name it, or start a new activation set"
         )
 
-    def _candidates(
-        self, file: CorpusFile, names: Sequence[str], planned: set[str]
-    ) -> Iterator[str]:
+    def _candidates(self, file: CorpusFile, names: Mapping[str, None]) -> Iterator[str]:
         """Where a planned file may lie, likely places first."""
         if file.name in names:
             yield file.name
-        for name in sorted(names, key=lambda name: Path(name).name != Path(file.name).name):
+        namesakes = self._namesakes().get(Path(file.name).name, {}) if names else {}
+        for name in chain(namesakes, (name for name in names if name not in namesakes)):
             # the plan's other files are taken to be there still: none is fetched to look for this
-            other = name in planned and file.bytes not in (None, self._size(name))
+            other = name in self._planned.names and file.bytes not in (None, self._size(name))
             if name != file.name and not other:
                 yield name
         if file.name not in names and not file.name.startswith("s3://"):
@@ -335,6 +338,13 @@ class Corpus:
                 raise CorpusError(f"{pattern}: no such file; correct corpus.files")
             names += [str(Path(match).absolute()) for match in matches]
         return list(dict.fromkeys(names))  # a file that two patterns match is read once
+
+    def _find_namesakes(self) -> dict[str, dict[str, None]]:
+        """The files by the last part of their names."""
+        found: dict[str, dict[str, None]] = {}
+        for name in self._names():
+            found.setdefault(Path(name).name, {})[name] = None
+        return found
 
     def _open(self, name: str) -> Format:
         config = self._config
@@ -409,13 +419,18 @@ class _Found:
         self.text_bytes = array("q")
 
 
-def _first_numbers(files: Iterable[CorpusFile]) -> list[int]:
+class _Planned(NamedTuple):
+    """Planned files with what every read asks of all of them: there may be thousands."""
+
+    files: Sequence[CorpusFile]
+    first_numbers: list[int]
     """The number of each file's first document."""
-    numbers, total = [], 0
-    for file in files:
-        numbers.append(total)
-        total += file.documents
-    return numbers
+    names: set[str]
+
+    @classmethod
+    def of(cls, files: Sequence[CorpusFile]) -> "_Planned":
+        ends = accumulate((file.documents for file in files), initial=0)
+        return cls(files, list(ends), {file.name for file in files})
 
 
 def is_encodable(text: str) -> bool:

@@ -55,9 +55,11 @@ def estimate_rows(
     text_bytes = np.array(index.text_bytes)
     if text_bytes.sum() <= _PIECES * _PIECE_BYTES:
         rows = np.zeros(len(index.spans), dtype=np.int64)
-        for spans in _chunks(np.arange(len(index.spans)), said):
-            found = [(i, text) for i in spans for text in _texts(corpus, index, i)]
-            np.add.at(rows, [i for i, _ in found], count.rows([text for _, text in found]))
+        span_of = np.repeat(np.arange(len(rows)), [span.count for span in index.spans])
+        for spans in _chunks(np.arange(len(rows)), said):
+            documents = corpus.read(index.files, [index.spans[i] for i in spans])
+            spans_met = span_of[[document.number for document in documents]]
+            np.add.at(rows, spans_met, count.rows([document.text for document in documents]))
         count.check(rows)
         return rows
     pieces = _pieces_of_spans(text_bytes, activations.seed)

@@ -1,6 +1,7 @@
 """How many rows documents will give, before anything is produced."""
 
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -69,6 +70,35 @@ def test_pieces_of_a_large_one_tell_its_rows_and_those_of_each_book(
     for file in (slice(0, 1500), slice(1500, 3000)):
         assert found[file].sum() == pytest.approx(true[file].sum(), rel=0.05)
     assert found[3000:] == pytest.approx(true[3000:], rel=0.1)
+
+
+def test_twice_the_files_are_twice_the_work(tmp_path: Path) -> None:
+    """Neither indexing nor a read, of a moved file either, looks through all files."""
+
+    def steps(n: int) -> int:
+        here, moved = tmp_path / f"{n}", tmp_path / f"{n}-moved"
+        for folder in (here, moved):
+            folder.mkdir()
+            for i in range(n):
+                (folder / f"{i}.txt").write_text(f"a{i}")
+        taken = 0
+
+        def step(_frame: object, event: str, _argument: object) -> None:
+            nonlocal taken
+            taken += event in ("call", "c_call")
+
+        sys.setprofile(step)
+        try:
+            corpora = [Corpus(FilesCorpus(files=(f"{f}/*",)), S3Config()) for f in (here, moved)]
+            index = corpora[0].index()
+            for of in corpora:
+                for span in index.spans:
+                    of.read(index.files, [span])
+        finally:
+            sys.setprofile(None)
+        return taken
+
+    assert steps(120) < 2.2 * steps(60)
 
 
 def test_texts_that_the_tokenizer_refuses_give_no_rows(corpus: Corpus) -> None:
