@@ -10,6 +10,7 @@ import torch
 from dist_sae.config.data import ActivationsConfig, HuggingFaceModel
 from dist_sae.errors import ModelError
 from dist_sae.models import check_sites
+from dist_sae.models.check import _relative
 from dist_sae.models.huggingface import HuggingFaceSource
 from tests.models.test_huggingface import (
     COMMON,
@@ -142,6 +143,17 @@ def test_falcons_alibi_is_added_once(tmp_path: Path) -> None:
     z = (scores.masked_fill(future, -torch.inf).softmax(-1) @ v).transpose(1, 2).flatten(2)
     found = HuggingFaceSource(model, ("attn_z.0",)).run(tokens, mask)["attn_z.0"]
     torch.testing.assert_close(found.clone(), z, rtol=1e-5, atol=1e-5)
+
+
+def test_an_error_is_relative_to_its_row() -> None:
+    """A sink before them hides no rows that are 3 % wrong; a row of rounding alone is right."""
+    wanted = torch.ones(4, D)
+    wanted[0] *= 100
+    wrong = wanted.clone()
+    wrong[2] *= 1.03
+    assert _relative(wrong, wanted) == pytest.approx(0.03, rel=1e-3)
+    wanted[3] *= 1e-9
+    assert _relative(wanted + 1e-6 * (wanted < 0.5), wanted) < 1e-3
 
 
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
