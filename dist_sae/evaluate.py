@@ -75,7 +75,7 @@ def evaluate(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> dic
     plan = load_plan(store, run)
     if not len(plan.heldout_units):
         raise ConfigError("activations.heldout_share: is 0, so there is nothing to evaluate on")
-    result = _known(runs, run, plan, step)
+    result = _known(runs, store, run, plan, step)
     if result is None:
         trained = read_trained(runs, run, step)
         if trained is None:
@@ -94,24 +94,29 @@ def evaluate(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> dic
     return result
 
 
-def _known(runs: ObjectStore, run: Run, plan: Plan, step: int | None) -> dict[str, Any] | None:
+def _known(
+    runs: ObjectStore, store: ObjectStore, run: Run, plan: Plan, step: int | None
+) -> dict[str, Any] | None:
     """What was measured before, if that was the same checkpoint, in the same way."""
     checkpoint = find_checkpoint(runs, run, step)
     if checkpoint is None:
         return None
     key = evaluation_key(run.name, suffix(runs, run, checkpoint.step))
     found = read_evaluation(runs, key)
-    if found is None or found.get("made_from") != _made_from(run, checkpoint, plan):
+    if found is None:
+        return None
+    if found.get("made_from") != _made_from(run, checkpoint, plan, produced(store, plan)["units"]):
         return None
     logger.info("step %d was measured before: %s/%s", checkpoint.step, runs.url, key)
     return found
 
 
-def _made_from(run: Run, checkpoint: Checkpoint, plan: Plan) -> dict[str, Any]:
+def _made_from(run: Run, checkpoint: Checkpoint, plan: Plan, units: int) -> dict[str, Any]:
     """All that a result depends on."""
     return {
         "checkpoint": checkpoint.digest,
         "plan": plan.hash,
+        "units": units,  # that exist: producers may still be at work
         "rows": run.evaluate.rows,
         "contexts": run.evaluate.contexts,
         "dist_sae": __version__,
@@ -143,7 +148,7 @@ def _measure(runs: ObjectStore, run: Run, trained: Trained, units: Units) -> dic
     bad = [name for name, value in result.items() if isinstance(value, float) and value != value]  # noqa: PLR0124
     if bad:
         raise NonFiniteError(f"{runs.url}/{run.name}: {', '.join(bad)} came out as NaN")
-    made_from = _made_from(run, trained.checkpoint, plan)
+    made_from = _made_from(run, trained.checkpoint, plan, made["units"])
     return result | {"hardware": hardware(), "versions": versions(), "made_from": made_from}
 
 

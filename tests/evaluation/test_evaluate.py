@@ -18,6 +18,7 @@ from dist_sae.config.deciding import deciding
 from dist_sae.data.claims import Worker
 from dist_sae.data.heldout import rows_of
 from dist_sae.data.plan import load_plan
+from dist_sae.data.shard import manifest_key
 from dist_sae.errors import ConfigError
 from dist_sae.evaluate import evaluate
 from dist_sae.export import export
@@ -208,6 +209,21 @@ def test_what_is_done_is_not_done_again(run: Run, monkeypatch: pytest.MonkeyPatc
     export(run)
     after = [path.stat().st_mtime_ns for path in files]
     assert all(now > then for now, then in zip(after, before, strict=True))
+
+
+def test_what_was_measured_while_units_were_missing_is_measured_again(run: Run) -> None:
+    store = open_store(run.store.activations)
+    complete = evaluate(run)
+    key = manifest_key(0)
+    manifest = store.get(key)
+    store.delete(key)
+    try:
+        partial = evaluate(run)
+        assert partial["train_documents"] < complete["train_documents"]
+        assert evaluate(run) == partial
+    finally:
+        store.put(key, manifest)
+    assert evaluate(run)["train_documents"] == complete["train_documents"]
 
 
 def test_a_step_that_is_not_the_newest_has_results_of_its_own(run: Run) -> None:
