@@ -10,6 +10,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
+from dist_sae import __version__
 from dist_sae.errors import CorruptObjectError, ObjectNotFoundError, StoreError
 from dist_sae.storage import ObjectStore
 from dist_sae.storage.records import Record, read_record, seal
@@ -30,15 +31,17 @@ def kept(
 ) -> dict[str, Any]:
     """What `compute` returns, from the store if it is there.
 
-    What is there is never changed. A damaged object is made anew; where the store takes none, the
+    What is there is never changed. Another version of the package computes its own, since its code
+    may be other. A damaged object is made anew; where the store takes none, the
     result is computed each time.
 
     Args:
         store: The activation set.
         kind: Begins the object's name.
-        of: All that the result depends on, as JSON has it.
+        of: All that the result depends on beside the code, as JSON has it.
         compute: Makes the result, as JSON has it.
     """
+    of = {**of, "dist_sae": __version__}
     key = f"evaluation/{kind}-{fingerprint(of)}.json"
     try:
         return read_record(Kept, store, key).result
@@ -46,7 +49,7 @@ def kept(
         pass
     except CorruptObjectError as exc:
         logger.warning("%s; it is made anew", exc)
-    made = Kept(of=dict(of), result=dict(compute()))
+    made = Kept(of=of, result=dict(compute()))
     try:
         store.put(key, seal(made))
     except StoreError as exc:
