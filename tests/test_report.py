@@ -357,6 +357,17 @@ def test_report_outlines_the_row_with_the_highest_activation(run: Run) -> None:
     assert max(unseen) < 8
 
 
+def test_latents_are_of_as_many_entries_as_fit(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row has one; the rest of the block and the next ones are left."""
+    made = plan(run)
+    for unit in range(len(made.units)):
+        store_unit(run, made, unit)
+    save_identity(run)
+    monkeypatch.setattr("dist_sae.reporting.latents._MOST_ENTRIES", 40)
+    monkeypatch.setattr("dist_sae.reporting.latents._ENCODE_ROWS", 4)
+    assert "with the texts among 40 rows" in Path(report(run)).read_text()
+
+
 def test_report_says_what_is_missing_before_anything_ran(run: Run) -> None:
     plan(run)
     missing = Elements(Path(report(run)).read_text()).all("p", "missing")

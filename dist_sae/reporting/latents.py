@@ -25,6 +25,7 @@ from dist_sae.sae.kernels import Entries
 logger = logging.getLogger(__name__)
 
 _MOST_ROWS = 200_000
+_MOST_ENTRIES = 20_000_000  # of 12 bytes; a recipe may have no bound on them
 _ENCODE_ROWS = 4096
 _LEAST_FIRINGS = 8
 _EXAMPLES = 6
@@ -104,29 +105,30 @@ def view_latents(
 
 
 def read_firings(units: Units, sae: Dictionary, scale: float, most_rows: int) -> Firings:
-    """Encode rows, of held-out units first."""
+    """Encode rows, of held-out units first, until there are enough rows or active entries."""
     parts: list[Firings] = []
-    rows = 0
+    rows = entries = 0
     plan = units.plan
     for unit in [*plan.heldout_units, *kept_units(units.store, plan)]:
-        if rows >= most_rows:
+        if rows >= most_rows or entries >= _MOST_ENTRIES:
             break
         if units.store.size(manifest_key(unit)) is None:
             continue
         shard = units.shard(units.manifest(unit))
         for number in range(len(shard.blocks)):
-            if rows >= most_rows:
+            if rows >= most_rows or entries >= _MOST_ENTRIES:
                 break
             block = read_block(units.store, shard, number)
-            x = block.acts.float() * scale
-            starts = range(0, len(x), _ENCODE_ROWS)
-            active = [_active(sae, x[start : start + _ENCODE_ROWS]) for start in starts]
             which = torch.full_like(block.tokens, unit)
-            for start, (acts, latents, where) in zip(starts, active, strict=True):
+            for start in range(0, len(which), _ENCODE_ROWS):
+                if entries >= _MOST_ENTRIES:
+                    break
                 here = slice(start, start + _ENCODE_ROWS)
+                acts, latents, where = _active(sae, block.acts[here].float() * scale)
                 names = [column[here] for column in (which, *block[1:])]
-                parts.append(Firings._make([*names, acts, latents, where + rows + start]))
-            rows += len(which)
+                parts.append(Firings._make([*names, acts, latents, where + rows]))
+                rows += len(names[0])
+                entries += len(acts)
     if not parts:
         empty = torch.zeros(0, dtype=torch.int32)
         return Firings(empty, empty, empty, empty, empty.float(), empty, empty)
