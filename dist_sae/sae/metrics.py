@@ -1,5 +1,6 @@
 """The one definition of every metric. Sums over a set, never means of per-batch ratios."""
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -70,7 +71,10 @@ def ce_recovered(clean: float, spliced: float, ablated: float) -> float:
     """Share of the ablation's harm that the reconstruction avoids: 1 perfect, 0 no better.
 
     (ablated - spliced) / (ablated - clean), of cross-entropies, as SAEBench defines it.
+    NaN where the ablation does no harm.
     """
+    if ablated == clean:
+        return math.nan
     return (ablated - spliced) / (ablated - clean)
 
 

@@ -8,30 +8,50 @@ import torch
 
 from dist_sae.config import load_run
 from dist_sae.config.data import HuggingFaceModel
-from dist_sae.evaluation.cross_entropy import cross_entropies
+from dist_sae.config.sae import ReLUConfig, SaeConfig
+from dist_sae.evaluation.cross_entropy import _intervals, cross_entropies
 from dist_sae.models.spliced import SplicedModel
 from dist_sae.plan import plan
 from dist_sae.sae import build_sae
+from dist_sae.sae.relu import ReLU
 from tests.models.test_huggingface import D, hf, save_model
 from tests.test_produce_together import run_file
 from tests.world import open_units
 
 
-def measured(folder: Path, path: Path) -> tuple[dict[str, Any], HuggingFaceModel]:
+def measured(
+    folder: Path, path: Path, sae: SaeConfig | None = None, **exclude: Any
+) -> tuple[dict[str, Any], HuggingFaceModel]:
     run = load_run(run_file(folder / "run", path))
+    rules = run.activations.exclude.model_copy(update=exclude)
+    run = run.model_copy(
+        update={"activations": run.activations.model_copy(update={"exclude": rules})}
+    )
     assert isinstance(run.model, HuggingFaceModel)
-    sae = build_sae(run.sae, D)
     plan(run)
-    return cross_entropies(open_units(run), run, sae, 1.0, torch.zeros(D)), run.model
+    dictionary = build_sae(sae or run.sae, D)
+    return cross_entropies(open_units(run), run, dictionary, 1.0, torch.zeros(D)), run.model
 
 
 def test_an_encoders_are_of_masked_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The mean of every predicted token's loss; zero is also the mean here, and no latent fires."""
+    """The mean of every predicted token's loss; zero is also the mean here, and no latent fires.
+
+    Rows of masked tokens, which training never sees, are left alone.
+    """
     losses: list[torch.Tensor] = []
     plain = SplicedModel.losses
 
-    def record(self: SplicedModel, *arguments: Any) -> torch.Tensor:
-        losses.append(plain(self, *arguments))
+    def record(
+        self: SplicedModel, tokens: torch.Tensor, mask: torch.Tensor, edit: Any
+    ) -> torch.Tensor:
+        losses.append(plain(self, tokens, mask, edit))
+        if edit is not None:
+            acts = torch.ones(*tokens.shape, D)
+            replaced = (edit(acts) != acts).any(2)
+            shown = mask.clone()
+            shown[:, 0] = False  # BOS
+            shown[:, 1:] &= losses[-1].isnan()
+            assert torch.equal(replaced, shown)
         return losses[-1]
 
     monkeypatch.setattr(SplicedModel, "losses", record)
@@ -50,3 +70,33 @@ def test_they_are_left_out_of_a_model_without_a_head(
     assert found.keys() == {"ce_left_out"}
     assert found["ce_left_out"].startswith(f"model.path {model.path}: its files have no head")
     assert f"cross-entropies are left out: {found['ce_left_out']}" in caplog.messages
+
+
+def test_all_active_latents_are_never_held_at_once(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a recipe without a bound on them."""
+    monkeypatch.setattr(ReLU, "encode", None)
+    path = save_model(tmp_path / "m", "llama")
+    found, _ = measured(tmp_path, path, ReLUConfig(n_latents=32))
+    assert found["ce_spliced"] == found["ce_zero"]  # its parameters are zeros
+
+
+def test_they_are_left_out_where_ablation_changes_nothing(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """As where training sees no row of them."""
+    found, _ = measured(tmp_path, save_model(tmp_path / "m", "llama"), over_norm=1e-9)
+    assert found.keys() == {"ce_left_out"}
+    assert "changes no prediction" in found["ce_left_out"]
+    assert f"cross-entropies are left out: {found['ce_left_out']}" in caplog.messages
+
+
+def test_intervals_are_of_the_draws_that_have_a_share() -> None:
+    """Of three documents ablation changes one; 8 of 27 draws are without it."""
+    clean = torch.tensor([1.1, 2.3, 3.7])
+    sums = torch.stack([clean, *(clean + torch.tensor([0.0, 0.0, x]) for x in (1.0, 4.0, 2.0))])
+    found = _intervals(sums, torch.tensor([3, 5, 7]), torch.tensor([4, 8, 9]))
+    assert found["ce_recovered"] == pytest.approx([0.75, 0.75])
+    assert found["ce_recovered_mean"] == pytest.approx([0.5, 0.5])
+    assert found["ce_clean"][0] < found["ce_clean"][1]

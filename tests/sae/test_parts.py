@@ -1,5 +1,7 @@
 """The small pieces: schedules, dead counts, initialisation, metrics."""
 
+import math
+
 import pytest
 import torch
 
@@ -150,6 +152,7 @@ def test_ce_recovered_is_one_for_the_identity_and_zero_for_the_ablation() -> Non
     assert ce_recovered(2.0, 2.0, 10.0) == 1
     assert ce_recovered(2.0, 10.0, 10.0) == 0
     assert ce_recovered(2.0, 4.0, 10.0) == 0.75
+    assert math.isnan(ce_recovered(2.0, 2.0, 2.0))  # no harm, which could be avoided
 
 
 def test_duplicates_are_near_copies_of_other_latents(monkeypatch: pytest.MonkeyPatch) -> None:
