@@ -28,7 +28,15 @@ from dist_sae.data.consumers import Consumers
 from dist_sae.data.corpus import Corpus, Document
 from dist_sae.data.orders import spread
 from dist_sae.data.plan import Plan, as_planned, check_model, load_plan, read_unit
-from dist_sae.data.shard import DTYPES, Rows, SiteShard, UnitManifest, manifest_key, write_shard
+from dist_sae.data.shard import (
+    DTYPES,
+    Rows,
+    SiteShard,
+    UnitManifest,
+    existing_units,
+    manifest_key,
+    write_shard,
+)
 from dist_sae.data.tokens import TokenBatch, cut, pack
 from dist_sae.errors import CorpusError, NonFiniteError, Stopped
 from dist_sae.models import ActivationSource, Tokenizer, build_source, build_tokenizer
@@ -110,6 +118,8 @@ def produce(
     telemetry.set("dist_sae_produce_plan_units", len(plan.units))
     if ahead is not None:
         telemetry.set("dist_sae_produce_max_ahead_units", ahead)
+    if len(list(existing_units(store))) < len(plan.units):
+        check_model(run, plan)  # reads all weights: before any claim, which would run out
     progress = _Progress(plan, claims)
     progress.say(doing="loads the model")
     prepare = _Preparer(run, plan, claims)
@@ -124,7 +134,6 @@ def produce(
             while (tokenized := _first_of(upcoming, finishing)) is not None:
                 upcoming = preparer.submit(prepare.next_unit)
                 if forward is None:
-                    check_model(run, plan)
                     forward = Forward(open_source(), held)
                 computed = _compute(
                     tokenized,

@@ -172,6 +172,20 @@ def test_a_finished_set_is_left_alone_and_no_model_is_loaded(
     assert {key: store.get(key) for key in store.keys("")} == before
 
 
+def test_the_model_is_compared_before_a_unit_is_claimed(
+    run: Run, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All weights are read for it, for longer than a claim lives. Not for a finished set."""
+    claims: list[list[str]] = []
+    monkeypatch.setattr(
+        dist_sae.produce, "check_model", lambda *_: claims.append(list(store.keys("claims/")))
+    )
+    with_source(monkeypatch, RowNumbers())
+    for name in ("a", "b"):
+        start(run, name)
+    assert claims == [[]]
+
+
 def test_a_dead_producers_unit_is_taken_over(
     run: Run, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
