@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from dist_sae.config import Run
-from dist_sae.config.sae import BatchTopKConfig, CountsLatentsConfig, RoutedConfig
+from dist_sae.config.sae import CountsLatentsConfig
 from dist_sae.data.plan import Plan
 
 _FEW_DOCUMENTS = 30  # from which on the mean of some numbers is about normal
@@ -39,16 +39,6 @@ def _dictionary(run: Run) -> Iterator[tuple[str, str]]:
         )
     if isinstance(sae, CountsLatentsConfig):
         yield from _selection(sae, run.steps)
-    if isinstance(sae, BatchTopKConfig) or (
-        isinstance(sae, RoutedConfig) and sae.selection == "batch"
-    ):
-        horizon = _horizon(sae.threshold_decay)
-        if horizon > run.steps:
-            yield (
-                "sae.threshold_decay",
-                f"{sae.threshold_decay:g} is a mean over {horizon:.0f} steps, and the run has "
-                f"{run.steps}: the threshold at inference comes from early ones; lower it",
-            )
 
 
 def _selection(sae: CountsLatentsConfig, steps: int) -> Iterator[tuple[str, str]]:
@@ -75,12 +65,6 @@ def _course(run: Run) -> Iterator[tuple[str, str]]:
             "train.warmup_steps",
             f"{train.warmup_steps} of {steps} steps reach into the last {train.decay_share:g} in "
             f"which the rate falls, so it never comes to {run.lr:g}; lower one of them",
-        )
-    if train.ema_decay and _horizon(train.ema_decay) > steps:
-        yield (
-            "train.ema_decay",
-            f"{train.ema_decay:g} is a mean over {_horizon(train.ema_decay):.0f} steps, and the "
-            f"run has {steps}: early weights weigh in it; lower it",
         )
     share = getattr(run.sae, "sparsity_warmup_share", 0.0)
     if train.parent is not None and share:
@@ -159,8 +143,3 @@ def _data(run: Run, plan: Plan) -> Iterator[tuple[str, str]]:
             "store.max_ahead_units",
             f"{ahead}, and there will be {len(plan.units)} units: it holds nobody back",
         )
-
-
-def _horizon(decay: float) -> float:
-    """Steps that a running mean is about."""
-    return 1 / (1 - decay)
