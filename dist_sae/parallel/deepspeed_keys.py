@@ -71,15 +71,19 @@ def _explain(exc: ValidationError, given: Mapping[str, Any]) -> list[str]:
     lines = []
     for error in exc.errors():
         path = _path(given, error["loc"]) or [str(key) for key in error["loc"]]
-        extra = error["type"] == "extra_forbidden"
-        problem = _hint(path[-1], fields) if extra else f"{error['msg']} ({error['input']!r})"
+        if error["type"] == "extra_forbidden":
+            problem = _hint(path[-1], fields)
+        elif path:
+            problem = f"{error['msg']} ({error['input']!r})"
+        else:  # about several keys of one model, whose input is all of them
+            problem = " ".join(error["msg"].split())
         lines.append(f"{'.'.join(['train.deepspeed', *path])}: {problem}")
     return lines
 
 
 def _path(given: Any, loc: tuple[int | str, ...]) -> list[str] | None:
     """Where in what was given the keys `loc` stand one below the other."""
-    if not isinstance(given, Mapping):
+    if not loc or not isinstance(given, Mapping):
         return None
     if loc[0] in given:
         return [str(key) for key in loc]

@@ -311,6 +311,15 @@ def test_stages_that_would_do_something_else_are_refused(
             "(got 'cpu')",
         ),
         ({"fp16": True}, "fp16: must be a section with keys of its own (got True)"),
+        (
+            {
+                "zero_optimization": {
+                    "stage": 2,
+                    "offload_optimizer": {"device": "cpu", "ratio": 0.5},
+                }
+            },
+            ": Assertion failed, Partial offloading only supported for ZeRO Stage 3.",
+        ),
     ],
 )
 def test_a_mistake_in_deepspeeds_part_is_one_line(
@@ -318,7 +327,8 @@ def test_a_mistake_in_deepspeeds_part_is_one_line(
 ) -> None:
     with pytest.raises(ConfigError) as caught:
         check_deepspeed(make_run(tmp_path, deepspeed=given))
-    assert str(caught.value) == f"train.deepspeed.{message}"
+    where = "train.deepspeed" if message.startswith(":") else "train.deepspeed."
+    assert str(caught.value) == f"{where}{message}"
 
 
 def test_keys_that_deepspeed_knows_pass(tmp_path: Path) -> None:
