@@ -104,6 +104,7 @@ class Saver:
             return
         self._step = step
         since = time.monotonic()
+        scalars |= self._state.scalars()
         if not self._beside:
             self._store(step, self._state.pieces(), places, scalars, since)
             return

@@ -18,6 +18,7 @@ logger = logging.getLogger(__name__)
 IDLE_ROWS = "idle_rows"
 """Rows since each latent last fired."""
 _EMA = "ema."
+_UPDATES = "ema_updates"
 
 
 class Moments(Protocol):
@@ -43,6 +44,8 @@ class TrainingState(NamedTuple):
 
         To be consumed by all ranks, in step. The rows of a shard are shared out to its replicas.
         """
+        if self.average:  # collective: between pieces, a rank whose write fails would be missing
+            self.average.measure()
         yield self._piece(IDLE_ROWS, self.dead.idle_rows)
         for name, buffer in self.sae.named_buffers():
             yield self._piece(name, buffer)
@@ -50,10 +53,12 @@ class TrainingState(NamedTuple):
             yield self._piece(name, parameter.detach())
             for moment in self.engine.moments:
                 yield self._piece(f"{moment}.{name}", self.engine.moment(parameter, moment))
-        if self.average:
-            self.average.measure()
         for name, mean in self.average.mean.items() if self.average else ():
             yield self._piece(f"{_EMA}{name}", mean)
+
+    def scalars(self) -> dict[str, int]:
+        """What of the state is no tensor, and neither the step nor the lineage."""
+        return {_UPDATES: self.average.updates} if self.average else {}
 
     @torch.no_grad()
     def read(self, checkpoint: Checkpoint) -> Callable[[], None]:
@@ -75,11 +80,14 @@ class TrainingState(NamedTuple):
             stored = f"{_EMA}{name}"  # a parent may have none, and of buffers there once was none
             self._fill(mean, checkpoint, stored if checkpoint.has(stored) else name)
         updates = Lineage.from_scalars(checkpoint.scalars).updates + checkpoint.step
+        has_mean = checkpoint.has(f"{_EMA}W_enc")
+        # older checkpoints do not say, and a child's mean may be younger than Adam's state
+        taken_in = checkpoint.scalars.get(_UPDATES, updates) if has_mean else 0
 
         def take() -> None:
             self.dead.take(idle_rows)
             if self.average:
-                self.average.updates = updates if checkpoint.has(f"{_EMA}W_enc") else 0
+                self.average.updates = taken_in
             self.engine.restore(updates, moments)
 
         return take

@@ -74,7 +74,12 @@ def test_training_goes_on_and_does_not_reach_what_is_saved(tmp_path: Path) -> No
     for name, tensor in expected.items():
         assert torch.equal(checkpoint.read(name), tensor), name
     assert [(s.step, s.places) for s in saved] == [(3, {0: (0, 0, 0)})]
-    assert checkpoint.scalars == {"a": 1, "heldout_fvu": 0.5, "places": {"0": [0, 0, 0]}}
+    assert checkpoint.scalars == {
+        "a": 1,
+        "heldout_fvu": 0.5,
+        "ema_updates": 3,
+        "places": {"0": [0, 0, 0]},
+    }
 
 
 def test_where_memory_is_short_training_waits_until_all_is_durable(tmp_path: Path) -> None:

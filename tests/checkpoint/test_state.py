@@ -141,3 +141,39 @@ def test_a_mean_without_its_threshold_is_not_used(
     assert again.average is not None
     assert again.average.updates == 5
     assert torch.equal(again.average.mean["threshold"], state.sae.get_buffer("threshold"))
+
+
+@pytest.mark.parametrize(("scalars", "expected"), [({"ema_updates": 2}, 2), ({}, 5)])
+def test_a_mean_knows_how_much_it_has_taken_in(
+    tmp_path: Path, scalars: dict[str, int], expected: int
+) -> None:
+    """A child's may be younger than Adam's state; older checkpoints do not say."""
+    run = make_run(tmp_path, "topk")
+    state = make_state(run, "topk")
+    assert state.average is not None
+    advance(state, range(3))
+    state.average.updates = 0
+    advance(state, range(3, 5))
+    assert state.scalars() == {"ema_updates": 2}
+    checkpoints = Checkpoints(open_store(str(tmp_path)), "run", keep=1)
+    checkpoints.commit(5, [checkpoints.write(5, state.pieces())], scalars)
+    again = make_state(run, "topk")
+    again.read(checkpoints.open(5))()
+    assert again.average is not None
+    assert again.average.updates == expected
+
+
+def test_what_ranks_do_together_comes_before_the_first_piece(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A rank whose write fails takes no further piece, and would leave the others waiting."""
+    state = make_state(make_run(tmp_path, "batchtopk"), "batchtopk")
+    advance(state, range(3))
+    pieces = state.pieces()
+    next(pieces)
+
+    def late(*_: object) -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(type(state.sae), "measure", late)
+    assert "ema.threshold" in {piece.name for piece in pieces}
