@@ -331,10 +331,14 @@ def test_thresholds_begin_where_a_code_repays_its_cost(
 ) -> None:
     """In units of the rows' norm, 4: a code f explains f^2 of 16 at most, and .2^2 is lambda.
 
-    They are scaled with the encoder, whose rows had unit norm, unless they are given.
+    They are scaled with the encoder, whose rows had unit norm, unless they are given: once, from
+    whatever the directions are.
     """
     sae: Dictionary = build_sae(config, D_IN)  # type: ignore[arg-type]
     sae.initialise(batch(0), seed=1)
-    found = parameters(sae)
-    scale = found["W_enc"].norm(dim=1) if is_scaled else torch.ones(64)
-    torch.testing.assert_close(found["theta"], expected * scale)
+    for from_data in (False, True):
+        if from_data:
+            initialise_from_data(sae, [batch(0)])
+        found = parameters(sae)
+        scale = found["W_enc"].norm(dim=1) if is_scaled else torch.ones(64)
+        torch.testing.assert_close(found["theta"], expected * scale)
