@@ -43,11 +43,9 @@ def auxk_loss(
         error: What is left of them, e.
         e_hat: What dead latents make of that.
     """
-    spread, rows = _spread(axis, x, error)
-    if not spread > 0:
-        return error.new_zeros(())
-    replica_rows = len(error) * axis.shards
-    return (error - e_hat).square().sum() / spread * (rows / replica_rows)
+    spread, is_there = _spread(axis, x, error)  # no rank waits for its device to know
+    loss = (error - e_hat).square().sum() / spread * axis.replicas
+    return torch.where(is_there, loss, 0.0)
 
 
 @torch.no_grad()
@@ -71,14 +69,12 @@ def retie_(
     sae.W_enc[stuck] *= scale.clamp(min=_LEAST_LENGTH)
 
 
-def _spread(axis: LatentAxis, x: Tensor, error: Tensor) -> tuple[Tensor, int]:
-    """(sum |e - mean e|^2, or 0 where that is nothing; rows), both over the global batch."""
-    e = error.double()
-    sizes = torch.stack([e.square().sum(), x.double().square().sum(), e.new_tensor(len(e))])
-    total = axis.total(torch.cat([e.sum(0), sizes]))
-    sums, (squares, of_rows, rows) = total[:-3], total[-3:]
-    spread = squares - sums.square().sum() / rows
+def _spread(axis: LatentAxis, x: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+    """(sum |e - mean e|^2, or 1 where that is nothing; whether it is something), over all ranks."""
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in (error, x)]
+    total = axis.total(torch.cat([error.sum(0, dtype=torch.float64), torch.stack(norms).square()]))
+    sums, (squares, of_rows) = total[:-2], total[-2:]
+    spread = squares - sums.square().sum() / (len(error) * axis.replicas * axis.shards)
     rounding = (_ROUNDINGS * torch.finfo(error.dtype).eps) ** 2 * of_rows
-    if spread <= torch.maximum(rounding, _LEAST_SPREAD * squares):
-        spread = torch.zeros_like(spread)
-    return spread.to(error.dtype), int(rows)
+    is_there = spread > torch.maximum(rounding, _LEAST_SPREAD * squares)
+    return torch.where(is_there, spread, 1.0).to(error.dtype), is_there

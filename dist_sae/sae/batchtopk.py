@@ -115,7 +115,7 @@ class BatchTopK(TopK):
         decay, weight = self.config.threshold_decay, self.threshold[1]
         batches = torch.log1p(-weight) / math.log(decay) if decay else torch.zeros_like(weight)
         kept = (1 / (1 + GROWTH / batches)).clamp(max=decay)
-        theta = self.threshold[0] / weight if weight > 0 else least
+        theta = torch.where(weight > 0, self.threshold[0] / weight, least)
         weight = decay * weight + 1 - decay
         self.threshold.copy_(torch.stack([weight * least.lerp(theta, kept), weight]))
 

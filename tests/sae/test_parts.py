@@ -1,18 +1,23 @@
 """The small pieces: schedules, dead counts, initialisation, metrics."""
 
 import math
+from typing import Any
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from dist_sae.config.sae import BatchTopKConfig, ReLUConfig, TopKConfig
 from dist_sae.sae import build_sae, metrics
+from dist_sae.sae.auxk import auxk_loss
 from dist_sae.sae.axis import WHOLE
 from dist_sae.sae.base import Inferred, firings
+from dist_sae.sae.batchtopk import BatchTopK
 from dist_sae.sae.dead import DeadLatents
 from dist_sae.sae.ema import WeightAverage
 from dist_sae.sae.init import geometric_median, initialise_tied
 from dist_sae.sae.kernels import Entries
+from dist_sae.sae.kernels.torch import KERNELS
 from dist_sae.sae.metrics import Fit, ce_recovered, duplicate_shares
 from dist_sae.sae.schedules import learning_rate
 
@@ -165,3 +170,32 @@ def test_duplicates_are_near_copies_of_other_latents(monkeypatch: pytest.MonkeyP
         monkeypatch.setattr(metrics, "_DUPLICATES_CHUNK", chunk)
         assert duplicate_shares(W_dec, 4) == pytest.approx((4 / 12, 2 / 12))
         assert duplicate_shares(W_dec) == pytest.approx((4 / 12, 0))
+
+
+class Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """Counts numbers that the host takes out of tensors: on CUDA it waits for each."""
+
+    n = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.n += func is torch.ops.aten._local_scalar_dense.default
+        return func(*args, **(kwargs or {}))
+
+
+def test_parts_of_a_step_do_not_wait_for_the_device() -> None:
+    sae = build_sae(BatchTopKConfig(n_latents=4, k=1, auxk=0), 8)
+    x = torch.randn(9000, 8, generator=torch.Generator().manual_seed(3))
+    entries = Entries(torch.zeros(9000, dtype=torch.int64), torch.arange(9000), 4)
+    assert isinstance(sae, BatchTopK)
+    with Reads() as reads:  # type: ignore[no-untyped-call]
+        sae._follow(torch.tensor(2.0, dtype=torch.float64))
+        loss = auxk_loss(WHOLE, x, x, x / 2)
+        nothing = auxk_loss(WHOLE, x, torch.ones_like(x), x / 2)
+        sums = KERNELS.sum_by_latent(torch.ones(9000), entries, x)
+    assert reads.n == 0
+    assert sae.theta == pytest.approx(2)
+    assert float(loss) == pytest.approx(0.25, rel=1e-3)
+    assert nothing == 0
+    torch.testing.assert_close(
+        sums, torch.stack([x.double().sum(0).float(), *3 * [torch.zeros(8)]])
+    )

@@ -63,16 +63,25 @@ def sum_by_latent(
     order, starts = entries.by_latent
     sources, weights = entries.rows[order], coefficients[order]
     sums = F.embedding_bag(sources, rows, starts, mode="sum", per_sample_weights=weights)
-    counts = starts.diff(append=starts.new_tensor([len(order)]))
-    for latent in (counts > _RUN).nonzero()[:, 0].tolist() if len(order) > _RUN else ():
-        first, exact = int(starts[latent]), rows.new_zeros(rows.shape[1], dtype=torch.float64)
-        for start in range(first, first + int(counts[latent]), _RUN):
-            run = slice(start, min(start + _RUN, first + int(counts[latent])))
+    for latent, first, end in _long(starts, len(order)):
+        exact = rows.new_zeros(rows.shape[1], dtype=torch.float64)
+        for start in range(first, end, _RUN):
+            run = slice(start, min(start + _RUN, end))
             exact += weights[run].double() @ rows[sources[run]].double()
         sums[latent] = exact
     if W is not None and along is not None:
         sums.addcmul_(W, along[:, None], value=-1)
     return sums
+
+
+def _long(starts: Tensor, n_entries: int) -> list[list[int]]:
+    """(Latent, where its entries begin, where they end) of those with very many; read at once."""
+    if n_entries <= _RUN:
+        return []
+    ends = torch.cat([starts[1:], starts.new_tensor([n_entries])])
+    latents = (ends - starts > _RUN).nonzero()[:, 0]
+    places: list[list[int]] = torch.stack([latents, starts[latents], ends[latents]], 1).tolist()
+    return places
 
 
 KERNELS = Kernels("torch", keep_largest, combine, gather_dot, sum_by_latent)
