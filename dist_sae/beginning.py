@@ -69,9 +69,8 @@ def begin(
         for url in (run.store.runs, run.store.activations)
     )
     plan = load_plan(activations, run)
-    run = plan.resolve(run)
+    asked, run = run, plan.resolve(run)
     check_rows(run, plan)
-    times.steps = run.steps
     units = Units(activations, plan, run.site, stopping)
     checkpoints = Checkpoints(
         runs,
@@ -82,7 +81,9 @@ def begin(
     )
     registration = _registration(run, plan, activations, mesh)
 
-    start = _start(runs, run, plan, checkpoints, mesh)
+    start = _start(runs, asked, plan, checkpoints, mesh)
+    run = plan.resolve(asked, start.lineage.stream_rows)
+    times.steps = run.steps
     if start.found:
         run = as_begun(run, start.found[0].scalars["run"])
     check_rows(run, plan, start.lineage.stream_rows * plan.streams)
@@ -149,7 +150,7 @@ def _start(runs: ObjectStore, run: Run, plan: Plan, checkpoints: Checkpoints, me
     """
     if found := _found(checkpoints, runs, run, plan, mesh):
         return _Start(found, lineage=Lineage.from_scalars(found[0].scalars))
-    parent = warm_start.find(runs, run, plan.hash)
+    parent = warm_start.find(runs, plan.resolve(run), plan.hash)
     if len(set(mesh.everyones(parent and parent.step))) > 1:
         raise Stopped(f"{run.name}: its parent was written while the ranks began; start again")
     if parent is None:
@@ -237,7 +238,8 @@ def _found(
             f"restore them, or choose another name: `--set name=OTHER --from {run.name}` goes on "
             f"from this run"
         )
-        check_same_run(checkpoint.scalars["run"], run, f"{runs.url}/{run.name}", remedy)
+        resolved = plan.resolve(run, Lineage.from_scalars(checkpoint.scalars).stream_rows)
+        check_same_run(checkpoint.scalars["run"], resolved, f"{runs.url}/{run.name}", remedy)
         if checkpoint.scalars["plan"] != plan.hash or not all(
             stream < plan.streams and place.first in windows
             for stream, place in _places(checkpoint).items()

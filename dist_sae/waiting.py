@@ -40,20 +40,19 @@ def await_end(run: Run, stopping: threading.Event) -> None:
     """
     store = open_store(run.store.runs, run.store.s3, None, stopping)
     checkpoints = Checkpoints(store, run.name, run.train.keep_checkpoints)
-    if run.train.rows == "all":  # the plan knows how many that are
+    last = "the last step" if run.train.rows == "all" else f"step {run.steps}"
+    if run.train.rows == "all":  # a plan of other settings is refused, not waited for
         await_plan(run, stopping)
-        activations = open_store(run.store.activations, run.store.s3, None, stopping)
-        run = load_plan(activations, run).resolve(run)
+        load_plan(open_store(run.store.activations, run.store.s3, None, stopping), run)
 
     def has_ended() -> bool:
-        if run.steps in checkpoints.steps():
-            return True
         with suppress(ObjectNotFoundError):  # deleted meanwhile, for a newer one
             if newest := checkpoints.latest():
-                trained_run(newest, run)  # with other settings it may never come to that step
+                # with other settings it may never come to that step
+                return newest.step >= trained_run(newest, run).steps
         return False
 
-    _await(f"step {run.steps} of {store.url}/{run.name}", has_ended, stopping)
+    _await(f"{last} of {store.url}/{run.name}", has_ended, stopping)
 
 
 def _await(what: str, is_there: Callable[[], bool], stopping: threading.Event) -> None:

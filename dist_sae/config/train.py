@@ -33,7 +33,7 @@ class TrainConfig(Section):
     """Which site to fit; may be left out when the activation set has one."""
     rows: PositiveInt | Literal["all"]
     """Rows to train on; repeats count. The run stops at the last full batch within them. all: what
-    the plan gives in `max_passes`."""
+    the plan gives in `max_passes`, less what a parent took whose data are gone on with."""
     max_passes: PositiveInt = 1
     """How often the data may be gone through to reach `rows`."""
     parent: ParentConfig | None = None

@@ -124,16 +124,28 @@ class Plan(Record):
             sum(self.unit_rows[unit] for unit in self.stream_units(v)) for v in range(self.streams)
         )
 
-    def resolve(self, run: Run) -> Run:
+    def resolve(self, run: Run, stream_rows: int = 0) -> Run:
         """The run with numbers for what its file leaves to the plan (null, `train.rows: all`).
+
+        Args:
+            run: The run.
+            stream_rows: Rows of each stream that the runs before it took; `all` is the rest.
 
         Raises:
             ConfigError: They do not go with its other settings.
+            DataExhaustedError: `all` leaves less than a batch.
         """
         if not run.left_open:
             return run
         train = run.train
-        there = self.pass_rows * train.max_passes
+        taken = stream_rows * self.streams
+        there = self.pass_rows * train.max_passes - taken
+        if taken and train.rows == "all" and there < train.batch_rows:
+            raise DataExhaustedError(
+                f"train.rows: all: after the {taken} rows that its parents took there is no batch "
+                f"left (train.max_passes {train.max_passes}); raise train.max_passes or use "
+                f"train.parent.data: restart"
+            )
         filled = run.filled(
             {
                 "activations": self.settings["activations"],
@@ -348,15 +360,21 @@ def read_unit(corpus: Corpus, plan: Plan, unit: int) -> list[Document]:
     return corpus.read(plan.files, plan.units[unit], checksum)
 
 
-def planned(run: Run, store: ObjectStore | None = None) -> Run | None:
-    """The run with numbers for what it leaves to its plan; None while there is no plan."""
+def planned(run: Run, store: ObjectStore | None = None, stream_rows: int = 0) -> Run | None:
+    """The run with numbers for what it leaves to its plan; None while there is no plan.
+
+    Args:
+        run: The run.
+        store: The activation set, if it is open.
+        stream_rows: See `Plan.resolve`.
+    """
     if not run.left_open:
         return run
     try:
         plan = load_plan(store or open_store(run.store.activations, run.store.s3), run)
     except PlanMismatchError:
         return None
-    return plan.resolve(run)
+    return plan.resolve(run, stream_rows)
 
 
 def as_planned(run: Run, plan: Plan) -> Run:

@@ -34,6 +34,8 @@ class StoredRun:
     @property
     def steps(self) -> int | None:
         """Of the whole run; None while its plan decides that, and is missing."""
+        if self._run.train.rows == "all" and (begun := self.begun()):
+            self._run = self._run.filled(begun.model_dump(mode="json"))  # a child's are the rest
         if self._run.train.rows == "all" and (resolved := planned(self._run, self._activations)):
             self._run = resolved
         return None if self._run.train.rows == "all" else self._run.steps

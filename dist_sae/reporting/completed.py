@@ -5,7 +5,7 @@ import threading
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.checkpoint.lineage import Lineage
 from dist_sae.config import Run
-from dist_sae.config.deciding import changes
+from dist_sae.config.deciding import PLAN_SECTIONS, as_begun, changes
 from dist_sae.data.backlog import ReadyUnits
 from dist_sae.data.heldout import are_there
 from dist_sae.data.loader import Units
@@ -20,18 +20,19 @@ def completed_result(run: Run) -> dict[str, float] | None:
     Asked before ranks meet: one that is started again when the others have ended for good would
     wait for them in vain.
     """
-    resolved = planned(run)
-    if resolved is None:
-        return None
-    run = resolved
     runs = open_store(run.store.runs, run.store.s3)
     checkpoint = Checkpoints(runs, run.name, run.train.keep_checkpoints).latest()
-    if checkpoint is None or checkpoint.step < run.steps:
+    if checkpoint is None:
         return None
-    if changes(checkpoint.scalars["run"], run):  # which `train` refuses, and says why
+    stored, lineage = checkpoint.scalars["run"], Lineage.from_scalars(checkpoint.scalars)
+    # text, model and activations may be gone by now
+    run = planned(run, stream_rows=lineage.stream_rows) or as_begun(run, stored)
+    if checkpoint.step < run.steps:
+        return None
+    if changes(stored, run, but=PLAN_SECTIONS):  # which `train` refuses, and says why
         return None
     rows = checkpoint.step * run.train.batch_rows
-    return {"step": checkpoint.step, **Lineage.from_scalars(checkpoint.scalars).totals(rows)}
+    return {"step": checkpoint.step, **lineage.totals(rows)}
 
 
 def all_units_exist(run: Run) -> bool:

@@ -1,5 +1,6 @@
 """A run that goes on from another one (`train.parent`), under a name of its own."""
 
+import threading
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,8 +12,11 @@ from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.checkpoint.lineage import Ancestor, Lineage
 from dist_sae.config import load_run
 from dist_sae.data.plan import Plan, check_rows, load_plan
-from dist_sae.errors import DistSaeError
+from dist_sae.deploy.stored import StoredRun
+from dist_sae.errors import DataExhaustedError, DistSaeError
+from dist_sae.reporting.completed import completed_result
 from dist_sae.storage import open_store
+from dist_sae.waiting import await_end
 from tests.launch import run, train
 from tests.train.trained import check_same, run_file
 
@@ -72,6 +76,26 @@ def test_a_grandchild_goes_on_with_weights_alone_and_another_rate(
     )
     mean, first = last(half, "world").scalars["mean"], last(half, "rate").scalars["mean"]
     assert mean == first
+
+
+def test_all_rows_of_a_child_are_those_that_its_parent_left(activations: str, half: Path) -> None:
+    """And whoever asks later knows it: training, those who wait for its end, a cluster's status."""
+    path = run_file(half, activations, sae=SAE, train=CONSTANT | {"max_passes": 1})
+    settings = ("name=rest", "train.rows=all", "train.parent={run: world}")
+    for _ in range(2):  # the second finds it trained
+        train(path, *(word for setting in settings for word in ("--set", setting)))
+    run_, plan_ = load_run(path, settings), load_plan(open_store(activations), load_run(path))
+    steps = (plan_.pass_rows - 4800) // 160
+    assert last(half, "rest").step == StoredRun(run_).steps == steps
+    await_end(run_, threading.Event())
+    done = {"step": steps, "rows": 160 * steps, "rows_with_parents": 4800 + 160 * steps}
+    assert completed_result(run_) == done
+    gone = load_run(path, [*settings, "store.activations=gone", "model.n_features=49"])
+    assert completed_result(gone) == done
+    assert completed_result(load_run(path, [*settings, "sae.k=2"])) is None
+    assert completed_result(load_run(path, [*settings, "train.max_passes=2"])) is None
+    with pytest.raises(DataExhaustedError, match=r"all: after the .* there is no batch left"):
+        plan_.resolve(run_, plan_.pass_rows // 4)
 
 
 def go_on(path: Path, settings: Sequence[str], plan: Plan) -> None:
