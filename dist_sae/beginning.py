@@ -42,7 +42,7 @@ logger = logging.getLogger(__name__)
 
 
 class Job(NamedTuple):
-    """What there is when the first step begins."""
+    """Everything that the training loop needs."""
 
     run: Run
     runs: ObjectStore
@@ -131,7 +131,7 @@ def begin(
 
 
 class _Start(NamedTuple):
-    """What a run goes on from."""
+    """Checkpoints to begin from: the run's own, or its parent's."""
 
     found: Sequence[Checkpoint] = ()
     """Its own checkpoints, the newest first."""

@@ -16,7 +16,7 @@ from dist_sae.storage import open_store
 
 
 def ls(run: Run) -> dict[str, Any]:
-    """What there is, the oldest first; `damaged` are those whose manifest is not whole.
+    """List checkpoints, oldest first; `damaged` are those whose manifest is not whole.
 
     Raises:
         PlanMismatchError: They are of a run with other settings.

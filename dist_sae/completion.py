@@ -82,7 +82,7 @@ def _commands(
 
 
 def _choices(command: argparse.ArgumentParser) -> list[str]:
-    """What may be the next word: commands, or values of a positional argument."""
+    """Possible next words: commands, or values of a positional argument."""
     positional = [action for action in command._actions if not action.option_strings]
     return [str(choice) for action in positional for choice in action.choices or ()]
 
@@ -97,7 +97,7 @@ def _takes_run(command: argparse.ArgumentParser) -> bool:
 
 
 def _keys() -> list[str]:
-    """What --set may begin with."""
+    """Keys of the run file, for --set."""
     from dist_sae.config import Run
     from dist_sae.config.messages import dotted_keys
 

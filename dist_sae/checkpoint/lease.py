@@ -40,7 +40,7 @@ class Holder(Record):
 
     schema_version: Literal[1] = 1
     life: str
-    """Of this process alone."""
+    """Identifies one process; drawn at random when it starts."""
     host: str
     pid: int
     machine: str

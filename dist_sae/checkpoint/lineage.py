@@ -13,22 +13,22 @@ class Ancestor(NamedTuple):
 
     run: str
     step: int
-    """Of the checkpoint that was gone on from."""
+    """Step of the checkpoint that its child began with."""
     rows: int
-    """That it had trained on by then, its own ancestors' left out."""
+    """Rows that it had trained on by then, without those of its own ancestors."""
     state: bool
     """Whether the optimiser's state went on too, or the weights alone."""
 
 
 class Lineage(NamedTuple):
-    """What had been done before a run's first step; a checkpoint carries it."""
+    """Training done by a run's ancestors before its first step; a checkpoint carries it."""
 
     ancestors: tuple[Ancestor, ...] = ()
     """The oldest first."""
     updates: int = 0
-    """Those that Adam's state has seen."""
+    """Updates that Adam's state has seen."""
     counted_rows: int = 0
-    """Those over which idle rows of latents were counted."""
+    """Rows over which idle rows of latents were counted."""
     stream_rows: int = 0
     """Rows that were taken from each stream of the activation set."""
 
@@ -47,7 +47,7 @@ class Lineage(NamedTuple):
 
     @classmethod
     def from_scalars(cls, scalars: Mapping[str, Any]) -> Self:
-        """What `to_scalars` made of it."""
+        """The lineage in a checkpoint; an empty one where there is none."""
         if _KEY not in scalars:
             return cls()
         ancestors = tuple(Ancestor(*fields) for fields in scalars[_KEY]["ancestors"])

@@ -57,7 +57,7 @@ class TrainingState(NamedTuple):
             yield self._piece(f"{_EMA}{name}", mean)
 
     def scalars(self) -> dict[str, int]:
-        """What of the state is no tensor, and neither the step nor the lineage."""
+        """Numbers of the state for the manifest, beside the step and the lineage."""
         return {_UPDATES: self.average.updates} if self.average else {}
 
     @torch.no_grad()

@@ -1,4 +1,4 @@
-"""What a run has learnt, for programs that look at it: they evaluate, export, show it."""
+"""Trained dictionaries, for programs that evaluate, export or show them."""
 
 import logging
 from collections.abc import Mapping
@@ -98,7 +98,7 @@ def read_trained(runs: ObjectStore, run: Run, step: int | None = None) -> Traine
 
 
 def suffix(runs: ObjectStore, run: Run, step: int) -> str:
-    """What the names of a checkpoint's results end with: nothing for the newest, else its step."""
+    """Suffix for names of a checkpoint's results: empty for the newest, else its step."""
     steps = Checkpoints(runs, run.name, run.train.keep_checkpoints).steps()
     return "" if step == steps[-1] else f"-step-{step:08d}"
 

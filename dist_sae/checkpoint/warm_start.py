@@ -41,7 +41,7 @@ def leave(checkpoint: Checkpoint, runs: ObjectStore, run: Run) -> int:
 
 
 def find(runs: ObjectStore, run: Run, plan: str) -> Checkpoint | None:
-    """What a run begins with: its parent's checkpoint or what was left for it, if anything was.
+    """Checkpoint that a run begins with: its parent's, a converted one, or None.
 
     Args:
         runs: The store of runs.

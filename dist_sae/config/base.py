@@ -37,7 +37,7 @@ class Section(BaseModel):
 
 @dataclass(frozen=True)
 class Shape:
-    """What a string has to look like: a regular expression for schemas, and words for people."""
+    """Required form of a string: a regular expression for schemas, words for people."""
 
     pattern: str
     words: str

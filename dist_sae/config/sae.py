@@ -144,7 +144,7 @@ _L1_AT_START = 0.8  # the same of ReLU; about that of as many orthogonal feature
 
 
 class PenalisedConfig(DictionaryConfig):
-    """What the recipes share whose latents are many or few by a penalty."""
+    """Settings shared by the recipes that a penalty makes sparse."""
 
     sparsity_warmup_share: float = Field(0.1, ge=0, le=1)
     """The penalty's coefficient rises linearly from 0 over this first share of the run."""
@@ -157,7 +157,7 @@ class PenalisedConfig(DictionaryConfig):
         return self.initial_l0 or _COST_AT_START / max(self.cost(d_in), _LEAST_COST)
 
     def cost(self, d_in: int) -> float:
-        """What an active latent costs, in units of FVU."""
+        """Penalty on one active latent, in units of FVU."""
         raise NotImplementedError
 
 

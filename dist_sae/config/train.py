@@ -17,7 +17,7 @@ class ParentConfig(Section):
     run: str
     """Its name; its dictionary is of the same kind and site, and no wider."""
     step: PositiveInt | None = None
-    """Of the checkpoint; null takes the newest."""
+    """Step of its checkpoint; null takes the newest."""
     state: bool = True
     """Adam's moments, the counts of idle rows and the running mean go on as well, which takes equal
     width; false: the weights alone, their running mean if there is one."""
