@@ -160,7 +160,7 @@ def _rows(
         counts = np.array([span.count for span in index.spans])
         tokens = np.full(len(counts), run.corpus.document_rows)
         return counts * rows_of_tokens(tokens, run.activations, bos=None).astype(np.int64)
-    tokenizer = build_tokenizer(run.model, 0)
+    tokenizer = build_tokenizer(run)
     return estimate_rows(
         corpus,
         index,

@@ -218,7 +218,7 @@ class _Preparer:
     """Claims the next unit and turns its documents into batches of tokens."""
 
     def __init__(self, run: Run, plan: Plan, claims: Claims) -> None:
-        self.tokenizer = tokenizer_of(run)
+        self.tokenizer = build_tokenizer(run)
         self._run = run
         self._plan = plan
         self._claims = claims
@@ -229,12 +229,6 @@ class _Preparer:
         if unit is None:
             return None
         return tokenize(self._run, self._plan, self._corpus, self.tokenizer, unit)
-
-
-def tokenizer_of(run: Run) -> Tokenizer:
-    """The tokenizer of a run's model."""
-    document_rows = run.corpus.document_rows if isinstance(run.corpus, SyntheticCorpus) else 0
-    return build_tokenizer(run.model, document_rows)
 
 
 def tokenize(

@@ -11,7 +11,6 @@ from typing import Any, NamedTuple
 import xxhash
 
 from dist_sae.config import Run
-from dist_sae.config.data import SyntheticCorpus
 from dist_sae.data.claims import CLAIMS
 from dist_sae.data.consumers import Consumers, kept_units, retired_below
 from dist_sae.data.corpus import Corpus
@@ -232,8 +231,7 @@ def gc(run: Run, *, hours: float, delete: bool) -> dict[str, Any]:
 def _text_reader(run: Run, plan: Plan) -> Callable[[int], UnitText]:
     """Reads the text of a unit."""
     run = as_planned(run, plan)
-    document_rows = run.corpus.document_rows if isinstance(run.corpus, SyntheticCorpus) else 0
-    tokenizer = build_tokenizer(run.model, document_rows)
+    tokenizer = build_tokenizer(run)
     corpus = Corpus(run.corpus, run.store.s3)
 
     def read(unit: int) -> UnitText:

@@ -24,9 +24,9 @@ from dist_sae.data.corpus import Corpus
 from dist_sae.data.plan import publish_plan
 from dist_sae.data.shard import read_manifest
 from dist_sae.data.tokens import TokenBatch
-from dist_sae.models import ActivationSource, build_source
+from dist_sae.models import ActivationSource, build_source, build_tokenizer
 from dist_sae.plan import plan
-from dist_sae.produce import produce, tokenize, tokenizer_of
+from dist_sae.produce import produce, tokenize
 from dist_sae.storage import open_store
 from dist_sae.telemetry.exporter import Telemetry
 from dist_sae.telemetry.process import resident_bytes
@@ -59,7 +59,7 @@ def bench_produce(run: Run, *, units: int, rounds: int) -> dict[str, Any]:
         units = min(units, whole.n_train_units)
         part = whole.model_copy(update={"units": whole.units[:units], "n_train_units": units})
         corpus = Corpus(run.corpus, run.store.s3)
-        tokenizer = tokenizer_of(run)
+        tokenizer = build_tokenizer(run)
         batches = [
             batch
             for unit in range(units)

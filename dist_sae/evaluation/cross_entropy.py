@@ -21,7 +21,7 @@ from dist_sae.data.tokens import TokenBatch, cut, pack
 from dist_sae.environment import versions
 from dist_sae.errors import HeadlessError, NonFiniteError
 from dist_sae.evaluation.kept import fingerprint, kept
-from dist_sae.models import build_tokenizer
+from dist_sae.models import Tokenizer, build_tokenizer
 from dist_sae.sae.base import Dictionary
 from dist_sae.sae.metrics import ce_recovered
 
@@ -51,13 +51,13 @@ def cross_entropies(
     check_model(run, units.plan)
     assert isinstance(run.model, HuggingFaceModel)
     model = run.model  # at the plan's commit
-    tokenizer = build_tokenizer(model, 0)
+    tokenizer = build_tokenizer(run)
     try:
         spliced = SplicedModel(model, run.site)
     except HeadlessError as exc:
         logger.warning("cross-entropies are left out: %s", exc)
         return {"ce_left_out": str(exc)}
-    batches = list(_heldout_batches(run, model, units.plan, tokenizer.bos))
+    batches = list(_heldout_batches(run, model, units.plan, tokenizer))
     predicted = [spliced.predicted(batch.tokens, batch.mask) for batch in batches]
     tokens = torch.tensor([n for each in predicted for n in each.sum(1).tolist()])
     if not int(tokens.sum()):
@@ -172,10 +172,9 @@ def _intervals(
 
 
 def _heldout_batches(
-    run: Run, model: HuggingFaceModel, plan: Plan, bos: int | None
+    run: Run, model: HuggingFaceModel, plan: Plan, tokenizer: Tokenizer
 ) -> Iterator[TokenBatch]:
-    tokenizer = build_tokenizer(model, 0)
-    bos = bos if run.activations.prepend_bos else None
+    bos = tokenizer.bos if run.activations.prepend_bos else None
     corpus = Corpus(run.corpus, run.store.s3)
     documents = (
         document for unit in plan.heldout_units for document in read_unit(corpus, plan, unit)

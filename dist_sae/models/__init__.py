@@ -2,29 +2,32 @@
 
 from typing import assert_never
 
-from dist_sae.config.data import ActivationsConfig, HuggingFaceModel, ModelConfig, SyntheticModel
+from dist_sae.config import Run
+from dist_sae.config.data import (
+    ActivationsConfig,
+    HuggingFaceModel,
+    ModelConfig,
+    SyntheticCorpus,
+    SyntheticModel,
+)
 from dist_sae.models.base import ActivationSource, Tokenizer
 from dist_sae.models.synthetic import SyntheticSource, SyntheticTokenizer
 
 __all__ = ["ActivationSource", "Tokenizer", "build_source", "build_tokenizer", "check_sites"]
 
 
-def build_tokenizer(model: ModelConfig, document_rows: int) -> Tokenizer:
-    """The tokenizer that goes with a model; loads no weights.
-
-    Args:
-        model: The model section.
-        document_rows: Rows of a synthetic document.
-    """
-    match model:
+def build_tokenizer(run: Run) -> Tokenizer:
+    """The tokenizer of a run's model; loads no weights."""
+    match run.model:
         case HuggingFaceModel():
             from dist_sae.models.loading import load_tokenizer  # takes 3 s
 
-            return load_tokenizer(model)
+            return load_tokenizer(run.model)
         case SyntheticModel():
-            return SyntheticTokenizer(document_rows)
+            assert isinstance(run.corpus, SyntheticCorpus)  # the run file sees to that
+            return SyntheticTokenizer(run.corpus.document_rows)
         case _:
-            assert_never(model)
+            assert_never(run.model)
 
 
 def check_sites(model: ModelConfig, activations: ActivationsConfig) -> dict[str, int]:

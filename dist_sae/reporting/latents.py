@@ -10,7 +10,6 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dist_sae.config import Run
-from dist_sae.config.data import SyntheticCorpus
 from dist_sae.data.consumers import kept_units
 from dist_sae.data.corpus import Corpus
 from dist_sae.data.loader import Units
@@ -170,8 +169,7 @@ class Texts:
 
     def __init__(self, run: Run, plan: Plan) -> None:
         run = as_planned(run, plan)
-        document_rows = run.corpus.document_rows if isinstance(run.corpus, SyntheticCorpus) else 0
-        self.tokenizer: Tokenizer = build_tokenizer(run.model, document_rows)
+        self.tokenizer: Tokenizer = build_tokenizer(run)
         has_bos = run.activations.prepend_bos and self.tokenizer.bos is not None
         self.context_tokens = run.activations.context_tokens - has_bos
         self._plan = plan

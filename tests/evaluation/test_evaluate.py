@@ -153,7 +153,7 @@ def test_cross_entropies_are_those_of_the_plain_model(run: Run) -> None:
     ]
     total, tokens = 0.0, 0
     contexts = []
-    for ids in build_tokenizer(run.model, 0)(lines):
+    for ids in build_tokenizer(run)(lines):
         contexts += [[0, *ids[start : start + 15]] for start in range(0, len(ids), 15)]
     for ids in contexts[:12]:
         given = torch.tensor([ids])
