@@ -119,7 +119,7 @@ def produce(
     if ahead is not None:
         telemetry.set("dist_sae_produce_max_ahead_units", ahead)
     if len(list(existing_units(store))) < len(plan.units):
-        check_model(run, plan)  # reads all weights: before any claim, which would run out
+        check_model(run, plan)  # before any unit is claimed: it reads all weights
     progress = _Progress(plan, claims)
     progress.say(doing="loads the model")
     prepare = _Preparer(run, plan, claims)
@@ -127,7 +127,11 @@ def produce(
     open_source = open_source or (lambda: build_source(run.model, run.activations.sites))
     held = None if run.activations.dtype == "int8" else DTYPES[run.activations.dtype]
     forward: Forward | None = None
-    with ThreadPoolExecutor(1, "prepare") as preparer, ThreadPoolExecutor(1, "finish") as finisher:
+    with (
+        claims.renewed(lambda: telemetry.pulse.fault("/livez") is None),
+        ThreadPoolExecutor(1, "prepare") as preparer,
+        ThreadPoolExecutor(1, "finish") as finisher,
+    ):
         try:
             upcoming = preparer.submit(prepare.next_unit)
             finishing: Future[UnitManifest] | None = None
@@ -136,14 +140,7 @@ def produce(
                 if forward is None:
                     forward = Forward(open_source(), held)
                 computed = _compute(
-                    tokenized,
-                    forward,
-                    prepare.tokenizer,
-                    run,
-                    claims,
-                    stopping,
-                    telemetry,
-                    progress,
+                    tokenized, forward, prepare.tokenizer, run, stopping, telemetry, progress
                 )
                 if finishing is not None:
                     _report(finishing.result(), claims, telemetry, written, progress)
@@ -263,7 +260,6 @@ def _compute(
     forward: Forward,
     tokenizer: Tokenizer,
     run: Run,
-    claims: Claims,
     stopping: threading.Event,
     telemetry: Telemetry,
     progress: "_Progress",
@@ -282,7 +278,6 @@ def _compute(
         for batch in work.batches:
             if stopping.is_set():
                 raise Stopped(f"stopped within unit {work.unit}; start again to go on")
-            claims.renew()
             telemetry.pulse.work(run.train.hung_seconds)
             keep = admitted(batch, tokenizer.special, run.activations.exclude, excluded)
             leaving += forward(batch.tokens, batch.mask, keep)

@@ -186,6 +186,30 @@ def test_the_model_is_compared_before_a_unit_is_claimed(
     assert claims == [[]]
 
 
+def test_claims_live_while_the_model_is_loaded(
+    run: Run, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Which may take longer than their lease."""
+    monkeypatch.setattr(dist_sae.data.claims, "_LEASE_SECONDS", 0.1)
+    renewed = threading.Event()
+
+    class Watched(Wrapped):
+        def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
+            if key == "claims/00000000.json" and not if_absent:
+                renewed.set()
+            return super().put(key, data, if_absent=if_absent)
+
+    def build(*_: object) -> RowNumbers:
+        assert renewed.wait(60)
+        return RowNumbers()
+
+    with_store(monkeypatch, Watched(store))
+    monkeypatch.setattr(dist_sae.produce, "build_source", build)
+    start(run, "slow")
+    assert made(store) == list(range(UNITS))
+    assert list(store.keys("claims/")) == []
+
+
 def test_a_dead_producers_unit_is_taken_over(
     run: Run, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -202,7 +226,8 @@ def test_a_dead_producers_unit_is_taken_over(
 def test_a_zombie_that_finishes_late_changes_nothing(
     run: Run, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Its first unit takes longer than its lease, and another producer does all the rest and it."""
+    """Suspended for longer than its lease; another producer does all the rest and its unit."""
+    monkeypatch.setattr(Claims, "renew", lambda _: None)
     monkeypatch.setattr(dist_sae.data.claims, "_POLL_SECONDS", 0.01)
     monkeypatch.setattr(dist_sae.data.claims, "_LEASE_SECONDS", 0.2)
 

@@ -8,13 +8,15 @@ import json
 import logging
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from itertools import chain
 from typing import NamedTuple
 
 from dist_sae.data.consumers import Consumers
 from dist_sae.data.plan import Plan
 from dist_sae.data.shard import MANIFESTS, PAGE_UNITS, manifest_key, units_of_page
-from dist_sae.errors import ObjectNotFoundError
+from dist_sae.errors import ObjectNotFoundError, StoreError
 from dist_sae.storage import UNMETERED, Meter, ObjectStore
 from dist_sae.storage.own import OwnKeys
 
@@ -73,7 +75,7 @@ class Claims:
         # both are shared by the producer's threads: single set operations only
         self._pending = set(range(self._units))
         self._held: set[int] = set()
-        self._renewed = time.monotonic()
+        self._renewing = threading.Lock()  # a claim that is given back must not be written again
         if self._exclusive:
             self._drop_left_overs()
         self.waited_seconds = 0.0
@@ -115,20 +117,47 @@ class Claims:
             )
         return None
 
+    @contextmanager
+    def renewed(self, lives: Callable[[], bool]) -> Iterator[None]:
+        """Renews the claims at hand every third of their lease, in a thread of its own.
+
+        Fetching text, loading a model or a batch may take longer than a lease.
+
+        Args:
+            lives: Whether the producer works; claims of one that hangs run out.
+        """
+        over = threading.Event()
+
+        def work() -> None:
+            while not over.wait(_LEASE_SECONDS / 3):
+                try:
+                    if lives():
+                        self.renew()
+                except StoreError as exc:  # the producer meets it, too, and ends by it
+                    logger.warning("claims are not renewed: %s", exc)
+
+        thread = threading.Thread(target=work, name="claims", daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            over.set()
+            thread.join(_LEASE_SECONDS)  # the store may be patient for longer
+
     def renew(self) -> None:
-        """Call it often: renews the claims at hand once a third of their lease has run out."""
-        if time.monotonic() - self._renewed > _LEASE_SECONDS / 3:
-            self._renewed = time.monotonic()
+        """Renew the claims at hand."""
+        with self._renewing:
             for unit in sorted(self._held):
                 self._write(unit)
 
     def release(self, unit: int, *, done: bool) -> None:
         """Give a unit back."""
-        if self._exclusive:
-            self._store.delete(_key(unit))
-        if done:
-            self._pending.discard(unit)
-        self._held.discard(unit)
+        with self._renewing:
+            if self._exclusive:
+                self._store.delete(_key(unit))
+            if done:
+                self._pending.discard(unit)
+            self._held.discard(unit)
         self._meter.set("dist_sae_produce_claimed_units", len(self._held))
 
     def release_all(self) -> None:

@@ -1,3 +1,4 @@
+import itertools
 import json
 import threading
 from collections import Counter
@@ -155,8 +156,13 @@ def test_renewing_keeps_a_slow_producers_unit(run: Run, clock: Clock, store: Obj
     assert clock.now - since > 3000
 
 
-def test_renewing_often_writes_rarely(run: Run, clock: Clock, store: ObjectStore) -> None:
-    """Twice in 150 s for each of two units: the lease is 180 s."""
+@pytest.mark.parametrize("lives", [True, False])
+def test_claims_are_renewed_beside_the_work_while_it_does_not_hang(
+    run: Run, clock: Clock, store: ObjectStore, monkeypatch: pytest.MonkeyPatch, *, lives: bool
+) -> None:
+    """Two claims; the third question comes after two renewals."""
+    monkeypatch.setattr(dist_sae.data.claims, "_LEASE_SECONDS", 0.01)
+    asked, over = itertools.count(1), threading.Event()
 
     class Counting(Wrapped):
         puts = 0
@@ -169,11 +175,17 @@ def test_renewing_often_writes_rarely(run: Run, clock: Clock, store: ObjectStore
     claims = open_claims(run, "a", clock, counting)
     claims.take()
     claims.take()
-    counting.puts = 0
-    for _ in range(150):
-        claims.renew()
-        clock.now += 1
-    assert counting.puts == 4
+    counting.puts, seen = 0, list[int]()
+
+    def answer() -> bool:
+        if next(asked) == 3:
+            seen.append(counting.puts)
+            over.set()
+        return lives
+
+    with claims.renewed(answer):
+        assert over.wait(60)
+    assert seen == [4 if lives else 0]
 
 
 def test_a_released_unit_is_free_for_others_at_once(
@@ -321,7 +333,7 @@ def test_without_exclusive_writes_each_producer_does_its_share(
     while (unit := claims.take()) is not None:
         taken.append(unit)
         finish(store, unit)
-        claims.renew()
+        claims.renew()  # there is nothing to renew
         claims.release(unit, done=True)
     assert taken == [unit for unit in range(number, UNITS, 3) if unit not in (3, 4, 5)]
     assert claimed(store) == {}
