@@ -1,5 +1,6 @@
 """The hub of models and data sets: which commit a name stands for, and whether it was in reach."""
 
+import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -17,10 +18,16 @@ _OUT_OF_REACH = {  # of httpx, requests and huggingface_hub, none of which every
     "Timeout",
 }
 _TOO_MANY, _SERVER_ERROR = 429, 500
+_COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def cached_commit(model: str, revision: str | None) -> str | None:
-    """The commit of a model whose configuration was loaded before; None where there is none."""
+    """The commit of a model whose configuration was loaded before; None where there is none.
+
+    A revision that is a commit is taken as it is.
+    """
+    if revision and _COMMIT.fullmatch(revision):
+        return revision
     try:
         path = huggingface_hub.try_to_load_from_cache(model, "config.json", revision=revision)
     except ValueError:  # no name that a hub could have
@@ -29,7 +36,12 @@ def cached_commit(model: str, revision: str | None) -> str | None:
 
 
 def dataset_commit(name: str, revision: str | None) -> str | None:
-    """The commit that a data set's revision stands for now; None if the hub does not tell."""
+    """The commit that a data set's revision stands for now; None if the hub does not tell.
+
+    A revision that is a commit is taken as it is.
+    """
+    if revision and _COMMIT.fullmatch(revision):
+        return revision
     try:
         return huggingface_hub.HfApi().dataset_info(name, revision=revision).sha
     except Exception:  # of several libraries; loading the data set says what is wrong, if it fails

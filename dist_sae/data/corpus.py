@@ -191,10 +191,15 @@ class Corpus:
         self._present(files, spans)  # written anew while it was read
         return documents
 
-    def holds(self, files: Sequence[CorpusFile]) -> bool:
+    def holds(self, files: Sequence[CorpusFile], commit: str | None = None) -> bool:
         """Whether the corpus is these files, in any order and wherever it lies now.
 
-        Sizes that agree suffice: `read` looks closer. So programs that need no text read none.
+        Sizes that agree suffice: `read` looks closer; on the hub the commits of one name tell. So
+        programs that need no text read none.
+
+        Args:
+            files: As they were planned.
+            commit: Of the data set on the hub that they are, where that is known.
 
         Raises:
             CorpusError: Text is missing or unreadable.
@@ -207,6 +212,10 @@ class Corpus:
                 return True
             fingerprints = [self._fingerprint(name) for name in names]
         else:
+            here = self._pin() if commit else None
+            same_name = self._names() == [file.name for file in files]
+            if here and (here == commit or same_name):
+                return here == commit
             fingerprints = [file.fingerprint for file in self.index().files]
         return sorted(fingerprints) == sorted(file.fingerprint for file in files)
 

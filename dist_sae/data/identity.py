@@ -6,7 +6,6 @@ that need neither; producers and evaluation, which read them, compare all of it.
 """
 
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +21,6 @@ from dist_sae.hub import cached_commit
 
 _HOW = ("batch_tokens", "shards")  # how fast a model computes
 _PLACES = {"model": ("path", "revision"), "corpus": ("files", "name", "revision")}
-_COMMIT = re.compile(r"[0-9a-f]{40}")
 _CHUNK_BYTES = 2**24
 _WEIGHTS = (".safetensors", ".bin")
 _TOKENIZER = (
@@ -64,17 +62,19 @@ def setting_changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[s
 def place_changes(
     there: Mapping[str, Any],
     files: Sequence[CorpusFile],
+    commit: str | None,
     content: Mapping[str, str] | None,
     run: Run,
 ) -> list[str]:
     """Where a run's text or model lies elsewhere than the plan's and has other content.
 
-    Looks at sizes of text and at all of a model but its weights, and only at what is spelled
-    otherwise than in the plan: for programs that read neither.
+    Looks at sizes of text (commits of what is on the hub) and at all of a model but its weights,
+    and only at what is spelled otherwise than in the plan: for programs that read neither.
 
     Args:
         there: `Plan.settings`.
         files: `Plan.files`.
+        commit: `Plan.corpus_commit`.
         content: `Plan.model_content`.
         run: The run.
     """
@@ -85,7 +85,7 @@ def place_changes(
         changes += model
     if corpus:
         try:
-            if not Corpus(run.corpus, run.store.s3).holds(files):
+            if not Corpus(run.corpus, run.store.s3).holds(files, commit):
                 changes += corpus
         except HubUnavailableError:
             raise
@@ -117,8 +117,6 @@ def model_content(model: ModelConfig, *, weights: bool = True) -> dict[str, str]
             return {path.name: _checksum(path) for path in _deciding(folder, weights=weights)}
         except OSError as exc:
             raise ModelError(f"model.path {model.path}: cannot be read: {exc}") from exc
-    if model.revision and _COMMIT.fullmatch(model.revision):
-        return {"commit": model.revision}
     commit = cached_commit(model.path, model.revision)
     return {"commit": commit} if commit else None
 

@@ -343,7 +343,7 @@ def load_plan(store: ObjectStore, run: Run) -> Plan:
             f"{store.url}: holds no plan yet; run `dist-sae plan` first"
         ) from exc
     changed = setting_changes(plan.settings, plan_settings(plan.resolve(run))) or place_changes(
-        plan.settings, plan.files, plan.model_content, run
+        plan.settings, plan.files, plan.corpus_commit, plan.model_content, run
     )
     if changed:
         raise _mismatch(store, changed)

@@ -222,7 +222,9 @@ def test_planning_again_asks_for_what_was_planned(
         lambda *_, revision, **__: datasets.Dataset.from_dict({"text": texts[revision]}),
     )
     monkeypatch.setattr(
-        dist_sae.data.corpus, "dataset_commit", lambda _, revision: revision or commits[-1]
+        dist_sae.data.corpus,
+        "dataset_commit",
+        lambda _, name: name if name in commits else commits[-1],
     )
     for module, name, stand_in in (
         (dist_sae.plan, "check_sites", lambda *_: {}),
@@ -241,6 +243,17 @@ def test_planning_again_asks_for_what_was_planned(
     assert made.corpus_commit == "1" * 40
     commits.reverse()
     assert plan(run) == made
+    store = open_store(run.store.activations)
+    with monkeypatch.context() as m:
+        m.delattr(datasets, "load_dataset")  # whoever needs no text reads none
+        for revision in ("main", *commits):
+            corpus = run.corpus.model_copy(update={"revision": revision})
+            pinned = run.model_copy(update={"corpus": corpus})
+            if revision == made.corpus_commit:
+                assert load_plan(store, pinned) == made
+                continue
+            with pytest.raises(PlanMismatchError, match=rf"corpus\.revision: None -> {revision}"):
+                load_plan(store, pinned)
     (home / "model" / "config.json").write_text("another")
     with pytest.raises(PlanMismatchError, match=r"the model has changed: config\.json"):
         plan(run)
