@@ -7,6 +7,7 @@ that need neither; producers and evaluation, which read them, compare all of it.
 
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from glob import glob
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +58,20 @@ def setting_changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[s
             f"activations.sites: {', '.join(more)} was not recorded, only {', '.join(recorded)}"
         )
     return changes
+
+
+def moved_places(there: Run, here: Run) -> list[str]:
+    """Where the text or model of two runs lie in different places, however these are spelled.
+
+    For programs that have neither text nor model, nor perhaps a plan.
+    """
+    old, new = plan_settings(there), plan_settings(here)
+    return [
+        change
+        for section in _PLACES
+        if _resolved(old[section]) != _resolved(new[section])
+        for change in _moved(section, old, new)
+    ]
 
 
 def place_changes(
@@ -173,6 +188,24 @@ def _without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
         section: {k: v for k, v in keys.items() if k not in _PLACES.get(section, ())}
         for section, keys in settings.items()
     }
+
+
+def _resolved(section: Mapping[str, Any]) -> tuple[Any, set[str]]:
+    """The revision, and the places: where there are such files here, these without links."""
+    names = [
+        *section.get("files", ()),
+        *(section[key] for key in ("path", "name") if key in section),
+    ]
+    found = set[str]()
+    for name in names:
+        path = os.path.expanduser(name)
+        matches = [path] if os.path.exists(path) else glob(path, recursive=True)
+        is_path = matches or Path(path).is_absolute()
+        if is_path:
+            found |= {os.path.realpath(match) for match in matches or [path]}
+        else:  # in pods, or a name on the hub
+            found.add(os.path.normpath(name))
+    return section.get("revision"), found
 
 
 def _moved(section: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

@@ -66,7 +66,7 @@ def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]
         out_of_reach["metrics"] = str(exc)
     try:
         status["store"] = stored.progress()
-        differing = stored.changes()
+        differing = stored.changes(stored.begun())
         numbers = numbers or _stored_numbers(stored)
     except DistSaeError as exc:
         out_of_reach["store"] = str(exc)

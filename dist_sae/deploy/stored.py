@@ -7,11 +7,12 @@ from typing import Any
 from dist_sae.checkpoint.folder import begun_run
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.config import Run
-from dist_sae.config.deciding import changes, deciding
+from dist_sae.config.deciding import PLAN_SECTIONS, as_begun, changes, deciding
 from dist_sae.data.consumers import Consumers
+from dist_sae.data.identity import moved_places, plan_settings, setting_changes
 from dist_sae.data.plan import Plan, load_plan, planned
 from dist_sae.data.shard import existing_units
-from dist_sae.errors import PlanMismatchError
+from dist_sae.errors import HubUnavailableError, PlanMismatchError, StoreError
 from dist_sae.report import report_key
 from dist_sae.storage import ObjectStore, open_store
 from dist_sae.telemetry.history import read_history
@@ -57,10 +58,24 @@ class StoredRun:
             return trained is not None
         return any(age <= trained for age in reports)
 
-    def changes(self) -> list[str]:
-        """Where the run file at hand differs from the run's own in what decides the outcome."""
-        begun = self.begun()
-        return [] if begun is None else changes(deciding(begun), self._run)
+    def changes(self, other: Run | None) -> list[str]:
+        """Where the run file at hand differs from another one in what decides the outcome.
+
+        Text and model are compared by content, as far as there is a plan which knows that; else by
+        where they lie, however that is spelled.
+        """
+        if other is None:
+            return []
+        stored = deciding(other)
+        run = as_begun(self._run, stored)
+        changed = changes(stored, run, but=PLAN_SECTIONS)
+        changed += setting_changes(plan_settings(other), plan_settings(run))
+        if moved := moved_places(other, run):
+            try:
+                load_plan(self._activations, run)
+            except (PlanMismatchError, StoreError, HubUnavailableError):  # or there is none
+                changed += moved
+        return changed
 
     def progress(self) -> dict[str, Any]:
         """How far producers and trainers are, by what they have stored.

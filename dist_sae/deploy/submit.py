@@ -12,7 +12,6 @@ from itertools import chain
 from typing import Any, NamedTuple
 
 from dist_sae.config import Run, differences
-from dist_sae.config.deciding import changes, deciding
 from dist_sae.deploy.cluster import Cluster
 from dist_sae.deploy.fit import check_fit
 from dist_sae.deploy.jobs import in_pods, parts, render_objects
@@ -66,7 +65,7 @@ def submit(
     objects = render_objects(run)
     live = check_own(cluster, run, objects)
     there = look(cluster, run)
-    _check_same(run, there.run, f"{describe(run, cluster)} on the cluster")
+    _check_same(StoredRun(run), there.run, f"{describe(run, cluster)} on the cluster")
     if steps := _done(run):
         say(f"{run.name} is complete: step {steps} is in {run.store.runs}/{run.name}")
         return {"outcome": "complete", "objects": {}}
@@ -123,7 +122,7 @@ def resume(run: Run, cluster: Cluster, say: Say, *, ignore_nodes: bool = False) 
     """
     render_objects(run)  # says what is wrong before anything is deleted
     there = look(cluster, run)
-    _check_same(run, there.run, f"{describe(run, cluster)} on the cluster")
+    _check_same(StoredRun(run), there.run, f"{describe(run, cluster)} on the cluster")
     if steps := _done(run):
         raise PlanMismatchError(
             f"{run.store.runs}/{run.name}: is complete at step {steps}; raise train.rows under "
@@ -209,8 +208,8 @@ def _invalid(obj: Object, exc: RejectedError) -> ClusterError:
     return RejectedError(f"the cluster does not take {_name(obj)}: {exc}")
 
 
-def _check_same(run: Run, other: Run | None, where: str) -> None:
-    if other and (changed := changes(deciding(other), run)):
+def _check_same(stored: StoredRun, other: Run | None, where: str) -> None:
+    if changed := stored.changes(other):
         raise PlanMismatchError(
             f"{where}: is a run with other settings ({'; '.join(changed)}); restore them or choose "
             f"another name"
@@ -225,7 +224,7 @@ def _done(run: Run) -> int | None:
     """
     try:
         stored = StoredRun(run)
-        _check_same(run, stored.begun(), stored.url)
+        _check_same(stored, stored.begun(), stored.url)
         return stored.steps if stored.is_complete() else None
     except StoreError as exc:  # a store may be for the cluster alone; trainers will look again
         logger.warning("whether the run is complete or another is not known from here: %s", exc)

@@ -25,6 +25,7 @@ from dist_sae.data.plan import (
     make_plan,
     publish_plan,
 )
+from dist_sae.deploy.stored import StoredRun
 from dist_sae.errors import PlanMismatchError
 from dist_sae.plan import plan
 from dist_sae.storage import open_store
@@ -208,6 +209,22 @@ def test_what_the_hub_had_when_the_plan_was_made_stays(
         else:
             with pytest.raises(PlanMismatchError, match=rf"model\.revision: None -> {revision}"):
                 load_plan(store, asked)
+
+
+def test_a_run_of_the_same_name_is_known_by_content_where_there_is_a_plan(home: Path) -> None:
+    """As that on a cluster, or in the store; text and model were moved since."""
+    run = run_of(home, ["a.txt", "b.txt"])
+    made = make(run)
+    (home / "there").mkdir()
+    for name in ("a.txt", "b.txt", "model"):
+        (home / name).rename(home / "there" / name)
+    moved = run_of(home, ["there/*.txt"], "there/model")
+    names = ["model.path", "corpus.files"]
+    assert [line.split(":")[0] for line in StoredRun(moved).changes(run)] == names
+    publish_plan(open_store(run.store.activations), made)
+    assert StoredRun(moved).changes(run) == []
+    (home / "there" / "b.txt").write_text("other text")
+    assert [line.split(":")[0] for line in StoredRun(moved).changes(run)] == names
 
 
 def test_planning_again_asks_for_what_was_planned(

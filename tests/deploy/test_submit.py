@@ -105,6 +105,36 @@ def test_run_of_another_configuration_is_left_alone(api: ApiServer, sh: Shell, p
     assert versions(api) == before
 
 
+def test_another_spelling_of_a_place_is_the_same_run(
+    api: ApiServer, sh: Shell, path: str, tmp_path: Path
+) -> None:
+    """On the cluster, and in the store."""
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+
+    def submit(model: str, *files: str) -> tuple[str, ...]:
+        names = ", ".join(f"{tmp_path}/{name}" for name in files)
+        return (
+            *("submit", path, "--set", f"model={{kind: huggingface, path: {tmp_path}/{model}}}"),
+            *("--set", f"corpus={{kind: files, files: [{names}]}}"),
+            *("--set", "activations.sites=[resid_post.0]"),
+        )
+
+    first = submit("model", "a.txt", "b.txt")
+    again = submit("link", "./b.txt", "link/../a.txt")
+    sh(*first)
+    assert "with --replace its pods save and end" in sh.fail(*again)
+    begun = dump_run(load_run(path, first[3::2]))
+    run = load_run(path)
+    open_store(run.store.runs, run.store.s3).put("tiny/run.yaml", begun.encode())
+    assert "with --replace its pods save and end" in sh.fail(*again)
+    said = sh.fail(*submit("link", "a.txt"))
+    assert "is a run with other settings (corpus.files: " in said
+    assert "model.path" not in said
+
+
 def test_stored_run_of_another_configuration_is_left_alone(
     api: ApiServer, sh: Shell, path: str, bucket: Bucket
 ) -> None:
