@@ -35,6 +35,7 @@ from dist_sae.sae.dead import DeadLatents
 from dist_sae.sae.ema import WeightAverage
 from dist_sae.sae.init import initialise_from_data
 from dist_sae.sae.kernels.choice import choose_kernels
+from dist_sae.start import Start, places_of
 from dist_sae.storage import ObjectStore, open_store
 from dist_sae.telemetry.exporter import Telemetry
 
@@ -82,11 +83,11 @@ def begin(
     registration = _registration(run, plan, activations, mesh)
 
     start = _start(runs, asked, plan, checkpoints, mesh)
-    run = plan.resolve(asked, start.lineage.stream_rows)
+    run = start.resolve(asked, plan)
     times.steps = run.steps
     if start.found:
         run = as_begun(run, start.found[0].scalars["run"])
-    check_rows(run, plan, start.lineage.stream_rows * plan.streams)
+    start.check(run, plan)
     if mesh.is_first:
         for line in void_settings(run, plan):
             logger.warning("%s", line)
@@ -110,7 +111,7 @@ def begin(
         state.read(start.parent)()
     if start.found:
         checkpoint = _restore(state, start.found, checkpoints, mesh, telemetry)
-        step, places = checkpoint.step, _places(checkpoint)
+        step, places = checkpoint.step, places_of(checkpoint)
         durable_at = time.time() - checkpoints.age_seconds(step)
         telemetry.set("dist_sae_checkpoint_step", step)
         telemetry.set("dist_sae_checkpoint_timestamp_seconds", durable_at)
@@ -130,46 +131,25 @@ def begin(
     )
 
 
-class _Start(NamedTuple):
-    """Checkpoints to begin from: the run's own, or its parent's."""
-
-    found: Sequence[Checkpoint] = ()
-    """Its own checkpoints, the newest first."""
-    parent: Checkpoint | None = None
-    """Where there are none: that of another run."""
-    lineage: Lineage = Lineage()
-    places: Mapping[int, Place] = {}
-    """Where the parent's streams were, if they are gone on with."""
-
-
-def _start(runs: ObjectStore, run: Run, plan: Plan, checkpoints: Checkpoints, mesh: Mesh) -> _Start:
+def _start(runs: ObjectStore, run: Run, plan: Plan, checkpoints: Checkpoints, mesh: Mesh) -> Start:
     """Collective: all ranks go on from the same.
 
     Raises:
         Stopped: They found different ones.
     """
     if found := _found(checkpoints, runs, run, plan, mesh):
-        return _Start(found, lineage=Lineage.from_scalars(found[0].scalars))
-    parent = warm_start.find(runs, plan.resolve(run), plan.hash)
-    if len(set(mesh.everyones(parent and parent.step))) > 1:
+        return Start.of_own(found)
+    start = Start.of_others(runs, run, plan)
+    if len(set(mesh.everyones(start.parent and start.parent.step))) > 1:
         raise Stopped(f"{run.name}: its parent was written while the ranks began; start again")
-    if parent is None:
-        return _Start()
-    how = run.train.parent
-    reads_on = how is not None and how.data == "continue"
-    lineage = Lineage.of_child(
-        parent,
-        state=how is not None and how.state,
-        streams=plan.streams if reads_on else None,
-    )
-    logger.info("goes on from %s", lineage.describe())
-    return _Start(parent=parent, lineage=lineage, places=_places(parent) if reads_on else {})
+    if start.parent:
+        logger.info("goes on from %s", start.lineage.describe())
+    return start
 
 
-def _normaliser(run: Run, units: Units, start: _Start, times: Times) -> Normaliser:
+def _normaliser(run: Run, units: Units, start: Start, times: Times) -> Normaliser:
     """Its own, or its parent's on the same data; else it is measured, and a parent's scale kept."""
-    known = start.found[0] if start.found else start.parent
-    if known and known.scalars.get("plan") == units.plan.hash:
+    if known := start.knows_rows_of(units.plan):
         return Normaliser.from_scalars(known.scalars)
     times.end("begin")
     assert run.train.normaliser_rows is not None, "the plan resolves it"
@@ -184,13 +164,13 @@ def _initialise(
     units: Units,
     normaliser: Normaliser,
     sae: Dictionary,
-    start: _Start,
+    start: Start,
     times: Times,
 ) -> None:
     """The initial dictionary, from the first batch, or as many as it wants directions from."""
     parent = start.parent
     known = warm_start.width(parent) if parent else 0
-    n_rows = sae.n_latents - known if parent else run.sae.init_rows
+    n_rows = start.init_rows(run)
     n_batches = max(1, -(-n_rows // run.train.batch_rows))
 
     def rows() -> Generator[Tensor]:
@@ -242,18 +222,13 @@ def _found(
         check_same_run(checkpoint.scalars["run"], resolved, f"{runs.url}/{run.name}", remedy)
         if checkpoint.scalars["plan"] != plan.hash or not all(
             stream < plan.streams and place.first in windows
-            for stream, place in _places(checkpoint).items()
+            for stream, place in places_of(checkpoint).items()
         ):
             raise PlanMismatchError(
                 f"{run.store.runs}/{run.name}: was trained on another activation set than "
                 f"{run.store.activations}; restore store.activations or choose another name"
             )
     return found
-
-
-def _places(checkpoint: Checkpoint) -> dict[int, Place]:
-    """Where the streams are, by number."""
-    return {int(v): Place(*place) for v, place in checkpoint.scalars["places"].items()}
 
 
 def _restore(

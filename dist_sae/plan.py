@@ -8,6 +8,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from dist_sae import logs
+from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.config import Run
 from dist_sae.config.data import SyntheticCorpus
 from dist_sae.data.corpus import Corpus, CorpusIndex
@@ -18,8 +19,6 @@ from dist_sae.data.plan import (
     PLAN_KEY,
     Plan,
     as_planned,
-    check_ahead,
-    check_rows,
     find_plan,
     load_plan,
     make_plan,
@@ -28,7 +27,9 @@ from dist_sae.data.plan import (
 from dist_sae.data.shard import DTYPES, ORIGIN_BYTES
 from dist_sae.errors import EXIT_USER, HubUnavailableError
 from dist_sae.models import build_tokenizer, check_sites
+from dist_sae.parallel.deepspeed_keys import check_deepspeed
 from dist_sae.reporting.void import void_settings
+from dist_sae.start import Start
 from dist_sae.storage import UNMETERED, Meter, open_store
 
 logger = logging.getLogger(__name__)
@@ -50,11 +51,13 @@ def foresee(run: Run, meter: Meter = UNMETERED) -> tuple[Plan, dict[str, Any]]:
         meter: Takes the metrics.
 
     Raises:
+        ConfigError: DeepSpeed does not take `train.deepspeed`, or the run cannot begin.
         CorpusError: The text is missing, unreadable, empty or too small.
         ModelError: The model cannot be found, or cannot be recorded at a site.
         DataExhaustedError: `train.rows` asks for more than there will be.
         PlanMismatchError: The store holds a plan made from other settings or other text.
     """
+    check_deepspeed(run)  # before anything is read or written
     store = open_store(run.store.activations, run.store.s3, meter)
     is_planned = store.size(PLAN_KEY) is not None
     if is_planned:  # what the hub had then, whatever it has now
@@ -72,12 +75,12 @@ def foresee(run: Run, meter: Meter = UNMETERED) -> tuple[Plan, dict[str, Any]]:
         if not is_planned:
             exc.exit_code = EXIT_USER  # nothing has shown yet that the name is right
         raise
-    run = made.resolve(run)
-    check_rows(run, made)
-    check_ahead(run, made)
+    start = _start(run, made, meter)
+    run = start.resolve(run, made)
+    start.check(run, made)
     there = found or publish_plan(store, made)
     created, made = there is made and not found, there
-    told = forecast(run, made, widths)
+    told = forecast(run, made, widths, start.taken_rows(made))
     meter.set("dist_sae_plan_units", len(made.units))
     meter.set("dist_sae_plan_documents", told["documents"])
     meter.set("dist_sae_plan_train_rows", made.train_rows_estimate)
@@ -88,20 +91,30 @@ def foresee(run: Run, meter: Meter = UNMETERED) -> tuple[Plan, dict[str, Any]]:
     return made, told
 
 
-def forecast(run: Run, plan: Plan, widths: Mapping[str, int]) -> dict[str, Any]:
+def _start(run: Run, plan: Plan, meter: Meter) -> Start:
+    """What training would begin from now."""
+    runs = open_store(run.store.runs, run.store.s3, meter)
+    newest = Checkpoints(runs, run.name, run.train.keep_checkpoints).latest()
+    return Start.of_own([newest]) if newest else Start.of_others(runs, run, plan)
+
+
+def forecast(
+    run: Run, plan: Plan, widths: Mapping[str, int], taken_rows: int = 0
+) -> dict[str, Any]:
     """What the plan will give, before anything is produced.
 
     Args:
         run: The run, resolved by the plan.
         plan: Its plan.
         widths: Of each site.
+        taken_rows: Rows of the set that the run's parents took.
 
     Returns:
         Counts: `documents`, `train_units`, `heldout_units`; `streams`, `window_units`, `unit_rows`
         of the layout and `first_unit_rows`; `first_windows_units`, without which no training
         begins; rows, about: `train_rows` and `heldout_rows` to be stored, `pass_rows` that a pass
         gives to training, `unusable_rows`, which it does not; `bytes` of all rows in the store; of
-        the run `run_rows` and `passes`.
+        the run `taken_rows` by its parents, and `run_rows` and `passes` of its own.
     """
     rows = plan.rows_of_units
     return {
@@ -117,6 +130,7 @@ def forecast(run: Run, plan: Plan, widths: Mapping[str, int]) -> dict[str, Any]:
         "pass_rows": plan.pass_rows,
         "unusable_rows": plan.train_rows_estimate - plan.pass_rows,
         "bytes": sum(rows) * _row_bytes(run.activations.dtype, widths),
+        "taken_rows": taken_rows,
         "run_rows": run.steps * run.train.batch_rows,
         "passes": round(run.steps * run.train.batch_rows / plan.pass_rows, 3),
     }
@@ -130,16 +144,17 @@ def _row_bytes(dtype: str, widths: Mapping[str, int]) -> int:
 
 def describe(told: dict[str, Any]) -> str:
     """A forecast in a sentence."""
+    after = f" after the {told['taken_rows']:,} of its parents" if told["taken_rows"] else ""
     return (
         f"{told['documents']:,} documents in {told['train_units']} units to train on and "
         f"{told['heldout_units']} held out; about {told['pass_rows']:,} rows a pass, "
         f"{told['bytes'] / 1e9:,.2f} GB; the run takes {told['run_rows']:,}, "
-        f"{told['passes']:.2g} passes"
+        f"{told['passes']:.2g} passes{after}"
     )
 
 
 def _warnings(told: dict[str, Any]) -> Iterator[str]:
-    if told["pass_rows"] > _MUCH_MORE * told["run_rows"]:
+    if told["pass_rows"] > _MUCH_MORE * (told["taken_rows"] + told["run_rows"]):
         yield (
             f"the activation set will have about {told['pass_rows']:,} rows to train on, of which "
             f"this run takes {told['run_rows']:,}: all are made; corpus.max_documents makes fewer"

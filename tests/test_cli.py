@@ -197,6 +197,16 @@ def test_json_is_the_last_line_of_stdout(
     assert "deepspeed" in json.loads(capsys.readouterr().out.splitlines()[-1])
 
 
+def test_plan_tells_a_mistake_in_deepspeeds_part(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = synthetic_run(tmp_path, train={"deepspeed": {"zero_optimisation": {"stage": 1}}})
+    assert "train.deepspeed.zero_optimisation: unknown to DeepSpeed" in fail(
+        capsys, "plan", str(path)
+    )
+    assert files_in(tmp_path) == ["run.yaml"]
+
+
 def test_plan_made_twice_is_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = str(synthetic_run(tmp_path))
     outputs = []

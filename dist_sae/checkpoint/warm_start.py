@@ -121,12 +121,6 @@ def check(checkpoint: Checkpoint, run: Run) -> None:
         raise ConfigError(
             f"{run.name}: train.rows: {run.train.rows} rows are too few for {n_new} new latents"
         )
-    ahead, least = run.store.max_ahead_units, run.least_ahead_units(n_new)
-    if ahead is not None and ahead < least:
-        raise ConfigError(
-            f"{run.name}: store.max_ahead_units: {ahead} would stop the run before its first step, "
-            f"which needs a row for each new latent; use {least} or more"
-        )
 
 
 def width(checkpoint: Checkpoint) -> int:

@@ -6,7 +6,8 @@ need no torch.
 
 import re
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import accumulate, repeat, takewhile
 from pathlib import Path
 from typing import Annotated, Any, Self
 
@@ -171,32 +172,46 @@ class Run(Section):
             wanted = self.sae.init_rows
             yield "sae.init", f"data wants {wanted} rows, of train.rows; or: random"
 
-    def least_ahead_units(self, init_rows: int) -> int:
-        """The least `store.max_ahead_units` that a run with so many rows to begin with can do with.
+    def ahead_problem(
+        self, rows: int, first_windows: int, unit_rows: Iterable[int], most: int | None = None
+    ) -> str | None:
+        """Why `store.max_ahead_units` would keep the run from its first step, if it would.
 
-        It reads them before it can say that it has come any further. 0 while the plan has not
-        decided how large units and windows are.
+        Args:
+            rows: Rows that the run reads before it can say that it has come any further.
+            first_windows: Units of its streams' first windows.
+            unit_rows: Rows of the units from where it begins to read, in their order.
+            most: How many units there are.
         """
-        activations = self.activations
-        if activations.streams is None or activations.unit_rows is None:
-            return 0
-        rows = max(self.train.normaliser_rows or 0, init_rows)
+        ahead = self.store.max_ahead_units
+        if ahead is None:
+            return None
         rows += 4 * self.train.batch_rows  # batches are assembled ahead
         # streams may be a window apart, for their units are not equally long
-        windows = 2 * activations.streams * activations.window_units
-        return windows + -(-rows // activations.unit_rows)
+        least = 2 * first_windows + 1
+        least += sum(1 for _ in takewhile(rows.__gt__, accumulate(unit_rows)))
+        least = least if most is None else min(least, most)
+        if ahead >= least:
+            return None
+        return (
+            f"{ahead} would stop the run: its streams' windows and the {rows} rows that it begins "
+            f"with hold {least} units at once; use {least} or more"
+        )
 
     def _retention_problems(self) -> Iterator[tuple[str, str]]:
         store = self.store
         if store.retention == "delete_consumed" and self.train.max_passes > 1:
             yield "store.retention", "delete_consumed leaves nothing for train.max_passes above 1"
-        least = self.least_ahead_units(self.sae.init_rows)
-        if store.max_ahead_units is not None and store.max_ahead_units < least:
-            yield (
-                "store.max_ahead_units",
-                f"{store.max_ahead_units} would stop the run: its streams' windows and its "
-                f"normaliser hold {least} units at once",
-            )
+        activations = self.activations
+        if activations.streams is None or activations.unit_rows is None:
+            return  # the plan decides how large units and windows are
+        problem = self.ahead_problem(
+            max(self.train.normaliser_rows or 0, self.sae.init_rows),
+            activations.streams * activations.window_units,
+            repeat(activations.unit_rows),
+        )
+        if problem:
+            yield "store.max_ahead_units", problem
 
     def _pod_problems(self) -> Iterator[tuple[str, str]]:
         trainer, producer = self.cluster.trainer, self.cluster.producer

@@ -14,10 +14,11 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Literal
 
+from dist_sae.config import Run
 from dist_sae.data.loader import Place
 from dist_sae.data.plan import Plan
 from dist_sae.data.shard import read_manifest
-from dist_sae.errors import DataExhaustedError, ObjectNotFoundError
+from dist_sae.errors import ConfigError, DataExhaustedError, ObjectNotFoundError
 from dist_sae.storage import Entry, ObjectStore
 from dist_sae.storage.own import OwnKeys, name_foreign
 from dist_sae.storage.records import Record, read_record, seal
@@ -59,6 +60,38 @@ def retired_below(store: ObjectStore) -> int:
 def kept_units(store: ObjectStore, plan: Plan) -> range:
     """Training units that have not been deleted after use."""
     return plan.train_units[retired_below(store) :]
+
+
+def lowest_unit(plan: Plan, places: Mapping[int, Place], *, keeps: bool) -> int:
+    """The first unit, in the order of the plan, of all windows that are being read.
+
+    A run of one pass that has ended reads its last windows again; with more (`keeps`) every unit
+    has been there once.
+    """
+    return min(
+        (
+            plan.n_train_units if place.data_pass and keeps else stream + plan.streams * place.first
+            for stream, place in places.items()
+        ),
+        default=0,
+    )
+
+
+def check_ahead(run: Run, plan: Plan, rows: int, first: int = 0) -> None:
+    """Make sure that producers are not held back before training can take its first step.
+
+    Args:
+        run: The run, resolved.
+        plan: Its plan.
+        rows: Rows that the run reads before it can say that it has come any further.
+        first: The unit from which on it reads.
+
+    Raises:
+        ConfigError: They would be, for ever.
+    """
+    units = plan.rows_of_units[first : plan.n_train_units]
+    if problem := run.ahead_problem(rows, plan.first_windows, units, most=len(units)):
+        raise ConfigError(f"store.max_ahead_units: {problem}")
 
 
 class Consumers:
@@ -220,20 +253,7 @@ class Registration:
             logger.info("deleted the shards of units below %d", below)
 
     def _lowest(self, places: Mapping[int, Place]) -> int:
-        """The first unit, in the order of the plan, of all windows that are being read.
-
-        A run of one pass that has ended reads its last windows again.
-        """
-        plan = self._plan
-        return min(
-            (
-                plan.n_train_units
-                if place.data_pass and self._keeps
-                else stream + plan.streams * place.first
-                for stream, place in places.items()
-            ),
-            default=0,
-        )
+        return lowest_unit(self._plan, places, keeps=self._keeps)
 
     def _say(self) -> None:
         self._said = time.monotonic()

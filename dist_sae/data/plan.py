@@ -28,7 +28,6 @@ from dist_sae.data.identity import (
 from dist_sae.data.orders import permutation
 from dist_sae.data.shard import DTYPES, existing_units
 from dist_sae.errors import (
-    ConfigError,
     CorpusError,
     DataExhaustedError,
     ObjectNotFoundError,
@@ -269,24 +268,6 @@ def check_rows(run: Run, plan: Plan, taken: int = 0) -> None:
             f"train.rows asks for {run.rows} rows{after}, but the activation set will have about "
             f"{plan.pass_rows} in one pass (train.max_passes {run.train.max_passes}); "
             f"lower train.rows (all takes what there is), raise train.max_passes or add text"
-        )
-
-
-def check_ahead(run: Run, plan: Plan) -> None:
-    """`Run.least_ahead_units` with units as they are: the first ones may be small.
-
-    Raises:
-        ConfigError: Producers would be held back before training has what it begins with.
-    """
-    ahead, train = run.store.max_ahead_units, run.train
-    rows = max(train.normaliser_rows or 0, run.sae.init_rows) + 4 * train.batch_rows
-    ends = np.cumsum(plan.rows_of_units[: plan.n_train_units])
-    least = 2 * plan.first_windows + int(np.searchsorted(ends, rows)) + 1
-    least = min(least, plan.n_train_units)
-    if ahead is not None and ahead < least:
-        raise ConfigError(
-            f"store.max_ahead_units: {ahead} would stop the run: its streams' windows and its "
-            f"normaliser hold {least} units at once"
         )
 
 

@@ -1,19 +1,25 @@
 """What another run's checkpoint leaves for a run to begin with, and what of it a shard takes."""
 
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from dist_sae.beginning import begin
 from dist_sae.checkpoint import warm_start
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.config import Run, load_run, validate_run
 from dist_sae.config.deciding import deciding
 from dist_sae.errors import ConfigError, CorruptObjectError
+from dist_sae.parallel.mesh import Mesh
+from dist_sae.plan import plan
+from dist_sae.reporting.times import Times
 from dist_sae.sae import build_sae
-from dist_sae.sae.axis import WholeAxis
+from dist_sae.sae.axis import WHOLE, WholeAxis
 from dist_sae.storage import open_store
+from dist_sae.telemetry.exporter import Telemetry
 from tests.launch import WORLD, write_run
 from tests.sae.recipes import D_IN
 from tests.world import save
@@ -124,25 +130,29 @@ def test_what_was_left_in_part_goes_too(tmp_path: Path) -> None:
     assert {key.split("/")[2] for key in runs.keys("world/warm-start/")} == {"step-00000030"}
 
 
-@pytest.mark.parametrize(
-    ("settings", "problem"),
-    [
-        ({"train": {"rows": 160}, "sae": {"n_latents": 300}}, "160 rows are too few for 236 new"),
-        (
-            {"store": {"max_ahead_units": 24}, "sae": {"n_latents": 6000}},
-            "max_ahead_units: 24 would stop the run before its first step",
-        ),
-    ],
-)
-def test_new_latents_must_have_rows_to_point_at(
-    tmp_path: Path, settings: dict[str, Any], problem: str
-) -> None:
-    """Also of recipes whose own directions are random."""
-    settings["sae"] |= {"kind": "batchtopk", "k": 3, "auxk": 16, "init": "random"}
-    places = {"activations": str(tmp_path / "a"), "runs": str(tmp_path / "runs")}
-    path = write_run(tmp_path, **settings | {"store": places | settings.get("store", {})})
-    with pytest.raises(ConfigError, match=problem):
-        warm_start.leave(checkpoint(tmp_path), open_store(str(tmp_path / "runs")), load_run(path))
+def random_run(folder: Path, n_latents: int, **sections: Any) -> Run:
+    """Of a recipe whose own directions are random."""
+    sae = {"kind": "batchtopk", "n_latents": n_latents, "k": 3, "auxk": 16, "init": "random"}
+    places = {"activations": str(folder / "a"), "runs": str(folder / "runs")}
+    return load_run(write_run(folder, sae=sae, store=places | {"max_ahead_units": 25}, **sections))
+
+
+def test_new_latents_must_have_rows_to_point_at(tmp_path: Path) -> None:
+    run = random_run(tmp_path, 300, train={"rows": 160})
+    with pytest.raises(ConfigError, match="160 rows are too few for 236 new"):
+        warm_start.leave(checkpoint(tmp_path), open_store(run.store.runs), run)
+
+
+def test_rows_for_new_latents_count_for_how_far_producers_must_run_ahead(tmp_path: Path) -> None:
+    """8 units in the first windows, 6,576 rows in 18 units of about 367; else 2,640 rows in 8."""
+    run = random_run(tmp_path, 6000, corpus={"documents": 1000})
+    plan(run)
+    warm_start.leave(checkpoint(tmp_path), open_store(run.store.runs), run)
+    mesh, telemetry = Mesh(0, 1, torch.device("cpu"), WHOLE), Telemetry("world", "train", None)
+    times = Times(telemetry, mesh.device)
+    for ask in (lambda: plan(run), lambda: begin(run, mesh, threading.Event(), telemetry, times)):
+        with pytest.raises(ConfigError, match=r"25 would stop .* the 6576 rows .* hold 34 units"):
+            ask()
 
 
 def test_a_dictionary_of_another_site_is_refused(tmp_path: Path) -> None:

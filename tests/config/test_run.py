@@ -158,8 +158,8 @@ def test_load_run_refuses_urls_that_lead_nowhere(
         ),
         (  # 2 windows of 4 units in 4 streams, and 2,048 + 4 * 256 rows in units of 2,048
             ["store.max_ahead_units=33"],
-            "store.max_ahead_units: 33 would stop the run: its streams' windows and its "
-            "normaliser hold 34 units at once",
+            "store.max_ahead_units: 33 would stop the run: its streams' windows and the 3072 rows "
+            "that it begins with hold 34 units at once; use 34 or more",
         ),
         (["processes.trainers=3"], "processes.trainers: 3 does not divide activations.streams (4)"),
         (

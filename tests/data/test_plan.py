@@ -13,13 +13,13 @@ from dist_sae.data.identity import plan_settings
 from dist_sae.data.plan import (
     PLAN_KEY,
     Plan,
-    check_ahead,
     load_plan,
     make_plan,
     publish_plan,
 )
 from dist_sae.errors import ConfigError, CorpusError, CorruptObjectError, PlanMismatchError
 from dist_sae.plan import plan
+from dist_sae.start import Start
 from dist_sae.storage import open_store
 from dist_sae.storage.records import seal
 from tests.launch import write_run
@@ -310,6 +310,6 @@ def test_small_first_units_count_for_how_far_producers_must_run_ahead(tmp_path: 
     made = dealt(run(1), index(9000), 100.0)
     assert made.first_windows == 32
     assert made.rows_of_units[0] == pytest.approx(2048, abs=100)
-    check_ahead(made.resolve(run(98)), made)
+    Start().check(made.resolve(run(98)), made)
     with pytest.raises(ConfigError, match=r"97 would stop the run: .* hold 98 units"):
-        check_ahead(made.resolve(run(97)), made)
+        Start().check(made.resolve(run(97)), made)

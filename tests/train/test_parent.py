@@ -11,10 +11,12 @@ from dist_sae.checkpoint import warm_start
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.checkpoint.lineage import Ancestor, Lineage
 from dist_sae.config import load_run
-from dist_sae.data.plan import Plan, check_rows, load_plan
+from dist_sae.data.plan import Plan, load_plan
 from dist_sae.deploy.stored import StoredRun
 from dist_sae.errors import DataExhaustedError, DistSaeError
+from dist_sae.plan import foresee
 from dist_sae.reporting.completed import completed_result
+from dist_sae.start import Start
 from dist_sae.storage import open_store
 from dist_sae.waiting import await_end
 from tests.launch import run, train
@@ -82,10 +84,15 @@ def test_all_rows_of_a_child_are_those_that_its_parent_left(activations: str, ha
     """And whoever asks later knows it: training, those who wait for its end, a cluster's status."""
     path = run_file(half, activations, sae=SAE, train=CONSTANT | {"max_passes": 1})
     settings = ("name=rest", "train.rows=all", "train.parent={run: world}")
-    for _ in range(2):  # the second finds it trained
-        train(path, *(word for setting in settings for word in ("--set", setting)))
     run_, plan_ = load_run(path, settings), load_plan(open_store(activations), load_run(path))
     steps = (plan_.pass_rows - 4800) // 160
+    forecasts = [foresee(run_)[1]]
+    for _ in range(2):  # the second finds it trained
+        train(path, *(word for setting in settings for word in ("--set", setting)))
+        forecasts.append(foresee(run_)[1])
+    for told in forecasts:
+        assert (told["taken_rows"], told["run_rows"]) == (4800, 160 * steps)
+        assert told["passes"] == round(160 * steps / plan_.pass_rows, 3)
     assert last(half, "rest").step == StoredRun(run_).steps == steps
     await_end(run_, threading.Event())
     done = {"step": steps, "rows": 160 * steps, "rows_with_parents": 4800 + 160 * steps}
@@ -103,7 +110,7 @@ def go_on(path: Path, settings: Sequence[str], plan: Plan) -> None:
     other = load_run(path, settings)
     read = "another" if other.activations.seed else plan.hash
     warm_start.find(open_store(other.store.runs), other, read)
-    check_rows(other, plan, 4800)
+    Start.of_others(open_store(other.store.runs), other, plan).check(other, plan)
 
 
 @pytest.mark.parametrize(

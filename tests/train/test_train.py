@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_sae.beginning import _found, _initialise, _places, _Start
+from dist_sae.beginning import _found, _initialise
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.checkpoints import convert_to_run
 from dist_sae.config import load_run
@@ -25,6 +25,7 @@ from dist_sae.reporting.times import Times
 from dist_sae.sae import build_sae
 from dist_sae.sae.axis import WHOLE
 from dist_sae.sae.init import initialise_from_data
+from dist_sae.start import Start, places_of
 from dist_sae.storage import open_store
 from dist_sae.telemetry.exporter import Telemetry
 from tests.launch import produce, run, train, write_run
@@ -52,7 +53,7 @@ def test_directions_from_data_take_as_many_batches_as_they_need(
     sae = build_sae(settings.sae, 16)
     mesh = Mesh(0, 1, torch.device("cpu"), WHOLE)
     times = Times(Telemetry("world", "train", None), mesh.device)
-    _initialise(settings, mesh, units, normaliser, sae, _Start(), times)
+    _initialise(settings, mesh, units, normaliser, sae, Start(), times)
     with Loader(units, rank=0, world=1, batch_rows=24, steps=range(3), max_passes=1) as loader:
         rows = torch.cat([batch.acts for batch in loader])[:64] * normaliser.scale
     expected = build_sae(settings.sae, 16)
@@ -150,7 +151,7 @@ def test_a_run_does_not_go_on_with_another_activation_set(
     checkpoints = Checkpoints(runs, "world", 2)
     alone = Mesh(0, 1, torch.device("cpu"), WHOLE)
     (saved,) = _found(checkpoints, runs, run, load_plan(open_store(activations), run), alone)
-    assert sorted(_places(saved)) == [0, 1, 2, 3]
+    assert sorted(places_of(saved)) == [0, 1, 2, 3]
     other = plan(load_run(write_run(tmp_path, activations={"seed": 1})))
     with pytest.raises(PlanMismatchError, match="was trained on another activation set"):
         _found(checkpoints, runs, run, other, alone)
