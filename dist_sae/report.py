@@ -78,7 +78,7 @@ def report(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
         trained.check_plan(plan.hash)
     run = plan.resolve(run)  # not before: a run keeps the numbers that it began with
     own, trained_step = (trained.run, trained.step) if trained else (run, None)
-    facts = subject(own, plan, made, trained_step)
+    facts = subject(own, plan, made, trained_step, history)
     units = Units(activations, plan, run.site, _no_waiting())
     latents, latent_rows, no_latents = _latents(run, units, trained)
     page = Page(
@@ -166,7 +166,9 @@ def _facts(
     else:
         passes = f", {facts['passes']:.3g} passes" if "passes" in facts else ""
         yield "Activation width", f"{len(trained.mean):,}"
-        yield "Rows trained", f"{facts['trained_rows']:,} of {own.rows:,}{passes}"
+        again = facts.get("repeated_rows")
+        repeated = f"; {again:,} were read again, for streams had ended early" if again else ""
+        yield "Rows trained", f"{facts['trained_rows']:,} of {own.rows:,}{passes}{repeated}"
         yield "Checkpoint", f"step {trained.step:,} of {own.steps:,}"
         if (lineage := Lineage.from_scalars(trained.checkpoint.scalars)).ancestors:
             rows = lineage.rows + facts["trained_rows"]

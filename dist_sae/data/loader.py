@@ -11,7 +11,8 @@ is the step, and it does not depend on the number of ranks: rank i of n serves s
 The plan promises as many rows of each stream as it estimates for the shortest. Rows that are
 excluded by norm are not known then, so a stream may end a little early. It then reads its last
 window again, its units merged anew, until the run has the rows that it was promised; the rows that
-it reads again are counted. Nothing but the stream's own manifests decides this, so it does not
+it reads again are counted, and limited to what an estimate may be wrong by: a twentieth, or where
+documents are few one of them. Nothing but the stream's own manifests decides this, so it does not
 depend on the number of ranks, and no unit is needed again that retention may have deleted. Rows of
 longer streams would not repeat, but which these are is known only when every manifest is there.
 
@@ -21,6 +22,7 @@ is opened meanwhile.
 
 import itertools
 import logging
+import math
 import queue
 import threading
 import time
@@ -48,6 +50,7 @@ _POLL_SECONDS = (0.1, 2.0)  # first and longest pause while a unit is not there 
 _SAY_EVERY_SECONDS = 30.0
 _BATCHES_AHEAD = 2
 _LOOK_UP_SECONDS = 2.0
+_MOST_REPEATED = 0.05  # of a stream's rows, by which its plan may be wrong
 
 
 class Place(NamedTuple):
@@ -288,26 +291,45 @@ class Stream:
             window = [self._units.manifest(unit) for unit in units]
             here = Place(data_pass, first, rows_seen)
             rows = sum(manifest.rows for manifest in window)
-            if data_pass >= self._max_passes and not (plan.keeps_promise and rows):
-                break
+            over, most = data_pass - self._max_passes, rows
+            if over >= 0:
+                own = rows_seen - over * rows
+                most = self._most_repeated(own) - over * rows
+                if most <= 0 or not rows:
+                    raise self._exhausted(own)
             rows_seen += rows
             if rows_seen <= start:
                 continue
             skip = max(0, start - here.rows_before)
             ranks = np.repeat(np.arange(len(window)), [manifest.rows for manifest in window])
-            merged = ranks[permutation(rows, plan.seed, 2, self._number, data_pass, first)]
+            merged = ranks[permutation(rows, plan.seed, 2, self._number, data_pass, first)][:most]
             starts = np.bincount(merged[:skip], minlength=len(window))
             readers = [
                 _UnitReader(self._units, manifest, int(begin), self._pool)
                 for manifest, begin in zip(window, starts, strict=True)
             ]
             yield here, merged[skip:], readers
-        passes = "1 pass" if self._max_passes == 1 else f"{self._max_passes} passes"
-        raise DataExhaustedError(
-            f"{self._units.store.url}: stream {self._number} of {plan.streams} ends after "
-            f"{rows_seen} rows ({passes}), so there are about {rows_seen * plan.streams} rows "
-            f"in all; raise train.max_passes and start again"
+
+    def _most_repeated(self, own: int) -> int:
+        """Rows that the stream may read again when it has ended after `own`."""
+        plan = self._units.plan
+        if not plan.keeps_promise:
+            return 0
+        document = math.ceil(plan.document_rows)  # one is lost if the tokenizer refuses it
+        return max(int(_MOST_REPEATED * own), self._max_passes * document)
+
+    def _exhausted(self, own: int) -> DataExhaustedError:
+        plan, passes = self._units.plan, f"{self._max_passes} passes"
+        ends = (
+            f"{self._units.store.url}: stream {self._number} of {plan.streams} ends after {own} "
+            f"rows ({'1 pass' if self._max_passes == 1 else passes}), so there are about "
+            f"{own * plan.streams} rows in all"
         )
+        remedy = "raise train.max_passes and start again"
+        if again := self._most_repeated(own):
+            ends += f"; {again} were read again, and no more may be: the plan promised too many"
+            remedy += ", or make another set that excludes less (activations.exclude)"
+        return DataExhaustedError(f"{ends}; {remedy}")
 
     def _in_order(self, place: Place) -> Iterator[tuple[int, int, list[int]]]:
         """(Pass, first, units) of each window from `place` on; the last one again and again."""

@@ -52,7 +52,13 @@ def produced(store: ObjectStore, plan: Plan) -> dict[str, Any]:
     return kept(store, "produced", {"plan": plan.hash}, add_up)
 
 
-def subject(run: Run, plan: Plan, made: Mapping[str, Any], step: int | None) -> dict[str, Any]:
+def subject(
+    run: Run,
+    plan: Plan,
+    made: Mapping[str, Any],
+    step: int | None,
+    history: Iterable[Mapping[str, Any]] = (),
+) -> dict[str, Any]:
     """The run, its data and how far it has come, as JSON has it.
 
     Args:
@@ -60,6 +66,7 @@ def subject(run: Run, plan: Plan, made: Mapping[str, Any], step: int | None) -> 
         plan: Of its activation set.
         made: See `produced`.
         step: Steps done, if there is a checkpoint.
+        history: The run's, which knows how many rows were read again because streams had ended.
     """
     train = run.train
     facts: dict[str, Any] = {
@@ -79,7 +86,9 @@ def subject(run: Run, plan: Plan, made: Mapping[str, Any], step: int | None) -> 
     }
     if step is not None:
         trained = step * train.batch_rows
+        known = [r["repeated_rows"] for r in history if r["step"] <= step and "repeated_rows" in r]
         facts |= {"step": step, "trained_rows": trained}
+        facts |= {"repeated_rows": sum(known)} if known else {}  # older histories do not say
         if made["train_rows"]:
             facts["passes"] = trained / made["train_rows"]
     return {name: value for name, value in facts.items() if value is not None}

@@ -163,12 +163,15 @@ def test_the_batches_of_one_pass_repeat_nothing_and_lack_less_than_a_batch_per_s
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4])
-def test_a_stream_that_ends_early_reads_its_last_window_again(world: World, ranks: int) -> None:
+def test_a_stream_that_ends_early_reads_its_last_window_again(
+    world: World, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Streams 2 and 3 have 480 rows, or 30 batches, of which the last window, a unit, has 112.
 
     Ten batches more repeat 160 rows of both and 144 of the others, which have 496; on any number
     of ranks, and from any step on.
     """
+    monkeypatch.setattr(dist_sae.data.loader, "_MOST_REPEATED", 0.4)
     steps, units = range(world.full_batches + 10), open_units(world.run)
     repeated, parts, places = 0, [], list[dict[int, Place]]()
     for rank in range(ranks):
@@ -194,9 +197,10 @@ def test_a_stream_that_ends_early_reads_its_last_window_again(world: World, rank
 
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (1, 3), (2, 3), (3, 2)])
 def test_another_number_of_passes_goes_on_where_the_rows_are(
-    world: World, before: int, after: int
+    world: World, monkeypatch: pytest.MonkeyPatch, before: int, after: int
 ) -> None:
     """Of stream 2: what its last window was when it had ended is a place in another pass."""
+    monkeypatch.setattr(dist_sae.data.loader, "_MOST_REPEATED", 2.0)
     units, n = open_units(world.run), world.stream_rows[2]
     start = n * min(before, after) + 40
     with ThreadPoolExecutor(4) as pool:
@@ -207,6 +211,25 @@ def test_another_number_of_passes_goes_on_where_the_rows_are(
         assert torch.equal(
             take(here, n), take(open_stream(units, 2, pool, after), start + n)[start:]
         )
+
+
+@pytest.mark.parametrize(("passes", "steps", "share"), [(1, 1, 0.05), (2, 3, 0.05), (2, 2, 0.01)])
+def test_no_more_is_read_again_than_an_estimate_may_be_wrong_by(
+    world: World, monkeypatch: pytest.MonkeyPatch, passes: int, steps: int, share: float
+) -> None:
+    """Wherever reading begins. 5% of 480 rows are 24; 1% less than a document of 16 each pass."""
+    monkeypatch.setattr(dist_sae.data.loader, "_MOST_REPEATED", share)
+    units, stop = open_units(world.run), passes * world.full_batches + steps
+    with open_loader(units, range(stop), passes=passes) as loader:
+        given = list(loader)
+    for start, known in ((0, None), (stop, None), (stop, given[-1].places)):
+        with pytest.raises(DataExhaustedError) as caught:
+            batches(units, range(start, 300), passes=passes, places=known)
+        message = str(caught.value)
+        assert f"ends after {passes * 480} rows" in message
+        assert f"{max(int(share * passes * 480), passes * 16)} were read again" in message
+        assert message.endswith("excludes less (activations.exclude)")
+        assert caught.value.exit_code == 2
 
 
 def test_the_second_pass_has_the_same_rows_in_another_order(world: World) -> None:
@@ -379,7 +402,7 @@ def test_a_unit_without_rows_is_passed_over(own_world: World) -> None:
     with ThreadPoolExecutor(2) as pool:
         before = ids(take(open_stream(open_units(own_world.run), 1, pool), 50))
         left = ids(take(open_stream(open_units(own_world.run), 0, pool), n - gone))
-        again = ids(take(open_stream(open_units(own_world.run), 0, pool), n))
+        again = ids(take(open_stream(open_units(own_world.run), 0, pool), n - gone + 18))
     assert len(set(left)) == len(set(again)) == n - gone
     assert before == ids(take(open_stream(open_units(own_world.run), 1, Inline()), 50))
 

@@ -18,9 +18,11 @@ from dist_sae.data.plan import load_plan
 from dist_sae.data.shard import read_manifest
 from dist_sae.errors import ConfigError, PlanMismatchError
 from dist_sae.evaluate import evaluate
+from dist_sae.evaluation.subject import produced, subject
 from dist_sae.parallel.mesh import Mesh
 from dist_sae.plan import plan
 from dist_sae.precision import is_emulated
+from dist_sae.report import report
 from dist_sae.reporting.times import Times
 from dist_sae.sae import build_sae
 from dist_sae.sae.axis import WHOLE
@@ -274,11 +276,11 @@ def test_too_little_data_is_said_before_the_first_step(tmp_path: Path, activatio
 def test_a_run_gets_the_rows_that_its_plan_promised(tmp_path: Path) -> None:
     """Though rows are excluded by norm, of which no plan can know: others are read again.
 
-    Streams of 47 and 48 documents of 31 rows: 1,457 x 4 rows are promised, 36 batches.
+    Streams of 47 and 48 documents of 31 rows: 1,457 x 4 rows are promised, 36 batches or 1,440 x 4.
     """
     path = write_run(
         tmp_path,
-        activations={"exclude": {"over_norm": 1.4}},
+        activations={"exclude": {"over_norm": 1.6}},
         train={"rows": "all", "max_passes": 1},
     )
     produce(path)
@@ -288,6 +290,15 @@ def test_a_run_gets_the_rows_that_its_plan_promised(tmp_path: Path) -> None:
     run_ = load_run(tmp_path / "runs/world/run.yaml")
     assert run_.train.rows == 36 * 160
     assert run_.left_open == []
+    store = open_store(run_.store.activations)
+    made = load_plan(store, run_)
+    rows = [sum(read_manifest(store, u).rows for u in made.stream_units(v)) for v in range(4)]
+    again = sum(1440 - n for n in rows)
+    assert 0 < again < 0.05 * sum(rows)
+    assert sum(record["repeated_rows"] for record in history(tmp_path)) == again
+    facts = subject(run_, made, produced(store, made), 36, history(tmp_path))
+    assert facts["repeated_rows"] == again
+    assert f"{again} were read again" in Path(report(run_)).read_text()
     train(path)  # nothing is left to do
 
 
