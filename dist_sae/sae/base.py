@@ -296,7 +296,7 @@ class Dictionary(nn.Module):
 
         return slots
 
-    def settle(self, new: slice, x: Float[Tensor, "batch d_in"]) -> None:
+    def settle(self, new: slice | Tensor, x: Float[Tensor, "batch d_in"]) -> None:
         """What the recipe does to new latents beside known ones; here nothing. Collective.
 
         Args:
@@ -313,7 +313,7 @@ class Dictionary(nn.Module):
         x: Float[Tensor, "batch d_in"],
         error: Float[Tensor, "batch d_in"],
     ) -> None:
-        """What the recipe does to latents that are dead and stay so; here nothing. Collective.
+        """Bring back latents that are dead and stay so; does nothing by default. Collective.
 
         `x` and `error` are this rank's rows of the last step and what was left of them.
         """

@@ -10,14 +10,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dist_sae.config.sae import PenalisedConfig
 from dist_sae.sae.base import SPARSE_BELOW, Codes, Dictionary, Inferred, firings
 from dist_sae.sae.constraints import remove_parallel_
-from dist_sae.sae.init import first_rows
+from dist_sae.sae.init import begin_again, first_rows
 from dist_sae.sae.kernels import Entries, autograd, select
 
 Gate = Callable[..., tuple[Tensor, Tensor]]
@@ -77,8 +77,16 @@ class Thresholded(Dictionary):
         self.W_enc.mul_(factor)
         self.b_enc.copy_(theta + factor * (self.b_enc - theta))
 
-    def settle(self, new: slice, x: Float[Tensor, "batch d_in"]) -> None:
+    def settle(self, new: slice | Tensor, x: Float[Tensor, "batch d_in"]) -> None:
         set_active_share(self, new, x, self.thresholds)
+
+    def retie(
+        self,
+        stuck: Bool[Tensor, " n_local"],
+        x: Float[Tensor, "batch d_in"],
+        error: Float[Tensor, "batch d_in"],
+    ) -> None:
+        begin_again(self, stuck, x, error)
 
 
 class Gated(NamedTuple):
@@ -216,7 +224,7 @@ def _dense(
 @torch.no_grad()
 def set_active_share(
     sae: Dictionary,
-    latents: slice,
+    latents: slice | Tensor,
     x: Float[Tensor, "batch d_in"],
     theta: Float[Tensor, " n_local"],
     share: float = _RARE,
@@ -235,9 +243,10 @@ def set_active_share(
     """
     rows = first_rows(x, _INIT_ROWS, sae.axis)
     place = max(1, min(round((1 - share) * len(rows)), len(rows) - 1))
-    W_enc, b_enc = sae.W_enc[latents], sae.b_enc[latents]
+    W_enc, b_enc = sae.W_enc[latents], theta[latents]
     for start in range(0, len(W_enc), _INIT_CHUNK):
         chunk = slice(start, start + _INIT_CHUNK)
         products = rows @ W_enc[chunk].T
         below, above = (products.kthvalue(n, dim=0).values for n in (place, place + 1))
-        b_enc[chunk] = theta[latents][chunk] - (below + above) / 2
+        b_enc[chunk] -= (below + above) / 2
+    sae.b_enc[latents] = b_enc

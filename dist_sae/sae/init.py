@@ -3,7 +3,7 @@
 from collections.abc import Iterable
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dist_sae.sae.axis import LatentAxis
@@ -82,21 +82,60 @@ def initialise_from_data(
     normalise_rows_(random)
     sae.W_enc[new] = random
     if known:
-        _liken(sae, known, new)
+        _liken(sae, slice(new.start), new)
         sae.settle(new, x)
     else:
         rescale_encoder(sae, x)
 
 
-def _liken(sae: Dictionary, known: int, new: slice) -> None:
+@torch.no_grad()
+def begin_again(
+    sae: Dictionary,
+    stuck: Bool[Tensor, " n_local"],
+    x: Float[Tensor, "batch d_in"],
+    error: Float[Tensor, "batch d_in"],
+) -> None:
+    """Let dead latents begin anew beside those that are active in this batch. Collective.
+
+    The i-th turns towards the error of row i of the global batch (Bricken et al. 2023 draw rows by
+    their loss); a part of its old direction stays, so that no two are alike. It gets the mean
+    length and threshold of the active ones, half an encoder and few active rows, as in a widened
+    dictionary. Those for which there is no row wait for another batch.
+
+    Args:
+        sae: The dictionary.
+        stuck: Which of this shard.
+        x: This rank's rows.
+        error: What the live latents leave of them.
+    """
+    axis = sae.axis
+    alive = axis.across_replicas(sae.infer(x).firings) > 0
+    alive |= axis.total(alive.sum()) == 0  # or there would be nothing to begin like
+    left = first_rows(error, len(error) * axis.replicas * axis.shards, axis)
+    counts = torch.zeros(axis.shards, device=x.device, dtype=torch.int64)
+    counts[axis.shard] = stuck.sum()
+    counts = axis.total(counts) // axis.replicas
+    rows = left[counts[: axis.shard].sum() :][: counts[axis.shard]]
+    new = stuck.nonzero()[: len(rows), 0]
+    own = sae.W_dec[new]
+    normalise_rows_(own)
+    normalise_rows_(rows)
+    own.mul_((1 - _FROM_DATA**2) ** 0.5).add_(rows, alpha=_FROM_DATA)
+    normalise_rows_(own)
+    sae.W_enc[new] = sae.W_dec[new] = own
+    _liken(sae, alive, new)
+    sae.settle(new, x)
+
+
+def _liken(sae: Dictionary, known: slice | Tensor, new: slice | Tensor) -> None:
     """Give new latents, whose rows are directions, what the known ones have on average."""
     for name, parameter in sae.named_parameters():
         if name in sae.shared:
             continue
         is_matrix = name in ("W_enc", "W_dec")
-        values = parameter[: new.start]
-        sizes = values.norm(dim=1) if is_matrix else values
-        mean = sae.axis.total(sizes.sum()) / (sae.axis.replicas * known)
+        sizes = (parameter.norm(dim=1) if is_matrix else parameter)[known]
+        total, count = sae.axis.total(torch.stack([sizes.sum(), sizes.new_tensor(len(sizes))]))
+        mean = total / count.clamp(min=1)
         if is_matrix:
             parameter[new] *= mean * (_NEW_LENGTH if name == "W_enc" else 1)
         else:

@@ -135,7 +135,7 @@ TRAINING = (
         "counter",
         "latents",
         _T,
-        "Latents that were dead for another dead_after_rows; TopK and its kin re-tie them.",
+        "Latents dead for another dead_after_rows: re-tied (TopK and its kin), or begun again.",
     ),
     # training: how evenly the work is shared out
     Metric(

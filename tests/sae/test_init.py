@@ -210,6 +210,62 @@ def test_shards_are_widened_as_the_whole(kind: str, replicas: int, shards: int) 
     check_shards(ranks, widened(kind, WHOLE), shards)
 
 
+def begun_again(kind: str, axis: LatentAxis, n_rows: int = BATCH) -> dict[str, Tensor]:
+    """Latents 10 to 39 of 64 are stuck: below every row."""
+    sae = make(CONFIGS[kind], torch.float32, axis)
+    here = slice(sae.first_latent, sae.first_latent + len(sae.W_enc))
+    stuck = torch.zeros(N_LATENTS, dtype=torch.bool)
+    stuck[10:40] = True
+    x, error = batch(0, n_rows), batch(1, n_rows) - 1
+    with torch.no_grad():
+        sae.b_enc[stuck[here]] = -50.0
+    sae.retie(stuck[here], part(axis, x), part(axis, error))
+    return parameters(sae)
+
+
+@pytest.mark.parametrize("kind", GATED)
+def test_stuck_latents_without_a_count_begin_again_where_there_is_error(kind: str) -> None:
+    """24 rows are there for the first 24; the others wait."""
+    found, before = begun_again(kind, WHOLE), parameters(make(CONFIGS[kind], torch.float32))
+    x, error = batch(0), batch(1) - 1
+    new, others = slice(10, 34), [*range(10), *range(34, N_LATENTS)]
+    for name in ("W_enc", "W_dec", *({"theta"} & before.keys())):
+        assert torch.equal(found[name][others], before[name][others]), name
+    expected = 0.8 * normalize(error) + 0.6 * normalize(before["W_dec"][new])
+    thetas = before["theta"] * D_IN**0.5 if "theta" in before else torch.zeros(N_LATENTS)
+    fires = (x @ before["W_enc"].T + before["b_enc"] > thetas).any(0)
+    fires[10:40] = False
+    assert 0 < fires.sum() < len(others)  # so that it matters which are meant
+    for name, share in (("W_dec", 1.0), ("W_enc", 0.5)):
+        torch.testing.assert_close(normalize(found[name][new]), normalize(expected))
+        length = share * before[name][fires].norm(dim=1).mean()
+        torch.testing.assert_close(found[name][new].norm(dim=1), length.expand(24))
+    if "theta" in before:
+        mean = before["theta"][fires].mean()
+        torch.testing.assert_close(found["theta"][new], mean.expand(24))
+        thetas = found["theta"] * D_IN**0.5
+    active = x @ found["W_enc"].T + found["b_enc"] > thetas
+    assert set(active.sum(0)[new].tolist()) == {1}
+    assert (found["b_enc"][34:40] == -50).all()
+
+
+@pytest.mark.parametrize(("replicas", "shards"), LAYOUTS)
+@pytest.mark.parametrize("kind", GATED)
+def test_shards_begin_again_as_the_whole(kind: str, replicas: int, shards: int) -> None:
+    """Stuck latents lie on several shards, and one row is for each of the first 24."""
+    ranks = on_ranks(replicas, shards, lambda axis: begun_again(kind, axis))
+    check_shards(ranks, begun_again(kind, WHOLE), shards)
+
+
+def test_a_dictionary_of_which_all_is_dead_comes_back() -> None:
+    sae, x = make(CONFIGS["jumprelu"], torch.float32), batch(0, N_LATENTS)
+    with torch.no_grad():
+        sae.b_enc.fill_(-50.0)
+    sae.retie(torch.ones(N_LATENTS, dtype=torch.bool), x, x - sae.b_dec.detach())
+    fired = sae.infer(x).firings
+    assert (fired > 0).all()
+
+
 SELECTS = {
     "topk": TopKConfig(n_latents=48, k=4, k_start=6, auxk=0),
     "batchtopk": BatchTopKConfig(n_latents=48, k=4, k_start=6, auxk=0),
