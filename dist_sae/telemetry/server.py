@@ -73,11 +73,13 @@ class PageServer:
         if self._sent is not None:
             self._interval = asked - self._sent
         self._sent = asked
+
+    def _told(self, asked: float) -> None:
         if asked >= self._ending:
             self._once_more.set()
 
     def _handler(self) -> type[BaseHTTPRequestHandler]:
-        render, note, fault = self._render, self._note, self._fault
+        render, note, told, fault = self._render, self._note, self._told, self._fault
 
         class Handler(BaseHTTPRequestHandler):
             timeout = _CLIENT_SECONDS
@@ -94,9 +96,11 @@ class PageServer:
                     logger.exception("the page of metrics could not be made")
                     self.send_error(500)
                     return
+                if scraped:
+                    note(asked)  # whoever has the answer counts as one who asks
                 self._answer(200, page)
                 if scraped:
-                    note(asked)
+                    told(asked)
 
             def _answer(self, status: int, page: bytes) -> None:
                 self.send_response(status)

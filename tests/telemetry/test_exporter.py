@@ -8,7 +8,6 @@ import socket
 import threading
 import time
 import urllib.error
-from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
 
@@ -127,9 +126,12 @@ def test_a_process_that_was_scraped_once_stays_for_the_second_time() -> None:
 
         def finish() -> None:
             while not pages:
-                with suppress(ConnectionError):  # a queue of five is soon full
+                try:
                     if of_rank(look(telemetry.port), "dist_sae_run_finished") == {"0": 1.0}:
                         pages.append(scrape(telemetry.port))
+                except (ConnectionError, urllib.error.URLError) as exc:
+                    if isinstance(getattr(exc, "reason", exc), ConnectionRefusedError):
+                        raise  # it has gone; a queue of five is soon full
                 over.wait(0.05)
 
         finishing = threading.Thread(target=finish)
