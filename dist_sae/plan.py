@@ -95,7 +95,9 @@ def _start(run: Run, plan: Plan, meter: Meter) -> Start:
     """What training would begin from now."""
     runs = open_store(run.store.runs, run.store.s3, meter)
     newest = Checkpoints(runs, run.name, run.train.keep_checkpoints).latest()
-    return Start.of_own([newest]) if newest else Start.of_others(runs, run, plan)
+    if newest and newest.scalars.get("plan") == plan.hash:
+        return Start.of_own([newest])
+    return Start.of_others(runs, run, plan)
 
 
 def forecast(

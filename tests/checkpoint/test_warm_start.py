@@ -149,8 +149,9 @@ def test_rows_for_new_latents_count_for_how_far_producers_must_run_ahead(tmp_pat
     plan(run)
     warm_start.leave(checkpoint(tmp_path), open_store(run.store.runs), run)
     mesh, telemetry = Mesh(0, 1, torch.device("cpu"), WHOLE), Telemetry("world", "train", None)
-    times = Times(telemetry, mesh.device)
-    for ask in (lambda: plan(run), lambda: begin(run, mesh, threading.Event(), telemetry, times)):
+    times, stopping = Times(telemetry, mesh.device), threading.Event()
+    stopping.set()  # it would wait for the first unit
+    for ask in (lambda: plan(run), lambda: begin(run, mesh, stopping, telemetry, times)):
         with pytest.raises(ConfigError, match=r"25 would stop .* the 6576 rows .* hold 34 units"):
             ask()
 
