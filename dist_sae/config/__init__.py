@@ -135,7 +135,8 @@ class Run(Section):
 
         What it leaves to the plan stays open, and what follows from that: see `Plan.resolve`.
         """
-        dead_after_rows = None if self.train.rows == "all" else self.dead_after_rows
+        follows = None if self.train.rows == "all" else self.dead_after_rows
+        dead_after_rows = self.sae.dead_after_rows or follows
         sae = self.sae.model_copy(update={"dead_after_rows": dead_after_rows})
         train = self.train.model_copy(update={"lr": self.lr})
         return self.model_copy(update={"sae": sae, "train": train})

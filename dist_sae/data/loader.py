@@ -328,7 +328,10 @@ class Stream:
         remedy = "raise train.max_passes and start again"
         if again := self._most_repeated(own):
             ends += f"; {again} were read again, and no more may be: the plan promised too many"
-            remedy += ", or make another set that excludes less (activations.exclude)"
+            remedy = (
+                "raise train.max_passes and start the run's folder again, which has the number for "
+                "train.rows: all; or make another set that excludes less (activations.exclude)"
+            )
         return DataExhaustedError(f"{ends}; {remedy}")
 
     def _in_order(self, place: Place) -> Iterator[tuple[int, int, list[int]]]:

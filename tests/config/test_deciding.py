@@ -23,6 +23,8 @@ def test_the_resolved_run_has_numbers_where_settings_follow_others(
     assert run.sae.dead_after_rows == run.dead_after_rows == window
     assert run.train.lr == run.lr > 0
     assert load_run(path, ["sae.dead_after_rows=7"]).dead_after_rows == 7
+    open_rows = load_run(path, ["sae.dead_after_rows=7", "train.rows=all"])
+    assert open_rows.filled({"train": {"rows": 4096}}).dead_after_rows == 7
     assert "null" not in dump_run(run).split("evaluate:")[0].split("lr:")[1].splitlines()[0]
 
 
