@@ -8,7 +8,7 @@ from dist_sae import signals
 def main() -> int:
     """Run the command that the arguments name; returns the exit code."""
     signals.heed()
-    from dist_sae.cli import main as run_command
+    from dist_sae.commands.cli import main as run_command
 
     code = run_command()
     signals.heed_no_more(code)

@@ -28,7 +28,7 @@
     Stopped                       exit 75: asked to stop, state saved, start again to continue
 
 Third-party errors are mapped once, in the module that is their door (boto3 in
-`storage/s3_errors.py`, kubernetes in `deploy/cluster.py`, ...). A message says what, where
+`storage/s3_errors.py`, kubernetes in `kubernetes/cluster.py`, ...). A message says what, where
 and what to do, in one sentence. Anything outside this tree is a bug: exit 1, with a traceback.
 """
 

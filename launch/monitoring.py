@@ -7,7 +7,7 @@ from pathlib import Path
 
 import yaml
 
-from dist_sae.deploy.dashboards import render_dashboards
+from dist_sae.telemetry.dashboards import render_dashboards
 
 FOLDER = Path(__file__).parent.parent / "monitoring"
 

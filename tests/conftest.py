@@ -24,16 +24,16 @@ if not torch.cuda.is_available():
 
 
 _LONGEST = (
-    "tests/deploy/test_pods.py",
-    "tests/test_run.py",
-    "tests/parallel/test_sharding.py",
-    "tests/sae/test_recovery.py",
-    "tests/train/test_resume.py",
+    "tests/kubernetes/test_pods.py",
+    "tests/commands/test_run.py",
+    "tests/distributed/test_sharding.py",
+    "tests/dictionaries/test_recovery.py",
+    "tests/training/test_resume.py",
     "tests/chaos/test_chaos.py",
-    "tests/test_produce_together.py",
+    "tests/producing/test_produce_together.py",
     "tests/monitoring/test_live.py",
     "tests/storage/test_s3.py",
-    "tests/train/test_train.py",
+    "tests/training/test_train.py",
 )
 
 

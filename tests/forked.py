@@ -12,10 +12,10 @@ import deepspeed  # noqa: F401
 import torch.distributed.tensor.parallel
 from transformers import LlamaModel, PreTrainedTokenizerFast  # noqa: F401
 
-import dist_sae.cli
-import dist_sae.evaluate
+import dist_sae.commands.cli
+import dist_sae.evaluation.evaluate
 import dist_sae.models.huggingface
-import dist_sae.plan
-import dist_sae.produce
+import dist_sae.producing.loop
+import dist_sae.producing.planner
 import dist_sae.storage.s3
-import dist_sae.train  # noqa: F401
+import dist_sae.training.loop  # noqa: F401

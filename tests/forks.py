@@ -92,6 +92,6 @@ def _main(
         end.close()
     sys.stdin, sys.stdout, sys.stderr = os.fdopen(0), os.fdopen(1, "w"), os.fdopen(2, "w")
     torch.set_num_threads(1)
-    from dist_sae.cli import main  # the server's
+    from dist_sae.commands.cli import main  # the server's
 
     sys.exit(main(arguments))

@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
-import dist_sae.produce
+import dist_sae.producing.loop
 from dist_sae.checkpoint.layout import Checkpoints, Piece
 from dist_sae.config import Run
 from dist_sae.config.data import SYNTHETIC_SITE
-from dist_sae.data.claims import Worker
 from dist_sae.data.loader import Loader, Place, Stream, Units
 from dist_sae.data.plan import Plan, load_plan
+from dist_sae.data.work_queue import Worker
 from dist_sae.models import ActivationSource
-from dist_sae.plan import plan
+from dist_sae.producing.planner import plan
 from dist_sae.storage import Entry, ObjectStore, open_store, records
 from dist_sae.telemetry.exporter import Telemetry
 
@@ -72,8 +72,8 @@ def fill(
 ) -> Plan:
     """Plan, and run the real producer on a stand-in for the model."""
     made = plan(run)
-    monkeypatch.setattr(dist_sae.produce, "build_source", lambda *_: source)
-    dist_sae.produce.produce(
+    monkeypatch.setattr(dist_sae.producing.loop, "build_source", lambda *_: source)
+    dist_sae.producing.loop.produce(
         run, Worker(worker), stopping or threading.Event(), Telemetry("world", "produce", None)
     )
     return made

@@ -22,11 +22,11 @@ from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.checkpoint.saver import Saved, Saver
 from dist_sae.checkpoint.state import TrainingState
 from dist_sae.config.data import S3Config, StoreConfig
-from dist_sae.parallel.engine import LocalEngine
-from dist_sae.parallel.mesh import Mesh
-from dist_sae.sae import build_sae
-from dist_sae.sae.axis import WholeAxis
-from dist_sae.sae.dead import DeadLatents
+from dist_sae.dictionaries import build_sae
+from dist_sae.dictionaries.axis import WholeAxis
+from dist_sae.dictionaries.dead import DeadLatents
+from dist_sae.distributed.engine import LocalEngine
+from dist_sae.distributed.mesh import Mesh
 from dist_sae.storage import ObjectStore, open_store
 from dist_sae.telemetry.process import resident_bytes
 

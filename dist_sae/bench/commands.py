@@ -88,8 +88,8 @@ def add_benches(commands: Any, command: Callable[[argparse.Namespace], None]) ->
 
 def _step(options: argparse.Namespace) -> Result:
     from dist_sae.bench.step import StepShape, bench_run, bench_step
-    from dist_sae.parallel.meeting import meet
-    from dist_sae.parallel.mesh import join_mesh
+    from dist_sae.distributed.mesh import join_mesh
+    from dist_sae.distributed.rendezvous import meet
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     shape = StepShape(
@@ -110,8 +110,8 @@ def _step(options: argparse.Namespace) -> Result:
 def _routed(options: argparse.Namespace) -> Result:
     from dist_sae.bench.routed import bench_routed
     from dist_sae.bench.step import StepShape, bench_run
-    from dist_sae.parallel.meeting import meet
-    from dist_sae.parallel.mesh import join_mesh
+    from dist_sae.distributed.mesh import join_mesh
+    from dist_sae.distributed.rendezvous import meet
 
     size = options.d_in, options.n_latents, options.k, options.batch
     shape = StepShape(*size, products=options.products, experts=options.experts)
@@ -123,8 +123,8 @@ def _routed(options: argparse.Namespace) -> Result:
 def _metrics(options: argparse.Namespace) -> Result:
     from dist_sae.bench.metrics import bench_metrics
     from dist_sae.bench.step import StepShape, bench_run
-    from dist_sae.parallel.meeting import meet
-    from dist_sae.parallel.mesh import join_mesh
+    from dist_sae.distributed.mesh import join_mesh
+    from dist_sae.distributed.rendezvous import meet
 
     shape = StepShape(options.d_in, options.n_latents, options.k, options.batch, options.products)
     bench_run(shape, 1, 1)
@@ -144,8 +144,8 @@ def _produce(options: argparse.Namespace) -> Result:
 def _checkpoint(options: argparse.Namespace) -> Result:
     from dist_sae.bench.checkpoint import bench_checkpoint
     from dist_sae.bench.step import StepShape, bench_run
-    from dist_sae.parallel.meeting import meet
-    from dist_sae.parallel.mesh import join_mesh
+    from dist_sae.distributed.mesh import join_mesh
+    from dist_sae.distributed.rendezvous import meet
 
     shape = StepShape(options.d_in, options.n_latents, options.k, options.batch)
     run = bench_run(shape, 1, 1, url=options.url, endpoint_url=options.endpoint_url)

@@ -15,11 +15,11 @@ from typing import Any
 import torch
 
 from dist_sae.bench.step import StepShape, TrainingStep, seconds
-from dist_sae.parallel.mesh import Mesh
-from dist_sae.reporting.times import Times
-from dist_sae.reporting.training import TrainingReporter
+from dist_sae.distributed.mesh import Mesh
 from dist_sae.telemetry.exporter import Telemetry
 from dist_sae.telemetry.gather import GatheredTelemetry
+from dist_sae.training.clock import Times
+from dist_sae.training.reporter import TrainingReporter
 
 _POD_RANKS = 8
 _SCRAPES = 50

@@ -19,14 +19,14 @@ import torch
 from dist_sae.bench.memory import peak_memory
 from dist_sae.bench.scratch import scratch
 from dist_sae.config import Run
-from dist_sae.data.claims import Worker
 from dist_sae.data.corpus import Corpus
 from dist_sae.data.plan import publish_plan
 from dist_sae.data.shard import read_manifest
 from dist_sae.data.tokens import TokenBatch
+from dist_sae.data.work_queue import Worker
 from dist_sae.models import ActivationSource, build_source, build_tokenizer
-from dist_sae.plan import plan
-from dist_sae.produce import produce, tokenize
+from dist_sae.producing.loop import produce, tokenize
+from dist_sae.producing.planner import plan
 from dist_sae.storage import open_store
 from dist_sae.telemetry.exporter import Telemetry
 from dist_sae.telemetry.process import resident_bytes

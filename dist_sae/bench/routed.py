@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from dist_sae.bench.step import StepShape, TrainingStep, seconds
-from dist_sae.parallel.mesh import Mesh
+from dist_sae.distributed.mesh import Mesh
 
 
 def bench_routed(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any]:

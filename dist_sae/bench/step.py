@@ -24,14 +24,14 @@ from dist_sae.checkpoint.state import TrainingState
 from dist_sae.config import Run, validate_run
 from dist_sae.config.sae import SaeConfig
 from dist_sae.data.loader import Batch
-from dist_sae.parallel.engine import DeepSpeedEngine
-from dist_sae.parallel.mesh import Mesh
-from dist_sae.reporting.training import TrainingReporter
-from dist_sae.sae import PRODUCT_DTYPES, build_sae
-from dist_sae.sae.base import Step
-from dist_sae.sae.dead import DeadLatents
-from dist_sae.sae.kernels.choice import choose_kernels
+from dist_sae.dictionaries import PRODUCT_DTYPES, build_sae
+from dist_sae.dictionaries.base import Step
+from dist_sae.dictionaries.dead import DeadLatents
+from dist_sae.distributed.engine import DeepSpeedEngine
+from dist_sae.distributed.mesh import Mesh
+from dist_sae.kernels.choice import choose_kernels
 from dist_sae.telemetry.process import resident_bytes
+from dist_sae.training.reporter import TrainingReporter
 
 _CHUNKS = (1024, 2048, 4096, 8192, 16_384, 65_536)  # latents
 _STATE_BYTES = 4 * 4  # per parameter: fp32 weight, gradient and two moments

@@ -9,9 +9,9 @@ from torch import Tensor, nn
 
 from dist_sae.checkpoint.layout import Checkpoint, Piece
 from dist_sae.checkpoint.lineage import Lineage
-from dist_sae.sae.base import Dictionary
-from dist_sae.sae.dead import DeadLatents
-from dist_sae.sae.ema import WeightAverage
+from dist_sae.dictionaries.base import Dictionary
+from dist_sae.dictionaries.dead import DeadLatents
+from dist_sae.dictionaries.ema import WeightAverage
 
 logger = logging.getLogger(__name__)
 

@@ -13,8 +13,8 @@ from dist_sae.checkpoint.state import is_per_latent, weights_of
 from dist_sae.config import Run
 from dist_sae.config.sae import RoutedConfig
 from dist_sae.config.train import ParentConfig
+from dist_sae.dictionaries.base import Dictionary
 from dist_sae.errors import ConfigError, PlanMismatchError
-from dist_sae.sae.base import Dictionary
 from dist_sae.storage import ObjectStore
 
 

@@ -1,4 +1,4 @@
-"""One section per recipe, told apart by `kind`. The mathematics is in `sae/<kind>.py`."""
+"""One section per recipe, told apart by `kind`; the mathematics: `dictionaries/recipes/`."""
 
 import math
 from typing import Annotated, Literal, Self

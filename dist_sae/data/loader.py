@@ -131,7 +131,7 @@ class Units:
         return manifest.sites[self._site]
 
     def _say_waiting(self, unit: int, seconds: float) -> None:
-        from dist_sae.data.claims import producers_live  # which knows of loaders
+        from dist_sae.data.work_queue import producers_live  # which knows of loaders
 
         if is_supervised() or producers_live(self.store, unit):
             logger.info("waiting for unit %d for %.0f s; producers are at work", unit, seconds)

@@ -13,17 +13,17 @@ from torch import Tensor
 
 from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
-from dist_sae.data.admission import admitted, of_usual_norm
 from dist_sae.data.corpus import Corpus
 from dist_sae.data.loader import Units
 from dist_sae.data.plan import Plan, as_planned, check_model, read_unit
+from dist_sae.data.row_filters import admitted, of_usual_norm
 from dist_sae.data.tokens import TokenBatch, cut, pack
+from dist_sae.dictionaries.base import Dictionary
+from dist_sae.dictionaries.metrics import ce_recovered
 from dist_sae.environment import versions
 from dist_sae.errors import HeadlessError, NonFiniteError
 from dist_sae.evaluation.kept import fingerprint, kept
 from dist_sae.models import Tokenizer, build_tokenizer
-from dist_sae.sae.base import Dictionary
-from dist_sae.sae.metrics import ce_recovered
 
 logger = logging.getLogger(__name__)
 

@@ -13,17 +13,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import dist_sae.beginning
-import dist_sae.train
-from dist_sae.cli import _stop_on_signals
+import dist_sae.training.loop
+import dist_sae.training.setup
+from dist_sae.commands.cli import _stop_on_signals
 from dist_sae.config import Run
-from dist_sae.data.claims import Worker
 from dist_sae.data.loader import Batch, Loader
+from dist_sae.data.work_queue import Worker
+from dist_sae.distributed.mesh import join_mesh
+from dist_sae.distributed.rendezvous import meet
+from dist_sae.distributed.watch import Watch
 from dist_sae.errors import DistSaeError
-from dist_sae.parallel.meeting import meet
-from dist_sae.parallel.mesh import join_mesh
-from dist_sae.parallel.watch import Watch
-from dist_sae.produce import produce
+from dist_sae.producing.loop import produce
 from dist_sae.storage.s3 import S3Store
 from tests.chaos.scraper import serve
 from tests.data.dataplane import quicken
@@ -61,7 +61,7 @@ def train_rank(settings: dict[str, Any], target: Path, seen: Path, env: dict[str
                         file.write(json.dumps([batch.step, stream, digest]) + "\n")
             return batch
 
-    setattr(dist_sae.beginning, "Loader", Recording)  # noqa: B010 - not exported
+    setattr(dist_sae.training.setup, "Loader", Recording)  # noqa: B010 - not exported
     try:
         with (
             serve("train", target) as telemetry,
@@ -69,7 +69,7 @@ def train_rank(settings: dict[str, Any], target: Path, seen: Path, env: dict[str
             Watch(ranks, stopping, lost_seconds=LOST_SECONDS, hung_seconds=60.0) as watch,
             join_mesh(ranks, run.processes.shards) as mesh,
         ):
-            dist_sae.train.train(run, mesh, watch, stopping, telemetry)
+            dist_sae.training.loop.train(run, mesh, watch, stopping, telemetry)
     except DistSaeError as error:
         logging.getLogger(__name__).info("ends: %s", error)
         os._exit(error.exit_code)

@@ -23,7 +23,7 @@ import pytest
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.config import Run, load_run
 from dist_sae.config.data import S3Config
-from dist_sae.plan import plan
+from dist_sae.producing.planner import plan
 from dist_sae.storage import open_store
 from dist_sae.telemetry.history import read_history
 from tests.chaos.job import produce_units, train_held, train_rank

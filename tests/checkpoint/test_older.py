@@ -9,7 +9,7 @@ from torch import Tensor
 from dist_sae.checkpoint.layout import Checkpoints, Piece
 from dist_sae.storage import open_store
 from tests.checkpoint.test_state import advance, make_run, make_state, tensors
-from tests.sae.recipes import D_IN
+from tests.dictionaries.recipes import D_IN
 
 
 def as_stored_once(name: str, rows: Tensor, theta: Tensor) -> tuple[str, Tensor]:

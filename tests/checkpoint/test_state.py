@@ -9,14 +9,23 @@ from torch import Tensor
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.checkpoint.state import TrainingState, load_weights
 from dist_sae.config import Run, load_run
-from dist_sae.parallel.engine import LocalEngine
-from dist_sae.sae.axis import WHOLE, LatentAxis, WholeAxis
-from dist_sae.sae.base import Step
-from dist_sae.sae.dead import DeadLatents
-from dist_sae.sae.ema import WeightAverage
+from dist_sae.dictionaries.axis import WHOLE, LatentAxis, WholeAxis
+from dist_sae.dictionaries.base import Step
+from dist_sae.dictionaries.dead import DeadLatents
+from dist_sae.dictionaries.ema import WeightAverage
+from dist_sae.distributed.engine import LocalEngine
 from dist_sae.storage import open_store
+from tests.dictionaries.recipes import (
+    BATCH,
+    CONFIGS,
+    D_IN,
+    KINDS,
+    N_LATENTS,
+    UNIT_ROWS,
+    VARIANCE,
+    make,
+)
 from tests.launch import write_run
-from tests.sae.recipes import BATCH, CONFIGS, D_IN, KINDS, N_LATENTS, UNIT_ROWS, VARIANCE, make
 
 DEAD_AFTER = 2 * BATCH
 

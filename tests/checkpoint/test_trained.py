@@ -14,7 +14,7 @@ from dist_sae.config.deciding import deciding
 from dist_sae.errors import CorruptObjectError, ObjectNotFoundError
 from dist_sae.storage import ObjectStore, open_store
 from tests.checkpoint.test_state import advance, make_run, make_state
-from tests.sae.recipes import D_IN, N_LATENTS
+from tests.dictionaries.recipes import D_IN, N_LATENTS
 
 
 @pytest.fixture

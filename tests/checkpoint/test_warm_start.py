@@ -7,21 +7,21 @@ from typing import Any
 import pytest
 import torch
 
-from dist_sae.beginning import begin
 from dist_sae.checkpoint import warm_start
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.config import Run, load_run, validate_run
 from dist_sae.config.deciding import deciding
+from dist_sae.dictionaries import build_sae
+from dist_sae.dictionaries.axis import WHOLE, WholeAxis
+from dist_sae.distributed.mesh import Mesh
 from dist_sae.errors import ConfigError, CorruptObjectError
-from dist_sae.parallel.mesh import Mesh
-from dist_sae.plan import plan
-from dist_sae.reporting.times import Times
-from dist_sae.sae import build_sae
-from dist_sae.sae.axis import WHOLE, WholeAxis
+from dist_sae.producing.planner import plan
 from dist_sae.storage import open_store
 from dist_sae.telemetry.exporter import Telemetry
+from dist_sae.training.clock import Times
+from dist_sae.training.setup import begin
+from tests.dictionaries.recipes import D_IN
 from tests.launch import WORLD, write_run
-from tests.sae.recipes import D_IN
 from tests.world import save
 
 N_KNOWN = 64

@@ -385,7 +385,7 @@ def test_steps_are_full_batches(tmp_path: Path) -> None:
 
 def test_importing_the_configuration_needs_no_torch() -> None:
     heavy = {"torch", "deepspeed", "transformers", "boto3", "numpy"}
-    code = "import sys, dist_sae.config, dist_sae.cli; print(*sys.modules)"
+    code = "import sys, dist_sae.config, dist_sae.commands.cli; print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()

@@ -12,15 +12,15 @@ from typing import Any
 
 import torch
 
-import dist_sae.data.claims
 import dist_sae.data.loader
-import dist_sae.produce
+import dist_sae.data.work_queue
 import dist_sae.storage.s3
 from dist_sae.config import Run
-from dist_sae.data.claims import Worker
 from dist_sae.data.consumers import Consumers, Registration
 from dist_sae.data.loader import Loader, Place, Units
 from dist_sae.data.plan import load_plan
+from dist_sae.data.work_queue import Worker
+from dist_sae.producing import loop
 from dist_sae.storage import open_store
 from dist_sae.telemetry.exporter import Telemetry
 from tests.world import RowNumbers
@@ -33,8 +33,8 @@ def quicken(credentials: Mapping[str, str]) -> None:
     os.environ.update(credentials)
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
-    dist_sae.data.claims._POLL_SECONDS = 0.05
-    dist_sae.data.claims._LEASE_SECONDS = 2.0
+    dist_sae.data.work_queue._POLL_SECONDS = 0.05
+    dist_sae.data.work_queue._LEASE_SECONDS = 2.0
     dist_sae.data.loader._POLL_SECONDS = (0.02, 0.1)
     dist_sae.storage.s3._FIRST_PAUSE_SECONDS = 0.02
     dist_sae.storage.s3._LONGEST_PAUSE_SECONDS = 0.2
@@ -44,9 +44,9 @@ def produce(settings: dict[str, Any], name: str, number: int, credentials: dict[
     """A producer, to the end of its work."""
     quicken(credentials)
     run = Run.model_validate(settings)
-    setattr(dist_sae.produce, "build_source", lambda *_: RowNumbers())  # noqa: B010 - not exported
+    setattr(loop, "build_source", lambda *_: RowNumbers())  # noqa: B010 - not exported
     worker = Worker(name, number, run.processes.producers)
-    dist_sae.produce.produce(run, worker, threading.Event(), Telemetry("w", "produce", None))
+    loop.produce(run, worker, threading.Event(), Telemetry("w", "produce", None))
 
 
 def read(settings: dict[str, Any], world: int, folder: Path, credentials: dict[str, str]) -> None:

@@ -3,7 +3,7 @@ from collections import Counter
 import torch
 
 from dist_sae.config.data import ExcludeConfig
-from dist_sae.data.admission import admitted, of_usual_norm
+from dist_sae.data.row_filters import admitted, of_usual_norm
 from dist_sae.data.tokens import Context, TokenBatch, pack
 
 BOS, EOS = 1, 2

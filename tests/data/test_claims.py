@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-import dist_sae.data.claims
+import dist_sae.data.work_queue
 from dist_sae.config import Run
-from dist_sae.data.claims import Claims, Worker
 from dist_sae.data.consumers import Consumers
 from dist_sae.data.shard import manifest_key
+from dist_sae.data.work_queue import Claims, Worker
 from dist_sae.errors import ObjectNotFoundError
-from dist_sae.plan import plan
+from dist_sae.producing.planner import plan
 from dist_sae.storage import UNMETERED, Entry, Meter, ObjectStore, open_store
 from dist_sae.telemetry.exporter import Telemetry
 from tests.telemetry.scrape import values
@@ -45,7 +45,7 @@ class Clock(threading.Event):
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     clock = Clock()
     times = SimpleNamespace(time=lambda: clock.now, monotonic=lambda: clock.now)
-    monkeypatch.setattr(dist_sae.data.claims, "time", times)
+    monkeypatch.setattr(dist_sae.data.work_queue, "time", times)
     return clock
 
 
@@ -161,7 +161,7 @@ def test_claims_are_renewed_beside_the_work_while_it_does_not_hang(
     run: Run, clock: Clock, store: ObjectStore, monkeypatch: pytest.MonkeyPatch, *, lives: bool
 ) -> None:
     """Two claims; the third question comes after two renewals."""
-    monkeypatch.setattr(dist_sae.data.claims, "_LEASE_SECONDS", 0.01)
+    monkeypatch.setattr(dist_sae.data.work_queue, "_LEASE_SECONDS", 0.01)
     asked, over = itertools.count(1), threading.Event()
 
     class Counting(Wrapped):

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 
+from dist_sae.commands.store import gc, verify
 from dist_sae.config import Run
 from dist_sae.data.consumers import Consumers, Registration, retired_below
 from dist_sae.data.loader import Place
@@ -12,7 +13,6 @@ from dist_sae.data.plan import Plan
 from dist_sae.data.shard import SHARDS, manifest_key, read_block, read_manifest
 from dist_sae.errors import CorruptObjectError, DataExhaustedError
 from dist_sae.storage import Entry, ObjectStore, open_store
-from dist_sae.store import gc, verify
 from tests.world import RowNumbers, Wrapped, fill, make_run
 
 

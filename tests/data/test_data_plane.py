@@ -13,11 +13,11 @@ from typing import Any
 
 import pytest
 
+from dist_sae.commands.store import gc, verify
 from dist_sae.config import Run
 from dist_sae.config.data import S3Config
-from dist_sae.plan import plan
+from dist_sae.producing.planner import plan
 from dist_sae.storage import open_store
-from dist_sae.store import gc, verify
 from tests.data.dataplane import produce, read
 from tests.faults import KINDS, FaultProxy
 from tests.forks import processes

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 import dist_sae.data.corpus
-import dist_sae.plan
+import dist_sae.producing.planner
 from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel, S3Config
 from dist_sae.config.deciding import PLAN_SECTIONS, changes, deciding
@@ -25,9 +25,9 @@ from dist_sae.data.plan import (
     make_plan,
     publish_plan,
 )
-from dist_sae.deploy.stored import StoredRun
 from dist_sae.errors import PlanMismatchError
-from dist_sae.plan import plan
+from dist_sae.kubernetes.stored import StoredRun
+from dist_sae.producing.planner import plan
 from dist_sae.storage import open_store
 from tests.world import Letters, changed, make_run
 
@@ -244,8 +244,8 @@ def test_planning_again_asks_for_what_was_planned(
         lambda _, name: name if name in commits else commits[-1],
     )
     for module, name, stand_in in (
-        (dist_sae.plan, "check_sites", lambda *_: {}),
-        (dist_sae.plan, "build_tokenizer", lambda *_: Letters()),
+        (dist_sae.producing.planner, "check_sites", lambda *_: {}),
+        (dist_sae.producing.planner, "build_tokenizer", lambda *_: Letters()),
     ):
         monkeypatch.setattr(module, name, stand_in)
     run = make_run(

@@ -29,7 +29,7 @@ from dist_sae.errors import (
     Stopped,
 )
 from dist_sae.logs import SUPERVISED
-from dist_sae.plan import plan
+from dist_sae.producing.planner import plan
 from dist_sae.storage import Entry, ObjectStore, open_store
 from dist_sae.storage.records import seal
 from tests.world import (

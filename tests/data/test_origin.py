@@ -6,15 +6,15 @@ from pathlib import Path
 import pytest
 import torch
 
-import dist_sae.produce
-import dist_sae.store
+import dist_sae.commands.store
+import dist_sae.producing.loop
+from dist_sae.commands.store import verify
 from dist_sae.config import Run
 from dist_sae.data.corpus import Document
 from dist_sae.data.origin import UnitText
 from dist_sae.data.shard import Rows
 from dist_sae.errors import CorpusError
-from dist_sae.store import verify
-from tests.test_produce import LetterSource, letters_run, start, with_source
+from tests.producing.test_produce import LetterSource, letters_run, start, with_source
 from tests.world import Letters
 
 TEXTS = ["abcdefgh" + "abcdefghijklm"[n % 13] * (1 + n // 13) for n in range(60)]  # all differ
@@ -34,8 +34,8 @@ class Shouts(Letters):
 @pytest.fixture
 def produced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Letters) -> Run:
     run = letters_run(tmp_path, monkeypatch, [*TEXTS, "half \ud800"])
-    monkeypatch.setattr(dist_sae.produce, "build_tokenizer", lambda *_: tokenizer)
-    monkeypatch.setattr(dist_sae.store, "build_tokenizer", lambda *_: Letters())
+    monkeypatch.setattr(dist_sae.producing.loop, "build_tokenizer", lambda *_: tokenizer)
+    monkeypatch.setattr(dist_sae.commands.store, "build_tokenizer", lambda *_: Letters())
     with_source(monkeypatch, LetterSource())
     start(run, "a")
     return run

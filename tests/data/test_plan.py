@@ -18,10 +18,10 @@ from dist_sae.data.plan import (
     publish_plan,
 )
 from dist_sae.errors import ConfigError, CorpusError, CorruptObjectError, PlanMismatchError
-from dist_sae.plan import plan
-from dist_sae.start import Start
+from dist_sae.producing.planner import plan
 from dist_sae.storage import open_store
 from dist_sae.storage.records import seal
+from dist_sae.training.start import Start
 from tests.launch import write_run
 from tests.world import changed, make_run
 

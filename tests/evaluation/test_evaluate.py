@@ -15,19 +15,19 @@ from dist_sae.checkpoint.state import IDLE_ROWS
 from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.config.deciding import deciding
-from dist_sae.data.claims import Worker
 from dist_sae.data.heldout import rows_of
 from dist_sae.data.plan import load_plan
 from dist_sae.data.shard import manifest_key
+from dist_sae.data.work_queue import Worker
+from dist_sae.dictionaries import build_sae
 from dist_sae.errors import ConfigError
-from dist_sae.evaluate import evaluate
-from dist_sae.export import export
+from dist_sae.evaluation.evaluate import evaluate
+from dist_sae.interop.sae_lens import export
 from dist_sae.models import build_tokenizer
 from dist_sae.models.spliced import SplicedModel
-from dist_sae.plan import plan
-from dist_sae.produce import produce
-from dist_sae.report import report
-from dist_sae.sae import build_sae
+from dist_sae.producing.loop import produce
+from dist_sae.producing.planner import plan
+from dist_sae.report.build import report
 from dist_sae.storage import open_store
 from dist_sae.telemetry.exporter import Telemetry
 from tests.models.test_huggingface import D, save_model

@@ -9,13 +9,13 @@ import torch
 from dist_sae.config import load_run
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.config.sae import ReLUConfig, SaeConfig
+from dist_sae.dictionaries import build_sae
+from dist_sae.dictionaries.recipes.relu import ReLU
 from dist_sae.evaluation.cross_entropy import _intervals, cross_entropies
 from dist_sae.models.spliced import SplicedModel
-from dist_sae.plan import plan
-from dist_sae.sae import build_sae
-from dist_sae.sae.relu import ReLU
+from dist_sae.producing.planner import plan
 from tests.models.test_huggingface import D, hf, save_model
-from tests.test_produce_together import run_file
+from tests.producing.test_produce_together import run_file
 from tests.world import open_units
 
 

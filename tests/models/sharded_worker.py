@@ -8,16 +8,16 @@ from typing import Any
 import torch
 
 from dist_sae.bench.memory import peak_memory
-from dist_sae.cli import _stop_on_signals
+from dist_sae.commands.cli import _stop_on_signals
 from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
-from dist_sae.data.claims import Worker
+from dist_sae.data.work_queue import Worker
+from dist_sae.distributed.mesh import join_mesh
+from dist_sae.distributed.rendezvous import meet
 from dist_sae.errors import DistSaeError
 from dist_sae.models.huggingface import HuggingFaceSource
 from dist_sae.models.sites import blocks
-from dist_sae.parallel.meeting import meet
-from dist_sae.parallel.mesh import join_mesh
-from dist_sae.produce import produce, produce_together
+from dist_sae.producing.loop import produce, produce_together
 from dist_sae.telemetry.exporter import Telemetry
 
 

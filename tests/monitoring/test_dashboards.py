@@ -10,9 +10,9 @@ from pathlib import Path
 import promql_parser
 import pytest
 
-from dist_sae.deploy.dashboards import PAGES, render_dashboards
-from dist_sae.deploy.dashboards.queries import now, rate
 from dist_sae.errors import ConfigError
+from dist_sae.telemetry.dashboards import PAGES, render_dashboards
+from dist_sae.telemetry.dashboards.queries import now, rate
 from dist_sae.telemetry.metrics import METRICS
 from tests.monitoring.files import MONITORING, ROOT, metrics_in, recorded_in, rules
 
@@ -107,7 +107,7 @@ def test_a_query_of_what_does_not_exist_is_refused() -> None:
 
 
 def test_without_the_sdk_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "dist_sae.deploy.dashboards.grafana", raising=False)
+    monkeypatch.delitem(sys.modules, "dist_sae.telemetry.dashboards.grafana", raising=False)
     monkeypatch.setitem(sys.modules, "grafana_foundation_sdk.builders", None)
     with pytest.raises(ConfigError, match=r"pip install 'dist-sae\[dashboards\]'"):
         render_dashboards()

@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 import promql_parser
 import pytest
 
-from dist_sae.deploy.dashboards import PAGES
+from dist_sae.telemetry.dashboards import PAGES
 from tests import launch
 from tests.forks import Program
 from tests.monitoring.files import alerts, metrics_in, rules

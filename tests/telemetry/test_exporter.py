@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from dist_sae.cli import main
+from dist_sae.commands.cli import main
 from dist_sae.errors import NonFiniteError, Stopped, TelemetryError
 from dist_sae.telemetry.exporter import Telemetry
 from dist_sae.telemetry.metrics import METRICS, ROLES, SHORT_LIVED, Metric, metrics_of

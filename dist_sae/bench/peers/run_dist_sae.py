@@ -11,9 +11,9 @@ from dist_sae.bench.peers.protocol import (
     read_spec,
 )
 from dist_sae.bench.step import StepShape, TrainingStep
-from dist_sae.parallel.meeting import meet
-from dist_sae.parallel.mesh import join_mesh
-from dist_sae.sae.init import initialise_from_data
+from dist_sae.dictionaries.init import initialise_from_data
+from dist_sae.distributed.mesh import join_mesh
+from dist_sae.distributed.rendezvous import meet
 
 
 def main() -> int:

@@ -1,0 +1,96 @@
+"""A running mean of the weights, to evaluate instead of the last ones (Gao et al. 2024, A.3).
+
+    mean <- mean + (1 - d) (weights - mean)          d = min(decay, n / (n + 9)) after n updates
+
+So the mean goes back over a tenth of a run that is short for its decay, and never to the initial
+weights. What the recipe holds at a length is held at it in the mean too. A threshold that belongs
+to the weights (BatchTopK's) is no mean of theirs: averaged rows are shorter along what varies, so
+fewer codes reach that of the last ones. It is measured with both, and changed in proportion.
+"""
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dist_sae.dictionaries.base import Dictionary
+from dist_sae.dictionaries.schedules import GROWTH
+
+
+class WeightAverage:
+    """Exponential moving average of a dictionary's parameters and buffers, in their precision.
+
+    Args:
+        sae: The dictionary; the mean begins at what it is now.
+        decay: Of the mean, per update, once there have been enough.
+    """
+
+    mean: dict[str, Tensor]
+    updates: int
+    """How often the mean has taken in the weights."""
+
+    def __init__(self, sae: Dictionary, decay: float) -> None:
+        self._sae = sae
+        self._decay = decay
+        self._last: tuple[Tensor, float] | None = None
+        self.mean = {name: tensor.detach().clone() for name, tensor in self._tensors()}
+        self.updates = 0
+
+    @torch.no_grad()
+    def update(self, x: Float[Tensor, "batch d_in"], progress: float) -> None:
+        """Take in the parameters as they are now, after a step.
+
+        Args:
+            x: This rank's rows of the step.
+            progress: As in `Step`.
+        """
+        decay = min(self._decay, self.updates / (self.updates + GROWTH))
+        for name, tensor in self._tensors():
+            if name not in self._sae.measured:
+                self.mean[name].lerp_(tensor, 1 - decay)
+        self._swap()
+        self._sae.constrain()
+        self._swap()
+        self.updates += 1
+        self._last = x, progress
+
+    @torch.no_grad()
+    def measure(self) -> None:
+        """Measure what is no mean, on the rows of the last step if there was one. Collective.
+
+        With the weights as they are too: theirs is known from many batches, and the quotient
+        depends little on which rows these are.
+        """
+        sae, last, self._last = self._sae, self._last, None
+        if last is None or not sae.measured:
+            return
+        known = {name: sae.get_buffer(name).clone() for name in sae.measured}
+        sae.measure(*last)
+        here = {name: sae.get_buffer(name).clone() for name in sae.measured}
+        self._swap()
+        sae.measure(*last)
+        self._swap()
+        for name in sae.measured:
+            quotient = known[name] / here[name]
+            self.mean[name].mul_(torch.where(quotient.isfinite(), quotient, 1.0))
+            sae.get_buffer(name).copy_(known[name])
+
+    @contextmanager
+    def applied(self) -> Iterator[None]:
+        """The dictionary is the mean while this lasts. Collective."""
+        self.measure()
+        self._swap()
+        try:
+            yield
+        finally:
+            self._swap()
+
+    def _swap(self) -> None:
+        for name, tensor in self._tensors():  # the memory, not what is in it
+            tensor.data, self.mean[name] = self.mean[name], tensor.data
+
+    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
+        yield from self._sae.named_parameters()
+        yield from self._sae.named_buffers()

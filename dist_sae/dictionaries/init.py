@@ -1,0 +1,208 @@
+"""Initial dictionaries, from the first batch. No rank ever holds more than its shard."""
+
+from collections.abc import Iterable
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from dist_sae.dictionaries.axis import LatentAxis
+from dist_sae.dictionaries.base import Dictionary
+from dist_sae.dictionaries.constraints import normalise_rows_
+
+_MEDIAN_STEPS = 100
+_MEDIAN_TOLERANCE = 1e-6
+_FROM_DATA = 0.8  # of a direction's length; the rest is at right angles to it, nearly
+_NEW_LENGTH = 0.5  # of a new encoder row, where known ones have 1
+_BLOCK = 1024  # latents that share a random generator
+_STRIDE = 0x9E37_79B1  # odd, 2^32 over the golden ratio: multiples of it lie far apart
+
+
+@torch.no_grad()
+def initialise_tied(
+    sae: Dictionary, x: Float[Tensor, "batch d_in"], seed: int, *, rescale: bool = True
+) -> None:
+    """Random unit decoder rows, a tied encoder, and a bias in the middle of the data.
+
+    b_dec is the geometric median of the rows; W_enc = c W_dec with the c of least squared error.
+    (Gao et al. 2024, app. A.1, match the lengths of rows and reconstructions, which overshoots by
+    1 / cos(x, x_hat): measured in DESIGN.md.)
+
+    Args:
+        sae: Is filled in.
+        x: This rank's part of the first batch, scaled.
+        seed: Decides the directions.
+        rescale: Whether c is computed; else it is 1.
+    """
+    random_rows(sae.W_dec, seed, sae.first_latent)
+    normalise_rows_(sae.W_dec)
+    sae.W_enc.copy_(sae.W_dec)
+    sae.b_enc.zero_()
+    sae.b_dec.copy_(geometric_median(x, sae.axis))
+    if rescale:
+        rescale_encoder(sae, x)
+
+
+@torch.no_grad()
+def initialise_from_data(
+    sae: Dictionary, batches: Iterable[Float[Tensor, "batch d_in"]], known: int = 0
+) -> None:
+    """Turn the directions of new latents towards data: the i-th towards what is left of row i.
+
+    After `initialise`. With no known latents what is left of a row is its distance from b_dec; the
+    encoder is tied, with one length for all. A part of each direction stays random: rows with one
+    very large coordinate, as language models have them, all point the same way, and latents that
+    are copies of one another die together. (Anthropic, Circuits Updates, October 2025; figures in
+    DESIGN.md.)
+
+    Known latents are left as they are, and reconstruct the rows first. The others then get the mean
+    of what the known have, but for their directions, and half of the encoder's length: they take
+    part from the start, and do not crowd the known out.
+
+    Args:
+        sae: Its directions are turned.
+        batches: This rank's parts of the first batches, with a row for each new latent over all
+            ranks.
+        known: So many latents, the first ones, have been trained before.
+    """
+    axis, n_local = sae.axis, len(sae.W_dec)
+    new = slice(min(max(known - sae.first_latent, 0), n_local), n_local)
+    sae.W_enc[new] = sae.b_enc[new] = 0  # silent
+    directions, slots = torch.zeros_like(sae.W_dec[new]), sae.slots(known)
+    for x in batches:
+        left = x - (sae.infer(x).x_hat if known else sae.b_dec)
+        left = first_rows(left, len(left) * axis.replicas * axis.shards, axis)
+        places = slots(left) - (sae.first_latent + new.start)
+        ours = (places >= 0) & (places < len(directions))
+        directions[places[ours]] = left[ours]
+    random = sae.W_dec[new]
+    normalise_rows_(directions)
+    normalise_rows_(random)
+    random.mul_((1 - _FROM_DATA**2) ** 0.5).add_(directions, alpha=_FROM_DATA)
+    normalise_rows_(random)
+    sae.W_enc[new] = random
+    if known:
+        _liken(sae, slice(new.start), new)
+        sae.settle(new, x)
+    else:
+        rescale_encoder(sae, x)
+
+
+@torch.no_grad()
+def begin_again(
+    sae: Dictionary,
+    stuck: Bool[Tensor, " n_local"],
+    x: Float[Tensor, "batch d_in"],
+    error: Float[Tensor, "batch d_in"],
+) -> None:
+    """Let dead latents begin anew beside those that are active in this batch. Collective.
+
+    The i-th turns towards the error of row i of the global batch (Bricken et al. 2023 draw rows by
+    their loss); a part of its old direction stays, so that no two are alike. It gets the mean
+    length and threshold of the active ones, half an encoder and few active rows, as in a widened
+    dictionary. Those for which there is no row wait for another batch.
+
+    Args:
+        sae: The dictionary.
+        stuck: Which of this shard.
+        x: This rank's rows.
+        error: What the live latents leave of them.
+    """
+    axis = sae.axis
+    alive = axis.across_replicas(sae.infer(x).firings) > 0
+    alive |= axis.total(alive.sum()) == 0  # or there would be nothing to begin like
+    left = first_rows(error, len(error) * axis.replicas * axis.shards, axis)
+    counts = torch.zeros(axis.shards, device=x.device, dtype=torch.int64)
+    counts[axis.shard] = stuck.sum()
+    counts = axis.total(counts) // axis.replicas
+    rows = left[counts[: axis.shard].sum() :][: counts[axis.shard]]
+    new = stuck.nonzero()[: len(rows), 0]
+    own = sae.W_dec[new]
+    normalise_rows_(own)
+    normalise_rows_(rows)
+    own.mul_((1 - _FROM_DATA**2) ** 0.5).add_(rows, alpha=_FROM_DATA)
+    normalise_rows_(own)
+    sae.W_enc[new] = sae.W_dec[new] = own
+    _liken(sae, alive, new)
+    sae.settle(new, x)
+
+
+def _liken(sae: Dictionary, known: slice | Tensor, new: slice | Tensor) -> None:
+    """Give new latents, whose rows are directions, what the known ones have on average."""
+    for name, parameter in sae.named_parameters():
+        if name in sae.shared:
+            continue
+        is_matrix = name in ("W_enc", "W_dec")
+        sizes = (parameter.norm(dim=1) if is_matrix else parameter)[known]
+        total, count = sae.axis.total(torch.stack([sizes.sum(), sizes.new_tensor(len(sizes))]))
+        mean = total / count.clamp(min=1)
+        if is_matrix:
+            parameter[new] *= mean * (_NEW_LENGTH if name == "W_enc" else 1)
+        else:
+            parameter[new] = mean
+
+
+@torch.no_grad()
+def rescale_encoder(sae: Dictionary, x: Float[Tensor, "batch d_in"]) -> None:
+    """Scale W_enc so that what training keeps of these rows has the least squared error.
+
+    What training keeps, not what `encode` does: before the first step BatchTopK has no threshold,
+    and half of all latents would be active. b_enc is 0, so the selection does not depend on c.
+    """
+    sae.open_gates(x)
+    y, error = x - sae.b_dec, sae.measure(x)
+    sae.scale_encoder(sae.initial_share * least_squares_scale(sae.axis, y, y - error))
+
+
+def least_squares_scale(
+    axis: LatentAxis, y: Float[Tensor, "batch d_in"], y_hat: Float[Tensor, "batch d_in"]
+) -> Float[Tensor, ""]:
+    """The c that makes sum |y - c y_hat|^2 over all ranks' rows least."""
+    products = axis.total(torch.stack([(y * y_hat).sum(), y_hat.square().sum()]))
+    return products[0] / products[1].clamp_min(torch.finfo(y.dtype).tiny)
+
+
+@torch.no_grad()
+def random_rows(W: Float[Tensor, "n_local d_in"], seed: int, first: int) -> None:
+    """Fill the rows of a shard with those of the whole dictionary, standard normal.
+
+    Args:
+        W: The shard.
+        seed: Of the dictionary.
+        first: Number of the shard's first row.
+    """
+    for block in range(first // _BLOCK, -(-(first + len(W)) // _BLOCK)):
+        # torch's generator takes 32 bits of a seed; blocks of other seeds are far away
+        generator = torch.Generator().manual_seed((seed * _STRIDE + block) % 2**32)
+        values = torch.randn(_BLOCK, W.shape[1], generator=generator)
+        start, stop = block * _BLOCK - first, (block + 1) * _BLOCK - first
+        W[max(start, 0) : stop] = values[max(-start, 0) : len(W) - start].to(W)
+
+
+def first_rows(
+    x: Float[Tensor, "batch d_in"], n: int, axis: LatentAxis
+) -> Float[Tensor, "rows d_in"]:
+    """The first rows of the global batch, `n` at most, on every rank."""
+    start = (axis.replica * axis.shards + axis.shard) * len(x)
+    rows = x.new_zeros(min(n, axis.replicas * axis.shards * len(x)), x.shape[1])
+    ours = rows[start : start + len(x)]
+    ours.copy_(x[: len(ours)])
+    return axis.total(rows)
+
+
+def geometric_median(x: Float[Tensor, "batch d_in"], axis: LatentAxis) -> Float[Tensor, " d_in"]:
+    """The point with the least sum of distances to all ranks' rows (Weiszfeld's iteration)."""
+    rows = x.double()
+    ones = rows.new_ones(len(rows))
+    median = _weighted_mean(rows, ones, axis)
+    for _ in range(_MEDIAN_STEPS):
+        weights = (rows - median).norm(dim=1).clamp_min(1e-12).reciprocal()
+        previous, median = median, _weighted_mean(rows, weights, axis)
+        if (median - previous).norm() <= _MEDIAN_TOLERANCE * median.norm():
+            break
+    return median.to(x.dtype)
+
+
+def _weighted_mean(rows: Tensor, weights: Tensor, axis: LatentAxis) -> Tensor:
+    total = axis.total(torch.cat([weights @ rows, weights.sum()[None]]))
+    return total[:-1] / total[-1]

@@ -1,0 +1,107 @@
+"""The one definition of every metric. Sums over a set, never means of per-batch ratios."""
+
+import math
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dist_sae.dictionaries.base import Inferred
+
+_DUPLICATE_COSINE = 0.9
+_DUPLICATES_OF = 4096
+_DUPLICATES_CHUNK = 16_384
+
+
+class Fit(NamedTuple):
+    """Sums over the rows seen so far; they add up over batches and ranks."""
+
+    squared_error: Float[Tensor, ""]
+    squared_total: Float[Tensor, ""]
+    active: Float[Tensor, ""]
+    rows: int
+    counts: Int[Tensor, " n_latents"]
+    """Rows in which each latent fired."""
+
+    @classmethod
+    def empty(cls, n_latents: int) -> "Fit":
+        """No rows yet."""
+        zero = torch.zeros((), dtype=torch.float64)
+        return cls(zero, zero, zero, 0, torch.zeros(n_latents, dtype=torch.int64))
+
+    def add(
+        self,
+        x: Float[Tensor, "batch d_in"],
+        found: Inferred,
+        mean: Float[Tensor, " d_in"],
+    ) -> "Fit":
+        """These sums with a batch added.
+
+        Args:
+            x: Activations.
+            found: What a whole dictionary makes of them.
+            mean: Of the data set, in the same scale (not the batch's).
+        """
+        return Fit(
+            self.squared_error + (x - found.x_hat).double().square().sum(),
+            self.squared_total + (x - mean).double().square().sum(),
+            self.active + found.firings.sum(),
+            self.rows + len(x),
+            self.counts + found.firings,
+        )
+
+    @property
+    def fvu(self) -> float:
+        """Fraction of variance unexplained: sum |x - x_hat|^2 / sum |x - mean|^2."""
+        return float(self.squared_error / self.squared_total)
+
+    @property
+    def l0(self) -> float:
+        """Active latents per row."""
+        return float(self.active / self.rows)
+
+    @property
+    def densities(self) -> Float[Tensor, " n_latents"]:
+        """Share of rows in which each latent fires."""
+        return self.counts.double() / self.rows
+
+
+def ce_recovered(clean: float, spliced: float, ablated: float) -> float:
+    """Share of the ablation's harm that the reconstruction avoids: 1 perfect, 0 no better.
+
+    (ablated - spliced) / (ablated - clean), of cross-entropies, as SAEBench defines it.
+    NaN where the ablation does no harm.
+    """
+    if ablated == clean:
+        return math.nan
+    return (ablated - spliced) / (ablated - clean)
+
+
+@torch.no_grad()
+def duplicate_shares(
+    W_dec: Float[Tensor, "n_latents d_in"], experts: int = 1
+) -> tuple[float, float]:
+    """(Share of latents with a duplicate, share with one in another expert).
+
+    A duplicate is another latent with a decoder direction at a cosine above .9. Looked at are
+    4,096 latents, evenly spaced, against all.
+
+    Args:
+        W_dec: The whole decoder.
+        experts: Equal parts of the latents.
+    """
+    n = len(W_dec)
+    looked_at = torch.linspace(0, n - 1, min(n, _DUPLICATES_OF), device=W_dec.device).long()
+    directions = torch.nn.functional.normalize(W_dec[looked_at], dim=1)
+    width = n // experts
+    found = torch.zeros(2, len(looked_at), dtype=torch.bool, device=W_dec.device)
+    for first in range(0, n, _DUPLICATES_CHUNK):
+        others = torch.nn.functional.normalize(W_dec[first : first + _DUPLICATES_CHUNK], dim=1)
+        near = directions @ others.T > _DUPLICATE_COSINE
+        numbers = torch.arange(first, first + len(others), device=W_dec.device)
+        near &= numbers != looked_at[:, None]
+        found[0] |= near.any(1)
+        found[1] |= (near & (numbers // width != looked_at[:, None] // width)).any(1)
+    anywhere, elsewhere = found.double().mean(1).tolist()
+    return anywhere, elsewhere

@@ -1,0 +1,1 @@
+"""The recipes, a file for each, equation first."""

@@ -1,0 +1,131 @@
+"""JumpReLU with an L0 penalty (Rajamanoharan et al. 2024, arXiv:2407.14435; Gemma Scope).
+
+    z     = W_enc x + b_enc
+    f     = z H(z - theta)
+    x_hat = W_dec^T f + b_dec
+    L     = E|x - x_hat|^2 / Var(x)  +  lambda E|f|_0
+
+The step H has no gradient of its own. With K(u) = 1 for |u| < 1/2, else 0:
+
+    df/dz = H(z - theta)        df/dtheta = -(theta / eps) K((z - theta) / eps)
+    dH/dz = 0                   dH/dtheta = -(1 / eps) K((z - theta) / eps)
+
+Decoder rows have unit norm. Thresholds, as a parameter and in the configuration, and eps are in
+units of the rows' root mean square norm, as in the paper, where that norm is 1. The paper's
+parameter is log theta: an optimiser that moves parameters by its rate at most then changes theta by
+a factor of exp(rate x steps) in a run, which is little in a short one or at the rate of a wide
+dictionary. Theta itself comes as far as the encoder does.
+"""
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from dist_sae.config.sae import JumpReLUConfig
+from dist_sae.dictionaries.base import LossTerms, Output, Step
+from dist_sae.dictionaries.constraints import normalise_rows_
+from dist_sae.dictionaries.init import initialise_tied
+from dist_sae.dictionaries.schedules import warmed_up
+from dist_sae.dictionaries.thresholded import Thresholded, gated
+
+
+class JumpReLU(Thresholded):
+    """The dictionary and its loss."""
+
+    config: JumpReLUConfig
+
+    def __init__(self, config: JumpReLUConfig, d_in: int, *place: Any, **precision: Any) -> None:
+        super().__init__(config, d_in, *place, **precision)
+        self.rms_norm = math.sqrt(d_in)  # of the rows, which are scaled
+        self.bandwidth = (config.bandwidth or config.least_code) * self.rms_norm
+        self.theta = nn.Parameter(torch.zeros_like(self.b_enc))
+
+    @property
+    def thresholds(self) -> Float[Tensor, " n_local"]:
+        return self.rms_norm * self.theta
+
+    def objective(self, x: Float[Tensor, "batch d_in"], step: Step) -> Output:
+        config, eps = self.config, self.bandwidth
+        rows = self.axis.gather(x)
+        theta = self.thresholds
+
+        def gate(pre_acts: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+            return jump_relu(pre_acts, theta, eps), jump(pre_acts, theta, eps)
+
+        out = gated(self, rows, gate, (theta - eps / 2).detach(), theta, unit_rows=True)
+        error = x - (out.x_hat + self.axis.replicated(self.b_dec))
+        fvu = error.square().sum() / (len(rows) * step.variance)
+        coefficient = warmed_up(step.progress, config.sparsity, config.sparsity_warmup_share)
+        sparsity = coefficient * out.penalty / len(rows)
+        terms = LossTerms(fvu, fvu.new_zeros(()), sparsity, fvu + sparsity)
+        return Output(terms, out.firings, out.active, error.detach())
+
+    @torch.no_grad()
+    def initialise(self, x: Float[Tensor, "batch d_in"], seed: int) -> None:
+        initialise_tied(self, x, seed)
+
+    @torch.no_grad()
+    def open_gates(self, x: Float[Tensor, "batch d_in"]) -> None:
+        """And put the thresholds where they belong to rows of unit norm, which the encoder has."""
+        self.theta.fill_(self.config.initial_threshold or self.config.least_code)
+        super().open_gates(x)
+
+    @torch.no_grad()
+    def scale_encoder(self, factor: Float[Tensor, ""]) -> None:
+        """Thresholds as well, unless they are given: codes are scaled as a whole."""
+        if self.config.initial_threshold:
+            super().scale_encoder(factor)
+            return
+        for parameter in (self.W_enc, self.b_enc, self.theta):
+            parameter.mul_(factor)
+
+    def constrain(self) -> None:
+        normalise_rows_(self.W_dec)
+        with torch.no_grad():
+            self.theta.clamp_(min=0)
+
+
+class _Jump(torch.autograd.Function):
+    """z H(z - theta), or H(z - theta) alone; see the head of the file for the gradients."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, z: Tensor, theta: Tensor, eps: float, times_z: bool, through_z: bool
+    ) -> Tensor:
+        ctx.save_for_backward(z, theta)
+        ctx.settings = eps, times_z, through_z
+        return (z > theta) * (z if times_z else torch.ones_like(z))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        z, theta = ctx.saved_tensors
+        eps, times_z, through_z = ctx.settings
+        window = ((z - theta).abs() < eps / 2) * gradient * ((theta if times_z else 1.0) / eps)
+        grad_z = gradient * (z > theta) if times_z else torch.zeros_like(gradient)
+        if through_z:
+            grad_z = grad_z + window
+        return grad_z, (-window).sum_to_size(theta.shape), None, None, None
+
+
+def jump_relu(z: Tensor, theta: Tensor, eps: float, *, through_z: bool = False) -> Tensor:
+    """Z H(z - theta).
+
+    Args:
+        z: Pre-activations.
+        theta: Thresholds, positive; broadcast to z.
+        eps: Width of the window in which theta gets a gradient.
+        through_z: Whether z gets the window's gradient as well, with the other sign.
+    """
+    result: Tensor = _Jump.apply(z, theta, eps, True, through_z)  # type: ignore[no-untyped-call]
+    return result
+
+
+def jump(z: Tensor, theta: Tensor, eps: float) -> Tensor:
+    """H(z - theta): 1 where a latent is active, whose sum is L0; gradient to theta alone."""
+    result: Tensor = _Jump.apply(z, theta, eps, False, False)  # type: ignore[no-untyped-call]
+    return result

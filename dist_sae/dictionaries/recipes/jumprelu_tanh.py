@@ -1,0 +1,90 @@
+"""JumpReLU with a tanh penalty (Anthropic, Circuits Updates, January 2025).
+
+    z     = W_enc x + b_enc
+    f     = z H(z - theta)
+    x_hat = W_dec^T f + b_dec
+    L     = (E|x - x_hat|^2  +  lambda_S E sum_i tanh(c f_i |d_i|)
+                             +  lambda_P E sum_i relu(theta_i - z_i) |d_i|) / Var(x)
+
+Thresholds are a parameter as in jumprelu.py; decoder norms are free. The published lambda_S is 20,
+for rows of squared norm d_in and one width of these. The error grows with d_in and the penalty
+does not, so by default lambda_S is in proportion to d_in. Few latents are active at the start:
+where half of all are, as with the published 10,000 in a dictionary not much wider, the penalty
+turns most of them off for good before they are of use.
+
+The window's gradient (jumprelu.py) reaches theta and, with the other sign, z and so every
+parameter. The last term, over all entries, needs no dense product:
+
+    relu(theta - z) = (theta - z) + relu(z - theta)
+
+sums to something linear in the sum of the rows, and a part from the entries above their threshold.
+"""
+
+import math
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dist_sae.config.sae import JumpReLUTanhConfig
+from dist_sae.dictionaries.base import LossTerms, Output, Step
+from dist_sae.dictionaries.init import initialise_tied
+from dist_sae.dictionaries.recipes.jumprelu import jump_relu
+from dist_sae.dictionaries.schedules import warmed_up
+from dist_sae.dictionaries.thresholded import Thresholded, gated
+from dist_sae.kernels import autograd
+
+
+class JumpReLUTanh(Thresholded):
+    """The dictionary and its loss."""
+
+    config: JumpReLUTanhConfig
+
+    def __init__(
+        self, config: JumpReLUTanhConfig, d_in: int, *place: Any, **precision: Any
+    ) -> None:
+        super().__init__(config, d_in, *place, **precision)
+        self.rms_norm = math.sqrt(d_in)
+        self.lambda_s = config.cost(d_in) * d_in
+        self.theta = nn.Parameter(torch.zeros_like(self.b_enc))
+
+    @property
+    def thresholds(self) -> Float[Tensor, " n_local"]:
+        return self.rms_norm * self.theta
+
+    def objective(self, x: Float[Tensor, "batch d_in"], step: Step) -> Output:
+        config, eps = self.config, self.config.bandwidth
+        sparsity = warmed_up(step.progress, self.lambda_s, config.sparsity_warmup_share)
+        rows = self.axis.gather(x)
+        theta = self.thresholds
+        # a gradient is as large as its weight: these terms add theirs to it
+        W_dec, norms = autograd.with_norms(self.W_dec)
+        W_enc, sums = autograd.with_product(self.W_enc, rows.sum(0))
+
+        def gate(pre_acts: Tensor, theta: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+            acts = jump_relu(pre_acts, theta, eps, through_z=True)
+            penalty = sparsity * torch.tanh(config.tanh_scale * acts * norms)
+            return acts, penalty + config.pre_act * norms * (pre_acts - theta).relu()
+
+        bound = (theta - eps / 2).detach()
+        out = gated(
+            self, rows, gate, bound, theta, norms, unit_rows=False, W_enc=W_enc, W_dec=W_dec
+        )
+        error = x - (out.x_hat + self.axis.replicated(self.b_dec))
+        shortfall = len(rows) * (theta - self.b_enc) - sums
+        penalty = out.penalty + config.pre_act * (norms * shortfall).sum()
+        scale = len(rows) * step.variance
+        fvu, sparsity_loss = error.square().sum() / scale, penalty / scale
+        terms = LossTerms(fvu, fvu.new_zeros(()), sparsity_loss, fvu + sparsity_loss)
+        return Output(terms, out.firings, out.active, error.detach())
+
+    @torch.no_grad()
+    def initialise(self, x: Float[Tensor, "batch d_in"], seed: int) -> None:
+        self.theta.fill_(self.config.initial_threshold / self.rms_norm)
+        initialise_tied(self, x, seed)
+
+    @torch.no_grad()
+    def constrain(self) -> None:
+        """Decoder norms are free, the penalties hold them."""
+        self.theta.clamp_(min=0)

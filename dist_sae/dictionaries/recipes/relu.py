@@ -1,0 +1,59 @@
+"""ReLU with an L1 penalty on codes times decoder norms (Anthropic, Circuits Updates, April 2024).
+
+    z     = W_enc x + b_enc
+    f     = relu(z)
+    x_hat = W_dec^T f + b_dec
+    L     = (E|x - x_hat|^2  +  lambda E sum_i f_i |d_i|) / Var(x)
+
+Decoder norms are free. lambda is the published one, for rows scaled to E|x|^2 = d_in.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dist_sae.config.sae import ReLUConfig
+from dist_sae.dictionaries.base import LossTerms, Output, Step
+from dist_sae.dictionaries.init import initialise_tied
+from dist_sae.dictionaries.schedules import warmed_up
+from dist_sae.dictionaries.thresholded import Thresholded, gated
+from dist_sae.kernels import autograd
+
+
+class ReLU(Thresholded):
+    """The dictionary and its loss."""
+
+    config: ReLUConfig
+
+    @property
+    def thresholds(self) -> Float[Tensor, " n_local"]:
+        return torch.zeros_like(self.b_enc)
+
+    def objective(self, x: Float[Tensor, "batch d_in"], step: Step) -> Output:
+        config = self.config
+        rows = self.axis.gather(x)
+
+        def gate(pre_acts: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+            acts = pre_acts.relu()
+            return acts, acts * norms
+
+        W_dec, norms = autograd.with_norms(self.W_dec)
+        out = gated(self, rows, gate, self.thresholds, norms, unit_rows=False, W_dec=W_dec)
+        error = x - (out.x_hat + self.axis.replicated(self.b_dec))
+        coefficient = warmed_up(step.progress, config.sparsity, config.sparsity_warmup_share)
+        scale = len(rows) * step.variance
+        fvu, sparsity = error.square().sum() / scale, coefficient * out.penalty / scale
+        terms = LossTerms(fvu, fvu.new_zeros(()), sparsity, fvu + sparsity)
+        return Output(terms, out.firings, out.active, error.detach())
+
+    def initialise(self, x: Float[Tensor, "batch d_in"], seed: int) -> None:
+        initialise_tied(self, x, seed)
+
+    @torch.no_grad()
+    def open_gates(self, x: Float[Tensor, "batch d_in"]) -> None:
+        """And give the decoder rows the norm `decoder_norm`."""
+        super().open_gates(x)
+        self.W_dec.mul_(self.config.decoder_norm)
+
+    def constrain(self) -> None:
+        """Nothing: decoder norms are free, the penalty holds them."""

@@ -1,0 +1,252 @@
+"""What the recipes share whose gate is a threshold per latent, not a count per row.
+
+How many latents are active is not bounded then: half of all at the start of ReLU, 10,000 in B5's
+recipe. So there are two ways to the same loss. While few entries exceed their bound, it is computed
+from these alone; else densely, chunk by chunk of latents, and each chunk again for its gradients.
+Which way is taken follows from the batch and the parameters, not from what was before.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dist_sae.config.sae import PenalisedConfig
+from dist_sae.dictionaries.base import SPARSE_BELOW, Codes, Dictionary, Inferred, firings
+from dist_sae.dictionaries.constraints import remove_parallel_
+from dist_sae.dictionaries.init import begin_again, first_rows
+from dist_sae.kernels import Entries, autograd, select
+
+Gate = Callable[..., tuple[Tensor, Tensor]]
+"""(z, *what is given per latent) -> (codes f, penalty), entry by entry.
+
+Where z is not above the bound both are 0, and so are their gradients.
+"""
+
+_RARE = 0.003  # of the rows: new latents add little to what known ones make of a row, and live
+_INIT_ROWS = 16_384  # looked at
+_INIT_CHUNK = 1024  # latents
+_CHUNK_BYTES = 16 * 2**20  # of one [rows, chunk] matrix in fp32; a chunk needs about ten
+_CHUNK = 8192  # latents, at most
+_MOST_ENTRIES = 2**23  # that are held: a step needs about a hundred bytes for each
+
+
+class Thresholded(Dictionary):
+    """A dictionary whose latents are active above a threshold of their own."""
+
+    config: PenalisedConfig
+
+    @property
+    def thresholds(self) -> Float[Tensor, " n_local"]:
+        """Theta of this shard's latents: f = z H(z - theta)."""
+        raise NotImplementedError
+
+    @torch.no_grad()
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
+        rows = self.axis.gather(x)
+        found = select.above(
+            select.products(rows, self.W_enc, self.W_enc.dtype), self.b_enc, self.thresholds
+        )
+        assert found is not None  # there was no limit
+        return Codes(found.values, found.latents, select.starts_of(found.rows, len(rows)))
+
+    @torch.no_grad()
+    def infer(self, x: Float[Tensor, "batch d_in"]) -> Inferred:
+        rows = self.axis.gather(x)
+        blocks = select.products(rows, self.W_enc, self.W_enc.dtype)
+        parts, fired = self.decode_above(blocks, self.thresholds, len(rows))
+        return Inferred(self.axis.scatter_sum(parts) + self.b_dec, fired)
+
+    @torch.no_grad()
+    def open_gates(self, x: Float[Tensor, "batch d_in"]) -> None:
+        """Let each latent be active on the same share of the rows, few enough for the penalty.
+
+        With half of all active the reconstruction is several times too long, and the penalty first
+        turns off what has not learnt anything.
+        """
+        share = min(self.config.l0_at_start(len(self.b_dec)) / self.n_latents, 0.5)
+        set_active_share(self, slice(None), x, self.thresholds, share)
+
+    @torch.no_grad()
+    def scale_encoder(self, factor: Float[Tensor, ""]) -> None:
+        """Scale what lies above the thresholds: the same latents stay active."""
+        theta = self.thresholds
+        self.W_enc.mul_(factor)
+        self.b_enc.copy_(theta + factor * (self.b_enc - theta))
+
+    def settle(self, new: slice | Tensor, x: Float[Tensor, "batch d_in"]) -> None:
+        set_active_share(self, new, x, self.thresholds)
+
+    def retie(
+        self,
+        stuck: Bool[Tensor, " n_local"],
+        x: Float[Tensor, "batch d_in"],
+        error: Float[Tensor, "batch d_in"],
+    ) -> None:
+        begin_again(self, stuck, x, error)
+
+
+class Gated(NamedTuple):
+    """What comes out of a gate and the decoder behind it."""
+
+    x_hat: Float[Tensor, "batch d_in"]
+    """This rank's rows, without b_dec."""
+    penalty: Float[Tensor, ""]
+    """Sum over this shard's latents and the replica's rows."""
+    firings: Int[Tensor, " n_local"]
+    active: Int[Tensor, ""]
+
+
+def gated(
+    sae: Dictionary,
+    x: Float[Tensor, "rows d_in"],
+    gate: Gate,
+    bound: Float[Tensor, " n_local"],
+    *per_latent: Float[Tensor, " n_local"],
+    unit_rows: bool,
+    W_enc: Float[Tensor, "n_local d_in"] | None = None,
+    W_dec: Float[Tensor, "n_local d_in"] | None = None,
+) -> Gated:
+    """Encode the replica's rows (no b_dec is subtracted), gate, decode.
+
+    Args:
+        sae: The dictionary.
+        x: The replica's rows.
+        gate: Codes and penalties.
+        bound: Nothing at or below it has a code or a gradient.
+        per_latent: Arguments of `gate`; get their gradients.
+        unit_rows: As in `autograd.decode`.
+        W_enc: The encoder as it comes out of `autograd.with_product`, where there is a use for it.
+        W_dec: The decoder as it comes out of `autograd.with_norms`, likewise.
+    """
+    W_enc = sae.W_enc if W_enc is None else W_enc
+    W_dec = sae.W_dec if W_dec is None else W_dec
+    limit = min(int(SPARSE_BELOW * len(x) * len(W_enc)), _MOST_ENTRIES)
+    with torch.no_grad():
+        found = select.above(
+            select.products(x, W_enc, sae.product_dtype), sae.b_enc, bound, limit=limit
+        )
+    if found is None:
+        parts, penalty, fired = _dense(sae, x, gate, unit_rows, W_enc, sae.b_enc, W_dec, per_latent)
+        return Gated(sae.axis.scatter_sum(parts), penalty, fired, fired.sum())
+    entries = Entries(found.latents, select.starts_of(found.rows, len(x)), len(W_enc))
+    pre_acts = autograd.encode(found.values, sae.kernels, entries, x, W_enc, sae.b_enc)
+    values = [value.index_select(0, entries.latents) for value in per_latent]
+    acts, penalty = gate(pre_acts, *values)
+    parts = autograd.decode(acts, sae.kernels, entries, W_dec, unit_rows=unit_rows)
+    x_hat = sae.axis.scatter_sum(parts)
+    return Gated(x_hat, penalty.sum(), firings(acts, entries), (acts > 0).sum())
+
+
+class _Dense(torch.autograd.Function):
+    """(This shard's part of x_hat - b_dec, penalty, firings), chunk by chunk of latents.
+
+    A chunk is computed again for its gradients, which go straight to their place in those of the
+    weights. The encoder product alone is in the dictionary's precision for it.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        sae: Dictionary,
+        x: Tensor,
+        gate: Gate,
+        unit_rows: bool,  # noqa: FBT001
+        *tensors: Tensor,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        ctx.sae, ctx.gate, ctx.unit_rows = sae, gate, unit_rows
+        ctx.save_for_backward(x, *tensors)
+        parts, penalty = torch.zeros_like(x), x.new_zeros(())
+        fired = torch.zeros(len(tensors[0]), dtype=torch.int32, device=x.device)
+        for chunk, pre_acts, (_, _, W_dec, *values) in _chunks(sae, x, tensors):
+            acts, more = gate(pre_acts, *values)
+            parts.addmm_(acts, W_dec)
+            penalty += more.sum()
+            fired[chunk] = (acts > 0).sum(0, dtype=torch.int32)
+        ctx.mark_non_differentiable(fired)
+        return parts, penalty, fired
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_penalty: Tensor, _: Tensor) -> tuple[Any, ...]:
+        x, *tensors = ctx.saved_tensors
+        sae, grad = ctx.sae, grad.contiguous()
+        grads = [sae.kernels.empty(t) if t.ndim > 1 else torch.empty_like(t) for t in tensors]
+        grad_W_enc, grad_b_enc, grad_W_dec, *grad_values = grads
+        for chunk, pre_acts, (_, _, W_dec, *values) in _chunks(sae, x, tensors):
+            inputs = [t.detach().requires_grad_() for t in (pre_acts, *values)]
+            with torch.enable_grad():
+                acts, penalty = ctx.gate(*inputs)
+            outputs = [grad @ W_dec.T, grad_penalty.expand_as(penalty)]
+            grad_pre_acts, *more = torch.autograd.grad([acts, penalty], inputs, outputs)
+            torch.mm(grad_pre_acts.T, x, out=grad_W_enc[chunk])
+            grad_b_enc[chunk] = grad_pre_acts.sum(0)
+            torch.mm(acts.detach().T, grad, out=grad_W_dec[chunk])
+            if ctx.unit_rows:
+                remove_parallel_(grad_W_dec[chunk], W_dec)
+            for whole, part in zip(grad_values, more, strict=True):
+                whole[chunk] = part
+        return None, None, None, None, *grads
+
+
+def _chunks(
+    sae: Dictionary, x: Tensor, tensors: Sequence[Tensor]
+) -> Iterator[tuple[slice, Tensor, list[Tensor]]]:
+    """(Which latents, their pre-activations, their part of W_enc, b_enc and what else is given)."""
+    rows = x.to(sae.product_dtype)
+    width = max(1, min(_CHUNK, _CHUNK_BYTES // (4 * len(x))))
+    for start in range(0, len(tensors[0]), width):
+        chunk = slice(start, start + width)
+        parts = [tensor[chunk] for tensor in tensors]
+        W_enc, b_enc, *_ = parts
+        yield chunk, (rows @ W_enc.to(rows.dtype).T).to(x.dtype) + b_enc, parts
+
+
+def _dense(
+    sae: Dictionary,
+    x: Tensor,
+    gate: Gate,
+    unit_rows: bool,  # noqa: FBT001
+    W_enc: Tensor,
+    b_enc: Tensor,
+    W_dec: Tensor,
+    per_latent: Sequence[Tensor],
+) -> tuple[Tensor, Tensor, Tensor]:
+    result: tuple[Tensor, Tensor, Tensor] = _Dense.apply(  # type: ignore[no-untyped-call]
+        sae, x, gate, unit_rows, W_enc, b_enc, W_dec, *per_latent
+    )
+    return result
+
+
+@torch.no_grad()
+def set_active_share(
+    sae: Dictionary,
+    latents: slice | Tensor,
+    x: Float[Tensor, "batch d_in"],
+    theta: Float[Tensor, " n_local"],
+    share: float = _RARE,
+) -> None:
+    """Set b_enc such that each of these latents is above its threshold on this share of the rows.
+
+    Args:
+        sae: The dictionary.
+        latents: Of this shard.
+        x: This rank's rows of the batch, of which the first of all ranks' are taken.
+        theta: Thresholds.
+        share: To one of the rows looked at, and at least that one.
+
+    The threshold is put between two rows: one that lay on it would be above it or not by rounding,
+    that is by how the product was split.
+    """
+    rows = first_rows(x, _INIT_ROWS, sae.axis)
+    place = max(1, min(round((1 - share) * len(rows)), len(rows) - 1))
+    W_enc, b_enc = sae.W_enc[latents], theta[latents]
+    for start in range(0, len(W_enc), _INIT_CHUNK):
+        chunk = slice(start, start + _INIT_CHUNK)
+        products = rows @ W_enc[chunk].T
+        below, above = (products.kthvalue(n, dim=0).values for n in (place, place + 1))
+        b_enc[chunk] -= (below + above) / 2
+    sae.b_enc[latents] = b_enc

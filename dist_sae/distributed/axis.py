@@ -1,0 +1,158 @@
+"""The latent axis as collectives between the ranks of a mesh (`dictionaries/axis.py`)."""
+
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dist_sae.dictionaries.axis import WHOLE
+
+entered = 0
+"""Collectives that this rank has entered."""
+seconds = 0.0
+"""Spent in them: on a CPU, where they are waited for; on a GPU they are only begun."""
+
+
+class ShardedAxis(NamedTuple):
+    """See `LatentAxis`. Ranks of a replica are neighbours: rank = replica * shards + shard."""
+
+    shard: int
+    shards: int
+    replica: int
+    replicas: int
+    within: dist.ProcessGroup
+    """The ranks of this replica."""
+    across: dist.ProcessGroup
+    """The ranks with this shard."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        return _gathered(x, self.within, self.shards)
+
+    def scatter_sum(self, parts: Tensor) -> Tensor:
+        result: Tensor = _ScatterSum.apply(parts, self.within, self.shards)  # type: ignore[no-untyped-call]
+        return result
+
+    def replicated(self, parameter: Tensor) -> Tensor:
+        result: Tensor = _Replicated.apply(parameter, self.within)  # type: ignore[no-untyped-call]
+        return result
+
+    def kth_largest(self, keys: Tensor, k: int) -> Tensor:
+        """Each rank decides for an equal part of the rows, from all ranks' candidates."""
+        if self.shards == 1:
+            return WHOLE.kth_largest(keys, k)
+        per_rank = keys.reshape(self.shards, -1, keys.shape[1])
+        received = torch.empty_like(per_rank)
+        with collective():
+            dist.all_to_all_single(received, per_rank.contiguous(), group=self.within)
+        candidates = received.transpose(0, 1).flatten(1)
+        kth = candidates.topk(min(k, candidates.shape[1]), dim=1).values[:, -1]
+        return _gathered(kth, self.within, self.shards)
+
+    def exchange(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:
+        result: Tensor = _Exchange.apply(rows, sent, received, self.within)  # type: ignore[no-untyped-call]
+        return result
+
+    def exchange_counts(self, counts: Tensor) -> Tensor:
+        ones = [1] * self.shards
+        return _exchanged(counts, ones, ones, self.within)
+
+    def across_replicas(self, tensor: Tensor) -> Tensor:
+        return _summed(tensor, self.across)
+
+    def total(self, tensor: Tensor) -> Tensor:
+        return _summed(tensor, None)
+
+
+class _ScatterSum(torch.autograd.Function):
+    """Reduce-scatter of dim 0 forward, all-gather backward."""
+
+    @staticmethod
+    def forward(ctx: Any, parts: Tensor, group: dist.ProcessGroup, shards: int) -> Tensor:
+        ctx.group, ctx.shards = group, shards
+        if shards == 1:
+            return parts.view_as(parts)
+        own = parts.new_empty(len(parts) // shards, *parts.shape[1:])
+        with collective():
+            dist.reduce_scatter_single(own, parts.contiguous(), group=group)
+        return own
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None]:
+        return _gathered(gradient, ctx.group, ctx.shards), None, None
+
+
+class _Replicated(torch.autograd.Function):
+    """The identity forward, all-reduce backward."""
+
+    @staticmethod
+    def forward(ctx: Any, parameter: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        return parameter.view_as(parameter)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return _summed(gradient, ctx.group), None
+
+
+class _Exchange(torch.autograd.Function):
+    """All-to-all of rows forward, and backward the other way."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
+    ) -> Tensor:
+        ctx.sent, ctx.received, ctx.group = sent, received, group
+        return _exchanged(rows, sent, received, group)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None, None, None]:
+        return _exchanged(gradient, ctx.received, ctx.sent, ctx.group), None, None, None
+
+
+def _exchanged(
+    rows: Tensor, sent: list[int], received: list[int], group: dist.ProcessGroup
+) -> Tensor:
+    if len(sent) == 1:
+        return rows.view_as(rows)
+    result = rows.new_empty(sum(received), *rows.shape[1:])
+    with collective():
+        dist.all_to_all_single(result, rows.contiguous(), received, sent, group=group)
+    return result
+
+
+def _gathered(tensor: Tensor, group: dist.ProcessGroup, ranks: int) -> Tensor:
+    if ranks == 1:
+        return tensor
+    whole = tensor.new_empty(ranks * len(tensor), *tensor.shape[1:])
+    with collective():
+        dist.all_gather_single(whole, tensor.contiguous(), group=group)
+    return whole
+
+
+def _summed(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
+    if dist.get_world_size(group) == 1:
+        return tensor
+    tensor = tensor.clone()
+    with collective():
+        dist.all_reduce(tensor, group=group)
+    return tensor
+
+
+@contextmanager
+def collective() -> Iterator[None]:
+    """Around every exchange between ranks: counts it, and its time."""
+    global entered, seconds  # noqa: PLW0603 - of the process, like the process groups
+    entered += 1
+    since = time.perf_counter()
+    try:
+        yield
+    finally:
+        seconds += time.perf_counter() - since

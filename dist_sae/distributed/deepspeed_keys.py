@@ -1,0 +1,99 @@
+"""Whether DeepSpeed knows what `train.deepspeed` says: it passes by a key that it does not know."""
+
+import difflib
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import ValidationError
+
+from dist_sae.config import Run
+from dist_sae.deepspeed import import_deepspeed
+from dist_sae.distributed.zero import deepspeed_config
+from dist_sae.errors import ConfigError
+
+
+class _Asked(dict[str, Any]):
+    """A configuration that remembers which keys were looked for, there or not."""
+
+    def __init__(self, content: Mapping[str, Any]) -> None:
+        super().__init__(content)
+        self.keys_asked: set[str] = set()
+
+    def __getitem__(self, key: str) -> Any:
+        self.keys_asked.add(key)
+        return super().__getitem__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        self.keys_asked.add(key)
+        return super().get(key, default)
+
+    def __contains__(self, key: object) -> bool:
+        self.keys_asked.add(str(key))
+        return super().__contains__(key)
+
+    def __copy__(self) -> "_Asked":
+        return self
+
+
+def check_deepspeed(run: Run) -> None:
+    """Refuse a DeepSpeed configuration that cannot be, or that has keys DeepSpeed does not know.
+
+    Raises:
+        ConfigError: With one line for every problem.
+    """
+    config = _Asked(deepspeed_config(run))
+    if not run.train.deepspeed:
+        return
+    deepspeed = import_deepspeed()
+    try:
+        deepspeed.runtime.config.DeepSpeedConfig(config)
+    except ValidationError as exc:
+        raise ConfigError("\n".join(_explain(exc, run.train.deepspeed))) from exc
+    except Exception as exc:  # assertions, ValueErrors and more: the run's own part is sound
+        reason = " ".join(str(exc).split()) or type(exc).__name__
+        raise ConfigError(f"train.deepspeed: DeepSpeed refuses it: {reason}") from exc
+    constants = vars(deepspeed.runtime.constants)  # some are looked for later, by the engine
+    known = config.keys_asked | {v for k, v in constants.items() if k.isupper() and type(v) is str}
+    unknown = [key for key in run.train.deepspeed if key not in known]
+    if unknown:
+        raise ConfigError(
+            "\n".join(f"train.deepspeed.{key}: {_hint(key, config.keys_asked)}" for key in unknown)
+        )
+
+
+def _explain(exc: ValidationError, given: Mapping[str, Any]) -> list[str]:
+    """What one of DeepSpeed's models says, which knows its part of the user's path alone."""
+    from deepspeed.runtime.config_utils import DeepSpeedConfigModel
+
+    fields = {
+        name for model in DeepSpeedConfigModel.__subclasses__() for name in model.model_fields
+    }
+    lines = []
+    for error in exc.errors():
+        path = _path(given, error["loc"]) or [str(key) for key in error["loc"]]
+        if error["type"] == "extra_forbidden":
+            problem = _hint(path[-1], fields)
+        elif path:
+            problem = f"{error['msg']} ({error['input']!r})"
+        else:  # about several keys of one model, whose input is all of them
+            problem = " ".join(error["msg"].split())
+        lines.append(f"{'.'.join(['train.deepspeed', *path])}: {problem}")
+    return lines
+
+
+def _path(given: Any, loc: tuple[int | str, ...]) -> list[str] | None:
+    """Where in what was given the keys `loc` stand one below the other."""
+    if not loc or not isinstance(given, Mapping):
+        return None
+    if loc[0] in given:
+        return [str(key) for key in loc]
+    for key, value in given.items():
+        if found := _path(value, loc):
+            return [str(key), *found]
+    return None
+
+
+def _hint(key: str, known: set[str]) -> str:
+    close = difflib.get_close_matches(key, sorted(known), n=1)
+    hint = f"did you mean {close[0]}?" if close else "see DeepSpeed's documentation for its keys"
+    return f"unknown to DeepSpeed; {hint}"

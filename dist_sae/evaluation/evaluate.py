@@ -1,0 +1,185 @@
+"""`dist-sae evaluate`: a checkpoint on held-out text, beside what it must beat."""
+
+import json
+import logging
+import threading
+import time
+from typing import Any
+
+import torch
+from jaxtyping import Int
+from torch import Tensor
+
+from dist_sae import __version__
+from dist_sae.checkpoint.layout import Checkpoint
+from dist_sae.checkpoint.lineage import Lineage
+from dist_sae.checkpoint.trained import Trained, find_checkpoint, read_trained, suffix
+from dist_sae.config import Run
+from dist_sae.config.data import HuggingFaceModel
+from dist_sae.config.sae import RoutedConfig
+from dist_sae.data.heldout import rows_of
+from dist_sae.data.loader import Units
+from dist_sae.data.plan import Plan, load_plan
+from dist_sae.dictionaries.base import Dictionary
+from dist_sae.dictionaries.metrics import Fit, duplicate_shares
+from dist_sae.environment import hardware, versions
+from dist_sae.errors import ConfigError, NonFiniteError
+from dist_sae.evaluation.cross_entropy import cross_entropies
+from dist_sae.evaluation.pca import pca_fvu
+from dist_sae.evaluation.subject import (
+    evaluation_key,
+    produced,
+    read_evaluation,
+    subject,
+    training_seconds,
+)
+from dist_sae.storage import UNMETERED, Meter, ObjectStore, open_store
+from dist_sae.telemetry.history import read_history
+
+logger = logging.getLogger(__name__)
+
+_EXPORTED = {"l0_latents": "l0"} | {
+    name: name for name in ("step", "rows", "fvu", "pca_fvu", "dead_share", "ce_recovered")
+}
+"""Metrics, and what they are called in the result."""
+_DENSITY_EDGES = [-7 + 0.25 * i for i in range(29)]  # log10, to 0
+
+
+def evaluate(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> dict[str, Any]:
+    """Measure a checkpoint and leave the result in `<run>/evaluation.json`.
+
+    What has been measured with the same settings is not measured again. The result for a step that
+    is not the newest is left in `<run>/evaluation-step-<step>.json`.
+
+    Args:
+        run: The run.
+        meter: Takes the metrics.
+        step: Of the checkpoint; None takes the newest.
+
+    Returns:
+        What was measured (`evaluation.subject`), on `hardware`, with `versions`, in
+        `evaluate_seconds`; `dead_share`, of routed dictionaries by expert too; on `rows` held-out
+        rows `fvu`, `l0`, `pca_fvu` (of a PCA of training rows with as many components as latents
+        are active), `duplicate_share` (of latents with a near copy, and that have one in another
+        expert), densities, and for language models the cross-entropies in nats per token (`ce_of`
+        next or masked ones; `ce_left_out` says why there are none) with the site left alone
+        (`ce_clean`), replaced by the reconstruction (`ce_spliced`), by zero (`ce_zero`) and by the
+        mean (`ce_mean`), with the shares recovered, and the 95 % `intervals` of these.
+
+    Raises:
+        ConfigError: There is no checkpoint, or nothing is held out.
+        PlanMismatchError: The run was trained with other settings, or on another activation set.
+    """
+    runs = open_store(run.store.runs, run.store.s3, meter)
+    store = open_store(run.store.activations, run.store.s3, meter)
+    plan = load_plan(store, run)
+    if not len(plan.heldout_units):
+        raise ConfigError("activations.heldout_share: is 0, so there is nothing to evaluate on")
+    result = _known(runs, store, run, plan, step)
+    if result is None:
+        trained = read_trained(runs, run, step)
+        if trained is None:
+            raise ConfigError(
+                f"{runs.url}/{run.name}: holds no checkpoint yet; run `dist-sae train` first"
+            )
+        trained.check_plan(plan.hash)
+        since = time.monotonic()
+        result = _measure(runs, run, trained, Units(store, plan, run.site, threading.Event()))
+        result["evaluate_seconds"] = time.monotonic() - since
+        key = evaluation_key(run.name, trained.suffix)
+        runs.put(key, json.dumps(result, indent=1).encode())
+    for metric, name in _EXPORTED.items():
+        if result.get(name) is not None:
+            meter.set(f"dist_sae_evaluate_{metric}", result[name])
+    return result
+
+
+def _known(
+    runs: ObjectStore, store: ObjectStore, run: Run, plan: Plan, step: int | None
+) -> dict[str, Any] | None:
+    """What was measured before, if that was the same checkpoint, in the same way."""
+    checkpoint = find_checkpoint(runs, run, step)
+    if checkpoint is None:
+        return None
+    key = evaluation_key(run.name, suffix(runs, run, checkpoint.step))
+    found = read_evaluation(runs, key)
+    if found is None:
+        return None
+    if found.get("made_from") != _made_from(run, checkpoint, plan, produced(store, plan)["units"]):
+        return None
+    logger.info("step %d was measured before: %s/%s", checkpoint.step, runs.url, key)
+    return found
+
+
+def _made_from(run: Run, checkpoint: Checkpoint, plan: Plan, units: int) -> dict[str, Any]:
+    """All that a result depends on."""
+    return {
+        "checkpoint": checkpoint.digest,
+        "plan": plan.hash,
+        "units": units,  # that exist: producers may still be at work
+        "rows": run.evaluate.rows,
+        "contexts": run.evaluate.contexts,
+        "dist_sae": __version__,
+    }
+
+
+def _measure(runs: ObjectStore, run: Run, trained: Trained, units: Units) -> dict[str, Any]:
+    own, plan, sae, scale, mean = trained.run, units.plan, trained.sae, trained.scale, trained.mean
+    fit = Fit.empty(own.sae.n_latents)
+    for acts in rows_of(units, plan.heldout_units, run.evaluate.rows):
+        x = acts * scale
+        fit = fit.add(x, sae.infer(x), mean)
+    components = min(max(1, round(fit.l0)), len(mean))
+    made, history = produced(units.store, plan), read_history(runs, run.name)
+    result = {
+        **subject(own, plan, made, trained.step, history),
+        "training_seconds": training_seconds(history, trained.step),
+        "rows": fit.rows,
+        "fvu": fit.fvu,
+        "l0": fit.l0,
+        **_dead_shares(own, trained, trained.idle_rows.masked_fill(fit.counts > 0, 0)),
+        "pca_fvu": pca_fvu(units, own.site, mean / scale, run.evaluate.rows, components),
+        "pca_components": components,
+        **_duplicates(own, sae),
+        **_density_histogram(fit),
+    }
+    if isinstance(run.model, HuggingFaceModel) and run.evaluate.contexts:
+        result |= cross_entropies(units, run, sae, scale, mean)
+    bad = [name for name, value in result.items() if isinstance(value, float) and value != value]  # noqa: PLR0124
+    if bad:
+        raise NonFiniteError(f"{runs.url}/{run.name}: {', '.join(bad)} came out as NaN")
+    made_from = _made_from(run, trained.checkpoint, plan, made["units"])
+    return result | {"hardware": hardware(), "versions": versions(), "made_from": made_from}
+
+
+def _dead_shares(
+    run: Run, trained: Trained, idle_rows: Int[Tensor, " n_latents"]
+) -> dict[str, Any]:
+    """None while fewer rows than `dead_after_rows` were counted: nobody can know yet."""
+    counted = Lineage.from_scalars(trained.checkpoint.scalars).counted_rows
+    if counted + trained.step * run.train.batch_rows < run.dead_after_rows:
+        return {"dead_share": None}
+    dead = (idle_rows >= run.dead_after_rows).double()
+    shares: dict[str, Any] = {"dead_share": float(dead.mean())}
+    if isinstance(run.sae, RoutedConfig):
+        shares["dead_share_by_expert"] = dead.view(run.sae.experts, -1).mean(1).tolist()
+    return shares
+
+
+def _duplicates(run: Run, sae: Dictionary) -> dict[str, float]:
+    experts = run.sae.experts if isinstance(run.sae, RoutedConfig) else 1
+    anywhere, elsewhere = duplicate_shares(sae.W_dec, experts)
+    across = {"duplicate_share_across_experts": elsewhere} if experts > 1 else {}
+    return {"duplicate_share": anywhere, **across}
+
+
+def _density_histogram(fit: Fit) -> dict[str, Any]:
+    """How many latents fire how often, on a log scale."""
+    fired = fit.densities[fit.counts > 0].log10()
+    edges = torch.tensor(_DENSITY_EDGES, dtype=torch.float64)
+    counts = torch.histogram(fired.clamp(float(edges[0]), float(edges[-1])), edges).hist
+    return {
+        "density_log10_edges": _DENSITY_EDGES,
+        "density_counts": counts.long().tolist(),
+        "never_fired": int((fit.counts == 0).sum()),
+    }

@@ -1,0 +1,16 @@
+"""The sparse products. `torch` runs anywhere, `native` on CPUs, `triton` on NVIDIA GPUs.
+
+All take the non-zeros of a `[batch, n_latents]` matrix as `Entries` and never make it dense;
+`reference`, the oracle of the tests, does.
+"""
+
+from dist_sae.kernels.base import (
+    Combine,
+    Entries,
+    GatherDot,
+    KeepLargest,
+    Kernels,
+    SumByLatent,
+)
+
+__all__ = ["Combine", "Entries", "GatherDot", "KeepLargest", "Kernels", "SumByLatent"]

@@ -1,0 +1,172 @@
+"""Encoder and decoder at selected entries, with gradients from the entries alone."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dist_sae.kernels import Entries, Kernels
+
+
+class _Encode(torch.autograd.Function):
+    """The given pre-activations, as a function of what they came from."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        pre_acts: Tensor,
+        kernels: Kernels,
+        entries: Entries,
+        x: Tensor,
+        W_enc: Tensor,
+        b_enc: Tensor,  # noqa: ARG004 - for its gradient
+        b_dec: Tensor | None,
+    ) -> Tensor:
+        ctx.kernels, ctx.entries, ctx.centred = kernels, entries, b_dec is not None
+        ctx.save_for_backward(x, W_enc)
+        return pre_acts.view_as(pre_acts)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, W_enc = ctx.saved_tensors
+        grad_W_enc = ctx.kernels.sum_by_latent(grad, ctx.entries, x)
+        grad_b_enc = _summed(grad, ctx.entries)
+        # every row was centred with the same b_dec
+        grad_b_dec = -(grad_b_enc @ W_enc) if ctx.centred else None
+        return None, None, None, None, grad_W_enc, grad_b_enc, grad_b_dec
+
+
+class _Decode(torch.autograd.Function):
+    """Acts W_dec."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, acts: Tensor, kernels: Kernels, entries: Entries, W_dec: Tensor, unit_rows: bool
+    ) -> Tensor:
+        ctx.kernels, ctx.entries, ctx.unit_rows = kernels, entries, unit_rows
+        ctx.save_for_backward(acts, W_dec)
+        return kernels.combine(acts, entries, W_dec)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        acts, W_dec = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_acts = ctx.kernels.gather_dot(grad, ctx.entries, W_dec)
+        parallel: tuple[Tensor, ...] = ()
+        if ctx.unit_rows:
+            parallel = W_dec, _summed(acts * grad_acts, ctx.entries)  # = grad_W_dec . W_dec
+        grad_W_dec = ctx.kernels.sum_by_latent(acts, ctx.entries, grad, *parallel)
+        return grad_acts, None, None, grad_W_dec, None
+
+
+def _summed(values: Tensor, entries: Entries) -> Tensor:
+    """Sum of the entries' values by latent, in fp64: one that is always on has very many."""
+    sums = values.new_zeros(entries.n_latents, dtype=torch.float64)
+    return sums.index_add_(0, entries.latents, values.double()).to(values.dtype)
+
+
+class _WithNorms(torch.autograd.Function):
+    """W, and the norms of its rows."""
+
+    @staticmethod
+    def forward(ctx: Any, W: Tensor) -> tuple[Tensor, Tensor]:
+        norms = torch.linalg.vector_norm(W, dim=1)
+        ctx.save_for_backward(W, norms)
+        return W.view_as(W), norms
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_norms: Tensor) -> Tensor:
+        W, norms = ctx.saved_tensors
+        along = grad_norms / norms.clamp_min(torch.finfo(norms.dtype).tiny)
+        return grad.addcmul_(W, along[:, None])
+
+
+class _WithProduct(torch.autograd.Function):
+    """W, and W v."""
+
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.save_for_backward(v)
+        return W.view_as(W), W @ v
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor, grad_product: Tensor) -> tuple[Tensor, None]:
+        (v,) = ctx.saved_tensors
+        return grad.addr_(grad_product, v), None
+
+
+def with_norms(
+    W: Float[Tensor, "n_latents d_in"],
+) -> tuple[Float[Tensor, "n_latents d_in"], Float[Tensor, " n_latents"]]:
+    """(W, the norms of its rows); W is for `encode`, `decode` or the like, once.
+
+    The gradient of the norms is added to that of W where it is. Autograd would make another of the
+    size of W.
+    """
+    result: tuple[Tensor, Tensor] = _WithNorms.apply(W)  # type: ignore[no-untyped-call]
+    return result
+
+
+def with_product(
+    W: Float[Tensor, "n_latents d_in"], v: Float[Tensor, " d_in"]
+) -> tuple[Float[Tensor, "n_latents d_in"], Float[Tensor, " n_latents"]]:
+    """(W, W v), the same for a product; v gets no gradient."""
+    result: tuple[Tensor, Tensor] = _WithProduct.apply(W, v)  # type: ignore[no-untyped-call]
+    return result
+
+
+def encode(
+    pre_acts: Float[Tensor, " entries"],
+    kernels: Kernels,
+    entries: Entries,
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "n_latents d_in"],
+    b_enc: Float[Tensor, " n_latents"],
+    b_dec: Float[Tensor, " d_in"] | None = None,
+) -> Float[Tensor, " entries"]:
+    """Pre-activations x W_enc^T + b_enc at the entries, with gradients to the parameters.
+
+    Args:
+        pre_acts: Their values, from the selection.
+        kernels: The sparse products.
+        entries: Where they are.
+        x: The rows; where the recipe subtracts b_dec, already centred. Gets no gradient.
+        W_enc: Encoder.
+        b_enc: Encoder bias.
+        b_dec: Given if the rows are centred with it: gets the gradient of that.
+    """
+    result: Tensor = _Encode.apply(  # type: ignore[no-untyped-call]
+        pre_acts, kernels, entries, x, W_enc, b_enc, b_dec
+    )
+    return result
+
+
+def decode(
+    acts: Float[Tensor, " entries"],
+    kernels: Kernels,
+    entries: Entries,
+    W_dec: Float[Tensor, "n_latents d_in"],
+    *,
+    unit_rows: bool,
+) -> Float[Tensor, "batch d_in"]:
+    """Acts W_dec (no bias), with gradients to acts and W_dec.
+
+    Args:
+        acts: Codes.
+        kernels: The sparse products.
+        entries: Where they are.
+        W_dec: Decoder.
+        unit_rows: Leave out of the gradient of W_dec the part along its rows, whose norm is held at
+            1. It would only change the norm, and fill Adam's second moment with a direction that is
+            never taken.
+    """
+    x_hat: Tensor = _Decode.apply(  # type: ignore[no-untyped-call]
+        acts, kernels, entries, W_dec, unit_rows
+    )
+    return x_hat

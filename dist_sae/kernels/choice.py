@@ -1,0 +1,44 @@
+"""Which implementation of the sparse products runs."""
+
+import importlib.util
+import logging
+from typing import Literal
+
+import torch
+
+from dist_sae.errors import ConfigError
+from dist_sae.kernels import Kernels, native
+from dist_sae.kernels.torch import KERNELS as TORCH
+
+logger = logging.getLogger(__name__)
+
+
+def choose_kernels(
+    wish: Literal["auto", "torch", "native", "triton"], device: torch.device
+) -> Kernels:
+    """The kernels that the run asks for, or for `auto` the fastest that can run on the device.
+
+    Raises:
+        ConfigError: Those asked for by name cannot run here.
+    """
+    kernels, reason = TORCH, None
+    match wish, device.type:
+        case (("auto" | "native"), "cpu"):
+            reason = native.available()
+            kernels = native.kernels() if reason is None else TORCH
+        case (("auto" | "triton"), "cuda") if torch.version.hip is None:
+            if importlib.util.find_spec("triton") is None:
+                reason = "triton is not installed"
+            else:
+                from dist_sae.kernels.triton import KERNELS as TRITON
+
+                kernels = TRITON
+        case "native", _:
+            reason = f"it is for the CPU, not for {device.type}"
+        case "triton", _:
+            reason = f"it is for NVIDIA GPUs, not for {device.type}"
+    if reason is not None and wish != "auto":
+        raise ConfigError(f"train.kernels: {wish}: {reason}; use auto or torch")
+    why = f" ({reason})" if reason else ""
+    logger.info("sparse products: %s, on %s%s", kernels.name, device, why)
+    return kernels

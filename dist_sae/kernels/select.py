@@ -1,0 +1,198 @@
+"""Which latents: the encoder product, chunk by chunk of latents, and the selection from it.
+
+Only `[batch, chunk]` pre-activations are ever held. Selections are exact (`keys.py`).
+"""
+
+from collections.abc import Iterable, Iterator
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dist_sae.kernels.base import Entries, Kernels
+from dist_sae.kernels.keys import NOTHING, from_keys
+
+_CHUNK = 8192  # latents; their encoder rows are brought into the product's precision once
+_GROUP = 16  # latents
+_CHUNK_BYTES = 64 * 2**20  # of pre-activations: still in a CPU's cache when they are looked at
+
+
+class Candidates(NamedTuple):
+    """Entries picked from a batch by their value."""
+
+    values: Float[Tensor, " entries"]
+    rows: Int[Tensor, " entries"]
+    latents: Int[Tensor, " entries"]
+
+
+class Block(NamedTuple):
+    """A part of x W_enc^T."""
+
+    rows: slice
+    latents: Int[Tensor, " chunk"]
+    products: Float[Tensor, "rows chunk"]
+    """Overwritten by the next block's."""
+    opens: bool
+    """Is the first of its chunk of latents; those of the next chunk are higher."""
+
+
+def products(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "n_latents d_in"],
+    product_dtype: torch.dtype,
+    among: Int[Tensor, " some"] | None = None,
+) -> Iterator[Block]:
+    """The encoder product, block by block: of a chunk of latents all rows, then the next chunk.
+
+    Args:
+        x: Rows, centred where the recipe does.
+        W_enc: Encoder.
+        product_dtype: Precision of the product.
+        among: These latents only; ascending.
+    """
+    x = x.to(product_dtype)
+    n = len(W_enc) if among is None else len(among)
+    width = max(1, min(_CHUNK, n))
+    height = max(1, min(_CHUNK_BYTES // (width * x.element_size()), len(x)))
+    out = x.new_empty(height * width)  # fresh pages cost more than what is written to them
+    for first in range(0, n, width):
+        if among is None:
+            latents = torch.arange(first, min(first + width, n), device=x.device)
+            weights = W_enc[first : first + width].to(product_dtype)
+        else:
+            latents = among[first : first + width]
+            weights = W_enc[latents].to(product_dtype)
+        for top in range(0, len(x), height):
+            rows = slice(top, min(top + height, len(x)))
+            block = out[: (rows.stop - top) * len(weights)].view(rows.stop - top, -1)
+            yield Block(rows, latents, torch.mm(x[rows], weights.T, out=block), opens=top == 0)
+
+
+def topk_keys(
+    x: Float[Tensor, "batch d_in"],
+    W_enc: Float[Tensor, "n_latents d_in"],
+    b_enc: Float[Tensor, " n_latents"],
+    k: int,
+    product_dtype: torch.dtype,
+    kernels: Kernels,
+    *,
+    first: int = 0,
+    among: Int[Tensor, " some"] | None = None,
+) -> Int[Tensor, "batch k"]:
+    """Keys of the k largest of x W_enc^T + b_enc in each row, in no order; no gradient.
+
+    Args:
+        x: Rows, centred where the recipe does.
+        W_enc: Encoder, or this shard's rows of it.
+        b_enc: Encoder bias.
+        k: How many; where there are fewer latents, the rest is `NOTHING`.
+        product_dtype: Precision of the product; sums are fp32 at least.
+        kernels: Have the selection.
+        first: Number of the first latent.
+        among: Choose from these latents only; ascending.
+    """
+    best = x.new_full((len(x), k), NOTHING, dtype=torch.int64)
+    for rows, columns, block, _ in products(x, W_enc, product_dtype, among):
+        best[rows] = kernels.keep_largest(best[rows], block, b_enc[columns], columns + first)
+    return best
+
+
+def entries_of(
+    keys: Int[Tensor, "batch k"], threshold: Int[Tensor, " batch"], first: int, n_latents: int
+) -> tuple[Float[Tensor, " entries"], Entries]:
+    """(Pre-activations, entries) of the keys that reach their row's threshold."""
+    chosen = (keys >= threshold[:, None]) & (keys > NOTHING)
+    counts = chosen.sum(1)
+    values, latents = from_keys(keys[chosen])
+    return values, Entries(latents - first, counts.cumsum(0) - counts, n_latents)
+
+
+def above(
+    blocks: Iterable[Block],
+    b_enc: Float[Tensor, " n_latents"],
+    bound: Float[Tensor, " n_latents"],
+    *,
+    limit: int | None = None,
+) -> Candidates | None:
+    """All entries of x W_enc^T + b_enc that exceed their latent's bound; no gradient.
+
+    Args:
+        blocks: x W_enc^T, chunk after chunk.
+        b_enc: Encoder bias.
+        bound: For each latent.
+        limit: Give up when there are more than this many.
+
+    Returns:
+        The entries by row and latent, or None if there are more than `limit`.
+    """
+    found = [_nothing(b_enc)]
+    for rows, columns, block, _ in blocks:
+        pre_acts = block + b_enc[columns]
+        hits, places = (pre_acts > bound[columns]).nonzero(as_tuple=True)
+        found.append(Candidates(pre_acts[hits, places], hits + rows.start, columns[places]))
+        if limit is not None and sum(len(c.rows) for c in found) > limit:
+            return None
+    return by_row(Candidates(*map(torch.cat, zip(*found, strict=True))))
+
+
+def largest(blocks: Iterable[Block], b_enc: Float[Tensor, " n_latents"], count: int) -> Candidates:
+    """The `count` largest positive entries of x W_enc^T + b_enc in the whole batch; no gradient.
+
+    Args:
+        blocks: x W_enc^T, chunk after chunk.
+        b_enc: Encoder bias.
+        count: From 1.
+
+    Returns:
+        At least these (fewer if fewer are positive), and some that are smaller or equal, in any
+        order. Of equal ones with the same value, those of lower latents are there.
+    """
+    found = _nothing(b_enc)
+    bound = least = b_enc.new_zeros(())
+    for rows, columns, block, opens in blocks:
+        if len(found.values) > (count if opens else 2 * count):
+            found, bound = _cut(found, count)
+        # of equals, those of a later chunk lose; in a chunk a later row may have a lower latent
+        if opens:
+            least = bound
+        pre_acts = block + b_enc[columns]
+        chosen = (pre_acts > least) & (pre_acts >= bound)
+        if not len(found.values) and pre_acts.numel() > 4 * count:  # spare us most of the first
+            peaks = pre_acts[:, : pre_acts.shape[1] // _GROUP * _GROUP]
+            peaks = peaks.reshape(len(peaks), _GROUP, -1).amax(1).flatten()
+            if len(peaks) >= count:
+                chosen &= pre_acts >= _kth(peaks, count)
+        hits, places = chosen.nonzero(as_tuple=True)
+        more = Candidates(pre_acts[hits, places], hits + rows.start, columns[places])
+        found = Candidates(*map(torch.cat, zip(found, more, strict=True)))
+    return _cut(found, count)[0] if len(found.values) > count else found
+
+
+def by_row(found: Candidates) -> Candidates:
+    """The same, row after row; within a row in the order they came in."""
+    order = found.rows.int().argsort(stable=True)
+    return Candidates(*(part[order] for part in found))
+
+
+def starts_of(rows: Int[Tensor, " entries"], batch: int) -> Int[Tensor, " batch"]:
+    """Where each row's entries begin, of entries that lie row after row."""
+    counts = torch.bincount(rows, minlength=batch)
+    return counts.cumsum(0) - counts
+
+
+def _nothing(like: Tensor) -> Candidates:
+    rows, latents = like.new_empty((2, 0), dtype=torch.int64)
+    return Candidates(like.new_empty(0), rows, latents)
+
+
+def _cut(found: Candidates, count: int) -> tuple[Candidates, Tensor]:
+    """(The `count` largest with all that equal the last of them, the last of them)."""
+    bound = _kth(found.values, count)
+    reach = found.values >= bound
+    return Candidates(*(part[reach] for part in found)), bound
+
+
+def _kth(values: Tensor, k: int) -> Tensor:
+    """The k-th largest of values."""
+    return values.topk(k, sorted=False).values.min()

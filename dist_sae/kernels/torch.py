@@ -1,0 +1,87 @@
+"""The sparse products in plain torch, for any device: `embedding_bag` and its gradients."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from dist_sae.kernels.base import Entries, Kernels
+from dist_sae.kernels.keys import from_keys, to_keys
+
+_GROUP = 16  # neighbours whose maximum is looked at first
+_RUN = 4096  # entries
+
+
+def keep_largest(best: Tensor, products: Tensor, bias: Tensor, latents: Tensor) -> Tensor:
+    """See `KeepLargest`.
+
+    Looks at the maxima of groups of neighbours first. The k largest lie in the k groups with the
+    largest maxima: were one of them in another group, each of these k groups, before it by maximum
+    or with the same maximum and lower latents, would hold an entry that comes before it.
+    """
+    pre_acts = products + bias
+    k, groups = best.shape[1], pre_acts.shape[1] // _GROUP
+    if groups < 2 * k:
+        keys = to_keys(pre_acts, latents)
+    else:
+        whole, rest = pre_acts[:, : groups * _GROUP], pre_acts[:, groups * _GROUP :]
+        peaks = whole.reshape(len(whole), groups, _GROUP).amax(2)
+        numbers = torch.arange(groups, device=peaks.device)
+        _, group = from_keys(to_keys(peaks, numbers).topk(k, dim=1, sorted=False).values)
+        members = group[:, :, None] * _GROUP + torch.arange(_GROUP, device=peaks.device)
+        members = members.flatten(1)
+        keys = to_keys(whole.gather(1, members), latents[members])
+        keys = torch.cat([keys, to_keys(rest, latents[groups * _GROUP :])], 1)
+    return torch.cat([best, keys], 1).topk(k, dim=1, sorted=False).values
+
+
+def combine(coefficients: Tensor, entries: Entries, W: Tensor) -> Tensor:
+    """See `Combine`."""
+    return F.embedding_bag(
+        entries.latents, W, entries.starts, mode="sum", per_sample_weights=coefficients
+    )
+
+
+def gather_dot(rows: Tensor, entries: Entries, W: Tensor) -> Tensor:
+    """See `GatherDot`. It is the gradient of `combine` with respect to its coefficients."""
+    ones = W.new_ones(len(entries.latents), requires_grad=True)
+    with torch.enable_grad():
+        bags = combine(ones, entries, W.detach())
+    return torch.autograd.grad(bags, ones, rows)[0]
+
+
+def sum_by_latent(
+    coefficients: Tensor,
+    entries: Entries,
+    rows: Tensor,
+    W: Tensor | None = None,
+    along: Tensor | None = None,
+) -> Tensor:
+    """See `SumByLatent`. Over entries sorted by latent: a fifth of `index_add`'s time.
+
+    A sum of very many rows, one after the other, loses digits: those are summed in fp64, in runs.
+    """
+    order, starts = entries.by_latent
+    sources, weights = entries.rows[order], coefficients[order]
+    sums = F.embedding_bag(sources, rows, starts, mode="sum", per_sample_weights=weights)
+    for latent, first, end in _long(starts, len(order)):
+        exact = rows.new_zeros(rows.shape[1], dtype=torch.float64)
+        for start in range(first, end, _RUN):
+            run = slice(start, min(start + _RUN, end))
+            exact += weights[run].double() @ rows[sources[run]].double()
+        sums[latent] = exact
+    if W is not None and along is not None:
+        sums.addcmul_(W, along[:, None], value=-1)
+    return sums
+
+
+def _long(starts: Tensor, n_entries: int) -> list[list[int]]:
+    """(Latent, where its entries begin, where they end) of those with very many; read at once."""
+    if n_entries <= _RUN:
+        return []
+    ends = torch.cat([starts[1:], starts.new_tensor([n_entries])])
+    latents = (ends - starts > _RUN).nonzero()[:, 0]
+    places: list[list[int]] = torch.stack([latents, starts[latents], ends[latents]], 1).tolist()
+    return places
+
+
+KERNELS = Kernels("torch", keep_largest, combine, gather_dot, sum_by_latent)

@@ -1,0 +1,169 @@
+"""The objects of a run: Run -> ConfigMap and JobSet, or plain Indexed Jobs. Pure.
+
+What ends a pod decides what follows:
+
+    0       done
+    2       something for the user to fix: the job fails, and the run with it
+    75      stopped and resumable (preempted, a rank lost, the store away): a new pod, not counted
+    143     told to end (SIGTERM) before it could heed it: the same
+    evicted, preempted, drained (DisruptionTarget): the same
+    else    a crash: counted against `retries`
+"""
+
+import signal
+from typing import get_args
+
+from dist_sae.config import Run, dump_run
+from dist_sae.config.data import FilesCorpus
+from dist_sae.errors import EXIT_RESUMABLE, EXIT_USER, ConfigError
+from dist_sae.kubernetes.names import labels, object_name, selector
+from dist_sae.kubernetes.pods import Object, Part, n_pods, pod_template, pods_of
+
+JOBSET_VERSION = "jobset.x-k8s.io/v1alpha2"
+RUN_KEY = "run.yaml"
+_TERMINATED = 128 + signal.SIGTERM
+
+_AFTER: dict[Part, Part] = {"producer": "planner", "trainer": "planner", "reporter": "trainer"}
+"""A part begins when another is complete. Without JobSet its pods wait by themselves (`--wait`)."""
+
+
+def render_objects(run: Run) -> list[Object]:
+    """Everything that `submit` applies, in that order.
+
+    Raises:
+        ConfigError: The run cannot be on a cluster; one line for every reason.
+    """
+    if problems := list(_problems(run)):
+        raise ConfigError("\n".join(problems))
+    configuration = _object(run, "v1", "ConfigMap") | {"data": {RUN_KEY: dump_run(in_pods(run))}}
+    if run.cluster.jobset:
+        return [configuration, _jobset(run)]
+    service = _object(run, "v1", "Service") | {
+        "spec": {
+            "clusterIP": "None",
+            "publishNotReadyAddresses": True,  # ranks meet before they are ready
+            "selector": selector(run),
+        }
+    }
+    return [configuration, service, *(_plain_job(run, part) for part in parts(run))]
+
+
+def parts(run: Run) -> list[Part]:
+    """What the run consists of on a cluster."""
+    return [part for part in get_args(Part) if part != "reporter" or run.cluster.reporter]
+
+
+def job_name(run: Run, part: Part) -> str:
+    """The name of a part's Job, with JobSet and without."""
+    return f"{object_name(run)}-{part}-0"
+
+
+def _jobset(run: Run) -> Object:
+    return _queued(run, _object(run, JOBSET_VERSION, "JobSet")) | {
+        "spec": {
+            "ttlSecondsAfterFinished": int(3600 * run.cluster.keep_hours),
+            "network": {
+                "enableDNSHostnames": True,
+                "subdomain": object_name(run),
+                "publishNotReadyAddresses": True,
+            },
+            # a job fails for good reasons only: new pods were tried, or would say the same
+            "failurePolicy": {
+                "maxRestarts": 0,
+                "rules": [
+                    {
+                        "name": "stop",
+                        "action": "FailJobSet",
+                        "onJobFailureReasons": ["PodFailurePolicy", "BackoffLimitExceeded"],
+                    }
+                ],
+            },
+            "replicatedJobs": [_replicated_job(run, part) for part in parts(run)],
+        }
+    }
+
+
+def _replicated_job(run: Run, part: Part) -> Object:
+    job: Object = {"name": part, "replicas": 1, "groupName": "default"}
+    if part in _AFTER:
+        job["dependsOn"] = [{"name": _AFTER[part], "status": "Complete"}]
+    return job | {"template": {"metadata": {"labels": labels(run, part)}, "spec": _job(run, part)}}
+
+
+def _plain_job(run: Run, part: Part) -> Object:
+    job = _queued(run, _object(run, "batch/v1", "Job"))
+    job["metadata"]["name"] = job_name(run, part)
+    job["metadata"]["labels"] |= selector(run, part)
+    spec = _job(run, part)
+    spec["template"]["spec"]["subdomain"] = object_name(run)
+    # no time to live: a job that has gone would look like one that has not begun
+    return job | {"spec": spec}
+
+
+def _job(run: Run, part: Part) -> Object:
+    def exits(action: str, *codes: int) -> Object:
+        return {"action": action, "onExitCodes": {"operator": "In", "values": list(codes)}}
+
+    disrupted = [{"type": "DisruptionTarget", "status": "True"}]
+    return {
+        "completionMode": "Indexed",
+        "completions": n_pods(run, part),
+        "parallelism": n_pods(run, part),
+        "backoffLimit": pods_of(run, part).retries,
+        "podReplacementPolicy": "Failed",  # never two pods of one index: they would be one rank
+        "podFailurePolicy": {
+            "rules": [
+                exits("FailJob", EXIT_USER),
+                {"action": "Ignore", "onPodConditions": disrupted},
+                exits("Ignore", EXIT_RESUMABLE, _TERMINATED),
+            ]
+        },
+        "template": pod_template(run, part),
+    }
+
+
+def _object(run: Run, version: str, kind: str) -> Object:
+    metadata = {
+        "name": object_name(run),
+        "namespace": run.cluster.namespace,
+        "labels": labels(run),
+    }
+    return {"apiVersion": version, "kind": kind, "metadata": metadata}
+
+
+def _queued(run: Run, workload: Object) -> Object:
+    """Kueue admits what bears its label: a JobSet as a whole, plain jobs one by one."""
+    if run.cluster.queue:
+        workload["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = run.cluster.queue
+    return workload
+
+
+def in_pods(run: Run) -> Run:
+    """As pods read it: they serve metrics, for Prometheus and for probes."""
+    telemetry = run.telemetry.model_copy(update={"port": run.telemetry.port or run.cluster.port})
+    return run.model_copy(update={"telemetry": telemetry})
+
+
+def _problems(run: Run) -> list[str]:
+    """What a laptop does not mind."""
+    problems = []
+    if run.cluster.image is None:
+        problems.append("cluster.image: missing; build launch/Dockerfile and name what you pushed")
+    problems += [
+        f"store.{place}: {url} is a folder of one machine; pods share s3://bucket/prefix only"
+        for place, url in (("activations", run.store.activations), ("runs", run.store.runs))
+        if not url.startswith("s3://")
+    ]
+    if isinstance(run.corpus, FilesCorpus):
+        problems += [
+            f"corpus.files: {name} is relative to a folder that pods do not have; give "
+            f"s3://bucket/key, or an absolute path in the image"
+            for name in run.corpus.files
+            if not name.startswith(("s3://", "/"))
+        ]
+    if run.model.kind == "huggingface" and run.model.path.startswith((".", "~")):
+        problems.append(
+            f"model.path: {run.model.path} is relative to a folder that pods do not have; give a "
+            f"name on the hub, or an absolute path in the image"
+        )
+    return problems

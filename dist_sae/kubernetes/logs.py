@@ -1,0 +1,143 @@
+"""`dist-sae logs`: what a run's pods say, those that were replaced included."""
+
+import heapq
+import logging
+import queue
+import threading
+from collections.abc import Iterator
+from typing import get_args
+
+from dist_sae.config import Run
+from dist_sae.errors import ClusterError, NotStartedError
+from dist_sae.kubernetes.cluster import Cluster
+from dist_sae.kubernetes.cluster_objects import describe
+from dist_sae.kubernetes.names import selector
+from dist_sae.kubernetes.pod_status import has_ended, index_of, newest_pods, part_of
+from dist_sae.kubernetes.pods import Object, Part
+
+logger = logging.getLogger(__name__)
+
+DEFAULT = "trainer-0"
+_Source = tuple[Object, str]
+"""A pod, and the name of one of its containers."""
+
+
+def read_logs(
+    run: Run,
+    cluster: Cluster,
+    which: str = DEFAULT,
+    *,
+    follow: bool = False,
+    previous: bool = False,
+    tail: int | None = None,
+) -> Iterator[str]:
+    """Lines, in the order of their times; each begins with its pod's name if there are several.
+
+    Args:
+        run: The run.
+        cluster: Where it is.
+        which: A part, one index of it (`trainer-0`), or a pod's name.
+        follow: Wait for the pods to begin, and go on until they end.
+        previous: Of the pods that the present ones replaced.
+        tail: Only so many last lines of each container.
+
+    Raises:
+        ClusterError: There are no such pods, or they cannot say anything yet.
+    """
+    pods = _chosen(cluster.find("Pod", selector(run)), which, previous=previous)
+    if not pods:
+        earlier = "earlier " if previous else ""
+        raise ClusterError(
+            f"{describe(run, cluster)}: there is no {earlier}pod {which}; "
+            f"dist-sae status says what there is"
+        )
+    sources = [
+        (pod, container["name"])
+        for pod in pods
+        for spec in [pod["spec"]]
+        for container in [*spec.get("initContainers", []), *spec["containers"]]
+    ]
+    if len(pods) == 1:
+        return _one_after_another(cluster, sources, tail, follow=follow)
+    merged = _as_they_come if follow else _by_time
+    return merged(cluster, sources, tail)
+
+
+def _chosen(pods: list[Object], which: str, *, previous: bool) -> list[Object]:
+    part, _, index = which.rpartition("-")
+    if which in get_args(Part):
+        return newest_pods((p for p in pods if part_of(p) == which), before=int(previous))
+    if part in get_args(Part) and index.isdigit():
+        ranked = [p for p in pods if part_of(p) == part and index_of(p) == int(index)]
+        return newest_pods(ranked, before=int(previous))
+    return [pod for pod in pods if pod["metadata"]["name"] == which]
+
+
+def _one_after_another(
+    cluster: Cluster, sources: list[_Source], tail: int | None, *, follow: bool
+) -> Iterator[str]:
+    """Of the containers of one pod, as they run."""
+    for number, (pod, container) in enumerate(sources):
+        try:
+            if follow:
+                yield from _follow(cluster, pod, container, tail)
+            else:
+                yield from cluster.logs(_name(pod), container, follow=False, tail=tail)
+        except NotStartedError:
+            if not number:
+                raise
+            return  # nor have those behind it begun
+
+
+def _follow(cluster: Cluster, pod: Object, container: str, tail: int | None) -> Iterator[str]:
+    """Lines of a container until it ends, once it has begun."""
+    name, waits = _name(pod), False
+    for pods in cluster.follow("Pod", pod["metadata"]["labels"]):
+        try:
+            yield from cluster.logs(name, container, follow=True, tail=tail)
+        except NotStartedError as exc:
+            if not any(_name(there) == name and not has_ended(there) for there in pods):
+                raise  # it never will
+            if not waits:
+                logger.info("waiting: %s", exc)
+            waits = True
+        else:
+            return
+
+
+def _by_time(cluster: Cluster, sources: list[_Source], tail: int | None) -> Iterator[str]:
+    def lines(source: Object, container: str) -> Iterator[tuple[str, str]]:
+        pod, stamp = _name(source), ""
+        try:
+            for line in cluster.logs(pod, container, follow=False, tail=tail, stamped=True):
+                stamp, _, text = line.partition(" ")
+                yield stamp, f"{pod}: {text}"
+        except ClusterError as exc:  # of one pod; the others are told all the same
+            yield stamp, f"{pod}: ({exc})"
+
+    for _, line in heapq.merge(*(lines(*source) for source in sources), key=lambda item: item[0]):
+        yield line
+
+
+def _as_they_come(cluster: Cluster, sources: list[_Source], tail: int | None) -> Iterator[str]:
+    said: queue.Queue[str | None] = queue.Queue()
+
+    def read(pod: Object, container: str) -> None:
+        try:
+            for line in _follow(cluster, pod, container, tail):
+                said.put(f"{_name(pod)}: {line}")
+        except ClusterError as exc:  # of one pod; the others go on
+            said.put(f"{_name(pod)}: ({exc})")
+        finally:
+            said.put(None)
+
+    for source in sources:
+        threading.Thread(target=read, args=source, daemon=True).start()
+    for _ in sources:
+        while (line := said.get()) is not None:
+            yield line
+
+
+def _name(pod: Object) -> str:
+    name: str = pod["metadata"]["name"]
+    return name

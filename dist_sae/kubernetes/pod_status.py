@@ -1,0 +1,143 @@
+"""The pods of a run, part by part: what they do and why they do not. Pure."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+from dist_sae.config import Run
+from dist_sae.errors import EXIT_RESUMABLE, EXIT_USER
+from dist_sae.kubernetes.jobs import parts
+from dist_sae.kubernetes.names import PART
+from dist_sae.kubernetes.pods import Object, Part, n_pods
+
+INDEX = "batch.kubernetes.io/job-completion-index"
+_ENDED = ("Succeeded", "Failed")
+_MEANING = {EXIT_USER: "something to fix", EXIT_RESUMABLE: "stopped, resumable"}
+_STARTING = ("ContainerCreating", "PodInitializing")
+
+
+class PartStatus(NamedTuple):
+    """The pods of a part."""
+
+    wanted: int
+    running: int
+    ready: int
+    done: int
+    """Pods that have finished their work."""
+    restarts: int
+    """Pods that ended before their time and are still known."""
+    last_end: str | None
+    """Why the last of these ended."""
+    pending: list[str]
+    """Why pods do not run yet, by pod."""
+
+
+def describe_parts(run: Run, pods: Iterable[Object], jobs: Iterable[Object]) -> dict[str, Any]:
+    """All parts of a run, from its pods and Jobs."""
+    pods, jobs = list(pods), list(jobs)
+    return {
+        part: _part(n_pods(run, part), _of(part, pods), _of(part, jobs))._asdict()
+        for part in parts(run)
+    }
+
+
+def newest_pods(pods: Iterable[Object], before: int = 0) -> list[Object]:
+    """Of the pods of each index the newest, or one replaced `before` times since."""
+    by_index: dict[int, list[Object]] = {}
+    for pod in sorted(pods, key=lambda pod: pod["metadata"]["creationTimestamp"]):
+        by_index.setdefault(index_of(pod), []).append(pod)
+    return [by_index[i][-1 - before] for i in sorted(by_index) if len(by_index[i]) > before]
+
+
+def index_of(pod: Object) -> int:
+    """Its number within its Job."""
+    metadata = pod["metadata"]
+    for where in ("labels", "annotations"):  # a label since Kubernetes 1.28
+        if (index := (metadata.get(where) or {}).get(INDEX)) is not None:
+            return int(index)
+    return 0
+
+
+def has_ended(pod: Object) -> bool:
+    """Whether none of its containers will run any more."""
+    return pod["status"].get("phase") in _ENDED
+
+
+def part_of(obj: Object) -> str:
+    """The part that a pod or Job belongs to."""
+    part: str = obj["metadata"]["labels"].get(PART, "")
+    return part
+
+
+def _of(part: Part, objects: Iterable[Object]) -> list[Object]:
+    return [obj for obj in objects if part_of(obj) == part]
+
+
+def _part(wanted: int, pods: list[Object], jobs: list[Object]) -> PartStatus:
+    phases = [pod["status"].get("phase", "Pending") for pod in pods]
+    failed = [pod for pod in pods if pod["status"].get("phase") == "Failed"]
+    alive = [pod for pod in pods if not has_ended(pod)]
+    ends = sorted(failed, key=_end_time)
+    counted = sum((job.get("status") or {}).get("failed", 0) for job in jobs)
+    return PartStatus(
+        wanted=wanted,
+        running=phases.count("Running"),
+        ready=sum(_condition(pod, "Ready").get("status") == "True" for pod in alive),
+        done=sum((job.get("status") or {}).get("succeeded", 0) for job in jobs),
+        restarts=max(len(failed), counted),  # pods go with their nodes; not all ends are counted
+        last_end=f"{_name(ends[-1])}: {describe_end(ends[-1])}" if ends else None,
+        pending=[f"{_name(pod)}: {why}" for pod in alive for why in _waits(pod)],
+    )
+
+
+def describe_end(pod: Object) -> str:
+    """Why a pod ended: disrupted, killed, or what its program said last."""
+    status = pod["status"]
+    disruption = _condition(pod, "DisruptionTarget")
+    if disruption.get("status") == "True":
+        return f"{disruption.get('reason', 'disrupted')}: {disruption.get('message', '')}".strip()
+    if status.get("reason"):  # Evicted, NodeLost and their like
+        return f"{status['reason']}: {status.get('message', '')}".rstrip(": ")
+    for container in _containers(status):
+        ended = (container.get("state") or {}).get("terminated")
+        if ended and ended["exitCode"]:
+            meaning = _MEANING.get(ended["exitCode"], ended.get("reason") or "crashed")
+            said = (ended.get("message") or "").strip().splitlines()
+            return f"exit {ended['exitCode']} ({meaning})" + (f": {said[-1]}" if said else "")
+    return "unknown"
+
+
+def _waits(pod: Object) -> Iterator[str]:
+    """Why a pod does not run, where something is in its way."""
+    scheduled = _condition(pod, "PodScheduled")
+    if scheduled.get("status") == "False":
+        yield f"{scheduled.get('reason', 'Unschedulable')}: {scheduled.get('message', '')}"
+    for container in _containers(pod["status"]):
+        waiting = (container.get("state") or {}).get("waiting") or {}
+        if waiting and waiting.get("reason") not in _STARTING:
+            yield f"{waiting['reason']}: {waiting.get('message', '')}".rstrip(": ")
+
+
+def _containers(status: Mapping[str, Any]) -> list[Any]:
+    return [
+        *(status.get("initContainerStatuses") or []),
+        *(status.get("containerStatuses") or []),
+    ]
+
+
+def _end_time(pod: Object) -> str:
+    """In the time format of Kubernetes, which sorts as text."""
+    times = [
+        ((container.get("state") or {}).get("terminated") or {}).get("finishedAt") or ""
+        for container in _containers(pod["status"])
+    ]
+    return max([*times, str(pod["metadata"]["creationTimestamp"])])
+
+
+def _condition(pod: Object, kind: str) -> Mapping[str, Any]:
+    conditions = pod["status"].get("conditions") or []
+    return next((c for c in conditions if c["type"] == kind), {})
+
+
+def _name(pod: Object) -> str:
+    name: str = pod["metadata"]["name"]
+    return name

@@ -1,0 +1,222 @@
+"""The pods of a run: Run -> pod templates. Pure.
+
+    planner     reads the corpus once
+    producer    one pod is one producer, all `model.shards` ranks of it
+    trainer     `cluster.trainer.ranks` ranks; pod 0 is where all ranks meet
+    reporter    evaluate, export, report, one after the other
+
+They fulfil the restricted pod security standard: no root, no privileges, a root file system that
+cannot be written. What a pod keeps for itself (caches) lies in /scratch and dies with it.
+"""
+
+from typing import Any, Literal
+
+from dist_sae.config import Run
+from dist_sae.config.cluster import PodsConfig, ProducerPods, Toleration, TrainerPods
+from dist_sae.kubernetes.names import labels, object_name, selector
+
+Part = Literal["planner", "trainer", "producer", "reporter"]
+"""In the order of a JobSet: Kueue takes the priority of the first that has one."""
+Object = dict[str, Any]
+
+RUN_FILE = "/etc/dist-sae/run.yaml"
+SCRATCH = "/scratch"
+METRICS = "metrics"
+"""Name of the port that Prometheus scrapes."""
+_WAITING = ("produce", "train", "evaluate")
+"""Programs that can wait for those before them, where no JobSet does it for them."""
+USER_ID = 10001
+"""Of the user that the image makes."""
+
+_START_SECONDS = 600  # an image that is pulled cold imports torch slowly
+_LIVE_SECONDS = 120  # without an answer; a rank that hangs at work says so itself (`/livez`)
+
+
+def n_pods(run: Run, part: Part) -> int:
+    """How many pods a part of the run has."""
+    match part:
+        case "producer":
+            return run.processes.producers
+        case "trainer":
+            return run.processes.trainers // run.cluster.trainer.ranks
+        case _:
+            return 1
+
+
+def pods_of(run: Run, part: Part) -> PodsConfig:
+    """What a part's pods ask for."""
+    cluster = run.cluster
+    asked = {
+        "planner": cluster.planner,
+        "producer": cluster.producer,
+        "trainer": cluster.trainer,
+        "reporter": cluster.reporter,
+    }[part]
+    assert asked is not None
+    return asked
+
+
+def pod_template(run: Run, part: Part) -> Object:
+    """The template of a part's pods."""
+    pods, cluster = pods_of(run, part), run.cluster
+    first, *others = reversed(_containers(run, part))
+    spec = {
+        "serviceAccountName": cluster.service_account,
+        "automountServiceAccountToken": False,
+        "enableServiceLinks": False,
+        "restartPolicy": "Never",
+        "terminationGracePeriodSeconds": pods.grace_seconds,
+        "imagePullSecrets": [{"name": name} for name in cluster.pull_secrets],
+        "priorityClassName": pods.priority_class,
+        "nodeSelector": pods.node_selector,
+        "tolerations": [_toleration(toleration) for toleration in pods.tolerations],
+        "topologySpreadConstraints": _spread(run, part),
+        "affinity": _closeness(run, part),
+        "securityContext": {
+            "runAsNonRoot": True,
+            "runAsUser": USER_ID,
+            "runAsGroup": USER_ID,
+            "fsGroup": USER_ID,
+            "seccompProfile": {"type": "RuntimeDefault"},
+        },
+        "initContainers": list(reversed(others)),
+        "containers": [first],
+        "volumes": [
+            {"name": "run", "configMap": {"name": object_name(run)}},
+            {"name": "scratch", "emptyDir": {"sizeLimit": pods.scratch}},
+            {"name": "tmp", "emptyDir": {}},
+            {"name": "shm", "emptyDir": {"medium": "Memory"}},
+        ],
+    }
+    return {"metadata": {"labels": labels(run, part)}, "spec": without_empty(spec)}
+
+
+def _containers(run: Run, part: Part) -> list[Object]:
+    """In the order in which they run, one after the other; all but the last are init containers."""
+    match part:
+        case "planner":
+            return [_container(run, part, "main", ["plan", RUN_FILE])]
+        case "producer":
+            ranks = ["--local-ranks", str(run.model_shards), "--worker", "$(POD_NAME)"]
+            return [_serving(run, _container(run, part, "main", ["produce", RUN_FILE, *ranks]))]
+        case "trainer":
+            ranks = ["--local-ranks", str(run.cluster.trainer.ranks)]
+            return [_serving(run, _container(run, part, "main", ["train", RUN_FILE, *ranks]))]
+        case "reporter":
+            programs = (
+                ["evaluate", "report"]
+                if run.sae.kind == "routed"
+                else [
+                    "evaluate",
+                    "export",
+                    "report",
+                ]
+            )
+            return [
+                _container(run, part, name, [program, RUN_FILE])
+                for program, name in zip(programs, [*programs[:-1], "main"], strict=True)
+            ]
+
+
+def _container(run: Run, part: Part, name: str, arguments: list[str]) -> Object:
+    pods, cluster = pods_of(run, part), run.cluster
+    waits = not cluster.jobset and arguments[0] in _WAITING
+    devices = {pods.gpu_resource: pods.gpus}
+    if isinstance(pods, TrainerPods):
+        devices[pods.rdma_resource] = pods.rdma
+    limits = {"memory": pods.memory} | {name: str(n) for name, n in devices.items() if n}
+    container = {
+        "name": name,
+        "image": cluster.image,
+        "imagePullPolicy": cluster.pull_policy,
+        "args": [*arguments, "--wait"] if waits else arguments,
+        "env": _environment(run, part),
+        "envFrom": [{"configMapRef": {"name": name}} for name in cluster.config_maps]
+        + [{"secretRef": {"name": name}} for name in cluster.secrets],
+        "resources": {
+            "requests": {"cpu": f"{pods.cpus:g}", "ephemeral-storage": pods.scratch} | limits,
+            "limits": limits,
+        },
+        "securityContext": {
+            "allowPrivilegeEscalation": False,
+            "readOnlyRootFilesystem": True,
+            "capabilities": {"drop": ["ALL"]},
+        },
+        "terminationMessagePolicy": "FallbackToLogsOnError",
+        "volumeMounts": [
+            {"name": "run", "mountPath": RUN_FILE.rpartition("/")[0], "readOnly": True},
+            {"name": "scratch", "mountPath": SCRATCH},
+            {"name": "tmp", "mountPath": "/tmp"},
+            {"name": "shm", "mountPath": "/dev/shm"},
+        ],
+    }
+    return without_empty(container)
+
+
+def _serving(run: Run, container: Object) -> Object:
+    """With its metrics, and probes that ask whether it lives (`/livez`) and works (`/readyz`)."""
+    port = run.telemetry.port or run.cluster.port
+
+    def probe(path: str, every: int, limit: int) -> Object:
+        return {
+            "httpGet": {"path": path, "port": METRICS},
+            "periodSeconds": every,
+            "timeoutSeconds": 10,
+            "failureThreshold": limit // every,
+        }
+
+    return container | {
+        "ports": [{"name": METRICS, "containerPort": port}],
+        "startupProbe": probe("/livez", 5, _START_SECONDS),
+        "livenessProbe": probe("/livez", 20, _LIVE_SECONDS),
+        "readinessProbe": probe("/readyz", 10, 30),
+    }
+
+
+def _environment(run: Run, part: Part) -> list[Object]:
+    pods, processes = pods_of(run, part), run.processes
+    ranks = {"producer": run.model_shards, "trainer": run.cluster.trainer.ranks}.get(part, 1)
+    values = {
+        "HOME": f"{SCRATCH}/home",  # model files and compiled kernels are cached below it
+        "OMP_NUM_THREADS": str(processes.threads or max(1, int(pods.cpus) // ranks)),
+    }
+    if part == "trainer":
+        values |= {
+            "WORLD_SIZE": str(processes.trainers),
+            "MASTER_ADDR": f"{object_name(run)}-trainer-0-0.{object_name(run)}",
+            "MASTER_PORT": str(run.cluster.rendezvous_port),
+        }
+    own = {"name": "POD_NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}
+    return [own, *({"name": k, "value": v} for k, v in (values | run.cluster.env).items())]
+
+
+def _spread(run: Run, part: Part) -> list[Object]:
+    pods = pods_of(run, part)
+    if not isinstance(pods, ProducerPods) or not pods.spread_over:
+        return []
+    return [
+        {
+            "maxSkew": 1,
+            "topologyKey": pods.spread_over,
+            "whenUnsatisfiable": "ScheduleAnyway",
+            "labelSelector": {"matchLabels": selector(run, part)},
+        }
+    ]
+
+
+def _closeness(run: Run, part: Part) -> Object | None:
+    pods = pods_of(run, part)
+    if not isinstance(pods, TrainerPods) or not pods.close_by:
+        return None
+    term = {"topologyKey": pods.close_by, "labelSelector": {"matchLabels": selector(run, part)}}
+    preferred = [{"weight": 100, "podAffinityTerm": term}]
+    return {"podAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": preferred}}
+
+
+def _toleration(toleration: Toleration) -> Object:
+    return without_empty(toleration.model_dump())
+
+
+def without_empty(mapping: Object) -> Object:
+    """Without keys that say nothing: Kubernetes takes an absent one for its default."""
+    return {key: value for key, value in mapping.items() if value not in (None, "", [], {})}

@@ -1,0 +1,180 @@
+"""`dist-sae status`: pods, store and metrics of a run in one view.
+
+Each of them may be out of reach; the others are told all the same.
+"""
+
+from collections import defaultdict
+from collections.abc import Mapping
+from typing import Any
+
+from dist_sae.config import Run
+from dist_sae.errors import ClusterError, DistSaeError
+from dist_sae.kubernetes.cluster import Cluster
+from dist_sae.kubernetes.cluster_objects import look
+from dist_sae.kubernetes.names import selector
+from dist_sae.kubernetes.pod_status import describe_parts, newest_pods, part_of
+from dist_sae.kubernetes.pods import Object, Part
+from dist_sae.kubernetes.stored import StoredRun
+from dist_sae.telemetry.scrape import Sample, read_page
+from dist_sae.training.limits import describe_limit
+
+NUMBERS = (
+    "step",
+    "fvu",
+    "heldout_fvu",
+    "l0_latents",
+    "dead_share",
+    "rows_per_second",
+    "worked_rows_per_second",
+    "product_share",
+)
+"""Of training, by their names in the history and, with a prefix, among the metrics."""
+
+_HISTORY = "the run's history"
+
+
+def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]:
+    """Where a run is, as one object.
+
+    Returns:
+        `state`, `parts` and `conditions` (from the cluster), `store`, `numbers` (the last ones of
+        training, and where they are `from`), `limit` (what limits the run) and what that is
+        judged by (`limit_of`), `warnings`, and `out_of_reach`: what could not be asked, and why.
+    """
+    out_of_reach: dict[str, str] = {}
+    status: dict[str, Any] = {"run": run.name, "namespace": cluster.namespace}
+    pods: list[Object] = []
+    try:
+        there = look(cluster, run)
+        pods = cluster.find("Pod", selector(run))
+        jobs = cluster.find("Job", selector(run))
+        status |= {
+            "state": there.state,
+            "parts": describe_parts(run, pods, jobs),
+            "conditions": list(_conditions(there.workloads)),
+        }
+    except ClusterError as exc:
+        out_of_reach["cluster"] = str(exc)
+        status |= {"state": "unknown", "parts": {}, "conditions": []}
+    numbers: dict[str, Any] | None = None
+    slowest_stage: str | None = None
+    differing: list[str] = []
+    try:
+        numbers = _live_numbers(run, cluster, pods)
+        slowest_stage = _slowest_stage(run, cluster, pods)
+    except (ClusterError, ValueError) as exc:  # or what came is no page of metrics
+        out_of_reach["metrics"] = str(exc)
+    try:
+        status["store"] = stored.progress()
+        differing = stored.changes(stored.begun())
+        numbers = numbers or _stored_numbers(stored)
+    except DistSaeError as exc:
+        out_of_reach["store"] = str(exc)
+        status["store"] = None
+    return status | {
+        "numbers": numbers,
+        "limit": _limit(numbers, slowest_stage, status["store"] or {}),
+        "limit_of": _limit_of(numbers, slowest_stage),
+        "warnings": [*_warnings(run, numbers), *_other_settings(differing)],
+        "out_of_reach": out_of_reach,
+    }
+
+
+def _conditions(workloads: list[Object]) -> list[str]:
+    """What the controllers say of a run that is true, in their words."""
+    return [
+        f"{obj['kind']} {obj['metadata']['name']} {condition['type']}: "
+        f"{condition.get('message') or condition.get('reason', '')}"
+        for obj in workloads
+        for condition in (obj.get("status") or {}).get("conditions") or []
+        if condition["status"] == "True"
+    ]
+
+
+def _live_numbers(run: Run, cluster: Cluster, pods: list[Object]) -> dict[str, Any] | None:
+    """From the metrics of the first trainer, if it runs."""
+    pod, page = _page(run, cluster, pods, "trainer")
+    if not page:
+        return None
+    values = {sample.name: sample.value for sample in page if "phase" not in sample.labels}
+    names = {name: f"dist_sae_train_{name}" for name in NUMBERS}
+    names["checkpoint_seconds"] = "dist_sae_checkpoint_seconds"
+    found = {name: values[metric] for name, metric in names.items() if metric in values}
+    phases = _sums(page, "dist_sae_train_phase_seconds_total", "phase")
+    return found | {"phases": phases, "from": f"pod {pod}"}
+
+
+def _slowest_stage(run: Run, cluster: Cluster, pods: list[Object]) -> str | None:
+    """Of the first producer, if it runs."""
+    _, page = _page(run, cluster, pods, "producer")
+    stages = _sums(page, "dist_sae_produce_seconds_total", "stage")
+    return max(stages, key=lambda stage: stages[stage]) if any(stages.values()) else None
+
+
+def _page(
+    run: Run, cluster: Cluster, pods: list[Object], part: Part
+) -> tuple[str | None, list[Sample]]:
+    """The metrics of the first pod of a part, and its name; nothing if it does not run."""
+    for pod in newest_pods(pod for pod in pods if part_of(pod) == part)[:1]:
+        if pod["status"].get("phase") == "Running":
+            name = pod["metadata"]["name"]
+            port = run.telemetry.port or run.cluster.port
+            return name, read_page(cluster.proxy(name, port, "metrics"))
+    return None, []
+
+
+def _sums(page: list[Sample], name: str, label: str) -> dict[str, float]:
+    """Over the ranks of a pod, by a label; since its processes began."""
+    sums: defaultdict[str, float] = defaultdict(float)
+    for sample in page:
+        if sample.name == name:
+            sums[sample.labels[label]] += sample.value
+    return sums
+
+
+def _stored_numbers(stored: StoredRun) -> dict[str, Any] | None:
+    last = stored.last_numbers()
+    if last is None:
+        return None
+    found = {name: last[name] for name in (*NUMBERS, "phases") if name in last}
+    return found | {"from": _HISTORY}
+
+
+def _limit(
+    numbers: Mapping[str, Any] | None, slowest_stage: str | None, store: Mapping[str, Any]
+) -> str | None:
+    """What limits the run, in a few words; None while there is nothing to judge by."""
+    if not numbers and not slowest_stage:
+        return None
+    known = numbers or {}
+    return describe_limit(
+        known.get("phases", {}),
+        known.get("product_share"),
+        slowest_stage,
+        all_produced="units" in store and store["ready_units"] == store["units"],
+    )
+
+
+def _limit_of(numbers: Mapping[str, Any] | None, slowest_stage: str | None) -> str | None:
+    """The time that the limit is of: a page of metrics has only sums, the history has reports."""
+    since = "all time since the pods began"
+    if numbers and numbers["from"] == _HISTORY:
+        of_producers = f"; of producers: {since}" if slowest_stage else ""
+        return f"the last report that was saved{of_producers}"
+    return since if numbers or slowest_stage else None
+
+
+def _other_settings(differing: list[str]) -> list[str]:
+    if not differing:
+        return []
+    return [f"the run in the store has other settings than this run file ({'; '.join(differing)})"]
+
+
+def _warnings(run: Run, numbers: Mapping[str, Any] | None) -> list[str]:
+    seconds, grace = (numbers or {}).get("checkpoint_seconds", 0), run.cluster.trainer.grace_seconds
+    if seconds <= grace / 2:
+        return []
+    return [
+        f"the last checkpoint took {seconds:.0f} s, and pods that are to end have {grace} s; "
+        f"raise cluster.trainer.grace_seconds"
+    ]

@@ -1,0 +1,118 @@
+"""What of a run its store holds, for somebody who does not want to wait for long."""
+
+import threading
+from functools import cached_property
+from typing import Any
+
+from dist_sae.checkpoint.folder import begun_run
+from dist_sae.checkpoint.layout import Checkpoints
+from dist_sae.config import Run
+from dist_sae.config.deciding import PLAN_SECTIONS, as_begun, changes, deciding
+from dist_sae.data.consumers import Consumers
+from dist_sae.data.identity import moved_places, plan_settings, setting_changes
+from dist_sae.data.plan import Plan, load_plan, planned
+from dist_sae.data.shard import existing_units
+from dist_sae.errors import HubUnavailableError, PlanMismatchError, StoreError
+from dist_sae.report.build import report_key
+from dist_sae.storage import ObjectStore, open_store
+from dist_sae.telemetry.history import read_history
+
+
+class StoredRun:
+    """A run's objects in `store.runs` and `store.activations`."""
+
+    def __init__(self, run: Run) -> None:
+        hurry = threading.Event()
+        hurry.set()
+        self._run = run
+        self._runs, self._activations = (
+            open_store(url, run.store.s3, None, hurry)
+            for url in (run.store.runs, run.store.activations)
+        )
+        self._checkpoints = Checkpoints(self._runs, run.name, run.train.keep_checkpoints)
+        self.url = f"{self._runs.url}/{run.name}"
+
+    @property
+    def steps(self) -> int | None:
+        """Of the whole run; None while its plan decides that, and is missing."""
+        if self._run.train.rows == "all" and (begun := self.begun()):
+            self._run = self._run.filled(begun.model_dump(mode="json"))  # a child's are the rest
+        if self._run.train.rows == "all" and (resolved := planned(self._run, self._activations)):
+            self._run = resolved
+        return None if self._run.train.rows == "all" else self._run.steps
+
+    def begun(self) -> Run | None:
+        """The run as trainers found it when they last began; None if none ever did."""
+        return begun_run(self._runs, self._run.name)
+
+    def is_complete(self) -> bool:
+        """Whether all is done that pods are for: training and, where there is one, the report.
+
+        A report that was made before the last checkpoint is not the last one.
+        """
+        key = report_key(self._run)
+        reports = {entry.age_seconds for entry in self._runs.entries(key) if entry.key == key}
+        ages = self._checkpoints.ages()  # looked at later: not too young
+        trained = None if self.steps is None else ages.get(self.steps)
+        if trained is None or self._run.cluster.reporter is None:
+            return trained is not None
+        return any(age <= trained for age in reports)
+
+    def changes(self, other: Run | None) -> list[str]:
+        """Where the run file at hand differs from another one in what decides the outcome.
+
+        Text and model are compared by content, as far as there is a plan which knows that; else by
+        where they lie, however that is spelled.
+        """
+        if other is None:
+            return []
+        stored = deciding(other)
+        run = as_begun(self._run, stored)
+        changed = changes(stored, run, but=PLAN_SECTIONS)
+        changed += setting_changes(plan_settings(other), plan_settings(run))
+        if moved := moved_places(other, run):
+            try:
+                load_plan(self._activations, run)
+            except (PlanMismatchError, StoreError, HubUnavailableError):  # or there is none
+                changed += moved
+        return changed
+
+    def progress(self) -> dict[str, Any]:
+        """How far producers and trainers are, by what they have stored.
+
+        `plan` says what is wrong where the plan cannot be had; there are no numbers of units then.
+        """
+        ages = self._checkpoints.ages()
+        newest = max(ages, default=None)
+        return {
+            **self._units(),
+            "steps": self.steps,
+            "checkpoint_step": newest,
+            "checkpoint_age_seconds": None if newest is None else ages[newest],
+        }
+
+    def last_numbers(self) -> dict[str, Any] | None:
+        """The last report that the run's history has, if it has one."""
+        history = read_history(self._runs, self._run.name)
+        return next((record for record in reversed(history) if "fvu" in record), None)
+
+    @cached_property
+    def _plan(self) -> Plan:
+        return load_plan(self._activations, self._run)
+
+    def _units(self) -> dict[str, Any]:
+        store: ObjectStore = self._activations
+        try:
+            plan = self._plan
+        except PlanMismatchError as exc:  # or there is none yet
+            return {"plan": str(exc)}
+        ready = sum(unit in plan.train_units for unit in existing_units(store))
+        consumers = Consumers(store, self._run.store.consumer_expiry_hours).all()
+        reached = next((c.reached for c, _ in consumers if c.run == self._run.name), 0)
+        return {
+            "plan": plan.hash,
+            "units": plan.n_train_units,
+            "ready_units": ready,
+            "reached_unit": reached,
+            "backlog_units": max(0, ready - reached),
+        }

@@ -1,0 +1,189 @@
+"""`dist-sae plan`: read the corpus once and fix which documents make up which unit."""
+
+import logging
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_sae import logs
+from dist_sae.checkpoint.layout import Checkpoints
+from dist_sae.config import Run
+from dist_sae.config.data import SyntheticCorpus
+from dist_sae.data.corpus import Corpus, CorpusIndex
+from dist_sae.data.estimate import estimate_rows, rows_of_tokens
+from dist_sae.data.identity import model_content
+from dist_sae.data.plan import (
+    LAYOUT_SETTINGS,
+    PLAN_KEY,
+    Plan,
+    as_planned,
+    find_plan,
+    load_plan,
+    make_plan,
+    publish_plan,
+)
+from dist_sae.data.shard import DTYPES, ORIGIN_BYTES
+from dist_sae.distributed.deepspeed_keys import check_deepspeed
+from dist_sae.errors import EXIT_USER, HubUnavailableError
+from dist_sae.models import build_tokenizer, check_sites
+from dist_sae.storage import UNMETERED, Meter, open_store
+from dist_sae.training.start import Start
+from dist_sae.training.void import void_settings
+
+logger = logging.getLogger(__name__)
+
+_MUCH_MORE = 1.5
+_MUCH_LOST = 0.05
+
+
+def plan(run: Run, meter: Meter = UNMETERED) -> Plan:
+    """Make the plan of a run's activation set, or find that it is there already: see `foresee`."""
+    return foresee(run, meter)[0]
+
+
+def foresee(run: Run, meter: Meter = UNMETERED) -> tuple[Plan, dict[str, Any]]:
+    """The plan of a run's activation set, made or found, and what it will give.
+
+    Args:
+        run: The run.
+        meter: Takes the metrics.
+
+    Raises:
+        ConfigError: DeepSpeed does not take `train.deepspeed`, or the run cannot begin.
+        CorpusError: The text is missing, unreadable, empty or too small.
+        ModelError: The model cannot be found, or cannot be recorded at a site.
+        DataExhaustedError: `train.rows` asks for more than there will be.
+        PlanMismatchError: The store holds a plan made from other settings or other text.
+    """
+    check_deepspeed(run)  # before anything is read or written
+    store = open_store(run.store.activations, run.store.s3, meter)
+    is_planned = store.size(PLAN_KEY) is not None
+    if is_planned:  # what the hub had then, whatever it has now
+        run = as_planned(run, load_plan(store, run))
+    try:
+        corpus = Corpus(run.corpus, run.store.s3)
+        pace = logs.PacedProgress("plan")
+        pace(0, 1, doing="reads the text")
+        index = corpus.index(lambda n: pace(0, 1, doing=f"reads the text: {n:,} documents"))
+        widths = check_sites(run.model, run.activations)
+        content = model_content(run.model)
+        found = find_plan(store, run, index, content)
+        made = found or make_plan(run, index, _rows(run, corpus, index, pace), content)
+    except HubUnavailableError as exc:
+        if not is_planned:
+            exc.exit_code = EXIT_USER  # nothing has shown yet that the name is right
+        raise
+    start = _start(run, made, meter)
+    run = start.resolve(run, made)
+    start.check(run, made)
+    there = found or publish_plan(store, made)
+    created, made = there is made and not found, there
+    told = forecast(run, made, widths, start.taken_rows(made))
+    meter.set("dist_sae_plan_units", len(made.units))
+    meter.set("dist_sae_plan_documents", told["documents"])
+    meter.set("dist_sae_plan_train_rows", made.train_rows_estimate)
+    logger.info("%s %s: %s", "made" if created else "found", store.url, describe(told))
+    for warning in (*_warnings(told), *void_settings(run, made)):
+        logger.warning("%s", warning)
+    logs.progress("plan", 1, 1, said=describe(told))
+    return made, told
+
+
+def _start(run: Run, plan: Plan, meter: Meter) -> Start:
+    """What training would begin from now."""
+    runs = open_store(run.store.runs, run.store.s3, meter)
+    newest = Checkpoints(runs, run.name, run.train.keep_checkpoints).latest()
+    if newest and newest.scalars.get("plan") == plan.hash:
+        return Start.of_own([newest])
+    return Start.of_others(runs, run, plan)
+
+
+def forecast(
+    run: Run, plan: Plan, widths: Mapping[str, int], taken_rows: int = 0
+) -> dict[str, Any]:
+    """What the plan will give, before anything is produced.
+
+    Args:
+        run: The run, resolved by the plan.
+        plan: Its plan.
+        widths: Of each site.
+        taken_rows: Rows of the set that the run's parents took.
+
+    Returns:
+        Counts: `documents`, `train_units`, `heldout_units`; `streams`, `window_units`, `unit_rows`
+        of the layout and `first_unit_rows`; `first_windows_units`, without which no training
+        begins; rows, about: `train_rows` and `heldout_rows` to be stored, `pass_rows` that a pass
+        gives to training, `unusable_rows`, which it does not; `bytes` of all rows in the store; of
+        the run `taken_rows` by its parents, and `run_rows` and `passes` of its own.
+    """
+    rows = plan.rows_of_units
+    return {
+        "plan": plan.hash,
+        "documents": sum(span.count for unit in plan.units for span in unit),
+        "train_units": len(plan.train_units),
+        "heldout_units": len(plan.heldout_units),
+        **{name: plan.settings["activations"][name] for name in LAYOUT_SETTINGS},
+        "first_unit_rows": rows[0],
+        "first_windows_units": plan.first_windows,
+        "train_rows": plan.train_rows_estimate,
+        "heldout_rows": sum(rows[plan.n_train_units :]),
+        "pass_rows": plan.pass_rows,
+        "unusable_rows": plan.train_rows_estimate - plan.pass_rows,
+        "bytes": sum(rows) * _row_bytes(run.activations.dtype, widths),
+        "taken_rows": taken_rows,
+        "run_rows": run.steps * run.train.batch_rows,
+        "passes": round(run.steps * run.train.batch_rows / plan.pass_rows, 3),
+    }
+
+
+def _row_bytes(dtype: str, widths: Mapping[str, int]) -> int:
+    """Bytes of a row at all sites."""
+    scale = 4 if dtype == "int8" else 0
+    return sum(DTYPES[dtype].itemsize * d_in + scale + ORIGIN_BYTES for d_in in widths.values())
+
+
+def describe(told: dict[str, Any]) -> str:
+    """A forecast in a sentence."""
+    after = f" after the {told['taken_rows']:,} of its parents" if told["taken_rows"] else ""
+    return (
+        f"{told['documents']:,} documents in {told['train_units']} units to train on and "
+        f"{told['heldout_units']} held out; about {told['pass_rows']:,} rows a pass, "
+        f"{told['bytes'] / 1e9:,.2f} GB; the run takes {told['run_rows']:,}, "
+        f"{told['passes']:.2g} passes{after}"
+    )
+
+
+def _warnings(told: dict[str, Any]) -> Iterator[str]:
+    if told["pass_rows"] > _MUCH_MORE * (told["taken_rows"] + told["run_rows"]):
+        yield (
+            f"the activation set will have about {told['pass_rows']:,} rows to train on, of which "
+            f"this run takes {told['run_rows']:,}: all are made; corpus.max_documents makes fewer"
+        )
+    if told["unusable_rows"] > _MUCH_LOST * told["train_rows"]:
+        yield (
+            f"about {told['unusable_rows']:,} of {told['train_rows']:,} rows cannot be used in a "
+            f"pass: a document is longer than a stream's share; lower activations.streams "
+            f"({told['streams']}), or cut the longest documents"
+        )
+
+
+def _rows(
+    run: Run, corpus: Corpus, index: CorpusIndex, pace: logs.PacedProgress
+) -> NDArray[np.int64]:
+    """Rows of each span, about."""
+    if isinstance(run.corpus, SyntheticCorpus):
+        counts = np.array([span.count for span in index.spans])
+        tokens = np.full(len(counts), run.corpus.document_rows)
+        return counts * rows_of_tokens(tokens, run.activations, bos=None).astype(np.int64)
+    tokenizer = build_tokenizer(run)
+    return estimate_rows(
+        corpus,
+        index,
+        run.activations,
+        tokenizer,
+        bos=tokenizer.bos if run.activations.prepend_bos else None,
+        special=tokenizer.special,
+        said=lambda done, of: pace(done / of, 1, doing="counts tokens"),
+    )

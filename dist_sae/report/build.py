@@ -1,0 +1,213 @@
+"""`dist-sae report`: one HTML file with a run's numbers, curves and latents."""
+
+import logging
+import threading
+from collections.abc import Iterator, Mapping, Sequence
+from datetime import UTC, datetime
+from typing import Any
+
+from dist_sae.checkpoint.folder import begun_run
+from dist_sae.checkpoint.lineage import Lineage
+from dist_sae.checkpoint.trained import Trained, check_own, find_checkpoint, read_trained, suffix
+from dist_sae.config import Run, dump_run
+from dist_sae.config.data import DatasetCorpus, FilesCorpus, HuggingFaceModel, ModelConfig
+from dist_sae.config.deciding import deciding
+from dist_sae.data.loader import Units
+from dist_sae.data.plan import load_plan
+from dist_sae.environment import hardware, versions
+from dist_sae.errors import CorpusError, ModelError, ObjectNotFoundError
+from dist_sae.evaluation.kept import fingerprint
+from dist_sae.evaluation.subject import (
+    evaluation_key,
+    produced,
+    read_evaluation,
+    subject,
+    training_seconds,
+)
+from dist_sae.report.latents import LatentView, view_latents
+from dist_sae.report.page import Page, render_page
+from dist_sae.report.shown import duration
+from dist_sae.storage import UNMETERED, Meter, ObjectStore, open_store
+from dist_sae.telemetry.history import read_history
+from dist_sae.training.void import void_settings
+
+logger = logging.getLogger(__name__)
+
+_RUN_FILE = "RUN.yaml"
+_HEAD_BYTES = 1000  # of the page: it says there what it was made from
+
+
+def report(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
+    """Write `<run>/report/report.html` from whatever the run has so far.
+
+    A report that says the same already is left as it is. Of a step that is not the newest it is
+    `<run>/report/report-step-<step>.html`.
+
+    Args:
+        run: The run.
+        meter: Takes the metrics.
+        step: Of the checkpoint; None takes the newest.
+
+    Returns:
+        Where the file is: a path, or the URL of an object.
+
+    Raises:
+        ConfigError: There is no checkpoint of that step.
+        PlanMismatchError: The activation set has no plan, or one of other settings; or the run was
+            trained with others.
+    """
+    runs = open_store(run.store.runs, run.store.s3, meter)
+    activations = open_store(run.store.activations, run.store.s3, meter)
+    plan = load_plan(activations, run)
+    checkpoint = find_checkpoint(runs, run, step)
+    if checkpoint is None and (begun := begun_run(runs, run.name)):  # there may be curves already
+        check_own(deciding(begun), run)
+    name_suffix = "" if checkpoint is None else suffix(runs, run, checkpoint.step)
+    evaluation = read_evaluation(runs, evaluation_key(run.name, name_suffix))
+    history = read_history(runs, run.name)
+    made = produced(activations, plan)
+    made_from = fingerprint(
+        [checkpoint and checkpoint.digest, evaluation, history, made, dump_run(run), versions()]
+    )
+    key = report_key(run, name_suffix)
+    if _is_there(runs, key, made_from):
+        logger.info("the report says this already: %s/%s", runs.url, key)
+        return f"{runs.url}/{key}"
+    trained = read_trained(runs, run, step)
+    if trained is not None:
+        trained.check_plan(plan.hash)
+    run = plan.resolve(run)  # not before: a run keeps the numbers that it began with
+    own, trained_step = (trained.run, trained.step) if trained else (run, None)
+    facts = subject(own, plan, made, trained_step, history)
+    units = Units(activations, plan, run.site, _no_waiting())
+    latents, latent_rows, no_latents = _latents(run, units, trained)
+    page = Page(
+        title=run.name,
+        facts=list(_facts(run, trained, history, facts)),
+        run_file=_RUN_FILE,
+        made_from=made_from,
+        evaluation=evaluation,
+        history=history,
+        producer_seconds=made["seconds"],
+        void_settings=void_settings(own, plan),
+        latents=latents,
+        latent_rows=latent_rows,
+        no_latents=no_latents,
+    )
+    runs.put(key, render_page(page).encode())
+    return f"{runs.url}/{key}"
+
+
+def report_key(run: Run, name_suffix: str = "") -> str:
+    """Where the report is in the store of runs."""
+    return f"{run.name}/report/report{name_suffix}.html"
+
+
+def _is_there(runs: ObjectStore, key: str, made_from: str) -> bool:
+    """Whether there is a report that was made from the same."""
+    try:
+        return made_from.encode() in runs.get(key, 0, _HEAD_BYTES)
+    except ObjectNotFoundError:
+        return False
+
+
+def _no_waiting() -> threading.Event:
+    """For `Units`: a unit that is not there, or goes away, must not hold up the report."""
+    stopping = threading.Event()
+    stopping.set()
+    return stopping
+
+
+def _latents(run: Run, units: Units, trained: Trained | None) -> tuple[list[LatentView], int, str]:
+    """Latents, the rows they were looked for in, and why there are none."""
+    if trained is None:
+        return (
+            [],
+            0,
+            f"No checkpoint yet: run dist-sae train {_RUN_FILE}, then make the report again.",
+        )
+    try:
+        views, rows = view_latents(run, units, trained.sae, trained.scale)
+    except (CorpusError, ModelError) as error:  # numbers and curves need no text
+        return [], 0, f"The text cannot be shown: {error}"
+    if not rows:
+        return (
+            [],
+            0,
+            f"No activations there: run dist-sae produce {_RUN_FILE}, then make the report again.",
+        )
+    return views, rows, f"No latent fires often enough in {rows} rows to be shown."
+
+
+def _facts(
+    run: Run,
+    trained: Trained | None,
+    history: Sequence[Mapping[str, Any]],
+    facts: Mapping[str, Any],
+) -> Iterator[tuple[str, str]]:
+    own = run if trained is None else trained.run
+    yield "Model", _model(own.model)
+    yield "Site", own.site
+    match own.corpus:
+        case FilesCorpus(files=names):
+            yield "Corpus", ", ".join(names)
+        case DatasetCorpus(name=name):
+            yield "Corpus", name
+        case _:
+            yield "Corpus", "synthetic"
+    yield "Documents", _documents(facts)
+    yield "Rows left out", _left_out(facts["excluded_rows"])
+    yield "Dictionary", _recipe(own)
+    yield "Dead after", f"{own.dead_after_rows:,} rows without firing"
+    if hasattr(own.sae, "auxk"):
+        yield "AuxK", _auxk(own.sae)
+    if trained is None:
+        yield "Checkpoint", "none yet"
+    else:
+        passes = f", {facts['passes']:.3g} passes" if "passes" in facts else ""
+        yield "Activation width", f"{len(trained.mean):,}"
+        again = facts.get("repeated_rows")
+        repeated = f"; {again:,} were read again, for streams had ended early" if again else ""
+        yield "Rows trained", f"{facts['trained_rows']:,} of {own.rows:,}{passes}{repeated}"
+        yield "Checkpoint", f"step {trained.step:,} of {own.steps:,}"
+        if (lineage := Lineage.from_scalars(trained.checkpoint.scalars)).ancestors:
+            rows = lineage.rows + facts["trained_rows"]
+            yield "Goes on from", lineage.describe()
+            yield "Rows with those before", f"{rows:,}"
+        yield "Time in training", duration(training_seconds(history, trained.step))
+    yield "Batch", f"{own.train.batch_rows:,} rows, peak learning rate {own.lr:.3g}"
+    yield "Seeds", f"{own.train.seed} (dictionary), {own.activations.seed} (order of rows)"
+    yield "Plan", facts["plan"][:16]
+    yield "Run file", facts["run_file"]
+    yield "Hardware of the report", hardware()
+    yield "Versions", ", ".join(f"{name}\u00a0{v}" for name, v in versions().items())
+    yield "Report made", datetime.now(UTC).strftime("%Y-%m-%d %H:%M UTC")
+
+
+def _model(model: ModelConfig) -> str:
+    if isinstance(model, HuggingFaceModel):
+        revision = f" @ {model.revision}" if model.revision else ""
+        return f"{model.path}{revision}, {model.dtype}"
+    return f"synthetic, {model.n_features:,} features, true L0 {model.l0:g}"
+
+
+def _recipe(run: Run) -> str:
+    sae = run.sae
+    cost = f"k\u00a0=\u00a0{sae.k}" if hasattr(sae, "k") else f"sparsity\u00a0{sae.sparsity:g}"
+    return f"{sae.kind}, {sae.n_latents:,} latents, {cost}"
+
+
+def _auxk(sae: Any) -> str:
+    return f"{sae.auxk:,} latents, weight {sae.auxk_coefficient:.3g}" if sae.auxk else "off"
+
+
+def _documents(facts: Mapping[str, Any]) -> str:
+    refused = facts["refused_documents"]
+    left_out = f", {refused:,} refused by the tokenizer" if refused else ""
+    heldout = f"{facts['heldout_documents']:,} held out"
+    return f"{facts['train_documents']:,} to train on, {heldout}{left_out}"
+
+
+def _left_out(counts: Mapping[str, int]) -> str:
+    reasons = {reason: n for reason, n in counts.items() if n and reason != "padding"}  # no rows
+    return ", ".join(f"{reason.replace('_', ' ')} {n:,}" for reason, n in reasons.items()) or "none"

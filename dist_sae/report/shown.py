@@ -1,0 +1,45 @@
+"""Numbers as people read them: with units and separators, in few digits. Pure."""
+
+from typing import Any
+
+from dist_sae.report.charts import short
+
+_WHOLE_FROM = 1e4  # four digits would be less than the whole number
+
+
+def shown(name: str, value: Any) -> str:  # noqa: PLR0911 - one for each unit
+    """A result for the eye.
+
+    Args:
+        name: Of the result, which says its unit (`*_share`, `*_seconds`, `*_bytes`, `ce_*`).
+        value: As JSON has it; None is not known yet.
+    """
+    if value is None:
+        return "not known yet"
+    if isinstance(value, str | bool):
+        return str(value)
+    if name.endswith("bytes"):
+        return f"{value / 1e6:,.1f} MB"
+    if isinstance(value, int):
+        return f"{value:,}"
+    if "_share" in name or name.startswith("ce_recovered"):
+        return f"{100 * value:.2f} %"
+    if name.startswith("ce_"):
+        return f"{value:.4g} nats"
+    if name.endswith("_per_second"):
+        return f"{value:,.0f} {name.removesuffix('_per_second')}/s"
+    if name.endswith("seconds"):
+        return duration(value)
+    return f"{value:,.0f}" if abs(value) >= _WHOLE_FROM else f"{value:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """A stretch of time in the unit that shows it best."""
+    size, unit = time_unit(seconds)
+    return f"{short(seconds / size)} {unit}"
+
+
+def time_unit(seconds: float) -> tuple[float, str]:
+    """Seconds in that unit, and its name."""
+    units = ((86_400.0, "days"), (3600.0, "h"), (60.0, "min"))
+    return next(((size, unit) for size, unit in units if seconds >= 2 * size), (1.0, "s"))

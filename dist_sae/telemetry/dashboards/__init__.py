@@ -1,0 +1,51 @@
+"""The Grafana dashboards, in the order of an operator's questions.
+
+Is it healthy, how long will it take, what limits it?
+"""
+
+import re
+
+from dist_sae.errors import ConfigError
+from dist_sae.telemetry.dashboards.dictionary import DICTIONARY
+from dist_sae.telemetry.dashboards.overview import OVERVIEW
+from dist_sae.telemetry.dashboards.panels import Page, Panel
+from dist_sae.telemetry.dashboards.producers import PRODUCERS
+from dist_sae.telemetry.dashboards.store import STORE
+from dist_sae.telemetry.dashboards.trainer import TRAINER
+from dist_sae.telemetry.metrics import METRICS
+
+PAGES = (OVERVIEW, TRAINER, PRODUCERS, STORE, DICTIONARY)
+"""The overview first: the others go into detail."""
+
+
+def render_dashboards() -> dict[str, str]:
+    """Grafana's JSON for every dashboard, by file name.
+
+    Raises:
+        ConfigError: Grafana's SDK is not installed.
+    """
+    try:
+        from dist_sae.telemetry.dashboards.grafana import render_page  # an extra brings its SDK
+    except ImportError as exc:
+        raise ConfigError(
+            "dashboards: rendering them needs Grafana's SDK; pip install 'dist-sae[dashboards]'"
+        ) from exc
+    return {
+        f"{page.name}.json": render_page(_explained(page), [p for p in PAGES if p is not page])
+        for page in PAGES
+    }
+
+
+def _explained(page: Page) -> Page:
+    """With what the metric table says of each panel's metrics."""
+    sections = tuple(
+        section._replace(panels=tuple(_with_help(panel) for panel in section.panels))
+        for section in page.sections
+    )
+    return page._replace(sections=sections)
+
+
+def _with_help(panel: Panel) -> Panel:
+    asked = {name for query in panel.queries for name in re.findall(r"dist_sae_\w+", query.expr)}
+    helps = [f"`{metric.name}`: {metric.help}" for metric in METRICS if metric.name in asked]
+    return panel._replace(says="\n\n".join(filter(None, [panel.says, *helps])))

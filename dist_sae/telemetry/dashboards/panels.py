@@ -1,0 +1,83 @@
+"""Dashboards as plain values."""
+
+from typing import Literal, NamedTuple
+
+from dist_sae.telemetry.dashboards.queries import Query
+
+Unit = Literal["count", "share", "seconds", "bytes", "bytes/s", "rows/s", "per second"]
+Shape = Literal["graph", "stack", "number", "table"]
+
+
+class Panel(NamedTuple):
+    """One picture of some series."""
+
+    shape: Shape
+    title: str
+    unit: Unit
+    queries: tuple[Query, ...]
+    says: str = ""
+    """How to read it."""
+    limits: tuple[float, ...] = ()
+    """From where it is yellow, then red; with one, red."""
+    width: int | None = None
+    """Of 24; None: as its shape has it."""
+
+
+class Section(NamedTuple):
+    """Panels that answer one question."""
+
+    title: str
+    panels: tuple[Panel, ...]
+
+
+class Page(NamedTuple):
+    """One dashboard."""
+
+    name: str
+    title: str
+    says: str
+    """The question that it answers."""
+    sections: tuple[Section, ...]
+    ranks: str = ""
+    """The role whose ranks can be chosen, if any."""
+
+    @property
+    def uid(self) -> str:
+        """What Grafana knows it by, and other dashboards link to."""
+        return f"dist-sae-{self.name}"
+
+
+def graph(
+    title: str,
+    unit: Unit,
+    *queries: Query,
+    says: str = "",
+    limits: tuple[float, ...] = (),
+    width: int | None = None,
+) -> Panel:
+    """Lines over time."""
+    return Panel("graph", title, unit, queries, says, limits, width)
+
+
+def stack(title: str, unit: Unit, query: Query, says: str = "") -> Panel:
+    """Areas on top of each other: the parts of a whole, of one run."""
+    return Panel(
+        "stack", title, unit, (query,), f"{says} Choose one run: several would be piled up."
+    )
+
+
+def number(
+    title: str,
+    unit: Unit,
+    query: Query,
+    says: str = "",
+    limits: tuple[float, ...] = (),
+    width: int | None = None,
+) -> Panel:
+    """The last value, large."""
+    return Panel("number", title, unit, (query,), says, limits, width)
+
+
+def table(title: str, query: Query, says: str = "") -> Panel:
+    """What series there are now, their labels in columns."""
+    return Panel("table", title, "count", (query,), says)

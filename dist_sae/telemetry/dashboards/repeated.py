@@ -1,0 +1,51 @@
+"""What is on more than one dashboard."""
+
+from dist_sae.telemetry.dashboards.panels import graph
+from dist_sae.telemetry.dashboards.queries import now, rate, recorded
+
+STEP_SECONDS = "dist_sae_train_step_seconds_total"
+PHASE_SHARE = "run_phase:dist_sae_train_phase:share5m"
+CHECKPOINT_LIMITS = (1800, 3600)
+DEAD_LIMITS = (0.1, 0.2)
+
+FVU = graph(
+    "FVU",
+    "count",
+    now("dist_sae_train_fvu").named("batch"),
+    now("dist_sae_train_heldout_fvu").named("held out"),
+    says="Falls, then levels off; 1 is no better than the mean.",
+)
+L0 = graph("L0", "count", now("dist_sae_train_l0_latents"))
+DEAD = graph(
+    "Dead and rarely firing latents",
+    "share",
+    now("dist_sae_train_dead_share").named("dead"),
+    now("dist_sae_train_rare_share").named("rare"),
+    limits=DEAD_LIMITS,
+)
+UNITS = graph(
+    "Units",
+    "count",
+    now("dist_sae_train_plan_units").named("planned"),
+    now("dist_sae_train_ready_units").named("ready"),
+    now("dist_sae_train_reached_units").named("reached"),
+    says="In the first pass trainers wait where the reached meet the ready; later all are there.",
+)
+BACKLOG = graph(
+    "Backlog of units",
+    "count",
+    now("dist_sae_train_backlog_units").named("waiting"),
+    now("dist_sae_produce_max_ahead_units").named("limit"),
+    says="While units are made: at 0 producers are the limit, near its limit trainers are.",
+)
+STAGES = graph(
+    "Where producers' time goes",
+    "count",
+    # of ranks that share a model only the first has stages, and knows the plan
+    rate("dist_sae_produce_seconds_total", "run, stage").over(
+        now("dist_sae_produce_plan_units", how="count"), on="run"
+    ),
+    says="Seconds per second, mean of the producers; stages overlap, and the one nearest to 1 is "
+    "the limit.",
+)
+WAITING_PRODUCERS = recorded("run_waited_for:dist_sae_produce_waited:share5m")

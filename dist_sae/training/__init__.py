@@ -1,0 +1,1 @@
+"""One training job: how it begins, its loop, its numbers."""

@@ -1,0 +1,77 @@
+"""What a training step says of the dictionary, over all ranks. Everything here is collective."""
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+from dist_sae.dictionaries.axis import LatentAxis
+from dist_sae.dictionaries.base import Output
+from dist_sae.telemetry.metrics import QUANTILES
+
+_FAR_ABOVE_EPS = 10
+
+
+def batch_numbers(
+    axis: LatentAxis,
+    output: Output,
+    x: Float[Tensor, "batch d_in"],
+    mean: Float[Tensor, " d_in"],
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Of the last batch: losses and counts, and quantiles of the rows' explained variance.
+
+    Args:
+        axis: This rank's place.
+        output: What came of the batch.
+        x: This rank's rows of it, scaled.
+        mean: Of the data set, in the same scale.
+    """
+    terms = output.terms
+    active = x.new_zeros(axis.shards)
+    active[axis.shard] = output.active / (len(x) * axis.shards)
+    explained = 1 - output.error.square().sum(1) / (x - mean.to(x)).square().sum(1)
+    wanted = torch.tensor([float(q) for q in QUANTILES], device=x.device, dtype=explained.dtype)
+    losses = torch.stack([terms.fvu, terms.auxk, terms.sparsity, terms.total]).detach()
+    quantiles = explained.quantile(wanted) / axis.shards
+    local = torch.cat([losses, active, quantiles])  # one collective, and one wait for the device
+    values = (axis.total(local) / axis.replicas).tolist()
+    fvu, auxk, sparsity, loss = values[:4]
+    by_shard, of_rows = values[4 : 4 + axis.shards], values[4 + axis.shards :]
+    numbers = {
+        "fvu": fvu,
+        "loss": loss,
+        "auxk_loss": auxk,
+        "sparsity_loss": sparsity,
+        "l0_latents": sum(by_shard),
+        "shard_load_ratio": max(by_shard) * axis.shards / (sum(by_shard) or 1.0),
+    }
+    return numbers, dict(zip(QUANTILES, of_rows, strict=True))
+
+
+def starved_share(
+    axis: LatentAxis, second_moment: Float[Tensor, "n_local d_in"], eps: float
+) -> float:
+    """Of all latents: those whose encoder row learns as fast as eps, not Adam, lets it."""
+    starved = (second_moment.mean(dim=1).sqrt() < _FAR_ABOVE_EPS * eps).sum()
+    return int(axis.total(starved)) / (axis.replicas * axis.shards * len(second_moment))
+
+
+def expert_numbers(
+    axis: LatentAxis, load: Int[Tensor, " experts"], dead: Bool[Tensor, " n_local"]
+) -> tuple[dict[str, float], list[int]]:
+    """How evenly rows were sent and how the worst expert fares, and which got none.
+
+    Args:
+        axis: This rank's place.
+        load: Rows of the global batches that each was sent.
+        dead: Latents of this shard that are.
+    """
+    here = dead.view(len(load) // axis.shards, -1).double().mean(1)
+    shares = here.new_zeros(len(load))
+    shares[axis.shard * len(here) :][: len(here)] = here
+    idle: list[int] = (load == 0).nonzero()[:, 0].tolist()
+    numbers = {
+        "expert_load_ratio": float(load.max() / load.double().mean()),
+        "idle_experts": float(len(idle)),
+        "expert_dead_share": float(axis.total(shares).max()) / axis.replicas,
+    }
+    return numbers, idle

@@ -1,0 +1,199 @@
+"""How far a local run has come: bars in a terminal of 80 columns, else a line now and then."""
+
+import re
+import threading
+import time
+from collections import Counter
+from collections.abc import Mapping
+from datetime import timedelta
+from typing import Any, Self
+
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress import BarColumn, Progress, TaskID, TextColumn
+from rich.table import Column
+from rich.text import Text
+
+from dist_sae.training.limits import describe_limit
+
+_PLAIN_EVERY_SECONDS = 10.0  # between lines when the output is not a terminal
+
+
+class ProgressView:
+    """Shows what processes say of their progress (`logs.progress`).
+
+    Args:
+        console: Where to; stderr if left out.
+    """
+
+    def __init__(self, console: Console | None = None) -> None:
+        self._console = console or Console(stderr=True)
+        self._progress = Progress(
+            TextColumn("{task.description:7}", table_column=Column(no_wrap=True, min_width=7)),
+            BarColumn(bar_width=10),
+            TextColumn("{task.percentage:3.0f}%", table_column=Column(no_wrap=True, min_width=4)),
+            TextColumn("{task.fields[left]:>7}", table_column=Column(no_wrap=True, min_width=7)),
+            TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True)),
+        )
+        self._limit = Text()
+        self._live = Live(Group(self._progress, self._limit), console=self._console)
+        self._tasks: dict[str, TaskID] = {}
+        self._roles: dict[str, _Role] = {}
+        self._warned: set[str] = set()
+        self._warning = threading.Lock()
+
+    def __enter__(self) -> Self:
+        if self._console.is_terminal:
+            self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._limit.truncate(0)  # what is over has no limit
+        self._live.stop()
+
+    def begin(self, name: str) -> None:
+        """A part of the run that has no progress of its own begins."""
+        self._limit.truncate(0)
+        self._console.print(f"{name} ...", highlight=False)
+
+    def show(self, process: str, record: Mapping[str, Any]) -> None:
+        """Take in what a process says of itself."""
+        name = record["role"]
+        role = self._roles.setdefault(name, _Role(record["done"]))
+        role.take(process, record)
+        if "said" in record:
+            self._console.print(f"{name}: {record['said']}", highlight=False, soft_wrap=True)
+            return
+        limit = f"limit: {self._describe_limit()}"
+        if self._console.is_terminal:
+            if name not in self._tasks:
+                self._tasks[name] = self._progress.add_task(
+                    name, total=role.total, completed=round(role.done), note="", left=""
+                )
+            self._progress.update(
+                self._tasks[name],
+                completed=role.done,
+                total=role.total,
+                note=role.describe(),
+                left="-:--:--" if role.left is None else str(role.left),
+            )
+            if name != "plan":
+                self._limit.plain = limit
+        elif role.is_due():
+            left = "" if role.left is None else f"  {role.left} left"
+            line = f"{name} {role.amount()}{left}  {role.describe()}"
+            if name == "train" and role.done < role.total:
+                line += f"  {limit}"
+            self._console.print(line, highlight=False, soft_wrap=True)
+
+    def warn(self, level: str, text: str) -> None:
+        """Show what a process warns of, once, however many say the same, of whichever unit."""
+        kind = re.sub(r"\d+", "", text)
+        with self._warning:
+            if kind in self._warned:
+                return
+            self._warned.add(kind)
+        line = f"{level.lower()}: {text}"
+        self._console.print(line, highlight=False, markup=False, soft_wrap=True)
+
+    def _describe_limit(self) -> str:
+        training, producing = self._roles.get("train"), self._roles.get("produce")
+        numbers = training.numbers if training else {}
+        phases = {"wait": 1.0} if training and training.waiting else numbers.get("phases", {})
+        return describe_limit(
+            phases,
+            numbers.get("product_share"),
+            producing.slowest_stage if producing else None,
+            all_produced=producing is not None and producing.done == producing.total,
+        )
+
+
+class _Role:
+    """Processes that do one thing together."""
+
+    def __init__(self, done: float) -> None:
+        self.done = done
+        self.total = 0.0
+        self.numbers: Mapping[str, Any] = {}
+        """What one of them said last."""
+        self.waiting: dict[str, float] = {}
+        """Seconds for which processes have stood still, waiting for data."""
+        self._of_each: dict[str, Mapping[str, Any]] = {}
+        self._there = done
+        self._at_hand: dict[str, float] = {}
+        self._began = done, time.monotonic()
+        self._heard = self._began[1]
+        self._said = float("-inf")
+
+    def take(self, process: str, record: Mapping[str, Any]) -> None:
+        """Take in what one of them says."""
+        self._at_hand[process] = record.get("at_hand", 0)
+        if self.done == self._began[0]:  # nothing was done before this
+            self._began = self.done, self._heard
+        self._heard = time.monotonic()
+        # each producer sees its own share at once, and one sees units that another had at hand
+        there = max(self._there, record["done"])
+        self._there = there
+        self.done = min(max(self.done, there + sum(self._at_hand.values())), record["total"])
+        self.total = record["total"]
+        if (seconds := record.get("waiting_seconds")) is not None:
+            self.waiting.pop(process, None)
+            if seconds:
+                self.waiting[process] = seconds
+            return
+        self.waiting.clear()  # a step is made by all of them
+        self.numbers = self._of_each[process] = {**self._of_each.get(process, {}), **record}
+
+    @property
+    def slowest_stage(self) -> str | None:
+        """Of most of them."""
+        stages = Counter(r["busiest"] for r in self._of_each.values() if "busiest" in r)
+        return max(stages, key=lambda stage: stages[stage]) if stages else None
+
+    @property
+    def left(self) -> timedelta | None:
+        """How long it still takes, at the rate so far."""
+        first, since = self._began
+        if self.done in (first, self.total):
+            return None
+        seconds = (time.monotonic() - since) * (self.total - self.done) / (self.done - first)
+        return timedelta(seconds=round(seconds))
+
+    def is_due(self) -> bool:
+        """Whether a line about them is due; it is taken to be written then."""
+        over = self.done == self.total and self._said < float("inf")
+        if not over and time.monotonic() - self._said < _PLAIN_EVERY_SECONDS:
+            return False
+        self._said = float("inf") if self.done == self.total else time.monotonic()
+        return True
+
+    def amount(self) -> str:
+        """What is done, and of how much."""
+        if self.total == 1:
+            return f"{self.done:.0%}"
+        return f"{self.done:,.0f}/{self.total:,.0f}"
+
+    def describe(self) -> str:
+        """In few words: a terminal has 80 columns."""
+        rates = [
+            record.get("worked_rows_per_second", record.get("rows_per_second", 0.0))
+            for record in self._of_each.values()
+            if "rows_per_second" in record
+        ]
+        words = {
+            "fvu": "fvu {:.3f}",
+            "l0_latents": "l0 {:.3g}",
+            "dead_share": "dead {:.1%}",
+        }
+        said = [
+            text.format(self.numbers[name]) for name, text in words.items() if name in self.numbers
+        ]
+        if "fvu" in self.numbers and "dead_share" not in self.numbers:
+            said.append("dead ?")  # nobody can know yet
+        if self.waiting:
+            said.insert(0, f"waits for data, {max(self.waiting.values()):.0f} s")
+        elif rates:
+            said.insert(0, f"{sum(rates):,.0f} rows/s")
+        elif doing := self.numbers.get("doing"):
+            said.insert(0, doing)
+        return "  ".join(said)

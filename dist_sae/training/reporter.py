@@ -1,0 +1,313 @@
+"""Numbers about a training run: to Prometheus, to its history, to whoever watches it.
+
+What a step costs for this is a count on the device and a few marks of its clock. All else, what is
+collective or waits for the device above all, is done every `train.log_every_steps` steps.
+"""
+
+import logging
+import time
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from dist_sae import logs
+from dist_sae.checkpoint.saver import Saved
+from dist_sae.checkpoint.state import TrainingState
+from dist_sae.config import Run
+from dist_sae.data.loader import Batch
+from dist_sae.dictionaries.axis import LatentAxis
+from dist_sae.dictionaries.base import Output, Routing
+from dist_sae.dictionaries.density import Densities, DensityCounts
+from dist_sae.distributed.mesh import Mesh
+from dist_sae.errors import Stopped
+from dist_sae.telemetry.exporter import Telemetry
+from dist_sae.telemetry.metrics import DENSITIES, NEVER, PHASES, RARE
+from dist_sae.telemetry.sinks import Sink
+from dist_sae.training.clock import Times, rows_per_worked_second
+from dist_sae.training.numbers import batch_numbers, expert_numbers, starved_share
+from dist_sae.training.phases import ProductSamples
+from dist_sae.training.sane import doubt
+
+logger = logging.getLogger(__name__)
+
+_STALL_SECONDS = 0.01
+_EDGES = [float(edge) for edge in DENSITIES if edge != NEVER]
+
+
+class TrainingReporter:
+    """Counts every step, and publishes now and then.
+
+    Args:
+        run: The run.
+        mesh: This rank's place.
+        telemetry: Takes the metrics.
+        times: Where this rank's time went before the first step, and goes.
+        sinks: Take the first rank's series.
+        state: What is trained.
+        mean: Of the data set, scaled.
+        start: Steps that are done already.
+        counted_rows: Of the runs before: over which idle rows of latents have been counted.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        mesh: Mesh,
+        telemetry: Telemetry,
+        times: Times,
+        sinks: Sequence[Sink],
+        state: TrainingState,
+        mean: Tensor,
+        start: int,
+        counted_rows: int = 0,
+    ) -> None:
+        self._run = run
+        self._mesh = mesh
+        self._telemetry = telemetry
+        self._sinks = sinks
+        self._state = state
+        self._mean = mean.to(mesh.device)
+        self._times = times
+        self._product = ProductSamples(state.sae, times.clock)
+        self._densities = Densities(
+            len(state.sae.W_enc), run.dead_after_rows, mesh.axis, mesh.device
+        )
+        self._experts = _Experts()
+        self._doubted = False
+        self._reported = start
+        self._counted_rows = counted_rows
+        self._counts: defaultdict[str, float] = defaultdict(float)
+        self._reached_units = 0
+        self._ready_units: int | None = None
+        self.last: dict[str, float] = {}
+        times.step = start
+        telemetry.device = mesh.device
+        telemetry.set(
+            "dist_sae_train_info", 1, kind=run.sae.kind, site=run.site, device=mesh.device.type
+        )
+        telemetry.set("dist_sae_train_latents", run.sae.n_latents)
+        telemetry.set("dist_sae_train_step", start)
+        telemetry.set("dist_sae_train_steps", run.steps)
+
+    def __enter__(self) -> "TrainingReporter":
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        if kind is None or issubclass(kind, Stopped):
+            self._times.take()
+        for sink in self._sinks:
+            sink.close()
+
+    def end(self, phase: str) -> None:
+        """What was done since the last call was this phase of a step."""
+        self._times.end(phase)
+
+    def step(
+        self,
+        step: int,
+        batch: Batch,
+        x: Tensor,
+        output: Output,
+        *,
+        lr: float,
+        gradient_norm: float,
+        loaded: int,
+        reached: int,
+    ) -> None:
+        """Count a step; every `log_every_steps`, gather and publish. Collective then.
+
+        Args:
+            step: Steps done, with this one.
+            batch: What it was made from.
+            x: The same rows, scaled.
+            output: What came of them.
+            lr: Learning rate of the update.
+            gradient_norm: Before clipping.
+            loaded: Batches that are ready.
+            reached: Unit that reading has come to.
+        """
+        self._times.step = step
+        self._telemetry.pulse.rest()  # it works; whether a step hangs is the watch's to say
+        self._counts["dist_sae_train_wait_seconds_total"] += batch.waited_seconds
+        self._counts["dist_sae_train_loader_stalls_total"] += batch.waited_seconds > _STALL_SECONDS
+        self._counts["dist_sae_train_repeated_rows_total"] += batch.repeated_rows
+        self._counts["dist_sae_train_stuck_latents_total"] += self._state.dead.n_stuck
+        self._densities.add(output.firings, self._run.train.batch_rows)
+        if output.routing:
+            self._counts["dist_sae_train_dropped_rows_total"] += output.routing.dropped
+            self._experts.add(output.routing)
+        if step % self._run.train.log_every_steps == 0 or step == self._run.steps:
+            self._telemetry.set("dist_sae_train_loaded_batches", loaded)
+            self._reached_units = reached
+            numbers, quantiles = batch_numbers(self._mesh.axis, output, x, self._mean)
+            numbers |= {"gradient_norm": gradient_norm, "learning_rate": lr}
+            self._product.sample(x)
+            self._publish(step, numbers, quantiles)
+        self.end("rest")
+
+    def _publish(
+        self, step: int, numbers: dict[str, float], quantiles: Mapping[str, float]
+    ) -> None:
+        run, state, axis = self._run, self._state, self._mesh.axis
+        second_moment = state.engine.moment(state.sae.W_enc, "exp_avg_sq")
+        density = self._densities.counts(_EDGES, RARE)
+        numbers |= {
+            "rare_share": density.rare / run.sae.n_latents,
+            "starved_share": starved_share(axis, second_moment, run.train.eps),
+            **self._experts.take(axis, state.dead.mask),
+        }
+        if self._counted_rows + step * run.train.batch_rows >= run.dead_after_rows:
+            numbers["dead_share"] = state.dead.share
+        else:  # nobody can know yet
+            numbers.pop("expert_dead_share", None)
+        self.end("rest")
+        repeated = self._counts["dist_sae_train_repeated_rows_total"]
+        phases, repeated_rows = self._of_all_ranks(self._times.take(), repeated)
+        seconds, steps = sum(phases.values()), step - self._reported
+        self._reported = step
+        rows = steps * run.train.batch_rows
+        numbers["rows_per_second"] = rows / seconds
+        numbers["worked_rows_per_second"] = rows_per_worked_second(rows, phases)
+        self._product.at_most(phases.get("forward", float("inf")) / steps)
+        if self._product.seconds is not None:
+            numbers["product_seconds"] = self._product.seconds
+            numbers["product_share"] = self._product.seconds * steps / seconds
+        self.last = numbers
+        self._counts["dist_sae_train_rows_total"] += rows / self._mesh.world
+        self._export(step, numbers, quantiles, density)
+        if self._mesh.is_first:
+            record = {
+                "step": step,
+                "rows": step * run.train.batch_rows,
+                "seconds": seconds,
+                "wait_seconds": phases["wait"],
+                "repeated_rows": repeated_rows,
+                **numbers,
+                "phases": phases,
+                "explained_variance": quantiles,
+                "density": _by_bucket(density),
+                "density_rows": density.rows,
+            }
+            for sink in self._sinks:
+                sink.append(record)
+            self._show(step, numbers, phases)
+            self._doubt(step, numbers)
+
+    def _doubt(self, step: int, numbers: Mapping[str, float]) -> None:
+        found = None if self._doubted else doubt(self._run, len(self._mean), step, numbers)
+        if found:
+            logger.warning("after %d of %d steps %s", step, self._run.steps, found)
+            self._doubted = True
+
+    def _export(
+        self,
+        step: int,
+        numbers: Mapping[str, float],
+        quantiles: Mapping[str, float],
+        density: DensityCounts,
+    ) -> None:
+        telemetry = self._telemetry
+        telemetry.set("dist_sae_train_step", step)
+        for name, value in numbers.items():
+            telemetry.set(f"dist_sae_train_{name}", value)
+        for name, value in self._counts.items():
+            telemetry.add(name, value)
+        self._counts.clear()
+        for quantile, value in quantiles.items():
+            telemetry.set("dist_sae_train_row_explained_variance", value, quantile=quantile)
+        for bucket, latents in _by_bucket(density).items():
+            telemetry.set("dist_sae_train_density_latents", latents, log10=bucket)
+        telemetry.set("dist_sae_train_density_rows", density.rows)
+        if self._mesh.is_first:
+            telemetry.set("dist_sae_train_reached_units", self._reached_units)
+            self._show_backlog()
+
+    def _of_all_ranks(
+        self, phases: Mapping[str, float], repeated: float
+    ) -> tuple[dict[str, float], int]:
+        """Phases, as a mean: what is `forward` to one may be `ranks` to another. Rows, as a sum.
+
+        Collective.
+        """
+        own = [*(phases.get(phase, 0.0) for phase in PHASES), repeated]
+        total = self._mesh.axis.total(
+            torch.tensor(own, dtype=torch.float64, device=self._mesh.device)
+        ).tolist()
+        mean = [seconds / self._mesh.world for seconds in total[:-1]]
+        return dict(zip(PHASES, mean, strict=True)), round(total[-1])
+
+    def _show(self, step: int, numbers: Mapping[str, float], phases: Mapping[str, float]) -> None:
+        names = ("fvu", "l0_latents", "dead_share", "worked_rows_per_second", "product_share")
+        shown = {name: numbers[name] for name in names if name in numbers}
+        logs.progress("train", step, self._run.steps, **shown, phases=phases)
+
+    def plan(self, units: int) -> None:
+        """So many training units there will be."""
+        self._telemetry.set("dist_sae_train_plan_units", units)
+
+    def ready(self, units: int) -> None:
+        """So many training units exist. Called in a thread."""
+        self._ready_units = units
+        self._telemetry.set("dist_sae_train_ready_units", units)
+        self._show_backlog()
+
+    def _show_backlog(self) -> None:
+        if self._ready_units is not None:
+            ahead = max(0, self._ready_units - self._reached_units)
+            self._telemetry.set("dist_sae_train_backlog_units", ahead)
+
+    def heldout(self, step: int, fvu: float | None) -> None:
+        """Held-out FVU after so many steps, where it is measured."""
+        if fvu is not None:
+            self._telemetry.set("dist_sae_train_heldout_fvu", fvu)
+            for sink in self._sinks:
+                sink.append({"step": step, "heldout_fvu": fvu})
+
+    def saved(self, saved: Saved) -> None:
+        """A checkpoint is durable. Called in the thread that saves."""
+        self._telemetry.set("dist_sae_checkpoint_step", saved.step)
+        self._telemetry.set("dist_sae_checkpoint_timestamp_seconds", time.time())
+        self._telemetry.set("dist_sae_checkpoint_seconds", saved.seconds)
+        self._telemetry.set("dist_sae_checkpoint_bytes", saved.bytes)
+
+    def flush(self) -> None:
+        """The series up to now, durably. Called in the thread that saves."""
+        for sink in self._sinks:
+            sink.flush()
+
+
+class _Experts:
+    """Where a routed dictionary's rows went since the last report."""
+
+    def __init__(self) -> None:
+        self._load: Tensor | None = None
+        self._idle: list[int] = []
+
+    def add(self, routing: Routing) -> None:
+        self._load = routing.load if self._load is None else self._load + routing.load
+
+    def take(self, axis: LatentAxis, dead: Tensor) -> dict[str, float]:
+        """Numbers of the time since the last call, none without experts. Collective."""
+        if self._load is None:
+            return {}
+        numbers, idle = expert_numbers(axis, self._load, dead)
+        if idle and idle != self._idle:
+            logger.warning(
+                "experts %s got no row since the last report; raise sae.balance_coefficient or try "
+                "sae.balance: bias",
+                ", ".join(map(str, idle)),
+            )
+        self._load, self._idle = None, idle
+        return numbers
+
+
+def _by_bucket(density: DensityCounts) -> dict[str, int]:
+    return dict(zip(DENSITIES, (density.never, *density.counts), strict=True))

@@ -1,0 +1,208 @@
+"""`dist-sae run`: the whole job as a user starts it."""
+
+import errno
+import io
+import json
+import os
+import select
+import signal
+import subprocess
+import sys
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from dist_sae.checkpoint.layout import Checkpoints
+from dist_sae.commands.run import _Job, _Process
+from dist_sae.config.data import S3Config
+from dist_sae.errors import ProcessFailedError
+from dist_sae.storage import open_store
+from dist_sae.training.progress import ProgressView
+from tests.conftest import Bucket
+from tests.launch import write_run
+
+BOTH = {"producers": 2, "trainers": 2, "threads": 1}
+
+
+def start(path: Path, cwd: Path | None = None) -> "subprocess.Popen[str]":
+    command = [sys.executable, "-m", "dist_sae", "run", str(path), "--json"]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=cwd)
+
+
+def children(pid: int) -> list[int]:
+    tasks = Path(f"/proc/{pid}/task/{pid}/children")
+    return [int(child) for child in tasks.read_text().split()]
+
+
+def test_one_command_goes_from_nothing_to_a_report_and_continues_after_ctrl_c(
+    tmp_path: Path,
+) -> None:
+    path = write_run(tmp_path, processes=BOTH, train={"rows": 16_000, "max_passes": 3})
+    process = start(path)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("train "):
+            process.send_signal(signal.SIGINT)
+            break
+    _, err = process.communicate(timeout=120)
+    assert process.returncode == 75, err
+    assert "stopped: everything is saved" in err
+    assert "Traceback" not in err
+    steps = Checkpoints(open_store(str(tmp_path / "runs")), "world", 2).steps()
+    assert steps
+    assert steps[-1] < 100
+
+    out, err = start(path).communicate(timeout=180)
+    result = json.loads(out.splitlines()[-1])
+    assert result["step"] == 100
+    assert result["fvu"] < result["pca_fvu"]
+    assert {"fvu", "l0", "dead_share", "rows", "export", "report"} <= result.keys()
+    assert Path(result["report"]).stat().st_size > 10_000
+    assert (Path(result["export"]) / "cfg.json").exists()
+    log = tmp_path / "runs/world/logs/trainer-0.log"
+    assert "resuming at step" in log.read_text()
+
+    log.unlink()
+    out, err = start(path).communicate(timeout=180)  # nothing is left to plan, make or train
+    assert json.loads(out.splitlines()[-1]) == result, err
+    assert not log.exists()
+
+
+def test_the_whole_run_works_over_s3(tmp_path: Path, bucket: Bucket) -> None:
+    url = f"s3://{bucket.name}/some/prefix"
+    store: dict[str, Any] = {
+        "activations": f"{url}/activations",
+        "runs": f"{url}/runs",
+        "s3": {"endpoint_url": bucket.endpoint_url},
+        "retention": "delete_consumed",
+    }
+    train = {"rows": 4800, "max_passes": 1}
+    path = write_run(tmp_path, store=store, processes=BOTH, train=train)
+    process = start(path, cwd=tmp_path)
+    out, err = process.communicate(timeout=180)
+    assert process.returncode == 0, err
+    result = json.loads(out.splitlines()[-1])
+    assert result["fvu"] < result["pca_fvu"]
+    assert result["report"].startswith(url)
+    keys = set(open_store(url, S3Config(**store["s3"])).keys())
+    assert {"activations/plan.json", "activations/units/00000000.json"} <= keys
+    assert {"runs/world/evaluation.json", "runs/world/export/cfg.json"} <= keys
+    assert not [key for key in keys if "/claims/" in key]  # all given back
+    shards = [key for key in keys if key.startswith("activations/shards/")]
+    assert len(shards) == 1  # the held-out one
+    assert "activations/consumers/world.json" in keys
+
+
+@pytest.mark.parametrize(
+    ("settings", "who", "what"),
+    [
+        ({"max_passes": 1}, "plan", "train.rows asks for"),
+        ({"lr": 1e38}, "trainer-", "the gradient's norm is"),  # both trainers; one of them says so
+    ],
+)
+def test_a_failing_process_ends_the_run_with_its_own_error(
+    tmp_path: Path, settings: dict[str, Any], who: str, what: str
+) -> None:
+    process = start(write_run(tmp_path, processes=BOTH, train=settings))
+    _, err = process.communicate(timeout=120)
+    errors = [line for line in err.splitlines() if line.startswith("error: ")]
+    assert process.returncode == 2, err
+    assert len(errors) == 1
+    assert "Traceback" not in err
+    assert errors[0].startswith(f"error: {who}")
+    assert what in errors[0]
+
+
+@pytest.mark.parametrize(
+    ("last_words", "code", "message"),
+    [
+        ("sys.exit('error: the store is full')", 1, "culprit: the store is full"),
+        ("raise RuntimeError('a bug')", 1, "culprit: RuntimeError: a bug"),
+        ("os.kill(os.getpid(), 9)", 75, "culprit: killed by SIGKILL (out of memory?)"),
+        (
+            "sys.stderr.write('error: another trains it'); sys.exit(75)",
+            75,
+            "culprit: another trains it",
+        ),
+    ],
+)
+def test_the_one_that_failed_first_is_blamed(
+    tmp_path: Path, last_words: str, code: int, message: str
+) -> None:
+    """And not the other, which is ended by us for not heeding the signal."""
+    deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); print('{}', flush=True); "
+    job = _Job([], tmp_path, threading.Event(), ProgressView())
+    processes = [
+        _Process("deaf", [sys.executable, "-c", deaf + "time.sleep(100)"], {}, tmp_path / "1.log"),
+        _Process(
+            "culprit",
+            [sys.executable, "-c", f"import os, sys; {last_words}"],
+            {},
+            Path("/dev/full"),
+        ),
+    ]
+    with pytest.raises(ProcessFailedError) as caught:
+        job.run_together(processes)
+    assert str(caught.value).startswith(message)
+    assert caught.value.exit_code == code
+
+
+WARNS = (
+    "import logging; from dist_sae import logs; logs.configure(rank=1); "
+    "log = logging.getLogger('dist_sae.x').log; log(30, 'it is slow'); log(20, 'a detail'); "
+    "logging.getLogger('somebody.else').warning('nothing of ours'); log(40, 'it is lost'); "
+)
+
+
+def test_what_children_warn_of_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    job = _Job([], tmp_path, threading.Event(), ProgressView())
+    job.run_together(
+        [
+            _Process(name, [sys.executable, "-c", WARNS], {}, tmp_path / f"{name}.log")
+            for name in ("trainer-0", "trainer-1")
+        ]
+    )
+    assert capsys.readouterr().err == "warning: it is slow\nerror: it is lost\n"
+
+
+class Full(io.StringIO):
+    """A file on a full disk."""
+
+    def write(self, _: str) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+def test_children_are_heard_when_nothing_can_be_shown(tmp_path: Path) -> None:
+    """Else they would stand still as soon as the pipe is full."""
+    words = WARNS + 'print(\'{"role": "train", "done": 1, "total": 2}\', flush=True); '
+    words += "[log(30, 'x' * 1000) for _ in range(300)]; print('{\"all\": 1}')"
+    console = Console(file=Full())
+    job = _Job([], tmp_path, threading.Event(), ProgressView(console))
+    names = ("trainer-0", "trainer-1")
+    logs = [tmp_path / f"{name}.log" for name in names]
+    command = [sys.executable, "-c", words]
+    processes = [_Process(name, command, {}, log) for name, log in zip(names, logs, strict=True)]
+    job.run_together(processes)
+    assert [len(log.read_text().splitlines()) for log in logs] == [303, 303]
+    assert [process.result for process in processes] == [{"all": 1}] * 2
+
+
+def test_children_stop_when_the_parent_is_killed(tmp_path: Path) -> None:
+    path = write_run(tmp_path, processes=BOTH, train={"rows": 16_000, "max_passes": 3})
+    process = start(path)
+    assert process.stderr is not None
+    for line in process.stderr:
+        if line.startswith("train "):
+            break
+    orphans = [os.pidfd_open(child) for child in children(process.pid)]
+    assert orphans
+    process.kill()
+    process.communicate()
+    for orphan in orphans:  # readable once the process has ended
+        ready, _, _ = select.select([orphan], [], [], 60)
+        assert ready
+        os.close(orphan)

@@ -1,0 +1,119 @@
+"""One small dictionary of every recipe, with random parameters, and its dense oracle."""
+
+import math
+from collections.abc import Callable
+from typing import get_args
+
+import torch
+from torch import Tensor
+
+from dist_sae.config.sae import (
+    BatchTopKConfig,
+    DictionaryConfig,
+    JumpReLUConfig,
+    JumpReLUTanhConfig,
+    ReLUConfig,
+    RoutedConfig,
+    SaeConfig,
+    TopKConfig,
+)
+from dist_sae.dictionaries import build_sae
+from dist_sae.dictionaries.axis import WHOLE, LatentAxis
+from dist_sae.dictionaries.base import Dictionary, LossTerms, Step
+from tests.dictionaries import reference
+
+D_IN, N_LATENTS, K, AUXK, BATCH = 16, 64, 5, 7, 32
+VARIANCE, PROGRESS = 11.0, 0.25
+
+CONFIGS: dict[str, DictionaryConfig] = {
+    "topk": TopKConfig(n_latents=N_LATENTS, k=K, auxk=AUXK, auxk_coefficient=0.25),
+    "batchtopk": BatchTopKConfig(n_latents=N_LATENTS, k=K, auxk=AUXK, auxk_coefficient=0.25),
+    "routed": RoutedConfig(
+        n_latents=N_LATENTS,
+        experts=4,
+        experts_per_row=2,
+        k=2 * K,
+        auxk=AUXK,
+        auxk_coefficient=0.25,
+        balance_coefficient=0.3,
+    ),
+    "jumprelu": JumpReLUConfig(
+        n_latents=N_LATENTS, sparsity=0.3, initial_threshold=0.2, bandwidth=0.15
+    ),
+    "jumprelu_tanh": JumpReLUTanhConfig(n_latents=N_LATENTS, pre_act=0.05, bandwidth=1.0),
+    "relu": ReLUConfig(n_latents=N_LATENTS, decoder_norm=0.5),
+}
+KINDS = tuple(CONFIGS)
+SHARED = {"b_dec", "W_router", "b_router"}
+UNIT_ROWS = ("topk", "batchtopk", "routed", "jumprelu")
+assert set(KINDS) == {c.model_fields["kind"].default for c in get_args(get_args(SaeConfig)[0])}, (
+    "every recipe is tested"
+)
+
+
+def make(
+    config: DictionaryConfig,
+    dtype: torch.dtype = torch.float64,
+    axis: LatentAxis = WHOLE,
+    d_in: int = D_IN,
+) -> Dictionary:
+    """The shard of a dictionary whose parameters are random but for its unit decoder rows."""
+    sae: Dictionary = build_sae(config, d_in, axis, product_dtype=dtype, dtype=dtype)  # type: ignore[arg-type]
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for name, parameter in sae.named_parameters():
+            n = len(parameter) if name in SHARED else config.n_latents
+            shape = (n, *parameter.shape[1:])
+            whole = 0.5 * torch.randn(shape, generator=generator, dtype=torch.float64)
+            if name == "theta":
+                whole = 0.1 + whole.abs() / 8
+            first = 0 if name in SHARED else sae.first_latent
+            parameter.copy_(whole[first : first + len(parameter)])
+    sae.constrain()
+    return sae
+
+
+def rows(dtype: torch.dtype = torch.float64, batch: int = BATCH) -> Tensor:
+    return torch.randn(batch, D_IN, generator=torch.Generator().manual_seed(2), dtype=dtype)
+
+
+def some_dead() -> Tensor:
+    return torch.arange(N_LATENTS) % 4 == 0
+
+
+def step(dead: Tensor | None = None, progress: float = PROGRESS) -> Step:
+    dead = torch.zeros(N_LATENTS, dtype=torch.bool) if dead is None else dead
+    return Step(VARIANCE, dead, int(dead.sum()), progress)
+
+
+def oracle(sae: Dictionary, x: Tensor, now: Step) -> LossTerms:
+    losses: dict[type[DictionaryConfig], Callable[..., LossTerms]] = {
+        TopKConfig: reference.topk_loss,
+        BatchTopKConfig: reference.batchtopk_loss,
+        RoutedConfig: reference.routed_loss,
+        JumpReLUConfig: reference.jumprelu_loss,
+        JumpReLUTanhConfig: reference.jumprelu_tanh_loss,
+        ReLUConfig: reference.relu_loss,
+    }
+    return losses[type(sae.config)](x, dict(sae.named_parameters()), sae.config, now)
+
+
+def gradients(sae: Dictionary, loss: Tensor) -> dict[str, Tensor]:
+    names, parameters = zip(*sae.named_parameters(), strict=True)
+    found = torch.autograd.grad(loss, parameters, allow_unused=True)
+    return {
+        n: torch.zeros_like(p) if g is None else g
+        for n, p, g in zip(names, parameters, found, strict=True)
+    }
+
+
+def along_rows(gradient: Tensor, W_dec: Tensor) -> Tensor:
+    """The part of a gradient along unit rows."""
+    return (gradient * W_dec).sum(1, keepdim=True) * W_dec
+
+
+def relative_error(value: Tensor, expected: Tensor) -> float:
+    difference, size = (value - expected).norm(), expected.norm()
+    return (
+        float((difference / size).detach()) if size > 0 else (0.0 if difference == 0 else math.inf)
+    )

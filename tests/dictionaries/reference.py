@@ -1,0 +1,176 @@
+"""The oracle: the losses of all recipes, dense, by autograd. Slow, obvious, used in tests."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_sae.config.sae import (
+    BatchTopKConfig,
+    JumpReLUConfig,
+    JumpReLUTanhConfig,
+    ReLUConfig,
+    RoutedConfig,
+    TopKConfig,
+)
+from dist_sae.dictionaries.base import LossTerms, Step
+from dist_sae.dictionaries.schedules import annealed, warmed_up
+
+Parameters = dict[str, Tensor]
+
+
+def topk_loss(x: Tensor, p: Parameters, config: TopKConfig, step: Step) -> LossTerms:
+    """`dictionaries/recipes/topk.py`."""
+    k = annealed(step.progress, config.k, config.k_start, config.k_anneal_share)
+    pre_acts = (x - p["b_dec"]) @ p["W_enc"].T + p["b_enc"]
+    return _with_auxk(x, _topk(pre_acts, k).relu(), pre_acts, p, config, step)
+
+
+def batchtopk_loss(x: Tensor, p: Parameters, config: BatchTopKConfig, step: Step) -> LossTerms:
+    """`dictionaries/recipes/batchtopk.py`."""
+    k = annealed(step.progress, config.k, config.k_start, config.k_anneal_share)
+    pre_acts = (x - p["b_dec"]) @ p["W_enc"].T + p["b_enc"]
+    return _with_auxk(x, _batch_topk(pre_acts, k), pre_acts, p, config, step)
+
+
+def routed_loss(x: Tensor, p: Parameters, config: RoutedConfig, step: Step) -> LossTerms:
+    """Routed: all experts computed for all rows, and a mask; capacity is ignored."""
+    experts, chosen = config.experts, config.experts_per_row
+    k = annealed(step.progress, config.k, config.k_start, config.k_anneal_share)
+    pre_acts = (x - p["b_dec"]) @ p["W_enc"].T + p["b_enc"]
+    router = ((x - p["b_dec"]).detach() @ p["W_router"].T + p["b_router"]).softmax(1)
+    sent = _topk(router, chosen) > 0
+    gates = (router * sent)[:, :, None]
+    if config.gate == "straight_through":
+        gates = gates / gates.sum(1, keepdim=True).detach()
+
+    def kept(pre_acts: Tensor, k: int) -> Tensor:
+        by_expert = pre_acts.reshape(len(x) * experts, -1)
+        return _topk(by_expert, min(k, by_expert.shape[1])).relu().reshape(len(x), experts, -1)
+
+    def decoded(acts: Tensor, gates: Tensor) -> Tensor:
+        return (acts * gates).flatten(1) @ p["W_dec"]
+
+    if config.selection == "row":
+        acts = kept(pre_acts, k // chosen)
+    else:
+        met = (pre_acts.reshape(len(x), experts, -1) * sent[:, :, None]).flatten(1)
+        acts = _batch_topk(met, k).reshape(len(x), experts, -1)
+    x_hat = decoded(acts, gates) + p["b_dec"]
+    fvu = _fvu(x, x_hat, step)
+    error, aux = (x - x_hat).detach(), fvu.new_zeros(())
+    if config.auxk and step.dead.any():
+        among_dead = pre_acts.where(step.dead, -torch.inf)
+        e_hat = decoded(kept(among_dead, max(1, config.auxk // chosen)), gates.detach())
+        aux = (error - e_hat).square().sum() / (error - error.mean(0)).square().sum()
+    share = sent.sum(0) / sent.sum()
+    imbalance = config.balance_coefficient * (experts * (share * router.mean(0)).sum() - 1)
+    return LossTerms(fvu, aux, imbalance, fvu + config.auxk_coefficient * aux + imbalance)
+
+
+def jumprelu_loss(x: Tensor, p: Parameters, config: JumpReLUConfig, step: Step) -> LossTerms:
+    """`dictionaries/recipes/jumprelu.py`."""
+    rms_norm = x.shape[1] ** 0.5
+    eps = (config.bandwidth or config.least_code) * rms_norm
+    z, theta = x @ p["W_enc"].T + p["b_enc"], p["theta"] * rms_norm
+    acts = _JumpReLU.apply(z, theta, eps, False)  # type: ignore[no-untyped-call]
+    l0 = _Step.apply(z, theta, eps).sum() / len(x)  # type: ignore[no-untyped-call]
+    fvu = _fvu(x, acts @ p["W_dec"] + p["b_dec"], step)
+    sparsity = warmed_up(step.progress, config.sparsity, config.sparsity_warmup_share) * l0
+    return LossTerms(fvu, fvu.new_zeros(()), sparsity, fvu + sparsity)
+
+
+def jumprelu_tanh_loss(
+    x: Tensor, p: Parameters, config: JumpReLUTanhConfig, step: Step
+) -> LossTerms:
+    """`dictionaries/recipes/jumprelu_tanh.py`."""
+    d_in = x.shape[1]
+    z, theta = x @ p["W_enc"].T + p["b_enc"], p["theta"] * d_in**0.5
+    norms = p["W_dec"].norm(dim=1)
+    acts = _JumpReLU.apply(z, theta, config.bandwidth, True)  # type: ignore[no-untyped-call]
+    fvu = _fvu(x, acts @ p["W_dec"] + p["b_dec"], step)
+    coefficient = warmed_up(step.progress, config.cost(d_in) * d_in, config.sparsity_warmup_share)
+    penalty = coefficient * torch.tanh(config.tanh_scale * acts * norms).sum()
+    penalty = penalty + config.pre_act * ((theta - z).relu() * norms).sum()
+    sparsity = penalty / (len(x) * step.variance)
+    return LossTerms(fvu, fvu.new_zeros(()), sparsity, fvu + sparsity)
+
+
+def relu_loss(x: Tensor, p: Parameters, config: ReLUConfig, step: Step) -> LossTerms:
+    """`dictionaries/recipes/relu.py`."""
+    acts = (x @ p["W_enc"].T + p["b_enc"]).relu()
+    fvu = _fvu(x, acts @ p["W_dec"] + p["b_dec"], step)
+    l1 = (acts * p["W_dec"].norm(dim=1)).sum() / (len(x) * step.variance)
+    sparsity = warmed_up(step.progress, config.sparsity, config.sparsity_warmup_share) * l1
+    return LossTerms(fvu, fvu.new_zeros(()), sparsity, fvu + sparsity)
+
+
+def _with_auxk(
+    x: Tensor,
+    acts: Tensor,
+    pre_acts: Tensor,
+    p: Parameters,
+    config: TopKConfig | BatchTopKConfig,
+    step: Step,
+) -> LossTerms:
+    x_hat = acts @ p["W_dec"] + p["b_dec"]
+    fvu = _fvu(x, x_hat, step)
+    error, aux = (x - x_hat).detach(), fvu.new_zeros(())
+    if config.auxk and step.dead.any():
+        among_dead = pre_acts.where(step.dead, -torch.inf)
+        e_hat = _topk(among_dead, min(config.auxk, int(step.dead.sum()))).relu() @ p["W_dec"]
+        spread = (error - error.mean(0)).square().sum()
+        if spread > 0:
+            aux = (error - e_hat).square().sum() / spread
+    return LossTerms(fvu, aux, fvu.new_zeros(()), fvu + config.auxk_coefficient * aux)
+
+
+def _fvu(x: Tensor, x_hat: Tensor, step: Step) -> Tensor:
+    return (x - x_hat).square().sum() / (len(x) * step.variance)
+
+
+def _topk(values: Tensor, k: int) -> Tensor:
+    """All but the k largest of each row set to zero; of equals the first are kept."""
+    kept = values.sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return torch.zeros_like(values).scatter(1, kept, values.gather(1, kept))
+
+
+def _batch_topk(values: Tensor, k: int) -> Tensor:
+    """All but the (rows * k) largest positive values set to zero; first of equals by latent."""
+    flat = _topk(values.relu().T.reshape(1, -1), k * len(values))
+    return flat.reshape(-1, len(values)).T
+
+
+class _JumpReLU(torch.autograd.Function):
+    """z H(z - theta), its gradients written out as in SAE papers' appendices."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, theta: Tensor, eps: float, through_z: bool) -> Tensor:  # noqa: FBT001
+        ctx.save_for_backward(z, theta)
+        ctx.eps, ctx.through_z = eps, through_z
+        return z * (z > theta)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        z, theta = ctx.saved_tensors
+        kernel = ((z - theta) / ctx.eps).abs() < 0.5
+        grad_z = gradient * (z > theta)
+        if ctx.through_z:
+            grad_z = grad_z + gradient * (theta / ctx.eps) * kernel
+        return grad_z, (-(theta / ctx.eps) * kernel * gradient).sum(0), None, None
+
+
+class _Step(torch.autograd.Function):
+    """H(z - theta)."""
+
+    @staticmethod
+    def forward(ctx: Any, z: Tensor, theta: Tensor, eps: float) -> Tensor:
+        ctx.save_for_backward(z, theta)
+        ctx.eps = eps
+        return (z > theta).to(z.dtype)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor | None, ...]:
+        z, theta = ctx.saved_tensors
+        kernel = ((z - theta) / ctx.eps).abs() < 0.5
+        return None, -(gradient * kernel / ctx.eps).sum(0), None

@@ -1,0 +1,405 @@
+"""Initial dictionaries: what they are, and that shards have their parts of the same one."""
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from dist_sae.config.sae import (
+    BatchTopKConfig,
+    DictionaryConfig,
+    JumpReLUConfig,
+    JumpReLUTanhConfig,
+    ReLUConfig,
+    RoutedConfig,
+    TopKConfig,
+)
+from dist_sae.dictionaries import build_sae
+from dist_sae.dictionaries.axis import WHOLE, LatentAxis
+from dist_sae.dictionaries.base import Dictionary, Step
+from dist_sae.dictionaries.init import (
+    first_rows,
+    geometric_median,
+    initialise_from_data,
+    random_rows,
+)
+from tests.dictionaries.ranks import ThreadAxis, on_ranks
+from tests.dictionaries.recipes import CONFIGS, D_IN, KINDS, N_LATENTS, SHARED, make
+
+WIDENED = tuple(kind for kind in KINDS if kind != "routed")
+LAYOUTS = [(1, 2), (2, 1), (2, 2), (1, 4)]  # replicas x shards
+BATCH = 24
+GATED = ("relu", "jumprelu", "jumprelu_tanh")
+
+
+def batch(number: int, rows: int = BATCH) -> Tensor:
+    generator = torch.Generator().manual_seed(100 + number)
+    return 1 + torch.randn(rows, D_IN, generator=generator)
+
+
+def part(axis: LatentAxis, x: Tensor) -> Tensor:
+    """This rank's rows of a global batch."""
+    return x.chunk(axis.replicas * axis.shards)[axis.replica * axis.shards + axis.shard]
+
+
+def parameters(sae: Dictionary) -> dict[str, Tensor]:
+    return {name: parameter.detach().clone() for name, parameter in sae.named_parameters()}
+
+
+def check_shards(ranks: list[dict[str, Tensor]], whole: dict[str, Tensor], shards: int) -> None:
+    """Sums over ranks are in another order than over one batch: fp32 differs in the last bits."""
+    for number, found in enumerate(ranks):
+        for name, tensor in whole.items():
+            expected = tensor if name in SHARED else tensor.chunk(shards)[number % shards]
+            torch.testing.assert_close(found[name], expected, rtol=1e-5, atol=1e-6)
+
+
+def test_random_rows_of_a_shard_are_those_of_the_whole() -> None:
+    """3,000 rows are two whole blocks of random numbers and one in part."""
+    whole = torch.empty(3000, 4)
+    random_rows(whole, 7, 0)
+    assert len(torch.unique(whole, dim=0)) == 3000  # no block is like another
+    for first, stop in ((0, 1500), (1500, 3000), (1000, 1050), (1023, 1025), (2048, 3000)):
+        shard = torch.full((stop - first, 4), torch.nan)
+        random_rows(shard, 7, first)
+        assert torch.equal(shard, whole[first:stop])
+    assert float(whole.square().mean()) == pytest.approx(1, abs=0.05)
+    assert float(whole.mean()) == pytest.approx(0, abs=0.05)
+
+
+@pytest.mark.parametrize("seeds", [(0, 1), (3, 4), (0, 2**32 - 1), (1, 1000)])
+def test_another_seed_gives_other_directions(seeds: tuple[int, int]) -> None:
+    """In all blocks: none is another block of the other."""
+    found = []
+    for seed in seeds:
+        W = torch.empty(8 * 1024, 2)
+        random_rows(W, seed, 0)
+        found.append(W)
+    assert len(torch.unique(torch.cat(found), dim=0)) == 2 * 8 * 1024
+
+
+@pytest.mark.parametrize(("replicas", "shards"), LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_shards_begin_as_parts_of_the_same_dictionary(
+    kind: str, replicas: int, shards: int
+) -> None:
+    config = CONFIGS[kind]
+
+    def initialised(axis: LatentAxis) -> dict[str, Tensor]:
+        sae: Dictionary = build_sae(config, D_IN, axis)  # type: ignore[arg-type]
+        sae.initialise(part(axis, batch(0)), seed=5)
+        return parameters(sae)
+
+    whole = initialised(WHOLE)
+    assert all(tensor.isfinite().all() for tensor in whole.values())
+    check_shards(on_ranks(replicas, shards, initialised), whole, shards)
+
+
+def from_data(axis: LatentAxis, kind: str = "topk") -> dict[str, Tensor]:
+    """64 latents from 72 rows."""
+    sae = build_sae(CONFIGS[kind], D_IN, axis)  # type: ignore[arg-type]
+    rows = [part(axis, batch(number)) for number in range(3)]
+    sae.initialise(rows[0], seed=5)
+    initialise_from_data(sae, iter(rows))
+    return parameters(sae)
+
+
+def test_directions_from_data_are_near_those_of_the_first_rows() -> None:
+    found = from_data(WHOLE)
+    torch.testing.assert_close(found["b_dec"], geometric_median(batch(0), WHOLE))
+    rows = torch.cat([batch(number) for number in range(3)])[:N_LATENTS] - found["b_dec"]
+    random = torch.empty(N_LATENTS, D_IN)
+    random_rows(random, 5, 0)
+    mixed = 0.8 * rows / rows.norm(dim=1, keepdim=True)
+    mixed += 0.6 * random / random.norm(dim=1, keepdim=True)
+    expected = mixed / mixed.norm(dim=1, keepdim=True)
+    torch.testing.assert_close(found["W_dec"], expected)
+    # the encoder is tied, with one factor for all of it
+    factors = found["W_enc"].norm(dim=1)
+    torch.testing.assert_close(factors, factors[:1].expand(N_LATENTS))
+    torch.testing.assert_close(found["W_enc"], factors[0] * expected)
+    assert not found["b_enc"].any()
+
+
+def test_latents_from_equal_rows_are_no_copies() -> None:
+    """Rows with one very large coordinate all point the same way; copies would die together."""
+    sae = build_sae(TopKConfig(n_latents=48, k=4, auxk=0), D_IN)
+    rows = batch(0, 48)
+    sae.initialise(rows, seed=5)
+    rows[:, 3] += 1e4
+    initialise_from_data(sae, [rows])
+    cosines = (sae.W_dec @ sae.W_dec.T).detach()
+    assert cosines[~torch.eye(48, dtype=torch.bool)].mean() == pytest.approx(0.8**2, abs=0.05)
+
+
+@pytest.mark.parametrize(("replicas", "shards"), LAYOUTS)
+@pytest.mark.parametrize("kind", ["topk", "routed"])
+def test_directions_from_data_are_the_same_for_shards(
+    kind: str, replicas: int, shards: int
+) -> None:
+    ranks = on_ranks(replicas, shards, lambda axis: from_data(axis, kind))
+    check_shards(ranks, from_data(WHOLE, kind), shards)
+
+
+KNOWN = 24
+
+
+def widened(kind: str, axis: LatentAxis) -> dict[str, Tensor]:
+    """24 known latents; 40 new ones from 48 rows."""
+    narrow = make(CONFIGS[kind], torch.float32)
+    sae: Dictionary = build_sae(CONFIGS[kind], D_IN, axis)  # type: ignore[arg-type]
+    rows = [part(axis, batch(number)) for number in range(2)]
+    sae.initialise(rows[0], seed=5)
+    with torch.no_grad():
+        for name, parameter in sae.named_parameters():
+            values = dict(narrow.named_parameters())[name]
+            n = min(max(KNOWN - sae.first_latent, 0), len(sae.W_enc))
+            known = slice(sae.first_latent, sae.first_latent + n)
+            if name == "b_dec":
+                parameter.copy_(values)
+            else:
+                parameter[:n] = values[known]
+    if kind == "batchtopk":
+        sae.get_buffer("threshold").copy_(torch.tensor([0.3, 1.0]))
+    initialise_from_data(sae, iter(rows), KNOWN)
+    return parameters(sae)
+
+
+@pytest.mark.parametrize("kind", WIDENED)
+def test_new_latents_point_at_what_the_known_ones_leave(kind: str) -> None:
+    found, narrow = widened(kind, WHOLE), make(CONFIGS[kind], torch.float32)
+    known = {name: p.detach()[:KNOWN] for name, p in narrow.named_parameters() if name != "b_dec"}
+    for name, values in known.items():
+        assert torch.equal(found[name][:KNOWN], values)
+    alone = CONFIGS[kind].model_copy(update={"n_latents": KNOWN})
+    sae: Dictionary = build_sae(alone, D_IN)  # type: ignore[arg-type]
+    sae.load_state_dict({**known, "b_dec": narrow.b_dec}, strict=False)
+    if kind == "batchtopk":
+        sae.get_buffer("threshold").copy_(torch.tensor([0.3, 1.0]))
+    x = torch.cat([batch(0), batch(1)])
+    left = x - sae.decode(sae.encode(x))
+    random = torch.empty(N_LATENTS, D_IN)
+    random_rows(random, 5, 0)
+    expected = 0.8 * normalize(left)[: N_LATENTS - KNOWN] + 0.6 * normalize(random)[KNOWN:]
+    torch.testing.assert_close(normalize(found["W_dec"][KNOWN:]), normalize(expected))
+    for name, share in (("W_dec", 1.0), ("W_enc", 0.5)):
+        torch.testing.assert_close(normalize(found[name][KNOWN:]), normalize(expected))
+        lengths = found[name].norm(dim=1)
+        mean = lengths[:KNOWN].mean().expand(N_LATENTS - KNOWN)
+        torch.testing.assert_close(lengths[KNOWN:], share * mean)
+    settled = {"b_enc"} if kind in GATED else set()
+    for name in known.keys() - {"W_dec", "W_enc"} - settled:
+        mean = known[name].mean().expand(N_LATENTS - KNOWN)
+        torch.testing.assert_close(found[name][KNOWN:], mean)
+
+
+@pytest.mark.parametrize("kind", GATED)
+def test_new_latents_without_a_count_fire_rarely(kind: str) -> None:
+    """On .3 % of the rows, or known ones would be drowned; not never, or they could not learn."""
+    sae, x = make(CONFIGS[kind], torch.float32), batch(0, 2000)
+    before = sae.b_enc.detach().clone()
+    sae.settle(slice(KNOWN, None), x)
+    counts = torch.bincount(sae.encode(x).latents, minlength=N_LATENTS)
+    assert set(counts[KNOWN:].tolist()) <= {6, 7}  # rounding decides about the last
+    assert torch.equal(sae.b_enc[:KNOWN], before[:KNOWN])
+    sae.settle(slice(KNOWN, None), x[:20])
+    counts = torch.bincount(sae.encode(x[:20]).latents, minlength=N_LATENTS)
+    assert set(counts[KNOWN:].tolist()) <= {1, 2}
+
+
+@pytest.mark.parametrize(("replicas", "shards"), LAYOUTS)
+@pytest.mark.parametrize("kind", WIDENED)
+def test_shards_are_widened_as_the_whole(kind: str, replicas: int, shards: int) -> None:
+    """16 latents a shard: the first has known ones only, the second both, the others new ones."""
+    ranks = on_ranks(replicas, shards, lambda axis: widened(kind, axis))
+    check_shards(ranks, widened(kind, WHOLE), shards)
+
+
+def begun_again(kind: str, axis: LatentAxis, n_rows: int = BATCH) -> dict[str, Tensor]:
+    """Latents 10 to 39 of 64 are stuck: below every row."""
+    sae = make(CONFIGS[kind], torch.float32, axis)
+    here = slice(sae.first_latent, sae.first_latent + len(sae.W_enc))
+    stuck = torch.zeros(N_LATENTS, dtype=torch.bool)
+    stuck[10:40] = True
+    x, error = batch(0, n_rows), batch(1, n_rows) - 1
+    with torch.no_grad():
+        sae.b_enc[stuck[here]] = -50.0
+    sae.retie(stuck[here], part(axis, x), part(axis, error))
+    return parameters(sae)
+
+
+@pytest.mark.parametrize("kind", GATED)
+def test_stuck_latents_without_a_count_begin_again_where_there_is_error(kind: str) -> None:
+    """24 rows are there for the first 24; the others wait."""
+    found, before = begun_again(kind, WHOLE), parameters(make(CONFIGS[kind], torch.float32))
+    x, error = batch(0), batch(1) - 1
+    new, others = slice(10, 34), [*range(10), *range(34, N_LATENTS)]
+    for name in ("W_enc", "W_dec", *({"theta"} & before.keys())):
+        assert torch.equal(found[name][others], before[name][others]), name
+    expected = 0.8 * normalize(error) + 0.6 * normalize(before["W_dec"][new])
+    thetas = before["theta"] * D_IN**0.5 if "theta" in before else torch.zeros(N_LATENTS)
+    fires = (x @ before["W_enc"].T + before["b_enc"] > thetas).any(0)
+    fires[10:40] = False
+    assert 0 < fires.sum() < len(others)  # so that it matters which are meant
+    for name, share in (("W_dec", 1.0), ("W_enc", 0.5)):
+        torch.testing.assert_close(normalize(found[name][new]), normalize(expected))
+        length = share * before[name][fires].norm(dim=1).mean()
+        torch.testing.assert_close(found[name][new].norm(dim=1), length.expand(24))
+    if "theta" in before:
+        mean = before["theta"][fires].mean()
+        torch.testing.assert_close(found["theta"][new], mean.expand(24))
+        thetas = found["theta"] * D_IN**0.5
+    active = x @ found["W_enc"].T + found["b_enc"] > thetas
+    assert set(active.sum(0)[new].tolist()) == {1}
+    assert (found["b_enc"][34:40] == -50).all()
+
+
+@pytest.mark.parametrize(("replicas", "shards"), LAYOUTS)
+@pytest.mark.parametrize("kind", GATED)
+def test_shards_begin_again_as_the_whole(kind: str, replicas: int, shards: int) -> None:
+    """Stuck latents lie on several shards, and one row is for each of the first 24."""
+    ranks = on_ranks(replicas, shards, lambda axis: begun_again(kind, axis))
+    check_shards(ranks, begun_again(kind, WHOLE), shards)
+
+
+def test_a_dictionary_of_which_all_is_dead_comes_back() -> None:
+    sae, x = make(CONFIGS["jumprelu"], torch.float32), batch(0, N_LATENTS)
+    with torch.no_grad():
+        sae.b_enc.fill_(-50.0)
+    sae.retie(torch.ones(N_LATENTS, dtype=torch.bool), x, x - sae.b_dec.detach())
+    fired = sae.infer(x).firings
+    assert (fired > 0).all()
+
+
+SELECTS = {
+    "topk": TopKConfig(n_latents=48, k=4, k_start=6, auxk=0),
+    "batchtopk": BatchTopKConfig(n_latents=48, k=4, k_start=6, auxk=0),
+    "routed": RoutedConfig(n_latents=48, k=4, k_start=6, experts=2, selection="batch", auxk=0),
+}
+
+
+@pytest.mark.parametrize("kind", SELECTS)
+def test_a_dictionary_starts_at_the_scale_that_suits_what_training_keeps(kind: str) -> None:
+    """6 latents a row, on the batch that the factor was computed from, the last one."""
+    sae: Dictionary = build_sae(SELECTS[kind], D_IN)  # type: ignore[arg-type]
+    rows = [batch(0), batch(1)]
+    sae.initialise(rows[0], seed=5)
+    initialise_from_data(sae, rows)
+    if kind != "topk":  # rounding decides whether the least that is kept is above the threshold
+        assert len(sae.encode(rows[1]).acts) in (6 * BATCH - 1, 6 * BATCH)
+
+    def fvu(scale: float) -> float:
+        before = sae.W_enc.detach().clone()
+        with torch.no_grad():
+            sae.W_enc.mul_(scale)
+            none_dead = torch.zeros(48, dtype=torch.bool)
+            found = float(sae.objective(rows[1], Step(1.0, none_dead, 0, 0.0)).terms.fvu)
+            sae.W_enc.copy_(before)
+        return found
+
+    assert fvu(1.0) < min(fvu(0.98), fvu(1.02))
+
+
+@pytest.mark.parametrize("kind", SELECTS)
+def test_the_encoder_has_a_gradient_at_the_start_with_one_latent_a_row(kind: str) -> None:
+    """At the best length there is none, and rounding would decide about the first steps."""
+    settings = {"k": 1, "k_start": None, "selection": "row"}
+    config, gradients = SELECTS[kind].model_copy(update=settings), []
+    for dtype in (torch.float32, torch.float64):
+        sae: Dictionary = build_sae(config, D_IN, product_dtype=dtype, dtype=dtype)  # type: ignore[arg-type]
+        sae.initialise(batch(0).to(dtype), seed=5)
+        none_dead = torch.zeros(48, dtype=torch.bool)
+        sae.objective(batch(0).to(dtype), Step(1.0, none_dead, 0, 0.0)).terms.fvu.backward()  # type: ignore[no-untyped-call]
+        assert sae.W_enc.grad is not None
+        gradients.append(sae.W_enc.grad.double())
+    torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4 * float(gradients[1].abs().max()))
+
+
+@pytest.mark.parametrize(("replicas", "shards"), LAYOUTS)
+def test_the_first_rows_of_a_batch_are_known_to_all(replicas: int, shards: int) -> None:
+    for n in (1, 7, BATCH, 100):
+        ranks = on_ranks(
+            replicas,
+            shards,
+            lambda axis, n=n: first_rows(part(axis, batch(0)), n, axis),  # type: ignore[misc]
+        )
+        for found in ranks:
+            assert torch.equal(found, batch(0)[:n])
+
+
+@pytest.mark.parametrize(("replicas", "shards"), LAYOUTS)
+def test_the_geometric_median_is_that_of_all_rows(replicas: int, shards: int) -> None:
+    def median(axis: ThreadAxis) -> Tensor:
+        return geometric_median(part(axis, batch(0)), axis)
+
+    for found in on_ranks(replicas, shards, median):
+        torch.testing.assert_close(found, geometric_median(batch(0), WHOLE))
+
+
+@pytest.mark.parametrize(("initial_l0", "expected"), [(20.0, 20.0), (100.0, 100.0), (1e4, 256.0)])
+@pytest.mark.parametrize("kind", GATED)
+def test_penalised_recipes_begin_with_so_many_active_latents(
+    kind: str, initial_l0: float, expected: float
+) -> None:
+    """At most half of them, each on as many rows, whatever was done to the encoder's length."""
+    changed = {"initial_l0": initial_l0, "n_latents": 512}
+    sae: Dictionary = build_sae(CONFIGS[kind].model_copy(update=changed), D_IN)  # type: ignore[arg-type]
+    x = batch(0, 2000)
+    sae.initialise(x, seed=1)
+    initialise_from_data(sae, [x])
+    codes = sae.encode(x)
+    assert len(codes.acts) / len(x) == pytest.approx(expected, rel=0.01)
+    counts = torch.bincount(codes.latents, minlength=512)
+    assert (counts != counts.mode().values).sum() <= 2  # where two rows are a rounding apart
+    found = parameters(sae)
+    torch.testing.assert_close(normalize(found["W_enc"]), normalize(found["W_dec"]))
+    lengths = found["W_enc"].norm(dim=1)
+    torch.testing.assert_close(lengths, lengths[:1].expand(512))
+    assert lengths[0] != pytest.approx(1, abs=0.05)
+    norm = 0.5 if kind == "relu" else 1.0
+    torch.testing.assert_close(found["W_dec"].norm(dim=1), torch.full((512,), norm))
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (JumpReLUConfig(n_latents=512, sparsity=0.01), 10),  # a tenth of the variance in all
+        (JumpReLUTanhConfig(n_latents=512, sparsity=0.16), 10),  # 16 of which .16 is a hundredth
+        (JumpReLUTanhConfig(n_latents=512), 200),
+        (ReLUConfig(n_latents=512, sparsity=0.8), 16),
+        (JumpReLUConfig(n_latents=512, sparsity=0.0), 256),
+    ],
+)
+def test_the_number_at_the_start_follows_from_the_penalty(
+    config: DictionaryConfig, expected: int
+) -> None:
+    sae: Dictionary = build_sae(config, D_IN)  # type: ignore[arg-type]
+    x = batch(0, 2000)
+    sae.initialise(x, seed=1)
+    assert len(sae.encode(x).acts) / len(x) == pytest.approx(expected, rel=0.01)
+
+
+@pytest.mark.parametrize(
+    ("config", "expected", "is_scaled"),
+    [
+        (JumpReLUConfig(n_latents=64, sparsity=0.04), 0.2, True),
+        (JumpReLUConfig(n_latents=64, initial_threshold=0.3), 0.3, False),
+        (JumpReLUTanhConfig(n_latents=64, initial_threshold=0.1), 0.1 / 4, False),
+    ],
+)
+def test_thresholds_begin_where_a_code_repays_its_cost(
+    config: DictionaryConfig, expected: float, *, is_scaled: bool
+) -> None:
+    """In units of the rows' norm, 4: a code f explains f^2 of 16 at most, and .2^2 is lambda.
+
+    They are scaled with the encoder, whose rows had unit norm, unless they are given: once, from
+    whatever the directions are.
+    """
+    sae: Dictionary = build_sae(config, D_IN)  # type: ignore[arg-type]
+    sae.initialise(batch(0), seed=1)
+    for from_data in (False, True):
+        if from_data:
+            initialise_from_data(sae, [batch(0)])
+        found = parameters(sae)
+        scale = found["W_enc"].norm(dim=1) if is_scaled else torch.ones(64)
+        torch.testing.assert_close(found["theta"], expected * scale)

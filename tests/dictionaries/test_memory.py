@@ -1,0 +1,102 @@
+"""Memory: a dictionary's whole life stays within its state and a bound that no width moves."""
+
+import ctypes
+import gc
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from dist_sae.bench.memory import peak_memory
+from dist_sae.checkpoint import layout
+from dist_sae.checkpoint.layout import Checkpoints
+from dist_sae.checkpoint.state import TrainingState, load_weights
+from dist_sae.config import load_run
+from dist_sae.dictionaries import build_sae
+from dist_sae.dictionaries.base import Step
+from dist_sae.dictionaries.dead import DeadLatents
+from dist_sae.dictionaries.init import initialise_from_data
+from dist_sae.dictionaries.metrics import Fit
+from dist_sae.distributed.engine import LocalEngine
+from dist_sae.kernels.choice import choose_kernels
+from dist_sae.storage import open_store
+from dist_sae.telemetry.process import resident_bytes
+from tests.launch import write_run
+
+MIB = 2**20
+_M_MMAP_THRESHOLD = -3  # of glibc's mallopt
+LIVES: dict[str, dict[str, object]] = {
+    "topk": {"k": 16},
+    "batchtopk": {"k": 16},
+    "routed": {"k": 16, "experts": 2, "selection": "batch"},
+    "relu": {},
+    "jumprelu": {},
+    "jumprelu_tanh": {},
+}
+
+
+@pytest.fixture(autouse=True)
+def freed_at_once() -> Iterator[None]:
+    """Map large blocks: or how much of what is freed stays in the process is a matter of chance."""
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, MIB)
+    yield
+    libc.mallopt(_M_MMAP_THRESHOLD, 32 * MIB)  # where glibc itself comes to with use
+
+
+def live(folder: Path, kind: str, n_latents: int, d_in: int, rows: int, steps: int) -> int:
+    """A dictionary begins, trains, is measured, saved and loaded; how many parameters it has."""
+    sae_config = {"kind": kind, "n_latents": n_latents, **LIVES[kind]}
+    run = load_run(write_run(folder, sae=sae_config, train={"rows": 200_000}))
+    x = torch.randn(rows, d_in, generator=torch.Generator().manual_seed(0))
+    kernels = choose_kernels("auto", x.device)
+    checkpoints = Checkpoints(open_store(str(folder)), f"life-{n_latents}", keep=1)
+    sae = build_sae(run.sae, d_in, kernels=kernels, product_dtype=torch.bfloat16)
+    sae.initialise(x, seed=0)
+    if run.sae.init_rows:
+        initialise_from_data(sae, [x])
+    engine, dead = LocalEngine(run, sae), DeadLatents(n_latents, 10 * rows)
+    for number in range(steps):
+        output = engine.objective(x, Step(float(d_in), dead.mask, dead.count, number / 2))
+        engine.backward(output.terms.total)
+        engine.step(lr=1e-4)
+        dead.update(output.fired, rows)
+        del output
+    Fit.empty(n_latents).add(x, sae.infer(x), x.mean(0))
+    state = TrainingState(sae, engine, dead, None)
+    checkpoints.commit(steps, [checkpoints.write(steps, state.pieces())], {})
+    load_weights(sae, checkpoints.open(steps))
+    return sum(parameter.numel() for parameter in sae.parameters())
+
+
+def beyond_state(folder: Path, kind: str, n_latents: int, d_in: int, rows: int, steps: int) -> int:
+    """The most memory that a life takes above weights, gradients and moments, in bytes.
+
+    A small life comes first: libraries and threads that are loaded with first use are not counted.
+    """
+    live(folder, kind, 1024, d_in, 16, steps)
+    gc.collect()
+    ctypes.CDLL(None).malloc_trim(0)
+    before = resident_bytes()
+    with peak_memory() as peak:
+        parameters = live(folder, kind, n_latents, d_in, rows, steps)
+    return peak[0] - before - 16 * parameters
+
+
+@pytest.mark.parametrize("kind", LIVES)
+def test_many_rows_and_latents_need_no_matrix_of_both(tmp_path: Path, kind: str) -> None:
+    """256 rows x 65,536 latents, half of them active where nothing bounds them.
+
+    To hold these entries takes 35 bytes for each pair, 560 MiB; what is held at a time is chunks.
+    """
+    assert beyond_state(tmp_path, kind, 65_536, 8, 256, steps=1) <= 180 * MIB
+
+
+@pytest.mark.parametrize("kind", LIVES)
+def test_large_weights_are_there_four_times_and_no_more(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A weight is 64 MiB; its values, its gradient and two moments are the state."""
+    monkeypatch.setattr(layout, "_PART_BYTES", 4 * MIB)
+    assert beyond_state(tmp_path, kind, 32_768, 512, 16, steps=2) <= 60 * MIB

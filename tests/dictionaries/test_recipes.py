@@ -1,0 +1,372 @@
+"""SCIENCE D1: losses and gradients of every recipe against the dense oracle."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dist_sae.config.sae import JumpReLUConfig, ReLUConfig, TopKConfig
+from dist_sae.dictionaries import base
+from dist_sae.dictionaries import thresholded as gated_module
+from dist_sae.dictionaries.axis import WHOLE, LatentAxis
+from dist_sae.dictionaries.base import Dictionary, LossTerms
+from dist_sae.dictionaries.recipes.jumprelu import JumpReLU, jump, jump_relu
+from dist_sae.dictionaries.recipes.relu import ReLU
+from dist_sae.dictionaries.recipes.topk import TopK
+from dist_sae.kernels import select
+from dist_sae.kernels.torch import KERNELS
+from tests.dictionaries.ranks import on_ranks
+from tests.dictionaries.recipes import (
+    AUXK,
+    BATCH,
+    CONFIGS,
+    D_IN,
+    KINDS,
+    N_LATENTS,
+    UNIT_ROWS,
+    VARIANCE,
+    K,
+    along_rows,
+    gradients,
+    make,
+    oracle,
+    relative_error,
+    rows,
+    some_dead,
+    step,
+)
+
+GATED = ("jumprelu", "jumprelu_tanh", "relu")
+
+
+def check_against_oracle(sae: Dictionary, dead: str, bound: float) -> None:
+    masks = {"none": None, "some": some_dead(), "all": torch.ones(N_LATENTS, dtype=torch.bool)}
+    x, now = rows(sae.W_enc.dtype), step(masks[dead])
+    terms, expected = sae.objective(x, now).terms, oracle(sae, x, now)
+    for value, wanted in zip(terms, expected, strict=True):
+        assert relative_error(value, wanted) <= bound
+    ours, theirs = gradients(sae, terms.total), gradients(sae, expected.total)
+    if sae.config.kind in UNIT_ROWS:  # type: ignore[attr-defined]
+        theirs["W_dec"] -= along_rows(theirs["W_dec"], sae.W_dec.detach())
+    for name, gradient in ours.items():
+        assert theirs[name].norm() > 0, name
+        assert relative_error(gradient, theirs[name]) <= bound, name
+
+
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
+@pytest.mark.parametrize("dead", ["none", "some", "all"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_loss_and_gradients_equal_the_dense_reference(
+    kind: str, dead: str, dtype: torch.dtype, bound: float
+) -> None:
+    check_against_oracle(make(CONFIGS[kind], dtype), dead, bound)
+
+
+@pytest.mark.parametrize("sparse_below", [0.0, 1.0])
+@pytest.mark.parametrize("kind", GATED)
+def test_the_sparse_and_the_dense_way_give_the_same(
+    kind: str, sparse_below: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(gated_module, "SPARSE_BELOW", sparse_below)
+    monkeypatch.setattr(gated_module, "_CHUNK_BYTES", 4 * BATCH * 24)  # chunks of 24, 24 and 16
+    check_against_oracle(make(CONFIGS[kind]), "none", 1e-9)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_chunks_of_latents_do_not_change_what_is_selected(
+    kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sae, x = make(CONFIGS[kind]), rows()
+    whole = sae.objective(x, step(some_dead()))
+    monkeypatch.setattr(select, "_CHUNK", 16)
+    monkeypatch.setattr(select, "_CHUNK_BYTES", 8 * 16 * 10)  # blocks of 10 rows
+    chunked = sae.objective(x, step(some_dead()))
+    assert torch.equal(whole.fired, chunked.fired)
+    assert int(whole.active) == int(chunked.active)
+    assert relative_error(chunked.terms.total, whole.terms.total) <= 1e-12
+
+
+@pytest.mark.parametrize("sparse_below", [0.0, 1.0])
+@pytest.mark.parametrize("kind", [*KINDS, "routed by batch"])
+def test_inference_in_bounded_memory_decodes_what_it_encodes(
+    kind: str, sparse_below: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(base, "SPARSE_BELOW", sparse_below)
+    monkeypatch.setattr(select, "_CHUNK", 16)
+    monkeypatch.setattr(select, "_CHUNK_BYTES", 8 * 16 * 10)  # blocks of 10 rows
+    config = CONFIGS.get(kind, CONFIGS["routed"].model_copy(update={"selection": "batch"}))
+    sae, x = make(config), rows()
+    sae.objective(x, step())  # batch selections have a threshold now
+    codes, found = sae.encode(x), sae.infer(x)
+    torch.testing.assert_close(found.x_hat, sae.decode(codes), rtol=1e-12, atol=1e-12)
+    counts = torch.bincount(codes.latents[codes.acts > 0], minlength=N_LATENTS)
+    assert torch.equal(found.firings.long(), counts)
+
+
+def test_auxk_gives_the_encoder_a_gradient() -> None:
+    """A peer's AuxK leaves the encoder without one, and so revives nothing."""
+    sae, dead = make(CONFIGS["topk"]), some_dead()
+    found = gradients(sae, sae.objective(rows(), step(dead)).terms.auxk)
+    assert found["W_enc"][dead].norm() > 0
+    assert found["b_enc"][dead].norm() > 0
+    assert found["W_enc"][~dead].norm() == 0
+
+
+@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+def test_a_stuck_latent_is_tied_again(kind: str) -> None:
+    """AuxK cannot reach a latent that is negative on every row; re-tying can."""
+    sae, dead = make(CONFIGS[kind]), torch.zeros(N_LATENTS, dtype=torch.bool)
+    dead[9] = True
+    with torch.no_grad():
+        sae.b_enc[9] = -50.0
+    found = gradients(sae, sae.objective(rows(), step(dead)).terms.auxk)
+    assert found["b_enc"][9] == 0
+    before = {name: p.detach().clone() for name, p in sae.named_parameters()}
+    x, error = rows(), rows() / 3
+    sae.retie(dead, x, error)
+    assert sae.b_enc[9] == 0
+    direction = before["W_dec"][9]
+    e_hat = ((x - before["b_dec"]) @ direction).relu()[:, None] * direction
+    length = (error * e_hat).sum() / e_hat.square().sum()
+    torch.testing.assert_close(sae.W_enc[9].detach(), length * direction)
+    for name, parameter in sae.named_parameters():
+        unchanged = ~dead if name in ("W_enc", "b_enc") else slice(None)
+        assert torch.equal(parameter[unchanged], before[name][unchanged]), name
+    assert gradients(sae, sae.objective(rows(), step(dead)).terms.auxk)["b_enc"][9] != 0
+
+
+def test_stuck_latents_that_are_alike_do_not_overshoot() -> None:
+    """At unit length four copies would give four times what a row has along them."""
+    sae, stuck = make(CONFIGS["topk"]), torch.arange(N_LATENTS) < AUXK
+    x = rows()
+    error = (x - sae.b_dec).detach()
+    with torch.no_grad():
+        sae.W_dec[stuck] = x[0] / x[0].norm()
+    sae.retie(stuck, x, error)
+    e_hat = (error @ sae.W_enc[stuck].T).relu() @ sae.W_dec[stuck]
+    assert (error - e_hat).square().sum() < error.square().sum()
+    sae.retie(stuck, x, -error)  # they can take nothing of this away, and stay within reach
+    lengths = sae.W_enc[stuck].detach().norm(dim=1)
+    torch.testing.assert_close(lengths, torch.full_like(lengths, 0.01))
+    assert gradients(sae, sae.objective(x, step(stuck)).terms.auxk)["W_enc"][stuck].any()
+
+
+@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+def test_latents_selected_at_zero_get_no_gradient(kind: str) -> None:
+    sae = make(CONFIGS[kind].model_copy(update={"auxk": 0}))
+    with torch.no_grad():
+        sae.b_enc.fill_(-100.0)  # nothing is positive: all k selected latents are at zero
+        sae.b_enc[3] = 100.0  # but for this one
+    output = sae.objective(rows(), step())
+    assert int(output.active) == BATCH
+    assert output.fired.nonzero()[:, 0].tolist() == [3]
+    found = gradients(sae, output.terms.total)
+    for name in ("W_enc", "b_enc", "W_dec"):
+        others = torch.arange(N_LATENTS) != 3
+        assert torch.equal(found[name][others], torch.zeros_like(found[name][others])), name
+        assert found[name][3].norm() > 0
+
+
+@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+def test_auxk_does_not_count_the_bias_twice(kind: str) -> None:
+    """Shift the data and b_dec alike: the error is the same, so AuxK must be."""
+    sae, x, now = make(CONFIGS[kind]), rows(), step(some_dead())
+    before = sae.objective(x, now).terms.auxk
+    with torch.no_grad():
+        sae.b_dec.add_(3.0)
+    after = sae.objective(x + 3.0, now).terms.auxk
+    torch.testing.assert_close(before, after, rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "routed"])
+def test_auxk_makes_no_gradient_of_its_own(kind: str) -> None:
+    """One is as large as the weight, and autograd would need a third to add the two."""
+    sae, x, places = make(CONFIGS[kind]), rows(), []
+
+    def sum_by_latent(*arguments: Any, **named: Any) -> Tensor:
+        sums = KERNELS.sum_by_latent(*arguments, **named)
+        places.append(sums.data_ptr())
+        return sums
+
+    sae.kernels = KERNELS._replace(sum_by_latent=sum_by_latent)
+    terms = sae.objective(x, step(some_dead())).terms
+    terms.total.backward()  # type: ignore[no-untyped-call]
+    assert terms.auxk > 0
+    assert sae.W_enc.grad is not None
+    assert sae.W_dec.grad is not None
+    assert places == [sae.W_dec.grad.data_ptr(), sae.W_enc.grad.data_ptr()]
+
+
+def test_auxk_is_zero_when_nothing_is_left_to_explain() -> None:
+    sae = make(CONFIGS["topk"])
+    with torch.no_grad():
+        sae.W_dec.zero_()
+        sae.b_dec.fill_(2.0)
+    terms = sae.objective(torch.full((BATCH, D_IN), 2.0).double(), step(some_dead())).terms
+    assert terms.auxk == 0
+    assert terms.fvu == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "routed"])
+def test_auxk_is_zero_when_all_rows_are_alike(kind: str, dtype: torch.dtype) -> None:
+    """So are their errors, but for rounding, by which it must not divide. On four ranks too."""
+    x = rows(dtype)[:1].expand(BATCH, D_IN).contiguous()
+
+    def losses(axis: LatentAxis = WHOLE) -> LossTerms:
+        sae = make(CONFIGS[kind], dtype, axis)
+        first = axis.replica * axis.shards + axis.shard
+        own = x.chunk(axis.replicas * axis.shards)[first]
+        dead = some_dead().chunk(axis.shards)[axis.shard]
+        return sae.objective(own, step(dead)._replace(n_dead=int(some_dead().sum()))).terms
+
+    whole, ranks = losses(), on_ranks(2, 2, losses)
+    assert whole.auxk == 0
+    assert whole.fvu > 0
+    assert all(terms.auxk == 0 for terms in ranks)
+
+
+def test_fvu_by_hand() -> None:
+    """Two latents along the axes, k = 1: x = (3, 1) keeps 3, loses 1; (0, 2) is kept whole."""
+    sae = TopK(TopKConfig(n_latents=2, k=1, auxk=0), 2, dtype=torch.float64)
+    sae.product_dtype = torch.float64
+    with torch.no_grad():
+        sae.W_enc.copy_(torch.eye(2))
+        sae.W_dec.copy_(torch.eye(2))
+    x = torch.tensor([[3.0, 1.0], [0.0, 2.0]]).double()
+    now = step(torch.zeros(2, dtype=torch.bool))._replace(variance=4.0)
+    # squared errors 1 and 0; divided by 2 rows x variance 4
+    assert sae.objective(x, now).terms.fvu.item() == pytest.approx(1 / 8)
+    codes = sae.encode(x)
+    assert codes.latents.tolist() == [0, 1]
+    assert codes.acts.tolist() == [3.0, 2.0]
+
+
+def test_a_gradient_along_a_unit_row_is_left_out() -> None:
+    for kind in UNIT_ROWS:
+        sae = make(CONFIGS[kind])
+        found = gradients(sae, sae.objective(rows(), step(some_dead())).terms.total)["W_dec"]
+        assert float(along_rows(found, sae.W_dec.detach()).norm()) <= 1e-12 * float(found.norm())
+
+
+def test_k_anneals_from_its_start() -> None:
+    sae = make(CONFIGS["topk"].model_copy(update={"k_start": 25, "k_anneal_share": 0.5}))
+    for progress, k in ((0.0, 25), (0.25, 15), (0.5, K), (0.9, K)):
+        dead = torch.zeros(N_LATENTS, dtype=torch.bool)
+        centred = (rows() - sae.b_dec).detach()
+        pre_acts = centred @ sae.W_enc.T + sae.b_enc
+        positive = int((pre_acts.topk(k, dim=1).values > 0).sum())
+        assert int(sae.objective(rows(), step(dead, progress)).active) == positive
+
+
+def test_sparsity_penalties_rise_with_the_run() -> None:
+    for kind in GATED:
+        sae = make(CONFIGS[kind].model_copy(update={"sparsity_warmup_share": 0.5}))
+        if kind == "jumprelu_tanh":
+            sae.config = sae.config.model_copy(update={"pre_act": 0.0})
+        at = [
+            sae.objective(rows(), step(None, p)).terms.sparsity.item()
+            for p in (0.0, 0.25, 0.5, 1.0)
+        ]
+        assert at[0] == 0
+        assert at[1] == pytest.approx(at[2] / 2)
+        assert at[3] == at[2] > 0
+
+
+def test_the_l0_gradient_counts_the_entries_in_the_window() -> None:
+    """On a grid around the threshold d(sum H)/dtheta = -count / eps, whole and not half (B10.3)."""
+    eps, theta = 0.5, torch.full((1,), 1.0, dtype=torch.float64, requires_grad=True)
+    z = torch.linspace(0, 2, 20_001, dtype=torch.float64)[:, None]
+    jump(z, theta, eps).sum().backward()  # type: ignore[no-untyped-call]
+    count = int(((z - 1).abs() < eps / 2).sum())
+    assert theta.grad is not None
+    assert float(theta.grad) == pytest.approx(-count / eps, rel=2e-3)
+    theta.grad.zero_()
+    jump_relu(z, theta, eps).sum().backward()  # type: ignore[no-untyped-call]
+    assert theta.grad is not None
+    assert float(theta.grad) == pytest.approx(-1.0 * count / eps, rel=2e-3)
+
+
+def test_l1_shrinks_a_single_feature_by_half_of_lambda() -> None:
+    """One latent, unit norm, x = a: (a - f)^2 + lambda f is least at f = a - lambda / 2 (D5)."""
+    sae = ReLU(ReLUConfig(n_latents=1, sparsity=0.6, sparsity_warmup_share=0), 1)
+    sae.product_dtype = torch.float32
+    with torch.no_grad():
+        sae.W_enc.fill_(1.0)
+        sae.W_dec.fill_(1.0)
+    x, now = torch.full((8, 1), 2.0), step(torch.zeros(1, dtype=torch.bool))
+    optimizer = torch.optim.SGD([sae.b_enc], lr=0.5)
+    for _ in range(200):
+        optimizer.zero_grad()
+        (sae.objective(x, now).terms.total * VARIANCE).backward()  # type: ignore[no-untyped-call]
+        optimizer.step()
+    assert float(sae.encode(x).acts[0]) == pytest.approx(2.0 - 0.6 / 2, abs=1e-3)
+
+
+def test_jumprelu_and_topk_do_not_shrink() -> None:
+    """The penalty does not depend on how strongly a latent is active."""
+    sae = JumpReLU(JumpReLUConfig(n_latents=1, sparsity=0.1, sparsity_warmup_share=0), 1)
+    with torch.no_grad():
+        sae.W_enc.fill_(1.0)
+        sae.W_dec.fill_(1.0)
+        sae.theta.fill_(0.1)
+    found = gradients(
+        sae, sae.objective(torch.full((8, 1), 2.0), step(torch.zeros(1).bool())).terms.total
+    )
+    assert float(found["b_enc"]) == pytest.approx(0, abs=1e-7)
+
+
+def test_bf16_products_select_nearly_the_same() -> None:
+    """bf16 has 8 bits: the values agree to .4 %, so the reconstruction does to about that."""
+    for kind in KINDS:
+        sae, x = make(CONFIGS[kind], torch.float32), rows(torch.float32)
+        exact = sae.objective(x, step(some_dead())).terms.fvu
+        sae.product_dtype = torch.bfloat16
+        rough = sae.objective(x, step(some_dead())).terms.fvu
+        assert rough.item() == pytest.approx(exact.item(), rel=0.01), kind
+
+
+@pytest.mark.parametrize("sparse_below", [0.0, 1.0])
+@pytest.mark.parametrize("kind", GATED)
+def test_bf16_products_are_the_encoders_alone(
+    kind: str, sparse_below: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Values and the decoder's gradient follow from rounded pre-activations in fp32."""
+    monkeypatch.setattr(gated_module, "SPARSE_BELOW", sparse_below)
+    sae, x = make(CONFIGS[kind], torch.float32), rows(torch.float32)
+    assert isinstance(sae, gated_module.Thresholded)
+    sae.product_dtype = torch.bfloat16
+    output = sae.objective(x, step())
+    with torch.no_grad():
+        pre_acts = (x.bfloat16() @ sae.W_enc.bfloat16().T).float() + sae.b_enc
+        acts = pre_acts * (pre_acts > sae.thresholds)
+        error = x - acts @ sae.W_dec - sae.b_dec
+        gradient = -2 * acts.T @ error / (len(x) * VARIANCE)
+        if kind in UNIT_ROWS:
+            gradient -= along_rows(gradient, sae.W_dec)
+    torch.testing.assert_close(output.error, error, rtol=1e-5, atol=1e-5)
+    found = gradients(sae, output.terms.fvu)["W_dec"]
+    assert relative_error(found, gradient) <= 1e-5
+
+
+def test_batchtopk_at_inference_is_a_threshold_that_keeps_k_on_average() -> None:
+    sae, x = make(CONFIGS["batchtopk"], torch.float32), rows(torch.float32, 512)
+    assert len(sae.encode(x).acts) > K * len(x)  # before the first step: all that is positive
+    for _ in range(3):
+        sae.objective(x, step())
+    codes = sae.encode(x)
+    assert len(codes.acts) == pytest.approx(K * len(x), rel=0.01)
+    assert float(codes.acts.min()) > 0
+    sae.eval()
+    before = sae.get_buffer("threshold").clone()
+    sae.objective(rows(torch.float32), step())
+    assert torch.equal(before, sae.get_buffer("threshold"))
+
+
+def test_the_recipe_with_more_dead_than_auxk_uses_auxk_of_them() -> None:
+    sae = make(CONFIGS["topk"])
+    dead = some_dead()
+    assert int(dead.sum()) > AUXK
+    found = gradients(sae, sae.objective(rows(), step(dead)).terms.auxk)
+    assert 0 < int((found["b_enc"] != 0).sum()) <= int(dead.sum())

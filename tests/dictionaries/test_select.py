@@ -1,0 +1,289 @@
+"""SCIENCE D2: selections against a dense stable sort, for batches made to mislead them.
+
+x is the identity, so that the pre-activations are what a case wants them to be, exactly. Shards are
+parts of the rows of W_enc whose keys are merged as `ShardedAxis.kth_largest` does it, in threads
+where ranks talk to each other.
+"""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from dist_sae.config.sae import BatchTopKConfig
+from dist_sae.dictionaries.recipes.batchtopk import BatchTopK, kth_largest
+from dist_sae.kernels import Kernels, native, select
+from dist_sae.kernels.keys import NOTHING, from_keys, ordered, to_keys
+from dist_sae.kernels.torch import KERNELS as TORCH
+from tests.dictionaries.ranks import ThreadAxis, on_ranks
+
+ROWS = 8
+
+
+def random(n: int, *, digits: int | None = None) -> Tensor:
+    found = torch.randn(ROWS, n, generator=torch.Generator().manual_seed(n))
+    return found if digits is None else found.mul(10**digits).round() / 10**digits
+
+
+def concentrated(n: int, *, last: bool) -> Tensor:
+    """Everything large is in the first or in the last eighth."""
+    found, eighth = random(n), max(1, n // 8)
+    part = slice(n - eighth, n) if last else slice(eighth)
+    found[:, part] += 100.0
+    return found
+
+
+CASES: dict[str, Callable[[int], Tensor]] = {
+    "random": random,
+    "many ties": lambda n: random(n, digits=0),
+    "all equal": lambda n: torch.full((ROWS, n), 0.5),
+    "all zero": lambda n: torch.zeros(ROWS, n),
+    "none positive": lambda n: -random(n).abs() - 0.1,
+    "two positive": lambda n: (
+        random(n).abs().neg().index_fill(1, torch.tensor([n // 2, n - 1]), 1.0)
+    ),
+    "all in the first part": lambda n: concentrated(n, last=False),
+    "all in the last part": lambda n: concentrated(n, last=True),
+    "ascending": lambda n: torch.arange(float(n)).expand(ROWS, n).clone(),
+    "descending": lambda n: -torch.arange(float(n)).expand(ROWS, n).clone(),
+    "one group is all": lambda n: (
+        torch.where(torch.arange(n) // 16 == n // 32, 7.0, 0.0).expand(ROWS, n).clone()
+    ),
+}
+
+
+def oracle(pre_acts: Tensor, k: int, among: Tensor | None = None) -> list[list[int]]:
+    """The first k of a stable descending sort: of equal ones the lower latents."""
+    latents = torch.arange(pre_acts.shape[1]) if among is None else among
+    order = pre_acts[:, latents].sort(dim=1, descending=True, stable=True).indices[:, :k]
+    return [sorted(row) for row in latents[order].tolist()]
+
+
+@pytest.mark.parametrize("implementation", ["torch", "native"])
+def test_the_best_so_far_may_lie_column_by_column(implementation: str) -> None:
+    best = torch.full((2, 3), NOTHING, dtype=torch.int64).T
+    products = torch.tensor([[1.0, 3.0, 2.0]] * 3)
+    found = kernels(implementation).keep_largest(best, products, torch.zeros(3), torch.arange(3))
+    latents = from_keys(found)[1].sort().values
+    assert latents.tolist() == [[1, 2]] * 3
+    assert (best == NOTHING).all()
+
+
+def kernels(name: str) -> Kernels:
+    if name == "native" and (reason := native.available()):
+        pytest.skip(reason)
+    return native.kernels() if name == "native" else TORCH
+
+
+def selected(
+    pre_acts: Tensor,
+    k: int,
+    *,
+    shards: int = 1,
+    among: Tensor | None = None,
+    dtype: torch.dtype = torch.float32,
+    implementation: Kernels = TORCH,
+) -> list[list[int]]:
+    """What `topk_entries` selects, shard by shard; checks the values too."""
+    n = pre_acts.shape[1]
+    x, W_enc, b_enc = torch.eye(len(pre_acts)), pre_acts.T.contiguous(), torch.zeros(n)
+    here, n_local = [], n // shards
+    for first in range(0, n, n_local):
+        own = slice(first, first + n_local)
+        some = (
+            None if among is None else among[(among >= first) & (among < first + n_local)] - first
+        )
+        part = W_enc[own], b_enc[own], min(k, n), dtype, implementation
+        here.append(select.topk_keys(x, *part, first=first, among=some))
+    merged = torch.cat(here, 1)
+    threshold = merged.topk(min(k, merged.shape[1]), dim=1).values[:, -1]
+    found: list[list[int]] = [[] for _ in range(len(pre_acts))]
+    for shard, keys in enumerate(here):
+        values, entries = select.entries_of(keys, threshold, shard * n_local, n_local)
+        latents = entries.latents + shard * n_local
+        assert torch.equal(values, pre_acts[entries.rows, latents])
+        for row, latent in zip(entries.rows.tolist(), latents.tolist(), strict=True):
+            found[row].append(latent)
+    return [sorted(row) for row in found]
+
+
+@pytest.mark.parametrize("implementation", ["torch", "native"])
+@pytest.mark.parametrize("chunk", [16, 48, 10_000])
+@pytest.mark.parametrize("case", CASES)
+def test_topk_is_the_stable_sorts(
+    case: str, chunk: int, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Widths that are and that are not multiples of groups and chunks; k up to all latents."""
+    monkeypatch.setattr(select, "_CHUNK", chunk)
+    for n in (4, 16, 60, 100, 256, 340):
+        pre_acts = CASES[case](n)
+        for k in (1, 3, 5, 16):
+            for shards in (1, 2, 4):
+                found = selected(pre_acts, k, shards=shards, implementation=kernels(implementation))
+                assert found == oracle(pre_acts, k), (n, k, shards)
+
+
+@pytest.mark.parametrize("implementation", ["torch", "native"])
+@pytest.mark.parametrize("case", CASES)
+def test_topk_among_some_is_the_stable_sorts(
+    case: str, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As AuxK chooses among dead latents: none of a shard, fewer than k, all of them."""
+    monkeypatch.setattr(select, "_CHUNK", 48)
+    n = 256
+    pre_acts = CASES[case](n)
+    generator = torch.Generator().manual_seed(0)
+    some = torch.randperm(n, generator=generator)
+    choices = [some[:m].sort().values for m in (0, 1, 4, 30, 200, n)]
+    choices += [torch.arange(64, 128), torch.arange(200, 256)]
+    for among in choices:
+        for k in (3, 7):
+            for shards in (1, 2, 4):
+                found = selected(
+                    pre_acts, k, shards=shards, among=among, implementation=kernels(implementation)
+                )
+                assert found == oracle(pre_acts, k, among), (len(among), k, shards)
+
+
+@pytest.mark.parametrize("implementation", ["torch", "native"])
+@pytest.mark.parametrize("shards", [1, 2, 4])
+def test_ties_of_bf16_across_chunks_go_to_the_lower_latent(
+    shards: int, implementation: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """bf16 has 8 bits: of 512 values about 1 to 2 no more than 129 differ."""
+    monkeypatch.setattr(select, "_CHUNK", 32)
+    pre_acts = (1 + torch.rand(ROWS, 512, generator=torch.Generator().manual_seed(1))).bfloat16()
+    assert all(len(row.unique()) < 130 for row in pre_acts)
+    for k in (1, 4, 9, 16, 40):
+        found = selected(
+            pre_acts.float(),
+            k,
+            shards=shards,
+            dtype=torch.bfloat16,
+            implementation=kernels(implementation),
+        )
+        assert found == oracle(pre_acts.float(), k)
+
+
+@pytest.mark.parametrize("implementation", ["torch", "native"])
+@pytest.mark.parametrize("n", [6, 80])
+def test_minus_zero_is_zero(n: int, implementation: str) -> None:
+    """Given as a product, since no sum of products is -0 unless all of them are."""
+    products = torch.zeros(1, n)
+    products[0, ::2] = -0.0
+    assert products.signbit().any()
+    best = torch.full((1, 2), NOTHING)
+    bias = torch.full((n,), -0.0)
+    best = kernels(implementation).keep_largest(best, products, bias, torch.arange(n))
+    values, latents = from_keys(best)
+    assert sorted(latents[0].tolist()) == [0, 1]
+    assert not values.any()
+
+
+def test_keys_have_the_order_of_values_and_the_other_of_latents() -> None:
+    tiny = torch.finfo(torch.float32).tiny
+    up = [tiny, 1.0, 1.0000001, 3.5, torch.inf]
+    values = torch.tensor([-value for value in reversed(up)] + [0.0, *up])
+    keys = to_keys(values[:, None], torch.tensor([2**32 - 2, 7, 0]))
+    flat = keys.flatten()
+    assert torch.equal(flat.sort().values, flat)
+    assert int(flat[0]) > NOTHING
+    back, latents = from_keys(keys)
+    assert torch.equal(back, values[:, None].expand(11, 3))
+    assert torch.equal(latents, torch.tensor([2**32 - 2, 7, 0]).expand(11, 3))
+
+
+# BatchTopK: the largest of the whole batch
+
+
+@pytest.mark.parametrize("block_rows", [3, ROWS])
+@pytest.mark.parametrize("chunk", [16, 48, 10_000])
+@pytest.mark.parametrize("case", CASES)
+def test_the_largest_of_a_batch_are_all_there(
+    case: str, chunk: int, block_rows: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And of each value, the lower latents before the higher ones."""
+    monkeypatch.setattr(select, "_CHUNK", chunk)
+    for n in (4, 16, 60, 340):
+        pre_acts = CASES[case](n)
+        monkeypatch.setattr(select, "_CHUNK_BYTES", 4 * min(chunk, n) * block_rows)
+        for count in (1, 5, 40, ROWS * n):
+            blocks = select.products(torch.eye(ROWS), pre_acts.T.contiguous(), torch.float32)
+            found = select.largest(blocks, torch.zeros(n), count)
+            assert torch.equal(found.values, pre_acts[found.rows, found.latents])
+            there = set(zip(found.latents.tolist(), found.rows.tolist(), strict=True))
+            assert len(there) == len(found.values)
+            flat = pre_acts.T.flatten()  # by latent, then by row
+            order = flat.sort(descending=True, stable=True).indices[:count]
+            wanted = [divmod(i, ROWS) for i in order.tolist() if flat[i] > 0]
+            assert there.issuperset(wanted), (n, count)
+
+
+def batch_oracle(pre_acts: Tensor, count: int) -> set[tuple[int, int]]:
+    """(Row, latent) of the largest positive ones; of equals lower latents, then earlier rows."""
+    flat = pre_acts.T.flatten()
+    order = flat.sort(descending=True, stable=True).indices[:count].tolist()
+    return {(i % len(pre_acts), i // len(pre_acts)) for i in order if flat[i] > 0}
+
+
+@pytest.mark.parametrize(("replicas", "shards"), [(1, 1), (1, 2), (2, 1), (2, 2), (1, 4), (4, 1)])
+@pytest.mark.parametrize("case", CASES)
+def test_batchtopk_selects_the_largest_of_all_ranks(
+    case: str, replicas: int, shards: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(select, "_CHUNK", 48)
+    n, per_replica = 120, ROWS // replicas
+    pre_acts = CASES[case](n)
+    for k in (1, 3, 16):
+
+        def on_rank(axis: ThreadAxis, k: int = k) -> tuple[set[tuple[int, int]], float]:
+            sae = BatchTopK(BatchTopKConfig(n_latents=n, k=k, auxk=0), ROWS, axis)
+            own = slice(sae.first_latent, sae.first_latent + len(sae.W_enc))
+            with torch.no_grad():
+                sae.W_enc.copy_(pre_acts.T[own])
+            first = axis.replica * per_replica
+            values, entries = sae.select(torch.eye(ROWS)[first : first + per_replica], k)
+            rows, latents = entries.rows + first, entries.latents + sae.first_latent
+            assert torch.equal(values, pre_acts[rows, latents])
+            return set(zip(rows.tolist(), latents.tolist(), strict=True)), sae.theta
+
+        ranks = on_ranks(replicas, shards, on_rank)
+        expected = batch_oracle(pre_acts, k * ROWS)
+        assert sum(len(found) for found, _ in ranks) == len(expected)
+        assert set().union(*(found for found, _ in ranks)) == expected
+        least = min((pre_acts[entry].item() for entry in expected), default=0.0)
+        assert [theta for _, theta in ranks] == [pytest.approx(least)] * len(ranks)
+
+
+NUMBERS: dict[str, Callable[[torch.Generator], Tensor]] = {
+    "random, 32 bits": lambda g: torch.randint(-(2**31), 2**31, (500,), generator=g),
+    "random, 64 bits": lambda g: torch.randint(-(2**62), 2**62, (500,), generator=g) * 2 + 1,
+    "negative": lambda g: -torch.randint(1, 2**40, (500,), generator=g),
+    "ties": lambda g: torch.randint(-3, 3, (500,), generator=g),
+    "equal": lambda _: torch.full((500,), -7),
+    "low digits only": lambda g: torch.randint(0, 2**16, (500,), generator=g) + 2**31 * 5,
+    "ends": lambda _: torch.tensor([2**63 - 1, -(2**63) + 1, 0, -1, 1, 2**16, -(2**16)]),
+    "of values": lambda g: ordered(torch.randn(500, generator=g)),
+}
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 3])
+@pytest.mark.parametrize("numbers", NUMBERS)
+def test_the_kth_largest_by_radix_is_the_sorts(numbers: str, ranks: int) -> None:
+    values = NUMBERS[numbers](torch.Generator().manual_seed(3))
+    descending = values.sort(descending=True).values
+    small = bool((values >= -(2**31)).all() and (values < 2**31).all())
+    last = values[len(values) - 3 :]  # three; the first rank has the others, those between nothing
+    shares = {1: [values], 2: [values[:-3], last], 3: [values[:-3], values[:0], last]}[ranks]
+    for bits in (32, 64) if small else (64,):
+        for k in sorted({1, 2, len(values) // 2, len(values) - 1, len(values)}):
+
+            def on_rank(axis: ThreadAxis, k: int = k, bits: int = bits) -> tuple[Tensor, int]:
+                return kth_largest(axis, shares[axis.replica], k, bits=bits)
+
+            found = on_ranks(ranks, 1, on_rank)
+            wanted = descending[k - 1]
+            for kth, before in found:
+                assert int(kth) == int(wanted)
+                assert before == int((values > wanted).sum())

@@ -1,0 +1,166 @@
+"""SCIENCE A0's synthetic world, and the training of a dictionary in it, in one process."""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from dist_sae.config.sae import DictionaryConfig
+from dist_sae.dictionaries import build_sae
+from dist_sae.dictionaries.base import Dictionary, Step
+from dist_sae.dictionaries.dead import DeadLatents
+from dist_sae.dictionaries.init import initialise_from_data
+from dist_sae.dictionaries.schedules import learning_rate
+from dist_sae.kernels.choice import choose_kernels
+
+
+class World:
+    """x = sum_i a_i D_i, scaled to E|x|^2 = d_in: features fire with p_i ~ i^-zipf, sum p_i = l0.
+
+    Rows are drawn as events, in time that grows with what is active and not with all features.
+    """
+
+    def __init__(self, d_in: int, n_features: int, l0: float, zipf: float, seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(7_000_003 + seed)  # no trainer's seed
+        directions = torch.randn(n_features, d_in, generator=generator)
+        self.directions = directions / directions.norm(dim=1, keepdim=True)
+        p = torch.arange(1, n_features + 1, dtype=torch.float64) ** -zipf
+        self.p = (p * l0 / p.sum()).clamp(max=0.5)
+        self.d_in, self._seed = d_in, seed
+        rates = -torch.log1p(-self.p)
+        self._rate, self._edges = float(rates.sum()), (rates / rates.sum()).cumsum(0)
+        second_moment = 1 + 0.25**2
+        self.scale = float((d_in / (self.p.sum() * second_moment)) ** 0.5)
+
+    def batch(self, number: int, rows: int) -> Tensor:
+        generator = torch.Generator().manual_seed(self._seed * 1_000_003 + number)
+        events = int(torch.poisson(torch.tensor([rows * self._rate]), generator=generator))
+        where = torch.randint(rows, (events,), generator=generator)
+        draws = torch.rand(events, generator=generator, dtype=torch.float64)
+        what = torch.searchsorted(self._edges, draws).clamp(max=len(self.p) - 1)
+        both = torch.unique(where * len(self.p) + what)
+        where, what = both // len(self.p), both % len(self.p)
+        intensity = (1 + 0.25 * torch.randn(len(both), generator=generator)).clamp_min(0.1)
+        x = torch.zeros(rows, self.d_in)
+        return x.index_add(0, where, intensity[:, None] * self.directions[what]) * self.scale
+
+
+@runtime_checkable
+class Rows(Protocol):
+    """A world to train in: rows scaled to E|x|^2 = d_in."""
+
+    d_in: int
+
+    def batch(self, number: int, rows: int) -> Tensor: ...
+
+
+class Trained(NamedTuple):
+    sae: Dictionary
+    dead: DeadLatents
+    fvu: list[float]
+    l0: list[float]
+
+
+def train(
+    world: Rows,
+    config: DictionaryConfig,
+    steps: int,
+    batch: int,
+    lr: float,
+    *,
+    seed: int = 0,
+    clip: float | None = 1.0,
+    warmup: int = 50,
+    betas: tuple[float, float] = (0.9, 0.999),
+    each: Callable[[int, Dictionary, DeadLatents], Any] | None = None,
+) -> Trained:
+    """Adam, warm-up, decay to zero over the last fifth; `each` is called before every step."""
+    kernels = choose_kernels("auto", torch.device("cpu"))
+    sae: Dictionary = build_sae(config, world.d_in, kernels=kernels)  # type: ignore[arg-type]
+    first = world.batch(0, max(batch, 4096))
+    sae.initialise(first, seed)
+    if config.init_rows:
+        initialise_from_data(sae, [world.batch(0, config.init_rows)])
+    optimizer = torch.optim.Adam(sae.parameters(), lr=lr, betas=betas, eps=6.25e-10, fused=True)
+    dead = DeadLatents(config.n_latents, config.dead_after_rows or 10_000_000)
+    fvu, l0 = [], []
+    for step in range(steps):
+        if each is not None:
+            each(step, sae, dead)
+        x = world.batch(1 + step, batch)
+        now = Step(float(world.d_in), dead.mask, dead.count, progress=step / steps)
+        output = sae.objective(x, now)
+        output.terms.total.backward()  # type: ignore[no-untyped-call]
+        if clip is not None:
+            torch.nn.utils.clip_grad_norm_(sae.parameters(), clip)
+        optimizer.param_groups[0]["lr"] = learning_rate(
+            step, steps, peak=lr, warmup_steps=warmup, decay_share=0.2
+        )
+        optimizer.step()
+        optimizer.zero_grad()
+        sae.constrain()
+        dead.update(output.fired, batch)
+        if dead.n_stuck:
+            sae.retie(dead.stuck, x, output.error)
+        fvu.append(float(output.terms.fvu.detach()))
+        l0.append(float(output.active) / batch)
+    return Trained(sae, dead, fvu, l0)
+
+
+class Recovery(NamedTuple):
+    """How much of the truth a dictionary holds."""
+
+    matched: int
+    """Features with a latent of their own, at cosine > .9."""
+    mean_cosine: float
+    """Of alive latents with the feature nearest to each."""
+    max_cosine: float
+    f50_alive: float
+    """Frequency at which half of the features are recovered, times the alive latents (Zipf)."""
+
+
+def recovery(world: World, W_dec: Tensor, alive: int | None = None) -> Recovery:
+    rows = W_dec.detach()
+    cosines = (rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)) @ world.directions.T
+    found = cosines.max(dim=0).values > 0.9
+    # a latent counts once: features whose nearest latent is the same share it
+    nearest = cosines.max(dim=0).indices[found].unique()
+    f50 = math.nan
+    if world.p.min() < world.p.max() and found.any():
+        slope, intercept = _logistic(world.p.log(), found.double())
+        f50 = math.exp(-intercept / slope)
+    best = cosines.max(dim=1).values
+    return Recovery(
+        len(nearest), float(best.mean()), float(best.max()), f50 * (alive or len(W_dec))
+    )
+
+
+def mean_matched_cosine(directions: Tensor, W_dec: Tensor) -> tuple[float, int]:
+    """(MCC, pairs at cosine > .9) of features and latents, paired one to one, the nearest first.
+
+    No more than with the best pairing, and the same where every feature is found.
+    """
+    rows = W_dec.detach()
+    cosines = (rows / rows.norm(dim=1, keepdim=True).clamp_min(1e-12)) @ directions.T
+    matched = torch.empty(min(cosines.shape))
+    for pair in range(len(matched)):
+        latent, feature = divmod(int(cosines.argmax()), cosines.shape[1])
+        matched[pair] = cosines[latent, feature]
+        cosines[latent], cosines[:, feature] = -2, -2
+    return float(matched.mean()), int((matched > 0.9).sum())
+
+
+def _logistic(x: Tensor, y: Tensor) -> tuple[float, float]:
+    """(Slope, intercept) of the logit of P(y), by Newton's method with a little ridge."""
+    mean, spread = x.mean(), x.std()
+    design = torch.stack([(x - mean) / spread, torch.ones_like(x)], 1)
+    weights = torch.zeros(2, dtype=torch.float64)
+    for _ in range(50):
+        p = torch.sigmoid(design @ weights)
+        gradient = design.T @ (p - y) + 1e-2 * weights
+        hessian = (design * (p * (1 - p))[:, None]).T @ design + 1e-2 * torch.eye(2).double()
+        weights = weights - torch.linalg.solve(hessian, gradient).clamp(-2, 2)
+    slope = float(weights[0] / spread)
+    return slope, float(weights[1] - slope * mean)

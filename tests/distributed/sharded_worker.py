@@ -1,0 +1,139 @@
+"""One rank of a job that trains every recipe on the same batches and leaves what it saw."""
+
+import os
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_sae.config import Run, load_run
+from dist_sae.dictionaries.base import Step
+from dist_sae.dictionaries.dead import DeadLatents
+from dist_sae.dictionaries.ema import WeightAverage
+from dist_sae.distributed.engine import DeepSpeedEngine, LocalEngine
+from dist_sae.distributed.mesh import Mesh, join_mesh
+from dist_sae.distributed.rendezvous import meet
+from dist_sae.kernels import Entries
+from dist_sae.kernels.choice import choose_kernels
+from tests.dictionaries.recipes import D_IN, make
+from tests.launch import write_run
+
+N_LATENTS, BATCH, DEAD_AFTER = 64, 32, 48
+# at 3e-3 the penalised recipes let rounding alone grow to 1.2e-6 of the loss within 106 steps
+LR = dict.fromkeys(("topk", "batchtopk", "routed"), 3e-3)
+LR |= dict.fromkeys(("relu", "jumprelu", "jumprelu_tanh"), 1e-3)
+RECIPES: dict[str, dict[str, Any]] = {
+    "topk": {"k": 4, "auxk": 8, "auxk_coefficient": 0.25},
+    "batchtopk": {"k": 4, "auxk": 8, "auxk_coefficient": 0.25},
+    "routed": {"k": 4, "experts": 8, "auxk": 8, "auxk_coefficient": 0.25},
+    "jumprelu": {"sparsity": 0.02, "initial_threshold": 0.2, "bandwidth": 0.2},
+    "jumprelu_tanh": {"pre_act": 0.01},
+    "relu": {"initial_l0": 32},  # half of all: computed densely on every shard
+}
+
+
+class Watch:
+    """Kernels that remember which entries the reconstruction was made from."""
+
+    def __init__(self, inner: Any) -> None:
+        self.inner = inner
+        self.seen: list[tuple[Tensor, Tensor]] = []
+
+    def __call__(self, coefficients: Tensor, entries: Entries, W: Tensor) -> Tensor:
+        self.seen.append((entries.rows, entries.latents))
+        result: Tensor = self.inner(coefficients, entries, W)
+        return result
+
+
+class Averaging(LocalEngine):
+    """Plain torch, with the gradients averaged over replicas."""
+
+    def backward(self, loss: Tensor) -> None:
+        super().backward(loss)
+        for parameter in self._sae.parameters():
+            assert parameter.grad is not None
+            axis = self._sae.axis
+            parameter.grad = axis.across_replicas(parameter.grad) / axis.replicas
+
+
+def train_rank(spec: dict[str, Any], env: dict[str, str], log: str) -> None:
+    os.environ.update(env)
+    file = os.open(log, os.O_WRONLY | os.O_CREAT)
+    for number in (1, 2):
+        os.dup2(file, number)
+    warnings.simplefilter("ignore")
+    torch.set_num_threads(1)
+    results = {}
+    with meet(spec["world"]) as ranks, join_mesh(ranks, spec["shards"]) as mesh:
+        for kind in spec["kinds"]:
+            for dtype in spec["dtypes"]:
+                results[kind, dtype] = trained(spec, kind, dtype, mesh)
+    torch.save(results, f"{spec['out']}.{mesh.rank}")
+
+
+def trained(spec: dict[str, Any], kind: str, precision: str, mesh: Mesh) -> dict[str, Any]:
+    dtype = torch.float64 if precision == "fp64" else torch.float32
+    folder = Path(spec["out"]).parent / f"{kind}-{precision}-{mesh.rank}"
+    run: Run = load_run(
+        write_run(
+            folder,
+            sae={"kind": kind, "n_latents": N_LATENTS, "dead_after_rows": DEAD_AFTER}
+            | RECIPES[kind],
+            train={"batch_rows": BATCH, "deepspeed": spec["deepspeed"]},
+            processes={"trainers": spec["world"], "shards": spec["shards"]},
+        )
+    )
+    sae = make(run.sae, dtype, mesh.axis)
+    if precision == "bf16":
+        sae.product_dtype = torch.bfloat16
+    kernels = choose_kernels("auto", mesh.device)
+    watch = Watch(kernels.combine)
+    sae.kernels = kernels._replace(combine=watch)
+    generator = torch.Generator().manual_seed(5)
+    batches = [
+        (2 * torch.randn(BATCH, D_IN, generator=generator, dtype=torch.float64)).to(dtype)
+        for _ in range(spec["steps"])
+    ]
+    own = slice(mesh.rank * BATCH // mesh.world, (mesh.rank + 1) * BATCH // mesh.world)
+    sae.initialise(batches[0][own], 3)
+    # DeepSpeed averages no fp64
+    engine = DeepSpeedEngine(run, sae, mesh) if dtype == torch.float32 else Averaging(run, sae)
+    dead = DeadLatents(len(sae.W_enc), DEAD_AFTER, mesh.axis)
+    average = WeightAverage(sae, 0.9)
+    steps = []
+    for number, batch in enumerate(batches):
+        watch.seen.clear()
+        now = Step(4.0 * D_IN, dead.mask, dead.count, progress=number / len(batches))
+        output = engine.objective(batch[own], now)
+        engine.backward(output.terms.total)
+        norm = engine.step(lr=LR[kind])
+        dead.update(output.fired, BATCH)
+        if dead.n_stuck:
+            engine.retie(dead.stuck, batch[own], output.error)
+        average.update(batch[own], number / len(batches))
+        n_rows = BATCH // mesh.axis.replicas  # AuxK's entries are of as many rows after these
+        first_row = mesh.axis.replica * n_rows
+        steps.append(
+            {
+                "terms": [float(t) for t in output.terms],
+                "norm": norm,
+                "selected": [
+                    # rows come to experts in the order of these
+                    (0 if kind == "routed" else row * N_LATENTS) + latents + sae.first_latent
+                    for rows, latents in watch.seen
+                    for row in [rows // n_rows * BATCH + rows % n_rows + first_row]
+                ],
+                "dead": dead.mask,
+            }
+        )
+    tensors = {n: p.detach() for n, p in sae.named_parameters()}
+    average.measure()
+    tensors |= {f"ema.{n}": average.mean[n] for n, _ in sae.named_parameters()}
+    buffers = dict(sae.named_buffers())
+    buffers |= {f"ema.{n}": average.mean[n] for n in buffers}
+    tensors |= {
+        f"exp_avg_sq.{n}": engine.moment(p, "exp_avg_sq") for n, p in sae.named_parameters()
+    }
+    return {"steps": steps, "tensors": tensors, "buffers": buffers}

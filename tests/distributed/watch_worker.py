@@ -1,0 +1,69 @@
+"""One rank of a job that does nothing but collectives, under a watch.
+
+Rank 1 meets something at step 3; each rank prints its steps.
+"""
+
+import os
+import signal
+import threading
+import time
+
+import torch
+
+from dist_sae.commands.cli import _stop_on_signals
+from dist_sae.distributed import watch as watch_module
+from dist_sae.distributed.mesh import Mesh, join_mesh
+from dist_sae.distributed.rendezvous import meet
+from dist_sae.distributed.watch import Watch
+from dist_sae.errors import CorruptObjectError, DistSaeError, Stopped
+
+MISSING_SECONDS, LOST_SECONDS, HUNG_SECONDS = 3.0, 2.0, 3.0
+
+
+def work(what: str) -> None:
+    stopping = _stop_on_signals()
+    os.write(1, b"\nready\n")
+    with (
+        meet(3, MISSING_SECONDS, stopping) as ranks,
+        Watch(ranks, stopping, lost_seconds=LOST_SECONDS, hung_seconds=HUNG_SECONDS) as watch,
+    ):
+        if what == "dies first" and ranks.rank == 1:
+            os.kill(os.getpid(), signal.SIGKILL)
+        with join_mesh(ranks) as mesh:
+            go(what, mesh, watch, stopping)
+
+
+def go(what: str, mesh: Mesh, watch: Watch, stopping: threading.Event) -> None:
+    for step in range(10_000):
+        watch.at(step, working=False)
+        if what == "waits" and mesh.rank == 1 and step == 3:
+            time.sleep(2 * HUNG_SECONDS)  # for data
+        if mesh.agree(wish=stopping.is_set()):
+            raise Stopped(f"stopped at step {step}")
+        watch.at(step, working=True)
+        if mesh.rank == 1 and step == 3:
+            if what == "hangs":
+                time.sleep(3600)
+            elif what == "fails":
+                raise CorruptObjectError("is damaged", url="s3://bucket", key="unit")
+            elif what == "stops":
+                stopping.set()
+        mesh.axis.total(torch.ones(1))
+        os.write(1, f"{step}\n".encode())
+        if what == "waits" and step == 10:
+            return
+        time.sleep(0.02)
+
+
+def rank(what: str, output: str, env: dict[str, str]) -> None:
+    """The process: its words go to `output`.out and `output`.err."""
+    os.environ.update(env)
+    for number, ending in ((1, "out"), (2, "err")):
+        os.dup2(os.open(f"{output}.{ending}", os.O_WRONLY | os.O_CREAT, 0o600), number)
+    torch.set_num_threads(1)
+    watch_module._GRACE_SECONDS = 1.0
+    try:
+        work(what)
+    except DistSaeError as error:
+        os.write(2, f"error: {error}\n".encode())
+        os._exit(error.exit_code)

@@ -1,0 +1,194 @@
+"""SCIENCE D8: what is exported is what was trained, read by SAELens's rules.
+
+`forward` is an independent reading of SAELens 6.54.12, for TopK checked against that package on
+10,000 rows when it was written; it knows nothing of this project but the two files.
+"""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import safetensors.numpy
+import torch
+from numpy.typing import NDArray
+
+from dist_sae.checkpoint.layout import Checkpoints
+from dist_sae.checkpoint.state import IDLE_ROWS
+from dist_sae.config import Run, load_run
+from dist_sae.config.deciding import deciding
+from dist_sae.dictionaries import build_sae
+from dist_sae.dictionaries.base import Codes
+from dist_sae.errors import ConfigError
+from dist_sae.interop.sae_lens import export
+from dist_sae.kernels import Entries
+from dist_sae.storage import open_store
+from tests.dictionaries.recipes import KINDS, UNIT_ROWS
+from tests.launch import write_run
+from tests.world import save
+
+SCALE, THETA = 0.37, 2.5
+IDLE = {IDLE_ROWS: torch.zeros(64, dtype=torch.int64)}
+# Keys that SAELens writes itself; without the version it would silently drop the metadata.
+KEYS = {
+    "architecture",
+    "d_in",
+    "d_sae",
+    "dtype",
+    "device",
+    "apply_b_dec_to_input",
+    "normalize_activations",
+    "reshape_activations",
+    "metadata",
+}
+TOPK_KEYS = {"k", "rescale_acts_by_decoder_norm"}  # without k it would silently take 100
+
+
+def forward(
+    folder: Path, x: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """(feature activations, reconstruction) of raw activations."""
+    config: dict[str, Any] = json.loads((folder / "cfg.json").read_text())
+    weights = safetensors.numpy.load_file(folder / "sae_weights.safetensors")
+    w = {name: tensor.astype(np.float64) for name, tensor in weights.items()}
+    assert config["normalize_activations"] == "none"
+    z = (x - w["b_dec"] * config["apply_b_dec_to_input"]) @ w["W_enc"] + w["b_enc"]
+    match config["architecture"]:
+        case "topk":
+            top = np.argpartition(-z, config["k"] - 1, axis=-1)[:, : config["k"]]
+            f = np.zeros_like(z)
+            np.put_along_axis(f, top, np.maximum(np.take_along_axis(z, top, -1), 0), -1)
+        case "jumprelu":
+            f = np.maximum(z, 0) * (z > w["threshold"])
+        case "standard":
+            f = np.maximum(z, 0)
+        case other:
+            raise AssertionError(other)
+    return f, f @ w["W_dec"] + w["b_dec"]
+
+
+def scalars(run: Run, scale: float) -> dict[str, Any]:
+    return {"scale": scale, "mean": [0.0] * 16, "run": deciding(run)}
+
+
+def dense(codes: Codes, n_latents: int) -> NDArray[np.float64]:
+    entries = Entries(codes.latents, codes.starts, n_latents)
+    found = torch.zeros(len(codes.starts), n_latents, dtype=codes.acts.dtype)
+    found[entries.rows, entries.latents] = codes.acts
+    return found.numpy()
+
+
+@pytest.fixture(params=[kind for kind in KINDS if kind != "routed"])
+def kind(request: pytest.FixtureRequest) -> str:
+    kind: str = request.param
+    return kind
+
+
+@pytest.fixture
+def exported(tmp_path: Path, kind: str) -> tuple[Path, dict[str, torch.Tensor]]:
+    sae: dict[str, Any] = {"kind": kind, "n_latents": 64, "dead_after_rows": 480}
+    sae |= {"k": 3, "auxk": 16} if kind in ("topk", "batchtopk") else {}
+    run = load_run(write_run(tmp_path, sae=sae))
+    generator = torch.Generator().manual_seed(0)
+    W_dec = torch.randn(64, 16, generator=generator)
+    weights = {
+        "W_enc": torch.randn(64, 16, generator=generator),
+        "W_dec": torch.nn.functional.normalize(W_dec) if kind in UNIT_ROWS else W_dec / 4,
+        "b_enc": torch.randn(64, generator=generator) - 14,  # some rows have fewer than k positive
+        "b_dec": torch.randn(16, generator=generator),
+    }
+    if kind == "batchtopk":
+        weights["threshold"] = torch.tensor([THETA * 0.75, 0.75], dtype=torch.float64)
+    if kind in ("jumprelu", "jumprelu_tanh"):
+        weights["theta"] = torch.randn(64, generator=generator).exp() / 4
+    checkpoints = Checkpoints(open_store(run.store.runs), run.name, 1)
+    save(checkpoints, 5, weights | IDLE, scalars(run, SCALE))
+    return Path(export(run)), weights
+
+
+def test_a_kind_that_saelens_does_not_have_is_refused(tmp_path: Path) -> None:
+    sae = {"kind": "routed", "n_latents": 64, "experts": 4, "k": 3, "auxk": 16}
+    with pytest.raises(ConfigError, match=r"^sae\.kind: routed: SAELens has nothing like it; "):
+        export(load_run(write_run(tmp_path, sae=sae)))
+
+
+def test_files_have_what_saelens_wants(
+    exported: tuple[Path, dict[str, torch.Tensor]], kind: str
+) -> None:
+    folder, _ = exported
+    config = json.loads((folder / "cfg.json").read_text())
+    assert config.keys() == (KEYS | TOPK_KEYS if kind == "topk" else KEYS)
+    assert (config["d_in"], config["d_sae"]) == (16, 64)
+    assert config.get("k") == (3 if kind == "topk" else None)
+    assert int(config["metadata"]["sae_lens_version"].split(".")[0]) >= 6
+    assert {"hook_name", "context_size", "prepend_bos", "model_name"} <= config["metadata"].keys()
+    weights = safetensors.numpy.load_file(folder / "sae_weights.safetensors")
+    expected = {"W_enc": (16, 64), "b_enc": (64,), "W_dec": (64, 16), "b_dec": (16,)}
+    if config["architecture"] == "jumprelu":
+        expected["threshold"] = (64,)
+    assert {name: tensor.shape for name, tensor in weights.items()} == expected
+    assert {tensor.dtype for tensor in weights.values()} == {np.dtype(np.float32)}
+
+
+def test_the_exported_dictionary_is_the_trained_one(
+    exported: tuple[Path, dict[str, torch.Tensor]], kind: str, tmp_path: Path
+) -> None:
+    """fp64 on both sides of fp32 files: raw x in, the same features and the same raw x_hat out.
+
+    A feature is what a latent contributes, its code times the norm of its decoder row.
+    """
+    folder, weights = exported
+    x = 5 * torch.randn(2000, 16, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    sae = build_sae(load_run(tmp_path / "run.yaml").sae, 16).double()
+    sae.load_state_dict(weights)
+    codes = sae.encode(x * SCALE)
+    ours = dense(codes, 64) * sae.W_dec.detach().norm(dim=1).numpy()
+    features, x_hat = forward(folder, x.numpy())
+    assert np.array_equal(ours > 0, features > 0)
+    active = (ours > 0).sum(1)
+    assert active.min() == 0
+    assert active.max() == 3 if kind == "topk" else active.max() > 3
+    if kind == "batchtopk":
+        assert ours[ours > 0].min() > THETA
+    np.testing.assert_allclose(features, ours, atol=1e-5)
+    np.testing.assert_allclose(x_hat, sae.decode(codes).numpy() / SCALE, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("site", "hook"),
+    [
+        ("resid_pre.3", "blocks.3.hook_resid_pre"),
+        ("resid_post.7", "blocks.7.hook_resid_post"),
+        ("attn_z.0", "blocks.0.attn.hook_z"),
+    ],
+)
+def test_hooks_have_the_names_that_users_know(tmp_path: Path, site: str, hook: str) -> None:
+    path = write_run(tmp_path, activations={"sites": [site]})
+    settings = ["model={kind: huggingface, path: x}", "corpus={kind: files, files: [x.txt]}"]
+    run = load_run(path, settings)
+    weights = {"W_enc": torch.zeros(64, 16), "W_dec": torch.ones(64, 16) / 4}
+    weights |= {"b_enc": torch.zeros(64), "b_dec": torch.zeros(16)}
+    checkpoints = Checkpoints(open_store(run.store.runs), run.name, 1)
+    save(checkpoints, 5, weights | IDLE, scalars(run, 1.0))
+    config = json.loads((Path(export(run)) / "cfg.json").read_text())
+    assert config["metadata"]["hook_name"] == hook
+    assert config["metadata"]["model_name"] == "x"
+
+
+def test_a_folder_may_have_the_name_that_the_hub_has_for_its_model(tmp_path: Path) -> None:
+    path = write_run(tmp_path, activations={"sites": ["resid_post.1"]})
+    settings = ["model={kind: huggingface, path: /x}", "corpus={kind: files, files: [x.txt]}"]
+    run = load_run(path, settings)
+    zeros = {"W_enc": torch.zeros(64, 16), "W_dec": torch.ones(64, 16) / 4}
+    zeros |= {"b_enc": torch.zeros(64), "b_dec": torch.zeros(16)}
+    checkpoints = Checkpoints(open_store(run.store.runs), run.name, 1)
+    save(checkpoints, 5, zeros | IDLE, scalars(run, 1.0))  # before anybody thought of the name
+    named = load_run(path, [*settings, "export.model_name=some/model"])
+    config = json.loads((Path(export(named)) / "cfg.json").read_text())
+    assert config["metadata"]["model_name"] == "some/model"
+
+
+def test_exporting_nothing_says_what_to_do(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="run `dist-sae train` first"):
+        export(load_run(write_run(tmp_path)))

@@ -1,0 +1,215 @@
+"""What the Job and JobSet controllers do: `reconcile` sees what there is and makes what should be.
+
+Indexed Jobs whose pods are not restarted in place, with podReplacementPolicy Failed; JobSets that
+are not restarted as a whole. Left out: the pauses that a cluster makes before it replaces a pod.
+"""
+
+import random
+import string
+from collections.abc import Callable
+from copy import deepcopy
+from typing import NamedTuple
+
+from tests.kubernetes.kubelet import ENDED, Pod
+from tests.kubernetes.manifests import Object, check_pod, refuse_unknown
+
+_INDEX = "batch.kubernetes.io/job-completion-index"
+_JOB = "batch.kubernetes.io/job-name"
+JOBSET = "jobset.sigs.k8s.io/jobset-name"
+
+
+class Condition(NamedTuple):
+    """How a Job or a JobSet has ended."""
+
+    type: str
+    reason: str
+    message: str = ""
+
+
+class Job:
+    """An Indexed Job: for every index one pod after the other, until one succeeds.
+
+    Args:
+        manifest: The Job.
+        make_pod: Makes and starts a pod.
+    """
+
+    def __init__(self, manifest: Object, make_pod: Callable[[Object], Pod]) -> None:
+        self.name: str = manifest["metadata"]["name"]
+        self.spec: Object = manifest["spec"]
+        self.condition: Condition | None = None
+        self.active: dict[int, Pod] = {}
+        self.succeeded: dict[int, Pod] = {}
+        self.counted: list[Pod] = []
+        """Failures that use up the budget."""
+        self.ignored: list[Pod] = []
+        """Failures that do not."""
+        self._failing: Condition | None = None
+        self._deleted = False
+        self._make_pod = make_pod
+        refuse_unknown("job", self.spec)
+        assert self.spec["completionMode"] == "Indexed"
+        assert self.spec["podReplacementPolicy"] == "Failed"
+        check_pod(self.spec["template"])
+
+    @property
+    def pods(self) -> list[Pod]:
+        """All that there have been."""
+        return [*self.active.values(), *self.succeeded.values(), *self.counted, *self.ignored]
+
+    def delete(self) -> None:
+        """Its pods are told to end, and none is made any more."""
+        self._deleted = True
+        for pod in self.active.values():
+            pod.terminate()
+
+    def reconcile(self) -> None:
+        for index, pod in list(self.active.items()):
+            if pod.phase in ENDED:
+                del self.active[index]
+                self._judge(index, pod)
+        if self.condition or self._deleted:
+            return
+        if self._failing:
+            for pod in self.active.values():
+                pod.terminate()
+            if not self.active:
+                self.condition = self._failing
+        elif len(self.succeeded) == self.spec["completions"]:
+            self.condition = Condition("Complete", "CompletionsReached")
+        else:
+            for index in range(self.spec["completions"]):
+                free = len(self.active) < self.spec["parallelism"]
+                if free and index not in self.active and index not in self.succeeded:
+                    self.active[index] = self._make_pod(self._pod(index))
+
+    def _judge(self, index: int, pod: Pod) -> None:
+        if pod.phase == "Succeeded":
+            self.succeeded[index] = pod
+            return
+        action, why = self._action(pod)
+        (self.ignored if action == "Ignore" else self.counted).append(pod)
+        if self._failing is None and action == "FailJob":
+            self._failing = Condition("Failed", "PodFailurePolicy", why)
+        elif self._failing is None and len(self.counted) > self.spec["backoffLimit"]:
+            self._failing = Condition("Failed", "BackoffLimitExceeded", why)
+
+    def _action(self, pod: Pod) -> tuple[str, str]:
+        """Of the first rule of the podFailurePolicy that applies."""
+        for rule in self.spec.get("podFailurePolicy", {}).get("rules", []):
+            for wanted in rule.get("onPodConditions", []):
+                assert wanted.get("status", "True") == "True"
+                if wanted["type"] in pod.conditions:
+                    return rule["action"], f"pod {pod.name} has condition {wanted['type']}"
+            if exits := rule.get("onExitCodes"):
+                for name, code in pod.exit_codes.items():
+                    listed = (code in exits["values"]) == (exits["operator"] == "In")
+                    if code and listed and exits.get("containerName", name) == name:
+                        return rule["action"], f"container {name} of {pod.name} ended with {code}"
+        return "Count", f"pod {pod.name} has failed"
+
+    def _pod(self, index: int) -> Object:
+        pod: Object = deepcopy(self.spec["template"])
+        metadata, spec, number = pod["metadata"], pod["spec"], str(index)
+        suffix = "".join(random.choices(string.ascii_lowercase, k=5))
+        metadata["name"] = f"{self.name}-{index}-{suffix}"
+        metadata.setdefault("annotations", {})[_INDEX] = number
+        metadata["labels"] |= {_JOB: self.name, _INDEX: number}
+        spec["hostname"] = f"{self.name}-{index}"
+        field = {"fieldRef": {"fieldPath": f"metadata.annotations['{_INDEX}']"}}
+        for container in (*spec["containers"], *spec.get("initContainers", [])):
+            entry = {"name": "JOB_COMPLETION_INDEX", "valueFrom": field}
+            container["env"] = [*container.get("env", []), entry]
+        return pod
+
+
+class JobSet:
+    """Jobs that begin after one another and succeed or fail together.
+
+    Args:
+        manifest: The JobSet.
+        make_job: Makes a Job.
+    """
+
+    def __init__(self, manifest: Object, make_job: Callable[[Object], Job]) -> None:
+        self.name: str = manifest["metadata"]["name"]
+        self.spec: Object = manifest["spec"]
+        self.condition: Condition | None = None
+        self.jobs: dict[str, list[Job]] = {}
+        """By the name of the replicated job."""
+        self._make_job = make_job
+        refuse_unknown("jobset", self.spec)
+        assert self.spec["network"]["enableDNSHostnames"]
+        assert not self.spec["failurePolicy"]["maxRestarts"], "JobSets are not restarted here"
+
+    @property
+    def service(self) -> Object:
+        """The headless Service that gives its pods their names."""
+        network = self.spec["network"]
+        return {
+            "metadata": {"name": network.get("subdomain", self.name)},
+            "spec": {
+                "clusterIP": "None",
+                "selector": {JOBSET: self.name},
+                "publishNotReadyAddresses": network.get("publishNotReadyAddresses", True),
+            },
+        }
+
+    def delete(self) -> None:
+        for jobs in self.jobs.values():
+            for job in jobs:
+                job.delete()
+
+    def reconcile(self) -> None:
+        """Its jobs reconcile themselves."""
+        if self.condition:
+            return
+        for replicated in self.spec["replicatedJobs"]:
+            name = replicated["name"]
+            if name not in self.jobs and all(map(self._is_met, replicated.get("dependsOn", []))):
+                self.jobs[name] = [
+                    self._make_job(self._job(replicated, number))
+                    for number in range(replicated.get("replicas", 1))
+                ]
+        jobs = [job for jobs in self.jobs.values() for job in jobs]
+        failed = [job for job in jobs if job.condition and job.condition.type == "Failed"]
+        if failed:
+            self.condition = self._failure(failed[0])
+        elif len(self.jobs) == len(self.spec["replicatedJobs"]) and all(j.condition for j in jobs):
+            self.condition = Condition("Completed", "AllJobsCompleted")
+        if self.condition:
+            self.delete()
+
+    def _is_met(self, dependency: Object) -> bool:
+        jobs = self.jobs.get(dependency["name"], [])
+        if dependency["status"] == "Complete":
+            return bool(jobs) and all(j.condition and j.condition.type == "Complete" for j in jobs)
+        assert dependency["status"] == "Ready"
+        return bool(jobs) and all(
+            len(job.succeeded) + sum(pod.ready for pod in job.active.values())
+            >= min(job.spec["parallelism"], job.spec["completions"])
+            for job in jobs
+        )
+
+    def _failure(self, job: Job) -> Condition:
+        assert job.condition is not None
+        why = f"job {job.name} failed ({job.condition.reason}: {job.condition.message})"
+        for rule in self.spec["failurePolicy"].get("rules", []):
+            if job.condition.reason in rule.get("onJobFailureReasons", [job.condition.reason]):
+                assert rule["action"] == "FailJobSet", rule["action"]
+                return Condition("Failed", "FailJobSetFailurePolicyAction", why)
+        return Condition("Failed", "ReachedMaxRestarts", why)
+
+    def _job(self, replicated: Object, number: int) -> Object:
+        job: Object = deepcopy(replicated["template"])
+        name = f"{self.name}-{replicated['name']}-{number}"
+        ours = {
+            JOBSET: self.name,
+            "jobset.sigs.k8s.io/replicatedjob-name": replicated["name"],
+            "jobset.sigs.k8s.io/job-index": str(number),
+        }
+        job["metadata"] = {"name": name, "labels": job["metadata"].get("labels", {}) | ours}
+        template = job["spec"]["template"]
+        template["metadata"]["labels"] |= ours
+        template["spec"]["subdomain"] = self.spec["network"].get("subdomain", self.name)
+        return job

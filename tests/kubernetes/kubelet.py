@@ -1,0 +1,294 @@
+"""What a kubelet does: it runs a pod's containers, one after the other, and probes them.
+
+A pod is made from its manifest and comes to an end by itself; then it is Succeeded or Failed, and
+says with which exit code. Times between probes can be scaled down, thresholds are as they are.
+"""
+
+import re
+import shutil
+import threading
+import time
+import traceback
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from signal import SIGKILL, SIGTERM
+from typing import NamedTuple
+
+from tests.kubernetes.manifests import Object
+from tests.kubernetes.probe import Probe
+from tests.kubernetes.sandbox import Container, Image, Mount, Network, User
+
+DISRUPTED = "DisruptionTarget"
+"""Condition of a pod that the cluster, not the program, has ended."""
+_NOT_STARTED = 128
+ENDED = ("Succeeded", "Failed")
+
+
+class Node(NamedTuple):
+    """What a pod finds on the machine and in the cluster."""
+
+    folder: Path
+    image: Image
+    network: Network
+    config: Mapping[tuple[str, str], Mapping[str, str]]
+    """Data of ConfigMaps and Secrets, by kind and name."""
+    time_scale: float
+    """Between probes and before the first one pass so many of the seconds that are asked for."""
+
+
+class Pod:
+    """A pod, from its start to its end.
+
+    Args:
+        manifest: Its `metadata` and `spec`.
+        node: Where it runs.
+        changed: Called after each change of what it says of itself.
+    """
+
+    def __init__(self, manifest: Object, node: Node, changed: Callable[[], None]) -> None:
+        self.name: str = manifest["metadata"]["name"]
+        self.labels: dict[str, str] = manifest["metadata"]["labels"]
+        self.spec: Object = manifest["spec"]
+        self.hostname: str = self.spec.get("hostname", self.name)
+        self.phase = "Pending"
+        self.ready = False
+        self.has_started = False
+        """Its startup probe, if any, has been answered."""
+        self.exit_codes: dict[str, int] = {}
+        """Of containers that have ended."""
+        self.conditions: set[str] = set()
+        self.cut_off = False
+        """The node cannot be reached: nothing is heard of the pod, which goes on."""
+        self.terminating = False
+        self.folder = node.folder / self.name
+        self._metadata: Object = manifest["metadata"]
+        self._node = node
+        self._changed = changed
+        self._container: Container | None = None
+        self._lock = threading.Lock()  # between a start and a signal
+        self._killing: threading.Timer | None = None
+        self.folder.mkdir()
+        self._hosts = self.folder / "hosts"
+        self._hosts.touch()
+        self._volumes = {volume["name"]: self._volume(volume) for volume in self.spec["volumes"]}
+        self._namespace, self.address = node.network.attach()
+        self._thread = threading.Thread(target=self._run, name=self.name)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def name_hosts(self, names: str) -> None:
+        """Tell it the names of others: lines of /etc/hosts."""
+        own = f"127.0.0.1 localhost\n{self.address} {self.hostname}\n"
+        with self._hosts.open("r+") as file:  # the same file: the pod has it mounted
+            file.write((own + names).ljust(8192, "\n"))
+
+    def terminate(self) -> None:
+        """SIGTERM, and SIGKILL when the grace period is over: what deleting a pod does."""
+        with self._lock:
+            if self.terminating:
+                return
+            self.terminating = True
+            self._end_container()
+
+    def preempt(self) -> None:
+        """To make room for another: it is told to end, and it is known that the cluster did it."""
+        self.conditions.add(DISRUPTED)
+        self.terminate()
+
+    def kill(self) -> None:
+        """SIGKILL to all its processes, out of the blue."""
+        if self._container is not None:
+            self._container.signal(SIGKILL)
+
+    def lose(self) -> None:
+        """Its node is gone, and it with it."""
+        self.conditions.add(DISRUPTED)
+        self.kill()
+        self.cut_off = False
+        self._report("Failed")
+
+    def processes(self) -> Iterator[tuple[int, list[str]]]:
+        """Of the container that runs: (process id, command)."""
+        assert self._container is not None
+        return self._container.processes()
+
+    def log(self) -> str:
+        """What its containers have said."""
+        return "\n".join(path.read_text() for path in sorted(self.folder.glob("*.log")))
+
+    def close(self) -> None:
+        """Kill it if it still runs, and remove it."""
+        with self._lock:
+            self.terminating = True
+            if self._container is not None:
+                self._container.signal(SIGKILL)
+        self._thread.join()
+        self._node.network.detach(self._namespace)
+        for volume in self._volumes.values():
+            shutil.rmtree(volume)
+
+    def _run(self) -> None:
+        self._report("Running")
+        # the first that fails is the last that runs
+        failed = any(self._run_container(container) for container in self._containers())
+        self._report("Failed" if failed else "Succeeded")
+
+    def _containers(self) -> list[Object]:
+        """In their order; there is one that is not an init container."""
+        (main,) = self.spec["containers"]
+        return [*self.spec.get("initContainers", []), main]
+
+    def _run_container(self, spec: Object) -> int:
+        code = _NOT_STARTED
+        try:
+            with self._lock:
+                if self.terminating:
+                    return code
+                self._container = container = self._start(spec)
+            code = self._probe_until_end(container, spec)
+        except Exception:
+            self._say(traceback.format_exc())
+        self.exit_codes[spec["name"]] = code
+        if self._killing is not None:
+            self._killing.cancel()
+        return code
+
+    def _start(self, spec: Object) -> Container:
+        image = self._node.image
+        root = self.folder / f"root-{spec['name']}"
+        root.mkdir()
+        env = image.env | {"HOSTNAME": self.hostname} | self._environment(spec)
+
+        def expand(words: list[str]) -> list[str]:
+            return [_expand(word, env) for word in words]
+
+        command = expand(spec.get("command", image.entrypoint)) + expand(spec.get("args", []))
+        mounts = [
+            Mount(self._volumes[m["name"]], m["mountPath"], m.get("readOnly", False))
+            for m in spec.get("volumeMounts", [])
+        ]
+        security = spec.get("securityContext", {})
+        pod_security = self.spec.get("securityContext", {})
+        user = User(
+            pod_security.get("runAsUser", 0),
+            pod_security.get("runAsGroup", 0),
+            [pod_security["fsGroup"]] if "fsGroup" in pod_security else [],
+            no_new_privileges=not security.get("allowPrivilegeEscalation", True),
+            drop_capabilities="ALL" in security.get("capabilities", {}).get("drop", []),
+        )
+        assert user.user or not pod_security.get("runAsNonRoot"), "runAsNonRoot, and it is root"
+        return Container(
+            command,
+            env,
+            [*mounts, Mount(self._hosts, "/etc/hosts"), *image.mounts],
+            workdir=image.workdir,
+            root=root,
+            read_only=security.get("readOnlyRootFilesystem", False),
+            namespace=self._namespace,
+            hostname=self.hostname,
+            user=user,
+            log=self.folder / f"{spec['name']}.log",
+        )
+
+    def _environment(self, spec: Object) -> dict[str, str]:
+        config, env = self._node.config, dict[str, str]()
+        for source in spec.get("envFrom", []):
+            ((reference, of),) = source.items()
+            kind = {"configMapRef": "ConfigMap", "secretRef": "Secret"}[reference]
+            env |= config[kind, of["name"]]
+        for entry in spec.get("env", []):
+            if "value" in entry:
+                env[entry["name"]] = _expand(entry["value"], env)
+            else:
+                env[entry["name"]] = self._field(entry["valueFrom"]["fieldRef"]["fieldPath"])
+        return env
+
+    def _field(self, path: str) -> str:
+        fields = {"metadata.name": self.name, "status.podIP": self.address}
+        for kind in ("labels", "annotations"):
+            for key, value in self._metadata.get(kind, {}).items():
+                fields[f"metadata.{kind}['{key}']"] = value
+        return fields[path]
+
+    def _volume(self, volume: Object) -> Path:
+        """A folder of this machine that holds it."""
+        folder: Path = self.folder / f"volume-{volume['name']}"
+        if "configMap" in volume:
+            folder.mkdir()
+            for key, value in self._node.config["ConfigMap", volume["configMap"]["name"]].items():
+                (folder / key).write_text(value)
+            return folder
+        if volume["emptyDir"].get("medium") == "Memory":
+            folder = Path("/dev/shm", f"{self._node.network.name}-{self.name}-{volume['name']}")
+        folder.mkdir()
+        folder.chmod(0o777)
+        return folder
+
+    def _probe_until_end(self, container: Container, spec: Object) -> int:
+        """Probe it, end it if it does not answer; its exit code."""
+        port = {named["name"]: named["containerPort"] for named in spec.get("ports", [])}
+        probes = {
+            kind: Probe(spec[f"{kind}Probe"], self.address, port, self._node.time_scale)
+            for kind in ("startup", "liveness", "readiness")
+            if f"{kind}Probe" in spec
+        }
+        is_main = spec in self.spec["containers"]
+        active = {"startup": probes.pop("startup")} if "startup" in probes else probes
+        if active is probes and is_main:
+            self._be_started(ready="readiness" not in probes)
+        while True:
+            due = min((probe.due for probe in active.values()), default=None)
+            left = None if due is None or self.terminating else max(0.0, due - time.monotonic())
+            if (code := container.wait(left)) is not None:
+                self._be_ready(ready=False)
+                return code
+            for kind, probe in list(active.items()):
+                if time.monotonic() < probe.due or (answer := probe.ask()) is None:
+                    continue
+                if kind == "readiness":
+                    self._be_ready(ready=answer)
+                elif not answer:
+                    self._say(f"{spec['name']}: {kind} probe failed")
+                    with self._lock:
+                        self._end_container()
+                    active = {}
+                elif kind == "startup":
+                    active = probes
+                    self._be_started(ready="readiness" not in probes)
+
+    def _be_started(self, *, ready: bool) -> None:
+        self.has_started = True
+        self._be_ready(ready=ready)
+        self._changed()
+
+    def _say(self, words: str) -> None:
+        with (self.folder / "runner.log").open("a") as log:
+            log.write(f"{words}\n")
+
+    def _be_ready(self, *, ready: bool) -> None:
+        if ready != self.ready and not self.cut_off:
+            self.ready = ready
+            self._changed()
+
+    def _end_container(self) -> None:
+        if self._container is not None and self._killing is None:
+            grace = self.spec["terminationGracePeriodSeconds"]
+            self._killing = threading.Timer(grace, self._container.signal, [SIGKILL])
+            self._killing.daemon = True
+            self._killing.start()
+            self._container.signal(SIGTERM)
+
+    def _report(self, phase: str) -> None:
+        if self.phase not in ENDED and not self.cut_off:
+            self.phase = phase
+            self._changed()
+
+
+def _expand(text: str, env: Mapping[str, str]) -> str:
+    """With $(NAME) replaced where there is such a variable; $$ stands for $."""
+    return re.sub(
+        r"\$\$|\$\(([\w.-]+)\)",
+        lambda found: "$" if found[0] == "$$" else env.get(found[1], found[0]),
+        text,
+    )

@@ -1,0 +1,179 @@
+"""A Kubernetes cluster of one machine, to run rendered objects rather than read them.
+
+    Cluster     takes objects and reconciles Jobs and JobSets whenever a pod changes
+    Pod         is a kubelet's view of its containers (`kubelet.py`)
+    Container   is processes in namespaces of their own (`sandbox.py`)
+
+Nothing polls: threads wait for processes and for probes that fall due. All of it ends with the
+`with`, whatever happened in it.
+"""
+
+import threading
+from base64 import b64decode
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from tests.kubernetes.controllers import Condition, Job, JobSet
+from tests.kubernetes.kubelet import ENDED, Node, Pod
+from tests.kubernetes.manifests import Object
+from tests.kubernetes.sandbox import Network, read_image
+
+
+class Cluster:
+    """Holds what was applied, and the pods that came of it.
+
+    Args:
+        folder: For the pods' files and logs.
+        time_scale: Of the seconds between probes, so many pass.
+    """
+
+    def __init__(self, folder: Path, *, time_scale: float = 0.25) -> None:
+        self.network = Network()
+        self.pods: list[Pod] = []
+        self.jobs: dict[str, Job] = {}
+        self.jobsets: dict[str, JobSet] = {}
+        self._services: dict[str, Object] = {}
+        self._config: dict[tuple[str, str], dict[str, str]] = {}
+        self._node = Node(
+            folder, read_image(folder / "image"), self.network, self._config, time_scale
+        )
+        self._changed = threading.Condition()
+        self._failure: BaseException | None = None
+        self._over = False
+        self._controllers = threading.Thread(target=self._control, name="controllers")
+        self._controllers.start()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        trace: TracebackType | None,
+    ) -> None:
+        with self._changed:
+            self._over = True
+            self._changed.notify_all()
+        self._controllers.join()
+        with ExitStack() as each:  # the last one is called first, and all are
+            each.callback(self.network.close)
+            for pod in self.pods:
+                each.callback(pod.close)
+
+    def apply(self, objects: Iterable[Object]) -> None:
+        """Create these objects."""
+        with self._changed:
+            for item in objects:
+                name = item["metadata"]["name"]
+                match item["kind"]:
+                    case "ConfigMap":
+                        self._config["ConfigMap", name] = item["data"]
+                    case "Secret":
+                        data = {k: b64decode(v).decode() for k, v in item.get("data", {}).items()}
+                        self._config["Secret", name] = data | item.get("stringData", {})
+                    case "Service":
+                        self._services[name] = item
+                    case "Job":
+                        self._make_job(item)
+                    case "JobSet":
+                        assert name not in self.jobsets
+                        self.jobsets[name] = jobset = JobSet(item, self._make_job)
+                        self._services[jobset.service["metadata"]["name"]] = jobset.service
+                    case kind:
+                        raise NotImplementedError(f"{kind}: this runner does not know it")
+            self._changed.notify_all()
+
+    def delete(self, name: str, seconds: float = 60.0) -> None:
+        """Delete a JobSet with all that it made; comes back when its pods have ended."""
+        with self._changed:
+            jobset = self.jobsets.pop(name)
+            jobset.delete()
+        jobs = [job for jobs in jobset.jobs.values() for job in jobs]
+        self.wait(lambda: not any(job.active for job in jobs), seconds)
+        with self._changed:
+            for job in jobs:
+                del self.jobs[job.name]
+
+    def wait(self, until: Callable[[], object], seconds: float = 300.0) -> None:
+        """Until something is so, looking at it whenever a pod changes.
+
+        Raises:
+            TimeoutError: With what all pods have said.
+        """
+        with self._changed:
+            self._changed.wait_for(lambda: self._failure or until(), seconds)
+            if self._failure:
+                raise self._failure
+            if not until():
+                raise TimeoutError(self.story())
+
+    def running(self, job: str, index: int) -> Pod:
+        """The pod of an index of a job."""
+        with self._changed:
+            return self.jobs[job].active[index]
+
+    def conditions(self) -> dict[str, Condition | None]:
+        """Of all Jobs and JobSets."""
+        return {name: item.condition for name, item in (self.jobs | self.jobsets).items()}
+
+    def story(self) -> str:
+        """What happened, for people."""
+        pods = (
+            f"== {pod.name} {pod.phase} {pod.exit_codes} {pod.conditions}\n{pod.log()[-1000:]}"
+            for pod in self.pods
+        )
+        return "\n".join([*pods, *(f"{name}: {what}" for name, what in self.conditions().items())])
+
+    def _make_job(self, manifest: Object) -> Job:
+        job = Job(manifest, self._make_pod)
+        assert job.name not in self.jobs
+        self.jobs[job.name] = job
+        return job
+
+    def _make_pod(self, manifest: Object) -> Pod:
+        pod = Pod(manifest, self._node, self._tell)
+        self.pods.append(pod)
+        self._publish_names()
+        pod.start()
+        return pod
+
+    def _tell(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _control(self) -> None:
+        with self._changed:
+            while not self._over and self._failure is None:
+                try:
+                    self._reconcile()
+                except BaseException as exc:
+                    self._failure = exc
+                self._changed.notify_all()  # those in `wait`
+                self._changed.wait()
+
+    def _reconcile(self) -> None:
+        for job in self.jobs.values():
+            job.reconcile()
+        for jobset in self.jobsets.values():
+            jobset.reconcile()
+        for job in self.jobs.values():  # some are new
+            job.reconcile()
+        self._publish_names()
+
+    def _publish_names(self) -> None:
+        """As headless Services do: <hostname>.<subdomain> is a pod, as long as it is there."""
+        there = [pod for pod in self.pods if pod.phase not in ENDED]
+        lines = []
+        for pod in there:
+            service = self._services.get(pod.spec.get("subdomain", ""))
+            if service is None or not service["spec"]["selector"].items() <= pod.labels.items():
+                continue
+            if pod.ready or service["spec"].get("publishNotReadyAddresses", False):
+                name = f"{pod.hostname}.{pod.spec['subdomain']}"
+                lines.append(f"{pod.address} {name}\n")
+        for pod in there:
+            pod.name_hosts("".join(lines))

@@ -1,0 +1,44 @@
+"""Whether a container answers, as a kubelet asks it."""
+
+import time
+from collections.abc import Mapping
+from contextlib import closing
+from http import HTTPStatus
+from http.client import HTTPConnection, HTTPException
+
+from tests.kubernetes.manifests import Object
+
+
+class Probe:
+    """One of a container's probes, by HTTP.
+
+    Args:
+        spec: As in the manifest.
+        address: Of the pod.
+        ports: Of the container, by name.
+        scale: Between probes pass so many of the seconds that are asked for.
+    """
+
+    def __init__(self, spec: Object, address: str, ports: Mapping[str, int], scale: float) -> None:
+        get = spec["httpGet"]
+        self._place = address, ports.get(get["port"], get["port"])
+        self._path = get["path"]
+        self._period = scale * spec["periodSeconds"]
+        self._timeout = spec.get("timeoutSeconds", 1)
+        self._limit = spec.get("failureThreshold", 3)
+        self._failed = 0
+        self.due = time.monotonic() + scale * spec.get("initialDelaySeconds", 0)
+
+    def ask(self) -> bool | None:
+        """Whether all is well; None if it failed, but not often enough to say so."""
+        self.due = time.monotonic() + self._period
+        try:
+            with closing(HTTPConnection(*self._place, timeout=self._timeout)) as connection:
+                connection.request("GET", self._path)
+                well = connection.getresponse().status < HTTPStatus.BAD_REQUEST
+        except (OSError, HTTPException):
+            well = False
+        self._failed = 0 if well else self._failed + 1
+        if well:
+            return True
+        return False if self._failed >= self._limit else None

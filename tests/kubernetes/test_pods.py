@@ -1,0 +1,296 @@
+"""Runs on a cluster, as rendered: nothing here knows more of a pod than its manifest says.
+
+The world is small, the programs, the S3 server and the signals are real. A calm run is what every
+disturbed one is compared with.
+"""
+
+import json
+import os
+import re
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from signal import SIGKILL
+from typing import NamedTuple
+
+import pytest
+import torch
+
+from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
+from dist_sae.config import Run, load_run
+from dist_sae.kubernetes.jobs import job_name, render_objects
+from dist_sae.storage import ObjectStore, open_store
+from dist_sae.telemetry.history import read_history
+from tests.kubernetes.controllers import Condition, Job, JobSet
+from tests.kubernetes.kubelet import Pod
+from tests.kubernetes.podrunner import Cluster
+from tests.servers import OWNER, seaweedfs
+
+RUN = Path(__file__).parents[2] / "launch/runs/synthetic-topk-cluster.yaml"
+SMALL = (
+    "model.d_in=32",
+    "model.n_features=64",
+    "sae.n_latents=64",
+    "sae.auxk=16",
+    "corpus.documents=1_000",
+    "activations.unit_rows=2048",
+    "activations.block_rows=256",
+    "train.rows=51_200",
+    "train.batch_rows=256",
+    "train.normaliser_rows=10_000",
+    "train.products=fp32",
+    "train.kernels=torch",  # the native ones are compiled anew in every pod, which takes its time
+    "train.log_every_steps=1",
+    "train.save_every_steps=20",
+    "train.lost_seconds=10",
+)
+WEIGHTS = ("W_enc", "W_dec", "b_enc", "b_dec")
+COMPLETE = Condition("Complete", "CompletionsReached")
+COMPLETED = Condition("Completed", "AllJobsCompleted")
+
+
+class Outcome(NamedTuple):
+    """What a run has left in the store."""
+
+    checkpoint: Checkpoint
+    fvu: list[float]
+
+
+class Runs:
+    """Runs on one cluster with one S3 server."""
+
+    def __init__(self, cluster: Cluster, endpoint_url: str) -> None:
+        self.cluster = cluster
+        self._endpoint_url = endpoint_url
+
+    def run(self, name: str, *settings: str, activations: str | None = None) -> Run:
+        where = (
+            f"name={name}",
+            f"store.activations=s3://dist-sae/{activations or name}",
+            f"store.s3.endpoint_url={self._endpoint_url}",
+        )
+        return load_run(RUN, [*SMALL, *where, *settings])
+
+    def submit(self, run: Run) -> JobSet:
+        self.cluster.apply(render_objects(run))
+        return self.cluster.jobsets[run.name]
+
+    def store(self, url: str, run: Run) -> ObjectStore:
+        return open_store(url, run.store.s3)
+
+    def job(self, run: Run, part: str) -> Job:
+        """When it has begun."""
+        jobs, name = self.cluster.jobs, job_name(run, part)  # type: ignore[arg-type]
+        self.cluster.wait(lambda: name in jobs and jobs[name].pods)
+        return jobs[name]
+
+    def until(self, what: Callable[[], object], seconds: float = 300.0) -> None:
+        """Until something is so in the store, which does not tell."""
+        deadline = time.monotonic() + seconds
+        while not what():
+            assert time.monotonic() < deadline, self.cluster.story()
+            time.sleep(0.02)
+
+    def await_checkpoint(self, run: Run, beyond: int) -> None:
+        checkpoints = Checkpoints(self.store(run.store.runs, run), run.name, 2)
+        self.until(lambda: checkpoints.steps()[-1:] > [beyond])
+
+    def await_waiting(self, pod: Pod, what: str) -> None:
+        """Until it waits; if it is probed it says that it lives, for a start may take less time."""
+        self.until(lambda: f"waiting for {what}" in pod.log())
+        probed = "startupProbe" in pod.spec["containers"][0]
+        self.cluster.wait(lambda: pod.has_started or not probed)
+
+    def outcome(self, run: Run) -> Outcome:
+        store = self.store(run.store.runs, run)
+        checkpoint = Checkpoints(store, run.name, 2).latest()
+        assert checkpoint is not None
+        assert checkpoint.step == run.steps
+        return Outcome(checkpoint, [record["fvu"] for record in read_history(store, run.name)])
+
+
+@pytest.fixture(scope="module")
+def runs(cluster: Cluster) -> Iterator[Runs]:
+    keys = {"AWS_ACCESS_KEY_ID": OWNER.id, "AWS_SECRET_ACCESS_KEY": OWNER.secret}
+    secret = {"kind": "Secret", "metadata": {"name": "s3-credentials"}, "stringData": keys}
+    with seaweedfs(cluster.network.gateway) as server, pytest.MonkeyPatch.context() as patch:
+        for name, value in keys.items():
+            patch.setenv(name, value)
+        server.client().create_bucket(Bucket="dist-sae")
+        cluster.apply([secret])
+        yield Runs(cluster, server.endpoint_url)
+
+
+class Calm(NamedTuple):
+    """A run that nobody disturbs."""
+
+    run: Run
+    jobset: JobSet
+    outcome: Outcome
+
+
+@pytest.fixture(scope="module")
+def calm(runs: Runs) -> Calm:
+    run = runs.run("calm")
+    jobset = runs.submit(run)
+    runs.cluster.wait(lambda: jobset.condition)
+    assert jobset.condition == COMPLETED, runs.cluster.story()
+    runs.cluster.delete(run.name)
+    return Calm(run, jobset, runs.outcome(run))
+
+
+def exit_code(pod: Pod) -> int:
+    return pod.exit_codes["main"]
+
+
+def resumed_at(pod: Pod) -> int:
+    found = re.search(r"resuming at step (\d+)", pod.log())
+    assert found, pod.log()
+    return int(found[1])
+
+
+def test_a_jobset_runs_to_its_end(runs: Runs, calm: Calm) -> None:
+    keys = set(runs.store("s3://dist-sae", calm.run).keys())
+    assert {
+        "runs/calm/evaluation.json",
+        "runs/calm/export/cfg.json",
+        "runs/calm/report/report.html",
+    } <= keys
+    jobs = {name: job for name, (job,) in calm.jobset.jobs.items()}
+    assert list(jobs) == ["planner", "trainer", "producer", "reporter"]
+    assert {name: len(job.succeeded) for name, job in jobs.items()} == {
+        "planner": 1,
+        "producer": 2,
+        "trainer": 2,
+        "reporter": 1,
+    }
+    assert not [pod for job in jobs.values() for pod in (*job.counted, *job.ignored)]
+    assert all(pod.has_started for pod in jobs["trainer"].succeeded.values())
+    producers = {manifest["producer"] for manifest in manifests(runs, calm.run)}
+    assert producers == {pod.name for pod in jobs["producer"].succeeded.values()}
+
+
+def manifests(runs: Runs, run: Run) -> list[dict[str, object]]:
+    store = runs.store(run.store.activations, run)
+    return [json.loads(store.get(key)) for key in store.keys("units/")]
+
+
+def test_pods_that_are_preempted_and_killed_change_nothing(runs: Runs, calm: Calm) -> None:
+    run = runs.run("disturbed", "cluster.reporter=null")
+    jobset, cluster = runs.submit(run), runs.cluster
+
+    producer = runs.job(run, "producer")
+    spot = producer.active[0]
+    runs.until(lambda: spot.name in {manifest["producer"] for manifest in manifests(runs, run)})
+    spot.preempt()
+
+    trainer = runs.job(run, "trainer")
+    runs.await_checkpoint(run, 0)
+    first = dict(trainer.active)
+    first[1].preempt()
+    cluster.wait(lambda: len(trainer.ignored) == 2)
+    assert {exit_code(pod) for pod in first.values()} == {75}
+    stopped_at = Checkpoints(runs.store(run.store.runs, run), run.name, 2).steps()[-1]
+    runs.await_checkpoint(run, stopped_at)
+    second = dict(trainer.active)
+    assert resumed_at(second[0]) == stopped_at
+    second[0].kill()
+
+    cluster.wait(lambda: jobset.condition)
+    assert jobset.condition == COMPLETED, cluster.story()
+    assert trainer.counted == [second[0]]
+    assert exit_code(second[0]) == 137
+    assert set(trainer.ignored) == {first[0], first[1], second[1]}
+    assert exit_code(second[1]) == 75
+    assert resumed_at(trainer.succeeded[0]) > stopped_at
+    assert (producer.ignored, producer.counted) == ([spot], [])
+    assert exit_code(spot) == 75
+    made = manifests(runs, run)
+    assert len(made) == len(manifests(runs, calm.run))
+    assert {manifest["producer"] for manifest in made} > {spot.name}
+    found = runs.outcome(run)
+    assert found.fvu == calm.outcome.fvu
+    for name in WEIGHTS:
+        assert torch.equal(found.checkpoint.read(name), calm.outcome.checkpoint.read(name)), name
+
+
+def test_a_run_goes_on_with_more_ranks_and_ends_though_a_node_is_lost(
+    runs: Runs, calm: Calm
+) -> None:
+    """Two ranks; deleted and submitted again with four in two pods, of which one rank is killed.
+
+    At the end the second pod's node can no longer be reached, and is given up when the first pod
+    has succeeded: the rank that comes in its place finds all done.
+    """
+    few = "processes.producers=1", "cluster.reporter=null"
+    run, cluster = runs.run("resized", *few, activations="calm"), runs.cluster
+    jobset = runs.submit(run)
+    trainer = runs.job(run, "trainer")
+    runs.await_checkpoint(run, 0)
+    cluster.delete(run.name)
+    assert jobset.condition is None
+    assert [exit_code(pod) for pod in trainer.pods] == [75, 75]
+    stopped_at = Checkpoints(runs.store(run.store.runs, run), run.name, 2).steps()[-1]
+    assert stopped_at < run.steps
+
+    more = "processes.trainers=4", "processes.shards=2", "cluster.trainer.ranks=2"
+    run = runs.run("resized", *few, *more, activations="calm")
+    jobset = runs.submit(run)
+    trainer = runs.job(run, "trainer")
+    runs.await_checkpoint(run, stopped_at)
+    first = dict(trainer.active)
+    assert resumed_at(first[0]) == stopped_at
+    (rank,) = [pid for pid, words in first[0].processes() if words[-2:] == ["--port-offset", "2"]]
+    os.kill(rank, SIGKILL)
+    cluster.wait(lambda: len(trainer.pods) == 4)
+    second = dict(trainer.active)
+    second[1].cut_off = True
+    cluster.wait(lambda: 0 in trainer.succeeded)
+    second[1].lose()
+
+    cluster.wait(lambda: jobset.condition)
+    assert jobset.condition == COMPLETED, cluster.story()
+    assert trainer.counted == [first[0]], cluster.story()
+    assert exit_code(first[0]) == 137
+    assert trainer.ignored == [first[1], second[1]], cluster.story()
+    assert exit_code(first[1]) == 75
+    assert "starting" not in trainer.succeeded[1].log()
+    found = runs.outcome(run)
+    assert found.fvu == pytest.approx(calm.outcome.fvu, rel=1e-5)
+
+
+def test_a_mistake_fails_the_run_at_once(runs: Runs, calm: Calm) -> None:
+    """Another learning rate under a name that is taken: the trainer refuses, the producers stop."""
+    settings = "corpus.documents=20_000", "train.lr=1e-4", "processes.trainers=1"
+    run = runs.run("calm", *settings, activations="mistaken")
+    jobset, cluster = runs.submit(run), runs.cluster
+    cluster.wait(lambda: jobset.condition)
+    producer, trainer = runs.job(run, "producer"), runs.job(run, "trainer")
+    cluster.wait(lambda: not producer.active)
+    assert jobset.condition is not None
+    assert jobset.condition[:2] == ("Failed", "FailJobSetFailurePolicyAction")
+    assert "calm-trainer-0 failed (PodFailurePolicy: container main of" in jobset.condition.message
+    (refused,) = trainer.pods
+    assert "error: s3://dist-sae/runs/calm: holds a run with other settings" in refused.log()
+    assert len(producer.pods) == 2
+    assert "reporter" not in jobset.jobs
+    cluster.delete(run.name)
+
+
+def test_plain_jobs_wait_for_one_another(runs: Runs, calm: Calm) -> None:
+    """Even if the planner comes last."""
+    run, cluster = runs.run("plain", "cluster.jobset=false", "processes.producers=1"), runs.cluster
+    *others, planner, producer, trainer, reporter = render_objects(run)
+    assert planner["metadata"]["name"] == job_name(run, "planner")
+    cluster.apply([*others, producer, trainer, reporter])
+    waiting = {"producer": "a plan", "trainer": "a plan", "reporter": f"step {run.steps}"}
+    for part, what in waiting.items():
+        (pod, *_) = runs.job(run, part).active.values()
+        runs.await_waiting(pod, what)
+    cluster.apply([planner])
+    jobs = [runs.job(run, part) for part in ("planner", *waiting)]
+    cluster.wait(lambda: all(job.condition for job in jobs))
+    assert [job.condition for job in jobs] == [COMPLETE] * 4, cluster.story()
+    assert not [pod for job in jobs for pod in (*job.counted, *job.ignored)]
+    assert "runs/plain/report/report.html" in set(runs.store("s3://dist-sae", run).keys())
+    assert runs.outcome(run).fvu == calm.outcome.fvu

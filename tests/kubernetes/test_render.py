@@ -1,0 +1,290 @@
+import copy
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+from dist_sae.commands.cli import main
+from dist_sae.config import Run, load_run, validate_run
+from dist_sae.errors import ConfigError
+from dist_sae.kubernetes.jobs import render_objects
+from tests.kubernetes.schemas import (
+    VERSIONS,
+    Object,
+    check,
+    check_jobset,
+    jobs_of,
+    security_faults,
+    templates_of,
+)
+
+ROOT = Path(__file__).parents[2]
+RUNS = sorted(
+    path for path in (ROOT / "launch/runs").glob("*.yaml") if "image:" in path.read_text()
+)
+CLUSTER = ROOT / "launch/runs/synthetic-topk-cluster.yaml"
+KUSTOMIZED = ("base", "overlays/local-s3", "overlays/aws", "overlays/gpu-spot")
+ELSEWHERE = {"PodMonitor", "ResourceFlavor", "ClusterQueue", "LocalQueue"}
+"""Kinds of other projects, whose schemas cannot be had here."""
+
+
+def load(*overrides: str) -> Run:
+    return load_run(CLUSTER, overrides)
+
+
+def jobset_of(run: Run) -> Object:
+    (jobset,) = (obj for obj in render_objects(run) if obj["kind"] == "JobSet")
+    return jobset
+
+
+def job_of(run: Run, part: str) -> Object:
+    found: Object = next(
+        job["spec"] for job in jobs_of(jobset_of(run)) if f"-{part}-" in job["metadata"]["name"]
+    )
+    return found
+
+
+def pod_of(run: Run, part: str) -> Object:
+    spec: Object = job_of(run, part)["template"]["spec"]
+    return spec
+
+
+def environment(container: Object) -> dict[str, Any]:
+    return {item["name"]: item.get("value") for item in container["env"]}
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_what_is_committed_is_what_render_gives(
+    path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["render", str(path), "--only", "kubernetes"]) == 0
+    committed = (ROOT / "k8s/rendered" / path.name).read_text()
+    assert committed.split("\n", 1)[1] == capsys.readouterr().out, "run launch/render.sh"
+
+
+def test_every_rendered_file_has_its_run() -> None:
+    rendered = {path.name for path in (ROOT / "k8s/rendered").iterdir()}
+    assert rendered == {path.name for path in RUNS}
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+@pytest.mark.parametrize("jobset", ["true", "false"])
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_objects_are_valid(path: Path, jobset: str, version: str) -> None:
+    for obj in render_objects(load_run(path, [f"cluster.jobset={jobset}"])):
+        check(obj, version)
+
+
+@pytest.mark.parametrize("path", RUNS, ids=lambda path: path.stem)
+def test_pods_fulfil_the_restricted_standard(path: Path) -> None:
+    for obj in render_objects(load_run(path)):
+        for template in templates_of(obj):
+            assert not list(security_faults(template))
+
+
+def test_checks_catch_what_is_wrong() -> None:
+    """Of objects that a server would refuse: the checks above are worth something."""
+    jobset = jobset_of(load())
+
+    def changed(value: Any, *path: str | int) -> Object:
+        inner = copied = copy.deepcopy(jobset)
+        for key in path[:-1]:
+            inner = inner[key]  # type: ignore[index]
+        inner[path[-1]] = value  # type: ignore[index]
+        return copied
+
+    job = ("spec", "replicatedJobs", 0)
+    with pytest.raises(jsonschema.ValidationError, match="replcas"):
+        check(changed(1, *job, "replcas"))
+    with pytest.raises(kubernetes_validate.ValidationError, match="completons"):
+        kubernetes_validate.validate(
+            next(jobs_of(changed(1, *job, "template", "spec", "completons"))), "1.37", strict=True
+        )
+    with pytest.raises(AssertionError, match="mutually exclusive"):
+        check(changed({"startupPolicyOrder": "InOrder"}, "spec", "startupPolicy"))
+    with pytest.raises(AssertionError, match="immutable"):
+        check_jobset(changed(7, "spec", "failurePolicy", "maxRestarts"), jobset)
+    container = (*job, "template", "spec", "template", "spec", "containers", 0)
+    rooted = changed(None, *container, "securityContext", "readOnlyRootFilesystem")
+    assert [list(security_faults(t)) for t in templates_of(rooted)] == [
+        ["main may write its root"],
+        [],
+        [],
+        [],
+    ]
+
+
+@pytest.mark.parametrize("folder", KUSTOMIZED)
+def test_kustomize_builds_valid_objects(folder: str) -> None:
+    kubectl = Path(sys.executable).parent / "kubectl"
+    built = subprocess.run(
+        [kubectl, "kustomize", ROOT / "k8s" / folder], capture_output=True, text=True, check=True
+    )
+    objects = list(yaml.safe_load_all(built.stdout))
+    assert {obj["kind"] for obj in objects} >= {"Namespace", "ServiceAccount", "NetworkPolicy"}
+    for obj in objects:
+        if obj["kind"] not in ELSEWHERE:
+            check(obj)
+        for template in templates_of(obj):
+            assert not list(security_faults(template))
+
+
+def test_what_ends_a_pod_decides_what_follows() -> None:
+    for part in ("planner", "producer", "trainer", "reporter"):
+        rules = job_of(load(), part)["podFailurePolicy"]["rules"]
+        found = [(rule["action"], rule.get("onExitCodes", {}).get("values")) for rule in rules]
+        assert found == [("FailJob", [2]), ("Ignore", None), ("Ignore", [75, 143])]
+        assert rules[1]["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
+    (rule,) = jobset_of(load())["spec"]["failurePolicy"]["rules"]
+    assert rule["action"] == "FailJobSet"
+
+
+def test_trainers_meet_on_the_first_pod() -> None:
+    run = load("processes.trainers=4", "cluster.trainer.ranks=2", "name=a.b")
+    assert job_of(run, "trainer")["completions"] == 2
+    main_container = pod_of(run, "trainer")["containers"][0]
+    env = environment(main_container)
+    assert env["WORLD_SIZE"] == "4"
+    assert env["MASTER_ADDR"] == "a-b-trainer-0-0.a-b"
+    assert main_container["args"] == ["train", "/etc/dist-sae/run.yaml", "--local-ranks", "2"]
+
+
+def test_parts_follow_one_another() -> None:
+    replicated = jobset_of(load())["spec"]["replicatedJobs"]
+    order = {job["name"]: [d["name"] for d in job.get("dependsOn", [])] for job in replicated}
+    assert order == {
+        "planner": [],
+        "producer": ["planner"],
+        "trainer": ["planner"],
+        "reporter": ["trainer"],
+    }
+    assert all(job["args"][-1] != "--wait" for job in pod_of(load(), "producer")["containers"])
+
+
+def test_parts_wait_by_themselves_where_there_is_no_jobset() -> None:
+    objects = render_objects(load("cluster.jobset=false"))
+    assert [obj["kind"] for obj in objects] == ["ConfigMap", "Service", "Job", "Job", "Job", "Job"]
+    arguments = {
+        (obj["metadata"]["name"].split("-")[-2], container["args"][0]): container["args"]
+        for obj in objects
+        if obj["kind"] == "Job"
+        for container in [
+            *obj["spec"]["template"]["spec"].get("initContainers", []),
+            *obj["spec"]["template"]["spec"]["containers"],
+        ]
+    }
+    waiting = {key for key, args in arguments.items() if "--wait" in args}
+    assert waiting == {("producer", "produce"), ("trainer", "train"), ("reporter", "evaluate")}
+    service = objects[1]
+    trainer = next(obj for obj in objects if "-trainer-0" in obj["metadata"]["name"])
+    labels = trainer["spec"]["template"]["metadata"]["labels"]
+    assert service["spec"]["selector"].items() <= labels.items()
+    assert trainer["spec"]["template"]["spec"]["subdomain"] == service["metadata"]["name"]
+
+
+def test_reporter_leaves_the_export_of_routed_dictionaries_out() -> None:
+    def programs(run: Run) -> list[str]:
+        pod = pod_of(run, "reporter")
+        return [c["args"][0] for c in [*pod["initContainers"], *pod["containers"]]]
+
+    assert programs(load()) == ["evaluate", "export", "report"]
+    routed = load("sae={kind: routed, n_latents: 256, k: 4, auxk: 8, experts: 4}")
+    assert programs(routed) == ["evaluate", "report"]
+    alone = jobset_of(load("cluster.reporter=null"))["spec"]["replicatedJobs"]
+    assert [job["name"] for job in alone] == ["planner", "trainer", "producer"]
+
+
+def test_pods_ask_for_what_the_run_file_says() -> None:
+    run = load_run(ROOT / "launch/runs/llama3.1-8b-resid16-batchtopk-1m-16xh100.yaml")
+    trainer, producer = pod_of(run, "trainer"), pod_of(run, "producer")
+    limits = trainer["containers"][0]["resources"]["limits"]
+    assert limits == {"memory": "1000Gi", "nvidia.com/gpu": "8", "rdma/hca": "8"}
+    assert trainer["terminationGracePeriodSeconds"] == 900
+    assert trainer["priorityClassName"] == "dist-sae-trainer"
+    (term,) = trainer["affinity"]["podAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
+    assert term["podAffinityTerm"]["topologyKey"] == "topology.kubernetes.io/zone"
+    assert producer["nodeSelector"] == {"dist-sae/pool": "spot"}
+    assert {"key": "dist-sae/spot", "operator": "Exists"} in producer["tolerations"]
+    assert producer["topologySpreadConstraints"][0]["topologyKey"] == "kubernetes.io/hostname"
+    assert producer["containers"][0]["envFrom"] == [{"secretRef": {"name": "hub-token"}}]
+    assert environment(trainer["containers"][0])["OMP_NUM_THREADS"] == "12"  # 96 cores, 8 ranks
+    assert jobset_of(run)["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
+
+
+def test_pods_serve_metrics_where_the_run_names_no_port() -> None:
+    configuration = render_objects(load())[0]
+    served = validate_run(yaml.safe_load(configuration["data"]["run.yaml"]), "run.yaml")
+    (port,) = pod_of(load(), "trainer")["containers"][0]["ports"]
+    assert (port["name"], port["containerPort"]) == ("metrics", 9400)
+    assert served.telemetry.port == 9400
+    monitor = yaml.safe_load((ROOT / "k8s/base/pod-monitor.yaml").read_text())
+    labels = job_of(load(), "trainer")["template"]["metadata"]["labels"]
+    assert monitor["spec"]["selector"]["matchLabels"].items() <= labels.items()
+    assert monitor["spec"]["podMetricsEndpoints"][0]["port"] == port["name"]
+
+
+@pytest.mark.parametrize(
+    ("overrides", "problems"),
+    [
+        (["cluster.image=null"], ["cluster.image: missing"]),
+        (
+            ["store.runs=/data/runs", "store.activations=/data/a"],
+            ["store.activations: /data/a is a folder", "store.runs: /data/runs is"],
+        ),
+        (["name=1st"], ["name: 1st cannot name pods"]),
+        (["name=" + "n" * 43], ["name: nnn"]),
+        (["name=" + "n" * 38], ["name: nnn"]),
+    ],
+)
+def test_run_that_cannot_be_on_a_cluster_is_refused(
+    overrides: list[str], problems: list[str]
+) -> None:
+    with pytest.raises(ConfigError) as refused:
+        render_objects(load(*overrides))
+    lines = str(refused.value).splitlines()
+    assert len(lines) == len(problems)
+    assert all(line.startswith(problem) for line, problem in zip(lines, problems, strict=True))
+
+
+def test_longest_name_is_a_hosts_name_in_a_trial_too() -> None:
+    """63 = 37 + the 26 of `-new-producer-0-0000-abcde`."""
+    run = load("name=" + "n" * 37)
+    assert jobset_of(run)["metadata"]["name"] == run.name
+
+
+def test_relative_paths_mean_nothing_to_pods() -> None:
+    data = yaml.safe_load((ROOT / "launch/runs/smollm2-resid7-topk-cpu.yaml").read_text())
+    data["store"] = {"activations": "s3://b/a", "runs": "s3://b/r"}
+    data["cluster"] = {"image": "example.org/x:1"}
+    data["model"]["path"] = "./smollm2"
+    with pytest.raises(ConfigError) as refused:
+        render_objects(validate_run(data, "run.yaml"))
+    assert [line.split(":")[0] for line in str(refused.value).splitlines()] == [
+        "corpus.files",
+        "model.path",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("override", "problem"),
+    [
+        ("cluster.trainer.ranks=3", "cluster.trainer.ranks: 3 does not divide processes.trainers"),
+        ("cluster.trainer.gpus=2", "cluster.trainer.gpus: 2 for 1 ranks in a pod"),
+        ("cluster.producer.gpus=4", "cluster.producer.gpus: 4 for 1 ranks in a pod"),
+        (
+            "cluster.trainer.memory=16gb",
+            "cluster.trainer.memory: write a number and a unit, as in 16Gi",
+        ),
+        ("cluster.image=Bad Image", "cluster.image: write it as registry/name:tag or"),
+        ("cluster.trainr={}", "cluster.trainr: unknown key; did you mean trainer?"),
+    ],
+)
+def test_mistakes_about_the_cluster_are_told(override: str, problem: str) -> None:
+    with pytest.raises(ConfigError) as refused:
+        load(override)
+    assert problem in str(refused.value)

@@ -1,0 +1,456 @@
+"""submit, cancel and resume, through the command line, against an API server."""
+
+import json
+import os
+import socket
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+
+from dist_sae.checkpoint.layout import Checkpoints
+from dist_sae.config import dump_run, load_run
+from dist_sae.kubernetes.jobs import render_objects
+from dist_sae.kubernetes.stored import StoredRun
+from dist_sae.storage import ObjectStore, open_store
+from tests.conftest import Bucket, synthetic_run
+from tests.kubernetes.apiserver import ApiServer, Object
+from tests.kubernetes.apply import with_defaults
+from tests.kubernetes.conftest import Shell, ending
+
+PLAIN = ("--set", "cluster.jobset=false")
+MODES = pytest.mark.parametrize("mode", [(), PLAIN], ids=["jobset", "plain"])
+
+
+def specs(api: ApiServer, path: str, *overrides: str) -> tuple[list[Any], list[Any]]:
+    """What there is, and what the run file asks for, of all that is rendered."""
+    asked = [with_defaults(o) for o in render_objects(load_run(path, overrides))]
+    there = [api.the(o["kind"], o["metadata"]["name"]) for o in asked]
+    return [(o.get("spec"), o.get("data")) for o in there], [
+        (o.get("spec"), o.get("data")) for o in asked
+    ]
+
+
+def versions(api: ApiServer) -> dict[Any, str]:
+    return {key: obj["metadata"]["resourceVersion"] for key, obj in api.objects.items()}
+
+
+def train(path: str) -> ObjectStore:
+    """Put what trainers leave into the store, which is returned."""
+    run = load_run(path)
+    store = open_store(run.store.runs, run.store.s3)
+    store.put("tiny/run.yaml", dump_run(run).encode())
+    Checkpoints(store, "tiny", 2).commit(run.steps, [], {})
+    return store
+
+
+def node(name: str, labels: dict[str, str] | None = None, *taints: Object, **has: str) -> Object:
+    allocatable = {"cpu": "8", "memory": "32Gi", "ephemeral-storage": "100Gi"} | has
+    return {
+        "metadata": {"name": name, "labels": labels or {}},
+        "spec": {"taints": list(taints)},
+        "status": {"allocatable": allocatable},
+    }
+
+
+@MODES
+def test_submit_creates_what_the_run_asks_for_once(
+    api: ApiServer, sh: Shell, path: str, mode: tuple[str, ...]
+) -> None:
+    said = sh("submit", path, *mode)
+    assert "create ConfigMap tiny\n" in said
+    there, asked = specs(api, path, *mode[1:])
+    assert there == asked
+    assert len(api.names("JobSet")) == (0 if mode else 1)
+
+    before = versions(api)
+    assert "dist-sae/tiny is there already, running: nothing to change" in sh("submit", path, *mode)
+    assert versions(api) == before
+
+
+@MODES
+def test_dry_run_shows_and_changes_nothing(
+    api: ApiServer, sh: Shell, path: str, mode: tuple[str, ...]
+) -> None:
+    said = sh("submit", path, "--dry-run", *mode)
+    assert "create ConfigMap tiny\n" in said
+    assert "nothing was done" in said
+    assert not api.objects
+
+    sh("submit", path, *mode)
+    before = versions(api)
+    larger = sh("submit", path, "--dry-run", *mode, "--set", "processes.producers=3")
+    assert "+      producers: 3\n" in larger  # of run.yaml in the ConfigMap, as a diff
+    assert "to be replaced: processes.producers: 2 -> 3\n" in larger
+    assert versions(api) == before
+
+
+def test_result_of_submit_is_one_object(api: ApiServer, path: str, sh: Shell) -> None:
+    result = json.loads(sh("submit", path, "--json"))
+    created = {"ConfigMap tiny": "create", "JobSet tiny": "create"}
+    assert result == {"outcome": "created", "objects": created}
+    assert json.loads(sh("submit", path, "--json"))["outcome"] == "unchanged"
+
+
+def test_run_of_another_configuration_is_left_alone(api: ApiServer, sh: Shell, path: str) -> None:
+    sh("submit", path)
+    before = versions(api)
+    for options in ([], ["--replace"]):
+        said = sh.fail("submit", path, "--set", "sae.k=1", *options)
+        assert said == (
+            "dist-sae/tiny on the cluster: is a run with other settings (sae.k: 2 -> 1); "
+            "restore them or choose another name"
+        )
+    assert versions(api) == before
+
+
+def test_another_spelling_of_a_place_is_the_same_run(
+    api: ApiServer, sh: Shell, path: str, tmp_path: Path
+) -> None:
+    """On the cluster, and in the store."""
+    for name in ("a.txt", "b.txt"):
+        (tmp_path / name).write_text(name)
+    (tmp_path / "model").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "model")
+
+    def submit(model: str, *files: str) -> tuple[str, ...]:
+        names = ", ".join(f"{tmp_path}/{name}" for name in files)
+        return (
+            *("submit", path, "--set", f"model={{kind: huggingface, path: {tmp_path}/{model}}}"),
+            *("--set", f"corpus={{kind: files, files: [{names}]}}"),
+            *("--set", "activations.sites=[resid_post.0]"),
+        )
+
+    first = submit("model", "a.txt", "b.txt")
+    again = submit("link", "./b.txt", "link/../a.txt")
+    sh(*first)
+    assert "with --replace its pods save and end" in sh.fail(*again)
+    begun = dump_run(load_run(path, first[3::2]))
+    run = load_run(path)
+    open_store(run.store.runs, run.store.s3).put("tiny/run.yaml", begun.encode())
+    assert "with --replace its pods save and end" in sh.fail(*again)
+    said = sh.fail(*submit("link", "a.txt"))
+    assert "is a run with other settings (corpus.files: " in said
+    assert "model.path" not in said
+
+
+def test_stored_run_of_another_configuration_is_left_alone(
+    api: ApiServer, sh: Shell, path: str, bucket: Bucket
+) -> None:
+    train(path)
+    said = sh.fail("submit", path, "--set", "train.lr=0.5")
+    assert said.startswith(f"s3://{bucket.name}/runs/tiny: is a run with other settings (train.lr:")
+    assert not api.objects
+
+
+def test_complete_run_is_not_submitted_again(api: ApiServer, sh: Shell, path: str) -> None:
+    train(path).put("tiny/report/report.html", b"")
+    assert "tiny is complete: step 16 is in s3://" in sh("submit", path)
+    assert not api.objects
+    assert "/runs/tiny: is complete at step 16" in sh.fail("resume", path)
+    assert not api.objects
+
+
+def test_run_without_reporter_is_complete_when_it_is_trained(
+    api: ApiServer, sh: Shell, path: str
+) -> None:
+    train(path)
+    assert "tiny is complete: step 16" in sh("submit", path, "--set", "cluster.reporter=null")
+    assert not api.objects
+
+
+@MODES
+def test_reporter_that_failed_comes_back(
+    api: ApiServer, sh: Shell, path: str, mode: tuple[str, ...]
+) -> None:
+    sh("submit", path, *mode)
+    train(path)
+    kind, name = ("Job", "tiny-reporter-0") if mode else ("JobSet", "tiny")
+    api.condition(kind, name, "Failed", "BackoffLimitExceeded")
+    (first,) = api.pods("reporter")
+    assert "to go on: dist-sae resume" in sh("submit", path, *mode)
+    assert "dist-sae/tiny is submitted" in sh("resume", path, *mode)
+    (second,) = api.pods("reporter")
+    assert second != first
+
+    sh("cancel", path, *mode)
+    assert "dist-sae/tiny is submitted" in sh("submit", path, *mode)
+
+
+def test_report_of_an_earlier_checkpoint_is_not_the_last(tmp_path: Path) -> None:
+    path = str(synthetic_run(tmp_path))
+    report = tmp_path / "runs/tiny/report/report.html"
+    train(path).put("tiny/report/report.html", b"")
+    assert StoredRun(load_run(path)).is_complete()
+    os.utime(report, (0, 0))
+    assert not StoredRun(load_run(path)).is_complete()
+
+
+@MODES
+def test_replace_lets_pods_save_and_then_resizes_the_run(
+    api: ApiServer, sh: Shell, path: str, mode: tuple[str, ...]
+) -> None:
+    sh("submit", path, *mode)
+    old = {pod: api.the("Pod", pod) for pod in api.names("Pod")}
+    for pod in old:
+        api.run_pod(pod)
+    before = versions(api)
+    resized = ("submit", path, *mode, "--set", "processes.trainers=4")
+    assert sh.fail(*resized) == (
+        "dist-sae/tiny is there with other settings (processes.trainers: 2 -> 4); with --replace "
+        "its pods save and end, and new ones go on"
+    )
+    assert versions(api) == before
+
+    with ending(api) as ended:
+        said = sh(*resized, "--replace")
+    assert sorted(ended) == sorted(old)
+    waits = [line for line in said.splitlines() if line.startswith("waiting for ")]
+    assert waits[0] == (
+        f"waiting for {len(old)} pods to save and end (at most 600 s each): {', '.join(old)}"
+    )
+    assert len(waits) == len(old)
+    assert len(api.pods("trainer")) == 4
+    there, asked = specs(api, path, *mode[1:], "processes.trainers=4")
+    assert there == asked
+
+
+def test_what_the_cluster_would_refuse_costs_no_running_run(
+    api: ApiServer, sh: Shell, path: str
+) -> None:
+    sh("submit", path)
+    before = versions(api)
+
+    def admission(obj: Object) -> str | None:
+        bad = obj["kind"] == "JobSet" and "example.org/bad" in json.dumps(obj)
+        return "no such image" if bad else None
+
+    api.admission = admission
+    bad = ("--set", "cluster.image=example.org/bad:1")
+    for command in (("submit", path, "--replace", *bad), ("submit", path, "--set", "name=b", *bad)):
+        said = sh.fail(*command)
+        assert said.startswith("the cluster does not take JobSet ")
+        assert said.endswith("denied the request: no such image")
+    assert versions(api) == before
+
+
+def test_what_somebody_else_has_set_is_not_overwritten(
+    api: ApiServer, sh: Shell, path: str
+) -> None:
+    sh("submit", path)
+    api.edit("JobSet", "tiny", "kubectl-edit", {"spec": {"ttlSecondsAfterFinished": 1}})
+    said = sh.fail("submit", path)
+    assert 'conflict with "kubectl-edit": .spec.ttlSecondsAfterFinished' in said
+
+
+def test_object_of_somebody_else_is_left_alone(api: ApiServer, sh: Shell, path: str) -> None:
+    stranger = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "tiny"}}
+    api.create(stranger)
+    said = sh.fail("submit", path)
+    assert said == "ConfigMap dist-sae/tiny exists and is not of this run; choose another name"
+    assert "nothing to cancel" in sh("cancel", path)
+    assert api.names("ConfigMap") == ["tiny"]
+
+    api.objects.clear()
+    sh("submit", path, "--set", "name=a.b")
+    said = sh.fail("submit", path, "--set", "name=a-b")  # whose objects would bear the same name
+    assert said == "ConfigMap dist-sae/a-b exists and is of run a.b; choose another name"
+
+
+def test_missing_image_is_named(api: ApiServer, sh: Shell, path: str) -> None:
+    for command in ("submit", "resume"):
+        said = sh.fail(command, path, "--set", "cluster.image=null")
+        assert said.startswith("cluster.image: missing; build launch/Dockerfile")
+
+
+@pytest.mark.parametrize("command", ["submit", "resume", "cancel", "logs"])
+def test_missing_kubeconfig_is_named(
+    sh: Shell, path: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, command: str
+) -> None:
+    monkeypatch.setenv("KUBECONFIG", str(tmp_path / "none"))
+    said = sh.fail(command, path)
+    assert said.startswith(f"{tmp_path}/none: no kubeconfig that can be used (")
+    assert said.endswith("log in to the cluster, set KUBECONFIG or correct cluster.context")
+
+
+def test_context_is_the_one_that_is_asked_for(
+    api: ApiServer, sh: Shell, path: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "kubeconfig"
+    said = sh.fail("submit", path, "--set", "cluster.context=prod")
+    assert said.startswith(f"context prod of {file}: no kubeconfig that can be used (")
+    assert "with name prod in" in said
+
+    file.write_text(file.read_text().replace("current-context: test", ""))
+    assert sh.fail("submit", path).startswith(f"{file}: no kubeconfig that can be used (")
+    assert "is submitted" in sh("submit", path, "--set", "cluster.context=test")
+
+
+def test_cluster_that_does_not_answer_is_named(
+    api: ApiServer, sh: Shell, path: str, tmp_path: Path
+) -> None:
+    file = tmp_path / "kubeconfig"
+    with socket.socket() as taken:  # and does not listen
+        taken.bind(("127.0.0.1", 0))
+        url = f"http://127.0.0.1:{taken.getsockname()[1]}"
+        config = yaml.safe_load(file.read_text())
+        config["clusters"][0]["cluster"]["server"] = url
+        file.write_text(yaml.safe_dump(config))
+        said = sh.fail("submit", path)
+    assert said == (
+        f"context test of {file}: {url} does not answer (NewConnectionError); check the network, "
+        f"the context and your login"
+    )
+
+
+def test_refused_login_is_told(api: ApiServer, sh: Shell, path: str, tmp_path: Path) -> None:
+    api.write_kubeconfig(tmp_path / "kubeconfig", token="expired")
+    said = sh.fail("submit", path)
+    assert said == f"context test of {tmp_path}/kubeconfig: your login is refused; log in again"
+
+
+@pytest.mark.parametrize(
+    ("group", "resource", "verb", "command"),
+    [
+        ("", "configmaps", "get", "submit"),
+        ("", "configmaps", "create", "submit"),
+        ("jobset.x-k8s.io", "jobsets", "patch", "submit"),
+        ("batch", "jobs", "list", "cancel"),
+        ("", "pods", "list", "logs"),
+    ],
+)
+def test_missing_permission_is_named(
+    api: ApiServer, sh: Shell, path: str, group: str, resource: str, verb: str, command: str
+) -> None:
+    api.rules.remove((group, resource, verb))
+    said = sh.fail(command, path)
+    assert said.endswith(
+        f": ada may not {verb} {resource} in namespace dist-sae; role dist-sae-researcher of "
+        f"k8s/base would allow it"
+    )
+    assert not api.objects
+
+
+def test_missing_jobset_is_named(api: ApiServer, sh: Shell, path: str) -> None:
+    api.groups.remove("jobset.x-k8s.io")
+    said = sh.fail("submit", path)
+    assert said.endswith(
+        "the cluster does not know jobset.x-k8s.io/v1alpha2; install JobSet, or set "
+        "cluster.jobset: false"
+    )
+    assert not api.objects
+    sh("submit", path, *PLAIN)
+    assert "tiny-trainer-0" in api.names("Job")
+    assert "is gone" in sh("cancel", path, *PLAIN)
+    assert not api.objects
+
+
+def test_missing_namespace_is_named(api: ApiServer, sh: Shell, path: str) -> None:
+    said = sh.fail("submit", path, "--set", "cluster.namespace=research")
+    assert said == (
+        "namespace research does not exist; create it (kubectl apply -k k8s/base) or correct "
+        "cluster.namespace"
+    )
+
+
+def test_pods_that_can_never_fit_are_refused(api: ApiServer, sh: Shell, path: str) -> None:
+    taint = {"key": "gpu", "effect": "NoSchedule", "value": "yes"}
+    api.nodes = [node("small"), node("gpus", {}, taint, memory="512Gi")]
+    large = ("submit", path, "--set", "cluster.trainer.memory=64Gi")
+    said = sh.fail(*large)
+    assert said == (
+        "cluster.trainer: a pod fits on none of the 1 nodes that are for it (at best: memory 64Gi, "
+        "it has 32Gi); lower it, or --ignore-nodes if larger ones will be added"
+    )
+    assert not api.objects
+    for tolerates in ("{key: gpu}", "{key: gpu, operator: Equal, value: 'yes'}"):
+        assert "is submitted" in sh(*large, "--set", f"cluster.trainer.tolerations=[{tolerates}]")
+        api.objects.clear()
+    others = "cluster.trainer.tolerations=[{key: gpu, operator: Equal, value: 'no'}]"
+    assert "none of the 1 nodes" in sh.fail(*large, "--set", others)
+    assert "is submitted" in sh(*large, "--ignore-nodes")
+
+
+def test_pods_without_a_node_may_wait_for_one(api: ApiServer, sh: Shell, path: str) -> None:
+    api.nodes = [node("cpus"), node("old-gpus", {"gpu": "a100"})]
+    select = ("--set", "cluster.trainer.node_selector={gpu: h100}")
+    said = sh.warned("submit", path, *select)
+    assert "no node is for trainer pods now (gpu=h100): they wait until one is" in said
+    assert api.names("JobSet") == ["tiny"]
+
+
+def test_who_may_not_see_nodes_is_told_so(api: ApiServer, sh: Shell, path: str) -> None:
+    api.rules.remove(("", "nodes", "list"))
+    said = sh.warned("submit", path)
+    assert "ada may not list nodes of the cluster; cluster role dist-sae-nodes of k8s/base" in said
+    assert api.names("JobSet") == ["tiny"]
+
+
+def test_store_that_only_the_cluster_reaches_is_no_obstacle(
+    api: ApiServer, sh: Shell, path: str
+) -> None:
+    said = sh.warned("submit", path, "--set", "store.runs=s3://no-such-bucket/runs")
+    assert "whether the run is complete or another is not known from here: s3://no-such" in said
+    assert api.names("JobSet") == ["tiny"]
+
+
+@MODES
+def test_cancel_lets_pods_save_and_touches_nothing_else(
+    api: ApiServer, sh: Shell, path: str, mode: tuple[str, ...]
+) -> None:
+    sh("submit", path, *mode, "--set", "name=other")
+    others = versions(api)
+    sh("submit", path, *mode)
+    trainers = api.pods("trainer")[-2:]
+    for pod in trainers:
+        api.run_pod(pod)
+    with ending(api) as ended:
+        said = sh("cancel", path, *mode)
+    assert f"waiting for 2 pods to save and end (at most 600 s each): {', '.join(trainers)}" in said
+    assert ended == trainers
+    assert versions(api) == others
+    assert "dist-sae/tiny is not on the cluster: nothing to cancel" in sh("cancel", path, *mode)
+
+
+def test_resume_goes_on_after_cancel(api: ApiServer, sh: Shell, path: str) -> None:
+    sh("submit", path)
+    said = sh.fail("resume", path)
+    assert said == "dist-sae/tiny is running; see: dist-sae status"
+    sh("cancel", path)
+    assert not api.objects
+    assert "dist-sae/tiny is submitted" in sh("resume", path)
+    assert api.names("JobSet") == ["tiny"]
+
+
+@MODES
+def test_resume_replaces_a_run_that_failed(
+    api: ApiServer, sh: Shell, path: str, mode: tuple[str, ...]
+) -> None:
+    sh("submit", path, *mode)
+    kind, name = ("Job", "tiny-trainer-0") if mode else ("JobSet", "tiny")
+    api.condition(kind, name, "Failed", "BackoffLimitExceeded")
+    first = api.the(kind, name)["metadata"]["uid"]
+    assert "it has failed (BackoffLimitExceeded); to go on: dist-sae resume" in sh(
+        "submit", path, *mode
+    )
+    assert api.the(kind, name)["metadata"]["uid"] == first
+
+    roomier = ("--set", "cluster.trainer.memory=20Gi")
+    said = sh("resume", path, *mode, *roomier)
+    assert "dist-sae/tiny has failed (BackoffLimitExceeded); removing that" in said
+    assert api.the(kind, name)["metadata"]["uid"] != first
+    there, asked = specs(api, path, *mode[1:], roomier[1])
+    assert there == asked
+
+
+def test_resume_waits_for_a_run_that_is_ending(api: ApiServer, sh: Shell, path: str) -> None:
+    sh("submit", path)
+    (pod, *_) = api.pods("trainer")
+    api.run_pod(pod)
+    with api.changed:
+        api._begin_deletion(("jobsets", "tiny"))
+    assert "dist-sae/tiny is being deleted; wait until it is gone" in sh.fail("submit", path)
+    with ending(api) as ended:
+        assert "dist-sae/tiny is submitted" in sh("resume", path)
+    assert ended == [pod]

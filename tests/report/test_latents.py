@@ -1,0 +1,54 @@
+"""Texts of latents, as a reader sees them."""
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import tokenizers
+import torch
+import transformers
+
+from dist_sae.config.data import HuggingFaceModel
+from dist_sae.models.loading import load_tokenizer
+from dist_sae.report.latents import Firings, Token, _example
+
+TEXT = "a\u00e9\u201c\U0001f600b"  # of 1, 2, 3, 4 and 1 bytes
+
+
+@pytest.fixture(scope="module")
+def tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """One token a byte, as byte-level tokenizers have for rare characters."""
+    folder = tmp_path_factory.mktemp("bytes")
+    bytes_ = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    model = tokenizers.models.BPE({byte: i for i, byte in enumerate(bytes_)}, [])
+    made = tokenizers.Tokenizer(model)
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    hf: Any = transformers
+    hf.PreTrainedTokenizerFast(tokenizer_object=made).save_pretrained(folder)
+    return load_tokenizer(HuggingFaceModel(path=str(folder)))
+
+
+def test_parts_of_a_character_are_seen_together(tokenizer: Any) -> None:
+    (ids,) = tokenizer([TEXT])
+    assert tokenizer.text(ids) == [
+        *("a", "\u00e9", "", "\u201c", "", "", "\U0001f600", "", "", "", "b")
+    ]
+    assert tokenizer.text(ids[1:2]) == ["\ufffd"]  # alone it is nothing
+
+
+def test_a_character_has_one_highlight(tokenizer: Any) -> None:
+    """With the activation of its most active token, wherever the window begins."""
+    text = 8 * "xyz" + TEXT
+    (ids,) = tokenizer([text])
+    peak = ids.index(tokenizer([TEXT])[0][7])  # the second byte of the last character of four
+    zeros = torch.zeros(len(ids), dtype=torch.int32)
+    firings = Firings(
+        zeros, torch.tensor(ids).int(), torch.arange(len(ids)).int(), zeros, zeros, zeros, zeros
+    )
+    texts: Any = SimpleNamespace(tokens=lambda _: ids, tokenizer=tokenizer, context_tokens=1000)
+    known = {(0, peak): 2.0, (0, peak + 1): 1.0}
+    example = _example(peak, firings, known, texts)
+    assert example.tokens[example.peak] == Token("\U0001f600", 2.0, in_context=True)
+    assert [token.text for token in example.tokens if token.act] == ["\U0001f600"]
+    assert text.endswith("".join(token.text for token in example.tokens))

@@ -1,0 +1,404 @@
+import json
+import re
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+
+from dist_sae.checkpoint.layout import Checkpoints
+from dist_sae.config import Run
+from dist_sae.config.deciding import deciding
+from dist_sae.data.plan import Plan, load_plan
+from dist_sae.data.shard import Rows, UnitManifest, manifest_key, write_shard
+from dist_sae.errors import CorpusError
+from dist_sae.producing.planner import plan
+from dist_sae.report.build import report
+from dist_sae.report.charts import Line, Mark, render_lines, short
+from dist_sae.report.latents import (
+    Example,
+    Firings,
+    LatentView,
+    Token,
+    choose_latents,
+    view_latents,
+)
+from dist_sae.report.page import Page, render_page
+from dist_sae.report.shown import shown
+from dist_sae.storage import open_store
+from dist_sae.storage.records import seal
+from dist_sae.telemetry.metrics import DENSITIES
+from tests.world import save
+
+EVALUATION: dict[str, Any] = {
+    "step": 7,
+    "rows": 12_345,
+    "fvu": 0.2037769531803247,
+    "l0": 3.875,
+    "dead_share": 0.015625,
+    "pca_fvu": 0.7134222661591287,
+    "pca_components": 2,
+    "ce_clean": 3.1415926535,
+    "ce_spliced": 3.4,
+    "ce_zero": 9.25,
+    "ce_mean": 8.5,
+    "ce_recovered": 0.9577,
+    "ce_recovered_mean": 0.9518,
+    "tokens": 4096,
+    "density_log10_edges": [-3.0, -2.0, -1.0, 0.0],
+    "density_counts": [1, 2, 0],
+    "never_fired": 5,
+}
+
+
+class Elements(HTMLParser):
+    """All elements of a page as (tag, attributes, text)."""
+
+    def __init__(self, page: str) -> None:
+        super().__init__()
+        self.found: list[tuple[str, dict[str, str | None], list[str]]] = []
+        self._open: list[tuple[str, dict[str, str | None], list[str]]] = []
+        self.feed(page)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        element = (tag, dict(attrs), list[str]())
+        self.found.append(element)
+        if tag not in {"meta", "circle", "line", "rect"}:
+            self._open.append(element)
+
+    def handle_endtag(self, tag: str) -> None:
+        while self._open and self._open.pop()[0] != tag:
+            pass
+
+    def handle_data(self, data: str) -> None:
+        for _, _, text in self._open:
+            text.append(data)
+
+    def all(self, tag: str, kind: str | None = None) -> list[tuple[dict[str, str | None], str]]:
+        return [
+            (a, "".join(t)) for n, a, t in self.found if n == tag and kind in (None, a.get("class"))
+        ]
+
+
+def make_page(evaluation: dict[str, Any] | None = None, latents: Sequence[LatentView] = ()) -> Page:
+    history = [
+        {
+            "step": s,
+            "rows": 100 * s,
+            "seconds": 2.0,
+            "wait_seconds": 0.5,
+            "fvu": 1 / s,
+            "loss": 2 / s,
+            "phases": {"wait": 0.5, "forward": 1.5},
+        }
+        for s in (1, 2, 4)
+    ]
+    return Page(
+        title="<b>run</b>",
+        facts=[("Model", "a&b")],
+        run_file="RUN.yaml",
+        made_from="these numbers",
+        evaluation=evaluation,
+        history=history,
+        producer_seconds={"forward": 3.0, "tokenize": 1.0},
+        void_settings=["sae.x: <never>"],
+        latents=latents,
+        latent_rows=10,
+        no_latents="none <here>",
+    )
+
+
+def one_latent(texts: Sequence[str], acts: Sequence[float], peak: int) -> LatentView:
+    tokens = [Token(text, act, in_context=True) for text, act in zip(texts, acts, strict=True)]
+    return LatentView(3, 9, 0.25, max(acts), [9], [Example(acts[peak], 0, peak, tokens, peak)])
+
+
+def test_page_escapes_html_in_texts_and_facts() -> None:
+    view = one_latent(["<script>alert(1)</script>", ' a"&b'], [2.0, 0.0], 0)
+    page = render_page(make_page(latents=[view]))
+    assert "<script" not in page
+    assert "<b>run</b>" not in page
+    elements = Elements(page)
+    assert elements.all("span", "text")[0][1] == '<script>alert(1)</script> a"&b'
+    assert elements.all("h1")[0][1] == "<b>run</b>"
+    assert "none <here>" in Elements(render_page(make_page())).all("p", "missing")[1][1]
+
+
+def test_page_tells_of_settings_that_cannot_act_and_of_numbers_that_nobody_knows_yet() -> None:
+    page = Elements(render_page(make_page(EVALUATION | {"dead_share": None})))
+    assert page.all("li")[0][1] == "sae.x: <never>"
+    assert ({"id": "dead_share", "value": ""}, "not known yet") in page.all("data")
+
+
+def test_page_shows_the_numbers_of_the_evaluation() -> None:
+    shown = {
+        a["id"] or "": a["value"]
+        for a, _ in Elements(render_page(make_page(EVALUATION))).all("data")
+    }
+    left_out = {"step", "pca_components", "density_log10_edges", "density_counts"}
+    assert shown.keys() == EVALUATION.keys() - left_out
+    assert {name: json.loads(value or "") for name, value in shown.items()} == {
+        name: EVALUATION[name] for name in shown
+    }
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("fvu", "0.2038"), ("dead_share", "1.56 %"), ("ce_recovered", "95.77 %"), ("rows", "12,345")],
+)
+def test_page_rounds_a_number_for_the_eye(name: str, text: str) -> None:
+    elements = Elements(render_page(make_page(EVALUATION)))
+    assert [t for a, t in elements.all("data") if a["id"] == name] == [text]
+
+
+def test_page_says_which_command_measures_when_evaluation_is_missing() -> None:
+    elements = Elements(render_page(make_page()))
+    assert "run dist-sae evaluate RUN.yaml" in elements.all("p", "missing")[0][1]
+    assert not elements.all("data")
+
+
+def test_page_outlines_the_token_of_the_example_and_colours_by_activation() -> None:
+    view = one_latent([" a", " b", " c", " d"], [1.0, 0.0, 4.0, 2.0], 2)
+    marks = Elements(render_page(make_page(latents=[view]))).all("mark")
+    assert [text for _, text in marks] == ["a", "c", "d"]  # " b" is not active
+    assert [text for attributes, text in marks if attributes.get("class") == "peak"] == ["c"]
+    assert Elements(render_page(make_page(latents=[view]))).all("span", "text")[0][1] == " a b c d"
+    strengths = [float((a["style"] or "").removeprefix("--a:")) for a, _ in marks]
+    # .9 at the maximum and linear below: 1/4, 4/4 and 2/4 of it, to two digits
+    assert strengths == pytest.approx([0.225, 0.9, 0.45], abs=0.0051)
+
+
+def test_page_is_one_file() -> None:
+    page = render_page(make_page(EVALUATION))
+    assert not re.search(r"<(link|script|img|iframe)|@import|url\(|https?://", page)
+
+
+def test_page_draws_what_training_said_of_rows_and_latents() -> None:
+    said = {
+        "rare_share": 0.25,
+        "product_share": 0.5,
+        "explained_variance": {"0.05": 0.1, "0.5": 0.75},
+        "density": dict.fromkeys(DENSITIES, 0) | {"-2.0": 3, "never": 4},
+        "density_rows": 5000,
+    }
+    page = make_page()
+    page = page._replace(history=[{**record, **said} for record in page.history])
+    elements = Elements(render_page(page))
+    titles = {text for _, text in elements.all("title")}
+    assert {"5 %: last 0.1", "50 %: last 0.75", "rarely firing: last 0.25"} <= titles
+    assert {"encoder product: last 0.5", "waiting for data: last 0.25"} <= titles
+    assert "3 latents, 0.01 to 0.032" in titles  # half a decade from 10 ** -2; 4 are in no bar
+    assert "share of 5,000 rows that a latent fired on" in render_page(page)
+    measured = render_page(page._replace(evaluation=EVALUATION))  # finer, and on held-out rows
+    assert "share of held-out rows that a latent fires on" in measured
+    assert "of 5,000 rows" not in measured
+
+
+def test_page_divides_time_by_stage() -> None:
+    spans = Elements(render_page(make_page())).all("span")
+    keys = [t for a, t in spans if (a.get("class") or "").startswith("key ") and " %, " in t]
+    # trainer: 3 records of 2 s, .5 s of each waiting; producers in the order of the work
+    assert keys == [
+        "waiting for data 25.0 %, 1.5 s",
+        "forward 75.0 %, 4.5 s",
+        "tokenize 25.0 %, 1 s",
+        "forward 75.0 %, 3 s",
+    ]
+
+
+def test_a_stall_is_a_gap_in_the_curve_over_time() -> None:
+    """The second report waited for most of its time: nothing is drawn between the first and it."""
+    times = [1.0, 9.0, 10.0, 11.0]
+    whole = render_lines("t", [Line("a", times, [4, 1, 4, 4])], x_label="x")
+    broken = [False, True, False, False]
+    pieces = render_lines("t", [Line("a", times, [4, 1, 4, 4], broken)], x_label="x")
+    assert (whole.count("<polyline"), pieces.count("<polyline")) == (1, 1)
+    (line,) = re.findall(r'<polyline[^>]* points="([^"]*)"', pieces)
+    assert len(line.split()) == 3  # the other piece is a dot
+    assert pieces.count('<circle class="dot') == whole.count('<circle class="dot') + 1
+    page = make_page()
+    stalled = [{**r, "rows_per_second": 5.0, "seconds": 4.0} for r in page.history]
+    stalled[1] = stalled[1] | {"phases": {"wait": 3.0, "forward": 1.0}}
+    drawn = render_page(page._replace(history=stalled))
+    assert drawn.count("<title>all time: last 5</title>") == 2  # of a dot, and of a line
+
+
+def test_an_evaluation_shows_its_intervals_and_its_machine() -> None:
+    found = EVALUATION | {"intervals": {"ce_recovered": [0.95, 0.9612]}, "ce_documents": 64}
+    found |= {"hardware": "a <processor>", "evaluate_seconds": 90.0}
+    page = render_page(make_page(found))
+    assert "95 %: 95.00 % to 96.12 %" in page
+    assert "at step 7, in 90 s on a &lt;processor&gt;." in page
+    assert "bootstrap over 64 documents" in page
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "text"),
+    [
+        ("rows", 1234567, "1,234,567"),
+        ("fvu", 0.203776, "0.2038"),
+        ("dead_share", None, "not known yet"),
+        ("ce_clean", 3.14159, "3.142 nats"),
+        ("evaluate_seconds", 7380.0, "2.05 h"),
+        ("bytes", 8704000.0, "8.7 MB"),
+        ("rows_per_second", 12345.6, "12,346 rows/s"),
+        ("loss", 1234567.8, "1,234,568"),
+        ("report", "/runs/r.html", "/runs/r.html"),
+    ],
+)
+def test_results_are_shown_with_units_and_separators(name: str, value: Any, text: str) -> None:
+    assert shown(name, value) == text
+
+
+def test_lines_place_the_mark_at_its_value() -> None:
+    figure = render_lines("t", [Line("a", [0, 1], [0.0, 10.0])], x_label="x", mark=Mark("m", 5.0))
+    svg = Elements(figure)
+    points = next(a["points"] for a, _ in svg.all("polyline")) or ""
+    (y_low, y_high) = (float(point.split(",")[1]) for point in points.split())
+    (mark,) = (float(a["y1"] or "") for a, _ in svg.all("line", "mark"))
+    assert mark == pytest.approx((y_low + y_high) / 2, abs=0.11)  # placed to a tenth of a unit
+
+
+def test_lines_leave_out_values_that_are_not_finite() -> None:
+    figure = render_lines("t", [Line("a", [0, 1, 2], [1.0, float("nan"), 3.0])], x_label="x")
+    assert "nan" not in figure
+    assert len((Elements(figure).all("polyline")[0][0]["points"] or "").split()) == 2
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(0, "0"), (1.5e6, "1.5M"), (250_000, "250k"), (0.02, "0.02"), (3e-5, "3e-5")],
+)
+def test_short_is_short(value: float, text: str) -> None:
+    assert short(value) == text
+
+
+def test_chosen_latents_fire_and_span_the_densities() -> None:
+    counts = torch.tensor([0, 3, 10, 10, 10, 100, 1000, 10_000])
+    chosen = choose_latents(counts, 4, seed=0)
+    assert [int(counts[latent]) for latent in chosen] == [10_000, 1000, 100, 10]
+    assert chosen == choose_latents(counts, 4, seed=0)
+    # 0 and 3 firings are too few; everything else when more are asked for than there are
+    assert sorted(choose_latents(counts, 50, seed=0)) == [2, 3, 4, 5, 6, 7]
+
+
+@pytest.fixture
+def run(tmp_path: Path) -> Run:
+    return Run.model_validate(
+        {
+            "name": "tiny",
+            "store": {"activations": str(tmp_path / "a"), "runs": str(tmp_path / "r")},
+            "model": {"kind": "synthetic", "d_in": 4, "n_features": 8, "l0": 1},
+            "corpus": {"kind": "synthetic", "documents": 8, "document_rows": 16},
+            "activations": {
+                "sites": ["synthetic"],
+                "streams": 1,
+                "unit_rows": 64,
+                "context_tokens": 8,
+                "dtype": "fp32",
+            },
+            "sae": {"kind": "topk", "n_latents": 4, "k": 1, "auxk": 0},
+            "train": {"rows": 16, "batch_rows": 16},
+        }
+    )
+
+
+def store_unit(run: Run, made: Plan, unit: int) -> None:
+    """A unit in which latent d is active with 1 + position where position % 4 = d, shuffled."""
+    store = open_store(run.store.activations)
+    documents = torch.tensor([span.first for span in made.units[unit]]).repeat_interleave(16)
+    positions = torch.arange(16).repeat(len(made.units[unit]))
+    acts = torch.eye(4)[positions % 4] * (1 + positions)[:, None]
+    rows = Rows(acts, (16 * documents + positions).int(), positions.int(), documents)
+    rows = rows.take(torch.randperm(len(positions), generator=torch.Generator().manual_seed(0)))
+    manifest = UnitManifest(
+        plan=made.hash,
+        unit=unit,
+        producer="test",
+        documents=len(made.units[unit]),
+        rows=len(positions),
+        excluded={},
+        seconds={"forward": 1.0},
+        sites={"synthetic": write_shard(store, unit, "synthetic", rows, 32, "fp32")},
+    )
+    store.put(manifest_key(unit), seal(manifest))
+
+
+def save_identity(run: Run) -> None:
+    eye, zero = torch.eye(4), torch.zeros(4)
+    tensors = {"W_enc": eye, "W_dec": eye, "b_enc": zero, "b_dec": zero, "idle_rows": zero}
+    made = load_plan(open_store(run.store.activations), run)
+    scalars = {"scale": 0.5, "mean": [0.0] * 4, "variance": 1.0}
+    scalars |= {"plan": made.hash, "run": deciding(run)}
+    save(Checkpoints(open_store(run.store.runs), run.name, 1), 1, tensors, scalars)
+
+
+def test_report_outlines_the_row_with_the_highest_activation(run: Run) -> None:
+    made = plan(run)
+    for unit in range(len(made.units)):
+        store_unit(run, made, unit)
+    save_identity(run)
+    place = Path(report(run))
+    assert place == Path(run.store.runs) / "tiny" / "report" / "report.html"
+    elements = Elements(place.read_text())
+    peaks = [(int(text), a["title"]) for a, text in elements.all("mark", "peak")]
+    assert peaks
+    for token, act in peaks:
+        # the token is 16 document + position; latent d peaks at the last position of its kind,
+        # 12 + d, where it is active with (13 + d) x the scale of .5
+        assert token % 16 in range(12, 16)
+        assert act == f"{0.5 * (1 + token % 16):.4g}"
+    # contexts are of 8 tokens, so the first half of the document was out of the model's sight
+    unseen = [int(text) % 16 for _, text in elements.all("span", "unseen")]
+    assert unseen
+    assert max(unseen) < 8
+
+
+def test_latents_are_of_as_many_entries_as_fit(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each row has one; the rest of the block and the next ones are left."""
+    made = plan(run)
+    for unit in range(len(made.units)):
+        store_unit(run, made, unit)
+    save_identity(run)
+    monkeypatch.setattr("dist_sae.report.latents._MOST_ENTRIES", 40)
+    monkeypatch.setattr("dist_sae.report.latents._ENCODE_ROWS", 4)
+    assert "with the texts among 40 rows" in Path(report(run)).read_text()
+
+
+def test_report_says_what_is_missing_before_anything_ran(run: Run) -> None:
+    plan(run)
+    missing = Elements(Path(report(run)).read_text()).all("p", "missing")
+    # of the numbers, the curves and the latents, in the order of the page
+    assert [re.findall(r"dist-sae (\w+)", text) for _, text in missing] == [
+        ["evaluate"],
+        ["train"],
+        ["train"],
+    ]
+
+
+def test_report_does_not_wait_for_units_that_are_not_there(run: Run) -> None:
+    plan(run)
+    save_identity(run)
+    said = Elements(Path(report(run)).read_text()).all("p", "missing")[-1][1]
+    assert "dist-sae produce" in said
+
+
+def test_examples_are_refused_when_the_text_is_another(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = load_plan(open_store(run.store.activations), run) if plan(run) else None
+    wrong = Firings(
+        units=torch.zeros(9).int(),
+        tokens=torch.full((9,), -1),
+        positions=torch.arange(9),
+        documents=torch.full((9,), made.units[0][0].first if made else 0),
+        acts=torch.ones(9),
+        latents=torch.zeros(9).int(),
+        rows=torch.arange(9).int(),
+    )
+    monkeypatch.setattr("dist_sae.report.latents.read_firings", lambda *_: wrong)
+    with pytest.raises(CorpusError, match="not the text"):
+        view_latents(run, SimpleNamespace(plan=made), None, 1.0)  # type: ignore[arg-type]

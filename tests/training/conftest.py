@@ -1,0 +1,32 @@
+"""Runs that nobody disturbed, made once for each worker."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.launch import produce, train, write_run
+from tests.training.trained import SHARDED, run_file
+
+
+@pytest.fixture(scope="session")
+def activations(tmp_path_factory: pytest.TempPathFactory) -> str:
+    folder = tmp_path_factory.mktemp("activations")
+    produce(write_run(folder))
+    return str(folder / "activations")
+
+
+@pytest.fixture(scope="session")
+def calm(tmp_path_factory: pytest.TempPathFactory, activations: str) -> Path:
+    """A run that nobody disturbed."""
+    folder = tmp_path_factory.mktemp("calm")
+    path = write_run(folder, store={"activations": activations, "runs": str(folder / "runs")})
+    train(path)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def sharded(tmp_path_factory: pytest.TempPathFactory, activations: str) -> Path:
+    """The same on two ranks that hold one half of the dictionary each."""
+    folder = tmp_path_factory.mktemp("sharded")
+    train(run_file(folder, activations), *SHARDED, world=2)
+    return folder

@@ -1,0 +1,14 @@
+"""The trainer tells of a dictionary that is not sparse, once."""
+
+from pathlib import Path
+
+from tests.launch import train
+from tests.training.trained import run_file
+
+
+def test_a_dictionary_that_is_not_sparse_is_doubted_once(tmp_path: Path, activations: str) -> None:
+    """Without a penalty half of 64 latents are active; rows have 16 numbers."""
+    sae = {"kind": "relu", "n_latents": 64, "sparsity": 0.0}
+    [said] = train(run_file(tmp_path, activations, sae=sae))
+    [line] = [line for line in said.splitlines() if "raise sae.sparsity" in line]
+    assert "latents are active in a row of 16 numbers, which is not sparse" in line

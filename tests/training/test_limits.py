@@ -1,0 +1,45 @@
+"""The sentence that says what limits a run."""
+
+import pytest
+
+from dist_sae.training.limits import describe_limit
+
+BUSY = {"wait": 0.2, "forward": 5.0, "backward": 3.0, "optimiser": 1.0, "save": 0.0, "rest": 0.8}
+
+
+@pytest.mark.parametrize(
+    ("phases", "product", "stage", "said"),
+    [
+        ({}, None, None, "data: no producer has said anything yet"),
+        ({}, None, "forward", "data: producers' slowest stage: forward"),
+        (
+            BUSY | {"wait": 10.0},  # of 19.8 s
+            0.9,
+            "store",
+            "data: trainers wait 51% of the time; producers' slowest stage: store",
+        ),
+        (BUSY | {"wait": 10.0}, 0.9, None, "data: trainers wait 51% of the time"),
+        (BUSY | {"save": 2.5}, 0.6, "store", "saving: training stands still 20% of the time"),
+        (BUSY, 0.55, "store", "the encoder product: 55% of a step"),
+        (BUSY, 0.3, "store", "the forward pass: 50% of a step; the encoder product: 30%"),
+        (
+            BUSY | {"ranks": 6.0, "begin": 90.0},  # of 16 s since it began
+            0.3,
+            "store",
+            "waiting for other ranks: 38% of a step; the encoder product: 30%",
+        ),
+        ({"rest": 1.0}, None, None, "what is beside the passes: 100% of a step"),
+    ],
+)
+def test_the_limit_is_what_would_have_to_be_faster(
+    phases: dict[str, float], product: float | None, stage: str | None, said: str
+) -> None:
+    assert describe_limit(phases, product, stage) == said
+    assert len(said) <= 72  # beside "limit: ", on a terminal
+
+
+def test_producers_that_are_done_are_not_the_limit() -> None:
+    waiting = describe_limit(BUSY | {"wait": 10.0}, 0.9, "store", all_produced=True)
+    assert waiting == "the store: all units are there, and trainers wait 51% of the time"
+    assert len(waiting) <= 72
+    assert describe_limit({}, None, "store", all_produced=True).startswith("the trainers: ")

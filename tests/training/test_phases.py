@@ -1,0 +1,135 @@
+"""Where time goes, by the device's clock."""
+
+import time
+from typing import Any
+
+import pytest
+import torch
+
+from dist_sae.config.sae import RoutedConfig, TopKConfig
+from dist_sae.dictionaries import build_sae
+from dist_sae.distributed import axis
+from dist_sae.telemetry.exporter import Telemetry
+from dist_sae.training import phases
+from dist_sae.training.clock import Times
+from dist_sae.training.phases import Clock, Phases, ProductSamples
+
+CPU = torch.device("cpu")
+
+
+class Event:
+    """As torch.cuda's: happens when the device comes to it. The device's time is `now`."""
+
+    now = 0.0
+    waits = 0
+
+    def __init__(self, *, enable_timing: bool) -> None:
+        assert enable_timing
+        self.at: float | None = None
+
+    def record(self) -> None:
+        Event.now += 1.0
+        self.at = Event.now
+
+    def query(self) -> bool:
+        return True
+
+    def synchronize(self) -> None:
+        Event.waits += 1
+
+    def elapsed_time(self, end: "Event") -> float:
+        assert self.at is not None
+        assert end.at is not None
+        return 1e3 * (end.at - self.at)
+
+
+def test_phases_add_up_to_the_time_that_passed() -> None:
+    since = time.perf_counter()
+    watch = Phases(Clock(CPU))
+    for _ in range(3):
+        for phase in ("wait", "forward"):
+            sum(range(10_000))
+            watch.end(phase)
+    spent = watch.take()
+    assert spent.keys() == {"wait", "forward"}
+    assert min(spent.values()) > 0
+    assert sum(spent.values()) <= time.perf_counter() - since
+    assert watch.take() == {}
+
+
+def test_a_gpu_is_waited_for_only_when_its_times_are_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(Event, "waits", 0)
+    watch = Phases(Clock(torch.device("cuda")))
+    for _ in range(1000):
+        watch.end("forward")
+        watch.end("rest")
+    assert Event.waits == 0
+    assert len(watch._marks) <= phases._FOLD_FROM + 1  # those that are past are not kept
+    assert watch.take() == {"forward": 1000.0, "rest": 1000.0}
+    assert Event.waits == 1
+
+
+def test_a_phase_gives_up_what_other_phases_took_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each mark is a second after the one before; nothing gives up more than it has."""
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    watch = Phases(Clock(torch.device("cuda")))
+    watch.end("forward", {"wait": -1.0, "ranks": 0.25})
+    watch.end("ranks", {"wait": 0.75, "save": 3.0})
+    assert watch.take() == {"wait": 0.75, "ranks": 0.25, "forward": 0.75, "save": 0.25}
+
+
+def test_seconds_of_the_host_are_taken_from_no_phase_of_a_gpu(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """There a collective is only begun; the first one waits for NCCL to start."""
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    spent = {}
+    for device in ("cuda", "cpu"):
+        times = Times(Telemetry("world", "train", None), torch.device(device))
+        monkeypatch.setattr(axis, "seconds", axis.seconds + 1e9)
+        times.end("forward")
+        spent[device] = times.take()
+    assert spent["cuda"] == {"wait": 0.0, "forward": 1.0}
+    assert spent["cpu"]["ranks"] > 0
+
+
+def test_the_product_is_scaled_up_from_its_sample(monkeypatch: pytest.MonkeyPatch) -> None:
+    """128 rows x 1,024 latents of 65,536, or of the 2 experts of 16 that a row meets."""
+    seconds = iter([0.25, 0.5, 1.0])
+    monkeypatch.setattr(Clock, "seconds", lambda *_: next(seconds))
+    monkeypatch.setattr(phases, "_MOST_TIME", 1e9)
+    x = torch.randn(128, 4)
+    topk = ProductSamples(build_sae(TopKConfig(n_latents=32_768, k=4, auxk=4), 4), Clock(CPU))
+    topk.at_most(3.0)
+    assert topk.seconds is None
+    topk.sample(x)
+    assert topk.seconds == 0.25 * 32
+    topk.sample(x)  # the fastest sample counts
+    assert topk.seconds == 0.25 * 32
+    topk.at_most(0.25 * 40)
+    assert topk.seconds == 0.25 * 32
+    topk.at_most(3.0)  # what a forward pass takes, the product in it
+    assert topk.seconds == 3.0
+    config = RoutedConfig(n_latents=32_768, k=4, auxk=4, experts=16, experts_per_row=2)
+    routed = ProductSamples(build_sae(config, 4), Clock(CPU))
+    routed.sample(x)
+    assert routed.seconds == 1.0 * 32 / 8
+
+
+def test_samples_of_the_product_take_a_bounded_share_of_the_time(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    taken: list[Any] = []
+
+    def seconds(*marks: Any) -> float:
+        taken.append(marks)
+        return 0.05
+
+    monkeypatch.setattr(Clock, "seconds", seconds)
+    samples = ProductSamples(build_sae(TopKConfig(n_latents=64, k=4, auxk=4), 4), Clock(CPU))
+    for _ in range(5):  # the first one took .1 s, which is 2 per mille of 50 s
+        samples.sample(torch.randn(8, 4))
+    assert len(taken) == 1

@@ -1,0 +1,48 @@
+"""A dictionary that nobody could want is called one, once it can be known."""
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_sae.config import load_run
+from dist_sae.training.sane import doubt
+from tests.launch import write_run
+
+PENALISED: dict[str, Any] = {"kind": "jumprelu", "n_latents": 64}
+COUNTING: dict[str, Any] = {"kind": "topk", "n_latents": 64, "k": 3, "auxk": 16}
+
+
+@pytest.mark.parametrize(
+    ("sae", "l0", "dead", "expected"),
+    [
+        (
+            PENALISED,
+            9.0,
+            0.0,
+            "9 latents are active in a row of 16 numbers, .*; raise sae.sparsity",
+        ),
+        (COUNTING, 9.0, 0.0, "9 latents are active in a row of 16 numbers, .*; lower sae.k"),
+        (PENALISED, 0.25, 0.9, "0.25 latents are active in a row, .*; lower sae.sparsity"),
+        (PENALISED, 2.0, 0.83, "83% of the latents are dead .*; lower sae.sparsity, or .*"),
+        (COUNTING, 2.0, 0.31, "31% of the latents are dead .*; raise sae.k, or .*"),
+    ],
+)
+def test_what_is_out_of_range_is_said_with_what_helps(
+    tmp_path: Path, sae: dict[str, Any], l0: float, dead: float, expected: str
+) -> None:
+    run = load_run(write_run(tmp_path, sae=sae))
+    numbers = {"l0_latents": l0, "dead_share": dead}
+    late = -(-run.steps // 4)
+    found = doubt(run, 16, late, numbers)
+    assert found is not None
+    assert re.fullmatch(expected, found)
+    assert doubt(run, 16, late - 1, numbers) is None
+
+
+@pytest.mark.parametrize("sae", [PENALISED, COUNTING])
+def test_an_ordinary_dictionary_is_not_doubted(tmp_path: Path, sae: dict[str, Any]) -> None:
+    run = load_run(write_run(tmp_path, sae=sae))
+    assert doubt(run, 16, run.steps, {"l0_latents": 8.0, "dead_share": 0.3}) is None
+    assert doubt(run, 16, run.steps, {"l0_latents": 1.0}) is None  # who is dead is not known yet

@@ -1,0 +1,91 @@
+"""Settings that cannot act in the run at hand."""
+
+from pathlib import Path
+
+import pytest
+
+from dist_sae.config import load_run
+from dist_sae.data.plan import Plan
+from dist_sae.producing.planner import plan
+from dist_sae.training.void import void_settings
+from tests.conftest import synthetic_run
+
+SOUND = [
+    "sae.dead_after_rows=null",
+    "corpus.documents=800",  # 760 to train on, of 31 rows but for the first positions; 40 held out
+    "corpus.document_rows=32",
+    "activations.unit_rows=512",
+    "activations.window_units=2",
+    "train.rows=9600",  # 75 steps
+    "train.batch_rows=128",
+    "train.save_every_steps=20",
+]
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Plan]:
+    path = synthetic_run(tmp_path_factory.mktemp("void"))
+    return path, plan(load_run(path, SOUND))
+
+
+def test_a_sound_run_is_told_nothing(made: tuple[Path, Plan]) -> None:
+    path, plan_ = made
+    assert void_settings(load_run(path, SOUND), plan_) == []
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        (
+            ["sae.dead_after_rows=9600"],
+            "sae.dead_after_rows: 9,600 rows, and the run has 9,600: no latent can be dead, so "
+            "AuxK never acts, and the dead share stays unknown; leave it out, or lower it",
+        ),
+        (
+            ["sae.dead_after_rows=9600", "sae.auxk=0"],
+            "sae.dead_after_rows: 9,600 rows, and the run has 9,600: no latent can be dead, and",
+        ),
+        (["sae.auxk_coefficient=0"], "sae.auxk_coefficient: is 0, so sae.auxk (4) never acts"),
+        (["sae.k_start=8", "sae.k_anneal_share=0.01"], "sae.k_start: comes down to k within 0.01"),
+        (["train.warmup_steps=75"], "train.warmup_steps: 75, and the run has 75 steps"),
+        (["train.warmup_steps=61"], "train.warmup_steps: 61 of 75 steps reach into the last 0.2"),
+        (["train.save_every_steps=76"], "train.save_every_steps: 76, and the run has 75 steps"),
+        (
+            ["train.keep_best=4", "train.heldout_rows=100"],
+            "train.keep_best: 4 of 4 checkpoints: all are kept",
+        ),
+        (["train.keep_every_steps=30"], None),  # at step 60
+        (["train.keep_every_steps=7"], "train.keep_every_steps: 7: no save (each 20 steps) falls"),
+        (["train.log_every_steps=76"], "train.log_every_steps: 76, and the run has 75 steps"),
+        (["train.heldout_rows=2000"], "train.heldout_rows: 2,000, and about 1,240 are held out"),
+        (["train.normaliser_rows=1_000_000"], "train.normaliser_rows: 1,000,000, and there will"),
+        (["train.batch_rows=3200"], "train.batch_rows: 3,200 of the"),
+        (["train.max_passes=2"], "train.max_passes: 2, and one pass has about 23,560 rows"),
+        (["store.max_ahead_units=99"], "store.max_ahead_units: 99, and there will be"),
+        (
+            [
+                "sae={kind: relu, n_latents: 32}",
+                "train.parent.run=before",
+            ],
+            "sae.sparsity_warmup_share: 0.05: the penalty rises from 0 once more",
+        ),
+        (["sae.dead_after_rows=9600", "train.parent.run=before"], None),  # counts go on
+    ],
+)
+def test_what_cannot_act_is_said_in_one_line(
+    made: tuple[Path, Plan], settings: list[str], said: str | None
+) -> None:
+    path, plan_ = made
+    lines = void_settings(load_run(path, [*SOUND, *settings]), plan_)
+    about = [line for line in lines if said is None or line.startswith(said.partition(":")[0])]
+    assert len(about) == (said is not None), lines
+    assert said is None or about[0].startswith(said)
+
+
+def test_few_held_out_documents_are_remarked(
+    made: tuple[Path, Plan], caplog: pytest.LogCaptureFixture, tmp_path: Path
+) -> None:
+    """By the plan itself; and by trainers and the report, which ask the same."""
+    path = synthetic_run(tmp_path)
+    plan(load_run(path, [*SOUND, "activations.heldout_share=0.004"]))
+    assert "activations.heldout_share: 3 documents (about 93 rows) are held out" in caplog.text

@@ -1,0 +1,66 @@
+"""What is said of a run that waits for data, and of whose time."""
+
+import json
+import shutil
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.forks import Program
+from tests.launch import start
+from tests.training.trained import history, run_file
+
+
+def await_wait(rank: Program, *, step: int) -> float:
+    """For how many seconds a rank says that it has waited, at `step` or later."""
+    for line in rank.stdout:
+        record = json.loads(line)
+        if record["done"] >= step and record.get("waiting_seconds"):
+            return float(record["waiting_seconds"])
+    raise AssertionError("it did not wait")
+
+
+def test_while_one_rank_waits_for_its_data_all_ranks_wait_for_data(
+    tmp_path: Path, activations: str
+) -> None:
+    """Unit 0 is missing at first, then one of the second rank's, which holds up the first.
+
+    The number of steps, which they say as well, is the plan's.
+    """
+    units = Path(shutil.copytree(activations, tmp_path / "activations")) / "units"
+    hidden = {unit: (units / f"{unit:08d}.json") for unit in (0, 15)}
+    for unit, manifest in hidden.items():
+        manifest.rename(tmp_path / str(unit))
+    path = run_file(tmp_path, str(tmp_path / "activations"), train={"rows": "all", "max_passes": 1})
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    first, second = (
+        start(
+            "train",
+            str(path),
+            "--set",
+            "processes.trainers=2",
+            env={"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
+            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
+        )
+        for rank in (0, 1)
+    )
+    begun = await_wait(first, step=0)
+    (tmp_path / "0").rename(hidden[0])
+    later = await_wait(second, step=1)
+    (tmp_path / "15").rename(hidden[15])
+    said = [process.communicate(timeout=120) for process in (first, second)]
+    assert [process.returncode for process in (first, second)] == [0, 0], said
+    assert "are producers running?" not in said[0][1] + said[1][1]
+    records = history(tmp_path)
+    assert records[0]["phases"]["wait"] >= begun
+    assert records[0]["phases"]["begin"] > 0
+    held_up = max(records[1:], key=lambda record: float(record["phases"]["wait"]))
+    # of both, in the mean: were the first one's time its own, the two would be about equal
+    assert held_up["phases"]["wait"] > max(0.9 * later, 2 * held_up["phases"]["ranks"])
+    for record in (records[0], held_up):  # the pace of the steps, not of the stall
+        stood = sum(record["phases"][phase] for phase in ("wait", "begin", "save"))
+        rate = record["rows_per_second"] * record["seconds"] / (record["seconds"] - stood)
+        assert record["worked_rows_per_second"] == pytest.approx(rate)
