@@ -130,10 +130,10 @@ def _measure(runs: ObjectStore, run: Run, trained: Trained, units: Units) -> dic
         x = acts * scale
         fit = fit.add(x, sae.infer(x), mean)
     components = min(max(1, round(fit.l0)), len(mean))
-    made, history = produced(units.store, plan), read_history(runs, run.name)
+    made = produced(units.store, plan)
     result = {
-        **subject(own, plan, made, trained.step, history),
-        "training_seconds": training_seconds(history, trained.step),
+        **subject(own, plan, made, trained.checkpoint),
+        "training_seconds": training_seconds(read_history(runs, run.name), trained.step),
         "rows": fit.rows,
         "fvu": fit.fvu,
         "l0": fit.l0,

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+from dist_sae.checkpoint.layout import Checkpoint
 from dist_sae.config import Run
 from dist_sae.data.plan import Plan
 from dist_sae.data.shard import existing_units, read_manifest
@@ -56,8 +57,7 @@ def subject(
     run: Run,
     plan: Plan,
     made: Mapping[str, Any],
-    step: int | None,
-    history: Iterable[Mapping[str, Any]] = (),
+    checkpoint: Checkpoint | None,
 ) -> dict[str, Any]:
     """The run, its data and how far it has come, as JSON has it.
 
@@ -65,8 +65,8 @@ def subject(
         run: As it was trained.
         plan: Of its activation set.
         made: See `produced`.
-        step: Steps done, if there is a checkpoint.
-        history: The run's, which knows how many rows were read again because streams had ended.
+        checkpoint: It tells how far the run has come, and how many rows were read again because
+            streams had ended; older ones do not.
     """
     train = run.train
     facts: dict[str, Any] = {
@@ -84,11 +84,10 @@ def subject(
         "plan": plan.hash,
         **{name: made[name] for name in _OF_DATA},
     }
-    if step is not None:
-        trained = step * train.batch_rows
-        known = [r["repeated_rows"] for r in history if r["step"] <= step and "repeated_rows" in r]
-        facts |= {"step": step, "trained_rows": trained}
-        facts |= {"repeated_rows": sum(known)} if known else {}  # older histories do not say
+    if checkpoint is not None:
+        trained = checkpoint.step * train.batch_rows
+        facts |= {"step": checkpoint.step, "trained_rows": trained}
+        facts["repeated_rows"] = checkpoint.scalars.get("repeated_rows")
         if made["train_rows"]:
             facts["passes"] = trained / made["train_rows"]
     return {name: value for name, value in facts.items() if value is not None}

@@ -77,8 +77,8 @@ def report(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
     if trained is not None:
         trained.check_plan(plan.hash)
     run = plan.resolve(run)  # not before: a run keeps the numbers that it began with
-    own, trained_step = (trained.run, trained.step) if trained else (run, None)
-    facts = subject(own, plan, made, trained_step, history)
+    own = trained.run if trained else run
+    facts = subject(own, plan, made, trained.checkpoint if trained else None)
     units = Units(activations, plan, run.site, _no_waiting())
     latents, latent_rows, no_latents = _latents(run, units, trained)
     page = Page(

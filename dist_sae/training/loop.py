@@ -54,7 +54,7 @@ def train(
     times = Times(telemetry, mesh.device)
     job = begin(run, mesh, stopping, telemetry, times)
     run, normaliser, state = job.run, job.normaliser, job.state
-    step, places = job.step, job.places
+    step, places, repeated_rows = job.step, job.places, 0
     sae, engine, dead, average = state.sae, job.engine, state.dead, state.average
     logger.info("%s at step %d of %d", "resuming" if step else "starting", step, run.steps)
     report = _reporter(run, mesh, telemetry, times, job)
@@ -65,7 +65,12 @@ def train(
         check_replicated(mesh, [sae.get_parameter(name) for name in sae.shared])
         fvu = heldout.fvu(state)
         report.heldout(step, fvu)
-        saver.save(step, places, heldout_fvu=fvu)
+        saver.save(
+            step,
+            places,
+            heldout_fvu=fvu,
+            repeated_rows=job.repeated_rows + sum(mesh.everyones(repeated_rows)),
+        )
         report.end("save")
 
     def durable(saved: Saved) -> None:
@@ -117,7 +122,7 @@ def train(
             if average is not None:
                 average.update(x, step / run.steps)
             step += 1
-            places = batch.places
+            places, repeated_rows = batch.places, repeated_rows + batch.repeated_rows
             job.registration.at(places)
             report.step(
                 step,

@@ -169,8 +169,7 @@ class TrainingReporter:
         else:  # nobody can know yet
             numbers.pop("expert_dead_share", None)
         self.end("rest")
-        repeated = self._counts["dist_sae_train_repeated_rows_total"]
-        phases, repeated_rows = self._of_all_ranks(self._times.take(), repeated)
+        phases = self._of_all_ranks(self._times.take())
         seconds, steps = sum(phases.values()), step - self._reported
         self._reported = step
         rows = steps * run.train.batch_rows
@@ -189,7 +188,6 @@ class TrainingReporter:
                 "rows": step * run.train.batch_rows,
                 "seconds": seconds,
                 "wait_seconds": phases["wait"],
-                "repeated_rows": repeated_rows,
                 **numbers,
                 "phases": phases,
                 "explained_variance": quantiles,
@@ -230,19 +228,11 @@ class TrainingReporter:
             telemetry.set("dist_sae_train_reached_units", self._reached_units)
             self._show_backlog()
 
-    def _of_all_ranks(
-        self, phases: Mapping[str, float], repeated: float
-    ) -> tuple[dict[str, float], int]:
-        """Phases, as a mean: what is `forward` to one may be `ranks` to another. Rows, as a sum.
-
-        Collective.
-        """
-        own = [*(phases.get(phase, 0.0) for phase in PHASES), repeated]
-        total = self._mesh.axis.total(
-            torch.tensor(own, dtype=torch.float64, device=self._mesh.device)
-        ).tolist()
-        mean = [seconds / self._mesh.world for seconds in total[:-1]]
-        return dict(zip(PHASES, mean, strict=True)), round(total[-1])
+    def _of_all_ranks(self, phases: Mapping[str, float]) -> dict[str, float]:
+        """The mean over ranks: what is `forward` to one may be `ranks` to another. Collective."""
+        own = torch.tensor([phases.get(phase, 0.0) for phase in PHASES], dtype=torch.float64)
+        mean = self._mesh.axis.total(own.to(self._mesh.device)) / self._mesh.world
+        return dict(zip(PHASES, mean.tolist(), strict=True))
 
     def _show(self, step: int, numbers: Mapping[str, float], phases: Mapping[str, float]) -> None:
         names = ("fvu", "l0_latents", "dead_share", "worked_rows_per_second", "product_share")

@@ -56,6 +56,8 @@ class Job(NamedTuple):
     lineage: Lineage
     step: int
     places: Mapping[int, Place]
+    repeated_rows: int
+    """Rows that were read again before, because streams had ended."""
 
 
 def begin(
@@ -106,12 +108,13 @@ def begin(
     dead = DeadLatents(len(sae.W_enc), run.dead_after_rows, mesh.axis, mesh.device)
     average = WeightAverage(sae, run.train.ema_decay) if run.train.ema_decay else None
     state = TrainingState(sae, engine, dead, average)
-    step, places = 0, start.places
+    step, places, repeated_rows = 0, start.places, 0
     if start.parent and start.lineage.updates:
         state.read(start.parent)()
     if start.found:
         checkpoint = _restore(state, start.found, checkpoints, mesh, telemetry)
         step, places = checkpoint.step, places_of(checkpoint)
+        repeated_rows = checkpoint.scalars.get("repeated_rows", 0)
         durable_at = time.time() - checkpoints.age_seconds(step)
         telemetry.set("dist_sae_checkpoint_step", step)
         telemetry.set("dist_sae_checkpoint_timestamp_seconds", durable_at)
@@ -128,6 +131,7 @@ def begin(
         start.lineage,
         step,
         places,
+        repeated_rows,
     )
 
 
