@@ -26,7 +26,7 @@ def initialise_tied(
 
     b_dec is the geometric median of the rows; W_enc = c W_dec with the c of least squared error.
     (Gao et al. 2024, app. A.1, match the lengths of rows and reconstructions, which overshoots by
-    1 / cos(x, x_hat): measured in DESIGN.md.)
+    1 / cos(x, x_hat): measured in docs/design.md.)
 
     Args:
         sae: Is filled in.
@@ -53,7 +53,7 @@ def initialise_from_data(
     encoder is tied, with one length for all. A part of each direction stays random: rows with one
     very large coordinate, as language models have them, all point the same way, and latents that
     are copies of one another die together. (Anthropic, Circuits Updates, October 2025; figures in
-    DESIGN.md.)
+    docs/design.md.)
 
     Known latents are left as they are, and reconstruct the rows first. The others then get the mean
     of what the known have, but for their directions, and half of the encoder's length: they take
