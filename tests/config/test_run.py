@@ -154,12 +154,12 @@ def test_load_run_refuses_urls_that_lead_nowhere(
         (["train.rows=255"], "train.rows: 255 is less than one batch (256 rows)"),
         (
             ["store.retention=delete_consumed", "train.max_passes=2"],
-            "store.retention: delete_consumed leaves nothing for train.max_passes above 1",
+            "store.retention: delete_consumed leaves no data for a second pass (train.max_passes)",
         ),
         (  # 2 windows of 4 units in 4 streams, and 2,048 + 4 * 256 rows in units of 2,048
             ["store.max_ahead_units=33"],
-            "store.max_ahead_units: 33 would stop the run: its streams' windows and the 3072 rows "
-            "that it begins with hold 34 units at once; use 34 or more",
+            "store.max_ahead_units: 33 would stop the run: its streams' windows and its first "
+            "3072 rows hold 34 units at once; use 34 or more",
         ),
         (["processes.trainers=3"], "processes.trainers: 3 does not divide activations.streams (4)"),
         (
@@ -180,11 +180,11 @@ def test_load_run_refuses_urls_that_lead_nowhere(
         ),
         (
             ["sae.n_latents=5000", "sae.init=data"],
-            "sae.init: data wants 5000 rows, of train.rows; or: random",
+            "sae.init: data needs 5000 rows, more than train.rows; or set random",
         ),
         (
             ["train.keep_best=1"],
-            "train.keep_best: needs train.heldout_rows, to know which are the best",
+            "train.keep_best: needs train.heldout_rows to tell which checkpoint is best",
         ),
         (
             ["train.heldout_rows=100", "activations.heldout_share=0"],
@@ -197,7 +197,7 @@ def test_load_run_refuses_urls_that_lead_nowhere(
         ),
         (
             ["corpus={kind: dataset, name: x}"],
-            "corpus.kind: a synthetic model goes with a synthetic corpus, and only with one",
+            "corpus.kind: model.kind and corpus.kind must both be synthetic, or neither",
         ),
         (
             ["activations.sites=[mlp_in.0]"],

@@ -1,0 +1,151 @@
+"""Reading run files: YAML, overrides, messages; and writing the resolved run."""
+
+import re
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ValidationError
+
+from dist_sae.config.base import folder_of
+from dist_sae.config.messages import explain
+from dist_sae.config.run import Run
+from dist_sae.errors import ConfigError
+
+
+def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
+    """Read and validate a run file.
+
+    Args:
+        path: The YAML file.
+        overrides: `section.key=value` strings; the value is YAML.
+
+    Raises:
+        ConfigError: One line for every problem, each with the path as the user gave it.
+    """
+    return resolve_run(_read_yaml(Path(path)), overrides, str(path))
+
+
+def resolve_run(data: dict[str, Any], overrides: Sequence[str], origin: str) -> Run:
+    """Validate a run given as sections and overrides; raises like `load_run`."""
+    for override in overrides:
+        _apply_override(data, override)
+    return _with_absolute_stores(validate_run(data, origin))
+
+
+def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
+    """Turn `section.key=value` strings into sections."""
+    data: dict[str, Any] = {}
+    for override in overrides:
+        _apply_override(data, override)
+    return data
+
+
+def validate_run(data: Mapping[str, Any], origin: str) -> Run:
+    """Validate and resolve a run given as sections.
+
+    Args:
+        data: The sections.
+        origin: Where they come from, for messages.
+
+    Raises:
+        ConfigError: One line for every problem.
+    """
+    try:
+        return Run.model_validate(data).resolved()
+    except ValidationError as exc:
+        lines = explain(exc.errors(), Run)
+        raise ConfigError("\n".join(f"{origin}: {line}" for line in lines)) from exc
+
+
+def dump_run(run: Run) -> str:
+    """Write the resolved run as YAML; `load_run` reads it back to an equal run."""
+    return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)
+
+
+def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
+    """List where two nested mappings differ: `["train.lr: 0.001 -> 0.002"]`."""
+    lines: list[str] = []
+    for key in dict.fromkeys([*old, *new]):
+        before, after = old.get(key), new.get(key)
+        if isinstance(before, Mapping) and isinstance(after, Mapping):
+            lines += differences(before, after, f"{prefix}{key}.")
+        elif before != after:
+            lines.append(f"{prefix}{key}: {before} -> {after}")
+    return lines
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML loader that refuses a repeated key and reads 1e6 as a number."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
+        keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
+        for key, count in Counter(key.value for key in keys).items():
+            if count > 1:
+                again = [node.start_mark for node in keys if node.value == key][1]
+                raise yaml.MarkedYAMLError(problem=f"key {key!r} appears twice", problem_mark=again)
+        return super().construct_mapping(node, deep)
+
+
+# PyYAML follows YAML 1.1, where 1e6 and 1e-3 are strings; a float is 1.0e+6
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
+)
+
+
+def _read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        return parse_run(path.read_text(encoding="utf-8"), str(path))
+    except FileNotFoundError as exc:
+        raise ConfigError(f"{path}: no such file; give the path of a run file (YAML)") from exc
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ConfigError(f"{path}: cannot be read: {exc}") from exc
+
+
+def parse_run(text: str, origin: str) -> dict[str, Any]:
+    """Parse a run file into sections, without validating them.
+
+    Raises:
+        ConfigError: The text is not YAML, or not a mapping.
+    """
+    try:
+        data = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as exc:
+        mark = getattr(exc, "problem_mark", None)
+        place = f":{mark.line + 1}:{mark.column + 1}" if mark else ""
+        problem = getattr(exc, "problem", None) or str(exc).splitlines()[0]
+        raise ConfigError(f"{origin}{place}: not valid YAML: {problem}") from exc
+    if not isinstance(data, dict):
+        raise ConfigError(f"{origin}: must hold a mapping with keys {', '.join(Run.model_fields)}")
+    return data
+
+
+def _apply_override(data: dict[str, Any], override: str) -> None:
+    dotted, equals, text = override.partition("=")
+    keys = dotted.split(".")
+    if not equals or not all(keys):
+        raise ConfigError(f"--set {override}: write it as section.key=value")
+    try:
+        value = yaml.load(text, Loader=_Loader)
+    except yaml.YAMLError as exc:
+        raise ConfigError(f"--set {override}: the value is not valid YAML") from exc
+    section = data
+    for key in keys[:-1]:
+        if section.get(key) is None:  # absent, or there without a value
+            section[key] = {}
+        section = section[key]
+        if not isinstance(section, dict):
+            raise ConfigError(f"--set {override}: {key} is a value, not a section")
+    section[keys[-1]] = value
+
+
+def _with_absolute_stores(run: Run) -> Run:
+    """Make stores that are folders absolute: the resolved run must mean the same anywhere."""
+    store = run.store
+    resolved = {
+        name: folder_of(url) or url
+        for name, url in (("activations", store.activations), ("runs", store.runs))
+    }
+    return run.model_copy(update={"store": store.model_copy(update=resolved)})

@@ -1,0 +1,270 @@
+"""The root of a run file, and what its sections must agree on."""
+
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import accumulate, repeat, takewhile
+from typing import Annotated, Any, Self
+
+from pydantic import model_validator
+
+from dist_sae.config.base import Section, Shape
+from dist_sae.config.cluster import ClusterConfig
+from dist_sae.config.data import (
+    SYNTHETIC_SITE,
+    ActivationsConfig,
+    CorpusConfig,
+    ModelConfig,
+    StoreConfig,
+)
+from dist_sae.config.sae import SaeConfig
+from dist_sae.config.train import (
+    LAST_PORT,
+    EvaluateConfig,
+    ExportConfig,
+    ProcessesConfig,
+    TelemetryConfig,
+    TrainConfig,
+)
+from dist_sae.errors import ConfigError
+
+_LEFT_TO_THE_PLAN = {
+    "activations": ("streams", "unit_rows"),
+    "train": ("rows", "normaliser_rows"),
+}
+RunName = Annotated[
+    str,
+    Shape(
+        r"^[a-z0-9]([a-z0-9.-]{0,50}[a-z0-9])?$",
+        "use lower-case letters, digits, '-' and '.', at most 52 of them, with a letter or a digit "
+        "first and last",
+    ),
+]
+
+
+class Run(Section):
+    """The root of a run file."""
+
+    name: RunName
+    """Names the run's folder and its Kubernetes objects: lower-case letters, digits, '-', '.'."""
+    store: StoreConfig
+    model: ModelConfig
+    corpus: CorpusConfig
+    activations: ActivationsConfig
+    sae: SaeConfig
+    train: TrainConfig
+    evaluate: EvaluateConfig = EvaluateConfig()
+    export: ExportConfig = ExportConfig()
+    processes: ProcessesConfig = ProcessesConfig()
+    telemetry: TelemetryConfig = TelemetryConfig()
+    cluster: ClusterConfig = ClusterConfig()
+
+    @property
+    def model_shards(self) -> int:
+        """Ranks that share one copy of the language model: the ranks of one producer."""
+        return self.model.shards if self.model.kind == "huggingface" else 1
+
+    @property
+    def site(self) -> str:
+        """The site that the dictionary is fitted to."""
+        return self.train.site or self.activations.sites[0]
+
+    @property
+    def left_open(self) -> list[tuple[str, str]]:
+        """Section and key of the settings that the file leaves to the plan."""
+        return [
+            (section, key)
+            for section, keys in _LEFT_TO_THE_PLAN.items()
+            for key in keys
+            if getattr(getattr(self, section), key) in (None, "all")
+        ]
+
+    def filled(self, values: Mapping[str, Mapping[str, Any]]) -> Self:
+        """The run with these values (by section and key) where the file leaves one to the plan."""
+        sections: dict[str, dict[str, Any]] = {}
+        for section, key in self.left_open:
+            if key in values.get(section, {}):
+                sections.setdefault(section, {})[key] = values[section][key]
+        return self.model_copy(
+            update={
+                name: getattr(self, name).model_copy(update=update)
+                for name, update in sections.items()
+            }
+        ).resolved()
+
+    @property
+    def rows(self) -> int:
+        """`train.rows` as a number.
+
+        Raises:
+            ConfigError: It is `all`, and only a plan knows how many those are: `Plan.resolve`.
+        """
+        if self.train.rows == "all":
+            raise ConfigError("train.rows: all is not known before there is a plan; run plan first")
+        return self.train.rows
+
+    @property
+    def steps(self) -> int:
+        """Training steps: full batches within `train.rows`."""
+        return self.rows // self.train.batch_rows
+
+    @property
+    def replicas(self) -> int:
+        """Copies of the dictionary that the trainer ranks hold."""
+        return self.processes.trainers // self.processes.shards
+
+    @property
+    def lr(self) -> float:
+        """Peak learning rate: `train.lr`, or the fit of Gao et al. scaled as 1/sqrt(n_latents)."""
+        return self.train.lr or float(2e-4 * (2**14 / self.sae.n_latents) ** 0.5)
+
+    @property
+    def dead_after_rows(self) -> int:
+        """`sae.dead_after_rows`, or ten windows in a run, of at most the 10 M rows of Gao et al."""
+        return self.sae.dead_after_rows or max(1, min(10_000_000, self.rows // 10))
+
+    def resolved(self) -> Self:
+        """The run with numbers for settings that follow from others (null in the file).
+
+        Settings that the plan decides stay open, with all that follows from them: `Plan.resolve`.
+        """
+        follows = None if self.train.rows == "all" else self.dead_after_rows
+        dead_after_rows = self.sae.dead_after_rows or follows
+        sae = self.sae.model_copy(update={"dead_after_rows": dead_after_rows})
+        train = self.train.model_copy(update={"lr": self.lr})
+        return self.model_copy(update={"sae": sae, "train": train})
+
+    @model_validator(mode="after")
+    def _sections_agree(self) -> Self:
+        """Check settings across sections; reports all problems at once."""
+        problems = [f"{path}: {problem}" for path, problem in self._disagreements()]
+        if problems:
+            raise ValueError("\n".join(problems))
+        return self
+
+    def _shard_problems(self) -> Iterator[tuple[str, str]]:
+        n_latents, shards = self.sae.n_latents, self.processes.shards
+        if self.processes.trainers % shards:
+            yield (
+                "processes.shards",
+                f"{shards} does not divide processes.trainers ({self.processes.trainers})",
+            )
+        if n_latents % shards:
+            below = n_latents // shards * shards
+            nearest = " or ".join(str(n) for n in (below, below + shards) if n)
+            yield (
+                "sae.n_latents",
+                f"{n_latents} is not a multiple of processes.shards ({shards}); use {nearest}",
+            )
+        if self.sae.kind == "routed" and self.sae.experts % shards:
+            yield (
+                "sae.experts",
+                f"{self.sae.experts} is not a multiple of processes.shards ({shards}): "
+                f"a shard holds whole experts",
+            )
+        if self.train.rows != "all" and self.sae.init_rows > self.train.rows:
+            wanted = self.sae.init_rows
+            yield "sae.init", f"data needs {wanted} rows, more than train.rows; or set random"
+
+    def ahead_problem(
+        self, rows: int, first_windows: int, unit_rows: Iterable[int], most: int | None = None
+    ) -> str | None:
+        """Why `store.max_ahead_units` would stop the run before its first step; None if not.
+
+        Args:
+            rows: Rows that the run reads before it reports any progress.
+            first_windows: Units in the first windows of its streams.
+            unit_rows: Rows of each unit, in order, from where it begins to read.
+            most: Number of units in the set.
+        """
+        ahead = self.store.max_ahead_units
+        if ahead is None:
+            return None
+        rows += 4 * self.train.batch_rows  # batches are assembled ahead
+        # units differ in length, so streams may be a window apart
+        least = 2 * first_windows + 1
+        least += sum(1 for _ in takewhile(rows.__gt__, accumulate(unit_rows)))
+        least = least if most is None else min(least, most)
+        if ahead >= least:
+            return None
+        return (
+            f"{ahead} would stop the run: its streams' windows and its first {rows} rows hold "
+            f"{least} units at once; use {least} or more"
+        )
+
+    def _retention_problems(self) -> Iterator[tuple[str, str]]:
+        store = self.store
+        if store.retention == "delete_consumed" and self.train.max_passes > 1:
+            yield (
+                "store.retention",
+                "delete_consumed leaves no data for a second pass (train.max_passes)",
+            )
+        activations = self.activations
+        if activations.streams is None or activations.unit_rows is None:
+            return  # sizes that only the plan knows
+        problem = self.ahead_problem(
+            max(self.train.normaliser_rows or 0, self.sae.init_rows),
+            activations.streams * activations.window_units,
+            repeat(activations.unit_rows),
+        )
+        if problem:
+            yield "store.max_ahead_units", problem
+
+    def _pod_problems(self) -> Iterator[tuple[str, str]]:
+        trainer, producer = self.cluster.trainer, self.cluster.producer
+        if self.processes.trainers % trainer.ranks:
+            yield (
+                "cluster.trainer.ranks",
+                f"{trainer.ranks} does not divide processes.trainers ({self.processes.trainers})",
+            )
+        for name, ranks, gpus in (
+            ("trainer", trainer.ranks, trainer.gpus),
+            ("producer", self.model_shards, producer.gpus),
+        ):
+            if gpus not in (0, ranks):
+                yield (
+                    f"cluster.{name}.gpus",
+                    f"{gpus} for {ranks} ranks in a pod: each rank needs one; use {ranks} or 0",
+                )
+
+    def _disagreements(self) -> Iterator[tuple[str, str]]:
+        train, activations, processes = self.train, self.activations, self.processes
+        sites = ", ".join(activations.sites)
+        if train.parent and train.parent.run == self.name:
+            yield "train.parent.run", f"{self.name} is this run; give it a name of its own"
+        if train.keep_best and not train.heldout_rows:
+            yield "train.keep_best", "needs train.heldout_rows to tell which checkpoint is best"
+        if train.heldout_rows and not activations.heldout_share:
+            yield "train.heldout_rows", "nothing is held out; set activations.heldout_share"
+        if train.site is None and len(activations.sites) > 1:
+            yield "train.site", f"missing; activations.sites has several: {sites}"
+        if train.site is not None and train.site not in activations.sites:
+            yield "train.site", f"{train.site} is not among activations.sites ({sites})"
+        streams = activations.streams or processes.trainers
+        if train.batch_rows % streams:
+            yield (
+                "train.batch_rows",
+                f"{train.batch_rows} is not a multiple of activations.streams ({streams})",
+            )
+        if train.rows != "all" and train.rows < train.batch_rows:
+            yield "train.rows", f"{train.rows} is less than one batch ({train.batch_rows} rows)"
+        if streams % processes.trainers:
+            yield (
+                "processes.trainers",
+                f"{processes.trainers} does not divide activations.streams ({streams})",
+            )
+        yield from self._shard_problems()
+        yield from self._pod_problems()
+        yield from self._retention_problems()
+        last_port = (self.telemetry.port or 0) + processes.producers + processes.trainers - 1
+        if self.telemetry.port and last_port > LAST_PORT:
+            yield (
+                "telemetry.port",
+                f"{self.telemetry.port} leaves no ports for {processes.producers} producers and "
+                f"{processes.trainers} trainers: the last one would be {last_port}",
+            )
+        synthetic = self.model.kind == "synthetic"
+        if synthetic != (self.corpus.kind == "synthetic"):
+            yield "corpus.kind", "model.kind and corpus.kind must both be synthetic, or neither"
+        if synthetic and activations.sites != (SYNTHETIC_SITE,):
+            yield "activations.sites", f"a synthetic model has one site: [{SYNTHETIC_SITE}]"
+        if not synthetic and SYNTHETIC_SITE in activations.sites:
+            yield "activations.sites", f"{SYNTHETIC_SITE} is a site of the synthetic model only"
