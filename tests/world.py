@@ -16,8 +16,10 @@ import dist_sae.producing.loop
 from dist_sae.checkpoint.layout import Checkpoints, Piece
 from dist_sae.config import Run
 from dist_sae.config.data import SYNTHETIC_SITE
-from dist_sae.data.loader import Loader, Place, Stream, Units
+from dist_sae.data.activation_set import ActivationSet
+from dist_sae.data.loader import Loader
 from dist_sae.data.plan import Plan, load_plan
+from dist_sae.data.streams import Stream, StreamCursor
 from dist_sae.data.work_queue import Worker
 from dist_sae.models import ActivationSource
 from dist_sae.producing.planner import plan
@@ -81,20 +83,20 @@ def fill(
 
 def open_units(
     run: Run, stopping: threading.Event | None = None, store: ObjectStore | None = None
-) -> Units:
+) -> ActivationSet:
     store = store or open_store(run.store.activations)
-    return Units(store, load_plan(store, run), run.site, stopping or threading.Event())
+    return ActivationSet(store, load_plan(store, run), run.site, stopping or threading.Event())
 
 
 def open_loader(
-    units: Units,
+    units: ActivationSet,
     steps: range,
     *,
     world: int = 1,
     rank: int = 0,
     rows: int = 64,
     passes: int = 1,
-    places: Mapping[int, Place] | None = None,
+    cursors: Mapping[int, StreamCursor] | None = None,
 ) -> Loader:
     return Loader(
         units,
@@ -103,11 +105,11 @@ def open_loader(
         batch_rows=rows,
         steps=steps,
         max_passes=passes,
-        places=places,
+        cursors=cursors,
     )
 
 
-def open_stream(units: Units, number: int, pool: Executor, passes: int = 1) -> Stream:
+def open_stream(units: ActivationSet, number: int, pool: Executor, passes: int = 1) -> Stream:
     return Stream(units, number, 0, passes, pool, pool)
 
 
@@ -118,7 +120,7 @@ def take(stream: Stream, n: int) -> Tensor:
     return acts
 
 
-def batches(units: Units, steps: range, **options: Any) -> list[Tensor]:
+def batches(units: ActivationSet, steps: range, **options: Any) -> list[Tensor]:
     """The activations of the batches `steps`."""
     with open_loader(units, steps, **options) as loader:
         return [batch.acts for batch in loader]

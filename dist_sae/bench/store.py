@@ -23,8 +23,9 @@ import torch
 from dist_sae.bench.scratch import scratch
 from dist_sae.config import Run, validate_run
 from dist_sae.config.data import SYNTHETIC_SITE
+from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.corpus import Corpus
-from dist_sae.data.loader import Loader, Units
+from dist_sae.data.loader import Loader
 from dist_sae.data.plan import PLAN_KEY, Plan, make_plan, publish_plan
 from dist_sae.data.shard import (
     DTYPES,
@@ -308,7 +309,7 @@ def _time_reading(
 
 def _read(store: ObjectStore, plan: Plan, shape: StoreShape) -> None:
     """Every batch, for a trainer that takes no time."""
-    units = Units(store, plan, _SITE, threading.Event())
+    units = ActivationSet(store, plan, _SITE, threading.Event())
     steps = range(shape.units * shape.unit_rows // shape.batch)
     with Loader(
         units, rank=0, world=1, batch_rows=shape.batch, steps=steps, max_passes=1

@@ -20,7 +20,7 @@ class Saved(NamedTuple):
     """A checkpoint that is durable."""
 
     step: int
-    places: Mapping[int, Any]
+    cursors: Mapping[int, Any]
     """Of all streams."""
     bytes: int
     seconds: float
@@ -87,12 +87,12 @@ class Saver:
                 raise
             logger.error("the last save failed as well: %s", exc)
 
-    def save(self, step: int, places: Mapping[int, Any], **scalars: Any) -> None:
+    def save(self, step: int, cursors: Mapping[int, Any], **scalars: Any) -> None:
         """Begin to save; collective. Returns as soon as the copy is made, if beside.
 
         Args:
             step: Steps done.
-            places: Where this rank's streams are.
+            cursors: Where this rank's streams are.
             scalars: Of this moment, the same on all ranks.
 
         Raises:
@@ -106,7 +106,7 @@ class Saver:
         since = time.monotonic()
         scalars |= self._state.scalars()
         if not self._beside:
-            self._store(step, self._state.pieces(), places, scalars, since)
+            self._store(step, self._state.pieces(), cursors, scalars, since)
             return
         copies = [
             piece._replace(rows=piece.rows.to("cpu", copy=True)) for piece in self._state.pieces()
@@ -114,7 +114,7 @@ class Saver:
 
         def store() -> None:
             try:
-                self._store(step, _consumed(copies), places, scalars, since)
+                self._store(step, _consumed(copies), cursors, scalars, since)
             except BaseException as exc:  # the training's thread raises it
                 self._error = exc
 
@@ -145,12 +145,12 @@ class Saver:
         self,
         step: int,
         pieces: Iterable[Piece],
-        places: Mapping[int, Any],
+        cursors: Mapping[int, Any],
         scalars: Mapping[str, Any],
         since: float,
     ) -> None:
         """This rank's part, then the manifest of all ranks' parts."""
-        everyones = self._together(lambda: (self._checkpoints.write(step, pieces), places))
+        everyones = self._together(lambda: (self._checkpoints.write(step, pieces), cursors))
         everywhere = {v: place for _, own in everyones for v, place in own.items()}
 
         def commit() -> int:

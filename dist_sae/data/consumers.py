@@ -15,9 +15,9 @@ from contextlib import suppress
 from typing import Literal
 
 from dist_sae.config import Run
-from dist_sae.data.loader import Place
 from dist_sae.data.plan import Plan
 from dist_sae.data.shard import read_manifest
+from dist_sae.data.streams import StreamCursor
 from dist_sae.errors import ConfigError, DataExhaustedError, ObjectNotFoundError
 from dist_sae.storage import Entry, ObjectStore
 from dist_sae.storage.own import OwnKeys, name_foreign
@@ -62,7 +62,7 @@ def kept_units(store: ObjectStore, plan: Plan) -> range:
     return plan.train_units[retired_below(store) :]
 
 
-def lowest_unit(plan: Plan, places: Mapping[int, Place], *, keeps: bool) -> int:
+def lowest_unit(plan: Plan, cursors: Mapping[int, StreamCursor], *, keeps: bool) -> int:
     """The first unit, in the order of the plan, of all windows that are being read.
 
     A run of one pass that has ended reads its last windows again; with more (`keeps`) every unit
@@ -71,7 +71,7 @@ def lowest_unit(plan: Plan, places: Mapping[int, Place], *, keeps: bool) -> int:
     return min(
         (
             plan.n_train_units if place.data_pass and keeps else stream + plan.streams * place.first
-            for stream, place in places.items()
+            for stream, place in cursors.items()
         ),
         default=0,
     )
@@ -222,29 +222,29 @@ class Registration:
         """The unit that reading has come to; those before it, in the plan's order, are read."""
         return self._reached
 
-    def begin(self, places: Mapping[int, Place]) -> None:
-        """Register, or come back; `places` are the last checkpoint's, none at the beginning.
+    def begin(self, cursors: Mapping[int, StreamCursor]) -> None:
+        """Register, or come back; `cursors` are the last checkpoint's, none at the beginning.
 
         Raises:
             DataExhaustedError: What the run is going to read was deleted.
         """
-        self._reached, self._before = 0, self._lowest(places)
-        self.durable(places)
+        self._reached, self._before = 0, self._lowest(cursors)
+        self.durable(cursors)
         self._consumers.check_present(self._run, self._needed)
 
-    def at(self, places: Mapping[int, Place]) -> None:
+    def at(self, cursors: Mapping[int, StreamCursor]) -> None:
         """Say how far reading has come, when it is worth saying."""
-        reached = self._lowest(places)
+        reached = self._lowest(cursors)
         if reached != self._reached or time.monotonic() - self._said > _ALIVE_EVERY_SECONDS:
             self._reached = reached
             self._say()
 
-    def durable(self, places: Mapping[int, Place], *, ended: bool = False) -> None:
+    def durable(self, cursors: Mapping[int, StreamCursor], *, ended: bool = False) -> None:
         """A checkpoint would go on from here; `ended`: nothing will be read any more.
 
         What the checkpoint before needs is kept too: this one may turn out to be damaged.
         """
-        lowest = self._plan.n_train_units if ended else self._lowest(places)
+        lowest = self._plan.n_train_units if ended else self._lowest(cursors)
         self._reached = max(self._reached, lowest)
         before, self._before = self._before, lowest
         self._needed = lowest if ended else 0 if self._keeps else before
@@ -252,8 +252,8 @@ class Registration:
         if self._retires and (below := self._consumers.retire(self._plan)):
             logger.info("deleted the shards of units below %d", below)
 
-    def _lowest(self, places: Mapping[int, Place]) -> int:
-        return lowest_unit(self._plan, places, keeps=self._keeps)
+    def _lowest(self, cursors: Mapping[int, StreamCursor]) -> int:
+        return lowest_unit(self._plan, cursors, keeps=self._keeps)
 
     def _say(self) -> None:
         self._said = time.monotonic()

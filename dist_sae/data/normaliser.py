@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dist_sae.data.loader import Units
+from dist_sae.data.activation_set import ActivationSet
 from dist_sae.errors import NonFiniteError
 
 
@@ -39,7 +39,7 @@ class Normaliser(NamedTuple):
 
 
 def measure(
-    units: Units, at_least_rows: int, waiting: Callable[[float], None] = lambda _: None
+    units: ActivationSet, at_least_rows: int, waiting: Callable[[float], None] = lambda _: None
 ) -> Normaliser:
     """Measure the first training units that together have `at_least_rows` rows (or all of them).
 

@@ -39,7 +39,7 @@ class Worker(NamedTuple):
     """How many producers there are; this and the number matter where a store has no claims."""
 
 
-class Claims:
+class WorkQueue:
     """Hands this producer the lowest unit that is neither done nor claimed by a live producer.
 
     A claim lives as long as it is renewed: its age is told by the store's clock.

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
+from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.corpus import Corpus
-from dist_sae.data.loader import Units
 from dist_sae.data.plan import Plan, as_planned, check_model, read_unit
 from dist_sae.data.row_filters import admitted, of_usual_norm
 from dist_sae.data.tokens import TokenBatch, cut, pack
@@ -31,7 +31,7 @@ _RESAMPLES = 1000
 
 
 def cross_entropies(
-    units: Units, run: Run, sae: Dictionary, scale: float, mean: Tensor
+    units: ActivationSet, run: Run, sae: Dictionary, scale: float, mean: Tensor
 ) -> dict[str, Any]:
     """Losses of the whole model with the site's admitted rows replaced.
 

@@ -17,8 +17,8 @@ from dist_sae.checkpoint.trained import Trained, find_checkpoint, read_trained, 
 from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.config.sae import RoutedConfig
+from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.heldout import rows_of
-from dist_sae.data.loader import Units
 from dist_sae.data.plan import Plan, load_plan
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.metrics import Fit, duplicate_shares
@@ -84,7 +84,9 @@ def evaluate(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> dic
             )
         trained.check_plan(plan.hash)
         since = time.monotonic()
-        result = _measure(runs, run, trained, Units(store, plan, run.site, threading.Event()))
+        result = _measure(
+            runs, run, trained, ActivationSet(store, plan, run.site, threading.Event())
+        )
         result["evaluate_seconds"] = time.monotonic() - since
         key = evaluation_key(run.name, trained.suffix)
         runs.put(key, json.dumps(result, indent=1).encode())
@@ -123,7 +125,7 @@ def _made_from(run: Run, checkpoint: Checkpoint, plan: Plan, units: int) -> dict
     }
 
 
-def _measure(runs: ObjectStore, run: Run, trained: Trained, units: Units) -> dict[str, Any]:
+def _measure(runs: ObjectStore, run: Run, trained: Trained, units: ActivationSet) -> dict[str, Any]:
     own, plan, sae, scale, mean = trained.run, units.plan, trained.sae, trained.scale, trained.mean
     fit = Fit.empty(own.sae.n_latents)
     for acts in rows_of(units, plan.heldout_units, run.evaluate.rows):

@@ -6,16 +6,16 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.consumers import kept_units
 from dist_sae.data.heldout import rows_of
-from dist_sae.data.loader import Units
 from dist_sae.evaluation.kept import fingerprint, kept
 
 _PCA_ROWS = 100_000
 
 
 def pca_fvu(
-    units: Units, site: str, mean: Float[Tensor, " d_in"], limit: int, components: int
+    units: ActivationSet, site: str, mean: Float[Tensor, " d_in"], limit: int, components: int
 ) -> float:
     """FVU on held-out rows of a PCA of training rows.
 

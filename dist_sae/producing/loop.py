@@ -37,7 +37,7 @@ from dist_sae.data.shard import (
     write_shard,
 )
 from dist_sae.data.tokens import TokenBatch, cut, pack
-from dist_sae.data.work_queue import Claims, Worker
+from dist_sae.data.work_queue import Worker, WorkQueue
 from dist_sae.distributed.leader import Leader, Work, follow, leading
 from dist_sae.distributed.mesh import join_mesh
 from dist_sae.distributed.rendezvous import meet
@@ -114,7 +114,7 @@ def produce(
         )
     consumers = Consumers(store, run.store.consumer_expiry_hours)
     ahead = run.store.max_ahead_units
-    claims = Claims(store, plan, worker, stopping, consumers, ahead, telemetry)
+    claims = WorkQueue(store, plan, worker, stopping, consumers, ahead, telemetry)
     telemetry.set("dist_sae_produce_plan_units", len(plan.units))
     if ahead is not None:
         telemetry.set("dist_sae_produce_max_ahead_units", ahead)
@@ -212,9 +212,9 @@ def _first_of(
 
 
 class _Preparer:
-    """Claims the next unit and turns its documents into batches of tokens."""
+    """WorkQueue the next unit and turns its documents into batches of tokens."""
 
-    def __init__(self, run: Run, plan: Plan, claims: Claims) -> None:
+    def __init__(self, run: Run, plan: Plan, claims: WorkQueue) -> None:
         self.tokenizer = build_tokenizer(run)
         self._run = run
         self._plan = plan
@@ -298,7 +298,7 @@ def _finish(
     plan: Plan,
     activations: ActivationsConfig,
     worker: str,
-    claims: Claims,
+    claims: WorkQueue,
 ) -> UnitManifest:
     """Check, exclude by norm, shuffle, store the shards, and the manifest last."""
     unit, seconds = computed.unit, computed.seconds
@@ -360,7 +360,7 @@ def _usual(activations: ActivationsConfig, site: str, rows: Rows) -> Tensor:
 
 def _report(
     manifest: UnitManifest,
-    claims: Claims,
+    claims: WorkQueue,
     telemetry: Telemetry,
     written: Counter[str],
     progress: "_Progress",
@@ -385,7 +385,7 @@ def _report(
 class _Progress:
     """How far production is, in rows: those of units that exist, and of the unit at hand so far."""
 
-    def __init__(self, plan: Plan, claims: Claims) -> None:
+    def __init__(self, plan: Plan, claims: WorkQueue) -> None:
         self._rows = plan.rows_of_units
         self._claims = claims
         self._at_hand: dict[int, int] = {}

@@ -12,7 +12,7 @@ from dist_sae.checkpoint.trained import Trained, check_own, find_checkpoint, rea
 from dist_sae.config import Run, dump_run
 from dist_sae.config.data import DatasetCorpus, FilesCorpus, HuggingFaceModel, ModelConfig
 from dist_sae.config.deciding import deciding
-from dist_sae.data.loader import Units
+from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.plan import load_plan
 from dist_sae.environment import hardware, versions
 from dist_sae.errors import CorpusError, ModelError, ObjectNotFoundError
@@ -79,7 +79,7 @@ def report(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
     run = plan.resolve(run)  # not before: a run keeps the numbers that it began with
     own = trained.run if trained else run
     facts = subject(own, plan, made, trained.checkpoint if trained else None)
-    units = Units(activations, plan, run.site, _no_waiting())
+    units = ActivationSet(activations, plan, run.site, _no_waiting())
     latents, latent_rows, no_latents = _latents(run, units, trained)
     page = Page(
         title=run.name,
@@ -112,13 +112,15 @@ def _is_there(runs: ObjectStore, key: str, made_from: str) -> bool:
 
 
 def _no_waiting() -> threading.Event:
-    """For `Units`: a unit that is not there, or goes away, must not hold up the report."""
+    """For `ActivationSet`: a unit that is not there, or goes away, must not hold up the report."""
     stopping = threading.Event()
     stopping.set()
     return stopping
 
 
-def _latents(run: Run, units: Units, trained: Trained | None) -> tuple[list[LatentView], int, str]:
+def _latents(
+    run: Run, units: ActivationSet, trained: Trained | None
+) -> tuple[list[LatentView], int, str]:
     """Latents, the rows they were looked for in, and why there are none."""
     if trained is None:
         return (

@@ -10,9 +10,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dist_sae.config import Run
+from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.consumers import kept_units
 from dist_sae.data.corpus import Corpus
-from dist_sae.data.loader import Units
 from dist_sae.data.orders import permutation
 from dist_sae.data.plan import Plan, as_planned, read_unit
 from dist_sae.data.shard import manifest_key, read_block
@@ -80,7 +80,7 @@ class Firings(NamedTuple):
 
 
 def view_latents(
-    run: Run, units: Units, sae: Dictionary, scale: float
+    run: Run, units: ActivationSet, sae: Dictionary, scale: float
 ) -> tuple[list[LatentView], int]:
     """A sample of latents over the whole range of densities, and the rows that were read for it.
 
@@ -103,7 +103,7 @@ def view_latents(
     return [_view(latent, firings, texts) for latent in chosen], rows
 
 
-def read_firings(units: Units, sae: Dictionary, scale: float, most_rows: int) -> Firings:
+def read_firings(units: ActivationSet, sae: Dictionary, scale: float, most_rows: int) -> Firings:
     """Encode rows, of held-out units first, until there are enough rows or active entries."""
     parts: list[Firings] = []
     rows = entries = 0

@@ -11,9 +11,9 @@ from dist_sae.checkpoint.saver import Saved, Saver
 from dist_sae.checkpoint.state import TrainingState
 from dist_sae.config import Run
 from dist_sae.config.deciding import deciding
+from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.backlog import ReadyUnits
 from dist_sae.data.heldout import are_there, rows_of
-from dist_sae.data.loader import Units
 from dist_sae.data.normaliser import Normaliser
 from dist_sae.dictionaries.base import Step
 from dist_sae.dictionaries.schedules import learning_rate
@@ -54,7 +54,7 @@ def train(
     times = Times(telemetry, mesh.device)
     job = begin(run, mesh, stopping, telemetry, times)
     run, normaliser, state = job.run, job.normaliser, job.state
-    step, places, repeated_rows = job.step, job.places, 0
+    step, cursors, repeated_rows = job.step, job.cursors, 0
     sae, engine, dead, average = state.sae, job.engine, state.dead, state.average
     logger.info("%s at step %d of %d", "resuming" if step else "starting", step, run.steps)
     report = _reporter(run, mesh, telemetry, times, job)
@@ -67,14 +67,14 @@ def train(
         report.heldout(step, fvu)
         saver.save(
             step,
-            places,
+            cursors,
             heldout_fvu=fvu,
             repeated_rows=job.repeated_rows + sum(mesh.everyones(repeated_rows)),
         )
         report.end("save")
 
     def durable(saved: Saved) -> None:
-        job.registration.durable(saved.places, ended=saved.step == run.steps)
+        job.registration.durable(saved.cursors, ended=saved.step == run.steps)
         report.saved(saved)
 
     with (
@@ -93,7 +93,7 @@ def train(
             step=step,
             beside=run.train.save_beside,
         ) as saver,
-        open_loader(run, mesh, job.units, range(step, run.steps), job.lineage, places) as loader,
+        open_loader(run, mesh, job.units, range(step, run.steps), job.lineage, cursors) as loader,
     ):
         report.end("begin")
         while step < run.steps:
@@ -122,8 +122,8 @@ def train(
             if average is not None:
                 average.update(x, step / run.steps)
             step += 1
-            places, repeated_rows = batch.places, repeated_rows + batch.repeated_rows
-            job.registration.at(places)
+            cursors, repeated_rows = batch.cursors, repeated_rows + batch.repeated_rows
+            job.registration.at(cursors)
             report.step(
                 step,
                 batch,
@@ -147,7 +147,9 @@ def _reporter(
     return TrainingReporter(run, mesh, telemetry, times, sinks, job.state, mean, job.step, counted)
 
 
-def _backlog(units: Units, mesh: Mesh, report: TrainingReporter) -> AbstractContextManager[object]:
+def _backlog(
+    units: ActivationSet, mesh: Mesh, report: TrainingReporter
+) -> AbstractContextManager[object]:
     """Counts the units there are to read, on one rank."""
     if not mesh.is_first:
         return nullcontext()
@@ -165,7 +167,7 @@ def _learning_rate(run: Run, step: int) -> float:
 class _Heldout:
     """The first held-out rows, each rank's share of them, to measure FVU on in mid-run."""
 
-    def __init__(self, run: Run, mesh: Mesh, units: Units, normaliser: Normaliser) -> None:
+    def __init__(self, run: Run, mesh: Mesh, units: ActivationSet, normaliser: Normaliser) -> None:
         self._rows = run.train.heldout_rows // mesh.world
         self._mesh = mesh
         self._units = units

@@ -18,10 +18,12 @@ from dist_sae.checkpoint.lineage import Lineage
 from dist_sae.checkpoint.state import TrainingState
 from dist_sae.config import Run, dump_run
 from dist_sae.config.deciding import as_begun, check_same_run
+from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.consumers import Consumers, Registration
-from dist_sae.data.loader import Batch, Loader, Place, Units
+from dist_sae.data.loader import Batch, Loader
 from dist_sae.data.normaliser import Normaliser, measure
 from dist_sae.data.plan import Plan, check_rows, load_plan
+from dist_sae.data.streams import StreamCursor
 from dist_sae.dictionaries import PRODUCT_DTYPES, build_sae
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.dead import DeadLatents
@@ -36,7 +38,7 @@ from dist_sae.precision import warn_if_emulated
 from dist_sae.storage import ObjectStore, open_store
 from dist_sae.telemetry.exporter import Telemetry
 from dist_sae.training.clock import Times
-from dist_sae.training.start import Start, places_of
+from dist_sae.training.start import Start, cursors_of
 from dist_sae.training.void import void_settings
 
 logger = logging.getLogger(__name__)
@@ -47,7 +49,7 @@ class Job(NamedTuple):
 
     run: Run
     runs: ObjectStore
-    units: Units
+    units: ActivationSet
     checkpoints: Checkpoints
     registration: Registration
     normaliser: Normaliser
@@ -55,7 +57,7 @@ class Job(NamedTuple):
     state: TrainingState
     lineage: Lineage
     step: int
-    places: Mapping[int, Place]
+    cursors: Mapping[int, StreamCursor]
     repeated_rows: int
     """Rows that were read again before, because streams had ended."""
 
@@ -74,7 +76,7 @@ def begin(
     plan = load_plan(activations, run)
     asked, run = run, plan.resolve(run)
     check_rows(run, plan)
-    units = Units(activations, plan, run.site, stopping)
+    units = ActivationSet(activations, plan, run.site, stopping)
     checkpoints = Checkpoints(
         runs,
         run.name,
@@ -95,7 +97,7 @@ def begin(
             logger.warning("%s", line)
         runs.put(run_file_key(run.name), dump_run(run).encode())
     if not start.found:
-        registration.begin(start.places)
+        registration.begin(start.cursors)
     normaliser = _normaliser(run, units, start, times)
     sae = build_sae(
         run.sae, len(normaliser.mean), mesh.axis, kernels, PRODUCT_DTYPES[run.train.products]
@@ -108,17 +110,17 @@ def begin(
     dead = DeadLatents(len(sae.W_enc), run.dead_after_rows, mesh.axis, mesh.device)
     average = WeightAverage(sae, run.train.ema_decay) if run.train.ema_decay else None
     state = TrainingState(sae, engine, dead, average)
-    step, places, repeated_rows = 0, start.places, 0
+    step, cursors, repeated_rows = 0, start.cursors, 0
     if start.parent and start.lineage.updates:
         state.read(start.parent)()
     if start.found:
         checkpoint = _restore(state, start.found, checkpoints, mesh, telemetry)
-        step, places = checkpoint.step, places_of(checkpoint)
+        step, cursors = checkpoint.step, cursors_of(checkpoint)
         repeated_rows = checkpoint.scalars.get("repeated_rows", 0)
         durable_at = time.time() - checkpoints.age_seconds(step)
         telemetry.set("dist_sae_checkpoint_step", step)
         telemetry.set("dist_sae_checkpoint_timestamp_seconds", durable_at)
-        registration.begin(places)
+        registration.begin(cursors)
     return Job(
         run,
         runs,
@@ -130,7 +132,7 @@ def begin(
         state,
         start.lineage,
         step,
-        places,
+        cursors,
         repeated_rows,
     )
 
@@ -151,7 +153,7 @@ def _start(runs: ObjectStore, run: Run, plan: Plan, checkpoints: Checkpoints, me
     return start
 
 
-def _normaliser(run: Run, units: Units, start: Start, times: Times) -> Normaliser:
+def _normaliser(run: Run, units: ActivationSet, start: Start, times: Times) -> Normaliser:
     """Its own, or its parent's on the same data; else it is measured, and a parent's scale kept."""
     if known := start.knows_rows_of(units.plan):
         return Normaliser.from_scalars(known.scalars)
@@ -165,7 +167,7 @@ def _normaliser(run: Run, units: Units, start: Start, times: Times) -> Normalise
 def _initialise(
     run: Run,
     mesh: Mesh,
-    units: Units,
+    units: ActivationSet,
     normaliser: Normaliser,
     sae: Dictionary,
     start: Start,
@@ -178,7 +180,9 @@ def _initialise(
     n_batches = max(1, -(-n_rows // run.train.batch_rows))
 
     def rows() -> Generator[Tensor]:
-        with open_loader(run, mesh, units, range(n_batches), start.lineage, start.places) as loader:
+        with open_loader(
+            run, mesh, units, range(n_batches), start.lineage, start.cursors
+        ) as loader:
             for _ in range(n_batches):
                 times.end("begin")
                 batch = next_batch(loader, mesh, units.stopping, times)
@@ -226,7 +230,7 @@ def _found(
         check_same_run(checkpoint.scalars["run"], resolved, f"{runs.url}/{run.name}", remedy)
         if checkpoint.scalars["plan"] != plan.hash or not all(
             stream < plan.streams and place.first in windows
-            for stream, place in places_of(checkpoint).items()
+            for stream, place in cursors_of(checkpoint).items()
         ):
             raise PlanMismatchError(
                 f"{run.store.runs}/{run.name}: was trained on another activation set than "
@@ -286,10 +290,10 @@ def _registration(run: Run, plan: Plan, activations: ObjectStore, mesh: Mesh) ->
 def open_loader(
     run: Run,
     mesh: Mesh,
-    units: Units,
+    units: ActivationSet,
     steps: range,
     lineage: Lineage,
-    places: Mapping[int, Place] | None,
+    cursors: Mapping[int, StreamCursor] | None,
 ) -> Loader:
     """This rank's share of the batches of these steps."""
     return Loader(
@@ -299,7 +303,7 @@ def open_loader(
         batch_rows=run.train.batch_rows,
         steps=steps,
         max_passes=run.train.max_passes,
-        places=places,
+        cursors=cursors,
         stream_rows=lineage.stream_rows,
     )
 

@@ -8,8 +8,8 @@ from dist_sae.checkpoint.layout import Checkpoint
 from dist_sae.checkpoint.lineage import Lineage
 from dist_sae.config import Run
 from dist_sae.data.consumers import check_ahead, lowest_unit
-from dist_sae.data.loader import Place
 from dist_sae.data.plan import Plan, check_rows
+from dist_sae.data.streams import StreamCursor
 from dist_sae.storage import ObjectStore
 
 
@@ -21,14 +21,14 @@ class Start(NamedTuple):
     parent: Checkpoint | None = None
     """Where there are none: that of another run."""
     lineage: Lineage = Lineage()
-    places: Mapping[int, Place] = {}
+    cursors: Mapping[int, StreamCursor] = {}
     """Where its streams are, or its parent's were if they are gone on with."""
 
     @classmethod
     def of_own(cls, found: Sequence[Checkpoint]) -> Self:
         """That of a run which has checkpoints."""
         return cls(
-            found, lineage=Lineage.from_scalars(found[0].scalars), places=places_of(found[0])
+            found, lineage=Lineage.from_scalars(found[0].scalars), cursors=cursors_of(found[0])
         )
 
     @classmethod
@@ -54,7 +54,7 @@ class Start(NamedTuple):
             state=how is not None and how.state,
             streams=plan.streams if reads_on else None,
         )
-        return cls((), parent, lineage, places_of(parent) if reads_on else {})
+        return cls((), parent, lineage, cursors_of(parent) if reads_on else {})
 
     def resolve(self, run: Run, plan: Plan) -> Run:
         """`Plan.resolve`, which gives a child what its parents left."""
@@ -90,10 +90,10 @@ class Start(NamedTuple):
         """
         check_rows(run, plan, self.taken_rows(plan))
         normaliser_rows = 0 if self.knows_rows_of(plan) else run.train.normaliser_rows or 0
-        first = lowest_unit(plan, self.places, keeps=run.train.max_passes > 1)
+        first = lowest_unit(plan, self.cursors, keeps=run.train.max_passes > 1)
         check_ahead(run, plan, max(normaliser_rows, self.init_rows(run)), first)
 
 
-def places_of(checkpoint: Checkpoint) -> dict[int, Place]:
+def cursors_of(checkpoint: Checkpoint) -> dict[int, StreamCursor]:
     """Where the streams are, by number."""
-    return {int(v): Place(*place) for v, place in checkpoint.scalars["places"].items()}
+    return {int(v): StreamCursor(*cursor) for v, cursor in checkpoint.scalars["places"].items()}

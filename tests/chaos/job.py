@@ -55,8 +55,8 @@ def train_rank(settings: dict[str, Any], target: Path, seen: Path, env: dict[str
             batch = super().next(waiting)
             if batch is not None:
                 with seen.open("a") as file:
-                    parts = batch.acts.chunk(len(batch.places))
-                    for stream, rows in zip(batch.places, parts, strict=True):
+                    parts = batch.acts.chunk(len(batch.cursors))
+                    for stream, rows in zip(batch.cursors, parts, strict=True):
                         digest = hashlib.sha256(rows.numpy().tobytes()).hexdigest()
                         file.write(json.dumps([batch.step, stream, digest]) + "\n")
             return batch

@@ -73,7 +73,7 @@ def test_training_goes_on_and_does_not_reach_what_is_saved(tmp_path: Path) -> No
     checkpoint = Checkpoints(store, "run", keep=2).open(3)
     for name, tensor in expected.items():
         assert torch.equal(checkpoint.read(name), tensor), name
-    assert [(s.step, s.places) for s in saved] == [(3, {0: (0, 0, 0)})]
+    assert [(s.step, s.cursors) for s in saved] == [(3, {0: (0, 0, 0)})]
     assert checkpoint.scalars == {
         "a": 1,
         "heldout_fvu": 0.5,

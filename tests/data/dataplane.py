@@ -12,13 +12,15 @@ from typing import Any
 
 import torch
 
-import dist_sae.data.loader
+import dist_sae.data.activation_set
 import dist_sae.data.work_queue
 import dist_sae.storage.s3
 from dist_sae.config import Run
+from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.consumers import Consumers, Registration
-from dist_sae.data.loader import Loader, Place, Units
+from dist_sae.data.loader import Loader
 from dist_sae.data.plan import load_plan
+from dist_sae.data.streams import StreamCursor
 from dist_sae.data.work_queue import Worker
 from dist_sae.producing import loop
 from dist_sae.storage import open_store
@@ -35,7 +37,7 @@ def quicken(credentials: Mapping[str, str]) -> None:
     logging.disable(logging.CRITICAL)
     dist_sae.data.work_queue._POLL_SECONDS = 0.05
     dist_sae.data.work_queue._LEASE_SECONDS = 2.0
-    dist_sae.data.loader._POLL_SECONDS = (0.02, 0.1)
+    dist_sae.data.activation_set._POLL_SECONDS = (0.02, 0.1)
     dist_sae.storage.s3._FIRST_PAUSE_SECONDS = 0.02
     dist_sae.storage.s3._LONGEST_PAUSE_SECONDS = 0.2
 
@@ -60,10 +62,11 @@ def read(settings: dict[str, Any], world: int, folder: Path, credentials: dict[s
     store = open_store(run.store.activations, run.store.s3)
     plan = load_plan(store, run)
     saved = folder / "saved.json"
-    step, places = 0, dict[int, Place]()
+    step, cursors = 0, dict[int, StreamCursor]()
     if saved.exists():
         state = json.loads(saved.read_text())
-        step, places = state["step"], {int(v): Place(*p) for v, p in state["places"].items()}
+        step = state["step"]
+        cursors = {int(v): StreamCursor(*cursor) for v, cursor in state["cursors"].items()}
     registration = Registration(
         Consumers(store, run.store.consumer_expiry_hours),
         plan,
@@ -71,8 +74,8 @@ def read(settings: dict[str, Any], world: int, folder: Path, credentials: dict[s
         keeps=False,
         retires=run.store.retention == "delete_consumed",
     )
-    registration.begin(places)
-    units = Units(store, plan, run.site, threading.Event())
+    registration.begin(cursors)
+    units = ActivationSet(store, plan, run.site, threading.Event())
     loaders = [
         Loader(
             units,
@@ -81,7 +84,7 @@ def read(settings: dict[str, Any], world: int, folder: Path, credentials: dict[s
             batch_rows=run.train.batch_rows,
             steps=range(step, run.steps),
             max_passes=1,
-            places=places,
+            cursors=cursors,
         )
         for rank in range(world)
     ]
@@ -94,8 +97,8 @@ def read(settings: dict[str, Any], world: int, folder: Path, credentials: dict[s
             batches = [loader.next() for loader in loaders]
             assert all(batch is not None for batch in batches)
             acts = torch.cat([batch.acts for batch in batches if batch])
-            places = {v: place for batch in batches if batch for v, place in batch.places.items()}
-            registration.at(places)
+            cursors = {v: place for batch in batches if batch for v, place in batch.cursors.items()}
+            registration.at(cursors)
             step += 1
             digest = hashlib.sha256(acts.numpy().tobytes()).hexdigest()
             rows = [int(row) for row in acts[:, 0]]
@@ -103,6 +106,6 @@ def read(settings: dict[str, Any], world: int, folder: Path, credentials: dict[s
             log.flush()
             if step % SAVE_EVERY == 0 or step == run.steps:
                 new = saved.with_suffix(".new")
-                new.write_text(json.dumps({"step": step, "places": places}))
+                new.write_text(json.dumps({"step": step, "cursors": cursors}))
                 new.replace(saved)
-                registration.durable(places, ended=step == run.steps)
+                registration.durable(cursors, ended=step == run.steps)

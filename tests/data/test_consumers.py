@@ -8,9 +8,9 @@ import pytest
 from dist_sae.commands.store import gc, verify
 from dist_sae.config import Run
 from dist_sae.data.consumers import Consumers, Registration, retired_below
-from dist_sae.data.loader import Place
 from dist_sae.data.plan import Plan
 from dist_sae.data.shard import SHARDS, manifest_key, read_block, read_manifest
+from dist_sae.data.streams import StreamCursor
 from dist_sae.errors import CorruptObjectError, DataExhaustedError
 from dist_sae.storage import Entry, ObjectStore, open_store
 from tests.world import RowNumbers, Wrapped, fill, make_run
@@ -38,9 +38,9 @@ def register(
     return Registration(Consumers(store, 1.0), plan, run, keeps=keeps, retires=True)
 
 
-def everywhere(first: int) -> dict[int, Place]:
+def everywhere(first: int) -> dict[int, StreamCursor]:
     """All four streams at windows that begin with their unit `first`."""
-    return {stream: Place(0, first, 0) for stream in range(4)}
+    return {stream: StreamCursor(0, first, 0) for stream in range(4)}
 
 
 def readable(store: ObjectStore, plan: Plan) -> list[int]:
@@ -60,11 +60,16 @@ def test_the_position_is_that_of_the_slowest_stream(store: ObjectStore, plan: Pl
     registration.begin({})
     assert consumers.slowest() == (0, "r")
     registration.at(
-        {0: Place(0, 3, 90), 1: Place(0, 2, 60), 2: Place(0, 3, 90), 3: Place(0, 2, 60)}
+        {
+            0: StreamCursor(0, 3, 90),
+            1: StreamCursor(0, 2, 60),
+            2: StreamCursor(0, 3, 90),
+            3: StreamCursor(0, 2, 60),
+        }
     )
     assert consumers.slowest() == (9, "r")  # unit 2 of stream 1 is 1 + 4 * 2
     registration.at(
-        {0: Place(1, 0, 200), 1: Place(0, 3, 90)}
+        {0: StreamCursor(1, 0, 200), 1: StreamCursor(0, 3, 90)}
     )  # the others are in their second pass
     assert consumers.slowest() == (13, "r")
 
@@ -75,9 +80,11 @@ def test_a_run_of_one_pass_that_has_ended_still_reads_its_last_windows(
     """Streams 0 and 1 read theirs again, until the others have come to their ends."""
     registration = register(store, plan)
     registration.begin({})
-    for places in ({0: Place(1, 3, 90), 1: Place(2, 3, 120), 2: Place(0, 3, 80)},) * 2:
-        registration.at(places)
-        registration.durable(places)
+    for cursors in (
+        {0: StreamCursor(1, 3, 90), 1: StreamCursor(2, 3, 120), 2: StreamCursor(0, 3, 80)},
+    ) * 2:
+        registration.at(cursors)
+        registration.durable(cursors)
     assert Consumers(store, 1.0).slowest() == (12, "r")
     assert readable(store, plan)[0] == 12
 

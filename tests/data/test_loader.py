@@ -16,12 +16,14 @@ import pytest
 import torch
 from torch import Tensor
 
+import dist_sae.data.activation_set
 import dist_sae.data.loader
 import dist_sae.data.shard
+import dist_sae.data.streams
 from dist_sae.config import Run
-from dist_sae.data.loader import Place, Stream
 from dist_sae.data.plan import PLAN_KEY
 from dist_sae.data.shard import manifest_key, read_manifest
+from dist_sae.data.streams import Stream, StreamCursor
 from dist_sae.errors import (
     CorruptObjectError,
     DataExhaustedError,
@@ -117,7 +119,7 @@ def test_resuming_with_another_number_of_ranks_changes_nothing(world: World) -> 
 
 
 def test_a_resumed_run_reads_no_manifest_of_units_that_it_has_behind_it(world: World) -> None:
-    """With the places that its last batch had; and gives the same rows as without."""
+    """With the cursors that its last batch had; and gives the same rows as without."""
 
     class Asked(Wrapped):
         keys_asked: ClassVar[set[str]] = set()
@@ -128,9 +130,9 @@ def test_a_resumed_run_reads_no_manifest_of_units_that_it_has_behind_it(world: W
 
     steps = range(world.full_batches - 2, world.full_batches)
     with open_loader(open_units(world.run), range(steps.start)) as loader:
-        places = [batch.places for batch in loader][-1]
+        cursors = [batch.cursors for batch in loader][-1]
     asked = Asked(world.store)
-    with open_loader(open_units(world.run, store=asked), steps, places=places) as loader:
+    with open_loader(open_units(world.run, store=asked), steps, cursors=cursors) as loader:
         resumed = [batch.acts for batch in loader]
     assert same(batches(open_units(world.run), steps), resumed)
     assert {key for key in asked.keys_asked if key.startswith("units/")} == {
@@ -171,21 +173,21 @@ def test_a_stream_that_ends_early_reads_its_last_window_again(
     Ten batches more repeat 160 rows of both and 144 of the others, which have 496; on any number
     of ranks, and from any step on.
     """
-    monkeypatch.setattr(dist_sae.data.loader, "_MOST_REPEATED", 0.4)
+    monkeypatch.setattr(dist_sae.data.streams, "_MOST_REPEATED", 0.4)
     steps, units = range(world.full_batches + 10), open_units(world.run)
-    repeated, parts, places = 0, [], list[dict[int, Place]]()
+    repeated, parts, cursors = 0, [], list[dict[int, StreamCursor]]()
     for rank in range(ranks):
         with open_loader(units, steps, world=ranks, rank=rank) as loader:
             given = list(loader)
         repeated += sum(batch.repeated_rows for batch in given)
         parts.append([batch.acts for batch in given])
-        places.append(dict(given[34].places))
+        cursors.append(dict(given[34].cursors))
     assert repeated == 2 * 160 + 2 * 144
     whole = [torch.cat(part) for part in zip(*parts, strict=True)]
     assert same(whole, batches(open_units(world.run), steps))
-    merged = {v: place for part in places for v, place in part.items()}
+    merged = {v: place for part in cursors for v, place in part.items()}
     for known in (None, merged):
-        resumed = batches(open_units(world.run), range(35, 40), places=known)
+        resumed = batches(open_units(world.run), range(35, 40), cursors=known)
         assert same(whole[35:], resumed)
     for stream, rows in enumerate(world.stream_rows):
         given_rows = ids([batch[16 * stream : 16 * stream + 16] for batch in whole])
@@ -200,7 +202,7 @@ def test_another_number_of_passes_goes_on_where_the_rows_are(
     world: World, monkeypatch: pytest.MonkeyPatch, before: int, after: int
 ) -> None:
     """Of stream 2: what its last window was when it had ended is a place in another pass."""
-    monkeypatch.setattr(dist_sae.data.loader, "_MOST_REPEATED", 2.0)
+    monkeypatch.setattr(dist_sae.data.streams, "_MOST_REPEATED", 2.0)
     units, n = open_units(world.run), world.stream_rows[2]
     start = n * min(before, after) + 40
     with ThreadPoolExecutor(4) as pool:
@@ -218,13 +220,13 @@ def test_no_more_is_read_again_than_an_estimate_may_be_wrong_by(
     world: World, monkeypatch: pytest.MonkeyPatch, passes: int, steps: int, share: float
 ) -> None:
     """Wherever reading begins. 5% of 480 rows are 24; 1% less than a document of 16 each pass."""
-    monkeypatch.setattr(dist_sae.data.loader, "_MOST_REPEATED", share)
+    monkeypatch.setattr(dist_sae.data.streams, "_MOST_REPEATED", share)
     units, stop = open_units(world.run), passes * world.full_batches + steps
     with open_loader(units, range(stop), passes=passes) as loader:
         given = list(loader)
-    for start, known in ((0, None), (stop, None), (stop, given[-1].places)):
+    for start, known in ((0, None), (stop, None), (stop, given[-1].cursors)):
         with pytest.raises(DataExhaustedError) as caught:
-            batches(units, range(start, 300), passes=passes, places=known)
+            batches(units, range(start, 300), passes=passes, cursors=known)
         message = str(caught.value)
         assert f"ends after {passes * 480} rows" in message
         assert f"{max(int(share * passes * 480), passes * 16)} were read again" in message
@@ -287,7 +289,7 @@ class LateUnits(Wrapped):
 def test_units_that_come_late_and_in_any_order_are_waited_for(
     world: World, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    monkeypatch.setattr(dist_sae.data.loader, "_POLL_SECONDS", (0.0, 0.001))
+    monkeypatch.setattr(dist_sae.data.activation_set, "_POLL_SECONDS", (0.0, 0.001))
     steps = range(world.full_batches)
     store = LateUnits(world.store, seed)
     late = batches(open_units(world.run, store=store), steps)
@@ -301,8 +303,8 @@ def test_whether_producers_run_is_asked_only_where_nothing_tells(
 ) -> None:
     """Signs of them: a claim, or a unit made within the time of a lease; or a supervisor."""
     caplog.set_level("INFO")
-    monkeypatch.setattr(dist_sae.data.loader, "_POLL_SECONDS", (0.0, 0.001))
-    monkeypatch.setattr(dist_sae.data.loader, "_SAY_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(dist_sae.data.activation_set, "_POLL_SECONDS", (0.0, 0.001))
+    monkeypatch.setattr(dist_sae.data.activation_set, "_SAY_EVERY_SECONDS", 0.0)
     young = {"claim": ["claims/00000003.json"], "unit": ["units/00000002.json"]}.get(sign, [])
 
     class Aged(LateUnits):
@@ -434,7 +436,7 @@ def test_two_blocks_a_unit_of_the_window_are_in_memory(
         return acts
 
     real = dist_sae.data.shard.read_acts
-    monkeypatch.setattr(dist_sae.data.loader, "read_acts", read_block)
+    monkeypatch.setattr(dist_sae.data.streams, "read_acts", read_block)
     stream = open_stream(open_units(world.run), 0, Inline(), 2)
     for _ in range(2 * world.stream_rows[0] // 10):
         take(stream, 10)
@@ -472,7 +474,7 @@ def test_leaving_the_loader_ends_its_thread(world: World) -> None:
 
 def test_waiting_is_measured(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A unit that takes .3 s to appear costs the first batch that, and the next ones nothing."""
-    monkeypatch.setattr(dist_sae.data.loader, "_POLL_SECONDS", (0.3, 0.3))
+    monkeypatch.setattr(dist_sae.data.activation_set, "_POLL_SECONDS", (0.3, 0.3))
     store = LateUnits(world.store, 0)
     store.hidden = [manifest_key(0)]
     since = time.monotonic()
@@ -487,7 +489,7 @@ def test_whoever_waits_for_a_batch_is_told_while_it_lasts(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reporter counts the time: after a long wait there may be nobody to count it."""
-    monkeypatch.setattr(dist_sae.data.loader, "_POLL_SECONDS", (0.3, 0.3))
+    monkeypatch.setattr(dist_sae.data.activation_set, "_POLL_SECONDS", (0.3, 0.3))
     monkeypatch.setattr(dist_sae.data.loader, "_LOOK_UP_SECONDS", 0.05)
     store = LateUnits(world.store, 0)
     store.hidden = [manifest_key(0)]

@@ -17,7 +17,7 @@ from dist_sae.config import Run, load_run
 from dist_sae.data.backlog import ReadyUnits
 from dist_sae.data.consumers import Consumers
 from dist_sae.data.plan import load_plan
-from dist_sae.data.work_queue import Claims, Worker
+from dist_sae.data.work_queue import Worker, WorkQueue
 from dist_sae.kubernetes.stored import StoredRun
 from dist_sae.storage import ObjectStore, open_store, own
 from dist_sae.telemetry.history import History, read_history
@@ -58,7 +58,7 @@ def numbers(run: Run) -> dict[str, Any]:
     )
     plan = load_plan(activations, run)
     consumers = Consumers(activations, 1.0)
-    claims = Claims(activations, plan, Worker("b"), threading.Event(), consumers)
+    claims = WorkQueue(activations, plan, Worker("b"), threading.Event(), consumers)
     checkpoints = Checkpoints(runs, run.name, 2)
     return {
         "ls": {k: v for k, v in programs.ls(run).items() if k not in ("runs", "claims")},

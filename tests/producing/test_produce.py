@@ -21,7 +21,7 @@ import dist_sae.producing.planner
 from dist_sae.config import Run
 from dist_sae.data.consumers import Consumers
 from dist_sae.data.shard import Rows, manifest_key, read_block, read_manifest
-from dist_sae.data.work_queue import Claims, Worker
+from dist_sae.data.work_queue import Worker, WorkQueue
 from dist_sae.errors import CorpusError, ModelError, NonFiniteError, Stopped, StoreFullError
 from dist_sae.models.forward import Forward, in_step
 from dist_sae.producing.loop import produce
@@ -218,7 +218,7 @@ def test_a_dead_producers_unit_is_taken_over(
     """Two units were claimed by one that is gone; its lease is over in .2 s."""
     monkeypatch.setattr(dist_sae.data.work_queue, "_POLL_SECONDS", 0.01)
     monkeypatch.setattr(dist_sae.data.work_queue, "_LEASE_SECONDS", 0.2)
-    dead = Claims(store, plan(run), Worker("dead"), threading.Event(), Consumers(store, 1.0))
+    dead = WorkQueue(store, plan(run), Worker("dead"), threading.Event(), Consumers(store, 1.0))
     assert (dead.take(), dead.take()) == (0, 1)
     with_source(monkeypatch, RowNumbers())
     start(run, "b")
@@ -229,7 +229,7 @@ def test_a_zombie_that_finishes_late_changes_nothing(
     run: Run, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Suspended for longer than its lease; another producer does all the rest and its unit."""
-    monkeypatch.setattr(Claims, "renew", lambda _: None)
+    monkeypatch.setattr(WorkQueue, "renew", lambda _: None)
     monkeypatch.setattr(dist_sae.data.work_queue, "_POLL_SECONDS", 0.01)
     monkeypatch.setattr(dist_sae.data.work_queue, "_LEASE_SECONDS", 0.2)
 
@@ -295,12 +295,12 @@ def test_a_unit_claimed_in_the_instant_of_a_stop_is_released(
         claiming.wait(60)
         raise ModelFailureError
 
-    def release_all(self: Claims) -> None:
+    def release_all(self: WorkQueue) -> None:
         real(self)
         released.set()
 
-    real = Claims.release_all
-    monkeypatch.setattr(Claims, "release_all", release_all)
+    real = WorkQueue.release_all
+    monkeypatch.setattr(WorkQueue, "release_all", release_all)
     with_store(monkeypatch, Slow(store))
     with_source(monkeypatch, Hooked(fail))
     with pytest.raises(ModelFailureError):

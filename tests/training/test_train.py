@@ -11,7 +11,8 @@ from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.commands.checkpoints import convert_to_run
 from dist_sae.config import load_run
 from dist_sae.config.sae import BatchTopKConfig
-from dist_sae.data.loader import Loader, Units
+from dist_sae.data.activation_set import ActivationSet
+from dist_sae.data.loader import Loader
 from dist_sae.data.normaliser import measure
 from dist_sae.data.plan import load_plan
 from dist_sae.data.shard import read_manifest
@@ -29,7 +30,7 @@ from dist_sae.storage import open_store
 from dist_sae.telemetry.exporter import Telemetry
 from dist_sae.training.clock import Times
 from dist_sae.training.setup import _found, _initialise
-from dist_sae.training.start import Start, places_of
+from dist_sae.training.start import Start, cursors_of
 from tests.launch import produce, run, train, write_run
 from tests.training.trained import (
     SHARDED,
@@ -50,7 +51,7 @@ def test_directions_from_data_take_as_many_batches_as_they_need(
     path = run_file(tmp_path, activations, train={"batch_rows": 24})
     settings = load_run(path)
     store = open_store(settings.store.activations)
-    units = Units(store, load_plan(store, settings), settings.site, threading.Event())
+    units = ActivationSet(store, load_plan(store, settings), settings.site, threading.Event())
     normaliser = measure(units, 2000)
     sae = build_sae(settings.sae, 16)
     mesh = Mesh(0, 1, torch.device("cpu"), WHOLE)
@@ -153,7 +154,7 @@ def test_a_run_does_not_go_on_with_another_activation_set(
     checkpoints = Checkpoints(runs, "world", 2)
     alone = Mesh(0, 1, torch.device("cpu"), WHOLE)
     (saved,) = _found(checkpoints, runs, run, load_plan(open_store(activations), run), alone)
-    assert sorted(places_of(saved)) == [0, 1, 2, 3]
+    assert sorted(cursors_of(saved)) == [0, 1, 2, 3]
     other = plan(load_run(write_run(tmp_path, activations={"seed": 1})))
     with pytest.raises(PlanMismatchError, match="was trained on another activation set"):
         _found(checkpoints, runs, run, other, alone)

@@ -13,7 +13,7 @@ import dist_sae.data.work_queue
 from dist_sae.config import Run
 from dist_sae.data.consumers import Consumers
 from dist_sae.data.shard import manifest_key
-from dist_sae.data.work_queue import Claims, Worker
+from dist_sae.data.work_queue import Worker, WorkQueue
 from dist_sae.errors import ObjectNotFoundError
 from dist_sae.producing.planner import plan
 from dist_sae.storage import UNMETERED, Entry, Meter, ObjectStore, open_store
@@ -87,9 +87,9 @@ def open_claims(
     store: ObjectStore,
     ahead: int | None = None,
     meter: Meter = UNMETERED,
-) -> Claims:
+) -> WorkQueue:
     consumers = Consumers(store, run.store.consumer_expiry_hours)
-    return Claims(store, plan(run), Worker(worker), clock, consumers, ahead, meter)
+    return WorkQueue(store, plan(run), Worker(worker), clock, consumers, ahead, meter)
 
 
 def finish(store: ObjectStore, *units: int) -> None:
@@ -328,7 +328,7 @@ def test_without_exclusive_writes_each_producer_does_its_share(
 
     finish(store, 3, 4, 5)
     liar = Liar(store)
-    claims = Claims(liar, plan(run), Worker("p", number, 3), clock, Consumers(store, 1.0))
+    claims = WorkQueue(liar, plan(run), Worker("p", number, 3), clock, Consumers(store, 1.0))
     taken = []
     while (unit := claims.take()) is not None:
         taken.append(unit)
