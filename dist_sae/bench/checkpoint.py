@@ -96,10 +96,10 @@ def _time_saves(
         Checkpoints(store, _RUN, keep=1),
         step.state,
         {},
-        everyones=lambda value: [value],
+        all_gather=lambda value: [value],
         first=True,
-        before=lambda: None,
-        durable=durable.append,
+        before_commit=lambda: None,
+        on_durable=durable.append,
         step=0,
     ) as saver:
         for number in range(rounds):

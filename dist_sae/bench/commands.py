@@ -89,7 +89,7 @@ def add_benches(commands: Any, command: Callable[[argparse.Namespace], None]) ->
 def _step(options: argparse.Namespace) -> Result:
     from dist_sae.bench.step import StepShape, bench_run, bench_step
     from dist_sae.distributed.mesh import join_mesh
-    from dist_sae.distributed.rendezvous import meet
+    from dist_sae.distributed.rendezvous import rendezvous
 
     world = int(os.environ.get("WORLD_SIZE", "1"))
     shape = StepShape(
@@ -102,7 +102,7 @@ def _step(options: argparse.Namespace) -> Result:
         options.experts if options.kind == "routed" else None,
     )
     bench_run(shape, world, options.shards)  # or it says what is wrong before the ranks meet
-    with meet(world) as ranks, join_mesh(ranks, options.shards) as mesh:
+    with rendezvous(world) as ranks, join_mesh(ranks, options.shards) as mesh:
         result = bench_step(shape, mesh, rounds=options.rounds)
     return result if mesh.is_first else None
 
@@ -111,12 +111,12 @@ def _routed(options: argparse.Namespace) -> Result:
     from dist_sae.bench.routed import bench_routed
     from dist_sae.bench.step import StepShape, bench_run
     from dist_sae.distributed.mesh import join_mesh
-    from dist_sae.distributed.rendezvous import meet
+    from dist_sae.distributed.rendezvous import rendezvous
 
     size = options.d_in, options.n_latents, options.k, options.batch
     shape = StepShape(*size, products=options.products, experts=options.experts)
     bench_run(shape, 1, 1)
-    with meet(1) as ranks, join_mesh(ranks) as mesh:
+    with rendezvous(1) as ranks, join_mesh(ranks) as mesh:
         return bench_routed(shape, mesh, rounds=options.rounds)
 
 
@@ -124,11 +124,11 @@ def _metrics(options: argparse.Namespace) -> Result:
     from dist_sae.bench.metrics import bench_metrics
     from dist_sae.bench.step import StepShape, bench_run
     from dist_sae.distributed.mesh import join_mesh
-    from dist_sae.distributed.rendezvous import meet
+    from dist_sae.distributed.rendezvous import rendezvous
 
     shape = StepShape(options.d_in, options.n_latents, options.k, options.batch, options.products)
     bench_run(shape, 1, 1)
-    with meet(1) as ranks, join_mesh(ranks) as mesh:
+    with rendezvous(1) as ranks, join_mesh(ranks) as mesh:
         return bench_metrics(shape, mesh, rounds=options.rounds)
 
 
@@ -145,11 +145,11 @@ def _checkpoint(options: argparse.Namespace) -> Result:
     from dist_sae.bench.checkpoint import bench_checkpoint
     from dist_sae.bench.step import StepShape, bench_run
     from dist_sae.distributed.mesh import join_mesh
-    from dist_sae.distributed.rendezvous import meet
+    from dist_sae.distributed.rendezvous import rendezvous
 
     shape = StepShape(options.d_in, options.n_latents, options.k, options.batch)
     run = bench_run(shape, 1, 1, url=options.url, endpoint_url=options.endpoint_url)
-    with meet(1) as ranks, join_mesh(ranks) as mesh:
+    with rendezvous(1) as ranks, join_mesh(ranks) as mesh:
         return bench_checkpoint(shape, mesh, run.store, every=options.every, rounds=options.rounds)
 
 

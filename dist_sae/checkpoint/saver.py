@@ -1,4 +1,4 @@
-"""Saving while training goes on."""
+"""Saves checkpoints in the background while training continues."""
 
 import logging
 import threading
@@ -17,33 +17,33 @@ Some = TypeVar("Some")
 
 
 class Saved(NamedTuple):
-    """A checkpoint that is durable."""
+    """A durable checkpoint."""
 
     step: int
     cursors: Mapping[int, Any]
-    """Of all streams."""
+    """Positions of all streams."""
     bytes: int
     seconds: float
-    """From the copy to the manifest."""
+    """Time from the start of the copy to the manifest."""
 
 
 class Saver:
-    """Copies this rank's part between two steps, and stores the copy in a thread.
+    """Copies this rank's part between two steps and stores the copy in a thread.
 
-    At most one save is under way; the next one waits for it. The checkpoint exists once every
-    rank's part does: the ranks tell each other, and the first one writes the manifest.
+    At most one save is under way; the next one waits for it. When every rank has stored its part,
+    rank 0 writes the manifest, and the checkpoint exists.
 
     Args:
-        checkpoints: Where to.
-        state: What.
-        scalars: What is no tensor and never changes.
-        everyones: Gathers a value of every rank, in their order; called in the thread.
+        checkpoints: The run's checkpoints.
+        state: The live objects to save.
+        scalars: Numbers and settings that are the same in every checkpoint of the run.
+        all_gather: Gathers a picklable value of every rank, by rank; called in the thread.
         first: Whether this rank writes the manifest.
-        before: Called in the thread, on the first rank, before a checkpoint exists: what would
-            be lost if the run died right after.
-        durable: Called in the thread, on every rank, when a checkpoint exists.
-        step: The step that the run begins at, which needs no saving.
-        beside: Whether a copy is stored in a thread; else `save` returns when all is durable.
+        before_commit: Called in the thread, on rank 0, before the manifest is written, to make
+            durable what belongs to the checkpoint.
+        on_durable: Called in the thread, on every rank, once the checkpoint exists.
+        step: The step that the run starts from, which is saved already.
+        background: Whether to store a copy in a thread; if not, `save` stores and then returns.
     """
 
     def __init__(
@@ -52,22 +52,22 @@ class Saver:
         state: TrainingState,
         scalars: Mapping[str, Any],
         *,
-        everyones: Callable[[Any], list[Any]],
+        all_gather: Callable[[Any], list[Any]],
         first: bool,
-        before: Callable[[], None],
-        durable: Callable[[Saved], None],
+        before_commit: Callable[[], None],
+        on_durable: Callable[[Saved], None],
         step: int,
-        beside: bool = True,
+        background: bool = True,
     ) -> None:
         self._checkpoints = checkpoints
         self._state = state
         self._scalars = scalars
-        self._everyones = everyones
+        self._all_gather = all_gather
         self._first = first
-        self._before = before
-        self._durable = durable
+        self._before_commit = before_commit
+        self._on_durable = on_durable
         self._step = step
-        self._beside = beside
+        self._background = background
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
 
@@ -88,16 +88,16 @@ class Saver:
             logger.error("the last save failed as well: %s", exc)
 
     def save(self, step: int, cursors: Mapping[int, Any], **scalars: Any) -> None:
-        """Begin to save; collective. Returns as soon as the copy is made, if beside.
+        """Start a save. Collective. In the background, returns once the copy is made.
 
         Args:
             step: Steps done.
-            cursors: Where this rank's streams are.
-            scalars: Of this moment, the same on all ranks.
+            cursors: Positions of this rank's streams.
+            scalars: Numbers of this checkpoint, the same on all ranks.
 
         Raises:
-            StoreError: The save before failed.
-            Stopped: It failed on another rank.
+            StoreError: The previous save failed.
+            Stopped: The previous save failed on another rank.
         """
         self.finish()
         if step == self._step:
@@ -105,7 +105,7 @@ class Saver:
         self._step = step
         since = time.monotonic()
         scalars |= self._state.scalars()
-        if not self._beside:
+        if not self._background:
             self._store(step, self._state.pieces(), cursors, scalars, since)
             return
         copies = [
@@ -115,10 +115,10 @@ class Saver:
         def store() -> None:
             try:
                 self._store(step, _consumed(copies), cursors, scalars, since)
-            except BaseException as exc:  # the training's thread raises it
+            except BaseException as exc:  # raised in the training thread, by `finish`
                 self._error = exc
 
-        # no daemon: what is on its way is finished when the program ends otherwise
+        # not a daemon thread: the process waits for a save that is under way
         self._thread = threading.Thread(target=store, name="saver")
         self._thread.start()
 
@@ -131,8 +131,8 @@ class Saver:
         """Wait until the last save is durable.
 
         Raises:
-            StoreError: It failed.
-            Stopped: It failed on another rank.
+            StoreError: The save failed.
+            Stopped: The save failed on another rank.
         """
         if self._thread is not None:
             self._thread.join()
@@ -149,38 +149,38 @@ class Saver:
         scalars: Mapping[str, Any],
         since: float,
     ) -> None:
-        """This rank's part, then the manifest of all ranks' parts."""
-        everyones = self._together(lambda: (self._checkpoints.write(step, pieces), cursors))
-        everywhere = {v: place for _, own in everyones for v, place in own.items()}
+        """Write this rank's part, then, on rank 0, the manifest of all parts. Collective."""
+        parts = self._on_all_ranks(lambda: (self._checkpoints.write(step, pieces), cursors))
+        everywhere = {v: cursor for _, own in parts for v, cursor in own.items()}
 
         def commit() -> int:
             if not self._first:
                 return 0
-            self._before()
-            records = [records for records, _ in everyones]
+            self._before_commit()
+            records = [records for records, _ in parts]
             all_scalars = {**self._scalars, **scalars, "places": everywhere}
             return self._checkpoints.commit(step, records, all_scalars)
 
-        size = max(self._together(commit))
-        self._durable(Saved(step, everywhere, size, time.monotonic() - since))
+        size = max(self._on_all_ranks(commit))
+        self._on_durable(Saved(step, everywhere, size, time.monotonic() - since))
 
-    def _together(self, work: Callable[[], Some]) -> list[Some]:
-        """What each rank's `work` returned; raises on all of them when one failed."""
+    def _on_all_ranks(self, work: Callable[[], Some]) -> list[Some]:
+        """Call `work` on every rank and gather the results; raises on all if one rank fails."""
         value, failure = None, None
         try:
             value = work()
-        except BaseException as exc:  # raised below: the others must hear of it first
+        except BaseException as exc:  # raised below, after the other ranks know
             failure = exc
-        everyones = self._everyones((value, None if failure is None else str(failure)))
+        results = self._all_gather((value, None if failure is None else str(failure)))
         if failure is not None:
             raise failure
-        if said := [words for _, words in everyones if words is not None]:
-            raise Stopped(f"another rank could not save: {said[0]}")
-        return [value for value, _ in everyones]
+        if failures := [words for _, words in results if words is not None]:
+            raise Stopped(f"another rank could not save: {failures[0]}")
+        return [value for value, _ in results]
 
 
 def _consumed(copies: list[Piece]) -> Iterator[Piece]:
-    """One after the other; none is held any longer than it takes."""
+    """Yield the copies in order and free each one after use."""
     copies.reverse()
     while copies:
         yield copies.pop()

@@ -11,7 +11,7 @@ from torch import Tensor
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.checkpoint.state import IDLE_ROWS, load_weights
 from dist_sae.config import Run
-from dist_sae.config.deciding import check_same_run
+from dist_sae.config.fingerprint import check_same_run
 from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.errors import (

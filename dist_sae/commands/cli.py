@@ -96,7 +96,7 @@ def _train(options: argparse.Namespace) -> int | None:
     run = _load(options)
     from dist_sae.distributed.local_ranks import rank_environments
     from dist_sae.distributed.mesh import join_mesh
-    from dist_sae.distributed.rendezvous import meet
+    from dist_sae.distributed.rendezvous import rendezvous
     from dist_sae.distributed.watch import Watch
     from dist_sae.telemetry.exporter import Telemetry
     from dist_sae.training.completed import completed_result
@@ -119,7 +119,7 @@ def _train(options: argparse.Namespace) -> int | None:
         if options.wait:
             _await_plan(run, stopping)
         with (
-            meet(world, config.missing_seconds, stopping, name=run.name) as ranks,
+            rendezvous(world, config.missing_seconds, stopping, name=run.name) as ranks,
             Watch(
                 ranks,
                 stopping,

@@ -1,4 +1,4 @@
-"""The ranks of a training job and what they say to each other."""
+"""The ranks of a job: their devices, their process groups, their agreements."""
 
 import hashlib
 from collections.abc import Iterable, Iterator
@@ -20,46 +20,50 @@ _FOREVER = timedelta(days=365)
 
 
 class Mesh(NamedTuple):
-    """This rank's place among all, and what they say to each other."""
+    """This rank, its device and its process groups."""
 
     rank: int
     world: int
     device: torch.device
     axis: LatentAxis
-    """Its place in `replicas` x `shards`."""
+    """This rank's place in the grid of `replicas` x `shards`."""
     control: dist.ProcessGroup | None = None
-    """For words between the hosts, without a time limit: a rank may wait long for data."""
-    spare: dist.ProcessGroup | None = None
-    """The same once more, for one thread beside the training."""
+    """Control group: gloo, without a time limit, since a rank may wait long for data."""
+    background_control: dist.ProcessGroup | None = None
+    """Second control group, for saving."""
 
     @property
     def is_first(self) -> bool:
-        """Whether this rank speaks for all."""
+        """Whether this is rank 0, which logs and writes manifests."""
         return self.rank == 0
 
-    def agree(self, *, wish: bool) -> bool:
-        """Whether any rank has the wish; waits for the last rank to say, however long it takes."""
-        return self.meet(wish=wish, waited=0.0)[0]
+    def any_rank(self, condition: bool) -> bool:  # noqa: FBT001 - the name asks for it
+        """Whether the condition holds on any rank. Collective; waits without a time limit."""
+        return self.any_rank_and_max(condition, 0.0)[0]
 
-    def meet(self, *, wish: bool, waited: float) -> tuple[bool, float]:
-        """Whether any rank has the wish, and the longest that one has waited, in seconds."""
+    def any_rank_and_max(
+        self,
+        condition: bool,  # noqa: FBT001 - the name asks for it
+        value: float,
+    ) -> tuple[bool, float]:
+        """(Whether the condition holds on any rank, the largest value), in one collective."""
         if self.world == 1:
-            return wish, waited
-        said = torch.tensor([wish, waited], dtype=torch.float64)
-        dist.all_reduce(said, dist.ReduceOp.MAX, self.control)
-        wished, longest = said.tolist()
-        return bool(wished), longest
+            return condition, value
+        both = torch.tensor([condition, value], dtype=torch.float64)
+        dist.all_reduce(both, dist.ReduceOp.MAX, self.control)
+        holds, largest = both.tolist()
+        return bool(holds), largest
 
-    def beside(self) -> "Mesh":
-        """The same ranks on a line of their own, for one thread beside the training."""
-        return self._replace(control=self.spare)
+    def in_background(self) -> "Mesh":
+        """The same ranks on the second control group, for the thread that saves."""
+        return self._replace(control=self.background_control)
 
     def barrier(self) -> None:
         """Wait until every rank is here."""
-        self.agree(wish=False)
+        self.any_rank(False)  # noqa: FBT003
 
-    def everyones(self, value: Any) -> list[Any]:
-        """A picklable value of every rank, in their order."""
+    def all_gather_objects(self, value: Any) -> list[Any]:
+        """A picklable value of every rank, by rank. Collective."""
         if self.world == 1:
             return [value]
         values: list[Any] = [None] * self.world
@@ -69,11 +73,11 @@ class Mesh(NamedTuple):
 
 @contextmanager
 def join_mesh(ranks: Ranks, shards: int = 1) -> Iterator[Mesh]:
-    """Make the groups of ranks that compute together.
+    """Create the process groups of a job.
 
     Args:
-        ranks: All of them.
-        shards: Into how many pieces the dictionary is cut; divides the number of ranks.
+        ranks: All ranks of the job.
+        shards: Number of latent shards; divides the number of ranks.
 
     Raises:
         ConfigError: There are more ranks on this machine than GPUs.
@@ -95,19 +99,20 @@ def join_mesh(ranks: Ranks, shards: int = 1) -> Iterator[Mesh]:
     dist.init_process_group(
         backend, store=store, rank=rank, world_size=world, timeout=_COLLECTIVE_TIMEOUT
     )
-    control = spare = None
+    control = background = None
     if world > 1:
-        control, spare = (dist.new_group(backend="gloo", timeout=_FOREVER) for _ in range(2))
+        control, background = (dist.new_group(backend="gloo", timeout=_FOREVER) for _ in range(2))
     try:
-        yield Mesh(rank, world, device, _split(rank, world, shards), control, spare)
+        yield Mesh(rank, world, device, _split(rank, world, shards), control, background)
     finally:
         dist.destroy_process_group()
 
 
 def _split(rank: int, world: int, shards: int) -> ShardedAxis:
-    """The ranks as `replicas` x `shards`; neighbours, on one host where that fits, share a replica.
+    """Arrange the ranks as `replicas` x `shards`.
 
-    Every rank takes part in the making of every group.
+    Neighbouring ranks, which mostly share a host, make a replica. Every rank must create every
+    group.
     """
     grid = torch.arange(world).reshape(-1, shards)
     replica, shard = divmod(rank, shards)
@@ -117,15 +122,15 @@ def _split(rank: int, world: int, shards: int) -> ShardedAxis:
 
 
 def check_replicated(mesh: Mesh, tensors: Iterable[Tensor]) -> None:
-    """Make sure that all ranks hold the same bits of what they all hold. Collective.
+    """Check that replicated tensors have the same bits on all ranks. Collective.
 
     Raises:
-        DivergedError: They do not; what they would save is not one dictionary.
+        DivergedError: They differ, so the ranks' parts are not of one dictionary.
     """
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.detach().cpu().numpy().tobytes())
-    digests = mesh.everyones(digest.hexdigest())
+    digests = mesh.all_gather_objects(digest.hexdigest())
     if len(set(digests)) > 1:
         odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
         raise DivergedError(

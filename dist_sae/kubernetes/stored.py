@@ -7,7 +7,7 @@ from typing import Any
 from dist_sae.checkpoint.folder import begun_run
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.config import Run
-from dist_sae.config.deciding import PLAN_SECTIONS, as_begun, changes, deciding
+from dist_sae.config.fingerprint import PLAN_SECTIONS, as_begun, changes, run_fingerprint
 from dist_sae.data.consumers import Consumers
 from dist_sae.data.identity import moved_places, plan_settings, setting_changes
 from dist_sae.data.plan import Plan, load_plan, planned
@@ -66,7 +66,7 @@ class StoredRun:
         """
         if other is None:
             return []
-        stored = deciding(other)
+        stored = run_fingerprint(other)
         run = as_begun(self._run, stored)
         changed = changes(stored, run, but=PLAN_SECTIONS)
         changed += setting_changes(plan_settings(other), plan_settings(run))

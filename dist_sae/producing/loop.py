@@ -40,7 +40,7 @@ from dist_sae.data.tokens import TokenBatch, cut, pack
 from dist_sae.data.work_queue import Worker, WorkQueue
 from dist_sae.distributed.leader import Leader, Work, follow, leading
 from dist_sae.distributed.mesh import join_mesh
-from dist_sae.distributed.rendezvous import meet
+from dist_sae.distributed.rendezvous import rendezvous
 from dist_sae.distributed.watch import Watch
 from dist_sae.errors import CorpusError, NonFiniteError, Stopped
 from dist_sae.models import ActivationSource, Tokenizer, build_source, build_tokenizer
@@ -174,7 +174,7 @@ def produce_together(
     run = as_planned(run, load_plan(open_store(run.store.activations, run.store.s3), run))
     train = run.train
     with (
-        meet(
+        rendezvous(
             run.model_shards,
             train.missing_seconds,
             stopping,

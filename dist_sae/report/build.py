@@ -11,7 +11,7 @@ from dist_sae.checkpoint.lineage import Lineage
 from dist_sae.checkpoint.trained import Trained, check_own, find_checkpoint, read_trained, suffix
 from dist_sae.config import Run, dump_run
 from dist_sae.config.data import DatasetCorpus, FilesCorpus, HuggingFaceModel, ModelConfig
-from dist_sae.config.deciding import deciding
+from dist_sae.config.fingerprint import run_fingerprint
 from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.plan import load_plan
 from dist_sae.environment import hardware, versions
@@ -61,7 +61,7 @@ def report(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
     plan = load_plan(activations, run)
     checkpoint = find_checkpoint(runs, run, step)
     if checkpoint is None and (begun := begun_run(runs, run.name)):  # there may be curves already
-        check_own(deciding(begun), run)
+        check_own(run_fingerprint(begun), run)
     name_suffix = "" if checkpoint is None else suffix(runs, run, checkpoint.step)
     evaluation = read_evaluation(runs, evaluation_key(run.name, name_suffix))
     history = read_history(runs, run.name)

@@ -5,7 +5,7 @@ import threading
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.checkpoint.lineage import Lineage
 from dist_sae.config import Run
-from dist_sae.config.deciding import PLAN_SECTIONS, as_begun, changes
+from dist_sae.config.fingerprint import PLAN_SECTIONS, as_begun, changes
 from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.backlog import ReadyUnits
 from dist_sae.data.heldout import are_there

@@ -10,7 +10,7 @@ from torch import Tensor
 from dist_sae.checkpoint.saver import Saved, Saver
 from dist_sae.checkpoint.state import TrainingState
 from dist_sae.config import Run
-from dist_sae.config.deciding import deciding
+from dist_sae.config.fingerprint import run_fingerprint
 from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.backlog import ReadyUnits
 from dist_sae.data.heldout import are_there, rows_of
@@ -69,7 +69,7 @@ def train(
             step,
             cursors,
             heldout_fvu=fvu,
-            repeated_rows=job.repeated_rows + sum(mesh.everyones(repeated_rows)),
+            repeated_rows=job.repeated_rows + sum(mesh.all_gather_objects(repeated_rows)),
         )
         report.end("save")
 
@@ -84,14 +84,14 @@ def train(
             job.checkpoints,
             state,
             normaliser.to_scalars()
-            | {"plan": job.units.plan.hash, "run": deciding(run)}
+            | {"plan": job.units.plan.hash, "run": run_fingerprint(run)}
             | job.lineage.to_scalars(),
-            everyones=mesh.beside().everyones,
+            all_gather=mesh.in_background().all_gather_objects,
             first=mesh.is_first,
-            before=report.flush,
-            durable=durable,
+            before_commit=report.flush,
+            on_durable=durable,
             step=step,
-            beside=run.train.save_beside,
+            background=run.train.save_beside,
         ) as saver,
         open_loader(run, mesh, job.units, range(step, run.steps), job.lineage, cursors) as loader,
     ):
@@ -191,7 +191,7 @@ class _Heldout:
 
     def _read(self) -> bool:
         numbers, mesh = self._units.plan.heldout_units, self._mesh
-        if mesh.agree(wish=not are_there(self._units, numbers)):
+        if mesh.any_rank(not are_there(self._units, numbers)):
             return False
         rows = torch.cat(list(rows_of(self._units, numbers, mesh.world * self._rows)))
         own = rows[mesh.rank * len(rows) // mesh.world :][: len(rows) // mesh.world]

@@ -17,7 +17,7 @@ from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.checkpoint.lineage import Lineage
 from dist_sae.checkpoint.state import TrainingState
 from dist_sae.config import Run, dump_run
-from dist_sae.config.deciding import as_begun, check_same_run
+from dist_sae.config.fingerprint import as_begun, check_same_run
 from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.consumers import Consumers, Registration
 from dist_sae.data.loader import Batch, Loader
@@ -146,7 +146,7 @@ def _start(runs: ObjectStore, run: Run, plan: Plan, checkpoints: Checkpoints, me
     if found := _found(checkpoints, runs, run, plan, mesh):
         return Start.of_own(found)
     start = Start.of_others(runs, run, plan)
-    if len(set(mesh.everyones(start.parent and start.parent.step))) > 1:
+    if len(set(mesh.all_gather_objects(start.parent and start.parent.step))) > 1:
         raise Stopped(f"{run.name}: its parent was written while the ranks began; start again")
     if start.parent:
         logger.info("goes on from %s", start.lineage.describe())
@@ -212,7 +212,7 @@ def _found(
         PlanMismatchError: They are of a run with other settings, or on another activation set.
     """
     found = list(checkpoints.newest_first())
-    on_all = set.intersection(*mesh.everyones({checkpoint.step for checkpoint in found}))
+    on_all = set.intersection(*mesh.all_gather_objects({checkpoint.step for checkpoint in found}))
     found = [checkpoint for checkpoint in found if checkpoint.step in on_all]
     if not found and checkpoints.steps():
         raise CorruptObjectError(
@@ -257,7 +257,7 @@ def _restore(
             take = state.read(checkpoint)
         except (CorruptObjectError, ObjectNotFoundError) as exc:
             damage = exc
-        if mesh.agree(wish=damage is not None):
+        if mesh.any_rank(damage is not None):
             if damage is not None:
                 logger.error("%s; the checkpoint before is taken", damage)
             continue
@@ -316,6 +316,6 @@ def next_batch(loader: Loader, mesh: Mesh, stopping: threading.Event, times: Tim
     batch = loader.next(times.waiting)
     waited = batch.waited_seconds if batch else 0.0
     times.end("wait")
-    ends, longest = mesh.meet(wish=batch is None or stopping.is_set(), waited=waited)
+    ends, longest = mesh.any_rank_and_max(batch is None or stopping.is_set(), waited)
     times.end("ranks", waited=longest - waited)
     return None if ends else batch

@@ -20,7 +20,7 @@ from dist_sae.config import Run
 from dist_sae.data.loader import Batch, Loader
 from dist_sae.data.work_queue import Worker
 from dist_sae.distributed.mesh import join_mesh
-from dist_sae.distributed.rendezvous import meet
+from dist_sae.distributed.rendezvous import rendezvous
 from dist_sae.distributed.watch import Watch
 from dist_sae.errors import DistSaeError
 from dist_sae.producing.loop import produce
@@ -65,7 +65,7 @@ def train_rank(settings: dict[str, Any], target: Path, seen: Path, env: dict[str
     try:
         with (
             serve("train", target) as telemetry,
-            meet(run.processes.trainers, MISSING_SECONDS, stopping) as ranks,
+            rendezvous(run.processes.trainers, MISSING_SECONDS, stopping) as ranks,
             Watch(ranks, stopping, lost_seconds=LOST_SECONDS, hung_seconds=60.0) as watch,
             join_mesh(ranks, run.processes.shards) as mesh,
         ):

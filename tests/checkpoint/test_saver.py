@@ -40,23 +40,23 @@ def make_saver(
     store: ObjectStore,
     state: Any,
     durable: Callable[[Saved], None],
-    everyones: Callable[[Any], list[Any]] = lambda value: [value],
+    all_gather: Callable[[Any], list[Any]] = lambda value: [value],
     *,
     first: bool = True,
     before: Callable[[], None] = lambda: None,
-    beside: bool = True,
+    background: bool = True,
 ) -> Saver:
     checkpoints = Checkpoints(store, "run", keep=2)
     return Saver(
         checkpoints,
         state,
         {"a": 1},
-        everyones=everyones,
+        all_gather=all_gather,
         first=first,
-        before=before,
-        durable=durable,
+        before_commit=before,
+        on_durable=durable,
         step=0,
-        beside=beside,
+        background=background,
     )
 
 
@@ -94,7 +94,7 @@ def test_where_memory_is_short_training_waits_until_all_is_durable(tmp_path: Pat
             written.extend(pieces)
             return super().write(step, written)
 
-    with make_saver(store, state, saved.append, beside=False) as saver:
+    with make_saver(store, state, saved.append, background=False) as saver:
         saver._checkpoints = Watched(store, "run", keep=2)
         saver.save(3, {})
         assert [s.step for s in saved] == [3]
@@ -137,7 +137,7 @@ def test_what_one_rank_cannot_save_is_no_checkpoint(tmp_path: Path) -> None:
     meeting, said = threading.Barrier(2, timeout=60), [None, None]
 
     def rank(number: int) -> None:
-        def everyones(value: Any) -> list[Any]:
+        def all_gather(value: Any) -> list[Any]:
             said[number] = value
             meeting.wait()
             both = list(said)
@@ -145,7 +145,7 @@ def test_what_one_rank_cannot_save_is_no_checkpoint(tmp_path: Path) -> None:
             return both
 
         own = Down(store) if number else store
-        with make_saver(own, state, lambda _: None, everyones, first=number == 0) as saver:
+        with make_saver(own, state, lambda _: None, all_gather, first=number == 0) as saver:
             saver.save(7, {})
 
     with ThreadPoolExecutor(2) as threads:

@@ -10,7 +10,7 @@ import torch
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.checkpoint.trained import read_trained
 from dist_sae.config import Run
-from dist_sae.config.deciding import deciding
+from dist_sae.config.fingerprint import run_fingerprint
 from dist_sae.errors import CorruptObjectError, ObjectNotFoundError
 from dist_sae.storage import ObjectStore, open_store
 from tests.checkpoint.test_state import advance, make_run, make_state
@@ -32,7 +32,7 @@ def save(run: Run, store: ObjectStore, step: int, keep: int = 2) -> torch.Tensor
     state = make_state(run, "topk")
     advance(state, range(step))
     checkpoints = Checkpoints(store, run.name, keep)
-    scalars = {"scale": 2.0, "mean": [0.5] * D_IN, "run": deciding(run)}
+    scalars = {"scale": 2.0, "mean": [0.5] * D_IN, "run": run_fingerprint(run)}
     checkpoints.commit(
         step, [checkpoints.write(step, state._replace(average=None).pieces())], scalars
     )

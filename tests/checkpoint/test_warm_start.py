@@ -10,7 +10,7 @@ import torch
 from dist_sae.checkpoint import warm_start
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.config import Run, load_run, validate_run
-from dist_sae.config.deciding import deciding
+from dist_sae.config.fingerprint import run_fingerprint
 from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.axis import WHOLE, WholeAxis
 from dist_sae.distributed.mesh import Mesh
@@ -30,7 +30,7 @@ NARROW = WORLD | {
     "sae": {"kind": "batchtopk", "n_latents": N_KNOWN, "k": 3, "auxk": 16},
     "store": {"activations": "a", "runs": "r"},
 }
-SCALARS = {"scale": 0.5, "run": deciding(validate_run(NARROW, "narrow")), "places": {}}
+SCALARS = {"scale": 0.5, "run": run_fingerprint(validate_run(NARROW, "narrow")), "places": {}}
 WEIGHTS = {
     "W_enc": torch.randn(N_KNOWN, D_IN, generator=torch.Generator().manual_seed(0)),
     "W_dec": torch.eye(D_IN).repeat(N_KNOWN // D_IN, 1),
@@ -104,7 +104,7 @@ def test_a_run_that_measures_may_begin_with_one_that_held_nothing_out(tmp_path: 
     measured = {"heldout_rows": 160, "keep_best": 1}
     run = load_run(write_run(tmp_path, sae=make_run(tmp_path).sae.model_dump(), train=measured))
     activations = NARROW["activations"] | {"heldout_share": 0.0}
-    settings = deciding(validate_run(NARROW | {"activations": activations}, "narrow"))
+    settings = run_fingerprint(validate_run(NARROW | {"activations": activations}, "narrow"))
     checkpoints = Checkpoints(open_store(str(tmp_path)), "narrow", 2)
     save(checkpoints, 30, WEIGHTS, SCALARS | {"run": settings})
     warm_start.check(checkpoints.open(30), run)

@@ -13,7 +13,7 @@ from dist_sae import logs
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.commands import cli
 from dist_sae.config import load_run
-from dist_sae.config.deciding import deciding
+from dist_sae.config.fingerprint import run_fingerprint
 from dist_sae.storage import open_store
 from tests.launch import write_run
 from tests.world import save
@@ -36,7 +36,7 @@ def run(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> s
 
 
 def scalars(path: Path) -> dict[str, Any]:
-    return {"scale": 0.5, "run": deciding(load_run(path))}
+    return {"scale": 0.5, "run": run_fingerprint(load_run(path))}
 
 
 @pytest.fixture

@@ -13,7 +13,7 @@ import dist_sae.data.corpus
 import dist_sae.producing.planner
 from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel, S3Config
-from dist_sae.config.deciding import PLAN_SECTIONS, changes, deciding
+from dist_sae.config.fingerprint import PLAN_SECTIONS, changes, run_fingerprint
 from dist_sae.data.corpus import Corpus
 from dist_sae.data.identity import model_content
 from dist_sae.data.plan import (
@@ -142,10 +142,10 @@ def test_a_run_may_need_fewer_sites_than_the_set_has(home: Path) -> None:
 def test_a_run_goes_on_with_text_and_model_elsewhere(home: Path) -> None:
     run = run_of(home, ["a.txt"])
     moved = run_of(home, ["b.txt"], "moved", sites=SITES[:1])
-    assert changes(deciding(run), moved, but=PLAN_SECTIONS) == []
-    assert len(changes(deciding(run), moved)) == 3
+    assert changes(run_fingerprint(run), moved, but=PLAN_SECTIONS) == []
+    assert len(changes(run_fingerprint(run), moved)) == 3
     other = moved.model_copy(update={"train": moved.train.model_copy(update={"site": SITES[1]})})
-    assert changes(deciding(run), other, but=PLAN_SECTIONS) == [
+    assert changes(run_fingerprint(run), other, but=PLAN_SECTIONS) == [
         f"train.site: {SITES[0]} -> {SITES[1]}"
     ]
 

@@ -14,7 +14,7 @@ from dist_sae.dictionaries.dead import DeadLatents
 from dist_sae.dictionaries.ema import WeightAverage
 from dist_sae.distributed.engine import DeepSpeedEngine, LocalEngine
 from dist_sae.distributed.mesh import Mesh, join_mesh
-from dist_sae.distributed.rendezvous import meet
+from dist_sae.distributed.rendezvous import rendezvous
 from dist_sae.kernels import Entries
 from dist_sae.kernels.choice import choose_kernels
 from tests.dictionaries.recipes import D_IN, make
@@ -66,7 +66,7 @@ def train_rank(spec: dict[str, Any], env: dict[str, str], log: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     results = {}
-    with meet(spec["world"]) as ranks, join_mesh(ranks, spec["shards"]) as mesh:
+    with rendezvous(spec["world"]) as ranks, join_mesh(ranks, spec["shards"]) as mesh:
         for kind in spec["kinds"]:
             for dtype in spec["dtypes"]:
                 results[kind, dtype] = trained(spec, kind, dtype, mesh)

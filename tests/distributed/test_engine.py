@@ -15,7 +15,7 @@ from dist_sae.dictionaries.init import initialise_tied
 from dist_sae.distributed.deepspeed_keys import check_deepspeed
 from dist_sae.distributed.engine import DeepSpeedEngine, Engine, LocalEngine
 from dist_sae.distributed.mesh import Mesh, join_mesh
-from dist_sae.distributed.rendezvous import meet
+from dist_sae.distributed.rendezvous import rendezvous
 from dist_sae.distributed.zero import deepspeed_config
 from dist_sae.errors import ConfigError, NonFiniteError
 from tests.launch import write_run
@@ -36,7 +36,7 @@ VARIANCE = 5.0
 
 @pytest.fixture(scope="module")  # DeepSpeed remembers its process groups for good
 def mesh() -> Iterator[Mesh]:
-    with meet(1) as ranks, join_mesh(ranks) as mesh:
+    with rendezvous(1) as ranks, join_mesh(ranks) as mesh:
         yield mesh
 
 
@@ -355,7 +355,7 @@ def test_the_launcher_must_start_as_many_ranks_as_the_run_names(
 ) -> None:
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ConfigError, match=r"processes\.trainers is 2, but WORLD_SIZE is 3"):
-        meet(2).__enter__()
+        rendezvous(2).__enter__()
 
 
 def test_deepspeeds_configuration_follows_the_run_and_the_user(tmp_path: Path) -> None:

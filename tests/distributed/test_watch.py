@@ -73,7 +73,10 @@ def start(tmp_path: Path) -> Iterator[Callable[..., list[Rank]]]:
 
 @pytest.mark.parametrize(
     ("missing", "said"),
-    [(1, "error: rank 1: not here after 3 s"), (0, "error: rank 0 is not at MASTER_ADDR:MASTER_")],
+    [
+        (1, "error: rank 1: did not join within 3 s"),
+        (0, "error: rank 0 is not at MASTER_ADDR:MASTER_"),
+    ],
 )
 def test_a_rank_that_does_not_come_is_named(
     start: Callable[..., list[Rank]], missing: int, said: str
@@ -123,7 +126,7 @@ def test_ranks_that_wait_for_others_can_be_stopped(start: Callable[..., list[Ran
         os.kill(one.process.pid, signal.SIGTERM)
         assert one.ends(0) == (
             75,
-            "error: stopped before all ranks had come; start again to go on",
+            "error: stopped before all ranks had joined; start again to go on",
         )
 
 

@@ -13,7 +13,7 @@ import torch
 from dist_sae.commands.cli import _stop_on_signals
 from dist_sae.distributed import watch as watch_module
 from dist_sae.distributed.mesh import Mesh, join_mesh
-from dist_sae.distributed.rendezvous import meet
+from dist_sae.distributed.rendezvous import rendezvous
 from dist_sae.distributed.watch import Watch
 from dist_sae.errors import CorruptObjectError, DistSaeError, Stopped
 
@@ -24,7 +24,7 @@ def work(what: str) -> None:
     stopping = _stop_on_signals()
     os.write(1, b"\nready\n")
     with (
-        meet(3, MISSING_SECONDS, stopping) as ranks,
+        rendezvous(3, MISSING_SECONDS, stopping) as ranks,
         Watch(ranks, stopping, lost_seconds=LOST_SECONDS, hung_seconds=HUNG_SECONDS) as watch,
     ):
         if what == "dies first" and ranks.rank == 1:
@@ -38,7 +38,7 @@ def go(what: str, mesh: Mesh, watch: Watch, stopping: threading.Event) -> None:
         watch.at(step, working=False)
         if what == "waits" and mesh.rank == 1 and step == 3:
             time.sleep(2 * HUNG_SECONDS)  # for data
-        if mesh.agree(wish=stopping.is_set()):
+        if mesh.any_rank(stopping.is_set()):
             raise Stopped(f"stopped at step {step}")
         watch.at(step, working=True)
         if mesh.rank == 1 and step == 3:

@@ -14,7 +14,7 @@ from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.checkpoint.state import IDLE_ROWS
 from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
-from dist_sae.config.deciding import deciding
+from dist_sae.config.fingerprint import run_fingerprint
 from dist_sae.data.heldout import rows_of
 from dist_sae.data.plan import load_plan
 from dist_sae.data.shard import manifest_key
@@ -88,7 +88,12 @@ def run(produced_run: Run, tmp_path: Path) -> Run:
         sae = build_sae(run.sae, D)
         sae.initialise(torch.randn(64, D, generator=torch.Generator().manual_seed(step)), step)
         tensors = sae.state_dict() | {IDLE_ROWS: torch.zeros(32, dtype=torch.int64)}
-        scalars = {"scale": 0.5, "mean": [0.125] * D, "plan": made.hash, "run": deciding(run)}
+        scalars = {
+            "scale": 0.5,
+            "mean": [0.125] * D,
+            "plan": made.hash,
+            "run": run_fingerprint(run),
+        }
         save(Checkpoints(open_store(str(tmp_path)), run.name, 2), step, tensors, scalars)
     return run
 

@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.checkpoint.state import IDLE_ROWS
 from dist_sae.config import Run, load_run
-from dist_sae.config.deciding import deciding
+from dist_sae.config.fingerprint import run_fingerprint
 from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.base import Codes
 from dist_sae.errors import ConfigError
@@ -69,7 +69,7 @@ def forward(
 
 
 def scalars(run: Run, scale: float) -> dict[str, Any]:
-    return {"scale": scale, "mean": [0.0] * 16, "run": deciding(run)}
+    return {"scale": scale, "mean": [0.0] * 16, "run": run_fingerprint(run)}
 
 
 def dense(codes: Codes, n_latents: int) -> NDArray[np.float64]:

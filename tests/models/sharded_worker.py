@@ -13,7 +13,7 @@ from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.data.work_queue import Worker
 from dist_sae.distributed.mesh import join_mesh
-from dist_sae.distributed.rendezvous import meet
+from dist_sae.distributed.rendezvous import rendezvous
 from dist_sae.errors import DistSaeError
 from dist_sae.models.huggingface import HuggingFaceSource
 from dist_sae.models.sites import blocks
@@ -38,7 +38,7 @@ def rank(
     torch.set_num_threads(1)
     results = []
     try:
-        with meet(int(env["WORLD_SIZE"])) as ranks, join_mesh(ranks):
+        with rendezvous(int(env["WORLD_SIZE"])) as ranks, join_mesh(ranks):
             for settings, sites in models:
                 before = _anonymous_bytes()
                 with peak_memory(_anonymous_bytes) as peak:

@@ -11,7 +11,7 @@ import torch
 
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.config import Run
-from dist_sae.config.deciding import deciding
+from dist_sae.config.fingerprint import run_fingerprint
 from dist_sae.data.plan import Plan, load_plan
 from dist_sae.data.shard import Rows, UnitManifest, manifest_key, write_shard
 from dist_sae.errors import CorpusError
@@ -332,7 +332,7 @@ def save_identity(run: Run) -> None:
     tensors = {"W_enc": eye, "W_dec": eye, "b_enc": zero, "b_dec": zero, "idle_rows": zero}
     made = load_plan(open_store(run.store.activations), run)
     scalars = {"scale": 0.5, "mean": [0.0] * 4, "variance": 1.0}
-    scalars |= {"plan": made.hash, "run": deciding(run)}
+    scalars |= {"plan": made.hash, "run": run_fingerprint(run)}
     save(Checkpoints(open_store(run.store.runs), run.name, 1), 1, tensors, scalars)
 
 

@@ -10,7 +10,7 @@ import yaml
 
 from dist_sae.commands.cli import main
 from dist_sae.config import load_run
-from dist_sae.config.deciding import check_same_run, deciding
+from dist_sae.config.fingerprint import check_same_run, run_fingerprint
 from dist_sae.errors import PlanMismatchError
 from tests.conftest import Bucket
 from tests.training.trained import final, run_file
@@ -107,9 +107,11 @@ def test_older_settings_mean_what_they_meant(calm: Path, activations: str) -> No
     with pytest.raises(PlanMismatchError, match=r"train\.lr: .* -> 0\.003\); restore them"):
         check_same_run(settings, run, "here")
     free = load_run(run_file(calm, activations), ["train.lr=null"])
-    check_same_run(deciding(free), free, "here")
+    check_same_run(run_fingerprint(free), free, "here")
     check_same_run(
-        deciding(free), load_run(run_file(calm, activations), [f"train.lr={free.lr}"]), "here"
+        run_fingerprint(free),
+        load_run(run_file(calm, activations), [f"train.lr={free.lr}"]),
+        "here",
     )
 
 

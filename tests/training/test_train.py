@@ -199,7 +199,7 @@ def test_ranks_go_on_from_a_checkpoint_that_all_can_read(tmp_path: Path, activat
     newest = max(checkpoints.steps())
 
     class OneOfTwo(Mesh):
-        def everyones(self, value: set[int]) -> list[set[int]]:
+        def all_gather_objects(self, value: set[int]) -> list[set[int]]:
             return [value, value - {newest}]
 
     mesh = OneOfTwo(0, 2, torch.device("cpu"), WHOLE)

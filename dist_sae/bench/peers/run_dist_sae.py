@@ -13,7 +13,7 @@ from dist_sae.bench.peers.protocol import (
 from dist_sae.bench.step import StepShape, TrainingStep
 from dist_sae.dictionaries.init import initialise_from_data
 from dist_sae.distributed.mesh import join_mesh
-from dist_sae.distributed.rendezvous import meet
+from dist_sae.distributed.rendezvous import rendezvous
 
 
 def main() -> int:
@@ -30,7 +30,7 @@ def main() -> int:
         lr=spec.lr,
         seed=spec.seed,
     )
-    with meet(1) as ranks, join_mesh(ranks) as mesh:
+    with rendezvous(1) as ranks, join_mesh(ranks) as mesh:
         step = TrainingStep(shape, mesh)
         step.initialise(batches.read(0))
         n_batches = -(-spec.n_latents // spec.batch)

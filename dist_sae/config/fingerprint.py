@@ -1,7 +1,7 @@
-"""Which settings decide what comes out of a run; the others change how it is done.
+"""The run's fingerprint: the settings that decide its result, as against how it is computed.
 
-A checkpoint carries the deciding settings of its run. Whoever reads it compares them with the run
-file at hand: a run file in which one differs is another run's, and is refused.
+Every checkpoint carries it. Whoever reads a checkpoint compares the fingerprint with the run file
+at hand and refuses it if they differ.
 """
 
 from collections.abc import Mapping, Sequence
@@ -41,8 +41,8 @@ PLAN_SECTIONS = ("model", "corpus", "activations")
 """Compared with the plan of the activation set, which knows their content; see `data.plan`."""
 
 
-def deciding(run: Run) -> dict[str, Any]:
-    """The settings that what comes out depends on; a checkpoint carries them."""
+def run_fingerprint(run: Run) -> dict[str, Any]:
+    """The settings that decide the result; every checkpoint carries them."""
     settings: dict[str, Any] = yaml.safe_load(dump_run(run.resolved()))
     for free in _FREE_SETTINGS:
         section, _, key = free.partition(".")
@@ -57,7 +57,7 @@ def changes(stored: Mapping[str, Any], run: Run, *, but: Sequence[str] = ()) -> 
     and a value that follows from others is written out.
 
     Args:
-        stored: What `deciding` gave, perhaps in an older version.
+        stored: What `run_fingerprint` gave, perhaps in an older version.
         run: As the run file says.
         but: Sections that are not compared.
 
@@ -75,7 +75,7 @@ def check_same_run(stored: Mapping[str, Any], run: Run, place: str, remedy: str 
     """The run that a checkpoint's settings are of, once a run file is known to mean the same.
 
     Args:
-        stored: What `deciding` gave, perhaps in an older version.
+        stored: What `run_fingerprint` gave, perhaps in an older version.
         run: As the run file says. `PLAN_SECTIONS` are not compared here.
         place: Where the settings are from, for messages.
         remedy: What to do, if not `restore them or choose another name`.
@@ -126,6 +126,6 @@ def stored_run(stored: Mapping[str, Any], run: Run, origin: str) -> Run:
 
 
 def _compared(run: Run) -> dict[str, Any]:
-    settings = deciding(run)
+    settings = run_fingerprint(run)
     settings["train"]["site"] = run.site
     return settings

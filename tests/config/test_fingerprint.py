@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from dist_sae.config import dump_run, load_run
-from dist_sae.config.deciding import as_begun, changes, deciding
+from dist_sae.config.fingerprint import as_begun, changes, run_fingerprint
 from tests.conftest import synthetic_run
 from tests.launch import write_run
 
@@ -32,7 +32,7 @@ def test_a_run_that_began_with_the_defaults_of_its_time_is_the_same_run(tmp_path
     """10 million rows whatever the run, and a learning rate that was not written down."""
     path = synthetic_run(tmp_path)
     run = load_run(path, ["sae.dead_after_rows=null"])
-    stored = deciding(run)
+    stored = run_fingerprint(run)
     assert as_begun(run, stored) == run
     stored["sae"]["dead_after_rows"] = 10_000_000
     stored["train"]["lr"] = None
@@ -59,7 +59,7 @@ def test_a_penalised_run_goes_on_with_the_penalty_that_it_began_with(
     """Its file left it open; what a file says now is compared."""
     kind = {"kind": older["kind"], "n_latents": 64}
     run = load_run(write_run(tmp_path, sae=kind))
-    stored = deciding(run)
+    stored = run_fingerprint(run)
     stored["sae"] |= older
     del stored["sae"]["init"]  # newer than the run
     assert changes(stored, run) == []
