@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 SUPERVISED = "DIST_SAE_SUPERVISED"
-"""Set by `dist-sae run` for its children: progress goes to stdout, one JSON object a line."""
+"""Set by `dist-sae run` for its children: they print progress as JSON, one object a line."""
 
 logger = logging.getLogger(__name__)
 

@@ -1,28 +1,42 @@
-"""What SIGTERM and Ctrl-C do while there is nothing to save yet; imports next to nothing."""
+"""What SIGTERM and Ctrl-C do. Imports next to nothing: it is in force before anything else is."""
 
 import os
 import signal
 import sys
 from types import FrameType
+from typing import TYPE_CHECKING
 
 from dist_sae.errors import EXIT_RESUMABLE
+
+if TYPE_CHECKING:
+    import threading
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 INTERRUPTED = "stopped: interrupted; start the same command again\n"
 
 
 def heed() -> None:
-    """Make both a KeyboardInterrupt, or in the midst of an import the end.
+    """Turn both into a KeyboardInterrupt; during an import they end the process.
 
-    An import has nothing to save, and a library that is interrupted in it may make another error of
-    it, or none.
+    There is nothing to save then, and a library that is interrupted while it is imported may raise
+    another error, or none.
     """
     for number in SIGNALS:
         signal.signal(number, _interrupt)
 
 
+def stop_event() -> "threading.Event":
+    """An event that both set from now on, for programs that save before they end."""
+    import threading  # after signals are heeded
+
+    stopping = threading.Event()
+    for number in SIGNALS:
+        signal.signal(number, lambda *_: stopping.set())
+    return stopping
+
+
 def heed_no_more(code: int) -> None:
-    """All is done: a signal that comes now makes the exit quicker, and nothing else."""
+    """The work is done: a signal now ends the process at once, with this exit code."""
     for number in SIGNALS:
         signal.signal(number, lambda *_: os._exit(code))
 

@@ -7,7 +7,6 @@ is read, so that a mistake in it is told before torch is imported, which takes s
 import argparse
 import json
 import os
-import signal
 import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +18,7 @@ from dist_sae.bench.commands import add_benches
 from dist_sae.commands.cluster import add_cluster_commands
 from dist_sae.commands.completion import SHELLS, render_completion
 from dist_sae.commands.groups import add_groups
+from dist_sae.distributed.supervisor import follow_parent
 from dist_sae.errors import EXIT_DONE, EXIT_RESUMABLE, DistSaeError, Stopped
 
 if TYPE_CHECKING:
@@ -34,7 +34,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     # torch's large buffers in large pages: on a CPU most are allocated anew at every step
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     logs.configure(rank=_rank())
-    _heed_signals()
+    signals.heed()
+    follow_parent()
     try:
         code = options.command(options)
         sys.stdout.flush()
@@ -70,7 +71,7 @@ def _produce(options: argparse.Namespace) -> int | None:
     from dist_sae.producing.loop import produce, produce_together
     from dist_sae.telemetry.exporter import Telemetry
 
-    stopping = _stop_on_signals()
+    stopping = signals.stop_event()
     if options.local_ranks > 1:
         name = ["--worker", options.worker] if options.worker else []
         arguments = ["produce", "--index", str(options.index), *name]
@@ -106,7 +107,7 @@ def _train(options: argparse.Namespace) -> int | None:
     if world > 1 and (result := completed_result(run)):
         _print_result(options, result)
         return None
-    stopping = _stop_on_signals()
+    stopping = signals.stop_event()
     if options.local_ranks:
         environments = rank_environments(options.local_ranks, world)
         if options.local_ranks > 1:
@@ -183,7 +184,7 @@ def _evaluate(options: argparse.Namespace) -> None:
     if options.wait:
         from dist_sae.commands.waiting import await_end
 
-        await_end(run, _stop_on_signals())
+        await_end(run, signals.stop_event())
         signals.heed()
     with _short_lived(run, "evaluate") as telemetry:
         result = evaluate(run, telemetry, options.step)
@@ -305,26 +306,6 @@ def _rank() -> int:
 def _port(first: int | None, offset: int) -> int | None:
     """The metrics port of one of several processes; 0 stays "any"."""
     return first + offset if first else first
-
-
-def _heed_signals() -> None:
-    """SIGTERM is like Ctrl-C, and the death of `dist-sae run` like a SIGTERM."""
-    signals.heed()
-    if os.environ.get(logs.SUPERVISED):
-        threading.Thread(target=_watch_parent, name="parent", daemon=True).start()
-
-
-def _watch_parent() -> None:
-    os.read(sys.stdin.fileno(), 1)  # returns when the parent is gone; sys.stdin would take a lock
-    os.kill(os.getpid(), signal.SIGTERM)
-
-
-def _stop_on_signals() -> threading.Event:
-    """An event that SIGTERM and SIGINT set, for programs that have something to save first."""
-    stopping = threading.Event()
-    for number in signals.SIGNALS:
-        signal.signal(number, lambda *_: stopping.set())
-    return stopping
 
 
 def _parser() -> argparse.ArgumentParser:

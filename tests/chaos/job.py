@@ -15,7 +15,6 @@ from typing import Any
 
 import dist_sae.training.loop
 import dist_sae.training.setup
-from dist_sae.commands.cli import _stop_on_signals
 from dist_sae.config import Run
 from dist_sae.data.loader import Batch, Loader
 from dist_sae.data.work_queue import Worker
@@ -24,6 +23,7 @@ from dist_sae.distributed.rendezvous import rendezvous
 from dist_sae.distributed.watch import Watch
 from dist_sae.errors import DistSaeError
 from dist_sae.producing.loop import produce
+from dist_sae.signals import stop_event
 from dist_sae.storage.s3 import S3Store
 from tests.chaos.scraper import serve
 from tests.data.dataplane import quicken
@@ -47,7 +47,7 @@ def train_rank(settings: dict[str, Any], target: Path, seen: Path, env: dict[str
     quicken(env)
     logging.disable(logging.NOTSET)
     logging.basicConfig(filename=seen.with_suffix(f".{env['RANK']}.log"), level=logging.INFO)
-    stopping = _stop_on_signals()
+    stopping = stop_event()
     run = Run.model_validate(settings)
 
     class Recording(Loader):

@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from dist_sae.checkpoint.layout import Checkpoints
-from dist_sae.commands.run import _Job, _Process
+from dist_sae.commands.run import Child, run_together
 from dist_sae.config.data import S3Config
 from dist_sae.errors import ProcessFailedError
 from dist_sae.storage import open_store
@@ -130,23 +130,27 @@ def test_a_failing_process_ends_the_run_with_its_own_error(
         ),
     ],
 )
+@pytest.mark.parametrize("with_others", [True, False])
 def test_the_one_that_failed_first_is_blamed(
-    tmp_path: Path, last_words: str, code: int, message: str
+    tmp_path: Path, last_words: str, code: int, message: str, *, with_others: bool
 ) -> None:
     """And not the other, which is ended by us for not heeding the signal."""
     deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); print('{}', flush=True); "
-    job = _Job([], tmp_path, threading.Event(), ProgressView())
-    processes = [
-        _Process("deaf", [sys.executable, "-c", deaf + "time.sleep(100)"], {}, tmp_path / "1.log"),
-        _Process(
+    view = ProgressView()
+    children = [
+        Child(
+            "deaf", [sys.executable, "-c", deaf + "time.sleep(100)"], {}, tmp_path / "1.log", view
+        ),
+        Child(
             "culprit",
             [sys.executable, "-c", f"import os, sys; {last_words}"],
             {},
             Path("/dev/full"),
+            view,
         ),
     ]
     with pytest.raises(ProcessFailedError) as caught:
-        job.run_together(processes)
+        run_together(children[not with_others :], threading.Event(), view)
     assert str(caught.value).startswith(message)
     assert caught.value.exit_code == code
 
@@ -159,13 +163,12 @@ WARNS = (
 
 
 def test_what_children_warn_of_is_shown(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    job = _Job([], tmp_path, threading.Event(), ProgressView())
-    job.run_together(
-        [
-            _Process(name, [sys.executable, "-c", WARNS], {}, tmp_path / f"{name}.log")
-            for name in ("trainer-0", "trainer-1")
-        ]
-    )
+    view = ProgressView()
+    children = [
+        Child(name, [sys.executable, "-c", WARNS], {}, tmp_path / f"{name}.log", view)
+        for name in ("trainer-0", "trainer-1")
+    ]
+    run_together(children, threading.Event(), view)
     assert capsys.readouterr().err == "warning: it is slow\nerror: it is lost\n"
 
 
@@ -181,14 +184,14 @@ def test_children_are_heard_when_nothing_can_be_shown(tmp_path: Path) -> None:
     words = WARNS + 'print(\'{"role": "train", "done": 1, "total": 2}\', flush=True); '
     words += "[log(30, 'x' * 1000) for _ in range(300)]; print('{\"all\": 1}')"
     console = Console(file=Full())
-    job = _Job([], tmp_path, threading.Event(), ProgressView(console))
+    view = ProgressView(console)
     names = ("trainer-0", "trainer-1")
     logs = [tmp_path / f"{name}.log" for name in names]
     command = [sys.executable, "-c", words]
-    processes = [_Process(name, command, {}, log) for name, log in zip(names, logs, strict=True)]
-    job.run_together(processes)
+    children = [Child(n, command, {}, log, view) for n, log in zip(names, logs, strict=True)]
+    run_together(children, threading.Event(), view)
     assert [len(log.read_text().splitlines()) for log in logs] == [303, 303]
-    assert [process.result for process in processes] == [{"all": 1}] * 2
+    assert [child.result for child in children] == [{"all": 1}] * 2
 
 
 def test_children_stop_when_the_parent_is_killed(tmp_path: Path) -> None:

@@ -1,13 +1,16 @@
 """The ranks of one pod: how it ends when one of them does. A rank is a line of shell."""
 
+import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 
-from dist_sae.distributed import local_ranks
+from dist_sae.distributed import local_ranks, supervisor
 from dist_sae.distributed.local_ranks import rank_environments, run_ranks
 from dist_sae.errors import ConfigError
 
@@ -30,7 +33,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         program.chmod(0o755)
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "executable", str(program))
-        monkeypatch.setattr(local_ranks, "_POLL_SECONDS", 0.01)
+        monkeypatch.setattr(supervisor, "_POLL_SECONDS", 0.01)
         environments = rank_environments(2, 2)
         return run_ranks(["train", "run.yaml"], environments, stopping or threading.Event())
 
@@ -82,6 +85,31 @@ def test_all_ranks_are_told_to_stop(run: Callable[..., int], tmp_path: Path) -> 
     ]
 
 
+def test_ranks_stop_when_the_parent_is_killed(tmp_path: Path) -> None:
+    said = tmp_path / "said"
+    rank = f"""
+import signal, threading
+from dist_sae.distributed.supervisor import follow_parent
+signal.signal(signal.SIGTERM, lambda *_: open({str(said)!r}, "w").write("stopped") and exit(75))
+follow_parent()
+print("up", flush=True)
+threading.Event().wait()
+"""
+    parent = f"""
+import sys, threading
+from dist_sae.distributed.supervisor import start, supervise
+command = [sys.executable, "-c", {rank!r}]
+supervise([lambda: start(command, {{}})], threading.Event(), failed_grace_seconds=1)
+"""
+    process = subprocess.Popen([sys.executable, "-c", parent], stdout=subprocess.PIPE, text=True)
+    assert process.stdout is not None
+    assert process.stdout.readline() == "up\n"
+    process.kill()
+    assert process.stdout.read() == ""  # the rank has ended: nobody can write there any more
+    assert said.read_text() == "stopped"
+    process.communicate()
+
+
 def test_ranks_know_their_numbers_and_where_to_meet(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("JOB_COMPLETION_INDEX", "1")
     assert rank_environments(2, 4) == [
@@ -97,3 +125,18 @@ def test_ranks_know_their_numbers_and_where_to_meet(monkeypatch: pytest.MonkeyPa
         rank_environments(2, 4)
     with pytest.raises(ConfigError, match="--local-ranks 2: does not divide the 3 ranks"):
         rank_environments(2, 3)
+
+
+def test_ranks_that_began_are_ended_when_another_cannot_begin() -> None:
+    def fail() -> NoReturn:
+        raise OSError("no more processes")
+
+    first: list[subprocess.Popen[bytes]] = []
+
+    def begin() -> "subprocess.Popen[bytes]":
+        first.append(supervisor.start(["sleep", "100"], {}))
+        return first[0]
+
+    with pytest.raises(OSError, match="no more processes"):
+        supervisor.supervise([begin, fail], threading.Event(), failed_grace_seconds=1)
+    assert first[0].returncode == -signal.SIGKILL

@@ -10,18 +10,18 @@ import time
 
 import torch
 
-from dist_sae.commands.cli import _stop_on_signals
 from dist_sae.distributed import watch as watch_module
 from dist_sae.distributed.mesh import Mesh, join_mesh
 from dist_sae.distributed.rendezvous import rendezvous
 from dist_sae.distributed.watch import Watch
 from dist_sae.errors import CorruptObjectError, DistSaeError, Stopped
+from dist_sae.signals import stop_event
 
 MISSING_SECONDS, LOST_SECONDS, HUNG_SECONDS = 3.0, 2.0, 3.0
 
 
 def work(what: str) -> None:
-    stopping = _stop_on_signals()
+    stopping = stop_event()
     os.write(1, b"\nready\n")
     with (
         rendezvous(3, MISSING_SECONDS, stopping) as ranks,

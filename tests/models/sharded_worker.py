@@ -8,7 +8,6 @@ from typing import Any
 import torch
 
 from dist_sae.bench.memory import peak_memory
-from dist_sae.commands.cli import _stop_on_signals
 from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.data.work_queue import Worker
@@ -18,6 +17,7 @@ from dist_sae.errors import DistSaeError
 from dist_sae.models.huggingface import HuggingFaceSource
 from dist_sae.models.sites import blocks
 from dist_sae.producing.loop import produce, produce_together
+from dist_sae.signals import stop_event
 from dist_sae.telemetry.exporter import Telemetry
 
 
@@ -58,7 +58,7 @@ def produce_rank(settings: dict[str, Any], output: str, env: dict[str, str]) -> 
     """One rank of a producer, or all of one; its last words go to `output`."""
     os.environ.update(env)
     torch.set_num_threads(1)
-    stopping = _stop_on_signals()
+    stopping = stop_event()
     run = Run.model_validate(settings)
     work = produce_together if run.model_shards > 1 else produce
     try:
