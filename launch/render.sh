@@ -11,3 +11,4 @@ for run in $(grep -l 'image:' launch/runs/*.yaml); do
 done
 dist_sae config metrics > monitoring/metrics.md
 "${PYTHON:-.venv/bin/python}" launch/monitoring.py
+"${PYTHON:-.venv/bin/python}" launch/reference.py

@@ -30,7 +30,7 @@ Command = Callable[[argparse.Namespace], int | None]
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command; returns the exit code (see `dist_sae.errors`)."""
-    options = _parser().parse_args(arguments)
+    options = command_parser().parse_args(arguments)
     # torch's large buffers in large pages: on a CPU most are allocated anew at every step
     os.environ.setdefault("THP_MEM_ALLOC_ENABLE", "1")
     logs.configure(rank=_rank())
@@ -239,7 +239,7 @@ def _render(options: argparse.Namespace) -> None:
 
 
 def _completion(options: argparse.Namespace) -> None:
-    sys.stdout.write(render_completion(_parser(), options.shell))
+    sys.stdout.write(render_completion(command_parser(), options.shell))
 
 
 def _bench(options: argparse.Namespace) -> None:
@@ -308,7 +308,8 @@ def _port(first: int | None, offset: int) -> int | None:
     return first + offset if first else first
 
 
-def _parser() -> argparse.ArgumentParser:
+def command_parser() -> argparse.ArgumentParser:
+    """The command line: every command with its options."""
     parser = argparse.ArgumentParser(
         prog="dist-sae",
         description="Train sparse autoencoders on language-model activations, "

@@ -45,25 +45,34 @@ class Toleration(Section):
     """A taint that pods put up with, as Kubernetes writes it."""
 
     key: str | None = None
+    """Key of the taint; null with `Exists` tolerates every taint."""
     operator: Literal["Exists", "Equal"] = "Exists"
+    """Whether the taint's value matters."""
     value: str | None = None
+    """Value of the taint, for `Equal`."""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
+    """Effect of the taint; null tolerates all of them."""
 
 
 class PodsConfig(Section):
     """What the pods of one part of a run ask for."""
 
     cpus: PositiveFloat = 4.0
+    """CPU cores requested."""
     memory: Quantity = "16Gi"
     """Requested, and the limit: a pod that needs more is killed rather than its neighbours."""
     gpus: NonNegativeInt = 0
+    """GPUs of a pod."""
     gpu_resource: LabelKey = "nvidia.com/gpu"
     """What the nodes call their GPUs."""
     scratch: Quantity = "20Gi"
     """Room for caches (model files, compiled kernels) on the node's disk; lost with the pod."""
     node_selector: dict[LabelKey, str] = Field(default_factory=dict)
+    """Labels that nodes must have."""
     tolerations: tuple[Toleration, ...] = ()
+    """Taints that pods put up with."""
     priority_class: Name | None = None
+    """PriorityClass of the pods; null takes the cluster's default."""
     grace_seconds: PositiveInt = 60
     """Between SIGTERM and SIGKILL."""
     retries: NonNegativeInt = 6
@@ -100,8 +109,11 @@ class ClusterConfig(Section):
     image: Image | None = None
     """The image of `launch/Dockerfile`, by digest or tag; `submit` needs it."""
     pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
+    """When nodes pull the image."""
     pull_secrets: tuple[Name, ...] = ()
+    """Secrets with which nodes pull the image."""
     namespace: DnsLabel = "dist-sae"
+    """Namespace of all objects of the run."""
     service_account: Name = "dist-sae"
     """Its web identity (IRSA and the like) is what the pods reach the store with."""
     context: str | None = None

@@ -139,12 +139,17 @@ class SyntheticModel(Section):
 
     kind: Literal["synthetic"] = "synthetic"
     d_in: PositiveInt = 64
+    """Width of the activations."""
     n_features: PositiveInt = 256
+    """Directions that the activations are made of."""
     l0: PositiveFloat = 4.0
+    """Features active on a row, on average."""
     zipf: float = 1.0
+    """Exponent of the features' frequencies; 0 makes them equal."""
     p_max: float = Field(0.5, gt=0, le=1)
     """No feature is active more often than this."""
     seed: NonNegativeInt = 0
+    """Decides the features and when they are active."""
 
     @model_validator(mode="after")
     def _l0_is_reachable(self) -> Self:
@@ -180,10 +185,15 @@ class DatasetCorpus(Section):
 
     kind: Literal["dataset"] = "dataset"
     name: str
+    """Name on the hub."""
     subset: str | None = None
+    """Configuration of the data set; null where it has one."""
     split: str = "train"
+    """Split of the data set."""
     revision: str | None = None
+    """Commit, tag or branch on the hub; name a commit to make the plan reproducible."""
     text_field: str = "text"
+    """Column that holds the text."""
     max_documents: PositiveInt | None = None
     """Use only about this many documents, sampled by activations.seed; null uses all."""
 
@@ -193,7 +203,9 @@ class SyntheticCorpus(Section):
 
     kind: Literal["synthetic"] = "synthetic"
     documents: PositiveInt = 1024
+    """Documents of the corpus."""
     document_rows: PositiveInt = 128
+    """Rows of each document."""
 
 
 CorpusConfig = Annotated[FilesCorpus | DatasetCorpus | SyntheticCorpus, Field(discriminator="kind")]

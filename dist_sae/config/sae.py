@@ -195,6 +195,7 @@ class JumpReLUTanhConfig(PenalisedConfig):
     pre_act: NonNegativeFloat = 3e-6
     """lambda_P, which keeps latents alive; 0 turns it off."""
     initial_threshold: PositiveFloat = 0.1
+    """Threshold of every latent at the start."""
     bandwidth: PositiveFloat = 2.0
     """Width of the window in which thresholds and pre-activations get a gradient."""
 

@@ -70,7 +70,9 @@ class TrainConfig(Section):
     direction's length, the rest being a row that is the same for every seed. The order of rows, and
     which are held out, is the plan's (`activations.seed`)."""
     log_every_steps: PositiveInt = 10
+    """Steps between two reports of losses, pace and densities."""
     save_every_steps: PositiveInt = 1000
+    """Steps between two checkpoints."""
     save_beside: bool = True
     """Copy the state to the host's memory and store it beside the training; else training waits.
 

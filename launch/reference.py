@@ -1,0 +1,284 @@
+"""Writes docs/run-file.md, from the schema of run files, and docs/commands.md, from the parser.
+
+A test compares.
+"""
+
+import argparse
+import json
+from collections.abc import Callable, Iterator, Mapping
+from functools import cache
+from pathlib import Path
+from typing import Any, Literal, NamedTuple, get_args, get_origin
+
+import yaml
+from pydantic import BaseModel
+from pydantic.fields import FieldInfo
+
+from dist_sae.commands.cli import command_parser
+from dist_sae.config import Run
+from dist_sae.config.base import Section
+from dist_sae.config.cluster import ClusterConfig
+
+ROOT = Path(__file__).parent.parent
+DOCS = ROOT / "docs"
+RUN_FILE = """\
+<!-- Generated from dist_sae/config/ by launch/render.sh: edit the former. -->
+
+# The run file
+
+One YAML document describes a whole run. `dist-sae config show RUN.yaml` prints it with all
+defaults, `--set section.key=value` overrides a key, and an unknown key is an error. `null` leaves a
+key open; its meaning says what follows. [The glossary](glossary.md) explains the words.
+
+The third column has the words that a key takes, or else an example.
+"""
+COMMANDS = """\
+<!-- Generated from dist_sae/commands/ by launch/render.sh: edit the former. -->
+
+# Commands
+
+`RUN` is a run file, or the folder of a run: a path or a URL. Every command that takes it also takes
+`--set KEY=VALUE`, which overrides a key of [the run file](run-file.md), and `--json`, which prints
+the result as one JSON object.
+
+Exit codes: 0 done, 2 something for you to fix (one line says what), 75 stopped and resumable, 1 a
+bug.
+"""
+# For keys without a default that no run file in launch/runs/ sets
+EXAMPLES: dict[str, Any] = {
+    "cluster.config_maps": ["proxy"],
+    "cluster.context": "my-cluster",
+    "cluster.env": {"HF_HUB_OFFLINE": "1"},
+    "cluster.pull_secrets": ["registry-login"],
+    "export.model_name": "HuggingFaceTB/SmolLM2-135M",
+    "sae.bandwidth": 0.03,
+    "sae.capacity": 1.5,
+    "sae.initial_l0": 50.0,
+    "sae.initial_threshold": 0.03,
+    "sae.k_start": 128,
+    "sae.sparsity": 0.3,
+    "store.s3.ca_bundle": "/etc/ssl/my-ca.pem",
+    "store.s3.endpoint_url": "http://127.0.0.1:8333",
+    "store.s3.kms_key_id": "alias/activations",
+    "store.s3.region": "eu-central-1",
+    "telemetry.port": 9400,
+    "telemetry.pushgateway_url": "http://127.0.0.1:9091",
+    "telemetry.tensorboard": "work/tensorboard",
+    "telemetry.wandb": "my-project",
+    "tolerations.key": "nvidia.com/gpu",
+    "tolerations.value": "spot",
+    "train.ema_decay": 0.999,
+    "train.parent.run": "old",
+    "train.parent.step": 4000,
+    "train.site": "resid_post.7",
+}
+SHARED = {"--help", "--set", "--json", "run"}
+PODS = ("planner", "producer", "trainer", "reporter")
+
+
+def render_reference() -> dict[str, str]:
+    """The generated pages, by their names in docs/."""
+    return {"run-file.md": render_run_file(), "commands.md": render_commands()}
+
+
+class Key(NamedTuple):
+    """A line of a table."""
+
+    name: str
+    default: str
+    values: str
+    meaning: str
+
+
+def render_run_file() -> str:
+    """The page: a heading for each section, a line for each key."""
+    own = {name for name, field in Run.model_fields.items() if not sections_of(field.annotation)}
+    lines = [RUN_FILE, *_table({"": _keys(Run, "", own.__contains__)}, "")]
+    for name, field in Run.model_fields.items():
+        kinds = sections_of(field.annotation)
+        if not kinds:
+            continue
+        lines += [f"## {name}", ""]
+        if len(kinds) > 1:
+            words = {str(kind.model_fields["kind"].default): kind for kind in kinds}
+            lines += [f"- `kind: {word}`: {_text(kind.__doc__)}" for word, kind in words.items()]
+            lines.append("")
+            lines += _table({word: _keys(kind, f"{name}.") for word, kind in words.items()}, "kind")
+        else:
+            lines += [_text(kinds[0].__doc__), ""]
+            lines += _table({"": _keys(kinds[0], f"{name}.", lambda key: key not in PODS)}, "")
+    parts = {name: ClusterConfig.model_fields[name] for name in PODS}
+    pods = {
+        name: _keys(sections_of(field.annotation)[0], "", given=field.default)
+        for name, field in parts.items()
+    }
+    lines += ["### cluster.PART", "", f"The pods of a part: {', '.join(PODS)}.", ""]
+    lines += [*_table(pods, "part"), *_about_parts(parts)]
+    return "\n".join(lines)
+
+
+def _about_parts(parts: Mapping[str, FieldInfo]) -> list[str]:
+    return [
+        f"- `{name}`: {_text(field.description)}"
+        for name, field in parts.items()
+        if field.description
+    ]
+
+
+def _table(tables: Mapping[str, list[Key]], what: str) -> list[str]:
+    """One table for all kinds of a section: a key that several share has one line."""
+    having: dict[Key, list[str]] = {}
+    for kind, keys in tables.items():
+        for key in keys:
+            having.setdefault(key, []).append(kind)
+    columns = ["key", *([what] if what else []), "default", "values", "meaning"]
+    lines = [f"| {' | '.join(columns)} |", "|---" * len(columns) + "|"]
+    for key, kinds in having.items():
+        of = "all" if len(kinds) == len(tables) else ", ".join(kinds)
+        cells = [f"`{key.name}`", *([of] if what else []), key.default, key.values, key.meaning]
+        lines.append(f"| {' | '.join(cells)} |")
+    return [*lines, ""]
+
+
+def _keys(
+    section: type[Section],
+    prefix: str,
+    wanted: Callable[[str], bool] = lambda _: True,
+    given: Any = None,
+) -> list[Key]:
+    """The keys of a section and of the sections within it.
+
+    Args:
+        section: Where to look.
+        prefix: The section's place in the run file, with a dot at its end.
+        wanted: Which of its keys.
+        given: The section as it is by default, where that differs from its keys' defaults.
+    """
+    keys: list[Key] = []
+    for name, field in section.model_fields.items():
+        if name == "kind" or not wanted(name):
+            continue
+        default = getattr(given, name) if isinstance(given, BaseModel) else _default(field)
+        inner = sections_of(field.annotation)
+        if field.description or not inner:
+            keys.append(_key(prefix + name, field, default))
+        for one in inner:
+            keys += _keys(one, f"{prefix}{name}.", given=default)
+    return keys
+
+
+def _key(name: str, field: FieldInfo, default: Any) -> Key:
+    assert field.description, f"{name} of the run file has no meaning: write a docstring under it"
+    words = words_of(field.annotation)
+    if words:
+        values = ", ".join(f"`{_yaml(word)}`" for word in words)
+    elif sections_of(field.annotation):
+        values = ""  # its own keys follow
+    else:
+        example = _shipped().get(name, default)
+        if example in (None, ..., (), {}):
+            assert name in EXAMPLES, f"{name} of the run file has no example: add one"
+            example = EXAMPLES[name]
+        values = f"`{_yaml(example)}`"
+    shown = "**required**" if default is ... else f"`{_yaml(default)}`"
+    return Key(name, shown, values, _text(field.description))
+
+
+def _default(field: FieldInfo) -> Any:
+    return ... if field.is_required() else field.get_default(call_default_factory=True)
+
+
+def sections_of(annotation: Any) -> list[type[Section]]:
+    """The sections that a key may hold: none for a value, several where `kind` tells."""
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [section for inner in get_args(annotation) for section in sections_of(inner)]
+
+
+def words_of(annotation: Any) -> list[Any]:
+    """The words that a key takes."""
+    if get_origin(annotation) is Literal:
+        return list(get_args(annotation))
+    if annotation is bool:
+        return [True, False]
+    return [word for inner in get_args(annotation) for word in words_of(inner)]
+
+
+@cache
+def _shipped() -> dict[str, Any]:
+    """Values of the run files that ship, by key."""
+    values: dict[str, Any] = {}
+
+    def collect(section: dict[str, Any], prefix: str) -> None:
+        for key, value in section.items():
+            if isinstance(value, dict):
+                collect(value, f"{prefix}{key}.")
+            values[f"{prefix}{key}"] = value
+            if prefix.startswith("cluster."):
+                values[key] = value  # of a part's pods
+
+    for path in sorted((ROOT / "launch" / "runs").glob("*.yaml"), reverse=True):
+        collect(yaml.safe_load(path.read_text()), "")
+    return values
+
+
+def _yaml(value: Any) -> str:
+    """A value as a run file has it, on one line."""
+    if isinstance(value, BaseModel):
+        value = value.model_dump(mode="json")
+    return json.dumps(value) if not isinstance(value, str) else value
+
+
+def _text(text: str | None) -> str:
+    return " ".join((text or "").replace("|", "\\|").replace("<", "&lt;").split())
+
+
+def render_commands() -> str:
+    """The page: a heading for each command, a line for each of its own options."""
+    lines = [COMMANDS]
+    for path, about, command in _commands(command_parser(), "dist-sae", ""):
+        actions = command._actions
+        given = [_value(action) for action in actions if not action.option_strings]
+        lines += [f"## {' '.join([path, *given])}", "", f"{about[:1].upper()}{about[1:]}.", ""]
+        own = [action for action in actions if not {*action.option_strings, action.dest} & SHARED]
+        lines += [f"- `{_usage(action)}`{_said(action)}" for action in own]
+        lines += [""] * bool(own)
+    return "\n".join(lines)
+
+
+def _commands(
+    parser: argparse.ArgumentParser, path: str, about: str
+) -> Iterator[tuple[str, str, argparse.ArgumentParser]]:
+    """The commands without commands of their own, and what is said of each."""
+    groups = [each for each in parser._actions if isinstance(each, argparse._SubParsersAction)]
+    if not groups:
+        yield path, about, parser
+    for group in groups:
+        said = {each.dest: each.help or "" for each in group._choices_actions}
+        for name, command in group.choices.items():
+            yield from _commands(command, f"{path} {name}", said[name])
+
+
+def _value(action: argparse.Action) -> str:
+    if action.choices:
+        return "|".join(str(choice) for choice in action.choices)
+    return str(action.metavar or action.dest.upper())
+
+
+def _usage(action: argparse.Action) -> str:
+    if not action.option_strings:
+        return _value(action)
+    value = "" if action.nargs == 0 else f" {_value(action)}"
+    return max(action.option_strings, key=len) + value
+
+
+def _said(action: argparse.Action) -> str:
+    plain = isinstance(action.default, int | float | str) and action.nargs != 0
+    default = f"default {action.default}" if plain and "default" not in (action.help or "") else ""
+    said = "; ".join(text for text in (_text(action.help), default) if text)
+    return said and f": {said}"
+
+
+if __name__ == "__main__":
+    for page, text in render_reference().items():
+        (DOCS / page).write_text(text)
