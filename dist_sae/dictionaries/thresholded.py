@@ -1,8 +1,9 @@
 """What the recipes share whose gate is a threshold per latent, not a count per row.
 
-How many latents are active is not bounded then: half of all at the start of ReLU, 10,000 in B5's
-recipe. So there are two ways to the same loss. While few entries exceed their bound, it is computed
-from these alone; else densely, chunk by chunk of latents, and each chunk again for its gradients.
+How many latents are active is not bounded then: half of all at the start of ReLU, about 10,000 at
+the start of JumpReLU with the tanh penalty. So there are two ways to the same loss. While few
+entries exceed their bound, it is computed from these alone; else densely, chunk by chunk of
+latents, and each chunk again for its gradients.
 Which way is taken follows from the batch and the parameters, not from what was before.
 """
 

@@ -243,7 +243,7 @@ def calm(tmp_path_factory: pytest.TempPathFactory, seaweedfs: Server) -> Outcome
 
 
 def check_alike(one: Checkpoint, other: Checkpoint) -> None:
-    """SCIENCE D3, on other numbers of ranks."""
+    """Parameters within 1e-5: other numbers of ranks sum in another order."""
     for name in ("W_enc", "W_dec", "b_enc", "b_dec"):
         error = (one.read(name) - other.read(name)).norm() / one.read(name).norm()
         assert float(error) <= 1e-5, name
@@ -293,7 +293,7 @@ def test_chaos_changes_nothing(
     monkeypatch: pytest.MonkeyPatch,
     seed: int,
 ) -> None:
-    """SCIENCE D3: the same rows at every step, the same losses within 1e-5, the same parameters."""
+    """The same rows at every step, the same losses within 1e-5, the same parameters."""
     for name, value in CREDENTIALS.items():
         monkeypatch.setenv(name, value)
     chance = random.Random(seed)

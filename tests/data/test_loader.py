@@ -508,7 +508,7 @@ def test_whoever_waits_for_a_batch_is_told_while_it_lasts(
 def test_rows_of_one_document_rarely_meet_in_a_batch(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """SCIENCE.md D17: same-document pairs at most 1.2 x what a uniform shuffle gives.
+    """Same-document pairs are at most 1.2 x what a uniform shuffle gives.
 
     1024 documents x 16 rows in 64 units of 2 streams; a uniform shuffle of all rows puts
     1024 C(16, 2) C(64, 2) / C(16384, 2) = 1.85 such pairs in a batch of 64. A producer that wrote

@@ -136,7 +136,7 @@ def test_the_running_mean_has_a_threshold_and_unit_rows_of_its_own() -> None:
 
 
 def test_fit_sums_over_the_set_and_not_over_batches() -> None:
-    """Two batches of different size: the ratio of sums, not the mean of two ratios (D11)."""
+    """Two batches of different size: the ratio of sums, not the mean of two ratios."""
     mean = torch.zeros(1)
     fired = torch.tensor([1, 0])
     fit = Fit.empty(2).add(torch.tensor([[1.0]]), Inferred(torch.tensor([[0.0]]), fired), mean)

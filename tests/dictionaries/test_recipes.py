@@ -1,4 +1,4 @@
-"""SCIENCE D1: losses and gradients of every recipe against the dense oracle."""
+"""Losses and gradients of every recipe against a dense reference."""
 
 from typing import Any
 
@@ -289,7 +289,7 @@ def test_the_l0_gradient_counts_the_entries_in_the_window() -> None:
 
 
 def test_l1_shrinks_a_single_feature_by_half_of_lambda() -> None:
-    """One latent, unit norm, x = a: (a - f)^2 + lambda f is least at f = a - lambda / 2 (D5)."""
+    """One latent, unit norm, x = a: (a - f)^2 + lambda f is least at f = a - lambda / 2."""
     sae = ReLU(ReLUConfig(n_latents=1, sparsity=0.6, sparsity_warmup_share=0), 1)
     sae.product_dtype = torch.float32
     with torch.no_grad():

@@ -1,6 +1,6 @@
-"""SCIENCE D5, D6, D13: every recipe finds a dictionary that is known, and keeps its latents alive.
+"""Every recipe finds a known dictionary and keeps its latents alive.
 
-By default a small world for seconds; with `--long` SCIENCE's own worlds and bounds.
+By default in a small world, for seconds; with `--long` in the worlds of docs/measured.md.
 """
 
 import pytest
@@ -76,7 +76,7 @@ def test_a_recipe_recovers_a_flat_world(kind: str) -> None:
 
 
 def test_latents_that_are_pushed_down_come_back() -> None:
-    """D6: of 64 at least 90 % fire again within 5 windows (98 steps), FVU within 2 %."""
+    """Of 64 at least 90 % fire again within 5 windows (98 steps), FVU within 2 %."""
     counts: dict[int, int] = {}
     were_dead = torch.zeros(N, dtype=torch.bool)
     config = TopKConfig(n_latents=N, k=3, auxk=16, dead_after_rows=10_000)
@@ -97,7 +97,7 @@ def test_latents_that_are_pushed_down_come_back() -> None:
 
 
 def test_jumprelu_tanh_starts_with_the_l0_that_was_asked_for() -> None:
-    """D13: about 10,000 active latents per row where there are at least 100,000."""
+    """About 10,000 active latents per row where there are at least 100,000."""
     x = World(d_in=32, n_features=256, l0=4, zipf=1.0).batch(0, 1024)
     sae = JumpReLUTanh(JumpReLUTanhConfig(n_latents=131_072, initial_l0=10_000), 32)
     sae.initialise(x, seed=0)
@@ -117,7 +117,7 @@ def test_sparsity_falls_with_the_coefficient(
     recipe: type[JumpReLUConfig | JumpReLUTanhConfig | ReLUConfig],
     coefficients: tuple[float, ...],
 ) -> None:
-    """D13: L0 is monotone in lambda, promptly, and no latent dies of it."""
+    """L0 is monotone in lambda, promptly, and no latent dies of it."""
     l0 = []
     for coefficient in coefficients:
         config = recipe(n_latents=N, sparsity=coefficient, dead_after_rows=WINDOW)
@@ -154,7 +154,7 @@ def _long(request: pytest.FixtureRequest) -> None:
 
 @pytest.mark.usefixtures("_long")
 def test_topk_recovers_every_feature_of_a_flat_world() -> None:
-    """D5a: 6.1 M rows, as many latents as features. 600 steps must not do.
+    """6.1 M rows, as many latents as features. 600 steps must not do.
 
     Small batches at a high rate, and k from above: in large batches two latents that share a
     feature keep to it (1,024 rows: .9969 and 511; 512 rows: .9993 and 512, two seeds).
@@ -184,7 +184,7 @@ def test_topk_recovers_every_feature_of_a_flat_world() -> None:
 
 @pytest.mark.usefixtures("_long")
 def test_topk_recovers_zipf_features_up_to_its_width() -> None:
-    """D5b: 6.1 M rows of 2,048 features at s = 1, 512 latents."""
+    """6.1 M rows of 2,048 features at s = 1, 512 latents."""
     world = World(d_in=128, n_features=2048, l0=6, zipf=1.0)
     config = TopKConfig(n_latents=512, k=6, auxk=64, dead_after_rows=100_000)
     trained = train(world, config, steps=6000, batch=1024, lr=3e-3)
@@ -200,7 +200,7 @@ def test_topk_recovers_zipf_features_up_to_its_width() -> None:
 def test_auxk_keeps_latents_alive_that_die_without_it(
     recipe: type[TopKConfig | BatchTopKConfig], rows: int
 ) -> None:
-    """D6: at most 1 % dead; the ablation must show more, or it proves nothing.
+    """At most 1 % dead; the ablation must show more, or it proves nothing.
 
     A latent of BatchTopK that comes back fires rarely at first, since all rows compete: 17 were
     idle for 100,000 rows at the end, and none for 300,000 (from data points 19 and 2).
@@ -217,7 +217,7 @@ def test_auxk_keeps_latents_alive_that_die_without_it(
 
 @pytest.mark.usefixtures("_long")
 def test_the_pre_act_penalty_keeps_latents_of_jumprelu_tanh_alive() -> None:
-    """D13: at most 1 % dead with lambda_P; 100 of 256 were without when this was written.
+    """At most 1 % dead with lambda_P; 100 of 256 were without when this was written.
 
     Four times as many features as latents, so that all have a use. lambda_P is far above its
     default here; it costs sparsity (L0 4.6, not 2.1) and features found (36, not 59).

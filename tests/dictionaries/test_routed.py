@@ -1,4 +1,4 @@
-"""Routed dictionaries: what is sent where, and that it changes nothing but the cost (D15)."""
+"""Routed dictionaries: what is sent where, and that it changes nothing but the cost."""
 
 from collections.abc import Callable
 

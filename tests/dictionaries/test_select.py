@@ -1,4 +1,4 @@
-"""SCIENCE D2: selections against a dense stable sort, for batches made to mislead them.
+"""Selections against a dense stable sort, for batches made to mislead them.
 
 x is the identity, so that the pre-activations are what a case wants them to be, exactly. Shards are
 parts of the rows of W_enc whose keys are merged as `ShardedAxis.kth_largest` does it, in threads

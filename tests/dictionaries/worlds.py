@@ -1,4 +1,4 @@
-"""SCIENCE A0's synthetic world, and the training of a dictionary in it, in one process."""
+"""A synthetic world with known features, and the training of a dictionary in it, in one process."""
 
 import math
 from collections.abc import Callable

@@ -1,4 +1,4 @@
-"""SCIENCE D4 and D7: our Adam, as the engine uses it, on small and on rare gradients."""
+"""Our Adam, as the engine uses it, on small and on rare gradients."""
 
 import math
 from pathlib import Path
@@ -110,7 +110,7 @@ def firings(engine: LocalEngine, weight: Tensor, every: int, n: int, *, lr: floa
 def test_a_rare_latent_moves_as_with_dense_adam(
     tmp_path: Path, every: int, n: int, published: float
 ) -> None:
-    """Its moments decay and push on while it does not fire (SCIENCE D7).
+    """Its moments decay and push on while it does not fire.
 
     A gradient g once in T steps: j steps later m = (1 - b1) g b1^j and
     v = (1 - b2) g^2 b2^j / (1 - b2^T), and over all j m / sqrt(v) adds up to

@@ -1,6 +1,6 @@
-"""SCIENCE D2: however dictionary and batch are split over ranks, the training is the same.
+"""However dictionary and batch are split over ranks, the training is the same.
 
-With `--long` as SCIENCE asks: 200 steps, fp32 and fp64, every factorisation.
+With `--long` 200 steps, fp32 and fp64, every factorisation.
 """
 
 import socket

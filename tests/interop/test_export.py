@@ -1,4 +1,4 @@
-"""SCIENCE D8: what is exported is what was trained, read by SAELens's rules.
+"""What is exported is what was trained, read by SAELens's rules.
 
 `forward` is an independent reading of SAELens 6.54.12, for TopK checked against that package on
 10,000 rows when it was written; it knows nothing of this project but the two files.

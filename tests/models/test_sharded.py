@@ -1,4 +1,4 @@
-"""Tiny models that two ranks hold together, against the same models whole (SCIENCE D16)."""
+"""Tiny models that two ranks hold together, against the same models whole."""
 
 import socket
 from collections.abc import Callable

@@ -35,7 +35,7 @@ def test_explained_variance_is_of_rows_and_about_the_mean_of_the_data() -> None:
 
 
 def test_latents_whose_gradients_are_near_eps_are_counted() -> None:
-    """SCIENCE D4: a root mean second moment below 10 eps; here of 1 latent in 4."""
+    """A root mean second moment below 10 eps; here of 1 latent in 4."""
     moments = torch.tensor([[4e-10, 0.0], [1e-12, 1e-10], [1.0, 0.0], [3e-10, 1e-10]])
     assert starved_share(WHOLE, moments, eps=1e-6) == 0.25
 

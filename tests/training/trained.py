@@ -31,7 +31,7 @@ def history(folder: Path) -> list[dict[str, Any]]:
 
 
 def check_trained_alike(one: Path, other: Path) -> None:
-    """Sums in another order: fp32 differs in the last bits, and no more (SCIENCE D2)."""
+    """Sums in another order: fp32 differs in the last bits, and no more."""
     assert final(one).step == final(other).step == STEPS
     for here, there in zip(history(one), history(other), strict=True):
         assert there["fvu"] == pytest.approx(here["fvu"], rel=1e-5), here["step"]
