@@ -30,6 +30,10 @@ One YAML document describes a whole run. `dist-sae config show RUN.yaml` prints 
 defaults, `--set section.key=value` overrides a key, and an unknown key is an error. `null` leaves a
 key open; its meaning says what follows. [The glossary](glossary.md) explains the words.
 
+Keys have been renamed: `model.shards` is `model.tensor_parallel` now, `processes.shards` is
+`processes.latent_shards`, and `missing_seconds`, `lost_seconds` and `hung_seconds` have moved from
+`train` to `timeouts`. The old names are still read.
+
 The third column has the words that a key takes, or else an example.
 """
 COMMANDS = """\

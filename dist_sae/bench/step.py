@@ -219,7 +219,7 @@ def bench_run(
                 "products": shape.products,
                 "kernels": shape.kernels,
             },
-            "processes": {"trainers": world, "shards": shards},
+            "processes": {"trainers": world, "latent_shards": shards},
         },
         "bench",
     )

@@ -75,7 +75,7 @@ def _produce(options: argparse.Namespace) -> int | None:
     if options.local_ranks > 1:
         name = ["--worker", options.worker] if options.worker else []
         arguments = ["produce", "--index", str(options.index), *name]
-        environments = rank_environments(options.local_ranks, run.model_shards)
+        environments = rank_environments(options.local_ranks, run.tensor_parallel)
         return _run_ranks(options, run, arguments, environments, stopping)
     worker = Worker(
         options.worker or f"producer-{os.getpid()}@{os.uname().nodename}",
@@ -83,11 +83,11 @@ def _produce(options: argparse.Namespace) -> int | None:
         run.processes.producers,
     )
     port = _port(run.telemetry.port, options.port_offset)
-    rank = options.index * run.model_shards + _rank()
+    rank = options.index * run.tensor_parallel + _rank()
     with Telemetry(run.name, "produce", port, rank) as telemetry:
         if options.wait:
             _await_plan(run, stopping)
-        work = produce_together if run.model_shards > 1 else produce
+        work = produce_together if run.tensor_parallel > 1 else produce
         result = work(run, worker, stopping, telemetry)
     _print_result(options, result)
     return None
@@ -114,7 +114,7 @@ def _train(options: argparse.Namespace) -> int | None:
             return _run_ranks(options, run, ["train"], environments, stopping)
         os.environ.update(environments[0])
         logs.configure(rank=_rank())
-    config, port = run.train, _port(run.telemetry.port, options.port_offset)
+    config, port = run.timeouts, _port(run.telemetry.port, options.port_offset)
     with Telemetry(run.name, "train", port, _rank()) as telemetry:
         telemetry.set("dist_sae_train_ranks", world)  # before they meet: one may not come
         if options.wait:
@@ -128,7 +128,7 @@ def _train(options: argparse.Namespace) -> int | None:
                 hung_seconds=config.hung_seconds,
             ) as watch,
             _hold(run, stopping),
-            join_mesh(ranks, run.processes.shards) as mesh,
+            join_mesh(ranks, run.processes.latent_shards) as mesh,
         ):
             result = train(run, mesh, watch, stopping, telemetry)
     _print_result(options, result)
@@ -171,7 +171,7 @@ def _run_ranks(
     command = [program, options.run, *overrides, *waiting, *others]
     with ExitStack() as serving:
         if first := run.telemetry.port:
-            before = options.index * run.model_shards if program == "produce" else 0
+            before = options.index * run.tensor_parallel if program == "produce" else 0
             ports = {before + int(e["RANK"]): first + 1 + i for i, e in enumerate(environments)}
             serving.enter_context(GatheredTelemetry(run.name, program, ports, first))
         return run_ranks(command, environments, stopping)

@@ -93,7 +93,7 @@ def _is_complete(run: Run, stopping: threading.Event) -> bool:
 def _workers(run: Run, child: Callable[..., "Child"]) -> list["Child"]:
     """Producers and trainer ranks, which share the cores."""
     producers, trainers = run.processes.producers, run.processes.trainers
-    each = run.model_shards  # processes of a producer
+    each = run.tensor_parallel  # processes of a producer
     n = producers * each + trainers
     threads = run.processes.threads or max(1, (os.cpu_count() or 1) // n)
     common = {"OMP_NUM_THREADS": str(threads)}

@@ -81,7 +81,7 @@ class PodsConfig(Section):
 
 
 class ProducerPods(PodsConfig):
-    """One pod is one producer, with all `model.shards` ranks of it."""
+    """One pod is one producer, with all `model.tensor_parallel` ranks of it."""
 
     spread_over: LabelKey | None = "kubernetes.io/hostname"
     """Spread over nodes (or zones) by this label, where that is possible."""

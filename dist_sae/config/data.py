@@ -120,8 +120,8 @@ class HuggingFaceModel(Section):
     """Precision of the forward pass."""
     batch_tokens: PositiveInt = 4096
     """Tokens in one forward pass, padding included."""
-    shards: PositiveInt = 1
-    """Ranks that hold one copy of the model together; each producer is so many processes."""
+    tensor_parallel: PositiveInt = 1
+    """Ranks that hold one copy of the model together. Each producer has as many processes."""
 
     @property
     def place(self) -> str:

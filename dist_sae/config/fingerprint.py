@@ -21,6 +21,7 @@ _OLD_DEFAULTS: dict[str, dict[str, Any]] = {
 _FREE_SETTINGS = {
     "store",
     "processes",
+    "timeouts",
     "evaluate",
     "telemetry",
     "cluster",
@@ -33,9 +34,6 @@ _FREE_SETTINGS = {
     "train.keep_every_steps",
     "train.keep_best",
     "train.heldout_rows",
-    "train.missing_seconds",
-    "train.lost_seconds",
-    "train.hung_seconds",
 }
 PLAN_SECTIONS = ("model", "corpus", "activations")
 """Compared with the plan of the activation set, which knows their content; see `data.plan`."""

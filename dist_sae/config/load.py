@@ -11,6 +11,7 @@ from pydantic import ValidationError
 
 from dist_sae.config.base import folder_of
 from dist_sae.config.messages import explain
+from dist_sae.config.renamed import RENAMED, say_renamed, with_new_names
 from dist_sae.config.run import Run
 from dist_sae.errors import ConfigError
 
@@ -25,11 +26,20 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     Raises:
         ConfigError: One line for every problem, each with the path as the user gave it.
     """
-    return resolve_run(_read_yaml(Path(path)), overrides, str(path))
+    data = _read_yaml(Path(path))
+    for section, keys in data.items():
+        for key in keys if isinstance(keys, Mapping) else ():
+            say_renamed(f"{section}.{key}", str(path))
+    return resolve_run(data, overrides, str(path))
 
 
 def resolve_run(data: dict[str, Any], overrides: Sequence[str], origin: str) -> Run:
     """Validate a run given as sections and overrides; raises like `load_run`."""
+    try:
+        data = with_new_names(data)  # first, so that an override by either name replaces the value
+    except ValueError as exc:
+        lines = str(exc).splitlines()
+        raise ConfigError("\n".join(f"{origin}: {line}" for line in lines)) from exc
     for override in overrides:
         _apply_override(data, override)
     return _with_absolute_stores(validate_run(data, origin))
@@ -124,7 +134,8 @@ def parse_run(text: str, origin: str) -> dict[str, Any]:
 
 def _apply_override(data: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
-    keys = dotted.split(".")
+    say_renamed(dotted, f"--set {override}")
+    keys = RENAMED.get(dotted, dotted).split(".")
     if not equals or not all(keys):
         raise ConfigError(f"--set {override}: write it as section.key=value")
     try:

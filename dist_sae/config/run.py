@@ -15,6 +15,7 @@ from dist_sae.config.data import (
     ModelConfig,
     StoreConfig,
 )
+from dist_sae.config.renamed import with_new_names
 from dist_sae.config.sae import SaeConfig
 from dist_sae.config.train import (
     LAST_PORT,
@@ -22,6 +23,7 @@ from dist_sae.config.train import (
     ExportConfig,
     ProcessesConfig,
     TelemetryConfig,
+    TimeoutsConfig,
     TrainConfig,
 )
 from dist_sae.errors import ConfigError
@@ -54,13 +56,19 @@ class Run(Section):
     evaluate: EvaluateConfig = EvaluateConfig()
     export: ExportConfig = ExportConfig()
     processes: ProcessesConfig = ProcessesConfig()
+    timeouts: TimeoutsConfig = TimeoutsConfig()
     telemetry: TelemetryConfig = TelemetryConfig()
     cluster: ClusterConfig = ClusterConfig()
 
+    @model_validator(mode="before")
+    @classmethod
+    def _by_new_names(cls, data: Any) -> Any:
+        return with_new_names(data) if isinstance(data, Mapping) else data
+
     @property
-    def model_shards(self) -> int:
+    def tensor_parallel(self) -> int:
         """Ranks that share one copy of the language model: the ranks of one producer."""
-        return self.model.shards if self.model.kind == "huggingface" else 1
+        return self.model.tensor_parallel if self.model.kind == "huggingface" else 1
 
     @property
     def site(self) -> str:
@@ -109,7 +117,7 @@ class Run(Section):
     @property
     def replicas(self) -> int:
         """Copies of the dictionary that the trainer ranks hold."""
-        return self.processes.trainers // self.processes.shards
+        return self.processes.trainers // self.processes.latent_shards
 
     @property
     def lr(self) -> float:
@@ -141,10 +149,10 @@ class Run(Section):
         return self
 
     def _shard_problems(self) -> Iterator[tuple[str, str]]:
-        n_latents, shards = self.sae.n_latents, self.processes.shards
+        n_latents, shards = self.sae.n_latents, self.processes.latent_shards
         if self.processes.trainers % shards:
             yield (
-                "processes.shards",
+                "processes.latent_shards",
                 f"{shards} does not divide processes.trainers ({self.processes.trainers})",
             )
         if n_latents % shards:
@@ -152,12 +160,13 @@ class Run(Section):
             nearest = " or ".join(str(n) for n in (below, below + shards) if n)
             yield (
                 "sae.n_latents",
-                f"{n_latents} is not a multiple of processes.shards ({shards}); use {nearest}",
+                f"{n_latents} is not a multiple of processes.latent_shards ({shards}); "
+                f"use {nearest}",
             )
         if self.sae.kind == "routed" and self.sae.experts % shards:
             yield (
                 "sae.experts",
-                f"{self.sae.experts} is not a multiple of processes.shards ({shards}): "
+                f"{self.sae.experts} is not a multiple of processes.latent_shards ({shards}): "
                 f"a shard holds whole experts",
             )
         if self.train.rows != "all" and self.sae.init_rows > self.train.rows:
@@ -217,7 +226,7 @@ class Run(Section):
             )
         for name, ranks, gpus in (
             ("trainer", trainer.ranks, trainer.gpus),
-            ("producer", self.model_shards, producer.gpus),
+            ("producer", self.tensor_parallel, producer.gpus),
         ):
             if gpus not in (0, ranks):
                 yield (

@@ -87,7 +87,7 @@ class RoutedConfig(KeepsThresholdConfig):
     """Each expert's codes are its `k / experts_per_row` largest (TopK), or those among the `k` per
     row that are largest in the global batch (BatchTopK; only then `threshold_decay` matters)."""
     experts: PositiveInt = 16
-    """Equal parts of the latents; a multiple of `processes.shards`."""
+    """Equal parts of the latents; a multiple of `processes.latent_shards`."""
     experts_per_row: PositiveInt = 1
     """How many a row is sent to."""
     gate: Literal["straight_through", "probability"] = "straight_through"

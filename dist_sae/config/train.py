@@ -86,13 +86,6 @@ class TrainConfig(Section):
     """So many with the lowest held-out FVU are kept as well; needs `heldout_rows`."""
     heldout_rows: NonNegativeInt = 0
     """At each save FVU is measured on so many held-out rows, if they are there yet; 0: not."""
-    missing_seconds: PositiveFloat = 600
-    """A rank that has not come so long after the first is missing: the job ends, to be started
-    again."""
-    lost_seconds: PositiveFloat = 30
-    """A rank without a sign of life for so long is lost; the same follows."""
-    hung_seconds: PositiveFloat = 900
-    """A rank that works on one step for so long is hung; the same follows."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Merged over the DeepSpeed configuration that this run derives (`dist-sae render`)."""
 
@@ -119,13 +112,25 @@ class ProcessesConfig(Section):
     """How many processes share the work."""
 
     producers: PositiveInt = 1
-    """Producers; each holds the language model, in `model.shards` processes."""
+    """Producers; each holds the language model, in `model.tensor_parallel` processes."""
     trainers: PositiveInt = 1
     """Trainer ranks."""
-    shards: PositiveInt = 1
-    """Ranks that share one dictionary, each with its part; trainers / shards replicas train it."""
+    latent_shards: PositiveInt = 1
+    """Ranks that share one dictionary, each with its part of the latents. The trainers then hold
+    trainers / latent_shards replicas of it."""
     threads: NonNegativeInt = 0
     """CPU threads of each process on a local run; 0 shares the cores out evenly."""
+
+
+class TimeoutsConfig(Section):
+    """When a job gives up a rank and ends, to be started again: trainers' ranks and producers'."""
+
+    missing_seconds: PositiveFloat = 600
+    """A rank that has not arrived this long after the first is missing."""
+    lost_seconds: PositiveFloat = 30
+    """A rank that has given no sign of life for this long is lost."""
+    hung_seconds: PositiveFloat = 900
+    """A rank that works on one step, or a producer on one batch, for this long is hung."""
 
 
 class TelemetryConfig(Section):

@@ -20,7 +20,7 @@ from dist_sae.data.corpus import Corpus, CorpusFile
 from dist_sae.errors import AccessError, CorpusError, HubUnavailableError, ModelError
 from dist_sae.hub import cached_commit
 
-_HOW = ("batch_tokens", "shards")  # how fast a model computes
+_HOW = ("batch_tokens", "tensor_parallel", "shards")  # how fast; the last is an old name
 _PLACES = {"model": ("path", "revision"), "corpus": ("files", "name", "revision")}
 _CHUNK_BYTES = 2**24
 _WEIGHTS = (".safetensors", ".bin")
@@ -178,7 +178,8 @@ def _settings(sections: dict[str, Any]) -> dict[str, Any]:
 def _filled(settings: Mapping[str, Any]) -> dict[str, Any]:
     """With the keys that the version which made the plan did not have yet."""
     try:
-        return _settings(_Settings.model_validate(settings).model_dump(mode="json"))
+        known = _settings({**settings, "model": dict(settings["model"])})
+        return _settings(_Settings.model_validate(known).model_dump(mode="json"))
     except ValidationError:  # of a later version
         return dict(settings)
 

@@ -87,8 +87,8 @@ def join_mesh(ranks: Ranks, shards: int = 1) -> Iterator[Mesh]:
     if cuda and ranks.local_rank >= torch.cuda.device_count():
         raise ConfigError(
             f"this machine has {torch.cuda.device_count()} GPUs, none for local rank "
-            f"{ranks.local_rank}; start fewer ranks here (processes.trainers, model.shards), or "
-            f"set CUDA_VISIBLE_DEVICES= to use the CPU"
+            f"{ranks.local_rank}; start fewer ranks here (processes.trainers, "
+            f"model.tensor_parallel), or set CUDA_VISIBLE_DEVICES= to use the CPU"
         )
     device = torch.device("cuda", ranks.local_rank) if cuda else torch.device("cpu")
     if cuda:

@@ -28,8 +28,8 @@ def deepspeed_config(run: Run) -> dict[str, Any]:
     if stage not in (0, 1, 2):
         raise ConfigError(
             f"train.deepspeed.zero_optimization.stage: {stage} would split each shard's parameters "
-            f"over the replicas once more; use 0, 1 or 2, and processes.shards for a dictionary "
-            f"that does not fit"
+            f"over the replicas once more; use 0, 1 or 2, and processes.latent_shards for a "
+            f"dictionary that does not fit"
         )
     offload = _section(zero, "offload_optimizer", "zero_optimization.").get("device", "none")
     if offload not in ("none", "cpu"):

@@ -1,7 +1,7 @@
 """The pods of a run: Run -> pod templates. Pure.
 
     planner     reads the corpus once
-    producer    one pod is one producer, all `model.shards` ranks of it
+    producer    one pod is one producer, all `model.tensor_parallel` ranks of it
     trainer     `cluster.trainer.ranks` ranks; pod 0 is where all ranks meet
     reporter    evaluate, export, report, one after the other
 
@@ -97,7 +97,7 @@ def _containers(run: Run, part: Part) -> list[Object]:
         case "planner":
             return [_container(run, part, "main", ["plan", RUN_FILE])]
         case "producer":
-            ranks = ["--local-ranks", str(run.model_shards), "--worker", "$(POD_NAME)"]
+            ranks = ["--local-ranks", str(run.tensor_parallel), "--worker", "$(POD_NAME)"]
             return [_serving(run, _container(run, part, "main", ["produce", RUN_FILE, *ranks]))]
         case "trainer":
             ranks = ["--local-ranks", str(run.cluster.trainer.ranks)]
@@ -175,7 +175,7 @@ def _serving(run: Run, container: Object) -> Object:
 
 def _environment(run: Run, part: Part) -> list[Object]:
     pods, processes = pods_of(run, part), run.processes
-    ranks = {"producer": run.model_shards, "trainer": run.cluster.trainer.ranks}.get(part, 1)
+    ranks = {"producer": run.tensor_parallel, "trainer": run.cluster.trainer.ranks}.get(part, 1)
     values = {
         "HOME": f"{SCRATCH}/home",  # model files and compiled kernels are cached below it
         "OMP_NUM_THREADS": str(processes.threads or max(1, int(pods.cpus) // ranks)),

@@ -50,7 +50,7 @@ def check_sites(model: ModelConfig, activations: ActivationsConfig) -> dict[str,
 def build_source(model: ModelConfig, sites: tuple[str, ...]) -> ActivationSource:
     """The model, ready to give activations at `sites`; layers above the deepest are not loaded.
 
-    With `model.shards` this rank's part of it; all ranks of the default process group are to do so.
+    With `model.tensor_parallel` this rank's part of it. Collective over the default process group.
     """
     match model:
         case HuggingFaceModel():

@@ -108,7 +108,7 @@ def _check_vocabulary(config: HuggingFaceModel, description: Description) -> Ten
 def _compare_with_whole(
     config: HuggingFaceModel, sites: tuple[str, ...], ordinary: Tensor, longest: int
 ) -> None:
-    config = config.model_copy(update={"dtype": "fp32", "shards": 1})
+    config = config.model_copy(update={"dtype": "fp32", "tensor_parallel": 1})
     lengths = [min(n, longest) for n in _LENGTHS]
     mask = torch.arange(max(lengths)) < torch.tensor(lengths)[:, None]
     tokens = _made_up(mask.shape, ordinary) * mask

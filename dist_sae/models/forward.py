@@ -143,7 +143,7 @@ def in_step(run: Work) -> Work:
             if not _is_out_of_memory(exc):
                 raise
             raise ModelError(
-                "model: out of memory; lower model.batch_tokens or raise model.shards"
+                "model: out of memory; lower model.batch_tokens or raise model.tensor_parallel"
             ) from exc
 
     return work

@@ -50,7 +50,9 @@ class HuggingFaceSource:
         self._sites = sites
         self._whole = whole
         with errors_of(config):
-            divider = choose_divider(config, description.config) if config.shards > 1 else None
+            divider = (
+                choose_divider(config, description.config) if config.tensor_parallel > 1 else None
+            )
             kind = type(description.skeleton)
             if not whole:
                 kind = without_layers(kind, above=max(map(layer_of, sites)))
@@ -58,7 +60,9 @@ class HuggingFaceSource:
             self._widths = {}
             """Of sites that ranks may have parts of."""
             if divider is not None:
-                logger.info("%s: held by %d ranks (%s)", config.path, config.shards, divider)
+                logger.info(
+                    "%s: held by %d ranks (%s)", config.path, config.tensor_parallel, divider
+                )
                 for site in sites:
                     if site.startswith(("attn_z.", "mlp_inner.")):
                         weight = place(self._model, site).module.get_parameter("weight")

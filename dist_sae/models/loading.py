@@ -125,7 +125,7 @@ def describe(config: HuggingFaceModel, sites: tuple[str, ...]) -> Description:
         for site in sites:
             place(skeleton, site)
         vocabulary = len(skeleton.get_input_embeddings().weight)
-    if config.shards > 1:
+    if config.tensor_parallel > 1:
         choose_divider(config, own)
     return Description(own, skeleton, vocabulary)
 
@@ -157,7 +157,10 @@ def load(
     warn_if_emulated("model.dtype", config.dtype, torch.device(device))
     how: dict[str, Any] = {"dtype": DTYPES[config.dtype]}
     if divider == "transformers":
-        how |= {"tp_plan": "auto", "device_mesh": init_device_mesh(device, (config.shards,))}
+        how |= {
+            "tp_plan": "auto",
+            "device_mesh": init_device_mesh(device, (config.tensor_parallel,)),
+        }
     elif divider == "deepspeed":
         how = {"dtype": "auto"}
     model, loading = kind.from_pretrained(

@@ -30,7 +30,7 @@ _AUTOTP = frozenset(
 
 
 def choose_divider(config: HuggingFaceModel, description: Any) -> Divider:
-    """Who divides this model over `config.shards` ranks.
+    """Who divides this model over `config.tensor_parallel` ranks.
 
     Args:
         config: The model.
@@ -54,17 +54,18 @@ def choose_divider(config: HuggingFaceModel, description: Any) -> Divider:
         "deepspeed": list(range(2, kv_heads + 1)) if name in _AUTOTP else [],
     }
     for divider, numbers in able.items():
-        if config.shards in numbers:
+        if config.tensor_parallel in numbers:
             return divider
     if not any(able.values()):
         raise ModelError(
-            f"model.shards: {config.shards}: neither transformers nor DeepSpeed can divide {name}; "
-            f"use 1"
+            f"model.tensor_parallel: {config.tensor_parallel}: neither transformers nor "
+            f"DeepSpeed can divide {name}; use 1"
         )
     fitting = sorted({1, *able["transformers"], *able["deepspeed"]})
     raise ModelError(
-        f"model.shards: {config.shards} ranks cannot hold {config.path} together ({name} with "
-        f"{heads} heads and {kv_heads} key-value heads); use one of {', '.join(map(str, fitting))}"
+        f"model.tensor_parallel: {config.tensor_parallel} ranks cannot hold {config.path} "
+        f"together ({name} with {heads} heads and {kv_heads} key-value heads); "
+        f"use one of {', '.join(map(str, fitting))}"
     )
 
 

@@ -165,24 +165,24 @@ def produce(
 def produce_together(
     run: Run, worker: Worker, stopping: threading.Event, telemetry: Telemetry
 ) -> dict[str, int]:
-    """The same as one of `model.shards` ranks that hold the model together; the first one leads.
+    """Produce as one of the `model.tensor_parallel` ranks that share a model; the first leads.
 
     Raises:
         RankLostError: Another rank is gone, hung or has failed.
         PlanMismatchError: The store holds no plan, or another one.
     """
     run = as_planned(run, load_plan(open_store(run.store.activations, run.store.s3), run))
-    train = run.train
+    timeouts = run.timeouts
     with (
         rendezvous(
-            run.model_shards,
-            train.missing_seconds,
+            run.tensor_parallel,
+            timeouts.missing_seconds,
             stopping,
-            setting="model.shards",
+            setting="model.tensor_parallel",
             name=run.name,
         ) as ranks,
         Watch(
-            ranks, stopping, lost_seconds=train.lost_seconds, hung_seconds=train.hung_seconds
+            ranks, stopping, lost_seconds=timeouts.lost_seconds, hung_seconds=timeouts.hung_seconds
         ) as watch,
         join_mesh(ranks) as mesh,
     ):
@@ -278,7 +278,7 @@ def _compute(
         for batch in work.batches:
             if stopping.is_set():
                 raise Stopped(f"stopped within unit {work.unit}; start again to go on")
-            telemetry.pulse.work(run.train.hung_seconds)
+            telemetry.pulse.work(run.timeouts.hung_seconds)
             keep = admitted(batch, tokenizer.special, run.activations.exclude, excluded)
             leaving += forward(batch.tokens, batch.mask, keep)
             telemetry.add("dist_sae_produce_tokens_total", int(batch.mask.sum()))

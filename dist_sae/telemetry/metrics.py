@@ -1,8 +1,8 @@
 """Every metric that the system exports, in one table. Imports no torch and no client library.
 
 Every series carries, beside the labels below, `run` (its name), `role` (a program below) and
-`rank` (of a trainer; of a producer its number times `model.shards` plus its rank within it). A
-gauge has no series until its value is known; a counter begins at 0.
+`rank` (of a trainer; of a producer its number times `model.tensor_parallel` plus its rank within
+it). A gauge has no series until its value is known; a counter begins at 0.
 """
 
 from collections.abc import Iterator
@@ -300,8 +300,9 @@ def render_table() -> str:
             "",
             f"Every series carries, beside its own labels, {every}: the run's name, the program,",
             "and which of its processes it is (a trainer's rank; a producer's number times",
-            "`model.shards` plus its rank within the model). A gauge has no series until its value",
-            "is known, a counter begins at 0. Histograms have `_bucket`, `_sum` and `_count`.",
+            "`model.tensor_parallel` plus its rank within the model). A gauge has no series until",
+            "its value is known, a counter begins at 0. Histograms have `_bucket`, `_sum` and",
+            "`_count`.",
             "",
             *head,
             *rows,

@@ -27,7 +27,8 @@ def test_bench_checkpoint_measures_saving_and_loading(tmp_path: Path) -> None:
     [
         (
             ("--n-latents", "258"),
-            "bench: sae.n_latents: 258 is not a multiple of processes.shards (4); use 256 or 260",
+            "bench: sae.n_latents: 258 is not a multiple of processes.latent_shards (4); "
+            "use 256 or 260",
         ),
         (
             ("--endpoint-url", "host:1"),

@@ -23,7 +23,7 @@ def test_bench_step_refuses_in_one_line_what_cannot_be() -> None:
         (("--k", "0"), "error: bench: sae.k: input should be greater than 0 (got 0)\n"),
         (
             ("--shards", "2"),
-            "error: bench: processes.shards: 2 does not divide processes.trainers (1)\n",
+            "error: bench: processes.latent_shards: 2 does not divide processes.trainers (1)\n",
         ),
         (("--k", "300"), "error: bench: sae: k (300) must not exceed n_latents (256)\n"),
     ):

@@ -67,7 +67,7 @@ def train_rank(settings: dict[str, Any], target: Path, seen: Path, env: dict[str
             serve("train", target) as telemetry,
             rendezvous(run.processes.trainers, MISSING_SECONDS, stopping) as ranks,
             Watch(ranks, stopping, lost_seconds=LOST_SECONDS, hung_seconds=60.0) as watch,
-            join_mesh(ranks, run.processes.shards) as mesh,
+            join_mesh(ranks, run.processes.latent_shards) as mesh,
         ):
             dist_sae.training.loop.train(run, mesh, watch, stopping, telemetry)
     except DistSaeError as error:

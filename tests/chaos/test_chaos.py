@@ -176,7 +176,7 @@ class Pipeline:
         """Start the trainer."""
         self._starts += 1
         settings = self._run.model_dump(mode="json")
-        settings["processes"] |= {"trainers": world, "shards": shards}
+        settings["processes"] |= {"trainers": world, "latent_shards": shards}
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
             port = probe.getsockname()[1]

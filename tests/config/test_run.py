@@ -163,20 +163,26 @@ def test_load_run_refuses_urls_that_lead_nowhere(
         ),
         (["processes.trainers=3"], "processes.trainers: 3 does not divide activations.streams (4)"),
         (
-            ["processes.trainers=2", "processes.shards=4"],
-            "processes.shards: 4 does not divide processes.trainers (2)",
+            ["processes.trainers=2", "processes.latent_shards=4"],
+            "processes.latent_shards: 4 does not divide processes.trainers (2)",
         ),
         (
-            ["processes.trainers=4", "processes.shards=4", "sae.n_latents=33"],
-            "sae.n_latents: 33 is not a multiple of processes.shards (4); use 32 or 36",
+            ["processes.trainers=4", "processes.latent_shards=4", "sae.n_latents=33"],
+            "sae.n_latents: 33 is not a multiple of processes.latent_shards (4); use 32 or 36",
         ),
         (
-            ["processes.trainers=4", "processes.shards=4", "sae.n_latents=3", "sae.auxk=0"],
-            "sae.n_latents: 3 is not a multiple of processes.shards (4); use 4",
+            ["processes.trainers=4", "processes.latent_shards=4", "sae.n_latents=3", "sae.auxk=0"],
+            "sae.n_latents: 3 is not a multiple of processes.latent_shards (4); use 4",
         ),
         (
-            ["processes.trainers=4", "processes.shards=4", "sae.kind=routed", "sae.experts=2"],
-            "sae.experts: 2 is not a multiple of processes.shards (4): a shard holds whole experts",
+            [
+                "processes.trainers=4",
+                "processes.latent_shards=4",
+                "sae.kind=routed",
+                "sae.experts=2",
+            ],
+            "sae.experts: 2 is not a multiple of processes.latent_shards (4): "
+            "a shard holds whole experts",
         ),
         (
             ["sae.n_latents=5000", "sae.init=data"],
@@ -375,7 +381,7 @@ def test_learning_rate_follows_the_width_unless_given(tmp_path: Path) -> None:
 def test_ranks_are_replicas_times_shards(
     tmp_path: Path, trainers: int, shards: int, replicas: int
 ) -> None:
-    settings = [f"processes.trainers={trainers}", f"processes.shards={shards}"]
+    settings = [f"processes.trainers={trainers}", f"processes.latent_shards={shards}"]
     assert load_run(synthetic_run(tmp_path), settings).replicas == replicas
 
 

@@ -82,7 +82,7 @@ def trained(spec: dict[str, Any], kind: str, precision: str, mesh: Mesh) -> dict
             sae={"kind": kind, "n_latents": N_LATENTS, "dead_after_rows": DEAD_AFTER}
             | RECIPES[kind],
             train={"batch_rows": BATCH, "deepspeed": spec["deepspeed"]},
-            processes={"trainers": spec["world"], "shards": spec["shards"]},
+            processes={"trainers": spec["world"], "latent_shards": spec["shards"]},
         )
     )
     sae = make(run.sae, dtype, mesh.axis)

@@ -371,7 +371,7 @@ def test_deepspeeds_configuration_follows_the_run_and_the_user(tmp_path: Path) -
 @pytest.mark.parametrize(("shards", "rows"), [(1, 40), (2, 80), (4, 160)])
 def test_to_deepspeed_a_replica_is_one_worker(tmp_path: Path, shards: int, rows: int) -> None:
     """160 rows over 4 ranks: 4, 2 or 1 replicas."""
-    run = load_run(write_run(tmp_path, processes={"trainers": 4, "shards": shards}))
+    run = load_run(write_run(tmp_path, processes={"trainers": 4, "latent_shards": shards}))
     assert deepspeed_config(run)["train_micro_batch_size_per_gpu"] == rows
 
 

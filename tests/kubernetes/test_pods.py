@@ -42,7 +42,7 @@ SMALL = (
     "train.kernels=torch",  # the native ones are compiled anew in every pod, which takes its time
     "train.log_every_steps=1",
     "train.save_every_steps=20",
-    "train.lost_seconds=10",
+    "timeouts.lost_seconds=10",
 )
 WEIGHTS = ("W_enc", "W_dec", "b_enc", "b_dec")
 COMPLETE = Condition("Complete", "CompletionsReached")
@@ -233,7 +233,7 @@ def test_a_run_goes_on_with_more_ranks_and_ends_though_a_node_is_lost(
     stopped_at = Checkpoints(runs.store(run.store.runs, run), run.name, 2).steps()[-1]
     assert stopped_at < run.steps
 
-    more = "processes.trainers=4", "processes.shards=2", "cluster.trainer.ranks=2"
+    more = "processes.trainers=4", "processes.latent_shards=2", "cluster.trainer.ranks=2"
     run = runs.run("resized", *few, *more, activations="calm")
     jobset = runs.submit(run)
     trainer = runs.job(run, "trainer")

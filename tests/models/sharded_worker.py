@@ -60,7 +60,7 @@ def produce_rank(settings: dict[str, Any], output: str, env: dict[str, str]) -> 
     torch.set_num_threads(1)
     stopping = stop_event()
     run = Run.model_validate(settings)
-    work = produce_together if run.model_shards > 1 else produce
+    work = produce_together if run.tensor_parallel > 1 else produce
     try:
         work(
             run, Worker(f"producer-{env['MASTER_PORT']}"), stopping, Telemetry("t", "produce", None)

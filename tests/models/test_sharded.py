@@ -73,21 +73,21 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, HuggingFaceMod
     for name, config in UNEVEN.items():
         paths[f"{name}-uneven"] = save_model(folder / f"{name}-3", name, config())
     models = {
-        case: HuggingFaceModel(path=str(path), dtype="fp32", shards=2)
+        case: HuggingFaceModel(path=str(path), dtype="fp32", tensor_parallel=2)
         for case, path in paths.items()
     }
     for case, n_heads in LARGE.items():
         config = hf.LlamaConfig(**THREE | WIDE | {"num_attention_heads": n_heads})
         path = save_model(folder / case, "llama", config)
-        models[case] = HuggingFaceModel(path=str(path), dtype="fp32", shards=2)
+        models[case] = HuggingFaceModel(path=str(path), dtype="fp32", tensor_parallel=2)
     mamba = hf.MambaConfig(vocab_size=50, hidden_size=8, num_hidden_layers=LAYERS)  # no heads
     mamba.save_pretrained(folder / "mamba")
-    models["mamba"] = HuggingFaceModel(path=str(folder / "mamba"), shards=2)
+    models["mamba"] = HuggingFaceModel(path=str(folder / "mamba"), tensor_parallel=2)
     for case in BF16:
         models[f"{case}-bf16"] = models[case].model_copy(update={"dtype": "bf16"})
     for name in FROM_BF16:
         path = save_model(folder / f"{name}-half", name, UNEVEN[name](), torch.bfloat16)
-        model = HuggingFaceModel(path=str(path), dtype="fp32", shards=2)
+        model = HuggingFaceModel(path=str(path), dtype="fp32", tensor_parallel=2)
         models[f"{name}-uneven-from-bf16"] = model
     return models
 
@@ -133,7 +133,7 @@ def test_two_ranks_give_what_one_gives(
     models: dict[str, HuggingFaceModel], shared: list[dict[str, Any]], case: str
 ) -> None:
     """At every site, on both ranks; and neither held the whole model."""
-    config = models[case].model_copy(update={"shards": 1})
+    config = models[case].model_copy(update={"tensor_parallel": 1})
     source = HuggingFaceSource(config, sites_of_case(case))
     expected = source.run(*BATCH)
     weights = sum(p.numel() for p in blocks(source._model).parameters())
@@ -162,7 +162,7 @@ def test_two_ranks_round_to_bf16_as_one_does(
 ) -> None:
     """Their roundings differ, and deeper layers amplify any: so each is held to the exact run."""
     sites = sites_of_case(case)
-    config = models[case].model_copy(update={"shards": 1})
+    config = models[case].model_copy(update={"tensor_parallel": 1})
     exact = HuggingFaceSource(config, sites).run(*BATCH)
     one = HuggingFaceSource(config.model_copy(update={"dtype": "bf16"}), sites).run(*BATCH)
     for acts, _, _ in (one[f"{case}-bf16"] for one in shared):
@@ -186,7 +186,7 @@ def test_two_ranks_round_to_bf16_as_one_does(
 def test_ranks_that_cannot_hold_a_model_are_refused(
     models: dict[str, HuggingFaceModel], name: str, shards: int, words: str
 ) -> None:
-    config = models[name].model_copy(update={"shards": shards})
+    config = models[name].model_copy(update={"tensor_parallel": shards})
     with pytest.raises(ModelError, match=words):
         check_sites(
             config, ActivationsConfig(sites=("resid_post.1",), context_tokens=16)

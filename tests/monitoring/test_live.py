@@ -72,9 +72,9 @@ def live(
             "save_every_steps": 20,
             "keep_checkpoints": 100,  # more than there are saves while one is evaluated
             "heldout_rows": 320,
-            "lost_seconds": 3,
         },
-        processes={"producers": 2, "trainers": 2, "shards": 2},
+        timeouts={"lost_seconds": 3},
+        processes={"producers": 2, "trainers": 2, "latent_shards": 2},
         telemetry={"port": port},
     )
     owner = {"AWS_ACCESS_KEY_ID": OWNER.id, "AWS_SECRET_ACCESS_KEY": OWNER.secret}

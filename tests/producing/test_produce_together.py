@@ -63,7 +63,7 @@ def start_ranks(path: Path, world: int = 2) -> list[Rank]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    settings = load_run(path, ["train.lost_seconds=5"]).model_dump(mode="json")
+    settings = load_run(path, ["timeouts.lost_seconds=5"]).model_dump(mode="json")
     ranks = []
     for rank in range(world):
         env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
@@ -115,7 +115,7 @@ def check_same_rows(one: Path, other: Path) -> None:
 
 
 def test_two_ranks_produce_what_one_produces(tmp_path: Path, model: Path, alone: Path) -> None:
-    path = run_file(tmp_path, model, shards=2)
+    path = run_file(tmp_path, model, tensor_parallel=2)
     plan(load_run(path))
     assert [rank.ends()[0] for rank in start_ranks(path)] == [0, 0]
     check_same_rows(alone, tmp_path)
@@ -126,7 +126,7 @@ def test_when_one_rank_ends_all_end_and_what_is_left_can_be_finished(
     tmp_path: Path, model: Path, alone: Path, number: signal.Signals
 ) -> None:
     """To the rank that follows, after the first unit."""
-    path = run_file(tmp_path, model, shards=2)
+    path = run_file(tmp_path, model, tensor_parallel=2)
     planned = len(plan(load_run(path)).units)
     ranks = start_ranks(path)
     until = time.monotonic() + 120
@@ -144,9 +144,9 @@ def test_when_one_rank_ends_all_end_and_what_is_left_can_be_finished(
 
 
 def test_another_number_of_ranks_is_an_error(tmp_path: Path, model: Path) -> None:
-    path = run_file(tmp_path, model, shards=2)
+    path = run_file(tmp_path, model, tensor_parallel=2)
     plan(load_run(path))
     (one,) = start_ranks(path, 1)
     code, said = one.ends()
     assert code == 2
-    assert said.startswith("model.shards is 2, but WORLD_SIZE is 1; ")
+    assert said.startswith("model.tensor_parallel is 2, but WORLD_SIZE is 1; ")

@@ -66,7 +66,7 @@ def test_two_ranks_train_as_one(
 ) -> None:
     deepspeed = {"zero_optimization": {"stage": stage}} if stage else {}
     path = run_file(tmp_path, activations, train={"deepspeed": deepspeed})
-    train(path, "--set", f"processes.shards={shards}", world=2)
+    train(path, "--set", f"processes.latent_shards={shards}", world=2)
     check_trained_alike(calm, tmp_path)
 
 

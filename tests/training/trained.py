@@ -12,7 +12,7 @@ from dist_sae.telemetry.history import read_history
 from tests.launch import write_run
 
 STEPS = 60
-SHARDED = ("--set", "processes.shards=2")
+SHARDED = ("--set", "processes.latent_shards=2")
 
 
 def run_file(folder: Path, activations: str, **sections: Any) -> Path:

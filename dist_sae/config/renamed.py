@@ -1,0 +1,59 @@
+"""Keys that a run file knew by another name. They are read as ever, and a user is told once."""
+
+import logging
+from collections.abc import Mapping
+from typing import Any
+
+from dist_sae.logs import is_supervised
+
+logger = logging.getLogger(__name__)
+
+RENAMED = {
+    "model.shards": "model.tensor_parallel",
+    "processes.shards": "processes.latent_shards",
+    "train.missing_seconds": "timeouts.missing_seconds",
+    "train.lost_seconds": "timeouts.lost_seconds",
+    "train.hung_seconds": "timeouts.hung_seconds",
+}
+"""New keys by old ones, each `section.key`."""
+_said = set[str]()
+
+
+def with_new_names(data: Mapping[str, Any]) -> dict[str, Any]:
+    """Move the values of renamed keys to where they are now.
+
+    Args:
+        data: The sections of a run file, stored or typed, not validated yet.
+
+    Raises:
+        ValueError: A key is given under both names.
+    """
+    renamed, problems = dict(data), []
+    for old, new in RENAMED.items():
+        (section, key), (new_section, new_key) = old.split("."), new.split(".")
+        there = renamed.get(section)
+        if not isinstance(there, Mapping) or key not in there:
+            continue
+        target = {} if renamed.get(new_section) is None else renamed[new_section]
+        if not isinstance(target, Mapping):
+            continue  # validation says what is wrong with it
+        if new_key in target:
+            problems.append(f"{old}: is called {new} now, which is given too; leave {old} out")
+        renamed[section] = {name: value for name, value in there.items() if name != key}
+        target = renamed[section] if section == new_section else target
+        renamed[new_section] = {**target, new_key: there[key]}
+    if problems:
+        raise ValueError("\n".join(problems))
+    return renamed
+
+
+def say_renamed(old: str, origin: str) -> None:
+    """Tell the user, once in a process, that a key has a new name.
+
+    Args:
+        old: The key as the user wrote it.
+        origin: Where.
+    """
+    if old in RENAMED and old not in _said and not is_supervised():  # `dist-sae run` has said so
+        _said.add(old)
+        logger.warning("%s: %s is called %s now", origin, old, RENAMED[old])
