@@ -20,7 +20,7 @@ from dist_sae.data.shard import read_manifest
 from dist_sae.data.streams import StreamCursor
 from dist_sae.errors import ConfigError, DataExhaustedError, ObjectNotFoundError
 from dist_sae.storage import Entry, ObjectStore
-from dist_sae.storage.own import OwnKeys, name_foreign
+from dist_sae.storage.own import OwnKeys, warn_of_foreign
 from dist_sae.storage.records import Record, read_record, seal
 
 logger = logging.getLogger(__name__)
@@ -123,7 +123,7 @@ class Consumers:
             if consumer.run == key["run"]:
                 found.append((consumer, entry))
             else:
-                name_foreign(self._store, _CONSUMERS.folder, entry.key)  # a copy
+                warn_of_foreign(self._store, _CONSUMERS.folder, entry.key)  # a copy
         return found
 
     def is_abandoned(self, entry: Entry) -> bool:

@@ -16,13 +16,13 @@ def open_store(
     meter: Meter | None = None,
     stopping: threading.Event | None = None,
 ) -> ObjectStore:
-    """The store behind `file:///path`, a path or `s3://bucket/prefix`. Opens no connection.
+    """Open the store at `file:///path`, a path or `s3://bucket/prefix`, without connecting yet.
 
     Args:
-        url: The place.
+        url: URL or path of the store.
         s3: How to reach an S3-compatible endpoint.
-        meter: Takes the numbers of operations, bytes, seconds and errors, and of S3's requests.
-        stopping: Once set, no call is patient for longer than a few seconds.
+        meter: Receives counts of operations, bytes, seconds, errors and S3 requests.
+        stopping: Once set, calls retry for a few seconds only.
     """
     store: ObjectStore
     if url.startswith("s3://"):

@@ -1,21 +1,21 @@
-"""The interface of an object store, the whole of it."""
+"""The interface of an object store."""
 
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 
 class Entry(NamedTuple):
-    """An object, as a listing shows it."""
+    """One object in a listing."""
 
     key: str
     bytes: int
     age_seconds: float
-    """Since it was last written, by the store's own clock: no other machine's enters."""
+    """Time since the last write, by the store's own clock alone."""
 
 
 @runtime_checkable
 class Meter(Protocol):
-    """Takes metrics: `telemetry.exporter.Telemetry`."""
+    """Receives metrics; implemented by `telemetry.exporter.Telemetry`."""
 
     def set(self, name: str, value: float, **labels: str) -> None:
         """Set a gauge."""
@@ -31,7 +31,7 @@ class Meter(Protocol):
 
 
 class _Unmetered:
-    """Takes metrics that nobody wants."""
+    """Discards metrics."""
 
     def set(self, name: str, value: float, **labels: str) -> None: ...
 
@@ -45,29 +45,30 @@ UNMETERED: Meter = _Unmetered()
 
 @runtime_checkable
 class ObjectStore(Protocol):
-    """Objects are written whole and never seen half-written. Keys are `/`-separated, relative.
+    """Key-value store of whole objects; keys are relative and `/`-separated.
 
-    Every method raises a `StoreError` that names the store and the key. What an endpoint cannot do
-    now is asked again until a deadline; then it is an `UnavailableError`.
+    A reader never sees a half-written object. Every method raises a `StoreError` that names the
+    store and the key. A call that the endpoint cannot answer now is retried until a deadline, then
+    raises `UnavailableError`.
     """
 
     @property
     def url(self) -> str:
-        """Where the store is."""
+        """The store's URL or path."""
         ...
 
-    if TYPE_CHECKING:  # isinstance() would read it, and so try the endpoint out
+    if TYPE_CHECKING:  # isinstance() would read it, and so probe the endpoint
 
         @property
         def exclusive(self) -> bool:
-            """Whether of writers that race with `if_absent` exactly one wins.
+            """True if exactly one of several racing `if_absent` writers wins.
 
-            Some endpoints accept the condition and ignore it; that is tried out when first asked.
+            Some endpoints accept the condition and ignore it, so the first read probes the store.
             """
             ...
 
     def get(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
-        """The object's bytes `[start, stop)`, as far as it has them.
+        """Read an object's bytes `[start, stop)`; fewer if the object ends earlier.
 
         Raises:
             ObjectNotFoundError: There is no such object.
@@ -77,12 +78,12 @@ class ObjectStore(Protocol):
     def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
         """Write an object durably.
 
-        Writers that race with `if_absent` write different bytes: a writer whose answer was lost
-        knows by them whether the object is its own.
+        Racing `if_absent` writers must write different bytes: a writer that lost the answer reads
+        the object back to see whether it won.
 
         Returns:
-            False when `if_absent` and the object exists already (which then stays as it is; where
-            the store is not `exclusive`, unless another writer is at it in the same instant).
+            False when `if_absent` is set and the object already exists. It is then left unchanged,
+            unless the store is not `exclusive` and another writer writes at the same instant.
         """
         ...
 
@@ -91,16 +92,16 @@ class ObjectStore(Protocol):
         ...
 
     def entries(self, prefix: str = "") -> Iterator[Entry]:
-        """All objects whose keys start with `prefix`; of those in one folder, in ascending order.
+        """List the objects whose keys start with `prefix`, ascending within a folder.
 
-        Most endpoints sort whole keys, some one folder after the other.
+        Most endpoints sort by whole key; some list one folder after another.
         """
         ...
 
     def keys(self, prefix: str = "") -> Iterator[str]:
-        """The keys of `entries`."""
+        """List the keys of `entries`."""
         ...
 
     def delete(self, key: str) -> None:
-        """Remove an object; it is no error when there is none."""
+        """Remove an object, if it exists."""
         ...

@@ -1,4 +1,4 @@
-"""A folder as an object store: the embedded default."""
+"""A local folder as an object store; the default."""
 
 import errno
 import logging
@@ -21,7 +21,7 @@ _RACES = 100
 
 
 class LocalStore:
-    """Objects are files; a write becomes visible by one rename (or link) after fsync."""
+    """Stores objects as files; one rename (or link) after fsync makes a write visible."""
 
     def __init__(self, url: str) -> None:
         folder = folder_of(url)
@@ -76,7 +76,7 @@ class LocalStore:
         with self._errors(prefix or None):
             top = self.root / prefix.rpartition("/")[0]
             for folder, folders, names in os.walk(top, onerror=_unless_gone):
-                folders[:] = [name for name in folders if not _is_the_systems(name)]
+                folders[:] = [name for name in folders if not _is_system_folder(name)]
                 inside = Path(folder).relative_to(self.root)
                 found += [(inside / n).as_posix() for n in names if not n.endswith(_TEMPORARY)]
         yield from sorted(key for key in found if key.startswith(prefix))
@@ -100,17 +100,17 @@ class LocalStore:
                 path.parent.rmdir()
 
     def _now(self) -> float:
-        """The time by the clock that dates the files: on a network file system the server's."""
+        """Current time by the clock that dates files: the server's on a network file system."""
         probe = self.root / f"{uuid.uuid4().hex[:12]}{_TEMPORARY}"
         try:
             probe.touch(exist_ok=False)
-            os.utime(probe)  # a server may date a new file by the client, but not this
+            os.utime(probe)  # a server may date a new file by the client's clock, but not this
             return probe.stat().st_mtime
         except OSError:
             if not self._read_only:
                 self._read_only = True
                 logger.warning(
-                    "%s: cannot be written to: this machine's clock tells the ages of objects",
+                    "%s: not writable; ages of objects are measured by this machine's clock",
                     self.url,
                 )
             return time.time()
@@ -140,24 +140,24 @@ class LocalStore:
             raise StoreError(f"{exc.strerror or exc}", url=self.url, key=key) from exc
 
 
-def _is_the_systems(folder: str) -> bool:
-    """Whether a folder is one of snapshots, waste or the like: often large, or closed to us."""
+def _is_system_folder(folder: str) -> bool:
+    """True for snapshots, trash and the like, which are often large or unreadable."""
     return folder.startswith(".") or folder == "lost+found"
 
 
 def _unless_gone(exc: OSError) -> None:
-    """What is deleted while a folder is listed is not in the list."""
+    """Ignore a folder that was deleted during the listing; raise other errors."""
     if not isinstance(exc, FileNotFoundError):
         raise exc
 
 
 def _create(path: Path) -> BinaryIO:
-    """A new file, in a new folder where need be."""
+    """Create a file, and its folders where they are missing."""
     for _ in range(_RACES):
         with suppress(FileNotFoundError):
             return path.open("xb")
         new = [folder for folder in path.parents if not folder.exists()]
-        with suppress(FileNotFoundError):  # another process deleted a folder, empty, in between
+        with suppress(FileNotFoundError):  # another process has just deleted an empty folder
             path.parent.mkdir(parents=True, exist_ok=True)
         for folder in new:
             _sync_folder(folder.parent)
@@ -165,7 +165,7 @@ def _create(path: Path) -> BinaryIO:
 
 
 def _sync_folder(folder: Path) -> None:
-    """Make a new name in a folder survive a power cut."""
+    """Flush a folder's entries to disk, so that a new file survives a power cut."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:  # another process has deleted the object, and the folder with it

@@ -1,4 +1,4 @@
-"""A store whose operations are counted and timed, whatever it is."""
+"""A wrapper that counts and times the operations of any store."""
 
 import time
 from collections.abc import Iterator
@@ -9,11 +9,11 @@ from dist_sae.storage.base import Entry, Meter, ObjectStore
 
 
 class MeteredStore:
-    """Another store, as it is, with its numbers told to a meter.
+    """Forwards every call to a store and reports its count, time, bytes and errors.
 
     Args:
         store: The store.
-        meter: Takes the numbers.
+        meter: Receives the metrics.
     """
 
     def __init__(self, store: ObjectStore, meter: Meter) -> None:
@@ -64,7 +64,7 @@ class MeteredStore:
         since = time.monotonic()
         try:
             yield
-        except ObjectNotFoundError:  # an answer
+        except ObjectNotFoundError:  # a valid answer, not a failure
             raise
         except StoreError as exc:
             self._meter.add("dist_sae_store_errors_total", 1, error=type(exc).__name__)

@@ -1,6 +1,6 @@
-"""Which objects of a store are ours: all others are passed by, and named once.
+"""Filter for our own objects in a store; foreign ones are skipped, with one warning per folder.
 
-File managers, editors, network file systems and consoles leave objects beside ours (`.DS_Store`,
+File managers, editors, network file systems and consoles leave foreign objects (`.DS_Store`,
 `.nfs0001`, an empty `claims/`), and so do people (a copy of a checkpoint).
 """
 
@@ -12,15 +12,15 @@ from dist_sae.storage.base import Entry, ObjectStore
 
 logger = logging.getLogger(__name__)
 
-_named: set[tuple[str, str]] = set()  # in this process
+_warned: set[tuple[str, str]] = set()  # (store, folder) pairs, in this process
 
 
 class OwnKeys:
-    """The keys of one kind of object.
+    """Pattern for the keys of one kind of object.
 
     Args:
-        folder: What they begin with, for example `units/`.
-        rest: Regular expression of all that follows.
+        folder: Common prefix, for example `units/`.
+        rest: Regular expression for the rest of a key.
     """
 
     def __init__(self, folder: str, rest: str) -> None:
@@ -28,31 +28,31 @@ class OwnKeys:
         self._shape = re.compile(re.escape(folder) + rest, re.ASCII)
 
     def keys(self, store: ObjectStore, begin: str = "") -> Iterator[re.Match[str]]:
-        """The keys that there are, with the groups of `rest`; `begin`: the first part of `rest`."""
+        """Yield matches of the existing keys, optionally only those whose rest begins `begin`."""
         for key in store.keys(f"{self.folder}{begin}"):
             if match := self.match(store, key):
                 yield match
 
     def entries(self, store: ObjectStore, begin: str = "") -> Iterator[tuple[re.Match[str], Entry]]:
-        """The objects that there are, each with its key as `keys` has it."""
+        """Yield each existing object with the match of its key."""
         for entry in store.entries(f"{self.folder}{begin}"):
             if match := self.match(store, entry.key):
                 yield match, entry
 
     def match(self, store: ObjectStore, key: str) -> re.Match[str] | None:
-        """The key if it is ours; else None, and the first such key of this kind is named."""
+        """Match a key of ours; for a foreign key warn and return None."""
         match = self._shape.fullmatch(key)
         if match is None:
-            name_foreign(store, self.folder, key)
+            warn_of_foreign(store, self.folder, key)
         return match
 
 
-def name_foreign(store: ObjectStore, folder: str, key: str) -> None:
-    """Warn, once for a folder of a store, that an object in it is not ours."""
-    if (store.url, folder) not in _named:
-        _named.add((store.url, folder))
+def warn_of_foreign(store: ObjectStore, folder: str, key: str) -> None:
+    """Warn of a foreign object, once per folder and process."""
+    if (store.url, folder) not in _warned:
+        _warned.add((store.url, folder))
         logger.warning(
-            "%s/%s: not an object of dist-sae; such are passed by, here and in the rest of %s",
+            "%s/%s: not an object of dist-sae; this one and others like it in %s are ignored",
             store.url,
             key,
             folder,

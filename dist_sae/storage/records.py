@@ -1,4 +1,4 @@
-"""JSON objects of the store that carry their own checksum, and are read until it fits."""
+"""JSON objects that carry their own checksum; a read that does not match is repeated."""
 
 import hashlib
 import json
@@ -12,12 +12,12 @@ from dist_sae.storage.base import ObjectStore
 
 logger = logging.getLogger(__name__)
 
-READS = 3  # of bytes that do not match their checksum: the line may be at fault, not the object
+READS = 3  # attempts: a checksum mismatch may come from the network, not the object
 _SEAL = "sha256"
 
 
 class Record(BaseModel):
-    """A JSON object, or part of one. Top-level ones have a field `schema_version`."""
+    """A JSON object or part of one; a top-level record has a field `schema_version`."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
@@ -26,21 +26,21 @@ Some = TypeVar("Some", bound=Record)
 
 
 def digest(record: Record) -> str:
-    """Checksum of the record's content."""
+    """Compute the checksum of a record's content."""
     return _digest(record.model_dump(mode="json"))
 
 
 def seal(record: Record) -> bytes:
-    """The record as JSON, with the checksum of the rest as its last field."""
+    """Serialise a record as JSON, with the checksum of the other fields as its last field."""
     content = record.model_dump(mode="json")
     return _canonical({**content, _SEAL: _digest(content)})
 
 
 def unseal(model: type[Some], data: bytes, store: ObjectStore, key: str) -> Some:
-    """What `seal` made bytes of.
+    """Parse the bytes that `seal` wrote.
 
     Raises:
-        CorruptObjectError: It is damaged, or of a schema that this version does not know.
+        CorruptObjectError: The bytes are damaged, or their schema version is unknown.
     """
     try:
         content = json.loads(data)
@@ -61,11 +61,11 @@ def unseal(model: type[Some], data: bytes, store: ObjectStore, key: str) -> Some
 
 
 def read_record(model: type[Some], store: ObjectStore, key: str) -> Some:
-    """The record under a key, fetched again when it is damaged.
+    """Read a record, and read it again if it arrives damaged.
 
     Raises:
-        ObjectNotFoundError: There is none.
-        CorruptObjectError: It is damaged in the store, or of another schema.
+        ObjectNotFoundError: There is no object under the key.
+        CorruptObjectError: The record is damaged in the store, or has another schema version.
     """
     for _ in range(READS - 1):
         try:

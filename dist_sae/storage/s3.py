@@ -1,8 +1,8 @@
 """An S3-compatible endpoint as an object store; the only module that talks to boto3.
 
-Boto repeats a request a few times; what it cannot mend (an endpoint that is down for minutes, a
-connection that breaks in the middle of a body) is repeated here, with jitter, until
-`store.s3.deadline_seconds` have passed. Large objects go in parts, several at a time.
+Boto retries a request a few times. Longer faults (an endpoint that is down for minutes, a
+connection that breaks in the middle of a body) are retried here, with jitter, for
+`store.s3.deadline_seconds`. Large objects are transferred in parts, several at a time.
 """
 
 import json
@@ -45,17 +45,17 @@ logger = logging.getLogger(__name__)
 
 Result = TypeVar("Result")
 
-# What endpoints answer, by its code; where a code is not here, by its HTTP status.
+# error codes of endpoints, or HTTP statuses where an endpoint sends no code
 _EXISTS = {"PreconditionFailed", "412"}
 _NOT_IMPLEMENTED = {"NotImplemented", "501"}
 _NO_UPLOAD = {"NoSuchUpload"}
 _OUT_OF_RANGE = {"InvalidRange", "416"}
 
-_ATTEMPTS = 3  # of boto's, before ours
+_ATTEMPTS = 3  # by boto, within one of ours
 _FIRST_PAUSE_SECONDS = 0.2
 _LONGEST_PAUSE_SECONDS = 10.0
 _SAY_EVERY_SECONDS = 30.0
-_LAST_PATIENCE_SECONDS = 15.0  # when the program is to stop
+_LAST_PATIENCE_SECONDS = 15.0  # once the program has been asked to stop
 _PART_BYTES = 16 * 2**20
 _CONCURRENT_PARTS = 8
 _MULTIPART_FROM_BYTES = 2 * _PART_BYTES
@@ -65,21 +65,21 @@ _CUT = "the endpoint's answer was cut short"
 
 
 class ConditionNotImplementedError(Exception):
-    """The endpoint says that it knows no If-None-Match."""
+    """The endpoint does not implement If-None-Match."""
 
 
 class UploadGoneError(Exception):
-    """The endpoint knows no such multipart upload: it gave it up, or has completed it already."""
+    """The endpoint no longer knows a multipart upload: it is aborted or already complete."""
 
 
 class S3Store:
-    """`s3://bucket/prefix`. The client is made on first use and dropped when pickled.
+    """Store at `s3://bucket/prefix`; makes its client on first use and drops it when pickled.
 
     Args:
-        url: The place.
-        config: How to reach it.
-        meter: Takes the numbers of requests and their seconds.
-        stopping: Once set, no call is patient for longer than a few seconds.
+        url: `s3://bucket/prefix`.
+        config: How to reach the endpoint.
+        meter: Receives counts and durations of requests.
+        stopping: Once set, calls retry for a few seconds only.
     """
 
     def __init__(
@@ -111,10 +111,10 @@ class S3Store:
         except ConditionNotImplementedError:
             won = []
             self.put(key, b"first")
-        # of "first", or of "second" on a liar; thrice, for the line may flip a bit
+        # "first", or "second" if the condition was ignored; up to 3 reads: one may be damaged
         if not any(self.get(key, 1, 3) in (b"ir", b"ec") for _ in range(_PROBE_READS)):
             raise StoreError(
-                "does not give back what was written a moment ago; use a store that does",
+                "a read does not return what was just written; use a store that is consistent",
                 url=self.url,
                 key=key,
             )
@@ -124,7 +124,7 @@ class S3Store:
                 won = list(pool.map(lambda i: self._put_if_absent(key, b"%d" % i), range(_RACERS)))
             self.delete(key)
         if sum(won) == 1:
-            logger.info("%s: creates exclusively; producers claim units", self.url)
+            logger.info("%s: honours If-None-Match; producers claim units", self.url)
             return True
         logger.warning(
             "%s: does not honour If-None-Match; units are dealt out to producers by number",
@@ -160,7 +160,7 @@ class S3Store:
         return True
 
     def size(self, key: str) -> int | None:
-        # no HEAD: its answer has no body that could tell a missing key from a missing bucket
+        # not HEAD: without a body a missing key and a missing bucket look the same
         try:
             return self._get_part(key, 0, 1)[1]
         except ObjectNotFoundError:
@@ -194,9 +194,9 @@ class S3Store:
         return page
 
     def _get_part(self, key: str, start: int, stop: int) -> tuple[bytes, int]:
-        """(The object's bytes [start, stop), its size).
+        """Download bytes [start, stop) of an object; returns them and the object's size.
 
-        An endpoint that knows no ranges gives all from `start` on.
+        An endpoint without range requests returns everything from `start` on.
         """
 
         def download() -> tuple[bytes, int]:
@@ -272,13 +272,13 @@ class S3Store:
             return True
 
         created = self._patiently(key, create)
-        if not created and attempts > 1:  # an attempt may have succeeded whose answer was lost
-            with suppress(ObjectNotFoundError):  # another's, and gone again
+        if not created and attempts > 1:  # the answer to a successful attempt may have been lost
+            with suppress(ObjectNotFoundError):  # another writer's, deleted since
                 created = self.get(key) == data
         return created
 
     def _patiently(self, key: str | None, call: Callable[[], Result]) -> Result:
-        """Repeat a call while the endpoint cannot answer it, until the deadline."""
+        """Retry a call until the endpoint answers or the deadline passes."""
         since = said = time.monotonic()
         pause = _FIRST_PAUSE_SECONDS
         while True:
@@ -287,7 +287,7 @@ class S3Store:
                     return call()
             except UnavailableError as exc:
                 if isinstance(exc.__cause__, NoCredentialsError):
-                    self.__dict__.pop("_client", None)  # a client that has none never looks again
+                    self.__dict__.pop("_client", None)  # a client never looks for credentials twice
                 now = time.monotonic()
                 patience = self._config.deadline_seconds
                 if self._stopping.is_set():
@@ -349,7 +349,7 @@ class S3Store:
                         read_timeout=60,
                         max_pool_connections=4 * _CONCURRENT_PARTS,
                         s3={"addressing_style": "path" if self._config.path_style else "virtual"},
-                        # many endpoints refuse boto's checksums; ours are in the manifests
+                        # many endpoints reject boto's checksums; ours are in the manifests
                         request_checksum_calculation="when_required",
                         response_checksum_validation="when_required",
                     ),
@@ -361,7 +361,7 @@ class S3Store:
                 elif isinstance(exc, json.JSONDecodeError):
                     setting = "what credential_process prints"
                 raise AccessError(f"{line_of(exc)}; check {setting}", url=self.url) from exc
-        for operation in ("PutObject", "UploadPart"):  # servers that ignore signed hashes heed this
+        for operation in ("PutObject", "UploadPart"):  # for servers that ignore signed hashes
             client.meta.events.register(f"before-call.s3.{operation}", conditionally_calculate_md5)
         if self._meter:
             client.meta.events.register("request-created.s3", _start_clock)
@@ -371,7 +371,7 @@ class S3Store:
     def _count_request(
         self, operation: Any, attempts: int, request_dict: Any, response: Any, **_: object
     ) -> None:
-        """After every attempt of boto's: how it went, and how long until its headers came."""
+        """Record the status of one boto attempt and the time until its headers came."""
         assert self._meter is not None
         status = "none" if response is None else str(response[0].status_code)
         started = request_dict["context"].get("dist_sae_started")
@@ -401,6 +401,6 @@ def _start_clock(request: Any, **_: object) -> None:
 
 
 def _clock(answer: Mapping[str, Any]) -> datetime:
-    """The time by the endpoint's clock."""
+    """Read the endpoint's clock from an answer's Date header."""
     date = answer["ResponseMetadata"]["HTTPHeaders"].get("date")
     return parsedate_to_datetime(date) if date else datetime.now(UTC)

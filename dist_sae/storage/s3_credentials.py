@@ -1,8 +1,8 @@
-"""Why credentials cannot be had: for now, or for good; for `s3_errors.py` alone.
+"""Errors about AWS credentials, told apart as passing or permanent; for `s3_errors.py` alone.
 
-Services hand them out: instance metadata (EC2), a container's endpoint (ECS, EKS Pod Identity), STS
-for a web identity. They are busy when many pods start at once. A program is patient with them then,
-as with the store itself; where there are no credentials it says so at once.
+Credentials come from services: instance metadata (EC2), a container's endpoint (ECS, EKS Pod
+Identity), STS for a web identity. When many pods start at once these are busy, and a program
+retries as it does with the store itself. Missing credentials are reported at once.
 """
 
 import os
@@ -23,7 +23,7 @@ from botocore.exceptions import (
 
 from dist_sae.errors import AccessError, UnavailableError
 
-_FIELDS = {"AccessKeyId", "SecretAccessKey", "Token", "Expiration"}  # of an endpoint's answer
+_FIELDS = {"AccessKeyId", "SecretAccessKey", "Token", "Expiration"}  # in an endpoint's answer
 _STILL_EXPIRED = "refreshed credentials are still expired"
 _METADATA = "http://169.254.169.254"
 _METADATA_SECONDS = 1.0  # as botocore has it
@@ -31,7 +31,7 @@ _SERVICES = re.compile("AssumeRole|GetRoleCredentials|GetSessionToken|CreateToke
 
 
 def is_busy(status: int) -> bool:
-    """Whether an HTTP status says that the same request may succeed later."""
+    """True for an HTTP status after which the same request may succeed later."""
     return status in (
         HTTPStatus.REQUEST_TIMEOUT,
         HTTPStatus.TOO_EARLY,
@@ -44,7 +44,7 @@ def is_busy(status: int) -> bool:
 
 @contextmanager
 def mapped(url: str, key: str | None) -> Iterator[None]:
-    """Raise botocore's errors about credentials as ours; STS' answers are `ClientError`s."""
+    """Raise botocore's credential errors as ours; `answer_of_service` handles STS answers."""
     try:
         yield
     except CredentialRetrievalError as exc:
@@ -56,20 +56,20 @@ def mapped(url: str, key: str | None) -> Iterator[None]:
     except NoCredentialsError as exc:
         if _metadata_is_busy():
             raise UnavailableError(
-                "instance metadata hands out no credentials now", url=url, key=key
+                "instance metadata gives no credentials at present", url=url, key=key
             ) from exc
         raise AccessError(
             "no credentials found; set AWS_ACCESS_KEY_ID and AWS_SECRET_ACCESS_KEY, "
             "AWS_PROFILE or a web identity",
             url=url,
         ) from exc
-    except (RuntimeError, KeyError) as exc:  # botocore's, of an answer that has none, or old ones
+    except (RuntimeError, KeyError) as exc:  # by botocore: the answer lacks them or has expired
         if _STILL_EXPIRED not in str(exc) and str(exc).strip("'") not in _FIELDS:
             raise
         raise UnavailableError(
-            f"no credentials that are valid now were handed out ({_line(exc)})", url=url, key=key
+            f"the credentials service gave none that are valid ({_line(exc)})", url=url, key=key
         ) from exc
-    except (FileNotFoundError, PermissionError) as exc:  # a token's file, a credential_process
+    except (FileNotFoundError, PermissionError) as exc:  # token file or credential_process
         if exc.filename is None:
             raise
         raise AccessError(
@@ -80,17 +80,17 @@ def mapped(url: str, key: str | None) -> Iterator[None]:
 def answer_of_service(
     exc: ClientError, code: str, url: str, key: str | None, *, busy: bool
 ) -> AccessError | UnavailableError | None:
-    """What it means that a service which hands out credentials refused; None of the store's own.
+    """Map a refusal by a credentials service; None if the store itself refused.
 
-    A web identity's token is renewed beside the pod, and its issuer may be out of reach: neither
-    code says so, nor that waiting mends it.
+    An expired web identity token is renewed outside the program, and the issuer of a token may be
+    unreachable: both pass, though their codes do not say so.
 
     Args:
-        exc: Its answer.
-        code: The answer's code.
+        exc: The refusal.
+        code: Its code.
         url: The store.
-        key: The object that was asked for.
-        busy: Whether the code says by itself that the service is busy.
+        key: The requested object.
+        busy: True if the code alone says that the service is busy.
     """
     if not _SERVICES.match(exc.operation_name):
         return None
@@ -105,19 +105,19 @@ def answer_of_service(
 
 
 def _is_passing(text: str) -> bool:
-    """Whether an endpoint may give credentials later; by botocore's words, all that there is."""
+    """True if the credentials endpoint may answer later; botocore gives only a text to go by."""
     if status := re.search(r"non 200 response (\d+)", text):
         return is_busy(int(status[1]))
     return (
-        "container metadata" in text  # no answer, or one that is no JSON
-        or "Credential refresh failed" in text  # there were some before
+        "container metadata" in text  # no answer, or not JSON
+        or "Credential refresh failed" in text  # it gave credentials before
     )
 
 
 def _metadata_is_busy() -> bool:
-    """Whether instance metadata is there, and fails.
+    """True if instance metadata exists but fails.
 
-    Botocore takes a failure for a machine without it. Where nothing can be reached there is none.
+    Botocore reports this as no credentials. If nothing answers, the machine has no metadata.
     """
     if os.environ.get("AWS_EC2_METADATA_DISABLED", "").lower() == "true":
         return False
@@ -126,14 +126,14 @@ def _metadata_is_busy() -> bool:
     status, token = _ask(f"{base}/latest/api/token", "PUT", headers)
     if status != HTTPStatus.REQUEST_TIMEOUT and is_busy(status):
         return True
-    # the token's answer may travel fewer hops than a container is away; then this one says more
+    # the token's hop limit may not reach a container; then this request tells more
     headers = {"x-aws-ec2-metadata-token": token} if status == HTTPStatus.OK else {}
     status, role = _ask(f"{base}/latest/meta-data/iam/security-credentials/", "GET", headers)
     return is_busy(status) or (status == HTTPStatus.OK and bool(role))  # a role: it works again
 
 
 def _ask(url: str, method: str, headers: dict[str, str]) -> tuple[int, str]:
-    """(Status, text); 408 where there was a connection and no answer, 0 where there was none."""
+    """Send a request; returns (status, text): 408 without an answer, 0 without a connection."""
     request = urllib.request.Request(url, method=method, headers=headers)
     try:
         opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))

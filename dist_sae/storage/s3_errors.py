@@ -1,4 +1,4 @@
-"""What S3 endpoints and boto call an error, and what we call it: one mapping, for `s3.py` alone."""
+"""Mapping from errors of S3 endpoints and boto to ours; for `s3.py` alone."""
 
 import re
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ from dist_sae.errors import (
 )
 from dist_sae.storage import s3_credentials
 
-# what is the matter, by the code's shape: makers of endpoints vary the words
+# patterns, since implementations vary the codes
 _ACCESS = "access denied; check the credentials' permissions on this bucket"
 _EXPIRED = "the session token has expired; renew the credentials"
 _CLOCK = "this machine's clock is off; set it"
@@ -87,11 +87,11 @@ _BUSY = re.compile(
     ".*(SlowDown|Thrott|TooManyRequests|RequestLimit|BandwidthLimit|ThroughputExceeded"
     "|Unavailable|Timeout|InternalError|InternalFailure|InternalServer|KMS.Internal"
     "|NotInitialized|OperationAborted|TransactionInProgress|TemporaryRedirect"
-    "|ConditionalRequestConflict"  # another writer is at it in this instant
-    "|BadDigest|ContentSHA256Mismatch|ChecksumMismatch|IncompleteBody).*"  # damaged on their way
+    "|ConditionalRequestConflict"  # another writer at the same instant
+    "|BadDigest|ContentSHA256Mismatch|ChecksumMismatch|IncompleteBody).*"  # damaged in transit
 )
 _BUSY_STATUSES = {
-    404,  # of a proxy that lacks its server: a server would say what is missing
+    404,  # without a code: from a proxy that has lost its server
     409,
 }
 _REFUSED_STATUSES = {401, 403}
@@ -100,7 +100,7 @@ _FULL_STATUS = 507
 
 @contextmanager
 def mapped(url: str, key: str | None, endpoint_url: str | None) -> Iterator[None]:
-    """Raise boto's errors as ours, about an object of a store, or about the store."""
+    """Raise boto's errors as ours, with the store and the key."""
     try:
         with s3_credentials.mapped(url, key):
             yield
@@ -115,7 +115,7 @@ def mapped(url: str, key: str | None, endpoint_url: str | None) -> Iterator[None
         HTTPClientError,
         IncompleteReadError,
         ResponseParserError,
-        urllib3.exceptions.HTTPError,  # botocore lets through what breaks an answer's body
+        urllib3.exceptions.HTTPError,  # botocore does not wrap errors while a body is read
     ) as exc:
         if isinstance(exc, SSLError) and "CERTIFICATE_VERIFY_FAILED" in str(exc):
             raise AccessError(
@@ -143,7 +143,7 @@ def _mapped(exc: ClientError, url: str, key: str | None) -> StoreError:
     for shape, error, message in _ANSWERS:
         if re.fullmatch(shape, "507" if status == _FULL_STATUS else code):
             return error(message, url=url, key=None if error is AccessError else key)
-    if busy or status in _BUSY_STATUSES or code.isdigit():  # or its text was lost on the way
+    if busy or status in _BUSY_STATUSES or code.isdigit():  # a bare status: the body was lost
         return UnavailableError(f"the endpoint answers {code}", url=url, key=key)
     if status in _REFUSED_STATUSES:
         return AccessError(f"{line_of(exc)}; check the credentials and the account", url=url)
@@ -151,13 +151,13 @@ def _mapped(exc: ClientError, url: str, key: str | None) -> StoreError:
 
 
 def _asked(exc: Exception) -> str | None:
-    """The endpoint that did not answer: the store's, or one that hands out credentials."""
+    """The endpoint that did not answer: the store's or a credentials service's."""
     url = urlsplit(getattr(exc, "kwargs", {}).get("endpoint_url") or "")
     return f"{url.scheme}://{url.netloc}" if url.netloc else None
 
 
 def code_of(exc: ClientError) -> str:
-    """What the endpoint calls it; the HTTP status where boto does not understand what it says."""
+    """The endpoint's error code, or the HTTP status if boto cannot parse the answer."""
     return str(exc.response.get("Error", {}).get("Code") or _status(exc))
 
 
@@ -167,5 +167,5 @@ def _status(exc: ClientError) -> int | None:
 
 
 def line_of(exc: Exception) -> str:
-    """An error of boto's on one line."""
+    """A boto error's message on one line."""
     return " ".join(str(exc).split())

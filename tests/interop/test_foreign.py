@@ -1,4 +1,4 @@
-"""Objects of others beside ours: passed by wherever keys are listed, and named once."""
+"""Foreign objects beside ours: ignored wherever keys are listed, with one warning a folder."""
 
 import json
 import logging
@@ -35,7 +35,7 @@ COPIES = ("{}~", "{}.bak", ".{}.swp", "copy of {}", "{} (1)")
 
 
 def litter(store: ObjectStore, put: Callable[[str, bytes], object]) -> int:
-    """Leave what file managers, editors and people do in every folder; returns of how many."""
+    """Put foreign objects into every folder, as file managers do; returns the number of folders."""
     own_keys = list(store.keys())
     folders = {"claims/", *(f"{key.rpartition('/')[0]}/" for key in own_keys if "/" in key)}
     for folder in folders:
@@ -52,7 +52,7 @@ def litter(store: ObjectStore, put: Callable[[str, bytes], object]) -> int:
 
 
 def numbers(run: Run) -> dict[str, Any]:
-    """All that programs find by listing."""
+    """Collect all that programs find by listing."""
     activations, runs = (
         open_store(url, run.store.s3) for url in (run.store.activations, run.store.runs)
     )
@@ -79,7 +79,7 @@ def numbers(run: Run) -> dict[str, Any]:
 def world(
     request: pytest.FixtureRequest, tmp_path: Path
 ) -> tuple[Run, Callable[[str, str, bytes], None]]:
-    """A run with some of all that there may be, and a way to write past the code under test."""
+    """A run with every kind of object, and a way to write past the code under test."""
     places: dict[str, Any] = {}
     if request.param == "s3":
         bucket: Bucket = request.getfixturevalue("bucket")
@@ -127,7 +127,7 @@ def test_what_is_not_ours_is_passed_by_and_named_once(
             for empty in ("claims/", "units/", "tiny/checkpoints/step-00000008/"):
                 put(folder, empty, b"")
     caplog.clear()
-    own._named.clear()
+    own._warned.clear()
     with caplog.at_level(logging.WARNING):
         assert numbers(run) == before
         assert numbers(run) == before

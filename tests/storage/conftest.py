@@ -1,4 +1,4 @@
-"""Fixtures of the tests of stores."""
+"""Fixtures for the storage tests."""
 
 import botocore.loaders
 import pytest
@@ -14,13 +14,13 @@ def loader() -> botocore.loaders.Loader:
 
 @pytest.fixture(autouse=True)
 def shared_service_model(loader: botocore.loaders.Loader, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Let boto read its description of S3 once: every test makes clients of its own."""
+    """Let boto read its description of S3 once, since every test makes its own clients."""
     monkeypatch.setattr(botocore.loaders, "create_loader", lambda *_: loader)
 
 
 @pytest.fixture
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ask again after milliseconds; how often and until when stays as it is."""
+    """Retry after milliseconds; the number of attempts and the deadline stay as they are."""
     monkeypatch.setattr(s3, "_FIRST_PAUSE_SECONDS", 0.005)
     monkeypatch.setattr(s3, "_LONGEST_PAUSE_SECONDS", 0.05)
     monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda *_: 0.002)

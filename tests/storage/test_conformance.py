@@ -1,4 +1,4 @@
-"""What every object store must do, tried on a folder and on three S3 servers alike."""
+"""Conformance of every object store: a folder and three S3 servers."""
 
 import logging
 import os
@@ -97,7 +97,7 @@ def test_put_if_absent_leaves_what_is_there(store: ObjectStore) -> None:
     assert store.get("key") == b"first"
     store.delete("key")
     assert store.put("key", b"third", if_absent=True)
-    assert list(store.keys()) == ["key"]  # and nothing of what tried the server out
+    assert list(store.keys()) == ["key"]  # nothing is left of the probe
 
 
 def test_server_that_ignores_conditions_is_found_out(
@@ -112,9 +112,9 @@ def test_server_that_ignores_conditions_is_found_out(
 
 
 def test_put_if_absent_has_one_winner_among_racing_writers(kind: str, store: ObjectStore) -> None:
-    """On a server that ignores conditions at least one: producers do not rely on it there.
+    """Count winners: at least one on a server that ignores conditions, where producers do not care.
 
-    moto, which looks and writes in two steps, is no judge of races.
+    moto checks and writes in two steps, so it cannot judge races.
     """
     n_writers = 8
     barrier = threading.Barrier(n_writers)

@@ -35,7 +35,7 @@ def make_store(bucket: Bucket, proxy: FaultProxy, *, exclusive: bool = True) -> 
 
 
 def use(store: ObjectStore, worker: int) -> dict[str, bytes]:
-    """Write, read, overwrite and delete objects; the ones that are left."""
+    """Write, read, overwrite and delete objects; returns the remaining ones."""
     chance = random.Random(worker)
     left = {}
     for i in range(3):
@@ -58,7 +58,7 @@ def use(store: ObjectStore, worker: int) -> dict[str, bytes]:
 
 
 def stress(bucket: Bucket, proxy: FaultProxy) -> None:
-    """Several writers at once; what is in the bucket at the end is what they wrote."""
+    """Check that the bucket ends up with what several concurrent writers wrote."""
     store = make_store(bucket, proxy)
     n_workers = 2
     with ThreadPoolExecutor(n_workers) as pool:

@@ -1,4 +1,4 @@
-"""What folders do beyond what every store does."""
+"""Local folders, beyond what every store does."""
 
 import errno
 import os
@@ -195,4 +195,4 @@ def test_ages_in_a_folder_that_cannot_be_written_to_are_by_this_clock(
 
     monkeypatch.setattr(Path, "touch", refuse)
     assert [entry.key for entry in store.entries()] == ["key"]
-    assert "this machine's clock tells the ages of objects" in caplog.text
+    assert "ages of objects are measured by this machine's clock" in caplog.text

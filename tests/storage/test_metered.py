@@ -1,4 +1,4 @@
-"""What a store says of its operations, whatever it is."""
+"""Metrics of a store's operations."""
 
 from pathlib import Path
 

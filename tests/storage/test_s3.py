@@ -1,4 +1,4 @@
-"""What S3 endpoints answer when something is wrong, and what users are told of it."""
+"""Faults of S3 endpoints, and the messages that users see."""
 
 import datetime as dt
 import functools
@@ -63,7 +63,7 @@ def make_store(
     stopping: threading.Event | None = None,
     **settings: Any,
 ) -> ObjectStore:
-    """The bucket by way of an endpoint, by default its own."""
+    """Open the bucket through an endpoint, by default its own."""
     config = S3Config(
         endpoint_url=endpoint or bucket.endpoint_url, deadline_seconds=seconds, **settings
     )
@@ -82,7 +82,7 @@ def weed(make_bucket: Callable[[str], Bucket]) -> Bucket:
 
 @pytest.fixture
 def warnings() -> Iterator[list[str]]:
-    """What the store logs while the test runs."""
+    """Collect what the store logs during the test."""
     said: list[str] = []
     handler = logging.Handler(logging.WARNING)
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
@@ -92,7 +92,7 @@ def warnings() -> Iterator[list[str]]:
 
 
 def told(error: type[StoreError], store: ObjectStore, *methods: str) -> str:
-    """What all these methods tell the user, on one line."""
+    """Join the messages of these calls into one line."""
     said = set()
     for name in methods:
         with pytest.raises(StoreError) as caught:
@@ -163,7 +163,7 @@ def test_encryption_is_asked_for_with_every_write(
 
 
 class Recorder:
-    """Adds up what is metered."""
+    """Meter that keeps totals."""
 
     def __init__(self) -> None:
         self.sums: Counter[str] = Counter()
@@ -355,7 +355,7 @@ def test_endpoint_that_cannot_be(bucket: Bucket, endpoint: str) -> None:
 
 @pytest.fixture(scope="module")
 def certificate(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """A self-signed one for 127.0.0.1, and its key."""
+    """A self-signed certificate for 127.0.0.1, and its key."""
     folder = tmp_path_factory.mktemp("tls")
     cert, key = folder / "cert.pem", folder / "key.pem"
     command = "openssl req -x509 -newkey ec -pkeyopt ec_paramgen_curve:prime256v1 -nodes -days 2"
@@ -387,7 +387,7 @@ def test_certificate_is_trusted_by_the_bundle_only(
         assert "store.s3.ca_bundle" in told(AccessError, empty, "get")
 
 
-# --- endpoints that are away
+# --- endpoints that do not answer
 
 
 @pytest.fixture
@@ -581,7 +581,7 @@ def test_put_if_absent_that_lost_to_an_object_gone_since_has_lost(
 
 
 class OldEndpoint(http.server.BaseHTTPRequestHandler):
-    """Keeps objects, knows neither ranges nor conditions, and lives in 2009."""
+    """Endpoint without ranges or conditions, whose clock says 2009."""
 
     protocol_version = "HTTP/1.1"
 
@@ -643,7 +643,7 @@ def test_endpoint_that_does_not_give_back_what_was_written_is_refused(
     old_store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("dist_sae.storage.s3.S3Store.get", lambda *_: b"")  # of an old listing
-    with pytest.raises(StoreError, match="does not give back what was written a moment ago"):
+    with pytest.raises(StoreError, match="a read does not return what was just written"):
         old_store.put("key", b"first", if_absent=True)
 
 

@@ -1,4 +1,4 @@
-"""Services that hand out credentials: busy for now, or without any."""
+"""Credentials services that are busy, or have no credentials."""
 
 import datetime as dt
 import http.server
@@ -88,7 +88,7 @@ def source(
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> str:
-    """Where the process gets its credentials, and nowhere else."""
+    """The only place where the process finds credentials."""
     for variable in ("AWS_ACCESS_KEY_ID", "AWS_SECRET_ACCESS_KEY", "AWS_EC2_METADATA_DISABLED"):
         monkeypatch.delenv(variable)
     for variable in ("AWS_SHARED_CREDENTIALS_FILE", "AWS_CONFIG_FILE"):
