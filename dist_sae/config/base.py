@@ -1,4 +1,4 @@
-"""What every section of a run file has in common."""
+"""Base class and types of the sections of a run file."""
 
 import os
 import re
@@ -18,7 +18,7 @@ from pydantic_core import core_schema
 
 
 def _require_kind(schema: JsonDict) -> None:
-    """In the schema as well: a member of a union is told by it, so its default helps nobody."""
+    """Make `kind` required in the schema: it selects the member of a union, so has no default."""
     if "kind" in cast("JsonDict", schema.get("properties", {})):
         schema["required"] = ["kind", *cast("list[str]", schema.get("required", []))]
 
@@ -37,7 +37,7 @@ class Section(BaseModel):
 
 @dataclass(frozen=True)
 class Shape:
-    """Required form of a string: a regular expression for schemas, words for people."""
+    """Required form of a string: a regular expression for the schema, a hint for the user."""
 
     pattern: str
     words: str
@@ -69,18 +69,18 @@ def _check_store_url(url: str) -> str:
     if separator and scheme == "s3" and not rest.partition("/")[0]:
         raise ValueError(f"{url} names no bucket: use s3://bucket/prefix")
     if separator and scheme == "file" and not rest.startswith("/"):
-        raise ValueError(f"{url} names a host: use file:///path, with three slashes")
+        raise ValueError(f"{url} contains a host: use file:///path, with three slashes")
     if os.path.expanduser(url).startswith("~"):
-        raise ValueError(f"{url} begins with the home of a user who is not known here")
+        raise ValueError(f"{url} begins with the home folder of an unknown user")
     if url.rstrip("/") in ("", "file:"):
         raise ValueError("is the root of the file system: name a folder in it")
     return url.rstrip("/")
 
 
 def folder_of(url: str) -> str | None:
-    """The absolute path of the folder that a store's URL names; None on S3.
+    """Absolute path of a local store's folder; None for S3.
 
-    A file:// URL is a path, percent-encoded or not: "#" and "?" are letters of it.
+    A file:// URL is a path, percent-encoded or not: "#" and "?" are part of it.
     """
     if url.startswith("s3://"):
         return None

@@ -1,4 +1,4 @@
-"""What a run asks of a Kubernetes cluster; a run on this machine takes no notice of it."""
+"""Settings of a run on Kubernetes; a local run ignores them."""
 
 from typing import Annotated, Literal
 
@@ -13,7 +13,7 @@ Quantity = Annotated[
         r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$", "write a number and a unit, as in 16Gi"
     ),
 ]
-"""As Kubernetes writes amounts of memory and disk: 16Gi."""
+"""Amount of memory or disk in Kubernetes' notation: 16Gi."""
 DnsLabel = Annotated[
     str,
     Shape(
@@ -42,12 +42,12 @@ Image = Annotated[
 
 
 class Toleration(Section):
-    """A taint that pods put up with, as Kubernetes writes it."""
+    """A taint that pods tolerate, in Kubernetes' terms."""
 
     key: str | None = None
     """Key of the taint; null with `Exists` tolerates every taint."""
     operator: Literal["Exists", "Equal"] = "Exists"
-    """Whether the taint's value matters."""
+    """`Exists` ignores the taint's value, `Equal` compares it."""
     value: str | None = None
     """Value of the taint, for `Equal`."""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
@@ -55,59 +55,59 @@ class Toleration(Section):
 
 
 class PodsConfig(Section):
-    """What the pods of one part of a run ask for."""
+    """Resources and placement of the pods of one part of a run."""
 
     cpus: PositiveFloat = 4.0
     """CPU cores requested."""
     memory: Quantity = "16Gi"
-    """Requested, and the limit: a pod that needs more is killed rather than its neighbours."""
+    """Memory request and limit of a pod; a pod that exceeds it is killed, not its neighbours."""
     gpus: NonNegativeInt = 0
     """GPUs of a pod."""
     gpu_resource: LabelKey = "nvidia.com/gpu"
-    """What the nodes call their GPUs."""
+    """Resource name of the nodes' GPUs."""
     scratch: Quantity = "20Gi"
-    """Room for caches (model files, compiled kernels) on the node's disk; lost with the pod."""
+    """Space for caches (model files, compiled kernels) on the node's disk; lost with the pod."""
     node_selector: dict[LabelKey, str] = Field(default_factory=dict)
     """Labels that nodes must have."""
     tolerations: tuple[Toleration, ...] = ()
-    """Taints that pods put up with."""
+    """Taints that pods tolerate."""
     priority_class: Name | None = None
     """PriorityClass of the pods; null takes the cluster's default."""
     grace_seconds: PositiveInt = 60
-    """Between SIGTERM and SIGKILL."""
+    """Seconds between SIGTERM and SIGKILL."""
     retries: NonNegativeInt = 6
-    """Crashes (a bug, out of memory) after which the run has failed. Preemptions, evictions and
-    exits with 75 are not counted; an exit with 2 is final at once."""
+    """Crashes (a bug, out of memory) until the run has failed. Preemptions, evictions and exits
+    with 75 do not count; an exit with 2 fails the run at once."""
 
 
 class ProducerPods(PodsConfig):
-    """One pod is one producer, with all `model.tensor_parallel` ranks of it."""
+    """Producer pods; each holds one producer, with all its `model.tensor_parallel` ranks."""
 
     spread_over: LabelKey | None = "kubernetes.io/hostname"
-    """Spread over nodes (or zones) by this label, where that is possible."""
+    """Node label (host or zone) over which pods are spread, where possible."""
 
 
 class TrainerPods(PodsConfig):
-    """One pod holds `ranks` of the `processes.trainers` ranks."""
+    """Trainer pods; each holds `ranks` of the `processes.trainers` ranks."""
 
     ranks: PositiveInt = 1
-    """Ranks of a pod; where there are GPUs, each has one of its own."""
+    """Ranks in a pod; with GPUs, each rank has its own."""
     grace_seconds: PositiveInt = 600
-    """Longer than a step and a checkpoint: `dist-sae status` warns when the last one took over half
-    of it."""
+    """Seconds between SIGTERM and SIGKILL; must exceed a step plus a checkpoint. `dist-sae status`
+    warns when the last checkpoint took over half of it."""
     rdma: NonNegativeInt = 0
-    """RDMA devices of a pod."""
+    """RDMA devices in a pod."""
     rdma_resource: LabelKey = "rdma/hca"
-    """What the nodes call them."""
+    """Resource name of the nodes' RDMA devices."""
     close_by: LabelKey | None = None
-    """Prefer nodes with one value of this label, for example topology.kubernetes.io/zone."""
+    """Node label whose value trainer pods share if possible: topology.kubernetes.io/zone."""
 
 
 class ClusterConfig(Section):
-    """Where and how a run lives on Kubernetes (`dist-sae submit`)."""
+    """Kubernetes settings (`dist-sae submit`)."""
 
     image: Image | None = None
-    """The image of `launch/Dockerfile`, by digest or tag; `submit` needs it."""
+    """Container image built from `launch/Dockerfile`, by digest or tag; `submit` needs it."""
     pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
     """When nodes pull the image."""
     pull_secrets: tuple[Name, ...] = ()
@@ -115,28 +115,29 @@ class ClusterConfig(Section):
     namespace: DnsLabel = "dist-sae"
     """Namespace of all objects of the run."""
     service_account: Name = "dist-sae"
-    """Its web identity (IRSA and the like) is what the pods reach the store with."""
+    """Service account of the pods; its web identity (IRSA and the like) gives access to the
+    store."""
     context: str | None = None
-    """Of the kubeconfig; null takes the current one."""
+    """Context of the kubeconfig; null takes the current one."""
     jobset: bool = True
-    """One JobSet; false makes plain Indexed Jobs, for clusters without it."""
+    """Create one JobSet; false creates plain Indexed Jobs, for clusters without JobSet."""
     queue: DnsLabel | None = None
     """Kueue's LocalQueue; null does not queue."""
     env: dict[str, str] = Field(default_factory=dict)
-    """Environment of all pods. No secrets: those belong into `secrets`."""
+    """Environment variables of all pods; put secrets into `secrets` instead."""
     secrets: tuple[Name, ...] = ()
     """Secrets whose keys become environment variables, for example AWS keys or a hub's token."""
     config_maps: tuple[Name, ...] = ()
-    """The same of ConfigMaps."""
+    """ConfigMaps whose keys become environment variables."""
     port: Annotated[int, Field(ge=1024, le=65_535)] = 9400
-    """Metrics of a pod, where `telemetry.port` names none."""
+    """Metrics port of a pod, if `telemetry.port` is null."""
     rendezvous_port: Annotated[int, Field(ge=1024, le=65_535)] = 29_500
-    """Where the trainer ranks meet, on the first pod."""
+    """Port of the trainer ranks' rendezvous, on the first pod."""
     keep_hours: PositiveFloat = 72.0
-    """A finished JobSet, and with it the pods' logs, stays for so long."""
+    """Hours for which a finished JobSet, and with it the pods' logs, is kept."""
     planner: PodsConfig = PodsConfig(cpus=2.0, memory="8Gi")
     """Reads the corpus once."""
     producer: ProducerPods = ProducerPods()
     trainer: TrainerPods = TrainerPods()
     reporter: PodsConfig | None = PodsConfig()
-    """Evaluates, exports and reports when the training has ended; null: nobody does."""
+    """Evaluates, exports and reports after training; null does none of them."""

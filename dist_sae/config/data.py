@@ -1,4 +1,4 @@
-"""Where activations come from and how they are stored: store, model, corpus, activation set."""
+"""Sections about activations: store, model, corpus, activation set."""
 
 import os
 import re
@@ -20,7 +20,7 @@ SYNTHETIC_SITE = "synthetic"
 
 
 _LAYERS = r"(?:transformer\.|model\.)*(?:layers|h|blocks)\.(?P<layer>\d+)"
-_SAME_ROWS = {  # as TransformerLens names a hook, or the model a module: the same activations
+_SAME_ROWS = {  # hooks of TransformerLens and modules that give the same activations as a site
     r"blocks\.(?P<layer>\d+)\.hook_resid_pre": "resid_pre",
     r"blocks\.(?P<layer>\d+)\.hook_resid_post": "resid_post",
     r"blocks\.(?P<layer>\d+)\.hook_mlp_out": "mlp_out",
@@ -43,12 +43,12 @@ def _check_site(site: str) -> str:
             norm = name in _BEFORE_NORM
             raise ValueError(
                 f"{site} is called {name}.{there['layer']} here"
-                + (", before a norm that follows it (as Gemma 2 and 3 have)" * norm)
+                + (", taken before the norm that follows it (in Gemma 2 and 3)" * norm)
             )
     if there := re.fullmatch(_NORMALIZED, site):
         raise ValueError(
-            f"{site} is no site: mlp_in.{there['layer']}, what the MLP reads, is the norm's output "
-            f"with its weights"
+            f"{site} is not a site: use mlp_in.{there['layer']}, the MLP's input, which is the "
+            f"norm's output with its weights"
         )
     raise ValueError(
         f"{site!r} is not a site: use NAME.LAYER with NAME one of {', '.join(SITE_NAMES)}, "
@@ -69,43 +69,44 @@ def _check_corpus_file(name: str) -> str:
     scheme, separator, rest = name.partition("://")
     bucket, _, key = rest.partition("/")
     if separator and not (scheme == "s3" and bucket and key):
-        raise ValueError(f"{name} is no file: use a path, a pattern or s3://bucket/key")
+        raise ValueError(f"{name} is not a file: use a path, a pattern or s3://bucket/key")
     return name
 
 
 class S3Config(Section):
-    """How to reach an S3-compatible endpoint. Credentials come from the usual AWS chain."""
+    """S3-compatible endpoint. Credentials come from the usual AWS chain."""
 
     endpoint_url: Annotated[str, AfterValidator(_check_endpoint)] | None = None
-    """Endpoint of a store other than AWS, for example http://127.0.0.1:8333."""
+    """URL of an endpoint other than AWS, for example http://127.0.0.1:8333."""
     region: str | None = None
-    """Region; null takes the one that the AWS chain gives, else us-east-1."""
+    """Region; null takes the AWS chain's, else us-east-1."""
     path_style: bool = True
     """Address buckets as endpoint/bucket; most S3-compatible servers need it."""
     ca_bundle: str | None = None
-    """File with the certificates to trust; null takes those that the AWS chain gives."""
+    """File with the certificates to trust; null takes the AWS chain's."""
     encryption: Literal["AES256", "aws:kms", "aws:kms:dsse"] | None = None
-    """Server-side encryption of what is written; null leaves it to the bucket."""
+    """Server-side encryption of new objects; null takes the bucket's setting."""
     kms_key_id: str | None = None
     """Key for the aws:kms encryptions; null takes the bucket's."""
     deadline_seconds: PositiveFloat = 300.0
-    """A call that the endpoint cannot answer is repeated for so long."""
+    """Seconds for which a call that the endpoint cannot answer is retried."""
 
 
 class StoreConfig(Section):
-    """The two places that a run uses."""
+    """Locations of the activation set and of runs."""
 
     activations: StoreUrl
-    """The activation set; any number of training runs may read it."""
+    """Location of the activation set; any number of training runs may read it."""
     runs: StoreUrl
-    """Where runs live; this run's folder is <runs>/<name>."""
+    """Location of runs; this run's folder is <runs>/<name>."""
     s3: S3Config = S3Config()
     max_ahead_units: PositiveInt | None = None
-    """Producers wait while they are so many units ahead of the slowest run; null: no limit."""
+    """Units that producers may be ahead of the slowest run before they wait; null: no limit."""
     retention: Literal["keep", "delete_consumed"] = "keep"
     """delete_consumed deletes training shards that no run's last checkpoint needs any more."""
     consumer_expiry_hours: PositiveFloat = 72.0
-    """A run that was silent for so long is waited for no more, and nothing is kept for it."""
+    """Hours of silence after which a run no longer holds producers back, and its shards may be
+    deleted."""
 
 
 class HuggingFaceModel(Section):
@@ -121,16 +122,16 @@ class HuggingFaceModel(Section):
     batch_tokens: PositiveInt = 4096
     """Tokens in one forward pass, padding included."""
     tensor_parallel: PositiveInt = 1
-    """Ranks that hold one copy of the model together. Each producer has as many processes."""
+    """Ranks that share one copy of the model; each producer consists of this many processes."""
 
     @property
     def place(self) -> str:
-        """`path`, with the home folder in place of a ~."""
+        """`path` with ~ expanded."""
         return os.path.expanduser(self.path)
 
 
 class SyntheticModel(Section):
-    """Activations with a known dictionary: x = sum_i a_i D_i + b with Zipf-distributed firing.
+    """Activations of a known dictionary: x = sum_i a_i D_i + b, with Zipf-distributed firing.
 
     Feature i is active with probability proportional to rank^-zipf, scaled so that `l0`
     features are active on average; its intensity is 1 + 0.25 N(0, 1), at least 0.1; the rows
@@ -141,15 +142,15 @@ class SyntheticModel(Section):
     d_in: PositiveInt = 64
     """Width of the activations."""
     n_features: PositiveInt = 256
-    """Directions that the activations are made of."""
+    """Number of features, the rows of D."""
     l0: PositiveFloat = 4.0
-    """Features active on a row, on average."""
+    """Mean number of active features in a row."""
     zipf: float = 1.0
     """Exponent of the features' frequencies; 0 makes them equal."""
     p_max: float = Field(0.5, gt=0, le=1)
-    """No feature is active more often than this."""
+    """Highest probability that a feature is active."""
     seed: NonNegativeInt = 0
-    """Decides the features and when they are active."""
+    """Seed of the features and of their activity."""
 
     @model_validator(mode="after")
     def _l0_is_reachable(self) -> Self:
@@ -175,19 +176,19 @@ class FilesCorpus(Section):
     text_field: str = "text"
     """The key (jsonl) or column (parquet) that holds the text."""
     txt_documents: Literal["paragraph", "line", "file"] = "paragraph"
-    """What one document is in a .txt file."""
+    """Unit of a .txt file that counts as one document."""
     max_documents: PositiveInt | None = None
     """Use only about this many documents, sampled by activations.seed; null uses all."""
 
 
 class DatasetCorpus(Section):
-    """A data set by its name on the Hugging Face hub (needs the `datasets` extra)."""
+    """A data set on the Hugging Face hub (needs the `datasets` extra)."""
 
     kind: Literal["dataset"] = "dataset"
     name: str
     """Name on the hub."""
     subset: str | None = None
-    """Configuration of the data set; null where it has one."""
+    """Configuration of the data set; null if it has only one."""
     split: str = "train"
     """Split of the data set."""
     revision: str | None = None
@@ -212,7 +213,7 @@ CorpusConfig = Annotated[FilesCorpus | DatasetCorpus | SyntheticCorpus, Field(di
 
 
 class ExcludeConfig(Section):
-    """Rows that are left out of the activation set. What is left out is counted by reason."""
+    """Rows left out of the activation set, counted by reason."""
 
     special_tokens: bool = True
     """Leave out BOS, EOS, pad and every other special token of the tokenizer."""
@@ -223,31 +224,32 @@ class ExcludeConfig(Section):
 
 
 class ActivationsConfig(Section):
-    """The activation set: what is recorded and how it is laid out. All of it enters the plan."""
+    """The activation set: what is recorded, and its layout. All of it enters the plan."""
 
     sites: Annotated[tuple[Site, ...], Field(min_length=1)]
-    """Where activations are read, for example [resid_post.7]."""
+    """Places in the model where activations are read, for example [resid_post.7]."""
     context_tokens: Annotated[int, Field(ge=2)] = 256
-    """Longest context; longer documents are cut into several."""
+    """Most tokens in a context; longer documents are cut into several."""
     prepend_bos: bool = True
-    """Start every context with the tokenizer's BOS token, where it has one."""
+    """Start every context with the tokenizer's BOS token, if it has one."""
     dtype: Literal["bf16", "fp16", "fp32", "int8"] = "bf16"
-    """Storage type; int8 keeps a scale per row beside it, at half the bytes of bf16."""
+    """Storage type; int8 adds a scale per row and takes half the bytes of bf16."""
     unit_rows: PositiveInt | None = None
-    """Rows of one unit, about; the piece of work of a producer. null: by the size of the corpus,
-    65,536 at most, and less for the first ones, so that training soon begins."""
+    """Approximate rows in a unit, the work item of producers. null: chosen by the size of the
+    corpus, at most 65,536; the first units are smaller, so that training starts early."""
     block_rows: PositiveInt = 4096
-    """Rows of one block, the smallest piece a reader fetches."""
+    """Rows in a block, the smallest piece that a reader fetches."""
     streams: PositiveInt | None = None
-    """Canonical streams V: a multiple of every number of data-parallel ranks ever used. null: 8, or
-    what processes.trainers, train.batch_rows and the longest document allow."""
+    """Number of streams; a multiple of every number of data-parallel ranks ever used. null: 8, or
+    the number nearest to it that suits processes.trainers, train.batch_rows and the longest
+    document."""
     window_units: PositiveInt = 4
     """Units of one stream that are mixed row by row."""
     heldout_share: float = Field(0.05, ge=0, lt=1)
-    """Share of the rows kept from training, for evaluation, in whole documents."""
+    """Share of the rows kept from training for evaluation, in whole documents."""
     exclude: ExcludeConfig = ExcludeConfig()
     seed: NonNegativeInt = 0
-    """Decides which documents meet in a unit and every order that follows."""
+    """Seed of the assignment of documents to units, and of the order of rows."""
 
     @model_validator(mode="after")
     def _sites_are_distinct(self) -> Self:

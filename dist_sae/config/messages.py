@@ -1,4 +1,4 @@
-"""What pydantic finds wrong with a run file, in the user's words: one line for every problem."""
+"""Translation of pydantic's errors into the user's terms, one line per problem."""
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
@@ -40,7 +40,7 @@ _ELSEWHERE = {
     "train.warmup_steps": "lr_warm_up_steps lr_warmup_steps warmup",
 }
 OTHER_NAMES = {name: key for key, names in _ELSEWHERE.items() for name in names.split()}
-"""Our keys by the names that SAELens, dictionary_learning, eai-sparsify and others give them."""
+"""Our key for each name that SAELens, dictionary_learning, eai-sparsify and others use."""
 _UNITS = {
     "expansion_factor": "that factor times the model's width",
     **dict.fromkeys(("steps", "num_steps", "max_steps", "total_training_steps"), "steps x batch"),
@@ -48,10 +48,10 @@ _UNITS = {
 
 
 def explain(errors: Sequence[ErrorDetails], root: type[Section]) -> Iterator[str]:
-    """One line per problem.
+    """Yield one line per problem.
 
     Args:
-        errors: What pydantic found.
+        errors: pydantic's errors.
         root: The section that was validated.
     """
     for error in _innermost(errors):
@@ -59,14 +59,14 @@ def explain(errors: Sequence[ErrorDetails], root: type[Section]) -> Iterator[str
 
 
 def _innermost(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
-    """Without the errors that follow from others: a list of bad items is "too short" as well."""
+    """Drop errors that follow from others: a list of bad items is "too short" as well."""
     inner = {error["loc"][:depth] for error in errors for depth in range(len(error["loc"]))}
     numbers = {error["loc"][:-1] for error in errors if error["type"].startswith("int_")}
     return [
         error
         for error in errors
         if error["loc"] not in inner
-        # a number or a word: it is neither
+        # where a number or a word may stand, one error is enough
         and not (error["type"] == "literal_error" and error["loc"][:-1] in numbers)
     ]
 
@@ -99,7 +99,7 @@ def _explain(error: ErrorDetails, root: type[Section]) -> Iterator[str]:
 
 
 def _hint(path: Sequence[str], known: Sequence[str], root: type[Section]) -> str:
-    """Which key was meant, by spelling, by other tools' names, or by where it belongs."""
+    """Guess the intended key by spelling, by other tools' names, or by its section."""
     *above, key = path
     section, places = ".".join(above), _places(root)
     if key in OTHER_NAMES:
@@ -118,7 +118,7 @@ def _hint(path: Sequence[str], known: Sequence[str], root: type[Section]) -> str
 
 
 def dotted_keys(root: type[Section]) -> Iterator[str]:
-    """The keys of a section and of those in it, of every kind, as `--set` takes them."""
+    """Yield the keys of a section and its subsections, of every kind, as `--set` takes them."""
     for name, field in root.model_fields.items():
         sections = sections_by_kind(field.annotation)
         for section in sections.values():
@@ -128,7 +128,7 @@ def dotted_keys(root: type[Section]) -> Iterator[str]:
 
 
 def _places(root: type[Section], prefix: str = "") -> dict[str, dict[str, list[str]]]:
-    """The sections that have a key, by the key, each with its kinds; the cluster's are left out."""
+    """Map each key to the sections that have it, with their kinds; without `cluster`."""
     found: dict[str, dict[str, list[str]]] = {}
     for name, field in root.model_fields.items():
         if name == "cluster":
@@ -144,12 +144,12 @@ def _places(root: type[Section], prefix: str = "") -> dict[str, dict[str, list[s
 
 
 def _locate(loc: tuple[int | str, ...], root: type[Section]) -> tuple[list[str], list[str]]:
-    """The user's path, and what could stand there.
+    """Find the user's path of an error, and the keys or kinds that are valid there.
 
     pydantic puts the tag of a union into the path (`sae.topk.k`), which the user did not write.
 
     Returns:
-        The path, and the keys known beside its last one; for the path of a union its kinds.
+        The path and its section's keys; for the path of a union its kinds.
     """
     path: list[str] = []
     known: list[str] = []
@@ -172,7 +172,7 @@ def _locate(loc: tuple[int | str, ...], root: type[Section]) -> tuple[list[str],
 
 
 def sections_by_kind(annotation: Any) -> dict[Any, type[Section]]:
-    """The sections that a field may hold; a section that is no member of a union under None."""
+    """Map kinds to the sections that a field may hold; a section outside a union is under None."""
     sections = list(_sections_in(annotation))
     if sections and "kind" not in sections[0].model_fields:
         return {None: sections[0]}

@@ -1,4 +1,4 @@
-"""One section per recipe, told apart by `kind`; the mathematics: `dictionaries/recipes/`."""
+"""Sections of the recipes, one per `kind`; the mathematics is in `dictionaries/recipes/`."""
 
 import math
 from typing import Annotated, Literal, Self
@@ -16,40 +16,40 @@ from dist_sae.config.base import Section
 
 
 class DictionaryConfig(Section):
-    """What every recipe has."""
+    """Settings of every recipe."""
 
     n_latents: PositiveInt
-    """Width of the dictionary."""
+    """Number of latents in the dictionary."""
     dead_after_rows: PositiveInt | None = None
-    """A latent is dead when it has not fired for this many rows; null gives a tenth of train.rows,
-    10 million at most."""
+    """Rows without firing after which a latent is dead; null gives a tenth of train.rows, at most
+    10 million."""
     init: Literal["random", "data"] = "data"
     """Initial directions: random, or near those of the first `n_latents` rows."""
 
     @property
     def init_rows(self) -> int:
-        """Rows that initial directions are taken from; 0 where they are random."""
+        """Rows from which initial directions are taken; 0 if they are random."""
         return self.n_latents if self.init == "data" else 0
 
     @property
     def latents_met(self) -> int:
-        """Latents whose pre-activation is computed for a row."""
+        """Latents whose pre-activations are computed for a row."""
         return self.n_latents
 
 
 class CountsLatentsConfig(DictionaryConfig):
-    """What TopK and BatchTopK share."""
+    """Settings shared by TopK, BatchTopK and routed dictionaries."""
 
     k: PositiveInt
     """Latents kept for each row (BatchTopK: on average)."""
     k_start: PositiveInt | None = None
-    """Begin with so many and come down to `k` linearly; null keeps `k` throughout."""
+    """Value of `k` at the start, reduced linearly to `k`; null keeps `k` constant."""
     k_anneal_share: float = Field(0.1, gt=0, le=1)
-    """Share of the run over which `k_start` comes down to `k`."""
+    """Share of the run over which `k_start` is reduced to `k`."""
     auxk: NonNegativeInt = 512
-    """Dead latents that reconstruct the error of each row; 0 turns AuxK off."""
+    """Dead latents per row that reconstruct its error; 0 turns AuxK off."""
     auxk_coefficient: NonNegativeFloat = 1 / 32
-    """Weight of the AuxK loss; above Gao et al.'s 1/32 fewer latents idle, and FVU is worse."""
+    """Weight of the AuxK loss; above Gao et al.'s 1/32 fewer latents die, but FVU is worse."""
 
     @model_validator(mode="after")
     def _counts_fit(self) -> Self:
@@ -67,10 +67,10 @@ class TopKConfig(CountsLatentsConfig):
 
 
 class KeepsThresholdConfig(CountsLatentsConfig):
-    """What may select over a whole batch."""
+    """Settings of recipes that select over a batch, and keep a threshold for inference."""
 
     threshold_decay: float = Field(0.99, ge=0, lt=1)
-    """Of the running mean of a batch's least code, per step; it is the threshold at inference."""
+    """Decay per step of the running mean of a batch's smallest code, the threshold at inference."""
 
 
 class BatchTopKConfig(KeepsThresholdConfig):
@@ -80,34 +80,36 @@ class BatchTopKConfig(KeepsThresholdConfig):
 
 
 class RoutedConfig(KeepsThresholdConfig):
-    """Experts, of which a row meets few (Switch SAE, Mudide et al. 2024, arXiv:2410.08201)."""
+    """Routed experts: a row meets only a few (Switch SAE, Mudide et al. 2024, arXiv:2410.08201)."""
 
     kind: Literal["routed"] = "routed"
     selection: Literal["row", "batch"] = "row"
-    """Each expert's codes are its `k / experts_per_row` largest (TopK), or those among the `k` per
-    row that are largest in the global batch (BatchTopK; only then `threshold_decay` matters)."""
+    """row: each expert keeps its `k / experts_per_row` largest codes of a row (TopK). batch: the
+    largest codes of the global batch are kept, `k` per row on average (BatchTopK); only this uses
+    `threshold_decay`."""
     experts: PositiveInt = 16
-    """Equal parts of the latents; a multiple of `processes.latent_shards`."""
+    """Number of experts, equal parts of the latents; a multiple of `processes.latent_shards`."""
     experts_per_row: PositiveInt = 1
-    """How many a row is sent to."""
+    """Experts to which a row is sent."""
     gate: Literal["straight_through", "probability"] = "straight_through"
-    """What an expert's codes are times: its share of the row's chosen p, or p (Mudide et al.)."""
+    """Factor of an expert's codes: its share of the probabilities chosen for the row, or its
+    probability (Mudide et al.)."""
     balance: Literal["loss", "bias"] = "loss"
-    """Keeps the experts equally busy: a term of the loss, or a bias where experts are chosen."""
+    """How experts are kept equally busy: a loss term, or a bias on the choice of experts."""
     balance_coefficient: NonNegativeFloat = 0.03
-    """Weight of the term."""
+    """Weight of the balance loss."""
     balance_rate: PositiveFloat = 1e-2
-    """What the bias of an expert with too few or too many rows changes by in a step."""
+    """Change per step of the bias of an expert with too few or too many rows."""
     capacity: float | None = Field(None, ge=1)
-    """An expert takes at most so many times its even share of a batch; null: all that come.
+    """Most rows that an expert takes, as a multiple of its even share of a batch; null: no limit.
 
-    What it does not take goes without its part of the reconstruction, and is counted. The share is
-    of a replica's rows, so what is trained depends on the number of replicas.
+    Rows beyond it get no reconstruction from that expert, and are counted. The share is of a
+    replica's rows, so the result depends on the number of replicas.
     """
 
     @property
     def init_rows(self) -> int:
-        spare = self.n_latents // 4  # some experts get more rows than others
+        spare = self.n_latents // 4  # experts get unequal numbers of rows
         return self.n_latents + spare if self.init == "data" else 0
 
     @property
@@ -138,26 +140,26 @@ class RoutedConfig(KeepsThresholdConfig):
 
 
 _TANH_COST = 5e-4
-_LEAST_COST = 1e-5  # below it nothing follows from lambda
-_COST_AT_START = 0.1  # of the latents that are active then, in units of FVU
-_L1_AT_START = 0.8  # the same of ReLU; about that of as many orthogonal features
+_LEAST_COST = 1e-5  # a smaller lambda gives no useful initial values
+_COST_AT_START = 0.1  # penalty on the initially active latents, in units of FVU
+_L1_AT_START = 0.8  # the same for ReLU; about that of as many orthogonal features
 
 
 class PenalisedConfig(DictionaryConfig):
-    """Settings shared by the recipes that a penalty makes sparse."""
+    """Settings shared by recipes with a sparsity penalty."""
 
     sparsity_warmup_share: float = Field(0.1, ge=0, le=1)
     """The penalty's coefficient rises linearly from 0 over this first share of the run."""
     initial_l0: PositiveFloat | None = None
-    """Active latents per row at the start, at most half of all; null gives so many that the penalty
-    on them is a tenth of the variance of the rows (ReLU: eight tenths)."""
+    """Active latents per row at the start, at most half of all; null chooses the number whose
+    penalty is a tenth of the rows' variance (ReLU: eight tenths)."""
 
     def l0_at_start(self, d_in: int) -> float:
-        """`initial_l0`, or what follows from the coefficient and the width of the rows."""
+        """`initial_l0`, or the value derived from the coefficient and the width of the rows."""
         return self.initial_l0 or _COST_AT_START / max(self.cost(d_in), _LEAST_COST)
 
     def cost(self, d_in: int) -> float:
-        """Penalty on one active latent, in units of FVU."""
+        """Penalty per active latent, in units of FVU."""
         raise NotImplementedError
 
 
@@ -166,10 +168,10 @@ class JumpReLUConfig(PenalisedConfig):
 
     kind: Literal["jumprelu"] = "jumprelu"
     sparsity: NonNegativeFloat = 1e-3
-    """lambda: what an active latent costs, in units of FVU."""
+    """lambda: penalty per active latent, in units of FVU."""
     initial_threshold: PositiveFloat | None = None
-    """In units of the rows' root mean square norm; null gives sqrt(lambda), the least code that
-    can explain as much as it costs, times the length of the encoder's rows."""
+    """Initial threshold, in units of the rows' root mean square norm; null gives sqrt(lambda), the
+    smallest code that can explain as much as it costs, times the length of the encoder's rows."""
     bandwidth: PositiveFloat | None = None
     """Width of the window in which a threshold gets a gradient, in the same units; null gives
     sqrt(lambda)."""
@@ -188,12 +190,12 @@ class JumpReLUTanhConfig(PenalisedConfig):
 
     kind: Literal["jumprelu_tanh"] = "jumprelu_tanh"
     sparsity: NonNegativeFloat | None = None
-    """lambda_S, at its highest, for rows of squared norm d_in; null gives .0005 d_in, for which a
-    latent costs the same share of the variance at any width of the rows (published: 20)."""
+    """Final lambda_S, for rows of squared norm d_in; null gives .0005 d_in, with which a latent
+    costs the same share of the variance at any width of the rows (published: 20)."""
     tanh_scale: PositiveFloat = 4.0
-    """c."""
+    """c, the scale of codes in the tanh penalty."""
     pre_act: NonNegativeFloat = 3e-6
-    """lambda_P, which keeps latents alive; 0 turns it off."""
+    """lambda_P, the coefficient that keeps latents alive; 0 turns it off."""
     initial_threshold: PositiveFloat = 0.1
     """Threshold of every latent at the start."""
     bandwidth: PositiveFloat = 2.0
@@ -208,14 +210,14 @@ class ReLUConfig(PenalisedConfig):
 
     kind: Literal["relu"] = "relu"
     sparsity: NonNegativeFloat = 5.0
-    """lambda, for rows of squared norm d_in."""
+    """lambda, the L1 coefficient, for rows of squared norm d_in."""
     sparsity_warmup_share: float = Field(0.05, ge=0, le=1)
-    """As in the other recipes."""
+    """The penalty's coefficient rises linearly from 0 over this first share of the run."""
     decoder_norm: PositiveFloat = 1.0
     """Initial norm of the decoder rows."""
 
     def l0_at_start(self, d_in: int) -> float:
-        """The codes of l0 orthogonal features sum to sqrt(l0 d_in)."""
+        """`initial_l0`, or as the codes of l0 orthogonal features give it: they sum to sqrt(l0 d_in)."""
         share = _L1_AT_START / max(self.sparsity, _LEAST_COST)
         return self.initial_l0 or d_in * share * share
 

@@ -1,4 +1,4 @@
-"""How the dictionary is trained and what it is measured on."""
+"""Sections about training, evaluation, export, processes and telemetry."""
 
 from typing import Annotated, Any, Literal
 
@@ -12,89 +12,94 @@ PushgatewayUrl = Annotated[str, Shape(r"^https?://.+", "write http://host:port o
 
 
 class ParentConfig(Section):
-    """A run in the same store.runs, from a checkpoint of which this one goes on."""
+    """The parent, a run in the same store.runs from whose checkpoint this run continues."""
 
     run: str
-    """Its name; its dictionary is of the same kind and site, and no wider."""
+    """Name of the parent; its dictionary has the same kind and site, and is not wider."""
     step: PositiveInt | None = None
-    """Step of its checkpoint; null takes the newest."""
+    """Step of the parent's checkpoint; null takes the newest."""
     state: bool = True
-    """Adam's moments, the counts of idle rows and the running mean go on as well, which takes equal
-    width; false: the weights alone, their running mean if there is one."""
+    """Also take over Adam's moments, the counts of idle rows and the running mean (needs equal
+    width); false takes the weights alone, or their running mean if there is one."""
     data: Literal["continue", "restart"] = "continue"
-    """Rows come from where it stopped, so that a pass gives none twice and `max_passes` counts its
-    passes too; or from the beginning, also of another activation set."""
+    """continue: read on where the parent stopped, so that a pass repeats no row and `max_passes`
+    counts the parent's passes too. restart: read from the beginning, also of another activation
+    set."""
 
 
 class TrainConfig(Section):
     """One training run over one site of an activation set."""
 
     site: Site | None = None
-    """Which site to fit; may be left out when the activation set has one."""
+    """Site to fit; may be omitted if the activation set has only one."""
     rows: PositiveInt | Literal["all"]
-    """Rows to train on; repeats count. The run stops at the last full batch within them. all: what
-    the plan gives in `max_passes`, less what a parent took whose data are gone on with."""
+    """Rows to train on; repeats count. The run stops at the last full batch within them. all: all
+    training rows of the plan, `max_passes` times, less those that a parent has read if this run
+    continues its data."""
     max_passes: PositiveInt = 1
-    """How often the data may be gone through to reach `rows`."""
+    """Most passes over the data to reach `rows`."""
     parent: ParentConfig | None = None
-    """Go on from another run, as `--from NAME` does. `rows`, the learning rate, and the course of k
-    and penalty are this run's own: they begin at its first step."""
+    """Continue from another run, as `--from NAME` does. `rows` and the schedules of learning rate,
+    k and penalty are this run's own: they begin at its first step."""
     batch_rows: PositiveInt = 4096
-    """Rows of one global batch, over all ranks."""
+    """Rows in a global batch, over all ranks."""
     lr: PositiveFloat | None = None
     """Learning rate; null gives 2e-4 * sqrt(2^14 / n_latents)."""
     warmup_steps: NonNegativeInt = 0
     """Steps over which the learning rate rises linearly from zero."""
     decay_share: float = Field(0.2, ge=0, le=1)
-    """The learning rate falls linearly to zero over this last share of the steps."""
+    """Last share of the steps, over which the learning rate falls linearly to zero."""
     betas: tuple[float, float] = (0.9, 0.999)
     """Adam's decay rates."""
     eps: PositiveFloat = 6.25e-10
-    """Adam's epsilon; far below rare latents' gradients, or they never learn."""
+    """Adam's epsilon; must be far below the gradients of rare latents, or they never learn."""
     clip_norm: PositiveFloat | None = 1.0
     """Largest norm of the global gradient; null turns clipping off."""
     products: Literal["bf16", "fp32"] = "bf16"
     """Precision of the encoder product. Parameters are always fp32."""
     normaliser_rows: PositiveInt | None = None
-    """The scale and the mean of activations come from the first units with this many rows; null:
-    those for which training waits anyway, 1 million rows at most."""
+    """Rows from the first units that set the scale and the mean of activations; null: those of the
+    units for which training waits anyway, at most 1 million."""
     kernels: Literal["auto", "torch", "native", "triton"] = "auto"
-    """The sparse products; auto takes triton on NVIDIA GPUs, native (C++) on CPUs."""
+    """Implementation of the sparse products; auto takes triton on NVIDIA GPUs, native (C++) on
+    CPUs."""
     ema_decay: float | None = Field(None, gt=0, lt=1)
-    """Keep a running mean of the weights with this decay per step, and evaluate and export it.
+    """Decay per step of a running mean of the weights, which is evaluated and exported; null keeps
+    none.
 
-    In a run that is short for it the mean goes back over the last tenth of the steps.
+    If the run is too short for the decay, the mean covers the last tenth of the steps.
     """
     seed: NonNegativeInt = 0
-    """Decides what is random in the initial dictionary: all, or with `sae.init: data` .6 of each
-    direction's length, the rest being a row that is the same for every seed. The order of rows, and
-    which are held out, is the plan's (`activations.seed`)."""
+    """Seed of the initial dictionary: of all of it, or with `sae.init: data` of .6 of each
+    direction's length, the rest being a row that is the same for every seed. `activations.seed`
+    decides the order of rows and which are held out."""
     log_every_steps: PositiveInt = 10
     """Steps between two reports of losses, pace and densities."""
     save_every_steps: PositiveInt = 1000
     """Steps between two checkpoints."""
     save_beside: bool = True
-    """Copy the state to the host's memory and store it beside the training; else training waits.
+    """Save in the background, from a copy of the state in host memory; false: training waits.
 
-    The copy is as large as the state: 12 bytes per parameter of a rank's share.
+    The copy takes 12 bytes per parameter of a rank's share.
     """
     keep_checkpoints: PositiveInt = 2
-    """How many of the newest are kept."""
+    """Number of newest checkpoints to keep."""
     keep_every_steps: PositiveInt | None = None
-    """Checkpoints at multiples of this are kept as well."""
+    """Also keep checkpoints at multiples of this many steps."""
     keep_best: NonNegativeInt = 0
-    """So many with the lowest held-out FVU are kept as well; needs `heldout_rows`."""
+    """Also keep this many checkpoints with the lowest held-out FVU; needs `heldout_rows`."""
     heldout_rows: NonNegativeInt = 0
-    """At each save FVU is measured on so many held-out rows, if they are there yet; 0: not."""
+    """Held-out rows on which FVU is measured at each save, once they are produced; 0 turns it
+    off."""
     deepspeed: dict[str, Any] = Field(default_factory=dict)
     """Merged over the DeepSpeed configuration that this run derives (`dist-sae render`)."""
 
 
 class EvaluateConfig(Section):
-    """Held-out measurements."""
+    """Sizes of the held-out measurements."""
 
     rows: PositiveInt = 200_000
-    """Held-out rows for FVU, L0 and densities; fewer are used when there are fewer."""
+    """Held-out rows for FVU, L0 and densities, or all if there are fewer."""
     contexts: NonNegativeInt = 64
     """Held-out contexts for the cross-entropy with the reconstruction spliced in."""
     latents: NonNegativeInt = 24
@@ -102,48 +107,47 @@ class EvaluateConfig(Section):
 
 
 class ExportConfig(Section):
-    """What is said of a dictionary where others load it."""
+    """Metadata of an exported dictionary."""
 
     model_name: str | None = None
-    """The model's name on the hub, where `model.path` is a folder; null takes `model.path`."""
+    """Name of the model on the hub if `model.path` is a folder; null takes `model.path`."""
 
 
 class ProcessesConfig(Section):
-    """How many processes share the work."""
+    """Numbers of processes."""
 
     producers: PositiveInt = 1
-    """Producers; each holds the language model, in `model.tensor_parallel` processes."""
+    """Number of producers; each holds the language model, in `model.tensor_parallel` processes."""
     trainers: PositiveInt = 1
-    """Trainer ranks."""
+    """Number of trainer ranks."""
     latent_shards: PositiveInt = 1
-    """Ranks that share one dictionary, each with its part of the latents. The trainers then hold
-    trainers / latent_shards replicas of it."""
+    """Ranks over which one dictionary is sharded; there are trainers / latent_shards replicas."""
     threads: NonNegativeInt = 0
-    """CPU threads of each process on a local run; 0 shares the cores out evenly."""
+    """CPU threads of each process in a local run; 0 divides the cores evenly."""
 
 
 class TimeoutsConfig(Section):
-    """When a job gives up a rank and ends, to be started again: trainers' ranks and producers'."""
+    """Time-outs for ranks of trainers and producers; the job then ends with 75, to be restarted."""
 
     missing_seconds: PositiveFloat = 600
-    """A rank that has not arrived this long after the first is missing."""
+    """Seconds after the first rank's arrival when an absent rank counts as missing."""
     lost_seconds: PositiveFloat = 30
-    """A rank that has given no sign of life for this long is lost."""
+    """Seconds without a heartbeat after which a rank counts as lost."""
     hung_seconds: PositiveFloat = 900
-    """A rank that works on one step, or a producer on one batch, for this long is hung."""
+    """Seconds in one step (a producer: in one batch) after which a rank counts as hung."""
 
 
 class TelemetryConfig(Section):
-    """Where a run's numbers go, beside its own folder."""
+    """Destinations of a run's metrics, beside its own folder."""
 
     port: NonNegativeInt | None = Field(None, le=LAST_PORT)
-    """First port of Prometheus metrics: producers and trainer ranks of one machine count up from
-    it. 0 takes any free port; null serves no metrics."""
+    """First Prometheus port; producers and trainer ranks of one machine count up from it. 0 takes
+    any free port; null serves no metrics."""
     pushgateway_url: PushgatewayUrl | None = None
-    """A Prometheus Pushgateway: programs that nobody can scrape, because they soon end (plan,
-    evaluate, export, report), push their metrics there; null: they do not."""
+    """Prometheus Pushgateway for programs too short to be scraped (plan, evaluate, export, report);
+    null pushes nothing."""
     tensorboard: str | None = None
-    """A folder of the first trainer's machine: curves as TensorBoard reads them, in `<run>/`."""
+    """Folder on the first trainer's machine for TensorBoard curves, in `<run>/`."""
     wandb: str | None = None
-    """A project of Weights & Biases: curves go there, under the run's name. Key, entity and mode
-    are in WANDB_API_KEY, WANDB_ENTITY and WANDB_MODE."""
+    """Weights & Biases project for curves, under the run's name; set WANDB_API_KEY, WANDB_ENTITY
+    and WANDB_MODE."""

@@ -66,13 +66,13 @@ ENDS = "with a letter or a digit first and last"
         ),
         (
             "activations.sites=[blocks.7.hook_mlp_out]",
-            "activations.sites.0: blocks.7.hook_mlp_out is called mlp_out.7 here, before a norm "
-            "that follows it (as Gemma 2 and 3 have)",
+            "activations.sites.0: blocks.7.hook_mlp_out is called mlp_out.7 here, taken before the "
+            "norm that follows it (in Gemma 2 and 3)",
         ),
         (
             "activations.sites=[blocks.7.ln2.hook_normalized]",
-            "activations.sites.0: blocks.7.ln2.hook_normalized is no site: mlp_in.7, what the MLP "
-            "reads, is the norm's output with its weights",
+            "activations.sites.0: blocks.7.ln2.hook_normalized is not a site: use mlp_in.7, the "
+            "MLP's input, which is the norm's output with its weights",
         ),
         (
             "activations.sites=[model.layers.7]",

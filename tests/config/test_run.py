@@ -110,11 +110,11 @@ def test_load_run_refuses_numbers_that_are_not_finite(tmp_path: Path, value: str
         ),
         (
             "store.runs=file://a/b",
-            "store.runs: file://a/b names a host: use file:///path, with three slashes",
+            "store.runs: file://a/b contains a host: use file:///path, with three slashes",
         ),
         (
             "store.runs=~nobody-here/a",
-            "store.runs: ~nobody-here/a begins with the home of a user who is not known here",
+            "store.runs: ~nobody-here/a begins with the home folder of an unknown user",
         ),
         ("store.runs=''", "store.runs: is empty: use s3://bucket/prefix, file:///path or a path"),
         ("store.runs=/", "store.runs: is the root of the file system: name a folder in it"),
@@ -126,11 +126,11 @@ def test_load_run_refuses_numbers_that_are_not_finite(tmp_path: Path, value: str
         ),
         (
             "corpus={kind: files, files: ['s3://bucket']}",
-            "corpus.files.0: s3://bucket is no file: use a path, a pattern or s3://bucket/key",
+            "corpus.files.0: s3://bucket is not a file: use a path, a pattern or s3://bucket/key",
         ),
         (
             "corpus={kind: files, files: ['https://a/b']}",
-            "corpus.files.0: https://a/b is no file: use a path, a pattern or s3://bucket/key",
+            "corpus.files.0: https://a/b is not a file: use a path, a pattern or s3://bucket/key",
         ),
     ],
 )
