@@ -1,4 +1,4 @@
-"""Keys that a run file knew by another name. They are read as ever, and a user is told once."""
+"""Old names of run-file keys; they still work, with one warning each."""
 
 import logging
 from collections.abc import Mapping
@@ -15,12 +15,12 @@ RENAMED = {
     "train.lost_seconds": "timeouts.lost_seconds",
     "train.hung_seconds": "timeouts.hung_seconds",
 }
-"""New keys by old ones, each `section.key`."""
+"""New `section.key` by the old one."""
 _said = set[str]()
 
 
 def with_new_names(data: Mapping[str, Any]) -> dict[str, Any]:
-    """Move the values of renamed keys to where they are now.
+    """Move the values of renamed keys to their new names.
 
     Args:
         data: The sections of a run file, stored or typed, not validated yet.
@@ -48,7 +48,7 @@ def with_new_names(data: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def say_renamed(old: str, origin: str) -> None:
-    """Tell the user, once in a process, that a key has a new name.
+    """Warn, once per process, that a key has a new name.
 
     Args:
         old: The key as the user wrote it.

@@ -217,7 +217,7 @@ class ReLUConfig(PenalisedConfig):
     """Initial norm of the decoder rows."""
 
     def l0_at_start(self, d_in: int) -> float:
-        """`initial_l0`, or as the codes of l0 orthogonal features give it: they sum to sqrt(l0 d_in)."""
+        """`initial_l0`, or derived: codes of l0 orthogonal features sum to sqrt(l0 d_in)."""
         share = _L1_AT_START / max(self.sparsity, _LEAST_COST)
         return self.initial_l0 or d_in * share * share
 

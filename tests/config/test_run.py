@@ -359,7 +359,7 @@ def test_run_cannot_be_changed(tmp_path: Path) -> None:
 def test_json_schema_documents_every_key() -> None:
     schema = json.loads(json.dumps(Run.model_json_schema()))
     latents = schema["$defs"]["TopKConfig"]["properties"]["n_latents"]
-    assert latents["description"] == "Width of the dictionary."
+    assert latents["description"] == "Number of latents in the dictionary."
     assert schema["additionalProperties"] is False
 
 
