@@ -1,150 +1,65 @@
-"""`dist-sae checkpoints ls|verify|convert`: a run's checkpoints, for people and other tools."""
+"""`dist-sae checkpoints`: the checkpoints of a run."""
 
-import json
+import argparse
 from pathlib import Path
-from typing import Any, NamedTuple
 
-import safetensors.torch
-
-from dist_sae.checkpoint import warm_start
-from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
-from dist_sae.checkpoint.state import is_moment
-from dist_sae.checkpoint.trained import chosen, trained_run
-from dist_sae.config import Run
-from dist_sae.errors import ConfigError, CorruptObjectError, ObjectNotFoundError
-from dist_sae.storage import open_store
+from dist_sae.commands import shared
 
 
-def ls(run: Run) -> dict[str, Any]:
-    """List checkpoints, oldest first; `damaged` are those whose manifest is not whole.
-
-    Raises:
-        PlanMismatchError: They are of a run with other settings.
-    """
-    checkpoints, listed, damaged = _open(run), [], []
-    for step in checkpoints.steps():
-        try:
-            checkpoint = checkpoints.open(step)
-        except CorruptObjectError:
-            damaged.append(step)
-            continue
-        tensors, own = checkpoint.manifest.tensors, trained_run(checkpoint, run)
-        listed.append(
-            {
-                "step": step,
-                "rows": step * own.train.batch_rows,
-                "n_latents": tensors["W_enc"].shape[0],
-                "parts": sum(len(tensor.parts) for tensor in tensors.values()),
-                "bytes": sum(part.bytes for tensor in tensors.values() for part in tensor.parts),
-            }
-        )
-    return {"checkpoints": listed, "damaged": damaged}
-
-
-class Verification(NamedTuple):
-    """What `verify` found."""
-
-    url: str
-    checkpoints: int
-    parts: int
-    bytes: int
-    bad: dict[str, str]
-    """What is wrong, by step and object."""
-
-    def result(self) -> dict[str, Any]:
-        """For programs: `bad` is their number, `bad_objects` says which and why."""
-        numbers = {"checkpoints": self.checkpoints, "parts": self.parts, "bytes": self.bytes}
-        return {**numbers, "bad": len(self.bad), "bad_objects": self.bad}
-
-    def raise_if_bad(self) -> None:
-        """One line for every bad object, as a `CorruptObjectError`."""
-        if self.bad:
-            remedy = (
-                "damaged checkpoints; training goes on from the newest that is whole, "
-                "and the others may be deleted"
-            )
-            raise CorruptObjectError("\n".join([remedy, *self.bad.values()]), url=self.url)
-
-
-def verify(run: Run) -> Verification:
-    """Read every part of every checkpoint once, and check that no rows are missing."""
-    checkpoints = _open(run)
-    n_parts = n_bytes = 0
-    bad: dict[str, str] = {}
-    steps = checkpoints.steps()
-    for step in steps:
-        try:
-            checkpoint = checkpoints.open(step)
-        except CorruptObjectError as exc:
-            bad[f"step {step}"] = str(exc)
-            continue
-        for name, tensor in checkpoint.manifest.tensors.items():
-            n_parts += len(tensor.parts)
-            n_bytes += sum(part.bytes for part in tensor.parts)
-            try:
-                checkpoint.check(name)
-            except (CorruptObjectError, ObjectNotFoundError) as exc:
-                bad[f"step {step}, {name}"] = str(exc)
-    return Verification(
-        f"{run.store.runs}/{run.name}/checkpoints", len(steps), n_parts, n_bytes, bad
+def add(commands: shared.Commands) -> None:
+    """Add the command."""
+    actions = shared.add_group(commands, "checkpoints", "the checkpoints of a run")
+    shared.add_command(actions, "ls", _ls, "list them")
+    shared.add_command(actions, "verify", _verify, "check every part against its manifest")
+    text = "write one as a file, or let another run begin with it"
+    convert = shared.add_command(actions, "convert", _convert, text)
+    target = convert.add_mutually_exclusive_group(required=True)
+    target.add_argument("--output", type=Path, help="the safetensors file to write")
+    target.add_argument(
+        "--to-run",
+        metavar="NEW.yaml",
+        help="the run that is to begin with it; `train` adds the latents it lacks",
     )
+    shared.add_step(convert)
+    convert.add_argument("--moments", action="store_true", help="the optimiser's moments as well")
 
 
-def convert(run: Run, output: Path, *, step: int | None, moments: bool) -> dict[str, Any]:
-    """Write a checkpoint as one safetensors file of whole tensors, on this machine.
+def _ls(options: argparse.Namespace) -> None:
+    run = shared.load(options)
+    from dist_sae.checkpoint.upkeep import ls
 
-    Names, orientation and scale are those of training; `dist-sae export` writes what SAELens
-    loads. The file's metadata hold the step and what else is no tensor, as JSON.
-
-    Args:
-        run: The run.
-        output: The file.
-        step: Of the checkpoint; None takes the newest.
-        moments: Whether the optimiser's moments are wanted too: three times the size.
-
-    Raises:
-        ConfigError: There is no such checkpoint, or the file cannot be written.
-        PlanMismatchError: It is of a run with other settings.
-    """
-    checkpoints = _open(run)
-    checkpoint = _chosen(run, checkpoints, step)
-    names = [name for name in checkpoint.manifest.tensors if moments or not is_moment(name)]
-    tensors = {name: checkpoint.read(name).contiguous() for name in names}
-    metadata = {"step": str(checkpoint.step), "scalars": json.dumps(checkpoint.scalars)}
-    try:
-        safetensors.torch.save_file(tensors, output, metadata)
-    except OSError as exc:
-        raise ConfigError(f"{output}: cannot be written ({exc}); choose another --output") from exc
-    return {"step": checkpoint.step, "tensors": len(tensors), "output": str(output)}
+    found = ls(run)
+    lines = [
+        f"step {c['step']:<10} {c['rows']:>14,} rows trained   "
+        f"{c['bytes'] / 1e6:,.1f} MB in {c['parts']} parts"
+        for c in found["checkpoints"]
+    ]
+    lines += [
+        f"step {step:<10} damaged: its manifest does not match its checksum"
+        for step in found["damaged"]
+    ]
+    shared.print_lines(options, found, lines)
 
 
-def convert_to_run(run: Run, other: Run, *, step: int | None) -> dict[str, Any]:
-    """Have another run begin with a checkpoint's dictionary, which may be narrower than its own.
+def _verify(options: argparse.Namespace) -> None:
+    run = shared.load(options)
+    from dist_sae.checkpoint.upkeep import verify
 
-    Raises:
-        ConfigError: There is no such checkpoint, or the other run cannot begin with it.
-        PlanMismatchError: It is of a run with other settings.
-    """
-    checkpoint = _chosen(run, _open(run), step)
-    copied = warm_start.leave(checkpoint, open_store(other.store.runs, other.store.s3), other)
-    return {
-        "step": checkpoint.step,
-        "known_latents": warm_start.width(checkpoint),
-        "new_latents": other.sae.n_latents - warm_start.width(checkpoint),
-        "bytes": copied,
-        "run": other.name,
-    }
+    found = verify(run)
+    shared.print_result(options, found.result())
+    found.raise_if_bad()
 
 
-def _chosen(run: Run, checkpoints: Checkpoints, step: int | None) -> Checkpoint:
-    place = f"{run.store.runs}/{run.name}"
-    checkpoint = checkpoints.latest() if step is None else chosen(checkpoints, step, place)
-    if checkpoint is None:
-        raise ConfigError(f"{place}: holds no checkpoint that is whole")
-    trained_run(checkpoint, run)
-    return checkpoint
+def _convert(options: argparse.Namespace) -> None:
+    run = shared.load(options)
+    from dist_sae.checkpoint.folder import open_run
+    from dist_sae.checkpoint.upkeep import convert, convert_to_run
+    from dist_sae.errors import ConfigError
 
-
-def _open(run: Run) -> Checkpoints:
-    runs = open_store(run.store.runs, run.store.s3)
-    return Checkpoints(runs, run.name, run.train.keep_checkpoints)
+    if options.to_run and options.moments:
+        raise ConfigError("--moments goes with --output: another run starts its own moments")
+    if options.to_run:
+        result = convert_to_run(run, open_run(options.to_run, []), step=options.step)
+    else:
+        result = convert(run, options.output, step=options.step, moments=options.moments)
+    shared.print_result(options, result)

@@ -1,9 +1,12 @@
-"""`dist-sae completion SHELL`: commands, options, run files and keys of --set, from the parser."""
+"""`dist-sae completion`: print what a shell needs to complete commands, options and settings."""
 
 import argparse
+import sys
 from collections.abc import Iterator
 
-SHELLS = ("bash", "zsh", "fish")
+from dist_sae.commands import shared
+
+_SHELLS = ("bash", "zsh", "fish")
 _BASH = """\
 # eval "$(dist-sae completion bash)", or keep it as a file that the shell reads when it starts
 _dist_sae() {
@@ -32,11 +35,23 @@ autoload -U +X bashcompinit && bashcompinit
 """
 
 
-def render_completion(parser: argparse.ArgumentParser, shell: str) -> str:
-    """The script for one of `SHELLS`."""
-    if shell == "fish":
-        return "\n".join(_fish(parser)) + "\n"
-    return (_ZSH if shell == "zsh" else "") + _bash(parser)
+def add(commands: shared.Commands) -> None:
+    """Add the command."""
+    parser = commands.add_parser("completion", help="print the completion script of a shell")
+    parser.add_argument("shell", choices=_SHELLS)
+    parser.set_defaults(command=main)
+
+
+def main(options: argparse.Namespace) -> None:
+    """Print the script."""
+    from dist_sae.commands.cli import command_parser  # which lists this command, too
+
+    parser = command_parser()
+    if options.shell == "fish":
+        script = "\n".join(_fish(parser)) + "\n"
+    else:
+        script = (_ZSH if options.shell == "zsh" else "") + _bash(parser)
+    sys.stdout.write(script)
 
 
 def _bash(parser: argparse.ArgumentParser) -> str:
@@ -73,7 +88,7 @@ def _fish(parser: argparse.ArgumentParser) -> Iterator[str]:
 def _commands(
     parser: argparse.ArgumentParser, path: tuple[str, ...]
 ) -> Iterator[tuple[tuple[str, ...], argparse.ArgumentParser]]:
-    """The parser and all below it, by the words that lead to each."""
+    """Every parser, with the words that lead to it."""
     yield path, parser
     for action in parser._actions:
         if isinstance(action, argparse._SubParsersAction):

@@ -28,7 +28,6 @@ TENSORS = {
 def run(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
     """Stdout, or stderr where a failure is expected."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "_heed_signals", lambda: None)
         patch.setattr(logs, "configure", lambda **_: None)
         assert cli.main(["checkpoints", *arguments]) == code
     said = capsys.readouterr()

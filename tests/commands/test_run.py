@@ -16,7 +16,7 @@ import pytest
 from rich.console import Console
 
 from dist_sae.checkpoint.layout import Checkpoints
-from dist_sae.commands.run import Child, run_together
+from dist_sae.commands.pipeline import Child, run_together
 from dist_sae.config.data import S3Config
 from dist_sae.errors import ProcessFailedError
 from dist_sae.storage import open_store

@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from dist_sae.commands.store import gc, verify
 from dist_sae.config import Run
 from dist_sae.data.consumers import Consumers, Registration, retired_below
 from dist_sae.data.plan import Plan
 from dist_sae.data.shard import SHARDS, manifest_key, read_block, read_manifest
 from dist_sae.data.streams import StreamCursor
+from dist_sae.data.upkeep import gc
 from dist_sae.errors import CorruptObjectError, DataExhaustedError
+from dist_sae.producing.verify import verify
 from dist_sae.storage import Entry, ObjectStore, open_store
 from tests.world import RowNumbers, Wrapped, fill, make_run
 

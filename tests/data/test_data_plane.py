@@ -13,10 +13,11 @@ from typing import Any
 
 import pytest
 
-from dist_sae.commands.store import gc, verify
 from dist_sae.config import Run
 from dist_sae.config.data import S3Config
+from dist_sae.data.upkeep import gc
 from dist_sae.producing.planner import plan
+from dist_sae.producing.verify import verify
 from dist_sae.storage import open_store
 from tests.data.dataplane import produce, read
 from tests.faults import KINDS, FaultProxy

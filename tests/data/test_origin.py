@@ -6,14 +6,14 @@ from pathlib import Path
 import pytest
 import torch
 
-import dist_sae.commands.store
 import dist_sae.producing.loop
-from dist_sae.commands.store import verify
+import dist_sae.producing.verify
 from dist_sae.config import Run
 from dist_sae.data.corpus import Document
 from dist_sae.data.origin import UnitText
 from dist_sae.data.shard import Rows
 from dist_sae.errors import CorpusError
+from dist_sae.producing.verify import verify
 from tests.producing.test_produce import LetterSource, letters_run, start, with_source
 from tests.world import Letters
 
@@ -35,7 +35,7 @@ class Shouts(Letters):
 def produced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Letters) -> Run:
     run = letters_run(tmp_path, monkeypatch, [*TEXTS, "half \ud800"])
     monkeypatch.setattr(dist_sae.producing.loop, "build_tokenizer", lambda *_: tokenizer)
-    monkeypatch.setattr(dist_sae.commands.store, "build_tokenizer", lambda *_: Letters())
+    monkeypatch.setattr(dist_sae.producing.verify, "build_tokenizer", lambda *_: Letters())
     with_source(monkeypatch, LetterSource())
     start(run, "a")
     return run

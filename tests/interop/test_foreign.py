@@ -11,14 +11,15 @@ import pytest
 import torch
 
 from dist_sae.checkpoint.layout import Checkpoints
-from dist_sae.commands import store as programs
 from dist_sae.commands.cli import main
 from dist_sae.config import Run, load_run
+from dist_sae.data import upkeep
 from dist_sae.data.backlog import ReadyUnits
 from dist_sae.data.consumers import Consumers
 from dist_sae.data.plan import load_plan
 from dist_sae.data.work_queue import Worker, WorkQueue
 from dist_sae.kubernetes.stored import StoredRun
+from dist_sae.producing.verify import verify
 from dist_sae.storage import ObjectStore, open_store, own
 from dist_sae.telemetry.history import History, read_history
 from tests.conftest import Bucket, synthetic_run
@@ -61,12 +62,12 @@ def numbers(run: Run) -> dict[str, Any]:
     claims = WorkQueue(activations, plan, Worker("b"), threading.Event(), consumers)
     checkpoints = Checkpoints(runs, run.name, 2)
     return {
-        "ls": {k: v for k, v in programs.ls(run).items() if k not in ("runs", "claims")},
+        "ls": {k: v for k, v in upkeep.ls(run).items() if k not in ("runs", "claims")},
         "runs": [consumer for consumer, _ in consumers.all()],
-        "claims": list(programs.ls(run)["claims"]),
+        "claims": list(upkeep.ls(run)["claims"]),
         "claimed": claims._claimed(),
-        "verify": programs.verify(run),
-        "orphans": programs.gc(run, hours=-1, delete=False),
+        "verify": verify(run),
+        "orphans": upkeep.gc(run, hours=-1, delete=False),
         "ready": ReadyUnits(activations, plan, print).count(),
         "status": StoredRun(run).progress() | {"checkpoint_age_seconds": 0},
         "complete": StoredRun(run).is_complete(),
@@ -147,7 +148,7 @@ def test_what_is_not_ours_is_not_deleted(
         ours = set(store.keys())
         litter(store, lambda key, data, folder=folder: put(folder, key, data))  # type: ignore[misc]
         others[folder] = set(store.keys()) - ours
-    assert programs.gc(run, hours=-1, delete=True)["orphans"] == 1
+    assert upkeep.gc(run, hours=-1, delete=True)["orphans"] == 1
     save(Checkpoints(stores["runs"], "tiny", 1), 12, {"W_enc": torch.zeros(4, 2)}, {})
     History(stores["runs"], "tiny", 0).flush()  # forgets the lives from 4 and 8 on
     assert set(stores["activations"].keys()) >= others["activations"]

@@ -10,7 +10,6 @@ import pytest
 from dist_sae.checkpoint import warm_start
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.checkpoint.lineage import Ancestor, Lineage
-from dist_sae.commands.waiting import await_end
 from dist_sae.config import load_run
 from dist_sae.data.plan import Plan, load_plan
 from dist_sae.errors import DataExhaustedError, DistSaeError
@@ -19,6 +18,7 @@ from dist_sae.producing.planner import foresee
 from dist_sae.storage import open_store
 from dist_sae.training.completed import completed_result
 from dist_sae.training.start import Start
+from dist_sae.training.waiting import await_end
 from tests.launch import run, train
 from tests.training.trained import check_same, run_file
 

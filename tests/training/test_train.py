@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from dist_sae.checkpoint.layout import Checkpoints
-from dist_sae.commands.checkpoints import convert_to_run
+from dist_sae.checkpoint.upkeep import convert_to_run
 from dist_sae.config import load_run
 from dist_sae.config.sae import BatchTopKConfig
 from dist_sae.data.activation_set import ActivationSet

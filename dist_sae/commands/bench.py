@@ -1,52 +1,48 @@
-"""`dist-sae bench`: its options, and what each of them calls.
-
-As on the rest of the command line, programs are imported when they are called.
-"""
+"""`dist-sae bench`: measure against the limit of this machine."""
 
 import argparse
 import os
-from collections.abc import Callable, Mapping
+import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from dist_sae.commands import shared
+
 Result = Mapping[str, Any] | str | None
-"""Numbers, a text for people, or nothing: of ranks that do not speak."""
+"""Numbers, a text for people, or None from ranks that print nothing."""
 
 
-def add_benches(commands: Any, command: Callable[[argparse.Namespace], None]) -> None:
-    """Add `bench` and what it measures; `command` runs what is chosen, `options.bench`."""
+def add(commands: shared.Commands) -> None:
+    """Add the command."""
     text = "measure against the limit of this machine, in one run"
-    actions = commands.add_parser("bench", help=text, description=text).add_subparsers(
-        metavar="WHAT", required=True
-    )
+    actions = shared.add_group(commands, "bench", text, "WHAT")
     step = actions.add_parser("step", help="a training step against the bare encoder product")
     step.add_argument("--kernels", choices=["auto", "torch", "native", "triton"], default="auto")
     step.add_argument("--kind", choices=["topk", "routed"], default="topk")
-    step.add_argument("--experts", type=int, default=16, help="of a routed dictionary")
+    step.add_argument("--experts", type=int, default=16, help="experts of a routed dictionary")
     step.add_argument("--shards", type=int, default=1, help="ranks of torchrun per dictionary")
-    step.set_defaults(command=command, bench=_step)
+    step.set_defaults(command=main, bench=_step)
     routed = actions.add_parser(
         "routed", help="a routed training step against an exact one of the same width"
     )
     routed.add_argument("--experts", type=int, default=16)
-    routed.set_defaults(command=command, bench=_routed)
-    metrics = actions.add_parser(
-        "metrics", help="what metrics cost a step, and what a scrape costs"
-    )
-    metrics.set_defaults(command=command, bench=_metrics)
+    routed.set_defaults(command=main, bench=_routed)
+    metrics = actions.add_parser("metrics", help="cost of metrics per step and per scrape")
+    metrics.set_defaults(command=main, bench=_metrics)
     peers = actions.add_parser("peers", help="the same rows through other SAE libraries from PyPI")
     peers.add_argument("--steps", type=int, default=4, help="timed steps of one round")
     peers.add_argument("--rows", type=Path, help=".npy with activations; synthetic if left out")
-    peers.add_argument("--folder", type=Path, help="keeps the libraries' environments")
+    peers.add_argument("--folder", type=Path, help="folder that keeps the libraries' environments")
     peers.add_argument(
         "--fvu-rows", type=int, default=0, help="rows of the FVU comparison; 0: none"
     )
-    peers.set_defaults(command=command, bench=_peers)
+    peers.set_defaults(command=main, bench=_peers)
     checkpoint = actions.add_parser(
-        "checkpoint", help="what saving costs the training, and loading"
+        "checkpoint", help="cost of saving during training, and of loading"
     )
     checkpoint.add_argument("--every", type=int, default=200, help="steps between two saves")
-    checkpoint.set_defaults(command=command, bench=_checkpoint)
+    checkpoint.set_defaults(command=main, bench=_checkpoint)
     store = actions.add_parser("store", help="writing and reading activations against raw PUT, GET")
     store.add_argument("--units", type=int, default=16)
     store.add_argument("--unit-rows", type=int, default=16_384)
@@ -57,33 +53,46 @@ def add_benches(commands: Any, command: Callable[[argparse.Namespace], None]) ->
     store.add_argument(
         "--cached", action="store_true", help="let a folder's files stay in the page cache"
     )
-    store.set_defaults(command=command, bench=_store)
+    store.set_defaults(command=main, bench=_store)
     for action in (store, checkpoint):
         action.add_argument(
             "--url",
             required=True,
-            help="s3://bucket/prefix or a folder; what is written is deleted",
+            help="s3://bucket/prefix or a folder; the bench deletes what it writes",
         )
-        action.add_argument("--endpoint-url", help="of a store other than AWS")
+        action.add_argument("--endpoint-url", help="endpoint of a store other than AWS")
     for action in (step, routed, metrics):
         action.add_argument("--products", choices=["bf16", "fp32"], default="bf16")
     for action in (step, routed, metrics, peers, checkpoint):
         action.add_argument("--n-latents", type=int, default=65_536)
         action.add_argument("--k", type=int, default=32)
     produce = actions.add_parser("produce", help="a producer against the bare forward pass")
-    produce.add_argument("run", metavar="RUN.yaml", help="whose model and text are used")
+    produce.add_argument("run", metavar="RUN.yaml", help="its model and text are used")
     produce.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override")
-    produce.add_argument("--units", type=int, default=6, help="produced in each round")
-    produce.add_argument("--rounds", type=int, default=5, help="medians are over so many")
-    produce.set_defaults(command=command, bench=_produce)
+    produce.add_argument("--units", type=int, default=6, help="units produced in each round")
+    produce.add_argument("--rounds", type=int, default=5, help="medians are over these")
+    produce.set_defaults(command=main, bench=_produce)
     rounds_of = {step: 9, routed: 9, metrics: 9, peers: 9, store: 5, checkpoint: 3}
     for action, rounds in rounds_of.items():
         action.add_argument("--d-in", type=int, default=768)
         action.add_argument("--batch", type=int, default=4096, help="rows")
-        action.add_argument("--rounds", type=int, default=rounds, help="medians are over so many")
+        action.add_argument("--rounds", type=int, default=rounds, help="medians are over these")
     for action in (*rounds_of, produce):
         action.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
         action.add_argument("--json", action="store_true", help="print one JSON object")
+
+
+def main(options: argparse.Namespace) -> None:
+    """Run the chosen measurement, and print its result."""
+    if options.threads:
+        import torch
+
+        torch.set_num_threads(options.threads)
+    result = options.bench(options)
+    if isinstance(result, str):
+        sys.stdout.write(result)
+    elif result is not None:
+        shared.print_result(options, result)
 
 
 def _step(options: argparse.Namespace) -> Result:
@@ -101,7 +110,7 @@ def _step(options: argparse.Namespace) -> Result:
         options.kernels,
         options.experts if options.kind == "routed" else None,
     )
-    bench_run(shape, world, options.shards)  # or it says what is wrong before the ranks meet
+    bench_run(shape, world, options.shards)  # reports mistakes before the rendezvous
     with rendezvous(world) as ranks, join_mesh(ranks, options.shards) as mesh:
         result = bench_step(shape, mesh, rounds=options.rounds)
     return result if mesh.is_first else None
@@ -133,9 +142,7 @@ def _metrics(options: argparse.Namespace) -> Result:
 
 
 def _produce(options: argparse.Namespace) -> Result:
-    from dist_sae.checkpoint.folder import open_run
-
-    run = open_run(options.run, options.set)
+    run = shared.load(options)
     from dist_sae.bench.produce import bench_produce
 
     return bench_produce(run, units=options.units, rounds=options.rounds)

@@ -1,7 +1,4 @@
-"""`--wait`: programs that were started before there is anything for them to do.
-
-Where nobody starts them one after the other: plain Kubernetes Jobs, for example.
-"""
+"""`--wait`: programs that are started together, as plain Kubernetes Jobs, wait for their input."""
 
 import logging
 import threading
@@ -21,10 +18,10 @@ _LOOK_SECONDS = 10.0
 
 
 def await_plan(run: Run, stopping: threading.Event) -> None:
-    """Until the activation set has its plan.
+    """Wait until the activation set has its plan.
 
     Raises:
-        Stopped: Before that.
+        Stopped: `stopping` was set first.
     """
     store = open_store(run.store.activations, run.store.s3, None, stopping)
     what = f"a plan in {store.url}"
@@ -32,11 +29,11 @@ def await_plan(run: Run, stopping: threading.Event) -> None:
 
 
 def await_end(run: Run, stopping: threading.Event) -> None:
-    """Until the run's last checkpoint is there.
+    """Wait until the run's last checkpoint exists.
 
     Raises:
-        PlanMismatchError: The run there has other settings, or its plan has.
-        Stopped: Before that.
+        PlanMismatchError: The run in the store, or its plan, has other settings.
+        Stopped: `stopping` was set first.
     """
     store = open_store(run.store.runs, run.store.s3, None, stopping)
     checkpoints = Checkpoints(store, run.name, run.train.keep_checkpoints)
@@ -46,9 +43,9 @@ def await_end(run: Run, stopping: threading.Event) -> None:
         load_plan(open_store(run.store.activations, run.store.s3, None, stopping), run)
 
     def has_ended() -> bool:
-        with suppress(ObjectNotFoundError):  # deleted meanwhile, for a newer one
+        with suppress(ObjectNotFoundError):  # a newer one has replaced it
             if newest := checkpoints.latest():
-                # with other settings it may never come to that step
+                # raises if it has other settings: it might never get to that step
                 return newest.step >= trained_run(newest, run).steps
         return False
 

@@ -1,0 +1,150 @@
+"""Looking after a run's checkpoints: listing, checking and converting them."""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+
+from dist_sae.checkpoint import warm_start
+from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
+from dist_sae.checkpoint.state import is_moment
+from dist_sae.checkpoint.trained import chosen, trained_run
+from dist_sae.config import Run
+from dist_sae.errors import ConfigError, CorruptObjectError, ObjectNotFoundError
+from dist_sae.storage import open_store
+
+
+def ls(run: Run) -> dict[str, Any]:
+    """List checkpoints, oldest first; `damaged` lists steps whose manifest is damaged.
+
+    Raises:
+        PlanMismatchError: They are of a run with other settings.
+    """
+    checkpoints, listed, damaged = _open(run), [], []
+    for step in checkpoints.steps():
+        try:
+            checkpoint = checkpoints.open(step)
+        except CorruptObjectError:
+            damaged.append(step)
+            continue
+        tensors, own = checkpoint.manifest.tensors, trained_run(checkpoint, run)
+        listed.append(
+            {
+                "step": step,
+                "rows": step * own.train.batch_rows,
+                "n_latents": tensors["W_enc"].shape[0],
+                "parts": sum(len(tensor.parts) for tensor in tensors.values()),
+                "bytes": sum(part.bytes for tensor in tensors.values() for part in tensor.parts),
+            }
+        )
+    return {"checkpoints": listed, "damaged": damaged}
+
+
+class Verification(NamedTuple):
+    """The result of `verify`."""
+
+    url: str
+    checkpoints: int
+    parts: int
+    bytes: int
+    bad: dict[str, str]
+    """Faults by step and tensor."""
+
+    def result(self) -> dict[str, Any]:
+        """As JSON: `bad` is the number of faults, `bad_objects` lists them."""
+        numbers = {"checkpoints": self.checkpoints, "parts": self.parts, "bytes": self.bytes}
+        return {**numbers, "bad": len(self.bad), "bad_objects": self.bad}
+
+    def raise_if_bad(self) -> None:
+        """Raise a `CorruptObjectError` with one line per fault, if there are any."""
+        if self.bad:
+            remedy = (
+                "damaged checkpoints; training goes on from the newest that is whole, "
+                "and the others may be deleted"
+            )
+            raise CorruptObjectError("\n".join([remedy, *self.bad.values()]), url=self.url)
+
+
+def verify(run: Run) -> Verification:
+    """Read every part of every checkpoint once, and check that no rows are missing."""
+    checkpoints = _open(run)
+    n_parts = n_bytes = 0
+    bad: dict[str, str] = {}
+    steps = checkpoints.steps()
+    for step in steps:
+        try:
+            checkpoint = checkpoints.open(step)
+        except CorruptObjectError as exc:
+            bad[f"step {step}"] = str(exc)
+            continue
+        for name, tensor in checkpoint.manifest.tensors.items():
+            n_parts += len(tensor.parts)
+            n_bytes += sum(part.bytes for part in tensor.parts)
+            try:
+                checkpoint.check(name)
+            except (CorruptObjectError, ObjectNotFoundError) as exc:
+                bad[f"step {step}, {name}"] = str(exc)
+    return Verification(
+        f"{run.store.runs}/{run.name}/checkpoints", len(steps), n_parts, n_bytes, bad
+    )
+
+
+def convert(run: Run, output: Path, *, step: int | None, moments: bool) -> dict[str, Any]:
+    """Write a checkpoint as one safetensors file of whole tensors, on this machine.
+
+    Names, orientation and scale are those of training; `dist-sae export` writes what SAELens
+    loads. The file's metadata hold the step and all scalars, as JSON.
+
+    Args:
+        run: The run.
+        output: The file.
+        step: Step of the checkpoint; None for the newest.
+        moments: Whether to write the optimiser's moments too: three times the size.
+
+    Raises:
+        ConfigError: There is no such checkpoint, or the file cannot be written.
+        PlanMismatchError: It is of a run with other settings.
+    """
+    checkpoints = _open(run)
+    checkpoint = _chosen(run, checkpoints, step)
+    names = [name for name in checkpoint.manifest.tensors if moments or not is_moment(name)]
+    tensors = {name: checkpoint.read(name).contiguous() for name in names}
+    metadata = {"step": str(checkpoint.step), "scalars": json.dumps(checkpoint.scalars)}
+    try:
+        safetensors.torch.save_file(tensors, output, metadata)
+    except OSError as exc:
+        raise ConfigError(f"{output}: cannot be written ({exc}); choose another --output") from exc
+    return {"step": checkpoint.step, "tensors": len(tensors), "output": str(output)}
+
+
+def convert_to_run(run: Run, other: Run, *, step: int | None) -> dict[str, Any]:
+    """Let another run begin with a checkpoint's dictionary, which may be narrower than its own.
+
+    Raises:
+        ConfigError: There is no such checkpoint, or the other run cannot begin with it.
+        PlanMismatchError: It is of a run with other settings.
+    """
+    checkpoint = _chosen(run, _open(run), step)
+    copied = warm_start.leave(checkpoint, open_store(other.store.runs, other.store.s3), other)
+    return {
+        "step": checkpoint.step,
+        "known_latents": warm_start.width(checkpoint),
+        "new_latents": other.sae.n_latents - warm_start.width(checkpoint),
+        "bytes": copied,
+        "run": other.name,
+    }
+
+
+def _chosen(run: Run, checkpoints: Checkpoints, step: int | None) -> Checkpoint:
+    place = f"{run.store.runs}/{run.name}"
+    checkpoint = checkpoints.latest() if step is None else chosen(checkpoints, step, place)
+    if checkpoint is None:
+        raise ConfigError(f"{place}: holds no checkpoint that is whole")
+    trained_run(checkpoint, run)
+    return checkpoint
+
+
+def _open(run: Run) -> Checkpoints:
+    runs = open_store(run.store.runs, run.store.s3)
+    return Checkpoints(runs, run.name, run.train.keep_checkpoints)

@@ -1,0 +1,39 @@
+"""`dist-sae config`: the run file itself."""
+
+import argparse
+import sys
+
+from dist_sae.commands import shared
+
+
+def add(commands: shared.Commands) -> None:
+    """Add the command."""
+    actions = shared.add_group(commands, "config", "the run file itself")
+    shared.add_command(actions, "show", _show, "print the resolved run")
+    schema = actions.add_parser("schema", help="print the JSON Schema of run files, for editors")
+    schema.add_argument("--json", action="store_true", help="print it on one line")
+    schema.set_defaults(command=_schema)
+    metrics = actions.add_parser("metrics", help="print the metrics that programs export")
+    metrics.set_defaults(command=_metrics)
+
+
+def _show(options: argparse.Namespace) -> None:
+    run = shared.load(options)
+    from dist_sae.config import dump_run
+
+    if options.json:
+        shared.print_json(options, run.model_dump(mode="json"))
+    else:
+        sys.stdout.write(dump_run(run))
+
+
+def _schema(options: argparse.Namespace) -> None:
+    from dist_sae.config import Run
+
+    shared.print_json(options, Run.model_json_schema())
+
+
+def _metrics(_: argparse.Namespace) -> None:
+    from dist_sae.telemetry.metrics import render_table
+
+    sys.stdout.write(render_table())

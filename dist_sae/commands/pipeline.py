@@ -1,0 +1,288 @@
+"""A whole run on this machine, as the processes that a cluster would run.
+
+plan -> producers and trainer ranks, side by side -> evaluate -> export -> report
+"""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO, Any
+
+from dist_sae.checkpoint.folder import run_file_key
+from dist_sae.config import Run
+from dist_sae.config.base import folder_of
+from dist_sae.distributed.local_ranks import rank_environments
+from dist_sae.distributed.supervisor import start, supervise
+from dist_sae.errors import (
+    EXIT_BUG,
+    EXIT_RESUMABLE,
+    EXIT_USER,
+    AccessError,
+    ProcessFailedError,
+    Stopped,
+)
+from dist_sae.logs import SUPERVISED
+from dist_sae.storage import open_store
+from dist_sae.training.progress import ProgressView
+
+_WARNING = re.compile(r"\S+ (WARNING|ERROR) dist_sae\S*: (.+)")  # as `logs` has them
+_GRACE_SECONDS = 60.0  # to finish a step and save, when the user asks to stop
+_FAILED_GRACE_SECONDS = 5.0  # for the others when one has failed: ranks may hang without it
+
+
+def run_locally(run: Run, path: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """Do everything that the run file asks for; goes on where an earlier start stopped.
+
+    Args:
+        run: The run.
+        path: Its file.
+        overrides: The `--set` options it was loaded with.
+
+    Returns:
+        The evaluation, and where the exported dictionary (if SAELens has its kind) and the report
+        are.
+
+    Raises:
+        Stopped: On Ctrl-C or SIGTERM, after everything was saved.
+        ProcessFailedError: A process failed; the message is its own.
+    """
+    arguments = [path, *(argument for override in overrides for argument in ("--set", override))]
+    logs = _log_folder(run)
+    try:
+        logs.mkdir(parents=True, exist_ok=True)
+    except OSError as exc:
+        raise AccessError(f"{exc.strerror}; correct store.runs", url=str(logs)) from exc
+    with _stop_requests() as stopping, ProgressView() as view:
+
+        def child(
+            name: str, command: str, *options: str, env: Mapping[str, str] | None = None
+        ) -> Child:
+            line = [sys.executable, "-m", "dist_sae", command, *arguments, *options]
+            return Child(name, line, env or {}, logs / f"{name}.log", view)
+
+        if not _is_complete(run, stopping):
+            run_together([child("plan", "plan")], stopping, view)
+            run_together(_workers(run, child), stopping, view)
+        results: dict[str, Any] = {}
+        for command in ("evaluate", "export", "report"):
+            if command == "export" and run.sae.kind == "routed":  # SAELens has nothing like it
+                continue
+            program = child(command, command, "--json")
+            run_together([program], stopping, view)
+            results |= program.result
+    return results
+
+
+def _is_complete(run: Run, stopping: threading.Event) -> bool:
+    """Whether all units are made and the last step is done."""
+    runs = open_store(run.store.runs, run.store.s3, None, stopping)
+    if runs.size(run_file_key(run.name)) is None:  # training has not begun
+        return False
+    from dist_sae.training.completed import all_units_exist, completed_result  # takes 3 s
+
+    return completed_result(run) is not None and all_units_exist(run)
+
+
+def _workers(run: Run, child: Callable[..., "Child"]) -> list["Child"]:
+    """Producers and trainer ranks, which share the cores."""
+    producers, trainers = run.processes.producers, run.processes.trainers
+    each = run.tensor_parallel  # processes of a producer
+    n = producers * each + trainers
+    threads = run.processes.threads or max(1, (os.cpu_count() or 1) // n)
+    common = {"OMP_NUM_THREADS": str(threads)}
+    producing = [
+        child(
+            f"producer-{i}" if each == 1 else f"producer-{i}-{rank}",
+            "produce",
+            "--worker",
+            f"{run.name}-producer-{i}",
+            "--index",
+            str(i),
+            "--port-offset",
+            str(i * each + rank),
+            env=common | rendezvous,
+        )
+        for i in range(producers)
+        for rank, rendezvous in enumerate(rank_environments(each, each))
+    ]
+    training = [
+        child(
+            f"trainer-{rank}",
+            "train",
+            "--port-offset",
+            str(producers * each + rank),
+            env=common | rendezvous,
+        )
+        for rank, rendezvous in enumerate(rank_environments(trainers, trainers))
+    ]
+    return producing + training
+
+
+class Child:
+    """A process of a local run: its progress goes to the view, its messages to a log file.
+
+    Args:
+        name: Its name, for messages.
+        command: Its command line.
+        environment: Added to this process's.
+        log: Where its messages go.
+        view: Shows progress and warnings.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        command: Sequence[str],
+        environment: Mapping[str, str],
+        log: Path,
+        view: ProgressView,
+    ) -> None:
+        self.name = name
+        self.result: dict[str, Any] = {}
+        self._command = command
+        self._environment = {SUPERVISED: "1", **environment}
+        self._log = log
+        self._view = view
+        self._process: subprocess.Popen[str] | None = None
+        self._readers: list[threading.Thread] = []
+        self._messages: list[str] = []
+
+    def start(self) -> "subprocess.Popen[str]":
+        """Start the process, and read what it says."""
+        pipe = subprocess.PIPE
+        options = {"stdout": pipe, "stderr": pipe, "text": True, "errors": "replace"}
+        self._process = process = start(self._command, self._environment, **options)
+        assert process.stdout is not None
+        assert process.stderr is not None
+        self._readers = [
+            threading.Thread(target=self._read_stdout, args=(process.stdout,), daemon=True),
+            threading.Thread(target=self._read_stderr, args=(process.stderr,), daemon=True),
+        ]
+        for reader in self._readers:
+            reader.start()
+        return process
+
+    def close(self) -> None:
+        """Read to the end of what it says."""
+        for reader in self._readers:
+            reader.join()
+        if self._process is not None:
+            for pipe in (self._process.stdout, self._process.stderr):
+                assert pipe is not None
+                pipe.close()
+
+    def failure(self, code: int) -> ProcessFailedError:
+        """The error that it printed, or how it ended, with the exit code for the whole run.
+
+        Args:
+            code: Its own exit code.
+        """
+        if errors := self.errors:
+            return ProcessFailedError("\n".join(f"{self.name}: {line}" for line in errors), code)
+        if code < 0:
+            name = signal.Signals(-code).name
+            return ProcessFailedError(
+                f"{self.name}: killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}; "
+                f"its log is {self._log}; start again to go on",
+                EXIT_RESUMABLE,
+            )
+        last = next(
+            (line.strip() for line in reversed(self._messages) if line.strip()), "it said nothing"
+        )
+        return ProcessFailedError(f"{self.name}: {last}; its log is {self._log}", EXIT_BUG)
+
+    @property
+    def errors(self) -> list[str]:
+        """The errors that it printed."""
+        lines = [line for line in self._messages if line.startswith("error: ")]
+        return [line.removeprefix("error: ").rstrip() for line in lines]
+
+    def _read_stdout(self, stdout: IO[str]) -> None:
+        for line in stdout:
+            try:
+                record = json.loads(line)
+            except ValueError:
+                self._messages.append(line)
+                continue
+            if "role" in record:
+                with suppress(OSError):
+                    self._view.show(self.name, record)
+            else:
+                self.result = record
+
+    def _read_stderr(self, stderr: IO[str]) -> None:
+        for line in stderr:
+            self._messages.append(line)
+            del self._messages[:-200]
+            with suppress(OSError), self._log.open("a", encoding="utf-8") as file:
+                file.write(line)  # a full disk must not keep us from hearing the rest
+            if warning := _WARNING.match(line):
+                with suppress(OSError):  # nor must a terminal that is gone
+                    self._view.warn(*warning.groups())
+
+
+def run_together(children: Sequence[Child], stopping: threading.Event, view: ProgressView) -> None:
+    """Run children side by side until all have ended.
+
+    Args:
+        children: Not started yet.
+        stopping: When set, all are told to save and end.
+        view: Shows their progress.
+
+    Raises:
+        ProcessFailedError: One failed; the others have been ended.
+        Stopped: The user asked to stop; all have saved and ended.
+    """
+    if len(children) == 1:
+        view.begin(children[0].name)
+    try:
+        ends = supervise(
+            [child.start for child in children],
+            stopping,
+            failed_grace_seconds=_FAILED_GRACE_SECONDS,
+            stop_grace_seconds=_GRACE_SECONDS,
+        )
+    finally:
+        for child in children:
+            child.close()
+    failed = [end for end in ends if end.failed]
+    mistakes = [end for end in failed if end.code == EXIT_USER]
+    causes = [end for end in failed if not end.told] or [
+        end
+        for end in ends
+        if end.code == EXIT_RESUMABLE and not end.told and children[end.child].errors
+    ]
+    if blamed := mistakes or causes:
+        raise children[blamed[0].child].failure(blamed[0].code)
+    if failed:  # they did not heed the signal in time; what was saved before is safe
+        names = ", ".join(children[end.child].name for end in failed)
+        raise Stopped(f"{names} did not end in time; start the same command again to go on")
+    if stopping.is_set() or any(end.code for end in ends):
+        raise Stopped("everything is saved; start the same command again to go on")
+
+
+@contextmanager
+def _stop_requests() -> Iterator[threading.Event]:
+    """An event that Ctrl-C and SIGTERM set, for as long as the context lasts."""
+    stopping = threading.Event()
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    before = [signal.signal(number, lambda *_: stopping.set()) for number in numbers]
+    try:
+        yield stopping
+    finally:
+        for number, handler in zip(numbers, before, strict=True):
+            signal.signal(number, handler)
+
+
+def _log_folder(run: Run) -> Path:
+    """Beside the run's other files, or in the current folder where they are not on this disk."""
+    if folder := folder_of(run.store.runs):
+        return Path(folder) / run.name / "logs"
+    return Path(f"{run.name}-logs")

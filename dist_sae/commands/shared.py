@@ -1,0 +1,197 @@
+"""What commands share: common options, the run file, results, short-lived metrics, local ranks."""
+
+import argparse
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from dist_sae.config import Run
+    from dist_sae.kubernetes.cluster import Cluster
+    from dist_sae.telemetry.exporter import Telemetry
+
+Commands = Any
+"""Where a command is added: what `add_subparsers` returns."""
+Main = Callable[[argparse.Namespace], int | None]
+
+
+def add_command(commands: Commands, name: str, main: Main, text: str) -> argparse.ArgumentParser:
+    """Add a command on a run; returns its parser, for options of its own."""
+    parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
+    parser.add_argument("run", metavar="RUN", help="a run file, or a run's folder: a path or URL")
+    parser.add_argument(
+        "--set",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        help="override a setting: sae.k=64",
+    )
+    parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
+    parser.set_defaults(command=main)
+    return parser
+
+
+def add_group(commands: Commands, name: str, text: str, metavar: str = "ACTION") -> Commands:
+    """Add a command that consists of actions; returns where they are added."""
+    parser = commands.add_parser(name, help=text, description=text)
+    return parser.add_subparsers(metavar=metavar, required=True)
+
+
+def add_step(parser: argparse.ArgumentParser) -> None:
+    """Add `--step`."""
+    parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
+
+
+def add_ranks(parser: argparse.ArgumentParser) -> None:
+    """Add the options of programs whose ranks run side by side."""
+    parser.add_argument("--port-offset", type=int, default=0, help="added to telemetry.port")
+    parser.add_argument(
+        "--local-ranks",
+        type=int,
+        default=0,
+        metavar="N",
+        help="start N ranks here, those of node JOB_COMPLETION_INDEX (pods use it)",
+    )
+
+
+def add_wait(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add `--wait`."""
+    parser.add_argument("--wait", action="store_true", help=f"wait until there is {what}")
+
+
+def add_parent(parser: argparse.ArgumentParser) -> None:
+    """Add `--from`."""
+    parser.add_argument(
+        "--from",
+        dest="set",
+        action="append",
+        type=lambda name: f"train.parent.run={name}",
+        metavar="NAME",
+        help="continue another run of store.runs (same as --set train.parent.run=NAME)",
+    )
+
+
+def add_ignore_nodes(parser: argparse.ArgumentParser) -> None:
+    """Add `--ignore-nodes`."""
+    parser.add_argument(
+        "--ignore-nodes",
+        action="store_true",
+        help="even if its pods are too large for every present node",
+    )
+
+
+def load(options: argparse.Namespace) -> "Run":
+    """Read the run that the command line names."""
+    from dist_sae.checkpoint.folder import open_run
+
+    return open_run(options.run, options.set)
+
+
+def open_cluster(options: argparse.Namespace) -> tuple["Run", "Cluster"]:
+    """Read the run, and open its namespace on the cluster."""
+    run = load(options)
+    from dist_sae.kubernetes.cluster import Cluster
+
+    return run, Cluster(run.cluster)
+
+
+def short_lived(run: "Run", role: str) -> "Telemetry":
+    """Metrics of a program that ends before anybody can scrape it: they are pushed."""
+    from dist_sae.telemetry.exporter import Telemetry
+
+    return Telemetry(run.name, role, None, pushgateway_url=run.telemetry.pushgateway_url)
+
+
+def rank() -> int:
+    """Rank of this process in its job, from the variable that torchrun sets."""
+    return int(os.environ.get("RANK", "0"))
+
+
+def metrics_port(run: "Run", options: argparse.Namespace) -> int | None:
+    """The port of this process; 0 stays any free port."""
+    first: int | None = run.telemetry.port
+    return first + options.port_offset if first else first
+
+
+def run_local_ranks(
+    options: argparse.Namespace,
+    run: "Run",
+    arguments: Sequence[str],
+    environments: Sequence[Mapping[str, str]],
+    stopping: threading.Event,
+    first_rank: int = 0,
+) -> int:
+    """Run this pod's ranks as children, and serve the metrics of all on one page.
+
+    Args:
+        options: As given to this process; the ranks get the same run, overrides and `--wait`.
+        run: The run.
+        arguments: The program and its own options.
+        environments: Environment variables of each rank.
+        stopping: When set, all are told to save and stop.
+        first_rank: Added to `RANK` in the labels of the metrics.
+    """
+    from dist_sae.distributed.local_ranks import run_ranks
+    from dist_sae.telemetry.gather import GatheredTelemetry
+
+    program, *others = arguments
+    overrides = [word for override in options.set for word in ("--set", override)]
+    waiting = ["--wait"] if options.wait else []
+    command = [program, options.run, *overrides, *waiting, *others]
+    with ExitStack() as serving:
+        if port := run.telemetry.port:
+            ports = {
+                first_rank + int(environment["RANK"]): port + 1 + i
+                for i, environment in enumerate(environments)
+            }
+            serving.enter_context(GatheredTelemetry(run.name, program, ports, port))
+        return run_ranks(command, environments, stopping)
+
+
+def say(options: argparse.Namespace) -> Callable[[str], None]:
+    """Prints lines for people: to stderr where stdout is for a program."""
+    stream = sys.stderr if options.json else sys.stdout
+
+    def write(line: str) -> None:
+        stream.write(line + "\n")
+        stream.flush()
+
+    return write
+
+
+def print_json(options: argparse.Namespace, content: Any) -> None:
+    """Print JSON: on one line for programs, indented for people."""
+    sys.stdout.write(json.dumps(content, indent=None if options.json else 2) + "\n")
+
+
+def print_lines(options: argparse.Namespace, content: Any, lines: Sequence[str]) -> None:
+    """Print lines, or the content as JSON if a program asked."""
+    if options.json:
+        print_json(options, content)
+    else:
+        sys.stdout.writelines(f"{line}\n" for line in lines)
+
+
+def print_result(options: argparse.Namespace, result: Mapping[str, Any]) -> None:
+    """Print names and values; with --json one object, as the last line of stdout."""
+    if options.json:
+        print_json(options, result)
+        return
+    from dist_sae.report.shown import shown
+
+    for name, value in result.items():
+        if name == "made_from":  # for programs
+            continue
+        if isinstance(value, Mapping):
+            sys.stdout.write(f"{name}\n" if value else "")
+            for key, item in value.items():
+                unit = name if name.endswith("bytes") else key
+                ends = item if isinstance(item, list) else [item]  # a list of two is an interval
+                text = " to ".join(shown(unit, end) for end in ends)
+                sys.stdout.write(f"  {key:40} {text}\n")
+        elif not isinstance(value, list):
+            sys.stdout.write(f"{name:20} {shown(name, value)}\n")

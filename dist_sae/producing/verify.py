@@ -1,0 +1,155 @@
+"""Checking an activation set: every object against its manifest, every row against the text."""
+
+import hashlib
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from typing import Any, NamedTuple
+
+import xxhash
+
+from dist_sae.config import Run
+from dist_sae.data.consumers import retired_below
+from dist_sae.data.corpus import Corpus
+from dist_sae.data.origin import UnitText
+from dist_sae.data.plan import Plan, as_planned, load_plan, read_unit
+from dist_sae.data.shard import (
+    MANIFESTS,
+    SiteShard,
+    UnitManifest,
+    decode_block,
+    manifest_key,
+    read_manifest,
+)
+from dist_sae.errors import (
+    CorruptObjectError,
+    ObjectNotFoundError,
+)
+from dist_sae.models import build_tokenizer
+from dist_sae.storage import ObjectStore, open_store
+
+logger = logging.getLogger(__name__)
+
+_AT_ONCE = 4  # shards in memory
+
+
+class Verification(NamedTuple):
+    """The result of `verify`."""
+
+    url: str
+    objects: int
+    bytes: int
+    missing_units: int
+    """Units of the plan that are not there: not produced yet, or lost."""
+    retired_units: int
+    """Units whose shards were deleted after all runs had read them."""
+    bad: dict[str, str]
+    """Faults by object key."""
+    text_rows: int | None = None
+    """Rows compared with the text; None without `text`."""
+
+    def result(self) -> dict[str, Any]:
+        """As JSON: `bad` is the number of bad objects, `bad_objects` their faults."""
+        text = {} if self.text_rows is None else {"rows_compared_with_text": self.text_rows}
+        return {
+            "objects": self.objects,
+            "bytes": self.bytes,
+            "missing_units": self.missing_units,
+            "retired_units": self.retired_units,
+            **text,
+            "bad": len(self.bad),
+            "bad_objects": self.bad,
+        }
+
+    def raise_if_bad(self) -> None:
+        """Raise a `CorruptObjectError` with one line per bad object, if there are any."""
+        if self.bad:
+            lines = [f"{key}: {fault}" for key, fault in self.bad.items()]
+            remedy = (
+                f"{len(self.bad)} of {self.objects} objects are bad; "
+                f"delete the manifests (units/) of their units and produce them again"
+            )
+            raise CorruptObjectError("\n".join([remedy, *lines]), url=self.url)
+
+
+def verify(run: Run, *, text: bool = False) -> Verification:
+    """Read the whole activation set once and check it.
+
+    Args:
+        run: The run.
+        text: Also read the corpus: every row must have the token at its document and position.
+
+    Raises:
+        PlanMismatchError: The store holds no plan, or another one.
+        CorpusError: The text has changed since the plan was made.
+    """
+    store = open_store(run.store.activations, run.store.s3)
+    plan = load_plan(store, run)
+    read_text = _text_reader(run, plan) if text else None
+    retired = min(retired_below(store), len(plan.units))
+    objects = size = rows = 0
+    units: set[int] = set()
+    bad: dict[str, str] = {}
+    with ThreadPoolExecutor(_AT_ONCE) as pool:
+        for key, entry in MANIFESTS.entries(store):
+            objects, size = objects + 1, size + entry.bytes
+            unit = int(key["unit"])
+            units.add(unit)
+            if unit < retired:
+                continue
+            try:
+                manifest = _manifest(store, unit, plan)
+            except CorruptObjectError as exc:
+                bad[entry.key] = str(exc).removeprefix(f"{exc.url}/{exc.key}: ")
+                continue
+            unit_text = read_text(unit) if read_text else None
+            if unit_text and (fault := unit_text.manifest_fault(manifest)):
+                bad[entry.key] = fault
+            shards = list(manifest.sites.values())
+            objects, size = objects + len(shards), size + sum(shard.bytes for shard in shards)
+            rows += manifest.rows
+            faults = pool.map(partial(_fault, store, unit_text), shards)
+            bad |= {s.key: fault for s, fault in zip(shards, faults, strict=True) if fault}
+    missing = len(plan.units) - len(units)
+    return Verification(store.url, objects, size, missing, retired, bad, rows if text else None)
+
+
+def _text_reader(run: Run, plan: Plan) -> Callable[[int], UnitText]:
+    """A function that reads the text of a unit."""
+    run = as_planned(run, plan)
+    tokenizer = build_tokenizer(run)
+    corpus = Corpus(run.corpus, run.store.s3)
+
+    def read(unit: int) -> UnitText:
+        return UnitText(
+            read_unit(corpus, plan, unit),
+            tokenizer,
+            context_tokens=run.activations.context_tokens,
+            bos=tokenizer.bos if run.activations.prepend_bos else None,
+        )
+
+    return read
+
+
+def _manifest(store: ObjectStore, unit: int, plan: Plan) -> UnitManifest:
+    manifest: UnitManifest = read_manifest(store, unit)
+    if manifest.plan != plan.hash:
+        raise CorruptObjectError("belongs to another plan", url=store.url, key=manifest_key(unit))
+    return manifest
+
+
+def _fault(store: ObjectStore, text: UnitText | None, shard: SiteShard) -> str | None:
+    try:
+        data = store.get(shard.key)
+    except ObjectNotFoundError:
+        return "is missing"
+    if len(data) != shard.bytes:
+        return f"has {len(data)} bytes where {shard.bytes} were written"
+    if hashlib.sha256(data).hexdigest() != shard.sha256:
+        return "does not match its checksum"
+    blocks = [data[block.offset : block.offset + block.bytes] for block in shard.blocks]
+    for piece, block in zip(blocks, shard.blocks, strict=True):
+        if xxhash.xxh3_128_hexdigest(piece) != block.xxh3:
+            return "does not match its manifest's list of blocks"
+    return text.rows_fault(map(decode_block, blocks)) if text else None
