@@ -8,12 +8,10 @@ import signal
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
-import yaml
 
 from tests.servers import OWNER, SERVERS, Server
 
@@ -111,31 +109,3 @@ def _process_as_it_was() -> Iterator[None]:
     root.setLevel(level)
     for number, handler in zip(numbers, signals, strict=True):
         signal.signal(number, handler)
-
-
-def synthetic_run(folder: Path, **sections: dict[str, Any]) -> Path:
-    """Write a tiny synthetic run file into `folder`; `sections` are merged over it.
-
-    8,000 rows in 125 documents: 4 training units of about 1,900 rows and one held-out unit.
-    """
-    run: dict[str, Any] = {
-        "name": "tiny",
-        "store": {"activations": str(folder / "activations"), "runs": str(folder / "runs")},
-        "model": {"kind": "synthetic", "d_in": 8, "n_features": 32, "l0": 2},
-        "corpus": {"kind": "synthetic", "documents": 125, "document_rows": 64},
-        "activations": {
-            "sites": ["synthetic"],
-            "streams": 4,
-            "unit_rows": 2048,
-            "block_rows": 512,
-            "context_tokens": 64,
-            "dtype": "fp32",
-        },
-        "sae": {"kind": "topk", "n_latents": 32, "k": 2, "auxk": 4, "dead_after_rows": 4096},
-        "train": {"rows": 4096, "batch_rows": 256, "normaliser_rows": 2048},
-    }
-    for name, section in sections.items():
-        run[name] = run.get(name, {}) | section
-    path = folder / "run.yaml"
-    path.write_text(yaml.safe_dump(run))
-    return path

@@ -5,55 +5,9 @@ import os
 import signal
 import socket
 from pathlib import Path
-from typing import Any
-
-import yaml
 
 from dist_sae.logs import SUPERVISED
 from tests.forks import Program
-
-WORLD: dict[str, Any] = {
-    "name": "world",
-    "model": {"kind": "synthetic", "d_in": 16, "n_features": 48, "l0": 3},
-    "corpus": {"kind": "synthetic", "documents": 200, "document_rows": 32},
-    "activations": {
-        "sites": ["synthetic"],
-        "context_tokens": 32,
-        "unit_rows": 350,
-        "block_rows": 100,
-        "streams": 4,
-        "window_units": 2,
-        "dtype": "fp32",
-    },
-    "sae": {"kind": "topk", "n_latents": 64, "k": 3, "auxk": 16, "dead_after_rows": 480},
-    "train": {
-        "rows": 9600,
-        "max_passes": 2,
-        "batch_rows": 160,
-        "lr": 3e-3,
-        "products": "fp32",
-        "normaliser_rows": 2000,
-        "log_every_steps": 1,
-        "save_every_steps": 1000,
-    },
-}
-
-
-def write_run(folder: Path, **sections: Any) -> Path:
-    """A run file of the small world under `folder`, with keys of some sections replaced.
-
-    A section of another kind replaces the whole.
-    """
-    data = json.loads(json.dumps(WORLD))
-    data["store"] = {"activations": str(folder / "activations"), "runs": str(folder / "runs")}
-    for section, values in sections.items():
-        old = data.get(section, {})
-        same = isinstance(values, dict) and values.get("kind", old.get("kind")) == old.get("kind")
-        data[section] = {**old, **values} if same else values
-    path = folder / "run.yaml"
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(data))
-    return path
 
 
 def start(*arguments: str, env: dict[str, str] | None = None) -> Program:

@@ -5,7 +5,6 @@ import json
 import threading
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Executor
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -25,35 +24,7 @@ from dist_sae.models import ActivationSource
 from dist_sae.producing.planner import plan
 from dist_sae.storage import Entry, ObjectStore, open_store, records
 from dist_sae.telemetry.exporter import Telemetry
-
-DOCUMENT_ROWS = 16
-
-
-def make_run(folder: Path, **sections: dict[str, Any]) -> Run:
-    """A synthetic world: 128 documents of 16 rows, 16 training units, 4 streams, no exclusions."""
-    settings: dict[str, dict[str, Any]] = {
-        "store": {"activations": str(folder / "a"), "runs": str(folder / "r")},
-        "model": {"kind": "synthetic", "d_in": 2},
-        "corpus": {"kind": "synthetic", "documents": 128, "document_rows": DOCUMENT_ROWS},
-        "activations": {
-            "sites": [SYNTHETIC_SITE],
-            "context_tokens": DOCUMENT_ROWS,
-            "streams": 4,
-            "unit_rows": 120,
-            "block_rows": 32,
-            "window_units": 3,
-            "heldout_share": 0.05,
-            "dtype": "fp32",
-            "exclude": {"first_positions": 0, "over_norm": None},
-        },
-        "sae": {"kind": "topk", "n_latents": 8, "k": 2, "auxk": 4},
-        "train": {"rows": 1024, "batch_rows": 64},
-    }
-    for name, section in sections.items():
-        kind = section.get("kind")
-        replaces = kind is not None and kind != settings.get(name, {}).get("kind")
-        settings[name] = section if replaces else settings.get(name, {}) | section
-    return Run.model_validate({"name": "world", **settings})
+from tests.runs import DOCUMENT_ROWS
 
 
 class RowNumbers:

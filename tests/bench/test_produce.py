@@ -3,7 +3,8 @@
 import json
 from pathlib import Path
 
-from tests.launch import run, write_run
+from tests.launch import run
+from tests.runs import write_run
 
 
 def test_bench_produce_measures_beside_the_activation_set(tmp_path: Path) -> None:

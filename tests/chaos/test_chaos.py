@@ -30,7 +30,7 @@ from tests.chaos.job import produce_units, train_held, train_rank
 from tests.chaos.scraper import Scraper
 from tests.faults import KINDS, FaultProxy
 from tests.forks import processes
-from tests.launch import write_run
+from tests.runs import write_run
 from tests.servers import OWNER, Server
 
 CREDENTIALS = {

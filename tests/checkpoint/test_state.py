@@ -25,7 +25,7 @@ from tests.dictionaries.recipes import (
     VARIANCE,
     make,
 )
-from tests.launch import write_run
+from tests.runs import write_run
 
 DEAD_AFTER = 2 * BATCH
 

@@ -21,7 +21,7 @@ from dist_sae.telemetry.exporter import Telemetry
 from dist_sae.training.clock import Times
 from dist_sae.training.setup import begin
 from tests.dictionaries.recipes import D_IN
-from tests.launch import WORLD, write_run
+from tests.runs import WORLD, write_run
 from tests.world import save
 
 N_KNOWN = 64

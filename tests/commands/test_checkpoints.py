@@ -15,7 +15,7 @@ from dist_sae.commands import cli
 from dist_sae.config import load_run
 from dist_sae.config.fingerprint import run_fingerprint
 from dist_sae.storage import open_store
-from tests.launch import write_run
+from tests.runs import write_run
 from tests.world import save
 
 TENSORS = {

@@ -11,7 +11,8 @@ import yaml
 from dist_sae import __version__
 from dist_sae.commands.cli import main
 from dist_sae.config import Run, load_run
-from tests.conftest import Bucket, synthetic_run
+from tests.conftest import Bucket
+from tests.runs import TINY, write_run
 from tests.world import changed
 
 
@@ -31,7 +32,7 @@ def files_in(folder: Path) -> list[str]:
 
 def real_run(folder: Path, corpus: str) -> Path:
     """A run over text; its language model does not exist, and is not asked for before the text."""
-    path = synthetic_run(folder, activations={"sites": ["resid_post.0"]})
+    path = write_run(folder, TINY, activations={"sites": ["resid_post.0"]})
     run = yaml.safe_load(path.read_text())
     run["model"] = {"kind": "huggingface", "path": str(folder / "no-model")}
     run["corpus"] = {"kind": "files", "files": [corpus]}
@@ -42,7 +43,7 @@ def real_run(folder: Path, corpus: str) -> Path:
 @pytest.fixture
 def produced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
     """The run file of a run whose activation set is complete."""
-    path = synthetic_run(tmp_path)
+    path = write_run(tmp_path, TINY)
     assert main(["plan", str(path)]) == 0
     assert main(["produce", str(path)]) == 0
     capsys.readouterr()
@@ -60,7 +61,7 @@ def produced(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> Path:
 def test_bad_setting_ends_every_command_before_it_begins(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], command: str, override: str, problem: str
 ) -> None:
-    path = synthetic_run(tmp_path)
+    path = write_run(tmp_path, TINY)
     assert fail(capsys, command, str(path), "--set", override) == f"{path}: {problem}"
     assert files_in(tmp_path) == ["run.yaml"]
 
@@ -81,7 +82,7 @@ def test_a_mistake_in_the_run_file_is_told_before_anything_heavy_is_imported(
     commands = ["plan", "produce", "train", "run", "evaluate", "export", "report", "render"]
     commands += ["store ls", "store verify", "store gc", "checkpoints ls", "checkpoints verify"]
     commands += ["submit", "status", "logs", "cancel", "resume", "bench produce"]
-    code = [sys.executable, "-c", BAD, str(synthetic_run(tmp_path)), *commands]
+    code = [sys.executable, "-c", BAD, str(write_run(tmp_path, TINY)), *commands]
     done = subprocess.run(code, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("sae.kk: unknown key; did you mean k?") == len(commands)
@@ -90,7 +91,7 @@ def test_a_mistake_in_the_run_file_is_told_before_anything_heavy_is_imported(
 def test_several_problems_make_a_line_each(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = synthetic_run(tmp_path, sae={"kk": 1, "k": 0})
+    path = write_run(tmp_path, TINY, sae={"kk": 1, "k": 0})
     assert main(["plan", str(path)]) == 2
     assert capsys.readouterr().err.splitlines() == [
         f"error: {path}: sae.k: input should be greater than 0 (got 0)",
@@ -117,7 +118,7 @@ def test_corpus_too_small_for_a_batch_is_an_error(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     # 5 % of 40 documents are held out; 38 give 38 * 63 rows, for the first of a context is left out
-    path = synthetic_run(tmp_path, corpus={"documents": 40})
+    path = write_run(tmp_path, TINY, corpus={"documents": 40})
     sizes = ["--set", "train.batch_rows=4096", "--set", "train.rows=4096"]
     problem = "corpus: about 2394 rows to train on, less than one batch (train.batch_rows 4096)"
     assert fail(capsys, "plan", str(path), *sizes).startswith(problem)
@@ -128,7 +129,7 @@ def test_wrong_bucket_is_named(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], bucket: Bucket
 ) -> None:
     s3 = {"endpoint_url": bucket.endpoint_url}
-    path = synthetic_run(tmp_path, store={"activations": "s3://no-such-bucket/a", "s3": s3})
+    path = write_run(tmp_path, TINY, store={"activations": "s3://no-such-bucket/a", "s3": s3})
     problem = "s3://no-such-bucket/a: no such bucket; create it or correct the URL"
     assert fail(capsys, "plan", str(path)) == problem
     assert fail(capsys, "produce", str(path)) == problem
@@ -137,7 +138,7 @@ def test_wrong_bucket_is_named(
 def test_store_with_another_plan_is_left_alone(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = str(synthetic_run(tmp_path))
+    path = str(write_run(tmp_path, TINY))
     assert main(["plan", path]) == 0
     before = (tmp_path / "activations/plan.json").read_bytes()
     capsys.readouterr()
@@ -149,7 +150,7 @@ def test_store_with_another_plan_is_left_alone(
 
 
 def test_port_in_use_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = synthetic_run(tmp_path)
+    path = write_run(tmp_path, TINY)
     assert main(["plan", str(path)]) == 0
     capsys.readouterr()
     with socket.socket() as taken:
@@ -164,7 +165,7 @@ def test_port_in_use_is_named(tmp_path: Path, capsys: pytest.CaptureFixture[str]
 def test_produce_before_plan_says_what_to_do(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = synthetic_run(tmp_path)
+    path = write_run(tmp_path, TINY)
     assert fail(capsys, "produce", str(path)).endswith(
         "holds no plan yet; run `dist-sae plan` first"
     )
@@ -174,7 +175,7 @@ def test_produce_before_plan_says_what_to_do(
 def test_json_is_the_last_line_of_stdout(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = str(synthetic_run(tmp_path))
+    path = str(write_run(tmp_path, TINY))
     assert main(["plan", path, "--json"]) == 0
     result = json.loads(capsys.readouterr().out.splitlines()[-1])
     # 125 documents of 63 rows: 6 held out, 119 * 63 / 2048 = 3.7, a multiple of 4 streams
@@ -200,7 +201,7 @@ def test_json_is_the_last_line_of_stdout(
 def test_plan_tells_a_mistake_in_deepspeeds_part(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = synthetic_run(tmp_path, train={"deepspeed": {"zero_optimisation": {"stage": 1}}})
+    path = write_run(tmp_path, TINY, train={"deepspeed": {"zero_optimisation": {"stage": 1}}})
     assert "train.deepspeed.zero_optimisation: unknown to DeepSpeed" in fail(
         capsys, "plan", str(path)
     )
@@ -208,7 +209,7 @@ def test_plan_tells_a_mistake_in_deepspeeds_part(
 
 
 def test_plan_made_twice_is_the_same(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = str(synthetic_run(tmp_path))
+    path = str(write_run(tmp_path, TINY))
     outputs = []
     for _ in range(2):
         assert main(["plan", path, "--json"]) == 0
@@ -219,7 +220,7 @@ def test_plan_made_twice_is_the_same(tmp_path: Path, capsys: pytest.CaptureFixtu
 def test_config_show_prints_a_run_file_with_the_overrides(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    path = synthetic_run(tmp_path)
+    path = write_run(tmp_path, TINY)
     assert main(["config", "show", str(path), "--set", "sae.k=1"]) == 0
     shown = tmp_path / "shown.yaml"
     shown.write_text(capsys.readouterr().out)
@@ -319,7 +320,7 @@ def test_interrupt_is_resumable_and_no_traceback(
         raise KeyboardInterrupt
 
     monkeypatch.setattr("dist_sae.checkpoint.folder.open_run", interrupt)
-    assert main(["config", "show", str(synthetic_run(tmp_path))]) == 75
+    assert main(["config", "show", str(write_run(tmp_path, TINY))]) == 75
     assert capsys.readouterr().err == "stopped: interrupted; start the same command again\n"
 
 
@@ -327,7 +328,7 @@ def test_reader_that_closes_early_is_no_error(tmp_path: Path) -> None:
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run(
-        [sys.executable, "-m", "dist_sae", "config", "show", str(synthetic_run(tmp_path))],
+        [sys.executable, "-m", "dist_sae", "config", "show", str(write_run(tmp_path, TINY))],
         stdout=writer,
         stderr=subprocess.PIPE,
         text=True,
@@ -354,7 +355,7 @@ def test_signal_during_an_import_ends_in_one_line(tmp_path: Path, name: str, mod
     (tmp_path / f"{module}.py").write_text(DYING.format(name=name))
     paths = os.pathsep.join([str(tmp_path), *sys.path])
     done = subprocess.run(
-        [sys.executable, "-m", "dist_sae", "store", "ls", str(synthetic_run(tmp_path))],
+        [sys.executable, "-m", "dist_sae", "store", "ls", str(write_run(tmp_path, TINY))],
         env=os.environ | {"PYTHONPATH": paths},
         capture_output=True,
         text=True,

@@ -22,7 +22,7 @@ from dist_sae.errors import ProcessFailedError
 from dist_sae.storage import open_store
 from dist_sae.training.progress import ProgressView
 from tests.conftest import Bucket
-from tests.launch import write_run
+from tests.runs import write_run
 
 BOTH = {"producers": 2, "trainers": 2, "threads": 1}
 

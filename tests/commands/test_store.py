@@ -14,13 +14,13 @@ from dist_sae.data.consumers import Consumers
 from dist_sae.data.plan import load_plan
 from dist_sae.data.shard import read_manifest
 from dist_sae.storage import open_store
-from tests.conftest import synthetic_run
+from tests.runs import TINY, write_run
 
 
 @pytest.fixture(scope="module")
 def produced(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The run file of a complete set in bf16, with an orphan of unit 0."""
-    path = synthetic_run(tmp_path_factory.mktemp("set"), activations={"dtype": "bf16"})
+    path = write_run(tmp_path_factory.mktemp("set"), TINY, activations={"dtype": "bf16"})
     for command in ("plan", "produce"):
         assert main([command, str(path)]) == 0
     orphan = next((path.parent / "activations/shards/synthetic").glob("00000000-*.tar"))

@@ -7,8 +7,7 @@ import pytest
 
 from dist_sae.config import dump_run, load_run
 from dist_sae.config.fingerprint import as_begun, changes, run_fingerprint
-from tests.conftest import synthetic_run
-from tests.launch import write_run
+from tests.runs import TINY, write_run
 
 
 @pytest.mark.parametrize(
@@ -18,7 +17,7 @@ from tests.launch import write_run
 def test_the_resolved_run_has_numbers_where_settings_follow_others(
     tmp_path: Path, rows: int, window: int
 ) -> None:
-    path = synthetic_run(tmp_path)
+    path = write_run(tmp_path, TINY)
     run = load_run(path, [f"train.rows={rows}", "sae.dead_after_rows=null"])
     assert run.sae.dead_after_rows == run.dead_after_rows == window
     assert run.train.lr == run.lr > 0
@@ -30,7 +29,7 @@ def test_the_resolved_run_has_numbers_where_settings_follow_others(
 
 def test_a_run_that_began_with_the_defaults_of_its_time_is_the_same_run(tmp_path: Path) -> None:
     """10 million rows whatever the run, and a learning rate that was not written down."""
-    path = synthetic_run(tmp_path)
+    path = write_run(tmp_path, TINY)
     run = load_run(path, ["sae.dead_after_rows=null"])
     stored = run_fingerprint(run)
     assert as_begun(run, stored) == run

@@ -7,7 +7,7 @@ import pytest
 from dist_sae.config import Run, load_run
 from dist_sae.config.messages import OTHER_NAMES, _places
 from dist_sae.errors import ConfigError
-from tests.conftest import synthetic_run
+from tests.runs import TINY, write_run
 
 KINDS = "jumprelu, jumprelu_tanh, relu"
 ENDS = "with a letter or a digit first and last"
@@ -83,7 +83,7 @@ ENDS = "with a letter or a digit first and last"
 def test_a_mistake_is_answered_with_what_was_meant(
     tmp_path: Path, override: str, answer: str
 ) -> None:
-    path = synthetic_run(tmp_path)
+    path = write_run(tmp_path, TINY)
     with pytest.raises(ConfigError) as caught:
         load_run(path, [override])
     assert str(caught.value) == f"{path}: {answer}"

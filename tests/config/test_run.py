@@ -13,7 +13,7 @@ from pydantic import ValidationError
 
 from dist_sae.config import Run, differences, dump_run, load_run, validate_run
 from dist_sae.errors import ConfigError
-from tests.conftest import synthetic_run
+from tests.runs import TINY, write_run
 
 
 def problems(path: Path, overrides: Sequence[str] = ()) -> list[str]:
@@ -26,8 +26,8 @@ def problems(path: Path, overrides: Sequence[str] = ()) -> list[str]:
 
 
 def test_load_run_reports_every_problem_at_once(tmp_path: Path) -> None:
-    path = synthetic_run(
-        tmp_path, sae={"k": 0, "auxk": -1}, train={"rows": "many"}, evaluate={"rowz": 1}
+    path = write_run(
+        tmp_path, TINY, sae={"k": 0, "auxk": -1}, train={"rows": "many"}, evaluate={"rowz": 1}
     )
     assert problems(path) == [
         "sae.k: input should be greater than 0 (got 0)",
@@ -57,7 +57,7 @@ def test_load_run_reports_every_problem_at_once(tmp_path: Path) -> None:
 def test_load_run_suggests_what_an_unknown_key_may_mean(
     tmp_path: Path, override: str, problem: str
 ) -> None:
-    assert problems(synthetic_run(tmp_path), [override]) == [problem]
+    assert problems(write_run(tmp_path, TINY), [override]) == [problem]
 
 
 @pytest.mark.parametrize(
@@ -84,18 +84,18 @@ def test_load_run_suggests_what_an_unknown_key_may_mean(
 def test_load_run_keeps_union_tags_out_of_the_path(
     tmp_path: Path, override: str, problem: str
 ) -> None:
-    assert problems(synthetic_run(tmp_path), [override]) == [problem]
+    assert problems(write_run(tmp_path, TINY), [override]) == [problem]
 
 
 @pytest.mark.parametrize("site", ["resid_post", "resid_post.x", "resid_mid.3", "RESID_POST.3"])
 def test_load_run_names_the_bad_site_and_no_consequence_of_it(tmp_path: Path, site: str) -> None:
-    (problem,) = problems(synthetic_run(tmp_path), [f"activations.sites=[{site}]"])
+    (problem,) = problems(write_run(tmp_path, TINY), [f"activations.sites=[{site}]"])
     assert problem.startswith(f"activations.sites.0: {site!r} is not a site: use NAME.LAYER")
 
 
 @pytest.mark.parametrize("value", [".inf", "-.inf", ".nan"])
 def test_load_run_refuses_numbers_that_are_not_finite(tmp_path: Path, value: str) -> None:
-    (problem,) = problems(synthetic_run(tmp_path), [f"train.lr={value}"])
+    (problem,) = problems(write_run(tmp_path, TINY), [f"train.lr={value}"])
     assert problem.startswith("train.lr: input should be")
 
 
@@ -137,7 +137,7 @@ def test_load_run_refuses_numbers_that_are_not_finite(tmp_path: Path, value: str
 def test_load_run_refuses_urls_that_lead_nowhere(
     tmp_path: Path, override: str, problem: str
 ) -> None:
-    assert problems(synthetic_run(tmp_path), [override]) == [problem]
+    assert problems(write_run(tmp_path, TINY), [override]) == [problem]
 
 
 @pytest.mark.parametrize(
@@ -218,7 +218,7 @@ def test_load_run_refuses_urls_that_lead_nowhere(
 def test_load_run_checks_that_sections_agree(
     tmp_path: Path, overrides: list[str], problem: str
 ) -> None:
-    assert problems(synthetic_run(tmp_path), overrides) == [problem]
+    assert problems(write_run(tmp_path, TINY), overrides) == [problem]
 
 
 def test_load_run_asks_which_site_when_there_are_several(tmp_path: Path) -> None:
@@ -227,7 +227,7 @@ def test_load_run_asks_which_site_when_there_are_several(tmp_path: Path) -> None
         "corpus={kind: dataset, name: x}",
         "activations.sites=[mlp_in.0, mlp_out.0]",
     ]
-    path = synthetic_run(tmp_path)
+    path = write_run(tmp_path, TINY)
     assert problems(path, overrides) == [
         "train.site: missing; activations.sites has several: mlp_in.0, mlp_out.0"
     ]
@@ -236,7 +236,7 @@ def test_load_run_asks_which_site_when_there_are_several(tmp_path: Path) -> None
 
 def test_load_run_reports_every_disagreement_at_once(tmp_path: Path) -> None:
     overrides = ["train.batch_rows=6", "train.rows=5", "processes.trainers=3"]
-    assert [line.partition(":")[0] for line in problems(synthetic_run(tmp_path), overrides)] == [
+    assert [line.partition(":")[0] for line in problems(write_run(tmp_path, TINY), overrides)] == [
         "train.batch_rows",
         "train.rows",
         "processes.trainers",
@@ -246,7 +246,7 @@ def test_load_run_reports_every_disagreement_at_once(tmp_path: Path) -> None:
 
 def test_overrides_are_yaml_and_the_last_one_wins(tmp_path: Path) -> None:
     run = load_run(
-        synthetic_run(tmp_path),
+        write_run(tmp_path, TINY),
         ["train.lr=1e-3", "train.lr=2e-3", "train.rows=1e5", "train.betas=[0.8, 0.9]",
          "train.clip_norm=null", "train.deepspeed={zero: {eps: 1e-5}}"],
     )  # fmt: skip
@@ -258,7 +258,7 @@ def test_overrides_are_yaml_and_the_last_one_wins(tmp_path: Path) -> None:
 
 
 def test_overrides_create_the_sections_they_need(tmp_path: Path) -> None:
-    path = synthetic_run(tmp_path)
+    path = write_run(tmp_path, TINY)
     path.write_text(path.read_text() + "telemetry:\n")  # a section without a value
     run = load_run(path, ["telemetry.port=9000", "store.s3.region=eu-west-1"])
     assert run.telemetry.port == 9000
@@ -277,7 +277,7 @@ def test_overrides_create_the_sections_they_need(tmp_path: Path) -> None:
 )
 def test_override_errors_name_the_override(tmp_path: Path, override: str, message: str) -> None:
     with pytest.raises(ConfigError) as caught:
-        load_run(synthetic_run(tmp_path), [override])
+        load_run(write_run(tmp_path, TINY), [override])
     assert str(caught.value) == message
 
 
@@ -316,7 +316,7 @@ def test_load_run_says_so_when_the_file_cannot_be_read(
 
 
 def test_dumped_run_loads_to_an_equal_run(tmp_path: Path) -> None:
-    run = load_run(synthetic_run(tmp_path), ["train.lr=1e-3", "train.deepspeed={a: [1, 2]}"])
+    run = load_run(write_run(tmp_path, TINY), ["train.lr=1e-3", "train.deepspeed={a: [1, 2]}"])
     again = tmp_path / "again.yaml"
     again.write_text(dump_run(run))
     assert load_run(again) == run
@@ -325,7 +325,7 @@ def test_dumped_run_loads_to_an_equal_run(tmp_path: Path) -> None:
 
 def test_the_schema_asks_for_a_kind_wherever_loading_does(tmp_path: Path) -> None:
     validator = jsonschema.Draft202012Validator(Run.model_json_schema())
-    data = yaml.safe_load(synthetic_run(tmp_path).read_text())
+    data = yaml.safe_load(write_run(tmp_path, TINY).read_text())
     assert not list(validator.iter_errors(data))
     for section in ("sae", "model", "corpus"):
         without = data | {section: {k: v for k, v in data[section].items() if k != "kind"}}
@@ -339,7 +339,7 @@ def test_local_stores_resolve_to_absolute_paths(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", "/home/someone")
-    path = synthetic_run(tmp_path)
+    path = write_run(tmp_path, TINY)
     run = load_run(path, ["store.activations=a b/../c/", "store.runs=~/r"])
     assert run.store.activations == f"{tmp_path}/c"
     assert run.store.runs == "/home/someone/r"
@@ -349,7 +349,7 @@ def test_local_stores_resolve_to_absolute_paths(
 
 
 def test_run_cannot_be_changed(tmp_path: Path) -> None:
-    run: Any = load_run(synthetic_run(tmp_path))
+    run: Any = load_run(write_run(tmp_path, TINY))
     with pytest.raises(ValidationError, match="frozen"):
         run.name = "other"
     with pytest.raises(ValidationError, match="frozen"):
@@ -371,7 +371,7 @@ def test_differences_name_the_nested_keys_that_differ() -> None:
 
 
 def test_learning_rate_follows_the_width_unless_given(tmp_path: Path) -> None:
-    path = synthetic_run(tmp_path)
+    path = write_run(tmp_path, TINY)
     # 2e-4 * sqrt(2^14 / 2^18) = 2e-4 / 4
     assert load_run(path, ["sae.n_latents=262144", "sae.init=random"]).lr == pytest.approx(5e-5)
     assert load_run(path, ["train.lr=0.5"]).lr == 0.5
@@ -382,11 +382,11 @@ def test_ranks_are_replicas_times_shards(
     tmp_path: Path, trainers: int, shards: int, replicas: int
 ) -> None:
     settings = [f"processes.trainers={trainers}", f"processes.latent_shards={shards}"]
-    assert load_run(synthetic_run(tmp_path), settings).replicas == replicas
+    assert load_run(write_run(tmp_path, TINY), settings).replicas == replicas
 
 
 def test_steps_are_full_batches(tmp_path: Path) -> None:
-    assert load_run(synthetic_run(tmp_path), ["train.rows=1023"]).steps == 3  # of 256 rows
+    assert load_run(write_run(tmp_path, TINY), ["train.rows=1023"]).steps == 3  # of 256 rows
 
 
 def test_importing_the_configuration_needs_no_torch() -> None:
@@ -412,7 +412,7 @@ def test_help_answers_at_once() -> None:
 
 
 def test_yaml_written_for_people_reads_back(tmp_path: Path) -> None:
-    assert list(yaml.safe_load(dump_run(load_run(synthetic_run(tmp_path))))) == list(
+    assert list(yaml.safe_load(dump_run(load_run(write_run(tmp_path, TINY))))) == list(
         Run.model_fields
     )
 

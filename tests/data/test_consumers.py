@@ -14,7 +14,8 @@ from dist_sae.data.upkeep import gc
 from dist_sae.errors import CorruptObjectError, DataExhaustedError
 from dist_sae.producing.verify import verify
 from dist_sae.storage import Entry, ObjectStore, open_store
-from tests.world import RowNumbers, Wrapped, fill, make_run
+from tests.runs import make_run
+from tests.world import RowNumbers, Wrapped, fill
 
 
 @pytest.fixture

@@ -22,9 +22,9 @@ from dist_sae.storage import open_store
 from tests.data.dataplane import produce, read
 from tests.faults import KINDS, FaultProxy
 from tests.forks import processes
+from tests.runs import make_run
 from tests.servers import OWNER, Server
 from tests.servers import seaweedfs as seaweedfs_server
-from tests.world import make_run
 
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": OWNER.id,

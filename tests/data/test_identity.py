@@ -29,7 +29,8 @@ from dist_sae.errors import PlanMismatchError
 from dist_sae.kubernetes.stored import StoredRun
 from dist_sae.producing.planner import plan
 from dist_sae.storage import open_store
-from tests.world import Letters, changed, make_run
+from tests.runs import make_run
+from tests.world import Letters, changed
 
 SITES = ["resid_post.0", "resid_post.1"]
 

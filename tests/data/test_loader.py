@@ -34,14 +34,13 @@ from dist_sae.logs import SUPERVISED
 from dist_sae.producing.planner import plan
 from dist_sae.storage import Entry, ObjectStore, open_store
 from dist_sae.storage.records import seal
+from tests.runs import DOCUMENT_ROWS, make_run
 from tests.world import (
-    DOCUMENT_ROWS,
     RowNumbers,
     Wrapped,
     batches,
     changed,
     fill,
-    make_run,
     open_loader,
     open_stream,
     open_units,

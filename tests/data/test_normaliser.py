@@ -6,7 +6,8 @@ from torch import Tensor
 
 from dist_sae.data.normaliser import Normaliser, measure
 from dist_sae.errors import NonFiniteError
-from tests.world import RowNumbers, batches, fill, make_run, open_units
+from tests.runs import make_run
+from tests.world import RowNumbers, batches, fill, open_units
 
 
 class Normal(RowNumbers):

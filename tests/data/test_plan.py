@@ -22,8 +22,8 @@ from dist_sae.producing.planner import plan
 from dist_sae.storage import open_store
 from dist_sae.storage.records import seal
 from dist_sae.training.start import Start
-from tests.launch import write_run
-from tests.world import changed, make_run
+from tests.runs import make_run, write_run
+from tests.world import changed
 
 
 def index(documents: int, per_span: int = 1) -> CorpusIndex:

@@ -18,8 +18,9 @@ from dist_sae.errors import ObjectNotFoundError
 from dist_sae.producing.planner import plan
 from dist_sae.storage import UNMETERED, Entry, Meter, ObjectStore, open_store
 from dist_sae.telemetry.exporter import Telemetry
+from tests.runs import make_run
 from tests.telemetry.scrape import values
-from tests.world import Wrapped, make_run
+from tests.world import Wrapped
 
 UNITS = 17
 

@@ -22,7 +22,7 @@ from dist_sae.distributed.engine import LocalEngine
 from dist_sae.kernels.choice import choose_kernels
 from dist_sae.storage import open_store
 from dist_sae.telemetry.process import resident_bytes
-from tests.launch import write_run
+from tests.runs import write_run
 
 MIB = 2**20
 _M_MMAP_THRESHOLD = -3  # of glibc's mallopt

@@ -18,7 +18,7 @@ from dist_sae.distributed.rendezvous import rendezvous
 from dist_sae.kernels import Entries
 from dist_sae.kernels.choice import choose_kernels
 from tests.dictionaries.recipes import D_IN, make
-from tests.launch import write_run
+from tests.runs import write_run
 
 N_LATENTS, BATCH, DEAD_AFTER = 64, 32, 48
 # at 3e-3 the penalised recipes let rounding alone grow to 1.2e-6 of the loss within 106 steps

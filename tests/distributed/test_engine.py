@@ -18,7 +18,7 @@ from dist_sae.distributed.mesh import Mesh, join_mesh
 from dist_sae.distributed.rendezvous import rendezvous
 from dist_sae.distributed.zero import deepspeed_config
 from dist_sae.errors import ConfigError, NonFiniteError
-from tests.launch import write_run
+from tests.runs import write_run
 
 # DeepSpeed's import and torch's collectives warn about themselves
 pytestmark = pytest.mark.filterwarnings("ignore")

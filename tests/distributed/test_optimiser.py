@@ -15,7 +15,7 @@ from dist_sae.dictionaries.base import Dictionary, Step
 from dist_sae.dictionaries.init import initialise_tied
 from dist_sae.distributed.engine import LocalEngine, build_optimizer, clip_gradients
 from dist_sae.models.synthetic import SyntheticSource
-from tests.launch import write_run
+from tests.runs import write_run
 
 D_IN, N, L0, BATCH = 16, 64, 3, 160
 WORLD = SyntheticSource(SyntheticModel(d_in=D_IN, n_features=48, l0=L0))

@@ -25,7 +25,7 @@ from dist_sae.interop.sae_lens import export
 from dist_sae.kernels import Entries
 from dist_sae.storage import open_store
 from tests.dictionaries.recipes import KINDS, UNIT_ROWS
-from tests.launch import write_run
+from tests.runs import write_run
 from tests.world import save
 
 SCALE, THETA = 0.37, 2.5

@@ -22,7 +22,8 @@ from dist_sae.kubernetes.stored import StoredRun
 from dist_sae.producing.verify import verify
 from dist_sae.storage import ObjectStore, open_store, own
 from dist_sae.telemetry.history import History, read_history
-from tests.conftest import Bucket, synthetic_run
+from tests.conftest import Bucket
+from tests.runs import TINY, write_run
 from tests.world import save
 
 ALIEN = (
@@ -86,7 +87,7 @@ def world(
         bucket: Bucket = request.getfixturevalue("bucket")
         endpoint = {"endpoint_url": bucket.endpoint_url}
         places = {f: f"s3://{bucket.name}/{f}" for f in ("activations", "runs")} | {"s3": endpoint}
-    path = synthetic_run(tmp_path, store=places)
+    path = write_run(tmp_path, TINY, store=places)
     run = load_run(path)
     for command in ("plan", "produce"):
         assert main([command, str(path)]) == 0

@@ -8,9 +8,10 @@ from pathlib import Path
 import pytest
 
 from dist_sae.commands.cli import main
-from tests.conftest import Bucket, synthetic_run
+from tests.conftest import Bucket
 from tests.kubernetes.apiserver import ApiServer
 from tests.kubernetes.podrunner import Cluster
+from tests.runs import TINY, write_run
 
 
 @pytest.fixture(scope="module")
@@ -64,8 +65,9 @@ def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServer]:
 def path(tmp_path: Path, bucket: Bucket) -> str:
     """The file of a run named tiny, with two producers and two trainers."""
     store = {name: f"s3://{bucket.name}/{name}" for name in ("activations", "runs")}
-    file = synthetic_run(
+    file = write_run(
         tmp_path,
+        TINY,
         store={**store, "s3": {"endpoint_url": bucket.endpoint_url}},
         processes={"producers": 2, "trainers": 2},
         cluster={"image": "example.org/dist-sae:1"},

@@ -14,10 +14,11 @@ from dist_sae.config import dump_run, load_run
 from dist_sae.kubernetes.jobs import render_objects
 from dist_sae.kubernetes.stored import StoredRun
 from dist_sae.storage import ObjectStore, open_store
-from tests.conftest import Bucket, synthetic_run
+from tests.conftest import Bucket
 from tests.kubernetes.apiserver import ApiServer, Object
 from tests.kubernetes.apply import with_defaults
 from tests.kubernetes.conftest import Shell, ending
+from tests.runs import TINY, write_run
 
 PLAIN = ("--set", "cluster.jobset=false")
 MODES = pytest.mark.parametrize("mode", [(), PLAIN], ids=["jobset", "plain"])
@@ -179,7 +180,7 @@ def test_reporter_that_failed_comes_back(
 
 
 def test_report_of_an_earlier_checkpoint_is_not_the_last(tmp_path: Path) -> None:
-    path = str(synthetic_run(tmp_path))
+    path = str(write_run(tmp_path, TINY))
     report = tmp_path / "runs/tiny/report/report.html"
     train(path).put("tiny/report/report.html", b"")
     assert StoredRun(load_run(path)).is_complete()

@@ -18,6 +18,7 @@ from tests import launch
 from tests.forks import Program
 from tests.monitoring.files import alerts, metrics_in, rules
 from tests.monitoring.servers import Prometheus, alertmanager, prometheus, pushgateway, webhook
+from tests.runs import write_run
 from tests.servers import OWNER, Server, free_ports
 
 WAIT_SECONDS = 120.0
@@ -49,7 +50,7 @@ def live(
     s3, bucket = server("seaweedfs"), "monitoring"
     server_client("seaweedfs").create_bucket(Bucket=bucket)
     port, meeting = free_ports(4), free_ports(1)
-    path = launch.write_run(
+    path = write_run(
         folder,
         store={
             "activations": f"s3://{bucket}/activations",

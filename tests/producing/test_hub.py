@@ -9,7 +9,7 @@ from dist_sae.errors import HubUnavailableError, ModelError
 from dist_sae.hub import is_out_of_reach
 from dist_sae.models.loading import errors_of
 from dist_sae.producing import planner as planning
-from tests.conftest import synthetic_run
+from tests.runs import TINY, write_run
 
 
 class ConnectError(Exception):
@@ -60,4 +60,4 @@ def test_a_hub_that_is_away_before_there_is_a_plan_may_be_a_wrong_name(
         raise HubUnavailableError("model.path org/nmae: cannot be loaded")
 
     monkeypatch.setattr(planning, "check_sites", away)
-    assert main(["plan", str(synthetic_run(tmp_path))]) == 2
+    assert main(["plan", str(write_run(tmp_path, TINY))]) == 2

@@ -29,18 +29,9 @@ from dist_sae.producing.planner import plan
 from dist_sae.storage import ObjectStore, open_store
 from dist_sae.telemetry.exporter import Telemetry
 from dist_sae.telemetry.metrics import STAGES
+from tests.runs import DOCUMENT_ROWS, make_run
 from tests.telemetry.scrape import values
-from tests.world import (
-    DOCUMENT_ROWS,
-    Letters,
-    RowNumbers,
-    Wrapped,
-    batches,
-    fill,
-    make_run,
-    open_units,
-    same,
-)
+from tests.world import Letters, RowNumbers, Wrapped, batches, fill, open_units, same
 
 UNITS = 17
 SITES = ("resid_pre.0", "mlp_out.3")

@@ -17,9 +17,9 @@ from dist_sae.data.shard import Rows, existing_units, read_block, read_manifest
 from dist_sae.producing.planner import plan
 from dist_sae.storage import open_store
 from tests.forks import processes
-from tests.launch import write_run
 from tests.models.sharded_worker import produce_rank
 from tests.models.test_huggingface import VOCABULARY, save_model
+from tests.runs import write_run
 
 SITES = ("resid_post.1", "attn_z.0")
 

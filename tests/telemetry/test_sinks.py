@@ -13,7 +13,7 @@ from dist_sae.config import Run, load_run
 from dist_sae.errors import ConfigError
 from dist_sae.storage import open_store
 from dist_sae.telemetry.sinks import Dispensable, open_sinks
-from tests.conftest import synthetic_run
+from tests.runs import TINY, write_run
 
 
 def life(run: Run, tmp_path: Path, first_step: int, records: list[dict[str, Any]]) -> None:
@@ -36,7 +36,7 @@ def two_lives(run: Run, tmp_path: Path) -> None:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what tensorboard is built on
 def test_tensorboard_shows_one_curve_of_a_resumed_run(tmp_path: Path) -> None:
     folder = tmp_path / "tensorboard"
-    run = load_run(synthetic_run(tmp_path, telemetry={"tensorboard": str(folder)}))
+    run = load_run(write_run(tmp_path, TINY, telemetry={"tensorboard": str(folder)}))
     two_lives(run, tmp_path)
     events = EventAccumulator(str(folder / "tiny"))
     events.Reload()
@@ -50,7 +50,7 @@ def test_wandb_gets_the_curve_under_the_runs_name(
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
     monkeypatch.setenv("WANDB_DIR", str(tmp_path))
-    run = load_run(synthetic_run(tmp_path, telemetry={"wandb": "a-project"}))
+    run = load_run(write_run(tmp_path, TINY, telemetry={"wandb": "a-project"}))
     two_lives(run, tmp_path)
     lives = sorted((tmp_path / "wandb").glob("offline-run-*/run-tiny.wandb"))
     curves = [list(steps_of(path)) for path in lives]
@@ -118,7 +118,7 @@ def test_a_run_goes_on_without_a_sink_that_fails(caplog: pytest.LogCaptureFixtur
 def test_a_missing_package_is_one_clear_line(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, package: str
 ) -> None:
-    run = load_run(synthetic_run(tmp_path, telemetry={package: "somewhere"}))
+    run = load_run(write_run(tmp_path, TINY, telemetry={package: "somewhere"}))
     monkeypatch.setattr("dist_sae.telemetry.sinks.find_spec", lambda _: None)
     with pytest.raises(ConfigError) as caught:
         open_sinks(run, open_store(str(tmp_path / "runs")), 0)

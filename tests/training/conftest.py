@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.launch import produce, train, write_run
+from tests.launch import produce, train
+from tests.runs import write_run
 from tests.training.trained import SHARDED, run_file
 
 

@@ -11,7 +11,8 @@ from dist_sae.data.shard import manifest_key, read_manifest
 from dist_sae.evaluation.evaluate import evaluate
 from dist_sae.interop.sae_lens import export
 from dist_sae.storage import open_store
-from tests.launch import produce, start, train, write_run
+from tests.launch import produce, start, train
+from tests.runs import write_run
 from tests.training.trained import (
     SHARDED,
     STEPS,

@@ -8,7 +8,7 @@ import pytest
 
 from dist_sae.config import load_run
 from dist_sae.training.sane import doubt
-from tests.launch import write_run
+from tests.runs import write_run
 
 PENALISED: dict[str, Any] = {"kind": "jumprelu", "n_latents": 64}
 COUNTING: dict[str, Any] = {"kind": "topk", "n_latents": 64, "k": 3, "auxk": 16}

@@ -31,7 +31,8 @@ from dist_sae.telemetry.exporter import Telemetry
 from dist_sae.training.clock import Times
 from dist_sae.training.setup import _found, _initialise
 from dist_sae.training.start import Start, cursors_of
-from tests.launch import produce, run, train, write_run
+from tests.launch import produce, run, train
+from tests.runs import write_run
 from tests.training.trained import (
     SHARDED,
     STEPS,

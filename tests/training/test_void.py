@@ -8,7 +8,7 @@ from dist_sae.config import load_run
 from dist_sae.data.plan import Plan
 from dist_sae.producing.planner import plan
 from dist_sae.training.void import void_settings
-from tests.conftest import synthetic_run
+from tests.runs import TINY, write_run
 
 SOUND = [
     "sae.dead_after_rows=null",
@@ -24,7 +24,7 @@ SOUND = [
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Plan]:
-    path = synthetic_run(tmp_path_factory.mktemp("void"))
+    path = write_run(tmp_path_factory.mktemp("void"), TINY)
     return path, plan(load_run(path, SOUND))
 
 
@@ -86,6 +86,6 @@ def test_few_held_out_documents_are_remarked(
     made: tuple[Path, Plan], caplog: pytest.LogCaptureFixture, tmp_path: Path
 ) -> None:
     """By the plan itself; and by trainers and the report, which ask the same."""
-    path = synthetic_run(tmp_path)
+    path = write_run(tmp_path, TINY)
     plan(load_run(path, [*SOUND, "activations.heldout_share=0.004"]))
     assert "activations.heldout_share: 3 documents (about 93 rows) are held out" in caplog.text

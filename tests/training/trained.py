@@ -9,7 +9,7 @@ import torch
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.storage import open_store
 from dist_sae.telemetry.history import read_history
-from tests.launch import write_run
+from tests.runs import write_run
 
 STEPS = 60
 SHARDED = ("--set", "processes.latent_shards=2")
