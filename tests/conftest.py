@@ -21,6 +21,7 @@ if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 
+REAL_SERVERS = {"seaweedfs", "rclone"}  # moto is threads of the tests' own process
 _LONGEST = (
     "tests/kubernetes/test_pods.py",
     "tests/commands/test_run.py",
@@ -42,7 +43,14 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The longest files first: of two workers, one would be left alone with them at the end."""
+    """Mark the cases on real servers, and run the longest files first.
+
+    Of two workers, one would be left alone with these at the end.
+    """
+    for item in items:
+        case = getattr(item, "callspec", None)
+        if case and REAL_SERVERS & {str(value) for value in case.params.values()}:
+            item.add_marker("system")
     places = {file: place for place, file in enumerate(_LONGEST)}
     items.sort(key=lambda item: places.get(item.nodeid.partition("::")[0], len(places)))
 

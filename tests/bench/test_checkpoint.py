@@ -7,6 +7,8 @@ import pytest
 
 from tests.launch import run
 
+pytestmark = pytest.mark.system
+
 SMALL = ("--d-in", "16", "--n-latents", "256", "--k", "4", "--batch", "64", "--rounds", "2")
 
 

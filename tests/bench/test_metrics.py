@@ -2,8 +2,12 @@
 
 import json
 
+import pytest
+
 from tests.bench.test_step import SMALL
 from tests.launch import run
+
+pytestmark = pytest.mark.system
 
 
 def test_bench_metrics_reports_what_reports_and_scrapes_cost() -> None:

@@ -3,8 +3,12 @@
 import json
 from pathlib import Path
 
+import pytest
+
 from tests.launch import run
 from tests.runs import write_run
+
+pytestmark = pytest.mark.system
 
 
 def test_bench_produce_measures_beside_the_activation_set(tmp_path: Path) -> None:

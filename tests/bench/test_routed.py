@@ -7,6 +7,8 @@ import pytest
 from tests.bench.test_step import SMALL
 from tests.launch import run
 
+pytestmark = pytest.mark.system
+
 
 def test_bench_routed_compares_with_an_exact_dictionary() -> None:
     options = (*SMALL, "--experts", "4", "--products", "fp32", "--json")

@@ -10,6 +10,8 @@ from dist_sae.bench.store import StoreShape, bench_run, bench_store
 from tests.conftest import Bucket
 from tests.launch import run
 
+pytestmark = pytest.mark.system
+
 SHAPE = StoreShape(
     d_in=8,
     units=4,

@@ -33,6 +33,8 @@ from tests.forks import processes
 from tests.runs import write_run
 from tests.servers import OWNER, Server
 
+pytestmark = pytest.mark.system
+
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": OWNER.id,
     "AWS_SECRET_ACCESS_KEY": OWNER.secret,

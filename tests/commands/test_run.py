@@ -24,6 +24,8 @@ from dist_sae.training.progress import ProgressView
 from tests.conftest import Bucket
 from tests.runs import write_run
 
+pytestmark = pytest.mark.system
+
 BOTH = {"producers": 2, "trainers": 2, "threads": 1}
 
 

@@ -26,6 +26,8 @@ from tests.runs import make_run
 from tests.servers import OWNER, Server
 from tests.servers import seaweedfs as seaweedfs_server
 
+pytestmark = pytest.mark.system
+
 CREDENTIALS = {
     "AWS_ACCESS_KEY_ID": OWNER.id,
     "AWS_SECRET_ACCESS_KEY": OWNER.secret,

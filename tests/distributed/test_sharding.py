@@ -15,6 +15,8 @@ from tests.dictionaries.recipes import SHARED
 from tests.distributed.sharded_worker import RECIPES, train_rank
 from tests.forks import processes
 
+pytestmark = pytest.mark.system
+
 STEPS = 16
 FACTORISATIONS = [(1, 2), (2, 1), (2, 2), (1, 4), (4, 1)]  # replicas x shards
 FP64 = (2, 2)  # by default

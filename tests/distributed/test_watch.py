@@ -13,6 +13,8 @@ import pytest
 from tests.distributed.watch_worker import HUNG_SECONDS, LOST_SECONDS, MISSING_SECONDS, rank
 from tests.forks import processes
 
+pytestmark = pytest.mark.system
+
 WORLD = 3
 MARGIN_SECONDS = 20.0  # for a busy machine
 

@@ -17,6 +17,8 @@ from tests.kubernetes.manifests import Object
 from tests.kubernetes.podrunner import Cluster
 from tests.kubernetes.sandbox import REPOSITORY
 
+pytestmark = pytest.mark.system
+
 RULES = [
     {"action": "FailJob", "onExitCodes": {"operator": "In", "values": [2]}},
     {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},

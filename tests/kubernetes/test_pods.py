@@ -26,6 +26,8 @@ from tests.kubernetes.kubelet import Pod
 from tests.kubernetes.podrunner import Cluster
 from tests.servers import OWNER, seaweedfs
 
+pytestmark = pytest.mark.system
+
 RUN = Path(__file__).parents[2] / "launch/runs/synthetic-topk-cluster.yaml"
 SMALL = (
     "model.d_in=32",

@@ -19,6 +19,8 @@ from tests.forks import processes
 from tests.models.sharded_worker import rank
 from tests.models.test_huggingface import COMMON, LAYERS, random_tokens, save_model, sites_of
 
+pytestmark = pytest.mark.system
+
 hf: Any = transformers
 EVEN = ("llama", "gpt_neox", "mistral", "qwen3", "gemma2", "mixtral")
 """By transformers' plan."""

@@ -113,6 +113,7 @@ def test_without_the_sdk_one_line_says_what_to_install(monkeypatch: pytest.Monke
         render_dashboards()
 
 
+@pytest.mark.system
 def test_grafana_s_own_types_take_them(tmp_path: Path) -> None:
     modules = HERE / "node_modules"
     assert modules.is_dir(), "launch/test.sh installs Grafana's types: npm install there"

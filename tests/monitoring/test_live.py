@@ -21,6 +21,8 @@ from tests.monitoring.servers import Prometheus, alertmanager, prometheus, pushg
 from tests.runs import write_run
 from tests.servers import OWNER, Server, free_ports
 
+pytestmark = pytest.mark.system
+
 WAIT_SECONDS = 120.0
 MOST_SERIES = 500  # of a rank
 

@@ -5,10 +5,13 @@ import subprocess
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 
 from dist_sae.telemetry.metrics import METRICS
 from tests.monitoring.files import MONITORING, alerts, metrics_in, recorded_in, rules
+
+pytestmark = pytest.mark.system
 
 HERE = Path(__file__).parent
 RUNBOOK = (MONITORING / "runbook.md").read_text()

@@ -21,6 +21,8 @@ from tests.models.sharded_worker import produce_rank
 from tests.models.test_huggingface import VOCABULARY, save_model
 from tests.runs import write_run
 
+pytestmark = pytest.mark.system
+
 SITES = ("resid_post.1", "attn_z.0")
 
 

@@ -19,7 +19,7 @@ from dist_sae.storage.records import Record, read_record, seal
 from tests.conftest import Bucket
 from tests.faults import KINDS, FaultProxy
 
-pytestmark = pytest.mark.usefixtures("short_pauses")
+pytestmark = [pytest.mark.usefixtures("short_pauses"), pytest.mark.system]
 
 HARMLESS_BELOW = sorted(KINDS.keys() - {"flip_get"})
 """Faults that a store mends or tells of."""

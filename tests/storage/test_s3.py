@@ -217,6 +217,7 @@ def test_bucket_that_does_not_exist(kind: str, make_bucket: Callable[[str], Buck
     )
 
 
+@pytest.mark.system
 def test_bucket_that_does_not_exist_on_a_server_that_makes_them(weed: Bucket) -> None:
     # a PUT with an administrator's key creates the bucket there
     store = make_store(weed._replace(name="no-such-bucket"))
@@ -253,6 +254,7 @@ def test_wrong_key(
     assert hint in told(AccessError, make_store(bucket), *METHODS)
 
 
+@pytest.mark.system
 def test_key_that_may_only_read(weed: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     make_store(weed).put("a/b", b"content")
     monkeypatch.setenv("AWS_ACCESS_KEY_ID", READER.id)
@@ -277,6 +279,7 @@ def test_no_credentials(bucket: Bucket, monkeypatch: pytest.MonkeyPatch, tmp_pat
     assert "profile (nobody) could not be found" in told(AccessError, make_store(bucket), "get")
 
 
+@pytest.mark.system
 def test_clock_that_is_off(weed: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
     def later() -> dt.datetime:
         return dt.datetime.now(dt.UTC).replace(tzinfo=None) + dt.timedelta(hours=1)
@@ -546,6 +549,7 @@ def test_put_if_absent_whose_answer_is_lost_has_won(
 
 
 @pytest.mark.usefixtures("short_pauses")
+@pytest.mark.system
 def test_put_if_absent_does_not_win_what_was_there_when_it_asked_again(
     weed: Bucket,
 ) -> None:
