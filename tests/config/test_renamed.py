@@ -11,7 +11,7 @@ from dist_sae.config import Run, load_run, renamed, validate_run
 from dist_sae.config.fingerprint import changes, run_fingerprint
 from dist_sae.data.identity import plan_settings, setting_changes
 from dist_sae.errors import ConfigError
-from tests.launch import write_run
+from tests.runs import write_run
 
 OLD: dict[str, Any] = {
     "model": {"kind": "huggingface", "path": "m", "shards": 3},

@@ -23,6 +23,8 @@ from tests.training.trained import (
     run_file,
 )
 
+pytestmark = pytest.mark.system
+
 
 def test_a_stopped_run_resumes_bitwise(tmp_path: Path, activations: str, calm: Path) -> None:
     path = run_file(tmp_path, activations)
