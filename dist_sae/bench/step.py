@@ -25,7 +25,7 @@ from dist_sae.config import Run, validate_run
 from dist_sae.config.sae import SaeConfig
 from dist_sae.data.loader import Batch
 from dist_sae.dictionaries import PRODUCT_DTYPES, build_sae
-from dist_sae.dictionaries.base import Step
+from dist_sae.dictionaries.base import Rows, StepContext
 from dist_sae.dictionaries.dead import DeadLatents
 from dist_sae.distributed.engine import DeepSpeedEngine
 from dist_sae.distributed.mesh import Mesh
@@ -83,7 +83,7 @@ class TrainingStep:
 
     def initialise(self, x: Float[Tensor, "batch d_in"]) -> None:
         """The recipe's initial dictionary from this rank's part of the first batch."""
-        self.sae.initialise(x, self._shape.seed)
+        self.sae.initialise(Rows(x, x), self._shape.seed)
         self._engine = DeepSpeedEngine(self.run, self.sae, self.mesh)
 
     def __call__(
@@ -99,8 +99,10 @@ class TrainingStep:
         assert engine is not None, "initialise first"
         end = report.end if report else _say_nothing
         end("wait")
-        now = Step(float(self._shape.d_in), self.dead.mask, self.dead.count, progress=0.5)
-        output = engine.objective(x, now)
+        context = StepContext(
+            float(self._shape.d_in), self.dead.mask, self.dead.count, progress=0.5
+        )
+        output = engine.objective(Rows(x, x), context)
         end("forward")
         engine.backward(output.terms.total)
         end("backward")

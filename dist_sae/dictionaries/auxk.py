@@ -1,6 +1,6 @@
 """AuxK: dead latents learn from the error that the live ones leave (Gao et al. 2024, A.2).
 
-    e     = x - x_hat, held fixed
+    e     = target - x_hat, held fixed
     e_hat = W_dec^T relu(TopK_auxk(z of dead latents))      (no bias)
     L_aux = sum |e - e_hat|^2 / sum |e - mean e|^2          (sums over the global batch)
 
@@ -31,19 +31,19 @@ _ROUNDINGS = 16  # of a row's elements, that an error may be made of
 
 def auxk_loss(
     axis: LatentAxis,
-    x: Float[Tensor, "batch d_in"],
-    error: Float[Tensor, "batch d_in"],
-    e_hat: Float[Tensor, "batch d_in"],
+    targets: Float[Tensor, "batch d_out"],
+    error: Float[Tensor, "batch d_out"],
+    e_hat: Float[Tensor, "batch d_out"],
 ) -> Float[Tensor, ""]:
     """The loss above, of this rank's rows.
 
     Args:
         axis: This rank's place.
-        x: This rank's rows.
-        error: What is left of them, e.
-        e_hat: What dead latents make of that.
+        targets: This rank's targets.
+        error: e of the same rows.
+        e_hat: e_hat of the same rows.
     """
-    spread, is_there = _spread(axis, x, error)  # no rank waits for its device to know
+    spread, is_there = _spread(axis, targets, error)  # no rank waits for its device to know
     loss = (error - e_hat).square().sum() / spread * axis.replicas
     return torch.where(is_there, loss, 0.0)
 
@@ -52,8 +52,8 @@ def auxk_loss(
 def retie_(
     sae: Dictionary,
     stuck: Bool[Tensor, " n_local"],
-    error: Float[Tensor, "batch d_in"],
-    e_hat: Callable[[], Float[Tensor, "batch d_in"]],
+    error: Float[Tensor, "batch d_out"],
+    e_hat: Callable[[], Float[Tensor, "batch d_out"]],
 ) -> None:
     """Give stuck latents their decoder row as encoder, at the length above, and no bias.
 
@@ -69,9 +69,9 @@ def retie_(
     sae.W_enc[stuck] *= scale.clamp(min=_LEAST_LENGTH)
 
 
-def _spread(axis: LatentAxis, x: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
+def _spread(axis: LatentAxis, targets: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
     """(sum |e - mean e|^2, or 1 where that is nothing; whether it is something), over all ranks."""
-    norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in (error, x)]
+    norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in (error, targets)]
     total = axis.total(torch.cat([error.sum(0, dtype=torch.float64), torch.stack(norms).square()]))
     sums, (squares, of_rows) = total[:-2], total[-2:]
     spread = squares - sums.square().sum() / (len(error) * axis.replicas * axis.shards)

@@ -29,22 +29,31 @@ class Codes(NamedTuple):
     """Where each row's entries begin."""
 
 
-class Inferred(NamedTuple):
-    """What inference makes of rows."""
+class Rows(NamedTuple):
+    """Scaled activations of a batch. The targets of a sparse autoencoder are its inputs."""
 
-    x_hat: Float[Tensor, "batch d_in"]
-    """Of this rank's rows."""
+    inputs: Float[Tensor, "batch d_in"]
+    """Read by the encoder."""
+    targets: Float[Tensor, "batch d_out"]
+    """Reconstructed by the decoder, row for row."""
+
+
+class Inferred(NamedTuple):
+    """Reconstructions and firings at inference."""
+
+    x_hat: Float[Tensor, "batch d_out"]
+    """Reconstruction of the targets of this rank's rows."""
     firings: Int[Tensor, " n_local"]
     """Rows of the replica in which each latent of this shard is active."""
 
 
-class Step(NamedTuple):
-    """What the loss of a step depends on beside the rows and the parameters."""
+class StepContext(NamedTuple):
+    """State of the run that the loss of a step depends on."""
 
     variance: float
-    """Of the data set, in the scale of the rows."""
+    """Variance of the targets over the data set, in their scale."""
     dead: Bool[Tensor, " n_local"]
-    """Latents of this shard that have not fired for long."""
+    """Latents of this shard that have not fired for `dead_after_rows`."""
     n_dead: int
     """Dead latents of all shards."""
     progress: float
@@ -55,7 +64,7 @@ class LossTerms(NamedTuple):
     """The loss of a batch, in parts: scalars, sums over a replica's ranks, means over replicas."""
 
     fvu: Float[Tensor, ""]
-    """sum |x - x_hat|^2 / (rows * variance of the data set)."""
+    """sum |target - x_hat|^2 / (rows * variance of the data set)."""
     auxk: Float[Tensor, ""]
     """sum |e - e_hat|^2 / (rows * variance of e), e the error that the main latents leave."""
     sparsity: Float[Tensor, ""]
@@ -81,8 +90,8 @@ class Output(NamedTuple):
     """Rows of the replica in which each latent of this shard was active."""
     active: Int[Tensor, ""]
     """Active entries of this shard, over the replica's rows."""
-    error: Float[Tensor, "batch d_in"]
-    """x - x_hat of this rank's rows, without gradients."""
+    error: Float[Tensor, "batch d_out"]
+    """targets - x_hat of this rank's rows, without gradients."""
     routing: Routing | None = None
 
     @property
@@ -92,7 +101,8 @@ class Output(NamedTuple):
 
 
 Slots = Callable[[Tensor], Tensor]
-"""Rows of the next batch (of all ranks, centred) to the latents that they give directions to."""
+"""This rank's inputs of the next batch -> latents that get their directions from the rows of all
+ranks, in order. Collective."""
 
 
 class Dictionary(nn.Module):
@@ -160,26 +170,33 @@ class Dictionary(nn.Module):
         entries = Entries(codes.latents, codes.starts, len(self.W_dec))
         return Inferred(self.decode(codes), firings(codes.acts, entries))
 
-    def objective(self, x: Float[Tensor, "batch d_in"], step: Step) -> Output:
-        """The loss of this rank's rows, which are as many as every other rank's."""
+    def biases(self) -> tuple[Float[Tensor, " d_in"], Float[Tensor, " d_out"]]:
+        """(Subtracted from inputs, added to reconstructions): of an autoencoder b_dec, twice.
+
+        Their gradients are summed over the replica.
+        """
+        b_dec = self.axis.replicated(self.b_dec)
+        return b_dec, b_dec
+
+    def objective(self, rows: Rows, context: StepContext) -> Output:
+        """The loss of this rank's rows. All ranks have the same number of rows. Collective."""
         raise NotImplementedError
 
-    def initialise(self, x: Float[Tensor, "batch d_in"], seed: int) -> None:
-        """The recipe's initial parameters; `x` is this rank's part of the first batch."""
+    def initialise(self, rows: Rows, seed: int) -> None:
+        """Set the recipe's initial parameters from this rank's rows of a batch. Collective."""
         raise NotImplementedError
 
     @torch.no_grad()
-    def measure(
-        self, x: Float[Tensor, "batch d_in"], progress: float = 0.0
-    ) -> Float[Tensor, "batch d_in"]:
-        """Make the measured buffers those of this batch, of which `x` are this rank's rows.
+    def measure(self, rows: Rows, progress: float = 0.0) -> Float[Tensor, "batch d_out"]:
+        """Measure the `measured` buffers on this rank's rows of one batch. Collective.
 
-        Collective. Returns the error x - x_hat that training would have.
+        Returns:
+            The error targets - x_hat that training would have.
         """
         for name in self.measured:
             self.get_buffer(name).zero_()
         none_dead = torch.zeros_like(self.b_enc, dtype=torch.bool)
-        return self.objective(x, Step(1.0, none_dead, 0, progress)).error
+        return self.objective(rows, StepContext(1.0, none_dead, 0, progress)).error
 
     @property
     def initial_share(self) -> float:
@@ -197,7 +214,7 @@ class Dictionary(nn.Module):
         self.W_enc.mul_(factor)
 
     @torch.no_grad()
-    def decode(self, codes: Codes) -> Float[Tensor, "batch d_in"]:
+    def decode(self, codes: Codes) -> Float[Tensor, "batch d_out"]:
         """x_hat = acts W_dec + b_dec, of this rank's rows."""
         entries = Entries(codes.latents, codes.starts, len(self.W_dec))
         parts = self.kernels.combine(codes.acts, entries, self.W_dec)
@@ -209,7 +226,7 @@ class Dictionary(nn.Module):
         blocks: Iterable[select.Block],
         bound: Float[Tensor, " n_local"],
         rows: int,
-    ) -> tuple[Float[Tensor, "rows d_in"], Int[Tensor, " n_local"]]:
+    ) -> tuple[Float[Tensor, "rows d_out"], Int[Tensor, " n_local"]]:
         """(This shard's part of x_hat - b_dec, firings) of all pre-activations above a bound.
 
         Block by block, densely where many are active: no more than a block is held.
@@ -278,21 +295,22 @@ class Dictionary(nn.Module):
             pre_acts = pre_acts + self.b_enc[entries.latents]
         return pre_acts.to(self.W_enc.dtype), entries
 
-    def forward(self, x: Float[Tensor, "batch d_in"], step: Step) -> Output:
+    def forward(self, rows: Rows, context: StepContext) -> Output:
         """`objective`, under the name that wrappers of modules call."""
-        return self.objective(x, step)
+        return self.objective(rows, context)
 
     def slots(self, first: int) -> Slots:
-        """Which latents the rows of coming batches give their directions to, from `first` on.
+        """Assign the rows of coming batches to latents, from `first` on, for their directions.
 
         A number of `n_latents` or more is none.
         """
         done = first
 
-        def slots(centred: Tensor) -> Tensor:
+        def slots(inputs: Tensor) -> Tensor:
             nonlocal done
-            done += len(centred)
-            return torch.arange(done - len(centred), done, device=centred.device)
+            rows = len(inputs) * self.axis.replicas * self.axis.shards
+            done += rows
+            return torch.arange(done - rows, done, device=inputs.device)
 
         return slots
 
@@ -301,7 +319,7 @@ class Dictionary(nn.Module):
 
         Args:
             new: Which of this shard; they have directions and the mean of what the known ones have.
-            x: This rank's rows of a batch.
+            x: This rank's inputs of a batch.
         """
 
     def constrain(self) -> None:
@@ -311,11 +329,11 @@ class Dictionary(nn.Module):
         self,
         stuck: Bool[Tensor, " n_local"],
         x: Float[Tensor, "batch d_in"],
-        error: Float[Tensor, "batch d_in"],
+        error: Float[Tensor, "batch d_out"],
     ) -> None:
         """Bring back latents that are dead and stay so; does nothing by default. Collective.
 
-        `x` and `error` are this rank's rows of the last step and what was left of them.
+        `x` and `error` are this rank's inputs of the last step and `Output.error`.
         """
 
 

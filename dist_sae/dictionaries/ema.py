@@ -12,10 +12,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 
 import torch
-from jaxtyping import Float
 from torch import Tensor
 
-from dist_sae.dictionaries.base import Dictionary
+from dist_sae.dictionaries.base import Dictionary, Rows
 from dist_sae.dictionaries.schedules import GROWTH
 
 
@@ -34,17 +33,17 @@ class WeightAverage:
     def __init__(self, sae: Dictionary, decay: float) -> None:
         self._sae = sae
         self._decay = decay
-        self._last: tuple[Tensor, float] | None = None
+        self._last: tuple[Rows, float] | None = None
         self.mean = {name: tensor.detach().clone() for name, tensor in self._tensors()}
         self.updates = 0
 
     @torch.no_grad()
-    def update(self, x: Float[Tensor, "batch d_in"], progress: float) -> None:
+    def update(self, rows: Rows, progress: float) -> None:
         """Take in the parameters as they are now, after a step.
 
         Args:
-            x: This rank's rows of the step.
-            progress: As in `Step`.
+            rows: This rank's rows of the step.
+            progress: As in `StepContext`.
         """
         decay = min(self._decay, self.updates / (self.updates + GROWTH))
         for name, tensor in self._tensors():
@@ -54,7 +53,7 @@ class WeightAverage:
         self._sae.constrain()
         self._swap()
         self.updates += 1
-        self._last = x, progress
+        self._last = rows, progress
 
     @torch.no_grad()
     def measure(self) -> None:

@@ -7,7 +7,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dist_sae.dictionaries.axis import LatentAxis
-from dist_sae.dictionaries.base import Dictionary
+from dist_sae.dictionaries.base import Dictionary, Rows
 from dist_sae.dictionaries.constraints import normalise_rows_
 
 _MEDIAN_STEPS = 100
@@ -19,18 +19,16 @@ _STRIDE = 0x9E37_79B1  # odd, 2^32 over the golden ratio: multiples of it lie fa
 
 
 @torch.no_grad()
-def initialise_tied(
-    sae: Dictionary, x: Float[Tensor, "batch d_in"], seed: int, *, rescale: bool = True
-) -> None:
+def initialise_tied(sae: Dictionary, rows: Rows, seed: int, *, rescale: bool = True) -> None:
     """Random unit decoder rows, a tied encoder, and a bias in the middle of the data.
 
-    b_dec is the geometric median of the rows; W_enc = c W_dec with the c of least squared error.
+    b_dec is the geometric median of the targets; W_enc = c W_dec with the c of least squared error.
     (Gao et al. 2024, app. A.1, match the lengths of rows and reconstructions, which overshoots by
     1 / cos(x, x_hat): measured in docs/design.md.)
 
     Args:
         sae: Is filled in.
-        x: This rank's part of the first batch, scaled.
+        rows: This rank's part of the first batch.
         seed: Decides the directions.
         rescale: Whether c is computed; else it is 1.
     """
@@ -38,15 +36,13 @@ def initialise_tied(
     normalise_rows_(sae.W_dec)
     sae.W_enc.copy_(sae.W_dec)
     sae.b_enc.zero_()
-    sae.b_dec.copy_(geometric_median(x, sae.axis))
+    sae.b_dec.copy_(geometric_median(rows.targets, sae.axis))
     if rescale:
-        rescale_encoder(sae, x)
+        rescale_encoder(sae, rows)
 
 
 @torch.no_grad()
-def initialise_from_data(
-    sae: Dictionary, batches: Iterable[Float[Tensor, "batch d_in"]], known: int = 0
-) -> None:
+def initialise_from_data(sae: Dictionary, batches: Iterable[Rows], known: int = 0) -> None:
     """Turn the directions of new latents towards data: the i-th towards what is left of row i.
 
     After `initialise`. With no known latents what is left of a row is its distance from b_dec; the
@@ -69,10 +65,10 @@ def initialise_from_data(
     new = slice(min(max(known - sae.first_latent, 0), n_local), n_local)
     sae.W_enc[new] = sae.b_enc[new] = 0  # silent
     directions, slots = torch.zeros_like(sae.W_dec[new]), sae.slots(known)
-    for x in batches:
-        left = x - (sae.infer(x).x_hat if known else sae.b_dec)
+    for rows in batches:
+        left = rows.targets - (sae.infer(rows.inputs).x_hat if known else sae.b_dec)
         left = first_rows(left, len(left) * axis.replicas * axis.shards, axis)
-        places = slots(left) - (sae.first_latent + new.start)
+        places = slots(rows.inputs) - (sae.first_latent + new.start)
         ours = (places >= 0) & (places < len(directions))
         directions[places[ours]] = left[ours]
     random = sae.W_dec[new]
@@ -83,9 +79,9 @@ def initialise_from_data(
     sae.W_enc[new] = random
     if known:
         _liken(sae, slice(new.start), new)
-        sae.settle(new, x)
+        sae.settle(new, rows.inputs)
     else:
-        rescale_encoder(sae, x)
+        rescale_encoder(sae, rows)
 
 
 @torch.no_grad()
@@ -93,7 +89,7 @@ def begin_again(
     sae: Dictionary,
     stuck: Bool[Tensor, " n_local"],
     x: Float[Tensor, "batch d_in"],
-    error: Float[Tensor, "batch d_in"],
+    error: Float[Tensor, "batch d_out"],
 ) -> None:
     """Let dead latents begin anew beside those that are active in this batch. Collective.
 
@@ -105,8 +101,8 @@ def begin_again(
     Args:
         sae: The dictionary.
         stuck: Which of this shard.
-        x: This rank's rows.
-        error: What the live latents leave of them.
+        x: This rank's inputs.
+        error: This rank's targets less what the live latents make of them.
     """
     axis = sae.axis
     alive = axis.across_replicas(sae.infer(x).firings) > 0
@@ -143,14 +139,14 @@ def _liken(sae: Dictionary, known: slice | Tensor, new: slice | Tensor) -> None:
 
 
 @torch.no_grad()
-def rescale_encoder(sae: Dictionary, x: Float[Tensor, "batch d_in"]) -> None:
+def rescale_encoder(sae: Dictionary, rows: Rows) -> None:
     """Scale W_enc so that what training keeps of these rows has the least squared error.
 
     What training keeps, not what `encode` does: before the first step BatchTopK has no threshold,
     and half of all latents would be active. b_enc is 0, so the selection does not depend on c.
     """
-    sae.open_gates(x)
-    y, error = x - sae.b_dec, sae.measure(x)
+    sae.open_gates(rows.inputs)
+    y, error = rows.targets - sae.b_dec, sae.measure(rows)
     sae.scale_encoder(sae.initial_share * least_squares_scale(sae.axis, y, y - error))
 
 

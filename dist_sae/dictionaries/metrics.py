@@ -32,28 +32,28 @@ class Fit(NamedTuple):
 
     def add(
         self,
-        x: Float[Tensor, "batch d_in"],
+        targets: Float[Tensor, "batch d_out"],
         found: Inferred,
-        mean: Float[Tensor, " d_in"],
+        mean: Float[Tensor, " d_out"],
     ) -> "Fit":
         """These sums with a batch added.
 
         Args:
-            x: Activations.
-            found: What a whole dictionary makes of them.
-            mean: Of the data set, in the same scale (not the batch's).
+            targets: Activations to reconstruct.
+            found: A whole dictionary's reconstructions and firings on their rows.
+            mean: Mean of the targets over the data set (not the batch), in their scale.
         """
         return Fit(
-            self.squared_error + (x - found.x_hat).double().square().sum(),
-            self.squared_total + (x - mean).double().square().sum(),
+            self.squared_error + (targets - found.x_hat).double().square().sum(),
+            self.squared_total + (targets - mean).double().square().sum(),
             self.active + found.firings.sum(),
-            self.rows + len(x),
+            self.rows + len(targets),
             self.counts + found.firings,
         )
 
     @property
     def fvu(self) -> float:
-        """Fraction of variance unexplained: sum |x - x_hat|^2 / sum |x - mean|^2."""
+        """Fraction of variance unexplained: sum |target - x_hat|^2 / sum |target - mean|^2."""
         return float(self.squared_error / self.squared_total)
 
     @property

@@ -68,7 +68,7 @@ class Thresholded(Dictionary):
         With half of all active the reconstruction is several times too long, and the penalty first
         turns off what has not learnt anything.
         """
-        share = min(self.config.l0_at_start(len(self.b_dec)) / self.n_latents, 0.5)
+        share = min(self.config.l0_at_start(self.W_enc.shape[1]) / self.n_latents, 0.5)
         set_active_share(self, slice(None), x, self.thresholds, share)
 
     @torch.no_grad()
@@ -85,7 +85,7 @@ class Thresholded(Dictionary):
         self,
         stuck: Bool[Tensor, " n_local"],
         x: Float[Tensor, "batch d_in"],
-        error: Float[Tensor, "batch d_in"],
+        error: Float[Tensor, "batch d_out"],
     ) -> None:
         begin_again(self, stuck, x, error)
 
@@ -93,7 +93,7 @@ class Thresholded(Dictionary):
 class Gated(NamedTuple):
     """What comes out of a gate and the decoder behind it."""
 
-    x_hat: Float[Tensor, "batch d_in"]
+    x_hat: Float[Tensor, "batch d_out"]
     """This rank's rows, without b_dec."""
     penalty: Float[Tensor, ""]
     """Sum over this shard's latents and the replica's rows."""
@@ -109,7 +109,7 @@ def gated(
     *per_latent: Float[Tensor, " n_local"],
     unit_rows: bool,
     W_enc: Float[Tensor, "n_local d_in"] | None = None,
-    W_dec: Float[Tensor, "n_local d_in"] | None = None,
+    W_dec: Float[Tensor, "n_local d_out"] | None = None,
 ) -> Gated:
     """Encode the replica's rows (no b_dec is subtracted), gate, decode.
 
@@ -160,7 +160,8 @@ class _Dense(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor, Tensor]:
         ctx.sae, ctx.gate, ctx.unit_rows = sae, gate, unit_rows
         ctx.save_for_backward(x, *tensors)
-        parts, penalty = torch.zeros_like(x), x.new_zeros(())
+        d_out = tensors[2].shape[1]
+        parts, penalty = x.new_zeros(len(x), d_out), x.new_zeros(())
         fired = torch.zeros(len(tensors[0]), dtype=torch.int32, device=x.device)
         for chunk, pre_acts, (_, _, W_dec, *values) in _chunks(sae, x, tensors):
             acts, more = gate(pre_acts, *values)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from dist_sae.config import Run
 from dist_sae.deepspeed import import_deepspeed
 from dist_sae.dictionaries.axis import LatentAxis
-from dist_sae.dictionaries.base import Dictionary, Output, Step
+from dist_sae.dictionaries.base import Dictionary, Output, Rows, StepContext
 from dist_sae.distributed.axis import ShardedAxis, collective
 from dist_sae.distributed.mesh import Mesh
 from dist_sae.distributed.zero import deepspeed_config
@@ -27,7 +27,7 @@ class Engine(Protocol):
     moments: tuple[str, ...]
     """Names of the optimiser's state of each parameter."""
 
-    def objective(self, x: Tensor, step: Step) -> Output:
+    def objective(self, rows: Rows, context: StepContext) -> Output:
         """The dictionary's objective on this rank's rows."""
         ...
 
@@ -69,8 +69,8 @@ class LocalEngine:
         self._clip_norm = run.train.clip_norm
         self._optimizer = build_optimizer(run, sae)
 
-    def objective(self, x: Tensor, step: Step) -> Output:
-        return self._sae.objective(x, step)
+    def objective(self, rows: Rows, context: StepContext) -> Output:
+        return self._sae.objective(rows, context)
 
     def backward(self, loss: Float[Tensor, ""]) -> None:
         loss.backward()  # type: ignore[no-untyped-call]
@@ -128,8 +128,8 @@ class DeepSpeedEngine:
                 "keep masters of its own beside the fp32 parameters; leave it out"
             )
 
-    def objective(self, x: Tensor, step: Step) -> Output:
-        output: Output = self._engine(x, step)
+    def objective(self, rows: Rows, context: StepContext) -> Output:
+        output: Output = self._engine(rows, context)
         return output
 
     def backward(self, loss: Float[Tensor, ""]) -> None:

@@ -151,10 +151,10 @@ def decode(
     acts: Float[Tensor, " entries"],
     kernels: Kernels,
     entries: Entries,
-    W_dec: Float[Tensor, "n_latents d_in"],
+    W_dec: Float[Tensor, "n_latents d_out"],
     *,
     unit_rows: bool,
-) -> Float[Tensor, "batch d_in"]:
+) -> Float[Tensor, "batch d_out"]:
     """Acts W_dec (no bias), with gradients to acts and W_dec.
 
     Args:

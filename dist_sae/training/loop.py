@@ -15,7 +15,7 @@ from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.backlog import ReadyUnits
 from dist_sae.data.heldout import are_there, rows_of
 from dist_sae.data.normaliser import Normaliser
-from dist_sae.dictionaries.base import Step
+from dist_sae.dictionaries.base import Rows, StepContext
 from dist_sae.dictionaries.schedules import learning_rate
 from dist_sae.distributed.mesh import Mesh, check_replicated
 from dist_sae.distributed.watch import Watch
@@ -108,7 +108,8 @@ def train(
             x = batch.acts.to(mesh.device, torch.float32) * normaliser.scale
             report.end("rest")
             output = engine.objective(
-                x, Step(normaliser.variance, dead.mask, dead.count, progress=step / run.steps)
+                Rows(inputs=x, targets=x),
+                StepContext(normaliser.variance, dead.mask, dead.count, progress=step / run.steps),
             )
             report.end("forward")
             engine.backward(output.terms.total)
@@ -120,7 +121,7 @@ def train(
             if dead.n_stuck:
                 engine.retie(dead.stuck, x, output.error)
             if average is not None:
-                average.update(x, step / run.steps)
+                average.update(Rows(x, x), step / run.steps)
             step += 1
             cursors, repeated_rows = batch.cursors, repeated_rows + batch.repeated_rows
             job.registration.at(cursors)

@@ -9,7 +9,6 @@ from itertools import chain
 from typing import NamedTuple
 
 import torch
-from torch import Tensor
 
 from dist_sae.checkpoint import warm_start
 from dist_sae.checkpoint.folder import run_file_key
@@ -25,7 +24,7 @@ from dist_sae.data.normaliser import Normaliser, measure
 from dist_sae.data.plan import Plan, check_rows, load_plan
 from dist_sae.data.streams import StreamCursor
 from dist_sae.dictionaries import PRODUCT_DTYPES, build_sae
-from dist_sae.dictionaries.base import Dictionary
+from dist_sae.dictionaries.base import Dictionary, Rows
 from dist_sae.dictionaries.dead import DeadLatents
 from dist_sae.dictionaries.ema import WeightAverage
 from dist_sae.dictionaries.init import initialise_from_data
@@ -179,7 +178,7 @@ def _initialise(
     n_rows = start.init_rows(run)
     n_batches = max(1, -(-n_rows // run.train.batch_rows))
 
-    def rows() -> Generator[Tensor]:
+    def rows() -> Generator[Rows]:
         with open_loader(
             run, mesh, units, range(n_batches), start.lineage, start.cursors
         ) as loader:
@@ -189,7 +188,8 @@ def _initialise(
                 if batch is None:
                     loader.raise_if_failed()
                     raise Stopped("stopped before the first step; start again to go on")
-                yield batch.acts.to(mesh.device, torch.float32) * normaliser.scale
+                x = batch.acts.to(mesh.device, torch.float32) * normaliser.scale
+                yield Rows(inputs=x, targets=x)
 
     with closing(rows()) as batches:
         first = next(batches)

@@ -10,7 +10,7 @@ from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.checkpoint.state import TrainingState, load_weights
 from dist_sae.config import Run, load_run
 from dist_sae.dictionaries.axis import WHOLE, LatentAxis, WholeAxis
-from dist_sae.dictionaries.base import Step
+from dist_sae.dictionaries.base import StepContext
 from dist_sae.dictionaries.dead import DeadLatents
 from dist_sae.dictionaries.ema import WeightAverage
 from dist_sae.distributed.engine import LocalEngine
@@ -24,6 +24,7 @@ from tests.dictionaries.recipes import (
     UNIT_ROWS,
     VARIANCE,
     make,
+    sae_rows,
 )
 from tests.runs import write_run
 
@@ -49,15 +50,15 @@ def advance(state: TrainingState, steps: range) -> list[float]:
     for number in steps:
         generator = torch.Generator().manual_seed(number)
         x = torch.randn(BATCH, D_IN, generator=generator)
-        now = Step(VARIANCE, state.dead.mask, state.dead.count, progress=number / 10)
+        now = StepContext(VARIANCE, state.dead.mask, state.dead.count, progress=number / 10)
         engine = state.engine
         assert isinstance(engine, LocalEngine)
-        output = engine.objective(x, now)
+        output = engine.objective(sae_rows(x), now)
         engine.backward(output.terms.total)
         losses += [float(output.terms.total.detach()), engine.step(lr=1e-2)]
         state.dead.update(output.fired, BATCH)
         assert state.average is not None
-        state.average.update(x, number / 10)
+        state.average.update(sae_rows(x), number / 10)
     return losses
 
 

@@ -19,7 +19,7 @@ from dist_sae.config.sae import (
 )
 from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.axis import WHOLE, LatentAxis
-from dist_sae.dictionaries.base import Dictionary, LossTerms, Step
+from dist_sae.dictionaries.base import Dictionary, LossTerms, Rows, StepContext
 from tests.dictionaries import reference
 
 D_IN, N_LATENTS, K, AUXK, BATCH = 16, 64, 5, 7, 32
@@ -77,16 +77,21 @@ def rows(dtype: torch.dtype = torch.float64, batch: int = BATCH) -> Tensor:
     return torch.randn(batch, D_IN, generator=torch.Generator().manual_seed(2), dtype=dtype)
 
 
+def sae_rows(x: Tensor) -> Rows:
+    """The rows of an autoencoder: its targets are its inputs."""
+    return Rows(inputs=x, targets=x)
+
+
 def some_dead() -> Tensor:
     return torch.arange(N_LATENTS) % 4 == 0
 
 
-def step(dead: Tensor | None = None, progress: float = PROGRESS) -> Step:
+def step(dead: Tensor | None = None, progress: float = PROGRESS) -> StepContext:
     dead = torch.zeros(N_LATENTS, dtype=torch.bool) if dead is None else dead
-    return Step(VARIANCE, dead, int(dead.sum()), progress)
+    return StepContext(VARIANCE, dead, int(dead.sum()), progress)
 
 
-def oracle(sae: Dictionary, x: Tensor, now: Step) -> LossTerms:
+def oracle(sae: Dictionary, x: Tensor, now: StepContext) -> LossTerms:
     losses: dict[type[DictionaryConfig], Callable[..., LossTerms]] = {
         TopKConfig: reference.topk_loss,
         BatchTopKConfig: reference.batchtopk_loss,

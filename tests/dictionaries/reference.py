@@ -13,27 +13,29 @@ from dist_sae.config.sae import (
     RoutedConfig,
     TopKConfig,
 )
-from dist_sae.dictionaries.base import LossTerms, Step
+from dist_sae.dictionaries.base import LossTerms, StepContext
 from dist_sae.dictionaries.schedules import annealed, warmed_up
 
 Parameters = dict[str, Tensor]
 
 
-def topk_loss(x: Tensor, p: Parameters, config: TopKConfig, step: Step) -> LossTerms:
+def topk_loss(x: Tensor, p: Parameters, config: TopKConfig, step: StepContext) -> LossTerms:
     """`dictionaries/recipes/topk.py`."""
     k = annealed(step.progress, config.k, config.k_start, config.k_anneal_share)
     pre_acts = (x - p["b_dec"]) @ p["W_enc"].T + p["b_enc"]
     return _with_auxk(x, _topk(pre_acts, k).relu(), pre_acts, p, config, step)
 
 
-def batchtopk_loss(x: Tensor, p: Parameters, config: BatchTopKConfig, step: Step) -> LossTerms:
+def batchtopk_loss(
+    x: Tensor, p: Parameters, config: BatchTopKConfig, step: StepContext
+) -> LossTerms:
     """`dictionaries/recipes/batchtopk.py`."""
     k = annealed(step.progress, config.k, config.k_start, config.k_anneal_share)
     pre_acts = (x - p["b_dec"]) @ p["W_enc"].T + p["b_enc"]
     return _with_auxk(x, _batch_topk(pre_acts, k), pre_acts, p, config, step)
 
 
-def routed_loss(x: Tensor, p: Parameters, config: RoutedConfig, step: Step) -> LossTerms:
+def routed_loss(x: Tensor, p: Parameters, config: RoutedConfig, step: StepContext) -> LossTerms:
     """Routed: all experts computed for all rows, and a mask; capacity is ignored."""
     experts, chosen = config.experts, config.experts_per_row
     k = annealed(step.progress, config.k, config.k_start, config.k_anneal_share)
@@ -68,7 +70,7 @@ def routed_loss(x: Tensor, p: Parameters, config: RoutedConfig, step: Step) -> L
     return LossTerms(fvu, aux, imbalance, fvu + config.auxk_coefficient * aux + imbalance)
 
 
-def jumprelu_loss(x: Tensor, p: Parameters, config: JumpReLUConfig, step: Step) -> LossTerms:
+def jumprelu_loss(x: Tensor, p: Parameters, config: JumpReLUConfig, step: StepContext) -> LossTerms:
     """`dictionaries/recipes/jumprelu.py`."""
     rms_norm = x.shape[1] ** 0.5
     eps = (config.bandwidth or config.least_code) * rms_norm
@@ -81,7 +83,7 @@ def jumprelu_loss(x: Tensor, p: Parameters, config: JumpReLUConfig, step: Step) 
 
 
 def jumprelu_tanh_loss(
-    x: Tensor, p: Parameters, config: JumpReLUTanhConfig, step: Step
+    x: Tensor, p: Parameters, config: JumpReLUTanhConfig, step: StepContext
 ) -> LossTerms:
     """`dictionaries/recipes/jumprelu_tanh.py`."""
     d_in = x.shape[1]
@@ -96,7 +98,7 @@ def jumprelu_tanh_loss(
     return LossTerms(fvu, fvu.new_zeros(()), sparsity, fvu + sparsity)
 
 
-def relu_loss(x: Tensor, p: Parameters, config: ReLUConfig, step: Step) -> LossTerms:
+def relu_loss(x: Tensor, p: Parameters, config: ReLUConfig, step: StepContext) -> LossTerms:
     """`dictionaries/recipes/relu.py`."""
     acts = (x @ p["W_enc"].T + p["b_enc"]).relu()
     fvu = _fvu(x, acts @ p["W_dec"] + p["b_dec"], step)
@@ -111,7 +113,7 @@ def _with_auxk(
     pre_acts: Tensor,
     p: Parameters,
     config: TopKConfig | BatchTopKConfig,
-    step: Step,
+    step: StepContext,
 ) -> LossTerms:
     x_hat = acts @ p["W_dec"] + p["b_dec"]
     fvu = _fvu(x, x_hat, step)
@@ -125,7 +127,7 @@ def _with_auxk(
     return LossTerms(fvu, aux, fvu.new_zeros(()), fvu + config.auxk_coefficient * aux)
 
 
-def _fvu(x: Tensor, x_hat: Tensor, step: Step) -> Tensor:
+def _fvu(x: Tensor, x_hat: Tensor, step: StepContext) -> Tensor:
     return (x - x_hat).square().sum() / (len(x) * step.variance)
 
 

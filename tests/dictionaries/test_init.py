@@ -16,7 +16,7 @@ from dist_sae.config.sae import (
 )
 from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.axis import WHOLE, LatentAxis
-from dist_sae.dictionaries.base import Dictionary, Step
+from dist_sae.dictionaries.base import Dictionary, StepContext
 from dist_sae.dictionaries.init import (
     first_rows,
     geometric_median,
@@ -24,7 +24,7 @@ from dist_sae.dictionaries.init import (
     random_rows,
 )
 from tests.dictionaries.ranks import ThreadAxis, on_ranks
-from tests.dictionaries.recipes import CONFIGS, D_IN, KINDS, N_LATENTS, SHARED, make
+from tests.dictionaries.recipes import CONFIGS, D_IN, KINDS, N_LATENTS, SHARED, make, sae_rows
 
 WIDENED = tuple(kind for kind in KINDS if kind != "routed")
 LAYOUTS = [(1, 2), (2, 1), (2, 2), (1, 4)]  # replicas x shards
@@ -87,7 +87,7 @@ def test_shards_begin_as_parts_of_the_same_dictionary(
 
     def initialised(axis: LatentAxis) -> dict[str, Tensor]:
         sae: Dictionary = build_sae(config, D_IN, axis)  # type: ignore[arg-type]
-        sae.initialise(part(axis, batch(0)), seed=5)
+        sae.initialise(sae_rows(part(axis, batch(0))), seed=5)
         return parameters(sae)
 
     whole = initialised(WHOLE)
@@ -99,8 +99,8 @@ def from_data(axis: LatentAxis, kind: str = "topk") -> dict[str, Tensor]:
     """64 latents from 72 rows."""
     sae = build_sae(CONFIGS[kind], D_IN, axis)  # type: ignore[arg-type]
     rows = [part(axis, batch(number)) for number in range(3)]
-    sae.initialise(rows[0], seed=5)
-    initialise_from_data(sae, iter(rows))
+    sae.initialise(sae_rows(rows[0]), seed=5)
+    initialise_from_data(sae, map(sae_rows, rows))
     return parameters(sae)
 
 
@@ -125,9 +125,9 @@ def test_latents_from_equal_rows_are_no_copies() -> None:
     """Rows with one very large coordinate all point the same way; copies would die together."""
     sae = build_sae(TopKConfig(n_latents=48, k=4, auxk=0), D_IN)
     rows = batch(0, 48)
-    sae.initialise(rows, seed=5)
+    sae.initialise(sae_rows(rows), seed=5)
     rows[:, 3] += 1e4
-    initialise_from_data(sae, [rows])
+    initialise_from_data(sae, [sae_rows(rows)])
     cosines = (sae.W_dec @ sae.W_dec.T).detach()
     assert cosines[~torch.eye(48, dtype=torch.bool)].mean() == pytest.approx(0.8**2, abs=0.05)
 
@@ -149,7 +149,7 @@ def widened(kind: str, axis: LatentAxis) -> dict[str, Tensor]:
     narrow = make(CONFIGS[kind], torch.float32)
     sae: Dictionary = build_sae(CONFIGS[kind], D_IN, axis)  # type: ignore[arg-type]
     rows = [part(axis, batch(number)) for number in range(2)]
-    sae.initialise(rows[0], seed=5)
+    sae.initialise(sae_rows(rows[0]), seed=5)
     with torch.no_grad():
         for name, parameter in sae.named_parameters():
             values = dict(narrow.named_parameters())[name]
@@ -161,7 +161,7 @@ def widened(kind: str, axis: LatentAxis) -> dict[str, Tensor]:
                 parameter[:n] = values[known]
     if kind == "batchtopk":
         sae.get_buffer("threshold").copy_(torch.tensor([0.3, 1.0]))
-    initialise_from_data(sae, iter(rows), KNOWN)
+    initialise_from_data(sae, map(sae_rows, rows), KNOWN)
     return parameters(sae)
 
 
@@ -283,8 +283,8 @@ def test_a_dictionary_starts_at_the_scale_that_suits_what_training_keeps(kind: s
     """6 latents a row, on the batch that the factor was computed from, the last one."""
     sae: Dictionary = build_sae(SELECTS[kind], D_IN)  # type: ignore[arg-type]
     rows = [batch(0), batch(1)]
-    sae.initialise(rows[0], seed=5)
-    initialise_from_data(sae, rows)
+    sae.initialise(sae_rows(rows[0]), seed=5)
+    initialise_from_data(sae, map(sae_rows, rows))
     if kind != "topk":  # rounding decides whether the least that is kept is above the threshold
         assert len(sae.encode(rows[1]).acts) in (6 * BATCH - 1, 6 * BATCH)
 
@@ -293,7 +293,9 @@ def test_a_dictionary_starts_at_the_scale_that_suits_what_training_keeps(kind: s
         with torch.no_grad():
             sae.W_enc.mul_(scale)
             none_dead = torch.zeros(48, dtype=torch.bool)
-            found = float(sae.objective(rows[1], Step(1.0, none_dead, 0, 0.0)).terms.fvu)
+            found = float(
+                sae.objective(sae_rows(rows[1]), StepContext(1.0, none_dead, 0, 0.0)).terms.fvu
+            )
             sae.W_enc.copy_(before)
         return found
 
@@ -307,9 +309,11 @@ def test_the_encoder_has_a_gradient_at_the_start_with_one_latent_a_row(kind: str
     config, gradients = SELECTS[kind].model_copy(update=settings), []
     for dtype in (torch.float32, torch.float64):
         sae: Dictionary = build_sae(config, D_IN, product_dtype=dtype, dtype=dtype)  # type: ignore[arg-type]
-        sae.initialise(batch(0).to(dtype), seed=5)
+        sae.initialise(sae_rows(batch(0).to(dtype)), seed=5)
         none_dead = torch.zeros(48, dtype=torch.bool)
-        sae.objective(batch(0).to(dtype), Step(1.0, none_dead, 0, 0.0)).terms.fvu.backward()  # type: ignore[no-untyped-call]
+        sae.objective(
+            sae_rows(batch(0).to(dtype)), StepContext(1.0, none_dead, 0, 0.0)
+        ).terms.fvu.backward()  # type: ignore[no-untyped-call]
         assert sae.W_enc.grad is not None
         gradients.append(sae.W_enc.grad.double())
     torch.testing.assert_close(*gradients, rtol=1e-3, atol=1e-4 * float(gradients[1].abs().max()))
@@ -345,8 +349,8 @@ def test_penalised_recipes_begin_with_so_many_active_latents(
     changed = {"initial_l0": initial_l0, "n_latents": 512}
     sae: Dictionary = build_sae(CONFIGS[kind].model_copy(update=changed), D_IN)  # type: ignore[arg-type]
     x = batch(0, 2000)
-    sae.initialise(x, seed=1)
-    initialise_from_data(sae, [x])
+    sae.initialise(sae_rows(x), seed=1)
+    initialise_from_data(sae, [sae_rows(x)])
     codes = sae.encode(x)
     assert len(codes.acts) / len(x) == pytest.approx(expected, rel=0.01)
     counts = torch.bincount(codes.latents, minlength=512)
@@ -375,7 +379,7 @@ def test_the_number_at_the_start_follows_from_the_penalty(
 ) -> None:
     sae: Dictionary = build_sae(config, D_IN)  # type: ignore[arg-type]
     x = batch(0, 2000)
-    sae.initialise(x, seed=1)
+    sae.initialise(sae_rows(x), seed=1)
     assert len(sae.encode(x).acts) / len(x) == pytest.approx(expected, rel=0.01)
 
 
@@ -396,10 +400,10 @@ def test_thresholds_begin_where_a_code_repays_its_cost(
     whatever the directions are.
     """
     sae: Dictionary = build_sae(config, D_IN)  # type: ignore[arg-type]
-    sae.initialise(batch(0), seed=1)
+    sae.initialise(sae_rows(batch(0)), seed=1)
     for from_data in (False, True):
         if from_data:
-            initialise_from_data(sae, [batch(0)])
+            initialise_from_data(sae, [sae_rows(batch(0))])
         found = parameters(sae)
         scale = found["W_enc"].norm(dim=1) if is_scaled else torch.ones(64)
         torch.testing.assert_close(found["theta"], expected * scale)

@@ -14,7 +14,7 @@ from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.checkpoint.state import TrainingState, load_weights
 from dist_sae.config import load_run
 from dist_sae.dictionaries import build_sae
-from dist_sae.dictionaries.base import Step
+from dist_sae.dictionaries.base import StepContext
 from dist_sae.dictionaries.dead import DeadLatents
 from dist_sae.dictionaries.init import initialise_from_data
 from dist_sae.dictionaries.metrics import Fit
@@ -22,6 +22,7 @@ from dist_sae.distributed.engine import LocalEngine
 from dist_sae.kernels.choice import choose_kernels
 from dist_sae.storage import open_store
 from dist_sae.telemetry.process import resident_bytes
+from tests.dictionaries.recipes import sae_rows
 from tests.runs import write_run
 
 MIB = 2**20
@@ -53,12 +54,14 @@ def live(folder: Path, kind: str, n_latents: int, d_in: int, rows: int, steps: i
     kernels = choose_kernels("auto", x.device)
     checkpoints = Checkpoints(open_store(str(folder)), f"life-{n_latents}", keep=1)
     sae = build_sae(run.sae, d_in, kernels=kernels, product_dtype=torch.bfloat16)
-    sae.initialise(x, seed=0)
+    sae.initialise(sae_rows(x), seed=0)
     if run.sae.init_rows:
-        initialise_from_data(sae, [x])
+        initialise_from_data(sae, [sae_rows(x)])
     engine, dead = LocalEngine(run, sae), DeadLatents(n_latents, 10 * rows)
     for number in range(steps):
-        output = engine.objective(x, Step(float(d_in), dead.mask, dead.count, number / 2))
+        output = engine.objective(
+            sae_rows(x), StepContext(float(d_in), dead.mask, dead.count, number / 2)
+        )
         engine.backward(output.terms.total)
         engine.step(lr=1e-4)
         dead.update(output.fired, rows)

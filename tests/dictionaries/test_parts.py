@@ -20,6 +20,7 @@ from dist_sae.dictionaries.recipes.batchtopk import BatchTopK
 from dist_sae.dictionaries.schedules import learning_rate
 from dist_sae.kernels import Entries
 from dist_sae.kernels.torch import KERNELS
+from tests.dictionaries.recipes import sae_rows
 
 
 def test_learning_rate_rises_stays_and_falls() -> None:
@@ -84,7 +85,7 @@ def test_initial_reconstruction_has_the_scale_of_least_squared_error() -> None:
     """There the error is orthogonal to the reconstruction."""
     x = 3 * torch.randn(256, 24, generator=torch.Generator().manual_seed(0)) + 1
     sae = build_sae(TopKConfig(n_latents=96, k=8, auxk=0), 24)
-    initialise_tied(sae, x, seed=5)
+    initialise_tied(sae, sae_rows(x), seed=5)
     centre = sae.b_dec.detach()
     rebuilt = sae.decode(sae.encode(x)) - centre
     error = x - centre - rebuilt
@@ -101,12 +102,12 @@ def test_the_running_mean_forgets_its_start_and_follows_the_weights() -> None:
     with torch.no_grad():
         for value in (4.0, 8.0, 8.0, 0.0):
             sae.b_enc.fill_(value)
-            average.update(x, 0.5)
+            average.update(sae_rows(x), 0.5)
             seen.append(float(average.mean["b_enc"]))
         assert seen == pytest.approx([4.0, 7.6, 7.6 + 9 / 11 * 0.4, (7.6 + 9 / 11 * 0.4) * 3 / 12])
         average.updates = 1000
         before = float(average.mean["b_enc"])
-        average.update(x, 0.5)
+        average.update(sae_rows(x), 0.5)
         assert float(average.mean["b_enc"]) == pytest.approx(0.75 * before)
     assert not sae.b_enc.any()
 
@@ -115,14 +116,14 @@ def test_the_running_mean_has_a_threshold_and_unit_rows_of_its_own() -> None:
     """Latents that were twice as sensitive lately: k of them are active all the same."""
     x = torch.randn(400, 8, generator=torch.Generator().manual_seed(1))
     sae = build_sae(BatchTopKConfig(n_latents=32, k=3, auxk=0), 8)
-    initialise_tied(sae, x, seed=2)
+    initialise_tied(sae, sae_rows(x), seed=2)
     average = WeightAverage(sae, 0.9)
-    average.update(x, 0.5)
+    average.update(sae_rows(x), 0.5)
     with torch.no_grad():
         sae.W_enc.mul_(2)
         sae.W_dec[0] = -sae.W_dec[1]
-    sae.measure(x)
-    average.update(x, 0.5)
+    sae.measure(sae_rows(x))
+    average.update(sae_rows(x), 0.5)
     live = {name: tensor.clone() for name, tensor in sae.state_dict().items()}
     with average.applied():
         assert int(sae.infer(x).firings.sum()) == pytest.approx(3 * len(x), abs=1)

@@ -33,6 +33,7 @@ from tests.dictionaries.recipes import (
     oracle,
     relative_error,
     rows,
+    sae_rows,
     some_dead,
     step,
 )
@@ -43,7 +44,7 @@ GATED = ("jumprelu", "jumprelu_tanh", "relu")
 def check_against_oracle(sae: Dictionary, dead: str, bound: float) -> None:
     masks = {"none": None, "some": some_dead(), "all": torch.ones(N_LATENTS, dtype=torch.bool)}
     x, now = rows(sae.W_enc.dtype), step(masks[dead])
-    terms, expected = sae.objective(x, now).terms, oracle(sae, x, now)
+    terms, expected = sae.objective(sae_rows(x), now).terms, oracle(sae, x, now)
     for value, wanted in zip(terms, expected, strict=True):
         assert relative_error(value, wanted) <= bound
     ours, theirs = gradients(sae, terms.total), gradients(sae, expected.total)
@@ -78,10 +79,10 @@ def test_chunks_of_latents_do_not_change_what_is_selected(
     kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sae, x = make(CONFIGS[kind]), rows()
-    whole = sae.objective(x, step(some_dead()))
+    whole = sae.objective(sae_rows(x), step(some_dead()))
     monkeypatch.setattr(select, "_CHUNK", 16)
     monkeypatch.setattr(select, "_CHUNK_BYTES", 8 * 16 * 10)  # blocks of 10 rows
-    chunked = sae.objective(x, step(some_dead()))
+    chunked = sae.objective(sae_rows(x), step(some_dead()))
     assert torch.equal(whole.fired, chunked.fired)
     assert int(whole.active) == int(chunked.active)
     assert relative_error(chunked.terms.total, whole.terms.total) <= 1e-12
@@ -97,7 +98,7 @@ def test_inference_in_bounded_memory_decodes_what_it_encodes(
     monkeypatch.setattr(select, "_CHUNK_BYTES", 8 * 16 * 10)  # blocks of 10 rows
     config = CONFIGS.get(kind, CONFIGS["routed"].model_copy(update={"selection": "batch"}))
     sae, x = make(config), rows()
-    sae.objective(x, step())  # batch selections have a threshold now
+    sae.objective(sae_rows(x), step())  # batch selections have a threshold now
     codes, found = sae.encode(x), sae.infer(x)
     torch.testing.assert_close(found.x_hat, sae.decode(codes), rtol=1e-12, atol=1e-12)
     counts = torch.bincount(codes.latents[codes.acts > 0], minlength=N_LATENTS)
@@ -107,7 +108,7 @@ def test_inference_in_bounded_memory_decodes_what_it_encodes(
 def test_auxk_gives_the_encoder_a_gradient() -> None:
     """A peer's AuxK leaves the encoder without one, and so revives nothing."""
     sae, dead = make(CONFIGS["topk"]), some_dead()
-    found = gradients(sae, sae.objective(rows(), step(dead)).terms.auxk)
+    found = gradients(sae, sae.objective(sae_rows(rows()), step(dead)).terms.auxk)
     assert found["W_enc"][dead].norm() > 0
     assert found["b_enc"][dead].norm() > 0
     assert found["W_enc"][~dead].norm() == 0
@@ -120,7 +121,7 @@ def test_a_stuck_latent_is_tied_again(kind: str) -> None:
     dead[9] = True
     with torch.no_grad():
         sae.b_enc[9] = -50.0
-    found = gradients(sae, sae.objective(rows(), step(dead)).terms.auxk)
+    found = gradients(sae, sae.objective(sae_rows(rows()), step(dead)).terms.auxk)
     assert found["b_enc"][9] == 0
     before = {name: p.detach().clone() for name, p in sae.named_parameters()}
     x, error = rows(), rows() / 3
@@ -133,7 +134,7 @@ def test_a_stuck_latent_is_tied_again(kind: str) -> None:
     for name, parameter in sae.named_parameters():
         unchanged = ~dead if name in ("W_enc", "b_enc") else slice(None)
         assert torch.equal(parameter[unchanged], before[name][unchanged]), name
-    assert gradients(sae, sae.objective(rows(), step(dead)).terms.auxk)["b_enc"][9] != 0
+    assert gradients(sae, sae.objective(sae_rows(rows()), step(dead)).terms.auxk)["b_enc"][9] != 0
 
 
 def test_stuck_latents_that_are_alike_do_not_overshoot() -> None:
@@ -149,7 +150,7 @@ def test_stuck_latents_that_are_alike_do_not_overshoot() -> None:
     sae.retie(stuck, x, -error)  # they can take nothing of this away, and stay within reach
     lengths = sae.W_enc[stuck].detach().norm(dim=1)
     torch.testing.assert_close(lengths, torch.full_like(lengths, 0.01))
-    assert gradients(sae, sae.objective(x, step(stuck)).terms.auxk)["W_enc"][stuck].any()
+    assert gradients(sae, sae.objective(sae_rows(x), step(stuck)).terms.auxk)["W_enc"][stuck].any()
 
 
 @pytest.mark.parametrize("kind", ["topk", "batchtopk"])
@@ -158,7 +159,7 @@ def test_latents_selected_at_zero_get_no_gradient(kind: str) -> None:
     with torch.no_grad():
         sae.b_enc.fill_(-100.0)  # nothing is positive: all k selected latents are at zero
         sae.b_enc[3] = 100.0  # but for this one
-    output = sae.objective(rows(), step())
+    output = sae.objective(sae_rows(rows()), step())
     assert int(output.active) == BATCH
     assert output.fired.nonzero()[:, 0].tolist() == [3]
     found = gradients(sae, output.terms.total)
@@ -172,10 +173,10 @@ def test_latents_selected_at_zero_get_no_gradient(kind: str) -> None:
 def test_auxk_does_not_count_the_bias_twice(kind: str) -> None:
     """Shift the data and b_dec alike: the error is the same, so AuxK must be."""
     sae, x, now = make(CONFIGS[kind]), rows(), step(some_dead())
-    before = sae.objective(x, now).terms.auxk
+    before = sae.objective(sae_rows(x), now).terms.auxk
     with torch.no_grad():
         sae.b_dec.add_(3.0)
-    after = sae.objective(x + 3.0, now).terms.auxk
+    after = sae.objective(sae_rows(x + 3.0), now).terms.auxk
     torch.testing.assert_close(before, after, rtol=1e-12, atol=0)
 
 
@@ -190,7 +191,7 @@ def test_auxk_makes_no_gradient_of_its_own(kind: str) -> None:
         return sums
 
     sae.kernels = KERNELS._replace(sum_by_latent=sum_by_latent)
-    terms = sae.objective(x, step(some_dead())).terms
+    terms = sae.objective(sae_rows(x), step(some_dead())).terms
     terms.total.backward()  # type: ignore[no-untyped-call]
     assert terms.auxk > 0
     assert sae.W_enc.grad is not None
@@ -203,7 +204,9 @@ def test_auxk_is_zero_when_nothing_is_left_to_explain() -> None:
     with torch.no_grad():
         sae.W_dec.zero_()
         sae.b_dec.fill_(2.0)
-    terms = sae.objective(torch.full((BATCH, D_IN), 2.0).double(), step(some_dead())).terms
+    terms = sae.objective(
+        sae_rows(torch.full((BATCH, D_IN), 2.0).double()), step(some_dead())
+    ).terms
     assert terms.auxk == 0
     assert terms.fvu == 0
 
@@ -219,7 +222,9 @@ def test_auxk_is_zero_when_all_rows_are_alike(kind: str, dtype: torch.dtype) -> 
         first = axis.replica * axis.shards + axis.shard
         own = x.chunk(axis.replicas * axis.shards)[first]
         dead = some_dead().chunk(axis.shards)[axis.shard]
-        return sae.objective(own, step(dead)._replace(n_dead=int(some_dead().sum()))).terms
+        return sae.objective(
+            sae_rows(own), step(dead)._replace(n_dead=int(some_dead().sum()))
+        ).terms
 
     whole, ranks = losses(), on_ranks(2, 2, losses)
     assert whole.auxk == 0
@@ -237,7 +242,7 @@ def test_fvu_by_hand() -> None:
     x = torch.tensor([[3.0, 1.0], [0.0, 2.0]]).double()
     now = step(torch.zeros(2, dtype=torch.bool))._replace(variance=4.0)
     # squared errors 1 and 0; divided by 2 rows x variance 4
-    assert sae.objective(x, now).terms.fvu.item() == pytest.approx(1 / 8)
+    assert sae.objective(sae_rows(x), now).terms.fvu.item() == pytest.approx(1 / 8)
     codes = sae.encode(x)
     assert codes.latents.tolist() == [0, 1]
     assert codes.acts.tolist() == [3.0, 2.0]
@@ -246,7 +251,9 @@ def test_fvu_by_hand() -> None:
 def test_a_gradient_along_a_unit_row_is_left_out() -> None:
     for kind in UNIT_ROWS:
         sae = make(CONFIGS[kind])
-        found = gradients(sae, sae.objective(rows(), step(some_dead())).terms.total)["W_dec"]
+        found = gradients(sae, sae.objective(sae_rows(rows()), step(some_dead())).terms.total)[
+            "W_dec"
+        ]
         assert float(along_rows(found, sae.W_dec.detach()).norm()) <= 1e-12 * float(found.norm())
 
 
@@ -257,7 +264,7 @@ def test_k_anneals_from_its_start() -> None:
         centred = (rows() - sae.b_dec).detach()
         pre_acts = centred @ sae.W_enc.T + sae.b_enc
         positive = int((pre_acts.topk(k, dim=1).values > 0).sum())
-        assert int(sae.objective(rows(), step(dead, progress)).active) == positive
+        assert int(sae.objective(sae_rows(rows()), step(dead, progress)).active) == positive
 
 
 def test_sparsity_penalties_rise_with_the_run() -> None:
@@ -266,7 +273,7 @@ def test_sparsity_penalties_rise_with_the_run() -> None:
         if kind == "jumprelu_tanh":
             sae.config = sae.config.model_copy(update={"pre_act": 0.0})
         at = [
-            sae.objective(rows(), step(None, p)).terms.sparsity.item()
+            sae.objective(sae_rows(rows()), step(None, p)).terms.sparsity.item()
             for p in (0.0, 0.25, 0.5, 1.0)
         ]
         assert at[0] == 0
@@ -299,7 +306,7 @@ def test_l1_shrinks_a_single_feature_by_half_of_lambda() -> None:
     optimizer = torch.optim.SGD([sae.b_enc], lr=0.5)
     for _ in range(200):
         optimizer.zero_grad()
-        (sae.objective(x, now).terms.total * VARIANCE).backward()  # type: ignore[no-untyped-call]
+        (sae.objective(sae_rows(x), now).terms.total * VARIANCE).backward()  # type: ignore[no-untyped-call]
         optimizer.step()
     assert float(sae.encode(x).acts[0]) == pytest.approx(2.0 - 0.6 / 2, abs=1e-3)
 
@@ -312,7 +319,8 @@ def test_jumprelu_and_topk_do_not_shrink() -> None:
         sae.W_dec.fill_(1.0)
         sae.theta.fill_(0.1)
     found = gradients(
-        sae, sae.objective(torch.full((8, 1), 2.0), step(torch.zeros(1).bool())).terms.total
+        sae,
+        sae.objective(sae_rows(torch.full((8, 1), 2.0)), step(torch.zeros(1).bool())).terms.total,
     )
     assert float(found["b_enc"]) == pytest.approx(0, abs=1e-7)
 
@@ -321,9 +329,9 @@ def test_bf16_products_select_nearly_the_same() -> None:
     """bf16 has 8 bits: the values agree to .4 %, so the reconstruction does to about that."""
     for kind in KINDS:
         sae, x = make(CONFIGS[kind], torch.float32), rows(torch.float32)
-        exact = sae.objective(x, step(some_dead())).terms.fvu
+        exact = sae.objective(sae_rows(x), step(some_dead())).terms.fvu
         sae.product_dtype = torch.bfloat16
-        rough = sae.objective(x, step(some_dead())).terms.fvu
+        rough = sae.objective(sae_rows(x), step(some_dead())).terms.fvu
         assert rough.item() == pytest.approx(exact.item(), rel=0.01), kind
 
 
@@ -337,7 +345,7 @@ def test_bf16_products_are_the_encoders_alone(
     sae, x = make(CONFIGS[kind], torch.float32), rows(torch.float32)
     assert isinstance(sae, gated_module.Thresholded)
     sae.product_dtype = torch.bfloat16
-    output = sae.objective(x, step())
+    output = sae.objective(sae_rows(x), step())
     with torch.no_grad():
         pre_acts = (x.bfloat16() @ sae.W_enc.bfloat16().T).float() + sae.b_enc
         acts = pre_acts * (pre_acts > sae.thresholds)
@@ -354,13 +362,13 @@ def test_batchtopk_at_inference_is_a_threshold_that_keeps_k_on_average() -> None
     sae, x = make(CONFIGS["batchtopk"], torch.float32), rows(torch.float32, 512)
     assert len(sae.encode(x).acts) > K * len(x)  # before the first step: all that is positive
     for _ in range(3):
-        sae.objective(x, step())
+        sae.objective(sae_rows(x), step())
     codes = sae.encode(x)
     assert len(codes.acts) == pytest.approx(K * len(x), rel=0.01)
     assert float(codes.acts.min()) > 0
     sae.eval()
     before = sae.get_buffer("threshold").clone()
-    sae.objective(rows(torch.float32), step())
+    sae.objective(sae_rows(rows(torch.float32)), step())
     assert torch.equal(before, sae.get_buffer("threshold"))
 
 
@@ -368,5 +376,5 @@ def test_the_recipe_with_more_dead_than_auxk_uses_auxk_of_them() -> None:
     sae = make(CONFIGS["topk"])
     dead = some_dead()
     assert int(dead.sum()) > AUXK
-    found = gradients(sae, sae.objective(rows(), step(dead)).terms.auxk)
+    found = gradients(sae, sae.objective(sae_rows(rows()), step(dead)).terms.auxk)
     assert 0 < int((found["b_enc"] != 0).sum()) <= int(dead.sum())

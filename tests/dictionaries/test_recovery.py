@@ -17,6 +17,7 @@ from dist_sae.config.sae import (
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.dead import DeadLatents
 from dist_sae.dictionaries.recipes.jumprelu_tanh import JumpReLUTanh
+from tests.dictionaries.recipes import sae_rows
 from tests.dictionaries.trees import TreeWorld, scores
 from tests.dictionaries.worlds import Recovery, World, mean_matched_cosine, recovery, train
 
@@ -100,7 +101,7 @@ def test_jumprelu_tanh_starts_with_the_l0_that_was_asked_for() -> None:
     """About 10,000 active latents per row where there are at least 100,000."""
     x = World(d_in=32, n_features=256, l0=4, zipf=1.0).batch(0, 1024)
     sae = JumpReLUTanh(JumpReLUTanhConfig(n_latents=131_072, initial_l0=10_000), 32)
-    sae.initialise(x, seed=0)
+    sae.initialise(sae_rows(x), seed=0)
     active = sum(len(sae.encode(x[start : start + 128]).acts) for start in range(0, 1024, 128))
     assert active / 1024 == pytest.approx(10_000, rel=0.05)
 

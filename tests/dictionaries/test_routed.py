@@ -25,6 +25,7 @@ from tests.dictionaries.recipes import (
     oracle,
     relative_error,
     rows,
+    sae_rows,
     some_dead,
     step,
 )
@@ -53,7 +54,7 @@ def test_one_expert_is_an_exact_dictionary(dead: Tensor | None, selection: str, 
     topk = make(CONFIGS[kind])
     topk.load_state_dict(one.state_dict(), strict=False)
     now = step(dead)
-    found, expected = one.objective(rows(), now), topk.objective(rows(), now)
+    found, expected = one.objective(sae_rows(rows()), now), topk.objective(sae_rows(rows()), now)
     for value, wanted in zip(found.terms, expected.terms, strict=True):
         assert relative_error(value, wanted) <= 1e-12
     theirs = gradients(topk, expected.terms.total)
@@ -79,7 +80,7 @@ def test_a_row_meets_its_expert_and_no_other(monkeypatch: pytest.MonkeyPatch) ->
         return keep_largest(best, products, bias, latents)
 
     sae.kernels = sae.kernels._replace(keep_largest=counted)
-    output = sae.objective(rows(), step())
+    output = sae.objective(sae_rows(rows()), step())
     assert output.routing is not None
     assert int(output.routing.load.sum()) == BATCH
     assert (output.routing.load > 0).sum() > 1
@@ -101,7 +102,7 @@ def test_gates_and_selections_equal_the_dense_reference(
     sae = routed(selection=selection, gate=gate, experts_per_row=per_row, k=per_row * K)
     x = rows()
     now = step(some_dead())
-    ours, theirs = sae.objective(x, now).terms.total, oracle(sae, x, now).total
+    ours, theirs = sae.objective(sae_rows(x), now).terms.total, oracle(sae, x, now).total
     assert relative_error(ours, theirs) <= 1e-12
     found, expected = gradients(sae, ours), gradients(sae, theirs)
     expected["W_dec"] -= along_rows(expected["W_dec"], sae.W_dec.detach())
@@ -115,7 +116,7 @@ def test_what_is_trained_is_what_is_used(per_row: int) -> None:
     """`encode` and `decode` give the reconstruction whose error training sees."""
     sae = routed(experts_per_row=per_row, k=per_row * K)
     error = rows() - sae.decode(sae.encode(rows()))
-    torch.testing.assert_close(sae.objective(rows(), step()).error, error)
+    torch.testing.assert_close(sae.objective(sae_rows(rows()), step()).error, error)
 
 
 @pytest.mark.parametrize("per_row", [1, 2])
@@ -123,7 +124,7 @@ def test_a_batch_selection_uses_what_lies_above_the_threshold(per_row: int) -> N
     """Of the experts that a row is sent to, and of no others."""
     sae = routed(experts_per_row=per_row, selection="batch", k=3)
     now = step()
-    kept = sum(float(sae.objective(rows(), now).active) for _ in range(2))
+    kept = sum(float(sae.objective(sae_rows(rows()), now).active) for _ in range(2))
     assert kept == 2 * 3 * BATCH
     x = rows()
     pre_acts = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
@@ -162,7 +163,7 @@ def test_experts_on_several_ranks_give_what_one_rank_gives(
         number = axis.replica * axis.shards + axis.shard
         own = rows()[number * n : (number + 1) * n]
         now = step(some_dead())._replace(dead=dead)
-        return sae.objective(own, now), sae.decode(sae.encode(own))
+        return sae.objective(sae_rows(own), now), sae.decode(sae.encode(own))
 
     whole, x_hat = run(WHOLE)
     parts = on_ranks(replicas, shards, run)
@@ -189,7 +190,7 @@ def test_experts_on_several_ranks_give_what_one_rank_gives(
 def test_an_expert_over_capacity_drops_its_last_rows_and_counts_them() -> None:
     sae = routed(capacity=1.0)
     send_all_to(sae, 2)
-    output = sae.objective(rows(), step())
+    output = sae.objective(sae_rows(rows()), step())
     assert output.routing is not None
     assert output.routing.load.tolist() == [0, 0, BATCH, 0]
     assert output.routing.dropped == BATCH - BATCH // E
@@ -205,10 +206,10 @@ def test_the_balance_term_is_nothing_when_all_are_equally_busy() -> None:
         sae.W_router.zero_()
         sae.b_router.zero_()
     x = rows()
-    assert sae.objective(x, step()).terms.sparsity.item() == pytest.approx(0, abs=1e-12)
+    assert sae.objective(sae_rows(x), step()).terms.sparsity.item() == pytest.approx(0, abs=1e-12)
     with torch.no_grad():
         sae.b_router[1] = 1.0
-    terms = sae.objective(x, step()).terms
+    terms = sae.objective(sae_rows(x), step()).terms
     p = sae.b_router.softmax(0)[1]
     assert terms.sparsity.item() == pytest.approx(0.5 * (E * p.item() - 1))
     gradient = gradients(sae, terms.sparsity)["b_router"]
@@ -221,7 +222,7 @@ def test_balancing_by_bias_moves_rows_without_a_loss() -> None:
         sae.b_router[0] = 2.0
     loads = []
     for _ in range(100):
-        output = sae.objective(rows(batch=512), step())
+        output = sae.objective(sae_rows(rows(batch=512)), step())
         assert output.routing is not None
         assert output.terms.sparsity.item() == 0
         loads.append(output.routing.load)
@@ -229,7 +230,7 @@ def test_balancing_by_bias_moves_rows_without_a_loss() -> None:
     assert loads[-1].max() < 1.15 * 512 / E
     sae.eval()
     before = sae.balance.clone()
-    sae.objective(rows(), step())
+    sae.objective(sae_rows(rows()), step())
     assert torch.equal(sae.balance, before)
 
 
@@ -242,12 +243,14 @@ def test_a_bias_may_send_a_row_where_p_is_nothing() -> None:
         sae.W_router.zero_()
         sae.b_router.copy_(torch.tensor([0.0, -200.0, -200.0, -200.0]))
         sae.balance[1] = 300.0
-    output = sae.objective(rows(torch.float32), step())
+    output = sae.objective(sae_rows(rows(torch.float32)), step())
     assert output.routing is not None
     assert output.routing.load.tolist() == [0, BATCH, 0, 0]
     for name, gradient in gradients(sae, output.terms.total).items():
         assert gradient.isfinite().all(), name
-    assert gradients(sae, sae.objective(rows(torch.float32), step()).terms.fvu)["b_router"].any()
+    assert gradients(sae, sae.objective(sae_rows(rows(torch.float32)), step()).terms.fvu)[
+        "b_router"
+    ].any()
 
 
 def test_the_first_batch_is_spread_evenly_whatever_the_data() -> None:
@@ -256,8 +259,8 @@ def test_the_first_batch_is_spread_evenly_whatever_the_data() -> None:
     x[:, 3] += 40.0 + 10 * x[:, 4]
     config = RoutedConfig(n_latents=N_LATENTS, experts=E, k=K, auxk=AUXK)
     sae = build_sae(config, D_IN)
-    sae.initialise(x, 0)
-    output = sae.objective(x, step())
+    sae.initialise(sae_rows(x), 0)
+    output = sae.objective(sae_rows(x), step())
     assert output.routing is not None
     assert output.routing.load.max() <= 1.1 * 512 / E
 
@@ -267,11 +270,11 @@ def test_directions_come_from_rows_that_come_to_the_expert() -> None:
     sae = build_sae(config, D_IN)
     assert isinstance(sae, Routed)
     x = rows(torch.float32, 96)
-    sae.initialise(x, 0)
+    sae.initialise(sae_rows(x), 0)
     centred = (x - sae.b_dec).detach()
     experts = sae.route(centred).experts[:, 0]
     slots = sae.slots(0)
-    places = torch.cat([slots(centred[:50]), slots(centred[50:])])
+    places = torch.cat([slots(x[:50]), slots(x[50:])])
     taken = places[places < N_LATENTS]
     assert len(set(taken.tolist())) == len(taken)
     for expert in range(E):
@@ -283,7 +286,7 @@ def test_directions_come_from_rows_that_come_to_the_expert() -> None:
 
 def test_auxk_teaches_the_router_nothing() -> None:
     sae = routed()
-    terms = sae.objective(rows(), step(some_dead())).terms
+    terms = sae.objective(sae_rows(rows()), step(some_dead())).terms
     found = gradients(sae, terms.auxk)
     assert found["W_enc"][some_dead()].any()
     assert not found["W_router"].any()
@@ -302,7 +305,7 @@ def test_a_router_that_is_not_finite_makes_the_gradient_so(
     state = sae.state_dict()
     update(state)
     sae.load_state_dict(state)
-    found = gradients(sae, sae.objective(rows(), step()).terms.total)
+    found = gradients(sae, sae.objective(sae_rows(rows()), step()).terms.total)
     assert not all(gradient.isfinite().all() for gradient in found.values())
 
 

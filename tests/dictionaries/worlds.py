@@ -9,11 +9,12 @@ from torch import Tensor
 
 from dist_sae.config.sae import DictionaryConfig
 from dist_sae.dictionaries import build_sae
-from dist_sae.dictionaries.base import Dictionary, Step
+from dist_sae.dictionaries.base import Dictionary, StepContext
 from dist_sae.dictionaries.dead import DeadLatents
 from dist_sae.dictionaries.init import initialise_from_data
 from dist_sae.dictionaries.schedules import learning_rate
 from dist_sae.kernels.choice import choose_kernels
+from tests.dictionaries.recipes import sae_rows
 
 
 class World:
@@ -48,7 +49,7 @@ class World:
 
 
 @runtime_checkable
-class Rows(Protocol):
+class Source(Protocol):
     """A world to train in: rows scaled to E|x|^2 = d_in."""
 
     d_in: int
@@ -64,7 +65,7 @@ class Trained(NamedTuple):
 
 
 def train(
-    world: Rows,
+    world: Source,
     config: DictionaryConfig,
     steps: int,
     batch: int,
@@ -80,9 +81,9 @@ def train(
     kernels = choose_kernels("auto", torch.device("cpu"))
     sae: Dictionary = build_sae(config, world.d_in, kernels=kernels)  # type: ignore[arg-type]
     first = world.batch(0, max(batch, 4096))
-    sae.initialise(first, seed)
+    sae.initialise(sae_rows(first), seed)
     if config.init_rows:
-        initialise_from_data(sae, [world.batch(0, config.init_rows)])
+        initialise_from_data(sae, [sae_rows(world.batch(0, config.init_rows))])
     optimizer = torch.optim.Adam(sae.parameters(), lr=lr, betas=betas, eps=6.25e-10, fused=True)
     dead = DeadLatents(config.n_latents, config.dead_after_rows or 10_000_000)
     fvu, l0 = [], []
@@ -90,8 +91,8 @@ def train(
         if each is not None:
             each(step, sae, dead)
         x = world.batch(1 + step, batch)
-        now = Step(float(world.d_in), dead.mask, dead.count, progress=step / steps)
-        output = sae.objective(x, now)
+        now = StepContext(float(world.d_in), dead.mask, dead.count, progress=step / steps)
+        output = sae.objective(sae_rows(x), now)
         output.terms.total.backward()  # type: ignore[no-untyped-call]
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(sae.parameters(), clip)

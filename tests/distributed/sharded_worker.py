@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from dist_sae.config import Run, load_run
-from dist_sae.dictionaries.base import Step
+from dist_sae.dictionaries.base import StepContext
 from dist_sae.dictionaries.dead import DeadLatents
 from dist_sae.dictionaries.ema import WeightAverage
 from dist_sae.distributed.engine import DeepSpeedEngine, LocalEngine
@@ -17,7 +17,7 @@ from dist_sae.distributed.mesh import Mesh, join_mesh
 from dist_sae.distributed.rendezvous import rendezvous
 from dist_sae.kernels import Entries
 from dist_sae.kernels.choice import choose_kernels
-from tests.dictionaries.recipes import D_IN, make
+from tests.dictionaries.recipes import D_IN, make, sae_rows
 from tests.runs import write_run
 
 N_LATENTS, BATCH, DEAD_AFTER = 64, 32, 48
@@ -97,7 +97,7 @@ def trained(spec: dict[str, Any], kind: str, precision: str, mesh: Mesh) -> dict
         for _ in range(spec["steps"])
     ]
     own = slice(mesh.rank * BATCH // mesh.world, (mesh.rank + 1) * BATCH // mesh.world)
-    sae.initialise(batches[0][own], 3)
+    sae.initialise(sae_rows(batches[0][own]), 3)
     # DeepSpeed averages no fp64
     engine = DeepSpeedEngine(run, sae, mesh) if dtype == torch.float32 else Averaging(run, sae)
     dead = DeadLatents(len(sae.W_enc), DEAD_AFTER, mesh.axis)
@@ -105,14 +105,14 @@ def trained(spec: dict[str, Any], kind: str, precision: str, mesh: Mesh) -> dict
     steps = []
     for number, batch in enumerate(batches):
         watch.seen.clear()
-        now = Step(4.0 * D_IN, dead.mask, dead.count, progress=number / len(batches))
-        output = engine.objective(batch[own], now)
+        now = StepContext(4.0 * D_IN, dead.mask, dead.count, progress=number / len(batches))
+        output = engine.objective(sae_rows(batch[own]), now)
         engine.backward(output.terms.total)
         norm = engine.step(lr=LR[kind])
         dead.update(output.fired, BATCH)
         if dead.n_stuck:
             engine.retie(dead.stuck, batch[own], output.error)
-        average.update(batch[own], number / len(batches))
+        average.update(sae_rows(batch[own]), number / len(batches))
         n_rows = BATCH // mesh.axis.replicas  # AuxK's entries are of as many rows after these
         first_row = mesh.axis.replica * n_rows
         steps.append(

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dist_sae.config import Run, load_run
 from dist_sae.dictionaries import build_sae
-from dist_sae.dictionaries.base import Dictionary, Step
+from dist_sae.dictionaries.base import Dictionary, StepContext
 from dist_sae.dictionaries.init import initialise_tied
 from dist_sae.distributed.deepspeed_keys import check_deepspeed
 from dist_sae.distributed.engine import DeepSpeedEngine, Engine, LocalEngine
@@ -18,6 +18,7 @@ from dist_sae.distributed.mesh import Mesh, join_mesh
 from dist_sae.distributed.rendezvous import rendezvous
 from dist_sae.distributed.zero import deepspeed_config
 from dist_sae.errors import ConfigError, NonFiniteError
+from tests.dictionaries.recipes import sae_rows
 from tests.runs import write_run
 
 # DeepSpeed's import and torch's collectives warn about themselves
@@ -47,7 +48,7 @@ def make_run(folder: Path, engine: str = "local", **train: Any) -> Run:
 
 def make_sae(run: Run, x: Tensor) -> Dictionary:
     sae = build_sae(run.sae, x.shape[1])
-    initialise_tied(sae, x, seed=0)
+    initialise_tied(sae, sae_rows(x), seed=0)
     return sae
 
 
@@ -64,15 +65,15 @@ def batches(n: int) -> list[Tensor]:
     return [torch.randn(64, 16, generator=generator) for _ in range(n)]
 
 
-def now(*, some_dead: bool = True) -> Step:
+def now(*, some_dead: bool = True) -> StepContext:
     dead = torch.arange(64) % 3 == 0 if some_dead else torch.zeros(64, dtype=torch.bool)
-    return Step(VARIANCE, dead, int(dead.sum()), progress=0.0)
+    return StepContext(VARIANCE, dead, int(dead.sum()), progress=0.0)
 
 
 def losses(engine: Engine, xs: list[Tensor]) -> list[float]:
     found = []
     for x in xs:
-        terms = engine.objective(x, now()).terms
+        terms = engine.objective(sae_rows(x), now()).terms
         engine.backward(terms.total)
         found += [terms.total.item(), engine.step(lr=1e-3)]
     return found
@@ -107,10 +108,10 @@ def check_close(one: Mapping[str, Tensor], other: Mapping[str, Tensor], bound: f
         assert float((tensor - other[name]).norm() / tensor.norm()) <= bound, name
 
 
-def gradients(sae: Dictionary, x: Tensor, step: Step) -> dict[str, Tensor]:
+def gradients(sae: Dictionary, x: Tensor, step: StepContext) -> dict[str, Tensor]:
     """The gradients of a batch, by autograd alone."""
     names, parameters = zip(*sae.named_parameters(), strict=True)
-    found = torch.autograd.grad(sae.objective(x, step).terms.total, parameters)
+    found = torch.autograd.grad(sae.objective(sae_rows(x), step).terms.total, parameters)
     return dict(zip(names, found, strict=True))
 
 
@@ -224,7 +225,7 @@ def test_clipping_gives_the_update_of_gradients_clipped_by_hand(
         for name, gradient in by_hand.items():
             clipped = gradient.double() * min(1.0, 1 / norms[-1])
             expected[name] = 0.9 * expected[name] + 0.1 * clipped
-        engine.backward(engine.objective(x, step).terms.total)
+        engine.backward(engine.objective(sae_rows(x), step).terms.total)
         assert engine.step(lr=1e-3) == pytest.approx(norms[-1], rel=1e-5)
     assert max(norms[0], norms[2]) < 1
     assert min(norms[1], norms[3]) > 10
@@ -243,7 +244,7 @@ def test_a_gradient_that_is_not_finite_stops_before_the_update(
     before = state(sae, engine)
     bad = xs[0].clone()
     bad[3, 5] = value
-    engine.backward(engine.objective(bad, now()).terms.total)
+    engine.backward(engine.objective(sae_rows(bad), now()).terms.total)
     with pytest.raises(NonFiniteError, match="the weights are those of the step before"):
         engine.step(lr=1e-3)
     check_same(before, state(sae, engine))

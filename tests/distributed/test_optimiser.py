@@ -11,10 +11,11 @@ from torch import Tensor
 from dist_sae.config import load_run
 from dist_sae.config.data import SyntheticModel
 from dist_sae.dictionaries import build_sae
-from dist_sae.dictionaries.base import Dictionary, Step
+from dist_sae.dictionaries.base import Dictionary, StepContext
 from dist_sae.dictionaries.init import initialise_tied
 from dist_sae.distributed.engine import LocalEngine, build_optimizer, clip_gradients
 from dist_sae.models.synthetic import SyntheticSource
+from tests.dictionaries.recipes import sae_rows
 from tests.runs import write_run
 
 D_IN, N, L0, BATCH = 16, 64, 3, 160
@@ -29,7 +30,7 @@ def rows(number: int, batch: int = BATCH) -> Tensor:
 def build(folder: Path, **train: Any) -> tuple[Dictionary, LocalEngine]:
     run = load_run(write_run(folder, train=train))
     sae = build_sae(run.sae, D_IN)
-    initialise_tied(sae, rows(0), 0, rescale=False)
+    initialise_tied(sae, sae_rows(rows(0)), 0, rescale=False)
     return sae, LocalEngine(run, sae)
 
 
@@ -39,7 +40,9 @@ def trained(folder: Path, factor: float, steps: int = 40, **train: Any) -> list[
     dead = torch.arange(N) % 4 == 0
     seen = []
     for number in range(steps):
-        output = engine.objective(rows(number), Step(float(D_IN), dead, N // 4, progress=0.0))
+        output = engine.objective(
+            sae_rows(rows(number)), StepContext(float(D_IN), dead, N // 4, progress=0.0)
+        )
         engine.backward(factor * output.terms.total)
         engine.step(lr=1e-3)
         seen.append({name: p.detach().clone() for name, p in sae.named_parameters()})
@@ -144,8 +147,8 @@ def test_a_latent_that_does_not_fire_is_pushed_on_by_the_engine(tmp_path: Path) 
     quiet, none_dead = 5, torch.zeros(N, dtype=torch.bool)
     with torch.no_grad():
         sae.b_enc[quiet] = 100.0
-    now = Step(float(D_IN), none_dead, 0, progress=0.0)
-    engine.backward(engine.objective(rows(0), now).terms.total)
+    now = StepContext(float(D_IN), none_dead, 0, progress=0.0)
+    engine.backward(engine.objective(sae_rows(rows(0)), now).terms.total)
     gradient = sae.W_enc.grad
     assert gradient is not None
     first = gradient[quiet].double()
@@ -154,7 +157,7 @@ def test_a_latent_that_does_not_fire_is_pushed_on_by_the_engine(tmp_path: Path) 
         sae.b_enc[quiet] = -1e6
     position, m, v = sae.W_enc.detach()[quiet].double(), 0.1 * first, 0.001 * first.square()
     for step in range(2, 12):
-        output = engine.objective(rows(step), now)
+        output = engine.objective(sae_rows(rows(step)), now)
         assert not output.fired[quiet]
         engine.backward(output.terms.total)
         engine.step(lr=1e-5)
@@ -173,7 +176,9 @@ def test_products_in_bf16_train_as_well_as_in_fp32(tmp_path: Path) -> None:
         sae.product_dtype = dtype
         dead = torch.zeros(N, dtype=torch.bool)
         for number in range(200):
-            output = engine.objective(rows(number), Step(float(D_IN), dead, 0, progress=0.0))
+            output = engine.objective(
+                sae_rows(rows(number)), StepContext(float(D_IN), dead, 0, progress=0.0)
+            )
             engine.backward(output.terms.total)
             engine.step(lr=3e-3)
         x = rows(1, 8192)

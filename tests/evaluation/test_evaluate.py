@@ -30,6 +30,7 @@ from dist_sae.producing.planner import plan
 from dist_sae.report.build import report
 from dist_sae.storage import open_store
 from dist_sae.telemetry.exporter import Telemetry
+from tests.dictionaries.recipes import sae_rows
 from tests.models.test_huggingface import D, save_model
 from tests.world import open_units, save
 
@@ -86,7 +87,9 @@ def run(produced_run: Run, tmp_path: Path) -> Run:
     made = load_plan(open_store(run.store.activations), run)
     for step in (4, 10):
         sae = build_sae(run.sae, D)
-        sae.initialise(torch.randn(64, D, generator=torch.Generator().manual_seed(step)), step)
+        sae.initialise(
+            sae_rows(torch.randn(64, D, generator=torch.Generator().manual_seed(step))), step
+        )
         tensors = sae.state_dict() | {IDLE_ROWS: torch.zeros(32, dtype=torch.int64)}
         scalars = {
             "scale": 0.5,

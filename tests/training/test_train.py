@@ -31,6 +31,7 @@ from dist_sae.telemetry.exporter import Telemetry
 from dist_sae.training.clock import Times
 from dist_sae.training.setup import _found, _initialise
 from dist_sae.training.start import Start, cursors_of
+from tests.dictionaries.recipes import sae_rows
 from tests.launch import produce, run, train
 from tests.runs import write_run
 from tests.training.trained import (
@@ -61,8 +62,8 @@ def test_directions_from_data_take_as_many_batches_as_they_need(
     with Loader(units, rank=0, world=1, batch_rows=24, steps=range(3), max_passes=1) as loader:
         rows = torch.cat([batch.acts for batch in loader])[:64] * normaliser.scale
     expected = build_sae(settings.sae, 16)
-    expected.initialise(rows[:24], settings.train.seed)
-    initialise_from_data(expected, [rows])
+    expected.initialise(sae_rows(rows[:24]), settings.train.seed)
+    initialise_from_data(expected, [sae_rows(rows)])
     torch.testing.assert_close(sae.W_dec, expected.W_dec)
 
 

@@ -11,6 +11,7 @@ from dist_sae.bench.peers.protocol import (
     read_spec,
 )
 from dist_sae.bench.step import StepShape, TrainingStep
+from dist_sae.dictionaries.base import Rows
 from dist_sae.dictionaries.init import initialise_from_data
 from dist_sae.distributed.mesh import join_mesh
 from dist_sae.distributed.rendezvous import rendezvous
@@ -36,7 +37,8 @@ def main() -> int:
         n_batches = -(-spec.n_latents // spec.batch)
         from_data = n_batches <= spec.steps  # in short runs, for speed, directions do not matter
         if from_data:
-            initialise_from_data(step.sae, map(batches.read, range(n_batches)))
+            first = map(batches.read, range(n_batches))
+            initialise_from_data(step.sae, (Rows(x, x) for x in first))
         for x in batches:
             step(x)
         batches.finish()

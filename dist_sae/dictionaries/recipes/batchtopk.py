@@ -58,7 +58,7 @@ class BatchTopK(TopK):
 
     @torch.no_grad()
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
-        centred = self.axis.gather(x) - self.b_dec
+        centred = self.axis.gather(x) - self.biases()[0]
         blocks = select.products(centred, self.W_enc, self.W_enc.dtype)
         found = select.above(blocks, self.b_enc, self.bound)
         assert found is not None
@@ -66,7 +66,7 @@ class BatchTopK(TopK):
 
     @torch.no_grad()
     def infer(self, x: Float[Tensor, "batch d_in"]) -> Inferred:
-        centred = self.axis.gather(x) - self.b_dec
+        centred = self.axis.gather(x) - self.biases()[0]
         blocks = select.products(centred, self.W_enc, self.W_enc.dtype)
         parts, fired = self.decode_above(blocks, self.bound, len(centred))
         return Inferred(self.axis.scatter_sum(parts) + self.b_dec, fired)

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dist_sae.config.sae import JumpReLUConfig
-from dist_sae.dictionaries.base import LossTerms, Output, Step
+from dist_sae.dictionaries.base import LossTerms, Output, Rows, StepContext
 from dist_sae.dictionaries.constraints import normalise_rows_
 from dist_sae.dictionaries.init import initialise_tied
 from dist_sae.dictionaries.schedules import warmed_up
@@ -48,25 +48,25 @@ class JumpReLU(Thresholded):
     def thresholds(self) -> Float[Tensor, " n_local"]:
         return self.rms_norm * self.theta
 
-    def objective(self, x: Float[Tensor, "batch d_in"], step: Step) -> Output:
+    def objective(self, rows: Rows, context: StepContext) -> Output:
         config, eps = self.config, self.bandwidth
-        rows = self.axis.gather(x)
+        inputs = self.axis.gather(rows.inputs)
         theta = self.thresholds
 
         def gate(pre_acts: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
             return jump_relu(pre_acts, theta, eps), jump(pre_acts, theta, eps)
 
-        out = gated(self, rows, gate, (theta - eps / 2).detach(), theta, unit_rows=True)
-        error = x - (out.x_hat + self.axis.replicated(self.b_dec))
-        fvu = error.square().sum() / (len(rows) * step.variance)
-        coefficient = warmed_up(step.progress, config.sparsity, config.sparsity_warmup_share)
-        sparsity = coefficient * out.penalty / len(rows)
+        out = gated(self, inputs, gate, (theta - eps / 2).detach(), theta, unit_rows=True)
+        error = rows.targets - (out.x_hat + self.axis.replicated(self.b_dec))
+        fvu = error.square().sum() / (len(inputs) * context.variance)
+        coefficient = warmed_up(context.progress, config.sparsity, config.sparsity_warmup_share)
+        sparsity = coefficient * out.penalty / len(inputs)
         terms = LossTerms(fvu, fvu.new_zeros(()), sparsity, fvu + sparsity)
         return Output(terms, out.firings, out.active, error.detach())
 
     @torch.no_grad()
-    def initialise(self, x: Float[Tensor, "batch d_in"], seed: int) -> None:
-        initialise_tied(self, x, seed)
+    def initialise(self, rows: Rows, seed: int) -> None:
+        initialise_tied(self, rows, seed)
 
     @torch.no_grad()
     def open_gates(self, x: Float[Tensor, "batch d_in"]) -> None:

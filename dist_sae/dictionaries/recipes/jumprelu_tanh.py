@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dist_sae.config.sae import JumpReLUTanhConfig
-from dist_sae.dictionaries.base import LossTerms, Output, Step
+from dist_sae.dictionaries.base import LossTerms, Output, Rows, StepContext
 from dist_sae.dictionaries.init import initialise_tied
 from dist_sae.dictionaries.recipes.jumprelu import jump_relu
 from dist_sae.dictionaries.schedules import warmed_up
@@ -53,14 +53,14 @@ class JumpReLUTanh(Thresholded):
     def thresholds(self) -> Float[Tensor, " n_local"]:
         return self.rms_norm * self.theta
 
-    def objective(self, x: Float[Tensor, "batch d_in"], step: Step) -> Output:
+    def objective(self, rows: Rows, context: StepContext) -> Output:
         config, eps = self.config, self.config.bandwidth
-        sparsity = warmed_up(step.progress, self.lambda_s, config.sparsity_warmup_share)
-        rows = self.axis.gather(x)
+        sparsity = warmed_up(context.progress, self.lambda_s, config.sparsity_warmup_share)
+        inputs = self.axis.gather(rows.inputs)
         theta = self.thresholds
         # a gradient is as large as its weight: these terms add theirs to it
         W_dec, norms = autograd.with_norms(self.W_dec)
-        W_enc, sums = autograd.with_product(self.W_enc, rows.sum(0))
+        W_enc, sums = autograd.with_product(self.W_enc, inputs.sum(0))
 
         def gate(pre_acts: Tensor, theta: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
             acts = jump_relu(pre_acts, theta, eps, through_z=True)
@@ -69,20 +69,20 @@ class JumpReLUTanh(Thresholded):
 
         bound = (theta - eps / 2).detach()
         out = gated(
-            self, rows, gate, bound, theta, norms, unit_rows=False, W_enc=W_enc, W_dec=W_dec
+            self, inputs, gate, bound, theta, norms, unit_rows=False, W_enc=W_enc, W_dec=W_dec
         )
-        error = x - (out.x_hat + self.axis.replicated(self.b_dec))
-        shortfall = len(rows) * (theta - self.b_enc) - sums
+        error = rows.targets - (out.x_hat + self.axis.replicated(self.b_dec))
+        shortfall = len(inputs) * (theta - self.b_enc) - sums
         penalty = out.penalty + config.pre_act * (norms * shortfall).sum()
-        scale = len(rows) * step.variance
+        scale = len(inputs) * context.variance
         fvu, sparsity_loss = error.square().sum() / scale, penalty / scale
         terms = LossTerms(fvu, fvu.new_zeros(()), sparsity_loss, fvu + sparsity_loss)
         return Output(terms, out.firings, out.active, error.detach())
 
     @torch.no_grad()
-    def initialise(self, x: Float[Tensor, "batch d_in"], seed: int) -> None:
+    def initialise(self, rows: Rows, seed: int) -> None:
         self.theta.fill_(self.config.initial_threshold / self.rms_norm)
-        initialise_tied(self, x, seed)
+        initialise_tied(self, rows, seed)
 
     @torch.no_grad()
     def constrain(self) -> None:

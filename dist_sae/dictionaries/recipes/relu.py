@@ -13,7 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dist_sae.config.sae import ReLUConfig
-from dist_sae.dictionaries.base import LossTerms, Output, Step
+from dist_sae.dictionaries.base import LossTerms, Output, Rows, StepContext
 from dist_sae.dictionaries.init import initialise_tied
 from dist_sae.dictionaries.schedules import warmed_up
 from dist_sae.dictionaries.thresholded import Thresholded, gated
@@ -29,25 +29,25 @@ class ReLU(Thresholded):
     def thresholds(self) -> Float[Tensor, " n_local"]:
         return torch.zeros_like(self.b_enc)
 
-    def objective(self, x: Float[Tensor, "batch d_in"], step: Step) -> Output:
+    def objective(self, rows: Rows, context: StepContext) -> Output:
         config = self.config
-        rows = self.axis.gather(x)
+        inputs = self.axis.gather(rows.inputs)
 
         def gate(pre_acts: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
             acts = pre_acts.relu()
             return acts, acts * norms
 
         W_dec, norms = autograd.with_norms(self.W_dec)
-        out = gated(self, rows, gate, self.thresholds, norms, unit_rows=False, W_dec=W_dec)
-        error = x - (out.x_hat + self.axis.replicated(self.b_dec))
-        coefficient = warmed_up(step.progress, config.sparsity, config.sparsity_warmup_share)
-        scale = len(rows) * step.variance
+        out = gated(self, inputs, gate, self.thresholds, norms, unit_rows=False, W_dec=W_dec)
+        error = rows.targets - (out.x_hat + self.axis.replicated(self.b_dec))
+        coefficient = warmed_up(context.progress, config.sparsity, config.sparsity_warmup_share)
+        scale = len(inputs) * context.variance
         fvu, sparsity = error.square().sum() / scale, coefficient * out.penalty / scale
         terms = LossTerms(fvu, fvu.new_zeros(()), sparsity, fvu + sparsity)
         return Output(terms, out.firings, out.active, error.detach())
 
-    def initialise(self, x: Float[Tensor, "batch d_in"], seed: int) -> None:
-        initialise_tied(self, x, seed)
+    def initialise(self, rows: Rows, seed: int) -> None:
+        initialise_tied(self, rows, seed)
 
     @torch.no_grad()
     def open_gates(self, x: Float[Tensor, "batch d_in"]) -> None:

@@ -40,8 +40,9 @@ from dist_sae.dictionaries.base import (
     LossTerms,
     Output,
     Routing,
+    Rows,
     Slots,
-    Step,
+    StepContext,
     firings,
 )
 from dist_sae.dictionaries.init import first_rows, initialise_tied, random_rows, rescale_encoder
@@ -157,32 +158,32 @@ class Routed(BatchTopK):
             log_gates = log_gates - log_gates.detach().logsumexp(1, keepdim=True)
         return Route(log_p.exp(), experts, log_gates.exp())
 
-    def objective(self, x: Float[Tensor, "batch d_in"], step: Step) -> Output:
+    def objective(self, rows: Rows, context: StepContext) -> Output:
         config, axis = self.config, self.axis
-        k = annealed(step.progress, config.k, config.k_start, config.k_anneal_share)
-        b_dec = axis.replicated(self.b_dec)
-        centred = (x - b_dec).detach()
+        k = annealed(context.progress, config.k, config.k_start, config.k_anneal_share)
+        centre, b_dec = self.biases()
+        centred = (rows.inputs - centre).detach()
         route = self.route(centred, axis)
         trip = Trip(axis, route.experts, config.experts)
-        rows = trip.there(centred)
-        replica_rows = len(x) * axis.shards
+        arrived = trip.there(centred)
+        replica_rows = len(centred) * axis.shards
         limit = self._limit(replica_rows)
         if config.selection == "row":
-            selected = [self._select(rows, trip.arrived, k, limit=limit)]
+            selected = [self._select(arrived, trip.arrived, k, limit=limit)]
         else:
             sent = replica_rows * config.experts_per_row
-            blocks = self._blocks(rows, trip.arrived, self.product_dtype, limit=limit)
+            blocks = self._blocks(arrived, trip.arrived, self.product_dtype, limit=limit)
             count = k * replica_rows * axis.replicas
-            selected = [self.largest_of_all(blocks, count, len(rows), sent)]
-        if config.auxk and step.n_dead:
-            selected.append(self._select(rows, trip.arrived, config.auxk, among=step.dead))
-        (acts, parts), *aux = self.reconstruct(selected, rows, b_dec)
-        error = x - (_mixed(route.gates, trip.back(parts)) + b_dec)
-        fvu = error.square().sum() / (replica_rows * step.variance)
+            selected = [self.largest_of_all(blocks, count, len(arrived), sent)]
+        if config.auxk and context.n_dead:
+            selected.append(self._select(arrived, trip.arrived, config.auxk, among=context.dead))
+        (acts, parts), *aux = self.reconstruct(selected, arrived, centre)
+        error = rows.targets - (_mixed(route.gates, trip.back(parts)) + b_dec)
+        fvu = error.square().sum() / (replica_rows * context.variance)
         auxk = fvu.new_zeros(())
         for _, parts in aux:
             e_hat = _mixed(route.gates.detach(), trip.back(parts))
-            auxk = auxk_loss(axis, x, error.detach(), e_hat)
+            auxk = auxk_loss(axis, rows.targets, error.detach(), e_hat)
         load = axis.total(trip.load)
         penalty = self._imbalance(load, route.p) / replica_rows
         if config.balance == "bias" and self.training:
@@ -200,7 +201,7 @@ class Routed(BatchTopK):
     @torch.no_grad()
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
         """Every shard looks at all of the replica's rows, and computes those that come to it."""
-        centred = self.axis.gather(x) - self.b_dec
+        centred = self.axis.gather(x) - self.biases()[0]
         rows, gates, arrived = self._come_here(centred)
         dtype = self.W_enc.dtype
         if self.config.selection == "row":
@@ -221,7 +222,7 @@ class Routed(BatchTopK):
     def infer(self, x: Float[Tensor, "batch d_in"]) -> Inferred:
         if self.config.selection == "row":
             return Dictionary.infer(self, x)
-        centred = self.axis.gather(x) - self.b_dec
+        centred = self.axis.gather(x) - self.biases()[0]
         rows, gates, arrived = self._come_here(centred)
         blocks = self._blocks(centred[rows], arrived, self.W_enc.dtype)
         parts, fired = self.decode_above(blocks, self.bound, len(rows))
@@ -240,16 +241,14 @@ class Routed(BatchTopK):
         arrived = torch.bincount(experts[order], minlength=n_here).tolist()
         return order // self.config.experts_per_row, route.gates.flatten()[order], arrived
 
-    def initialise(self, x: Float[Tensor, "batch d_in"], seed: int) -> None:
-        initialise_tied(self, x, seed, rescale=False)
-        self._initialise_router(x, seed)
-        rescale_encoder(self, x)
+    def initialise(self, rows: Rows, seed: int) -> None:
+        initialise_tied(self, rows, seed, rescale=False)
+        self._initialise_router(rows.inputs, seed)
+        rescale_encoder(self, rows)
 
-    def measure(
-        self, x: Float[Tensor, "batch d_in"], progress: float = 0.0
-    ) -> Float[Tensor, "batch d_in"]:
+    def measure(self, rows: Rows, progress: float = 0.0) -> Float[Tensor, "batch d_out"]:
         balance = self.balance.clone()
-        error = super().measure(x, progress)
+        error = super().measure(rows, progress)
         self.balance.copy_(balance)
         return error
 
@@ -258,8 +257,8 @@ class Routed(BatchTopK):
         assert first == 0, "routed dictionaries are not widened"
         filled = torch.zeros(self.config.experts, dtype=torch.int64, device=self.W_enc.device)
 
-        def slots(centred: Tensor) -> Tensor:
-            experts = self.route(centred).experts[:, 0]
+        def slots(inputs: Tensor) -> Tensor:
+            experts = self.route(self._all_centred(inputs)).experts[:, 0]
             load = torch.bincount(experts, minlength=len(filled))
             order = experts.argsort(stable=True)
             places = torch.arange(len(order), device=order.device)
@@ -275,13 +274,14 @@ class Routed(BatchTopK):
 
     def e_hat(
         self, dead: Bool[Tensor, " n_local"], x: Float[Tensor, "batch d_in"]
-    ) -> Float[Tensor, "batch d_in"]:
-        centred = x - self.b_dec
+    ) -> Float[Tensor, "batch d_out"]:
+        centre, _ = self.biases()
+        centred = x - centre
         route = self.route(centred)
         trip = Trip(self.axis, route.experts, self.config.experts)
         rows = trip.there(centred)
         selected = self._select(rows, trip.arrived, self.config.auxk, among=dead)
-        [(_, parts)] = self.reconstruct([selected], rows, self.b_dec)
+        [(_, parts)] = self.reconstruct([selected], rows, centre)
         return _mixed(route.gates, trip.back(parts))
 
     def _limit(self, replica_rows: int) -> int | None:
@@ -365,14 +365,19 @@ class Routed(BatchTopK):
     def _initialise_router(self, x: Tensor, seed: int) -> None:
         """Random directions, with biases that spread the first batch evenly over the experts."""
         random_rows(self.W_router, seed + _ROUTER_SEED, 0)
-        self.W_router.mul_(len(self.b_dec) ** -0.5)  # logits of about 1
+        self.W_router.mul_(x.shape[1] ** -0.5)  # logits of about 1
         self.b_router.zero_()
-        axis, experts = self.axis, self.config.experts
-        centred = first_rows(x, len(x) * axis.replicas * axis.shards, axis) - self.b_dec
+        experts, centred = self.config.experts, self._all_centred(x)
         logits, even = centred @ self.W_router.T, len(centred) / experts
         for number in range(_BALANCING_STEPS):
             load = torch.bincount((logits + self.b_router).argmax(1), minlength=experts)
             self.b_router.sub_((load / even - 1).clamp(-1, 1) / (1 + number / 10))
+
+    @torch.no_grad()
+    def _all_centred(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "rows d_in"]:
+        """The centred inputs of all ranks. Collective."""
+        ranks = self.axis.replicas * self.axis.shards
+        return first_rows(x, len(x) * ranks, self.axis) - self.biases()[0]
 
 
 def _mixed(gates: Tensor, parts: Tensor) -> Tensor:

@@ -17,7 +17,15 @@ from torch import Tensor
 
 from dist_sae.config.sae import CountsLatentsConfig
 from dist_sae.dictionaries.auxk import auxk_loss, retie_
-from dist_sae.dictionaries.base import Codes, Dictionary, LossTerms, Output, Step, firings
+from dist_sae.dictionaries.base import (
+    Codes,
+    Dictionary,
+    LossTerms,
+    Output,
+    Rows,
+    StepContext,
+    firings,
+)
 from dist_sae.dictionaries.constraints import normalise_rows_
 from dist_sae.dictionaries.init import initialise_tied
 from dist_sae.dictionaries.schedules import annealed
@@ -33,26 +41,26 @@ class TopK(Dictionary):
 
     @torch.no_grad()
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
-        centred = self.axis.gather(x) - self.b_dec
+        centred = self.axis.gather(x) - self.biases()[0]
         pre_acts, entries = self.topk_entries(
             centred, self.config.k, product_dtype=self.W_enc.dtype
         )
         return Codes(pre_acts.relu(), entries.latents, entries.starts)
 
-    def objective(self, x: Float[Tensor, "batch d_in"], step: Step) -> Output:
+    def objective(self, rows: Rows, context: StepContext) -> Output:
         config = self.config
-        k = annealed(step.progress, config.k, config.k_start, config.k_anneal_share)
-        b_dec = self.axis.replicated(self.b_dec)
-        centred = (self.axis.gather(x) - b_dec).detach()
+        k = annealed(context.progress, config.k, config.k_start, config.k_anneal_share)
+        centre, b_dec = self.biases()
+        centred = (self.axis.gather(rows.inputs) - centre).detach()
         selected = [self.select(centred, k)]
-        if config.auxk and step.n_dead:
-            selected.append(self.select_among(step.dead, centred))
-        (acts, parts), *aux = self.reconstruct(selected, centred, b_dec)
-        error = x - (self.axis.scatter_sum(parts) + b_dec)
-        fvu = error.square().sum() / (len(centred) * step.variance)
+        if config.auxk and context.n_dead:
+            selected.append(self.select_among(context.dead, centred))
+        (acts, parts), *aux = self.reconstruct(selected, centred, centre)
+        error = rows.targets - (self.axis.scatter_sum(parts) + b_dec)
+        fvu = error.square().sum() / (len(centred) * context.variance)
         auxk = fvu.new_zeros(())
         for _, parts in aux:
-            auxk = auxk_loss(self.axis, x, error.detach(), self.axis.scatter_sum(parts))
+            auxk = auxk_loss(self.axis, rows.targets, error.detach(), self.axis.scatter_sum(parts))
         terms = LossTerms(fvu, auxk, fvu.new_zeros(()), fvu + config.auxk_coefficient * auxk)
         return Output(terms, firings(acts, selected[0][1]), (acts > 0).sum(), error.detach())
 
@@ -82,8 +90,8 @@ class TopK(Dictionary):
         self,
         selected: Sequence[tuple[Float[Tensor, " _"], Entries]],
         centred: Float[Tensor, "rows d_in"],
-        b_dec: Float[Tensor, " d_in"],
-    ) -> list[tuple[Float[Tensor, " _"], Float[Tensor, "rows d_in"]]]:
+        centre: Float[Tensor, " d_in"],
+    ) -> list[tuple[Float[Tensor, " _"], Float[Tensor, "rows d_out"]]]:
         """(Codes, this shard's part of x_hat - b_dec) of each selection of pre-activations.
 
         All in one, as of that many times the rows: a gradient is as large as the dictionary, and
@@ -97,24 +105,25 @@ class TopK(Dictionary):
             centred.expand(len(selected), -1, -1).flatten(0, 1),
             self.W_enc,
             self.b_enc,
-            b_dec,
+            centre,
         )
         acts = pre_acts.relu()
         parts = autograd.decode(acts, self.kernels, entries, self.W_dec, unit_rows=True)
         counts = [len(pre_acts) for pre_acts, _ in selected]
-        apart = parts.view(len(selected), *centred.shape)
+        apart = parts.view(len(selected), len(centred), parts.shape[1])
         return list(zip(torch.split(acts, counts), apart, strict=True))
 
     def e_hat(
         self, dead: Bool[Tensor, " n_local"], x: Float[Tensor, "batch d_in"]
-    ) -> Float[Tensor, "batch d_in"]:
+    ) -> Float[Tensor, "batch d_out"]:
         """What dead latents make of the errors of rows, as in `auxk`."""
-        centred = self.axis.gather(x) - self.b_dec
-        [(_, parts)] = self.reconstruct([self.select_among(dead, centred)], centred, self.b_dec)
+        centre, _ = self.biases()
+        centred = self.axis.gather(x) - centre
+        [(_, parts)] = self.reconstruct([self.select_among(dead, centred)], centred, centre)
         return self.axis.scatter_sum(parts)
 
-    def initialise(self, x: Float[Tensor, "batch d_in"], seed: int) -> None:
-        initialise_tied(self, x, seed)
+    def initialise(self, rows: Rows, seed: int) -> None:
+        initialise_tied(self, rows, seed)
 
     def constrain(self) -> None:
         normalise_rows_(self.W_dec)
@@ -124,7 +133,7 @@ class TopK(Dictionary):
         self,
         stuck: Bool[Tensor, " n_local"],
         x: Float[Tensor, "batch d_in"],
-        error: Float[Tensor, "batch d_in"],
+        error: Float[Tensor, "batch d_out"],
     ) -> None:
         if self.config.auxk:
             retie_(self, stuck, error, partial(self.e_hat, stuck, x))
