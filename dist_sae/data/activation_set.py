@@ -4,12 +4,22 @@ import logging
 import threading
 import time
 from collections.abc import Callable
+from itertools import chain
 
 from dist_sae.data.plan import Plan
-from dist_sae.data.shard import SiteShard, UnitManifest, manifest_key, read_manifest
+from dist_sae.data.shard import (
+    CLAIMS,
+    MANIFESTS,
+    SiteShard,
+    UnitManifest,
+    manifest_key,
+    read_manifest,
+)
+from dist_sae.data.work_queue import LEASE_SECONDS
 from dist_sae.errors import CorruptObjectError, ObjectNotFoundError, Stopped
 from dist_sae.logs import is_supervised
 from dist_sae.storage import ObjectStore
+from dist_sae.storage.own import PAGE
 
 logger = logging.getLogger(__name__)
 
@@ -72,12 +82,16 @@ class ActivationSet:
         return manifest.sites[self._site]
 
     def _say_waiting(self, unit: int, seconds: float) -> None:
-        from dist_sae.data.work_queue import producers_live  # which knows of loaders
-
-        if is_supervised() or producers_live(self.store, unit):
+        if is_supervised() or self._producers_live(unit):
             logger.info("waiting for unit %d for %.0f s; producers are at work", unit, seconds)
         else:
             logger.warning("waiting for unit %d for %.0f s; are producers running?", unit, seconds)
+
+    def _producers_live(self, unit: int) -> bool:
+        """Whether a unit was claimed, or one near this one made, within the time of a lease."""
+        near = MANIFESTS.entries(self.store, MANIFESTS.page(unit // PAGE))
+        signs = chain(CLAIMS.entries(self.store), near)
+        return any(entry.age_seconds < LEASE_SECONDS for _, entry in signs)
 
     def _checked(self, manifest: UnitManifest) -> UnitManifest:
         if manifest.plan != self.plan.hash:

@@ -5,9 +5,10 @@ import threading
 from collections.abc import Callable
 
 from dist_sae.data.plan import Plan
-from dist_sae.data.shard import PAGE_UNITS, units_of_page
+from dist_sae.data.shard import MANIFESTS
 from dist_sae.errors import StoreError
 from dist_sae.storage import ObjectStore
+from dist_sae.storage.own import PAGE
 
 logger = logging.getLogger(__name__)
 
@@ -45,12 +46,12 @@ class ReadyUnits:
     def count(self) -> int:
         """Training units that exist now."""
         train = self._plan.train_units
-        page, ready = self._complete_pages, self._complete_pages * PAGE_UNITS
-        while page * PAGE_UNITS < len(train):
-            found = sum(unit in train for unit in units_of_page(self._store, page))
+        page, ready = self._complete_pages, self._complete_pages * PAGE
+        while page * PAGE < len(train):
+            found = sum(unit in train for unit in MANIFESTS.numbers(self._store, page))
             if not found:
                 break
-            if found == PAGE_UNITS and page == self._complete_pages:
+            if found == PAGE and page == self._complete_pages:
                 self._complete_pages += 1
             page, ready = page + 1, ready + found
         return ready

@@ -32,14 +32,15 @@ from torch import Tensor
 
 from dist_sae.errors import CorruptObjectError, ObjectNotFoundError
 from dist_sae.storage import ObjectStore
-from dist_sae.storage.own import OwnKeys
+from dist_sae.storage.own import NumberedKeys, OwnKeys
 from dist_sae.storage.records import READS, Record, read_record
 
 logger = logging.getLogger(__name__)
 
-PAGE_UNITS = 1000  # one request lists as many keys
-_DIGITS = 8  # of a unit's number in keys
-MANIFESTS = OwnKeys("units/", r"(?P<unit>\d{8})\.json")
+_DIGITS = 8  # of a unit's number in a shard's key
+MANIFESTS = NumberedKeys("units/")
+CLAIMS = NumberedKeys("claims/")
+"""Claims of producers, by unit: see `data.work_queue`."""
 SHARDS = OwnKeys("shards/", r"(?P<site>[a-z_]+(\.\d+)?)/(?P<unit>\d{8})-[0-9a-f]+\.tar")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}
 _STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
@@ -112,19 +113,12 @@ class UnitManifest(Record):
 
 def manifest_key(unit: int) -> str:
     """Where the manifest of a unit lies."""
-    return f"{MANIFESTS.folder}{unit:0{_DIGITS}d}.json"
+    return MANIFESTS.key(unit)
 
 
 def existing_units(store: ObjectStore) -> Iterator[int]:
     """The units that exist."""
-    for key in MANIFESTS.keys(store):
-        yield int(key["unit"])
-
-
-def units_of_page(store: ObjectStore, page: int) -> Iterator[int]:
-    """The units that exist, of a thousand neighbours: as many as one request lists."""
-    for key in MANIFESTS.keys(store, f"{page:0{_DIGITS - 3}d}"):
-        yield int(key["unit"])
+    return MANIFESTS.numbers(store)
 
 
 def write_shard(

@@ -8,8 +8,7 @@ from typing import Any
 from dist_sae.config import Run
 from dist_sae.data.consumers import Consumers, kept_units, retired_below
 from dist_sae.data.plan import load_plan
-from dist_sae.data.shard import SHARDS, existing_units, read_manifest
-from dist_sae.data.work_queue import CLAIMS
+from dist_sae.data.shard import CLAIMS, SHARDS, existing_units, read_manifest
 from dist_sae.errors import ConfigError, DataExhaustedError
 from dist_sae.storage import open_store
 

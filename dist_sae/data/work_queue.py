@@ -1,7 +1,8 @@
-"""Who is working on which unit: an optimisation, so that producers do not do work twice.
+"""A queue of numbered work that any number of workers share through a store.
 
-Correctness does not rest on it: a manifest is created once, whoever comes first. On a store that
-cannot create exclusively there are no claims: producer i of n does the units i, i + n, ...
+Workers claim items, so that none does what another does. Correctness does not rest on claims: the
+object that marks an item as done is created once, whoever comes first. A store that cannot create
+exclusively has no claims: worker i of n does the items i, i + n, ...
 """
 
 import json
@@ -10,130 +11,146 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from itertools import chain
 from typing import NamedTuple
 
-from dist_sae.data.consumers import Consumers
-from dist_sae.data.plan import Plan
-from dist_sae.data.shard import MANIFESTS, PAGE_UNITS, manifest_key, units_of_page
 from dist_sae.errors import ObjectNotFoundError, StoreError
 from dist_sae.storage import UNMETERED, Meter, ObjectStore
-from dist_sae.storage.own import OwnKeys
+from dist_sae.storage.own import PAGE, NumberedKeys
 
 logger = logging.getLogger(__name__)
 
-_LEASE_SECONDS = 180.0
+LEASE_SECONDS = 180.0
 _POLL_SECONDS = 1.0
 _SAY_EVERY_SECONDS = 30.0
-CLAIMS = OwnKeys("claims/", r"(?P<unit>\d{8})\.json")
 
 
 class Worker(NamedTuple):
-    """A producer among the others."""
+    """A worker among the others."""
 
     name: str
-    """No two that live at the same time share it; claims under it are from an earlier life."""
+    """Unique among live workers. Claims under it are from an earlier life of this one."""
     number: int = 0
-    """From 0; no two share it."""
+    """From 0, unique."""
     of: int = 1
-    """How many producers there are; this and the number matter where a store has no claims."""
+    """Number of workers. This and `number` matter where a store has no claims."""
+
+
+class QueueMetrics(NamedTuple):
+    """Names of the metrics that a queue keeps."""
+
+    claimed: str
+    """Gauge: items in hand."""
+    done: str
+    """Gauge: items done, whoever did them."""
+    takeovers: str
+    """Counter."""
+    wait_seconds: str
+    """Gauge: seconds waited so far."""
+    waited_seconds: str
+    """Counter, with the label `waited_for`."""
+    limiters: str
+    """`waited_for` while the limit holds the worker back."""
+    others: str
+    """`waited_for` while other workers have all that is left in hand."""
+
+
+class Work(NamedTuple):
+    """What there is to do: the items `[0, n_items)`."""
+
+    item: str
+    """One of them, in a word, for messages."""
+    n_items: int
+    claims: NumberedKeys
+    """Where claims lie."""
+    done: NumberedKeys
+    """Where the objects lie that mark items as done."""
+    limit: Callable[[], tuple[int, str]] | None = None
+    """(The first item that may not be begun yet, whom it waits for)."""
+    metrics: QueueMetrics | None = None
 
 
 class WorkQueue:
-    """Hands this producer the lowest unit that is neither done nor claimed by a live producer.
+    """Hands a worker the lowest item that is neither done nor claimed by a live worker.
 
-    A claim lives as long as it is renewed: its age is told by the store's clock.
+    A claim lives as long as it is renewed; the store's clock tells its age.
 
     Args:
-        store: The activation set.
-        plan: Its plan.
-        worker: This producer.
+        store: Where claims and results lie.
+        work: What there is to do.
+        worker: Who does it.
         stopping: Ends every wait.
-        consumers: Those to keep step with.
-        max_ahead_units: No unit so far ahead of the slowest consumer is begun; None: no limit.
-        meter: Takes the metrics.
+        meter: Takes the metrics of `work`.
     """
 
     def __init__(
         self,
         store: ObjectStore,
-        plan: Plan,
+        work: Work,
         worker: Worker,
         stopping: threading.Event,
-        consumers: Consumers,
-        max_ahead_units: int | None = None,
         meter: Meter = UNMETERED,
     ) -> None:
         self._store = store
+        self._work = work
         self._worker = worker
         self._stopping = stopping
-        self._consumers = consumers
-        self._max_ahead = max_ahead_units
         self._meter = meter
-        self._units = len(plan.units)
-        self._exclusive = store.exclusive
-        # both are shared by the producer's threads: single set operations only
-        self._pending = set(range(self._units))
+        # both are shared by the worker's threads: single set operations only
+        self._pending = set(range(work.n_items))
         self._held: set[int] = set()
         self._renewing = threading.Lock()  # a claim that is given back must not be written again
-        if self._exclusive:
+        if store.exclusive:
             self._drop_left_overs()
         self.waited_seconds = 0.0
-        """For consumers and other producers."""
+        """For the limit and for other workers."""
 
     def take(self) -> int | None:
-        """Claim a unit; None when all are done or the producer is to stop.
+        """Claim an item; None when all are done or the worker is to stop.
 
-        While all that is left is claimed by others it waits, to take over should they die; and it
-        waits for consumers that are far behind.
+        While other workers have all that is left in hand, it waits, to take over should they die.
+        It waits for the limit as well.
         """
         said = time.monotonic()
         while not self._stopping.is_set():
-            limit, slowest = self._limit()
+            limit, limiter = self._work.limit() if self._work.limit else (self._work.n_items, "")
             claimed = self._claimed()
-            for page in sorted({unit // PAGE_UNITS for unit in self._mine() if unit < limit}):
+            for page in sorted({item // PAGE for item in self._mine() if item < limit}):
                 self._look(page)
-                for unit in sorted(self._mine() - claimed):
-                    if unit // PAGE_UNITS == page and unit < limit and self._claim(unit):
-                        self._held.add(unit)
-                        self._meter.set("dist_sae_produce_claimed_units", len(self._held))
-                        if self._store.size(manifest_key(unit)) is None:
-                            return unit
-                        self.release(unit, done=True)  # finished since it was looked for
+                for item in sorted(self._mine() - claimed):
+                    if item // PAGE == page and item < limit and self._claim(item):
+                        self._held.add(item)
+                        self._say_held()
+                        if self._store.size(self._work.done.key(item)) is None:
+                            return item
+                        self.release(item, done=True)  # finished since it was looked for
             mine = self._mine()
             if not mine:
                 return None
             held_back = min(mine) >= limit
             if held_back and time.monotonic() - said > _SAY_EVERY_SECONDS:
                 said = time.monotonic()
-                logger.warning("unit %d waits for %s", min(mine), slowest)
+                logger.warning("%s %d waits for %s", self._work.item, min(mine), limiter)
             self._stopping.wait(_POLL_SECONDS)
-            self.waited_seconds += _POLL_SECONDS
-            self._meter.set("dist_sae_produce_wait_seconds", self.waited_seconds)
-            self._meter.add(
-                "dist_sae_produce_waited_seconds_total",
-                _POLL_SECONDS,
-                waited_for="consumers" if held_back else "producers",
-            )
+            self._say_waited(_POLL_SECONDS, held_back=held_back)
         return None
 
     @contextmanager
     def renewed(self, lives: Callable[[], bool]) -> Iterator[None]:
-        """Renews the claims at hand every third of their lease, in a thread of its own.
+        """Renew the claims in hand every third of their lease, in a thread of its own.
 
         Fetching text, loading a model or a batch may take longer than a lease.
 
         Args:
-            lives: Whether the producer works; claims of one that hangs run out.
+            lives: Whether the worker makes progress; the claims of one that hangs run out.
         """
         over = threading.Event()
 
         def work() -> None:
-            while not over.wait(_LEASE_SECONDS / 3):
+            while not over.wait(LEASE_SECONDS / 3):
                 try:
                     if lives():
                         self.renew()
-                except StoreError as exc:  # the producer meets it, too, and ends by it
+                except StoreError as exc:  # the worker meets it, too, and ends by it
                     logger.warning("claims are not renewed: %s", exc)
 
         thread = threading.Thread(target=work, name="claims", daemon=True)
@@ -142,86 +159,83 @@ class WorkQueue:
             yield
         finally:
             over.set()
-            thread.join(_LEASE_SECONDS)  # the store may be patient for longer
+            thread.join(LEASE_SECONDS)  # the store may be patient for longer
 
     def renew(self) -> None:
-        """Renew the claims at hand."""
+        """Renew the claims in hand."""
         with self._renewing:
-            for unit in sorted(self._held):
-                self._write(unit)
+            for item in sorted(self._held):
+                self._write(item)
 
-    def release(self, unit: int, *, done: bool) -> None:
-        """Give a unit back."""
+    def release(self, item: int, *, done: bool) -> None:
+        """Give an item back."""
         with self._renewing:
-            if self._exclusive:
-                self._store.delete(_key(unit))
+            if self._store.exclusive:
+                self._store.delete(self._work.claims.key(item))
             if done:
-                self._pending.discard(unit)
-            self._held.discard(unit)
-        self._meter.set("dist_sae_produce_claimed_units", len(self._held))
+                self._pending.discard(item)
+            self._held.discard(item)
+        self._say_held()
 
     def release_all(self) -> None:
         """Give back what was claimed and not done, so that others need not wait for the lease."""
-        for unit in sorted(self._held):
-            self.release(unit, done=False)
+        for item in sorted(self._held):
+            self.release(item, done=False)
 
     def pending(self) -> bool:
-        """Whether units were missing when last looked at."""
+        """Tell whether items were missing at the last look."""
         return bool(self._pending)
 
     def left(self) -> set[int]:
-        """Units that did not exist when last looked at."""
+        """Items that were missing at the last look."""
         return set(self._pending)
 
     def done(self) -> int:
-        """Units that exist, as far as this producer has seen."""
-        return self._units - len(self._pending)
+        """Number of items done, as far as this worker has seen."""
+        return self._work.n_items - len(self._pending)
 
     def _mine(self) -> set[int]:
-        """Units that are not done and not at hand; without claims, of this producer's share."""
+        """Items to do that are not in hand; without claims, of this worker's share."""
         left = self._pending - self._held
-        if self._exclusive:
+        if self._store.exclusive:
             return left
-        return {unit for unit in left if unit % self._worker.of == self._worker.number}
-
-    def _limit(self) -> tuple[int, str]:
-        """(The first unit that is too far ahead, whom it would leave behind)."""
-        if self._max_ahead is None:
-            return self._units, ""
-        reached, run = self._consumers.slowest()
-        return reached + self._max_ahead, (
-            f"{run}, which is at unit {reached} (store.max_ahead_units {self._max_ahead})"
-        )
+        return {item for item in left if item % self._worker.of == self._worker.number}
 
     def _claimed(self) -> set[int]:
-        """Units on which live producers work."""
-        if not self._exclusive:
+        """Items that live workers have in hand."""
+        if not self._store.exclusive:
             return set()
         return {
-            int(key["unit"])
-            for key, entry in CLAIMS.entries(self._store)
-            if entry.age_seconds < _LEASE_SECONDS
+            int(key["number"])
+            for key, entry in self._work.claims.entries(self._store)
+            if entry.age_seconds < LEASE_SECONDS
         }
 
-    def _claim(self, unit: int) -> bool:
-        """Claim a unit whose claim is missing or has run out."""
-        if not self._exclusive or self._store.put(_key(unit), self._lease, if_absent=True):
+    def _claim(self, item: int) -> bool:
+        """Claim an item whose claim is missing or has run out."""
+        key = self._work.claims.key(item)
+        if not self._store.exclusive or self._store.put(key, self._lease, if_absent=True):
             return True
-        if unit in self._claimed():  # another was faster
+        if item in self._claimed():  # another was faster
             return False
-        self._write(unit)  # two may take over at once: work done twice, and nothing worse
-        self._meter.add("dist_sae_produce_takeovers_total", 1)
-        logger.warning("unit %d: taken over; its producer has not renewed its claim", unit)
+        self._write(item)  # two may take over at once: work done twice, and nothing worse
+        if self._work.metrics:
+            self._meter.add(self._work.metrics.takeovers, 1)
+        logger.warning(
+            "%s %d: taken over; its worker has not renewed its claim", self._work.item, item
+        )
         return True
 
     def _look(self, page: int) -> None:
-        """Take note of the units that exist, of those that one request can list."""
-        for unit in units_of_page(self._store, page):
-            self._pending.discard(unit)
-        self._meter.set("dist_sae_produce_ready_units", self.done())
+        """Note which items of a page are done."""
+        for item in self._work.done.numbers(self._store, page):
+            self._pending.discard(item)
+        if self._work.metrics:
+            self._meter.set(self._work.metrics.done, self.done())
 
     def _drop_left_overs(self) -> None:
-        for key in list(CLAIMS.keys(self._store)):
+        """Delete the claims of an earlier life of this worker."""
+        for key in list(self._work.claims.keys(self._store)):
             try:
                 left_over = self._store.get(key[0]) == self._lease
             except ObjectNotFoundError:
@@ -229,21 +243,21 @@ class WorkQueue:
             if left_over:
                 self._store.delete(key[0])
 
-    def _write(self, unit: int) -> None:
-        if self._exclusive:
-            self._store.put(_key(unit), self._lease)
+    def _write(self, item: int) -> None:
+        if self._store.exclusive:
+            self._store.put(self._work.claims.key(item), self._lease)
 
     @property
     def _lease(self) -> bytes:
         return json.dumps({"worker": self._worker.name}).encode()
 
+    def _say_held(self) -> None:
+        if self._work.metrics:
+            self._meter.set(self._work.metrics.claimed, len(self._held))
 
-def producers_live(store: ObjectStore, unit: int) -> bool:
-    """Whether a unit has been claimed, or one around this one made, within the time of a lease."""
-    around = f"{unit // PAGE_UNITS:05d}"
-    made = chain(CLAIMS.entries(store), MANIFESTS.entries(store, around))
-    return any(entry.age_seconds < _LEASE_SECONDS for _, entry in made)
-
-
-def _key(unit: int) -> str:
-    return f"{CLAIMS.folder}{unit:08d}.json"
+    def _say_waited(self, seconds: float, *, held_back: bool) -> None:
+        self.waited_seconds += seconds
+        if names := self._work.metrics:
+            self._meter.set(names.wait_seconds, self.waited_seconds)
+            waited_for = names.limiters if held_back else names.others
+            self._meter.add(names.waited_seconds, seconds, waited_for=waited_for)

@@ -45,6 +45,7 @@ from dist_sae.distributed.watch import Watch
 from dist_sae.errors import CorpusError, NonFiniteError, Stopped
 from dist_sae.models import ActivationSource, Tokenizer, build_source, build_tokenizer
 from dist_sae.models.forward import Forward, Leaving, in_step
+from dist_sae.producing.unit_queue import unit_queue
 from dist_sae.storage import ObjectStore, open_store
 from dist_sae.storage.records import seal
 from dist_sae.telemetry.exporter import Telemetry
@@ -114,7 +115,7 @@ def produce(
         )
     consumers = Consumers(store, run.store.consumer_expiry_hours)
     ahead = run.store.max_ahead_units
-    claims = WorkQueue(store, plan, worker, stopping, consumers, ahead, telemetry)
+    claims = unit_queue(store, plan, worker, stopping, consumers, ahead, telemetry)
     telemetry.set("dist_sae_produce_plan_units", len(plan.units))
     if ahead is not None:
         telemetry.set("dist_sae_produce_max_ahead_units", ahead)

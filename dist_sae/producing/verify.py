@@ -94,7 +94,7 @@ def verify(run: Run, *, text: bool = False) -> Verification:
     with ThreadPoolExecutor(_AT_ONCE) as pool:
         for key, entry in MANIFESTS.entries(store):
             objects, size = objects + 1, size + entry.bytes
-            unit = int(key["unit"])
+            unit = int(key["number"])
             units.add(unit)
             if unit < retired:
                 continue

@@ -12,6 +12,8 @@ from dist_sae.storage.base import Entry, ObjectStore
 
 logger = logging.getLogger(__name__)
 
+PAGE = 1000  # numbers of a page: one request lists as many keys
+_DIGITS = 8  # of a number in a key
 _warned: set[tuple[str, str]] = set()  # (store, folder) pairs, in this process
 
 
@@ -45,6 +47,30 @@ class OwnKeys:
         if match is None:
             warn_of_foreign(store, self.folder, key)
         return match
+
+
+class NumberedKeys(OwnKeys):
+    """The keys `<folder><number>.json`, a number in eight digits, so that keys sort like numbers.
+
+    Args:
+        folder: For example `units/`.
+    """
+
+    def __init__(self, folder: str) -> None:
+        super().__init__(folder, rf"(?P<number>\d{{{_DIGITS}}})\.json")
+
+    def key(self, number: int) -> str:
+        """The key of a number."""
+        return f"{self.folder}{number:0{_DIGITS}d}.json"
+
+    def numbers(self, store: ObjectStore, page: int | None = None) -> Iterator[int]:
+        """The numbers that there are; `page`: those of `[1000 page, 1000 page + 1000)`."""
+        for key in self.keys(store, self.page(page)):
+            yield int(key["number"])
+
+    def page(self, page: int | None) -> str:
+        """The digits with which a page's numbers begin; none of all pages."""
+        return "" if page is None else f"{page:0{_DIGITS - 3}d}"
 
 
 def warn_of_foreign(store: ObjectStore, folder: str, key: str) -> None:

@@ -9,9 +9,10 @@ import pytest
 from dist_sae.data import backlog
 from dist_sae.data.backlog import ReadyUnits
 from dist_sae.data.plan import Plan
-from dist_sae.data.shard import PAGE_UNITS, manifest_key
+from dist_sae.data.shard import manifest_key
 from dist_sae.errors import UnavailableError
 from dist_sae.storage import open_store
+from dist_sae.storage.own import PAGE
 from tests.world import Wrapped
 
 PLAN = Plan.model_construct(settings={}, files=(), document_rows=1.0, n_train_units=2500, units=())
@@ -35,7 +36,7 @@ def open_ready(store: Listing, show: Callable[[int], None] = print) -> ReadyUnit
 
 
 def test_units_are_counted_and_complete_pages_are_not_listed_again(tmp_path: Path) -> None:
-    store = Listing(tmp_path, set(range(PAGE_UNITS)) | {1000, 1002})
+    store = Listing(tmp_path, set(range(PAGE)) | {1000, 1002})
     ready = open_ready(store)
     assert ready.count() == 1002
     assert store.asked == ["units/00000", "units/00001", "units/00002"]

@@ -13,10 +13,12 @@ import dist_sae.data.work_queue
 from dist_sae.config import Run
 from dist_sae.data.consumers import Consumers
 from dist_sae.data.shard import manifest_key
-from dist_sae.data.work_queue import Worker, WorkQueue
+from dist_sae.data.work_queue import Work, Worker, WorkQueue
 from dist_sae.errors import ObjectNotFoundError
 from dist_sae.producing.planner import plan
+from dist_sae.producing.unit_queue import unit_queue
 from dist_sae.storage import UNMETERED, Entry, Meter, ObjectStore, open_store
+from dist_sae.storage.own import NumberedKeys
 from dist_sae.telemetry.exporter import Telemetry
 from tests.runs import make_run
 from tests.telemetry.scrape import values
@@ -90,7 +92,7 @@ def open_claims(
     meter: Meter = UNMETERED,
 ) -> WorkQueue:
     consumers = Consumers(store, run.store.consumer_expiry_hours)
-    return WorkQueue(store, plan(run), Worker(worker), clock, consumers, ahead, meter)
+    return unit_queue(store, plan(run), Worker(worker), clock, consumers, ahead, meter)
 
 
 def finish(store: ObjectStore, *units: int) -> None:
@@ -162,7 +164,7 @@ def test_claims_are_renewed_beside_the_work_while_it_does_not_hang(
     run: Run, clock: Clock, store: ObjectStore, monkeypatch: pytest.MonkeyPatch, *, lives: bool
 ) -> None:
     """Two claims; the third question comes after two renewals."""
-    monkeypatch.setattr(dist_sae.data.work_queue, "_LEASE_SECONDS", 0.01)
+    monkeypatch.setattr(dist_sae.data.work_queue, "LEASE_SECONDS", 0.01)
     asked, over = itertools.count(1), threading.Event()
 
     class Counting(Wrapped):
@@ -329,7 +331,7 @@ def test_without_exclusive_writes_each_producer_does_its_share(
 
     finish(store, 3, 4, 5)
     liar = Liar(store)
-    claims = WorkQueue(liar, plan(run), Worker("p", number, 3), clock, Consumers(store, 1.0))
+    claims = unit_queue(liar, plan(run), Worker("p", number, 3), clock, Consumers(store, 1.0))
     taken = []
     while (unit := claims.take()) is not None:
         taken.append(unit)
@@ -406,3 +408,38 @@ def test_nobody_waits_for_a_run_that_was_abandoned(
     clock.now += 73 * 3600
     assert consumers.slowest() == (5, "alive")
     assert consumers.alive() == []
+
+
+# --- other work than units
+
+
+def test_a_queue_of_any_numbered_work_is_shared_by_its_workers(
+    clock: Clock, tmp_path: Path
+) -> None:
+    """Buckets of an index, which may be merged once the index is cut so far; no metrics."""
+    store = Aging(open_store(str(tmp_path)), clock)
+    done, ready = NumberedKeys("index/a/buckets/"), [3]
+    merge = Work(
+        "bucket", 5, NumberedKeys("index/a/claims/"), done, lambda: (ready[0], "bucket 3 to be cut")
+    )
+    finish(store, 0, 3)  # units of the same store
+    store.put("index/a/buckets/00000001.json", b"{}")
+    a, b = (WorkQueue(store, merge, Worker(name), clock) for name in "ab")
+    assert [a.take(), b.take()] == [0, 2]
+    assert list(store.keys("index/a/claims/")) == [
+        "index/a/claims/00000000.json",
+        "index/a/claims/00000002.json",
+    ]
+    clock.then = lambda: ready.__setitem__(0, 5) if clock.waits == 3 else None
+    assert b.take() == 3
+    assert b.waited_seconds == 3
+    store.put(done.key(2), b"{}")
+    b.release(2, done=True)
+    clock.then = lambda: None
+    assert [b.take(), b.left()] == [4, {0, 3, 4}]
+    b.release_all()
+    clock.now += 180  # a is dead
+    c = WorkQueue(store, merge, Worker("c"), clock)
+    assert [c.take(), c.take(), c.take(), c.take()] == [0, 3, 4, None]
+    assert c.done() == 2
+    assert claimed(store) == {}

@@ -17,8 +17,9 @@ from dist_sae.data import upkeep
 from dist_sae.data.backlog import ReadyUnits
 from dist_sae.data.consumers import Consumers
 from dist_sae.data.plan import load_plan
-from dist_sae.data.work_queue import Worker, WorkQueue
+from dist_sae.data.work_queue import Worker
 from dist_sae.kubernetes.stored import StoredRun
+from dist_sae.producing.unit_queue import unit_queue
 from dist_sae.producing.verify import verify
 from dist_sae.storage import ObjectStore, open_store, own
 from dist_sae.telemetry.history import History, read_history
@@ -60,7 +61,7 @@ def numbers(run: Run) -> dict[str, Any]:
     )
     plan = load_plan(activations, run)
     consumers = Consumers(activations, 1.0)
-    claims = WorkQueue(activations, plan, Worker("b"), threading.Event(), consumers)
+    claims = unit_queue(activations, plan, Worker("b"), threading.Event(), consumers)
     checkpoints = Checkpoints(runs, run.name, 2)
     return {
         "ls": {k: v for k, v in upkeep.ls(run).items() if k not in ("runs", "claims")},

@@ -26,6 +26,7 @@ from dist_sae.errors import CorpusError, ModelError, NonFiniteError, Stopped, St
 from dist_sae.models.forward import Forward, in_step
 from dist_sae.producing.loop import produce
 from dist_sae.producing.planner import plan
+from dist_sae.producing.unit_queue import unit_queue
 from dist_sae.storage import ObjectStore, open_store
 from dist_sae.telemetry.exporter import Telemetry
 from dist_sae.telemetry.metrics import STAGES
@@ -183,7 +184,7 @@ def test_claims_live_while_the_model_is_loaded(
     run: Run, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Which may take longer than their lease."""
-    monkeypatch.setattr(dist_sae.data.work_queue, "_LEASE_SECONDS", 0.1)
+    monkeypatch.setattr(dist_sae.data.work_queue, "LEASE_SECONDS", 0.1)
     renewed = threading.Event()
 
     class Watched(Wrapped):
@@ -208,8 +209,8 @@ def test_a_dead_producers_unit_is_taken_over(
 ) -> None:
     """Two units were claimed by one that is gone; its lease is over in .2 s."""
     monkeypatch.setattr(dist_sae.data.work_queue, "_POLL_SECONDS", 0.01)
-    monkeypatch.setattr(dist_sae.data.work_queue, "_LEASE_SECONDS", 0.2)
-    dead = WorkQueue(store, plan(run), Worker("dead"), threading.Event(), Consumers(store, 1.0))
+    monkeypatch.setattr(dist_sae.data.work_queue, "LEASE_SECONDS", 0.2)
+    dead = unit_queue(store, plan(run), Worker("dead"), threading.Event(), Consumers(store, 1.0))
     assert (dead.take(), dead.take()) == (0, 1)
     with_source(monkeypatch, RowNumbers())
     start(run, "b")
@@ -222,7 +223,7 @@ def test_a_zombie_that_finishes_late_changes_nothing(
     """Suspended for longer than its lease; another producer does all the rest and its unit."""
     monkeypatch.setattr(WorkQueue, "renew", lambda _: None)
     monkeypatch.setattr(dist_sae.data.work_queue, "_POLL_SECONDS", 0.01)
-    monkeypatch.setattr(dist_sae.data.work_queue, "_LEASE_SECONDS", 0.2)
+    monkeypatch.setattr(dist_sae.data.work_queue, "LEASE_SECONDS", 0.2)
 
     def others_finish(calls: int) -> None:
         if calls == 0:
@@ -540,7 +541,9 @@ def test_ranks_that_share_a_model_do_not_try_again(rank: str) -> None:
     everything = torch.ones(8, 5, dtype=torch.bool)
     forward = Forward(SimpleNamespace(run=run), None)
     work = partial(forward, tokens, everything) if rank == "leads" else partial(run, tokens)
-    with pytest.raises(ModelError, match=r"lower model\.batch_tokens or raise model\.shards"):
+    with pytest.raises(
+        ModelError, match=r"lower model\.batch_tokens or raise model\.tensor_parallel"
+    ):
         work(everything)
     assert len(source.sizes) == 1
 
