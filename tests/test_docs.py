@@ -70,6 +70,19 @@ def test_the_run_file_of_the_readme_is_valid_and_ten_lines_at_most() -> None:
     assert run.model.kind == "huggingface"
 
 
+def test_every_promise_of_the_readme_has_tests_that_exist() -> None:
+    readme = (ROOT / "README.md").read_text()
+    section = readme.partition("## Promises")[2].partition("\n## ")[0]
+    promises = [promise.rstrip(".") for promise in re.findall(r"^- \*\*(.+?)\*\*", section, re.M)]
+    table = re.findall(
+        r"^\| (.+?) \| (`tests/.+) \|$", (ROOT / "CONTRIBUTING.md").read_text(), re.M
+    )
+    assert [promise for promise, _ in table] == promises
+    for _, tests in table:
+        for path, name in re.findall(r"`(tests/\S+)::(\w+)`", tests):
+            assert f"def {name}(" in (ROOT / path).read_text()
+
+
 def test_pictures_are_small() -> None:
     pictures = [*(ROOT / "docs").glob("*.png"), *(ROOT / "docs").glob("*.svg")]
     assert pictures
