@@ -1,4 +1,4 @@
-"""`dist-sae` and `python -m dist_sae`: signals are heeded before anything else is imported."""
+"""Entry point of `dist-sae` and `python -m dist_sae`; handles signals before other imports."""
 
 import sys
 
@@ -6,7 +6,7 @@ from dist_sae import signals
 
 
 def main() -> int:
-    """Run the command that the arguments name; returns the exit code."""
+    """Run the command given by the arguments; returns the exit code."""
     signals.heed()
     from dist_sae.commands.cli import main as run_command
 

@@ -1,4 +1,4 @@
-"""DeepSpeed, imported as all of this needs it."""
+"""Import of DeepSpeed, with the environment it needs."""
 
 import logging
 import os
@@ -8,14 +8,14 @@ import torch
 
 
 def import_deepspeed() -> Any:
-    """The module; it takes seconds, and looks at the environment."""
+    """Import DeepSpeed, which takes seconds and reads the environment."""
     if not torch.cuda.is_available():
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    os.environ.setdefault("LOCAL_RANK", os.environ.get("RANK", "0"))  # it insists on it
+    os.environ.setdefault("LOCAL_RANK", os.environ.get("RANK", "0"))  # it requires one
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # An all-reduce for inference that DeepSpeed would compile for a minute at first use, that ends
-    # processes under torchrun, and that leaves 66 MiB per rank in /dev/shm. Gloo or NCCL do it.
+    # DeepSpeed's all-reduce for inference compiles for a minute at first use, ends processes under
+    # torchrun and leaves 66 MiB per rank in /dev/shm; Gloo and NCCL do the same without it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
     return deepspeed

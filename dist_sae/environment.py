@@ -1,4 +1,4 @@
-"""What a program runs on and is made of, for results that outlive it."""
+"""Hardware and library versions, recorded with results."""
 
 import platform
 from importlib.metadata import PackageNotFoundError, version
@@ -12,7 +12,7 @@ _LIBRARIES = ("torch", "deepspeed", "transformers")
 
 
 def hardware() -> str:
-    """The device that the program computes on: `AMD EPYC 9B14, 2 threads`."""
+    """Name of the computing device, for example `AMD EPYC 9B14, 2 threads`."""
     if torch.cuda.is_available():
         return torch.cuda.get_device_name()
     name = platform.machine()
@@ -30,7 +30,7 @@ def hardware() -> str:
 
 
 def versions() -> dict[str, str]:
-    """Versions of this project and of the libraries that decide its numbers."""
+    """Versions of this project and of the libraries that affect its numbers."""
     found = {"dist_sae": __version__}
     for library in _LIBRARIES:
         try:

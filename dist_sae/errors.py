@@ -1,24 +1,24 @@
-"""Everything that can go wrong for a user, as one tree.
+"""The tree of errors that users see.
 
     DistSaeError                  exit 2: the user can fix it; printed as one line
-        ConfigError               run.yaml or an override
+        ConfigError               the run file or an override
         CorpusError               the text: missing, empty, unreadable, too small
-        ModelError                the language model or a site it does not have
-            LacksWeightsError     its files lack some weights
-            HeadlessError         it predicts no tokens
+        ModelError                the language model, or a site that it lacks
+            LacksWeightsError     files without some of the weights
+            HeadlessError         a model that predicts no tokens
             HubUnavailableError   (a CorpusError too) the hub does not answer: exit 75
-        PlanMismatchError         the store holds another plan, or a run of another configuration
+        PlanMismatchError         the store holds another plan, or a run with other settings
         NonFiniteError            NaN or infinity in activations, loss or gradients
-        DivergedError             ranks that should hold the same no longer do
+        DivergedError             ranks disagree on a value that must be the same
         RankLostError             a rank of the job is gone or hung: exit 75
         RunTakenError             another trainer has the run: exit 75
         DataExhaustedError        fewer rows than the run asks for
         TelemetryError            a metrics port that cannot be opened
-        ProcessFailedError        a process of a local run ended with an error of its own
-        ClusterError              Kubernetes: out of reach, or it refuses
-            ForbiddenError        which verb on which resource
+        ProcessFailedError        a process of a local run failed
+        ClusterError              Kubernetes: unreachable, or it refuses
+            ForbiddenError        a missing permission: verb and resource
             NotStartedError       a container has no log yet
-            RejectedError         an object is not valid, or cannot be changed so
+            RejectedError         an object is not valid, or cannot be changed this way
         StoreError                .url and .key name the object
             ObjectNotFoundError
             AccessError           credentials, permissions, missing bucket
@@ -59,48 +59,48 @@ class ModelError(DistSaeError):
 
 
 class HubUnavailableError(ModelError, CorpusError):
-    """The hub of models and data sets does not answer; started again, all goes on."""
+    """The hub of models and data sets does not answer; a restart continues."""
 
     exit_code = EXIT_RESUMABLE
 
 
 class LacksWeightsError(ModelError):
-    """Files of a model without some of its weights.
+    """A model's files lack some of its weights.
 
     Attributes:
-        names: Of the weights.
+        names: Names of the missing weights.
     """
 
     def __init__(self, path: str, names: list[str]) -> None:
         shown = ", ".join(names[:_MOST_NAMED]) + (", ..." if len(names) > _MOST_NAMED else "")
-        super().__init__(f"model.path {path}: its files lack {len(names)} weights ({shown})")
+        super().__init__(f"model.path {path}: {len(names)} weights are missing ({shown})")
         self.names = names
 
 
 class HeadlessError(ModelError):
-    """The model predicts no tokens, so that there is no cross-entropy of it."""
+    """The model predicts no tokens, so it has no cross-entropy."""
 
 
 class PlanMismatchError(DistSaeError):
-    """The store already holds something made from other settings."""
+    """The store already holds a plan or a run made with other settings."""
 
 
 class NonFiniteError(DistSaeError):
-    """A NaN or an infinity, found before it could reach the weights or the store."""
+    """A NaN or infinity was found before it reached the weights or the store."""
 
 
 class DivergedError(DistSaeError):
-    """Ranks hold different values of what must be the same on all."""
+    """Ranks disagree on a value that must be the same on all."""
 
 
 class RankLostError(DistSaeError):
-    """Another rank is gone or hung; started again, all goes on from the last checkpoint."""
+    """Another rank is gone or hung; a restart continues from the last checkpoint."""
 
     exit_code = EXIT_RESUMABLE
 
 
 class RunTakenError(DistSaeError):
-    """Another process trains this run; started again when that one has ended, all goes on."""
+    """Another process is training this run; a restart after its end continues."""
 
     exit_code = EXIT_RESUMABLE
 
@@ -114,7 +114,7 @@ class TelemetryError(DistSaeError):
 
 
 class ProcessFailedError(DistSaeError):
-    """A process of a local run failed; carries its own last words and exit code."""
+    """A process of a local run failed; carries its error message and exit code."""
 
     def __init__(self, message: str, exit_code: int) -> None:
         super().__init__(message)
@@ -122,19 +122,19 @@ class ProcessFailedError(DistSaeError):
 
 
 class ClusterError(DistSaeError):
-    """A Kubernetes cluster cannot be reached, or refuses what was asked of it."""
+    """A Kubernetes cluster cannot be reached, or refuses a request."""
 
 
 class ForbiddenError(ClusterError):
-    """The user lacks a permission there."""
+    """The user lacks a permission on the cluster."""
 
 
 class NotStartedError(ClusterError):
-    """A container there has nothing to say yet."""
+    """A container has no log yet."""
 
 
 class RejectedError(ClusterError):
-    """An object is not valid there, or cannot be changed into that."""
+    """The cluster rejects an object as invalid, or as an impossible change."""
 
 
 class StoreError(DistSaeError):
@@ -142,7 +142,7 @@ class StoreError(DistSaeError):
 
     Attributes:
         url: The store.
-        key: The object in it, or None when the store as a whole is meant.
+        key: The object's key, or None if the error concerns the whole store.
     """
 
     def __init__(self, message: str, *, url: str, key: str | None = None) -> None:
@@ -161,20 +161,20 @@ class AccessError(StoreError):
 
 
 class UnavailableError(StoreError):
-    """The endpoint cannot be reached or keeps failing; started again, all goes on."""
+    """The endpoint cannot be reached or keeps failing; a restart continues."""
 
     exit_code = EXIT_RESUMABLE
 
 
 class StoreFullError(StoreError):
-    """There is no room for the object."""
+    """The store has no space for the object."""
 
 
 class CorruptObjectError(StoreError):
-    """The bytes are not what their manifest says."""
+    """The bytes do not match their checksum or schema."""
 
 
-class Stopped(DistSaeError):  # noqa: N818 - not an error: an agreed stop
-    """Asked to stop; everything done so far is saved."""
+class Stopped(DistSaeError):  # noqa: N818 - not an error: a requested stop
+    """The program was asked to stop; its progress is saved."""
 
     exit_code = EXIT_RESUMABLE

@@ -1,4 +1,4 @@
-"""The hub of models and data sets: which commit a name stands for, and whether it was in reach."""
+"""Commits of models and data sets on the Hugging Face hub, and detection of an unreachable hub."""
 
 import re
 from collections.abc import Iterator
@@ -6,7 +6,7 @@ from pathlib import Path
 
 import huggingface_hub
 
-_OUT_OF_REACH = {  # of httpx, requests and huggingface_hub, none of which every program loads
+_OUT_OF_REACH = {  # by name: not every program loads httpx, requests or huggingface_hub
     "ConnectError",
     "ConnectTimeout",
     "ConnectionError",
@@ -22,34 +22,34 @@ _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
 def cached_commit(model: str, revision: str | None) -> str | None:
-    """The commit of a model whose configuration was loaded before; None where there is none.
+    """Commit of a model in the local cache; None if it is not cached.
 
-    A revision that is a commit is taken as it is.
+    A revision that is already a commit is returned unchanged.
     """
     if revision and _COMMIT.fullmatch(revision):
         return revision
     try:
         path = huggingface_hub.try_to_load_from_cache(model, "config.json", revision=revision)
-    except ValueError:  # no name that a hub could have
+    except ValueError:  # not a valid name on the hub
         return None
     return Path(path).parent.name if isinstance(path, str) else None
 
 
 def dataset_commit(name: str, revision: str | None) -> str | None:
-    """The commit that a data set's revision stands for now; None if the hub does not tell.
+    """Commit that a data set's revision points to now; None if the hub does not tell.
 
-    A revision that is a commit is taken as it is.
+    A revision that is already a commit is returned unchanged.
     """
     if revision and _COMMIT.fullmatch(revision):
         return revision
     try:
         return huggingface_hub.HfApi().dataset_info(name, revision=revision).sha
-    except Exception:  # of several libraries; loading the data set says what is wrong, if it fails
+    except Exception:  # from several libraries; loading the data set reports the cause
         return None
 
 
 def is_out_of_reach(error: BaseException) -> bool:
-    """Whether the hub could not be asked or had no answer; waiting may mend that."""
+    """True if the hub was unreachable or failed, so that a later attempt may succeed."""
     return any(
         type(cause).__name__ in _OUT_OF_REACH or _is_passing(cause) for cause in causes(error)
     )
@@ -61,7 +61,7 @@ def _is_passing(error: BaseException) -> bool:
 
 
 def causes(error: BaseException | None) -> Iterator[BaseException]:
-    """An error, what it followed from, and so on."""
+    """Yield an error and its chain of causes."""
     while error is not None:
         yield error
         error = error.__cause__ or error.__context__

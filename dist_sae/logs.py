@@ -1,4 +1,4 @@
-"""Logging, set up once by the command line; progress for whoever watches this process."""
+"""Logging, set up once by the command line, and progress reports."""
 
 import json
 import logging
@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 SUPERVISED = "DIST_SAE_SUPERVISED"
-"""Set by `dist-sae run` for its children: they print progress as JSON, one object a line."""
+"""Environment variable that `dist-sae run` sets for its children: they print progress as JSON."""
 
 logger = logging.getLogger(__name__)
 
@@ -28,12 +28,12 @@ def configure(*, rank: int = 0) -> None:
 
 
 def is_supervised() -> bool:
-    """Whether `dist-sae run` started this process, and hears what it says."""
+    """True if `dist-sae run` started this process and reads its output."""
     return bool(os.environ.get(SUPERVISED))
 
 
 def progress(role: str, done: float, total: float, **numbers: Any) -> None:
-    """Say how far this process has come; numbers that are mappings are for programs only."""
+    """Report this process's progress; numbers that are mappings go to a supervisor only."""
     if is_supervised():
         record = {"role": role, "done": done, "total": total, **numbers}
         sys.stdout.write(json.dumps(record) + "\n")
@@ -48,10 +48,10 @@ def progress(role: str, done: float, total: float, **numbers: Any) -> None:
 
 
 class PacedProgress:
-    """Progress that is made all the time, and said every second, or in a log every half minute.
+    """Rate-limited progress: a report per second to a supervisor, per 30 s to a log.
 
     Args:
-        role: Who makes it.
+        role: Part of the run, for example `produce`.
     """
 
     def __init__(self, role: str) -> None:
@@ -60,13 +60,13 @@ class PacedProgress:
         self._said = float("-inf")
 
     def is_due(self) -> bool:
-        """Whether to say something now; it is taken to be said then."""
+        """True if a report is due; counts as that report."""
         if time.monotonic() - self._said < self._pause:
             return False
         self._said = time.monotonic()
         return True
 
     def __call__(self, done: float, total: float, **numbers: Any) -> None:
-        """`progress`, when it is due."""
+        """Report progress if a report is due."""
         if self.is_due():
             progress(self._role, done, total, **numbers)

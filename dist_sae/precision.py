@@ -1,4 +1,4 @@
-"""Which precisions a processor computes in, and which it only imitates."""
+"""Detection of precisions that a processor emulates."""
 
 import logging
 
@@ -8,7 +8,7 @@ logger = logging.getLogger(__name__)
 
 
 def is_emulated(precision: str, device: torch.device) -> bool:
-    """Whether there are no instructions for `bf16` or `fp16` there; GPUs have them."""
+    """True if a device has no instructions for `bf16` or `fp16`; GPUs always have them."""
     if device.type != "cpu" or precision == "fp32":
         return False
     has = torch.cpu.get_capabilities()
@@ -16,13 +16,13 @@ def is_emulated(precision: str, device: torch.device) -> bool:
 
 
 def warn_if_emulated(setting: str, precision: str, device: torch.device) -> None:
-    """Tell whoever reads the log that a setting costs them time.
+    """Warn that a setting's precision is emulated, and so slow.
 
     With AVX2 a product in bf16 takes eight times as long as in fp32.
     """
     if is_emulated(precision, device):
         logger.warning(
-            "%s: %s: this processor has no instructions for it; fp32 is faster, or much faster",
+            "%s: %s: this processor emulates it, which is slow; use fp32",
             setting,
             precision,
         )

@@ -1,4 +1,4 @@
-"""What SIGTERM and Ctrl-C do. Imports next to nothing: it is in force before anything else is."""
+"""Handling of SIGTERM and Ctrl-C; imports almost nothing, so that it takes effect first."""
 
 import os
 import signal
@@ -16,9 +16,9 @@ INTERRUPTED = "stopped: interrupted; start the same command again\n"
 
 
 def heed() -> None:
-    """Turn both into a KeyboardInterrupt; during an import they end the process.
+    """Turn both signals into KeyboardInterrupt; during an import, end the process.
 
-    There is nothing to save then, and a library that is interrupted while it is imported may raise
+    There is nothing to save during an import, and a library that is interrupted there may raise
     another error, or none.
     """
     for number in SIGNALS:
@@ -26,8 +26,8 @@ def heed() -> None:
 
 
 def stop_event() -> "threading.Event":
-    """An event that both set from now on, for programs that save before they end."""
-    import threading  # after signals are heeded
+    """Event that both signals set from now on, for programs that save before they end."""
+    import threading  # only after the handlers are installed
 
     stopping = threading.Event()
     for number in SIGNALS:
@@ -36,7 +36,7 @@ def stop_event() -> "threading.Event":
 
 
 def heed_no_more(code: int) -> None:
-    """The work is done: a signal now ends the process at once, with this exit code."""
+    """Let a signal end the process at once with this exit code, now that the work is done."""
     for number in SIGNALS:
         signal.signal(number, lambda *_: os._exit(code))
 

@@ -1,4 +1,4 @@
-"""A run's folder, which says itself what run it is of: `<runs>/<run>/run.yaml`."""
+"""A run's folder and the run file in it: `<runs>/<run>/run.yaml`."""
 
 import os
 from collections.abc import Sequence
@@ -15,16 +15,16 @@ _RUN_FILE = "run.yaml"
 
 
 def run_file_key(name: str) -> str:
-    """Where a run's resolved run file is in the store of runs."""
+    """Key of a run's resolved run file in the store of runs."""
     return f"{name}/{_RUN_FILE}"
 
 
 def open_run(argument: str, overrides: Sequence[str] = ()) -> Run:
-    """The run that a command was given.
+    """Read the run file, or the run folder, that a command was given.
 
     Args:
-        argument: A run file, or a run's folder: a path or a URL. A folder may have been moved with
-            all that is in it; it keeps its name.
+        argument: A run file, or a run's folder: a path or a URL. A folder may have been moved as a
+            whole, but keeps its name.
         overrides: `section.key=value` strings.
 
     Raises:
@@ -45,23 +45,23 @@ def open_run(argument: str, overrides: Sequence[str] = ()) -> Run:
     run = _read(open_store(runs, s3), name, runs, overrides)
     if run is None:
         raise ConfigError(
-            f"{argument}: holds no {_RUN_FILE}; give a run file, or the folder of a run that has "
-            f"been trained (<store.runs>/<name>)"
+            f"{argument}: has no {_RUN_FILE}; give a run file, or the folder of a trained run "
+            f"(<store.runs>/<name>)"
         )
     return run
 
 
 def begun_run(runs: ObjectStore, name: str) -> Run | None:
-    """The run as trainers found it when they last began; None if none ever did.
+    """Run file with which training last started; None if it never did.
 
     Raises:
-        ConfigError: This version cannot read its run file.
+        ConfigError: This version cannot read the run file.
     """
     return _read(runs, name, runs.url)
 
 
 def _read(store: ObjectStore, name: str, runs: str, overrides: Sequence[str] = ()) -> Run | None:
-    """The run in a folder, with the place of the folder."""
+    """Read the run in a folder, with the folder's own location as `store.runs`."""
     try:
         text = store.get(run_file_key(name)).decode()
     except ObjectNotFoundError:
@@ -70,8 +70,8 @@ def _read(store: ObjectStore, name: str, runs: str, overrides: Sequence[str] = (
     data = parse_run(text, origin)
     if data.get("name") != name:
         raise ConfigError(
-            f"{origin}: is of run {data.get('name')}; a run's folder keeps the run's name, "
-            f"by which its checkpoints list their parts"
+            f"{origin}: belongs to run {data.get('name')}; give the folder that name again, "
+            f"since checkpoints list their parts by it"
         )
     data["store"] = {**(data.get("store") or {}), "runs": runs}
     return resolve_run(data, overrides, origin)

@@ -1,10 +1,10 @@
-"""Checkpoints in the store: tensors in parts by rows of dim 0, the manifest last.
+"""Layout of checkpoints in the store: tensors cut along dim 0, the manifest written last.
 
     <run>/checkpoints/step-00000400/<tensor>-<first row>.safetensors
     <run>/checkpoints/step-00000400/manifest.json
 
-A checkpoint exists when its manifest exists. Every rank writes the rows it holds and reads the rows
-it needs, so the number of ranks may change in between.
+A checkpoint exists once its manifest does. Every rank writes the rows it holds and reads the rows
+it needs, so the number of ranks may change between save and load.
 """
 
 import hashlib
@@ -26,7 +26,7 @@ from dist_sae.storage.records import READS, Record, digest, read_record, seal
 
 logger = logging.getLogger(__name__)
 
-_PART_BYTES = 64 * 2**20  # what a rank reads too much of where its rows begin in a part
+_PART_BYTES = 64 * 2**20  # also the most that a rank reads in vain where its rows begin
 _COPIES = 8  # parts in flight
 _MANIFEST = "manifest.json"
 
@@ -42,12 +42,12 @@ class Part(Record):
 
 
 class TensorRecord(Record):
-    """A tensor and where its rows are."""
+    """A tensor's shape and the location of its rows."""
 
     shape: tuple[int, ...]
     parts: tuple[Part, ...]
     older: bool = False
-    """Stored under another name, and to be converted (`checkpoint/older.py`)."""
+    """Stored under an older name; needs conversion (`checkpoint/older.py`)."""
 
 
 class CheckpointManifest(Record):
@@ -60,7 +60,7 @@ class CheckpointManifest(Record):
 
 
 class Piece(NamedTuple):
-    """Rows `[first, first + len(rows))` of a tensor that has `total` of them."""
+    """Rows `[first, first + len(rows))` of a tensor with `total` rows."""
 
     name: str
     rows: Tensor
@@ -69,7 +69,7 @@ class Piece(NamedTuple):
 
 
 class Checkpoint(NamedTuple):
-    """All that a run is at a step, in the store."""
+    """A run's complete state after a step, in the store."""
 
     store: ObjectStore
     manifest: CheckpointManifest
@@ -81,28 +81,28 @@ class Checkpoint(NamedTuple):
 
     @property
     def scalars(self) -> dict[str, Any]:
-        """What is no tensor."""
+        """State other than tensors."""
         return self.manifest.scalars
 
     @property
     def digest(self) -> str:
-        """Identifies what it holds."""
+        """Checksum that identifies the content."""
         return digest(self.manifest)
 
     @property
     def tensors(self) -> dict[str, Tensor]:
-        """All tensors, whole."""
+        """Read all tensors in full."""
         return {name: self.read(name) for name in self.manifest.tensors}
 
     def has(self, name: str) -> bool:
-        """Whether there is such a tensor."""
+        """True if the checkpoint has the tensor."""
         return name in self.manifest.tensors
 
     def read(self, name: str, start: int = 0, stop: int | None = None) -> Tensor:
-        """Rows `[start, stop)` of a tensor, checked; other parts are not fetched.
+        """Read rows `[start, stop)` of a tensor; fetches and checks only their parts.
 
         Raises:
-            CorruptObjectError: A part is not what was written.
+            CorruptObjectError: A part does not match its checksum.
         """
         record = self.manifest.tensors[name]
         if not record.shape:
@@ -112,10 +112,10 @@ class Checkpoint(NamedTuple):
         return torch.cat(list(pieces)).reshape(-1, *record.shape[1:])
 
     def fill(self, tensor: Tensor, name: str, start: int = 0) -> None:
-        """Copy rows from `start` on into a tensor, part by part: no more is held.
+        """Fill a tensor with stored rows from `start` on, holding one part at a time.
 
         Raises:
-            CorruptObjectError: A part is not what was written, or rows are missing.
+            CorruptObjectError: A part does not match its checksum, or rows are missing.
         """
         if not self.manifest.tensors[name].shape:
             tensor.copy_(self.read(name))
@@ -130,10 +130,10 @@ class Checkpoint(NamedTuple):
             )
 
     def pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
-        """(Number of the first, the rows) of `[start, stop)`, part by part.
+        """Yield rows `[start, stop)` part by part, each as (first row number, rows).
 
         Raises:
-            CorruptObjectError: A part is not what was written.
+            CorruptObjectError: A part does not match its checksum.
         """
         record = self.manifest.tensors[name]
         for part in record.parts:
@@ -149,10 +149,10 @@ class Checkpoint(NamedTuple):
         return older.converted(name, rows, next(widths), lambda: self.read("theta", first, stop))
 
     def check(self, name: str) -> None:
-        """Read a tensor part by part, and see that its parts are whole and leave no row out.
+        """Verify that a tensor's parts match their checksums and cover all rows.
 
         Raises:
-            CorruptObjectError: They are not, or do.
+            CorruptObjectError: A part is damaged, or rows are missing.
         """
         record = self.manifest.tensors[name]
         at = 0
@@ -170,17 +170,17 @@ class Checkpoint(NamedTuple):
         return safetensors.torch.load(self.data(part))["rows"]
 
     def data(self, part: Part) -> bytes:
-        """The object that holds a part.
+        """Fetch the bytes of a part's object.
 
         Raises:
-            CorruptObjectError: It is not what was written.
+            CorruptObjectError: They do not match the checksum.
         """
         for _ in range(READS):
             data = self.store.get(part.key)
             if hashlib.sha256(data).hexdigest() == part.sha256:
                 return data
         raise CorruptObjectError(
-            "does not match its checksum; without its folder the checkpoint before is used",
+            "does not match its checksum; delete its folder to use the checkpoint before",
             url=self.store.url,
             key=part.key,
         )
@@ -192,10 +192,10 @@ class Checkpoints:
     Args:
         store: The store of runs.
         run: Name of the run.
-        keep: How many of the newest to keep.
-        every: Keep those at multiples of so many steps too.
-        best: Keep so many with the lowest `heldout_fvu` too.
-        folder: Of the run, where they are.
+        keep: Number of newest checkpoints to keep.
+        every: Also keep checkpoints at multiples of this many steps.
+        best: Also keep this many checkpoints with the lowest `heldout_fvu`.
+        folder: Folder within the run's.
     """
 
     def __init__(
@@ -222,7 +222,7 @@ class Checkpoints:
         return list(self.ages())
 
     def ages(self) -> dict[int, float]:
-        """Seconds since each complete checkpoint was, by step, ascending."""
+        """Age in seconds of each complete checkpoint, by step, ascending."""
         return {
             int(key["step"]): entry.age_seconds
             for key, entry in self._keys.entries(self._store)
@@ -230,11 +230,11 @@ class Checkpoints:
         }
 
     def folders(self) -> set[int]:
-        """Steps of which there is anything, a complete checkpoint or not."""
+        """Steps of complete and incomplete checkpoints."""
         return {int(key["step"]) for key in self._keys.keys(self._store)}
 
     def write(self, step: int, pieces: Iterable[Piece]) -> dict[str, TensorRecord]:
-        """Store what one rank holds; the checkpoint exists once `commit` has all ranks' records."""
+        """Store one rank's pieces; `commit` with all ranks' records completes the checkpoint."""
         records: dict[str, TensorRecord] = {}
         for name, tensor, first, total in pieces:
             rows = tensor.reshape(tensor.shape or (1,)).detach()
@@ -259,10 +259,10 @@ class Checkpoints:
         return records
 
     def copy(self, checkpoint: Checkpoint, names: Iterable[str]) -> dict[str, TensorRecord]:
-        """Store some tensors of another run's checkpoint, as `write` stores pieces.
+        """Copy tensors from another run's checkpoint; returns records as `write` does.
 
         Raises:
-            CorruptObjectError: A part of it is damaged.
+            CorruptObjectError: A part is damaged.
         """
 
         def copied(name: str, part: Part) -> Part:
@@ -281,7 +281,7 @@ class Checkpoints:
     def commit(
         self, step: int, records: Iterable[Mapping[str, TensorRecord]], scalars: Mapping[str, Any]
     ) -> int:
-        """Write the manifest of all ranks' records, drop old checkpoints; returns the bytes."""
+        """Write the manifest of all ranks' records and delete old checkpoints; returns bytes."""
         merged: dict[str, TensorRecord] = {}
         for name, record in (item for rank in records for item in rank.items()):
             before = merged[name].parts if name in merged else ()
@@ -291,7 +291,7 @@ class Checkpoints:
         self._store.put(f"{self._folder(step)}{_MANIFEST}", seal(manifest))
         kept = self._kept()
         for old in self.folders():
-            if old < step and old not in kept:  # too old, or left by a save that was cut off
+            if old < step and old not in kept:  # too old, or from an interrupted save
                 self.delete(old)
         return sum(part.bytes for record in merged.values() for part in record.parts)
 
@@ -307,16 +307,17 @@ class Checkpoints:
         return kept
 
     def open(self, step: int) -> Checkpoint:
-        """A complete checkpoint.
+        """Open a complete checkpoint.
 
         Raises:
-            CorruptObjectError: Its manifest is not what was written there.
+            CorruptObjectError: The manifest is damaged, or a copy of another step's.
         """
         key = f"{self._folder(step)}{_MANIFEST}"
         manifest = read_record(CheckpointManifest, self._store, key)
         if manifest.step != step:
             raise CorruptObjectError(
-                f"is a copy of step {manifest.step}; give its folder a name of another kind",
+                f"is a copy of step {manifest.step}; rename its folder to something other than "
+                f"step-N",
                 url=self._store.url,
                 key=key,
             )
@@ -326,23 +327,23 @@ class Checkpoints:
         return Checkpoint(self._store, manifest.model_copy(update={"tensors": tensors}))
 
     def age_seconds(self, step: int) -> float:
-        """How long a checkpoint has existed, by the store's own clock."""
+        """Age of a checkpoint, by the store's own clock."""
         return self.ages()[step]
 
     def latest(self) -> Checkpoint | None:
-        """The newest checkpoint, if there is one."""
+        """Open the newest checkpoint with a readable manifest, if there is one."""
         return next(self.newest_first(), None)
 
     def newest_first(self) -> Iterator[Checkpoint]:
-        """The checkpoints whose manifests are whole; of others an error is logged."""
+        """Open checkpoints from the newest on; skips damaged manifests with an error in the log."""
         for step in reversed(self.steps()):
             try:
                 yield self.open(step)
             except CorruptObjectError as exc:
-                logger.error("%s; the checkpoint before is taken", exc)
+                logger.error("%s; using the checkpoint before it", exc)
 
     def delete(self, step: int) -> None:
-        """Remove a checkpoint: the manifest first, what has none does not exist."""
+        """Delete a checkpoint, the manifest first: without it the checkpoint does not exist."""
         folder = self._folder(step)
         self._store.delete(f"{folder}{_MANIFEST}")
         for key in list(self._keys.keys(self._store, f"step-{step:08d}/")):

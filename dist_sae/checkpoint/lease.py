@@ -1,10 +1,10 @@
-"""One trainer to a run: two of one name would delete each other's checkpoints and history.
+"""Lease that allows one trainer per run; two would delete each other's checkpoints and history.
 
-    <run>/trainer.json    who trains it, rewritten every few seconds; deleted when it ends
+    <run>/trainer.json    the current trainer; renewed every few seconds, deleted at the end
 
-Only the first rank holds it. A trainer that was killed leaves it behind: another one takes over as
-soon as it is old by the store's clock, or does not change while it watches, or names a process of
-this machine that is gone.
+Only the first rank holds the lease. A killed trainer leaves it behind. Another one takes over once
+the file is old by the store's clock, does not change while watched, or names a process of this
+machine that is gone.
 """
 
 import logging
@@ -29,36 +29,36 @@ from dist_sae.storage.records import Record, read_record, seal
 logger = logging.getLogger(__name__)
 
 _RENEW_SECONDS = 5.0
-_LEASE_SECONDS = 20.0  # without a change for so long, its holder is dead
+_LEASE_SECONDS = 20.0  # without a renewal for this long the holder counts as dead
 _LOOK_SECONDS = 0.5
-_START_FIELD = 19  # of /proc/<pid>/stat, counted from what follows the program's name
-_DEAD = "ZX"  # states: killed, and nobody has asked what became of it
+_START_FIELD = 19  # in /proc/<pid>/stat, counted after the program's name
+_DEAD = "ZX"  # process states: dead, but not yet reaped
 
 
 class Holder(Record):
-    """`trainer.json`."""
+    """The trainer that holds a run: content of `trainer.json`."""
 
     schema_version: Literal[1] = 1
     life: str
-    """Identifies one process; drawn at random when it starts."""
+    """Random identifier of the process."""
     host: str
     pid: int
     machine: str
-    """The boot and the process namespace that `pid` is of; empty where that cannot be told."""
+    """Boot id and process namespace of `pid`; empty where unknown."""
     started: str
-    """When, by the kernel's count: the number may be another process's later."""
+    """Start time in the kernel's ticks, since a `pid` may be reused."""
     beat: int
-    """Grows with every renewal."""
+    """Number of renewals."""
 
 
 class TrainerLease:
-    """This process's hold on a run, while in its `with`.
+    """Context manager in which this process holds a run.
 
     Args:
         store: The store of runs.
         run: Name of the run.
-        stopping: Set when another trainer has taken over, which happens when renewing failed for
-            long: this one saves and stops.
+        stopping: Set when another trainer has taken over because renewals failed for too long;
+            this process then saves and stops.
     """
 
     def __init__(self, store: ObjectStore, run: str, stopping: threading.Event) -> None:
@@ -78,24 +78,24 @@ class TrainerLease:
         self._thread = threading.Thread(target=self._renew, name="lease", daemon=True)
 
     def __enter__(self) -> "TrainerLease":
-        """Take hold of the run.
+        """Acquire the lease.
 
         Raises:
-            RunTakenError: Another trainer has it.
-            Stopped: Asked to stop meanwhile.
+            RunTakenError: Another trainer holds the run.
+            Stopped: A stop was requested while waiting.
         """
         self._await_free()
         self._store.put(self._key, seal(self._mine))
         other = self._holder()
-        if other is not None and other.life != self._mine.life:  # it began in the same instant
+        if other is not None and other.life != self._mine.life:  # both started at the same instant
             raise self._taken(other)
         self._thread.start()
         return self
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        self._thread.join(_LEASE_SECONDS)  # the store may be patient for longer
-        with suppress(StoreError):  # it runs out by itself
+        self._thread.join(_LEASE_SECONDS)  # the store may retry for longer
+        with suppress(StoreError):  # the lease expires by itself
             holder = self._holder()
             if holder is not None and holder.life == self._mine.life:
                 self._store.delete(self._key)
@@ -111,7 +111,12 @@ class TrainerLease:
         ages = [e.age_seconds for e in self._store.entries(self._key) if e.key == self._key]
         if not ages or ages[0] > _LEASE_SECONDS:
             return
-        logger.info("%s: had a trainer on %s a moment ago; watching it", self._run, first.host)
+        logger.info(
+            "%s: was trained on %s a moment ago; waiting up to %.0f s to see if it still is",
+            self._run,
+            first.host,
+            _LEASE_SECONDS,
+        )
         until = time.monotonic() + _LEASE_SECONDS
         while time.monotonic() < until and not self._stopping.wait(_LOOK_SECONDS):
             now = self._holder()
@@ -133,12 +138,12 @@ class TrainerLease:
                 self._mine = self._mine.model_copy(update={"beat": self._mine.beat + 1})
                 self._store.put(self._key, seal(self._mine))
             except StoreError as exc:
-                logger.warning("the trainer's hold on the run could not be renewed: %s", exc)
+                logger.warning("the lease on the run could not be renewed: %s", exc)
 
     def _holder(self) -> Holder | None:
         try:
             return read_record(Holder, self._store, self._key)
-        except (ObjectNotFoundError, CorruptObjectError):  # damaged: nobody's
+        except (ObjectNotFoundError, CorruptObjectError):  # a damaged lease holds nothing
             return None
 
     def _taken(self, holder: Holder) -> RunTakenError:
@@ -157,7 +162,7 @@ def _machine() -> str:
 
 
 def _started(pid: int) -> str:
-    """When a process of this machine started; empty if there is none, or it is dead."""
+    """Start time of a process of this machine in kernel ticks; empty if it is dead."""
     try:
         stat = Path(f"/proc/{pid}/stat").read_text(encoding="utf-8", errors="replace")
     except OSError:

@@ -1,4 +1,4 @@
-"""Where a run comes from: the runs before it, and how far they had come."""
+"""Lineage of a run: the runs that it continues, and their progress."""
 
 from collections.abc import Mapping
 from typing import Any, NamedTuple, Self
@@ -9,45 +9,45 @@ _KEY = "lineage"
 
 
 class Ancestor(NamedTuple):
-    """A run that another one went on from."""
+    """A run that another one continued."""
 
     run: str
     step: int
-    """Step of the checkpoint that its child began with."""
+    """Step of the checkpoint that its child started from."""
     rows: int
-    """Rows that it had trained on by then, without those of its own ancestors."""
+    """Rows trained on by then, without those of its own ancestors."""
     state: bool
-    """Whether the optimiser's state went on too, or the weights alone."""
+    """Whether the child took the optimiser's state, or the weights alone."""
 
 
 class Lineage(NamedTuple):
-    """Training done by a run's ancestors before its first step; a checkpoint carries it."""
+    """Training by a run's ancestors before its first step; stored in checkpoints."""
 
     ancestors: tuple[Ancestor, ...] = ()
-    """The oldest first."""
+    """Ancestors, oldest first."""
     updates: int = 0
-    """Updates that Adam's state has seen."""
+    """Updates in Adam's state."""
     counted_rows: int = 0
-    """Rows over which idle rows of latents were counted."""
+    """Rows over which latents' idle rows were counted."""
     stream_rows: int = 0
-    """Rows that were taken from each stream of the activation set."""
+    """Rows taken from each stream of the activation set."""
 
     @property
     def rows(self) -> int:
-        """Rows that the ancestors trained on, one after the other."""
+        """Rows that all ancestors trained on."""
         return sum(ancestor.rows for ancestor in self.ancestors)
 
     def totals(self, rows: int) -> Mapping[str, float]:
-        """`rows` that the run has trained on, and with those of its ancestors if it has any."""
+        """Rows that the run has trained on, alone and (if it has ancestors) with theirs."""
         return {"rows": rows} | ({"rows_with_parents": self.rows + rows} if self.ancestors else {})
 
     def to_scalars(self) -> dict[str, Any]:
-        """For a checkpoint; nothing for a run without ancestors."""
+        """Convert to a checkpoint's scalars; empty for a run without ancestors."""
         return {_KEY: self._asdict()} if self.ancestors else {}
 
     @classmethod
     def from_scalars(cls, scalars: Mapping[str, Any]) -> Self:
-        """The lineage in a checkpoint; an empty one where there is none."""
+        """Read the lineage from a checkpoint's scalars; empty if there is none."""
         if _KEY not in scalars:
             return cls()
         ancestors = tuple(Ancestor(*fields) for fields in scalars[_KEY]["ancestors"])
@@ -55,12 +55,12 @@ class Lineage(NamedTuple):
 
     @classmethod
     def of_child(cls, parent: Checkpoint, *, state: bool, streams: int | None) -> Self:
-        """That of a run which goes on from a checkpoint.
+        """Lineage of a run that continues from a checkpoint.
 
         Args:
             parent: The checkpoint.
-            state: Whether the optimiser's state goes on.
-            streams: Of the activation set that is read on from there; None: it is begun anew.
+            state: Whether the child takes the optimiser's state.
+            streams: Number of streams if the child reads on where the parent stopped, else None.
         """
         before, settings = Lineage.from_scalars(parent.scalars), parent.scalars["run"]
         rows = parent.step * settings["train"]["batch_rows"]
@@ -72,7 +72,7 @@ class Lineage(NamedTuple):
         )
 
     def describe(self) -> str:
-        """The ancestors and their rows, for a report."""
+        """Describe the ancestors and their rows, for a report."""
         return ", ".join(
             f"{run} to step {step:,} ({rows:,} rows; {'with' if state else 'without'} Adam's state)"
             for run, step, rows, state in self.ancestors

@@ -1,10 +1,10 @@
-"""Thresholds as checkpoints once had them: `log_threshold`, of thresholds in the rows' scale.
+"""Conversion of old checkpoints, which store `log_threshold` in the rows' scale.
 
 The parameter is now `theta`, in units of the rows' root mean square norm, sqrt(d_in):
 
     theta = exp(log_threshold) / sqrt(d_in)        dL/dtheta = dL/dlog_threshold / theta
 
-so that Adam's moments are divided by theta and its square.
+so Adam's moments are divided by theta and by its square.
 """
 
 import math
@@ -18,7 +18,7 @@ _T = TypeVar("_T")
 
 
 def renamed(tensors: dict[str, _T], mark: Callable[[_T], _T]) -> dict[str, _T]:
-    """The tensors of a checkpoint by today's names; `mark` is applied to those that had others."""
+    """Give a checkpoint's tensors today's names; `mark` is applied to the renamed ones."""
     return {
         name.removesuffix(_OLD) + _NEW if name.endswith(_OLD) else name: (
             mark(tensor) if name.endswith(_OLD) else tensor
@@ -28,13 +28,13 @@ def renamed(tensors: dict[str, _T], mark: Callable[[_T], _T]) -> dict[str, _T]:
 
 
 def converted(name: str, rows: Tensor, d_in: int, theta: Callable[[], Tensor]) -> Tensor:
-    """Rows of a tensor that had another name, as they are now.
+    """Convert rows of a renamed tensor.
 
     Args:
-        name: Today's.
-        rows: As stored.
+        name: Today's name.
+        rows: Stored rows.
         d_in: Width of the activations.
-        theta: Gives the thresholds of the same rows, converted.
+        theta: Returns the converted thresholds of the same rows.
     """
     if name.startswith("exp_avg_sq."):
         return rows / theta().square()

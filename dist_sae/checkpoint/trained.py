@@ -1,4 +1,4 @@
-"""Trained dictionaries, for programs that evaluate, export or show them."""
+"""Trained dictionaries, read from checkpoints to be evaluated, exported or shown."""
 
 import logging
 from collections.abc import Mapping
@@ -26,21 +26,21 @@ logger = logging.getLogger(__name__)
 
 
 class Trained(NamedTuple):
-    """A whole dictionary, after some steps."""
+    """A whole trained dictionary with its checkpoint and normaliser."""
 
     run: Run
-    """As it was trained, from the checkpoint; its stores are those of the run file at hand."""
+    """Settings it was trained with, from the checkpoint, but with the given run file's stores."""
     checkpoint: Checkpoint
     sae: Dictionary
     scale: float
-    """Activations are multiplied by it."""
+    """Factor by which activations are multiplied."""
     mean: Float[Tensor, " d_in"]
-    """Of the scaled activations."""
+    """Mean of the scaled activations."""
     idle_rows: Int[Tensor, " n_latents"]
     """Rows since each latent last fired."""
 
     suffix: str
-    """See `suffix`."""
+    """Suffix for names of results; see `suffix`."""
 
     @property
     def step(self) -> int:
@@ -48,13 +48,13 @@ class Trained(NamedTuple):
         return self.checkpoint.step
 
     def check_plan(self, plan: str) -> None:
-        """Make sure that the activation set at hand is the one that the run was trained on.
+        """Make sure that the run was trained on the given activation set.
 
         Args:
-            plan: Hash of its plan.
+            plan: Hash of the set's plan.
 
         Raises:
-            PlanMismatchError: It is another.
+            PlanMismatchError: The run was trained on another set.
         """
         store = self.run.store
         if self.checkpoint.scalars["plan"] != plan:
@@ -65,24 +65,24 @@ class Trained(NamedTuple):
 
 
 def read_trained(runs: ObjectStore, run: Run, step: int | None = None) -> Trained | None:
-    """A checkpoint, or the newest that can be read; None if the run has none yet.
+    """Read a checkpoint, by default the newest readable one; None if the run has none yet.
 
-    Of the newest, a damaged one is reported as an error and the one before is taken. A trainer that
-    goes on meanwhile may delete the one that is being read, and has then made a newer one.
+    By default a damaged checkpoint is logged as an error and the one before it is read. A running
+    trainer may delete a checkpoint while it is read; a newer one is then read.
 
     Args:
         runs: The store of runs.
-        run: As the run file at hand says.
-        step: Of the checkpoint; None takes the newest.
+        run: The given run.
+        step: Step of the checkpoint; None takes the newest.
 
     Raises:
         ConfigError: There is no checkpoint of that step.
         PlanMismatchError: The run was trained with other settings.
-        CorruptObjectError, ObjectNotFoundError: There are some, and all are damaged.
+        CorruptObjectError, ObjectNotFoundError: All checkpoints are damaged.
     """
     checkpoints = Checkpoints(runs, run.name, run.train.keep_checkpoints)
     if step is not None:
-        checkpoint = chosen(checkpoints, step, f"{runs.url}/{run.name}")
+        checkpoint = open_step(checkpoints, step, f"{runs.url}/{run.name}")
         return _read(run, checkpoint, suffix(runs, run, step))
     tried: dict[int, CorruptObjectError | ObjectNotFoundError] = {}
     while left := [step for step in checkpoints.steps() if step not in tried]:
@@ -90,8 +90,8 @@ def read_trained(runs: ObjectStore, run: Run, step: int | None = None) -> Traine
             return _read(run, checkpoints.open(left[-1]), "")
         except (CorruptObjectError, ObjectNotFoundError) as exc:
             if left[-1] in checkpoints.steps():
-                logger.error("the checkpoint of step %d is passed over: %s", left[-1], exc)
-            tried[left[-1]] = exc.with_traceback(None)  # which has a dictionary
+                logger.error("skipping the checkpoint of step %d: %s", left[-1], exc)
+            tried[left[-1]] = exc.with_traceback(None)  # it would keep a dictionary in memory
     if tried:
         raise tried[max(tried)]
     return None
@@ -104,7 +104,7 @@ def suffix(runs: ObjectStore, run: Run, step: int) -> str:
 
 
 def find_checkpoint(runs: ObjectStore, run: Run, step: int | None) -> Checkpoint | None:
-    """The checkpoint that `read_trained` begins with, whose parts may be damaged.
+    """Find the checkpoint that `read_trained` tries first; its parts may be damaged.
 
     Raises:
         ConfigError: There is no checkpoint of that step.
@@ -114,37 +114,37 @@ def find_checkpoint(runs: ObjectStore, run: Run, step: int | None) -> Checkpoint
     if step is None:
         checkpoint = checkpoints.latest()
     else:
-        checkpoint = chosen(checkpoints, step, f"{runs.url}/{run.name}")
+        checkpoint = open_step(checkpoints, step, f"{runs.url}/{run.name}")
     if checkpoint is not None:
         trained_run(checkpoint, run)
     return checkpoint
 
 
-def chosen(checkpoints: Checkpoints, step: int, place: str) -> Checkpoint:
-    """The checkpoint of a step.
+def open_step(checkpoints: Checkpoints, step: int, place: str) -> Checkpoint:
+    """Open the checkpoint that `--step` names.
 
     Raises:
-        ConfigError: There is none.
+        ConfigError: There is no such checkpoint.
         CorruptObjectError: Its manifest is damaged.
     """
     steps = checkpoints.steps()
     if step not in steps:
         there = ", ".join(map(str, steps)) or "none"
-        raise ConfigError(f"--step: {place} has no {step}; there are: {there}")
+        raise ConfigError(f"--step: {place} has no checkpoint {step}; it has: {there}")
     return checkpoints.open(step)
 
 
 def trained_run(checkpoint: Checkpoint, run: Run) -> Run:
-    """The run that a checkpoint is of, which the run file at hand must mean.
+    """Read a checkpoint's run, which the given run file must agree with.
 
     Raises:
-        PlanMismatchError: It means another.
+        PlanMismatchError: The settings differ.
     """
     return check_own(checkpoint.scalars["run"], run)
 
 
 def check_own(settings: Mapping[str, Any], run: Run) -> Run:
-    """`check_same_run` for programs that only look, and so can take a folder instead."""
+    """Check that two runs agree, with a remedy for programs that only read: `check_same_run`."""
     place = f"{run.store.runs}/{run.name}"
     remedy = f"give the settings it was trained with, or its folder, {place}, as the run file"
     return check_same_run(settings, run, place, remedy)

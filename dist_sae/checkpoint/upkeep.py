@@ -1,4 +1,4 @@
-"""Looking after a run's checkpoints: listing, checking and converting them."""
+"""Listing, verifying and converting a run's checkpoints."""
 
 import json
 from pathlib import Path
@@ -9,7 +9,7 @@ import safetensors.torch
 from dist_sae.checkpoint import warm_start
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.checkpoint.state import is_moment
-from dist_sae.checkpoint.trained import chosen, trained_run
+from dist_sae.checkpoint.trained import open_step, trained_run
 from dist_sae.config import Run
 from dist_sae.errors import ConfigError, CorruptObjectError, ObjectNotFoundError
 from dist_sae.storage import open_store
@@ -119,14 +119,14 @@ def convert(run: Run, output: Path, *, step: int | None, moments: bool) -> dict[
 
 
 def convert_to_run(run: Run, other: Run, *, step: int | None) -> dict[str, Any]:
-    """Let another run begin with a checkpoint's dictionary, which may be narrower than its own.
+    """Let another run start from a checkpoint's dictionary, which may be narrower than its own.
 
     Raises:
-        ConfigError: There is no such checkpoint, or the other run cannot begin with it.
+        ConfigError: There is no such checkpoint, or the other run cannot start from it.
         PlanMismatchError: It is of a run with other settings.
     """
     checkpoint = _chosen(run, _open(run), step)
-    copied = warm_start.leave(checkpoint, open_store(other.store.runs, other.store.s3), other)
+    copied = warm_start.prepare(checkpoint, open_store(other.store.runs, other.store.s3), other)
     return {
         "step": checkpoint.step,
         "known_latents": warm_start.width(checkpoint),
@@ -138,9 +138,9 @@ def convert_to_run(run: Run, other: Run, *, step: int | None) -> dict[str, Any]:
 
 def _chosen(run: Run, checkpoints: Checkpoints, step: int | None) -> Checkpoint:
     place = f"{run.store.runs}/{run.name}"
-    checkpoint = checkpoints.latest() if step is None else chosen(checkpoints, step, place)
+    checkpoint = checkpoints.latest() if step is None else open_step(checkpoints, step, place)
     if checkpoint is None:
-        raise ConfigError(f"{place}: holds no checkpoint that is whole")
+        raise ConfigError(f"{place}: has no complete checkpoint")
     trained_run(checkpoint, run)
     return checkpoint
 

@@ -1,8 +1,8 @@
-"""The dictionary that a run begins with: of its parent (`train.parent`), or left for it.
+"""Initial dictionary of a run, from its parent (`train.parent`) or from a converted checkpoint.
 
-    <run>/warm-start/step-00000400/          the weights, laid out as in a checkpoint
+    <run>/warm-start/step-00000400/          converted weights, laid out as in a checkpoint
 
-It may be narrower: the first latents are its own, in their order: latent 17 stays latent 17.
+It may be narrower than the run's. Its latents come first and keep their numbers.
 """
 
 import torch
@@ -18,20 +18,20 @@ from dist_sae.errors import ConfigError, PlanMismatchError
 from dist_sae.storage import ObjectStore
 
 
-def leave(checkpoint: Checkpoint, runs: ObjectStore, run: Run) -> int:
-    """Have a run begin with the weights of a checkpoint; returns the bytes copied.
+def prepare(checkpoint: Checkpoint, runs: ObjectStore, run: Run) -> int:
+    """Copy a checkpoint's weights for a run to start from; returns the bytes copied.
 
-    With the running mean of the weights if there is one. What was left for the run before goes.
+    Takes the running mean of the weights if there is one. Replaces weights copied before.
 
     Raises:
-        ConfigError: The run cannot begin with them, or has begun.
+        ConfigError: The run cannot start from these weights, or has been trained already.
         CorruptObjectError: The checkpoint is damaged.
     """
     check(checkpoint, run)
     if Checkpoints(runs, run.name, 1).steps():
         raise ConfigError(f"{runs.url}/{run.name}: has been trained already; choose another name")
     there = _warm_starts(runs, run)
-    for step in there.folders():  # a cut-off one too
+    for step in there.folders():  # incomplete ones too
         there.delete(step)
     weights = weights_of(checkpoint).values()
     kept = ("scale", "run")
@@ -41,17 +41,17 @@ def leave(checkpoint: Checkpoint, runs: ObjectStore, run: Run) -> int:
 
 
 def find(runs: ObjectStore, run: Run, plan: str) -> Checkpoint | None:
-    """Checkpoint that a run begins with: its parent's, a converted one, or None.
+    """Find the checkpoint that a run starts from: its parent's, a converted one, or None.
 
     Args:
         runs: The store of runs.
         run: The run.
-        plan: Hash of the plan that it reads.
+        plan: Hash of the plan of its activation set.
 
     Raises:
-        ConfigError: The run cannot begin with it, or there is none.
+        ConfigError: The run cannot start from it, or the parent has no such checkpoint.
         PlanMismatchError: The parent was trained on another activation set.
-        CorruptObjectError: It is damaged.
+        CorruptObjectError: The checkpoint is damaged.
     """
     if run.train.parent:
         return _parent(runs, run, run.train.parent, plan)
@@ -68,16 +68,18 @@ def _parent(runs: ObjectStore, run: Run, parent: ParentConfig, plan: str) -> Che
     checkpoints, place = Checkpoints(runs, parent.run, 1), f"{runs.url}/{parent.run}"
     steps = checkpoints.steps()
     if not steps:
-        raise ConfigError(f"train.parent.run: {place} holds no checkpoint")
+        raise ConfigError(f"train.parent.run: {place} has no checkpoint")
     if parent.step not in (None, *steps):
         there = ", ".join(map(str, steps))
-        raise ConfigError(f"train.parent.step: {place} has no {parent.step}; there are: {there}")
+        raise ConfigError(
+            f"train.parent.step: {place} has no checkpoint {parent.step}; it has: {there}"
+        )
     checkpoint = checkpoints.open(parent.step or steps[-1])
     check(checkpoint, run)
     if parent.state and width(checkpoint) != run.sae.n_latents:
         raise ConfigError(
             f"train.parent.state: {place} has {width(checkpoint)} latents, not "
-            f"{run.sae.n_latents}, so its weights alone can go on; use false"
+            f"{run.sae.n_latents}, so only its weights can be taken; use false"
         )
     if parent.data == "continue" and checkpoint.scalars["plan"] != plan:
         raise PlanMismatchError(
@@ -88,35 +90,35 @@ def _parent(runs: ObjectStore, run: Run, parent: ParentConfig, plan: str) -> Che
 
 
 def check(checkpoint: Checkpoint, run: Run) -> None:
-    """Make sure that the run's dictionary is the same kind and of the same site, and no narrower.
+    """Make sure that a run can start from a checkpoint: same kind and site, and not narrower.
 
     Raises:
-        ConfigError: It is not.
+        ConfigError: The run cannot.
     """
     kind, n_latents = checkpoint.scalars["run"]["sae"]["kind"], width(checkpoint)
     if kind != run.sae.kind:
         raise ConfigError(
-            f"{run.name}: sae.kind: {run.sae.kind} cannot begin with the weights of {kind}"
+            f"{run.name}: sae.kind: {run.sae.kind} cannot start from the weights of {kind}"
         )
     settings = checkpoint.scalars["run"]
     site = settings["train"].get("site") or settings["activations"]["sites"][0]
     if site != run.site:
         raise ConfigError(
-            f"{run.name}: train.site: {run.site} cannot begin with a dictionary of {site}"
+            f"{run.name}: train.site: {run.site} cannot start from a dictionary of {site}"
         )
     if isinstance(run.sae, RoutedConfig):
         experts = checkpoint.scalars["run"]["sae"]["experts"]
         if (n_latents, experts) != (run.sae.n_latents, run.sae.experts):
             raise ConfigError(
-                f"{run.name}: sae.kind: routed dictionaries cannot be widened: latents would come "
-                f"to other experts; train one from the start"
+                f"{run.name}: sae.kind: routed dictionaries cannot be widened, since latents would "
+                f"change their experts; train from scratch"
             )
     if n_latents > run.sae.n_latents:
         raise ConfigError(
             f"{run.name}: sae.n_latents: {run.sae.n_latents} is less than the {n_latents} "
-            f"that it is to begin with"
+            f"latents that it is to start from"
         )
-    n_new = run.sae.n_latents - n_latents  # each points at what is left of a row
+    n_new = run.sae.n_latents - n_latents  # each starts as the unexplained part of a row
     if run.train.rows != "all" and n_new > run.train.rows:
         raise ConfigError(
             f"{run.name}: train.rows: {run.train.rows} rows are too few for {n_new} new latents"
@@ -124,7 +126,7 @@ def check(checkpoint: Checkpoint, run: Run) -> None:
 
 
 def width(checkpoint: Checkpoint) -> int:
-    """Latents of a checkpoint."""
+    """Number of latents in a checkpoint."""
     return _shape(checkpoint)[0]
 
 
@@ -134,17 +136,17 @@ def _shape(checkpoint: Checkpoint) -> tuple[int, ...]:
 
 @torch.no_grad()
 def load(sae: Dictionary, checkpoint: Checkpoint) -> None:
-    """Fill the first latents, and what all latents share.
+    """Load a checkpoint into the first latents and the replicated tensors.
 
     Raises:
-        ConfigError: The activations are of another width.
+        ConfigError: The activations have another width.
         CorruptObjectError: A part is damaged.
     """
     _, d_in = _shape(checkpoint)
     if d_in != len(sae.b_dec):
         raise ConfigError(
-            f"{checkpoint.store.url}: the dictionary to begin with is of activations "
-            f"{d_in} wide, these are {len(sae.b_dec)} wide"
+            f"{checkpoint.store.url}: the dictionary to start from is for activations of width "
+            f"{d_in}, these have width {len(sae.b_dec)}"
         )
     n_known = min(max(width(checkpoint) - sae.first_latent, 0), len(sae.W_enc))
     weights = weights_of(checkpoint)

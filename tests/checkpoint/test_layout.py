@@ -1,4 +1,4 @@
-"""Checkpoints: there whole or not at all, checked, and only as many as wanted."""
+"""Checkpoints in the store: atomic, checked, and as many as wanted."""
 
 from pathlib import Path
 
@@ -20,7 +20,7 @@ TENSORS = {
 
 
 class Dying:
-    """A store whose process dies at the n-th write."""
+    """Store whose process dies at the n-th write."""
 
     def __init__(self, store: ObjectStore, writes: int) -> None:
         self._store = store
@@ -52,7 +52,7 @@ def test_what_is_saved_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 
 class Counting(Wrapped):
-    """A store that knows what was fetched from it."""
+    """Store that records what was fetched."""
 
     def __init__(self, store: ObjectStore) -> None:
         super().__init__(store)
@@ -85,7 +85,7 @@ def test_any_rows_are_read_from_the_parts_that_hold_them(
 
 
 def test_what_ranks_write_apart_is_one_tensor(tmp_path: Path) -> None:
-    """Ranks tell their records in any order; what all hold, one of them stores."""
+    """Records of ranks come in any order; one rank stores replicated tensors."""
     checkpoints = Checkpoints(open_store(str(tmp_path)), "run", keep=2)
     W_enc, bias = TENSORS["W_enc"], torch.arange(3.0)
     records = []

@@ -1,4 +1,4 @@
-"""A run has one trainer, and one that was killed keeps nobody away for long."""
+"""The lease that allows one trainer per run, also after a trainer was killed."""
 
 import logging
 import os

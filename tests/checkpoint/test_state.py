@@ -1,4 +1,4 @@
-"""What a run is made of is saved and put back, for every recipe."""
+"""State of a run, saved and restored for every recipe."""
 
 from pathlib import Path
 
@@ -86,7 +86,7 @@ def test_a_recipe_goes_on_from_its_checkpoint_bitwise(tmp_path: Path, kind: str)
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_shard_takes_its_rows_and_gives_them_back(tmp_path: Path, kind: str) -> None:
-    """Whole to two shards and from these to whole."""
+    """Check whole to two shards, and two shards to whole."""
     run = make_run(tmp_path, kind)
     state = make_state(run, kind)
     advance(state, range(3))

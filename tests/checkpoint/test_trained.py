@@ -1,4 +1,4 @@
-"""What is looked at while a run goes on, or after something was damaged."""
+"""Reading a trained dictionary while its run continues, or after damage."""
 
 import logging
 from collections.abc import Iterator
@@ -28,7 +28,7 @@ def store(tmp_path: Path) -> ObjectStore:
 
 
 def save(run: Run, store: ObjectStore, step: int, keep: int = 2) -> torch.Tensor:
-    """A checkpoint of a dictionary after so many steps; returns its decoder."""
+    """Save a checkpoint of a dictionary at a step; returns its decoder."""
     state = make_state(run, "topk")
     advance(state, range(step))
     checkpoints = Checkpoints(store, run.name, keep)
@@ -40,7 +40,7 @@ def save(run: Run, store: ObjectStore, step: int, keep: int = 2) -> torch.Tensor
 
 
 def part(run: Run, store: ObjectStore, step: int) -> str:
-    """The key of one of a checkpoint's objects."""
+    """Key of one of a checkpoint's objects."""
     keys = store.keys(f"{run.name}/checkpoints/step-{step:08d}/")
     return next(key for key in keys if "/W_dec" in key)
 

@@ -1,4 +1,4 @@
-"""What another run's checkpoint leaves for a run to begin with, and what of it a shard takes."""
+"""Starting a run from another run's checkpoint, also sharded."""
 
 import threading
 from pathlib import Path
@@ -46,7 +46,7 @@ def make_run(folder: Path, n_latents: int = 96) -> Run:
 
 
 def checkpoint(folder: Path, **tensors: torch.Tensor) -> Checkpoint:
-    """Of another run, with what belongs to its training."""
+    """Checkpoint of another run, with its training state."""
     checkpoints = Checkpoints(open_store(str(folder)), "narrow", 2)
     rest = {"exp_avg.W_enc": torch.ones(N_KNOWN, D_IN), "idle_rows": torch.zeros(N_KNOWN)}
     save(checkpoints, 30, WEIGHTS | rest | tensors, SCALARS)
@@ -55,7 +55,7 @@ def checkpoint(folder: Path, **tensors: torch.Tensor) -> Checkpoint:
 
 def test_weights_are_left_and_nothing_else(tmp_path: Path) -> None:
     run, runs = make_run(tmp_path), open_store(str(tmp_path / "runs"))
-    copied = warm_start.leave(checkpoint(tmp_path), runs, run)
+    copied = warm_start.prepare(checkpoint(tmp_path), runs, run)
     found = warm_start.find(runs, run, "plan")
     assert found is not None
     assert found.manifest.tensors.keys() == WEIGHTS.keys()
@@ -67,7 +67,7 @@ def test_weights_are_left_and_nothing_else(tmp_path: Path) -> None:
 def test_the_running_mean_goes_before_the_last_weights(tmp_path: Path) -> None:
     run, runs = make_run(tmp_path), open_store(str(tmp_path / "runs"))
     means = {f"ema.{name}": t + 1 for name, t in WEIGHTS.items()}
-    warm_start.leave(checkpoint(tmp_path, **means), runs, run)
+    warm_start.prepare(checkpoint(tmp_path, **means), runs, run)
     found = warm_start.find(runs, run, "plan")
     assert found is not None
     sae = build_sae(run.sae, D_IN)
@@ -82,9 +82,9 @@ def test_the_running_mean_goes_before_the_last_weights(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("shards", [1, 2, 3])
 def test_a_shard_takes_its_latents_of_what_was_left(tmp_path: Path, shards: int) -> None:
-    """96 latents: of 3 shards, 32 wide, the first two are known as a whole, the last is new."""
+    """Check 3 shards of 32 latents: the first two are known as a whole, the last is new."""
     run, runs = make_run(tmp_path), open_store(str(tmp_path / "runs"))
-    warm_start.leave(checkpoint(tmp_path), runs, run)
+    warm_start.prepare(checkpoint(tmp_path), runs, run)
     found = warm_start.find(runs, run, "plan")
     assert found is not None
     parts = []
@@ -117,7 +117,7 @@ def test_what_was_left_last_counts(tmp_path: Path) -> None:
     checkpoints = Checkpoints(open_store(str(tmp_path)), "narrow", 2)
     save(checkpoints, 10, WEIGHTS, SCALARS)
     for one in (late, checkpoints.open(10)):
-        warm_start.leave(one, runs, run)
+        warm_start.prepare(one, runs, run)
     found = warm_start.find(runs, run, "plan")
     assert found is not None
     assert found.step == 10
@@ -126,12 +126,12 @@ def test_what_was_left_last_counts(tmp_path: Path) -> None:
 def test_what_was_left_in_part_goes_too(tmp_path: Path) -> None:
     run, runs = make_run(tmp_path), open_store(str(tmp_path / "runs"))
     runs.put("world/warm-start/step-00000040/W_enc-000000000.safetensors", b"cut off")
-    warm_start.leave(checkpoint(tmp_path), runs, run)
+    warm_start.prepare(checkpoint(tmp_path), runs, run)
     assert {key.split("/")[2] for key in runs.keys("world/warm-start/")} == {"step-00000030"}
 
 
 def random_run(folder: Path, n_latents: int, **sections: Any) -> Run:
-    """Of a recipe whose own directions are random."""
+    """A run of a recipe with random initial directions."""
     sae = {"kind": "batchtopk", "n_latents": n_latents, "k": 3, "auxk": 16, "init": "random"}
     places = {"activations": str(folder / "a"), "runs": str(folder / "runs")}
     return load_run(write_run(folder, sae=sae, store=places | {"max_ahead_units": 25}, **sections))
@@ -140,19 +140,19 @@ def random_run(folder: Path, n_latents: int, **sections: Any) -> Run:
 def test_new_latents_must_have_rows_to_point_at(tmp_path: Path) -> None:
     run = random_run(tmp_path, 300, train={"rows": 160})
     with pytest.raises(ConfigError, match="160 rows are too few for 236 new"):
-        warm_start.leave(checkpoint(tmp_path), open_store(run.store.runs), run)
+        warm_start.prepare(checkpoint(tmp_path), open_store(run.store.runs), run)
 
 
 def test_rows_for_new_latents_count_for_how_far_producers_must_run_ahead(tmp_path: Path) -> None:
     """8 units in the first windows, 6,576 rows in 18 units of about 367; else 2,640 rows in 8."""
     run = random_run(tmp_path, 6000, corpus={"documents": 1000})
     plan(run)
-    warm_start.leave(checkpoint(tmp_path), open_store(run.store.runs), run)
+    warm_start.prepare(checkpoint(tmp_path), open_store(run.store.runs), run)
     mesh, telemetry = Mesh(0, 1, torch.device("cpu"), WHOLE), Telemetry("world", "train", None)
     times, stopping = Times(telemetry, mesh.device), threading.Event()
     stopping.set()  # it would wait for the first unit
     for ask in (lambda: plan(run), lambda: begin(run, mesh, stopping, telemetry, times)):
-        with pytest.raises(ConfigError, match=r"25 would stop .* the 6576 rows .* hold 34 units"):
+        with pytest.raises(ConfigError, match=r"25 would stop .* 6576 rows hold 34 units"):
             ask()
 
 
@@ -168,8 +168,8 @@ def test_a_dictionary_of_another_site_is_refused(tmp_path: Path) -> None:
     sae = {"kind": "batchtopk", "n_latents": 96, "k": 3, "auxk": 16}
     train = {"site": "resid_post.7"}
     run = load_run(write_run(tmp_path, **language, sae=sae, train=train))
-    with pytest.raises(ConfigError, match=r"resid_post.7 cannot begin with .* of resid_post.3"):
-        warm_start.leave(narrow, open_store(str(tmp_path / "runs")), run)
+    with pytest.raises(ConfigError, match=r"resid_post.7 cannot start from .* of resid_post.3"):
+        warm_start.prepare(narrow, open_store(str(tmp_path / "runs")), run)
 
 
 def test_a_damaged_checkpoint_leaves_nothing(tmp_path: Path) -> None:
@@ -178,14 +178,14 @@ def test_a_damaged_checkpoint_leaves_nothing(tmp_path: Path) -> None:
     part = tmp_path / damaged.manifest.tensors["W_dec"].parts[0].key
     part.write_bytes(part.read_bytes()[:-1] + b"!")
     with pytest.raises(CorruptObjectError, match="W_dec-000000000"):
-        warm_start.leave(damaged, runs, run)
+        warm_start.prepare(damaged, runs, run)
     assert warm_start.find(runs, run, "plan") is None
 
 
 def test_activations_of_another_width_are_refused(tmp_path: Path) -> None:
     run, runs = make_run(tmp_path), open_store(str(tmp_path / "runs"))
-    warm_start.leave(checkpoint(tmp_path), runs, run)
+    warm_start.prepare(checkpoint(tmp_path), runs, run)
     found = warm_start.find(runs, run, "plan")
     assert found is not None
-    with pytest.raises(ConfigError, match="16 wide, these are 8 wide"):
+    with pytest.raises(ConfigError, match="width 16, these have width 8"):
         warm_start.load(build_sae(run.sae, 8), found)

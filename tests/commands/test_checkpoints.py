@@ -116,7 +116,7 @@ def test_convert_writes_whole_tensors(
     assert torch.equal(load_file(output)["exp_avg.W_enc"], TENSORS["exp_avg.W_enc"] + 10)
     error = run(capsys, "convert", str(path), "--step", "15", "--output", "x", code=2)
     assert "--step" in error
-    assert "there are: 10, 20" in error
+    assert "it has: 10, 20" in error
 
 
 def test_convert_takes_one_target(path: Path, capsys: pytest.CaptureFixture[str]) -> None:

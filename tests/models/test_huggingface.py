@@ -427,7 +427,7 @@ def test_damaged_weights_are_one_line_and_never_random_ones(tmp_path: Path, dama
         HuggingFaceSource(HuggingFaceModel(path=str(path)), ("resid_post.0",))
     assert message(caught).startswith(f"model.path {path}: ")
     if damage == "missing":
-        assert "lack 1 weights (layers.0.mlp.up_proj.weight)" in str(caught.value)
+        assert "1 weights are missing (layers.0.mlp.up_proj.weight)" in str(caught.value)
 
 
 def load_safetensors(path: Path) -> dict[str, Tensor]:

@@ -73,9 +73,9 @@ def test_the_folder_of_a_run_is_its_run_file(
     assert json.loads(call(capsys, "store", "ls", str(folder), "--json"))["retired_units"] == 0
     assert call(capsys, "config", "show", str(folder), "--set", "evaluate.rows=7", "--json")
     renamed = folder.rename(folder.with_name("other"))
-    assert "is of run world" in call(capsys, "evaluate", str(renamed), code=2)
+    assert "belongs to run world" in call(capsys, "evaluate", str(renamed), code=2)
     (renamed / "run.yaml").unlink()
-    assert "holds no run.yaml" in call(capsys, "evaluate", str(renamed), code=2)
+    assert "has no run.yaml" in call(capsys, "evaluate", str(renamed), code=2)
 
 
 def test_a_folder_may_be_in_a_bucket(
@@ -89,7 +89,7 @@ def test_a_folder_may_be_in_a_bucket(
     there = ("--set", f"store.s3.endpoint_url={bucket.endpoint_url}")
     listed = json.loads(call(capsys, "checkpoints", "ls", f"{url}/world", *there, "--json"))
     assert [c["rows"] for c in listed["checkpoints"]] == [9600]
-    assert "holds no run.yaml" in call(capsys, "export", f"{url}/none", *there, code=2)
+    assert "has no run.yaml" in call(capsys, "export", f"{url}/none", *there, code=2)
 
 
 def test_older_settings_mean_what_they_meant(calm: Path, activations: str) -> None:

@@ -116,19 +116,22 @@ def go_on(path: Path, settings: Sequence[str], plan: Plan) -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"train.parent.run": "gone"}, "train.parent.run: {runs}/gone holds no checkpoint"),
+        ({"train.parent.run": "gone"}, "train.parent.run: {runs}/gone has no checkpoint"),
         (
             {"train.parent.step": 7},
-            "train.parent.step: {runs}/world has no 7; there are: 20, 30",
+            "train.parent.step: {runs}/world has no checkpoint 7; it has: 20, 30",
         ),
         ({"name": "world"}, "train.parent.run: world is this run; give it a name of its own"),
-        ({"sae.n_latents": 32}, "sae.n_latents: 32 is less than the 64 that it is to begin with"),
+        (
+            {"sae.n_latents": 32},
+            "sae.n_latents: 32 is less than the 64 latents that it is to start from",
+        ),
         (
             {"sae.n_latents": 128},
-            "train.parent.state: {runs}/world has 64 latents, not 128, so its weights alone can "
-            "go on; use false",
+            "train.parent.state: {runs}/world has 64 latents, not 128, so only its weights can "
+            "be taken; use false",
         ),
-        ({"sae.kind": "batchtopk"}, "sae.kind: batchtopk cannot begin with the weights of topk"),
+        ({"sae.kind": "batchtopk"}, "sae.kind: batchtopk cannot start from the weights of topk"),
         (
             {"activations.seed": 1},
             "train.parent.data: {runs}/world was trained on another activation set than",

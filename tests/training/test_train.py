@@ -96,7 +96,7 @@ def test_what_a_run_begins_with_must_fit_it(tmp_path: Path, activations: str, ca
     old = load_run(run_file(calm, activations))
     for section, problem in (
         ({"n_latents": 32}, "world: sae.n_latents: 32 is less than the 64 that it is to begin"),
-        ({"kind": "relu", "n_latents": 96}, "world: sae.kind: relu cannot begin with the weights"),
+        ({"kind": "relu", "n_latents": 96}, "world: sae.kind: relu cannot start from the weights"),
     ):
         new = load_run(run_file(tmp_path, activations, sae=section))
         with pytest.raises(ConfigError, match=problem):
