@@ -1,1 +1,1 @@
-"""`dist-sae bench`: measured against the limit that the same machine reaches in the same run."""
+"""`dist-sae bench`: measurements relative to the limit of the same machine in the same run."""

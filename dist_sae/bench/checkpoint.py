@@ -1,8 +1,8 @@
-"""`dist-sae bench checkpoint`: what saving costs the training, and what loading costs a rank.
+"""`dist-sae bench checkpoint`: cost of saving during training, and of loading.
 
-A rank trains alone and saves into the store, through the trainer's `Saver`. A save costs the time
-that the training stands still, and what the steps beside it take longer than usual. Then processes
-of their own load a rank's share of a dictionary of 1, 2 and 4 shards.
+One rank trains and saves into the store through the trainer's `Saver`. A save costs the time that
+training stalls, plus the slowdown of the steps during it. Then separate processes load a rank's
+share of a dictionary of 1, 2 and 4 shards.
 """
 
 import multiprocessing
@@ -37,25 +37,24 @@ _RUN = "bench"
 def bench_checkpoint(
     shape: StepShape, mesh: Mesh, place: StoreConfig, *, every: int, rounds: int
 ) -> dict[str, Any]:
-    """Save beside the training and load, in the store of runs; what is written is deleted.
+    """Time background saves and loads in the store of runs; deletes what it writes.
 
     Args:
         shape: Sizes.
-        mesh: Of one rank.
+        mesh: A mesh of one rank.
         place: The store.
-        every: Steps between two saves; no more are taken than a save lasts.
-        rounds: How many saves.
+        every: Steps between two saves in a real run, for `share`; only steps during a save are run.
+        rounds: Number of saves.
 
     Returns:
-        Medians over `rounds`: `step_seconds` without a save; `stall_seconds`, in which the training
-        stood still; `slowed_seconds`, lost beside that by the steps during a save;
-        `durable_seconds`, until the manifest was written; `share`, of the time of `every` steps
-        that a save cost, with `share_low` and `share_high`. `load_1_of_4_seconds` and
-        `load_1_of_4_peak_bytes` are of a rank with a quarter of the latents: memory beside the
-        parameters that are loaded into.
+        Medians over `rounds`: `step_seconds` without a save; `stall_seconds` in which training
+        stood still; `slowed_seconds`, lost besides by the steps during a save; `durable_seconds`
+        until the manifest was written; `share` of the time of `every` steps that a save costs,
+        with `share_low` and `share_high`. `load_1_of_4_seconds` and `load_1_of_4_peak_bytes` are
+        for a rank with a quarter of the latents; the bytes exclude the parameters themselves.
 
     Raises:
-        ConfigError: There can be no such shards.
+        ConfigError: The dictionary cannot be cut into these shards.
     """
     for shards in _SHARDS:
         bench_run(shape, shards, shards)
@@ -85,12 +84,12 @@ def bench_checkpoint(
 def _time_saves(
     shape: StepShape, mesh: Mesh, store: ObjectStore, rounds: int
 ) -> tuple[list[tuple[float, float, float]], float, int]:
-    """((Stood still, slowed, durable after) of every save, a step without one, bytes)."""
+    """Time saves; returns (stall, slowdown, durable) seconds each, seconds of a step, and bytes."""
     generator = torch.Generator().manual_seed(shape.seed)
     x = torch.randn(shape.batch, shape.d_in, generator=generator).to(mesh.device)
     step = TrainingStep(shape, mesh)
     step.initialise(x)
-    step(x)  # moments are made, memory is mapped
+    step(x)  # warm-up: makes Adam's moments and maps memory
     saves, undisturbed, durable = [], [], list[Saved]()
     with Saver(
         Checkpoints(store, _RUN, keep=1),
@@ -116,7 +115,7 @@ def _time_saves(
 
 
 def _time_load(shape: StepShape, url: str, s3: S3Config, shards: int) -> tuple[float, float]:
-    """(Seconds, bytes of memory) that the last of so many shards takes to be loaded."""
+    """Load the last shard; returns its seconds and peak bytes of memory."""
     axis = WholeAxis(shard=shards - 1, shards=shards)
     run = bench_run(shape, shards, shards)
     sae = build_sae(run.sae, shape.d_in, axis)

@@ -1,4 +1,4 @@
-"""How much memory this process holds."""
+"""Peak memory of this process."""
 
 import threading
 from collections.abc import Callable, Iterator
@@ -9,7 +9,7 @@ from dist_sae.telemetry.process import resident_bytes
 
 @contextmanager
 def peak_memory(measured: Callable[[], int] = resident_bytes) -> Iterator[list[int]]:
-    """The largest memory while this lasts, looked at every few milliseconds."""
+    """Track the peak memory inside the `with`, sampled every millisecond."""
     peak, over = [measured()], threading.Event()
 
     def watch() -> None:

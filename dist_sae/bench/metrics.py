@@ -1,9 +1,8 @@
-"""`dist-sae bench metrics`: what telling the world costs a training step, and what a scrape costs.
+"""`dist-sae bench metrics`: cost of metrics per training step and per scrape.
 
-Windows of `train.log_every_steps` steps are taken in turn with the reporter of a run and without
-it, so each has one report with all that is collective. On a CPU, where nothing runs beside the
-Python thread, the time that passes inside the reporter is the same cost without the machine's
-noise.
+Windows of `train.log_every_steps` steps alternate with and without a run's reporter, so each window
+has one report with all its collectives. On a CPU, where only the Python thread runs, the time
+inside the reporter gives the same cost without the machine's noise.
 """
 
 import statistics
@@ -26,13 +25,13 @@ _SCRAPES = 50
 
 
 def bench_metrics(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any]:
-    """Time steps with and without reports in turn, then scrapes of what they left.
+    """Time steps alternately with and without reports, then scrapes of the resulting page.
 
     Returns:
-        Medians over `rounds`: `step_seconds` without; `ratio` of steps with reports to steps
-        without, with its quartiles `ratio_low` and `ratio_high`; `reporting_share`, the time inside
-        the reporter over that of the steps; `product_seconds`, what its samples say of the product.
-        Of the page: `series`, `page_bytes`, `scrape_seconds` and its maximum; of a pod of eight
+        Medians over `rounds`: `step_seconds` without reports; `ratio` of steps with reports to
+        steps without, with its quartiles `ratio_low` and `ratio_high`; `reporting_share`, the time
+        inside the reporter over that of the steps; `product_seconds` as the reporter samples it.
+        For the page: `series`, `page_bytes`, `scrape_seconds` and its maximum; for a pod of eight
         such ranks (here in one process) `pod_scrape_seconds` and its maximum.
     """
     generator = torch.Generator().manual_seed(shape.seed)
@@ -47,7 +46,7 @@ def bench_metrics(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any
             for rank in ranks
         ]
         report = reports[0]
-        for other in reports:  # a report of each; and memory is mapped
+        for other in reports:  # warm-up: one report of each rank, and memory is mapped
             step.done = window - 1
             step(x, other)
 
@@ -87,7 +86,7 @@ def bench_metrics(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any
 
 
 class _Timed(TrainingReporter):
-    """Knows how long it has held up the training."""
+    """Reporter that measures the time spent inside it."""
 
     spent = 0.0
 
@@ -103,7 +102,7 @@ class _Timed(TrainingReporter):
 
 
 def _scrapes(port: int | None) -> list[float]:
-    """Seconds that each of some scrapes takes."""
+    """Time a number of scrapes; returns the seconds of each."""
     times = []
     for _ in range(_SCRAPES):
         since = time.perf_counter()

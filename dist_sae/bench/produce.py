@@ -1,10 +1,9 @@
 """`dist-sae bench produce`: a producer against the bare forward pass to the same layer.
 
-The producer is the real one: text is read, tokenised, run through the model, packed, checked and
-stored. The bare pass runs the same batches, tokenised beforehand, through the same model and drops
-what comes out. Both are timed in turn, and the ratio of each pair is taken. A producer's time
-begins when it is about to load the model and ends with its last unit: what comes before happens
-once in a run, whatever its length.
+The real producer reads, tokenises, runs, packs, checks and stores text. The bare pass runs the same
+batches, tokenised beforehand, through the same model and drops the result. Both are timed in turn,
+and the ratio of each pair is taken. A producer's time starts when it is about to load the model,
+since earlier work happens once per run, and ends with its last unit.
 """
 
 import statistics
@@ -33,19 +32,19 @@ from dist_sae.telemetry.process import resident_bytes
 
 
 def bench_produce(run: Run, *, units: int, rounds: int) -> dict[str, Any]:
-    """Produce the first units of a run's plan beside its activation set; what is written goes.
+    """Produce the first units of a run's plan beside its activation set, then delete them.
 
     Args:
         run: The run.
-        units: How many units are produced in a round.
-        rounds: How many pairs are timed.
+        units: Units produced in a round.
+        rounds: Number of timed pairs.
 
     Returns:
         Medians over `rounds`: `rows_per_second` of the producer and `bare_rows_per_second`;
-        `ratio` with `ratio_low` and `ratio_high` (quartiles of the pairs); `padding`, as a share of
+        `ratio` with `ratio_low` and `ratio_high` (quartiles of the pairs); `padding` as a share of
         the model's tokens; `model_bytes`, the resident memory after a bare pass, and
-        `beyond_model_bytes`, how far it rose above that; `busy`, the share of the last round that
-        each stage was at work.
+        `beyond_model_bytes`, the rise above it; `busy`, the share of the last round in which each
+        stage was at work.
     """
     source = build_source(run.model, run.activations.sites)
     begun, pairs = [0.0], []
@@ -97,7 +96,7 @@ def bench_produce(run: Run, *, units: int, rounds: int) -> dict[str, Any]:
 
 
 def _run(source: ActivationSource, batches: Iterable[TokenBatch]) -> float:
-    """Seconds of the bare forward pass."""
+    """Run the bare forward pass; returns its seconds."""
     since = time.perf_counter()
     for batch in batches:
         source.run(batch.tokens, batch.mask)

@@ -1,4 +1,4 @@
-"""`dist-sae bench routed`: a routed step against an exact one of the same width, taken in turn."""
+"""`dist-sae bench routed`: a routed step against an exact one of the same width."""
 
 import statistics
 from functools import partial
@@ -11,7 +11,7 @@ from dist_sae.distributed.mesh import Mesh
 
 
 def bench_routed(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any]:
-    """Time both in turn; both dictionaries, with all that Adam keeps, are in memory at once.
+    """Time steps of both in turn; both dictionaries and their Adam states are in memory at once.
 
     Returns:
         Medians over `rounds`: `exact_seconds`, `routed_seconds`; `speedup`, the first over the
@@ -26,7 +26,7 @@ def bench_routed(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any]
     for step in (exact, routed):
         step.initialise(batches[0])
         for x in batches:
-            step(x)  # moments are made, memory is mapped
+            step(x)  # warm-up: makes Adam's moments and maps memory
     pairs = []
     for number in range(rounds):
         x = batches[number % 2]

@@ -1,4 +1,4 @@
-"""A place in a store to measure on."""
+"""Temporary location in a store, for measurements."""
 
 import shutil
 import uuid
@@ -12,7 +12,7 @@ from dist_sae.storage.local import LocalStore
 
 @contextmanager
 def scratch(url: str, s3: S3Config) -> Iterator[ObjectStore]:
-    """A place of its own at `url`, of which nothing is left, whatever happens."""
+    """Open a new location under `url`, and delete all of it at the end, also after an error."""
     store = open_store(f"{url}/bench-{uuid.uuid4().hex[:12]}", s3)
     try:
         yield store

@@ -1,11 +1,10 @@
-"""`dist-sae bench step`: a training step against the encoder product that it cannot do without.
+"""`dist-sae bench step`: a training step against the bare encoder product.
 
 The step is the real one: the recipe's loss, DeepSpeed's engine, clipping, Adam, the constraint,
 the count of dead latents. The product is the bare `x W_enc^T` in the step's precision, in the
-fastest chunking of it that is found in the same run. Both are timed in turn, and the ratio of each
-pair is taken, so that a machine that is busy for a while does not tell a lie. A routed dictionary
-is held against the same product, most of which it spares itself: so its ratio can be compared with
-an exact one's.
+fastest chunking found in the same run. Both are timed in turn, and the ratio of each pair is taken,
+so that a machine that is busy for a while does not distort it. A routed dictionary is compared with
+the same product, though it skips most of it, so that its ratio compares with an exact one's.
 """
 
 import statistics
@@ -38,7 +37,7 @@ _STATE_BYTES = 4 * 4  # per parameter: fp32 weight, gradient and two moments
 
 
 class StepShape(NamedTuple):
-    """What is measured."""
+    """Sizes and settings of the measured step."""
 
     d_in: int
     n_latents: int
@@ -47,13 +46,13 @@ class StepShape(NamedTuple):
     products: str = "bf16"
     kernels: str = "auto"
     experts: int | None = None
-    """Of a routed dictionary; None: an exact one."""
+    """Experts of a routed dictionary; None measures an exact one."""
     lr: float = 1e-4
     seed: int = 0
 
 
 class TrainingStep:
-    """One optimiser step as `train()` takes it, on rows that are handed to it.
+    """One optimiser step as in `train()`, on given rows.
 
     Args:
         shape: Sizes and settings.
@@ -82,14 +81,14 @@ class TrainingStep:
         """Steps."""
 
     def initialise(self, x: Float[Tensor, "batch d_in"]) -> None:
-        """The recipe's initial dictionary from this rank's part of the first batch."""
+        """Initialise the dictionary from this rank's part of the first batch."""
         self.sae.initialise(Rows(x, x), self._shape.seed)
         self._engine = DeepSpeedEngine(self.run, self.sae, self.mesh)
 
     def __call__(
         self, x: Float[Tensor, "batch d_in"], report: TrainingReporter | None = None
     ) -> float:
-        """A step on this rank's part of a batch, scaled to E|x|^2 = d_in; returns its FVU.
+        """Take a step on this rank's part of a batch, scaled to E|x|^2 = d_in; returns its FVU.
 
         Args:
             x: The rows.
@@ -121,12 +120,12 @@ class TrainingStep:
 
     @property
     def state(self) -> TrainingState:
-        """What a checkpoint of it holds."""
+        """State that a checkpoint holds."""
         assert self._engine is not None, "initialise first"
         return TrainingState(self.sae, self._engine, self.dead, None)
 
     def reconstruct(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_in"]:
-        """x_hat of scaled rows."""
+        """Reconstruct scaled rows."""
         return self.sae.infer(x).x_hat
 
 
@@ -135,7 +134,7 @@ def _say_nothing(_: str) -> None:
 
 
 def bench_step(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any]:
-    """Time steps and bare products in turn.
+    """Time steps and bare products alternately.
 
     Returns:
         Medians over `rounds`: `step_seconds`, `product_seconds`, `rows_per_second`; `ratio` with
@@ -151,10 +150,10 @@ def bench_step(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any]:
     step.initialise(batches[0])
     before = resident_bytes()
     state = _STATE_BYTES * sum(p.numel() for p in step.sae.parameters())
-    held = 4 * sum(p.numel() for p in step.sae.parameters())  # the weights are in `before`
+    held = 4 * sum(p.numel() for p in step.sae.parameters())  # weights, counted in `before`
     with peak_memory() as peak:
         for x in batches:
-            step(x)  # moments are made, memory is mapped
+            step(x)  # warm-up: makes Adam's moments and maps memory
     product, chunk = _fastest_product(shape, mesh, batches[0], step.sae.W_enc.detach())
     pairs = []
     for number in range(rounds):
@@ -190,7 +189,7 @@ def bench_run(
     url: str | None = None,
     endpoint_url: str | None = None,
 ) -> Run:
-    """A run at `url` whose training is this step, with AuxK; its data are never read.
+    """Build a run at `url` that trains by this step, with AuxK; its data are never read.
 
     Raises:
         ConfigError: There can be no such step.
@@ -230,7 +229,7 @@ def bench_run(
 def _fastest_product(
     shape: StepShape, mesh: Mesh, x: Tensor, W_enc: Tensor
 ) -> tuple[Callable[[], None], int]:
-    """The bare encoder product of the replica's rows with this shard, in its fastest chunking."""
+    """Find the fastest chunking of the bare encoder product: the replica's rows by this shard."""
     dtype = PRODUCT_DTYPES[shape.products]
     rows, weights = mesh.axis.gather(x).to(dtype), W_enc.to(dtype)
     timed = []
@@ -243,7 +242,7 @@ def _fastest_product(
                 part = weights[start : min(start + width, n)]
                 torch.mm(rows, part.T, out=out[:, : len(part)] if len(part) == width else None)
 
-        some = partial(product, n=min(_CHUNKS[-1], len(weights)))  # tells as much as all
+        some = partial(product, n=min(_CHUNKS[-1], len(weights)))  # a part is enough to compare
         some()
         fastest = min(seconds(some, mesh) for _ in range(3))
         timed.append((fastest, width, product))
@@ -254,7 +253,7 @@ def _fastest_product(
 
 
 def seconds(work: Callable[[], Any], mesh: Mesh) -> float:
-    """How long it takes on all ranks, their devices included."""
+    """Time a call on all ranks, including their devices."""
     mesh.barrier()
     _synchronise(mesh)
     since = time.perf_counter()
@@ -269,7 +268,7 @@ def _synchronise(mesh: Mesh) -> None:
 
 
 def _phases(step: TrainingStep, x: Tensor) -> dict[str, float]:
-    """Where one profiled step spends its seconds."""
+    """Profile one step; returns its seconds by phase."""
     kernels = step.sae.kernels
     step.sae.kernels = kernels._replace(
         keep_largest=_labelled("select", kernels.keep_largest),

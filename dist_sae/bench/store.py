@@ -1,9 +1,9 @@
-"""`dist-sae bench store`: the way of activations to a store and back, against raw transfers.
+"""`dist-sae bench store`: writing and reading activations, against raw transfers.
 
 Writing is `write_shard` (encode, put, checksums), one unit after the other, against uploads of the
-same bytes in parts of the same size, as many at a time. Reading is the trainer's `Loader` over the
-whole set, against GETs of the same ranges by as many threads, of which nothing is decoded. On S3
-the raw transfers are boto3's, on a folder the operating system's. Both are timed in turn, and the
+same bytes with the same part size and concurrency. Reading is the trainer's `Loader` over the whole
+set, against GETs of the same ranges by as many threads, without decoding. Raw transfers are boto3's
+on S3, and the operating system's in a folder. Both are timed in turn, and the
 ratio of each pair is taken.
 """
 
@@ -50,7 +50,7 @@ _SITE = SYNTHETIC_SITE
 
 
 class StoreShape(NamedTuple):
-    """What is measured: `units` units of `unit_rows` random rows, read in batches of `batch`."""
+    """Sizes: `units` units of `unit_rows` random rows, read in batches of `batch`."""
 
     d_in: int
     units: int
@@ -64,35 +64,35 @@ class StoreShape(NamedTuple):
 
 
 class Raw(Protocol):
-    """The fastest plain way to the same store."""
+    """Raw transfers to the same store, the fastest plain way."""
 
     def put(self, key: str, data: bytes) -> None:
-        """Write durably, in parts, several at a time."""
+        """Write durably, in concurrent parts."""
         ...
 
     def get(self, key: str, start: int, stop: int) -> bytes:
-        """The bytes [start, stop)."""
+        """Read the bytes [start, stop)."""
         ...
 
     def forget(self) -> None:
-        """Drop from this machine's memory what can be dropped."""
+        """Drop this machine's caches of the store, as far as possible."""
         ...
 
 
 def bench_store(run: Run, shape: StoreShape, *, rounds: int, cached: bool) -> dict[str, Any]:
-    """Write a set beside whatever is at `run.store.activations`, time it, delete it.
+    """Time writing and reading a temporary set under `run.store.activations`, then delete it.
 
     Args:
         run: From `bench_run`.
         shape: Sizes.
-        rounds: How many pairs are timed each way.
-        cached: Leave a folder's files in the page cache; else they come from its disk.
+        rounds: Number of timed pairs each way.
+        cached: Keep a folder's files in the page cache; otherwise they are read from disk.
 
     Returns:
         `write_` and `read_`: `seconds` of the project and `raw_seconds`, medians over `rounds`;
         `ratio`, raw / project, with `ratio_low` and `ratio_high` (quartiles of the pairs);
         `rows_per_second`, `bytes_per_second` of the project. `payload_bytes` are activations,
-        tokens, positions and documents; `overhead` is what else is stored, as a share of them.
+        tokens, positions and documents; `overhead` is everything else stored, relative to them.
     """
     with scratch(run.store.activations, run.store.s3) as store:
         raw = _RawFolder(store) if isinstance(store, LocalStore) else _RawS3(store)  # type: ignore[arg-type]
@@ -103,7 +103,7 @@ def bench_store(run: Run, shape: StoreShape, *, rounds: int, cached: bool) -> di
         sizes = {entry.key: entry.bytes for entry in store.entries()}
         writes = [_time_writing(number, store, raw, shape, shards) for number in range(rounds)]
         raw.forget()
-        _read_raw(raw, shards)  # connections are opened
+        _read_raw(raw, shards)  # warm-up: opens connections
         reads = [
             _time_reading(number, store, raw, shape, plan, shards, cached=cached)
             for number in range(rounds)
@@ -127,7 +127,7 @@ def bench_store(run: Run, shape: StoreShape, *, rounds: int, cached: bool) -> di
 
 
 def bench_run(shape: StoreShape, url: str, endpoint_url: str | None) -> Run:
-    """A run over such an activation set; it is never trained.
+    """Build a run over such an activation set; it is never trained.
 
     Raises:
         ConfigError: There can be no such set.
@@ -159,7 +159,7 @@ def bench_run(shape: StoreShape, url: str, endpoint_url: str | None) -> Run:
     )
     if shape.units < 1 or shape.units % shape.streams:
         raise ConfigError(
-            f"bench store: --units {shape.units} is no multiple of --streams {shape.streams}"
+            f"bench store: --units {shape.units} is not a multiple of --streams {shape.streams}"
         )
     if shape.units * shape.unit_rows % shape.batch:
         raise ConfigError(
@@ -170,7 +170,7 @@ def bench_run(shape: StoreShape, url: str, endpoint_url: str | None) -> Run:
 
 
 class _RawS3:
-    """boto3, with the connections and settings of the store, and nothing of ours around it."""
+    """Raw boto3 transfers, with the store's connections and settings."""
 
     def __init__(self, store: "S3Store") -> None:
         # boto3 takes .7 s to import; the uploads to compare with are its own
@@ -199,11 +199,11 @@ class _RawS3:
         return data
 
     def forget(self) -> None:
-        """What the server holds in memory is its own affair."""
+        """Do nothing: the server's caches are out of reach."""
 
 
 class _RawFolder:
-    """Reads and writes of the operating system."""
+    """Raw file reads and writes."""
 
     def __init__(self, store: LocalStore) -> None:
         self._root = store.root
@@ -236,7 +236,7 @@ def _document_rows(shape: StoreShape) -> int:
 
 
 def _random_rows(shape: StoreShape, unit: int) -> Rows:
-    """Every unit's own; as the producer holds them: in the storage type, but for int8."""
+    """Draw a unit's rows as a producer holds them: in the storage type, except for int8."""
     generator = torch.Generator().manual_seed(shape.seed + unit)
     acts = torch.randn(shape.unit_rows, shape.d_in, generator=generator)
     if shape.dtype != "int8":
@@ -247,7 +247,7 @@ def _random_rows(shape: StoreShape, unit: int) -> Rows:
 
 
 def _write_unit(store: ObjectStore, plan: Plan, shape: StoreShape, unit: int) -> SiteShard:
-    """As a producer writes it: the shard, and the manifest last."""
+    """Write a unit as a producer does: the shard, then the manifest."""
     rows = _random_rows(shape, unit)
     shard = write_shard(store, unit, _SITE, rows, shape.block_rows, shape.dtype)
     manifest = UnitManifest(
@@ -267,7 +267,7 @@ def _write_unit(store: ObjectStore, plan: Plan, shape: StoreShape, unit: int) ->
 def _time_writing(
     number: int, store: ObjectStore, raw: Raw, shape: StoreShape, shards: list[SiteShard]
 ) -> tuple[float, float]:
-    """Seconds of all units, written once more by the project and raw, in turn."""
+    """Time writing all units again, by the project and raw in turn."""
     ours = theirs = 0.0
     for unit, shard in enumerate(shards):
         rows, tar = _random_rows(shape, unit), store.get(shard.key)
@@ -281,7 +281,7 @@ def _time_writing(
 
         one, other = _in_turn(number + unit, write, put)
         ours, theirs = ours + one, theirs + other
-        assert again[0].sha256 == shard.sha256, "the same rows gave other bytes"
+        assert again[0].sha256 == shard.sha256, "the same rows gave different bytes"
         store.delete(again[0].key)
         store.delete(f"raw/{unit:08d}.tar")
     return ours, theirs
@@ -297,7 +297,7 @@ def _time_reading(
     *,
     cached: bool,
 ) -> tuple[float, float]:
-    """Seconds of the whole set, once by the project and once raw."""
+    """Time reading the whole set, once by the project and once raw."""
     before = (lambda: None) if cached else raw.forget
     return _in_turn(
         number,
@@ -308,7 +308,7 @@ def _time_reading(
 
 
 def _read(store: ObjectStore, plan: Plan, shape: StoreShape) -> None:
-    """Every batch, for a trainer that takes no time."""
+    """Read every batch, as a trainer that takes no time."""
     units = ActivationSet(store, plan, _SITE, threading.Event())
     steps = range(shape.units * shape.unit_rows // shape.batch)
     with Loader(
@@ -336,7 +336,7 @@ def _in_turn(
     theirs: Callable[[], None],
     before: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
-    """Seconds of both; which goes first changes with `number`."""
+    """Time both; the order alternates with `number`."""
     seconds = {}
     for work in (ours, theirs) if number % 2 == 0 else (theirs, ours):
         before()

@@ -1,1 +1,1 @@
-"""Parts of `dist-sae evaluate`."""
+"""Evaluation of trained dictionaries: `dist-sae evaluate`."""

@@ -1,4 +1,4 @@
-"""The language model's losses with a site left alone, replaced by its reconstruction, ablated."""
+"""Language-model losses with a site unchanged, replaced by its reconstruction, or ablated."""
 
 import logging
 import math
@@ -22,7 +22,7 @@ from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.metrics import ce_recovered
 from dist_sae.environment import versions
 from dist_sae.errors import HeadlessError, NonFiniteError
-from dist_sae.evaluation.kept import fingerprint, kept
+from dist_sae.evaluation.cache import cached, fingerprint
 from dist_sae.models import Tokenizer, build_tokenizer
 
 logger = logging.getLogger(__name__)
@@ -33,14 +33,14 @@ _RESAMPLES = 1000
 def cross_entropies(
     units: ActivationSet, run: Run, sae: Dictionary, scale: float, mean: Tensor
 ) -> dict[str, Any]:
-    """Losses of the whole model with the site's admitted rows replaced.
+    """Measure the model's losses with the site's admitted rows replaced.
 
-    Of next tokens, or of masked ones where each token sees those after it. `ce_left_out` says why
-    there are none: the model predicts none, or ablation changes none of them. Losses without the
-    dictionary are kept beside the activation set.
+    Losses are of next tokens, or of masked tokens for a bidirectional model. `ce_left_out` gives
+    the reason if there are none: the model predicts no tokens, or ablation changes none. Losses
+    without the dictionary are cached beside the activation set.
 
     Returns:
-        See `evaluate`. `intervals` are of the bootstrap over documents.
+        See `evaluate`. `intervals` come from a bootstrap over documents.
 
     Raises:
         NonFiniteError: A loss is NaN or infinite.
@@ -50,7 +50,7 @@ def cross_entropies(
     run = as_planned(run, units.plan)
     check_model(run, units.plan)
     assert isinstance(run.model, HuggingFaceModel)
-    model = run.model  # at the plan's commit
+    model = run.model  # pinned to the plan's commit
     tokenizer = build_tokenizer(run)
     try:
         spliced = SplicedModel(model, run.site)
@@ -61,16 +61,16 @@ def cross_entropies(
     predicted = [spliced.predicted(batch.tokens, batch.mask) for batch in batches]
     tokens = torch.tensor([n for each in predicted for n in each.sum(1).tolist()])
     if not int(tokens.sum()):
-        return {"ce_left_out": "no held-out context has a second token, which could be predicted"}
+        return {"ce_left_out": "no held-out context has a second token to predict"}
     exclude = run.activations.exclude
     centre = mean / scale
 
     def losses(replace: Callable[[Tensor], Tensor] | None) -> list[float]:
-        """Summed over the tokens of each context, in nats."""
+        """Loss of each context, summed over its tokens, in nats."""
         sums: list[float] = []
         for batch, counts in zip(batches, predicted, strict=True):
             keep = admitted(batch, tokenizer.special, exclude, Counter())
-            if spliced.masked and exclude.special_tokens:  # the model sees [MASK] there
+            if spliced.masked and exclude.special_tokens:  # these positions hold [MASK]
                 keep[:, 1:] &= ~counts
             edit = _edit(keep, replace, exclude.over_norm) if replace else None
             each = spliced.losses(batch.tokens, batch.mask, edit)
@@ -88,7 +88,7 @@ def cross_entropies(
         "device": "cuda" if torch.cuda.is_available() else "cpu",
         "versions": {name: versions()[name] for name in ("torch", "transformers")},
     }
-    without = kept(
+    without = cached(
         units.store,
         "cross-entropy",
         of,
@@ -122,7 +122,7 @@ def cross_entropies(
 def _numbers(
     clean: float, spliced: float, zero: float, mean: float, *, tokens: float
 ) -> dict[str, float]:
-    """From losses summed over tokens."""
+    """Compute the reported numbers from losses summed over tokens."""
     return {
         "ce_clean": clean / tokens,
         "ce_spliced": spliced / tokens,
@@ -138,11 +138,11 @@ def _intervals(
     tokens: Int[Tensor, " contexts"],
     documents: Int[Tensor, " contexts"],
 ) -> dict[str, list[float]]:
-    """95 % percentile intervals of the bootstrap (Efron 1979) over documents.
+    """Compute 95 % percentile intervals of a bootstrap (Efron 1979) over documents.
 
-    Contexts of one document are alike, so documents are drawn. None for a single one. Draws of
-    which ablation changes no document have no share, and are left out of its interval: at most
-    (1 - 1/n)^n < 37 % of them, where it changes one of n.
+    Contexts of one document are alike, so documents are drawn; a single one gives no intervals.
+    Draws in which ablation changes no document have no recovered share, and are left out of its
+    interval: at most (1 - 1/n)^n < 37 % of them, if ablation changes one of n documents.
     """
     sums, documents, tokens = (part[..., tokens > 0] for part in (sums, documents, tokens))
     numbers = {document: i for i, document in enumerate(dict.fromkeys(documents.tolist()))}
@@ -151,7 +151,7 @@ def _intervals(
     if n == 1:
         return {}
     sums = sums.double()
-    # differences from clean: where there are none a draw has none either, not even by rounding
+    # differences from clean: documents without one give none in a draw either, even by rounding
     columns = torch.cat([sums[:1], sums[1:] - sums[0], tokens.double()[None]])
     by_document = torch.zeros(len(columns), n, dtype=torch.float64).index_add_(1, which, columns)
     generator = torch.Generator().manual_seed(0)
@@ -195,7 +195,7 @@ def _heldout_batches(
 def _edit(
     keep: Bool[Tensor, "batch seq"], replace: Callable[[Tensor], Tensor], over_norm: float | None
 ) -> Callable[[Tensor], Tensor]:
-    """Replaces the rows that training would have seen; sinks and special tokens stay."""
+    """Build an edit that replaces the rows that training uses; sinks and special tokens stay."""
 
     def edit(acts: Tensor) -> Tensor:
         usual = keep.clone()

@@ -1,4 +1,4 @@
-"""`dist-sae evaluate`: a checkpoint on held-out text, beside what it must beat."""
+"""`dist-sae evaluate`: a checkpoint on held-out text, compared with baselines."""
 
 import json
 import logging
@@ -41,30 +41,30 @@ logger = logging.getLogger(__name__)
 _EXPORTED = {"l0_latents": "l0"} | {
     name: name for name in ("step", "rows", "fvu", "pca_fvu", "dead_share", "ce_recovered")
 }
-"""Metrics, and what they are called in the result."""
-_DENSITY_EDGES = [-7 + 0.25 * i for i in range(29)]  # log10, to 0
+"""Keys of the result, by metric."""
+_DENSITY_EDGES = [-7 + 0.25 * i for i in range(29)]  # log10 of density, up to 0
 
 
 def evaluate(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> dict[str, Any]:
-    """Measure a checkpoint and leave the result in `<run>/evaluation.json`.
+    """Measure a checkpoint and write the result to `<run>/evaluation.json`.
 
-    What has been measured with the same settings is not measured again. The result for a step that
-    is not the newest is left in `<run>/evaluation-step-<step>.json`.
+    An evaluation with the same settings is reused. The result for a step other than the newest is
+    written to `<run>/evaluation-step-<step>.json`.
 
     Args:
         run: The run.
-        meter: Takes the metrics.
-        step: Of the checkpoint; None takes the newest.
+        meter: Receives the metrics.
+        step: Step of the checkpoint; None takes the newest.
 
     Returns:
-        What was measured (`evaluation.subject`), on `hardware`, with `versions`, in
-        `evaluate_seconds`; `dead_share`, of routed dictionaries by expert too; on `rows` held-out
-        rows `fvu`, `l0`, `pca_fvu` (of a PCA of training rows with as many components as latents
-        are active), `duplicate_share` (of latents with a near copy, and that have one in another
-        expert), densities, and for language models the cross-entropies in nats per token (`ce_of`
-        next or masked ones; `ce_left_out` says why there are none) with the site left alone
-        (`ce_clean`), replaced by the reconstruction (`ce_spliced`), by zero (`ce_zero`) and by the
-        mean (`ce_mean`), with the shares recovered, and the 95 % `intervals` of these.
+        The subject (`evaluation.subject`), `hardware`, `versions` and `evaluate_seconds`;
+        `dead_share`, for routed dictionaries also by expert; on `rows` held-out rows `fvu`, `l0`,
+        `pca_fvu` (of a PCA of training rows with as many components as latents are active),
+        `duplicate_share` (latents with a near copy, and with one in another expert), densities,
+        and for language models the cross-entropies in nats per token (`ce_of`: next or masked
+        tokens; `ce_left_out`: the reason if there are none) with the site unchanged (`ce_clean`),
+        replaced by the reconstruction (`ce_spliced`), by zero (`ce_zero`) and by the mean
+        (`ce_mean`), the shares recovered, and the 95 % `intervals` of these.
 
     Raises:
         ConfigError: There is no checkpoint, or nothing is held out.
@@ -74,7 +74,7 @@ def evaluate(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> dic
     store = open_store(run.store.activations, run.store.s3, meter)
     plan = load_plan(store, run)
     if not len(plan.heldout_units):
-        raise ConfigError("activations.heldout_share: is 0, so there is nothing to evaluate on")
+        raise ConfigError("activations.heldout_share: is 0, so there are no rows to evaluate on")
     result = _known(runs, store, run, plan, step)
     if result is None:
         trained = read_trained(runs, run, step)
@@ -99,7 +99,7 @@ def evaluate(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> dic
 def _known(
     runs: ObjectStore, store: ObjectStore, run: Run, plan: Plan, step: int | None
 ) -> dict[str, Any] | None:
-    """What was measured before, if that was the same checkpoint, in the same way."""
+    """Read an earlier result, if it is of the same checkpoint and settings."""
     checkpoint = find_checkpoint(runs, run, step)
     if checkpoint is None:
         return None
@@ -109,16 +109,16 @@ def _known(
         return None
     if found.get("made_from") != _made_from(run, checkpoint, plan, produced(store, plan)["units"]):
         return None
-    logger.info("step %d was measured before: %s/%s", checkpoint.step, runs.url, key)
+    logger.info("reusing the evaluation of step %d: %s/%s", checkpoint.step, runs.url, key)
     return found
 
 
 def _made_from(run: Run, checkpoint: Checkpoint, plan: Plan, units: int) -> dict[str, Any]:
-    """All that a result depends on."""
+    """Collect all that a result depends on."""
     return {
         "checkpoint": checkpoint.digest,
         "plan": plan.hash,
-        "units": units,  # that exist: producers may still be at work
+        "units": units,  # existing ones: producers may still be at work
         "rows": run.evaluate.rows,
         "contexts": run.evaluate.contexts,
         "dist_sae": __version__,
@@ -157,7 +157,7 @@ def _measure(runs: ObjectStore, run: Run, trained: Trained, units: ActivationSet
 def _dead_shares(
     run: Run, trained: Trained, idle_rows: Int[Tensor, " n_latents"]
 ) -> dict[str, Any]:
-    """None while fewer rows than `dead_after_rows` were counted: nobody can know yet."""
+    """Shares of dead latents; None while fewer rows than `dead_after_rows` were counted."""
     counted = Lineage.from_scalars(trained.checkpoint.scalars).counted_rows
     if counted + trained.step * run.train.batch_rows < run.dead_after_rows:
         return {"dead_share": None}
@@ -176,7 +176,7 @@ def _duplicates(run: Run, sae: Dictionary) -> dict[str, float]:
 
 
 def _density_histogram(fit: Fit) -> dict[str, Any]:
-    """How many latents fire how often, on a log scale."""
+    """Histogram of latents by log10 of their density."""
     fired = fit.densities[fit.counts > 0].log10()
     edges = torch.tensor(_DENSITY_EDGES, dtype=torch.float64)
     counts = torch.histogram(fired.clamp(float(edges[0]), float(edges[-1])), edges).hist

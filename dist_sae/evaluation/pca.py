@@ -1,4 +1,4 @@
-"""FVU of a PCA, the bar that a dictionary must beat."""
+"""FVU of a PCA, the baseline that a dictionary must beat."""
 
 from collections.abc import Iterator
 
@@ -9,7 +9,7 @@ from torch import Tensor
 from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.consumers import kept_units
 from dist_sae.data.heldout import rows_of
-from dist_sae.evaluation.kept import fingerprint, kept
+from dist_sae.evaluation.cache import cached, fingerprint
 
 _PCA_ROWS = 100_000
 
@@ -17,17 +17,17 @@ _PCA_ROWS = 100_000
 def pca_fvu(
     units: ActivationSet, site: str, mean: Float[Tensor, " d_in"], limit: int, components: int
 ) -> float:
-    """FVU on held-out rows of a PCA of training rows.
+    """Compute the FVU on held-out rows of a PCA fitted to training rows.
 
-    All numbers of components are measured together, once for all dictionaries of the site. Where
-    no training unit is left the held-out rows take their place, which can only flatter the PCA.
+    All numbers of components are measured together, once for all dictionaries of the site. If no
+    training unit is left, the PCA is fitted to the held-out rows, which can only flatter it.
 
     Args:
         units: The activation set.
-        site: Where the rows are from.
-        mean: That FVU is about, not scaled.
-        limit: Held-out rows, at most.
-        components: Of the PCA.
+        site: Site of the rows.
+        mean: Mean about which FVU is taken, not scaled.
+        limit: Most held-out rows to use.
+        components: Number of components.
     """
     plan = units.plan
     training = kept_units(units.store, plan) or plan.heldout_units
@@ -46,12 +46,12 @@ def pca_fvu(
             "fvu": _fvu_by_components(rows_of(units, plan.heldout_units, limit), directions, mean)
         }
 
-    by_components: list[float] = kept(units.store, "pca", of, measure)["fvu"]
+    by_components: list[float] = cached(units.store, "pca", of, measure)["fvu"]
     return by_components[components]
 
 
 def _principal_directions(batches: Iterator[Tensor]) -> Float[Tensor, "d_in d_in"]:
-    """Eigenvectors of the rows' covariance, about their mean; the leading one first."""
+    """Eigenvectors of the rows' covariance about their mean, leading one first."""
     rows, total, products = 0, torch.zeros(()), torch.zeros(())
     for x in batches:
         rows += len(x)
@@ -65,7 +65,7 @@ def _principal_directions(batches: Iterator[Tensor]) -> Float[Tensor, "d_in d_in
 def _fvu_by_components(
     batches: Iterator[Tensor], directions: Float[Tensor, "d_in d_in"], mean: Float[Tensor, " d_in"]
 ) -> list[float]:
-    """FVU of the projection on the first 0, 1, ... d_in directions."""
+    """FVU of projections on the first 0, 1, ... d_in directions."""
     captured, total = torch.zeros(len(mean), dtype=torch.float64), 0.0
     for x in batches:
         centred = x - mean

@@ -1,4 +1,4 @@
-"""What was trained, on what, and how far: the subject of an evaluation and of a report."""
+"""Facts about a run, its data and its progress, for evaluations and reports."""
 
 import json
 import logging
@@ -12,7 +12,7 @@ from dist_sae.config import Run
 from dist_sae.data.plan import Plan
 from dist_sae.data.shard import existing_units, read_manifest
 from dist_sae.errors import ObjectNotFoundError
-from dist_sae.evaluation.kept import kept
+from dist_sae.evaluation.cache import cached
 from dist_sae.storage import ObjectStore
 
 logger = logging.getLogger(__name__)
@@ -22,12 +22,12 @@ _OF_DATA = ("train_documents", "heldout_documents", "refused_documents", "exclud
 
 
 def produced(store: ObjectStore, plan: Plan) -> dict[str, Any]:
-    """Sums over the units that exist, from their manifests.
+    """Sum the manifests of the existing units.
 
     Returns:
         `units`; `train_rows`, `heldout_rows`, `train_documents`, `heldout_documents`,
-        `refused_documents` (by the tokenizer), `excluded_rows` by reason, and `seconds` that
-        producers spent, by stage.
+        `refused_documents` (by the tokenizer), `excluded_rows` by reason, and producers' `seconds`
+        by stage.
     """
     units = sorted(unit for unit in existing_units(store) if unit < len(plan.units))
 
@@ -50,7 +50,7 @@ def produced(store: ObjectStore, plan: Plan) -> dict[str, Any]:
 
     if len(units) < len(plan.units):
         return add_up()
-    return kept(store, "produced", {"plan": plan.hash}, add_up)
+    return cached(store, "produced", {"plan": plan.hash}, add_up)
 
 
 def subject(
@@ -59,14 +59,14 @@ def subject(
     made: Mapping[str, Any],
     checkpoint: Checkpoint | None,
 ) -> dict[str, Any]:
-    """The run, its data and how far it has come, as JSON has it.
+    """Describe a run, its data and its progress, as JSON types.
 
     Args:
-        run: As it was trained.
-        plan: Of its activation set.
+        run: The run, with the settings it was trained with.
+        plan: Plan of its activation set.
         made: See `produced`.
-        checkpoint: It tells how far the run has come, and how many rows were read again because
-            streams had ended; older ones do not.
+        checkpoint: Gives the progress, and the rows read again because streams had ended (older
+            checkpoints do not).
     """
     train = run.train
     facts: dict[str, Any] = {
@@ -94,17 +94,17 @@ def subject(
 
 
 def training_seconds(history: Iterable[Mapping[str, Any]], step: int) -> float:
-    """Time in training up to a step, waits included, all lives of the run together."""
+    """Training time up to a step, over all restarts, waits included."""
     return sum(float(record.get("seconds", 0.0)) for record in history if record["step"] <= step)
 
 
 def evaluation_key(run: str, suffix: str = "") -> str:
-    """Where a run's evaluation is in the store of runs."""
+    """Key of a run's evaluation in the store of runs."""
     return f"{run}/evaluation{suffix}.json"
 
 
 def read_evaluation(runs: ObjectStore, key: str) -> dict[str, Any] | None:
-    """What `dist-sae evaluate` left under a key; None if it left nothing, or nothing whole."""
+    """Read an evaluation; None if there is none, or it is damaged."""
     try:
         found: dict[str, Any] = json.loads(runs.get(key))
     except ObjectNotFoundError:

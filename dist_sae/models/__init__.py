@@ -1,4 +1,4 @@
-"""Where activations come from."""
+"""Sources of activations: language models and the synthetic one."""
 
 from typing import assert_never
 
@@ -17,24 +17,24 @@ __all__ = ["ActivationSource", "Tokenizer", "build_source", "build_tokenizer", "
 
 
 def build_tokenizer(run: Run) -> Tokenizer:
-    """The tokenizer of a run's model; loads no weights."""
+    """Build the tokenizer of a run's model, without loading weights."""
     match run.model:
         case HuggingFaceModel():
             from dist_sae.models.loading import load_tokenizer  # takes 3 s
 
             return load_tokenizer(run.model)
         case SyntheticModel():
-            assert isinstance(run.corpus, SyntheticCorpus)  # the run file sees to that
+            assert isinstance(run.corpus, SyntheticCorpus)  # checked with the run file
             return SyntheticTokenizer(run.corpus.document_rows)
         case _:
             assert_never(run.model)
 
 
 def check_sites(model: ModelConfig, activations: ActivationsConfig) -> dict[str, int]:
-    """The width of each site of a model that can be recorded, in contexts as long.
+    """Check that a model can be recorded with these settings; returns the width of each site.
 
     Raises:
-        ModelError: It cannot.
+        ModelError: The model cannot be recorded.
     """
     match model:
         case HuggingFaceModel():
@@ -48,9 +48,9 @@ def check_sites(model: ModelConfig, activations: ActivationsConfig) -> dict[str,
 
 
 def build_source(model: ModelConfig, sites: tuple[str, ...]) -> ActivationSource:
-    """The model, ready to give activations at `sites`; layers above the deepest are not loaded.
+    """Load the model up to the deepest of `sites`, ready to give activations.
 
-    With `model.tensor_parallel` this rank's part of it. Collective over the default process group.
+    With `model.tensor_parallel` loads this rank's part. Collective over the default process group.
     """
     match model:
         case HuggingFaceModel():

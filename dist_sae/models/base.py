@@ -1,4 +1,4 @@
-"""What producers need of a model."""
+"""Interfaces of models and tokenizers."""
 
 from collections.abc import Sequence
 from typing import Protocol, runtime_checkable
@@ -9,39 +9,39 @@ from torch import Tensor
 
 @runtime_checkable
 class Tokenizer(Protocol):
-    """Texts to token ids."""
+    """Converts texts to token ids."""
 
     @property
     def bos(self) -> int | None:
-        """The id that may begin a context, or None."""
+        """Id of the token that may begin a context, or None."""
         ...
 
     @property
     def special(self) -> frozenset[int]:
-        """Ids that stand for no text: BOS, EOS, pad and the like."""
+        """Ids of tokens without text: BOS, EOS, pad and the like."""
         ...
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
-        """Token ids of each text, without special tokens."""
+        """Tokenize each text, without special tokens."""
         ...
 
     def text(self, tokens: Sequence[int]) -> list[str]:
-        """Each token as a reader would see it.
+        """Text of each token, for readers.
 
-        Where several tokens make up one character the first has all of it, the others are empty.
+        If several tokens form one character, the first gets it and the others are empty.
         """
         ...
 
 
 @runtime_checkable
 class ActivationSource(Protocol):
-    """A model cut open at named sites."""
+    """A model with activations at named sites."""
 
     def run(
         self, tokens: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]
     ) -> dict[str, Float[Tensor, "batch seq d_in"]]:
-        """Activations at every site, on the model's device.
+        """Compute activations at every site, on the model's device.
 
-        What stands at padding (mask False) means nothing.
+        Values at padding (mask False) are undefined.
         """
         ...

@@ -1,4 +1,4 @@
-"""Whether a language model can be recorded, found out before anything is planned."""
+"""Check before planning that a language model can be recorded."""
 
 import logging
 from collections.abc import Iterator
@@ -16,19 +16,19 @@ from dist_sae.models.sites import blocks, width
 logger = logging.getLogger(__name__)
 
 _MOST_COMPARED = 10**9
-"""Parameters of a model that is run whole: 4 GB in fp32, within what a planner's pod has."""
+"""Most parameters of a model that is run whole: 4 GB in fp32, which fits a planner's pod."""
 _LENGTHS = (16, 9, 5)
-_MOST_WORK = 2 * 10**10  # parameters times tokens of the longest context that is run: seconds
-_ROUNDING = 1e-3  # relative; right ones have stayed below 1e-5, wrong ones above 1e-2
-_LEAST_NORM = 0.01  # of the median row's
+_MOST_WORK = 2 * 10**10  # parameters times tokens of the longest context: takes seconds
+_ROUNDING = 1e-3  # relative error; correct models stayed below 1e-5, wrong ones above 1e-2
+_LEAST_NORM = 0.01  # relative to the median row's norm
 
 
 def check(config: HuggingFaceModel, activations: ActivationsConfig) -> dict[str, int]:
-    """Raise `ModelError` unless the rows would be those of the model.
+    """Raise `ModelError` unless recorded rows would equal the model's own activations.
 
-    The sites, positions and vocabulary are checked of every model. One that is small enough is also
-    run, in fp32: rows of a batch with padding, by a model without its upper layers, after another
-    batch, are to be those of each context alone in the whole model.
+    Sites, positions and vocabulary are checked for every model. A small model is also run in fp32,
+    cut off above the sites, on a padded batch and again after another batch: its rows must equal
+    those of each context run alone through the whole model.
 
     Returns:
         The width of each site.
@@ -40,7 +40,7 @@ def check(config: HuggingFaceModel, activations: ActivationsConfig) -> dict[str,
     parameters = sum(p.numel() for p in description.skeleton.parameters())
     if parameters > _MOST_COMPARED:
         logger.info(
-            "%s: %.1f billion parameters: its sites are checked, but not run here",
+            "%s: %.1f billion parameters: sites are checked, but the model is not run here",
             config.path,
             parameters / 1e9,
         )
@@ -59,7 +59,7 @@ def _check_positions(config: HuggingFaceModel, description: Description, tokens:
 
 
 def _limits(description: Description) -> Iterator[tuple[int, str]]:
-    """Most tokens of a context, and why."""
+    """Yield limits on the tokens of a context, each with its reason."""
     text = description.config.get_text_config()
     positions = next(
         (
@@ -72,28 +72,31 @@ def _limits(description: Description) -> Iterator[tuple[int, str]]:
     layers = set(blocks(description.skeleton).modules())
     for name, module in description.skeleton.named_modules():
         if isinstance(module, nn.Embedding) and "position" in name and module not in layers:
-            # RoBERTa and its kin begin to count after the id of padding
+            # RoBERTa and relatives number positions from the padding id + 1
             skipped = 0 if module.padding_idx is None else module.padding_idx + 1
             most = min(module.num_embeddings, positions or module.num_embeddings) - skipped
-            yield most, f"has learned {most} positions"
+            yield most, f"has {most} learned positions"
     if positions is not None:
-        yield positions, f"is made for {positions} positions"
+        yield positions, f"supports {positions} positions"
     if getattr(text, "attention_type", None) == "block_sparse":  # BigBird
         most = (5 + 2 * text.num_random_blocks) * text.block_size
-        yield most, f"attends to blocks beyond {most} tokens, but not once a shorter batch has run"
+        yield (
+            most,
+            f"uses block-sparse attention above {most} tokens, but not after a shorter batch",
+        )
     rope = getattr(text, "rope_parameters", None) or {}
     for kind in (rope, *(of_layers for of_layers in rope.values() if isinstance(of_layers, dict))):
         original = kind.get("original_max_position_embeddings")
         if kind.get("rope_type") == "longrope" and original is not None:
             yield (
                 int(original),
-                f"has other rotary frequencies for a whole batch when one context has more than "
-                f"{original} tokens, so that rows would depend on their neighbours",
+                f"changes the rotary frequencies of a whole batch if one context has more than "
+                f"{original} tokens, so rows would depend on their batch",
             )
 
 
 def _check_vocabulary(config: HuggingFaceModel, description: Description) -> Tensor:
-    """Token ids of ordinary text."""
+    """Check that every token has an embedding; returns the token ids of ordinary text."""
     tokenizer = load_tokenizer(config)
     ids = tokenizer.ordinary or list(range(description.vocabulary))
     largest = max(ids[-1], -1 if tokenizer.bos is None else tokenizer.bos)
@@ -125,8 +128,8 @@ def _compare_with_whole(
             if not error <= _ROUNDING:
                 raise ModelError(
                     f"activations.sites: {site}: rows {when} differ by {error:.1%} from those of "
-                    f"each context alone in the whole of {config.path}; this architecture cannot "
-                    f"be recorded"
+                    f"each context alone in the whole {config.path}; this architecture cannot be "
+                    f"recorded"
                 )
 
 
@@ -136,9 +139,10 @@ def _made_up(shape: tuple[int, ...], ordinary: Tensor) -> Tensor:
 
 
 def _relative(acts: Tensor, wanted: Tensor) -> float:
-    """The largest error of a row, relative to the row: a sink's norm must not hide the others'.
+    """Largest relative error of a row; relative to its own norm, so that sinks hide no other row.
 
-    Rows much shorter than the median row, whose terms cancel, are measured against a share of that.
+    Rows much shorter than the median row, whose terms cancel, are measured against a share of its
+    norm.
     """
     norms = wanted.norm(dim=1)
     norms = norms.maximum(_LEAST_NORM * norms.median()).clamp_min(1e-30)

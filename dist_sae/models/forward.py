@@ -1,4 +1,4 @@
-"""A model at work: rows leave its device while it goes on, and batches shrink to its memory."""
+"""Forward passes: rows are copied off the device meanwhile; batches are split to fit memory."""
 
 import logging
 import threading
@@ -16,61 +16,61 @@ from dist_sae.models.base import ActivationSource
 logger = logging.getLogger(__name__)
 
 Work = Callable[[Tensor, Tensor], dict[str, Tensor]]
-"""Of (tokens, mask): activations at every site."""
+"""Maps (tokens, mask) to activations at every site."""
 
-_MOST_UNDER_WAY = 2  # what a GPU is ahead of its copies, so what they hold of its memory
+_MOST_UNDER_WAY = 2  # batches that a GPU may be ahead of its copies; bounds their memory
 
 
 @runtime_checkable
 class Event(Protocol):
-    """Something on a device that can be waited for, as `torch.cuda.Event` is."""
+    """A device event to wait for, such as `torch.cuda.Event`."""
 
     def synchronize(self) -> None: ...
 
 
-class Leaving:
-    """Rows at every site on their way off the model's device."""
+class RowTransfer:
+    """An asynchronous copy of rows at every site from the model's device to the CPU."""
 
     def __init__(self, rows: dict[str, Tensor], copied: Event | None) -> None:
         self._rows = rows
         self._copied = copied
-        self._one_at_a_time = threading.Lock()  # who runs the model waits, and who uses the rows
+        self._one_at_a_time = threading.Lock()  # the model's thread and the consumer's both wait
 
-    def arrived(self) -> dict[str, Tensor]:
-        """`[rows, d_in]` at every site, on the CPU; waits for them."""
+    def wait(self) -> dict[str, Tensor]:
+        """Wait for the copy; returns `[rows, d_in]` at every site, on the CPU."""
         with self._one_at_a_time:
             if self._copied is not None:
                 self._copied.synchronize()
                 self._copied = None
-                # pinned memory is never given back: the next batch gets this batch's
+                # pinned memory is never released, so the next batch reuses this one's
                 self._rows = {site: rows.clone() for site, rows in self._rows.items()}
             return self._rows
 
 
 class Forward:
-    """Runs a source over batches.
+    """Runs a model over batches, in smaller parts once memory is short.
 
     Args:
         source: The model.
-        dtype: Rows leave in it, or as the model gives them.
+        dtype: Type of the resulting rows; None keeps the model's.
     """
 
     def __init__(self, source: ActivationSource, dtype: torch.dtype | None) -> None:
         self._source = source
         self._dtype = dtype
         self._parts = 1
-        """Of a batch; doubled when memory is short, and from then on."""
-        self._under_way: deque[Leaving] = deque()
+        """Parts of a batch; doubled, for good, when memory is short."""
+        self._under_way: deque[RowTransfer] = deque()
         self._stream: torch.cuda.Stream | None = None
-        self._device = torch.device("cpu")  # of the batch before
+        self._device = torch.device("cpu")  # of the previous batch
 
     def __call__(
         self,
         tokens: Int[Tensor, "batch seq"],
         mask: Bool[Tensor, "batch seq"],
         keep: Bool[Tensor, "batch seq"],
-    ) -> list[Leaving]:
-        """The rows that `keep` names, in the order of the batch, in one part or several.
+    ) -> list[RowTransfer]:
+        """Run a batch; returns the rows that `keep` marks, in order, in one or more parts.
 
         Raises:
             ModelError: Not even a single context fits into memory.
@@ -89,7 +89,7 @@ class Forward:
                         f"into memory; lower activations.context_tokens, or use a narrower "
                         f"model.dtype or a larger device"
                     ) from exc
-            if torch.cuda.is_available():  # not while the exception holds what was allocated
+            if torch.cuda.is_available():  # only now: the exception held references to tensors
                 torch.cuda.empty_cache()
             self._parts *= 2
             logger.warning(
@@ -97,11 +97,11 @@ class Forward:
                 self._parts,
             )
 
-    def _run(self, tokens: Tensor, mask: Tensor, keep: Tensor) -> Leaving:
+    def _run(self, tokens: Tensor, mask: Tensor, keep: Tensor) -> RowTransfer:
         while len(self._under_way) >= _MOST_UNDER_WAY:
-            self._under_way.popleft().arrived()
+            self._under_way.popleft().wait()
         index = keep.flatten().nonzero()[:, 0]
-        if self._device.type == "cuda":  # on its way before the model is: it waits for nothing
+        if self._device.type == "cuda":  # copied before the model is queued, so it does not wait
             index = index.pin_memory().to(self._device, non_blocking=True)
         acts = self._source.run(tokens, mask)
         self._device = next(iter(acts.values())).device
@@ -110,14 +110,14 @@ class Forward:
             site: of_site.flatten(0, 1).index_select(0, index).to(self._dtype)
             for site, of_site in acts.items()
         }
-        leaving = self._send(rows)
-        self._under_way.append(leaving)
-        return leaving
+        transfer = self._send(rows)
+        self._under_way.append(transfer)
+        return transfer
 
-    def _send(self, rows: dict[str, Tensor]) -> Leaving:
-        """Off a GPU on a stream of their own, into pinned memory: the model need not wait."""
+    def _send(self, rows: dict[str, Tensor]) -> RowTransfer:
+        """Copy rows off a GPU into pinned memory, on their own stream: the model need not wait."""
         if not next(iter(rows.values())).is_cuda:
-            return Leaving(rows, None)
+            return RowTransfer(rows, None)
         if self._stream is None:
             self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
         self._stream.wait_stream(torch.cuda.current_stream())
@@ -125,15 +125,15 @@ class Forward:
             copies = {site: of_site.to("cpu", non_blocking=True) for site, of_site in rows.items()}
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record()
-        for of_site in rows.values():  # their memory is not to be used again before
+        for of_site in rows.values():  # keeps their memory from reuse until the copy is done
             of_site.record_stream(self._stream)
-        return Leaving(copies, copied)
+        return RowTransfer(copies, copied)
 
 
 def in_step(run: Work) -> Work:
-    """A source's `run` where other ranks run the same: a second try would be out of step.
+    """Wrap a model's `run` that is collective, where one rank alone must not retry.
 
-    What it then raises when memory is short is a `ModelError`.
+    The wrapped function raises `ModelError` when memory is short.
     """
 
     def work(tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -150,7 +150,7 @@ def in_step(run: Work) -> Work:
 
 
 def _is_out_of_memory(exc: BaseException) -> bool:
-    """Of the device, or of this machine: torch says that in words alone."""
+    """True for an out-of-memory error of device or machine; torch often tells only by its text."""
     said = str(exc)
     signs = ("can't allocate", "out of memory", "ALLOC_FAILED")
     return isinstance(exc, torch.OutOfMemoryError | MemoryError) or any(s in said for s in signs)

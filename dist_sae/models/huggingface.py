@@ -1,4 +1,4 @@
-"""`transformers` models, cut open with hooks."""
+"""`transformers` models with hooks at their sites."""
 
 import contextlib
 import logging
@@ -29,16 +29,16 @@ logger = logging.getLogger(__name__)
 
 
 class _Reached(Exception):  # noqa: N818 - no error: all sites have been seen
-    """Ends a forward pass."""
+    """Ends a forward pass early."""
 
 
 class HuggingFaceSource:
-    """A model, with a hook at each site; above the deepest it is neither loaded nor run.
+    """A model with a hook at each site; layers above the deepest site are neither loaded nor run.
 
     Args:
         config: The model.
-        sites: Where it is cut open.
-        whole: Load and run all of it, as a user of transformers would.
+        sites: Sites to record.
+        whole: Load and run the whole model, as a user of transformers would.
     """
 
     def __init__(
@@ -58,7 +58,7 @@ class HuggingFaceSource:
                 kind = without_layers(kind, above=max(map(layer_of, sites)))
             self._model = load(kind, config, description, divider)
             self._widths = {}
-            """Of sites that ranks may have parts of."""
+            """Full widths of sites that may be divided over ranks."""
             if divider is not None:
                 logger.info(
                     "%s: held by %d ranks (%s)", config.path, config.tensor_parallel, divider
@@ -69,7 +69,7 @@ class HuggingFaceSource:
                         self._widths[site] = weight.shape[1]  # of all parts
         if divider == "deepspeed":
             for layer in range(1 + max(map(layer_of, sites)), len(blocks(self._model))):
-                blocks(self._model)[layer] = nn.Module()  # it would divide what has no weights
+                blocks(self._model)[layer] = nn.Module()  # DeepSpeed would divide missing weights
             buffers = buffers_of(self._model, description.config, DTYPES[config.dtype])
             self._model = divide(self._model, DTYPES[config.dtype], buffers)
         self._fresh = _States(self._model)
@@ -85,7 +85,7 @@ class HuggingFaceSource:
     ) -> dict[str, Float[Tensor, "batch seq d_in"]]:
         check_tokens(tokens, self._vocabulary, self._name)
         self._fresh.restore()
-        self._seen = {}  # of a batch that did not fit
+        self._seen = {}  # left by a batch that did not fit into memory
         with contextlib.suppress(_Reached):
             self._model(**inputs(self._model, tokens, mask))
         for site in self._sites:
@@ -99,8 +99,8 @@ class HuggingFaceSource:
         def record(acts: Tensor) -> Tensor:
             if site in self._seen:
                 raise ModelError(
-                    f"activations.sites: {site}: {self._name} comes by there more than once for "
-                    f"each token; use another site"
+                    f"activations.sites: {site}: {self._name} runs this module more than once per "
+                    f"token; use another site"
                 )
             self._seen[site] = acts.detach()
             if not self._whole and len(self._seen) == len(self._sites):
@@ -112,18 +112,19 @@ class HuggingFaceSource:
     def _check_shape(self, site: str, shape: torch.Size) -> None:
         if site not in self._seen:
             raise ModelError(
-                f"activations.sites: {site}: {self._name} does not come by there; use another site"
+                f"activations.sites: {site}: {self._name} does not run this module; use another "
+                f"site"
             )
         found = tuple(self._seen[site].shape)
         if len(found) != len(shape) + 1 or found[:2] != shape:
             raise ModelError(
-                f"activations.sites: {site}: {self._name} has activations of shape {found} there "
-                f"for tokens of shape {tuple(shape)}, not one row a token; use another site"
+                f"activations.sites: {site}: {self._name} gives activations of shape {found} "
+                f"for tokens of shape {tuple(shape)}, not one row per token; use another site"
             )
 
 
 class _States:
-    """What modules keep from one batch to the next: rotary frequencies that follow its length."""
+    """State that modules carry between batches: rotary frequencies for the longest seen."""
 
     def __init__(self, model: nn.Module) -> None:
         self._kept = [
@@ -133,9 +134,9 @@ class _States:
         ]
 
     def restore(self) -> None:
-        """Forget every batch."""
+        """Restore the state from before the first batch."""
         for module, buffers, length in self._kept:
             for name, buffer in buffers.items():
                 setattr(module, name, buffer)
             for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
-                setattr(module, name, length)  # some have one for each type of layer
+                setattr(module, name, length)  # some have one per type of layer

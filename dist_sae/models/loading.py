@@ -1,4 +1,4 @@
-"""Models and tokenizers as `transformers` has them; the only module that talks to it."""
+"""Loading of models and tokenizers by `transformers`; the only module that talks to it."""
 
 import contextlib
 import logging
@@ -26,19 +26,19 @@ from dist_sae.precision import warn_if_emulated
 
 logger = logging.getLogger(__name__)
 
-_PART = "\ufffd"  # what a part of a character is decoded to
-_MOST_TOGETHER = 6  # tokens of characters that share tokens
+_PART = "\ufffd"  # decoding of an incomplete character
+_MOST_TOGETHER = 6  # tokens that may have to be decoded together
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 _THEIRS = (OSError, ValueError, LookupError, ImportError, RuntimeError, TypeError, AttributeError)
-"""What transformers raises at a model that it cannot load or run."""
+"""Errors that transformers raises for a model that it cannot load or run."""
 HEADS = (
     (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, False),
     (transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, False),
     (transformers.MODEL_FOR_MASKED_LM_MAPPING, True),
 )
-"""Models with a head that predicts tokens, by configuration, and whether these are masked ones."""
+"""Mappings from configurations to models with a token head; True if it predicts masked tokens."""
 _OF_RANKS = re.compile(r"gloo|nccl|connection closed by peer|connection reset", re.IGNORECASE)
 
 # unused weights are expected: upper layers are left out
@@ -54,12 +54,12 @@ class _HuggingFaceTokenizer:
         if self.bos is None:
             self.bos = tokenizer.cls_token_id  # encoders
         self.mask: int | None = tokenizer.mask_token_id
-        """Stands for a token that is to be predicted; encoders have it."""
+        """Id of the mask token of an encoder, or None."""
         self.special = frozenset(tokenizer.all_special_ids)
 
     @property
     def ordinary(self) -> list[int]:
-        """Ids that text is turned to, in order; not added tokens, which it may never have."""
+        """Ids of ordinary text, ascending; without added tokens, which text may never contain."""
         added = self._tokenizer.added_tokens_encoder
         return sorted(i for token, i in self._tokenizer.get_vocab().items() if token not in added)
 
@@ -84,7 +84,7 @@ class _HuggingFaceTokenizer:
 
 
 def load_tokenizer(config: HuggingFaceModel) -> _HuggingFaceTokenizer:
-    """The model's own tokenizer."""
+    """Load the model's own tokenizer."""
     with errors_of(config):
         return _HuggingFaceTokenizer(
             transformers.AutoTokenizer.from_pretrained(config.place, revision=config.revision)
@@ -92,33 +92,33 @@ def load_tokenizer(config: HuggingFaceModel) -> _HuggingFaceTokenizer:
 
 
 class Description(NamedTuple):
-    """A model before any of its weights are read."""
+    """A model without its weights."""
 
     config: Any
-    """Its own configuration."""
+    """The model's own configuration."""
     skeleton: Any
-    """All of it below a head, on the meta device."""
+    """The whole model without a head, on the meta device."""
 
     vocabulary: int
-    """Token ids that have an embedding are below this."""
+    """Number of token ids with an embedding."""
 
 
 def describe(config: HuggingFaceModel, sites: tuple[str, ...]) -> Description:
-    """The model, once it is known to have the sites and to fit the ranks.
+    """Describe a model, and check that it has the sites and can be divided over the ranks.
 
     Raises:
-        ModelError: It has not, does not, or cannot be described at all.
+        ModelError: It lacks a site, cannot be divided, or cannot be described.
     """
     with errors_of(config):
         own = transformers.AutoConfig.from_pretrained(config.place, revision=config.revision)
         if own.is_encoder_decoder:
             raise ModelError(
-                f"model.path {config.path}: {own.model_type} is an encoder and a decoder in one, "
-                f"which needs two texts; use a decoder or an encoder"
+                f"model.path {config.path}: {own.model_type} is an encoder-decoder, which needs "
+                f"two texts; use a decoder or an encoder"
             )
         own.get_text_config().use_cache = False  # nothing is generated
-        own.output_attentions = False  # would change how attention is computed, in Falcon wrongly
-        # as transformers chooses: eager adds Falcon's ALiBi twice
+        own.output_attentions = False  # it selects another attention, wrong in Falcon
+        # None lets transformers choose: eager adds Falcon's ALiBi twice
         own._attn_implementation = None  # noqa: SLF001
         with torch.device("meta"):
             skeleton = transformers.AutoModel.from_config(own)  # type: ignore[no-untyped-call]
@@ -131,7 +131,7 @@ def describe(config: HuggingFaceModel, sites: tuple[str, ...]) -> Description:
 
 
 def check_tokens(tokens: Int[Tensor, "batch seq"], vocabulary: int, name: str) -> None:
-    """Raise `ModelError` at a token that has no embedding, before a device fails for it."""
+    """Raise `ModelError` for a token without an embedding, which would crash a device."""
     if int(tokens.max()) >= vocabulary:
         raise ModelError(
             f"model.path {name}: the tokenizer gives token {int(tokens.max())}, but the model has "
@@ -140,7 +140,7 @@ def check_tokens(tokens: Int[Tensor, "batch seq"], vocabulary: int, name: str) -
 
 
 def inputs(model: Any, tokens: Tensor, mask: Tensor) -> dict[str, Tensor | None]:
-    """What a model is called with, where it is; without padding it needs no mask."""
+    """Build a model's arguments on its device; without padding it needs no mask."""
     attention_mask = None if mask.all() else mask.long().to(model.device)
     return {"input_ids": tokens.long().to(model.device), "attention_mask": attention_mask}
 
@@ -148,10 +148,10 @@ def inputs(model: Any, tokens: Tensor, mask: Tensor) -> dict[str, Tensor | None]
 def load(
     kind: Any, config: HuggingFaceModel, description: Description, divider: Divider | None = None
 ) -> Any:
-    """On its device; for DeepSpeed to divide, as it is in its files, which are only mapped.
+    """Load a model onto its device, or for DeepSpeed map it from its files in their precision.
 
     Raises:
-        LacksWeightsError: Files that lack some of its weights.
+        LacksWeightsError: The files lack some of the weights.
     """
     device = "cuda" if torch.cuda.is_available() else "cpu"
     warn_if_emulated("model.dtype", config.dtype, torch.device(device))
@@ -170,7 +170,7 @@ def load(
         output_loading_info=True,
         **how,
     )
-    # transformers would go on with random ones; a pooler above the layers is no loss
+    # transformers would use random weights; a pooler above the layers is not needed
     missing = sorted(name for name in loading["missing_keys"] if not name.startswith("pooler."))
     if missing:
         raise LacksWeightsError(config.path, missing)
@@ -178,16 +178,16 @@ def load(
 
 
 def without_layers(kind: type[Any], *, above: int) -> type[Any]:
-    """`kind`, but layers above this one have no weights, so that transformers reads none for them.
+    """Derive a class whose layers above this one have no weights, so that none are read.
 
-    Everything else is as the configuration says, and so is what the layers below compute.
+    The rest follows the configuration unchanged, so the layers below compute the same.
     """
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
         kind.__init__(self, *args, **kwargs)
         left_out: Any = blocks(self)[above + 1 :]
         for module in (m for layer in left_out for m in layer.modules()):
-            module._is_hf_initialized = True  # noqa: SLF001 - or it would be, at random
+            module._is_hf_initialized = True  # noqa: SLF001 - else it is initialised at random
             for name, _ in list(module.named_parameters(recurse=False)):
                 setattr(module, name, None)
         here = {name for name, _ in self.named_parameters(remove_duplicate=False)}
@@ -195,12 +195,12 @@ def without_layers(kind: type[Any], *, above: int) -> type[Any]:
             name: to for name, to in self.all_tied_weights_keys.items() if {name, to} <= here
         }
 
-    # transformers goes by names of classes and modules
+    # transformers looks at the names of classes and modules
     return type(kind.__name__, (kind,), {"__init__": init, "__module__": kind.__module__})
 
 
 def buffers_of(model: nn.Module, own: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Those of a model as it would be made in `dtype`; what files hold is as they hold it."""
+    """Buffers of a model made in `dtype`; those stored in files are kept as stored."""
     with accelerate.init_empty_weights(include_buffers=False):
         made: Any = transformers.AutoModel.from_config(own, dtype=dtype)  # type: ignore[no-untyped-call]
     anew = dict(made.named_buffers())
@@ -212,14 +212,14 @@ def buffers_of(model: nn.Module, own: Any, dtype: torch.dtype) -> dict[str, Tens
 
 @contextlib.contextmanager
 def errors_of(config: HuggingFaceModel, what: str = "cannot be loaded") -> Iterator[None]:
-    """Third-party errors while something is done with a model, in one line."""
+    """Raise third-party errors about a model as ours, in one line."""
     try:
         yield
     except (*_THEIRS, SafetensorError) as exc:
         if isinstance(exc, dist.DistError) or _OF_RANKS.search(str(exc)):
-            raise  # another rank is gone, which is no fault of the model
+            raise  # a lost rank, not a fault of the model
         reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
         kind = HubUnavailableError if is_out_of_reach(exc) else ModelError
-        if not Path(config.place).is_dir():  # transformers speaks of the hub alone
-            reason = f"there is no such folder here, and as a name on the model hub: {reason}"
+        if not Path(config.place).is_dir():  # transformers mentions only the hub
+            reason = f"is not a folder here, and as a name on the model hub: {reason}"
         raise kind(f"model.path {config.path}: {what}: {reason}") from exc

@@ -1,9 +1,9 @@
-"""How several ranks hold one `transformers` model together.
+"""Tensor parallelism of `transformers` models over several ranks.
 
-By transformers' own plan, where heads and widths divide by the ranks: each reads its slices alone.
-Else, and where transformers has no plan, by DeepSpeed's AutoTP, which divides them unevenly too;
-it knows layers by their names, so only for the architectures that were seen to come out right.
-The weights that it slices are mapped from their files: no rank ever holds them all.
+transformers' own plan is used if heads and widths divide evenly: each rank reads only its slices.
+Otherwise, or without such a plan, DeepSpeed's AutoTP divides the model, also unevenly. It finds
+layers by name, so it is allowed only for architectures that were verified. The weights that it
+slices are mapped from their files: no rank ever holds them all.
 """
 
 import contextlib
@@ -30,14 +30,14 @@ _AUTOTP = frozenset(
 
 
 def choose_divider(config: HuggingFaceModel, description: Any) -> Divider:
-    """Who divides this model over `config.tensor_parallel` ranks.
+    """Choose the library that divides a model over `config.tensor_parallel` ranks.
 
     Args:
         config: The model.
-        description: Its own configuration.
+        description: The model's own configuration.
 
     Raises:
-        ModelError: They cannot hold it together; the numbers of ranks that can are named.
+        ModelError: The model cannot be divided so; the message names numbers of ranks that work.
     """
     text = description.get_text_config()
     name = description.model_type
@@ -70,15 +70,15 @@ def choose_divider(config: HuggingFaceModel, description: Any) -> Divider:
 
 
 def divide(model: nn.Module, dtype: torch.dtype, buffers: Mapping[str, Tensor]) -> nn.Module:
-    """By AutoTP; keeps this rank's slices, as `dtype`. Collective.
+    """Divide a model by AutoTP and keep this rank's slices as `dtype`. Collective.
 
     Args:
-        model: With its weights as they are in their files, so that they need no memory.
-        dtype: Of the result.
-        buffers: As they are to be. DeepSpeed rounds the model's own like weights, rotary angles
-            too, and they were made in the precision of the files.
+        model: The model, with weights mapped from its files, so that they take no memory.
+        dtype: Precision of the slices.
+        buffers: Final buffers. DeepSpeed rounds the model's own like weights, rotary angles too,
+            and they were made in the precision of the files.
     """
-    with contextlib.redirect_stdout(io.StringIO()):  # it prints what it found
+    with contextlib.redirect_stdout(io.StringIO()):  # AutoTP prints its findings
         engine = import_deepspeed().init_inference(
             model,
             tensor_parallel={"tp_size": dist.get_world_size()},
@@ -95,11 +95,11 @@ def divide(model: nn.Module, dtype: torch.dtype, buffers: Mapping[str, Tensor]) 
 
 
 def gather(acts: Tensor, width: int) -> Tensor:
-    """What all ranks have, side by side, where this one has only a part. Collective then.
+    """Concatenate the ranks' parts of activations, if they are divided. Collective in that case.
 
     Args:
-        acts: `[batch, seq, part or width]`; parts need not be equal.
-        width: Of all parts.
+        acts: `[batch, seq, part or width]`; parts may differ in size.
+        width: Full width.
     """
     if acts.shape[-1] == width:
         return acts

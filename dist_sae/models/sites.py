@@ -1,4 +1,4 @@
-"""Where a language model keeps its layers and their parts, and hooks at its sites."""
+"""Modules of a language model at each site, and hooks on them."""
 
 import contextlib
 from collections.abc import Callable
@@ -9,13 +9,13 @@ from torch import Tensor, nn
 
 from dist_sae.errors import ModelError
 
-# Where blocks keep their parts, over the common architectures; the first path that exists counts.
+# paths of modules within a block, over the common architectures; the first that exists is taken
 _MLP_IN = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "intermediate")
-_MLP_OUTPUT = (  # the last product
+_MLP_OUTPUT = (  # the output projection
     *("mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h", "mlp.fc2", "mlp.fc_out"),
     *("feed_forward.w2", "ffn.lin2", "output.dense"),
 )
-# in BLOOM and BERT the whole part adds the residual; its last product does not
+# in BLOOM and BERT the whole MLP adds the residual; its output projection does not
 _MLP_OUT = ("mlp.dense_4h_to_h", "output.dense", "mlp", "feed_forward", "ffn", "block_sparse_moe")
 _ATTENTION_OUTPUT = tuple(
     f"{attention}.{projection}"
@@ -26,7 +26,7 @@ _ATTENTION_OUTPUT = tuple(
     for projection in ("o_proj", "c_proj", "out_proj", "dense", "wo", "out_lin")
 )
 
-# (paths of the module within its block, or none for the block; whether what goes in is the site)
+# (paths within the block, or none for the block itself; True if the site is the module's input)
 _SITES: dict[str, tuple[tuple[str, ...], bool]] = {
     "resid_pre": ((), True),
     "resid_post": ((), False),
@@ -37,31 +37,31 @@ _SITES: dict[str, tuple[tuple[str, ...], bool]] = {
     "attn_z": (_ATTENTION_OUTPUT, True),
 }
 
-_OF_SEVERAL = 4  # dimensions of a residual stream of several
+_OF_SEVERAL = 4  # tensor dimensions of activations with several residual streams
 
 Edit = Callable[[Float[Tensor, "batch seq d_in"]], Float[Tensor, "batch seq d_in"]]
 
 
 class Place(NamedTuple):
-    """A site: what goes into a module, or what comes out."""
+    """A site: the input or the output of a module."""
 
     module: nn.Module
     goes_in: bool
 
 
 def layer_of(site: str) -> int:
-    """The layer in a site's name."""
+    """Layer number in a site's name."""
     return int(site.rpartition(".")[2])
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
-    """The stack of text layers.
+    """Find the stack of text layers.
 
-    A vision tower may be as deep, and a list within a layer as long: the stack is within the
-    module that has the text configuration, and holds the most parameters of all lists as long.
+    A vision tower may be as deep, and a list within a layer as long. The stack is inside the
+    module with the text configuration, and has the most parameters of all lists of that length.
 
     Raises:
-        ModelError: There is none.
+        ModelError: There is no such stack.
     """
     text = model.config.get_text_config()  # type: ignore[operator, union-attr]
     depth = getattr(text, "num_hidden_layers", None)
@@ -72,13 +72,13 @@ def blocks(model: nn.Module) -> nn.ModuleList:
     if not stacks:
         raise ModelError(
             f"{type(model).__name__}: no list of {depth} layers found; this architecture is not "
-            f"known"
+            f"supported"
         )
     return max(stacks, key=lambda stack: sum(p.numel() for p in stack.parameters()))
 
 
 def place(model: nn.Module, site: str) -> Place:
-    """Where a site is.
+    """Find the module of a site.
 
     Raises:
         ModelError: The architecture has no such part under a known name, or too few layers.
@@ -95,10 +95,10 @@ def place(model: nn.Module, site: str) -> Place:
 
 
 def width(model: nn.Module, site: str) -> int:
-    """Numbers in a row of a site."""
+    """Width of a row at a site."""
     text = model.config.get_text_config()  # type: ignore[operator, union-attr]
     name, _, _ = site.rpartition(".")
-    if name in ("attn_z", "mlp_inner"):  # goes into a product; transformers' Conv1D is transposed
+    if name in ("attn_z", "mlp_inner"):  # input of a projection; Conv1D's weight is transposed
         weight = place(model, site).module.get_parameter("weight")
         return int(weight.shape[0 if hasattr(place(model, site).module, "nx") else 1])
     several = getattr(text, "altup_num_inputs", 1) if name.startswith("resid") else 1
@@ -106,20 +106,19 @@ def width(model: nn.Module, site: str) -> int:
 
 
 def attach(model: nn.Module, site: str, edit: Edit) -> None:
-    """Hook `edit` in at `site`: it sees the activations and what it returns goes on.
+    """Hook `edit` into a site: it gets the activations, and its result replaces them.
 
-    A residual stream of several (AltUp, hyper-connections) is seen as one that has them side by
-    side.
+    Several residual streams (AltUp, hyper-connections) are passed as one, concatenated.
     """
     module, goes_in = place(model, site)
     text = model.config.get_text_config()  # type: ignore[operator, union-attr]
-    streams = 0 if hasattr(text, "altup_num_inputs") else 2  # the dimension that counts them
+    streams = 0 if hasattr(text, "altup_num_inputs") else 2  # dimension of the streams
 
     def edited(acts: Any) -> Tensor:
         if not isinstance(acts, Tensor):
             raise ModelError(
                 f"activations.sites: {site}: {type(module).__name__} has a {type(acts).__name__} "
-                f"there and no activations; use another site"
+                f"there instead of activations; use another site"
             )
         if acts.dim() != _OF_SEVERAL:
             return edit(acts)
@@ -149,6 +148,6 @@ def _part(layer: nn.Module, paths: tuple[str, ...], site: str) -> nn.Module:
             return layer.get_submodule(path)
     found = ", ".join(name for name, _ in layer.named_children())
     raise ModelError(
-        f"activations.sites: {site}: {type(layer).__name__} keeps no such part under a known name "
+        f"activations.sites: {site}: {type(layer).__name__} has no such part under a known name "
         f"(it has {found}); use resid_pre or resid_post"
     )

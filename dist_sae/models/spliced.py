@@ -1,4 +1,4 @@
-"""The whole model with its head, and the activations at one site replaced on their way."""
+"""A whole model with its head, whose activations at one site can be replaced."""
 
 from typing import Any
 
@@ -20,25 +20,25 @@ from dist_sae.models.loading import (
 )
 from dist_sae.models.sites import Edit, attach
 
-_EVERY = 7  # tokens, of which one is masked: about the 15 % of BERT's training
+_EVERY = 7  # one token in 7 is masked: about the 15 % of BERT's training
 _CHANGES = {torch.float32: 1e-4}
-"""Of the first token's logits, relative: less is rounding (of experts that get other batches)."""
+"""Relative change of the first token's logits up to which it is rounding (as with experts)."""
 _CHANGES_OF_HALF = 0.03
 
 
 class SplicedModel:
-    """A language model that is edited at one site while it predicts tokens.
+    """A language model that predicts tokens with activations at one site edited.
 
     Attributes:
-        masked: Whether it predicts masked tokens, as encoders do, and not the next ones.
+        masked: True if it predicts masked tokens, as encoders do, instead of the next ones.
     """
 
     def __init__(self, config: HuggingFaceModel, site: str) -> None:
-        """Load all of it.
+        """Load the whole model.
 
         Raises:
-            HeadlessError: It predicts no tokens.
-            ModelError: It cannot be loaded, or lacks the site.
+            HeadlessError: The model predicts no tokens.
+            ModelError: The model cannot be loaded, or lacks the site.
         """
         description = describe(config, (site,))
         self._name = config.path
@@ -53,10 +53,10 @@ class SplicedModel:
     def predicted(
         self, tokens: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]
     ) -> Bool[Tensor, "batch next"]:
-        """Which tokens after the first of a context have a loss.
+        """Mask of the tokens after a context's first that have a loss.
 
-        Of a model that sees both ways it is every seventh, beginning at one that follows from the
-        context's own tokens: the same whatever the context is batched with.
+        A bidirectional model predicts every seventh, with an offset that depends only on the
+        context's own tokens, so that batching does not change it.
         """
         if self._mask_token is None:
             return mask[:, 1:]
@@ -73,12 +73,12 @@ class SplicedModel:
     ) -> Float[Tensor, "batch next"]:
         """Cross-entropy in nats of every predicted token after the first, fp32; NaN elsewhere.
 
-        Masked tokens of a context are all masked at once.
+        All masked tokens of a context are masked at once.
 
         Args:
             tokens: Token ids.
             mask: False at padding.
-            edit: What becomes of the activations at the site; None leaves them alone.
+            edit: Replaces the activations at the site; None leaves them unchanged.
         """
         check_tokens(tokens, self._vocabulary, self._name)
         self._edit = edit
@@ -88,7 +88,7 @@ class SplicedModel:
             shown[:, 1:][predicted] = self._mask_token
         logits = self._model(**inputs(self._model, shown, mask)).logits
         logits = (logits[:, :-1] if self._mask_token is None else logits[:, 1:]).cpu()
-        losses = [  # one context after the other: fp32 logits of a batch would be large
+        losses = [  # one context at a time: fp32 logits of a whole batch would be large
             nn.functional.cross_entropy(of_context.float(), wanted, reduction="none")
             for of_context, wanted in zip(logits, targets, strict=True)
         ]
@@ -99,7 +99,7 @@ class SplicedModel:
 
 
 def _with_head(config: HuggingFaceModel, description: Description) -> tuple[Any, bool]:
-    """The model with a head that predicts tokens, and whether these are masked ones."""
+    """Load the model with a token head; returns it, and True if it predicts masked tokens."""
     reason = f"transformers has no head for {description.config.model_type} that predicts tokens"
     for heads, masked in HEADS:
         if type(description.config) not in heads:
@@ -115,14 +115,14 @@ def _with_head(config: HuggingFaceModel, description: Description) -> tuple[Any,
             continue
         if masked or not _looks_ahead(model, description.vocabulary):
             return model, masked
-        reason = "each token sees those after it, and there is no head that predicts masked ones"
+        reason = "it attends to later tokens, and has no head that predicts masked tokens"
         del model
     raise HeadlessError(f"model.path {config.path}: {reason}")
 
 
 @torch.inference_mode()
 def _looks_ahead(model: Any, vocabulary: int) -> bool:
-    """Whether what a token predicts depends on the tokens after it."""
+    """True if a token's prediction depends on the tokens after it."""
     one = torch.arange(8)[None] % vocabulary
     other = torch.cat([one[:, :1], one[:, 1:].flip(1)], dim=1)
     mask = torch.ones_like(one, dtype=torch.bool)

@@ -1,4 +1,4 @@
-"""Activations with a known ground-truth dictionary: demo, test data and recovery benchmark."""
+"""Synthetic activations of a known dictionary, for demo, tests and the recovery benchmark."""
 
 from collections.abc import Callable, Sequence
 
@@ -12,7 +12,7 @@ _BLOCK_ROWS = 64  # drawn together; changing it changes the world
 
 
 class SyntheticTokenizer:
-    """The text "17" is the 17th document; its tokens are the numbers of its rows."""
+    """Tokenizer of synthetic documents: text "17" is document 17, its tokens are row numbers."""
 
     bos = None
     special: frozenset[int] = frozenset()
@@ -28,16 +28,15 @@ class SyntheticTokenizer:
 
 
 class SyntheticSource:
-    """x = sum_i a_i D_i + b (`SyntheticModel` has the distribution).
+    """Source of rows x = sum_i a_i D_i + b; `SyntheticModel` describes the distribution.
 
-    Row r of the world is a pure function of (seed, r), however rows are grouped into contexts
-    and batches: rows are drawn in blocks, each with a generator of its own. The dictionary's
-    seed is set apart from every seed of a trainer, so that an initial dictionary never starts
-    out near the truth.
+    Row r is a pure function of (seed, r), however rows are grouped into contexts and batches:
+    rows are drawn in blocks, each with its own generator. The dictionary's seed differs from
+    every seed of a trainer, so that an initial dictionary never starts near the truth.
 
     Attributes:
         directions: The dictionary D, `[n_features, d_in]`, unit rows.
-        probabilities: How often each feature is active, `[n_features]`.
+        probabilities: Probability that each feature is active, `[n_features]`.
         bias: b, `[d_in]`.
     """
 
@@ -63,7 +62,7 @@ class SyntheticSource:
         return {SYNTHETIC_SITE: acts}
 
     def intensities(self, first_row: int, n: int) -> Float[Tensor, "n n_features"]:
-        """The true a_i of rows `[first_row, first_row + n)`."""
+        """True a_i of rows `[first_row, first_row + n)`."""
         return self._rows(first_row, n, lambda a: a)
 
     def _rows(self, first: int, n: int, of: Callable[[Tensor], Tensor]) -> Tensor:
@@ -93,7 +92,7 @@ def _zipf(config: SyntheticModel) -> Tensor:
 
 
 def _mix(seed: int, number: int) -> int:
-    """One 64-bit seed out of two numbers (splitmix64's finaliser)."""
+    """Mix two numbers into one 64-bit seed (splitmix64's finaliser)."""
     z = (seed * 0x9E3779B97F4A7C15 + (number + 2) * 0xBF58476D1CE4E5B9 + 0xD1B54A32D192ED03) % 2**64
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64

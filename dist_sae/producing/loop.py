@@ -44,7 +44,7 @@ from dist_sae.distributed.rendezvous import rendezvous
 from dist_sae.distributed.watch import Watch
 from dist_sae.errors import CorpusError, NonFiniteError, Stopped
 from dist_sae.models import ActivationSource, Tokenizer, build_source, build_tokenizer
-from dist_sae.models.forward import Forward, Leaving, in_step
+from dist_sae.models.forward import Forward, RowTransfer, in_step
 from dist_sae.producing.unit_queue import unit_queue
 from dist_sae.storage import ObjectStore, open_store
 from dist_sae.storage.records import seal
@@ -71,7 +71,7 @@ class ComputedUnit(NamedTuple):
     unit: int
     documents: int
     refused: int
-    leaving: list[Leaving]
+    transfers: list[RowTransfer]
     """Its rows at every site, batch by batch."""
     origin: tuple[Tensor, ...]
     """Their tokens, positions and documents."""
@@ -272,7 +272,7 @@ def _compute(
             f"take empty documents out of the corpus or raise activations.unit_rows"
         )
     excluded: Counter[str] = Counter()
-    leaving: list[Leaving] = []
+    transfers: list[RowTransfer] = []
     origins: list[tuple[Tensor, ...]] = []
     n_rows = 0
     with _timed(work.seconds, "forward"):
@@ -281,7 +281,7 @@ def _compute(
                 raise Stopped(f"stopped within unit {work.unit}; start again to go on")
             telemetry.pulse.work(run.timeouts.hung_seconds)
             keep = admitted(batch, tokenizer.special, run.activations.exclude, excluded)
-            leaving += forward(batch.tokens, batch.mask, keep)
+            transfers += forward(batch.tokens, batch.mask, keep)
             telemetry.add("dist_sae_produce_tokens_total", int(batch.mask.sum()))
             origins.append((batch.tokens[keep], batch.positions[keep], batch.documents[keep]))
             n_rows += int(keep.sum())
@@ -289,7 +289,7 @@ def _compute(
     telemetry.pulse.rest()
     origin = tuple(map(torch.cat, zip(*origins, strict=True)))
     return ComputedUnit(
-        work.unit, work.documents, work.refused, leaving, origin, excluded, work.seconds
+        work.unit, work.documents, work.refused, transfers, origin, excluded, work.seconds
     )
 
 
@@ -305,8 +305,8 @@ def _finish(
     unit, seconds = computed.unit, computed.seconds
     with ThreadPoolExecutor(_SITES_AT_ONCE, "site") as pool:
         with _timed(seconds, "pack"):
-            arrived = [batch.arrived() for batch in computed.leaving]
-            computed.leaving.clear()
+            arrived = [transfer.wait() for transfer in computed.transfers]
+            computed.transfers.clear()
             sites = {
                 site: Rows(torch.cat([batch.pop(site) for batch in arrived]), *computed.origin)
                 for site in activations.sites

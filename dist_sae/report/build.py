@@ -16,7 +16,7 @@ from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.plan import load_plan
 from dist_sae.environment import hardware, versions
 from dist_sae.errors import CorpusError, ModelError, ObjectNotFoundError
-from dist_sae.evaluation.kept import fingerprint
+from dist_sae.evaluation.cache import fingerprint
 from dist_sae.evaluation.subject import (
     evaluation_key,
     produced,

@@ -98,8 +98,8 @@ def test_a_failure_leaves_nothing_either(tmp_path: Path, monkeypatch: pytest.Mon
 @pytest.mark.parametrize(
     ("options", "problem"),
     [
-        (("--units", "3"), "bench store: --units 3 is no multiple of --streams 2"),
-        (("--units", "0"), "bench store: --units 0 is no multiple of --streams 2"),
+        (("--units", "3"), "bench store: --units 3 is not a multiple of --streams 2"),
+        (("--units", "0"), "bench store: --units 0 is not a multiple of --streams 2"),
         (
             ("--batch", "768"),
             "bench store: --batch 768 does not divide the rows of all units, 4096",

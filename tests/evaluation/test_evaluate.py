@@ -1,4 +1,4 @@
-"""An evaluation over a real, tiny language model: what is measured, kept and not done again."""
+"""Evaluation of a real, tiny language model: its numbers, and what is not computed twice."""
 
 import json
 import threading
@@ -39,7 +39,7 @@ DOCUMENTS, WORDS = 60, 20
 
 @pytest.fixture(scope="module")
 def produced_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    """An activation set of a language model, and no run on it yet."""
+    """A produced activation set of a language model, without a run."""
     folder = tmp_path_factory.mktemp("language")
     generator = torch.Generator().manual_seed(0)
     words = torch.randint(3, 50, (DOCUMENTS, WORDS), generator=generator)
@@ -81,7 +81,7 @@ def produced_run(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 @pytest.fixture
 def run(produced_run: Run, tmp_path: Path) -> Run:
-    """With checkpoints of two untrained dictionaries."""
+    """A run with checkpoints of two untrained dictionaries."""
     store = produced_run.store.model_copy(update={"runs": str(tmp_path)})
     run = produced_run.model_copy(update={"store": store})
     made = load_plan(open_store(run.store.activations), run)
@@ -103,7 +103,7 @@ def run(produced_run: Run, tmp_path: Path) -> Run:
 
 @pytest.fixture
 def passes(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """An item for every batch whose losses the language model computed so far."""
+    """One item per batch whose losses the language model has computed."""
     losses: Callable[..., Any] = SplicedModel.losses
     seen: list[int] = []
 
@@ -148,7 +148,7 @@ def without_times(result: dict[str, Any]) -> dict[str, Any]:
 
 
 def test_cross_entropies_are_those_of_the_plain_model(run: Run) -> None:
-    """Of the held-out documents, in nats per token; the intervals hold the estimates."""
+    """Compare nats per token on held-out documents; the intervals contain the estimates."""
     result = evaluate(run)
     assert isinstance(run.model, HuggingFaceModel)
     model: Any = transformers.AutoModelForCausalLM.from_pretrained(run.model.path)

@@ -1,4 +1,4 @@
-"""One of the ranks that hold tiny models together."""
+"""Worker: one of the ranks that share tiny models."""
 
 import os
 import sys
@@ -22,7 +22,7 @@ from dist_sae.telemetry.exporter import Telemetry
 
 
 def _anonymous_bytes() -> int:
-    """Memory of this process that no file is behind."""
+    """Memory of this process that is not mapped from files."""
     status = Path("/proc/self/status").read_text()
     return 1024 * int(status.partition("RssAnon:")[2].split()[0])
 
@@ -33,7 +33,7 @@ def rank(
     output: str,
     env: dict[str, str],
 ) -> None:
-    """Leaves in `output` what each model gives, the size of its blocks and the memory it took."""
+    """Write to `output` what each model gives, the size of its blocks and the memory it took."""
     os.environ.update(env)
     torch.set_num_threads(1)
     results = []
@@ -55,7 +55,7 @@ def rank(
 
 
 def produce_rank(settings: dict[str, Any], output: str, env: dict[str, str]) -> None:
-    """One rank of a producer, or all of one; its last words go to `output`."""
+    """Run one rank of a producer, or a whole one; its error goes to `output`."""
     os.environ.update(env)
     torch.set_num_threads(1)
     stopping = stop_event()

@@ -1,4 +1,4 @@
-"""What can be recorded, and what is refused before anything is planned."""
+"""Models that can be recorded, and models that are refused before planning."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -95,7 +95,7 @@ def recorded(*sites: str, context_tokens: int = 16) -> ActivationsConfig:
 @pytest.mark.parametrize("name", RECORDED)
 @torch.no_grad()
 def test_a_model_without_its_upper_layers_is_the_model(tmp_path: Path, name: str) -> None:
-    """Against the hidden states that transformers gives of each context alone."""
+    """Compare with the hidden states that transformers gives for each context alone."""
     model = saved(tmp_path, name, RECORDED[name]())
     sites = ("resid_pre.0", "resid_post.0", "resid_post.1")
     lengths = (11, 4, 1)
@@ -185,25 +185,25 @@ LONGROPE |= {"long_factor": [2.0] * 3}
 REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
     "encoder and decoder": (
         lambda: hf.T5Config(vocab_size=50, d_model=D, d_kv=6, d_ff=40, num_layers=2, num_heads=4),
-        "model.path .*: t5 is an encoder and a decoder in one",
+        "model.path .*: t5 is an encoder-decoder",
     ),
     "rotary positions": (
         lambda: hf.LlamaConfig(**KV | {"max_position_embeddings": 32}),
-        "activations.context_tokens: 48: .* is made for 32 positions; lower it to 32",
+        "activations.context_tokens: 48: .* supports 32 positions; lower it to 32",
     ),
     "learned positions": (
         lambda: hf.RobertaConfig(**COMMON | {"max_position_embeddings": 48}),
-        "activations.context_tokens: 48: .* has learned 46 positions; lower it to 46",
+        "activations.context_tokens: 48: .* has 46 learned positions; lower it to 46",
     ),
     "two sets of frequencies": (
         lambda: hf.Phi3Config(
             **KV, rope_parameters=LONGROPE, original_max_position_embeddings=32
         ),
-        "activations.context_tokens: 48: .* their neighbours; lower it to 32",
+        "activations.context_tokens: 48: .* depend on their batch; lower it to 32",
     ),
     "attention that changes for good": (
         lambda: hf.BigBirdConfig(**COMMON, block_size=4),
-        "activations.context_tokens: 48: .* once a shorter batch has run; lower it to 44",
+        "activations.context_tokens: 48: .* not after a shorter batch; lower it to 44",
     ),
     "vocabulary": (
         lambda: hf.LlamaConfig(**KV | {"vocab_size": 49}),

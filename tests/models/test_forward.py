@@ -1,4 +1,4 @@
-"""Rows on their way off a device: what a GPU would do is played by an event that is waited for."""
+"""Row transfers off a device; an event to wait for plays the GPU."""
 
 from typing import Any
 
@@ -6,13 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from dist_sae.models.forward import Forward, Leaving
+from dist_sae.models.forward import Forward, RowTransfer
 
 SITES = ("a", "b")
 
 
 class Device:
-    """Numbers its batches; remembers what was run, and which copies were waited for."""
+    """Device that numbers its batches and records which ran and which copies were waited for."""
 
     def __init__(self) -> None:
         self.log: list[str] = []
@@ -36,8 +36,8 @@ class Device:
 def forward(monkeypatch: pytest.MonkeyPatch) -> tuple[Forward, Device]:
     device = Device()
 
-    def made(rows: dict[str, Tensor]) -> Leaving:
-        return Leaving(rows, device.event(int(rows["a"][0, 0])))
+    def made(rows: dict[str, Tensor]) -> RowTransfer:
+        return RowTransfer(rows, device.event(int(rows["a"][0, 0])))
 
     forward = Forward(device, torch.bfloat16)
     monkeypatch.setattr(forward, "_send", made)
@@ -55,10 +55,10 @@ def test_the_model_is_two_batches_ahead_of_its_copies_and_no_more(
     forward: tuple[Forward, Device],
 ) -> None:
     model, device = forward
-    leaving = [one for number in range(1, 5) for one in model(*batch(number))]
+    transfers = [one for number in range(1, 5) for one in model(*batch(number))]
     assert device.log == ["run 1", "run 2", "copied 1", "run 3", "copied 2", "run 4"]
-    for number, one in enumerate(leaving, 1):
-        rows = one.arrived()
+    for number, one in enumerate(transfers, 1):
+        rows = one.wait()
         for site, sign in zip(SITES, (1, -1), strict=True):
             expected = torch.full((3, 3), sign * number, dtype=torch.bfloat16)
             assert torch.equal(rows[site], expected)
@@ -71,8 +71,8 @@ def test_rows_that_arrived_are_no_longer_where_the_copy_put_them(
     """Pinned memory is used again; whoever takes a site out of them leaves the others."""
     _, device = forward
     pinned = {"a": torch.ones(2, 3), "b": torch.zeros(2, 3)}
-    leaving = Leaving(pinned, device.event(1))
-    rows = leaving.arrived()
+    transfer = RowTransfer(pinned, device.event(1))
+    rows = transfer.wait()
     assert rows["a"].data_ptr() != pinned["a"].data_ptr()
     assert torch.equal(rows.pop("a"), torch.ones(2, 3))
-    assert leaving.arrived().keys() == {"b"}
+    assert transfer.wait().keys() == {"b"}

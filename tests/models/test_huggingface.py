@@ -1,4 +1,4 @@
-"""Tiny random models of eight architectures, against a run by hand of their own weights."""
+"""Tiny random models of eight architectures, compared with a forward pass written by hand."""
 
 import json
 from collections.abc import Callable
@@ -408,7 +408,7 @@ def test_a_path_without_a_model_is_one_line(
         with pytest.raises(ModelError) as caught:
             load(HuggingFaceModel(path=str(path)))
         assert message(caught).startswith(f"model.path {path}: cannot be loaded: ")
-        assert ("there is no such folder here" in message(caught)) == (path != tmp_path)
+        assert ("is not a folder here" in message(caught)) == (path != tmp_path)
 
 
 @pytest.mark.parametrize("damage", ["cut", "missing", "shape"])

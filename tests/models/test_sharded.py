@@ -1,4 +1,4 @@
-"""Tiny models that two ranks hold together, against the same models whole."""
+"""Tiny models divided over two ranks, compared with the same models whole."""
 
 import socket
 from collections.abc import Callable
@@ -98,7 +98,7 @@ def models(tmp_path_factory: pytest.TempPathFactory) -> dict[str, HuggingFaceMod
 def shared(
     tmp_path_factory: pytest.TempPathFactory, models: dict[str, HuggingFaceModel]
 ) -> list[dict[str, Any]]:
-    """What each of the two ranks gave, by model."""
+    """Results of both ranks, by model."""
     outputs = [tmp_path_factory.mktemp("ranks") / str(number) for number in range(2)]
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

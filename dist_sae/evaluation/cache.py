@@ -1,0 +1,62 @@
+"""Cache of baselines beside the activation set: `evaluation/<kind>-<digest>.json`.
+
+Baselines do not depend on the dictionary: they are computed for the first one evaluated on a set,
+and read for the others.
+"""
+
+import hashlib
+import json
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+from dist_sae import __version__
+from dist_sae.errors import CorruptObjectError, ObjectNotFoundError, StoreError
+from dist_sae.storage import ObjectStore
+from dist_sae.storage.records import Record, read_record, seal
+
+logger = logging.getLogger(__name__)
+
+
+class CachedResult(Record):
+    """A result and all that it depends on."""
+
+    schema_version: Literal[1] = 1
+    of: dict[str, Any]
+    result: dict[str, Any]
+
+
+def cached(
+    store: ObjectStore, kind: str, of: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]
+) -> dict[str, Any]:
+    """Read a result from the store, or compute and store it.
+
+    A stored result is never changed. Another version of the package computes its own, since its
+    code may differ. A damaged object is replaced; if the store cannot be written, the result is
+    computed each time.
+
+    Args:
+        store: The activation set's store.
+        kind: Prefix of the object's name.
+        of: All that the result depends on apart from the code, as JSON types.
+        compute: Computes the result, as JSON types.
+    """
+    of = {**of, "dist_sae": __version__}
+    key = f"evaluation/{kind}-{fingerprint(of)}.json"
+    try:
+        return read_record(CachedResult, store, key).result
+    except ObjectNotFoundError:
+        pass
+    except CorruptObjectError as exc:
+        logger.warning("%s; computing it again", exc)
+    made = CachedResult(of=of, result=dict(compute()))
+    try:
+        store.put(key, seal(made))
+    except StoreError as exc:
+        logger.warning("%s; the result is not stored, and computed each time", exc)
+    return made.result
+
+
+def fingerprint(content: Any) -> str:
+    """Hash of any JSON content."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()[:16]
