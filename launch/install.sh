@@ -12,5 +12,5 @@ if ! usable "$venv/bin/python"; then
         { echo "Python 3.11 or newer is needed; name one with PYTHON=..." >&2; exit 2; }
     "$python" -m venv --clear "$venv"
 fi
-echo "installing $what into $venv (the first time this takes some minutes) ..." >&2
+echo "installing $what into $venv (takes some minutes the first time) ..." >&2
 "$venv/bin/python" -m pip install --quiet --constraint launch/constraints.txt --editable "$what"

@@ -1,6 +1,6 @@
-"""Writes what is generated in monitoring/: Grafana's dashboards, and the rules for Kubernetes.
+"""Write the generated files of monitoring/: Grafana's dashboards, and the rules for Kubernetes.
 
-The tests compare.
+Tests compare them.
 """
 
 from pathlib import Path
@@ -13,13 +13,13 @@ FOLDER = Path(__file__).parent.parent / "monitoring"
 
 
 def render_monitoring() -> dict[str, str]:
-    """What is generated, by its path in monitoring/."""
+    """Render the generated files, by path in monitoring/."""
     dashboards = {f"dashboards/{name}": text for name, text in render_dashboards().items()}
     return dashboards | {"prometheusrule.yaml": render_rules()}
 
 
 def render_rules() -> str:
-    """rules.yaml and alerts.yaml as the Prometheus Operator takes them."""
+    """Render rules.yaml and alerts.yaml for the Prometheus Operator."""
     files = [yaml.safe_load((FOLDER / name).read_text()) for name in ("rules.yaml", "alerts.yaml")]
     rule = {
         "apiVersion": "monitoring.coreos.com/v1",
@@ -32,7 +32,7 @@ def render_rules() -> str:
 
 
 def main() -> None:
-    """Write all of it."""
+    """Write all generated files."""
     for name, text in render_monitoring().items():
         (FOLDER / name).parent.mkdir(exist_ok=True)
         (FOLDER / name).write_text(text)

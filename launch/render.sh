@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Writes again what is generated from run files and code and kept in the repository; a test compares.
+# Regenerates the committed files that derive from run files and code; tests compare them.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 dist_sae() { "${PYTHON:-.venv/bin/python}" -m dist_sae "$@"; }

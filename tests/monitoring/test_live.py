@@ -221,4 +221,4 @@ def test_the_death_of_a_rank_is_heard_of(live: Live) -> None:
     assert alert["status"] == "firing"
     assert alert["labels"]["alertname"] == "DistSaeTrainersGone"
     assert alert["labels"]["run"] == "world"
-    assert "no trainer lives" in alert["annotations"]["summary"]
+    assert "no trainer is running" in alert["annotations"]["summary"]
