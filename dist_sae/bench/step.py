@@ -22,14 +22,14 @@ from dist_sae.bench.memory import peak_memory
 from dist_sae.checkpoint.state import TrainingState
 from dist_sae.config import Run, validate_run
 from dist_sae.config.sae import SaeConfig
-from dist_sae.data.loader import Batch
 from dist_sae.dictionaries import PRODUCT_DTYPES, build_sae
-from dist_sae.dictionaries.base import Rows, StepContext
+from dist_sae.dictionaries.base import Rows
 from dist_sae.dictionaries.dead import DeadLatents
 from dist_sae.distributed.engine import DeepSpeedEngine
 from dist_sae.distributed.mesh import Mesh
 from dist_sae.kernels.choice import choose_kernels
 from dist_sae.telemetry.process import resident_bytes
+from dist_sae.training.job import training_step
 from dist_sae.training.reporter import TrainingReporter
 
 _CHUNKS = (1024, 2048, 4096, 8192, 16_384, 65_536)  # latents
@@ -98,21 +98,19 @@ class TrainingStep:
         assert engine is not None, "initialise first"
         end = report.end if report else _say_nothing
         end("wait")
-        context = StepContext(
-            float(self._shape.d_in), self.dead.mask, self.dead.count, progress=0.5
+        output, norm = training_step(
+            Rows(x, x),
+            engine,
+            self.dead,
+            batch_rows=self._shape.batch,
+            variance=float(self._shape.d_in),
+            progress=0.5,
+            lr=self._shape.lr,
+            end_phase=end,
         )
-        output = engine.objective(Rows(x, x), context)
-        end("forward")
-        engine.backward(output.terms.total)
-        end("backward")
-        norm = engine.step(self._shape.lr)
-        end("optimiser")
-        self.dead.update(output.fired, self._shape.batch)
         self.done += 1
         if report:
-            batch = Batch(self.done, x, {}, 0, 0.0)
-            lr = self._shape.lr
-            report.step(self.done, batch, x, output, lr=lr, gradient_norm=norm, loaded=1, reached=0)
+            report.step(self.done, Rows(x, x), output, lr=self._shape.lr, gradient_norm=norm)
         if output.routing:
             load = output.routing.load
             self.load_ratio = float(load.max() / load.double().mean())

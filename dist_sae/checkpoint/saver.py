@@ -66,7 +66,8 @@ class Saver:
         self._first = first
         self._before_commit = before_commit
         self._on_durable = on_durable
-        self._step = step
+        self.last_step = step
+        """The last step that was saved, or is being saved."""
         self._background = background
         self._thread: threading.Thread | None = None
         self._error: BaseException | None = None
@@ -100,9 +101,9 @@ class Saver:
             Stopped: The previous save failed on another rank.
         """
         self.finish()
-        if step == self._step:
+        if step == self.last_step:
             return
-        self._step = step
+        self.last_step = step
         since = time.monotonic()
         scalars |= self._state.scalars()
         if not self._background:

@@ -17,9 +17,8 @@ from dist_sae import logs
 from dist_sae.checkpoint.saver import Saved
 from dist_sae.checkpoint.state import TrainingState
 from dist_sae.config import Run
-from dist_sae.data.loader import Batch
 from dist_sae.dictionaries.axis import LatentAxis
-from dist_sae.dictionaries.base import Output, Routing
+from dist_sae.dictionaries.base import Output, Routing, Rows
 from dist_sae.dictionaries.density import Densities, DensityCounts
 from dist_sae.distributed.mesh import Mesh
 from dist_sae.errors import Stopped
@@ -33,7 +32,6 @@ from dist_sae.training.sane import doubt
 
 logger = logging.getLogger(__name__)
 
-_STALL_SECONDS = 0.01
 _EDGES = [float(edge) for edge in DENSITIES if edge != NEVER]
 
 
@@ -80,10 +78,7 @@ class TrainingReporter:
         self._reported = start
         self._counted_rows = counted_rows
         self._counts: defaultdict[str, float] = defaultdict(float)
-        self._reached_units = 0
-        self._ready_units: int | None = None
         self.last: dict[str, float] = {}
-        times.step = start
         telemetry.device = mesh.device
         telemetry.set(
             "dist_sae_train_info", 1, kind=run.sae.kind, site=run.site, device=mesh.device.type
@@ -113,43 +108,31 @@ class TrainingReporter:
     def step(
         self,
         step: int,
-        batch: Batch,
-        x: Tensor,
+        rows: Rows,
         output: Output,
         *,
         lr: float,
         gradient_norm: float,
-        loaded: int,
-        reached: int,
     ) -> None:
         """Count a step; every `log_every_steps`, gather and publish. Collective then.
 
         Args:
             step: Steps done, with this one.
-            batch: What it was made from.
-            x: The same rows, scaled.
-            output: What came of them.
+            rows: This rank's rows, normalised.
+            output: The objective's output.
             lr: Learning rate of the update.
-            gradient_norm: Before clipping.
-            loaded: Batches that are ready.
-            reached: Unit that reading has come to.
+            gradient_norm: Norm of the gradient before clipping.
         """
-        self._times.step = step
         self._telemetry.pulse.rest()  # it works; whether a step hangs is the watch's to say
-        self._counts["dist_sae_train_wait_seconds_total"] += batch.waited_seconds
-        self._counts["dist_sae_train_loader_stalls_total"] += batch.waited_seconds > _STALL_SECONDS
-        self._counts["dist_sae_train_repeated_rows_total"] += batch.repeated_rows
         self._counts["dist_sae_train_stuck_latents_total"] += self._state.dead.n_stuck
         self._densities.add(output.firings, self._run.train.batch_rows)
         if output.routing:
             self._counts["dist_sae_train_dropped_rows_total"] += output.routing.dropped
             self._experts.add(output.routing)
         if step % self._run.train.log_every_steps == 0 or step == self._run.steps:
-            self._telemetry.set("dist_sae_train_loaded_batches", loaded)
-            self._reached_units = reached
-            numbers, quantiles = batch_numbers(self._mesh.axis, output, x, self._mean)
+            numbers, quantiles = batch_numbers(self._mesh.axis, output, rows.targets, self._mean)
             numbers |= {"gradient_norm": gradient_norm, "learning_rate": lr}
-            self._product.sample(x)
+            self._product.sample(rows.inputs)
             self._publish(step, numbers, quantiles)
         self.end("rest")
 
@@ -224,9 +207,6 @@ class TrainingReporter:
         for bucket, latents in _by_bucket(density).items():
             telemetry.set("dist_sae_train_density_latents", latents, log10=bucket)
         telemetry.set("dist_sae_train_density_rows", density.rows)
-        if self._mesh.is_first:
-            telemetry.set("dist_sae_train_reached_units", self._reached_units)
-            self._show_backlog()
 
     def _of_all_ranks(self, phases: Mapping[str, float]) -> dict[str, float]:
         """The mean over ranks: what is `forward` to one may be `ranks` to another. Collective."""
@@ -238,21 +218,6 @@ class TrainingReporter:
         names = ("fvu", "l0_latents", "dead_share", "worked_rows_per_second", "product_share")
         shown = {name: numbers[name] for name in names if name in numbers}
         logs.progress("train", step, self._run.steps, **shown, phases=phases)
-
-    def plan(self, units: int) -> None:
-        """So many training units there will be."""
-        self._telemetry.set("dist_sae_train_plan_units", units)
-
-    def ready(self, units: int) -> None:
-        """So many training units exist. Called in a thread."""
-        self._ready_units = units
-        self._telemetry.set("dist_sae_train_ready_units", units)
-        self._show_backlog()
-
-    def _show_backlog(self) -> None:
-        if self._ready_units is not None:
-            ahead = max(0, self._ready_units - self._reached_units)
-            self._telemetry.set("dist_sae_train_backlog_units", ahead)
 
     def heldout(self, step: int, fvu: float | None) -> None:
         """Held-out FVU after so many steps, where it is measured."""

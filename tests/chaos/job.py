@@ -13,8 +13,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import dist_sae.training.batches
 import dist_sae.training.loop
-import dist_sae.training.setup
 from dist_sae.config import Run
 from dist_sae.data.loader import Batch, Loader
 from dist_sae.data.work_queue import Worker
@@ -61,7 +61,7 @@ def train_rank(settings: dict[str, Any], target: Path, seen: Path, env: dict[str
                         file.write(json.dumps([batch.step, stream, digest]) + "\n")
             return batch
 
-    setattr(dist_sae.training.setup, "Loader", Recording)  # noqa: B010 - not exported
+    setattr(dist_sae.training.batches, "Loader", Recording)  # noqa: B010 - not exported
     try:
         with (
             serve("train", target) as telemetry,

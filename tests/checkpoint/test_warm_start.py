@@ -14,12 +14,13 @@ from dist_sae.config.fingerprint import run_fingerprint
 from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.axis import WHOLE, WholeAxis
 from dist_sae.distributed.mesh import Mesh
+from dist_sae.distributed.rendezvous import Ranks
+from dist_sae.distributed.watch import Watch
 from dist_sae.errors import ConfigError, CorruptObjectError
 from dist_sae.producing.planner import plan
 from dist_sae.storage import open_store
 from dist_sae.telemetry.exporter import Telemetry
-from dist_sae.training.clock import Times
-from dist_sae.training.setup import begin
+from dist_sae.training.loop import train
 from tests.dictionaries.recipes import D_IN
 from tests.runs import WORLD, write_run
 from tests.world import save
@@ -149,10 +150,11 @@ def test_rows_for_new_latents_count_for_how_far_producers_must_run_ahead(tmp_pat
     plan(run)
     warm_start.prepare(checkpoint(tmp_path), open_store(run.store.runs), run)
     mesh, telemetry = Mesh(0, 1, torch.device("cpu"), WHOLE), Telemetry("world", "train", None)
-    times, stopping = Times(telemetry, mesh.device), threading.Event()
+    stopping = threading.Event()
     stopping.set()  # it would wait for the first unit
-    for ask in (lambda: plan(run), lambda: begin(run, mesh, stopping, telemetry, times)):
-        with pytest.raises(ConfigError, match=r"25 would stop .* 6576 rows hold 34 units"):
+    watch = Watch(Ranks(0, 1, 0, ("here",)), stopping, lost_seconds=60, hung_seconds=60)
+    for ask in (lambda: plan(run), lambda: train(run, mesh, watch, stopping, telemetry)):
+        with pytest.raises(ConfigError, match=r"25 would stop .* first 6576 rows .* hold 34 units"):
             ask()
 
 

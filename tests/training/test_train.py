@@ -29,8 +29,8 @@ from dist_sae.report.build import report
 from dist_sae.storage import open_store
 from dist_sae.telemetry.exporter import Telemetry
 from dist_sae.training.clock import Times
-from dist_sae.training.setup import _found, _initialise
-from dist_sae.training.start import Start, cursors_of
+from dist_sae.training.setup import initialise
+from dist_sae.training.start import Start, cursors_of, find_checkpoints
 from tests.dictionaries.recipes import sae_rows
 from tests.launch import produce, run, train
 from tests.runs import write_run
@@ -58,7 +58,7 @@ def test_directions_from_data_take_as_many_batches_as_they_need(
     sae = build_sae(settings.sae, 16)
     mesh = Mesh(0, 1, torch.device("cpu"), WHOLE)
     times = Times(Telemetry("world", "train", None), mesh.device)
-    _initialise(settings, mesh, units, normaliser, sae, Start(), times)
+    initialise(settings, mesh, units, normaliser, sae, Start(), times)
     with Loader(units, rank=0, world=1, batch_rows=24, steps=range(3), max_passes=1) as loader:
         rows = torch.cat([batch.acts for batch in loader])[:64] * normaliser.scale
     expected = build_sae(settings.sae, 16)
@@ -155,11 +155,13 @@ def test_a_run_does_not_go_on_with_another_activation_set(
     runs = open_store(str(calm / "runs"))
     checkpoints = Checkpoints(runs, "world", 2)
     alone = Mesh(0, 1, torch.device("cpu"), WHOLE)
-    (saved,) = _found(checkpoints, runs, run, load_plan(open_store(activations), run), alone)
+    (saved,) = find_checkpoints(
+        checkpoints, runs, run, load_plan(open_store(activations), run), alone
+    )
     assert sorted(cursors_of(saved)) == [0, 1, 2, 3]
     other = plan(load_run(write_run(tmp_path, activations={"seed": 1})))
     with pytest.raises(PlanMismatchError, match="was trained on another activation set"):
-        _found(checkpoints, runs, run, other, alone)
+        find_checkpoints(checkpoints, runs, run, other, alone)
 
 
 def test_checkpoints_tell_their_held_out_fvu(tmp_path: Path, activations: str, calm: Path) -> None:
@@ -206,7 +208,7 @@ def test_ranks_go_on_from_a_checkpoint_that_all_can_read(tmp_path: Path, activat
 
     mesh = OneOfTwo(0, 2, torch.device("cpu"), WHOLE)
     plan_ = load_plan(open_store(activations), settings)
-    found = _found(checkpoints, runs, settings, plan_, mesh)
+    found = find_checkpoints(checkpoints, runs, settings, plan_, mesh)
     assert [checkpoint.step for checkpoint in found] == [16, 8]
 
 

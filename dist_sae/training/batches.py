@@ -1,0 +1,178 @@
+"""The batches that a rank trains on: what all jobs that read one stream share."""
+
+import threading
+from collections.abc import Iterator, Mapping
+from typing import NamedTuple
+
+import torch
+
+from dist_sae.checkpoint.lineage import Lineage
+from dist_sae.config import Run
+from dist_sae.data.activation_set import ActivationSet
+from dist_sae.data.consumers import Registration
+from dist_sae.data.loader import Batch, Loader
+from dist_sae.data.streams import StreamCursor
+from dist_sae.dictionaries.base import Rows
+from dist_sae.distributed.mesh import Mesh
+from dist_sae.distributed.watch import Watch
+from dist_sae.errors import Stopped
+from dist_sae.telemetry.exporter import Telemetry
+from dist_sae.training.clock import Times
+
+_STALL_SECONDS = 0.01
+
+
+class StreamPosition(NamedTuple):
+    """How far this rank has read, as a checkpoint stores it."""
+
+    step: int
+    """Batches taken."""
+    cursors: Mapping[int, StreamCursor]
+    """Position of each of this rank's streams."""
+    repeated_rows: int
+    """Rows read again because a stream had ended; rank 0's count includes earlier processes'."""
+
+
+class TrainingBatch(NamedTuple):
+    """This rank's part of a global batch."""
+
+    rows: Rows
+    """On the rank's device, normalised, in fp32."""
+    position: StreamPosition
+    """Position after this batch."""
+
+
+class Batches:
+    """Iterates over the batches of the run's remaining steps and exports how they arrive.
+
+    A batch is fetched, copied and normalised once, however many jobs train on it.
+
+    Args:
+        run: The run, resolved.
+        mesh: This rank and its process groups.
+        watch: Learns whether this rank waits for a batch or trains on one.
+        loader: Reads the batches.
+        scale: The normaliser's factor.
+        registration: Tells producers and other runs how far this run has read.
+        position: Where to begin.
+        times: This rank's time by phase.
+        telemetry: Exports the metrics.
+        stopping: When set on any rank, the iteration ends on all.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        mesh: Mesh,
+        watch: Watch,
+        loader: Loader,
+        *,
+        scale: float,
+        registration: Registration,
+        position: StreamPosition,
+        times: Times,
+        telemetry: Telemetry,
+        stopping: threading.Event,
+    ) -> None:
+        self.position = position
+        self._run = run
+        self._mesh = mesh
+        self._watch = watch
+        self._loader = loader
+        self._scale = scale
+        self._registration = registration
+        self._times = times
+        self._telemetry = telemetry
+        self._stopping = stopping
+        self._ready_units: int | None = None
+
+    def __iter__(self) -> Iterator[TrainingBatch]:
+        """Yield batches until the last step, or until a rank must stop. Collective."""
+        while (step := self.position.step) < self._run.steps:
+            self._times.step = step
+            self._watch.at(step, working=False)
+            self._telemetry.set("dist_sae_train_loaded_batches", self._loader.loaded)
+            batch = next_batch(self._loader, self._mesh, self._stopping, self._times)
+            if batch is None:
+                return
+            self._watch.at(step, working=True)
+            rows = on_device(batch, self._mesh, self._scale)
+            repeated_rows = self.position.repeated_rows + batch.repeated_rows
+            self.position = StreamPosition(step + 1, batch.cursors, repeated_rows)
+            self._registration.at(batch.cursors)
+            self._export(batch)
+            self._times.end("rest")
+            yield TrainingBatch(rows, self.position)
+
+    def raise_if_stopped(self) -> None:
+        """Raise why the iteration ended before the last step, if it did.
+
+        Raises:
+            Stopped: A rank was asked to stop.
+            DataExhaustedError: The activation set has too few rows.
+        """
+        if self.position.step < self._run.steps:
+            self._loader.raise_if_failed()
+            raise Stopped(
+                f"stopped at step {self.position.step} of {self._run.steps}; start again to go on"
+            )
+
+    def show_ready(self, units: int) -> None:
+        """Export how many training units exist. Called in a thread, on rank 0."""
+        self._ready_units = units
+        self._telemetry.set("dist_sae_train_ready_units", units)
+        self._export_backlog()
+
+    def _export(self, batch: Batch) -> None:
+        add = self._telemetry.add
+        add("dist_sae_train_wait_seconds_total", batch.waited_seconds)
+        add("dist_sae_train_loader_stalls_total", batch.waited_seconds > _STALL_SECONDS)
+        add("dist_sae_train_repeated_rows_total", batch.repeated_rows)
+        if self._mesh.is_first:
+            self._telemetry.set("dist_sae_train_reached_units", self._registration.reached)
+            self._export_backlog()
+
+    def _export_backlog(self) -> None:
+        if self._ready_units is not None:
+            backlog = max(0, self._ready_units - self._registration.reached)
+            self._telemetry.set("dist_sae_train_backlog_units", backlog)
+
+
+def open_loader(
+    run: Run,
+    mesh: Mesh,
+    units: ActivationSet,
+    steps: range,
+    lineage: Lineage,
+    cursors: Mapping[int, StreamCursor] | None,
+) -> Loader:
+    """This rank's share of the batches of these steps."""
+    return Loader(
+        units,
+        rank=mesh.rank,
+        world=mesh.world,
+        batch_rows=run.train.batch_rows,
+        steps=steps,
+        max_passes=run.train.max_passes,
+        cursors=cursors,
+        stream_rows=lineage.stream_rows,
+    )
+
+
+def next_batch(loader: Loader, mesh: Mesh, stopping: threading.Event, times: Times) -> Batch | None:
+    """The next batch once all ranks have theirs; None if any rank has none or must stop.
+
+    Collective. While one rank waits for its data, all wait.
+    """
+    batch = loader.next(times.waiting)
+    waited = batch.waited_seconds if batch else 0.0
+    times.end("wait")
+    ends, longest = mesh.any_rank_and_max(batch is None or stopping.is_set(), waited)
+    times.end("ranks", waited=longest - waited)
+    return None if ends else batch
+
+
+def on_device(batch: Batch, mesh: Mesh, scale: float) -> Rows:
+    """A batch's rows on the rank's device, normalised, in fp32."""
+    x = batch.acts.to(mesh.device, torch.float32) * scale
+    return Rows(inputs=x, targets=x)
