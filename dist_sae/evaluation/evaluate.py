@@ -35,13 +35,10 @@ from dist_sae.evaluation.subject import (
 )
 from dist_sae.storage import UNMETERED, Meter, ObjectStore, open_store
 from dist_sae.telemetry.history import read_history
+from dist_sae.telemetry.metrics import gauges
 
 logger = logging.getLogger(__name__)
 
-_EXPORTED = {"l0_latents": "l0"} | {
-    name: name for name in ("step", "rows", "fvu", "pca_fvu", "dead_share", "ce_recovered")
-}
-"""Keys of the result, by metric."""
 _DENSITY_EDGES = [-7 + 0.25 * i for i in range(29)]  # log10 of density, up to 0
 
 
@@ -90,9 +87,8 @@ def evaluate(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> dic
         result["evaluate_seconds"] = time.monotonic() - since
         key = evaluation_key(run.name, trained.suffix)
         runs.put(key, json.dumps(result, indent=1).encode())
-    for metric, name in _EXPORTED.items():
-        if result.get(name) is not None:
-            meter.set(f"dist_sae_evaluate_{metric}", result[name])
+    for name, value, labels in gauges("evaluate", result):
+        meter.set(name, value, **labels)
     return result
 
 

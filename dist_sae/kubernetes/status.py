@@ -15,20 +15,9 @@ from dist_sae.kubernetes.names import selector
 from dist_sae.kubernetes.pod_status import describe_parts, newest_pods, part_of
 from dist_sae.kubernetes.pods import Object, Part
 from dist_sae.kubernetes.stored import StoredRun
+from dist_sae.telemetry.metrics import listed
 from dist_sae.telemetry.scrape import Sample, read_page
 from dist_sae.training.limits import describe_limit
-
-NUMBERS = (
-    "step",
-    "fvu",
-    "heldout_fvu",
-    "l0_latents",
-    "dead_share",
-    "rows_per_second",
-    "worked_rows_per_second",
-    "product_share",
-)
-"""Of training, by their names in the history and, with a prefix, among the metrics."""
 
 _HISTORY = "the run's history"
 
@@ -97,9 +86,7 @@ def _live_numbers(run: Run, cluster: Cluster, pods: list[Object]) -> dict[str, A
     if not page:
         return None
     values = {sample.name: sample.value for sample in page if "phase" not in sample.labels}
-    names = {name: f"dist_sae_train_{name}" for name in NUMBERS}
-    names["checkpoint_seconds"] = "dist_sae_checkpoint_seconds"
-    found = {name: values[metric] for name, metric in names.items() if metric in values}
+    found = {m.short: values[m.name] for m in listed("status") if m.name in values}
     phases = _sums(page, "dist_sae_train_phase_seconds_total", "phase")
     return found | {"phases": phases, "from": f"pod {pod}"}
 
@@ -136,7 +123,8 @@ def _stored_numbers(stored: StoredRun) -> dict[str, Any] | None:
     last = stored.last_numbers()
     if last is None:
         return None
-    found = {name: last[name] for name in (*NUMBERS, "phases") if name in last}
+    names = [*(metric.short for metric in listed("status")), "phases"]
+    found = {name: last[name] for name in names if name in last}
     return found | {"from": _HISTORY}
 
 

@@ -7,15 +7,7 @@ from rich.console import Group, RenderableType
 from rich.table import Table
 from rich.text import Text
 
-_NUMBERS = {
-    "step": "step {:,.0f}",
-    "fvu": "fvu {:.3f}",
-    "heldout_fvu": "held-out {:.3f}",
-    "l0_latents": "l0 {:.3g}",
-    "dead_share": "dead {:.1%}",
-    "rows_per_second": "{:,.0f} rows/s",
-    "worked_rows_per_second": "{:,.0f} rows/s in steps",
-}
+from dist_sae.telemetry.metrics import listed
 
 
 def render_status(status: Mapping[str, Any]) -> RenderableType:
@@ -49,7 +41,8 @@ def _lines(status: Mapping[str, Any]) -> Iterator[str]:
         yield f"store    {_store(store)}"
         yield f"saved    {_saved(store)}"
     if numbers := status["numbers"]:
-        shown = [text.format(numbers[name]) for name, text in _NUMBERS.items() if name in numbers]
+        known = (metric for metric in listed("status") if metric.short in numbers)
+        shown = filter(None, (metric.text.format(numbers[metric.short]) for metric in known))
         yield f"training {'  '.join(shown)}  ({numbers['from']})"
     if status["limit"]:
         yield f"limit    {status['limit']}  (of {status['limit_of']})"

@@ -16,29 +16,9 @@ from dist_sae.report.charts import (
 )
 from dist_sae.report.latents import Example, LatentView, Token
 from dist_sae.report.shown import duration, shown, time_unit
-from dist_sae.telemetry.metrics import DENSITIES, NEVER, PHASES, QUANTILES, STAGES
+from dist_sae.telemetry.metrics import DENSITIES, NEVER, PHASES, QUANTILES, STAGES, TABLE, listed
 
-_HEADLINES = {
-    "fvu": (
-        "FVU",
-        "Fraction of the variance that the reconstruction misses; 0 is perfect, 1 is the mean.",
-    ),
-    "l0": ("L0", "Latents active on a row, on average."),
-    "dead_share": (
-        "Dead latents",
-        "Share of latents that had not fired for sae.dead_after_rows rows at the checkpoint; not "
-        "known before so many.",
-    ),
-    "ce_recovered": (
-        "CE recovered",
-        "Share of the harm of zero ablation that splicing in the reconstruction avoids.",
-    ),
-}
-_DETAILS = {
-    "pca_fvu": (
-        "FVU of PCA",
-        "The same for the leading principal components, k of them: the bar to beat.",
-    ),
+_OTHER_RESULTS = {
     "ce_recovered_mean": (
         "CE recovered, against the mean",
         "The same share, of the harm of mean ablation.",
@@ -54,9 +34,17 @@ _DETAILS = {
     ),
     "ce_zero": ("Cross-entropy, zero ablation", "Nats per token; the site is replaced by zero."),
     "never_fired": ("Never fired", "Latents that fired on none of the held-out rows."),
-    "rows": ("Rows", "Held-out rows behind FVU, L0 and densities."),
     "tokens": ("Tokens", "Held-out tokens behind the cross-entropies."),
 }
+"""Results that are no metrics: name and meaning by key."""
+_CHARTS = (
+    ("Loss and FVU", ("dist_sae_train_loss", "dist_sae_train_fvu"), False),
+    ("L0", ("dist_sae_train_l0_latents",), False),
+    ("Share of latents", ("dist_sae_train_dead_share", "dist_sae_train_rare_share"), True),
+    ("Gradient norm", ("dist_sae_train_gradient_norm",), False),
+    ("Learning rate", ("dist_sae_train_learning_rate",), True),
+)
+"""Charts of training: title, metrics, whether the axis starts at zero."""
 _STALLS = {"wait": "waiting for data", "ranks": "with other ranks", "save": "saving"}
 """Phases of a step in which nothing is computed."""
 _STALLED = 0.5
@@ -112,13 +100,15 @@ def _numbers(page: Page) -> str:
     if numbers is None:
         return f"{head}{_missing('Not measured yet', 'evaluate', page)}</section>"
     cards = "".join(
-        f'<div class="card"><b>{name}</b>{_number(key, numbers)}<small>{meaning}</small></div>'
-        for key, (name, meaning) in _HEADLINES.items()
-        if key in numbers
+        f'<div class="card"><b>{metric.title}</b>{_number(metric.short, numbers)}'
+        f"<small>{metric.help}</small></div>"
+        for metric in listed("card")
+        if metric.short in numbers
     )
+    details = {m.short: (m.title, m.help) for m in listed("detail")} | _OTHER_RESULTS
     rows = "".join(
         f"<tr><td>{name}</td><td>{_number(key, numbers)}</td><td>{meaning}</td></tr>"
-        for key, (name, meaning) in _DETAILS.items()
+        for key, (name, meaning) in details.items()
         if key in numbers
     )
     measured = f"<p>Measured on data that training never saw, at step {numbers['step']:,}"
@@ -182,24 +172,26 @@ def _history_plots(page: Page) -> Iterator[str]:
     def labelled(name: str, label: str) -> list[float]:
         return [float(record.get(name, {}).get(label, "nan")) for record in page.history]
 
+    def line(name: str, x: list[float], gaps: Sequence[bool] = ()) -> Line:
+        return Line(TABLE[name].title, x, column(TABLE[name].short), gaps)
+
     rows, seconds = column("rows"), column("seconds")
-    heldout = None if page.evaluation is None else Mark("held-out FVU", page.evaluation["fvu"])
+    heldout = None if page.evaluation is None else Mark("Held-out FVU", page.evaluation["fvu"])
     x_label = "rows trained on"
-    lines = [Line("loss", rows, column("loss")), Line("FVU", rows, column("fvu"))]
-    yield render_lines("Loss and FVU", lines, x_label=x_label, mark=heldout)
+    for title, names, from_zero in _CHARTS:
+        yield render_lines(
+            title,
+            [line(name, rows) for name in names],
+            x_label=x_label,
+            mark=heldout if "dist_sae_train_fvu" in names else None,
+            from_zero=from_zero,
+        )
     lines = [
         Line(f"{100 * float(q):.0f} %", rows, labelled("explained_variance", q)) for q in QUANTILES
     ]
-    yield render_lines("Explained variance of rows, quantiles", lines, x_label=x_label)
-    for title, names, from_zero in (
-        ("L0", {"L0": "l0_latents"}, False),
-        ("Share of latents", {"dead": "dead_share", "rarely firing": "rare_share"}, True),
-        ("Gradient norm", {"Gradient norm": "gradient_norm"}, False),
-        ("Learning rate", {"Learning rate": "learning_rate"}, True),
-    ):
-        lines = [Line(line, rows, column(name)) for line, name in names.items()]
-        yield render_lines(title, lines, x_label=x_label, from_zero=from_zero)
-    lines = [Line("encoder product", rows, column("product_share"))]
+    title = TABLE["dist_sae_train_row_explained_variance"].title
+    yield render_lines(title, lines, x_label=x_label)
+    lines = [line("dist_sae_train_product_share", rows)]
     for phase, name in _STALLS.items():
         spent = zip(labelled("phases", phase), seconds, strict=True)
         lines.append(Line(name, rows, [part / whole for part, whole in spent]))
@@ -209,8 +201,8 @@ def _history_plots(page: Page) -> Iterator[str]:
     waited = zip(labelled("phases", "wait"), seconds, strict=True)
     stalls = [part > _STALLED * whole for part, whole in waited]
     speed = [
-        Line("all time", times, column("rows_per_second"), stalls),
-        Line("time in steps", times, column("worked_rows_per_second"), stalls),
+        line("dist_sae_train_rows_per_second", times, stalls),
+        line("dist_sae_train_worked_rows_per_second", times, stalls),
     ]
     yield render_lines(
         "Rows per second", speed, x_label=f"time in training, {unit}", from_zero=True

@@ -7,14 +7,14 @@ from http.client import HTTPException
 from typing import Self
 from urllib.error import HTTPError
 
-from dist_sae.telemetry.metrics import METRICS
+from dist_sae.telemetry.metrics import TABLE
 from dist_sae.telemetry.server import SCRAPE_HEADER, PageServer
 
 _PATIENCE_SECONDS = 0.04  # for all ranks together: a scrape of a pod takes at most 50 ms
 _ANSWER_SECONDS = 10.0  # a rank that takes longer is down
 _PROBE_SECONDS = 5.0  # below the probe's own limit: the answer names the rank
 
-_UP = next(metric for metric in METRICS if metric.name == "dist_sae_rank_up")
+_UP = TABLE["dist_sae_rank_up"]
 
 
 class GatheredTelemetry:

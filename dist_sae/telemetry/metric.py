@@ -1,32 +1,32 @@
-"""What a metric is, and what its labels can be. Imports no torch and no client library."""
+"""The columns of the metric table and the values of labels. Imports no torch, no client library."""
 
 from typing import Literal, NamedTuple
 
 EVERY_SERIES = ("run", "role", "rank")
-"""Labels of every series."""
+"""Labels that every series has."""
 
 SHORT_LIVED = ("plan", "evaluate", "export", "report")
-"""Programs that nobody can scrape: they push (`telemetry.pushgateway_url`)."""
+"""Programs that end too soon to be scraped: they push (`telemetry.pushgateway_url`)."""
 ROLES = ("produce", "train", *SHORT_LIVED)
 """The programs that have metrics."""
 
 PHASES = ("wait", "ranks", "begin", "forward", "backward", "optimiser", "save", "rest")
-"""Of training: they add up to its time. `wait` is for data, of the rank that waits longest; `ranks`
-for slower ranks, and on CPUs the exchange with all; `begin` comes before the first step."""
+"""Phases of training, which add up to its time. `wait`: for data, on the rank that waits longest;
+`ranks`: for slower ranks, and on CPUs all communication; `begin`: before the first step."""
 STANDING = ("wait", "begin", "save")
-"""The phases in which no step is made."""
+"""Phases in which no step is made."""
 STAGES = ("tokenize", "forward", "pack", "store")
-"""Of a producer, in the order of the work; they overlap."""
+"""Stages of a producer, in the order of the work; they overlap."""
 QUANTILES = ("0.05", "0.25", "0.5", "0.75", "0.95")
-"""Of rows."""
+"""Quantiles of rows."""
 NEVER = "never"
 DENSITIES = (NEVER, *(f"{-7 + i / 2:.1f}" for i in range(14)))
-"""Buckets of latents: the log10 of the share of rows that they fire on is at least this.
+"""Buckets of latents by log10 of the share of rows that they fire on: each bucket's lower edge.
 
-The first numbered one has the rarer ones too. Half a decade wide, to 0, every row.
+Half a decade wide, up to 0 (every row). The first numbered bucket includes rarer latents.
 """
 RARE = 1e-5
-"""A latent that fires on a smaller share of rows fires rarely."""
+"""Latents that fire on a smaller share of rows count as rarely firing."""
 STORE_ERRORS = (
     "AccessError",
     "StoreError",
@@ -35,8 +35,15 @@ STORE_ERRORS = (
 )
 
 
+View = Literal["progress", "status", "card", "detail"]
+"""Where numbers are listed: progress of a run, `dist-sae status`, the report's cards and table."""
+
+
 class Metric(NamedTuple):
-    """One row of the table. Names carry the unit; counters end in `_total`."""
+    """One row of the table. Names carry the unit; counters end in `_total`.
+
+    Whatever shows metrics takes name, title, unit and format from here.
+    """
 
     name: str
     kind: Literal["counter", "gauge", "histogram"]
@@ -46,8 +53,16 @@ class Metric(NamedTuple):
     """The programs that export it."""
     help: str
     labels: tuple[str, ...] = ()
-    """Beside those of every series."""
+    """Its own labels; every series also has `EVERY_SERIES`."""
     values: tuple[str, ...] = ()
-    """What its one label can be, where that is known; a counter begins with all of them at 0."""
+    """Values of its one label, if they are known; a counter starts with all of them at 0."""
     buckets: tuple[float, ...] = ()
-    """Of a histogram; the client's own if empty."""
+    """Of a histogram; empty for the client's defaults."""
+    short: str = ""
+    """Its key in records: history, TensorBoard, results, progress. Empty: in none."""
+    title: str = ""
+    """Heading of a panel, chart or card."""
+    text: str = ""
+    """Format of its value among others in a line: `fvu {:.3f}`."""
+    views: tuple[View, ...] = ()
+    """Lists that it is part of."""

@@ -5,8 +5,10 @@ Every series carries, beside the labels below, `run` (its name), `role` (a progr
 it). A gauge has no series until its value is known; a counter begins at 0.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from typing import Any
 
+from dist_sae.telemetry.evaluation_metrics import EVALUATION
 from dist_sae.telemetry.metric import (
     DENSITIES,
     EVERY_SERIES,
@@ -20,6 +22,7 @@ from dist_sae.telemetry.metric import (
     STANDING,
     STORE_ERRORS,
     Metric,
+    View,
 )
 from dist_sae.telemetry.training_metrics import TRAINING
 
@@ -36,13 +39,17 @@ __all__ = [
     "STAGES",
     "STANDING",
     "STORE_ERRORS",
+    "TABLE",
     "Metric",
+    "gauges",
+    "listed",
     "metrics_of",
+    "recorded",
     "render_table",
 ]
 
 _OPERATION_SECONDS = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0)
-_P, _E = ("produce",), ("evaluate",)
+_P = ("produce",)
 
 METRICS = (
     # the process
@@ -261,27 +268,10 @@ METRICS = (
         STORE_ERRORS,
     ),
     *TRAINING,
-    # evaluation, of the newest checkpoint on held-out rows
-    Metric("dist_sae_evaluate_step", "gauge", "steps", _E, "Step of what was evaluated."),
-    Metric("dist_sae_evaluate_rows", "gauge", "rows", _E, "Rows behind FVU and L0."),
-    Metric("dist_sae_evaluate_fvu", "gauge", "1", _E, "Fraction of variance unexplained."),
-    Metric(
-        "dist_sae_evaluate_pca_fvu",
-        "gauge",
-        "1",
-        _E,
-        "That of a PCA with as many components as latents are active.",
-    ),
-    Metric("dist_sae_evaluate_l0_latents", "gauge", "latents", _E, "Latents active per row."),
-    Metric("dist_sae_evaluate_dead_share", "gauge", "share", _E, "Share of dead latents."),
-    Metric(
-        "dist_sae_evaluate_ce_recovered",
-        "gauge",
-        "share",
-        _E,
-        "Share of zero ablation's harm to the cross-entropy that the reconstruction avoids.",
-    ),
+    *EVALUATION,
 )
+TABLE = {metric.name: metric for metric in METRICS}
+"""The metrics by name."""
 
 
 def render_table() -> str:
@@ -317,5 +307,31 @@ def _labels(metric: Metric) -> str:
 
 
 def metrics_of(role: str) -> Iterator[Metric]:
-    """Those that a program exports: a producer says nothing of training."""
+    """The metrics that a program exports."""
     return (metric for metric in METRICS if role in metric.roles)
+
+
+def recorded(role: str) -> dict[str, Metric]:
+    """The metrics that a program's records hold, by their short names."""
+    return {metric.short: metric for metric in metrics_of(role) if metric.short}
+
+
+def gauges(role: str, record: Mapping[str, Any]) -> Iterator[tuple[str, float, dict[str, str]]]:
+    """(Full name, value, labels) of every gauge that a record holds, by its short names.
+
+    Args:
+        role: The program that exports them.
+        record: Numbers by short name, or by short name and label; None is not known.
+    """
+    for short, metric in recorded(role).items():
+        value = record.get(short)
+        if isinstance(value, Mapping):
+            (label,) = metric.labels
+            yield from ((metric.name, number, {label: key}) for key, number in value.items())
+        elif value is not None:
+            yield metric.name, value, {}
+
+
+def listed(view: View) -> Iterator[Metric]:
+    """The metrics that a view lists, in the order of the table."""
+    return (metric for metric in METRICS if view in metric.views)

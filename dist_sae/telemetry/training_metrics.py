@@ -16,7 +16,17 @@ TRAINING = (
     ),
     Metric("dist_sae_train_ranks", "gauge", "ranks", _T, "Ranks that the job is to have."),
     Metric("dist_sae_train_latents", "gauge", "latents", _T, "Width of the whole dictionary."),
-    Metric("dist_sae_train_step", "gauge", "steps", _T, "Steps done."),
+    Metric(
+        "dist_sae_train_step",
+        "gauge",
+        "steps",
+        _T,
+        "Steps done.",
+        short="step",
+        title="Steps",
+        text="step {:,.0f}",
+        views=("status",),
+    ),
     Metric("dist_sae_train_steps", "gauge", "steps", _T, "Steps that the run will do."),
     Metric(
         "dist_sae_train_rows_total", "counter", "rows", _T, "Rows that this rank has trained on."
@@ -27,6 +37,10 @@ TRAINING = (
         "rows/second",
         _T,
         "Rows per second since the last report, all ranks.",
+        short="rows_per_second",
+        title="All time",
+        text="{:,.0f} rows/s",
+        views=("status",),
     ),
     Metric(
         "dist_sae_train_worked_rows_per_second",
@@ -34,15 +48,31 @@ TRAINING = (
         "rows/second",
         _T,
         "The same of the time in steps: without waiting for data, saving, and the beginning.",
+        short="worked_rows_per_second",
+        title="Time in steps",
+        text="{:,.0f} rows/s in steps",
+        views=("status", "progress"),
     ),
     # training: the loss
-    Metric("dist_sae_train_loss", "gauge", "1", _T, "What is minimised, on the last batch."),
+    Metric(
+        "dist_sae_train_loss",
+        "gauge",
+        "1",
+        _T,
+        "What is minimised, on the last batch.",
+        short="loss",
+        title="Loss",
+    ),
     Metric(
         "dist_sae_train_fvu",
         "gauge",
         "1",
         _T,
         "Fraction of variance unexplained on the last batch.",
+        short="fvu",
+        title="FVU",
+        text="fvu {:.3f}",
+        views=("status", "progress"),
     ),
     Metric(
         "dist_sae_train_heldout_fvu",
@@ -50,6 +80,10 @@ TRAINING = (
         "1",
         _T,
         "The same on held-out rows, at the last save.",
+        short="heldout_fvu",
+        title="Held-out FVU",
+        text="held-out {:.3f}",
+        views=("status",),
     ),
     Metric(
         "dist_sae_train_row_explained_variance",
@@ -60,6 +94,8 @@ TRAINING = (
         "mean over ranks.",
         ("quantile",),
         QUANTILES,
+        short="explained_variance",
+        title="Explained variance of rows, by quantile",
     ),
     Metric(
         "dist_sae_train_auxk_loss",
@@ -67,6 +103,8 @@ TRAINING = (
         "1",
         _T,
         "AuxK loss on the last batch, before its coefficient.",
+        short="auxk_loss",
+        title="AuxK loss",
     ),
     Metric(
         "dist_sae_train_sparsity_loss",
@@ -74,6 +112,8 @@ TRAINING = (
         "1",
         _T,
         "Penalty on codes (routed: loads), last batch, weighted.",
+        short="sparsity_loss",
+        title="Sparsity loss",
     ),
     Metric(
         "dist_sae_train_gradient_norm",
@@ -81,8 +121,18 @@ TRAINING = (
         "1",
         _T,
         "Norm of the global gradient before clipping.",
+        short="gradient_norm",
+        title="Gradient norm",
     ),
-    Metric("dist_sae_train_learning_rate", "gauge", "1", _T, "Learning rate of the last step."),
+    Metric(
+        "dist_sae_train_learning_rate",
+        "gauge",
+        "1",
+        _T,
+        "Learning rate of the last step.",
+        short="learning_rate",
+        title="Learning rate",
+    ),
     # training: the dictionary
     Metric(
         "dist_sae_train_l0_latents",
@@ -90,6 +140,10 @@ TRAINING = (
         "latents",
         _T,
         "Latents active per row on the last batch.",
+        short="l0_latents",
+        title="L0",
+        text="l0 {:.3g}",
+        views=("status", "progress"),
     ),
     Metric(
         "dist_sae_train_dead_share",
@@ -97,6 +151,10 @@ TRAINING = (
         "share",
         _T,
         "Share of latents that have not fired for dead_after_rows; none before so many rows.",
+        short="dead_share",
+        title="Dead latents",
+        text="dead {:.1%}",
+        views=("status", "progress"),
     ),
     Metric(
         "dist_sae_train_rare_share",
@@ -105,6 +163,8 @@ TRAINING = (
         _T,
         "Share of latents that fire on fewer than 1 in 100,000 rows, dead ones included; of the "
         "rows of train_density_latents.",
+        short="rare_share",
+        title="Rarely firing latents",
     ),
     Metric(
         "dist_sae_train_density_latents",
@@ -115,6 +175,8 @@ TRAINING = (
         "the label on; `never`: on none. Of the last one to two dead_after_rows in this process.",
         ("log10",),
         DENSITIES,
+        short="density",
+        title="Latents by log10 of how often they fire",
     ),
     Metric(
         "dist_sae_train_density_rows",
@@ -122,6 +184,8 @@ TRAINING = (
         "rows",
         _T,
         "Rows that train_density_latents and train_rare_share are of.",
+        short="density_rows",
+        title="Rows that the densities are of",
     ),
     Metric(
         "dist_sae_train_starved_share",
@@ -129,6 +193,8 @@ TRAINING = (
         "share",
         _T,
         "Share of latents whose gradients are below 10 eps of Adam: lower train.eps if it grows.",
+        short="starved_share",
+        title="Latents that hardly learn",
     ),
     Metric(
         "dist_sae_train_stuck_latents_total",
@@ -144,6 +210,8 @@ TRAINING = (
         "1",
         _T,
         "Active entries of the busiest shard over the mean, on the last batch; 1 is even.",
+        short="shard_load_ratio",
+        title="Busiest shard over the mean",
     ),
     Metric(
         "dist_sae_train_expert_load_ratio",
@@ -151,6 +219,8 @@ TRAINING = (
         "1",
         _T,
         "Rows that the busiest expert was sent since the last report, over the mean.",
+        short="expert_load_ratio",
+        title="Busiest expert over the mean",
     ),
     Metric(
         "dist_sae_train_idle_experts",
@@ -158,6 +228,8 @@ TRAINING = (
         "experts",
         _T,
         "Experts that got no row since the last report.",
+        short="idle_experts",
+        title="Idle experts",
     ),
     Metric(
         "dist_sae_train_expert_dead_share",
@@ -165,6 +237,8 @@ TRAINING = (
         "share",
         _T,
         "Share of dead latents, worst expert.",
+        short="expert_dead_share",
+        title="Dead latents of the worst expert",
     ),
     Metric(
         "dist_sae_train_dropped_rows_total",
@@ -198,6 +272,8 @@ TRAINING = (
         "seconds",
         _T,
         "Time of the bare encoder product of a step on this rank: the fastest of small samples.",
+        short="product_seconds",
+        title="Bare encoder product",
     ),
     Metric(
         "dist_sae_train_product_share",
@@ -205,6 +281,9 @@ TRAINING = (
         "share",
         _T,
         "Its share of a step since the last report. The limit is 1: no other dense work is needed.",
+        short="product_share",
+        title="Encoder product",
+        views=("status", "progress"),
     ),
     Metric(
         "dist_sae_train_wait_seconds_total",
@@ -232,7 +311,7 @@ TRAINING = (
         "gauge",
         "batches",
         _T,
-        "Batches that the loader held ready at the last report; 0 while data is the limit.",
+        "Batches that the loader held ready at the last step; 0 while data is the limit.",
     ),
     Metric(
         "dist_sae_train_save_stall_seconds_total",
@@ -284,6 +363,9 @@ TRAINING = (
         "seconds",
         _T,
         "From the copy of the last checkpoint until it was durable.",
+        short="checkpoint_seconds",
+        title="Time to make one durable",
+        views=("status",),
     ),
     Metric("dist_sae_checkpoint_bytes", "gauge", "bytes", _T, "Size of the last checkpoint."),
 )

@@ -1,15 +1,15 @@
-"""What limits a run now, in a sentence. Pure."""
+"""What limits a run now, in one line. Pure."""
 
 from collections.abc import Mapping
 
-_STALLED = 0.1  # share of the time from which standing still is what to mend first
-_DENSE = 0.5  # share of a step from which the product is what limits it
+_STALLED = 0.1  # share of the time: above it, standing still is the first thing to mend
+_DENSE = 0.5  # share of step time: from it on, the encoder product is the limit
 _NAMES = {
     "ranks": "waiting for other ranks",
     "forward": "the forward pass",
     "backward": "the backward pass",
     "optimiser": "the optimiser",
-    "rest": "what is beside the passes",
+    "rest": "other work in a step",
 }
 
 
@@ -20,13 +20,13 @@ def describe_limit(
     *,
     all_produced: bool = False,
 ) -> str:
-    """The one thing that would have to be faster for the run to be.
+    """Name the one thing that must become faster for the run to become faster.
 
     Args:
-        phases: Seconds of training by phase (`telemetry.metrics.PHASES`); empty while there is no
-            training. The beginning is over, and limits nothing.
-        product_share: Of a step, what the bare encoder product takes, where it is known.
-        slowest_stage: Of the producers; None if none has been heard of.
+        phases: Seconds of training by phase (`telemetry.metrics.PHASES`); empty before training.
+            `begin` is ignored: it is over.
+        product_share: Share of step time that the bare encoder product takes, if known.
+        slowest_stage: The producers' slowest stage, if known.
         all_produced: Whether every unit exists.
     """
     phases = {phase: seconds for phase, seconds in phases.items() if phase != "begin"}
@@ -42,17 +42,17 @@ def describe_limit(
     if (saving := shares.get("save", 0.0)) > _STALLED:
         return f"saving: training stands still {saving:.0%} of the time"
     if product_share is not None and product_share >= _DENSE:
-        return f"the encoder product: {product_share:.0%} of a step"
+        return f"the encoder product: {product_share:.0%} of step time"
     phase = max(shares, key=lambda phase: shares[phase])
     product = "" if product_share is None else f"; the encoder product: {product_share:.0%}"
-    return f"{_NAMES.get(phase, phase)}: {shares[phase]:.0%} of a step{product}"
+    return f"{_NAMES.get(phase, phase)}: {shares[phase]:.0%} of step time{product}"
 
 
 def _before_training(slowest_stage: str | None, *, all_produced: bool) -> str:
     if all_produced:
-        return "the trainers: they have not begun yet"
+        return "the trainers: they have not started yet"
     if slowest_stage is None:
-        return "data: no producer has said anything yet"
+        return "data: no producer has reported yet"
     return f"data: {_stage(slowest_stage)}"
 
 

@@ -14,6 +14,7 @@ from rich.progress import BarColumn, Progress, TaskID, TextColumn
 from rich.table import Column
 from rich.text import Text
 
+from dist_sae.telemetry.metrics import listed
 from dist_sae.training.limits import describe_limit
 
 _PLAIN_EVERY_SECONDS = 10.0  # between lines when the output is not a terminal
@@ -180,16 +181,13 @@ class _Role:
             for record in self._of_each.values()
             if "rows_per_second" in record
         ]
-        words = {
-            "fvu": "fvu {:.3f}",
-            "l0_latents": "l0 {:.3g}",
-            "dead_share": "dead {:.1%}",
-        }
         said = [
-            text.format(self.numbers[name]) for name, text in words.items() if name in self.numbers
+            metric.text.format(self.numbers[metric.short])
+            for metric in listed("progress")
+            if metric.text and metric.short in self.numbers and metric.unit != "rows/second"
         ]
         if "fvu" in self.numbers and "dead_share" not in self.numbers:
-            said.append("dead ?")  # nobody can know yet
+            said.append("dead ?")  # not known before dead_after_rows rows
         if self.waiting:
             said.insert(0, f"waits for data, {max(self.waiting.values()):.0f} s")
         elif rates:

@@ -1,7 +1,7 @@
-"""Numbers about a training run: to Prometheus, to its history, to whoever watches it.
+"""Publishes the numbers of a training job: to Prometheus, its history and the terminal.
 
-What a step costs for this is a count on the device and a few marks of its clock. All else, what is
-collective or waits for the device above all, is done every `train.log_every_steps` steps.
+A step costs a count on the device and a few marks of its clock. Everything that is collective or
+waits for the device happens every `train.log_every_steps` steps.
 """
 
 import logging
@@ -9,6 +9,7 @@ import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,7 +24,7 @@ from dist_sae.dictionaries.density import Densities, DensityCounts
 from dist_sae.distributed.mesh import Mesh
 from dist_sae.errors import Stopped
 from dist_sae.telemetry.exporter import Telemetry
-from dist_sae.telemetry.metrics import DENSITIES, NEVER, PHASES, RARE
+from dist_sae.telemetry.metrics import DENSITIES, NEVER, PHASES, RARE, gauges, listed
 from dist_sae.telemetry.sinks import Sink
 from dist_sae.training.clock import Times, rows_per_worked_second
 from dist_sae.training.numbers import batch_numbers, expert_numbers, starved_share
@@ -36,18 +37,18 @@ _EDGES = [float(edge) for edge in DENSITIES if edge != NEVER]
 
 
 class TrainingReporter:
-    """Counts every step, and publishes now and then.
+    """Counts every step and publishes every `train.log_every_steps`.
 
     Args:
         run: The run.
-        mesh: This rank's place.
-        telemetry: Takes the metrics.
-        times: Where this rank's time went before the first step, and goes.
-        sinks: Take the first rank's series.
-        state: What is trained.
-        mean: Of the data set, scaled.
-        start: Steps that are done already.
-        counted_rows: Of the runs before: over which idle rows of latents have been counted.
+        mesh: This rank and its process groups.
+        telemetry: Exports the metrics.
+        times: This rank's time by phase.
+        sinks: Where rank 0 writes its records.
+        state: The dictionary, its dead latents and its optimiser.
+        mean: The data set's mean, normalised.
+        start: Steps done already.
+        counted_rows: Rows over which earlier runs counted idle rows of latents.
     """
 
     def __init__(
@@ -102,7 +103,7 @@ class TrainingReporter:
             sink.close()
 
     def end(self, phase: str) -> None:
-        """What was done since the last call was this phase of a step."""
+        """End a phase: the time since the last call belongs to it."""
         self._times.end(phase)
 
     def step(
@@ -117,13 +118,13 @@ class TrainingReporter:
         """Count a step; every `log_every_steps`, gather and publish. Collective then.
 
         Args:
-            step: Steps done, with this one.
+            step: Steps done, including this one.
             rows: This rank's rows, normalised.
             output: The objective's output.
             lr: Learning rate of the update.
             gradient_norm: Norm of the gradient before clipping.
         """
-        self._telemetry.pulse.rest()  # it works; whether a step hangs is the watch's to say
+        self._telemetry.pulse.rest()  # the pod is ready; whether a step hangs is up to the watch
         self._counts["dist_sae_train_stuck_latents_total"] += self._state.dead.n_stuck
         self._densities.add(output.firings, self._run.train.batch_rows)
         if output.routing:
@@ -149,7 +150,7 @@ class TrainingReporter:
         }
         if self._counted_rows + step * run.train.batch_rows >= run.dead_after_rows:
             numbers["dead_share"] = state.dead.share
-        else:  # nobody can know yet
+        else:  # not known before so many rows
             numbers.pop("expert_dead_share", None)
         self.end("rest")
         phases = self._of_all_ranks(self._times.take())
@@ -164,9 +165,11 @@ class TrainingReporter:
             numbers["product_share"] = self._product.seconds * steps / seconds
         self.last = numbers
         self._counts["dist_sae_train_rows_total"] += rows / self._mesh.world
-        self._export(step, numbers, quantiles, density)
-        if self._mesh.is_first:
-            record = {
+        for name, value in self._counts.items():
+            self._telemetry.add(name, value)
+        self._counts.clear()
+        self._record(
+            {
                 "step": step,
                 "rows": step * run.train.batch_rows,
                 "seconds": seconds,
@@ -177,9 +180,11 @@ class TrainingReporter:
                 "density": _by_bucket(density),
                 "density_rows": density.rows,
             }
-            for sink in self._sinks:
-                sink.append(record)
-            self._show(step, numbers, phases)
+        )
+        if self._mesh.is_first:
+            names = [metric.short for metric in listed("progress") if metric.short in numbers]
+            shown = {name: numbers[name] for name in names}
+            logs.progress("train", step, run.steps, **shown, phases=phases)
             self._doubt(step, numbers)
 
     def _doubt(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -188,59 +193,39 @@ class TrainingReporter:
             logger.warning("after %d of %d steps %s", step, self._run.steps, found)
             self._doubted = True
 
-    def _export(
-        self,
-        step: int,
-        numbers: Mapping[str, float],
-        quantiles: Mapping[str, float],
-        density: DensityCounts,
-    ) -> None:
-        telemetry = self._telemetry
-        telemetry.set("dist_sae_train_step", step)
-        for name, value in numbers.items():
-            telemetry.set(f"dist_sae_train_{name}", value)
-        for name, value in self._counts.items():
-            telemetry.add(name, value)
-        self._counts.clear()
-        for quantile, value in quantiles.items():
-            telemetry.set("dist_sae_train_row_explained_variance", value, quantile=quantile)
-        for bucket, latents in _by_bucket(density).items():
-            telemetry.set("dist_sae_train_density_latents", latents, log10=bucket)
-        telemetry.set("dist_sae_train_density_rows", density.rows)
+    def _record(self, record: Mapping[str, Any]) -> None:
+        """Export a record's gauges and append it to the sinks, which rank 0 has."""
+        for name, value, labels in gauges("train", record):
+            self._telemetry.set(name, value, **labels)
+        for sink in self._sinks:
+            sink.append(record)
 
     def _of_all_ranks(self, phases: Mapping[str, float]) -> dict[str, float]:
-        """The mean over ranks: what is `forward` to one may be `ranks` to another. Collective."""
+        """Mean over ranks: one's `forward` may be another's `ranks`. Collective."""
         own = torch.tensor([phases.get(phase, 0.0) for phase in PHASES], dtype=torch.float64)
         mean = self._mesh.axis.total(own.to(self._mesh.device)) / self._mesh.world
         return dict(zip(PHASES, mean.tolist(), strict=True))
 
-    def _show(self, step: int, numbers: Mapping[str, float], phases: Mapping[str, float]) -> None:
-        names = ("fvu", "l0_latents", "dead_share", "worked_rows_per_second", "product_share")
-        shown = {name: numbers[name] for name in names if name in numbers}
-        logs.progress("train", step, self._run.steps, **shown, phases=phases)
-
     def heldout(self, step: int, fvu: float | None) -> None:
-        """Held-out FVU after so many steps, where it is measured."""
+        """Publish the held-out FVU after a step, if it was measured."""
         if fvu is not None:
-            self._telemetry.set("dist_sae_train_heldout_fvu", fvu)
-            for sink in self._sinks:
-                sink.append({"step": step, "heldout_fvu": fvu})
+            self._record({"step": step, "heldout_fvu": fvu})
 
     def saved(self, saved: Saved) -> None:
-        """A checkpoint is durable. Called in the thread that saves."""
+        """Export that a checkpoint is durable. Called in the saver's thread."""
         self._telemetry.set("dist_sae_checkpoint_step", saved.step)
         self._telemetry.set("dist_sae_checkpoint_timestamp_seconds", time.time())
         self._telemetry.set("dist_sae_checkpoint_seconds", saved.seconds)
         self._telemetry.set("dist_sae_checkpoint_bytes", saved.bytes)
 
     def flush(self) -> None:
-        """The series up to now, durably. Called in the thread that saves."""
+        """Make all records so far durable. Called in the saver's thread."""
         for sink in self._sinks:
             sink.flush()
 
 
 class _Experts:
-    """Where a routed dictionary's rows went since the last report."""
+    """Counts the rows that a routed dictionary sent to each expert since the last report."""
 
     def __init__(self) -> None:
         self._load: Tensor | None = None
@@ -250,7 +235,7 @@ class _Experts:
         self._load = routing.load if self._load is None else self._load + routing.load
 
     def take(self, axis: LatentAxis, dead: Tensor) -> dict[str, float]:
-        """Numbers of the time since the last call, none without experts. Collective."""
+        """Numbers since the last call; empty without experts. Collective."""
         if self._load is None:
             return {}
         numbers, idle = expert_numbers(axis, self._load, dead)

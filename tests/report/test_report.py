@@ -188,8 +188,8 @@ def test_page_draws_what_training_said_of_rows_and_latents() -> None:
     page = page._replace(history=[{**record, **said} for record in page.history])
     elements = Elements(render_page(page))
     titles = {text for _, text in elements.all("title")}
-    assert {"5 %: last 0.1", "50 %: last 0.75", "rarely firing: last 0.25"} <= titles
-    assert {"encoder product: last 0.5", "waiting for data: last 0.25"} <= titles
+    assert {"5 %: last 0.1", "50 %: last 0.75", "Rarely firing latents: last 0.25"} <= titles
+    assert {"Encoder product: last 0.5", "waiting for data: last 0.25"} <= titles
     assert "3 latents, 0.01 to 0.032" in titles  # half a decade from 10 ** -2; 4 are in no bar
     assert "share of 5,000 rows that a latent fired on" in render_page(page)
     measured = render_page(page._replace(evaluation=EVALUATION))  # finer, and on held-out rows
@@ -223,7 +223,7 @@ def test_a_stall_is_a_gap_in_the_curve_over_time() -> None:
     stalled = [{**r, "rows_per_second": 5.0, "seconds": 4.0} for r in page.history]
     stalled[1] = stalled[1] | {"phases": {"wait": 3.0, "forward": 1.0}}
     drawn = render_page(page._replace(history=stalled))
-    assert drawn.count("<title>all time: last 5</title>") == 2  # of a dot, and of a line
+    assert drawn.count("<title>All time: last 5</title>") == 2  # of a dot, and of a line
 
 
 def test_an_evaluation_shows_its_intervals_and_its_machine() -> None:

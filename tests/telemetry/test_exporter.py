@@ -13,10 +13,11 @@ from pathlib import Path
 
 import pytest
 
+import dist_sae
 from dist_sae.commands.cli import main
 from dist_sae.errors import NonFiniteError, Stopped, TelemetryError
 from dist_sae.telemetry.exporter import Telemetry
-from dist_sae.telemetry.metrics import METRICS, ROLES, SHORT_LIVED, Metric, metrics_of
+from dist_sae.telemetry.metrics import METRICS, ROLES, SHORT_LIVED, Metric, gauges, metrics_of
 from tests.telemetry.scrape import look, of_rank, scrape, series
 
 UNKNOWN = {"operation": 8, "status": 4, "error": 8}
@@ -198,6 +199,25 @@ def test_names_follow_the_conventions_of_prometheus() -> None:
         assert set(metric.roles) <= set(ROLES)
         assert not metric.values or len(metric.labels) == 1
     assert len({metric.name for metric in METRICS}) == len(METRICS)
+
+
+@pytest.mark.parametrize("role", ROLES)
+def test_a_record_sets_each_gauge_by_its_short_name(role: str) -> None:
+    """Which names one metric only, and what is listed for people has a title and a format."""
+    known = [metric for metric in metrics_of(role) if metric.short]
+    assert len({metric.short for metric in known}) == len(known)
+    record = {m.short: {"a": 1.0} if m.labels else 1.0 for m in known} | {"unknown": 1.0}
+    assert [name for name, _, _ in gauges(role, record)] == [metric.name for metric in known]
+    for metric in known:
+        assert metric.kind == "gauge"
+        assert metric.title, metric.name
+        assert not metric.text or re.search("[0-9]", metric.text.format(0.25)), metric.name
+
+
+def test_full_metric_names_are_written_out() -> None:
+    """So that a search for one finds its uses: none is put together from pieces."""
+    for path in Path(dist_sae.__file__).parent.rglob("*.py"):
+        assert not re.search(r"dist_sae_[a-z_]*\{(?!\{)", path.read_text()), path
 
 
 @pytest.mark.parametrize("role", ROLES)

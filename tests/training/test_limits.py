@@ -10,7 +10,7 @@ BUSY = {"wait": 0.2, "forward": 5.0, "backward": 3.0, "optimiser": 1.0, "save": 
 @pytest.mark.parametrize(
     ("phases", "product", "stage", "said"),
     [
-        ({}, None, None, "data: no producer has said anything yet"),
+        ({}, None, None, "data: no producer has reported yet"),
         ({}, None, "forward", "data: producers' slowest stage: forward"),
         (
             BUSY | {"wait": 10.0},  # of 19.8 s
@@ -20,15 +20,15 @@ BUSY = {"wait": 0.2, "forward": 5.0, "backward": 3.0, "optimiser": 1.0, "save": 
         ),
         (BUSY | {"wait": 10.0}, 0.9, None, "data: trainers wait 51% of the time"),
         (BUSY | {"save": 2.5}, 0.6, "store", "saving: training stands still 20% of the time"),
-        (BUSY, 0.55, "store", "the encoder product: 55% of a step"),
-        (BUSY, 0.3, "store", "the forward pass: 50% of a step; the encoder product: 30%"),
+        (BUSY, 0.55, "store", "the encoder product: 55% of step time"),
+        (BUSY, 0.3, "store", "the forward pass: 50% of step time; the encoder product: 30%"),
         (
             BUSY | {"ranks": 6.0, "begin": 90.0},  # of 16 s since it began
             0.3,
             "store",
-            "waiting for other ranks: 38% of a step; the encoder product: 30%",
+            "waiting for other ranks: 38% of step time; the encoder product: 30%",
         ),
-        ({"rest": 1.0}, None, None, "what is beside the passes: 100% of a step"),
+        ({"rest": 1.0}, None, None, "other work in a step: 100% of step time"),
     ],
 )
 def test_the_limit_is_what_would_have_to_be_faster(

@@ -1,6 +1,6 @@
 """What is learnt."""
 
-from dist_sae.telemetry.dashboards.panels import Page, Section, graph, number, stack
+from dist_sae.telemetry.dashboards.panels import Page, Section, gauge, graph, number, stack
 from dist_sae.telemetry.dashboards.queries import now, rate
 from dist_sae.telemetry.dashboards.repeated import DEAD, FVU, L0
 
@@ -13,10 +13,10 @@ DICTIONARY = Page(
             "Does it reconstruct?",
             (
                 FVU,
-                graph(
-                    "Explained variance of rows, by quantile",
-                    "count",
-                    now("dist_sae_train_row_explained_variance", "run, quantile"),
+                gauge(
+                    graph,
+                    "dist_sae_train_row_explained_variance",
+                    "run, quantile",
                     says="A low 0.05 line: some rows are not reconstructed at all.",
                 ),
                 graph(
@@ -39,10 +39,9 @@ DICTIONARY = Page(
                     now("dist_sae_train_density_latents", "run, log10"),
                     "A band that grows at `never` or the lowest numbers: latents die.",
                 ),
-                graph(
-                    "Latents that hardly learn",
-                    "share",
-                    now("dist_sae_train_starved_share"),
+                gauge(
+                    graph,
+                    "dist_sae_train_starved_share",
                     says="If it grows, lower train.eps.",
                 ),
                 graph(
@@ -62,10 +61,9 @@ DICTIONARY = Page(
         Section(
             "Are experts used evenly? (routed)",
             (
-                graph(
-                    "Busiest expert over the mean",
-                    "count",
-                    now("dist_sae_train_expert_load_ratio"),
+                gauge(
+                    graph,
+                    "dist_sae_train_expert_load_ratio",
                     limits=(2, 3),
                 ),
                 graph(
@@ -74,22 +72,18 @@ DICTIONARY = Page(
                     now("dist_sae_train_idle_experts").named("idle"),
                     rate("dist_sae_train_dropped_rows_total").named("dropped"),
                 ),
-                graph(
-                    "Dead latents of the worst expert",
-                    "share",
-                    now("dist_sae_train_expert_dead_share"),
-                ),
+                gauge(graph, "dist_sae_train_expert_dead_share"),
             ),
         ),
         Section(
             "What did the last evaluation say?",
             (
-                number("Held-out FVU", "count", now("dist_sae_evaluate_fvu")),
-                number("PCA's", "count", now("dist_sae_evaluate_pca_fvu")),
-                number("Cross-entropy recovered", "share", now("dist_sae_evaluate_ce_recovered")),
-                number("L0", "count", now("dist_sae_evaluate_l0_latents")),
-                number("Dead latents", "share", now("dist_sae_evaluate_dead_share")),
-                number("Of step", "count", now("dist_sae_evaluate_step")),
+                gauge(number, "dist_sae_evaluate_fvu"),
+                gauge(number, "dist_sae_evaluate_pca_fvu"),
+                gauge(number, "dist_sae_evaluate_ce_recovered"),
+                gauge(number, "dist_sae_evaluate_l0_latents"),
+                gauge(number, "dist_sae_evaluate_dead_share"),
+                gauge(number, "dist_sae_evaluate_step"),
             ),
         ),
     ),

@@ -1,6 +1,6 @@
 """The first look."""
 
-from dist_sae.telemetry.dashboards.panels import Page, Section, graph, number, stack, table
+from dist_sae.telemetry.dashboards.panels import Page, Section, gauge, graph, number, stack, table
 from dist_sae.telemetry.dashboards.queries import Query, age, alive, now, rate, recorded
 from dist_sae.telemetry.dashboards.repeated import (
     BACKLOG,
@@ -38,12 +38,11 @@ OVERVIEW = Page(
                     "What a crash would cost.",
                     CHECKPOINT_LIMITS,
                 ),
-                number("FVU", "count", now("dist_sae_train_fvu")),
-                number("L0", "count", now("dist_sae_train_l0_latents")),
-                number(
-                    "Dead latents",
-                    "share",
-                    now("dist_sae_train_dead_share"),
+                gauge(number, "dist_sae_train_fvu"),
+                gauge(number, "dist_sae_train_l0_latents"),
+                gauge(
+                    number,
+                    "dist_sae_train_dead_share",
                     limits=DEAD_LIMITS,
                 ),
             ),

@@ -1,10 +1,13 @@
 """Dashboards as plain values."""
 
-from typing import Literal, NamedTuple
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple
 
-from dist_sae.telemetry.dashboards.queries import Query
+from dist_sae.telemetry.dashboards.queries import Query, now
+from dist_sae.telemetry.metrics import TABLE
 
 Unit = Literal["count", "share", "seconds", "bytes", "bytes/s", "rows/s", "per second"]
+_UNITS: dict[str, Unit] = {"share": "share", "seconds": "seconds", "bytes": "bytes"}
 Shape = Literal["graph", "stack", "number", "table"]
 
 
@@ -76,6 +79,19 @@ def number(
 ) -> Panel:
     """The last value, large."""
     return Panel("number", title, unit, (query,), says, limits, width)
+
+
+def gauge(panel: Callable[..., Panel], name: str, by: str = "run", **settings: Any) -> Panel:
+    """A panel of one gauge, with the title and the unit of the metric table.
+
+    Args:
+        panel: `graph` or `number`.
+        name: The metric.
+        by: Labels that tell its series apart.
+        settings: As `panel` takes them.
+    """
+    metric = TABLE[name]
+    return panel(metric.title, _UNITS.get(metric.unit, "count"), now(name, by), **settings)
 
 
 def table(title: str, query: Query, says: str = "") -> Panel:

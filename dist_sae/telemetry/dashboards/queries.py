@@ -6,9 +6,8 @@ In a dashboard it would be an empty panel.
 import re
 from typing import Literal, NamedTuple, Self
 
-from dist_sae.telemetry.metrics import EVERY_SERIES, METRICS
+from dist_sae.telemetry.metrics import EVERY_SERIES, TABLE
 
-_TABLE = {metric.name: metric for metric in METRICS}
 _START = "dist_sae_process_start_timestamp_seconds"
 
 
@@ -82,7 +81,7 @@ def _series(
     Raises:
         ValueError: It is of another kind, or lacks a label.
     """
-    metric, labels = _TABLE[name], by.split(", ")
+    metric, labels = TABLE[name], by.split(", ")
     if metric.kind != kind:
         raise ValueError(f"{name} is a {metric.kind}, not a {kind}")
     if unknown := {*labels, *where} - {*EVERY_SERIES, *metric.labels}:

@@ -1,6 +1,6 @@
 """What is on more than one dashboard."""
 
-from dist_sae.telemetry.dashboards.panels import graph
+from dist_sae.telemetry.dashboards.panels import gauge, graph
 from dist_sae.telemetry.dashboards.queries import now, rate, recorded
 
 STEP_SECONDS = "dist_sae_train_step_seconds_total"
@@ -15,7 +15,7 @@ FVU = graph(
     now("dist_sae_train_heldout_fvu").named("held out"),
     says="Falls, then levels off; 1 is no better than the mean.",
 )
-L0 = graph("L0", "count", now("dist_sae_train_l0_latents"))
+L0 = gauge(graph, "dist_sae_train_l0_latents")
 DEAD = graph(
     "Dead and rarely firing latents",
     "share",

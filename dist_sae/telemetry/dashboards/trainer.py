@@ -1,6 +1,6 @@
 """A training job, rank by rank."""
 
-from dist_sae.telemetry.dashboards.panels import Page, Section, graph, number, stack
+from dist_sae.telemetry.dashboards.panels import Page, Section, gauge, graph, number, stack
 from dist_sae.telemetry.dashboards.queries import age, alive, growth, now, rate
 from dist_sae.telemetry.dashboards.repeated import BACKLOG, CHECKPOINT_LIMITS, STEP_SECONDS, UNITS
 
@@ -12,9 +12,9 @@ TRAINER = Page(
         Section(
             "Is it healthy?",
             (
-                graph("Loss", "count", now("dist_sae_train_loss")),
-                graph("Gradient norm", "count", now("dist_sae_train_gradient_norm")),
-                graph("Learning rate", "count", now("dist_sae_train_learning_rate")),
+                gauge(graph, "dist_sae_train_loss"),
+                gauge(graph, "dist_sae_train_gradient_norm"),
+                gauge(graph, "dist_sae_train_learning_rate"),
                 graph(
                     "Ranks",
                     "count",
@@ -91,10 +91,10 @@ TRAINER = Page(
                     now("dist_sae_train_product_share", "run, rank"),
                     says="The nearer to 1, the less there is to gain.",
                 ),
-                graph(
-                    "Bare encoder product",
-                    "seconds",
-                    now("dist_sae_train_product_seconds", "run, rank"),
+                gauge(
+                    graph,
+                    "dist_sae_train_product_seconds",
+                    "run, rank",
                     says="A rank above the others has a slower device.",
                 ),
                 graph(
@@ -110,10 +110,9 @@ TRAINER = Page(
                 ),
                 UNITS,
                 BACKLOG,
-                graph(
-                    "Busiest shard over the mean",
-                    "count",
-                    now("dist_sae_train_shard_load_ratio"),
+                gauge(
+                    graph,
+                    "dist_sae_train_shard_load_ratio",
                     says="The others wait for it.",
                 ),
             ),
@@ -127,7 +126,7 @@ TRAINER = Page(
                     age("dist_sae_checkpoint_timestamp_seconds"),
                     limits=CHECKPOINT_LIMITS,
                 ),
-                graph("Time to make one durable", "seconds", now("dist_sae_checkpoint_seconds")),
+                gauge(graph, "dist_sae_checkpoint_seconds"),
                 graph(
                     "Standing still for them",
                     "share",
