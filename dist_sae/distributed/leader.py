@@ -1,7 +1,7 @@
-"""One rank leads, the others do the same: how a model that several ranks hold is run.
+"""Runs a model that several ranks hold: rank 0 leads, the others follow.
 
-Each batch goes from the first rank to the others, and all run it; what comes out is used on the
-first. While it has none, the others wait, however long.
+Rank 0 broadcasts each batch, all ranks run it, and rank 0 uses the result. The others wait for the
+next batch without a time limit.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,30 +17,30 @@ from dist_sae.distributed.watch import Watch
 from dist_sae.errors import Stopped
 
 Work = Callable[[Tensor, Tensor], Any]
-"""Of (tokens, mask): the same on every rank."""
+"""Called with (tokens, mask), the same on every rank."""
 
 _OPEN, _RUN, _STOP, _END = range(4)
 
 
 class Leader:
-    """The first rank's side.
+    """Rank 0's side.
 
     Args:
-        open_work: Makes the work ready; collective.
+        open_work: Builds the work. Collective.
         mesh: The ranks.
-        watch: Is told when they are at work.
+        watch: Learns whether this rank works on a batch.
     """
 
     def __init__(self, open_work: Callable[[], Work], mesh: Mesh, watch: Watch) -> None:
         self._mesh = mesh
         self._watch = watch
         self._batches = 0
-        _tell(mesh, _OPEN)
+        _broadcast(mesh, _OPEN)
         self._work = open_work()
 
     def run(self, tokens: Tensor, mask: Tensor) -> Any:
-        """Run a batch on all ranks; what comes out here."""
-        _tell(self._mesh, _RUN, *tokens.shape)
+        """Run a batch on all ranks and return this rank's result."""
+        _broadcast(self._mesh, _RUN, *tokens.shape)
         for tensor in (tokens.int(), mask.byte()):
             dist.broadcast(tensor.contiguous(), 0, self._mesh.control)
         self._batches += 1
@@ -53,25 +53,25 @@ class Leader:
 
 @contextmanager
 def leading(mesh: Mesh) -> Iterator[None]:
-    """Tell the others at the end of it that there is no more to come; a failure the watch tells."""
+    """End or stop the followers when the block is left; after a failure the watch does it."""
     try:
         yield
     except Stopped:
-        _tell(mesh, _STOP)
+        _broadcast(mesh, _STOP)
         raise
-    _tell(mesh, _END)
+    _broadcast(mesh, _END)
 
 
 def follow(open_work: Callable[[], Work], mesh: Mesh, watch: Watch) -> None:
-    """The other ranks' side, until the first one ends.
+    """The other ranks' side: run batches until rank 0 ends.
 
     Raises:
-        Stopped: It ended because it was asked to stop.
+        Stopped: Rank 0 was asked to stop.
     """
     work: Work | None = None
     batches = 0
     while True:
-        what, rows, length = _tell(mesh)
+        what, rows, length = _broadcast(mesh)
         if what == _STOP:
             raise Stopped("stopped with the rank that leads; start again to go on")
         if what == _END:
@@ -92,13 +92,13 @@ def follow(open_work: Callable[[], Work], mesh: Mesh, watch: Watch) -> None:
 
 
 def _wait_for_device() -> None:
-    """Until the work is done and not only begun, or a rank that hangs would look idle."""
+    """Wait for the device's queue: a rank that hangs there must not look idle."""
     if torch.cuda.is_available():
         torch.cuda.current_stream().synchronize()
 
 
-def _tell(mesh: Mesh, what: int = 0, rows: int = 0, length: int = 0) -> list[int]:
-    """What the first rank says; what the others say counts for nothing."""
-    words = torch.tensor([what, rows, length])
-    dist.broadcast(words, 0, mesh.control)
-    return words.tolist()
+def _broadcast(mesh: Mesh, what: int = 0, rows: int = 0, length: int = 0) -> list[int]:
+    """Broadcast rank 0's command and the shape of its batch; the others pass nothing."""
+    command = torch.tensor([what, rows, length])
+    dist.broadcast(command, 0, mesh.control)
+    return command.tolist()

@@ -1,10 +1,9 @@
-"""Ranks that watch over one another: a stop is passed on, and a lost or hung rank ends the job.
+"""Ranks watch one another: a stop reaches all of them, and a lost or hung rank ends the job.
 
-Every rank leaves a sign of life in the store that they met at twice a second. The first rank reads
-all of them and says when one is missing; the others read what it says, and its sign. A rank that
-waits for data, for the others, or is inside a collective takes part in nothing else, so none of
-this needs the training's thread: when the job must end and that thread does not come back by
-itself, the process is ended.
+Twice a second every rank writes a heartbeat to the rendezvous store. Rank 0 reads all heartbeats
+and publishes a verdict when one is missing; the others read the verdict and rank 0's heartbeat. All
+this runs in threads of its own, because the training thread may be blocked in a collective or
+waiting for data. If the job must end and the training thread does not return, the process exits.
 """
 
 import faulthandler
@@ -24,45 +23,47 @@ from dist_sae.distributed.rendezvous import Ranks
 from dist_sae.errors import DistSaeError, RankLostError, Stopped
 
 _BEAT_SECONDS = 0.5
-_GRACE_SECONDS = 5.0  # for the training's thread to end by itself, with an error of its own
-_STOP, _OVER, _SIGN = "stop", "over", "sign/"
+_GRACE_SECONDS = 5.0  # for the training thread to fail with an error of its own
+_STOP, _VERDICT, _HEARTBEAT = "stop", "verdict", "heartbeat/"
 
 
-class _Sign(NamedTuple):
-    """What a rank says of itself."""
+class _Heartbeat(NamedTuple):
+    """A rank's state, as it writes it."""
 
     beat: int
     step: int
     working: bool
-    """Not waiting for data, for the store, or for others that may."""
+    """False while it waits for data, for the store, or for ranks that do."""
     collectives: int
-    """Entered so far: who is behind the others keeps them waiting."""
+    """Collectives entered; the rank with the fewest keeps the others waiting."""
     left: bool
+    """Whether it has finished."""
     error: str | None
-    """Why it has left, if not as it should."""
+    """Why it finished, if by a failure."""
 
 
-# of a rank that has met the others and not yet said more
-_SILENT = _Sign(beat=0, step=0, working=False, collectives=0, left=False, error=None)
+# of a rank that has joined the rendezvous and written nothing yet
+_SILENT = _Heartbeat(beat=0, step=0, working=False, collectives=0, left=False, error=None)
 
 
 class _Seen(NamedTuple):
-    """The last sign of a rank, and when it was new."""
+    """The last heartbeat of a rank, by this rank's clock."""
 
-    sign: _Sign
+    heartbeat: _Heartbeat
     alive: float
+    """When it arrived."""
     moved: float
-    """When it came to where it is."""
+    """When the rank's step or `working` last changed."""
 
 
 class Watch:
-    """This rank's part of the watch, while in its `with`.
+    """This rank's part of the watch. A context manager.
 
     Args:
-        ranks: Those that have met.
-        stopping: Set on one rank, it is set on all within seconds.
-        lost_seconds: A rank that gives no sign of life for so long is lost.
-        hung_seconds: A rank that works on one step for so long is hung.
+        ranks: The ranks of the job.
+        stopping: When set on one rank, it is set on all within seconds.
+        lost_seconds: A rank without a heartbeat for this long is lost.
+        hung_seconds: A rank that works on one step for this long is hung.
     """
 
     def __init__(
@@ -73,21 +74,21 @@ class Watch:
         self._lost_seconds = lost_seconds
         self._hung_seconds = hung_seconds
         self._beats = 0
-        # each is written by one thread, whole: what the two wrote together could be lost
+        # each is assigned whole, by one thread only: no update can be lost
         self._at = (0, False)
         self._left: tuple[bool, str | None] = (False, None)
         self._ended = threading.Event()
         self._alone = threading.Event()  # all others have left
-        self._over = threading.Event()
+        self._over = threading.Event()  # the job must end
         self._verdict = ""
-        self._heard = time.monotonic()  # from the store
+        self._answered = time.monotonic()  # when the store last answered
         self._threads = [
             threading.Thread(target=work, name=f"watch-{work.__name__}", daemon=True)
-            for work in (self._beat, self._judge)
+            for work in (self._beat, self._watch_store)
         ]
 
     def at(self, step: int, *, working: bool) -> None:
-        """Say what the training is about."""
+        """Note the step that this rank is at, and whether it works on it."""
         self._at = (step, working)
 
     def __enter__(self) -> "Watch":
@@ -106,11 +107,15 @@ class Watch:
         if self._ranks.world == 1:
             return
         failed = None if error is None or isinstance(error, Stopped) else _first_line(error)
-        if failed is None and self._ranks.rank == 0:  # the store ends with this process
+        if (
+            failed is None and self._ranks.rank == 0
+        ):  # the store ends with this process: the others must leave first
             while not (self._alone.wait(_BEAT_SECONDS) or self._over.is_set()):
                 pass
         if _is_about_others(error):
-            self._over.wait(self._lost_seconds + _GRACE_SECONDS)  # until it is known which
+            self._over.wait(
+                self._lost_seconds + _GRACE_SECONDS
+            )  # until it is known which rank failed
             self._leave(None)
             if self._stopping.is_set() and not self._verdict:
                 raise Stopped("stopped while others were at work; start again") from error
@@ -127,90 +132,97 @@ class Watch:
         for thread in self._threads:
             thread.join(_GRACE_SECONDS)
         if self._ranks.rank == 0 and (error or self._verdict):
-            time.sleep(3 * _BEAT_SECONDS)  # let the others hear
+            time.sleep(3 * _BEAT_SECONDS)  # for the others to read it
 
     def _beat(self) -> None:
-        """Give signs of life, and hear what is said."""
+        """Write heartbeats and read those of others, until this rank leaves."""
         try:
             seen: dict[int, _Seen] = {}
             while not self._ended.wait(_BEAT_SECONDS):
-                self._say()
-                self._pass_on_a_stop()
-                self._hear(seen)
-                self._heard = time.monotonic()
-            self._say()  # that it has left
+                self._write()
+                self._share_stop()
+                self._read(seen)
+                self._answered = time.monotonic()
+            self._write()  # that it has left
         except dist.DistError as exc:
             if not self._ended.is_set():
                 self._end(f"rank 0, which keeps the ranks' store, is gone ({_first_line(exc)})")
 
-    def _say(self) -> None:
+    def _write(self) -> None:
         self._beats += 1
         (step, working), (left, error) = self._at, self._left
-        sign = _Sign(self._beats, step, working, axis.entered, left, error)
-        self._store.set(f"{_SIGN}{self._ranks.rank}", json.dumps(sign))
+        heartbeat = _Heartbeat(self._beats, step, working, axis.entered, left, error)
+        self._store.set(f"{_HEARTBEAT}{self._ranks.rank}", json.dumps(heartbeat))
 
-    def _pass_on_a_stop(self) -> None:
+    def _share_stop(self) -> None:
         if self._stopping.is_set():
             self._store.set(_STOP, "1")
         elif self._store.check([_STOP]):
             self._stopping.set()
 
-    def _hear(self, seen: dict[int, _Seen]) -> None:
-        if self._store.check([_OVER]):
-            self._end(self._store.get(_OVER).decode())
+    def _read(self, seen: dict[int, _Seen]) -> None:
+        if self._store.check([_VERDICT]):
+            self._end(self._store.get(_VERDICT).decode())
             return
         now = time.monotonic()
-        for rank, sign in self._signs(seen).items():
+        for rank, heartbeat in self._heartbeats(seen).items():
             last = seen.get(rank, _Seen(_SILENT, now, now))
-            moved = (sign.step, sign.working) != (last.sign.step, last.sign.working)
-            alive = now if sign.beat != last.sign.beat else last.alive
-            seen[rank] = _Seen(sign, alive, now if moved else last.moved)
-        if all(sign.left for rank, (sign, *_) in seen.items() if rank):
+            moved = (heartbeat.step, heartbeat.working) != (
+                last.heartbeat.step,
+                last.heartbeat.working,
+            )
+            alive = now if heartbeat.beat != last.heartbeat.beat else last.alive
+            seen[rank] = _Seen(heartbeat, alive, now if moved else last.moved)
+        if all(heartbeat.left for rank, (heartbeat, *_) in seen.items() if rank):
             self._alone.set()
         if problem := self._problem(seen, now):
             if self._ranks.rank == 0:
-                self._store.set(_OVER, problem)
+                self._store.set(_VERDICT, problem)
             self._end(problem)
 
-    def _signs(self, seen: Mapping[int, _Seen]) -> dict[int, _Sign]:
-        """What those say that this rank listens to, one after the other until each has spoken."""
+    def _heartbeats(self, seen: Mapping[int, _Seen]) -> dict[int, _Heartbeat]:
+        """Heartbeats that this rank reads: all of them on rank 0, else rank 0's.
+
+        One request for all, once each of them has written.
+        """
         ranks = range(self._ranks.world if self._ranks.rank == 0 else 1)
-        keys = [f"{_SIGN}{rank}" for rank in ranks]
-        if all(rank in seen and seen[rank].sign.beat for rank in ranks):
-            signs = self._store.multi_get(keys)
+        keys = [f"{_HEARTBEAT}{rank}" for rank in ranks]
+        if all(rank in seen and seen[rank].heartbeat.beat for rank in ranks):
+            written = self._store.multi_get(keys)
         else:
-            signs = [self._store.get(key) if self._store.check([key]) else None for key in keys]
+            written = [self._store.get(key) if self._store.check([key]) else None for key in keys]
         return {
-            r: _Sign(*json.loads(s)) if s else _SILENT for r, s in zip(ranks, signs, strict=True)
+            r: _Heartbeat(*json.loads(s)) if s else _SILENT
+            for r, s in zip(ranks, written, strict=True)
         }
 
     def _problem(self, seen: Mapping[int, _Seen], now: float) -> str | None:
-        """What ends the job, if anything does."""
+        """Why the job must end, if it must."""
         working, hung = [], False
-        for rank, (sign, alive, moved) in seen.items():
+        for rank, (heartbeat, alive, moved) in seen.items():
             who = f"rank {rank} ({self._ranks.hosts[rank]})"
-            if sign.left:
-                if sign.error is not None:
-                    return f"{who} has ended: {sign.error}"
+            if heartbeat.left:
+                if heartbeat.error is not None:
+                    return f"{who} has ended: {heartbeat.error}"
             elif now - alive > self._lost_seconds:
-                return f"{who} is lost: no sign of life for {now - alive:.0f} s"
-            elif sign.working:
-                working.append((sign.step, sign.collectives, who))
+                return f"{who} is lost: no heartbeat for {now - alive:.0f} s"
+            elif heartbeat.working:
+                working.append((heartbeat.step, heartbeat.collectives, who))
                 hung = hung or now - moved > self._hung_seconds
         if self._ranks.rank or not hung:
             return None
-        step, collectives, _ = min(working)  # the others wait for those that are behind
+        step, collectives, _ = min(working)  # the others wait for the ranks that are behind
         behind = ", ".join(who for *at, who in working if at == [step, collectives])
-        return f"{behind}: hung at step {step}; its log tells where its threads stand"
+        return f"{behind}: hung at step {step}; its log has the stacks of its threads"
 
-    def _judge(self) -> None:
-        """End the job when the store does not even refuse to answer."""
+    def _watch_store(self) -> None:
+        """End the job when a call to the store does not return."""
         while not self._ended.wait(_BEAT_SECONDS) and not self._over.is_set():
-            if time.monotonic() - self._heard > self._lost_seconds:
+            if time.monotonic() - self._answered > self._lost_seconds:
                 self._end("rank 0, which keeps the ranks' store, does not answer")
 
     def _end(self, verdict: str) -> None:
-        """Make the verdict known; end the process if the training's thread does not."""
+        """Note the verdict; exit the process if the training thread does not end."""
         self._verdict = f"{verdict}; start again to go on"
         self._over.set()
         if self._ended.wait(_GRACE_SECONDS):
@@ -222,7 +234,7 @@ class Watch:
 
 
 def _is_about_others(error: BaseException | None) -> TypeGuard[BaseException]:
-    """Whether it is a collective that failed because another rank did."""
+    """Whether a collective failed because another rank did."""
     words = str(error)
     return not isinstance(error, DistSaeError) and (
         isinstance(error, dist.DistError) or "gloo" in words or "NCCL" in words

@@ -33,17 +33,17 @@ disable_created_metrics()  # type: ignore[no-untyped-call] # a second series for
 
 
 class Telemetry:
-    """The metrics of this process, from its beginning to its end.
+    """The metrics of this process, from its start to its end.
 
-    How it ended is among them. A process that is being scraped stays until that has been seen, for
-    one interval at most; a program that nobody can scrape pushes.
+    They include how it ended. A process that is being scraped waits for one more scrape, one
+    interval at most. Short-lived programs push instead.
 
     Args:
         run: Name of the run.
-        role: What this process is, one of `metrics.ROLES`.
-        port: Where to serve them; 0 takes any free port, None serves nothing.
-        rank: Of this process among those of its role.
-        pushgateway_url: Where to push them at the end; None: nowhere.
+        role: The program, one of `metrics.ROLES`.
+        port: Port to serve them on; 0 for any free port, None to serve nothing.
+        rank: Number of this process among those of its role.
+        pushgateway_url: Pushgateway to push to at the end; None for none.
 
     Raises:
         TelemetryError: The port is taken.
@@ -64,7 +64,7 @@ class Telemetry:
         self._metrics = {m.name: self._open(m) for m in metrics.metrics_of(role)}
         self.pulse = Pulse()
         self.device: Any = None
-        """What the work is done on, for its memory."""
+        """The device in use, whose memory is exported."""
         self._server = (
             None if port is None else PageServer(port, lambda _: self.render(), self.pulse.fault)
         )
@@ -108,7 +108,7 @@ class Telemetry:
             self._server.close()
 
     def render(self) -> bytes:
-        """The page, in Prometheus' text format."""
+        """Render the page in Prometheus' text format."""
         self.set("dist_sae_process_resident_memory_bytes", resident_bytes())
         for state, held in device_bytes(self.device).items():
             self.set("dist_sae_process_device_memory_bytes", held, state=state)
@@ -143,7 +143,7 @@ class Telemetry:
             )
         counter = Counter(metric.name, metric.help, labels, registry=self._registry)
         if not metric.labels:
-            counter.labels(**self._every)  # from here on it is there, at 0
+            counter.labels(**self._every)  # creates the series, at 0
         for value in metric.values:
             counter.labels(**self._every, **{metric.labels[0]: value})
         return counter

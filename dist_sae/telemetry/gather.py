@@ -18,16 +18,16 @@ _UP = TABLE["dist_sae_rank_up"]
 
 
 class GatheredTelemetry:
-    """Serves the pages of several ranks as one, for whoever supervises them in a pod.
+    """Serves the pages of a pod's ranks as one page.
 
-    A rank's own labels keep its series apart from the others'. `dist_sae_rank_up` says which ranks
-    answered. One that is busy is shown as it was when asked last; one that is gone is not shown.
+    Labels keep the ranks' series apart. `dist_sae_rank_up` says which ranks answered. For a busy
+    rank its last page is served; a rank that is gone has no series.
 
     Args:
         run: Name of the run.
-        role: What the ranks are: `produce` or `train`.
-        targets: The ranks, by number: the ports on this machine that they serve their pages on.
-        port: Where to serve the whole; 0 takes any free port.
+        role: Program of the ranks: `produce` or `train`.
+        targets: Ports of the ranks' own pages on this machine, by rank.
+        port: Port to serve the whole on; 0 for any free port.
 
     Raises:
         TelemetryError: The port is taken.
@@ -59,13 +59,13 @@ class GatheredTelemetry:
         return merge([own, *pages]).encode()
 
     def _fault(self, path: str) -> str | None:
-        """The pod lives while all ranks live, and works while all work."""
+        """Answer a probe: the pod is alive or ready when all ranks are."""
         faults = self._pool.map(lambda rank: rank.fault(path), self._ranks)
         return next((fault for fault in faults if fault), None)
 
 
 def merge(pages: Iterable[str]) -> str:
-    """Pages in Prometheus' text format as one, in which every family is in one piece."""
+    """Merge pages in Prometheus' text format; each metric family stays in one piece."""
     families: dict[str, list[str]] = {}
     for page in pages:
         for family in page.split("# HELP ")[1:]:
@@ -75,28 +75,28 @@ def merge(pages: Iterable[str]) -> str:
 
 
 _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-"""HTTP_PROXY is not for this machine's own ports."""
+"""Ignores HTTP_PROXY for this machine's own ports."""
 
 
 class _Rank:
-    """A rank, and the page that it gave last."""
+    """A rank and its last page."""
 
     def __init__(self, number: int, port: int) -> None:
         self.number = number
         self.page = ""
-        """Empty when it did not answer."""
+        """Empty if it did not answer."""
         self._served = True
         self._url = f"http://127.0.0.1:{port}"
         self._asked: Future[None] | None = None
 
     def ask(self, pool: ThreadPoolExecutor, *, scraped: bool) -> Future[None]:
-        """Ask for a new page, unless it still has not answered; for Prometheus if `scraped`."""
+        """Request a new page, unless a request is under way; for Prometheus if `scraped`."""
         if self._asked is None or self._asked.done():
             self._asked = pool.submit(self._fetch, {SCRAPE_HEADER: "1"} if scraped else {})
         return self._asked
 
     def serve(self) -> str:
-        """The page, which somebody gets now."""
+        """Return the page and note that it was served."""
         self._served = True
         return self.page
 
@@ -105,12 +105,14 @@ class _Rank:
         try:
             with _DIRECT.open(request, timeout=_ANSWER_SECONDS) as answer:
                 self.page, self._served = answer.read().decode(), False
-        except (OSError, HTTPException):  # nobody is there, or nobody answers: rank_up says it
-            if self._served:  # else these are its last words, that came too late for the last page
+        except (OSError, HTTPException):  # no process or no answer: rank_up reports it
+            if (
+                self._served
+            ):  # else it is the rank's last page, which came too late for the last answer
                 self.page = ""
 
     def fault(self, path: str) -> str | None:
-        """What the rank answers to a probe, if it is no."""
+        """Why the rank fails a probe; None if it passes."""
         try:
             with _DIRECT.open(f"{self._url}{path}", timeout=_PROBE_SECONDS):
                 return None

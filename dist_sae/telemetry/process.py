@@ -1,4 +1,4 @@
-"""What a process holds."""
+"""Memory of this process."""
 
 import sys
 from collections.abc import Mapping
@@ -10,18 +10,18 @@ _PROCESS = psutil.Process()
 
 
 def resident_bytes() -> int:
-    """Memory of the host that this process holds now."""
+    """Resident memory of this process, in bytes."""
     return int(_PROCESS.memory_info().rss)
 
 
 def device_bytes(device: Any) -> Mapping[str, int]:
-    """Memory of a GPU that this process holds, by state. Waits for no kernel.
+    """GPU memory of this process in bytes, by state. Does not wait for the device.
 
     Args:
-        device: The GPU; None is the first one that it sees, if it uses any. Threads have a current
-            device of their own, so what the work is done on has to be named.
+        device: The GPU in use; None for the first visible one. It must be named, since each thread
+            has a current device of its own.
     """
-    torch = sys.modules.get("torch")  # a program that has not loaded it has no GPU in use
+    torch = sys.modules.get("torch")  # a program that has not imported it uses no GPU
     if torch is None or not torch.cuda.is_initialized():
         return {}
     return {

@@ -1,4 +1,4 @@
-"""Reads what `telemetry/exporter.py` serves, as Prometheus would."""
+"""Reads pages of metrics (`telemetry/exporter.py`), as Prometheus would."""
 
 from typing import NamedTuple
 
@@ -14,10 +14,10 @@ class Sample(NamedTuple):
 
 
 def read_page(text: str) -> list[Sample]:
-    """All samples of a page in Prometheus' text format.
+    """Parse all samples of a page in Prometheus' text format.
 
     Raises:
-        ValueError: It is none.
+        ValueError: The text is not in that format.
     """
     families = text_string_to_metric_families(text)
     return [Sample(s.name, dict(s.labels), s.value) for family in families for s in family.samples]

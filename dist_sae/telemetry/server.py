@@ -1,4 +1,4 @@
-"""Serves a page of metrics over HTTP, and answers probes beside it."""
+"""Serves a page of metrics and answers probes, over HTTP."""
 
 import logging
 import socket
@@ -13,20 +13,20 @@ from dist_sae.telemetry.pulse import PATHS
 
 logger = logging.getLogger(__name__)
 
-_LAST_SCRAPE_SECONDS = 100.0  # the longest that a process stays for it: scrapes of every minute
+_LAST_SCRAPE_SECONDS = 100.0  # longest wait for the last scrape: allows scrapes every minute
 _LATE_SECONDS = 1.0
 SCRAPE_HEADER = "X-Prometheus-Scrape-Timeout-Seconds"
 _CLIENT_SECONDS = 10.0
 
 
 class PageServer:
-    """One page, made when it is asked for, in threads of its own.
+    """Serves one page, rendered on request, in threads of its own.
 
     Args:
-        port: Where; 0 takes any free port.
-        render: Makes the page, in Prometheus' text format; is told whether Prometheus asks, and
-            not a person or another program, who take no last words.
-        fault: Why the answer to a probe is no, by path (see `pulse`); None if it is yes.
+        port: Port to serve on; 0 for any free port.
+        render: Renders the page in Prometheus' text format; called with whether Prometheus asks,
+            as against a person or another program, for whom the process does not wait.
+        fault: Why a probe fails, by path (see `pulse`); None if it passes.
 
     Raises:
         TelemetryError: The port is taken.
@@ -55,17 +55,17 @@ class PageServer:
         self._thread.start()
 
     def close(self) -> None:
-        """Serve no more."""
+        """Stop serving."""
         self._server.shutdown()
         self._server.server_close()
 
     def await_last_scrape(self) -> None:
-        """Stay until whoever asks regularly has asked once more; not at all if nobody does."""
+        """Wait for one more scrape if there have been any, for at most one interval."""
         self._ending = time.monotonic()
         if self._sent is None:
             return
-        rest = _LAST_SCRAPE_SECONDS  # asked once: it is not known how often
-        if self._interval is not None:  # below 0: they are gone
+        rest = _LAST_SCRAPE_SECONDS  # one scrape so far: the interval is unknown
+        if self._interval is not None:  # negative: scrapes have ended
             rest = self._sent + 1.5 * self._interval + _LATE_SECONDS - self._ending
         self._once_more.wait(min(max(rest, 0.0), _LAST_SCRAPE_SECONDS))
 
@@ -93,11 +93,11 @@ class PageServer:
                 try:
                     page = render(scraped)
                 except Exception:
-                    logger.exception("the page of metrics could not be made")
+                    logger.exception("the page of metrics could not be rendered")
                     self.send_error(500)
                     return
                 if scraped:
-                    note(asked)  # whoever has the answer counts as one who asks
+                    note(asked)  # before the answer is sent: its reader will scrape again
                 self._answer(200, page)
                 if scraped:
                     told(asked)
@@ -127,4 +127,4 @@ class _Server(ThreadingHTTPServer):
         super().server_bind()
 
     def handle_error(self, *_: Any) -> None:
-        pass  # whoever asked has gone away; they will ask again
+        pass  # the client has gone away and will ask again

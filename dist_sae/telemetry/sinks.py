@@ -1,4 +1,4 @@
-"""Where a run's series go beside its own history: TensorBoard and Weights & Biases, if asked."""
+"""Sinks for a run's records: its history and, on request, TensorBoard and Weights & Biases."""
 
 import logging
 from collections.abc import Callable, Iterator, Mapping
@@ -20,7 +20,7 @@ Record = Mapping[str, Any]
 
 
 class Sink(Protocol):
-    """Takes the records of one process's life, in the order of their steps."""
+    """Takes the records of one start of a run, in the order of their steps."""
 
     def append(self, record: Record) -> None:
         """Keep a record."""
@@ -31,17 +31,17 @@ class Sink(Protocol):
         ...
 
     def close(self) -> None:
-        """There will be no more."""
+        """End the series."""
         ...
 
 
 def open_sinks(run: Run, runs: ObjectStore, first_step: int) -> list[Sink]:
-    """The history, and what the run file asks for beside it.
+    """Open the history and the sinks that the run file names.
 
     Args:
         run: The run.
-        runs: Where the history is.
-        first_step: The curves go on from here; what is beyond it is of a life that is given up.
+        runs: The store of runs.
+        first_step: Where the curves continue; records of later steps were given up.
 
     Raises:
         ConfigError: A package is missing, or Weights & Biases refuses.
@@ -56,7 +56,7 @@ def open_sinks(run: Run, runs: ObjectStore, first_step: int) -> list[Sink]:
 
 
 class Dispensable:
-    """A sink that a run goes on without: when it fails once, it gets no more, and that is said."""
+    """An optional sink: after its first failure it is dropped with a warning."""
 
     def __init__(self, name: str, sink: Sink) -> None:
         self._name = name
@@ -76,17 +76,21 @@ class Dispensable:
             return
         try:
             call(self._sink)
-        except Exception as exc:  # a full disk, a service that is away: dozens of types
+        except Exception as exc:  # a full disk, an unreachable service: dozens of types
             self._sink = None
-            logger.warning("telemetry.%s gets no more from this process: %s", self._name, exc)
+            logger.warning(
+                "telemetry.%s failed and gets no more records from this process: %s",
+                self._name,
+                exc,
+            )
 
 
 class TensorBoard:
-    """Event files in a folder of this machine."""
+    """TensorBoard event files in a folder of this machine."""
 
     def __init__(self, folder: Path, first_step: int) -> None:
         _require("tensorboard")
-        from torch.utils.tensorboard import SummaryWriter  # takes a second, and is not needed else
+        from torch.utils.tensorboard import SummaryWriter  # takes a second to import
 
         self._writer = SummaryWriter(str(folder), purge_step=first_step + 1)
 
@@ -102,7 +106,7 @@ class TensorBoard:
 
 
 class WeightsAndBiases:
-    """A run of a project, under the run's own name; who may and where is in WANDB_*."""
+    """A Weights & Biases run under the run's name; WANDB_* give the account and the server."""
 
     def __init__(self, run: Run, project: str) -> None:
         _require("wandb")
@@ -123,7 +127,7 @@ class WeightsAndBiases:
         self._run.log(dict(_flat(record)), step=record["step"])
 
     def flush(self) -> None:
-        pass  # it keeps what it was told in a file of its own
+        pass  # it keeps its records in a file of its own
 
     def close(self) -> None:
         self._run.finish()
@@ -137,7 +141,7 @@ def _require(package: str) -> None:
 
 
 def _flat(record: Record) -> Iterator[tuple[str, float]]:
-    """Names as both services group them: `phases/wait`."""
+    """Flatten a record to names as both services group them: `phases/wait`."""
     for name, value in record.items():
         if isinstance(value, Mapping):
             yield from ((f"{name}/{label}", number) for label, number in value.items())

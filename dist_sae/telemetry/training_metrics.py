@@ -1,4 +1,4 @@
-"""The part of the table (`metrics.py`) that trainers alone export."""
+"""The part of the table (`metrics.py`) that trainers export."""
 
 from dist_sae.telemetry.metric import DENSITIES, PHASES, QUANTILES, Metric
 

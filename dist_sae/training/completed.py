@@ -15,9 +15,9 @@ from dist_sae.storage import open_store
 
 
 def completed_result(run: Run) -> dict[str, float] | None:
-    """What `train` returned if the run has nothing left to train, else None.
+    """What `train` returned, if the run is complete; else None.
 
-    Asked before ranks meet: one that is started again when the others have ended for good would
+    Checked before the rendezvous: a rank that is restarted after the others have finished would
     wait for them in vain.
     """
     runs = open_store(run.store.runs, run.store.s3)
@@ -29,18 +29,18 @@ def completed_result(run: Run) -> dict[str, float] | None:
     run = planned(run, stream_rows=lineage.stream_rows) or as_begun(run, stored)
     if checkpoint.step < run.steps:
         return None
-    if changes(stored, run, but=PLAN_SECTIONS):  # which `train` refuses, and says why
+    if changes(stored, run, but=PLAN_SECTIONS):  # `train` refuses and says why
         return None
     rows = checkpoint.step * run.train.batch_rows
     return {"step": checkpoint.step, **lineage.totals(rows)}
 
 
 def all_units_exist(run: Run) -> bool:
-    """Whether the run's activation set has every unit of its plan."""
+    """Whether the activation set holds every unit of the run's plan."""
     store = open_store(run.store.activations, run.store.s3)
     try:
         plan = load_plan(store, run)
-    except PlanMismatchError:  # which `plan` mends, or says why not
+    except PlanMismatchError:  # `plan` replaces it or says why not
         return False
     if ReadyUnits(store, plan, lambda _: None).count() < len(plan.train_units):
         return False

@@ -1,4 +1,4 @@
-"""What a training step says of the dictionary, over all ranks. Everything here is collective."""
+"""Numbers of a training step over all ranks. Everything here is collective."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -17,13 +17,13 @@ def batch_numbers(
     x: Float[Tensor, "batch d_in"],
     mean: Float[Tensor, " d_in"],
 ) -> tuple[dict[str, float], dict[str, float]]:
-    """Of the last batch: losses and counts, and quantiles of the rows' explained variance.
+    """Losses and counts of the last batch, and quantiles of its rows' explained variance.
 
     Args:
         axis: This rank's place.
-        output: What came of the batch.
-        x: This rank's rows of it, scaled.
-        mean: Of the data set, in the same scale.
+        output: The objective's output on the batch.
+        x: This rank's rows of the batch, normalised.
+        mean: The data set's mean, in the same scale.
     """
     terms = output.terms
     active = x.new_zeros(axis.shards)
@@ -50,7 +50,7 @@ def batch_numbers(
 def starved_share(
     axis: LatentAxis, second_moment: Float[Tensor, "n_local d_in"], eps: float
 ) -> float:
-    """Of all latents: those whose encoder row learns as fast as eps, not Adam, lets it."""
+    """Share of latents whose Adam updates are dominated by eps, by their encoder rows."""
     starved = (second_moment.mean(dim=1).sqrt() < _FAR_ABOVE_EPS * eps).sum()
     return int(axis.total(starved)) / (axis.replicas * axis.shards * len(second_moment))
 
@@ -58,12 +58,12 @@ def starved_share(
 def expert_numbers(
     axis: LatentAxis, load: Int[Tensor, " experts"], dead: Bool[Tensor, " n_local"]
 ) -> tuple[dict[str, float], list[int]]:
-    """How evenly rows were sent and how the worst expert fares, and which got none.
+    """(Balance of the experts and dead share of the worst one, experts without any row).
 
     Args:
         axis: This rank's place.
-        load: Rows of the global batches that each was sent.
-        dead: Latents of this shard that are.
+        load: Rows of the global batches sent to each expert.
+        dead: Dead latents of this shard.
     """
     here = dead.view(len(load) // axis.shards, -1).double().mean(1)
     shares = here.new_zeros(len(load))

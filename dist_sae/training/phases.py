@@ -1,4 +1,4 @@
-"""Where the time of training steps goes, without waiting for the device."""
+"""Times the phases of training steps without waiting for the device."""
 
 import time
 from collections import defaultdict, deque
@@ -9,21 +9,21 @@ import torch
 
 from dist_sae.dictionaries.base import Dictionary
 
-_FOLD_FROM = 256  # marks of a GPU's clock that are kept before those behind it are read
-_SAMPLE_LATENTS = (1024, 2048)  # least and most of a sample: fewer are slower, each
+_FOLD_FROM = 256  # marks of a GPU's clock that are kept before past ones are read
+_SAMPLE_LATENTS = (1024, 2048)  # least and most of a sample: fewer are slower per latent
 _SAMPLE_ROWS = 4096
 _SAMPLED_SHARE = 1 / 32
-_MOST_TIME = 0.002  # share of all time that samples may take
+_MOST_TIME = 0.002  # share of the whole time that samples may take
 
 
 class Clock:
-    """The device's own: a mark is taken when the work before it is done, and read later."""
+    """The device's clock: a mark is set when the work before it is done, and read later."""
 
     def __init__(self, device: torch.device) -> None:
         self.is_cuda = device.type == "cuda"
 
     def mark(self) -> Any:
-        """Now, or on a GPU when what was begun before is done."""
+        """The current time; on a GPU the time when the work queued so far is done."""
         if not self.is_cuda:
             return time.perf_counter()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
@@ -35,17 +35,17 @@ class Clock:
         return bool(mark.query()) if self.is_cuda else True
 
     def await_(self, mark: Any) -> None:
-        """Wait until it can."""
+        """Wait until a mark can be read."""
         if self.is_cuda:
             mark.synchronize()
 
     def seconds(self, start: Any, end: Any) -> float:
-        """From one mark to another, both in the past."""
+        """Seconds between two marks, both in the past."""
         return float(start.elapsed_time(end) / 1e3 if self.is_cuda else end - start)
 
 
 class Phases:
-    """Time by phase; all of it is in one, so they add up to the time that passed."""
+    """Time by phase. Every moment belongs to one phase, so they add up to the time passed."""
 
     def __init__(self, clock: Clock) -> None:
         self._clock = clock
@@ -53,11 +53,11 @@ class Phases:
         self._marks: deque[tuple[str, Mapping[str, float], Any]] = deque([("", {}, clock.mark())])
 
     def end(self, phase: str, within: Mapping[str, float] | None = None) -> None:
-        """What was done since the last call was this phase.
+        """End a phase: the time since the last call belongs to it.
 
         Args:
-            phase: What to call it.
-            within: Other phases that took so many seconds of it, at most; the first come first.
+            phase: Its name.
+            within: Seconds of it, at most, that belong to other phases, in this order.
         """
         self._marks.append((phase, within or {}, self._clock.mark()))
         if len(self._marks) > _FOLD_FROM and self._clock.is_past(self._marks[1][2]):
@@ -83,10 +83,10 @@ class Phases:
 
 
 class ProductSamples:
-    """Time of the bare encoder product of a step on this rank, the limit of what a step can be.
+    """Time of a step's bare encoder product on this rank, the lower bound of a step.
 
-    Now and then a small part of it is computed and scaled up. The fastest counts: the others had to
-    share the machine. Time for it is bounded by a share of all time.
+    Now and then a small part of the product is timed and scaled up. The fastest sample counts: the
+    others shared the machine. Samples take a bounded share of the time.
     """
 
     def __init__(self, sae: Dictionary, clock: Clock) -> None:
@@ -99,17 +99,17 @@ class ProductSamples:
 
     @property
     def seconds(self) -> float | None:
-        """The product's, as far as it is known."""
+        """Time of the product; None before the first sample."""
         return None if self._best == float("inf") else self._best
 
     def at_most(self, seconds: float) -> None:
-        """It takes no longer than forward passes, which it is part of, took on average."""
+        """Bound the time by that of a mean forward pass, which includes the product."""
         if self._best != float("inf"):
             self._best = min(self._best, seconds)
 
     @torch.no_grad()
     def sample(self, x: torch.Tensor) -> None:
-        """Time a part of the product; `x` are this rank's rows."""
+        """Time a part of the product on this rank's rows `x`."""
         self._read()
         if self._spent > _MOST_TIME * (time.monotonic() - self._since):
             return
@@ -118,11 +118,11 @@ class ProductSamples:
         n = min(len(sae.W_enc), max(least, min(most, int(_SAMPLED_SHARE * len(sae.W_enc)))))
         rows, weights = x[:_SAMPLE_ROWS].to(dtype), sae.W_enc[:n].to(dtype)
         out = torch.empty(len(rows), n, dtype=dtype, device=x.device)
-        torch.mm(rows[:64], weights.T, out=out[:64])  # memory is mapped, libraries are ready
+        torch.mm(rows[:64], weights.T, out=out[:64])  # warm-up: map memory, load libraries
         start = self._clock.mark()
         torch.mm(rows, weights.T, out=out)
         end = self._clock.mark()
-        # each of this rank's rows meets as many latents of all shards
+        # this rank's rows are multiplied with the latents of all shards
         whole = len(x) * sae.config.latents_met
         self._under_way = start, end, whole / (len(rows) * n)
         self._read()
@@ -133,5 +133,5 @@ class ProductSamples:
         start, end, scale = self._under_way
         self._under_way = None
         seconds = self._clock.seconds(start, end)
-        self._spent += 2 * seconds  # the copies as well
+        self._spent += 2 * seconds  # includes the copies
         self._best = min(self._best, seconds * scale)

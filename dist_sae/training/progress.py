@@ -1,4 +1,4 @@
-"""How far a local run has come: bars in a terminal of 80 columns, else a line now and then."""
+"""Shows the progress of a local run: bars in a terminal of 80 columns, else a line now and then."""
 
 import re
 import threading
@@ -21,10 +21,10 @@ _PLAIN_EVERY_SECONDS = 10.0  # between lines when the output is not a terminal
 
 
 class ProgressView:
-    """Shows what processes say of their progress (`logs.progress`).
+    """Shows the progress that processes report (`logs.progress`).
 
     Args:
-        console: Where to; stderr if left out.
+        console: Where to print; stderr by default.
     """
 
     def __init__(self, console: Console | None = None) -> None:
@@ -49,16 +49,16 @@ class ProgressView:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._limit.truncate(0)  # what is over has no limit
+        self._limit.truncate(0)  # a finished run has no limit
         self._live.stop()
 
     def begin(self, name: str) -> None:
-        """A part of the run that has no progress of its own begins."""
+        """Start a part of the run that reports no progress."""
         self._limit.truncate(0)
         self._console.print(f"{name} ...", highlight=False)
 
     def show(self, process: str, record: Mapping[str, Any]) -> None:
-        """Take in what a process says of itself."""
+        """Show a progress record of a process."""
         name = record["role"]
         role = self._roles.setdefault(name, _Role(record["done"]))
         role.take(process, record)
@@ -88,7 +88,7 @@ class ProgressView:
             self._console.print(line, highlight=False, soft_wrap=True)
 
     def warn(self, level: str, text: str) -> None:
-        """Show what a process warns of, once, however many say the same, of whichever unit."""
+        """Show a warning once, even if many processes give it, with other numbers."""
         kind = re.sub(r"\d+", "", text)
         with self._warning:
             if kind in self._warned:
@@ -110,15 +110,15 @@ class ProgressView:
 
 
 class _Role:
-    """Processes that do one thing together."""
+    """Progress of the processes of one role."""
 
     def __init__(self, done: float) -> None:
         self.done = done
         self.total = 0.0
         self.numbers: Mapping[str, Any] = {}
-        """What one of them said last."""
+        """The last record of any of them."""
         self.waiting: dict[str, float] = {}
-        """Seconds for which processes have stood still, waiting for data."""
+        """Seconds that processes have waited for data, by process."""
         self._of_each: dict[str, Mapping[str, Any]] = {}
         self._there = done
         self._at_hand: dict[str, float] = {}
@@ -127,12 +127,12 @@ class _Role:
         self._said = float("-inf")
 
     def take(self, process: str, record: Mapping[str, Any]) -> None:
-        """Take in what one of them says."""
+        """Take in a record of one of the processes."""
         self._at_hand[process] = record.get("at_hand", 0)
-        if self.done == self._began[0]:  # nothing was done before this
+        if self.done == self._began[0]:  # the first progress since the start
             self._began = self.done, self._heard
         self._heard = time.monotonic()
-        # each producer sees its own share at once, and one sees units that another had at hand
+        # a producer sees its own share at once, and may see units that another had at hand
         there = max(self._there, record["done"])
         self._there = there
         self.done = min(max(self.done, there + sum(self._at_hand.values())), record["total"])
@@ -142,18 +142,18 @@ class _Role:
             if seconds:
                 self.waiting[process] = seconds
             return
-        self.waiting.clear()  # a step is made by all of them
+        self.waiting.clear()  # a step was made, so none is waiting
         self.numbers = self._of_each[process] = {**self._of_each.get(process, {}), **record}
 
     @property
     def slowest_stage(self) -> str | None:
-        """Of most of them."""
+        """The stage that is the slowest for most producers."""
         stages = Counter(r["busiest"] for r in self._of_each.values() if "busiest" in r)
         return max(stages, key=lambda stage: stages[stage]) if stages else None
 
     @property
     def left(self) -> timedelta | None:
-        """How long it still takes, at the rate so far."""
+        """Time left at the rate so far; None if unknown."""
         first, since = self._began
         if self.done in (first, self.total):
             return None
@@ -161,7 +161,7 @@ class _Role:
         return timedelta(seconds=round(seconds))
 
     def is_due(self) -> bool:
-        """Whether a line about them is due; it is taken to be written then."""
+        """Whether a line is due; if so, it counts as printed."""
         over = self.done == self.total and self._said < float("inf")
         if not over and time.monotonic() - self._said < _PLAIN_EVERY_SECONDS:
             return False
@@ -169,13 +169,13 @@ class _Role:
         return True
 
     def amount(self) -> str:
-        """What is done, and of how much."""
+        """How much is done of how much."""
         if self.total == 1:
             return f"{self.done:.0%}"
         return f"{self.done:,.0f}/{self.total:,.0f}"
 
     def describe(self) -> str:
-        """In few words: a terminal has 80 columns."""
+        """Rates and numbers in a few words, for 80 columns."""
         rates = [
             record.get("worked_rows_per_second", record.get("rows_per_second", 0.0))
             for record in self._of_each.values()

@@ -1,26 +1,28 @@
-"""Whether a dictionary becomes one that somebody could want: sparse, and not mostly dead."""
+"""Warns of a dictionary that is not becoming useful: not sparse, empty or mostly dead."""
 
 from collections.abc import Mapping
 
 from dist_sae.config import Run
 from dist_sae.config.sae import PenalisedConfig
 
-_FROM_PROGRESS = 0.25  # of the run: coefficients have risen, and most that will die has died
-_MOST_L0 = 0.5  # per dimension of the rows: with more, codes are no sparser than the rows
+_FROM_PROGRESS = (
+    0.25  # of the run: coefficients have risen, and most latents that will die are dead
+)
+_MOST_L0 = 0.5  # per dimension of the rows: above it codes are no sparser than the rows
 _MOST_DEAD = 0.3
 
 
 def doubt(run: Run, d_in: int, step: int, numbers: Mapping[str, float]) -> str | None:
-    """What is wrong with the sparsity or the dead latents after a step, and what helps.
+    """Describe a problem with sparsity or dead latents, and the remedy.
 
     Args:
         run: The run.
         d_in: Width of the activations.
         step: Steps done.
-        numbers: `l0_latents`, and `dead_share` once it can be known.
+        numbers: `l0_latents`, and `dead_share` once it is known.
 
     Returns:
-        One line, or None where nothing is wrong or it is too early to say.
+        One line; None if there is no problem or it is too early to tell.
     """
     if step < _FROM_PROGRESS * run.steps:
         return None

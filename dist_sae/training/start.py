@@ -1,4 +1,4 @@
-"""What a run begins from: its own checkpoints, another run's, or rows alone."""
+"""Finds what a run starts from: its own checkpoints, a parent's, or nothing."""
 
 import logging
 from collections.abc import Mapping, Sequence
@@ -23,36 +23,36 @@ logger = logging.getLogger(__name__)
 
 
 class Start(NamedTuple):
-    """Checkpoints to begin from: the run's own, or its parent's."""
+    """Checkpoints that a run starts from: its own, or its parent's."""
 
     found: Sequence[Checkpoint] = ()
-    """Its own checkpoints, the newest first."""
+    """The run's own checkpoints, newest first."""
     parent: Checkpoint | None = None
-    """Where there are none: that of another run."""
+    """The parent's checkpoint, if the run has none of its own."""
     lineage: Lineage = Lineage()
     cursors: Mapping[int, StreamCursor] = {}
-    """Where its streams are, or its parent's were if they are gone on with."""
+    """Positions of the streams: its own, or its parent's if `train.parent.data` is `continue`."""
 
     @classmethod
     def of_own(cls, found: Sequence[Checkpoint]) -> Self:
-        """That of a run which has checkpoints."""
+        """The start of a run that has checkpoints."""
         return cls(
             found, lineage=Lineage.from_scalars(found[0].scalars), cursors=cursors_of(found[0])
         )
 
     @classmethod
     def of_others(cls, runs: ObjectStore, run: Run, plan: Plan) -> Self:
-        """That of a run which has none.
+        """The start of a run without checkpoints: its parent's, if it names one.
 
         Args:
             runs: The store of runs.
-            run: As its file says.
-            plan: Its plan.
+            run: The run as its file says.
+            plan: The plan of its activation set.
 
         Raises:
-            ConfigError: It cannot begin with its parent, or there is none.
+            ConfigError: The parent does not exist or does not fit.
             PlanMismatchError: The parent was trained on another activation set.
-            CorruptObjectError: It is damaged.
+            CorruptObjectError: The parent's checkpoint is damaged.
         """
         parent, how = warm_start.find(runs, plan.resolve(run), plan.hash), run.train.parent
         if parent is None:
@@ -66,36 +66,36 @@ class Start(NamedTuple):
         return cls((), parent, lineage, cursors_of(parent) if reads_on else {})
 
     def resolve(self, run: Run, plan: Plan) -> Run:
-        """`Plan.resolve`, which gives a child what its parents left."""
+        """Resolve the run by the plan, less the rows that its parents took."""
         return plan.resolve(run, self.lineage.stream_rows)
 
     def taken_rows(self, plan: Plan) -> int:
-        """Rows of the activation set that its parents took."""
+        """Rows of the activation set that the parents took."""
         return self.lineage.stream_rows * plan.streams
 
     def init_rows(self, run: Run) -> int:
-        """Rows that the initial dictionary wants directions from."""
+        """Rows that give initial directions to latents."""
         if self.found:
             return 0
         if self.parent is None:
             return run.sae.init_rows
-        return run.sae.n_latents - warm_start.width(self.parent)  # at what is left of a row
+        return run.sae.n_latents - warm_start.width(self.parent)  # the parent gives the others
 
     def knows_rows_of(self, plan: Plan) -> Checkpoint | None:
-        """The checkpoint that has the plan's normaliser, if there is one."""
+        """A checkpoint whose normaliser was measured on this plan, if there is one."""
         known = self.found[0] if self.found else self.parent
         return known if known and known.scalars.get("plan") == plan.hash else None
 
     def check(self, run: Run, plan: Plan) -> None:
-        """Make sure that the activation set has what the run is going to read.
+        """Check that the activation set suffices.
 
         Args:
             run: The run, resolved.
-            plan: Its plan.
+            plan: The plan of its activation set.
 
         Raises:
-            DataExhaustedError: `train.rows` is above what is left.
-            ConfigError: Producers would be held back before training has what it begins with.
+            DataExhaustedError: `train.rows` exceeds the rows that are left.
+            ConfigError: `store.max_ahead_units` would stop producers before training can start.
         """
         check_rows(run, plan, self.taken_rows(plan))
         normaliser_rows = 0 if self.knows_rows_of(plan) else run.train.normaliser_rows or 0
@@ -115,9 +115,11 @@ def find_start(
         return Start.of_own(found)
     start = Start.of_others(runs, run, plan)
     if len(set(mesh.all_gather_objects(start.parent and start.parent.step))) > 1:
-        raise Stopped(f"{run.name}: its parent was written while the ranks began; start again")
+        raise Stopped(
+            f"{run.name}: a checkpoint of its parent was saved while the ranks started; start again"
+        )
     if start.parent:
-        logger.info("goes on from %s", start.lineage.describe())
+        logger.info("continues %s", start.lineage.describe())
     return start
 
 
@@ -135,14 +137,14 @@ def find_checkpoints(
     found = [checkpoint for checkpoint in found if checkpoint.step in on_all]
     if not found and checkpoints.steps():
         raise CorruptObjectError(
-            "no checkpoint is whole; restore one, or train under another name",
+            "no checkpoint is intact; restore one, or train under another name",
             url=runs.url,
             key=run.name,
         )
     windows = range(0, plan.n_train_units // plan.streams, plan.window_units)
     for checkpoint in found:
         remedy = (
-            f"restore them, or choose another name: `--set name=OTHER --from {run.name}` goes on "
+            f"restore them, or choose another name: `--set name=OTHER --from {run.name}` continues "
             f"from this run"
         )
         resolved = plan.resolve(run, Lineage.from_scalars(checkpoint.scalars).stream_rows)
@@ -180,7 +182,7 @@ def restore(
             damage = exc
         if mesh.any_rank(damage is not None):
             if damage is not None:
-                logger.error("%s; the checkpoint before is taken", damage)
+                logger.error("%s; using the checkpoint before it", damage)
             continue
         take()
         if mesh.is_first:  # or they would be the newest again
@@ -192,11 +194,11 @@ def restore(
         repeated_rows = checkpoint.scalars.get("repeated_rows", 0) if mesh.is_first else 0
         return StreamPosition(checkpoint.step, cursors_of(checkpoint), repeated_rows)
     raise CorruptObjectError(
-        "no checkpoint is whole; restore one, or train under another name",
+        "no checkpoint is intact; restore one, or train under another name",
         url=checkpoint.store.url,
     )
 
 
 def cursors_of(checkpoint: Checkpoint) -> dict[int, StreamCursor]:
-    """Where the streams are, by number."""
+    """Positions of the streams by number."""
     return {int(v): StreamCursor(*cursor) for v, cursor in checkpoint.scalars["places"].items()}

@@ -1,4 +1,4 @@
-"""Settings that cannot act in the run at hand, and data too few to tell by: a line each. Pure."""
+"""Finds settings without effect in a run, and data too small to measure on. Pure."""
 
 import math
 from collections.abc import Iterator
@@ -7,18 +7,18 @@ from dist_sae.config import Run
 from dist_sae.config.sae import CountsLatentsConfig
 from dist_sae.data.plan import Plan
 
-_FEW_DOCUMENTS = 30  # from which on the mean of some numbers is about normal
+_FEW_DOCUMENTS = 30  # from here on a mean is about normally distributed
 
 
 def void_settings(run: Run, plan: Plan) -> list[str]:
-    """What a user should know of a run before it costs anything.
+    """Warn of settings without effect before a run costs anything.
 
     Args:
         run: The run, resolved by its plan.
-        plan: That of its activation set.
+        plan: The plan of its activation set.
 
     Returns:
-        Lines that begin with the key they are about; none for most runs.
+        One line for each, starting with its key; empty for most runs.
     """
     return [
         f"{key}: {words}"
@@ -29,7 +29,7 @@ def void_settings(run: Run, plan: Plan) -> list[str]:
 
 def _dictionary(run: Run) -> Iterator[tuple[str, str]]:
     sae, window = run.sae, run.dead_after_rows
-    begun = run.train.parent is not None and run.train.parent.state  # so are the counts
+    begun = run.train.parent is not None and run.train.parent.state  # the counts continue too
     if window >= run.rows and not begun:
         auxk = ", so AuxK never acts" if isinstance(sae, CountsLatentsConfig) and sae.auxk else ""
         yield (
@@ -47,7 +47,7 @@ def _selection(sae: CountsLatentsConfig, steps: int) -> Iterator[tuple[str, str]
     if sae.k_start is not None and sae.k_anneal_share * steps <= 1:
         yield (
             "sae.k_start",
-            f"comes down to k within {sae.k_anneal_share:g} of {steps} steps, so never counts; "
+            f"reaches k within {sae.k_anneal_share:g} of {steps} steps, so it has no effect; "
             f"raise sae.k_anneal_share",
         )
 
@@ -57,14 +57,14 @@ def _course(run: Run) -> Iterator[tuple[str, str]]:
     if train.warmup_steps >= steps:
         yield (
             "train.warmup_steps",
-            f"{train.warmup_steps}, and the run has {steps} steps: the learning rate never comes "
-            f"to {run.lr:g}; lower it",
+            f"{train.warmup_steps}, and the run has {steps} steps: the learning rate never "
+            f"reaches {run.lr:g}; lower it",
         )
     elif train.warmup_steps > (1 - train.decay_share) * steps:
         yield (
             "train.warmup_steps",
             f"{train.warmup_steps} of {steps} steps reach into the last {train.decay_share:g} in "
-            f"which the rate falls, so it never comes to {run.lr:g}; lower one of them",
+            f"which the rate falls, so it never reaches {run.lr:g}; lower one of them",
         )
     share = getattr(run.sae, "sparsity_warmup_share", 0.0)
     if train.parent is not None and share:
@@ -109,37 +109,38 @@ def _data(run: Run, plan: Plan) -> Iterator[tuple[str, str]]:
     if documents and documents < _FEW_DOCUMENTS:
         yield (
             "activations.heldout_share",
-            f"{documents} documents (about {held_out:,} rows) are held out: what is measured on "
-            f"them hangs on which they are; raise it, or give more text",
+            f"{documents} documents (about {held_out:,} rows) are held out: numbers "
+            f"measured on so few vary with the choice; raise it, or give more text",
         )
     if train.heldout_rows > held_out > 0:
         yield (
             "train.heldout_rows",
-            f"{train.heldout_rows:,}, and about {held_out:,} are held out: these are used",
+            f"{train.heldout_rows:,}, and about {held_out:,} are held out: all of them are used",
         )
-    normaliser_rows = train.normaliser_rows or 0  # which the plan has filled in
+    normaliser_rows = train.normaliser_rows or 0  # filled in by the plan
     if normaliser_rows >= there and len(plan.train_units) > plan.streams:
         yield (
             "train.normaliser_rows",
-            f"{normaliser_rows:,}, and there will be about {there:,}: training waits for "
-            f"the last unit; lower it",
+            f"{normaliser_rows:,}, and there will be about {there:,}: training waits "
+            f"for the last unit; lower it",
         )
     mixed = there * plan.streams * plan.window_units // len(plan.train_units)
     if 2 * train.batch_rows > min(mixed, there):
         yield (
             "train.batch_rows",
             f"{train.batch_rows:,} of the {min(mixed, there):,} rows that are mixed at a time: "
-            f"rows of a document meet in a batch; lower it, or raise activations.window_units",
+            f"batches hold neighbouring rows of a document; lower it, or raise "
+            f"activations.window_units",
         )
     if train.max_passes > 1 and train.parent is None and run.rows < 0.95 * there:
         yield (
             "train.max_passes",
             f"{train.max_passes}, and one pass has about {there:,} rows, more than train.rows: "
-            f"units are kept for a second one that never comes; use 1",
+            f"units are kept for a second pass that never happens; use 1",
         )
     ahead = run.store.max_ahead_units
     if ahead is not None and ahead >= len(plan.units):
         yield (
             "store.max_ahead_units",
-            f"{ahead}, and there will be {len(plan.units)} units: it holds nobody back",
+            f"{ahead}, and there will be {len(plan.units)} units: it has no effect",
         )

@@ -110,7 +110,7 @@ def test_a_run_goes_on_without_a_sink_that_fails(caplog: pytest.LogCaptureFixtur
     sink.flush()
     sink.close()
     assert inner.appended == 1
-    said = "telemetry.tensorboard gets no more from this process: no space left"
+    said = "telemetry.tensorboard failed and gets no more records from this process: no space left"
     assert caplog.messages == [said]
 
 

@@ -159,4 +159,4 @@ def test_a_longer_run_of_the_same_name_is_told_how_to_go_on(activations: str, ha
     path = run_file(half, activations, sae=SAE, train=CONSTANT | {"ema_decay": 0.9})
     error = run("train", str(path), code=2)
     assert "train.rows: 4800 -> 9600" in error
-    assert "`--set name=OTHER --from world` goes on from this run" in error
+    assert "`--set name=OTHER --from world` continues from this run" in error

@@ -46,7 +46,7 @@ def test_a_sound_run_is_told_nothing(made: tuple[Path, Plan]) -> None:
             "sae.dead_after_rows: 9,600 rows, and the run has 9,600: no latent can be dead, and",
         ),
         (["sae.auxk_coefficient=0"], "sae.auxk_coefficient: is 0, so sae.auxk (4) never acts"),
-        (["sae.k_start=8", "sae.k_anneal_share=0.01"], "sae.k_start: comes down to k within 0.01"),
+        (["sae.k_start=8", "sae.k_anneal_share=0.01"], "sae.k_start: reaches k within 0.01"),
         (["train.warmup_steps=75"], "train.warmup_steps: 75, and the run has 75 steps"),
         (["train.warmup_steps=61"], "train.warmup_steps: 61 of 75 steps reach into the last 0.2"),
         (["train.save_every_steps=76"], "train.save_every_steps: 76, and the run has 75 steps"),
