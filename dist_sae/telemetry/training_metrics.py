@@ -31,28 +31,6 @@ TRAINING = (
     Metric(
         "dist_sae_train_rows_total", "counter", "rows", _T, "Rows that this rank has trained on."
     ),
-    Metric(
-        "dist_sae_train_rows_per_second",
-        "gauge",
-        "rows/second",
-        _T,
-        "Rows per second since the last report, all ranks.",
-        short="rows_per_second",
-        title="All time",
-        text="{:,.0f} rows/s",
-        views=("status",),
-    ),
-    Metric(
-        "dist_sae_train_worked_rows_per_second",
-        "gauge",
-        "rows/second",
-        _T,
-        "The same of the time in steps: without waiting for data, saving, and the beginning.",
-        short="worked_rows_per_second",
-        title="Time in steps",
-        text="{:,.0f} rows/s in steps",
-        views=("status", "progress"),
-    ),
     # training: the loss
     Metric(
         "dist_sae_train_loss",
@@ -248,6 +226,28 @@ TRAINING = (
         "Rows that an expert of this rank had no room for (sae.capacity).",
     ),
     # training: where time goes
+    Metric(
+        "dist_sae_train_rows_per_second",
+        "gauge",
+        "rows/second",
+        _T,
+        "Rows per second since the last report, all ranks.",
+        short="rows_per_second",
+        title="All time",
+        text="{:,.0f} rows/s",
+        views=("status",),
+    ),
+    Metric(
+        "dist_sae_train_worked_rows_per_second",
+        "gauge",
+        "rows/second",
+        _T,
+        "The same of the time in steps: without waiting for data, saving, and the beginning.",
+        short="worked_rows_per_second",
+        title="Time in steps",
+        text="{:,.0f} rows/s in steps",
+        views=("status", "progress"),
+    ),
     Metric(
         "dist_sae_train_step_seconds_total",
         "counter",
