@@ -7,7 +7,10 @@ from pathlib import Path
 
 import pytest
 
+from dist_sae.config import Run
 from dist_sae.config.load import parse_run, resolve_run
+from dist_sae.config.messages import dotted_keys
+from dist_sae.config.renamed import RENAMED
 
 ROOT = Path(__file__).parent.parent
 MOST_BYTES = 300_000
@@ -81,6 +84,18 @@ def test_every_promise_of_the_readme_has_tests_that_exist() -> None:
     for _, tests in table:
         for path, name in re.findall(r"`(tests/\S+)::(\w+)`", tests):
             assert f"def {name}(" in (ROOT / path).read_text()
+
+
+@pytest.mark.parametrize("document", DOCUMENTS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_files_and_keys_that_documents_name_exist(document: Path) -> None:
+    text = document.read_text()
+    files = set(re.findall(r"`((?:\w+/)+\w+\.(?:py|cpp|sh|md|yaml))(?:::\w+)?`", text))
+    folders = (ROOT, ROOT / "dist_sae", document.parent)
+    assert [name for name in files if not any((each / name).exists() for each in folders)] == []
+    sections = "|".join(Run.model_fields)
+    keys = re.findall(rf"`((?:{sections})(?:\.[a-z]\w*)+)(?:: [^`]*|=[^`]*)?`", text)
+    known = "".join(f"{key}." for key in [*dotted_keys(Run), *RENAMED])
+    assert [key for key in keys if f"{key}." not in known] == []
 
 
 def test_pictures_are_small() -> None:
