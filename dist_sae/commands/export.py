@@ -14,7 +14,7 @@ def add(commands: shared.Commands) -> None:
 def main(options: argparse.Namespace) -> None:
     """Export, and say where."""
     run = shared.load(options)
-    from dist_sae.interop.sae_lens import export
+    from dist_sae.interop.export import export
 
     with shared.short_lived(run, "export") as telemetry:
         result = export(run, telemetry, options.step)

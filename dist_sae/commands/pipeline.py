@@ -28,6 +28,7 @@ from dist_sae.errors import (
     ProcessFailedError,
     Stopped,
 )
+from dist_sae.interop import sae_lens
 from dist_sae.logs import SUPERVISED
 from dist_sae.storage import open_store
 from dist_sae.training.progress import ProgressView
@@ -46,8 +47,7 @@ def run_locally(run: Run, path: str, overrides: Sequence[str]) -> dict[str, Any]
         overrides: The `--set` options it was loaded with.
 
     Returns:
-        The evaluation, and where the exported dictionary (if SAELens has its kind) and the report
-        are.
+        The evaluation, and the places of the report and of the export, if SAELens has the kind.
 
     Raises:
         Stopped: On Ctrl-C or SIGTERM, after everything was saved.
@@ -72,7 +72,7 @@ def run_locally(run: Run, path: str, overrides: Sequence[str]) -> dict[str, Any]
             run_together(_workers(run, child), stopping, view)
         results: dict[str, Any] = {}
         for command in ("evaluate", "export", "report"):
-            if command == "export" and run.sae.kind == "routed":  # SAELens has nothing like it
+            if command == "export" and sae_lens.architecture(run.sae) is None:
                 continue
             program = child(command, command, "--json")
             run_together([program], stopping, view)

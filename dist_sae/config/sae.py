@@ -27,6 +27,11 @@ class DictionaryConfig(Section):
     """Initial directions: random, or near those of the first `n_latents` rows."""
 
     @property
+    def sparsity_key(self) -> str:
+        """The setting that decides how many latents are active."""
+        return "sparsity"
+
+    @property
     def init_rows(self) -> int:
         """Rows from which initial directions are taken; 0 if they are random."""
         return self.n_latents if self.init == "data" else 0
@@ -50,6 +55,10 @@ class CountsLatentsConfig(DictionaryConfig):
     """Dead latents per row that reconstruct its error; 0 turns AuxK off."""
     auxk_coefficient: NonNegativeFloat = 1 / 32
     """Weight of the AuxK loss; above Gao et al.'s 1/32 fewer latents die, but FVU is worse."""
+
+    @property
+    def sparsity_key(self) -> str:
+        return "k"
 
     @model_validator(mode="after")
     def _counts_fit(self) -> Self:

@@ -1,45 +1,40 @@
-"""`dist-sae export`: a checkpoint as two files that SAELens loads (`SAE.load_from_disk`).
+"""SAELens: which dictionaries it can hold, and how it writes them.
 
 The scale of the activations is folded in, so that the exported dictionary takes raw activations x,
-and the decoder's norms, so that its rows have length 1 / s and f says what a latent contributes:
+and the decoder's norms, so that its rows have length 1 / s and f is the length of a contribution:
 
     z = W_enc (s x - b_dec) + b_enc = (s W_enc) (x - b_dec / s) + b_enc
     x_hat = (W_dec^T f + b_dec) / s = ((W_dec / |d|)^T (|d| f) + b_dec) / s
 
-BatchTopK goes out as the JumpReLU that it is at inference.
+BatchTopK is written as the JumpReLU that it is at inference. Imports no torch: `architecture` is
+asked where nobody else needs it.
 """
 
-import json
-import logging
-from typing import Any
-
-import safetensors.torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any, assert_never, cast
 
 from dist_sae import __version__
-from dist_sae.checkpoint.layout import Checkpoint
-from dist_sae.checkpoint.trained import find_checkpoint, read_trained, suffix, trained_run
-from dist_sae.config import Run, differences
+from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
-from dist_sae.data.identity import plan_settings
-from dist_sae.dictionaries.base import Dictionary
-from dist_sae.dictionaries.recipes.batchtopk import BatchTopK
-from dist_sae.errors import ConfigError, ObjectNotFoundError
-from dist_sae.storage import UNMETERED, Meter, ObjectStore, open_store
+from dist_sae.config.sae import (
+    BatchTopKConfig,
+    CountsLatentsConfig,
+    JumpReLUConfig,
+    JumpReLUTanhConfig,
+    ReLUConfig,
+    RoutedConfig,
+    SaeConfig,
+    TopKConfig,
+)
 
-logger = logging.getLogger(__name__)
+if TYPE_CHECKING:
+    from torch import Tensor
 
-_CONFIG = "cfg.json"
-_WEIGHTS = "sae_weights.safetensors"
-# The SAELens format this follows. Below 6, its loader drops the metadata without a word.
+    from dist_sae.checkpoint.layout import Checkpoint
+    from dist_sae.dictionaries.base import Dictionary
+    from dist_sae.dictionaries.recipes.batchtopk import BatchTopK
+
+# The SAELens version this follows. Below 6, its loader drops the metadata without a word.
 _SAELENS_VERSION = "6.54.12"
-_ARCHITECTURES = {
-    "topk": "topk",
-    "batchtopk": "jumprelu",
-    "jumprelu": "jumprelu",
-    "jumprelu_tanh": "jumprelu",
-    "relu": "standard",
-}
 # TransformerLens's names of our sites.
 _HOOKS = {
     "resid_pre": "hook_resid_pre",
@@ -52,91 +47,42 @@ _HOOKS = {
 }
 
 
-def export(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
-    """Write `<run>/export/cfg.json` and `sae_weights.safetensors`; returns where.
-
-    What is there already is not written again. A step that is not the newest has a folder of its
-    own, `<run>/export-step-<step>/`.
-
-    Args:
-        run: The run.
-        meter: Takes the metrics.
-        step: Of the checkpoint; None takes the newest.
-
-    Raises:
-        ConfigError: There is no checkpoint, or SAELens has no such kind.
-        PlanMismatchError: The run was trained with other settings.
-    """
-    if run.sae.kind not in _ARCHITECTURES:
-        raise ConfigError(
-            f"sae.kind: {run.sae.kind}: SAELens has nothing like it; use the checkpoint, "
-            f"`dist-sae checkpoints convert` makes one file of it"
-        )
-    runs = open_store(run.store.runs, run.store.s3, meter)
-    checkpoint = find_checkpoint(runs, run, step)
-    if checkpoint is None:
-        raise ConfigError(
-            f"{runs.url}/{run.name}: holds no checkpoint yet; run `dist-sae train` first"
-        )
-    own = trained_run(checkpoint, run).model_copy(update={"export": run.export})
-    typed = run.filled(checkpoint.scalars["run"])  # what the file leaves open is no difference
-    if changed := differences(plan_settings(own), plan_settings(typed)):
-        logger.warning("what the run was trained on is written, not %s", "; ".join(changed))
-    folder = f"{run.name}/export{suffix(runs, run, checkpoint.step)}"
-    if _is_there(runs, folder, saelens_config(own, checkpoint)):
-        logger.info("step %d was exported before: %s/%s", checkpoint.step, runs.url, folder)
-    elif trained := read_trained(runs, run, step):
-        weights = safetensors.torch.save(folded(trained.sae, trained.scale))
-        runs.put(f"{folder}/{_WEIGHTS}", weights)
-        config = saelens_config(own, trained.checkpoint)
-        runs.put(f"{folder}/{_CONFIG}", json.dumps(config, indent=2).encode())
-    return f"{runs.url}/{folder}"
+def architecture(sae: SaeConfig) -> str | None:
+    """What SAELens calls this kind of dictionary; None if it has nothing like it."""
+    match sae:
+        case TopKConfig():
+            return "topk"
+        case BatchTopKConfig() | JumpReLUConfig() | JumpReLUTanhConfig():
+            return "jumprelu"
+        case ReLUConfig():
+            return "standard"
+        case RoutedConfig():
+            return None
+        case _:
+            assert_never(sae)
 
 
-def _is_there(runs: ObjectStore, folder: str, config: dict[str, Any]) -> bool:
-    """Whether just this was exported; the configuration is written last."""
-    try:
-        there = json.loads(runs.get(f"{folder}/{_CONFIG}"))
-    except (ObjectNotFoundError, ValueError):
-        return False
-    return bool(there == config) and runs.size(f"{folder}/{_WEIGHTS}") is not None
-
-
-def folded(sae: Dictionary, scale: float) -> dict[str, Tensor]:
-    """Tensors in SAELens's names and orientation, for raw activations."""
-    p = {name: parameter.detach().double() for name, parameter in sae.named_parameters()}
-    norms = p["W_dec"].norm(dim=1).clamp_min(1e-30)
-    exported = {
-        "W_enc": scale * (norms[:, None] * p["W_enc"]).T,
-        "b_enc": norms * p["b_enc"],
-        "W_dec": p["W_dec"] / (norms[:, None] * scale),
-        "b_dec": p["b_dec"] / scale,
-    }
-    if isinstance(sae, BatchTopK):
-        exported["threshold"] = norms * sae.theta
-    elif "theta" in p:
-        exported["threshold"] = norms * p["theta"] * len(p["b_dec"]) ** 0.5
-    return {name: tensor.float().contiguous() for name, tensor in exported.items()}
-
-
-def saelens_config(run: Run, checkpoint: Checkpoint) -> dict[str, Any]:
-    """`cfg.json`, with every key that SAELens writes itself, and what else one should know.
+def config(run: Run, checkpoint: "Checkpoint") -> dict[str, Any]:
+    """`cfg.json`: every key that SAELens writes itself, and in `metadata` where it comes from.
 
     Args:
-        run: As it was trained.
-        checkpoint: What is exported.
+        run: The run as it was trained; SAELens can hold its dictionary.
+        checkpoint: The exported checkpoint.
     """
     site, _, layer = run.site.rpartition(".")
     hugging_face = isinstance(run.model, HuggingFaceModel)
-    topk = {"k": run.sae.k, "rescale_acts_by_decoder_norm": False} if run.sae.kind == "topk" else {}
+    sae = run.sae
+    topk: dict[str, Any] = {}
+    if isinstance(sae, TopKConfig):
+        topk = {"k": sae.k, "rescale_acts_by_decoder_norm": False}
     return {
-        "architecture": _ARCHITECTURES[run.sae.kind],
+        "architecture": architecture(sae),
         "d_in": len(checkpoint.scalars["mean"]),
-        "d_sae": run.sae.n_latents,
+        "d_sae": sae.n_latents,
         **topk,
         "dtype": "float32",
         "device": "cpu",
-        "apply_b_dec_to_input": run.sae.kind in ("topk", "batchtopk"),
+        "apply_b_dec_to_input": isinstance(sae, CountsLatentsConfig),
         "normalize_activations": "none",
         "reshape_activations": "hook_z" if site == "attn_z" else "none",
         "metadata": {
@@ -170,3 +116,25 @@ def _corpus_name(run: Run) -> str:
             return run.corpus.name
         case _:
             return "synthetic"
+
+
+def weights(sae: "Dictionary", scale: float) -> dict[str, "Tensor"]:
+    """Tensors with SAELens's names and orientation, for raw activations.
+
+    Args:
+        sae: The dictionary.
+        scale: Factor between raw activations and those that it was trained on.
+    """
+    p = {name: parameter.detach().double() for name, parameter in sae.named_parameters()}
+    norms = p["W_dec"].norm(dim=1).clamp_min(1e-30)
+    exported = {
+        "W_enc": scale * (norms[:, None] * p["W_enc"]).T,
+        "b_enc": norms * p["b_enc"],
+        "W_dec": p["W_dec"] / (norms[:, None] * scale),
+        "b_dec": p["b_dec"] / scale,
+    }
+    if isinstance(sae.config, BatchTopKConfig):
+        exported["threshold"] = norms * cast("BatchTopK", sae).theta
+    elif "theta" in p:
+        exported["threshold"] = norms * p["theta"] * len(p["b_dec"]) ** 0.5
+    return {name: tensor.float().contiguous() for name, tensor in exported.items()}

@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from dist_sae.config import Run
 from dist_sae.config.cluster import PodsConfig, ProducerPods, Toleration, TrainerPods
+from dist_sae.interop import sae_lens
 from dist_sae.kubernetes.names import labels, object_name, selector
 
 Part = Literal["planner", "trainer", "producer", "reporter"]
@@ -103,15 +104,8 @@ def _containers(run: Run, part: Part) -> list[Object]:
             ranks = ["--local-ranks", str(run.cluster.trainer.ranks)]
             return [_serving(run, _container(run, part, "main", ["train", RUN_FILE, *ranks]))]
         case "reporter":
-            programs = (
-                ["evaluate", "report"]
-                if run.sae.kind == "routed"
-                else [
-                    "evaluate",
-                    "export",
-                    "report",
-                ]
-            )
+            export = [] if sae_lens.architecture(run.sae) is None else ["export"]
+            programs = ["evaluate", *export, "report"]
             return [
                 _container(run, part, name, [program, RUN_FILE])
                 for program, name in zip(programs, [*programs[:-1], "main"], strict=True)

@@ -195,8 +195,9 @@ def _model(model: ModelConfig) -> str:
 
 def _recipe(run: Run) -> str:
     sae = run.sae
-    cost = f"k\u00a0=\u00a0{sae.k}" if hasattr(sae, "k") else f"sparsity\u00a0{sae.sparsity:g}"
-    return f"{sae.kind}, {sae.n_latents:,} latents, {cost}"
+    value = getattr(sae, sae.sparsity_key)
+    sparsity = "by\u00a0default" if value is None else f"=\u00a0{value:g}"
+    return f"{sae.kind}, {sae.n_latents:,} latents, {sae.sparsity_key}\u00a0{sparsity}"
 
 
 def _auxk(sae: Any) -> str:

@@ -3,7 +3,6 @@
 from collections.abc import Mapping
 
 from dist_sae.config import Run
-from dist_sae.config.sae import PenalisedConfig
 
 _FROM_PROGRESS = (
     0.25  # of the run: coefficients have risen, and most latents that will die are dead
@@ -26,8 +25,8 @@ def doubt(run: Run, d_in: int, step: int, numbers: Mapping[str, float]) -> str |
     """
     if step < _FROM_PROGRESS * run.steps:
         return None
-    key = "sae.sparsity" if isinstance(run.sae, PenalisedConfig) else "sae.k"
-    more, less = ("lower", "raise") if key == "sae.sparsity" else ("raise", "lower")
+    key = f"sae.{run.sae.sparsity_key}"
+    more, less = ("raise", "lower") if key == "sae.k" else ("lower", "raise")
     l0, dead = numbers["l0_latents"], numbers.get("dead_share", 0.0)
     if l0 > _MOST_L0 * d_in:
         found = f"{l0:.0f} latents are active in a row of {d_in} numbers, which is not sparse"

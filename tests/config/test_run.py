@@ -391,7 +391,8 @@ def test_steps_are_full_batches(tmp_path: Path) -> None:
 
 def test_importing_the_configuration_needs_no_torch() -> None:
     heavy = {"torch", "deepspeed", "transformers", "boto3", "numpy"}
-    code = "import sys, dist_sae.config, dist_sae.commands.cli; print(*sys.modules)"
+    modules = "dist_sae.config, dist_sae.commands.cli, dist_sae.interop.sae_lens"
+    code = f"import sys, {modules}; print(*sys.modules)"
     loaded = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True
     ).stdout.split()

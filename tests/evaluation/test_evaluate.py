@@ -22,7 +22,7 @@ from dist_sae.data.work_queue import Worker
 from dist_sae.dictionaries import build_sae
 from dist_sae.errors import ConfigError
 from dist_sae.evaluation.evaluate import evaluate
-from dist_sae.interop.sae_lens import export
+from dist_sae.interop.export import export
 from dist_sae.models import build_tokenizer
 from dist_sae.models.spliced import SplicedModel
 from dist_sae.producing.loop import produce

@@ -21,7 +21,7 @@ from dist_sae.config.fingerprint import run_fingerprint
 from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.base import Codes
 from dist_sae.errors import ConfigError
-from dist_sae.interop.sae_lens import export
+from dist_sae.interop.export import export
 from dist_sae.kernels import Entries
 from dist_sae.storage import open_store
 from tests.dictionaries.recipes import KINDS, UNIT_ROWS

@@ -379,6 +379,23 @@ def test_report_says_what_is_missing_before_anything_ran(run: Run) -> None:
     ]
 
 
+@pytest.mark.parametrize(
+    ("sae", "shown"),
+    [
+        ({"kind": "topk", "k": 2, "auxk": 0}, "k = 2"),
+        ({"kind": "jumprelu", "sparsity": 1e-4}, "sparsity = 0.0001"),
+        ({"kind": "jumprelu_tanh"}, "sparsity by default"),
+    ],
+)
+def test_report_names_what_makes_the_dictionary_sparse(
+    run: Run, sae: dict[str, Any], shown: str
+) -> None:
+    run = Run.model_validate(run.model_dump() | {"sae": {"n_latents": 4, **sae}})
+    plan(run)
+    page = Path(report(run)).read_text().replace("\u00a0", " ")
+    assert f"<dd>{sae['kind']}, 4 latents, {shown}</dd>" in page
+
+
 def test_report_does_not_wait_for_units_that_are_not_there(run: Run) -> None:
     plan(run)
     save_identity(run)

@@ -9,7 +9,7 @@ from safetensors.torch import load_file
 from dist_sae.config import load_run
 from dist_sae.data.shard import manifest_key, read_manifest
 from dist_sae.evaluation.evaluate import evaluate
-from dist_sae.interop.sae_lens import export
+from dist_sae.interop.export import export
 from dist_sae.storage import open_store
 from tests.launch import produce, start, train
 from tests.runs import write_run

@@ -1,0 +1,69 @@
+"""`dist-sae export`: a checkpoint as the two files that SAELens loads (`SAE.load_from_disk`)."""
+
+import json
+import logging
+from typing import Any
+
+import safetensors.torch
+
+from dist_sae.checkpoint.trained import find_checkpoint, read_trained, suffix, trained_run
+from dist_sae.config import Run, differences
+from dist_sae.data.identity import plan_settings
+from dist_sae.errors import ConfigError, ObjectNotFoundError
+from dist_sae.interop import sae_lens
+from dist_sae.storage import UNMETERED, Meter, ObjectStore, open_store
+
+logger = logging.getLogger(__name__)
+
+_CONFIG = "cfg.json"
+_WEIGHTS = "sae_weights.safetensors"
+
+
+def export(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
+    """Write `<run>/export/cfg.json` and `sae_weights.safetensors`; returns their folder.
+
+    An export of the same checkpoint and settings is not written again. A step that is not the
+    newest has a folder of its own, `<run>/export-step-<step>/`.
+
+    Args:
+        run: The run.
+        meter: Takes the metrics.
+        step: Step of the checkpoint; None for the newest.
+
+    Raises:
+        ConfigError: There is no checkpoint, or SAELens has no such kind.
+        PlanMismatchError: The run was trained with other settings.
+    """
+    if sae_lens.architecture(run.sae) is None:
+        raise ConfigError(
+            f"sae.kind: {run.sae.kind}: SAELens has nothing like it; use the checkpoint, "
+            f"`dist-sae checkpoints convert` makes one file of it"
+        )
+    runs = open_store(run.store.runs, run.store.s3, meter)
+    checkpoint = find_checkpoint(runs, run, step)
+    if checkpoint is None:
+        raise ConfigError(
+            f"{runs.url}/{run.name}: holds no checkpoint yet; run `dist-sae train` first"
+        )
+    own = trained_run(checkpoint, run).model_copy(update={"export": run.export})
+    typed = run.filled(checkpoint.scalars["run"])  # what the file leaves open is no difference
+    if changed := differences(plan_settings(own), plan_settings(typed)):
+        logger.warning("the export names what the run was trained on, not %s", "; ".join(changed))
+    folder = f"{run.name}/export{suffix(runs, run, checkpoint.step)}"
+    if _is_there(runs, folder, sae_lens.config(own, checkpoint)):
+        logger.info("step %d was exported before: %s/%s", checkpoint.step, runs.url, folder)
+    elif trained := read_trained(runs, run, step):
+        weights = safetensors.torch.save(sae_lens.weights(trained.sae, trained.scale))
+        runs.put(f"{folder}/{_WEIGHTS}", weights)
+        config = sae_lens.config(own, trained.checkpoint)
+        runs.put(f"{folder}/{_CONFIG}", json.dumps(config, indent=2).encode())
+    return f"{runs.url}/{folder}"
+
+
+def _is_there(runs: ObjectStore, folder: str, config: dict[str, Any]) -> bool:
+    """Whether this very export exists; the configuration is written last."""
+    try:
+        there = json.loads(runs.get(f"{folder}/{_CONFIG}"))
+    except (ObjectNotFoundError, ValueError):
+        return False
+    return bool(there == config) and runs.size(f"{folder}/{_WEIGHTS}") is not None
