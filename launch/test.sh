@@ -1,9 +1,9 @@
 #!/usr/bin/env bash
-# Installs into a virtual environment of its own and runs every check. Needs Python >= 3.11, root,
-# and what is named below of Debian, which it installs: servers that metrics go to, npm for Grafana's
-# types, and what runs pods in namespaces of their own.
+# Installs into a virtual environment of its own and runs every check, the tests marked `system` too.
+# Needs Python >= 3.11 and root. Installs the Debian packages below: servers for metrics, npm for
+# Grafana's types, and tools that run pods in namespaces of their own.
 # Options go to pytest, for example: launch/test.sh -k loader
-# Two tests at a time, one thread each: most of them wait for processes and servers.
+# Runs two tests at a time, one thread each: most of them wait for processes and servers.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
