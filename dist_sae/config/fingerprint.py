@@ -10,6 +10,7 @@ from typing import Any
 import yaml
 
 from dist_sae.config import Run, differences, dump_run, validate_run
+from dist_sae.config.renamed import with_new_names
 from dist_sae.errors import PlanMismatchError
 
 _OLD_DEAD_AFTER_ROWS = 10_000_000  # the default of runs that began before it followed train.rows
@@ -29,7 +30,7 @@ _FREE_SETTINGS = {
     "train.max_passes",  # later passes follow earlier ones: no batch before them changes
     "train.log_every_steps",
     "train.save_every_steps",
-    "train.save_beside",
+    "train.save_in_background",
     "train.keep_checkpoints",
     "train.keep_every_steps",
     "train.keep_best",
@@ -119,8 +120,9 @@ def stored_run(stored: Mapping[str, Any], run: Run, origin: str) -> Run:
     stores = {"activations": run.store.activations, "runs": run.store.runs}
     keys = {free.removeprefix("train.") for free in _FREE_SETTINGS if free.startswith("train.")}
     free_settings = run.train.model_dump(mode="json", include=keys)
-    train = {**stored["train"], **free_settings}
-    return validate_run({**stored, "train": train, "store": stores}, origin)
+    settings = with_new_names(stored)
+    train = {**settings["train"], **free_settings}
+    return validate_run({**settings, "train": train, "store": stores}, origin)
 
 
 def _compared(run: Run) -> dict[str, Any]:

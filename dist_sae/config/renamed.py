@@ -14,6 +14,7 @@ RENAMED = {
     "train.missing_seconds": "timeouts.missing_seconds",
     "train.lost_seconds": "timeouts.lost_seconds",
     "train.hung_seconds": "timeouts.hung_seconds",
+    "train.save_beside": "train.save_in_background",
 }
 """New `section.key` by the old one."""
 _said = set[str]()

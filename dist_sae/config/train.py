@@ -77,7 +77,7 @@ class TrainConfig(Section):
     """Steps between two reports of losses, pace and densities."""
     save_every_steps: PositiveInt = 1000
     """Steps between two checkpoints."""
-    save_beside: bool = True
+    save_in_background: bool = True
     """Save in the background, from a copy of the state in host memory; false: training waits.
 
     The copy takes 12 bytes per parameter of a rank's share.

@@ -48,10 +48,10 @@ def deepspeed_config(run: Run) -> dict[str, Any]:
             "train.deepspeed.zero_optimization.compute_grad_norm: without the norm a gradient that "
             "is not finite would reach the weights; leave it out"
         )
-    if stage and not run.train.save_beside:
+    if stage and not run.train.save_in_background:
         raise ConfigError(
-            "train.save_beside: false needs train.deepspeed.zero_optimization.stage 0: at others "
-            "ranks gather what they save, and one that cannot write would leave the rest waiting"
+            "train.save_in_background: false needs train.deepspeed.zero_optimization.stage 0: at "
+            "others ranks gather what they save, and one that cannot write keeps the rest waiting"
         )
     owned = {key: why for key, why in _OWNED.items() if key in run.train.deepspeed}
     if owned:

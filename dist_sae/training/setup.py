@@ -118,7 +118,7 @@ def open_training(
         before_commit=report.flush,
         on_durable=on_durable,
         step=position.step,
-        background=run.train.save_beside,
+        background=run.train.save_in_background,
     )
     job = TrainingJob(
         run,

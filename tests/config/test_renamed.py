@@ -13,18 +13,19 @@ from dist_sae.data.identity import plan_settings, setting_changes
 from dist_sae.errors import ConfigError
 from tests.runs import write_run
 
+TIMEOUTS = {"missing_seconds": 50, "lost_seconds": 4, "hung_seconds": 60}
 OLD: dict[str, Any] = {
     "model": {"kind": "huggingface", "path": "m", "shards": 3},
     "corpus": {"kind": "files", "files": ["t.txt"]},
     "activations": {"sites": ["resid_post.1"]},
     "processes": {"trainers": 4, "shards": 2},
-    "train": {"missing_seconds": 50, "lost_seconds": 4, "hung_seconds": 60},
+    "train": TIMEOUTS | {"save_beside": False},
 }
 NEW: dict[str, Any] = OLD | {
     "model": {"kind": "huggingface", "path": "m", "tensor_parallel": 3},
     "processes": {"trainers": 4, "latent_shards": 2},
-    "train": {},
-    "timeouts": OLD["train"],
+    "train": {"save_in_background": False},
+    "timeouts": TIMEOUTS,
 }
 
 

@@ -265,7 +265,10 @@ def test_precisions_that_keep_masters_of_their_own_are_refused(
 @pytest.mark.parametrize(
     ("zero", "message"),
     [
-        ({"stage": 3}, r"zero_optimization\.stage: 3 .* use 0, 1 or 2, and processes\.shards"),
+        (
+            {"stage": 3},
+            r"zero_optimization\.stage: 3 .* use 0, 1 or 2, and processes\.latent_shards",
+        ),
         (
             {"stage": 2, "offload_optimizer": {"device": "nvme"}},
             r"offload_optimizer\.device: nvme is for stage 3 only .*; use cpu$",
@@ -342,10 +345,12 @@ def test_keys_that_deepspeed_knows_pass(tmp_path: Path) -> None:
 def test_shards_of_state_cannot_be_saved_in_place(tmp_path: Path) -> None:
     for stage in (0, 1):
         run = make_run(tmp_path, deepspeed={"zero_optimization": {"stage": stage}})
-        train = run.train.model_copy(update={"save_beside": False})
+        train = run.train.model_copy(update={"save_in_background": False})
         run = run.model_copy(update={"train": train})
         if stage:
-            with pytest.raises(ConfigError, match=r"train\.save_beside: false needs .*stage 0"):
+            with pytest.raises(
+                ConfigError, match=r"train\.save_in_background: false needs .*stage 0"
+            ):
                 deepspeed_config(run)
         else:
             deepspeed_config(run)
