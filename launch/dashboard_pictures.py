@@ -1,4 +1,4 @@
-"""Draws the dashboards from what a Prometheus holds: monitoring/pictures/*.png.
+"""Draw the dashboards from the data of a Prometheus: monitoring/pictures/*.png.
 
 Usage: launch/dashboard_pictures.py http://127.0.0.1:9090 [MINUTES [END]]
 
@@ -32,7 +32,7 @@ SIZES = ((1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k"))
 
 
 class Series(NamedTuple):
-    """What a panel draws a line of."""
+    """A series that a panel draws as a line."""
 
     name: str
     labels: dict[str, str]
@@ -41,18 +41,18 @@ class Series(NamedTuple):
 
 
 class Asker(NamedTuple):
-    """A Prometheus, and the time that is shown."""
+    """A Prometheus and the time range to show."""
 
     url: str
     start: float
     end: float
 
     def minutes(self, times: Any) -> Any:
-        """Before the end."""
+        """Minutes before the end."""
         return (times - self.end) / 60
 
     def series(self, target: dict[str, Any]) -> list[Series]:
-        """The series of a query, as Grafana asks it with everything chosen."""
+        """Query series as Grafana does with every variable set to All."""
         seconds = self.end - self.start
         step = seconds / POINTS
         expression = re.sub(r'"\$(run|rank)"', '".*"', target["expr"])
@@ -81,7 +81,7 @@ def _number(word: str) -> tuple[float, str]:
 
 
 def say(value: float, unit: str) -> str:
-    """A value as Grafana shows it."""
+    """Format a value as Grafana does."""
     if not np.isfinite(value):
         return "-"
     if unit == "percentunit":
@@ -98,7 +98,7 @@ def say(value: float, unit: str) -> str:
 
 
 def draw(dashboard: dict[str, Any], asker: Asker, picture: Path) -> None:
-    """A dashboard as a PNG with few colours, which keeps it small."""
+    """Draw a dashboard as a PNG with few colours, which keeps it small."""
     panels = dashboard["panels"]
     rows = max(p["gridPos"]["y"] + p["gridPos"]["h"] for p in panels) + 2
     figure = plt.figure(figsize=(24 * CELL[0], rows * CELL[1]), facecolor="#f2f4f6")
@@ -191,7 +191,7 @@ def _draw_graph(
 
 
 def _draw_legend(axes: Axes, series: Sequence[Series], shades: Sequence[Any], width: int) -> None:
-    """What fits in three lines below: the largest."""
+    """Draw a legend of the largest series, as many as fit in three lines."""
     longest = max(len(line.name) for line in series)
     columns = max(1, int((width * CELL[0] - 0.6) / (0.3 + 0.052 * longest)))
     largest = sorted(range(len(series)), key=lambda i: -series[i].values.mean())

@@ -1,4 +1,4 @@
-"""Fixtures that several test modules use."""
+"""Fixtures for several test modules."""
 
 import contextlib
 import functools
@@ -56,7 +56,7 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 class Bucket(NamedTuple):
-    """An empty bucket of an S3 server, with a client to look into it past the code under test."""
+    """An empty bucket of an S3 server, with a client that bypasses the code under test."""
 
     endpoint_url: str
     name: str
@@ -65,14 +65,14 @@ class Bucket(NamedTuple):
 
 @pytest.fixture(scope="session")
 def server() -> Iterator[Callable[[str], Server]]:
-    """The server of a name in `SERVERS`, started when a test first asks for it."""
+    """A server named in `SERVERS`, started at its first use."""
     with ExitStack() as running:
         yield functools.cache(lambda name: running.enter_context(SERVERS[name]()))
 
 
 @pytest.fixture(scope="session")
 def server_client(server: Callable[[str], Server]) -> Iterator[Callable[[str], Any]]:
-    """The owner's client of a server; making one takes a while."""
+    """The owner's client for a server; shared, since making one is slow."""
     with ExitStack() as clients:
         yield functools.cache(
             lambda name: clients.enter_context(contextlib.closing(server(name).client()))
@@ -102,13 +102,13 @@ def make_bucket(
 
 @pytest.fixture
 def bucket(make_bucket: Callable[[str], Bucket]) -> Bucket:
-    """On moto, the server that starts at once."""
+    """A bucket on moto, which starts at once."""
     return make_bucket("moto")
 
 
 @pytest.fixture(autouse=True)
 def _process_as_it_was() -> Iterator[None]:
-    """`main` sets up logging and signals for a process of its own."""
+    """Undo what `main` sets up for its process: logging and signals."""
     root, numbers = logging.getLogger(), (signal.SIGINT, signal.SIGTERM)
     handlers, level = list(root.handlers), root.level
     signals = [signal.getsignal(number) for number in numbers]

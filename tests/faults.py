@@ -1,4 +1,4 @@
-"""A proxy before an S3 server that does to requests and answers what networks and servers do."""
+"""A proxy in front of an S3 server that injects faults of networks and servers."""
 
 import http.client
 import random
@@ -54,7 +54,7 @@ class _Answer(NamedTuple):
 
 
 class FaultProxy:
-    """Stands on a port of its own while in its `with`; talk to `endpoint_url` in place of `target`.
+    """Proxy that runs inside its `with`; use `endpoint_url` in place of `target`.
 
     What befalls the n-th try of a request depends on the seed, the request (method, key, query,
     range) and n alone, not on what other threads do meanwhile. Everything in a request but its
@@ -125,7 +125,7 @@ class FaultProxy:
         self._server.server_close()
 
     def schedule(self, request: str) -> random.Random:
-        """The random numbers of this try of a request."""
+        """Random numbers for this attempt of a request."""
         with self._lock:
             self._tries[request] += 1
             return random.Random(f"{self._seed} {request} {self._tries[request]}")
@@ -133,7 +133,7 @@ class FaultProxy:
     def draw(
         self, kinds: tuple[str, ...], chance: random.Random, request: str, possible: set[str]
     ) -> str | None:
-        """The fault that the request meets now, if any, of those that are possible."""
+        """Draw one of the possible faults for a request, or none."""
         draws = {kind: chance.random() for kind in kinds}  # all: one rate does not move another
         for kind, drawn in draws.items():
             if drawn < self.rates.get(kind, 0.0) and kind in possible:
@@ -156,7 +156,7 @@ class FaultProxy:
         return seconds
 
     def forward(self, handler: BaseHTTPRequestHandler, body: bytes) -> _Answer:
-        """What the server says to a request."""
+        """Forward a request; returns the server's answer."""
         upstream = http.client.HTTPConnection(self._target, timeout=_UPSTREAM_SECONDS)
         try:
             upstream.putrequest(
@@ -183,7 +183,7 @@ class FaultProxy:
 
 
 class _Server(ThreadingHTTPServer):
-    """Closes all connections at the end."""
+    """Server that closes all connections at the end."""
 
     daemon_threads = True
     block_on_close = False
@@ -210,7 +210,7 @@ class _Server(ThreadingHTTPServer):
                 connection.shutdown(socket.SHUT_RDWR)
 
     def handle_error(self, request: object, client_address: object) -> None:
-        """Clients go when they like."""
+        """Ignore clients that disconnect."""
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -296,7 +296,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.close_connection = True
 
     def _reset(self) -> None:
-        """Close at once and unasked, as a crash does: the client gets an RST."""
+        """Close at once, as a crash does: the client gets an RST."""
         linger = struct.pack("ii", 1, 0)
         self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         self.rfile.close()
@@ -304,16 +304,16 @@ class _Handler(BaseHTTPRequestHandler):
         self.close_connection = True
 
     def log_message(self, *_: object) -> None:
-        """Nothing: the counters tell."""
+        """Log nothing; the counters tell."""
 
 
 def _skew(headers: list[tuple[str, str]], chance: random.Random) -> list[tuple[str, str]]:
-    """Another Date."""
+    """Change the Date header."""
     date = formatdate(time.time() + chance.uniform(-3600, 3600), usegmt=True)
     return [(name, date if name.lower() == "date" else value) for name, value in headers]
 
 
 def _flip(data: bytes, chance: random.Random) -> bytes:
-    """One bit, anywhere."""
+    """Flip one random bit."""
     place = chance.randrange(len(data))
     return data[:place] + bytes([data[place] ^ 1 << chance.randrange(8)]) + data[place + 1 :]

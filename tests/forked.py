@@ -1,4 +1,4 @@
-"""What processes of `tests.forks` begin with; only its server imports this."""
+"""Preloaded modules of processes from `tests.forks`; imported only by its server."""
 
 import os
 

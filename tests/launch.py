@@ -1,4 +1,4 @@
-"""Runs the real programs as processes, the way `dist-sae run` and a cluster do."""
+"""Real programs as processes, started as `dist-sae run` and a cluster do."""
 
 import json
 import os
@@ -11,12 +11,12 @@ from tests.forks import Program
 
 
 def start(*arguments: str, env: dict[str, str] | None = None) -> Program:
-    """A `dist-sae` process with one thread, supervised by this one: it stops when this one dies."""
+    """Start `dist-sae` with one thread; it stops when this process dies."""
     return Program(arguments, os.environ | {"OMP_NUM_THREADS": "1", SUPERVISED: "1"} | (env or {}))
 
 
 def run(*arguments: str, env: dict[str, str] | None = None, code: int = 0) -> str:
-    """Run to the end; returns stdout, or stderr where a failure is expected."""
+    """Run `dist-sae` to its end; returns stdout, or stderr if failure is expected."""
     process = start(*arguments, env=env)
     out, err = process.communicate(timeout=300)
     assert process.returncode == code, err[-3000:]

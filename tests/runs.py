@@ -73,7 +73,7 @@ NUMBERED: dict[str, Any] = {
 
 
 def build_settings(folder: Path, world: dict[str, Any], sections: dict[str, Any]) -> dict[str, Any]:
-    """A world whose stores are in `folder`, with keys of some sections replaced.
+    """Build the settings of a world with stores in `folder`, with some keys replaced.
 
     A section of another kind replaces the whole.
     """
@@ -95,5 +95,5 @@ def write_run(folder: Path, world: dict[str, Any] = WORLD, **sections: Any) -> P
 
 
 def make_run(folder: Path, world: dict[str, Any] = NUMBERED, **sections: Any) -> Run:
-    """The run of a world, without a file."""
+    """Build the run of a world, without a file."""
     return Run.model_validate(build_settings(folder, world, sections))

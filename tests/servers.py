@@ -51,7 +51,7 @@ class Server(NamedTuple):
     """On the same port and the same data."""
 
     def client(self, key: Key = OWNER) -> Any:
-        """A client that goes past the code under test."""
+        """Make a client that bypasses the code under test."""
         return boto3.client(
             "s3",
             endpoint_url=self.endpoint_url,
@@ -66,7 +66,7 @@ class Server(NamedTuple):
 
 @contextmanager
 def moto() -> Iterator[Server]:
-    """In this process, with everything in memory; accepts any key."""
+    """Start moto in this process, with everything in memory; accepts any key."""
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     try:
@@ -78,7 +78,7 @@ def moto() -> Iterator[Server]:
 
 @contextmanager
 def seaweedfs(address: str = "127.0.0.1") -> Iterator[Server]:
-    """The server that keeps every promise, conditional writes among them."""
+    """Start SeaweedFS, which honours conditional writes."""
     with ExitStack() as stack:
         folder = stack.enter_context(_folder())
         identities = [
@@ -112,7 +112,7 @@ def seaweedfs(address: str = "127.0.0.1") -> Iterator[Server]:
 
 @contextmanager
 def rclone() -> Iterator[Server]:
-    """A server that takes conditions on writes and ignores them."""
+    """Start rclone, which accepts conditional writes and ignores the condition."""
     with _folder() as folder:
         (folder / "data").mkdir()
         command = [
@@ -133,7 +133,7 @@ SERVERS = {"moto": moto, "seaweedfs": seaweedfs, "rclone": rclone}
 
 
 def _weed(folder: Path, address: str, port: int) -> list[str]:
-    """With telemetry off, no ports that are not needed, and fast to start again after a kill."""
+    """Arguments of SeaweedFS: no telemetry, few ports, and a fast restart after a kill."""
     flags = {
         "dir": folder,
         "ip": address,
@@ -163,7 +163,7 @@ def _identity(key: Key, *actions: str) -> dict[str, object]:
 
 
 def _binary(name: str) -> str:
-    """A program that a package of this environment brings."""
+    """Path of a program installed by a package of this environment."""
     return str(Path(sysconfig.get_path("scripts")) / name)
 
 
@@ -175,7 +175,7 @@ def _folder() -> Iterator[Path]:
 
 @contextmanager
 def running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
-    """A process that is killed at the end; on Linux also when the thread that started it ends."""
+    """Run a process, killed at the end; on Linux also when the thread that started it ends."""
     setpriv = shutil.which("setpriv")
     dies_too = [setpriv, "--pdeathsig", "KILL"] if setpriv else []
     with log.open("wb") as output:
@@ -190,7 +190,7 @@ def running(command: list[str], log: Path) -> Iterator[subprocess.Popen[bytes]]:
 
 
 def answers(process: subprocess.Popen[bytes], url: str, status: int) -> bool:
-    """Wait until a server answers with a status; False when it has ended."""
+    """Wait until a server answers with a status; False if it has ended."""
     deadline = time.monotonic() + START_SECONDS
     while process.poll() is None and time.monotonic() < deadline:
         with suppress(OSError):
@@ -207,7 +207,7 @@ def answers(process: subprocess.Popen[bytes], url: str, status: int) -> bool:
 
 
 def free_ports(n_ports: int) -> int:
-    """The first of some free ports in a row, below those that clients get by chance."""
+    """First of consecutive free ports, below the range of ephemeral ports."""
     while True:
         port = random.SystemRandom().randrange(11_000, 22_000)
         with ExitStack() as stack, suppress(OSError):
@@ -220,7 +220,7 @@ def free_ports(n_ports: int) -> int:
 
 
 def _remove_sockets(ports: range) -> None:
-    """Those that SeaweedFS leaves behind when it is killed."""
+    """Remove sockets that a killed SeaweedFS leaves behind."""
     for port in ports:
         for path in Path("/tmp").glob(f"seaweedfs-*-{port}.sock"):
             path.unlink(missing_ok=True)

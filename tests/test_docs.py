@@ -1,4 +1,4 @@
-"""The documents: links, generated pages, the run file of the README."""
+"""Documents: links, generated pages, the run file of the README."""
 
 import re
 import runpy

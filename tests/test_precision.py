@@ -1,4 +1,4 @@
-"""A precision that the processor only imitates costs most of the time: it is said."""
+"""The warning for a precision that the processor emulates."""
 
 import logging
 

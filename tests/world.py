@@ -1,4 +1,4 @@
-"""Small activation sets whose rows say who they are."""
+"""Small activation sets whose rows identify themselves."""
 
 import itertools
 import json
@@ -28,7 +28,7 @@ from tests.runs import DOCUMENT_ROWS
 
 
 class RowNumbers:
-    """A model whose activations are (number of the row, its document)."""
+    """Model whose activations are (row number, document)."""
 
     def run(self, tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
         acts = torch.stack([tokens, tokens // DOCUMENT_ROWS], dim=-1).float()
@@ -43,7 +43,7 @@ def fill(
     worker: str = "p0",
     stopping: threading.Event | None = None,
 ) -> Plan:
-    """Plan, and run the real producer on a stand-in for the model."""
+    """Plan, then run the real producer on a stand-in for the model."""
     made = plan(run)
     monkeypatch.setattr(dist_sae.producing.loop, "build_source", lambda *_: source)
     dist_sae.producing.loop.produce(
@@ -85,14 +85,14 @@ def open_stream(units: ActivationSet, number: int, pool: Executor, passes: int =
 
 
 def take(stream: Stream, n: int) -> Tensor:
-    """The next `n` rows of a stream."""
+    """Take the next `n` rows of a stream."""
     acts = torch.empty(n, stream.d_in())
     stream.put(acts)
     return acts
 
 
 def batches(units: ActivationSet, steps: range, **options: Any) -> list[Tensor]:
-    """The activations of the batches `steps`."""
+    """Read the activations of the batches `steps`."""
     with open_loader(units, steps, **options) as loader:
         return [batch.acts for batch in loader]
 
@@ -100,20 +100,20 @@ def batches(units: ActivationSet, steps: range, **options: Any) -> list[Tensor]:
 def save(
     checkpoints: Checkpoints, step: int, tensors: Mapping[str, Tensor], scalars: Mapping[str, Any]
 ) -> None:
-    """A checkpoint of whole tensors, as a single rank writes it."""
+    """Write a checkpoint of whole tensors, as a single rank does."""
     pieces = (Piece(name, t, 0, len(t) if t.shape else 1) for name, t in tensors.items())
     checkpoints.commit(step, [checkpoints.write(step, pieces)], scalars)
 
 
 def changed(data: bytes, **change: Any) -> bytes:
-    """A record with other fields, under a seal that fits."""
+    """Change fields of a record, and seal it again."""
     content = json.loads(data) | change
     del content["sha256"]
     return records._canonical({**content, "sha256": records._digest(content)})
 
 
 class Wrapped:
-    """A store that passes everything on; tests override what they watch or break."""
+    """Store that forwards every call; tests override what they watch or break."""
 
     def __init__(self, store: ObjectStore) -> None:
         self.inner = store
@@ -146,7 +146,7 @@ class Wrapped:
 
 
 class Letters:
-    """A tokenizer: one token a letter, its code point; "!" stands for nothing."""
+    """Tokenizer with one token per letter, its code point; "!" has none."""
 
     bos: int | None = 1
     special = frozenset({1, 2})
@@ -159,5 +159,5 @@ class Letters:
 
 
 def same(one: Sequence[Tensor], other: Sequence[Tensor]) -> bool:
-    """Bitwise equality."""
+    """Compare bitwise."""
     return all(itertools.starmap(torch.equal, zip(one, other, strict=True)))

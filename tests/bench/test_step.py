@@ -1,4 +1,4 @@
-"""`dist-sae bench step` as a program: it measures, and says what cannot be measured."""
+"""`dist-sae bench step` as a program: measurements, and refusals of bad settings."""
 
 import json
 
@@ -22,7 +22,7 @@ def test_bench_step_reports_the_ratio_and_where_the_time_goes() -> None:
 
 
 def test_bench_step_refuses_in_one_line_what_cannot_be() -> None:
-    """Before the ranks meet, in the words of the run file."""
+    """The refusal comes before the rendezvous, in the run file's terms."""
     for options, expected in (
         (("--k", "0"), "error: bench: sae.k: input should be greater than 0 (got 0)\n"),
         (

@@ -1,4 +1,4 @@
-"""Defaults that follow the run, and runs that began before they did."""
+"""Run-dependent defaults, and runs that started before these existed."""
 
 from pathlib import Path
 from typing import Any

@@ -1,4 +1,4 @@
-"""What a mistake in a run file is answered with: the key that was meant, in words."""
+"""Messages for mistakes in a run file, which name the intended key."""
 
 from pathlib import Path
 

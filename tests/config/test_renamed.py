@@ -31,7 +31,7 @@ NEW: dict[str, Any] = OLD | {
 
 @pytest.fixture
 def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A run file by the old names, in a program that has named none of them yet."""
+    """A run file with old names, in a program that has warned of none yet."""
     monkeypatch.setattr(renamed, "_said", set())
     (tmp_path / "old").mkdir()
     return write_run(tmp_path / "old", store={"activations": "/a", "runs": "/r"}, **OLD)

@@ -17,7 +17,7 @@ from tests.runs import TINY, write_run
 
 
 def problems(path: Path, overrides: Sequence[str] = ()) -> list[str]:
-    """What `load_run` says, line by line, without the file's name that every line starts with."""
+    """Lines of `load_run`'s message, without the leading file name."""
     with pytest.raises(ConfigError) as caught:
         load_run(path, overrides)
     lines = str(caught.value).splitlines()

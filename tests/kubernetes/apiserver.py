@@ -1,4 +1,4 @@
-"""A Kubernetes API server over HTTP, in this process: what `dist_sae.kubernetes` relies on.
+"""A Kubernetes API server over HTTP, in this process, with what `dist_sae.kubernetes` relies on.
 
 Server-side apply with defaults, conflicts and immutable fields; dry runs; strict validation; the
 permissions that k8s/base/researchers.yaml gives; labels; watches; deletion in the foreground; logs;
@@ -55,7 +55,7 @@ _WAIT_SECONDS = 30.0
 
 
 class ApiServer:
-    """One namespace, `dist-sae`, and whoever has `TOKEN` is a researcher in it."""
+    """API server with one namespace, `dist-sae`, in which the holder of `TOKEN` is a researcher."""
 
     def __init__(self) -> None:
         self.changed = threading.Condition(threading.RLock())
@@ -91,7 +91,7 @@ class ApiServer:
         self._thread.join()
 
     def write_kubeconfig(self, path: Path, token: str = TOKEN) -> None:
-        """With a context `test`."""
+        """Write a kubeconfig with a context `test`."""
         url = f"http://127.0.0.1:{self._http.server_port}"
         config = {
             "apiVersion": "v1",
@@ -114,7 +114,7 @@ class ApiServer:
             return copy.deepcopy(self.objects[_plural(kind), name])
 
     def pods(self, part: str) -> list[str]:
-        """The newest pod last."""
+        """Pods, newest last."""
         with self.changed:
             return [
                 name
@@ -133,7 +133,7 @@ class ApiServer:
         self.set("Pod", name, status=_pod_status("Running", ready=True))
 
     def fail_pod(self, name: str, **status: Any) -> str:
-        """The pod ends, and its Job makes another one; returns that one's name."""
+        """End a pod with a failure; returns the name of the pod that its Job creates instead."""
         with self.changed:
             self.set("Pod", name, status=_pod_status("Failed") | status)
             metadata = self.objects["pods", name]["metadata"]
@@ -147,24 +147,24 @@ class ApiServer:
         self.set(kind, name, status={"conditions": conditions})
 
     def end_pod(self, name: str) -> None:
-        """The node says that the pod is gone."""
+        """Report a pod as ended, as its node does."""
         with self.changed:
             self._remove(("pods", name))
 
     def create(self, obj: Object) -> None:
-        """By somebody else."""
+        """Create an object as another user."""
         with self.changed:
             self._create((_plural(obj["kind"]), obj["metadata"]["name"]), copy.deepcopy(obj))
 
     def edit(self, kind: str, name: str, manager: str, change: Object) -> None:
-        """Server-side apply by another manager, with force."""
+        """Apply server-side as another manager, with force."""
         with self.changed:
             key = (_plural(kind), name)
             self._applied[key, manager] = change
             self._store(key, merge(self.objects[key], {}, change), "MODIFIED")
 
     def await_(self, condition: Callable[[], bool]) -> None:
-        """Until something holds of the objects."""
+        """Wait until a condition on the objects holds."""
         with self.changed:
             assert self.changed.wait_for(condition, _WAIT_SECONDS)
 
@@ -458,7 +458,7 @@ def _handler(server: ApiServer) -> type[_Handler]:
 
 
 def _rules() -> set[tuple[str, str, str]]:
-    """(API group, resource, verb) of all that the roles give."""
+    """Collect (API group, resource, verb) of everything that the roles permit."""
     roles = [r for r in yaml.safe_load_all(_ROLES.read_text()) if "rules" in r]
     return {
         triple
@@ -488,5 +488,5 @@ def _selected(obj: Object, query: Object) -> bool:
 
 @cache
 def _check(body: str) -> None:
-    """Against the schemas; what is valid is not looked at again."""
+    """Check an object against the schemas; valid ones are cached."""
     schemas.check(json.loads(body))

@@ -1,4 +1,4 @@
-"""What server-side apply makes of an object: merged, with defaults, or refused."""
+"""Server-side apply: merging, defaults and refusals."""
 
 import copy
 import json
@@ -8,7 +8,7 @@ Object = dict[str, Any]
 
 
 class RefusedError(Exception):
-    """An answer other than 200; `reason` None: not from the API, but from whatever is before it."""
+    """An answer other than 200; `reason` is None if it comes from a proxy before the API."""
 
     def __init__(self, code: int, reason: str | None, message: str, **details: str) -> None:
         super().__init__(message)
@@ -30,7 +30,7 @@ class RefusedError(Exception):
 
 
 def with_defaults(obj: Object) -> Object:
-    """Some of the defaults of the kinds that a run consists of."""
+    """Add some defaults of the kinds that a run consists of."""
     obj = copy.deepcopy(obj)
     match obj["kind"]:
         case "Service":
@@ -59,7 +59,7 @@ def _fill_job(spec: Object) -> None:
 
 
 def merge(live: Object, before: Object, new: Object) -> Object:
-    """What the manager sets, and not what it had set before and sets no more. Lists are atomic."""
+    """Merge a manager's fields, and remove those that it no longer sets. Lists are atomic."""
     merged = {key: value for key, value in live.items() if key not in before or key in new}
     for key, value in new.items():
         if isinstance(value, dict):

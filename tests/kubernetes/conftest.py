@@ -1,4 +1,4 @@
-"""A cluster that runs pods, one to submit to, a run for it, and what its commands say."""
+"""Fixtures: a cluster that runs pods, an API server to submit to, a run, and a shell."""
 
 import threading
 from collections.abc import Iterator
@@ -21,20 +21,20 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 class Shell:
-    """Runs `dist-sae` in this process."""
+    """Shell that runs `dist-sae` in this process."""
 
     def __init__(self, capsys: pytest.CaptureFixture[str]) -> None:
         self._capsys = capsys
 
     def __call__(self, *arguments: str) -> str:
-        """What it prints, when it is to succeed."""
+        """Run a command that must succeed; returns its output."""
         code = main(arguments)
         said = self._capsys.readouterr()
         assert code == 0, said.err
         return said.out
 
     def fail(self, *arguments: str) -> str:
-        """The one line that it says when it is to fail."""
+        """Run a command that must fail; returns its one line."""
         assert main(arguments) == 2
         said = self._capsys.readouterr()
         (line,) = (text for text in said.err.splitlines() if text.startswith("error: "))
@@ -42,7 +42,7 @@ class Shell:
         return line.removeprefix("error: ")
 
     def warned(self, *arguments: str) -> str:
-        """What it logs, when it is to succeed all the same."""
+        """Run a command that must succeed with warnings; returns its log."""
         assert main(arguments) == 0
         return self._capsys.readouterr().err
 
@@ -54,7 +54,7 @@ def sh(capsys: pytest.CaptureFixture[str]) -> Shell:
 
 @pytest.fixture
 def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServer]:
-    """A cluster that the kubeconfig in the environment leads to."""
+    """A cluster to which the kubeconfig in the environment points."""
     with ApiServer() as server:
         server.write_kubeconfig(tmp_path / "kubeconfig")
         monkeypatch.setenv("KUBECONFIG", str(tmp_path / "kubeconfig"))
@@ -63,7 +63,7 @@ def api(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[ApiServer]:
 
 @pytest.fixture
 def path(tmp_path: Path, bucket: Bucket) -> str:
-    """The file of a run named tiny, with two producers and two trainers."""
+    """Run file of a run named tiny, with two producers and two trainers."""
     store = {name: f"s3://{bucket.name}/{name}" for name in ("activations", "runs")}
     file = write_run(
         tmp_path,
@@ -77,7 +77,7 @@ def path(tmp_path: Path, bucket: Bucket) -> str:
 
 @contextmanager
 def ending(api: ApiServer) -> Iterator[list[str]]:
-    """Nodes let pods that are to go end, each when somebody watches; yields their names."""
+    """End deleted pods, each once a client watches; yields their names."""
     ended: list[str] = []
     over = threading.Event()
 

@@ -1,4 +1,4 @@
-"""What a pod's status says of its node, and of its containers, which run one after the other."""
+"""A pod's status: its node, and its containers, which run one after the other."""
 
 from tests.kubernetes.manifests import Object
 
@@ -9,13 +9,13 @@ def names_of(pod: Object) -> list[str]:
 
 
 def scheduled(pod: Object) -> str | None:
-    """Whether it has a node ("True", "False"); None if its status does not say."""
+    """Status of PodScheduled ("True", "False"); None if absent."""
     conditions = pod["status"].get("conditions", [])
     return next((c["status"] for c in conditions if c["type"] == "PodScheduled"), None)
 
 
 def state_of(pod: Object, container: str) -> str:
-    """waiting, running or terminated; "" if its node has not heard of it."""
+    """State: waiting, running or terminated; "" if its node does not know it yet."""
     status = pod["status"]
     for told in [*status.get("initContainerStatuses", []), *status.get("containerStatuses", [])]:
         if told["name"] == container:
@@ -26,7 +26,7 @@ def state_of(pod: Object, container: str) -> str:
 
 
 def render_status(pod: Object, n_ended: int, *, runs: bool = True) -> Object:
-    """When so many containers have ended, and the next one runs or is still to begin."""
+    """Render the status after some containers have ended, with the next one running or waiting."""
     ended: Object = {"terminated": {"exitCode": 0}}
     running: Object = {"running": {}}
     waiting: Object = {"waiting": {"reason": "PodInitializing"}}

@@ -1,4 +1,4 @@
-"""What the Job and JobSet controllers do: `reconcile` sees what there is and makes what should be.
+"""Job and JobSet controllers: `reconcile` compares actual with desired state, and acts.
 
 Indexed Jobs whose pods are not restarted in place, with podReplacementPolicy Failed; JobSets that
 are not restarted as a whole. Left out: the pauses that a cluster makes before it replaces a pod.
@@ -19,7 +19,7 @@ JOBSET = "jobset.sigs.k8s.io/jobset-name"
 
 
 class Condition(NamedTuple):
-    """How a Job or a JobSet has ended."""
+    """Condition with which a Job or a JobSet ended."""
 
     type: str
     reason: str
@@ -27,7 +27,7 @@ class Condition(NamedTuple):
 
 
 class Job:
-    """An Indexed Job: for every index one pod after the other, until one succeeds.
+    """Indexed Job: runs one pod after the other for every index, until one succeeds.
 
     Args:
         manifest: The Job.
@@ -54,11 +54,11 @@ class Job:
 
     @property
     def pods(self) -> list[Pod]:
-        """All that there have been."""
+        """All pods so far."""
         return [*self.active.values(), *self.succeeded.values(), *self.counted, *self.ignored]
 
     def delete(self) -> None:
-        """Its pods are told to end, and none is made any more."""
+        """Terminate the pods, and create no more."""
         self._deleted = True
         for pod in self.active.values():
             pod.terminate()
@@ -95,7 +95,7 @@ class Job:
             self._failing = Condition("Failed", "BackoffLimitExceeded", why)
 
     def _action(self, pod: Pod) -> tuple[str, str]:
-        """Of the first rule of the podFailurePolicy that applies."""
+        """Action of the first matching rule of the podFailurePolicy."""
         for rule in self.spec.get("podFailurePolicy", {}).get("rules", []):
             for wanted in rule.get("onPodConditions", []):
                 assert wanted.get("status", "True") == "True"
@@ -124,7 +124,7 @@ class Job:
 
 
 class JobSet:
-    """Jobs that begin after one another and succeed or fail together.
+    """JobSet: jobs that start in order, and succeed or fail together.
 
     Args:
         manifest: The JobSet.
@@ -144,7 +144,7 @@ class JobSet:
 
     @property
     def service(self) -> Object:
-        """The headless Service that gives its pods their names."""
+        """Headless Service that names the pods."""
         network = self.spec["network"]
         return {
             "metadata": {"name": network.get("subdomain", self.name)},
@@ -161,7 +161,7 @@ class JobSet:
                 job.delete()
 
     def reconcile(self) -> None:
-        """Its jobs reconcile themselves."""
+        """Reconcile the JobSet; its jobs reconcile themselves."""
         if self.condition:
             return
         for replicated in self.spec["replicatedJobs"]:

@@ -1,4 +1,4 @@
-"""What a kubelet does: it runs a pod's containers, one after the other, and probes them.
+"""A kubelet: runs a pod's containers one after the other, and probes them.
 
 A pod is made from its manifest and comes to an end by itself; then it is Succeeded or Failed, and
 says with which exit code. Times between probes can be scaled down, thresholds are as they are.
@@ -25,7 +25,7 @@ ENDED = ("Succeeded", "Failed")
 
 
 class Node(NamedTuple):
-    """What a pod finds on the machine and in the cluster."""
+    """Node of a pod: what it finds on the machine and in the cluster."""
 
     folder: Path
     image: Image
@@ -37,7 +37,7 @@ class Node(NamedTuple):
 
 
 class Pod:
-    """A pod, from its start to its end.
+    """A running pod.
 
     Args:
         manifest: Its `metadata` and `spec`.
@@ -78,13 +78,13 @@ class Pod:
         self._thread.start()
 
     def name_hosts(self, names: str) -> None:
-        """Tell it the names of others: lines of /etc/hosts."""
+        """Set the names of other pods: lines of /etc/hosts."""
         own = f"127.0.0.1 localhost\n{self.address} {self.hostname}\n"
         with self._hosts.open("r+") as file:  # the same file: the pod has it mounted
             file.write((own + names).ljust(8192, "\n"))
 
     def terminate(self) -> None:
-        """SIGTERM, and SIGKILL when the grace period is over: what deleting a pod does."""
+        """Send SIGTERM, then SIGKILL after the grace period, as deleting a pod does."""
         with self._lock:
             if self.terminating:
                 return
@@ -92,29 +92,29 @@ class Pod:
             self._end_container()
 
     def preempt(self) -> None:
-        """To make room for another: it is told to end, and it is known that the cluster did it."""
+        """Terminate for another pod, marked as a disruption by the cluster."""
         self.conditions.add(DISRUPTED)
         self.terminate()
 
     def kill(self) -> None:
-        """SIGKILL to all its processes, out of the blue."""
+        """Send SIGKILL to all processes."""
         if self._container is not None:
             self._container.signal(SIGKILL)
 
     def lose(self) -> None:
-        """Its node is gone, and it with it."""
+        """Lose the pod together with its node."""
         self.conditions.add(DISRUPTED)
         self.kill()
         self.cut_off = False
         self._report("Failed")
 
     def processes(self) -> Iterator[tuple[int, list[str]]]:
-        """Of the container that runs: (process id, command)."""
+        """Processes of the running container: (process id, command)."""
         assert self._container is not None
         return self._container.processes()
 
     def log(self) -> str:
-        """What its containers have said."""
+        """Output of its containers."""
         return "\n".join(path.read_text() for path in sorted(self.folder.glob("*.log")))
 
     def close(self) -> None:
@@ -135,7 +135,7 @@ class Pod:
         self._report("Failed" if failed else "Succeeded")
 
     def _containers(self) -> list[Object]:
-        """In their order; there is one that is not an init container."""
+        """Containers in their order; exactly one is not an init container."""
         (main,) = self.spec["containers"]
         return [*self.spec.get("initContainers", []), main]
 
@@ -212,7 +212,7 @@ class Pod:
         return fields[path]
 
     def _volume(self, volume: Object) -> Path:
-        """A folder of this machine that holds it."""
+        """Make a folder of this machine for a volume."""
         folder: Path = self.folder / f"volume-{volume['name']}"
         if "configMap" in volume:
             folder.mkdir()
@@ -226,7 +226,7 @@ class Pod:
         return folder
 
     def _probe_until_end(self, container: Container, spec: Object) -> int:
-        """Probe it, end it if it does not answer; its exit code."""
+        """Probe a container until it ends; ends it if it does not answer. Returns its exit code."""
         port = {named["name"]: named["containerPort"] for named in spec.get("ports", [])}
         probes = {
             kind: Probe(spec[f"{kind}Probe"], self.address, port, self._node.time_scale)
@@ -286,7 +286,7 @@ class Pod:
 
 
 def _expand(text: str, env: Mapping[str, str]) -> str:
-    """With $(NAME) replaced where there is such a variable; $$ stands for $."""
+    """Expand $(NAME) if the variable exists; $$ stands for $."""
     return re.sub(
         r"\$\$|\$\(([\w.-]+)\)",
         lambda found: "$" if found[0] == "$$" else env.get(found[1], found[0]),

@@ -1,4 +1,4 @@
-"""What of a manifest the pod runner executes."""
+"""Parts of a manifest that the pod runner executes."""
 
 from typing import Any
 
@@ -26,7 +26,7 @@ _NOT_HERE = {
 
 
 def refuse_unknown(what: str, spec: Object) -> None:
-    """Nothing is passed over unless it is known to mean nothing here.
+    """Refuse unknown parts, except those known to have no effect here.
 
     Args:
         what: `job`, `jobset`, `pod`, `container`, `probe` or the `metadata` of a pod.
@@ -40,7 +40,7 @@ def refuse_unknown(what: str, spec: Object) -> None:
 
 
 def check_pod(manifest: Object) -> None:
-    """The same of a pod with all that is in it.
+    """Refuse unknown parts of a pod template.
 
     Raises:
         NotImplementedError: There is something else.

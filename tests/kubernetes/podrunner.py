@@ -1,4 +1,4 @@
-"""A Kubernetes cluster of one machine, to run rendered objects rather than read them.
+"""A Kubernetes cluster on one machine, which runs rendered objects.
 
     Cluster     takes objects and reconciles Jobs and JobSets whenever a pod changes
     Pod         is a kubelet's view of its containers (`kubelet.py`)
@@ -23,7 +23,7 @@ from tests.kubernetes.sandbox import Network, read_image
 
 
 class Cluster:
-    """Holds what was applied, and the pods that came of it.
+    """Cluster of applied objects and their pods.
 
     Args:
         folder: For the pods' files and logs.
@@ -65,7 +65,7 @@ class Cluster:
                 each.callback(pod.close)
 
     def apply(self, objects: Iterable[Object]) -> None:
-        """Create these objects."""
+        """Create objects."""
         with self._changed:
             for item in objects:
                 name = item["metadata"]["name"]
@@ -88,7 +88,7 @@ class Cluster:
             self._changed.notify_all()
 
     def delete(self, name: str, seconds: float = 60.0) -> None:
-        """Delete a JobSet with all that it made; comes back when its pods have ended."""
+        """Delete a JobSet with its dependents; returns once its pods have ended."""
         with self._changed:
             jobset = self.jobsets.pop(name)
             jobset.delete()
@@ -99,7 +99,7 @@ class Cluster:
                 del self.jobs[job.name]
 
     def wait(self, until: Callable[[], object], seconds: float = 300.0) -> None:
-        """Until something is so, looking at it whenever a pod changes.
+        """Wait for a condition, checked whenever a pod changes.
 
         Raises:
             TimeoutError: With what all pods have said.
@@ -112,16 +112,16 @@ class Cluster:
                 raise TimeoutError(self.story())
 
     def running(self, job: str, index: int) -> Pod:
-        """The pod of an index of a job."""
+        """Wait for the running pod of a job's index."""
         with self._changed:
             return self.jobs[job].active[index]
 
     def conditions(self) -> dict[str, Condition | None]:
-        """Of all Jobs and JobSets."""
+        """Conditions of all Jobs and JobSets."""
         return {name: item.condition for name, item in (self.jobs | self.jobsets).items()}
 
     def story(self) -> str:
-        """What happened, for people."""
+        """Describe what happened, for people."""
         pods = (
             f"== {pod.name} {pod.phase} {pod.exit_codes} {pod.conditions}\n{pod.log()[-1000:]}"
             for pod in self.pods
@@ -165,7 +165,7 @@ class Cluster:
         self._publish_names()
 
     def _publish_names(self) -> None:
-        """As headless Services do: <hostname>.<subdomain> is a pod, as long as it is there."""
+        """Publish names as headless Services do: <hostname>.<subdomain>, while the pod exists."""
         there = [pod for pod in self.pods if pod.phase not in ENDED]
         lines = []
         for pod in there:

@@ -1,4 +1,4 @@
-"""Whether a container answers, as a kubelet asks it."""
+"""Probes of a container by a kubelet."""
 
 import time
 from collections.abc import Mapping
@@ -10,7 +10,7 @@ from tests.kubernetes.manifests import Object
 
 
 class Probe:
-    """One of a container's probes, by HTTP.
+    """An HTTP probe of a container.
 
     Args:
         spec: As in the manifest.
@@ -30,7 +30,7 @@ class Probe:
         self.due = time.monotonic() + scale * spec.get("initialDelaySeconds", 0)
 
     def ask(self) -> bool | None:
-        """Whether all is well; None if it failed, but not often enough to say so."""
+        """Probe once; True if healthy, False if failed, None below the failure threshold."""
         self.due = time.monotonic() + self._period
         try:
             with closing(HTTPConnection(*self._place, timeout=self._timeout)) as connection:

@@ -1,4 +1,4 @@
-"""What a container runtime does: namespaces, a root file system, a user, an entry point.
+"""A container runtime: namespaces, a root file system, a user, an entry point.
 
 With util-linux and iproute2, as root. The image is this machine: its root file system is the lower
 layer of the container's, with the interpreter, the packages and this repository in it, and
@@ -32,7 +32,7 @@ _LETTERS = list(string.ascii_lowercase)  # of this process's networks
 
 
 class Mount(NamedTuple):
-    """A file or a folder that a container has from outside."""
+    """A file or folder mounted into a container."""
 
     source: Path
     target: str
@@ -40,7 +40,7 @@ class Mount(NamedTuple):
 
 
 class Image(NamedTuple):
-    """What `launch/Dockerfile` makes, of this machine's files."""
+    """Image of `launch/Dockerfile`, made of this machine's files."""
 
     entrypoint: list[str]
     workdir: str
@@ -49,7 +49,7 @@ class Image(NamedTuple):
 
 
 class User(NamedTuple):
-    """As whom a container runs."""
+    """User of a container."""
 
     user: int
     group: int
@@ -59,7 +59,7 @@ class User(NamedTuple):
 
 
 def read_image(folder: Path) -> Image:
-    """The image, as the Dockerfile has it; its own programs are put in `folder`."""
+    """Read the image from the Dockerfile; its own programs are put in `folder`."""
     text = (REPOSITORY / "launch/Dockerfile").read_text().replace("\\\n", " ")
     said: dict[str, str] = dict(
         re.findall(r"^(ENTRYPOINT|WORKDIR|ENV|COPY launch/\S+) (.+)$", text, re.M)
@@ -85,7 +85,7 @@ def read_image(folder: Path) -> Image:
 
 
 class Network:
-    """A subnet of this machine: every pod has an address, and reaches the gateway, which is us."""
+    """Subnet of this machine: every pod has an address, and reaches this process as the gateway."""
 
     def __init__(self) -> None:
         if os.geteuid():
@@ -106,7 +106,7 @@ class Network:
         _ip("addr", "add", f"{self.gateway}/24", "dev", self.name, "noprefixroute")
 
     def attach(self) -> tuple[str, str]:
-        """A network namespace for a pod: its name, and the pod's address."""
+        """Make a network namespace for a pod; returns its name and the pod's address."""
         self._pods += 1
         assert self._pods <= _LAST_POD, "no addresses left"
         namespace, address = f"{self.name}.{self._pods}", f"{self._prefix}.{self._pods}"
@@ -119,12 +119,12 @@ class Network:
         return namespace, address
 
     def detach(self, namespace: str) -> None:
-        """With what is in it."""
+        """Remove a network namespace with its links."""
         _ip("link", "delete", namespace)  # by itself it would go some time after the namespace
         _ip("netns", "delete", namespace)
 
     def close(self) -> None:
-        """Remove it; all pods must have been detached.
+        """Remove the network; all pods must have been detached.
 
         Raises:
             RuntimeError: Something of it is left.
@@ -135,7 +135,7 @@ class Network:
 
 
 def _sweep() -> None:
-    """Remove what tests left that were killed themselves: names have the process that made them."""
+    """Remove leftovers of killed tests, found by the process id in their names."""
     for what in ("link", "netns"):
         for name in _names(what):
             made = re.match(r"ds([0-9a-f]{6})[a-z]", name)
@@ -145,7 +145,7 @@ def _sweep() -> None:
 
 
 class Container:
-    """One that runs.
+    """A running container.
 
     Args:
         command: Entry point and arguments.
@@ -217,20 +217,20 @@ class Container:
                     self._first = int(children.read_text().split()[0])
 
     def wait(self, seconds: float | None) -> int | None:
-        """Its exit code, as Kubernetes has it (137: SIGKILL); None if it still runs by then."""
+        """Wait for the exit code as in Kubernetes (137: SIGKILL); None after the time-out."""
         if not select.select([self._ended], [], [], seconds)[0]:
             return None
         code = self._process.wait()
         return 128 - code if code < 0 else code
 
     def signal(self, number: signal.Signals) -> None:
-        """To its first process; if that is killed all others die too."""
+        """Signal the first process; if it is killed, all others die too."""
         if self._first is not None and self.wait(0) is None:
             with suppress(ProcessLookupError):
                 os.kill(self._first, number)
 
     def processes(self) -> Iterator[tuple[int, list[str]]]:
-        """All processes in it, as (process id, command)."""
+        """Processes in the container, as (process id, command)."""
         own = os.readlink(f"/proc/{self._first}/ns/pid")
         for folder in Path("/proc").glob("[0-9]*"):
             with suppress(OSError):
@@ -241,7 +241,7 @@ class Container:
 def _preparation(
     root: Path, mounts: Sequence[Mount], hostname: str, *, read_only: bool
 ) -> Iterator[list[str]]:
-    """Commands that make the container's root file system at `root`/root, in its own namespaces."""
+    """Commands that build the root file system at `root`/root, in the container's namespaces."""
     yield ["hostname", hostname]
     yield ["mount", "-t", "tmpfs", "layers", str(root)]
     layers = {name: f"{root}/{name}" for name in ("upper", "work", "root")}
@@ -285,6 +285,6 @@ def _ip(*arguments: str) -> str:
 
 
 def _names(what: str) -> list[str]:
-    """Of all links or network namespaces of this machine."""
+    """Names of all links or network namespaces of this machine."""
     found = json.loads(_ip("-json", what, "show") or "[]")
     return [item.get("ifname", item.get("name")) for item in found]

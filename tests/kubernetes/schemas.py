@@ -1,4 +1,4 @@
-"""What a Kubernetes API server would check of objects, as far as it can be had without one.
+"""Validation of objects as in a Kubernetes API server, as far as possible without one.
 
 Strict schemas of the core kinds (kubernetes-validate), the JobSet definition's own schema and CEL
 rules, and the restricted pod security standard.
@@ -21,7 +21,7 @@ _CRD = Path(__file__).parent / "data" / "jobset_crd.yaml"
 
 
 def check(obj: Object, version: str = VERSIONS[-1]) -> None:
-    """Raise what is wrong with an object, in words."""
+    """Raise an error that describes an object's faults."""
     if obj["kind"] == "JobSet":
         check_jobset(obj)
         for job in jobs_of(obj):
@@ -31,7 +31,7 @@ def check(obj: Object, version: str = VERSIONS[-1]) -> None:
 
 
 def check_jobset(jobset: Object, old: Object | None = None) -> None:
-    """Schema and rules of the definition; rules about changes too where there is an old object."""
+    """Check schema and rules of the definition; with an old object also rules about changes."""
     schema = _jobset_schema()
     # not jsonschema.validate, which checks the schema each time: that takes a second
     jsonschema.Draft202012Validator(_strict(schema)).validate(jobset)
@@ -40,7 +40,7 @@ def check_jobset(jobset: Object, old: Object | None = None) -> None:
 
 
 def jobs_of(jobset: Object) -> Iterator[Object]:
-    """The Jobs that the JobSet controller would make."""
+    """Jobs that the JobSet controller would create."""
     for replicated in jobset["spec"]["replicatedJobs"]:
         name = f"{jobset['metadata']['name']}-{replicated['name']}-0"
         template = replicated["template"]
@@ -53,7 +53,7 @@ def jobs_of(jobset: Object) -> Iterator[Object]:
 
 
 def templates_of(obj: Object) -> Iterator[Object]:
-    """The pod templates in an object."""
+    """Pod templates in an object."""
     if obj["kind"] == "JobSet":
         for job in jobs_of(obj):
             yield job["spec"]["template"]
@@ -62,7 +62,7 @@ def templates_of(obj: Object) -> Iterator[Object]:
 
 
 def security_faults(template: Object) -> Iterator[str]:
-    """What the restricted pod security standard, and a read-only root, do not allow."""
+    """Violations of the restricted pod security standard and of a read-only root."""
     spec = template["spec"]
     pod = spec.get("securityContext", {})
     if pod.get("runAsNonRoot") is not True or pod.get("runAsUser", 0) == 0:
@@ -87,7 +87,7 @@ def security_faults(template: Object) -> Iterator[str]:
 
 
 def broken_rules(schema: Object, value: Any, old: Any | None, path: str = "") -> Iterator[str]:
-    """CEL rules of a schema that a value breaks; those about changes need the old value."""
+    """CEL rules of a schema that a value breaks; rules about changes need the old value."""
     for rule in schema.get("x-kubernetes-validations", []):
         if ("oldSelf" not in rule["rule"] or old is not None) and not _holds(
             rule["rule"], value, old
@@ -121,7 +121,7 @@ def _jobset_schema() -> Object:
 
 
 def _strict(schema: Object) -> Object:
-    """As JSON Schema that refuses keys which the definition does not know."""
+    """Convert to a JSON Schema that refuses unknown keys."""
     strict = {key: schema[key] for key in schema.keys() & _KEYWORDS}
     if schema.get("x-kubernetes-int-or-string"):
         strict = {"anyOf": [{"type": "integer"}, {"type": "string"}]}

@@ -1,4 +1,4 @@
-"""The pod runner itself, with pods that are a line of shell: it does as Kubernetes says it does."""
+"""The pod runner itself, with one-line shell pods: it behaves as Kubernetes documents."""
 
 import os
 import select
@@ -52,7 +52,7 @@ def make_job(name: str, script: str, *, n: int = 1, **container: Any) -> Object:
 
 
 def run(cluster: Cluster, manifest: Object) -> Job:
-    """To its end, whichever that is."""
+    """Run a job to its end."""
     cluster.apply([manifest])
     job = cluster.jobs[manifest["metadata"]["name"]]
     cluster.wait(lambda: job.condition, 30)
@@ -60,7 +60,7 @@ def run(cluster: Cluster, manifest: Object) -> Job:
 
 
 def await_up(cluster: Cluster, pod: Pod) -> Pod:
-    """Until it has said that it is up."""
+    """Wait until a pod has logged that it is up."""
     deadline = time.monotonic() + 30
     while "up" not in pod.log():
         assert time.monotonic() < deadline, cluster.story()
@@ -69,7 +69,7 @@ def await_up(cluster: Cluster, pod: Pod) -> Pod:
 
 
 def next_life(cluster: Cluster, job: Job, lives: int) -> Pod:
-    """The only pod of a job, when it is up, after so many before it."""
+    """Wait for a job's only pod to be up, after some earlier pods."""
     cluster.wait(lambda: job.active and len(job.pods) == lives + 1, 30)
     return await_up(cluster, job.active[0])
 

@@ -1,4 +1,4 @@
-"""Runs on a cluster, as rendered: nothing here knows more of a pod than its manifest says.
+"""Rendered runs on a cluster; pods are started from their manifests alone.
 
 The world is small, the programs, the S3 server and the signals are real. A calm run is what every
 disturbed one is compared with.
@@ -52,14 +52,14 @@ COMPLETED = Condition("Completed", "AllJobsCompleted")
 
 
 class Outcome(NamedTuple):
-    """What a run has left in the store."""
+    """Results of a run in the store."""
 
     checkpoint: Checkpoint
     fvu: list[float]
 
 
 class Runs:
-    """Runs on one cluster with one S3 server."""
+    """Runs on one cluster, with one S3 server."""
 
     def __init__(self, cluster: Cluster, endpoint_url: str) -> None:
         self.cluster = cluster
@@ -81,13 +81,13 @@ class Runs:
         return open_store(url, run.store.s3)
 
     def job(self, run: Run, part: str) -> Job:
-        """When it has begun."""
+        """Wait for a job to start."""
         jobs, name = self.cluster.jobs, job_name(run, part)  # type: ignore[arg-type]
         self.cluster.wait(lambda: name in jobs and jobs[name].pods)
         return jobs[name]
 
     def until(self, what: Callable[[], object], seconds: float = 300.0) -> None:
-        """Until something is so in the store, which does not tell."""
+        """Poll the store until a condition holds."""
         deadline = time.monotonic() + seconds
         while not what():
             assert time.monotonic() < deadline, self.cluster.story()
@@ -98,7 +98,7 @@ class Runs:
         self.until(lambda: checkpoints.steps()[-1:] > [beyond])
 
     def await_waiting(self, pod: Pod, what: str) -> None:
-        """Until it waits; if it is probed it says that it lives, for a start may take less time."""
+        """Wait until a pod logs that it waits; a probed one must also have counted as live."""
         self.until(lambda: f"waiting for {what}" in pod.log())
         probed = "startupProbe" in pod.spec["containers"][0]
         self.cluster.wait(lambda: pod.has_started or not probed)
@@ -124,7 +124,7 @@ def runs(cluster: Cluster) -> Iterator[Runs]:
 
 
 class Calm(NamedTuple):
-    """A run that nobody disturbs."""
+    """An undisturbed run."""
 
     run: Run
     jobset: JobSet

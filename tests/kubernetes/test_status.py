@@ -1,4 +1,4 @@
-"""One view of pods, store and metrics, and what is left of it when one of them is out of reach."""
+"""The view of pods, store and metrics, also with one of them unreachable."""
 
 import json
 import socket
@@ -38,7 +38,7 @@ def waiting(reason: str, message: str) -> Object:
 
 @pytest.fixture
 def going(sh: Shell, path: str) -> str:
-    """A run with 3 of 4 units, as far as names go, whose trainers were at step 8 of 16."""
+    """A run with the names of 3 of 4 units, whose trainers were at step 8 of 16."""
     sh("plan", path)
     run = load_run(path)
     activations, runs = (

@@ -25,7 +25,7 @@ MODES = pytest.mark.parametrize("mode", [(), PLAIN], ids=["jobset", "plain"])
 
 
 def specs(api: ApiServer, path: str, *overrides: str) -> tuple[list[Any], list[Any]]:
-    """What there is, and what the run file asks for, of all that is rendered."""
+    """Specs of all rendered objects: on the cluster, and by the run file."""
     asked = [with_defaults(o) for o in render_objects(load_run(path, overrides))]
     there = [api.the(o["kind"], o["metadata"]["name"]) for o in asked]
     return [(o.get("spec"), o.get("data")) for o in there], [
@@ -38,7 +38,7 @@ def versions(api: ApiServer) -> dict[Any, str]:
 
 
 def train(path: str) -> ObjectStore:
-    """Put what trainers leave into the store, which is returned."""
+    """Write what trainers write; returns the store."""
     run = load_run(path)
     store = open_store(run.store.runs, run.store.s3)
     store.put("tiny/run.yaml", dump_run(run).encode())

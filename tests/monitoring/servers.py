@@ -1,4 +1,4 @@
-"""Prometheus and its companions as they are shipped, on loopback, and who they send alerts to."""
+"""Real Prometheus, Alertmanager and Pushgateway on loopback, and a receiver of alerts."""
 
 import json
 import queue
@@ -22,18 +22,18 @@ INTERVAL = "1s"
 
 
 class Prometheus(NamedTuple):
-    """One that runs."""
+    """A running Prometheus."""
 
     url: str
 
     def ask(self, path: str, **parameters: str) -> Any:
-        """The data that its API answers with."""
+        """Query the API; returns the answer's data."""
         query = urllib.parse.urlencode(parameters)
         with urllib.request.urlopen(f"{self.url}/api/v1/{path}?{query}", timeout=30) as answer:
             return json.load(answer)["data"]
 
     def query(self, expression: str) -> list[dict[str, Any]]:
-        """The series that an expression gives now."""
+        """Evaluate an expression now; returns its series."""
         result: list[dict[str, Any]] = self.ask("query", query=expression)["result"]
         return result
 
@@ -42,7 +42,7 @@ class Prometheus(NamedTuple):
 def prometheus(
     folder: Path, targets: Sequence[str], gateway: str, alertmanager: str
 ) -> Iterator[Prometheus]:
-    """Prometheus with this project's rules and configuration, at short intervals.
+    """Start Prometheus with this project's rules and configuration, at short intervals.
 
     Args:
         folder: For its files.
@@ -73,7 +73,7 @@ def prometheus(
 
 @contextmanager
 def alertmanager(folder: Path, webhook: str) -> Iterator[str]:
-    """Alertmanager with this project's example, which sends at once; its host:port."""
+    """Start Alertmanager with this project's example, without delays; yields its host:port."""
     config = yaml.safe_load((MONITORING / "alertmanager.yml").read_text())
     for route in [config["route"], *config["route"]["routes"]]:
         route["group_wait"] = "0s"
@@ -93,7 +93,7 @@ def alertmanager(folder: Path, webhook: str) -> Iterator[str]:
 
 @contextmanager
 def pushgateway(folder: Path) -> Iterator[str]:
-    """The Pushgateway, which keeps nothing on disk; its host:port."""
+    """Start a Pushgateway that keeps nothing on disk; yields its host:port."""
     port = free_ports(1)
     command = [_installed("prometheus-pushgateway"), f"--web.listen-address=127.0.0.1:{port}"]
     with _server(command, folder / "pushgateway.log", port):
@@ -102,7 +102,7 @@ def pushgateway(folder: Path) -> Iterator[str]:
 
 @contextmanager
 def webhook() -> Iterator[tuple[str, "queue.Queue[dict[str, Any]]"]]:
-    """Where to send alerts, and those that have come."""
+    """Receive alerts; yields the URL and the alerts received."""
     alerts: queue.Queue[dict[str, Any]] = queue.Queue()
 
     class Handler(BaseHTTPRequestHandler):
@@ -128,7 +128,7 @@ def webhook() -> Iterator[tuple[str, "queue.Queue[dict[str, Any]]"]]:
 
 
 def _hasty(rules: str) -> str:
-    """The alert that a test awaits comes soon, but not when a busy machine misses a scrape."""
+    """Shorten the awaited alert's delay, but not so far that a missed scrape fires it."""
     groups = yaml.safe_load(rules)
     for group in groups["groups"]:
         for rule in group["rules"]:

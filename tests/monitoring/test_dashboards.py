@@ -1,4 +1,4 @@
-"""The dashboards: generated, of metrics that exist, and what Grafana takes."""
+"""Generated dashboards: up to date, of existing metrics, and valid for Grafana."""
 
 import json
 import re

@@ -1,4 +1,4 @@
-"""Prometheus and its companions at a real run on S3: two producers, a job of two ranks."""
+"""Real Prometheus, Alertmanager and Pushgateway with a run on S3: two producers, two ranks."""
 
 import re
 import time
@@ -104,7 +104,7 @@ def live(
 def program(
     command: str, path: Path, offset: int, env: dict[str, str], *options: str
 ) -> Iterator[Program]:
-    """A program of the run, killed at the end; what it says is read, or it would wait for that."""
+    """Start a program of the run, killed at the end; its output is read, so it never blocks."""
     started = launch.start(command, str(path), "--port-offset", str(offset), *options, env=env)
     readers = [Thread(target=pipe.read) for pipe in (started.stdout, started.stderr)]
     for reader in readers:
@@ -132,13 +132,13 @@ def until(missing: Callable[[], list[str]]) -> None:
 
 
 def filled(expression: str) -> str:
-    """As Grafana asks it, with everything chosen."""
+    """Fill a query as Grafana does with every variable set to All."""
     expression = re.sub(r'"\$(run|rank)"', '".*"', expression)
     return expression.replace("$__rate_interval", "10s").replace("$__range", "1m")
 
 
 def series_in(expression: str) -> set[str]:
-    """The selectors of an expression, as text."""
+    """Selectors of an expression, as text."""
     found, left = set[str](), [promql_parser.parse(expression)]
     while left:
         node = left.pop()

@@ -1,4 +1,4 @@
-"""Rules and alerts, by promtool: well formed, right, and each seen to fire and to stay silent."""
+"""Rules and alerts under promtool: each one fires, and stays silent, when it should."""
 
 import re
 import subprocess

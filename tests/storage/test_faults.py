@@ -1,4 +1,4 @@
-"""Stores behind networks and servers that fail: right bytes or an error, never wrong ones.
+"""Stores behind failing networks and servers: correct bytes or an error, never wrong bytes.
 
 A bit that flips on its way to the reader is for the layer above, which has the checksums.
 """

@@ -59,7 +59,7 @@ def test_readers_see_whole_objects_only_while_they_are_overwritten(tmp_path: Pat
 
 @pytest.fixture
 def full_disk(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
-    """A folder with little room: a real file system where we may mount one."""
+    """A folder with little space: a small file system if we may mount one."""
     folder = tmp_path / "disk"
     folder.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", str(folder)]

@@ -395,7 +395,7 @@ def test_certificate_is_trusted_by_the_bundle_only(
 
 @pytest.fixture
 def nowhere() -> Iterator[str]:
-    """An endpoint that refuses connections; nobody else gets its port."""
+    """An endpoint that refuses connections, on a reserved port."""
     with http.server.socketserver.socket.socket() as closed:  # type: ignore[attr-defined]
         closed.bind(("127.0.0.1", 0))
         yield f"http://127.0.0.1:{closed.getsockname()[1]}"

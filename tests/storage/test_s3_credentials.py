@@ -31,7 +31,7 @@ STS = f"""<AssumeRoleWithWebIdentityResponse><AssumeRoleWithWebIdentityResult><C
 
 
 class Service(http.server.ThreadingHTTPServer):
-    """Instance metadata, a container's endpoint and STS in one.
+    """Server that plays instance metadata, a container's endpoint and STS.
 
     The first answers are `bad`: pairs of status and text; with status 0 the connection is closed.
     """

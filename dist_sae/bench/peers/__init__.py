@@ -1,12 +1,11 @@
-"""`dist-sae bench peers`: the same rows through other trainers' public APIs and through ours.
+"""`dist-sae bench peers`: the same rows through the public APIs of other trainers and ours.
 
-    environments.py  which peers, which versions, an environment of its own for each
+    environments.py  peers, versions, and a separate environment for each
     activations.py   the rows
-    protocol.py      what the runners share; run_*.py, one per peer, run with the peer's Python
+    protocol.py      code shared by the runners run_*.py, one per peer, run with the peer's Python
 
-Speed comes from short runs, interleaved: each round runs everybody once, ours first. FVU comes
-from one longer run each, at equal rows, and is computed by one definition of ours. All of it on
-the CPU.
+Speed comes from short, interleaved runs: each round runs every peer once, ours first. FVU comes
+from one longer run each, over equal rows, by one definition. Everything runs on the CPU.
 """
 
 import json
@@ -43,7 +42,7 @@ _PACKAGES = _HERE.parents[2]
 
 @dataclass
 class Entry:
-    """A peer in one setting, and what has been measured of it so far."""
+    """A peer in one setting, with its measurements so far."""
 
     peer: Peer
     setting: str
@@ -56,7 +55,7 @@ class Entry:
     error: str | None = None
 
     def row(self) -> dict[str, object]:
-        """As it is reported."""
+        """Convert to a row of the report."""
         speeds = self.speeds
         return {
             "name": self.peer.name,
@@ -85,7 +84,7 @@ def bench_peers(
     folder: Path | None,
     fvu_rows: int,
 ) -> list[dict[str, object]]:
-    """One row per peer and setting. A peer that fails is a row with an error.
+    """Measure every peer in every setting; returns one row each, with an error if it failed.
 
     Args:
         d_in: Width of the rows.
@@ -93,14 +92,14 @@ def bench_peers(
         k: Latents kept for each row.
         batch: Rows of a step.
         steps: Steps that are timed in each round, after a warm-up.
-        rounds: How often everybody is timed; 0 leaves the timing out.
-        threads: Of every process.
+        rounds: Times that every peer is timed; 0 skips the timing.
+        threads: Threads of every process.
         rows: A .npy file [rows, d_in] of float32 in random order; None makes synthetic ones.
-        folder: Where the peers' environments are kept.
-        fvu_rows: Rows that everybody trains on before FVU is measured; 0 leaves that out.
+        folder: Folder of the peers' environments.
+        fvu_rows: Rows that every peer trains on before FVU is measured; 0 skips FVU.
 
     Raises:
-        ConfigError: The rows cannot be used, or they or the steps do not suffice.
+        ConfigError: The rows cannot be used, or there are too few rows or steps.
     """
     fvu_steps = fvu_rows // batch
     if rounds and steps < 1:
@@ -144,7 +143,7 @@ def bench_peers(
 
 
 def render_table(rows: Sequence[Mapping[str, Any]]) -> str:
-    """The rows as text: a line each, then what could not be matched."""
+    """Render the rows as a text table, followed by notes on settings that could not be matched."""
     head = ("name", "version", "setting", "rows/s", "min", "max", "fvu", "rows trained", "peak GB")
     table = [head] + [
         (
@@ -179,7 +178,7 @@ def _number(value: float | None, spec: str) -> str:
 
 
 def _ensure_environments(entries: Sequence[Entry], folder: Path) -> dict[str, Path]:
-    """The Python of each peer; a peer that cannot be installed is marked in its entries."""
+    """Find or install each peer's Python; a failed installation is noted in the peer's entries."""
     pythons: dict[str, Path] = {}
     for peer in dict.fromkeys(entry.peer for entry in entries):
         try:
@@ -213,7 +212,7 @@ def _measure_fvu(entry: Entry, pythons: Mapping[str, Path], spec: Spec, work: Pa
 def _run(
     entry: Entry, pythons: Mapping[str, Path], spec: Spec, work: Path
 ) -> dict[str, Any] | None:
-    """What the runner measured; None after a failure, now or before, which the entry then tells."""
+    """Run a peer's runner; returns its measurements, or None after a failure (`entry.error`)."""
     if entry.error:
         return None
     try:
@@ -229,14 +228,14 @@ def _run(
 
 
 def run_runner(peer: Peer, python: Path, spec: Spec, work: Path) -> dict[str, Any]:
-    """Run a peer once, in a process of its own.
+    """Run a peer once, in a separate process.
 
     Raises:
-        PeerError: It failed, took too long, or did not answer as it should.
+        PeerError: The peer failed, took too long, or printed no valid result.
     """
     path = work / "spec.json"
     path.write_text(json.dumps(asdict(spec)), encoding="utf-8")
-    # -E -s: of our own environment, a peer sees nothing
+    # -E -s hide our own environment from the peer
     isolation = [] if peer.version is None else ["-E", "-s"]
     command = [str(python), *isolation, str(_HERE / peer.script), str(path)]
     try:

@@ -1,4 +1,4 @@
-"""The rows that every peer gets: from a file, or from a synthetic world."""
+"""Rows for all peers, from a file or synthetic."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -17,7 +17,7 @@ _NOISE = 0.05
 def write_synthetic(
     train: Path, heldout: Path, *, n_rows: int, d_in: int, n_directions: int, n_active: int
 ) -> None:
-    """A superposition of sparse directions with Zipf frequencies; both files from one world.
+    """Write two files of rows that superpose the same sparse directions with Zipf frequencies.
 
     x = c (sum_i a_i v_i + mean + noise): the v_i are unit vectors, drawn by rank with probability
     ~ 1 / (rank + n_active), the a_i exponential; E|x|^2 is about d_in.

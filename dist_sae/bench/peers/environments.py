@@ -1,4 +1,4 @@
-"""The peers: which versions, and an environment of its own for each."""
+"""The peers, their versions and their separate environments."""
 
 import json
 import logging
@@ -16,14 +16,14 @@ SETTINGS = ("as_shipped", "matched", "as_shipped_bf16", "matched_bf16")
 
 @dataclass(frozen=True)
 class Peer:
-    """One trainer under comparison.
+    """A trainer under comparison.
 
     Attributes:
-        name: On PyPI.
-        version: The release; None is dist_sae itself, as it lies here.
-        script: The runner, beside this file.
-        settings: Settings that it is run in.
-        removed: Requirements that are taken out again after the installation.
+        name: Name on PyPI.
+        version: Release; None is this copy of dist_sae.
+        script: Runner, beside this file.
+        settings: Settings to run it in.
+        removed: Requirements to uninstall after the installation.
     """
 
     name: str
@@ -41,19 +41,19 @@ PEERS = (
         "dictionary-learning",
         "0.1.0",
         "run_dictionary_learning.py",
-        # nothing uses it, but transformers imports it when it is there, and its compiled part
-        # cannot be loaded where torch is the CPU build
+        # unused, but transformers imports it if present, and its compiled part does not load with
+        # a CPU build of torch
         removed=("torchvision",),
     ),
 )
 
 
 class PeerError(Exception):
-    """A peer could not be installed or run. It becomes a row of the result, never a crash."""
+    """A peer could not be installed or run; reported as a row of the result."""
 
 
 def ensure_environment(peer: Peer, folder: Path) -> Path:
-    """The Python to run the peer with; its environment is made where it is not complete yet.
+    """Return the peer's Python, after building its environment if it is incomplete.
 
     Raises:
         PeerError: The installation failed.
@@ -70,7 +70,7 @@ def ensure_environment(peer: Peer, folder: Path) -> Path:
     home.mkdir(parents=True, exist_ok=True)
     pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check"]
     _call([sys.executable, "-m", "venv", "--clear", str(home)])
-    # torch first and alone: a local CPU build is taken where pip is pointed at one, and stays
+    # torch first and alone: a local CPU build is taken if pip is pointed at one, and kept
     _call([*pip, "install", TORCH])
     _call([*pip, "install", f"{peer.name}=={peer.version}", TORCH])
     if peer.removed:
@@ -80,7 +80,7 @@ def ensure_environment(peer: Peer, folder: Path) -> Path:
 
 
 def last_words(text: str) -> str:
-    """The last line that is not empty, where Python and pip put the reason."""
+    """Last non-empty line, where Python and pip put the reason."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "it said nothing"
 

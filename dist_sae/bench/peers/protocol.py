@@ -1,7 +1,7 @@
-"""What the runners share: they read a spec, take batches from one file, and print one JSON line.
+"""Protocol of the runners: read a spec, take batches from one file, print one JSON line.
 
 A runner is executed by path with its peer's own Python, where dist_sae is not installed. So this
-file knows the standard library, numpy and torch alone, and is found beside the runner.
+file imports only the standard library, numpy and torch, and lies beside the runner.
 """
 
 import json
@@ -31,7 +31,7 @@ _FVU_CHUNK_ROWS = 512  # peers hold [rows, n_latents] when they encode
 
 @dataclass(frozen=True)
 class Spec:
-    """One run of one peer; the orchestrator writes it as JSON."""
+    """Settings of one run of a peer, passed as JSON."""
 
     rows: str
     heldout: str | None
@@ -55,13 +55,13 @@ class Spec:
 
 
 class Batches(Iterator[Tensor]):
-    """The first `spec.steps` batches of rows, and a stamp of the clock whenever one is asked for.
+    """The first `spec.steps` batches of rows; stamps the clock whenever one is requested.
 
-    Whoever trains pulls: the time between two stamps is a step, with all that belongs to one.
+    The trainer pulls batches, so the time between two stamps is one whole step.
 
     Args:
         spec: The run.
-        scale: What rows are multiplied by.
+        scale: Factor on the rows.
     """
 
     def __init__(self, spec: Spec, scale: float = 1.0) -> None:
@@ -81,7 +81,7 @@ class Batches(Iterator[Tensor]):
         return self._spec.steps
 
     def read(self, number: int) -> Tensor:
-        """Batch `number`, without a stamp."""
+        """Read batch `number` without a stamp."""
         return read_rows(self._spec, number * self._spec.batch, self._spec.batch) * self._scale
 
     def finish(self) -> None:
@@ -91,12 +91,12 @@ class Batches(Iterator[Tensor]):
 
     @property
     def seconds_per_step(self) -> list[float]:
-        """How long each step took."""
+        """Duration of each step."""
         return [b - a for a, b in zip(self._stamps, self._stamps[1:], strict=False)]
 
 
 def read_spec(arguments: Sequence[str] | None = None) -> Spec:
-    """The spec that the first argument names; also sets the threads and the seed."""
+    """Read the spec that the first argument names; also sets threads and seed."""
     path = (sys.argv if arguments is None else arguments)[1]
     spec = Spec(**json.loads(Path(path).read_text(encoding="utf-8")))
     torch.set_num_threads(spec.threads)
@@ -105,13 +105,13 @@ def read_spec(arguments: Sequence[str] | None = None) -> Spec:
 
 
 def read_rows(spec: Spec, first: int, n_rows: int) -> Tensor:
-    """Rows as a new float32 tensor. The mapping ends here, so its pages do not count as memory."""
+    """Read rows as a new float32 tensor; unmaps the file, so its pages do not count as memory."""
     mapped = np.load(spec.rows, mmap_mode="r")
     return torch.from_numpy(np.array(mapped[first : first + n_rows], dtype=np.float32))
 
 
 def common_scale(spec: Spec) -> float:
-    """The factor that gives the rows E|x|^2 = d_in."""
+    """Factor that scales the rows to E|x|^2 = d_in."""
     rows = read_rows(spec, 0, min(_SCALE_ROWS, spec.steps * spec.batch))
     return float((spec.d_in / rows.square().sum(1, dtype=torch.float64).mean()).sqrt())
 
@@ -123,9 +123,9 @@ def heldout_fvu(
     """Sum |x - x_hat|^2 / sum |x - mean|^2 over the held-out rows, in their own units.
 
     Args:
-        spec: The run; without held-out rows there is nothing to measure.
-        reconstruct: From rows in the trainer's units to x_hat in the same.
-        scale: From the rows' own units to the trainer's.
+        spec: The run; returns None if it has no held-out rows.
+        reconstruct: Maps rows in the trainer's units to x_hat in the same.
+        scale: Factor from the rows' own units to the trainer's.
     """
     if spec.heldout is None:
         return None
@@ -143,7 +143,7 @@ def heldout_fvu(
 def print_result(
     spec: Spec, batches: Batches, version: str, notes: Sequence[str], fvu: float | None
 ) -> None:
-    """One JSON line, the last of stdout."""
+    """Print the result as one JSON line, the last of stdout."""
     result = {
         "seconds_per_step": batches.seconds_per_step,
         "rows": len(batches.seconds_per_step) * spec.batch,
@@ -157,7 +157,7 @@ def print_result(
 
 
 def rows_per_second(seconds_per_step: Sequence[float], batch: int, warmup_steps: int) -> float:
-    """Of the median step after the warm-up."""
+    """Rows per second of the median step after the warm-up."""
     return batch / statistics.median(seconds_per_step[warmup_steps:])
 
 

@@ -31,7 +31,7 @@ _BF16_NOTES = [
 
 
 class Bf16TopKTrainer(TopKTrainer):  # type: ignore[misc]
-    """Updates under autocast, as trainSAE has it on a GPU."""
+    """Trainer that updates under autocast, as trainSAE does on a GPU."""
 
     def update(self, step: int, x: Tensor) -> Any:
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -39,7 +39,7 @@ class Bf16TopKTrainer(TopKTrainer):  # type: ignore[misc]
 
 
 def main() -> int:
-    """Train as the spec says; measure."""
+    """Train and measure by the spec."""
     spec = protocol.read_spec()
     scale = protocol.common_scale(spec) if spec.matched else 1.0
     batches = protocol.Batches(spec, scale)

@@ -18,7 +18,7 @@ from dist_sae.distributed.rendezvous import rendezvous
 
 
 def main() -> int:
-    """Train as the spec says; measure."""
+    """Train and measure by the spec."""
     spec = read_spec()
     scale = common_scale(spec)
     batches = Batches(spec, scale)

@@ -28,7 +28,7 @@ _SHIPPED_NOTES = ["Adam at lr 3e-4 for any width; rows in their own scale"]
 
 
 def main() -> int:
-    """Train as the spec says; measure."""
+    """Train and measure by the spec."""
     spec = protocol.read_spec()
     scale = protocol.common_scale(spec) if spec.matched else 1.0
     batches = protocol.Batches(spec, scale)

@@ -1,4 +1,4 @@
-"""Runner for eai-sparsify: its `Trainer`, whose language model is a stand-in that gives the rows.
+"""Runner for eai-sparsify: its `Trainer`, on a stand-in for the language model that gives the rows.
 
 The trainer takes activations from a hook on a module of a model. Here the model has one module,
 and what comes out of it is the next batch; row numbers stand for tokens.
@@ -39,7 +39,7 @@ _BF16_NOTES = [
 
 
 class Rows(nn.Module):
-    """The language model's stand-in."""
+    """Stand-in for the language model."""
 
     def __init__(self, spec: protocol.Spec, batches: protocol.Batches) -> None:
         super().__init__()
@@ -62,7 +62,7 @@ class Rows(nn.Module):
 
 
 class RowNumbers(Dataset[dict[str, Tensor]]):
-    """Item i holds the row numbers of batch i."""
+    """Data set whose item i holds the row numbers of batch i."""
 
     def __init__(self, spec: protocol.Spec) -> None:
         self._spec = spec
@@ -78,14 +78,14 @@ class RowNumbers(Dataset[dict[str, Tensor]]):
 
 
 class UnsavedTrainer(Trainer):  # type: ignore[misc]
-    """Writes no checkpoints: a step's time is a step's time."""
+    """Trainer without checkpoints, which would add to a step's time."""
 
     def save(self) -> None:
-        """Nothing."""
+        """Do nothing."""
 
 
 def main() -> int:
-    """Train as the spec says; measure."""
+    """Train and measure by the spec."""
     spec = protocol.read_spec()
     scale = protocol.common_scale(spec) if spec.matched else 1.0
     batches = protocol.Batches(spec, scale)
