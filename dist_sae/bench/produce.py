@@ -24,8 +24,9 @@ from dist_sae.data.shard import read_manifest
 from dist_sae.data.tokens import TokenBatch
 from dist_sae.data.work_queue import Worker
 from dist_sae.models import ActivationSource, build_source, build_tokenizer
-from dist_sae.producing.loop import produce, tokenize
+from dist_sae.producing.loop import produce
 from dist_sae.producing.planner import plan
+from dist_sae.producing.stages import tokenize
 from dist_sae.storage import open_store
 from dist_sae.telemetry.exporter import Telemetry
 from dist_sae.telemetry.process import resident_bytes

@@ -26,7 +26,8 @@ from dist_sae.config.data import SYNTHETIC_SITE
 from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.corpus import Corpus
 from dist_sae.data.loader import Loader
-from dist_sae.data.plan import PLAN_KEY, Plan, make_plan, publish_plan
+from dist_sae.data.make_plan import make_plan
+from dist_sae.data.plan import PLAN_KEY, Plan, publish_plan
 from dist_sae.data.shard import (
     DTYPES,
     ORIGIN_BYTES,

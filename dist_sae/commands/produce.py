@@ -28,7 +28,8 @@ def main(options: argparse.Namespace) -> int | None:
     run = shared.load(options)
     from dist_sae.data.work_queue import Worker
     from dist_sae.distributed.local_ranks import rank_environments
-    from dist_sae.producing.loop import produce, produce_together
+    from dist_sae.producing.loop import produce
+    from dist_sae.producing.together import produce_together
     from dist_sae.telemetry.exporter import Telemetry
     from dist_sae.training.waiting import await_plan
 

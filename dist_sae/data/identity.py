@@ -6,6 +6,7 @@ that need neither; producers and evaluation, which read them, compare all of it.
 """
 
 import os
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from glob import glob
 from pathlib import Path
@@ -16,12 +17,14 @@ from pydantic import BaseModel, ValidationError
 
 from dist_sae.config import Run, differences
 from dist_sae.config.data import ActivationsConfig, CorpusConfig, ModelConfig, SyntheticModel
-from dist_sae.data.corpus import Corpus, CorpusFile
+from dist_sae.data.corpus import Corpus
+from dist_sae.data.corpus_files import CorpusFile
 from dist_sae.errors import AccessError, CorpusError, HubUnavailableError, ModelError
 from dist_sae.hub import cached_commit
 
 _HOW = ("batch_tokens", "tensor_parallel", "shards")  # how fast; the last is an old name
 _PLACES = {"model": ("path", "revision"), "corpus": ("files", "name", "revision")}
+_MOST_NAMED = 5  # files in a message
 _CHUNK_BYTES = 2**24
 _WEIGHTS = (".safetensors", ".bin")
 _TOKENIZER = (
@@ -140,6 +143,22 @@ def content_changes(there: Mapping[str, str], here: Mapping[str, str] | None) ->
     """The names in a model's content that are not the same."""
     here = here or {}
     return sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
+
+
+def file_changes(there: Sequence[CorpusFile], here: Sequence[CorpusFile]) -> list[str]:
+    """List the corpus files that have changed, whatever their order and places."""
+    counts = Counter(file.fingerprint for file in here)
+    counts.subtract(Counter(file.fingerprint for file in there))
+    gone = {file.name for file in there if counts[file.fingerprint] < 0}
+    new = {file.name for file in here if counts[file.fingerprint] > 0}
+    changes = [
+        *(f"{name} has changed" for name in sorted(gone & new)),
+        *(f"{name} is gone" for name in sorted(gone - new)),
+        *(f"{name} is new" for name in sorted(new - gone)),
+    ]
+    more = [f"{len(changes) - _MOST_NAMED} more"] * (len(changes) > _MOST_NAMED)
+    named = ", ".join(changes[:_MOST_NAMED] + more)
+    return [f"the corpus files have changed: {named}"] if changes else []
 
 
 def _is_model(there: Mapping[str, Any], content: Mapping[str, str] | None, run: Run) -> bool:

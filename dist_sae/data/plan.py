@@ -4,31 +4,26 @@ Everything about the stream of rows follows from the plan, so two processes that
 plan agree on it without talking to each other.
 """
 
-from collections import Counter
-from collections.abc import Sequence
 from functools import cached_property
 from typing import Any, Literal
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 from pydantic import Field
 
 from dist_sae.config import Run, differences, validate_run
 from dist_sae.config.data import DatasetCorpus, HuggingFaceModel
-from dist_sae.data.corpus import Corpus, CorpusFile, CorpusIndex, Document, Span
-from dist_sae.data.deal import choose_layout, deal, hold_out
+from dist_sae.data.corpus import Corpus, CorpusIndex, Document, Span
+from dist_sae.data.corpus_files import CorpusFile
 from dist_sae.data.identity import (
     content_changes,
+    file_changes,
     model_content,
     place_changes,
     plan_settings,
     setting_changes,
 )
-from dist_sae.data.orders import permutation
 from dist_sae.data.shard import DTYPES, existing_units
 from dist_sae.errors import (
-    CorpusError,
     DataExhaustedError,
     ObjectNotFoundError,
     PlanMismatchError,
@@ -37,8 +32,6 @@ from dist_sae.storage import ObjectStore, open_store
 from dist_sae.storage.records import Record, digest, read_record, seal
 
 PLAN_KEY = "plan.json"
-_MOST_NAMED = 5  # files in a message
-LAYOUT_SETTINGS = ("streams", "window_units", "unit_rows")
 _MOST_NORMALISER_ROWS = 1_000_000
 
 
@@ -183,71 +176,6 @@ class Plan(Record):
     def stream_units(self, stream: int) -> list[int]:
         """The training units of one canonical stream, in unit order."""
         return list(self.train_units[stream :: self.streams])
-
-
-def make_plan(
-    run: Run,
-    index: CorpusIndex,
-    rows: NDArray[np.int64],
-    model: dict[str, str] | None = None,
-) -> Plan:
-    """Deal the corpus out to units by size, in a seeded random order.
-
-    Args:
-        run: The run.
-        index: Its corpus.
-        rows: Rows that each of its spans gives, about.
-        model: `identity.model_content`, where there is any.
-
-    Raises:
-        CorpusError: There are too few documents.
-    """
-    activations, spans = run.activations, index.spans
-    order = permutation(len(spans), activations.seed)
-    if run.corpus.kind != "synthetic" and run.corpus.max_documents is not None:
-        order = order[: -(-run.corpus.max_documents // spans[0].count)]
-    train, heldout = hold_out(rows, order, activations.heldout_share)
-    layout = choose_layout(
-        rows[train],
-        streams=activations.streams,
-        window_units=activations.window_units,
-        unit_rows=activations.unit_rows,
-        trainers=run.processes.trainers,
-        batch_rows=run.train.batch_rows,
-    )
-    streams, train_rows = layout.streams, int(rows[train].sum())
-    giving = int(np.count_nonzero(rows[train]))
-    if giving < streams:
-        raise CorpusError(
-            f"corpus: {giving} documents to train on are too few for {streams} streams; "
-            f"give more text or lower activations.streams"
-        )
-    if train_rows < run.train.batch_rows:
-        raise CorpusError(
-            f"corpus: about {train_rows} rows to train on, less than one batch "
-            f"(train.batch_rows {run.train.batch_rows}); give more text or lower train.batch_rows"
-        )
-    # documents longer than a unit give fewer, larger units: no unit is without a document, and no
-    # document without rows makes up for one
-    targets = layout.targets(train_rows // streams)[: giving // streams]
-    dealt = deal(rows, train, targets, streams)
-    if len(heldout):
-        wanted = max(1, round(int(rows[heldout].sum()) / layout.unit_rows))
-        dealt += deal(rows, heldout, np.ones(min(wanted, len(heldout)), dtype=np.int64), 1)
-    settings = plan_settings(run)
-    settings["activations"] |= {name: getattr(layout, name) for name in LAYOUT_SETTINGS}
-    documents = sum(spans[i].count for i in order)
-    return Plan(
-        settings=settings,
-        files=index.files,
-        document_rows=int(rows[order].sum()) / documents,
-        n_train_units=len(targets) * streams,
-        units=tuple(tuple(spans[i] for i in unit) for unit in dealt),
-        unit_rows=tuple(int(rows[unit].sum()) for unit in dealt),
-        text_checksums=index.checksums(dealt),
-        model_content=model,
-        corpus_commit=index.commit,
-    )
 
 
 def check_rows(run: Run, plan: Plan, taken: int = 0) -> None:
@@ -399,28 +327,12 @@ def _content_changes(there: Plan, made: Plan) -> list[str]:
         # a plan of an earlier version knows the name alone
         changed += differences(there.settings["corpus"], made.settings["corpus"], "corpus.")
     else:
-        changed += _file_changes(there.files, made.files)
+        changed += file_changes(there.files, made.files)
     if there.model_content is None:
         changed += differences(there.settings["model"], made.settings["model"], "model.")
     elif names := content_changes(there.model_content, made.model_content):
         changed.append(f"the model has changed: {', '.join(names)}")
     return changed
-
-
-def _file_changes(there: Sequence[CorpusFile], here: Sequence[CorpusFile]) -> list[str]:
-    """What has become of the corpus files; their order and places do not matter."""
-    counts = Counter(file.fingerprint for file in here)
-    counts.subtract(Counter(file.fingerprint for file in there))
-    gone = {file.name for file in there if counts[file.fingerprint] < 0}
-    new = {file.name for file in here if counts[file.fingerprint] > 0}
-    changes = [
-        *(f"{name} has changed" for name in sorted(gone & new)),
-        *(f"{name} is gone" for name in sorted(gone - new)),
-        *(f"{name} is new" for name in sorted(new - gone)),
-    ]
-    more = [f"{len(changes) - _MOST_NAMED} more"] * (len(changes) > _MOST_NAMED)
-    named = ", ".join(changes[:_MOST_NAMED] + more)
-    return [f"the corpus files have changed: {named}"] if changes else []
 
 
 def _mismatch(store: ObjectStore, changed: list[str]) -> PlanMismatchError:

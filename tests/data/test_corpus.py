@@ -13,7 +13,7 @@ import zstandard
 
 from dist_sae.config.data import DatasetCorpus, FilesCorpus, S3Config, SyntheticCorpus
 from dist_sae.data import corpus as corpus_module
-from dist_sae.data import formats
+from dist_sae.data import corpus_files, formats
 from dist_sae.data.corpus import Corpus, Document
 from dist_sae.errors import AccessError, CorpusError
 from tests.conftest import Bucket
@@ -212,7 +212,7 @@ def test_s3_files_are_read_as_local_ones(bucket: Bucket, sample: Path) -> None:
 
 
 def test_s3_download_in_pieces_is_whole(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus_module, "_PIECE_BYTES", 7)
+    monkeypatch.setattr(corpus_files, "_PIECE_BYTES", 7)
     bucket.client.put_object(Bucket=bucket.name, Key="a.jsonl", Body=as_json_lines(TEXTS))
     config = FilesCorpus(files=(f"s3://{bucket.name}/a.jsonl",))
     assert read_all(Corpus(config, S3Config(endpoint_url=bucket.endpoint_url))) == DOCUMENTS
@@ -382,7 +382,7 @@ def hub(monkeypatch: pytest.MonkeyPatch) -> list[dict[str, Any]]:
         return datasets.Dataset.from_dict({"id": [*range(len(TEXTS) + 1)], "text": [*TEXTS, None]})
 
     monkeypatch.setattr(datasets, "load_dataset", load)
-    monkeypatch.setattr(corpus_module, "dataset_commit", lambda *_: None)
+    monkeypatch.setattr(corpus_files, "dataset_commit", lambda *_: None)
     return asked
 
 

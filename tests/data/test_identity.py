@@ -9,20 +9,20 @@ import huggingface_hub
 import numpy as np
 import pytest
 
-import dist_sae.data.corpus
+import dist_sae.data.corpus_files
 import dist_sae.producing.planner
 from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel, S3Config
 from dist_sae.config.fingerprint import PLAN_SECTIONS, changes, run_fingerprint
 from dist_sae.data.corpus import Corpus
 from dist_sae.data.identity import model_content
+from dist_sae.data.make_plan import make_plan
 from dist_sae.data.plan import (
     PLAN_KEY,
     Plan,
     as_planned,
     check_model,
     load_plan,
-    make_plan,
     publish_plan,
 )
 from dist_sae.errors import PlanMismatchError
@@ -240,7 +240,7 @@ def test_planning_again_asks_for_what_was_planned(
         lambda *_, revision, **__: datasets.Dataset.from_dict({"text": texts[revision]}),
     )
     monkeypatch.setattr(
-        dist_sae.data.corpus,
+        dist_sae.data.corpus_files,
         "dataset_commit",
         lambda _, name: name if name in commits else commits[-1],
     )

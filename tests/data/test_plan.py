@@ -8,13 +8,14 @@ import pytest
 
 from dist_sae.config import Run, load_run
 from dist_sae.config.data import S3Config
-from dist_sae.data.corpus import Corpus, CorpusFile, CorpusIndex, Span
+from dist_sae.data.corpus import Corpus, CorpusIndex, Span
+from dist_sae.data.corpus_files import CorpusFile
 from dist_sae.data.identity import plan_settings
+from dist_sae.data.make_plan import make_plan
 from dist_sae.data.plan import (
     PLAN_KEY,
     Plan,
     load_plan,
-    make_plan,
     publish_plan,
 )
 from dist_sae.errors import ConfigError, CorpusError, CorruptObjectError, PlanMismatchError

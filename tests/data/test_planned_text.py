@@ -153,7 +153,7 @@ def test_an_object_that_is_another_one_is_named(bucket: Bucket) -> None:
     put("b%20?.jsonl", "five")
     s3 = S3Config(endpoint_url=bucket.endpoint_url)
     first, second = (f"s3://{bucket.name}/{key}" for key in ("a b#1.jsonl", "b%20?.jsonl"))
-    config = files(first, second)._config
+    config = files(first, second)._files.config
     index = Corpus(config, s3).index()
     assert read(Corpus(config, s3), index) == [*LINES, "five"]
     put("a b#1.jsonl", *LINES[::-1])

@@ -69,7 +69,7 @@ def numbers(run: Run) -> dict[str, Any]:
         "claims": list(upkeep.ls(run)["claims"]),
         "claimed": claims._claimed(),
         "verify": verify(run),
-        "orphans": upkeep.gc(run, hours=-1, delete=False),
+        "orphans": upkeep.gc(run, hours=-1.0, delete=False),
         "ready": ReadyUnits(activations, plan, print).count(),
         "status": StoredRun(run).progress() | {"checkpoint_age_seconds": 0},
         "complete": StoredRun(run).is_complete(),
@@ -150,7 +150,7 @@ def test_what_is_not_ours_is_not_deleted(
         ours = set(store.keys())
         litter(store, lambda key, data, folder=folder: put(folder, key, data))  # type: ignore[misc]
         others[folder] = set(store.keys()) - ours
-    assert upkeep.gc(run, hours=-1, delete=True)["orphans"] == 1
+    assert upkeep.gc(run, hours=-1.0, delete=True)["orphans"] == 1
     save(Checkpoints(stores["runs"], "tiny", 1), 12, {"W_enc": torch.zeros(4, 2)}, {})
     History(stores["runs"], "tiny", 0).flush()  # forgets the lives from 4 and 8 on
     assert set(stores["activations"].keys()) >= others["activations"]

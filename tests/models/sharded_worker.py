@@ -16,7 +16,8 @@ from dist_sae.distributed.rendezvous import rendezvous
 from dist_sae.errors import DistSaeError
 from dist_sae.models.huggingface import HuggingFaceSource
 from dist_sae.models.sites import blocks
-from dist_sae.producing.loop import produce, produce_together
+from dist_sae.producing.loop import produce
+from dist_sae.producing.together import produce_together
 from dist_sae.signals import stop_event
 from dist_sae.telemetry.exporter import Telemetry
 

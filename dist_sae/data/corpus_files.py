@@ -1,0 +1,249 @@
+"""The files of a corpus: where they lie, their local copies and their content.
+
+Compressed, parquet and remote files are unpacked once per process into a scratch folder, so that
+every span of documents is one ranged read.
+"""
+
+import hashlib
+import logging
+import os
+import shutil
+import tempfile
+import weakref
+from collections.abc import Iterator, Mapping, Set
+from functools import cache
+from glob import glob
+from itertools import chain
+from pathlib import Path
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from dist_sae.config.data import CorpusConfig, DatasetCorpus, FilesCorpus, S3Config, SyntheticCorpus
+from dist_sae.data.formats import (
+    FORMATS,
+    DatasetRows,
+    Format,
+    JsonLines,
+    Numbers,
+    PlainText,
+    os_errors,
+    unpack,
+)
+from dist_sae.errors import CorpusError
+from dist_sae.hub import dataset_commit
+from dist_sae.storage import ObjectStore, open_store
+
+logger = logging.getLogger(__name__)
+
+_PIECE_BYTES = 64 * 2**20  # of a download
+
+
+class CorpusFile(BaseModel):
+    """One file of the corpus, as it was when the plan was made."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str
+    documents: int
+    fingerprint: str
+    """sha256 of its unpacked bytes; for a data set, of the checksums of its documents."""
+    bytes: int | None = Field(None, exclude_if=lambda size: size is None)
+    """Size of the file as it lies; None for what is no file, and in plans of earlier versions."""
+
+
+class CorpusFiles:
+    """The files that a run names, or the one data set.
+
+    Args:
+        config: The corpus section of the run.
+        s3: How to reach `s3://` files.
+    """
+
+    def __init__(self, config: CorpusConfig, s3: S3Config) -> None:
+        self.config = config
+        # one of each for every file
+        self.names = cache(self._find_names)
+        """Their names, in order."""
+        self.format = cache(self._open)
+        """The texts of a file, by its name."""
+        self.size = cache(self._measure)
+        """Bytes of a file as it lies, by its name."""
+        self._named = cache(lambda: dict.fromkeys(self.names()))
+        self._namesakes = cache(self._find_namesakes)
+        self._local = cache(self._unpack)
+        self._hash = cache(_hash)  # of a path in a state
+        self._bucket = cache(lambda bucket: open_store(f"s3://{bucket}", s3))
+        self._scratch = cache(self._make_scratch)
+
+    def hash_again(self) -> None:
+        """Forget the fingerprints: a file may be another although its size and time are not."""
+        self._hash.cache_clear()
+
+    def pin(self) -> str | None:
+        """Pin a data set to its present commit on the hub, and return that if the hub tells it."""
+        config = self.config
+        if not isinstance(config, DatasetCorpus) or Path(os.path.expanduser(config.name)).exists():
+            return None
+        commit = dataset_commit(config.name, config.revision)
+        if commit is None:
+            logger.warning(
+                "corpus.name %s: the hub does not tell its commit; "
+                "a later one will be refused where its text is another",
+                config.name,
+            )
+            return None
+        self.config = config.model_copy(update={"revision": commit})
+        return commit
+
+    def find(self, file: CorpusFile, planned: Set[str]) -> str:
+        """Where a planned file lies now: a file of the run, or where it was, with its content.
+
+        Args:
+            file: As it was planned.
+            planned: Names of all planned files.
+
+        Raises:
+            CorpusError: No file has its content.
+        """
+        if not isinstance(self.config, FilesCorpus):
+            return self.names()[0]
+        names: Mapping[str, None] = {}
+        problem: CorpusError | None = None
+        try:
+            names = self._named()
+        except CorpusError as exc:  # a path relative to another folder: the plan has it whole
+            problem = exc
+        for name in self._candidates(file, names, planned):
+            try:
+                if self.fingerprint(name) == file.fingerprint:
+                    return name
+            except CorpusError as exc:
+                if name in names:
+                    problem = problem or exc
+        if file.name in names:
+            raise problem or changed(file.name)
+        raise problem or CorpusError(
+            f"corpus.files: none is the file that was {file.name} when the plan was made; "
+            f"name it, or start a new activation set"
+        )
+
+    def _candidates(
+        self, file: CorpusFile, names: Mapping[str, None], planned: Set[str]
+    ) -> Iterator[str]:
+        """Where a planned file may lie, likely places first."""
+        if file.name in names:
+            yield file.name
+        namesakes = self._namesakes().get(Path(file.name).name, {}) if names else {}
+        for name in chain(namesakes, (name for name in names if name not in namesakes)):
+            # the plan's other files are taken to be there still: none is fetched to look for this
+            other = name in planned and file.bytes not in (None, self.size(name))
+            if name != file.name and not other:
+                yield name
+        if file.name not in names and not file.name.startswith("s3://"):
+            yield file.name
+
+    def _find_names(self) -> list[str]:
+        config = self.config
+        if isinstance(config, SyntheticCorpus):
+            return ["synthetic"]
+        if isinstance(config, DatasetCorpus):
+            return [os.path.expanduser(config.name)]
+        names: list[str] = []
+        for pattern in config.files:
+            if pattern.startswith("s3://"):
+                names.append(pattern)
+                continue
+            path = Path(os.path.expanduser(pattern))
+            matches = [str(path)] if path.exists() else sorted(glob(str(path), recursive=True))
+            if not matches:
+                raise CorpusError(f"{pattern}: no such file; correct corpus.files")
+            names += [str(Path(match).absolute()) for match in matches]
+        return list(dict.fromkeys(names))  # a file that two patterns match is read once
+
+    def _find_namesakes(self) -> dict[str, dict[str, None]]:
+        """The files by the last part of their names."""
+        found: dict[str, dict[str, None]] = {}
+        for name in self.names():
+            found.setdefault(Path(name).name, {})[name] = None
+        return found
+
+    def _open(self, name: str) -> Format:
+        config = self.config
+        if isinstance(config, SyntheticCorpus):
+            return Numbers(config.documents)
+        if isinstance(config, DatasetCorpus):
+            return DatasetRows(config)
+        if name.endswith(".txt"):
+            return PlainText(name, self._local(name), config.txt_documents)
+        return JsonLines(name, self._local(name), config.text_field)
+
+    def _unpack(self, name: str) -> Path:
+        """The file, or a local copy of it, as plain text or JSON lines."""
+        assert isinstance(self.config, FilesCorpus)
+        if not name.endswith(FORMATS):
+            raise CorpusError(f"{name}: unknown kind of file; use one of {', '.join(FORMATS)}")
+        with os_errors(name):
+            path = self._download(name) if name.startswith("s3://") else Path(name)
+            if name.endswith((".txt", ".jsonl")):
+                return path
+            unpacked = self._scratch() / f"{_hex(name)}.unpacked"
+            unpack(name, path, unpacked, self.config.text_field)
+            return unpacked
+
+    def _download(self, name: str) -> Path:
+        store, key = self._object(name)
+        size = self.size(name)
+        path = self._scratch() / _hex(name)
+        with path.open("wb") as copy:
+            for start in range(0, size, _PIECE_BYTES):
+                copy.write(store.get(key, start, min(size, start + _PIECE_BYTES)))
+        return path
+
+    def _measure(self, name: str) -> int:
+        """Size of a file as it lies, in bytes."""
+        if not name.startswith("s3://"):
+            with os_errors(name):
+                return Path(name).stat().st_size
+        store, key = self._object(name)
+        size = store.size(key)
+        if size is None:
+            raise CorpusError(f"{name}: no such object; correct corpus.files")
+        return size
+
+    def _object(self, name: str) -> tuple[ObjectStore, str]:
+        bucket, _, key = name.removeprefix("s3://").partition("/")
+        return self._bucket(bucket), key
+
+    def _make_scratch(self) -> Path:
+        """A folder that goes away with this object."""
+        folder = tempfile.mkdtemp(prefix="dist_sae-")
+        weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
+        return Path(folder)
+
+    def fingerprint(self, name: str) -> str:
+        """sha256 of a file, unpacked."""
+        state = self.state(name)
+        with os_errors(name):
+            return self._hash(self._local(name), state)
+
+    def state(self, name: str) -> tuple[int, int, int]:
+        """Changes when the unpacked file is written anew: inode, size, time in ns."""
+        with os_errors(name):
+            there = self._local(name).stat()
+        return there.st_ino, there.st_size, there.st_mtime_ns
+
+
+def changed(name: str) -> CorpusError:
+    """The error for text that is not what was planned."""
+    return CorpusError(
+        f"{name}: changed since the plan was made; restore it or start a new activation set"
+    )
+
+
+def _hash(path: Path, _: tuple[int, int, int]) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _hex(text: str) -> str:
+    return hashlib.sha256(text.encode()).hexdigest()

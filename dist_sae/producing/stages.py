@@ -1,0 +1,196 @@
+"""The stages of a unit: its text becomes tokens, these rows of activations, these stored shards."""
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dist_sae.config import Run
+from dist_sae.config.data import ActivationsConfig
+from dist_sae.data.corpus import Corpus, Document
+from dist_sae.data.orders import spread
+from dist_sae.data.plan import Plan, read_unit
+from dist_sae.data.row_filters import admitted, of_usual_norm
+from dist_sae.data.shard import Rows, SiteShard, UnitManifest, manifest_key, write_shard
+from dist_sae.data.tokens import TokenBatch, cut, pack
+from dist_sae.data.work_queue import WorkQueue
+from dist_sae.errors import CorpusError, NonFiniteError, Stopped
+from dist_sae.models import Tokenizer
+from dist_sae.models.forward import Forward, RowTransfer
+from dist_sae.producing.progress import Progress
+from dist_sae.storage import ObjectStore
+from dist_sae.storage.records import seal
+from dist_sae.telemetry.exporter import Telemetry
+
+logger = logging.getLogger(__name__)
+
+_SITES_AT_ONCE = 4  # while they are stored; each needs its rows in order, and them again as bytes
+
+
+class TokenizedUnit(NamedTuple):
+    """A unit that waits for the model."""
+
+    unit: int
+    documents: int
+    refused: int
+    batches: list[TokenBatch]
+    seconds: Counter[str]
+
+
+class ComputedUnit(NamedTuple):
+    """A unit that waits to be packed."""
+
+    unit: int
+    documents: int
+    refused: int
+    transfers: list[RowTransfer]
+    """Its rows at every site, batch by batch."""
+    origin: tuple[Tensor, ...]
+    """Their tokens, positions and documents."""
+    excluded: Counter[str]
+    seconds: Counter[str]
+
+
+def tokenize(
+    run: Run, plan: Plan, corpus: Corpus, tokenizer: Tokenizer, unit: int
+) -> TokenizedUnit:
+    """Read the documents of a unit, cut them into contexts and these into batches."""
+    seconds, refused = Counter[str](), list[int]()
+    activations, model = run.activations, run.model
+
+    def failed(document: Document, exc: Exception) -> None:
+        refused.append(document.number)
+        logger.warning(
+            "unit %d: document %d is left out, the tokenizer refuses it: %s",
+            unit,
+            document.number,
+            str(exc).strip().partition("\n")[0],
+        )
+
+    bos = tokenizer.bos if activations.prepend_bos else None
+    with _timed(seconds, "tokenize"):
+        documents = read_unit(corpus, plan, unit)
+        contexts = cut(
+            documents, tokenizer, context_tokens=activations.context_tokens, bos=bos, failed=failed
+        )
+        batch_tokens = model.batch_tokens if model.kind == "huggingface" else 65_536
+        batches = list(pack(contexts, batch_tokens=batch_tokens, bos=bos))
+    return TokenizedUnit(unit, len(documents), len(refused), batches, seconds)
+
+
+def compute(
+    work: TokenizedUnit,
+    forward: Forward,
+    special: frozenset[int],
+    run: Run,
+    stopping: threading.Event,
+    telemetry: Telemetry,
+    progress: Progress,
+) -> ComputedUnit:
+    """Run the model over a unit and keep the rows that the rules for tokens admit."""
+    if not work.batches:
+        raise CorpusError(
+            f"unit {work.unit}: none of its {work.documents} documents has a token; "
+            f"take empty documents out of the corpus or raise activations.unit_rows"
+        )
+    excluded: Counter[str] = Counter()
+    transfers: list[RowTransfer] = []
+    origins: list[tuple[Tensor, ...]] = []
+    n_rows = 0
+    with _timed(work.seconds, "forward"):
+        for batch in work.batches:
+            if stopping.is_set():
+                raise Stopped(f"stopped within unit {work.unit}; start again to go on")
+            telemetry.pulse.work(run.timeouts.hung_seconds)
+            keep = admitted(batch, special, run.activations.exclude, excluded)
+            transfers += forward(batch.tokens, batch.mask, keep)
+            telemetry.add("dist_sae_produce_tokens_total", int(batch.mask.sum()))
+            origins.append((batch.tokens[keep], batch.positions[keep], batch.documents[keep]))
+            n_rows += int(keep.sum())
+            progress.within(work.unit, n_rows, work.seconds["tokenize"])
+    telemetry.pulse.rest()
+    origin = tuple(map(torch.cat, zip(*origins, strict=True)))
+    return ComputedUnit(
+        work.unit, work.documents, work.refused, transfers, origin, excluded, work.seconds
+    )
+
+
+def finish(
+    computed: ComputedUnit,
+    store: ObjectStore,
+    plan: Plan,
+    activations: ActivationsConfig,
+    worker: str,
+    queue: WorkQueue,
+) -> UnitManifest:
+    """Check, exclude by norm, shuffle, store the shards, and the manifest last."""
+    unit, seconds = computed.unit, computed.seconds
+    with ThreadPoolExecutor(_SITES_AT_ONCE, "site") as pool:
+        with _timed(seconds, "pack"):
+            arrived = [transfer.wait() for transfer in computed.transfers]
+            computed.transfers.clear()
+            sites = {
+                site: Rows(torch.cat([batch.pop(site) for batch in arrived]), *computed.origin)
+                for site in activations.sites
+            }
+            keep = torch.ones(len(computed.origin[0]), dtype=torch.bool)
+            for usual in pool.map(partial(_usual, activations), sites, sites.values()):
+                keep &= usual
+            computed.excluded["over_norm"] = int((~keep).sum())
+            kept = keep.nonzero()[:, 0]
+            documents = computed.origin[2][kept].numpy()
+            order = kept[torch.from_numpy(spread(documents, plan.seed, 4, unit))]
+
+        def write(site: str) -> SiteShard:
+            rows = sites.pop(site).take(order)
+            return write_shard(store, unit, site, rows, activations.block_rows, activations.dtype)
+
+        with _timed(seconds, "store"):
+            shards = dict(zip(activations.sites, pool.map(write, activations.sites), strict=True))
+    manifest = UnitManifest(
+        plan=plan.hash,
+        unit=unit,
+        producer=worker,
+        documents=computed.documents,
+        refused=computed.refused,
+        rows=len(order),
+        excluded=dict(computed.excluded),
+        seconds={stage: round(s, 3) for stage, s in seconds.items()},
+        sites=shards,
+    )
+    # if another producer was faster its unit stands, and this one's shards are orphans
+    store.put(manifest_key(unit), seal(manifest), if_absent=True)
+    queue.release(unit, done=True)
+    return manifest
+
+
+def _usual(activations: ActivationsConfig, site: str, rows: Rows) -> Tensor:
+    """Which rows of a site are not excluded by their norm.
+
+    Raises:
+        NonFiniteError: The model gave NaN or infinity.
+    """
+    finite = rows.acts.isfinite().all(dim=1)
+    if not finite.all():
+        row = int((~finite).nonzero()[0])
+        raise NonFiniteError(
+            f"{site}: NaN or infinity in document {rows.documents[row]} "
+            f"at position {rows.positions[row]}; "
+            f"check the model, or use a wider model.dtype or activations.dtype"
+        )
+    return of_usual_norm(rows.acts, activations.exclude.over_norm)
+
+
+@contextmanager
+def _timed(seconds: Counter[str], stage: str) -> Iterator[None]:
+    since = time.monotonic()
+    yield
+    seconds[stage] += time.monotonic() - since  # type: ignore[assignment] # Counter holds floats well

@@ -1,0 +1,53 @@
+"""Producing with a language model that several ranks hold together."""
+
+import threading
+
+from dist_sae.config import Run
+from dist_sae.data.plan import as_planned, load_plan
+from dist_sae.data.work_queue import Worker
+from dist_sae.distributed.leader import Leader, Work, follow, leading
+from dist_sae.distributed.mesh import join_mesh
+from dist_sae.distributed.rendezvous import rendezvous
+from dist_sae.distributed.watch import Watch
+from dist_sae.models import build_source
+from dist_sae.models.forward import in_step
+from dist_sae.producing.loop import produce
+from dist_sae.storage import open_store
+from dist_sae.telemetry.exporter import Telemetry
+
+
+def produce_together(
+    run: Run, worker: Worker, stopping: threading.Event, telemetry: Telemetry
+) -> dict[str, int]:
+    """Produce as one of the `model.tensor_parallel` ranks that share a model; the first leads.
+
+    Raises:
+        RankLostError: Another rank is gone, hung or has failed.
+        PlanMismatchError: The store holds no plan, or another one.
+    """
+    run = as_planned(run, load_plan(open_store(run.store.activations, run.store.s3), run))
+    timeouts = run.timeouts
+    with (
+        rendezvous(
+            run.tensor_parallel,
+            timeouts.missing_seconds,
+            stopping,
+            setting="model.tensor_parallel",
+            name=run.name,
+        ) as ranks,
+        Watch(
+            ranks, stopping, lost_seconds=timeouts.lost_seconds, hung_seconds=timeouts.hung_seconds
+        ) as watch,
+        join_mesh(ranks) as mesh,
+    ):
+        telemetry.device = mesh.device
+
+        def open_work() -> Work:
+            return in_step(build_source(run.model, run.activations.sites).run)
+
+        if not mesh.is_first:
+            telemetry.pulse.rest()  # ready; whether it hangs is the watch's to say
+            follow(open_work, mesh, watch)
+            return {}
+        with leading(mesh):
+            return produce(run, worker, stopping, telemetry, lambda: Leader(open_work, mesh, watch))
