@@ -11,7 +11,6 @@ import io
 import math
 import os
 import statistics
-import threading
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -310,7 +309,7 @@ def _time_reading(
 
 def _read(store: ObjectStore, plan: Plan, shape: StoreShape) -> None:
     """Read every batch, as a trainer that takes no time."""
-    units = ActivationSet(store, plan, _SITE, threading.Event())
+    units = ActivationSet(store, plan, _SITE)
     steps = range(shape.units * shape.unit_rows // shape.batch)
     with Loader(
         units, rank=0, world=1, batch_rows=shape.batch, steps=steps, max_passes=1

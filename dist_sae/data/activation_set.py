@@ -1,10 +1,13 @@
-"""An activation set as its readers see it: manifests, waited for while producers are at work."""
+"""Reading an activation set, while producers may still be at work on it."""
 
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Iterator
 from itertools import chain
+
+from jaxtyping import Float
+from torch import Tensor
 
 from dist_sae.data.plan import Plan
 from dist_sae.data.shard import (
@@ -13,6 +16,7 @@ from dist_sae.data.shard import (
     SiteShard,
     UnitManifest,
     manifest_key,
+    read_block,
     read_manifest,
 )
 from dist_sae.data.work_queue import LEASE_SECONDS
@@ -28,48 +32,61 @@ _SAY_EVERY_SECONDS = 30.0
 
 
 class ActivationSet:
-    """Manifests of an activation set, waited for when they are not there yet."""
+    """An activation set as its readers see it: manifests and rows of one of its sites.
+
+    Args:
+        store: The set.
+        plan: Its plan.
+        site: Where the rows are from.
+        stopping: Ends the waits for units that do not exist yet.
+        wait: Whether to wait for them at all.
+    """
 
     def __init__(
         self,
         store: ObjectStore,
         plan: Plan,
         site: str,
-        stopping: threading.Event,
-        closed: threading.Event | None = None,
+        stopping: threading.Event | None = None,
+        *,
+        wait: bool = True,
     ) -> None:
         self.store = store
         self.plan = plan
-        self.stopping = stopping
-        self._site = site
-        self._closed = closed or threading.Event()
+        self.site = site
+        self.stopping = stopping or threading.Event()
+        self._wait = wait
+        self.closed = threading.Event()
 
     def until(self, closed: threading.Event) -> "ActivationSet":
-        """The same, for a reader whose waits end when `closed` is set."""
-        return ActivationSet(self.store, self.plan, self._site, self.stopping, closed)
+        """Return the same set, for a reader whose waits end when `closed` is set as well."""
+        reader = ActivationSet(self.store, self.plan, self.site, self.stopping, wait=self._wait)
+        reader.closed = closed
+        return reader
 
     def manifest(
         self, unit: int, waiting: Callable[[float], None] = lambda _: None
     ) -> UnitManifest:
-        """The manifest of `unit`, as soon as it exists.
+        """Return the manifest of a unit as soon as it exists.
 
         Args:
             unit: Its number.
-            waiting: Told now and then for how many seconds there has been none.
+            waiting: Called now and then with the seconds that there has been none.
 
         Raises:
+            ObjectNotFoundError: It does not exist, and this reader does not wait.
+            CorruptObjectError: The unit was made under another plan.
             Stopped: The wait was called off.
         """
         pause, longest = _POLL_SECONDS
         since = said = time.monotonic()
         while True:
             try:
-                manifest = read_manifest(self.store, unit)
+                return self._checked(read_manifest(self.store, unit))
             except ObjectNotFoundError:
-                pass
-            else:
-                return self._checked(manifest)
-            if self.stopping.wait(pause) or self._closed.is_set():
+                if not self._wait:
+                    raise
+            if self.stopping.wait(pause) or self.closed.is_set():
                 raise Stopped(f"stopped while waiting for unit {unit}")
             pause = min(pause * 1.5, longest)
             waiting(time.monotonic() - since)
@@ -77,9 +94,28 @@ class ActivationSet:
                 said = time.monotonic()
                 self._say_waiting(unit, said - since)
 
+    def exist(self, units: Iterable[int]) -> bool:
+        """Tell whether all these units have been produced."""
+        return all(self.store.size(manifest_key(unit)) is not None for unit in units)
+
     def shard(self, manifest: UnitManifest) -> SiteShard:
-        """The shard of this reader's site."""
-        return manifest.sites[self._site]
+        """Return the site's shard of a unit."""
+        return manifest.sites[self.site]
+
+    def rows(self, units: Iterable[int], limit: int) -> Iterator[Float[Tensor, "rows d_in"]]:
+        """Yield the rows of whole units in fp32, block by block, `limit` rows at most."""
+        for unit in units:
+            shard = self.shard(self.manifest(unit))
+            for block in range(len(shard.blocks)):
+                acts = read_block(self.store, shard, block).acts[:limit]
+                limit -= len(acts)
+                yield acts.float()
+                if limit <= 0:
+                    return
+
+    def heldout_rows(self, limit: int) -> Iterator[Float[Tensor, "rows d_in"]]:
+        """Yield rows of the units that nobody trains on, as `rows` does."""
+        return self.rows(self.plan.heldout_units, limit)
 
     def _say_waiting(self, unit: int, seconds: float) -> None:
         if is_supervised() or self._producers_live(unit):

@@ -1,6 +1,6 @@
-"""One constant scale for all activations of a site, from the manifests' sums."""
+"""One constant scale for all activations of a site, from the sums in the manifests."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -39,34 +39,50 @@ class Normaliser(NamedTuple):
 
 
 def measure(
-    units: ActivationSet, at_least_rows: int, waiting: Callable[[float], None] = lambda _: None
-) -> Normaliser:
-    """Measure the first training units that together have `at_least_rows` rows (or all of them).
+    activations: ActivationSet,
+    at_least_rows: int,
+    waiting: Callable[[float], None] = lambda _: None,
+    sites: Sequence[str] | None = None,
+) -> dict[str, Normaliser]:
+    """Measure the first training units that together have `at_least_rows` rows, or all of them.
 
     Args:
-        units: The activation set.
+        activations: The activation set.
         at_least_rows: How many rows are enough.
-        waiting: Told now and then for how many seconds a unit has been missing.
+        waiting: Called now and then with the seconds that a unit has been missing.
+        sites: What to measure; None: the reader's site.
+
+    Returns:
+        The normaliser of each site, all of the same rows. Every manifest is read once.
 
     Raises:
-        NonFiniteError: The activations do not vary, so there is nothing to learn.
+        NonFiniteError: The activations of a site do not vary, so there is nothing to learn.
     """
-    rows, total, squares = 0, torch.zeros(0, dtype=torch.float64), 0.0
-    for unit in units.plan.train_units:
-        manifest = units.manifest(unit, waiting)
-        shard = units.shard(manifest)
-        sums = torch.tensor(shard.sum, dtype=torch.float64)
-        total = sums if not rows else total + sums
-        squares += shard.sum_squares
+    sites = (activations.site,) if sites is None else sites
+    rows, sums, squares = 0, dict[str, Tensor](), dict.fromkeys(sites, 0.0)
+    for unit in activations.plan.train_units:
+        manifest = activations.manifest(unit, waiting)
+        for site in sites:
+            shard = manifest.sites[site]
+            of_unit = torch.tensor(shard.sum, dtype=torch.float64)
+            sums[site] = sums[site] + of_unit if rows else of_unit
+            squares[site] += shard.sum_squares
         rows += manifest.rows
         if rows >= at_least_rows:
             break
+    place = activations.store.url
+    return {
+        site: _normaliser(f"{place}: {site}", sums[site], squares[site], rows) for site in sites
+    }
+
+
+def _normaliser(name: str, total: Float[Tensor, " d_in"], squares: float, rows: int) -> Normaliser:
     mean, mean_square = total / max(rows, 1), squares / max(rows, 1)
     variance = mean_square - float(mean.square().sum())
     if not variance > 1e-12 * mean_square:
         raise NonFiniteError(
-            f"{units.store.url}: the activations do not vary "
-            f"(variance {variance:.3g} over {rows} rows); check the model and the site"
+            f"{name}: the activations do not vary (variance {variance:.3g} over {rows} rows); "
+            f"check the model and the site"
         )
     scale = (len(mean) / mean_square) ** 0.5
     return Normaliser(scale, mean * scale, variance * scale**2, rows)

@@ -31,7 +31,7 @@ _RESAMPLES = 1000
 
 
 def cross_entropies(
-    units: ActivationSet, run: Run, sae: Dictionary, scale: float, mean: Tensor
+    activations: ActivationSet, run: Run, sae: Dictionary, scale: float, mean: Tensor
 ) -> dict[str, Any]:
     """Measure the model's losses with the site's admitted rows replaced.
 
@@ -47,8 +47,8 @@ def cross_entropies(
     """
     from dist_sae.models.spliced import SplicedModel
 
-    run = as_planned(run, units.plan)
-    check_model(run, units.plan)
+    run = as_planned(run, activations.plan)
+    check_model(run, activations.plan)
     assert isinstance(run.model, HuggingFaceModel)
     model = run.model  # pinned to the plan's commit
     tokenizer = build_tokenizer(run)
@@ -57,7 +57,7 @@ def cross_entropies(
     except HeadlessError as exc:
         logger.warning("cross-entropies are left out: %s", exc)
         return {"ce_left_out": str(exc)}
-    batches = list(_heldout_batches(run, model, units.plan, tokenizer))
+    batches = list(_heldout_batches(run, model, activations.plan, tokenizer))
     predicted = [spliced.predicted(batch.tokens, batch.mask) for batch in batches]
     tokens = torch.tensor([n for each in predicted for n in each.sum(1).tolist()])
     if not int(tokens.sum()):
@@ -80,7 +80,7 @@ def cross_entropies(
         return sums
 
     of = {
-        "plan": units.plan.hash,
+        "plan": activations.plan.hash,
         "site": run.site,
         "mean": fingerprint(centre.tolist()),
         "batches": fingerprint([batch.tokens.tolist() for batch in batches]),
@@ -89,7 +89,7 @@ def cross_entropies(
         "versions": {name: versions()[name] for name in ("torch", "transformers")},
     }
     without = cached(
-        units.store,
+        activations.store,
         "cross-entropy",
         of,
         lambda: {

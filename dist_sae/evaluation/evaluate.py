@@ -2,7 +2,6 @@
 
 import json
 import logging
-import threading
 import time
 from typing import Any
 
@@ -18,7 +17,6 @@ from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.config.sae import RoutedConfig
 from dist_sae.data.activation_set import ActivationSet
-from dist_sae.data.heldout import rows_of
 from dist_sae.data.plan import Plan, load_plan
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.metrics import Fit, duplicate_shares
@@ -81,9 +79,7 @@ def evaluate(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> dic
             )
         trained.check_plan(plan.hash)
         since = time.monotonic()
-        result = _measure(
-            runs, run, trained, ActivationSet(store, plan, run.site, threading.Event())
-        )
+        result = _measure(runs, run, trained, ActivationSet(store, plan, run.site))
         result["evaluate_seconds"] = time.monotonic() - since
         key = evaluation_key(run.name, trained.suffix)
         runs.put(key, json.dumps(result, indent=1).encode())
@@ -121,14 +117,17 @@ def _made_from(run: Run, checkpoint: Checkpoint, plan: Plan, units: int) -> dict
     }
 
 
-def _measure(runs: ObjectStore, run: Run, trained: Trained, units: ActivationSet) -> dict[str, Any]:
-    own, plan, sae, scale, mean = trained.run, units.plan, trained.sae, trained.scale, trained.mean
+def _measure(
+    runs: ObjectStore, run: Run, trained: Trained, activations: ActivationSet
+) -> dict[str, Any]:
+    own, sae, scale, mean = trained.run, trained.sae, trained.scale, trained.mean
+    plan = activations.plan
     fit = Fit.empty(own.sae.n_latents)
-    for acts in rows_of(units, plan.heldout_units, run.evaluate.rows):
+    for acts in activations.heldout_rows(run.evaluate.rows):
         x = acts * scale
         fit = fit.add(x, sae.infer(x), mean)
     components = min(max(1, round(fit.l0)), len(mean))
-    made = produced(units.store, plan)
+    made = produced(activations.store, plan)
     result = {
         **subject(own, plan, made, trained.checkpoint),
         "training_seconds": training_seconds(read_history(runs, run.name), trained.step),
@@ -136,13 +135,13 @@ def _measure(runs: ObjectStore, run: Run, trained: Trained, units: ActivationSet
         "fvu": fit.fvu,
         "l0": fit.l0,
         **_dead_shares(own, trained, trained.idle_rows.masked_fill(fit.counts > 0, 0)),
-        "pca_fvu": pca_fvu(units, own.site, mean / scale, run.evaluate.rows, components),
+        "pca_fvu": pca_fvu(activations, mean / scale, run.evaluate.rows, components),
         "pca_components": components,
         **_duplicates(own, sae),
         **_density_histogram(fit),
     }
     if isinstance(run.model, HuggingFaceModel) and run.evaluate.contexts:
-        result |= cross_entropies(units, run, sae, scale, mean)
+        result |= cross_entropies(activations, run, sae, scale, mean)
     bad = [name for name, value in result.items() if isinstance(value, float) and value != value]  # noqa: PLR0124
     if bad:
         raise NonFiniteError(f"{runs.url}/{run.name}: {', '.join(bad)} came out as NaN")

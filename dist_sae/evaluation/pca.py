@@ -8,14 +8,13 @@ from torch import Tensor
 
 from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.consumers import kept_units
-from dist_sae.data.heldout import rows_of
 from dist_sae.evaluation.cache import cached, fingerprint
 
 _PCA_ROWS = 100_000
 
 
 def pca_fvu(
-    units: ActivationSet, site: str, mean: Float[Tensor, " d_in"], limit: int, components: int
+    activations: ActivationSet, mean: Float[Tensor, " d_in"], limit: int, components: int
 ) -> float:
     """Compute the FVU on held-out rows of a PCA fitted to training rows.
 
@@ -23,17 +22,16 @@ def pca_fvu(
     training unit is left, the PCA is fitted to the held-out rows, which can only flatter it.
 
     Args:
-        units: The activation set.
-        site: Site of the rows.
+        activations: The activation set, at the site.
         mean: Mean about which FVU is taken, not scaled.
         limit: Most held-out rows to use.
         components: Number of components.
     """
-    plan = units.plan
-    training = kept_units(units.store, plan) or plan.heldout_units
+    plan = activations.plan
+    training = kept_units(activations.store, plan) or plan.heldout_units
     of = {
         "plan": plan.hash,
-        "site": site,
+        "site": activations.site,
         "mean": fingerprint(mean.tolist()),
         "rows": limit,
         "training_rows": _PCA_ROWS,
@@ -41,12 +39,10 @@ def pca_fvu(
     }
 
     def measure() -> dict[str, list[float]]:
-        directions = _principal_directions(rows_of(units, training, _PCA_ROWS))
-        return {
-            "fvu": _fvu_by_components(rows_of(units, plan.heldout_units, limit), directions, mean)
-        }
+        directions = _principal_directions(activations.rows(training, _PCA_ROWS))
+        return {"fvu": _fvu_by_components(activations.heldout_rows(limit), directions, mean)}
 
-    by_components: list[float] = cached(units.store, "pca", of, measure)["fvu"]
+    by_components: list[float] = cached(activations.store, "pca", of, measure)["fvu"]
     return by_components[components]
 
 

@@ -1,7 +1,6 @@
 """`dist-sae report`: one HTML file with a run's numbers, curves and latents."""
 
 import logging
-import threading
 from collections.abc import Iterator, Mapping, Sequence
 from datetime import UTC, datetime
 from typing import Any
@@ -79,7 +78,7 @@ def report(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
     run = plan.resolve(run)  # not before: a run keeps the numbers that it began with
     own = trained.run if trained else run
     facts = subject(own, plan, made, trained.checkpoint if trained else None)
-    units = ActivationSet(activations, plan, run.site, _no_waiting())
+    units = ActivationSet(activations, plan, run.site, wait=False)
     latents, latent_rows, no_latents = _latents(run, units, trained)
     page = Page(
         title=run.name,
@@ -109,13 +108,6 @@ def _is_there(runs: ObjectStore, key: str, made_from: str) -> bool:
         return made_from.encode() in runs.get(key, 0, _HEAD_BYTES)
     except ObjectNotFoundError:
         return False
-
-
-def _no_waiting() -> threading.Event:
-    """For `ActivationSet`: a unit that is not there, or goes away, must not hold up the report."""
-    stopping = threading.Event()
-    stopping.set()
-    return stopping
 
 
 def _latents(

@@ -15,9 +15,9 @@ from dist_sae.data.consumers import kept_units
 from dist_sae.data.corpus import Corpus
 from dist_sae.data.orders import permutation
 from dist_sae.data.plan import Plan, as_planned, read_unit
-from dist_sae.data.shard import manifest_key, read_block
+from dist_sae.data.shard import read_block
 from dist_sae.dictionaries.base import Dictionary
-from dist_sae.errors import CorpusError
+from dist_sae.errors import CorpusError, ObjectNotFoundError
 from dist_sae.kernels import Entries
 from dist_sae.models import Tokenizer, build_tokenizer
 
@@ -111,9 +111,10 @@ def read_firings(units: ActivationSet, sae: Dictionary, scale: float, most_rows:
     for unit in [*plan.heldout_units, *kept_units(units.store, plan)]:
         if rows >= most_rows or entries >= _MOST_ENTRIES:
             break
-        if units.store.size(manifest_key(unit)) is None:
+        try:
+            shard = units.shard(units.manifest(unit))
+        except ObjectNotFoundError:
             continue
-        shard = units.shard(units.manifest(unit))
         for number in range(len(shard.blocks)):
             if rows >= most_rows or entries >= _MOST_ENTRIES:
                 break

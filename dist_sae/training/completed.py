@@ -1,14 +1,11 @@
 """Whether a run has anything left to do."""
 
-import threading
-
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.checkpoint.lineage import Lineage
 from dist_sae.config import Run
 from dist_sae.config.fingerprint import PLAN_SECTIONS, as_begun, changes
 from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.backlog import ReadyUnits
-from dist_sae.data.heldout import are_there
 from dist_sae.data.plan import load_plan, planned
 from dist_sae.errors import PlanMismatchError
 from dist_sae.storage import open_store
@@ -44,4 +41,4 @@ def all_units_exist(run: Run) -> bool:
         return False
     if ReadyUnits(store, plan, lambda _: None).count() < len(plan.train_units):
         return False
-    return are_there(ActivationSet(store, plan, run.site, threading.Event()), plan.heldout_units)
+    return ActivationSet(store, plan, run.site).exist(plan.heldout_units)

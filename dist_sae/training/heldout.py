@@ -8,7 +8,6 @@ from torch import Tensor
 from dist_sae.checkpoint.state import TrainingState
 from dist_sae.config import Run
 from dist_sae.data.activation_set import ActivationSet
-from dist_sae.data.heldout import are_there, rows_of
 from dist_sae.data.normaliser import Normaliser
 from dist_sae.distributed.mesh import Mesh
 
@@ -45,9 +44,9 @@ class HeldoutFvu:
     def _read(self) -> bool:
         """Read this rank's rows; False if a unit does not exist yet."""
         numbers, mesh = self._units.plan.heldout_units, self._mesh
-        if mesh.any_rank(not are_there(self._units, numbers)):
+        if mesh.any_rank(not self._units.exist(numbers)):
             return False
-        rows = torch.cat(list(rows_of(self._units, numbers, mesh.world * self._rows)))
+        rows = torch.cat(list(self._units.heldout_rows(mesh.world * self._rows)))
         own = rows[mesh.rank * len(rows) // mesh.world :][: len(rows) // mesh.world]
         self._x = own.to(mesh.device) * self._normaliser.scale
         return True

@@ -180,7 +180,7 @@ def _normaliser(run: Run, units: ActivationSet, start: Start, times: Times) -> N
         return Normaliser.from_scalars(known.scalars)
     times.end("begin")
     assert run.train.normaliser_rows is not None, "the plan resolves it"
-    normaliser = measure(units, run.train.normaliser_rows, times.waiting)
+    normaliser = measure(units, run.train.normaliser_rows, times.waiting)[run.site]
     times.end("wait")
     return normaliser.at(start.parent.scalars["scale"]) if start.parent else normaliser
 

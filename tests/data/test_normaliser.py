@@ -4,10 +4,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.normaliser import Normaliser, measure
+from dist_sae.data.shard import Rows, UnitManifest, manifest_key, write_shard
 from dist_sae.errors import NonFiniteError
+from dist_sae.producing.planner import plan
+from dist_sae.storage import open_store
+from dist_sae.storage.records import seal
 from tests.runs import make_run
-from tests.world import RowNumbers, batches, fill, open_units
+from tests.world import RowNumbers, Wrapped, batches, fill, open_units
 
 
 class Normal(RowNumbers):
@@ -17,6 +22,14 @@ class Normal(RowNumbers):
         generator = torch.Generator().manual_seed(int(tokens[0, 0]))
         noise = torch.randn(*tokens.shape, 2, generator=generator)
         return {"synthetic": torch.tensor([3.0, -1.0]) + noise * torch.tensor([2.0, 0.5])}
+
+
+class Counting(Wrapped):
+    gets = 0
+
+    def get(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
+        self.gets += 1
+        return super().get(key, start, stop)
 
 
 class Constant(RowNumbers):
@@ -31,7 +44,7 @@ def test_scale_mean_and_variance_are_those_of_the_rows(
     run = make_run(tmp_path, train={"rows": 64, "batch_rows": 4})
     made = fill(run, Normal(), monkeypatch)
     units = open_units(run)
-    normaliser = measure(units, 10**9)
+    normaliser = measure(units, 10**9)["synthetic"]
     rows = sum(units.manifest(unit).rows for unit in made.train_units)
     assert normaliser.rows == rows
     shortest = min(
@@ -59,15 +72,54 @@ def test_only_as_many_units_are_measured_as_needed_in_their_order(
     first, second = (units.manifest(unit).rows for unit in (0, 1))
     for unit in range(2, 16):
         units.store.delete(f"units/{unit:08d}.json")
-    assert measure(units, first).rows == first
-    assert measure(units, first + 1).rows == first + second
+    assert measure(units, first)["synthetic"].rows == first
+    assert measure(units, first + 1)["synthetic"].rows == first + second
 
 
 def test_constant_activations_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path)
     fill(run, Constant(), monkeypatch)
-    with pytest.raises(NonFiniteError, match="the activations do not vary"):
+    with pytest.raises(NonFiniteError, match="synthetic: the activations do not vary"):
         measure(open_units(run), 100)
+
+
+def test_each_site_has_its_own_normaliser_of_the_same_rows(tmp_path: Path) -> None:
+    """Sites of other widths; a manifest is read once, however many sites it has."""
+    run = make_run(tmp_path)
+    made, store = plan(run), Counting(open_store(run.store.activations))
+    acts: dict[str, list[Tensor]] = {"narrow": [], "wide": []}
+    for unit in made.train_units:
+        n = 5 + unit
+        origin = [torch.arange(n, dtype=dtype) for dtype in (torch.int32, torch.int32, torch.int64)]
+        shards = {}
+        for site, width in (("narrow", 2), ("wide", 7)):
+            x = 3 * width + torch.randn(n, width, generator=torch.Generator().manual_seed(unit))
+            acts[site].append(x)
+            shards[site] = write_shard(store, unit, site, Rows(x, *origin), 8, "fp32")
+        manifest = UnitManifest(
+            plan=made.hash,
+            unit=unit,
+            producer="",
+            documents=n,
+            rows=n,
+            excluded={},
+            seconds={},
+            sites=shards,
+        )
+        store.put(manifest_key(unit), seal(manifest))
+    found = measure(ActivationSet(store, made, "narrow"), 10**9, sites=["narrow", "wide"])
+    assert store.gets == len(made.train_units)
+    for site, parts in acts.items():
+        x = torch.cat(parts).double()
+        assert found[site].rows == len(x)
+        x *= found[site].scale
+        assert float(x.square().sum(1).mean()) == pytest.approx(x.shape[1])
+        torch.testing.assert_close(found[site].mean, x.mean(0), rtol=1e-5, atol=1e-5)
+        variance = float((x - x.mean(0)).square().sum(1).mean())
+        assert found[site].variance == pytest.approx(variance, rel=1e-4)
+    alone = measure(ActivationSet(store, made, "wide"), 10**9)
+    assert list(alone) == ["wide"]
+    assert alone["wide"].to_scalars() == found["wide"].to_scalars()
 
 
 def test_the_same_measurement_at_another_scale() -> None:

@@ -15,7 +15,6 @@ from dist_sae.checkpoint.state import IDLE_ROWS
 from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.config.fingerprint import run_fingerprint
-from dist_sae.data.heldout import rows_of
 from dist_sae.data.plan import load_plan
 from dist_sae.data.shard import manifest_key
 from dist_sae.data.work_queue import Worker
@@ -185,8 +184,8 @@ def test_pca_is_that_of_the_training_rows(run: Run) -> None:
     result = evaluate(run)
     units = open_units(run)
     made = units.plan
-    training = torch.cat(list(rows_of(units, made.train_units, 10**6))).double()
-    heldout = torch.cat(list(rows_of(units, made.heldout_units, 150))).double()
+    training = torch.cat(list(units.rows(made.train_units, 10**6))).double()
+    heldout = torch.cat(list(units.heldout_rows(150))).double()
     directions = torch.linalg.eigh(torch.cov(training.T)).eigenvectors[:, -4:]
     centred = heldout - 0.25  # the mean, not scaled
     left = centred - centred @ directions @ directions.T

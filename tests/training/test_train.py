@@ -54,7 +54,7 @@ def test_directions_from_data_take_as_many_batches_as_they_need(
     settings = load_run(path)
     store = open_store(settings.store.activations)
     units = ActivationSet(store, load_plan(store, settings), settings.site, threading.Event())
-    normaliser = measure(units, 2000)
+    normaliser = measure(units, 2000)[units.site]
     sae = build_sae(settings.sae, 16)
     mesh = Mesh(0, 1, torch.device("cpu"), WHOLE)
     times = Times(Telemetry("world", "train", None), mesh.device)
