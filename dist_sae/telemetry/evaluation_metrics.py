@@ -10,7 +10,7 @@ EVALUATION = (
         "gauge",
         "steps",
         _E,
-        "Step of what was evaluated.",
+        "Step of the checkpoint that was evaluated.",
         short="step",
         title="Of step",
     ),

@@ -53,13 +53,20 @@ _P = ("produce",)
 
 METRICS = (
     # the process
-    Metric("dist_sae_run_info", "gauge", "1", ROLES, "1; the labels say what runs.", ("version",)),
+    Metric(
+        "dist_sae_run_info",
+        "gauge",
+        "1",
+        ROLES,
+        "1; the label says which version runs.",
+        ("version",),
+    ),
     Metric(
         "dist_sae_build_info",
         "gauge",
         "1",
         ROLES,
-        "1; the labels say of what it is built.",
+        "1; the labels say with which versions it was built.",
         ("version", "python", "torch"),
     ),
     Metric(
@@ -67,21 +74,21 @@ METRICS = (
         "gauge",
         "seconds",
         ROLES,
-        "Unix time at which this process began.",
+        "Unix time at which this process started.",
     ),
     Metric(
         "dist_sae_process_resident_memory_bytes",
         "gauge",
         "bytes",
         ROLES,
-        "Memory of the host that this process holds.",
+        "Resident host memory of this process.",
     ),
     Metric(
         "dist_sae_process_device_memory_bytes",
         "gauge",
         "bytes",
         ("produce", "train", "evaluate", "report"),
-        "Memory of this process's GPU: in tensors, held by torch, and there in all.",
+        "Memory of this process's GPU: allocated to tensors, reserved by torch, and total.",
         ("state",),
         ("allocated", "reserved", "total"),
     ),
@@ -90,14 +97,14 @@ METRICS = (
         "gauge",
         "1",
         ROLES,
-        "1 once this process has done all of its part; 0 before, and if it stopped or failed.",
+        "1 once this process has finished its work; 0 before, and if it stopped or failed.",
     ),
     Metric(
         "dist_sae_run_failed",
         "gauge",
         "1",
         ROLES,
-        "1 when this process ends by an error, which the label names (errors.py, or `bug`).",
+        "1 if this process ended by an error, named by the label (errors.py, or `bug`).",
         ("error",),
     ),
     Metric(
@@ -105,31 +112,33 @@ METRICS = (
         "gauge",
         "seconds",
         SHORT_LIVED,
-        "How long this program took.",
+        "Run time of this program.",
     ),
     Metric(
         "dist_sae_job_end_timestamp_seconds",
         "gauge",
         "seconds",
         SHORT_LIVED,
-        "Unix time at which it ended.",
+        "Unix time at which this program ended.",
     ),
     Metric(
         "dist_sae_rank_up",
         "gauge",
         "1",
         ("produce", "train"),
-        "1 if this rank's own page could be read for this scrape; of a pod's endpoint.",
+        "1 if this rank's own page could be read for this scrape of a pod's endpoint.",
     ),
     # the plan
-    Metric("dist_sae_plan_units", "gauge", "units", ("plan",), "Units that the plan has."),
-    Metric("dist_sae_plan_documents", "gauge", "documents", ("plan",), "Documents in them."),
+    Metric("dist_sae_plan_units", "gauge", "units", ("plan",), "Units in the plan."),
+    Metric(
+        "dist_sae_plan_documents", "gauge", "documents", ("plan",), "Documents in the plan's units."
+    ),
     Metric(
         "dist_sae_plan_train_rows",
         "gauge",
         "rows",
         ("plan",),
-        "Estimate of the rows that one pass trains on.",
+        "Estimated rows of one training pass.",
     ),
     # producers
     Metric(
@@ -140,7 +149,7 @@ METRICS = (
         "counter",
         "tokens",
         _P,
-        "Tokens that the model has run over, padding left out; grows with every batch.",
+        "Tokens that the model has processed, without padding; grows with every batch.",
     ),
     Metric(
         "dist_sae_produce_excluded_rows_total",
@@ -166,29 +175,30 @@ METRICS = (
         "gauge",
         "units",
         _P,
-        "Units that exist, whoever wrote them, as far as this producer has seen.",
+        "Units that exist, by any producer, as far as this producer has seen.",
     ),
-    Metric("dist_sae_produce_plan_units", "gauge", "units", _P, "Units that there will be."),
+    Metric("dist_sae_produce_plan_units", "gauge", "units", _P, "Units of the plan."),
     Metric(
         "dist_sae_produce_max_ahead_units",
         "gauge",
         "units",
         _P,
-        "store.max_ahead_units: no unit so far ahead of the slowest consumer is begun.",
+        "store.max_ahead_units: producers start no unit that is further ahead of the slowest "
+        "consumer.",
     ),
     Metric(
         "dist_sae_produce_claimed_units",
         "gauge",
         "units",
         _P,
-        "Units that this producer has in hand.",
+        "Units that this producer is working on.",
     ),
     Metric(
         "dist_sae_produce_takeovers_total",
         "counter",
         "units",
         _P,
-        "Units taken over from a producer that had not renewed its claim.",
+        "Units taken over from producers that stopped renewing their claims.",
     ),
     Metric(
         "dist_sae_produce_seconds_total",
@@ -211,7 +221,8 @@ METRICS = (
         "counter",
         "seconds",
         _P,
-        "The same by whom it waited for; while it grows for `consumers`, trainers are the limit.",
+        "Waiting time of this producer, by cause; while it grows for `consumers`, trainers "
+        "are the limit.",
         ("waited_for",),
         ("consumers", "producers"),
     ),
@@ -221,7 +232,7 @@ METRICS = (
         "counter",
         "requests",
         ROLES,
-        "Requests to the S3 endpoint, repeated ones included, by HTTP status.",
+        "Requests to the S3 endpoint, retries included, by HTTP status.",
         ("operation", "status"),
     ),
     Metric(
@@ -229,7 +240,7 @@ METRICS = (
         "counter",
         "requests",
         ROLES,
-        "Requests that had to be repeated.",
+        "Requests that were retried.",
     ),
     Metric(
         "dist_sae_store_bytes_total",
@@ -245,7 +256,7 @@ METRICS = (
         "histogram",
         "seconds",
         ROLES,
-        "Time until the headers of an answer.",
+        "Time until the headers of a response.",
         ("operation",),
     ),
     Metric(
@@ -253,7 +264,7 @@ METRICS = (
         "histogram",
         "seconds",
         ROLES,
-        "Time of an operation on any store, with all its requests, bodies and repeats.",
+        "Time of an operation on any store, with all its requests, bodies and retries.",
         ("operation",),
         ("get", "put", "size", "list", "delete"),
         _OPERATION_SECONDS,
@@ -263,7 +274,7 @@ METRICS = (
         "counter",
         "operations",
         ROLES,
-        "Operations that failed for good, by error (errors.py); a missing object is an answer.",
+        "Operations that failed for good, by error (errors.py); a missing object is no error.",
         ("error",),
         STORE_ERRORS,
     ),
@@ -277,7 +288,9 @@ TABLE = {metric.name: metric for metric in METRICS}
 def render_table() -> str:
     """Render the table in Markdown (`dist-sae config metrics`)."""
     rows = [
-        f"| `{m.name}` | {m.kind} | {m.unit} | {_labels(m)} | {', '.join(m.roles)} | {m.help} |"
+        f"| `{m.name}` | {m.kind} | {m.unit} | {_labels(m)} | {', '.join(m.roles)} | "
+        + m.help.replace("|", "\\|")
+        + " |"
         for m in METRICS
     ]
     head = ["| metric | kind | unit | labels | exported by | |", "|---|---|---|---|---|---|"]
@@ -291,7 +304,7 @@ def render_table() -> str:
             f"Besides its own labels, every series has {every}: the run's name, the program,",
             "and the number of the process (a trainer's rank; a producer's number times",
             "`model.tensor_parallel` plus its rank within the model). A gauge has no series until",
-            "its value is known, a counter begins at 0. Histograms have `_bucket`, `_sum` and",
+            "its value is known, a counter starts at 0. Histograms have `_bucket`, `_sum` and",
             "`_count`.",
             "",
             *head,

@@ -11,10 +11,10 @@ TRAINING = (
         "gauge",
         "1",
         _T,
-        "1; the labels say what is trained.",
+        "1; the labels say what is trained, and on which device.",
         ("kind", "site", "device"),
     ),
-    Metric("dist_sae_train_ranks", "gauge", "ranks", _T, "Ranks that the job is to have."),
+    Metric("dist_sae_train_ranks", "gauge", "ranks", _T, "Ranks of the job, by the run file."),
     Metric("dist_sae_train_latents", "gauge", "latents", _T, "Width of the whole dictionary."),
     Metric(
         "dist_sae_train_step",
@@ -27,7 +27,7 @@ TRAINING = (
         text="step {:,.0f}",
         views=("status",),
     ),
-    Metric("dist_sae_train_steps", "gauge", "steps", _T, "Steps that the run will do."),
+    Metric("dist_sae_train_steps", "gauge", "steps", _T, "Steps of the whole run."),
     Metric(
         "dist_sae_train_rows_total", "counter", "rows", _T, "Rows that this rank has trained on."
     ),
@@ -37,7 +37,7 @@ TRAINING = (
         "gauge",
         "1",
         _T,
-        "What is minimised, on the last batch.",
+        "Training loss on the last batch.",
         short="loss",
         title="Loss",
     ),
@@ -57,7 +57,7 @@ TRAINING = (
         "gauge",
         "1",
         _T,
-        "The same on held-out rows, at the last save.",
+        "Fraction of variance unexplained on held-out rows, at the last save.",
         short="heldout_fvu",
         title="Held-out FVU",
         text="held-out {:.3f}",
@@ -68,8 +68,8 @@ TRAINING = (
         "gauge",
         "1",
         _T,
-        "1 - |x - x_hat|^2 / |x - mean|^2 of single rows of the last batch: its quantiles, "
-        "mean over ranks.",
+        "Quantiles of 1 - |x - x_hat|^2 / |x - mean|^2 over the rows of the last batch, mean "
+        "over ranks.",
         ("quantile",),
         QUANTILES,
         short="explained_variance",
@@ -89,7 +89,7 @@ TRAINING = (
         "gauge",
         "1",
         _T,
-        "Penalty on codes (routed: loads), last batch, weighted.",
+        "Sparsity penalty (routed: balance penalty) on the last batch, with its coefficient.",
         short="sparsity_loss",
         title="Sparsity loss",
     ),
@@ -128,7 +128,7 @@ TRAINING = (
         "gauge",
         "share",
         _T,
-        "Share of latents that have not fired for dead_after_rows; none before so many rows.",
+        "Share of latents that have not fired for dead_after_rows; unknown before that many rows.",
         short="dead_share",
         title="Dead latents",
         text="dead {:.1%}",
@@ -139,8 +139,8 @@ TRAINING = (
         "gauge",
         "share",
         _T,
-        "Share of latents that fire on fewer than 1 in 100,000 rows, dead ones included; of the "
-        "rows of train_density_latents.",
+        "Share of latents that fire on fewer than 1 in 100,000 rows, dead ones included, over "
+        "the rows of train_density_rows.",
         short="rare_share",
         title="Rarely firing latents",
     ),
@@ -149,8 +149,9 @@ TRAINING = (
         "gauge",
         "latents",
         _T,
-        "Latents by the share of rows that they fire on, half a decade each: log10 of it is from "
-        "the label on; `never`: on none. Of the last one to two dead_after_rows in this process.",
+        "Latents by log10 of the share of rows that they fire on: half a decade from the "
+        "label on; `never`: on none. Over the last one to two dead_after_rows of this "
+        "process.",
         ("log10",),
         DENSITIES,
         short="density",
@@ -161,7 +162,7 @@ TRAINING = (
         "gauge",
         "rows",
         _T,
-        "Rows that train_density_latents and train_rare_share are of.",
+        "Rows behind train_density_latents and train_rare_share.",
         short="density_rows",
         title="Rows that the densities are of",
     ),
@@ -170,7 +171,8 @@ TRAINING = (
         "gauge",
         "share",
         _T,
-        "Share of latents whose gradients are below 10 eps of Adam: lower train.eps if it grows.",
+        "Share of latents whose Adam updates are dominated by eps (gradients below 10 eps): "
+        "lower train.eps if it grows.",
         short="starved_share",
         title="Latents that hardly learn",
     ),
@@ -179,7 +181,8 @@ TRAINING = (
         "counter",
         "latents",
         _T,
-        "Latents dead for another dead_after_rows: re-tied (TopK and its kin), or begun again.",
+        "Latents dead for another dead_after_rows: re-tied to the data (TopK and its kin) or "
+        "initialised again.",
     ),
     # training: how evenly the work is shared out
     Metric(
@@ -187,7 +190,7 @@ TRAINING = (
         "gauge",
         "1",
         _T,
-        "Active entries of the busiest shard over the mean, on the last batch; 1 is even.",
+        "Active entries of the busiest latent shard over the mean, on the last batch; 1 is even.",
         short="shard_load_ratio",
         title="Busiest shard over the mean",
     ),
@@ -196,7 +199,7 @@ TRAINING = (
         "gauge",
         "1",
         _T,
-        "Rows that the busiest expert was sent since the last report, over the mean.",
+        "Rows sent to the busiest expert since the last report, over the mean.",
         short="expert_load_ratio",
         title="Busiest expert over the mean",
     ),
@@ -205,7 +208,7 @@ TRAINING = (
         "gauge",
         "experts",
         _T,
-        "Experts that got no row since the last report.",
+        "Experts that received no row since the last report.",
         short="idle_experts",
         title="Idle experts",
     ),
@@ -214,7 +217,7 @@ TRAINING = (
         "gauge",
         "share",
         _T,
-        "Share of dead latents, worst expert.",
+        "Share of dead latents of the worst expert.",
         short="expert_dead_share",
         title="Dead latents of the worst expert",
     ),
@@ -242,7 +245,8 @@ TRAINING = (
         "gauge",
         "rows/second",
         _T,
-        "The same of the time in steps: without waiting for data, saving, and the beginning.",
+        "Rows per second of the time in steps, without waiting for data, saving and the "
+        "start; all ranks.",
         short="worked_rows_per_second",
         title="Time in steps",
         text="{:,.0f} rows/s in steps",
@@ -253,16 +257,16 @@ TRAINING = (
         "counter",
         "seconds",
         _T,
-        "Time spent in training, waiting and the beginning included.",
+        "Time in training, including waiting and the start.",
     ),
     Metric(
         "dist_sae_train_phase_seconds_total",
         "counter",
         "seconds",
         _T,
-        "The same by phase: `wait` for data (of whichever rank waits longest), `ranks` for slower "
-        "ranks (on a CPU with the exchange between ranks), `begin` before the first step, `save` "
-        "standing still for checkpoints. On a GPU the others are the GPU's time.",
+        "Time in training by phase: `wait` for data (on the rank that waits longest), `ranks` "
+        "for slower ranks (on a CPU also communication), `begin` before the first step, "
+        "`save` standing still for checkpoints. On a GPU the others are the GPU's time.",
         ("phase",),
         PHASES,
     ),
@@ -280,7 +284,8 @@ TRAINING = (
         "gauge",
         "share",
         _T,
-        "Its share of a step since the last report. The limit is 1: no other dense work is needed.",
+        "Share of step time that the bare encoder product takes, since the last report. The "
+        "limit is 1: no other dense work is needed.",
         short="product_share",
         title="Encoder product",
         views=("status", "progress"),
@@ -297,14 +302,14 @@ TRAINING = (
         "counter",
         "steps",
         _T,
-        "Steps whose batch was not there: they waited for more than 10 ms.",
+        "Steps that waited for their batch for more than 10 ms.",
     ),
     Metric(
         "dist_sae_train_repeated_rows_total",
         "counter",
         "rows",
         _T,
-        "Rows of this rank that were read again, because its streams had fewer than planned.",
+        "Rows of this rank that were read again because its streams had fewer than planned.",
     ),
     Metric(
         "dist_sae_train_loaded_batches",
@@ -324,7 +329,7 @@ TRAINING = (
     Metric(
         "dist_sae_train_plan_units", "gauge", "units", _T, "Training units of the activation set."
     ),
-    Metric("dist_sae_train_ready_units", "gauge", "units", _T, "Those that exist."),
+    Metric("dist_sae_train_ready_units", "gauge", "units", _T, "Training units that exist."),
     Metric(
         "dist_sae_train_reached_units",
         "gauge",
@@ -345,7 +350,7 @@ TRAINING = (
         "counter",
         "checkpoints",
         _T,
-        "Checkpoints found damaged, so that the one before was taken.",
+        "Checkpoints found damaged, so that an earlier one was used.",
     ),
     Metric(
         "dist_sae_checkpoint_step", "gauge", "steps", _T, "Step of the last durable checkpoint."
@@ -362,7 +367,7 @@ TRAINING = (
         "gauge",
         "seconds",
         _T,
-        "From the copy of the last checkpoint until it was durable.",
+        "Time from the copy of the last checkpoint until it was durable.",
         short="checkpoint_seconds",
         title="Time to make one durable",
         views=("status",),

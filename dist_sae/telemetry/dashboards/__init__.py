@@ -37,7 +37,7 @@ def render_dashboards() -> dict[str, str]:
 
 
 def _explained(page: Page) -> Page:
-    """With what the metric table says of each panel's metrics."""
+    """Add the metric table's help to each panel."""
     sections = tuple(
         section._replace(panels=tuple(_with_help(panel) for panel in section.panels))
         for section in page.sections

@@ -1,4 +1,4 @@
-"""What is learnt."""
+"""The dictionary's health: what is learnt."""
 
 from dist_sae.telemetry.dashboards.panels import Page, Section, gauge, graph, number, stack
 from dist_sae.telemetry.dashboards.queries import now, rate

@@ -1,4 +1,4 @@
-"""The first look."""
+"""The overview: the first dashboard to look at."""
 
 from dist_sae.telemetry.dashboards.panels import Page, Section, gauge, graph, number, stack, table
 from dist_sae.telemetry.dashboards.queries import Query, age, alive, now, rate, recorded

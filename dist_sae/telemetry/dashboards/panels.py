@@ -12,7 +12,7 @@ Shape = Literal["graph", "stack", "number", "table"]
 
 
 class Panel(NamedTuple):
-    """One picture of some series."""
+    """One panel: some series and how to draw them."""
 
     shape: Shape
     title: str
@@ -21,9 +21,9 @@ class Panel(NamedTuple):
     says: str = ""
     """How to read it."""
     limits: tuple[float, ...] = ()
-    """From where it is yellow, then red; with one, red."""
+    """Thresholds for yellow, then red; a single one is for red."""
     width: int | None = None
-    """Of 24; None: as its shape has it."""
+    """Width in 24ths; None for the default of its shape."""
 
 
 class Section(NamedTuple):
@@ -42,11 +42,11 @@ class Page(NamedTuple):
     """The question that it answers."""
     sections: tuple[Section, ...]
     ranks: str = ""
-    """The role whose ranks can be chosen, if any."""
+    """Role whose ranks can be chosen, if any."""
 
     @property
     def uid(self) -> str:
-        """What Grafana knows it by, and other dashboards link to."""
+        """Grafana's identifier, which other dashboards link to."""
         return f"dist-sae-{self.name}"
 
 
@@ -63,7 +63,7 @@ def graph(
 
 
 def stack(title: str, unit: Unit, query: Query, says: str = "") -> Panel:
-    """Areas on top of each other: the parts of a whole, of one run."""
+    """Stacked areas: the parts of a whole, of one run."""
     return Panel(
         "stack", title, unit, (query,), f"{says} Choose one run: several would be piled up."
     )
@@ -77,7 +77,7 @@ def number(
     limits: tuple[float, ...] = (),
     width: int | None = None,
 ) -> Panel:
-    """The last value, large."""
+    """The last value as a large number."""
     return Panel("number", title, unit, (query,), says, limits, width)
 
 
@@ -95,5 +95,5 @@ def gauge(panel: Callable[..., Panel], name: str, by: str = "run", **settings: A
 
 
 def table(title: str, query: Query, says: str = "") -> Panel:
-    """What series there are now, their labels in columns."""
+    """The current series, their labels in columns."""
     return Panel("table", title, "count", (query,), says)

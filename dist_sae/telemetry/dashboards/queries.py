@@ -1,4 +1,4 @@
-"""PromQL from the metric table: a name or a label that does not exist is an error here.
+"""Builds PromQL from the metric table: an unknown name or label is an error here.
 
 In a dashboard it would be an empty panel.
 """
@@ -12,56 +12,56 @@ _START = "dist_sae_process_start_timestamp_seconds"
 
 
 class Query(NamedTuple):
-    """An expression, and what Grafana calls its series (`{{label}}` is a label's value)."""
+    """An expression and the legend of its series (`{{label}}` is a label's value)."""
 
     expr: str
     legend: str
 
     def named(self, word: str) -> Self:
-        """With a word that tells its series from those of the panel's other queries."""
+        """Add a word to the legend, to tell its series from other queries' of the panel."""
         return self._replace(legend=f"{self.legend} {word}")
 
     def over(self, other: "Query", on: str | None = None) -> Self:
-        """Divided by another; with `on`, many of these by one of those."""
+        """Divide by another query; with `on`, many series by one."""
         match = f"on ({on}) group_left () " if on else ""
         return self._replace(expr=f"{self.expr} / {match}({other.expr} > 0)")
 
     def averaged(self, by: str) -> Self:
-        """The mean over other labels, of those ranks that are chosen."""
+        """Mean over other labels, of the chosen ranks."""
         return self._replace(expr=f"avg by ({by}) ({self.expr})", legend=_legend(by))
 
 
 def now(name: str, by: str = "run", how: str = "max", **where: str) -> Query:
-    """A gauge; all ranks say the same of what is global, so that `max` takes any."""
+    """A gauge's value; `max` takes any rank, since all export the same global values."""
     return _aggregated(f"{_series(name, 'gauge', by, where)}", by, how)
 
 
 def rate(name: str, by: str = "run", how: str = "sum", **where: str) -> Query:
-    """How fast a counter grows, per second."""
+    """A counter's growth per second."""
     series = _series(name, "counter", by, where)
     return _aggregated(f"rate({series}[$__rate_interval])", by, how)
 
 
 def growth(name: str, by: str = "run", **where: str) -> Query:
-    """What a counter has grown by in the time that is shown."""
+    """A counter's growth over the time shown."""
     return _aggregated(f"increase({_series(name, 'counter', by, where)}[$__range])", by, "sum")
 
 
 def quantile(share: float, name: str, by: str) -> Query:
-    """Of a histogram."""
+    """A quantile of a histogram."""
     series = _series(name, "histogram", by, {}).replace("{", "_bucket{")
     buckets = f"sum by ({by}, le) (rate({series}[$__rate_interval]))"
     return Query(f"histogram_quantile({share}, {buckets})", _legend(by)).named(f"p{share * 100:g}")
 
 
 def age(name: str, by: str = "run") -> Query:
-    """Of a gauge that holds a time."""
+    """Seconds since the time that a gauge holds."""
     moment = now(name, by)
     return moment._replace(expr=f"time() - {moment.expr}")
 
 
 def alive(role: str) -> Query:
-    """Processes of a role that can be scraped."""
+    """Number of scraped processes of a role."""
     ranks = f'count by (run, rank) ({_START}{{run=~"$run",role="{role}"}})'
     return Query(f"count by (run) ({ranks})", "{{run}}")
 
@@ -76,10 +76,10 @@ def recorded(name: str, **where: str) -> Query:
 def _series(
     name: str, kind: Literal["counter", "gauge", "histogram"], by: str, where: dict[str, str]
 ) -> str:
-    """A metric's series that the dashboard's variables choose.
+    """Select a metric's series by the dashboard's variables.
 
     Raises:
-        ValueError: It is of another kind, or lacks a label.
+        ValueError: The metric is of another kind or lacks a label.
     """
     metric, labels = TABLE[name], by.split(", ")
     if metric.kind != kind:

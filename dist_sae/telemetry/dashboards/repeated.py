@@ -1,4 +1,4 @@
-"""What is on more than one dashboard."""
+"""Panels that several dashboards share."""
 
 from dist_sae.telemetry.dashboards.panels import gauge, graph
 from dist_sae.telemetry.dashboards.queries import now, rate, recorded
