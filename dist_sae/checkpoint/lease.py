@@ -125,7 +125,7 @@ class TrainerLease:
             if now != first:
                 raise self._taken(now)
         if self._stopping.is_set():
-            raise Stopped("stopped before the first step; start again to go on")
+            raise Stopped("stopped before the first step; start again to continue")
 
     def _renew(self) -> None:
         while not self._over.wait(_RENEW_SECONDS):

@@ -60,8 +60,8 @@ class Verification(NamedTuple):
         """Raise a `CorruptObjectError` with one line per fault, if there are any."""
         if self.bad:
             remedy = (
-                "damaged checkpoints; training goes on from the newest that is whole, "
-                "and the others may be deleted"
+                "damaged checkpoints; training continues from the newest intact one, "
+                "and the damaged ones may be deleted"
             )
             raise CorruptObjectError("\n".join([remedy, *self.bad.values()]), url=self.url)
 

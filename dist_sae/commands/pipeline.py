@@ -190,7 +190,7 @@ class Child:
             name = signal.Signals(-code).name
             return ProcessFailedError(
                 f"{self.name}: killed by {name}{' (out of memory?)' if name == 'SIGKILL' else ''}; "
-                f"its log is {self._log}; start again to go on",
+                f"its log is {self._log}; start again to continue",
                 EXIT_RESUMABLE,
             )
         last = next(
@@ -263,9 +263,9 @@ def run_together(children: Sequence[Child], stopping: threading.Event, view: Pro
         raise children[blamed[0].child].failure(blamed[0].code)
     if failed:  # they did not heed the signal in time; what was saved before is safe
         names = ", ".join(children[end.child].name for end in failed)
-        raise Stopped(f"{names} did not end in time; start the same command again to go on")
+        raise Stopped(f"{names} did not end in time; start the same command again to continue")
     if stopping.is_set() or any(end.code for end in ends):
-        raise Stopped("everything is saved; start the same command again to go on")
+        raise Stopped("everything is saved; start the same command again to continue")
 
 
 @contextmanager

@@ -101,8 +101,8 @@ class RoutedConfig(KeepsThresholdConfig):
     experts_per_row: PositiveInt = 1
     """Experts to which a row is sent."""
     gate: Literal["straight_through", "probability"] = "straight_through"
-    """Factor of an expert's codes: its share of the probabilities chosen for the row, or its
-    probability (Mudide et al.)."""
+    """Factor of an expert's codes. probability: its router probability p (Mudide et al.).
+    straight_through: p over the sum of the chosen experts' p, with that sum held fixed."""
     balance: Literal["loss", "bias"] = "loss"
     """How experts are kept equally busy: a loss term, or a bias on the choice of experts."""
     balance_coefficient: NonNegativeFloat = 0.03
@@ -202,9 +202,9 @@ class JumpReLUTanhConfig(PenalisedConfig):
     """Final lambda_S, for rows of squared norm d_in; null gives .0005 d_in, with which a latent
     costs the same share of the variance at any width of the rows (published: 20)."""
     tanh_scale: PositiveFloat = 4.0
-    """c, the scale of codes in the tanh penalty."""
+    """c, the factor of codes inside the tanh penalty."""
     pre_act: NonNegativeFloat = 3e-6
-    """lambda_P, the coefficient that keeps latents alive; 0 turns it off."""
+    """lambda_P, the pre-activation penalty's coefficient, which keeps latents alive; 0: off."""
     initial_threshold: PositiveFloat = 0.1
     """Threshold of every latent at the start."""
     bandwidth: PositiveFloat = 2.0

@@ -67,7 +67,7 @@ class TrainConfig(Section):
     """Decay per step of a running mean of the weights, which is evaluated and exported; null keeps
     none.
 
-    If the run is too short for the decay, the mean covers the last tenth of the steps.
+    In a run too short for the decay, the mean covers the last tenth of the steps.
     """
     seed: NonNegativeInt = 0
     """Seed of the initial dictionary: of all of it, or with `sae.init: data` of .6 of each

@@ -116,7 +116,7 @@ class _Joining:
         while self._thread.is_alive():
             if stopping.wait(_POLL_SECONDS):
                 self._given_up.set()
-                raise Stopped("stopped before all ranks had joined; start again to go on")
+                raise Stopped("stopped before all ranks had joined; start again to continue")
             if time.monotonic() > self._until + _FROZEN_SECONDS:
                 self._given_up.set()
                 raise _gone(TimeoutError("it does not answer"))

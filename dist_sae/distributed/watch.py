@@ -223,7 +223,7 @@ class Watch:
 
     def _end(self, verdict: str) -> None:
         """Note the verdict; exit the process if the training thread does not end."""
-        self._verdict = f"{verdict}; start again to go on"
+        self._verdict = f"{verdict}; start again to continue"
         self._over.set()
         if self._ended.wait(_GRACE_SECONDS):
             return

@@ -135,7 +135,7 @@ class _Producer:
                 self._finishing.shutdown()
                 self._queue.release_all()
         if self._stopping.is_set() and self._queue.pending():
-            raise Stopped(f"{self._worker.name}: stopped; start it again to go on")
+            raise Stopped(f"{self._worker.name}: stopped; start it again to continue")
         self.progress.say()
 
     def tokenize_next(self) -> "Future[TokenizedUnit | None]":

@@ -108,7 +108,7 @@ def compute(
     with _timed(work.seconds, "forward"):
         for batch in work.batches:
             if stopping.is_set():
-                raise Stopped(f"stopped within unit {work.unit}; start again to go on")
+                raise Stopped(f"stopped within unit {work.unit}; start again to continue")
             telemetry.pulse.work(run.timeouts.hung_seconds)
             keep = admitted(batch, special, run.activations.exclude, excluded)
             transfers += forward(batch.tokens, batch.mask, keep)

@@ -114,7 +114,8 @@ class Batches:
         if self.position.step < self._run.steps:
             self._loader.raise_if_failed()
             raise Stopped(
-                f"stopped at step {self.position.step} of {self._run.steps}; start again to go on"
+                f"stopped at step {self.position.step} of {self._run.steps}; "
+                f"start again to continue"
             )
 
     def show_ready(self, units: int) -> None:

@@ -235,7 +235,7 @@ def initialise(
                 batch = next_batch(loader, mesh, units.stopping, times)
                 if batch is None:
                     loader.raise_if_failed()
-                    raise Stopped("stopped before the first step; start again to go on")
+                    raise Stopped("stopped before the first step; start again to continue")
                 yield on_device(batch, mesh, normaliser.scale)
 
     with closing(rows()) as batches:

@@ -59,4 +59,4 @@ def _await(what: str, is_there: Callable[[], bool], stopping: threading.Event) -
     while not stopping.wait(_LOOK_SECONDS):
         if is_there():
             return
-    raise Stopped(f"stopped while waiting for {what}; start again to go on")
+    raise Stopped(f"stopped while waiting for {what}; start again to continue")

@@ -128,7 +128,7 @@ def test_ranks_that_wait_for_others_can_be_stopped(start: Callable[..., list[Ran
         os.kill(one.process.pid, signal.SIGTERM)
         assert one.ends(0) == (
             75,
-            "error: stopped before all ranks had joined; start again to go on",
+            "error: stopped before all ranks had joined; start again to continue",
         )
 
 

@@ -30,7 +30,7 @@ def test_a_stopped_run_resumes_bitwise(tmp_path: Path, activations: str, calm: P
     path = run_file(tmp_path, activations)
     (error,) = train(path, stop_at=20)
     assert "stopped at step" in error
-    assert "start again to go on" in error
+    assert "start again to continue" in error
     stopped_at = final(tmp_path).step
     assert 20 <= stopped_at < STEPS
     train(path)
