@@ -66,7 +66,7 @@ class HuggingFaceSource:
                 for site in sites:
                     if site.startswith(("attn_z.", "mlp_inner.")):
                         weight = place(self._model, site).module.get_parameter("weight")
-                        self._widths[site] = weight.shape[1]  # of all parts
+                        self._widths[site] = weight.shape[1]  # width of all parts
         if divider == "deepspeed":
             for layer in range(1 + max(map(layer_of, sites)), len(blocks(self._model))):
                 blocks(self._model)[layer] = nn.Module()  # DeepSpeed would divide missing weights

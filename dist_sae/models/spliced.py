@@ -20,7 +20,7 @@ from dist_sae.models.loading import (
 )
 from dist_sae.models.sites import Edit, attach
 
-_EVERY = 7  # one token in 7 is masked: about the 15 % of BERT's training
+_EVERY = 7  # one token in 7 is masked, close to the 15 % of BERT's training
 _CHANGES = {torch.float32: 1e-4}
 """Relative change of the first token's logits up to which it is rounding (as with experts)."""
 _CHANGES_OF_HALF = 0.03

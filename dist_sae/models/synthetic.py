@@ -8,7 +8,7 @@ from torch import Tensor
 
 from dist_sae.config.data import SYNTHETIC_SITE, SyntheticModel
 
-_BLOCK_ROWS = 64  # drawn together; changing it changes the world
+_BLOCK_ROWS = 64  # rows drawn together; another number gives other rows
 
 
 class SyntheticTokenizer:

@@ -354,7 +354,7 @@ class S3Store:
                         response_checksum_validation="when_required",
                     ),
                 )
-            except ValueError as exc:  # malformed: the endpoint, the region, or what is below
+            except ValueError as exc:  # malformed: endpoint, region, or one of those below
                 setting = "store.s3.endpoint_url"
                 if "retrieve metadata" in str(exc) or "Auth token" in str(exc):
                     setting = "AWS_CONTAINER_CREDENTIALS_FULL_URI and its token"

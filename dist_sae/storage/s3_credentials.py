@@ -129,7 +129,9 @@ def _metadata_is_busy() -> bool:
     # the token's hop limit may not reach a container; then this request tells more
     headers = {"x-aws-ec2-metadata-token": token} if status == HTTPStatus.OK else {}
     status, role = _ask(f"{base}/latest/meta-data/iam/security-credentials/", "GET", headers)
-    return is_busy(status) or (status == HTTPStatus.OK and bool(role))  # a role: it works again
+    return is_busy(status) or (
+        status == HTTPStatus.OK and bool(role)
+    )  # a role: metadata works again
 
 
 def _ask(url: str, method: str, headers: dict[str, str]) -> tuple[int, str]:

@@ -91,7 +91,7 @@ _BUSY = re.compile(
     "|BadDigest|ContentSHA256Mismatch|ChecksumMismatch|IncompleteBody).*"  # damaged in transit
 )
 _BUSY_STATUSES = {
-    404,  # without a code: from a proxy that has lost its server
+    404,  # with no code above: from a proxy that has lost its server
     409,
 }
 _REFUSED_STATUSES = {401, 403}

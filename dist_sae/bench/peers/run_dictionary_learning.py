@@ -43,7 +43,7 @@ def main() -> int:
     spec = protocol.read_spec()
     scale = protocol.common_scale(spec) if spec.matched else 1.0
     batches = protocol.Batches(spec, scale)
-    trainers: list[Any] = []  # trainSAE gives nothing back
+    trainers: list[Any] = []  # trainSAE returns nothing
 
     def build(**settings: Any) -> Any:
         trainers.append(_build(spec, settings))

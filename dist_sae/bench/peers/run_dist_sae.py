@@ -35,7 +35,7 @@ def main() -> int:
         step = TrainingStep(shape, mesh)
         step.initialise(batches.read(0))
         n_batches = -(-spec.n_latents // spec.batch)
-        from_data = n_batches <= spec.steps  # in short runs, for speed, directions do not matter
+        from_data = n_batches <= spec.steps  # in short speed runs the directions do not matter
         if from_data:
             first = map(batches.read, range(n_batches))
             initialise_from_data(step.sae, (Rows(x, x) for x in first))

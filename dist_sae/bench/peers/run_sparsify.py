@@ -54,7 +54,7 @@ class Rows(nn.Module):
         return self
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        if not input_ids.numel():  # the trainer's question how wide the site is
+        if not input_ids.numel():  # the trainer asks for the site's width
             x: Tensor = self.site(torch.zeros(1, 0, self._d_in))
         else:
             x = self.site(next(self._batches)[None])
@@ -94,7 +94,7 @@ def main() -> int:
         trainer.fit()
         batches.finish()
     for optimizer in trainer.optimizers:
-        if hasattr(optimizer, "eval"):  # schedule-free: to the weights that would be saved
+        if hasattr(optimizer, "eval"):  # schedule-free: switch to the weights that would be saved
             optimizer.eval()
     sae = trainer.saes["site"]
 
