@@ -96,6 +96,7 @@ def test_many_rows_and_latents_need_no_matrix_of_both(tmp_path: Path, kind: str)
     assert beyond_state(tmp_path, kind, 65_536, 8, 256, steps=1) <= 180 * MIB
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("kind", LIVES)
 def test_large_weights_are_there_four_times_and_no_more(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch

@@ -21,6 +21,8 @@ from tests.dictionaries.recipes import sae_rows
 from tests.dictionaries.trees import TreeWorld, scores
 from tests.dictionaries.worlds import Recovery, World, mean_matched_cosine, recovery, train
 
+pytestmark = pytest.mark.system
+
 N = 128
 FLAT = World(d_in=64, n_features=N, l0=3, zipf=0.0)
 WINDOW = 20_000

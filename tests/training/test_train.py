@@ -45,6 +45,8 @@ from tests.training.trained import (
 )
 from tests.world import save
 
+pytestmark = pytest.mark.system
+
 
 def test_directions_from_data_take_as_many_batches_as_they_need(
     tmp_path: Path, activations: str
