@@ -23,8 +23,8 @@ from dist_sae.checkpoint.state import TrainingState
 from dist_sae.config import Run, validate_run
 from dist_sae.config.sae import SaeConfig
 from dist_sae.dictionaries import PRODUCT_DTYPES, build_sae
-from dist_sae.dictionaries.base import Rows
 from dist_sae.dictionaries.dead import DeadLatents
+from dist_sae.dictionaries.interface import Rows
 from dist_sae.distributed.engine import DeepSpeedEngine
 from dist_sae.distributed.mesh import Mesh
 from dist_sae.kernels.choice import choose_kernels

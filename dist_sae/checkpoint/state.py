@@ -123,9 +123,8 @@ def is_weight(name: str) -> bool:
 
 
 def is_per_latent(sae: Dictionary, name: str) -> bool:
-    """Whether its rows are latents, and sharded; else every rank has the whole."""
-    base = name.rpartition(".")[2]
-    return base not in (*sae.shared, *(buffer for buffer, _ in sae.named_buffers()))
+    """Whether dim 0 of a tensor of a checkpoint is latents, and sharded; else all ranks hold it."""
+    return name == IDLE_ROWS or sae.is_per_latent(name.rpartition(".")[2])
 
 
 def weights_of(checkpoint: Checkpoint) -> dict[str, str]:

@@ -14,18 +14,25 @@ large direction say, so that at the length of their neighbours they would oversh
 start at the one length with which their e_hat comes nearest to e.
 """
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
+from dist_sae.config.sae import CountsLatentsConfig
 from dist_sae.dictionaries.axis import LatentAxis
 from dist_sae.dictionaries.base import Dictionary
-from dist_sae.dictionaries.init import least_squares_scale
+from dist_sae.dictionaries.constraints import normalise_rows_
+from dist_sae.dictionaries.init import initialise_tied, least_squares_scale
+from dist_sae.dictionaries.interface import Rows, Selected
+from dist_sae.dictionaries.schedules import annealed
+from dist_sae.dictionaries.selection import RowTopK
+from dist_sae.kernels import Entries, autograd
 
 _LEAST_LENGTH = 0.01  # with none at all, nothing could reach them
 _LEAST_SPREAD = 1e-4  # of the squares of errors; bf16 products alone may make as much of equal rows
+_SHARE_OF_ONE = 0.98
 _ROUNDINGS = 16  # of a row's elements, that an error may be made of
 
 
@@ -48,25 +55,98 @@ def auxk_loss(
     return torch.where(is_there, loss, 0.0)
 
 
-@torch.no_grad()
-def retie_(
-    sae: Dictionary,
-    stuck: Bool[Tensor, " n_local"],
-    error: Float[Tensor, "batch d_out"],
-    e_hat: Callable[[], Float[Tensor, "batch d_out"]],
-) -> None:
-    """Give stuck latents their decoder row as encoder, at the length above, and no bias.
+class WithAuxK(Dictionary):
+    """A dictionary that keeps k latents per row, and whose dead latents learn by AuxK.
 
-    Args:
-        sae: The dictionary; its decoder rows have unit norm.
-        stuck: Which.
-        error: What the live latents leave of this rank's rows.
-        e_hat: Of the same rows, from the stuck latents as they then are.
+    Inputs are centred with b_dec, and decoder rows have unit norm.
     """
-    sae.W_enc[stuck] = sae.W_dec[stuck]
-    sae.b_enc[stuck] = 0
-    scale = least_squares_scale(sae.axis, error, e_hat())
-    sae.W_enc[stuck] *= scale.clamp(min=_LEAST_LENGTH)
+
+    config: CountsLatentsConfig
+    by_row: RowTopK
+    """Selects the dead latents of each row."""
+
+    def biases(self) -> tuple[Float[Tensor, " d_in"], Float[Tensor, " d_out"]]:
+        """(Subtracted from inputs, added to reconstructions): of an autoencoder b_dec, twice.
+
+        Their gradients are summed over the replica.
+        """
+        b_dec = self.axis.replicated(self.b_dec)
+        return b_dec, b_dec
+
+    @torch.no_grad()
+    def encoder_inputs(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "rows d_in"]:
+        return self.axis.gather(x) - self.biases()[0]
+
+    def select_among(
+        self, dead: Bool[Tensor, " n_local"], centred: Float[Tensor, "rows d_in"]
+    ) -> Selected:
+        """(Pre-activations, entries) of this shard's part of AuxK's choice among dead latents."""
+        products = self.products(centred, self.product_dtype, dead.nonzero()[:, 0])
+        return self.by_row.select(products, self.config.auxk)
+
+    def e_hat(
+        self, dead: Bool[Tensor, " n_local"], x: Float[Tensor, "batch d_in"]
+    ) -> Float[Tensor, "batch d_out"]:
+        """Reconstruction by dead latents, as above, from this rank's inputs."""
+        raise NotImplementedError
+
+    def reconstruct(
+        self,
+        selected: Sequence[Selected],
+        centred: Float[Tensor, "rows d_in"],
+        centre: Float[Tensor, " d_in"],
+    ) -> list[tuple[Float[Tensor, " _"], Float[Tensor, "rows d_out"]]]:
+        """(Codes, this shard's part of x_hat - b_dec) of each selection of pre-activations.
+
+        All in one product: a gradient is as large as the dictionary, and autograd would make one
+        of each weight for each selection, and add them up.
+        """
+        entries = Entries.stacked([entries for _, entries in selected])
+        pre_acts = autograd.encode(
+            torch.cat([pre_acts for pre_acts, _ in selected]),
+            self.kernels,
+            entries,
+            centred.expand(len(selected), -1, -1).flatten(0, 1),
+            self.W_enc,
+            self.b_enc,
+            centre,
+        )
+        acts = pre_acts.relu()
+        parts = autograd.decode(acts, self.kernels, entries, self.W_dec, unit_rows=True)
+        counts = [len(pre_acts) for pre_acts, _ in selected]
+        apart = parts.view(len(selected), len(centred), parts.shape[1])
+        return list(zip(torch.split(acts, counts), apart, strict=True))
+
+    @property
+    def initial_share(self) -> float:
+        """A little less for one latent per row.
+
+        At the best length the error of a row is at right angles to its one latent, so that the
+        encoder's gradient would be nothing but rounding, which Adam makes steps of.
+        """
+        k = annealed(0.0, self.config.k, self.config.k_start, self.config.k_anneal_share)
+        return _SHARE_OF_ONE if k == 1 else 1.0
+
+    def initialise(self, rows: Rows, seed: int) -> None:
+        initialise_tied(self, rows, seed)
+
+    def constrain(self) -> None:
+        normalise_rows_(self.W_dec)
+
+    @torch.no_grad()
+    def revive(
+        self,
+        stuck: Bool[Tensor, " n_local"],
+        x: Float[Tensor, "batch d_in"],
+        error: Float[Tensor, "batch d_out"],
+    ) -> None:
+        """Re-tie stuck latents: their decoder row as encoder, at the length above, and no bias."""
+        if not self.config.auxk:
+            return
+        self.W_enc[stuck] = self.W_dec[stuck]
+        self.b_enc[stuck] = 0
+        scale = least_squares_scale(self.axis, error, self.e_hat(stuck, x))
+        self.W_enc[stuck] *= scale.clamp(min=_LEAST_LENGTH)
 
 
 def _spread(axis: LatentAxis, targets: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:

@@ -1,11 +1,10 @@
-"""What every recipe shares: the parameters, the codes, the parts of the loss.
+"""The base of all dictionaries.
 
-No I/O, no torch.distributed: what ranks do together is behind `LatentAxis`. Both weights are
-`[n_latents, d_in]`: dim 0 is the one that is sharded, and a decoder row lies in one piece.
+No I/O and no torch.distributed: ranks act together through `LatentAxis`. Weights are
+`[n_latents, d_in]` and `[n_latents, d_out]`: dim 0 is sharded, and a decoder row lies in one piece.
 """
 
-from collections.abc import Callable, Iterable
-from typing import NamedTuple
+from collections.abc import Iterable, Iterator
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -13,115 +12,43 @@ from torch import Tensor, nn
 
 from dist_sae.config.sae import DictionaryConfig
 from dist_sae.dictionaries.axis import WHOLE, LatentAxis
+from dist_sae.dictionaries.interface import (
+    Codes,
+    Inferred,
+    Output,
+    Products,
+    Rows,
+    Selection,
+    Slots,
+    StepContext,
+)
 from dist_sae.kernels import Entries, Kernels, select
 from dist_sae.kernels.torch import KERNELS
 
 SPARSE_BELOW = 1 / 32  # share of entries; about where the sparse products begin to be faster
 
 
-class Codes(NamedTuple):
-    """The selected entries of the [batch, n_latents] matrix of codes, row after row."""
-
-    acts: Float[Tensor, " entries"]
-    """How strongly each is active; 0: not at all."""
-    latents: Int[Tensor, " entries"]
-    starts: Int[Tensor, " batch"]
-    """Where each row's entries begin."""
-
-
-class Rows(NamedTuple):
-    """Scaled activations of a batch. The targets of a sparse autoencoder are its inputs."""
-
-    inputs: Float[Tensor, "batch d_in"]
-    """Read by the encoder."""
-    targets: Float[Tensor, "batch d_out"]
-    """Reconstructed by the decoder, row for row."""
-
-
-class Inferred(NamedTuple):
-    """Reconstructions and firings at inference."""
-
-    x_hat: Float[Tensor, "batch d_out"]
-    """Reconstruction of the targets of this rank's rows."""
-    firings: Int[Tensor, " n_local"]
-    """Rows of the replica in which each latent of this shard is active."""
-
-
-class StepContext(NamedTuple):
-    """State of the run that the loss of a step depends on."""
-
-    variance: float
-    """Variance of the targets over the data set, in their scale."""
-    dead: Bool[Tensor, " n_local"]
-    """Latents of this shard that have not fired for `dead_after_rows`."""
-    n_dead: int
-    """Dead latents of all shards."""
-    progress: float
-    """Share of the run's steps that are done, from 0 to below 1."""
-
-
-class LossTerms(NamedTuple):
-    """The loss of a batch, in parts: scalars, sums over a replica's ranks, means over replicas."""
-
-    fvu: Float[Tensor, ""]
-    """sum |target - x_hat|^2 / (rows * variance of the data set)."""
-    auxk: Float[Tensor, ""]
-    """sum |e - e_hat|^2 / (rows * variance of e), e the error that the main latents leave."""
-    sparsity: Float[Tensor, ""]
-    """The recipe's penalty on the codes, or on the routing, with its coefficient."""
-    total: Float[Tensor, ""]
-    """What is minimised."""
-
-
-class Routing(NamedTuple):
-    """What became of a batch's rows where they are sent to experts."""
-
-    load: Int[Tensor, " experts"]
-    """Rows of the global batch that each was sent."""
-    dropped: int
-    """Rows of the replica that this shard's experts had no room for."""
-
-
-class Output(NamedTuple):
-    """A batch's loss and what is counted from it."""
-
-    terms: LossTerms
-    firings: Int[Tensor, " n_local"]
-    """Rows of the replica in which each latent of this shard was active."""
-    active: Int[Tensor, ""]
-    """Active entries of this shard, over the replica's rows."""
-    error: Float[Tensor, "batch d_out"]
-    """targets - x_hat of this rank's rows, without gradients."""
-    routing: Routing | None = None
-
-    @property
-    def fired(self) -> Bool[Tensor, " n_local"]:
-        """Latents of this shard that were active in a row of the replica."""
-        return self.firings > 0
-
-
-Slots = Callable[[Tensor], Tensor]
-"""This rank's inputs of the next batch -> latents that get their directions from the rows of all
-ranks, in order. Collective."""
-
-
 class Dictionary(nn.Module):
-    """The parameters that all recipes have, with their products.
+    """A dictionary: encoder, decoder and biases, of which this rank holds its latents' part.
+
+    Every parameter and buffer is added with `add_tensor`, which says how it is sharded.
 
     Args:
         config: The recipe.
         d_in: Width of the activations.
-        axis: This rank's place; it allocates its shard of the dictionary.
+        axis: This rank's place; only its shard of the dictionary is allocated.
         kernels: The sparse products.
         product_dtype: Precision of the encoder product in training.
         dtype: Precision of the parameters.
     """
 
     config: DictionaryConfig
-    shared: tuple[str, ...] = ("b_dec",)
-    """Parameters that every rank holds whole."""
-    measured: tuple[str, ...] = ()
-    """Buffers that are measured on batches with the parameters as they are."""
+    selection: Selection
+    """Set by the recipe."""
+    W_enc: nn.Parameter
+    W_dec: nn.Parameter
+    b_enc: nn.Parameter
+    b_dec: nn.Parameter
 
     def __init__(
         self,
@@ -133,15 +60,73 @@ class Dictionary(nn.Module):
         dtype: torch.dtype = torch.float32,
     ) -> None:
         super().__init__()
+        self._per_latent: dict[str, bool] = {}
         n_local = config.n_latents // axis.shards
         self.config = config
         self.axis = axis
         self.kernels = kernels
         self.product_dtype = product_dtype
-        self.W_enc = nn.Parameter(torch.zeros(n_local, d_in, dtype=dtype))
-        self.W_dec = nn.Parameter(torch.zeros(n_local, d_in, dtype=dtype))
-        self.b_enc = nn.Parameter(torch.zeros(n_local, dtype=dtype))
-        self.b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype))
+        for name, shape in {
+            "W_enc": (n_local, d_in),
+            "W_dec": (n_local, d_in),
+            "b_enc": (n_local,),
+        }.items():
+            self.add_tensor(name, nn.Parameter(torch.zeros(shape, dtype=dtype)), per_latent=True)
+        b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype))
+        self.add_tensor("b_dec", b_dec, per_latent=False)
+
+    def add_tensor(self, name: str, tensor: Tensor, *, per_latent: bool) -> None:
+        """Add a parameter, or a buffer if it is none, and declare its layout over shards.
+
+        Args:
+            name: Of the attribute, and in checkpoints.
+            tensor: This shard's part.
+            per_latent: Whether dim 0 is this shard's latents; else all ranks hold the same values.
+
+        Raises:
+            ValueError: Per latent, and dim 0 is of another size.
+        """
+        n_local = self.config.n_latents // self.axis.shards
+        if per_latent and tensor.shape[:1] != (n_local,):
+            raise ValueError(
+                f"{name}: {tuple(tensor.shape)} does not have {n_local} latents in dim 0"
+            )
+        self._per_latent[name] = per_latent
+        if isinstance(tensor, nn.Parameter):
+            self.register_parameter(name, tensor)
+        else:
+            self.register_buffer(name, tensor)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        self.is_per_latent(name)
+        super().register_parameter(name, param)
+
+    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:  # noqa: FBT001, FBT002 - torch's signature
+        self.is_per_latent(name)
+        super().register_buffer(name, tensor, persistent)
+
+    def is_per_latent(self, name: str) -> bool:
+        """Whether dim 0 of a tensor is the latents of this shard; else all ranks hold the same.
+
+        Raises:
+            ValueError: The tensor was not declared.
+        """
+        if name not in self._per_latent:
+            raise ValueError(
+                f"{type(self).__name__}.{name} is neither declared per latent nor replicated; "
+                f"add it with add_tensor"
+            )
+        return self._per_latent[name]
+
+    def tensors(self) -> Iterator[tuple[str, Tensor]]:
+        """Names and tensors of the parameters, then of the buffers."""
+        yield from self.named_parameters()
+        yield from self.named_buffers()
+
+    @property
+    def replicated(self) -> list[Tensor]:
+        """Parameters and buffers of which all ranks hold the same values."""
+        return [tensor for name, tensor in self.tensors() if not self.is_per_latent(name)]
 
     @property
     def n_latents(self) -> int:
@@ -153,30 +138,65 @@ class Dictionary(nn.Module):
         """Number of this shard's first latent in the whole dictionary."""
         return self.axis.shard * len(self.W_enc)
 
+    def products(
+        self,
+        rows: Float[Tensor, "rows d_in"],
+        dtype: torch.dtype,
+        among: Int[Tensor, " some"] | None = None,
+    ) -> Products:
+        """The product of the replica's rows with this shard's encoder.
+
+        Args:
+            rows: As from `encoder_inputs`.
+            dtype: Precision of the product.
+            among: This shard's latents to look at, ascending; all if None.
+        """
+        blocks = select.products(rows, self.W_enc, dtype, among)
+        return Products(rows, dtype, blocks, len(rows), len(rows))
+
+    def encoder_inputs(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "rows d_in"]:
+        """The replica's inputs as the encoder reads them; here not centred. No gradient."""
+        return self.axis.gather(x)
+
+    @torch.no_grad()
+    def inference_thresholds(
+        self, dtype: torch.dtype | None = None
+    ) -> Float[Tensor, " n_local"] | None:
+        """Pre-activations that latents must exceed to be active at inference.
+
+        Args:
+            dtype: Their precision; None takes the parameters'.
+
+        Returns:
+            None if a fixed number of latents is active on each row.
+        """
+        return self.selection.thresholds(dtype or self.W_enc.dtype)
+
+    @torch.no_grad()
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
-        """Codes of scaled activations as they are at inference, without gradients.
+        """Codes of inputs as they are at inference, without gradients.
 
         In the parameters' precision; with this shard's latents, numbered from its first.
         """
-        raise NotImplementedError
+        inputs = self.encoder_inputs(x)
+        acts, entries = self.selection.encode(self.products(inputs, self.W_enc.dtype))
+        return Codes(acts, entries.latents, entries.starts)
 
     @torch.no_grad()
     def infer(self, x: Float[Tensor, "batch d_in"]) -> Inferred:
-        """What `encode` and `decode` make of scaled rows, in bounded memory. Collective.
+        """`encode` and `decode`, in memory that does not grow with the active latents. Collective.
 
-        However many latents are active: recipes without a bound on them decode as they encode.
+        Selections without a bound on the active latents are decoded as they are encoded.
         """
-        codes = self.encode(x)
-        entries = Entries(codes.latents, codes.starts, len(self.W_dec))
-        return Inferred(self.decode(codes), firings(codes.acts, entries))
-
-    def biases(self) -> tuple[Float[Tensor, " d_in"], Float[Tensor, " d_out"]]:
-        """(Subtracted from inputs, added to reconstructions): of an autoencoder b_dec, twice.
-
-        Their gradients are summed over the replica.
-        """
-        b_dec = self.axis.replicated(self.b_dec)
-        return b_dec, b_dec
+        thresholds = self.inference_thresholds()
+        if thresholds is None:
+            codes = self.encode(x)
+            entries = Entries(codes.latents, codes.starts, len(self.W_dec))
+            return Inferred(self.decode(codes), firings(codes.acts, entries))
+        inputs = self.encoder_inputs(x)
+        blocks = self.products(inputs, self.W_enc.dtype).blocks
+        parts, fired = self.decode_above(blocks, thresholds, len(inputs))
+        return Inferred(self.axis.scatter_sum(parts) + self.b_dec, fired)
 
     def objective(self, rows: Rows, context: StepContext) -> Output:
         """The loss of this rank's rows. All ranks have the same number of rows. Collective."""
@@ -188,30 +208,31 @@ class Dictionary(nn.Module):
 
     @torch.no_grad()
     def measure(self, rows: Rows, progress: float = 0.0) -> Float[Tensor, "batch d_out"]:
-        """Measure the `measured` buffers on this rank's rows of one batch. Collective.
+        """Measure the selection's `measured` buffers on this rank's rows of one batch. Collective.
 
         Returns:
             The error targets - x_hat that training would have.
         """
-        for name in self.measured:
+        for name in self.selection.measured:
             self.get_buffer(name).zero_()
         none_dead = torch.zeros_like(self.b_enc, dtype=torch.bool)
         return self.objective(rows, StepContext(1.0, none_dead, 0, progress)).error
 
     @property
     def initial_share(self) -> float:
-        """Of the encoder's length with the least squared error: what it begins with."""
+        """Initial length of the encoder, over the length with the least squared error."""
         return 1.0
 
-    def open_gates(self, x: Float[Tensor, "batch d_in"]) -> None:
-        """Decide how many latents of a new, tied encoder are active; here nothing. Collective.
+    def set_initial_sparsity(self, x: Float[Tensor, "batch d_in"]) -> None:
+        """Set how many latents of a new, tied encoder are active; nothing by default. Collective.
 
-        `x` are this rank's rows of a batch.
+        `x` are this rank's inputs of a batch.
         """
 
     def scale_encoder(self, factor: Float[Tensor, ""]) -> None:
         """Make all pre-activations `factor` times as large, where b_enc is 0."""
         self.W_enc.mul_(factor)
+        self.selection.scale(factor)
 
     @torch.no_grad()
     def decode(self, codes: Codes) -> Float[Tensor, "batch d_out"]:
@@ -229,12 +250,12 @@ class Dictionary(nn.Module):
     ) -> tuple[Float[Tensor, "rows d_out"], Int[Tensor, " n_local"]]:
         """(This shard's part of x_hat - b_dec, firings) of all pre-activations above a bound.
 
-        Block by block, densely where many are active: no more than a block is held.
+        Block by block, densely where many are active; only one block is held at a time.
 
         Args:
             blocks: The products.
-            bound: Of each latent; from 0.
-            rows: Of the blocks.
+            bound: Bound of each latent, from 0.
+            rows: Number of rows of the blocks.
         """
         parts = self.W_dec.new_zeros(rows, self.W_dec.shape[1])
         fired = torch.zeros(len(self.W_dec), dtype=torch.int32, device=parts.device)
@@ -250,50 +271,6 @@ class Dictionary(nn.Module):
             else:
                 parts[here].addmm_(pre_acts.mul_(active), self.W_dec[latents])
         return parts, fired
-
-    @torch.no_grad()
-    def topk_entries(
-        self,
-        x: Float[Tensor, "rows d_in"],
-        k: int,
-        *,
-        among: Int[Tensor, " some"] | None = None,
-        product_dtype: torch.dtype | None = None,
-    ) -> tuple[Float[Tensor, " entries"], Entries]:
-        """This shard's part of the k largest pre-activations of each row over all shards.
-
-        Args:
-            x: The replica's rows, centred where the recipe does.
-            k: How many of each row.
-            among: This shard's latents to choose from; all if None.
-            product_dtype: Precision of the product; that of training if None.
-        """
-        product_dtype = product_dtype or self.product_dtype
-        keys = select.topk_keys(
-            x,
-            self.W_enc,
-            self.b_enc,
-            min(k, self.n_latents),
-            product_dtype,
-            self.kernels,
-            first=self.first_latent,
-            among=among,
-        )
-        return self.entries_of(keys, self.axis.kth_largest(keys, k), x, product_dtype)
-
-    def entries_of(
-        self,
-        keys: Int[Tensor, "rows k"],
-        threshold: Int[Tensor, " rows"],
-        x: Float[Tensor, "rows d_in"],
-        product_dtype: torch.dtype,
-    ) -> tuple[Float[Tensor, " entries"], Entries]:
-        """(Pre-activations, entries) of the keys that reach their row's threshold."""
-        pre_acts, entries = select.entries_of(keys, threshold, self.first_latent, len(self.W_enc))
-        if product_dtype == torch.float64:  # keys hold fp32
-            pre_acts = self.kernels.gather_dot(x, entries, self.W_enc)
-            pre_acts = pre_acts + self.b_enc[entries.latents]
-        return pre_acts.to(self.W_enc.dtype), entries
 
     def forward(self, rows: Rows, context: StepContext) -> Output:
         """`objective`, under the name that wrappers of modules call."""
@@ -315,25 +292,29 @@ class Dictionary(nn.Module):
         return slots
 
     def settle(self, new: slice | Tensor, x: Float[Tensor, "batch d_in"]) -> None:
-        """What the recipe does to new latents beside known ones; here nothing. Collective.
+        """Adapt new latents to the known ones beside them; nothing by default. Collective.
 
         Args:
-            new: Which of this shard; they have directions and the mean of what the known ones have.
+            new: Latents of this shard. Their rows are directions times the known ones' mean length,
+                and their other tensors the known ones' mean.
             x: This rank's inputs of a batch.
         """
 
     def constrain(self) -> None:
-        """What the recipe does to the parameters after an update; here nothing."""
+        """Enforce the recipe's constraints after an update; nothing by default."""
 
-    def retie(
+    def revive(
         self,
         stuck: Bool[Tensor, " n_local"],
         x: Float[Tensor, "batch d_in"],
         error: Float[Tensor, "batch d_out"],
     ) -> None:
-        """Bring back latents that are dead and stay so; does nothing by default. Collective.
+        """Revive latents that are dead and stay so; nothing by default. Collective.
 
-        `x` and `error` are this rank's inputs of the last step and `Output.error`.
+        Args:
+            stuck: Mask of these latents of this shard.
+            x: This rank's inputs of the last step.
+            error: `Output.error` of the last step.
         """
 
 

@@ -14,7 +14,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor
 
-from dist_sae.dictionaries.base import Dictionary, Rows
+from dist_sae.dictionaries.base import Dictionary
+from dist_sae.dictionaries.interface import Rows
 from dist_sae.dictionaries.schedules import GROWTH
 
 
@@ -34,7 +35,7 @@ class WeightAverage:
         self._sae = sae
         self._decay = decay
         self._last: tuple[Rows, float] | None = None
-        self.mean = {name: tensor.detach().clone() for name, tensor in self._tensors()}
+        self.mean = {name: tensor.detach().clone() for name, tensor in self._sae.tensors()}
         self.updates = 0
 
     @torch.no_grad()
@@ -46,8 +47,8 @@ class WeightAverage:
             progress: As in `StepContext`.
         """
         decay = min(self._decay, self.updates / (self.updates + GROWTH))
-        for name, tensor in self._tensors():
-            if name not in self._sae.measured:
+        for name, tensor in self._sae.tensors():
+            if name not in self._sae.selection.measured:
                 self.mean[name].lerp_(tensor, 1 - decay)
         self._swap()
         self._sae.constrain()
@@ -63,15 +64,15 @@ class WeightAverage:
         depends little on which rows these are.
         """
         sae, last, self._last = self._sae, self._last, None
-        if last is None or not sae.measured:
+        if last is None or not sae.selection.measured:
             return
-        known = {name: sae.get_buffer(name).clone() for name in sae.measured}
+        known = {name: sae.get_buffer(name).clone() for name in sae.selection.measured}
         sae.measure(*last)
-        here = {name: sae.get_buffer(name).clone() for name in sae.measured}
+        here = {name: sae.get_buffer(name).clone() for name in sae.selection.measured}
         self._swap()
         sae.measure(*last)
         self._swap()
-        for name in sae.measured:
+        for name in sae.selection.measured:
             quotient = known[name] / here[name]
             self.mean[name].mul_(torch.where(quotient.isfinite(), quotient, 1.0))
             sae.get_buffer(name).copy_(known[name])
@@ -87,9 +88,5 @@ class WeightAverage:
             self._swap()
 
     def _swap(self) -> None:
-        for name, tensor in self._tensors():  # the memory, not what is in it
+        for name, tensor in self._sae.tensors():  # the memory, not what is in it
             tensor.data, self.mean[name] = self.mean[name], tensor.data
-
-    def _tensors(self) -> Iterator[tuple[str, Tensor]]:
-        yield from self._sae.named_parameters()
-        yield from self._sae.named_buffers()

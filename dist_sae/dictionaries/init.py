@@ -7,8 +7,9 @@ from jaxtyping import Bool, Float
 from torch import Tensor
 
 from dist_sae.dictionaries.axis import LatentAxis
-from dist_sae.dictionaries.base import Dictionary, Rows
+from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.constraints import normalise_rows_
+from dist_sae.dictionaries.interface import Rows
 
 _MEDIAN_STEPS = 100
 _MEDIAN_TOLERANCE = 1e-6
@@ -78,14 +79,14 @@ def initialise_from_data(sae: Dictionary, batches: Iterable[Rows], known: int = 
     normalise_rows_(random)
     sae.W_enc[new] = random
     if known:
-        _liken(sae, slice(new.start), new)
+        _match_scale(sae, slice(new.start), new)
         sae.settle(new, rows.inputs)
     else:
         rescale_encoder(sae, rows)
 
 
 @torch.no_grad()
-def begin_again(
+def reinitialise(
     sae: Dictionary,
     stuck: Bool[Tensor, " n_local"],
     x: Float[Tensor, "batch d_in"],
@@ -119,23 +120,23 @@ def begin_again(
     own.mul_((1 - _FROM_DATA**2) ** 0.5).add_(rows, alpha=_FROM_DATA)
     normalise_rows_(own)
     sae.W_enc[new] = sae.W_dec[new] = own
-    _liken(sae, alive, new)
+    _match_scale(sae, alive, new)
     sae.settle(new, x)
 
 
-def _liken(sae: Dictionary, known: slice | Tensor, new: slice | Tensor) -> None:
-    """Give new latents, whose rows are directions, what the known ones have on average."""
-    for name, parameter in sae.named_parameters():
-        if name in sae.shared:
+def _match_scale(sae: Dictionary, known: slice | Tensor, new: slice | Tensor) -> None:
+    """Scale new directions to the known ones' mean length; set other tensors to the known mean."""
+    for name, tensor in sae.tensors():
+        if not sae.is_per_latent(name):
             continue
-        is_matrix = name in ("W_enc", "W_dec")
-        sizes = (parameter.norm(dim=1) if is_matrix else parameter)[known]
+        is_matrix = tensor.ndim > 1
+        sizes = (tensor.norm(dim=1) if is_matrix else tensor)[known]
         total, count = sae.axis.total(torch.stack([sizes.sum(), sizes.new_tensor(len(sizes))]))
         mean = total / count.clamp(min=1)
         if is_matrix:
-            parameter[new] *= mean * (_NEW_LENGTH if name == "W_enc" else 1)
+            tensor[new] *= mean * (_NEW_LENGTH if name == "W_enc" else 1)
         else:
-            parameter[new] = mean
+            tensor[new] = mean
 
 
 @torch.no_grad()
@@ -145,7 +146,7 @@ def rescale_encoder(sae: Dictionary, rows: Rows) -> None:
     What training keeps, not what `encode` does: before the first step BatchTopK has no threshold,
     and half of all latents would be active. b_enc is 0, so the selection does not depend on c.
     """
-    sae.open_gates(rows.inputs)
+    sae.set_initial_sparsity(rows.inputs)
     y, error = rows.targets - sae.b_dec, sae.measure(rows)
     sae.scale_encoder(sae.initial_share * least_squares_scale(sae.axis, y, y - error))
 

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dist_sae.dictionaries.base import Inferred
+from dist_sae.dictionaries.interface import Inferred
 
 _DUPLICATE_COSINE = 0.9
 _DUPLICATES_OF = 4096

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from dist_sae.config import Run
 from dist_sae.deepspeed import import_deepspeed
 from dist_sae.dictionaries.axis import LatentAxis
-from dist_sae.dictionaries.base import Dictionary, Output, Rows, StepContext
+from dist_sae.dictionaries.base import Dictionary
+from dist_sae.dictionaries.interface import Output, Rows, StepContext
 from dist_sae.distributed.axis import ShardedAxis, collective
 from dist_sae.distributed.mesh import Mesh
 from dist_sae.distributed.zero import deepspeed_config
@@ -46,8 +47,8 @@ class Engine(Protocol):
         """
         ...
 
-    def retie(self, stuck: Tensor, x: Tensor, error: Tensor) -> None:
-        """Have the dictionary do what its recipe does to stuck latents."""
+    def revive(self, stuck: Tensor, x: Tensor, error: Tensor) -> None:
+        """Revive stuck latents in the recipe's way; see `Dictionary.revive`."""
         ...
 
     def moment(self, parameter: nn.Parameter, name: str) -> Tensor:
@@ -83,8 +84,8 @@ class LocalEngine:
         self._sae.constrain()
         return norm
 
-    def retie(self, stuck: Tensor, x: Tensor, error: Tensor) -> None:
-        self._sae.retie(stuck, x, error)
+    def revive(self, stuck: Tensor, x: Tensor, error: Tensor) -> None:
+        self._sae.revive(stuck, x, error)
 
     def moment(self, parameter: nn.Parameter, name: str) -> Tensor:
         moment: Tensor = self._optimizer.state[parameter][name]
@@ -109,7 +110,7 @@ class DeepSpeedEngine:
         self._clip_norm = run.train.clip_norm
         self._optimizer = build_optimizer(run, sae)
         for name, parameter in sae.named_parameters():
-            parameter.model_parallel = name not in sae.shared  # type: ignore[attr-defined]
+            parameter.model_parallel = sae.is_per_latent(name)  # type: ignore[attr-defined]
         self._engine, *_ = deepspeed.initialize(
             model=sae,
             optimizer=self._optimizer,
@@ -151,8 +152,8 @@ class DeepSpeedEngine:
         self._take_over()
         return norm
 
-    def retie(self, stuck: Tensor, x: Tensor, error: Tensor) -> None:
-        self._sae.retie(stuck, x, error)
+    def revive(self, stuck: Tensor, x: Tensor, error: Tensor) -> None:
+        self._sae.revive(stuck, x, error)
         self._take_over()
 
     def moment(self, parameter: nn.Parameter, name: str) -> Tensor:
@@ -249,16 +250,17 @@ def clip_gradients(sae: Dictionary, optimizer: torch.optim.Adam, clip_norm: floa
     scaling: clipping costs no pass over them.
 
     Returns:
-        The norm of the whole dictionary's gradient; what every shard holds counts once.
+        The norm of the whole dictionary's gradient; replicated tensors count once.
 
     Raises:
         NonFiniteError: The norm is NaN or infinite.
     """
     gradients = {n: p.grad for n, p in sae.named_parameters() if p.grad is not None}
-    shared = sum(_square_sum(gradients.pop(name)) for name in sae.shared)
-    local = torch.stack([_square_sum(gradient) for gradient in gradients.values()]).sum()
-    squares = sae.axis.total(local) / sae.axis.replicas + shared
-    norm = float(squares.sqrt())
+    squares = {name: _square_sum(gradient) for name, gradient in gradients.items()}
+    replicated = sum(square for name, square in squares.items() if not sae.is_per_latent(name))
+    local = torch.stack([s for name, s in squares.items() if sae.is_per_latent(name)]).sum()
+    total = sae.axis.total(local) / sae.axis.replicas + replicated
+    norm = float(total.sqrt())
     check_finite(norm)
     scale = max(1.0, norm / clip_norm) if clip_norm is not None else 1.0
     optimizer.grad_scale = torch.tensor(scale, device=local.device) if scale > 1 else None  # type: ignore[attr-defined]

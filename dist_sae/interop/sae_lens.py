@@ -31,7 +31,6 @@ if TYPE_CHECKING:
 
     from dist_sae.checkpoint.layout import Checkpoint
     from dist_sae.dictionaries.base import Dictionary
-    from dist_sae.dictionaries.recipes.batchtopk import BatchTopK
 
 # The SAELens version this follows. Below 6, its loader drops the metadata without a word.
 _SAELENS_VERSION = "6.54.12"
@@ -133,8 +132,7 @@ def weights(sae: "Dictionary", scale: float) -> dict[str, "Tensor"]:
         "W_dec": p["W_dec"] / (norms[:, None] * scale),
         "b_dec": p["b_dec"] / scale,
     }
-    if isinstance(sae.config, BatchTopKConfig):
-        exported["threshold"] = norms * cast("BatchTopK", sae).theta
-    elif "theta" in p:
-        exported["threshold"] = norms * p["theta"] * len(p["b_dec"]) ** 0.5
+    thresholds = sae.inference_thresholds(norms.dtype)
+    if architecture(cast("SaeConfig", sae.config)) == "jumprelu" and thresholds is not None:
+        exported["threshold"] = norms * thresholds
     return {name: tensor.float().contiguous() for name, tensor in exported.items()}

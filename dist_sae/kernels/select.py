@@ -70,30 +70,26 @@ def products(
 
 
 def topk_keys(
-    x: Float[Tensor, "batch d_in"],
-    W_enc: Float[Tensor, "n_latents d_in"],
+    blocks: Iterable[Block],
+    batch: int,
     b_enc: Float[Tensor, " n_latents"],
     k: int,
-    product_dtype: torch.dtype,
     kernels: Kernels,
     *,
     first: int = 0,
-    among: Int[Tensor, " some"] | None = None,
 ) -> Int[Tensor, "batch k"]:
     """Keys of the k largest of x W_enc^T + b_enc in each row, in no order; no gradient.
 
     Args:
-        x: Rows, centred where the recipe does.
-        W_enc: Encoder, or this shard's rows of it.
+        blocks: x W_enc^T, chunk after chunk.
+        batch: Rows of x.
         b_enc: Encoder bias.
-        k: How many; where there are fewer latents, the rest is `NOTHING`.
-        product_dtype: Precision of the product; sums are fp32 at least.
+        k: Keys of a row; where it meets fewer latents, the rest is `NOTHING`.
         kernels: Have the selection.
         first: Number of the first latent.
-        among: Choose from these latents only; ascending.
     """
-    best = x.new_full((len(x), k), NOTHING, dtype=torch.int64)
-    for rows, columns, block, _ in products(x, W_enc, product_dtype, among):
+    best = b_enc.new_full((batch, k), NOTHING, dtype=torch.int64)
+    for rows, columns, block, _ in blocks:
         best[rows] = kernels.keep_largest(best[rows], block, b_enc[columns], columns + first)
     return best
 

@@ -12,7 +12,7 @@ from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.consumers import Registration
 from dist_sae.data.loader import Batch, Loader
 from dist_sae.data.streams import StreamCursor
-from dist_sae.dictionaries.base import Rows
+from dist_sae.dictionaries.interface import Rows
 from dist_sae.distributed.mesh import Mesh
 from dist_sae.distributed.watch import Watch
 from dist_sae.errors import Stopped

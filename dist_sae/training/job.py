@@ -8,9 +8,9 @@ from dist_sae.checkpoint.lineage import Lineage
 from dist_sae.checkpoint.saver import Saver
 from dist_sae.checkpoint.state import TrainingState
 from dist_sae.config import Run
-from dist_sae.dictionaries.base import Output, Rows, StepContext
 from dist_sae.dictionaries.dead import DeadLatents
 from dist_sae.dictionaries.ema import WeightAverage
+from dist_sae.dictionaries.interface import Output, Rows, StepContext
 from dist_sae.dictionaries.schedules import learning_rate
 from dist_sae.distributed.engine import Engine
 from dist_sae.distributed.mesh import Mesh, check_replicated
@@ -60,7 +60,7 @@ def training_step(
     end_phase("optimiser")
     dead.update(output.fired, batch_rows)
     if dead.n_stuck:
-        engine.retie(dead.stuck, rows.inputs, output.error)
+        engine.revive(dead.stuck, rows.inputs, output.error)
     if average is not None:
         average.update(rows, progress)
     return output, gradient_norm
@@ -170,7 +170,7 @@ class TrainingJob:
             return
         self._watch.at(self._step, working=False)
         sae = self._state.sae
-        check_replicated(self._mesh, [sae.get_parameter(name) for name in sae.shared])
+        check_replicated(self._mesh, sae.replicated)
         fvu = self._heldout.measure(self._state)
         self._report.heldout(self._step, fvu)
         repeated = sum(self._mesh.all_gather_objects(position.repeated_rows))

@@ -5,7 +5,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dist_sae.dictionaries.axis import LatentAxis
-from dist_sae.dictionaries.base import Output
+from dist_sae.dictionaries.interface import Output
 from dist_sae.telemetry.metrics import QUANTILES
 
 _FAR_ABOVE_EPS = 10

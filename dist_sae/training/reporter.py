@@ -19,8 +19,8 @@ from dist_sae.checkpoint.saver import Saved
 from dist_sae.checkpoint.state import TrainingState
 from dist_sae.config import Run
 from dist_sae.dictionaries.axis import LatentAxis
-from dist_sae.dictionaries.base import Output, Routing, Rows
 from dist_sae.dictionaries.density import Densities, DensityCounts
+from dist_sae.dictionaries.interface import Output, Routing, Rows
 from dist_sae.distributed.mesh import Mesh
 from dist_sae.errors import Stopped
 from dist_sae.telemetry.exporter import Telemetry

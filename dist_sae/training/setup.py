@@ -20,10 +20,11 @@ from dist_sae.data.consumers import Consumers, Registration
 from dist_sae.data.normaliser import Normaliser, measure
 from dist_sae.data.plan import Plan, check_rows, load_plan
 from dist_sae.dictionaries import PRODUCT_DTYPES, build_sae
-from dist_sae.dictionaries.base import Dictionary, Rows
+from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.dead import DeadLatents
 from dist_sae.dictionaries.ema import WeightAverage
 from dist_sae.dictionaries.init import initialise_from_data
+from dist_sae.dictionaries.interface import Rows
 from dist_sae.distributed.deepspeed_keys import check_deepspeed
 from dist_sae.distributed.engine import DeepSpeedEngine
 from dist_sae.distributed.mesh import Mesh

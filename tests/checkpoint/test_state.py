@@ -10,9 +10,9 @@ from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.checkpoint.state import TrainingState, load_weights
 from dist_sae.config import Run, load_run
 from dist_sae.dictionaries.axis import WHOLE, LatentAxis, WholeAxis
-from dist_sae.dictionaries.base import StepContext
 from dist_sae.dictionaries.dead import DeadLatents
 from dist_sae.dictionaries.ema import WeightAverage
+from dist_sae.dictionaries.interface import StepContext
 from dist_sae.distributed.engine import LocalEngine
 from dist_sae.storage import open_store
 from tests.dictionaries.recipes import (
@@ -41,6 +41,9 @@ def make_run(folder: Path, kind: str) -> Run:
 
 def make_state(run: Run, kind: str, axis: LatentAxis = WHOLE) -> TrainingState:
     sae = make(RECIPES[kind], torch.float32, axis)
+    # a buffer per latent, as no recipe has one yet
+    numbers = torch.arange(len(sae.W_enc)) + sae.first_latent
+    sae.add_tensor("numbers", numbers.float(), per_latent=True)
     dead = DeadLatents(len(sae.W_enc), DEAD_AFTER, axis)
     return TrainingState(sae, LocalEngine(run, sae), dead, WeightAverage(sae, 0.9))
 
@@ -97,12 +100,17 @@ def test_a_shard_takes_its_rows_and_gives_them_back(tmp_path: Path, kind: str) -
     records = []
     for shard in range(2):
         part = make_state(run, kind, WholeAxis(shard=shard, shards=2))
+        part.sae.get_buffer("numbers").zero_()
         part.read(checkpoints.open(3))()
         half = N_LATENTS // 2
         own = slice(half * shard, half * (shard + 1))
         assert torch.equal(part.sae.W_dec, whole["W_dec"][own])
         assert torch.equal(part.sae.b_dec, whole["b_dec"])
         assert torch.equal(part.dead.idle_rows, whole["idle_rows"][own])
+        numbers = torch.arange(N_LATENTS)[own].float()
+        assert torch.equal(part.sae.get_buffer("numbers"), numbers)
+        assert part.average is not None
+        assert torch.equal(part.average.mean["numbers"], numbers)
         moment = part.engine.moment(part.sae.W_enc, "exp_avg_sq")
         assert torch.equal(moment, whole["exp_avg_sq.W_enc"][own])
         records.append(checkpoints.write(4, part.pieces()))
@@ -121,7 +129,8 @@ def test_inference_takes_the_running_mean(tmp_path: Path, kind: str) -> None:
     checkpoints.commit(5, [checkpoints.write(5, state.pieces())], {})
     checkpoints.commit(6, [checkpoints.write(6, state._replace(average=None).pieces())], {})
     assert state.average is not None
-    mean, last = make(RECIPES[kind], torch.float32), make(RECIPES[kind], torch.float32)
+    run = make_run(tmp_path, kind)
+    mean, last = make_state(run, kind).sae, make_state(run, kind).sae
     load_weights(mean, checkpoints.open(5))
     load_weights(last, checkpoints.open(6))
     for name, tensor in mean.state_dict().items():
@@ -142,7 +151,7 @@ def test_a_mean_without_its_threshold_is_not_used(
     checkpoints = Checkpoints(open_store(str(tmp_path)), "run", keep=1)
     old = [piece for piece in state.pieces() if piece.name != "ema.threshold"]
     checkpoints.commit(5, [checkpoints.write(5, old)], {})
-    sae = make(RECIPES["batchtopk"], torch.float32)
+    sae = make_state(run, "batchtopk").sae
     load_weights(sae, checkpoints.open(5))
     assert torch.equal(sae.W_enc, state.sae.W_enc)
     assert "the running mean has no threshold, so the last weights are taken" in caplog.text

@@ -19,7 +19,8 @@ from dist_sae.config.sae import (
 )
 from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.axis import WHOLE, LatentAxis
-from dist_sae.dictionaries.base import Dictionary, LossTerms, Rows, StepContext
+from dist_sae.dictionaries.base import Dictionary
+from dist_sae.dictionaries.interface import LossTerms, Rows, StepContext
 from tests.dictionaries import reference
 
 D_IN, N_LATENTS, K, AUXK, BATCH = 16, 64, 5, 7, 32

@@ -13,7 +13,7 @@ from dist_sae.config.sae import (
     RoutedConfig,
     TopKConfig,
 )
-from dist_sae.dictionaries.base import LossTerms, StepContext
+from dist_sae.dictionaries.interface import LossTerms, StepContext
 from dist_sae.dictionaries.schedules import annealed, warmed_up
 
 Parameters = dict[str, Tensor]

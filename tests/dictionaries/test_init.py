@@ -16,13 +16,14 @@ from dist_sae.config.sae import (
 )
 from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.axis import WHOLE, LatentAxis
-from dist_sae.dictionaries.base import Dictionary, StepContext
+from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.init import (
     first_rows,
     geometric_median,
     initialise_from_data,
     random_rows,
 )
+from dist_sae.dictionaries.interface import StepContext
 from tests.dictionaries.ranks import ThreadAxis, on_ranks
 from tests.dictionaries.recipes import CONFIGS, D_IN, KINDS, N_LATENTS, SHARED, make, sae_rows
 
@@ -224,7 +225,7 @@ def begun_again(kind: str, axis: LatentAxis, n_rows: int = BATCH) -> dict[str, T
     x, error = batch(0, n_rows), batch(1, n_rows) - 1
     with torch.no_grad():
         sae.b_enc[stuck[here]] = -50.0
-    sae.retie(stuck[here], part(axis, x), part(axis, error))
+    sae.revive(stuck[here], part(axis, x), part(axis, error))
     return parameters(sae)
 
 
@@ -266,7 +267,7 @@ def test_a_dictionary_of_which_all_is_dead_comes_back() -> None:
     sae, x = make(CONFIGS["jumprelu"], torch.float32), batch(0, N_LATENTS)
     with torch.no_grad():
         sae.b_enc.fill_(-50.0)
-    sae.retie(torch.ones(N_LATENTS, dtype=torch.bool), x, x - sae.b_dec.detach())
+    sae.revive(torch.ones(N_LATENTS, dtype=torch.bool), x, x - sae.b_dec.detach())
     fired = sae.infer(x).firings
     assert (fired > 0).all()
 

@@ -14,9 +14,9 @@ from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.checkpoint.state import TrainingState, load_weights
 from dist_sae.config import load_run
 from dist_sae.dictionaries import build_sae
-from dist_sae.dictionaries.base import StepContext
 from dist_sae.dictionaries.dead import DeadLatents
 from dist_sae.dictionaries.init import initialise_from_data
+from dist_sae.dictionaries.interface import StepContext
 from dist_sae.dictionaries.metrics import Fit
 from dist_sae.distributed.engine import LocalEngine
 from dist_sae.kernels.choice import choose_kernels

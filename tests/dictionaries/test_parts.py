@@ -11,13 +11,14 @@ from dist_sae.config.sae import BatchTopKConfig, ReLUConfig, TopKConfig
 from dist_sae.dictionaries import build_sae, metrics
 from dist_sae.dictionaries.auxk import auxk_loss
 from dist_sae.dictionaries.axis import WHOLE
-from dist_sae.dictionaries.base import Inferred, firings
+from dist_sae.dictionaries.base import firings
 from dist_sae.dictionaries.dead import DeadLatents
 from dist_sae.dictionaries.ema import WeightAverage
 from dist_sae.dictionaries.init import geometric_median, initialise_tied
+from dist_sae.dictionaries.interface import Inferred
 from dist_sae.dictionaries.metrics import Fit, ce_recovered, duplicate_shares
-from dist_sae.dictionaries.recipes.batchtopk import BatchTopK
 from dist_sae.dictionaries.schedules import learning_rate
+from dist_sae.dictionaries.selection import BatchTopK
 from dist_sae.kernels import Entries
 from dist_sae.kernels.torch import KERNELS
 from tests.dictionaries.recipes import sae_rows
@@ -187,14 +188,14 @@ def test_parts_of_a_step_do_not_wait_for_the_device() -> None:
     sae = build_sae(BatchTopKConfig(n_latents=4, k=1, auxk=0), 8)
     x = torch.randn(9000, 8, generator=torch.Generator().manual_seed(3))
     entries = Entries(torch.zeros(9000, dtype=torch.int64), torch.arange(9000), 4)
-    assert isinstance(sae, BatchTopK)
+    assert isinstance(sae.selection, BatchTopK)
     with Reads() as reads:  # type: ignore[no-untyped-call]
-        sae._follow(torch.tensor(2.0, dtype=torch.float64))
+        sae.selection.follow(torch.tensor(2.0, dtype=torch.float64))
         loss = auxk_loss(WHOLE, x, x, x / 2)
         nothing = auxk_loss(WHOLE, x, torch.ones_like(x), x / 2)
         sums = KERNELS.sum_by_latent(torch.ones(9000), entries, x)
     assert reads.n == 0
-    assert sae.theta == pytest.approx(2)
+    assert sae.selection.theta == pytest.approx(2)
     assert float(loss) == pytest.approx(0.25, rel=1e-3)
     assert nothing == 0
     torch.testing.assert_close(

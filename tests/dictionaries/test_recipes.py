@@ -4,13 +4,14 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from dist_sae.config.sae import JumpReLUConfig, ReLUConfig, TopKConfig
-from dist_sae.dictionaries import base
-from dist_sae.dictionaries import thresholded as gated_module
-from dist_sae.dictionaries.axis import WHOLE, LatentAxis
-from dist_sae.dictionaries.base import Dictionary, LossTerms
+from dist_sae.dictionaries import base, penalised
+from dist_sae.dictionaries.axis import WHOLE, LatentAxis, WholeAxis
+from dist_sae.dictionaries.base import Dictionary
+from dist_sae.dictionaries.init import geometric_median
+from dist_sae.dictionaries.interface import LossTerms, Rows
 from dist_sae.dictionaries.recipes.jumprelu import JumpReLU, jump, jump_relu
 from dist_sae.dictionaries.recipes.relu import ReLU
 from dist_sae.dictionaries.recipes.topk import TopK
@@ -24,6 +25,7 @@ from tests.dictionaries.recipes import (
     D_IN,
     KINDS,
     N_LATENTS,
+    PROGRESS,
     UNIT_ROWS,
     VARIANCE,
     K,
@@ -38,7 +40,7 @@ from tests.dictionaries.recipes import (
     step,
 )
 
-GATED = ("jumprelu", "jumprelu_tanh", "relu")
+PENALISED = ("jumprelu", "jumprelu_tanh", "relu")
 
 
 def check_against_oracle(sae: Dictionary, dead: str, bound: float) -> None:
@@ -65,12 +67,12 @@ def test_loss_and_gradients_equal_the_dense_reference(
 
 
 @pytest.mark.parametrize("sparse_below", [0.0, 1.0])
-@pytest.mark.parametrize("kind", GATED)
+@pytest.mark.parametrize("kind", PENALISED)
 def test_the_sparse_and_the_dense_way_give_the_same(
     kind: str, sparse_below: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(gated_module, "SPARSE_BELOW", sparse_below)
-    monkeypatch.setattr(gated_module, "_CHUNK_BYTES", 4 * BATCH * 24)  # chunks of 24, 24 and 16
+    monkeypatch.setattr(penalised, "SPARSE_BELOW", sparse_below)
+    monkeypatch.setattr(penalised, "_CHUNK_BYTES", 4 * BATCH * 24)  # chunks of 24, 24 and 16
     check_against_oracle(make(CONFIGS[kind]), "none", 1e-9)
 
 
@@ -125,7 +127,7 @@ def test_a_stuck_latent_is_tied_again(kind: str) -> None:
     assert found["b_enc"][9] == 0
     before = {name: p.detach().clone() for name, p in sae.named_parameters()}
     x, error = rows(), rows() / 3
-    sae.retie(dead, x, error)
+    sae.revive(dead, x, error)
     assert sae.b_enc[9] == 0
     direction = before["W_dec"][9]
     e_hat = ((x - before["b_dec"]) @ direction).relu()[:, None] * direction
@@ -144,10 +146,10 @@ def test_stuck_latents_that_are_alike_do_not_overshoot() -> None:
     error = (x - sae.b_dec).detach()
     with torch.no_grad():
         sae.W_dec[stuck] = x[0] / x[0].norm()
-    sae.retie(stuck, x, error)
+    sae.revive(stuck, x, error)
     e_hat = (error @ sae.W_enc[stuck].T).relu() @ sae.W_dec[stuck]
     assert (error - e_hat).square().sum() < error.square().sum()
-    sae.retie(stuck, x, -error)  # they can take nothing of this away, and stay within reach
+    sae.revive(stuck, x, -error)  # they can take nothing of this away, and stay within reach
     lengths = sae.W_enc[stuck].detach().norm(dim=1)
     torch.testing.assert_close(lengths, torch.full_like(lengths, 0.01))
     assert gradients(sae, sae.objective(sae_rows(x), step(stuck)).terms.auxk)["W_enc"][stuck].any()
@@ -268,7 +270,7 @@ def test_k_anneals_from_its_start() -> None:
 
 
 def test_sparsity_penalties_rise_with_the_run() -> None:
-    for kind in GATED:
+    for kind in PENALISED:
         sae = make(CONFIGS[kind].model_copy(update={"sparsity_warmup_share": 0.5}))
         if kind == "jumprelu_tanh":
             sae.config = sae.config.model_copy(update={"pre_act": 0.0})
@@ -336,14 +338,14 @@ def test_bf16_products_select_nearly_the_same() -> None:
 
 
 @pytest.mark.parametrize("sparse_below", [0.0, 1.0])
-@pytest.mark.parametrize("kind", GATED)
+@pytest.mark.parametrize("kind", PENALISED)
 def test_bf16_products_are_the_encoders_alone(
     kind: str, sparse_below: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Values and the decoder's gradient follow from rounded pre-activations in fp32."""
-    monkeypatch.setattr(gated_module, "SPARSE_BELOW", sparse_below)
+    monkeypatch.setattr(penalised, "SPARSE_BELOW", sparse_below)
     sae, x = make(CONFIGS[kind], torch.float32), rows(torch.float32)
-    assert isinstance(sae, gated_module.Thresholded)
+    assert isinstance(sae, penalised.Penalised)
     sae.product_dtype = torch.bfloat16
     output = sae.objective(sae_rows(x), step())
     with torch.no_grad():
@@ -378,3 +380,34 @@ def test_the_recipe_with_more_dead_than_auxk_uses_auxk_of_them() -> None:
     assert int(dead.sum()) > AUXK
     found = gradients(sae, sae.objective(sae_rows(rows()), step(dead)).terms.auxk)
     assert 0 < int((found["b_enc"] != 0).sum()) <= int(dead.sum())
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_what_is_read_and_what_is_reconstructed_may_differ(kind: str) -> None:
+    """Selections and codes follow the inputs; error, loss and b_dec the targets."""
+    x, targets = rows(), rows().flip(0) + 2.0
+    sae, now = make(CONFIGS[kind]), step()
+    x_hat = x - sae.objective(sae_rows(x), now).error
+    output = sae.objective(Rows(x, targets), now)
+    torch.testing.assert_close(output.error, targets - x_hat)
+    fvu = (targets - x_hat).square().sum() / (BATCH * VARIANCE)
+    torch.testing.assert_close(output.terms.fvu.detach(), fvu)
+    torch.testing.assert_close(sae.measure(Rows(x, targets), PROGRESS), output.error)
+    sae.initialise(Rows(x, targets), seed=0)
+    torch.testing.assert_close(sae.b_dec.detach(), geometric_median(targets, WHOLE))
+
+
+def test_a_tensor_says_how_it_is_sharded() -> None:
+    sae = make(CONFIGS["topk"], axis=WholeAxis(shard=1, shards=2))
+    undeclared = "is neither declared per latent nor replicated"
+    with pytest.raises(ValueError, match=undeclared):
+        sae.register_buffer("counts", torch.zeros(3))
+    with pytest.raises(ValueError, match=undeclared):
+        sae.scale = nn.Parameter(torch.zeros(3))
+    with pytest.raises(ValueError, match="does not have 32 latents in dim 0"):
+        sae.add_tensor("counts", torch.zeros(N_LATENTS), per_latent=True)
+    sae.add_tensor("counts", torch.zeros(N_LATENTS // 2), per_latent=True)
+    layout = {name: sae.is_per_latent(name) for name, _ in sae.tensors()}
+    per_latent = dict.fromkeys(("W_enc", "W_dec", "b_enc", "counts"), True)
+    assert layout == per_latent | {"b_dec": False}
+    assert [len(tensor) for tensor in sae.replicated] == [D_IN]

@@ -9,7 +9,7 @@ from torch import Tensor
 from dist_sae.config.sae import RoutedConfig, TopKConfig
 from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.axis import WHOLE, LatentAxis
-from dist_sae.dictionaries.base import Output
+from dist_sae.dictionaries.interface import Output
 from dist_sae.dictionaries.recipes.routed import Routed
 from tests.dictionaries.ranks import on_ranks
 from tests.dictionaries.recipes import (
@@ -64,8 +64,8 @@ def test_one_expert_is_an_exact_dictionary(dead: Tensor | None, selection: str, 
     assert not ours["W_router"].any()
     assert torch.equal(found.fired, expected.fired)
     assert torch.equal(one.decode(one.encode(rows())), topk.decode(topk.encode(rows())))
-    one.retie(some_dead(), rows(), rows() / 3)
-    topk.retie(some_dead(), rows(), rows() / 3)
+    one.revive(some_dead(), rows(), rows() / 3)
+    topk.revive(some_dead(), rows(), rows() / 3)
     for name, parameter in topk.named_parameters():
         torch.testing.assert_close(one.get_parameter(name), parameter, rtol=1e-12, atol=0)
 
@@ -130,7 +130,9 @@ def test_a_batch_selection_uses_what_lies_above_the_threshold(per_row: int) -> N
     pre_acts = (x - sae.b_dec) @ sae.W_enc.T + sae.b_enc
     route = sae.route(x - sae.b_dec)
     met = x.new_zeros(BATCH, E).scatter(1, route.experts, route.gates).repeat_interleave(WIDTH, 1)
-    expected = pre_acts.where(pre_acts > sae.theta, 0) * met
+    thresholds = sae.inference_thresholds()
+    assert thresholds is not None
+    expected = pre_acts.where(pre_acts > thresholds, 0) * met
     assert 0 < (expected > 0).sum() < BATCH * WIDTH / 2
     codes = sae.encode(x)
     found = torch.zeros_like(expected)

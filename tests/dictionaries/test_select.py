@@ -12,7 +12,9 @@ import torch
 from torch import Tensor
 
 from dist_sae.config.sae import BatchTopKConfig
-from dist_sae.dictionaries.recipes.batchtopk import BatchTopK, kth_largest
+from dist_sae.dictionaries.base import Dictionary
+from dist_sae.dictionaries.recipes.batchtopk import BatchTopK
+from dist_sae.dictionaries.selection import kth_largest
 from dist_sae.kernels import Kernels, native, select
 from dist_sae.kernels.keys import NOTHING, from_keys, ordered, to_keys
 from dist_sae.kernels.torch import KERNELS as TORCH
@@ -85,7 +87,7 @@ def selected(
     dtype: torch.dtype = torch.float32,
     implementation: Kernels = TORCH,
 ) -> list[list[int]]:
-    """What `topk_entries` selects, shard by shard; checks the values too."""
+    """What `RowTopK` selects, shard by shard; checks the values too."""
     n = pre_acts.shape[1]
     x, W_enc, b_enc = torch.eye(len(pre_acts)), pre_acts.T.contiguous(), torch.zeros(n)
     here, n_local = [], n // shards
@@ -94,8 +96,9 @@ def selected(
         some = (
             None if among is None else among[(among >= first) & (among < first + n_local)] - first
         )
-        part = W_enc[own], b_enc[own], min(k, n), dtype, implementation
-        here.append(select.topk_keys(x, *part, first=first, among=some))
+        blocks = select.products(x, W_enc[own], dtype, some)
+        part = b_enc[own], min(k, n), implementation
+        here.append(select.topk_keys(blocks, len(x), *part, first=first))
     merged = torch.cat(here, 1)
     threshold = merged.topk(min(k, merged.shape[1]), dim=1).values[:, -1]
     found: list[list[int]] = [[] for _ in range(len(pre_acts))]
@@ -220,6 +223,12 @@ def test_the_largest_of_a_batch_are_all_there(
             assert there.issuperset(wanted), (n, count)
 
 
+def _theta(sae: Dictionary) -> float:
+    thresholds = sae.inference_thresholds()
+    assert thresholds is not None
+    return float(thresholds[0])
+
+
 def batch_oracle(pre_acts: Tensor, count: int) -> set[tuple[int, int]]:
     """(Row, latent) of the largest positive ones; of equals lower latents, then earlier rows."""
     flat = pre_acts.T.flatten()
@@ -243,10 +252,11 @@ def test_batchtopk_selects_the_largest_of_all_ranks(
             with torch.no_grad():
                 sae.W_enc.copy_(pre_acts.T[own])
             first = axis.replica * per_replica
-            values, entries = sae.select(torch.eye(ROWS)[first : first + per_replica], k)
+            products = sae.products(torch.eye(ROWS)[first : first + per_replica], torch.float32)
+            values, entries = sae.selection.select(products, k)
             rows, latents = entries.rows + first, entries.latents + sae.first_latent
             assert torch.equal(values, pre_acts[rows, latents])
-            return set(zip(rows.tolist(), latents.tolist(), strict=True)), sae.theta
+            return set(zip(rows.tolist(), latents.tolist(), strict=True)), _theta(sae)
 
         ranks = on_ranks(replicas, shards, on_rank)
         expected = batch_oracle(pre_acts, k * ROWS)

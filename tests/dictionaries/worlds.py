@@ -9,9 +9,10 @@ from torch import Tensor
 
 from dist_sae.config.sae import DictionaryConfig
 from dist_sae.dictionaries import build_sae
-from dist_sae.dictionaries.base import Dictionary, StepContext
+from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.dead import DeadLatents
 from dist_sae.dictionaries.init import initialise_from_data
+from dist_sae.dictionaries.interface import StepContext
 from dist_sae.dictionaries.schedules import learning_rate
 from dist_sae.kernels.choice import choose_kernels
 from tests.dictionaries.recipes import sae_rows
@@ -104,7 +105,7 @@ def train(
         sae.constrain()
         dead.update(output.fired, batch)
         if dead.n_stuck:
-            sae.retie(dead.stuck, x, output.error)
+            sae.revive(dead.stuck, x, output.error)
         fvu.append(float(output.terms.fvu.detach()))
         l0.append(float(output.active) / batch)
     return Trained(sae, dead, fvu, l0)

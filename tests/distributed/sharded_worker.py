@@ -9,9 +9,9 @@ import torch
 from torch import Tensor
 
 from dist_sae.config import Run, load_run
-from dist_sae.dictionaries.base import StepContext
 from dist_sae.dictionaries.dead import DeadLatents
 from dist_sae.dictionaries.ema import WeightAverage
+from dist_sae.dictionaries.interface import StepContext
 from dist_sae.distributed.engine import DeepSpeedEngine, LocalEngine
 from dist_sae.distributed.mesh import Mesh, join_mesh
 from dist_sae.distributed.rendezvous import rendezvous
@@ -111,7 +111,7 @@ def trained(spec: dict[str, Any], kind: str, precision: str, mesh: Mesh) -> dict
         norm = engine.step(lr=LR[kind])
         dead.update(output.fired, BATCH)
         if dead.n_stuck:
-            engine.retie(dead.stuck, batch[own], output.error)
+            engine.revive(dead.stuck, batch[own], output.error)
         average.update(sae_rows(batch[own]), number / len(batches))
         n_rows = BATCH // mesh.axis.replicas  # AuxK's entries are of as many rows after these
         first_row = mesh.axis.replica * n_rows

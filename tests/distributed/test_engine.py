@@ -10,8 +10,9 @@ from torch import Tensor
 
 from dist_sae.config import Run, load_run
 from dist_sae.dictionaries import build_sae
-from dist_sae.dictionaries.base import Dictionary, StepContext
+from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.init import initialise_tied
+from dist_sae.dictionaries.interface import StepContext
 from dist_sae.distributed.deepspeed_keys import check_deepspeed
 from dist_sae.distributed.engine import DeepSpeedEngine, Engine, LocalEngine
 from dist_sae.distributed.mesh import Mesh, join_mesh

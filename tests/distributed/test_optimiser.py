@@ -11,8 +11,9 @@ from torch import Tensor
 from dist_sae.config import load_run
 from dist_sae.config.data import SyntheticModel
 from dist_sae.dictionaries import build_sae
-from dist_sae.dictionaries.base import Dictionary, StepContext
+from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.init import initialise_tied
+from dist_sae.dictionaries.interface import StepContext
 from dist_sae.distributed.engine import LocalEngine, build_optimizer, clip_gradients
 from dist_sae.models.synthetic import SyntheticSource
 from tests.dictionaries.recipes import sae_rows

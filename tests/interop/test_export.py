@@ -19,7 +19,7 @@ from dist_sae.checkpoint.state import IDLE_ROWS
 from dist_sae.config import Run, load_run
 from dist_sae.config.fingerprint import run_fingerprint
 from dist_sae.dictionaries import build_sae
-from dist_sae.dictionaries.base import Codes
+from dist_sae.dictionaries.interface import Codes
 from dist_sae.errors import ConfigError
 from dist_sae.interop.export import export
 from dist_sae.kernels import Entries

@@ -11,8 +11,8 @@ from dist_sae.bench.peers.protocol import (
     read_spec,
 )
 from dist_sae.bench.step import StepShape, TrainingStep
-from dist_sae.dictionaries.base import Rows
 from dist_sae.dictionaries.init import initialise_from_data
+from dist_sae.dictionaries.interface import Rows
 from dist_sae.distributed.mesh import join_mesh
 from dist_sae.distributed.rendezvous import rendezvous
 

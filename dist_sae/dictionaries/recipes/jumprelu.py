@@ -26,37 +26,40 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dist_sae.config.sae import JumpReLUConfig
-from dist_sae.dictionaries.base import LossTerms, Output, Rows, StepContext
 from dist_sae.dictionaries.constraints import normalise_rows_
 from dist_sae.dictionaries.init import initialise_tied
+from dist_sae.dictionaries.interface import LossTerms, Output, Rows, StepContext
+from dist_sae.dictionaries.penalised import Penalised, encode_decode
 from dist_sae.dictionaries.schedules import warmed_up
-from dist_sae.dictionaries.thresholded import Thresholded, gated
 
 
-class JumpReLU(Thresholded):
-    """The dictionary and its loss."""
+class JumpReLU(Penalised):
+    """Learns a threshold per latent, against a penalty on the number of active latents."""
 
     config: JumpReLUConfig
+    theta: nn.Parameter
 
     def __init__(self, config: JumpReLUConfig, d_in: int, *place: Any, **precision: Any) -> None:
         super().__init__(config, d_in, *place, **precision)
         self.rms_norm = math.sqrt(d_in)  # of the rows, which are scaled
         self.bandwidth = (config.bandwidth or config.least_code) * self.rms_norm
-        self.theta = nn.Parameter(torch.zeros_like(self.b_enc))
+        theta = nn.Parameter(torch.zeros_like(self.b_enc))
+        self.add_tensor("theta", theta, per_latent=True)
 
-    @property
-    def thresholds(self) -> Float[Tensor, " n_local"]:
-        return self.rms_norm * self.theta
+    def thresholds_in(self, dtype: torch.dtype) -> Float[Tensor, " n_local"]:
+        return self.rms_norm * self.theta.to(dtype)
 
     def objective(self, rows: Rows, context: StepContext) -> Output:
         config, eps = self.config, self.bandwidth
         inputs = self.axis.gather(rows.inputs)
         theta = self.thresholds
 
-        def gate(pre_acts: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
+        def activation(pre_acts: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
             return jump_relu(pre_acts, theta, eps), jump(pre_acts, theta, eps)
 
-        out = gated(self, inputs, gate, (theta - eps / 2).detach(), theta, unit_rows=True)
+        out = encode_decode(
+            self, inputs, activation, (theta - eps / 2).detach(), theta, unit_rows=True
+        )
         error = rows.targets - (out.x_hat + self.axis.replicated(self.b_dec))
         fvu = error.square().sum() / (len(inputs) * context.variance)
         coefficient = warmed_up(context.progress, config.sparsity, config.sparsity_warmup_share)
@@ -69,10 +72,10 @@ class JumpReLU(Thresholded):
         initialise_tied(self, rows, seed)
 
     @torch.no_grad()
-    def open_gates(self, x: Float[Tensor, "batch d_in"]) -> None:
-        """And put the thresholds where they belong to rows of unit norm, which the encoder has."""
+    def set_initial_sparsity(self, x: Float[Tensor, "batch d_in"]) -> None:
+        """Also set the thresholds, for encoder rows of unit norm."""
         self.theta.fill_(self.config.initial_threshold or self.config.least_code)
-        super().open_gates(x)
+        super().set_initial_sparsity(x)
 
     @torch.no_grad()
     def scale_encoder(self, factor: Float[Tensor, ""]) -> None:

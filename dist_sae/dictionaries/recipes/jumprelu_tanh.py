@@ -28,18 +28,19 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dist_sae.config.sae import JumpReLUTanhConfig
-from dist_sae.dictionaries.base import LossTerms, Output, Rows, StepContext
 from dist_sae.dictionaries.init import initialise_tied
+from dist_sae.dictionaries.interface import LossTerms, Output, Rows, StepContext
+from dist_sae.dictionaries.penalised import Penalised, encode_decode
 from dist_sae.dictionaries.recipes.jumprelu import jump_relu
 from dist_sae.dictionaries.schedules import warmed_up
-from dist_sae.dictionaries.thresholded import Thresholded, gated
 from dist_sae.kernels import autograd
 
 
-class JumpReLUTanh(Thresholded):
-    """The dictionary and its loss."""
+class JumpReLUTanh(Penalised):
+    """Learns a threshold per latent, against a tanh penalty on the codes."""
 
     config: JumpReLUTanhConfig
+    theta: nn.Parameter
 
     def __init__(
         self, config: JumpReLUTanhConfig, d_in: int, *place: Any, **precision: Any
@@ -47,11 +48,11 @@ class JumpReLUTanh(Thresholded):
         super().__init__(config, d_in, *place, **precision)
         self.rms_norm = math.sqrt(d_in)
         self.lambda_s = config.cost(d_in) * d_in
-        self.theta = nn.Parameter(torch.zeros_like(self.b_enc))
+        theta = nn.Parameter(torch.zeros_like(self.b_enc))
+        self.add_tensor("theta", theta, per_latent=True)
 
-    @property
-    def thresholds(self) -> Float[Tensor, " n_local"]:
-        return self.rms_norm * self.theta
+    def thresholds_in(self, dtype: torch.dtype) -> Float[Tensor, " n_local"]:
+        return self.rms_norm * self.theta.to(dtype)
 
     def objective(self, rows: Rows, context: StepContext) -> Output:
         config, eps = self.config, self.config.bandwidth
@@ -62,14 +63,14 @@ class JumpReLUTanh(Thresholded):
         W_dec, norms = autograd.with_norms(self.W_dec)
         W_enc, sums = autograd.with_product(self.W_enc, inputs.sum(0))
 
-        def gate(pre_acts: Tensor, theta: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+        def activation(pre_acts: Tensor, theta: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
             acts = jump_relu(pre_acts, theta, eps, through_z=True)
             penalty = sparsity * torch.tanh(config.tanh_scale * acts * norms)
             return acts, penalty + config.pre_act * norms * (pre_acts - theta).relu()
 
         bound = (theta - eps / 2).detach()
-        out = gated(
-            self, inputs, gate, bound, theta, norms, unit_rows=False, W_enc=W_enc, W_dec=W_dec
+        out = encode_decode(
+            self, inputs, activation, bound, theta, norms, unit_rows=False, W_enc=W_enc, W_dec=W_dec
         )
         error = rows.targets - (out.x_hat + self.axis.replicated(self.b_dec))
         shortfall = len(inputs) * (theta - self.b_enc) - sums

@@ -13,32 +13,33 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dist_sae.config.sae import ReLUConfig
-from dist_sae.dictionaries.base import LossTerms, Output, Rows, StepContext
 from dist_sae.dictionaries.init import initialise_tied
+from dist_sae.dictionaries.interface import LossTerms, Output, Rows, StepContext
+from dist_sae.dictionaries.penalised import Penalised, encode_decode
 from dist_sae.dictionaries.schedules import warmed_up
-from dist_sae.dictionaries.thresholded import Thresholded, gated
 from dist_sae.kernels import autograd
 
 
-class ReLU(Thresholded):
-    """The dictionary and its loss."""
+class ReLU(Penalised):
+    """Keeps positive pre-activations; codes are penalised."""
 
     config: ReLUConfig
 
-    @property
-    def thresholds(self) -> Float[Tensor, " n_local"]:
-        return torch.zeros_like(self.b_enc)
+    def thresholds_in(self, dtype: torch.dtype) -> Float[Tensor, " n_local"]:
+        return torch.zeros_like(self.b_enc, dtype=dtype)
 
     def objective(self, rows: Rows, context: StepContext) -> Output:
         config = self.config
         inputs = self.axis.gather(rows.inputs)
 
-        def gate(pre_acts: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
+        def activation(pre_acts: Tensor, norms: Tensor) -> tuple[Tensor, Tensor]:
             acts = pre_acts.relu()
             return acts, acts * norms
 
         W_dec, norms = autograd.with_norms(self.W_dec)
-        out = gated(self, inputs, gate, self.thresholds, norms, unit_rows=False, W_dec=W_dec)
+        out = encode_decode(
+            self, inputs, activation, self.thresholds, norms, unit_rows=False, W_dec=W_dec
+        )
         error = rows.targets - (out.x_hat + self.axis.replicated(self.b_dec))
         coefficient = warmed_up(context.progress, config.sparsity, config.sparsity_warmup_share)
         scale = len(inputs) * context.variance
@@ -50,9 +51,9 @@ class ReLU(Thresholded):
         initialise_tied(self, rows, seed)
 
     @torch.no_grad()
-    def open_gates(self, x: Float[Tensor, "batch d_in"]) -> None:
-        """And give the decoder rows the norm `decoder_norm`."""
-        super().open_gates(x)
+    def set_initial_sparsity(self, x: Float[Tensor, "batch d_in"]) -> None:
+        """Also give the decoder rows the norm `decoder_norm`."""
+        super().set_initial_sparsity(x)
         self.W_dec.mul_(self.config.decoder_norm)
 
     def constrain(self) -> None:

@@ -28,28 +28,27 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from dist_sae.config.sae import RoutedConfig
-from dist_sae.dictionaries.auxk import auxk_loss
+from dist_sae.dictionaries.auxk import WithAuxK, auxk_loss
 from dist_sae.dictionaries.axis import WHOLE, LatentAxis
-from dist_sae.dictionaries.base import (
+from dist_sae.dictionaries.base import firings
+from dist_sae.dictionaries.exchange import ExpertExchange
+from dist_sae.dictionaries.init import first_rows, initialise_tied, random_rows, rescale_encoder
+from dist_sae.dictionaries.interface import (
     Codes,
-    Dictionary,
     Inferred,
     LossTerms,
     Output,
+    Products,
     Routing,
     Rows,
     Slots,
     StepContext,
-    firings,
 )
-from dist_sae.dictionaries.init import first_rows, initialise_tied, random_rows, rescale_encoder
-from dist_sae.dictionaries.recipes.batchtopk import BatchTopK
 from dist_sae.dictionaries.schedules import annealed
-from dist_sae.kernels import Entries, select
-from dist_sae.kernels.keys import NOTHING
+from dist_sae.dictionaries.selection import BatchTopK, RowTopK
+from dist_sae.kernels import select
 from dist_sae.kernels.select import Block
 
 _BALANCING_STEPS = 200  # of the initial router, on the first batch
@@ -65,82 +64,28 @@ class Route(NamedTuple):
     """g."""
 
 
-class Trip:
-    """The way of a batch's rows to the ranks that hold their experts, and back.
-
-    Args:
-        axis: This rank's place.
-        experts: Of this rank's rows, numbered over all shards.
-        n_experts: Of all shards.
-    """
-
-    def __init__(
-        self, axis: LatentAxis, experts: Int[Tensor, "rows chosen"], n_experts: int
-    ) -> None:
-        flat, per_shard = experts.flatten(), n_experts // axis.shards
-        self._axis = axis
-        self._chosen = experts.shape[1]
-        self._order = flat.argsort(stable=True)  # by expert, and so by shard
-        self.load = torch.bincount(flat, minlength=n_experts)
-        """How many of this rank's rows go to each expert."""
-        counts = axis.exchange_counts(self.load.view(axis.shards, per_shard))
-        self._sent = self.load.view(axis.shards, per_shard).sum(1).tolist()
-        self._received = counts.sum(1).tolist()
-        self.arrived: list[int] = counts.sum(0).tolist()
-        """Rows of the replica at each expert of this shard."""
-        self._by_expert: Tensor | None = None  # they arrive by rank, then by expert
-        if axis.shards > 1:
-            numbers = torch.arange(per_shard, device=flat.device).repeat(axis.shards)
-            self._by_expert = numbers.repeat_interleave(counts.flatten()).argsort(stable=True)
-
-    def there(self, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "arrived d_in"]:
-        """Rows at this shard's experts, one expert after the other; no gradient."""
-        sent = x.index_select(0, self._order // self._chosen)
-        rows = self._axis.exchange(sent, self._sent, self._received)
-        return rows if self._by_expert is None else rows.index_select(0, self._by_expert)
-
-    def back(self, parts: Float[Tensor, "arrived d_in"]) -> Float[Tensor, "rows chosen d_in"]:
-        """What experts made of this rank's rows; its gradient goes there."""
-        if self._by_expert is not None:
-            parts = _put_back(parts, self._by_expert)
-        returned = self._axis.exchange(parts, self._received, self._sent)
-        return _put_back(returned, self._order).view(-1, self._chosen, parts.shape[1])
-
-
-class _PutBack(torch.autograd.Function):
-    """Undoes `x[order]`; the gradient is taken in that order, where indexing would sum it up."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, order: Tensor) -> Tensor:
-        ctx.order = order
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(len(order), device=order.device)
-        return x.index_select(0, inverse)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
-        return gradient.index_select(0, ctx.order), None
-
-
-def _put_back(x: Tensor, order: Tensor) -> Tensor:
-    result: Tensor = _PutBack.apply(x, order)  # type: ignore[no-untyped-call]
-    return result
-
-
-class Routed(BatchTopK):
-    """TopK or BatchTopK in what it does with latents; which a row meets is the router's choice."""
+class Routed(WithAuxK):
+    """Keeps the k largest pre-activations of each row among those of its experts."""
 
     config: RoutedConfig
     balance: Float[Tensor, " experts"]
     """Added to log p where experts are chosen; only balancing by bias changes it."""
-    shared = ("b_dec", "W_router", "b_router")
+    selection: RowTopK | BatchTopK
+    W_router: nn.Parameter
+    b_router: nn.Parameter
 
     def __init__(self, config: RoutedConfig, d_in: int, *place: Any, **precision: Any) -> None:
         super().__init__(config, d_in, *place, **precision)
-        self.W_router = nn.Parameter(self.b_dec.new_zeros(config.experts, d_in))
-        self.b_router = nn.Parameter(self.b_dec.new_zeros(config.experts))
-        self.register_buffer("balance", self.b_dec.new_zeros(config.experts))
+        # registered with either selection: checkpoints of all routed runs hold its threshold
+        by_batch = BatchTopK(self, config.threshold_decay)
+        chosen = config.experts_per_row
+        self.by_row = RowTopK(self, config.k, WHOLE, parts=chosen, width=self.width)
+        self.selection = by_batch if config.selection == "batch" else self.by_row
+        router = nn.Parameter(self.b_dec.new_zeros(config.experts, d_in))
+        self.add_tensor("W_router", router, per_latent=False)
+        bias = nn.Parameter(self.b_dec.new_zeros(config.experts))
+        self.add_tensor("b_router", bias, per_latent=False)
+        self.add_tensor("balance", self.b_dec.new_zeros(config.experts), per_latent=False)
 
     @property
     def width(self) -> int:
@@ -164,32 +109,30 @@ class Routed(BatchTopK):
         centre, b_dec = self.biases()
         centred = (rows.inputs - centre).detach()
         route = self.route(centred, axis)
-        trip = Trip(axis, route.experts, config.experts)
-        arrived = trip.there(centred)
+        exchange = ExpertExchange(axis, route.experts, config.experts)
+        arrived = exchange.dispatch(centred)
         replica_rows = len(centred) * axis.shards
         limit = self._limit(replica_rows)
-        if config.selection == "row":
-            selected = [self._select(arrived, trip.arrived, k, limit=limit)]
-        else:
-            sent = replica_rows * config.experts_per_row
-            blocks = self._blocks(arrived, trip.arrived, self.product_dtype, limit=limit)
-            count = k * replica_rows * axis.replicas
-            selected = [self.largest_of_all(blocks, count, len(arrived), sent)]
+        products = self._expert_products(
+            arrived, exchange.arrived, self.product_dtype, replica_rows, limit=limit
+        )
+        selected = [self.selection.select(products, k)]
         if config.auxk and context.n_dead:
-            selected.append(self._select(arrived, trip.arrived, config.auxk, among=context.dead))
+            dead = self._dead_products(arrived, exchange.arrived, context.dead)
+            selected.append(self.by_row.select(dead, config.auxk))
         (acts, parts), *aux = self.reconstruct(selected, arrived, centre)
-        error = rows.targets - (_mixed(route.gates, trip.back(parts)) + b_dec)
+        error = rows.targets - (_mixed(route.gates, exchange.combine(parts)) + b_dec)
         fvu = error.square().sum() / (replica_rows * context.variance)
         auxk = fvu.new_zeros(())
         for _, parts in aux:
-            e_hat = _mixed(route.gates.detach(), trip.back(parts))
+            e_hat = _mixed(route.gates.detach(), exchange.combine(parts))
             auxk = auxk_loss(axis, rows.targets, error.detach(), e_hat)
-        load = axis.total(trip.load)
+        load = axis.total(exchange.load)
         penalty = self._imbalance(load, route.p) / replica_rows
         if config.balance == "bias" and self.training:
             self.balance += config.balance_rate * (load.double().mean() - load).sign()
         total = fvu + config.auxk_coefficient * auxk + penalty
-        dropped = sum(max(0, n - limit) for n in trip.arrived) if limit is not None else 0
+        dropped = sum(max(0, n - limit) for n in exchange.arrived) if limit is not None else 0
         return Output(
             LossTerms(fvu, auxk, penalty, total),
             firings(acts, selected[0][1]),
@@ -200,32 +143,24 @@ class Routed(BatchTopK):
 
     @torch.no_grad()
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
-        """Every shard looks at all of the replica's rows, and computes those that come to it."""
-        centred = self.axis.gather(x) - self.biases()[0]
+        """Each shard routes all of the replica's rows, and encodes those of its experts."""
+        centred = self.encoder_inputs(x)
         rows, gates, arrived = self._come_here(centred)
-        dtype = self.W_enc.dtype
-        if self.config.selection == "row":
-            pre_acts, entries = self._select(
-                centred[rows], arrived, self.config.k, product_dtype=dtype
-            )
-            found = select.Candidates(pre_acts.relu(), entries.rows, entries.latents)
-        else:
-            blocks = self._blocks(centred[rows], arrived, dtype)
-            above = select.above(blocks, self.b_enc, self.bound)
-            assert above is not None  # there was no limit
-            found = above
-        acts = found.values * gates[found.rows]
-        found = select.by_row(select.Candidates(acts, rows[found.rows], found.latents))
+        products = self._expert_products(centred[rows], arrived, self.W_enc.dtype, len(centred))
+        acts, entries = self.selection.encode(products)
+        acts = acts * gates[entries.rows]
+        found = select.by_row(select.Candidates(acts, rows[entries.rows], entries.latents))
         return Codes(found.values, found.latents, select.starts_of(found.rows, len(centred)))
 
     @torch.no_grad()
     def infer(self, x: Float[Tensor, "batch d_in"]) -> Inferred:
-        if self.config.selection == "row":
-            return Dictionary.infer(self, x)
-        centred = self.axis.gather(x) - self.biases()[0]
+        thresholds = self.inference_thresholds()
+        if thresholds is None:
+            return super().infer(x)
+        centred = self.encoder_inputs(x)
         rows, gates, arrived = self._come_here(centred)
-        blocks = self._blocks(centred[rows], arrived, self.W_enc.dtype)
-        parts, fired = self.decode_above(blocks, self.bound, len(rows))
+        products = self._expert_products(centred[rows], arrived, self.W_enc.dtype, len(centred))
+        parts, fired = self.decode_above(products.blocks, thresholds, len(rows))
         parts = torch.zeros_like(centred).index_add_(0, rows, parts.mul_(gates[:, None]))
         return Inferred(self.axis.scatter_sum(parts) + self.b_dec, fired)
 
@@ -278,14 +213,15 @@ class Routed(BatchTopK):
         centre, _ = self.biases()
         centred = x - centre
         route = self.route(centred)
-        trip = Trip(self.axis, route.experts, self.config.experts)
-        rows = trip.there(centred)
-        selected = self._select(rows, trip.arrived, self.config.auxk, among=dead)
+        exchange = ExpertExchange(self.axis, route.experts, self.config.experts)
+        rows = exchange.dispatch(centred)
+        products = self._dead_products(rows, exchange.arrived, dead)
+        selected = self.by_row.select(products, self.config.auxk)
         [(_, parts)] = self.reconstruct([selected], rows, centre)
-        return _mixed(route.gates, trip.back(parts))
+        return _mixed(route.gates, exchange.combine(parts))
 
     def _limit(self, replica_rows: int) -> int | None:
-        """The most rows of a batch that an expert computes."""
+        """Rows of a batch that an expert computes at most; None: all."""
         config = self.config
         if config.capacity is None:
             return None
@@ -299,54 +235,50 @@ class Routed(BatchTopK):
         share = (load / load.sum() - even).to(p.dtype)
         return self.config.balance_coefficient * (share * (p - even).sum(0)).sum() / even
 
-    @torch.no_grad()
-    def _select(
+    def _expert_products(
         self,
         rows: Float[Tensor, "arrived d_in"],
         arrived: Sequence[int],
-        k: int,
+        dtype: torch.dtype,
+        replica_rows: int,
         *,
         limit: int | None = None,
         among: Bool[Tensor, " n_local"] | None = None,
-        product_dtype: torch.dtype | None = None,
-    ) -> tuple[Float[Tensor, " entries"], Entries]:
-        """The k largest pre-activations of each row within its expert.
+    ) -> Products:
+        """The products of rows with their experts' latents.
 
         Args:
-            rows: Centred, those of one expert after those of the other.
-            arrived: How many each expert of this shard has.
-            k: Of a row, over all its experts, which have equal parts.
-            limit: Of an expert's rows, the first ones; others get no entries.
-            among: Latents to choose from; all if None.
-            product_dtype: Precision of the product; that of training if None.
+            rows: Centred, sorted by expert.
+            arrived: Rows of each expert of this shard.
+            dtype: Precision of the product.
+            replica_rows: Rows of the replica's batch.
+            limit: Rows that an expert computes, the first ones; others meet no latents.
+            among: Mask of the latents to look at; all if None.
         """
-        k = min(max(1, k // self.config.experts_per_row), self.width)
-        product_dtype = product_dtype or self.product_dtype
-        keys = torch.full((len(rows), k), NOTHING, dtype=torch.int64, device=rows.device)
-        for here, latents in self._met(arrived, limit):
-            keys[here] = select.topk_keys(
-                rows[here],
-                self.W_enc[latents],
-                self.b_enc[latents],
-                k,
-                product_dtype,
-                self.kernels,
-                first=self.first_latent + latents.start,
-                among=None if among is None else among[latents].nonzero()[:, 0],
-            )
-        return self.entries_of(keys, keys.amin(1), rows, product_dtype)
+        blocks = self._expert_blocks(rows, arrived, dtype, limit, among)
+        return Products(
+            rows, dtype, blocks, replica_rows, replica_rows * self.config.experts_per_row
+        )
 
-    def _blocks(
+    def _dead_products(
         self,
         rows: Float[Tensor, "arrived d_in"],
         arrived: Sequence[int],
-        product_dtype: torch.dtype,
-        *,
-        limit: int | None = None,
+        dead: Bool[Tensor, " n_local"],
+    ) -> Products:
+        return self._expert_products(rows, arrived, self.product_dtype, len(rows), among=dead)
+
+    def _expert_blocks(
+        self,
+        rows: Tensor,
+        arrived: Sequence[int],
+        dtype: torch.dtype,
+        limit: int | None,
+        among: Tensor | None,
     ) -> Iterator[Block]:
-        """The products of rows with their experts' latents; arguments as of `_select`."""
         for here, latents in self._met(arrived, limit):
-            for block in select.products(rows[here], self.W_enc[latents], product_dtype):
+            some = None if among is None else among[latents].nonzero()[:, 0]
+            for block in select.products(rows[here], self.W_enc[latents], dtype, some):
                 yield block._replace(
                     rows=slice(block.rows.start + here.start, block.rows.stop + here.start),
                     latents=block.latents + latents.start,
@@ -381,7 +313,7 @@ class Routed(BatchTopK):
 
 
 def _mixed(gates: Tensor, parts: Tensor) -> Tensor:
-    """What a row's experts made of it, together."""
+    """Sum of the experts' reconstructions of a row, weighted by its gates."""
     if parts.shape[1] == 1:
         return gates * parts[:, 0]
     return (gates[:, :, None] * parts).sum(1)

@@ -1,10 +1,9 @@
-"""What the recipes share whose gate is a threshold per latent, not a count per row.
+"""Base of the recipes with a threshold per latent and a penalty on the codes.
 
-How many latents are active is not bounded then: half of all at the start of ReLU, about 10,000 at
-the start of JumpReLU with the tanh penalty. So there are two ways to the same loss. While few
-entries exceed their bound, it is computed from these alone; else densely, chunk by chunk of
-latents, and each chunk again for its gradients.
-Which way is taken follows from the batch and the parameters, not from what was before.
+The number of active latents is not bounded: half of all at the start of ReLU, 10,000 in the tanh
+recipe as published. So there are two ways to the same loss. While few entries exceed their bound,
+it is computed from these alone; else densely, chunk by chunk of latents, and each chunk again for
+its gradients. The choice depends on the batch and the parameters alone.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -16,13 +15,14 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from dist_sae.config.sae import PenalisedConfig
-from dist_sae.dictionaries.base import SPARSE_BELOW, Codes, Dictionary, Inferred, firings
+from dist_sae.dictionaries.base import SPARSE_BELOW, Dictionary, firings
 from dist_sae.dictionaries.constraints import remove_parallel_
-from dist_sae.dictionaries.init import begin_again, first_rows
+from dist_sae.dictionaries.init import first_rows, reinitialise
+from dist_sae.dictionaries.selection import Threshold
 from dist_sae.kernels import Entries, autograd, select
 
-Gate = Callable[..., tuple[Tensor, Tensor]]
-"""(z, *what is given per latent) -> (codes f, penalty), entry by entry.
+Activation = Callable[..., tuple[Tensor, Tensor]]
+"""(z, *values of the entry's latent) -> (code f, penalty), entry by entry.
 
 Where z is not above the bound both are 0, and so are their gradients.
 """
@@ -35,35 +35,27 @@ _CHUNK = 8192  # latents, at most
 _MOST_ENTRIES = 2**23  # that are held: a step needs about a hundred bytes for each
 
 
-class Thresholded(Dictionary):
-    """A dictionary whose latents are active above a threshold of their own."""
+class Penalised(Dictionary):
+    """A dictionary whose latents are active above a threshold, held sparse by a penalty."""
 
     config: PenalisedConfig
 
-    @property
-    def thresholds(self) -> Float[Tensor, " n_local"]:
-        """Theta of this shard's latents: f = z H(z - theta)."""
+    def __init__(self, config: PenalisedConfig, d_in: int, *place: Any, **precision: Any) -> None:
+        super().__init__(config, d_in, *place, **precision)
+        self.selection = Threshold(self, self.thresholds_in)
+
+    def thresholds_in(self, dtype: torch.dtype) -> Float[Tensor, " n_local"]:
+        """Theta of this shard's latents in a precision: f = z H(z - theta)."""
         raise NotImplementedError
 
-    @torch.no_grad()
-    def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
-        rows = self.axis.gather(x)
-        found = select.above(
-            select.products(rows, self.W_enc, self.W_enc.dtype), self.b_enc, self.thresholds
-        )
-        assert found is not None  # there was no limit
-        return Codes(found.values, found.latents, select.starts_of(found.rows, len(rows)))
+    @property
+    def thresholds(self) -> Float[Tensor, " n_local"]:
+        """Theta in the parameters' precision, with its gradient."""
+        return self.thresholds_in(self.W_enc.dtype)
 
     @torch.no_grad()
-    def infer(self, x: Float[Tensor, "batch d_in"]) -> Inferred:
-        rows = self.axis.gather(x)
-        blocks = select.products(rows, self.W_enc, self.W_enc.dtype)
-        parts, fired = self.decode_above(blocks, self.thresholds, len(rows))
-        return Inferred(self.axis.scatter_sum(parts) + self.b_dec, fired)
-
-    @torch.no_grad()
-    def open_gates(self, x: Float[Tensor, "batch d_in"]) -> None:
-        """Let each latent be active on the same share of the rows, few enough for the penalty.
+    def set_initial_sparsity(self, x: Float[Tensor, "batch d_in"]) -> None:
+        """Make each latent active on the same share of the rows, few enough for the penalty.
 
         With half of all active the reconstruction is several times too long, and the penalty first
         turns off what has not learnt anything.
@@ -81,47 +73,47 @@ class Thresholded(Dictionary):
     def settle(self, new: slice | Tensor, x: Float[Tensor, "batch d_in"]) -> None:
         set_active_share(self, new, x, self.thresholds)
 
-    def retie(
+    def revive(
         self,
         stuck: Bool[Tensor, " n_local"],
         x: Float[Tensor, "batch d_in"],
         error: Float[Tensor, "batch d_out"],
     ) -> None:
-        begin_again(self, stuck, x, error)
+        reinitialise(self, stuck, x, error)
 
 
-class Gated(NamedTuple):
-    """What comes out of a gate and the decoder behind it."""
+class Reconstruction(NamedTuple):
+    """Reconstruction and penalty of a batch."""
 
     x_hat: Float[Tensor, "batch d_out"]
-    """This rank's rows, without b_dec."""
+    """x_hat - b_dec of this rank's rows."""
     penalty: Float[Tensor, ""]
     """Sum over this shard's latents and the replica's rows."""
     firings: Int[Tensor, " n_local"]
     active: Int[Tensor, ""]
 
 
-def gated(
+def encode_decode(
     sae: Dictionary,
     x: Float[Tensor, "rows d_in"],
-    gate: Gate,
+    activation: Activation,
     bound: Float[Tensor, " n_local"],
     *per_latent: Float[Tensor, " n_local"],
     unit_rows: bool,
     W_enc: Float[Tensor, "n_local d_in"] | None = None,
     W_dec: Float[Tensor, "n_local d_out"] | None = None,
-) -> Gated:
-    """Encode the replica's rows (no b_dec is subtracted), gate, decode.
+) -> Reconstruction:
+    """Encode the replica's rows as they are, activate, decode.
 
     Args:
         sae: The dictionary.
         x: The replica's rows.
-        gate: Codes and penalties.
+        activation: Gives codes and penalties.
         bound: Nothing at or below it has a code or a gradient.
-        per_latent: Arguments of `gate`; get their gradients.
+        per_latent: Arguments of `activation`; get their gradients.
         unit_rows: As in `autograd.decode`.
-        W_enc: The encoder as it comes out of `autograd.with_product`, where there is a use for it.
-        W_dec: The decoder as it comes out of `autograd.with_norms`, likewise.
+        W_enc: The encoder from `autograd.with_product`; None takes the plain one.
+        W_dec: The decoder from `autograd.with_norms`; None takes the plain one.
     """
     W_enc = sae.W_enc if W_enc is None else W_enc
     W_dec = sae.W_dec if W_dec is None else W_dec
@@ -131,15 +123,17 @@ def gated(
             select.products(x, W_enc, sae.product_dtype), sae.b_enc, bound, limit=limit
         )
     if found is None:
-        parts, penalty, fired = _dense(sae, x, gate, unit_rows, W_enc, sae.b_enc, W_dec, per_latent)
-        return Gated(sae.axis.scatter_sum(parts), penalty, fired, fired.sum())
+        parts, penalty, fired = _dense(
+            sae, x, activation, unit_rows, W_enc, sae.b_enc, W_dec, per_latent
+        )
+        return Reconstruction(sae.axis.scatter_sum(parts), penalty, fired, fired.sum())
     entries = Entries(found.latents, select.starts_of(found.rows, len(x)), len(W_enc))
     pre_acts = autograd.encode(found.values, sae.kernels, entries, x, W_enc, sae.b_enc)
     values = [value.index_select(0, entries.latents) for value in per_latent]
-    acts, penalty = gate(pre_acts, *values)
+    acts, penalty = activation(pre_acts, *values)
     parts = autograd.decode(acts, sae.kernels, entries, W_dec, unit_rows=unit_rows)
     x_hat = sae.axis.scatter_sum(parts)
-    return Gated(x_hat, penalty.sum(), firings(acts, entries), (acts > 0).sum())
+    return Reconstruction(x_hat, penalty.sum(), firings(acts, entries), (acts > 0).sum())
 
 
 class _Dense(torch.autograd.Function):
@@ -154,17 +148,17 @@ class _Dense(torch.autograd.Function):
         ctx: Any,
         sae: Dictionary,
         x: Tensor,
-        gate: Gate,
+        activation: Activation,
         unit_rows: bool,  # noqa: FBT001
         *tensors: Tensor,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        ctx.sae, ctx.gate, ctx.unit_rows = sae, gate, unit_rows
+        ctx.sae, ctx.activation, ctx.unit_rows = sae, activation, unit_rows
         ctx.save_for_backward(x, *tensors)
         d_out = tensors[2].shape[1]
         parts, penalty = x.new_zeros(len(x), d_out), x.new_zeros(())
         fired = torch.zeros(len(tensors[0]), dtype=torch.int32, device=x.device)
         for chunk, pre_acts, (_, _, W_dec, *values) in _chunks(sae, x, tensors):
-            acts, more = gate(pre_acts, *values)
+            acts, more = activation(pre_acts, *values)
             parts.addmm_(acts, W_dec)
             penalty += more.sum()
             fired[chunk] = (acts > 0).sum(0, dtype=torch.int32)
@@ -181,7 +175,7 @@ class _Dense(torch.autograd.Function):
         for chunk, pre_acts, (_, _, W_dec, *values) in _chunks(sae, x, tensors):
             inputs = [t.detach().requires_grad_() for t in (pre_acts, *values)]
             with torch.enable_grad():
-                acts, penalty = ctx.gate(*inputs)
+                acts, penalty = ctx.activation(*inputs)
             outputs = [grad @ W_dec.T, grad_penalty.expand_as(penalty)]
             grad_pre_acts, *more = torch.autograd.grad([acts, penalty], inputs, outputs)
             torch.mm(grad_pre_acts.T, x, out=grad_W_enc[chunk])
@@ -197,7 +191,7 @@ class _Dense(torch.autograd.Function):
 def _chunks(
     sae: Dictionary, x: Tensor, tensors: Sequence[Tensor]
 ) -> Iterator[tuple[slice, Tensor, list[Tensor]]]:
-    """(Which latents, their pre-activations, their part of W_enc, b_enc and what else is given)."""
+    """(Which latents, their pre-activations, their part of each of `tensors`)."""
     rows = x.to(sae.product_dtype)
     width = max(1, min(_CHUNK, _CHUNK_BYTES // (4 * len(x))))
     for start in range(0, len(tensors[0]), width):
@@ -210,7 +204,7 @@ def _chunks(
 def _dense(
     sae: Dictionary,
     x: Tensor,
-    gate: Gate,
+    activation: Activation,
     unit_rows: bool,  # noqa: FBT001
     W_enc: Tensor,
     b_enc: Tensor,
@@ -218,7 +212,7 @@ def _dense(
     per_latent: Sequence[Tensor],
 ) -> tuple[Tensor, Tensor, Tensor]:
     result: tuple[Tensor, Tensor, Tensor] = _Dense.apply(  # type: ignore[no-untyped-call]
-        sae, x, gate, unit_rows, W_enc, b_enc, W_dec, *per_latent
+        sae, x, activation, unit_rows, W_enc, b_enc, W_dec, *per_latent
     )
     return result
 
@@ -235,10 +229,10 @@ def set_active_share(
 
     Args:
         sae: The dictionary.
-        latents: Of this shard.
-        x: This rank's rows of the batch, of which the first of all ranks' are taken.
+        latents: Latents of this shard.
+        x: This rank's inputs of a batch; the first rows of all ranks are looked at.
         theta: Thresholds.
-        share: To one of the rows looked at, and at least that one.
+        share: Rounded to whole rows of those looked at, and at least one.
 
     The threshold is put between two rows: one that lay on it would be above it or not by rounding,
     that is by how the product was split.

@@ -1,0 +1,73 @@
+"""The exchange of rows between ranks and experts: dispatch, and combine."""
+
+from typing import Any
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+from torch.autograd.function import once_differentiable
+
+from dist_sae.dictionaries.axis import LatentAxis
+
+
+class ExpertExchange:
+    """Dispatches a batch's rows to the ranks that hold their experts, and combines the results.
+
+    Args:
+        axis: This rank's place.
+        experts: Of this rank's rows, numbered over all shards.
+        n_experts: Of all shards.
+    """
+
+    def __init__(
+        self, axis: LatentAxis, experts: Int[Tensor, "rows chosen"], n_experts: int
+    ) -> None:
+        flat, per_shard = experts.flatten(), n_experts // axis.shards
+        self._axis = axis
+        self._chosen = experts.shape[1]
+        self._order = flat.argsort(stable=True)  # by expert, and so by shard
+        self.load = torch.bincount(flat, minlength=n_experts)
+        """How many of this rank's rows go to each expert."""
+        counts = axis.exchange_counts(self.load.view(axis.shards, per_shard))
+        self._sent = self.load.view(axis.shards, per_shard).sum(1).tolist()
+        self._received = counts.sum(1).tolist()
+        self.arrived: list[int] = counts.sum(0).tolist()
+        """Rows of the replica at each expert of this shard."""
+        self._by_expert: Tensor | None = None  # they arrive by rank, then by expert
+        if axis.shards > 1:
+            numbers = torch.arange(per_shard, device=flat.device).repeat(axis.shards)
+            self._by_expert = numbers.repeat_interleave(counts.flatten()).argsort(stable=True)
+
+    def dispatch(self, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "arrived d_in"]:
+        """Send rows out; returns those of this shard's experts, sorted by expert. No gradient."""
+        sent = x.index_select(0, self._order // self._chosen)
+        rows = self._axis.exchange(sent, self._sent, self._received)
+        return rows if self._by_expert is None else rows.index_select(0, self._by_expert)
+
+    def combine(self, parts: Float[Tensor, "arrived d_in"]) -> Float[Tensor, "rows chosen d_in"]:
+        """Send the experts' results back to their rows, and gradients to the experts."""
+        if self._by_expert is not None:
+            parts = _put_back(parts, self._by_expert)
+        returned = self._axis.exchange(parts, self._received, self._sent)
+        return _put_back(returned, self._order).view(-1, self._chosen, parts.shape[1])
+
+
+class _PutBack(torch.autograd.Function):
+    """Undoes `x[order]`; the gradient is taken in that order, where indexing would sum it up."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, order: Tensor) -> Tensor:
+        ctx.order = order
+        inverse = torch.empty_like(order)
+        inverse[order] = torch.arange(len(order), device=order.device)
+        return x.index_select(0, inverse)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        return gradient.index_select(0, ctx.order), None
+
+
+def _put_back(x: Tensor, order: Tensor) -> Tensor:
+    result: Tensor = _PutBack.apply(x, order)  # type: ignore[no-untyped-call]
+    return result
