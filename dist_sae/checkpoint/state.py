@@ -1,4 +1,4 @@
-"""What of a training run is saved, and how it is put back."""
+"""Saves and restores the state of a training run."""
 
 import logging
 from collections.abc import Callable, Iterator
@@ -40,7 +40,7 @@ class TrainingState(NamedTuple):
     average: WeightAverage | None
 
     def pieces(self) -> Iterator[Piece]:
-        """Every tensor that the run cannot do without, one at a time: this rank's part of it.
+        """This rank's part of every tensor that a run resumes from, one at a time.
 
         To be consumed by all ranks, in step. The rows of a shard are shared out to its replicas.
         """
@@ -62,7 +62,10 @@ class TrainingState(NamedTuple):
 
     @torch.no_grad()
     def read(self, checkpoint: Checkpoint) -> Callable[[], None]:
-        """Fetch this rank's part; what is returned puts it where `pieces` took it from. Collective.
+        """Read this rank's part. Collective.
+
+        Returns:
+            A function that puts dead counts, running mean and optimiser state in place.
 
         Raises:
             CorruptObjectError: The checkpoint is damaged; another one can be read instead.
@@ -118,7 +121,7 @@ def is_moment(name: str) -> bool:
 
 
 def is_weight(name: str) -> bool:
-    """Whether it is a parameter or a buffer of the dictionary, as they are after the last step."""
+    """Whether a tensor is a parameter or buffer of the dictionary after the last step."""
     return not is_moment(name) and not name.startswith(_EMA) and name != IDLE_ROWS
 
 
@@ -128,7 +131,7 @@ def is_per_latent(sae: Dictionary, name: str) -> bool:
 
 
 def weights_of(checkpoint: Checkpoint) -> dict[str, str]:
-    """The tensor to use for each parameter and buffer: its running mean if there is one of all.
+    """Names of the tensors to use for parameters and buffers: running means if all have one.
 
     A mean without the threshold that belongs to it, as checkpoints once had it, is of no use.
     """
@@ -150,7 +153,7 @@ def weights_of(checkpoint: Checkpoint) -> dict[str, str]:
 
 @torch.no_grad()
 def load_weights(sae: Dictionary, checkpoint: Checkpoint) -> None:
-    """Fill a whole dictionary for inference: with the running mean of the weights if there is one.
+    """Fill a whole dictionary for inference, with the running mean of the weights if there is one.
 
     The mean of unit rows may be a little shorter than one, so the recipe's constraint is applied.
     """

@@ -1,4 +1,4 @@
-"""The dictionaries."""
+"""Sparse dictionaries: recipes, selections, losses, initial weights, dead latents and metrics."""
 
 from typing import assert_never
 

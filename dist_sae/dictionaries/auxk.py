@@ -4,14 +4,14 @@
     e_hat = W_dec^T relu(TopK_auxk(z of dead latents))      (no bias)
     L_aux = sum |e - e_hat|^2 / sum |e - mean e|^2          (sums over the global batch)
 
-0 where errors do not differ from row to row: there is nothing to learn then, and the quotient would
-be by what rounding leaves.
+The loss is 0 where errors do not differ from row to row: there is nothing to learn then, and the
+denominator would be rounding errors.
 
-A latent whose z is negative on every row gets no gradient from this and would be dead for good.
-One that has been dead for as long as it took to be called dead is *stuck*, and re-tied: it gets the
-direction of its decoder row as its encoder, and no bias. Stuck latents are often alike, rows of one
-large direction say, so that at the length of their neighbours they would overshoot together. They
-start at the one length with which their e_hat comes nearest to e.
+A latent whose z is negative on every row gets no gradient from this and would stay dead. After
+another `dead_after_rows` rows it is *stuck*, and re-tied: its encoder becomes its decoder row, and
+its bias 0. Stuck latents are often alike, rows of one large direction say, so that at the length of
+their neighbours they would overshoot together. They start at one common length, with which their
+e_hat is nearest to e.
 """
 
 from collections.abc import Sequence
@@ -30,10 +30,10 @@ from dist_sae.dictionaries.schedules import annealed
 from dist_sae.dictionaries.selection import RowTopK
 from dist_sae.kernels import Entries, autograd
 
-_LEAST_LENGTH = 0.01  # with none at all, nothing could reach them
-_LEAST_SPREAD = 1e-4  # of the squares of errors; bf16 products alone may make as much of equal rows
+_LEAST_LENGTH = 0.01  # an encoder row of length 0 would never be active
+_LEAST_SPREAD = 1e-4  # share of the squared errors; bf16 products of equal rows may differ so much
 _SHARE_OF_ONE = 0.98
-_ROUNDINGS = 16  # of a row's elements, that an error may be made of
+_ROUNDINGS = 16  # roundings of a row's elements that an error may consist of
 
 
 def auxk_loss(
@@ -42,7 +42,7 @@ def auxk_loss(
     error: Float[Tensor, "batch d_out"],
     e_hat: Float[Tensor, "batch d_out"],
 ) -> Float[Tensor, ""]:
-    """The loss above, of this rank's rows.
+    """L_aux of this rank's rows.
 
     Args:
         axis: This rank's place.
@@ -150,7 +150,7 @@ class WithAuxK(Dictionary):
 
 
 def _spread(axis: LatentAxis, targets: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum |e - mean e|^2, or 1 where that is nothing; whether it is something), over all ranks."""
+    """(sum |e - mean e|^2 over all ranks, or 1 if it is rounding errors; whether it is more)."""
     norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in (error, targets)]
     total = axis.total(torch.cat([error.sum(0, dtype=torch.float64), torch.stack(norms).square()]))
     sums, (squares, of_rows) = total[:-2], total[-2:]

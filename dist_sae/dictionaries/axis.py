@@ -1,9 +1,9 @@
-"""How a dictionary is split over ranks, as the mathematics sees it.
+"""The axis that latents are sharded over, for code without torch.distributed.
 
-The mathematics is written against `LatentAxis`; one process is `WholeAxis`, the identity, and
+Recipes are written against `LatentAxis`. `WholeAxis` is one process, the identity;
 `distributed/axis.py` has the collectives. Ranks form `replicas` x `shards`: a replica is a whole
-dictionary, of which each of its ranks holds `n_latents / shards` neighbouring latents. Every rank
-loads rows of its own; within a replica all rows meet all latents.
+dictionary, and each of its ranks holds `n_latents / shards` neighbouring latents. Every rank loads
+its own rows; within a replica all rows meet all latents.
 """
 
 from typing import NamedTuple, Protocol, runtime_checkable
@@ -14,26 +14,26 @@ from torch import Tensor
 
 @runtime_checkable
 class LatentAxis(Protocol):
-    """This rank's place in the dictionary, and what its replica does together."""
+    """This rank's place in the dictionary, and the collectives of its replica."""
 
     @property
     def shard(self) -> int:
-        """Which piece of the dictionary this rank holds."""
+        """Number of this rank's shard of the latents."""
         ...
 
     @property
     def shards(self) -> int:
-        """Into how many pieces the dictionary is cut."""
+        """Number of shards of the latents."""
         ...
 
     @property
     def replica(self) -> int:
-        """Which whole dictionary this rank belongs to."""
+        """Number of this rank's replica."""
         ...
 
     @property
     def replicas(self) -> int:
-        """How many whole dictionaries share a batch."""
+        """Number of replicas that share a batch."""
         ...
 
     def gather(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "rows d_in"]:
@@ -45,14 +45,14 @@ class LatentAxis(Protocol):
         ...
 
     def replicated(self, parameter: Tensor) -> Tensor:
-        """A parameter that every rank of the replica holds; its gradient is the sum of theirs."""
+        """A replicated parameter; its gradient is summed over the replica."""
         ...
 
     def kth_largest(self, keys: Int[Tensor, "rows candidates"], k: int) -> Int[Tensor, " rows"]:
-        """For each row the k-th largest of the replica's candidates.
+        """The k-th largest candidate of the replica for each row.
 
         Args:
-            keys: Distinct over the replica but for the least int64, which stands for nothing.
+            keys: Distinct over the replica, except the least int64, which means no candidate.
             k: From 1.
         """
         ...
@@ -60,17 +60,17 @@ class LatentAxis(Protocol):
     def exchange(
         self, rows: Float[Tensor, "sent d_in"], sent: list[int], received: list[int]
     ) -> Float[Tensor, "received d_in"]:
-        """Rows to and from the shards of the replica, in their order; the gradient goes back.
+        """All-to-all of rows within the replica; the gradient takes the way back.
 
         Args:
             rows: The first `sent[0]` are for the first shard, and so on.
-            sent: To each shard.
-            received: From each shard.
+            sent: Rows to each shard.
+            received: Rows from each shard.
         """
         ...
 
     def exchange_counts(self, counts: Int[Tensor, "shards some"]) -> Int[Tensor, "shards some"]:
-        """The i-th row goes to the i-th shard of the replica; that of the result came from it."""
+        """All-to-all of one row of counts with each shard of the replica."""
         ...
 
     def across_replicas(self, tensor: Tensor) -> Tensor:
@@ -83,7 +83,7 @@ class LatentAxis(Protocol):
 
 
 class WholeAxis(NamedTuple):
-    """The axis of one process."""
+    """One process: every collective is the identity."""
 
     shard: int = 0
     shards: int = 1

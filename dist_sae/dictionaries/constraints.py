@@ -17,7 +17,7 @@ def normalise_rows_(W_dec: Float[Tensor, "n_latents d_in"]) -> None:
 def remove_parallel_(
     gradient: Float[Tensor, "n_latents d_in"], W_dec: Float[Tensor, "n_latents d_in"]
 ) -> None:
-    """Take out of each row's gradient the part along the (unit) row.
+    """Remove the part of each row's gradient that is along the (unit) row.
 
     That part would only change the norm, which the constraint resets; left in, it would fill
     Adam's second moment with a direction that is never taken.

@@ -1,4 +1,4 @@
-"""Which latents are dead, counted in rows of the global batch."""
+"""Dead latents, counted in rows of the global batch."""
 
 import torch
 from jaxtyping import Bool, Int
@@ -12,9 +12,9 @@ class DeadLatents:
 
     Args:
         n_local: Latents of the shard.
-        after_rows: A latent is dead when it has not fired for so many rows.
+        after_rows: Rows without firing after which a latent is dead.
         axis: This rank's place.
-        device: Where the flags will be.
+        device: Device of the masks.
     """
 
     idle_rows: Int[Tensor, " n_local"]
@@ -42,16 +42,16 @@ class DeadLatents:
 
     @property
     def stuck(self) -> Bool[Tensor, " n_local"]:
-        """True, for one batch, at latents that have now been dead for another `after_rows`.
+        """True for one batch at latents that have been dead for `after_rows` rows more.
 
-        And for one batch again after each further `after_rows`.
+        True for one batch again after each further `after_rows` rows.
         """
         since = self.idle_rows - 2 * self._after_rows
         return (since >= 0) & (since % self._after_rows < self._last_rows)
 
     @property
     def share(self) -> float:
-        """Of all latents of the dictionary."""
+        """Dead latents over all latents of the dictionary."""
         return self.count / (len(self.idle_rows) * self._axis.shards)
 
     def update(self, fired: Bool[Tensor, " n_local"], rows: int) -> None:

@@ -1,4 +1,4 @@
-"""How often latents fire, counted in rows of the global batch."""
+"""Firing densities of latents, counted in rows of the global batch."""
 
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -11,26 +11,26 @@ from dist_sae.dictionaries.axis import WHOLE, LatentAxis
 
 
 class DensityCounts(NamedTuple):
-    """Latents of all shards, by the share of rows that they fire on."""
+    """Histogram of the latents of all shards by firing density."""
 
     rows: int
-    """What the shares are of."""
+    """Rows that densities are shares of."""
     never: int
-    """Latents that fired on none."""
+    """Latents that never fired."""
     counts: list[int]
-    """Latents from each edge on, below the next; the first has those below it too."""
+    """Latents from each edge up to the next; those below the first edge count in the first."""
     rare: int
-    """Latents below the bound for rare ones, `never` included."""
+    """Latents that fire more rarely than the bound, including `never`."""
 
 
 class Densities:
-    """Rows on which each latent of this shard has fired, of the last one to two windows.
+    """Firings of each latent of this shard over the last one to two windows.
 
     Args:
         n_local: Latents of the shard.
-        window_rows: Rows of the global batch that a window has at least.
+        window_rows: Least length of a window, in rows of the global batch.
         axis: This rank's place.
-        device: Where the counts will be.
+        device: Device of the counts.
     """
 
     def __init__(
@@ -55,7 +55,7 @@ class Densities:
         self._rows_now += rows
 
     def counts(self, log10_edges: Sequence[float], rare: float) -> DensityCounts:
-        """How many latents fire how often. Collective.
+        """Histogram of firing densities. Collective.
 
         Args:
             log10_edges: Ascending.
@@ -63,7 +63,7 @@ class Densities:
         """
         rows = self._rows_before + self._rows_now
         shares = self._axis.across_replicas(self._before + self._now).double() / rows
-        # of the edges, those that a share reaches; all below the first belong to the first
+        # the first edge is left out: all densities below the second belong to the first bucket
         bounds = 10.0 ** torch.tensor(log10_edges[1:], dtype=torch.float64, device=shares.device)
         buckets = torch.bucketize(shares, bounds, right=True)
         buckets = torch.where(shares > 0, buckets, len(log10_edges))

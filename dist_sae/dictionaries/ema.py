@@ -2,10 +2,10 @@
 
     mean <- mean + (1 - d) (weights - mean)          d = min(decay, n / (n + 9)) after n updates
 
-So the mean goes back over a tenth of a run that is short for its decay, and never to the initial
-weights. What the recipe holds at a length is held at it in the mean too. A threshold that belongs
-to the weights (BatchTopK's) is no mean of theirs: averaged rows are shorter along what varies, so
-fewer codes reach that of the last ones. It is measured with both, and changed in proportion.
+In a run that is short for its decay the mean covers the last tenth, and never the initial weights.
+Constraints on the weights hold for the mean too. BatchTopK's threshold is not averaged: averaged
+rows are shorter along directions that vary, so fewer codes reach the last threshold. It is measured
+on the same rows with the mean and with the last weights, and scaled by the quotient.
 """
 
 from collections.abc import Iterator
@@ -23,13 +23,13 @@ class WeightAverage:
     """Exponential moving average of a dictionary's parameters and buffers, in their precision.
 
     Args:
-        sae: The dictionary; the mean begins at what it is now.
-        decay: Of the mean, per update, once there have been enough.
+        sae: The dictionary; the mean begins at its present weights.
+        decay: Largest decay per update.
     """
 
     mean: dict[str, Tensor]
     updates: int
-    """How often the mean has taken in the weights."""
+    """Number of updates that the mean has taken in."""
 
     def __init__(self, sae: Dictionary, decay: float) -> None:
         self._sae = sae
@@ -40,7 +40,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def update(self, rows: Rows, progress: float) -> None:
-        """Take in the parameters as they are now, after a step.
+        """Take in the present parameters, after a step.
 
         Args:
             rows: This rank's rows of the step.
@@ -58,7 +58,7 @@ class WeightAverage:
 
     @torch.no_grad()
     def measure(self) -> None:
-        """Measure what is no mean, on the rows of the last step if there was one. Collective.
+        """Measure the buffers that are not averaged, on the rows of the last step. Collective.
 
         With the weights as they are too: theirs is known from many batches, and the quotient
         depends little on which rows these are.

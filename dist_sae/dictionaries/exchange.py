@@ -15,8 +15,8 @@ class ExpertExchange:
 
     Args:
         axis: This rank's place.
-        experts: Of this rank's rows, numbered over all shards.
-        n_experts: Of all shards.
+        experts: Experts of this rank's rows, numbered over all shards.
+        n_experts: Number of experts of all shards.
     """
 
     def __init__(
@@ -27,7 +27,7 @@ class ExpertExchange:
         self._chosen = experts.shape[1]
         self._order = flat.argsort(stable=True)  # by expert, and so by shard
         self.load = torch.bincount(flat, minlength=n_experts)
-        """How many of this rank's rows go to each expert."""
+        """Rows of this rank for each expert."""
         counts = axis.exchange_counts(self.load.view(axis.shards, per_shard))
         self._sent = self.load.view(axis.shards, per_shard).sum(1).tolist()
         self._received = counts.sum(1).tolist()

@@ -1,4 +1,4 @@
-"""Initial dictionaries, from the first batch. No rank ever holds more than its shard."""
+"""Initial weights from the first batches. No rank ever holds more than its shard."""
 
 from collections.abc import Iterable
 
@@ -13,25 +13,25 @@ from dist_sae.dictionaries.interface import Rows
 
 _MEDIAN_STEPS = 100
 _MEDIAN_TOLERANCE = 1e-6
-_FROM_DATA = 0.8  # of a direction's length; the rest is at right angles to it, nearly
-_NEW_LENGTH = 0.5  # of a new encoder row, where known ones have 1
+_FROM_DATA = 0.8  # share of the direction that points at data; the random rest is nearly orthogonal
+_NEW_LENGTH = 0.5  # length of a new encoder row over that of known ones
 _BLOCK = 1024  # latents that share a random generator
 _STRIDE = 0x9E37_79B1  # odd, 2^32 over the golden ratio: multiples of it lie far apart
 
 
 @torch.no_grad()
 def initialise_tied(sae: Dictionary, rows: Rows, seed: int, *, rescale: bool = True) -> None:
-    """Random unit decoder rows, a tied encoder, and a bias in the middle of the data.
+    """Fill in random unit decoder rows, a tied encoder, and b_dec at the centre of the data.
 
     b_dec is the geometric median of the targets; W_enc = c W_dec with the c of least squared error.
     (Gao et al. 2024, app. A.1, match the lengths of rows and reconstructions, which overshoots by
     1 / cos(x, x_hat): measured in docs/design.md.)
 
     Args:
-        sae: Is filled in.
+        sae: The dictionary to fill in.
         rows: This rank's part of the first batch.
-        seed: Decides the directions.
-        rescale: Whether c is computed; else it is 1.
+        seed: Seed of the directions.
+        rescale: Compute c; else it is 1.
     """
     random_rows(sae.W_dec, seed, sae.first_latent)
     normalise_rows_(sae.W_dec)
@@ -44,9 +44,9 @@ def initialise_tied(sae: Dictionary, rows: Rows, seed: int, *, rescale: bool = T
 
 @torch.no_grad()
 def initialise_from_data(sae: Dictionary, batches: Iterable[Rows], known: int = 0) -> None:
-    """Turn the directions of new latents towards data: the i-th towards what is left of row i.
+    """Turn the directions of new latents towards data: the i-th towards the residual of row i.
 
-    After `initialise`. With no known latents what is left of a row is its distance from b_dec; the
+    Call after `initialise`. With no known latents the residual is the target less b_dec, and the
     encoder is tied, with one length for all. A part of each direction stays random: rows with one
     very large coordinate, as language models have them, all point the same way, and latents that
     are copies of one another die together. (Anthropic, Circuits Updates, October 2025; figures in
@@ -57,10 +57,10 @@ def initialise_from_data(sae: Dictionary, batches: Iterable[Rows], known: int = 
     part from the start, and do not crowd the known out.
 
     Args:
-        sae: Its directions are turned.
+        sae: The dictionary.
         batches: This rank's parts of the first batches, with a row for each new latent over all
             ranks.
-        known: So many latents, the first ones, have been trained before.
+        known: Number of latents, the first ones, that were trained before.
     """
     axis, n_local = sae.axis, len(sae.W_dec)
     new = slice(min(max(known - sae.first_latent, 0), n_local), n_local)
@@ -92,7 +92,7 @@ def reinitialise(
     x: Float[Tensor, "batch d_in"],
     error: Float[Tensor, "batch d_out"],
 ) -> None:
-    """Let dead latents begin anew beside those that are active in this batch. Collective.
+    """Give dead latents new weights like those of the latents active in this batch. Collective.
 
     The i-th turns towards the error of row i of the global batch (Bricken et al. 2023 draw rows by
     their loss); a part of its old direction stays, so that no two are alike. It gets the mean
@@ -101,13 +101,13 @@ def reinitialise(
 
     Args:
         sae: The dictionary.
-        stuck: Which of this shard.
+        stuck: Mask of these latents of this shard.
         x: This rank's inputs.
-        error: This rank's targets less what the live latents make of them.
+        error: This rank's targets less their reconstruction by the live latents.
     """
     axis = sae.axis
     alive = axis.across_replicas(sae.infer(x).firings) > 0
-    alive |= axis.total(alive.sum()) == 0  # or there would be nothing to begin like
+    alive |= axis.total(alive.sum()) == 0  # with none active, all count
     left = first_rows(error, len(error) * axis.replicas * axis.shards, axis)
     counts = torch.zeros(axis.shards, device=x.device, dtype=torch.int64)
     counts[axis.shard] = stuck.sum()
@@ -141,9 +141,9 @@ def _match_scale(sae: Dictionary, known: slice | Tensor, new: slice | Tensor) ->
 
 @torch.no_grad()
 def rescale_encoder(sae: Dictionary, rows: Rows) -> None:
-    """Scale W_enc so that what training keeps of these rows has the least squared error.
+    """Scale W_enc to the least squared error of these rows under the selection of training.
 
-    What training keeps, not what `encode` does: before the first step BatchTopK has no threshold,
+    Not that of inference: before the first step BatchTopK has no threshold,
     and half of all latents would be active. b_enc is 0, so the selection does not depend on c.
     """
     sae.set_initial_sparsity(rows.inputs)
@@ -154,7 +154,7 @@ def rescale_encoder(sae: Dictionary, rows: Rows) -> None:
 def least_squares_scale(
     axis: LatentAxis, y: Float[Tensor, "batch d_in"], y_hat: Float[Tensor, "batch d_in"]
 ) -> Float[Tensor, ""]:
-    """The c that makes sum |y - c y_hat|^2 over all ranks' rows least."""
+    """The c with the least sum |y - c y_hat|^2 over all ranks' rows."""
     products = axis.total(torch.stack([(y * y_hat).sum(), y_hat.square().sum()]))
     return products[0] / products[1].clamp_min(torch.finfo(y.dtype).tiny)
 
@@ -165,7 +165,7 @@ def random_rows(W: Float[Tensor, "n_local d_in"], seed: int, first: int) -> None
 
     Args:
         W: The shard.
-        seed: Of the dictionary.
+        seed: Seed of the dictionary.
         first: Number of the shard's first row.
     """
     for block in range(first // _BLOCK, -(-(first + len(W)) // _BLOCK)):

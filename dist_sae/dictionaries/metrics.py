@@ -1,4 +1,4 @@
-"""The one definition of every metric. Sums over a set, never means of per-batch ratios."""
+"""Metrics of a dictionary, as sums over a data set, never means of per-batch ratios."""
 
 import math
 from typing import NamedTuple
@@ -15,7 +15,7 @@ _DUPLICATES_CHUNK = 16_384
 
 
 class Fit(NamedTuple):
-    """Sums over the rows seen so far; they add up over batches and ranks."""
+    """Sums over the rows seen so far; sums of batches and of ranks can be added."""
 
     squared_error: Float[Tensor, ""]
     squared_total: Float[Tensor, ""]
@@ -68,10 +68,10 @@ class Fit(NamedTuple):
 
 
 def ce_recovered(clean: float, spliced: float, ablated: float) -> float:
-    """Share of the ablation's harm that the reconstruction avoids: 1 perfect, 0 no better.
+    """Share of the ablation's loss that the reconstruction recovers: 1 all, 0 none.
 
     (ablated - spliced) / (ablated - clean), of cross-entropies, as SAEBench defines it.
-    NaN where the ablation does no harm.
+    NaN where the ablation costs nothing.
     """
     if ablated == clean:
         return math.nan

@@ -27,12 +27,12 @@ Activation = Callable[..., tuple[Tensor, Tensor]]
 Where z is not above the bound both are 0, and so are their gradients.
 """
 
-_RARE = 0.003  # of the rows: new latents add little to what known ones make of a row, and live
-_INIT_ROWS = 16_384  # looked at
+_RARE = 0.003  # share of rows: new latents hardly disturb known ones, and do not die
+_INIT_ROWS = 16_384  # rows looked at for initial thresholds
 _INIT_CHUNK = 1024  # latents
-_CHUNK_BYTES = 16 * 2**20  # of one [rows, chunk] matrix in fp32; a chunk needs about ten
+_CHUNK_BYTES = 16 * 2**20  # bytes of one [rows, chunk] matrix in fp32; a chunk needs about ten
 _CHUNK = 8192  # latents, at most
-_MOST_ENTRIES = 2**23  # that are held: a step needs about a hundred bytes for each
+_MOST_ENTRIES = 2**23  # entries held at once; a step needs about 100 bytes for each
 
 
 class Penalised(Dictionary):
@@ -109,7 +109,7 @@ def encode_decode(
         sae: The dictionary.
         x: The replica's rows.
         activation: Gives codes and penalties.
-        bound: Nothing at or below it has a code or a gradient.
+        bound: Pre-activations at or below it have neither code nor gradient.
         per_latent: Arguments of `activation`; get their gradients.
         unit_rows: As in `autograd.decode`.
         W_enc: The encoder from `autograd.with_product`; None takes the plain one.

@@ -1,6 +1,6 @@
-"""Schedules as pure functions of the step, or of the share of the run that is done."""
+"""Schedules, as pure functions of the step or of the share of the run that is done."""
 
-GROWTH = 9  # running means keep n / (n + 9) after n updates: they go back over a tenth of them
+GROWTH = 9  # running means keep n / (n + 9) after n updates, so they cover the last tenth
 
 
 def learning_rate(
@@ -10,10 +10,10 @@ def learning_rate(
 
     Args:
         step: From 0; the update that takes the run from `step` to `step + 1`.
-        steps: Of the whole run.
-        peak: The constant in the middle.
-        warmup_steps: The first update has peak / warmup_steps.
-        decay_share: The last update has peak / (decay_share * steps).
+        steps: Steps of the whole run.
+        peak: Rate in the constant part.
+        warmup_steps: Steps of the rise; the first update has peak / warmup_steps.
+        decay_share: Share of steps of the fall; the last update has peak / (decay_share * steps).
     """
     rise = (step + 1) / warmup_steps if warmup_steps else 1.0
     fall = (steps - step) / (decay_share * steps) if decay_share else 1.0

@@ -13,9 +13,9 @@ from torch.autograd.function import once_differentiable
 from dist_sae.dictionaries.axis import WHOLE
 
 entered = 0
-"""Collectives that this rank has entered."""
+"""Number of collectives that this rank has entered."""
 seconds = 0.0
-"""Spent in them: on a CPU, where they are waited for; on a GPU they are only begun."""
+"""Seconds spent in them. On a GPU this is the time to launch them."""
 
 
 class ShardedAxis(NamedTuple):
@@ -148,7 +148,7 @@ def _summed(tensor: Tensor, group: dist.ProcessGroup | None) -> Tensor:
 
 @contextmanager
 def collective() -> Iterator[None]:
-    """Around every exchange between ranks: counts it, and its time."""
+    """Count a collective and its time."""
     global entered, seconds  # noqa: PLW0603 - of the process, like the process groups
     entered += 1
     since = time.perf_counter()

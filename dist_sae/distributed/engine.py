@@ -1,4 +1,4 @@
-"""Averages the gradients and updates the parameters, by DeepSpeed."""
+"""Optimiser steps: gradient averaging, clipping and Adam, by DeepSpeed or plain torch."""
 
 import math
 from collections.abc import Mapping
@@ -23,10 +23,10 @@ _MOMENTS: tuple[str, ...] = ("exp_avg", "exp_avg_sq")  # of Adam
 
 @runtime_checkable
 class Engine(Protocol):
-    """One optimiser step of a dictionary, however many ranks share it."""
+    """Objective, gradients and updates of a dictionary over any number of ranks."""
 
     moments: tuple[str, ...]
-    """Names of the optimiser's state of each parameter."""
+    """Names of the optimiser's state tensors of a parameter."""
 
     def objective(self, rows: Rows, context: StepContext) -> Output:
         """The dictionary's objective on this rank's rows."""
@@ -56,12 +56,12 @@ class Engine(Protocol):
         ...
 
     def restore(self, step: int, moments: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
-        """Take over parameters that were changed from outside, and Adam's state at `step`."""
+        """Take over changed parameters, and set Adam's state at `step`."""
         ...
 
 
 class LocalEngine:
-    """Plain torch, one process: what readers read and what tests compare DeepSpeed with."""
+    """Plain torch in one process, the reference for DeepSpeed."""
 
     moments = _MOMENTS
 
@@ -192,7 +192,7 @@ class DeepSpeedEngine:
 
 
 class _Mpu:
-    """The latent axis in DeepSpeed's words: Megatron's "model parallel" ranks."""
+    """The latent axis as DeepSpeed expects it: Megatron's "model parallel" ranks."""
 
     def __init__(self, axis: LatentAxis) -> None:
         assert isinstance(axis, ShardedAxis)
@@ -226,7 +226,7 @@ def build_optimizer(run: Run, sae: Dictionary) -> torch.optim.Adam:
 
 
 def set_lr(optimizer: torch.optim.Adam, lr: float) -> None:
-    """The learning rate of the next update."""
+    """Set the learning rate of the next update."""
     for group in optimizer.param_groups:
         group["lr"] = lr
 
@@ -236,7 +236,7 @@ def set_state(
     step: int,
     moments: Mapping[nn.Parameter, Mapping[str, Tensor]],
 ) -> None:
-    """Adam's state after `step` updates."""
+    """Set Adam's state to that after `step` updates."""
     for parameter, state in moments.items():
         taken = torch.tensor(float(step), device=parameter.device)
         optimizer.state[parameter] = {"step": taken, **state}
@@ -268,7 +268,7 @@ def clip_gradients(sae: Dictionary, optimizer: torch.optim.Adam, clip_norm: floa
 
 
 def _square_sum(gradient: Tensor) -> Float[Tensor, ""]:
-    """Of all elements, in fp64 from rows of d_in on.
+    """Sum of the squares of all elements, in fp64 over rows.
 
     On a CPU `vector_norm` of all at once adds them up in a few fp32 numbers: of 67 million squares
     it lost one percent, and took twice the time.

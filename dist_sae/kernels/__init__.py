@@ -1,7 +1,6 @@
 """The sparse products. `torch` runs anywhere, `native` on CPUs, `triton` on NVIDIA GPUs.
 
-All take the non-zeros of a `[batch, n_latents]` matrix as `Entries` and never make it dense;
-`reference`, the oracle of the tests, does.
+All take the non-zeros of a `[batch, n_latents]` matrix as `Entries` and never make it dense.
 """
 
 from dist_sae.kernels.base import (

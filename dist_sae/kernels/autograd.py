@@ -11,7 +11,7 @@ from dist_sae.kernels import Entries, Kernels
 
 
 class _Encode(torch.autograd.Function):
-    """The given pre-activations, as a function of what they came from."""
+    """Pre-activations that were computed before, with the gradients of their computation."""
 
     @staticmethod
     def forward(
@@ -133,13 +133,13 @@ def encode(
     """Pre-activations x W_enc^T + b_enc at the entries, with gradients to the parameters.
 
     Args:
-        pre_acts: Their values, from the selection.
+        pre_acts: Values of the entries, from the selection.
         kernels: The sparse products.
-        entries: Where they are.
+        entries: Positions of the entries.
         x: The rows; where the recipe subtracts b_dec, already centred. Gets no gradient.
         W_enc: Encoder.
         b_enc: Encoder bias.
-        b_dec: Given if the rows are centred with it: gets the gradient of that.
+        b_dec: Centre that was subtracted from the rows, for its gradient; None if none was.
     """
     result: Tensor = _Encode.apply(  # type: ignore[no-untyped-call]
         pre_acts, kernels, entries, x, W_enc, b_enc, b_dec
@@ -160,7 +160,7 @@ def decode(
     Args:
         acts: Codes.
         kernels: The sparse products.
-        entries: Where they are.
+        entries: Positions of the entries.
         W_dec: Decoder.
         unit_rows: Leave out of the gradient of W_dec the part along its rows, whose norm is held at
             1. It would only change the norm, and fill Adam's second moment with a direction that is

@@ -1,4 +1,4 @@
-"""What the sparse products take and give. See the package."""
+"""Interface of the sparse products."""
 
 from collections.abc import Sequence
 from functools import cached_property
@@ -11,11 +11,11 @@ from torch import Tensor
 
 
 class Entries:
-    """Where the non-zeros of a [batch, n_latents] matrix are, row after row.
+    """Positions of the non-zeros of a [batch, n_latents] matrix, row after row.
 
     Args:
-        latents: Column of each.
-        starts: Where each row's begin.
+        latents: Column of each entry.
+        starts: Index of each row's first entry.
         n_latents: Columns of the matrix.
     """
 
@@ -28,7 +28,7 @@ class Entries:
 
     @classmethod
     def stacked(cls, parts: Sequence["Entries"]) -> "Entries":
-        """Those of matrices of the same width, one below the other."""
+        """Entries of matrices of the same width, one below the other."""
         if len(parts) == 1:
             return parts[0]
         latents = torch.cat([part.latents for part in parts])
@@ -45,7 +45,7 @@ class Entries:
 
     @cached_property
     def by_latent(self) -> tuple[Int[Tensor, " entries"], Int[Tensor, " n_latents"]]:
-        """(Entries in the order of their latent, where each latent's begin)."""
+        """(Entries sorted by latent, index of each latent's first)."""
         keys = self.latents.int()  # an int32 sort is far faster than an int64 one
         order = keys.argsort(stable=True)
         counts = torch.bincount(keys, minlength=self.n_latents)
@@ -70,7 +70,7 @@ class KeepLargest(Protocol):
 
 
 class Combine(Protocol):
-    """C W: for each row the sum of rows of W, weighted with the row's coefficients."""
+    """C W: each row is a sum of rows of W, weighted with the row's coefficients."""
 
     def __call__(
         self,
@@ -92,7 +92,7 @@ class GatherDot(Protocol):
 
 
 class SumByLatent(Protocol):
-    """C^T rows: for each latent the sum of rows, weighted with its coefficients.
+    """C^T rows: each latent gets a sum of rows, weighted with its coefficients.
 
     Less along[n] W[n] for each latent n with entries, if these are given.
     """
@@ -108,7 +108,7 @@ class SumByLatent(Protocol):
 
 
 class Empty(Protocol):
-    """Memory for a gradient like a weight, not filled."""
+    """Allocates a gradient of a weight's shape, not filled."""
 
     def __call__(
         self, W: Float[Tensor, "n_latents d_in"], /

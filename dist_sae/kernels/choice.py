@@ -1,4 +1,4 @@
-"""Which implementation of the sparse products runs."""
+"""Choice of the implementation of the sparse products."""
 
 import importlib.util
 import logging
@@ -19,7 +19,7 @@ def choose_kernels(
     """The kernels that the run asks for, or for `auto` the fastest that can run on the device.
 
     Raises:
-        ConfigError: Those asked for by name cannot run here.
+        ConfigError: The kernels asked for by name cannot run here.
     """
     kernels, reason = TORCH, None
     match wish, device.type:

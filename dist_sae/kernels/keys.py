@@ -1,7 +1,7 @@
 """A pre-activation and its latent as one int64, in the order of (pre-activation, -latent).
 
-So that a selection is exact: of equal pre-activations the one with the lower latent wins, whatever
-the chunks and shards.
+This makes selections exact: of equal pre-activations the lower latent wins, whatever the chunks and
+shards.
 """
 
 import torch

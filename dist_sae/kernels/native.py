@@ -1,4 +1,4 @@
-"""The sparse products on a CPU: the selection and the sums by latent in C++, the rest is torch's.
+"""The sparse products on a CPU: selection and sums by latent in C++, the rest in torch.
 
 `native.cpp` is compiled when it is first needed (g++ or clang++, two seconds) and kept in
 `~/.cache/dist_sae`. It looks at every pre-activation once and keeps the largest in a small buffer:
@@ -31,11 +31,11 @@ logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 _FLAGS = ("-O3", "-march=native", "-fopenmp")
-_WEIGHTS = 2  # of a dictionary
+_WEIGHTS = 2  # gradients kept: of W_enc and W_dec
 
 
 def kernels() -> Kernels:
-    """Those of one dictionary: they keep the memory of its gradients."""
+    """Kernels for one dictionary, which reuse the memory of its gradients."""
     memory = Memory()
     return plain.KERNELS._replace(
         name="native",
@@ -46,7 +46,7 @@ def kernels() -> Kernels:
 
 
 def available() -> str | None:
-    """None if the library is there or could be built, else why not."""
+    """The reason why the library cannot be used; None if it can."""
     try:
         _library()
     except OSError as exc:
@@ -86,7 +86,7 @@ def sum_by_latent(
 
 
 class Memory:
-    """Of gradients that are gone, for those to come."""
+    """Reuses the memory of freed gradients."""
 
     def __init__(self) -> None:
         self._kept: list[tuple[Tensor, weakref.ref[Any]]] = []
@@ -97,7 +97,7 @@ class Memory:
         return self.empty(*W.shape) if is_kept else torch.empty_like(W)
 
     def empty(self, *shape: int) -> Float[Tensor, "n_latents d_in"]:
-        """An fp32 tensor in memory that no other tensor has any more, fresh if there is none."""
+        """An fp32 tensor in reused memory, or in fresh memory if none is free."""
         kept = (tensor for tensor, held in self._kept if held() is None)
         tensor = next((t for t in kept if t.shape == shape), None)
         if tensor is None:

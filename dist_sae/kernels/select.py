@@ -1,4 +1,4 @@
-"""Which latents: the encoder product, chunk by chunk of latents, and the selection from it.
+"""The encoder product, chunk by chunk of latents, and selections from it.
 
 Only `[batch, chunk]` pre-activations are ever held. Selections are exact (`keys.py`).
 """
@@ -27,14 +27,14 @@ class Candidates(NamedTuple):
 
 
 class Block(NamedTuple):
-    """A part of x W_enc^T."""
+    """A block of x W_enc^T."""
 
     rows: slice
     latents: Int[Tensor, " chunk"]
     products: Float[Tensor, "rows chunk"]
-    """Overwritten by the next block's."""
+    """Overwritten by the next block."""
     opens: bool
-    """Is the first of its chunk of latents; those of the next chunk are higher."""
+    """First block of its chunk of latents; latents of the next chunk are higher."""
 
 
 def products(
@@ -43,13 +43,13 @@ def products(
     product_dtype: torch.dtype,
     among: Int[Tensor, " some"] | None = None,
 ) -> Iterator[Block]:
-    """The encoder product, block by block: of a chunk of latents all rows, then the next chunk.
+    """The encoder product, block by block: all rows of a chunk of latents, then the next chunk.
 
     Args:
         x: Rows, centred where the recipe does.
         W_enc: Encoder.
         product_dtype: Precision of the product.
-        among: These latents only; ascending.
+        among: Latents to look at, ascending; all if None.
     """
     x = x.to(product_dtype)
     n = len(W_enc) if among is None else len(among)
@@ -85,7 +85,7 @@ def topk_keys(
         batch: Rows of x.
         b_enc: Encoder bias.
         k: Keys of a row; where it meets fewer latents, the rest is `NOTHING`.
-        kernels: Have the selection.
+        kernels: The sparse products.
         first: Number of the first latent.
     """
     best = b_enc.new_full((batch, k), NOTHING, dtype=torch.int64)
@@ -116,7 +116,7 @@ def above(
     Args:
         blocks: x W_enc^T, chunk after chunk.
         b_enc: Encoder bias.
-        bound: For each latent.
+        bound: Bound of each latent.
         limit: Give up when there are more than this many.
 
     Returns:
@@ -141,20 +141,20 @@ def largest(blocks: Iterable[Block], b_enc: Float[Tensor, " n_latents"], count: 
         count: From 1.
 
     Returns:
-        At least these (fewer if fewer are positive), and some that are smaller or equal, in any
-        order. Of equal ones with the same value, those of lower latents are there.
+        These, or all positive ones if there are fewer, with some smaller or equal ones, in any
+        order. Of equal values the lower latents are there.
     """
     found = _nothing(b_enc)
     bound = least = b_enc.new_zeros(())
     for rows, columns, block, opens in blocks:
         if len(found.values) > (count if opens else 2 * count):
             found, bound = _cut(found, count)
-        # of equals, those of a later chunk lose; in a chunk a later row may have a lower latent
+        # of equal values a later chunk loses; within a chunk a later row may have a lower latent
         if opens:
             least = bound
         pre_acts = block + b_enc[columns]
         chosen = (pre_acts > least) & (pre_acts >= bound)
-        if not len(found.values) and pre_acts.numel() > 4 * count:  # spare us most of the first
+        if not len(found.values) and pre_acts.numel() > 4 * count:  # drops most of the first block
             peaks = pre_acts[:, : pre_acts.shape[1] // _GROUP * _GROUP]
             peaks = peaks.reshape(len(peaks), _GROUP, -1).amax(1).flatten()
             if len(peaks) >= count:
@@ -166,13 +166,13 @@ def largest(blocks: Iterable[Block], b_enc: Float[Tensor, " n_latents"], count: 
 
 
 def by_row(found: Candidates) -> Candidates:
-    """The same, row after row; within a row in the order they came in."""
+    """The candidates sorted by row; within a row their order is kept."""
     order = found.rows.int().argsort(stable=True)
     return Candidates(*(part[order] for part in found))
 
 
 def starts_of(rows: Int[Tensor, " entries"], batch: int) -> Int[Tensor, " batch"]:
-    """Where each row's entries begin, of entries that lie row after row."""
+    """Index of each row's first entry, of entries sorted by row."""
     counts = torch.bincount(rows, minlength=batch)
     return counts.cumsum(0) - counts
 

@@ -1,1 +1,1 @@
-"""The recipes, a file for each, equation first."""
+"""One recipe per file, equation first."""

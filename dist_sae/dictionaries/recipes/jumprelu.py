@@ -41,7 +41,7 @@ class JumpReLU(Penalised):
 
     def __init__(self, config: JumpReLUConfig, d_in: int, *place: Any, **precision: Any) -> None:
         super().__init__(config, d_in, *place, **precision)
-        self.rms_norm = math.sqrt(d_in)  # of the rows, which are scaled
+        self.rms_norm = math.sqrt(d_in)  # root mean square norm of scaled rows
         self.bandwidth = (config.bandwidth or config.least_code) * self.rms_norm
         theta = nn.Parameter(torch.zeros_like(self.b_enc))
         self.add_tensor("theta", theta, per_latent=True)

@@ -51,12 +51,12 @@ from dist_sae.dictionaries.selection import BatchTopK, RowTopK
 from dist_sae.kernels import select
 from dist_sae.kernels.select import Block
 
-_BALANCING_STEPS = 200  # of the initial router, on the first batch
-_ROUTER_SEED = 1  # beside the dictionary's
+_BALANCING_STEPS = 200  # steps that balance the initial router on the first batch
+_ROUTER_SEED = 1  # added to the dictionary's
 
 
 class Route(NamedTuple):
-    """Where rows go."""
+    """Experts and gates of rows."""
 
     p: Float[Tensor, "rows experts"]
     experts: Int[Tensor, "rows chosen"]
