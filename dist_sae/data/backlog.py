@@ -1,4 +1,4 @@
-"""How many units there are for a run to read."""
+"""Number of units that are ready for a run to read."""
 
 import logging
 import threading
@@ -16,7 +16,7 @@ _LOOK_EVERY_SECONDS = 15.0
 
 
 class ReadyUnits:
-    """Counts, beside the training, the training units that exist.
+    """Counts the existing training units in a thread.
 
     Producers work in the order of the plan, so a look is a request or two: pages of units that are
     complete are not listed again, nor what lies behind an empty one.
@@ -24,7 +24,7 @@ class ReadyUnits:
     Args:
         store: The activation set.
         plan: Its plan.
-        show: Is told how many there are, from a thread, while this lasts.
+        show: Called from the thread with the number of units.
     """
 
     def __init__(self, store: ObjectStore, plan: Plan, show: Callable[[int], None]) -> None:
@@ -44,7 +44,7 @@ class ReadyUnits:
         self._over.set()
 
     def count(self) -> int:
-        """Training units that exist now."""
+        """Count the training units that exist now."""
         train = self._plan.train_units
         page, ready = self._complete_pages, self._complete_pages * PAGE
         while page * PAGE < len(train):
@@ -61,6 +61,6 @@ class ReadyUnits:
             try:
                 self._show(self.count())
             except StoreError as exc:
-                logger.warning("the backlog of units is not known: %s", exc)
+                logger.warning("the number of ready units is not known: %s", exc)
             if self._over.wait(_LOOK_EVERY_SECONDS):
                 return

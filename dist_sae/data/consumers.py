@@ -1,4 +1,4 @@
-"""How far each training run has come: holds producers back, and says what may be deleted.
+"""Progress of each training run, by which producers wait and consumed shards are deleted.
 
     consumers/<run>.json    rewritten as the run goes; its age, by the store's clock, tells whether
                             it still goes
@@ -36,9 +36,9 @@ class Consumer(Record):
     schema_version: Literal[1] = 1
     run: str
     reached: int
-    """It reads this unit or later ones now. Producers run ahead of it by so many units."""
+    """Lowest unit that it reads now. `store.max_ahead_units` counts from here."""
     needed: int
-    """It may read this unit or later ones again, from its last checkpoint on."""
+    """Lowest unit that it would read again from its last checkpoint."""
 
 
 class Retired(Record):
@@ -50,7 +50,7 @@ class Retired(Record):
 
 
 def retired_below(store: ObjectStore) -> int:
-    """Units below it have no shards any more."""
+    """Return the unit below which all shards have been deleted."""
     try:
         return read_record(Retired, store, _RETIRED_KEY).below
     except ObjectNotFoundError:
@@ -58,12 +58,12 @@ def retired_below(store: ObjectStore) -> int:
 
 
 def kept_units(store: ObjectStore, plan: Plan) -> range:
-    """Training units that have not been deleted after use."""
+    """Return the training units whose shards have not been deleted."""
     return plan.train_units[retired_below(store) :]
 
 
 def lowest_unit(plan: Plan, cursors: Mapping[int, StreamCursor], *, keeps: bool) -> int:
-    """The first unit, in the order of the plan, of all windows that are being read.
+    """Return the lowest unit of the windows that are being read.
 
     A run of one pass that has ended reads its last windows again; with more (`keeps`) every unit
     has been there once.
@@ -78,16 +78,16 @@ def lowest_unit(plan: Plan, cursors: Mapping[int, StreamCursor], *, keeps: bool)
 
 
 def check_ahead(run: Run, plan: Plan, rows: int, first: int = 0) -> None:
-    """Make sure that producers are not held back before training can take its first step.
+    """Check that `store.max_ahead_units` lets training take its first step.
 
     Args:
         run: The run, resolved.
         plan: Its plan.
-        rows: Rows that the run reads before it can say that it has come any further.
-        first: The unit from which on it reads.
+        rows: Rows that the run reads before it reports progress.
+        first: First unit that it reads.
 
     Raises:
-        ConfigError: They would be, for ever.
+        ConfigError: Producers would wait for ever.
     """
     units = plan.rows_of_units[first : plan.n_train_units]
     if problem := run.ahead_problem(rows, plan.first_windows, units, most=len(units)):
@@ -99,7 +99,7 @@ class Consumers:
 
     Args:
         store: The activation set.
-        expiry_hours: After so long without a word a run counts as abandoned.
+        expiry_hours: A run that has not reported for this long counts as abandoned.
     """
 
     def __init__(self, store: ObjectStore, expiry_hours: float) -> None:
@@ -108,12 +108,12 @@ class Consumers:
         self._abandoned: set[str] = set()
 
     def report(self, run: str, *, reached: int, needed: int) -> None:
-        """Say how far a run has come; its first word registers it."""
+        """Report how far a run has come; the first report registers it."""
         consumer = Consumer(run=run, reached=reached, needed=needed)
         self._store.put(f"{_CONSUMERS.folder}{run}.json", seal(consumer))
 
     def all(self) -> list[tuple[Consumer, Entry]]:
-        """Every run that ever registered."""
+        """Return every run that ever registered."""
         found = []
         for key, entry in list(_CONSUMERS.entries(self._store)):
             try:
@@ -127,11 +127,11 @@ class Consumers:
         return found
 
     def is_abandoned(self, entry: Entry) -> bool:
-        """Whether the run that this object is of counts no more."""
+        """Tell whether the run of this object counts as abandoned."""
         return entry.age_seconds > self._expiry_seconds
 
     def alive(self) -> list[Consumer]:
-        """The runs that count."""
+        """Return the runs that are not abandoned."""
         alive = []
         for consumer, entry in self.all():
             if not self.is_abandoned(entry):
@@ -146,7 +146,7 @@ class Consumers:
         return alive
 
     def slowest(self) -> tuple[int, str]:
-        """(The unit that the slowest run has reached, its name); without runs, where they ended."""
+        """Return the slowest run's unit and name; if all are abandoned, the last one's."""
         alive = self.alive()
         if alive:
             return min((consumer.reached, consumer.run) for consumer in alive)
@@ -154,10 +154,10 @@ class Consumers:
         return max(gone, default=(0, "the first run to come"))
 
     def check_present(self, run: str, needed: int) -> None:
-        """Say at once that what a run is going to read was deleted.
+        """Check that no shard that a run is going to read was deleted.
 
         Raises:
-            DataExhaustedError: It was.
+            DataExhaustedError: One was.
         """
         below = retired_below(self._store)
         if needed < below:
@@ -168,7 +168,7 @@ class Consumers:
             )
 
     def retire(self, plan: Plan) -> int:
-        """Delete the shards that no run will read again; returns of units below which, if any.
+        """Delete the shards that no run will read again; return the unit below which, 0 for none.
 
         The manifests stay, so that nobody produces the units again.
         """
@@ -187,7 +187,7 @@ class Consumers:
 
 
 class Registration:
-    """A run's word to producers and to other runs, while it trains.
+    """Reports a run's progress to producers and to other runs.
 
     Args:
         consumers: The runs on the activation set.
@@ -195,7 +195,7 @@ class Registration:
         run: Name of the run.
         keeps: It may go through the data again, so it needs all units until it has ended.
         retires: Whether to delete what no run needs any more.
-        speaks: One rank of a run does; the others are silent.
+        speaks: Whether this rank reports; one rank of a run does.
     """
 
     def __init__(
@@ -219,30 +219,30 @@ class Registration:
 
     @property
     def reached(self) -> int:
-        """The unit that reading has come to; those before it, in the plan's order, are read."""
+        """Unit that reading has reached; earlier units in the plan's order are read."""
         return self._reached
 
     def begin(self, cursors: Mapping[int, StreamCursor]) -> None:
-        """Register, or come back; `cursors` are the last checkpoint's, none at the beginning.
+        """Register the run, from the cursors of its last checkpoint; without one they are empty.
 
         Raises:
-            DataExhaustedError: What the run is going to read was deleted.
+            DataExhaustedError: Shards that the run is going to read were deleted.
         """
         self._reached, self._before = 0, self._lowest(cursors)
         self.durable(cursors)
         self._consumers.check_present(self._run, self._needed)
 
     def at(self, cursors: Mapping[int, StreamCursor]) -> None:
-        """Say how far reading has come, when it is worth saying."""
+        """Report how far reading has come, if at another unit or silent for long."""
         reached = self._lowest(cursors)
         if reached != self._reached or time.monotonic() - self._said > _ALIVE_EVERY_SECONDS:
             self._reached = reached
             self._say()
 
     def durable(self, cursors: Mapping[int, StreamCursor], *, ended: bool = False) -> None:
-        """A checkpoint would go on from here; `ended`: nothing will be read any more.
+        """Report where a checkpoint would resume; `ended`: the run reads nothing more.
 
-        What the checkpoint before needs is kept too: this one may turn out to be damaged.
+        Units that the previous checkpoint needs are kept too: this one may prove damaged.
         """
         lowest = self._plan.n_train_units if ended else self._lowest(cursors)
         self._reached = max(self._reached, lowest)

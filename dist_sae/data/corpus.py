@@ -53,14 +53,14 @@ class CorpusIndex(NamedTuple):
     files: tuple[CorpusFile, ...]
     spans: list[Span]
     text_bytes: list[int]
-    """Of each span's documents, as UTF-8; what no encoding can write gives no rows and has none."""
+    """Bytes of each span's documents as UTF-8; 0 for a document that cannot be encoded."""
     digests: list[bytes] | None = None
-    """The checksums of each span's documents, one after the other; None where there is no text."""
+    """Checksums of each span's documents, concatenated; None without text."""
     commit: str | None = None
-    """Of a data set on the hub."""
+    """Commit of a data set on the hub."""
 
     def checksums(self, units: Iterable[Iterable[SupportsIndex]]) -> tuple[str, ...] | None:
-        """Checksum of the documents of each unit, whose spans are named by their place here."""
+        """Compute the checksum of each unit's documents, from the indices of its spans."""
         if self.digests is None:
             return None
         digests = self.digests
@@ -83,7 +83,7 @@ class Corpus:
         """Read everything once: count, check and fingerprint it.
 
         Args:
-            said: Is told now and then of how many documents have been read.
+            said: Called now and then with the number of documents read.
 
         Raises:
             CorpusError: A file is missing or unreadable, or there is no text at all.
@@ -113,16 +113,16 @@ class Corpus:
     def read(
         self, files: Sequence[CorpusFile], spans: Iterable[Span], checksum: str | None = None
     ) -> list[Document]:
-        """The documents of `spans`, numbered over the whole corpus in the order of `files`.
+        """Read the documents of `spans`, numbered over the whole corpus in the order of `files`.
 
         Args:
             files: As they were planned.
-            spans: Of these files.
-            checksum: Of the documents, as they were planned; None where the plan has none. Then a
-                change is noticed by the files alone, and not in a data set.
+            spans: Spans of these files.
+            checksum: Planned checksum of the documents; None if the plan has none. Then only
+                changes of files are noticed, and none of a data set.
 
         Raises:
-            CorpusError: The text is not what it was when it was indexed.
+            CorpusError: The text has changed since it was indexed.
         """
         spans = list(spans)
         if files is not self._planned.files:
@@ -150,14 +150,14 @@ class Corpus:
         return documents
 
     def holds(self, files: Sequence[CorpusFile], commit: str | None = None) -> bool:
-        """Whether the corpus is these files, in any order and wherever it lies now.
+        """Tell whether the corpus is these files, in any order and place.
 
-        Sizes that agree suffice: `read` looks closer; on the hub the commits of one name tell. So
-        programs that need no text read none.
+        Compares sizes, or commits on the hub, so that programs that need no text read none;
+        `read` compares content.
 
         Args:
             files: As they were planned.
-            commit: Of the data set on the hub that they are, where that is known.
+            commit: Commit of the data set on the hub, if known.
 
         Raises:
             CorpusError: Text is missing or unreadable.
@@ -180,7 +180,7 @@ class Corpus:
     def _index(
         self, name: str, found: "_Found", said: Callable[[int], None], earlier: int
     ) -> CorpusFile:
-        """Read one file through; what is found is added to `found`."""
+        """Read one whole file and add its documents to `found`."""
         is_file = isinstance(self._files.config, FilesCorpus)
         before = self._files.state(name) if is_file else None
         blank = refused = 0
@@ -199,14 +199,14 @@ class Corpus:
         if blank or not found.starts:
             logger.log(
                 logging.INFO if found.starts else logging.WARNING,
-                "%s: %d documents; %d records without text are none",
+                "%s: %d documents; %d records without text are left out",
                 name,
                 len(found.starts),
                 blank,
             )
         if refused:
             logger.warning(
-                "%s: %d of %d documents have half a surrogate pair, which no tokenizer takes: "
+                "%s: %d of %d documents contain half a surrogate pair, which tokenizers refuse: "
                 "they are left out, and counted as refused",
                 name,
                 refused,
@@ -230,7 +230,7 @@ class Corpus:
         )
 
     def _present(self, files: Sequence[CorpusFile], spans: Iterable[Span]) -> dict[int, str]:
-        """Where the files of `spans` lie now, by their number."""
+        """Find where the files of `spans` lie now, by file number."""
         return {
             number: self._files.find(files[number], self._planned.names)
             for number in sorted({span.file for span in spans})
@@ -246,7 +246,7 @@ class _Found:
 
 
 class _Planned(NamedTuple):
-    """Planned files with what every read asks of all of them: there may be thousands."""
+    """Planned files, with what every read needs of all of them: there may be thousands."""
 
     files: Sequence[CorpusFile]
     first_numbers: list[int]
@@ -260,7 +260,7 @@ class _Planned(NamedTuple):
 
 
 def is_encodable(text: str) -> bool:
-    """Whether a text is one: JSON can write half a surrogate pair, which stands for nothing."""
+    """Tell whether a text can be encoded: JSON can hold half a surrogate pair."""
     try:
         text.encode()
     except UnicodeEncodeError:
@@ -277,5 +277,5 @@ def _digest(text: str) -> bytes:
 
 
 def _combined(digests: Iterable[bytes]) -> str:
-    """Checksum of documents, from the checksum of each."""
+    """Combine documents' checksums into one."""
     return xxhash.xxh3_128_hexdigest(b"".join(digests))

@@ -61,13 +61,13 @@ class CorpusFiles:
 
     def __init__(self, config: CorpusConfig, s3: S3Config) -> None:
         self.config = config
-        # one of each for every file
+        # caches, one entry per file
         self.names = cache(self._find_names)
         """Their names, in order."""
         self.format = cache(self._open)
         """The texts of a file, by its name."""
         self.size = cache(self._measure)
-        """Bytes of a file as it lies, by its name."""
+        """Bytes of a stored file, by its name."""
         self._named = cache(lambda: dict.fromkeys(self.names()))
         self._namesakes = cache(self._find_namesakes)
         self._local = cache(self._unpack)
@@ -96,7 +96,7 @@ class CorpusFiles:
         return commit
 
     def find(self, file: CorpusFile, planned: Set[str]) -> str:
-        """Where a planned file lies now: a file of the run, or where it was, with its content.
+        """Find where a planned file lies now: among the run's files, or where it was.
 
         Args:
             file: As it was planned.
@@ -130,7 +130,7 @@ class CorpusFiles:
     def _candidates(
         self, file: CorpusFile, names: Mapping[str, None], planned: Set[str]
     ) -> Iterator[str]:
-        """Where a planned file may lie, likely places first."""
+        """Yield where a planned file may lie, likely places first."""
         if file.name in names:
             yield file.name
         namesakes = self._namesakes().get(Path(file.name).name, {}) if names else {}
@@ -161,7 +161,7 @@ class CorpusFiles:
         return list(dict.fromkeys(names))  # a file that two patterns match is read once
 
     def _find_namesakes(self) -> dict[str, dict[str, None]]:
-        """The files by the last part of their names."""
+        """Group the files by the last part of their names."""
         found: dict[str, dict[str, None]] = {}
         for name in self.names():
             found.setdefault(Path(name).name, {})[name] = None
@@ -178,7 +178,7 @@ class CorpusFiles:
         return JsonLines(name, self._local(name), config.text_field)
 
     def _unpack(self, name: str) -> Path:
-        """The file, or a local copy of it, as plain text or JSON lines."""
+        """Return the file, or a local copy of it, as plain text or JSON lines."""
         assert isinstance(self.config, FilesCorpus)
         if not name.endswith(FORMATS):
             raise CorpusError(f"{name}: unknown kind of file; use one of {', '.join(FORMATS)}")
@@ -200,7 +200,7 @@ class CorpusFiles:
         return path
 
     def _measure(self, name: str) -> int:
-        """Size of a file as it lies, in bytes."""
+        """Return the size of a stored file in bytes."""
         if not name.startswith("s3://"):
             with os_errors(name):
                 return Path(name).stat().st_size
@@ -215,19 +215,19 @@ class CorpusFiles:
         return self._bucket(bucket), key
 
     def _make_scratch(self) -> Path:
-        """A folder that goes away with this object."""
+        """Create a folder that is deleted with this object."""
         folder = tempfile.mkdtemp(prefix="dist_sae-")
         weakref.finalize(self, shutil.rmtree, folder, ignore_errors=True)
         return Path(folder)
 
     def fingerprint(self, name: str) -> str:
-        """sha256 of a file, unpacked."""
+        """Return the sha256 of the unpacked file."""
         state = self.state(name)
         with os_errors(name):
             return self._hash(self._local(name), state)
 
     def state(self, name: str) -> tuple[int, int, int]:
-        """Changes when the unpacked file is written anew: inode, size, time in ns."""
+        """Return (inode, size, time in ns), which change if the unpacked file is written anew."""
         with os_errors(name):
             there = self._local(name).stat()
         return there.st_ino, there.st_size, there.st_mtime_ns

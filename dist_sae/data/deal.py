@@ -1,4 +1,4 @@
-"""Documents dealt to units by size, so that units and above all streams have equal rows.
+"""Dealing documents to units by size, so that units and above all streams have equal rows.
 
 Long documents are dealt before short ones (by powers of two), documents of about one length in a
 seeded random order. Each goes to the stream with the fewest rows, and within the stream to the unit
@@ -19,17 +19,17 @@ _FIRST_ROWS = 65_536  # of all streams' first windows: what training waits for
 
 
 class Layout(NamedTuple):
-    """How the rows of an activation set are cut up."""
+    """Streams, windows and unit sizes of an activation set."""
 
     streams: int
     window_units: int
     unit_rows: int
-    """Rows of a unit, about; of the largest where the first ones are smaller."""
+    """Approximate rows of a unit, of the largest if the first ones are smaller."""
     first_unit_rows: int
-    """Rows of a unit of the first windows; window by window they double, up to `unit_rows`."""
+    """Rows of a unit in the first windows; they double window by window up to `unit_rows`."""
 
     def targets(self, rows: int) -> NDArray[np.int64]:
-        """Rows that each unit of a stream of so many rows is to have."""
+        """Return the rows that each unit of a stream with this many rows should have."""
         targets = list[int]()
         size = self.first_unit_rows
         while size < self.unit_rows and sum(targets) + self.window_units * size < rows:
@@ -48,7 +48,7 @@ def choose_layout(
     trainers: int,
     batch_rows: int,
 ) -> Layout:
-    """The layout that suits a corpus; what is given stays.
+    """Choose the layout for a corpus; given values are kept.
 
     Args:
         rows: Rows of each document to train on.
@@ -78,7 +78,7 @@ def choose_layout(
 def hold_out(
     rows: NDArray[np.int64], order: NDArray[np.int64], share: float
 ) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    """Divide documents into those to train on and those held out, about `share` of the rows.
+    """Divide documents into training and held-out ones, the latter with about `share` of the rows.
 
     Held out are the last of the order, but no document that is longer than all that is to be held
     out; if every one is, the shortest.
@@ -98,7 +98,7 @@ def hold_out(
 def deal(
     rows: NDArray[np.int64], order: NDArray[np.int64], targets: NDArray[np.int64], streams: int
 ) -> list[list[int]]:
-    """The documents of each unit; unit u belongs to stream u mod `streams`.
+    """Deal documents to units; unit u belongs to stream u mod `streams`.
 
     Args:
         rows: Rows of every document of the corpus.
@@ -122,7 +122,7 @@ def deal(
 
 
 def _fill_empty(dealt: list[list[int]], rows: NDArray[np.int64]) -> None:
-    """Give a short document to each unit that long ones have left without any that gives rows."""
+    """Move a short document to each unit that would have no rows."""
 
     def giving(unit: list[int]) -> list[int]:
         return [document for document in unit if rows[document]]

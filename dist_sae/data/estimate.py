@@ -1,4 +1,4 @@
-"""How many rows each document will give, estimated before anything is produced.
+"""Estimate of the rows that each document gives, before anything is produced.
 
 The sizes of all texts are known from reading them once. A small corpus is tokenised whole, so that
 its estimate is exact but for rows that are excluded by norm. Of a larger one `_PIECES` pieces are
@@ -27,7 +27,7 @@ _FILE_PRIOR = 1.0
 _SPANS_AT_ONCE = 256
 
 Said = Callable[[int, int], None]
-"""Is told of progress: done, of."""
+"""Called with progress: (done, of)."""
 
 
 def estimate_rows(
@@ -40,16 +40,16 @@ def estimate_rows(
     special: AbstractSet[int],
     said: Said = lambda _done, _of: None,
 ) -> NDArray[np.int64]:
-    """Rows that each span of the corpus gives, after the exclusions that depend on tokens alone.
+    """Estimate each span's rows, after the exclusions that depend on tokens alone.
 
     Args:
         corpus: The texts.
-        index: What is known of them.
+        index: Their index.
         activations: How documents are cut into contexts, and what is excluded.
         tokenize: The model's tokenizer.
         bos: The token that begins each context, if there is one.
-        special: Tokens that stand for no text.
-        said: Is told of progress.
+        special: Ids of special tokens.
+        said: Called with progress.
     """
     count = _Counter(activations, tokenize, bos, special)
     text_bytes = np.array(index.text_bytes)
@@ -95,7 +95,7 @@ def _texts(corpus: Corpus, index: CorpusIndex, span: int) -> list[str]:
 def rows_of_tokens(
     tokens: NDArray[Any], activations: ActivationsConfig, bos: int | None
 ) -> NDArray[Any]:
-    """Rows of documents with so many tokens, BOS not counted."""
+    """Compute documents' rows from their tokens, BOS not counted."""
     n_bos = 0 if bos is None else 1
     whole, rest = np.divmod(tokens, activations.context_tokens - n_bos)
     lost = max(activations.exclude.first_positions, n_bos) - n_bos  # of each context, beside BOS
@@ -105,7 +105,7 @@ def rows_of_tokens(
 
 
 def _pieces_of_spans(text_bytes: NDArray[np.int64], seed: int) -> NDArray[np.int64]:
-    """How many pieces of each span are looked at."""
+    """Number of sampled pieces of each span."""
     order = permutation(len(text_bytes), seed, 3)
     ends = np.cumsum(text_bytes[order])
     places = (np.arange(_PIECES) + 0.5) * (ends[-1] / _PIECES)
@@ -114,7 +114,7 @@ def _pieces_of_spans(text_bytes: NDArray[np.int64], seed: int) -> NDArray[np.int
 
 
 def _cut_out(text: str, pieces: int) -> list[str]:
-    """Pieces at equal distances; the whole text if it is hardly longer."""
+    """Cut pieces at equal distances; the whole text if it is hardly longer."""
     if len(text) <= pieces * _PIECE_BYTES:
         return [text]
     starts = np.linspace(0, len(text) - _PIECE_BYTES, pieces + 2)[1:-1].astype(int)
@@ -124,7 +124,7 @@ def _cut_out(text: str, pieces: int) -> list[str]:
 def _drawn_together(
     per_byte: NDArray[np.float64], pieces: NDArray[np.int64], files: NDArray[np.int64]
 ) -> NDArray[np.float64]:
-    """Tokens per byte of every span, from those of the sampled ones."""
+    """Estimate every span's tokens per byte from the sampled spans."""
     weighted = pieces * per_byte
     overall = weighted.sum() / pieces.sum()
     of_file = (np.bincount(files, weighted) + _FILE_PRIOR * overall) / (
@@ -153,7 +153,7 @@ class _Counter:
         self._special = special if activations.exclude.special_tokens else frozenset[int]()
 
     def rows(self, texts: Sequence[str]) -> list[int]:
-        """Of each text; none of one that the tokenizer refuses: producers tell of it."""
+        """Count each text's rows; 0 if the tokenizer refuses it, which producers report."""
         rows = [0] * len(texts)
         for context in self._contexts(texts):
             kept = context.tokens[self._skipped :]
@@ -161,17 +161,17 @@ class _Counter:
         return rows
 
     def tokens(self, texts: Sequence[str]) -> list[int]:
-        """Of each text, without BOS."""
+        """Count each text's tokens, without BOS."""
         tokens = [0] * len(texts)
         for context in self._contexts(texts):
             tokens[context.document] += len(context.tokens) - self._n_bos
         return tokens
 
     def check(self, found: NDArray[Any]) -> None:
-        """Say why no text has any tokens.
+        """Raise an error if no text has any tokens.
 
         Raises:
-            CorpusError: None has.
+            CorpusError: No text has.
         """
         if not found.any():
             raise self._refused or CorpusError(

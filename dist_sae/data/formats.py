@@ -1,6 +1,6 @@
-"""How each kind of text source is read and unpacked: texts, one after the other.
+"""Reading and unpacking each kind of text source, text by text.
 
-A document is a text that is not blank; blank ones have no number, in any format.
+A document is a text that is not blank; blank texts have no number, in any format.
 """
 
 import errno
@@ -27,7 +27,7 @@ _MOST_NAMED = 20  # fields in a message
 
 
 class Place(NamedTuple):
-    """A text and where it is."""
+    """A text and its position in the source."""
 
     start: int
     stop: int
@@ -36,10 +36,10 @@ class Place(NamedTuple):
 
 @runtime_checkable
 class Format(Protocol):
-    """How one kind of source is read."""
+    """Reader of one kind of source."""
 
     def texts(self, start: int = 0, stop: int | None = None) -> Iterator[Place]:
-        """The texts that lie in `[start, stop)`, without space around; "" of a blank record."""
+        """Yield the stripped texts in `[start, stop)`; "" for a blank record."""
         ...
 
 
@@ -73,7 +73,7 @@ class PlainText:
 
 
 class JsonLines:
-    """One JSON object a line."""
+    """JSON lines: one object per line."""
 
     def __init__(self, name: str, path: Path, field: str) -> None:
         self._name, self._path, self._field = name, path, field
@@ -99,7 +99,7 @@ class JsonLines:
 
 
 class DatasetRows:
-    """A data set of the hub."""
+    """A data set on the hub."""
 
     def __init__(self, config: DatasetCorpus) -> None:
         datasets = _import("datasets", config.name)
@@ -135,7 +135,7 @@ class _Line(NamedTuple):
 
 
 def _lines(name: str, path: Path, start: int, stop: int | None) -> Iterator[_Line]:
-    """The lines of a file in `[start, stop)`. A line ends with LF; CR alone ends none."""
+    """Yield the lines of a file in `[start, stop)`. A line ends with LF; CR alone ends none."""
     position = start
     with os_errors(name), path.open("rb") as file:
         file.seek(start)
@@ -157,7 +157,7 @@ def _place(start: int, stop: int, text: str) -> Iterator[Place]:
 
 
 def _checked(value: Any, field: str, place: str) -> str:
-    """The text of a record; null is as good as an empty text."""
+    """Return the text of a record; null counts as empty."""
     if value is None:
         return ""
     if not isinstance(value, str):
@@ -174,10 +174,10 @@ def _no_field(place: str, field: str, known: Iterable[str]) -> str:
 
 
 def unpack(name: str, path: Path, unpacked: Path, field: str) -> None:
-    """A plain copy of a compressed file or of a table, as JSON lines.
+    """Write a plain copy of a compressed file, or of a table as JSON lines.
 
     Raises:
-        CorpusError: It is damaged, or has no column `field`.
+        CorpusError: The file is damaged, or has no column `field`.
     """
     if not path.stat().st_size:  # which gzip and Zstandard take for an empty text
         raise CorpusError(f"{name}: cannot be unpacked: it is cut short to nothing; get it again")
@@ -199,7 +199,7 @@ def _unpack_gzip(source: BinaryIO, copy: BinaryIO, name: str) -> None:
 
 
 def _unpack_zstandard(source: BinaryIO, copy: BinaryIO, name: str) -> None:
-    """By hand: the library's own copying takes a file that was cut short for a whole one."""
+    """Decompress by hand: the library's own copying does not notice a truncated file."""
     zstandard = _import("zstandard", name)
     frame = None
     try:
@@ -216,7 +216,7 @@ def _unpack_zstandard(source: BinaryIO, copy: BinaryIO, name: str) -> None:
 
 
 def _unpack_parquet(source: BinaryIO, copy: BinaryIO, name: str, field: str) -> None:
-    """As JSON lines: any document is one ranged read then, not one row group."""
+    """Write a table as JSON lines, so that a document is one ranged read, not one row group."""
     parquet = _import("pyarrow.parquet", name)
     try:
         file = parquet.ParquetFile(source)
@@ -235,7 +235,7 @@ def _unpack_parquet(source: BinaryIO, copy: BinaryIO, name: str, field: str) -> 
 
 @contextmanager
 def os_errors(name: str) -> Iterator[None]:
-    """What the operating system says about a file of the corpus, or about the scratch folder."""
+    """Turn operating-system errors on a corpus file or the scratch folder into `CorpusError`."""
     try:
         yield
     except OSError as exc:

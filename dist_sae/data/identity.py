@@ -1,4 +1,4 @@
-"""Whether a run and a plan belong together: by the content of text and model, not by their names.
+"""Matching runs with plans: by the content of text and model, not by their names.
 
 A run's settings must be the plan's, except for where text and model lie and for sites that it does
 not need. Places that are spelled otherwise are compared by content, as closely as programs can
@@ -42,12 +42,12 @@ class _Settings(BaseModel):
 
 
 def plan_settings(run: Run) -> dict[str, Any]:
-    """What of a run file enters the plan. How fast it is computed does not."""
+    """Return the settings that enter the plan; those that only affect speed do not."""
     return _settings(run.model_dump(mode="json", include={"model", "corpus", "activations"}))
 
 
 def setting_changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:
-    """Where the settings `here` do not fit those of a plan, but for places: `["a.b: 1 -> 2"]`.
+    """List where settings differ from a plan's, paths apart: `["a.b: 1 -> 2"]`.
 
     Args:
         there: `Plan.settings`; keys that it lacks have their defaults.
@@ -64,7 +64,7 @@ def setting_changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[s
 
 
 def moved_places(there: Run, here: Run) -> list[str]:
-    """Where the text or model of two runs lie in different places, however these are spelled.
+    """List where two runs have their text or model in different places, however spelled.
 
     For programs that have neither text nor model, nor perhaps a plan.
     """
@@ -84,7 +84,7 @@ def place_changes(
     content: Mapping[str, str] | None,
     run: Run,
 ) -> list[str]:
-    """Where a run's text or model lies elsewhere than the plan's and has other content.
+    """List where a run's text or model lies elsewhere than the plan's and has other content.
 
     Looks at sizes of text (commits of what is on the hub) and at all of a model but its weights,
     and only at what is spelled otherwise than in the plan: for programs that read neither.
@@ -113,16 +113,16 @@ def place_changes(
 
 
 def model_content(model: ModelConfig, *, weights: bool = True) -> dict[str, str] | None:
-    """What decides a model's rows: checksums of a folder's files, or the commit on the hub.
+    """Identify a model: by checksums of a folder's files, or by the commit on the hub.
 
-    Of a model on the hub whose configuration was loaded before, or whose revision is a commit.
+    The commit is known if the configuration was loaded before or the revision is a commit.
 
     Args:
         model: The model section.
         weights: Whether the files of weights are read, too.
 
     Returns:
-        By file name, or under `commit`; None of a synthetic model, and where nothing is known.
+        Checksums by file name, or `commit`; None for a synthetic model or if nothing is known.
 
     Raises:
         ModelError: A file cannot be read.
@@ -140,7 +140,7 @@ def model_content(model: ModelConfig, *, weights: bool = True) -> dict[str, str]
 
 
 def content_changes(there: Mapping[str, str], here: Mapping[str, str] | None) -> list[str]:
-    """The names in a model's content that are not the same."""
+    """List the names in two models' content that differ."""
     here = here or {}
     return sorted(name for name in {*there, *here} if there.get(name) != here.get(name))
 
@@ -195,7 +195,7 @@ def _settings(sections: dict[str, Any]) -> dict[str, Any]:
 
 
 def _filled(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """With the keys that the version which made the plan did not have yet."""
+    """Fill in defaults for keys newer than the plan."""
     try:
         known = _settings({**settings, "model": dict(settings["model"])})
         return _settings(_Settings.model_validate(known).model_dump(mode="json"))
@@ -211,7 +211,7 @@ def _without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _resolved(section: Mapping[str, Any]) -> tuple[Any, set[str]]:
-    """The revision, and the places: where there are such files here, these without links."""
+    """Return the revision and the places, links resolved where the files exist here."""
     names = [
         *section.get("files", ()),
         *(section[key] for key in ("path", "name") if key in section),

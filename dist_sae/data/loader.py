@@ -1,4 +1,4 @@
-"""A rank's batches: its share of the canonical streams, assembled ahead of training."""
+"""Assembling a rank's share of the global batches ahead of training."""
 
 import queue
 import threading
@@ -26,31 +26,31 @@ class Batch(NamedTuple):
     step: int
     acts: Float[Tensor, "batch d_in"]
     cursors: Mapping[int, StreamCursor]
-    """By stream: the window that the last of its rows is from."""
+    """Window of the last row, by stream."""
     repeated_rows: int
-    """How many of them a stream that had ended read again."""
+    """Rows that were read again because their stream had ended."""
     waited_seconds: float
-    """How long the trainer stood still for it."""
+    """Time that the trainer waited for it."""
 
 
 class Loader:
-    """This rank's share of the global batches `[start, stop)`, assembled ahead in a thread.
+    """Assembles this rank's share of the global batches in a thread, ahead of their use.
 
     Args:
-        units: The activation set.
+        activations: The activation set.
         rank: This rank along the data axis.
         world: Size of the data axis; divides the number of streams.
         batch_rows: Rows of a global batch.
-        steps: Which batches to give.
+        steps: Numbers of the batches.
         max_passes: How often the units may be gone through.
-        cursors: Of streams: windows at or before the first batch, as an earlier loader left them.
-            Without them a resumed run reads the manifest of every unit before.
+        cursors: Windows at or before the first batch, by stream, as an earlier loader left them.
+            Without them a resumed run reads the manifest of every earlier unit.
         stream_rows: Rows of each stream that were taken before batch 0.
     """
 
     def __init__(
         self,
-        units: ActivationSet,
+        activations: ActivationSet,
         *,
         rank: int,
         world: int,
@@ -60,11 +60,11 @@ class Loader:
         cursors: Mapping[int, StreamCursor] | None = None,
         stream_rows: int = 0,
     ) -> None:
-        streams = units.plan.streams
+        streams = activations.plan.streams
         assert streams % world == 0, (streams, world)
         assert batch_rows % streams == 0, (batch_rows, streams)
         self._steps = steps
-        self._dtype = units.plan.acts_dtype
+        self._dtype = activations.plan.acts_dtype
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=_BATCHES_AHEAD)
         self._end: BaseException | None = None
         self._closed = threading.Event()
@@ -73,14 +73,15 @@ class Loader:
         # each stream of the window keeps one block on its way
         self._pool = ThreadPoolExecutor(max_workers=8, thread_name_prefix="fetch")
         self._opener = ThreadPoolExecutor(max_workers=len(own), thread_name_prefix="open")
-        self._stopping = units.stopping
-        units = units.until(self._closed)
+        self._stopping = activations.stopping
+        activations = activations.until(self._closed)
         at = {v: (cursors or {}).get(v, START) for v in own}
 
         def streams_from(step: int) -> list[Stream]:
             start = stream_rows + step * rows
             return [
-                Stream(units, v, start, max_passes, self._pool, self._opener, at[v]) for v in own
+                Stream(activations, v, start, max_passes, self._pool, self._opener, at[v])
+                for v in own
             ]
 
         # no daemon: one that is inside torch when Python ends would abort the process
@@ -103,13 +104,13 @@ class Loader:
             threads.shutdown(wait=False, cancel_futures=True)
 
     def next(self, waiting: Callable[[float], None] = lambda _: None) -> Batch | None:
-        """The next batch; None when there is none, because of a stop or because the data ended.
+        """Return the next batch; None after a stop or at the end of the data.
 
-        A rank that comes to its end must still tell the others before it raises: see
+        The end is no exception yet, so that a rank can tell the others first: see
         `raise_if_failed`.
 
         Args:
-            waiting: Told every other second for how long there has been none.
+            waiting: Called every other second with the seconds waited.
         """
         since = time.monotonic()
         while True:
@@ -130,11 +131,11 @@ class Loader:
 
     @property
     def loaded(self) -> int:
-        """Batches that are ready."""
+        """Number of batches that are ready."""
         return self._queue.qsize()
 
     def raise_if_failed(self) -> None:
-        """Raise what made `next` return None, unless it was a stop."""
+        """Raise the error that ended the data, unless it was a stop."""
         if isinstance(self._end, DataExhaustedError):
             raise self._end
 

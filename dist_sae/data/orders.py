@@ -9,12 +9,12 @@ from numpy.typing import NDArray
 
 
 def permutation(n: int, *key: int) -> NDArray[np.int64]:
-    """A random order of `range(n)` that `key` decides."""
+    """Return a random order of `range(n)`, decided by `key`."""
     return np.argsort(_bits(n, key), kind="stable")
 
 
 def spread(groups: NDArray[np.int64], *key: int) -> NDArray[np.int64]:
-    """A random order of rows in which each group's rows are evenly spaced.
+    """Return a random order of rows in which each group's rows are evenly spaced.
 
     Row j (in random order) of a group of n comes (j + u) / n of the way, with u uniform per
     group. So how far along a row comes is uniform for every row, and two rows of one document

@@ -1,4 +1,4 @@
-"""Stored rows against the text that they were made from."""
+"""Comparison of stored rows with the text that they were made from."""
 
 from collections.abc import Callable, Iterable, Sequence
 
@@ -15,8 +15,8 @@ class UnitText:
     """The tokens of a unit's documents.
 
     Args:
-        documents: Of the unit.
-        tokenize: The model's tokenizer; what it refuses gives no tokens.
+        documents: Documents of the unit.
+        tokenize: The model's tokenizer; a text that it refuses gives no tokens.
         context_tokens: Longest context.
         bos: Begins each context, if there is one.
     """
@@ -32,7 +32,7 @@ class UnitText:
         skip = 0 if bos is None else 1
         found: dict[int, list[int]] = {}
         self._n_tokens = 0
-        """In contexts, BOS included."""
+        """Number of tokens in contexts, BOS included."""
         for context in cut(
             documents, tokenize, context_tokens=context_tokens, bos=bos, failed=lambda *_: None
         ):
@@ -45,7 +45,7 @@ class UnitText:
         self._tokens = torch.tensor([token for number in numbers for token in found[number]])
 
     def manifest_fault(self, manifest: UnitManifest) -> str | None:
-        """What is wrong with the number of rows, if anything."""
+        """Describe a wrong number of rows; None if it is right."""
         left_out = sum(n for reason, n in manifest.excluded.items() if reason != "padding")
         if manifest.rows + left_out == self._n_tokens:
             return None
@@ -55,7 +55,7 @@ class UnitText:
         )
 
     def rows_fault(self, blocks: Iterable[Rows]) -> str | None:
-        """What is wrong with the rows of a unit at one site, if anything."""
+        """Describe the first wrong row of a unit at one site; None if all are right."""
         places: list[Int[Tensor, " rows"]] = []
         for rows in blocks:
             documents, positions = rows.documents.long(), rows.positions.long()

@@ -47,16 +47,15 @@ class Plan(Record):
     n_train_units: int
     units: tuple[tuple[Span, ...], ...]
     text_checksums: tuple[str, ...] | None = Field(None, exclude_if=lambda of: of is None)
-    """Of the documents of each unit; None where there is no text, and in plans of earlier versions.
-    """
+    """Checksum of each unit's documents; None without text, and in plans of earlier versions."""
     model_content: dict[str, str] | None = Field(None, exclude_if=lambda of: of is None)
-    """`identity.model_content` when the plan was made; None of a synthetic model, and in plans of
+    """`identity.model_content` when the plan was made; None for a synthetic model, and in plans of
     earlier versions."""
     corpus_commit: str | None = Field(None, exclude_if=lambda of: of is None)
     """Commit of a data set on the hub."""
     unit_rows: tuple[int, ...] | None = Field(None, exclude_if=lambda rows: rows is None)
-    """Rows that each unit gives, estimated in the same way; None in plans that dealt equal numbers
-    of documents. Left out then, or such a plan would have another hash."""
+    """Estimated rows of each unit; None in old plans, which dealt equal numbers of documents. Left
+    out then, or such a plan would have another hash."""
 
     @cached_property
     def hash(self) -> str:
@@ -70,7 +69,7 @@ class Plan(Record):
 
     @property
     def acts_dtype(self) -> torch.dtype:
-        """Of rows as they are read: int8 is scaled back to fp32."""
+        """Type of the rows as they are read: int8 is scaled back to fp32."""
         stored = self.settings["activations"]["dtype"]
         return torch.float32 if stored == "int8" else DTYPES[stored]
 
@@ -81,7 +80,7 @@ class Plan(Record):
 
     @property
     def seed(self) -> int:
-        """Decides every order of the rows."""
+        """Seed of every order of the rows."""
         return int(self.settings["activations"]["seed"])
 
     @property
@@ -96,7 +95,7 @@ class Plan(Record):
 
     @cached_property
     def rows_of_units(self) -> tuple[int, ...]:
-        """Rows that each unit gives, about; before exclusions by norm."""
+        """Estimated rows of each unit, before exclusions by norm."""
         if self.unit_rows is not None:
             return self.unit_rows
         counts = (sum(span.count for span in unit) for unit in self.units)
@@ -104,12 +103,12 @@ class Plan(Record):
 
     @property
     def train_rows_estimate(self) -> int:
-        """Rows for training, about; before exclusions by norm."""
+        """Estimated rows for training, before exclusions by norm."""
         return sum(self.rows_of_units[: self.n_train_units])
 
     @cached_property
     def pass_rows(self) -> int:
-        """Rows that training is promised in one pass: as many of every stream."""
+        """Rows promised to training in one pass, as many of every stream."""
         if self.unit_rows is None:  # how its streams differ is not known
             return self.train_rows_estimate
         return self.streams * min(
@@ -117,14 +116,14 @@ class Plan(Record):
         )
 
     def resolve(self, run: Run, stream_rows: int = 0) -> Run:
-        """The run with numbers for what its file leaves to the plan (null, `train.rows: all`).
+        """Fill in the settings that the run file leaves to the plan (null, `train.rows: all`).
 
         Args:
             run: The run.
             stream_rows: Rows of each stream that the runs before it took; `all` is the rest.
 
         Raises:
-            ConfigError: They do not go with its other settings.
+            ConfigError: They contradict the other settings.
             DataExhaustedError: `all` leaves less than a batch.
         """
         if not run.left_open:
@@ -156,7 +155,7 @@ class Plan(Record):
 
     @property
     def _normaliser_rows(self) -> int:
-        """Most of the rows for which training waits anyway."""
+        """Rows for the normaliser: most of those for which training waits anyway."""
         if self.unit_rows is None:
             return _MOST_NORMALISER_ROWS  # what null meant for these
         return max(
@@ -170,7 +169,7 @@ class Plan(Record):
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """Where activations are read; a run needs some of them."""
+        """Sites that are recorded; a run needs some of them."""
         return tuple(self.settings["activations"]["sites"])
 
     def stream_units(self, stream: int) -> list[int]:
@@ -179,7 +178,7 @@ class Plan(Record):
 
 
 def check_rows(run: Run, plan: Plan, taken: int = 0) -> None:
-    """Say at once, not after a week, that the data cannot last.
+    """Check before training that the data will last.
 
     Args:
         run: The run.
@@ -200,13 +199,13 @@ def check_rows(run: Run, plan: Plan, taken: int = 0) -> None:
 
 
 def publish_plan(store: ObjectStore, plan: Plan) -> Plan:
-    """Put the plan in place, unless one of the same settings, text and model is there already.
+    """Store the plan, unless one of the same settings, text and model exists already.
 
     Returns:
-        The plan that is there: `plan` itself if this call created it.
+        The stored plan: `plan` itself if this call created it.
 
     Raises:
-        PlanMismatchError: Another plan is there.
+        PlanMismatchError: Another plan exists.
     """
     if store.put(PLAN_KEY, seal(plan), if_absent=True):
         return plan
@@ -219,7 +218,7 @@ def publish_plan(store: ObjectStore, plan: Plan) -> Plan:
 def find_plan(
     store: ObjectStore, run: Run, index: CorpusIndex, model: dict[str, str] | None
 ) -> Plan | None:
-    """The plan that is in the store, if any: however this version would deal, it stays.
+    """Return the stored plan, if any; it stays even if this version would deal otherwise.
 
     Args:
         store: The activation set.
@@ -240,7 +239,7 @@ def find_plan(
 
 
 def load_plan(store: ObjectStore, run: Run) -> Plan:
-    """The plan in the store, checked against the run file.
+    """Load the plan and check it against the run file.
 
     Raises:
         PlanMismatchError: There is none, or it was made from other settings.
@@ -260,17 +259,17 @@ def load_plan(store: ObjectStore, run: Run) -> Plan:
 
 
 def read_unit(corpus: Corpus, plan: Plan, unit: int) -> list[Document]:
-    """The documents of a unit.
+    """Read the documents of a unit.
 
     Raises:
-        CorpusError: They are not what was planned.
+        CorpusError: They are not those of the plan.
     """
     checksum = None if plan.text_checksums is None else plan.text_checksums[unit]
     return corpus.read(plan.files, plan.units[unit], checksum)
 
 
 def planned(run: Run, store: ObjectStore | None = None, stream_rows: int = 0) -> Run | None:
-    """The run with numbers for what it leaves to its plan; None while there is no plan.
+    """Fill in the settings that a run leaves to its plan; None while there is no plan.
 
     Args:
         run: The run.
@@ -287,9 +286,9 @@ def planned(run: Run, store: ObjectStore | None = None, stream_rows: int = 0) ->
 
 
 def as_planned(run: Run, plan: Plan) -> Run:
-    """The run as producers of the whole set see it.
+    """Return the run as producers see it: all sites of the set, and hub content as planned.
 
-    All sites of the set, and what the hub had when the plan was made, whatever it has now.
+    The hub may have later commits of the model or the data set now.
     """
     model, corpus = run.model, run.corpus
     commit = (plan.model_content or {}).get("commit")
@@ -305,7 +304,7 @@ def as_planned(run: Run, plan: Plan) -> Run:
 
 
 def check_model(run: Run, plan: Plan) -> None:
-    """Compare all of the run's model with the one that the plan was made for.
+    """Check that the run's model, weights included, is the one of the plan.
 
     Raises:
         PlanMismatchError: It is another one.
@@ -321,7 +320,7 @@ def check_model(run: Run, plan: Plan) -> None:
 
 
 def _content_changes(there: Plan, made: Plan) -> list[str]:
-    """How text and model differ from those of a plan of the same settings."""
+    """List how text and model differ from those of a plan of the same settings."""
     changed = []
     if there.text_checksums is None and there.settings["corpus"]["kind"] == "dataset":
         # a plan of an earlier version knows the name alone

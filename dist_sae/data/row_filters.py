@@ -1,4 +1,4 @@
-"""Which rows enter the activation set. One definition for producers and for evaluation."""
+"""Filters for rows of the activation set, shared by producers and evaluation."""
 
 from collections import Counter
 from collections.abc import Set as AbstractSet
@@ -14,15 +14,15 @@ from dist_sae.data.tokens import TokenBatch
 def admitted(
     batch: TokenBatch, special: AbstractSet[int], rules: ExcludeConfig, excluded: Counter[str]
 ) -> Bool[Tensor, "batch seq"]:
-    """Rows that neither padding nor a rule about tokens excludes.
+    """Mark the rows that neither padding nor a rule about tokens excludes.
 
-    BOS put in front of a context is no token of the text: it never enters, whatever the rules.
+    BOS put in front of a context is not part of the text and is always excluded.
 
     Args:
         batch: Tokens.
-        special: Ids that stand for no text.
+        special: Ids of special tokens.
         rules: What to exclude.
-        excluded: Is added to; each excluded row counts under one reason.
+        excluded: Counts to add to; each excluded row counts under one reason.
     """
     ids = torch.tensor(sorted(special), dtype=batch.tokens.dtype)
     reasons = {
@@ -42,7 +42,7 @@ def admitted(
 def of_usual_norm(
     acts: Float[Tensor, "rows d_in"], over_norm: float | None
 ) -> Bool[Tensor, " rows"]:
-    """Rows whose norm is at most `over_norm` times the median norm of these rows."""
+    """Mark the rows with a norm of at most `over_norm` times the median norm."""
     if over_norm is None or not len(acts):
         return torch.ones(len(acts), dtype=torch.bool)
     norms = torch.linalg.vector_norm(acts, dim=1, dtype=torch.float32)

@@ -46,7 +46,7 @@ DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, 
 _STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _INT8_LARGEST = 127
 ORIGIN_BYTES = 4 + 4 + 8
-"""Of a row: token, position, document."""
+"""Bytes of a row's token, position and document."""
 _INT8_GAIN = 0.5  # of the noise
 _STATISTICS_VALUES = 2**15  # torch stays in this thread, and fp64 in the cache: 5 x as fast
 with warnings.catch_warnings():  # said once per process: the memory is read-only, and only read
@@ -55,7 +55,7 @@ with warnings.catch_warnings():  # said once per process: the memory is read-onl
 
 
 class Rows(NamedTuple):
-    """Activations of one site with where they come from. The same rows at every site."""
+    """Activations of one site with their origin. The rows are the same at every site."""
 
     acts: Float[Tensor, "rows d_in"]
     tokens: Int[Tensor, " rows"]
@@ -64,12 +64,12 @@ class Rows(NamedTuple):
     documents: Int[Tensor, " rows"]
 
     def take(self, index: Int[Tensor, " taken"]) -> "Rows":
-        """The rows at `index`, in that order."""
+        """Select the rows at `index`, in that order."""
         return Rows(*(column.index_select(0, index) for column in self))
 
 
 class Block(Record):
-    """Where a block's safetensors lie within the tar."""
+    """Location of a block's safetensors within the tar."""
 
     offset: int
     bytes: int
@@ -79,7 +79,7 @@ class Block(Record):
 
 
 class SiteShard(Record):
-    """The shard of one site, with what the normaliser needs."""
+    """The shard of one site, with the sums that the normaliser needs."""
 
     key: str
     bytes: int
@@ -107,17 +107,17 @@ class UnitManifest(Record):
     excluded: dict[str, int]
     """Rows left out, by reason."""
     seconds: dict[str, float]
-    """Where the producer's time went."""
+    """The producer's time by stage."""
     sites: dict[str, SiteShard]
 
 
 def manifest_key(unit: int) -> str:
-    """Where the manifest of a unit lies."""
+    """Return the key of a unit's manifest."""
     return MANIFESTS.key(unit)
 
 
 def existing_units(store: ObjectStore) -> Iterator[int]:
-    """The units that exist."""
+    """Yield the units that exist."""
     return MANIFESTS.numbers(store)
 
 
@@ -130,7 +130,7 @@ def write_shard(
         store: The activation set.
         unit: The unit.
         site: Where the rows are from.
-        rows: They.
+        rows: Activations to store.
         block_rows: Rows of a block.
         dtype: Key of `DTYPES`.
     """
@@ -157,7 +157,7 @@ def write_shard(
 
 
 def _statistics(blocks: list[dict[str, Tensor]], d_in: int) -> tuple[Float[Tensor, " d_in"], float]:
-    """Sum of the rows and of their squares, as they will be read."""
+    """Sum the rows and their squares, as they will be read."""
     total, squares = torch.zeros(d_in, dtype=torch.float64), 0.0
     for block in blocks:
         for piece in torch.split(_decode(block).acts, max(1, _STATISTICS_VALUES // d_in)):
@@ -168,21 +168,21 @@ def _statistics(blocks: list[dict[str, Tensor]], d_in: int) -> tuple[Float[Tenso
 
 
 def read_manifest(store: ObjectStore, unit: int) -> UnitManifest:
-    """The manifest of a unit; raises `ObjectNotFoundError` while the unit does not exist."""
+    """Read a unit's manifest; raises `ObjectNotFoundError` while the unit does not exist."""
     return read_record(UnitManifest, store, manifest_key(unit))
 
 
 def read_block(store: ObjectStore, shard: SiteShard, number: int) -> Rows:
-    """One block.
+    """Read one block.
 
     Raises:
-        CorruptObjectError: Its bytes in the store are not those that were written.
+        CorruptObjectError: The stored bytes do not match their checksum.
     """
     return decode_block(_fetch(store, shard, number))
 
 
 def read_acts(store: ObjectStore, shard: SiteShard, number: int) -> Float[Tensor, "rows d_in"]:
-    """The activations of one block, not to be written to; raises like `read_block`."""
+    """Read the activations of one block, read-only; raises like `read_block`."""
     data = _fetch(store, shard, number)
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])
@@ -195,7 +195,7 @@ def read_acts(store: ObjectStore, shard: SiteShard, number: int) -> Float[Tensor
 
 
 def _fetch(store: ObjectStore, shard: SiteShard, number: int) -> bytes:
-    """The bytes of a block, checked; fetched again if they are not those that were written."""
+    """Fetch a block and check it; fetch again if the checksum does not match."""
     block = shard.blocks[number]
     fault = ""
     for _ in range(READS):
@@ -219,16 +219,16 @@ def _fetch(store: ObjectStore, shard: SiteShard, number: int) -> bytes:
 
 
 def decode_block(data: bytes) -> Rows:
-    """Rows from the bytes of a block's safetensors."""
+    """Decode the rows of a block's safetensors."""
     return _decode(safetensors.torch.load(data))
 
 
 def _encode(rows: Rows, dtype: str) -> dict[str, Tensor]:
-    """A block's tensors. int8 rounds each row to 255 levels between -max|x| and max|x|.
+    """Encode a block's tensors. int8 rounds each row to 255 levels between -max|x| and max|x|.
 
-    Or max|(x - mean) / deviation|, with those of each column in the block: a few columns that are
-    far from 0, as language models have them, would take all levels. Where that is no gain, as with
-    rows that are far from all others, or a small one, the block is without.
+    Columns are standardised first, by mean and deviation over the block: a few columns far from 0,
+    which language models have, would take up all levels. If that gains little, as with outlier
+    rows, the block is stored without.
     """
     columns = rows._asdict()
     if dtype == "int8":
@@ -240,7 +240,9 @@ def _encode(rows: Rows, dtype: str) -> dict[str, Tensor]:
 
         found, other = _int8(acts), _int8(acts, _mean_and_deviation(acts))
         columns |= found
-        if noise(other) < _INT8_GAIN * noise(found):  # whoever does not know of it finds no acts
+        if noise(other) < _INT8_GAIN * noise(
+            found
+        ):  # an older reader finds no acts, instead of wrong ones
             del columns["acts"]
             columns |= {"levels": other.pop("acts"), **other}
     name = "levels" if "levels" in columns else "acts"
@@ -251,7 +253,7 @@ def _encode(rows: Rows, dtype: str) -> dict[str, Tensor]:
 def _int8(
     acts: Float[Tensor, "rows d_in"], columns: Float[Tensor, "2 d_in"] | None = None
 ) -> dict[str, Tensor]:
-    """Levels, as numbers, with what `_restored` needs beside them."""
+    """Compute the levels, as numbers, and the tensors that `_restored` needs beside them."""
     if columns is not None:
         acts = (acts - columns[0]) / columns[1]
     scales = (acts.abs().amax(dim=1) / _INT8_LARGEST).clamp_min(torch.finfo().tiny)
@@ -267,7 +269,7 @@ def _restored(
 
 
 def _mean_and_deviation(acts: Float[Tensor, "rows d_in"]) -> Float[Tensor, "2 d_in"]:
-    """Of each column; 1 for one without a deviation."""
+    """Return each column's deviation; 1 instead of 0."""
     deviation = acts.std(0, correction=0)
     return torch.stack([acts.mean(0), torch.where(deviation > 0, deviation, 1.0)])
 

@@ -1,23 +1,22 @@
-"""The canonical streams: which rows make up global batch b, whoever reads it.
+"""The canonical streams: which rows make up global batch b, for any number of ranks.
 
-Training unit u belongs to stream u mod V. A stream goes through its units in the order of the plan,
-which is random already and in which they are produced; in later passes in an order drawn anew.
+Training unit u belongs to stream u mod V. The first pass takes a stream's units in the order of the
+plan, which is random and in which they are produced; each later pass draws another order.
 `window_units` of them at a time are merged row by row in a seeded random order, each unit read
-front to back (its rows were shuffled when it was written). Global batch
-b takes rows [b r, (b + 1) r) of every stream, r = batch_rows / V. So the position in the data
-is the step, and it does not depend on the number of ranks: rank i of n serves streams
-[i V / n, (i + 1) V / n).
+front to back (its rows were shuffled when it was written). Global batch b takes rows
+[b r, (b + 1) r) of every stream, r = batch_rows / V. So the position in the data is the step, and
+does not depend on the number of ranks: rank i of n serves streams [i V / n, (i + 1) V / n).
 
-The plan promises as many rows of each stream as it estimates for the shortest. Rows that are
-excluded by norm are not known then, so a stream may end a little early. It then reads its last
-window again, its units merged anew, until the run has the rows that it was promised; the rows that
-it reads again are counted, and limited to what an estimate may be wrong by: a twentieth, or where
-documents are few one of them. Nothing but the stream's own manifests decides this, so it does not
-depend on the number of ranks, and no unit is needed again that retention may have deleted. Rows of
-longer streams would not repeat, but which these are is known only when every manifest is there.
+The plan promises as many rows of each stream as it estimates for the shortest. It does not know
+which rows will be excluded by norm, so a stream may end a little early. It then reads its last
+window again, merged anew, until the run has the promised rows. Rows read again are counted and
+limited to the possible error of the estimate: a twentieth, or one document where documents are few.
+Only the stream's own manifests decide this, so it does not depend on the number of ranks and needs
+no unit that retention may have deleted. Rows of longer streams would not repeat, but which streams
+are longer is known only once every manifest exists.
 
-Only `window_units` blocks per stream are in memory, and as many on their way; the next window
-is opened meanwhile.
+In memory are `window_units` blocks per stream, and as many being fetched; the next window is opened
+meanwhile.
 """
 
 import itertools
@@ -44,7 +43,7 @@ _MOST_REPEATED = 0.05  # of a stream's rows, by which its plan may be wrong
 
 
 class StreamCursor(NamedTuple):
-    """A window of a stream, and what lies before it. Pure function of the plan and the row."""
+    """Position of a window in a stream. A pure function of the plan and the row."""
 
     data_pass: int
     first: int
@@ -57,13 +56,13 @@ START = StreamCursor(0, 0, 0)
 
 
 class _UnitReader:
-    """One unit's rows, front to back, the next block always on its way."""
+    """Reads a unit's rows in order and fetches the next block ahead."""
 
     def __init__(
-        self, units: ActivationSet, manifest: UnitManifest, row: int, pool: Executor
+        self, activations: ActivationSet, manifest: UnitManifest, row: int, pool: Executor
     ) -> None:
-        self._store = units.store
-        self._shard = units.shard(manifest)
+        self._store = activations.store
+        self._shard = activations.shard(manifest)
         self.d_in = self._shard.d_in
         self._pool = pool
         ends = np.cumsum([block.rows for block in self._shard.blocks])
@@ -74,7 +73,7 @@ class _UnitReader:
         self._row = row - before
 
     def put(self, rows: NDArray[Any], places: NDArray[np.int64]) -> None:
-        """The next `len(places)` rows, whole, into these places of `rows`."""
+        """Write the next `len(places)` rows to these places of `rows`."""
         while len(places):
             acts = self._block()
             piece = _whole_rows(acts[self._row : self._row + len(places)])
@@ -100,35 +99,35 @@ class _UnitReader:
 
 
 def _whole_rows(acts: Float[Tensor, "rows d_in"]) -> NDArray[Any]:
-    """The same memory, for NumPy, which knows no bf16: an element is a row."""
+    """View rows as NumPy elements of one row each, since NumPy has no bf16."""
     row_bytes = acts.shape[1] * acts.itemsize
     rows: NDArray[Any] = acts.view(torch.uint8).numpy().view(f"V{row_bytes}")[:, 0]
     return rows
 
 
 class Stream:
-    """One canonical stream, from any row on.
+    """Reads a canonical stream from any row on.
 
     Args:
-        units: The activation set.
+        activations: The activation set.
         number: Which of the V streams.
-        start: The first row to give.
+        start: First row to read.
         max_passes: How often the units may be gone through.
         pool: Fetches blocks.
-        opener: Opens the next window while the present one is read: threads of its own, because
-            they wait for units that are not there yet.
-        place: A window at or before `start`, from where to look for it. Not if it may be one that a
-            run of fewer passes read again: in this one's passes it is elsewhere.
+        opener: Opens the next window while the present one is read. Not `pool`: its threads wait
+            for units that do not exist yet.
+        place: A window at or before `start`, to save looking at earlier ones. Ignored if a run of
+            fewer passes may have read it again: here it lies elsewhere.
     """
 
     place: StreamCursor
-    """The window that the last row taken is from."""
+    """Window of the last row taken."""
     repeated_rows: int
-    """Rows taken from windows that the stream read again because it had ended."""
+    """Rows taken again because the stream had ended."""
 
     def __init__(
         self,
-        units: ActivationSet,
+        activations: ActivationSet,
         number: int,
         start: int,
         max_passes: int,
@@ -136,11 +135,11 @@ class Stream:
         opener: Executor,
         place: StreamCursor = START,
     ) -> None:
-        self._units = units
+        self._activations = activations
         self.repeated_rows = 0
         self._number = number
         self._max_passes = max_passes
-        plan = units.plan
+        plan = activations.plan
         self._last = range(0, len(plan.stream_units(number)), plan.window_units)[-1]
         self._pool = pool
         self._opener = opener
@@ -150,7 +149,7 @@ class Stream:
         self._readers: list[_UnitReader] = []
 
     def d_in(self) -> int:
-        """Width of the rows."""
+        """Return the width of the rows."""
         self._ready()
         return self._readers[0].d_in
 
@@ -185,17 +184,17 @@ class Stream:
     def _open_windows(
         self, start: int, place: StreamCursor
     ) -> Iterator[tuple[StreamCursor, np.ndarray, list[_UnitReader]]]:
-        """Of each window: the unit of each of its rows in order, and the units' readers.
+        """Yield each window with the unit of each row in order, and the units' readers.
 
-        Rows before `start` are left out; windows before `place` are not looked at.
+        Rows before `start` and windows before `place` are left out.
         """
-        plan = self._units.plan
+        plan = self._activations.plan
         is_read_again = place.data_pass and place.first == self._last
         if is_read_again or place.data_pass >= self._max_passes:
             place = START
         rows_seen = place.rows_before
         for data_pass, first, units in self._in_order(place):
-            window = [self._units.manifest(unit) for unit in units]
+            window = [self._activations.manifest(unit) for unit in units]
             here = StreamCursor(data_pass, first, rows_seen)
             rows = sum(manifest.rows for manifest in window)
             over, most = data_pass - self._max_passes, rows
@@ -212,24 +211,24 @@ class Stream:
             merged = ranks[permutation(rows, plan.seed, 2, self._number, data_pass, first)][:most]
             starts = np.bincount(merged[:skip], minlength=len(window))
             readers = [
-                _UnitReader(self._units, manifest, int(begin), self._pool)
+                _UnitReader(self._activations, manifest, int(begin), self._pool)
                 for manifest, begin in zip(window, starts, strict=True)
             ]
             yield here, merged[skip:], readers
 
     def _most_repeated(self, own: int) -> int:
-        """Rows that the stream may read again when it has ended after `own`."""
-        plan = self._units.plan
+        """Limit of the rows that the stream may read again after its `own`."""
+        plan = self._activations.plan
         if not plan.keeps_promise:
             return 0
         document = math.ceil(plan.document_rows)  # one is lost if the tokenizer refuses it
         return max(int(_MOST_REPEATED * own), self._max_passes * document)
 
     def _exhausted(self, own: int) -> DataExhaustedError:
-        plan, passes = self._units.plan, f"{self._max_passes} passes"
+        plan, passes = self._activations.plan, f"{self._max_passes} passes"
         ends = (
-            f"{self._units.store.url}: stream {self._number} of {plan.streams} ends after {own} "
-            f"rows ({'1 pass' if self._max_passes == 1 else passes}), so there are about "
+            f"{self._activations.store.url}: stream {self._number} of {plan.streams} ends after "
+            f"{own} rows ({'1 pass' if self._max_passes == 1 else passes}), so there are about "
             f"{own * plan.streams} rows in all"
         )
         remedy = "raise train.max_passes and start again"
@@ -242,8 +241,8 @@ class Stream:
         return DataExhaustedError(f"{ends}; {remedy}")
 
     def _in_order(self, place: StreamCursor) -> Iterator[tuple[int, int, list[int]]]:
-        """(Pass, first, units) of each window from `place` on; the last one again and again."""
-        plan = self._units.plan
+        """Yield (pass, first, units) of each window from `place` on, the last one for ever."""
+        plan = self._activations.plan
         own = plan.stream_units(self._number)
         for data_pass in itertools.count(place.data_pass):
             at = place.first if data_pass == place.data_pass else 0

@@ -1,4 +1,4 @@
-"""Tokens of documents, cut into contexts and packed into batches of one shape."""
+"""Cutting documents into contexts of tokens, and packing these into batches."""
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
@@ -18,7 +18,7 @@ Tokenize = Callable[[Sequence[str]], list[list[int]]]
 
 
 class Context(NamedTuple):
-    """What the model sees in one go: a stretch of one document, after BOS where there is one."""
+    """Input of one forward pass: a stretch of one document, after BOS if there is one."""
 
     document: int
     start: int
@@ -31,7 +31,7 @@ class TokenBatch(NamedTuple):
 
     tokens: Int[Tensor, "batch seq"]
     mask: Bool[Tensor, "batch seq"]
-    """False at padding."""
+    """True at tokens, False at padding."""
     documents: Int[Tensor, "batch seq"]
     positions: Int[Tensor, "batch seq"]
     """Position within the document; -1 at BOS and padding."""
@@ -56,11 +56,11 @@ def cut(
         tokenize: The tokenizer.
         context_tokens: Of the model.
         bos: Begins each context, if there is one.
-        failed: Is told of a document that the tokenizer refuses, or that no encoding can write
+        failed: Called with a document that the tokenizer refuses, or that no encoding can write
             (half a surrogate pair), which is left out; without it the error is raised.
 
     Raises:
-        CorpusError: It refuses every one of them.
+        CorpusError: The tokenizer refuses all documents.
     """
     documents = list(_encodable(documents, failed))
     prefix = [] if bos is None else [bos]
@@ -73,7 +73,7 @@ def cut(
 def _encodable(
     documents: Iterable[Document], failed: Callable[[Document, Exception], None] | None
 ) -> Iterator[Document]:
-    """Some tokenizers take half a surrogate pair for a letter, others fail: none gets one."""
+    """Tokenize texts without half surrogate pairs, which only some tokenizers accept."""
     for document in documents:
         if is_encodable(document.text):
             yield document
@@ -111,7 +111,7 @@ def _tokenized(
             failed(document, exc)
         else:
             yield document, ids
-    if refused == len(documents):  # it is hardly about the texts
+    if refused == len(documents):  # the tokenizer is at fault, not the texts
         raise CorpusError(
             f"the tokenizer refuses all of {refused} documents ({str(first).strip()}); "
             f"check model.path, or take them out of the corpus"
@@ -139,7 +139,7 @@ def pack(
 def _groups(
     contexts: Sequence[Context], batch_tokens: int, likeness: float
 ) -> Iterator[list[Context]]:
-    """Neighbours in a row of descending lengths, none below `likeness` of the longest beside it."""
+    """Group contexts of descending length, none below `likeness` of the longest in its group."""
     group: list[Context] = []
     for context in contexts:
         if group:

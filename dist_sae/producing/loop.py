@@ -74,7 +74,7 @@ def produce(
 def _first_of(
     upcoming: Future[TokenizedUnit | None], finishing: Future[UnitManifest] | None
 ) -> TokenizedUnit | None:
-    """The next unit, which may be long in coming; if the last one cannot be finished, its error."""
+    """Wait for the next unit, which may take long; if storing the last one fails, raise that."""
     if finishing is not None:
         either: list[Future[Any]] = [upcoming, finishing]
         wait(either, return_when=FIRST_COMPLETED)

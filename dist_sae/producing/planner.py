@@ -38,12 +38,12 @@ _MUCH_LOST = 0.05
 
 
 def plan(run: Run, meter: Meter = UNMETERED) -> Plan:
-    """Make the plan of a run's activation set, or find that it is there already: see `foresee`."""
+    """Make or find the plan of a run's activation set; see `foresee`."""
     return foresee(run, meter)[0]
 
 
 def foresee(run: Run, meter: Meter = UNMETERED) -> tuple[Plan, dict[str, Any]]:
-    """The plan of a run's activation set, made or found, and what it will give.
+    """Make or find the plan of a run's activation set, and forecast what it gives.
 
     Args:
         run: The run.
@@ -91,7 +91,7 @@ def foresee(run: Run, meter: Meter = UNMETERED) -> tuple[Plan, dict[str, Any]]:
 
 
 def _start(run: Run, plan: Plan, meter: Meter) -> Start:
-    """What training would begin from now."""
+    """Find what training would start from now."""
     runs = open_store(run.store.runs, run.store.s3, meter)
     newest = Checkpoints(runs, run.name, run.train.keep_checkpoints).latest()
     if newest and newest.scalars.get("plan") == plan.hash:
@@ -102,12 +102,12 @@ def _start(run: Run, plan: Plan, meter: Meter) -> Start:
 def forecast(
     run: Run, plan: Plan, widths: Mapping[str, int], taken_rows: int = 0
 ) -> dict[str, Any]:
-    """What the plan will give, before anything is produced.
+    """Forecast what the plan gives, before anything is produced.
 
     Args:
         run: The run, resolved by the plan.
         plan: Its plan.
-        widths: Of each site.
+        widths: Width of each site.
         taken_rows: Rows of the set that the run's parents took.
 
     Returns:
@@ -138,13 +138,13 @@ def forecast(
 
 
 def _row_bytes(dtype: str, widths: Mapping[str, int]) -> int:
-    """Bytes of a row at all sites."""
+    """Compute the bytes of a row at all sites."""
     scale = 4 if dtype == "int8" else 0
     return sum(DTYPES[dtype].itemsize * d_in + scale + ORIGIN_BYTES for d_in in widths.values())
 
 
 def describe(told: dict[str, Any]) -> str:
-    """A forecast in a sentence."""
+    """Write a forecast as a sentence."""
     after = f" after the {told['taken_rows']:,} of its parents" if told["taken_rows"] else ""
     return (
         f"{told['documents']:,} documents in {told['train_units']} units to train on and "
@@ -171,7 +171,7 @@ def _warnings(told: dict[str, Any]) -> Iterator[str]:
 def _rows(
     run: Run, corpus: Corpus, index: CorpusIndex, pace: logs.PacedProgress
 ) -> NDArray[np.int64]:
-    """Rows of each span, about."""
+    """Estimate the rows of each span."""
     if isinstance(run.corpus, SyntheticCorpus):
         counts = np.array([span.count for span in index.spans])
         tokens = np.full(len(counts), run.corpus.document_rows)

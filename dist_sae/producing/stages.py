@@ -1,4 +1,4 @@
-"""The stages of a unit: its text becomes tokens, these rows of activations, these stored shards."""
+"""The stages of a unit: text to tokens, tokens to rows of activations, rows to shards."""
 
 import logging
 import threading
@@ -173,7 +173,7 @@ def finish(
 
 
 def _usual(activations: ActivationsConfig, site: str, rows: Rows) -> Tensor:
-    """Which rows of a site are not excluded by their norm.
+    """Mark the rows of a site that are not excluded by their norm.
 
     Raises:
         NonFiniteError: The model gave NaN or infinity.

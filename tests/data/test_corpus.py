@@ -184,8 +184,8 @@ def test_null_is_no_document_and_counted(tmp_path: Path, caplog: pytest.LogCaptu
         "b",
         "c",
     ]
-    assert f"{tmp_path}/a.jsonl: 1 documents; 1 records without text are none" in caplog.text
-    assert f"{tmp_path}/b.parquet: 1 documents; 2 records without text are none" in caplog.text
+    assert f"{tmp_path}/a.jsonl: 1 documents; 1 records without text are left out" in caplog.text
+    assert f"{tmp_path}/b.parquet: 1 documents; 2 records without text are left out" in caplog.text
     assert f"{tmp_path}/c.txt: 0 documents" in caplog.text
 
 

@@ -568,7 +568,9 @@ def test_a_refused_document_is_left_out_and_counted(
     assert sum("the tokenizer refuses it" in message for message in caplog.messages) == 3
     documents = torch.cat([rows_of(store, m.unit, SITES[0]).documents for m in manifests])
     assert not set(documents.tolist()) & {60, 61, 62}
-    assert sum("1 of 63 documents have half a surrogate" in text for text in caplog.messages) == 1
+    assert (
+        sum("1 of 63 documents contain half a surrogate" in text for text in caplog.messages) == 1
+    )
 
 
 def test_metrics_count_rows_and_units(letters: tuple[Run, ObjectStore]) -> None:
