@@ -401,6 +401,7 @@ def nowhere() -> Iterator[str]:
         yield f"http://127.0.0.1:{closed.getsockname()[1]}"
 
 
+@pytest.mark.usefixtures("short_pauses")  # else boto alone may take the three seconds
 def test_endpoint_that_is_down_is_asked_until_the_deadline(
     bucket: Bucket, nowhere: str, warnings: list[str]
 ) -> None:
