@@ -130,7 +130,7 @@ def _about_parts(parts: Mapping[str, FieldInfo]) -> list[str]:
 
 
 def _table(tables: Mapping[str, list[Key]], what: str) -> list[str]:
-    """One table for all kinds of a section: a key that several share has one line."""
+    """Render one table for all kinds of a section; a key that several share has one line."""
     having: dict[Key, list[str]] = {}
     for kind, keys in tables.items():
         for key in keys:

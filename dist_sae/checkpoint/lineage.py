@@ -17,7 +17,7 @@ class Ancestor(NamedTuple):
     rows: int
     """Rows trained on by then, without those of its own ancestors."""
     state: bool
-    """Whether the child took the optimiser's state, or the weights alone."""
+    """True if the child took the optimiser's state, False if only the weights."""
 
 
 class Lineage(NamedTuple):

@@ -52,7 +52,7 @@ class Verification(NamedTuple):
     """Faults by step and tensor."""
 
     def result(self) -> dict[str, Any]:
-        """As JSON: `bad` is the number of faults, `bad_objects` lists them."""
+        """Convert to JSON: `bad` is the number of faults, `bad_objects` lists them."""
         numbers = {"checkpoints": self.checkpoints, "parts": self.parts, "bytes": self.bytes}
         return {**numbers, "bad": len(self.bad), "bad_objects": self.bad}
 

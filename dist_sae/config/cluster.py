@@ -109,7 +109,7 @@ class ClusterConfig(Section):
     image: Image | None = None
     """Container image built from `launch/Dockerfile`, by digest or tag; `submit` needs it."""
     pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
-    """When nodes pull the image."""
+    """Policy by which nodes pull the image."""
     pull_secrets: tuple[Name, ...] = ()
     """Secrets with which nodes pull the image."""
     namespace: DnsLabel = "dist-sae"

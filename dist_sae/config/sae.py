@@ -104,7 +104,7 @@ class RoutedConfig(KeepsThresholdConfig):
     """Factor of an expert's codes. probability: its router probability p (Mudide et al.).
     straight_through: p over the sum of the chosen experts' p, with that sum held fixed."""
     balance: Literal["loss", "bias"] = "loss"
-    """How experts are kept equally busy: a loss term, or a bias on the choice of experts."""
+    """Method that keeps experts equally busy: a loss term, or a bias on the choice of experts."""
     balance_coefficient: NonNegativeFloat = 0.03
     """Weight of the balance loss."""
     balance_rate: PositiveFloat = 1e-2

@@ -19,7 +19,7 @@ class ParentConfig(Section):
     step: PositiveInt | None = None
     """Step of the parent's checkpoint; null takes the newest."""
     state: bool = True
-    """Also take over Adam's moments, the counts of idle rows and the running mean (needs equal
+    """Take over Adam's moments, the counts of idle rows and the running mean too (needs equal
     width); false takes the weights alone, or their running mean if there is one."""
     data: Literal["continue", "restart"] = "continue"
     """continue: read on where the parent stopped, so that a pass repeats no row and `max_passes`
@@ -85,9 +85,9 @@ class TrainConfig(Section):
     keep_checkpoints: PositiveInt = 2
     """Number of newest checkpoints to keep."""
     keep_every_steps: PositiveInt | None = None
-    """Also keep checkpoints at multiples of this many steps."""
+    """Keep checkpoints at multiples of this many steps as well."""
     keep_best: NonNegativeInt = 0
-    """Also keep this many checkpoints with the lowest held-out FVU; needs `heldout_rows`."""
+    """Keep this many checkpoints with the lowest held-out FVU as well; needs `heldout_rows`."""
     heldout_rows: NonNegativeInt = 0
     """Held-out rows on which FVU is measured at each save, once they are produced; 0 turns it
     off."""
