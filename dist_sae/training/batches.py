@@ -2,6 +2,7 @@
 
 import threading
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import torch
@@ -42,66 +43,46 @@ class TrainingBatch(NamedTuple):
     """Position after this batch."""
 
 
+@dataclass
 class Batches:
     """Iterates over the batches of the run's remaining steps and exports how they arrive.
 
     A batch is fetched, copied and normalised once, however many jobs train on it.
-
-    Args:
-        run: The run, resolved.
-        mesh: This rank and its process groups.
-        watch: Learns whether this rank waits for a batch or trains on one.
-        loader: Reads the batches.
-        scale: The normaliser's factor.
-        registration: Tells producers and other runs how far this run has read.
-        position: Where to begin.
-        times: This rank's time by phase.
-        telemetry: Exports the metrics.
-        stopping: When set on any rank, the iteration ends on all.
     """
 
-    def __init__(
-        self,
-        run: Run,
-        mesh: Mesh,
-        watch: Watch,
-        loader: Loader,
-        *,
-        scale: float,
-        registration: Registration,
-        position: StreamPosition,
-        times: Times,
-        telemetry: Telemetry,
-        stopping: threading.Event,
-    ) -> None:
-        self.position = position
-        self._run = run
-        self._mesh = mesh
-        self._watch = watch
-        self._loader = loader
-        self._scale = scale
-        self._registration = registration
-        self._times = times
-        self._telemetry = telemetry
-        self._stopping = stopping
-        self._ready_units: int | None = None
+    run: Run
+    mesh: Mesh
+    watch: Watch
+    """Learns whether this rank waits for a batch or trains on one."""
+    loader: Loader
+    scale: float
+    """The normaliser's factor."""
+    registration: Registration
+    """Tells producers and other runs how far this run has read."""
+    position: StreamPosition
+    times: Times
+    telemetry: Telemetry
+    stopping: threading.Event
+    """When set on any rank, the iteration ends on all."""
+    ready_units: int | None = None
+    """Training units that exist, once they have been counted."""
 
     def __iter__(self) -> Iterator[TrainingBatch]:
         """Yield batches until the last step, or until a rank must stop. Collective."""
-        while (step := self.position.step) < self._run.steps:
-            self._times.step = step
-            self._watch.at(step, working=False)
-            self._telemetry.set("dist_sae_train_loaded_batches", self._loader.loaded)
-            batch = next_batch(self._loader, self._mesh, self._stopping, self._times)
+        while (step := self.position.step) < self.run.steps:
+            self.times.step = step
+            self.watch.at(step, working=False)
+            self.telemetry.set("dist_sae_train_loaded_batches", self.loader.loaded)
+            batch = next_batch(self.loader, self.mesh, self.stopping, self.times)
             if batch is None:
                 return
-            self._watch.at(step, working=True)
-            rows = on_device(batch, self._mesh, self._scale)
+            self.watch.at(step, working=True)
+            rows = on_device(batch, self.mesh, self.scale)
             repeated_rows = self.position.repeated_rows + batch.repeated_rows
             self.position = StreamPosition(step + 1, batch.cursors, repeated_rows)
-            self._registration.at(batch.cursors)
+            self.registration.at(batch.cursors)
             self._export(batch)
-            self._times.end("rest")
+            self.times.end("rest")
             yield TrainingBatch(rows, self.position)
 
     def raise_if_stopped(self) -> None:
@@ -111,32 +92,31 @@ class Batches:
             Stopped: A rank was asked to stop.
             DataExhaustedError: The activation set has too few rows.
         """
-        if self.position.step < self._run.steps:
-            self._loader.raise_if_failed()
+        if self.position.step < self.run.steps:
+            self.loader.raise_if_failed()
             raise Stopped(
-                f"stopped at step {self.position.step} of {self._run.steps}; "
-                f"start again to continue"
+                f"stopped at step {self.position.step} of {self.run.steps}; start again to continue"
             )
 
     def show_ready(self, units: int) -> None:
         """Export how many training units exist. Called in a thread, on rank 0."""
-        self._ready_units = units
-        self._telemetry.set("dist_sae_train_ready_units", units)
+        self.ready_units = units
+        self.telemetry.set("dist_sae_train_ready_units", units)
         self._export_backlog()
 
     def _export(self, batch: Batch) -> None:
-        add = self._telemetry.add
+        add = self.telemetry.add
         add("dist_sae_train_wait_seconds_total", batch.waited_seconds)
         add("dist_sae_train_loader_stalls_total", batch.waited_seconds > _STALL_SECONDS)
         add("dist_sae_train_repeated_rows_total", batch.repeated_rows)
-        if self._mesh.is_first:
-            self._telemetry.set("dist_sae_train_reached_units", self._registration.reached)
+        if self.mesh.is_first:
+            self.telemetry.set("dist_sae_train_reached_units", self.registration.reached)
             self._export_backlog()
 
     def _export_backlog(self) -> None:
-        if self._ready_units is not None:
-            backlog = max(0, self._ready_units - self._registration.reached)
-            self._telemetry.set("dist_sae_train_backlog_units", backlog)
+        if self.ready_units is not None:
+            backlog = max(0, self.ready_units - self.registration.reached)
+            self.telemetry.set("dist_sae_train_backlog_units", backlog)
 
 
 def open_loader(

@@ -1,8 +1,7 @@
 """A training job: one dictionary, its optimiser, its checkpoints and its numbers."""
 
 from collections.abc import Callable
-from types import TracebackType
-from typing import Self
+from dataclasses import dataclass
 
 from dist_sae.checkpoint.lineage import Lineage
 from dist_sae.checkpoint.saver import Saver
@@ -66,71 +65,29 @@ def training_step(
     return output, gradient_norm
 
 
+@dataclass
 class TrainingJob:
-    """One dictionary in training. A context manager.
+    """One dictionary in training. Jobs that read the same batches share `Batches`."""
 
-    Several jobs may read the same batches; what they share is in `Batches`.
-
-    Args:
-        run: The run, resolved.
-        mesh: This rank and its process groups.
-        watch: Learns when this rank saves, which may take long.
-        engine: The dictionary's optimiser.
-        state: The dictionary, its dead latents and its average.
-        variance: The data set's, normalised.
-        lineage: The runs before this one.
-        report: Publishes the numbers.
-        heldout: Measures FVU on held-out rows.
-        saver: Saves checkpoints.
-        step: Steps done already.
-    """
-
-    def __init__(
-        self,
-        run: Run,
-        mesh: Mesh,
-        watch: Watch,
-        *,
-        engine: Engine,
-        state: TrainingState,
-        variance: float,
-        lineage: Lineage,
-        report: TrainingReporter,
-        heldout: HeldoutFvu,
-        saver: Saver,
-        step: int,
-    ) -> None:
-        self._run = run
-        self._mesh = mesh
-        self._watch = watch
-        self._engine = engine
-        self._state = state
-        self._variance = variance
-        self._lineage = lineage
-        self._report = report
-        self._heldout = heldout
-        self._saver = saver
-        self._step = step
-
-    def __enter__(self) -> Self:
-        self._report.__enter__()
-        self._saver.__enter__()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        try:
-            self._saver.__exit__(kind, error, trace)
-        finally:
-            self._report.__exit__(kind, error, trace)
+    run: Run
+    mesh: Mesh
+    watch: Watch
+    """Learns when this rank saves, which may take long."""
+    engine: Engine
+    state: TrainingState
+    """The dictionary, its dead latents and its average."""
+    variance: float
+    """The data set's, normalised."""
+    lineage: Lineage
+    """The runs before this one."""
+    report: TrainingReporter
+    heldout: HeldoutFvu
+    saver: Saver
+    steps_done: int
 
     def step(self, batch: TrainingBatch) -> None:
         """Train on a batch, report, and save if a checkpoint is due. Collective."""
-        run, train, done = self._run, self._run.train, self._step
+        run, train, done = self.run, self.run.train, self.steps_done
         lr = learning_rate(
             done,
             run.steps,
@@ -140,39 +97,38 @@ class TrainingJob:
         )
         output, gradient_norm = training_step(
             batch.rows,
-            self._engine,
-            self._state.dead,
-            self._state.average,
+            self.engine,
+            self.state.dead,
+            self.state.average,
             batch_rows=train.batch_rows,
-            variance=self._variance,
+            variance=self.variance,
             progress=done / run.steps,
             lr=lr,
-            end_phase=self._report.end,
+            end_phase=self.report.end,
         )
-        self._step = done + 1
-        self._report.step(self._step, batch.rows, output, lr=lr, gradient_norm=gradient_norm)
-        if self._step % train.save_every_steps == 0:
+        self.steps_done = done + 1
+        self.report.step(self.steps_done, batch.rows, output, lr=lr, gradient_norm=gradient_norm)
+        if self.steps_done % train.save_every_steps == 0:
             self._save(batch.position)
 
     def finish(self, position: StreamPosition) -> None:
         """Save the last step and wait until it is durable. Collective."""
         self._save(position)
-        self._saver.finish()
+        self.saver.finish()
 
     def result(self) -> dict[str, float]:
         """Steps and rows trained on, and the last numbers reported."""
-        rows = self._step * self._run.train.batch_rows
-        return {"step": self._step, **self._lineage.totals(rows), **self._report.last}
+        rows = self.steps_done * self.run.train.batch_rows
+        return {"step": self.steps_done, **self.lineage.totals(rows), **self.report.last}
 
     def _save(self, position: StreamPosition) -> None:
         """Measure on held-out rows and start to save, unless this step is saved already."""
-        if self._step == self._saver.last_step:
+        if self.steps_done == self.saver.last_step:
             return
-        self._watch.at(self._step, working=False)
-        sae = self._state.sae
-        check_replicated(self._mesh, sae.replicated)
-        fvu = self._heldout.measure(self._state)
-        self._report.heldout(self._step, fvu)
-        repeated = sum(self._mesh.all_gather_objects(position.repeated_rows))
-        self._saver.save(self._step, position.cursors, heldout_fvu=fvu, repeated_rows=repeated)
-        self._report.end("save")
+        self.watch.at(self.steps_done, working=False)
+        check_replicated(self.mesh, self.state.sae.replicated)
+        fvu = self.heldout.measure(self.state)
+        self.report.heldout(self.steps_done, fvu)
+        repeated = sum(self.mesh.all_gather_objects(position.repeated_rows))
+        self.saver.save(self.steps_done, position.cursors, heldout_fvu=fvu, repeated_rows=repeated)
+        self.report.end("save")

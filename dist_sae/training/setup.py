@@ -132,7 +132,7 @@ def open_training(
         report=report,
         heldout=HeldoutFvu(run, mesh, units, normaliser),
         saver=saver,
-        step=position.step,
+        steps_done=position.step,
     )
     steps = range(position.step, run.steps)
     loader = open_loader(run, mesh, units, steps, start.lineage, position.cursors)
@@ -148,7 +148,7 @@ def open_training(
         telemetry=telemetry,
         stopping=stopping,
     )
-    with job, _ready_units(units, mesh, telemetry, batches), loader:
+    with report, saver, _ready_units(units, mesh, telemetry, batches), loader:
         times.end("begin")
         yield batches, [job]
 
