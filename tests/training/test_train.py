@@ -97,7 +97,10 @@ def test_what_a_run_begins_with_must_fit_it(tmp_path: Path, activations: str, ca
     """Also when the run file is changed afterwards."""
     old = load_run(run_file(calm, activations))
     for section, problem in (
-        ({"n_latents": 32}, "world: sae.n_latents: 32 is less than the 64 that it is to begin"),
+        (
+            {"n_latents": 32},
+            "world: sae.n_latents: 32 is less than the 64 latents that it is to start",
+        ),
         ({"kind": "relu", "n_latents": 96}, "world: sae.kind: relu cannot start from the weights"),
     ):
         new = load_run(run_file(tmp_path, activations, sae=section))
@@ -246,7 +249,7 @@ def test_a_run_without_a_whole_checkpoint_does_not_begin_again(
     for manifest in (tmp_path / "runs/world/checkpoints").glob("*/manifest.json"):
         manifest.write_bytes(manifest.read_bytes()[:-9])
     error = run("train", str(path), code=2)
-    assert "no checkpoint is whole" in error
+    assert "no checkpoint is intact" in error
 
 
 def test_a_routed_run_tells_how_its_experts_fare_and_resumes_bitwise(
