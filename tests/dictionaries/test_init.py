@@ -194,6 +194,23 @@ def test_new_latents_point_at_what_the_known_ones_leave(kind: str) -> None:
         torch.testing.assert_close(found[name][KNOWN:], mean)
 
 
+def test_a_buffer_per_latent_gets_the_mean_of_the_known_ones() -> None:
+    """Of 0, 1, ..., 23: 11.5, on both shards."""
+
+    def on_rank(axis: LatentAxis) -> Tensor:
+        sae: Dictionary = build_sae(CONFIGS["topk"], D_IN, axis)  # type: ignore[arg-type]
+        numbers = torch.arange(len(sae.W_enc)) + sae.first_latent
+        sae.add_tensor("numbers", numbers.float(), per_latent=True)
+        rows = [sae_rows(part(axis, batch(number))) for number in range(2)]
+        sae.initialise(rows[0], seed=5)
+        initialise_from_data(sae, rows, KNOWN)
+        return sae.get_buffer("numbers")
+
+    found = torch.cat(on_ranks(1, 2, on_rank))
+    assert torch.equal(found[:KNOWN], torch.arange(KNOWN).float())
+    assert torch.equal(found[KNOWN:], torch.full((N_LATENTS - KNOWN,), 11.5))
+
+
 @pytest.mark.parametrize("kind", GATED)
 def test_new_latents_without_a_count_fire_rarely(kind: str) -> None:
     """On .3 % of the rows, or known ones would be drowned; not never, or they could not learn."""
