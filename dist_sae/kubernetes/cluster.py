@@ -1,6 +1,6 @@
-"""A run's namespace on a cluster: the only module that talks to the official client.
+"""A namespace of a cluster; the only module that uses the official Kubernetes client.
 
-Objects are plain mappings, as `jobs.py` renders them. Errors are mapped here, once.
+Objects are plain mappings, as `jobs.py` renders them. Errors of the client are mapped here.
 """
 
 import copy
@@ -27,20 +27,20 @@ from dist_sae.kubernetes.jobs import JOBSET_VERSION
 from dist_sae.kubernetes.pods import Object
 
 MANAGER = "dist-sae"
-"""Field manager of all that is applied."""
+"""Field manager of applied objects."""
 
 _KUBECONFIG = "~/.kube/config"
 _ROLE = "role dist-sae-researcher of k8s/base"
 _NODES_ROLE = "cluster role dist-sae-nodes of k8s/base"
 _CONNECT_SECONDS, _ANSWER_SECONDS = 5.0, 30.0
 _POD_SECONDS = 3.0
-"""For a pod's answer: a network policy that drops it looks like one that never comes."""
+"""Time limit for a pod's answer: a network policy may drop it silently."""
 _WATCH_SECONDS = 20
 _UNREADABLE = (ConfigException, OSError, yaml.YAMLError)
 _NO_CONTENT = 204
 _NOT_FOUND = 404
 _EXPIRED = 410
-"""Of a watch whose beginning the server has forgotten."""
+"""Status of a watch that starts before what the server remembers."""
 
 
 class _Resource(NamedTuple):
@@ -62,10 +62,10 @@ _RESOURCES = {
 
 
 class Cluster:
-    """A namespace, as the user's kubeconfig lets them see it. Opened when it is first asked.
+    """A namespace, accessed with the user's kubeconfig at the first request.
 
     Every method raises a `ClusterError` if there is no such kubeconfig or context, if the cluster
-    does not answer, or if it does not let the user.
+    does not answer, or if it refuses access.
 
     Args:
         config: Names the namespace, and the context of the kubeconfig.
@@ -80,27 +80,27 @@ class Cluster:
     def _client(self) -> ApiClient:
         settings = Configuration()
         settings.retries = urllib3.Retry(2, backoff_factor=0.2)
-        # an attempt that failed is no news while another one follows
+        # no messages about attempts that are retried
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
         try:
             load_kube_config(self._file, context=self._context, client_configuration=settings)
         except _UNREADABLE as exc:
             raise ClusterError(
-                f"{self._place}: no kubeconfig that can be used ({_line(exc)}); log in to the "
+                f"{self._origin}: no kubeconfig that can be used ({_line(exc)}); log in to the "
                 f"cluster, set KUBECONFIG or correct cluster.context"
             ) from exc
         return ApiClient(settings)
 
     @cached_property
-    def _hasty(self) -> ApiClient:
-        """The same without a second attempt."""
+    def _hasty_client(self) -> ApiClient:
+        """A client that does not retry."""
         settings = copy.copy(self._client.configuration)
         settings.retries = urllib3.Retry(0)
         return ApiClient(settings)
 
     @property
-    def _place(self) -> str:
-        """What led here, for messages."""
+    def _origin(self) -> str:
+        """Kubeconfig and context, for messages."""
         name = self._context
         if name is None:
             with suppress(*_UNREADABLE):
@@ -108,10 +108,10 @@ class Cluster:
         return f"context {name} of {self._file}" if name else self._file
 
     def apply(self, obj: Object, *, dry_run: bool = False) -> Object:
-        """Server-side apply; returns the object as it is then, or would be.
+        """Server-side apply; returns the resulting object.
 
         Raises:
-            RejectedError: It is not valid, or would change what cannot be changed.
+            RejectedError: It is invalid, or changes an immutable field.
         """
         query = {"fieldManager": MANAGER, "fieldValidation": "Strict"}
         query |= {"dryRun": "All"} if dry_run else {}
@@ -121,15 +121,15 @@ class Cluster:
         return applied
 
     def get(self, kind: str, name: str) -> Object | None:
-        """An object, if it exists."""
+        """Get an object; None if it does not exist."""
         return self._ask("GET", self._path(kind, name), may_lack=True)
 
     def find(self, kind: str, selector: Mapping[str, str]) -> list[Object]:
-        """All that bear these labels, the oldest first; none where nobody knows the kind."""
+        """List objects with these labels, oldest first; empty if the kind is not installed."""
         return self._list(kind, selector)[0]
 
     def follow(self, kind: str, selector: Mapping[str, str]) -> Iterator[list[Object]]:
-        """What `find` gives, at once and after every change; now and then without one."""
+        """Yield the result of `find` at once and after every change, sometimes unchanged."""
         while True:
             found, version = self._list(kind, selector)
             yield found
@@ -143,11 +143,11 @@ class Cluster:
                 except ApiException as exc:
                     if exc.status != _EXPIRED:
                         raise
-                except urllib3.exceptions.HTTPError:  # the next listing tells what is wrong
+                except urllib3.exceptions.HTTPError:  # the next listing reports the error
                     continue
 
     def delete(self, obj: Object) -> None:
-        """Begin to delete an object, this very one; it is gone when all that it owns is."""
+        """Begin to delete this object (by uid); it goes after the objects that it owns."""
         metadata = obj["metadata"]
         body = {
             "apiVersion": "v1",
@@ -161,10 +161,10 @@ class Cluster:
     def logs(
         self, pod: str, container: str, *, follow: bool, tail: int | None, stamped: bool = False
     ) -> Iterator[str]:
-        """Lines of a container, with the time of each if `stamped`; with `follow` until it ends.
+        """Log lines of a container, with times if `stamped`; with `follow` until it ends.
 
         Raises:
-            NotStartedError: It has not begun.
+            NotStartedError: The container has not started.
         """
         query = {"container": container}
         query |= {"follow": "true"} if follow else {}
@@ -174,13 +174,13 @@ class Cluster:
         with self._mapped(path), self._send("GET", path, query, patient=follow) as answer:
             if answer.status == _NO_CONTENT:
                 raise NotStartedError(
-                    f"{self._place}: pod {pod} has no node yet; dist-sae status says why"
+                    f"{self._origin}: pod {pod} has no node yet; dist-sae status shows why"
                 )
             for line in answer:
                 yield line.decode(errors="replace").rstrip("\n")
 
     def proxy(self, pod: str, port: int, path: str) -> str:
-        """What a pod answers, asked once through the API server, which may never hear of it."""
+        """Ask a pod through the API server, without retries, and return its answer."""
         whole = f"{self._path('Pod', f'{pod}:{port}')}/proxy/{path}"
         with self._mapped(whole):
             try:
@@ -189,8 +189,8 @@ class Cluster:
                 if not isinstance(_reason(exc), urllib3.exceptions.ReadTimeoutError):
                     raise
                 raise ClusterError(
-                    f"{self._place}: pod {pod} does not answer on port {port} within "
-                    f"{_POD_SECONDS:g} s; see whether a network policy keeps the API server from it"
+                    f"{self._origin}: pod {pod} does not answer on port {port} within "
+                    f"{_POD_SECONDS:g} s; check whether a network policy blocks the API server"
                 ) from exc
             return text
 
@@ -198,7 +198,7 @@ class Cluster:
         """The nodes of the cluster.
 
         Raises:
-            ForbiddenError: The user sees only their namespace.
+            ForbiddenError: The user may only see the namespace.
         """
         answer = self._ask("GET", "/api/v1/nodes")
         assert answer is not None
@@ -209,7 +209,7 @@ class Cluster:
         answer = self._ask("GET", self._path(kind), self._selecting(selector), may_lack=True)
         if answer is None:
             return [], ""
-        version = _RESOURCES[kind].version  # the items of a list do not say what they are
+        version = _RESOURCES[kind].version  # items of a list lack version and kind
         items = [{"apiVersion": version, "kind": kind} | item for item in answer["items"]]
         items.sort(key=lambda obj: obj["metadata"]["creationTimestamp"])
         return items, answer["metadata"]["resourceVersion"]
@@ -232,7 +232,7 @@ class Cluster:
         *,
         may_lack: bool = False,
     ) -> Object | None:
-        """One request and its answer; None if there is no such thing and `may_lack`."""
+        """Send a request and return the answer; None if `may_lack` and it does not exist."""
         with self._mapped(path):
             try:
                 answer = self._send(method, path, query, body, content)
@@ -255,7 +255,7 @@ class Cluster:
         hasty: bool = False,
     ) -> urllib3.HTTPResponse:
         seconds = None if patient else _POD_SECONDS if hasty else _ANSWER_SECONDS
-        client = self._hasty if hasty else self._client
+        client = self._hasty_client if hasty else self._client
         answer: urllib3.HTTPResponse = client.call_api(
             path,
             method,
@@ -270,7 +270,7 @@ class Cluster:
 
     @contextmanager
     def _mapped(self, path: str) -> Iterator[None]:
-        """Raise the client's errors as ours; they happen about this path."""
+        """Map the client's errors about this path to ours."""
         try:
             yield
         except ApiException as exc:
@@ -279,7 +279,7 @@ class Cluster:
             server = self._client.configuration.host
             why = type(_reason(exc)).__name__
             raise ClusterError(
-                f"{self._place}: {server} does not answer ({why}); check the network, the "
+                f"{self._origin}: {server} does not answer ({why}); check the network, the "
                 f"context and your login"
             ) from exc
 
@@ -288,23 +288,23 @@ class Cluster:
         said = status.get("message") or _line(exc.reason or exc)
         match exc.status:
             case 401:
-                return ClusterError(f"{self._place}: your login is refused; log in again")
+                return ClusterError(f"{self._origin}: your login is refused; log in again")
             case 403:
                 return self._forbidden(said)
             case 404:
-                return self._lacking(status, said, path)
+                return self._not_found(status, said, path)
             case 400 if path.endswith("/log"):  # a node's answer
-                return NotStartedError(f"{self._place}: {_line(said)}")
+                return NotStartedError(f"{self._origin}: {_line(said)}")
             case 422:
                 return RejectedError(_line(said))
             case _:
-                return ClusterError(f"{self._place}: {_line(said)}")
+                return ClusterError(f"{self._origin}: {_line(said)}")
 
-    def _lacking(self, status: dict[str, Any], said: str, path: str) -> ClusterError:
+    def _not_found(self, status: dict[str, Any], said: str, path: str) -> ClusterError:
         kind, jobset = (status.get("details") or {}).get("kind"), _RESOURCES["JobSet"]
         if not status and path.startswith(jobset.base):
             return ClusterError(
-                f"{self._place}: the cluster does not know {jobset.version}; install JobSet, "
+                f"{self._origin}: the cluster does not know {jobset.version}; install JobSet, "
                 f"or set cluster.jobset: false"
             )
         if kind == "namespaces":
@@ -312,9 +312,9 @@ class Cluster:
                 f"namespace {self.namespace} does not exist; create it "
                 f"(kubectl apply -k k8s/base) or correct cluster.namespace"
             )
-        if kind == "pods/log":  # a node that has not heard of the pod yet
-            return NotStartedError(f"{self._place}: {_line(said)}")
-        return ClusterError(f"{self._place}: {_line(said)}")
+        if kind == "pods/log":  # a node that does not know the pod yet
+            return NotStartedError(f"{self._origin}: {_line(said)}")
+        return ClusterError(f"{self._origin}: {_line(said)}")
 
     def _forbidden(self, said: str) -> ClusterError:
         found = re.search(
@@ -323,23 +323,23 @@ class Cluster:
         if not found and "denied the request" in said:  # JobSet's webhook, or somebody's policy
             return RejectedError(_line(said))
         if not found:  # a quota
-            return ClusterError(f"{self._place}: {_line(said)}")
+            return ClusterError(f"{self._origin}: {_line(said)}")
         nodes = found["resource"] == "nodes"
         where = "of the cluster" if nodes else f"in namespace {self.namespace}"
         return ForbiddenError(
-            f"{self._place}: {found['user']} may not {found['verb']} {found['resource']} {where}; "
+            f"{self._origin}: {found['user']} may not {found['verb']} {found['resource']} {where}; "
             f"{_NODES_ROLE if nodes else _ROLE} would allow it"
         )
 
 
 def amount(quantity: str | float) -> Decimal:
-    """A quantity as Kubernetes writes it, as a number."""
+    """Parse a quantity as Kubernetes writes it."""
     number: Decimal = parse_quantity(quantity)
     return number
 
 
 def _status_of(exc: ApiException) -> dict[str, Any]:
-    """The `Status` that the API server explains itself with, if it does."""
+    """The `Status` in the API server's answer; empty if there is none."""
     with suppress(ValueError, TypeError):
         status = json.loads(exc.body)
         if isinstance(status, dict) and status.get("kind") == "Status":
@@ -348,7 +348,7 @@ def _status_of(exc: ApiException) -> dict[str, Any]:
 
 
 def _reason(exc: BaseException) -> BaseException:
-    """What is behind urllib3's many words."""
+    """The cause that urllib3 wraps."""
     return getattr(exc, "reason", None) or exc
 
 

@@ -1,4 +1,4 @@
-"""What of a run a cluster holds, and how it leaves. Nothing else is ever touched."""
+"""Find and delete a run's objects on a cluster. Objects of others are never touched."""
 
 from collections.abc import Callable
 from typing import Literal, NamedTuple
@@ -13,12 +13,12 @@ from dist_sae.kubernetes.names import object_name, selector
 from dist_sae.kubernetes.pods import Object
 
 Say = Callable[[str], None]
-"""Takes a line for whoever waits."""
+"""Prints a line for the user."""
 State = Literal["absent", "running", "ending", "complete", "failed"]
 
 
-class Presence(NamedTuple):
-    """The objects of a run, without what they own themselves."""
+class ClusterObjects(NamedTuple):
+    """The objects of a run, without the objects that these own."""
 
     configuration: Object | None
     workloads: list[Object]
@@ -27,7 +27,7 @@ class Presence(NamedTuple):
 
     @property
     def objects(self) -> list[Object]:
-        """All of them, in the order in which they are to go."""
+        """All objects, in the order of their deletion."""
         return [*self.workloads, *self.services, *filter(None, [self.configuration])]
 
     @property
@@ -40,7 +40,7 @@ class Presence(NamedTuple):
 
     @property
     def state(self) -> State:
-        """How far it is, by what its controllers say."""
+        """State of the run, from the conditions that its controllers report."""
         if any("deletionTimestamp" in obj["metadata"] for obj in self.workloads):
             return "ending"
         ended = [set(_true_conditions(obj)) for obj in self.workloads]
@@ -53,24 +53,24 @@ class Presence(NamedTuple):
 
     @property
     def failure(self) -> str:
-        """Why it has failed, in the controllers' words."""
+        """Why the run failed, as its controllers report it."""
         told = [_true_conditions(obj).get("Failed") for obj in self.workloads]
         return "; ".join(filter(None, told))
 
 
-def look(cluster: Cluster, run: Run) -> Presence:
+def find_objects(cluster: Cluster, run: Run) -> ClusterObjects:
     """Find the run's objects by their labels."""
     labels = selector(run)
     workloads = [*cluster.find("JobSet", labels), *cluster.find("Job", labels)]
     configurations = cluster.find("ConfigMap", labels)
-    return Presence(
+    return ClusterObjects(
         configurations[0] if configurations else None,
         [obj for obj in workloads if _is_ours(obj)],
         [obj for obj in cluster.find("Service", labels) if _is_ours(obj)],
     )
 
 
-def remove(cluster: Cluster, run: Run, there: Presence, say: Say) -> None:
+def remove(cluster: Cluster, run: Run, there: ClusterObjects, say: Say) -> None:
     """Delete the run's objects, and wait until its pods have saved and are gone."""
     for obj in there.objects:
         cluster.delete(obj)
@@ -78,8 +78,8 @@ def remove(cluster: Cluster, run: Run, there: Presence, say: Say) -> None:
         await_end(cluster, run, there, say)
 
 
-def await_end(cluster: Cluster, run: Run, there: Presence, say: Say) -> None:
-    """Until what is being deleted is gone, its pods first."""
+def await_end(cluster: Cluster, run: Run, there: ClusterObjects, say: Say) -> None:
+    """Wait until the objects that are being deleted are gone, pods first."""
     said = ""
     for pods in cluster.follow("Pod", selector(run)):
         if not pods:
@@ -96,11 +96,13 @@ def await_end(cluster: Cluster, run: Run, there: Presence, say: Say) -> None:
                 break
 
 
-def check_own(cluster: Cluster, run: Run, objects: list[Object]) -> dict[tuple[str, str], Object]:
-    """The objects that exist under these names, by kind and name.
+def existing_objects(
+    cluster: Cluster, run: Run, objects: list[Object]
+) -> dict[tuple[str, str], Object]:
+    """Get the objects that exist under these names, by kind and name.
 
     Raises:
-        ClusterError: One of them is not this run's.
+        ClusterError: One of them does not belong to this run.
     """
     found = {}
     for obj in objects:
@@ -119,12 +121,12 @@ def check_own(cluster: Cluster, run: Run, objects: list[Object]) -> dict[tuple[s
 
 
 def describe(run: Run, cluster: Cluster) -> str:
-    """The run where it is, for messages."""
+    """Namespace and name of the run, for messages."""
     return f"{cluster.namespace}/{object_name(run)}"
 
 
 def _is_ours(obj: Object) -> bool:
-    """Not made by a controller for something of ours."""
+    """Whether no controller made it for another object."""
     return not obj["metadata"].get("ownerReferences")
 
 

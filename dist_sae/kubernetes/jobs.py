@@ -1,11 +1,11 @@
 """The objects of a run: Run -> ConfigMap and JobSet, or plain Indexed Jobs. Pure.
 
-What ends a pod decides what follows:
+How a pod ends decides what happens next:
 
     0       done
     2       something for the user to fix: the job fails, and the run with it
     75      stopped and resumable (preempted, a rank lost, the store away): a new pod, not counted
-    143     told to end (SIGTERM) before it could heed it: the same
+    143     SIGTERM before the program handled it: the same
     evicted, preempted, drained (DisruptionTarget): the same
     else    a crash: counted against `retries`
 """
@@ -28,10 +28,10 @@ _AFTER: dict[Part, Part] = {"producer": "planner", "trainer": "planner", "report
 
 
 def render_objects(run: Run) -> list[Object]:
-    """Everything that `submit` applies, in that order.
+    """Render everything that `submit` applies, in order.
 
     Raises:
-        ConfigError: The run cannot be on a cluster; one line for every reason.
+        ConfigError: The run cannot run on a cluster; one line per reason.
     """
     if problems := list(_problems(run)):
         raise ConfigError("\n".join(problems))
@@ -49,7 +49,7 @@ def render_objects(run: Run) -> list[Object]:
 
 
 def parts(run: Run) -> list[Part]:
-    """What the run consists of on a cluster."""
+    """Parts of the run on a cluster, in the order of a JobSet."""
     return [part for part in get_args(Part) if part != "reporter" or run.cluster.reporter]
 
 
@@ -67,7 +67,7 @@ def _jobset(run: Run) -> Object:
                 "subdomain": object_name(run),
                 "publishNotReadyAddresses": True,
             },
-            # a job fails for good reasons only: new pods were tried, or would say the same
+            # a job that fails has used its retries, or would fail the same way again
             "failurePolicy": {
                 "maxRestarts": 0,
                 "rules": [
@@ -96,7 +96,7 @@ def _plain_job(run: Run, part: Part) -> Object:
     job["metadata"]["labels"] |= selector(run, part)
     spec = _job(run, part)
     spec["template"]["spec"]["subdomain"] = object_name(run)
-    # no time to live: a job that has gone would look like one that has not begun
+    # no time to live: a deleted job would look like one that has not begun
     return job | {"spec": spec}
 
 
@@ -132,20 +132,20 @@ def _object(run: Run, version: str, kind: str) -> Object:
 
 
 def _queued(run: Run, workload: Object) -> Object:
-    """Kueue admits what bears its label: a JobSet as a whole, plain jobs one by one."""
+    """Add the label of the Kueue queue: a JobSet is admitted whole, plain Jobs one by one."""
     if run.cluster.queue:
         workload["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = run.cluster.queue
     return workload
 
 
 def in_pods(run: Run) -> Run:
-    """As pods read it: they serve metrics, for Prometheus and for probes."""
+    """The run as pods read it: with a metrics port, for Prometheus and probes."""
     telemetry = run.telemetry.model_copy(update={"port": run.telemetry.port or run.cluster.port})
     return run.model_copy(update={"telemetry": telemetry})
 
 
 def _problems(run: Run) -> list[str]:
-    """What a laptop does not mind."""
+    """Settings that are invalid on a cluster."""
     problems = []
     if run.cluster.image is None:
         problems.append("cluster.image: missing; build launch/Dockerfile and name what you pushed")

@@ -1,4 +1,4 @@
-"""`dist-sae logs`: what a run's pods say, those that were replaced included."""
+"""Logs of a run's pods, also of those that were replaced."""
 
 import heapq
 import logging
@@ -17,7 +17,6 @@ from dist_sae.kubernetes.pods import Object, Part
 
 logger = logging.getLogger(__name__)
 
-DEFAULT = "trainer-0"
 _Source = tuple[Object, str]
 """A pod, and the name of one of its containers."""
 
@@ -25,31 +24,31 @@ _Source = tuple[Object, str]
 def read_logs(
     run: Run,
     cluster: Cluster,
-    which: str = DEFAULT,
+    which: str,
     *,
     follow: bool = False,
     previous: bool = False,
     tail: int | None = None,
 ) -> Iterator[str]:
-    """Lines, in the order of their times; each begins with its pod's name if there are several.
+    """Lines in order of time; with several pods, each begins with the name of its pod.
 
     Args:
         run: The run.
-        cluster: Where it is.
+        cluster: Its namespace.
         which: A part, one index of it (`trainer-0`), or a pod's name.
         follow: Wait for the pods to begin, and go on until they end.
-        previous: Of the pods that the present ones replaced.
-        tail: Only so many last lines of each container.
+        previous: Logs of the pods that the present ones replaced.
+        tail: Number of last lines of each container; None for all.
 
     Raises:
-        ClusterError: There are no such pods, or they cannot say anything yet.
+        ClusterError: There are no such pods, or they have no logs yet.
     """
     pods = _chosen(cluster.find("Pod", selector(run)), which, previous=previous)
     if not pods:
         earlier = "earlier " if previous else ""
         raise ClusterError(
             f"{describe(run, cluster)}: there is no {earlier}pod {which}; "
-            f"dist-sae status says what there is"
+            f"dist-sae status lists the pods"
         )
     sources = [
         (pod, container["name"])
@@ -76,7 +75,7 @@ def _chosen(pods: list[Object], which: str, *, previous: bool) -> list[Object]:
 def _one_after_another(
     cluster: Cluster, sources: list[_Source], tail: int | None, *, follow: bool
 ) -> Iterator[str]:
-    """Of the containers of one pod, as they run."""
+    """Lines of the containers of one pod, in the order in which they run."""
     for number, (pod, container) in enumerate(sources):
         try:
             if follow:
@@ -86,7 +85,7 @@ def _one_after_another(
         except NotStartedError:
             if not number:
                 raise
-            return  # nor have those behind it begun
+            return  # containers run one after the other
 
 
 def _follow(cluster: Cluster, pod: Object, container: str, tail: int | None) -> Iterator[str]:
@@ -97,7 +96,7 @@ def _follow(cluster: Cluster, pod: Object, container: str, tail: int | None) -> 
             yield from cluster.logs(name, container, follow=True, tail=tail)
         except NotStartedError as exc:
             if not any(_name(there) == name and not has_ended(there) for there in pods):
-                raise  # it never will
+                raise  # it never will start
             if not waits:
                 logger.info("waiting: %s", exc)
             waits = True
@@ -112,7 +111,7 @@ def _by_time(cluster: Cluster, sources: list[_Source], tail: int | None) -> Iter
             for line in cluster.logs(pod, container, follow=False, tail=tail, stamped=True):
                 stamp, _, text = line.partition(" ")
                 yield stamp, f"{pod}: {text}"
-        except ClusterError as exc:  # of one pod; the others are told all the same
+        except ClusterError as exc:  # of one pod; the others' lines still come
             yield stamp, f"{pod}: ({exc})"
 
     for _, line in heapq.merge(*(lines(*source) for source in sources), key=lambda item: item[0]):

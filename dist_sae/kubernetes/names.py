@@ -1,13 +1,13 @@
-"""Names and labels of a run's objects; all that finds them again goes by these."""
+"""Names and labels of a run's objects, by which they are found again."""
 
 from dist_sae import __version__
 from dist_sae.config import Run
 from dist_sae.errors import ConfigError
 
 PART = "app.kubernetes.io/component"
-"""The label that tells a run's parts apart."""
+"""The label that names the part of the run."""
 TRIAL = "-new"
-"""Behind the names under which a cluster is asked whether it would take objects."""
+"""Suffix of the names under which objects are validated on the cluster."""
 _LONGEST = 63 - len(f"{TRIAL}-producer-0-0000-abcde")  # a pod's name is a host's name
 
 
@@ -15,19 +15,19 @@ def object_name(run: Run) -> str:
     """The name of the run's JobSet, ConfigMap and Service.
 
     Raises:
-        ConfigError: Pods could not be named after it.
+        ConfigError: The run's name is not valid in names of pods.
     """
     name = run.name.replace(".", "-")
     if len(name) > _LONGEST or not name[0].isalpha():
         raise ConfigError(
-            f"name: {run.name} cannot name pods; on a cluster it begins with a letter and has at "
-            f"most {_LONGEST} characters"
+            f"name: {run.name} is not valid in names of pods; on a cluster it must begin with a "
+            f"letter and have at most {_LONGEST} characters"
         )
     return name
 
 
 def labels(run: Run, part: str | None = None) -> dict[str, str]:
-    """Of an object of the run, or of a part's pods."""
+    """Labels of an object of the run, or of the pods of a part."""
     return selector(run, part) | {
         "app.kubernetes.io/version": __version__,
         "app.kubernetes.io/managed-by": "dist-sae",
@@ -35,6 +35,6 @@ def labels(run: Run, part: str | None = None) -> dict[str, str]:
 
 
 def selector(run: Run, part: str | None = None) -> dict[str, str]:
-    """What finds the objects of a run, or a part's pods."""
+    """Labels that select the objects of a run, or the pods of a part."""
     found = {"app.kubernetes.io/name": "dist-sae", "app.kubernetes.io/instance": run.name}
     return found | ({PART: part} if part else {})

@@ -1,4 +1,4 @@
-"""The pods of a run, part by part: what they do and why they do not. Pure."""
+"""Status of a run's pods by part: what runs, and why others do not. Pure."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
@@ -16,7 +16,7 @@ _STARTING = ("ContainerCreating", "PodInitializing")
 
 
 class PartStatus(NamedTuple):
-    """The pods of a part."""
+    """Status of the pods of a part."""
 
     wanted: int
     running: int
@@ -24,15 +24,15 @@ class PartStatus(NamedTuple):
     done: int
     """Pods that have finished their work."""
     restarts: int
-    """Pods that ended before their time and are still known."""
+    """Pods that failed and were replaced."""
     last_end: str | None
-    """Why the last of these ended."""
+    """Why the last failed pod ended."""
     pending: list[str]
-    """Why pods do not run yet, by pod."""
+    """Pods that do not run yet, each with the reason."""
 
 
 def describe_parts(run: Run, pods: Iterable[Object], jobs: Iterable[Object]) -> dict[str, Any]:
-    """All parts of a run, from its pods and Jobs."""
+    """Status of all parts of a run, from its pods and Jobs."""
     pods, jobs = list(pods), list(jobs)
     return {
         part: _part(n_pods(run, part), _of(part, pods), _of(part, jobs))._asdict()
@@ -41,7 +41,7 @@ def describe_parts(run: Run, pods: Iterable[Object], jobs: Iterable[Object]) -> 
 
 
 def newest_pods(pods: Iterable[Object], before: int = 0) -> list[Object]:
-    """Of the pods of each index the newest, or one replaced `before` times since."""
+    """The newest pod of each index, or the one that has been replaced `before` times."""
     by_index: dict[int, list[Object]] = {}
     for pod in sorted(pods, key=lambda pod: pod["metadata"]["creationTimestamp"]):
         by_index.setdefault(index_of(pod), []).append(pod)
@@ -58,7 +58,7 @@ def index_of(pod: Object) -> int:
 
 
 def has_ended(pod: Object) -> bool:
-    """Whether none of its containers will run any more."""
+    """Whether none of its containers will run again."""
     return pod["status"].get("phase") in _ENDED
 
 
@@ -83,19 +83,19 @@ def _part(wanted: int, pods: list[Object], jobs: list[Object]) -> PartStatus:
         running=phases.count("Running"),
         ready=sum(_condition(pod, "Ready").get("status") == "True" for pod in alive),
         done=sum((job.get("status") or {}).get("succeeded", 0) for job in jobs),
-        restarts=max(len(failed), counted),  # pods go with their nodes; not all ends are counted
+        restarts=max(len(failed), counted),  # nodes take pods along; Jobs miss ends
         last_end=f"{_name(ends[-1])}: {describe_end(ends[-1])}" if ends else None,
         pending=[f"{_name(pod)}: {why}" for pod in alive for why in _waits(pod)],
     )
 
 
 def describe_end(pod: Object) -> str:
-    """Why a pod ended: disrupted, killed, or what its program said last."""
+    """Why a pod ended: a disruption, a signal, or the last line of its program."""
     status = pod["status"]
     disruption = _condition(pod, "DisruptionTarget")
     if disruption.get("status") == "True":
         return f"{disruption.get('reason', 'disrupted')}: {disruption.get('message', '')}".strip()
-    if status.get("reason"):  # Evicted, NodeLost and their like
+    if status.get("reason"):  # Evicted, NodeLost and so on
         return f"{status['reason']}: {status.get('message', '')}".rstrip(": ")
     for container in _containers(status):
         ended = (container.get("state") or {}).get("terminated")
@@ -107,7 +107,7 @@ def describe_end(pod: Object) -> str:
 
 
 def _waits(pod: Object) -> Iterator[str]:
-    """Why a pod does not run, where something is in its way."""
+    """Reasons why a pod does not run."""
     scheduled = _condition(pod, "PodScheduled")
     if scheduled.get("status") == "False":
         yield f"{scheduled.get('reason', 'Unschedulable')}: {scheduled.get('message', '')}"
@@ -125,7 +125,7 @@ def _containers(status: Mapping[str, Any]) -> list[Any]:
 
 
 def _end_time(pod: Object) -> str:
-    """In the time format of Kubernetes, which sorts as text."""
+    """When the pod ended, in the time format of Kubernetes, which sorts as text."""
     times = [
         ((container.get("state") or {}).get("terminated") or {}).get("finishedAt") or ""
         for container in _containers(pod["status"])

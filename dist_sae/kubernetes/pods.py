@@ -1,12 +1,12 @@
 """The pods of a run: Run -> pod templates. Pure.
 
     planner     reads the corpus once
-    producer    one pod is one producer, all `model.tensor_parallel` ranks of it
-    trainer     `cluster.trainer.ranks` ranks; pod 0 is where all ranks meet
+    producer    one pod is one producer: all `model.tensor_parallel` ranks of it
+    trainer     `cluster.trainer.ranks` ranks; pod 0 holds the rendezvous
     reporter    evaluate, export, report, one after the other
 
-They fulfil the restricted pod security standard: no root, no privileges, a root file system that
-cannot be written. What a pod keeps for itself (caches) lies in /scratch and dies with it.
+They meet the restricted pod security standard: no root, no privileges, a read-only root file
+system. Caches are in /scratch, which is deleted with the pod.
 """
 
 from typing import Any, Literal
@@ -17,7 +17,7 @@ from dist_sae.interop import sae_lens
 from dist_sae.kubernetes.names import labels, object_name, selector
 
 Part = Literal["planner", "trainer", "producer", "reporter"]
-"""In the order of a JobSet: Kueue takes the priority of the first that has one."""
+"""In the order of a JobSet: Kueue takes the priority of the first part that has one."""
 Object = dict[str, Any]
 
 RUN_FILE = "/etc/dist-sae/run.yaml"
@@ -25,16 +25,16 @@ SCRATCH = "/scratch"
 METRICS = "metrics"
 """Name of the port that Prometheus scrapes."""
 _WAITING = ("produce", "train", "evaluate")
-"""Programs that can wait for those before them, where no JobSet does it for them."""
+"""Programs with `--wait`: without JobSet they wait for the part before them."""
 USER_ID = 10001
-"""Of the user that the image makes."""
+"""The user that the image creates."""
 
-_START_SECONDS = 600  # an image that is pulled cold imports torch slowly
-_LIVE_SECONDS = 120  # without an answer; a rank that hangs at work says so itself (`/livez`)
+_START_SECONDS = 600  # torch is imported slowly from a freshly pulled image
+_LIVE_SECONDS = 120  # without an answer; `/livez` reports a rank that hangs
 
 
 def n_pods(run: Run, part: Part) -> int:
-    """How many pods a part of the run has."""
+    """Number of pods of a part."""
     match part:
         case "producer":
             return run.processes.producers
@@ -45,7 +45,7 @@ def n_pods(run: Run, part: Part) -> int:
 
 
 def pods_of(run: Run, part: Part) -> PodsConfig:
-    """What a part's pods ask for."""
+    """Settings of a part's pods."""
     cluster = run.cluster
     asked = {
         "planner": cluster.planner,
@@ -58,7 +58,7 @@ def pods_of(run: Run, part: Part) -> PodsConfig:
 
 
 def pod_template(run: Run, part: Part) -> Object:
-    """The template of a part's pods."""
+    """Render the template of a part's pods."""
     pods, cluster = pods_of(run, part), run.cluster
     first, *others = reversed(_containers(run, part))
     spec = {
@@ -72,7 +72,7 @@ def pod_template(run: Run, part: Part) -> Object:
         "nodeSelector": pods.node_selector,
         "tolerations": [_toleration(toleration) for toleration in pods.tolerations],
         "topologySpreadConstraints": _spread(run, part),
-        "affinity": _closeness(run, part),
+        "affinity": _affinity(run, part),
         "securityContext": {
             "runAsNonRoot": True,
             "runAsUser": USER_ID,
@@ -93,7 +93,7 @@ def pod_template(run: Run, part: Part) -> Object:
 
 
 def _containers(run: Run, part: Part) -> list[Object]:
-    """In the order in which they run, one after the other; all but the last are init containers."""
+    """Containers in the order in which they run; all but the last are init containers."""
     match part:
         case "planner":
             return [_container(run, part, "main", ["plan", RUN_FILE])]
@@ -148,7 +148,7 @@ def _container(run: Run, part: Part, name: str, arguments: list[str]) -> Object:
 
 
 def _serving(run: Run, container: Object) -> Object:
-    """With its metrics, and probes that ask whether it lives (`/livez`) and works (`/readyz`)."""
+    """The container with its metrics port and its probes, `/livez` and `/readyz`."""
     port = run.telemetry.port or run.cluster.port
 
     def probe(path: str, every: int, limit: int) -> Object:
@@ -171,7 +171,7 @@ def _environment(run: Run, part: Part) -> list[Object]:
     pods, processes = pods_of(run, part), run.processes
     ranks = {"producer": run.tensor_parallel, "trainer": run.cluster.trainer.ranks}.get(part, 1)
     values = {
-        "HOME": f"{SCRATCH}/home",  # model files and compiled kernels are cached below it
+        "HOME": f"{SCRATCH}/home",  # caches of model files and compiled kernels
         "OMP_NUM_THREADS": str(processes.threads or max(1, int(pods.cpus) // ranks)),
     }
     if part == "trainer":
@@ -198,7 +198,7 @@ def _spread(run: Run, part: Part) -> list[Object]:
     ]
 
 
-def _closeness(run: Run, part: Part) -> Object | None:
+def _affinity(run: Run, part: Part) -> Object | None:
     pods = pods_of(run, part)
     if not isinstance(pods, TrainerPods) or not pods.close_by:
         return None
@@ -212,5 +212,5 @@ def _toleration(toleration: Toleration) -> Object:
 
 
 def without_empty(mapping: Object) -> Object:
-    """Without keys that say nothing: Kubernetes takes an absent one for its default."""
+    """Drop empty values: for Kubernetes an absent key has its default."""
     return {key: value for key, value in mapping.items() if value not in (None, "", [], {})}

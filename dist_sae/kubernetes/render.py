@@ -1,4 +1,4 @@
-"""`dist-sae render`: what a run file implies for other programs."""
+"""Render a run file for other programs: DeepSpeed, Kubernetes, Grafana."""
 
 import json
 from collections.abc import Callable
@@ -13,7 +13,7 @@ from dist_sae.telemetry.dashboards import render_dashboards
 
 
 def _dashboards(_: Run) -> dict[str, Any]:
-    """Grafana's, by file name: the same for every run."""
+    """Grafana dashboards by file name: the same for every run."""
     return {name: json.loads(text) for name, text in render_dashboards().items()}
 
 
@@ -25,16 +25,16 @@ WHAT: dict[str, Callable[[Run], Any]] = {
 
 
 def render(run: Run, only: str | None = None) -> dict[str, Any]:
-    """Everything that the run implies, by what it is for; Kubernetes' objects if it has an image.
+    """Render the run by target; Kubernetes only if it names an image.
 
-    Dashboards, which are long and the same for all, only when asked for.
+    Dashboards, which are long and the same for all runs, are rendered only when asked for.
 
     Args:
         run: The run.
         only: One of `WHAT`.
 
     Raises:
-        ConfigError: The run cannot be on a cluster.
+        ConfigError: The run cannot run on a cluster.
     """
     implied = ["deepspeed", "kubernetes"] if run.cluster.image else ["deepspeed"]
     named = [only] if only else implied
@@ -42,12 +42,12 @@ def render(run: Run, only: str | None = None) -> dict[str, Any]:
 
 
 def to_yaml(objects: list[dict[str, Any]]) -> str:
-    """Objects as kubectl reads them."""
+    """Write objects as YAML for kubectl."""
     return yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, width=100)
 
 
 class _Dumper(yaml.SafeDumper):
-    """Texts of several lines as they are; no anchors for what stands twice."""
+    """Writes texts of several lines as blocks, and no anchors for repeated values."""
 
     def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
         return True

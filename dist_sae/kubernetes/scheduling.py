@@ -1,4 +1,4 @@
-"""Whether any node could ever hold a pod. Pure."""
+"""Check that pods fit on the cluster's nodes. Pure."""
 
 from collections.abc import Mapping
 
@@ -7,15 +7,18 @@ from dist_sae.kubernetes.cluster import amount
 from dist_sae.kubernetes.pods import Object
 
 
-def check_fit(templates: Mapping[str, Object], nodes: list[Object]) -> list[str]:
-    """Returns warnings: parts for which there is no node yet. An autoscaler may add some.
+def check_schedulable(templates: Mapping[str, Object], nodes: list[Object]) -> list[str]:
+    """Check that a node is large enough for each part's pods.
 
     Args:
         templates: The pods' templates, by part.
         nodes: All nodes of the cluster.
 
+    Returns:
+        Warnings about parts that no node admits now; an autoscaler may add one.
+
     Raises:
-        ConfigError: There are nodes for a part's pods, and not one is large enough.
+        ConfigError: Nodes admit a part's pods, but none is large enough.
     """
     warnings, problems = [], []
     for part, template in templates.items():
@@ -25,13 +28,13 @@ def check_fit(templates: Mapping[str, Object], nodes: list[Object]) -> list[str]
         if not pool:
             wanted = ", ".join(f"{k}={v}" for k, v in spec.get("nodeSelector", {}).items())
             warnings.append(
-                f"no node is for {part} pods now{wanted and f' ({wanted})'}: they wait until one is"
+                f"no node admits {part} pods now{wanted and f' ({wanted})'}: they wait for one"
             )
         elif all(lacks):
             problems.append(
-                f"cluster.{part}: a pod fits on none of the {len(pool)} nodes that are for it (at "
-                f"best: {min(lacks, key=len)}); lower it, or --ignore-nodes if larger ones will be "
-                f"added"
+                f"cluster.{part}: a pod fits on none of the {len(pool)} nodes that admit it "
+                f"(closest: {min(lacks, key=len)}); lower it, or use --ignore-nodes if larger ones "
+                f"will be added"
             )
     if problems:
         raise ConfigError("\n".join(problems))
@@ -47,7 +50,7 @@ def _admits(node: Object, spec: Object) -> bool:
         taint["effect"] == "PreferNoSchedule"
         or any(_tolerates(toleration, taint) for toleration in spec.get("tolerations", []))
         for taint in taints
-        if not taint["key"].startswith("node.kubernetes.io/")  # a state that passes
+        if not taint["key"].startswith("node.kubernetes.io/")  # a temporary state
     )
 
 
@@ -60,7 +63,7 @@ def _tolerates(toleration: Object, taint: Object) -> bool:
 
 
 def _requests(spec: Object) -> dict[str, str]:
-    """What a pod needs: its containers run one after the other."""
+    """Resources of a pod: the largest request, since its containers run one after the other."""
     needed: dict[str, str] = {}
     for container in [*spec.get("initContainers", []), *spec["containers"]]:
         for name, quantity in container["resources"]["requests"].items():
@@ -69,7 +72,7 @@ def _requests(spec: Object) -> dict[str, str]:
 
 
 def _lacks(node: Object, needed: Mapping[str, str]) -> str:
-    """What a node has too little of, in words; empty if the pod fits."""
+    """Resources that the node lacks, for messages; empty if the pod fits."""
     has = node["status"]["allocatable"]
     return ", ".join(
         f"{name} {quantity}, it has {has.get(name, 0)}"

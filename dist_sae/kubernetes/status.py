@@ -1,6 +1,6 @@
-"""`dist-sae status`: pods, store and metrics of a run in one view.
+"""Status of a run from its pods, its store and its metrics.
 
-Each of them may be out of reach; the others are told all the same.
+If one of them is out of reach, the others are still shown.
 """
 
 from collections import defaultdict
@@ -10,7 +10,7 @@ from typing import Any
 from dist_sae.config import Run
 from dist_sae.errors import ClusterError, DistSaeError
 from dist_sae.kubernetes.cluster import Cluster
-from dist_sae.kubernetes.cluster_objects import look
+from dist_sae.kubernetes.cluster_objects import find_objects
 from dist_sae.kubernetes.names import selector
 from dist_sae.kubernetes.pod_status import describe_parts, newest_pods, part_of
 from dist_sae.kubernetes.pods import Object, Part
@@ -23,7 +23,7 @@ _HISTORY = "the run's history"
 
 
 def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]:
-    """Where a run is, as one object.
+    """Read the status of a run.
 
     Returns:
         `state`, `parts` and `conditions` (from the cluster), `store`, `numbers` (the last ones of
@@ -34,7 +34,7 @@ def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]
     status: dict[str, Any] = {"run": run.name, "namespace": cluster.namespace}
     pods: list[Object] = []
     try:
-        there = look(cluster, run)
+        there = find_objects(cluster, run)
         pods = cluster.find("Pod", selector(run))
         jobs = cluster.find("Job", selector(run))
         status |= {
@@ -70,7 +70,7 @@ def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]
 
 
 def _conditions(workloads: list[Object]) -> list[str]:
-    """What the controllers say of a run that is true, in their words."""
+    """True conditions of the workloads, as their controllers report them."""
     return [
         f"{obj['kind']} {obj['metadata']['name']} {condition['type']}: "
         f"{condition.get('message') or condition.get('reason', '')}"
@@ -81,7 +81,7 @@ def _conditions(workloads: list[Object]) -> list[str]:
 
 
 def _live_numbers(run: Run, cluster: Cluster, pods: list[Object]) -> dict[str, Any] | None:
-    """From the metrics of the first trainer, if it runs."""
+    """Numbers from the metrics of the first trainer; None if it does not run."""
     pod, page = _page(run, cluster, pods, "trainer")
     if not page:
         return None
@@ -92,7 +92,7 @@ def _live_numbers(run: Run, cluster: Cluster, pods: list[Object]) -> dict[str, A
 
 
 def _slowest_stage(run: Run, cluster: Cluster, pods: list[Object]) -> str | None:
-    """Of the first producer, if it runs."""
+    """Slowest stage of the first producer; None if it does not run."""
     _, page = _page(run, cluster, pods, "producer")
     stages = _sums(page, "dist_sae_produce_seconds_total", "stage")
     return max(stages, key=lambda stage: stages[stage]) if any(stages.values()) else None
@@ -101,7 +101,7 @@ def _slowest_stage(run: Run, cluster: Cluster, pods: list[Object]) -> str | None
 def _page(
     run: Run, cluster: Cluster, pods: list[Object], part: Part
 ) -> tuple[str | None, list[Sample]]:
-    """The metrics of the first pod of a part, and its name; nothing if it does not run."""
+    """Name and metrics of the first pod of a part; empty if it does not run."""
     for pod in newest_pods(pod for pod in pods if part_of(pod) == part)[:1]:
         if pod["status"].get("phase") == "Running":
             name = pod["metadata"]["name"]
@@ -111,7 +111,7 @@ def _page(
 
 
 def _sums(page: list[Sample], name: str, label: str) -> dict[str, float]:
-    """Over the ranks of a pod, by a label; since its processes began."""
+    """Sums of a metric over the ranks of a pod by label, since its processes began."""
     sums: defaultdict[str, float] = defaultdict(float)
     for sample in page:
         if sample.name == name:
@@ -131,7 +131,7 @@ def _stored_numbers(stored: StoredRun) -> dict[str, Any] | None:
 def _limit(
     numbers: Mapping[str, Any] | None, slowest_stage: str | None, store: Mapping[str, Any]
 ) -> str | None:
-    """What limits the run, in a few words; None while there is nothing to judge by."""
+    """What limits the run; None if there are no numbers yet."""
     if not numbers and not slowest_stage:
         return None
     known = numbers or {}
@@ -144,7 +144,7 @@ def _limit(
 
 
 def _limit_of(numbers: Mapping[str, Any] | None, slowest_stage: str | None) -> str | None:
-    """The time that the limit is of: a page of metrics has only sums, the history has reports."""
+    """The period that the limit covers: metrics have sums only, the history has reports."""
     since = "all time since the pods began"
     if numbers and numbers["from"] == _HISTORY:
         of_producers = f"; of producers: {since}" if slowest_stage else ""
@@ -163,6 +163,6 @@ def _warnings(run: Run, numbers: Mapping[str, Any] | None) -> list[str]:
     if seconds <= grace / 2:
         return []
     return [
-        f"the last checkpoint took {seconds:.0f} s, and pods that are to end have {grace} s; "
+        f"the last checkpoint took {seconds:.0f} s, and pods get {grace} s to save and end; "
         f"raise cluster.trainer.grace_seconds"
     ]

@@ -1,4 +1,4 @@
-"""What of a run its store holds, for somebody who does not want to wait for long."""
+"""A run's state in its stores, without retries while a store is out of reach."""
 
 import threading
 from functools import cached_property
@@ -34,7 +34,7 @@ class StoredRun:
 
     @property
     def steps(self) -> int | None:
-        """Of the whole run; None while its plan decides that, and is missing."""
+        """Steps of the whole run; None while the plan that decides them is missing."""
         if self._run.train.rows == "all" and (begun := self.begun()):
             self._run = self._run.filled(begun.model_dump(mode="json"))  # a child's are the rest
         if self._run.train.rows == "all" and (resolved := planned(self._run, self._activations)):
@@ -42,27 +42,26 @@ class StoredRun:
         return None if self._run.train.rows == "all" else self._run.steps
 
     def begun(self) -> Run | None:
-        """The run as trainers found it when they last began; None if none ever did."""
+        """The run file of the last start of training; None before the first."""
         return begun_run(self._runs, self._run.name)
 
     def is_complete(self) -> bool:
-        """Whether all is done that pods are for: training and, where there is one, the report.
+        """Whether training and, if there is a reporter, the report are complete.
 
-        A report that was made before the last checkpoint is not the last one.
+        A report older than the last checkpoint does not count.
         """
         key = report_key(self._run)
         reports = {entry.age_seconds for entry in self._runs.entries(key) if entry.key == key}
-        ages = self._checkpoints.ages()  # looked at later: not too young
+        ages = self._checkpoints.ages()  # read after the reports, so an age is not too low
         trained = None if self.steps is None else ages.get(self.steps)
         if trained is None or self._run.cluster.reporter is None:
             return trained is not None
         return any(age <= trained for age in reports)
 
     def changes(self, other: Run | None) -> list[str]:
-        """Where the run file at hand differs from another one in what decides the outcome.
+        """List settings that decide the outcome and differ between this run file and another.
 
-        Text and model are compared by content, as far as there is a plan which knows that; else by
-        where they lie, however that is spelled.
+        Text and model are compared by content if there is a plan, else by their resolved paths.
         """
         if other is None:
             return []
@@ -73,14 +72,14 @@ class StoredRun:
         if moved := moved_places(other, run):
             try:
                 load_plan(self._activations, run)
-            except (PlanMismatchError, StoreError, HubUnavailableError):  # or there is none
+            except (PlanMismatchError, StoreError, HubUnavailableError):  # or there is no plan
                 changed += moved
         return changed
 
     def progress(self) -> dict[str, Any]:
-        """How far producers and trainers are, by what they have stored.
+        """Progress of producers and trainers, from what they have stored.
 
-        `plan` says what is wrong where the plan cannot be had; there are no numbers of units then.
+        Without a valid plan, `plan` says what is wrong, and there are no numbers of units.
         """
         ages = self._checkpoints.ages()
         newest = max(ages, default=None)
@@ -92,7 +91,7 @@ class StoredRun:
         }
 
     def last_numbers(self) -> dict[str, Any] | None:
-        """The last report that the run's history has, if it has one."""
+        """The last report in the run's history; None if there is none."""
         history = read_history(self._runs, self._run.name)
         return next((record for record in reversed(history) if "fvu" in record), None)
 

@@ -1,7 +1,7 @@
-"""`dist-sae submit|resume|cancel`: a run's objects come, change and go.
+"""Submit, resume and cancel a run on a cluster.
 
-A pod's template cannot be changed, and pods read the run file when they start, so a run whose
-objects would be others is replaced as a whole: its pods save and end, and new ones go on.
+A pod's template cannot be changed, and pods read the run file when they start. So a changed run is
+replaced as a whole: its pods save and end, and new pods continue.
 """
 
 import copy
@@ -21,25 +21,25 @@ from dist_sae.errors import (
 )
 from dist_sae.kubernetes.cluster import Cluster
 from dist_sae.kubernetes.cluster_objects import (
-    Presence,
+    ClusterObjects,
     Say,
     await_end,
-    check_own,
     describe,
-    look,
+    existing_objects,
+    find_objects,
     remove,
 )
 from dist_sae.kubernetes.jobs import in_pods, parts, render_objects
 from dist_sae.kubernetes.names import TRIAL
 from dist_sae.kubernetes.pods import Object, pod_template
 from dist_sae.kubernetes.render import to_yaml
-from dist_sae.kubernetes.scheduling import check_fit
+from dist_sae.kubernetes.scheduling import check_schedulable
 from dist_sae.kubernetes.stored import StoredRun
 
 logger = logging.getLogger(__name__)
 
 _SERVERS = ("managedFields", "resourceVersion", "uid", "creationTimestamp", "generation")
-"""Metadata that say nothing of what was asked for."""
+"""Metadata that the server adds."""
 
 
 def submit(
@@ -51,30 +51,30 @@ def submit(
     replace: bool = False,
     ignore_nodes: bool = False,
 ) -> dict[str, Any]:
-    """Bring the run to the cluster, or do nothing if it is there already.
+    """Apply the run's objects to the cluster; do nothing if they are there already.
 
     Args:
         run: The run.
-        cluster: Where to.
-        say: Takes what changes, and what is waited for.
+        cluster: Its namespace.
+        say: Prints changes, and what is waited for.
         dry_run: Only say what would be done.
-        replace: Replace the run if it is there with other settings that decide nothing.
-        ignore_nodes: Do not look whether pods fit on nodes.
+        replace: Replace a run whose settings differ, if none of them decides the outcome.
+        ignore_nodes: Do not check whether pods fit on nodes.
 
     Returns:
-        `outcome` (with `dry_run`: what it would be), and the objects with what was done to them.
+        `outcome` (with `dry_run` the outcome it would have), and the change of each object.
 
     Raises:
         PlanMismatchError: The name belongs to a run of another configuration.
-        ConfigError: The run cannot be on a cluster, or its pods on any node.
-        ClusterError: The cluster cannot be reached or refuses; or the run is there with other
-            settings, and `replace` was not given.
+        ConfigError: The run cannot run on a cluster, or its pods fit on no node.
+        ClusterError: The cluster is out of reach or refuses; or the run is there with other
+            settings and `replace` is not set.
     """
     objects = render_objects(run)
-    live = check_own(cluster, run, objects)
-    there = look(cluster, run)
+    live = existing_objects(cluster, run, objects)
+    there = find_objects(cluster, run)
     _check_same(StoredRun(run), there.run, f"{describe(run, cluster)} on the cluster")
-    if steps := _done(run):
+    if steps := _completed_step(run):
         say(f"{run.name} is complete: step {steps} is in {run.store.runs}/{run.name}")
         return {"outcome": "complete", "objects": {}}
     if there.state == "ending":
@@ -97,24 +97,24 @@ def submit(
     if outcome == "replaced":
         changed = _settings(there.run, run)
         say(f"to be replaced: {'; '.join(changed)}")
-        _try_out(cluster, objects)
+        _validate(cluster, objects)
         if not (replace or dry_run):
             raise ClusterError(
                 f"{describe(run, cluster)} is there with other settings ({'; '.join(changed)}); "
-                f"with --replace its pods save and end, and new ones go on"
+                f"with --replace its pods save and end, and new ones continue"
             )
     if dry_run:
-        say("a dry run: nothing was done")
+        say("dry run: nothing was changed")
         return result
     if outcome == "replaced":
         remove(cluster, run, there, say)
     for obj in objects:
         cluster.apply(obj)
-    say(f"{describe(run, cluster)} is submitted; how it goes: dist-sae status")
+    say(f"{describe(run, cluster)} is submitted; to watch it: dist-sae status")
     return result
 
 
-def _outcome(there: Presence, changes: list["_Change"]) -> str:
+def _outcome(there: ClusterObjects, changes: list["_Change"]) -> str:
     if not there.workloads:
         return "created"
     same = all(change.what == "unchanged" for change in changes)
@@ -122,16 +122,16 @@ def _outcome(there: Presence, changes: list["_Change"]) -> str:
 
 
 def resume(run: Run, cluster: Cluster, say: Say, *, ignore_nodes: bool = False) -> dict[str, Any]:
-    """Let a run go on that was cancelled, has failed or is gone.
+    """Continue a run that was cancelled, has failed or is gone.
 
     Raises:
-        ClusterError: It is running.
+        ClusterError: It is still running.
         PlanMismatchError: It is complete, or the name belongs to a run of another configuration.
     """
-    render_objects(run)  # says what is wrong before anything is deleted
-    there = look(cluster, run)
+    render_objects(run)  # reports problems before anything is deleted
+    there = find_objects(cluster, run)
     _check_same(StoredRun(run), there.run, f"{describe(run, cluster)} on the cluster")
-    if steps := _done(run):
+    if steps := _completed_step(run):
         raise PlanMismatchError(
             f"{run.store.runs}/{run.name}: is complete at step {steps}; raise train.rows under "
             f"another name to train for longer"
@@ -147,8 +147,8 @@ def resume(run: Run, cluster: Cluster, say: Say, *, ignore_nodes: bool = False) 
 
 
 def cancel(run: Run, cluster: Cluster, say: Say) -> dict[str, Any]:
-    """Take the run off the cluster; its pods save, and the store keeps everything."""
-    there = look(cluster, run)
+    """Delete the run's objects from the cluster; its pods save, and the store keeps everything."""
+    there = find_objects(cluster, run)
     if not there.objects:
         say(f"{describe(run, cluster)} is not on the cluster: nothing to cancel")
         return {"outcome": "absent", "objects": {}}
@@ -158,12 +158,12 @@ def cancel(run: Run, cluster: Cluster, say: Say) -> dict[str, Any]:
 
 
 class _Change(NamedTuple):
-    """What applying an object does."""
+    """The effect of applying an object."""
 
     obj: Object
     live: Object | None
     would: Object | None
-    """As it would be; None if it cannot be changed into that."""
+    """The object after the change; None if it cannot be changed."""
 
     @property
     def name(self) -> str:
@@ -175,15 +175,17 @@ class _Change(NamedTuple):
             return "create"
         if self.would is None:
             return "replace"
-        return "unchanged" if _asked(self.live) == _asked(self.would) else "change"
+        return "unchanged" if _requested(self.live) == _requested(self.would) else "change"
 
     def lines(self) -> Iterator[str]:
-        """For people: as `diff` writes it."""
+        """The change as `diff` shows it."""
         if self.what == "unchanged":
             return
         yield f"{self.what} {self.name}"
         if self.live and self.would:
-            before, after = (to_yaml([_asked(obj)]).splitlines() for obj in (self.live, self.would))
+            before, after = (
+                to_yaml([_requested(obj)]).splitlines() for obj in (self.live, self.would)
+            )
             for line in list(difflib.unified_diff(before, after, n=2, lineterm=""))[2:]:
                 yield f"  {line}"
 
@@ -191,7 +193,7 @@ class _Change(NamedTuple):
 def _change(
     cluster: Cluster, obj: Object, live: dict[tuple[str, str], Object], *, fixed: bool = False
 ) -> _Change:
-    """Have the server say what applying an object would do; `fixed` ones may refuse to change."""
+    """Ask the server for the effect of applying an object; a `fixed` one may not be changeable."""
     there = live.get((obj["kind"], obj["metadata"]["name"]))
     try:
         return _Change(obj, there, cluster.apply(obj, dry_run=True))
@@ -201,8 +203,8 @@ def _change(
         raise _invalid(obj, exc) from exc
 
 
-def _try_out(cluster: Cluster, objects: list[Object]) -> None:
-    """Have the server check them under other names: what would be refused costs no running run."""
+def _validate(cluster: Cluster, objects: list[Object]) -> None:
+    """Validate objects on the server under other names, before a running run is deleted."""
     for obj in objects:
         trial = copy.deepcopy(obj)
         trial["metadata"]["name"] += TRIAL
@@ -224,18 +226,18 @@ def _check_same(stored: StoredRun, other: Run | None, where: str) -> None:
         )
 
 
-def _done(run: Run) -> int | None:
-    """Steps of a run that is complete by the store, which knows runs of other clusters too.
+def _completed_step(run: Run) -> int | None:
+    """The last step if the store says that the run is complete (on any cluster), else None.
 
     Raises:
-        PlanMismatchError: Its run of that name is another.
+        PlanMismatchError: The store holds another run of that name.
     """
     try:
         stored = StoredRun(run)
         _check_same(stored, stored.begun(), stored.url)
         return stored.steps if stored.is_complete() else None
-    except StoreError as exc:  # a store may be for the cluster alone; trainers will look again
-        logger.warning("whether the run is complete or another is not known from here: %s", exc)
+    except StoreError as exc:  # only the cluster may reach it; trainers check again
+        logger.warning("cannot tell from here whether the run is complete, or another one: %s", exc)
         return None
 
 
@@ -243,26 +245,26 @@ def _check_nodes(run: Run, cluster: Cluster) -> None:
     try:
         nodes = cluster.nodes()
     except ForbiddenError as exc:
-        logger.warning("whether pods fit on nodes is not known: %s", exc)
+        logger.warning("cannot tell whether pods fit on nodes: %s", exc)
         return
     templates = {str(part): pod_template(run, part) for part in parts(run)}
-    for warning in check_fit(templates, nodes):
+    for warning in check_schedulable(templates, nodes):
         logger.warning(warning)
 
 
 def _settings(old: Run | None, new: Run) -> list[str]:
-    """How a run file differs from the one that is there; what else differs is this program."""
+    """Settings that differ from the run on the cluster; if none do, the version does."""
     there = old.model_dump(mode="json") if old else {}
     changed = differences(there, in_pods(new).model_dump(mode="json"))
     return changed or ["rendered by another version of dist_sae"]
 
 
 def _ended(state: str, failure: str) -> str:
-    return f"failed ({failure})" if state == "failed" else "ended before all was in the store"
+    return f"failed ({failure})" if state == "failed" else "ended before the run was complete"
 
 
-def _asked(obj: Object) -> Object:
-    """An object without what the server and controllers say of it."""
+def _requested(obj: Object) -> Object:
+    """An object without status and metadata that the server adds."""
     metadata = {key: value for key, value in obj["metadata"].items() if key not in _SERVERS}
     return {key: value for key, value in obj.items() if key != "status"} | {"metadata": metadata}
 

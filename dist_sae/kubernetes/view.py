@@ -1,4 +1,4 @@
-"""What `dist-sae status` says, laid out for a terminal. Pure."""
+"""Layout of `dist-sae status` for a terminal. Pure."""
 
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -11,7 +11,7 @@ from dist_sae.telemetry.metrics import listed
 
 
 def render_status(status: Mapping[str, Any]) -> RenderableType:
-    """The whole view."""
+    """Render the whole view."""
     head = f"{status['run']} in {status['namespace']}: {status['state']}"
     lines = [Text(line) for line in _lines(status)]
     bad = [Text(line, style="yellow") for line in _troubles(status)]

@@ -78,7 +78,7 @@ def test_logs_of_a_replaced_pod_are_found(
 ) -> None:
     first, _ = trainers
     assert sh.fail("logs", path, "--previous") == (
-        "dist-sae/tiny: there is no earlier pod trainer-0; dist-sae status says what there is"
+        "dist-sae/tiny: there is no earlier pod trainer-0; dist-sae status lists the pods"
     )
     third = api.fail_pod(first)
     api.run_pod(third)
@@ -163,7 +163,7 @@ def test_following_waits_for_pods_to_begin(
         api.set("Pod", third, status={"phase": "Pending", "conditions": conditions})
 
     schedule("False")
-    assert f"pod {third} has no node yet; dist-sae status says why" in sh.fail("logs", path)
+    assert f"pod {third} has no node yet; dist-sae status shows why" in sh.fail("logs", path)
 
     before = api.watches
 

@@ -236,7 +236,7 @@ def test_pods_serve_metrics_where_the_run_names_no_port() -> None:
             ["store.runs=/data/runs", "store.activations=/data/a"],
             ["store.activations: /data/a is a folder", "store.runs: /data/runs is"],
         ),
-        (["name=1st"], ["name: 1st cannot name pods"]),
+        (["name=1st"], ["name: 1st is not valid in names of pods"]),
         (["name=" + "n" * 43], ["name: nnn"]),
         (["name=" + "n" * 38], ["name: nnn"]),
     ],

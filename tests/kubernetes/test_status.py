@@ -183,7 +183,7 @@ def test_status_asks_the_first_trainer_for_its_numbers(
         assert found["limit_of"] == "all time since the pods began"
         assert "stage: store  (of all time since the pods began)" in sh("status", going)
         assert found["warnings"] == [
-            "the last checkpoint took 301 s, and pods that are to end have 600 s; raise "
+            "the last checkpoint took 301 s, and pods get 600 s to save and end; raise "
             "cluster.trainer.grace_seconds"
         ]
         telemetry.set("dist_sae_checkpoint_seconds", 299)
@@ -238,8 +238,8 @@ def test_status_asks_a_pod_that_does_not_answer_once_and_not_for_long(
             silent.accept()
     assert found["numbers"]["from"] == "the run's history"
     assert found["out_of_reach"]["metrics"].endswith(
-        f"pod {pod} does not answer on port 9400 within 0.2 s; see whether a network policy keeps "
-        f"the API server from it"
+        f"pod {pod} does not answer on port 9400 within 0.2 s; check whether a network policy "
+        "blocks the API server"
     )
 
 

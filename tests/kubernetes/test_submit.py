@@ -76,7 +76,7 @@ def test_dry_run_shows_and_changes_nothing(
 ) -> None:
     said = sh("submit", path, "--dry-run", *mode)
     assert "create ConfigMap tiny\n" in said
-    assert "nothing was done" in said
+    assert "dry run: nothing was changed" in said
     assert not api.objects
 
     sh("submit", path, *mode)
@@ -200,7 +200,7 @@ def test_replace_lets_pods_save_and_then_resizes_the_run(
     resized = ("submit", path, *mode, "--set", "processes.trainers=4")
     assert sh.fail(*resized) == (
         "dist-sae/tiny is there with other settings (processes.trainers: 2 -> 4); with --replace "
-        "its pods save and end, and new ones go on"
+        "its pods save and end, and new ones continue"
     )
     assert versions(api) == before
 
@@ -361,8 +361,8 @@ def test_pods_that_can_never_fit_are_refused(api: ApiServer, sh: Shell, path: st
     large = ("submit", path, "--set", "cluster.trainer.memory=64Gi")
     said = sh.fail(*large)
     assert said == (
-        "cluster.trainer: a pod fits on none of the 1 nodes that are for it (at best: memory 64Gi, "
-        "it has 32Gi); lower it, or --ignore-nodes if larger ones will be added"
+        "cluster.trainer: a pod fits on none of the 1 nodes that admit it (closest: memory 64Gi, "
+        "it has 32Gi); lower it, or use --ignore-nodes if larger ones will be added"
     )
     assert not api.objects
     for tolerates in ("{key: gpu}", "{key: gpu, operator: Equal, value: 'yes'}"):
@@ -377,7 +377,7 @@ def test_pods_without_a_node_may_wait_for_one(api: ApiServer, sh: Shell, path: s
     api.nodes = [node("cpus"), node("old-gpus", {"gpu": "a100"})]
     select = ("--set", "cluster.trainer.node_selector={gpu: h100}")
     said = sh.warned("submit", path, *select)
-    assert "no node is for trainer pods now (gpu=h100): they wait until one is" in said
+    assert "no node admits trainer pods now (gpu=h100): they wait for one" in said
     assert api.names("JobSet") == ["tiny"]
 
 
@@ -392,7 +392,7 @@ def test_store_that_only_the_cluster_reaches_is_no_obstacle(
     api: ApiServer, sh: Shell, path: str
 ) -> None:
     said = sh.warned("submit", path, "--set", "store.runs=s3://no-such-bucket/runs")
-    assert "whether the run is complete or another is not known from here: s3://no-such" in said
+    assert "cannot tell from here whether the run is complete, or another one: s3://no-such" in said
     assert api.names("JobSet") == ["tiny"]
 
 
