@@ -1,11 +1,13 @@
-"""The page: everything that the report says, as one HTML text. Pure but for its style sheet."""
+"""The report's page: `page.html` filled in. Pure but for its template and style sheet."""
 
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from html import escape
 from importlib.resources import files
 from itertools import accumulate
 from typing import Any, NamedTuple
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
 
 from dist_sae.report.charts import (
     Line,
@@ -14,7 +16,7 @@ from dist_sae.report.charts import (
     render_lines,
     render_sparkbars,
 )
-from dist_sae.report.latents import Example, LatentView, Token
+from dist_sae.report.latents import LatentView
 from dist_sae.report.shown import duration, shown, time_unit
 from dist_sae.telemetry.metrics import DENSITIES, NEVER, PHASES, QUANTILES, STAGES, TABLE, listed
 
@@ -77,92 +79,50 @@ class Page(NamedTuple):
 
 def render_page(page: Page) -> str:
     """The whole report."""
-    style = files("dist_sae.report").joinpath("style.css").read_text(encoding="utf-8")
-    facts = "".join(f"<div><dt>{escape(k)}</dt><dd>{escape(v)}</dd></div>" for k, v in page.facts)
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f'<meta name="made-from" content="{page.made_from}">'
-        f"<title>{escape(page.title)} - dist_sae</title><style>\n{style}</style></head><body>\n"
-        f'<header><h1>{escape(page.title)}</h1><dl class="facts">{facts}</dl></header>\n'
-        f"<main>{_void_settings(page)}{_numbers(page)}\n{_plots(page)}\n{_latents(page)}</main>\n</body></html>\n"
+    environment = Environment(
+        loader=PackageLoader("dist_sae.report", ""),
+        autoescape=True,
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=StrictUndefined,
+    )
+    environment.filters |= {
+        "duration": duration,
+        "marked": lambda text: Markup('<span class="nl">&#8629;</span>').join(text.split("\n")),
+        "shown": lambda value, key: shown(key, value),
+        "sparkbars": lambda counts: Markup(render_sparkbars(counts)),
+    }
+    return environment.get_template("page.html").render(
+        page=page,
+        style=Markup(files("dist_sae.report").joinpath("style.css").read_text(encoding="utf-8")),
+        numbers=page.evaluation,
+        intervals=(page.evaluation or {}).get("intervals") or {},
+        listed=listed,
+        details={m.short: (m.title, m.help) for m in listed("detail")} | _OTHER_RESULTS,
+        curves=map(Markup, _history_plots(page)),
+        times=_times(page),
+        densities=Markup(_densities(page)),
+        palette=_PALETTE,
     )
 
 
-def _void_settings(page: Page) -> str:
-    lines = "".join(f"<li>{escape(line)}</li>" for line in page.void_settings)
-    return f"<section><h2>Settings to mind</h2><ul>{lines}</ul></section>\n" if lines else ""
-
-
-def _numbers(page: Page) -> str:
-    head = "<section><h2>Held-out numbers</h2>"
-    numbers = page.evaluation
-    if numbers is None:
-        return f"{head}{_missing('Not measured yet', 'evaluate', page)}</section>"
-    cards = "".join(
-        f'<div class="card"><b>{metric.title}</b>{_number(metric.short, numbers)}'
-        f"<small>{metric.help}</small></div>"
-        for metric in listed("card")
-        if metric.short in numbers
-    )
-    details = {m.short: (m.title, m.help) for m in listed("detail")} | _OTHER_RESULTS
-    rows = "".join(
-        f"<tr><td>{name}</td><td>{_number(key, numbers)}</td><td>{meaning}</td></tr>"
-        for key, (name, meaning) in details.items()
-        if key in numbers
-    )
-    measured = f"<p>Measured on data that training never saw, at step {numbers['step']:,}"
-    if "hardware" in numbers:
-        spent = shown("evaluate_seconds", numbers["evaluate_seconds"])
-        measured += f", in {spent} on {escape(numbers['hardware'])}"
-    measured += ".</p>"
-    if numbers.get("intervals"):
-        measured += (
-            f"<p>Intervals are of the bootstrap over {numbers['ce_documents']:,} documents.</p>"
-        )
-    if "ce_left_out" in numbers:
-        measured += f"<p>Cross-entropies are left out: {escape(numbers['ce_left_out'])}.</p>"
-    elif numbers.get("ce_of") == "masked tokens":
-        measured += "<p>Cross-entropies are of masked tokens: each token sees those after it.</p>"
-    return f'{head}{measured}<div class="cards">{cards}</div><table>{rows}</table></section>'
-
-
-def _number(key: str, numbers: Mapping[str, Any]) -> str:
-    """Rounded for the eye, whole for programs that read the page."""
-    value, interval = numbers[key], numbers.get("intervals", {}).get(key)
-    whole = "" if value is None else repr(value)
-    number = f'<data id="{key}" value="{whole}">{shown(key, value)}</data>'
-    if interval is None:
-        return number
-    low, high = (shown(key, end) for end in interval)
-    return f'{number}<small class="interval">95 %: {low} to {high}</small>'
-
-
-def _plots(page: Page) -> str:
-    figures = [*_history_plots(page), _times(page)]
+def _densities(page: Page) -> str:
     if page.evaluation is not None and "density_counts" in page.evaluation:
-        figures.append(
-            render_histogram(
-                "Latent densities",
-                page.evaluation["density_log10_edges"],
-                page.evaluation["density_counts"],
-                x_label="share of held-out rows that a latent fires on",
-            )
+        return render_histogram(
+            "Latent densities",
+            page.evaluation["density_log10_edges"],
+            page.evaluation["density_counts"],
+            x_label="share of held-out rows that a latent fires on",
         )
-    elif page.history and "density" in (last := page.history[-1]):
+    if page.history and "density" in (last := page.history[-1]):
         edges = [float(edge) for edge in DENSITIES if edge != NEVER]
-        figures.append(
-            render_histogram(
-                "Latent densities",
-                [*edges, 0.0],
-                [last["density"][edge] for edge in DENSITIES if edge != NEVER],
-                x_label=f"share of {last['density_rows']:,} rows that a latent fired on",
-            )
+        return render_histogram(
+            "Latent densities",
+            [*edges, 0.0],
+            [last["density"][edge] for edge in DENSITIES if edge != NEVER],
+            x_label=f"share of {last['density_rows']:,} rows that a latent fired on",
         )
-    missing = "" if page.history else _missing("No history of training yet", "train", page)
-    return (
-        f'<section><h2>Training</h2>{missing}<div class="plots">{"".join(figures)}</div></section>'
-    )
+    return ""
 
 
 def _history_plots(page: Page) -> Iterator[str]:
@@ -209,86 +169,17 @@ def _history_plots(page: Page) -> Iterator[str]:
     )
 
 
-def _times(page: Page) -> str:
-    """Where time went, as one stacked bar for each side."""
+def _times(page: Page) -> dict[str, dict[str, float]]:
+    """Where time went: seconds by part of the work, for trainer and producers."""
     phases: Counter[str] = Counter()
     for record in page.history:
         phases.update(record.get("phases", {}))
-    bars = [
-        _stack("Trainer", {_STALLS.get(p, p): phases[p] for p in PHASES if p in phases}),
-        _stack("Producers", dict(sorted(page.producer_seconds.items(), key=_stage_order))),
-    ]
-    both = "".join(bars)
-    return (
-        f'<figure><figcaption>Where time went</figcaption><div class="times">{both}</div></figure>'
-        if both
-        else ""
-    )
+    times: dict[str, dict[str, float]] = {
+        "Trainer": {_STALLS.get(p, p): phases[p] for p in PHASES if p in phases},
+        "Producers": dict(sorted(page.producer_seconds.items(), key=_stage_order)),
+    }
+    return {name: seconds for name, seconds in times.items() if sum(seconds.values()) > 0}
 
 
 def _stage_order(item: tuple[str, float]) -> int:
     return STAGES.index(item[0]) if item[0] in STAGES else len(STAGES)
-
-
-def _stack(name: str, seconds: Mapping[str, float]) -> str:
-    total = sum(seconds.values())
-    if not total > 0:
-        return ""
-    pieces = [(label, s, f"c{i % _PALETTE}") for i, (label, s) in enumerate(seconds.items())]
-    parts = "".join(f'<i class="{c}" style="flex:{s / total:.5f}"></i>' for _, s, c in pieces)
-    keys = "".join(
-        f'<span class="key {c}">{escape(label)} {100 * s / total:.1f} %, {duration(s)}</span>'
-        for label, s, c in pieces
-    )
-    return (
-        f'<div><b>{name}</b><div class="stack">{parts}</div><span class="keys">{keys}</span></div>'
-    )
-
-
-def _latents(page: Page) -> str:
-    head = "<section><h2>Latents</h2>"
-    if not page.latents:
-        return f'{head}<p class="missing">{escape(page.no_latents)}</p></section>'
-    number = f"{len(page.latents)} latents" if len(page.latents) > 1 else "One latent"
-    intro = (
-        f"<p>{number}, chosen by the run's seed over the whole range of densities, densest first, "
-        f"with the texts among {page.latent_rows:,} rows that activate them most. Colour is the "
-        "latent's activation on a token; the outlined token has the activation on the left. Grey "
-        "text was outside the model's context. The bars count firings by activation, from 0 to the "
-        "maximum.</p>"
-    )
-    return f"{head}{intro}{''.join(map(_latent, page.latents))}</section>"
-
-
-def _latent(view: LatentView) -> str:
-    examples = "".join(_example(example, view.max_act) for example in view.examples)
-    return (
-        f'<article class="latent" id="latent-{view.latent}"><div><h3>Latent {view.latent}</h3>'
-        f"<small>on {100 * view.density:.3g} % of rows</small>"
-        f"<small>{view.firings:,} firings</small><small>max {view.max_act:.4g}</small>"
-        f"{render_sparkbars(view.counts)}</div>"
-        f'<ol class="examples">{examples}</ol></article>'
-    )
-
-
-def _example(example: Example, max_act: float) -> str:
-    where = f"document {example.document}, position {example.position}"
-    marked = (_token(t, max_act, peak=i == example.peak) for i, t in enumerate(example.tokens))
-    text = f'<span class="text">{"".join(marked)}</span>'
-    return f'<li title="{where}"><b>{example.act:.3g}</b>{text}</li>'
-
-
-def _token(token: Token, max_act: float, *, peak: bool) -> str:
-    text = escape(token.text).replace("\n", '<span class="nl">&#8629;</span>')
-    if token.act > 0:
-        word = text.lstrip(" ") or text  # a line that breaks at the space leaves no colour behind
-        strength = f"--a:{0.9 * token.act / max_act:.2f}"
-        kind = ' class="peak"' if peak else ""
-        space = text.removesuffix(word)
-        return f'{space}<mark{kind} style="{strength}" title="{token.act:.4g}">{word}</mark>'
-    return text if token.in_context else f'<span class="unseen">{text}</span>'
-
-
-def _missing(what: str, command: str, page: Page) -> str:
-    done = f"<code>dist-sae {command} {escape(page.run_file)}</code>"
-    return f'<p class="missing">{what}: run {done}, then make the report again.</p>'
