@@ -41,7 +41,7 @@ _MOST_NAMED = 3
 
 
 class DistSaeError(Exception):
-    """Something the user can fix."""
+    """An error that the user can fix."""
 
     exit_code = EXIT_USER
 

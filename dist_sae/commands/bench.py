@@ -70,13 +70,13 @@ def add(commands: shared.Commands) -> None:
     produce.add_argument("run", metavar="RUN.yaml", help="its model and text are used")
     produce.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override")
     produce.add_argument("--units", type=int, default=6, help="units produced in each round")
-    produce.add_argument("--rounds", type=int, default=5, help="medians are over these")
+    produce.add_argument("--rounds", type=int, default=5, help="timed rounds, for medians")
     produce.set_defaults(command=main, bench=_produce)
     rounds_of = {step: 9, routed: 9, metrics: 9, peers: 9, store: 5, checkpoint: 3}
     for action, rounds in rounds_of.items():
         action.add_argument("--d-in", type=int, default=768)
         action.add_argument("--batch", type=int, default=4096, help="rows")
-        action.add_argument("--rounds", type=int, default=rounds, help="medians are over these")
+        action.add_argument("--rounds", type=int, default=rounds, help="timed rounds, for medians")
     for action in (*rounds_of, produce):
         action.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
         action.add_argument("--json", action="store_true", help="print one JSON object")

@@ -20,7 +20,7 @@ def add(commands: shared.Commands) -> None:
         "conditional writes (default: JOB_COMPLETION_INDEX, else 0)",
     )
     shared.add_ranks(parser)
-    shared.add_wait(parser, "a plan")
+    shared.add_wait(parser, "the plan")
 
 
 def main(options: argparse.Namespace) -> int | None:

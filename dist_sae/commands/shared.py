@@ -60,7 +60,7 @@ def add_ranks(parser: argparse.ArgumentParser) -> None:
 
 def add_wait(parser: argparse.ArgumentParser, what: str) -> None:
     """Add `--wait`."""
-    parser.add_argument("--wait", action="store_true", help=f"wait until there is {what}")
+    parser.add_argument("--wait", action="store_true", help=f"wait for {what}")
 
 
 def add_parent(parser: argparse.ArgumentParser) -> None:

@@ -20,7 +20,7 @@ def add(commands: shared.Commands) -> None:
     )
     shared.add_parent(parser)
     shared.add_ranks(parser)
-    shared.add_wait(parser, "a plan")
+    shared.add_wait(parser, "the plan")
 
 
 def main(options: argparse.Namespace) -> int | None:

@@ -37,7 +37,7 @@ _HEAD_BYTES = 1000  # of the page: it says there what it was made from
 
 
 def report(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
-    """Write `<run>/report/report.html` from whatever the run has so far.
+    """Write `<run>/report/report.html` from all that the run has so far.
 
     A report that says the same already is left as it is. Of a step that is not the newest it is
     `<run>/report/report-step-<step>.html`.
@@ -98,12 +98,12 @@ def report(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
 
 
 def report_key(run: Run, name_suffix: str = "") -> str:
-    """Where the report is in the store of runs."""
+    """Key of the report in the store of runs."""
     return f"{run.name}/report/report{name_suffix}.html"
 
 
 def _is_there(runs: ObjectStore, key: str, made_from: str) -> bool:
-    """Whether there is a report that was made from the same."""
+    """Whether a report made from the same objects exists."""
     try:
         return made_from.encode() in runs.get(key, 0, _HEAD_BYTES)
     except ObjectNotFoundError:
@@ -113,7 +113,7 @@ def _is_there(runs: ObjectStore, key: str, made_from: str) -> bool:
 def _latents(
     run: Run, units: ActivationSet, trained: Trained | None
 ) -> tuple[list[LatentView], int, str]:
-    """Latents, the rows they were looked for in, and why there are none."""
+    """Latents, the number of rows read for them, and the reason if there are none."""
     if trained is None:
         return (
             [],

@@ -16,21 +16,21 @@ _LOG_FROM = 8.0  # a positive quantity that spans this factor gets a logarithmic
 
 
 _Point = tuple[float, float, float, float]
-"""(x, mean, least, most) of a stretch of a line."""
+"""(x, mean, minimum, maximum) of a bucket of points."""
 
 
 class Line(NamedTuple):
-    """One quantity against another; points that are not finite are left out."""
+    """A line of a chart; points that are not finite are left out."""
 
     name: str
     x: Sequence[float]
     y: Sequence[float]
     gaps: Sequence[bool] = ()
-    """Whether the line is broken before a point; empty: nowhere."""
+    """For each point, whether the line is broken before it; empty: nowhere."""
 
 
 class Mark(NamedTuple):
-    """A single value to compare the lines with."""
+    """A value to compare lines with."""
 
     name: str
     y: float
@@ -41,7 +41,7 @@ class _Axis(NamedTuple):
     high: float
     ticks: list[float]
     place: Callable[[float], float]
-    """From a value to where it lies on the axis, 0 to 1."""
+    """Scales a value to its place on the axis, 0 to 1."""
 
 
 def render_lines(
@@ -88,7 +88,7 @@ def render_lines(
 def render_histogram(
     title: str, log10_edges: Sequence[float], counts: Sequence[int], *, x_label: str
 ) -> str:
-    """A figure with bars between edges that are decimal logarithms."""
+    """A figure with bars between edges, given as decimal logarithms."""
     if not any(counts):
         return ""
     used = [i for i, count in enumerate(counts) if count]
@@ -134,7 +134,7 @@ def short(value: float) -> str:
 
 
 def _thin(line: Line) -> Iterator[list[_Point]]:
-    """The pieces between gaps; about `_BUCKETS` points in all, each of a stretch of the line."""
+    """Pieces of the line between gaps, reduced to about `_BUCKETS` buckets of points."""
     pieces: list[list[tuple[float, float]]] = [[]]
     gaps = line.gaps or [False] * len(line.x)
     for x, y, gap in zip(line.x, line.y, gaps, strict=True):

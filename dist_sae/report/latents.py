@@ -1,4 +1,4 @@
-"""Latents for people: a sample of them, each with the texts that activate it most."""
+"""A sample of latents for the report, each with the texts that activate it most."""
 
 import logging
 import math
@@ -34,13 +34,13 @@ _SPARK_BARS = 16
 
 
 class Token(NamedTuple):
-    """A piece of text and how strongly the latent is active on it."""
+    """A token's text and the latent's activation on it."""
 
     text: str
     act: float
-    """0 also where the row is not in the activation set."""
+    """Activation; 0 also if the row is not in the activation set."""
     in_context: bool
-    """Whether the model saw it together with the token of the example."""
+    """Whether the token is in the same context as the example's."""
 
 
 class Example(NamedTuple):
@@ -51,11 +51,11 @@ class Example(NamedTuple):
     position: int
     tokens: list[Token]
     peak: int
-    """Which of `tokens` the activation belongs to."""
+    """Index in `tokens` of the token with the activation."""
 
 
 class LatentView(NamedTuple):
-    """What the report says of one latent. Activations are in the scale of the checkpoint."""
+    """A latent in the report. Activations are in the scale of the checkpoint."""
 
     latent: int
     firings: int
@@ -67,14 +67,14 @@ class LatentView(NamedTuple):
 
 
 class Firings(NamedTuple):
-    """Every row that was read, and what fired on it."""
+    """The rows that were read, and the latents that fired on them."""
 
     units: Int[Tensor, " rows"]
     tokens: Int[Tensor, " rows"]
     positions: Int[Tensor, " rows"]
     documents: Int[Tensor, " rows"]
     acts: Float[Tensor, " entries"]
-    """Of the active entries of all rows."""
+    """Active entries of all rows."""
     latents: Int[Tensor, " entries"]
     rows: Int[Tensor, " entries"]
 
@@ -82,7 +82,7 @@ class Firings(NamedTuple):
 def view_latents(
     run: Run, units: ActivationSet, sae: Dictionary, scale: float
 ) -> tuple[list[LatentView], int]:
-    """A sample of latents over the whole range of densities, and the rows that were read for it.
+    """View a sample of latents over the whole range of densities; returns the rows read as well.
 
     Args:
         run: The run.
@@ -104,7 +104,7 @@ def view_latents(
 
 
 def read_firings(units: ActivationSet, sae: Dictionary, scale: float, most_rows: int) -> Firings:
-    """Encode rows, of held-out units first, until there are enough rows or active entries."""
+    """Encode rows, held-out ones first, until there are enough rows or active entries."""
     parts: list[Firings] = []
     rows = entries = 0
     plan = units.plan
@@ -144,7 +144,7 @@ def _active(sae: Dictionary, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def choose_latents(counts: Int[Tensor, " n_latents"], n: int, seed: int) -> list[int]:
-    """`n` latents that fire, as evenly spread over log density as there are any; densest first."""
+    """Choose `n` latents that fire, spread evenly over log density; densest first."""
     shuffled = torch.from_numpy(permutation(len(counts), seed, 5))  # so that ties are no bias
     able = shuffled[counts[shuffled] >= _LEAST_FIRINGS]
     able = able[counts[able].argsort(descending=True, stable=True)]
@@ -178,7 +178,7 @@ class Texts:
         self._known: dict[int, list[int]] = {}
 
     def read(self, unit: int, documents: Iterable[int]) -> None:
-        """Make the documents of a unit known."""
+        """Add the documents of a unit."""
         wanted = set(documents) - self._known.keys()
         if not wanted:
             return
@@ -187,7 +187,7 @@ class Texts:
             self._known[document.number] = ids
 
     def tokens(self, document: int) -> list[int]:
-        """Token ids of a document that has been read."""
+        """Token ids of an added document."""
         return self._known.get(document, [])
 
 
@@ -215,7 +215,7 @@ def _view(latent: int, firings: Firings, texts: Texts) -> LatentView:
 
 
 def _apart(rows: Sequence[int], firings: Firings) -> Iterator[int]:
-    """Rows whose texts do not overlap with that of an earlier one."""
+    """Rows whose texts do not overlap with an earlier row's."""
     seen: dict[int, list[int]] = {}
     for row in rows:
         position, others = (
@@ -254,7 +254,7 @@ def _example(
 
 
 def _texts(ids: Sequence[int], window: range, tokenizer: Tokenizer) -> list[str]:
-    """Each token's text; a character that begins before the window or ends after it is whole."""
+    """Text of each token; characters that cross the ends of the window are whole."""
     first = max(0, window.start - _CHARACTER_TOKENS)
     found = tokenizer.text(ids[first : window.stop + _CHARACTER_TOKENS])
     return found[window.start - first :][: len(window)]

@@ -38,7 +38,7 @@ _OTHER_RESULTS = {
     "never_fired": ("Never fired", "Latents that fired on none of the held-out rows."),
     "tokens": ("Tokens", "Held-out tokens behind the cross-entropies."),
 }
-"""Results that are no metrics: name and meaning by key."""
+"""Results that are not metrics: name and meaning by key."""
 _CHARTS = (
     ("Loss and FVU", ("dist_sae_train_loss", "dist_sae_train_fvu"), False),
     ("L0", ("dist_sae_train_l0_latents",), False),
@@ -55,30 +55,30 @@ _PALETTE = 6
 
 
 class Page(NamedTuple):
-    """What the report says."""
+    """The content of the report."""
 
     title: str
     facts: Sequence[tuple[str, str]]
-    """Of the header: what, and its value."""
+    """Names and values in the header."""
     run_file: str
-    """What a user would write after a command."""
+    """The run as a user names it after a command."""
     made_from: str
-    """Identifies all that the page is made from."""
+    """Digest of all inputs of the page."""
     evaluation: Mapping[str, Any] | None
     history: Sequence[Mapping[str, Any]]
     producer_seconds: Mapping[str, float]
-    """Summed over the units that exist, by stage."""
+    """Seconds by stage, summed over the units that exist."""
     void_settings: Sequence[str]
-    """Those that cannot act in this run, and why."""
+    """Settings that have no effect in this run, and why."""
     latents: Sequence[LatentView]
     latent_rows: int
-    """Rows that the examples were looked for in."""
+    """Number of rows that were searched for examples."""
     no_latents: str
-    """Why there are no latents to show, or nothing."""
+    """Why no latents are shown; empty if some are."""
 
 
 def render_page(page: Page) -> str:
-    """The whole report."""
+    """Render the page."""
     environment = Environment(
         loader=PackageLoader("dist_sae.report", ""),
         autoescape=True,

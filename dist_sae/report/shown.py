@@ -1,4 +1,4 @@
-"""Numbers as people read them: with units and separators, in few digits. Pure."""
+"""Format numbers for people: units, separators, few digits. Pure."""
 
 from typing import Any
 
@@ -8,11 +8,11 @@ _WHOLE_FROM = 1e4  # four digits would be less than the whole number
 
 
 def shown(name: str, value: Any) -> str:  # noqa: PLR0911 - one for each unit
-    """A result for the eye.
+    """Format a result.
 
     Args:
-        name: Of the result, which says its unit (`*_share`, `*_seconds`, `*_bytes`, `ce_*`).
-        value: As JSON has it; None is not known yet.
+        name: Name of the result, which tells its unit (`*_share`, `*_seconds`, `*_bytes`, `ce_*`).
+        value: A JSON value; None if not known yet.
     """
     if value is None:
         return "not known yet"
@@ -34,12 +34,12 @@ def shown(name: str, value: Any) -> str:  # noqa: PLR0911 - one for each unit
 
 
 def duration(seconds: float) -> str:
-    """A stretch of time in the unit that shows it best."""
+    """Format seconds in a fitting unit."""
     size, unit = time_unit(seconds)
     return f"{short(seconds / size)} {unit}"
 
 
 def time_unit(seconds: float) -> tuple[float, str]:
-    """Seconds in that unit, and its name."""
+    """Choose a unit for a duration: its seconds and its name."""
     units = ((86_400.0, "days"), (3600.0, "h"), (60.0, "min"))
     return next(((size, unit) for size, unit in units if seconds >= 2 * size), (1.0, "s"))
