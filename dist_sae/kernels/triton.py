@@ -31,7 +31,7 @@ _CHUNK = 512
 _DOTS = 8
 """Products that a program of `gather_dot` computes."""
 _COLUMNS = 512
-"""Of a block where it is not tuned."""
+"""Columns of a block where it is not tuned."""
 _PER_WARP = 128
 """Columns that a warp loads at once: 16 bytes of fp32 in each thread."""
 

@@ -285,7 +285,7 @@ class Routed(WithAuxK):
                 )
 
     def _met(self, arrived: Sequence[int], limit: int | None) -> Iterator[tuple[slice, slice]]:
-        """Which of the arrived rows meet which of this shard's latents: expert by expert."""
+        """Pairs of arrived rows and the latents of their expert, expert by expert."""
         start = 0
         for expert, n in enumerate(arrived):
             stop = start + (n if limit is None else min(n, limit))
