@@ -1,4 +1,4 @@
-"""What commands share: common options, the run file, results, short-lived metrics, local ranks."""
+"""Shared by commands: options, the run file, results, short-lived metrics, local ranks."""
 
 import argparse
 import json

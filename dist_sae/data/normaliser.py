@@ -20,7 +20,7 @@ class Normaliser(NamedTuple):
     variance: float
     """E|x - mean|^2 of the scaled activations, summed over the dimensions."""
     rows: int
-    """How many rows it was measured on."""
+    """Rows that it was measured on."""
 
     def to_scalars(self) -> dict[str, Any]:
         """For a checkpoint; `from_scalars` gives it back exactly."""
@@ -28,7 +28,7 @@ class Normaliser(NamedTuple):
 
     @classmethod
     def from_scalars(cls, scalars: Mapping[str, Any]) -> "Normaliser":
-        """What `to_scalars` made of it."""
+        """Read what `to_scalars` wrote."""
         mean = torch.tensor(scalars["mean"], dtype=torch.float64)
         return cls(scalars["scale"], mean, scalars["variance"], scalars["rows"])
 

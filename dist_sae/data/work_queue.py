@@ -55,7 +55,7 @@ class QueueMetrics(NamedTuple):
 
 
 class Work(NamedTuple):
-    """What there is to do: the items `[0, n_items)`."""
+    """Numbered work: the items `[0, n_items)`."""
 
     item: str
     """One of them, in a word, for messages."""

@@ -1,4 +1,4 @@
-"""Whether DeepSpeed knows what `train.deepspeed` says: it passes by a key that it does not know."""
+"""Checks `train.deepspeed` against DeepSpeed, which ignores keys that it does not know."""
 
 import difflib
 from collections.abc import Mapping

@@ -32,7 +32,7 @@ class Ranks(NamedTuple):
     rank: int
     """This rank's number."""
     world: int
-    """How many ranks there are."""
+    """Number of ranks."""
     local_rank: int
     hosts: tuple[str, ...]
     """Host names by rank."""

@@ -20,7 +20,7 @@ _PARENT_HOLDS_STDIN = "DIST_SAE_PARENT_HOLDS_STDIN"
 
 
 class End(NamedTuple):
-    """How a child ended."""
+    """The end of a child process."""
 
     child: int
     """Number of the child."""

@@ -47,7 +47,7 @@ _HOOKS = {
 
 
 def architecture(sae: SaeConfig) -> str | None:
-    """What SAELens calls this kind of dictionary; None if it has nothing like it."""
+    """SAELens's name for this kind of dictionary; None if it has nothing like it."""
     match sae:
         case TopKConfig():
             return "topk"

@@ -131,7 +131,7 @@ def _stored_numbers(stored: StoredRun) -> dict[str, Any] | None:
 def _limit(
     numbers: Mapping[str, Any] | None, slowest_stage: str | None, store: Mapping[str, Any]
 ) -> str | None:
-    """What limits the run; None if there are no numbers yet."""
+    """The present limit of the run; None if there are no numbers yet."""
     if not numbers and not slowest_stage:
         return None
     known = numbers or {}

@@ -1,4 +1,4 @@
-"""How far production is, for telemetry and for whoever watches."""
+"""Progress of production, for telemetry and for the terminal."""
 
 import time
 from collections import Counter

@@ -1,1 +1,1 @@
-"""What `dist-sae report` is made of: charts, example texts of latents, the page."""
+"""Parts of `dist-sae report`: charts, example texts of latents, the page."""

@@ -1,1 +1,1 @@
-"""What a run tells the world about itself."""
+"""Metrics, history and probes of a run."""

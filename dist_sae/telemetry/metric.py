@@ -57,7 +57,7 @@ class Metric(NamedTuple):
     values: tuple[str, ...] = ()
     """Values of its one label, if they are known; a counter starts with all of them at 0."""
     buckets: tuple[float, ...] = ()
-    """Of a histogram; empty for the client's defaults."""
+    """Upper bounds of a histogram's buckets; empty for the client's defaults."""
     short: str = ""
     """Its key in records: history, TensorBoard, results, progress. Empty: in none."""
     title: str = ""

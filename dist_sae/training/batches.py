@@ -24,7 +24,7 @@ _STALL_SECONDS = 0.01
 
 
 class StreamPosition(NamedTuple):
-    """How far this rank has read, as a checkpoint stores it."""
+    """Position of this rank in the stream, as a checkpoint stores it."""
 
     step: int
     """Batches taken."""

@@ -1,4 +1,4 @@
-"""Whether a run has anything left to do."""
+"""Tells whether a run is complete."""
 
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.checkpoint.lineage import Lineage
@@ -12,7 +12,7 @@ from dist_sae.storage import open_store
 
 
 def completed_result(run: Run) -> dict[str, float] | None:
-    """What `train` returned, if the run is complete; else None.
+    """The result of `train`, if the run is complete; else None.
 
     Checked before the rendezvous: a rank that is restarted after the others have finished would
     wait for them in vain.

@@ -1,4 +1,4 @@
-"""What limits a run now, in one line. Pure."""
+"""The present limit of a run, in one line. Pure."""
 
 from collections.abc import Mapping
 
