@@ -55,7 +55,7 @@ class Mesh(NamedTuple):
         return bool(holds), largest
 
     def in_background(self) -> "Mesh":
-        """The same ranks on the second control group, for the thread that saves."""
+        """This mesh on the second control group, for the thread that saves."""
         return self._replace(control=self.background_control)
 
     def barrier(self) -> None:

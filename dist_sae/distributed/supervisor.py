@@ -27,7 +27,7 @@ class End(NamedTuple):
     code: int
     """Exit code; -n if signal n killed it."""
     told: bool
-    """Whether it had been told to end."""
+    """Told to end before it did."""
 
     @property
     def failed(self) -> bool:

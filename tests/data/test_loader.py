@@ -200,7 +200,7 @@ def test_a_stream_that_ends_early_reads_its_last_window_again(
 def test_another_number_of_passes_goes_on_where_the_rows_are(
     world: World, monkeypatch: pytest.MonkeyPatch, before: int, after: int
 ) -> None:
-    """Of stream 2: what its last window was when it had ended is a place in another pass."""
+    """Stream 2 had ended; the place of its last window then lies in another pass."""
     monkeypatch.setattr(dist_sae.data.streams, "_MOST_REPEATED", 2.0)
     units, n = open_units(world.run), world.stream_rows[2]
     start = n * min(before, after) + 40

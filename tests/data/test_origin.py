@@ -80,7 +80,7 @@ def test_a_row_that_comes_twice_is_told() -> None:
 
 
 def test_a_unit_without_rows_has_no_fault() -> None:
-    """Of a document that is all in what is left out: its block is empty, or it has none."""
+    """All rows of its document are left out: its block is empty, or it has no block."""
     text = UnitText([Document(0, "a")], Letters(), context_tokens=4, bos=None)
     empty = torch.empty(0, dtype=torch.int32)
     nothing = Rows(torch.empty(0, 2), empty, empty, empty)

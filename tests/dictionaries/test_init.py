@@ -195,7 +195,7 @@ def test_new_latents_point_at_what_the_known_ones_leave(kind: str) -> None:
 
 
 def test_a_buffer_per_latent_gets_the_mean_of_the_known_ones() -> None:
-    """Of 0, 1, ..., 23: 11.5, on both shards."""
+    """The mean of 0, 1, ..., 23 is 11.5, on both shards."""
 
     def on_rank(axis: LatentAxis) -> Tensor:
         sae: Dictionary = build_sae(CONFIGS["topk"], D_IN, axis)  # type: ignore[arg-type]

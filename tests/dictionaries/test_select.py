@@ -87,7 +87,7 @@ def selected(
     dtype: torch.dtype = torch.float32,
     implementation: Kernels = TORCH,
 ) -> list[list[int]]:
-    """What `RowTopK` selects, shard by shard; checks the values too."""
+    """The selection of `RowTopK`, shard by shard; checks the values too."""
     n = pre_acts.shape[1]
     x, W_enc, b_enc = torch.eye(len(pre_acts)), pre_acts.T.contiguous(), torch.zeros(n)
     here, n_local = [], n // shards

@@ -75,7 +75,7 @@ def test_they_are_left_out_of_a_model_without_a_head(
 def test_all_active_latents_are_never_held_at_once(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of a recipe without a bound on them."""
+    """ReLU has no bound on how many are active."""
     monkeypatch.setattr(ReLU, "encode", None)
     path = save_model(tmp_path / "m", "llama")
     found, _ = measured(tmp_path, path, ReLUConfig(n_latents=32))
@@ -93,7 +93,7 @@ def test_they_are_left_out_where_ablation_changes_nothing(
 
 
 def test_intervals_are_of_the_draws_that_have_a_share() -> None:
-    """Of three documents ablation changes one; 8 of 27 draws are without it."""
+    """Ablation changes one of three documents; 8 of 27 draws lack it."""
     clean = torch.tensor([1.1, 2.3, 3.7])
     sums = torch.stack([clean, *(clean + torch.tensor([0.0, 0.0, x]) for x in (1.0, 4.0, 2.0))])
     found = _intervals(sums, torch.tensor([3, 5, 7]), torch.tensor([4, 8, 9]))
