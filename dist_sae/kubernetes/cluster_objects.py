@@ -33,10 +33,7 @@ class ClusterObjects(NamedTuple):
     @property
     def run(self) -> Run | None:
         """The run as it was submitted."""
-        if self.configuration is None:
-            return None
-        name = f"ConfigMap {self.configuration['metadata']['name']}"
-        return validate_run(yaml.safe_load(self.configuration["data"][RUN_KEY]), name)
+        return None if self.configuration is None else configured_run(self.configuration)
 
     @property
     def state(self) -> State:
@@ -56,6 +53,12 @@ class ClusterObjects(NamedTuple):
         """Why the run failed, as its controllers report it."""
         told = [_true_conditions(obj).get("Failed") for obj in self.workloads]
         return "; ".join(filter(None, told))
+
+
+def configured_run(configuration: Object) -> Run:
+    """Read the run in a ConfigMap, also in one that an earlier version has rendered."""
+    name = f"ConfigMap {configuration['metadata']['name']}"
+    return validate_run(yaml.safe_load(configuration["data"][RUN_KEY]), name)
 
 
 def find_objects(cluster: Cluster, run: Run) -> ClusterObjects:

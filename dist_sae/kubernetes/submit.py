@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from itertools import chain
 from typing import Any, NamedTuple
 
-from dist_sae.config import Run, differences
+from dist_sae.config import Run, differences, dump_run
 from dist_sae.errors import (
     ClusterError,
     ForbiddenError,
@@ -24,12 +24,13 @@ from dist_sae.kubernetes.cluster_objects import (
     ClusterObjects,
     Say,
     await_end,
+    configured_run,
     describe,
     existing_objects,
     find_objects,
     remove,
 )
-from dist_sae.kubernetes.jobs import in_pods, parts, render_objects
+from dist_sae.kubernetes.jobs import RUN_KEY, in_pods, parts, render_objects
 from dist_sae.kubernetes.names import TRIAL
 from dist_sae.kubernetes.pods import Object, pod_template
 from dist_sae.kubernetes.render import to_yaml
@@ -264,9 +265,15 @@ def _ended(state: str, failure: str) -> str:
 
 
 def _requested(obj: Object) -> Object:
-    """An object without status and metadata that the server adds."""
+    """An object without status and metadata that the server adds.
+
+    The run file in a ConfigMap is written anew: pods read old names of keys as they read new ones.
+    """
     metadata = {key: value for key, value in obj["metadata"].items() if key not in _SERVERS}
-    return {key: value for key, value in obj.items() if key != "status"} | {"metadata": metadata}
+    kept = {key: value for key, value in obj.items() if key != "status"} | {"metadata": metadata}
+    if obj["kind"] == "ConfigMap" and RUN_KEY in obj.get("data", {}):
+        kept["data"] = obj["data"] | {RUN_KEY: dump_run(configured_run(obj))}
+    return kept
 
 
 def _name(obj: Object) -> str:

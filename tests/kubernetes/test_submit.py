@@ -136,6 +136,26 @@ def test_another_spelling_of_a_place_is_the_same_run(
     assert "model.path" not in said
 
 
+@MODES
+def test_run_that_was_submitted_with_old_names_of_keys_is_the_same_run(
+    api: ApiServer, sh: Shell, path: str, mode: tuple[str, ...]
+) -> None:
+    """It is left running; what differs is shown, and the old names are not."""
+    sh("submit", path, *mode)
+    old = yaml.safe_load(api.the("ConfigMap", "tiny")["data"]["run.yaml"])
+    old["processes"]["shards"] = old["processes"].pop("latent_shards")
+    old["train"] |= old.pop("timeouts")
+    api.set("ConfigMap", "tiny", data={"run.yaml": yaml.safe_dump(old)})
+    before = versions(api)
+    assert "dist-sae/tiny is there already, running: nothing to change" in sh("submit", path, *mode)
+    said = sh("submit", path, "--dry-run", *mode, "--set", "processes.producers=3")
+    assert "to be replaced: processes.producers: 2 -> 3\n" in said
+    changed = [line for line in said.splitlines() if line.startswith(("  +", "  -"))]
+    assert "  +      producers: 3" in changed
+    assert not [line for line in changed if "shards" in line or "_seconds" in line]
+    assert versions(api) == before
+
+
 def test_stored_run_of_another_configuration_is_left_alone(
     api: ApiServer, sh: Shell, path: str, bucket: Bucket
 ) -> None:
