@@ -45,7 +45,8 @@ if TYPE_CHECKING:
     from dist_sae.storage.s3 import S3Store
 
 _FETCHERS = 8  # threads of the Loader's pool
-_WRITE_BYTES = 16 * 2**20  # parts of a folder's raw writes; on S3 they are the store's
+WRITE_BYTES = 16 * 2**20
+"""Parts of a folder's raw writes; on S3 they are the store's."""
 _SITE = SYNTHETIC_SITE
 
 
@@ -214,8 +215,8 @@ class _RawFolder:
         view = memoryview(data)
         with path.open("xb") as file, ThreadPoolExecutor(_FETCHERS) as pool:
             for _ in pool.map(
-                lambda at: os.pwrite(file.fileno(), view[at : at + _WRITE_BYTES], at),
-                range(0, len(data), _WRITE_BYTES),
+                lambda at: os.pwrite(file.fileno(), view[at : at + WRITE_BYTES], at),
+                range(0, len(data), WRITE_BYTES),
             ):
                 pass
             os.fsync(file.fileno())

@@ -26,7 +26,8 @@ from dist_sae.storage.records import READS, Record, digest, read_record, seal
 
 logger = logging.getLogger(__name__)
 
-_PART_BYTES = 64 * 2**20  # also the most that a rank reads in vain where its rows begin
+PART_BYTES = 64 * 2**20
+"""Size of a part; also the most that a rank reads in vain where its rows begin."""
 _COPIES = 8  # parts in flight
 _MANIFEST = "manifest.json"
 
@@ -238,7 +239,7 @@ class Checkpoints:
         records: dict[str, TensorRecord] = {}
         for name, tensor, first, total in pieces:
             rows = tensor.reshape(tensor.shape or (1,)).detach()
-            per_part = max(1, _PART_BYTES // max(1, rows[:1].nbytes))
+            per_part = max(1, PART_BYTES // max(1, rows[:1].nbytes))
             parts = []
             for start in range(0, len(rows), per_part):
                 piece = rows[start : start + per_part].contiguous().cpu()

@@ -28,9 +28,12 @@ from dist_sae.storage.records import Record, read_record, seal
 
 logger = logging.getLogger(__name__)
 
-_RENEW_SECONDS = 5.0
-_LEASE_SECONDS = 20.0  # without a renewal for this long the holder counts as dead
-_LOOK_SECONDS = 0.5
+RENEW_SECONDS = 5.0
+"""Time between renewals."""
+LEASE_SECONDS = 20.0
+"""Without a renewal for this long the holder counts as dead."""
+LOOK_SECONDS = 0.5
+"""Time between looks at a lease that may have expired."""
 _START_FIELD = 19  # in /proc/<pid>/stat, counted after the program's name
 _DEAD = "ZX"  # process states: dead, but not yet reaped
 
@@ -94,7 +97,7 @@ class TrainerLease:
 
     def __exit__(self, *_: object) -> None:
         self._over.set()
-        self._thread.join(_LEASE_SECONDS)  # the store may retry for longer
+        self._thread.join(LEASE_SECONDS)  # the store may retry for longer
         with suppress(StoreError):  # the lease expires by itself
             holder = self._holder()
             if holder is not None and holder.life == self._mine.life:
@@ -109,16 +112,16 @@ class TrainerLease:
                 raise self._taken(first)
             return  # it was killed
         ages = [e.age_seconds for e in self._store.entries(self._key) if e.key == self._key]
-        if not ages or ages[0] > _LEASE_SECONDS:
+        if not ages or ages[0] > LEASE_SECONDS:
             return
         logger.info(
             "%s: was trained on %s a moment ago; waiting up to %.0f s to see if it still is",
             self._run,
             first.host,
-            _LEASE_SECONDS,
+            LEASE_SECONDS,
         )
-        until = time.monotonic() + _LEASE_SECONDS
-        while time.monotonic() < until and not self._stopping.wait(_LOOK_SECONDS):
+        until = time.monotonic() + LEASE_SECONDS
+        while time.monotonic() < until and not self._stopping.wait(LOOK_SECONDS):
             now = self._holder()
             if now is None:
                 return
@@ -128,7 +131,7 @@ class TrainerLease:
             raise Stopped("stopped before the first step; start again to continue")
 
     def _renew(self) -> None:
-        while not self._over.wait(_RENEW_SECONDS):
+        while not self._over.wait(RENEW_SECONDS):
             try:
                 holder = self._holder()
                 if holder is not None and holder.life != self._mine.life:

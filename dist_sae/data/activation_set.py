@@ -27,8 +27,10 @@ from dist_sae.storage.own import PAGE
 
 logger = logging.getLogger(__name__)
 
-_POLL_SECONDS = (0.1, 2.0)  # first and longest pause while a unit is not there yet
-_SAY_EVERY_SECONDS = 30.0
+POLL_SECONDS = (0.1, 2.0)
+"""First and longest pause while a unit is not there yet."""
+SAY_EVERY_SECONDS = 30.0
+"""Time between messages while a unit is waited for."""
 
 
 class ActivationSet:
@@ -78,7 +80,7 @@ class ActivationSet:
             CorruptObjectError: The unit was made under another plan.
             Stopped: The wait was called off.
         """
-        pause, longest = _POLL_SECONDS
+        pause, longest = POLL_SECONDS
         since = said = time.monotonic()
         while True:
             try:
@@ -90,7 +92,7 @@ class ActivationSet:
                 raise Stopped(f"stopped while waiting for unit {unit}")
             pause = min(pause * 1.5, longest)
             waiting(time.monotonic() - since)
-            if time.monotonic() - said > _SAY_EVERY_SECONDS:
+            if time.monotonic() - said > SAY_EVERY_SECONDS:
                 said = time.monotonic()
                 self._say_waiting(unit, said - since)
 

@@ -12,7 +12,8 @@ from dist_sae.storage.own import PAGE
 
 logger = logging.getLogger(__name__)
 
-_LOOK_EVERY_SECONDS = 15.0
+LOOK_EVERY_SECONDS = 15.0
+"""Time between two looks at the store."""
 
 
 class ReadyUnits:
@@ -62,5 +63,5 @@ class ReadyUnits:
                 self._show(self.count())
             except StoreError as exc:
                 logger.warning("the number of ready units is not known: %s", exc)
-            if self._over.wait(_LOOK_EVERY_SECONDS):
+            if self._over.wait(LOOK_EVERY_SECONDS):
                 return

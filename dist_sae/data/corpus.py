@@ -24,7 +24,8 @@ from dist_sae.errors import CorpusError
 logger = logging.getLogger(__name__)
 
 _SAID_EVERY = 1000  # documents
-_MOST_SPANS = 200_000  # keeps plan.json small; neighbours travel together in larger corpora
+MOST_SPANS = 200_000
+"""Limit that keeps plan.json small; in larger corpora neighbours travel together."""
 _DIGEST_BYTES = 16  # of a document
 
 
@@ -98,7 +99,7 @@ class Corpus:
         if total == 0:
             names = ", ".join(file.name for file in files)
             raise CorpusError(f"corpus: no documents in {names}; give files with text")
-        per_span = -(-total // _MOST_SPANS)
+        per_span = -(-total // MOST_SPANS)
         spans, text_bytes, digests = [], list[int](), list[bytes]()
         for number, places in enumerate(found):
             for first in range(0, len(places.starts), per_span):

@@ -35,7 +35,8 @@ from dist_sae.storage import ObjectStore, open_store
 
 logger = logging.getLogger(__name__)
 
-_PIECE_BYTES = 64 * 2**20  # of a download
+PIECE_BYTES = 64 * 2**20
+"""Size of a piece of a download."""
 
 
 class CorpusFile(BaseModel):
@@ -195,8 +196,8 @@ class CorpusFiles:
         size = self.size(name)
         path = self._scratch() / _hex(name)
         with path.open("wb") as copy:
-            for start in range(0, size, _PIECE_BYTES):
-                copy.write(store.get(key, start, min(size, start + _PIECE_BYTES)))
+            for start in range(0, size, PIECE_BYTES):
+                copy.write(store.get(key, start, min(size, start + PIECE_BYTES)))
         return path
 
     def _measure(self, name: str) -> int:

@@ -1,7 +1,7 @@
 """Estimate of the rows that each document gives, before anything is produced.
 
 The sizes of all texts are known from reading them once. A small corpus is tokenised whole, so that
-its estimate is exact but for rows that are excluded by norm. Of a larger one `_PIECES` pieces are
+its estimate is exact but for rows that are excluded by norm. Of a larger one `PIECES` pieces are
 tokenised, taken at equal distances along all text in a random order of the documents: a document is
 met in proportion to its length, the longest surely, and often. Tokens per byte are those of the
 document's own pieces, drawn towards those of its file, which are drawn towards those of all text.
@@ -20,8 +20,10 @@ from dist_sae.data.orders import permutation
 from dist_sae.data.tokens import Context, Tokenize, cut
 from dist_sae.errors import CorpusError
 
-_PIECES = 4096
-_PIECE_BYTES = 2048
+PIECES = 4096
+"""Pieces of a large corpus that are tokenised."""
+PIECE_BYTES = 2048
+"""Length of a piece."""
 _OWN_PRIOR = 0.5  # pieces: so much does a document's file count beside its own
 _FILE_PRIOR = 1.0
 _SPANS_AT_ONCE = 256
@@ -53,7 +55,7 @@ def estimate_rows(
     """
     count = _Counter(activations, tokenize, bos, special)
     text_bytes = np.array(index.text_bytes)
-    if text_bytes.sum() <= _PIECES * _PIECE_BYTES:
+    if text_bytes.sum() <= PIECES * PIECE_BYTES:
         rows = np.zeros(len(index.spans), dtype=np.int64)
         span_of = np.repeat(np.arange(len(rows)), [span.count for span in index.spans])
         for spans in _chunks(np.arange(len(rows)), said):
@@ -108,17 +110,17 @@ def _pieces_of_spans(text_bytes: NDArray[np.int64], seed: int) -> NDArray[np.int
     """Number of sampled pieces of each span."""
     order = permutation(len(text_bytes), seed, 3)
     ends = np.cumsum(text_bytes[order])
-    places = (np.arange(_PIECES) + 0.5) * (ends[-1] / _PIECES)
+    places = (np.arange(PIECES) + 0.5) * (ends[-1] / PIECES)
     met = order[np.searchsorted(ends, places, side="right")]
     return np.bincount(met, minlength=len(text_bytes))
 
 
 def _cut_out(text: str, pieces: int) -> list[str]:
     """Cut pieces at equal distances; the whole text if it is hardly longer."""
-    if len(text) <= pieces * _PIECE_BYTES:
+    if len(text) <= pieces * PIECE_BYTES:
         return [text]
-    starts = np.linspace(0, len(text) - _PIECE_BYTES, pieces + 2)[1:-1].astype(int)
-    return [text[start : start + _PIECE_BYTES] for start in starts]
+    starts = np.linspace(0, len(text) - PIECE_BYTES, pieces + 2)[1:-1].astype(int)
+    return [text[start : start + PIECE_BYTES] for start in starts]
 
 
 def _drawn_together(

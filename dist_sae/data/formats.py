@@ -22,7 +22,8 @@ from dist_sae.hub import causes, is_out_of_reach
 
 FORMATS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
 _CHUNK_BYTES = 2**20  # of a packed file
-_SLICE_ROWS = 1000  # of a table
+SLICE_ROWS = 1000
+"""Rows of a table that are read at a time."""
 _MOST_NAMED = 20  # fields in a message
 
 
@@ -121,8 +122,8 @@ class DatasetRows:
 
     def texts(self, start: int = 0, stop: int | None = None) -> Iterator[Place]:
         stop = len(self._rows) if stop is None else stop
-        for first in range(start, stop, _SLICE_ROWS):
-            values = self._rows[first : min(stop, first + _SLICE_ROWS)][self._field]
+        for first in range(start, stop, SLICE_ROWS):
+            values = self._rows[first : min(stop, first + SLICE_ROWS)][self._field]
             for row, value in enumerate(values, start=first):
                 text = _checked(value, self._field, f"{self._name}: row {row}")
                 yield Place(row, row + 1, text.strip())
@@ -223,7 +224,7 @@ def _unpack_parquet(source: BinaryIO, copy: BinaryIO, name: str, field: str) -> 
         if field not in file.schema_arrow.names:
             raise CorpusError(_no_field(name, field, file.schema_arrow.names))
         row = 0
-        for batch in file.iter_batches(_SLICE_ROWS, columns=[field]):
+        for batch in file.iter_batches(SLICE_ROWS, columns=[field]):
             for value in batch.column(0).to_pylist():
                 text = _checked(value, field, f"{name}: row {row}")
                 copy.write(json.dumps({field: text}).encode() + b"\n")

@@ -17,7 +17,8 @@ from dist_sae.data.streams import START, Stream, StreamCursor
 from dist_sae.errors import DataExhaustedError, Stopped
 
 _BATCHES_AHEAD = 2
-_LOOK_UP_SECONDS = 2.0
+LOOK_UP_SECONDS = 2.0
+"""Time between calls of `waiting` while no batch is ready."""
 
 
 class Batch(NamedTuple):
@@ -115,7 +116,7 @@ class Loader:
         since = time.monotonic()
         while True:
             try:
-                item = self._queue.get(timeout=_LOOK_UP_SECONDS)
+                item = self._queue.get(timeout=LOOK_UP_SECONDS)
             except queue.Empty:
                 if not self._stopping.is_set():  # the store may be patient for long
                     waiting(time.monotonic() - since)

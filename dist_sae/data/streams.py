@@ -39,7 +39,8 @@ from dist_sae.errors import DataExhaustedError
 
 logger = logging.getLogger(__name__)
 
-_MOST_REPEATED = 0.05  # of a stream's rows, by which its plan may be wrong
+MOST_REPEATED_SHARE = 0.05
+"""Share of a stream's rows by which its plan may be wrong."""
 
 
 class StreamCursor(NamedTuple):
@@ -222,7 +223,7 @@ class Stream:
         if not plan.keeps_promise:
             return 0
         document = math.ceil(plan.document_rows)  # one is lost if the tokenizer refuses it
-        return max(int(_MOST_REPEATED * own), self._max_passes * document)
+        return max(int(MOST_REPEATED_SHARE * own), self._max_passes * document)
 
     def _exhausted(self, own: int) -> DataExhaustedError:
         plan, passes = self._activations.plan, f"{self._max_passes} passes"

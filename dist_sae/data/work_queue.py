@@ -20,7 +20,8 @@ from dist_sae.storage.own import PAGE, NumberedKeys
 logger = logging.getLogger(__name__)
 
 LEASE_SECONDS = 180.0
-_POLL_SECONDS = 1.0
+POLL_SECONDS = 1.0
+"""Pause before looking again while no item is free."""
 _SAY_EVERY_SECONDS = 30.0
 
 
@@ -130,8 +131,8 @@ class WorkQueue:
             if held_back and time.monotonic() - said > _SAY_EVERY_SECONDS:
                 said = time.monotonic()
                 logger.warning("%s %d waits for %s", self._work.item, min(mine), limiter)
-            self._stopping.wait(_POLL_SECONDS)
-            self._say_waited(_POLL_SECONDS, held_back=held_back)
+            self._stopping.wait(POLL_SECONDS)
+            self._say_waited(POLL_SECONDS, held_back=held_back)
         return None
 
     @contextmanager

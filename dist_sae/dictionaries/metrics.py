@@ -11,7 +11,8 @@ from dist_sae.dictionaries.interface import Inferred
 
 _DUPLICATE_COSINE = 0.9
 _DUPLICATES_OF = 4096
-_DUPLICATES_CHUNK = 16_384
+DUPLICATES_CHUNK_LATENTS = 16_384
+"""Latents that are compared with all at a time."""
 
 
 class Fit(NamedTuple):
@@ -96,8 +97,10 @@ def duplicate_shares(
     directions = torch.nn.functional.normalize(W_dec[looked_at], dim=1)
     width = n // experts
     found = torch.zeros(2, len(looked_at), dtype=torch.bool, device=W_dec.device)
-    for first in range(0, n, _DUPLICATES_CHUNK):
-        others = torch.nn.functional.normalize(W_dec[first : first + _DUPLICATES_CHUNK], dim=1)
+    for first in range(0, n, DUPLICATES_CHUNK_LATENTS):
+        others = torch.nn.functional.normalize(
+            W_dec[first : first + DUPLICATES_CHUNK_LATENTS], dim=1
+        )
         near = directions @ others.T > _DUPLICATE_COSINE
         numbers = torch.arange(first, first + len(others), device=W_dec.device)
         near &= numbers != looked_at[:, None]

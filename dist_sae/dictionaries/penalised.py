@@ -30,7 +30,8 @@ Where z is not above the bound both are 0, and so are their gradients.
 _RARE = 0.003  # share of rows: new latents hardly disturb known ones, and do not die
 _INIT_ROWS = 16_384  # rows looked at for initial thresholds
 _INIT_CHUNK = 1024  # latents
-_CHUNK_BYTES = 16 * 2**20  # bytes of one [rows, chunk] matrix in fp32; a chunk needs about ten
+CHUNK_BYTES = 16 * 2**20
+"""Size of one [rows, chunk] matrix in fp32; a chunk needs about ten."""
 _CHUNK = 8192  # latents, at most
 _MOST_ENTRIES = 2**23  # entries held at once; a step needs about 100 bytes for each
 
@@ -193,7 +194,7 @@ def _chunks(
 ) -> Iterator[tuple[slice, Tensor, list[Tensor]]]:
     """(Which latents, their pre-activations, their part of each of `tensors`)."""
     rows = x.to(sae.product_dtype)
-    width = max(1, min(_CHUNK, _CHUNK_BYTES // (4 * len(x))))
+    width = max(1, min(_CHUNK, CHUNK_BYTES // (4 * len(x))))
     for start in range(0, len(tensors[0]), width):
         chunk = slice(start, start + width)
         parts = [tensor[chunk] for tensor in tensors]

@@ -18,7 +18,8 @@ from dist_sae.errors import EXIT_DONE, EXIT_RESUMABLE, EXIT_USER, ConfigError
 
 logger = logging.getLogger(__name__)
 
-_FAILED_GRACE_SECONDS = 30.0  # after a stop request, Kubernetes has a grace time of its own
+FAILED_GRACE_SECONDS = 30.0
+"""Time that ranks have to end after one failed. After a stop request Kubernetes has its own."""
 _NODE_RANK = "JOB_COMPLETION_INDEX"
 
 
@@ -74,7 +75,7 @@ def run_ranks(
         partial(start, [*command, str(1 + local_rank)], environment)
         for local_rank, environment in enumerate(environments)
     ]
-    return _exit_code(supervise(starts, stopping, failed_grace_seconds=_FAILED_GRACE_SECONDS))
+    return _exit_code(supervise(starts, stopping, failed_grace_seconds=FAILED_GRACE_SECONDS))
 
 
 def _exit_code(ends: Sequence[End]) -> int:

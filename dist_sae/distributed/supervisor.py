@@ -15,7 +15,8 @@ from typing import Any, NamedTuple
 
 from dist_sae.errors import EXIT_DONE, EXIT_RESUMABLE
 
-_POLL_SECONDS = 0.05
+POLL_SECONDS = 0.05
+"""Time between two looks at the processes."""
 _PARENT_HOLDS_STDIN = "DIST_SAE_PARENT_HOLDS_STDIN"
 
 
@@ -114,7 +115,7 @@ def supervise(
                         child.send_signal(signal.SIGTERM)  # does nothing to what has ended
                 grace = failed_grace_seconds if failed else stop_grace_seconds
                 deadline = min(deadline, time.monotonic() + grace)
-            time.sleep(_POLL_SECONDS)
+            time.sleep(POLL_SECONDS)
     finally:
         for child in children:
             child.kill()

@@ -23,7 +23,8 @@ from dist_sae.distributed.rendezvous import Ranks
 from dist_sae.errors import DistSaeError, RankLostError, Stopped
 
 _BEAT_SECONDS = 0.5
-_GRACE_SECONDS = 5.0  # for the training thread to fail with an error of its own
+GRACE_SECONDS = 5.0
+"""Time for the training thread to fail with an error of its own."""
 _STOP, _VERDICT, _HEARTBEAT = "stop", "verdict", "heartbeat/"
 
 
@@ -114,7 +115,7 @@ class Watch:
                 pass
         if _is_about_others(error):
             self._over.wait(
-                self._lost_seconds + _GRACE_SECONDS
+                self._lost_seconds + GRACE_SECONDS
             )  # until it is known which rank failed
             self._leave(None)
             if self._stopping.is_set() and not self._verdict:
@@ -130,7 +131,7 @@ class Watch:
         self._left = (True, error)
         self._ended.set()
         for thread in self._threads:
-            thread.join(_GRACE_SECONDS)
+            thread.join(GRACE_SECONDS)
         if self._ranks.rank == 0 and (error or self._verdict):
             time.sleep(3 * _BEAT_SECONDS)  # for the others to read it
 
@@ -225,7 +226,7 @@ class Watch:
         """Note the verdict; exit the process if the training thread does not end."""
         self._verdict = f"{verdict}; start again to continue"
         self._over.set()
-        if self._ended.wait(_GRACE_SECONDS):
+        if self._ended.wait(GRACE_SECONDS):
             return
         faulthandler.dump_traceback(all_threads=True)
         sys.stderr.write(f"error: {self._verdict}\n")

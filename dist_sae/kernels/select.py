@@ -13,9 +13,11 @@ from torch import Tensor
 from dist_sae.kernels.base import Entries, Kernels
 from dist_sae.kernels.keys import NOTHING, from_keys
 
-_CHUNK = 8192  # latents; their encoder rows are brought into the product's precision once
+CHUNK_LATENTS = 8192
+"""Latents of a chunk; their encoder rows are brought into the product's precision once."""
 _GROUP = 16  # latents
-_CHUNK_BYTES = 64 * 2**20  # of pre-activations: still in a CPU's cache when they are looked at
+CHUNK_BYTES = 64 * 2**20
+"""Pre-activations of a chunk: still in a CPU's cache when they are looked at."""
 
 
 class Candidates(NamedTuple):
@@ -53,8 +55,8 @@ def products(
     """
     x = x.to(product_dtype)
     n = len(W_enc) if among is None else len(among)
-    width = max(1, min(_CHUNK, n))
-    height = max(1, min(_CHUNK_BYTES // (width * x.element_size()), len(x)))
+    width = max(1, min(CHUNK_LATENTS, n))
+    height = max(1, min(CHUNK_BYTES // (width * x.element_size()), len(x)))
     out = x.new_empty(height * width)  # fresh pages cost more than what is written to them
     for first in range(0, n, width):
         if among is None:

@@ -26,7 +26,8 @@ from torch import Tensor
 from dist_sae.kernels import torch as plain
 from dist_sae.kernels.base import Entries, Kernels
 
-_CHUNK = 512
+CHUNK_ENTRIES = 512
+"""Entries that one program sums."""
 """Entries of a long segment that are summed on their own. Decides the order of its sum."""
 _DOTS = 8
 """Products that a program of `gather_dot` computes."""
@@ -114,8 +115,8 @@ def _sum_segments(
 
     In two passes. A program sums a block of columns of a segment, and a latent that fires on every
     row, or a row to which BatchTopK gives thousands of latents, would keep its programs busy long
-    after all others are done. So the first pass sums chunks of `_CHUNK` entries, those that lie
-    within one segment, and the second adds up these sums and the entries at the segment's ends.
+    after all others are done. So the first pass sums chunks of `CHUNK_ENTRIES` entries, those that
+    lie within one segment, and the second adds up these sums and the entries at the segment's ends.
 
     Args:
         coefficients: Of the entries, segment after segment.
@@ -128,7 +129,7 @@ def _sum_segments(
     """
     _check(X, sources)
     E, S, D = len(sources), len(starts), X.shape[1]
-    n_chunks = E // _CHUNK
+    n_chunks = E // CHUNK_ENTRIES
     # gradients may come expanded from autograd
     coefficients, sources = coefficients.contiguous(), sources.contiguous()
     starts, X = starts.contiguous(), X.contiguous()
@@ -141,7 +142,7 @@ def _sum_segments(
         X,
         n_chunks,
         D,
-        CHUNK=_CHUNK,
+        CHUNK=CHUNK_ENTRIES,
         enable_fp_fusion=False,
         **_config(_block(D), max(1, _block(D) // _PER_WARP)).all_kwargs(),
     )
@@ -158,7 +159,7 @@ def _sum_segments(
         S,
         E,
         D,
-        CHUNK=_CHUNK,
+        CHUNK=CHUNK_ENTRIES,
         enable_fp_fusion=False,
     )
     return sums

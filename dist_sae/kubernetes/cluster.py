@@ -33,7 +33,8 @@ _KUBECONFIG = "~/.kube/config"
 _ROLE = "role dist-sae-researcher of k8s/base"
 _NODES_ROLE = "cluster role dist-sae-nodes of k8s/base"
 _CONNECT_SECONDS, _ANSWER_SECONDS = 5.0, 30.0
-_POD_SECONDS = 3.0
+POD_SECONDS = 3.0
+"""A pod that takes longer to answer is passed over."""
 """Time limit for a pod's answer: a network policy may drop it silently."""
 _WATCH_SECONDS = 20
 _UNREADABLE = (ConfigException, OSError, yaml.YAMLError)
@@ -190,7 +191,7 @@ class Cluster:
                     raise
                 raise ClusterError(
                     f"{self._origin}: pod {pod} does not answer on port {port} within "
-                    f"{_POD_SECONDS:g} s; check whether a network policy blocks the API server"
+                    f"{POD_SECONDS:g} s; check whether a network policy blocks the API server"
                 ) from exc
             return text
 
@@ -254,7 +255,7 @@ class Cluster:
         patient: bool = False,
         hasty: bool = False,
     ) -> urllib3.HTTPResponse:
-        seconds = None if patient else _POD_SECONDS if hasty else _ANSWER_SECONDS
+        seconds = None if patient else POD_SECONDS if hasty else _ANSWER_SECONDS
         client = self._hasty_client if hasty else self._client
         answer: urllib3.HTTPResponse = client.call_api(
             path,

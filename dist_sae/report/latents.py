@@ -24,8 +24,10 @@ from dist_sae.models import Tokenizer, build_tokenizer
 logger = logging.getLogger(__name__)
 
 _MOST_ROWS = 200_000
-_MOST_ENTRIES = 20_000_000  # of 12 bytes; a recipe may have no bound on them
-_ENCODE_ROWS = 4096
+MOST_ENTRIES = 20_000_000
+"""Limit of the entries, of 12 bytes, where a recipe has no bound on them."""
+ENCODE_ROWS = 4096
+"""Rows that are encoded at a time."""
 _LEAST_FIRINGS = 8
 _EXAMPLES = 6
 _CONTEXT_TOKENS = 24  # on either side
@@ -109,21 +111,21 @@ def read_firings(units: ActivationSet, sae: Dictionary, scale: float, most_rows:
     rows = entries = 0
     plan = units.plan
     for unit in [*plan.heldout_units, *kept_units(units.store, plan)]:
-        if rows >= most_rows or entries >= _MOST_ENTRIES:
+        if rows >= most_rows or entries >= MOST_ENTRIES:
             break
         try:
             shard = units.shard(units.manifest(unit))
         except ObjectNotFoundError:
             continue
         for number in range(len(shard.blocks)):
-            if rows >= most_rows or entries >= _MOST_ENTRIES:
+            if rows >= most_rows or entries >= MOST_ENTRIES:
                 break
             block = read_block(units.store, shard, number)
             which = torch.full_like(block.tokens, unit)
-            for start in range(0, len(which), _ENCODE_ROWS):
-                if entries >= _MOST_ENTRIES:
+            for start in range(0, len(which), ENCODE_ROWS):
+                if entries >= MOST_ENTRIES:
                     break
-                here = slice(start, start + _ENCODE_ROWS)
+                here = slice(start, start + ENCODE_ROWS)
                 acts, latents, where = _active(sae, block.acts[here].float() * scale)
                 names = [column[here] for column in (which, *block[1:])]
                 parts.append(Firings._make([*names, acts, latents, where + rows]))

@@ -52,13 +52,18 @@ _NO_UPLOAD = {"NoSuchUpload"}
 _OUT_OF_RANGE = {"InvalidRange", "416"}
 
 _ATTEMPTS = 3  # by boto, within one of ours
-_FIRST_PAUSE_SECONDS = 0.2
-_LONGEST_PAUSE_SECONDS = 10.0
+FIRST_PAUSE_SECONDS = 0.2
+"""Pause after the first failure; it doubles."""
+LONGEST_PAUSE_SECONDS = 10.0
+"""Limit of the pause between attempts."""
 _SAY_EVERY_SECONDS = 30.0
-_LAST_PATIENCE_SECONDS = 15.0  # once the program has been asked to stop
-_PART_BYTES = 16 * 2**20
+LAST_PATIENCE_SECONDS = 15.0
+"""Longest retry once the program has been asked to stop."""
+PART_BYTES = 16 * 2**20
+"""Size of a part of a transfer."""
 _CONCURRENT_PARTS = 8
-_MULTIPART_FROM_BYTES = 2 * _PART_BYTES
+MULTIPART_FROM_BYTES = 2 * PART_BYTES
+"""Objects of at least this size are uploaded in parts."""
 _PROBE_READS = 3
 _RACERS = 4
 _CUT = "the endpoint's answer was cut short"
@@ -136,11 +141,11 @@ class S3Store:
         if stop is not None and stop <= start:
             self._get_part(key, 0, 1)  # raises when there is no object
             return b""
-        first_stop = start + _PART_BYTES
+        first_stop = start + PART_BYTES
         first, size = self._get_part(key, start, min(first_stop, stop or first_stop))
         end = min(size, size if stop is None else stop)
-        starts = range(start + len(first), end, _PART_BYTES)
-        stops = [min(at + _PART_BYTES, end) for at in starts]
+        starts = range(start + len(first), end, PART_BYTES)
+        stops = [min(at + PART_BYTES, end) for at in starts]
         rest = self._pool.map(self._get_part, [key] * len(starts), starts, stops)
         return b"".join([first, *(part for part, _ in rest)])[: max(0, end - start)]
 
@@ -150,7 +155,7 @@ class S3Store:
         if if_absent and self.size(key) is not None:
             return False
 
-        if len(data) < _MULTIPART_FROM_BYTES:
+        if len(data) < MULTIPART_FROM_BYTES:
             where = self._where(key)
             self._patiently(
                 key, lambda: self._client.put_object(**where, Body=data, **self._encryption)
@@ -224,7 +229,7 @@ class S3Store:
         upload = {**where, "UploadId": self._patiently(key, partial(self._begin_upload, where))}
 
         def put_part(start: int) -> dict[str, Any]:
-            number, body = start // _PART_BYTES + 1, data[start : start + _PART_BYTES]
+            number, body = start // PART_BYTES + 1, data[start : start + PART_BYTES]
 
             def put() -> Any:
                 with _upload_errors():
@@ -237,7 +242,7 @@ class S3Store:
                 self._client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
 
         try:
-            parts = list(self._pool.map(put_part, range(0, len(data), _PART_BYTES)))
+            parts = list(self._pool.map(put_part, range(0, len(data), PART_BYTES)))
             self._patiently(key, complete)
         except UploadGoneError as exc:
             raise UnavailableError("the upload is gone", url=self.url, key=key) from exc
@@ -280,7 +285,7 @@ class S3Store:
     def _patiently(self, key: str | None, call: Callable[[], Result]) -> Result:
         """Retry a call until the endpoint answers or the deadline passes."""
         since = said = time.monotonic()
-        pause = _FIRST_PAUSE_SECONDS
+        pause = FIRST_PAUSE_SECONDS
         while True:
             try:
                 with mapped(self.url, key, self._config.endpoint_url):
@@ -291,7 +296,7 @@ class S3Store:
                 now = time.monotonic()
                 patience = self._config.deadline_seconds
                 if self._stopping.is_set():
-                    patience = min(patience, _LAST_PATIENCE_SECONDS)
+                    patience = min(patience, LAST_PATIENCE_SECONDS)
                 if now - since >= patience:
                     raise
                 if said == since or now - said > _SAY_EVERY_SECONDS:
@@ -303,7 +308,7 @@ class S3Store:
                     self._meter.add("dist_sae_store_retries_total", 1)
             rest = since + patience - time.monotonic()
             self._pause(min(random.uniform(pause / 2, pause), max(rest, 0.0)))
-            pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
     def _pause(self, seconds: float) -> None:
         if not self._stopping.is_set():

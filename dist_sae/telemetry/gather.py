@@ -10,8 +10,10 @@ from urllib.error import HTTPError
 from dist_sae.telemetry.metrics import TABLE
 from dist_sae.telemetry.server import SCRAPE_HEADER, PageServer
 
-_PATIENCE_SECONDS = 0.04  # for all ranks together: a scrape of a pod takes at most 50 ms
-_ANSWER_SECONDS = 10.0  # a rank that takes longer is down
+PATIENCE_SECONDS = 0.04
+"""Wait for all ranks together: a scrape of a pod takes at most 50 ms."""
+ANSWER_SECONDS = 10.0
+"""A rank that takes longer is down."""
 _PROBE_SECONDS = 5.0  # below the probe's own limit: the answer names the rank
 
 _UP = TABLE["dist_sae_rank_up"]
@@ -49,7 +51,7 @@ class GatheredTelemetry:
 
     def _render(self, scraped: bool) -> bytes:  # noqa: FBT001 - PageServer gives it no name
         answers = [rank.ask(self._pool, scraped=scraped) for rank in self._ranks]
-        wait(answers, timeout=_PATIENCE_SECONDS)
+        wait(answers, timeout=PATIENCE_SECONDS)
         up = "".join(
             f'{_UP.name}{{rank="{rank.number}",{self._labels}}} {float(bool(rank.page))}\n'
             for rank in self._ranks
@@ -103,7 +105,7 @@ class _Rank:
     def _fetch(self, headers: Mapping[str, str]) -> None:
         request = urllib.request.Request(f"{self._url}/metrics", headers=dict(headers))
         try:
-            with _DIRECT.open(request, timeout=_ANSWER_SECONDS) as answer:
+            with _DIRECT.open(request, timeout=ANSWER_SECONDS) as answer:
                 self.page, self._served = answer.read().decode(), False
         except (OSError, HTTPException):  # no process or no answer: rank_up reports it
             if (

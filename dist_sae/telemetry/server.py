@@ -13,7 +13,8 @@ from dist_sae.telemetry.pulse import PATHS
 
 logger = logging.getLogger(__name__)
 
-_LAST_SCRAPE_SECONDS = 100.0  # longest wait for the last scrape: allows scrapes every minute
+LAST_SCRAPE_SECONDS = 100.0
+"""Longest wait for the last scrape; allows scrapes every minute."""
 _LATE_SECONDS = 1.0
 SCRAPE_HEADER = "X-Prometheus-Scrape-Timeout-Seconds"
 _CLIENT_SECONDS = 10.0
@@ -64,10 +65,10 @@ class PageServer:
         self._ending = time.monotonic()
         if self._sent is None:
             return
-        rest = _LAST_SCRAPE_SECONDS  # one scrape so far: the interval is unknown
+        rest = LAST_SCRAPE_SECONDS  # one scrape so far: the interval is unknown
         if self._interval is not None:  # negative: scrapes have ended
             rest = self._sent + 1.5 * self._interval + _LATE_SECONDS - self._ending
-        self._once_more.wait(min(max(rest, 0.0), _LAST_SCRAPE_SECONDS))
+        self._once_more.wait(min(max(rest, 0.0), LAST_SCRAPE_SECONDS))
 
     def _note(self, asked: float) -> None:
         if self._sent is not None:

@@ -9,11 +9,13 @@ import torch
 
 from dist_sae.dictionaries.base import Dictionary
 
-_FOLD_FROM = 256  # marks of a GPU's clock that are kept before past ones are read
+MOST_MARKS = 256
+"""Marks of a GPU's clock that are kept before past ones are read."""
 _SAMPLE_LATENTS = (1024, 2048)  # least and most of a sample: fewer are slower per latent
 _SAMPLE_ROWS = 4096
 _SAMPLED_SHARE = 1 / 32
-_MOST_TIME = 0.002  # share of the whole time that samples may take
+MOST_SAMPLE_SHARE = 0.002
+"""Share of the whole time that samples may take."""
 
 
 class Clock:
@@ -60,7 +62,7 @@ class Phases:
             within: Seconds of it, at most, that belong to other phases, in this order.
         """
         self._marks.append((phase, within or {}, self._clock.mark()))
-        if len(self._marks) > _FOLD_FROM and self._clock.is_past(self._marks[1][2]):
+        if len(self._marks) > MOST_MARKS and self._clock.is_past(self._marks[1][2]):
             self._fold()
 
     def take(self) -> dict[str, float]:
@@ -111,7 +113,7 @@ class ProductSamples:
     def sample(self, x: torch.Tensor) -> None:
         """Time a part of the product on this rank's rows `x`."""
         self._read()
-        if self._spent > _MOST_TIME * (time.monotonic() - self._since):
+        if self._spent > MOST_SAMPLE_SHARE * (time.monotonic() - self._since):
             return
         sae, dtype = self._sae, self._sae.product_dtype
         least, most = _SAMPLE_LATENTS

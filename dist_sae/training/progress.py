@@ -17,7 +17,8 @@ from rich.text import Text
 from dist_sae.telemetry.metrics import listed
 from dist_sae.training.limits import describe_limit
 
-_PLAIN_EVERY_SECONDS = 10.0  # between lines when the output is not a terminal
+PLAIN_EVERY_SECONDS = 10.0
+"""Time between lines when the output is not a terminal."""
 
 
 class ProgressView:
@@ -163,7 +164,7 @@ class _Role:
     def is_due(self) -> bool:
         """Whether a line is due; if so, it counts as printed."""
         over = self.done == self.total and self._said < float("inf")
-        if not over and time.monotonic() - self._said < _PLAIN_EVERY_SECONDS:
+        if not over and time.monotonic() - self._said < PLAIN_EVERY_SECONDS:
             return False
         self._said = float("inf") if self.done == self.total else time.monotonic()
         return True

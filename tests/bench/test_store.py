@@ -77,7 +77,7 @@ def test_both_ways_of_a_pair_move_the_same_bytes(
 
     monkeypatch.setattr(bench._RawFolder, "get", counted_get)
     monkeypatch.setattr(bench._RawFolder, "put", kept_put)
-    monkeypatch.setattr(bench, "_WRITE_BYTES", 1000)  # so that there are several parts
+    monkeypatch.setattr(bench, "WRITE_BYTES", 1000)  # so that there are several parts
     bench_store(bench_run(SHAPE, str(tmp_path), None), SHAPE, rounds=1, cached=True)
     assert len(written) == 4
     assert len(read) == 2 * 4 * 2  # to warm up and in the round; two blocks a unit

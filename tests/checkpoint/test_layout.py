@@ -37,7 +37,7 @@ class Dying:
 
 
 def test_what_is_saved_is_loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layout, "_PART_BYTES", 200)  # 16 rows of W_enc: several parts, a short last
+    monkeypatch.setattr(layout, "PART_BYTES", 200)  # 16 rows of W_enc: several parts, a short last
     checkpoints = Checkpoints(open_store(str(tmp_path)), "run", keep=2)
     save(checkpoints, 400, TENSORS, {"scale": 0.1})
     loaded = checkpoints.latest()
@@ -66,7 +66,7 @@ class Counting(Wrapped):
 def test_any_rows_are_read_from_the_parts_that_hold_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layout, "_PART_BYTES", 12 * 20)  # 20 rows of W_enc: 0-20, 20-40, 40-50
+    monkeypatch.setattr(layout, "PART_BYTES", 12 * 20)  # 20 rows of W_enc: 0-20, 20-40, 40-50
     store = Counting(open_store(str(tmp_path)))
     checkpoints = Checkpoints(store, "run", keep=2)
     save(checkpoints, 7, TENSORS, {})

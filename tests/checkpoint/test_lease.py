@@ -30,8 +30,8 @@ def elsewhere() -> Holder:
 
 @pytest.fixture
 def quick(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lease, "_RENEW_SECONDS", 0.02)
-    monkeypatch.setattr(lease, "_LOOK_SECONDS", 0.02)
+    monkeypatch.setattr(lease, "RENEW_SECONDS", 0.02)
+    monkeypatch.setattr(lease, "LOOK_SECONDS", 0.02)
 
 
 def hold(store: ObjectStore, stopping: threading.Event | None = None) -> TrainerLease:
@@ -103,7 +103,7 @@ def test_a_trainer_elsewhere_that_is_silent_is_followed(
     store: ObjectStore, elsewhere: Holder, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     store.put(KEY, seal(elsewhere))
-    monkeypatch.setattr(lease, "_LEASE_SECONDS", 0.1)
+    monkeypatch.setattr(lease, "LEASE_SECONDS", 0.1)
     with hold(store):
         assert read_record(Holder, store, KEY).life != "x"
 

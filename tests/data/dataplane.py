@@ -35,11 +35,11 @@ def quicken(credentials: Mapping[str, str]) -> None:
     os.environ.update(credentials)
     torch.set_num_threads(1)
     logging.disable(logging.CRITICAL)
-    dist_sae.data.work_queue._POLL_SECONDS = 0.05
+    dist_sae.data.work_queue.POLL_SECONDS = 0.05
     dist_sae.data.work_queue.LEASE_SECONDS = 2.0
-    dist_sae.data.activation_set._POLL_SECONDS = (0.02, 0.1)
-    dist_sae.storage.s3._FIRST_PAUSE_SECONDS = 0.02
-    dist_sae.storage.s3._LONGEST_PAUSE_SECONDS = 0.2
+    dist_sae.data.activation_set.POLL_SECONDS = (0.02, 0.1)
+    dist_sae.storage.s3.FIRST_PAUSE_SECONDS = 0.02
+    dist_sae.storage.s3.LONGEST_PAUSE_SECONDS = 0.2
 
 
 def produce(settings: dict[str, Any], name: str, number: int, credentials: dict[str, str]) -> None:

@@ -57,7 +57,7 @@ def test_a_gap_is_no_complete_page(tmp_path: Path) -> None:
 def test_a_store_that_does_not_answer_ends_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr(backlog, "_LOOK_EVERY_SECONDS", 0.01)
+    monkeypatch.setattr(backlog, "LOOK_EVERY_SECONDS", 0.01)
     shown, seen = list[int](), threading.Event()
 
     class Moody(Listing):

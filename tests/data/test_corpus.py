@@ -113,7 +113,7 @@ def test_neighbours_travel_together_in_large_corpora(
     sample: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     alone = files(sample, txt_documents="line").index()
-    monkeypatch.setattr(corpus_module, "_MOST_SPANS", 2)
+    monkeypatch.setattr(corpus_module, "MOST_SPANS", 2)
     corpus = files(sample, txt_documents="line")
     index = corpus.index()
     assert [(span.first, span.count) for span in index.spans] == [(0, 2), (2, 2)]
@@ -212,7 +212,7 @@ def test_s3_files_are_read_as_local_ones(bucket: Bucket, sample: Path) -> None:
 
 
 def test_s3_download_in_pieces_is_whole(bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(corpus_files, "_PIECE_BYTES", 7)
+    monkeypatch.setattr(corpus_files, "PIECE_BYTES", 7)
     bucket.client.put_object(Bucket=bucket.name, Key="a.jsonl", Body=as_json_lines(TEXTS))
     config = FilesCorpus(files=(f"s3://{bucket.name}/a.jsonl",))
     assert read_all(Corpus(config, S3Config(endpoint_url=bucket.endpoint_url))) == DOCUMENTS
@@ -399,7 +399,7 @@ def test_data_set_gives_the_same_documents(hub: list[dict[str, Any]]) -> None:
 def test_data_set_is_read_in_slices(
     hub: list[dict[str, Any]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(formats, "_SLICE_ROWS", 3)
+    monkeypatch.setattr(formats, "SLICE_ROWS", 3)
     assert read_all(Corpus(DatasetCorpus(name="some/texts"), S3Config())) == DOCUMENTS
 
 

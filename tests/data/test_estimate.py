@@ -63,8 +63,8 @@ def test_pieces_of_a_large_one_tell_its_rows_and_those_of_each_book(
     corpus: Corpus, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """600 pieces of 100 bytes, a tenth of the text: all within 3 %, files 5 %, and books 10 %."""
-    monkeypatch.setattr(estimate, "_PIECES", 600)
-    monkeypatch.setattr(estimate, "_PIECE_BYTES", 100)
+    monkeypatch.setattr(estimate, "PIECES", 600)
+    monkeypatch.setattr(estimate, "PIECE_BYTES", 100)
     true, found = true_rows(corpus), estimated(corpus)
     assert found.sum() == pytest.approx(true.sum(), rel=0.03)
     for file in (slice(0, 1500), slice(1500, 3000)):
@@ -135,8 +135,8 @@ def test_what_is_excluded_at_the_beginning_of_a_context_is_not_counted(tmp_path:
     )
     for pieces in (4096, 0):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(estimate, "_PIECES", max(1, pieces))
-            patch.setattr(estimate, "_PIECE_BYTES", 2048 if pieces else 10)
+            patch.setattr(estimate, "PIECES", max(1, pieces))
+            patch.setattr(estimate, "PIECE_BYTES", 2048 if pieces else 10)
             (rows,) = estimate_rows(
                 corpus, corpus.index(), activations, Letters(), bos=1, special=frozenset({1, 2})
             )

@@ -172,7 +172,7 @@ def test_a_stream_that_ends_early_reads_its_last_window_again(
     Ten batches more repeat 160 rows of both and 144 of the others, which have 496; on any number
     of ranks, and from any step on.
     """
-    monkeypatch.setattr(dist_sae.data.streams, "_MOST_REPEATED", 0.4)
+    monkeypatch.setattr(dist_sae.data.streams, "MOST_REPEATED_SHARE", 0.4)
     steps, units = range(world.full_batches + 10), open_units(world.run)
     repeated, parts, cursors = 0, [], list[dict[int, StreamCursor]]()
     for rank in range(ranks):
@@ -201,7 +201,7 @@ def test_another_number_of_passes_goes_on_where_the_rows_are(
     world: World, monkeypatch: pytest.MonkeyPatch, before: int, after: int
 ) -> None:
     """Stream 2 had ended; the place of its last window then lies in another pass."""
-    monkeypatch.setattr(dist_sae.data.streams, "_MOST_REPEATED", 2.0)
+    monkeypatch.setattr(dist_sae.data.streams, "MOST_REPEATED_SHARE", 2.0)
     units, n = open_units(world.run), world.stream_rows[2]
     start = n * min(before, after) + 40
     with ThreadPoolExecutor(4) as pool:
@@ -219,7 +219,7 @@ def test_no_more_is_read_again_than_an_estimate_may_be_wrong_by(
     world: World, monkeypatch: pytest.MonkeyPatch, passes: int, steps: int, share: float
 ) -> None:
     """Wherever reading begins. 5% of 480 rows are 24; 1% less than a document of 16 each pass."""
-    monkeypatch.setattr(dist_sae.data.streams, "_MOST_REPEATED", share)
+    monkeypatch.setattr(dist_sae.data.streams, "MOST_REPEATED_SHARE", share)
     units, stop = open_units(world.run), passes * world.full_batches + steps
     with open_loader(units, range(stop), passes=passes) as loader:
         given = list(loader)
@@ -288,7 +288,7 @@ class LateUnits(Wrapped):
 def test_units_that_come_late_and_in_any_order_are_waited_for(
     world: World, monkeypatch: pytest.MonkeyPatch, seed: int
 ) -> None:
-    monkeypatch.setattr(dist_sae.data.activation_set, "_POLL_SECONDS", (0.0, 0.001))
+    monkeypatch.setattr(dist_sae.data.activation_set, "POLL_SECONDS", (0.0, 0.001))
     steps = range(world.full_batches)
     store = LateUnits(world.store, seed)
     late = batches(open_units(world.run, store=store), steps)
@@ -302,8 +302,8 @@ def test_whether_producers_run_is_asked_only_where_nothing_tells(
 ) -> None:
     """Signs of them: a claim, or a unit made within the time of a lease; or a supervisor."""
     caplog.set_level("INFO")
-    monkeypatch.setattr(dist_sae.data.activation_set, "_POLL_SECONDS", (0.0, 0.001))
-    monkeypatch.setattr(dist_sae.data.activation_set, "_SAY_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(dist_sae.data.activation_set, "POLL_SECONDS", (0.0, 0.001))
+    monkeypatch.setattr(dist_sae.data.activation_set, "SAY_EVERY_SECONDS", 0.0)
     young = {"claim": ["claims/00000003.json"], "unit": ["units/00000002.json"]}.get(sign, [])
 
     class Aged(LateUnits):
@@ -473,7 +473,7 @@ def test_leaving_the_loader_ends_its_thread(world: World) -> None:
 
 def test_waiting_is_measured(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     """A unit that takes .3 s to appear costs the first batch that, and the next ones nothing."""
-    monkeypatch.setattr(dist_sae.data.activation_set, "_POLL_SECONDS", (0.3, 0.3))
+    monkeypatch.setattr(dist_sae.data.activation_set, "POLL_SECONDS", (0.3, 0.3))
     store = LateUnits(world.store, 0)
     store.hidden = [manifest_key(0)]
     since = time.monotonic()
@@ -488,8 +488,8 @@ def test_whoever_waits_for_a_batch_is_told_while_it_lasts(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reporter counts the time: after a long wait there may be nobody to count it."""
-    monkeypatch.setattr(dist_sae.data.activation_set, "_POLL_SECONDS", (0.3, 0.3))
-    monkeypatch.setattr(dist_sae.data.loader, "_LOOK_UP_SECONDS", 0.05)
+    monkeypatch.setattr(dist_sae.data.activation_set, "POLL_SECONDS", (0.3, 0.3))
+    monkeypatch.setattr(dist_sae.data.loader, "LOOK_UP_SECONDS", 0.05)
     store = LateUnits(world.store, 0)
     store.hidden = [manifest_key(0)]
     told: list[float] = []

@@ -102,5 +102,5 @@ def test_large_weights_are_there_four_times_and_no_more(
     tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A weight is 64 MiB; its values, its gradient and two moments are the state."""
-    monkeypatch.setattr(layout, "_PART_BYTES", 4 * MIB)
+    monkeypatch.setattr(layout, "PART_BYTES", 4 * MIB)
     assert beyond_state(tmp_path, kind, 32_768, 512, 16, steps=2) <= 60 * MIB

@@ -169,7 +169,7 @@ def test_duplicates_are_near_copies_of_other_latents(monkeypatch: pytest.MonkeyP
     W_dec[11] = 0.2 * W_dec[2]
     W_dec[7] = -W_dec[6]  # the other way round is another feature
     for chunk in (16_384, 5):
-        monkeypatch.setattr(metrics, "_DUPLICATES_CHUNK", chunk)
+        monkeypatch.setattr(metrics, "DUPLICATES_CHUNK_LATENTS", chunk)
         assert duplicate_shares(W_dec, 4) == pytest.approx((4 / 12, 2 / 12))
         assert duplicate_shares(W_dec) == pytest.approx((4 / 12, 0))
 

@@ -72,7 +72,7 @@ def test_the_sparse_and_the_dense_way_give_the_same(
     kind: str, sparse_below: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(penalised, "SPARSE_BELOW", sparse_below)
-    monkeypatch.setattr(penalised, "_CHUNK_BYTES", 4 * BATCH * 24)  # chunks of 24, 24 and 16
+    monkeypatch.setattr(penalised, "CHUNK_BYTES", 4 * BATCH * 24)  # chunks of 24, 24 and 16
     check_against_oracle(make(CONFIGS[kind]), "none", 1e-9)
 
 
@@ -82,8 +82,8 @@ def test_chunks_of_latents_do_not_change_what_is_selected(
 ) -> None:
     sae, x = make(CONFIGS[kind]), rows()
     whole = sae.objective(sae_rows(x), step(some_dead()))
-    monkeypatch.setattr(select, "_CHUNK", 16)
-    monkeypatch.setattr(select, "_CHUNK_BYTES", 8 * 16 * 10)  # blocks of 10 rows
+    monkeypatch.setattr(select, "CHUNK_LATENTS", 16)
+    monkeypatch.setattr(select, "CHUNK_BYTES", 8 * 16 * 10)  # blocks of 10 rows
     chunked = sae.objective(sae_rows(x), step(some_dead()))
     assert torch.equal(whole.fired, chunked.fired)
     assert int(whole.active) == int(chunked.active)
@@ -96,8 +96,8 @@ def test_inference_in_bounded_memory_decodes_what_it_encodes(
     kind: str, sparse_below: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(base, "SPARSE_BELOW", sparse_below)
-    monkeypatch.setattr(select, "_CHUNK", 16)
-    monkeypatch.setattr(select, "_CHUNK_BYTES", 8 * 16 * 10)  # blocks of 10 rows
+    monkeypatch.setattr(select, "CHUNK_LATENTS", 16)
+    monkeypatch.setattr(select, "CHUNK_BYTES", 8 * 16 * 10)  # blocks of 10 rows
     config = CONFIGS.get(kind, CONFIGS["routed"].model_copy(update={"selection": "batch"}))
     sae, x = make(config), rows()
     sae.objective(sae_rows(x), step())  # batch selections have a threshold now

@@ -118,7 +118,7 @@ def test_topk_is_the_stable_sorts(
     case: str, chunk: int, implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Widths that are and that are not multiples of groups and chunks; k up to all latents."""
-    monkeypatch.setattr(select, "_CHUNK", chunk)
+    monkeypatch.setattr(select, "CHUNK_LATENTS", chunk)
     for n in (4, 16, 60, 100, 256, 340):
         pre_acts = CASES[case](n)
         for k in (1, 3, 5, 16):
@@ -133,7 +133,7 @@ def test_topk_among_some_is_the_stable_sorts(
     case: str, implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As AuxK chooses among dead latents: none of a shard, fewer than k, all of them."""
-    monkeypatch.setattr(select, "_CHUNK", 48)
+    monkeypatch.setattr(select, "CHUNK_LATENTS", 48)
     n = 256
     pre_acts = CASES[case](n)
     generator = torch.Generator().manual_seed(0)
@@ -155,7 +155,7 @@ def test_ties_of_bf16_across_chunks_go_to_the_lower_latent(
     shards: int, implementation: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """bf16 has 8 bits: of 512 values about 1 to 2 no more than 129 differ."""
-    monkeypatch.setattr(select, "_CHUNK", 32)
+    monkeypatch.setattr(select, "CHUNK_LATENTS", 32)
     pre_acts = (1 + torch.rand(ROWS, 512, generator=torch.Generator().manual_seed(1))).bfloat16()
     assert all(len(row.unique()) < 130 for row in pre_acts)
     for k in (1, 4, 9, 16, 40):
@@ -207,10 +207,10 @@ def test_the_largest_of_a_batch_are_all_there(
     case: str, chunk: int, block_rows: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """And of each value, the lower latents before the higher ones."""
-    monkeypatch.setattr(select, "_CHUNK", chunk)
+    monkeypatch.setattr(select, "CHUNK_LATENTS", chunk)
     for n in (4, 16, 60, 340):
         pre_acts = CASES[case](n)
-        monkeypatch.setattr(select, "_CHUNK_BYTES", 4 * min(chunk, n) * block_rows)
+        monkeypatch.setattr(select, "CHUNK_BYTES", 4 * min(chunk, n) * block_rows)
         for count in (1, 5, 40, ROWS * n):
             blocks = select.products(torch.eye(ROWS), pre_acts.T.contiguous(), torch.float32)
             found = select.largest(blocks, torch.zeros(n), count)
@@ -241,7 +241,7 @@ def batch_oracle(pre_acts: Tensor, count: int) -> set[tuple[int, int]]:
 def test_batchtopk_selects_the_largest_of_all_ranks(
     case: str, replicas: int, shards: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(select, "_CHUNK", 48)
+    monkeypatch.setattr(select, "CHUNK_LATENTS", 48)
     n, per_replica = 120, ROWS // replicas
     pre_acts = CASES[case](n)
     for k in (1, 3, 16):

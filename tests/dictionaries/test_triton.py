@@ -119,14 +119,14 @@ def test_long_segments_are_summed_in_chunks(
     product: str, pattern: str, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Row 4 of "ragged" has 17 entries from the 7th on, latent 7 of "hot" 18."""
-    monkeypatch.setattr(kernels, "_CHUNK", chunk)
+    monkeypatch.setattr(kernels, "CHUNK_ENTRIES", chunk)
     case = make_case(pattern, 530)
     assert_close_to_oracle(compute(kernels.KERNELS, product, case), product, case)
 
 
 @pytest.mark.parametrize("product", ["combine", "sum_by_latent"])
 def test_the_tuned_block_changes_no_bit(product: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(kernels, "_CHUNK", 4)
+    monkeypatch.setattr(kernels, "CHUNK_ENTRIES", 4)
     case, found = make_case("hot", 300), []
     for columns, warps in ((128, 1), (256, 2), (512, 4)):
         config = triton.Config({"COLUMNS": columns}, num_warps=warps)

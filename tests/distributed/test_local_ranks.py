@@ -33,7 +33,7 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., int]:
         program.chmod(0o755)
         monkeypatch.chdir(tmp_path)
         monkeypatch.setattr(sys, "executable", str(program))
-        monkeypatch.setattr(supervisor, "_POLL_SECONDS", 0.01)
+        monkeypatch.setattr(supervisor, "POLL_SECONDS", 0.01)
         environments = rank_environments(2, 2)
         return run_ranks(["train", "run.yaml"], environments, stopping or threading.Event())
 
@@ -66,7 +66,7 @@ def test_a_pod_ends_as_its_ranks_do(
 def test_a_rank_that_does_not_end_when_another_has_crashed_is_killed(
     run: Callable[..., int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(local_ranks, "_FAILED_GRACE_SECONDS", 0.1)
+    monkeypatch.setattr(local_ranks, "FAILED_GRACE_SECONDS", 0.1)
     deaf = "trap '' TERM; : > up; while :; do sleep 0.01; done"
     assert run(f"{OTHER_IS_UP} exit 1", deaf) == 1
 

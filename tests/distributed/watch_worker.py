@@ -61,7 +61,7 @@ def rank(what: str, output: str, env: dict[str, str]) -> None:
     for number, ending in ((1, "out"), (2, "err")):
         os.dup2(os.open(f"{output}.{ending}", os.O_WRONLY | os.O_CREAT, 0o600), number)
     torch.set_num_threads(1)
-    watch_module._GRACE_SECONDS = 1.0
+    watch_module.GRACE_SECONDS = 1.0
     try:
         work(what)
     except DistSaeError as error:

@@ -223,7 +223,7 @@ def test_status_sums_over_the_ranks_of_a_pod(api: ApiServer, sh: Shell, going: s
 def test_status_asks_a_pod_that_does_not_answer_once_and_not_for_long(
     api: ApiServer, sh: Shell, going: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dist_sae.kubernetes.cluster, "_POD_SECONDS", 0.2)
+    monkeypatch.setattr(dist_sae.kubernetes.cluster, "POD_SECONDS", 0.2)
     sh("submit", going)
     pod = api.pods("trainer")[0]
     api.run_pod(pod)

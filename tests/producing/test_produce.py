@@ -208,7 +208,7 @@ def test_a_dead_producers_unit_is_taken_over(
     run: Run, store: ObjectStore, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Two units were claimed by one that is gone; its lease is over in .2 s."""
-    monkeypatch.setattr(dist_sae.data.work_queue, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(dist_sae.data.work_queue, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(dist_sae.data.work_queue, "LEASE_SECONDS", 0.2)
     dead = unit_queue(store, plan(run), Worker("dead"), threading.Event(), Consumers(store, 1.0))
     assert (dead.take(), dead.take()) == (0, 1)
@@ -222,7 +222,7 @@ def test_a_zombie_that_finishes_late_changes_nothing(
 ) -> None:
     """Suspended for longer than its lease; another producer does all the rest and its unit."""
     monkeypatch.setattr(WorkQueue, "renew", lambda _: None)
-    monkeypatch.setattr(dist_sae.data.work_queue, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(dist_sae.data.work_queue, "POLL_SECONDS", 0.01)
     monkeypatch.setattr(dist_sae.data.work_queue, "LEASE_SECONDS", 0.2)
 
     def others_finish(calls: int) -> None:

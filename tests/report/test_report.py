@@ -363,8 +363,8 @@ def test_latents_are_of_as_many_entries_as_fit(run: Run, monkeypatch: pytest.Mon
     for unit in range(len(made.units)):
         store_unit(run, made, unit)
     save_identity(run)
-    monkeypatch.setattr("dist_sae.report.latents._MOST_ENTRIES", 40)
-    monkeypatch.setattr("dist_sae.report.latents._ENCODE_ROWS", 4)
+    monkeypatch.setattr("dist_sae.report.latents.MOST_ENTRIES", 40)
+    monkeypatch.setattr("dist_sae.report.latents.ENCODE_ROWS", 4)
     assert "with the texts among 40 rows" in Path(report(run)).read_text()
 
 

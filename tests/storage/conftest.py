@@ -21,6 +21,6 @@ def shared_service_model(loader: botocore.loaders.Loader, monkeypatch: pytest.Mo
 @pytest.fixture
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retry after milliseconds; the number of attempts and the deadline stay as they are."""
-    monkeypatch.setattr(s3, "_FIRST_PAUSE_SECONDS", 0.005)
-    monkeypatch.setattr(s3, "_LONGEST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(s3, "FIRST_PAUSE_SECONDS", 0.005)
+    monkeypatch.setattr(s3, "LONGEST_PAUSE_SECONDS", 0.05)
     monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda *_: 0.002)

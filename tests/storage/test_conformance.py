@@ -54,7 +54,7 @@ def test_get_cuts_a_range_as_a_slice_does(
     spans = [(0, None), (3, None), (9, None), (10, None), (99, None), (0, 4), (3, 7), (9, 10)]
     spans += [(5, 5), (7, 3), (0, 0), (8, 99), (10, 12), (0, 99), (1, 10)]
     for part_bytes in (3, 5, 2**24):
-        monkeypatch.setattr(s3, "_PART_BYTES", part_bytes)
+        monkeypatch.setattr(s3, "PART_BYTES", part_bytes)
         for start, stop in spans:
             assert store.get("key", start, stop) == content[start:stop], (start, stop, part_bytes)
 

@@ -75,7 +75,7 @@ def stress(bucket: Bucket, proxy: FaultProxy) -> None:
 def test_each_fault_alone(
     fault: str, make_bucket: Callable[[str], Bucket], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3, "_PART_BYTES", 1000)
+    monkeypatch.setattr(s3, "PART_BYTES", 1000)
     bucket = make_bucket("seaweedfs")
     rates = {fault: 0.5}
     with FaultProxy(bucket.endpoint_url, 1, rates, slow_budget_seconds=1.0) as proxy:
@@ -99,8 +99,8 @@ def test_bit_flipped_on_its_way_to_the_server_is_not_stored(
 ) -> None:
     bucket = make_bucket(kind)
     content = random.Random(0).randbytes(11 * 2**20)
-    monkeypatch.setattr(s3, "_PART_BYTES", 5 * 2**20)  # the least that S3 takes
-    monkeypatch.setattr(s3, "_MULTIPART_FROM_BYTES", 2**20)
+    monkeypatch.setattr(s3, "PART_BYTES", 5 * 2**20)  # the least that S3 takes
+    monkeypatch.setattr(s3, "MULTIPART_FROM_BYTES", 2**20)
     with FaultProxy(bucket.endpoint_url, 3, {"flip_put": 1.0}, most_per_request=2) as proxy:
         store = make_store(bucket, proxy)
         store.put("small", content[:100])
@@ -118,8 +118,8 @@ def test_large_objects_go_in_parts_through_faults(
 ) -> None:
     bucket = make_bucket(kind)
     content = random.Random(0).randbytes(11 * 2**20)
-    monkeypatch.setattr(s3, "_MULTIPART_FROM_BYTES", 2**20)
-    monkeypatch.setattr(s3, "_PART_BYTES", 5 * 2**20)
+    monkeypatch.setattr(s3, "MULTIPART_FROM_BYTES", 2**20)
+    monkeypatch.setattr(s3, "PART_BYTES", 5 * 2**20)
     faults = [fault for fault in HARMLESS_BELOW if fault != "flip_put"]
     with FaultProxy(bucket.endpoint_url, 4, dict.fromkeys(faults, 0.1)) as proxy:
         store = make_store(bucket, proxy)

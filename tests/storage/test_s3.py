@@ -148,7 +148,7 @@ def test_stores_of_other_prefixes_do_not_meet(bucket: Bucket) -> None:
 def test_encryption_is_asked_for_with_every_write(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3, "_MULTIPART_FROM_BYTES", 5)
+    monkeypatch.setattr(s3, "MULTIPART_FROM_BYTES", 5)
     store = make_store(bucket, encryption="aws:kms", kms_key_id="a-key")
     store.put("one", b"1234")
     store.put("parts", b"12345")
@@ -447,7 +447,7 @@ def test_endpoint_that_goes_down_in_the_middle_is_waited_for(
 def test_no_call_is_patient_any_more_when_the_program_is_to_stop(
     bucket: Bucket, nowhere: str, warnings: list[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3, "_LAST_PATIENCE_SECONDS", 1.0)
+    monkeypatch.setattr(s3, "LAST_PATIENCE_SECONDS", 1.0)
     stopping = threading.Event()
     store = make_store(bucket, nowhere, seconds=600, stopping=stopping)
     with ThreadPoolExecutor(1) as pool:
@@ -671,7 +671,7 @@ def test_endpoint_without_ranges_gives_the_right_bytes(
     assert old_store.size("key") == 10
     assert old_store.size("none") is None
     for part_bytes in (3, 100):
-        monkeypatch.setattr(s3, "_PART_BYTES", part_bytes)
+        monkeypatch.setattr(s3, "PART_BYTES", part_bytes)
         for start, stop in [(0, None), (3, None), (0, 4), (3, 7), (8, 99), (10, 12), (99, None)]:
             assert old_store.get("key", start, stop) == content[start:stop]
 

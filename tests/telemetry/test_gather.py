@@ -16,7 +16,7 @@ from tests.telemetry.scrape import of_rank, scrape, series
 @pytest.fixture(autouse=True)
 def no_last_scrape(monkeypatch: pytest.MonkeyPatch) -> None:
     """Ranks of these tests do not stay for it."""
-    monkeypatch.setattr(server, "_LAST_SCRAPE_SECONDS", 0.0)
+    monkeypatch.setattr(server, "LAST_SCRAPE_SECONDS", 0.0)
 
 
 def settled(gathered: GatheredTelemetry, up: int) -> str:
@@ -85,7 +85,7 @@ def test_a_busy_rank_holds_nobody_up_and_is_shown_as_it_was(
         free.set()
         settled(gathered, up=1)
         free.clear()
-        monkeypatch.setattr(gather, "_ANSWER_SECONDS", 0.05)
+        monkeypatch.setattr(gather, "ANSWER_SECONDS", 0.05)
         page = settled(gathered, up=0)  # it took too long
         assert of_rank(page, "one") == {}
         free.set()
@@ -104,7 +104,7 @@ def test_last_words_that_come_too_late_for_a_page_are_in_the_next(
         assert free.wait(20)
         return b'# HELP one A one.\n# TYPE one gauge\none{rank="1"} 1.0\n'
 
-    monkeypatch.setattr(gather, "_PATIENCE_SECONDS", 0.0)
+    monkeypatch.setattr(gather, "PATIENCE_SECONDS", 0.0)
     slow = PageServer(0, render, lambda _: None)
     with GatheredTelemetry("run", "train", {1: slow.port}, 0) as gathered:
         assert of_rank(scrape(gathered.port), "one") == {}
@@ -114,7 +114,7 @@ def test_last_words_that_come_too_late_for_a_page_are_in_the_next(
         assert rank._asked is not None
         rank._asked.result(20)
         slow.close()
-        monkeypatch.setattr(gather, "_PATIENCE_SECONDS", 20.0)
+        monkeypatch.setattr(gather, "PATIENCE_SECONDS", 20.0)
         assert of_rank(scrape(gathered.port), "one") == {"1": 1.0}
         assert of_rank(scrape(gathered.port), "one") == {}
 

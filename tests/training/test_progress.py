@@ -70,7 +70,7 @@ def test_without_a_terminal_there_is_a_line_now_and_then(monkeypatch: pytest.Mon
     assert train.startswith(
         "train 200/400  1,024,673 rows/s  fvu 0.190  l0 50.3  dead 10.8%  limit: "
     )
-    monkeypatch.setattr(progress, "_PLAIN_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "PLAIN_EVERY_SECONDS", 0.0)
     *_, produce, _, last = shown(terminal=False)
     assert produce.startswith("produce 2/1,000  ")  # though the other one has seen 1
     assert last.startswith("train 300/400  0:00:00 left  ")
@@ -80,7 +80,7 @@ def test_units_at_hand_count_and_give_a_time_before_the_first_is_done(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Half a minute of loading does not count: 350 of 1,000 rows in 20 s leave 37 s."""
-    monkeypatch.setattr(progress, "_PLAIN_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(progress, "PLAIN_EVERY_SECONDS", 0.0)
     now = [0.0]
     monkeypatch.setattr("dist_sae.training.progress.time.monotonic", lambda: now[0])
     out = io.StringIO()
