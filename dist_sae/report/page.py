@@ -18,7 +18,8 @@ from dist_sae.report.charts import (
 )
 from dist_sae.report.latents import LatentView
 from dist_sae.report.shown import duration, shown, time_unit
-from dist_sae.telemetry.metrics import DENSITIES, NEVER, PHASES, QUANTILES, STAGES, TABLE, listed
+from dist_sae.telemetry.metric import DENSITIES, NEVER, PHASES, QUANTILES, STAGES
+from dist_sae.telemetry.metrics import TABLE, listed
 
 _OTHER_RESULTS = {
     "ce_recovered_mean": (

@@ -4,7 +4,6 @@ import logging
 import platform
 import time
 from importlib.metadata import version
-from types import TracebackType
 from typing import Any, Self
 
 from prometheus_client import (
@@ -19,7 +18,8 @@ from prometheus_client import (
 
 from dist_sae import __version__
 from dist_sae.errors import DistSaeError, Stopped
-from dist_sae.telemetry import metrics
+from dist_sae.telemetry.metric import EVERY_SERIES, SHORT_LIVED, Metric
+from dist_sae.telemetry.metrics import metrics_of
 from dist_sae.telemetry.process import device_bytes, resident_bytes
 from dist_sae.telemetry.pulse import Pulse
 from dist_sae.telemetry.server import PageServer
@@ -40,7 +40,7 @@ class Telemetry:
 
     Args:
         run: Name of the run.
-        role: The program, one of `metrics.ROLES`.
+        role: The program, one of `metric.ROLES`.
         port: Port to serve them on; 0 for any free port, None to serve nothing.
         rank: Number of this process among those of its role.
         pushgateway_url: Pushgateway to push to at the end; None for none.
@@ -61,7 +61,7 @@ class Telemetry:
         self._pushgateway_url = pushgateway_url
         self._began = time.time()
         self._registry = CollectorRegistry()
-        self._metrics = {m.name: self._open(m) for m in metrics.metrics_of(role)}
+        self._metrics = {m.name: self._open(m) for m in metrics_of(role)}
         self.pulse = Pulse()
         self.device: Any = None
         """The device in use, whose memory is exported."""
@@ -85,25 +85,20 @@ class Telemetry:
     def __enter__(self) -> Self:
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
-        if kind is None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if error is None:
             self.set("dist_sae_run_finished", 1)
-        failed = kind is not None and issubclass(kind, Exception) and not issubclass(kind, Stopped)
+        failed = isinstance(error, Exception) and not isinstance(error, Stopped)
         if failed:
             name = type(error).__name__ if isinstance(error, DistSaeError) else "bug"
             self.set("dist_sae_run_failed", 1, error=name)
-        if self._every["role"] in metrics.SHORT_LIVED:
+        if self._every["role"] in SHORT_LIVED:
             self.set("dist_sae_job_seconds", time.time() - self._began)
             self.set("dist_sae_job_end_timestamp_seconds", time.time())
         if self._pushgateway_url is not None:
             self._push(self._pushgateway_url)
         if self._server is not None:
-            if kind is None or failed:
+            if error is None or failed:
                 self._server.await_last_scrape()
             self._server.close()
 
@@ -132,16 +127,13 @@ class Telemetry:
         assert isinstance(histogram, Histogram)
         histogram.labels(**self._every, **labels).observe(value)
 
-    def _open(self, metric: metrics.Metric) -> Counter | Gauge | Histogram:
-        labels = (*metrics.EVERY_SERIES, *metric.labels)
+    def _open(self, metric: Metric) -> Counter | Gauge | Histogram:
+        names = metric.name, metric.help, (*EVERY_SERIES, *metric.labels)
         if metric.kind == "gauge":
-            return Gauge(metric.name, metric.help, labels, registry=self._registry)
+            return Gauge(*names, registry=self._registry)
         if metric.kind == "histogram":
-            buckets = metric.buckets or Histogram.DEFAULT_BUCKETS
-            return Histogram(
-                metric.name, metric.help, labels, registry=self._registry, buckets=buckets
-            )
-        counter = Counter(metric.name, metric.help, labels, registry=self._registry)
+            return Histogram(*names, registry=self._registry, buckets=metric.buckets)
+        counter = Counter(*names, registry=self._registry)
         if not metric.labels:
             counter.labels(**self._every)  # creates the series, at 0
         for value in metric.values:

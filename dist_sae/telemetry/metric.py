@@ -27,42 +27,82 @@ Half a decade wide, up to 0 (every row). The first numbered bucket includes rare
 """
 RARE = 1e-5
 """Latents that fire on a smaller share of rows count as rarely firing."""
-STORE_ERRORS = (
-    "AccessError",
-    "StoreError",
-    "StoreFullError",
-    "UnavailableError",
-)
+STORE_ERRORS = ("AccessError", "StoreError", "StoreFullError", "UnavailableError")
 
+_EXPORTERS = {
+    "process_device": ("produce", "train", "evaluate", "report"),
+    "rank": ("produce", "train"),
+    "job": SHORT_LIVED,
+    "checkpoint": ("train",),
+    **{role: (role,) for role in ("plan", "produce", "train", "evaluate")},
+}
+"""Programs that export the metrics whose names begin so; every program exports the others."""
+_MEASURED = (
+    *("seconds", "bytes", "rows", "tokens", "documents", "units", "requests", "steps", "share"),
+    *("latents", "experts", "ranks", "batches"),
+)
+_UNITS = {
+    **{unit: unit for unit in _MEASURED},
+    "rows_per_second": "rows/second",
+    "step": "steps",
+    "stalls": "steps",
+    "takeovers": "units",
+    "retries": "requests",
+    "errors": "operations",
+    "damaged": "checkpoints",
+    "recovered": "share",
+}
+"""Units of metrics whose names end so, without `_total`; the others have none."""
 
 View = Literal["progress", "status", "card", "detail"]
 """Where numbers are listed: progress of a run, `dist-sae status`, the report's cards and table."""
 
 
 class Metric(NamedTuple):
-    """One row of the table. Names carry the unit; counters end in `_total`.
+    """One row of the table.
 
+    The name says which program exports it, its kind (counters end in `_total`) and its unit.
     Whatever shows metrics takes name, title, unit and format from here.
     """
 
     name: str
-    kind: Literal["counter", "gauge", "histogram"]
-    unit: str
-    """`1` where it has none."""
-    roles: tuple[str, ...]
-    """The programs that export it."""
     help: str
+    title: str = ""
+    """Heading of a panel, chart or card. Metrics without one are not recorded."""
+    recorded_as: str = ""
+    """Its key in records, where that is not the name without its prefix."""
+    text: str = ""
+    """Format of its value among others in a line: `fvu {:.3f}`."""
+    views: tuple[View, ...] = ()
+    """Lists that it is part of."""
     labels: tuple[str, ...] = ()
     """Its own labels; every series also has `EVERY_SERIES`."""
     values: tuple[str, ...] = ()
     """Values of its one label, if they are known; a counter starts with all of them at 0."""
     buckets: tuple[float, ...] = ()
-    """Upper bounds of a histogram's buckets; empty for the client's defaults."""
-    short: str = ""
-    """Its key in records: history, TensorBoard, results, progress. Empty: in none."""
-    title: str = ""
-    """Heading of a panel, chart or card."""
-    text: str = ""
-    """Format of its value among others in a line: `fvu {:.3f}`."""
-    views: tuple[View, ...] = ()
-    """Lists that it is part of."""
+    """Upper bounds of a histogram's buckets."""
+
+    @property
+    def kind(self) -> Literal["counter", "gauge", "histogram"]:
+        """Prometheus' type of the metric."""
+        if self.buckets:
+            return "histogram"
+        return "counter" if self.name.endswith("_total") else "gauge"
+
+    @property
+    def unit(self) -> str:
+        """Unit of its values; `1` where it has none."""
+        name = self.name.removesuffix("_total")
+        return next((unit for end, unit in _UNITS.items() if name.endswith(f"_{end}")), "1")
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The programs that export it."""
+        name = self.name.removeprefix("dist_sae_")
+        return next((of for start, of in _EXPORTERS.items() if name.startswith(f"{start}_")), ROLES)
+
+    @property
+    def short(self) -> str:
+        """Its key in records: history, TensorBoard, results, progress. Empty: in none."""
+        name = self.name.removeprefix("dist_sae_").removeprefix(f"{self.roles[0]}_")
+        return (self.recorded_as or name) if self.title else ""

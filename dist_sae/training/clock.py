@@ -8,7 +8,7 @@ import torch
 from dist_sae import logs
 from dist_sae.distributed import axis
 from dist_sae.telemetry.exporter import Telemetry
-from dist_sae.telemetry.metrics import STANDING
+from dist_sae.telemetry.metric import STANDING
 from dist_sae.training.phases import Clock, Phases
 
 

@@ -23,7 +23,7 @@ def describe_limit(
     """Name the one thing that must become faster for the run to become faster.
 
     Args:
-        phases: Seconds of training by phase (`telemetry.metrics.PHASES`); empty before training.
+        phases: Seconds of training by phase (`telemetry.metric.PHASES`); empty before training.
             `begin` is ignored: it is over.
         product_share: Share of step time that the bare encoder product takes, if known.
         slowest_stage: The producers' slowest stage, if known.

@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dist_sae.dictionaries.axis import LatentAxis
 from dist_sae.dictionaries.interface import Output
-from dist_sae.telemetry.metrics import QUANTILES
+from dist_sae.telemetry.metric import QUANTILES
 
 _FAR_ABOVE_EPS = 10
 

@@ -24,7 +24,8 @@ from dist_sae.dictionaries.interface import Output, Routing, Rows
 from dist_sae.distributed.mesh import Mesh
 from dist_sae.errors import Stopped
 from dist_sae.telemetry.exporter import Telemetry
-from dist_sae.telemetry.metrics import DENSITIES, NEVER, PHASES, RARE, gauges, listed
+from dist_sae.telemetry.metric import DENSITIES, NEVER, PHASES, RARE
+from dist_sae.telemetry.metrics import gauges, listed
 from dist_sae.telemetry.sinks import Sink
 from dist_sae.training.clock import Times, rows_per_worked_second
 from dist_sae.training.numbers import batch_numbers, expert_numbers, starved_share

@@ -10,7 +10,8 @@ from typing import Self
 from prometheus_client.parser import text_string_to_metric_families
 
 from dist_sae.telemetry.exporter import Telemetry
-from dist_sae.telemetry.metrics import EVERY_SERIES, METRICS
+from dist_sae.telemetry.metric import EVERY_SERIES
+from dist_sae.telemetry.metrics import METRICS
 
 INTERVAL_SECONDS = 0.1
 COUNTERS = {metric.name for metric in METRICS if metric.kind == "counter"}

@@ -29,7 +29,7 @@ from dist_sae.producing.planner import plan
 from dist_sae.producing.unit_queue import unit_queue
 from dist_sae.storage import ObjectStore, open_store
 from dist_sae.telemetry.exporter import Telemetry
-from dist_sae.telemetry.metrics import STAGES
+from dist_sae.telemetry.metric import STAGES
 from tests.runs import DOCUMENT_ROWS, make_run
 from tests.telemetry.scrape import values
 from tests.world import Letters, RowNumbers, Wrapped, batches, fill, open_units, same

@@ -30,7 +30,7 @@ from dist_sae.report.page import Page, render_page
 from dist_sae.report.shown import shown
 from dist_sae.storage import open_store
 from dist_sae.storage.records import seal
-from dist_sae.telemetry.metrics import DENSITIES
+from dist_sae.telemetry.metric import DENSITIES
 from tests.world import save
 
 EVALUATION: dict[str, Any] = {

@@ -4,7 +4,7 @@ import urllib.request
 
 from prometheus_client.parser import text_string_to_metric_families
 
-from dist_sae.telemetry.metrics import EVERY_SERIES
+from dist_sae.telemetry.metric import EVERY_SERIES
 from dist_sae.telemetry.server import SCRAPE_HEADER
 
 Series = dict[tuple[str, tuple[tuple[str, str], ...]], float]

@@ -17,7 +17,8 @@ import dist_sae
 from dist_sae.commands.cli import main
 from dist_sae.errors import NonFiniteError, Stopped, TelemetryError
 from dist_sae.telemetry.exporter import Telemetry
-from dist_sae.telemetry.metrics import METRICS, ROLES, SHORT_LIVED, Metric, gauges, metrics_of
+from dist_sae.telemetry.metric import ROLES, SHORT_LIVED, Metric
+from dist_sae.telemetry.metrics import METRICS, gauges, metrics_of
 from tests.telemetry.scrape import look, of_rank, scrape, series
 
 UNKNOWN = {"operation": 8, "status": 4, "error": 8}

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from dist_sae.telemetry.metrics import DENSITIES, metrics_of
+from dist_sae.telemetry.metric import DENSITIES
+from dist_sae.telemetry.metrics import metrics_of
 from tests.launch import start
 from tests.telemetry.scrape import Series, of_rank, scrape, series
 from tests.training.trained import STEPS, history, run_file

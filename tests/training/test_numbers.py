@@ -7,7 +7,7 @@ import torch
 
 from dist_sae.dictionaries.axis import WHOLE
 from dist_sae.dictionaries.interface import LossTerms, Output, Routing
-from dist_sae.telemetry.metrics import QUANTILES
+from dist_sae.telemetry.metric import QUANTILES
 from dist_sae.training.numbers import batch_numbers, expert_numbers, starved_share
 from dist_sae.training.reporter import _Experts
 

@@ -6,7 +6,8 @@ In a dashboard it would be an empty panel.
 import re
 from typing import Literal, NamedTuple, Self
 
-from dist_sae.telemetry.metrics import EVERY_SERIES, TABLE
+from dist_sae.telemetry.metric import EVERY_SERIES
+from dist_sae.telemetry.metrics import TABLE
 
 _START = "dist_sae_process_start_timestamp_seconds"
 
