@@ -14,10 +14,14 @@ from dist_sae.config.renamed import with_new_names
 from dist_sae.errors import PlanMismatchError
 
 _OLD_DEAD_AFTER_ROWS = 10_000_000  # the default of runs that began before it followed train.rows
-_OLD_DEFAULTS: dict[str, dict[str, Any]] = {
-    "jumprelu": {"sparsity": 6e-4, "initial_threshold": 0.001, "bandwidth": 0.001},
-    "jumprelu_tanh": {"sparsity": 20.0, "sparsity_warmup_share": 1.0, "initial_l0": 10_000.0},
-    "relu": {"decoder_norm": 0.1},
+_OLD_DEFAULTS: dict[str, dict[str, tuple[Any, ...]]] = {
+    "jumprelu": {"sparsity": (6e-4, 1e-3), "initial_threshold": (0.001,), "bandwidth": (0.001,)},
+    "jumprelu_tanh": {
+        "sparsity": (20.0, None),
+        "sparsity_warmup_share": (1.0,),
+        "initial_l0": (10_000.0,),
+    },
+    "relu": {"decoder_norm": (0.1,)},
 }
 _FREE_SETTINGS = {
     "store",
@@ -96,9 +100,9 @@ def as_begun(run: Run, stored: Mapping[str, Any]) -> Run:
     run = run.filled(stored)
     fields = type(run.sae).model_fields
     was_default = {
-        key: value
-        for key, value in _OLD_DEFAULTS.get(run.sae.kind, {}).items()
-        if stored["sae"].get(key) == value and getattr(run.sae, key) == fields[key].default
+        key: stored["sae"][key]
+        for key, values in _OLD_DEFAULTS.get(run.sae.kind, {}).items()
+        if stored["sae"].get(key, key) in values and getattr(run.sae, key) == fields[key].default
     }
     run = run.model_copy(update={"sae": run.sae.model_copy(update=was_default)})
     if run.train.rows == "all":  # neither has a plan yet

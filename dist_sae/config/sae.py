@@ -148,7 +148,8 @@ class RoutedConfig(KeepsThresholdConfig):
         return self
 
 
-_TANH_COST = 5e-4
+_JUMP_COST = 2e-3  # default penalty per active latent, in units of FVU; .001 leaves L0 far too high
+_OLD_TANH_COST = 5e-4
 _LEAST_COST = 1e-5  # a smaller lambda gives no useful initial values
 _COST_AT_START = 0.1  # penalty on the initially active latents, in units of FVU
 _L1_AT_START = 0.8  # the same for ReLU; about that of as many orthogonal features
@@ -176,7 +177,7 @@ class JumpReLUConfig(PenalisedConfig):
     """JumpReLU with an L0 penalty (Rajamanoharan et al. 2024, arXiv:2407.14435; Gemma Scope)."""
 
     kind: Literal["jumprelu"] = "jumprelu"
-    sparsity: NonNegativeFloat = 1e-3
+    sparsity: NonNegativeFloat = _JUMP_COST
     """lambda: penalty per active latent, in units of FVU."""
     initial_threshold: PositiveFloat | None = None
     """Initial threshold, in units of the rows' root mean square norm; null gives sqrt(lambda), the
@@ -198,9 +199,10 @@ class JumpReLUTanhConfig(PenalisedConfig):
     """JumpReLU with tanh and pre-activation penalties (Anthropic, January 2025)."""
 
     kind: Literal["jumprelu_tanh"] = "jumprelu_tanh"
-    sparsity: NonNegativeFloat | None = None
-    """Final lambda_S, for rows of squared norm d_in; null gives .0005 d_in, with which a latent
-    costs the same share of the variance at any width of the rows (published: 20)."""
+    sparsity: NonNegativeFloat | Literal["auto"] | None = "auto"
+    """Final lambda_S, for rows of squared norm d_in (published: 20). auto gives .002 d_in, with
+    which an active latent costs the same share of the variance at any d_in; null gives .0005 d_in,
+    the default of older runs."""
     tanh_scale: PositiveFloat = 4.0
     """c, the factor of codes inside the tanh penalty."""
     pre_act: NonNegativeFloat = 3e-6
@@ -211,7 +213,9 @@ class JumpReLUTanhConfig(PenalisedConfig):
     """Width of the window in which thresholds and pre-activations get a gradient."""
 
     def cost(self, d_in: int) -> float:
-        return _TANH_COST if self.sparsity is None else self.sparsity / d_in
+        if self.sparsity is None:
+            return _OLD_TANH_COST
+        return _JUMP_COST if self.sparsity == "auto" else self.sparsity / d_in
 
 
 class ReLUConfig(PenalisedConfig):

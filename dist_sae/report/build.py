@@ -188,7 +188,7 @@ def _model(model: ModelConfig) -> str:
 def _recipe(run: Run) -> str:
     sae = run.sae
     value = getattr(sae, sae.sparsity_key)
-    sparsity = "by\u00a0default" if value is None else f"=\u00a0{value:g}"
+    sparsity = f"=\u00a0{value:g}" if isinstance(value, int | float) else "by\u00a0default"
     return f"{sae.kind}, {sae.n_latents:,} latents, {sae.sparsity_key}\u00a0{sparsity}"
 
 

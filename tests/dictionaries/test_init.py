@@ -387,7 +387,8 @@ def test_penalised_recipes_begin_with_so_many_active_latents(
     [
         (JumpReLUConfig(n_latents=512, sparsity=0.01), 10),  # a tenth of the variance in all
         (JumpReLUTanhConfig(n_latents=512, sparsity=0.16), 10),  # 16 of which .16 is a hundredth
-        (JumpReLUTanhConfig(n_latents=512), 200),
+        (JumpReLUTanhConfig(n_latents=512), 50),
+        (JumpReLUTanhConfig(n_latents=512, sparsity=None), 200),
         (ReLUConfig(n_latents=512, sparsity=0.8), 16),
         (JumpReLUConfig(n_latents=512, sparsity=0.0), 256),
     ],
