@@ -1,7 +1,7 @@
 """Progress of each training run, by which producers wait and consumed shards are deleted.
 
-    consumers/<run>.json    rewritten as the run goes; its age, by the store's clock, tells whether
-                            it still goes
+    consumers/<run>.json    rewritten while the run goes, also while it waits; its age, by the
+                            store's clock, tells whether it still goes
     retired.json            units below are consumed and their shards deleted; it never falls
 
 A run that has not rewritten its object for `store.consumer_expiry_hours` is abandoned: nobody waits
@@ -9,7 +9,7 @@ for it, and nothing is kept for it.
 """
 
 import logging
-import time
+import threading
 from collections.abc import Mapping
 from contextlib import suppress
 from typing import Literal
@@ -18,7 +18,7 @@ from dist_sae.config import Run
 from dist_sae.data.plan import Plan
 from dist_sae.data.shard import read_manifest
 from dist_sae.data.streams import StreamCursor
-from dist_sae.errors import ConfigError, DataExhaustedError, ObjectNotFoundError
+from dist_sae.errors import ConfigError, DataExhaustedError, ObjectNotFoundError, StoreError
 from dist_sae.storage import Entry, ObjectStore
 from dist_sae.storage.own import OwnKeys, warn_of_foreign
 from dist_sae.storage.records import Record, read_record, seal
@@ -27,7 +27,7 @@ logger = logging.getLogger(__name__)
 
 _CONSUMERS = OwnKeys("consumers/", r"(?P<run>[a-z0-9.-]+)\.json")
 _RETIRED_KEY = "retired.json"
-_ALIVE_EVERY_SECONDS = 600.0
+_RENEW_SECONDS = 600.0
 
 
 class Consumer(Record):
@@ -105,6 +105,8 @@ class Consumers:
     def __init__(self, store: ObjectStore, expiry_hours: float) -> None:
         self._store = store
         self._expiry_seconds = 3600 * expiry_hours
+        self.renew_seconds = min(_RENEW_SECONDS, self._expiry_seconds / 3)
+        """Seconds after which a run that goes reports again."""
         self._abandoned: set[str] = set()
 
     def report(self, run: str, *, reached: int, needed: int) -> None:
@@ -189,6 +191,9 @@ class Consumers:
 class Registration:
     """Reports a run's progress to producers and to other runs.
 
+    As a context manager it repeats the last report from time to time, in a thread of its own: a run
+    may stand still for longer than `store.consumer_expiry_hours`, waiting for data.
+
     Args:
         consumers: The runs on the activation set.
         plan: Its plan.
@@ -215,7 +220,19 @@ class Registration:
         self._retires = retires and speaks
         self._speaks = speaks
         self._reached = self._needed = self._before = 0
-        self._said = 0.0
+        self._has_begun = False
+        self._reporting = threading.Lock()
+        self._over = threading.Event()
+        # a daemon: the store may be patient for longer than anyone wants to wait for a repetition
+        self._thread = threading.Thread(target=self._renew, name="consumer", daemon=True)
+
+    def __enter__(self) -> "Registration":
+        if self._speaks:
+            self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._over.set()
 
     @property
     def reached(self) -> int:
@@ -233,9 +250,9 @@ class Registration:
         self._consumers.check_present(self._run, self._needed)
 
     def at(self, cursors: Mapping[int, StreamCursor]) -> None:
-        """Report how far reading has come, if at another unit or silent for long."""
+        """Report how far reading has come, if it has come to another unit."""
         reached = self._lowest(cursors)
-        if reached != self._reached or time.monotonic() - self._said > _ALIVE_EVERY_SECONDS:
+        if reached != self._reached:
             self._reached = reached
             self._say()
 
@@ -256,6 +273,15 @@ class Registration:
         return lowest_unit(self._plan, cursors, keeps=self._keeps)
 
     def _say(self) -> None:
-        self._said = time.monotonic()
+        self._has_begun = True
         if self._speaks:
-            self._consumers.report(self._run, reached=self._reached, needed=self._needed)
+            with self._reporting:  # or a repetition could overwrite a newer report
+                self._consumers.report(self._run, reached=self._reached, needed=self._needed)
+
+    def _renew(self) -> None:
+        while not self._over.wait(self._consumers.renew_seconds):
+            try:
+                if self._has_begun:
+                    self._say()
+            except StoreError as exc:
+                logger.warning("the run's progress could not be reported again: %s", exc)

@@ -4,7 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Generator, Iterator
-from contextlib import AbstractContextManager, closing, contextmanager, nullcontext
+from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
 from itertools import chain
 
 from dist_sae.checkpoint import warm_start
@@ -52,6 +52,18 @@ def open_training(
     run: Run, mesh: Mesh, watch: Watch, stopping: threading.Event, telemetry: Telemetry
 ) -> Iterator[tuple[Batches, list[TrainingJob]]]:
     """Open a run's batches and jobs where they continue. See `train` for the arguments."""
+    with ExitStack() as opened:
+        yield _open(run, mesh, watch, stopping, telemetry, opened)
+
+
+def _open(
+    run: Run,
+    mesh: Mesh,
+    watch: Watch,
+    stopping: threading.Event,
+    telemetry: Telemetry,
+    opened: ExitStack,
+) -> tuple[Batches, list[TrainingJob]]:
     check_deepspeed(run)  # before anything is read or written
     kernels = choose_kernels(run.train.kernels, mesh.device)
     warn_if_emulated("train.products", run.train.products, mesh.device)
@@ -63,7 +75,7 @@ def open_training(
     plan = load_plan(activations, run)
     check_rows(plan.resolve(run), plan)
     units = ActivationSet(activations, plan, run.site, stopping)
-    registration = _registration(run, plan, activations, mesh)
+    registration = opened.enter_context(_registration(run, plan, activations, mesh))
     checkpoints = Checkpoints(
         runs,
         run.name,
@@ -148,9 +160,10 @@ def open_training(
         telemetry=telemetry,
         stopping=stopping,
     )
-    with report, saver, _ready_units(units, mesh, telemetry, batches), loader:
-        times.end("begin")
-        yield batches, [job]
+    for each in (report, saver, _ready_units(units, mesh, telemetry, batches), loader):
+        opened.enter_context(each)
+    times.end("begin")
+    return batches, [job]
 
 
 def _registration(run: Run, plan: Plan, activations: ObjectStore, mesh: Mesh) -> Registration:

@@ -1,5 +1,6 @@
 """How far runs have come, and what is deleted behind them."""
 
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -152,6 +153,51 @@ def test_nothing_is_kept_for_an_abandoned_run(store: ObjectStore, plan: Plan) ->
     register(aged, plan, "gone").begin({})
     register(aged, plan, "alive").begin(everywhere(1))
     assert readable(store, plan) == list(range(4, 17))
+
+
+def test_a_run_that_waits_reports_again_until_it_ends(store: ObjectStore, plan: Plan) -> None:
+    """Its last report as it was, and nothing before the first one."""
+    reports: list[bytes] = []
+    several = threading.Event()
+
+    class Watched(Wrapped):
+        def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
+            reports.append(data)
+            if len(reports) > 4:
+                several.set()
+            return super().put(key, data, if_absent=if_absent)
+
+    consumers = Consumers(Watched(store), 0.1 / 3600)
+    with Registration(consumers, plan, "r", keeps=False, retires=False) as registration:
+        assert not several.wait(0.2)
+        assert not reports
+        registration.begin(everywhere(1))
+        registration.at(everywhere(2))
+        assert several.wait(60)
+    assert reports[0] != reports[1]
+    assert set(reports[1:]) == {reports[1]}
+    assert Consumers(store, 1.0).slowest() == (8, "r")
+
+
+def test_a_repeated_report_never_overwrites_a_newer_one(store: ObjectStore, plan: Plan) -> None:
+    """The store takes its time with the repetition, and the run ends meanwhile."""
+    repeating, newer = threading.Event(), threading.Event()
+
+    class Slow(Wrapped):
+        def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
+            if threading.current_thread().name == "consumer":
+                repeating.set()
+                newer.wait(0.5)  # does not come: it waits for this one
+            elif repeating.is_set():
+                newer.set()
+            return super().put(key, data, if_absent=if_absent)
+
+    consumers = Consumers(Slow(store), 0.1 / 3600)
+    with Registration(consumers, plan, "r", keeps=False, retires=False) as registration:
+        registration.begin({})
+        assert repeating.wait(60)
+        registration.durable({}, ended=True)
+    assert Consumers(store, 1.0).slowest() == (16, "r")
 
 
 def test_a_position_beyond_the_data_deletes_no_more_than_there_is(

@@ -2,11 +2,14 @@
 
 import json
 import shutil
+import signal
 import socket
 from pathlib import Path
 
 import pytest
 
+from dist_sae.data.consumers import Consumers
+from dist_sae.storage import open_store
 from tests.forks import Program
 from tests.launch import start
 from tests.training.trained import history, run_file
@@ -19,6 +22,25 @@ def await_wait(rank: Program, *, step: int) -> float:
         if record["done"] >= step and record.get("waiting_seconds"):
             return float(record["waiting_seconds"])
     raise AssertionError("it did not wait")
+
+
+@pytest.mark.system
+def test_a_run_that_waits_for_longer_than_the_expiry_is_not_abandoned(
+    tmp_path: Path, activations: str
+) -> None:
+    shutil.copytree(activations, tmp_path / "activations")
+    (tmp_path / "activations/units/00000000.json").unlink()
+    path = run_file(tmp_path, str(tmp_path / "activations"))
+    expiry_hours = 6 / 3600
+    expiry = ("--set", f"store.consumer_expiry_hours={expiry_hours}")
+    trainer = start("train", str(path), *expiry)
+    while await_wait(trainer, step=0) < 8:
+        pass
+    consumers = Consumers(open_store(str(tmp_path / "activations")), expiry_hours)
+    assert [consumer.run for consumer in consumers.alive()] == ["world"]
+    trainer.send_signal(signal.SIGTERM)
+    said = trainer.communicate(timeout=60)
+    assert trainer.returncode == 75, said
 
 
 def test_while_one_rank_waits_for_its_data_all_ranks_wait_for_data(
