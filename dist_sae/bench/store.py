@@ -96,7 +96,7 @@ def bench_store(run: Run, shape: StoreShape, *, rounds: int, cached: bool) -> di
         tokens, positions and documents; `overhead` is everything else stored, relative to them.
     """
     with scratch(run.store.activations, run.store.s3) as store:
-        raw = _RawFolder(store) if isinstance(store, LocalStore) else _RawS3(store)  # type: ignore[arg-type]
+        raw = RawFolder(store) if isinstance(store, LocalStore) else _RawS3(store)  # type: ignore[arg-type]
         index = Corpus(run.corpus, run.store.s3).index()
         plan = make_plan(run, index, np.full(len(index.spans), _document_rows(shape)))
         publish_plan(store, plan)
@@ -177,14 +177,14 @@ class _RawS3:
         # boto3 takes .7 s to import; the uploads to compare with are its own
         from boto3.s3.transfer import TransferConfig  # noqa: TID251
 
-        from dist_sae.storage.s3 import _CONCURRENT_PARTS, _PART_BYTES
+        from dist_sae.storage.s3 import CONCURRENT_PARTS, PART_BYTES
 
-        self._client = store._client  # noqa: SLF001 - the same connections and settings
+        self._client = store.client  # the same connections and settings
         self._bucket, self._prefix = store._bucket, store._prefix  # noqa: SLF001
         self._transfer = TransferConfig(
-            multipart_threshold=_PART_BYTES,
-            multipart_chunksize=_PART_BYTES,
-            max_concurrency=_CONCURRENT_PARTS,
+            multipart_threshold=PART_BYTES,
+            multipart_chunksize=PART_BYTES,
+            max_concurrency=CONCURRENT_PARTS,
         )
 
     def put(self, key: str, data: bytes) -> None:
@@ -203,7 +203,7 @@ class _RawS3:
         """Do nothing: the server's caches are out of reach."""
 
 
-class _RawFolder:
+class RawFolder:
     """Raw file reads and writes."""
 
     def __init__(self, store: LocalStore) -> None:

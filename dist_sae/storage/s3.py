@@ -61,7 +61,8 @@ LAST_PATIENCE_SECONDS = 15.0
 """Longest retry once the program has been asked to stop."""
 PART_BYTES = 16 * 2**20
 """Size of a part of a transfer."""
-_CONCURRENT_PARTS = 8
+CONCURRENT_PARTS = 8
+"""Parts of an object that are transferred at a time."""
 MULTIPART_FROM_BYTES = 2 * PART_BYTES
 """Objects of at least this size are uploaded in parts."""
 _PROBE_READS = 3
@@ -158,7 +159,7 @@ class S3Store:
         if len(data) < MULTIPART_FROM_BYTES:
             where = self._where(key)
             self._patiently(
-                key, lambda: self._client.put_object(**where, Body=data, **self._encryption)
+                key, lambda: self.client.put_object(**where, Body=data, **self._encryption)
             )
         else:
             self._patiently(key, partial(self._put_parts, key, data))
@@ -188,10 +189,10 @@ class S3Store:
             yield entry.key
 
     def delete(self, key: str) -> None:
-        self._patiently(key, lambda: self._client.delete_object(**self._where(key)))
+        self._patiently(key, lambda: self.client.delete_object(**self._where(key)))
 
     def _list(self, prefix: str, token: Mapping[str, str]) -> Any:
-        page = self._client.list_objects_v2(
+        page = self.client.list_objects_v2(
             Bucket=self._bucket, Prefix=self._prefix + prefix, **token
         )
         if "IsTruncated" not in page:  # boto takes an empty body for an empty list
@@ -206,7 +207,7 @@ class S3Store:
 
         def download() -> tuple[bytes, int]:
             try:
-                answer = self._client.get_object(
+                answer = self.client.get_object(
                     **self._where(key), Range=f"bytes={start}-{stop - 1}"
                 )
             except ClientError as exc:
@@ -233,13 +234,13 @@ class S3Store:
 
             def put() -> Any:
                 with _upload_errors():
-                    return self._client.upload_part(**upload, PartNumber=number, Body=body)
+                    return self.client.upload_part(**upload, PartNumber=number, Body=body)
 
             return {"PartNumber": number, "ETag": self._patiently(key, put)["ETag"]}
 
         def complete() -> None:
             with _upload_errors():
-                self._client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
+                self.client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
 
         try:
             parts = list(self._pool.map(put_part, range(0, len(data), PART_BYTES)))
@@ -248,11 +249,11 @@ class S3Store:
             raise UnavailableError("the upload is gone", url=self.url, key=key) from exc
         except BaseException:
             with suppress(ClientError, BotoCoreError):
-                self._client.abort_multipart_upload(**upload)
+                self.client.abort_multipart_upload(**upload)
             raise
 
     def _begin_upload(self, where: Mapping[str, str]) -> str:
-        answer = self._client.create_multipart_upload(**where, **self._encryption)
+        answer = self.client.create_multipart_upload(**where, **self._encryption)
         if "UploadId" not in answer:  # boto takes an empty body for an answer
             raise UnavailableError(_CUT, url=self.url)
         return str(answer["UploadId"])
@@ -264,7 +265,7 @@ class S3Store:
             nonlocal attempts
             attempts += 1
             try:
-                self._client.put_object(
+                self.client.put_object(
                     **self._where(key), Body=data, IfNoneMatch="*", **self._encryption
                 )
             except ClientError as exc:
@@ -292,7 +293,7 @@ class S3Store:
                     return call()
             except UnavailableError as exc:
                 if isinstance(exc.__cause__, NoCredentialsError):
-                    self.__dict__.pop("_client", None)  # a client never looks for credentials twice
+                    self.__dict__.pop("client", None)  # a client never looks for credentials twice
                 now = time.monotonic()
                 patience = self._config.deadline_seconds
                 if self._stopping.is_set():
@@ -321,7 +322,7 @@ class S3Store:
 
     @cached_property
     def _pool(self) -> ThreadPoolExecutor:
-        return ThreadPoolExecutor(_CONCURRENT_PARTS, "store")
+        return ThreadPoolExecutor(CONCURRENT_PARTS, "store")
 
     @cached_property
     def _encryption(self) -> Mapping[str, str]:
@@ -331,7 +332,8 @@ class S3Store:
         return {name: value for name, value in given.items() if value is not None}
 
     @cached_property
-    def _client(self) -> Any:
+    def client(self) -> Any:
+        """Client of boto3, made at its first use."""
         bundle = self._config.ca_bundle
         if bundle is not None:
             bundle = os.path.expanduser(bundle)
@@ -352,7 +354,7 @@ class S3Store:
                         retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
                         connect_timeout=5,
                         read_timeout=60,
-                        max_pool_connections=4 * _CONCURRENT_PARTS,
+                        max_pool_connections=4 * CONCURRENT_PARTS,
                         s3={"addressing_style": "path" if self._config.path_style else "virtual"},
                         # many endpoints reject boto's checksums; ours are in the manifests
                         request_checksum_calculation="when_required",

@@ -62,21 +62,21 @@ def test_both_ways_of_a_pair_move_the_same_bytes(
     """Raw reads fetch every block of the set once, raw writes store the tars bit by bit."""
     read: list[int] = []
     written: list[bytes] = []
-    get, put = bench._RawFolder.get, bench._RawFolder.put
+    get, put = bench.RawFolder.get, bench.RawFolder.put
 
-    def counted_get(self: bench._RawFolder, key: str, start: int, stop: int) -> bytes:
+    def counted_get(self: bench.RawFolder, key: str, start: int, stop: int) -> bytes:
         data = get(self, key, start, stop)
         read.append(len(data))
         return data
 
-    def kept_put(self: bench._RawFolder, key: str, data: bytes) -> None:
+    def kept_put(self: bench.RawFolder, key: str, data: bytes) -> None:
         put(self, key, data)
-        written.append((self._root / key).read_bytes())
-        shards = [path.read_bytes() for path in self._root.glob("shards/*/*.tar")]
-        assert written[-1] in shards
+        (path,) = tmp_path.rglob(key)
+        written.append(path.read_bytes())
+        assert written[-1] in [shard.read_bytes() for shard in tmp_path.glob("*/shards/*/*.tar")]
 
-    monkeypatch.setattr(bench._RawFolder, "get", counted_get)
-    monkeypatch.setattr(bench._RawFolder, "put", kept_put)
+    monkeypatch.setattr(bench.RawFolder, "get", counted_get)
+    monkeypatch.setattr(bench.RawFolder, "put", kept_put)
     monkeypatch.setattr(bench, "WRITE_BYTES", 1000)  # so that there are several parts
     bench_store(bench_run(SHAPE, str(tmp_path), None), SHAPE, rounds=1, cached=True)
     assert len(written) == 4
@@ -88,7 +88,7 @@ def test_a_failure_leaves_nothing_either(tmp_path: Path, monkeypatch: pytest.Mon
     def fail(*_: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(bench, "_read_raw", fail)
+    monkeypatch.setattr(bench.RawFolder, "get", fail)
     made = bench_run(SHAPE, str(tmp_path / "set"), None)
     with pytest.raises(KeyboardInterrupt):
         bench_store(made, SHAPE, rounds=1, cached=True)

@@ -127,7 +127,7 @@ def test_keys_go_over_pages(
         store.put(key, b"")
 
     pages: list[Any] = []
-    events = store._client.meta.events  # type: ignore[attr-defined]
+    events = store.client.meta.events  # type: ignore[attr-defined]
     events.register(
         "before-parameter-build.s3.ListObjectsV2", lambda params, **_: params.update(MaxKeys=5)
     )
