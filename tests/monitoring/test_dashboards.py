@@ -38,8 +38,8 @@ def expressions() -> list[str]:
     return [
         query.expr
         for page in PAGES
-        for section in page.sections
-        for panel in section.panels
+        for panels in page.sections.values()
+        for panel in panels
         for query in panel.queries
     ]
 
@@ -79,8 +79,8 @@ def test_every_metric_is_shown_once_at_least() -> None:
 
 
 def test_the_runbook_names_panels_that_exist() -> None:
-    titles = {section.title for page in PAGES for section in page.sections}
-    titles |= {panel.title for page in PAGES for sec in page.sections for panel in sec.panels}
+    titles = {question for page in PAGES for question in page.sections}
+    titles |= {p.title for page in PAGES for panels in page.sections.values() for p in panels}
     plain = (MONITORING / "runbook.md").read_text().replace("**", "")
     named = {name.replace("\n", " ") for name in re.findall(r"\*([^*]+)\*", plain)}
     assert named

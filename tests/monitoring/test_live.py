@@ -162,8 +162,8 @@ def test_every_panel_has_data(live: Live) -> None:
     unanswered = {
         f"{page.name}, {panel.title}: {query.expr}": filled(query.expr)
         for page in PAGES
-        for section in page.sections
-        for panel in section.panels
+        for panels in page.sections.values()
+        for panel in panels
         for query in panel.queries
         if not excused(query.expr)
     }

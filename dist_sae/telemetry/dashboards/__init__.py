@@ -38,11 +38,10 @@ def render_dashboards() -> dict[str, str]:
 
 def _explained(page: Page) -> Page:
     """Add the metric table's help to each panel."""
-    sections = tuple(
-        section._replace(panels=tuple(_with_help(panel) for panel in section.panels))
-        for section in page.sections
-    )
-    return page._replace(sections=sections)
+    explained = {
+        question: tuple(map(_with_help, panels)) for question, panels in page.sections.items()
+    }
+    return page._replace(sections=explained)
 
 
 def _with_help(panel: Panel) -> Panel:

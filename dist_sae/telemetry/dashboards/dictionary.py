@@ -1,6 +1,6 @@
 """The dictionary's health: what is learnt."""
 
-from dist_sae.telemetry.dashboards.panels import Page, Section, gauge, graph, number, stack
+from dist_sae.telemetry.dashboards.panels import Page, gauge, graph, number, stack
 from dist_sae.telemetry.dashboards.queries import now, rate
 from dist_sae.telemetry.dashboards.repeated import DEAD, FVU, L0
 
@@ -8,83 +8,63 @@ DICTIONARY = Page(
     "dictionary",
     "dist_sae: dictionary health",
     "What is learnt: reconstruction, use of latents, experts.",
-    (
-        Section(
-            "Does it reconstruct?",
-            (
-                FVU,
-                gauge(
-                    graph,
-                    "dist_sae_train_row_explained_variance",
-                    "run, quantile",
-                    says="A low 0.05 line: some rows are not reconstructed at all.",
-                ),
-                graph(
-                    "Parts of the loss",
-                    "count",
-                    now("dist_sae_train_loss").named("loss"),
-                    now("dist_sae_train_auxk_loss").named("AuxK"),
-                    now("dist_sae_train_sparsity_loss").named("sparsity"),
-                ),
+    {
+        "Does it reconstruct?": (
+            FVU,
+            gauge(
+                graph,
+                "dist_sae_train_row_explained_variance",
+                "run, quantile",
+                says="A low 0.05 line: some rows are not reconstructed at all.",
+            ),
+            graph(
+                "Parts of the loss",
+                "count",
+                now("dist_sae_train_loss").named("loss"),
+                now("dist_sae_train_auxk_loss").named("AuxK"),
+                now("dist_sae_train_sparsity_loss").named("sparsity"),
             ),
         ),
-        Section(
-            "Does it use its latents?",
-            (
-                L0,
-                DEAD,
-                stack(
-                    "Latents by log10 of how often they fire",
-                    "count",
-                    now("dist_sae_train_density_latents", "run, log10"),
-                    "A band that grows at `never` or the lowest numbers: latents die.",
-                ),
-                gauge(
-                    graph,
-                    "dist_sae_train_starved_share",
-                    says="If it grows, lower train.eps.",
-                ),
-                graph(
-                    "Latents stuck dead",
-                    "per second",
-                    rate("dist_sae_train_stuck_latents_total"),
-                    says="Each is tied to the data again.",
-                ),
-                graph(
-                    "Rows that the densities are of",
-                    "count",
-                    now("dist_sae_train_density_rows"),
-                    now("dist_sae_train_latents").named("latents"),
-                ),
+        "Does it use its latents?": (
+            L0,
+            DEAD,
+            stack(
+                "Latents by log10 of how often they fire",
+                "count",
+                now("dist_sae_train_density_latents", "run, log10"),
+                "A band that grows at `never` or the lowest numbers: latents die.",
+            ),
+            gauge(graph, "dist_sae_train_starved_share", says="If it grows, lower train.eps."),
+            graph(
+                "Latents stuck dead",
+                "per second",
+                rate("dist_sae_train_stuck_latents_total"),
+                says="Each is tied to the data again.",
+            ),
+            graph(
+                "Rows that the densities are of",
+                "count",
+                now("dist_sae_train_density_rows"),
+                now("dist_sae_train_latents").named("latents"),
             ),
         ),
-        Section(
-            "Are experts used evenly? (routed)",
-            (
-                gauge(
-                    graph,
-                    "dist_sae_train_expert_load_ratio",
-                    limits=(2, 3),
-                ),
-                graph(
-                    "Idle experts and rows dropped per second",
-                    "count",
-                    now("dist_sae_train_idle_experts").named("idle"),
-                    rate("dist_sae_train_dropped_rows_total").named("dropped"),
-                ),
-                gauge(graph, "dist_sae_train_expert_dead_share"),
+        "Are experts used evenly? (routed)": (
+            gauge(graph, "dist_sae_train_expert_load_ratio", limits=(2, 3)),
+            graph(
+                "Idle experts and rows dropped per second",
+                "count",
+                now("dist_sae_train_idle_experts").named("idle"),
+                rate("dist_sae_train_dropped_rows_total").named("dropped"),
             ),
+            gauge(graph, "dist_sae_train_expert_dead_share"),
         ),
-        Section(
-            "What did the last evaluation say?",
-            (
-                gauge(number, "dist_sae_evaluate_fvu"),
-                gauge(number, "dist_sae_evaluate_pca_fvu"),
-                gauge(number, "dist_sae_evaluate_ce_recovered"),
-                gauge(number, "dist_sae_evaluate_l0_latents"),
-                gauge(number, "dist_sae_evaluate_dead_share"),
-                gauge(number, "dist_sae_evaluate_step"),
-            ),
+        "What did the last evaluation say?": (
+            gauge(number, "dist_sae_evaluate_fvu"),
+            gauge(number, "dist_sae_evaluate_pca_fvu"),
+            gauge(number, "dist_sae_evaluate_ce_recovered"),
+            gauge(number, "dist_sae_evaluate_l0_latents"),
+            gauge(number, "dist_sae_evaluate_dead_share"),
+            gauge(number, "dist_sae_evaluate_step"),
         ),
-    ),
+    },
 )

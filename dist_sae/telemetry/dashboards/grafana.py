@@ -4,15 +4,9 @@ import json
 from collections.abc import Sequence
 from itertools import count
 from string import ascii_uppercase
+from typing import TypeVar
 
-from grafana_foundation_sdk.builders import (
-    common,
-    dashboard,
-    prometheus,
-    stat,
-    table,
-    timeseries,
-)
+from grafana_foundation_sdk.builders import common, dashboard, prometheus, stat, table, timeseries
 from grafana_foundation_sdk.cog.builder import Builder
 from grafana_foundation_sdk.cog.encoder import JSONEncoder
 from grafana_foundation_sdk.models import common as style
@@ -62,9 +56,9 @@ def render_page(page: Page, others: Sequence[Page]) -> str:
         .annotation(_alerts())
     )
     numbers = count(1)
-    for section in page.sections:
-        built.with_row(dashboard.Row(section.title).id(next(numbers)))
-        for panel in section.panels:
+    for question, panels in page.sections.items():
+        built.with_row(dashboard.Row(question).id(next(numbers)))
+        for panel in panels:
             built.with_panel(_panel(panel, next(numbers)))
     return json.dumps(built.build(), cls=JSONEncoder, indent=1) + "\n"
 
@@ -127,15 +121,19 @@ def _panel(panel: Panel, number: int) -> Builder[schema.Panel]:
             return _table(panel).id(number)
 
 
+_Built = TypeVar("_Built", timeseries.Panel, stat.Panel, table.Panel)
+
+
+def _begin(built: _Built, panel: Panel) -> _Built:
+    """Set what panels of every shape have."""
+    width, height = _SIZES[panel.shape]
+    built.title(panel.title).description(panel.says).datasource(_SOURCE)
+    return built.span(panel.width or width).height(height)
+
+
 def _graph(panel: Panel) -> timeseries.Panel:
-    width, height = _size(panel)
     graph = (
-        timeseries.Panel()
-        .title(panel.title)
-        .description(panel.says)
-        .datasource(_SOURCE)
-        .span(width)
-        .height(height)
+        _begin(timeseries.Panel(), panel)
         .unit(_GRAFANA_UNITS[panel.unit])
         .legend(
             common.VizLegendOptions()
@@ -161,14 +159,8 @@ def _graph(panel: Panel) -> timeseries.Panel:
 
 
 def _number(panel: Panel) -> stat.Panel:
-    width, height = _size(panel)
     return (
-        stat.Panel()
-        .title(panel.title)
-        .description(panel.says)
-        .datasource(_SOURCE)
-        .span(width)
-        .height(height)
+        _begin(stat.Panel(), panel)
         .unit(_GRAFANA_UNITS[panel.unit])
         .reduce_options(common.ReduceDataOptions().calcs(["lastNotNull"]))
         .graph_mode(style.BigValueGraphMode.AREA)
@@ -182,15 +174,9 @@ def _number(panel: Panel) -> stat.Panel:
 
 def _table(panel: Panel) -> table.Panel:
     """One line for every series, its labels in columns."""
-    width, height = _size(panel)
     hidden = dict.fromkeys(("Time", "__name__", "Value", "alertstate"), True)
     return (
-        table.Panel()
-        .title(panel.title)
-        .description(panel.says)
-        .datasource(_SOURCE)
-        .span(width)
-        .height(height)
+        _begin(table.Panel(), panel)
         .no_value("none")
         .show_header(True)
         .with_transformation(
@@ -198,11 +184,6 @@ def _table(panel: Panel) -> table.Panel:
         )
         .targets([target.instant().format(PromQueryFormat.TABLE) for target in _targets(panel)])
     )
-
-
-def _size(panel: Panel) -> tuple[int, int]:
-    width, height = _SIZES[panel.shape]
-    return panel.width or width, height
 
 
 def _targets(panel: Panel) -> list[prometheus.Dataquery]:

@@ -1,6 +1,6 @@
 """Dashboards as plain values."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal, NamedTuple
 
 from dist_sae.telemetry.dashboards.queries import Query, now
@@ -26,13 +26,6 @@ class Panel(NamedTuple):
     """Width in 24ths; None for the default of its shape."""
 
 
-class Section(NamedTuple):
-    """Panels that answer one question."""
-
-    title: str
-    panels: tuple[Panel, ...]
-
-
 class Page(NamedTuple):
     """One dashboard."""
 
@@ -40,7 +33,8 @@ class Page(NamedTuple):
     title: str
     says: str
     """The question that it answers."""
-    sections: tuple[Section, ...]
+    sections: Mapping[str, tuple[Panel, ...]]
+    """Questions, and the panels that answer each."""
     ranks: str = ""
     """Role whose ranks can be chosen, if any."""
 

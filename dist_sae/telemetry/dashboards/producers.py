@@ -1,6 +1,6 @@
 """The language models at work."""
 
-from dist_sae.telemetry.dashboards.panels import Page, Section, graph, number
+from dist_sae.telemetry.dashboards.panels import Page, graph, number
 from dist_sae.telemetry.dashboards.queries import alive, growth, now, rate
 from dist_sae.telemetry.dashboards.repeated import BACKLOG, STAGES, WAITING_PRODUCERS
 
@@ -8,100 +8,81 @@ PRODUCERS = Page(
     "producers",
     "dist_sae: producers",
     "Language models at work: pace, stages, units, what is left out.",
-    (
-        Section(
-            "Are they healthy?",
-            (
-                number("Live", "count", alive("produce"), width=6),
-                number(
-                    "Units in hand",
-                    "count",
-                    now("dist_sae_produce_claimed_units", how="sum"),
-                    width=6,
-                ),
-                number(
-                    "Units taken over",
-                    "count",
-                    growth("dist_sae_produce_takeovers_total"),
-                    "From producers that had died.",
-                    width=6,
-                ),
-                number(
-                    "Documents refused",
-                    "count",
-                    growth("dist_sae_produce_refused_documents_total"),
-                    limits=(1,),
-                    width=6,
-                ),
+    {
+        "Are they healthy?": (
+            number("Live", "count", alive("produce"), width=6),
+            number(
+                "Units in hand", "count", now("dist_sae_produce_claimed_units", how="sum"), width=6
+            ),
+            number(
+                "Units taken over",
+                "count",
+                growth("dist_sae_produce_takeovers_total"),
+                "From producers that had died.",
+                width=6,
+            ),
+            number(
+                "Documents refused",
+                "count",
+                growth("dist_sae_produce_refused_documents_total"),
+                limits=(1,),
+                width=6,
             ),
         ),
-        Section(
-            "How long will it take?",
-            (
-                graph(
-                    "Rows by producer", "rows/s", rate("dist_sae_produce_rows_total", "run, rank")
-                ),
-                graph(
-                    "Tokens by producer",
-                    "per second",
-                    rate("dist_sae_produce_tokens_total", "run, rank"),
-                ),
-                graph(
-                    "Units",
-                    "count",
-                    now("dist_sae_produce_plan_units").named("planned"),
-                    now("dist_sae_produce_ready_units").named("ready"),
-                ),
+        "How long will it take?": (
+            graph("Rows by producer", "rows/s", rate("dist_sae_produce_rows_total", "run, rank")),
+            graph(
+                "Tokens by producer",
+                "per second",
+                rate("dist_sae_produce_tokens_total", "run, rank"),
+            ),
+            graph(
+                "Units",
+                "count",
+                now("dist_sae_produce_plan_units").named("planned"),
+                now("dist_sae_produce_ready_units").named("ready"),
             ),
         ),
-        Section(
-            "What limits them?",
-            (
-                STAGES,
-                graph(
-                    "Waiting",
-                    "share",
-                    WAITING_PRODUCERS,
-                    says="For consumers: trainers are the limit. For producers: nothing is left.",
-                ),
-                BACKLOG,
-                graph(
-                    "Forward pass by producer",
-                    "count",
-                    rate("dist_sae_produce_seconds_total", "run, rank", stage="forward"),
-                    says="Seconds per second.",
-                ),
-                graph(
-                    "Units by producer",
-                    "per second",
-                    rate("dist_sae_produce_units_total", "run, rank"),
-                ),
-                graph(
-                    "Memory",
-                    "bytes",
-                    now("dist_sae_process_resident_memory_bytes", "run, rank", role="produce"),
-                ),
+        "What limits them?": (
+            STAGES,
+            graph(
+                "Waiting",
+                "share",
+                WAITING_PRODUCERS,
+                says="For consumers: trainers are the limit. For producers: nothing is left.",
+            ),
+            BACKLOG,
+            graph(
+                "Forward pass by producer",
+                "count",
+                rate("dist_sae_produce_seconds_total", "run, rank", stage="forward"),
+                says="Seconds per second.",
+            ),
+            graph(
+                "Units by producer", "per second", rate("dist_sae_produce_units_total", "run, rank")
+            ),
+            graph(
+                "Memory",
+                "bytes",
+                now("dist_sae_process_resident_memory_bytes", "run, rank", role="produce"),
             ),
         ),
-        Section(
-            "What is left out?",
-            (
-                graph(
-                    "Rows left out",
-                    "rows/s",
-                    rate("dist_sae_produce_excluded_rows_total", "run, reason"),
-                    width=12,
+        "What is left out?": (
+            graph(
+                "Rows left out",
+                "rows/s",
+                rate("dist_sae_produce_excluded_rows_total", "run, reason"),
+                width=12,
+            ),
+            graph(
+                "Share of rows left out",
+                "share",
+                rate("dist_sae_produce_excluded_rows_total", "run, reason").over(
+                    rate("dist_sae_produce_tokens_total"), on="run"
                 ),
-                graph(
-                    "Share of rows left out",
-                    "share",
-                    rate("dist_sae_produce_excluded_rows_total", "run, reason").over(
-                        rate("dist_sae_produce_tokens_total"), on="run"
-                    ),
-                    width=12,
-                ),
+                width=12,
             ),
         ),
-    ),
+    },
     ranks="produce",
 )
