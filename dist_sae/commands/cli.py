@@ -10,35 +10,13 @@ import sys
 from collections.abc import Sequence
 
 from dist_sae import __version__, logs, signals
-from dist_sae.commands import (
-    bench,
-    cancel,
-    checkpoints,
-    completion,
-    config,
-    evaluate,
-    export,
-    plan,
-    produce,
-    render,
-    report,
-    resume,
-    run,
-    status,
-    store,
-    submit,
-    train,
-)
-from dist_sae.commands import logs as pod_logs
+from dist_sae.commands import bench, checkpoints, cluster, completion, config, programs, store
 from dist_sae.commands.shared import rank
 from dist_sae.distributed.supervisor import follow_parent
 from dist_sae.errors import EXIT_DONE, EXIT_RESUMABLE, DistSaeError, Stopped
 
-_COMMANDS = (
-    *(run, plan, produce, train, evaluate, export, report, render),
-    *(submit, resume, status, pod_logs, cancel),
-    *(bench, config, store, checkpoints, completion),
-)
+_GROUPS = (programs, cluster, bench, config, store, checkpoints, completion)
+"""The commands, in the order of `--help`."""
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -78,6 +56,6 @@ def command_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for command in _COMMANDS:
-        command.add(commands)
+    for group in _GROUPS:
+        group.add(commands)
     return parser

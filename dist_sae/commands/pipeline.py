@@ -10,8 +10,8 @@ import signal
 import subprocess
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import IO, Any
 
@@ -38,19 +38,22 @@ _GRACE_SECONDS = 60.0  # to finish a step and save, when the user asks to stop
 _FAILED_GRACE_SECONDS = 5.0  # for the others when one has failed: ranks may hang without it
 
 
-def run_locally(run: Run, path: str, overrides: Sequence[str]) -> dict[str, Any]:
+def run_locally(
+    run: Run, path: str, overrides: Sequence[str], stopping: threading.Event
+) -> dict[str, Any]:
     """Do everything that the run file asks for; goes on where an earlier start stopped.
 
     Args:
         run: The run.
         path: Its file.
         overrides: The `--set` options it was loaded with.
+        stopping: When set, all processes are told to save and end.
 
     Returns:
         The evaluation, and the places of the report and of the export, if SAELens has the kind.
 
     Raises:
-        Stopped: On Ctrl-C or SIGTERM, after everything was saved.
+        Stopped: `stopping` was set, and everything is saved.
         ProcessFailedError: A process failed; the message is its own.
     """
     arguments = [path, *(argument for override in overrides for argument in ("--set", override))]
@@ -59,13 +62,11 @@ def run_locally(run: Run, path: str, overrides: Sequence[str]) -> dict[str, Any]
         logs.mkdir(parents=True, exist_ok=True)
     except OSError as exc:
         raise AccessError(f"{exc.strerror}; correct store.runs", url=str(logs)) from exc
-    with _stop_requests() as stopping, ProgressView() as view:
+    with ProgressView() as view:
 
-        def child(
-            name: str, command: str, *options: str, env: Mapping[str, str] | None = None
-        ) -> Child:
-            line = [sys.executable, "-m", "dist_sae", command, *arguments, *options]
-            return Child(name, line, env or {}, logs / f"{name}.log", view)
+        def child(name: str, command: str, *options: object, **env: str) -> Child:
+            line = [sys.executable, "-m", "dist_sae", command, *arguments, *map(str, options)]
+            return Child(name, line, env, logs / f"{name}.log", view)
 
         if not _is_complete(run, stopping):
             run_together([child("plan", "plan")], stopping, view)
@@ -97,32 +98,17 @@ def _workers(run: Run, child: Callable[..., "Child"]) -> list["Child"]:
     n = producers * each + trainers
     threads = run.processes.threads or max(1, (os.cpu_count() or 1) // n)
     common = {"OMP_NUM_THREADS": str(threads)}
-    producing = [
-        child(
-            f"producer-{i}" if each == 1 else f"producer-{i}-{rank}",
-            "produce",
-            "--worker",
-            f"{run.name}-producer-{i}",
-            "--index",
-            str(i),
-            "--port-offset",
-            str(i * each + rank),
-            env=common | rendezvous,
-        )
-        for i in range(producers)
-        for rank, rendezvous in enumerate(rank_environments(each, each))
-    ]
-    training = [
-        child(
-            f"trainer-{rank}",
-            "train",
-            "--port-offset",
-            str(producers * each + rank),
-            env=common | rendezvous,
-        )
-        for rank, rendezvous in enumerate(rank_environments(trainers, trainers))
-    ]
-    return producing + training
+    children = []
+    for i in range(producers):
+        worker = f"{run.name}-producer-{i}"
+        for rank, rendezvous in enumerate(rank_environments(each, each)):
+            name = f"producer-{i}" if each == 1 else f"producer-{i}-{rank}"
+            which = "--worker", worker, "--index", i, "--port-offset", i * each + rank
+            children.append(child(name, "produce", *which, **common, **rendezvous))
+    for rank, rendezvous in enumerate(rank_environments(trainers, trainers)):
+        port = "--port-offset", producers * each + rank
+        children.append(child(f"trainer-{rank}", "train", *port, **common, **rendezvous))
+    return children
 
 
 class Child:
@@ -266,19 +252,6 @@ def run_together(children: Sequence[Child], stopping: threading.Event, view: Pro
         raise Stopped(f"{names} did not end in time; start the same command again to continue")
     if stopping.is_set() or any(end.code for end in ends):
         raise Stopped("everything is saved; start the same command again to continue")
-
-
-@contextmanager
-def _stop_requests() -> Iterator[threading.Event]:
-    """An event that Ctrl-C and SIGTERM set, for as long as the context lasts."""
-    stopping = threading.Event()
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = [signal.signal(number, lambda *_: stopping.set()) for number in numbers]
-    try:
-        yield stopping
-    finally:
-        for number, handler in zip(numbers, before, strict=True):
-            signal.signal(number, handler)
 
 
 def _log_folder(run: Run) -> Path:
