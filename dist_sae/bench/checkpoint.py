@@ -15,9 +15,8 @@ from typing import Any
 
 import torch
 
-from dist_sae.bench.memory import peak_memory
-from dist_sae.bench.scratch import scratch
-from dist_sae.bench.step import StepShape, TrainingStep, bench_run, seconds
+from dist_sae.bench.measuring import peak_memory, scratch
+from dist_sae.bench.step import StepShape, TrainingStep, bench_run, random_batches, seconds
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.checkpoint.saver import Saved, Saver
 from dist_sae.checkpoint.state import TrainingState
@@ -85,8 +84,7 @@ def _time_saves(
     shape: StepShape, mesh: Mesh, store: ObjectStore, rounds: int
 ) -> tuple[list[tuple[float, float, float]], float, int]:
     """Time saves; returns (stall, slowdown, durable) seconds each, seconds of a step, and bytes."""
-    generator = torch.Generator().manual_seed(shape.seed)
-    x = torch.randn(shape.batch, shape.d_in, generator=generator).to(mesh.device)
+    (x,) = random_batches(shape, mesh, 1)
     step = TrainingStep(shape, mesh)
     step.initialise(x)
     step(x)  # warm-up: makes Adam's moments and maps memory

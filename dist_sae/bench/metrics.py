@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from dist_sae.bench.step import StepShape, TrainingStep, seconds
+from dist_sae.bench.measuring import compare, medians
+from dist_sae.bench.step import StepShape, TrainingStep, random_batches, seconds
 from dist_sae.distributed.mesh import Mesh
 from dist_sae.telemetry.exporter import Telemetry
 from dist_sae.telemetry.gather import GatheredTelemetry
@@ -34,8 +35,7 @@ def bench_metrics(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any
         For the page: `series`, `page_bytes`, `scrape_seconds` and its maximum; for a pod of eight
         such ranks (here in one process) `pod_scrape_seconds` and its maximum.
     """
-    generator = torch.Generator().manual_seed(shape.seed)
-    x = torch.randn(shape.batch, shape.d_in, generator=generator).to(mesh.device)
+    (x,) = random_batches(shape, mesh, 1)
     step = TrainingStep(shape, mesh)
     step.initialise(x)
     window, mean = step.run.train.log_every_steps, torch.zeros(shape.d_in)
@@ -63,17 +63,14 @@ def bench_metrics(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any
         ports = {rank: telemetry.port or 0 for rank, telemetry in enumerate(ranks)}
         gathered = pod.enter_context(GatheredTelemetry("bench", "train", ports, 0))
         together = _scrapes(gathered.port)
-    ratios = sorted(reported / bare for reported, bare in pairs)
-    bare = statistics.median(bare for _, bare in pairs)
+    _, bare = medians(pairs)
     return {
         **shape._asdict(),
         "threads": torch.get_num_threads(),
         "rounds": rounds,
         "window_steps": window,
         "step_seconds": bare / window,
-        "ratio": statistics.median(ratios),
-        "ratio_low": ratios[rounds // 4],
-        "ratio_high": ratios[-1 - rounds // 4],
+        **compare(pairs),
         "reporting_share": report.spent / sum(bare for _, bare in pairs),
         "product_seconds": report.last["product_seconds"],
         "series": sum(not line.startswith(b"#") for line in page.splitlines()),

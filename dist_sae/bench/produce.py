@@ -6,7 +6,6 @@ and the ratio of each pair is taken. A producer's time starts when it is about t
 since earlier work happens once per run, and ends with its last unit.
 """
 
-import statistics
 import threading
 import time
 from collections import Counter
@@ -15,8 +14,7 @@ from typing import Any
 
 import torch
 
-from dist_sae.bench.memory import peak_memory
-from dist_sae.bench.scratch import scratch
+from dist_sae.bench.measuring import compare, medians, peak_memory, scratch
 from dist_sae.config import Run
 from dist_sae.data.corpus import Corpus
 from dist_sae.data.plan import publish_plan
@@ -74,25 +72,23 @@ def bench_produce(run: Run, *, units: int, rounds: int) -> dict[str, Any]:
             bare = _run(source, batches)
             with Telemetry("bench", "produce", None) as telemetry:
                 produced = produce(here, Worker("bench"), threading.Event(), telemetry, open_source)
-            pairs.append((time.perf_counter() - begun[0], bare))
+            pairs.append((bare, time.perf_counter() - begun[0]))
         busy = Counter[str]()
         for unit in range(units):
             busy.update(read_manifest(place, unit).seconds)
-    rows, ratios = produced["rows"], sorted(bare / seconds for seconds, bare in pairs)
+    rows, (bare, whole_seconds) = produced["rows"], medians(pairs)
     tokens = sum(batch.tokens.numel() for batch in batches)
     return {
         "units": units,
         "rows": rows,
         "rounds": rounds,
-        "rows_per_second": rows / statistics.median(seconds for seconds, _ in pairs),
-        "bare_rows_per_second": rows / statistics.median(bare for _, bare in pairs),
-        "ratio": statistics.median(ratios),
-        "ratio_low": ratios[rounds // 4],
-        "ratio_high": ratios[-1 - rounds // 4],
+        "rows_per_second": rows / whole_seconds,
+        "bare_rows_per_second": rows / bare,
+        **compare(pairs),
         "padding": 1 - sum(int(batch.mask.sum()) for batch in batches) / tokens,
         "model_bytes": before,
         "beyond_model_bytes": peak[0] - before,
-        "busy": {stage: seconds / pairs[-1][0] for stage, seconds in sorted(busy.items())},
+        "busy": {stage: seconds / pairs[-1][1] for stage, seconds in sorted(busy.items())},
     }
 
 

@@ -1,4 +1,4 @@
-"""`dist-sae bench step`: a training step against the bare encoder product.
+"""`dist-sae bench step` and `routed`: a training step against the bare encoder product or another.
 
 The step is the real one: the recipe's loss, DeepSpeed's engine, clipping, Adam, the constraint,
 the count of dead latents. The product is the bare `x W_enc^T` in the step's precision, in the
@@ -7,9 +7,9 @@ so that a machine that is busy for a while does not distort it. A routed diction
 the same product, though it skips most of it, so that its ratio compares with an exact one's.
 """
 
-import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dist_sae.bench.memory import peak_memory
+from dist_sae.bench.measuring import compare, medians, peak_memory
 from dist_sae.checkpoint.state import TrainingState
 from dist_sae.config import Run, validate_run
 from dist_sae.config.sae import SaeConfig
@@ -26,7 +26,8 @@ from dist_sae.dictionaries import PRODUCT_DTYPES, build_sae
 from dist_sae.dictionaries.dead import DeadLatents
 from dist_sae.dictionaries.interface import Rows
 from dist_sae.distributed.engine import DeepSpeedEngine
-from dist_sae.distributed.mesh import Mesh
+from dist_sae.distributed.mesh import Mesh, join_mesh
+from dist_sae.distributed.rendezvous import rendezvous
 from dist_sae.kernels.choice import choose_kernels
 from dist_sae.telemetry.process import resident_bytes
 from dist_sae.training.job import training_step
@@ -96,7 +97,7 @@ class TrainingStep:
         """
         engine = self._engine
         assert engine is not None, "initialise first"
-        end = report.end if report else _say_nothing
+        end = report.end if report else lambda _: None
         end("wait")
         output, norm = training_step(
             Rows(x, x),
@@ -127,8 +128,24 @@ class TrainingStep:
         return self.sae.infer(x).x_hat
 
 
-def _say_nothing(_: str) -> None:
-    pass
+@contextmanager
+def step_mesh(shape: StepShape, world: int = 1, shards: int = 1) -> Iterator[Mesh]:
+    """Join this rank's mesh of `world` ranks; settings that cannot be are reported before.
+
+    Raises:
+        ConfigError: There can be no such step.
+    """
+    bench_run(shape, world, shards)
+    with rendezvous(world) as ranks, join_mesh(ranks, shards) as mesh:
+        yield mesh
+
+
+def random_batches(shape: StepShape, mesh: Mesh, n: int) -> list[Float[Tensor, "batch d_in"]]:
+    """Draw this rank's part of `n` batches."""
+    generator = torch.Generator().manual_seed(shape.seed)
+    local = shape.batch // mesh.world
+    batches = [torch.randn(local, shape.d_in, generator=generator) for _ in range(n)]
+    return [x.to(mesh.device) for x in batches]
 
 
 def bench_step(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any]:
@@ -140,10 +157,7 @@ def bench_step(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any]:
         one profiled step by kind of work; `beyond_state_bytes`, how far the resident memory rose
         above parameters, gradients and moments.
     """
-    generator = torch.Generator().manual_seed(shape.seed)
-    local = shape.batch // mesh.world
-    batches = [torch.randn(local, shape.d_in, generator=generator) for _ in range(2)]
-    batches = [x.to(mesh.device) for x in batches]
+    batches = random_batches(shape, mesh, 2)
     step = TrainingStep(shape, mesh)
     step.initialise(batches[0])
     before = resident_bytes()
@@ -156,10 +170,8 @@ def bench_step(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any]:
     pairs = []
     for number in range(rounds):
         product_seconds = seconds(product, mesh)
-        step_seconds = seconds(partial(step, batches[number % 2]), mesh)
-        pairs.append((step_seconds, product_seconds))
-    ratios = sorted(one / other for one, other in pairs)
-    step_seconds = statistics.median(one for one, _ in pairs)
+        pairs.append((seconds(partial(step, batches[number % 2]), mesh), product_seconds))
+    step_seconds, product_seconds = medians(pairs)
     return {
         **shape._asdict(),
         "replicas": mesh.axis.replicas,
@@ -167,15 +179,46 @@ def bench_step(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "rounds": rounds,
         "step_seconds": step_seconds,
-        "product_seconds": statistics.median(other for _, other in pairs),
+        "product_seconds": product_seconds,
         "product_chunk": chunk,
-        "ratio": statistics.median(ratios),
-        "ratio_low": ratios[rounds // 4],
-        "ratio_high": ratios[-1 - rounds // 4],
+        **compare(pairs),
         "rows_per_second": shape.batch / step_seconds,
         "beyond_state_bytes": max(0, peak[0] - before - (state - held)),
         "expert_load_ratio": step.load_ratio,
         "phases": _phases(step, batches[0]),
+    }
+
+
+def bench_routed(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any]:
+    """Time a routed step and an exact one of the same width in turn.
+
+    Both dictionaries and their Adam states are in memory at once.
+
+    Returns:
+        Medians over `rounds`: `exact_seconds`, `routed_seconds`; `speedup`, the first over the
+        second, with its quartiles `speedup_low` and `speedup_high`; `expert_load_ratio`, rows of
+        the busiest expert over the mean.
+    """
+    batches = random_batches(shape, mesh, 2)
+    exact = TrainingStep(shape._replace(experts=None), mesh)
+    routed = TrainingStep(shape, mesh)
+    for step in (exact, routed):
+        step.initialise(batches[0])
+        for x in batches:
+            step(x)  # warm-up: makes Adam's moments and maps memory
+    pairs = []
+    for number in range(rounds):
+        x = batches[number % 2]
+        pairs.append((seconds(partial(exact, x), mesh), seconds(partial(routed, x), mesh)))
+    exact_seconds, routed_seconds = medians(pairs)
+    return {
+        **shape._asdict(),
+        "threads": torch.get_num_threads(),
+        "rounds": rounds,
+        "exact_seconds": exact_seconds,
+        "routed_seconds": routed_seconds,
+        **compare(pairs, "speedup"),
+        "expert_load_ratio": routed.load_ratio,
     }
 
 

@@ -10,16 +10,16 @@ ratio of each pair is taken.
 import io
 import math
 import os
-import statistics
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
+from functools import partial
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import numpy as np
 import torch
 
-from dist_sae.bench.scratch import scratch
+from dist_sae.bench.measuring import compare, medians, scratch
 from dist_sae.config import Run, validate_run
 from dist_sae.config.data import SYNTHETIC_SITE
 from dist_sae.data.activation_set import ActivationSet
@@ -64,22 +64,6 @@ class StoreShape(NamedTuple):
     seed: int = 0
 
 
-class Raw(Protocol):
-    """Raw transfers to the same store, the fastest plain way."""
-
-    def put(self, key: str, data: bytes) -> None:
-        """Write durably, in concurrent parts."""
-        ...
-
-    def get(self, key: str, start: int, stop: int) -> bytes:
-        """Read the bytes [start, stop)."""
-        ...
-
-    def forget(self) -> None:
-        """Drop this machine's caches of the store, as far as possible."""
-        ...
-
-
 def bench_store(run: Run, shape: StoreShape, *, rounds: int, cached: bool) -> dict[str, Any]:
     """Time writing and reading a temporary set under `run.store.activations`, then delete it.
 
@@ -105,10 +89,9 @@ def bench_store(run: Run, shape: StoreShape, *, rounds: int, cached: bool) -> di
         writes = [_time_writing(number, store, raw, shape, shards) for number in range(rounds)]
         raw.forget()
         _read_raw(raw, shards)  # warm-up: opens connections
-        reads = [
-            _time_reading(number, store, raw, shape, plan, shards, cached=cached)
-            for number in range(rounds)
-        ]
+        read, read_raw = partial(_read, store, plan, shape), partial(_read_raw, raw, shards)
+        before = (lambda: None) if cached else raw.forget
+        reads = [_in_turn(number, read, read_raw, before) for number in range(rounds)]
     n_rows = shape.units * shape.unit_rows
     payload = n_rows * (shape.d_in * DTYPES[shape.dtype].itemsize + ORIGIN_BYTES)
     tars = sum(sizes[shard.key] for shard in shards)
@@ -188,11 +171,13 @@ class _RawS3:
         )
 
     def put(self, key: str, data: bytes) -> None:
+        """Write durably, in concurrent parts."""
         self._client.upload_fileobj(
             io.BytesIO(data), self._bucket, self._prefix + key, Config=self._transfer
         )
 
     def get(self, key: str, start: int, stop: int) -> bytes:
+        """Read the bytes [start, stop)."""
         answer = self._client.get_object(
             Bucket=self._bucket, Key=self._prefix + key, Range=f"bytes={start}-{stop - 1}"
         )
@@ -204,7 +189,7 @@ class _RawS3:
 
 
 class RawFolder:
-    """Raw file reads and writes."""
+    """Raw file reads and writes, as `_RawS3`."""
 
     def __init__(self, store: LocalStore) -> None:
         self._root = store.root
@@ -226,10 +211,15 @@ class RawFolder:
             return os.pread(file.fileno(), stop - start, start)
 
     def forget(self) -> None:
+        """Drop the files from the page cache."""
         for path in self._root.rglob("*"):
             if path.is_file():
                 with path.open("rb") as file:
                     os.posix_fadvise(file.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
+
+
+_Raw = _RawS3 | RawFolder
+"""Raw transfers to the same store, the fastest plain way."""
 
 
 def _document_rows(shape: StoreShape) -> int:
@@ -266,10 +256,10 @@ def _write_unit(store: ObjectStore, plan: Plan, shape: StoreShape, unit: int) ->
 
 
 def _time_writing(
-    number: int, store: ObjectStore, raw: Raw, shape: StoreShape, shards: list[SiteShard]
+    number: int, store: ObjectStore, raw: _Raw, shape: StoreShape, shards: list[SiteShard]
 ) -> tuple[float, float]:
-    """Time writing all units again, by the project and raw in turn."""
-    ours = theirs = 0.0
+    """Time writing all units again, raw and by the project in turn."""
+    theirs = ours = 0.0
     for unit, shard in enumerate(shards):
         rows, tar = _random_rows(shape, unit), store.get(shard.key)
         again: list[SiteShard] = []
@@ -277,35 +267,13 @@ def _time_writing(
         def write(unit: int = unit, rows: Rows = rows, again: list[SiteShard] = again) -> None:
             again.append(write_shard(store, unit, _SITE, rows, shape.block_rows, shape.dtype))
 
-        def put(unit: int = unit, tar: bytes = tar) -> None:
-            raw.put(f"raw/{unit:08d}.tar", tar)
-
-        one, other = _in_turn(number + unit, write, put)
-        ours, theirs = ours + one, theirs + other
+        copy = f"raw/{unit:08d}.tar"
+        other, one = _in_turn(number + unit, write, partial(raw.put, copy, tar))
+        theirs, ours = theirs + other, ours + one
         assert again[0].sha256 == shard.sha256, "the same rows gave different bytes"
         store.delete(again[0].key)
-        store.delete(f"raw/{unit:08d}.tar")
-    return ours, theirs
-
-
-def _time_reading(
-    number: int,
-    store: ObjectStore,
-    raw: Raw,
-    shape: StoreShape,
-    plan: Plan,
-    shards: list[SiteShard],
-    *,
-    cached: bool,
-) -> tuple[float, float]:
-    """Time reading the whole set, once by the project and once raw."""
-    before = (lambda: None) if cached else raw.forget
-    return _in_turn(
-        number,
-        lambda: _read(store, plan, shape),
-        lambda: _read_raw(raw, shards),
-        before=before,
-    )
+        store.delete(copy)
+    return theirs, ours
 
 
 def _read(store: ObjectStore, plan: Plan, shape: StoreShape) -> None:
@@ -319,7 +287,7 @@ def _read(store: ObjectStore, plan: Plan, shape: StoreShape) -> None:
             assert batch.acts.shape == (shape.batch, shape.d_in)
 
 
-def _read_raw(raw: Raw, shards: list[SiteShard]) -> None:
+def _read_raw(raw: _Raw, shards: list[SiteShard]) -> None:
     places = [(shard.key, block) for shard in shards for block in shard.blocks]
 
     def get(place: int) -> int:
@@ -337,27 +305,24 @@ def _in_turn(
     theirs: Callable[[], None],
     before: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
-    """Time both; the order alternates with `number`."""
+    """Time both; the order alternates with `number`. Returns the seconds of theirs and ours."""
     seconds = {}
     for work in (ours, theirs) if number % 2 == 0 else (theirs, ours):
         before()
         since = time.perf_counter()
         work()
         seconds[work] = time.perf_counter() - since
-    return seconds[ours], seconds[theirs]
+    return seconds[theirs], seconds[ours]
 
 
 def _summary(
     way: str, pairs: list[tuple[float, float]], n_rows: int, n_bytes: int
 ) -> dict[str, float]:
-    ratios = sorted(raw / ours for ours, raw in pairs)
-    seconds = statistics.median(ours for ours, _ in pairs)
+    raw_seconds, seconds = medians(pairs)
     summary = {
         "seconds": seconds,
-        "raw_seconds": statistics.median(raw for _, raw in pairs),
-        "ratio": statistics.median(ratios),
-        "ratio_low": ratios[len(ratios) // 4],
-        "ratio_high": ratios[-1 - len(ratios) // 4],
+        "raw_seconds": raw_seconds,
+        **compare(pairs),
         "rows_per_second": n_rows / seconds,
         "bytes_per_second": n_bytes / seconds,
     }

@@ -5,9 +5,12 @@ import os
 import sys
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dist_sae.commands import shared
+
+if TYPE_CHECKING:
+    from dist_sae.bench.step import StepShape
 
 Result = Mapping[str, Any] | str | None
 """Numbers, a text for people, or None from ranks that print nothing."""
@@ -22,14 +25,14 @@ def add(commands: shared.Commands) -> None:
     step.add_argument("--kind", choices=["topk", "routed"], default="topk")
     step.add_argument("--experts", type=int, default=16, help="experts of a routed dictionary")
     step.add_argument("--shards", type=int, default=1, help="ranks of torchrun per dictionary")
-    step.set_defaults(command=main, bench=_step)
+    step.set_defaults(command=_main, bench=_step)
     routed = actions.add_parser(
         "routed", help="a routed training step against an exact one of the same width"
     )
     routed.add_argument("--experts", type=int, default=16)
-    routed.set_defaults(command=main, bench=_routed)
+    routed.set_defaults(command=_main, bench=_routed)
     metrics = actions.add_parser("metrics", help="cost of metrics per step and per scrape")
-    metrics.set_defaults(command=main, bench=_metrics)
+    metrics.set_defaults(command=_main, bench=_metrics)
     peers = actions.add_parser("peers", help="the same rows through other SAE libraries from PyPI")
     peers.add_argument("--steps", type=int, default=4, help="timed steps of one round")
     peers.add_argument("--rows", type=Path, help=".npy with activations; synthetic if left out")
@@ -37,12 +40,12 @@ def add(commands: shared.Commands) -> None:
     peers.add_argument(
         "--fvu-rows", type=int, default=0, help="rows of the FVU comparison; 0: none"
     )
-    peers.set_defaults(command=main, bench=_peers)
+    peers.set_defaults(command=_main, bench=_peers)
     checkpoint = actions.add_parser(
         "checkpoint", help="cost of saving during training, and of loading"
     )
     checkpoint.add_argument("--every", type=int, default=200, help="steps between two saves")
-    checkpoint.set_defaults(command=main, bench=_checkpoint)
+    checkpoint.set_defaults(command=_main, bench=_checkpoint)
     store = actions.add_parser("store", help="writing and reading activations against raw PUT, GET")
     store.add_argument("--units", type=int, default=16)
     store.add_argument("--unit-rows", type=int, default=16_384)
@@ -53,7 +56,7 @@ def add(commands: shared.Commands) -> None:
     store.add_argument(
         "--cached", action="store_true", help="let a folder's files stay in the page cache"
     )
-    store.set_defaults(command=main, bench=_store)
+    store.set_defaults(command=_main, bench=_store)
     for action in (store, checkpoint):
         action.add_argument(
             "--url",
@@ -71,7 +74,7 @@ def add(commands: shared.Commands) -> None:
     produce.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override")
     produce.add_argument("--units", type=int, default=6, help="units produced in each round")
     produce.add_argument("--rounds", type=int, default=5, help="timed rounds, for medians")
-    produce.set_defaults(command=main, bench=_produce)
+    produce.set_defaults(command=_main, bench=_produce)
     rounds_of = {step: 9, routed: 9, metrics: 9, peers: 9, store: 5, checkpoint: 3}
     for action, rounds in rounds_of.items():
         action.add_argument("--d-in", type=int, default=768)
@@ -82,7 +85,7 @@ def add(commands: shared.Commands) -> None:
         action.add_argument("--json", action="store_true", help="print one JSON object")
 
 
-def main(options: argparse.Namespace) -> None:
+def _main(options: argparse.Namespace) -> None:
     """Run the chosen measurement, and print its result."""
     if options.threads:
         import torch
@@ -96,49 +99,49 @@ def main(options: argparse.Namespace) -> None:
 
 
 def _step(options: argparse.Namespace) -> Result:
-    from dist_sae.bench.step import StepShape, bench_run, bench_step
-    from dist_sae.distributed.mesh import join_mesh
-    from dist_sae.distributed.rendezvous import rendezvous
+    from dist_sae.bench.step import bench_step, step_mesh
 
+    shape = _step_shape(options)
+    if options.kind == "topk":
+        shape = shape._replace(experts=None)
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    shape = StepShape(
-        options.d_in,
-        options.n_latents,
-        options.k,
-        options.batch,
-        options.products,
-        options.kernels,
-        options.experts if options.kind == "routed" else None,
-    )
-    bench_run(shape, world, options.shards)  # reports mistakes before the rendezvous
-    with rendezvous(world) as ranks, join_mesh(ranks, options.shards) as mesh:
+    with step_mesh(shape, world, options.shards) as mesh:
         result = bench_step(shape, mesh, rounds=options.rounds)
     return result if mesh.is_first else None
 
 
 def _routed(options: argparse.Namespace) -> Result:
-    from dist_sae.bench.routed import bench_routed
-    from dist_sae.bench.step import StepShape, bench_run
-    from dist_sae.distributed.mesh import join_mesh
-    from dist_sae.distributed.rendezvous import rendezvous
+    from dist_sae.bench.step import bench_routed, step_mesh
 
-    size = options.d_in, options.n_latents, options.k, options.batch
-    shape = StepShape(*size, products=options.products, experts=options.experts)
-    bench_run(shape, 1, 1)
-    with rendezvous(1) as ranks, join_mesh(ranks) as mesh:
+    shape = _step_shape(options)
+    with step_mesh(shape) as mesh:
         return bench_routed(shape, mesh, rounds=options.rounds)
 
 
 def _metrics(options: argparse.Namespace) -> Result:
     from dist_sae.bench.metrics import bench_metrics
-    from dist_sae.bench.step import StepShape, bench_run
-    from dist_sae.distributed.mesh import join_mesh
-    from dist_sae.distributed.rendezvous import rendezvous
+    from dist_sae.bench.step import step_mesh
 
-    shape = StepShape(options.d_in, options.n_latents, options.k, options.batch, options.products)
-    bench_run(shape, 1, 1)
-    with rendezvous(1) as ranks, join_mesh(ranks) as mesh:
+    shape = _step_shape(options)
+    with step_mesh(shape) as mesh:
         return bench_metrics(shape, mesh, rounds=options.rounds)
+
+
+def _checkpoint(options: argparse.Namespace) -> Result:
+    from dist_sae.bench.checkpoint import bench_checkpoint
+    from dist_sae.bench.step import bench_run, step_mesh
+
+    shape = _step_shape(options)
+    run = bench_run(shape, 1, 1, url=options.url, endpoint_url=options.endpoint_url)
+    with step_mesh(shape) as mesh:
+        return bench_checkpoint(shape, mesh, run.store, every=options.every, rounds=options.rounds)
+
+
+def _step_shape(options: argparse.Namespace) -> "StepShape":
+    """The shape of the step that the options describe; others have their defaults."""
+    from dist_sae.bench.step import StepShape
+
+    return StepShape(**{k: v for k, v in vars(options).items() if k in StepShape._fields})
 
 
 def _produce(options: argparse.Namespace) -> Result:
@@ -146,18 +149,6 @@ def _produce(options: argparse.Namespace) -> Result:
     from dist_sae.bench.produce import bench_produce
 
     return bench_produce(run, units=options.units, rounds=options.rounds)
-
-
-def _checkpoint(options: argparse.Namespace) -> Result:
-    from dist_sae.bench.checkpoint import bench_checkpoint
-    from dist_sae.bench.step import StepShape, bench_run
-    from dist_sae.distributed.mesh import join_mesh
-    from dist_sae.distributed.rendezvous import rendezvous
-
-    shape = StepShape(options.d_in, options.n_latents, options.k, options.batch)
-    run = bench_run(shape, 1, 1, url=options.url, endpoint_url=options.endpoint_url)
-    with rendezvous(1) as ranks, join_mesh(ranks) as mesh:
-        return bench_checkpoint(shape, mesh, run.store, every=options.every, rounds=options.rounds)
 
 
 def _peers(options: argparse.Namespace) -> Result:
@@ -181,15 +172,6 @@ def _peers(options: argparse.Namespace) -> Result:
 def _store(options: argparse.Namespace) -> Result:
     from dist_sae.bench.store import StoreShape, bench_run, bench_store
 
-    shape = StoreShape(
-        options.d_in,
-        options.units,
-        options.unit_rows,
-        options.block_rows,
-        options.dtype,
-        options.batch,
-        options.streams,
-        options.window_units,
-    )
+    shape = StoreShape(**{k: v for k, v in vars(options).items() if k in StoreShape._fields})
     run = bench_run(shape, options.url, options.endpoint_url)
     return bench_store(run, shape, rounds=options.rounds, cached=options.cached)

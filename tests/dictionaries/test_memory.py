@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from dist_sae.bench.memory import peak_memory
+from dist_sae.bench.measuring import peak_memory
 from dist_sae.checkpoint import layout
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.checkpoint.state import TrainingState, load_weights

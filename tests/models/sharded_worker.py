@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from dist_sae.bench.memory import peak_memory
+from dist_sae.bench.measuring import peak_memory
 from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.data.work_queue import Worker

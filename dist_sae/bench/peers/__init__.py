@@ -54,6 +54,9 @@ class Entry:
     notes: list[str] = field(default_factory=list)
     error: str | None = None
 
+    def __str__(self) -> str:
+        return f"{self.peer.name} {self.setting}"
+
     def row(self) -> dict[str, object]:
         """Convert to a row of the report."""
         speeds = self.speeds
@@ -134,11 +137,17 @@ def bench_peers(
         pythons = _ensure_environments(entries, folder or DEFAULT_FOLDER)
         for number in range(rounds):
             for entry in entries:
-                _time(entry, pythons, timed, work, f"round {number + 1} of {rounds}")
-        if fvu_steps:
-            longer = replace(timed, heldout=str(heldout), steps=fvu_steps)
-            for entry in entries:
-                _measure_fvu(entry, pythons, longer, work)
+                if result := _run(entry, pythons, timed, work):
+                    speed = rows_per_second(result["seconds_per_step"], batch, WARMUP_STEPS)
+                    entry.speeds.append(speed)
+                    entry.peak_bytes = max(entry.peak_bytes or 0, result["peak_bytes"])
+                    logger.info("round %d of %d: %s: %.0f rows/s", number + 1, rounds, entry, speed)
+        longer = replace(timed, heldout=str(heldout), steps=fvu_steps)
+        for entry in entries if fvu_steps else ():
+            if result := _run(entry, pythons, longer, work):
+                entry.fvu, entry.rows_trained = result["fvu"], result["rows"]
+                entry.peak_bytes = entry.peak_bytes or result["peak_bytes"]
+                logger.info("%s: FVU %.4f", entry, entry.fvu)
     return [entry.row() for entry in entries]
 
 
@@ -190,25 +199,6 @@ def _ensure_environments(entries: Sequence[Entry], folder: Path) -> dict[str, Pa
     return pythons
 
 
-def _time(entry: Entry, pythons: Mapping[str, Path], spec: Spec, work: Path, when: str) -> None:
-    result = _run(entry, pythons, spec, work)
-    if result is None:
-        return
-    speed = rows_per_second(result["seconds_per_step"], spec.batch, WARMUP_STEPS)
-    entry.speeds.append(speed)
-    entry.peak_bytes = max(entry.peak_bytes or 0, result["peak_bytes"])
-    logger.info("%s: %s %s: %.0f rows/s", when, entry.peer.name, entry.setting, speed)
-
-
-def _measure_fvu(entry: Entry, pythons: Mapping[str, Path], spec: Spec, work: Path) -> None:
-    result = _run(entry, pythons, spec, work)
-    if result is None:
-        return
-    entry.fvu, entry.rows_trained = result["fvu"], result["rows"]
-    entry.peak_bytes = entry.peak_bytes or result["peak_bytes"]
-    logger.info("%s %s: FVU %.4f", entry.peer.name, entry.setting, entry.fvu)
-
-
 def _run(
     entry: Entry, pythons: Mapping[str, Path], spec: Spec, work: Path
 ) -> dict[str, Any] | None:
@@ -221,7 +211,7 @@ def _run(
         )
     except PeerError as error:
         entry.error = str(error)
-        logger.warning("%s %s failed: %s", entry.peer.name, entry.setting, error)
+        logger.warning("%s failed: %s", entry, error)
         return None
     entry.version, entry.notes = result["version"], result["notes"]
     return result

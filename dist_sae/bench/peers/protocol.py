@@ -20,6 +20,9 @@ from torch import Tensor
 AS_SHIPPED, MATCHED = "as_shipped", "matched"
 BF16 = "_bf16"
 
+Trained = tuple[Callable[[Tensor], Tensor], Sequence[str]]
+"""What maps rows in the trainer's units to their reconstructions, and notes on the settings."""
+
 BETAS = (0.9, 0.999)
 EPS = 6.25e-10
 AUXK_COEFFICIENT = 1 / 32
@@ -140,20 +143,31 @@ def heldout_fvu(
     return error / spread
 
 
-def print_result(
-    spec: Spec, batches: Batches, version: str, notes: Sequence[str], fvu: float | None
-) -> None:
-    """Print the result as one JSON line, the last of stdout."""
+def measure(version: str, train: Callable[[Spec, Batches], Trained]) -> int:
+    """Train a peer by the spec and print the result as one JSON line, the last of stdout.
+
+    Rows are scaled to E|x|^2 = d_in if settings are matched.
+
+    Args:
+        version: The peer's.
+        train: Trains it on the batches.
+    """
+    spec = read_spec()
+    scale = common_scale(spec) if spec.matched else 1.0
+    batches = Batches(spec, scale)
+    reconstruct, notes = train(spec, batches)
+    batches.finish()
     result = {
         "seconds_per_step": batches.seconds_per_step,
         "rows": len(batches.seconds_per_step) * spec.batch,
-        "fvu": fvu,
+        "fvu": heldout_fvu(spec, reconstruct, scale),
         "peak_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * _RSS_UNIT_BYTES,
         "version": version,
-        "notes": list(notes),
+        "notes": notes,
     }
     sys.stdout.write("\n" + json.dumps(result) + "\n")
     sys.stdout.flush()
+    return 0
 
 
 def rows_per_second(seconds_per_step: Sequence[float], batch: int, warmup_steps: int) -> float:

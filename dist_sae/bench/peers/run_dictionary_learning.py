@@ -38,11 +38,8 @@ class Bf16TopKTrainer(TopKTrainer):  # type: ignore[misc]
             return super().update(step, x)
 
 
-def main() -> int:
-    """Train and measure by the spec."""
-    spec = protocol.read_spec()
-    scale = protocol.common_scale(spec) if spec.matched else 1.0
-    batches = protocol.Batches(spec, scale)
+def train(spec: protocol.Spec, batches: protocol.Batches) -> protocol.Trained:
+    """Train by the spec."""
     trainers: list[Any] = []  # trainSAE returns nothing
 
     def build(**settings: Any) -> Any:
@@ -56,12 +53,9 @@ def main() -> int:
         device="cpu",
         autocast_dtype=torch.bfloat16 if spec.bf16 else torch.float32,
     )
-    batches.finish()
     ae = trainers[0].ae
-    fvu = protocol.heldout_fvu(spec, lambda x: ae.decode(ae.encode(x)), scale)
     notes = (_NOTES if spec.matched else _SHIPPED_NOTES) + (_BF16_NOTES if spec.bf16 else [])
-    protocol.print_result(spec, batches, version("dictionary-learning"), notes, fvu)
-    return 0
+    return lambda x: ae.decode(ae.encode(x)), notes
 
 
 def _build(spec: protocol.Spec, settings: dict[str, Any]) -> Any:
@@ -91,4 +85,4 @@ def _build(spec: protocol.Spec, settings: dict[str, Any]) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(protocol.measure(version("dictionary-learning"), train))

@@ -1,27 +1,19 @@
 """Runner for dist_sae itself, under the same protocol as the peers."""
 
 import sys
+from functools import partial
 
 from dist_sae import __version__
-from dist_sae.bench.peers.protocol import (
-    Batches,
-    common_scale,
-    heldout_fvu,
-    print_result,
-    read_spec,
-)
+from dist_sae.bench.peers.protocol import Batches, Spec, Trained, measure
 from dist_sae.bench.step import StepShape, TrainingStep
 from dist_sae.dictionaries.init import initialise_from_data
 from dist_sae.dictionaries.interface import Rows
-from dist_sae.distributed.mesh import join_mesh
+from dist_sae.distributed.mesh import Mesh, join_mesh
 from dist_sae.distributed.rendezvous import rendezvous
 
 
-def main() -> int:
-    """Train and measure by the spec."""
-    spec = read_spec()
-    scale = common_scale(spec)
-    batches = Batches(spec, scale)
+def train(mesh: Mesh, spec: Spec, batches: Batches) -> Trained:
+    """Train by the spec."""
     shape = StepShape(
         spec.d_in,
         spec.n_latents,
@@ -31,24 +23,21 @@ def main() -> int:
         lr=spec.lr,
         seed=spec.seed,
     )
-    with rendezvous(1) as ranks, join_mesh(ranks) as mesh:
-        step = TrainingStep(shape, mesh)
-        step.initialise(batches.read(0))
-        n_batches = -(-spec.n_latents // spec.batch)
-        from_data = n_batches <= spec.steps  # in short speed runs the directions do not matter
-        if from_data:
-            first = map(batches.read, range(n_batches))
-            initialise_from_data(step.sae, (Rows(x, x) for x in first))
-        for x in batches:
-            step(x)
-        batches.finish()
-        fvu = heldout_fvu(spec, step.reconstruct, scale)
+    step = TrainingStep(shape, mesh)
+    step.initialise(batches.read(0))
+    n_batches = -(-spec.n_latents // spec.batch)
+    from_data = n_batches <= spec.steps  # in short speed runs the directions do not matter
+    if from_data:
+        first = map(batches.read, range(n_batches))
+        initialise_from_data(step.sae, (Rows(x, x) for x in first))
+    for x in batches:
+        step(x)
     notes = ["initial directions from the data, as dist_sae is shipped"] if from_data else []
     if spec.bf16:
         notes.append("this is how dist_sae is shipped")
-    print_result(spec, batches, __version__, notes, fvu)
-    return 0
+    return step.reconstruct, notes
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    with rendezvous(1) as ranks, join_mesh(ranks) as mesh:
+        sys.exit(measure(__version__, partial(train, mesh)))

@@ -27,21 +27,8 @@ _NOTES = [
 _SHIPPED_NOTES = ["Adam at lr 3e-4 for any width; rows in their own scale"]
 
 
-def main() -> int:
-    """Train and measure by the spec."""
-    spec = protocol.read_spec()
-    scale = protocol.common_scale(spec) if spec.matched else 1.0
-    batches = protocol.Batches(spec, scale)
-    trainer = _build(spec, batches)
-    sae = trainer.fit()
-    batches.finish()
-    fvu = protocol.heldout_fvu(spec, lambda x: sae.decode(sae.encode(x)), scale)
-    notes = _NOTES if spec.matched else _SHIPPED_NOTES
-    protocol.print_result(spec, batches, version("sae-lens"), notes, fvu)
-    return 0
-
-
-def _build(spec: protocol.Spec, batches: protocol.Batches) -> Any:
+def train(spec: protocol.Spec, batches: protocol.Batches) -> protocol.Trained:
+    """Train by the spec."""
     sae: dict[str, Any] = {"d_in": spec.d_in, "d_sae": spec.n_latents, "k": spec.k}
     training: dict[str, Any] = {
         "total_training_samples": spec.steps * spec.batch,
@@ -66,8 +53,10 @@ def _build(spec: protocol.Spec, batches: protocol.Batches) -> Any:
     if spec.matched:
         for group in trainer.optimizer.param_groups:
             group["eps"] = protocol.EPS
-    return trainer
+    fitted = trainer.fit()
+    notes = _NOTES if spec.matched else _SHIPPED_NOTES
+    return lambda x: fitted.decode(fitted.encode(x)), notes
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(protocol.measure(version("sae-lens"), train))

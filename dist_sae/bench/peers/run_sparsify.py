@@ -84,15 +84,12 @@ class UnsavedTrainer(Trainer):  # type: ignore[misc]
         """Do nothing."""
 
 
-def main() -> int:
-    """Train and measure by the spec."""
-    spec = protocol.read_spec()
-    scale = protocol.common_scale(spec) if spec.matched else 1.0
-    batches = protocol.Batches(spec, scale)
+def train(spec: protocol.Spec, batches: protocol.Batches) -> protocol.Trained:
+    """Train by the spec."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = _build(spec, batches, folder)
         trainer.fit()
-        batches.finish()
+        batches.finish()  # before the folder is deleted
     for optimizer in trainer.optimizers:
         if hasattr(optimizer, "eval"):  # schedule-free: switch to the weights that would be saved
             optimizer.eval()
@@ -103,10 +100,8 @@ def main() -> int:
         x_hat: Tensor = sae.decode(codes.top_acts, codes.top_indices)
         return x_hat
 
-    fvu = protocol.heldout_fvu(spec, reconstruct, scale)
     notes = (_NOTES if spec.matched else _SHIPPED_NOTES) + (_BF16_NOTES if spec.bf16 else [])
-    protocol.print_result(spec, batches, version("eai-sparsify"), notes, fvu)
-    return 0
+    return reconstruct, notes
 
 
 def _build(spec: protocol.Spec, batches: protocol.Batches, folder: str) -> Any:
@@ -138,4 +133,4 @@ def _build(spec: protocol.Spec, batches: protocol.Batches, folder: str) -> Any:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(protocol.measure(version("eai-sparsify"), train))

@@ -1,0 +1,66 @@
+"""Shared by measurements: pairs of timings, peak memory, a temporary location in a store."""
+
+import shutil
+import statistics
+import threading
+import uuid
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+
+from dist_sae.config.data import S3Config
+from dist_sae.storage import ObjectStore, open_store
+from dist_sae.storage.local import LocalStore
+from dist_sae.telemetry.process import resident_bytes
+
+
+def compare(pairs: Sequence[tuple[float, float]], name: str = "ratio") -> dict[str, float]:
+    """Summarise first / second of pairs that were timed in turn: median and quartiles.
+
+    Args:
+        pairs: Seconds of both.
+        name: Key of the median; those of the quartiles end in `_low` and `_high`.
+    """
+    ratios = sorted(one / other for one, other in pairs)
+    quarter = len(ratios) // 4
+    return {
+        name: statistics.median(ratios),
+        f"{name}_low": ratios[quarter],
+        f"{name}_high": ratios[-1 - quarter],
+    }
+
+
+def medians(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
+    """Median of the first and of the second of pairs."""
+    first, second = zip(*pairs, strict=True)
+    return statistics.median(first), statistics.median(second)
+
+
+@contextmanager
+def peak_memory(measured: Callable[[], int] = resident_bytes) -> Iterator[list[int]]:
+    """Track the peak memory of this process inside the `with`, sampled every millisecond."""
+    peak, over = [measured()], threading.Event()
+
+    def watch() -> None:
+        while not over.wait(0.001):
+            peak[0] = max(peak[0], measured())
+
+    thread = threading.Thread(target=watch, name="memory", daemon=True)
+    thread.start()
+    try:
+        yield peak
+    finally:
+        over.set()
+        thread.join()
+
+
+@contextmanager
+def scratch(url: str, s3: S3Config) -> Iterator[ObjectStore]:
+    """Open a new location under `url`, and delete all of it at the end, also after an error."""
+    store = open_store(f"{url}/bench-{uuid.uuid4().hex[:12]}", s3)
+    try:
+        yield store
+    finally:
+        for key in list(store.keys()):
+            store.delete(key)
+        if isinstance(store, LocalStore):
+            shutil.rmtree(store.root, ignore_errors=True)
