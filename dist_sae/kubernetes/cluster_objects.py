@@ -49,6 +49,15 @@ class ClusterObjects(NamedTuple):
         return "complete" if complete else "running"
 
     @property
+    def conditions(self) -> list[str]:
+        """True conditions of the workloads, as their controllers report them."""
+        return [
+            f"{obj['kind']} {obj['metadata']['name']} {kind}: {told}"
+            for obj in self.workloads
+            for kind, told in _true_conditions(obj).items()
+        ]
+
+    @property
     def failure(self) -> str:
         """Why the run failed, as its controllers report it."""
         told = [_true_conditions(obj).get("Failed") for obj in self.workloads]
@@ -134,7 +143,7 @@ def _is_ours(obj: Object) -> bool:
 
 
 def _true_conditions(workload: Object) -> dict[str, str]:
-    conditions = workload.get("status", {}).get("conditions") or []
+    conditions = (workload.get("status") or {}).get("conditions") or []
     return {
         condition["type"]: condition.get("message") or condition.get("reason", "")
         for condition in conditions

@@ -12,7 +12,7 @@ from dist_sae.errors import ClusterError, NotStartedError
 from dist_sae.kubernetes.cluster import Cluster
 from dist_sae.kubernetes.cluster_objects import describe
 from dist_sae.kubernetes.names import selector
-from dist_sae.kubernetes.pod_status import has_ended, index_of, newest_pods, part_of
+from dist_sae.kubernetes.pod_status import has_ended, index_of, name_of, newest_pods, part_of
 from dist_sae.kubernetes.pods import Object, Part
 
 logger = logging.getLogger(__name__)
@@ -69,7 +69,7 @@ def _chosen(pods: list[Object], which: str, *, previous: bool) -> list[Object]:
     if part in get_args(Part) and index.isdigit():
         ranked = [p for p in pods if part_of(p) == part and index_of(p) == int(index)]
         return newest_pods(ranked, before=int(previous))
-    return [pod for pod in pods if pod["metadata"]["name"] == which]
+    return [pod for pod in pods if name_of(pod) == which]
 
 
 def _one_after_another(
@@ -81,7 +81,7 @@ def _one_after_another(
             if follow:
                 yield from _follow(cluster, pod, container, tail)
             else:
-                yield from cluster.logs(_name(pod), container, follow=False, tail=tail)
+                yield from cluster.logs(name_of(pod), container, follow=False, tail=tail)
         except NotStartedError:
             if not number:
                 raise
@@ -90,12 +90,12 @@ def _one_after_another(
 
 def _follow(cluster: Cluster, pod: Object, container: str, tail: int | None) -> Iterator[str]:
     """Lines of a container until it ends, once it has begun."""
-    name, waits = _name(pod), False
+    name, waits = name_of(pod), False
     for pods in cluster.follow("Pod", pod["metadata"]["labels"]):
         try:
             yield from cluster.logs(name, container, follow=True, tail=tail)
         except NotStartedError as exc:
-            if not any(_name(there) == name and not has_ended(there) for there in pods):
+            if not any(name_of(there) == name and not has_ended(there) for there in pods):
                 raise  # it never will start
             if not waits:
                 logger.info("waiting: %s", exc)
@@ -106,7 +106,7 @@ def _follow(cluster: Cluster, pod: Object, container: str, tail: int | None) -> 
 
 def _by_time(cluster: Cluster, sources: list[_Source], tail: int | None) -> Iterator[str]:
     def lines(source: Object, container: str) -> Iterator[tuple[str, str]]:
-        pod, stamp = _name(source), ""
+        pod, stamp = name_of(source), ""
         try:
             for line in cluster.logs(pod, container, follow=False, tail=tail, stamped=True):
                 stamp, _, text = line.partition(" ")
@@ -124,9 +124,9 @@ def _as_they_come(cluster: Cluster, sources: list[_Source], tail: int | None) ->
     def read(pod: Object, container: str) -> None:
         try:
             for line in _follow(cluster, pod, container, tail):
-                said.put(f"{_name(pod)}: {line}")
+                said.put(f"{name_of(pod)}: {line}")
         except ClusterError as exc:  # of one pod; the others go on
-            said.put(f"{_name(pod)}: ({exc})")
+            said.put(f"{name_of(pod)}: ({exc})")
         finally:
             said.put(None)
 
@@ -135,8 +135,3 @@ def _as_they_come(cluster: Cluster, sources: list[_Source], tail: int | None) ->
     for _ in sources:
         while (line := said.get()) is not None:
             yield line
-
-
-def _name(pod: Object) -> str:
-    name: str = pod["metadata"]["name"]
-    return name

@@ -1,7 +1,7 @@
 """Status of a run's pods by part: what runs, and why others do not. Pure."""
 
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import Any
 
 from dist_sae.config import Run
 from dist_sae.errors import EXIT_RESUMABLE, EXIT_USER
@@ -15,29 +15,16 @@ _MEANING = {EXIT_USER: "something to fix", EXIT_RESUMABLE: "stopped, resumable"}
 _STARTING = ("ContainerCreating", "PodInitializing")
 
 
-class PartStatus(NamedTuple):
-    """Status of the pods of a part."""
-
-    wanted: int
-    running: int
-    ready: int
-    done: int
-    """Pods that have finished their work."""
-    restarts: int
-    """Pods that failed and were replaced."""
-    last_end: str | None
-    """Why the last failed pod ended."""
-    pending: list[str]
-    """Pods that do not run yet, each with the reason."""
-
-
 def describe_parts(run: Run, pods: Iterable[Object], jobs: Iterable[Object]) -> dict[str, Any]:
-    """Status of all parts of a run, from its pods and Jobs."""
+    """Status of all parts of a run, from its pods and Jobs.
+
+    Returns:
+        For each part its pods by number: `wanted`, `running`, `ready`, `done` (finished with their
+        work) and `restarts` (failed and replaced); `last_end`, why the last failed pod ended, or
+        None; `pending`, the pods that do not run yet, each with the reason.
+    """
     pods, jobs = list(pods), list(jobs)
-    return {
-        part: _part(n_pods(run, part), _of(part, pods), _of(part, jobs))._asdict()
-        for part in parts(run)
-    }
+    return {part: _part(n_pods(run, part), _of(part, pods), _of(part, jobs)) for part in parts(run)}
 
 
 def newest_pods(pods: Iterable[Object], before: int = 0) -> list[Object]:
@@ -57,6 +44,12 @@ def index_of(pod: Object) -> int:
     return 0
 
 
+def name_of(obj: Object) -> str:
+    """Its name."""
+    name: str = obj["metadata"]["name"]
+    return name
+
+
 def has_ended(pod: Object) -> bool:
     """Whether none of its containers will run again."""
     return pod["status"].get("phase") in _ENDED
@@ -72,21 +65,21 @@ def _of(part: Part, objects: Iterable[Object]) -> list[Object]:
     return [obj for obj in objects if part_of(obj) == part]
 
 
-def _part(wanted: int, pods: list[Object], jobs: list[Object]) -> PartStatus:
+def _part(wanted: int, pods: list[Object], jobs: list[Object]) -> dict[str, Any]:
     phases = [pod["status"].get("phase", "Pending") for pod in pods]
     failed = [pod for pod in pods if pod["status"].get("phase") == "Failed"]
     alive = [pod for pod in pods if not has_ended(pod)]
     ends = sorted(failed, key=_end_time)
     counted = sum((job.get("status") or {}).get("failed", 0) for job in jobs)
-    return PartStatus(
-        wanted=wanted,
-        running=phases.count("Running"),
-        ready=sum(_condition(pod, "Ready").get("status") == "True" for pod in alive),
-        done=sum((job.get("status") or {}).get("succeeded", 0) for job in jobs),
-        restarts=max(len(failed), counted),  # nodes take pods along; Jobs miss ends
-        last_end=f"{_name(ends[-1])}: {describe_end(ends[-1])}" if ends else None,
-        pending=[f"{_name(pod)}: {why}" for pod in alive for why in _waits(pod)],
-    )
+    return {
+        "wanted": wanted,
+        "running": phases.count("Running"),
+        "ready": sum(_condition(pod, "Ready").get("status") == "True" for pod in alive),
+        "done": sum((job.get("status") or {}).get("succeeded", 0) for job in jobs),
+        "restarts": max(len(failed), counted),  # nodes take pods along; Jobs miss ends
+        "last_end": f"{name_of(ends[-1])}: {describe_end(ends[-1])}" if ends else None,
+        "pending": [f"{name_of(pod)}: {why}" for pod in alive for why in _waits(pod)],
+    }
 
 
 def describe_end(pod: Object) -> str:
@@ -136,8 +129,3 @@ def _end_time(pod: Object) -> str:
 def _condition(pod: Object, kind: str) -> Mapping[str, Any]:
     conditions = pod["status"].get("conditions") or []
     return next((c for c in conditions if c["type"] == kind), {})
-
-
-def _name(pod: Object) -> str:
-    name: str = pod["metadata"]["name"]
-    return name

@@ -12,7 +12,7 @@ system. Caches are in /scratch, which is deleted with the pod.
 from typing import Any, Literal
 
 from dist_sae.config import Run
-from dist_sae.config.cluster import PodsConfig, ProducerPods, Toleration, TrainerPods
+from dist_sae.config.cluster import PodsConfig, ProducerPods, TrainerPods
 from dist_sae.interop import sae_lens
 from dist_sae.kubernetes.names import labels, object_name, selector
 
@@ -46,21 +46,15 @@ def n_pods(run: Run, part: Part) -> int:
 
 def pods_of(run: Run, part: Part) -> PodsConfig:
     """Settings of a part's pods."""
-    cluster = run.cluster
-    asked = {
-        "planner": cluster.planner,
-        "producer": cluster.producer,
-        "trainer": cluster.trainer,
-        "reporter": cluster.reporter,
-    }[part]
-    assert asked is not None
-    return asked
+    pods: PodsConfig | None = getattr(run.cluster, part)
+    assert pods is not None
+    return pods
 
 
 def pod_template(run: Run, part: Part) -> Object:
     """Render the template of a part's pods."""
     pods, cluster = pods_of(run, part), run.cluster
-    first, *others = reversed(_containers(run, part))
+    *initial, main = _containers(run, part)
     spec = {
         "serviceAccountName": cluster.service_account,
         "automountServiceAccountToken": False,
@@ -70,7 +64,7 @@ def pod_template(run: Run, part: Part) -> Object:
         "imagePullSecrets": [{"name": name} for name in cluster.pull_secrets],
         "priorityClassName": pods.priority_class,
         "nodeSelector": pods.node_selector,
-        "tolerations": [_toleration(toleration) for toleration in pods.tolerations],
+        "tolerations": [without_empty(toleration.model_dump()) for toleration in pods.tolerations],
         "topologySpreadConstraints": _spread(run, part),
         "affinity": _affinity(run, part),
         "securityContext": {
@@ -80,8 +74,8 @@ def pod_template(run: Run, part: Part) -> Object:
             "fsGroup": USER_ID,
             "seccompProfile": {"type": "RuntimeDefault"},
         },
-        "initContainers": list(reversed(others)),
-        "containers": [first],
+        "initContainers": initial,
+        "containers": [main],
         "volumes": [
             {"name": "run", "configMap": {"name": object_name(run)}},
             {"name": "scratch", "emptyDir": {"sizeLimit": pods.scratch}},
@@ -205,10 +199,6 @@ def _affinity(run: Run, part: Part) -> Object | None:
     term = {"topologyKey": pods.close_by, "labelSelector": {"matchLabels": selector(run, part)}}
     preferred = [{"weight": 100, "podAffinityTerm": term}]
     return {"podAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": preferred}}
-
-
-def _toleration(toleration: Toleration) -> Object:
-    return without_empty(toleration.model_dump())
 
 
 def without_empty(mapping: Object) -> Object:

@@ -12,7 +12,7 @@ from dist_sae.errors import ClusterError, DistSaeError
 from dist_sae.kubernetes.cluster import Cluster
 from dist_sae.kubernetes.cluster_objects import find_objects
 from dist_sae.kubernetes.names import selector
-from dist_sae.kubernetes.pod_status import describe_parts, newest_pods, part_of
+from dist_sae.kubernetes.pod_status import describe_parts, name_of, newest_pods, part_of
 from dist_sae.kubernetes.pods import Object, Part
 from dist_sae.kubernetes.stored import StoredRun
 from dist_sae.telemetry.metrics import listed
@@ -40,7 +40,7 @@ def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]
         status |= {
             "state": there.state,
             "parts": describe_parts(run, pods, jobs),
-            "conditions": list(_conditions(there.workloads)),
+            "conditions": there.conditions,
         }
     except ClusterError as exc:
         out_of_reach["cluster"] = str(exc)
@@ -69,17 +69,6 @@ def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]
     }
 
 
-def _conditions(workloads: list[Object]) -> list[str]:
-    """True conditions of the workloads, as their controllers report them."""
-    return [
-        f"{obj['kind']} {obj['metadata']['name']} {condition['type']}: "
-        f"{condition.get('message') or condition.get('reason', '')}"
-        for obj in workloads
-        for condition in (obj.get("status") or {}).get("conditions") or []
-        if condition["status"] == "True"
-    ]
-
-
 def _live_numbers(run: Run, cluster: Cluster, pods: list[Object]) -> dict[str, Any] | None:
     """Numbers from the metrics of the first trainer; None if it does not run."""
     pod, page = _page(run, cluster, pods, "trainer")
@@ -104,9 +93,8 @@ def _page(
     """Name and metrics of the first pod of a part; empty if it does not run."""
     for pod in newest_pods(pod for pod in pods if part_of(pod) == part)[:1]:
         if pod["status"].get("phase") == "Running":
-            name = pod["metadata"]["name"]
             port = run.telemetry.port or run.cluster.port
-            return name, read_page(cluster.proxy(name, port, "metrics"))
+            return name_of(pod), read_page(cluster.proxy(name_of(pod), port, "metrics"))
     return None, []
 
 

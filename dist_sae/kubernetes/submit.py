@@ -74,8 +74,7 @@ def submit(
     objects = render_objects(run)
     live = existing_objects(cluster, run, objects)
     there = find_objects(cluster, run)
-    _check_same(StoredRun(run), there.run, f"{describe(run, cluster)} on the cluster")
-    if steps := _completed_step(run):
+    if steps := _completed_step(run, cluster, there):
         say(f"{run.name} is complete: step {steps} is in {run.store.runs}/{run.name}")
         return {"outcome": "complete", "objects": {}}
     if there.state == "ending":
@@ -86,7 +85,8 @@ def submit(
         _check_nodes(run, cluster)
 
     changes = [_change(cluster, obj, live, fixed=bool(there.workloads)) for obj in objects]
-    outcome = _outcome(there, changes)
+    same = all(change.what == "unchanged" for change in changes)
+    outcome = "created" if not there.workloads else "unchanged" if same else "replaced"
     result = {"outcome": outcome, "objects": {change.name: change.what for change in changes}}
     for line in chain.from_iterable(change.lines() for change in changes):
         say(line)
@@ -115,13 +115,6 @@ def submit(
     return result
 
 
-def _outcome(there: ClusterObjects, changes: list["_Change"]) -> str:
-    if not there.workloads:
-        return "created"
-    same = all(change.what == "unchanged" for change in changes)
-    return "unchanged" if same else "replaced"
-
-
 def resume(run: Run, cluster: Cluster, say: Say, *, ignore_nodes: bool = False) -> dict[str, Any]:
     """Continue a run that was cancelled, has failed or is gone.
 
@@ -131,8 +124,7 @@ def resume(run: Run, cluster: Cluster, say: Say, *, ignore_nodes: bool = False) 
     """
     render_objects(run)  # reports problems before anything is deleted
     there = find_objects(cluster, run)
-    _check_same(StoredRun(run), there.run, f"{describe(run, cluster)} on the cluster")
-    if steps := _completed_step(run):
+    if steps := _completed_step(run, cluster, there):
         raise PlanMismatchError(
             f"{run.store.runs}/{run.name}: is complete at step {steps}; raise train.rows under "
             f"another name to train for longer"
@@ -142,7 +134,9 @@ def resume(run: Run, cluster: Cluster, say: Say, *, ignore_nodes: bool = False) 
     if there.state == "ending":
         await_end(cluster, run, there, say)
     elif there.workloads:
-        say(f"{describe(run, cluster)} has {_ended(there.state, there.failure)}; removing that")
+        failed = f"failed ({there.failure})" if there.state == "failed" else ""
+        how = failed or "ended before the run was complete"
+        say(f"{describe(run, cluster)} has {how}; removing that")
         remove(cluster, run, there, say)
     return submit(run, cluster, say, ignore_nodes=ignore_nodes)
 
@@ -219,27 +213,28 @@ def _invalid(obj: Object, exc: RejectedError) -> ClusterError:
     return RejectedError(f"the cluster does not take {_name(obj)}: {exc}")
 
 
+def _completed_step(run: Run, cluster: Cluster, there: ClusterObjects) -> int | None:
+    """The last step if the store says that the run is complete (on any cluster), else None.
+
+    Raises:
+        PlanMismatchError: The cluster or the store holds another run of that name.
+    """
+    stored = StoredRun(run)
+    _check_same(stored, there.run, f"{describe(run, cluster)} on the cluster")
+    try:
+        _check_same(stored, stored.begun(), stored.url)
+        return stored.steps if stored.is_complete() else None
+    except StoreError as exc:  # only the cluster may reach it; trainers check again
+        logger.warning("cannot tell from here whether the run is complete, or another one: %s", exc)
+        return None
+
+
 def _check_same(stored: StoredRun, other: Run | None, where: str) -> None:
     if changed := stored.changes(other):
         raise PlanMismatchError(
             f"{where}: is a run with other settings ({'; '.join(changed)}); restore them or choose "
             f"another name"
         )
-
-
-def _completed_step(run: Run) -> int | None:
-    """The last step if the store says that the run is complete (on any cluster), else None.
-
-    Raises:
-        PlanMismatchError: The store holds another run of that name.
-    """
-    try:
-        stored = StoredRun(run)
-        _check_same(stored, stored.begun(), stored.url)
-        return stored.steps if stored.is_complete() else None
-    except StoreError as exc:  # only the cluster may reach it; trainers check again
-        logger.warning("cannot tell from here whether the run is complete, or another one: %s", exc)
-        return None
 
 
 def _check_nodes(run: Run, cluster: Cluster) -> None:
@@ -258,10 +253,6 @@ def _settings(old: Run | None, new: Run) -> list[str]:
     there = old.model_dump(mode="json") if old else {}
     changed = differences(there, in_pods(new).model_dump(mode="json"))
     return changed or ["rendered by another version of dist_sae"]
-
-
-def _ended(state: str, failure: str) -> str:
-    return f"failed ({failure})" if state == "failed" else "ended before the run was complete"
 
 
 def _requested(obj: Object) -> Object:
