@@ -17,9 +17,11 @@ from dist_sae.dictionaries.schedules import learning_rate
 from dist_sae.kernels.choice import choose_kernels
 from tests.dictionaries.recipes import sae_rows
 
+_MAX_P = 0.25
+
 
 class World:
-    """x = sum_i a_i D_i, scaled to E|x|^2 = d_in: features fire with p_i ~ i^-zipf, sum p_i = l0.
+    """x = sum_i a_i D_i, scaled to E|x|^2 = d_in: p_i ~ i^-zipf, at most .25, and sum p_i = l0.
 
     Rows are drawn as events, in time that grows with what is active and not with all features.
     """
@@ -29,7 +31,9 @@ class World:
         directions = torch.randn(n_features, d_in, generator=generator)
         self.directions = directions / directions.norm(dim=1, keepdim=True)
         p = torch.arange(1, n_features + 1, dtype=torch.float64) ** -zipf
-        self.p = (p * l0 / p.sum()).clamp(max=0.5)
+        for _ in range(100):  # what clipping takes away goes to the other features
+            p = (p * l0 / p.sum()).clamp(max=_MAX_P)
+        self.p = p
         self.d_in, self._seed = d_in, seed
         rates = -torch.log1p(-self.p)
         self._rate, self._edges = float(rates.sum()), (rates / rates.sum()).cumsum(0)
