@@ -1,1 +1,1 @@
-"""The command line: groups of commands with their options."""
+"""The command line: a file for each command, with its options."""

@@ -10,13 +10,35 @@ import sys
 from collections.abc import Sequence
 
 from dist_sae import __version__, logs, signals
-from dist_sae.commands import bench, checkpoints, cluster, completion, config, programs, store
+from dist_sae.commands import (
+    bench,
+    cancel,
+    checkpoints,
+    completion,
+    config,
+    evaluate,
+    export,
+    plan,
+    produce,
+    render,
+    report,
+    resume,
+    run,
+    status,
+    store,
+    submit,
+    train,
+)
+from dist_sae.commands import logs as pod_logs
 from dist_sae.commands.shared import rank
 from dist_sae.distributed.supervisor import follow_parent
 from dist_sae.errors import EXIT_DONE, EXIT_RESUMABLE, DistSaeError, Stopped
 
-_GROUPS = (programs, cluster, bench, config, store, checkpoints, completion)
-"""The commands, in the order of `--help`."""
+_COMMANDS = (
+    *(run, plan, produce, train, evaluate, export, report, render),
+    *(submit, resume, status, pod_logs, cancel),
+    *(bench, config, store, checkpoints, completion),
+)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -56,6 +78,6 @@ def command_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=__version__)
     commands = parser.add_subparsers(metavar="COMMAND", required=True)
-    for group in _GROUPS:
-        group.add(commands)
+    for command in _COMMANDS:
+        command.add(commands)
     return parser

@@ -1,14 +1,18 @@
-"""Shared by commands: options, the run file, results."""
+"""Shared by commands: options, the run file, results, short-lived metrics, local ranks."""
 
 import argparse
 import json
 import os
 import sys
+import threading
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from dist_sae.config import Run
+    from dist_sae.kubernetes.cluster import Cluster
+    from dist_sae.telemetry.exporter import Telemetry
 
 Commands = Any
 """Where a command is added: what `add_subparsers` returns."""
@@ -42,6 +46,44 @@ def add_step(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--step", type=int, help="step of the checkpoint (default: the newest)")
 
 
+def add_ranks(parser: argparse.ArgumentParser) -> None:
+    """Add the options of programs whose ranks run side by side."""
+    parser.add_argument("--port-offset", type=int, default=0, help="added to telemetry.port")
+    parser.add_argument(
+        "--local-ranks",
+        type=int,
+        default=0,
+        metavar="N",
+        help="start N ranks here, those of node JOB_COMPLETION_INDEX (pods use it)",
+    )
+
+
+def add_wait(parser: argparse.ArgumentParser, what: str) -> None:
+    """Add `--wait`."""
+    parser.add_argument("--wait", action="store_true", help=f"wait for {what}")
+
+
+def add_parent(parser: argparse.ArgumentParser) -> None:
+    """Add `--from`."""
+    parser.add_argument(
+        "--from",
+        dest="set",
+        action="append",
+        type=lambda name: f"train.parent.run={name}",
+        metavar="NAME",
+        help="continue another run of store.runs (same as --set train.parent.run=NAME)",
+    )
+
+
+def add_ignore_nodes(parser: argparse.ArgumentParser) -> None:
+    """Add `--ignore-nodes`."""
+    parser.add_argument(
+        "--ignore-nodes",
+        action="store_true",
+        help="even if its pods are too large for every present node",
+    )
+
+
 def load(options: argparse.Namespace) -> "Run":
     """Read the run that the command line names."""
     from dist_sae.checkpoint.folder import open_run
@@ -49,9 +91,76 @@ def load(options: argparse.Namespace) -> "Run":
     return open_run(options.run, options.set)
 
 
+def open_cluster(options: argparse.Namespace) -> tuple["Run", "Cluster"]:
+    """Read the run, and open its namespace on the cluster."""
+    run = load(options)
+    from dist_sae.kubernetes.cluster import Cluster
+
+    return run, Cluster(run.cluster)
+
+
+def short_lived(run: "Run", role: str) -> "Telemetry":
+    """Metrics of a program that ends before anybody can scrape it: they are pushed."""
+    from dist_sae.telemetry.exporter import Telemetry
+
+    return Telemetry(run.name, role, None, pushgateway_url=run.telemetry.pushgateway_url)
+
+
 def rank() -> int:
     """Rank of this process in its job, from the variable that torchrun sets."""
     return int(os.environ.get("RANK", "0"))
+
+
+def metrics_port(run: "Run", options: argparse.Namespace) -> int | None:
+    """The port of this process; 0 stays any free port."""
+    first: int | None = run.telemetry.port
+    return first + options.port_offset if first else first
+
+
+def run_local_ranks(
+    options: argparse.Namespace,
+    run: "Run",
+    arguments: Sequence[str],
+    environments: Sequence[Mapping[str, str]],
+    stopping: threading.Event,
+    first_rank: int = 0,
+) -> int:
+    """Run this pod's ranks as children, and serve the metrics of all on one page.
+
+    Args:
+        options: As given to this process; the ranks get the same run, overrides and `--wait`.
+        run: The run.
+        arguments: The program and its own options.
+        environments: Environment variables of each rank.
+        stopping: When set, all are told to save and stop.
+        first_rank: Added to `RANK` in the labels of the metrics.
+    """
+    from dist_sae.distributed.local_ranks import run_ranks
+    from dist_sae.telemetry.gather import GatheredTelemetry
+
+    program, *others = arguments
+    overrides = [word for override in options.set for word in ("--set", override)]
+    waiting = ["--wait"] if options.wait else []
+    command = [program, options.run, *overrides, *waiting, *others]
+    with ExitStack() as serving:
+        if port := run.telemetry.port:
+            ports = {
+                first_rank + int(environment["RANK"]): port + 1 + i
+                for i, environment in enumerate(environments)
+            }
+            serving.enter_context(GatheredTelemetry(run.name, program, ports, port))
+        return run_ranks(command, environments, stopping)
+
+
+def say(options: argparse.Namespace) -> Callable[[str], None]:
+    """Prints lines for people: to stderr where stdout is for a program."""
+    stream = sys.stderr if options.json else sys.stdout
+
+    def write(line: str) -> None:
+        stream.write(line + "\n")
+        stream.flush()
+
+    return write
 
 
 def print_json(options: argparse.Namespace, content: Any) -> None:

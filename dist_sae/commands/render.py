@@ -1,0 +1,28 @@
+"""`dist-sae render`: what a run file means for DeepSpeed, Kubernetes and Grafana."""
+
+import argparse
+import sys
+
+from dist_sae.commands import shared
+
+
+def add(commands: shared.Commands) -> None:
+    """Add the command."""
+    text = "print the DeepSpeed configuration and the Kubernetes objects of a run"
+    shared.add_command(commands, "render", main, text).add_argument(
+        "--only",
+        choices=("deepspeed", "kubernetes", "dashboards"),
+        help="kubernetes: as kubectl apply -f - reads it; dashboards: Grafana's",
+    )
+
+
+def main(options: argparse.Namespace) -> None:
+    """Print them, as JSON or for kubectl."""
+    run = shared.load(options)
+    from dist_sae.kubernetes.render import render, to_yaml
+
+    found = render(run, options.only)
+    if options.only == "kubernetes" and not options.json:
+        sys.stdout.write(to_yaml(found["kubernetes"]))
+    else:
+        shared.print_json(options, found)

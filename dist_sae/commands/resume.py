@@ -1,0 +1,20 @@
+"""`dist-sae resume`: start a run on the cluster again."""
+
+import argparse
+
+from dist_sae.commands import shared
+
+
+def add(commands: shared.Commands) -> None:
+    """Add the command."""
+    text = "continue a run that was cancelled, failed or is gone"
+    shared.add_ignore_nodes(shared.add_command(commands, "resume", main, text))
+
+
+def main(options: argparse.Namespace) -> None:
+    """Resume; changes are printed as they are made."""
+    run, cluster = shared.open_cluster(options)
+    from dist_sae.kubernetes.submit import resume
+
+    result = resume(run, cluster, shared.say(options), ignore_nodes=options.ignore_nodes)
+    shared.print_lines(options, result, [])

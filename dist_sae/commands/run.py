@@ -1,0 +1,21 @@
+"""`dist-sae run`: everything on this machine."""
+
+import argparse
+
+from dist_sae import signals
+from dist_sae.commands import shared
+
+
+def add(commands: shared.Commands) -> None:
+    """Add the command."""
+    text = "do everything on this machine: plan, produce, train, evaluate, export, report"
+    shared.add_parent(shared.add_command(commands, "run", main, text))
+
+
+def main(options: argparse.Namespace) -> None:
+    """Run all programs, and print the numbers of the evaluation."""
+    run = shared.load(options)
+    from dist_sae.commands.pipeline import run_locally
+
+    stopping = signals.stop_event()
+    shared.print_result(options, run_locally(run, options.run, options.set, stopping))

@@ -1,0 +1,33 @@
+"""`dist-sae submit`: bring a run to a Kubernetes cluster."""
+
+import argparse
+
+from dist_sae.commands import shared
+
+
+def add(commands: shared.Commands) -> None:
+    """Add the command."""
+    parser = shared.add_command(commands, "submit", main, "bring the run to a Kubernetes cluster")
+    parser.add_argument("--dry-run", action="store_true", help="only show what would change")
+    parser.add_argument(
+        "--replace",
+        action="store_true",
+        help="if it runs with other settings: let its pods save and end, then start new ones",
+    )
+    shared.add_ignore_nodes(parser)
+
+
+def main(options: argparse.Namespace) -> None:
+    """Submit; changes are printed as they are made."""
+    run, cluster = shared.open_cluster(options)
+    from dist_sae.kubernetes.submit import submit
+
+    result = submit(
+        run,
+        cluster,
+        shared.say(options),
+        dry_run=options.dry_run,
+        replace=options.replace,
+        ignore_nodes=options.ignore_nodes,
+    )
+    shared.print_lines(options, result, [])
