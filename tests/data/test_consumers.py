@@ -181,22 +181,27 @@ def test_a_run_that_waits_reports_again_until_it_ends(store: ObjectStore, plan: 
 
 def test_a_repeated_report_never_overwrites_a_newer_one(store: ObjectStore, plan: Plan) -> None:
     """The store takes its time with the repetition, and the run ends meanwhile."""
-    repeating, newer = threading.Event(), threading.Event()
+    repeating, newer, repeated = threading.Event(), threading.Event(), threading.Event()
 
     class Slow(Wrapped):
         def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
-            if threading.current_thread().name == "consumer":
+            repeats = threading.current_thread().name == "consumer"
+            if repeats:
                 repeating.set()
                 newer.wait(0.5)  # does not come: it waits for this one
+            created = super().put(key, data, if_absent=if_absent)
+            if repeats:
+                repeated.set()
             elif repeating.is_set():
                 newer.set()
-            return super().put(key, data, if_absent=if_absent)
+            return created
 
     consumers = Consumers(Slow(store), 0.1 / 3600)
     with Registration(consumers, plan, "r", keeps=False, retires=False) as registration:
         registration.begin({})
         assert repeating.wait(60)
         registration.durable({}, ended=True)
+    assert repeated.wait(60)
     assert Consumers(store, 1.0).slowest() == (16, "r")
 
 
