@@ -13,6 +13,7 @@
         RankLostError             a rank of the job is gone or hung: exit 75
         RunTakenError             another trainer has the run: exit 75
         DataExhaustedError        fewer rows than the run asks for
+        UnitMissingError          no producer makes a unit that is waited for: exit 75
         TelemetryError            a metrics port that cannot be opened
         ProcessFailedError        a process of a local run failed
         ClusterError              Kubernetes: unreachable, or it refuses
@@ -107,6 +108,12 @@ class RunTakenError(DistSaeError):
 
 class DataExhaustedError(DistSaeError):
     """The activation set has fewer rows than the run asks for."""
+
+
+class UnitMissingError(DistSaeError):
+    """A unit is missing and no producer is at work; a restart beside producers continues."""
+
+    exit_code = EXIT_RESUMABLE
 
 
 class TelemetryError(DistSaeError):

@@ -127,10 +127,11 @@ class ProcessesConfig(Section):
 
 
 class TimeoutsConfig(Section):
-    """Time-outs for ranks of trainers and producers; the job then ends with 75, to be restarted."""
+    """Time-outs of waits for other processes; the program then ends with 75, to be restarted."""
 
     missing_seconds: PositiveFloat = 600
-    """Seconds after the first rank's arrival when an absent rank counts as missing."""
+    """Seconds after the first rank's arrival when an absent rank counts as missing; also seconds
+    without a sign of producers after which `evaluate` waits no longer for a unit."""
     lost_seconds: PositiveFloat = 30
     """Seconds without a heartbeat after which a rank counts as lost."""
     hung_seconds: PositiveFloat = 900

@@ -1,6 +1,8 @@
 """Reading an activation set, while producers may still be at work on it."""
 
+import copy
 import logging
+import math
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -20,7 +22,7 @@ from dist_sae.data.shard import (
     read_manifest,
 )
 from dist_sae.data.work_queue import LEASE_SECONDS
-from dist_sae.errors import CorruptObjectError, ObjectNotFoundError, Stopped
+from dist_sae.errors import CorruptObjectError, ObjectNotFoundError, Stopped, UnitMissingError
 from dist_sae.logs import is_supervised
 from dist_sae.storage import ObjectStore
 from dist_sae.storage.own import PAGE
@@ -42,6 +44,8 @@ class ActivationSet:
         site: Where the rows are from.
         stopping: Ends the waits for units that do not exist yet.
         wait: Whether to wait for them at all.
+        patience_seconds: Seconds without a sign of a producer after which a wait fails. A trainer
+            has no limit: producers may come much later.
     """
 
     def __init__(
@@ -52,17 +56,20 @@ class ActivationSet:
         stopping: threading.Event | None = None,
         *,
         wait: bool = True,
+        patience_seconds: float = math.inf,
     ) -> None:
         self.store = store
         self.plan = plan
         self.site = site
         self.stopping = stopping or threading.Event()
         self._wait = wait
+        self._patience_seconds = patience_seconds
+        self._said_unit: int | None = None
         self.closed = threading.Event()
 
     def until(self, closed: threading.Event) -> "ActivationSet":
         """Return the same set, for a reader whose waits end when `closed` is set as well."""
-        reader = ActivationSet(self.store, self.plan, self.site, self.stopping, wait=self._wait)
+        reader = copy.copy(self)
         reader.closed = closed
         return reader
 
@@ -78,10 +85,12 @@ class ActivationSet:
         Raises:
             ObjectNotFoundError: It does not exist, and this reader does not wait.
             CorruptObjectError: The unit was made under another plan.
+            UnitMissingError: No producer has shown a sign of life for `patience_seconds`.
             Stopped: The wait was called off.
         """
         pause, longest = POLL_SECONDS
-        since = said = time.monotonic()
+        look_every = min(SAY_EVERY_SECONDS, self._patience_seconds / 4)
+        since = looked = sign = time.monotonic()
         while True:
             try:
                 return self._checked(read_manifest(self.store, unit))
@@ -91,10 +100,18 @@ class ActivationSet:
             if self.stopping.wait(pause) or self.closed.is_set():
                 raise Stopped(f"stopped while waiting for unit {unit}")
             pause = min(pause * 1.5, longest)
-            waiting(time.monotonic() - since)
-            if time.monotonic() - said > SAY_EVERY_SECONDS:
-                said = time.monotonic()
-                self._say_waiting(unit, said - since)
+            now = time.monotonic()
+            waiting(now - since)
+            if now - looked > look_every:
+                looked = now
+                if self._look_for_producers(unit, now - since):
+                    sign = now
+                elif now - sign > self._patience_seconds:
+                    raise UnitMissingError(
+                        f"{self.store.url}: unit {unit} does not exist, and no producer has shown "
+                        f"a sign of life for {now - sign:.0f} s; start producers (dist-sae produce "
+                        f"RUN.yaml), then this again"
+                    )
 
     def exist(self, units: Iterable[int]) -> bool:
         """Tell whether all these units have been produced."""
@@ -119,11 +136,22 @@ class ActivationSet:
         """Yield rows of the units that nobody trains on, as `rows` does."""
         return self.rows(self.plan.heldout_units, limit)
 
-    def _say_waiting(self, unit: int, seconds: float) -> None:
-        if is_supervised() or self._producers_live(unit):
-            logger.info("waiting for unit %d for %.0f s; producers are at work", unit, seconds)
-        else:
-            logger.warning("waiting for unit %d for %.0f s; are producers running?", unit, seconds)
+    def _look_for_producers(self, unit: int, seconds: float) -> bool:
+        """Look for producers at work, and say that the unit is waited for.
+
+        A reader with limited patience says so once: it soon says more.
+        """
+        patient = self._patience_seconds == math.inf
+        live = (patient and is_supervised()) or self._producers_live(unit)
+        if patient or unit != self._said_unit:
+            self._said_unit = unit
+            if live:
+                logger.info("waiting for unit %d for %.0f s; producers are at work", unit, seconds)
+            else:
+                logger.warning(
+                    "waiting for unit %d for %.0f s; are producers running?", unit, seconds
+                )
+        return live
 
     def _producers_live(self, unit: int) -> bool:
         """Whether a unit was claimed, or one near this one made, within the time of a lease."""

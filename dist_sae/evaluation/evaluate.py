@@ -64,6 +64,8 @@ def evaluate(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> dic
     Raises:
         ConfigError: There is no checkpoint, or nothing is held out.
         PlanMismatchError: The run was trained with other settings, or on another activation set.
+        UnitMissingError: A unit is missing, and no producer has shown a sign of life for
+            `timeouts.missing_seconds`.
     """
     runs = open_store(run.store.runs, run.store.s3, meter)
     store = open_store(run.store.activations, run.store.s3, meter)
@@ -79,7 +81,9 @@ def evaluate(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> dic
             )
         trained.check_plan(plan.hash)
         since = time.monotonic()
-        result = _measure(runs, run, trained, ActivationSet(store, plan, run.site))
+        patience = run.timeouts.missing_seconds
+        activations = ActivationSet(store, plan, run.site, patience_seconds=patience)
+        result = _measure(runs, run, trained, activations)
         result["evaluate_seconds"] = time.monotonic() - since
         key = evaluation_key(run.name, trained.suffix)
         runs.put(key, json.dumps(result, indent=1).encode())

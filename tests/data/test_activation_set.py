@@ -1,11 +1,14 @@
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
+import dist_sae.data.activation_set
 from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.shard import manifest_key
-from dist_sae.errors import ObjectNotFoundError
+from dist_sae.errors import ObjectNotFoundError, UnitMissingError
+from dist_sae.storage import Entry
 from tests.runs import make_run
 from tests.world import RowNumbers, Wrapped, fill, open_units
 
@@ -52,3 +55,32 @@ def test_a_reader_that_does_not_wait_names_the_missing_unit(
     assert not activations.exist(range(4))
     with pytest.raises(ObjectNotFoundError, match=r"units/00000001\.json"):
         activations.manifest(1)
+
+
+def test_a_reader_of_limited_patience_ends_when_no_producer_is_at_work(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It waits while one is, and says once what it waits for."""
+    monkeypatch.setattr(dist_sae.data.activation_set, "POLL_SECONDS", (0.0, 0.001))
+    caplog.set_level("INFO")
+    run = make_run(tmp_path)
+    plan = fill(run, RowNumbers(), monkeypatch)
+
+    class Aged(Wrapped):
+        looks = 0
+
+        def entries(self, prefix: str = "") -> Iterator[Entry]:
+            if prefix.startswith("claims/"):
+                self.looks += 1
+                if self.looks <= 6:  # longer than the patience
+                    yield Entry("claims/00000016.json", 0, 1.0)
+            for entry in super().entries(prefix):
+                yield entry._replace(age_seconds=1e4)
+
+    store = Aged(open_units(run).store)
+    store.delete(manifest_key(16))
+    activations = ActivationSet(store, plan, run.site, patience_seconds=0.2)
+    with pytest.raises(UnitMissingError, match="unit 16 does not exist, and no producer has shown"):
+        list(activations.heldout_rows(1))
+    assert store.looks > 6
+    assert caplog.text.count("waiting for unit 16") == 1

@@ -1,6 +1,7 @@
 """Evaluation of a real, tiny language model: its numbers, and what is not computed twice."""
 
 import json
+import os
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -19,7 +20,7 @@ from dist_sae.data.plan import load_plan
 from dist_sae.data.shard import manifest_key
 from dist_sae.data.work_queue import Worker
 from dist_sae.dictionaries import build_sae
-from dist_sae.errors import ConfigError
+from dist_sae.errors import EXIT_RESUMABLE, ConfigError, UnitMissingError
 from dist_sae.evaluation.evaluate import evaluate
 from dist_sae.interop.export import export
 from dist_sae.models import build_tokenizer
@@ -231,6 +232,22 @@ def test_what_was_measured_while_units_were_missing_is_measured_again(run: Run) 
     finally:
         store.put(key, manifest)
     assert evaluate(run)["train_documents"] == complete["train_documents"]
+
+
+def test_units_that_nobody_makes_are_not_waited_for_without_end(run: Run) -> None:
+    store = open_store(run.store.activations)
+    key = manifest_key(load_plan(store, run).heldout_units[0])
+    manifest = store.get(key)
+    store.delete(key)
+    for path in Path(run.store.activations, "units").iterdir():
+        os.utime(path, (0, 0))  # so that none is a sign of a producer
+    timeouts = run.timeouts.model_copy(update={"missing_seconds": 0.2})
+    try:
+        with pytest.raises(UnitMissingError, match=r"start producers .* then this again") as told:
+            evaluate(run.model_copy(update={"timeouts": timeouts}))
+    finally:
+        store.put(key, manifest)
+    assert told.value.exit_code == EXIT_RESUMABLE
 
 
 def test_a_step_that_is_not_the_newest_has_results_of_its_own(run: Run) -> None:
