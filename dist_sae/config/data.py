@@ -182,7 +182,7 @@ class FilesCorpus(Section):
 
 
 class DatasetCorpus(Section):
-    """A data set on the Hugging Face hub (needs the `datasets` extra)."""
+    """A data set on the Hugging Face hub (needs the extra `text`)."""
 
     kind: Literal["dataset"] = "dataset"
     name: str

@@ -254,5 +254,5 @@ def _import(module: str, name: str) -> Any:
     except ImportError as exc:
         package = module.partition(".")[0]
         raise CorpusError(
-            f"{name}: reading it needs {package}; pip install 'dist-sae[text]'"
+            f"{name}: reading it needs {package}; run pip install '.[text]' in the repository"
         ) from exc

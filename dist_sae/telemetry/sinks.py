@@ -136,7 +136,8 @@ class WeightsAndBiases:
 def _require(package: str) -> None:
     if find_spec(package) is None:
         raise ConfigError(
-            f"telemetry.{package}: the package is missing; pip install 'dist-sae[{package}]'"
+            f"telemetry.{package}: the package is missing; run pip install '.[{package}]' in the "
+            f"repository"
         )
 
 

@@ -123,5 +123,6 @@ def test_a_missing_package_is_one_clear_line(
     with pytest.raises(ConfigError) as caught:
         open_sinks(run, open_store(str(tmp_path / "runs")), 0)
     assert str(caught.value) == (
-        f"telemetry.{package}: the package is missing; pip install 'dist-sae[{package}]'"
+        f"telemetry.{package}: the package is missing; run pip install '.[{package}]' in the "
+        f"repository"
     )

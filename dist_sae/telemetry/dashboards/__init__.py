@@ -28,7 +28,8 @@ def render_dashboards() -> dict[str, str]:
         from dist_sae.telemetry.dashboards.grafana import render_page  # an extra brings its SDK
     except ImportError as exc:
         raise ConfigError(
-            "dashboards: rendering them needs Grafana's SDK; pip install 'dist-sae[dashboards]'"
+            "dashboards: rendering needs Grafana's SDK; run pip install '.[dashboards]' in the "
+            "repository"
         ) from exc
     return {
         f"{page.name}.json": render_page(_explained(page), [p for p in PAGES if p is not page])
