@@ -60,7 +60,7 @@ class PacedProgress:
         self._said = float("-inf")
 
     def is_due(self) -> bool:
-        """True if a report is due; counts as that report."""
+        """Tell whether a report is due; if so, it counts as made."""
         if time.monotonic() - self._said < self._pause:
             return False
         self._said = time.monotonic()

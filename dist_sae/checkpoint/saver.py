@@ -125,7 +125,7 @@ class Saver:
 
     @property
     def saving(self) -> bool:
-        """Whether a save is under way."""
+        """True while a save is under way."""
         return self._thread is not None and self._thread.is_alive()
 
     def finish(self) -> None:

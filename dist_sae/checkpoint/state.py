@@ -44,7 +44,9 @@ class TrainingState(NamedTuple):
 
         To be consumed by all ranks, in step. The rows of a shard are shared out to its replicas.
         """
-        if self.average:  # collective: between pieces, a rank whose write fails would be missing
+        if (
+            self.average
+        ):  # collective, so before any write: a rank that fails there would be missing
             self.average.measure()
         yield self._piece(IDLE_ROWS, self.dead.idle_rows)
         for name, buffer in self.sae.named_buffers():
@@ -116,17 +118,17 @@ class TrainingState(NamedTuple):
 
 
 def is_moment(name: str) -> bool:
-    """Whether a tensor of a checkpoint is the optimiser's."""
+    """True if a tensor of a checkpoint is the optimiser's."""
     return name.startswith("exp_avg")
 
 
 def is_weight(name: str) -> bool:
-    """Whether a tensor is a parameter or buffer of the dictionary after the last step."""
+    """True if a tensor is a parameter or buffer of the dictionary after the last step."""
     return not is_moment(name) and not name.startswith(_EMA) and name != IDLE_ROWS
 
 
 def is_per_latent(sae: Dictionary, name: str) -> bool:
-    """Whether dim 0 of a tensor of a checkpoint is latents, and sharded; else all ranks hold it."""
+    """True if dim 0 of a checkpoint's tensor is latents, so sharded; else all ranks hold it."""
     return name == IDLE_ROWS or sae.is_per_latent(name.rpartition(".")[2])
 
 

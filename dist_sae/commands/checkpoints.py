@@ -57,7 +57,9 @@ def _convert(options: argparse.Namespace) -> None:
     from dist_sae.errors import ConfigError
 
     if options.to_run and options.moments:
-        raise ConfigError("--moments goes with --output: another run starts its own moments")
+        raise ConfigError(
+            "--moments: goes with --output only; a new run begins with its own moments"
+        )
     if options.to_run:
         result = convert_to_run(run, open_run(options.to_run, []), step=options.step)
     else:

@@ -82,7 +82,7 @@ def run_locally(
 
 
 def _is_complete(run: Run, stopping: threading.Event) -> bool:
-    """Whether all units are made and the last step is done."""
+    """True if all units are made and the last step is done."""
     runs = open_store(run.store.runs, run.store.s3, None, stopping)
     if runs.size(run_file_key(run.name)) is None:  # training has not begun
         return False

@@ -154,7 +154,7 @@ class ActivationSet:
         return live
 
     def _producers_live(self, unit: int) -> bool:
-        """Whether a unit was claimed, or one near this one made, within the time of a lease."""
+        """True if any unit was claimed, or one near this one made, within the time of a lease."""
         near = MANIFESTS.entries(self.store, MANIFESTS.page(unit // PAGE))
         signs = chain(CLAIMS.entries(self.store), near)
         return any(entry.age_seconds < LEASE_SECONDS for _, entry in signs)

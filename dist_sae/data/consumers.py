@@ -31,7 +31,7 @@ _RENEW_SECONDS = 600.0
 
 
 class Consumer(Record):
-    """`consumers/<run>.json`."""
+    """Position of a training run in the data: content of `consumers/<run>.json`."""
 
     schema_version: Literal[1] = 1
     run: str
@@ -42,7 +42,7 @@ class Consumer(Record):
 
 
 class Retired(Record):
-    """`retired.json`."""
+    """Units whose shards are deleted: content of `retired.json`."""
 
     schema_version: Literal[1] = 1
     below: int

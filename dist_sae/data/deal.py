@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-_STREAMS = 8  # where nothing speaks against it
+_STREAMS = 8  # unless a long document, the ranks or the batch need another number
 _MOST_UNIT_ROWS = 65_536
 _LEAST_UNIT_ROWS = 512
 _WINDOWS = 8  # of a stream, at least, before units reach their largest

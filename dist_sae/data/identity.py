@@ -22,7 +22,7 @@ from dist_sae.data.corpus_files import CorpusFile
 from dist_sae.errors import AccessError, CorpusError, HubUnavailableError, ModelError
 from dist_sae.hub import cached_commit
 
-_HOW = ("batch_tokens", "tensor_parallel", "shards")  # how fast; the last is an old name
+_HOW = ("batch_tokens", "tensor_parallel", "shards")  # of speed alone; the last is an old name
 _PLACES = {"model": ("path", "revision"), "corpus": ("files", "name", "revision")}
 _MOST_NAMED = 5  # files in a message
 _CHUNK_BYTES = 2**24
@@ -86,8 +86,8 @@ def place_changes(
 ) -> list[str]:
     """List where a run's text or model lies elsewhere than the plan's and has other content.
 
-    Looks at sizes of text (commits of what is on the hub) and at all of a model but its weights,
-    and only at what is spelled otherwise than in the plan: for programs that read neither.
+    For programs that read neither: only paths that differ from the plan's are checked. Of text the
+    sizes are compared (on the hub the commits), of a model everything but the weights.
 
     Args:
         there: `Plan.settings`.

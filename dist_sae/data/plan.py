@@ -164,7 +164,7 @@ class Plan(Record):
 
     @property
     def keeps_promise(self) -> bool:
-        """Whether a stream with fewer rows than promised reads its last window again."""
+        """True if a stream with fewer rows than promised reads its last window again."""
         return self.unit_rows is not None
 
     @property

@@ -93,7 +93,7 @@ class SiteShard(Record):
 
 
 class UnitManifest(Record):
-    """`units/<unit>.json`."""
+    """Facts about a unit and its shards: content of `units/<unit>.json`."""
 
     schema_version: Literal[1] = 1
     plan: str

@@ -66,7 +66,7 @@ class Work(NamedTuple):
     done: NumberedKeys
     """Where the objects lie that mark items as done."""
     limit: Callable[[], tuple[int, str]] | None = None
-    """(The first item that may not be begun yet, whom it waits for)."""
+    """First item that may not be begun yet, and for whom it waits."""
     metrics: QueueMetrics | None = None
 
 

@@ -66,7 +66,7 @@ class WithAuxK(Dictionary):
     """Selects the dead latents of each row."""
 
     def biases(self) -> tuple[Float[Tensor, " d_in"], Float[Tensor, " d_out"]]:
-        """(Subtracted from inputs, added to reconstructions): of an autoencoder b_dec, twice.
+        """The biases subtracted from inputs and added to reconstructions; here both are b_dec.
 
         Their gradients are summed over the replica.
         """
@@ -80,7 +80,7 @@ class WithAuxK(Dictionary):
     def select_among(
         self, dead: Bool[Tensor, " n_local"], centred: Float[Tensor, "rows d_in"]
     ) -> Selected:
-        """(Pre-activations, entries) of this shard's part of AuxK's choice among dead latents."""
+        """Select AuxK's latents among the dead: this shard's pre-activations and entries."""
         products = self.products(centred, self.product_dtype, dead.nonzero()[:, 0])
         return self.by_row.select(products, self.config.auxk)
 
@@ -96,10 +96,10 @@ class WithAuxK(Dictionary):
         centred: Float[Tensor, "rows d_in"],
         centre: Float[Tensor, " d_in"],
     ) -> list[tuple[Float[Tensor, " _"], Float[Tensor, "rows d_out"]]]:
-        """(Codes, this shard's part of x_hat - b_dec) of each selection of pre-activations.
+        """Return codes and this shard's part of x_hat - b_dec for each selection.
 
-        All in one product: a gradient is as large as the dictionary, and autograd would make one
-        of each weight for each selection, and add them up.
+        One product serves all of them. With one each, autograd would make a gradient of each
+        weight per selection, and a gradient is as large as its weight.
         """
         entries = Entries.stacked([entries for _, entries in selected])
         pre_acts = autograd.encode(
@@ -150,7 +150,7 @@ class WithAuxK(Dictionary):
 
 
 def _spread(axis: LatentAxis, targets: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:
-    """(sum |e - mean e|^2 over all ranks, or 1 if it is rounding errors; whether it is more)."""
+    """Return sum |e - mean e|^2 over all ranks (1 if that is rounding errors), and if it is not."""
     norms = [torch.linalg.vector_norm(part, dtype=torch.float64) for part in (error, targets)]
     total = axis.total(torch.cat([error.sum(0, dtype=torch.float64), torch.stack(norms).square()]))
     sums, (squares, of_rows) = total[:-2], total[-2:]

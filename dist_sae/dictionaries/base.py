@@ -106,7 +106,7 @@ class Dictionary(nn.Module):
         super().register_buffer(name, tensor, persistent)
 
     def is_per_latent(self, name: str) -> bool:
-        """Whether dim 0 of a tensor is the latents of this shard; else all ranks hold the same.
+        """True if dim 0 of a tensor is this shard's latents; else all ranks hold the same tensor.
 
         Raises:
             ValueError: The tensor was not declared.
@@ -248,14 +248,17 @@ class Dictionary(nn.Module):
         bound: Float[Tensor, " n_local"],
         rows: int,
     ) -> tuple[Float[Tensor, "rows d_out"], Int[Tensor, " n_local"]]:
-        """(This shard's part of x_hat - b_dec, firings) of all pre-activations above a bound.
+        """Decode all pre-activations above a bound, block by block; only one block is in memory.
 
-        Block by block, densely where many are active; only one block is held at a time.
+        A block in which many are active is decoded densely.
 
         Args:
-            blocks: The products.
-            bound: Bound of each latent, from 0.
+            blocks: Encoder products without biases.
+            bound: Bound of each latent, at least 0.
             rows: Number of rows of the blocks.
+
+        Returns:
+            This shard's part of x_hat - b_dec, and how often each latent fired.
         """
         parts = self.W_dec.new_zeros(rows, self.W_dec.shape[1])
         fired = torch.zeros(len(self.W_dec), dtype=torch.int32, device=parts.device)

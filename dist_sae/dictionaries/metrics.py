@@ -83,10 +83,10 @@ def ce_recovered(clean: float, spliced: float, ablated: float) -> float:
 def duplicate_shares(
     W_dec: Float[Tensor, "n_latents d_in"], experts: int = 1
 ) -> tuple[float, float]:
-    """(Share of latents with a duplicate, share with one in another expert).
+    """Return the share of latents with a duplicate, and with one in another expert.
 
-    A duplicate is another latent with a decoder direction at a cosine above .9. Looked at are
-    4,096 latents, evenly spaced, against all.
+    A duplicate is another latent with a decoder direction at a cosine above .9. Measured
+    for 4,096 evenly spaced latents, each against all.
 
     Args:
         W_dec: The whole decoder.

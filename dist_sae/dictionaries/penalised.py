@@ -22,7 +22,7 @@ from dist_sae.dictionaries.selection import Threshold
 from dist_sae.kernels import Entries, autograd, select
 
 Activation = Callable[..., tuple[Tensor, Tensor]]
-"""(z, *values of the entry's latent) -> (code f, penalty), entry by entry.
+"""Function of z and the values of the entry's latent: code f and penalty of each entry.
 
 Where z is not above the bound both are 0, and so are their gradients.
 """
@@ -138,7 +138,7 @@ def encode_decode(
 
 
 class _Dense(torch.autograd.Function):
-    """(This shard's part of x_hat - b_dec, penalty, firings), chunk by chunk of latents.
+    """This shard's part of x_hat - b_dec, penalty and firings, by chunks of latents.
 
     A chunk is computed again for its gradients, which go straight to their place in those of the
     weights. The encoder product alone is in the dictionary's precision for it.
@@ -192,7 +192,7 @@ class _Dense(torch.autograd.Function):
 def _chunks(
     sae: Dictionary, x: Tensor, tensors: Sequence[Tensor]
 ) -> Iterator[tuple[slice, Tensor, list[Tensor]]]:
-    """(Which latents, their pre-activations, their part of each of `tensors`)."""
+    """Yield slices of latents, with their pre-activations and their part of each tensor."""
     rows = x.to(sae.product_dtype)
     width = max(1, min(_CHUNK, CHUNK_BYTES // (4 * len(x))))
     for start in range(0, len(tensors[0]), width):

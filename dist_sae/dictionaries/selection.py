@@ -50,7 +50,7 @@ class RowTopK:
 
     @torch.no_grad()
     def select(self, products: Products, k: int) -> Selected:
-        """(Pre-activations, entries) of this shard's part of the k largest of each row."""
+        """Select the k largest of each row: pre-activations and entries of this shard."""
         sae, k = self._sae, min(max(1, k // self._parts), self._width)
         keys = select.topk_keys(
             products.blocks, len(products.rows), sae.b_enc, k, sae.kernels, first=sae.first_latent
@@ -117,7 +117,7 @@ class BatchTopK:
 
     @property
     def threshold(self) -> Float[Tensor, "2"]:
-        """(Sum, weight) of the running mean."""
+        """Sum and weight of the running mean."""
         return self._sae.get_buffer("threshold")
 
     @property
@@ -139,7 +139,7 @@ class BatchTopK:
 
     @torch.no_grad()
     def select(self, products: Products, k: int) -> Selected:
-        """(Pre-activations, entries) of this shard's part; in training theta follows."""
+        """Select pre-activations and entries of this shard; in training theta follows."""
         sae, most = self._sae, products.most
         count = k * products.replica_rows * sae.axis.replicas
         found = select.largest(products.blocks, sae.b_enc, count)
@@ -167,7 +167,7 @@ class BatchTopK:
         self.threshold.copy_(torch.stack([weight * least.lerp(theta, kept), weight]))
 
     def _reach(self, found: Candidates, count: int, most: int) -> tuple[Tensor, Tensor]:
-        """(Mask of the candidates among the `count` largest of all ranks, the least of these)."""
+        """Return a mask of the candidates among all ranks' `count` largest, and the least value."""
         axis = self._sae.axis
         order = ordered(found.values)
         least, before = kth_largest(axis, order, count, bits=32)
@@ -193,7 +193,7 @@ def _above(
 def kth_largest(
     axis: LatentAxis, values: Int[Tensor, " some"], k: int, *, bits: int
 ) -> tuple[Int[Tensor, ""], int]:
-    """(The k-th largest of the values of all ranks, how many are larger), by radix selection.
+    """Find the k-th largest value of all ranks, and how many are larger, by radix selection.
 
     Counts of 16 bits at a time are summed over the ranks; no value leaves its rank.
 

@@ -62,7 +62,7 @@ def check_deepspeed(run: Run) -> None:
 
 
 def _explain(exc: ValidationError, given: Mapping[str, Any]) -> list[str]:
-    """What one of DeepSpeed's models says, which knows its part of the user's path alone."""
+    """Explain errors of one of DeepSpeed's models, with the user's full path of each key."""
     from deepspeed.runtime.config_utils import DeepSpeedConfigModel
 
     fields = {

@@ -34,11 +34,11 @@ class Mesh(NamedTuple):
 
     @property
     def is_first(self) -> bool:
-        """Whether this is rank 0, which logs and writes manifests."""
+        """True on rank 0, which logs and writes manifests."""
         return self.rank == 0
 
     def any_rank(self, condition: bool) -> bool:  # noqa: FBT001 - the name asks for it
-        """Whether the condition holds on any rank. Collective; waits without a time limit."""
+        """True if the condition holds on any rank. Collective; waits without a time limit."""
         return self.any_rank_and_max(condition, 0.0)[0]
 
     def any_rank_and_max(
@@ -46,7 +46,7 @@ class Mesh(NamedTuple):
         condition: bool,  # noqa: FBT001 - the name asks for it
         value: float,
     ) -> tuple[bool, float]:
-        """(Whether the condition holds on any rank, the largest value), in one collective."""
+        """Tell whether the condition holds on any rank, and the largest value; one collective."""
         if self.world == 1:
             return condition, value
         both = torch.tensor([condition, value], dtype=torch.float64)

@@ -32,9 +32,10 @@ class End(NamedTuple):
 
     @property
     def failed(self) -> bool:
-        """Whether it neither finished nor stopped.
+        """True if the child neither finished nor stopped as it was told.
 
-        A child that is told before it has learnt to heed SIGTERM dies of it, with nothing to save.
+        SIGTERM kills a child that has not installed its handler yet. It has nothing to save, so
+        this is no failure.
         """
         fine = (EXIT_DONE, EXIT_RESUMABLE, *([-signal.SIGTERM] if self.told else []))
         return self.code not in fine

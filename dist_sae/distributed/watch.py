@@ -38,9 +38,9 @@ class _Heartbeat(NamedTuple):
     collectives: int
     """Collectives entered; the rank with the fewest keeps the others waiting."""
     left: bool
-    """Whether it has finished."""
+    """True once the rank has finished."""
     error: str | None
-    """Why it finished, if by a failure."""
+    """The failure by which it finished, if any."""
 
 
 # of a rank that has joined the rendezvous and written nothing yet
@@ -235,7 +235,7 @@ class Watch:
 
 
 def _is_about_others(error: BaseException | None) -> TypeGuard[BaseException]:
-    """Whether a collective failed because another rank did."""
+    """True if a collective failed because another rank did."""
     words = str(error)
     return not isinstance(error, DistSaeError) and (
         isinstance(error, dist.DistError) or "gloo" in words or "NCCL" in words

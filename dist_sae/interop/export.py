@@ -61,7 +61,7 @@ def export(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
 
 
 def _is_there(runs: ObjectStore, folder: str, config: dict[str, Any]) -> bool:
-    """Whether this very export exists; the configuration is written last."""
+    """True if the export exists with this configuration, which is written last."""
     try:
         there = json.loads(runs.get(f"{folder}/{_CONFIG}"))
     except (ObjectNotFoundError, ValueError):

@@ -104,10 +104,10 @@ class _WithProduct(torch.autograd.Function):
 def with_norms(
     W: Float[Tensor, "n_latents d_in"],
 ) -> tuple[Float[Tensor, "n_latents d_in"], Float[Tensor, " n_latents"]]:
-    """(W, the norms of its rows); W is for `encode`, `decode` or the like, once.
+    """Return W and the norms of its rows, with one gradient between them.
 
-    The gradient of the norms is added to that of W where it is. Autograd would make another of the
-    size of W.
+    Use the returned W once, in `encode`, `decode` or the like. The gradient of the norms is added
+    in place to the gradient of W; autograd alone would allocate a second one of its size.
     """
     result: tuple[Tensor, Tensor] = _WithNorms.apply(W)  # type: ignore[no-untyped-call]
     return result
@@ -116,7 +116,7 @@ def with_norms(
 def with_product(
     W: Float[Tensor, "n_latents d_in"], v: Float[Tensor, " d_in"]
 ) -> tuple[Float[Tensor, "n_latents d_in"], Float[Tensor, " n_latents"]]:
-    """(W, W v), the same for a product; v gets no gradient."""
+    """Return W and the product W v, as `with_norms` does; v gets no gradient."""
     result: tuple[Tensor, Tensor] = _WithProduct.apply(W, v)  # type: ignore[no-untyped-call]
     return result
 

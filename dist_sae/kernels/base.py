@@ -45,7 +45,7 @@ class Entries:
 
     @cached_property
     def by_latent(self) -> tuple[Int[Tensor, " entries"], Int[Tensor, " n_latents"]]:
-        """(Entries sorted by latent, index of each latent's first)."""
+        """Entries sorted by latent, and the index of each latent's first."""
         keys = self.latents.int()  # an int32 sort is far faster than an int64 one
         order = keys.argsort(stable=True)
         counts = torch.bincount(keys, minlength=self.n_latents)

@@ -24,7 +24,7 @@ def to_keys(
 def from_keys(
     keys: Int[Tensor, "*shape"],
 ) -> tuple[Float[Tensor, "*shape"], Int[Tensor, "*shape"]]:
-    """(Pre-activations as fp32, latents) of keys."""
+    """Return the pre-activations (fp32) and the latents of keys."""
     return from_ordered(keys >> 32), _LOW - (keys & _LOW)
 
 

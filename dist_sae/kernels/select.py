@@ -99,7 +99,7 @@ def topk_keys(
 def entries_of(
     keys: Int[Tensor, "batch k"], threshold: Int[Tensor, " batch"], first: int, n_latents: int
 ) -> tuple[Float[Tensor, " entries"], Entries]:
-    """(Pre-activations, entries) of the keys that reach their row's threshold."""
+    """Return pre-activations and entries of the keys that reach their row's threshold."""
     chosen = (keys >= threshold[:, None]) & (keys > NOTHING)
     counts = chosen.sum(1)
     values, latents = from_keys(keys[chosen])
@@ -185,7 +185,7 @@ def _nothing(like: Tensor) -> Candidates:
 
 
 def _cut(found: Candidates, count: int) -> tuple[Candidates, Tensor]:
-    """(The `count` largest with all that equal the last of them, the last of them)."""
+    """Return the `count` largest, with all that equal the smallest of them, and that one."""
     bound = _kth(found.values, count)
     reach = found.values >= bound
     return Candidates(*(part[reach] for part in found)), bound

@@ -75,7 +75,7 @@ def sum_by_latent(
 
 
 def _long(starts: Tensor, n_entries: int) -> list[list[int]]:
-    """(Latent, where its entries begin, where they end) of those with very many; read at once."""
+    """Return the latents with very many entries, each with its first entry and the end."""
     if n_entries <= _RUN:
         return []
     ends = torch.cat([starts[1:], starts.new_tensor([n_entries])])

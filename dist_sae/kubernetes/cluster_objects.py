@@ -138,7 +138,7 @@ def describe(run: Run, cluster: Cluster) -> str:
 
 
 def _is_ours(obj: Object) -> bool:
-    """Whether no controller made it for another object."""
+    """True if the object was applied, not made by a controller for another object."""
     return not obj["metadata"].get("ownerReferences")
 
 

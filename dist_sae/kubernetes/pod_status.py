@@ -51,7 +51,7 @@ def name_of(obj: Object) -> str:
 
 
 def has_ended(pod: Object) -> bool:
-    """Whether none of its containers will run again."""
+    """True if none of the pod's containers will run again."""
     return pod["status"].get("phase") in _ENDED
 
 

@@ -46,7 +46,7 @@ class StoredRun:
         return begun_run(self._runs, self._run.name)
 
     def is_complete(self) -> bool:
-        """Whether training and, if there is a reporter, the report are complete.
+        """True if training is complete, and so is the report if there is a reporter.
 
         A report older than the last checkpoint does not count.
         """

@@ -171,7 +171,7 @@ def _warn_of_no_checksums(run: Run, store: ObjectStore, plan: Plan) -> None:
     if plan.text_checksums is None and not isinstance(run.corpus, SyntheticCorpus):
         logger.warning(
             "%s: its plan is of an earlier version and has no checksums of documents: a change of "
-            "the text is noticed %s",
+            "the text is %s",
             store.url,
-            "by a file's size and time only" if run.corpus.kind == "files" else "by nothing",
+            "noticed by its size and time only" if run.corpus.kind == "files" else "not noticed",
         )

@@ -103,7 +103,7 @@ def report_key(run: Run, name_suffix: str = "") -> str:
 
 
 def _is_there(runs: ObjectStore, key: str, made_from: str) -> bool:
-    """Whether a report made from the same objects exists."""
+    """True if a report made from the same objects exists."""
     try:
         return made_from.encode() in runs.get(key, 0, _HEAD_BYTES)
     except ObjectNotFoundError:

@@ -16,7 +16,7 @@ _LOG_FROM = 8.0  # a positive quantity that spans this factor gets a logarithmic
 
 
 _Point = tuple[float, float, float, float]
-"""(x, mean, minimum, maximum) of a bucket of points."""
+"""x, mean, minimum and maximum of a bucket of points."""
 
 
 class Line(NamedTuple):

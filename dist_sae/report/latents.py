@@ -42,7 +42,7 @@ class Token(NamedTuple):
     act: float
     """Activation; 0 also if the row is not in the activation set."""
     in_context: bool
-    """Whether the token is in the same context as the example's."""
+    """True if the token is in the example's context."""
 
 
 class Example(NamedTuple):
@@ -138,7 +138,7 @@ def read_firings(units: ActivationSet, sae: Dictionary, scale: float, most_rows:
 
 
 def _active(sae: Dictionary, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(Codes, latents, rows) of the active entries."""
+    """Return codes, latents and rows of the active entries."""
     codes = sae.encode(x)
     entries = Entries(codes.latents, codes.starts, sae.n_latents)
     on = codes.acts > 0

@@ -64,7 +64,7 @@ class NumberedKeys(OwnKeys):
         return f"{self.folder}{number:0{_DIGITS}d}.json"
 
     def numbers(self, store: ObjectStore, page: int | None = None) -> Iterator[int]:
-        """The numbers that there are; `page`: those of `[1000 page, 1000 page + 1000)`."""
+        """Yield the numbers of existing objects; `page`: of `[1000 page, 1000 page + 1000)`."""
         for key in self.keys(store, self.page(page)):
             yield int(key["number"])
 

@@ -222,7 +222,7 @@ def recorded(role: str) -> dict[str, Metric]:
 
 
 def gauges(role: str, record: Mapping[str, Any]) -> Iterator[tuple[str, float, dict[str, str]]]:
-    """(Full name, value, labels) of every gauge that a record holds, by its short names.
+    """Yield full name, value and labels of each gauge that a record holds by its short name.
 
     Args:
         role: The program that exports them.

@@ -33,7 +33,7 @@ def completed_result(run: Run) -> dict[str, float] | None:
 
 
 def all_units_exist(run: Run) -> bool:
-    """Whether the activation set holds every unit of the run's plan."""
+    """True if the activation set holds every unit of the run's plan."""
     store = open_store(run.store.activations, run.store.s3)
     try:
         plan = load_plan(store, run)

@@ -58,7 +58,7 @@ def starved_share(
 def expert_numbers(
     axis: LatentAxis, load: Int[Tensor, " experts"], dead: Bool[Tensor, " n_local"]
 ) -> tuple[dict[str, float], list[int]]:
-    """(Balance of the experts and dead share of the worst one, experts without any row).
+    """Return the experts' balance and worst dead share, and the experts without any row.
 
     Args:
         axis: This rank's place.

@@ -33,7 +33,7 @@ class Clock:
         return event
 
     def is_past(self, mark: Any) -> bool:
-        """Whether a mark can be read without waiting."""
+        """True if a mark can be read without waiting."""
         return bool(mark.query()) if self.is_cuda else True
 
     def await_(self, mark: Any) -> None:

@@ -162,7 +162,7 @@ class _Role:
         return timedelta(seconds=round(seconds))
 
     def is_due(self) -> bool:
-        """Whether a line is due; if so, it counts as printed."""
+        """Tell whether a line is due; if so, it counts as printed."""
         over = self.done == self.total and self._said < float("inf")
         if not over and time.monotonic() - self._said < PLAIN_EVERY_SECONDS:
             return False
@@ -170,7 +170,7 @@ class _Role:
         return True
 
     def amount(self) -> str:
-        """How much is done of how much."""
+        """The amount done and the whole, as text."""
         if self.total == 1:
             return f"{self.done:.0%}"
         return f"{self.done:,.0f}/{self.total:,.0f}"

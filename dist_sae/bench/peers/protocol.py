@@ -21,7 +21,7 @@ AS_SHIPPED, MATCHED = "as_shipped", "matched"
 BF16 = "_bf16"
 
 Trained = tuple[Callable[[Tensor], Tensor], Sequence[str]]
-"""What maps rows in the trainer's units to their reconstructions, and notes on the settings."""
+"""Function from rows in the trainer's scale to reconstructions; notes on the settings."""
 
 BETAS = (0.9, 0.999)
 EPS = 6.25e-10

@@ -79,7 +79,7 @@ class JumpReLU(Penalised):
 
     @torch.no_grad()
     def scale_encoder(self, factor: Float[Tensor, ""]) -> None:
-        """Thresholds as well, unless they are given: codes are scaled as a whole."""
+        """Scale the encoder, and thresholds too unless the run file gives them."""
         if self.config.initial_threshold:
             super().scale_encoder(factor)
             return

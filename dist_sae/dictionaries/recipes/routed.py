@@ -167,7 +167,7 @@ class Routed(WithAuxK):
     def _come_here(
         self, centred: Float[Tensor, "rows d_in"]
     ) -> tuple[Int[Tensor, " arrived"], Float[Tensor, " arrived"], list[int]]:
-        """(Which of the replica's rows, their gates, how many to each) of this shard's experts."""
+        """Return the replica's rows sent to this shard's experts, their gates, and counts."""
         route = self.route(centred)
         experts = route.experts.flatten() - self.first_latent // self.width
         n_here = len(self.W_enc) // self.width
