@@ -31,7 +31,8 @@ _LONGEST = (
     "tests/chaos/test_chaos.py",
     "tests/producing/test_produce_together.py",
     "tests/monitoring/test_live.py",
-    "tests/storage/test_s3.py",
+    "tests/storage/test_s3_refusals.py",
+    "tests/storage/test_s3_outages.py",
     "tests/training/test_train.py",
 )
 

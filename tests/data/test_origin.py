@@ -14,7 +14,7 @@ from dist_sae.data.origin import UnitText
 from dist_sae.data.shard import Rows
 from dist_sae.errors import CorpusError
 from dist_sae.producing.verify import verify
-from tests.producing.test_produce import LetterSource, letters_run, start, with_source
+from tests.producing.producers import LetterSource, letters_run, start, with_source
 from tests.world import Letters
 
 TEXTS = ["abcdefgh" + "abcdefghijklm"[n % 13] * (1 + n // 13) for n in range(60)]  # all differ

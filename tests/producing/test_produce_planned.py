@@ -11,7 +11,7 @@ from dist_sae.data.plan import PLAN_KEY, load_plan
 from dist_sae.data.shard import read_manifest
 from dist_sae.errors import CorpusError, PlanMismatchError
 from dist_sae.storage import open_store
-from tests.producing.test_produce import (
+from tests.producing.producers import (
     SITES,
     TEXTS,
     LetterSource,

@@ -1,10 +1,15 @@
 """Fixtures for the storage tests."""
 
+import logging
+from collections.abc import Callable, Iterator
+
 import botocore.loaders
 import pytest
 from botocore.retries.standard import ExponentialBackoff
 
-from dist_sae.storage import s3
+from dist_sae.storage import ObjectStore, s3
+from tests.conftest import Bucket
+from tests.storage.endpoints import SECONDS, make_store
 
 
 @pytest.fixture(scope="session")
@@ -24,3 +29,24 @@ def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(s3, "FIRST_PAUSE_SECONDS", 0.005)
     monkeypatch.setattr(s3, "LONGEST_PAUSE_SECONDS", 0.05)
     monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda *_: 0.002)
+
+
+@pytest.fixture
+def store(bucket: Bucket) -> ObjectStore:
+    return make_store(bucket, seconds=SECONDS)
+
+
+@pytest.fixture
+def weed(make_bucket: Callable[[str], Bucket]) -> Bucket:
+    return make_bucket("seaweedfs")
+
+
+@pytest.fixture
+def warnings() -> Iterator[list[str]]:
+    """Collect what the store logs during the test."""
+    said: list[str] = []
+    handler = logging.Handler(logging.WARNING)
+    handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
+    s3.logger.addHandler(handler)
+    yield said
+    s3.logger.removeHandler(handler)

@@ -1,0 +1,236 @@
+"""Rows of a stream: all of them, in which order, and what comes after the last."""
+
+import weakref
+from collections import Counter
+from concurrent.futures import Future, ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+import dist_sae.data.shard
+import dist_sae.data.streams
+from dist_sae.data.plan import PLAN_KEY
+from dist_sae.data.shard import manifest_key, read_manifest
+from dist_sae.data.streams import Stream, StreamCursor
+from dist_sae.errors import DataExhaustedError
+from dist_sae.producing.planner import plan
+from dist_sae.storage import open_store
+from dist_sae.storage.records import seal
+from tests.data.numbered import World, ids
+from tests.runs import DOCUMENT_ROWS, make_run
+from tests.world import RowNumbers, batches, fill, open_loader, open_stream, open_units, same, take
+
+
+@pytest.fixture(scope="module")
+def old_world(tmp_path_factory: pytest.TempPathFactory) -> World:
+    """Under a plan as they were before documents were dealt by size."""
+    run = make_run(tmp_path_factory.mktemp("old"))
+    store = open_store(run.store.activations)
+    made = plan(run)
+    store.put(PLAN_KEY, seal(made.model_copy(update={"unit_rows": None})))
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        old = fill(run, RowNumbers(), monkeypatch)
+    rows = [sum(read_manifest(store, u).rows for u in old.stream_units(v)) for v in range(4)]
+    return World(run, store, rows)
+
+
+def test_one_pass_has_every_training_row_once(world: World) -> None:
+    units = open_units(world.run)
+    with ThreadPoolExecutor(2) as pool:
+        seen = [
+            ids(take(open_stream(units, v, pool), rows)) for v, rows in enumerate(world.stream_rows)
+        ]
+    documents = {
+        number
+        for unit in units.plan.train_units
+        for span in units.plan.units[unit]
+        for number in range(span.first, span.first + span.count)
+    }
+    expected = [d * DOCUMENT_ROWS + i for d in sorted(documents) for i in range(DOCUMENT_ROWS)]
+    assert sorted(i for stream in seen for i in stream) == expected
+
+
+@pytest.mark.parametrize("ranks", [1, 2, 4])
+def test_a_stream_that_ends_early_reads_its_last_window_again(
+    world: World, ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Streams 2 and 3 have 480 rows, or 30 batches, of which the last window, a unit, has 112.
+
+    Ten batches more repeat 160 rows of both and 144 of the others, which have 496; on any number
+    of ranks, and from any step on.
+    """
+    monkeypatch.setattr(dist_sae.data.streams, "MOST_REPEATED_SHARE", 0.4)
+    steps, units = range(world.full_batches + 10), open_units(world.run)
+    repeated, parts, cursors = 0, [], list[dict[int, StreamCursor]]()
+    for rank in range(ranks):
+        with open_loader(units, steps, world=ranks, rank=rank) as loader:
+            given = list(loader)
+        repeated += sum(batch.repeated_rows for batch in given)
+        parts.append([batch.acts for batch in given])
+        cursors.append(dict(given[34].cursors))
+    assert repeated == 2 * 160 + 2 * 144
+    whole = [torch.cat(part) for part in zip(*parts, strict=True)]
+    assert same(whole, batches(open_units(world.run), steps))
+    merged = {v: place for part in cursors for v, place in part.items()}
+    for known in (None, merged):
+        resumed = batches(open_units(world.run), range(35, 40), cursors=known)
+        assert same(whole[35:], resumed)
+    for stream, rows in enumerate(world.stream_rows):
+        given_rows = ids([batch[16 * stream : 16 * stream + 16] for batch in whole])
+        assert len(set(given_rows)) == rows  # all of it, and nothing of another stream
+        last = set(given_rows[rows - 112 : rows])
+        assert set(given_rows[rows:]) <= last
+        assert max(Counter(given_rows).values()) <= 3
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (1, 3), (2, 3), (3, 2)])
+def test_another_number_of_passes_goes_on_where_the_rows_are(
+    world: World, monkeypatch: pytest.MonkeyPatch, before: int, after: int
+) -> None:
+    """Stream 2 had ended; the place of its last window then lies in another pass."""
+    monkeypatch.setattr(dist_sae.data.streams, "MOST_REPEATED_SHARE", 2.0)
+    units, n = open_units(world.run), world.stream_rows[2]
+    start = n * min(before, after) + 40
+    with ThreadPoolExecutor(4) as pool:
+        left = open_stream(units, 2, pool, before)
+        take(left, start)
+        assert left.place.data_pass == min(before, after)
+        here = Stream(units, 2, start, after, pool, pool, left.place)
+        assert torch.equal(
+            take(here, n), take(open_stream(units, 2, pool, after), start + n)[start:]
+        )
+
+
+@pytest.mark.parametrize(("passes", "steps", "share"), [(1, 1, 0.05), (2, 3, 0.05), (2, 2, 0.01)])
+def test_no_more_is_read_again_than_an_estimate_may_be_wrong_by(
+    world: World, monkeypatch: pytest.MonkeyPatch, passes: int, steps: int, share: float
+) -> None:
+    """Wherever reading begins. 5% of 480 rows are 24; 1% less than a document of 16 each pass."""
+    monkeypatch.setattr(dist_sae.data.streams, "MOST_REPEATED_SHARE", share)
+    units, stop = open_units(world.run), passes * world.full_batches + steps
+    with open_loader(units, range(stop), passes=passes) as loader:
+        given = list(loader)
+    for start, known in ((0, None), (stop, None), (stop, given[-1].cursors)):
+        with pytest.raises(DataExhaustedError) as caught:
+            batches(units, range(start, 300), passes=passes, cursors=known)
+        message = str(caught.value)
+        assert f"ends after {passes * 480} rows" in message
+        assert f"{max(int(share * passes * 480), passes * 16)} were read again" in message
+        assert message.endswith("excludes less (activations.exclude)")
+        assert caught.value.exit_code == 2
+
+
+def test_the_second_pass_has_the_same_rows_in_another_order(world: World) -> None:
+    units = open_units(world.run)
+    last = []
+    for number, n in enumerate(world.stream_rows):
+        with ThreadPoolExecutor(2) as pool:
+            stream = open_stream(units, number, pool, 3)
+            one, two, three = (ids(take(stream, n)) for _ in range(3))
+        assert sorted(one) == sorted(two) == sorted(three)
+        assert one != two
+        assert two != three
+        last.append([frozenset(order[-100:]) for order in (one, two, three)])
+    # the last window is one unit of four; in a new pass it is another one
+    assert any(len({*passes}) == 3 and not passes[1] & passes[2] for passes in last)
+
+
+def test_the_sizes_in_which_a_stream_is_read_do_not_matter(world: World) -> None:
+    units = open_units(world.run)
+    with ThreadPoolExecutor(2) as pool:
+        at_once = take(open_stream(units, 1, pool), 300)
+        stream = open_stream(units, 1, pool)
+        assert torch.equal(at_once, torch.cat([take(stream, n) for n in (1, 33, 66, 199, 1)]))
+
+
+def test_streams_of_an_older_plan_end(old_world: World) -> None:
+    """It promised nothing: how its streams differ is not known."""
+    shortest = min(old_world.stream_rows)
+    with pytest.raises(DataExhaustedError) as caught:
+        batches(open_units(old_world.run), range(2 * old_world.full_batches + 5), passes=2)
+    message = str(caught.value)
+    assert f"ends after {2 * shortest} rows (2 passes)" in message
+    assert f"about {8 * shortest} rows in all" in message
+    assert "raise train.max_passes and start again" in message
+
+
+def test_a_unit_without_rows_is_passed_over(own_world: World) -> None:
+    """Unit 4 is the second of stream 0; without its rows the others come as they would."""
+    manifest = read_manifest(own_world.store, 4)
+    shard = manifest.sites["synthetic"].model_copy(update={"blocks": ()})
+    gone = manifest.rows
+    manifest = manifest.model_copy(update={"rows": 0, "sites": {"synthetic": shard}})
+    own_world.store.put(manifest_key(4), seal(manifest))
+    n = own_world.stream_rows[0]
+    with ThreadPoolExecutor(2) as pool:
+        before = ids(take(open_stream(open_units(own_world.run), 1, pool), 50))
+        left = ids(take(open_stream(open_units(own_world.run), 0, pool), n - gone))
+        again = ids(take(open_stream(open_units(own_world.run), 0, pool), n - gone + 18))
+    assert len(set(left)) == len(set(again)) == n - gone
+    assert before == ids(take(open_stream(open_units(own_world.run), 1, Inline()), 50))
+
+
+class Inline(ThreadPoolExecutor):
+    """Runs everything at once, so that what is fetched depends on nothing else."""
+
+    def submit(self, fn: Any, /, *args: Any, **kwargs: Any) -> "Future[Any]":
+        future: Future[Any] = Future()
+        try:
+            future.set_result(fn(*args, **kwargs))
+        except DataExhaustedError as exc:
+            future.set_exception(exc)
+        return future
+
+
+def test_two_blocks_a_unit_of_the_window_are_in_memory(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of 3 units a block in use and one on its way, and one of the next window, of one unit: 7."""
+    alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
+    most = 0
+
+    def read_block(*args: Any) -> Tensor:
+        nonlocal most
+        acts = real(*args)
+        alive.add(acts)
+        most = max(most, len(alive))
+        return acts
+
+    real = dist_sae.data.shard.read_acts
+    monkeypatch.setattr(dist_sae.data.streams, "read_acts", read_block)
+    stream = open_stream(open_units(world.run), 0, Inline(), 2)
+    for _ in range(2 * world.stream_rows[0] // 10):
+        take(stream, 10)
+    assert most == 7
+
+
+def test_rows_of_one_document_rarely_meet_in_a_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Same-document pairs are at most 1.2 x what a uniform shuffle gives.
+
+    1024 documents x 16 rows in 64 units of 2 streams; a uniform shuffle of all rows puts
+    1024 C(16, 2) C(64, 2) / C(16384, 2) = 1.85 such pairs in a batch of 64. A producer that wrote
+    its rows in any order, documents not spread, would give about 8 x that, for an eighth of the
+    units is open at a time.
+    """
+    run = make_run(
+        tmp_path,
+        corpus={"kind": "synthetic", "documents": 1024, "document_rows": DOCUMENT_ROWS},
+        activations={"streams": 2, "unit_rows": 256, "window_units": 4, "heldout_share": 0.0},
+    )
+    made = fill(run, RowNumbers(), monkeypatch)
+    assert len(made.train_units) == 64
+    pairs = [
+        int((counts * (counts - 1) // 2).sum())
+        for batch in batches(open_units(run), range(256))
+        if len(counts := np.unique(batch[:, 1], return_counts=True)[1])
+    ]
+    uniform = 1024 * (16 * 15 / 2) * (64 * 63 / 2) / (16384 * 16383 / 2)
+    assert np.mean(pairs) <= 1.2 * uniform
+    thirds = np.array_split(np.array(pairs), 3)
+    assert all(part.mean() <= 1.5 * uniform for part in thirds)  # and nowhere much more
