@@ -95,7 +95,7 @@ class FaultProxy:
         self.answers = answers
         self._target = urlsplit(target).netloc
         self._seed = seed
-        self._only = only
+        self.only = only
         self._most = most_per_request
         self._slow_budget = slow_budget_seconds
         self._tries: Counter[str] = Counter()
@@ -225,7 +225,7 @@ class _Handler(BaseHTTPRequestHandler):
         request = f"{self.command} {what} {self.headers.get('Range', '')}"
         is_object = "/" in urlsplit(self.path).path.strip("/")
         self.proxy.requests[self.command] += 1
-        if not self.proxy._only(self.command, self.path):
+        if not self.proxy.only(self.command, self.path):
             self._answer(self.proxy.forward(self, body))
             return
 

@@ -86,7 +86,7 @@ def _main(
     os.environ.clear()
     os.environ.update(env)
     # it ends with the test's process, and may still start others
-    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined]
+    multiprocessing.current_process()._config["daemon"] = False  # type: ignore[attr-defined] # noqa: SLF001
     for number, end in enumerate((stdin, stdout, stderr)):
         os.dup2(end.fileno(), number)
         end.close()

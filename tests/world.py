@@ -1,5 +1,6 @@
 """Small activation sets whose rows identify themselves."""
 
+import hashlib
 import itertools
 import json
 import threading
@@ -22,7 +23,7 @@ from dist_sae.data.streams import Stream, StreamCursor
 from dist_sae.data.work_queue import Worker
 from dist_sae.models import ActivationSource
 from dist_sae.producing.planner import plan
-from dist_sae.storage import Entry, ObjectStore, open_store, records
+from dist_sae.storage import Entry, ObjectStore, open_store
 from dist_sae.telemetry.exporter import Telemetry
 from tests.runs import DOCUMENT_ROWS
 
@@ -109,7 +110,8 @@ def changed(data: bytes, **change: Any) -> bytes:
     """Change fields of a record, and seal it again."""
     content = json.loads(data) | change
     del content["sha256"]
-    return records._canonical({**content, "sha256": records._digest(content)})
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"))
+    return json.dumps(content | {"sha256": hashlib.sha256(text.encode()).hexdigest()}).encode()
 
 
 class Wrapped:

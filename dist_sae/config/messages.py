@@ -101,7 +101,7 @@ def _explain(error: ErrorDetails, root: type[Section]) -> Iterator[str]:
 def _hint(path: Sequence[str], known: Sequence[str], root: type[Section]) -> str:
     """Guess the intended key by spelling, by other tools' names, or by its section."""
     *above, key = path
-    section, places = ".".join(above), _places(root)
+    section, places = ".".join(above), sections_by_key(root)
     if key in OTHER_NAMES:
         place, _, meant = OTHER_NAMES[key].rpartition(".")
         unit = f" ({_UNITS[key]})" if key in _UNITS else ""
@@ -127,7 +127,7 @@ def dotted_keys(root: type[Section]) -> Iterator[str]:
             yield name
 
 
-def _places(root: type[Section], prefix: str = "") -> dict[str, dict[str, list[str]]]:
+def sections_by_key(root: type[Section], prefix: str = "") -> dict[str, dict[str, list[str]]]:
     """Map each key to the sections that have it, with their kinds; without `cluster`."""
     found: dict[str, dict[str, list[str]]] = {}
     for name, field in root.model_fields.items():
@@ -138,7 +138,7 @@ def _places(root: type[Section], prefix: str = "") -> dict[str, dict[str, list[s
             for key in section.model_fields:
                 kinds = found.setdefault(key, {}).setdefault(place, [])
                 kinds += [kind] if kind else []
-            for key, places in _places(section, f"{place}.").items():
+            for key, places in sections_by_key(section, f"{place}.").items():
                 found[key] = places | found.get(key, {})
     return found
 

@@ -17,7 +17,8 @@ RENAMED = {
     "train.save_beside": "train.save_in_background",
 }
 """New `section.key` by the old one."""
-_said = set[str]()
+warned = set[str]()
+"""Old names that this process has warned of."""
 
 
 def with_new_names(data: Mapping[str, Any]) -> dict[str, Any]:
@@ -55,6 +56,6 @@ def say_renamed(old: str, origin: str) -> None:
         old: The key as the user wrote it.
         origin: Where.
     """
-    if old in RENAMED and old not in _said and not is_supervised():  # `dist-sae run` has said so
-        _said.add(old)
+    if old in RENAMED and old not in warned and not is_supervised():  # `dist-sae run` has said so
+        warned.add(old)
         logger.warning("%s: %s is called %s now", origin, old, RENAMED[old])

@@ -114,7 +114,7 @@ class WorkQueue:
         said = time.monotonic()
         while not self._stopping.is_set():
             limit, limiter = self._work.limit() if self._work.limit else (self._work.n_items, "")
-            claimed = self._claimed()
+            claimed = self.claimed()
             for page in sorted({item // PAGE for item in self._mine() if item < limit}):
                 self._look(page)
                 for item in sorted(self._mine() - claimed):
@@ -195,14 +195,7 @@ class WorkQueue:
         """Number of items done, as far as this worker has seen."""
         return self._work.n_items - len(self._pending)
 
-    def _mine(self) -> set[int]:
-        """Items to do that are not in hand; without claims, of this worker's share."""
-        left = self._pending - self._held
-        if self._store.exclusive:
-            return left
-        return {item for item in left if item % self._worker.of == self._worker.number}
-
-    def _claimed(self) -> set[int]:
+    def claimed(self) -> set[int]:
         """Items that live workers have in hand."""
         if not self._store.exclusive:
             return set()
@@ -212,12 +205,19 @@ class WorkQueue:
             if entry.age_seconds < LEASE_SECONDS
         }
 
+    def _mine(self) -> set[int]:
+        """Items to do that are not in hand; without claims, of this worker's share."""
+        left = self._pending - self._held
+        if self._store.exclusive:
+            return left
+        return {item for item in left if item % self._worker.of == self._worker.number}
+
     def _claim(self, item: int) -> bool:
         """Claim an item whose claim is missing or has run out."""
         key = self._work.claims.key(item)
         if not self._store.exclusive or self._store.put(key, self._lease, if_absent=True):
             return True
-        if item in self._claimed():  # another was faster
+        if item in self.claimed():  # another was faster
             return False
         self._write(item)  # two may take over at once: work done twice, and nothing worse
         if self._work.metrics:

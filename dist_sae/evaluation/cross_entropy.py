@@ -115,7 +115,7 @@ def cross_entropies(
         **numbers,
         "tokens": int(tokens.sum()),
         "ce_documents": len(set(documents.tolist())),
-        "intervals": _intervals(torch.tensor(list(sums.values())), tokens, documents),
+        "intervals": bootstrap_intervals(torch.tensor(list(sums.values())), tokens, documents),
     }
 
 
@@ -133,7 +133,7 @@ def _numbers(
     }
 
 
-def _intervals(
+def bootstrap_intervals(
     sums: Float[Tensor, "losses contexts"],
     tokens: Int[Tensor, " contexts"],
     documents: Int[Tensor, " contexts"],

@@ -82,7 +82,7 @@ def gather_dot(rows: Tensor, entries: Entries, W: Tensor) -> Tensor:
     E, D = len(entries.latents), W.shape[1]
     products = W.new_empty(E)
     # not autotuned: in which order a product is summed depends on the block and the warps
-    _gather_dot_kernel[(triton.cdiv(E, _DOTS),)](
+    gather_dot_kernel[(triton.cdiv(E, _DOTS),)](
         products,
         rows.contiguous(),
         entries.rows,
@@ -134,7 +134,7 @@ def _sum_segments(
     coefficients, sources = coefficients.contiguous(), sources.contiguous()
     starts, X = starts.contiguous(), X.contiguous()
     chunks = X.new_empty((n_chunks, D), dtype=torch.float32)
-    _sum_chunks_kernel[(n_chunks * triton.cdiv(D, _block(D)),)](
+    sum_chunks_kernel[(n_chunks * triton.cdiv(D, _block(D)),)](
         chunks,
         coefficients,
         sources,
@@ -147,7 +147,7 @@ def _sum_segments(
         **_config(_block(D), max(1, _block(D) // _PER_WARP)).all_kwargs(),
     )
     sums = X.new_empty((S, D))
-    _sum_segments_kernel[lambda meta: (S * triton.cdiv(D, meta["COLUMNS"]),)](
+    sum_segments_kernel[lambda meta: (S * triton.cdiv(D, meta["COLUMNS"]),)](
         sums,
         chunks,
         coefficients,
@@ -176,7 +176,7 @@ def _block(d_in: int) -> int:
     return int(min(_COLUMNS, triton.next_power_of_2(d_in)))
 
 
-def _worth_trying(configs: list[Any], named_args: dict[str, Any], **_: Any) -> list[Any]:
+def worth_trying(configs: list[Any], named_args: dict[str, Any], **_: Any) -> list[Any]:
     """Configurations that fit the width."""
     widest = max(_PER_WARP, triton.next_power_of_2(named_args["D"]))
     return [config for config in configs if config.kwargs["COLUMNS"] <= widest]
@@ -216,7 +216,7 @@ def _add_rows(acc, coefficients, sources, X, first, end, d, D):
 
 @triton.jit(do_not_specialize=["n_chunks"])  # it changes from step to step
 @no_type_check
-def _sum_chunks_kernel(
+def sum_chunks_kernel(
     chunks,  # [n_chunks, D] fp32: sums; of a chunk in more than one segment not written
     coefficients,  # [E]
     sources,  # [E]
@@ -227,6 +227,7 @@ def _sum_chunks_kernel(
     CHUNK: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    """Sum each chunk that lies within one segment."""
     program = tl.program_id(0)
     chunk = (program % n_chunks).to(tl.int64)
     first = chunk * CHUNK
@@ -237,10 +238,10 @@ def _sum_chunks_kernel(
         tl.store(chunks + chunk * D + d, acc, mask=d < D)
 
 
-@triton.autotune(_TUNED, key=["S", "D"], prune_configs_by={"early_config_prune": _worth_trying})
+@triton.autotune(_TUNED, key=["S", "D"], prune_configs_by={"early_config_prune": worth_trying})
 @triton.jit(do_not_specialize=["E"])
 @no_type_check
-def _sum_segments_kernel(
+def sum_segments_kernel(
     sums,  # [S, D]
     chunks,  # [E // CHUNK, D] fp32
     coefficients,  # [E]
@@ -255,6 +256,7 @@ def _sum_segments_kernel(
     CHUNK: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    """Sum each segment from its chunks' sums and the entries at its ends."""
     # All segments' first block of columns, then all second ones: programs that run at the same time
     # read the same columns of X, which may then fit into L2 (8192 rows of 512 fp32 are 16 MiB) and
     # come from there each time they are needed again.
@@ -286,7 +288,7 @@ def _sum_segments_kernel(
 
 @triton.jit(do_not_specialize=["E"])
 @no_type_check
-def _gather_dot_kernel(
+def gather_dot_kernel(
     products,  # [E]
     x,  # [B, D]
     rows,  # [E]
@@ -297,6 +299,7 @@ def _gather_dot_kernel(
     DOTS: tl.constexpr,
     COLUMNS: tl.constexpr,
 ):
+    """Multiply each entry's row of x by its latent's row of W."""
     # A program has so many entries, not a row: rows may have none, or thousands. Neighbouring
     # entries are mostly of one row, whose columns then come from L1 after the first time: keep
     # them there. Rows of W are not needed again soon.

@@ -124,7 +124,7 @@ def _compare_with_whole(
     again = source.run(tokens, mask)
     for rows, when in ((once, "in a batch with padding"), (again, "after another batch")):
         for site, (i, n) in product(sites, enumerate(lengths)):
-            error = _relative(rows[site][i, :n], alone[i][site][0].float())
+            error = relative_error(rows[site][i, :n], alone[i][site][0].float())
             if not error <= _ROUNDING:
                 raise ModelError(
                     f"activations.sites: {site}: rows {when} differ by {error:.1%} from those of "
@@ -138,7 +138,7 @@ def _made_up(shape: tuple[int, ...], ordinary: Tensor) -> Tensor:
     return ordinary[torch.randint(len(ordinary), shape, generator=generator)]
 
 
-def _relative(acts: Tensor, wanted: Tensor) -> float:
+def relative_error(acts: Tensor, wanted: Tensor) -> float:
     """Largest relative error of a row; relative to its own norm, so that sinks hide no other row.
 
     Rows much shorter than the median row, whose terms cancel, are measured against a share of its

@@ -110,11 +110,11 @@ class Forward:
             site: of_site.flatten(0, 1).index_select(0, index).to(self._dtype)
             for site, of_site in acts.items()
         }
-        transfer = self._send(rows)
+        transfer = self.send(rows)
         self._under_way.append(transfer)
         return transfer
 
-    def _send(self, rows: dict[str, Tensor]) -> RowTransfer:
+    def send(self, rows: dict[str, Tensor]) -> RowTransfer:
         """Copy rows off a GPU into pinned memory, on their own stream: the model need not wait."""
         if not next(iter(rows.values())).is_cuda:
             return RowTransfer(rows, None)

@@ -56,7 +56,8 @@ class HuggingFaceSource:
             kind = type(description.skeleton)
             if not whole:
                 kind = without_layers(kind, above=max(map(layer_of, sites)))
-            self._model = load(kind, config, description, divider)
+            self.model = load(kind, config, description, divider)
+            """The language model, without weights above the deepest site."""
             self._widths = {}
             """Full widths of sites that may be divided over ranks."""
             if divider is not None:
@@ -65,17 +66,17 @@ class HuggingFaceSource:
                 )
                 for site in sites:
                     if site.startswith(("attn_z.", "mlp_inner.")):
-                        weight = place(self._model, site).module.get_parameter("weight")
+                        weight = place(self.model, site).module.get_parameter("weight")
                         self._widths[site] = weight.shape[1]  # width of all parts
         if divider == "deepspeed":
-            for layer in range(1 + max(map(layer_of, sites)), len(blocks(self._model))):
-                blocks(self._model)[layer] = nn.Module()  # DeepSpeed would divide missing weights
-            buffers = buffers_of(self._model, description.config, DTYPES[config.dtype])
-            self._model = divide(self._model, DTYPES[config.dtype], buffers)
-        self._fresh = _States(self._model)
+            for layer in range(1 + max(map(layer_of, sites)), len(blocks(self.model))):
+                blocks(self.model)[layer] = nn.Module()  # DeepSpeed would divide missing weights
+            buffers = buffers_of(self.model, description.config, DTYPES[config.dtype])
+            self.model = divide(self.model, DTYPES[config.dtype], buffers)
+        self._fresh = _States(self.model)
         self._seen: dict[str, Tensor] = {}
         for site in sites:
-            attach(self._model, site, self._record(site))
+            attach(self.model, site, self._record(site))
         with errors_of(config, "cannot be run on text alone"):
             self.run(torch.zeros(1, 3, dtype=torch.int32), torch.ones(1, 3, dtype=torch.bool))
 
@@ -87,7 +88,7 @@ class HuggingFaceSource:
         self._fresh.restore()
         self._seen = {}  # left by a batch that did not fit into memory
         with contextlib.suppress(_Reached):
-            self._model(**inputs(self._model, tokens, mask))
+            self.model(**inputs(self.model, tokens, mask))
         for site in self._sites:
             self._check_shape(site, tokens.shape)
         for site, width in self._widths.items():

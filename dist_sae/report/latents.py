@@ -212,7 +212,7 @@ def _view(latent: int, firings: Firings, texts: Texts) -> LatentView:
         density=len(rows) / len(firings.tokens),
         max_act=max_act,
         counts=[int(c) for c in torch.histc(acts, _SPARK_BARS, 0.0, max_act)],
-        examples=[_example(row, firings, known, texts) for row in top],
+        examples=[build_example(row, firings, known, texts) for row in top],
     )
 
 
@@ -229,9 +229,20 @@ def _apart(rows: Sequence[int], firings: Firings) -> Iterator[int]:
             yield row
 
 
-def _example(
+def build_example(
     row: int, firings: Firings, known: dict[tuple[int, int], float], texts: Texts
 ) -> Example:
+    """Build the text around a row, with the latent's activations.
+
+    Args:
+        row: Index into `firings`; the text's peak.
+        firings: Rows and where they come from.
+        known: Activations of the latent by (document, position).
+        texts: Tokens of documents.
+
+    Raises:
+        CorpusError: The document is not the one that the activations were made from.
+    """
     document, position = int(firings.documents[row]), int(firings.positions[row])
     ids = texts.tokens(document)
     if position >= len(ids) or ids[position] != int(firings.tokens[row]):

@@ -14,7 +14,8 @@ logger = logging.getLogger(__name__)
 
 PAGE = 1000  # numbers of a page: one request lists as many keys
 _DIGITS = 8  # of a number in a key
-_warned: set[tuple[str, str]] = set()  # (store, folder) pairs, in this process
+warned = set[tuple[str, str]]()
+"""(store, folder) pairs that this process has warned of."""
 
 
 class OwnKeys:
@@ -75,8 +76,8 @@ class NumberedKeys(OwnKeys):
 
 def warn_of_foreign(store: ObjectStore, folder: str, key: str) -> None:
     """Warn of a foreign object, once per folder and process."""
-    if (store.url, folder) not in _warned:
-        _warned.add((store.url, folder))
+    if (store.url, folder) not in warned:
+        warned.add((store.url, folder))
         logger.warning(
             "%s/%s: not an object of dist-sae; this one and others like it in %s are ignored",
             store.url,

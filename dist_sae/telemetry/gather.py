@@ -37,7 +37,7 @@ class GatheredTelemetry:
 
     def __init__(self, run: str, role: str, targets: Mapping[int, int], port: int) -> None:
         self._labels = f'role="{role}",run="{run}"'
-        self._ranks = [_Rank(rank, target) for rank, target in targets.items()]
+        self._ranks = [Rank(rank, target) for rank, target in targets.items()]
         self._pool = ThreadPoolExecutor(2 * len(self._ranks), "gather")  # a scrape beside a probe
         self._server = PageServer(port, self._render, self._fault)
         self.port = self._server.port
@@ -80,7 +80,7 @@ _DIRECT = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 """Ignores HTTP_PROXY for this machine's own ports."""
 
 
-class _Rank:
+class Rank:
     """A rank and its last page."""
 
     def __init__(self, number: int, port: int) -> None:

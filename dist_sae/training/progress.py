@@ -38,7 +38,7 @@ class ProgressView:
             TextColumn("{task.fields[note]}", table_column=Column(no_wrap=True)),
         )
         self._limit = Text()
-        self._live = Live(Group(self._progress, self._limit), console=self._console)
+        self._live = Live(self, console=self._console)
         self._tasks: dict[str, TaskID] = {}
         self._roles: dict[str, _Role] = {}
         self._warned: set[str] = set()
@@ -52,6 +52,9 @@ class ProgressView:
     def __exit__(self, *_: object) -> None:
         self._limit.truncate(0)  # a finished run has no limit
         self._live.stop()
+
+    def __rich__(self) -> Group:
+        return Group(self._progress, self._limit)
 
     def begin(self, name: str) -> None:
         """Start a part of the run that reports no progress."""

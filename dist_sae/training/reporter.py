@@ -75,7 +75,7 @@ class TrainingReporter:
         self._densities = Densities(
             len(state.sae.W_enc), run.dead_after_rows, mesh.axis, mesh.device
         )
-        self._experts = _Experts()
+        self._experts = ExpertLoads()
         self._doubted = False
         self._reported = start
         self._counted_rows = counted_rows
@@ -225,7 +225,7 @@ class TrainingReporter:
             sink.flush()
 
 
-class _Experts:
+class ExpertLoads:
     """Counts the rows that a routed dictionary sent to each expert since the last report."""
 
     def __init__(self) -> None:

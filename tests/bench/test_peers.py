@@ -1,6 +1,7 @@
 """Orchestration and protocol of `bench peers`, with stand-ins for the peers and no network."""
 
 import json
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -182,13 +183,14 @@ def test_complete_environment_is_used_again(
 ) -> None:
     calls: list[list[str]] = []
 
-    def call(command: list[str]) -> None:
+    def call(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
         calls.append(command)
         python = tmp_path / "a" / "bin" / "python"
         python.parent.mkdir(parents=True, exist_ok=True)
         python.touch()
+        return subprocess.CompletedProcess(command, 0)
 
-    monkeypatch.setattr(environments, "_call", call)
+    monkeypatch.setattr(subprocess, "run", call)
     peer = Peer("a", "1.0", "a.py")
     first = environments.ensure_environment(peer, tmp_path)
     installed = len(calls)
@@ -202,15 +204,15 @@ def test_complete_environment_is_used_again(
 def test_environment_without_its_marker_is_made_anew(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def fail(command: list[str]) -> None:
-        raise PeerError("interrupted")
+    def fail(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        return subprocess.CompletedProcess(command, 1, stderr="interrupted")
 
     peer = Peer("a", "1.0", "a.py")
     python = tmp_path / "a" / "bin" / "python"
     python.parent.mkdir(parents=True)
     python.touch()
-    monkeypatch.setattr(environments, "_call", fail)
-    with pytest.raises(PeerError):
+    monkeypatch.setattr(subprocess, "run", fail)
+    with pytest.raises(PeerError, match="interrupted"):
         environments.ensure_environment(peer, tmp_path)
 
 

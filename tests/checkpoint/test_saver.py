@@ -45,10 +45,10 @@ def make_saver(
     first: bool = True,
     before: Callable[[], None] = lambda: None,
     background: bool = True,
+    kind: type[Checkpoints] = Checkpoints,
 ) -> Saver:
-    checkpoints = Checkpoints(store, "run", keep=2)
     return Saver(
-        checkpoints,
+        kind(store, "run", keep=2),
         state,
         {"a": 1},
         all_gather=all_gather,
@@ -94,8 +94,7 @@ def test_where_memory_is_short_training_waits_until_all_is_durable(tmp_path: Pat
             written.extend(pieces)
             return super().write(step, written)
 
-    with make_saver(store, state, saved.append, background=False) as saver:
-        saver._checkpoints = Watched(store, "run", keep=2)
+    with make_saver(store, state, saved.append, background=False, kind=Watched) as saver:
         saver.save(3, {})
         assert [s.step for s in saved] == [3]
         own = {p.data_ptr() for p in state.sae.parameters()}

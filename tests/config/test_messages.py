@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from dist_sae.config import Run, load_run
-from dist_sae.config.messages import OTHER_NAMES, _places
+from dist_sae.config.messages import OTHER_NAMES, sections_by_key
 from dist_sae.errors import ConfigError
 from tests.runs import TINY, write_run
 
@@ -90,7 +90,7 @@ def test_a_mistake_is_answered_with_what_was_meant(
 
 
 def test_other_tools_names_lead_to_keys_that_exist_and_are_none_themselves() -> None:
-    places = _places(Run)
+    places = sections_by_key(Run)
     for name, key in OTHER_NAMES.items():
         section, _, last = key.rpartition(".")
         assert last == "kind" or section in places[last], key

@@ -32,7 +32,7 @@ NEW: dict[str, Any] = OLD | {
 @pytest.fixture
 def old(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A run file with old names, in a program that has warned of none yet."""
-    monkeypatch.setattr(renamed, "_said", set())
+    monkeypatch.setattr(renamed, "warned", set())
     (tmp_path / "old").mkdir()
     return write_run(tmp_path / "old", store={"activations": "/a", "runs": "/r"}, **OLD)
 
@@ -64,7 +64,7 @@ def test_overrides_by_either_name_replace_either(old: Path, new: Run, tmp_path: 
 
 
 def test_an_override_is_told_by_its_new_name(new: Run, tmp_path: Path, caplog: Any) -> None:
-    renamed._said.clear()
+    renamed.warned.clear()
     load_run(tmp_path / "run.yaml", ["train.lost_seconds=9"])
     expected = "--set train.lost_seconds=9: train.lost_seconds is called timeouts.lost_seconds now"
     assert [record.getMessage() for record in caplog.records] == [expected]

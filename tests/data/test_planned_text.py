@@ -12,8 +12,8 @@ import datasets
 import huggingface_hub
 import pytest
 
-from dist_sae.config.data import DatasetCorpus, S3Config
-from dist_sae.data.corpus import Corpus, CorpusIndex
+from dist_sae.config.data import DatasetCorpus, FilesCorpus, S3Config
+from dist_sae.data.corpus import Corpus, CorpusIndex, Document
 from dist_sae.errors import CorpusError
 from tests.conftest import Bucket
 from tests.data.test_corpus import WRITERS, as_json_lines, files
@@ -81,7 +81,8 @@ def test_a_file_written_anew_while_it_is_read_is_named(
     corpus = files(path, txt_documents="line")
     index = corpus.index()._replace(digests=None)
     monkeypatch.setattr(
-        "dist_sae.data.corpus._has_text", lambda place: bool(write(path, "1", "2", place.text))
+        "dist_sae.data.corpus.Document",
+        lambda number, text: write(path, "1", "2", text) and Document(number, text),
     )
     with pytest.raises(CorpusError, match="changed since the plan was made"):
         read(corpus, index)
@@ -133,16 +134,15 @@ def test_a_planned_path_is_known_from_any_folder(
     assert read(files("a.txt", txt_documents="line"), index) == LINES
 
 
-def test_a_file_that_grows_while_it_is_indexed_is_an_error(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_file_that_grows_while_it_is_indexed_is_an_error(tmp_path: Path) -> None:
     path = write(tmp_path / "a.txt", *LINES)
     corpus = files(path, txt_documents="line")
-    monkeypatch.setattr(
-        "dist_sae.data.corpus._digest", lambda text: write(path, *LINES, text) and b"0" * 16
-    )
+
+    def grow(_: int) -> None:  # called at the first document
+        write(path, *LINES, "five")
+
     with pytest.raises(CorpusError, match="changed while it was read; plan again"):
-        corpus.index()
+        corpus.index(grow)
 
 
 def test_an_object_that_is_another_one_is_named(bucket: Bucket) -> None:
@@ -153,7 +153,7 @@ def test_an_object_that_is_another_one_is_named(bucket: Bucket) -> None:
     put("b%20?.jsonl", "five")
     s3 = S3Config(endpoint_url=bucket.endpoint_url)
     first, second = (f"s3://{bucket.name}/{key}" for key in ("a b#1.jsonl", "b%20?.jsonl"))
-    config = files(first, second)._files.config
+    config = FilesCorpus(files=(first, second))
     index = Corpus(config, s3).index()
     assert read(Corpus(config, s3), index) == [*LINES, "five"]
     put("a b#1.jsonl", *LINES[::-1])

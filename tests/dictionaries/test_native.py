@@ -4,6 +4,7 @@ from functools import partial
 
 import pytest
 import torch
+from torch import Tensor
 
 from dist_sae.kernels import Entries, Kernels, autograd, native
 from dist_sae.kernels.torch import KERNELS
@@ -94,11 +95,20 @@ def test_memory_that_something_still_has_is_left_alone(kernels: Kernels) -> None
         assert_close_to_oracle(sums, "sum_by_latent", other)
 
 
-def test_no_more_is_kept_than_two_gradients() -> None:
+def test_no_more_is_kept_than_two_gradients(monkeypatch: pytest.MonkeyPatch) -> None:
     memory = native.Memory()
     held = [memory.empty(N_LATENTS, width) for width in (20, 30, 40, 50)]
     places = [tensor.data_ptr() for tensor in held]
     held.clear()
+    made, empty = list[tuple[int, ...]](), torch.empty
+
+    def make(*shape: int) -> Tensor:
+        made.append(shape)
+        return empty(*shape)
+
+    monkeypatch.setattr(torch, "empty", make)
     again = [memory.empty(N_LATENTS, width).data_ptr() for width in (50, 40)]
     assert again == places[:1:-1]
-    assert len(memory._kept) == 2
+    for width in (30, 20):
+        memory.empty(N_LATENTS, width)
+    assert made == [(N_LATENTS, 30), (N_LATENTS, 20)]

@@ -180,7 +180,7 @@ class Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]
     n = 0
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        self.n += func is torch.ops.aten._local_scalar_dense.default
+        self.n += func is torch.ops.aten._local_scalar_dense.default  # noqa: SLF001
         return func(*args, **(kwargs or {}))
 
 

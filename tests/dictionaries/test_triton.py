@@ -130,7 +130,7 @@ def test_the_tuned_block_changes_no_bit(product: str, monkeypatch: pytest.Monkey
     case, found = make_case("hot", 300), []
     for columns, warps in ((128, 1), (256, 2), (512, 4)):
         config = triton.Config({"COLUMNS": columns}, num_warps=warps)
-        monkeypatch.setattr(kernels._sum_segments_kernel, "configs", [config])
+        monkeypatch.setattr(kernels.sum_segments_kernel, "configs", [config])
         found.append(compute(kernels.KERNELS, product, case))
     assert torch.equal(found[0], found[1])
     assert torch.equal(found[0], found[2])
@@ -139,7 +139,7 @@ def test_the_tuned_block_changes_no_bit(product: str, monkeypatch: pytest.Monkey
 def test_blocks_that_are_tried_fit_the_width() -> None:
     configs = [triton.Config({"COLUMNS": columns}) for columns in (128, 512, 1024, 2048)]
     tried = {
-        d_in: [c.kwargs["COLUMNS"] for c in kernels._worth_trying(configs, {"D": d_in})]
+        d_in: [c.kwargs["COLUMNS"] for c in kernels.worth_trying(configs, {"D": d_in})]
         for d_in in (8, 768, 4096)
     }
     assert tried == {8: [128], 768: [128, 512, 1024], 4096: [128, 512, 1024, 2048]}
@@ -216,7 +216,7 @@ def compile_for_hopper() -> None:
     kernels.combine(torch.zeros(64 * 16), entries, W)
     kernels.gather_dot(rows, entries, W)
     kernels.sum_by_latent(torch.zeros(64 * 16), entries, rows, W, torch.zeros(N_LATENTS))
-    assert set(compiled) == {"_sum_chunks_kernel", "_sum_segments_kernel", "_gather_dot_kernel"}
+    assert set(compiled) == {"sum_chunks_kernel", "sum_segments_kernel", "gather_dot_kernel"}
     for name, kernel in compiled.items():
         wide = [line for line in kernel.asm["ptx"].splitlines() if "ld.global" in line]
         wide = [line for line in wide if ".v4.b32" in line]

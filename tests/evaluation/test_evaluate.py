@@ -201,7 +201,7 @@ def test_what_is_done_is_not_done_again(run: Run, monkeypatch: pytest.MonkeyPatc
     files = [place / "cfg.json", place / "sae_weights.safetensors", page]
     before = [path.stat().st_mtime_ns for path in files]
     with monkeypatch.context() as patch:
-        patch.setattr("dist_sae.checkpoint.trained._read", None)  # no weights are read
+        patch.setattr("dist_sae.checkpoint.trained.load_weights", None)  # no weights are read
         assert evaluate(run) == first
         assert (export(run), report(run)) == (str(place), str(page))
     assert [path.stat().st_mtime_ns for path in files] == before

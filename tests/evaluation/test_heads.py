@@ -11,7 +11,7 @@ from dist_sae.config.data import HuggingFaceModel
 from dist_sae.config.sae import ReLUConfig, SaeConfig
 from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.recipes.relu import ReLU
-from dist_sae.evaluation.cross_entropy import _intervals, cross_entropies
+from dist_sae.evaluation.cross_entropy import bootstrap_intervals, cross_entropies
 from dist_sae.models.spliced import SplicedModel
 from dist_sae.producing.planner import plan
 from tests.models.test_huggingface import D, hf, save_model
@@ -96,7 +96,7 @@ def test_intervals_are_of_the_draws_that_have_a_share() -> None:
     """Ablation changes one of three documents; 8 of 27 draws lack it."""
     clean = torch.tensor([1.1, 2.3, 3.7])
     sums = torch.stack([clean, *(clean + torch.tensor([0.0, 0.0, x]) for x in (1.0, 4.0, 2.0))])
-    found = _intervals(sums, torch.tensor([3, 5, 7]), torch.tensor([4, 8, 9]))
+    found = bootstrap_intervals(sums, torch.tensor([3, 5, 7]), torch.tensor([4, 8, 9]))
     assert found["ce_recovered"] == pytest.approx([0.75, 0.75])
     assert found["ce_recovered_mean"] == pytest.approx([0.5, 0.5])
     assert found["ce_clean"][0] < found["ce_clean"][1]

@@ -67,7 +67,7 @@ def numbers(run: Run) -> dict[str, Any]:
         "ls": {k: v for k, v in upkeep.ls(run).items() if k not in ("runs", "claims")},
         "runs": [consumer for consumer, _ in consumers.all()],
         "claims": list(upkeep.ls(run)["claims"]),
-        "claimed": claims._claimed(),
+        "claimed": claims.claimed(),
         "verify": verify(run),
         "orphans": upkeep.gc(run, hours=-1.0, delete=False),
         "ready": ReadyUnits(activations, plan, print).count(),
@@ -130,7 +130,7 @@ def test_what_is_not_ours_is_passed_by_and_named_once(
             for empty in ("claims/", "units/", "tiny/checkpoints/step-00000008/"):
                 put(folder, empty, b"")
     caplog.clear()
-    own._warned.clear()
+    own.warned.clear()
     with caplog.at_level(logging.WARNING):
         assert numbers(run) == before
         assert numbers(run) == before

@@ -335,10 +335,10 @@ class ApiServer:
         if options["preconditions"]["uid"] != obj["metadata"]["uid"]:
             raise RefusedError(409, "Conflict", "the UID in the precondition does not match")
         assert options["propagationPolicy"] == "Foreground"
-        self._begin_deletion(key)
+        self.begin_deletion(key)
         return obj
 
-    def _begin_deletion(self, key: Key) -> None:
+    def begin_deletion(self, key: Key) -> None:
         obj = self.objects[key]
         dependents = self._dependents(obj)
         running = key[0] == "pods" and obj["status"]["phase"] == "Running"
@@ -348,7 +348,7 @@ class ApiServer:
             metadata = {**obj["metadata"], "deletionTimestamp": "2026-01-02T00:00:00Z"}
             self._store(key, {**obj, "metadata": metadata}, "MODIFIED")
             for dependent in dependents:
-                self._begin_deletion(dependent)
+                self.begin_deletion(dependent)
         return None
 
     def _dependents(self, obj: Object) -> list[Key]:

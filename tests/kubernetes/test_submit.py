@@ -470,7 +470,7 @@ def test_resume_waits_for_a_run_that_is_ending(api: ApiServer, sh: Shell, path: 
     (pod, *_) = api.pods("trainer")
     api.run_pod(pod)
     with api.changed:
-        api._begin_deletion(("jobsets", "tiny"))
+        api.begin_deletion(("jobsets", "tiny"))
     assert "dist-sae/tiny is being deleted; wait until it is gone" in sh.fail("submit", path)
     with ending(api) as ended:
         assert "dist-sae/tiny is submitted" in sh("resume", path)

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch.distributed.tensor import DTensor
 
 from dist_sae.bench.measuring import peak_memory
 from dist_sae.config import Run
@@ -45,8 +46,8 @@ def rank(
                 with peak_memory(_anonymous_bytes) as peak:
                     source = HuggingFaceSource(HuggingFaceModel.model_validate(settings), sites)
                 weights = sum(
-                    getattr(p, "_local_tensor", p).numel()
-                    for p in blocks(source._model).parameters()
+                    (p.to_local() if isinstance(p, DTensor) else p).numel()
+                    for p in blocks(source.model).parameters()
                 )
                 results.append((source.run(*batch), weights, peak[0] - before))
     except DistSaeError as error:

@@ -10,7 +10,7 @@ import torch
 from dist_sae.config.data import ActivationsConfig, HuggingFaceModel
 from dist_sae.errors import ModelError
 from dist_sae.models import check_sites
-from dist_sae.models.check import _relative
+from dist_sae.models.check import relative_error
 from dist_sae.models.huggingface import HuggingFaceSource
 from tests.models.test_huggingface import (
     COMMON,
@@ -151,9 +151,9 @@ def test_an_error_is_relative_to_its_row() -> None:
     wanted[0] *= 100
     wrong = wanted.clone()
     wrong[2] *= 1.03
-    assert _relative(wrong, wanted) == pytest.approx(0.03, rel=1e-3)
+    assert relative_error(wrong, wanted) == pytest.approx(0.03, rel=1e-3)
     wanted[3] *= 1e-9
-    assert _relative(wanted + 1e-6 * (wanted < 0.5), wanted) < 1e-3
+    assert relative_error(wanted + 1e-6 * (wanted < 0.5), wanted) < 1e-3
 
 
 DYNAMIC = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}

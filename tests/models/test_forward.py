@@ -40,7 +40,7 @@ def forward(monkeypatch: pytest.MonkeyPatch) -> tuple[Forward, Device]:
         return RowTransfer(rows, device.event(int(rows["a"][0, 0])))
 
     forward = Forward(device, torch.bfloat16)
-    monkeypatch.setattr(forward, "_send", made)
+    monkeypatch.setattr(forward, "send", made)
     return forward, device
 
 

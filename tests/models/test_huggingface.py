@@ -344,9 +344,9 @@ def test_layers_above_the_deepest_site_have_no_weights_and_do_not_run(
 ) -> None:
     """The configuration is the model's own all the same: some compute with its depth."""
     source = HuggingFaceSource(models[name], ("resid_post.0", "mlp_in.1"))
-    layers = blocks(source._model)
+    layers = blocks(source.model)
     assert [bool(list(layer.parameters())) for layer in layers] == [True, True, False]
-    assert source._model.config.num_hidden_layers == LAYERS
+    assert source.model.config.num_hidden_layers == LAYERS
     layers[1].register_forward_hook(lambda *_: pytest.fail("the MLP of layer 1 has run"))
     source.run(*random_tokens(5))
 

@@ -138,7 +138,7 @@ def test_two_ranks_give_what_one_gives(
     config = models[case].model_copy(update={"tensor_parallel": 1})
     source = HuggingFaceSource(config, sites_of_case(case))
     expected = source.run(*BATCH)
-    weights = sum(p.numel() for p in blocks(source._model).parameters())
+    weights = sum(p.numel() for p in blocks(source.model).parameters())
     for acts, here, _ in (one[case] for one in shared):
         assert acts.keys() == expected.keys()
         for site, wanted in expected.items():

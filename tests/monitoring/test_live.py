@@ -131,6 +131,10 @@ def until(missing: Callable[[], list[str]]) -> None:
         time.sleep(0.2)
 
 
+def until_training(live: Live) -> None:
+    until(lambda: [] if live.prometheus.query("run:dist_sae_train_step:share > 0") else ["no step"])
+
+
 def filled(expression: str) -> str:
     """Fill a query as Grafana does with every variable set to All."""
     expression = re.sub(r'"\$(run|rank)"', '".*"', expression)
@@ -208,13 +212,14 @@ def test_a_scrape_is_small(live: Live) -> None:
 
 
 def test_a_healthy_run_alerts_nobody(live: Live) -> None:
-    until(lambda: [] if live.prometheus.query("run:dist_sae_train_step:share > 0") else ["no step"])
+    until_training(live)
     firing = live.prometheus.query('ALERTS{alertstate="firing"}')
     assert firing == []
 
 
 def test_the_death_of_a_rank_is_heard_of(live: Live) -> None:
     """The other ranks end when one is gone: without the alert nobody would know."""
+    until_training(live)  # a rank that dies before the rendezvous is waited for
     live.trainers[1].kill()
     assert live.trainers[0].wait(timeout=WAIT_SECONDS) == 75
     alert = live.alerts.get(timeout=WAIT_SECONDS)

@@ -10,7 +10,7 @@ import transformers
 
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.models.loading import load_tokenizer
-from dist_sae.report.latents import Firings, Token, _example
+from dist_sae.report.latents import Firings, Token, build_example
 
 TEXT = "a\u00e9\u201c\U0001f600b"  # of 1, 2, 3, 4 and 1 bytes
 
@@ -48,7 +48,7 @@ def test_a_character_has_one_highlight(tokenizer: Any) -> None:
     )
     texts: Any = SimpleNamespace(tokens=lambda _: ids, tokenizer=tokenizer, context_tokens=1000)
     known = {(0, peak): 2.0, (0, peak + 1): 1.0}
-    example = _example(peak, firings, known, texts)
+    example = build_example(peak, firings, known, texts)
     assert example.tokens[example.peak] == Token("\U0001f600", 2.0, in_context=True)
     assert [token.text for token in example.tokens if token.act] == ["\U0001f600"]
     assert text.endswith("".join(token.text for token in example.tokens))

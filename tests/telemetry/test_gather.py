@@ -2,13 +2,15 @@
 
 import threading
 import time
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack
+from typing import Any
 
 import pytest
 
 from dist_sae.telemetry import gather, server
 from dist_sae.telemetry.exporter import Telemetry
-from dist_sae.telemetry.gather import GatheredTelemetry, merge
+from dist_sae.telemetry.gather import GatheredTelemetry, Rank, merge
 from dist_sae.telemetry.server import PageServer
 from tests.telemetry.scrape import of_rank, scrape, series
 
@@ -104,15 +106,20 @@ def test_last_words_that_come_too_late_for_a_page_are_in_the_next(
         assert free.wait(20)
         return b'# HELP one A one.\n# TYPE one gauge\none{rank="1"} 1.0\n'
 
+    answers, ask = list[Future[None]](), Rank.ask
+
+    def kept(*args: Any, **kwargs: Any) -> Future[None]:
+        answers.append(ask(*args, **kwargs))
+        return answers[-1]
+
+    monkeypatch.setattr(Rank, "ask", kept)
     monkeypatch.setattr(gather, "PATIENCE_SECONDS", 0.0)
     slow = PageServer(0, render, lambda _: None)
     with GatheredTelemetry("run", "train", {1: slow.port}, 0) as gathered:
         assert of_rank(scrape(gathered.port), "one") == {}
         assert asked.wait(20)
-        (rank,) = gathered._ranks
         free.set()
-        assert rank._asked is not None
-        rank._asked.result(20)
+        answers[0].result(20)
         slow.close()
         monkeypatch.setattr(gather, "PATIENCE_SECONDS", 20.0)
         assert of_rank(scrape(gathered.port), "one") == {"1": 1.0}
@@ -124,10 +131,10 @@ def test_a_proxy_for_the_internet_is_not_asked_for_the_ranks(
 ) -> None:
     monkeypatch.setenv("HTTP_PROXY", "http://127.0.0.1:9")
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
-    with Telemetry("run", "train", 0, 1) as telemetry:
-        rank = gather._Rank(1, telemetry.port or 0)
+    with Telemetry("run", "train", 0, 1) as telemetry, ThreadPoolExecutor(1) as pool:
+        rank = Rank(1, telemetry.port or 0)
         assert rank.fault("/livez") is None
-        rank._fetch({})
+        rank.ask(pool, scraped=False).result(20)
         assert "dist_sae_run_info" in rank.serve()
 
 

@@ -9,7 +9,7 @@ from dist_sae.dictionaries.axis import WHOLE
 from dist_sae.dictionaries.interface import LossTerms, Output, Routing
 from dist_sae.telemetry.metric import QUANTILES
 from dist_sae.training.numbers import batch_numbers, expert_numbers, starved_share
-from dist_sae.training.reporter import _Experts
+from dist_sae.training.reporter import ExpertLoads
 
 
 def test_explained_variance_is_of_rows_and_about_the_mean_of_the_data() -> None:
@@ -41,7 +41,7 @@ def test_latents_whose_gradients_are_near_eps_are_counted() -> None:
 
 
 def test_loads_of_experts_are_those_since_the_last_report() -> None:
-    experts, dead = _Experts(), torch.arange(12) >= 7
+    experts, dead = ExpertLoads(), torch.arange(12) >= 7
     assert experts.take(WHOLE, dead) == {}
     for load in ([5, 0, 0, 3], [6, 0, 1, 1]):
         experts.add(Routing(torch.tensor(load), 2))
@@ -52,7 +52,7 @@ def test_loads_of_experts_are_those_since_the_last_report() -> None:
 
 
 def test_experts_without_a_row_are_named_once(caplog: pytest.LogCaptureFixture) -> None:
-    experts, dead = _Experts(), torch.zeros(12, dtype=torch.bool)
+    experts, dead = ExpertLoads(), torch.zeros(12, dtype=torch.bool)
     for _ in range(2):
         experts.add(Routing(torch.tensor([4, 0, 2, 2]), 0))
         _, idle = expert_numbers(WHOLE, torch.tensor([4, 0, 2, 2]), dead)

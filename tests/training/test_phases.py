@@ -1,7 +1,8 @@
 """Where time goes, by the device's clock."""
 
 import time
-from typing import Any
+import weakref
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -22,10 +23,12 @@ class Event:
 
     now = 0.0
     waits = 0
+    alive: ClassVar[weakref.WeakSet["Event"]] = weakref.WeakSet()
 
     def __init__(self, *, enable_timing: bool) -> None:
         assert enable_timing
         self.at: float | None = None
+        Event.alive.add(self)
 
     def record(self) -> None:
         Event.now += 1.0
@@ -62,12 +65,13 @@ def test_a_gpu_is_waited_for_only_when_its_times_are_asked_for(
 ) -> None:
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(Event, "waits", 0)
+    Event.alive.clear()
     watch = Phases(Clock(torch.device("cuda")))
     for _ in range(1000):
         watch.end("forward")
         watch.end("rest")
     assert Event.waits == 0
-    assert len(watch._marks) <= phases.MOST_MARKS + 1  # those that are past are not kept
+    assert len(Event.alive) <= phases.MOST_MARKS + 1  # those that are past are not kept
     assert watch.take() == {"forward": 1000.0, "rest": 1000.0}
     assert Event.waits == 1
 

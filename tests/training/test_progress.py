@@ -36,7 +36,7 @@ def shown(*, terminal: bool) -> list[str]:
         view.show("trainer-0", TRAINING)
         if terminal:
             with console.capture() as capture:
-                console.print(view._live.get_renderable())
+                console.print(view)
             lines = [Text.from_ansi(line).plain.rstrip() for line in capture.get().splitlines()]
             return lines[-3:]
     return out.getvalue().splitlines()
@@ -58,7 +58,7 @@ def test_a_limit_that_is_longer_than_a_line_is_shown_whole() -> None:
         view.show("producer-0", PRODUCING)
         view.show("trainer-0", TRAINING)
         with console.capture() as capture:
-            console.print(view._live.get_renderable())
+            console.print(view)
     said = " ".join(Text.from_ansi(capture.get()).plain.split())
     assert "limit: data: trainers wait 62% of the time; producers' slowest stage: forward" in said
 
@@ -144,7 +144,7 @@ def test_a_run_that_stands_still_says_so() -> None:
         def lines(process: str, record: dict[str, Any]) -> list[str]:
             view.show(process, record)
             with console.capture() as capture:
-                console.print(view._live.get_renderable())
+                console.print(view)
             return [Text.from_ansi(line).plain.rstrip() for line in capture.get().splitlines()]
 
         lines("producer-0", PRODUCING)

@@ -1,0 +1,16 @@
+"""Tests use public names of the package only."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+IMPORT = r"from dist_sae[\w.]* import (\([^)]*|[^(\n]*)\b_[a-zA-Z]\w*"
+STRING = r"""attr\([^"']*["']([\w.]*\.)?_[a-zA-Z]\w*["']"""
+
+
+@pytest.mark.parametrize("use", [IMPORT, STRING], ids=["import", "string"])
+def test_no_test_uses_a_private_name(use: str) -> None:
+    """In attributes ruff finds them (SLF001)."""
+    for path in Path(__file__).parent.rglob("*.py"):
+        assert not (found := re.search(use, path.read_text())), f"{path}: {found[0]}"
