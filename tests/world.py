@@ -53,7 +53,7 @@ def fill(
     return made
 
 
-def open_units(
+def open_activation_set(
     run: Run, stopping: threading.Event | None = None, store: ObjectStore | None = None
 ) -> ActivationSet:
     store = store or open_store(run.store.activations)
@@ -61,7 +61,7 @@ def open_units(
 
 
 def open_loader(
-    units: ActivationSet,
+    activation_set: ActivationSet,
     steps: range,
     *,
     world: int = 1,
@@ -71,7 +71,7 @@ def open_loader(
     cursors: Mapping[int, StreamCursor] | None = None,
 ) -> Loader:
     return Loader(
-        units,
+        activation_set,
         rank=rank,
         world=world,
         batch_rows=rows,
@@ -81,8 +81,10 @@ def open_loader(
     )
 
 
-def open_stream(units: ActivationSet, number: int, pool: Executor, passes: int = 1) -> Stream:
-    return Stream(units, number, 0, passes, pool, pool)
+def open_stream(
+    activation_set: ActivationSet, number: int, pool: Executor, passes: int = 1
+) -> Stream:
+    return Stream(activation_set, number, 0, passes, pool, pool)
 
 
 def take(stream: Stream, n: int) -> Tensor:
@@ -92,9 +94,9 @@ def take(stream: Stream, n: int) -> Tensor:
     return acts
 
 
-def batches(units: ActivationSet, steps: range, **options: Any) -> list[Tensor]:
+def batches(activation_set: ActivationSet, steps: range, **options: Any) -> list[Tensor]:
     """Read the activations of the batches `steps`."""
-    with open_loader(units, steps, **options) as loader:
+    with open_loader(activation_set, steps, **options) as loader:
         return [batch.acts for batch in loader]
 
 

@@ -278,10 +278,10 @@ def _time_writing(
 
 def _read(store: ObjectStore, plan: Plan, shape: StoreShape) -> None:
     """Read every batch, as a trainer that takes no time."""
-    units = ActivationSet(store, plan, _SITE)
+    activation_set = ActivationSet(store, plan, _SITE)
     steps = range(shape.units * shape.unit_rows // shape.batch)
     with Loader(
-        units, rank=0, world=1, batch_rows=shape.batch, steps=steps, max_passes=1
+        activation_set, rank=0, world=1, batch_rows=shape.batch, steps=steps, max_passes=1
     ) as loader:
         for batch in loader:
             assert batch.acts.shape == (shape.batch, shape.d_in)

@@ -78,8 +78,8 @@ def report(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
     run = plan.resolve(run)  # not before: a run keeps the numbers that it began with
     own = trained.run if trained else run
     facts = subject(own, plan, made, trained.checkpoint if trained else None)
-    units = ActivationSet(activations, plan, run.site, wait=False)
-    latents, latent_rows, no_latents = _latents(run, units, trained)
+    activation_set = ActivationSet(activations, plan, run.site, wait=False)
+    latents, latent_rows, no_latents = _latents(run, activation_set, trained)
     page = Page(
         title=run.name,
         facts=list(_facts(run, trained, history, facts)),
@@ -111,7 +111,7 @@ def _is_there(runs: ObjectStore, key: str, made_from: str) -> bool:
 
 
 def _latents(
-    run: Run, units: ActivationSet, trained: Trained | None
+    run: Run, activation_set: ActivationSet, trained: Trained | None
 ) -> tuple[list[LatentView], int, str]:
     """Latents, the number of rows read for them, and the reason if there are none."""
     if trained is None:
@@ -121,7 +121,7 @@ def _latents(
             f"No checkpoint yet: run dist-sae train {_RUN_FILE}, then make the report again.",
         )
     try:
-        views, rows = view_latents(run, units, trained.sae, trained.scale)
+        views, rows = view_latents(run, activation_set, trained.sae, trained.scale)
     except (CorpusError, ModelError) as error:  # numbers and curves need no text
         return [], 0, f"The text cannot be shown: {error}"
     if not rows:

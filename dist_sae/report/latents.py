@@ -82,45 +82,47 @@ class Firings(NamedTuple):
 
 
 def view_latents(
-    run: Run, units: ActivationSet, sae: Dictionary, scale: float
+    run: Run, activation_set: ActivationSet, sae: Dictionary, scale: float
 ) -> tuple[list[LatentView], int]:
     """View a sample of latents over the whole range of densities; returns the rows read as well.
 
     Args:
         run: The run.
-        units: The activation set; units that are not there are passed over.
+        activation_set: Units that are not there are passed over.
         sae: The dictionary.
         scale: What activations are multiplied by before they are encoded.
 
     Raises:
         CorpusError: The text is gone, or is not what the activations were made from.
     """
-    firings = read_firings(units, sae, scale, min(_MOST_ROWS, max(run.evaluate.rows, 1)))
+    firings = read_firings(activation_set, sae, scale, min(_MOST_ROWS, max(run.evaluate.rows, 1)))
     rows = len(firings.tokens)
     if not rows or not run.evaluate.latents:
         return [], rows
     counts = torch.bincount(firings.latents, minlength=run.sae.n_latents)
-    texts = Texts(run, units.plan)
+    texts = Texts(run, activation_set.plan)
     chosen = choose_latents(counts, run.evaluate.latents, run.train.seed)
     return [_view(latent, firings, texts) for latent in chosen], rows
 
 
-def read_firings(units: ActivationSet, sae: Dictionary, scale: float, most_rows: int) -> Firings:
+def read_firings(
+    activation_set: ActivationSet, sae: Dictionary, scale: float, most_rows: int
+) -> Firings:
     """Encode rows, held-out ones first, until there are enough rows or active entries."""
     parts: list[Firings] = []
     rows = entries = 0
-    plan = units.plan
-    for unit in [*plan.heldout_units, *kept_units(units.store, plan)]:
+    plan = activation_set.plan
+    for unit in [*plan.heldout_units, *kept_units(activation_set.store, plan)]:
         if rows >= most_rows or entries >= MOST_ENTRIES:
             break
         try:
-            shard = units.shard(units.manifest(unit))
+            shard = activation_set.shard(activation_set.manifest(unit))
         except ObjectNotFoundError:
             continue
         for number in range(len(shard.blocks)):
             if rows >= most_rows or entries >= MOST_ENTRIES:
                 break
-            block = read_block(units.store, shard, number)
+            block = read_block(activation_set.store, shard, number)
             which = torch.full_like(block.tokens, unit)
             for start in range(0, len(which), ENCODE_ROWS):
                 if entries >= MOST_ENTRIES:

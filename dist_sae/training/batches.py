@@ -122,14 +122,14 @@ class Batches:
 def open_loader(
     run: Run,
     mesh: Mesh,
-    units: ActivationSet,
+    activation_set: ActivationSet,
     steps: range,
     lineage: Lineage,
     cursors: Mapping[int, StreamCursor] | None,
 ) -> Loader:
     """This rank's share of the batches of these steps."""
     return Loader(
-        units,
+        activation_set,
         rank=mesh.rank,
         world=mesh.world,
         batch_rows=run.train.batch_rows,

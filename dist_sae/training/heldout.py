@@ -15,10 +15,12 @@ from dist_sae.distributed.mesh import Mesh
 class HeldoutFvu:
     """The first `train.heldout_rows` held-out rows, split among the ranks and kept in memory."""
 
-    def __init__(self, run: Run, mesh: Mesh, units: ActivationSet, normaliser: Normaliser) -> None:
+    def __init__(
+        self, run: Run, mesh: Mesh, activation_set: ActivationSet, normaliser: Normaliser
+    ) -> None:
         self._rows = run.train.heldout_rows // mesh.world
         self._mesh = mesh
-        self._units = units
+        self._activation_set = activation_set
         self._normaliser = normaliser
         self._x: Tensor | None = None
 
@@ -43,10 +45,10 @@ class HeldoutFvu:
 
     def _read(self) -> bool:
         """Read this rank's rows; False if a unit does not exist yet."""
-        numbers, mesh = self._units.plan.heldout_units, self._mesh
-        if mesh.any_rank(not self._units.exist(numbers)):
+        numbers, mesh = self._activation_set.plan.heldout_units, self._mesh
+        if mesh.any_rank(not self._activation_set.exist(numbers)):
             return False
-        rows = torch.cat(list(self._units.heldout_rows(mesh.world * self._rows)))
+        rows = torch.cat(list(self._activation_set.heldout_rows(mesh.world * self._rows)))
         own = rows[mesh.rank * len(rows) // mesh.world :][: len(rows) // mesh.world]
         self._x = own.to(mesh.device) * self._normaliser.scale
         return True

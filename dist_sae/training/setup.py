@@ -74,7 +74,7 @@ def _open(
     )
     plan = load_plan(activations, run)
     check_rows(plan.resolve(run), plan)
-    units = ActivationSet(activations, plan, run.site, stopping)
+    activation_set = ActivationSet(activations, plan, run.site, stopping)
     registration = opened.enter_context(_registration(run, plan, activations, mesh))
     checkpoints = Checkpoints(
         runs,
@@ -96,8 +96,8 @@ def _open(
         runs.put(run_file_key(run.name), dump_run(run).encode())
     if not start.found:
         registration.begin(start.cursors)
-    normaliser = _normaliser(run, units, start, times)
-    state, engine = _build(run, mesh, kernels, units, normaliser, start, times)
+    normaliser = _normaliser(run, activation_set, start, times)
+    state, engine = _build(run, mesh, kernels, activation_set, normaliser, start, times)
     position = _restore(state, start, checkpoints, registration, mesh, telemetry)
     logger.info(
         "%s at step %d of %d", "resuming" if position.step else "starting", position.step, run.steps
@@ -142,12 +142,12 @@ def _open(
         variance=normaliser.variance,
         lineage=start.lineage,
         report=report,
-        heldout=HeldoutFvu(run, mesh, units, normaliser),
+        heldout=HeldoutFvu(run, mesh, activation_set, normaliser),
         saver=saver,
         steps_done=position.step,
     )
     steps = range(position.step, run.steps)
-    loader = open_loader(run, mesh, units, steps, start.lineage, position.cursors)
+    loader = open_loader(run, mesh, activation_set, steps, start.lineage, position.cursors)
     batches = Batches(
         run,
         mesh,
@@ -160,7 +160,7 @@ def _open(
         telemetry=telemetry,
         stopping=stopping,
     )
-    for each in (report, saver, _ready_units(units, mesh, telemetry, batches), loader):
+    for each in (report, saver, _ready_units(activation_set, mesh, telemetry, batches), loader):
         opened.enter_context(each)
     times.end("begin")
     return batches, [job]
@@ -179,22 +179,22 @@ def _registration(run: Run, plan: Plan, activations: ObjectStore, mesh: Mesh) ->
 
 
 def _ready_units(
-    units: ActivationSet, mesh: Mesh, telemetry: Telemetry, batches: Batches
+    activation_set: ActivationSet, mesh: Mesh, telemetry: Telemetry, batches: Batches
 ) -> AbstractContextManager[object]:
     """Count the units that exist, on rank 0."""
     if not mesh.is_first:
         return nullcontext()
-    telemetry.set("dist_sae_train_plan_units", len(units.plan.train_units))
-    return ReadyUnits(units.store, units.plan, batches.show_ready)
+    telemetry.set("dist_sae_train_plan_units", len(activation_set.plan.train_units))
+    return ReadyUnits(activation_set.store, activation_set.plan, batches.show_ready)
 
 
-def _normaliser(run: Run, units: ActivationSet, start: Start, times: Times) -> Normaliser:
+def _normaliser(run: Run, activation_set: ActivationSet, start: Start, times: Times) -> Normaliser:
     """The stored normaliser of this activation set, or a new one at the parent's scale."""
-    if known := start.knows_rows_of(units.plan):
+    if known := start.knows_rows_of(activation_set.plan):
         return Normaliser.from_scalars(known.scalars)
     times.end("begin")
     assert run.train.normaliser_rows is not None, "the plan resolves it"
-    normaliser = measure(units, run.train.normaliser_rows, times.waiting)[run.site]
+    normaliser = measure(activation_set, run.train.normaliser_rows, times.waiting)[run.site]
     times.end("wait")
     return normaliser.at(start.parent.scalars["scale"]) if start.parent else normaliser
 
@@ -203,7 +203,7 @@ def _build(
     run: Run,
     mesh: Mesh,
     kernels: Kernels,
-    units: ActivationSet,
+    activation_set: ActivationSet,
     normaliser: Normaliser,
     start: Start,
     times: Times,
@@ -215,7 +215,7 @@ def _build(
     if start.parent and warm_start.width(start.parent) == sae.n_latents:
         warm_start.load(sae, start.parent)
     elif not start.found:
-        initialise(run, mesh, units, normaliser, sae, start, times)
+        initialise(run, mesh, activation_set, normaliser, sae, start, times)
     engine = DeepSpeedEngine(run, sae, mesh)
     dead = DeadLatents(len(sae.W_enc), run.dead_after_rows, mesh.axis, mesh.device)
     average = WeightAverage(sae, run.train.ema_decay) if run.train.ema_decay else None
@@ -225,7 +225,7 @@ def _build(
 def initialise(
     run: Run,
     mesh: Mesh,
-    units: ActivationSet,
+    activation_set: ActivationSet,
     normaliser: Normaliser,
     sae: Dictionary,
     start: Start,
@@ -242,11 +242,11 @@ def initialise(
 
     def rows() -> Generator[Rows]:
         with open_loader(
-            run, mesh, units, range(n_batches), start.lineage, start.cursors
+            run, mesh, activation_set, range(n_batches), start.lineage, start.cursors
         ) as loader:
             for _ in range(n_batches):
                 times.end("begin")
-                batch = next_batch(loader, mesh, units.stopping, times)
+                batch = next_batch(loader, mesh, activation_set.stopping, times)
                 if batch is None:
                     loader.raise_if_failed()
                     raise Stopped("stopped before the first step; start again to continue")

@@ -75,10 +75,10 @@ def read(settings: dict[str, Any], world: int, folder: Path, credentials: dict[s
         retires=run.store.retention == "delete_consumed",
     )
     registration.begin(cursors)
-    units = ActivationSet(store, plan, run.site, threading.Event())
+    activation_set = ActivationSet(store, plan, run.site, threading.Event())
     loaders = [
         Loader(
-            units,
+            activation_set,
             rank=rank,
             world=world,
             batch_rows=run.train.batch_rows,

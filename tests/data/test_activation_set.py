@@ -10,7 +10,7 @@ from dist_sae.data.shard import manifest_key
 from dist_sae.errors import ObjectNotFoundError, UnitMissingError
 from dist_sae.storage import Entry
 from tests.runs import make_run
-from tests.world import RowNumbers, Wrapped, fill, open_units
+from tests.world import RowNumbers, Wrapped, fill, open_activation_set
 
 
 class Counting(Wrapped):
@@ -27,8 +27,8 @@ def test_rows_end_with_the_limit_and_nothing_is_read_beyond_it(
     """Units 1 and 3 in this order; the limit is the first one's rows and one more, or its own."""
     run = make_run(tmp_path)
     fill(run, RowNumbers(), monkeypatch)
-    store = Counting(open_units(run).store)
-    activations = open_units(run, store=store)
+    store = Counting(open_activation_set(run).store)
+    activations = open_activation_set(run, store=store)
     n, blocks = (
         activations.manifest(1).rows,
         [block.rows for block in activations.shard(activations.manifest(1)).blocks],
@@ -48,7 +48,7 @@ def test_a_reader_that_does_not_wait_names_the_missing_unit(
 ) -> None:
     run = make_run(tmp_path)
     plan = fill(run, RowNumbers(), monkeypatch)
-    activations = ActivationSet(open_units(run).store, plan, run.site, wait=False)
+    activations = ActivationSet(open_activation_set(run).store, plan, run.site, wait=False)
     assert activations.exist(plan.heldout_units)
     assert activations.manifest(1).unit == 1
     activations.store.delete(manifest_key(1))

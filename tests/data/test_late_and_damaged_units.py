@@ -13,7 +13,7 @@ from dist_sae.errors import CorruptObjectError, ObjectNotFoundError, Stopped
 from dist_sae.logs import SUPERVISED
 from dist_sae.storage import Entry
 from tests.data.numbered import LateUnits, World
-from tests.world import Wrapped, batches, changed, open_stream, open_units, same, take
+from tests.world import Wrapped, batches, changed, open_activation_set, open_stream, same, take
 
 
 @pytest.mark.parametrize("seed", [0, 1])
@@ -23,9 +23,9 @@ def test_units_that_come_late_and_in_any_order_are_waited_for(
     monkeypatch.setattr(dist_sae.data.activation_set, "POLL_SECONDS", (0.0, 0.001))
     steps = range(world.full_batches)
     store = LateUnits(world.store, seed)
-    late = batches(open_units(world.run, store=store), steps)
+    late = batches(open_activation_set(world.run, store=store), steps)
     assert store.misses > 5
-    assert same(batches(open_units(world.run), steps), late)
+    assert same(batches(open_activation_set(world.run), steps), late)
 
 
 @pytest.mark.parametrize("sign", ["none", "claim", "unit", "supervised"])
@@ -49,7 +49,7 @@ def test_whether_producers_run_is_asked_only_where_nothing_tells(
     store = Aged(world.store, 0)
     store.hidden = [manifest_key(4)]
     told: list[float] = []
-    open_units(world.run, store=store).manifest(4, told.append)
+    open_activation_set(world.run, store=store).manifest(4, told.append)
     assert ("are producers running?" in caplog.text) == (sign == "none")
     assert ("producers are at work" in caplog.text) == (sign != "none")
     assert len(told) == 1
@@ -65,18 +65,18 @@ def test_waiting_for_a_unit_ends_when_the_run_is_stopped(world: World) -> None:
                 raise ObjectNotFoundError("no such object", url=self.url, key=key)
             return super().get(key, start, stop)
 
-    units = open_units(world.run, stopping, Nothing(world.store))
+    activation_set = open_activation_set(world.run, stopping, Nothing(world.store))
     with pytest.raises(Stopped):
-        batches(units, range(1))
+        batches(activation_set, range(1))
     with pytest.raises(Stopped, match="waiting for unit 3"), ThreadPoolExecutor(1) as pool:
-        take(open_stream(units, 3, pool), 1)
+        take(open_stream(activation_set, 3, pool), 1)
 
 
 def test_a_run_that_is_stopped_still_gets_the_data_that_is_there(world: World) -> None:
     """The trainer decides when to stop; the loader only ends its waits."""
     stopping = threading.Event()
     stopping.set()
-    assert len(batches(open_units(world.run, stopping), range(3))) == 3
+    assert len(batches(open_activation_set(world.run, stopping), range(3))) == 3
 
 
 @pytest.mark.parametrize("damage", ["flip", "cut"])
@@ -91,7 +91,7 @@ def test_a_damaged_block_is_an_error_that_names_the_shard(own_world: World, dama
     own_world.store.put(shard.key, bytes(data))
     fault = {"flip": "does not match its checksum", "cut": "is cut short"}[damage]
     with pytest.raises(CorruptObjectError, match=f"block 1 {fault}") as caught:
-        batches(open_units(own_world.run), range(own_world.full_batches))
+        batches(open_activation_set(own_world.run), range(own_world.full_batches))
     assert caught.value.key == shard.key
 
 
@@ -99,7 +99,7 @@ def test_a_missing_shard_is_an_error_in_the_trainers_thread(own_world: World) ->
     key = read_manifest(own_world.store, 5).sites["synthetic"].key
     own_world.store.delete(key)
     with pytest.raises(CorruptObjectError, match="is gone; delete the unit's manifest") as caught:
-        batches(open_units(own_world.run), range(own_world.full_batches))
+        batches(open_activation_set(own_world.run), range(own_world.full_batches))
     assert caught.value.key == key
 
 
@@ -110,5 +110,5 @@ def test_a_manifest_of_another_plan_or_form_is_an_error(
     key = manifest_key(0)
     own_world.store.put(key, changed(own_world.store.get(key), **change))
     with pytest.raises(CorruptObjectError) as caught:
-        batches(open_units(own_world.run), range(1))
+        batches(open_activation_set(own_world.run), range(1))
     assert caught.value.key == "units/00000000.json"

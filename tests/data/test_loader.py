@@ -13,15 +13,17 @@ import dist_sae.data.loader
 from dist_sae.data.shard import manifest_key
 from dist_sae.data.streams import Stream
 from tests.data.numbered import LateUnits, World, ids
-from tests.world import Wrapped, batches, open_loader, open_units, same
+from tests.world import Wrapped, batches, open_activation_set, open_loader, same
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_ranks_divide_each_global_batch(world: World, ranks: int) -> None:
     """Ranks' parts, one after the other, are bitwise the batch of a single rank."""
     steps = range(world.full_batches)
-    whole = batches(open_units(world.run), steps)
-    parts = [batches(open_units(world.run), steps, world=ranks, rank=r) for r in range(ranks)]
+    whole = batches(open_activation_set(world.run), steps)
+    parts = [
+        batches(open_activation_set(world.run), steps, world=ranks, rank=r) for r in range(ranks)
+    ]
     assert same(whole, [torch.cat(part) for part in zip(*parts, strict=True)])
     assert {len(batch) for part in parts for batch in part} == {64 // ranks}
 
@@ -32,15 +34,15 @@ def test_resuming_at_a_step_gives_the_batches_that_an_undisturbed_run_sees(
 ) -> None:
     """Within a block, at and across the end of a window (372 of 496 rows), in the second pass."""
     stop = min(start + 8, 2 * world.full_batches)
-    whole = batches(open_units(world.run), range(stop), passes=2)
-    resumed = batches(open_units(world.run), range(start, stop), passes=2)
+    whole = batches(open_activation_set(world.run), range(stop), passes=2)
+    resumed = batches(open_activation_set(world.run), range(start, stop), passes=2)
     assert same(whole[start:], resumed)
 
 
 def test_resuming_with_another_number_of_ranks_changes_nothing(world: World) -> None:
-    whole = batches(open_units(world.run), range(10))
-    first = batches(open_units(world.run), range(4))
-    rest = [batches(open_units(world.run), range(4, 10), world=2, rank=r) for r in (0, 1)]
+    whole = batches(open_activation_set(world.run), range(10))
+    first = batches(open_activation_set(world.run), range(4))
+    rest = [batches(open_activation_set(world.run), range(4, 10), world=2, rank=r) for r in (0, 1)]
     assert same(whole, first + [torch.cat(part) for part in zip(*rest, strict=True)])
 
 
@@ -55,12 +57,12 @@ def test_a_resumed_run_reads_no_manifest_of_units_that_it_has_behind_it(world: W
             return super().get(key, start, stop)
 
     steps = range(world.full_batches - 2, world.full_batches)
-    with open_loader(open_units(world.run), range(steps.start)) as loader:
+    with open_loader(open_activation_set(world.run), range(steps.start)) as loader:
         cursors = [batch.cursors for batch in loader][-1]
     asked = Asked(world.store)
-    with open_loader(open_units(world.run, store=asked), steps, cursors=cursors) as loader:
+    with open_loader(open_activation_set(world.run, store=asked), steps, cursors=cursors) as loader:
         resumed = [batch.acts for batch in loader]
-    assert same(batches(open_units(world.run), steps), resumed)
+    assert same(batches(open_activation_set(world.run), steps), resumed)
     assert {key for key in asked.keys_asked if key.startswith("units/")} == {
         manifest_key(unit) for unit in range(12, 16)
     }
@@ -69,7 +71,7 @@ def test_a_resumed_run_reads_no_manifest_of_units_that_it_has_behind_it(world: W
 def test_the_batches_of_one_pass_repeat_nothing_and_lack_less_than_a_batch_per_stream(
     world: World,
 ) -> None:
-    seen = ids(batches(open_units(world.run), range(world.full_batches)))
+    seen = ids(batches(open_activation_set(world.run), range(world.full_batches)))
     assert len(set(seen)) == len(seen) == 64 * world.full_batches
     assert min(world.stream_rows) - len(seen) // 4 < 16
 
@@ -86,7 +88,7 @@ def test_the_loader_does_not_run_ahead_of_the_trainer(
         real(self, acts)
 
     monkeypatch.setattr(Stream, "put", put)
-    with open_loader(open_units(world.run), range(world.full_batches)) as loader:
+    with open_loader(open_activation_set(world.run), range(world.full_batches)) as loader:
         for _ in range(3 * 4):  # 4 streams
             assert begun.acquire(timeout=30)
         assert not begun.acquire(timeout=0.3)
@@ -97,7 +99,7 @@ def test_the_loader_does_not_run_ahead_of_the_trainer(
 
 
 def test_leaving_the_loader_ends_its_thread(world: World) -> None:
-    with open_loader(open_units(world.run), range(world.full_batches)) as loader:
+    with open_loader(open_activation_set(world.run), range(world.full_batches)) as loader:
         next(iter(loader))
     for thread in threading.enumerate():
         if thread.name == "loader":
@@ -111,7 +113,7 @@ def test_waiting_is_measured(world: World, monkeypatch: pytest.MonkeyPatch) -> N
     store = LateUnits(world.store, 0)
     store.hidden = [manifest_key(0)]
     since = time.monotonic()
-    with open_loader(open_units(world.run, store=store), range(3)) as loader:
+    with open_loader(open_activation_set(world.run, store=store), range(3)) as loader:
         first, *rest = loader
     assert 0.25 < first.waited_seconds <= time.monotonic() - since
     assert sum(batch.waited_seconds for batch in rest) < 0.25
@@ -127,7 +129,7 @@ def test_whoever_waits_for_a_batch_is_told_while_it_lasts(
     store = LateUnits(world.store, 0)
     store.hidden = [manifest_key(0)]
     told: list[float] = []
-    with open_loader(open_units(world.run, store=store), range(2)) as loader:
+    with open_loader(open_activation_set(world.run, store=store), range(2)) as loader:
         first = loader.next(told.append)
         n_told = len(told)
         second = loader.next(told.append)

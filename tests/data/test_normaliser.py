@@ -12,7 +12,7 @@ from dist_sae.producing.planner import plan
 from dist_sae.storage import open_store
 from dist_sae.storage.records import seal
 from tests.runs import make_run
-from tests.world import RowNumbers, Wrapped, batches, fill, open_units
+from tests.world import RowNumbers, Wrapped, batches, fill, open_activation_set
 
 
 class Normal(RowNumbers):
@@ -43,14 +43,15 @@ def test_scale_mean_and_variance_are_those_of_the_rows(
     """After scaling E|x|^2 = d_in = 2; all training rows are measured, held-out ones are not."""
     run = make_run(tmp_path, train={"rows": 64, "batch_rows": 4})
     made = fill(run, Normal(), monkeypatch)
-    units = open_units(run)
-    normaliser = measure(units, 10**9)["synthetic"]
-    rows = sum(units.manifest(unit).rows for unit in made.train_units)
+    activation_set = open_activation_set(run)
+    normaliser = measure(activation_set, 10**9)["synthetic"]
+    rows = sum(activation_set.manifest(unit).rows for unit in made.train_units)
     assert normaliser.rows == rows
     shortest = min(
-        sum(units.manifest(u).rows for u in made.stream_units(stream)) for stream in range(4)
+        sum(activation_set.manifest(u).rows for u in made.stream_units(stream))
+        for stream in range(4)
     )
-    x = torch.cat(batches(units, range(shortest), rows=4)).double()
+    x = torch.cat(batches(activation_set, range(shortest), rows=4)).double()
     assert rows - len(x) <= 4 * 16  # all but the ends of the streams
     assert float((x * normaliser.scale).square().sum(1).mean()) == pytest.approx(2, rel=0.02)
     torch.testing.assert_close(
@@ -68,19 +69,19 @@ def test_only_as_many_units_are_measured_as_needed_in_their_order(
     """Training may start when the first units are there; every rank measures the same ones."""
     run = make_run(tmp_path)
     fill(run, Normal(), monkeypatch)
-    units = open_units(run)
-    first, second = (units.manifest(unit).rows for unit in (0, 1))
+    activation_set = open_activation_set(run)
+    first, second = (activation_set.manifest(unit).rows for unit in (0, 1))
     for unit in range(2, 16):
-        units.store.delete(f"units/{unit:08d}.json")
-    assert measure(units, first)["synthetic"].rows == first
-    assert measure(units, first + 1)["synthetic"].rows == first + second
+        activation_set.store.delete(f"units/{unit:08d}.json")
+    assert measure(activation_set, first)["synthetic"].rows == first
+    assert measure(activation_set, first + 1)["synthetic"].rows == first + second
 
 
 def test_constant_activations_are_an_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = make_run(tmp_path)
     fill(run, Constant(), monkeypatch)
     with pytest.raises(NonFiniteError, match="synthetic: the activations do not vary"):
-        measure(open_units(run), 100)
+        measure(open_activation_set(run), 100)
 
 
 def test_each_site_has_its_own_normaliser_of_the_same_rows(tmp_path: Path) -> None:

@@ -22,7 +22,16 @@ from dist_sae.storage import open_store
 from dist_sae.storage.records import seal
 from tests.data.numbered import World, ids
 from tests.runs import DOCUMENT_ROWS, make_run
-from tests.world import RowNumbers, batches, fill, open_loader, open_stream, open_units, same, take
+from tests.world import (
+    RowNumbers,
+    batches,
+    fill,
+    open_activation_set,
+    open_loader,
+    open_stream,
+    same,
+    take,
+)
 
 
 @pytest.fixture(scope="module")
@@ -39,15 +48,16 @@ def old_world(tmp_path_factory: pytest.TempPathFactory) -> World:
 
 
 def test_one_pass_has_every_training_row_once(world: World) -> None:
-    units = open_units(world.run)
+    activation_set = open_activation_set(world.run)
     with ThreadPoolExecutor(2) as pool:
         seen = [
-            ids(take(open_stream(units, v, pool), rows)) for v, rows in enumerate(world.stream_rows)
+            ids(take(open_stream(activation_set, v, pool), rows))
+            for v, rows in enumerate(world.stream_rows)
         ]
     documents = {
         number
-        for unit in units.plan.train_units
-        for span in units.plan.units[unit]
+        for unit in activation_set.plan.train_units
+        for span in activation_set.plan.units[unit]
         for number in range(span.first, span.first + span.count)
     }
     expected = [d * DOCUMENT_ROWS + i for d in sorted(documents) for i in range(DOCUMENT_ROWS)]
@@ -64,20 +74,20 @@ def test_a_stream_that_ends_early_reads_its_last_window_again(
     of ranks, and from any step on.
     """
     monkeypatch.setattr(dist_sae.data.streams, "MOST_REPEATED_SHARE", 0.4)
-    steps, units = range(world.full_batches + 10), open_units(world.run)
+    steps, activation_set = range(world.full_batches + 10), open_activation_set(world.run)
     repeated, parts, cursors = 0, [], list[dict[int, StreamCursor]]()
     for rank in range(ranks):
-        with open_loader(units, steps, world=ranks, rank=rank) as loader:
+        with open_loader(activation_set, steps, world=ranks, rank=rank) as loader:
             given = list(loader)
         repeated += sum(batch.repeated_rows for batch in given)
         parts.append([batch.acts for batch in given])
         cursors.append(dict(given[34].cursors))
     assert repeated == 2 * 160 + 2 * 144
     whole = [torch.cat(part) for part in zip(*parts, strict=True)]
-    assert same(whole, batches(open_units(world.run), steps))
+    assert same(whole, batches(open_activation_set(world.run), steps))
     merged = {v: place for part in cursors for v, place in part.items()}
     for known in (None, merged):
-        resumed = batches(open_units(world.run), range(35, 40), cursors=known)
+        resumed = batches(open_activation_set(world.run), range(35, 40), cursors=known)
         assert same(whole[35:], resumed)
     for stream, rows in enumerate(world.stream_rows):
         given_rows = ids([batch[16 * stream : 16 * stream + 16] for batch in whole])
@@ -93,15 +103,15 @@ def test_another_number_of_passes_goes_on_where_the_rows_are(
 ) -> None:
     """Stream 2 had ended; the place of its last window then lies in another pass."""
     monkeypatch.setattr(dist_sae.data.streams, "MOST_REPEATED_SHARE", 2.0)
-    units, n = open_units(world.run), world.stream_rows[2]
+    activation_set, n = open_activation_set(world.run), world.stream_rows[2]
     start = n * min(before, after) + 40
     with ThreadPoolExecutor(4) as pool:
-        left = open_stream(units, 2, pool, before)
+        left = open_stream(activation_set, 2, pool, before)
         take(left, start)
         assert left.place.data_pass == min(before, after)
-        here = Stream(units, 2, start, after, pool, pool, left.place)
+        here = Stream(activation_set, 2, start, after, pool, pool, left.place)
         assert torch.equal(
-            take(here, n), take(open_stream(units, 2, pool, after), start + n)[start:]
+            take(here, n), take(open_stream(activation_set, 2, pool, after), start + n)[start:]
         )
 
 
@@ -111,12 +121,12 @@ def test_no_more_is_read_again_than_an_estimate_may_be_wrong_by(
 ) -> None:
     """Wherever reading begins. 5% of 480 rows are 24; 1% less than a document of 16 each pass."""
     monkeypatch.setattr(dist_sae.data.streams, "MOST_REPEATED_SHARE", share)
-    units, stop = open_units(world.run), passes * world.full_batches + steps
-    with open_loader(units, range(stop), passes=passes) as loader:
+    activation_set, stop = open_activation_set(world.run), passes * world.full_batches + steps
+    with open_loader(activation_set, range(stop), passes=passes) as loader:
         given = list(loader)
     for start, known in ((0, None), (stop, None), (stop, given[-1].cursors)):
         with pytest.raises(DataExhaustedError) as caught:
-            batches(units, range(start, 300), passes=passes, cursors=known)
+            batches(activation_set, range(start, 300), passes=passes, cursors=known)
         message = str(caught.value)
         assert f"ends after {passes * 480} rows" in message
         assert f"{max(int(share * passes * 480), passes * 16)} were read again" in message
@@ -125,11 +135,11 @@ def test_no_more_is_read_again_than_an_estimate_may_be_wrong_by(
 
 
 def test_the_second_pass_has_the_same_rows_in_another_order(world: World) -> None:
-    units = open_units(world.run)
+    activation_set = open_activation_set(world.run)
     last = []
     for number, n in enumerate(world.stream_rows):
         with ThreadPoolExecutor(2) as pool:
-            stream = open_stream(units, number, pool, 3)
+            stream = open_stream(activation_set, number, pool, 3)
             one, two, three = (ids(take(stream, n)) for _ in range(3))
         assert sorted(one) == sorted(two) == sorted(three)
         assert one != two
@@ -140,10 +150,10 @@ def test_the_second_pass_has_the_same_rows_in_another_order(world: World) -> Non
 
 
 def test_the_sizes_in_which_a_stream_is_read_do_not_matter(world: World) -> None:
-    units = open_units(world.run)
+    activation_set = open_activation_set(world.run)
     with ThreadPoolExecutor(2) as pool:
-        at_once = take(open_stream(units, 1, pool), 300)
-        stream = open_stream(units, 1, pool)
+        at_once = take(open_stream(activation_set, 1, pool), 300)
+        stream = open_stream(activation_set, 1, pool)
         assert torch.equal(at_once, torch.cat([take(stream, n) for n in (1, 33, 66, 199, 1)]))
 
 
@@ -151,7 +161,7 @@ def test_streams_of_an_older_plan_end(old_world: World) -> None:
     """It promised nothing: how its streams differ is not known."""
     shortest = min(old_world.stream_rows)
     with pytest.raises(DataExhaustedError) as caught:
-        batches(open_units(old_world.run), range(2 * old_world.full_batches + 5), passes=2)
+        batches(open_activation_set(old_world.run), range(2 * old_world.full_batches + 5), passes=2)
     message = str(caught.value)
     assert f"ends after {2 * shortest} rows (2 passes)" in message
     assert f"about {8 * shortest} rows in all" in message
@@ -167,11 +177,11 @@ def test_a_unit_without_rows_is_passed_over(own_world: World) -> None:
     own_world.store.put(manifest_key(4), seal(manifest))
     n = own_world.stream_rows[0]
     with ThreadPoolExecutor(2) as pool:
-        before = ids(take(open_stream(open_units(own_world.run), 1, pool), 50))
-        left = ids(take(open_stream(open_units(own_world.run), 0, pool), n - gone))
-        again = ids(take(open_stream(open_units(own_world.run), 0, pool), n - gone + 18))
+        before = ids(take(open_stream(open_activation_set(own_world.run), 1, pool), 50))
+        left = ids(take(open_stream(open_activation_set(own_world.run), 0, pool), n - gone))
+        again = ids(take(open_stream(open_activation_set(own_world.run), 0, pool), n - gone + 18))
     assert len(set(left)) == len(set(again)) == n - gone
-    assert before == ids(take(open_stream(open_units(own_world.run), 1, Inline()), 50))
+    assert before == ids(take(open_stream(open_activation_set(own_world.run), 1, Inline()), 50))
 
 
 class Inline(ThreadPoolExecutor):
@@ -202,7 +212,7 @@ def test_two_blocks_a_unit_of_the_window_are_in_memory(
 
     real = dist_sae.data.shard.read_acts
     monkeypatch.setattr(dist_sae.data.streams, "read_acts", read_block)
-    stream = open_stream(open_units(world.run), 0, Inline(), 2)
+    stream = open_stream(open_activation_set(world.run), 0, Inline(), 2)
     for _ in range(2 * world.stream_rows[0] // 10):
         take(stream, 10)
     assert most == 7
@@ -227,7 +237,7 @@ def test_rows_of_one_document_rarely_meet_in_a_batch(
     assert len(made.train_units) == 64
     pairs = [
         int((counts * (counts - 1) // 2).sum())
-        for batch in batches(open_units(run), range(256))
+        for batch in batches(open_activation_set(run), range(256))
         if len(counts := np.unique(batch[:, 1], return_counts=True)[1])
     ]
     uniform = 1024 * (16 * 15 / 2) * (64 * 63 / 2) / (16384 * 16383 / 2)

@@ -32,7 +32,7 @@ from dist_sae.storage import open_store
 from dist_sae.telemetry.exporter import Telemetry
 from tests.dictionaries.recipes import sae_rows
 from tests.models.test_huggingface import D, save_model
-from tests.world import open_units, save
+from tests.world import open_activation_set, save
 
 DOCUMENTS, WORDS = 60, 20
 
@@ -183,10 +183,10 @@ def text_of(run: Run) -> list[str]:
 def test_pca_is_that_of_the_training_rows(run: Run) -> None:
     """In fp64, of all rows at once."""
     result = evaluate(run)
-    units = open_units(run)
-    made = units.plan
-    training = torch.cat(list(units.rows(made.train_units, 10**6))).double()
-    heldout = torch.cat(list(units.heldout_rows(150))).double()
+    activation_set = open_activation_set(run)
+    made = activation_set.plan
+    training = torch.cat(list(activation_set.rows(made.train_units, 10**6))).double()
+    heldout = torch.cat(list(activation_set.heldout_rows(150))).double()
     directions = torch.linalg.eigh(torch.cov(training.T)).eigenvectors[:, -4:]
     centred = heldout - 0.25  # the mean, not scaled
     left = centred - centred @ directions @ directions.T

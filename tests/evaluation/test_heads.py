@@ -16,7 +16,7 @@ from dist_sae.models.spliced import SplicedModel
 from dist_sae.producing.planner import plan
 from tests.models.test_huggingface import D, hf, save_model
 from tests.producing.test_produce_together import run_file
-from tests.world import open_units
+from tests.world import open_activation_set
 
 
 def measured(
@@ -30,7 +30,9 @@ def measured(
     assert isinstance(run.model, HuggingFaceModel)
     plan(run)
     dictionary = build_sae(sae or run.sae, D)
-    return cross_entropies(open_units(run), run, dictionary, 1.0, torch.zeros(D)), run.model
+    return cross_entropies(
+        open_activation_set(run), run, dictionary, 1.0, torch.zeros(D)
+    ), run.model
 
 
 def test_an_encoders_are_of_masked_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

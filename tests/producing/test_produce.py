@@ -29,7 +29,7 @@ from tests.producing.producers import (
 )
 from tests.runs import DOCUMENT_ROWS, make_run
 from tests.telemetry.scrape import values
-from tests.world import RowNumbers, Wrapped, batches, fill, open_units, same
+from tests.world import RowNumbers, Wrapped, batches, fill, open_activation_set, same
 
 
 def test_progress_counts_rows_within_a_unit(
@@ -92,7 +92,9 @@ def test_two_producers_share_the_units(
 
     alone = make_run(tmp_path / "alone")
     fill(alone, RowNumbers(), monkeypatch)
-    assert same(batches(open_units(run), range(20)), batches(open_units(alone), range(20)))
+    assert same(
+        batches(open_activation_set(run), range(20)), batches(open_activation_set(alone), range(20))
+    )
 
 
 def test_a_finished_set_is_left_alone_and_no_model_is_loaded(

@@ -55,13 +55,17 @@ def test_directions_from_data_take_as_many_batches_as_they_need(
     path = run_file(tmp_path, activations, train={"batch_rows": 24})
     settings = load_run(path)
     store = open_store(settings.store.activations)
-    units = ActivationSet(store, load_plan(store, settings), settings.site, threading.Event())
-    normaliser = measure(units, 2000)[units.site]
+    activation_set = ActivationSet(
+        store, load_plan(store, settings), settings.site, threading.Event()
+    )
+    normaliser = measure(activation_set, 2000)[activation_set.site]
     sae = build_sae(settings.sae, 16)
     mesh = Mesh(0, 1, torch.device("cpu"), WHOLE)
     times = Times(Telemetry("world", "train", None), mesh.device)
-    initialise(settings, mesh, units, normaliser, sae, Start(), times)
-    with Loader(units, rank=0, world=1, batch_rows=24, steps=range(3), max_passes=1) as loader:
+    initialise(settings, mesh, activation_set, normaliser, sae, Start(), times)
+    with Loader(
+        activation_set, rank=0, world=1, batch_rows=24, steps=range(3), max_passes=1
+    ) as loader:
         rows = torch.cat([batch.acts for batch in loader])[:64] * normaliser.scale
     expected = build_sae(settings.sae, 16)
     expected.initialise(sae_rows(rows[:24]), settings.train.seed)
