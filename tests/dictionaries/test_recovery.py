@@ -21,8 +21,6 @@ from tests.dictionaries.recipes import sae_rows
 from tests.dictionaries.trees import TreeWorld, scores
 from tests.dictionaries.worlds import Recovery, World, mean_matched_cosine, recovery, train
 
-pytestmark = pytest.mark.system
-
 N = 128
 FLAT = World(d_in=64, n_features=N, l0=3, zipf=0.0)
 WINDOW = 20_000
@@ -57,7 +55,9 @@ RECIPES: dict[str, tuple[DictionaryConfig, int, int]] = {
 }
 
 
-@pytest.mark.parametrize("kind", RECIPES)
+@pytest.mark.parametrize(
+    "kind", [pytest.param(kind, marks=[pytest.mark.system] * (kind != "topk")) for kind in RECIPES]
+)
 def test_a_recipe_recovers_a_flat_world(kind: str) -> None:
     """As many latents as features, all equally frequent: most features get a latent of their own.
 
@@ -78,6 +78,7 @@ def test_a_recipe_recovers_a_flat_world(kind: str) -> None:
     assert trained.dead.count <= 0.05 * N
 
 
+@pytest.mark.system
 def test_latents_that_are_pushed_down_come_back() -> None:
     """Of 64 at least 90 % fire again within 5 windows (98 steps), FVU within 2 %."""
     counts: dict[int, int] = {}
@@ -99,6 +100,7 @@ def test_latents_that_are_pushed_down_come_back() -> None:
     assert sum(trained.fvu[498:518]) / 20 <= 1.02 * before
 
 
+@pytest.mark.system
 def test_jumprelu_tanh_starts_with_the_l0_that_was_asked_for() -> None:
     """About 10,000 active latents per row where there are at least 100,000."""
     x = World(d_in=32, n_features=256, l0=4, zipf=1.0).batch(0, 1024)
@@ -108,6 +110,7 @@ def test_jumprelu_tanh_starts_with_the_l0_that_was_asked_for() -> None:
     assert active / 1024 == pytest.approx(10_000, rel=0.05)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     ("recipe", "coefficients"),
     [
@@ -130,6 +133,7 @@ def test_sparsity_falls_with_the_coefficient(
     assert l0[0] > 1.5 * l0[1] > 1.5 * 1.5 * l0[2] > 0
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     ("config", "f1", "mcc"),
     [  # (recipe, what it had when this was written)
@@ -155,6 +159,7 @@ def _long(request: pytest.FixtureRequest) -> None:
         pytest.skip("trains for minutes: with --long")
 
 
+@pytest.mark.system
 @pytest.mark.usefixtures("_long")
 def test_topk_recovers_every_feature_of_a_flat_world() -> None:
     """6.1 M rows, as many latents as features. 600 steps must not do.
@@ -185,6 +190,7 @@ def test_topk_recovers_every_feature_of_a_flat_world() -> None:
     assert matched == 512
 
 
+@pytest.mark.system
 @pytest.mark.usefixtures("_long")
 def test_topk_recovers_zipf_features_up_to_its_width() -> None:
     """6.1 M rows of 2,048 features at s = 1, 512 latents."""
@@ -198,6 +204,7 @@ def test_topk_recovers_zipf_features_up_to_its_width() -> None:
     assert 0.82 <= found.f50_alive <= 1.0
 
 
+@pytest.mark.system
 @pytest.mark.usefixtures("_long")
 @pytest.mark.parametrize(("recipe", "rows"), [(TopKConfig, 100_000), (BatchTopKConfig, 300_000)])
 def test_auxk_keeps_latents_alive_that_die_without_it(
@@ -218,6 +225,7 @@ def test_auxk_keeps_latents_alive_that_die_without_it(
     assert idle[0] > 2 * idle[64]
 
 
+@pytest.mark.system
 @pytest.mark.usefixtures("_long")
 def test_the_pre_act_penalty_keeps_latents_of_jumprelu_tanh_alive() -> None:
     """At most 1 % dead with lambda_P; 100 of 256 were without when this was written.

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from wandb.proto import wandb_internal_pb2
 
@@ -26,18 +27,20 @@ def life(run: Run, tmp_path: Path, first_step: int, records: list[dict[str, Any]
         sink.close()
 
 
-def two_lives(run: Run, tmp_path: Path) -> None:
-    """The first dies after step 30, the second goes on from the checkpoint at 20."""
-    phases = {"wait": 0.25, "forward": 1.5}
-    life(run, tmp_path, 0, [{"step": s, "fvu": s / 4, "phases": phases} for s in (10, 20, 30)])
-    life(run, tmp_path, 20, [{"step": s, "fvu": s / 2, "phases": phases} for s in (30, 40)])
+PHASES = {"wait": 0.25, "forward": 1.5}
+LIVES = {
+    0: [{"step": s, "fvu": s / 4, "phases": PHASES} for s in (10, 20, 30)],
+    20: [{"step": s, "fvu": s / 2, "phases": PHASES} for s in (30, 40)],
+}
+"""Records by first step: the first dies after step 30, the second goes on from step 20."""
 
 
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")  # of what tensorboard is built on
 def test_tensorboard_shows_one_curve_of_a_resumed_run(tmp_path: Path) -> None:
     folder = tmp_path / "tensorboard"
     run = load_run(write_run(tmp_path, TINY, telemetry={"tensorboard": str(folder)}))
-    two_lives(run, tmp_path)
+    for first_step, records in LIVES.items():
+        life(run, tmp_path, first_step, records)
     events = EventAccumulator(str(folder / "tiny"))
     events.Reload()
     fvu = [(event.step, event.value) for event in events.Scalars("fvu")]
@@ -49,12 +52,17 @@ def test_wandb_gets_the_curve_under_the_runs_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("WANDB_MODE", "offline")
-    monkeypatch.setenv("WANDB_DIR", str(tmp_path))
     run = load_run(write_run(tmp_path, TINY, telemetry={"wandb": "a-project"}))
-    two_lives(run, tmp_path)
-    lives = sorted((tmp_path / "wandb").glob("offline-run-*/run-tiny.wandb"))
-    curves = [list(steps_of(path)) for path in lives]
-    assert sorted(curves) == [
+    curves = []
+    for first_step, records in LIVES.items():
+        folder = tmp_path / str(first_step)  # wandb tells lives that begin in one second not apart
+        folder.mkdir()
+        monkeypatch.setenv("WANDB_DIR", str(folder))
+        life(run, tmp_path, first_step, records)
+        wandb.teardown()  # as at the end of a process: all is written
+        (path,) = folder.glob("wandb/offline-run-*/run-tiny.wandb")
+        curves.append(list(steps_of(path)))
+    assert curves == [
         [(10, 2.5, 0.25), (20, 5.0, 0.25), (30, 7.5, 0.25)],
         [(30, 15.0, 0.25), (40, 20.0, 0.25)],
     ]
