@@ -77,7 +77,7 @@ def test_a_reader_of_limited_patience_ends_when_no_producer_is_at_work(
             for entry in super().entries(prefix):
                 yield entry._replace(age_seconds=1e4)
 
-    store = Aged(open_units(run).store)
+    store = Aged(open_activation_set(run).store)
     store.delete(manifest_key(16))
     activations = ActivationSet(store, plan, run.site, patience_seconds=0.2)
     with pytest.raises(UnitMissingError, match="unit 16 does not exist, and no producer has shown"):

@@ -12,7 +12,7 @@ import dist_sae.data.activation_set
 import dist_sae.data.loader
 from dist_sae.data.shard import manifest_key
 from dist_sae.data.streams import Stream
-from tests.data.numbered import LateUnits, World, ids
+from tests.data.numbered import LateUnits, World
 from tests.world import Wrapped, batches, open_activation_set, open_loader, same
 
 
@@ -66,14 +66,6 @@ def test_a_resumed_run_reads_no_manifest_of_units_that_it_has_behind_it(world: W
     assert {key for key in asked.keys_asked if key.startswith("units/")} == {
         manifest_key(unit) for unit in range(12, 16)
     }
-
-
-def test_the_batches_of_one_pass_repeat_nothing_and_lack_less_than_a_batch_per_stream(
-    world: World,
-) -> None:
-    seen = ids(batches(open_activation_set(world.run), range(world.full_batches)))
-    assert len(set(seen)) == len(seen) == 64 * world.full_batches
-    assert min(world.stream_rows) - len(seen) // 4 < 16
 
 
 def test_the_loader_does_not_run_ahead_of_the_trainer(

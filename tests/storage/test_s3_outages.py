@@ -15,7 +15,7 @@ from dist_sae.errors import UnavailableError
 from dist_sae.storage import s3
 from tests.conftest import Bucket
 from tests.faults import XML, FaultProxy
-from tests.storage.endpoints import METHODS, SECONDS, make_store, told
+from tests.storage.endpoints import METHODS, make_store, told
 
 
 @pytest.fixture
@@ -40,14 +40,6 @@ def test_endpoint_that_is_down_is_asked_until_the_deadline(
     )
     assert len(warnings) == 1  # at the first failure, then every half minute
     assert warnings[0].startswith(f"{message}; asking again for up to ")
-
-
-@pytest.mark.usefixtures("short_pauses")
-@pytest.mark.parametrize("name", METHODS)
-def test_every_method_waits_for_an_endpoint_that_is_down(
-    bucket: Bucket, nowhere: str, name: str
-) -> None:
-    told(UnavailableError, make_store(bucket, nowhere, seconds=SECONDS), name)
 
 
 def test_endpoint_that_goes_down_in_the_middle_is_waited_for(
