@@ -54,7 +54,7 @@ def run_fingerprint(run: Run) -> dict[str, Any]:
 
 
 def changes(stored: Mapping[str, Any], run: Run, *, but: Sequence[str] = ()) -> list[str]:
-    """Where a run's settings differ from a checkpoint's: `["train.lr: 0.001 -> 0.002"]`.
+    """List how a run's settings differ from a checkpoint's: `["train.lr: 0.001 -> 0.002"]`.
 
     Both are compared as this version reads them: a key that older settings lack has its default,
     and a value that follows from others is written out.

@@ -37,7 +37,7 @@ class Span(NamedTuple):
     """Number of its first document within the file."""
     count: int  # type: ignore[assignment] # hides tuple.count, which nobody needs here
     start: int
-    """Where it starts: byte of the unpacked file, or row."""
+    """Start of the span: byte of the unpacked file, or row."""
     stop: int
 
 

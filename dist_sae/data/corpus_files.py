@@ -64,7 +64,7 @@ class CorpusFiles:
         self.config = config
         # caches, one entry per file
         self.names = cache(self._find_names)
-        """Their names, in order."""
+        """Names of the files, in order."""
         self.format = cache(self._open)
         """The texts of a file, by its name."""
         self.size = cache(self._measure)

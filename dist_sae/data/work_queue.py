@@ -59,14 +59,14 @@ class Work(NamedTuple):
     """Numbered work: the items `[0, n_items)`."""
 
     item: str
-    """One of them, in a word, for messages."""
+    """Word for an item, for messages."""
     n_items: int
     claims: NumberedKeys
-    """Where claims lie."""
+    """Keys of the claims."""
     done: NumberedKeys
-    """Where the objects lie that mark items as done."""
+    """Keys of the objects that mark items as done."""
     limit: Callable[[], tuple[int, str]] | None = None
-    """First item that may not be begun yet, and for whom it waits."""
+    """Gives the first item that may not be begun yet, and for whom it waits."""
     metrics: QueueMetrics | None = None
 
 

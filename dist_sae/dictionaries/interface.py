@@ -28,7 +28,7 @@ class Products(NamedTuple):
     """The encoder product of rows with this shard's latents, block by block. To be read once."""
 
     rows: Float[Tensor, "rows d_in"]
-    """As the encoder reads them, centred where the recipe does."""
+    """Inputs as the encoder reads them: centred, if the recipe centres."""
     dtype: torch.dtype
     """Precision of the product."""
     blocks: Iterable[select.Block]

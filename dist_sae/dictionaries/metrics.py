@@ -27,7 +27,7 @@ class Fit(NamedTuple):
 
     @classmethod
     def empty(cls, n_latents: int) -> "Fit":
-        """No rows yet."""
+        """Sums over no rows."""
         zero = torch.zeros((), dtype=torch.float64)
         return cls(zero, zero, zero, 0, torch.zeros(n_latents, dtype=torch.int64))
 
@@ -37,7 +37,7 @@ class Fit(NamedTuple):
         found: Inferred,
         mean: Float[Tensor, " d_out"],
     ) -> "Fit":
-        """These sums with a batch added.
+        """Add a batch; returns the new sums.
 
         Args:
             targets: Activations to reconstruct.

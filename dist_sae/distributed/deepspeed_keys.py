@@ -82,7 +82,7 @@ def _explain(exc: ValidationError, given: Mapping[str, Any]) -> list[str]:
 
 
 def _path(given: Any, loc: tuple[int | str, ...]) -> list[str] | None:
-    """Where in what was given the keys `loc` stand one below the other."""
+    """Find the path to the keys `loc`, which may begin at any depth of what the user gave."""
     if not loc or not isinstance(given, Mapping):
         return None
     if loc[0] in given:

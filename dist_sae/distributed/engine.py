@@ -52,7 +52,7 @@ class Engine(Protocol):
         ...
 
     def moment(self, parameter: nn.Parameter, name: str) -> Tensor:
-        """One of `moments` of a parameter, whole; collective."""
+        """Return a whole moment tensor of a parameter; `name` is one of `moments`. Collective."""
         ...
 
     def restore(self, step: int, moments: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:

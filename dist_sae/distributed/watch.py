@@ -52,9 +52,9 @@ class _Seen(NamedTuple):
 
     heartbeat: _Heartbeat
     alive: float
-    """When it arrived."""
+    """Time of its arrival."""
     moved: float
-    """When the rank's step or `working` last changed."""
+    """Time of the last change of the rank's step or `working`."""
 
 
 class Watch:

@@ -22,7 +22,7 @@ class ClusterObjects(NamedTuple):
 
     configuration: Object | None
     workloads: list[Object]
-    """Its JobSet, or its plain Jobs."""
+    """JobSet of the run, or its plain Jobs."""
     services: list[Object]
 
     @property

@@ -36,7 +36,7 @@ def newest_pods(pods: Iterable[Object], before: int = 0) -> list[Object]:
 
 
 def index_of(pod: Object) -> int:
-    """Its number within its Job."""
+    """Index of the pod within its Job."""
     metadata = pod["metadata"]
     for where in ("labels", "annotations"):  # a label since Kubernetes 1.28
         if (index := (metadata.get(where) or {}).get(INDEX)) is not None:
@@ -45,7 +45,7 @@ def index_of(pod: Object) -> int:
 
 
 def name_of(obj: Object) -> str:
-    """Its name."""
+    """Name of the object."""
     name: str = obj["metadata"]["name"]
     return name
 
@@ -118,7 +118,7 @@ def _containers(status: Mapping[str, Any]) -> list[Any]:
 
 
 def _end_time(pod: Object) -> str:
-    """When the pod ended, in the time format of Kubernetes, which sorts as text."""
+    """Time at which the pod ended, as Kubernetes writes it; such times sort as text."""
     times = [
         ((container.get("state") or {}).get("terminated") or {}).get("finishedAt") or ""
         for container in _containers(pod["status"])

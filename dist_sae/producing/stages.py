@@ -52,9 +52,9 @@ class ComputedUnit(NamedTuple):
     documents: int
     refused: int
     transfers: list[RowTransfer]
-    """Its rows at every site, batch by batch."""
+    """Rows of the unit at every site, batch by batch."""
     origin: tuple[Tensor, ...]
-    """Their tokens, positions and documents."""
+    """Tokens, positions and documents of these rows."""
     excluded: Counter[str]
     seconds: Counter[str]
 

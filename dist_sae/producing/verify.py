@@ -50,7 +50,7 @@ class Verification(NamedTuple):
     """Rows compared with the text; None without `text`."""
 
     def result(self) -> dict[str, Any]:
-        """As JSON: `bad` is the number of bad objects, `bad_objects` their faults."""
+        """Return JSON types: `bad` is the number of bad objects, `bad_objects` their faults."""
         text = {} if self.text_rows is None else {"rows_compared_with_text": self.text_rows}
         return {
             "objects": self.objects,
