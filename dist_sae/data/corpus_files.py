@@ -89,7 +89,7 @@ class CorpusFiles:
         if commit is None:
             logger.warning(
                 "corpus.name %s: the hub does not tell its commit; "
-                "a later one will be refused where its text is another",
+                "if its text changes later, producers will refuse it",
                 config.name,
             )
             return None

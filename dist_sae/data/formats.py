@@ -181,7 +181,7 @@ def unpack(name: str, path: Path, unpacked: Path, field: str) -> None:
         CorpusError: The file is damaged, or has no column `field`.
     """
     if not path.stat().st_size:  # which gzip and Zstandard take for an empty text
-        raise CorpusError(f"{name}: cannot be unpacked: it is cut short to nothing; get it again")
+        raise CorpusError(f"{name}: cannot be unpacked: it is empty; get it again")
     with path.open("rb") as source, unpacked.open("wb") as copy:
         if name.endswith(".gz"):
             _unpack_gzip(source, copy, name)

@@ -98,8 +98,8 @@ class LocalEngine:
 class DeepSpeedEngine:
     """DeepSpeed's engine: averages over replicas, ZeRO-1 or 2 and offload over them if asked.
 
-    Parameters are fp32 and are the masters. At stage 0 clipping is done here, because DeepSpeed
-    then neither tells the norm nor looks whether it is finite before it updates the weights.
+    Parameters are fp32; there are no other master weights. At stage 0 clipping is done here,
+    because DeepSpeed then neither reports the norm nor checks it before it updates the weights.
     """
 
     moments = _MOMENTS
@@ -126,7 +126,7 @@ class DeepSpeedEngine:
         if self._stage == 0 and self._engine.optimizer is not self._optimizer:
             raise ConfigError(
                 "train.deepspeed: this setting wraps the optimiser (bf16 or fp16), which would "
-                "keep masters of its own beside the fp32 parameters; leave it out"
+                "keep a second copy of the parameters, which are fp32 already; leave it out"
             )
 
     def objective(self, rows: Rows, context: StepContext) -> Output:

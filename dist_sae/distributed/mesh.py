@@ -134,6 +134,6 @@ def check_replicated(mesh: Mesh, tensors: Iterable[Tensor]) -> None:
     if len(set(digests)) > 1:
         odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
         raise DivergedError(
-            f"ranks {odd} hold other shared parameters than rank 0, so their dictionaries are no "
-            f"longer one; nothing was saved. Start again from the last checkpoint, and report it"
+            f"ranks {odd} differ from rank 0 in parameters that all ranks share; nothing was "
+            f"saved. Start again from the last checkpoint, and report it"
         )

@@ -40,8 +40,8 @@ def deepspeed_config(run: Run) -> dict[str, Any]:
     for precision in ("bf16", "bfloat16", "fp16"):
         if _section(run.train.deepspeed, precision).get("enabled"):
             raise ConfigError(
-                f"train.deepspeed.{precision}: would round the parameters, which are their own "
-                f"fp32 masters; leave it out, and see train.products for the precision of products"
+                f"train.deepspeed.{precision}: would round the parameters, which must stay fp32; "
+                f"leave it out, and see train.products for the precision of products"
             )
     if not zero.get("compute_grad_norm", True):
         raise ConfigError(

@@ -133,7 +133,7 @@ class S3Store:
             logger.info("%s: honours If-None-Match; producers claim units", self.url)
             return True
         logger.warning(
-            "%s: does not honour If-None-Match; units are dealt out to producers by number",
+            "%s: does not honour If-None-Match; producers take units by number",
             self.url,
         )
         return False
