@@ -49,7 +49,7 @@ def job(
             ranks.append(processes.Process(target=train_rank, args=(spec, env, log), daemon=True))
             ranks[-1].start()
         for number, process in enumerate(ranks):
-            process.join(300)
+            process.join(3600 if long else 300)
             if process.exitcode != 0:  # None: it hangs
                 process.kill()
                 (out / "failed").write_text((out / f"log.{number}").read_text())
