@@ -11,7 +11,8 @@ A latent whose z is negative on every row gets no gradient from this and would s
 another `dead_after_rows` rows it is *stuck*, and re-tied: its encoder becomes its decoder row, and
 its bias 0. Stuck latents are often alike, rows of one large direction say, so that at the length of
 their neighbours they would overshoot together. They start at one common length, with which their
-e_hat is nearest to e.
+e_hat is nearest to e, but at most 1: where few rows meet them, hardly along their direction, that
+length would be in the hundreds.
 """
 
 from collections.abc import Sequence
@@ -31,6 +32,7 @@ from dist_sae.dictionaries.selection import RowTopK
 from dist_sae.kernels import Entries, autograd
 
 _LEAST_LENGTH = 0.01  # an encoder row of length 0 would never be active
+_MOST_LENGTH = 1.0  # the error of a row is its part that is missing, so not longer than the row
 _LEAST_SPREAD = 1e-4  # share of the squared errors; bf16 products of equal rows may differ so much
 _SHARE_OF_ONE = 0.98
 _ROUNDINGS = 16  # roundings of a row's elements that an error may consist of
@@ -146,7 +148,7 @@ class WithAuxK(Dictionary):
         self.W_enc[stuck] = self.W_dec[stuck]
         self.b_enc[stuck] = 0
         scale = least_squares_scale(self.axis, error, self.e_hat(stuck, x))
-        self.W_enc[stuck] *= scale.clamp(min=_LEAST_LENGTH)
+        self.W_enc[stuck] *= scale.clamp(_LEAST_LENGTH, _MOST_LENGTH)
 
 
 def _spread(axis: LatentAxis, targets: Tensor, error: Tensor) -> tuple[Tensor, Tensor]:

@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import normalize
 
 from dist_sae.config.sae import JumpReLUConfig, ReLUConfig, TopKConfig
 from dist_sae.dictionaries import base, penalised
@@ -153,6 +154,20 @@ def test_stuck_latents_that_are_alike_do_not_overshoot() -> None:
     lengths = sae.W_enc[stuck].detach().norm(dim=1)
     torch.testing.assert_close(lengths, torch.full_like(lengths, 0.01))
     assert gradients(sae, sae.objective(sae_rows(x), step(stuck)).terms.auxk)["W_enc"][stuck].any()
+
+
+@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+def test_a_stuck_latent_that_hardly_meets_a_row_gets_no_long_encoder(kind: str) -> None:
+    """One row at right angles to it, but for .1 %: at the best length it would be 1,000 long."""
+    sae, stuck = make(CONFIGS[kind]), torch.arange(N_LATENTS) == 9
+    x = rows()[:1]
+    centred = (x - sae.b_dec).detach()
+    beside = torch.zeros_like(centred)
+    beside[0, 0], beside[0, 1] = -centred[0, 1], centred[0, 0]
+    with torch.no_grad():
+        sae.W_dec[9] = normalize(normalize(centred) / 1000 + normalize(beside))[0]
+    sae.revive(stuck, x, beside)
+    assert float(sae.W_enc[9].detach().norm()) == pytest.approx(1)
 
 
 @pytest.mark.parametrize("kind", ["topk", "batchtopk"])
