@@ -2,7 +2,7 @@
 
 import json
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import safetensors.torch
 
@@ -41,33 +41,13 @@ def ls(run: Run) -> dict[str, Any]:
     return {"checkpoints": listed, "damaged": damaged}
 
 
-class Verification(NamedTuple):
-    """The result of `verify`."""
+def verify(run: Run) -> dict[str, Any]:
+    """Read every part of every checkpoint once, and check that no rows are missing.
 
-    url: str
-    checkpoints: int
-    parts: int
-    bytes: int
-    bad: dict[str, str]
-    """Faults by step and tensor."""
-
-    def result(self) -> dict[str, Any]:
-        """Convert to JSON: `bad` is the number of faults, `bad_objects` lists them."""
-        numbers = {"checkpoints": self.checkpoints, "parts": self.parts, "bytes": self.bytes}
-        return {**numbers, "bad": len(self.bad), "bad_objects": self.bad}
-
-    def raise_if_bad(self) -> None:
-        """Raise a `CorruptObjectError` with one line per fault, if there are any."""
-        if self.bad:
-            remedy = (
-                "damaged checkpoints; training continues from the newest intact one, "
-                "and the damaged ones may be deleted"
-            )
-            raise CorruptObjectError("\n".join([remedy, *self.bad.values()]), url=self.url)
-
-
-def verify(run: Run) -> Verification:
-    """Read every part of every checkpoint once, and check that no rows are missing."""
+    Returns:
+        `checkpoints`, `parts` and `bytes` that were read; `bad`, the number of faults, and
+        `bad_objects`, the faults by step and tensor.
+    """
     checkpoints = _open(run)
     n_parts = n_bytes = 0
     bad: dict[str, str] = {}
@@ -85,9 +65,8 @@ def verify(run: Run) -> Verification:
                 checkpoint.check(name)
             except (CorruptObjectError, ObjectNotFoundError) as exc:
                 bad[f"step {step}, {name}"] = str(exc)
-    return Verification(
-        f"{run.store.runs}/{run.name}/checkpoints", len(steps), n_parts, n_bytes, bad
-    )
+    numbers = {"checkpoints": len(steps), "parts": n_parts, "bytes": n_bytes}
+    return {**numbers, "bad": len(bad), "bad_objects": bad}
 
 
 def convert(run: Run, output: Path, *, step: int | None, moments: bool) -> dict[str, Any]:

@@ -46,8 +46,13 @@ def _verify(options: argparse.Namespace) -> None:
     from dist_sae.checkpoint.upkeep import verify
 
     found = verify(run)
-    shared.print_result(options, found.result())
-    found.raise_if_bad()
+    shared.print_result(options, found)
+    shared.raise_if_bad(
+        f"{run.store.runs}/{run.name}/checkpoints",
+        "damaged checkpoints; training continues from the newest intact one, and the damaged ones "
+        "may be deleted",
+        found["bad_objects"].values(),
+    )
 
 
 def _convert(options: argparse.Namespace) -> None:

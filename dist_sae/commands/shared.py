@@ -5,9 +5,11 @@ import json
 import os
 import sys
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
+
+from dist_sae.errors import CorruptObjectError
 
 if TYPE_CHECKING:
     from dist_sae.config import Run
@@ -174,6 +176,12 @@ def print_lines(options: argparse.Namespace, content: Any, lines: Sequence[str])
         print_json(options, content)
     else:
         sys.stdout.writelines(f"{line}\n" for line in lines)
+
+
+def raise_if_bad(url: str, remedy: str, faults: Iterable[str]) -> None:
+    """Raise a `CorruptObjectError` with one line per fault, if there are any."""
+    if faults := list(faults):
+        raise CorruptObjectError("\n".join([remedy, *faults]), url=url)
 
 
 def print_result(options: argparse.Namespace, result: Mapping[str, Any]) -> None:

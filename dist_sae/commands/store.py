@@ -35,8 +35,13 @@ def _verify(options: argparse.Namespace) -> None:
     from dist_sae.producing.verify import verify
 
     found = verify(run, text=options.text)
-    shared.print_result(options, found.result())
-    found.raise_if_bad()
+    shared.print_result(options, found)
+    shared.raise_if_bad(
+        run.store.activations,
+        f"{found['bad']} of {found['objects']} objects are bad; "
+        f"delete the manifests (units/) of their units and produce them again",
+        [f"{key}: {fault}" for key, fault in found["bad_objects"].items()],
+    )
 
 
 def _ls(options: argparse.Namespace) -> None:

@@ -5,7 +5,7 @@ import logging
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import xxhash
 
@@ -22,10 +22,7 @@ from dist_sae.data.shard import (
     manifest_key,
     read_manifest,
 )
-from dist_sae.errors import (
-    CorruptObjectError,
-    ObjectNotFoundError,
-)
+from dist_sae.errors import CorruptObjectError, ObjectNotFoundError
 from dist_sae.models import build_tokenizer
 from dist_sae.storage import ObjectStore, open_store
 
@@ -34,51 +31,17 @@ logger = logging.getLogger(__name__)
 _AT_ONCE = 4  # shards in memory
 
 
-class Verification(NamedTuple):
-    """The result of `verify`."""
-
-    url: str
-    objects: int
-    bytes: int
-    missing_units: int
-    """Units of the plan that are not there: not produced yet, or lost."""
-    retired_units: int
-    """Units whose shards were deleted after all runs had read them."""
-    bad: dict[str, str]
-    """Faults by object key."""
-    text_rows: int | None = None
-    """Rows compared with the text; None without `text`."""
-
-    def result(self) -> dict[str, Any]:
-        """Return JSON types: `bad` is the number of bad objects, `bad_objects` their faults."""
-        text = {} if self.text_rows is None else {"rows_compared_with_text": self.text_rows}
-        return {
-            "objects": self.objects,
-            "bytes": self.bytes,
-            "missing_units": self.missing_units,
-            "retired_units": self.retired_units,
-            **text,
-            "bad": len(self.bad),
-            "bad_objects": self.bad,
-        }
-
-    def raise_if_bad(self) -> None:
-        """Raise a `CorruptObjectError` with one line per bad object, if there are any."""
-        if self.bad:
-            lines = [f"{key}: {fault}" for key, fault in self.bad.items()]
-            remedy = (
-                f"{len(self.bad)} of {self.objects} objects are bad; "
-                f"delete the manifests (units/) of their units and produce them again"
-            )
-            raise CorruptObjectError("\n".join([remedy, *lines]), url=self.url)
-
-
-def verify(run: Run, *, text: bool = False) -> Verification:
+def verify(run: Run, *, text: bool = False) -> dict[str, Any]:
     """Read the whole activation set once and check it.
 
     Args:
-        run: The run.
         text: Also read the corpus: every row must have the token at its document and position.
+
+    Returns:
+        `objects` and `bytes` that were read; `missing_units` of the plan, not produced yet or lost;
+        `retired_units`, whose shards were deleted after all runs had read them; with `text` also
+        `rows_compared_with_text`; `bad`, the number of bad objects, and `bad_objects`, their faults
+        by key.
 
     Raises:
         PlanMismatchError: The store holds no plan, or another one.
@@ -111,8 +74,15 @@ def verify(run: Run, *, text: bool = False) -> Verification:
             rows += manifest.rows
             faults = pool.map(partial(_fault, store, unit_text), shards)
             bad |= {s.key: fault for s, fault in zip(shards, faults, strict=True) if fault}
-    missing = len(plan.units) - len(units)
-    return Verification(store.url, objects, size, missing, retired, bad, rows if text else None)
+    return {
+        "objects": objects,
+        "bytes": size,
+        "missing_units": len(plan.units) - len(units),
+        "retired_units": retired,
+        **({"rows_compared_with_text": rows} if text else {}),
+        "bad": len(bad),
+        "bad_objects": bad,
+    }
 
 
 def _text_reader(run: Run, plan: Plan) -> Callable[[int], UnitText]:

@@ -121,7 +121,7 @@ def test_manifests_of_deleted_units_stay_so_that_nobody_makes_them_again(
     fill(run, RowNumbers(), monkeypatch)
     assert list(store.keys()) == before
     found = verify(run)
-    assert (found.retired_units, found.missing_units, found.bad) == (16, 0, {})
+    assert (found["retired_units"], found["missing_units"], found["bad_objects"]) == (16, 0, {})
 
 
 def test_a_run_that_may_go_through_the_data_again_keeps_all_of_it(
@@ -257,5 +257,5 @@ def test_gc_finds_what_dead_and_slow_producers_left(
     assert sorted(found["keys"]) == ["shards/synthetic/00000003-aaaaaaaa.tar", *lost]
     assert found["bytes"] > 5
     assert store.size(named)
-    assert verify(run).missing_units == 1
+    assert verify(run)["missing_units"] == 1
     assert gc(run, hours=0.0, delete=True)["orphans"] == 0

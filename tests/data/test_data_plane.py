@@ -174,7 +174,7 @@ def test_whatever_happens_the_same_batches_are_seen(
     )
     assert sum(proxy.injected.values()) + schedule.kills > 0
     found = verify(run.model_copy(update={"store": _direct(run, seaweedfs)}))
-    assert (found.retired_units, found.missing_units, found.bad) == (16, 0, {})
+    assert (found["retired_units"], found["missing_units"], found["bad_objects"]) == (16, 0, {})
     orphans = gc(run.model_copy(update={"store": _direct(run, seaweedfs)}), hours=0.0, delete=True)
     store = open_store(run.store.activations, S3Config(endpoint_url=seaweedfs.endpoint_url))
     assert len(list(store.keys("shards/"))) == 1, orphans  # the held-out unit's

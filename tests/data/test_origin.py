@@ -44,11 +44,11 @@ def produced(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, tokenizer: Letters
 @pytest.mark.parametrize("tokenizer", [Letters()])
 def test_rows_of_the_planned_text_are_sound(produced: Run, tmp_path: Path) -> None:
     found = verify(produced, text=True)
-    assert found.bad == {}
+    assert found["bad_objects"] == {}
     # all letters but for the first of each context of 4
-    assert found.text_rows == sum(len(text) - -(-len(text) // 4) for text in TEXTS)
-    assert verify(produced).result() == {
-        key: value for key, value in found.result().items() if key != "rows_compared_with_text"
+    assert found["rows_compared_with_text"] == sum(len(text) - -(-len(text) // 4) for text in TEXTS)
+    assert verify(produced) == {
+        key: value for key, value in found.items() if key != "rows_compared_with_text"
     }
     corpus = tmp_path / "corpus.jsonl"
     corpus.write_text(corpus.read_text().upper())
@@ -58,8 +58,8 @@ def test_rows_of_the_planned_text_are_sound(produced: Run, tmp_path: Path) -> No
 
 @pytest.mark.parametrize("tokenizer", [Shouts()])
 def test_rows_of_other_text_are_named(produced: Run) -> None:
-    assert verify(produced).bad == {}
-    bad = verify(produced, text=True).bad
+    assert verify(produced)["bad_objects"] == {}
+    bad = verify(produced, text=True)["bad_objects"]
     shards = [fault for key, fault in bad.items() if key.startswith("shards/")]
     assert len(shards) == 2  # both sites of the unit with the fifth document
     assert all("was made of other text: its token" in fault for fault in shards)
