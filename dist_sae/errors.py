@@ -1,32 +1,4 @@
-"""The tree of errors that users see.
-
-    DistSaeError                  exit 2: the user can fix it; printed as one line
-        ConfigError               the run file or an override
-        CorpusError               the text: missing, empty, unreadable, too small
-        ModelError                the language model, or a site that it lacks
-            LacksWeightsError     files without some of the weights
-            HeadlessError         a model that predicts no tokens
-            HubUnavailableError   (a CorpusError too) the hub does not answer: exit 75
-        PlanMismatchError         the store holds another plan, or a run with other settings
-        NonFiniteError            NaN or infinity in activations, loss or gradients
-        DivergedError             ranks disagree on a value that must be the same
-        RankLostError             a rank of the job is gone or hung: exit 75
-        RunTakenError             another trainer has the run: exit 75
-        DataExhaustedError        fewer rows than the run asks for
-        UnitMissingError          no producer makes a unit that is waited for: exit 75
-        TelemetryError            a metrics port that cannot be opened
-        ProcessFailedError        a process of a local run failed
-        ClusterError              Kubernetes: unreachable, or it refuses
-            ForbiddenError        a missing permission: verb and resource
-            NotStartedError       a container has no log yet
-            RejectedError         an object is not valid, or cannot be changed this way
-        StoreError                .url and .key name the object
-            ObjectNotFoundError
-            AccessError           credentials, permissions, missing bucket
-            UnavailableError      the endpoint did not answer until the deadline: exit 75
-            StoreFullError        no space left, or over quota
-            CorruptObjectError    bytes that do not match their checksum or schema
-    Stopped                       exit 75: asked to stop, state saved, start again to continue
+"""The tree of errors that users see: `DistSaeError` and below.
 
 Third-party errors are mapped once, in the module that is their door (boto3 in
 `storage/s3_errors.py`, kubernetes in `kubernetes/cluster.py`, ...). A message says what, where
@@ -42,7 +14,7 @@ _MOST_NAMED = 3
 
 
 class DistSaeError(Exception):
-    """An error that the user can fix."""
+    """An error that the user can fix; printed as one line, and the exit code is its own."""
 
     exit_code = EXIT_USER
 

@@ -39,9 +39,7 @@ def bench_checkpoint(
     """Time background saves and loads in the store of runs; deletes what it writes.
 
     Args:
-        shape: Sizes.
         mesh: A mesh of one rank.
-        place: The store.
         every: Steps between two saves in a real run, for `share`; only steps during a save are run.
         rounds: Number of saves.
 

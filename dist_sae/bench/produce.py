@@ -34,8 +34,6 @@ def bench_produce(run: Run, *, units: int, rounds: int) -> dict[str, Any]:
     """Produce the first units of a run's plan beside its activation set, then delete them.
 
     Args:
-        run: The run.
-        units: Units produced in a round.
         rounds: Number of timed pairs.
 
     Returns:

@@ -56,7 +56,6 @@ class TrainingStep:
     """One optimiser step as in `train()`, on given rows.
 
     Args:
-        shape: Sizes and settings.
         mesh: This rank's place; `shape.batch` rows are shared by all ranks.
     """
 
@@ -92,7 +91,6 @@ class TrainingStep:
         """Take a step on this rank's part of a batch, scaled to E|x|^2 = d_in; returns its FVU.
 
         Args:
-            x: The rows.
             report: Is told of it, as in a run; as a rule none is.
         """
         engine = self._engine

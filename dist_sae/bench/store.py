@@ -69,7 +69,6 @@ def bench_store(run: Run, shape: StoreShape, *, rounds: int, cached: bool) -> di
 
     Args:
         run: From `bench_run`.
-        shape: Sizes.
         rounds: Number of timed pairs each way.
         cached: Keep a folder's files in the page cache; otherwise they are read from disk.
 

@@ -44,8 +44,6 @@ def run_locally(
     """Do everything that the run file asks for; goes on where an earlier start stopped.
 
     Args:
-        run: The run.
-        path: Its file.
         overrides: The `--set` options it was loaded with.
         stopping: When set, all processes are told to save and end.
 
@@ -115,11 +113,8 @@ class Child:
     """A process of a local run: its progress goes to the view, its messages to a log file.
 
     Args:
-        name: Its name, for messages.
-        command: Its command line.
         environment: Added to this process's.
         log: Where its messages go.
-        view: Shows progress and warnings.
     """
 
     def __init__(
@@ -220,7 +215,6 @@ def run_together(children: Sequence[Child], stopping: threading.Event, view: Pro
     Args:
         children: Not started yet.
         stopping: When set, all are told to save and end.
-        view: Shows their progress.
 
     Raises:
         ProcessFailedError: One failed; the others have been ended.

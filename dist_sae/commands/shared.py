@@ -131,7 +131,6 @@ def run_local_ranks(
 
     Args:
         options: As given to this process; the ranks get the same run, overrides and `--wait`.
-        run: The run.
         arguments: The program and its own options.
         environments: Environment variables of each rank.
         stopping: When set, all are told to save and stop.

@@ -20,7 +20,6 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     """Read and validate a run file.
 
     Args:
-        path: The YAML file.
         overrides: `section.key=value` strings; the value is YAML.
 
     Raises:
@@ -57,7 +56,6 @@ def validate_run(data: Mapping[str, Any], origin: str) -> Run:
     """Validate and resolve a run given as sections.
 
     Args:
-        data: The sections.
         origin: Where they come from, for messages.
 
     Raises:

@@ -51,7 +51,6 @@ def explain(errors: Sequence[ErrorDetails], root: type[Section]) -> Iterator[str
     """Yield one line per problem.
 
     Args:
-        errors: pydantic's errors.
         root: The section that was validated.
     """
     for error in _innermost(errors):

@@ -54,7 +54,6 @@ def say_renamed(old: str, origin: str) -> None:
 
     Args:
         old: The key as the user wrote it.
-        origin: Where.
     """
     if old in RENAMED and old not in warned and not is_supervised():  # `dist-sae run` has said so
         warned.add(old)

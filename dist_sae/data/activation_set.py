@@ -40,7 +40,6 @@ class ActivationSet:
 
     Args:
         store: The set.
-        plan: Its plan.
         site: Where the rows are from.
         stopping: Ends the waits for units that do not exist yet.
         wait: Whether to wait for them at all.
@@ -79,7 +78,6 @@ class ActivationSet:
         """Return the manifest of a unit as soon as it exists.
 
         Args:
-            unit: Its number.
             waiting: Called now and then with the seconds that there has been none.
 
         Raises:

@@ -24,7 +24,6 @@ class ReadyUnits:
 
     Args:
         store: The activation set.
-        plan: Its plan.
         show: Called from the thread with the number of units.
     """
 

@@ -82,7 +82,6 @@ def check_ahead(run: Run, plan: Plan, rows: int, first: int = 0) -> None:
 
     Args:
         run: The run, resolved.
-        plan: Its plan.
         rows: Rows that the run reads before it reports progress.
         first: First unit that it reads.
 
@@ -196,8 +195,6 @@ class Registration:
 
     Args:
         consumers: The runs on the activation set.
-        plan: Its plan.
-        run: Name of the run.
         keeps: It may go through the data again, so it needs all units until it has ended.
         retires: Whether to delete what no run needs any more.
         speaks: Whether this rank reports; one rank of a run does.

@@ -72,7 +72,6 @@ class Corpus:
     """Reads documents of the corpus that a run names.
 
     Args:
-        config: The corpus section of the run.
         s3: How to reach `s3://` files.
     """
 

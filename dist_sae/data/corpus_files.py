@@ -56,7 +56,6 @@ class CorpusFiles:
     """The files that a run names, or the one data set.
 
     Args:
-        config: The corpus section of the run.
         s3: How to reach `s3://` files.
     """
 

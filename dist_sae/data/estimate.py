@@ -45,13 +45,8 @@ def estimate_rows(
     """Estimate each span's rows, after the exclusions that depend on tokens alone.
 
     Args:
-        corpus: The texts.
-        index: Their index.
         activations: How documents are cut into contexts, and what is excluded.
-        tokenize: The model's tokenizer.
         bos: The token that begins each context, if there is one.
-        special: Ids of special tokens.
-        said: Called with progress.
     """
     count = _Counter(activations, tokenize, bos, special)
     text_bytes = np.array(index.text_bytes)

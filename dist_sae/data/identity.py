@@ -94,7 +94,6 @@ def place_changes(
         files: `Plan.files`.
         commit: `Plan.corpus_commit`.
         content: `Plan.model_content`.
-        run: The run.
     """
     here = plan_settings(run)
     model, corpus = (_moved(section, there, here) for section in ("model", "corpus"))
@@ -118,7 +117,6 @@ def model_content(model: ModelConfig, *, weights: bool = True) -> dict[str, str]
     The commit is known if the configuration was loaded before or the revision is a commit.
 
     Args:
-        model: The model section.
         weights: Whether the files of weights are read, too.
 
     Returns:

@@ -38,7 +38,6 @@ class Loader:
     """Assembles this rank's share of the global batches in a thread, ahead of their use.
 
     Args:
-        activations: The activation set.
         rank: This rank along the data axis.
         world: Size of the data axis; divides the number of streams.
         batch_rows: Rows of a global batch.

@@ -23,8 +23,6 @@ def make_plan(
     """Deal the corpus out to units by size, in a seeded random order.
 
     Args:
-        run: The run.
-        index: Its corpus.
         rows: Rows that each of its spans gives, about.
         model: `identity.model_content`, where there is any.
 

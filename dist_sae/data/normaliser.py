@@ -47,7 +47,6 @@ def measure(
     """Measure the first training units that together have `at_least_rows` rows, or all of them.
 
     Args:
-        activations: The activation set.
         at_least_rows: How many rows are enough.
         waiting: Called now and then with the seconds that a unit has been missing.
         sites: What to measure; None: the reader's site.

@@ -15,7 +15,6 @@ class UnitText:
     """The tokens of a unit's documents.
 
     Args:
-        documents: Documents of the unit.
         tokenize: The model's tokenizer; a text that it refuses gives no tokens.
         context_tokens: Longest context.
         bos: Begins each context, if there is one.

@@ -119,7 +119,6 @@ class Plan(Record):
         """Fill in the settings that the run file leaves to the plan (null, `train.rows: all`).
 
         Args:
-            run: The run.
             stream_rows: Rows of each stream that the runs before it took; `all` is the rest.
 
         Raises:
@@ -181,8 +180,6 @@ def check_rows(run: Run, plan: Plan, taken: int = 0) -> None:
     """Check before training that the data will last.
 
     Args:
-        run: The run.
-        plan: Its plan.
         taken: Rows that the runs before it have taken.
 
     Raises:
@@ -222,8 +219,6 @@ def find_plan(
 
     Args:
         store: The activation set.
-        run: The run.
-        index: Its corpus.
         model: `identity.model_content`, where there is any.
 
     Raises:
@@ -272,7 +267,6 @@ def planned(run: Run, store: ObjectStore | None = None, stream_rows: int = 0) ->
     """Fill in the settings that a run leaves to its plan; None while there is no plan.
 
     Args:
-        run: The run.
         store: The activation set, if it is open.
         stream_rows: See `Plan.resolve`.
     """

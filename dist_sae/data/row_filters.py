@@ -19,7 +19,6 @@ def admitted(
     BOS put in front of a context is not part of the text and is always excluded.
 
     Args:
-        batch: Tokens.
         special: Ids of special tokens.
         rules: What to exclude.
         excluded: Counts to add to; each excluded row counts under one reason.

@@ -128,9 +128,7 @@ def write_shard(
 
     Args:
         store: The activation set.
-        unit: The unit.
         site: Where the rows are from.
-        rows: Activations to store.
         block_rows: Rows of a block.
         dtype: Key of `DTYPES`.
     """

@@ -110,7 +110,6 @@ class Stream:
     """Reads a canonical stream from any row on.
 
     Args:
-        activations: The activation set.
         number: Which of the V streams.
         start: First row to read.
         max_passes: How often the units may be gone through.

@@ -52,8 +52,6 @@ def cut(
     No token is lost and none appears twice. A document without tokens gives no context.
 
     Args:
-        documents: Texts.
-        tokenize: The tokenizer.
         context_tokens: Of the model.
         bos: Begins each context, if there is one.
         failed: Called with a document that the tokenizer refuses, or that no encoding can write

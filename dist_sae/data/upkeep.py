@@ -59,8 +59,6 @@ def urls(run: Run, site: str, *, heldout: bool) -> list[str]:
     A pattern of file names would also match shards of the other part, and orphaned shards.
 
     Args:
-        run: The run.
-        site: The site.
         heldout: The held-out units' instead of those to train on.
 
     Raises:
@@ -91,9 +89,7 @@ def gc(run: Run, *, hours: float, delete: bool) -> dict[str, Any]:
     written after their shards, so a young shard may still get one.
 
     Args:
-        run: The run.
         hours: Age from which shards count as orphaned.
-        delete: Whether to delete them.
 
     Raises:
         PlanMismatchError: The store holds no plan, or another one.

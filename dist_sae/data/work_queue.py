@@ -77,8 +77,6 @@ class WorkQueue:
 
     Args:
         store: Where claims and results lie.
-        work: What there is to do.
-        worker: Who does it.
         stopping: Ends every wait.
         meter: Takes the metrics of `work`.
     """

@@ -33,8 +33,6 @@ def read_logs(
     """Lines in order of time; with several pods, each begins with the name of its pod.
 
     Args:
-        run: The run.
-        cluster: Its namespace.
         which: A part, one index of it (`trainer-0`), or a pod's name.
         follow: Wait for the pods to begin, and go on until they end.
         previous: Logs of the pods that the present ones replaced.

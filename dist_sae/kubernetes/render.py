@@ -30,7 +30,6 @@ def render(run: Run, only: str | None = None) -> dict[str, Any]:
     Dashboards, which are long and the same for all runs, are rendered only when asked for.
 
     Args:
-        run: The run.
         only: One of `WHAT`.
 
     Raises:

@@ -55,8 +55,6 @@ def submit(
     """Apply the run's objects to the cluster; do nothing if they are there already.
 
     Args:
-        run: The run.
-        cluster: Its namespace.
         say: Prints changes, and what is waited for.
         dry_run: Only say what would be done.
         replace: Replace a run whose settings differ, if none of them decides the outcome.

@@ -42,10 +42,7 @@ def produce(
     """Produce units until every unit of the plan exists.
 
     Args:
-        run: The run.
-        worker: This producer, among the others.
         stopping: When set, leave the unit in hand and return.
-        telemetry: Takes the metrics.
         open_source: Loads the model, once there is something to do; None: the run's.
 
     Returns:

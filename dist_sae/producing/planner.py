@@ -45,10 +45,6 @@ def plan(run: Run, meter: Meter = UNMETERED) -> Plan:
 def foresee(run: Run, meter: Meter = UNMETERED) -> tuple[Plan, dict[str, Any]]:
     """Make or find the plan of a run's activation set, and forecast what it gives.
 
-    Args:
-        run: The run.
-        meter: Takes the metrics.
-
     Raises:
         ConfigError: DeepSpeed does not take `train.deepspeed`, or the run cannot begin.
         CorpusError: The text is missing, unreadable, empty or too small.
@@ -106,7 +102,6 @@ def forecast(
 
     Args:
         run: The run, resolved by the plan.
-        plan: Its plan.
         widths: Width of each site.
         taken_rows: Rows of the set that the run's parents took.
 

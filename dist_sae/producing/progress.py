@@ -12,13 +12,7 @@ from dist_sae.telemetry.exporter import Telemetry
 
 
 class Progress:
-    """Counts rows: those of units that exist, and of the unit in hand so far.
-
-    Args:
-        plan: The plan.
-        queue: Its units.
-        telemetry: Takes the metrics.
-    """
+    """Counts rows: those of units that exist, and of the unit in hand so far."""
 
     def __init__(self, plan: Plan, queue: WorkQueue, telemetry: Telemetry) -> None:
         self.written = Counter(units=0, rows=0)
@@ -34,8 +28,6 @@ class Progress:
         """Say how many rows of a unit the model has given, when that is due.
 
         Args:
-            unit: The unit.
-            n_rows: Its rows so far.
             tokenize_seconds: How long its text took.
         """
         if unit not in self._in_hand:

@@ -32,12 +32,8 @@ def unit_queue(
 
     Args:
         store: The activation set.
-        plan: Its plan.
-        worker: This producer.
         stopping: Ends every wait.
-        consumers: The runs.
         max_ahead_units: No unit this far ahead of the slowest run is begun; None: no limit.
-        meter: Takes the metrics.
     """
 
     def limit() -> tuple[int, str]:

@@ -9,12 +9,7 @@ from dist_sae.storage.base import Entry, Meter, ObjectStore
 
 
 class MeteredStore:
-    """Forwards every call to a store and reports its count, time, bytes and errors.
-
-    Args:
-        store: The store.
-        meter: Receives the metrics.
-    """
+    """Forwards every call to a store and reports its count, time, bytes and errors."""
 
     def __init__(self, store: ObjectStore, meter: Meter) -> None:
         self._store = store

@@ -90,13 +90,8 @@ def bench_peers(
     """Measure every peer in every setting; returns one row each, with an error if it failed.
 
     Args:
-        d_in: Width of the rows.
-        n_latents: Width of the dictionaries.
-        k: Latents kept for each row.
-        batch: Rows of a step.
         steps: Steps that are timed in each round, after a warm-up.
         rounds: Times that every peer is timed; 0 skips the timing.
-        threads: Threads of every process.
         rows: A .npy file [rows, d_in] of float32 in random order; None makes synthetic ones.
         folder: Folder of the peers' environments.
         fvu_rows: Rows that every peer trains on before FVU is measured; 0 skips FVU.

@@ -63,7 +63,6 @@ class Batches(Iterator[Tensor]):
     The trainer pulls batches, so the time between two stamps is one whole step.
 
     Args:
-        spec: The run.
         scale: Factor on the rows.
     """
 
@@ -149,7 +148,6 @@ def measure(version: str, train: Callable[[Spec, Batches], Trained]) -> int:
     Rows are scaled to E|x|^2 = d_in if settings are matched.
 
     Args:
-        version: The peer's.
         train: Trains it on the batches.
     """
     spec = read_spec()
