@@ -5,6 +5,7 @@ not need. Places that are spelled otherwise are compared by content, as closely 
 that need neither; producers and evaluation, which read them, compare all of it.
 """
 
+import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +26,6 @@ from dist_sae.hub import cached_commit
 _HOW = ("batch_tokens", "tensor_parallel", "shards")  # of speed alone; the last is an old name
 _PLACES = {"model": ("path", "revision"), "corpus": ("files", "name", "revision")}
 _MOST_NAMED = 5  # files in a message
-_CHUNK_BYTES = 2**24
 _WEIGHTS = (".safetensors", ".bin")
 _TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -179,11 +179,8 @@ def _deciding(folder: Path, *, weights: bool) -> Iterator[Path]:
 
 
 def _checksum(path: Path) -> str:
-    checksum = xxhash.xxh3_128()
     with path.open("rb") as file:
-        while chunk := file.read(_CHUNK_BYTES):
-            checksum.update(chunk)
-    return checksum.hexdigest()
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def _settings(sections: dict[str, Any]) -> dict[str, Any]:

@@ -33,11 +33,9 @@ class Meter(Protocol):
 class _Unmetered:
     """Discards metrics."""
 
-    def set(self, name: str, value: float, **labels: str) -> None: ...
-
     def add(self, name: str, value: float, **labels: str) -> None: ...
 
-    def observe(self, name: str, value: float, **labels: str) -> None: ...
+    set = observe = add
 
 
 UNMETERED: Meter = _Unmetered()

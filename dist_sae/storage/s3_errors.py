@@ -29,48 +29,27 @@ from dist_sae.errors import (
 from dist_sae.storage import s3_credentials
 
 # patterns, since implementations vary the codes
-_ACCESS = "access denied; check the credentials' permissions on this bucket"
-_EXPIRED = "the session token has expired; renew the credentials"
-_CLOCK = "this machine's clock is off; set it"
-_REGION = "the bucket is in another region; set store.s3.region"
+_REFUSALS = {
+    "NoSuchBucket": "no such bucket; create it or correct the URL",
+    "InvalidBucketName": "not a valid bucket name; correct the URL",
+    "AccessDenied": "access denied; check the credentials' permissions on this bucket",
+    "401": "access denied; check the credentials",
+    "403|AllAccessDisabled": "access denied; check the credentials and their permissions on this "
+    "bucket",
+    "InvalidAccessKeyId": "the access key is unknown to the endpoint; check AWS_ACCESS_KEY_ID",
+    "SignatureDoesNotMatch": "the secret key is wrong; check AWS_SECRET_ACCESS_KEY",
+    "InvalidToken": "the session token is not valid; check AWS_SESSION_TOKEN",
+    "ExpiredToken|ExpiredTokenException|TokenRefreshRequired": "the session token has expired; "
+    "renew the credentials",
+    "RequestTimeTooSkewed|RequestExpired": "this machine's clock is off; set it",
+    "301|PermanentRedirect|AuthorizationHeaderMalformed|IllegalLocationConstraintException": "the "
+    "bucket is in another region; set store.s3.region",
+    r"KMS\.(?!Internal|Thrott).*": "the encryption key cannot be used; check store.s3.kms_key_id "
+    "and the bucket's key",
+}
 _ANSWERS: tuple[tuple[str, type[StoreError], str], ...] = (
     ("NoSuchKey", ObjectNotFoundError, "no such object"),
-    ("NoSuchBucket", AccessError, "no such bucket; create it or correct the URL"),
-    ("InvalidBucketName", AccessError, "not a valid bucket name; correct the URL"),
-    ("AccessDenied", AccessError, _ACCESS),
-    ("401", AccessError, "access denied; check the credentials"),
-    (
-        "403|AllAccessDisabled",
-        AccessError,
-        "access denied; check the credentials and their permissions on this bucket",
-    ),
-    (
-        "InvalidAccessKeyId",
-        AccessError,
-        "the access key is unknown to the endpoint; check AWS_ACCESS_KEY_ID",
-    ),
-    (
-        "SignatureDoesNotMatch",
-        AccessError,
-        "the secret key is wrong; check AWS_SECRET_ACCESS_KEY",
-    ),
-    (
-        "InvalidToken",
-        AccessError,
-        "the session token is not valid; check AWS_SESSION_TOKEN",
-    ),
-    ("ExpiredToken|ExpiredTokenException|TokenRefreshRequired", AccessError, _EXPIRED),
-    ("RequestTimeTooSkewed|RequestExpired", AccessError, _CLOCK),
-    (
-        "301|PermanentRedirect|AuthorizationHeaderMalformed|IllegalLocationConstraintException",
-        AccessError,
-        _REGION,
-    ),
-    (
-        r"KMS\.(?!Internal|Thrott).*",
-        AccessError,
-        "the encryption key cannot be used; check store.s3.kms_key_id and the bucket's key",
-    ),
+    *((code, AccessError, message) for code, message in _REFUSALS.items()),
     (
         "InvalidObjectState",
         StoreError,
