@@ -23,11 +23,7 @@ from dist_sae.data.identity import (
     setting_changes,
 )
 from dist_sae.data.shard import DTYPES, existing_units
-from dist_sae.errors import (
-    DataExhaustedError,
-    ObjectNotFoundError,
-    PlanMismatchError,
-)
+from dist_sae.errors import DataExhaustedError, ObjectNotFoundError, PlanMismatchError
 from dist_sae.storage import ObjectStore, open_store
 from dist_sae.storage.records import Record, digest, read_record, seal
 
@@ -206,7 +202,7 @@ def publish_plan(store: ObjectStore, plan: Plan) -> Plan:
     """
     if store.put(PLAN_KEY, seal(plan), if_absent=True):
         return plan
-    there = _read(store)
+    there = read_record(Plan, store, PLAN_KEY)
     if changed := setting_changes(there.settings, plan.settings) or _content_changes(there, plan):
         raise _mismatch(store, changed)
     return there
@@ -225,7 +221,7 @@ def find_plan(
         PlanMismatchError: It was made from other settings, text or model.
     """
     try:
-        plan = _read(store)
+        plan = read_record(Plan, store, PLAN_KEY)
     except ObjectNotFoundError:
         return None
     here: dict[str, Any] = {"settings": plan_settings(plan.resolve(run)), "files": index.files}
@@ -240,7 +236,7 @@ def load_plan(store: ObjectStore, run: Run) -> Plan:
         PlanMismatchError: There is none, or it was made from other settings.
     """
     try:
-        plan = _read(store)
+        plan = read_record(Plan, store, PLAN_KEY)
     except ObjectNotFoundError as exc:
         raise PlanMismatchError(
             f"{store.url}: holds no plan yet; run `dist-sae plan` first"
@@ -333,7 +329,3 @@ def _mismatch(store: ObjectStore, changed: list[str]) -> PlanMismatchError:
     if next(existing_units(store), None) is None:
         remedy = f"nothing was produced under it yet: delete {PLAN_KEY} there to plan anew"
     return PlanMismatchError(f"{store.url}: holds another plan ({'; '.join(changed)}); {remedy}")
-
-
-def _read(store: ObjectStore) -> Plan:
-    return read_record(Plan, store, PLAN_KEY)

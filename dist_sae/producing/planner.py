@@ -15,14 +15,7 @@ from dist_sae.data.corpus import Corpus, CorpusIndex
 from dist_sae.data.estimate import estimate_rows, rows_of_tokens
 from dist_sae.data.identity import model_content
 from dist_sae.data.make_plan import LAYOUT_SETTINGS, make_plan
-from dist_sae.data.plan import (
-    PLAN_KEY,
-    Plan,
-    as_planned,
-    find_plan,
-    load_plan,
-    publish_plan,
-)
+from dist_sae.data.plan import PLAN_KEY, Plan, as_planned, find_plan, load_plan, publish_plan
 from dist_sae.data.shard import DTYPES, ORIGIN_BYTES
 from dist_sae.distributed.deepspeed_keys import check_deepspeed
 from dist_sae.errors import EXIT_USER, HubUnavailableError

@@ -48,15 +48,12 @@ class TokenizedUnit(NamedTuple):
 class ComputedUnit(NamedTuple):
     """A unit that waits to be packed."""
 
-    unit: int
-    documents: int
-    refused: int
+    source: TokenizedUnit
     transfers: list[RowTransfer]
     """Rows of the unit at every site, batch by batch."""
     origin: tuple[Tensor, ...]
     """Tokens, positions and documents of these rows."""
     excluded: Counter[str]
-    seconds: Counter[str]
 
 
 def tokenize(
@@ -118,9 +115,7 @@ def compute(
             progress.within(work.unit, n_rows, work.seconds["tokenize"])
     telemetry.pulse.rest()
     origin = tuple(map(torch.cat, zip(*origins, strict=True)))
-    return ComputedUnit(
-        work.unit, work.documents, work.refused, transfers, origin, excluded, work.seconds
-    )
+    return ComputedUnit(work, transfers, origin, excluded)
 
 
 def finish(
@@ -132,7 +127,7 @@ def finish(
     queue: WorkQueue,
 ) -> UnitManifest:
     """Check, exclude by norm, shuffle, store the shards, and the manifest last."""
-    unit, seconds = computed.unit, computed.seconds
+    unit, documents, refused, _, seconds = computed.source
     with ThreadPoolExecutor(_SITES_AT_ONCE, "site") as pool:
         with _timed(seconds, "pack"):
             arrived = [transfer.wait() for transfer in computed.transfers]
@@ -146,8 +141,8 @@ def finish(
                 keep &= usual
             computed.excluded["over_norm"] = int((~keep).sum())
             kept = keep.nonzero()[:, 0]
-            documents = computed.origin[2][kept].numpy()
-            order = kept[torch.from_numpy(spread(documents, plan.seed, 4, unit))]
+            groups = computed.origin[2][kept].numpy()
+            order = kept[torch.from_numpy(spread(groups, plan.seed, 4, unit))]
 
         def write(site: str) -> SiteShard:
             rows = sites.pop(site).take(order)
@@ -159,8 +154,8 @@ def finish(
         plan=plan.hash,
         unit=unit,
         producer=worker,
-        documents=computed.documents,
-        refused=computed.refused,
+        documents=documents,
+        refused=refused,
         rows=len(order),
         excluded=dict(computed.excluded),
         seconds={stage: round(s, 3) for stage, s in seconds.items()},

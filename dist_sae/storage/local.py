@@ -122,22 +122,17 @@ class LocalStore:
     def _errors(self, key: str | None) -> Iterator[None]:
         try:
             yield
-        except FileNotFoundError as exc:
-            raise ObjectNotFoundError("no such object", url=self.url, key=key) from exc
         except OSError as exc:
-            if exc.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise StoreFullError(
-                    "no space left; free some and start the same command again to continue",
-                    url=self.url,
-                    key=key,
-                ) from exc
-            if exc.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
-                raise AccessError(
-                    f"{exc.strerror}; check the folder's owner and permissions",
-                    url=self.url,
-                    key=key,
-                ) from exc
-            raise StoreError(f"{exc.strerror or exc}", url=self.url, key=key) from exc
+            kind, problem = StoreError, f"{exc.strerror or exc}"
+            if isinstance(exc, FileNotFoundError):
+                kind, problem = ObjectNotFoundError, "no such object"
+            elif exc.errno in (errno.ENOSPC, errno.EDQUOT):
+                kind = StoreFullError
+                problem = "no space left; free some and start the same command again to continue"
+            elif exc.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+                kind = AccessError
+                problem = f"{exc.strerror}; check the folder's owner and permissions"
+            raise kind(problem, url=self.url, key=key) from exc
 
 
 def _is_system_folder(folder: str) -> bool:

@@ -24,20 +24,11 @@ from typing import Any, TypeVar
 
 import boto3
 from botocore.config import Config
-from botocore.exceptions import (
-    BotoCoreError,
-    ClientError,
-    NoCredentialsError,
-)
+from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
 from botocore.utils import conditionally_calculate_md5
 
 from dist_sae.config.data import S3Config
-from dist_sae.errors import (
-    AccessError,
-    ObjectNotFoundError,
-    StoreError,
-    UnavailableError,
-)
+from dist_sae.errors import AccessError, ObjectNotFoundError, StoreError, UnavailableError
 from dist_sae.storage.base import Entry, Meter
 from dist_sae.storage.s3_errors import code_of, line_of, mapped
 

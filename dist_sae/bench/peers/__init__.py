@@ -20,13 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from dist_sae.bench.peers import activations
-from dist_sae.bench.peers.environments import (
-    PEERS,
-    Peer,
-    PeerError,
-    ensure_environment,
-    last_words,
-)
+from dist_sae.bench.peers.environments import PEERS, Peer, PeerError, ensure_environment, last_words
 from dist_sae.bench.peers.protocol import Spec, rows_per_second
 from dist_sae.errors import ConfigError
 

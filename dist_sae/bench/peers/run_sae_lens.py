@@ -4,11 +4,7 @@ import sys
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
 
-from sae_lens import (  # type: ignore[import-not-found]
-    LoggingConfig,
-    TopKTrainingSAE,
-    TopKTrainingSAEConfig,
-)
+from sae_lens import LoggingConfig, TopKTrainingSAE, TopKTrainingSAEConfig  # type: ignore[import-not-found]
 from sae_lens.config import SAETrainerConfig  # type: ignore[import-not-found]
 from sae_lens.training.sae_trainer import SAETrainer  # type: ignore[import-not-found]
 

@@ -16,11 +16,7 @@ from torch.utils.data import Dataset
 
 os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # read at import; its kernels cannot run on a CPU
 
-from sparsify import (  # type: ignore[import-not-found]
-    SparseCoderConfig,
-    TrainConfig,
-    Trainer,
-)
+from sparsify import SparseCoderConfig, TrainConfig, Trainer  # type: ignore[import-not-found]
 
 if TYPE_CHECKING:
     from dist_sae.bench.peers import protocol
