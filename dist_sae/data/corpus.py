@@ -134,9 +134,7 @@ class Corpus:
                 Document(number, place.text)
                 for span in spans
                 for number, place in enumerate(
-                    filter(
-                        _has_text, self._files.format(names[span.file]).texts(span.start, span.stop)
-                    ),
+                    filter(_has_text, self._files.texts(names[span.file])(span.start, span.stop)),
                     start=base[span.file] + span.first,
                 )
             ]
@@ -184,7 +182,7 @@ class Corpus:
         is_file = isinstance(self._files.config, FilesCorpus)
         before = self._files.state(name) if is_file else None
         blank = refused = 0
-        for start, stop, text in self._files.format(name).texts():
+        for start, stop, text in self._files.texts(name)(0, None):
             if not text:
                 blank += 1
                 continue

@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import weakref
 from collections.abc import Iterator, Mapping, Set
-from functools import cache
+from functools import cache, partial
 from glob import glob
 from itertools import chain
 from pathlib import Path
@@ -21,12 +21,12 @@ from pydantic import BaseModel, ConfigDict, Field
 from dist_sae.config.data import CorpusConfig, DatasetCorpus, FilesCorpus, S3Config, SyntheticCorpus
 from dist_sae.data.formats import (
     FORMATS,
-    DatasetRows,
-    Format,
-    JsonLines,
-    Numbers,
-    PlainText,
+    Texts,
+    json_lines,
+    numbers,
+    open_dataset,
     os_errors,
+    plain_text,
     unpack,
 )
 from dist_sae.errors import CorpusError
@@ -64,7 +64,7 @@ class CorpusFiles:
         # caches, one entry per file
         self.names = cache(self._find_names)
         """Names of the files, in order."""
-        self.format = cache(self._open)
+        self.texts = cache(self._open)
         """The texts of a file, by its name."""
         self.size = cache(self._measure)
         """Bytes of a stored file, by its name."""
@@ -167,15 +167,15 @@ class CorpusFiles:
             found.setdefault(Path(name).name, {})[name] = None
         return found
 
-    def _open(self, name: str) -> Format:
+    def _open(self, name: str) -> Texts:
         config = self.config
         if isinstance(config, SyntheticCorpus):
-            return Numbers(config.documents)
+            return partial(numbers, config.documents)
         if isinstance(config, DatasetCorpus):
-            return DatasetRows(config)
+            return open_dataset(config)
         if name.endswith(".txt"):
-            return PlainText(name, self._local(name), config.txt_documents)
-        return JsonLines(name, self._local(name), config.text_field)
+            return partial(plain_text, name, self._local(name), config.txt_documents)
+        return partial(json_lines, name, self._local(name), config.text_field)
 
     def _unpack(self, name: str) -> Path:
         """Return the file, or a local copy of it, as plain text or JSON lines."""

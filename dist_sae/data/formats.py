@@ -11,10 +11,10 @@ import os
 import shutil
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO, Literal, NamedTuple, Protocol, runtime_checkable
+from typing import Any, BinaryIO, Literal, NamedTuple
 
 from dist_sae.config.data import DatasetCorpus
 from dist_sae.errors import CorpusError, HubUnavailableError
@@ -35,107 +35,86 @@ class Place(NamedTuple):
     text: str
 
 
-@runtime_checkable
-class Format(Protocol):
-    """Reader of one kind of source."""
-
-    def texts(self, start: int = 0, stop: int | None = None) -> Iterator[Place]:
-        """Yield the stripped texts in `[start, stop)`; "" for a blank record."""
-        ...
+Texts = Callable[[int, int | None], Iterator[Place]]
+"""The stripped texts of a source in `[start, stop)`, None for its end; "" for a blank record."""
 
 
-class Numbers:
-    """The synthetic corpus: document i is the text "i"."""
-
-    def __init__(self, documents: int) -> None:
-        self._documents = documents
-
-    def texts(self, start: int = 0, stop: int | None = None) -> Iterator[Place]:
-        stop = self._documents if stop is None else stop
-        return (Place(i, i + 1, str(i)) for i in range(start, stop))
+def numbers(documents: int, start: int, stop: int | None) -> Iterator[Place]:
+    """Yield the texts of the synthetic corpus: document i is the text "i"."""
+    return (Place(i, i + 1, str(i)) for i in range(start, documents if stop is None else stop))
 
 
-class PlainText:
-    """Plain text; a document is a line, a paragraph (up to a blank line) or the file."""
-
-    def __init__(self, name: str, path: Path, unit: Literal["paragraph", "line", "file"]) -> None:
-        self._name, self._path, self._unit = name, path, unit
-
-    def texts(self, start: int = 0, stop: int | None = None) -> Iterator[Place]:
-        first, lines = start, list[str]()
-        for line in _lines(self._name, self._path, start, stop):
-            lines.append(line.text)
-            if self._unit == "line" or (self._unit == "paragraph" and not line.text.strip()):
-                yield from _place(first, line.stop, "".join(lines))
-                first, lines = line.stop, []
-            last = line.stop
-        if lines:
-            yield from _place(first, last, "".join(lines))
-
-
-class JsonLines:
-    """JSON lines: one object per line."""
-
-    def __init__(self, name: str, path: Path, field: str) -> None:
-        self._name, self._path, self._field = name, path, field
-
-    def texts(self, start: int = 0, stop: int | None = None) -> Iterator[Place]:
-        for number, line in enumerate(_lines(self._name, self._path, start, stop), start=1):
-            if line.text.strip():
-                text = self._text(line.text, f"{self._name}:{number}")
-                yield Place(line.start, line.stop, text.strip())
-
-    def _text(self, line: str, place: str) -> str:
-        try:
-            record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as exc:
-            raise CorpusError(f"{place}: not valid JSON: {exc}") from exc
-        except ValueError:  # a number of more digits than Python would read
-            record = json.loads(line, parse_int=str)
-        if not isinstance(record, dict):
-            raise CorpusError(f"{place}: not a JSON object; write one object a line")
-        if self._field not in record:
-            raise CorpusError(_no_field(place, self._field, record))
-        return _checked(record[self._field], self._field, place)
+def plain_text(
+    name: str,
+    path: Path,
+    unit: Literal["paragraph", "line", "file"],
+    start: int,
+    stop: int | None,
+) -> Iterator[Place]:
+    """Yield the lines, the paragraphs (each up to a blank line) or the whole of a plain text."""
+    first, lines = start, list[str]()
+    for line in _lines(name, path, start, stop):
+        lines.append(line.text)
+        if unit == "line" or (unit == "paragraph" and not line.text.strip()):
+            yield from _place(first, line.stop, "".join(lines))
+            first, lines = line.stop, []
+        last = line.stop
+    if lines:
+        yield from _place(first, last, "".join(lines))
 
 
-class DatasetRows:
-    """A data set on the hub."""
+def json_lines(name: str, path: Path, field: str, start: int, stop: int | None) -> Iterator[Place]:
+    """Yield the texts of a file with a JSON object on each line."""
+    for number, line in enumerate(_lines(name, path, start, stop), start=1):
+        if line.text.strip():
+            text = _text_of(line.text, field, f"{name}:{number}")
+            yield Place(line.start, line.stop, text.strip())
 
-    def __init__(self, config: DatasetCorpus) -> None:
-        datasets = _import("datasets", config.name)
-        try:
-            self._rows = datasets.load_dataset(
-                os.path.expanduser(config.name),
-                config.subset,
-                split=config.split,
-                revision=config.revision,
-            )
-        except Exception as exc:  # `datasets` raises dozens of types; all mean the same here
-            # that it failed, and why: the library keeps the reason to itself
-            reason = ": ".join(dict.fromkeys(" ".join(str(e).split()) for e in causes(exc)))
-            kind = HubUnavailableError if is_out_of_reach(exc) else CorpusError
-            raise kind(f"corpus.name {config.name}: cannot be loaded: {reason}") from exc
-        if config.text_field not in self._rows.column_names:
-            raise CorpusError(_no_field(config.name, config.text_field, self._rows.column_names))
-        self._name, self._field = config.name, config.text_field
 
-    def texts(self, start: int = 0, stop: int | None = None) -> Iterator[Place]:
-        stop = len(self._rows) if stop is None else stop
+def _text_of(line: str, field: str, place: str) -> str:
+    try:
+        record = json.loads(line)
+    except (json.JSONDecodeError, RecursionError) as exc:
+        raise CorpusError(f"{place}: not valid JSON: {exc}") from exc
+    except ValueError:  # a number of more digits than Python would read
+        record = json.loads(line, parse_int=str)
+    if not isinstance(record, dict):
+        raise CorpusError(f"{place}: not a JSON object; write one object a line")
+    if field not in record:
+        raise CorpusError(_no_field(place, field, record))
+    return _checked(record[field], field, place)
+
+
+def open_dataset(config: DatasetCorpus) -> Texts:
+    """Load a data set from the hub."""
+    datasets = _import("datasets", config.name)
+    try:
+        rows = datasets.load_dataset(
+            os.path.expanduser(config.name),
+            config.subset,
+            split=config.split,
+            revision=config.revision,
+        )
+    except Exception as exc:  # `datasets` raises dozens of types; all mean the same here
+        # that it failed, and why: the library keeps the reason to itself
+        reason = ": ".join(dict.fromkeys(" ".join(str(e).split()) for e in causes(exc)))
+        kind = HubUnavailableError if is_out_of_reach(exc) else CorpusError
+        raise kind(f"corpus.name {config.name}: cannot be loaded: {reason}") from exc
+    if config.text_field not in rows.column_names:
+        raise CorpusError(_no_field(config.name, config.text_field, rows.column_names))
+
+    def texts(start: int, stop: int | None) -> Iterator[Place]:
+        stop = len(rows) if stop is None else stop
         for first in range(start, stop, SLICE_ROWS):
-            values = self._rows[first : min(stop, first + SLICE_ROWS)][self._field]
+            values = rows[first : min(stop, first + SLICE_ROWS)][config.text_field]
             for row, value in enumerate(values, start=first):
-                text = _checked(value, self._field, f"{self._name}: row {row}")
+                text = _checked(value, config.text_field, f"{config.name}: row {row}")
                 yield Place(row, row + 1, text.strip())
 
-
-class _Line(NamedTuple):
-    start: int
-    stop: int
-    text: str
+    return texts
 
 
-def _lines(name: str, path: Path, start: int, stop: int | None) -> Iterator[_Line]:
+def _lines(name: str, path: Path, start: int, stop: int | None) -> Iterator[Place]:
     """Yield the lines of a file in `[start, stop)`. A line ends with LF; CR alone ends none."""
     position = start
     with os_errors(name), path.open("rb") as file:
@@ -147,7 +126,7 @@ def _lines(name: str, path: Path, start: int, stop: int | None) -> Iterator[_Lin
                 text = line.decode("utf-8-sig" if position == 0 else "utf-8")
             except UnicodeDecodeError as exc:
                 raise CorpusError(f"{name}:{number}: not UTF-8; convert the file") from exc
-            yield _Line(position, position + len(line), text)
+            yield Place(position, position + len(line), text)
             position += len(line)
 
 
