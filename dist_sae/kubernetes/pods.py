@@ -35,13 +35,8 @@ _LIVE_SECONDS = 120  # without an answer; `/livez` reports a rank that hangs
 
 def n_pods(run: Run, part: Part) -> int:
     """Number of pods of a part."""
-    match part:
-        case "producer":
-            return run.processes.producers
-        case "trainer":
-            return run.processes.trainers // run.cluster.trainer.ranks
-        case _:
-            return 1
+    trainers = run.processes.trainers // run.cluster.trainer.ranks
+    return {"producer": run.processes.producers, "trainer": trainers}.get(part, 1)
 
 
 def pods_of(run: Run, part: Part) -> PodsConfig:

@@ -47,7 +47,7 @@ def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]
         status |= {"state": "unknown", "parts": {}, "conditions": []}
     numbers: dict[str, Any] | None = None
     slowest_stage: str | None = None
-    differing: list[str] = []
+    warnings: list[str] = []
     try:
         numbers = _live_numbers(run, cluster, pods)
         slowest_stage = _slowest_stage(run, cluster, pods)
@@ -55,7 +55,11 @@ def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]
         out_of_reach["metrics"] = str(exc)
     try:
         status["store"] = stored.progress()
-        differing = stored.changes(stored.begun())
+        if changed := stored.changes(stored.begun()):
+            differing = "; ".join(changed)
+            warnings.append(
+                f"the run in the store has other settings than this run file ({differing})"
+            )
         numbers = numbers or _stored_numbers(stored)
     except DistSaeError as exc:
         out_of_reach["store"] = str(exc)
@@ -64,7 +68,7 @@ def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]
         "numbers": numbers,
         "limit": _limit(numbers, slowest_stage, status["store"] or {}),
         "limit_of": _limit_of(numbers, slowest_stage),
-        "warnings": [*_warnings(run, numbers), *_other_settings(differing)],
+        "warnings": [*_slow_saves(run, numbers), *warnings],
         "out_of_reach": out_of_reach,
     }
 
@@ -140,13 +144,7 @@ def _limit_of(numbers: Mapping[str, Any] | None, slowest_stage: str | None) -> s
     return since if numbers or slowest_stage else None
 
 
-def _other_settings(differing: list[str]) -> list[str]:
-    if not differing:
-        return []
-    return [f"the run in the store has other settings than this run file ({'; '.join(differing)})"]
-
-
-def _warnings(run: Run, numbers: Mapping[str, Any] | None) -> list[str]:
+def _slow_saves(run: Run, numbers: Mapping[str, Any] | None) -> list[str]:
     seconds, grace = (numbers or {}).get("checkpoint_seconds", 0), run.cluster.trainer.grace_seconds
     if seconds <= grace / 2:
         return []
