@@ -24,7 +24,7 @@ from dist_sae.config.data import S3Config, StoreConfig
 from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.axis import WholeAxis
 from dist_sae.dictionaries.dead import DeadLatents
-from dist_sae.distributed.engine import LocalEngine
+from dist_sae.distributed.engine import Engine
 from dist_sae.distributed.mesh import Mesh
 from dist_sae.storage import ObjectStore, open_store
 from dist_sae.telemetry.process import resident_bytes
@@ -116,7 +116,7 @@ def _time_load(shape: StepShape, url: str, s3: S3Config, shards: int) -> tuple[f
     run = bench_run(shape, shards, shards)
     sae = build_sae(run.sae, shape.d_in, axis)
     dead = DeadLatents(len(sae.W_enc), run.dead_after_rows, axis)
-    state = TrainingState(sae, LocalEngine(run, sae), dead, None)
+    state = TrainingState(sae, Engine(run, sae), dead, None)
     checkpoint = Checkpoints(open_store(url, s3), _RUN, keep=1).latest()
     assert checkpoint is not None
     before = resident_bytes()

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -18,23 +18,28 @@ from dist_sae.distributed.mesh import Mesh
 from dist_sae.distributed.zero import deepspeed_config
 from dist_sae.errors import ConfigError, NonFiniteError
 
-_MOMENTS: tuple[str, ...] = ("exp_avg", "exp_avg_sq")  # of Adam
 
+class Engine:
+    """Objective, gradients and updates of a dictionary in one process, by plain torch.
 
-@runtime_checkable
-class Engine(Protocol):
-    """Objective, gradients and updates of a dictionary over any number of ranks."""
+    The reference for `DeepSpeedEngine`.
+    """
 
-    moments: tuple[str, ...]
+    moments: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
     """Names of the optimiser's state tensors of a parameter."""
+
+    def __init__(self, run: Run, sae: Dictionary) -> None:
+        self._sae = sae
+        self._clip_norm = run.train.clip_norm
+        self._optimizer = build_optimizer(run, sae)
 
     def objective(self, rows: Rows, context: StepContext) -> Output:
         """The dictionary's objective on this rank's rows."""
-        ...
+        return self._sae.objective(rows, context)
 
     def backward(self, loss: Float[Tensor, ""]) -> None:
         """Gradients of the loss: the sum within a replica, the mean over replicas."""
-        ...
+        loss.backward()  # type: ignore[no-untyped-call]
 
     def step(self, lr: float) -> float:
         """Clip, update, constrain.
@@ -45,70 +50,43 @@ class Engine(Protocol):
         Raises:
             NonFiniteError: The gradient is not finite; the weights are as before.
         """
-        ...
-
-    def revive(self, stuck: Tensor, x: Tensor, error: Tensor) -> None:
-        """Revive stuck latents in the recipe's way; see `Dictionary.revive`."""
-        ...
-
-    def moment(self, parameter: nn.Parameter, name: str) -> Tensor:
-        """Return a whole moment tensor of a parameter; `name` is one of `moments`. Collective."""
-        ...
-
-    def restore(self, step: int, moments: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
-        """Take over changed parameters, and set Adam's state at `step`."""
-        ...
-
-
-class LocalEngine:
-    """Plain torch in one process, the reference for DeepSpeed."""
-
-    moments = _MOMENTS
-
-    def __init__(self, run: Run, sae: Dictionary) -> None:
-        self._sae = sae
-        self._clip_norm = run.train.clip_norm
-        self._optimizer = build_optimizer(run, sae)
-
-    def objective(self, rows: Rows, context: StepContext) -> Output:
-        return self._sae.objective(rows, context)
-
-    def backward(self, loss: Float[Tensor, ""]) -> None:
-        loss.backward()  # type: ignore[no-untyped-call]
-
-    def step(self, lr: float) -> float:
         norm = clip_gradients(self._sae, self._optimizer, self._clip_norm)
-        set_lr(self._optimizer, lr)
+        self._set_lr(lr)
         self._optimizer.step()
         self._optimizer.zero_grad()
         self._sae.constrain()
         return norm
 
     def revive(self, stuck: Tensor, x: Tensor, error: Tensor) -> None:
+        """Revive stuck latents in the recipe's way; see `Dictionary.revive`."""
         self._sae.revive(stuck, x, error)
 
     def moment(self, parameter: nn.Parameter, name: str) -> Tensor:
+        """Return a whole moment tensor of a parameter; `name` is one of `moments`. Collective."""
         moment: Tensor = self._optimizer.state[parameter][name]
         return moment
 
     def restore(self, step: int, moments: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
-        set_state(self._optimizer, step, moments)
+        """Take over changed parameters, and set Adam's state to that after `step` updates."""
+        for parameter, state in moments.items():
+            taken = torch.tensor(float(step), device=parameter.device)
+            self._optimizer.state[parameter] = {"step": taken, **state}
+
+    def _set_lr(self, lr: float) -> None:
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
 
 
-class DeepSpeedEngine:
+class DeepSpeedEngine(Engine):
     """DeepSpeed's engine: averages over replicas, ZeRO-1 or 2 and offload over them if asked.
 
     Parameters are fp32; there are no other master weights. At stage 0 clipping is done here,
     because DeepSpeed then neither reports the norm nor checks it before it updates the weights.
     """
 
-    moments = _MOMENTS
-
     def __init__(self, run: Run, sae: Dictionary, mesh: Mesh) -> None:
         deepspeed = import_deepspeed()
-        self._sae = sae
-        self._clip_norm = run.train.clip_norm
-        self._optimizer = build_optimizer(run, sae)
+        super().__init__(run, sae)
         for name, parameter in sae.named_parameters():
             parameter.model_parallel = sae.is_per_latent(name)  # type: ignore[attr-defined]
         self._engine, *_ = deepspeed.initialize(
@@ -140,7 +118,7 @@ class DeepSpeedEngine:
                 self._engine.allreduce_gradients()
 
     def step(self, lr: float) -> float:
-        set_lr(self._optimizer, lr)
+        self._set_lr(lr)
         if self._stage == 0:
             norm = clip_gradients(self._sae, self._optimizer, self._clip_norm)
             self._engine.step()
@@ -153,13 +131,12 @@ class DeepSpeedEngine:
         return norm
 
     def revive(self, stuck: Tensor, x: Tensor, error: Tensor) -> None:
-        self._sae.revive(stuck, x, error)
+        super().revive(stuck, x, error)
         self._take_over()
 
     def moment(self, parameter: nn.Parameter, name: str) -> Tensor:
         if self._stage == 0:
-            moment: Tensor = self._optimizer.state[parameter][name]
-            return moment
+            return super().moment(parameter, name)
         from deepspeed.utils import safe_get_full_optimizer_state
 
         whole: Tensor = safe_get_full_optimizer_state(parameter, name)
@@ -167,7 +144,7 @@ class DeepSpeedEngine:
 
     def restore(self, step: int, moments: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
         if self._stage == 0:
-            set_state(self._optimizer, step, moments)
+            super().restore(step, moments)
             return
         from deepspeed.utils import safe_set_full_optimizer_state
 
@@ -176,7 +153,7 @@ class DeepSpeedEngine:
         for partition in zero.single_partition_of_fp32_groups:
             self._optimizer.state[partition] |= {
                 "step": torch.tensor(float(step), device=partition.device),
-                **{name: torch.zeros_like(partition) for name in _MOMENTS},
+                **{name: torch.zeros_like(partition) for name in self.moments},
             }
         # else it does so after the first update, and knows of no state before
         zero._hp_optimizer_states_linked = False  # noqa: SLF001
@@ -223,23 +200,6 @@ def build_optimizer(run: Run, sae: Dictionary) -> torch.optim.Adam:
     return torch.optim.Adam(
         sae.parameters(), lr=run.lr, betas=train.betas, eps=train.eps, fused=True
     )
-
-
-def set_lr(optimizer: torch.optim.Adam, lr: float) -> None:
-    """Set the learning rate of the next update."""
-    for group in optimizer.param_groups:
-        group["lr"] = lr
-
-
-def set_state(
-    optimizer: torch.optim.Adam,
-    step: int,
-    moments: Mapping[nn.Parameter, Mapping[str, Tensor]],
-) -> None:
-    """Set Adam's state to that after `step` updates."""
-    for parameter, state in moments.items():
-        taken = torch.tensor(float(step), device=parameter.device)
-        optimizer.state[parameter] = {"step": taken, **state}
 
 
 @torch.no_grad()

@@ -13,7 +13,7 @@ from dist_sae.dictionaries.axis import WHOLE, LatentAxis, WholeAxis
 from dist_sae.dictionaries.dead import DeadLatents
 from dist_sae.dictionaries.ema import WeightAverage
 from dist_sae.dictionaries.interface import StepContext
-from dist_sae.distributed.engine import LocalEngine
+from dist_sae.distributed.engine import Engine
 from dist_sae.storage import open_store
 from tests.dictionaries.recipes import (
     BATCH,
@@ -45,7 +45,7 @@ def make_state(run: Run, kind: str, axis: LatentAxis = WHOLE) -> TrainingState:
     numbers = torch.arange(len(sae.W_enc)) + sae.first_latent
     sae.add_tensor("numbers", numbers.float(), per_latent=True)
     dead = DeadLatents(len(sae.W_enc), DEAD_AFTER, axis)
-    return TrainingState(sae, LocalEngine(run, sae), dead, WeightAverage(sae, 0.9))
+    return TrainingState(sae, Engine(run, sae), dead, WeightAverage(sae, 0.9))
 
 
 def advance(state: TrainingState, steps: range) -> list[float]:
@@ -55,7 +55,7 @@ def advance(state: TrainingState, steps: range) -> list[float]:
         x = torch.randn(BATCH, D_IN, generator=generator)
         now = StepContext(VARIANCE, state.dead.mask, state.dead.count, progress=number / 10)
         engine = state.engine
-        assert isinstance(engine, LocalEngine)
+        assert isinstance(engine, Engine)
         output = engine.objective(sae_rows(x), now)
         engine.backward(output.terms.total)
         losses += [float(output.terms.total.detach()), engine.step(lr=1e-2)]

@@ -18,7 +18,7 @@ from dist_sae.dictionaries.dead import DeadLatents
 from dist_sae.dictionaries.init import initialise_from_data
 from dist_sae.dictionaries.interface import StepContext
 from dist_sae.dictionaries.metrics import Fit
-from dist_sae.distributed.engine import LocalEngine
+from dist_sae.distributed.engine import Engine
 from dist_sae.kernels.choice import choose_kernels
 from dist_sae.storage import open_store
 from dist_sae.telemetry.process import resident_bytes
@@ -57,7 +57,7 @@ def live(folder: Path, kind: str, n_latents: int, d_in: int, rows: int, steps: i
     sae.initialise(sae_rows(x), seed=0)
     if run.sae.init_rows:
         initialise_from_data(sae, [sae_rows(x)])
-    engine, dead = LocalEngine(run, sae), DeadLatents(n_latents, 10 * rows)
+    engine, dead = Engine(run, sae), DeadLatents(n_latents, 10 * rows)
     for number in range(steps):
         output = engine.objective(
             sae_rows(x), StepContext(float(d_in), dead.mask, dead.count, number / 2)

@@ -12,7 +12,7 @@ from dist_sae.config import Run, load_run
 from dist_sae.dictionaries.dead import DeadLatents
 from dist_sae.dictionaries.ema import WeightAverage
 from dist_sae.dictionaries.interface import StepContext
-from dist_sae.distributed.engine import DeepSpeedEngine, LocalEngine
+from dist_sae.distributed.engine import DeepSpeedEngine, Engine
 from dist_sae.distributed.mesh import Mesh, join_mesh
 from dist_sae.distributed.rendezvous import rendezvous
 from dist_sae.kernels import Entries
@@ -47,7 +47,7 @@ class Watch:
         return result
 
 
-class Averaging(LocalEngine):
+class Averaging(Engine):
     """Plain torch, with the gradients averaged over replicas."""
 
     def backward(self, loss: Tensor) -> None:

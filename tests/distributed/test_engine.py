@@ -14,7 +14,7 @@ from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.init import initialise_tied
 from dist_sae.dictionaries.interface import StepContext
 from dist_sae.distributed.deepspeed_keys import check_deepspeed
-from dist_sae.distributed.engine import DeepSpeedEngine, Engine, LocalEngine
+from dist_sae.distributed.engine import DeepSpeedEngine, Engine
 from dist_sae.distributed.mesh import Mesh, join_mesh
 from dist_sae.distributed.rendezvous import rendezvous
 from dist_sae.distributed.zero import deepspeed_config
@@ -58,7 +58,7 @@ def build(
 ) -> tuple[Dictionary, Engine]:
     run = make_run(folder, engine, **train)
     sae = make_sae(run, x)
-    return sae, LocalEngine(run, sae) if engine == "local" else DeepSpeedEngine(run, sae, mesh)
+    return sae, Engine(run, sae) if engine == "local" else DeepSpeedEngine(run, sae, mesh)
 
 
 def batches(n: int) -> list[Tensor]:

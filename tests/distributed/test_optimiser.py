@@ -14,7 +14,7 @@ from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.init import initialise_tied
 from dist_sae.dictionaries.interface import StepContext
-from dist_sae.distributed.engine import LocalEngine, build_optimizer, clip_gradients
+from dist_sae.distributed.engine import Engine, build_optimizer, clip_gradients
 from dist_sae.models.synthetic import SyntheticSource
 from tests.dictionaries.recipes import sae_rows
 from tests.runs import write_run
@@ -28,11 +28,11 @@ def rows(number: int, batch: int = BATCH) -> Tensor:
     return x * math.sqrt(D_IN / L0)
 
 
-def build(folder: Path, **train: Any) -> tuple[Dictionary, LocalEngine]:
+def build(folder: Path, **train: Any) -> tuple[Dictionary, Engine]:
     run = load_run(write_run(folder, train=train))
     sae = build_sae(run.sae, D_IN)
     initialise_tied(sae, sae_rows(rows(0)), 0, rescale=False)
-    return sae, LocalEngine(run, sae)
+    return sae, Engine(run, sae)
 
 
 def trained(folder: Path, factor: float, steps: int = 40, **train: Any) -> list[dict[str, Tensor]]:
@@ -92,7 +92,7 @@ def test_the_scale_of_the_loss_does_not_matter(tmp_path: Path) -> None:
     assert apart(*usual) > 5e-3
 
 
-def firings(sae: Dictionary, engine: LocalEngine, every: int, n: int, *, lr: float) -> float:
+def firings(sae: Dictionary, engine: Engine, every: int, n: int, *, lr: float) -> float:
     """How far one of W_enc's elements moves for the last of `n` firings, `every` steps apart.
 
     In units of lr. Gradients are set by hand: the element's is 1e-3 when its latent fires, else 0.
