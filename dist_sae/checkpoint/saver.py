@@ -4,7 +4,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from types import TracebackType
 from typing import Any, NamedTuple, TypeVar
 
 from dist_sae.checkpoint.layout import Checkpoints, Piece
@@ -75,16 +74,11 @@ class Saver:
     def __enter__(self) -> "Saver":
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         try:
             self.finish()
         except Exception as exc:
-            if kind is None:
+            if error is None:
                 raise
             logger.error("the last save failed as well: %s", exc)
 

@@ -150,9 +150,8 @@ class _Joining:
                     f"find out why, and start again"
                 )
                 store.set(f"{self.generation}/missing", words)
-                time.sleep(
-                    5 * _POLL_SECONDS
-                )  # for the others to read it: the store ends with this rank
+                # for the others to read it: the store ends with this rank
+                time.sleep(5 * _POLL_SECONDS)
                 raise RankLostError(words)
             if self._given_up.wait(_POLL_SECONDS):
                 return

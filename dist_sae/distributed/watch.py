@@ -13,7 +13,6 @@ import sys
 import threading
 import time
 from collections.abc import Mapping
-from types import TracebackType
 from typing import NamedTuple, TypeGuard
 
 import torch.distributed as dist
@@ -99,24 +98,17 @@ class Watch:
                 thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        trace: TracebackType | None,
-    ) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if self._ranks.world == 1:
             return
         failed = None if error is None or isinstance(error, Stopped) else _first_line(error)
-        if (
-            failed is None and self._ranks.rank == 0
-        ):  # the store ends with this process: the others must leave first
+        if failed is None and self._ranks.rank == 0:
+            # the store ends with this process: the others must leave first
             while not (self._alone.wait(_BEAT_SECONDS) or self._over.is_set()):
                 pass
         if _is_about_others(error):
-            self._over.wait(
-                self._lost_seconds + GRACE_SECONDS
-            )  # until it is known which rank failed
+            # until it is known which rank failed
+            self._over.wait(self._lost_seconds + GRACE_SECONDS)
             self._leave(None)
             if self._stopping.is_set() and not self._verdict:
                 raise Stopped("stopped while others were at work; start again") from error
@@ -168,11 +160,9 @@ class Watch:
         now = time.monotonic()
         for rank, heartbeat in self._heartbeats(seen).items():
             last = seen.get(rank, _Seen(_SILENT, now, now))
-            moved = (heartbeat.step, heartbeat.working) != (
-                last.heartbeat.step,
-                last.heartbeat.working,
-            )
-            alive = now if heartbeat.beat != last.heartbeat.beat else last.alive
+            before = last.heartbeat
+            moved = (heartbeat.step, heartbeat.working) != (before.step, before.working)
+            alive = now if heartbeat.beat != before.beat else last.alive
             seen[rank] = _Seen(heartbeat, alive, now if moved else last.moved)
         if all(heartbeat.left for rank, (heartbeat, *_) in seen.items() if rank):
             self._alone.set()

@@ -143,9 +143,8 @@ def _library() -> ctypes.CDLL:
             if done.returncode:
                 raise OSError(f"{' '.join(command)}: {done.stderr.strip()[-500:]}")
             library.replace(path)
-    return ctypes.CDLL(
-        str(path)
-    )  # its OpenMP is the one that torch has loaded: one pool of threads
+    # its OpenMP is the one that torch has loaded: one pool of threads
+    return ctypes.CDLL(str(path))
 
 
 def _processor() -> bytes:

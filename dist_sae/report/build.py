@@ -33,6 +33,7 @@ from dist_sae.training.void import void_settings
 logger = logging.getLogger(__name__)
 
 _RUN_FILE = "RUN.yaml"
+_AGAIN = "then make the report again."
 _HEAD_BYTES = 1000  # of the page: it says there what it was made from
 
 
@@ -115,21 +116,13 @@ def _latents(
 ) -> tuple[list[LatentView], int, str]:
     """Latents, the number of rows read for them, and the reason if there are none."""
     if trained is None:
-        return (
-            [],
-            0,
-            f"No checkpoint yet: run dist-sae train {_RUN_FILE}, then make the report again.",
-        )
+        return [], 0, f"No checkpoint yet: run dist-sae train {_RUN_FILE}, {_AGAIN}"
     try:
         views, rows = view_latents(run, activation_set, trained.sae, trained.scale)
     except (CorpusError, ModelError) as error:  # numbers and curves need no text
         return [], 0, f"The text cannot be shown: {error}"
     if not rows:
-        return (
-            [],
-            0,
-            f"No activations there: run dist-sae produce {_RUN_FILE}, then make the report again.",
-        )
+        return [], 0, f"No activations there: run dist-sae produce {_RUN_FILE}, {_AGAIN}"
     return views, rows, f"No latent fires often enough in {rows} rows to be shown."
 
 

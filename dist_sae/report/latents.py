@@ -222,10 +222,8 @@ def _apart(rows: Sequence[int], firings: Firings) -> Iterator[int]:
     """Rows whose texts do not overlap with an earlier row's."""
     seen: dict[int, list[int]] = {}
     for row in rows:
-        position, others = (
-            int(firings.positions[row]),
-            seen.setdefault(int(firings.documents[row]), []),
-        )
+        position = int(firings.positions[row])
+        others = seen.setdefault(int(firings.documents[row]), [])
         if all(abs(position - other) > 2 * _CONTEXT_TOKENS for other in others):
             others.append(position)
             yield row

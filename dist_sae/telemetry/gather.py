@@ -108,9 +108,7 @@ class Rank:
             with _DIRECT.open(request, timeout=ANSWER_SECONDS) as answer:
                 self.page, self._served = answer.read().decode(), False
         except (OSError, HTTPException):  # no process or no answer: rank_up reports it
-            if (
-                self._served
-            ):  # else it is the rank's last page, which came too late for the last answer
+            if self._served:  # else it is the rank's last page, too late for the last answer
                 self.page = ""
 
     def fault(self, path: str) -> str | None:

@@ -4,9 +4,8 @@ from collections.abc import Mapping
 
 from dist_sae.config import Run
 
-_FROM_PROGRESS = (
-    0.25  # of the run: coefficients have risen, and most latents that will die are dead
-)
+# share of the run after which coefficients have risen, and most latents that will die are dead
+_FROM_PROGRESS = 0.25
 _MOST_L0 = 0.5  # per dimension of the rows: above it codes are no sparser than the rows
 _MOST_DEAD = 0.3
 
