@@ -14,7 +14,6 @@ from dist_sae.config.sae import (
     TopKConfig,
 )
 from dist_sae.dictionaries.axis import WHOLE, LatentAxis
-from dist_sae.dictionaries.recipes.batchtopk import BatchTopK
 from dist_sae.dictionaries.recipes.jumprelu import JumpReLU
 from dist_sae.dictionaries.recipes.jumprelu_tanh import JumpReLUTanh
 from dist_sae.dictionaries.recipes.relu import ReLU
@@ -33,14 +32,12 @@ def build_sae(
     kernels: Kernels = KERNELS,
     product_dtype: torch.dtype = torch.float32,
     dtype: torch.dtype = torch.float32,
-) -> TopK | BatchTopK | Routed | JumpReLU | JumpReLUTanh | ReLU:
+) -> TopK | Routed | JumpReLU | JumpReLUTanh | ReLU:
     """An empty dictionary of the kind that `config` names; the arguments of `Dictionary`."""
     arguments = d_in, axis, kernels, product_dtype, dtype
     match config:
-        case TopKConfig():
+        case TopKConfig() | BatchTopKConfig():
             return TopK(config, *arguments)
-        case BatchTopKConfig():
-            return BatchTopK(config, *arguments)
         case RoutedConfig():
             return Routed(config, *arguments)
         case JumpReLUConfig():

@@ -17,7 +17,8 @@ from torch.autograd.function import once_differentiable
 from dist_sae.config.sae import PenalisedConfig
 from dist_sae.dictionaries.base import SPARSE_BELOW, Dictionary, firings
 from dist_sae.dictionaries.constraints import remove_parallel_
-from dist_sae.dictionaries.init import first_rows, reinitialise
+from dist_sae.dictionaries.init import first_rows, initialise_tied, reinitialise
+from dist_sae.dictionaries.interface import LossTerms, Output, Rows, StepContext
 from dist_sae.dictionaries.selection import Threshold
 from dist_sae.kernels import Entries, autograd, select
 
@@ -53,6 +54,23 @@ class Penalised(Dictionary):
     def thresholds(self) -> Float[Tensor, " n_local"]:
         """Theta in the parameters' precision, with its gradient."""
         return self.thresholds_in(self.W_enc.dtype)
+
+    def initialise(self, rows: Rows, seed: int) -> None:
+        initialise_tied(self, rows, seed)
+
+    def output(
+        self,
+        rows: Rows,
+        context: StepContext,
+        found: "Reconstruction",
+        sparsity: Float[Tensor, ""],
+    ) -> Output:
+        """The objective's output, with the penalty as it is in the loss."""
+        error = rows.targets - (found.x_hat + self.axis.replicated(self.b_dec))
+        replica_rows = len(error) * self.axis.shards
+        fvu = error.square().sum() / (replica_rows * context.variance)
+        terms = LossTerms(fvu, fvu.new_zeros(()), sparsity, fvu + sparsity)
+        return Output(terms, found.firings, found.active, error.detach())
 
     @torch.no_grad()
     def set_initial_sparsity(self, x: Float[Tensor, "batch d_in"]) -> None:

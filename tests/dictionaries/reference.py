@@ -29,7 +29,7 @@ def topk_loss(x: Tensor, p: Parameters, config: TopKConfig, step: StepContext) -
 def batchtopk_loss(
     x: Tensor, p: Parameters, config: BatchTopKConfig, step: StepContext
 ) -> LossTerms:
-    """`dictionaries/recipes/batchtopk.py`."""
+    """`dictionaries/recipes/topk.py`, BatchTopK."""
     k = annealed(step.progress, config.k, config.k_start, config.k_anneal_share)
     pre_acts = (x - p["b_dec"]) @ p["W_enc"].T + p["b_enc"]
     return _with_auxk(x, _batch_topk(pre_acts, k), pre_acts, p, config, step)

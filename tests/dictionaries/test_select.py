@@ -13,7 +13,7 @@ from torch import Tensor
 
 from dist_sae.config.sae import BatchTopKConfig
 from dist_sae.dictionaries.base import Dictionary
-from dist_sae.dictionaries.recipes.batchtopk import BatchTopK
+from dist_sae.dictionaries.recipes.topk import TopK
 from dist_sae.dictionaries.selection import kth_largest
 from dist_sae.kernels import Kernels, native, select
 from dist_sae.kernels.keys import NOTHING, from_keys, ordered, to_keys
@@ -247,7 +247,7 @@ def test_batchtopk_selects_the_largest_of_all_ranks(
     for k in (1, 3, 16):
 
         def on_rank(axis: ThreadAxis, k: int = k) -> tuple[set[tuple[int, int]], float]:
-            sae = BatchTopK(BatchTopKConfig(n_latents=n, k=k, auxk=0), ROWS, axis)
+            sae = TopK(BatchTopKConfig(n_latents=n, k=k, auxk=0), ROWS, axis)
             own = slice(sae.first_latent, sae.first_latent + len(sae.W_enc))
             with torch.no_grad():
                 sae.W_enc.copy_(pre_acts.T[own])

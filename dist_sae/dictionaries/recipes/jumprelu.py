@@ -27,8 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from dist_sae.config.sae import JumpReLUConfig
 from dist_sae.dictionaries.constraints import normalise_rows_
-from dist_sae.dictionaries.init import initialise_tied
-from dist_sae.dictionaries.interface import LossTerms, Output, Rows, StepContext
+from dist_sae.dictionaries.interface import Output, Rows, StepContext
 from dist_sae.dictionaries.penalised import Penalised, encode_decode
 from dist_sae.dictionaries.schedules import warmed_up
 
@@ -60,16 +59,8 @@ class JumpReLU(Penalised):
         out = encode_decode(
             self, inputs, activation, (theta - eps / 2).detach(), theta, unit_rows=True
         )
-        error = rows.targets - (out.x_hat + self.axis.replicated(self.b_dec))
-        fvu = error.square().sum() / (len(inputs) * context.variance)
         coefficient = warmed_up(context.progress, config.sparsity, config.sparsity_warmup_share)
-        sparsity = coefficient * out.penalty / len(inputs)
-        terms = LossTerms(fvu, fvu.new_zeros(()), sparsity, fvu + sparsity)
-        return Output(terms, out.firings, out.active, error.detach())
-
-    @torch.no_grad()
-    def initialise(self, rows: Rows, seed: int) -> None:
-        initialise_tied(self, rows, seed)
+        return self.output(rows, context, out, coefficient * out.penalty / len(inputs))
 
     @torch.no_grad()
     def set_initial_sparsity(self, x: Float[Tensor, "batch d_in"]) -> None:

@@ -28,8 +28,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dist_sae.config.sae import JumpReLUTanhConfig
-from dist_sae.dictionaries.init import initialise_tied
-from dist_sae.dictionaries.interface import LossTerms, Output, Rows, StepContext
+from dist_sae.dictionaries.interface import Output, Rows, StepContext
 from dist_sae.dictionaries.penalised import Penalised, encode_decode
 from dist_sae.dictionaries.recipes.jumprelu import jump_relu
 from dist_sae.dictionaries.schedules import warmed_up
@@ -72,18 +71,14 @@ class JumpReLUTanh(Penalised):
         out = encode_decode(
             self, inputs, activation, bound, theta, norms, unit_rows=False, W_enc=W_enc, W_dec=W_dec
         )
-        error = rows.targets - (out.x_hat + self.axis.replicated(self.b_dec))
         shortfall = len(inputs) * (theta - self.b_enc) - sums
         penalty = out.penalty + config.pre_act * (norms * shortfall).sum()
-        scale = len(inputs) * context.variance
-        fvu, sparsity_loss = error.square().sum() / scale, penalty / scale
-        terms = LossTerms(fvu, fvu.new_zeros(()), sparsity_loss, fvu + sparsity_loss)
-        return Output(terms, out.firings, out.active, error.detach())
+        return self.output(rows, context, out, penalty / (len(inputs) * context.variance))
 
     @torch.no_grad()
     def initialise(self, rows: Rows, seed: int) -> None:
         self.theta.fill_(self.config.initial_threshold / self.rms_norm)
-        initialise_tied(self, rows, seed)
+        super().initialise(rows, seed)
 
     @torch.no_grad()
     def constrain(self) -> None:

@@ -13,8 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dist_sae.config.sae import ReLUConfig
-from dist_sae.dictionaries.init import initialise_tied
-from dist_sae.dictionaries.interface import LossTerms, Output, Rows, StepContext
+from dist_sae.dictionaries.interface import Output, Rows, StepContext
 from dist_sae.dictionaries.penalised import Penalised, encode_decode
 from dist_sae.dictionaries.schedules import warmed_up
 from dist_sae.kernels import autograd
@@ -40,15 +39,9 @@ class ReLU(Penalised):
         out = encode_decode(
             self, inputs, activation, self.thresholds, norms, unit_rows=False, W_dec=W_dec
         )
-        error = rows.targets - (out.x_hat + self.axis.replicated(self.b_dec))
         coefficient = warmed_up(context.progress, config.sparsity, config.sparsity_warmup_share)
         scale = len(inputs) * context.variance
-        fvu, sparsity = error.square().sum() / scale, coefficient * out.penalty / scale
-        terms = LossTerms(fvu, fvu.new_zeros(()), sparsity, fvu + sparsity)
-        return Output(terms, out.firings, out.active, error.detach())
-
-    def initialise(self, rows: Rows, seed: int) -> None:
-        initialise_tied(self, rows, seed)
+        return self.output(rows, context, out, coefficient * out.penalty / scale)
 
     @torch.no_grad()
     def set_initial_sparsity(self, x: Float[Tensor, "batch d_in"]) -> None:

@@ -11,7 +11,7 @@ that a row is sent to are computed, on the rank that holds them.
     L     = E|x - x_hat|^2 / Var(x)  +  alpha L_aux  +  beta (E sum_e share_e mean p_e - 1)
 
 With `selection: batch` f_e is relu(z) where that is among the (rows * k) largest of the global
-batch, over all experts, and at inference where z > theta (batchtopk.py).
+batch, over all experts, and at inference where z > theta (topk.py).
 
 share_e is the part of the global batch's rows that goes to e, so the last term is 0 when all get as
 many. With one expert p is 1, and this is TopK or BatchTopK. AuxK's dead latents see the errors of

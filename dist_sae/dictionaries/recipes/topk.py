@@ -1,11 +1,15 @@
-"""TopK with AuxK (Gao et al. 2024, arXiv:2406.04093).
+"""TopK (Gao et al. 2024, arXiv:2406.04093) and BatchTopK (Bussmann et al. 2024, arXiv:2412.06410).
 
     z     = W_enc (x - b_dec) + b_enc
-    f     = relu(TopK_k(z))
+    f     = relu(TopK_k(z)),  or (BatchTopK) relu(z) where it is among the (rows * k) largest of the
+            global batch, else 0
     x_hat = W_dec^T f + b_dec
     L     = E|x - x_hat|^2 / Var(x)  +  alpha L_aux            (auxk.py)
 
-Decoder rows have unit norm; the gradient's part along them is left out.
+With BatchTopK a row has k active latents on average, and its codes depend on the rows beside it. At
+inference they do not: f = z where z > theta, with theta the running mean of the smallest f kept in
+a batch. Decoder rows have unit norm, so that z alone says how much a latent matters; the gradient's
+part along them is left out.
 """
 
 from typing import Any
@@ -13,7 +17,7 @@ from typing import Any
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dist_sae.config.sae import CountsLatentsConfig
+from dist_sae.config.sae import BatchTopKConfig, TopKConfig
 from dist_sae.dictionaries.auxk import WithAuxK, auxk_loss
 from dist_sae.dictionaries.base import firings
 from dist_sae.dictionaries.interface import LossTerms, Output, Rows, StepContext
@@ -22,15 +26,17 @@ from dist_sae.dictionaries.selection import BatchTopK, RowTopK
 
 
 class TopK(WithAuxK):
-    """Keeps the k largest pre-activations of each row."""
+    """Keeps the k largest pre-activations of each row, or k per row of the whole batch."""
 
     selection: RowTopK | BatchTopK
 
     def __init__(
-        self, config: CountsLatentsConfig, d_in: int, *place: Any, **precision: Any
+        self, config: TopKConfig | BatchTopKConfig, d_in: int, *place: Any, **precision: Any
     ) -> None:
         super().__init__(config, d_in, *place, **precision)
         self.selection = self.by_row = RowTopK(self, config.k, self.axis)
+        if isinstance(config, BatchTopKConfig):
+            self.selection = BatchTopK(self, config.threshold_decay)
 
     def objective(self, rows: Rows, context: StepContext) -> Output:
         config = self.config
