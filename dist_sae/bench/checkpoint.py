@@ -22,7 +22,7 @@ from dist_sae.checkpoint.saver import Saved, Saver
 from dist_sae.checkpoint.state import TrainingState
 from dist_sae.config.data import S3Config, StoreConfig
 from dist_sae.dictionaries import build_sae
-from dist_sae.dictionaries.axis import WholeAxis
+from dist_sae.dictionaries.axis import LatentAxis
 from dist_sae.dictionaries.dead import DeadLatents
 from dist_sae.distributed.engine import Engine
 from dist_sae.distributed.mesh import Mesh
@@ -88,14 +88,14 @@ def _time_saves(
     step(x)  # warm-up: makes Adam's moments and maps memory
     saves, undisturbed, durable = [], [], list[Saved]()
     with Saver(
-        Checkpoints(store, _RUN, keep=1),
-        step.state,
-        {},
+        checkpoints=Checkpoints(store, _RUN, keep=1),
+        state=step.state,
+        scalars={},
         all_gather=lambda value: [value],
         first=True,
         before_commit=lambda: None,
         on_durable=durable.append,
-        step=0,
+        last_step=0,
     ) as saver:
         for number in range(rounds):
             undisturbed += [seconds(partial(step, x), mesh) for _ in range(3)]
@@ -112,7 +112,7 @@ def _time_saves(
 
 def _time_load(shape: StepShape, url: str, s3: S3Config, shards: int) -> tuple[float, float]:
     """Load the last shard; returns its seconds and peak bytes of memory."""
-    axis = WholeAxis(shard=shards - 1, shards=shards)
+    axis = LatentAxis(shard=shards - 1, shards=shards)
     run = bench_run(shape, shards, shards)
     sae = build_sae(run.sae, shape.d_in, axis)
     dead = DeadLatents(len(sae.W_enc), run.dead_after_rows, axis)

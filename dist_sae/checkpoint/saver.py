@@ -4,6 +4,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
 from dist_sae.checkpoint.layout import Checkpoints, Piece
@@ -26,50 +27,34 @@ class Saved(NamedTuple):
     """Time from the start of the copy to the manifest."""
 
 
+@dataclass(kw_only=True)
 class Saver:
     """Copies this rank's part between two steps and stores the copy in a thread.
 
     At most one save is under way; the next one waits for it. When every rank has stored its part,
     rank 0 writes the manifest, and the checkpoint exists.
-
-    Args:
-        checkpoints: The run's checkpoints.
-        state: The live objects to save.
-        scalars: Numbers and settings that are the same in every checkpoint of the run.
-        all_gather: Gathers a picklable value of every rank, by rank; called in the thread.
-        first: Whether this rank writes the manifest.
-        before_commit: Called in the thread, on rank 0, before the manifest is written, to make
-            durable what belongs to the checkpoint.
-        on_durable: Called in the thread, on every rank, once the checkpoint exists.
-        step: The step that the run starts from, which is saved already.
-        background: Whether to store a copy in a thread; if not, `save` stores and then returns.
     """
 
-    def __init__(
-        self,
-        checkpoints: Checkpoints,
-        state: TrainingState,
-        scalars: Mapping[str, Any],
-        *,
-        all_gather: Callable[[Any], list[Any]],
-        first: bool,
-        before_commit: Callable[[], None],
-        on_durable: Callable[[Saved], None],
-        step: int,
-        background: bool = True,
-    ) -> None:
-        self._checkpoints = checkpoints
-        self._state = state
-        self._scalars = scalars
-        self._all_gather = all_gather
-        self._first = first
-        self._before_commit = before_commit
-        self._on_durable = on_durable
-        self.last_step = step
-        """The last step that was saved, or is being saved."""
-        self._background = background
-        self._thread: threading.Thread | None = None
-        self._error: BaseException | None = None
+    checkpoints: Checkpoints
+    state: TrainingState
+    """The live objects to save."""
+    scalars: Mapping[str, Any]
+    """Numbers and settings that are the same in every checkpoint of the run."""
+    all_gather: Callable[[Any], list[Any]]
+    """Gathers a picklable value of every rank, by rank; called in the thread."""
+    first: bool
+    """Whether this rank writes the manifest."""
+    before_commit: Callable[[], None]
+    """Called in the thread, on rank 0, before the manifest is written, to make durable what belongs
+    to the checkpoint."""
+    on_durable: Callable[[Saved], None]
+    """Called in the thread, on every rank, once the checkpoint exists."""
+    last_step: int
+    """The last step that was saved, or is being saved; at first that which the run starts from."""
+    background: bool = True
+    """Whether to store a copy in a thread; if not, `save` stores and then returns."""
+    _thread: threading.Thread | None = field(default=None, init=False)
+    _error: BaseException | None = field(default=None, init=False)
 
     def __enter__(self) -> "Saver":
         return self
@@ -99,12 +84,12 @@ class Saver:
             return
         self.last_step = step
         since = time.monotonic()
-        scalars |= self._state.scalars()
-        if not self._background:
-            self._store(step, self._state.pieces(), cursors, scalars, since)
+        scalars |= self.state.scalars()
+        if not self.background:
+            self._store(step, self.state.pieces(), cursors, scalars, since)
             return
         copies = [
-            piece._replace(rows=piece.rows.to("cpu", copy=True)) for piece in self._state.pieces()
+            piece._replace(rows=piece.rows.to("cpu", copy=True)) for piece in self.state.pieces()
         ]
 
         def store() -> None:
@@ -145,19 +130,19 @@ class Saver:
         since: float,
     ) -> None:
         """Write this rank's part, then, on rank 0, the manifest of all parts. Collective."""
-        parts = self._on_all_ranks(lambda: (self._checkpoints.write(step, pieces), cursors))
+        parts = self._on_all_ranks(lambda: (self.checkpoints.write(step, pieces), cursors))
         everywhere = {v: cursor for _, own in parts for v, cursor in own.items()}
 
         def commit() -> int:
-            if not self._first:
+            if not self.first:
                 return 0
-            self._before_commit()
+            self.before_commit()
             records = [records for records, _ in parts]
-            all_scalars = {**self._scalars, **scalars, "places": everywhere}
-            return self._checkpoints.commit(step, records, all_scalars)
+            all_scalars = {**self.scalars, **scalars, "places": everywhere}
+            return self.checkpoints.commit(step, records, all_scalars)
 
         size = max(self._on_all_ranks(commit))
-        self._on_durable(Saved(step, everywhere, size, time.monotonic() - since))
+        self.on_durable(Saved(step, everywhere, size, time.monotonic() - since))
 
     def _on_all_ranks(self, work: Callable[[], Some]) -> list[Some]:
         """Call `work` on every rank and gather the results; raises on all if one rank fails."""
@@ -166,7 +151,7 @@ class Saver:
             value = work()
         except BaseException as exc:  # raised below, after the other ranks know
             failure = exc
-        results = self._all_gather((value, None if failure is None else str(failure)))
+        results = self.all_gather((value, None if failure is None else str(failure)))
         if failure is not None:
             raise failure
         if failures := [words for _, words in results if words is not None]:

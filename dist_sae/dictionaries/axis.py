@@ -1,52 +1,44 @@
 """The axis that latents are sharded over, for code without torch.distributed.
 
-Recipes are written against `LatentAxis`. `WholeAxis` is one process, the identity;
-`distributed/axis.py` has the collectives. Ranks form `replicas` x `shards`: a replica is a whole
-dictionary, and each of its ranks holds `n_latents / shards` neighbouring latents. Every rank loads
-its own rows; within a replica all rows meet all latents.
+Recipes are written against `LatentAxis`, which is one process; `distributed/axis.py` has the
+collectives. Ranks form `replicas` x `shards`: a replica is a whole dictionary, and each of its
+ranks holds `n_latents / shards` neighbouring latents. Every rank loads its own rows; within a
+replica all rows meet all latents.
 """
 
-from typing import NamedTuple, Protocol, runtime_checkable
+from dataclasses import dataclass
 
 from jaxtyping import Float, Int
 from torch import Tensor
 
 
-@runtime_checkable
-class LatentAxis(Protocol):
-    """This rank's place in the dictionary, and the collectives of its replica."""
+@dataclass
+class LatentAxis:
+    """This rank's place in the dictionary, and the collectives of its replica.
 
-    @property
-    def shard(self) -> int:
-        """Number of this rank's shard of the latents."""
-        ...
+    Here the process is alone, and every collective is the identity.
+    """
 
-    @property
-    def shards(self) -> int:
-        """Number of shards of the latents."""
-        ...
-
-    @property
-    def replica(self) -> int:
-        """Number of this rank's replica."""
-        ...
-
-    @property
-    def replicas(self) -> int:
-        """Number of replicas that share a batch."""
-        ...
+    shard: int = 0
+    """Number of this rank's shard of the latents."""
+    shards: int = 1
+    """Number of shards of the latents."""
+    replica: int = 0
+    """Number of this rank's replica."""
+    replicas: int = 1
+    """Number of replicas that share a batch."""
 
     def gather(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "rows d_in"]:
         """The rows of all ranks of the replica, in their order; no gradient."""
-        ...
+        return x
 
     def scatter_sum(self, parts: Float[Tensor, "rows d_in"]) -> Float[Tensor, "batch d_in"]:
         """This rank's own rows of the sum over the replica; its gradient gathers."""
-        ...
+        return parts
 
     def replicated(self, parameter: Tensor) -> Tensor:
         """A replicated parameter; its gradient is summed over the replica."""
-        ...
+        return parameter
 
     def kth_largest(self, keys: Int[Tensor, "rows candidates"], k: int) -> Int[Tensor, " rows"]:
         """The k-th largest candidate of the replica for each row.
@@ -55,10 +47,15 @@ class LatentAxis(Protocol):
             keys: Distinct over the replica, except the least int64, which means no candidate.
             k: From 1.
         """
-        ...
+        if k >= keys.shape[1]:
+            return keys.amin(1)
+        return keys.topk(k, dim=1).values[:, -1]
 
     def exchange(
-        self, rows: Float[Tensor, "sent d_in"], sent: list[int], received: list[int]
+        self,
+        rows: Float[Tensor, "sent d_in"],
+        sent: list[int],  # noqa: ARG002 - all stay
+        received: list[int],  # noqa: ARG002
     ) -> Float[Tensor, "received d_in"]:
         """All-to-all of rows within the replica; the gradient takes the way back.
 
@@ -67,54 +64,19 @@ class LatentAxis(Protocol):
             sent: Rows to each shard.
             received: Rows from each shard.
         """
-        ...
+        return rows
 
     def exchange_counts(self, counts: Int[Tensor, "shards some"]) -> Int[Tensor, "shards some"]:
         """All-to-all of one row of counts with each shard of the replica."""
-        ...
-
-    def across_replicas(self, tensor: Tensor) -> Tensor:
-        """Sum over the ranks that hold the same shard; no gradient."""
-        ...
-
-    def total(self, tensor: Tensor) -> Tensor:
-        """Sum over all ranks of all replicas; no gradient."""
-        ...
-
-
-class WholeAxis(NamedTuple):
-    """One process: every collective is the identity."""
-
-    shard: int = 0
-    shards: int = 1
-    replica: int = 0
-    replicas: int = 1
-
-    def gather(self, x: Tensor) -> Tensor:
-        return x
-
-    def scatter_sum(self, parts: Tensor) -> Tensor:
-        return parts
-
-    def replicated(self, parameter: Tensor) -> Tensor:
-        return parameter
-
-    def kth_largest(self, keys: Tensor, k: int) -> Tensor:
-        if k >= keys.shape[1]:
-            return keys.amin(1)
-        return keys.topk(k, dim=1).values[:, -1]
-
-    def exchange(self, rows: Tensor, sent: list[int], received: list[int]) -> Tensor:  # noqa: ARG002 - all stay
-        return rows
-
-    def exchange_counts(self, counts: Tensor) -> Tensor:
         return counts
 
     def across_replicas(self, tensor: Tensor) -> Tensor:
+        """Sum over the ranks that hold the same shard; no gradient."""
         return tensor
 
     def total(self, tensor: Tensor) -> Tensor:
+        """Sum over all ranks of all replicas; no gradient."""
         return tensor
 
 
-WHOLE = WholeAxis()
+WHOLE = LatentAxis()

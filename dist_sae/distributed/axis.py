@@ -3,14 +3,15 @@
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from dist_sae.dictionaries.axis import WHOLE
+from dist_sae.dictionaries.axis import LatentAxis
 
 entered = 0
 """Number of collectives that this rank has entered."""
@@ -18,13 +19,10 @@ seconds = 0.0
 """Seconds spent in them. On a GPU this is the time to launch them."""
 
 
-class ShardedAxis(NamedTuple):
-    """See `LatentAxis`. Ranks of a replica are neighbours: rank = replica * shards + shard."""
+@dataclass(kw_only=True)
+class ShardedAxis(LatentAxis):
+    """Ranks of a replica are neighbours: rank = replica * shards + shard."""
 
-    shard: int
-    shards: int
-    replica: int
-    replicas: int
     within: dist.ProcessGroup
     """The ranks of this replica."""
     across: dist.ProcessGroup
@@ -44,7 +42,7 @@ class ShardedAxis(NamedTuple):
     def kth_largest(self, keys: Tensor, k: int) -> Tensor:
         """Each rank decides for an equal part of the rows, from all ranks' candidates."""
         if self.shards == 1:
-            return WHOLE.kth_largest(keys, k)
+            return super().kth_largest(keys, k)
         per_rank = keys.reshape(self.shards, -1, keys.shape[1])
         received = torch.empty_like(per_rank)
         with collective():

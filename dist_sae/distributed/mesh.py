@@ -118,7 +118,7 @@ def _split(rank: int, world: int, shards: int) -> ShardedAxis:
     replica, shard = divmod(rank, shards)
     within = [dist.new_group(ranks.tolist()) for ranks in grid][replica]
     across = [dist.new_group(ranks.tolist()) for ranks in grid.T][shard]
-    return ShardedAxis(shard, shards, replica, len(grid), within, across)
+    return ShardedAxis(shard, shards, replica, len(grid), within=within, across=across)
 
 
 def check_replicated(mesh: Mesh, tensors: Iterable[Tensor]) -> None:

@@ -3,13 +3,6 @@
 All take the non-zeros of a `[batch, n_latents]` matrix as `Entries` and never make it dense.
 """
 
-from dist_sae.kernels.base import (
-    Combine,
-    Entries,
-    GatherDot,
-    KeepLargest,
-    Kernels,
-    SumByLatent,
-)
+from dist_sae.kernels.base import Entries, Kernels
 
-__all__ = ["Combine", "Entries", "GatherDot", "KeepLargest", "Kernels", "SumByLatent"]
+__all__ = ["Entries", "Kernels"]

@@ -1,12 +1,12 @@
 """Interface of the sparse products."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import accumulate
-from typing import NamedTuple, Protocol
+from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 
@@ -52,75 +52,36 @@ class Entries:
         return order, counts.cumsum(0) - counts
 
 
-class KeepLargest(Protocol):
+class Kernels(NamedTuple):
+    """One implementation of the sparse products; no gradients, see `autograd`."""
+
+    name: str
+    keep_largest: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
     """The k largest pre-activations of each row so far, with a chunk of latents taken in.
+
+    (best [batch, k], products [batch, chunk], bias [chunk], latents [chunk]) -> [batch, k]
 
     As keys (`keys.py`): of equal pre-activations the lower latent is kept. The chunk's are its
     products plus the bias. `latents` are the numbers of its columns, ascending, and above all that
     came before.
     """
+    combine: Callable[[Tensor, Entries, Tensor], Tensor]
+    """C W: each row is a sum of rows of W, weighted with the row's coefficients.
 
-    def __call__(
-        self,
-        best: Int[Tensor, "batch k"],
-        products: Float[Tensor, "batch chunk"],
-        bias: Float[Tensor, " chunk"],
-        latents: Int[Tensor, " chunk"],
-    ) -> Int[Tensor, "batch k"]: ...
+    (coefficients [entries], entries, W [n_latents, d_in]) -> [batch, d_in]
+    """
+    gather_dot: Callable[[Tensor, Entries, Tensor], Tensor]
+    """rows W^T at the entries: the product of each entry's row with its latent's row of W.
 
-
-class Combine(Protocol):
-    """C W: each row is a sum of rows of W, weighted with the row's coefficients."""
-
-    def __call__(
-        self,
-        coefficients: Float[Tensor, " entries"],
-        entries: Entries,
-        W: Float[Tensor, "n_latents d_in"],
-    ) -> Float[Tensor, "batch d_in"]: ...
-
-
-class GatherDot(Protocol):
-    """rows W^T at the entries: the product of each entry's row with its latent's row of W."""
-
-    def __call__(
-        self,
-        rows: Float[Tensor, "batch d_in"],
-        entries: Entries,
-        W: Float[Tensor, "n_latents d_in"],
-    ) -> Float[Tensor, " entries"]: ...
-
-
-class SumByLatent(Protocol):
+    (rows [batch, d_in], entries, W [n_latents, d_in]) -> [entries]
+    """
+    sum_by_latent: Callable[..., Tensor]
     """C^T rows: each latent gets a sum of rows, weighted with its coefficients.
+
+    (coefficients [entries], entries, rows [batch, d_in], W [n_latents, d_in] = None,
+    along [n_latents] = None) -> [n_latents, d_in]
 
     Less along[n] W[n] for each latent n with entries, if these are given.
     """
-
-    def __call__(
-        self,
-        coefficients: Float[Tensor, " entries"],
-        entries: Entries,
-        rows: Float[Tensor, "batch d_in"],
-        W: Float[Tensor, "n_latents d_in"] | None = None,
-        along: Float[Tensor, " n_latents"] | None = None,
-    ) -> Float[Tensor, "n_latents d_in"]: ...
-
-
-class Empty(Protocol):
+    empty: Callable[[Tensor], Tensor] = torch.empty_like
     """Allocates a gradient of a weight's shape, not filled."""
-
-    def __call__(
-        self, W: Float[Tensor, "n_latents d_in"], /
-    ) -> Float[Tensor, "n_latents d_in"]: ...
-
-
-class Kernels(NamedTuple):
-    """One implementation of the sparse products; no gradients, see `autograd`."""
-
-    name: str
-    keep_largest: KeepLargest
-    combine: Combine
-    gather_dot: GatherDot
-    sum_by_latent: SumByLatent
-    empty: Empty = torch.empty_like

@@ -55,7 +55,7 @@ def available() -> str | None:
 
 
 def keep_largest(best: Tensor, products: Tensor, bias: Tensor, latents: Tensor) -> Tensor:
-    """See `KeepLargest`."""
+    """See `Kernels.keep_largest`."""
     functions = {torch.bfloat16: "keep_largest_bf16", torch.float32: "keep_largest_fp32"}
     if products.dtype not in functions:
         return plain.keep_largest(best, products, bias, latents)
@@ -73,7 +73,7 @@ def sum_by_latent(
     W: Tensor | None = None,
     along: Tensor | None = None,
 ) -> Tensor:
-    """See `SumByLatent`; `empty` gives the fp32 tensor that the sums are written to."""
+    """See `Kernels.sum_by_latent`; `empty` gives the fp32 tensor that the sums are written to."""
     if rows.dtype != torch.float32:
         return plain.sum_by_latent(coefficients, entries, rows, W, along)
     given = (coefficients, W, along)
@@ -92,7 +92,7 @@ class Memory:
         self._kept: list[tuple[Tensor, weakref.ref[Any]]] = []
 
     def empty_like(self, W: Tensor) -> Tensor:
-        """See `Empty`."""
+        """See `Kernels.empty`."""
         is_kept = W.dtype == torch.float32 and W.device.type == "cpu"
         return self.empty(*W.shape) if is_kept else torch.empty_like(W)
 

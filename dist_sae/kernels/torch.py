@@ -12,7 +12,7 @@ _RUN = 4096  # entries
 
 
 def keep_largest(best: Tensor, products: Tensor, bias: Tensor, latents: Tensor) -> Tensor:
-    """See `KeepLargest`.
+    """See `Kernels.keep_largest`.
 
     Looks at the maxima of groups of neighbours first. The k largest lie in the k groups with the
     largest maxima: were one of them in another group, each of these k groups, before it by maximum
@@ -35,14 +35,14 @@ def keep_largest(best: Tensor, products: Tensor, bias: Tensor, latents: Tensor) 
 
 
 def combine(coefficients: Tensor, entries: Entries, W: Tensor) -> Tensor:
-    """See `Combine`."""
+    """See `Kernels.combine`."""
     return F.embedding_bag(
         entries.latents, W, entries.starts, mode="sum", per_sample_weights=coefficients
     )
 
 
 def gather_dot(rows: Tensor, entries: Entries, W: Tensor) -> Tensor:
-    """See `GatherDot`. It is the gradient of `combine` with respect to its coefficients."""
+    """See `Kernels.gather_dot`. It is the gradient of `combine` for its coefficients."""
     ones = W.new_ones(len(entries.latents), requires_grad=True)
     with torch.enable_grad():
         bags = combine(ones, entries, W.detach())
@@ -56,7 +56,7 @@ def sum_by_latent(
     W: Tensor | None = None,
     along: Tensor | None = None,
 ) -> Tensor:
-    """See `SumByLatent`. Over entries sorted by latent: a fifth of `index_add`'s time.
+    """See `Kernels.sum_by_latent`. Over entries sorted by latent: a fifth of `index_add`'s time.
 
     A sum of very many rows, one after the other, loses digits: those are summed in fp64, in runs.
     """

@@ -58,7 +58,7 @@ if os.environ.get("TRITON_INTERPRET") == "1":  # the interpreter: nothing to mea
 
 
 def combine(coefficients: Tensor, entries: Entries, W: Tensor) -> Tensor:
-    """See `Combine`."""
+    """See `Kernels.combine`."""
     return _sum_segments(coefficients, entries.latents, entries.rows, entries.starts, W)
 
 
@@ -69,7 +69,7 @@ def sum_by_latent(
     W: Tensor | None = None,
     along: Tensor | None = None,
 ) -> Tensor:
-    """See `SumByLatent`."""
+    """See `Kernels.sum_by_latent`."""
     order, starts = entries.by_latent
     # put in order once: every block of columns reads all of them
     latents = entries.latents[order]
@@ -77,7 +77,7 @@ def sum_by_latent(
 
 
 def gather_dot(rows: Tensor, entries: Entries, W: Tensor) -> Tensor:
-    """See `GatherDot`."""
+    """See `Kernels.gather_dot`."""
     _check(W, entries.latents)
     E, D = len(entries.latents), W.shape[1]
     products = W.new_empty(E)

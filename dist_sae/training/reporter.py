@@ -8,6 +8,7 @@ import logging
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -36,56 +37,45 @@ logger = logging.getLogger(__name__)
 _EDGES = [float(edge) for edge in DENSITIES if edge != NEVER]
 
 
+@dataclass
 class TrainingReporter:
-    """Counts every step and publishes every `train.log_every_steps`.
+    """Counts every step and publishes every `train.log_every_steps`."""
 
-    Args:
-        run: The run.
-        mesh: This rank and its process groups.
-        telemetry: Exports the metrics.
-        times: This rank's time by phase.
-        sinks: Where rank 0 writes its records.
-        state: The dictionary, its dead latents and its optimiser.
-        mean: The data set's mean, normalised.
-        start: Steps done already.
-        counted_rows: Rows over which earlier runs counted idle rows of latents.
-    """
+    run: Run
+    mesh: Mesh
+    telemetry: Telemetry
+    """Exports the metrics."""
+    times: Times
+    """This rank's time by phase."""
+    sinks: Sequence[Sink]
+    """Where rank 0 writes its records."""
+    state: TrainingState
+    """The dictionary, its dead latents and its optimiser."""
+    mean: Tensor
+    """The data set's mean, normalised."""
+    reported: int
+    """Step of the last report; at first the steps done already."""
+    counted_rows: int = 0
+    """Rows over which earlier runs counted idle rows of latents."""
+    last: dict[str, float] = field(default_factory=dict)
+    """The last numbers reported."""
 
-    def __init__(
-        self,
-        run: Run,
-        mesh: Mesh,
-        telemetry: Telemetry,
-        times: Times,
-        sinks: Sequence[Sink],
-        state: TrainingState,
-        mean: Tensor,
-        start: int,
-        counted_rows: int = 0,
-    ) -> None:
-        self._run = run
-        self._mesh = mesh
-        self._telemetry = telemetry
-        self._sinks = sinks
-        self._state = state
-        self._mean = mean.to(mesh.device)
-        self._times = times
-        self._product = ProductSamples(state.sae, times.clock)
+    def __post_init__(self) -> None:
+        run, telemetry, device = self.run, self.telemetry, self.mesh.device
+        self.mean = self.mean.to(device)
+        self._product = ProductSamples(self.state.sae, self.times.clock)
         self._densities = Densities(
-            len(state.sae.W_enc), run.dead_after_rows, mesh.axis, mesh.device
+            len(self.state.sae.W_enc), run.dead_after_rows, self.mesh.axis, device
         )
         self._experts = ExpertLoads()
         self._doubted = False
-        self._reported = start
-        self._counted_rows = counted_rows
         self._counts: defaultdict[str, float] = defaultdict(float)
-        self.last: dict[str, float] = {}
-        telemetry.device = mesh.device
+        telemetry.device = device
         telemetry.set(
-            "dist_sae_train_info", 1, kind=run.sae.kind, site=run.site, device=mesh.device.type
+            "dist_sae_train_info", 1, kind=run.sae.kind, site=run.site, device=device.type
         )
         telemetry.set("dist_sae_train_latents", run.sae.n_latents)
-        telemetry.set("dist_sae_train_step", start)
+        telemetry.set("dist_sae_train_step", self.reported)
         telemetry.set("dist_sae_train_steps", run.steps)
 
     def __enter__(self) -> "TrainingReporter":
@@ -93,22 +83,16 @@ class TrainingReporter:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if error is None or isinstance(error, Stopped):
-            self._times.take()
-        for sink in self._sinks:
+            self.times.take()
+        for sink in self.sinks:
             sink.close()
 
     def end(self, phase: str) -> None:
         """End a phase: the time since the last call belongs to it."""
-        self._times.end(phase)
+        self.times.end(phase)
 
     def step(
-        self,
-        step: int,
-        rows: Rows,
-        output: Output,
-        *,
-        lr: float,
-        gradient_norm: float,
+        self, step: int, rows: Rows, output: Output, *, lr: float, gradient_norm: float
     ) -> None:
         """Count a step; every `log_every_steps`, gather and publish. Collective then.
 
@@ -119,14 +103,14 @@ class TrainingReporter:
             lr: Learning rate of the update.
             gradient_norm: Norm of the gradient before clipping.
         """
-        self._telemetry.pulse.rest()  # the pod is ready; whether a step hangs is up to the watch
-        self._counts["dist_sae_train_stuck_latents_total"] += self._state.dead.n_stuck
-        self._densities.add(output.firings, self._run.train.batch_rows)
+        self.telemetry.pulse.rest()  # the pod is ready; whether a step hangs is up to the watch
+        self._counts["dist_sae_train_stuck_latents_total"] += self.state.dead.n_stuck
+        self._densities.add(output.firings, self.run.train.batch_rows)
         if output.routing:
             self._counts["dist_sae_train_dropped_rows_total"] += output.routing.dropped
             self._experts.add(output.routing)
-        if step % self._run.train.log_every_steps == 0 or step == self._run.steps:
-            numbers, quantiles = batch_numbers(self._mesh.axis, output, rows.targets, self._mean)
+        if step % self.run.train.log_every_steps == 0 or step == self.run.steps:
+            numbers, quantiles = batch_numbers(self.mesh.axis, output, rows.targets, self.mean)
             numbers |= {"gradient_norm": gradient_norm, "learning_rate": lr}
             self._product.sample(rows.inputs)
             self._publish(step, numbers, quantiles)
@@ -135,7 +119,7 @@ class TrainingReporter:
     def _publish(
         self, step: int, numbers: dict[str, float], quantiles: Mapping[str, float]
     ) -> None:
-        run, state, axis = self._run, self._state, self._mesh.axis
+        run, state, axis = self.run, self.state, self.mesh.axis
         second_moment = state.engine.moment(state.sae.W_enc, "exp_avg_sq")
         density = self._densities.counts(_EDGES, RARE)
         numbers |= {
@@ -143,14 +127,14 @@ class TrainingReporter:
             "starved_share": starved_share(axis, second_moment, run.train.eps),
             **self._experts.take(axis, state.dead.mask),
         }
-        if self._counted_rows + step * run.train.batch_rows >= run.dead_after_rows:
+        if self.counted_rows + step * run.train.batch_rows >= run.dead_after_rows:
             numbers["dead_share"] = state.dead.share
         else:  # not known before so many rows
             numbers.pop("expert_dead_share", None)
         self.end("rest")
-        phases = self._of_all_ranks(self._times.take())
-        seconds, steps = sum(phases.values()), step - self._reported
-        self._reported = step
+        phases = self._of_all_ranks(self.times.take())
+        seconds, steps = sum(phases.values()), step - self.reported
+        self.reported = step
         rows = steps * run.train.batch_rows
         numbers["rows_per_second"] = rows / seconds
         numbers["worked_rows_per_second"] = rows_per_worked_second(rows, phases)
@@ -159,9 +143,9 @@ class TrainingReporter:
             numbers["product_seconds"] = self._product.seconds
             numbers["product_share"] = self._product.seconds * steps / seconds
         self.last = numbers
-        self._counts["dist_sae_train_rows_total"] += rows / self._mesh.world
+        self._counts["dist_sae_train_rows_total"] += rows / self.mesh.world
         for name, value in self._counts.items():
-            self._telemetry.add(name, value)
+            self.telemetry.add(name, value)
         self._counts.clear()
         self._record(
             {
@@ -176,29 +160,29 @@ class TrainingReporter:
                 "density_rows": density.rows,
             }
         )
-        if self._mesh.is_first:
+        if self.mesh.is_first:
             names = [metric.short for metric in listed("progress") if metric.short in numbers]
             shown = {name: numbers[name] for name in names}
             logs.progress("train", step, run.steps, **shown, phases=phases)
             self._doubt(step, numbers)
 
     def _doubt(self, step: int, numbers: Mapping[str, float]) -> None:
-        found = None if self._doubted else doubt(self._run, len(self._mean), step, numbers)
+        found = None if self._doubted else doubt(self.run, len(self.mean), step, numbers)
         if found:
-            logger.warning("after %d of %d steps %s", step, self._run.steps, found)
+            logger.warning("after %d of %d steps %s", step, self.run.steps, found)
             self._doubted = True
 
     def _record(self, record: Mapping[str, Any]) -> None:
         """Export a record's gauges and append it to the sinks, which rank 0 has."""
         for name, value, labels in gauges("train", record):
-            self._telemetry.set(name, value, **labels)
-        for sink in self._sinks:
+            self.telemetry.set(name, value, **labels)
+        for sink in self.sinks:
             sink.append(record)
 
     def _of_all_ranks(self, phases: Mapping[str, float]) -> dict[str, float]:
         """Mean over ranks: one's `forward` may be another's `ranks`. Collective."""
         own = torch.tensor([phases.get(phase, 0.0) for phase in PHASES], dtype=torch.float64)
-        mean = self._mesh.axis.total(own.to(self._mesh.device)) / self._mesh.world
+        mean = self.mesh.axis.total(own.to(self.mesh.device)) / self.mesh.world
         return dict(zip(PHASES, mean.tolist(), strict=True))
 
     def heldout(self, step: int, fvu: float | None) -> None:
@@ -208,14 +192,14 @@ class TrainingReporter:
 
     def saved(self, saved: Saved) -> None:
         """Export that a checkpoint is durable. Called in the saver's thread."""
-        self._telemetry.set("dist_sae_checkpoint_step", saved.step)
-        self._telemetry.set("dist_sae_checkpoint_timestamp_seconds", time.time())
-        self._telemetry.set("dist_sae_checkpoint_seconds", saved.seconds)
-        self._telemetry.set("dist_sae_checkpoint_bytes", saved.bytes)
+        self.telemetry.set("dist_sae_checkpoint_step", saved.step)
+        self.telemetry.set("dist_sae_checkpoint_timestamp_seconds", time.time())
+        self.telemetry.set("dist_sae_checkpoint_seconds", saved.seconds)
+        self.telemetry.set("dist_sae_checkpoint_bytes", saved.bytes)
 
     def flush(self) -> None:
         """Make all records so far durable. Called in the saver's thread."""
-        for sink in self._sinks:
+        for sink in self.sinks:
             sink.flush()
 
 

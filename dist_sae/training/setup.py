@@ -121,16 +121,16 @@ def _open(
         report.saved(saved)
 
     saver = Saver(
-        checkpoints,
-        state,
-        normaliser.to_scalars()
+        checkpoints=checkpoints,
+        state=state,
+        scalars=normaliser.to_scalars()
         | {"plan": plan.hash, "run": run_fingerprint(run)}
         | start.lineage.to_scalars(),
         all_gather=mesh.in_background().all_gather_objects,
         first=mesh.is_first,
         before_commit=report.flush,
         on_durable=on_durable,
-        step=position.step,
+        last_step=position.step,
         background=run.train.save_in_background,
     )
     job = TrainingJob(

@@ -48,14 +48,14 @@ def make_saver(
     kind: type[Checkpoints] = Checkpoints,
 ) -> Saver:
     return Saver(
-        kind(store, "run", keep=2),
-        state,
-        {"a": 1},
+        checkpoints=kind(store, "run", keep=2),
+        state=state,
+        scalars={"a": 1},
         all_gather=all_gather,
         first=first,
         before_commit=before,
         on_durable=durable,
-        step=0,
+        last_step=0,
         background=background,
     )
 

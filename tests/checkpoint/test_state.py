@@ -9,7 +9,7 @@ from torch import Tensor
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.checkpoint.state import TrainingState, load_weights
 from dist_sae.config import Run, load_run
-from dist_sae.dictionaries.axis import WHOLE, LatentAxis, WholeAxis
+from dist_sae.dictionaries.axis import WHOLE, LatentAxis
 from dist_sae.dictionaries.dead import DeadLatents
 from dist_sae.dictionaries.ema import WeightAverage
 from dist_sae.dictionaries.interface import StepContext
@@ -99,7 +99,7 @@ def test_a_shard_takes_its_rows_and_gives_them_back(tmp_path: Path, kind: str) -
 
     records = []
     for shard in range(2):
-        part = make_state(run, kind, WholeAxis(shard=shard, shards=2))
+        part = make_state(run, kind, LatentAxis(shard=shard, shards=2))
         part.sae.get_buffer("numbers").zero_()
         part.read(checkpoints.open(3))()
         half = N_LATENTS // 2

@@ -12,7 +12,7 @@ from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.config import Run, load_run, validate_run
 from dist_sae.config.fingerprint import run_fingerprint
 from dist_sae.dictionaries import build_sae
-from dist_sae.dictionaries.axis import WHOLE, WholeAxis
+from dist_sae.dictionaries.axis import WHOLE, LatentAxis
 from dist_sae.distributed.mesh import Mesh
 from dist_sae.distributed.rendezvous import Ranks
 from dist_sae.distributed.watch import Watch
@@ -90,7 +90,7 @@ def test_a_shard_takes_its_latents_of_what_was_left(tmp_path: Path, shards: int)
     assert found is not None
     parts = []
     for shard in range(shards):
-        sae = build_sae(run.sae, D_IN, WholeAxis(shard=shard, shards=shards))
+        sae = build_sae(run.sae, D_IN, LatentAxis(shard=shard, shards=shards))
         warm_start.load(sae, found)
         parts.append(sae)
         for name in ("b_dec", "threshold"):

@@ -8,6 +8,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor
 
+from dist_sae.dictionaries.axis import LatentAxis
+
 T = TypeVar("T")
 
 
@@ -29,7 +31,7 @@ class Meeting:
         self._barrier.abort()
 
 
-class ThreadAxis:
+class ThreadAxis(LatentAxis):
     """A rank's `LatentAxis`."""
 
     def __init__(self, meeting: Meeting, rank: int, shards: int, replicas: int) -> None:

@@ -9,7 +9,7 @@ from torch.nn.functional import normalize
 
 from dist_sae.config.sae import JumpReLUConfig, ReLUConfig, TopKConfig
 from dist_sae.dictionaries import base, penalised
-from dist_sae.dictionaries.axis import WHOLE, LatentAxis, WholeAxis
+from dist_sae.dictionaries.axis import WHOLE, LatentAxis
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.init import geometric_median
 from dist_sae.dictionaries.interface import LossTerms, Rows
@@ -413,7 +413,7 @@ def test_what_is_read_and_what_is_reconstructed_may_differ(kind: str) -> None:
 
 
 def test_a_tensor_says_how_it_is_sharded() -> None:
-    sae = make(CONFIGS["topk"], axis=WholeAxis(shard=1, shards=2))
+    sae = make(CONFIGS["topk"], axis=LatentAxis(shard=1, shards=2))
     undeclared = "is neither declared per latent nor replicated"
     with pytest.raises(ValueError, match=undeclared):
         sae.register_buffer("counts", torch.zeros(3))
