@@ -30,7 +30,7 @@ from dist_sae.data.plan import PLAN_KEY, Plan, publish_plan
 from dist_sae.data.shard import (
     DTYPES,
     ORIGIN_BYTES,
-    Rows,
+    SiteRows,
     SiteShard,
     UnitManifest,
     manifest_key,
@@ -225,7 +225,7 @@ def _document_rows(shape: StoreShape) -> int:
     return math.gcd(128, shape.unit_rows)
 
 
-def _random_rows(shape: StoreShape, unit: int) -> Rows:
+def _random_rows(shape: StoreShape, unit: int) -> SiteRows:
     """Draw a unit's rows as a producer holds them: in the storage type, except for int8."""
     generator = torch.Generator().manual_seed(shape.seed + unit)
     acts = torch.randn(shape.unit_rows, shape.d_in, generator=generator)
@@ -233,7 +233,7 @@ def _random_rows(shape: StoreShape, unit: int) -> Rows:
         acts = acts.to(DTYPES[shape.dtype])
     number = torch.arange(shape.unit_rows, dtype=torch.int32)
     documents = unit * shape.unit_rows + number.long()
-    return Rows(acts, number * 7 % 50_000, number % 256, documents)
+    return SiteRows(acts, number * 7 % 50_000, number % 256, documents)
 
 
 def _write_unit(store: ObjectStore, plan: Plan, shape: StoreShape, unit: int) -> SiteShard:
@@ -263,7 +263,7 @@ def _time_writing(
         rows, tar = _random_rows(shape, unit), store.get(shard.key)
         again: list[SiteShard] = []
 
-        def write(unit: int = unit, rows: Rows = rows, again: list[SiteShard] = again) -> None:
+        def write(unit: int = unit, rows: SiteRows = rows, again: list[SiteShard] = again) -> None:
             again.append(write_shard(store, unit, _SITE, rows, shape.block_rows, shape.dtype))
 
         copy = f"raw/{unit:08d}.tar"

@@ -97,6 +97,12 @@ def read_trained(runs: ObjectStore, run: Run, step: int | None = None) -> Traine
     return None
 
 
+def none_yet(runs: ObjectStore, run: Run) -> ConfigError:
+    """The error of a program that needs a checkpoint where there is none."""
+    place = f"{runs.url}/{run.name}"
+    return ConfigError(f"{place}: holds no checkpoint yet; run `dist-sae train` first")
+
+
 def suffix(runs: ObjectStore, run: Run, step: int) -> str:
     """Suffix for names of a checkpoint's results: empty for the newest, else its step."""
     steps = Checkpoints(runs, run.name, run.train.keep_checkpoints).steps()

@@ -11,7 +11,6 @@ from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.checkpoint.lineage import Lineage
 from dist_sae.checkpoint.state import is_per_latent, weights_of
 from dist_sae.config import Run
-from dist_sae.config.sae import RoutedConfig
 from dist_sae.config.train import ParentConfig
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.errors import ConfigError, PlanMismatchError
@@ -95,20 +94,20 @@ def check(checkpoint: Checkpoint, run: Run) -> None:
     Raises:
         ConfigError: The run cannot.
     """
-    kind, n_latents = checkpoint.scalars["run"]["sae"]["kind"], width(checkpoint)
+    settings = checkpoint.scalars["run"]
+    kind, n_latents = settings["sae"]["kind"], width(checkpoint)
     if kind != run.sae.kind:
         raise ConfigError(
             f"{run.name}: sae.kind: {run.sae.kind} cannot start from the weights of {kind}"
         )
-    settings = checkpoint.scalars["run"]
     site = settings["train"].get("site") or settings["activations"]["sites"][0]
     if site != run.site:
         raise ConfigError(
             f"{run.name}: train.site: {run.site} cannot start from a dictionary of {site}"
         )
-    if isinstance(run.sae, RoutedConfig):
-        experts = checkpoint.scalars["run"]["sae"]["experts"]
-        if (n_latents, experts) != (run.sae.n_latents, run.sae.experts):
+    if run.sae.n_experts:
+        experts = settings["sae"]["experts"]
+        if (n_latents, experts) != (run.sae.n_latents, run.sae.n_experts):
             raise ConfigError(
                 f"{run.name}: sae.kind: routed dictionaries cannot be widened, since latents would "
                 f"change their experts; train from scratch"

@@ -41,6 +41,11 @@ class DictionaryConfig(Section):
         """Latents whose pre-activations are computed for a row."""
         return self.n_latents
 
+    @property
+    def n_experts(self) -> int | None:
+        """Equal parts of the latents that rows are routed to; None: every row meets all latents."""
+        return None
+
 
 class CountsLatentsConfig(DictionaryConfig):
     """Settings shared by TopK, BatchTopK and routed dictionaries."""
@@ -124,6 +129,10 @@ class RoutedConfig(KeepsThresholdConfig):
     @property
     def latents_met(self) -> int:
         return self.n_latents // self.experts * self.experts_per_row
+
+    @property
+    def n_experts(self) -> int:
+        return self.experts
 
     @model_validator(mode="after")
     def _experts_fit(self) -> Self:

@@ -7,7 +7,7 @@ from jaxtyping import Int
 from torch import Tensor
 
 from dist_sae.data.corpus import Document
-from dist_sae.data.shard import Rows, UnitManifest
+from dist_sae.data.shard import SiteRows, UnitManifest
 from dist_sae.data.tokens import cut
 
 
@@ -53,7 +53,7 @@ class UnitText:
             f"where the text has {self._n_tokens} tokens"
         )
 
-    def rows_fault(self, blocks: Iterable[Rows]) -> str | None:
+    def rows_fault(self, blocks: Iterable[SiteRows]) -> str | None:
         """Describe the first wrong row of a unit at one site; None if all are right."""
         places: list[Int[Tensor, " rows"]] = []
         for rows in blocks:

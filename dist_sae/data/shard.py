@@ -54,7 +54,7 @@ with warnings.catch_warnings():  # said once per process: the memory is read-onl
     torch.frombuffer(b"0", dtype=torch.uint8)
 
 
-class Rows(NamedTuple):
+class SiteRows(NamedTuple):
     """Activations of one site with their origin. The rows are the same at every site."""
 
     acts: Float[Tensor, "rows d_in"]
@@ -63,9 +63,9 @@ class Rows(NamedTuple):
     """Position within the document."""
     documents: Int[Tensor, " rows"]
 
-    def take(self, index: Int[Tensor, " taken"]) -> "Rows":
+    def take(self, index: Int[Tensor, " taken"]) -> "SiteRows":
         """Select the rows at `index`, in that order."""
-        return Rows(*(column.index_select(0, index) for column in self))
+        return SiteRows(*(column.index_select(0, index) for column in self))
 
 
 class Block(Record):
@@ -122,7 +122,7 @@ def existing_units(store: ObjectStore) -> Iterator[int]:
 
 
 def write_shard(
-    store: ObjectStore, unit: int, site: str, rows: Rows, block_rows: int, dtype: str
+    store: ObjectStore, unit: int, site: str, rows: SiteRows, block_rows: int, dtype: str
 ) -> SiteShard:
     """Encode and store one site's rows of a unit, under a name that no other attempt uses.
 
@@ -133,7 +133,7 @@ def write_shard(
         dtype: Key of `DTYPES`.
     """
     blocks = [
-        _encode(Rows(*(column[start : start + block_rows] for column in rows)), dtype)
+        _encode(SiteRows(*(column[start : start + block_rows] for column in rows)), dtype)
         for start in range(0, len(rows.acts), block_rows)
     ]
     tar = _encode_tar(unit, blocks)
@@ -170,7 +170,7 @@ def read_manifest(store: ObjectStore, unit: int) -> UnitManifest:
     return read_record(UnitManifest, store, manifest_key(unit))
 
 
-def read_block(store: ObjectStore, shard: SiteShard, number: int) -> Rows:
+def read_block(store: ObjectStore, shard: SiteShard, number: int) -> SiteRows:
     """Read one block.
 
     Raises:
@@ -216,12 +216,12 @@ def _fetch(store: ObjectStore, shard: SiteShard, number: int) -> bytes:
     )
 
 
-def decode_block(data: bytes) -> Rows:
+def decode_block(data: bytes) -> SiteRows:
     """Decode the rows of a block's safetensors."""
     return _decode(safetensors.torch.load(data))
 
 
-def _encode(rows: Rows, dtype: str) -> dict[str, Tensor]:
+def _encode(rows: SiteRows, dtype: str) -> dict[str, Tensor]:
     """Encode a block's tensors. int8 rounds each row to 255 levels between -max|x| and max|x|.
 
     Columns are standardised first, by mean and deviation over the block: a few columns far from 0,
@@ -272,12 +272,12 @@ def _mean_and_deviation(acts: Float[Tensor, "rows d_in"]) -> Float[Tensor, "2 d_
     return torch.stack([acts.mean(0), torch.where(deviation > 0, deviation, 1.0)])
 
 
-def _decode(tensors: dict[str, Tensor]) -> Rows:
-    columns = {name: tensors[name] for name in Rows._fields if name != "acts"}
+def _decode(tensors: dict[str, Tensor]) -> SiteRows:
+    columns = {name: tensors[name] for name in SiteRows._fields if name != "acts"}
     acts = tensors["levels" if "levels" in tensors else "acts"]
     if "scales" in tensors:
         acts = _restored(acts, tensors["scales"], tensors.get("columns"))
-    return Rows(acts, **columns)
+    return SiteRows(acts, **columns)
 
 
 def _encode_tar(unit: int, blocks: list[dict[str, Tensor]]) -> bytes:

@@ -12,10 +12,9 @@ from torch import Tensor
 from dist_sae import __version__
 from dist_sae.checkpoint.layout import Checkpoint
 from dist_sae.checkpoint.lineage import Lineage
-from dist_sae.checkpoint.trained import Trained, find_checkpoint, read_trained, suffix
+from dist_sae.checkpoint.trained import Trained, find_checkpoint, none_yet, read_trained, suffix
 from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
-from dist_sae.config.sae import RoutedConfig
 from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.plan import Plan, load_plan
 from dist_sae.dictionaries.base import Dictionary
@@ -76,9 +75,7 @@ def evaluate(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> dic
     if result is None:
         trained = read_trained(runs, run, step)
         if trained is None:
-            raise ConfigError(
-                f"{runs.url}/{run.name}: holds no checkpoint yet; run `dist-sae train` first"
-            )
+            raise none_yet(runs, run)
         trained.check_plan(plan.hash)
         since = time.monotonic()
         patience = run.timeouts.missing_seconds
@@ -162,13 +159,13 @@ def _dead_shares(
         return {"dead_share": None}
     dead = (idle_rows >= run.dead_after_rows).double()
     shares: dict[str, Any] = {"dead_share": float(dead.mean())}
-    if isinstance(run.sae, RoutedConfig):
-        shares["dead_share_by_expert"] = dead.view(run.sae.experts, -1).mean(1).tolist()
+    if run.sae.n_experts:
+        shares["dead_share_by_expert"] = dead.view(run.sae.n_experts, -1).mean(1).tolist()
     return shares
 
 
 def _duplicates(run: Run, sae: Dictionary) -> dict[str, float]:
-    experts = run.sae.experts if isinstance(run.sae, RoutedConfig) else 1
+    experts = run.sae.n_experts or 1
     anywhere, elsewhere = duplicate_shares(sae.W_dec, experts)
     across = {"duplicate_share_across_experts": elsewhere} if experts > 1 else {}
     return {"duplicate_share": anywhere, **across}

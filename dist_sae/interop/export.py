@@ -6,7 +6,7 @@ from typing import Any
 
 import safetensors.torch
 
-from dist_sae.checkpoint.trained import find_checkpoint, read_trained, suffix, trained_run
+from dist_sae.checkpoint.trained import find_checkpoint, none_yet, read_trained, suffix, trained_run
 from dist_sae.config import Run, differences
 from dist_sae.data.identity import plan_settings
 from dist_sae.errors import ConfigError, ObjectNotFoundError
@@ -42,9 +42,7 @@ def export(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
     runs = open_store(run.store.runs, run.store.s3, meter)
     checkpoint = find_checkpoint(runs, run, step)
     if checkpoint is None:
-        raise ConfigError(
-            f"{runs.url}/{run.name}: holds no checkpoint yet; run `dist-sae train` first"
-        )
+        raise none_yet(runs, run)
     own = trained_run(checkpoint, run).model_copy(update={"export": run.export})
     typed = run.filled(checkpoint.scalars["run"])  # what the file leaves open is no difference
     if changed := differences(plan_settings(own), plan_settings(typed)):

@@ -21,9 +21,6 @@ from dist_sae.models.loading import (
 )
 from dist_sae.models.sharding import choose_divider, divide, gather
 from dist_sae.models.sites import Edit, attach, blocks, layer_of, place
-from dist_sae.models.spliced import SplicedModel
-
-__all__ = ["HuggingFaceSource", "SplicedModel"]
 
 logger = logging.getLogger(__name__)
 

@@ -19,7 +19,7 @@ from dist_sae.data.corpus import Corpus, Document
 from dist_sae.data.orders import spread
 from dist_sae.data.plan import Plan, read_unit
 from dist_sae.data.row_filters import admitted, of_usual_norm
-from dist_sae.data.shard import Rows, SiteShard, UnitManifest, manifest_key, write_shard
+from dist_sae.data.shard import SiteRows, SiteShard, UnitManifest, manifest_key, write_shard
 from dist_sae.data.tokens import TokenBatch, cut, pack
 from dist_sae.data.work_queue import WorkQueue
 from dist_sae.errors import CorpusError, NonFiniteError, Stopped
@@ -133,7 +133,7 @@ def finish(
             arrived = [transfer.wait() for transfer in computed.transfers]
             computed.transfers.clear()
             sites = {
-                site: Rows(torch.cat([batch.pop(site) for batch in arrived]), *computed.origin)
+                site: SiteRows(torch.cat([batch.pop(site) for batch in arrived]), *computed.origin)
                 for site in activations.sites
             }
             keep = torch.ones(len(computed.origin[0]), dtype=torch.bool)
@@ -167,7 +167,7 @@ def finish(
     return manifest
 
 
-def _usual(activations: ActivationsConfig, site: str, rows: Rows) -> Tensor:
+def _usual(activations: ActivationsConfig, site: str, rows: SiteRows) -> Tensor:
     """Mark the rows of a site that are not excluded by their norm.
 
     Raises:

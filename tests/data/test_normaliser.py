@@ -6,7 +6,7 @@ from torch import Tensor
 
 from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.normaliser import Normaliser, measure
-from dist_sae.data.shard import Rows, UnitManifest, manifest_key, write_shard
+from dist_sae.data.shard import SiteRows, UnitManifest, manifest_key, write_shard
 from dist_sae.errors import NonFiniteError
 from dist_sae.producing.planner import plan
 from dist_sae.storage import open_store
@@ -96,7 +96,7 @@ def test_each_site_has_its_own_normaliser_of_the_same_rows(tmp_path: Path) -> No
         for site, width in (("narrow", 2), ("wide", 7)):
             x = 3 * width + torch.randn(n, width, generator=torch.Generator().manual_seed(unit))
             acts[site].append(x)
-            shards[site] = write_shard(store, unit, site, Rows(x, *origin), 8, "fp32")
+            shards[site] = write_shard(store, unit, site, SiteRows(x, *origin), 8, "fp32")
         manifest = UnitManifest(
             plan=made.hash,
             unit=unit,

@@ -11,7 +11,7 @@ import dist_sae.producing.verify
 from dist_sae.config import Run
 from dist_sae.data.corpus import Document
 from dist_sae.data.origin import UnitText
-from dist_sae.data.shard import Rows
+from dist_sae.data.shard import SiteRows
 from dist_sae.errors import CorpusError
 from dist_sae.producing.verify import verify
 from tests.producing.producers import LetterSource, letters_run, start, with_source
@@ -71,7 +71,7 @@ def test_rows_of_other_text_are_named(produced: Run) -> None:
 def test_a_row_that_comes_twice_is_told() -> None:
     text = UnitText([Document(3, "abc")], Letters(), context_tokens=3, bos=1)
     origin = (torch.tensor([98, 99]), torch.tensor([1, 2]), torch.tensor([3, 3]))
-    rows = Rows(torch.zeros(2, 2), *(column.int() for column in origin))
+    rows = SiteRows(torch.zeros(2, 2), *(column.int() for column in origin))
     assert text.rows_fault([rows]) is None
     assert text.rows_fault([rows, rows]) == "has a row twice"
     assert text.rows_fault([rows._replace(documents=rows.documents - 1)]) == (
@@ -83,6 +83,6 @@ def test_a_unit_without_rows_has_no_fault() -> None:
     """All rows of its document are left out: its block is empty, or it has no block."""
     text = UnitText([Document(0, "a")], Letters(), context_tokens=4, bos=None)
     empty = torch.empty(0, dtype=torch.int32)
-    nothing = Rows(torch.empty(0, 2), empty, empty, empty)
+    nothing = SiteRows(torch.empty(0, 2), empty, empty, empty)
     for blocks in ([], [nothing]):
         assert text.rows_fault(blocks) is None

@@ -10,14 +10,14 @@ import torch
 import webdataset
 import xxhash
 
-from dist_sae.data.shard import DTYPES, Rows, SiteShard, read_acts, read_block, write_shard
+from dist_sae.data.shard import DTYPES, SiteRows, SiteShard, read_acts, read_block, write_shard
 from dist_sae.errors import CorruptObjectError
 from dist_sae.storage import ObjectStore, open_store
 
 
-def random_rows(n: int, d_in: int, dtype: torch.dtype = torch.bfloat16) -> Rows:
+def random_rows(n: int, d_in: int, dtype: torch.dtype = torch.bfloat16) -> SiteRows:
     generator = torch.Generator().manual_seed(n)
-    return Rows(
+    return SiteRows(
         torch.randn(n, d_in, generator=generator).to(dtype),
         torch.randint(50_000, (n,), generator=generator, dtype=torch.int32),
         torch.randint(256, (n,), generator=generator, dtype=torch.int32),
@@ -30,7 +30,7 @@ def store(tmp_path: Path) -> ObjectStore:
     return open_store(str(tmp_path))
 
 
-def equal(one: Rows, other: Rows) -> bool:
+def equal(one: SiteRows, other: SiteRows) -> bool:
     return all(a.dtype == b.dtype and torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
@@ -72,7 +72,7 @@ def test_the_same_rows_give_the_same_bytes(store: ObjectStore) -> None:
     """Under different names: attempts never write over each other."""
     rows = random_rows(50, 3)
     one = write_shard(store, 7, "s", rows, 20, "fp32")
-    other = write_shard(store, 7, "s", Rows(*(c.clone() for c in rows)), 20, "fp32")
+    other = write_shard(store, 7, "s", SiteRows(*(c.clone() for c in rows)), 20, "fp32")
     assert store.get(one.key) == store.get(other.key)
     assert one.key != other.key
     assert one.model_copy(update={"key": ""}) == other.model_copy(update={"key": ""})

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dist_sae.config import load_run
-from dist_sae.data.shard import Rows, existing_units, read_block, read_manifest
+from dist_sae.data.shard import SiteRows, existing_units, read_block, read_manifest
 from dist_sae.producing.planner import plan
 from dist_sae.storage import open_store
 from tests.forks import processes
@@ -84,11 +84,11 @@ def units(folder: Path) -> list[int]:
     return sorted(existing_units(store))
 
 
-def rows_of(folder: Path, unit: int, site: str) -> Rows:
+def rows_of(folder: Path, unit: int, site: str) -> SiteRows:
     store = open_store(str(folder / "activations"))
     shard = read_manifest(store, unit).sites[site]
     blocks = [read_block(store, shard, number) for number in range(len(shard.blocks))]
-    return Rows(*map(torch.cat, zip(*blocks, strict=True)))
+    return SiteRows(*map(torch.cat, zip(*blocks, strict=True)))
 
 
 @pytest.fixture(scope="module")

@@ -13,7 +13,7 @@ from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.config import Run
 from dist_sae.config.fingerprint import run_fingerprint
 from dist_sae.data.plan import Plan, load_plan
-from dist_sae.data.shard import Rows, UnitManifest, manifest_key, write_shard
+from dist_sae.data.shard import SiteRows, UnitManifest, manifest_key, write_shard
 from dist_sae.errors import CorpusError
 from dist_sae.producing.planner import plan
 from dist_sae.report.build import report
@@ -312,7 +312,7 @@ def store_unit(run: Run, made: Plan, unit: int) -> None:
     documents = torch.tensor([span.first for span in made.units[unit]]).repeat_interleave(16)
     positions = torch.arange(16).repeat(len(made.units[unit]))
     acts = torch.eye(4)[positions % 4] * (1 + positions)[:, None]
-    rows = Rows(acts, (16 * documents + positions).int(), positions.int(), documents)
+    rows = SiteRows(acts, (16 * documents + positions).int(), positions.int(), documents)
     rows = rows.take(torch.randperm(len(positions), generator=torch.Generator().manual_seed(0)))
     manifest = UnitManifest(
         plan=made.hash,

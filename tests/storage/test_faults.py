@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dist_sae.config.data import S3Config
-from dist_sae.data.shard import Rows, read_block, write_shard
+from dist_sae.data.shard import SiteRows, read_block, write_shard
 from dist_sae.storage import ObjectStore, open_store, s3
 from dist_sae.storage.records import Record, read_record, seal
 from tests.conftest import Bucket
@@ -179,7 +179,7 @@ def test_bits_flipped_on_their_way_to_the_reader_are_read_again(
 ) -> None:
     bucket = make_bucket("seaweedfs")
     n_rows = 64
-    rows = Rows(
+    rows = SiteRows(
         torch.randn(n_rows, 8, generator=torch.Generator().manual_seed(0)),
         *(torch.arange(n_rows) + i for i in range(3)),
     )
