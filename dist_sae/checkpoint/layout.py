@@ -223,7 +223,7 @@ class Checkpoints:
         return list(self.ages())
 
     def ages(self) -> dict[int, float]:
-        """Age in seconds of each complete checkpoint, by step, ascending."""
+        """Age of each complete checkpoint in seconds of the store's clock, by step, ascending."""
         return {
             int(key["step"]): entry.age_seconds
             for key, entry in self._keys.entries(self._store)
@@ -326,10 +326,6 @@ class Checkpoints:
             manifest.tensors, lambda record: record.model_copy(update={"older": True})
         )
         return Checkpoint(self._store, manifest.model_copy(update={"tensors": tensors}))
-
-    def age_seconds(self, step: int) -> float:
-        """Age of a checkpoint, by the store's own clock."""
-        return self.ages()[step]
 
     def latest(self) -> Checkpoint | None:
         """Open the newest checkpoint with a readable manifest, if there is one."""

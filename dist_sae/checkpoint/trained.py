@@ -14,12 +14,7 @@ from dist_sae.config import Run
 from dist_sae.config.fingerprint import check_same_run
 from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.base import Dictionary
-from dist_sae.errors import (
-    ConfigError,
-    CorruptObjectError,
-    ObjectNotFoundError,
-    PlanMismatchError,
-)
+from dist_sae.errors import ConfigError, CorruptObjectError, ObjectNotFoundError, PlanMismatchError
 from dist_sae.storage import ObjectStore
 
 logger = logging.getLogger(__name__)

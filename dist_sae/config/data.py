@@ -180,6 +180,11 @@ class FilesCorpus(Section):
     max_documents: PositiveInt | None = None
     """Use only about this many documents, sampled by activations.seed; null uses all."""
 
+    @property
+    def label(self) -> str:
+        """What reports and exports call the text."""
+        return ", ".join(self.files)
+
 
 class DatasetCorpus(Section):
     """A data set on the Hugging Face hub (needs the extra `text`)."""
@@ -198,6 +203,10 @@ class DatasetCorpus(Section):
     max_documents: PositiveInt | None = None
     """Use only about this many documents, sampled by activations.seed; null uses all."""
 
+    @property
+    def label(self) -> str:
+        return self.name
+
 
 class SyntheticCorpus(Section):
     """Documents of the synthetic model: no text, `document_rows` rows each."""
@@ -207,6 +216,10 @@ class SyntheticCorpus(Section):
     """Documents of the corpus."""
     document_rows: PositiveInt = 128
     """Rows of each document."""
+
+    @property
+    def label(self) -> str:
+        return self.kind
 
 
 CorpusConfig = Annotated[FilesCorpus | DatasetCorpus | SyntheticCorpus, Field(discriminator="kind")]

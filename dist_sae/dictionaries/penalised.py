@@ -142,8 +142,8 @@ def encode_decode(
             select.products(x, W_enc, sae.product_dtype), sae.b_enc, bound, limit=limit
         )
     if found is None:
-        parts, penalty, fired = _dense(
-            sae, x, activation, unit_rows, W_enc, sae.b_enc, W_dec, per_latent
+        parts, penalty, fired = _Dense.apply(  # type: ignore[no-untyped-call]
+            sae, x, activation, unit_rows, W_enc, sae.b_enc, W_dec, *per_latent
         )
         return Reconstruction(sae.axis.scatter_sum(parts), penalty, fired, fired.sum())
     entries = Entries(found.latents, select.starts_of(found.rows, len(x)), len(W_enc))
@@ -218,22 +218,6 @@ def _chunks(
         parts = [tensor[chunk] for tensor in tensors]
         W_enc, b_enc, *_ = parts
         yield chunk, (rows @ W_enc.to(rows.dtype).T).to(x.dtype) + b_enc, parts
-
-
-def _dense(
-    sae: Dictionary,
-    x: Tensor,
-    activation: Activation,
-    unit_rows: bool,  # noqa: FBT001
-    W_enc: Tensor,
-    b_enc: Tensor,
-    W_dec: Tensor,
-    per_latent: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    result: tuple[Tensor, Tensor, Tensor] = _Dense.apply(  # type: ignore[no-untyped-call]
-        sae, x, activation, unit_rows, W_enc, b_enc, W_dec, *per_latent
-    )
-    return result
 
 
 @torch.no_grad()

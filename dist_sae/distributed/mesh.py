@@ -41,11 +41,7 @@ class Mesh(NamedTuple):
         """True if the condition holds on any rank. Collective; waits without a time limit."""
         return self.any_rank_and_max(condition, 0.0)[0]
 
-    def any_rank_and_max(
-        self,
-        condition: bool,  # noqa: FBT001 - the name asks for it
-        value: float,
-    ) -> tuple[bool, float]:
+    def any_rank_and_max(self, condition: bool, value: float) -> tuple[bool, float]:  # noqa: FBT001
         """Tell whether the condition holds on any rank, and the largest value; one collective."""
         if self.world == 1:
             return condition, value

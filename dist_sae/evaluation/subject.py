@@ -54,10 +54,7 @@ def produced(store: ObjectStore, plan: Plan) -> dict[str, Any]:
 
 
 def subject(
-    run: Run,
-    plan: Plan,
-    made: Mapping[str, Any],
-    checkpoint: Checkpoint | None,
+    run: Run, plan: Plan, made: Mapping[str, Any], checkpoint: Checkpoint | None
 ) -> dict[str, Any]:
     """Describe a run, its data and its progress, as JSON types.
 

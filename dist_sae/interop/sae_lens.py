@@ -88,7 +88,7 @@ def config(run: Run, checkpoint: "Checkpoint") -> dict[str, Any]:
             "sae_lens_version": _SAELENS_VERSION,
             "sae_lens_training_version": None,
             "model_name": run.export.model_name
-            or (run.model.path if isinstance(run.model, HuggingFaceModel) else "synthetic"),
+            or (run.model.path if isinstance(run.model, HuggingFaceModel) else run.model.kind),
             "model_class_name": "HookedTransformer",
             "hook_name": f"blocks.{layer}.{_HOOKS[site]}" if hugging_face else run.site,
             "hook_head_index": None,
@@ -96,7 +96,7 @@ def config(run: Run, checkpoint: "Checkpoint") -> dict[str, Any]:
             "prepend_bos": run.activations.prepend_bos,
             "exclude_special_tokens": run.activations.exclude.special_tokens,
             "seqpos_slice": [None],
-            "dataset_path": _corpus_name(run),
+            "dataset_path": run.corpus.label,
             "model_from_pretrained_kwargs": {},
             "dist_sae_version": __version__,
             "site": run.site,
@@ -105,16 +105,6 @@ def config(run: Run, checkpoint: "Checkpoint") -> dict[str, Any]:
             "checkpoint": checkpoint.digest,
         },
     }
-
-
-def _corpus_name(run: Run) -> str:
-    match run.corpus.kind:
-        case "files":
-            return ", ".join(run.corpus.files)
-        case "dataset":
-            return run.corpus.name
-        case _:
-            return "synthetic"
 
 
 def weights(sae: "Dictionary", scale: float) -> dict[str, "Tensor"]:

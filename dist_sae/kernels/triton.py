@@ -43,16 +43,8 @@ def _config(columns: int, warps: int) -> Any:
     return triton.Config({"COLUMNS": columns}, num_warps=warps, maxnreg=registers)
 
 
-_TUNED = [
-    _config(_COLUMNS, 4),
-    _config(_PER_WARP, 1),
-    _config(256, 1),
-    _config(256, 2),
-    _config(512, 2),
-    _config(1024, 4),
-    _config(2048, 4),
-    _config(2048, 8),
-]
+_SIZES = ((_COLUMNS, 4), (_PER_WARP, 1), (256, 1), (256, 2), (512, 2), (1024, 4), (2048, 4))
+_TUNED = [_config(columns, warps) for columns, warps in (*_SIZES, (2048, 8))]
 if os.environ.get("TRITON_INTERPRET") == "1":  # the interpreter: nothing to measure
     _TUNED = _TUNED[:1]
 

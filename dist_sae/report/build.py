@@ -9,8 +9,9 @@ from dist_sae.checkpoint.folder import begun_run
 from dist_sae.checkpoint.lineage import Lineage
 from dist_sae.checkpoint.trained import Trained, check_own, find_checkpoint, read_trained, suffix
 from dist_sae.config import Run, dump_run
-from dist_sae.config.data import DatasetCorpus, FilesCorpus, HuggingFaceModel, ModelConfig
+from dist_sae.config.data import HuggingFaceModel, ModelConfig
 from dist_sae.config.fingerprint import run_fingerprint
+from dist_sae.config.sae import CountsLatentsConfig
 from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.plan import load_plan
 from dist_sae.environment import hardware, versions
@@ -135,19 +136,14 @@ def _facts(
     own = run if trained is None else trained.run
     yield "Model", _model(own.model)
     yield "Site", own.site
-    match own.corpus:
-        case FilesCorpus(files=names):
-            yield "Corpus", ", ".join(names)
-        case DatasetCorpus(name=name):
-            yield "Corpus", name
-        case _:
-            yield "Corpus", "synthetic"
+    yield "Corpus", own.corpus.label
     yield "Documents", _documents(facts)
     yield "Rows left out", _left_out(facts["excluded_rows"])
     yield "Dictionary", _recipe(own)
     yield "Dead after", f"{own.dead_after_rows:,} rows without firing"
-    if hasattr(own.sae, "auxk"):
-        yield "AuxK", _auxk(own.sae)
+    if isinstance(own.sae, CountsLatentsConfig):
+        auxk, weight = own.sae.auxk, own.sae.auxk_coefficient
+        yield "AuxK", f"{auxk:,} latents, weight {weight:.3g}" if auxk else "off"
     if trained is None:
         yield "Checkpoint", "none yet"
     else:
@@ -183,10 +179,6 @@ def _recipe(run: Run) -> str:
     value = getattr(sae, sae.sparsity_key)
     sparsity = f"=\u00a0{value:g}" if isinstance(value, int | float) else "by\u00a0default"
     return f"{sae.kind}, {sae.n_latents:,} latents, {sae.sparsity_key}\u00a0{sparsity}"
-
-
-def _auxk(sae: Any) -> str:
-    return f"{sae.auxk:,} latents, weight {sae.auxk_coefficient:.3g}" if sae.auxk else "off"
 
 
 def _documents(facts: Mapping[str, Any]) -> str:

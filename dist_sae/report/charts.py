@@ -152,13 +152,7 @@ def _summary(xs: Sequence[float], ys: Sequence[float]) -> _Point:
     return sum(xs) / len(xs), sum(ys) / len(ys), min(ys), max(ys)
 
 
-def _drawn_line(
-    said: str,
-    points: list[_Point],
-    x_axis: _Axis,
-    y_axis: _Axis,
-    number: int,
-) -> str:
+def _drawn_line(said: str, points: list[_Point], x_axis: _Axis, y_axis: _Axis, number: int) -> str:
     def path(column: int, order: list[_Point]) -> str:
         return " ".join(f"{_x(x_axis, p[0]):.1f},{_y(y_axis, p[column]):.1f}" for p in order)
 

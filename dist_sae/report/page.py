@@ -9,13 +9,7 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from dist_sae.report.charts import (
-    Line,
-    Mark,
-    render_histogram,
-    render_lines,
-    render_sparkbars,
-)
+from dist_sae.report.charts import Line, Mark, render_histogram, render_lines, render_sparkbars
 from dist_sae.report.latents import LatentView
 from dist_sae.report.shown import duration, shown, time_unit
 from dist_sae.telemetry.metric import DENSITIES, NEVER, PHASES, QUANTILES, STAGES

@@ -19,7 +19,7 @@ from dist_sae.checkpoint.saver import Saved
 from dist_sae.checkpoint.state import TrainingState
 from dist_sae.config import Run
 from dist_sae.dictionaries.axis import LatentAxis
-from dist_sae.dictionaries.density import Densities, DensityCounts
+from dist_sae.dictionaries.density import Densities
 from dist_sae.dictionaries.interface import Output, Routing, Rows
 from dist_sae.distributed.mesh import Mesh
 from dist_sae.errors import Stopped
@@ -156,7 +156,7 @@ class TrainingReporter:
                 **numbers,
                 "phases": phases,
                 "explained_variance": quantiles,
-                "density": _by_bucket(density),
+                "density": dict(zip(DENSITIES, (density.never, *density.counts), strict=True)),
                 "density_rows": density.rows,
             }
         )
@@ -226,7 +226,3 @@ class ExpertLoads:
             )
         self._load, self._idle = None, idle
         return numbers
-
-
-def _by_bucket(density: DensityCounts) -> dict[str, int]:
-    return dict(zip(DENSITIES, (density.never, *density.counts), strict=True))

@@ -275,7 +275,7 @@ def _restore(
     if not start.found:
         return StreamPosition(0, start.cursors, 0)
     position = restore(state, start.found, checkpoints, mesh, telemetry)
-    durable_at = time.time() - checkpoints.age_seconds(position.step)
+    durable_at = time.time() - checkpoints.ages()[position.step]
     telemetry.set("dist_sae_checkpoint_step", position.step)
     telemetry.set("dist_sae_checkpoint_timestamp_seconds", durable_at)
     registration.begin(position.cursors)
