@@ -12,7 +12,7 @@ from torch import Tensor
 import dist_sae.producing.loop
 import dist_sae.producing.planner
 from dist_sae.config import Run
-from dist_sae.data.shard import Rows, read_block, read_manifest
+from dist_sae.data.shard import SiteRows, read_block, read_manifest
 from dist_sae.data.work_queue import Worker
 from dist_sae.producing.loop import produce
 from dist_sae.producing.planner import plan
@@ -51,10 +51,10 @@ def with_store(monkeypatch: pytest.MonkeyPatch, store: ObjectStore) -> None:
     monkeypatch.setattr(dist_sae.producing.loop, "open_store", lambda *_: store)
 
 
-def rows_of(store: ObjectStore, unit: int, site: str = "synthetic") -> Rows:
+def rows_of(store: ObjectStore, unit: int, site: str = "synthetic") -> SiteRows:
     shard = read_manifest(store, unit).sites[site]
     blocks = [read_block(store, shard, number) for number in range(len(shard.blocks))]
-    return Rows(*map(torch.cat, zip(*blocks, strict=True)))
+    return SiteRows(*map(torch.cat, zip(*blocks, strict=True)))
 
 
 def made(store: ObjectStore) -> list[int]:
