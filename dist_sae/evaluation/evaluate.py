@@ -78,7 +78,7 @@ def evaluate(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> dic
             raise none_yet(runs, run)
         trained.check_plan(plan.hash)
         since = time.monotonic()
-        patience = run.timeouts.missing_seconds
+        patience = float(run.timeouts.missing_seconds)  # its default is an int
         activations = ActivationSet(store, plan, run.site, patience_seconds=patience)
         result = _measure(runs, run, trained, activations)
         result["evaluate_seconds"] = time.monotonic() - since
