@@ -27,7 +27,7 @@ class Saved(NamedTuple):
     """Time from the start of the copy to the manifest."""
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class Saver:
     """Copies this rank's part between two steps and stores the copy in a thread.
 

@@ -12,7 +12,7 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 
-@dataclass
+@dataclass(eq=False)
 class LatentAxis:
     """This rank's place in the dictionary, and the collectives of its replica.
 

@@ -19,7 +19,7 @@ seconds = 0.0
 """Seconds spent in them. On a GPU this is the time to launch them."""
 
 
-@dataclass(kw_only=True)
+@dataclass(kw_only=True, eq=False)
 class ShardedAxis(LatentAxis):
     """Ranks of a replica are neighbours: rank = replica * shards + shard."""
 

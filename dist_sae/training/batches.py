@@ -43,7 +43,7 @@ class TrainingBatch(NamedTuple):
     """Position after this batch."""
 
 
-@dataclass
+@dataclass(eq=False)
 class Batches:
     """Iterates over the batches of the run's remaining steps and exports how they arrive.
 

@@ -65,7 +65,7 @@ def training_step(
     return output, gradient_norm
 
 
-@dataclass
+@dataclass(eq=False)
 class TrainingJob:
     """One dictionary in training. Jobs that read the same batches share `Batches`."""
 

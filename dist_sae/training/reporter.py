@@ -37,7 +37,7 @@ logger = logging.getLogger(__name__)
 _EDGES = [float(edge) for edge in DENSITIES if edge != NEVER]
 
 
-@dataclass
+@dataclass(eq=False)
 class TrainingReporter:
     """Counts every step and publishes every `train.log_every_steps`."""
 

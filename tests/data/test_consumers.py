@@ -3,6 +3,7 @@
 import json
 import threading
 from collections.abc import Iterator
+from itertools import groupby
 from pathlib import Path
 
 import pytest
@@ -175,8 +176,7 @@ def test_a_run_that_waits_reports_again_until_it_ends(store: ObjectStore, plan: 
         registration.begin(everywhere(1))
         registration.at(everywhere(2))
         assert several.wait(60)
-    assert reports[0] != reports[1]
-    assert set(reports[1:]) == {reports[1]}
+    assert len(list(groupby(reports))) == 2  # the first, perhaps repeated, and then the second
     assert Consumers(store, 1.0).slowest() == (8, "r")
 
 
