@@ -189,7 +189,9 @@ def _key(name: str, field: FieldInfo, default: Any) -> Key:
 
 
 def _default(field: FieldInfo) -> Any:
-    return ... if field.is_required() else field.get_default(call_default_factory=True)
+    if field.is_required():
+        return ...
+    return field.get_default(call_default_factory=True, validated_data={})
 
 
 def sections_of(annotation: Any) -> list[type[Section]]:

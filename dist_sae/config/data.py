@@ -182,7 +182,7 @@ class FilesCorpus(Section):
 
     @property
     def label(self) -> str:
-        """What reports and exports call the text."""
+        """Name of the text in reports and exports."""
         return ", ".join(self.files)
 
 

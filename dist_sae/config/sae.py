@@ -14,6 +14,8 @@ from pydantic import (
 
 from dist_sae.config.base import Section
 
+_AUXK = 512
+
 
 class DictionaryConfig(Section):
     """Settings of every recipe."""
@@ -56,8 +58,11 @@ class CountsLatentsConfig(DictionaryConfig):
     """Value of `k` at the start, reduced linearly to `k`; null keeps `k` constant."""
     k_anneal_share: float = Field(0.1, gt=0, le=1)
     """Share of the run over which `k_start` is reduced to `k`."""
-    auxk: NonNegativeInt = 512
-    """Dead latents per row that reconstruct its error; 0 turns AuxK off."""
+    auxk: NonNegativeInt = Field(
+        default_factory=lambda known: min(_AUXK, known.get("n_latents", _AUXK))
+    )
+    """Dead latents per row that reconstruct its error; 0 turns AuxK off. By default 512, or all
+    latents if they are fewer."""
     auxk_coefficient: NonNegativeFloat = 1 / 32
     """Weight of the AuxK loss; above Gao et al.'s 1/32 fewer latents die, but FVU is worse."""
 

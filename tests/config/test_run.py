@@ -11,6 +11,7 @@ import yaml
 from pydantic import ValidationError
 
 from dist_sae.config import Run, differences, dump_run, load_run, validate_run
+from dist_sae.config.sae import TopKConfig
 from dist_sae.errors import ConfigError
 from tests.runs import TINY, write_run
 
@@ -57,6 +58,11 @@ def test_load_run_suggests_what_an_unknown_key_may_mean(
     tmp_path: Path, override: str, problem: str
 ) -> None:
     assert problems(write_run(tmp_path, TINY), [override]) == [problem]
+
+
+def test_auxk_left_open_fits_a_small_dictionary() -> None:
+    assert TopKConfig(n_latents=256, k=8).auxk == 256
+    assert TopKConfig(n_latents=4096, k=8).auxk == 512
 
 
 @pytest.mark.parametrize(

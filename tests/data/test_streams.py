@@ -199,7 +199,7 @@ class Inline(ThreadPoolExecutor):
 def test_two_blocks_a_unit_of_the_window_are_in_memory(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Of 3 units a block in use and one on its way, and one of the next window, of one unit: 7."""
+    """At most 7: of each of 3 units one in use and one being read, and one of the next window."""
     alive: weakref.WeakSet[Tensor] = weakref.WeakSet()
     most = 0
 

@@ -11,6 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
+from dist_sae.dictionaries.axis import LatentAxis
+from dist_sae.distributed.axis import ShardedAxis
 from tests.dictionaries.recipes import SHARED
 from tests.distributed.sharded_worker import RECIPES, train_rank
 from tests.forks import processes
@@ -113,6 +115,13 @@ def compare(one: Seen, other: Seen, loss: float, parameters: float, *, rounds: b
         for name, buffer in one.ranks[0]["buffers"].items():
             assert torch.equal(rank["buffers"][name], other.ranks[0]["buffers"][name])
             torch.testing.assert_close(rank["buffers"][name], buffer, rtol=10 * loss, atol=0)
+
+
+def test_a_sharded_axis_inherits_no_collective() -> None:
+    """Those of one process are the identity, and would be wrong without a word."""
+    collectives = {name for name, of in vars(LatentAxis).items() if callable(of) and name[0] != "_"}
+    assert len(collectives) >= 8
+    assert collectives <= vars(ShardedAxis).keys()
 
 
 @pytest.mark.parametrize("kind", RECIPES)

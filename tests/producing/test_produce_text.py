@@ -27,7 +27,7 @@ from tests.world import Letters
 
 
 def test_what_is_left_out_is_counted_and_adds_up(letters: tuple[Run, ObjectStore]) -> None:
-    """Of the first two of a context one is BOS; "z" is too large at the second site."""
+    """A context loses its BOS and the position after it; "z" is too large at the second site."""
     run, store = letters
     start(run, "a")
     tokens = "".join(TEXTS)
