@@ -4,7 +4,7 @@ import hashlib
 import itertools
 import json
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Executor
 from typing import Any
 
@@ -131,6 +131,9 @@ class Wrapped:
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
         return self.inner.put(key, data, if_absent=if_absent)
+
+    def put_stream(self, key: str, content: Callable[[], Iterable[bytes]]) -> None:
+        self.inner.put_stream(key, content)
 
     def size(self, key: str) -> int | None:
         return self.inner.size(key)

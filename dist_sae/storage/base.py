@@ -1,6 +1,6 @@
 """The interface of an object store."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 
@@ -82,6 +82,16 @@ class ObjectStore(Protocol):
         Returns:
             False when `if_absent` is set and the object already exists. It is then left unchanged,
             unless the store is not `exclusive` and another writer writes at the same instant.
+        """
+        ...
+
+    def put_stream(self, key: str, content: Callable[[], Iterable[bytes]]) -> None:
+        """Write an object durably, as `put` does, without ever holding the whole of it.
+
+        Args:
+            key: Of the object.
+            content: Makes its bytes, in order, in pieces of any size. It is called again where a
+                write has to begin anew.
         """
         ...
 

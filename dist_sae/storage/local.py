@@ -5,7 +5,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -43,12 +43,18 @@ class LocalStore:
             return file.read(-1 if stop is None else max(0, stop - start))
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
+        return self._write(key, (data,), if_absent=if_absent)
+
+    def put_stream(self, key: str, content: Callable[[], Iterable[bytes]]) -> None:
+        self._write(key, content(), if_absent=False)
+
+    def _write(self, key: str, pieces: Iterable[bytes], *, if_absent: bool) -> bool:
         path = self.root / key
         partial = path.with_name(f"{path.name}.{uuid.uuid4().hex[:12]}{_TEMPORARY}")
         with self._errors(key):
             try:
                 with _create(partial) as file:
-                    file.write(data)
+                    file.writelines(pieces)
                     file.flush()
                     os.fsync(file.fileno())
                 if if_absent:

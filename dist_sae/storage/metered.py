@@ -1,7 +1,7 @@
 """A wrapper that counts and times the operations of any store."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 
 from dist_sae.errors import ObjectNotFoundError, StoreError
@@ -35,6 +35,20 @@ class MeteredStore:
         if written:
             self._meter.add("dist_sae_store_bytes_total", len(data), direction="out")
         return written
+
+    def put_stream(self, key: str, content: Callable[[], Iterable[bytes]]) -> None:
+        written = 0
+
+        def counted() -> Iterator[bytes]:
+            nonlocal written
+            written = 0
+            for piece in content():
+                written += len(piece)
+                yield piece
+
+        with self._timed("put"):
+            self._store.put_stream(key, counted)
+        self._meter.add("dist_sae_store_bytes_total", written, direction="out")
 
     def size(self, key: str) -> int | None:
         with self._timed("size"):

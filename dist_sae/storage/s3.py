@@ -14,12 +14,13 @@ import ssl
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cached_property, partial
+from itertools import chain, islice
 from typing import Any, TypeVar
 
 import boto3
@@ -30,6 +31,7 @@ from botocore.utils import conditionally_calculate_md5
 from dist_sae.config.data import S3Config
 from dist_sae.errors import AccessError, ObjectNotFoundError, StoreError, UnavailableError
 from dist_sae.storage.base import Entry, Meter
+from dist_sae.storage.parts import in_parts, map_ahead
 from dist_sae.storage.s3_errors import code_of, line_of, mapped
 
 logger = logging.getLogger(__name__)
@@ -147,14 +149,19 @@ class S3Store:
         if if_absent and self.size(key) is not None:
             return False
 
-        if len(data) < MULTIPART_FROM_BYTES:
-            where = self._where(key)
-            self._patiently(
-                key, lambda: self.client.put_object(**where, Body=data, **self._encryption)
-            )
-        else:
-            self._patiently(key, partial(self._put_parts, key, data))
+        self.put_stream(key, lambda: (data,))
         return True
+
+    def put_stream(self, key: str, content: Callable[[], Iterable[bytes]]) -> None:
+        def write() -> None:
+            parts = in_parts(content(), PART_BYTES)
+            first = b"".join(islice(parts, max(1, MULTIPART_FROM_BYTES // PART_BYTES)))
+            if len(first) < MULTIPART_FROM_BYTES:
+                self._put_whole(key, first)
+            else:
+                self._put_parts(key, chain(in_parts((first,), PART_BYTES), parts))
+
+        self._patiently(key, write)
 
     def size(self, key: str) -> int | None:
         # not HEAD: without a body a missing key and a missing bucket look the same
@@ -216,12 +223,16 @@ class S3Store:
 
         return self._patiently(key, download)
 
-    def _put_parts(self, key: str, data: bytes) -> None:
+    def _put_whole(self, key: str, data: bytes) -> None:
+        where = self._where(key)
+        self._patiently(key, lambda: self.client.put_object(**where, Body=data, **self._encryption))
+
+    def _put_parts(self, key: str, bodies: Iterable[bytes]) -> None:
         where = self._where(key)
         upload = {**where, "UploadId": self._patiently(key, partial(self._begin_upload, where))}
 
-        def put_part(start: int) -> dict[str, Any]:
-            number, body = start // PART_BYTES + 1, data[start : start + PART_BYTES]
+        def put_part(part: tuple[int, bytes]) -> dict[str, Any]:
+            number, body = part
 
             def put() -> Any:
                 with _upload_errors():
@@ -234,7 +245,8 @@ class S3Store:
                 self.client.complete_multipart_upload(**upload, MultipartUpload={"Parts": parts})
 
         try:
-            parts = list(self._pool.map(put_part, range(0, len(data), PART_BYTES)))
+            numbered = enumerate(bodies, 1)
+            parts = list(map_ahead(self._pool, put_part, numbered, CONCURRENT_PARTS))
             self._patiently(key, complete)
         except UploadGoneError as exc:
             raise UnavailableError("the upload is gone", url=self.url, key=key) from exc

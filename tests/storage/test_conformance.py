@@ -1,17 +1,18 @@
 """Conformance of every object store: a folder and three S3 servers."""
 
+import itertools
 import logging
 import os
 import pickle
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from dist_sae.config.data import S3Config
-from dist_sae.errors import ObjectNotFoundError
+from dist_sae.errors import CorruptObjectError, ObjectNotFoundError
 from dist_sae.storage import ObjectStore, open_store, s3
 from tests.conftest import Bucket
 
@@ -66,6 +67,33 @@ def test_large_object_is_got_back(store: ObjectStore) -> None:
     assert store.size("large") == len(content)
     part = 2**24
     assert store.get("large", part - 5, 2 * part + 5) == content[part - 5 : 2 * part + 5]
+
+
+def test_stream_is_got_back_whatever_its_pieces(store: ObjectStore) -> None:
+    content = os.urandom(2**20) * 37  # in three parts, of which the last is smaller
+    cuts = [0, 0, 1, 2**24 - 1, 2**24, 3 * 2**24 // 2, len(content), len(content)]
+    spans = list(itertools.pairwise(cuts))
+    store.put_stream("large", lambda: (content[start:stop] for start, stop in spans))
+    assert store.get("large") == content
+    store.put_stream("large", lambda: (b"sm", b"", b"all"))
+    assert store.get("large") == b"small"
+    store.put_stream("none/at/all", lambda: ())
+    assert store.size("none/at/all") == 0
+
+
+@pytest.mark.parametrize("before", [0, 40])
+def test_stream_that_breaks_off_changes_nothing(store: ObjectStore, before: int) -> None:
+    store.put("key", b"old")
+
+    def content() -> Iterator[bytes]:
+        yield from (bytes(2**20) for _ in range(before))
+        raise CorruptObjectError("damaged", url="other")
+
+    for key in ("key", "new"):
+        with pytest.raises(CorruptObjectError):
+            store.put_stream(key, content)
+    assert store.get("key") == b"old"
+    assert list(store.keys()) == ["key"]
 
 
 @pytest.mark.parametrize("span", [(0, None), (2, 4), (4, 4)])

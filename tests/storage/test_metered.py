@@ -18,6 +18,7 @@ def test_operations_bytes_and_errors_of_a_folder_are_metered(tmp_path: Path) -> 
     assert isinstance(store, ObjectStore)
     assert store.put("a/key", b"12345", if_absent=True)
     assert not store.put("a/key", b"678", if_absent=True)  # is not written
+    store.put_stream("a/key", lambda: (b"12", b"345"))
     assert store.get("a/key", 1, 3) == b"23"
     assert store.size("a/key") == 5
     assert list(store.keys()) == [entry.key for entry in store.entries()] == ["a/key"]
@@ -28,12 +29,12 @@ def test_operations_bytes_and_errors_of_a_folder_are_metered(tmp_path: Path) -> 
     store.delete("a/key")
     found = values(telemetry.render().decode())
     assert found[f"{PREFIX}bytes_total", "in"] == 2
-    assert found[f"{PREFIX}bytes_total", "out"] == 5
+    assert found[f"{PREFIX}bytes_total", "out"] == 10
     counts = {
         name[1]: value
         for name, value in found.items()
         if name[0] == f"{PREFIX}operation_seconds_count"
     }
-    assert counts == {"put": 3, "get": 2, "size": 1, "list": 2, "delete": 1}
+    assert counts == {"put": 4, "get": 2, "size": 1, "list": 2, "delete": 1}
     errors = {name[1]: n for name, n in found.items() if name[0] == f"{PREFIX}errors_total"}
     assert {error: n for error, n in errors.items() if n} == {"StoreError": 1}
