@@ -155,11 +155,12 @@ def weights_of(checkpoint: Checkpoint) -> dict[str, str]:
 
 @torch.no_grad()
 def load_weights(sae: Dictionary, checkpoint: Checkpoint) -> None:
-    """Fill a whole dictionary for inference, with the running mean of the weights if there is one.
+    """Fill a dictionary or a shard for inference, with the weights' running mean if there is one.
 
     The mean of unit rows may be a little shorter than one, so the recipe's constraint is applied.
     """
     stored = weights_of(checkpoint)
     for name, tensor in sae.state_dict().items():
-        checkpoint.fill(tensor, stored[name])
+        first = sae.first_latent if is_per_latent(sae, name) else 0
+        checkpoint.fill(tensor, stored[name], first)
     sae.constrain()

@@ -18,6 +18,7 @@ from dist_sae.commands import (
     config,
     evaluate,
     export,
+    index,
     plan,
     produce,
     render,
@@ -35,7 +36,7 @@ from dist_sae.distributed.supervisor import follow_parent
 from dist_sae.errors import EXIT_DONE, EXIT_RESUMABLE, DistSaeError, Stopped
 
 _COMMANDS = (
-    *(run, plan, produce, train, evaluate, export, report, render),
+    *(run, plan, produce, train, index, evaluate, export, report, render),
     *(submit, resume, status, pod_logs, cancel),
     *(bench, config, store, checkpoints, completion),
 )

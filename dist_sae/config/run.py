@@ -15,6 +15,7 @@ from dist_sae.config.data import (
     ModelConfig,
     StoreConfig,
 )
+from dist_sae.config.index import IndexConfig
 from dist_sae.config.renamed import with_new_names
 from dist_sae.config.sae import SaeConfig
 from dist_sae.config.train import (
@@ -54,6 +55,7 @@ class Run(Section):
     sae: SaeConfig
     train: TrainConfig
     evaluate: EvaluateConfig = EvaluateConfig()
+    index: IndexConfig = IndexConfig()
     export: ExportConfig = ExportConfig()
     processes: ProcessesConfig = ProcessesConfig()
     timeouts: TimeoutsConfig = TimeoutsConfig()

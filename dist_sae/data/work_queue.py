@@ -7,9 +7,10 @@ exclusively has no claims: worker i of n does the items i, i + n, ...
 
 import json
 import logging
+import math
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import NamedTuple
 
@@ -56,11 +57,12 @@ class QueueMetrics(NamedTuple):
 
 
 class Work(NamedTuple):
-    """Numbered work: the items `[0, n_items)`."""
+    """Numbered work."""
 
     item: str
     """Word for an item, for messages."""
-    n_items: int
+    items: Sequence[int]
+    """Numbers of the items."""
     claims: NumberedKeys
     """Keys of the claims."""
     done: NumberedKeys
@@ -95,7 +97,7 @@ class WorkQueue:
         self._stopping = stopping
         self._meter = meter
         # both are shared by the worker's threads: single set operations only
-        self._pending = set(range(work.n_items))
+        self._pending = set(work.items)
         self._held: set[int] = set()
         self._renewing = threading.Lock()  # a claim that is given back must not be written again
         if store.exclusive:
@@ -111,7 +113,7 @@ class WorkQueue:
         """
         said = time.monotonic()
         while not self._stopping.is_set():
-            limit, limiter = self._work.limit() if self._work.limit else (self._work.n_items, "")
+            limit, limiter = self._work.limit() if self._work.limit else (math.inf, "")
             claimed = self.claimed()
             for page in sorted({item // PAGE for item in self._mine() if item < limit}):
                 self._look(page)
@@ -191,7 +193,7 @@ class WorkQueue:
 
     def done(self) -> int:
         """Number of items done, as far as this worker has seen."""
-        return self._work.n_items - len(self._pending)
+        return len(self._work.items) - len(self._pending)
 
     def claimed(self) -> set[int]:
         """Items that live workers have in hand."""

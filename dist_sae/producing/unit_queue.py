@@ -44,5 +44,5 @@ def unit_queue(
             f"{run}, which is at unit {reached} (store.max_ahead_units {max_ahead_units})"
         )
 
-    work = Work("unit", len(plan.units), CLAIMS, MANIFESTS, limit, _METRICS)
+    work = Work("unit", range(len(plan.units)), CLAIMS, MANIFESTS, limit, _METRICS)
     return WorkQueue(store, work, worker, stopping, meter)

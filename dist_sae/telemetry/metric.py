@@ -7,7 +7,7 @@ EVERY_SERIES = ("run", "role", "rank")
 
 SHORT_LIVED = ("plan", "evaluate", "export", "report")
 """Programs that end too soon to be scraped: they push (`telemetry.pushgateway_url`)."""
-ROLES = ("produce", "train", *SHORT_LIVED)
+ROLES = ("produce", "train", "index", *SHORT_LIVED)
 """The programs that have metrics."""
 
 PHASES = ("wait", "ranks", "begin", "forward", "backward", "optimiser", "save", "rest")
@@ -30,16 +30,16 @@ RARE = 1e-5
 STORE_ERRORS = ("AccessError", "StoreError", "StoreFullError", "UnavailableError")
 
 _EXPORTERS = {
-    "process_device": ("produce", "train", "evaluate", "report"),
-    "rank": ("produce", "train"),
+    "process_device": ("produce", "train", "index", "evaluate", "report"),
+    "rank": ("produce", "train", "index"),
     "job": SHORT_LIVED,
     "checkpoint": ("train",),
-    **{role: (role,) for role in ("plan", "produce", "train", "evaluate")},
+    **{role: (role,) for role in ("plan", "produce", "train", "index", "evaluate")},
 }
 """Programs that export the metrics whose names begin so; every program exports the others."""
 _MEASURED = (
     *("seconds", "bytes", "rows", "tokens", "documents", "units", "requests", "steps", "share"),
-    *("latents", "experts", "ranks", "batches"),
+    *("latents", "experts", "ranks", "batches", "buckets", "entries"),
 )
 _UNITS = {
     **{unit: unit for unit in _MEASURED},

@@ -131,6 +131,16 @@ METRICS = (
         values=STORE_ERRORS,
     ),
     *TRAINING,
+    # the latent index
+    Metric("dist_sae_index_plan_units", "Units that the index covers."),
+    Metric("dist_sae_index_plan_buckets", "Buckets of latents of the index."),
+    Metric("dist_sae_index_units", "Units encoded, by any worker, as far as this worker has seen."),
+    Metric(
+        "dist_sae_index_buckets", "Buckets merged, by any worker, as far as this worker has seen."
+    ),
+    Metric("dist_sae_index_rows_total", "Rows that this worker has encoded."),
+    Metric("dist_sae_index_entries_total", "Active latents, summed over the rows encoded."),
+    Metric("dist_sae_index_merged_entries_total", "Entries of the buckets that were merged."),
     # held-out numbers
     Metric("dist_sae_evaluate_step", "Step of the checkpoint that was evaluated.", "Of step"),
     Metric(

@@ -1,0 +1,56 @@
+"""`dist-sae index`: make the latent index of a trained dictionary."""
+
+import argparse
+import os
+
+from dist_sae import signals
+from dist_sae.commands import shared
+
+
+def add(commands: shared.Commands) -> None:
+    """Add the command."""
+    text = "index what each latent of a trained dictionary does, on all rows"
+    parser = shared.add_command(commands, "index", main, text)
+    shared.add_step(parser)
+    parser.add_argument("--worker", help="name of this worker; unique among running ones")
+    parser.add_argument(
+        "--index",
+        type=int,
+        default=int(os.environ.get("JOB_COMPLETION_INDEX", "0")),
+        help="number of this worker, below index.workers; needed where the store has no "
+        "conditional writes (default: JOB_COMPLETION_INDEX, else 0)",
+    )
+    shared.add_ranks(parser)
+    shared.add_wait(parser, "the last checkpoint")
+
+
+def main(options: argparse.Namespace) -> int | None:
+    """Index as one process, or as the parent of a worker's ranks."""
+    run = shared.load(options)
+    from dist_sae.data.work_queue import Worker
+    from dist_sae.distributed.local_ranks import rank_environments
+    from dist_sae.index.build import index
+    from dist_sae.telemetry.exporter import Telemetry
+    from dist_sae.training.waiting import await_end
+
+    stopping = signals.stop_event()
+    shards = run.index.latent_shards
+    first_rank = options.index * shards
+    if options.local_ranks > 1:
+        name = ["--worker", options.worker] if options.worker else []
+        step = ["--step", str(options.step)] if options.step is not None else []
+        arguments = ["index", "--index", str(options.index), *name, *step]
+        environments = rank_environments(options.local_ranks, shards)
+        return shared.run_local_ranks(options, run, arguments, environments, stopping, first_rank)
+    worker = Worker(
+        options.worker or f"index-{os.getpid()}@{os.uname().nodename}",
+        options.index,
+        run.index.workers,
+    )
+    port = shared.metrics_port(run, options)
+    with Telemetry(run.name, "index", port, first_rank + shared.rank()) as telemetry:
+        if options.wait:  # while metrics are served: a process that waits is alive
+            await_end(run, stopping)
+        result = index(run, worker, stopping, telemetry, options.step)
+    shared.print_result(options, result)
+    return None

@@ -1,0 +1,40 @@
+"""The section `index`: what the latent index of a trained dictionary holds."""
+
+from typing import Annotated, Literal
+
+from pydantic import Field, NonNegativeInt, PositiveInt
+
+from dist_sae.config.base import Section, Shape
+
+IndexName = Annotated[
+    str,
+    Shape(
+        r"^[a-z0-9]([a-z0-9.-]{0,50}[a-z0-9])?$",
+        "use lower-case letters, digits, '-' and '.', at most 52 of them, with a letter or a digit "
+        "first and last",
+    ),
+]
+
+
+class IndexConfig(Section):
+    """What the latent index of a trained dictionary holds."""
+
+    name: IndexName | None = None
+    """Folder of the index within the run's `index/`; null takes the checkpoint's step, so indexes
+    of several checkpoints lie side by side."""
+    rows: PositiveInt | Literal["all"] = "all"
+    """Rows of the activation set to index, of whole units, held-out ones first; all takes every
+    unit that has not been deleted."""
+    examples: PositiveInt = Field(64, le=4096)
+    """Largest activations of each latent that are kept with their text's place."""
+    decile_examples: NonNegativeInt = Field(2, le=100)
+    """Further examples of each latent from each tenth of its activations, by chance."""
+    postings: Literal["all", "none"] | Annotated[float, Field(gt=0, lt=1)] = "all"
+    """Whether all activations of each latent are kept, none, or those of this share of the rows."""
+    pairs: NonNegativeInt = 200_000
+    """Rows on which latents that are active together are counted; 0 counts none."""
+    workers: PositiveInt = 1
+    """Number of workers in a local run and on a cluster, each of `latent_shards` processes."""
+    latent_shards: PositiveInt = 1
+    """Ranks over which a worker shards the dictionary; more than 1 where a device cannot hold
+    it."""

@@ -1,0 +1,454 @@
+"""`dist-sae index`: makes a latent index, as one of any number of workers.
+
+Stage 1 takes units, stage 2 takes buckets, both from work queues: workers come, go and die at will.
+What they write follows from the checkpoint and the activation set alone.
+"""
+
+import logging
+import threading
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import ExitStack, contextmanager
+from typing import Any, NamedTuple
+
+import torch
+
+from dist_sae import logs
+from dist_sae.checkpoint.layout import Checkpoint
+from dist_sae.checkpoint.state import load_weights
+from dist_sae.checkpoint.trained import find_checkpoint, none_yet, trained_run
+from dist_sae.config import Run
+from dist_sae.data.activation_set import ActivationSet
+from dist_sae.data.consumers import kept_units, retired_below
+from dist_sae.data.plan import Plan, load_plan
+from dist_sae.data.work_queue import Work, Worker, WorkQueue
+from dist_sae.dictionaries import build_sae
+from dist_sae.dictionaries.axis import WHOLE
+from dist_sae.distributed.mesh import Mesh, join_mesh
+from dist_sae.distributed.rendezvous import rendezvous
+from dist_sae.distributed.watch import Watch
+from dist_sae.errors import (
+    ConfigError,
+    CorruptObjectError,
+    ObjectNotFoundError,
+    PlanMismatchError,
+    Stopped,
+)
+from dist_sae.index.coactive import Sample
+from dist_sae.index.encode import Encoded, Encoder, Written, unit_record, write_codes
+from dist_sae.index.layout import (
+    BucketRecord,
+    IndexFolder,
+    IndexManifest,
+    UnitRecord,
+    bucket_latents,
+    unit_records,
+)
+from dist_sae.index.tables import make_bucket
+from dist_sae.index.weights import weight_columns
+from dist_sae.kernels.choice import choose_kernels
+from dist_sae.storage import ObjectStore, open_store
+from dist_sae.storage.records import read_record, seal
+from dist_sae.telemetry.exporter import Telemetry
+
+logger = logging.getLogger(__name__)
+
+_PLACEMENT = {"name", "workers", "latent_shards"}
+"""Settings that do not decide what is in the index."""
+
+
+def index(
+    run: Run,
+    worker: Worker,
+    stopping: threading.Event,
+    telemetry: Telemetry,
+    step: int | None = None,
+) -> dict[str, Any]:
+    """Make the index of a checkpoint, together with any other workers.
+
+    Args:
+        run: The run.
+        worker: This worker; with `index.latent_shards` it is one for all of its ranks.
+        stopping: When set, leave the unit or bucket in hand.
+        telemetry: Receives the metrics.
+        step: Step of the checkpoint; None takes the newest.
+
+    Returns:
+        `summary` of the whole index; nothing on ranks other than the first.
+
+    Raises:
+        ConfigError: There is no checkpoint, or an index of this name is of other settings.
+        PlanMismatchError: The run was trained with other settings, or on another activation set.
+        Stopped: `stopping` was set before the index was complete.
+    """
+    opened = open_index(run, worker.name, stopping, telemetry, step)
+    with _join(run, stopping) as (mesh, watch):
+        telemetry.device = mesh.device
+        _Worker(opened, worker, mesh, watch, stopping, telemetry).work()
+        return summary(opened.store, opened.folder, opened.manifest) if mesh.is_first else {}
+
+
+class Opened(NamedTuple):
+    """An index that is being made, and what it is made from."""
+
+    store: ObjectStore
+    folder: IndexFolder
+    manifest: IndexManifest
+    run: Run
+    """Settings of the training run."""
+    checkpoint: Checkpoint
+    activations: ObjectStore
+    plan: Plan
+
+
+def open_index(
+    run: Run, worker: str, stopping: threading.Event, telemetry: Telemetry, step: int | None
+) -> Opened:
+    """Begin an index, or join the workers of one that has begun; raises as `index` does."""
+    runs = open_store(run.store.runs, run.store.s3, telemetry, stopping)
+    store = open_store(run.store.activations, run.store.s3, telemetry, stopping)
+    checkpoint = find_checkpoint(runs, run, step)
+    if checkpoint is None:
+        raise none_yet(runs, run)
+    own = trained_run(checkpoint, run)
+    plan = load_plan(store, run)
+    if checkpoint.scalars["plan"] != plan.hash:
+        raise PlanMismatchError(
+            f"{runs.url}/{run.name}: was trained on another activation set than {store.url}; "
+            f"restore store.activations"
+        )
+    name = run.index.name or f"step-{checkpoint.step:08d}"
+    folder = IndexFolder(run.name, name)
+    manifest = _manifest(run, own, plan, store, checkpoint, name, worker)
+    if not runs.put(folder.manifest, seal(manifest), if_absent=True):
+        there = read_record(IndexManifest, runs, folder.manifest)
+        _check_same(there, manifest, f"{runs.url}/{folder.prefix}")
+        manifest = there
+    if manifest.deleted:
+        logger.warning(
+            "units %s were deleted (store.retention) and are not in the index",
+            _ranges(manifest.deleted),
+        )
+    return Opened(runs, folder, manifest, own, checkpoint, store, plan)
+
+
+def _manifest(
+    run: Run,
+    own: Run,
+    plan: Plan,
+    store: ObjectStore,
+    checkpoint: Checkpoint,
+    name: str,
+    worker: str,
+) -> IndexManifest:
+    kept = kept_units(store, plan)
+    units, rows = list[int](), 0
+    for unit in (*plan.heldout_units, *kept):
+        if run.index.rows != "all" and rows >= run.index.rows:
+            break
+        units.append(unit)
+        rows += plan.rows_of_units[unit]
+    return IndexManifest(
+        name=name,
+        run=run.name,
+        created_by=worker,
+        step=checkpoint.step,
+        checkpoint=checkpoint.digest,
+        plan=plan.hash,
+        site=own.site,
+        scale=float(checkpoint.scalars["scale"]),
+        n_latents=own.sae.n_latents,
+        bucket_latents=bucket_latents(own.sae.n_latents),
+        units=tuple(sorted(units)),
+        deleted=tuple(plan.train_units[: kept.start]),
+        planned_rows=rows,
+        settings=run.index.model_dump(mode="json", exclude=_PLACEMENT),
+        seed=own.train.seed,
+    )
+
+
+def _check_same(there: IndexManifest, here: IndexManifest, place: str) -> None:
+    if there.checkpoint != here.checkpoint:
+        raise ConfigError(
+            f"{place}: is of step {there.step}, not {here.step}; give this one a name of its own "
+            f"(index.name), or --step {there.step}"
+        )
+    changed = [key for key in here.settings if there.settings.get(key) != here.settings[key]]
+    if changed:
+        key = changed[0]
+        raise ConfigError(
+            f"{place}: was begun with index.{key} {there.settings.get(key)}, not "
+            f"{here.settings[key]}; restore it, or give this one a name of its own (index.name)"
+        )
+
+
+@contextmanager
+def _join(run: Run, stopping: threading.Event) -> Iterator[tuple[Mesh, Watch | None]]:
+    """The ranks of this worker."""
+    shards = run.index.latent_shards
+    if shards == 1:
+        yield Mesh(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), WHOLE), None
+        return
+    timeouts = run.timeouts
+    with (
+        rendezvous(
+            shards,
+            timeouts.missing_seconds,
+            stopping,
+            setting="index.latent_shards",
+            name=f"{run.name}-index",
+        ) as ranks,
+        Watch(
+            ranks, stopping, lost_seconds=timeouts.lost_seconds, hung_seconds=timeouts.hung_seconds
+        ) as watch,
+        join_mesh(ranks, shards) as mesh,
+    ):
+        yield mesh, watch
+
+
+class _Worker:
+    """A worker of one or several ranks. Stage 1 takes all of them, in stage 2 each works alone."""
+
+    def __init__(
+        self,
+        opened: Opened,
+        worker: Worker,
+        mesh: Mesh,
+        watch: Watch | None,
+        stopping: threading.Event,
+        telemetry: Telemetry,
+    ) -> None:
+        self._opened = opened
+        self._worker = worker
+        self._mesh = mesh
+        self._watch = watch
+        self._stopping = stopping
+        self._telemetry = telemetry
+        self._done = 0
+        telemetry.set("dist_sae_index_plan_units", len(opened.manifest.units))
+        telemetry.set("dist_sae_index_plan_buckets", opened.manifest.n_buckets)
+
+    def work(self) -> None:
+        """Work until the index is complete.
+
+        Raises:
+            Stopped: It was asked to stop before.
+        """
+        store, folder, manifest, *_ = self._opened
+        buckets = list(range(manifest.n_buckets))
+        while True:
+            if set(folder.buckets.numbers(store)) >= set(buckets):
+                break
+            self._encode_units()
+            whole = self._merge_buckets(buckets)
+            if not self._mesh.any_rank(not whole):
+                break
+        if self._mesh.is_first:
+            for key in list(store.keys(folder.codes)):
+                store.delete(key)
+        self._mesh.barrier()
+
+    def _encode_units(self) -> None:
+        """Stage 1: encode units until all are."""
+        opened, mesh = self._opened, self._mesh
+        folder, manifest = opened.folder, opened.manifest
+        work = Work("unit", manifest.units, folder.unit_claims, folder.units)
+        with self._queue(work, self._worker, lead=True) as queue, ExitStack() as closing:
+            pool = closing.enter_context(ThreadPoolExecutor(1, "store"))
+            encoder: Encoder | None = None
+            pending: tuple[Encoded, Future[Written]] | None = None
+            while (unit := self._agreed(queue)) is not None:
+                encoder = encoder or self._open_encoder()
+                encoded = self._encode(encoder, unit)
+                if pending:
+                    self._seal(*pending, queue)
+                pending = None
+                if encoded is None:
+                    self._put_unit(UnitRecord(unit=unit, rows=0, deleted=True), queue)
+                    continue
+                sae = encoder.sae
+                pending = (
+                    encoded,
+                    pool.submit(write_codes, opened.store, folder, manifest, sae, encoded),
+                )
+            if pending:
+                self._seal(*pending, queue)
+        if mesh.any_rank(self._stopping.is_set()):
+            raise Stopped(f"{self._worker.name}: stopped; start it again to continue")
+
+    def _agreed(self, queue: WorkQueue | None) -> int | None:
+        """The next unit, taken by the first rank."""
+        unit = queue.take() if queue else None
+        found: int | None = self._mesh.all_gather_objects(unit)[0]
+        return found
+
+    def _open_encoder(self) -> Encoder:
+        opened, mesh = self._opened, self._mesh
+        mean = torch.tensor(opened.checkpoint.scalars["mean"])
+        kernels = choose_kernels("auto", mesh.device)
+        sae = build_sae(opened.run.sae, len(mean), mesh.axis, kernels).to(mesh.device)
+        load_weights(sae, opened.checkpoint)
+        activations = ActivationSet(
+            opened.activations,
+            opened.plan,
+            opened.manifest.site,
+            self._stopping,
+            patience_seconds=float(opened.run.timeouts.missing_seconds),
+        )
+        return Encoder(sae.eval(), activations, opened.manifest.scale, mean)
+
+    def _encode(self, encoder: Encoder, unit: int) -> Encoded | None:
+        """Encode a unit; None if retention has deleted it."""
+        self._at(working=True)
+        try:
+            if unit < retired_below(self._opened.activations):
+                return None
+            return encoder.encode(unit)
+        except CorruptObjectError:
+            if self._mesh.world == 1 and unit < retired_below(self._opened.activations):
+                return None
+            raise
+        finally:
+            self._at(working=False)
+
+    def _seal(self, encoded: Encoded, written: "Future[Written]", queue: WorkQueue | None) -> None:
+        parts = self._mesh.all_gather_objects(written.result())
+        if self._mesh.is_first:
+            store, folder, manifest, *_ = self._opened
+            self._put_unit(unit_record(store, folder, manifest, encoded, parts), queue)
+        self._telemetry.add("dist_sae_index_entries_total", len(encoded.acts))
+
+    def _put_unit(self, record: UnitRecord, queue: WorkQueue | None) -> None:
+        if queue is None:
+            return
+        store, folder, manifest, *_ = self._opened
+        store.put(folder.units.key(record.unit), seal(record), if_absent=True)
+        queue.release(record.unit, done=True)
+        if record.deleted:
+            logger.warning("unit %d was deleted (store.retention); it is left out", record.unit)
+        self._telemetry.add("dist_sae_index_rows_total", record.rows)
+        self._telemetry.set("dist_sae_index_units", queue.done())
+        logs.progress("index", queue.done(), len(manifest.units), rows=record.rows)
+
+    def _merge_buckets(self, buckets: list[int]) -> bool:
+        """Stage 2: merge buckets until all are; False if damaged units must be encoded again."""
+        store, folder, manifest, *_ = self._opened
+        mesh = self._mesh
+        own = self._worker
+        worker = Worker(
+            own.name if mesh.world == 1 else f"{own.name}/{mesh.rank}",
+            own.number * mesh.world + mesh.rank,
+            own.of * mesh.world,
+        )
+        work = Work("bucket", buckets, folder.bucket_claims, folder.buckets)
+        with self._queue(work, worker) as queue:
+            assert queue is not None
+            records: list[UnitRecord] = []
+            sample: Sample | None = None
+            while (bucket := queue.take()) is not None:
+                self._at(working=True)
+                try:
+                    if not records:
+                        records = list(unit_records(store, folder, manifest))
+                        sample = Sample(store, manifest, records) if manifest.pair_share else None
+                    weights = weight_columns(self._opened.checkpoint, manifest.bucket(bucket))
+                    made = make_bucket(store, folder, manifest, records, bucket, weights, sample)
+                except ObjectNotFoundError:
+                    return False  # another worker has found a unit's codes damaged
+                except CorruptObjectError as exc:
+                    if not self._drop_damaged(records, exc):
+                        raise
+                    return False
+                finally:
+                    self._at(working=False)
+                store.put(folder.buckets.key(bucket), seal(made), if_absent=True)
+                queue.release(bucket, done=True)
+                self._telemetry.add("dist_sae_index_merged_entries_total", made.entries)
+                self._telemetry.set("dist_sae_index_buckets", queue.done())
+                logs.progress("merge", queue.done(), len(buckets), entries=made.entries)
+        if self._stopping.is_set() and queue.pending():
+            raise Stopped(f"{worker.name}: stopped; start it again to continue")
+        return True
+
+    def _drop_damaged(self, records: list[UnitRecord], exc: CorruptObjectError) -> bool:
+        """Delete the manifests of units whose codes or rows are damaged or gone.
+
+        Returns:
+            False if the error is about another object.
+        """
+        store, folder, *_ = self._opened
+        there = set(store.keys(folder.codes))
+        found = False
+        for record in records:
+            chunks = [*(c for parts in record.buckets for c in parts), *record.sample]
+            keys = {chunk.key for chunk in chunks}
+            if record.origin and record.origin.key == exc.key:
+                store.delete(record.origin.key)
+            elif exc.key not in keys and keys <= there:
+                continue
+            logger.warning("unit %d is encoded again: %s", record.unit, exc)
+            store.delete(folder.units.key(record.unit))
+            found = True
+        return found
+
+    @contextmanager
+    def _queue(
+        self, work: Work, worker: Worker, *, lead: bool = False
+    ) -> Iterator[WorkQueue | None]:
+        """A queue whose claims are renewed; with `lead` None on all ranks but the first."""
+        if lead and not self._mesh.is_first:
+            yield None
+            return
+        queue = WorkQueue(self._opened.store, work, worker, self._stopping)
+        with queue.renewed(lambda: self._telemetry.pulse.fault("/livez") is None):
+            try:
+                yield queue
+            finally:
+                queue.release_all()
+
+    def _at(self, *, working: bool) -> None:
+        """Tell the watch and the pulse whether this rank works on something."""
+        self._done += working
+        if self._watch:
+            self._watch.at(self._done, working=working)
+        if working:
+            self._telemetry.pulse.work(self._opened.run.timeouts.hung_seconds)
+        else:
+            self._telemetry.pulse.rest()
+
+
+def summary(store: ObjectStore, folder: IndexFolder, manifest: IndexManifest) -> dict[str, Any]:
+    """Sums over a complete index.
+
+    Returns:
+        `index` (its place), `step`, `units`, `deleted_units`, `rows`, `fvu`, `l0`, `entries`,
+        `alive_share`, `bytes` by table.
+    """
+    records = list(unit_records(store, folder, manifest))
+    buckets = [
+        read_record(BucketRecord, store, folder.buckets.key(number))
+        for number in range(manifest.n_buckets)
+    ]
+    rows = sum(record.rows for record in records)
+    total = sum(record.squared_total for record in records)
+    return {
+        "index": f"{store.url}/{folder.prefix.rstrip('/')}",
+        "step": manifest.step,
+        "units": sum(not record.deleted for record in records),
+        "deleted_units": len(manifest.deleted) + sum(record.deleted for record in records),
+        "rows": rows,
+        "fvu": sum(record.squared_error for record in records) / total if total else None,
+        "l0": sum(record.active for record in records) / rows if rows else None,
+        "entries": sum(bucket.entries for bucket in buckets),
+        "bytes": {
+            "rows": sum(record.origin.bytes for record in records if record.origin),
+            "latents": sum(bucket.latents.bytes for bucket in buckets),
+            "examples": sum(bucket.examples.bytes for bucket in buckets),
+            "postings": sum(p.stored.bytes for bucket in buckets for p in bucket.postings),
+            "pairs": sum(bucket.pairs.bytes for bucket in buckets if bucket.pairs),
+        },
+    }
+
+
+def _ranges(units: tuple[int, ...]) -> str:
+    return f"{units[0]} to {units[-1]}" if len(units) > 1 else str(units[0])

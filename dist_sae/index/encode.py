@@ -1,0 +1,243 @@
+"""Stage 1 of an index: encodes a unit, and stores its codes by latent.
+
+With a dictionary sharded over ranks, each rank reads its share of a block's rows, all rows meet all
+latents as in training, and each rank stores the codes of its own latents.
+"""
+
+import math
+import uuid
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+import xxhash
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+
+from dist_sae.data.activation_set import ActivationSet
+from dist_sae.data.shard import SiteRows, SiteShard, read_block
+from dist_sae.dictionaries.base import Dictionary
+from dist_sae.index.layout import (
+    PAIRS_CHANCE,
+    ROWS,
+    Codes,
+    CodesChunk,
+    IndexFolder,
+    IndexManifest,
+    UnitRecord,
+    below,
+    chances,
+    rounded,
+    store_once,
+    to_parquet,
+)
+from dist_sae.kernels import Entries
+from dist_sae.storage import ObjectStore
+
+ENCODE_ROWS = 4096
+"""Rows that are encoded at a time."""
+_PADDED_TO = 64  # rows: the product then has one shape, so one rounding, on 1, 2, 4 ... shards
+_BLOCKS_AHEAD = 2
+
+
+class Encoded(NamedTuple):
+    """A unit after its encoding, with the codes of this rank's latents."""
+
+    unit: int
+    origin: tuple[NDArray[np.int32], NDArray[np.int32], NDArray[np.int64]]
+    """Token, position and document of each row."""
+    sums: tuple[float, float, int]
+    """Squared error, squared distance from the mean and active latents, over all ranks."""
+    latents: NDArray[np.int32]
+    """This rank's latent of each entry, from 0; entries are sorted by row."""
+    rows: NDArray[np.int32]
+    acts: NDArray[np.float32]
+
+
+class Encoder:
+    """Encodes units with a trained dictionary.
+
+    Args:
+        sae: The dictionary, or this rank's shard of it.
+        activations: The set, at the dictionary's site.
+        scale: Factor of activations.
+        mean: Mean of the scaled activations.
+    """
+
+    def __init__(
+        self,
+        sae: Dictionary,
+        activations: ActivationSet,
+        scale: float,
+        mean: Float[Tensor, " d_in"],
+    ) -> None:
+        self.sae = sae
+        self._activations = activations
+        self._scale = scale
+        self._mean = mean.to(sae.b_dec.device)
+        self._height = math.lcm(_PADDED_TO, sae.axis.shards)
+
+    @torch.no_grad()
+    def encode(self, unit: int) -> Encoded:
+        """Encode a unit. Collective.
+
+        Raises:
+            ObjectNotFoundError: The unit does not exist.
+            CorruptObjectError: A block is damaged, or was deleted.
+        """
+        shard = self._activations.shard(self._activations.manifest(unit))
+        device = self._mean.device
+        origins, found, n_rows = [], [], 0
+        sums = torch.zeros(3, dtype=torch.float64, device=device)
+        for block in self._blocks(shard):
+            origins.append(block[1:])
+            for acts in torch.split(block.acts, ENCODE_ROWS):
+                entries, more = self._encode(acts.to(device, torch.float32) * self._scale)
+                sums += more
+                found.append((entries[0], entries[1] + n_rows, entries[2]))
+                n_rows += len(acts)
+        latents, rows, values = (
+            torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True)
+        )
+        tokens, positions, documents = (
+            torch.cat(parts).numpy() for parts in zip(*origins, strict=True)
+        )
+        error, total, active = self.sae.axis.total(sums).tolist()
+        return Encoded(
+            unit,
+            (tokens, positions, documents),
+            (error, total, int(active)),
+            latents,
+            rows,
+            rounded(values),
+        )
+
+    def _encode(
+        self, x: Float[Tensor, "rows d_in"]
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Float[Tensor, "3"]]:
+        """Encode scaled rows: this rank's entries, and this rank's part of the sums."""
+        sae, axis, n = self.sae, self.sae.axis, len(x)
+        padding = -n % self._height
+        x = torch.nn.functional.pad(x, (0, 0, 0, padding))
+        each = len(x) // axis.shards
+        own = slice(axis.shard * each, (axis.shard + 1) * each)
+        codes = sae.encode(x[own])
+        x_hat = sae.decode(codes)
+        here = slice(0, max(0, min(n - own.start, each)))  # rows of this rank that are no padding
+        x = x[own][here]
+        rows = Entries(codes.latents, codes.starts, len(sae.W_enc)).rows
+        on = (codes.acts > 0) & (rows < n)
+        acts, latents, rows = codes.acts[on], codes.latents[on], rows[on]
+        sums = (
+            (x - x_hat[here]).square().sum(1).double().sum(),
+            (x - self._mean).square().sum(1).double().sum(),
+            torch.tensor(float(len(acts)), dtype=torch.float64, device=x.device),
+        )
+        return (latents.int(), rows.int(), acts.float()), torch.stack(sums)
+
+    def _blocks(self, shard: SiteShard) -> Iterator[SiteRows]:
+        """Read the blocks of a shard, some ahead."""
+        store = self._activations.store
+        with ThreadPoolExecutor(1, "blocks") as pool:
+            numbers = iter(range(len(shard.blocks)))
+            ahead = [
+                pool.submit(read_block, store, shard, n)
+                for n, _ in zip(numbers, range(_BLOCKS_AHEAD), strict=False)
+            ]
+            while ahead:
+                block = ahead.pop(0).result()
+                ahead += [
+                    pool.submit(read_block, store, shard, n)
+                    for n, _ in zip(numbers, range(1), strict=False)
+                ]
+                yield block
+
+
+class Written(NamedTuple):
+    """What a rank has stored of a unit."""
+
+    buckets: dict[int, CodesChunk]
+    sample: CodesChunk | None
+
+
+def write_codes(
+    store: ObjectStore, folder: IndexFolder, manifest: IndexManifest, sae: Dictionary, unit: Encoded
+) -> Written:
+    """Store this rank's codes of a unit, bucket after bucket, and those of its sampled rows."""
+    first, n_local = sae.first_latent, len(sae.W_enc)
+    order = torch.from_numpy(unit.latents).argsort(stable=True).numpy()
+    rows, acts = unit.rows[order], unit.acts[order]
+    counts = np.bincount(unit.latents, minlength=n_local).astype(np.int32)
+    ends = np.concatenate([[0], counts.cumsum(dtype=np.int64)])
+    codes = {}
+    for bucket in range(manifest.n_buckets):
+        latents = manifest.bucket(bucket)
+        start, stop = (min(max(n - first, 0), n_local) for n in (latents.start, latents.stop))
+        if start < stop:
+            here = slice(ends[start], ends[stop])
+            codes[bucket] = first + start, Codes(counts[start:stop], rows[here], acts[here])
+    sampled = sampled_rows(manifest, unit.unit, len(unit.origin[0]))
+    if manifest.pair_share:
+        place = np.full(len(unit.origin[0]), -1)
+        place[sampled] = np.arange(len(sampled))
+        chosen = place[unit.rows] >= 0
+        counts = np.bincount(place[unit.rows[chosen]], minlength=len(sampled)).astype(np.int32)
+        codes[-1] = first, Codes(counts, unit.latents[chosen] + first, unit.acts[chosen])
+    key = f"{folder.codes}{unit.unit:08d}-{uuid.uuid4().hex[:8]}-{first}.bin"
+    chunks, data, offset = {}, [], 0
+    for bucket, (start, part) in codes.items():
+        data.append(part.to_bytes())
+        chunks[bucket] = CodesChunk(
+            key=key,
+            first=start,
+            groups=len(part.counts),
+            offset=offset,
+            bytes=len(data[-1]),
+            entries=len(part.acts),
+            xxh3=xxhash.xxh3_128_hexdigest(data[-1]),
+        )
+        offset += len(data[-1])
+    store.put(key, b"".join(data))
+    sample = chunks.pop(-1, None)
+    return Written(chunks, sample)
+
+
+def sampled_rows(manifest: IndexManifest, unit: int, rows: int) -> NDArray[np.int64]:
+    """Rows of a unit on which pairs are counted, ascending."""
+    chance = chances(manifest.seed, PAIRS_CHANCE, unit, np.arange(rows))
+    return np.flatnonzero(chance < below(manifest.pair_share))
+
+
+def unit_record(
+    store: ObjectStore,
+    folder: IndexFolder,
+    manifest: IndexManifest,
+    unit: Encoded,
+    written: list[Written],
+) -> UnitRecord:
+    """Store the origin of a unit's rows, and describe the unit.
+
+    Args:
+        written: Of all ranks, in their order.
+    """
+    table = pa.Table.from_arrays([pa.array(column) for column in unit.origin], schema=ROWS)
+    error, total, active = unit.sums
+    rows = len(unit.origin[0])
+    return UnitRecord(
+        unit=unit.unit,
+        rows=rows,
+        squared_error=error,
+        squared_total=total,
+        active=active,
+        origin=store_once(store, folder.rows(unit.unit), to_parquet(table)),
+        buckets=tuple(
+            tuple(part.buckets[bucket] for part in written if bucket in part.buckets)
+            for bucket in range(manifest.n_buckets)
+        ),
+        sample=tuple(part.sample for part in written if part.sample),
+        sampled_rows=len(sampled_rows(manifest, unit.unit, rows)) if manifest.pair_share else 0,
+    )

@@ -1,0 +1,398 @@
+"""Layout of a latent index in the store of runs. Manifests are sealed, and written last.
+
+    <run>/index/<name>/
+      index.json                        first: what is indexed, and how; workers with other
+                                        settings refuse
+      rows/<unit>.parquet               stage 1: token, position and document of a unit's rows
+      codes/<unit>-<attempt>-<n>.bin    stage 1: codes of a unit by latent; deleted at the end
+      units/<unit>.json                 last of a unit: sums, and where its codes lie
+      latents/<bucket>.parquet          stage 2: a line for each latent of a bucket
+      examples/<bucket>.parquet         stage 2: largest activations, and some of each decile
+      postings/<bucket>-<piece>.parquet stage 2: all activations, by latent, unit and row
+      pairs/<bucket>.parquet            stage 2: latents that are active together
+      buckets/<bucket>.json             last of a bucket
+
+A bucket is a range of neighbouring latents. A row is named by its unit and its number within the
+unit, as in the activation set. Activations are in the scale of the checkpoint (multiplied by the
+normaliser's factor) and rounded to 11 significant bits.
+"""
+
+import hashlib
+import io
+import logging
+from collections.abc import Iterable, Iterator
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import xxhash
+from numpy.typing import NDArray
+
+from dist_sae.errors import CorruptObjectError, ObjectNotFoundError
+from dist_sae.storage import ObjectStore
+from dist_sae.storage.own import NumberedKeys
+from dist_sae.storage.records import READS, Record, read_record
+
+logger = logging.getLogger(__name__)
+
+HISTOGRAM_BARS = 16
+"""Equal steps of a latent's histogram, from 0 to its largest activation."""
+DECILES = 10
+TOP = -1
+"""Value of an example's `decile` where it is one of the largest activations."""
+_BUCKETS = 64  # so many can be worked on at once; what is in memory does not depend on it
+_LEAST_LATENTS = 512  # of a bucket
+
+
+class IndexManifest(Record):
+    """`index.json`: what is indexed, and how."""
+
+    schema_version: Literal[1] = 1
+    name: str
+    run: str
+    created_by: str
+    step: int
+    checkpoint: str
+    """Digest of the checkpoint."""
+    plan: str
+    """Hash of the plan."""
+    site: str
+    scale: float
+    """Factor by which activations are multiplied before they are encoded."""
+    n_latents: int
+    bucket_latents: int
+    """Latents of a bucket; the last one may have fewer."""
+    units: tuple[int, ...]
+    """Units to index, ascending."""
+    deleted: tuple[int, ...] = ()
+    """Units of the plan that were deleted before the index began (`store.retention`)."""
+    planned_rows: int
+    """Estimated rows of the units."""
+    settings: dict[str, Any]
+    """Section `index` of the run file, apart from the workers."""
+    seed: int
+
+    @property
+    def n_buckets(self) -> int:
+        """Number of buckets."""
+        return -(-self.n_latents // self.bucket_latents)
+
+    def bucket(self, number: int) -> range:
+        """Latents of a bucket."""
+        first = number * self.bucket_latents
+        return range(first, min(first + self.bucket_latents, self.n_latents))
+
+    @property
+    def postings_share(self) -> float:
+        """Share of the rows whose activations are kept."""
+        kept = self.settings["postings"]
+        return float({"all": 1.0, "none": 0.0}.get(kept, kept))
+
+    @property
+    def pair_share(self) -> float:
+        """Share of the rows on which pairs are counted."""
+        return min(1.0, int(self.settings["pairs"]) / max(1, self.planned_rows))
+
+
+def bucket_latents(n_latents: int) -> int:
+    """Latents of a bucket of a dictionary."""
+    return min(n_latents, max(_LEAST_LATENTS, -(-n_latents // _BUCKETS)))
+
+
+class Stored(Record):
+    """An object, and its checksum."""
+
+    key: str
+    bytes: int
+    sha256: str
+
+
+class CodesChunk(Record):
+    """Where codes of a unit lie: bytes `[offset, offset + bytes)` of an object, see `Codes`."""
+
+    key: str
+    first: int
+    """First latent."""
+    groups: int
+    offset: int
+    bytes: int
+    entries: int
+    xxh3: str
+
+
+class UnitRecord(Record):
+    """`units/<unit>.json`: what stage 1 found on a unit, and where its codes lie."""
+
+    schema_version: Literal[1] = 1
+    unit: int
+    rows: int
+    deleted: bool = False
+    """The unit was deleted before it was read; it has no rows."""
+    squared_error: float = 0.0
+    """Sum of |x - x_hat|^2 over the rows, in the scale of the checkpoint."""
+    squared_total: float = 0.0
+    """Sum of |x - mean|^2, with the mean of the normaliser."""
+    active: int = 0
+    """Active latents, summed over the rows."""
+    origin: Stored | None = None
+    """`rows/<unit>.parquet`."""
+    buckets: tuple[tuple[CodesChunk, ...], ...] = ()
+    """Codes of each bucket, one chunk after another."""
+    sample: tuple[CodesChunk, ...] = ()
+    """Codes of the rows on which pairs are counted."""
+    sampled_rows: int = 0
+
+
+class Piece(Record):
+    """A part of a bucket's postings."""
+
+    stored: Stored
+    first: int
+    """First latent."""
+    last: int
+    """Last latent; the next piece may begin with it."""
+    entries: int
+
+
+class BucketRecord(Record):
+    """`buckets/<bucket>.json`: the tables of a bucket."""
+
+    schema_version: Literal[1] = 1
+    bucket: int
+    entries: int
+    latents: Stored
+    examples: Stored
+    postings: tuple[Piece, ...]
+    pairs: Stored | None
+    pair_rows: int = 0
+    """Rows on which pairs were counted."""
+
+
+class IndexFolder:
+    """Keys of an index.
+
+    Args:
+        run: Name of the run.
+        name: Name of the index.
+    """
+
+    def __init__(self, run: str, name: str) -> None:
+        self.prefix = f"{run}/index/{name}/"
+        self.manifest = f"{self.prefix}index.json"
+        self.units = NumberedKeys(f"{self.prefix}units/")
+        self.buckets = NumberedKeys(f"{self.prefix}buckets/")
+        self.unit_claims = NumberedKeys(f"{self.prefix}claims/units/")
+        self.bucket_claims = NumberedKeys(f"{self.prefix}claims/buckets/")
+        self.codes = f"{self.prefix}codes/"
+
+    def rows(self, unit: int) -> str:
+        """Key of the origin of a unit's rows."""
+        return f"{self.prefix}rows/{unit:08d}.parquet"
+
+    def table(self, name: str, bucket: int) -> str:
+        """Key of a bucket's table."""
+        return f"{self.prefix}{name}/{bucket:08d}.parquet"
+
+    def piece(self, bucket: int, number: int) -> str:
+        """Key of a piece of a bucket's postings."""
+        return f"{self.prefix}postings/{bucket:08d}-{number:06d}.parquet"
+
+
+def names(runs: ObjectStore, run: str) -> list[str]:
+    """Names of the indexes of a run, those of the last steps last."""
+    prefix = f"{run}/index/"
+    return sorted(
+        key.removeprefix(prefix).removesuffix("/index.json")
+        for key in runs.keys(prefix)
+        if key.endswith("/index.json")
+    )
+
+
+ROWS = pa.schema([("token", pa.int32()), ("position", pa.int32()), ("document", pa.int64())])
+"""Schema of `rows/`, in the order of the unit's rows."""
+LATENTS = pa.schema(
+    [
+        ("latent", pa.int32()),
+        ("firings", pa.int64()),
+        ("density", pa.float64()),
+        ("mean", pa.float32()),  # of the activations, where it fires
+        ("max", pa.float32()),
+        ("deciles", pa.list_(pa.float32(), DECILES - 1)),  # least activation of decile 1 ... 9
+        ("histogram", pa.list_(pa.int64(), HISTOGRAM_BARS)),
+        ("decoder_norm", pa.float32()),
+        ("encoder_norm", pa.float32()),
+        ("encoder_bias", pa.float32()),
+        ("nearest", pa.list_(pa.int32())),  # latents with the nearest decoder directions
+        ("nearest_cosine", pa.list_(pa.float32())),
+        ("top_tokens", pa.list_(pa.int32())),  # whose logits the latent raises most
+        ("top_logits", pa.list_(pa.float32())),
+        ("bottom_tokens", pa.list_(pa.int32())),
+        ("bottom_logits", pa.list_(pa.float32())),
+    ]
+)
+"""Schema of `latents/`: all latents of the bucket, ascending. Of a latent that never fires `mean`,
+`max`, `deciles` and `histogram` are 0."""
+EXAMPLES = pa.schema(
+    [
+        ("latent", pa.int32()),
+        ("decile", pa.int8()),  # 0 the smallest tenth of the activations; -1: of the largest
+        ("act", pa.float32()),
+        ("unit", pa.int32()),
+        ("row", pa.int32()),
+        ("document", pa.int64()),
+        ("position", pa.int32()),
+        ("token", pa.int32()),
+    ]
+)
+"""Schema of `examples/`: by latent; the largest first, then by decile, act (falling) and row."""
+POSTINGS = pa.schema(
+    [("latent", pa.int32()), ("unit", pa.int32()), ("row", pa.int32()), ("act", pa.float32())]
+)
+"""Schema of `postings/`: by latent, unit and row."""
+PAIRS = pa.schema(
+    [
+        ("latent", pa.int32()),
+        ("other", pa.int32()),
+        ("count", pa.int32()),  # rows on which both are active
+        ("product", pa.float32()),  # of both activations, summed over the rows
+        ("phi", pa.float32()),  # correlation of the two being active
+    ]
+)
+"""Schema of `pairs/`: by latent, then phi (falling), count (falling), other."""
+
+
+def to_parquet(table: pa.Table, group_rows: int = 131_072, **encodings: str) -> bytes:
+    """Encode a table as Parquet with zstd; the same table gives the same bytes.
+
+    Args:
+        group_rows: Rows of a row group: what is read at least.
+        encodings: Encoding of columns, in place of a dictionary.
+    """
+    stream = io.BytesIO()
+    plain = [name for name in table.column_names if name not in encodings]
+    pq.write_table(
+        table,
+        stream,
+        row_group_size=group_rows,
+        compression="zstd",
+        compression_level=1,
+        use_dictionary=[
+            name for name in plain if not pa.types.is_list(table.schema.field(name).type)
+        ],
+        column_encoding=encodings or None,
+        store_schema=False,
+    )
+    return stream.getvalue()
+
+
+def store_once(store: ObjectStore, key: str, data: bytes) -> Stored:
+    """Store an object, unless an earlier attempt has; describe the one that is there."""
+    if not store.put(key, data, if_absent=True):
+        data = store.get(key)
+    return Stored(key=key, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+
+
+def read_stored(store: ObjectStore, stored: Stored) -> bytes:
+    """Read an object and check it.
+
+    Raises:
+        CorruptObjectError: It does not match its checksum, or is gone.
+    """
+    for _ in range(READS):
+        try:
+            data = store.get(stored.key)
+        except ObjectNotFoundError as exc:
+            raise CorruptObjectError(
+                "is gone; run `dist-sae index --repair`", url=store.url, key=stored.key
+            ) from exc
+        if hashlib.sha256(data).hexdigest() == stored.sha256:
+            return data
+    raise CorruptObjectError(
+        "does not match its checksum; run `dist-sae index --repair`", url=store.url, key=stored.key
+    )
+
+
+def read_table(
+    store: ObjectStore, stored: Stored, columns: Iterable[str] | None = None
+) -> pa.Table:
+    """Read a whole table, checked."""
+    data = pa.BufferReader(read_stored(store, stored))
+    return pq.read_table(data, columns=None if columns is None else list(columns))
+
+
+class Codes(NamedTuple):
+    """Codes of a unit, group by group: of a range of latents, or of rows."""
+
+    counts: NDArray[np.int32]
+    """Entries of each group."""
+    places: NDArray[np.int32]
+    """Row of each entry where groups are latents, ascending within one; latent where groups are
+    rows."""
+    acts: NDArray[np.float32]
+
+    def to_bytes(self) -> bytes:
+        """Little-endian int32 counts, int32 places and fp32 acts, one after the other."""
+        return b"".join(
+            part.astype(dtype).tobytes()
+            for part, dtype in zip(self, ("<i4", "<i4", "<f4"), strict=True)
+        )
+
+
+def read_codes(store: ObjectStore, chunk: CodesChunk) -> Codes:
+    """Read codes.
+
+    Raises:
+        CorruptObjectError: They do not match their checksum, or are gone.
+    """
+    for _ in range(READS):
+        try:
+            data = store.get(chunk.key, chunk.offset, chunk.offset + chunk.bytes)
+        except ObjectNotFoundError as exc:
+            raise CorruptObjectError("is gone", url=store.url, key=chunk.key) from exc
+        if xxhash.xxh3_128_hexdigest(data) == chunk.xxh3:
+            numbers = np.frombuffer(data, "<i4")
+            ends = chunk.groups, chunk.groups + chunk.entries
+            counts, places, acts = np.split(numbers, ends)
+            return Codes(counts, places, acts.view("<f4"))
+    raise CorruptObjectError("does not match its checksum", url=store.url, key=chunk.key)
+
+
+def rounded(acts: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Round positive numbers to 11 significant bits: those of fp16, in the range of fp32."""
+    bits = acts.view(np.uint32) + np.uint32(0x1000)
+    return (bits & np.uint32(0xFFFFE000)).view(np.float32)
+
+
+def chances(
+    seed: int, purpose: int, unit: NDArray[Any] | int, row: NDArray[Any]
+) -> NDArray[np.uint64]:
+    """A number of each row by chance, from 0 to 2^64: splitmix64's finaliser of (unit, row).
+
+    The same on every machine and for any order of rows; the lower ones of a share are also among
+    those of a larger share.
+    """
+    x = np.asarray(unit, dtype=np.uint64) << np.uint64(32) | row.astype(np.uint64)
+    for number in (seed, purpose):
+        x = x + np.uint64((0x9E3779B97F4A7C15 * (number + 1)) % 2**64)
+        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        x = x ^ (x >> np.uint64(31))
+    return x
+
+
+def below(share: float) -> np.uint64:
+    """The chance below which a share of the rows lies; a share of 1 takes all but one in 2^64."""
+    return np.uint64(min(2**64 - 1, int(share * 2**64)))
+
+
+POSTINGS_CHANCE, PAIRS_CHANCE, DECILE_CHANCE = range(3)
+"""Purposes of `chances`."""
+
+
+def unit_records(
+    store: ObjectStore, folder: IndexFolder, manifest: IndexManifest
+) -> Iterator[UnitRecord]:
+    """Yield what stage 1 found, by unit."""
+    for unit in manifest.units:
+        yield read_record(UnitRecord, store, folder.units.key(unit))

@@ -1,0 +1,335 @@
+"""Stage 2 of an index: the codes of a bucket's latents on all units become its tables.
+
+Codes arrive by latent, so they are merged by counting, without a sort. The latents of a bucket are
+taken in ranges of at most `MOST_ENTRIES` entries, or one by one and unit by unit where a single
+latent has more: memory is bounded whatever a bucket holds.
+"""
+
+import tempfile
+from collections.abc import Iterator, Sequence
+from typing import IO, Any, NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_sae.index.layout import (
+    DECILE_CHANCE,
+    DECILES,
+    HISTOGRAM_BARS,
+    TOP,
+    Codes,
+    CodesChunk,
+    chances,
+    read_codes,
+)
+from dist_sae.storage import ObjectStore
+
+MOST_ENTRIES = 2**24
+"""Entries in memory: numbered by `_NUMBER_BITS` bits when they are sorted."""
+_NUMBER_BITS = 24
+_ACT_BITS = 18  # of a positive number with 11 significant bits
+_CUT_BITS = 13  # that are 0 in it
+
+Int = NDArray[np.int64]
+
+
+class Tile(NamedTuple):
+    """Entries of neighbouring latents, by latent, unit and row."""
+
+    first: int
+    """First latent."""
+    counts: Int
+    """Entries of each latent."""
+    units: NDArray[np.int32]
+    rows: NDArray[np.int32]
+    acts: NDArray[np.float32]
+
+    @property
+    def latents(self) -> Int:
+        """Latent of each entry, from 0."""
+        return np.repeat(np.arange(len(self.counts)), self.counts)
+
+
+class BucketCodes:
+    """Codes of a bucket on all units, in memory or in a temporary file.
+
+    Args:
+        store: Where they lie.
+        latents: The bucket.
+        chunks: Each unit's, in the order of the units.
+    """
+
+    def __init__(
+        self,
+        store: ObjectStore,
+        latents: range,
+        chunks: Sequence[tuple[int, Sequence[CodesChunk]]],
+    ) -> None:
+        self._latents = latents
+        self.entries = sum(chunk.entries for _, parts in chunks for chunk in parts)
+        spool = tempfile.TemporaryFile() if self.entries > MOST_ENTRIES else None  # noqa: SIM115
+        self._chunks: list[tuple[int, int, Codes]] = []
+        self.counts = np.zeros(len(latents), np.int64)
+        for unit, parts in chunks:
+            for chunk in parts:
+                codes = read_codes(store, chunk)
+                first = chunk.first - latents.start
+                self.counts[first : first + chunk.groups] += codes.counts
+                if spool is not None:
+                    codes = _spooled(codes, spool)
+                self._chunks.append((unit, first, codes))
+
+    def ranges(self) -> Iterator[tuple[int, int]]:
+        """Ranges of the bucket's latents with at most `MOST_ENTRIES` entries, or of one latent."""
+        start = entries = 0
+        for latent, count in enumerate(self.counts.tolist()):
+            if latent > start and entries + count > MOST_ENTRIES:
+                yield start, latent
+                start, entries = latent, 0
+            entries += count
+        yield start, len(self.counts)
+
+    def tiles(self, start: int, stop: int) -> Iterator[Tile]:
+        """Entries of a range, in tiles of at most `MOST_ENTRIES`; several for a large latent."""
+        waiting: list[tuple[int, int, Codes]] = []
+        entries = 0
+        for unit, first, codes in self._chunks:
+            low, high = (min(max(n - first, 0), len(codes.counts)) for n in (start, stop))
+            if low == high:
+                continue
+            skipped = int(codes.counts[:low].sum())
+            counts = codes.counts[low:high]
+            n = int(counts.sum())
+            here = slice(skipped, skipped + n)
+            for part in _parts(Codes(counts, codes.places[here], codes.acts[here])):
+                if entries + len(part.acts) > MOST_ENTRIES:
+                    yield self._merge(start, stop, waiting)
+                    waiting, entries = [], 0
+                waiting.append((unit, first + low - start, part))
+                entries += len(part.acts)
+        yield self._merge(start, stop, waiting)
+
+    def _merge(self, start: int, stop: int, parts: list[tuple[int, int, Codes]]) -> Tile:
+        """Merge parts by counting: each entry's place follows from the counts."""
+        counts = np.zeros(stop - start, np.int64)
+        for _, first, codes in parts:
+            counts[first : first + len(codes.counts)] += codes.counts
+        n = int(counts.sum())
+        units, rows, acts = np.empty(n, np.int32), np.empty(n, np.int32), np.empty(n, np.float32)
+        free = counts.cumsum() - counts
+        for unit, first, codes in parts:
+            there = free[first : first + len(codes.counts)]
+            here = codes.counts.cumsum(dtype=np.int64) - codes.counts
+            places = np.repeat(there - here, codes.counts)
+            places += np.arange(len(codes.acts))
+            units[places], rows[places], acts[places] = unit, codes.places, codes.acts
+            there += codes.counts
+        return Tile(self._latents.start + start, counts, units, rows, acts)
+
+
+def _parts(codes: Codes) -> Iterator[Codes]:
+    """Cut the codes of one latent on one unit that are too many for a tile."""
+    if len(codes.acts) <= MOST_ENTRIES:
+        yield codes
+        return
+    assert len(codes.counts) == 1
+    for start in range(0, len(codes.acts), MOST_ENTRIES):
+        here = slice(start, start + MOST_ENTRIES)
+        acts = codes.acts[here]
+        yield Codes(np.array([len(acts)], np.int32), codes.places[here], acts)
+
+
+def _spooled(codes: Codes, spool: IO[bytes]) -> Codes:
+    """Write codes to a file; what is returned reads them from there."""
+
+    def moved(part: NDArray[Any]) -> NDArray[Any]:
+        at = spool.seek(0, 2)
+        spool.write(part.tobytes())
+        spool.flush()
+        return np.memmap(spool, part.dtype, "r", at, part.shape) if len(part) else part.copy()
+
+    return Codes(codes.counts.copy(), moved(codes.places), moved(codes.acts))
+
+
+class Statistics(NamedTuple):
+    """Numbers of each latent of a range."""
+
+    firings: Int
+    mean: NDArray[np.float64]
+    largest: NDArray[np.float32]
+    deciles: NDArray[np.float32]
+    """[latents, 9]: the least activation of each decile but the lowest."""
+    histogram: Int
+    """[latents, bars]"""
+
+
+class Chosen(NamedTuple):
+    """Examples, by latent: the largest first, then of each decile from the lowest."""
+
+    latents: Int
+    """From the range's first."""
+    deciles: NDArray[np.int8]
+    units: NDArray[np.int32]
+    rows: NDArray[np.int32]
+    acts: NDArray[np.float32]
+
+
+class _Ranks(NamedTuple):
+    """The ranks of the examples of a range, as `Chosen` orders them.
+
+    Rank 0 is a latent's smallest activation; of equal ones the last row has the lowest rank.
+    """
+
+    latents: Int
+    deciles: NDArray[np.int8]
+    ranks: Int
+
+
+def summarise(
+    codes: BucketCodes, start: int, stop: int, *, top: int, per_decile: int, seed: int
+) -> tuple[Statistics, Chosen]:
+    """Summarise the activations of a range of `BucketCodes.ranges`.
+
+    Args:
+        top: Number of largest activations that are examples.
+        per_decile: Examples of each decile, of latents with more than `top` firings.
+        seed: Of their choice.
+    """
+    counts = codes.counts[start:stop]
+    first = codes._latents.start + start  # noqa: SLF001
+    wanted = _ranks(counts, first, top, per_decile, seed)
+    if counts.sum() > MOST_ENTRIES:
+        return _summarise_large(codes, start, counts, wanted)
+    (tile,) = codes.tiles(start, stop)
+    return _summarise_tile(tile, wanted)
+
+
+def _ranks(counts: Int, first: int, top: int, per_decile: int, seed: int) -> _Ranks:
+    """Choose examples by rank: the largest, and one of each `per_decile`-th part of a decile."""
+    largest = np.minimum(counts, top)
+    latents = np.repeat(np.arange(len(counts)), largest)
+    nth = np.arange(len(latents)) - np.repeat(largest.cumsum() - largest, largest)
+    found = [(latents, np.full(len(latents), TOP), counts[latents] - 1 - nth)]
+    many = np.flatnonzero(counts > top)
+    parts = DECILES * per_decile
+    for part in range(parts):
+        low, high = counts[many] * part // parts, counts[many] * (part + 1) // parts
+        chance = chances(seed, DECILE_CHANCE, first + many, np.full(len(many), part))
+        chance = (chance >> np.uint64(40)).astype(np.int64)  # 24 bits: the product fits 63
+        rank = low + (chance * (high - low) >> 24)
+        kept = high > low
+        found.append((many[kept], np.full(kept.sum(), part // per_decile), rank[kept]))
+    latents, deciles, ranks = (np.concatenate(column) for column in zip(*found, strict=True))
+    order = np.argsort(latents, kind="stable")
+    return _Ranks(latents[order], deciles[order].astype(np.int8), ranks[order])
+
+
+def _summarise_tile(tile: Tile, wanted: _Ranks) -> tuple[Statistics, Chosen]:
+    counts, n = tile.counts, len(tile.acts)
+    starts = counts.cumsum() - counts
+    keys = tile.latents.astype(np.uint64) << np.uint64(_ACT_BITS)
+    keys |= (tile.acts.view(np.uint32) >> np.uint32(_CUT_BITS)).astype(np.uint64)
+    keys <<= np.uint64(_NUMBER_BITS)
+    keys |= np.arange(n - 1, -1, -1, dtype=np.uint64)  # of equal ones the first comes last
+    keys.sort()
+    order = (n - 1 - (keys & np.uint64(2**_NUMBER_BITS - 1)).astype(np.int64)) if n else starts
+    keys >>= np.uint64(_NUMBER_BITS)
+
+    def at(ranks: Int) -> NDArray[np.float32]:
+        """Activations at ranks, [latents, some]; 0 for latents that never fire."""
+        places = np.minimum(starts[:, None] + ranks, max(0, n - 1))
+        values = (
+            _act(keys[places] & np.uint64(2**_ACT_BITS - 1))
+            if n
+            else np.zeros(ranks.shape, np.float32)
+        )
+        return np.where(counts[:, None] > 0, values, np.float32(0))
+
+    largest = at((counts - 1).clip(0)[:, None])[:, 0]
+    base = np.arange(len(counts), dtype=np.uint64)[:, None] << np.uint64(_ACT_BITS)
+    edges = np.searchsorted(keys, base | _edge_bits(largest)) - starts[:, None]
+    sums = np.zeros(len(counts))
+    if n:
+        alive = np.flatnonzero(counts)
+        sums[alive] = np.add.reduceat(tile.acts.astype(np.float64), starts[alive])
+    chosen = order[starts[wanted.latents] + wanted.ranks]
+    columns = (column[chosen] for column in (tile.units, tile.rows, tile.acts))
+    statistics = Statistics(
+        counts,
+        sums / counts.clip(1),
+        largest,
+        at(_decile_ranks(counts)),
+        np.diff(edges, axis=1, prepend=0, append=counts[:, None]),
+    )
+    return statistics, Chosen(wanted.latents, wanted.deciles, *columns)
+
+
+def _summarise_large(
+    codes: BucketCodes, latent: int, counts: Int, wanted: _Ranks
+) -> tuple[Statistics, Chosen]:
+    """Summarise a single latent in two passes over its entries: count values, then find ranks."""
+    values = np.zeros(2**_ACT_BITS, np.int64)
+    total = 0.0
+    for tile in codes.tiles(latent, latent + 1):
+        values += np.bincount(_bits(tile.acts), minlength=len(values))
+        total += float(tile.acts.sum(dtype=np.float64))
+    ends = values.cumsum()
+
+    def bits_at(ranks: Int) -> Int:
+        places: Int = np.searchsorted(ends, ranks, side="right")
+        return places
+
+    largest = _act(bits_at(counts - 1).astype(np.uint64))
+    edges = (ends - values)[_edge_bits(largest).astype(np.int64)]
+    bits = bits_at(wanted.ranks)
+    # of the entries with this value, how many come before the one wanted
+    nth = ends[bits] - 1 - wanted.ranks
+    units, rows = np.empty(len(bits), np.int32), np.empty(len(bits), np.int32)
+    seen = np.zeros(len(values), np.int64)
+    searched = np.zeros(len(values), np.bool_)
+    searched[bits] = True
+    for tile in codes.tiles(latent, latent + 1):
+        of = _bits(tile.acts)
+        places = np.flatnonzero(searched[of])
+        order = places[np.argsort(of[places], kind="stable")]
+        here = np.bincount(of[places], minlength=len(values))
+        starts = here.cumsum() - here
+        number = nth - seen[bits]
+        there = np.flatnonzero((number >= 0) & (number < here[bits]))
+        found = order[starts[bits[there]] + number[there]]
+        units[there], rows[there] = tile.units[found], tile.rows[found]
+        seen += here
+    statistics = Statistics(
+        counts,
+        total / counts,
+        largest,
+        _act(bits_at(_decile_ranks(counts)).astype(np.uint64)),
+        np.diff(edges, axis=1, prepend=0, append=counts[:, None]),
+    )
+    acts = _act(bits.astype(np.uint64))
+    return statistics, Chosen(wanted.latents, wanted.deciles, units, rows, acts)
+
+
+def _decile_ranks(counts: Int) -> Int:
+    """Rank at which each decile but the lowest begins, [latents, 9]."""
+    ranks: Int = -(-counts[:, None] * np.arange(1, DECILES) // DECILES)
+    ranks = np.minimum(ranks, (counts - 1).clip(0)[:, None])
+    return ranks
+
+
+def _edge_bits(largest: NDArray[np.float32]) -> NDArray[np.uint64]:
+    """Bits of the least activations in all bars of the histogram but the first, [latents, 15]."""
+    inner = np.arange(1, HISTOGRAM_BARS) / HISTOGRAM_BARS
+    bits = (largest[:, None].astype(np.float64) * inner).astype(np.float32).view(np.uint32)
+    bits >>= np.uint32(_CUT_BITS)
+    exact = largest[:, None].astype(np.float64) * inner
+    bits += _act(bits.astype(np.uint64)).astype(np.float64) < exact  # the next one up
+    return bits.astype(np.uint64)
+
+
+def _bits(acts: NDArray[np.float32]) -> Int:
+    return (acts.view(np.uint32) >> np.uint32(_CUT_BITS)).astype(np.int64)
+
+
+def _act(bits: NDArray[np.uint64]) -> NDArray[np.float32]:
+    return (bits.astype(np.uint32) << np.uint32(_CUT_BITS)).view(np.float32)

@@ -1,0 +1,166 @@
+"""The tables of a bucket, stored, and its manifest."""
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from dist_sae.index.coactive import Sample
+from dist_sae.index.layout import (
+    EXAMPLES,
+    LATENTS,
+    POSTINGS,
+    POSTINGS_CHANCE,
+    BucketRecord,
+    IndexFolder,
+    IndexManifest,
+    Piece,
+    UnitRecord,
+    below,
+    chances,
+    read_table,
+    store_once,
+    to_parquet,
+)
+from dist_sae.index.merge import BucketCodes, Chosen, Statistics, Tile, summarise
+from dist_sae.storage import ObjectStore
+
+
+def make_bucket(
+    store: ObjectStore,
+    folder: IndexFolder,
+    manifest: IndexManifest,
+    records: Sequence[UnitRecord],
+    bucket: int,
+    weights: Mapping[str, pa.Array],
+    sample: Sample | None,
+) -> BucketRecord:
+    """Make and store the tables of a bucket.
+
+    Args:
+        weights: Columns of `LATENTS` that follow from the dictionary alone.
+        sample: For the pairs; None makes no table of pairs.
+
+    Raises:
+        CorruptObjectError: Codes are damaged.
+    """
+    latents = manifest.bucket(bucket)
+    chunks = [(record.unit, record.buckets[bucket]) for record in records if record.buckets]
+    codes = BucketCodes(store, latents, chunks)
+    statistics: list[Statistics] = []
+    examples: list[tuple[int, Chosen]] = []
+    pieces: list[Piece] = []
+    numbers = itertools.count()
+    for start, stop in codes.ranges():
+        found, chosen = summarise(
+            codes,
+            start,
+            stop,
+            top=manifest.settings["examples"],
+            per_decile=manifest.settings["decile_examples"],
+            seed=manifest.seed,
+        )
+        statistics.append(found)
+        examples.append((latents.start + start, chosen))
+        if manifest.postings_share:
+            for tile in codes.tiles(start, stop):
+                pieces += _postings(store, folder, manifest, bucket, tile, numbers)
+    rows = sum(record.rows for record in records)
+    firings = Statistics(*map(np.concatenate, zip(*statistics, strict=True)))
+    tables = {
+        "latents": _latents(latents, firings, rows, weights),
+        "examples": _examples(store, records, examples),
+    }
+    if sample is not None:
+        tables["pairs"] = sample.pairs(latents)
+    stored = {
+        name: store_once(store, folder.table(name, bucket), to_parquet(table))
+        for name, table in tables.items()
+    }
+    return BucketRecord(
+        bucket=bucket,
+        entries=codes.entries,
+        latents=stored["latents"],
+        examples=stored["examples"],
+        postings=tuple(pieces),
+        pairs=stored.get("pairs"),
+        pair_rows=sample.rows if sample else 0,
+    )
+
+
+def _postings(
+    store: ObjectStore,
+    folder: IndexFolder,
+    manifest: IndexManifest,
+    bucket: int,
+    tile: Tile,
+    numbers: "Iterator[int]",
+) -> list[Piece]:
+    """Store a tile's entries on the rows that are kept."""
+    columns = [(tile.latents + tile.first).astype(np.int32), tile.units, tile.rows, tile.acts]
+    if manifest.postings_share < 1:
+        chance = chances(manifest.seed, POSTINGS_CHANCE, tile.units, tile.rows)
+        kept = chance < below(manifest.postings_share)
+        columns = [column[kept] for column in columns]
+    if not len(columns[0]):
+        return []
+    table = pa.Table.from_arrays(list(map(pa.array, columns)), schema=POSTINGS)
+    data = to_parquet(table, row="DELTA_BINARY_PACKED", act="BYTE_STREAM_SPLIT")
+    stored = store_once(store, folder.piece(bucket, next(numbers)), data)
+    first, last = int(columns[0][0]), int(columns[0][-1])
+    return [Piece(stored=stored, first=first, last=last, entries=len(columns[0]))]
+
+
+def _latents(
+    latents: range, found: Statistics, rows: int, weights: Mapping[str, pa.Array]
+) -> pa.Table:
+    numbers: dict[str, NDArray[Any]] = {
+        "latent": np.arange(latents.start, latents.stop),
+        "firings": found.firings,
+        "density": found.firings / max(1, rows),
+        "mean": found.mean,
+        "max": found.largest,
+        "deciles": found.deciles,
+        "histogram": found.histogram,
+    }
+    columns = [
+        _column(numbers[field.name], field.type) if field.name in numbers else weights[field.name]
+        for field in LATENTS
+    ]
+    return pa.Table.from_arrays(columns, schema=LATENTS)
+
+
+def _column(values: NDArray[np.generic], type_: pa.DataType) -> pa.Array:
+    if not pa.types.is_fixed_size_list(type_):
+        return pa.array(values.astype(type_.to_pandas_dtype()), type_)
+    flat = pa.array(values.ravel(), type_.value_type)
+    return pa.FixedSizeListArray.from_arrays(flat, type=type_)
+
+
+def _examples(
+    store: ObjectStore, records: Sequence[UnitRecord], examples: Sequence[tuple[int, Chosen]]
+) -> pa.Table:
+    """Look up the text's place of each example."""
+    found = Chosen(*map(np.concatenate, zip(*(chosen for _, chosen in examples), strict=True)))
+    firsts = np.repeat([first for first, _ in examples], [len(c.acts) for _, c in examples])
+    origin = [np.zeros(len(found.acts), dtype) for dtype in (np.int64, np.int32, np.int32)]
+    order = np.argsort(found.units, kind="stable")
+    units = found.units[order]
+    for record in records:
+        here = order[slice(*np.searchsorted(units, [record.unit, record.unit + 1]))]
+        if len(here) and record.origin:
+            table = read_table(store, record.origin)
+            for column, name in zip(origin, ("document", "position", "token"), strict=True):
+                column[here] = table[name].to_numpy()[found.rows[here]]
+    columns = [
+        (found.latents + firsts).astype(np.int32),
+        found.deciles,
+        found.acts,
+        found.units,
+        found.rows,
+        *origin,
+    ]
+    return pa.Table.from_arrays(list(map(pa.array, columns)), schema=EXAMPLES)
