@@ -55,6 +55,7 @@ EXAMPLES: dict[str, Any] = {
     "cluster.env": {"HF_HUB_OFFLINE": "1"},
     "cluster.pull_secrets": ["registry-login"],
     "export.model_name": "HuggingFaceTB/SmolLM2-135M",
+    "index.name": "first-half",
     "sae.bandwidth": 0.03,
     "sae.capacity": 1.5,
     "sae.initial_l0": 50.0,

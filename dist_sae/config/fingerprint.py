@@ -28,6 +28,7 @@ _FREE_SETTINGS = {
     "processes",
     "timeouts",
     "evaluate",
+    "index",
     "telemetry",
     "cluster",
     "export",

@@ -6,8 +6,9 @@ latents as in training, and each rank stores the codes of its own latents.
 
 import math
 import uuid
+from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
 import numpy as np
@@ -142,19 +143,14 @@ class Encoder:
     def _blocks(self, shard: SiteShard) -> Iterator[SiteRows]:
         """Read the blocks of a shard, some ahead."""
         store = self._activations.store
+        ahead: deque[Future[SiteRows]] = deque()
         with ThreadPoolExecutor(1, "blocks") as pool:
-            numbers = iter(range(len(shard.blocks)))
-            ahead = [
-                pool.submit(read_block, store, shard, n)
-                for n, _ in zip(numbers, range(_BLOCKS_AHEAD), strict=False)
-            ]
+            for number in range(len(shard.blocks)):
+                ahead.append(pool.submit(read_block, store, shard, number))
+                if len(ahead) > _BLOCKS_AHEAD:
+                    yield ahead.popleft().result()
             while ahead:
-                block = ahead.pop(0).result()
-                ahead += [
-                    pool.submit(read_block, store, shard, n)
-                    for n, _ in zip(numbers, range(1), strict=False)
-                ]
-                yield block
+                yield ahead.popleft().result()
 
 
 class Written(NamedTuple):

@@ -42,7 +42,8 @@ DECILES = 10
 TOP = -1
 """Value of an example's `decile` where it is one of the largest activations."""
 _BUCKETS = 64  # so many can be worked on at once; what is in memory does not depend on it
-_LEAST_LATENTS = 512  # of a bucket
+LEAST_LATENTS = 512
+"""Latents of a bucket, if there are so many."""
 
 
 class IndexManifest(Record):
@@ -97,7 +98,7 @@ class IndexManifest(Record):
 
 def bucket_latents(n_latents: int) -> int:
     """Latents of a bucket of a dictionary."""
-    return min(n_latents, max(_LEAST_LATENTS, -(-n_latents // _BUCKETS)))
+    return min(n_latents, max(LEAST_LATENTS, -(-n_latents // _BUCKETS)))
 
 
 class Stored(Record):

@@ -65,19 +65,19 @@ class BucketCodes:
         latents: range,
         chunks: Sequence[tuple[int, Sequence[CodesChunk]]],
     ) -> None:
-        self._latents = latents
+        self.first = latents.start
         self.entries = sum(chunk.entries for _, parts in chunks for chunk in parts)
-        spool = tempfile.TemporaryFile() if self.entries > MOST_ENTRIES else None  # noqa: SIM115
         self._chunks: list[tuple[int, int, Codes]] = []
         self.counts = np.zeros(len(latents), np.int64)
-        for unit, parts in chunks:
-            for chunk in parts:
-                codes = read_codes(store, chunk)
-                first = chunk.first - latents.start
-                self.counts[first : first + chunk.groups] += codes.counts
-                if spool is not None:
-                    codes = _spooled(codes, spool)
-                self._chunks.append((unit, first, codes))
+        with tempfile.TemporaryFile() as spool:
+            for unit, parts in chunks:
+                for chunk in parts:
+                    codes = read_codes(store, chunk)
+                    first = chunk.first - latents.start
+                    self.counts[first : first + chunk.groups] += codes.counts
+                    if self.entries > MOST_ENTRIES:
+                        codes = _spooled(codes, spool)
+                    self._chunks.append((unit, first, codes))
 
     def ranges(self) -> Iterator[tuple[int, int]]:
         """Ranges of the bucket's latents with at most `MOST_ENTRIES` entries, or of one latent."""
@@ -124,7 +124,7 @@ class BucketCodes:
             places += np.arange(len(codes.acts))
             units[places], rows[places], acts[places] = unit, codes.places, codes.acts
             there += codes.counts
-        return Tile(self._latents.start + start, counts, units, rows, acts)
+        return Tile(self.first + start, counts, units, rows, acts)
 
 
 def _parts(codes: Codes) -> Iterator[Codes]:
@@ -140,7 +140,7 @@ def _parts(codes: Codes) -> Iterator[Codes]:
 
 
 def _spooled(codes: Codes, spool: IO[bytes]) -> Codes:
-    """Write codes to a file; what is returned reads them from there."""
+    """Write codes to a file; what is returned reads them from there, also once it is closed."""
 
     def moved(part: NDArray[Any]) -> NDArray[Any]:
         at = spool.seek(0, 2)
@@ -196,7 +196,7 @@ def summarise(
         seed: Of their choice.
     """
     counts = codes.counts[start:stop]
-    first = codes._latents.start + start  # noqa: SLF001
+    first = codes.first + start
     wanted = _ranks(counts, first, top, per_decile, seed)
     if counts.sum() > MOST_ENTRIES:
         return _summarise_large(codes, start, counts, wanted)
@@ -312,8 +312,8 @@ def _summarise_large(
 
 def _decile_ranks(counts: Int) -> Int:
     """Rank at which each decile but the lowest begins, [latents, 9]."""
-    ranks: Int = -(-counts[:, None] * np.arange(1, DECILES) // DECILES)
-    ranks = np.minimum(ranks, (counts - 1).clip(0)[:, None])
+    last = (counts - 1).clip(0)[:, None]
+    ranks: Int = np.minimum(-(-counts[:, None] * np.arange(1, DECILES) // DECILES), last)
     return ranks
 
 

@@ -420,7 +420,11 @@ def test_a_queue_of_any_numbered_work_is_shared_by_its_workers(
     store = Aging(open_store(str(tmp_path)), clock)
     done, ready = NumberedKeys("index/a/buckets/"), [3]
     merge = Work(
-        "bucket", 5, NumberedKeys("index/a/claims/"), done, lambda: (ready[0], "bucket 3 to be cut")
+        "bucket",
+        range(5),
+        NumberedKeys("index/a/claims/"),
+        done,
+        lambda: (ready[0], "bucket 3 to be cut"),
     )
     finish(store, 0, 3)  # units of the same store
     store.put("index/a/buckets/00000001.json", b"{}")

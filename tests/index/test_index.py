@@ -1,0 +1,159 @@
+"""The latent index against brute force, and its workers."""
+
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import dist_sae.index.coactive
+import dist_sae.index.layout
+import dist_sae.index.merge
+from dist_sae.index.coactive import LEAST_ROWS, MOST_PAIRS
+from dist_sae.index.layout import HISTOGRAM_BARS
+from tests.index.indexed import (
+    RECIPES,
+    Oracle,
+    add_checkpoint,
+    files,
+    make_index,
+    produced,
+    tables,
+)
+
+
+@pytest.fixture(autouse=True)
+def small_buckets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(dist_sae.index.layout, "LEAST_LATENTS", 24)  # of 64: two and a part
+
+
+def check(place: str, result: dict[str, object], oracle: Oracle) -> None:
+    """Compare everything in an index."""
+    assert result["rows"] == len(oracle.codes)
+    assert result["fvu"] == pytest.approx(oracle.fvu, rel=1e-6)
+    assert result["l0"] == pytest.approx(oracle.l0, rel=1e-12)
+    check_postings(place, oracle)
+    check_latents(place, oracle)
+    check_examples(place, oracle)
+
+
+def check_postings(place: str, oracle: Oracle) -> None:
+    found = tables(place, "postings").to_pylist()
+    expected = [
+        {"latent": n, "unit": oracle.names[row][0], "row": oracle.names[row][1], "act": act}
+        for n in range(oracle.codes.shape[1])
+        for act, row in oracle.firings(n)
+    ]
+    assert found == expected
+
+
+def check_latents(place: str, oracle: Oracle) -> None:
+    found = tables(place, "latents").to_pylist()
+    assert [line["latent"] for line in found] == list(range(oracle.codes.shape[1]))
+    for line in found:
+        acts = np.sort([act for act, _ in oracle.firings(line["latent"])])
+        assert line["firings"] == len(acts)
+        assert line["density"] == pytest.approx(len(acts) / len(oracle.codes), rel=1e-12)
+        if not len(acts):
+            assert (line["max"], line["mean"]) == (0, 0)
+            assert line["deciles"] == [0] * 9
+            assert line["histogram"] == [0] * HISTOGRAM_BARS
+            continue
+        assert line["max"] == acts[-1]
+        assert line["mean"] == pytest.approx(acts.mean(), rel=1e-6)
+        begins = [min(-(-len(acts) * d // 10), len(acts) - 1) for d in range(1, 10)]
+        assert line["deciles"] == acts[begins].tolist()
+        edges = np.linspace(0, acts[-1], HISTOGRAM_BARS + 1)
+        assert line["histogram"] == np.histogram(acts, edges)[0].tolist()
+
+
+def check_examples(place: str, oracle: Oracle, top: int = 6, per_decile: int = 2) -> None:
+    found = defaultdict(list)
+    for line in tables(place, "examples").to_pylist():
+        found[line.pop("latent")].append(line)
+    for n in range(oracle.codes.shape[1]):
+        firings = oracle.firings(n)
+        largest = sorted(firings, key=lambda firing: (-firing[0], firing[1]))[:top]
+        lines = found.pop(n, [])
+        for line, (act, row) in zip(lines, largest, strict=False):
+            unit, number, token, position, document = oracle.names[row]
+            assert line == {
+                "decile": -1,
+                "act": act,
+                "unit": unit,
+                "row": number,
+                "token": token,
+                "position": position,
+                "document": document,
+            }
+        sampled = lines[len(largest) :]
+        if len(firings) <= top:
+            assert not sampled
+            continue
+        # each tenth of the activations, by rank, gives its number of different rows
+        assert [line["decile"] for line in sampled] == [d // 2 for d in range(10 * per_decile)] or (
+            len(firings) < 10 * per_decile
+        )
+        ascending = [act for act, _ in sorted(firings)]
+        rows = {oracle.names[row][:2]: act for act, row in firings}
+        for line in sampled:
+            low = len(firings) * line["decile"] // 10
+            high = -(-len(firings) * (line["decile"] + 1) // 10)
+            assert ascending[low] <= line["act"] <= ascending[high - 1]
+            assert rows[line["unit"], line["row"]] == line["act"]
+        assert len({(line["unit"], line["row"]) for line in sampled}) == len(sampled)
+    assert not found
+
+
+def check_pairs(place: str, codes: "np.typing.NDArray[np.float32]") -> None:
+    """Compare with phi as the correlation coefficient of the two being active."""
+    found = defaultdict(list)
+    for line in tables(place, "pairs").to_pylist():
+        found[line.pop("latent")].append(line)
+    active = (codes > 0).astype(np.float64)
+    together = active.T @ active
+    products = codes.T.astype(np.float64) @ codes
+    for n in range(codes.shape[1]):
+        others = [m for m in range(codes.shape[1]) if m != n and together[n, m] >= LEAST_ROWS]
+        lines = found.pop(n, [])
+        assert len(lines) == min(len(others), MOST_PAIRS)
+        phis = {}
+        for m in others:
+            constant = active[:, m].all() or active[:, n].all()
+            phis[m] = 0.0 if constant else np.corrcoef(active[:, n], active[:, m])[0, 1]
+        best = sorted(phis.values(), reverse=True)
+        for line, phi in zip(lines, best, strict=False):
+            m = line["other"]
+            assert line["phi"] == pytest.approx(phi, abs=1e-6)
+            assert phis[m] == pytest.approx(phi, abs=1e-6)
+            assert line["count"] == together[n, m]
+            assert line["product"] == pytest.approx(products[n, m], rel=1e-5)
+
+
+@pytest.mark.parametrize("kind", RECIPES)
+def test_an_index_is_what_brute_force_finds(tmp_path: Path, kind: str) -> None:
+    run = produced(tmp_path, kind, index={"pairs": 10**9})
+    sae = add_checkpoint(run)
+    result = make_index(run)
+    oracle = Oracle(run, sae)
+    assert any(len(oracle.firings(n)) > 200 for n in range(64))
+    check(result["index"], result, oracle)
+    check_pairs(result["index"], oracle.codes)
+
+
+@pytest.mark.parametrize("most", [50, 700])
+def test_buckets_larger_than_memory_give_the_same_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
+) -> None:
+    """Taken in ranges of latents, and latents unit by unit; only postings come in other pieces."""
+    run = produced(tmp_path, "jumprelu")
+    add_checkpoint(run)
+    whole = make_index(run)
+    monkeypatch.setattr(dist_sae.index.merge, "MOST_ENTRIES", most)
+    cut = make_index(run.model_copy(update={"index": run.index.model_copy(update={"name": "c"})}))
+    expected, found = files(whole["index"]), files(cut["index"])
+    for name, data in expected.items():
+        if not name.startswith("postings/"):
+            assert found[name] == data, name
+    assert tables(cut["index"], "postings") == tables(whole["index"], "postings")
+    assert len(found) > len(expected) + 10
