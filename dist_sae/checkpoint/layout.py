@@ -121,28 +121,25 @@ class Checkpoint(NamedTuple):
         if not self.manifest.tensors[name].shape:
             tensor.copy_(self.read(name))
             return
-        at = start
         for first, rows in self.pieces(name, start, start + len(tensor)):
             tensor[first - start : first - start + len(rows)] = rows.to(tensor.device)
-            at += len(rows)
-        if at != start + len(tensor):
-            raise CorruptObjectError(
-                f"step {self.step}: {name} lacks rows from {at}", url=self.store.url
-            )
 
     def pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
         """Yield rows `[start, stop)` part by part, each as (first row number, rows).
 
         Raises:
-            CorruptObjectError: A part does not match its checksum.
+            CorruptObjectError: A part does not match its checksum, or rows are missing.
         """
         record = self.manifest.tensors[name]
+        at = start
         for part in record.parts:
-            if part.start < stop and start < part.stop:
-                first = max(start, part.start)
-                rows = self._rows(part)[first - part.start : stop - part.start]
+            if part.start <= at < min(part.stop, stop):
+                rows = self._rows(part)[at - part.start : stop - part.start]
                 rows = rows.reshape(-1, *record.shape[1:])
-                yield first, self._modern(name, first, rows) if record.older else rows
+                yield at, self._modern(name, at, rows) if record.older else rows
+                at += len(rows)
+        if at < stop:
+            raise self._lacks_rows(name, at)
 
     def _modern(self, name: str, first: int, rows: Tensor) -> Tensor:
         widths = (r.shape[0] for n, r in self.manifest.tensors.items() if n.endswith("b_dec"))
@@ -163,9 +160,12 @@ class Checkpoint(NamedTuple):
                 break
             at = part.stop
         if at != (record.shape or (1,))[0]:
-            raise CorruptObjectError(
-                f"step {self.step}: {name} lacks rows from {at}", url=self.store.url
-            )
+            raise self._lacks_rows(name, at)
+
+    def _lacks_rows(self, name: str, at: int) -> CorruptObjectError:
+        return CorruptObjectError(
+            f"step {self.step}: {name} lacks rows from {at}", url=self.store.url
+        )
 
     def _rows(self, part: Part) -> Tensor:
         return safetensors.torch.load(self.data(part))["rows"]

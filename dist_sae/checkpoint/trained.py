@@ -1,8 +1,9 @@
 """Trained dictionaries, read from checkpoints to be evaluated, exported or shown."""
 
 import logging
-from collections.abc import Mapping
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping
+from functools import partial
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 from jaxtyping import Float, Int
@@ -18,6 +19,8 @@ from dist_sae.errors import ConfigError, CorruptObjectError, ObjectNotFoundError
 from dist_sae.storage import ObjectStore
 
 logger = logging.getLogger(__name__)
+
+Result = TypeVar("Result")
 
 
 class Trained(NamedTuple):
@@ -60,15 +63,30 @@ class Trained(NamedTuple):
 
 
 def read_trained(runs: ObjectStore, run: Run, step: int | None = None) -> Trained | None:
-    """Read a checkpoint, by default the newest readable one; None if the run has none yet.
+    """Read a whole dictionary, by default the newest readable one; None if there is none yet.
 
-    By default a damaged checkpoint is logged as an error and the one before it is read. A running
-    trainer may delete a checkpoint while it is read; a newer one is then read.
+    Args and errors: see `use_checkpoint`.
+    """
+    found = use_checkpoint(runs, run, step, partial(_read, run))
+    if found is None:
+        return None
+    name_suffix = "" if step is None else suffix(runs, run, step)
+    return found._replace(suffix=name_suffix)
+
+
+def use_checkpoint(
+    runs: ObjectStore, run: Run, step: int | None, use: Callable[[Checkpoint], Result]
+) -> Result | None:
+    """Call `use` with a checkpoint, by default the newest readable one; None if there is none yet.
+
+    By default a damaged checkpoint is logged as an error and the one before it is taken. A running
+    trainer may delete a checkpoint while it is read; a newer one is then taken.
 
     Args:
         runs: The store of runs.
         run: The given run.
         step: Step of the checkpoint; None takes the newest.
+        use: Reads it. Called again with another one if this one cannot be read.
 
     Raises:
         ConfigError: There is no checkpoint of that step.
@@ -77,12 +95,11 @@ def read_trained(runs: ObjectStore, run: Run, step: int | None = None) -> Traine
     """
     checkpoints = Checkpoints(runs, run.name, run.train.keep_checkpoints)
     if step is not None:
-        checkpoint = open_step(checkpoints, step, f"{runs.url}/{run.name}")
-        return _read(run, checkpoint, suffix(runs, run, step))
+        return use(open_step(checkpoints, step, f"{runs.url}/{run.name}"))
     tried: dict[int, CorruptObjectError | ObjectNotFoundError] = {}
     while left := [step for step in checkpoints.steps() if step not in tried]:
         try:
-            return _read(run, checkpoints.open(left[-1]), "")
+            return use(checkpoints.open(left[-1]))
         except (CorruptObjectError, ObjectNotFoundError) as exc:
             if left[-1] in checkpoints.steps():
                 logger.error("skipping the checkpoint of step %d: %s", left[-1], exc)
@@ -151,10 +168,10 @@ def check_own(settings: Mapping[str, Any], run: Run) -> Run:
     return check_same_run(settings, run, place, remedy)
 
 
-def _read(run: Run, checkpoint: Checkpoint, name_suffix: str) -> Trained:
+def _read(run: Run, checkpoint: Checkpoint) -> Trained:
     own = trained_run(checkpoint, run)
     mean = torch.tensor(checkpoint.scalars["mean"])
     sae = build_sae(own.sae, len(mean))
     load_weights(sae, checkpoint)
     scale = float(checkpoint.scalars["scale"])
-    return Trained(own, checkpoint, sae, scale, mean, checkpoint.read(IDLE_ROWS), name_suffix)
+    return Trained(own, checkpoint, sae, scale, mean, checkpoint.read(IDLE_ROWS), "")

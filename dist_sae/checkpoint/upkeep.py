@@ -4,10 +4,9 @@ import json
 from pathlib import Path
 from typing import Any
 
-import safetensors.torch
-
 from dist_sae.checkpoint import warm_start
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
+from dist_sae.checkpoint.piecewise import safetensors_pieces, stored
 from dist_sae.checkpoint.state import is_moment
 from dist_sae.checkpoint.trained import open_step, trained_run
 from dist_sae.config import Run
@@ -73,7 +72,8 @@ def convert(run: Run, output: Path, *, step: int | None, moments: bool) -> dict[
     """Write a checkpoint as one safetensors file of whole tensors, on this machine.
 
     Names, orientation and scale are those of training; `dist-sae export` writes what SAELens
-    loads. The file's metadata hold the step and all scalars, as JSON.
+    loads. The file's metadata hold the step and all scalars, as JSON. It appears when it is
+    complete; no tensor is ever in memory as a whole.
 
     Args:
         run: The run.
@@ -82,18 +82,18 @@ def convert(run: Run, output: Path, *, step: int | None, moments: bool) -> dict[
         moments: Whether to write the optimiser's moments too: three times the size.
 
     Raises:
-        ConfigError: There is no such checkpoint, or the file cannot be written.
+        ConfigError: There is no such checkpoint.
         PlanMismatchError: It is of a run with other settings.
+        CorruptObjectError: It is damaged.
+        StoreError: The file cannot be written.
     """
     checkpoints = _open(run)
     checkpoint = _chosen(run, checkpoints, step)
     names = [name for name in checkpoint.manifest.tensors if moments or not is_moment(name)]
-    tensors = {name: checkpoint.read(name).contiguous() for name in names}
+    tensors = [stored(checkpoint, name) for name in names]
     metadata = {"step": str(checkpoint.step), "scalars": json.dumps(checkpoint.scalars)}
-    try:
-        safetensors.torch.save_file(tensors, output, metadata)
-    except OSError as exc:
-        raise ConfigError(f"{output}: cannot be written ({exc}); choose another --output") from exc
+    here = open_store(str(output.absolute().parent))
+    here.put_stream(output.name, lambda: safetensors_pieces(tensors, metadata))
     return {"step": checkpoint.step, "tensors": len(tensors), "output": str(output)}
 
 

@@ -152,9 +152,9 @@ def load(sae: Dictionary, checkpoint: Checkpoint) -> None:
     for name, tensor in sae.state_dict().items():
         stored = weights[name]
         if not is_per_latent(sae, name):
-            tensor.copy_(checkpoint.read(stored))
+            checkpoint.fill(tensor, stored)
         elif n_known:
-            tensor[:n_known] = checkpoint.read(stored, sae.first_latent, sae.first_latent + n_known)
+            checkpoint.fill(tensor[:n_known], stored, sae.first_latent)
     sae.constrain()
 
 

@@ -4,9 +4,15 @@ import json
 import logging
 from typing import Any
 
-import safetensors.torch
-
-from dist_sae.checkpoint.trained import find_checkpoint, none_yet, read_trained, suffix, trained_run
+from dist_sae.checkpoint.layout import Checkpoint
+from dist_sae.checkpoint.piecewise import safetensors_pieces
+from dist_sae.checkpoint.trained import (
+    find_checkpoint,
+    none_yet,
+    suffix,
+    trained_run,
+    use_checkpoint,
+)
 from dist_sae.config import Run, differences
 from dist_sae.data.identity import plan_settings
 from dist_sae.errors import ConfigError, ObjectNotFoundError
@@ -23,7 +29,8 @@ def export(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
     """Write `<run>/export/cfg.json` and `sae_weights.safetensors`; returns their folder.
 
     An export of the same checkpoint and settings is not written again. A step that is not the
-    newest has a folder of its own, `<run>/export-step-<step>/`.
+    newest has a folder of its own, `<run>/export-step-<step>/`. No weight is ever in memory as a
+    whole.
 
     Args:
         run: The run.
@@ -50,11 +57,15 @@ def export(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
     folder = f"{run.name}/export{suffix(runs, run, checkpoint.step)}"
     if _is_there(runs, folder, sae_lens.config(own, checkpoint)):
         logger.info("step %d was exported before: %s/%s", checkpoint.step, runs.url, folder)
-    elif trained := read_trained(runs, run, step):
-        weights = safetensors.torch.save(sae_lens.weights(trained.sae, trained.scale))
-        runs.put(f"{folder}/{_WEIGHTS}", weights)
-        config = sae_lens.config(own, trained.checkpoint)
-        runs.put(f"{folder}/{_CONFIG}", json.dumps(config, indent=2).encode())
+        return f"{runs.url}/{folder}"
+
+    def write(checkpoint: Checkpoint) -> None:
+        weights = sae_lens.weights(own.sae, checkpoint)
+        runs.put_stream(f"{folder}/{_WEIGHTS}", lambda: safetensors_pieces(weights))
+        config = json.dumps(sae_lens.config(own, checkpoint), indent=2)
+        runs.put(f"{folder}/{_CONFIG}", config.encode())
+
+    use_checkpoint(runs, run, step, write)
     return f"{runs.url}/{folder}"
 
 

@@ -10,7 +10,8 @@ BatchTopK is written as the JumpReLU that it is at inference. Imports no torch: 
 asked where nobody else needs it.
 """
 
-from typing import TYPE_CHECKING, Any, assert_never, cast
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any, assert_never
 
 from dist_sae import __version__
 from dist_sae.config import Run
@@ -30,7 +31,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from dist_sae.checkpoint.layout import Checkpoint
-    from dist_sae.dictionaries.base import Dictionary
+    from dist_sae.checkpoint.piecewise import PiecewiseTensor
 
 # The SAELens version this follows. Below 6, its loader drops the metadata without a word.
 _SAELENS_VERSION = "6.54.12"
@@ -107,22 +108,53 @@ def config(run: Run, checkpoint: "Checkpoint") -> dict[str, Any]:
     }
 
 
-def weights(sae: "Dictionary", scale: float) -> dict[str, "Tensor"]:
-    """Tensors with SAELens's names and orientation, for raw activations.
+def weights(sae: SaeConfig, checkpoint: "Checkpoint") -> "list[PiecewiseTensor]":
+    """Tensors with SAELens's names and orientation, for raw activations, in fp32.
+
+    Numbers of each latent are read at once, the matrices part by part when their pieces are made.
 
     Args:
-        sae: The dictionary.
-        scale: Factor between raw activations and those that it was trained on.
+        sae: The dictionary's recipe.
+        checkpoint: Its checkpoint.
+
+    Raises:
+        CorruptObjectError: The checkpoint is damaged. Making the pieces raises it as well.
     """
-    p = {name: parameter.detach().double() for name, parameter in sae.named_parameters()}
-    norms = p["W_dec"].norm(dim=1).clamp_min(1e-30)
-    exported = {
-        "W_enc": scale * (norms[:, None] * p["W_enc"]).T,
-        "b_enc": norms * p["b_enc"],
-        "W_dec": p["W_dec"] / (norms[:, None] * scale),
-        "b_dec": p["b_dec"] / scale,
-    }
-    thresholds = sae.inference_thresholds(norms.dtype)
-    if architecture(cast("SaeConfig", sae.config)) == "jumprelu" and thresholds is not None:
-        exported["threshold"] = norms * thresholds
-    return {name: tensor.float().contiguous() for name, tensor in exported.items()}
+    import torch
+
+    from dist_sae.checkpoint.latent_parts import LatentParts
+    from dist_sae.checkpoint.piecewise import PiecewiseTensor, transposed
+
+    scale = float(checkpoint.scalars["scale"])
+    parts = LatentParts(sae, checkpoint)
+    has_thresholds = architecture(sae) == "jumprelu"
+    vectors: dict[str, list[Tensor]] = {"norms": [], "b_enc": [], "threshold": []}
+    b_dec = torch.zeros(0)
+    for _, part in parts.read(leave_out={"W_enc"}):
+        norms = part.W_dec.double().norm(dim=1).clamp_min(1e-30)
+        vectors["norms"].append(norms)
+        vectors["b_enc"].append(norms * part.b_enc.double())
+        thresholds = part.inference_thresholds(norms.dtype)
+        if has_thresholds and thresholds is not None:
+            vectors["threshold"].append(norms * thresholds)
+        b_dec = part.b_dec.double() / scale
+    of_latents = {name: torch.cat(found) for name, found in vectors.items() if found}
+    norms = of_latents.pop("norms")
+    n_latents, d_in = len(norms), len(b_dec)
+
+    def decoder() -> "Iterator[Tensor]":
+        for latents, part in parts.read(leave_out={"W_enc"}):
+            yield (part.W_dec.double() / (norms[latents, None] * scale)).float()
+
+    def encoder(columns: slice) -> "Iterator[Tensor]":
+        for latents, part in parts.read(leave_out={"W_dec"}):
+            yield (scale * (norms[latents, None] * part.W_enc[:, columns].double())).float()
+
+    def small(name: str, tensor: "Tensor") -> PiecewiseTensor:
+        return PiecewiseTensor(name, torch.float32, tuple(tensor.shape), lambda: (tensor.float(),))
+
+    return [
+        PiecewiseTensor("W_dec", torch.float32, (n_latents, d_in), decoder),
+        transposed("W_enc", (d_in, n_latents), encoder),
+        *(small(name, tensor) for name, tensor in (("b_dec", b_dec), *of_latents.items())),
+    ]

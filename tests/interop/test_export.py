@@ -11,9 +11,11 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
 import torch
 from numpy.typing import NDArray
 
+from dist_sae.checkpoint import layout, piecewise
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.checkpoint.state import IDLE_ROWS
 from dist_sae.config import Run, load_run
@@ -187,6 +189,63 @@ def test_a_folder_may_have_the_name_that_the_hub_has_for_its_model(tmp_path: Pat
     named = load_run(path, [*settings, "export.model_name=some/model"])
     config = json.loads((Path(export(named)) / "cfg.json").read_text())
     assert config["metadata"]["model_name"] == "some/model"
+
+
+def whole(
+    weights: dict[str, torch.Tensor], run: Run, scale: float = SCALE
+) -> dict[str, torch.Tensor]:
+    """What is exported, computed in one go."""
+    sae = build_sae(run.sae, 16)
+    sae.load_state_dict(weights)
+    sae.constrain()
+    p = {name: tensor.double() for name, tensor in sae.state_dict().items()}
+    norms = p["W_dec"].norm(dim=1).clamp_min(1e-30)
+    tensors = {
+        "W_enc": scale * (norms[:, None] * p["W_enc"]).T,
+        "b_enc": norms * p["b_enc"],
+        "W_dec": p["W_dec"] / (norms[:, None] * scale),
+        "b_dec": p["b_dec"] / scale,
+    }
+    if "threshold" in weights:
+        tensors["threshold"] = norms * THETA
+    if "theta" in weights:
+        tensors["threshold"] = norms * p["theta"] * 4
+    return {name: tensor.float().contiguous() for name, tensor in tensors.items()}
+
+
+@pytest.mark.parametrize("part_rows", [1, 3, 64])
+def test_parts_are_no_other_numbers(
+    exported: tuple[Path, dict[str, torch.Tensor]],
+    part_rows: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The same bytes as the library writes of the whole, also where a row has a length of 0."""
+    run, weights = load_run(tmp_path / "run.yaml"), exported[1]
+    weights["W_dec"][7] = 0
+    monkeypatch.setattr(layout, "PART_BYTES", part_rows * 16 * 4)
+    monkeypatch.setattr(piecewise, "TRANSPOSED_BYTES", 5 * 64 * 4)
+    checkpoints = Checkpoints(open_store(run.store.runs), run.name, 1)
+    save(checkpoints, 6, weights | IDLE, scalars(run, SCALE))
+    found = (Path(export(run)) / "sae_weights.safetensors").read_bytes()
+    assert found == safetensors.torch.save(whole(weights, run))
+
+
+def test_a_damaged_part_makes_room_for_the_checkpoint_before(
+    tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    run = load_run(write_run(tmp_path))
+    weights = {"W_enc": torch.ones(64, 16), "W_dec": torch.ones(64, 16) / 4}
+    weights |= {"b_enc": torch.zeros(64), "b_dec": torch.zeros(16)}
+    checkpoints = Checkpoints(open_store(run.store.runs), run.name, 2)
+    for step in (5, 6):
+        save(checkpoints, step, weights | IDLE, scalars(run, 1.0))
+    part = tmp_path / "runs/world/checkpoints/step-00000006/W_enc-000000000.safetensors"
+    part.write_bytes(part.read_bytes()[:-1] + b"\1")
+    folder = Path(export(run))
+    assert "skipping the checkpoint of step 6: " in caplog.text
+    assert json.loads((folder / "cfg.json").read_text())["metadata"]["trained_rows"] == 5 * 160
+    assert {path.name for path in folder.iterdir()} == {"cfg.json", "sae_weights.safetensors"}
 
 
 def test_exporting_nothing_says_what_to_do(tmp_path: Path) -> None:

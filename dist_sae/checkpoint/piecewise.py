@@ -1,0 +1,117 @@
+"""safetensors files that are made in pieces, so that no tensor has to be in memory as a whole.
+
+8 bytes   length of the header, little-endian
+header    JSON: dtype, shape and place of each tensor; padded with spaces to 8 bytes
+data      the tensors' rows, tensor after tensor
+"""
+
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from math import prod
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dist_sae.checkpoint.layout import Checkpoint
+
+_PIECE_BYTES = 16 * 2**20
+_ALIGNMENT = 8
+_DTYPES = {
+    torch.int64: "I64",
+    torch.float64: "F64",
+    torch.float32: "F32",
+    torch.int32: "I32",
+    torch.bfloat16: "BF16",
+    torch.float16: "F16",
+    torch.int16: "I16",
+    torch.int8: "I8",
+    torch.uint8: "U8",
+    torch.bool: "BOOL",
+}
+_ORDER = list(_DTYPES)  # the library's: every tensor is then aligned to its dtype
+TRANSPOSED_BYTES = 512 * 2**20
+"""Most bytes of a transposed tensor that are in memory."""
+
+
+class PiecewiseTensor(NamedTuple):
+    """A tensor that is made in pieces."""
+
+    name: str
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    pieces: Callable[[], Iterable[Tensor]]
+    """Makes it, as tensors that follow one another along dim 0."""
+
+
+def stored(checkpoint: Checkpoint, name: str) -> PiecewiseTensor:
+    """A checkpoint's tensor; its parts are the pieces.
+
+    Raises:
+        CorruptObjectError: Its first part is damaged. Making the pieces raises it of the others.
+    """
+    shape = checkpoint.manifest.tensors[name].shape
+    if not shape:
+        scalar = checkpoint.read(name)
+        return PiecewiseTensor(name, scalar.dtype, shape, lambda: (scalar,))
+    dtype = checkpoint.read(name, 0, 1).dtype
+    return PiecewiseTensor(
+        name, dtype, shape, lambda: (rows for _, rows in checkpoint.pieces(name, 0, shape[0]))
+    )
+
+
+def transposed(
+    name: str, shape: tuple[int, int], columns: Callable[[slice], Iterable[Tensor]]
+) -> PiecewiseTensor:
+    """The transpose of an fp32 matrix that comes by rows.
+
+    The matrix is made several times, each time some columns of it.
+
+    Args:
+        name: Of the tensor.
+        shape: Of the transpose.
+        columns: Makes these columns of the matrix, as pieces that follow one another along dim 0.
+    """
+    height, width = shape
+    at_a_time = max(1, TRANSPOSED_BYTES // (width * torch.float32.itemsize))
+
+    def pieces() -> Iterator[Tensor]:
+        for first in range(0, height, at_a_time):
+            taken = slice(first, min(first + at_a_time, height))
+            block, at = torch.empty(taken.stop - first, width), 0
+            for rows in columns(taken):
+                block[:, at : at + len(rows)] = rows.T
+                at += len(rows)
+            assert at == width
+            yield block
+
+    return PiecewiseTensor(name, torch.float32, shape, pieces)
+
+
+def safetensors_pieces(
+    tensors: Iterable[PiecewiseTensor], metadata: Mapping[str, str] | None = None
+) -> Iterator[bytes]:
+    """Yield the bytes of a safetensors file, a few at a time.
+
+    Args:
+        tensors: With distinct names.
+        metadata: Of the file.
+    """
+    ordered = sorted(tensors, key=lambda tensor: (_ORDER.index(tensor.dtype), tensor.name))
+    header: dict[str, object] = {"__metadata__": dict(metadata)} if metadata else {}
+    end = 0
+    for name, dtype, shape, _ in ordered:
+        start, end = end, end + prod(shape) * dtype.itemsize
+        header[name] = {"dtype": _DTYPES[dtype], "shape": shape, "data_offsets": (start, end)}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % _ALIGNMENT)
+    yield len(text).to_bytes(8, "little") + text
+    for name, dtype, shape, pieces in ordered:
+        left = prod(shape) * dtype.itemsize
+        for piece in pieces():
+            assert piece.dtype == dtype, name
+            flat = piece.contiguous().reshape(-1).view(torch.uint8)
+            for data in torch.split(flat, _PIECE_BYTES):
+                left -= len(data)
+                yield data.numpy().tobytes()
+        assert left == 0, f"{name} has another size than its shape"
