@@ -28,6 +28,11 @@ class LatentAxis:
     replicas: int = 1
     """Number of replicas that share a batch."""
 
+    def latents(self, n_latents: int) -> range:
+        """The latents of this shard, of so many in the whole dictionary."""
+        n_local = n_latents // self.shards
+        return range(self.shard * n_local, (self.shard + 1) * n_local)
+
     def gather(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "rows d_in"]:
         """The rows of all ranks of the replica, in their order; no gradient."""
         return x
@@ -80,3 +85,14 @@ class LatentAxis:
 
 
 WHOLE = LatentAxis()
+
+
+@dataclass(eq=False)
+class PageAxis(LatentAxis):
+    """One process that holds some consecutive latents at a time: `checkpoint/pages.py`."""
+
+    page: range = range(0)
+    """The latents."""
+
+    def latents(self, n_latents: int) -> range:  # noqa: ARG002 - whatever the width
+        return self.page

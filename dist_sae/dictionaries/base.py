@@ -45,6 +45,8 @@ class Dictionary(nn.Module):
     config: DictionaryConfig
     selection: Selection
     """Set by the recipe."""
+    decoder: frozenset[str] = frozenset({"W_dec"})
+    """Tensors per latent that decoding needs, and encoding does not."""
     W_enc: nn.Parameter
     W_dec: nn.Parameter
     b_enc: nn.Parameter
@@ -61,7 +63,7 @@ class Dictionary(nn.Module):
     ) -> None:
         super().__init__()
         self._per_latent: dict[str, bool] = {}
-        n_local = config.n_latents // axis.shards
+        n_local = len(axis.latents(config.n_latents))
         self.config = config
         self.axis = axis
         self.kernels = kernels
@@ -86,7 +88,7 @@ class Dictionary(nn.Module):
         Raises:
             ValueError: Per latent, and dim 0 is of another size.
         """
-        n_local = self.config.n_latents // self.axis.shards
+        n_local = len(self.axis.latents(self.config.n_latents))
         if per_latent and tensor.shape[:1] != (n_local,):
             raise ValueError(
                 f"{name}: {tuple(tensor.shape)} does not have {n_local} latents in dim 0"
@@ -136,7 +138,7 @@ class Dictionary(nn.Module):
     @property
     def first_latent(self) -> int:
         """Number of this shard's first latent in the whole dictionary."""
-        return self.axis.shard * len(self.W_enc)
+        return self.axis.latents(self.n_latents).start
 
     def products(
         self,
@@ -188,15 +190,22 @@ class Dictionary(nn.Module):
 
         Selections without a bound on the active latents are decoded as they are encoded.
         """
+        parts, fired = self.infer_shard(x)
+        return Inferred(self.axis.scatter_sum(parts) + self.b_dec, fired)
+
+    @torch.no_grad()
+    def infer_shard(
+        self, x: Float[Tensor, "batch d_in"]
+    ) -> tuple[Float[Tensor, "rows d_out"], Int[Tensor, " n_local"]]:
+        """This shard's part of x_hat - b_dec of the replica's rows, and how often latents fire."""
         thresholds = self.inference_thresholds()
         if thresholds is None:
             codes = self.encode(x)
             entries = Entries(codes.latents, codes.starts, len(self.W_dec))
-            return Inferred(self.decode(codes), firings(codes.acts, entries))
+            return self.decode_shard(codes), firings(codes.acts, entries)
         inputs = self.encoder_inputs(x)
         blocks = self.products(inputs, self.W_enc.dtype).blocks
-        parts, fired = self.decode_above(blocks, thresholds, len(inputs))
-        return Inferred(self.axis.scatter_sum(parts) + self.b_dec, fired)
+        return self.decode_above(blocks, thresholds, len(inputs))
 
     def objective(self, rows: Rows, context: StepContext) -> Output:
         """The loss of this rank's rows. All ranks have the same number of rows. Collective."""
@@ -237,9 +246,13 @@ class Dictionary(nn.Module):
     @torch.no_grad()
     def decode(self, codes: Codes) -> Float[Tensor, "batch d_out"]:
         """x_hat = acts W_dec + b_dec, of this rank's rows."""
+        return self.axis.scatter_sum(self.decode_shard(codes)) + self.b_dec
+
+    @torch.no_grad()
+    def decode_shard(self, codes: Codes) -> Float[Tensor, "rows d_out"]:
+        """This shard's part of x_hat - b_dec, of the replica's rows."""
         entries = Entries(codes.latents, codes.starts, len(self.W_dec))
-        parts = self.kernels.combine(codes.acts, entries, self.W_dec)
-        return self.axis.scatter_sum(parts) + self.b_dec
+        return self.kernels.combine(codes.acts, entries, self.W_dec)
 
     @torch.no_grad()
     def decode_above(

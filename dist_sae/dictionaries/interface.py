@@ -1,7 +1,7 @@
 """The types that go in and out of dictionaries and selections."""
 
 from collections.abc import Callable, Iterable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -43,6 +43,9 @@ class Selection(Protocol):
 
     measured: tuple[str, ...]
     """Buffers of the dictionary that are measured on batches with the parameters as they are."""
+    row_limit: int | None
+    """Codes that a row keeps at inference, the largest of all shards'; None where every shard
+    decides about its own latents."""
 
     def encode(self, products: Products) -> Selected:
         """Codes, as at inference."""
@@ -73,6 +76,24 @@ class Inferred(NamedTuple):
     """Reconstruction of the targets of this rank's rows."""
     firings: Int[Tensor, " n_local"]
     """Rows of the replica in which each latent of this shard is active."""
+
+
+@runtime_checkable
+class Inference(Protocol):
+    """A trained dictionary as its users see it, in memory or on disk."""
+
+    @property
+    def n_latents(self) -> int:
+        """Width of the whole dictionary."""
+        ...
+
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
+        """Codes of inputs."""
+        ...
+
+    def infer(self, x: Float[Tensor, "batch d_in"]) -> Inferred:
+        """Reconstructions and firings."""
+        ...
 
 
 class StepContext(NamedTuple):

@@ -1,6 +1,7 @@
 """Metrics of a dictionary, as sums over a data set, never means of per-batch ratios."""
 
 import math
+from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 import torch
@@ -9,6 +10,7 @@ from torch import Tensor
 
 from dist_sae.dictionaries.interface import Inferred
 
+_PIECE_ROWS = 4096
 _DUPLICATE_COSINE = 0.9
 _DUPLICATES_OF = 4096
 DUPLICATES_CHUNK_LATENTS = 16_384
@@ -45,8 +47,8 @@ class Fit(NamedTuple):
             mean: Mean of the targets over the data set (not the batch), in their scale.
         """
         return Fit(
-            self.squared_error + (targets - found.x_hat).double().square().sum(),
-            self.squared_total + (targets - mean).double().square().sum(),
+            self.squared_error + _squared_distance(targets, found.x_hat),
+            self.squared_total + _squared_distance(targets, mean.expand_as(targets)),
             self.active + found.firings.sum(),
             self.rows + len(targets),
             self.counts + found.firings,
@@ -68,6 +70,15 @@ class Fit(NamedTuple):
         return self.counts.double() / self.rows
 
 
+def _squared_distance(
+    targets: Float[Tensor, "batch d_out"], others: Float[Tensor, "batch d_out"]
+) -> Float[Tensor, ""]:
+    """Sum of squared differences in fp64, some rows at a time: these are large copies."""
+    pieces = zip(torch.split(targets, _PIECE_ROWS), torch.split(others, _PIECE_ROWS), strict=True)
+    sums = [(one - other).double().square().sum() for one, other in pieces]
+    return torch.stack(sums).sum()
+
+
 def ce_recovered(clean: float, spliced: float, ablated: float) -> float:
     """Share of the ablation's loss that the reconstruction recovers: 1 all, 0 none.
 
@@ -81,7 +92,7 @@ def ce_recovered(clean: float, spliced: float, ablated: float) -> float:
 
 @torch.no_grad()
 def duplicate_shares(
-    W_dec: Float[Tensor, "n_latents d_in"], experts: int = 1
+    W_dec: Callable[[], Iterable[Float[Tensor, "_ d_in"]]], n_latents: int, experts: int = 1
 ) -> tuple[float, float]:
     """Return the share of latents with a duplicate, and with one in another expert.
 
@@ -89,22 +100,27 @@ def duplicate_shares(
     for 4,096 evenly spaced latents, each against all.
 
     Args:
-        W_dec: The whole decoder.
+        W_dec: Gives the decoder's parts, in order; called twice.
+        n_latents: Latents of all parts.
         experts: Equal parts of the latents.
     """
-    n = len(W_dec)
-    looked_at = torch.linspace(0, n - 1, min(n, _DUPLICATES_OF), device=W_dec.device).long()
-    directions = torch.nn.functional.normalize(W_dec[looked_at], dim=1)
-    width = n // experts
-    found = torch.zeros(2, len(looked_at), dtype=torch.bool, device=W_dec.device)
-    for first in range(0, n, DUPLICATES_CHUNK_LATENTS):
-        others = torch.nn.functional.normalize(
-            W_dec[first : first + DUPLICATES_CHUNK_LATENTS], dim=1
-        )
+    looked_at = torch.linspace(0, n_latents - 1, min(n_latents, _DUPLICATES_OF)).long()
+    chosen, first = [], 0
+    for part in W_dec():
+        here = (looked_at >= first) & (looked_at < first + len(part))
+        chosen.append(torch.nn.functional.normalize(part[looked_at[here] - first], dim=1))
+        first += len(part)
+    directions = torch.cat(chosen)
+    width = n_latents // experts
+    found = torch.zeros(2, len(looked_at), dtype=torch.bool)
+    first = 0
+    for piece in (p for part in W_dec() for p in torch.split(part, DUPLICATES_CHUNK_LATENTS)):
+        others = torch.nn.functional.normalize(piece, dim=1)
         near = directions @ others.T > _DUPLICATE_COSINE
-        numbers = torch.arange(first, first + len(others), device=W_dec.device)
+        numbers = torch.arange(first, first + len(others))
         near &= numbers != looked_at[:, None]
         found[0] |= near.any(1)
         found[1] |= (near & (numbers // width != looked_at[:, None] // width)).any(1)
+        first += len(others)
     anywhere, elsewhere = found.double().mean(1).tolist()
     return anywhere, elsewhere

@@ -42,6 +42,7 @@ class RowTopK:
     def __init__(
         self, sae: Dictionary, k: int, axis: LatentAxis, *, parts: int = 1, width: int | None = None
     ) -> None:
+        self.row_limit = k if width is None else None  # experts lie on one shard each
         self._sae = sae
         self._k = k
         self._axis = axis
@@ -82,6 +83,7 @@ class Threshold:
     """
 
     measured: tuple[str, ...] = ()
+    row_limit: int | None = None
 
     def __init__(
         self, sae: Dictionary, thresholds: Callable[[torch.dtype], Float[Tensor, " n_local"]]
@@ -109,6 +111,7 @@ class BatchTopK:
     """
 
     measured: tuple[str, ...] = ("threshold",)
+    row_limit: int | None = None
 
     def __init__(self, sae: Dictionary, decay: float) -> None:
         self._sae = sae

@@ -170,8 +170,10 @@ def test_duplicates_are_near_copies_of_other_latents(monkeypatch: pytest.MonkeyP
     W_dec[7] = -W_dec[6]  # the other way round is another feature
     for chunk in (16_384, 5):
         monkeypatch.setattr(metrics, "DUPLICATES_CHUNK_LATENTS", chunk)
-        assert duplicate_shares(W_dec, 4) == pytest.approx((4 / 12, 2 / 12))
-        assert duplicate_shares(W_dec) == pytest.approx((4 / 12, 0))
+        assert duplicate_shares(lambda: [W_dec[:5], W_dec[5:]], 12, 4) == pytest.approx(
+            (4 / 12, 2 / 12)
+        )
+        assert duplicate_shares(lambda: [W_dec], 12) == pytest.approx((4 / 12, 0))
 
 
 class Reads(TorchDispatchMode):  # type: ignore[no-untyped-call]

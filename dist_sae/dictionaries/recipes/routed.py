@@ -37,7 +37,6 @@ from dist_sae.dictionaries.exchange import ExpertExchange
 from dist_sae.dictionaries.init import first_rows, initialise_tied, random_rows, rescale_encoder
 from dist_sae.dictionaries.interface import (
     Codes,
-    Inferred,
     LossTerms,
     Output,
     Products,
@@ -153,16 +152,17 @@ class Routed(WithAuxK):
         return Codes(found.values, found.latents, select.starts_of(found.rows, len(centred)))
 
     @torch.no_grad()
-    def infer(self, x: Float[Tensor, "batch d_in"]) -> Inferred:
+    def infer_shard(
+        self, x: Float[Tensor, "batch d_in"]
+    ) -> tuple[Float[Tensor, "rows d_out"], Int[Tensor, " n_local"]]:
         thresholds = self.inference_thresholds()
         if thresholds is None:
-            return super().infer(x)
+            return super().infer_shard(x)
         centred = self.encoder_inputs(x)
         rows, gates, arrived = self._come_here(centred)
         products = self._expert_products(centred[rows], arrived, self.W_enc.dtype, len(centred))
         parts, fired = self.decode_above(products.blocks, thresholds, len(rows))
-        parts = torch.zeros_like(centred).index_add_(0, rows, parts.mul_(gates[:, None]))
-        return Inferred(self.axis.scatter_sum(parts) + self.b_dec, fired)
+        return torch.zeros_like(centred).index_add_(0, rows, parts.mul_(gates[:, None])), fired
 
     def _come_here(
         self, centred: Float[Tensor, "rows d_in"]
