@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from dist_sae.checkpoint import older
-from dist_sae.errors import CorruptObjectError
+from dist_sae.errors import CorruptObjectError, StoreError
 from dist_sae.storage import ObjectStore
 from dist_sae.storage.own import OwnKeys
 from dist_sae.storage.records import READS, Record, digest, read_record, seal
@@ -233,6 +233,11 @@ class Checkpoints:
     def folders(self) -> set[int]:
         """Steps of complete and incomplete checkpoints."""
         return {int(key["step"]) for key in self._keys.keys(self._store)}
+
+    def has_raised(self, exc: StoreError) -> bool:
+        """True if an error is about one of these checkpoints, not about something else."""
+        key = self._prefix if exc.key is None else exc.key
+        return exc.url == self._store.url and key.startswith(self._prefix)
 
     def write(self, step: int, pieces: Iterable[Piece]) -> dict[str, TensorRecord]:
         """Store one rank's pieces; `commit` with all ranks' records completes the checkpoint."""

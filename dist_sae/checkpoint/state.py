@@ -1,7 +1,7 @@
 """Saves and restores the state of a training run."""
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container, Iterator, Mapping
 from typing import NamedTuple, Protocol
 
 import torch
@@ -154,13 +154,25 @@ def weights_of(checkpoint: Checkpoint) -> dict[str, str]:
 
 
 @torch.no_grad()
-def load_weights(sae: Dictionary, checkpoint: Checkpoint) -> None:
-    """Fill a dictionary or a shard for inference, with the weights' running mean if there is one.
+def load_weights(
+    sae: Dictionary,
+    checkpoint: Checkpoint,
+    stored: Mapping[str, str] | None = None,
+    leave_out: Container[str] = (),
+) -> None:
+    """Fill a dictionary or one shard for inference, with the mean of the weights if there is one.
 
     The mean of unit rows may be a little shorter than one, so the recipe's constraint is applied.
+
+    Args:
+        sae: The dictionary.
+        checkpoint: The checkpoint.
+        stored: Names of its tensors in the checkpoint; None looks for them (`weights_of`).
+        leave_out: Tensors that are not needed.
     """
-    stored = weights_of(checkpoint)
-    for name, tensor in sae.state_dict().items():
-        first = sae.first_latent if is_per_latent(sae, name) else 0
-        checkpoint.fill(tensor, stored[name], first)
+    stored = weights_of(checkpoint) if stored is None else stored
+    for name, tensor in sae.tensors():
+        if name not in leave_out:
+            first = sae.first_latent if sae.is_per_latent(name) else 0
+            checkpoint.fill(tensor, stored[name], first)
     sae.constrain()

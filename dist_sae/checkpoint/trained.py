@@ -2,7 +2,6 @@
 
 import logging
 from collections.abc import Callable, Mapping
-from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import torch
@@ -10,10 +9,10 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
-from dist_sae.checkpoint.state import IDLE_ROWS, load_weights
+from dist_sae.checkpoint.pages import PagedDictionary
+from dist_sae.checkpoint.state import IDLE_ROWS
 from dist_sae.config import Run
 from dist_sae.config.fingerprint import check_same_run
-from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.errors import ConfigError, CorruptObjectError, ObjectNotFoundError, PlanMismatchError
 from dist_sae.storage import ObjectStore
@@ -24,12 +23,12 @@ Result = TypeVar("Result")
 
 
 class Trained(NamedTuple):
-    """A whole trained dictionary with its checkpoint and normaliser."""
+    """A trained dictionary with its checkpoint and normaliser."""
 
     run: Run
     """Settings it was trained with, from the checkpoint, but with the given run file's stores."""
     checkpoint: Checkpoint
-    sae: Dictionary
+    pages: PagedDictionary
     scale: float
     """Factor by which activations are multiplied."""
     mean: Float[Tensor, " d_in"]
@@ -44,6 +43,11 @@ class Trained(NamedTuple):
     def step(self) -> int:
         """Steps done."""
         return self.checkpoint.step
+
+    @property
+    def sae(self) -> Dictionary:
+        """The whole dictionary, in memory."""
+        return self.pages.whole()
 
     def check_plan(self, plan: str) -> None:
         """Make sure that the run was trained on the given activation set.
@@ -67,11 +71,26 @@ def read_trained(runs: ObjectStore, run: Run, step: int | None = None) -> Traine
 
     Args and errors: see `use_checkpoint`.
     """
-    found = use_checkpoint(runs, run, step, partial(_read, run))
-    if found is None:
-        return None
-    name_suffix = "" if step is None else suffix(runs, run, step)
-    return found._replace(suffix=name_suffix)
+    return use_trained(runs, run, step, lambda trained: trained)
+
+
+def use_trained(
+    runs: ObjectStore,
+    run: Run,
+    step: int | None,
+    use: Callable[[Trained], Result],
+    memory_bytes: int | None = None,
+) -> Result | None:
+    """Call `use` with a dictionary that reads its checkpoint as long as it is used.
+
+    Args and errors: see `use_checkpoint`, and for `memory_bytes` `PagedDictionary`.
+    """
+
+    def read(checkpoint: Checkpoint) -> Result:
+        name_suffix = "" if step is None else suffix(runs, run, step)
+        return use(_read(run, checkpoint, name_suffix, memory_bytes))
+
+    return use_checkpoint(runs, run, step, read)
 
 
 def use_checkpoint(
@@ -101,6 +120,8 @@ def use_checkpoint(
         try:
             return use(checkpoints.open(left[-1]))
         except (CorruptObjectError, ObjectNotFoundError) as exc:
+            if not checkpoints.has_raised(exc):  # something else that `use` reads
+                raise
             if left[-1] in checkpoints.steps():
                 logger.error("skipping the checkpoint of step %d: %s", left[-1], exc)
             tried[left[-1]] = exc.with_traceback(None)  # it would keep a dictionary in memory
@@ -168,10 +189,9 @@ def check_own(settings: Mapping[str, Any], run: Run) -> Run:
     return check_same_run(settings, run, place, remedy)
 
 
-def _read(run: Run, checkpoint: Checkpoint) -> Trained:
+def _read(run: Run, checkpoint: Checkpoint, name_suffix: str, memory_bytes: int | None) -> Trained:
     own = trained_run(checkpoint, run)
     mean = torch.tensor(checkpoint.scalars["mean"])
-    sae = build_sae(own.sae, len(mean))
-    load_weights(sae, checkpoint)
+    pages = PagedDictionary(own.sae, len(mean), checkpoint, memory_bytes)
     scale = float(checkpoint.scalars["scale"])
-    return Trained(own, checkpoint, sae, scale, mean, checkpoint.read(IDLE_ROWS), "")
+    return Trained(own, checkpoint, pages, scale, mean, checkpoint.read(IDLE_ROWS), name_suffix)

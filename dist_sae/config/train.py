@@ -104,6 +104,11 @@ class EvaluateConfig(Section):
     """Held-out contexts for the cross-entropy with the reconstruction spliced in."""
     latents: NonNegativeInt = 24
     """Latents shown in the report with their top activating text."""
+    memory_bytes: int = Field(2_000_000_000, ge=100_000_000)
+    """Memory for the dictionary and the rows it meets, in `evaluate` and `report`, beside what the
+    programs and the language model take. A dictionary that takes at most half stays in memory; a
+    wider one is read part by part, again for each batch of rows, of which more memory makes fewer.
+    """
 
 
 class ExportConfig(Section):

@@ -18,7 +18,7 @@ from dist_sae.data.corpus import Corpus
 from dist_sae.data.plan import Plan, as_planned, check_model, read_unit
 from dist_sae.data.row_filters import admitted, of_usual_norm
 from dist_sae.data.tokens import TokenBatch, cut, pack
-from dist_sae.dictionaries.base import Dictionary
+from dist_sae.dictionaries.interface import Inference
 from dist_sae.dictionaries.metrics import ce_recovered
 from dist_sae.environment import versions
 from dist_sae.errors import HeadlessError, NonFiniteError
@@ -31,7 +31,7 @@ _RESAMPLES = 1000
 
 
 def cross_entropies(
-    activations: ActivationSet, run: Run, sae: Dictionary, scale: float, mean: Tensor
+    activations: ActivationSet, run: Run, sae: Inference, scale: float, mean: Tensor
 ) -> dict[str, Any]:
     """Measure the model's losses with the site's admitted rows replaced.
 

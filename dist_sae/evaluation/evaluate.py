@@ -12,12 +12,12 @@ from torch import Tensor
 from dist_sae import __version__
 from dist_sae.checkpoint.layout import Checkpoint
 from dist_sae.checkpoint.lineage import Lineage
-from dist_sae.checkpoint.trained import Trained, find_checkpoint, none_yet, read_trained, suffix
+from dist_sae.checkpoint.pages import PagedDictionary
+from dist_sae.checkpoint.trained import Trained, find_checkpoint, none_yet, suffix, use_trained
 from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.plan import Plan, load_plan
-from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.metrics import Fit, duplicate_shares
 from dist_sae.environment import hardware, versions
 from dist_sae.errors import ConfigError, NonFiniteError
@@ -73,17 +73,21 @@ def evaluate(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> dic
         raise ConfigError("activations.heldout_share: is 0, so there are no rows to evaluate on")
     result = _known(runs, store, run, plan, step)
     if result is None:
-        trained = read_trained(runs, run, step)
-        if trained is None:
-            raise none_yet(runs, run)
-        trained.check_plan(plan.hash)
-        since = time.monotonic()
         patience = float(run.timeouts.missing_seconds)  # its default is an int
         activations = ActivationSet(store, plan, run.site, patience_seconds=patience)
-        result = _measure(runs, run, trained, activations)
-        result["evaluate_seconds"] = time.monotonic() - since
-        key = evaluation_key(run.name, trained.suffix)
-        runs.put(key, json.dumps(result, indent=1).encode())
+
+        def measure(trained: Trained) -> dict[str, Any]:
+            trained.check_plan(plan.hash)
+            since = time.monotonic()
+            result = _measure(runs, run, trained, activations)
+            result["evaluate_seconds"] = time.monotonic() - since
+            key = evaluation_key(run.name, trained.suffix)
+            runs.put(key, json.dumps(result, indent=1).encode())
+            return result
+
+        result = use_trained(runs, run, step, measure, run.evaluate.memory_bytes)
+        if result is None:
+            raise none_yet(runs, run)
     for name, value, labels in gauges("evaluate", result):
         meter.set(name, value, **labels)
     return result
@@ -121,12 +125,12 @@ def _made_from(run: Run, checkpoint: Checkpoint, plan: Plan, units: int) -> dict
 def _measure(
     runs: ObjectStore, run: Run, trained: Trained, activations: ActivationSet
 ) -> dict[str, Any]:
-    own, sae, scale, mean = trained.run, trained.sae, trained.scale, trained.mean
+    own, pages, scale, mean = trained.run, trained.pages, trained.scale, trained.mean
     plan = activations.plan
     fit = Fit.empty(own.sae.n_latents)
-    for acts in activations.heldout_rows(run.evaluate.rows):
+    for acts in pages.grouped(activations.heldout_rows(run.evaluate.rows)):
         x = acts * scale
-        fit = fit.add(x, sae.infer(x), mean)
+        fit = fit.add(x, pages.infer(x), mean)
     components = min(max(1, round(fit.l0)), len(mean))
     made = produced(activations.store, plan)
     result = {
@@ -138,11 +142,11 @@ def _measure(
         **_dead_shares(own, trained, trained.idle_rows.masked_fill(fit.counts > 0, 0)),
         "pca_fvu": pca_fvu(activations, mean / scale, run.evaluate.rows, components),
         "pca_components": components,
-        **_duplicates(own, sae),
+        **_duplicates(own, pages),
         **_density_histogram(fit),
     }
     if isinstance(run.model, HuggingFaceModel) and run.evaluate.contexts:
-        result |= cross_entropies(activations, run, sae, scale, mean)
+        result |= cross_entropies(activations, run, pages, scale, mean)
     bad = [name for name, value in result.items() if isinstance(value, float) and value != value]  # noqa: PLR0124
     if bad:
         raise NonFiniteError(f"{runs.url}/{run.name}: {', '.join(bad)} came out as NaN")
@@ -164,9 +168,9 @@ def _dead_shares(
     return shares
 
 
-def _duplicates(run: Run, sae: Dictionary) -> dict[str, float]:
+def _duplicates(run: Run, pages: PagedDictionary) -> dict[str, float]:
     experts = run.sae.n_experts or 1
-    anywhere, elsewhere = duplicate_shares(sae.W_dec, experts)
+    anywhere, elsewhere = duplicate_shares(lambda: pages.parts("W_dec"), pages.n_latents, experts)
     across = {"duplicate_share_across_experts": elsewhere} if experts > 1 else {}
     return {"duplicate_share": anywhere, **across}
 

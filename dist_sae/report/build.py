@@ -7,7 +7,7 @@ from typing import Any
 
 from dist_sae.checkpoint.folder import begun_run
 from dist_sae.checkpoint.lineage import Lineage
-from dist_sae.checkpoint.trained import Trained, check_own, find_checkpoint, read_trained, suffix
+from dist_sae.checkpoint.trained import Trained, check_own, find_checkpoint, suffix, use_trained
 from dist_sae.config import Run, dump_run
 from dist_sae.config.data import HuggingFaceModel, ModelConfig
 from dist_sae.config.fingerprint import run_fingerprint
@@ -74,29 +74,32 @@ def report(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
     if _is_there(runs, key, made_from):
         logger.info("the report says this already: %s/%s", runs.url, key)
         return f"{runs.url}/{key}"
-    trained = read_trained(runs, run, step)
-    if trained is not None:
-        trained.check_plan(plan.hash)
-    run = plan.resolve(run)  # not before: a run keeps the numbers that it began with
-    own = trained.run if trained else run
-    facts = subject(own, plan, made, trained.checkpoint if trained else None)
-    activation_set = ActivationSet(activations, plan, run.site, wait=False)
-    latents, latent_rows, no_latents = _latents(run, activation_set, trained)
-    page = Page(
-        title=run.name,
-        facts=list(_facts(run, trained, history, facts)),
-        run_file=_RUN_FILE,
-        made_from=made_from,
-        evaluation=evaluation,
-        history=history,
-        producer_seconds=made["seconds"],
-        void_settings=void_settings(own, plan),
-        latents=latents,
-        latent_rows=latent_rows,
-        no_latents=no_latents,
-    )
-    runs.put(key, render_page(page).encode())
-    return f"{runs.url}/{key}"
+    resolved = plan.resolve(run)  # not before: a run keeps the numbers that it began with
+    activation_set = ActivationSet(activations, plan, resolved.site, wait=False)
+
+    def write(trained: Trained | None) -> str:
+        if trained is not None:
+            trained.check_plan(plan.hash)
+        own = trained.run if trained else resolved
+        facts = subject(own, plan, made, trained.checkpoint if trained else None)
+        latents, latent_rows, no_latents = _latents(resolved, activation_set, trained)
+        page = Page(
+            title=run.name,
+            facts=list(_facts(resolved, trained, history, facts)),
+            run_file=_RUN_FILE,
+            made_from=made_from,
+            evaluation=evaluation,
+            history=history,
+            producer_seconds=made["seconds"],
+            void_settings=void_settings(own, plan),
+            latents=latents,
+            latent_rows=latent_rows,
+            no_latents=no_latents,
+        )
+        runs.put(key, render_page(page).encode())
+        return f"{runs.url}/{key}"
+
+    return use_trained(runs, run, step, write, run.evaluate.memory_bytes) or write(None)
 
 
 def report_key(run: Run, name_suffix: str = "") -> str:
@@ -119,7 +122,7 @@ def _latents(
     if trained is None:
         return [], 0, f"No checkpoint yet: run dist-sae train {_RUN_FILE}, {_AGAIN}"
     try:
-        views, rows = view_latents(run, activation_set, trained.sae, trained.scale)
+        views, rows = view_latents(run, activation_set, trained.pages, trained.scale)
     except (CorpusError, ModelError) as error:  # numbers and curves need no text
         return [], 0, f"The text cannot be shown: {error}"
     if not rows:

@@ -16,7 +16,7 @@ from dist_sae.data.corpus import Corpus
 from dist_sae.data.orders import permutation
 from dist_sae.data.plan import Plan, as_planned, read_unit
 from dist_sae.data.shard import read_block
-from dist_sae.dictionaries.base import Dictionary
+from dist_sae.dictionaries.interface import Inference
 from dist_sae.errors import CorpusError, ObjectNotFoundError
 from dist_sae.kernels import Entries
 from dist_sae.models import Tokenizer, build_tokenizer
@@ -82,7 +82,7 @@ class Firings(NamedTuple):
 
 
 def view_latents(
-    run: Run, activation_set: ActivationSet, sae: Dictionary, scale: float
+    run: Run, activation_set: ActivationSet, sae: Inference, scale: float
 ) -> tuple[list[LatentView], int]:
     """View a sample of latents over the whole range of densities; returns the rows read as well.
 
@@ -106,7 +106,7 @@ def view_latents(
 
 
 def read_firings(
-    activation_set: ActivationSet, sae: Dictionary, scale: float, most_rows: int
+    activation_set: ActivationSet, sae: Inference, scale: float, most_rows: int
 ) -> Firings:
     """Encode rows, held-out ones first, until there are enough rows or active entries."""
     parts: list[Firings] = []
@@ -139,7 +139,7 @@ def read_firings(
     return Firings(*map(torch.cat, zip(*parts, strict=True)))
 
 
-def _active(sae: Dictionary, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _active(sae: Inference, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Return codes, latents and rows of the active entries."""
     codes = sae.encode(x)
     entries = Entries(codes.latents, codes.starts, sae.n_latents)

@@ -11,23 +11,27 @@ import pytest
 import torch
 import transformers
 
-from dist_sae.checkpoint.layout import Checkpoints
+from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
+from dist_sae.checkpoint.pages import PagedDictionary
 from dist_sae.checkpoint.state import IDLE_ROWS
 from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.config.fingerprint import run_fingerprint
+from dist_sae.config.sae import SaeConfig
 from dist_sae.data.plan import load_plan
 from dist_sae.data.shard import manifest_key
 from dist_sae.data.work_queue import Worker
 from dist_sae.dictionaries import build_sae
-from dist_sae.errors import EXIT_RESUMABLE, ConfigError, UnitMissingError
+from dist_sae.errors import EXIT_RESUMABLE, ConfigError, ObjectNotFoundError, UnitMissingError
 from dist_sae.evaluation.evaluate import evaluate
+from dist_sae.evaluation.pca import pca_fvu
 from dist_sae.interop.export import export
 from dist_sae.models import build_tokenizer
 from dist_sae.models.spliced import SplicedModel
 from dist_sae.producing.loop import produce
 from dist_sae.producing.planner import plan
 from dist_sae.report.build import report
+from dist_sae.report.latents import LatentView, view_latents
 from dist_sae.storage import open_store
 from dist_sae.telemetry.exporter import Telemetry
 from tests.dictionaries.recipes import sae_rows
@@ -176,6 +180,79 @@ def test_cross_entropies_are_those_of_the_plain_model(run: Run) -> None:
         assert low < result[name] < high
 
 
+@pytest.fixture
+def pages_of_five(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Leave memory for five latents at a time."""
+
+    def paged(config: SaeConfig, d_in: int, checkpoint: Checkpoint, _: int) -> PagedDictionary:
+        made = PagedDictionary(config, d_in, checkpoint, 4 * 5 * (2 * D + 2) * 4)
+        assert [len(part) for part in made.parts("W_dec")] == [*6 * [5], 2]
+        return made
+
+    monkeypatch.setattr("dist_sae.checkpoint.trained.PagedDictionary", paged)
+
+
+def test_pages_give_the_same_numbers_and_latents(
+    run: Run, request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    results, views = [], list[list[LatentView]]()
+
+    def keep(*args: Any) -> Any:
+        found = view_latents(*args)
+        views.append(found[0])
+        return found
+
+    monkeypatch.setattr("dist_sae.report.build.view_latents", keep)
+    for _ in range(2):
+        results.append(evaluate(run))
+        report(run)
+        for path in (Path(run.store.runs) / "language").glob("*/report.html"):
+            path.unlink()
+        (Path(run.store.runs) / "language/evaluation.json").unlink()
+        request.getfixturevalue("pages_of_five")
+    expected, found = results
+    assert found.keys() == expected.keys()
+    for name in found.keys() - {"evaluate_seconds", "intervals"}:
+        wanted = expected[name]
+        if isinstance(wanted, float):
+            wanted = pytest.approx(wanted, rel=1e-5)
+        assert found[name] == wanted, name
+    assert len(views[0]) == 2
+    for one, other in zip(*views, strict=True):
+        assert (one.latent, one.firings, one.counts) == (other.latent, other.firings, other.counts)
+
+
+@pytest.mark.usefixtures("pages_of_five")
+def test_a_checkpoint_that_its_trainer_deletes_meanwhile_has_a_newer_one(
+    run: Run, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It is measured instead, from the beginning; nothing else that is missing is taken for it."""
+    checkpoints = Checkpoints(open_store(run.store.runs), run.name, 1)
+    older = checkpoints.open(10)
+    tensors = older.tensors
+
+    def train_on(*args: Any) -> float:
+        if checkpoints.steps()[-1] == 10:
+            save(checkpoints, 12, tensors | {"W_dec": torch.eye(32, D)}, older.scalars)
+        return pca_fvu(*args)
+
+    monkeypatch.setattr("dist_sae.evaluation.evaluate.pca_fvu", train_on)
+    found = evaluate(run)
+    assert checkpoints.steps() == [12]
+    assert found["step"] == 12
+    assert found == evaluate(run) == evaluation(run)
+    assert not caplog.records
+
+    def missing(*args: Any) -> float:
+        raise ObjectNotFoundError("no such object", url=run.store.activations, key="units/0")
+
+    monkeypatch.setattr("dist_sae.evaluation.evaluate.pca_fvu", missing)
+    save(checkpoints, 13, tensors, older.scalars)
+    with pytest.raises(ObjectNotFoundError, match="units/0"):
+        evaluate(run)
+    assert not caplog.records
+
+
 def text_of(run: Run) -> list[str]:
     return Path(run.store.activations).with_name("text.txt").read_text().splitlines()
 
@@ -201,7 +278,7 @@ def test_what_is_done_is_not_done_again(run: Run, monkeypatch: pytest.MonkeyPatc
     files = [place / "cfg.json", place / "sae_weights.safetensors", page]
     before = [path.stat().st_mtime_ns for path in files]
     with monkeypatch.context() as patch:
-        patch.setattr("dist_sae.checkpoint.trained.load_weights", None)  # no weights are read
+        patch.setattr("dist_sae.checkpoint.pages.load_weights", None)  # no weights are read
         assert evaluate(run) == first
         assert (export(run), report(run)) == (str(place), str(page))
     assert [path.stat().st_mtime_ns for path in files] == before

@@ -1,0 +1,251 @@
+"""A trained dictionary of any width in bounded memory, read from its checkpoint page by page.
+
+A page is some consecutive latents, and a dictionary of its own (`PageAxis`). Where every shard
+decides about its own latents (thresholds, experts), one turn over the pages sums their parts of
+x_hat. Where a row keeps its k largest codes, a first turn merges what the pages would keep, and a
+second one decodes that. A turn reads all weights, so it should have many rows: `grouped`.
+"""
+
+from collections.abc import Container, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dist_sae.checkpoint.layout import Checkpoint
+from dist_sae.checkpoint.state import load_weights, weights_of
+from dist_sae.config.sae import SaeConfig
+from dist_sae.dictionaries import build_sae
+from dist_sae.dictionaries.axis import PageAxis
+from dist_sae.dictionaries.base import Dictionary
+from dist_sae.dictionaries.interface import Codes, Inferred
+from dist_sae.kernels import Entries, select
+from dist_sae.kernels.keys import NOTHING, from_keys, to_keys
+
+SLICE_ROWS = 4096
+"""Rows that meet a page at a time."""
+
+
+class PagedDictionary:
+    """A trained dictionary, in memory if it takes at most half of the bytes allowed.
+
+    Otherwise a quarter is for a page, one for the next page, which is read meanwhile, and one for
+    rows; the last is for products, and for the part of a tensor that is being read.
+
+    Args:
+        config: The recipe.
+        d_in: Width of the activations.
+        checkpoint: Has the weights.
+        memory_bytes: Bytes allowed; None keeps the whole dictionary in memory. A page holds at
+            least one latent, or expert.
+        dtype: Precision of the weights.
+
+    Raises:
+        CorruptObjectError, ObjectNotFoundError: The checkpoint is damaged or has been deleted; all
+            methods raise them as well.
+    """
+
+    def __init__(
+        self,
+        config: SaeConfig,
+        d_in: int,
+        checkpoint: Checkpoint,
+        memory_bytes: int | None = None,
+        dtype: torch.dtype = torch.float32,
+    ) -> None:
+        self._config = config
+        self._d_in = d_in
+        self._checkpoint = checkpoint
+        self._dtype = dtype
+        self._stored = weights_of(checkpoint)
+        with torch.device("meta"):
+            shape = build_sae(config, d_in, dtype=dtype)
+        self._per_latent = {name for name, _ in shape.tensors() if shape.is_per_latent(name)}
+        self._decoder = shape.decoder
+        self._d_out = shape.W_dec.shape[1]
+        self._row_limit = shape.selection.row_limit
+        n_bytes = sum(tensor.nbytes for _, tensor in shape.tensors())
+        self._page_latents = config.n_latents
+        self._in_memory: Dictionary | None = None
+        if memory_bytes is None or 2 * n_bytes <= memory_bytes:
+            self._in_memory = self.whole()
+            return
+        self._memory: list[dict[str, Tensor]] = [{}, {}]
+        """Of two pages, used again and again: a module would keep its own until it is collected."""
+        quarter = memory_bytes // 4
+        self._page_latents = _page_latents(config, quarter * config.n_latents // n_bytes)
+        # rows and scaled rows; reconstructions; keys and codes
+        row_bytes = 8 * d_in + 4 * self._d_out + 12 * (self._row_limit or 0)
+        self._turn_rows = max(1, quarter // row_bytes // SLICE_ROWS) * SLICE_ROWS
+
+    @property
+    def n_latents(self) -> int:
+        """Width of the whole dictionary."""
+        return self._config.n_latents
+
+    def whole(self) -> Dictionary:
+        """The whole dictionary, in memory."""
+        if self._in_memory is not None:
+            return self._in_memory
+        sae = build_sae(self._config, self._d_in, dtype=self._dtype)
+        load_weights(sae, self._checkpoint, self._stored)
+        return sae
+
+    def parts(self, name: str) -> Iterator[Tensor]:
+        """Yield a tensor that has a row for every latent part by part, in order."""
+        if self._in_memory is not None:
+            yield self._in_memory.get_parameter(name).detach()
+            return
+        for page in self._pages(self._per_latent - {name}):
+            yield page.get_parameter(name).detach()
+
+    def grouped(self, batches: Iterator[Float[Tensor, "_ d_in"]]) -> Iterator[Tensor]:
+        """Join batches of rows to ones for a turn over the pages; in memory they stay as they are.
+
+        A batch is overwritten by the next.
+        """
+        if self._in_memory is not None:
+            yield from batches
+            return
+        joined, n = torch.empty(self._turn_rows, self._d_in), 0
+        for batch in batches:
+            for piece in torch.split(batch, SLICE_ROWS):
+                fits = min(len(piece), len(joined) - n)
+                joined[n : n + fits] = piece[:fits]
+                n += fits
+                if n == len(joined):
+                    yield joined
+                    n = len(piece) - fits
+                    joined[:n] = piece[fits:]
+        if n:
+            yield joined[:n]
+
+    @torch.no_grad()
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
+        """Codes of inputs, as of the whole dictionary: see `Dictionary.encode`."""
+        if self._in_memory is not None:
+            return self._in_memory.encode(x)
+        if self._row_limit:
+            return self._largest(x, self._row_limit).codes(slice(None), range(self.n_latents))
+        found = []
+        for page in self._pages(self._decoder):
+            for rows in _slices(x):
+                acts, latents, starts = page.encode(x[rows])
+                places = Entries(latents, starts, self._page_latents).rows + rows.start
+                found.append(select.Candidates(acts, places, latents + page.first_latent))
+        acts, places, latents = select.by_row(
+            select.Candidates(*map(torch.cat, zip(*found, strict=True)))
+        )
+        return Codes(acts, latents, select.starts_of(places, len(x)))
+
+    @torch.no_grad()
+    def infer(self, x: Float[Tensor, "batch d_in"]) -> Inferred:
+        """Reconstructions and firings, as of the whole dictionary: see `Dictionary.infer`."""
+        if self._in_memory is not None:
+            return self._in_memory.infer(x)
+        largest = self._largest(x, self._row_limit) if self._row_limit else None
+        x_hat = torch.zeros(len(x), self._d_out, dtype=self._dtype)
+        firings = [] if largest is None else [largest.firings(self.n_latents)]
+        b_dec = torch.zeros(())
+        for page in self._pages(() if largest is None else self._per_latent - self._decoder):
+            latents, b_dec = page.axis.latents(self.n_latents), page.b_dec
+            fired = torch.zeros(len(latents), dtype=torch.int32)
+            for rows in _slices(x):
+                if largest is None:
+                    part, of_rows = page.infer_shard(x[rows])
+                    fired += of_rows
+                else:
+                    part = page.decode_shard(largest.codes(rows, latents))
+                x_hat[rows] += part
+            if largest is None:
+                firings.append(fired)
+        return Inferred(x_hat.add_(b_dec), torch.cat(firings))
+
+    def _largest(self, x: Tensor, limit: int) -> "_Largest":
+        largest = _Largest(len(x), limit, self._dtype)
+        for page in self._pages(self._decoder):
+            for rows in _slices(x):
+                largest.take(rows, page.encode(x[rows]), page.first_latent)
+        return largest
+
+    def _pages(self, leave_out: Container[str]) -> Iterator[Dictionary]:
+        """Yield the pages in order, each overwritten by the next but one, which is read meanwhile."""
+        n_pages = -(-self.n_latents // self._page_latents)
+        with ThreadPoolExecutor(1, "page") as reader:
+            coming = reader.submit(self._read, 0, leave_out)
+            for number in range(1, n_pages):
+                page, coming = coming.result(), reader.submit(self._read, number, leave_out)
+                yield page
+            yield coming.result()
+
+    def _read(self, number: int, leave_out: Container[str]) -> Dictionary:
+        first = number * self._page_latents
+        latents = range(first, min(first + self._page_latents, self.n_latents))
+        with torch.device("meta"):
+            page = build_sae(self._config, self._d_in, PageAxis(page=latents), dtype=self._dtype)
+        memory, tensors = self._memory[number % 2], {}
+        for name, tensor in page.tensors():
+            if name not in memory:  # a first page, which is the largest
+                memory[name] = torch.zeros(tensor.shape, dtype=tensor.dtype)
+            tensors[name] = memory[name][: len(tensor)]
+        page.load_state_dict(tensors, assign=True)
+        load_weights(page, self._checkpoint, self._stored, leave_out)
+        return page
+
+
+class _Largest:
+    """The largest codes of each row, of the pages so far.
+
+    Args:
+        rows: Number of rows.
+        limit: Codes of a row.
+        dtype: Precision of the codes.
+    """
+
+    def __init__(self, rows: int, limit: int, dtype: torch.dtype) -> None:
+        self._keys = torch.full((rows, limit), NOTHING)
+        self._acts = torch.zeros(rows, limit, dtype=dtype)
+
+    def take(self, rows: slice, codes: Codes, first: int) -> None:
+        """Take in a page's codes of some rows, with the number of the page's first latent."""
+        limit = self._keys.shape[1]
+        entries = Entries(codes.latents, codes.starts, 0)
+        places = torch.arange(len(codes.acts)) - codes.starts[entries.rows]
+        keys = torch.full((len(codes.starts), limit), NOTHING)
+        acts = torch.zeros(len(codes.starts), limit, dtype=self._acts.dtype)
+        keys[entries.rows, places] = to_keys(codes.acts, codes.latents + first)
+        acts[entries.rows, places] = codes.acts
+        keys = torch.cat([self._keys[rows], keys], 1)
+        self._keys[rows], chosen = keys.topk(limit, dim=1, sorted=False)
+        self._acts[rows] = torch.cat([self._acts[rows], acts], 1).gather(1, chosen)
+
+    def codes(self, rows: slice, latents: range) -> Codes:
+        """The codes of some rows and consecutive latents, which are numbered from their first."""
+        keys = self._keys[rows]
+        which = from_keys(keys)[1]
+        here = (keys > NOTHING) & (which >= latents.start) & (which < latents.stop)
+        counts = here.sum(1)
+        return Codes(self._acts[rows][here], which[here] - latents.start, counts.cumsum(0) - counts)
+
+    def firings(self, n_latents: int) -> Tensor:
+        """Rows in which each latent is active."""
+        fired = torch.zeros(n_latents, dtype=torch.int32)
+        for rows in _slices(self._keys):
+            latents = from_keys(self._keys[rows])[1][self._acts[rows] > 0]
+            fired += torch.bincount(latents, minlength=n_latents)
+        return fired
+
+
+def _slices(x: Tensor) -> Iterator[slice]:
+    for start in range(0, len(x), SLICE_ROWS):
+        yield slice(start, start + SLICE_ROWS)
+
+
+def _page_latents(config: SaeConfig, fitting: int) -> int:
+    """Latents of a page, with room for so many: whole experts, or chunks of the product."""
+    if config.n_experts:
+        unit = config.n_latents // config.n_experts
+    else:
+        unit = select.CHUNK_LATENTS if fitting >= select.CHUNK_LATENTS else 1
+    return max(1, fitting // unit) * unit

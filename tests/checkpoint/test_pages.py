@@ -1,0 +1,121 @@
+"""A dictionary that is read page by page equals the whole one in memory."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+
+from dist_sae.checkpoint import pages
+from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
+from dist_sae.checkpoint.pages import PagedDictionary
+from dist_sae.config.sae import DictionaryConfig
+from dist_sae.dictionaries.base import Dictionary
+from dist_sae.dictionaries.interface import Codes
+from dist_sae.kernels import Entries
+from dist_sae.storage import open_store
+from tests.dictionaries.recipes import (
+    BATCH,
+    CONFIGS,
+    D_IN,
+    N_LATENTS,
+    K,
+    make,
+    relative_error,
+    rows,
+)
+from tests.world import save
+
+RECIPES = CONFIGS | {
+    "routed by batch": CONFIGS["routed"].model_copy(update={"selection": "batch"}),
+    "routed to one": CONFIGS["routed"].model_copy(update={"experts_per_row": 1, "experts": 8}),
+}
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-6}
+
+
+def saved(folder: Path, sae: Dictionary) -> Checkpoint:
+    if "threshold" in dict(sae.named_buffers()):
+        sae.get_buffer("threshold").copy_(torch.tensor([0.9, 1.5]))
+    checkpoints = Checkpoints(open_store(str(folder)), "run", 1)
+    save(checkpoints, 1, dict(sae.tensors()), {})
+    return checkpoints.open(1)
+
+
+def paged(
+    checkpoint: Checkpoint, config: DictionaryConfig, latents: int, dtype: torch.dtype
+) -> PagedDictionary:
+    """A dictionary with so many latents on a page."""
+    of_latent = 2 * D_IN + 3  # two weights, a bias, perhaps a threshold, and what all share
+    n_bytes = 4 * latents * of_latent * dtype.itemsize
+    return PagedDictionary(config, D_IN, checkpoint, n_bytes, dtype)  # type: ignore[arg-type]
+
+
+def dense(codes: Codes) -> Tensor:
+    matrix = torch.zeros(len(codes.starts), N_LATENTS, dtype=codes.acts.dtype)
+    entries = Entries(codes.latents, codes.starts, N_LATENTS)
+    matrix[entries.rows, codes.latents] = codes.acts
+    return matrix
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("kind", RECIPES)
+def test_pages_equal_the_whole(
+    kind: str, dtype: torch.dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Pages of 12 latents of 64, or of 3, fewer than k; rows in uneven pieces."""
+    monkeypatch.setattr(pages, "SLICE_ROWS", BATCH // 3)
+    x, config = rows(dtype), RECIPES[kind]
+    checkpoint = saved(tmp_path, make(config, dtype))
+    whole = paged(checkpoint, config, N_LATENTS, dtype)
+    sae = whole.whole()
+    assert sae.W_dec.dtype == dtype
+    expected, codes = sae.infer(x), dense(sae.encode(x))
+    assert torch.equal(whole.infer(x).x_hat, expected.x_hat)
+    assert 0 < int(expected.firings.sum()) < BATCH * N_LATENTS
+    for latents in (12, 3):
+        some = paged(checkpoint, config, latents, dtype)
+        assert len(list(some.parts("W_dec"))) > 3
+        found, found_codes = some.infer(x), dense(some.encode(x))
+        assert torch.equal(found_codes > 0, codes > 0)
+        assert torch.equal(found.firings, expected.firings)
+        assert relative_error(found_codes, codes) <= TOLERANCE[dtype]
+        assert relative_error(found.x_hat, expected.x_hat) <= TOLERANCE[dtype]
+        assert torch.equal(torch.cat(list(some.parts("b_enc"))), sae.b_enc)
+
+
+def test_of_equal_codes_on_several_pages_the_lower_latent_is_kept(tmp_path: Path) -> None:
+    """All latents are alike, so the first k of them are active, where any is."""
+    sae = make(CONFIGS["topk"], torch.float32)
+    with torch.no_grad():
+        sae.W_enc.copy_(sae.W_enc[:1].round().expand_as(sae.W_enc))  # so that products are exact
+        sae.b_enc.zero_()
+        sae.b_dec.zero_()
+    some = paged(saved(tmp_path, sae), sae.config, 3, torch.float32)
+    x = rows(torch.float32).mul(4).round()
+    active = dense(some.encode(x)) > 0
+    positive = x @ sae.W_enc[0] > 0
+    assert 0 < int(positive.sum()) < BATCH
+    assert torch.equal(active, positive[:, None] & (torch.arange(N_LATENTS) < K))
+    assert torch.equal(some.infer(x).firings, active.sum(0))
+
+
+def test_rows_are_grouped_into_turns(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In their order, none lost, whatever the sizes of the batches; in memory left as they are."""
+    monkeypatch.setattr(pages, "SLICE_ROWS", 8)
+    sae = make(CONFIGS["topk"], torch.float32)
+    checkpoint = saved(tmp_path, sae)
+    some, whole = (paged(checkpoint, sae.config, n, torch.float32) for n in (4, N_LATENTS))
+    x = torch.randn(50, D_IN)
+    for sizes in ([50], [1] * 50, [7, 20, 3, 20], [8, 8, 16, 18]):
+        batches = torch.split(x, sizes)
+        turns = [turn.clone() for turn in some.grouped(iter(batches))]
+        assert torch.equal(torch.cat(turns), x)
+        assert {len(turn) for turn in turns[:-1]} == {8}
+        assert list(whole.grouped(iter(batches))) == list(batches)
+
+
+def test_a_page_holds_whole_experts(tmp_path: Path) -> None:
+    """However little memory there is."""
+    config = CONFIGS["routed"]  # 4 experts
+    some = paged(saved(tmp_path, make(config, torch.float32)), config, 1, torch.float32)
+    assert [len(part) for part in some.parts("W_dec")] == [16, 16, 16, 16]
