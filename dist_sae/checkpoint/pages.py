@@ -93,7 +93,7 @@ class PagedDictionary:
         return sae
 
     def parts(self, name: str) -> Iterator[Tensor]:
-        """Yield a tensor that has a row for every latent part by part, in order."""
+        """Yield parts of a tensor that has a row for every latent; each is soon overwritten."""
         if self._in_memory is not None:
             yield self._in_memory.get_parameter(name).detach()
             return
@@ -170,7 +170,7 @@ class PagedDictionary:
         return largest
 
     def _pages(self, leave_out: Container[str]) -> Iterator[Dictionary]:
-        """Yield the pages in order, each overwritten by the next but one, which is read meanwhile."""
+        """Yield the pages in order; the next is read meanwhile, and the one after it overwrites."""
         n_pages = -(-self.n_latents // self._page_latents)
         with ThreadPoolExecutor(1, "page") as reader:
             coming = reader.submit(self._read, 0, leave_out)
