@@ -46,14 +46,14 @@ class QueueMetrics(NamedTuple):
     """Gauge: items done, whoever did them."""
     takeovers: str
     """Counter."""
-    wait_seconds: str
-    """Gauge: seconds waited so far."""
     waited_seconds: str
     """Counter, with the label `waited_for`."""
-    limiters: str
-    """`waited_for` while the limit holds the worker back."""
     others: str
     """`waited_for` while other workers have all that is left in hand."""
+    limiters: str = ""
+    """`waited_for` while the limit holds the worker back; empty without a limit."""
+    wait_seconds: str = ""
+    """Gauge: seconds waited so far; empty for none."""
 
 
 class Work(NamedTuple):
@@ -105,11 +105,15 @@ class WorkQueue:
         self.waited_seconds = 0.0
         """For the limit and for other workers."""
 
-    def take(self) -> int | None:
+    def take(self, *, wait: bool = True) -> int | None:
         """Claim an item; None when all are done or the worker is to stop.
 
         While other workers have all that is left in hand, it waits, to take over should they die.
         It waits for the limit as well.
+
+        Args:
+            wait: Else None while nothing is free, too. A worker that still has something in hand
+                must not wait for others, which might wait for it.
         """
         said = time.monotonic()
         while not self._stopping.is_set():
@@ -125,7 +129,7 @@ class WorkQueue:
                             return item
                         self.release(item, done=True)  # finished since it was looked for
             mine = self._mine()
-            if not mine:
+            if not mine or not wait:
                 return None
             held_back = min(mine) >= limit
             if held_back and time.monotonic() - said > _SAY_EVERY_SECONDS:
@@ -259,6 +263,7 @@ class WorkQueue:
     def _say_waited(self, seconds: float, *, held_back: bool) -> None:
         self.waited_seconds += seconds
         if names := self._work.metrics:
-            self._meter.set(names.wait_seconds, self.waited_seconds)
+            if names.wait_seconds:
+                self._meter.set(names.wait_seconds, self.waited_seconds)
             waited_for = names.limiters if held_back else names.others
             self._meter.add(names.waited_seconds, seconds, waited_for=waited_for)

@@ -6,6 +6,7 @@ What they write follows from the checkpoint and the activation set alone.
 
 import logging
 import threading
+import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -21,7 +22,7 @@ from dist_sae.config import Run
 from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.consumers import kept_units, retired_below
 from dist_sae.data.plan import Plan, load_plan
-from dist_sae.data.work_queue import Work, Worker, WorkQueue
+from dist_sae.data.work_queue import QueueMetrics, Work, Worker, WorkQueue
 from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.axis import WHOLE
 from dist_sae.distributed.mesh import Mesh, join_mesh
@@ -55,6 +56,16 @@ logger = logging.getLogger(__name__)
 
 _PLACEMENT = {"name", "workers", "latent_shards"}
 """Settings that do not decide what is in the index."""
+_UNIT_METRICS, _BUCKET_METRICS = (
+    QueueMetrics(
+        claimed=f"dist_sae_index_claimed_{items}",
+        done=f"dist_sae_index_{items}",
+        takeovers="dist_sae_index_takeovers_total",
+        waited_seconds="dist_sae_index_waited_seconds_total",
+        others=items,
+    )
+    for items in ("units", "buckets")
+)
 
 
 def index(
@@ -206,6 +217,18 @@ def _join(run: Run, stopping: threading.Event) -> Iterator[tuple[Mesh, Watch | N
         yield mesh, watch
 
 
+class _Pace:
+    """What a worker gets through in a second, from one piece of work to the next."""
+
+    def __init__(self) -> None:
+        self._since = time.monotonic()
+
+    def of(self, amount: int) -> float:
+        """Pace of the amount that has been done since the last one; counts waiting as well."""
+        began, self._since = self._since, time.monotonic()
+        return amount / max(self._since - began, 1e-9)
+
+
 class _Worker:
     """A worker of one or several ranks. Stage 1 takes all of them, in stage 2 each works alone."""
 
@@ -225,6 +248,7 @@ class _Worker:
         self._stopping = stopping
         self._telemetry = telemetry
         self._done = 0
+        self._pace = _Pace()
         telemetry.set("dist_sae_index_plan_units", len(opened.manifest.units))
         telemetry.set("dist_sae_index_plan_buckets", opened.manifest.n_buckets)
 
@@ -252,13 +276,22 @@ class _Worker:
         """Stage 1: encode units until all are."""
         opened, mesh = self._opened, self._mesh
         folder, manifest = opened.folder, opened.manifest
-        work = Work("unit", manifest.units, folder.unit_claims, folder.units)
+        work = Work("unit", manifest.units, folder.unit_claims, folder.units, metrics=_UNIT_METRICS)
         with self._queue(work, self._worker, lead=True) as queue, ExitStack() as closing:
             pool = closing.enter_context(ThreadPoolExecutor(1, "store"))
             encoder: Encoder | None = None
             pending: tuple[Encoded, Future[Written]] | None = None
-            while (unit := self._agreed(queue)) is not None:
-                encoder = encoder or self._open_encoder()
+            while True:
+                unit = self._agreed(queue, wait=pending is None)
+                if unit is None:  # others have all that is left in hand, or nothing is left
+                    if not pending:
+                        break
+                    self._seal(*pending, queue)
+                    pending = None
+                    continue
+                if encoder is None:
+                    encoder = self._open_encoder()
+                    self._pace = _Pace()
                 encoded = self._encode(encoder, unit)
                 if pending:
                     self._seal(*pending, queue)
@@ -271,14 +304,12 @@ class _Worker:
                     encoded,
                     pool.submit(write_codes, opened.store, folder, manifest, sae, encoded),
                 )
-            if pending:
-                self._seal(*pending, queue)
         if mesh.any_rank(self._stopping.is_set()):
             raise Stopped(f"{self._worker.name}: stopped; start it again to continue")
 
-    def _agreed(self, queue: WorkQueue | None) -> int | None:
-        """The next unit, taken by the first rank."""
-        unit = queue.take() if queue else None
+    def _agreed(self, queue: WorkQueue | None, *, wait: bool) -> int | None:
+        """The next unit, taken by the first rank; see `WorkQueue.take`."""
+        unit = queue.take(wait=wait) if queue else None
         found: int | None = self._mesh.all_gather_objects(unit)[0]
         return found
 
@@ -328,7 +359,9 @@ class _Worker:
             logger.warning("unit %d was deleted (store.retention); it is left out", record.unit)
         self._telemetry.add("dist_sae_index_rows_total", record.rows)
         self._telemetry.set("dist_sae_index_units", queue.done())
-        logs.progress("index", queue.done(), len(manifest.units), rows=record.rows)
+        pace = self._pace.of(record.rows)
+        self._telemetry.set("dist_sae_index_rows_per_second", pace)
+        logs.progress("index", queue.done(), len(manifest.units), rows_per_second=pace)
 
     def _merge_buckets(self, buckets: list[int]) -> bool:
         """Stage 2: merge buckets until all are; False if damaged units must be encoded again."""
@@ -340,7 +373,9 @@ class _Worker:
             own.number * mesh.world + mesh.rank,
             own.of * mesh.world,
         )
-        work = Work("bucket", buckets, folder.bucket_claims, folder.buckets)
+        work = Work(
+            "bucket", buckets, folder.bucket_claims, folder.buckets, metrics=_BUCKET_METRICS
+        )
         with self._queue(work, worker) as queue:
             assert queue is not None
             records: list[UnitRecord] = []
@@ -349,6 +384,7 @@ class _Worker:
                 self._at(working=True)
                 try:
                     if not records:
+                        self._pace = _Pace()
                         records = list(unit_records(store, folder, manifest))
                         sample = Sample(store, manifest, records) if manifest.pair_share else None
                     weights = weight_columns(self._opened.checkpoint, manifest.bucket(bucket))
@@ -365,7 +401,9 @@ class _Worker:
                 queue.release(bucket, done=True)
                 self._telemetry.add("dist_sae_index_merged_entries_total", made.entries)
                 self._telemetry.set("dist_sae_index_buckets", queue.done())
-                logs.progress("merge", queue.done(), len(buckets), entries=made.entries)
+                pace = self._pace.of(made.entries)
+                self._telemetry.set("dist_sae_index_entries_per_second", pace)
+                logs.progress("merge", queue.done(), len(buckets), entries_per_second=pace)
         if self._stopping.is_set() and queue.pending():
             raise Stopped(f"{worker.name}: stopped; start it again to continue")
         return True
@@ -399,7 +437,7 @@ class _Worker:
         if lead and not self._mesh.is_first:
             yield None
             return
-        queue = WorkQueue(self._opened.store, work, worker, self._stopping)
+        queue = WorkQueue(self._opened.store, work, worker, self._stopping, self._telemetry)
         with queue.renewed(lambda: self._telemetry.pulse.fault("/livez") is None):
             try:
                 yield queue

@@ -44,9 +44,10 @@ _MEASURED = (
 _UNITS = {
     **{unit: unit for unit in _MEASURED},
     "rows_per_second": "rows/second",
+    "entries_per_second": "entries/second",
     "step": "steps",
     "stalls": "steps",
-    "takeovers": "units",
+    "takeovers": "items",
     "retries": "requests",
     "errors": "operations",
     "damaged": "checkpoints",

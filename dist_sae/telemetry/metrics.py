@@ -138,9 +138,26 @@ METRICS = (
     Metric(
         "dist_sae_index_buckets", "Buckets merged, by any worker, as far as this worker has seen."
     ),
+    Metric("dist_sae_index_claimed_units", "Units that this worker is encoding."),
+    Metric("dist_sae_index_claimed_buckets", "Buckets that this worker is merging."),
+    Metric(
+        "dist_sae_index_takeovers_total",
+        "Units and buckets taken over from workers that stopped renewing their claims.",
+    ),
+    Metric(
+        "dist_sae_index_waited_seconds_total",
+        "Waiting time of this worker for the last units or buckets, which others have in hand.",
+        labels=("waited_for",),
+        values=("units", "buckets"),
+    ),
     Metric("dist_sae_index_rows_total", "Rows that this worker has encoded."),
     Metric("dist_sae_index_entries_total", "Active latents, summed over the rows encoded."),
     Metric("dist_sae_index_merged_entries_total", "Entries of the buckets that were merged."),
+    Metric("dist_sae_index_rows_per_second", "Rows encoded per second by this worker, last unit."),
+    Metric(
+        "dist_sae_index_entries_per_second",
+        "Entries merged per second by this worker, last bucket.",
+    ),
     # held-out numbers
     Metric("dist_sae_evaluate_step", "Step of the checkpoint that was evaluated.", "Of step"),
     Metric(

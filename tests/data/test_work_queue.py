@@ -430,6 +430,8 @@ def test_a_queue_of_any_numbered_work_is_shared_by_its_workers(
     store.put("index/a/buckets/00000001.json", b"{}")
     a, b = (WorkQueue(store, merge, Worker(name), clock) for name in "ab")
     assert [a.take(), b.take()] == [0, 2]
+    assert b.take(wait=False) is None
+    assert clock.waits == 0
     assert list(store.keys("index/a/claims/")) == [
         "index/a/claims/00000000.json",
         "index/a/claims/00000002.json",
