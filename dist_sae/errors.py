@@ -58,6 +58,14 @@ class PlanMismatchError(DistSaeError):
     """The store already holds a plan or a run made with other settings."""
 
 
+class NoIndexError(DistSaeError):
+    """The run has no complete latent index."""
+
+
+class LatentNotFoundError(DistSaeError):
+    """The dictionary has no latent of this number."""
+
+
 class NonFiniteError(DistSaeError):
     """A NaN or infinity was found before it reached the weights or the store."""
 

@@ -283,6 +283,7 @@ def to_parquet(table: pa.Table, group_rows: int = 131_072, **encodings: str) -> 
         ],
         column_encoding=encodings or None,
         store_schema=False,
+        write_page_checksum=True,  # what is read in parts is checked by them
     )
     return stream.getvalue()
 

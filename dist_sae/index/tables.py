@@ -28,6 +28,9 @@ from dist_sae.index.layout import (
 from dist_sae.index.merge import BucketCodes, Chosen, Statistics, Tile, summarise
 from dist_sae.storage import ObjectStore
 
+_GROUP_ROWS = {"latents": 2048, "examples": 32_768, "pairs": 32_768}
+"""Rows of a row group: one latent's page reads one of each, about half a megabyte in all."""
+
 
 def make_bucket(
     store: ObjectStore,
@@ -77,7 +80,7 @@ def make_bucket(
     if sample is not None:
         tables["pairs"] = sample.pairs(latents)
     stored = {
-        name: store_once(store, folder.table(name, bucket), to_parquet(table))
+        name: store_once(store, folder.table(name, bucket), to_parquet(table, _GROUP_ROWS[name]))
         for name, table in tables.items()
     }
     return BucketRecord(

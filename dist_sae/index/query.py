@@ -1,0 +1,282 @@
+"""A complete latent index, opened to be asked.
+
+One latent's page costs a few small reads: of each table only the row group with the latent.
+"""
+
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, lru_cache
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from dist_sae.errors import ConfigError, LatentNotFoundError, NoIndexError
+from dist_sae.index.layout import (
+    PAIRS,
+    POSTINGS,
+    TOP,
+    BucketRecord,
+    IndexFolder,
+    IndexManifest,
+    Stored,
+    names,
+    read_table,
+)
+from dist_sae.index.ranged import LatentTable
+from dist_sae.storage import ObjectStore
+from dist_sae.storage.records import read_record
+
+_OPEN_TABLES = 64
+"""Tables whose footer, or all of whose bytes, are kept."""
+
+
+class Firing(NamedTuple):
+    """One activation of a latent, kept as an example."""
+
+    decile: int
+    """Tenth of the latent's activations, 0 the smallest; -1 of the largest ones."""
+    act: float
+    unit: int
+    row: int
+    document: int
+    position: int
+    """Of the token within the document."""
+    token: int
+
+
+class Near(NamedTuple):
+    """A latent with a decoder direction close to another's."""
+
+    latent: int
+    cosine: float
+
+
+class Coactive(NamedTuple):
+    """A latent that is active together with another, on `pair_rows` rows."""
+
+    latent: int
+    rows: int
+    """On which both are active."""
+    product: float
+    """Product of both activations, summed over the rows."""
+    phi: float
+    """Correlation of the two being active."""
+
+
+class Output(NamedTuple):
+    """A token whose logit a latent changes."""
+
+    token: int
+    logit: float
+    """Change of the logit by an activation of 1, in the scale of the checkpoint."""
+
+
+class LatentPage(NamedTuple):
+    """All that an index holds of a latent but its postings."""
+
+    latent: int
+    firings: int
+    density: float
+    """Share of the rows on which it fires."""
+    mean: float
+    """Mean activation where it fires; 0 of a latent that never does, like all that follow."""
+    max: float
+    deciles: tuple[float, ...]
+    """Least activation of the deciles 1 to 9."""
+    histogram: tuple[int, ...]
+    """Firings by activation, in equal steps from 0 to `max`."""
+    decoder_norm: float
+    encoder_norm: float
+    encoder_bias: float
+    nearest: tuple[Near, ...]
+    """The nearest first; empty if the index has none."""
+    top_tokens: tuple[Output, ...]
+    """Whose logits it raises most; empty if the index has none."""
+    bottom_tokens: tuple[Output, ...]
+    """Whose logits it lowers most."""
+    examples: tuple[Firing, ...]
+    """The largest first, then by decile."""
+    coactive: tuple[Coactive, ...]
+    """By phi, falling; empty if the index counts no pairs."""
+
+    @property
+    def largest(self) -> tuple[Firing, ...]:
+        """The examples with the largest activations, falling."""
+        return tuple(example for example in self.examples if example.decile == TOP)
+
+
+class Index:
+    """A complete latent index.
+
+    Every object that is read whole is checked against its sha256. Of one that is read in parts
+    (larger than 1 MiB, for one latent) the pages carry a CRC-32, which is checked; the footer that
+    says where they lie carries none.
+
+    Args:
+        runs: The store of runs.
+        run: Name of the run.
+        name: Name of the index; None takes the complete one of the last step, of several the
+            youngest.
+        step: With no name: only indexes of this step.
+
+    Raises:
+        NoIndexError: There is none, or it is not complete.
+        CorruptObjectError: It is damaged, or its schema is of another version of dist-sae.
+    """
+
+    def __init__(
+        self, runs: ObjectStore, run: str, name: str | None = None, *, step: int | None = None
+    ) -> None:
+        self._store = runs
+        self.folder, self.manifest = _find(runs, run, name, step)
+        self.place = f"{runs.url}/{self.folder.prefix.rstrip('/')}"
+        """Path or URL of the index."""
+        self._record = lru_cache(maxsize=None)(self._read_bucket)
+        self._table = lru_cache(_OPEN_TABLES)(lambda stored: LatentTable(runs, stored))
+
+    @property
+    def n_latents(self) -> int:
+        """Latents of the dictionary."""
+        return self.manifest.n_latents
+
+    def latent(self, latent: int) -> LatentPage:
+        """Read a latent's page.
+
+        Raises:
+            LatentNotFoundError: The dictionary has no such latent.
+            CorruptObjectError: A table is damaged.
+        """
+        record = self._bucket_of(latent)
+        tables = [record.latents, record.examples, *([record.pairs] if record.pairs else [])]
+        with ThreadPoolExecutor(len(tables)) as pool:
+            found = list(pool.map(lambda stored: self._rows(stored, latent), tables))
+        row = found[0].to_pylist()[0]
+        nearest = zip(row.pop("nearest"), row.pop("nearest_cosine"), strict=True)
+        top = zip(row.pop("top_tokens"), row.pop("top_logits"), strict=True)
+        bottom = zip(row.pop("bottom_tokens"), row.pop("bottom_logits"), strict=True)
+        return LatentPage(
+            deciles=tuple(row.pop("deciles")),
+            histogram=tuple(row.pop("histogram")),
+            nearest=tuple(Near(*pair) for pair in nearest),
+            top_tokens=tuple(Output(*pair) for pair in top),
+            bottom_tokens=tuple(Output(*pair) for pair in bottom),
+            examples=_firings(found[1]),
+            coactive=_coactive(found[2] if record.pairs else PAIRS.empty_table()),
+            **row,
+        )
+
+    def examples(self, latent: int) -> tuple[Firing, ...]:
+        """Read a latent's examples: the largest activations, then some of each decile.
+
+        Raises: As `latent`.
+        """
+        return _firings(self._rows(self._bucket_of(latent).examples, latent))
+
+    def neighbours(self, latent: int) -> tuple[tuple[Near, ...], tuple[Coactive, ...]]:
+        """Read the latents nearest by decoder direction, and those most coactive.
+
+        Raises: As `latent`.
+        """
+        page = self.latent(latent)
+        return page.nearest, page.coactive
+
+    def postings(self, latent: int) -> Iterator[pa.Table]:
+        """Yield all activations of a latent, in tables of `POSTINGS`, by unit and row.
+
+        The first table is empty, so that every latent has one. With `index.postings` less than all
+        they are those on the rows that were kept (`manifest.postings_share`).
+
+        Raises: As `latent`; and
+            ConfigError: The index keeps no postings.
+        """
+        record = self._bucket_of(latent)
+        if not self.manifest.postings_share:
+            raise ConfigError(
+                f"{self.place}: keeps no postings (index.postings: none); make an index that does, "
+                f"under a name of its own (index.name)"
+            )
+        yield POSTINGS.empty_table()  # a latent that never fires has no piece
+        for piece in record.postings:
+            if piece.first <= latent <= piece.last:
+                yield from self._table(piece.stored).of(latent)
+
+    def latents(self, columns: Iterable[str] | None = None) -> Iterator[pa.Table]:
+        """Yield the table of all latents (`LATENTS`, or some of its columns), bucket by bucket."""
+        for bucket in range(self.manifest.n_buckets):
+            yield read_table(self._store, self._record(bucket).latents, columns)
+
+    def all_examples(self, columns: Iterable[str] | None = None) -> Iterator[pa.Table]:
+        """Yield the examples of all latents (`EXAMPLES`), bucket by bucket."""
+        for bucket in range(self.manifest.n_buckets):
+            yield read_table(self._store, self._record(bucket).examples, columns)
+
+    @cached_property
+    def firings(self) -> NDArray[np.int64]:
+        """Firings of each latent, [n_latents]."""
+        parts = [table["firings"].to_numpy() for table in self.latents(["firings"])]
+        return np.concatenate(parts)
+
+    def denser_than(self, page: LatentPage) -> float:
+        """Share of the latents that fire on fewer rows than this one."""
+        return float(np.mean(self.firings < page.firings))
+
+    @property
+    def pair_rows(self) -> int:
+        """Rows on which coactive latents were counted."""
+        return self._record(0).pair_rows
+
+    def _bucket_of(self, latent: int) -> BucketRecord:
+        if not 0 <= latent < self.n_latents:
+            raise LatentNotFoundError(
+                f"latent {latent}: {self.place} has latents 0 to {self.n_latents - 1}"
+            )
+        return self._record(latent // self.manifest.bucket_latents)
+
+    def _read_bucket(self, bucket: int) -> BucketRecord:
+        return read_record(BucketRecord, self._store, self.folder.buckets.key(bucket))
+
+    def _rows(self, stored: Stored, latent: int) -> pa.Table:
+        return pa.concat_tables(self._table(stored).of(latent))
+
+
+def _find(
+    runs: ObjectStore, run: str, name: str | None, step: int | None
+) -> tuple[IndexFolder, IndexManifest]:
+    there = names(runs, run)
+    place = f"{runs.url}/{run}"
+    if not there:
+        raise NoIndexError(f"{place}: has no latent index yet; run `dist-sae index`")
+    if name is not None and name not in there:
+        raise NoIndexError(f"{place}: has no index {name}; it has: {', '.join(there)}")
+    found = []
+    for one in there if name is None else [name]:
+        folder = IndexFolder(run, one)
+        manifest = read_record(IndexManifest, runs, folder.manifest)
+        if name is not None or step in (None, manifest.step):
+            (age,) = [e.age_seconds for e in runs.entries(folder.manifest)]
+            found.append((-manifest.step, age, folder, manifest))
+    if not found:
+        raise NoIndexError(f"{place}: has no latent index of step {step} yet; run `dist-sae index`")
+    incomplete = []
+    for _, _, folder, manifest in sorted(found, key=lambda each: each[:2]):
+        missing = set(range(manifest.n_buckets)) - set(folder.buckets.numbers(runs))
+        if not missing:
+            return folder, manifest
+        done = manifest.n_buckets - len(missing)
+        incomplete.append(
+            f"{runs.url}/{folder.prefix.rstrip('/')}: is not complete, {done} of "
+            f"{manifest.n_buckets} buckets are there; run `dist-sae index` to continue"
+        )
+    raise NoIndexError(incomplete[0])
+
+
+def _firings(table: pa.Table) -> tuple[Firing, ...]:
+    columns = (table[name].to_pylist() for name in Firing._fields)
+    return tuple(map(Firing, *columns))
+
+
+def _coactive(table: pa.Table) -> tuple[Coactive, ...]:
+    columns = (table[name].to_pylist() for name in ("other", "count", "product", "phi"))
+    return tuple(map(Coactive, *columns))
