@@ -15,7 +15,8 @@ from torch import Tensor
 
 from dist_sae.checkpoint.layout import Checkpoint
 
-_PIECE_BYTES = 16 * 2**20
+PIECE_BYTES = 16 * 2**20
+"""Most bytes that a file comes in at a time."""
 _ALIGNMENT = 8
 _DTYPES = {
     torch.int64: "I64",
@@ -111,7 +112,7 @@ def safetensors_pieces(
         for piece in pieces():
             assert piece.dtype == dtype, name
             flat = piece.contiguous().reshape(-1).view(torch.uint8)
-            for data in torch.split(flat, _PIECE_BYTES):
+            for data in torch.split(flat, PIECE_BYTES):
                 left -= len(data)
                 yield data.numpy().tobytes()
         assert left == 0, f"{name} has another size than its shape"

@@ -39,7 +39,7 @@ def cut(name: str, tensor: torch.Tensor) -> PiecewiseTensor:
 
 
 def test_a_file_has_the_bytes_that_the_library_writes(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(piecewise, "_PIECE_BYTES", 5)
+    monkeypatch.setattr(piecewise, "PIECE_BYTES", 5)
     pieces = list(safetensors_pieces([cut(*item) for item in TENSORS.items()], {"a": '"\u00e9\n'}))
     assert max(map(len, pieces[1:])) <= 5
     assert b"".join(pieces) == safetensors.torch.save(TENSORS, {"a": '"\u00e9\n'})
@@ -72,7 +72,7 @@ def write(folder: Path, n_latents: int) -> Run:
 
 def small_blocks() -> None:
     """In a process of its own."""
-    piecewise.TRANSPOSED_BYTES, piecewise._PIECE_BYTES = 4 * MIB, MIB  # noqa: SLF001
+    piecewise.TRANSPOSED_BYTES, piecewise.PIECE_BYTES = 4 * MIB, MIB
 
 
 def exported(run: Run) -> None:
