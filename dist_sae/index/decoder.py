@@ -1,0 +1,51 @@
+"""The decoder of a checkpoint, part by part."""
+
+from collections.abc import Iterator
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dist_sae.checkpoint.layout import Checkpoint
+from dist_sae.checkpoint.state import weights_of
+
+
+class Decoder:
+    """Decoder rows in fp32, with the running mean of the weights if there is one.
+
+    Args:
+        checkpoint: The trained dictionary.
+    """
+
+    def __init__(self, checkpoint: Checkpoint) -> None:
+        self._checkpoint = checkpoint
+        self._name = weights_of(checkpoint)["W_dec"]
+        self.n_latents, self.d_out = checkpoint.manifest.tensors[self._name].shape
+
+    def parts(self, latents: range | None = None) -> Iterator[tuple[int, Float[Tensor, "n d_out"]]]:
+        """Yield the first latent and the rows of each part of a range of latents, or of all.
+
+        Raises:
+            CorruptObjectError: The checkpoint is damaged.
+        """
+        latents = range(self.n_latents) if latents is None else latents
+        for first, rows in self._checkpoint.pieces(self._name, latents.start, latents.stop):
+            yield first, rows.float()
+
+    def windows(self, n_bytes: int) -> Iterator[tuple[int, Float[Tensor, "n d_out"]]]:
+        """Yield as `parts` does, with as many parts at a time as fit into some memory."""
+        held, start = list[Tensor](), 0
+        for first, rows in self.parts():
+            if held and sum(part.nbytes for part in held) + rows.nbytes > n_bytes:
+                yield start, torch.cat(held)
+                held, start = [], first
+            held.append(rows)
+        if held:
+            yield start, torch.cat(held)
+
+
+def directions(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
+    """Rows of unit length; rows of zeros stay."""
+    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
+    unit: Tensor = rows / norms.float().clamp_min(torch.finfo(torch.float32).tiny)
+    return unit
