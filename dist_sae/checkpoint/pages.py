@@ -92,6 +92,17 @@ class PagedDictionary:
         load_weights(sae, self._checkpoint, self._stored)
         return sae
 
+    def pages(self, leave_out: Container[str] = ()) -> Iterator[Dictionary]:
+        """Yield the pages in order; the one after the next overwrites a page.
+
+        Args:
+            leave_out: Tensors that are not needed; in memory they are there all the same.
+        """
+        if self._in_memory is not None:
+            yield self._in_memory
+        else:
+            yield from self._pages(leave_out)
+
     def parts(self, name: str) -> Iterator[Tensor]:
         """Yield parts of a tensor that has a row for every latent; each is soon overwritten."""
         if self._in_memory is not None:

@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 # The SAELens version this follows. Below 6, its loader drops the metadata without a word.
 _SAELENS_VERSION = "6.54.12"
+MEMORY_BYTES = 512 * 2**20
+"""Bytes that the weights may take; in fp64, and beside a block of the transpose, less than 2 GB."""
 # TransformerLens's names of our sites.
 _HOOKS = {
     "resid_pre": "hook_resid_pre",
@@ -122,39 +124,48 @@ def weights(sae: SaeConfig, checkpoint: "Checkpoint") -> "list[PiecewiseTensor]"
     """
     import torch
 
-    from dist_sae.checkpoint.latent_parts import LatentParts
+    from dist_sae.checkpoint.pages import PagedDictionary
     from dist_sae.checkpoint.piecewise import PiecewiseTensor, transposed
 
     scale = float(checkpoint.scalars["scale"])
-    parts = LatentParts(sae, checkpoint)
+    d_in = len(checkpoint.scalars["mean"])
+    paged = PagedDictionary(sae, d_in, checkpoint, MEMORY_BYTES)
     has_thresholds = architecture(sae) == "jumprelu"
     vectors: dict[str, list[Tensor]] = {"norms": [], "b_enc": [], "threshold": []}
     b_dec = torch.zeros(0)
-    for _, part in parts.read(leave_out={"W_enc"}):
-        norms = part.W_dec.double().norm(dim=1).clamp_min(1e-30)
+    for page in paged.pages(leave_out={"W_enc"}):
+        p = {name: tensor.detach().double() for name, tensor in page.tensors() if name != "W_enc"}
+        norms = p["W_dec"].norm(dim=1).clamp_min(1e-30)
         vectors["norms"].append(norms)
-        vectors["b_enc"].append(norms * part.b_enc.double())
-        thresholds = part.inference_thresholds(norms.dtype)
+        vectors["b_enc"].append(norms * p["b_enc"])
+        thresholds = page.inference_thresholds(norms.dtype)
         if has_thresholds and thresholds is not None:
             vectors["threshold"].append(norms * thresholds)
-        b_dec = part.b_dec.double() / scale
+        b_dec = p["b_dec"] / scale
     of_latents = {name: torch.cat(found) for name, found in vectors.items() if found}
     norms = of_latents.pop("norms")
-    n_latents, d_in = len(norms), len(b_dec)
+
+    def matrix(name: str) -> "Iterator[tuple[Tensor, Tensor]]":
+        """Norms of some latents, and their rows."""
+        first = 0
+        for page in paged.pages(leave_out={"W_enc", "W_dec"} - {name}):
+            rows = page.get_parameter(name).detach()
+            yield norms[first : first + len(rows), None], rows
+            first += len(rows)
 
     def decoder() -> "Iterator[Tensor]":
-        for latents, part in parts.read(leave_out={"W_enc"}):
-            yield (part.W_dec.double() / (norms[latents, None] * scale)).float()
+        for of_rows, rows in matrix("W_dec"):
+            yield (rows.double() / (of_rows * scale)).float()
 
     def encoder(columns: slice) -> "Iterator[Tensor]":
-        for latents, part in parts.read(leave_out={"W_dec"}):
-            yield (scale * (norms[latents, None] * part.W_enc[:, columns].double())).float()
+        for of_rows, rows in matrix("W_enc"):
+            yield (scale * (of_rows * rows[:, columns].double())).float()
 
     def small(name: str, tensor: "Tensor") -> PiecewiseTensor:
         return PiecewiseTensor(name, torch.float32, tuple(tensor.shape), lambda: (tensor.float(),))
 
     return [
-        PiecewiseTensor("W_dec", torch.float32, (n_latents, d_in), decoder),
-        transposed("W_enc", (d_in, n_latents), encoder),
+        PiecewiseTensor("W_dec", torch.float32, (sae.n_latents, d_in), decoder),
+        transposed("W_enc", (d_in, sae.n_latents), encoder),
         *(small(name, tensor) for name, tensor in (("b_dec", b_dec), *of_latents.items())),
     ]

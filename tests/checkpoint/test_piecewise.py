@@ -16,6 +16,7 @@ from dist_sae.config import Run, load_run
 from dist_sae.config.fingerprint import run_fingerprint
 from dist_sae.dictionaries import build_sae
 from dist_sae.errors import CorruptObjectError
+from dist_sae.interop import sae_lens
 from dist_sae.interop.export import export
 from dist_sae.storage import open_store
 from tests.memory import MIB, peak_bytes
@@ -73,6 +74,7 @@ def write(folder: Path, n_latents: int) -> Run:
 def small_blocks() -> None:
     """In a process of its own."""
     piecewise.TRANSPOSED_BYTES, piecewise.PIECE_BYTES = 4 * MIB, MIB
+    sae_lens.MEMORY_BYTES = 8 * MIB
 
 
 def exported(run: Run) -> None:
@@ -93,14 +95,14 @@ def left_to_another_run(run: Run) -> None:
 
 
 @pytest.mark.parametrize(
-    ("program", "bound"), [(exported, 20), (converted, 8), (left_to_another_run, 16)]
+    ("program", "bound"), [(exported, 28), (converted, 8), (left_to_another_run, 16)]
 )
 def test_memory_does_not_grow_with_the_width(
     program: Callable[[Run], None], bound: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """A weight is of 8 MiB, then of 64; parts are of 1 MiB, of which eight are copied at a time.
 
-    Export holds some parts in fp64, 4 MiB of the transpose and 24 bytes for each latent.
+    Export has 8 MiB for weights, 4 for the transpose, and 24 bytes for each latent.
     """
     monkeypatch.setattr(layout, "PART_BYTES", MIB)
     tiny, small, large = (write(tmp_path / str(n), n) for n in (1024, 8192, 65_536))

@@ -23,6 +23,7 @@ from dist_sae.config.fingerprint import run_fingerprint
 from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.interface import Codes
 from dist_sae.errors import ConfigError
+from dist_sae.interop import sae_lens
 from dist_sae.interop.export import export
 from dist_sae.kernels import Entries
 from dist_sae.storage import open_store
@@ -213,17 +214,18 @@ def whole(
     return {name: tensor.float().contiguous() for name, tensor in tensors.items()}
 
 
-@pytest.mark.parametrize("part_rows", [1, 3, 64])
-def test_parts_are_no_other_numbers(
+@pytest.mark.parametrize("page_latents", [1, 3, 64])
+def test_pages_are_no_other_numbers(
     exported: tuple[Path, dict[str, torch.Tensor]],
-    part_rows: int,
+    page_latents: int,
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """The same bytes as the library writes of the whole, also where a row has a length of 0."""
     run, weights = load_run(tmp_path / "run.yaml"), exported[1]
     weights["W_dec"][7] = 0
-    monkeypatch.setattr(layout, "PART_BYTES", part_rows * 16 * 4)
+    monkeypatch.setattr(layout, "PART_BYTES", 11 * 16 * 4)
+    monkeypatch.setattr(sae_lens, "MEMORY_BYTES", 4 * page_latents * (2 * 16 + 2) * 4)
     monkeypatch.setattr(piecewise, "TRANSPOSED_BYTES", 5 * 64 * 4)
     checkpoints = Checkpoints(open_store(run.store.runs), run.name, 1)
     save(checkpoints, 6, weights | IDLE, scalars(run, SCALE))
