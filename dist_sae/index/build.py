@@ -45,7 +45,7 @@ from dist_sae.index.layout import (
     bucket_latents,
     unit_records,
 )
-from dist_sae.index.tables import make_bucket
+from dist_sae.index.tables import Origins, make_bucket
 from dist_sae.index.weights import weight_columns
 from dist_sae.kernels.choice import choose_kernels
 from dist_sae.storage import ObjectStore, open_store
@@ -386,9 +386,12 @@ class _Worker:
                     if not records:
                         self._pace = _Pace()
                         records = list(unit_records(store, folder, manifest))
+                        origins = Origins(store, records)
                         sample = Sample(store, manifest, records) if manifest.pair_share else None
                     weights = weight_columns(self._opened.checkpoint, manifest.bucket(bucket))
-                    made = make_bucket(store, folder, manifest, records, bucket, weights, sample)
+                    made = make_bucket(
+                        store, folder, manifest, records, bucket, weights, origins, sample
+                    )
                 except ObjectNotFoundError:
                     return False  # another worker has found a unit's codes damaged
                 except CorruptObjectError as exc:

@@ -5,12 +5,12 @@ With n rows, n_a of them with latent a active, n_b with b and n_ab with both:
     phi = (n n_ab - n_a n_b) / sqrt(n_a (n - n_a) n_b (n - n_b))
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
-from scipy import sparse
 
 from dist_sae.index.encode import sampled_rows
 from dist_sae.index.layout import (
@@ -18,6 +18,7 @@ from dist_sae.index.layout import (
     PAIRS_CHANCE,
     IndexManifest,
     UnitRecord,
+    below,
     chances,
     read_codes,
 )
@@ -29,7 +30,18 @@ LEAST_ROWS = 2
 """Rows on which two latents must be active together: by chance alone two rare ones meet once."""
 MOST_ENTRIES = 2**25
 """Entries of the sample that are held: where latents are dense, fewer rows are."""
-_MOST_PRODUCTS = 2**25  # at a time
+_MOST_AT_ONCE = 2**22  # entries on the rows of one latent
+_DENSE_FROM = 1 / 16  # entries for each latent, where counting into an array of all is faster
+
+
+class _Together(NamedTuple):
+    """Latents on the rows of one latent's entries."""
+
+    others: NDArray[np.int64]
+    counts: NDArray[np.int64]
+    """Rows of each."""
+    products: NDArray[np.float64]
+    """Sums of both activations' products."""
 
 
 class Sample:
@@ -45,73 +57,105 @@ class Sample:
         self, store: ObjectStore, manifest: IndexManifest, records: Sequence[UnitRecord]
     ) -> None:
         entries = sum(chunk.entries for record in records for chunk in record.sample)
-        share = min(1.0, MOST_ENTRIES / max(1, entries))
-        blocks = [_unit_codes(store, manifest, record, share) for record in records]
-        empty = sparse.csr_array((0, manifest.n_latents), dtype=np.float32)
-        self.codes = sparse.vstack([empty, *blocks], format="csr")
-        self.active = self.codes.astype(bool).astype(np.float32)
-        self.firings = np.bincount(self.codes.indices, minlength=manifest.n_latents)
-
-    @property
-    def rows(self) -> int:
+        share = manifest.pair_share * min(1.0, MOST_ENTRIES / max(1, entries))
+        units = [_unit_codes(store, manifest, record, share) for record in records]
+        counts, self._latents, self._acts = (
+            np.concatenate(column) for column in zip(*units, strict=True)
+        )
+        self.rows = len(counts)
         """Rows of the sample."""
-        return int(self.codes.shape[0])
+        self._n_latents = manifest.n_latents
+        self._ends = np.concatenate([[0], counts.cumsum(dtype=np.int64)])
+        self._firings = np.bincount(self._latents, minlength=self._n_latents)
 
     def pairs(self, latents: range) -> pa.Table:
-        """Find the others with the largest phi for a range of latents: a table of `PAIRS`."""
-        tables = [PAIRS.empty_table()]
-        columns = self.active[:, latents.start : latents.stop].tocsc()
-        values = self.codes[:, latents.start : latents.stop].tocsc()
-        work = columns.T @ self.active.sum(1)  # products that each latent takes
-        start = 0
-        while start < len(latents):
-            within = int(np.searchsorted(work[start:].cumsum(), _MOST_PRODUCTS))
-            stop = min(start + max(1, within), len(latents))
-            together = (columns[:, start:stop].T @ self.active).tocoo()
-            products = (values[:, start:stop].T @ self.codes).tocsr()
-            tables.append(self._table(latents.start + start, together, products))
-            start = stop
-        return pa.concat_tables(tables)
-
-    def _table(
-        self, first: int, together: sparse.coo_array, products: sparse.csr_array
-    ) -> pa.Table:
-        rows, others, count = together.row, together.col, np.rint(together.data).astype(np.int64)
-        kept = (count >= LEAST_ROWS) & (rows + first != others)
-        rows, others, count = rows[kept], others[kept], count[kept]
-        n, n_a, n_b = self.rows, self.firings[rows + first], self.firings[others]
-        spread = np.sqrt((n_a * (n - n_a)).astype(np.float64) * (n_b * (n - n_b)))
-        above = n * count - n_a * n_b
-        phi = np.divide(above, spread, out=np.zeros(len(count)), where=spread > 0)
-        phi = phi.astype(np.float32)
-        order = np.lexsort((others, -count, -phi, rows))
-        starts = np.searchsorted(rows[order], rows[order])
-        order = order[np.arange(len(order)) - starts < MOST_PAIRS]
-        rows, others, count, phi = rows[order], others[order], count[order], phi[order]
-        product = np.asarray(products[rows, others]).ravel() if len(rows) else np.zeros(0)
-        columns = (rows + first, others, count, product, phi)
+        """Find the others with the largest phi for each latent of a range: a table of `PAIRS`."""
+        found: list[list[NDArray[Any]]] = [
+            [np.zeros(0, field.type.to_pandas_dtype()) for field in PAIRS]
+        ]
+        here = np.flatnonzero((self._latents >= latents.start) & (self._latents < latents.stop))
+        here = here[np.argsort(self._latents[here], kind="stable")]
+        ends = self._firings[latents.start : latents.stop].cumsum()
+        for latent, entries in zip(latents, np.split(here, ends[:-1]), strict=True):
+            if len(entries) >= LEAST_ROWS:
+                found.append(self._best(latent, self._together(entries)))
+        columns = (np.concatenate(column) for column in zip(*found, strict=True))
         return pa.Table.from_arrays(
-            [pa.array(c, f.type) for c, f in zip(map(_plain, columns, PAIRS), PAIRS, strict=True)],
+            [
+                pa.array(column.astype(field.type.to_pandas_dtype()))
+                for column, field in zip(columns, PAIRS, strict=True)
+            ],
             schema=PAIRS,
         )
 
+    def _together(self, entries: NDArray[np.int64]) -> _Together:
+        rows = np.searchsorted(self._ends, entries, side="right") - 1
+        total = int((self._ends[rows + 1] - self._ends[rows]).sum())
+        if total < _DENSE_FROM * self._n_latents:
+            places, factors = self._places(rows, self._acts[entries])
+            others, inverse = np.unique(self._latents[places], return_inverse=True)
+            sums = np.bincount(inverse, factors * self._acts[places])
+            counts = np.bincount(inverse)
+            return _Together(others.astype(np.int64), counts, sums)
+        counts: NDArray[np.int64] = np.zeros(self._n_latents, np.int64)
+        products: NDArray[np.float64] = np.zeros(self._n_latents)
+        for part in _parts(len(rows), -(-total // _MOST_AT_ONCE)):
+            places, factors = self._places(rows[part], self._acts[entries[part]])
+            numbers = self._latents[places]
+            counts += np.bincount(numbers, minlength=self._n_latents)
+            products += np.bincount(numbers, factors * self._acts[places], self._n_latents)
+        here = np.flatnonzero(counts)
+        return _Together(here, counts[here], products[here])
 
-def _plain(column: NDArray[np.generic], field: pa.Field) -> NDArray[np.generic]:
-    return column.astype(field.type.to_pandas_dtype())
+    def _places(
+        self, rows: NDArray[np.int64], acts: NDArray[np.float32]
+    ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+        """Places of all entries of some rows, and each one's factor, its row's."""
+        starts = self._ends[rows]
+        counts = self._ends[rows + 1] - starts
+        ends = counts.cumsum()
+        places = np.repeat(starts - ends + counts, counts)
+        places += np.arange(len(places))
+        return places, np.repeat(acts.astype(np.float64), counts)
+
+    def _best(self, latent: int, found: _Together) -> list[NDArray[Any]]:
+        kept = (found.counts >= LEAST_ROWS) & (found.others != latent)
+        others, counts, products = (column[kept] for column in found)
+        n, n_a, n_b = self.rows, int(self._firings[latent]), self._firings[others]
+        spread = np.sqrt(float(n_a) * (n - n_a) * n_b * (n - n_b))
+        above = (n * counts - n_a * n_b).astype(np.float64)
+        phi = np.divide(above, spread, out=np.zeros(len(counts)), where=spread > 0)
+        phi = phi.astype(np.float32)
+        if len(phi) > MOST_PAIRS:
+            near = np.flatnonzero(phi >= np.partition(phi, -MOST_PAIRS)[-MOST_PAIRS])
+        else:
+            near = np.arange(len(phi))
+        order = near[np.lexsort((others[near], -counts[near], -phi[near]))][:MOST_PAIRS]
+        columns = [others[order], counts[order], products[order], phi[order]]
+        return [np.full(len(order), latent, np.int32), *columns]
+
+
+def _parts(n: int, parts: int) -> Iterator[slice]:
+    return (slice(n * i // parts, n * (i + 1) // parts) for i in range(parts))
 
 
 def _unit_codes(
     store: ObjectStore, manifest: IndexManifest, record: UnitRecord, share: float
-) -> sparse.csr_array:
-    """Codes of a unit's sampled rows, [rows, n_latents]; of a share of them."""
-    shape = (record.sampled_rows, manifest.n_latents)
-    codes = sparse.csr_array(shape, dtype=np.float32)
-    for chunk in record.sample:
-        counts, latents, acts = read_codes(store, chunk)
-        ends = np.concatenate([[0], counts.cumsum(dtype=np.int64)])
-        codes = codes + sparse.csr_array((acts.astype(np.float32), latents, ends), shape=shape)
-    if share < 1:
-        rows = sampled_rows(manifest, record.unit, record.rows)
-        chance = chances(manifest.seed, PAIRS_CHANCE, record.unit, rows)
-        codes = codes[np.flatnonzero(chance < np.uint64(share * manifest.pair_share * 2**64))]
-    return codes
+) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32]]:
+    """Codes of a unit's sampled rows: counts of the rows, latents and acts by row.
+
+    Args:
+        share: Of all rows, at most `manifest.pair_share`.
+    """
+    chunks = [read_codes(store, chunk) for chunk in record.sample]
+    if not chunks:
+        return np.zeros(0, np.int64), np.zeros(0, np.int32), np.zeros(0, np.float32)
+    row = np.concatenate([np.repeat(np.arange(len(c.counts)), c.counts) for c in chunks])
+    latents = np.concatenate([codes.places for codes in chunks])
+    acts = np.concatenate([codes.acts for codes in chunks])
+    counts = np.stack([codes.counts for codes in chunks]).sum(0, dtype=np.int64)
+    order = np.argsort(row, kind="stable")  # the shards' latents of a row, one after the other
+    numbers = sampled_rows(manifest, record.unit, record.rows)
+    kept = chances(manifest.seed, PAIRS_CHANCE, record.unit, numbers) < below(share)
+    order = order[kept[row[order]]]
+    return counts[kept], latents[order], acts[order]

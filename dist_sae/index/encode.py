@@ -93,12 +93,12 @@ class Encoder:
         shard = self._activations.shard(self._activations.manifest(unit))
         device = self._mean.device
         origins, found, n_rows = [], [], 0
-        sums = torch.zeros(3, dtype=torch.float64, device=device)
+        error = torch.zeros((), dtype=torch.float64, device=device)
         for block in self._blocks(shard):
             origins.append(block[1:])
             for acts in torch.split(block.acts, ENCODE_ROWS):
-                entries, more = self._encode(acts.to(device, torch.float32) * self._scale)
-                sums += more
+                entries, more = self._encode(acts.to(device))
+                error += more
                 found.append((entries[0], entries[1] + n_rows, entries[2]))
                 n_rows += len(acts)
         latents, rows, values = (
@@ -107,38 +107,42 @@ class Encoder:
         tokens, positions, documents = (
             torch.cat(parts).numpy() for parts in zip(*origins, strict=True)
         )
-        error, total, active = self.sae.axis.total(sums).tolist()
+        sums = torch.stack([error, error.new_tensor(float(len(values)))])
+        squared_error, active = self.sae.axis.total(sums).tolist()
         return Encoded(
             unit,
             (tokens, positions, documents),
-            (error, total, int(active)),
+            (squared_error, self._squared_total(shard, n_rows), int(active)),
             latents,
             rows,
             rounded(values),
         )
 
     def _encode(
-        self, x: Float[Tensor, "rows d_in"]
-    ) -> tuple[tuple[Tensor, Tensor, Tensor], Float[Tensor, "3"]]:
-        """Encode scaled rows: this rank's entries, and this rank's part of the sums."""
-        sae, axis, n = self.sae, self.sae.axis, len(x)
-        padding = -n % self._height
-        x = torch.nn.functional.pad(x, (0, 0, 0, padding))
+        self, acts: Float[Tensor, "rows d_in"]
+    ) -> tuple[tuple[Tensor, Tensor, Tensor], Float[Tensor, ""]]:
+        """Encode rows: this rank's entries, and the squared error of this rank's part of them."""
+        sae, axis, n = self.sae, self.sae.axis, len(acts)
+        x = torch.zeros(n + -n % self._height, acts.shape[1], device=acts.device)
+        x[:n] = acts
+        x *= self._scale
         each = len(x) // axis.shards
         own = slice(axis.shard * each, (axis.shard + 1) * each)
         codes = sae.encode(x[own])
-        x_hat = sae.decode(codes)
-        here = slice(0, max(0, min(n - own.start, each)))  # rows of this rank that are no padding
-        x = x[own][here]
+        error = sae.decode(codes).sub_(x[own])
+        error = error[: max(0, min(n - own.start, each))]  # the rest is padding
         rows = Entries(codes.latents, codes.starts, len(sae.W_enc)).rows
         on = (codes.acts > 0) & (rows < n)
         acts, latents, rows = codes.acts[on], codes.latents[on], rows[on]
-        sums = (
-            (x - x_hat[here]).square().sum(1).double().sum(),
-            (x - self._mean).square().sum(1).double().sum(),
-            torch.tensor(float(len(acts)), dtype=torch.float64, device=x.device),
-        )
-        return (latents.int(), rows.int(), acts.float()), torch.stack(sums)
+        squares = torch.linalg.vector_norm(error, dim=1).double().square().sum()
+        return (latents.int(), rows.int(), acts.float()), squares
+
+    def _squared_total(self, shard: SiteShard, rows: int) -> float:
+        """Sum of |x - mean|^2 over a unit, from the sums in its manifest."""
+        mean, scale = self._mean.double().cpu(), self._scale
+        along = float(torch.tensor(shard.sum, dtype=torch.float64) @ mean)
+        squares = scale**2 * shard.sum_squares
+        return squares - 2 * scale * along + rows * float(mean.square().sum())
 
     def _blocks(self, shard: SiteShard) -> Iterator[SiteRows]:
         """Read the blocks of a shard, some ahead."""

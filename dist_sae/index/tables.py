@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -30,6 +31,41 @@ from dist_sae.storage import ObjectStore
 
 _GROUP_ROWS = {"latents": 2048, "examples": 32_768, "pairs": 32_768}
 """Rows of a row group: one latent's page reads one of each, about half a megabyte in all."""
+_KEPT_ROWS = 2**24  # 16 bytes each
+_ORIGIN = ("document", "position", "token")
+
+
+class Origins:
+    """Token, position and document of rows; units that were read last stay in memory.
+
+    Args:
+        store: The store of runs.
+        records: The index's units.
+    """
+
+    def __init__(self, store: ObjectStore, records: Sequence[UnitRecord]) -> None:
+        self._store = store
+        self._records = {record.unit: record for record in records}
+        largest = max((record.rows for record in records), default=0)
+        self._read = lru_cache(_KEPT_ROWS // max(1, largest))(self._read_unit)
+
+    def find(self, units: NDArray[np.int32], rows: NDArray[np.int32]) -> list[NDArray[Any]]:
+        """Document, position and token of each of some rows."""
+        columns: list[NDArray[Any]] = [
+            np.empty(len(units), EXAMPLES.field(name).type.to_pandas_dtype()) for name in _ORIGIN
+        ]
+        order = np.argsort(units, kind="stable")
+        numbers, starts = np.unique(units[order], return_index=True)
+        for unit, here in zip(numbers.tolist(), np.split(order, starts[1:]), strict=False):
+            for column, values in zip(columns, self._read(unit), strict=True):
+                column[here] = values[rows[here]]
+        return columns
+
+    def _read_unit(self, unit: int) -> list[NDArray[Any]]:
+        origin = self._records[unit].origin
+        assert origin is not None
+        table = read_table(self._store, origin)
+        return [table[name].to_numpy() for name in _ORIGIN]
 
 
 def make_bucket(
@@ -39,12 +75,14 @@ def make_bucket(
     records: Sequence[UnitRecord],
     bucket: int,
     weights: Mapping[str, pa.Array],
+    origins: Origins,
     sample: Sample | None,
 ) -> BucketRecord:
     """Make and store the tables of a bucket.
 
     Args:
         weights: Columns of `LATENTS` that follow from the dictionary alone.
+        origins: Of the index's rows.
         sample: For the pairs; None makes no table of pairs.
 
     Raises:
@@ -75,7 +113,7 @@ def make_bucket(
     firings = Statistics(*map(np.concatenate, zip(*statistics, strict=True)))
     tables = {
         "latents": _latents(latents, firings, rows, weights),
-        "examples": _examples(store, records, examples),
+        "examples": _examples(origins, examples),
     }
     if sample is not None:
         tables["pairs"] = sample.pairs(latents)
@@ -143,27 +181,15 @@ def _column(values: NDArray[np.generic], type_: pa.DataType) -> pa.Array:
     return pa.FixedSizeListArray.from_arrays(flat, type=type_)
 
 
-def _examples(
-    store: ObjectStore, records: Sequence[UnitRecord], examples: Sequence[tuple[int, Chosen]]
-) -> pa.Table:
-    """Look up the text's place of each example."""
+def _examples(origins: Origins, examples: Sequence[tuple[int, Chosen]]) -> pa.Table:
     found = Chosen(*map(np.concatenate, zip(*(chosen for _, chosen in examples), strict=True)))
     firsts = np.repeat([first for first, _ in examples], [len(c.acts) for _, c in examples])
-    origin = [np.zeros(len(found.acts), dtype) for dtype in (np.int64, np.int32, np.int32)]
-    order = np.argsort(found.units, kind="stable")
-    units = found.units[order]
-    for record in records:
-        here = order[slice(*np.searchsorted(units, [record.unit, record.unit + 1]))]
-        if len(here) and record.origin:
-            table = read_table(store, record.origin)
-            for column, name in zip(origin, ("document", "position", "token"), strict=True):
-                column[here] = table[name].to_numpy()[found.rows[here]]
     columns = [
         (found.latents + firsts).astype(np.int32),
         found.deciles,
         found.acts,
         found.units,
         found.rows,
-        *origin,
+        *origins.find(found.units, found.rows),
     ]
     return pa.Table.from_arrays(list(map(pa.array, columns)), schema=EXAMPLES)

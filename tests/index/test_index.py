@@ -141,7 +141,7 @@ def test_an_index_is_what_brute_force_finds(tmp_path: Path, kind: str) -> None:
     check_pairs(result["index"], oracle.codes)
 
 
-@pytest.mark.parametrize("most", [50, 700])
+@pytest.mark.parametrize("most", [200, 700])
 def test_buckets_larger_than_memory_give_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
 ) -> None:
