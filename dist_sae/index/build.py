@@ -35,6 +35,7 @@ from dist_sae.errors import (
     PlanMismatchError,
     Stopped,
 )
+from dist_sae.index.cells import stored_cells
 from dist_sae.index.coactive import Sample
 from dist_sae.index.encode import Encoded, Encoder, Written, unit_record, write_codes
 from dist_sae.index.layout import (
@@ -365,7 +366,7 @@ class _Worker:
 
     def _merge_buckets(self, buckets: list[int]) -> bool:
         """Stage 2: merge buckets until all are; False if damaged units must be encoded again."""
-        store, folder, manifest, *_ = self._opened
+        store, folder, manifest, _, checkpoint, *_ = self._opened
         mesh = self._mesh
         own = self._worker
         worker = Worker(
@@ -387,8 +388,10 @@ class _Worker:
                         self._pace = _Pace()
                         records = list(unit_records(store, folder, manifest))
                         origins = Origins(store, records)
+                        cells = stored_cells(store, folder.prefix, checkpoint, mesh.device)
                         sample = Sample(store, manifest, records) if manifest.pair_share else None
-                    weights = weight_columns(self._opened.checkpoint, manifest.bucket(bucket))
+                    latents = manifest.bucket(bucket)
+                    weights = weight_columns(checkpoint, latents, cells, mesh.device)
                     made = make_bucket(
                         store, folder, manifest, records, bucket, weights, origins, sample
                     )

@@ -94,9 +94,9 @@ class Sample:
         if total < _DENSE_FROM * self._n_latents:
             places, factors = self._places(rows, self._acts[entries])
             others, inverse = np.unique(self._latents[places], return_inverse=True)
-            sums = np.bincount(inverse, factors * self._acts[places])
-            counts = np.bincount(inverse)
-            return _Together(others.astype(np.int64), counts, sums)
+            sums: NDArray[Any] = np.bincount(inverse, factors * self._acts[places])
+            found: NDArray[np.int64] = np.bincount(inverse)
+            return _Together(others.astype(np.int64), found, sums)
         counts: NDArray[np.int64] = np.zeros(self._n_latents, np.int64)
         products: NDArray[np.float64] = np.zeros(self._n_latents)
         for part in _parts(len(rows), -(-total // _MOST_AT_ONCE)):

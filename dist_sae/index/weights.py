@@ -2,27 +2,45 @@
 
 import numpy as np
 import pyarrow as pa
+import torch
+from numpy.typing import NDArray
 
 from dist_sae.checkpoint.layout import Checkpoint
 from dist_sae.checkpoint.state import weights_of
+from dist_sae.index.cells import Cells
 from dist_sae.index.layout import LATENTS
+from dist_sae.index.neighbours import neighbours
 
 
-def weight_columns(checkpoint: Checkpoint, latents: range) -> dict[str, pa.Array]:
-    """Norms, biases, nearest latents and output tokens of a range of latents, by column."""
+def weight_columns(
+    checkpoint: Checkpoint, latents: range, cells: Cells | None, device: torch.device
+) -> dict[str, pa.Array]:
+    """Norms, biases, nearest latents and output tokens of a range of latents, by column.
+
+    Args:
+        cells: See `neighbours`.
+        device: Computes the nearest latents.
+    """
     stored = weights_of(checkpoint)
 
-    def read(name: str) -> np.ndarray:
-        return checkpoint.read(stored[name], latents.start, latents.stop).float().numpy()
+    def read(name: str) -> NDArray[np.float32]:
+        rows: NDArray[np.float32] = (
+            checkpoint.read(stored[name], latents.start, latents.stop).float().numpy()
+        )
+        return rows
 
-    columns: dict[str, np.ndarray] = {
+    columns: dict[str, NDArray[np.float32]] = {
         "decoder_norm": np.linalg.norm(read("W_dec"), axis=1),
         "encoder_norm": np.linalg.norm(read("W_enc"), axis=1),
         "encoder_bias": read("b_enc"),
     }
     arrays = {name: pa.array(column, pa.float32()) for name, column in columns.items()}
-    empty: list[list[int]] = [[] for _ in latents]
+    near = neighbours(checkpoint, latents, cells=cells, device=device)
+    kept = near.latents >= 0
+    ends = np.concatenate([[0], kept.sum(1).cumsum(0).numpy()])
+    for name, values in (("nearest", near.latents), ("nearest_cosine", near.cosines)):
+        arrays[name] = pa.ListArray.from_arrays(ends, values[kept].numpy())
     for field in LATENTS:
-        if pa.types.is_list(field.type):
-            arrays[field.name] = pa.array(empty, field.type)
+        if field.name.startswith(("top_", "bottom_")):
+            arrays[field.name] = pa.array([[]] * len(latents), field.type)
     return arrays

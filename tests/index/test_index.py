@@ -9,6 +9,7 @@ import pytest
 import dist_sae.index.coactive
 import dist_sae.index.layout
 import dist_sae.index.merge
+from dist_sae.dictionaries.base import Dictionary
 from dist_sae.index.coactive import LEAST_ROWS, MOST_PAIRS
 from dist_sae.index.layout import HISTOGRAM_BARS
 from tests.index.indexed import (
@@ -65,6 +66,20 @@ def check_latents(place: str, oracle: Oracle) -> None:
         assert line["deciles"] == acts[begins].tolist()
         edges = np.linspace(0, acts[-1], HISTOGRAM_BARS + 1)
         assert line["histogram"] == np.histogram(acts, edges)[0].tolist()
+
+
+def check_weights(place: str, sae: Dictionary) -> None:
+    W_dec, W_enc = (W.detach().double().numpy() for W in (sae.W_dec, sae.W_enc))
+    unit = W_dec / np.linalg.norm(W_dec, axis=1, keepdims=True)
+    cosines = unit @ unit.T
+    for line in tables(place, "latents").to_pylist():
+        n = line["latent"]
+        assert line["decoder_norm"] == pytest.approx(np.linalg.norm(W_dec[n]), rel=1e-6)
+        assert line["encoder_norm"] == pytest.approx(np.linalg.norm(W_enc[n]), rel=1e-6)
+        assert line["encoder_bias"] == sae.b_enc[n]
+        others = [m for m in np.argsort(-cosines[n]) if m != n][:16]
+        assert line["nearest"] == others
+        assert line["nearest_cosine"] == pytest.approx(cosines[n, others], rel=1e-6)
 
 
 def check_examples(place: str, oracle: Oracle, top: int = 6, per_decile: int = 2) -> None:
@@ -138,6 +153,7 @@ def test_an_index_is_what_brute_force_finds(tmp_path: Path, kind: str) -> None:
     oracle = Oracle(run, sae)
     assert any(len(oracle.firings(n)) > 200 for n in range(64))
     check(result["index"], result, oracle)
+    check_weights(result["index"], sae)
     check_pairs(result["index"], oracle.codes)
 
 
