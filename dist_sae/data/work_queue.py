@@ -102,6 +102,7 @@ class WorkQueue:
         self._renewing = threading.Lock()  # a claim that is given back must not be written again
         if store.exclusive:
             self._drop_left_overs()
+        self._say_held()
         self.waited_seconds = 0.0
         """For the limit and for other workers."""
 

@@ -408,7 +408,6 @@ class _Worker:
                 self._telemetry.add("dist_sae_index_merged_entries_total", made.entries)
                 self._telemetry.set("dist_sae_index_buckets", queue.done())
                 pace = self._pace.of(made.entries)
-                self._telemetry.set("dist_sae_index_entries_per_second", pace)
                 logs.progress("merge", queue.done(), len(buckets), entries_per_second=pace)
         if self._stopping.is_set() and queue.pending():
             raise Stopped(f"{worker.name}: stopped; start it again to continue")

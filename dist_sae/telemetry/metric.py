@@ -44,7 +44,6 @@ _MEASURED = (
 _UNITS = {
     **{unit: unit for unit in _MEASURED},
     "rows_per_second": "rows/second",
-    "entries_per_second": "entries/second",
     "step": "steps",
     "stalls": "steps",
     "takeovers": "items",

@@ -153,10 +153,9 @@ METRICS = (
     Metric("dist_sae_index_rows_total", "Rows that this worker has encoded."),
     Metric("dist_sae_index_entries_total", "Active latents, summed over the rows encoded."),
     Metric("dist_sae_index_merged_entries_total", "Entries of the buckets that were merged."),
-    Metric("dist_sae_index_rows_per_second", "Rows encoded per second by this worker, last unit."),
     Metric(
-        "dist_sae_index_entries_per_second",
-        "Entries merged per second by this worker, last bucket.",
+        "dist_sae_index_rows_per_second",
+        "Rows encoded per second by this worker, in the last unit and the wait before it.",
     ),
     # held-out numbers
     Metric("dist_sae_evaluate_step", "Step of the checkpoint that was evaluated.", "Of step"),

@@ -1,4 +1,4 @@
-"""Real Prometheus, Alertmanager and Pushgateway with a run on S3: two producers, two ranks."""
+"""Real Prometheus, Alertmanager and Pushgateway with a run on S3: producers, ranks, an index."""
 
 import re
 import time
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import promql_parser
 import pytest
 
+from dist_sae.index.layout import IndexFolder
 from dist_sae.telemetry.dashboards import PAGES
 from tests import launch
 from tests.forks import Program
@@ -50,8 +51,9 @@ def live(
 ) -> Iterator[Live]:
     folder = tmp_path_factory.mktemp("live")
     s3, bucket = server("seaweedfs"), "monitoring"
-    server_client("seaweedfs").create_bucket(Bucket=bucket)
-    port, meeting = free_ports(4), free_ports(1)
+    client = server_client("seaweedfs")
+    client.create_bucket(Bucket=bucket)
+    port, meeting = free_ports(5), free_ports(1)
     path = write_run(
         folder,
         store={
@@ -78,6 +80,7 @@ def live(
         },
         timeouts={"lost_seconds": 3},
         processes={"producers": 2, "trainers": 2, "latent_shards": 2},
+        index={"name": "live", "rows": 320},
         telemetry={"port": port},
     )
     owner = {"AWS_ACCESS_KEY_ID": OWNER.id, "AWS_SECRET_ACCESS_KEY": OWNER.secret}
@@ -86,7 +89,7 @@ def live(
         gateway = stack.enter_context(pushgateway(folder))
         url, received = stack.enter_context(webhook())
         manager = stack.enter_context(alertmanager(folder, url))
-        targets = [f"127.0.0.1:{port + i}" for i in range(4)]
+        targets = [f"127.0.0.1:{port + i}" for i in range(5)]
         running = stack.enter_context(prometheus(folder, targets, gateway, manager))
         rendezvous = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(meeting)}
         ranks = [owner | rendezvous | {"RANK": r, "LOCAL_RANK": r} for r in ("0", "1")]
@@ -95,6 +98,17 @@ def live(
         trainers = [
             stack.enter_context(program("train", path, 2 + i, env)) for i, env in enumerate(ranks)
         ]
+        # another worker seems to have the only bucket in hand: this one waits, and can be seen
+        claim = IndexFolder("world", "live").bucket_claims.key(0)
+        client.put_object(Bucket=bucket, Key=f"runs/{claim}", Body=b"{}")
+
+        def unsaved() -> list[str]:
+            there = client.list_objects_v2(Bucket=bucket, Prefix="runs/world/checkpoints/")
+            keys = [entry["Key"] for entry in there.get("Contents", [])]
+            return [] if any(key.endswith("/manifest.json") for key in keys) else ["a checkpoint"]
+
+        until(unsaved)
+        stack.enter_context(program("index", path, 4, owner))
         push = f"telemetry.pushgateway_url=http://{gateway}"
         evaluate = partial(launch.run, "evaluate", str(path), "--set", push, env=owner)
         yield Live(running, received, trainers, evaluate)

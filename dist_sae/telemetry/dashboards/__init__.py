@@ -7,6 +7,7 @@ import re
 
 from dist_sae.errors import ConfigError
 from dist_sae.telemetry.dashboards.dictionary import DICTIONARY
+from dist_sae.telemetry.dashboards.index import INDEX
 from dist_sae.telemetry.dashboards.overview import OVERVIEW
 from dist_sae.telemetry.dashboards.panels import Page, Panel
 from dist_sae.telemetry.dashboards.producers import PRODUCERS
@@ -14,7 +15,7 @@ from dist_sae.telemetry.dashboards.store import STORE
 from dist_sae.telemetry.dashboards.trainer import TRAINER
 from dist_sae.telemetry.metrics import METRICS
 
-PAGES = (OVERVIEW, TRAINER, PRODUCERS, STORE, DICTIONARY)
+PAGES = (OVERVIEW, TRAINER, PRODUCERS, STORE, DICTIONARY, INDEX)
 """The overview first: the others go into detail."""
 
 

@@ -1,0 +1,86 @@
+"""The latent index while it is made."""
+
+from dist_sae.telemetry.dashboards.panels import Page, graph, number
+from dist_sae.telemetry.dashboards.queries import alive, growth, now, rate
+
+INDEX = Page(
+    "index",
+    "dist_sae: latent index",
+    "The latent index while it is made: units, then buckets of latents.",
+    {
+        "Are its workers healthy?": (
+            number("Live workers", "count", alive("index"), width=6),
+            number(
+                "Units being encoded",
+                "count",
+                now("dist_sae_index_claimed_units", how="sum"),
+                width=6,
+            ),
+            number(
+                "Buckets being merged",
+                "count",
+                now("dist_sae_index_claimed_buckets", how="sum"),
+                width=6,
+            ),
+            number(
+                "Units and buckets taken over",
+                "count",
+                growth("dist_sae_index_takeovers_total"),
+                "From workers that had died.",
+                width=6,
+            ),
+        ),
+        "How long will the index take?": (
+            graph(
+                "Units encoded",
+                "count",
+                now("dist_sae_index_plan_units").named("planned"),
+                now("dist_sae_index_units").named("encoded"),
+                says="Stage 1; stage 2 begins when all are.",
+                width=12,
+            ),
+            graph(
+                "Buckets merged",
+                "count",
+                now("dist_sae_index_plan_buckets").named("planned"),
+                now("dist_sae_index_buckets").named("merged"),
+                says="Stage 2; with the last one the index is complete.",
+                width=12,
+            ),
+            graph(
+                "Rows encoded", "rows/s", rate("dist_sae_index_rows_total", "run, rank"), width=12
+            ),
+            graph(
+                "Entries",
+                "per second",
+                rate("dist_sae_index_entries_total").named("encoded"),
+                rate("dist_sae_index_merged_entries_total").named("merged"),
+                says="Activations of a latent on a row.",
+                width=12,
+            ),
+        ),
+        "What limits the index?": (
+            graph(
+                "Waiting for other workers",
+                "share",
+                rate("dist_sae_index_waited_seconds_total", "run, waited_for").over(
+                    now("dist_sae_index_plan_units", how="count"), on="run"
+                ),
+                says="Mean of the workers: the last units, or the last buckets, are in others' "
+                "hands.",
+            ),
+            graph(
+                "Pace of the last unit",
+                "rows/s",
+                now("dist_sae_index_rows_per_second", "run, rank"),
+                says="A worker that lags has a slow device, or a slow way to the store.",
+            ),
+            graph(
+                "Memory of workers",
+                "bytes",
+                now("dist_sae_process_resident_memory_bytes", "run, rank", role="index"),
+            ),
+        ),
+    },
+    ranks="index",
+)
