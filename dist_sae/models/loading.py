@@ -86,9 +86,13 @@ class _HuggingFaceTokenizer:
 def load_tokenizer(config: HuggingFaceModel) -> _HuggingFaceTokenizer:
     """Load the model's own tokenizer."""
     with errors_of(config):
-        return _HuggingFaceTokenizer(
-            transformers.AutoTokenizer.from_pretrained(config.place, revision=config.revision)
-        )
+        return _HuggingFaceTokenizer(load_plain_tokenizer(config))
+
+
+def load_plain_tokenizer(config: HuggingFaceModel) -> Any:
+    """Load the model's own tokenizer as `transformers` has it."""
+    with errors_of(config):
+        return transformers.AutoTokenizer.from_pretrained(config.place, revision=config.revision)
 
 
 class Description(NamedTuple):

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple
 
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from dist_sae.errors import ModelError
 
@@ -105,10 +106,13 @@ def width(model: nn.Module, site: str) -> int:
     return int(text.hidden_size * several)
 
 
-def attach(model: nn.Module, site: str, edit: Edit) -> None:
+def attach(model: nn.Module, site: str, edit: Edit) -> RemovableHandle:
     """Hook `edit` into a site: it gets the activations, and its result replaces them.
 
     Several residual streams (AltUp, hyper-connections) are passed as one, concatenated.
+
+    Returns:
+        Removes the hook.
     """
     module, goes_in = place(model, site)
     text = model.config.get_text_config()  # type: ignore[operator, union-attr]
@@ -137,9 +141,8 @@ def attach(model: nn.Module, site: str, edit: Edit) -> None:
         return edited(output)
 
     if goes_in:
-        module.register_forward_pre_hook(hook_in, with_kwargs=True)
-    else:
-        module.register_forward_hook(hook_out)
+        return module.register_forward_pre_hook(hook_in, with_kwargs=True)
+    return module.register_forward_hook(hook_out)
 
 
 def _part(layer: nn.Module, paths: tuple[str, ...], site: str) -> nn.Module:

@@ -43,7 +43,7 @@ class SplicedModel:
         description = describe(config, (site,))
         self._name = config.path
         self._vocabulary = description.vocabulary
-        self._model, self.masked = _with_head(config, description)
+        self._model, self.masked = load_with_head(config, description)
         self._mask_token = load_tokenizer(config).mask if self.masked else None
         if self.masked and self._mask_token is None:
             raise HeadlessError(f"model.path {config.path}: its tokenizer has no mask token")
@@ -98,8 +98,13 @@ class SplicedModel:
         return acts if self._edit is None else self._edit(acts.cpu()).to(acts.device)
 
 
-def _with_head(config: HuggingFaceModel, description: Description) -> tuple[Any, bool]:
-    """Load the model with a token head; returns it, and True if it predicts masked tokens."""
+def load_with_head(config: HuggingFaceModel, description: Description) -> tuple[Any, bool]:
+    """Load the model with a token head; returns it, and True if it predicts masked tokens.
+
+    Raises:
+        HeadlessError: The model predicts no tokens.
+        ModelError: The model cannot be loaded.
+    """
     reason = f"transformers has no head for {description.config.model_type} that predicts tokens"
     for heads, masked in HEADS:
         if type(description.config) not in heads:
