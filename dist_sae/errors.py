@@ -23,6 +23,10 @@ class ConfigError(DistSaeError):
     """The run file or an override is not valid. The message has one line per problem."""
 
 
+class ArgumentError(DistSaeError, ValueError):
+    """An argument of a function for notebooks does not fit the run, dictionary or model."""
+
+
 class CorpusError(DistSaeError):
     """The text cannot be read, is empty or is too small."""
 

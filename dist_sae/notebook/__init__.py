@@ -1,0 +1,1 @@
+"""Runs in a notebook: what `import dist_sae` gives."""

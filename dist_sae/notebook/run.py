@@ -1,0 +1,220 @@
+"""A run, opened to be read: its checkpoints, its rows, its texts and its model."""
+
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from functools import cached_property
+from typing import Any
+
+from dist_sae.checkpoint import folder
+from dist_sae.checkpoint.layout import Checkpoints
+from dist_sae.checkpoint.trained import none_yet, read_trained
+from dist_sae.config import Run
+from dist_sae.config.data import HuggingFaceModel
+from dist_sae.data.activation_set import ActivationSet
+from dist_sae.data.plan import PLAN_KEY, Plan, as_planned, load_plan
+from dist_sae.data.upkeep import urls
+from dist_sae.errors import ArgumentError, ConfigError
+from dist_sae.notebook.dictionary import RawDictionary
+from dist_sae.notebook.rows import RowBatch, find_units, read_rows
+from dist_sae.notebook.texts import RowText, TextReader
+from dist_sae.report.latents import Firings, Texts, build_example
+from dist_sae.storage import open_store
+
+
+def open_run(place: str | os.PathLike[str], overrides: Sequence[str] = ()) -> "OpenedRun":
+    """Open a run.
+
+    Args:
+        place: The run's folder (`<store.runs>/<name>`), as a path or an `s3://` URL, or its run
+            file.
+        overrides: As `--set` of the commands: `["store.s3.endpoint_url=http://127.0.0.1:8333"]`,
+            or `["model.path=/models/smollm2"]` if the model has moved.
+
+    Raises:
+        ConfigError: It is neither; a line for every problem.
+        StoreError: The folder cannot be read.
+    """
+    argument = os.fspath(place)
+    if "://" not in argument:
+        argument = os.path.expanduser(argument)
+    return OpenedRun(folder.open_run(argument, overrides))
+
+
+class OpenedRun:
+    """A run as its files are now; a trainer or producers may still be at work on them.
+
+    Attributes:
+        config: The run file.
+    """
+
+    def __init__(self, config: Run) -> None:
+        self.config = config
+        self._runs = open_store(config.store.runs, config.store.s3)
+        self._store = open_store(config.store.activations, config.store.s3)
+
+    def __repr__(self) -> str:
+        sae = self.config.sae
+        kind = f"{sae.kind}, {sae.n_latents} latents, {self.config.site}"
+        return f"OpenedRun({self._place}: {kind})"
+
+    def steps(self) -> list[int]:
+        """Steps with a complete checkpoint, ascending."""
+        return Checkpoints(self._runs, self.config.name, 1).steps()
+
+    def dictionary(self, step: int | None = None) -> RawDictionary:
+        """Read the whole dictionary of a checkpoint into memory, on the CPU.
+
+        Args:
+            step: Step of the checkpoint; None takes the newest readable one.
+
+        Raises:
+            ConfigError: There is no checkpoint, or none of that step.
+            PlanMismatchError: The run was trained with other settings.
+            CorruptObjectError: The checkpoint is damaged.
+        """
+        if step is not None and step not in (steps := self.steps()):
+            there = ", ".join(map(str, steps)) or "none"
+            raise ConfigError(f"{self._place}: has no checkpoint of step {step}; it has: {there}")
+        trained = read_trained(self._runs, self.config, step)
+        if trained is None:
+            raise none_yet(self._runs, self.config)
+        return RawDictionary(
+            trained.sae,
+            trained.scale,
+            trained.run.site,
+            trained.step,
+            trained.mean / trained.scale,
+            trained.idle_rows,
+            reader=lambda: self._reader,
+        )
+
+    def rows(
+        self,
+        units: int | Iterable[int] | None = None,
+        *,
+        heldout: bool = False,
+        batch_rows: int | None = None,
+        limit: int | None = None,
+        site: str | None = None,
+    ) -> Iterator[RowBatch]:
+        """Iterate over activation rows in the order of the plan, with token, position, document.
+
+        Only units that are there are read; how many are not is logged as a warning.
+
+        Args:
+            units: Numbers of units; None takes all training units.
+            heldout: Take the held-out units instead, if `units` is None.
+            batch_rows: Rows of a batch; None gives a batch per unit.
+            limit: Most rows in all.
+            site: A site of the activation set; None takes the run's.
+
+        Raises:
+            ArgumentError: The plan has no such unit, or the set no such site.
+            DataExhaustedError: A unit's rows were deleted after use.
+            UnitMissingError: A unit, or every unit, has not been produced.
+            PlanMismatchError: There is no activation set, or one of other settings.
+        """
+        site = site or self.config.site
+        if site not in self._plan.sites:
+            there = ", ".join(self._plan.sites)
+            raise ArgumentError(f"site {site}: {self._store.url} has {there}")
+        for name, number in (("batch_rows", batch_rows), ("limit", limit)):
+            if number is not None and number < 1:
+                raise ArgumentError(f"{name}: {number} is not a positive number")
+        activations = ActivationSet(self._store, self._plan, site, wait=False)
+        found = find_units(activations, units, heldout=heldout)
+        return read_rows(activations, found, batch_rows, limit)
+
+    def shards(self, *, heldout: bool = False, site: str | None = None) -> list[str]:
+        """List the shards of a site as webdataset reads them: paths, or `s3://` URLs.
+
+        Args:
+            heldout: List the held-out units' instead of those to train on.
+            site: A site of the activation set; None takes the run's.
+
+        Raises:
+            ConfigError: The activation set has no such site.
+            DataExhaustedError: There are no such units.
+            PlanMismatchError: There is no activation set, or one of other settings.
+        """
+        return urls(self.config, site or self.config.site, heldout=heldout)
+
+    def text(self, batch: RowBatch, row: int) -> RowText:
+        """Read the text around a row, from the corpus.
+
+        Args:
+            batch: Rows of this run.
+            row: Index into the batch.
+
+        Raises:
+            CorpusError: The text is gone, or is not what the activations were made from.
+            ModelError: The model's tokenizer is gone.
+        """
+        unit = int(batch.units[row])
+        beside = batch.documents[batch.units == unit].tolist()
+        self._texts.read(unit, beside)
+        place = (int(batch.documents[row]), int(batch.positions[row]))
+        firings = Firings(
+            batch.units, batch.tokens, batch.positions, batch.documents, *3 * (batch.rows[:0],)
+        )
+        example = build_example(row, firings, {place: 0.0}, self._texts)
+        pieces = [token.text for token in example.tokens]
+        before, after = pieces[: example.peak], pieces[example.peak + 1 :]
+        return RowText("".join(before), pieces[example.peak], "".join(after))
+
+    def model(self) -> Any:
+        """Load the whole language model with its head, as `transformers` has it.
+
+        In the run's precision, on the GPU if there is one.
+
+        Raises:
+            ConfigError: The run's activations are not of a language model.
+            HeadlessError: The model predicts no tokens.
+            ModelError: The model cannot be loaded.
+        """
+        config = self._language_model
+        from dist_sae.models.loading import describe  # takes 3 s
+        from dist_sae.models.spliced import load_with_head
+
+        model, _ = load_with_head(config, describe(config, (self.config.site,)))
+        model.config.get_text_config().use_cache = True  # `describe` turns it off
+        return model
+
+    def tokenizer(self) -> Any:
+        """Load the language model's tokenizer, as `transformers` has it; raises like `model`."""
+        config = self._language_model
+        from dist_sae.models.loading import load_plain_tokenizer  # takes 3 s
+
+        return load_plain_tokenizer(config)
+
+    @property
+    def _place(self) -> str:
+        return f"{self._runs.url}/{self.config.name}"
+
+    @property
+    def _language_model(self) -> HuggingFaceModel:
+        model = self._as_planned.model
+        if not isinstance(model, HuggingFaceModel):
+            raise ConfigError(
+                f"model.kind: {model.kind}: run {self.config.name} has no language model"
+            )
+        return model.model_copy(update={"tensor_parallel": 1})
+
+    @cached_property
+    def _plan(self) -> Plan:
+        return load_plan(self._store, self.config)
+
+    @property
+    def _as_planned(self) -> Run:
+        """The run with the model's commit on the hub pinned, if its activation set is at hand."""
+        if self._store.size(PLAN_KEY) is None:
+            return self.config
+        return as_planned(self.config, self._plan)
+
+    @cached_property
+    def _reader(self) -> TextReader:
+        return TextReader(self._as_planned)
+
+    @cached_property
+    def _texts(self) -> Texts:
+        return Texts(self.config, self._plan)

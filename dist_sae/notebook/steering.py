@@ -1,0 +1,112 @@
+"""Changes to a model's activations at a site, by hooks that leave with their `with` block."""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float, Shaped
+from torch import Tensor, nn
+
+from dist_sae.errors import ArgumentError
+from dist_sae.models.sites import attach, place, width
+
+Change = Callable[[Float[Tensor, "rows d_in"]], Float[Tensor, "rows d_in"]]
+"""What is added to raw activations."""
+
+Positions = Shaped[Tensor, "*batch seq"]
+"""A mask of booleans; others are refused, as they may be numbers of tokens."""
+
+
+class Where:
+    """Tokens that are changed.
+
+    Args:
+        positions: Mask, `[seq]` or `[batch, seq]`, from the first token of a sequence on, padding
+            included; all if None.
+        generated: Whether tokens after the last of `positions` are changed.
+    """
+
+    def __init__(self, positions: Positions | None, *, generated: bool) -> None:
+        if positions is not None and (
+            positions.dtype != torch.bool or positions.dim() not in (1, 2)
+        ):
+            raise ArgumentError(
+                f"positions: give a mask of booleans, [seq] or [batch, seq], not "
+                f"{positions.dtype} of shape {list(positions.shape)}"
+            )
+        self.positions = None if positions is None else positions.view(-1, positions.shape[-1])
+        self._generated = generated
+        self._before = 0
+
+    def look(self, _: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Note, before a forward pass, how many tokens of the sequences came before it.
+
+        Raises:
+            ArgumentError: The model keeps another state than past keys and values.
+        """
+        past = kwargs.get("past_key_values")
+        if kwargs.get("cache_params") is not None:
+            raise ArgumentError(
+                "positions: this model's state does not tell how many tokens came before; "
+                "generate with use_cache=False"
+            )
+        self._before = 0 if past is None else int(past.get_seq_length())
+
+    def mask(self, batch: int, seq: int) -> Bool[Tensor, "batch seq"]:
+        """Mask of a forward pass.
+
+        Raises:
+            ArgumentError: `positions` are of another number of sequences.
+        """
+        if self.positions is None:
+            return torch.ones(batch, seq, dtype=torch.bool)
+        if len(self.positions) not in (1, batch):
+            raise ArgumentError(
+                f"positions: {len(self.positions)} sequences, but the model reads {batch}"
+            )
+        here = self.positions[:, self._before : self._before + seq]
+        rest = here.new_full((len(here), seq - here.shape[1]), self._generated)
+        return torch.cat([here, rest], 1).expand(batch, seq)
+
+
+@contextmanager
+def editing(model: nn.Module, site: str, d_in: int, change: Change, where: Where) -> Iterator[None]:
+    """Add `change(x)` to a model's activations x at a site, within a `with` block.
+
+    Args:
+        model: A `transformers` model.
+        site: The site.
+        d_in: Width of a row that `change` takes.
+        change: Gets the rows that are changed, in fp32 and without gradients.
+        where: Which rows these are.
+
+    Raises:
+        ArgumentError: It is no `transformers` model, or its activations have another width.
+        ModelError: The model has no such site.
+    """
+    if not hasattr(getattr(model, "config", None), "get_text_config"):
+        raise ArgumentError(
+            f"model: {type(model).__name__} is not a transformers model; give one, as run.model()"
+        )
+    place(model, site)
+    if width(model, site) != d_in:
+        raise ArgumentError(
+            f"model: its activations at {site} are {width(model, site)} wide, the dictionary "
+            f"takes {d_in}; give the model that the run was trained on"
+        )
+
+    def edit(acts: Tensor) -> Tensor:
+        mask = where.mask(*acts.shape[:2]).to(acts.device)
+        if not mask.any():
+            return acts
+        delta = torch.zeros(acts.shape, dtype=torch.float32, device=acts.device)
+        delta[mask] = change(acts.detach()[mask].float()).to(delta)
+        # exact where delta is 0
+        return (acts + delta).to(acts.dtype)
+
+    with ExitStack() as hooks:
+        if where.positions is not None:
+            hooks.callback(model.register_forward_pre_hook(where.look, with_kwargs=True).remove)
+        hooks.callback(attach(model, site, edit).remove)
+        yield

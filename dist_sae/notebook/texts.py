@@ -1,0 +1,131 @@
+"""Texts: a row's surroundings, and the latents that are active on a text."""
+
+import logging
+from collections import Counter
+from collections.abc import Callable
+from typing import NamedTuple, Protocol
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dist_sae.config import Run
+from dist_sae.config.data import HuggingFaceModel
+from dist_sae.data.corpus import Document
+from dist_sae.data.row_filters import admitted
+from dist_sae.data.tokens import cut, pack
+from dist_sae.errors import ArgumentError, ConfigError
+from dist_sae.models import build_source, build_tokenizer
+
+logger = logging.getLogger(__name__)
+
+
+class RowText(NamedTuple):
+    """A row's token, and the text around it."""
+
+    before: str
+    token: str
+    after: str
+
+    def __str__(self) -> str:
+        return f"{self.before}[{self.token}]{self.after}"
+
+
+class TokenLatents(NamedTuple):
+    """A token, and the latents that are most active on it, strongest first."""
+
+    token: str
+    """Its text; empty if it is part of the character before."""
+    latents: list[int]
+    """Empty where training left the row out, such as a context's first."""
+    acts: list[float]
+    """Activations of these latents."""
+
+
+class TextRows(NamedTuple):
+    """Raw activations of a text's tokens."""
+
+    tokens: list[str]
+    acts: Float[Tensor, "rows d_in"]
+    trained: list[int]
+    """Tokens that the rows are of: training leaves out others."""
+
+
+class Codes(Protocol):
+    """Active entries: see `SparseCodes`."""
+
+    @property
+    def acts(self) -> Tensor: ...
+    @property
+    def latents(self) -> Tensor: ...
+    @property
+    def rows(self) -> Tensor: ...
+
+
+class TextReader:
+    """The run's model and tokenizer, reading texts as producers do.
+
+    Args:
+        run: The run, as planned.
+
+    Raises:
+        ConfigError: Its model is synthetic.
+        ModelError: The model cannot be loaded.
+    """
+
+    def __init__(self, run: Run) -> None:
+        if not isinstance(run.model, HuggingFaceModel):
+            raise ConfigError(
+                f"model.kind: {run.model.kind}: run {run.name} has no language model, so no text "
+                f"can be read"
+            )
+        self._run = run
+        self._tokenizer = build_tokenizer(run)
+        self._source = build_source(
+            run.model.model_copy(update={"tensor_parallel": 1}), (run.site,)
+        )
+
+    def read(self, text: str) -> TextRows:
+        """Compute a text's activations at the run's site.
+
+        Raises:
+            ArgumentError: The text has no tokens.
+        """
+        rules = self._run.activations
+        bos = self._tokenizer.bos if rules.prepend_bos else None
+        (ids,) = self._tokenizer([text])
+        if not ids:
+            raise ArgumentError("text: has no tokens; give some text")
+        contexts = list(
+            cut([Document(0, text)], self._tokenizer, context_tokens=rules.context_tokens, bos=bos)
+        )
+        if len(contexts) > 1:
+            logger.warning(
+                "the text has %d tokens and is read as %d contexts of at most %d, as in training",
+                len(ids),
+                len(contexts),
+                rules.context_tokens,
+            )
+        acts, trained = [], []
+        for context in contexts:
+            (batch,) = pack([context], batch_tokens=len(context.tokens), bos=bos)
+            keep = admitted(batch, self._tokenizer.special, rules.exclude, Counter())
+            found = self._source.run(batch.tokens, batch.mask)[self._run.site]
+            acts.append(found[keep.to(found.device)].float())
+            trained += batch.positions[keep].tolist()
+        return TextRows(self._tokenizer.text(ids), torch.cat(acts), trained)
+
+
+def strongest(rows: TextRows, encode: Callable[[Tensor], Codes], top: int) -> list[TokenLatents]:
+    """Find the most active latents of each token, at most `top`."""
+    codes = encode(rows.acts)
+    found = [TokenLatents(token, [], []) for token in rows.tokens]
+    order = codes.acts.argsort(descending=True, stable=True)
+    for row, latent, act in zip(
+        *(part[order].tolist() for part in (codes.rows, codes.latents, codes.acts)), strict=True
+    ):
+        of_token = found[rows.trained[row]]
+        if len(of_token.latents) < top:
+            of_token.latents.append(latent)
+            of_token.acts.append(act)
+    return found

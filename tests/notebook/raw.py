@@ -1,0 +1,137 @@
+"""Dictionaries and runs for the tests of notebooks."""
+
+import json
+import random
+import threading
+from pathlib import Path
+from typing import Any
+
+import tokenizers
+import torch
+import transformers
+from torch import Tensor
+
+from dist_sae.checkpoint.layout import Checkpoints
+from dist_sae.checkpoint.state import IDLE_ROWS
+from dist_sae.config import Run
+from dist_sae.config.fingerprint import run_fingerprint
+from dist_sae.data.plan import load_plan
+from dist_sae.data.work_queue import Worker
+from dist_sae.dictionaries.base import Dictionary
+from dist_sae.notebook.dictionary import RawDictionary
+from dist_sae.notebook.texts import TextReader
+from dist_sae.producing.loop import produce
+from dist_sae.producing.planner import plan
+from dist_sae.storage import open_store
+from dist_sae.telemetry.exporter import Telemetry
+from tests.dictionaries.recipes import CONFIGS, make
+from tests.world import save
+
+SCALE = 0.37
+SITES = ("resid_pre", "resid_post", "mlp_in", "mlp_inner", "mlp_out", "attn_out", "attn_z")
+hf: Any = transformers
+
+
+def no_reader() -> TextReader:
+    raise AssertionError("no text is read")
+
+
+def wrap(sae: Dictionary, site: str = "synthetic") -> RawDictionary:
+    """Wrap a dictionary as if it had been trained at a site."""
+    mean = torch.ones(len(sae.b_dec))
+    idle = torch.zeros(sae.n_latents, dtype=torch.int64)
+    return RawDictionary(sae, SCALE, site, 7, mean, idle, no_reader)
+
+
+def of_kind(kind: str, dtype: torch.dtype = torch.float64) -> RawDictionary:
+    return wrap(make(CONFIGS[kind], dtype))
+
+
+def raw_rows(*shape: int, seed: int = 3) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return 5 * torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+
+def save_language_model(folder: Path, layers: int = 3) -> Path:
+    """A random Llama whose tokens are bytes, after a BOS."""
+    torch.manual_seed(1)
+    bytes_ = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    config = hf.LlamaConfig(
+        vocab_size=len(bytes_) + 2,
+        hidden_size=24,
+        num_hidden_layers=layers,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        intermediate_size=40,
+        max_position_embeddings=256,
+        initializer_range=0.3,
+        bos_token_id=len(bytes_),
+        eos_token_id=len(bytes_) + 1,
+        pad_token_id=len(bytes_) + 1,
+    )
+    hf.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    made = tokenizers.Tokenizer(
+        tokenizers.models.BPE({byte: i for i, byte in enumerate(bytes_)}, [])
+    )
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    made.add_special_tokens(["<s>", "</s>"])
+    hf.PreTrainedTokenizerFast(
+        tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="</s>"
+    ).save_pretrained(folder)
+    return folder
+
+
+def write_text(path: Path, documents: int, words: int) -> list[str]:
+    """Write documents of random words as JSON lines; returns their texts."""
+    chance = random.Random(0)
+    letters = "abcdefghijklmnopqrstuvwxyz"
+    made = ["".join(chance.choices(letters, k=chance.randint(2, 9))) for _ in range(200)]
+    texts = [" ".join(chance.choices(made, k=words)) for _ in range(documents)]
+    path.write_text("".join(json.dumps({"text": text}) + "\n" for text in texts))
+    return texts
+
+
+def language_run(folder: Path, model: Path) -> Run:
+    """A produced run over 60 documents of bytes, without a checkpoint."""
+    write_text(folder / "text.jsonl", documents=60, words=6)
+    run = Run.model_validate(
+        {
+            "name": "language",
+            "store": {"activations": str(folder / "a"), "runs": str(folder / "r")},
+            "model": {"kind": "huggingface", "path": str(model), "dtype": "fp32"},
+            "corpus": {"kind": "files", "files": [str(folder / "text.jsonl")]},
+            "activations": {
+                "sites": ["resid_post.1", "attn_out.0"],
+                "streams": 2,
+                "unit_rows": 300,
+                "block_rows": 64,
+                "context_tokens": 80,
+                "heldout_share": 0.2,
+                "dtype": "fp32",
+                "exclude": {"over_norm": None},
+            },
+            "sae": {"kind": "topk", "n_latents": 64, "k": 4, "auxk": 0},
+            "train": {"rows": 640, "batch_rows": 64, "site": "resid_post.1"},
+        }
+    ).resolved()
+    fill(run)
+    return run
+
+
+def fill(run: Run) -> None:
+    """Produce a run's activation set."""
+    plan(run)
+    produce(run, Worker("p"), threading.Event(), Telemetry(run.name, "produce", None))
+
+
+def save_dictionary(run: Run, sae: Dictionary, step: int) -> None:
+    """Save a dictionary as a checkpoint of the run, with its run file."""
+    runs = open_store(run.store.runs)
+    made = load_plan(open_store(run.store.activations), run)
+    resolved = made.resolve(run)
+    runs.put(f"{run.name}/run.yaml", json.dumps(resolved.model_dump(mode="json")).encode())
+    scalars = {"scale": SCALE, "mean": [0.125] * len(sae.b_dec), "plan": made.hash}
+    tensors = sae.state_dict() | {IDLE_ROWS: torch.zeros(sae.n_latents, dtype=torch.int64)}
+    checkpoints = Checkpoints(runs, run.name, 5)
+    save(checkpoints, step, tensors, scalars | {"run": run_fingerprint(resolved)})
