@@ -21,12 +21,12 @@ from torch import Tensor
 from dist_sae.checkpoint.layout import Checkpoint
 from dist_sae.errors import CorruptObjectError, ObjectNotFoundError
 from dist_sae.index.decoder import Decoder, directions
-from dist_sae.index.layout import Stored
+from dist_sae.index.layout import Stored, read_stored
 from dist_sae.kernels import Kernels, select
 from dist_sae.kernels.choice import choose_kernels
 from dist_sae.kernels.keys import from_keys
 from dist_sae.storage import ObjectStore
-from dist_sae.storage.records import READS, Record, read_record, seal
+from dist_sae.storage.records import Record, read_record, seal
 
 logger = logging.getLogger(__name__)
 
@@ -63,19 +63,19 @@ class Cells(NamedTuple):
 
 
 def make_cells(checkpoint: Checkpoint, device: torch.device | None = None) -> Cells:
-    """Divide the latents of a checkpoint into about 4 sqrt(n_latents) cells.
+    """Divide the latents of a checkpoint into 4 to 8 sqrt(n_latents) cells.
 
     Raises:
         CorruptObjectError: The checkpoint is damaged.
     """
     decoder, device = Decoder(checkpoint), device or torch.device("cpu")
     kernels = choose_kernels("auto", device)
-    n_cells = 2 ** math.ceil(math.log2(2 * math.sqrt(decoder.n_latents)))
+    n_cells = 2 ** math.ceil(math.log2(4 * math.sqrt(decoder.n_latents)))
     n_sample = min(decoder.n_latents, n_cells * _SAMPLE, SAMPLE_BYTES // (4 * decoder.d_out))
     centroids = _centroids(_sample(decoder, n_sample).to(device), min(n_cells, n_sample), kernels)
     cell_of = torch.empty(decoder.n_latents, dtype=torch.int32)
-    for first, part in decoder.parts():
-        nearest = _nearest(directions(part).to(device), centroids, 1, kernels)
+    for first, part in decoder.directions():
+        nearest = _nearest(part.to(device), centroids, 1, kernels)
         cell_of[first : first + len(part)] = nearest[:, 0].int().cpu()
     return Cells(centroids.cpu(), cell_of)
 
@@ -122,11 +122,7 @@ def _load(store: ObjectStore, key: str, checkpoint: Checkpoint) -> Cells:
     record = read_record(CellsRecord, store, key)
     if record.checkpoint != checkpoint.digest:
         raise CorruptObjectError("is of another checkpoint", url=store.url, key=key)
-    for _ in range(READS):
-        data = store.get(record.data.key)
-        if hashlib.sha256(data).hexdigest() == record.data.sha256:
-            return Cells(**safetensors.torch.load(data))
-    raise CorruptObjectError("does not match its checksum", url=store.url, key=record.data.key)
+    return Cells(**safetensors.torch.load(read_stored(store, record.data)))
 
 
 def _sample(decoder: Decoder, count: int) -> Float[Tensor, "sample d"]:

@@ -32,14 +32,19 @@ class Decoder:
         for first, rows in self._checkpoint.pieces(self._name, latents.start, latents.stop):
             yield first, rows.float()
 
-    def windows(self, n_bytes: int) -> Iterator[tuple[int, Float[Tensor, "n d_out"]]]:
-        """Yield as `parts` does, with as many parts at a time as fit into some memory."""
+    def directions(self, n_bytes: int = 0) -> Iterator[tuple[int, Float[Tensor, "n d_out"]]]:
+        """Yield the first latent and the unit directions of as many parts as fit into some memory.
+
+        At least one part.
+        """
         held, start = list[Tensor](), 0
         for first, rows in self.parts():
             if held and sum(part.nbytes for part in held) + rows.nbytes > n_bytes:
-                yield start, torch.cat(held)
-                held, start = [], first
-            held.append(rows)
+                window, held = torch.cat(held), []
+                yield start, window
+                del window
+                start = first
+            held.append(directions(rows))
         if held:
             yield start, torch.cat(held)
 

@@ -67,8 +67,8 @@ def neighbours(
     n_candidates = min(decoder.n_latents, 2 * m + 2)
     best = torch.full((len(queries), n_candidates), NOTHING, device=device)
     if cells is None:
-        for first, part in decoder.parts():
-            best = _nearer(best, queries, directions(part).to(device), first, kernels)
+        for first, others in decoder.directions():
+            best = _nearer(best, queries, others.to(device), first, kernels)
     else:
         _compare_in_cells(best, queries, decoder, cells, kernels)
     candidates = from_keys(best)[1].where(best > NOTHING, -1).cpu()
@@ -101,9 +101,9 @@ def _compare_in_cells(
     n_cells = len(cells.centroids)
     probed = cells.nearest(queries, kernels).cpu()
     queries_of = _grouped(probed.flatten(), n_cells)
-    for first, window in decoder.windows(WINDOW_BYTES):
+    for first, window in decoder.directions(WINDOW_BYTES):
         members_of = _grouped(cells.cell_of[first : first + len(window)].long(), n_cells)
-        others = directions(window).to(queries.device)
+        others = window.to(queries.device)
         for cell in range(n_cells):
             who = (queries_of(cell) // probed.shape[1]).to(queries.device)
             members = members_of(cell).to(queries.device)
