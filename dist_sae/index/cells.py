@@ -11,6 +11,7 @@ stored ones finds the same neighbours.
 import hashlib
 import logging
 import math
+from functools import cache
 from typing import Literal, NamedTuple
 
 import safetensors.torch
@@ -62,6 +63,12 @@ class Cells(NamedTuple):
         return _nearest(queries, self.centroids, min(PROBES, len(self.centroids)), kernels)
 
 
+@cache
+def kernels_on(device: torch.device) -> Kernels:
+    """The kernels for a device; the choice is logged once."""
+    return choose_kernels("auto", device)
+
+
 def make_cells(checkpoint: Checkpoint, device: torch.device | None = None) -> Cells:
     """Divide the latents of a checkpoint into 4 to 8 sqrt(n_latents) cells.
 
@@ -69,7 +76,7 @@ def make_cells(checkpoint: Checkpoint, device: torch.device | None = None) -> Ce
         CorruptObjectError: The checkpoint is damaged.
     """
     decoder, device = Decoder(checkpoint), device or torch.device("cpu")
-    kernels = choose_kernels("auto", device)
+    kernels = kernels_on(device)
     n_cells = 2 ** math.ceil(math.log2(4 * math.sqrt(decoder.n_latents)))
     n_sample = min(decoder.n_latents, n_cells * _SAMPLE, SAMPLE_BYTES // (4 * decoder.d_out))
     centroids = _centroids(_sample(decoder, n_sample).to(device), min(n_cells, n_sample), kernels)

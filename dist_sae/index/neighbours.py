@@ -15,10 +15,9 @@ from jaxtyping import Float, Int
 from torch import Tensor
 
 from dist_sae.checkpoint.layout import Checkpoint
-from dist_sae.index.cells import Cells
+from dist_sae.index.cells import Cells, kernels_on
 from dist_sae.index.decoder import Decoder, directions
 from dist_sae.kernels import Kernels, select
-from dist_sae.kernels.choice import choose_kernels
 from dist_sae.kernels.keys import NOTHING, from_keys, to_keys
 
 WINDOW_BYTES = 256 * 2**20
@@ -63,7 +62,7 @@ def neighbours(
     device = device or torch.device("cpu")
     rows = torch.cat([rows for _, rows in decoder.parts(latents)])
     queries = directions(rows).to(device)
-    kernels = choose_kernels("auto", device)
+    kernels = kernels_on(device)
     n_candidates = min(decoder.n_latents, 2 * m + 2)
     best = torch.full((len(queries), n_candidates), NOTHING, device=device)
     if cells is None:
