@@ -1,6 +1,7 @@
 """The blocks of docs/python.md run in order, on a small quickstart."""
 
 import re
+import threading
 import warnings
 from pathlib import Path
 from typing import Any
@@ -9,7 +10,10 @@ import pytest
 import torch
 
 from dist_sae.config import load_run
+from dist_sae.data.work_queue import Worker
+from dist_sae.index.build import index
 from dist_sae.interop.export import export
+from dist_sae.telemetry.exporter import Telemetry
 from tests.launch import train
 from tests.notebook.raw import fill, save_language_model, write_text
 
@@ -42,6 +46,7 @@ def quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     fill(run)
     train(path, *(word for each in (*settings, *places) for word in ("--set", each)))
     export(run)
+    index(run, Worker("i"), threading.Event(), Telemetry(run.name, "index", None), None)
     return tmp_path
 
 

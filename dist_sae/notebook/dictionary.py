@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from dist_sae.dictionaries.base import Dictionary
-from dist_sae.errors import ArgumentError
+from dist_sae.errors import ArgumentError, LatentNotFoundError
 from dist_sae.kernels import Entries
 from dist_sae.notebook.steering import Positions, Where, editing
 from dist_sae.notebook.texts import TextReader, TokenLatents, strongest
@@ -137,7 +137,7 @@ class RawDictionary(nn.Module):
         """What each latent adds to raw activations per unit of its activation.
 
         Raises:
-            ArgumentError: There is no such latent.
+            LatentNotFoundError: There is no such latent.
         """
         return self.sae.W_dec[self.check_latents(latents)] / self.scale
 
@@ -242,7 +242,8 @@ class RawDictionary(nn.Module):
             generated: Whether tokens after the last of `positions` are changed.
 
         Raises:
-            ArgumentError: There is no such latent, or the model has another width.
+            LatentNotFoundError: There is no such latent.
+            ArgumentError: The model has another width.
             ModelError: The model has no such site.
         """
         row = self.decoder_rows(latent)[0]
@@ -275,7 +276,8 @@ class RawDictionary(nn.Module):
             generated: As in `steer`.
 
         Raises:
-            ArgumentError: There is no such latent, or the model has another width.
+            LatentNotFoundError: There is no such latent.
+            ArgumentError: The model has another width.
             ModelError: The model has no such site.
         """
         latents = self.check_latents(list(values))
@@ -314,11 +316,11 @@ class RawDictionary(nn.Module):
         """Return latents' numbers as a tensor.
 
         Raises:
-            ArgumentError: There is no such latent.
+            LatentNotFoundError: There is no such latent.
         """
         numbers = torch.as_tensor(latents, dtype=torch.int64).reshape(-1)
         for latent in numbers[(numbers < 0) | (numbers >= self.n_latents)].tolist():
-            raise ArgumentError(
+            raise LatentNotFoundError(
                 f"latent {latent}: the dictionary has latents 0 to {self.n_latents - 1}"
             )
         return numbers.to(self.sae.W_dec.device)

@@ -3,7 +3,9 @@
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any, overload
+
+import torch
 
 from dist_sae.checkpoint import folder
 from dist_sae.checkpoint.layout import Checkpoints
@@ -16,9 +18,12 @@ from dist_sae.data.upkeep import urls
 from dist_sae.errors import ArgumentError, ConfigError
 from dist_sae.notebook.dictionary import RawDictionary
 from dist_sae.notebook.rows import RowBatch, find_units, read_rows
-from dist_sae.notebook.texts import RowText, TextReader
+from dist_sae.notebook.texts import Origin, RowText, TextReader
 from dist_sae.report.latents import Firings, Texts, build_example
 from dist_sae.storage import open_store
+
+if TYPE_CHECKING:
+    from dist_sae.index.query import Index
 
 
 def open_run(place: str | os.PathLike[str], overrides: Sequence[str] = ()) -> "OpenedRun":
@@ -139,28 +144,48 @@ class OpenedRun:
         """
         return urls(self.config, site or self.config.site, heldout=heldout)
 
-    def text(self, batch: RowBatch, row: int) -> RowText:
+    @overload
+    def text(self, of: RowBatch, row: int) -> RowText: ...
+    @overload
+    def text(self, of: Origin) -> RowText: ...
+
+    def text(self, of: RowBatch | Origin, row: int = 0) -> RowText:
         """Read the text around a row, from the corpus.
 
         Args:
-            batch: Rows of this run.
-            row: Index into the batch.
+            of: Rows of this run, or an example of its index.
+            row: Index into the rows.
 
         Raises:
             CorpusError: The text is gone, or is not what the activations were made from.
             ModelError: The model's tokenizer is gone.
         """
-        unit = int(batch.units[row])
-        beside = batch.documents[batch.units == unit].tolist()
-        self._texts.read(unit, beside)
-        place = (int(batch.documents[row]), int(batch.positions[row]))
-        firings = Firings(
-            batch.units, batch.tokens, batch.positions, batch.documents, *3 * (batch.rows[:0],)
-        )
+        if isinstance(of, RowBatch):
+            rows = [of.units, of.tokens, of.positions, of.documents]
+        else:
+            rows = [torch.tensor([n]) for n in (of.unit, of.token, of.position, of.document)]
+        units, tokens, positions, documents = rows
+        self._texts.read(int(units[row]), documents[units == units[row]].tolist())
+        place = (int(documents[row]), int(positions[row]))
+        firings = Firings(units, tokens, positions, documents, *3 * (units[:0],))
         example = build_example(row, firings, {place: 0.0}, self._texts)
         pieces = [token.text for token in example.tokens]
         before, after = pieces[: example.peak], pieces[example.peak + 1 :]
         return RowText("".join(before), pieces[example.peak], "".join(after))
+
+    def index(self, name: str | None = None) -> "Index":
+        """Open a latent index: pages of latents, their examples, neighbours and all activations.
+
+        Args:
+            name: Its name; None takes the complete one of the last step.
+
+        Raises:
+            NoIndexError: There is none, or it is not complete.
+            CorruptObjectError: It is damaged, or of another version of dist-sae.
+        """
+        from dist_sae.index.query import Index  # needs pyarrow
+
+        return Index(self._runs, self.config.name, name)
 
     def model(self) -> Any:
         """Load the whole language model with its head, as `transformers` has it.

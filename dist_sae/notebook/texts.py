@@ -3,7 +3,7 @@
 import logging
 from collections import Counter
 from collections.abc import Callable
-from typing import NamedTuple, Protocol
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Float
@@ -18,6 +18,20 @@ from dist_sae.errors import ArgumentError, ConfigError
 from dist_sae.models import build_source, build_tokenizer
 
 logger = logging.getLogger(__name__)
+
+
+@runtime_checkable
+class Origin(Protocol):
+    """Where a row is from, as examples of an index say it."""
+
+    @property
+    def unit(self) -> int: ...
+    @property
+    def document(self) -> int: ...
+    @property
+    def position(self) -> int: ...
+    @property
+    def token(self) -> int: ...
 
 
 class RowText(NamedTuple):

@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+import threading
 import warnings
 from pathlib import Path
 
@@ -18,10 +19,13 @@ from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.config import Run
 from dist_sae.data.consumers import Retired
 from dist_sae.data.shard import SHARDS, manifest_key
+from dist_sae.data.work_queue import Worker
 from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.base import Dictionary
+from dist_sae.index.build import index
 from dist_sae.storage import open_store
 from dist_sae.storage.records import seal
+from dist_sae.telemetry.exporter import Telemetry
 from tests.dictionaries.recipes import sae_rows
 from tests.notebook.raw import SCALE, fill, language_run, save_dictionary, save_language_model
 from tests.runs import TINY, make_run
@@ -224,6 +228,27 @@ def test_the_text_around_a_row_is_the_documents(language: Run) -> None:
     wrong = batch._replace(tokens=batch.tokens + 1)
     with pytest.raises(DistSaeError, match=r"is not the text that the activations were made from"):
         opened.text(wrong, 0)
+
+
+def test_the_index_leads_back_to_the_text(language: Run) -> None:
+    """Its largest activations are those of the rows, rounded to 11 bits."""
+    opened = open_run(Path(language.store.runs) / "language")
+    with pytest.raises(DistSaeError, match=r"has no latent index yet; run `dist-sae index`$"):
+        opened.index()
+    index(opened.config, Worker("i"), threading.Event(), Telemetry("language", "index", None))
+    asked = opened.index()
+    with pytest.raises(DistSaeError, match=r"has no index mine; it has: "):
+        opened.index("mine")
+    batches = [*opened.rows(), *opened.rows(heldout=True)]
+    codes = opened.dictionary().encode(torch.cat([batch.acts for batch in batches]), dense=True)
+    latent = int((codes > 0).sum(0).argmax())
+    page = asked.latent(latent)
+    assert page.firings == int((codes[:, latent] > 0).sum())
+    assert page.largest[0].act == pytest.approx(float(codes[:, latent].max()), rel=2**-11)
+    texts = texts_of(language)
+    for example in page.examples[:3]:
+        found = opened.text(example)
+        assert found.token == texts[example.document][example.position]
 
 
 def test_other_sites_of_the_set_can_be_read(language: Run) -> None:
