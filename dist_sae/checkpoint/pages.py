@@ -24,7 +24,7 @@ from dist_sae.kernels import Entries, select
 from dist_sae.kernels.keys import NOTHING, from_keys, to_keys
 
 SLICE_ROWS = 4096
-"""Rows that meet a page at a time."""
+"""Rows that meet a page at a time, at most."""
 
 
 class PagedDictionary:
@@ -77,7 +77,9 @@ class PagedDictionary:
         self._page_latents = _page_latents(config, quarter * config.n_latents // n_bytes)
         # rows and scaled rows; reconstructions; keys and codes
         row_bytes = 8 * d_in + 4 * self._d_out + 12 * (self._row_limit or 0)
-        self._turn_rows = max(1, quarter // row_bytes // SLICE_ROWS) * SLICE_ROWS
+        product_bytes = 12 * min(self._page_latents, select.CHUNK_LATENTS)  # of a row, with copies
+        self._slice_rows = max(1, min(SLICE_ROWS, quarter // product_bytes))
+        self._turn_rows = max(1, quarter // row_bytes // self._slice_rows) * self._slice_rows
 
     @property
     def n_latents(self) -> int:
@@ -121,7 +123,7 @@ class PagedDictionary:
             return
         joined, n = torch.empty(self._turn_rows, self._d_in), 0
         for batch in batches:
-            for piece in torch.split(batch, SLICE_ROWS):
+            for piece in torch.split(batch, self._slice_rows):
                 fits = min(len(piece), len(joined) - n)
                 joined[n : n + fits] = piece[:fits]
                 n += fits
@@ -141,7 +143,7 @@ class PagedDictionary:
             return self._largest(x, self._row_limit).codes(slice(None), range(self.n_latents))
         found = []
         for page in self._pages(self._decoder):
-            for rows in _slices(x):
+            for rows in _slices(x, self._slice_rows):
                 acts, latents, starts = page.encode(x[rows])
                 places = Entries(latents, starts, self._page_latents).rows + rows.start
                 found.append(select.Candidates(acts, places, latents + page.first_latent))
@@ -162,7 +164,7 @@ class PagedDictionary:
         for page in self._pages(() if largest is None else self._per_latent - self._decoder):
             latents, b_dec = page.axis.latents(self.n_latents), page.b_dec
             fired = torch.zeros(len(latents), dtype=torch.int32)
-            for rows in _slices(x):
+            for rows in _slices(x, self._slice_rows):
                 if largest is None:
                     part, of_rows = page.infer_shard(x[rows])
                     fired += of_rows
@@ -176,7 +178,7 @@ class PagedDictionary:
     def _largest(self, x: Tensor, limit: int) -> "_Largest":
         largest = _Largest(len(x), limit, self._dtype)
         for page in self._pages(self._decoder):
-            for rows in _slices(x):
+            for rows in _slices(x, self._slice_rows):
                 largest.take(rows, page.encode(x[rows]), page.first_latent)
         return largest
 
@@ -242,15 +244,15 @@ class _Largest:
     def firings(self, n_latents: int) -> Tensor:
         """Rows in which each latent is active."""
         fired = torch.zeros(n_latents, dtype=torch.int32)
-        for rows in _slices(self._keys):
+        for rows in _slices(self._keys, SLICE_ROWS):
             latents = from_keys(self._keys[rows])[1][self._acts[rows] > 0]
             fired += torch.bincount(latents, minlength=n_latents)
         return fired
 
 
-def _slices(x: Tensor) -> Iterator[slice]:
-    for start in range(0, len(x), SLICE_ROWS):
-        yield slice(start, start + SLICE_ROWS)
+def _slices(x: Tensor, rows: int) -> Iterator[slice]:
+    for start in range(0, len(x), rows):
+        yield slice(start, start + rows)
 
 
 def _page_latents(config: SaeConfig, fitting: int) -> int:

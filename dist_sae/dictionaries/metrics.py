@@ -13,7 +13,7 @@ from dist_sae.dictionaries.interface import Inferred
 _PIECE_ROWS = 4096
 _DUPLICATE_COSINE = 0.9
 _DUPLICATES_OF = 4096
-DUPLICATES_CHUNK_LATENTS = 16_384
+DUPLICATES_CHUNK_LATENTS = 2048
 """Latents that are compared with all at a time."""
 
 
@@ -117,10 +117,12 @@ def duplicate_shares(
     for piece in (p for part in W_dec() for p in torch.split(part, DUPLICATES_CHUNK_LATENTS)):
         others = torch.nn.functional.normalize(piece, dim=1)
         near = directions @ others.T > _DUPLICATE_COSINE
-        numbers = torch.arange(first, first + len(others))
-        near &= numbers != looked_at[:, None]
+        here = ((looked_at >= first) & (looked_at < first + len(others))).nonzero()[:, 0]
+        near[here, looked_at[here] - first] = False  # itself
         found[0] |= near.any(1)
-        found[1] |= (near & (numbers // width != looked_at[:, None] // width)).any(1)
+        if experts > 1:
+            others_in = torch.arange(first, first + len(others)) // width
+            found[1] |= (near & (others_in != looked_at[:, None] // width)).any(1)
         first += len(others)
     anywhere, elsewhere = found.double().mean(1).tolist()
     return anywhere, elsewhere
