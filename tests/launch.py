@@ -29,12 +29,8 @@ def produce(path: Path, *options: str) -> None:
     run("produce", str(path), *options)
 
 
-def train(path: Path, *options: str, world: int = 1, stop_at: int | None = None) -> list[str]:
-    """Train with `world` ranks; with `stop_at`, SIGTERM to rank 0 when it reports that step.
-
-    Returns:
-        Each rank's stderr.
-    """
+def start_ranks(*arguments: str, world: int) -> list[Program]:
+    """Start the ranks of one job."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
@@ -42,8 +38,18 @@ def train(path: Path, *options: str, world: int = 1, stop_at: int | None = None)
     for rank in range(world):
         env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        setting = f"processes.trainers={world}"
-        ranks.append(start("train", str(path), "--set", setting, *options, env=env))
+        ranks.append(start(*arguments, env=env))
+    return ranks
+
+
+def train(path: Path, *options: str, world: int = 1, stop_at: int | None = None) -> list[str]:
+    """Train with `world` ranks; with `stop_at`, SIGTERM to rank 0 when it reports that step.
+
+    Returns:
+        Each rank's stderr.
+    """
+    options = ("--set", f"processes.trainers={world}", *options)
+    ranks = start_ranks("train", str(path), *options, world=world)
     if stop_at is not None:
         for line in ranks[0].stdout:
             if line.startswith("{") and json.loads(line)["done"] >= stop_at:

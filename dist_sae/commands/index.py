@@ -20,6 +20,11 @@ def add(commands: shared.Commands) -> None:
         help="number of this worker, below index.workers; needed where the store has no "
         "conditional writes (default: JOB_COMPLETION_INDEX, else 0)",
     )
+    parser.add_argument(
+        "--repair",
+        action="store_true",
+        help="check every object of the index, and make damaged ones again",
+    )
     shared.add_ranks(parser)
     shared.add_wait(parser, "the last checkpoint")
 
@@ -40,6 +45,7 @@ def main(options: argparse.Namespace) -> int | None:
         name = ["--worker", options.worker] if options.worker else []
         step = ["--step", str(options.step)] if options.step is not None else []
         arguments = ["index", "--index", str(options.index), *name, *step]
+        arguments += ["--repair"] if options.repair else []
         environments = rank_environments(options.local_ranks, shards)
         return shared.run_local_ranks(options, run, arguments, environments, stopping, first_rank)
     worker = Worker(
@@ -51,6 +57,6 @@ def main(options: argparse.Namespace) -> int | None:
     with Telemetry(run.name, "index", port, first_rank + shared.rank()) as telemetry:
         if options.wait:  # while metrics are served: a process that waits is alive
             await_end(run, stopping)
-        result = index(run, worker, stopping, telemetry, options.step)
+        result = index(run, worker, stopping, telemetry, options.step, repair=options.repair)
     shared.print_result(options, result)
     return None

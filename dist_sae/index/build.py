@@ -10,18 +10,15 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 
 from dist_sae import logs
-from dist_sae.checkpoint.layout import Checkpoint
 from dist_sae.checkpoint.state import load_weights
-from dist_sae.checkpoint.trained import find_checkpoint, none_yet, trained_run
 from dist_sae.config import Run
 from dist_sae.data.activation_set import ActivationSet
-from dist_sae.data.consumers import kept_units, retired_below
-from dist_sae.data.plan import Plan, load_plan
+from dist_sae.data.consumers import retired_below
 from dist_sae.data.work_queue import QueueMetrics, Work, Worker, WorkQueue
 from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.axis import WHOLE
@@ -29,34 +26,28 @@ from dist_sae.distributed.mesh import Mesh, join_mesh
 from dist_sae.distributed.rendezvous import rendezvous
 from dist_sae.distributed.watch import Watch
 from dist_sae.errors import (
-    ConfigError,
     CorruptObjectError,
     ObjectNotFoundError,
-    PlanMismatchError,
     Stopped,
 )
 from dist_sae.index.cells import stored_cells
 from dist_sae.index.coactive import Sample
 from dist_sae.index.encode import Encoded, Encoder, Written, unit_record, write_codes
 from dist_sae.index.layout import (
-    BucketRecord,
-    IndexFolder,
-    IndexManifest,
     UnitRecord,
-    bucket_latents,
     unit_records,
 )
+from dist_sae.index.opened import Opened, open_index
+from dist_sae.index.repair import delete_unnamed, drop_damaged
+from dist_sae.index.summary import summary
 from dist_sae.index.tables import Origins, make_bucket
 from dist_sae.index.weights import weight_columns
 from dist_sae.kernels.choice import choose_kernels
-from dist_sae.storage import ObjectStore, open_store
-from dist_sae.storage.records import read_record, seal
+from dist_sae.storage.records import seal
 from dist_sae.telemetry.exporter import Telemetry
 
 logger = logging.getLogger(__name__)
 
-_PLACEMENT = {"name", "workers", "latent_shards"}
-"""Settings that do not decide what is in the index."""
 _UNIT_METRICS, _BUCKET_METRICS = (
     QueueMetrics(
         claimed=f"dist_sae_index_claimed_{items}",
@@ -75,6 +66,8 @@ def index(
     stopping: threading.Event,
     telemetry: Telemetry,
     step: int | None = None,
+    *,
+    repair: bool = False,
 ) -> dict[str, Any]:
     """Make the index of a checkpoint, together with any other workers.
 
@@ -84,6 +77,7 @@ def index(
         stopping: When set, leave the unit or bucket in hand.
         telemetry: Receives the metrics.
         step: Step of the checkpoint; None takes the newest.
+        repair: Check every object that is there, and make damaged ones again.
 
     Returns:
         `summary` of the whole index; nothing on ranks other than the first.
@@ -96,102 +90,11 @@ def index(
     opened = open_index(run, worker.name, stopping, telemetry, step)
     with _join(run, stopping) as (mesh, watch):
         telemetry.device = mesh.device
+        if repair and mesh.is_first:
+            drop_damaged(opened.store, opened.folder, opened.manifest)
+        mesh.barrier()
         _Worker(opened, worker, mesh, watch, stopping, telemetry).work()
         return summary(opened.store, opened.folder, opened.manifest) if mesh.is_first else {}
-
-
-class Opened(NamedTuple):
-    """An index that is being made, and what it is made from."""
-
-    store: ObjectStore
-    folder: IndexFolder
-    manifest: IndexManifest
-    run: Run
-    """Settings of the training run."""
-    checkpoint: Checkpoint
-    activations: ObjectStore
-    plan: Plan
-
-
-def open_index(
-    run: Run, worker: str, stopping: threading.Event, telemetry: Telemetry, step: int | None
-) -> Opened:
-    """Begin an index, or join the workers of one that has begun; raises as `index` does."""
-    runs = open_store(run.store.runs, run.store.s3, telemetry, stopping)
-    store = open_store(run.store.activations, run.store.s3, telemetry, stopping)
-    checkpoint = find_checkpoint(runs, run, step)
-    if checkpoint is None:
-        raise none_yet(runs, run)
-    own = trained_run(checkpoint, run)
-    plan = load_plan(store, run)
-    if checkpoint.scalars["plan"] != plan.hash:
-        raise PlanMismatchError(
-            f"{runs.url}/{run.name}: was trained on another activation set than {store.url}; "
-            f"restore store.activations"
-        )
-    name = run.index.name or f"step-{checkpoint.step:08d}"
-    folder = IndexFolder(run.name, name)
-    manifest = _manifest(run, own, plan, store, checkpoint, name, worker)
-    if not runs.put(folder.manifest, seal(manifest), if_absent=True):
-        there = read_record(IndexManifest, runs, folder.manifest)
-        _check_same(there, manifest, f"{runs.url}/{folder.prefix}")
-        manifest = there
-    if manifest.deleted:
-        logger.warning(
-            "units %s were deleted (store.retention) and are not in the index",
-            _ranges(manifest.deleted),
-        )
-    return Opened(runs, folder, manifest, own, checkpoint, store, plan)
-
-
-def _manifest(
-    run: Run,
-    own: Run,
-    plan: Plan,
-    store: ObjectStore,
-    checkpoint: Checkpoint,
-    name: str,
-    worker: str,
-) -> IndexManifest:
-    kept = kept_units(store, plan)
-    units, rows = list[int](), 0
-    for unit in (*plan.heldout_units, *kept):
-        if run.index.rows != "all" and rows >= run.index.rows:
-            break
-        units.append(unit)
-        rows += plan.rows_of_units[unit]
-    return IndexManifest(
-        name=name,
-        run=run.name,
-        created_by=worker,
-        step=checkpoint.step,
-        checkpoint=checkpoint.digest,
-        plan=plan.hash,
-        site=own.site,
-        scale=float(checkpoint.scalars["scale"]),
-        n_latents=own.sae.n_latents,
-        bucket_latents=bucket_latents(own.sae.n_latents),
-        units=tuple(sorted(units)),
-        deleted=tuple(plan.train_units[: kept.start]),
-        planned_rows=rows,
-        settings=run.index.model_dump(mode="json", exclude=_PLACEMENT),
-        seed=own.train.seed,
-    )
-
-
-def _check_same(there: IndexManifest, here: IndexManifest, place: str) -> None:
-    if there.checkpoint != here.checkpoint:
-        raise ConfigError(
-            f"{place}: is of step {there.step}, not {here.step}; give this one a name of its own "
-            f"(index.name), or --step {there.step}"
-        )
-    changed = [key for key in here.settings if there.settings.get(key) != here.settings[key]]
-    if changed:
-        key = changed[0]
-        raise ConfigError(
-            f"{place}: was begun with index.{key} {there.settings.get(key)}, not "
-            f"{here.settings[key]}; restore it, or give this one a name of its own (index.name)"
-        )
 
 
 @contextmanager
@@ -261,16 +164,12 @@ class _Worker:
         """
         store, folder, manifest, *_ = self._opened
         buckets = list(range(manifest.n_buckets))
-        while True:
-            if set(folder.buckets.numbers(store)) >= set(buckets):
-                break
+        whole = False
+        while not whole:
             self._encode_units()
-            whole = self._merge_buckets(buckets)
-            if not self._mesh.any_rank(not whole):
-                break
+            whole = not self._mesh.any_rank(not self._merge_buckets(buckets))
         if self._mesh.is_first:
-            for key in list(store.keys(folder.codes)):
-                store.delete(key)
+            delete_unnamed(store, folder, manifest)
         self._mesh.barrier()
 
     def _encode_units(self) -> None:
@@ -414,25 +313,26 @@ class _Worker:
         return True
 
     def _drop_damaged(self, records: list[UnitRecord], exc: CorruptObjectError) -> bool:
-        """Delete the manifests of units whose codes or rows are damaged or gone.
+        """Delete the manifests of units that are damaged, or whose codes or rows are.
 
         Returns:
             False if the error is about another object.
         """
-        store, folder, *_ = self._opened
+        store, folder, manifest, *_ = self._opened
         there = set(store.keys(folder.codes))
-        found = False
+        damaged = {unit for unit in manifest.units if folder.units.key(unit) == exc.key}
         for record in records:
             chunks = [*(c for parts in record.buckets for c in parts), *record.sample]
             keys = {chunk.key for chunk in chunks}
             if record.origin and record.origin.key == exc.key:
                 store.delete(record.origin.key)
-            elif exc.key not in keys and keys <= there:
-                continue
-            logger.warning("unit %d is encoded again: %s", record.unit, exc)
-            store.delete(folder.units.key(record.unit))
-            found = True
-        return found
+                damaged.add(record.unit)
+            elif exc.key in keys or not keys <= there:
+                damaged.add(record.unit)
+        for unit in sorted(damaged):
+            logger.warning("unit %d is encoded again: %s", unit, exc)
+            store.delete(folder.units.key(unit))
+        return bool(damaged)
 
     @contextmanager
     def _queue(
@@ -458,40 +358,3 @@ class _Worker:
             self._telemetry.pulse.work(self._opened.run.timeouts.hung_seconds)
         else:
             self._telemetry.pulse.rest()
-
-
-def summary(store: ObjectStore, folder: IndexFolder, manifest: IndexManifest) -> dict[str, Any]:
-    """Sums over a complete index.
-
-    Returns:
-        `index` (its place), `step`, `units`, `deleted_units`, `rows`, `fvu`, `l0`, `entries`,
-        `alive_share`, `bytes` by table.
-    """
-    records = list(unit_records(store, folder, manifest))
-    buckets = [
-        read_record(BucketRecord, store, folder.buckets.key(number))
-        for number in range(manifest.n_buckets)
-    ]
-    rows = sum(record.rows for record in records)
-    total = sum(record.squared_total for record in records)
-    return {
-        "index": f"{store.url}/{folder.prefix.rstrip('/')}",
-        "step": manifest.step,
-        "units": sum(not record.deleted for record in records),
-        "deleted_units": len(manifest.deleted) + sum(record.deleted for record in records),
-        "rows": rows,
-        "fvu": sum(record.squared_error for record in records) / total if total else None,
-        "l0": sum(record.active for record in records) / rows if rows else None,
-        "entries": sum(bucket.entries for bucket in buckets),
-        "bytes": {
-            "rows": sum(record.origin.bytes for record in records if record.origin),
-            "latents": sum(bucket.latents.bytes for bucket in buckets),
-            "examples": sum(bucket.examples.bytes for bucket in buckets),
-            "postings": sum(p.stored.bytes for bucket in buckets for p in bucket.postings),
-            "pairs": sum(bucket.pairs.bytes for bucket in buckets if bucket.pairs),
-        },
-    }
-
-
-def _ranges(units: tuple[int, ...]) -> str:
-    return f"{units[0]} to {units[-1]}" if len(units) > 1 else str(units[0])

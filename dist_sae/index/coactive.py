@@ -12,15 +12,17 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from dist_sae.index.encode import sampled_rows
-from dist_sae.index.layout import (
-    PAIRS,
+from dist_sae.index.codes import (
     PAIRS_CHANCE,
-    IndexManifest,
-    UnitRecord,
     below,
     chances,
     read_codes,
+)
+from dist_sae.index.encode import sampled_rows
+from dist_sae.index.layout import (
+    PAIRS,
+    IndexManifest,
+    UnitRecord,
 )
 from dist_sae.storage import ObjectStore
 

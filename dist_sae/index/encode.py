@@ -22,18 +22,20 @@ from torch import Tensor
 from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.shard import SiteRows, SiteShard, read_block
 from dist_sae.dictionaries.base import Dictionary
-from dist_sae.index.layout import (
+from dist_sae.index.codes import (
     PAIRS_CHANCE,
-    ROWS,
     Codes,
+    below,
+    chances,
+    rounded,
+)
+from dist_sae.index.layout import (
+    ROWS,
     CodesChunk,
     IndexFolder,
     IndexManifest,
     UnitRecord,
-    below,
-    chances,
-    rounded,
-    store_once,
+    store_table,
     to_parquet,
 )
 from dist_sae.kernels import Entries
@@ -233,7 +235,7 @@ def unit_record(
         squared_error=error,
         squared_total=total,
         active=active,
-        origin=store_once(store, folder.rows(unit.unit), to_parquet(table)),
+        origin=store_table(store, folder.rows(unit.unit), to_parquet(table)),
         buckets=tuple(
             tuple(part.buckets[bucket] for part in written if bucket in part.buckets)
             for bucket in range(manifest.n_buckets)

@@ -3,31 +3,29 @@
     <run>/index/<name>/
       index.json                        first: what is indexed, and how; workers with other
                                         settings refuse
-      rows/<unit>.parquet               stage 1: token, position and document of a unit's rows
+      rows/<unit>-<digest>.parquet      stage 1: token, position and document of a unit's rows
       codes/<unit>-<attempt>-<n>.bin    stage 1: codes of a unit by latent; deleted at the end
       units/<unit>.json                 last of a unit: sums, and where its codes lie
-      latents/<bucket>.parquet          stage 2: a line for each latent of a bucket
-      examples/<bucket>.parquet         stage 2: largest activations, and some of each decile
-      postings/<bucket>-<piece>.parquet stage 2: all activations, by latent, unit and row
-      pairs/<bucket>.parquet            stage 2: latents that are active together
+      latents/<bucket>-...parquet       stage 2: a line for each latent of a bucket
+      examples/<bucket>-...parquet      stage 2: largest activations, and some of each decile
+      postings/<bucket>-<piece>-...     stage 2: all activations, by latent, unit and row
+      pairs/<bucket>-...parquet         stage 2: latents that are active together
       buckets/<bucket>.json             last of a bucket
 
-A bucket is a range of neighbouring latents. A row is named by its unit and its number within the
-unit, as in the activation set. Activations are in the scale of the checkpoint (multiplied by the
-normaliser's factor) and rounded to 11 significant bits.
+Tables have the begin of their checksum in their names. A bucket is a range of neighbouring latents.
+A row is named by its unit and its number within the unit, as in the activation set. Activations are
+in the scale of the checkpoint (multiplied by the normaliser's factor) and rounded to 11 significant
+bits.
 """
 
 import hashlib
 import io
 import logging
 from collections.abc import Iterable, Iterator
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-import xxhash
-from numpy.typing import NDArray
 
 from dist_sae.errors import CorruptObjectError, ObjectNotFoundError
 from dist_sae.storage import ObjectStore
@@ -137,7 +135,7 @@ class UnitRecord(Record):
     active: int = 0
     """Active latents, summed over the rows."""
     origin: Stored | None = None
-    """`rows/<unit>.parquet`."""
+    """Its rows' table."""
     buckets: tuple[tuple[CodesChunk, ...], ...] = ()
     """Codes of each bucket, one chunk after another."""
     sample: tuple[CodesChunk, ...] = ()
@@ -188,16 +186,16 @@ class IndexFolder:
         self.codes = f"{self.prefix}codes/"
 
     def rows(self, unit: int) -> str:
-        """Key of the origin of a unit's rows."""
-        return f"{self.prefix}rows/{unit:08d}.parquet"
+        """Stem of the key of the origin of a unit's rows."""
+        return f"{self.prefix}rows/{unit:08d}"
 
     def table(self, name: str, bucket: int) -> str:
-        """Key of a bucket's table."""
-        return f"{self.prefix}{name}/{bucket:08d}.parquet"
+        """Stem of the key of a bucket's table."""
+        return f"{self.prefix}{name}/{bucket:08d}"
 
     def piece(self, bucket: int, number: int) -> str:
-        """Key of a piece of a bucket's postings."""
-        return f"{self.prefix}postings/{bucket:08d}-{number:06d}.parquet"
+        """Stem of the key of a piece of a bucket's postings."""
+        return f"{self.prefix}postings/{bucket:08d}-{number:06d}"
 
 
 def names(runs: ObjectStore, run: str) -> list[str]:
@@ -288,11 +286,20 @@ def to_parquet(table: pa.Table, group_rows: int = 131_072, **encodings: str) -> 
     return stream.getvalue()
 
 
-def store_once(store: ObjectStore, key: str, data: bytes) -> Stored:
-    """Store an object, unless an earlier attempt has; describe the one that is there."""
-    if not store.put(key, data, if_absent=True):
-        data = store.get(key)
-    return Stored(key=key, bytes=len(data), sha256=hashlib.sha256(data).hexdigest())
+def store_table(store: ObjectStore, stem: str, data: bytes) -> Stored:
+    """Store a table under a name that its content decides, unless it is there already.
+
+    Two attempts, or an attempt and what a dead one has left, write the same object or two.
+
+    Args:
+        stem: Its key, without the content's part.
+    """
+    sha256 = hashlib.sha256(data).hexdigest()
+    stored = Stored(key=f"{stem}-{sha256[:8]}.parquet", bytes=len(data), sha256=sha256)
+    is_new = store.put(stored.key, data, if_absent=True)
+    if not is_new and hashlib.sha256(store.get(stored.key)).hexdigest() != sha256:
+        store.put(stored.key, data)  # what was there is damaged
+    return stored
 
 
 def read_stored(store: ObjectStore, stored: Stored) -> bytes:
@@ -323,73 +330,16 @@ def read_table(
     return pq.read_table(data, columns=None if columns is None else list(columns))
 
 
-class Codes(NamedTuple):
-    """Codes of a unit, group by group: of a range of latents, or of rows."""
-
-    counts: NDArray[np.int32]
-    """Entries of each group."""
-    places: NDArray[np.int32]
-    """Row of each entry where groups are latents, ascending within one; latent where groups are
-    rows."""
-    acts: NDArray[np.float32]
-
-    def to_bytes(self) -> bytes:
-        """Little-endian int32 counts, int32 places and fp32 acts, one after the other."""
-        return b"".join(
-            part.astype(dtype).tobytes()
-            for part, dtype in zip(self, ("<i4", "<i4", "<f4"), strict=True)
-        )
+TABLES = ("rows", "latents", "examples", "postings", "pairs")
+"""Folders of the tables."""
 
 
-def read_codes(store: ObjectStore, chunk: CodesChunk) -> Codes:
-    """Read codes.
-
-    Raises:
-        CorruptObjectError: They do not match their checksum, or are gone.
-    """
-    for _ in range(READS):
-        try:
-            data = store.get(chunk.key, chunk.offset, chunk.offset + chunk.bytes)
-        except ObjectNotFoundError as exc:
-            raise CorruptObjectError("is gone", url=store.url, key=chunk.key) from exc
-        if xxhash.xxh3_128_hexdigest(data) == chunk.xxh3:
-            numbers = np.frombuffer(data, "<i4")
-            ends = chunk.groups, chunk.groups + chunk.entries
-            counts, places, acts = np.split(numbers, ends)
-            return Codes(counts, places, acts.view("<f4"))
-    raise CorruptObjectError("does not match its checksum", url=store.url, key=chunk.key)
-
-
-def rounded(acts: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Round positive numbers to 11 significant bits: those of fp16, in the range of fp32."""
-    bits = acts.view(np.uint32) + np.uint32(0x1000)
-    return (bits & np.uint32(0xFFFFE000)).view(np.float32)
-
-
-def chances(
-    seed: int, purpose: int, unit: NDArray[Any] | int, row: NDArray[Any]
-) -> NDArray[np.uint64]:
-    """A number of each row by chance, from 0 to 2^64: splitmix64's finaliser of (unit, row).
-
-    The same on every machine and for any order of rows; the lower ones of a share are also among
-    those of a larger share.
-    """
-    x = np.asarray(unit, dtype=np.uint64) << np.uint64(32) | row.astype(np.uint64)
-    for number in (seed, purpose):
-        x = x + np.uint64((0x9E3779B97F4A7C15 * (number + 1)) % 2**64)
-        x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
-        x = (x ^ (x >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
-        x = x ^ (x >> np.uint64(31))
-    return x
-
-
-def below(share: float) -> np.uint64:
-    """The chance below which a share of the rows lies; a share of 1 takes all but one in 2^64."""
-    return np.uint64(min(2**64 - 1, int(share * 2**64)))
-
-
-POSTINGS_CHANCE, PAIRS_CHANCE, DECILE_CHANCE = range(3)
-"""Purposes of `chances`."""
+def bucket_records(
+    store: ObjectStore, folder: IndexFolder, manifest: IndexManifest
+) -> Iterator[BucketRecord]:
+    """Yield what stage 2 made, by bucket."""
+    for bucket in range(manifest.n_buckets):
+        yield read_record(BucketRecord, store, folder.buckets.key(bucket))
 
 
 def unit_records(

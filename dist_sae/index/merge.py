@@ -12,15 +12,17 @@ from typing import IO, Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_sae.index.layout import (
+from dist_sae.index.codes import (
     DECILE_CHANCE,
+    Codes,
+    chances,
+    read_codes,
+)
+from dist_sae.index.layout import (
     DECILES,
     HISTOGRAM_BARS,
     TOP,
-    Codes,
     CodesChunk,
-    chances,
-    read_codes,
 )
 from dist_sae.storage import ObjectStore
 

@@ -10,20 +10,22 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from dist_sae.index.coactive import Sample
+from dist_sae.index.codes import (
+    POSTINGS_CHANCE,
+    below,
+    chances,
+)
 from dist_sae.index.layout import (
     EXAMPLES,
     LATENTS,
     POSTINGS,
-    POSTINGS_CHANCE,
     BucketRecord,
     IndexFolder,
     IndexManifest,
     Piece,
     UnitRecord,
-    below,
-    chances,
     read_table,
-    store_once,
+    store_table,
     to_parquet,
 )
 from dist_sae.index.merge import BucketCodes, Chosen, Statistics, Tile, summarise
@@ -118,7 +120,7 @@ def make_bucket(
     if sample is not None:
         tables["pairs"] = sample.pairs(latents)
     stored = {
-        name: store_once(store, folder.table(name, bucket), to_parquet(table, _GROUP_ROWS[name]))
+        name: store_table(store, folder.table(name, bucket), to_parquet(table, _GROUP_ROWS[name]))
         for name, table in tables.items()
     }
     return BucketRecord(
@@ -150,7 +152,7 @@ def _postings(
         return []
     table = pa.Table.from_arrays(list(map(pa.array, columns)), schema=POSTINGS)
     data = to_parquet(table, row="DELTA_BINARY_PACKED", act="BYTE_STREAM_SPLIT")
-    stored = store_once(store, folder.piece(bucket, next(numbers)), data)
+    stored = store_table(store, folder.piece(bucket, next(numbers)), data)
     first, last = int(columns[0][0]), int(columns[0][-1])
     return [Piece(stored=stored, first=first, last=last, entries=len(columns[0]))]
 

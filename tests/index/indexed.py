@@ -11,7 +11,7 @@ import torch
 from numpy.typing import NDArray
 
 from dist_sae.checkpoint.layout import Checkpoints
-from dist_sae.config import Run
+from dist_sae.config import Run, dump_run
 from dist_sae.data.consumers import kept_units
 from dist_sae.data.plan import load_plan
 from dist_sae.data.shard import read_block
@@ -94,6 +94,7 @@ def add_checkpoint(run: Run, step: int = 3, seed: int = 0) -> Dictionary:
     tensors["idle_rows"] = torch.zeros(len(sae.W_enc), dtype=torch.int64)
     checkpoints = Checkpoints(open_store(run.store.runs), run.name, 9)
     save(checkpoints, step, tensors, scalars)
+    Path(run.store.runs, run.name, "run.yaml").write_text(dump_run(run))
     return sae
 
 

@@ -1,0 +1,119 @@
+"""An index that is being made: begun by its first worker, joined by the others."""
+
+import logging
+import threading
+from typing import NamedTuple
+
+from dist_sae.checkpoint.layout import Checkpoint
+from dist_sae.checkpoint.trained import find_checkpoint, none_yet, trained_run
+from dist_sae.config import Run
+from dist_sae.data.consumers import kept_units
+from dist_sae.data.plan import Plan, load_plan
+from dist_sae.errors import ConfigError, PlanMismatchError
+from dist_sae.index.layout import IndexFolder, IndexManifest, bucket_latents
+from dist_sae.storage import ObjectStore, open_store
+from dist_sae.storage.records import read_record, seal
+from dist_sae.telemetry.exporter import Telemetry
+
+logger = logging.getLogger(__name__)
+
+_PLACEMENT = {"name", "workers", "latent_shards"}
+"""Settings that do not decide what is in the index."""
+
+
+class Opened(NamedTuple):
+    """An index that is being made, and what it is made from."""
+
+    store: ObjectStore
+    folder: IndexFolder
+    manifest: IndexManifest
+    run: Run
+    """Settings of the training run."""
+    checkpoint: Checkpoint
+    activations: ObjectStore
+    plan: Plan
+
+
+def open_index(
+    run: Run, worker: str, stopping: threading.Event, telemetry: Telemetry, step: int | None
+) -> Opened:
+    """Begin an index, or join the workers of one that has begun; raises as `index` does."""
+    runs = open_store(run.store.runs, run.store.s3, telemetry, stopping)
+    store = open_store(run.store.activations, run.store.s3, telemetry, stopping)
+    checkpoint = find_checkpoint(runs, run, step)
+    if checkpoint is None:
+        raise none_yet(runs, run)
+    own = trained_run(checkpoint, run)
+    plan = load_plan(store, run)
+    if checkpoint.scalars["plan"] != plan.hash:
+        raise PlanMismatchError(
+            f"{runs.url}/{run.name}: was trained on another activation set than {store.url}; "
+            f"restore store.activations"
+        )
+    name = run.index.name or f"step-{checkpoint.step:08d}"
+    folder = IndexFolder(run.name, name)
+    manifest = _manifest(run, own, plan, store, checkpoint, name, worker)
+    if not runs.put(folder.manifest, seal(manifest), if_absent=True):
+        there = read_record(IndexManifest, runs, folder.manifest)
+        _check_same(there, manifest, f"{runs.url}/{folder.prefix}")
+        manifest = there
+    if manifest.deleted:
+        logger.warning(
+            "units %s were deleted (store.retention) and are not in the index",
+            _ranges(manifest.deleted),
+        )
+    return Opened(runs, folder, manifest, own, checkpoint, store, plan)
+
+
+def _manifest(
+    run: Run,
+    own: Run,
+    plan: Plan,
+    store: ObjectStore,
+    checkpoint: Checkpoint,
+    name: str,
+    worker: str,
+) -> IndexManifest:
+    kept = kept_units(store, plan)
+    units, rows = list[int](), 0
+    for unit in (*plan.heldout_units, *kept):
+        if run.index.rows != "all" and rows >= run.index.rows:
+            break
+        units.append(unit)
+        rows += plan.rows_of_units[unit]
+    return IndexManifest(
+        name=name,
+        run=run.name,
+        created_by=worker,
+        step=checkpoint.step,
+        checkpoint=checkpoint.digest,
+        plan=plan.hash,
+        site=own.site,
+        scale=float(checkpoint.scalars["scale"]),
+        n_latents=own.sae.n_latents,
+        bucket_latents=bucket_latents(own.sae.n_latents),
+        units=tuple(sorted(units)),
+        deleted=tuple(plan.train_units[: kept.start]),
+        planned_rows=rows,
+        settings=run.index.model_dump(mode="json", exclude=_PLACEMENT),
+        seed=own.train.seed,
+    )
+
+
+def _check_same(there: IndexManifest, here: IndexManifest, place: str) -> None:
+    if there.checkpoint != here.checkpoint:
+        raise ConfigError(
+            f"{place}: is of step {there.step}, not {here.step}; give this one a name of its own "
+            f"(index.name), or --step {there.step}"
+        )
+    changed = [key for key in here.settings if there.settings.get(key) != here.settings[key]]
+    if changed:
+        key = changed[0]
+        raise ConfigError(
+            f"{place}: was begun with index.{key} {there.settings.get(key)}, not "
+            f"{here.settings[key]}; restore it, or give this one a name of its own (index.name)"
+        )
+
+
+def _ranges(units: tuple[int, ...]) -> str:
+    return f"{units[0]} to {units[-1]}" if len(units) > 1 else str(units[0])

@@ -1,0 +1,36 @@
+"""Sums over a complete index."""
+
+from typing import Any
+
+from dist_sae.index.layout import IndexFolder, IndexManifest, bucket_records, unit_records
+from dist_sae.storage import ObjectStore
+
+
+def summary(store: ObjectStore, folder: IndexFolder, manifest: IndexManifest) -> dict[str, Any]:
+    """Sums over a complete index.
+
+    Returns:
+        `index` (its place), `step`, `units`, `deleted_units`, `rows`, `fvu`, `l0`, `entries`,
+        `alive_share`, `bytes` by table.
+    """
+    records = list(unit_records(store, folder, manifest))
+    buckets = list(bucket_records(store, folder, manifest))
+    rows = sum(record.rows for record in records)
+    total = sum(record.squared_total for record in records)
+    return {
+        "index": f"{store.url}/{folder.prefix.rstrip('/')}",
+        "step": manifest.step,
+        "units": sum(not record.deleted for record in records),
+        "deleted_units": len(manifest.deleted) + sum(record.deleted for record in records),
+        "rows": rows,
+        "fvu": sum(record.squared_error for record in records) / total if total else None,
+        "l0": sum(record.active for record in records) / rows if rows else None,
+        "entries": sum(bucket.entries for bucket in buckets),
+        "bytes": {
+            "rows": sum(record.origin.bytes for record in records if record.origin),
+            "latents": sum(bucket.latents.bytes for bucket in buckets),
+            "examples": sum(bucket.examples.bytes for bucket in buckets),
+            "postings": sum(p.stored.bytes for bucket in buckets for p in bucket.postings),
+            "pairs": sum(bucket.pairs.bytes for bucket in buckets if bucket.pairs),
+        },
+    }
