@@ -33,6 +33,9 @@ class IndexConfig(Section):
     """Whether all activations of each latent are kept, none, or those of this share of the rows."""
     pairs: NonNegativeInt = 200_000
     """Rows on which latents that are active together are counted; 0 counts none."""
+    output_tokens: NonNegativeInt = 10
+    """Tokens whose logits a latent's decoder row raises most, and as many that it lowers most, by
+    the model's head; 0 leaves them out (their cost is n_latents x vocabulary x width)."""
     workers: PositiveInt = 1
     """Number of workers in a local run and on a cluster, each of `latent_shards` processes."""
     latent_shards: PositiveInt = 1

@@ -38,6 +38,7 @@ from dist_sae.index.layout import (
     unit_records,
 )
 from dist_sae.index.opened import Opened, open_index
+from dist_sae.index.outputs import open_outputs
 from dist_sae.index.repair import delete_unnamed, drop_damaged
 from dist_sae.index.summary import summary
 from dist_sae.index.tables import Origins, make_bucket
@@ -288,9 +289,10 @@ class _Worker:
                         records = list(unit_records(store, folder, manifest))
                         origins = Origins(store, records)
                         cells = stored_cells(store, folder.prefix, checkpoint, mesh.device)
+                        outputs = open_outputs(self._opened.model, manifest, checkpoint)
                         sample = Sample(store, manifest, records) if manifest.pair_share else None
                     latents = manifest.bucket(bucket)
-                    weights = weight_columns(checkpoint, latents, cells, mesh.device)
+                    weights = weight_columns(checkpoint, latents, cells, outputs, mesh.device)
                     made = make_bucket(
                         store, folder, manifest, records, bucket, weights, origins, sample
                     )

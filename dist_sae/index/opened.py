@@ -7,6 +7,7 @@ from typing import NamedTuple
 from dist_sae.checkpoint.layout import Checkpoint
 from dist_sae.checkpoint.trained import find_checkpoint, none_yet, trained_run
 from dist_sae.config import Run
+from dist_sae.config.data import ModelConfig
 from dist_sae.data.consumers import kept_units
 from dist_sae.data.plan import Plan, load_plan
 from dist_sae.errors import ConfigError, PlanMismatchError
@@ -32,6 +33,8 @@ class Opened(NamedTuple):
     checkpoint: Checkpoint
     activations: ObjectStore
     plan: Plan
+    model: ModelConfig
+    """Where the model is now."""
 
 
 def open_index(
@@ -62,7 +65,7 @@ def open_index(
             "units %s were deleted (store.retention) and are not in the index",
             _ranges(manifest.deleted),
         )
-    return Opened(runs, folder, manifest, own, checkpoint, store, plan)
+    return Opened(runs, folder, manifest, own, checkpoint, store, plan, run.model)
 
 
 def _manifest(

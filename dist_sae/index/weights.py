@@ -8,17 +8,22 @@ from numpy.typing import NDArray
 from dist_sae.checkpoint.layout import Checkpoint
 from dist_sae.checkpoint.state import weights_of
 from dist_sae.index.cells import Cells
-from dist_sae.index.layout import LATENTS
 from dist_sae.index.neighbours import neighbours
+from dist_sae.index.outputs import Outputs
 
 
 def weight_columns(
-    checkpoint: Checkpoint, latents: range, cells: Cells | None, device: torch.device
+    checkpoint: Checkpoint,
+    latents: range,
+    cells: Cells | None,
+    outputs: Outputs,
+    device: torch.device,
 ) -> dict[str, pa.Array]:
     """Norms, biases, nearest latents and output tokens of a range of latents, by column.
 
     Args:
         cells: See `neighbours`.
+        outputs: Finds the output tokens.
         device: Computes the nearest latents.
     """
     stored = weights_of(checkpoint)
@@ -29,8 +34,9 @@ def weight_columns(
         )
         return rows
 
+    decoder = read("W_dec")
     columns: dict[str, NDArray[np.float32]] = {
-        "decoder_norm": np.linalg.norm(read("W_dec"), axis=1),
+        "decoder_norm": np.linalg.norm(decoder, axis=1),
         "encoder_norm": np.linalg.norm(read("W_enc"), axis=1),
         "encoder_bias": read("b_enc"),
     }
@@ -40,7 +46,7 @@ def weight_columns(
     ends = np.concatenate([[0], kept.sum(1).cumsum(0).numpy()])
     for name, values in (("nearest", near.latents), ("nearest_cosine", near.cosines)):
         arrays[name] = pa.ListArray.from_arrays(ends, values[kept].numpy())
-    for field in LATENTS:
-        if field.name.startswith(("top_", "bottom_")):
-            arrays[field.name] = pa.array([[]] * len(latents), field.type)
+    for end, found in outputs.of(torch.from_numpy(decoder)).items():
+        arrays[f"{end}_tokens"] = pa.array(list(found.tokens.int().numpy()), pa.list_(pa.int32()))
+        arrays[f"{end}_logits"] = pa.array(list(found.effects.numpy()), pa.list_(pa.float32()))
     return arrays

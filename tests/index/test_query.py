@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+import torch
 
 import dist_sae.index.layout
 import dist_sae.index.merge
@@ -62,7 +63,10 @@ def test_pages_and_postings_are_what_brute_force_finds(
     monkeypatch.setattr(dist_sae.index.ranged, "WHOLE_BYTES", whole_bytes)
     monkeypatch.setattr(dist_sae.index.ranged, "_TAIL_BYTES", 100)  # less than any footer
     run = produced(tmp_path)
-    oracle = Oracle(run, add_checkpoint(run))
+    sae = add_checkpoint(run)
+    oracle = Oracle(run, sae)
+    directions = torch.nn.functional.normalize(sae.W_dec.detach().double())
+    cosines = (directions @ directions.T).fill_diagonal_(-2)
     place = make_index(run)["index"]
     stored = {name: tables(place, name).to_pylist() for name in ("latents", "examples", "pairs")}
     index = Index(store_of(run), run.name)
@@ -82,6 +86,11 @@ def test_pages_and_postings_are_what_brute_force_finds(
         pairs = [row for row in stored["pairs"] if row["latent"] == n]
         of_page = [(c.latent, c.rows, c.product, c.phi) for c in page.coactive]
         assert of_page == [(p["other"], p["count"], p["product"], p["phi"]) for p in pairs]
+        assert [near.latent for near in page.nearest] == cosines[n].topk(16).indices.tolist()
+        assert [near.cosine for near in page.nearest] == pytest.approx(
+            cosines[n].topk(16).values.tolist(), abs=1e-6
+        )
+        assert page.top_tokens == page.bottom_tokens == ()  # a synthetic model has no head
         row = stored["latents"][n]
         for name in ("density", "mean", "max", "decoder_norm", "encoder_norm", "encoder_bias"):
             assert getattr(page, name) == row[name]

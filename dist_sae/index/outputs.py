@@ -1,0 +1,115 @@
+"""Output tokens of latents: the direct effect of a decoder row on the logits.
+
+    effect = ((W_dec[i] - mean) * gain) @ W_U,    less its mean over the vocabulary
+
+W_U is the unembedding, gain the weight of the final norm; the mean over channels is subtracted
+where that norm is a LayerNorm, and is 0 for an RMSNorm. This is the logit lens with the norm folded
+into the unembedding, which is centred, as TransformerLens and Neuronpedia do it. It leaves out what
+later layers do with the latent, and the division by the norm of the whole residual stream: effects
+of one latent compare with each other, not with logits.
+"""
+
+import logging
+from typing import TYPE_CHECKING, NamedTuple
+
+import torch
+from jaxtyping import Float, Int
+from torch import Tensor
+
+from dist_sae.checkpoint.layout import Checkpoint
+from dist_sae.checkpoint.state import weights_of
+from dist_sae.config.data import HuggingFaceModel, ModelConfig
+from dist_sae.errors import ModelError
+from dist_sae.index.layout import IndexManifest
+
+if TYPE_CHECKING:  # transformers takes 3 s
+    from dist_sae.models.head import Head
+
+logger = logging.getLogger(__name__)
+
+_LATENTS = 1024
+_VOCABULARY = 8192
+"""Latents and tokens whose effects are computed at a time: 32 MiB."""
+
+
+class End(NamedTuple):
+    """Tokens at one end of the effects of some latents, the most extreme first."""
+
+    tokens: Int[Tensor, "latents n"]
+    effects: Float[Tensor, "latents n"]
+
+
+class Outputs:
+    """Finds output tokens.
+
+    Args:
+        head: The model's head; None finds none.
+        n: Tokens at either end.
+    """
+
+    def __init__(self, head: "Head | None", n: int) -> None:
+        self._head = head
+        self._n = n
+
+    @torch.no_grad()
+    def of(self, rows: Float[Tensor, "latents d"]) -> dict[str, End]:
+        """Find the tokens whose logits decoder rows raise and lower most: `top` and `bottom`."""
+        if self._head is None:
+            none = End(torch.empty(len(rows), 0).long(), torch.empty(len(rows), 0))
+            return {"top": none, "bottom": none}
+        blocks = [_ends(part, self._head, self._n) for part in torch.split(rows, _LATENTS)]
+        top, bottom = (
+            End(*(torch.cat(parts).cpu() for parts in zip(*end, strict=True)))
+            for end in zip(*blocks, strict=True)
+        )
+        return {"top": top, "bottom": bottom._replace(effects=-bottom.effects)}
+
+
+def open_outputs(model: ModelConfig, manifest: IndexManifest, checkpoint: Checkpoint) -> Outputs:
+    """Load the model's head; if it is of no use, a line in the log says why.
+
+    Args:
+        model: The model.
+        manifest: Of the index.
+        checkpoint: The dictionary.
+    """
+    n = int(manifest.settings["output_tokens"])
+    if not n or not isinstance(model, HuggingFaceModel):
+        return Outputs(None, n)
+    from dist_sae.models.head import load_head  # takes 3 s
+
+    width = checkpoint.manifest.tensors[weights_of(checkpoint)["W_dec"]].shape[1]
+    try:
+        head = load_head(model, manifest.site)
+        if len(head.gain) == width:
+            return Outputs(head, n)
+        reason = f"decoder rows are {width} wide, the head of {model.path} is {len(head.gain)}"
+    except ModelError as error:
+        reason = str(error)
+    logger.warning("output tokens of latents are left out: %s", reason)
+    return Outputs(None, n)
+
+
+def _ends(rows: Float[Tensor, "latents d"], head: "Head", n: int) -> tuple[End, End]:
+    """The largest effects of some rows, and the largest of their opposites."""
+    rows = rows.to(head.gain.device, torch.float32)
+    if head.centres:
+        rows = rows - rows.mean(1, keepdim=True)
+    rows = rows * head.gain
+    average = rows @ head.mean
+    none = torch.empty(len(rows), 0, device=rows.device)
+    top = bottom = End(none.long(), none)
+    for first in range(0, len(head.unembedding), _VOCABULARY):
+        part = head.unembedding[first : first + _VOCABULARY].float()
+        effects = rows @ part.T - average[:, None]
+        top = _more_extreme(top, effects, first, n)
+        bottom = _more_extreme(bottom, -effects, first, n)
+    return top, bottom
+
+
+def _more_extreme(so_far: End, effects: Float[Tensor, "latents m"], first: int, n: int) -> End:
+    found = effects.topk(min(n, effects.shape[1]))
+    tokens = torch.cat([so_far.tokens, found.indices + first], 1)
+    values = torch.cat([so_far.effects, found.values], 1)
+    best = values.topk(min(n, values.shape[1]))
+    return End(tokens.gather(1, best.indices), best.values)

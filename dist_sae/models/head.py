@@ -1,0 +1,91 @@
+"""The end of a language model: its final norm and its unembedding, without any layer."""
+
+import gc
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from dist_sae.config.data import HuggingFaceModel
+from dist_sae.errors import HeadlessError, LacksWeightsError
+from dist_sae.models.loading import HEADS, describe, errors_of, load, without_layers
+from dist_sae.models.sites import blocks
+
+WRITE_TO_RESIDUAL = ("resid_pre", "resid_post", "mlp_out", "attn_out")
+"""Names of sites whose activations are, or are added to, the residual stream."""
+_FINAL_NORM = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm", "norm_f")
+"""Names of the final norm, beside the stack of layers, over the common architectures."""
+
+
+class Head(NamedTuple):
+    """A linear head behind a final norm."""
+
+    unembedding: Float[Tensor, "vocabulary d"]
+    """In the model's precision."""
+    gain: Float[Tensor, " d"]
+    """By which the norm multiplies each channel, fp32."""
+    mean: Float[Tensor, " d"]
+    """Of the unembedding over the vocabulary, fp32."""
+    centres: bool
+    """True if the norm subtracts the mean over channels, as LayerNorm does and RMSNorm does not."""
+
+
+def load_head(config: HuggingFaceModel, site: str) -> Head:
+    """Load the head of a model: no weights of its layers are read.
+
+    Raises:
+        HeadlessError: It has no linear head behind a final norm, or the site's activations do not
+            go there directly.
+        ModelError: The model cannot be loaded, or lacks the site.
+    """
+    name, _, _ = site.rpartition(".")
+    if name not in WRITE_TO_RESIDUAL:
+        raise HeadlessError(f"{site} is not written to the residual stream, which the head reads")
+    description = describe(config, (site,))
+    if name.endswith("_out") and hasattr(
+        blocks(description.skeleton)[0], "post_feedforward_layernorm"
+    ):
+        raise HeadlessError(f"{site} goes through a norm before it joins the residual stream")
+    reason = f"transformers has no head for {description.config.model_type} that predicts tokens"
+    for heads, masked in HEADS:
+        if masked or type(description.config) not in heads:
+            continue
+        with_layers: Any = heads[type(description.config)]
+        try:
+            with errors_of(config):
+                model = load(without_layers(with_layers, above=-1), config, description)
+                return _head(model, config.path)
+        except LacksWeightsError as exc:
+            reason = f"its files have no head that predicts tokens (no {exc.names[0]})"
+    raise HeadlessError(f"model.path {config.path}: {reason}")
+
+
+@torch.no_grad()
+def _head(model: Any, path: str) -> Head:
+    stack = blocks(model)
+    beside = next(m for m in model.modules() if any(child is stack for child in m.children()))
+    norm = next((n for name in _FINAL_NORM if (n := getattr(beside, name, None))), None)
+    unembedding = getattr(model.get_output_embeddings(), "weight", None)
+    if norm is None or unembedding is None:
+        lacking = "final norm" if norm is None else "linear head"
+        raise HeadlessError(f"model.path {path}: has no {lacking} under a known name")
+    unembedding = unembedding.detach()
+    gain, centres = _measure(norm.float(), unembedding.shape[1], unembedding.device)
+    del model, beside, stack
+    gc.collect()  # a model is full of cycles, and its input embedding is as large as the head
+    mean = unembedding.mean(0, dtype=torch.float32)
+    return Head(unembedding, gain, mean, centres)
+
+
+def _measure(norm: nn.Module, width: int, device: torch.device) -> tuple[Float[Tensor, " d"], bool]:
+    """Find a norm's gain and whether it centres, by what it does to two rows.
+
+    So no list of norms is needed: Gemma's gain is 1 + its weight, others' is the weight.
+    """
+    sign = torch.ones(1, 1, width, device=device)
+    sign[..., 1::2] = -1
+    row = 1000 * sign  # of mean 0, and so large that the norm's epsilon is nothing
+    gain = (norm(row) - norm(-row)) / 2 / sign  # without a bias
+    shifted = (norm(row + 3000) - norm(-row - 3000)) / 2
+    return gain[0, 0], bool((shifted - gain * sign).norm() < 0.01 * gain.norm())

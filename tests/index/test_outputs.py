@@ -1,0 +1,81 @@
+"""Output tokens against brute force in fp64."""
+
+import logging
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+import dist_sae.index.outputs
+from dist_sae.config.data import HuggingFaceModel, ModelConfig, SyntheticModel
+from dist_sae.index.outputs import Outputs, open_outputs
+from dist_sae.models.head import Head
+
+WIDTH, VOCABULARY, LATENTS = 12, 53, 31
+
+
+def head(*, centres: bool) -> Head:
+    generator = torch.Generator().manual_seed(4)
+    unembedding = torch.randn(VOCABULARY, WIDTH, generator=generator) + 0.5
+    gain = 1 + torch.rand(WIDTH, generator=generator)
+    return Head(unembedding.bfloat16(), gain, unembedding.bfloat16().float().mean(0), centres)
+
+
+@pytest.mark.parametrize("centres", [True, False])
+def test_output_tokens_are_the_extremes_of_all_effects(
+    monkeypatch: pytest.MonkeyPatch, *, centres: bool
+) -> None:
+    monkeypatch.setattr(dist_sae.index.outputs, "_LATENTS", 7)
+    monkeypatch.setattr(dist_sae.index.outputs, "_VOCABULARY", 9)
+    rows = torch.randn(LATENTS, WIDTH, generator=torch.Generator().manual_seed(1)) + 1
+    of = head(centres=centres)
+    top, bottom = Outputs(of, 10).of(rows).values()
+    exact = rows.double().numpy()
+    if centres:
+        exact -= exact.mean(1, keepdims=True)
+    effects = (exact * of.gain.double().numpy()) @ of.unembedding.double().numpy().T
+    effects -= effects.mean(1, keepdims=True)
+    order = np.argsort(-effects, axis=1)
+    assert top.tokens.tolist() == order[:, :10].tolist()
+    assert bottom.tokens.tolist() == order[:, ::-1][:, :10].tolist()
+    for end in (top, bottom):
+        wanted = np.take_along_axis(effects, end.tokens.numpy(), 1)
+        np.testing.assert_allclose(end.effects.numpy(), wanted, atol=1e-4)
+
+
+def test_a_vocabulary_smaller_than_what_is_asked_for() -> None:
+    of = head(centres=False)
+    few = of._replace(unembedding=of.unembedding[:4], mean=of.unembedding[:4].float().mean(0))
+    top, bottom = Outputs(few, 10).of(torch.ones(2, WIDTH)).values()
+    assert sorted(top.tokens[0].tolist()) == [0, 1, 2, 3]
+    assert top.tokens[0].tolist() == bottom.tokens[0].tolist()[::-1]
+
+
+def opened(model: ModelConfig, width: int, n: int = 10) -> dict[str, list[list[int]]]:
+    checkpoint: Any = SimpleNamespace(
+        manifest=SimpleNamespace(tensors={"W_dec": SimpleNamespace(shape=(LATENTS, width))}),
+        has=lambda name: name == "W_dec",
+    )
+    manifest: Any = SimpleNamespace(settings={"output_tokens": n}, site="resid_post.1")
+    found = open_outputs(model, manifest, checkpoint).of(torch.ones(2, width))
+    return {end: found[end].tokens.tolist() for end in found}
+
+
+def test_what_is_left_out_is_said_once(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    none: dict[str, list[list[int]]] = {"top": [[], []], "bottom": [[], []]}
+    with caplog.at_level(logging.WARNING):
+        assert opened(SyntheticModel(), 16) == none
+        assert opened(HuggingFaceModel(path="/nowhere/model"), 16, n=0) == none
+        assert not caplog.records
+        assert opened(HuggingFaceModel(path="/nowhere/model"), 16) == none
+        (record,) = caplog.records
+        why = "output tokens of latents are left out: model.path /nowhere"
+        assert record.getMessage().startswith(why)
+        monkeypatch.setattr("dist_sae.models.head.load_head", lambda *_: head(centres=False))
+        assert opened(HuggingFaceModel(path="m"), 3 * WIDTH) == none
+        assert "decoder rows are 36 wide, the head of m is 12" in caplog.text
+    assert len(opened(HuggingFaceModel(path="m"), WIDTH)["top"][0]) == 10
