@@ -70,14 +70,14 @@ def kernels_on(device: torch.device) -> Kernels:
 
 
 def make_cells(checkpoint: Checkpoint, device: torch.device | None = None) -> Cells:
-    """Divide the latents of a checkpoint into 4 to 8 sqrt(n_latents) cells.
+    """Divide the latents of a checkpoint into 2 to 4 sqrt(n_latents) cells.
 
     Raises:
         CorruptObjectError: The checkpoint is damaged.
     """
     decoder, device = Decoder(checkpoint), device or torch.device("cpu")
     kernels = kernels_on(device)
-    n_cells = 2 ** math.ceil(math.log2(4 * math.sqrt(decoder.n_latents)))
+    n_cells = 2 ** math.ceil(math.log2(2 * math.sqrt(decoder.n_latents)))
     n_sample = min(decoder.n_latents, n_cells * _SAMPLE, SAMPLE_BYTES // (4 * decoder.d_out))
     centroids = _centroids(_sample(decoder, n_sample).to(device), min(n_cells, n_sample), kernels)
     cell_of = torch.empty(decoder.n_latents, dtype=torch.int32)

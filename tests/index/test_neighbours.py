@@ -143,14 +143,14 @@ def test_cells_find_nearly_all(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
     W_dec = planted(n)
     given = checkpoint(tmp_path, W_dec)
     cells = make_cells(given)
-    assert len(cells.centroids) == 256
-    monkeypatch.setattr(cells_module, "PROBES", 64)
+    assert len(cells.centroids) == 128
+    monkeypatch.setattr(cells_module, "PROBES", 32)
     found, expected = neighbours(given, range(n), 16, cells), brute_force(W_dec, 16)
     hits = (expected.latents[:, :, None] == found.latents[:, None, :]).any(2)
     assert hits.double().mean() > 0.9
     assert hits[expected.cosines > 0.9].double().mean() > 0.99
     torch.testing.assert_close(found.cosines[:, 0], expected.cosines[:, 0], rtol=0, atol=0.2)
-    monkeypatch.setattr(cells_module, "PROBES", 256)
+    monkeypatch.setattr(cells_module, "PROBES", 128)
     assert_same(neighbours(given, range(n), 16, cells), expected)
 
 
