@@ -42,7 +42,7 @@ class PiecewiseTensor(NamedTuple):
     dtype: torch.dtype
     shape: tuple[int, ...]
     pieces: Callable[[], Iterable[Tensor]]
-    """Makes it, as tensors that follow one another along dim 0."""
+    """Makes it, as tensors that follow one another along dim 0; the next may overwrite one."""
 
 
 def stored(checkpoint: Checkpoint, name: str) -> PiecewiseTensor:
@@ -77,9 +77,10 @@ def transposed(
     at_a_time = max(1, TRANSPOSED_BYTES // (width * torch.float32.itemsize))
 
     def pieces() -> Iterator[Tensor]:
+        memory = torch.empty(min(at_a_time, height), width)
         for first in range(0, height, at_a_time):
             taken = slice(first, min(first + at_a_time, height))
-            block, at = torch.empty(taken.stop - first, width), 0
+            block, at = memory[: taken.stop - first], 0
             for rows in columns(taken):
                 block[:, at : at + len(rows)] = rows.T
                 at += len(rows)
