@@ -12,6 +12,7 @@ from tests.forks import processes
 
 MIB = 2**20
 _M_MMAP_THRESHOLD = -3  # of glibc's mallopt
+_PR_SET_THP_DISABLE = 41  # of Linux's prctl
 
 
 def anonymous_bytes() -> int:
@@ -41,7 +42,9 @@ def _measure(
     answer: Connection, call: Callable[..., Any], first: tuple[Any, ...], then: tuple[Any, ...]
 ) -> None:
     # large blocks are mapped: or how much of what is freed stays is a matter of chance
-    ctypes.CDLL(None).mallopt(_M_MMAP_THRESHOLD, MIB // 4)
+    libc = ctypes.CDLL(None)
+    libc.mallopt(_M_MMAP_THRESHOLD, MIB // 4)
+    libc.prctl(_PR_SET_THP_DISABLE, 1, 0, 0, 0)  # where they are on, blocks take more than they say
     call(*first)
     before = anonymous_bytes()
     with peak_memory(anonymous_bytes) as peak:

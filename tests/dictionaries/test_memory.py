@@ -1,18 +1,14 @@
 """Memory: a dictionary's whole life stays within its state and a bound that no width moves."""
 
-import ctypes
-import gc
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 
-from dist_sae.bench.measuring import peak_memory
 from dist_sae.checkpoint import layout
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.checkpoint.state import TrainingState, load_weights
-from dist_sae.config import load_run
+from dist_sae.config import Run, load_run
 from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.dead import DeadLatents
 from dist_sae.dictionaries.init import initialise_from_data
@@ -21,12 +17,10 @@ from dist_sae.dictionaries.metrics import Fit
 from dist_sae.distributed.engine import Engine
 from dist_sae.kernels.choice import choose_kernels
 from dist_sae.storage import open_store
-from dist_sae.telemetry.process import resident_bytes
 from tests.dictionaries.recipes import sae_rows
+from tests.memory import MIB, peak_bytes
 from tests.runs import write_run
 
-MIB = 2**20
-_M_MMAP_THRESHOLD = -3  # of glibc's mallopt
 LIVES: dict[str, dict[str, object]] = {
     "topk": {"k": 16},
     "batchtopk": {"k": 16},
@@ -37,19 +31,10 @@ LIVES: dict[str, dict[str, object]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def freed_at_once() -> Iterator[None]:
-    """Map large blocks: or how much of what is freed stays in the process is a matter of chance."""
-    libc = ctypes.CDLL(None)
-    libc.mallopt(_M_MMAP_THRESHOLD, MIB)
-    yield
-    libc.mallopt(_M_MMAP_THRESHOLD, 32 * MIB)  # where glibc itself comes to with use
-
-
-def live(folder: Path, kind: str, n_latents: int, d_in: int, rows: int, steps: int) -> int:
-    """A dictionary begins, trains, is measured, saved and loaded; how many parameters it has."""
-    sae_config = {"kind": kind, "n_latents": n_latents, **LIVES[kind]}
-    run = load_run(write_run(folder, sae=sae_config, train={"rows": 200_000}))
+def live(folder: Path, kind: str, n_latents: int, d_in: int, rows: int, steps: int) -> None:
+    """A dictionary begins, trains, is measured, saved and loaded."""
+    layout.PART_BYTES = 4 * MIB
+    run = life_run(folder, kind, n_latents)
     x = torch.randn(rows, d_in, generator=torch.Generator().manual_seed(0))
     kernels = choose_kernels("auto", x.device)
     checkpoints = Checkpoints(open_store(str(folder)), f"life-{n_latents}", keep=1)
@@ -70,21 +55,20 @@ def live(folder: Path, kind: str, n_latents: int, d_in: int, rows: int, steps: i
     state = TrainingState(sae, engine, dead, None)
     checkpoints.commit(steps, [checkpoints.write(steps, state.pieces())], {})
     load_weights(sae, checkpoints.open(steps))
-    return sum(parameter.numel() for parameter in sae.parameters())
+
+
+def life_run(folder: Path, kind: str, n_latents: int) -> Run:
+    sae_config = {"kind": kind, "n_latents": n_latents, **LIVES[kind]}
+    return load_run(write_run(folder, sae=sae_config, train={"rows": 200_000}))
 
 
 def beyond_state(folder: Path, kind: str, n_latents: int, d_in: int, rows: int, steps: int) -> int:
-    """The most memory that a life takes above weights, gradients and moments, in bytes.
-
-    A small life comes first: libraries and threads that are loaded with first use are not counted.
-    """
-    live(folder, kind, 1024, d_in, 16, steps)
-    gc.collect()
-    ctypes.CDLL(None).malloc_trim(0)
-    before = resident_bytes()
-    with peak_memory() as peak:
-        parameters = live(folder, kind, n_latents, d_in, rows, steps)
-    return peak[0] - before - 16 * parameters
+    """The most memory that a life takes above weights, gradients and moments, in bytes."""
+    first, then = (1024, d_in, 16, steps), (n_latents, d_in, rows, steps)
+    peak = peak_bytes(live, (folder, kind, *first), (folder, kind, *then))
+    with torch.device("meta"):
+        sae = build_sae(life_run(folder, kind, n_latents).sae, d_in)
+    return peak - 16 * sum(parameter.numel() for parameter in sae.parameters())
 
 
 @pytest.mark.parametrize("kind", LIVES)
@@ -98,9 +82,6 @@ def test_many_rows_and_latents_need_no_matrix_of_both(tmp_path: Path, kind: str)
 
 @pytest.mark.system
 @pytest.mark.parametrize("kind", LIVES)
-def test_large_weights_are_there_four_times_and_no_more(
-    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_large_weights_are_there_four_times_and_no_more(tmp_path: Path, kind: str) -> None:
     """A weight is 64 MiB; its values, its gradient and two moments are the state."""
-    monkeypatch.setattr(layout, "PART_BYTES", 4 * MIB)
     assert beyond_state(tmp_path, kind, 32_768, 512, 16, steps=2) <= 60 * MIB

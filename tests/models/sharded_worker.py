@@ -21,12 +21,7 @@ from dist_sae.producing.loop import produce
 from dist_sae.producing.together import produce_together
 from dist_sae.signals import stop_event
 from dist_sae.telemetry.exporter import Telemetry
-
-
-def _anonymous_bytes() -> int:
-    """Memory of this process that is not mapped from files."""
-    status = Path("/proc/self/status").read_text()
-    return 1024 * int(status.partition("RssAnon:")[2].split()[0])
+from tests.memory import anonymous_bytes
 
 
 def rank(
@@ -42,8 +37,8 @@ def rank(
     try:
         with rendezvous(int(env["WORLD_SIZE"])) as ranks, join_mesh(ranks):
             for settings, sites in models:
-                before = _anonymous_bytes()
-                with peak_memory(_anonymous_bytes) as peak:
+                before = anonymous_bytes()
+                with peak_memory(anonymous_bytes) as peak:
                     source = HuggingFaceSource(HuggingFaceModel.model_validate(settings), sites)
                 weights = sum(
                     (p.to_local() if isinstance(p, DTensor) else p).numel()
