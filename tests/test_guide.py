@@ -18,11 +18,12 @@ from tests.launch import train
 from tests.notebook.raw import fill, save_language_model, write_text
 
 ROOT = Path(__file__).parent.parent
-ROWS, LATENTS = 16_384, 4096
+ROWS, LATENTS = 8192, 4096
 SMALLER = {
     "store.activations": "work/activations",
     "store.runs": "work/runs",
     "activations.unit_rows": 2000,
+    "activations.heldout_share": 0.1,
     "train.rows": ROWS,
     "train.max_passes": 1,
     "train.save_every_steps": 4,
@@ -36,7 +37,7 @@ def quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """The quickstart's run file in its own folder; model, text and training are smaller."""
     monkeypatch.chdir(tmp_path)
     save_language_model(tmp_path / "work/smollm2", layers=9)
-    write_text(tmp_path / "work/wikipedia.jsonl", documents=160, words=24)
+    write_text(tmp_path / "work/wikipedia.jsonl", documents=90, words=24)
     settings = [f"{key}={value}" for key, value in SMALLER.items()]
     places = [f"model.path={tmp_path}/work/smollm2"]
     places += [f"corpus.files=[{tmp_path}/work/wikipedia.jsonl]"]
@@ -77,7 +78,7 @@ def test_the_guide_runs_as_it_is_written(capsys: pytest.CaptureFixture[str]) -> 
     torch.testing.assert_close(names["x_hat"], dictionary(names["x"]), rtol=1e-3, atol=1e-3)
     said = capsys.readouterr().out
     assert re.search(r"\[.\]", said)
-    assert "The capital of France is" in said
+    assert "The best thing about my holiday was" in said
 
 
 def test_a_shard_is_read_in_five_lines_without_dist_sae() -> None:
