@@ -9,6 +9,8 @@ from torch import Tensor
 from dist_sae.checkpoint.layout import Checkpoint
 from dist_sae.checkpoint.state import weights_of
 
+_ROWS = 4096
+
 
 class Decoder:
     """Decoder rows in fp32, with the running mean of the weights if there is one.
@@ -51,6 +53,7 @@ class Decoder:
 
 def directions(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     """Rows of unit length; rows of zeros stay."""
-    norms = torch.linalg.vector_norm(rows, dim=1, keepdim=True, dtype=torch.float64)
-    unit: Tensor = rows / norms.float().clamp_min(torch.finfo(torch.float32).tiny)
+    pieces = torch.split(rows, _ROWS)  # norm() copies them to fp64
+    norms = torch.cat([piece.double().norm(dim=1, keepdim=True).float() for piece in pieces])
+    unit: Tensor = rows / norms.clamp_min_(torch.finfo(torch.float32).tiny)
     return unit

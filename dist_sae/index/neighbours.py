@@ -22,6 +22,8 @@ from dist_sae.kernels.keys import NOTHING, from_keys, to_keys
 
 WINDOW_BYTES = 256 * 2**20
 """Directions that are in memory at a time where cells are used."""
+QUERIES_BYTES = 128 * 2**20
+"""Rows of latents that neighbours are looked for at a time."""
 PAIRS_BYTES = 64 * 2**20
 """Rows in fp64 whose cosines are computed at a time."""
 
@@ -45,12 +47,10 @@ def neighbours(
 ) -> Neighbours:
     """The `m` latents with the highest cosine to each of a range of latents.
 
-    Holds one part, the range's own directions, and a window of others where cells are used.
-
     Args:
         checkpoint: The trained dictionary.
-        latents: Latents to find neighbours of. A range reads the decoder twice, so it should be
-            long.
+        latents: Latents to find neighbours of, at least one. For every 128 MiB of their rows the
+            decoder is read twice, so a range should be long.
         m: Neighbours of a latent.
         cells: Limits the comparison to the nearest cells; None compares with all latents.
         device: Computes the products; the CPU if None.
@@ -59,7 +59,16 @@ def neighbours(
         CorruptObjectError: The checkpoint is damaged.
     """
     decoder = Decoder(checkpoint)
-    device = device or torch.device("cpu")
+    at_a_time = max(1, QUERIES_BYTES // (4 * decoder.d_out))
+    starts = latents[::at_a_time]
+    ranges = (range(start, min(start + at_a_time, latents.stop)) for start in starts)
+    found = [_of_range(decoder, part, m, cells, device or torch.device("cpu")) for part in ranges]
+    return Neighbours(*map(torch.cat, zip(*found, strict=True)))
+
+
+def _of_range(
+    decoder: Decoder, latents: range, m: int, cells: Cells | None, device: torch.device
+) -> Neighbours:
     rows = torch.cat([rows for _, rows in decoder.parts(latents)])
     queries = directions(rows).to(device)
     kernels = kernels_on(device)

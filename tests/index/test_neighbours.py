@@ -123,6 +123,7 @@ def test_ranges_are_the_whole_whoever_computes_them(
     cells = make_cells(given) if in_cells else None
     whole = neighbours(given, range(N), M, cells)
     monkeypatch.setattr(neighbours_module, "WINDOW_BYTES", 2**20)
+    monkeypatch.setattr(neighbours_module, "QUERIES_BYTES", 90 * D * 4)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
@@ -217,7 +218,7 @@ def test_all_use_the_cells_that_were_there_first(
 def of_a_range(folder: Path, among: str) -> None:
     """In a process of its own."""
     cells_module.SAMPLE_BYTES = neighbours_module.WINDOW_BYTES = 4 * MIB
-    neighbours_module.PAIRS_BYTES = MIB
+    neighbours_module.PAIRS_BYTES = neighbours_module.QUERIES_BYTES = MIB
     select.CHUNK_BYTES = 2 * MIB
     given = Checkpoints(open_store(str(folder)), "run", 1).open(1)
     neighbours(given, range(100, 164), 16, make_cells(given) if among == "cells" else None)
