@@ -26,6 +26,7 @@ from dist_sae.index.build import index
 from dist_sae.storage import open_store
 from dist_sae.storage.records import seal
 from dist_sae.telemetry.exporter import Telemetry
+from tests.conftest import Bucket
 from tests.dictionaries.recipes import sae_rows
 from tests.notebook.raw import SCALE, fill, language_run, save_dictionary, save_language_model
 from tests.runs import TINY, make_run
@@ -92,6 +93,19 @@ def test_a_run_is_opened_by_folder_file_or_url(made: Run, tmp_path: Path) -> Non
         open_run(tmp_path / "nothing")
     with pytest.raises(DistSaeError, match=r"has no run\.yaml; give a run file, or the folder of"):
         open_run(tmp_path)
+
+
+def test_a_run_is_opened_in_a_bucket(made: Run, bucket: Bucket) -> None:
+    for path in (Path(made.store.runs) / made.name).rglob("*"):
+        if path.is_file():
+            key = f"runs/{path.relative_to(made.store.runs)}"
+            bucket.client.put_object(Bucket=bucket.name, Key=key, Body=path.read_bytes())
+    endpoint = [f"store.s3.endpoint_url={bucket.endpoint_url}"]
+    opened = open_run(f"s3://{bucket.name}/runs/tiny", endpoint)
+    assert opened.steps() == [4, 10]
+    local = open_run(Path(made.store.runs) / made.name)
+    assert torch.equal(opened.dictionary().W_dec, local.dictionary().W_dec)
+    assert next(opened.rows()).acts.shape[1] == 8
 
 
 def test_a_dictionary_is_that_of_its_checkpoint(run: OpenedRun, made: Run) -> None:

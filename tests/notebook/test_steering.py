@@ -214,6 +214,27 @@ def test_generation_step_by_step_is_that_of_whole_sequences(
         torch.testing.assert_close(steps[0][:, :1].transpose(0, 1), at_once, rtol=1e-3, atol=1e-3)
 
 
+def test_gradients_pass_through(llama: Any) -> None:
+    """As if what is added were a constant."""
+    site = "resid_post.1"
+    dictionary = at(llama, site)
+    tokens, _ = random_tokens(9, 9)
+    inputs = llama.get_input_embeddings()(tokens.long()).detach()
+    acts = dictionary.encode(recorded(llama, site, tokens), dense=True)
+    delta = -acts[..., :4] @ dictionary.W_dec[:4]
+
+    def gradient() -> Tensor:
+        x = inputs.clone().requires_grad_()
+        found: Tensor = torch.autograd.grad(llama(inputs_embeds=x).logits[..., 5].sum(), x)[0]
+        return found
+
+    handle = attach(llama, site, lambda x: x + delta)
+    expected = gradient()
+    handle.remove()
+    with dictionary.ablate(llama, range(4)):
+        torch.testing.assert_close(gradient(), expected, rtol=1e-3, atol=1e-3)
+
+
 def hooks_of(model: Any) -> int:
     kinds = ("_forward_hooks", "_forward_pre_hooks")  # torch has no public name for them
     return sum(len(getattr(module, kind)) for module in model.modules() for kind in kinds)
