@@ -32,7 +32,7 @@ from dist_sae.errors import (
 )
 from dist_sae.index.cells import stored_cells
 from dist_sae.index.coactive import Sample
-from dist_sae.index.encode import Encoded, Encoder, Written, unit_record, write_codes
+from dist_sae.index.encode import Encoded, Encoder, Written, unit_record, write_unit
 from dist_sae.index.layout import (
     UnitRecord,
     unit_records,
@@ -203,7 +203,7 @@ class _Worker:
                 sae = encoder.sae
                 pending = (
                     encoded,
-                    pool.submit(write_codes, opened.store, folder, manifest, sae, encoded),
+                    pool.submit(write_unit, opened.store, folder, manifest, sae, encoded),
                 )
         if mesh.any_rank(self._stopping.is_set()):
             raise Stopped(f"{self._worker.name}: stopped; start it again to continue")
@@ -246,8 +246,8 @@ class _Worker:
     def _seal(self, encoded: Encoded, written: "Future[Written]", queue: WorkQueue | None) -> None:
         parts = self._mesh.all_gather_objects(written.result())
         if self._mesh.is_first:
-            store, folder, manifest, *_ = self._opened
-            self._put_unit(unit_record(store, folder, manifest, encoded, parts), queue)
+            manifest = self._opened.manifest
+            self._put_unit(unit_record(manifest, encoded, parts), queue)
         self._telemetry.add("dist_sae_index_entries_total", len(encoded.acts))
 
     def _put_unit(self, record: UnitRecord, queue: WorkQueue | None) -> None:

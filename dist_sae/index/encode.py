@@ -34,6 +34,7 @@ from dist_sae.index.layout import (
     CodesChunk,
     IndexFolder,
     IndexManifest,
+    Stored,
     UnitRecord,
     store_table,
     to_parquet,
@@ -164,12 +165,17 @@ class Written(NamedTuple):
 
     buckets: dict[int, CodesChunk]
     sample: CodesChunk | None
+    origin: Stored | None
+    """Of the first rank."""
 
 
-def write_codes(
+def write_unit(
     store: ObjectStore, folder: IndexFolder, manifest: IndexManifest, sae: Dictionary, unit: Encoded
 ) -> Written:
-    """Store this rank's codes of a unit, bucket after bucket, and those of its sampled rows."""
+    """Store this rank's codes of a unit, bucket after bucket, and those of its sampled rows.
+
+    The first rank stores the origin of the rows as well.
+    """
     first, n_local = sae.first_latent, len(sae.W_enc)
     order = torch.from_numpy(unit.latents).argsort(stable=True).numpy()
     rows, acts = unit.rows[order], unit.acts[order]
@@ -204,8 +210,11 @@ def write_codes(
         )
         offset += len(data[-1])
     store.put(key, b"".join(data))
-    sample = chunks.pop(-1, None)
-    return Written(chunks, sample)
+    sample, origin = chunks.pop(-1, None), None
+    if first == 0:
+        table = pa.Table.from_arrays([pa.array(column) for column in unit.origin], schema=ROWS)
+        origin = store_table(store, folder.rows(unit.unit), to_parquet(table))
+    return Written(chunks, sample, origin)
 
 
 def sampled_rows(manifest: IndexManifest, unit: int, rows: int) -> NDArray[np.int64]:
@@ -214,19 +223,12 @@ def sampled_rows(manifest: IndexManifest, unit: int, rows: int) -> NDArray[np.in
     return np.flatnonzero(chance < below(manifest.pair_share))
 
 
-def unit_record(
-    store: ObjectStore,
-    folder: IndexFolder,
-    manifest: IndexManifest,
-    unit: Encoded,
-    written: list[Written],
-) -> UnitRecord:
-    """Store the origin of a unit's rows, and describe the unit.
+def unit_record(manifest: IndexManifest, unit: Encoded, written: list[Written]) -> UnitRecord:
+    """Describe a unit that is stored.
 
     Args:
         written: Of all ranks, in their order.
     """
-    table = pa.Table.from_arrays([pa.array(column) for column in unit.origin], schema=ROWS)
     error, total, active = unit.sums
     rows = len(unit.origin[0])
     return UnitRecord(
@@ -235,7 +237,7 @@ def unit_record(
         squared_error=error,
         squared_total=total,
         active=active,
-        origin=store_table(store, folder.rows(unit.unit), to_parquet(table)),
+        origin=written[0].origin,
         buckets=tuple(
             tuple(part.buckets[bucket] for part in written if bucket in part.buckets)
             for bucket in range(manifest.n_buckets)

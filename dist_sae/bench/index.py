@@ -1,0 +1,189 @@
+"""`dist-sae bench index`: both stages of a latent index, and what one latent's page takes.
+
+Stage 1 reads units, encodes and decodes them, sorts and stores the codes; the bare encode runs the
+same rows, in memory beforehand, through the same dictionary. Both are timed in turn, unit by unit,
+and the ratio of each pair is taken. Stage 2 is timed bucket by bucket, and its parts one by one.
+"""
+
+import statistics
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor
+
+from dist_sae.bench.measuring import compare, medians, peak_memory
+from dist_sae.checkpoint.state import load_weights
+from dist_sae.config import Run
+from dist_sae.data.activation_set import ActivationSet
+from dist_sae.dictionaries import build_sae
+from dist_sae.index.cells import stored_cells
+from dist_sae.index.coactive import Sample
+from dist_sae.index.encode import ENCODE_ROWS, Encoded, Encoder, Written, unit_record, write_unit
+from dist_sae.index.layout import UnitRecord
+from dist_sae.index.opened import Opened, open_index
+from dist_sae.index.outputs import open_outputs
+from dist_sae.index.query import Index
+from dist_sae.index.tables import Origins, make_bucket
+from dist_sae.index.weights import weight_columns
+from dist_sae.kernels.choice import choose_kernels
+from dist_sae.storage.records import seal
+from dist_sae.telemetry.exporter import Telemetry
+from dist_sae.telemetry.process import resident_bytes
+
+_PAGES = 50
+Some = TypeVar("Some")
+
+
+def bench_index(run: Run, *, units: int) -> dict[str, Any]:
+    """Index the first units of a run's newest checkpoint, beside its indexes, then delete it all.
+
+    Args:
+        units: Number of units; the first one is not timed.
+
+    Returns:
+        `rows`; `rows_per_second` of stage 1 and `bare_rows_per_second`, `ratio` of these with
+        quartiles; `entries`, `merged_entries_per_second` of stage 2 without what follows;
+        `weights_seconds` (norms, nearest latents, output tokens) and `pairs_seconds`;
+        `postings_bytes_per_entry`; `page_seconds` and `page_seconds_high` (median and largest of a
+        latent's page, the first read of its bucket included); `stage_2_peak_bytes`, beyond what was
+        in memory before.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    with _opened(run, units) as opened:
+        encoder = _encoder(opened, device)
+        records, pairs = _stage_1(opened, encoder)
+        before = resident_bytes()
+        with peak_memory() as peak:
+            stage_2 = _stage_2(opened, records, device)
+        pages = _pages(opened)
+    rows = sum(record.rows for record in records)
+    timed = sum(record.rows for record in records[1:])
+    whole, bare = medians(pairs)
+    return {
+        "units": len(records),
+        "rows": rows,
+        "rows_per_second": timed / len(pairs) / whole,
+        "bare_rows_per_second": timed / len(pairs) / bare,
+        **compare([(bare, whole) for whole, bare in pairs]),
+        **stage_2,
+        "page_seconds": statistics.median(pages),
+        "page_seconds_high": max(pages),
+        "stage_2_peak_bytes": peak[0] - before,
+    }
+
+
+@contextmanager
+def _opened(run: Run, units: int) -> Iterator[Opened]:
+    """Begin an index of the first units, which is deleted at the end."""
+    name = f"bench-{uuid.uuid4().hex[:12]}"
+    run = run.model_copy(update={"index": run.index.model_copy(update={"name": name})})
+    telemetry = Telemetry(run.name, "index", None)
+    opened = open_index(run, "bench", threading.Event(), telemetry, None)
+    chosen = {"units": opened.manifest.units[:units]}
+    try:
+        yield opened._replace(manifest=opened.manifest.model_copy(update=chosen))
+    finally:
+        for key in list(opened.store.keys(opened.folder.prefix)):
+            opened.store.delete(key)
+
+
+def _encoder(opened: Opened, device: torch.device) -> Encoder:
+    mean = torch.tensor(opened.checkpoint.scalars["mean"])
+    sae = build_sae(opened.run.sae, len(mean), kernels=choose_kernels("auto", device)).to(device)
+    load_weights(sae, opened.checkpoint)
+    activations = ActivationSet(opened.activations, opened.plan, opened.run.site)
+    return Encoder(sae, activations, opened.manifest.scale, mean)
+
+
+def _stage_1(
+    opened: Opened, encoder: Encoder
+) -> tuple[list[UnitRecord], list[tuple[float, float]]]:
+    """Encode and store the units; returns their records and seconds of stage 1 and bare encode.
+
+    A unit's codes are stored while the next one is encoded, as a worker does.
+    """
+    store, folder, manifest, *_ = opened
+    records, pairs = [], []
+
+    def seal_unit(encoded: Encoded, written: Written) -> None:
+        record = unit_record(manifest, encoded, [written])
+        store.put(folder.units.key(record.unit), seal(record))
+        records.append(record)
+
+    activations = ActivationSet(opened.activations, opened.plan, manifest.site)
+    with ThreadPoolExecutor(1, "store") as pool:
+        pending = None
+        for unit in manifest.units:
+            acts = torch.cat(list(activations.rows([unit], 2**62))) * manifest.scale
+            bare, _ = _timed(partial(_encode, encoder, acts))
+            since = time.perf_counter()
+            encoded = encoder.encode(unit)
+            if pending:
+                seal_unit(pending[0], pending[1].result())
+            pending = (
+                encoded,
+                pool.submit(write_unit, store, folder, manifest, encoder.sae, encoded),
+            )
+            pairs.append((time.perf_counter() - since, bare))
+        assert pending
+        seal_unit(pending[0], pending[1].result())
+    return records, pairs[1:]
+
+
+def _encode(encoder: Encoder, acts: Tensor) -> None:
+    for rows in torch.split(acts, ENCODE_ROWS):
+        encoder.sae.encode(rows.to(encoder.sae.b_dec.device))
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+
+
+def _stage_2(opened: Opened, records: list[UnitRecord], device: torch.device) -> dict[str, float]:
+    store, folder, manifest, _, checkpoint, *_ = opened
+    origins = Origins(store, records)
+    pairs_seconds, sample = _timed(partial(Sample, store, manifest, records))
+    cells = stored_cells(store, folder.prefix, checkpoint, device)
+    outputs = open_outputs(opened.model, manifest, checkpoint)
+    entries = posted = 0
+    merge_seconds = weights_seconds = 0.0
+    for bucket in range(manifest.n_buckets):
+        latents = manifest.bucket(bucket)
+        seconds, weights = _timed(
+            partial(weight_columns, checkpoint, latents, cells, outputs, device)
+        )
+        weights_seconds += seconds
+        seconds, record = _timed(
+            partial(make_bucket, store, folder, manifest, records, bucket, weights, origins, None)
+        )
+        merge_seconds += seconds
+        seconds, _ = _timed(partial(sample.pairs, latents))
+        pairs_seconds += seconds
+        store.put(folder.buckets.key(bucket), seal(record))
+        entries += record.entries
+        posted += sum(piece.stored.bytes for piece in record.postings)
+    return {
+        "entries": entries,
+        "merged_entries_per_second": entries / merge_seconds,
+        "weights_seconds": weights_seconds,
+        "pairs_seconds": pairs_seconds,
+        "postings_bytes_per_entry": posted / max(1, entries),
+    }
+
+
+def _pages(opened: Opened) -> list[float]:
+    """Seconds of latents' pages, evenly spaced."""
+    index = Index(opened.store, opened.run.name, opened.manifest.name)
+    latents = torch.linspace(0, index.n_latents - 1, _PAGES).long().tolist()
+    return [_timed(partial(index.latent, latent))[0] for latent in latents]
+
+
+def _timed(call: Callable[[], Some]) -> tuple[float, Some]:
+    since = time.perf_counter()
+    result = call()
+    return time.perf_counter() - since, result
