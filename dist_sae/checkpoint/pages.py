@@ -17,7 +17,7 @@ from dist_sae.checkpoint.layout import Checkpoint
 from dist_sae.checkpoint.state import load_weights, weights_of
 from dist_sae.config.sae import SaeConfig
 from dist_sae.dictionaries import build_sae
-from dist_sae.dictionaries.axis import PageAxis
+from dist_sae.dictionaries.axis import WHOLE, LatentAxis, PageAxis
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.interface import Codes, Inferred
 from dist_sae.kernels import Entries, select
@@ -30,7 +30,8 @@ SLICE_ROWS = 4096
 class PagedDictionary:
     """A trained dictionary, in memory if it takes at most half of the bytes allowed.
 
-    Otherwise a quarter is for a page, one for the next page, which is read meanwhile, and one for
+    With ranks each holds its shard of it in memory, and all infer the same rows together. Otherwise
+    a quarter is for a page, one for the next page, which is read meanwhile, and one for
     rows; the last is for products, and for the part of a tensor that is being read.
 
     Args:
@@ -40,6 +41,8 @@ class PagedDictionary:
         memory_bytes: Bytes allowed; None keeps the whole dictionary in memory. A page holds at
             least one latent, or expert.
         dtype: Precision of the weights.
+        axis: This rank's place among those that infer the same rows.
+        device: Where the weights are, if they are in memory.
 
     Raises:
         CorruptObjectError, ObjectNotFoundError: The checkpoint is damaged or has been deleted; all
@@ -53,11 +56,15 @@ class PagedDictionary:
         checkpoint: Checkpoint,
         memory_bytes: int | None = None,
         dtype: torch.dtype = torch.float32,
+        axis: LatentAxis = WHOLE,
+        device: torch.device | str = "cpu",
     ) -> None:
         self._config = config
         self._d_in = d_in
         self._checkpoint = checkpoint
         self._dtype = dtype
+        self._axis = axis
+        self._device = device
         self._stored = weights_of(checkpoint)
         with torch.device("meta"):
             shape = build_sae(config, d_in, dtype=dtype)
@@ -68,8 +75,8 @@ class PagedDictionary:
         n_bytes = sum(tensor.nbytes for _, tensor in shape.tensors())
         self._page_latents = config.n_latents
         self._in_memory: Dictionary | None = None
-        if memory_bytes is None or 2 * n_bytes <= memory_bytes:
-            self._in_memory = self.whole()
+        if memory_bytes is None or 2 * n_bytes <= memory_bytes or axis.shards > 1:
+            self._in_memory = self._load(axis).to(device)
             return
         self._memory: list[dict[str, Tensor]] = [{}, {}]
         """Of two pages, used again and again: a module would keep its own until it is collected."""
@@ -88,9 +95,12 @@ class PagedDictionary:
 
     def whole(self) -> Dictionary:
         """The whole dictionary, in memory."""
-        if self._in_memory is not None:
+        if self._in_memory is not None and self._axis.shards == 1:
             return self._in_memory
-        sae = build_sae(self._config, self._d_in, dtype=self._dtype)
+        return self._load(WHOLE)
+
+    def _load(self, axis: LatentAxis) -> Dictionary:
+        sae = build_sae(self._config, self._d_in, axis, dtype=self._dtype)
         load_weights(sae, self._checkpoint, self._stored)
         return sae
 
@@ -108,7 +118,9 @@ class PagedDictionary:
     def parts(self, name: str) -> Iterator[Tensor]:
         """Yield parts of a tensor that has a row for every latent; each is soon overwritten."""
         if self._in_memory is not None:
-            yield self._in_memory.get_parameter(name).detach()
+            tensor = self._in_memory.get_parameter(name).detach()
+            for shard in range(self._axis.shards):
+                yield self._axis.of_shard(tensor, shard).cpu()
             return
         for page in self._pages(self._per_latent - {name}):
             yield page.get_parameter(name).detach()
@@ -136,7 +148,7 @@ class PagedDictionary:
 
     @torch.no_grad()
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
-        """Codes of inputs, as of the whole dictionary: see `Dictionary.encode`."""
+        """Codes of inputs, as of the whole dictionary: see `Dictionary.encode`. Not for ranks."""
         if self._in_memory is not None:
             return self._in_memory.encode(x)
         if self._row_limit:
@@ -156,7 +168,9 @@ class PagedDictionary:
     def infer(self, x: Float[Tensor, "batch d_in"]) -> Inferred:
         """Reconstructions and firings, as of the whole dictionary: see `Dictionary.infer`."""
         if self._in_memory is not None:
-            return self._in_memory.infer(x)
+            x_hat, fired = self._in_memory.infer(x.to(self._device))
+            shards = [self._axis.of_shard(fired, shard) for shard in range(self._axis.shards)]
+            return Inferred(x_hat.cpu(), torch.cat(shards).cpu())
         largest = self._largest(x, self._row_limit) if self._row_limit else None
         x_hat = torch.zeros(len(x), self._d_out, dtype=self._dtype)
         firings = [] if largest is None else [largest.firings(self.n_latents)]

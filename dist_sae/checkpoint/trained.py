@@ -79,16 +79,20 @@ def use_trained(
     run: Run,
     step: int | None,
     use: Callable[[Trained], Result],
-    memory_bytes: int | None = None,
+    **place: Any,
 ) -> Result | None:
     """Call `use` with a dictionary that reads its checkpoint as long as it is used.
 
-    Args and errors: see `use_checkpoint`, and for `memory_bytes` `PagedDictionary`.
+    Args and errors: see `use_checkpoint`, and for `place` `PagedDictionary`.
     """
 
     def read(checkpoint: Checkpoint) -> Result:
+        own = trained_run(checkpoint, run)
+        mean = torch.tensor(checkpoint.scalars["mean"])
+        pages = PagedDictionary(own.sae, len(mean), checkpoint, **place)
+        scale, idle_rows = float(checkpoint.scalars["scale"]), checkpoint.read(IDLE_ROWS)
         name_suffix = "" if step is None else suffix(runs, run, step)
-        return use(_read(run, checkpoint, name_suffix, memory_bytes))
+        return use(Trained(own, checkpoint, pages, scale, mean, idle_rows, name_suffix))
 
     return use_checkpoint(runs, run, step, read)
 
@@ -187,11 +191,3 @@ def check_own(settings: Mapping[str, Any], run: Run) -> Run:
     place = f"{run.store.runs}/{run.name}"
     remedy = f"give the settings it was trained with, or its folder, {place}, as the run file"
     return check_same_run(settings, run, place, remedy)
-
-
-def _read(run: Run, checkpoint: Checkpoint, name_suffix: str, memory_bytes: int | None) -> Trained:
-    own = trained_run(checkpoint, run)
-    mean = torch.tensor(checkpoint.scalars["mean"])
-    pages = PagedDictionary(own.sae, len(mean), checkpoint, memory_bytes)
-    scale = float(checkpoint.scalars["scale"])
-    return Trained(own, checkpoint, pages, scale, mean, checkpoint.read(IDLE_ROWS), name_suffix)

@@ -1,6 +1,7 @@
 """`dist-sae evaluate`: measure a checkpoint on held-out data."""
 
 import argparse
+import os
 
 from dist_sae import signals
 from dist_sae.commands import shared
@@ -14,15 +15,21 @@ def add(commands: shared.Commands) -> None:
 
 
 def main(options: argparse.Namespace) -> None:
-    """Evaluate, and print the numbers."""
+    """Evaluate, as one process or as the rank that RANK and WORLD_SIZE name; print the numbers."""
     run = shared.load(options)
     from dist_sae.evaluation.evaluate import evaluate
+    from dist_sae.evaluation.together import evaluate_together
 
     if options.wait:
         from dist_sae.training.waiting import await_end
 
         await_end(run, signals.stop_event())
         signals.heed()
+    world = int(os.environ.get("WORLD_SIZE", "1"))
     with shared.short_lived(run, "evaluate") as telemetry:
-        result = evaluate(run, telemetry, options.step)
-    shared.print_result(options, result)
+        if world == 1:
+            result = evaluate(run, telemetry, options.step)
+        else:
+            result = evaluate_together(run, world, telemetry, options.step)
+    if shared.rank() == 0:
+        shared.print_result(options, result)

@@ -73,9 +73,15 @@ def run_locally(
         for command in ("evaluate", "export", "report"):
             if command == "export" and sae_lens.architecture(run.sae) is None:
                 continue
-            program = child(command, command, "--json")
-            run_together([program], stopping, view)
-            results |= program.result
+            ranks = run.tensor_parallel if command == "evaluate" else 1
+            ranks = ranks if run.sae.divides_over(ranks) else 1
+            threads = _threads(run, ranks) if ranks > 1 else {}
+            programs = [
+                child(f"{command}-{rank}" if rank else command, command, "--json", **env, **threads)
+                for rank, env in enumerate(rank_environments(ranks, ranks))
+            ]
+            run_together(programs, stopping, view)
+            results |= programs[0].result
     return results
 
 
@@ -94,8 +100,7 @@ def _workers(run: Run, child: Callable[..., "Child"]) -> list["Child"]:
     producers, trainers = run.processes.producers, run.processes.trainers
     each = run.tensor_parallel  # processes of a producer
     n = producers * each + trainers
-    threads = run.processes.threads or max(1, (os.cpu_count() or 1) // n)
-    common = {"OMP_NUM_THREADS": str(threads)}
+    common = _threads(run, n)
     children = []
     for i in range(producers):
         worker = f"{run.name}-producer-{i}"
@@ -107,6 +112,12 @@ def _workers(run: Run, child: Callable[..., "Child"]) -> list["Child"]:
         port = "--port-offset", producers * each + rank
         children.append(child(f"trainer-{rank}", "train", *port, **common, **rendezvous))
     return children
+
+
+def _threads(run: Run, processes: int) -> dict[str, str]:
+    """Environment variable with the threads of each of so many processes."""
+    threads = run.processes.threads or max(1, (os.cpu_count() or 1) // processes)
+    return {"OMP_NUM_THREADS": str(threads)}
 
 
 class Child:

@@ -122,7 +122,8 @@ class HuggingFaceModel(Section):
     batch_tokens: PositiveInt = 4096
     """Tokens in one forward pass, padding included."""
     tensor_parallel: PositiveInt = 1
-    """Ranks that share one copy of the model; each producer consists of this many processes."""
+    """Ranks that share one copy of the model; each producer consists of this many processes, and so
+    does `evaluate` in a local run."""
 
     @property
     def place(self) -> str:

@@ -48,6 +48,10 @@ class DictionaryConfig(Section):
         """Equal parts of the latents that rows are routed to; None: every row meets all latents."""
         return None
 
+    def divides_over(self, shards: int) -> bool:
+        """True if shards of equal size can hold the latents, and whole experts."""
+        return (self.n_experts or self.n_latents) % shards == 0
+
 
 class CountsLatentsConfig(DictionaryConfig):
     """Settings shared by TopK, BatchTopK and routed dictionaries."""

@@ -75,6 +75,10 @@ class LatentAxis:
         """All-to-all of one row of counts with each shard of the replica."""
         return counts
 
+    def of_shard(self, tensor: Tensor, shard: int) -> Tensor:  # noqa: ARG002 - there is one
+        """A shard's tensor, on all ranks of the replica; all shards' have the same shape."""
+        return tensor
+
     def across_replicas(self, tensor: Tensor) -> Tensor:
         """Sum over the ranks that hold the same shard; no gradient."""
         return tensor

@@ -66,6 +66,27 @@ class ShardedAxis(LatentAxis):
         return _summed(tensor, None)
 
 
+@dataclass(kw_only=True, eq=False)
+class SameRowsAxis(ShardedAxis):
+    """Latents are sharded, and all ranks of a replica have the same rows; for inference alone."""
+
+    def gather(self, x: Tensor) -> Tensor:
+        return x
+
+    def scatter_sum(self, parts: Tensor) -> Tensor:
+        return _summed(parts, self.within)
+
+    def kth_largest(self, keys: Tensor, k: int) -> Tensor:
+        candidates = _gathered(keys.T, self.within, self.shards).T
+        return candidates.topk(min(k, candidates.shape[1]), dim=1).values[:, -1]
+
+    def of_shard(self, tensor: Tensor, shard: int) -> Tensor:
+        tensor = tensor.clone() if shard == self.shard else torch.empty_like(tensor)
+        with collective():
+            dist.broadcast(tensor, self.replica * self.shards + shard, self.within)
+        return tensor
+
+
 class _ScatterSum(torch.autograd.Function):
     """Reduce-scatter of dim 0 forward, all-gather backward."""
 

@@ -1,22 +1,23 @@
 """The ranks of a job: their devices, their process groups, their agreements."""
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar, cast
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from dist_sae.dictionaries.axis import LatentAxis
-from dist_sae.distributed.axis import ShardedAxis
+from dist_sae.dictionaries.axis import WHOLE, LatentAxis
+from dist_sae.distributed.axis import SameRowsAxis, ShardedAxis
 from dist_sae.distributed.rendezvous import Ranks
 from dist_sae.errors import ConfigError, DivergedError
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 _FOREVER = timedelta(days=365)
+T = TypeVar("T")
 
 
 class Mesh(NamedTuple):
@@ -58,6 +59,19 @@ class Mesh(NamedTuple):
         """Wait until every rank is here."""
         self.any_rank(False)  # noqa: FBT003
 
+    def of_first(self, work: Callable[[], T]) -> T:
+        """Result of work that rank 0 does alone, picklable, on all ranks. Collective."""
+        if self.world == 1:
+            return work()
+        result = [work() if self.is_first else None]
+        dist.broadcast_object_list(result, 0, self.control)
+        return cast("T", result[0])
+
+    def same_rows(self) -> "Mesh":
+        """This mesh for inference, with the same rows on all ranks of a replica."""
+        assert isinstance(self.axis, ShardedAxis)
+        return self._replace(axis=SameRowsAxis(**vars(self.axis)))
+
     def all_gather_objects(self, value: Any) -> list[Any]:
         """A picklable value of every rank, by rank. Collective."""
         if self.world == 1:
@@ -65,6 +79,10 @@ class Mesh(NamedTuple):
         values: list[Any] = [None] * self.world
         dist.all_gather_object(values, value, self.control)
         return values
+
+
+ALONE = Mesh(0, 1, torch.device("cpu"), WHOLE)
+"""A process without others, which uses no GPU."""
 
 
 @contextmanager

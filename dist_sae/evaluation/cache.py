@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 from dist_sae import __version__
+from dist_sae.distributed.mesh import ALONE, Mesh
 from dist_sae.errors import CorruptObjectError, ObjectNotFoundError, StoreError
 from dist_sae.storage import ObjectStore
 from dist_sae.storage.records import Record, read_record, seal
@@ -27,7 +28,11 @@ class CachedResult(Record):
 
 
 def cached(
-    store: ObjectStore, kind: str, of: Mapping[str, Any], compute: Callable[[], Mapping[str, Any]]
+    store: ObjectStore,
+    kind: str,
+    of: Mapping[str, Any],
+    compute: Callable[[], Mapping[str, Any]],
+    mesh: Mesh = ALONE,
 ) -> dict[str, Any]:
     """Read a result from the store, or compute and store it.
 
@@ -39,22 +44,30 @@ def cached(
         store: The activation set's store.
         kind: Prefix of the object's name.
         of: All that the result depends on apart from the code, as JSON types.
-        compute: Computes the result, as JSON types.
+        compute: Computes the result, as JSON types; on all ranks.
+        mesh: The ranks, of which the first reads and writes.
     """
     of = {**of, "dist_sae": __version__}
     key = f"evaluation/{kind}-{fingerprint(of)}.json"
+    if found := mesh.of_first(lambda: _read(store, key)):
+        return found.result
+    made = CachedResult(of=of, result=dict(compute()))
+    if mesh.is_first:
+        try:
+            store.put(key, seal(made))
+        except StoreError as exc:
+            logger.warning("%s; the result is not stored, and computed each time", exc)
+    return made.result
+
+
+def _read(store: ObjectStore, key: str) -> CachedResult | None:
     try:
-        return read_record(CachedResult, store, key).result
+        return read_record(CachedResult, store, key)
     except ObjectNotFoundError:
-        pass
+        return None
     except CorruptObjectError as exc:
         logger.warning("%s; computing it again", exc)
-    made = CachedResult(of=of, result=dict(compute()))
-    try:
-        store.put(key, seal(made))
-    except StoreError as exc:
-        logger.warning("%s; the result is not stored, and computed each time", exc)
-    return made.result
+        return None
 
 
 def fingerprint(content: Any) -> str:

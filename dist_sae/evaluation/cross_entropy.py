@@ -20,6 +20,7 @@ from dist_sae.data.row_filters import admitted, of_usual_norm
 from dist_sae.data.tokens import TokenBatch, cut, pack
 from dist_sae.dictionaries.interface import Inference
 from dist_sae.dictionaries.metrics import ce_recovered
+from dist_sae.distributed.mesh import ALONE, Mesh
 from dist_sae.environment import versions
 from dist_sae.errors import HeadlessError, NonFiniteError
 from dist_sae.evaluation.cache import cached, fingerprint
@@ -31,9 +32,14 @@ _RESAMPLES = 1000
 
 
 def cross_entropies(
-    activations: ActivationSet, run: Run, sae: Inference, scale: float, mean: Tensor
+    activations: ActivationSet,
+    run: Run,
+    sae: Inference,
+    scale: float,
+    mean: Tensor,
+    mesh: Mesh = ALONE,
 ) -> dict[str, Any]:
-    """Measure the model's losses with the site's admitted rows replaced.
+    """Measure the model's losses with the site's admitted rows replaced. Collective.
 
     Losses are of next tokens, or of masked tokens for a bidirectional model. `ce_left_out` gives
     the reason if there are none: the model predicts no tokens, or ablation changes none. Losses
@@ -53,7 +59,7 @@ def cross_entropies(
     model = run.model  # pinned to the plan's commit
     tokenizer = build_tokenizer(run)
     try:
-        spliced = SplicedModel(model, run.site)
+        spliced = SplicedModel(model, run.site, divided=mesh.world > 1)
     except HeadlessError as exc:
         logger.warning("cross-entropies are left out: %s", exc)
         return {"ce_left_out": str(exc)}
@@ -97,6 +103,7 @@ def cross_entropies(
             "zero": losses(torch.zeros_like),
             "mean": losses(lambda rows: centre.expand(rows.shape)),
         },
+        mesh,
     )
     sums = {
         "clean": without["clean"],

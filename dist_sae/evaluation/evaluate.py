@@ -3,6 +3,7 @@
 import json
 import logging
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,6 +20,7 @@ from dist_sae.config.data import HuggingFaceModel
 from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.plan import Plan, load_plan
 from dist_sae.dictionaries.metrics import Fit, duplicate_shares
+from dist_sae.distributed.mesh import ALONE, Mesh
 from dist_sae.environment import hardware, versions
 from dist_sae.errors import ConfigError, NonFiniteError
 from dist_sae.evaluation.cross_entropy import cross_entropies
@@ -39,8 +41,10 @@ logger = logging.getLogger(__name__)
 _DENSITY_EDGES = [-7 + 0.25 * i for i in range(29)]  # log10 of density, up to 0
 
 
-def evaluate(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> dict[str, Any]:
-    """Measure a checkpoint and write the result to `<run>/evaluation.json`.
+def evaluate(
+    run: Run, meter: Meter = UNMETERED, step: int | None = None, mesh: Mesh = ALONE
+) -> dict[str, Any]:
+    """Measure a checkpoint and write the result to `<run>/evaluation.json`. Collective.
 
     An evaluation with the same settings is reused. The result for a step other than the newest is
     written to `<run>/evaluation-step-<step>.json`.
@@ -49,6 +53,7 @@ def evaluate(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> dic
         run: The run.
         meter: Receives the metrics.
         step: Step of the checkpoint; None takes the newest.
+        mesh: Ranks that share the dictionary, and the language model if it is divided.
 
     Returns:
         The subject (`evaluation.subject`), `hardware`, `versions` and `evaluate_seconds`;
@@ -71,26 +76,36 @@ def evaluate(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> dic
     plan = load_plan(store, run)
     if not len(plan.heldout_units):
         raise ConfigError("activations.heldout_share: is 0, so there are no rows to evaluate on")
-    result = _known(runs, store, run, plan, step)
+    result = mesh.of_first(lambda: _known(runs, store, run, plan, step))
     if result is None:
+        if mesh.world > 1 and step is None:  # all ranks must read the same
+            step = mesh.of_first(lambda: _newest(runs, run))
         patience = float(run.timeouts.missing_seconds)  # its default is an int
         activations = ActivationSet(store, plan, run.site, patience_seconds=patience)
 
         def measure(trained: Trained) -> dict[str, Any]:
             trained.check_plan(plan.hash)
             since = time.monotonic()
-            result = _measure(runs, run, trained, activations)
+            result = _measure(runs, run, trained, activations, mesh)
             result["evaluate_seconds"] = time.monotonic() - since
             key = evaluation_key(run.name, trained.suffix)
-            runs.put(key, json.dumps(result, indent=1).encode())
+            if mesh.is_first:
+                runs.put(key, json.dumps(result, indent=1).encode())
             return result
 
-        result = use_trained(runs, run, step, measure, run.evaluate.memory_bytes)
+        place = {"axis": mesh.axis, "device": mesh.device}
+        memory_bytes = run.evaluate.memory_bytes
+        result = use_trained(runs, run, step, measure, memory_bytes=memory_bytes, **place)
         if result is None:
             raise none_yet(runs, run)
     for name, value, labels in gauges("evaluate", result):
         meter.set(name, value, **labels)
     return result
+
+
+def _newest(runs: ObjectStore, run: Run) -> int | None:
+    checkpoint = find_checkpoint(runs, run, None)
+    return checkpoint and checkpoint.step
 
 
 def _known(
@@ -123,7 +138,7 @@ def _made_from(run: Run, checkpoint: Checkpoint, plan: Plan, units: int) -> dict
 
 
 def _measure(
-    runs: ObjectStore, run: Run, trained: Trained, activations: ActivationSet
+    runs: ObjectStore, run: Run, trained: Trained, activations: ActivationSet, mesh: Mesh
 ) -> dict[str, Any]:
     own, pages, scale, mean = trained.run, trained.pages, trained.scale, trained.mean
     plan = activations.plan
@@ -132,7 +147,8 @@ def _measure(
         x = acts * scale
         fit = fit.add(x, pages.infer(x), mean)
     components = min(max(1, round(fit.l0)), len(mean))
-    made = produced(activations.store, plan)
+    made = mesh.of_first(lambda: produced(activations.store, plan))
+    pca = partial(pca_fvu, activations, mean / scale, run.evaluate.rows, components)
     result = {
         **subject(own, plan, made, trained.checkpoint),
         "training_seconds": training_seconds(read_history(runs, run.name), trained.step),
@@ -140,13 +156,13 @@ def _measure(
         "fvu": fit.fvu,
         "l0": fit.l0,
         **_dead_shares(own, trained, trained.idle_rows.masked_fill(fit.counts > 0, 0)),
-        "pca_fvu": pca_fvu(activations, mean / scale, run.evaluate.rows, components),
+        "pca_fvu": mesh.of_first(pca),
         "pca_components": components,
         **_duplicates(own, pages),
         **_density_histogram(fit),
     }
     if isinstance(run.model, HuggingFaceModel) and run.evaluate.contexts:
-        result |= cross_entropies(activations, run, pages, scale, mean)
+        result |= cross_entropies(activations, run, pages, scale, mean, mesh)
     bad = [name for name, value in result.items() if isinstance(value, float) and value != value]  # noqa: PLR0124
     if bad:
         raise NonFiniteError(f"{runs.url}/{run.name}: {', '.join(bad)} came out as NaN")

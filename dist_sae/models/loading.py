@@ -203,10 +203,22 @@ def without_layers(kind: type[Any], *, above: int) -> type[Any]:
     return type(kind.__name__, (kind,), {"__init__": init, "__module__": kind.__module__})
 
 
-def buffers_of(model: nn.Module, own: Any, dtype: torch.dtype) -> dict[str, Tensor]:
-    """Buffers of a model made in `dtype`; those stored in files are kept as stored."""
+def buffers_of(
+    model: nn.Module, own: Any, dtype: torch.dtype, kind: Any = None
+) -> dict[str, Tensor]:
+    """Buffers of a model made in `dtype`; those stored in files are kept as stored.
+
+    Args:
+        model: The model.
+        own: Its configuration.
+        dtype: The precision.
+        kind: Its class, if it has a head.
+    """
     with accelerate.init_empty_weights(include_buffers=False):
-        made: Any = transformers.AutoModel.from_config(own, dtype=dtype)  # type: ignore[no-untyped-call]
+        if kind is None:
+            made: Any = transformers.AutoModel.from_config(own, dtype=dtype)  # type: ignore[no-untyped-call]
+        else:
+            made = kind._from_config(own, dtype=dtype)  # noqa: SLF001 - as AutoModel does
     anew = dict(made.named_buffers())
     persistent = model.state_dict().keys()
     return {

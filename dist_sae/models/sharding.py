@@ -101,13 +101,20 @@ def gather(acts: Tensor, width: int) -> Tensor:
         acts: `[batch, seq, part or width]`; parts may differ in size.
         width: Full width.
     """
+    return whole_of_ranks(acts, width)[0]
+
+
+def whole_of_ranks(acts: Tensor, width: int) -> tuple[Tensor, slice]:
+    """Return what `gather` does, and this rank's columns of it."""
     if acts.shape[-1] == width:
-        return acts
+        return acts, slice(None)
     here = torch.tensor([acts.shape[-1]], device=acts.device)
     sizes = [torch.empty_like(here) for _ in range(dist.get_world_size())]
     dist.all_gather(sizes, here)
     widths = [int(size) for size in sizes]
+    first = sum(widths[: dist.get_rank()])
     padded = nn.functional.pad(acts, (0, max(widths) - acts.shape[-1]))
     parts = [torch.empty_like(padded) for _ in widths]
     dist.all_gather(parts, padded)
-    return torch.cat([part[..., :n] for part, n in zip(parts, widths, strict=True)], dim=-1)
+    whole = torch.cat([part[..., :n] for part, n in zip(parts, widths, strict=True)], dim=-1)
+    return whole, slice(first, first + acts.shape[-1])

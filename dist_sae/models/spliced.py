@@ -1,5 +1,6 @@
 """A whole model with its head, whose activations at one site can be replaced."""
 
+import logging
 from typing import Any
 
 import torch
@@ -9,8 +10,10 @@ from torch import Tensor, nn
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.errors import HeadlessError, LacksWeightsError
 from dist_sae.models.loading import (
+    DTYPES,
     HEADS,
     Description,
+    buffers_of,
     check_tokens,
     describe,
     errors_of,
@@ -18,7 +21,10 @@ from dist_sae.models.loading import (
     load,
     load_tokenizer,
 )
-from dist_sae.models.sites import Edit, attach
+from dist_sae.models.sharding import Divider, choose_divider, divide, whole_of_ranks
+from dist_sae.models.sites import Edit, attach, width
+
+logger = logging.getLogger(__name__)
 
 _EVERY = 7  # one token in 7 is masked, close to the 15 % of BERT's training
 _CHANGES = {torch.float32: 1e-4}
@@ -33,8 +39,14 @@ class SplicedModel:
         masked: True if it predicts masked tokens, as encoders do, instead of the next ones.
     """
 
-    def __init__(self, config: HuggingFaceModel, site: str) -> None:
+    def __init__(self, config: HuggingFaceModel, site: str, *, divided: bool = False) -> None:
         """Load the whole model.
+
+        Args:
+            config: The model.
+            site: The site.
+            divided: Divide the model over `config.tensor_parallel` ranks; all methods are then
+                collective.
 
         Raises:
             HeadlessError: The model predicts no tokens.
@@ -43,11 +55,18 @@ class SplicedModel:
         description = describe(config, (site,))
         self._name = config.path
         self._vocabulary = description.vocabulary
-        self._model, self.masked = load_with_head(config, description)
+        divider = None
+        if divided and config.tensor_parallel > 1:
+            divider = choose_divider(config, description.config)
+            logger.info("%s: held by %d ranks (%s)", config.path, config.tensor_parallel, divider)
+        self._model, self.masked = load_with_head(config, description, divider)
+        self._divided = divider is not None
         self._mask_token = load_tokenizer(config).mask if self.masked else None
         if self.masked and self._mask_token is None:
             raise HeadlessError(f"model.path {config.path}: its tokenizer has no mask token")
         self._edit: Edit | None = None
+        self._width = width(description.skeleton, site)
+        """Of a row; a rank may have a part."""
         attach(self._model, site, self._replace)
 
     def predicted(
@@ -95,10 +114,17 @@ class SplicedModel:
         return torch.stack(losses).masked_fill(~predicted, torch.nan)
 
     def _replace(self, acts: Tensor) -> Tensor:
-        return acts if self._edit is None else self._edit(acts.cpu()).to(acts.device)
+        if self._edit is None:
+            return acts
+        if not self._divided:
+            return self._edit(acts.cpu()).to(acts.device)
+        whole, own = whole_of_ranks(acts, self._width)
+        return self._edit(whole.cpu()).to(acts.device)[..., own]
 
 
-def load_with_head(config: HuggingFaceModel, description: Description) -> tuple[Any, bool]:
+def load_with_head(
+    config: HuggingFaceModel, description: Description, divider: Divider | None = None
+) -> tuple[Any, bool]:
     """Load the model with a token head; returns it, and True if it predicts masked tokens.
 
     Raises:
@@ -112,12 +138,15 @@ def load_with_head(config: HuggingFaceModel, description: Description) -> tuple[
         kind: Any = heads[type(description.config)]
         try:
             with errors_of(config):
-                model = load(kind, config, description)
+                model = load(kind, config, description, divider)
         except LacksWeightsError as exc:
             if any(name.startswith(f"{kind.base_model_prefix}.") for name in exc.names):
                 raise
             reason = f"its files have no head that predicts tokens (no {exc.names[0]})"
             continue
+        if divider == "deepspeed":
+            buffers = buffers_of(model, description.config, DTYPES[config.dtype], kind)
+            model = divide(model, DTYPES[config.dtype], buffers)
         if masked or not _looks_ahead(model, description.vocabulary):
             return model, masked
         reason = "it attends to later tokens, and has no head that predicts masked tokens"

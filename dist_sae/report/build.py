@@ -99,7 +99,8 @@ def report(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
         runs.put(key, render_page(page).encode())
         return f"{runs.url}/{key}"
 
-    return use_trained(runs, run, step, write, run.evaluate.memory_bytes) or write(None)
+    memory_bytes = run.evaluate.memory_bytes
+    return use_trained(runs, run, step, write, memory_bytes=memory_bytes) or write(None)
 
 
 def report_key(run: Run, name_suffix: str = "") -> str:

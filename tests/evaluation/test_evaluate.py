@@ -184,7 +184,7 @@ def test_cross_entropies_are_those_of_the_plain_model(run: Run) -> None:
 def pages_of_five(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave memory for five latents at a time."""
 
-    def paged(config: SaeConfig, d_in: int, checkpoint: Checkpoint, _: int) -> PagedDictionary:
+    def paged(config: SaeConfig, d_in: int, checkpoint: Checkpoint, **_: Any) -> PagedDictionary:
         made = PagedDictionary(config, d_in, checkpoint, 4 * 5 * (2 * D + 2) * 4)
         assert [len(part) for part in made.parts("W_dec")] == [*6 * [5], 2]
         return made
