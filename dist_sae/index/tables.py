@@ -31,7 +31,7 @@ from dist_sae.index.layout import (
 from dist_sae.index.merge import BucketCodes, Chosen, Statistics, Tile, summarise
 from dist_sae.storage import ObjectStore
 
-_GROUP_ROWS = {"latents": 2048, "examples": 32_768, "pairs": 32_768}
+GROUP_ROWS = {"latents": 2048, "examples": 32_768, "pairs": 32_768}
 """Rows of a row group: one latent's page reads one of each, about half a megabyte in all."""
 _KEPT_ROWS = 2**24  # 16 bytes each
 _ORIGIN = ("document", "position", "token")
@@ -120,7 +120,7 @@ def make_bucket(
     if sample is not None:
         tables["pairs"] = sample.pairs(latents)
     stored = {
-        name: store_table(store, folder.table(name, bucket), to_parquet(table, _GROUP_ROWS[name]))
+        name: store_table(store, folder.table(name, bucket), to_parquet(table, GROUP_ROWS[name]))
         for name, table in tables.items()
     }
     return BucketRecord(

@@ -34,7 +34,7 @@ def small(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(dist_sae.index.layout, "LEAST_LATENTS", 24)
     monkeypatch.setattr(dist_sae.index.merge, "MOST_ENTRIES", 700)
     rows = {"latents": 10, "examples": 40, "pairs": 30}
-    monkeypatch.setattr(dist_sae.index.tables, "_GROUP_ROWS", rows)
+    monkeypatch.setattr(dist_sae.index.tables, "GROUP_ROWS", rows)
 
 
 def store_of(run: Run) -> ObjectStore:
