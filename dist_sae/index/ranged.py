@@ -17,7 +17,7 @@ from dist_sae.storage.records import READS
 
 WHOLE_BYTES = 2**20
 """Objects up to this size are read whole, which takes as long as a part of it, and kept."""
-_TAIL_BYTES = 2**16
+TAIL_BYTES = 2**16
 """Bytes read from the end of a larger object: its footer, nearly always."""
 
 Read = TypeVar("Read")
@@ -67,7 +67,7 @@ class LatentTable:
 
     def _read_footer(self) -> pq.FileMetaData:
         size = self._stored.bytes
-        tail = self._bytes(max(0, size - _TAIL_BYTES), size)
+        tail = self._bytes(max(0, size - TAIL_BYTES), size)
         length = int.from_bytes(tail[-8:-4], "little") + 8  # Parquet ends in it, and in "PAR1"
         if length > len(tail):
             tail = self._bytes(max(0, size - length), size)

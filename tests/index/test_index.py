@@ -157,6 +157,14 @@ def test_an_index_is_what_brute_force_finds(tmp_path: Path, kind: str) -> None:
     check_pairs(result["index"], oracle.codes)
 
 
+@pytest.mark.parametrize("dtype", ["bf16", "int8"])
+def test_rows_are_encoded_as_they_are_stored(tmp_path: Path, dtype: str) -> None:
+    run = produced(tmp_path, activations={"dtype": dtype})
+    sae = add_checkpoint(run)
+    result = make_index(run)
+    check(result["index"], result, Oracle(run, sae))
+
+
 @pytest.mark.parametrize("most", [200, 700])
 def test_buckets_larger_than_memory_give_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int

@@ -61,7 +61,7 @@ def test_pages_and_postings_are_what_brute_force_finds(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, whole_bytes: int
 ) -> None:
     monkeypatch.setattr(dist_sae.index.ranged, "WHOLE_BYTES", whole_bytes)
-    monkeypatch.setattr(dist_sae.index.ranged, "_TAIL_BYTES", 100)  # less than any footer
+    monkeypatch.setattr(dist_sae.index.ranged, "TAIL_BYTES", 100)  # less than any footer
     run = produced(tmp_path)
     sae = add_checkpoint(run)
     oracle = Oracle(run, sae)
@@ -117,7 +117,7 @@ def test_a_page_reads_only_the_row_groups_of_its_latent(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(dist_sae.index.ranged, "WHOLE_BYTES", 0)
-    monkeypatch.setattr(dist_sae.index.ranged, "_TAIL_BYTES", 10_000)
+    monkeypatch.setattr(dist_sae.index.ranged, "TAIL_BYTES", 10_000)
     run = produced(tmp_path)
     add_checkpoint(run)
     place = Path(make_index(run)["index"])
