@@ -27,8 +27,8 @@ if TYPE_CHECKING:  # transformers takes 3 s
 
 logger = logging.getLogger(__name__)
 
-_LATENTS = 1024
-_VOCABULARY = 8192
+LATENTS = 1024
+VOCABULARY = 8192
 """Latents and tokens whose effects are computed at a time: 32 MiB."""
 
 
@@ -57,7 +57,7 @@ class Outputs:
         if self._head is None:
             none = End(torch.empty(len(rows), 0).long(), torch.empty(len(rows), 0))
             return {"top": none, "bottom": none}
-        blocks = [_ends(part, self._head, self._n) for part in torch.split(rows, _LATENTS)]
+        blocks = [_ends(part, self._head, self._n) for part in torch.split(rows, LATENTS)]
         top, bottom = (
             End(*(torch.cat(parts).cpu() for parts in zip(*end, strict=True)))
             for end in zip(*blocks, strict=True)
@@ -99,8 +99,8 @@ def _ends(rows: Float[Tensor, "latents d"], head: "Head", n: int) -> tuple[End, 
     average = rows @ head.mean
     none = torch.empty(len(rows), 0, device=rows.device)
     top = bottom = End(none.long(), none)
-    for first in range(0, len(head.unembedding), _VOCABULARY):
-        part = head.unembedding[first : first + _VOCABULARY].float()
+    for first in range(0, len(head.unembedding), VOCABULARY):
+        part = head.unembedding[first : first + VOCABULARY].float()
         effects = rows @ part.T - average[:, None]
         top = _more_extreme(top, effects, first, n)
         bottom = _more_extreme(bottom, -effects, first, n)

@@ -27,8 +27,8 @@ def head(*, centres: bool) -> Head:
 def test_output_tokens_are_the_extremes_of_all_effects(
     monkeypatch: pytest.MonkeyPatch, *, centres: bool
 ) -> None:
-    monkeypatch.setattr(dist_sae.index.outputs, "_LATENTS", 7)
-    monkeypatch.setattr(dist_sae.index.outputs, "_VOCABULARY", 9)
+    monkeypatch.setattr(dist_sae.index.outputs, "LATENTS", 7)
+    monkeypatch.setattr(dist_sae.index.outputs, "VOCABULARY", 9)
     rows = torch.randn(LATENTS, WIDTH, generator=torch.Generator().manual_seed(1)) + 1
     of = head(centres=centres)
     top, bottom = Outputs(of, 10).of(rows).values()
