@@ -29,6 +29,7 @@ _LONGEST = (
     "tests/dictionaries/test_recovery.py",
     "tests/training/test_resume.py",
     "tests/chaos/test_chaos.py",
+    "tests/index/test_chaos.py",
     "tests/producing/test_produce_together.py",
     "tests/monitoring/test_live.py",
     "tests/storage/test_s3_refusals.py",

@@ -140,6 +140,26 @@ class WorkQueue:
             self._say_waited(POLL_SECONDS, held_back=held_back)
         return None
 
+    def wait_for_all(self) -> None:
+        """Wait for the shares of other workers, where a store has no claims, or until it stops."""
+        said = time.monotonic()
+        while self._pending and not self._stopping.is_set():
+            for page in sorted({item // PAGE for item in self._pending}):
+                self._look(page)
+            if self._pending and time.monotonic() - said > _SAY_EVERY_SECONDS:
+                said = time.monotonic()
+                logger.warning(
+                    "%s %d waits for another worker: %s cannot create exclusively, so each of %d "
+                    "workers has a share",
+                    self._work.item,
+                    min(self._pending),
+                    self._store.url,
+                    self._worker.of,
+                )
+            if self._pending:
+                self._stopping.wait(POLL_SECONDS)
+                self._say_waited(POLL_SECONDS, held_back=False)
+
     @contextmanager
     def renewed(self, lives: Callable[[], bool]) -> Iterator[None]:
         """Renew the claims in hand every third of their lease, in a thread of its own.

@@ -205,6 +205,8 @@ class _Worker:
                     encoded,
                     pool.submit(write_unit, opened.store, folder, manifest, sae, encoded),
                 )
+            if queue:
+                queue.wait_for_all()
         if mesh.any_rank(self._stopping.is_set()):
             raise Stopped(f"{self._worker.name}: stopped; start it again to continue")
 
@@ -310,6 +312,7 @@ class _Worker:
                 self._telemetry.set("dist_sae_index_buckets", queue.done())
                 pace = self._pace.of(made.entries)
                 logs.progress("merge", queue.done(), len(buckets), entries_per_second=pace)
+            queue.wait_for_all()
         if self._stopping.is_set() and queue.pending():
             raise Stopped(f"{worker.name}: stopped; start it again to continue")
         return True

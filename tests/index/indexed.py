@@ -10,6 +10,7 @@ import pyarrow.parquet as pq
 import torch
 from numpy.typing import NDArray
 
+from dist_sae.checkpoint.folder import run_file_key
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.config import Run, dump_run
 from dist_sae.data.consumers import kept_units
@@ -92,9 +93,9 @@ def add_checkpoint(run: Run, step: int = 3, seed: int = 0) -> Dictionary:
     }
     tensors = {name: tensor.detach() for name, tensor in sae.tensors()}
     tensors["idle_rows"] = torch.zeros(len(sae.W_enc), dtype=torch.int64)
-    checkpoints = Checkpoints(open_store(run.store.runs), run.name, 9)
-    save(checkpoints, step, tensors, scalars)
-    Path(run.store.runs, run.name, "run.yaml").write_text(dump_run(run))
+    runs = open_store(run.store.runs, run.store.s3)
+    save(Checkpoints(runs, run.name, 9), step, tensors, scalars)
+    runs.put(run_file_key(run.name), dump_run(run).encode())
     return sae
 
 

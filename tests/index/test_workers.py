@@ -1,14 +1,19 @@
 """Workers that make an index together."""
 
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from dist_sae.config import Run
 from dist_sae.data.work_queue import Worker
 from dist_sae.index.build import index
+from dist_sae.storage import open_store
 from dist_sae.telemetry.exporter import Telemetry
+from tests.conftest import Bucket
 from tests.index.indexed import add_checkpoint, files, make_index, produced
 from tests.telemetry.scrape import series
 
@@ -51,3 +56,33 @@ def test_two_workers_make_what_one_makes_and_neither_waits_for_ever(tmp_path: Pa
     assert sum(page["dist_sae_index_rows_total"] for page in seen) == alone["rows"]
     for stage in ("entries", "merged_entries"):
         assert sum(page[f"dist_sae_index_{stage}_total"] for page in seen) == alone["entries"]
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("name", ["seaweedfs", "rclone"])
+def test_stores_of_all_kinds_hold_the_same_index(
+    tmp_path: Path, make_bucket: Callable[[str], Bucket], name: str
+) -> None:
+    """rclone ignores conditions on writes: workers share the items out by their numbers."""
+    local = produced(tmp_path)
+    add_checkpoint(local)
+    expected = make_index(local)
+    bucket = make_bucket(name)
+    s3 = {"endpoint_url": bucket.endpoint_url}
+    store = {**local.store.model_dump(mode="json"), "runs": f"s3://{bucket.name}/runs", "s3": s3}
+    run = Run.model_validate({**local.model_dump(mode="json"), "store": store})
+    add_checkpoint(run)
+    runs = open_store(run.store.runs, run.store.s3)
+
+    def work(number: int) -> dict[str, Any]:
+        worker = Worker(f"w{number}", number, 2)
+        telemetry = Telemetry(run.name, "index", None)
+        return index(run, worker, threading.Event(), telemetry)
+
+    with ThreadPoolExecutor(2) as pool:
+        found = [result.result(WAIT_SECONDS) for result in [pool.submit(work, n) for n in (0, 1)]]
+    same = {key: value for key, value in expected.items() if key != "index"}
+    assert [{**result, **same} == result for result in found] == [True, True]
+    prefix = f"{run.name}/index/step-00000003/"
+    tables = {key.removeprefix(prefix) for key in runs.keys(prefix) if key.endswith(".parquet")}
+    assert {key: runs.get(prefix + key) for key in tables} == files(expected["index"])
