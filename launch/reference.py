@@ -78,7 +78,7 @@ EXAMPLES: dict[str, Any] = {
     "train.site": "resid_post.7",
 }
 SHARED = {"--help", "--set", "--json", "run"}
-PODS = ("planner", "producer", "trainer", "reporter")
+PODS = ("planner", "producer", "trainer", "index", "reporter")
 
 
 def render_reference() -> dict[str, str]:

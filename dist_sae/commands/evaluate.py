@@ -11,7 +11,7 @@ def add(commands: shared.Commands) -> None:
     """Add the command."""
     parser = shared.add_command(commands, "evaluate", main, "measure a checkpoint on held-out data")
     shared.add_step(parser)
-    shared.add_wait(parser, "the last checkpoint")
+    shared.add_wait(parser, "the last checkpoint and its index, if the run makes one")
 
 
 def main(options: argparse.Namespace) -> None:
@@ -21,9 +21,13 @@ def main(options: argparse.Namespace) -> None:
     from dist_sae.evaluation.together import evaluate_together
 
     if options.wait:
+        from dist_sae.index.progress import await_index
         from dist_sae.training.waiting import await_end
 
-        await_end(run, signals.stop_event())
+        stopping = signals.stop_event()
+        await_end(run, stopping)
+        if run.index.workers:
+            await_index(run, stopping)
         signals.heed()
     world = int(os.environ.get("WORLD_SIZE", "1"))
     with shared.short_lived(run, "evaluate") as telemetry:

@@ -51,7 +51,7 @@ def main(options: argparse.Namespace) -> int | None:
     worker = Worker(
         options.worker or f"index-{os.getpid()}@{os.uname().nodename}",
         options.index,
-        run.index.workers,
+        max(1, run.index.workers),
     )
     port = shared.metrics_port(run, options)
     with Telemetry(run.name, "index", port, first_rank + shared.rank()) as telemetry:

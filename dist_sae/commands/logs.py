@@ -15,8 +15,8 @@ def add(commands: shared.Commands) -> None:
         nargs="?",
         metavar="PODS",
         default="trainer-0",
-        help="planner, producer, trainer or reporter; one of them, as trainer-0 (the default); or "
-        "a pod's name",
+        help="planner, producer, trainer, index or reporter; one of them, as trainer-0 (the "
+        "default); or a pod's name",
     )
     parser.add_argument("--follow", "-f", action="store_true", help="until they end")
     parser.add_argument("--previous", action="store_true", help="logs of the pods before these")

@@ -1,6 +1,6 @@
 """A whole run on this machine, as the processes that a cluster would run.
 
-plan -> producers and trainer ranks, side by side -> evaluate -> export -> report
+plan -> producers and trainer ranks, side by side -> index -> evaluate -> export -> report
 """
 
 import json
@@ -66,9 +66,12 @@ def run_locally(
             line = [sys.executable, "-m", "dist_sae", command, *arguments, *map(str, options)]
             return Child(name, line, env, logs / f"{name}.log", view)
 
-        if not _is_complete(run, stopping):
+        trained = _is_complete(run, stopping)
+        if not trained:
             run_together([child("plan", "plan")], stopping, view)
             run_together(_workers(run, child), stopping, view)
+        if run.index.workers and not (trained and _is_indexed(run, stopping)):
+            run_together(_indexers(run, child), stopping, view, "index")
         results: dict[str, Any] = {}
         for command in ("evaluate", "export", "report"):
             if command == "export" and sae_lens.architecture(run.sae) is None:
@@ -86,13 +89,19 @@ def run_locally(
 
 
 def _is_complete(run: Run, stopping: threading.Event) -> bool:
-    """True if all units are made and the last step is done."""
+    """True if all units are made and the last step is done; of the index `_is_indexed` tells."""
     runs = open_store(run.store.runs, run.store.s3, None, stopping)
     if runs.size(run_file_key(run.name)) is None:  # training has not begun
         return False
     from dist_sae.training.completed import all_units_exist, completed_result  # takes 3 s
 
     return completed_result(run) is not None and all_units_exist(run)
+
+
+def _is_indexed(run: Run, stopping: threading.Event) -> bool:
+    from dist_sae.index.progress import is_indexed  # takes 3 s, unless `_is_complete` has imported
+
+    return is_indexed(run, stopping)
 
 
 def _workers(run: Run, child: Callable[..., "Child"]) -> list["Child"]:
@@ -111,6 +120,20 @@ def _workers(run: Run, child: Callable[..., "Child"]) -> list["Child"]:
     for rank, rendezvous in enumerate(rank_environments(trainers, trainers)):
         port = "--port-offset", producers * each + rank
         children.append(child(f"trainer-{rank}", "train", *port, **common, **rendezvous))
+    return children
+
+
+def _indexers(run: Run, child: Callable[..., "Child"]) -> list["Child"]:
+    """Workers of the latent index, which share the cores."""
+    workers, each = run.index.workers, run.index.latent_shards
+    common = _threads(run, workers * each)
+    children = []
+    for i in range(workers):
+        worker = f"{run.name}-index-{i}"
+        for rank, rendezvous in enumerate(rank_environments(each, each)):
+            name = f"index-{i}" if each == 1 else f"index-{i}-{rank}"
+            which = "--worker", worker, "--index", i, "--port-offset", i * each + rank
+            children.append(child(name, "index", *which, **common, **rendezvous))
     return children
 
 
@@ -220,19 +243,25 @@ class Child:
                     self._view.warn(*warning.groups())
 
 
-def run_together(children: Sequence[Child], stopping: threading.Event, view: ProgressView) -> None:
+def run_together(
+    children: Sequence[Child],
+    stopping: threading.Event,
+    view: ProgressView,
+    name: str | None = None,
+) -> None:
     """Run children side by side until all have ended.
 
     Args:
         children: Not started yet.
         stopping: When set, all are told to save and end.
+        name: Name of what they do, told at its begin; that of an only child needs none.
 
     Raises:
         ProcessFailedError: One failed; the others have been ended.
         Stopped: The user asked to stop; all have saved and ended.
     """
-    if len(children) == 1:
-        view.begin(children[0].name)
+    if name or len(children) == 1:
+        view.begin(name or children[0].name)
     try:
         ends = supervise(
             [child.start for child in children],

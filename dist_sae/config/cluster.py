@@ -80,11 +80,19 @@ class PodsConfig(Section):
     with 75 do not count; an exit with 2 fails the run at once."""
 
 
-class ProducerPods(PodsConfig):
-    """Producer pods; each holds one producer, with all its `model.tensor_parallel` ranks."""
+class SpreadPods(PodsConfig):
+    """Pods that do not need one another."""
 
     spread_over: LabelKey | None = "kubernetes.io/hostname"
     """Node label (host or zone) over which pods are spread, where possible."""
+
+
+class ProducerPods(SpreadPods):
+    """Producer pods; each holds one producer, with all its `model.tensor_parallel` ranks."""
+
+
+class IndexPods(SpreadPods):
+    """Pods of the latent index; each holds one worker, with all its `index.latent_shards` ranks."""
 
 
 class TrainerPods(PodsConfig):
@@ -139,5 +147,7 @@ class ClusterConfig(Section):
     """Reads the corpus once."""
     producer: ProducerPods = ProducerPods()
     trainer: TrainerPods = TrainerPods()
+    index: IndexPods = IndexPods()
+    """Make the latent index after training, unless `index.workers` is 0."""
     reporter: PodsConfig | None = PodsConfig()
-    """Evaluates, exports and reports after training; null does none of them."""
+    """Evaluates, exports and reports after training and the index; null does none of them."""

@@ -1,6 +1,6 @@
 """The section `index`: what the latent index of a trained dictionary holds."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveInt
 
@@ -36,8 +36,13 @@ class IndexConfig(Section):
     output_tokens: NonNegativeInt = 10
     """Tokens whose logits a latent's decoder row raises most, and as many that it lowers most, by
     the model's head; 0 leaves them out (their cost is n_latents x vocabulary x width)."""
-    workers: PositiveInt = 1
-    """Number of workers in a local run and on a cluster, each of `latent_shards` processes."""
+    workers: NonNegativeInt = 1
+    """Number of workers in a local run and on a cluster, each of `latent_shards` processes; with 0
+    a run makes no index, and `dist-sae index` still does."""
     latent_shards: PositiveInt = 1
     """Ranks over which a worker shards the dictionary; more than 1 where a device cannot hold
     it."""
+
+    def deciding(self) -> dict[str, Any]:
+        """The settings that decide what is in an index."""
+        return self.model_dump(mode="json", exclude={"name", "workers", "latent_shards"})

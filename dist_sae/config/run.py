@@ -229,6 +229,7 @@ class Run(Section):
         for name, ranks, gpus in (
             ("trainer", trainer.ranks, trainer.gpus),
             ("producer", self.tensor_parallel, producer.gpus),
+            ("index", self.index.latent_shards, self.cluster.index.gpus),
         ):
             if gpus not in (0, ranks):
                 yield (

@@ -237,7 +237,7 @@ class _Worker:
         try:
             if unit < retired_below(self._opened.activations):
                 return None
-            return encoder.encode(unit)
+            return encoder.encode(unit, lambda: self._at(working=True))
         except CorruptObjectError:
             if self._mesh.world == 1 and unit < retired_below(self._opened.activations):
                 return None

@@ -7,7 +7,7 @@ latents as in training, and each rank stores the codes of its own latents.
 import math
 import uuid
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -86,8 +86,12 @@ class Encoder:
         self._height = math.lcm(_PADDED_TO, sae.axis.shards)
 
     @torch.no_grad()
-    def encode(self, unit: int) -> Encoded:
+    def encode(self, unit: int, alive: Callable[[], None] = lambda: None) -> Encoded:
         """Encode a unit. Collective.
+
+        Args:
+            unit: Number of the unit.
+            alive: Called before each block.
 
         Raises:
             ObjectNotFoundError: The unit does not exist.
@@ -98,6 +102,7 @@ class Encoder:
         origins, found, n_rows = [], [], 0
         error = torch.zeros((), dtype=torch.float64, device=device)
         for block in self._blocks(shard):
+            alive()
             origins.append(block[1:])
             for acts in torch.split(block.acts, ENCODE_ROWS):
                 entries, more = self._encode(acts.to(device))

@@ -27,6 +27,7 @@ from typing import Any, Literal
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dist_sae.config import Run
 from dist_sae.errors import CorruptObjectError, ObjectNotFoundError
 from dist_sae.storage import ObjectStore
 from dist_sae.storage.own import NumberedKeys
@@ -196,6 +197,11 @@ class IndexFolder:
     def piece(self, bucket: int, number: int) -> str:
         """Stem of the key of a piece of a bucket's postings."""
         return f"{self.prefix}postings/{bucket:08d}-{number:06d}"
+
+
+def index_name(run: Run, step: int) -> str:
+    """Name of the index of a step."""
+    return run.index.name or f"step-{step:08d}"
 
 
 def names(runs: ObjectStore, run: str) -> list[str]:

@@ -11,15 +11,12 @@ from dist_sae.config.data import ModelConfig
 from dist_sae.data.consumers import kept_units
 from dist_sae.data.plan import Plan, load_plan
 from dist_sae.errors import ConfigError, PlanMismatchError
-from dist_sae.index.layout import IndexFolder, IndexManifest, bucket_latents
+from dist_sae.index.layout import IndexFolder, IndexManifest, bucket_latents, index_name
 from dist_sae.storage import ObjectStore, open_store
 from dist_sae.storage.records import read_record, seal
 from dist_sae.telemetry.exporter import Telemetry
 
 logger = logging.getLogger(__name__)
-
-_PLACEMENT = {"name", "workers", "latent_shards"}
-"""Settings that do not decide what is in the index."""
 
 
 class Opened(NamedTuple):
@@ -53,7 +50,7 @@ def open_index(
             f"{runs.url}/{run.name}: was trained on another activation set than {store.url}; "
             f"restore store.activations"
         )
-    name = run.index.name or f"step-{checkpoint.step:08d}"
+    name = index_name(run, checkpoint.step)
     folder = IndexFolder(run.name, name)
     manifest = _manifest(run, own, plan, store, checkpoint, name, worker)
     if not runs.put(folder.manifest, seal(manifest), if_absent=True):
@@ -98,7 +95,7 @@ def _manifest(
         units=tuple(sorted(units)),
         deleted=tuple(plan.train_units[: kept.start]),
         planned_rows=rows,
-        settings=run.index.model_dump(mode="json", exclude=_PLACEMENT),
+        settings=run.index.deciding(),
         seed=own.train.seed,
     )
 

@@ -23,9 +23,6 @@ JOBSET_VERSION = "jobset.x-k8s.io/v1alpha2"
 RUN_KEY = "run.yaml"
 _TERMINATED = 128 + signal.SIGTERM
 
-_AFTER: dict[Part, Part] = {"producer": "planner", "trainer": "planner", "reporter": "trainer"}
-"""A part begins when another is complete. Without JobSet its pods wait by themselves (`--wait`)."""
-
 
 def render_objects(run: Run) -> list[Object]:
     """Render everything that `submit` applies, in order.
@@ -50,7 +47,20 @@ def render_objects(run: Run) -> list[Object]:
 
 def parts(run: Run) -> list[Part]:
     """Parts of the run on a cluster, in the order of a JobSet."""
-    return [part for part in get_args(Part) if part != "reporter" or run.cluster.reporter]
+    left_out = {"index": not run.index.workers, "reporter": run.cluster.reporter is None}
+    return [part for part in get_args(Part) if not left_out.get(part)]
+
+
+def _before(run: Run, part: Part) -> Part | None:
+    """The part after whose end this one begins; without JobSet its pods wait (`--wait`)."""
+    last: Part = "index" if run.index.workers else "trainer"
+    before: dict[Part, Part] = {
+        "producer": "planner",
+        "trainer": "planner",
+        "index": "trainer",
+        "reporter": last,
+    }
+    return before.get(part)
 
 
 def job_name(run: Run, part: Part) -> str:
@@ -85,8 +95,8 @@ def _jobset(run: Run) -> Object:
 
 def _replicated_job(run: Run, part: Part) -> Object:
     job: Object = {"name": part, "replicas": 1, "groupName": "default"}
-    if part in _AFTER:
-        job["dependsOn"] = [{"name": _AFTER[part], "status": "Complete"}]
+    if before := _before(run, part):
+        job["dependsOn"] = [{"name": before, "status": "Complete"}]
     return job | {"template": {"metadata": {"labels": labels(run, part)}, "spec": _job(run, part)}}
 
 

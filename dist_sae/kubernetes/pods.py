@@ -3,6 +3,7 @@
     planner     reads the corpus once
     producer    one pod is one producer: all `model.tensor_parallel` ranks of it
     trainer     `cluster.trainer.ranks` ranks; pod 0 holds the rendezvous
+    index       one pod is one worker: all `index.latent_shards` ranks of it
     reporter    evaluate, export, report, one after the other
 
 They meet the restricted pod security standard: no root, no privileges, a read-only root file
@@ -12,11 +13,11 @@ system. Caches are in /scratch, which is deleted with the pod.
 from typing import Any, Literal
 
 from dist_sae.config import Run
-from dist_sae.config.cluster import PodsConfig, ProducerPods, TrainerPods
+from dist_sae.config.cluster import PodsConfig, SpreadPods, TrainerPods
 from dist_sae.interop import sae_lens
 from dist_sae.kubernetes.names import labels, object_name, selector
 
-Part = Literal["planner", "trainer", "producer", "reporter"]
+Part = Literal["planner", "trainer", "producer", "index", "reporter"]
 """In the order of a JobSet: Kueue takes the priority of the first part that has one."""
 Object = dict[str, Any]
 
@@ -24,7 +25,7 @@ RUN_FILE = "/etc/dist-sae/run.yaml"
 SCRATCH = "/scratch"
 METRICS = "metrics"
 """Name of the port that Prometheus scrapes."""
-_WAITING = ("produce", "train", "evaluate")
+_WAITING = ("produce", "train", "index", "evaluate")
 """Programs with `--wait`: without JobSet they wait for the part before them."""
 USER_ID = 10001
 """The user that the image creates."""
@@ -36,7 +37,17 @@ _LIVE_SECONDS = 120  # without an answer; `/livez` reports a rank that hangs
 def n_pods(run: Run, part: Part) -> int:
     """Number of pods of a part."""
     trainers = run.processes.trainers // run.cluster.trainer.ranks
-    return {"producer": run.processes.producers, "trainer": trainers}.get(part, 1)
+    workers = {"producer": run.processes.producers, "index": run.index.workers}
+    return (workers | {"trainer": trainers}).get(part, 1)
+
+
+def n_ranks(run: Run, part: Part) -> int:
+    """Number of ranks in each pod of a part."""
+    return {
+        "producer": run.tensor_parallel,
+        "trainer": run.cluster.trainer.ranks,
+        "index": run.index.latent_shards,
+    }.get(part, 1)
 
 
 def pods_of(run: Run, part: Part) -> PodsConfig:
@@ -86,12 +97,11 @@ def _containers(run: Run, part: Part) -> list[Object]:
     match part:
         case "planner":
             return [_container(run, part, "main", ["plan", RUN_FILE])]
-        case "producer":
-            ranks = ["--local-ranks", str(run.tensor_parallel), "--worker", "$(POD_NAME)"]
-            return [_serving(run, _container(run, part, "main", ["produce", RUN_FILE, *ranks]))]
-        case "trainer":
-            ranks = ["--local-ranks", str(run.cluster.trainer.ranks)]
-            return [_serving(run, _container(run, part, "main", ["train", RUN_FILE, *ranks]))]
+        case "producer" | "trainer" | "index":
+            program = {"producer": "produce", "trainer": "train"}.get(part, part)
+            named = [] if part == "trainer" else ["--worker", "$(POD_NAME)"]
+            arguments = [program, RUN_FILE, "--local-ranks", str(n_ranks(run, part)), *named]
+            return [_serving(run, _container(run, part, "main", arguments))]
         case "reporter":
             export = [] if sae_lens.architecture(run.sae) is None else ["export"]
             programs = ["evaluate", *export, "report"]
@@ -158,10 +168,9 @@ def _serving(run: Run, container: Object) -> Object:
 
 def _environment(run: Run, part: Part) -> list[Object]:
     pods, processes = pods_of(run, part), run.processes
-    ranks = {"producer": run.tensor_parallel, "trainer": run.cluster.trainer.ranks}.get(part, 1)
     values = {
         "HOME": f"{SCRATCH}/home",  # caches of model files and compiled kernels
-        "OMP_NUM_THREADS": str(processes.threads or max(1, int(pods.cpus) // ranks)),
+        "OMP_NUM_THREADS": str(processes.threads or max(1, int(pods.cpus) // n_ranks(run, part))),
     }
     if part == "trainer":
         values |= {
@@ -175,7 +184,7 @@ def _environment(run: Run, part: Part) -> list[Object]:
 
 def _spread(run: Run, part: Part) -> list[Object]:
     pods = pods_of(run, part)
-    if not isinstance(pods, ProducerPods) or not pods.spread_over:
+    if not isinstance(pods, SpreadPods) or not pods.spread_over:
         return []
     return [
         {

@@ -27,8 +27,9 @@ def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]
 
     Returns:
         `state`, `parts` and `conditions` (from the cluster), `store`, `numbers` (the last ones of
-        training, and where they are `from`), `limit` (what limits the run) and what that is
-        judged by (`limit_of`), `warnings`, and `out_of_reach`: what could not be asked, and why.
+        training, and where they are `from`), `index_rows_per_second` (of a worker), `limit` (what
+        limits the run) and what that is judged by (`limit_of`), `warnings`, and `out_of_reach`:
+        what could not be asked, and why.
     """
     out_of_reach: dict[str, str] = {}
     status: dict[str, Any] = {"run": run.name, "namespace": cluster.namespace}
@@ -47,10 +48,12 @@ def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]
         status |= {"state": "unknown", "parts": {}, "conditions": []}
     numbers: dict[str, Any] | None = None
     slowest_stage: str | None = None
+    index_pace: float | None = None
     warnings: list[str] = []
     try:
         numbers = _live_numbers(run, cluster, pods)
         slowest_stage = _slowest_stage(run, cluster, pods)
+        index_pace = _index_pace(run, cluster, pods)
     except (ClusterError, ValueError) as exc:  # or what came is no page of metrics
         out_of_reach["metrics"] = str(exc)
     try:
@@ -66,6 +69,7 @@ def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]
         status["store"] = None
     return status | {
         "numbers": numbers,
+        "index_rows_per_second": index_pace,
         "limit": _limit(numbers, slowest_stage, status["store"] or {}),
         "limit_of": _limit_of(numbers, slowest_stage),
         "warnings": [*_slow_saves(run, numbers), *warnings],
@@ -89,6 +93,13 @@ def _slowest_stage(run: Run, cluster: Cluster, pods: list[Object]) -> str | None
     _, page = _page(run, cluster, pods, "producer")
     stages = _sums(page, "dist_sae_produce_seconds_total", "stage")
     return max(stages, key=lambda stage: stages[stage]) if any(stages.values()) else None
+
+
+def _index_pace(run: Run, cluster: Cluster, pods: list[Object]) -> float | None:
+    """Rows per second of the first worker of the index; None if it does not encode."""
+    _, page = _page(run, cluster, pods, "index")
+    pace = [sample.value for sample in page if sample.name == "dist_sae_index_rows_per_second"]
+    return max(pace, default=None)
 
 
 def _page(

@@ -13,6 +13,7 @@ from dist_sae.data.identity import moved_places, plan_settings, setting_changes
 from dist_sae.data.plan import Plan, load_plan, planned
 from dist_sae.data.shard import existing_units
 from dist_sae.errors import HubUnavailableError, PlanMismatchError, StoreError
+from dist_sae.index.progress import index_progress
 from dist_sae.report.build import report_key
 from dist_sae.storage import ObjectStore, open_store
 from dist_sae.telemetry.history import read_history
@@ -46,7 +47,7 @@ class StoredRun:
         return begun_run(self._runs, self._run.name)
 
     def is_complete(self) -> bool:
-        """True if training is complete, and so is the report if there is a reporter.
+        """True if training is complete, and so are the index and the report, if a run makes them.
 
         A report older than the last checkpoint does not count.
         """
@@ -54,8 +55,10 @@ class StoredRun:
         reports = {entry.age_seconds for entry in self._runs.entries(key) if entry.key == key}
         ages = self._checkpoints.ages()  # read after the reports, so an age is not too low
         trained = None if self.steps is None else ages.get(self.steps)
-        if trained is None or self._run.cluster.reporter is None:
-            return trained is not None
+        if trained is None or not self._is_indexed():
+            return False
+        if self._run.cluster.reporter is None:
+            return True
         return any(age <= trained for age in reports)
 
     def changes(self, other: Run | None) -> list[str]:
@@ -77,7 +80,7 @@ class StoredRun:
         return changed
 
     def progress(self) -> dict[str, Any]:
-        """Progress of producers and trainers, from what they have stored.
+        """Progress of producers, trainers and the index, from what they have stored.
 
         Without a valid plan, `plan` says what is wrong, and there are no numbers of units.
         """
@@ -88,12 +91,31 @@ class StoredRun:
             "steps": self.steps,
             "checkpoint_step": newest,
             "checkpoint_age_seconds": None if newest is None else ages[newest],
+            "index": None if newest is None else self._index(newest),
         }
 
     def last_numbers(self) -> dict[str, Any] | None:
         """The last report in the run's history; None if there is none."""
         history = read_history(self._runs, self._run.name)
         return next((record for record in reversed(history) if "fvu" in record), None)
+
+    def _is_indexed(self) -> bool:
+        """True if the last step has its index, or gets none."""
+        if not self._run.index.workers or self.steps is None:
+            return not self._run.index.workers
+        there = index_progress(self._runs, self._run, self.steps)
+        return there is not None and there.is_complete(self._run, self.steps)
+
+    def _index(self, step: int) -> dict[str, int] | None:
+        there = index_progress(self._runs, self._run, step)
+        if there is None:
+            return None
+        return {
+            "units": len(there.manifest.units),
+            "encoded_units": there.units,
+            "buckets": there.manifest.n_buckets,
+            "merged_buckets": there.buckets,
+        }
 
     @cached_property
     def _plan(self) -> Plan:

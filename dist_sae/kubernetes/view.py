@@ -40,6 +40,8 @@ def _lines(status: Mapping[str, Any]) -> Iterator[str]:
     if store := status["store"]:
         yield f"store    {_store(store)}"
         yield f"saved    {_saved(store)}"
+        if index := store["index"]:
+            yield f"index    {_index(index, status['index_rows_per_second'])}"
     if numbers := status["numbers"]:
         known = (metric for metric in listed("status") if metric.short in numbers)
         shown = filter(None, (metric.text.format(numbers[metric.short]) for metric in known))
@@ -55,6 +57,14 @@ def _store(store: Mapping[str, Any]) -> str:
         f"{store['ready_units']} of {store['units']} units ready, the run is at "
         f"{store['reached_unit']}, backlog {store['backlog_units']}"
     )
+
+
+def _index(index: Mapping[str, int], pace: float | None) -> str:
+    said = (
+        f"{index['encoded_units']} of {index['units']} units encoded, "
+        f"{index['merged_buckets']} of {index['buckets']} buckets merged"
+    )
+    return said if pace is None else f"{said}, {pace:,.0f} rows/s by the first worker"
 
 
 def _saved(store: Mapping[str, Any]) -> str:

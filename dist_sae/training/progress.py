@@ -82,8 +82,10 @@ class ProgressView:
                 note=role.describe(),
                 left="-:--:--" if role.left is None else str(role.left),
             )
-            if name != "plan":
+            if name in ("produce", "train"):
                 self._limit.plain = limit
+            else:
+                self._limit.truncate(0)
         elif role.is_due():
             left = "" if role.left is None else f"  {role.left} left"
             line = f"{name} {role.amount()}{left}  {role.describe()}"
@@ -185,6 +187,9 @@ class _Role:
             for record in self._of_each.values()
             if "rows_per_second" in record
         ]
+        merging = [
+            r["entries_per_second"] for r in self._of_each.values() if "entries_per_second" in r
+        ]
         said = [
             metric.text.format(self.numbers[metric.short])
             for metric in listed("progress")
@@ -196,6 +201,8 @@ class _Role:
             said.insert(0, f"waits for data, {max(self.waiting.values()):.0f} s")
         elif rates:
             said.insert(0, f"{sum(rates):,.0f} rows/s")
+        elif merging:
+            said.insert(0, f"{sum(merging):,.0f} entries/s")
         elif doing := self.numbers.get("doing"):
             said.insert(0, doing)
         return "  ".join(said)

@@ -25,7 +25,7 @@ def await_plan(run: Run, stopping: threading.Event) -> None:
     """
     store = open_store(run.store.activations, run.store.s3, None, stopping)
     what = f"a plan in {store.url}"
-    _await(what, lambda: store.size(PLAN_KEY) is not None, stopping)
+    await_until(what, lambda: store.size(PLAN_KEY) is not None, stopping)
 
 
 def await_end(run: Run, stopping: threading.Event) -> None:
@@ -49,10 +49,18 @@ def await_end(run: Run, stopping: threading.Event) -> None:
                 return newest.step >= trained_run(newest, run).steps
         return False
 
-    _await(f"{last} of {store.url}/{run.name}", has_ended, stopping)
+    await_until(f"{last} of {store.url}/{run.name}", has_ended, stopping)
 
 
-def _await(what: str, is_there: Callable[[], bool], stopping: threading.Event) -> None:
+def await_until(what: str, is_there: Callable[[], bool], stopping: threading.Event) -> None:
+    """Wait until something is there.
+
+    Args:
+        what: Its name, for messages.
+
+    Raises:
+        Stopped: `stopping` was set first.
+    """
     if is_there():
         return
     logger.info("waiting for %s", what)

@@ -43,7 +43,12 @@ def children(pid: int) -> list[int]:
 def test_one_command_goes_from_nothing_to_a_report_and_continues_after_ctrl_c(
     tmp_path: Path,
 ) -> None:
-    path = write_run(tmp_path, processes=BOTH, train={"rows": 16_000, "max_passes": 3})
+    path = write_run(
+        tmp_path,
+        processes=BOTH,
+        train={"rows": 16_000, "max_passes": 3},
+        index={"latent_shards": 2},
+    )
     process = start(path)
     assert process.stderr is not None
     for line in process.stderr:
@@ -65,13 +70,26 @@ def test_one_command_goes_from_nothing_to_a_report_and_continues_after_ctrl_c(
     assert {"fvu", "l0", "dead_share", "rows", "export", "report"} <= result.keys()
     assert Path(result["report"]).stat().st_size > 10_000
     assert (Path(result["export"]) / "cfg.json").exists()
-    log = tmp_path / "runs/world/logs/trainer-0.log"
-    assert "resuming at step" in log.read_text()
+    logs = tmp_path / "runs/world/logs"
+    assert "resuming at step" in (logs / "trainer-0.log").read_text()
+    assert "\nindex ...\nindex " in err
+    assert "\nmerge 100%  " in err
+    assert (tmp_path / "runs/world/index/step-00000100/buckets/00000000.json").exists()
+    assert (logs / "index-0-0.log").exists()
 
-    log.unlink()
-    out, err = start(path).communicate(timeout=180)  # nothing is left to plan, make or train
+    (logs / "trainer-0.log").unlink()
+    # nothing is left to plan, make, train or index
+    out, err = start(path).communicate(timeout=180)
     assert json.loads(out.splitlines()[-1]) == result, err
-    assert not log.exists()
+    assert not (logs / "trainer-0.log").exists()
+    assert err == "evaluate ...\nexport ...\nreport ...\n"
+
+
+def test_a_run_may_do_without_an_index(tmp_path: Path) -> None:
+    path = write_run(tmp_path, index={"workers": 0}, train={"rows": 1600, "max_passes": 1})
+    out, err = start(path).communicate(timeout=180)
+    assert "report" in json.loads(out.splitlines()[-1]), err
+    assert not (tmp_path / "runs/world/index").exists()
 
 
 def test_the_whole_run_works_over_s3(tmp_path: Path, bucket: Bucket) -> None:

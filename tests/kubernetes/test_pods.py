@@ -157,13 +157,15 @@ def test_a_jobset_runs_to_its_end(runs: Runs, calm: Calm) -> None:
         "runs/calm/evaluation.json",
         "runs/calm/export/cfg.json",
         "runs/calm/report/report.html",
+        f"runs/calm/index/step-{calm.run.steps:08d}/buckets/00000000.json",
     } <= keys
     jobs = {name: job for name, (job,) in calm.jobset.jobs.items()}
-    assert list(jobs) == ["planner", "trainer", "producer", "reporter"]
+    assert list(jobs) == ["planner", "trainer", "producer", "index", "reporter"]
     assert {name: len(job.succeeded) for name, job in jobs.items()} == {
         "planner": 1,
         "producer": 2,
         "trainer": 2,
+        "index": 2,
         "reporter": 1,
     }
     assert not [pod for job in jobs.values() for pod in (*job.counted, *job.ignored)]
@@ -282,17 +284,18 @@ def test_a_mistake_fails_the_run_at_once(runs: Runs, calm: Calm) -> None:
 def test_plain_jobs_wait_for_one_another(runs: Runs, calm: Calm) -> None:
     """Even if the planner comes last."""
     run, cluster = runs.run("plain", "cluster.jobset=false", "processes.producers=1"), runs.cluster
-    *others, planner, producer, trainer, reporter = render_objects(run)
+    *others, planner, trainer, producer, index, reporter = render_objects(run)
     assert planner["metadata"]["name"] == job_name(run, "planner")
-    cluster.apply([*others, producer, trainer, reporter])
-    waiting = {"producer": "a plan", "trainer": "a plan", "reporter": f"step {run.steps}"}
+    cluster.apply([*others, producer, trainer, index, reporter])
+    last = f"step {run.steps}"
+    waiting = {"producer": "a plan", "trainer": "a plan", "index": last, "reporter": last}
     for part, what in waiting.items():
         (pod, *_) = runs.job(run, part).active.values()
         runs.await_waiting(pod, what)
     cluster.apply([planner])
     jobs = [runs.job(run, part) for part in ("planner", *waiting)]
     cluster.wait(lambda: all(job.condition for job in jobs))
-    assert [job.condition for job in jobs] == [COMPLETE] * 4, cluster.story()
+    assert [job.condition for job in jobs] == [COMPLETE] * 5, cluster.story()
     assert not [pod for job in jobs for pod in (*job.counted, *job.ignored)]
     assert "runs/plain/report/report.html" in set(runs.store("s3://dist-sae", run).keys())
     assert runs.outcome(run).fvu == calm.outcome.fvu

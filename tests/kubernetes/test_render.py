@@ -113,9 +113,7 @@ def test_checks_catch_what_is_wrong() -> None:
     rooted = changed(None, *container, "securityContext", "readOnlyRootFilesystem")
     assert [list(security_faults(t)) for t in templates_of(rooted)] == [
         ["main may write its root"],
-        [],
-        [],
-        [],
+        *[[]] * 4,
     ]
 
 
@@ -135,7 +133,7 @@ def test_kustomize_builds_valid_objects(folder: str) -> None:
 
 
 def test_what_ends_a_pod_decides_what_follows() -> None:
-    for part in ("planner", "producer", "trainer", "reporter"):
+    for part in ("planner", "producer", "trainer", "index", "reporter"):
         rules = job_of(load(), part)["podFailurePolicy"]["rules"]
         found = [(rule["action"], rule.get("onExitCodes", {}).get("values")) for rule in rules]
         assert found == [("FailJob", [2]), ("Ignore", None), ("Ignore", [75, 143])]
@@ -161,14 +159,15 @@ def test_parts_follow_one_another() -> None:
         "planner": [],
         "producer": ["planner"],
         "trainer": ["planner"],
-        "reporter": ["trainer"],
+        "index": ["trainer"],
+        "reporter": ["index"],
     }
     assert all(job["args"][-1] != "--wait" for job in pod_of(load(), "producer")["containers"])
 
 
 def test_parts_wait_by_themselves_where_there_is_no_jobset() -> None:
     objects = render_objects(load("cluster.jobset=false"))
-    assert [obj["kind"] for obj in objects] == ["ConfigMap", "Service", "Job", "Job", "Job", "Job"]
+    assert [obj["kind"] for obj in objects] == ["ConfigMap", "Service", *["Job"] * 5]
     arguments = {
         (obj["metadata"]["name"].split("-")[-2], container["args"][0]): container["args"]
         for obj in objects
@@ -179,7 +178,12 @@ def test_parts_wait_by_themselves_where_there_is_no_jobset() -> None:
         ]
     }
     waiting = {key for key, args in arguments.items() if "--wait" in args}
-    assert waiting == {("producer", "produce"), ("trainer", "train"), ("reporter", "evaluate")}
+    assert waiting == {
+        ("producer", "produce"),
+        ("trainer", "train"),
+        ("index", "index"),
+        ("reporter", "evaluate"),
+    }
     service = objects[1]
     trainer = next(obj for obj in objects if "-trainer-0" in obj["metadata"]["name"])
     labels = trainer["spec"]["template"]["metadata"]["labels"]
@@ -196,7 +200,25 @@ def test_reporter_leaves_the_export_of_routed_dictionaries_out() -> None:
     routed = load("sae={kind: routed, n_latents: 256, k: 4, auxk: 8, experts: 4}")
     assert programs(routed) == ["evaluate", "report"]
     alone = jobset_of(load("cluster.reporter=null"))["spec"]["replicatedJobs"]
-    assert [job["name"] for job in alone] == ["planner", "trainer", "producer"]
+    assert [job["name"] for job in alone] == ["planner", "trainer", "producer", "index"]
+
+
+def test_a_pod_of_the_index_is_one_worker() -> None:
+    run = load("index.workers=3", "index.latent_shards=2", "cluster.index.cpus=8")
+    assert job_of(run, "index")["completions"] == 3
+    (container,) = pod_of(run, "index")["containers"]
+    assert container["args"] == (
+        ["index", "/etc/dist-sae/run.yaml", "--local-ranks", "2", "--worker", "$(POD_NAME)"]
+    )
+    assert environment(container)["OMP_NUM_THREADS"] == "4"
+    assert container["ports"][0]["name"] == "metrics"
+
+
+def test_a_run_without_index_has_no_pods_for_it() -> None:
+    jobs = jobset_of(load("index.workers=0"))["spec"]["replicatedJobs"]
+    after = {job["name"]: job.get("dependsOn") for job in jobs}
+    assert "index" not in after
+    assert after["reporter"] == [{"name": "trainer", "status": "Complete"}]
 
 
 def test_pods_ask_for_what_the_run_file_says() -> None:
@@ -208,9 +230,11 @@ def test_pods_ask_for_what_the_run_file_says() -> None:
     assert trainer["priorityClassName"] == "dist-sae-trainer"
     (term,) = trainer["affinity"]["podAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
     assert term["podAffinityTerm"]["topologyKey"] == "topology.kubernetes.io/zone"
-    assert producer["nodeSelector"] == {"dist-sae/pool": "spot"}
-    assert {"key": "dist-sae/spot", "operator": "Exists"} in producer["tolerations"]
-    assert producer["topologySpreadConstraints"][0]["topologyKey"] == "kubernetes.io/hostname"
+    for spread in (producer, pod_of(run, "index")):
+        assert spread["nodeSelector"] == {"dist-sae/pool": "spot"}
+        assert {"key": "dist-sae/spot", "operator": "Exists"} in spread["tolerations"]
+        assert spread["topologySpreadConstraints"][0]["topologyKey"] == "kubernetes.io/hostname"
+        assert spread["containers"][0]["resources"]["limits"]["nvidia.com/gpu"] == "1"
     assert producer["containers"][0]["envFrom"] == [{"secretRef": {"name": "hub-token"}}]
     assert environment(trainer["containers"][0])["OMP_NUM_THREADS"] == "12"  # 96 cores, 8 ranks
     assert jobset_of(run)["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
@@ -276,6 +300,7 @@ def test_relative_paths_mean_nothing_to_pods() -> None:
         ("cluster.trainer.ranks=3", "cluster.trainer.ranks: 3 does not divide processes.trainers"),
         ("cluster.trainer.gpus=2", "cluster.trainer.gpus: 2 for 1 ranks in a pod"),
         ("cluster.producer.gpus=4", "cluster.producer.gpus: 4 for 1 ranks in a pod"),
+        ("cluster.index.gpus=4", "cluster.index.gpus: 4 for 1 ranks in a pod"),
         (
             "cluster.trainer.memory=16gb",
             "cluster.trainer.memory: write a number and a unit, as in 16Gi",

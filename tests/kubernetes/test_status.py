@@ -17,6 +17,7 @@ from dist_sae.storage import open_store
 from dist_sae.telemetry.exporter import Telemetry
 from dist_sae.telemetry.gather import GatheredTelemetry
 from dist_sae.telemetry.history import History
+from tests.index.outline import write_outline
 from tests.kubernetes.apiserver import ApiServer, Object
 from tests.kubernetes.conftest import Shell
 
@@ -95,6 +96,7 @@ def test_status_joins_pods_store_and_history(api: ApiServer, sh: Shell, going: s
         "backlog_units": 2,
         "steps": 16,
         "checkpoint_step": 8,
+        "index": None,
     }
     assert found["limit"] == "data: trainers wait 75% of the time"
     assert found["limit_of"] == "the last report that was saved"
@@ -146,6 +148,30 @@ def test_status_says_why_a_pod_ended(
     pod = api.pods("trainer")[0]
     api.fail_pod(pod, **ended)
     assert status(sh, path)["parts"]["trainer"]["last_end"].startswith(f"{pod}: {words}")
+
+
+def test_status_says_how_far_the_index_is(api: ApiServer, sh: Shell, going: str) -> None:
+    sh("submit", going)
+    write_outline(load_run(going), 8, encoded=2, merged=0)
+    (pod,) = api.pods("index")
+    assert status(sh, going)["parts"]["index"]["wanted"] == 1
+    shown = sh("status", going)
+    assert "index    2 of 3 units encoded, 0 of 2 buckets merged\n" in shown
+    api.run_pod(pod)
+    with Telemetry("tiny", "index", 0) as telemetry:
+        assert telemetry.port
+        api.ports[pod] = telemetry.port
+        assert status(sh, going)["index_rows_per_second"] is None
+        telemetry.set("dist_sae_index_rows_per_second", 12_300.4)
+        found = status(sh, going)
+        assert found["index_rows_per_second"] == 12_300.4
+        assert found["store"]["index"] == {
+            "units": 3,
+            "encoded_units": 2,
+            "buckets": 2,
+            "merged_buckets": 0,
+        }
+        assert "0 of 2 buckets merged, 12,300 rows/s by the first worker" in sh("status", going)
 
 
 def test_status_asks_the_first_trainer_for_its_numbers(

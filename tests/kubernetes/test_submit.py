@@ -15,6 +15,7 @@ from dist_sae.kubernetes.jobs import render_objects
 from dist_sae.kubernetes.stored import StoredRun
 from dist_sae.storage import ObjectStore, open_store
 from tests.conftest import Bucket
+from tests.index.outline import write_outline
 from tests.kubernetes.apiserver import ApiServer, Object
 from tests.kubernetes.apply import with_defaults
 from tests.kubernetes.conftest import Shell, ending
@@ -166,6 +167,7 @@ def test_stored_run_of_another_configuration_is_left_alone(
 
 
 def test_complete_run_is_not_submitted_again(api: ApiServer, sh: Shell, path: str) -> None:
+    write_outline(load_run(path), 16)
     train(path).put("tiny/report/report.html", b"")
     assert "tiny is complete: step 16 is in s3://" in sh("submit", path)
     assert not api.objects
@@ -177,7 +179,27 @@ def test_run_without_reporter_is_complete_when_it_is_trained(
     api: ApiServer, sh: Shell, path: str
 ) -> None:
     train(path)
+    write_outline(load_run(path), 16)
     assert "tiny is complete: step 16" in sh("submit", path, "--set", "cluster.reporter=null")
+    assert not api.objects
+
+
+@pytest.mark.parametrize("reported", [True, False])
+def test_run_is_complete_with_its_index_only(
+    api: ApiServer, sh: Shell, path: str, *, reported: bool
+) -> None:
+    store = train(path)
+    settings = [] if reported else ["--set", "cluster.reporter=null"]
+    if reported:
+        store.put("tiny/report/report.html", b"")
+    without = ("submit", path, *settings, "--dry-run", "--set", "index.workers=0")
+    assert "tiny is complete: step 16" in sh(*without)
+    write_outline(load_run(path), 16, merged=1)
+    assert "dry run: nothing was changed" in sh("submit", path, *settings, "--dry-run")
+    write_outline(load_run(path), 16)
+    assert "tiny is complete: step 16" in sh("submit", path, *settings)
+    other = ("submit", path, *settings, "--dry-run", "--set", "index.examples=9")
+    assert "dry run: nothing was changed" in sh(*other)
     assert not api.objects
 
 
@@ -202,6 +224,7 @@ def test_reporter_that_failed_comes_back(
 def test_report_of_an_earlier_checkpoint_is_not_the_last(tmp_path: Path) -> None:
     path = str(write_run(tmp_path, TINY))
     report = tmp_path / "runs/tiny/report/report.html"
+    write_outline(load_run(path), 16)
     train(path).put("tiny/report/report.html", b"")
     assert StoredRun(load_run(path)).is_complete()
     os.utime(report, (0, 0))

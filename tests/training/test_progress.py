@@ -160,3 +160,32 @@ def test_a_run_that_stands_still_says_so() -> None:
         lines("trainer-1", waiting)
         *_, train, _ = lines("trainer-2", unknown)
         assert train.endswith("rows/s  fvu 0.190  l0 50.3  dead ?")
+
+
+def test_an_index_tells_its_rows_then_its_entries_and_no_limit() -> None:
+    record: dict[str, Any] = {"role": "index", "total": 40}
+    for terminal in (True, False):
+        out = io.StringIO()
+        console = Console(file=out, force_terminal=terminal, width=80, legacy_windows=False)
+        with ProgressView(console) as view:
+            view.show("trainer-0", TRAINING)
+            view.show("index-0", record | {"done": 9, "rows_per_second": 9_000.4})
+            view.show("index-1", record | {"done": 40, "rows_per_second": 3_000})
+            view.show(
+                "index-1", {"role": "merge", "done": 1, "total": 2, "entries_per_second": 5e6}
+            )
+            with console.capture() as capture:
+                console.print(view)
+        lines = [Text.from_ansi(line).plain.rstrip() for line in capture.get().splitlines()]
+        if terminal:
+            *_, index, merge = filter(None, lines)
+            assert "limit" not in "".join(lines)
+            assert index.startswith("index ")
+            assert index.endswith("12,000 rows/s")
+            assert merge.endswith("5,000,000 entries/s")
+        else:
+            assert out.getvalue().splitlines()[1:] == [
+                "index 9/40  9,000 rows/s",
+                "index 40/40  12,000 rows/s",
+                "merge 1/2  5,000,000 entries/s",
+            ]

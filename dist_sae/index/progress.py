@@ -1,0 +1,66 @@
+"""Tells how far an index is, by what its workers have stored; no worker is needed."""
+
+import threading
+from typing import NamedTuple
+
+from dist_sae.checkpoint.trained import find_checkpoint
+from dist_sae.config import Run
+from dist_sae.index.layout import IndexFolder, IndexManifest, index_name
+from dist_sae.storage import ObjectStore, open_store
+from dist_sae.storage.records import read_record
+from dist_sae.training.waiting import await_until
+
+
+class IndexProgress(NamedTuple):
+    """What there is of an index."""
+
+    manifest: IndexManifest
+    units: int
+    """Units that are encoded."""
+    buckets: int
+    """Buckets that are merged."""
+    tidy: bool
+    """No codes are left, which are deleted last."""
+
+    def is_complete(self, run: Run, step: int) -> bool:
+        """True if it is whole, and what the run file asks for."""
+        there = self.manifest
+        asked = there.step == step and there.settings == run.index.deciding()
+        return asked and self.tidy and self.buckets == there.n_buckets
+
+
+def index_progress(runs: ObjectStore, run: Run, step: int) -> IndexProgress | None:
+    """What there is of the index of a step; None if it has not begun."""
+    folder = IndexFolder(run.name, index_name(run, step))
+    if runs.size(folder.manifest) is None:
+        return None
+    return IndexProgress(
+        read_record(IndexManifest, runs, folder.manifest),
+        len(set(folder.units.numbers(runs))),
+        len(set(folder.buckets.numbers(runs))),
+        next(iter(runs.keys(folder.codes)), None) is None,
+    )
+
+
+def is_indexed(run: Run, stopping: threading.Event | None = None) -> bool:
+    """True if the run's newest checkpoint has its index."""
+    runs = open_store(run.store.runs, run.store.s3, None, stopping)
+    checkpoint = find_checkpoint(runs, run, None)
+    if checkpoint is None:
+        return False
+    progress = index_progress(runs, run, checkpoint.step)
+    return (
+        progress is not None
+        and progress.manifest.checkpoint == checkpoint.digest
+        and progress.is_complete(run, checkpoint.step)
+    )
+
+
+def await_index(run: Run, stopping: threading.Event) -> None:
+    """Wait until the run's newest checkpoint has its index.
+
+    Raises:
+        Stopped: `stopping` was set first.
+    """
+    what = f"the index of {run.store.runs}/{run.name}"
+    await_until(what, lambda: is_indexed(run, stopping), stopping)

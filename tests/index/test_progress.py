@@ -1,0 +1,47 @@
+"""How far an index is, told without making it."""
+
+import threading
+from pathlib import Path
+
+from dist_sae.index.layout import IndexFolder, index_name
+from dist_sae.index.progress import index_progress, is_indexed
+from dist_sae.storage import open_store
+from tests.index.indexed import add_checkpoint, make_index, produced
+
+
+def test_an_index_is_complete_with_all_buckets_for_the_settings_and_the_checkpoint(
+    tmp_path: Path,
+) -> None:
+    run = produced(tmp_path)
+    assert not is_indexed(run)  # no checkpoint
+    add_checkpoint(run, step=3)
+    assert not is_indexed(run)
+    made = make_index(run)
+    assert is_indexed(run, threading.Event())
+    workers = run.model_copy(update={"index": run.index.model_copy(update={"workers": 9})})
+    assert is_indexed(workers)
+    fewer = run.model_copy(update={"index": run.index.model_copy(update={"examples": 5})})
+    assert not is_indexed(fewer)
+    named = run.model_copy(update={"index": run.index.model_copy(update={"name": "mine"})})
+    assert not is_indexed(named)
+
+    store, folder = open_store(run.store.runs), IndexFolder(run.name, index_name(run, 3))
+    there = index_progress(store, run, 3)
+    assert there is not None
+    assert (there.units, there.buckets, there.tidy) == (made["units"], 1, True)
+    store.put(f"{folder.codes}x.bin", b"")  # a worker died before it had deleted all
+    assert not is_indexed(run)
+    store.delete(f"{folder.codes}x.bin")
+    assert is_indexed(run)
+    store.delete(folder.buckets.key(0))
+    assert not is_indexed(run)
+
+
+def test_the_index_of_another_checkpoint_does_not_count(tmp_path: Path) -> None:
+    run = produced(tmp_path, index={"name": "mine"})
+    add_checkpoint(run, step=3)
+    make_index(run)
+    assert is_indexed(run)
+    add_checkpoint(run, step=4)
+    assert not is_indexed(run)
+    assert index_progress(open_store(run.store.runs), run, 4) is not None
