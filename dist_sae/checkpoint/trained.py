@@ -58,12 +58,25 @@ class Trained(NamedTuple):
         Raises:
             PlanMismatchError: The run was trained on another set.
         """
-        store = self.run.store
-        if self.checkpoint.scalars["plan"] != plan:
-            raise PlanMismatchError(
-                f"{store.runs}/{self.run.name}: was trained on another activation set than "
-                f"{store.activations}; restore store.activations"
-            )
+        check_plan(self.run, self.checkpoint, plan)
+
+
+def check_plan(run: Run, checkpoint: Checkpoint, plan: str) -> None:
+    """Make sure that a run was trained on the activation set with this plan.
+
+    Args:
+        run: The run, with its stores.
+        checkpoint: Of the run.
+        plan: Hash of the plan.
+
+    Raises:
+        PlanMismatchError: It was trained on another set.
+    """
+    if checkpoint.scalars["plan"] != plan:
+        raise PlanMismatchError(
+            f"{run.store.runs}/{run.name}: was trained on another activation set than "
+            f"{run.store.activations}; restore store.activations"
+        )
 
 
 def read_trained(runs: ObjectStore, run: Run, step: int | None = None) -> Trained | None:

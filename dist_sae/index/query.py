@@ -16,11 +16,13 @@ from dist_sae.errors import ConfigError, LatentNotFoundError, NoIndexError
 from dist_sae.index.layout import (
     PAIRS,
     POSTINGS,
+    ROWS,
     TOP,
     BucketRecord,
     IndexFolder,
     IndexManifest,
     Stored,
+    UnitRecord,
     names,
     read_table,
 )
@@ -134,6 +136,7 @@ class Index:
         self.place = f"{runs.url}/{self.folder.prefix.rstrip('/')}"
         """Path or URL of the index."""
         self._record = lru_cache(maxsize=None)(self._read_bucket)
+        self.origins = lru_cache(_OPEN_TABLES)(self._read_origins)
         self._table = lru_cache(_OPEN_TABLES)(lambda stored: LatentTable(runs, stored))
 
     @property
@@ -212,11 +215,22 @@ class Index:
         for bucket in range(self.manifest.n_buckets):
             yield read_table(self._store, self._record(bucket).examples, columns)
 
+    def _read_origins(self, unit: int) -> pa.Table:
+        """Read token, position and document of a unit's rows: a table of `ROWS`."""
+        record = read_record(UnitRecord, self._store, self.folder.units.key(unit))
+        return read_table(self._store, record.origin) if record.origin else ROWS.empty_table()
+
     @cached_property
     def firings(self) -> NDArray[np.int64]:
         """Firings of each latent, [n_latents]."""
         parts = [table["firings"].to_numpy() for table in self.latents(["firings"])]
         return np.concatenate(parts)
+
+    @cached_property
+    def rows(self) -> int:
+        """Rows that were indexed; 0 if no latent fires."""
+        densest = self.latent(int(self.firings.argmax()))
+        return round(densest.firings / densest.density) if densest.firings else 0
 
     def denser_than(self, page: LatentPage) -> float:
         """Share of the latents that fire on fewer rows than this one."""

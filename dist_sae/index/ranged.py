@@ -47,7 +47,7 @@ class LatentTable:
             CorruptObjectError: What was read is damaged, or the object is gone.
         """
         with self._lock:
-            groups = [i for i, (first, last) in enumerate(self._spans) if first <= latent <= last]
+            groups = [i for i, span in self._spans.items() if latent in span]
         if not groups:
             yield self._footer.schema.to_arrow_schema().empty_table()
         for group in groups:
@@ -59,11 +59,11 @@ class LatentTable:
         return self._parsed(self._read_footer)
 
     @cached_property
-    def _spans(self) -> list[tuple[int, int]]:
-        """First and last latent of each row group."""
-        groups = map(self._footer.row_group, range(self._footer.num_row_groups))
-        found = [group.column(0).statistics for group in groups]
-        return [(statistics.min, statistics.max) for statistics in found]
+    def _spans(self) -> dict[int, range]:
+        """Latents of each row group; an empty table has one without any."""
+        groups = {i: self._footer.row_group(i) for i in range(self._footer.num_row_groups)}
+        found = {i: group.column(0).statistics for i, group in groups.items() if group.num_rows}
+        return {i: range(statistics.min, statistics.max + 1) for i, statistics in found.items()}
 
     def _read_footer(self) -> pq.FileMetaData:
         size = self._stored.bytes

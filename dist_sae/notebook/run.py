@@ -5,8 +5,6 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, overload
 
-import torch
-
 from dist_sae.checkpoint import folder
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.checkpoint.trained import none_yet, read_trained
@@ -16,10 +14,10 @@ from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.plan import PLAN_KEY, Plan, as_planned, load_plan
 from dist_sae.data.upkeep import urls
 from dist_sae.errors import ArgumentError, ConfigError
+from dist_sae.index.texts import Place, Texts, build_example
 from dist_sae.notebook.dictionary import RawDictionary
 from dist_sae.notebook.rows import RowBatch, find_units, read_rows
 from dist_sae.notebook.texts import Origin, RowText, TextReader
-from dist_sae.report.latents import Firings, Texts, build_example
 from dist_sae.storage import open_store
 
 if TYPE_CHECKING:
@@ -161,14 +159,14 @@ class OpenedRun:
             ModelError: The model's tokenizer is gone.
         """
         if isinstance(of, RowBatch):
-            rows = [of.units, of.tokens, of.positions, of.documents]
+            unit = int(of.units[row])
+            place = Place(*(int(c[row]) for c in (of.documents, of.positions, of.tokens)))
+            documents = of.documents[of.units == unit].tolist()
         else:
-            rows = [torch.tensor([n]) for n in (of.unit, of.token, of.position, of.document)]
-        units, tokens, positions, documents = rows
-        self._texts.read(int(units[row]), documents[units == units[row]].tolist())
-        place = (int(documents[row]), int(positions[row]))
-        firings = Firings(units, tokens, positions, documents, *3 * (units[:0],))
-        example = build_example(row, firings, {place: 0.0}, self._texts)
+            unit, place = of.unit, Place(of.document, of.position, of.token)
+            documents = [of.document]
+        self._texts.read(unit, documents)
+        example = build_example(place, {place[:2]: 0.0}, self._texts)
         pieces = [token.text for token in example.tokens]
         before, after = pieces[: example.peak], pieces[example.peak + 1 :]
         return RowText("".join(before), pieces[example.peak], "".join(after))

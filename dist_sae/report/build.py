@@ -6,16 +6,22 @@ from datetime import UTC, datetime
 from typing import Any
 
 from dist_sae.checkpoint.folder import begun_run
+from dist_sae.checkpoint.layout import Checkpoint
 from dist_sae.checkpoint.lineage import Lineage
-from dist_sae.checkpoint.trained import Trained, check_own, find_checkpoint, suffix, use_trained
+from dist_sae.checkpoint.trained import (
+    check_own,
+    check_plan,
+    find_checkpoint,
+    suffix,
+    trained_run,
+)
 from dist_sae.config import Run, dump_run
 from dist_sae.config.data import HuggingFaceModel, ModelConfig
 from dist_sae.config.fingerprint import run_fingerprint
 from dist_sae.config.sae import CountsLatentsConfig
-from dist_sae.data.activation_set import ActivationSet
-from dist_sae.data.plan import load_plan
+from dist_sae.data.plan import Plan, load_plan
 from dist_sae.environment import hardware, versions
-from dist_sae.errors import CorpusError, ModelError, ObjectNotFoundError
+from dist_sae.errors import CorpusError, ModelError, NoIndexError, ObjectNotFoundError
 from dist_sae.evaluation.cache import fingerprint
 from dist_sae.evaluation.subject import (
     evaluation_key,
@@ -24,10 +30,13 @@ from dist_sae.evaluation.subject import (
     subject,
     training_seconds,
 )
-from dist_sae.report.latents import LatentView, view_latents
+from dist_sae.index.query import Index
+from dist_sae.index.texts import Texts
+from dist_sae.report.latents import LatentView, choose_latents, view_latents
 from dist_sae.report.page import Page, render_page
 from dist_sae.report.shown import duration
 from dist_sae.storage import UNMETERED, Meter, ObjectStore, open_store
+from dist_sae.storage.records import digest
 from dist_sae.telemetry.history import read_history
 from dist_sae.training.void import void_settings
 
@@ -67,40 +76,39 @@ def report(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
     evaluation = read_evaluation(runs, evaluation_key(run.name, name_suffix))
     history = read_history(runs, run.name)
     made = produced(activations, plan)
+    index = _open_index(runs, run, checkpoint)
     made_from = fingerprint(
-        [checkpoint and checkpoint.digest, evaluation, history, made, dump_run(run), versions()]
+        [
+            checkpoint and checkpoint.digest,
+            index if isinstance(index, str) else digest(index.manifest),
+            *(evaluation, history, made, dump_run(run), versions()),
+        ]
     )
     key = report_key(run, name_suffix)
     if _is_there(runs, key, made_from):
         logger.info("the report says this already: %s/%s", runs.url, key)
         return f"{runs.url}/{key}"
     resolved = plan.resolve(run)  # not before: a run keeps the numbers that it began with
-    activation_set = ActivationSet(activations, plan, resolved.site, wait=False)
-
-    def write(trained: Trained | None) -> str:
-        if trained is not None:
-            trained.check_plan(plan.hash)
-        own = trained.run if trained else resolved
-        facts = subject(own, plan, made, trained.checkpoint if trained else None)
-        latents, latent_rows, no_latents = _latents(resolved, activation_set, trained)
-        page = Page(
-            title=run.name,
-            facts=list(_facts(resolved, trained, history, facts)),
-            run_file=_RUN_FILE,
-            made_from=made_from,
-            evaluation=evaluation,
-            history=history,
-            producer_seconds=made["seconds"],
-            void_settings=void_settings(own, plan),
-            latents=latents,
-            latent_rows=latent_rows,
-            no_latents=no_latents,
-        )
-        runs.put(key, render_page(page).encode())
-        return f"{runs.url}/{key}"
-
-    memory_bytes = run.evaluate.memory_bytes
-    return use_trained(runs, run, step, write, memory_bytes=memory_bytes) or write(None)
+    own = resolved
+    if checkpoint is not None:
+        own = trained_run(checkpoint, run)
+        check_plan(own, checkpoint, plan.hash)
+    views, no_texts = _latents(resolved, index, plan)
+    page = Page(
+        title=run.name,
+        facts=list(_facts(own, checkpoint, history, subject(own, plan, made, checkpoint))),
+        run_file=_RUN_FILE,
+        made_from=made_from,
+        evaluation=evaluation,
+        history=history,
+        producer_seconds=made["seconds"],
+        void_settings=void_settings(own, plan),
+        latents=views,
+        latent_rows=0 if isinstance(index, str) else index.rows,
+        no_latents=no_texts,
+    )
+    runs.put(key, render_page(page).encode())
+    return f"{runs.url}/{key}"
 
 
 def report_key(run: Run, name_suffix: str = "") -> str:
@@ -116,28 +124,39 @@ def _is_there(runs: ObjectStore, key: str, made_from: str) -> bool:
         return False
 
 
-def _latents(
-    run: Run, activation_set: ActivationSet, trained: Trained | None
-) -> tuple[list[LatentView], int, str]:
-    """Latents, the number of rows read for them, and the reason if there are none."""
-    if trained is None:
-        return [], 0, f"No checkpoint yet: run dist-sae train {_RUN_FILE}, {_AGAIN}"
+def _open_index(runs: ObjectStore, run: Run, checkpoint: Checkpoint | None) -> Index | str:
+    """The index of a checkpoint, or the reason if there is none."""
+    if checkpoint is None:
+        return f"No checkpoint yet: run dist-sae train {_RUN_FILE}, {_AGAIN}"
     try:
-        views, rows = view_latents(run, activation_set, trained.pages, trained.scale)
-    except (CorpusError, ModelError) as error:  # numbers and curves need no text
-        return [], 0, f"The text cannot be shown: {error}"
-    if not rows:
-        return [], 0, f"No activations there: run dist-sae produce {_RUN_FILE}, {_AGAIN}"
-    return views, rows, f"No latent fires often enough in {rows} rows to be shown."
+        index = Index(runs, run.name, step=checkpoint.step)
+    except NoIndexError as error:
+        logger.info("the report has no latents: %s", error)
+        return f"No latent index of this checkpoint: run dist-sae index {_RUN_FILE}, {_AGAIN}"
+    if index.manifest.checkpoint != checkpoint.digest:
+        return f"The latent index is of another checkpoint: give it a new index.name, {_AGAIN}"
+    return index
+
+
+def _latents(run: Run, index: Index | str, plan: Plan) -> tuple[list[LatentView], str]:
+    """Latents, and why there are none or they have no texts."""
+    if isinstance(index, str):
+        return [], index
+    chosen = choose_latents(index.firings, run.evaluate.latents, run.train.seed)
+    if not chosen:
+        return [], f"No latent fires often enough in {index.rows:,} rows to be shown."
+    try:
+        return view_latents(index, chosen, Texts(run, plan)), ""
+    except (CorpusError, ModelError) as error:  # numbers need no text
+        return view_latents(index, chosen, None), f"The text cannot be shown: {error}"
 
 
 def _facts(
-    run: Run,
-    trained: Trained | None,
+    own: Run,
+    checkpoint: Checkpoint | None,
     history: Sequence[Mapping[str, Any]],
     facts: Mapping[str, Any],
 ) -> Iterator[tuple[str, str]]:
-    own = run if trained is None else trained.run
     yield "Model", _model(own.model)
     yield "Site", own.site
     yield "Corpus", own.corpus.label
@@ -148,20 +167,20 @@ def _facts(
     if isinstance(own.sae, CountsLatentsConfig):
         auxk, weight = own.sae.auxk, own.sae.auxk_coefficient
         yield "AuxK", f"{auxk:,} latents, weight {weight:.3g}" if auxk else "off"
-    if trained is None:
+    if checkpoint is None:
         yield "Checkpoint", "none yet"
     else:
         passes = f", {facts['passes']:.3g} passes" if "passes" in facts else ""
-        yield "Activation width", f"{len(trained.mean):,}"
+        yield "Activation width", f"{len(checkpoint.scalars['mean']):,}"
         again = facts.get("repeated_rows")
         repeated = f"; {again:,} were read again, for streams had ended early" if again else ""
         yield "Rows trained", f"{facts['trained_rows']:,} of {own.rows:,}{passes}{repeated}"
-        yield "Checkpoint", f"step {trained.step:,} of {own.steps:,}"
-        if (lineage := Lineage.from_scalars(trained.checkpoint.scalars)).ancestors:
+        yield "Checkpoint", f"step {checkpoint.step:,} of {own.steps:,}"
+        if (lineage := Lineage.from_scalars(checkpoint.scalars)).ancestors:
             rows = lineage.rows + facts["trained_rows"]
             yield "Goes on from", lineage.describe()
             yield "Rows with those before", f"{rows:,}"
-        yield "Time in training", duration(training_seconds(history, trained.step))
+        yield "Time in training", duration(training_seconds(history, checkpoint.step))
     yield "Batch", f"{own.train.batch_rows:,} rows, peak learning rate {own.lr:.3g}"
     yield "Seeds", f"{own.train.seed} (dictionary), {own.activations.seed} (order of rows)"
     yield "Plan", facts["plan"][:16]

@@ -67,9 +67,9 @@ class Page(NamedTuple):
     """Settings that have no effect in this run, and why."""
     latents: Sequence[LatentView]
     latent_rows: int
-    """Number of rows that were searched for examples."""
+    """Rows of the index."""
     no_latents: str
-    """Why no latents are shown; empty if some are."""
+    """Why no latents are shown, or only their numbers; else empty."""
 
 
 def render_page(page: Page) -> str:
@@ -98,6 +98,7 @@ def render_page(page: Page) -> str:
         times=_times(page),
         densities=Markup(_densities(page)),
         palette=_PALETTE,
+        shown_latents={view.page.latent for view in page.latents},
     )
 
 

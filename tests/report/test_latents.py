@@ -5,12 +5,12 @@ from typing import Any
 
 import pytest
 import tokenizers
-import torch
 import transformers
 
 from dist_sae.config.data import HuggingFaceModel
+from dist_sae.errors import CorpusError
+from dist_sae.index.texts import Place, Token, build_example
 from dist_sae.models.loading import load_tokenizer
-from dist_sae.report.latents import Firings, Token, build_example
 
 TEXT = "a\u00e9\u201c\U0001f600b"  # of 1, 2, 3, 4 and 1 bytes
 
@@ -42,13 +42,16 @@ def test_a_character_has_one_highlight(tokenizer: Any) -> None:
     text = 8 * "xyz" + TEXT
     (ids,) = tokenizer([text])
     peak = ids.index(tokenizer([TEXT])[0][7])  # the second byte of the last character of four
-    zeros = torch.zeros(len(ids), dtype=torch.int32)
-    firings = Firings(
-        zeros, torch.tensor(ids).int(), torch.arange(len(ids)).int(), zeros, zeros, zeros, zeros
-    )
     texts: Any = SimpleNamespace(tokens=lambda _: ids, tokenizer=tokenizer, context_tokens=1000)
     known = {(0, peak): 2.0, (0, peak + 1): 1.0}
-    example = build_example(peak, firings, known, texts)
+    example = build_example(Place(0, peak, ids[peak]), known, texts)
     assert example.tokens[example.peak] == Token("\U0001f600", 2.0, in_context=True)
     assert [token.text for token in example.tokens if token.act] == ["\U0001f600"]
     assert text.endswith("".join(token.text for token in example.tokens))
+
+
+def test_an_example_is_refused_when_the_text_is_another() -> None:
+    texts: Any = SimpleNamespace(tokens=lambda _: [5, 6, 7], tokenizer=None, context_tokens=8)
+    for place in (Place(0, 1, 7), Place(0, 3, 7)):
+        with pytest.raises(CorpusError, match="is not the text that the activations"):
+            build_example(place, {(0, place.position): 1.0}, texts)

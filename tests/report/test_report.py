@@ -3,9 +3,9 @@ import re
 from collections.abc import Sequence
 from html.parser import HTMLParser
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -14,23 +14,18 @@ from dist_sae.config import Run
 from dist_sae.config.fingerprint import run_fingerprint
 from dist_sae.data.plan import Plan, load_plan
 from dist_sae.data.shard import SiteRows, UnitManifest, manifest_key, write_shard
-from dist_sae.errors import CorpusError
+from dist_sae.index.query import Coactive, LatentPage, Near
+from dist_sae.index.texts import Example, Token
 from dist_sae.producing.planner import plan
 from dist_sae.report.build import report
 from dist_sae.report.charts import Line, Mark, render_lines, short
-from dist_sae.report.latents import (
-    Example,
-    Firings,
-    LatentView,
-    Token,
-    choose_latents,
-    view_latents,
-)
+from dist_sae.report.latents import LatentView, choose_latents
 from dist_sae.report.page import Page, render_page
 from dist_sae.report.shown import shown
 from dist_sae.storage import open_store
 from dist_sae.storage.records import seal
 from dist_sae.telemetry.metric import DENSITIES
+from tests.index.indexed import make_index
 from tests.world import save
 
 EVALUATION: dict[str, Any] = {
@@ -113,7 +108,25 @@ def make_page(evaluation: dict[str, Any] | None = None, latents: Sequence[Latent
 
 def one_latent(texts: Sequence[str], acts: Sequence[float], peak: int) -> LatentView:
     tokens = [Token(text, act, in_context=True) for text, act in zip(texts, acts, strict=True)]
-    return LatentView(3, 9, 0.25, max(acts), [9], [Example(acts[peak], 0, peak, tokens, peak)])
+    page = LatentPage(
+        latent=3,
+        firings=9,
+        density=0.25,
+        mean=1.0,
+        max=max(acts),
+        deciles=(1.0,) * 9,
+        histogram=(9,),
+        decoder_norm=1.0,
+        encoder_norm=1.0,
+        encoder_bias=0.0,
+        nearest=(Near(3, 0.875), Near(8, 0.5)),
+        top_tokens=(),
+        bottom_tokens=(),
+        examples=(),
+        coactive=(Coactive(9, 5, 1.0, 0.25),),
+    )
+    example = Example(acts[peak], 0, peak, tokens, peak)
+    return LatentView(page, 0.75, [example], {}, [(" up<b>", 2.0)], [(" down", -1.0)])
 
 
 def test_page_escapes_html_in_texts_and_facts() -> None:
@@ -169,6 +182,20 @@ def test_page_outlines_the_token_of_the_example_and_colours_by_activation() -> N
     strengths = [float((a["style"] or "").removeprefix("--a:")) for a, _ in marks]
     # .9 at the maximum and linear below: 1/4, 4/4 and 2/4 of it, to two digits
     assert strengths == pytest.approx([0.225, 0.9, 0.45], abs=0.0051)
+
+
+def test_page_says_what_a_latent_is_near_to_and_what_it_raises() -> None:
+    page = render_page(make_page(latents=[one_latent([" a"], [1.0], 0)]))
+    elements = Elements(page)
+    assert [text for _, text in elements.all("span", "word")] == [" up<b>", " down"]
+    found = {
+        key: " ".join(value.split())
+        for (_, key), (_, value) in zip(elements.all("dt")[1:], elements.all("dd")[1:], strict=True)
+    }
+    assert found["nearest"] == "3 0.88 8 0.50"
+    assert found["coactive"] == "9 0.25"
+    assert [(a["href"], text) for a, text in elements.all("a")] == [("#latent-3", "3")]
+    assert "denser than 75 % of latents" in page
 
 
 def test_page_is_one_file() -> None:
@@ -277,7 +304,7 @@ def test_short_is_short(value: float, text: str) -> None:
 
 
 def test_chosen_latents_fire_and_span_the_densities() -> None:
-    counts = torch.tensor([0, 3, 10, 10, 10, 100, 1000, 10_000])
+    counts = np.array([0, 3, 10, 10, 10, 100, 1000, 10_000])
     chosen = choose_latents(counts, 4, seed=0)
     assert [int(counts[latent]) for latent in chosen] == [10_000, 1000, 100, 10]
     assert chosen == choose_latents(counts, 4, seed=0)
@@ -341,6 +368,9 @@ def test_report_outlines_the_row_with_the_highest_activation(run: Run) -> None:
     for unit in range(len(made.units)):
         store_unit(run, made, unit)
     save_identity(run)
+    without = Path(report(run)).read_text()
+    assert "No latent index of this checkpoint: run dist-sae index RUN.yaml" in without
+    make_index(run)
     place = Path(report(run))
     assert place == Path(run.store.runs) / "tiny" / "report" / "report.html"
     elements = Elements(place.read_text())
@@ -355,17 +385,6 @@ def test_report_outlines_the_row_with_the_highest_activation(run: Run) -> None:
     unseen = [int(text) % 16 for _, text in elements.all("span", "unseen")]
     assert unseen
     assert max(unseen) < 8
-
-
-def test_latents_are_of_as_many_entries_as_fit(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each row has one; the rest of the block and the next ones are left."""
-    made = plan(run)
-    for unit in range(len(made.units)):
-        store_unit(run, made, unit)
-    save_identity(run)
-    monkeypatch.setattr("dist_sae.report.latents.MOST_ENTRIES", 40)
-    monkeypatch.setattr("dist_sae.report.latents.ENCODE_ROWS", 4)
-    assert "with the texts among 40 rows" in Path(report(run)).read_text()
 
 
 def test_report_says_what_is_missing_before_anything_ran(run: Run) -> None:
@@ -396,26 +415,10 @@ def test_report_names_what_makes_the_dictionary_sparse(
     assert f"<dd>{sae['kind']}, 4 latents, {shown}</dd>" in page
 
 
-def test_report_does_not_wait_for_units_that_are_not_there(run: Run) -> None:
+def test_report_needs_neither_units_nor_the_dictionary(run: Run) -> None:
     plan(run)
     save_identity(run)
+    for path in Path(run.store.runs).rglob("W_*.safetensors"):
+        path.unlink()
     said = Elements(Path(report(run)).read_text()).all("p", "missing")[-1][1]
-    assert "dist-sae produce" in said
-
-
-def test_examples_are_refused_when_the_text_is_another(
-    run: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made = load_plan(open_store(run.store.activations), run) if plan(run) else None
-    wrong = Firings(
-        units=torch.zeros(9).int(),
-        tokens=torch.full((9,), -1),
-        positions=torch.arange(9),
-        documents=torch.full((9,), made.units[0][0].first if made else 0),
-        acts=torch.ones(9),
-        latents=torch.zeros(9).int(),
-        rows=torch.arange(9).int(),
-    )
-    monkeypatch.setattr("dist_sae.report.latents.read_firings", lambda *_: wrong)
-    with pytest.raises(CorpusError, match="not the text"):
-        view_latents(run, SimpleNamespace(plan=made), None, 1.0)  # type: ignore[arg-type]
+    assert "dist-sae index" in said

@@ -1,0 +1,118 @@
+"""Texts around rows, with a latent's activations."""
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import NamedTuple
+
+from dist_sae.config import Run
+from dist_sae.data.corpus import Corpus
+from dist_sae.data.plan import Plan, as_planned, read_unit
+from dist_sae.errors import CorpusError
+from dist_sae.models import Tokenizer, build_tokenizer
+
+CONTEXT_TOKENS = 24
+"""Tokens shown on either side."""
+_CHARACTER_TOKENS = 3  # a character has at most four bytes in UTF-8, each perhaps a token
+
+
+class Place(NamedTuple):
+    """A token of the corpus."""
+
+    document: int
+    position: int
+    token: int
+
+
+class Token(NamedTuple):
+    """A token's text and the latent's activation on it."""
+
+    text: str
+    act: float
+    """Activation; 0 also if the row is not in the activation set."""
+    in_context: bool
+    """True if the token is in the example's context."""
+
+
+class Example(NamedTuple):
+    """One firing, with the text around it."""
+
+    act: float
+    document: int
+    position: int
+    tokens: list[Token]
+    peak: int
+    """Index in `tokens` of the token with the activation."""
+
+
+class Texts:
+    """The tokens of documents, as text.
+
+    Args:
+        run: The run.
+        plan: Its plan, which knows where every document lies.
+    """
+
+    def __init__(self, run: Run, plan: Plan) -> None:
+        run = as_planned(run, plan)
+        self.tokenizer: Tokenizer = build_tokenizer(run)
+        has_bos = run.activations.prepend_bos and self.tokenizer.bos is not None
+        self.context_tokens = run.activations.context_tokens - has_bos
+        self._plan = plan
+        self._corpus = Corpus(run.corpus, run.store.s3)
+        self._known: dict[int, list[int]] = {}
+
+    def read(self, unit: int, documents: Iterable[int]) -> None:
+        """Add the documents of a unit."""
+        wanted = set(documents) - self._known.keys()
+        if not wanted:
+            return
+        found = [d for d in read_unit(self._corpus, self._plan, unit) if d.number in wanted]
+        for document, ids in zip(found, self.tokenizer([d.text for d in found]), strict=True):
+            self._known[document.number] = ids
+
+    def tokens(self, document: int) -> list[int]:
+        """Token ids of an added document."""
+        return self._known.get(document, [])
+
+
+def build_example(
+    place: Place, known: Mapping[tuple[int, int], float], texts: Texts, reach: int = CONTEXT_TOKENS
+) -> Example:
+    """Build the text around a token, with the latent's activations.
+
+    Args:
+        place: The text's peak.
+        known: Activations of the latent by (document, position).
+        texts: Has read the document.
+        reach: Tokens on either side.
+
+    Raises:
+        CorpusError: The document is not the one that the activations were made from.
+    """
+    document, position, token = place
+    ids = texts.tokens(document)
+    if position >= len(ids) or ids[position] != token:
+        raise CorpusError(
+            f"corpus: document {document} is not the text that the activations were made from; "
+            f"restore the files that the plan names"
+        )
+    start = max(0, position - reach)
+    window = range(start, min(len(ids), position + reach + 1))
+    context = position // texts.context_tokens
+    tokens: list[Token] = []
+    peak = 0
+    for number, text in zip(window, _texts(ids, window, texts.tokenizer), strict=True):
+        act = known.get((document, number), 0.0)
+        if text or not tokens:
+            tokens.append(Token(text or "\ufffd", act, number // texts.context_tokens == context))
+        else:  # its text is part of the token before
+            tokens[-1] = tokens[-1]._replace(act=max(tokens[-1].act, act))
+        if number == position:
+            peak = len(tokens) - 1
+    return Example(known[document, position], document, position, tokens, peak)
+
+
+def _texts(ids: Sequence[int], window: range, tokenizer: Tokenizer) -> list[str]:
+    """Text of each token; characters that cross the ends of the window are whole."""
+    first = max(0, window.start - _CHARACTER_TOKENS)
+    found = tokenizer.text(ids[first : window.stop + _CHARACTER_TOKENS])
+    return found[window.start - first :][: len(window)]

@@ -1,0 +1,332 @@
+"""Latents of an index in a terminal: as lines for people, and as JSON for programs."""
+
+import logging
+import re
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from dist_sae.config import Run
+from dist_sae.data.plan import load_plan
+from dist_sae.errors import ArgumentError, CorpusError, ModelError, PlanMismatchError
+from dist_sae.index.layout import TOP
+from dist_sae.index.query import Index, LatentPage
+from dist_sae.index.texts import Example, Texts
+from dist_sae.report.latents import LatentView, token_text, view_latents
+from dist_sae.storage import open_store
+
+logger = logging.getLogger(__name__)
+
+_SHOWN = 5  # latents of each group
+_TOKENS = 3  # of a latent in a list
+_LEAST_EXAMPLES = 8
+"""Largest activations that a latent must have to be found by its tokens."""
+_BOLD, _PLAIN = "\033[1m", "\033[0m"
+
+
+class Answer(NamedTuple):
+    """What a question to an index gives."""
+
+    content: Any
+    """As JSON types."""
+    lines: list[str]
+
+
+class Style(NamedTuple):
+    """How lines look."""
+
+    width: int = 100
+    bold: bool = False
+
+
+class Explorer:
+    """Asks the index of a run.
+
+    Args:
+        run: The run.
+        name: Of the index; None takes the complete one of the last step.
+        style: Of the lines.
+
+    Raises:
+        NoIndexError: There is none, or it is not complete.
+    """
+
+    def __init__(self, run: Run, name: str | None, style: Style) -> None:
+        self.index = Index(open_store(run.store.runs, run.store.s3), run.name, name)
+        self._run = run
+        self._style = style
+        self._texts = self._open_texts()
+
+    def overview(self) -> Answer:
+        """The densest latents, some by chance, and the rarest of those that fire."""
+        firings = self.index.firings
+        alive = np.flatnonzero(firings)
+        order = alive[np.argsort(-firings[alive], kind="stable")]
+        chance = np.random.default_rng(self._run.train.seed).permutation(order)
+        groups = {
+            "densest": order[:_SHOWN].tolist(),
+            "by chance": chance[:_SHOWN].tolist(),
+            "rarest": order[max(0, len(order) - _SHOWN) :].tolist(),
+        }
+        pages = {name: self._pages(latents) for name, latents in groups.items()}
+        never = len(firings) - len(alive)
+        lines = [
+            f"{self.index.place}: {len(firings):,} latents, {never:,} of them never fire",
+            *(line for name in pages for line in (f"{name}:", *map(self._short, pages[name]))),
+        ]
+        groups_as_json = {name: list(map(self._brief, pages[name])) for name in pages}
+        content = {"latents": len(firings), "never_fired": never, **groups_as_json}
+        return Answer({"index": self.index.place, **content}, lines)
+
+    def latents(self, latents: Sequence[int]) -> Answer:
+        """All about some latents.
+
+        Raises:
+            LatentNotFoundError: There is no such latent.
+        """
+        views = self._view(latents)
+        lines = [line for view in views for line in (*self._full(view), "")]
+        return Answer([_as_json(view) for view in views], lines[:-1])
+
+    def like(self, latent: int) -> Answer:
+        """The latents nearest to one by decoder direction, and those most coactive.
+
+        Raises:
+            LatentNotFoundError: There is no such latent.
+        """
+        page = self.index.latent(latent)
+        nearest = {near.latent: near.cosine for near in page.nearest[: 2 * _SHOWN]}
+        coactive = {other.latent: other.phi for other in page.coactive[: 2 * _SHOWN]}
+        content: dict[str, Any] = {"latent": self._brief(page)}
+        lines = [self._short(page)]
+        for name, measure, found in (
+            ("nearest", "cosine", nearest),
+            ("coactive", "phi", coactive),
+        ):
+            pages = self._pages(list(found))
+            content[name] = [self._brief(p) | {measure: found[p.latent]} for p in pages]
+            lines.append(f"{name} ({measure}):" if pages else f"{name}: none in the index")
+            lines += [f"{found[p.latent]:6.3f} {self._short(p)}" for p in pages]
+        return Answer(content, lines)
+
+    def with_token(self, text: str) -> Answer:
+        """Latents whose largest activations are on one token.
+
+        Raises:
+            ArgumentError: The text is not one token of the model.
+            ModelError: The tokenizer is not at hand.
+        """
+        texts = self._needed_texts()
+        (ids,) = texts.tokenizer([text])
+        if len(ids) != 1:
+            pieces = ", ".join(f'"{piece}"' for piece in texts.tokenizer.text(ids)) or "none"
+            raise ArgumentError(
+                f'--token: "{text}" is not one token of the model but {len(ids)}: {pieces}'
+            )
+        return self._matching(lambda token: token == ids[0], f'"{text}"')
+
+    def with_regex(self, pattern: str) -> Answer:
+        """Latents whose largest activations are on tokens that a regular expression finds.
+
+        Raises:
+            ArgumentError: It is not one.
+            ModelError: The tokenizer is not at hand.
+        """
+        try:
+            compiled = re.compile(pattern)
+        except re.error as exc:
+            raise ArgumentError(f"--regex: {pattern!r} is not a regular expression: {exc}") from exc
+        texts = self._needed_texts()
+        return self._matching(
+            lambda token: compiled.search(token_text(token, texts)) is not None, f"/{pattern}/"
+        )
+
+    def _matching(self, matches: Callable[[int], bool], what: str) -> Answer:
+        known: dict[int, bool] = {}
+        hits = np.zeros(self.index.n_latents, np.int64)
+        all_ = np.zeros_like(hits)
+        for table in self.index.all_examples(["latent", "decile", "token"]):
+            latents, deciles, tokens = (c.to_numpy() for c in table.columns)
+            latents, tokens = latents[deciles == TOP], tokens[deciles == TOP]
+            present, place = np.unique(tokens, return_inverse=True)
+            known |= {token: matches(token) for token in present.tolist() if token not in known}
+            hit = np.array([known[token] for token in present.tolist()], dtype=bool)
+            hits += np.bincount(latents[hit[place]], minlength=len(hits))
+            all_ += np.bincount(latents, minlength=len(hits))
+        able = np.flatnonzero((hits > 0) & (all_ >= _LEAST_EXAMPLES))
+        order = able[np.lexsort((able, -hits[able], -hits[able] / all_[able]))]
+        best = order[: 4 * _SHOWN].tolist()
+        pages = self._pages(best)
+        lines = [
+            f"{len(able):,} latents have {what} among the tokens of their largest activations "
+            f"(of those with at least {_LEAST_EXAMPLES})"
+        ]
+        content = []
+        for page in pages:
+            n, of = int(hits[page.latent]), int(all_[page.latent])
+            lines.append(f"{n} of {of}  {self._short(page).strip()}")
+            content.append({**self._brief(page), "share": n / of, "examples": of})
+        return Answer({"matching": len(able), "latents": content}, lines)
+
+    def _open_texts(self) -> Texts | None:
+        try:
+            plan = load_plan(open_store(self._run.store.activations, self._run.store.s3), self._run)
+            return Texts(self._run, plan)
+        except (CorpusError, ModelError, PlanMismatchError) as error:
+            self._problem = error
+            logger.warning("texts are left out: %s", error)
+            return None
+
+    def _needed_texts(self) -> Texts:
+        if self._texts is None:
+            raise ModelError(f"tokens cannot be read: {self._problem}")
+        return self._texts
+
+    def _view(self, latents: Sequence[int]) -> list[LatentView]:
+        try:
+            return view_latents(self.index, latents, self._texts, 2 * _SHOWN)
+        except CorpusError as error:
+            logger.warning("texts are left out: %s", error)
+            return view_latents(self.index, latents, None)
+
+    def _pages(self, latents: Sequence[int]) -> list[LatentPage]:
+        return [self.index.latent(latent) for latent in latents]
+
+    def _fires_on(self, page: LatentPage) -> list[str]:
+        """The most frequent tokens of the largest activations."""
+        counts = Counter(example.token for example in page.largest)
+        return [token_text(token, self._texts) for token, _ in counts.most_common(_SHOWN)]
+
+    def _brief(self, page: LatentPage) -> dict[str, Any]:
+        return {
+            "latent": page.latent,
+            "firings": page.firings,
+            "density": page.density,
+            "max": page.max,
+            "fires_on": self._fires_on(page),
+            "raises": [token_text(output.token, self._texts) for output in page.top_tokens],
+        }
+
+    def _short(self, page: LatentPage) -> str:
+        brief = self._brief(page)
+        raises = _tokens(brief["raises"][:_TOKENS])
+        return (
+            f"{page.latent:9}  {100 * page.density:7.3g} %  max {page.max:<7.4g} "
+            f"on {_tokens(brief['fires_on'][:_TOKENS])}" + (f"  raises {raises}" if raises else "")
+        )
+
+    def _full(self, view: LatentView) -> Iterator[str]:
+        page = view.page
+        yield f"latent {page.latent}"
+        yield (
+            f"  fires     on {100 * page.density:.3g} % of rows ({page.firings:,} times), denser "
+            f"than {100 * view.denser_than:.3g} % of latents"
+        )
+        deciles = " ".join(f"{value:.3g}" for value in page.deciles)
+        yield f"  act       mean {page.mean:.4g}, max {page.max:.4g}, deciles {deciles}"
+        yield f"  histogram {_bars(page.histogram)} from 0 to the maximum"
+        yield (
+            f"  weights   decoder norm {page.decoder_norm:.3g}, encoder norm "
+            f"{page.encoder_norm:.3g}, encoder bias {page.encoder_bias:.3g}"
+        )
+        for name, outputs in (("raises", view.top_tokens), ("lowers", view.bottom_tokens)):
+            if outputs:
+                yield self._fit(f"  {name}   ", [f"{_quoted(t)} {x:.3g}" for t, x in outputs])
+        if page.nearest:
+            found = [f"{near.latent} {near.cosine:.2f}" for near in page.nearest]
+            yield self._fit("  nearest  ", found)
+        if page.coactive:
+            found = [f"{other.latent} {other.phi:.2f}" for other in page.coactive]
+            yield self._fit("  coactive ", found)
+        if view.examples:
+            yield "  largest activations"
+            yield from (f"  {self._example(example)}" for example in view.examples)
+        if view.sampled:
+            yield "  one from each tenth of its activations"
+            yield from (f"  {self._example(example)}" for example in view.sampled.values())
+
+    def _fit(self, line: str, items: Sequence[str]) -> str:
+        """A line with as many items as fit."""
+        for item in items:
+            if len(line) + 1 + len(item) > self._style.width:
+                break
+            line += f" {item} "
+        return line.rstrip()
+
+    def _example(self, example: Example) -> str:
+        """A line with the text around the peak, which is in brackets."""
+        before, peak, after = (
+            "".join(token.text for token in part)
+            for part in (
+                example.tokens[: example.peak],
+                example.tokens[example.peak : example.peak + 1],
+                example.tokens[example.peak + 1 :],
+            )
+        )
+        word = peak.lstrip(" ")
+        before, word, after = map(_one_line, (before + peak[: len(peak) - len(word)], word, after))
+        room = max(20, self._style.width - 16 - len(word))
+        after = after[: max(room // 3, room - len(before))]
+        before = before[max(0, len(before) - (room - len(after))) :]
+        on, off = (_BOLD, _PLAIN) if self._style.bold else ("", "")
+        return f"{example.act:9.4g}  {before}{on}[{word}]{off}{after}"
+
+
+def text_lines(found: Sequence[Any]) -> list[str]:
+    """Lines for the latents that are active on each token of a text."""
+    lines = []
+    for token, latents, acts in found:
+        pairs = "  ".join(f"{latent} {act:.3g}" for latent, act in zip(latents, acts, strict=True))
+        lines.append(f"{_quoted(token):20}  {pairs or '-'}")
+    return lines
+
+
+def _as_json(view: LatentView) -> dict[str, Any]:
+    page = view.page
+    return {
+        **page._asdict(),
+        "denser_than": view.denser_than,
+        "nearest": [each._asdict() for each in page.nearest],
+        "coactive": [each._asdict() for each in page.coactive],
+        "top_tokens": _ends(page.top_tokens, view.top_tokens),
+        "bottom_tokens": _ends(page.bottom_tokens, view.bottom_tokens),
+        "examples": [firing._asdict() for firing in page.examples],
+        "texts": [_text(example) for example in view.examples],
+        "decile_texts": {str(decile): _text(e) for decile, e in view.sampled.items()},
+    }
+
+
+def _ends(outputs: Sequence[Any], named: Sequence[tuple[str, float]]) -> list[dict[str, Any]]:
+    pairs = zip(outputs, named, strict=True)
+    return [{**output._asdict(), "text": text} for output, (text, _) in pairs]
+
+
+def _text(example: Example) -> dict[str, Any]:
+    return {
+        "act": example.act,
+        "document": example.document,
+        "position": example.position,
+        "tokens": [token.text for token in example.tokens],
+        "acts": [token.act for token in example.tokens],
+        "peak": example.peak,
+    }
+
+
+def _tokens(texts: Sequence[str]) -> str:
+    return " ".join(map(_quoted, texts))
+
+
+def _quoted(text: str) -> str:
+    return f'"{_one_line(text)}"'
+
+
+def _one_line(text: str) -> str:
+    """Text without control characters, which a terminal would obey."""
+    return "".join("\u21b5" if c == "\n" else c if c.isprintable() else "\ufffd" for c in text)
+
+
+def _bars(counts: Sequence[int]) -> str:
+    most = max(*counts, 1)
+    return "".join(chr(0x2580 + max(1, round(8 * n / most))) if n else " " for n in counts)
