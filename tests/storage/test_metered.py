@@ -1,13 +1,16 @@
 """Metrics of a store's operations."""
 
+from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import pytest
 
 from dist_sae.errors import ObjectNotFoundError, StoreError
 from dist_sae.storage import ObjectStore, open_store
+from dist_sae.storage.metered import MeteredStore
 from dist_sae.telemetry.exporter import Telemetry
 from tests.telemetry.scrape import values
+from tests.world import Wrapped
 
 PREFIX = "dist_sae_store_"
 
@@ -38,3 +41,16 @@ def test_operations_bytes_and_errors_of_a_folder_are_metered(tmp_path: Path) -> 
     assert counts == {"put": 4, "get": 2, "size": 1, "list": 2, "delete": 1}
     errors = {name[1]: n for name, n in found.items() if name[0] == f"{PREFIX}errors_total"}
     assert {error: n for error, n in errors.items() if n} == {"StoreError": 1}
+
+
+def test_bytes_of_a_write_that_begins_anew_count_once(tmp_path: Path) -> None:
+    class Twice(Wrapped):
+        def put_stream(self, key: str, content: Callable[[], Iterable[bytes]]) -> None:
+            assert next(iter(content())) == b"12"
+            self.inner.put_stream(key, content)
+
+    telemetry = Telemetry("run", "train", None)
+    store = MeteredStore(Twice(open_store(str(tmp_path))), telemetry)
+    store.put_stream("key", lambda: (b"12", b"345"))
+    assert store.get("key") == b"12345"
+    assert values(telemetry.render().decode())[f"{PREFIX}bytes_total", "out"] == 5
