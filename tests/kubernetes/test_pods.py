@@ -18,6 +18,7 @@ import torch
 
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.config import Run, load_run
+from dist_sae.index.progress import is_indexed
 from dist_sae.kubernetes.jobs import job_name, render_objects
 from dist_sae.storage import ObjectStore, open_store
 from dist_sae.telemetry.history import read_history
@@ -200,8 +201,15 @@ def test_pods_that_are_preempted_and_killed_change_nothing(runs: Runs, calm: Cal
     assert resumed_at(second[0]) == stopped_at
     second[0].kill()
 
+    index = runs.job(run, "index")
+    gone = index.active[0]
+    gone.preempt()
+
     cluster.wait(lambda: jobset.condition)
     assert jobset.condition == COMPLETED, cluster.story()
+    assert (index.ignored, index.counted) == ([gone], [])
+    assert len(index.succeeded) == 2
+    assert is_indexed(run)
     assert trainer.counted == [second[0]]
     assert exit_code(second[0]) == 137
     assert set(trainer.ignored) == {first[0], first[1], second[1]}
