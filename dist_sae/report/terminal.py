@@ -324,7 +324,8 @@ def _quoted(text: str) -> str:
 
 def _one_line(text: str) -> str:
     """Text without control characters, which a terminal would obey."""
-    return "".join("\u21b5" if c == "\n" else c if c.isprintable() else "\ufffd" for c in text)
+    plain = (" " if c.isspace() else c if c.isprintable() else "\ufffd" for c in text)
+    return "".join("\u21b5" if c == "\n" else shown for c, shown in zip(text, plain, strict=True))
 
 
 def _bars(counts: Sequence[int]) -> str:

@@ -14,6 +14,7 @@ import dist_sae.index.merge
 import dist_sae.index.ranged
 import dist_sae.index.tables
 from dist_sae.config import Run
+from dist_sae.config.data import S3Config
 from dist_sae.errors import (
     ConfigError,
     CorruptObjectError,
@@ -25,6 +26,7 @@ from dist_sae.index.layout import TOP, IndexFolder, IndexManifest
 from dist_sae.index.query import Index
 from dist_sae.storage import ObjectStore, open_store
 from dist_sae.storage.records import read_record, seal
+from tests.conftest import Bucket
 from tests.index.indexed import Oracle, add_checkpoint, make_index, produced, tables
 
 
@@ -228,3 +230,21 @@ def test_a_share_of_postings(tmp_path: Path) -> None:
     assert rows < everything
     assert 0.15 < len(rows) / len(everything) < 0.45
     assert all(e.decile == TOP for e in index.latent(dense).largest)
+
+
+@pytest.mark.usefixtures("small")
+def test_pages_from_s3_are_those_of_the_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: Bucket
+) -> None:
+    monkeypatch.setattr(dist_sae.index.ranged, "WHOLE_BYTES", 0)
+    run = produced(tmp_path)
+    add_checkpoint(run)
+    make_index(run)
+    folder = store_of(run)
+    for key in folder.keys("world/index/"):
+        bucket.client.put_object(Bucket=bucket.name, Key=key, Body=folder.get(key))
+    store = open_store(f"s3://{bucket.name}", S3Config(endpoint_url=bucket.endpoint_url))
+    here, there = Index(folder, run.name), Index(store, run.name)
+    for n in (0, 23, 24, 63):
+        assert there.latent(n) == here.latent(n)
+        assert pa.concat_tables(there.postings(n)) == pa.concat_tables(here.postings(n))
