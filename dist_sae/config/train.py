@@ -105,10 +105,9 @@ class EvaluateConfig(Section):
     latents: NonNegativeInt = 24
     """Latents shown in the report with their top activating text."""
     memory_bytes: int = Field(2_000_000_000, ge=100_000_000)
-    """Memory for the dictionary and the rows it meets, in `evaluate` and `report`, beside what the
-    programs and the language model take. A dictionary that takes at most half stays in memory; a
-    wider one is read part by part, again for each batch of rows, of which more memory makes fewer.
-    """
+    """Memory for the dictionary and the rows it meets, beside what the program itself and the
+    language model take. A dictionary that takes at most half stays in memory; a wider one is read
+    part by part, again for each batch of rows, of which more memory makes fewer."""
 
 
 class ExportConfig(Section):
