@@ -49,15 +49,21 @@ from dist_sae.telemetry.exporter import Telemetry
 
 logger = logging.getLogger(__name__)
 
-_UNIT_METRICS, _BUCKET_METRICS = (
-    QueueMetrics(
-        claimed=f"dist_sae_index_claimed_{items}",
-        done=f"dist_sae_index_{items}",
-        takeovers="dist_sae_index_takeovers_total",
-        waited_seconds="dist_sae_index_waited_seconds_total",
-        others=items,
-    )
-    for items in ("units", "buckets")
+_TAKEOVERS = "dist_sae_index_takeovers_total"
+_WAITED = "dist_sae_index_waited_seconds_total"
+_UNIT_METRICS = QueueMetrics(
+    claimed="dist_sae_index_claimed_units",
+    done="dist_sae_index_units",
+    takeovers=_TAKEOVERS,
+    waited_seconds=_WAITED,
+    others="units",
+)
+_BUCKET_METRICS = QueueMetrics(
+    claimed="dist_sae_index_claimed_buckets",
+    done="dist_sae_index_buckets",
+    takeovers=_TAKEOVERS,
+    waited_seconds=_WAITED,
+    others="buckets",
 )
 
 
