@@ -103,7 +103,7 @@ class EvaluateConfig(Section):
     contexts: NonNegativeInt = 64
     """Held-out contexts for the cross-entropy with the reconstruction spliced in."""
     latents: NonNegativeInt = 24
-    """Latents shown in the report with their top activating text."""
+    """Latents of the index that the report shows, with their top activating text."""
     memory_bytes: int = Field(2_000_000_000, ge=100_000_000)
     """Memory for the dictionary and the rows it meets, beside what the program itself and the
     language model take. A dictionary that takes at most half stays in memory; a wider one is read
