@@ -29,6 +29,12 @@ class Codes(NamedTuple):
             for part, dtype in zip(self, ("<i4", "<i4", "<f4"), strict=True)
         )
 
+    @classmethod
+    def of(cls, numbers: NDArray[np.int32], chunk: CodesChunk) -> "Codes":
+        """The codes of a chunk, whose bytes are given as little-endian int32; copies nothing."""
+        counts, places, acts = np.split(numbers, (chunk.groups, chunk.groups + chunk.entries))
+        return cls(counts, places, acts.view("<f4"))
+
 
 def read_codes(store: ObjectStore, chunk: CodesChunk) -> Codes:
     """Read codes.
@@ -42,10 +48,7 @@ def read_codes(store: ObjectStore, chunk: CodesChunk) -> Codes:
         except ObjectNotFoundError as exc:
             raise CorruptObjectError("is gone", url=store.url, key=chunk.key) from exc
         if xxhash.xxh3_128_hexdigest(data) == chunk.xxh3:
-            numbers = np.frombuffer(data, "<i4")
-            ends = chunk.groups, chunk.groups + chunk.entries
-            counts, places, acts = np.split(numbers, ends)
-            return Codes(counts, places, acts.view("<f4"))
+            return Codes.of(np.frombuffer(data, "<i4"), chunk)
     raise CorruptObjectError("does not match its checksum", url=store.url, key=chunk.key)
 
 

@@ -250,7 +250,8 @@ EXAMPLES = pa.schema(
         ("token", pa.int32()),
     ]
 )
-"""Schema of `examples/`: by latent; the largest first, then by decile, act (falling) and row."""
+"""Schema of `examples/`: by latent; the largest first (of equal ones the first row), then some of
+each decile from the lowest, by act (rising)."""
 POSTINGS = pa.schema(
     [("latent", pa.int32()), ("unit", pa.int32()), ("row", pa.int32()), ("act", pa.float32())]
 )

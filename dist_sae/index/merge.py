@@ -7,7 +7,7 @@ latent has more: memory is bounded whatever a bucket holds.
 
 import tempfile
 from collections.abc import Iterator, Sequence
-from typing import IO, Any, NamedTuple
+from typing import IO, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -71,15 +71,19 @@ class BucketCodes:
         self.entries = sum(chunk.entries for _, parts in chunks for chunk in parts)
         self._chunks: list[tuple[int, int, Codes]] = []
         self.counts = np.zeros(len(latents), np.int64)
+        is_large = self.entries > MOST_ENTRIES
         with tempfile.TemporaryFile() as spool:
             for unit, parts in chunks:
                 for chunk in parts:
                     codes = read_codes(store, chunk)
                     first = chunk.first - latents.start
                     self.counts[first : first + chunk.groups] += codes.counts
-                    if self.entries > MOST_ENTRIES:
-                        codes = _spooled(codes, spool)
-                    self._chunks.append((unit, first, codes))
+                    if is_large:
+                        spool.write(codes.to_bytes())
+                    else:
+                        self._chunks.append((unit, first, codes))
+            if is_large:
+                self._chunks = list(_mapped(spool, latents.start, chunks))
 
     def ranges(self) -> Iterator[tuple[int, int]]:
         """Ranges of the bucket's latents with at most `MOST_ENTRIES` entries, or of one latent."""
@@ -141,16 +145,21 @@ def _parts(codes: Codes) -> Iterator[Codes]:
         yield Codes(np.array([len(acts)], np.int32), codes.places[here], acts)
 
 
-def _spooled(codes: Codes, spool: IO[bytes]) -> Codes:
-    """Write codes to a file; what is returned reads them from there, also once it is closed."""
+def _mapped(
+    spool: IO[bytes], first: int, chunks: Sequence[tuple[int, Sequence[CodesChunk]]]
+) -> Iterator[tuple[int, int, Codes]]:
+    """The codes that were written to a file, read from there, also once it is closed.
 
-    def moved(part: NDArray[Any]) -> NDArray[Any]:
-        at = spool.seek(0, 2)
-        spool.write(part.tobytes())
-        spool.flush()
-        return np.memmap(spool, part.dtype, "r", at, part.shape) if len(part) else part.copy()
-
-    return Codes(codes.counts.copy(), moved(codes.places), moved(codes.acts))
+    It is mapped once: a map for each unit would take a file descriptor each.
+    """
+    spool.flush()
+    numbers = np.asarray(np.memmap(spool, "<i4", "r"))
+    at = 0
+    for unit, parts in chunks:
+        for chunk in parts:
+            end = at + chunk.groups + 2 * chunk.entries
+            yield unit, chunk.first - first, Codes.of(numbers[at:end], chunk)
+            at = end
 
 
 class Statistics(NamedTuple):
@@ -215,7 +224,7 @@ def _ranks(counts: Int, first: int, top: int, per_decile: int, seed: int) -> _Ra
     many = np.flatnonzero(counts > top)
     parts = DECILES * per_decile
     for part in range(parts):
-        low, high = counts[many] * part // parts, counts[many] * (part + 1) // parts
+        low, high = (-(-counts[many] * n // parts) for n in (part, part + 1))  # as `_decile_ranks`
         chance = chances(seed, DECILE_CHANCE, first + many, np.full(len(many), part))
         chance = (chance >> np.uint64(40)).astype(np.int64)  # 24 bits: the product fits 63
         rank = low + (chance * (high - low) >> 24)
