@@ -99,7 +99,9 @@ class Encoder:
         """
         shard = self._activations.shard(self._activations.manifest(unit))
         device = self._mean.device
-        origins, found, n_rows = [], [], 0
+        none = torch.empty(0, dtype=torch.int32)  # a unit may have lost all its rows
+        origins = [(none, none, none.long())]
+        found, n_rows = [(none.to(device), none.to(device), none.to(device).float())], 0
         error = torch.zeros((), dtype=torch.float64, device=device)
         for block in self._blocks(shard):
             alive()
