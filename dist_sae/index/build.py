@@ -39,7 +39,7 @@ from dist_sae.index.layout import (
 )
 from dist_sae.index.opened import Opened, open_index
 from dist_sae.index.outputs import open_outputs
-from dist_sae.index.repair import delete_unnamed, drop_damaged
+from dist_sae.index.repair import check_not_retired, delete_unnamed, drop_damaged
 from dist_sae.index.summary import summary
 from dist_sae.index.tables import Origins, make_bucket
 from dist_sae.index.weights import weight_columns
@@ -98,7 +98,8 @@ def index(
     with _join(run, stopping) as (mesh, watch):
         telemetry.device = mesh.device
         if repair and mesh.is_first:
-            drop_damaged(opened.store, opened.folder, opened.manifest)
+            retired = retired_below(opened.activations)
+            drop_damaged(opened.store, opened.folder, opened.manifest, retired)
         mesh.barrier()
         _Worker(opened, worker, mesh, watch, stopping, telemetry).work()
         return summary(opened.store, opened.folder, opened.manifest) if mesh.is_first else {}
@@ -307,6 +308,10 @@ class _Worker:
                 except ObjectNotFoundError:
                     return False  # another worker has found a unit's codes damaged
                 except CorruptObjectError as exc:
+                    if store.size(folder.buckets.key(bucket)) is not None:
+                        # it was taken over from this slow worker, and codes are deleted at the end
+                        queue.release(bucket, done=True)
+                        continue
                     if not self._drop_damaged(records, exc):
                         raise
                     return False
@@ -328,6 +333,9 @@ class _Worker:
 
         Returns:
             False if the error is about another object.
+
+        Raises:
+            CorruptObjectError: Buckets have been made of a unit that is deleted by now.
         """
         store, folder, manifest, *_ = self._opened
         there = set(store.keys(folder.codes))
@@ -335,11 +343,15 @@ class _Worker:
         for record in records:
             chunks = [*(c for parts in record.buckets for c in parts), *record.sample]
             keys = {chunk.key for chunk in chunks}
+            origin = record.origin and record.origin.key
+            if exc.key in (origin, *keys) or not keys <= there:
+                damaged.add(record.unit)
+        if next(folder.buckets.numbers(store), None) is not None:
+            retired = retired_below(self._opened.activations)
+            check_not_retired(store, folder, damaged, retired, [str(exc)])
+        for record in records:
             if record.origin and record.origin.key == exc.key:
                 store.delete(record.origin.key)
-                damaged.add(record.unit)
-            elif exc.key in keys or not keys <= there:
-                damaged.add(record.unit)
         for unit in sorted(damaged):
             logger.warning("unit %d is encoded again: %s", unit, exc)
             store.delete(folder.units.key(unit))

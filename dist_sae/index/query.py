@@ -269,8 +269,8 @@ def _find(
         folder = IndexFolder(run, one)
         manifest = read_record(IndexManifest, runs, folder.manifest)
         if name is not None or step in (None, manifest.step):
-            (age,) = [e.age_seconds for e in runs.entries(folder.manifest)]
-            found.append((-manifest.step, age, folder, manifest))
+            ages = {entry.key: entry.age_seconds for entry in runs.entries(folder.manifest)}
+            found.append((-manifest.step, ages.get(folder.manifest, 0.0), folder, manifest))
     if not found:
         raise NoIndexError(f"{place}: has no latent index of step {step} yet; run `dist-sae index`")
     incomplete = []

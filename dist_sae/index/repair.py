@@ -1,7 +1,7 @@
 """Upkeep of an index: damaged objects are found, and objects that nothing names are deleted."""
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 from dist_sae.errors import CorruptObjectError, ObjectNotFoundError
 from dist_sae.index.layout import (
@@ -22,24 +22,69 @@ from dist_sae.storage.records import Record, read_record
 logger = logging.getLogger(__name__)
 
 
-def drop_damaged(store: ObjectStore, folder: IndexFolder, manifest: IndexManifest) -> list[str]:
+def drop_damaged(
+    store: ObjectStore, folder: IndexFolder, manifest: IndexManifest, retired: int
+) -> list[str]:
     """Read every object of an index; delete the damaged ones, with the manifests that name them.
 
     Workers then make these buckets and units again. Codes are not read: stage 2 checks them.
 
+    Args:
+        retired: Units below it are deleted from the activation set.
+
     Returns:
         The faults, one line each.
+
+    Raises:
+        CorruptObjectError: A damaged object follows from units that are deleted; nothing is
+            changed.
     """
-    faults = list[str]()
+    faults, doomed = list[str](), list[str]()
+    needed = set[int]()
     for kind, keys, numbers in (
         (UnitRecord, folder.units, manifest.units),
         (BucketRecord, folder.buckets, range(manifest.n_buckets)),
     ):
         for number in numbers:
-            faults += _check(store, kind, keys, number)
+            found = list(_faults(store, kind, keys, number))
+            if found:
+                faults += [fault for fault, _ in found]
+                doomed += [*(key for _, key in found), keys.key(number)]
+                needed |= {number} if kind is UnitRecord else set(manifest.units)
+    check_not_retired(store, folder, needed, retired, faults)
     for fault in faults:
         logger.warning("%s; it is made again", fault)
+    for key in doomed:
+        store.delete(key)
     return faults
+
+
+def check_not_retired(
+    store: ObjectStore, folder: IndexFolder, units: Iterable[int], retired: int, faults: list[str]
+) -> None:
+    """Check that units which the index has rows of can be encoded again.
+
+    Args:
+        retired: Units below it are deleted from the activation set.
+        faults: Why they must be.
+
+    Raises:
+        CorruptObjectError: One is deleted.
+    """
+    for unit in sorted(unit for unit in units if unit < retired):
+        key = folder.units.key(unit)
+        try:
+            had_rows = not read_record(UnitRecord, store, key).deleted
+        except (CorruptObjectError, ObjectNotFoundError):
+            had_rows = True
+        if had_rows:
+            raise CorruptObjectError(
+                f"cannot be made again, as unit {unit} was deleted since (store.retention): "
+                f"{faults[0]}; the index stays as it is, and another one (index.name) can be made "
+                f"of the units that are left",
+                url=store.url,
+                key=key,
+            )
 
 
 def delete_unnamed(store: ObjectStore, folder: IndexFolder, manifest: IndexManifest) -> None:
@@ -53,24 +98,22 @@ def delete_unnamed(store: ObjectStore, folder: IndexFolder, manifest: IndexManif
                 store.delete(key)
 
 
-def _check(
+def _faults(
     store: ObjectStore, kind: type[Record], keys: NumberedKeys, number: int
-) -> Iterator[str]:
+) -> Iterator[tuple[str, str]]:
+    """Yield what is wrong with a unit or bucket, and the key of the object."""
     try:
         stored = list(_objects(read_record(kind, store, keys.key(number))))
     except ObjectNotFoundError:
         return  # not made yet
     except CorruptObjectError as exc:
-        yield str(exc)
-        store.delete(keys.key(number))
+        yield str(exc), keys.key(number)
         return
     for part in stored:
         try:
             read_stored(store, part)
         except CorruptObjectError as exc:
-            yield str(exc)
-            store.delete(part.key)
-            store.delete(keys.key(number))
+            yield str(exc), part.key
 
 
 def _objects(record: Record) -> Iterator[Stored]:
