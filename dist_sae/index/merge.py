@@ -12,6 +12,7 @@ from typing import IO, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from dist_sae.errors import StoreFullError
 from dist_sae.index.codes import (
     DECILE_CHANCE,
     Codes,
@@ -59,6 +60,10 @@ class BucketCodes:
         store: Where they lie.
         latents: The bucket.
         chunks: Each unit's, in the order of the units.
+
+    Raises:
+        CorruptObjectError: Codes are damaged.
+        StoreFullError: The folder of temporary files has no space.
     """
 
     def __init__(
@@ -71,19 +76,31 @@ class BucketCodes:
         self.entries = sum(chunk.entries for _, parts in chunks for chunk in parts)
         self._chunks: list[tuple[int, int, Codes]] = []
         self.counts = np.zeros(len(latents), np.int64)
+        try:
+            self._read(store, latents.start, chunks)
+        except OSError as exc:
+            raise StoreFullError(
+                f"cannot hold {8 * self.entries:,} bytes of a bucket for a while "
+                f"({exc.strerror}); free some space, or set TMPDIR to another folder",
+                url=tempfile.gettempdir(),
+            ) from exc
+
+    def _read(
+        self, store: ObjectStore, start: int, chunks: Sequence[tuple[int, Sequence[CodesChunk]]]
+    ) -> None:
         is_large = self.entries > MOST_ENTRIES
         with tempfile.TemporaryFile() as spool:
             for unit, parts in chunks:
                 for chunk in parts:
                     codes = read_codes(store, chunk)
-                    first = chunk.first - latents.start
+                    first = chunk.first - start
                     self.counts[first : first + chunk.groups] += codes.counts
                     if is_large:
                         spool.write(codes.to_bytes())
                     else:
                         self._chunks.append((unit, first, codes))
             if is_large:
-                self._chunks = list(_mapped(spool, latents.start, chunks))
+                self._chunks = list(_mapped(spool, start, chunks))
 
     def ranges(self) -> Iterator[tuple[int, int]]:
         """Ranges of the bucket's latents with at most `MOST_ENTRIES` entries, or of one latent."""

@@ -1,5 +1,6 @@
 """Upkeep of an index: damaged objects are found, and objects that nothing names are deleted."""
 
+import itertools
 import logging
 from collections.abc import Iterable, Iterator
 
@@ -89,8 +90,9 @@ def check_not_retired(
 
 def delete_unnamed(store: ObjectStore, folder: IndexFolder, manifest: IndexManifest) -> None:
     """Delete the codes of a complete index, and what dead attempts have left."""
-    records: list[Record] = list(unit_records(store, folder, manifest))
-    records += bucket_records(store, folder, manifest)
+    records: Iterable[Record] = itertools.chain(  # one in memory at a time: 84 kB, for 64 buckets
+        unit_records(store, folder, manifest), bucket_records(store, folder, manifest)
+    )
     named = {part.key for record in records for part in _objects(record)}
     for name in ("codes", *TABLES):
         for key in list(store.keys(f"{folder.prefix}{name}/")):

@@ -1,6 +1,9 @@
 """What is damaged, deleted or empty: an index loses no more than that."""
 
+import errno
+import io
 import os
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +14,7 @@ import dist_sae.index.build
 import dist_sae.index.layout
 import dist_sae.index.merge
 import dist_sae.index.tables
-from dist_sae.errors import CorruptObjectError
+from dist_sae.errors import CorruptObjectError, StoreFullError
 from dist_sae.index.codes import Codes
 from dist_sae.index.layout import CodesChunk
 from dist_sae.index.merge import BucketCodes
@@ -131,3 +134,19 @@ def test_units_without_a_row_are_indexed(tmp_path: Path) -> None:
     assert (result["rows"], result["entries"], result["fvu"]) == (0, 0, None)
     latents = tables(result["index"], "latents").to_pylist()
     assert {(line["firings"], line["density"], line["max"]) for line in latents} == {(0, 0.0, 0.0)}
+
+
+def test_a_full_temporary_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    run = produced(tmp_path)
+    add_checkpoint(run)
+
+    class Full(io.BytesIO):
+        def write(self, _data: object) -> int:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(dist_sae.index.merge, "MOST_ENTRIES", 200)
+    monkeypatch.setattr(tempfile, "TemporaryFile", Full)
+    with pytest.raises(StoreFullError, match=r"bytes of a bucket .*No space left.*TMPDIR"):
+        make_index(run)
+    monkeypatch.undo()
+    make_index(run)
