@@ -7,7 +7,7 @@ What they write follows from the checkpoint and the activation set alone.
 import logging
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -35,6 +35,7 @@ from dist_sae.index.coactive import Sample
 from dist_sae.index.encode import Encoded, Encoder, Written, unit_record, write_unit
 from dist_sae.index.layout import (
     UnitRecord,
+    UnitRecords,
     unit_records,
 )
 from dist_sae.index.opened import Opened, open_index
@@ -288,14 +289,14 @@ class _Worker:
         )
         with self._queue(work, worker) as queue:
             assert queue is not None
-            records: list[UnitRecord] = []
+            records: UnitRecords | None = None
             sample: Sample | None = None
             while (bucket := queue.take()) is not None:
                 self._at(working=True)
                 try:
-                    if not records:
+                    if records is None:
                         self._pace = _Pace()
-                        records = list(unit_records(store, folder, manifest))
+                        records = UnitRecords(unit_records(store, folder, manifest))
                         origins = Origins(store, records)
                         cells = stored_cells(store, folder.prefix, checkpoint, mesh.device)
                         outputs = open_outputs(self._opened.model, manifest, checkpoint)
@@ -312,7 +313,7 @@ class _Worker:
                         # it was taken over from this slow worker, and codes are deleted at the end
                         queue.release(bucket, done=True)
                         continue
-                    if not self._drop_damaged(records, exc):
+                    if not self._drop_damaged(records or (), exc):
                         raise
                     return False
                 finally:
@@ -328,7 +329,7 @@ class _Worker:
             raise Stopped(f"{worker.name}: stopped; start it again to continue")
         return True
 
-    def _drop_damaged(self, records: list[UnitRecord], exc: CorruptObjectError) -> bool:
+    def _drop_damaged(self, records: Iterable[UnitRecord], exc: CorruptObjectError) -> bool:
         """Delete the manifests of units that are damaged, or whose codes or rows are.
 
         Returns:

@@ -5,7 +5,7 @@ With n rows, n_a of them with latent a active, n_b with b and n_ab with both:
     phi = (n n_ab - n_a n_b) / sqrt(n_a (n - n_a) n_b (n - n_b))
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -56,7 +56,7 @@ class Sample:
     """
 
     def __init__(
-        self, store: ObjectStore, manifest: IndexManifest, records: Sequence[UnitRecord]
+        self, store: ObjectStore, manifest: IndexManifest, records: Iterable[UnitRecord]
     ) -> None:
         entries = sum(chunk.entries for record in records for chunk in record.sample)
         share = manifest.pair_share * min(1.0, MOST_ENTRIES / max(1, entries))

@@ -81,6 +81,11 @@ def _manifest(
             break
         units.append(unit)
         rows += plan.rows_of_units[unit]
+    if not units:
+        raise ConfigError(
+            f"{store.url}: all {len(plan.units)} units were deleted (store.retention) and none is "
+            f"held out, so there are no rows to index; set activations.heldout_share or retention"
+        )
     return IndexManifest(
         name=name,
         run=run.name,

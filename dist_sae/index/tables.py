@@ -1,7 +1,7 @@
 """The tables of a bucket, stored, and its manifest."""
 
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -23,6 +23,7 @@ from dist_sae.index.layout import (
     IndexFolder,
     IndexManifest,
     Piece,
+    Stored,
     UnitRecord,
     read_table,
     store_table,
@@ -45,11 +46,15 @@ class Origins:
         records: The index's units.
     """
 
-    def __init__(self, store: ObjectStore, records: Sequence[UnitRecord]) -> None:
+    def __init__(self, store: ObjectStore, records: Iterable[UnitRecord]) -> None:
         self._store = store
-        self._records = {record.unit: record for record in records}
-        largest = max((record.rows for record in records), default=0)
-        self._read = lru_cache(_KEPT_ROWS // max(1, largest))(self._read_unit)
+        self._tables: dict[int, Stored] = {}
+        largest = 1
+        for record in records:
+            if record.origin:
+                self._tables[record.unit] = record.origin
+                largest = max(largest, record.rows)
+        self._read = lru_cache(_KEPT_ROWS // largest)(self._read_unit)
 
     def find(self, units: NDArray[np.int32], rows: NDArray[np.int32]) -> list[NDArray[Any]]:
         """Document, position and token of each of some rows."""
@@ -64,9 +69,7 @@ class Origins:
         return columns
 
     def _read_unit(self, unit: int) -> list[NDArray[Any]]:
-        origin = self._records[unit].origin
-        assert origin is not None
-        table = read_table(self._store, origin)
+        table = read_table(self._store, self._tables[unit])
         return [table[name].to_numpy() for name in _ORIGIN]
 
 
@@ -74,7 +77,7 @@ def make_bucket(
     store: ObjectStore,
     folder: IndexFolder,
     manifest: IndexManifest,
-    records: Sequence[UnitRecord],
+    records: Iterable[UnitRecord],
     bucket: int,
     weights: Mapping[str, pa.Array],
     origins: Origins,
@@ -91,7 +94,11 @@ def make_bucket(
         CorruptObjectError: Codes are damaged.
     """
     latents = manifest.bucket(bucket)
-    chunks = [(record.unit, record.buckets[bucket]) for record in records if record.buckets]
+    rows, chunks = 0, []
+    for record in records:
+        rows += record.rows
+        if record.buckets:
+            chunks.append((record.unit, record.buckets[bucket]))
     codes = BucketCodes(store, latents, chunks)
     statistics: list[Statistics] = []
     examples: list[tuple[int, Chosen]] = []
@@ -111,7 +118,6 @@ def make_bucket(
         if manifest.postings_share:
             for tile in codes.tiles(start, stop):
                 pieces += _postings(store, folder, manifest, bucket, tile, numbers)
-    rows = sum(record.rows for record in records)
     firings = Statistics(*map(np.concatenate, zip(*statistics, strict=True)))
     tables = {
         "latents": _latents(latents, firings, rows, weights),

@@ -109,6 +109,19 @@ def test_deleted_units_are_named_and_left_out(
     assert not [key for key in SHARDS.keys(store) if int(key["unit"]) < 3]
 
 
+def test_a_set_of_which_nothing_is_left_is_refused(tmp_path: Path) -> None:
+    run = produced(tmp_path, activations={"heldout_share": 0.0})
+    add_checkpoint(run)
+    made = load_plan(open_store(run.store.activations), run)
+    retire(run, below=len(made.units))
+    fails(
+        ConfigError,
+        r"all \d+ units were deleted \(store.retention\) and none is held out",
+        lambda: make_index(run),
+    )
+    assert not list(Path(run.store.runs).rglob("index.json"))
+
+
 def retire(run: Run, below: int) -> None:
     store = open_store(run.store.activations)
     for key in list(SHARDS.keys(store)):
