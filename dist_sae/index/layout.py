@@ -335,7 +335,7 @@ def read_table(
 ) -> pa.Table:
     """Read a whole table, checked."""
     data = pa.BufferReader(read_stored(store, stored))
-    return pq.read_table(data, columns=None if columns is None else list(columns))
+    return pq.ParquetFile(data).read(None if columns is None else list(columns), use_threads=False)
 
 
 TABLES = ("rows", "latents", "examples", "postings", "pairs")
