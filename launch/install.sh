@@ -1,8 +1,9 @@
 #!/usr/bin/env bash
-# Usage: launch/install.sh VENV WHAT    installs WHAT (".", ".[dev]") at the pinned versions.
+# Usage: launch/install.sh VENV [WHAT]    installs WHAT (".", the default, or ".[dev]") at the pinned
+# versions.
 set -euo pipefail
 cd "$(dirname "$0")/.."
-venv=$1 what=$2
+venv=${1:?usage: launch/install.sh VENV [WHAT]} what=${2:-.}
 
 usable() { "$1" -c 'import sys, pip; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; }
 
@@ -13,4 +14,6 @@ if ! usable "$venv/bin/python"; then
     "$python" -m venv --clear "$venv"
 fi
 echo "installing $what into $venv (takes some minutes the first time) ..." >&2
-"$venv/bin/python" -m pip install --quiet --constraint launch/constraints.txt --editable "$what"
+"$venv/bin/python" -m pip install --quiet --constraint launch/constraints.txt \
+    --config-settings editable_mode=compat --editable "$what"
+# compat: else a notebook beside a clone named dist_sae imports the clone's folder

@@ -12,6 +12,7 @@ from dist_sae.config.load import (
     parse_run,
     resolve_run,
     validate_run,
+    with_absolute_paths,
 )
 from dist_sae.config.run import Run
 
@@ -24,4 +25,5 @@ __all__ = [
     "parse_run",
     "resolve_run",
     "validate_run",
+    "with_absolute_paths",
 ]

@@ -1,5 +1,6 @@
 """Reading run files: YAML, overrides, messages; and writing the resolved run."""
 
+import os
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -158,3 +159,17 @@ def _with_absolute_stores(run: Run) -> Run:
         for name, url in (("activations", store.activations), ("runs", store.runs))
     }
     return run.model_copy(update={"store": store.model_copy(update=resolved)})
+
+
+def with_absolute_paths(run: Run) -> Run:
+    """The run with its local model and text by absolute paths, so that it can be read anywhere."""
+    model, corpus = run.model, run.corpus
+    if model.kind == "huggingface" and (folder := Path(model.path).expanduser()).is_dir():
+        model = model.model_copy(update={"path": os.path.abspath(folder)})
+    if corpus.kind == "files":
+        files = tuple(
+            file if "://" in file else os.path.abspath(os.path.expanduser(file))
+            for file in corpus.files
+        )
+        corpus = corpus.model_copy(update={"files": files})
+    return run.model_copy(update={"model": model, "corpus": corpus})

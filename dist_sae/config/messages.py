@@ -65,6 +65,7 @@ def _innermost(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
         error
         for error in errors
         if error["loc"] not in inner
+        and error["type"] != "default_factory_not_called"  # it needs another key, which is wrong
         # where a number or a word may stand, one error is enough
         and not (error["type"] == "literal_error" and error["loc"][:-1] in numbers)
     ]

@@ -173,7 +173,11 @@ class Run(Section):
             )
         if self.train.rows != "all" and self.sae.init_rows > self.train.rows:
             wanted = self.sae.init_rows
-            yield "sae.init", f"data needs {wanted} rows, more than train.rows; or set random"
+            yield (
+                "sae.init",
+                f"data needs {wanted} rows, a latent each, more than train.rows "
+                f"({self.train.rows}); train on more, lower sae.n_latents, or set random",
+            )
 
     def ahead_problem(
         self, rows: int, first_windows: int, unit_rows: Iterable[int], most: int | None = None

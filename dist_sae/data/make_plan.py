@@ -47,7 +47,7 @@ def make_plan(
     if giving < streams:
         raise CorpusError(
             f"corpus: {giving} documents to train on are too few for {streams} streams; "
-            f"give more text or lower activations.streams"
+            f"give more text{' or lower activations.streams' if streams > 1 else ''}"
         )
     if train_rows < run.train.batch_rows:
         raise CorpusError(

@@ -132,6 +132,12 @@ class Plan(Record):
                 f"left (train.max_passes {train.max_passes}); raise train.max_passes or use "
                 f"train.parent.data: restart"
             )
+        if train.rows == "all" and there < train.batch_rows:
+            raise DataExhaustedError(
+                f"train.rows: all: there will be about {there} rows to train on, less than one "
+                f"batch (train.batch_rows {train.batch_rows}); give more text or lower "
+                f"train.batch_rows"
+            )
         filled = run.filled(
             {
                 "activations": self.settings["activations"],

@@ -57,7 +57,8 @@ class ProgressView:
         return Group(self._progress, self._limit)
 
     def begin(self, name: str) -> None:
-        """Start a part of the run that reports no progress."""
+        """Start a part of the run that reports no progress, after all before it."""
+        self._finish(*self._tasks)
         self._limit.truncate(0)
         self._console.print(f"{name} ...", highlight=False)
 
@@ -72,6 +73,7 @@ class ProgressView:
         limit = f"limit: {self._describe_limit()}"
         if self._console.is_terminal:
             if name not in self._tasks:
+                self._finish("plan")  # before all others; it leaves before it says that it is done
                 self._tasks[name] = self._progress.add_task(
                     name, total=role.total, completed=round(role.done), note="", left=""
                 )
@@ -92,6 +94,14 @@ class ProgressView:
             if name == "train" and role.done < role.total:
                 line += f"  {limit}"
             self._console.print(line, highlight=False, soft_wrap=True)
+
+    def _finish(self, *names: str) -> None:
+        """Show parts of the run as done."""
+        for name in names:
+            if name in self._tasks and (role := self._roles[name]).total:
+                self._progress.update(
+                    self._tasks[name], completed=role.total, note="", left="0:00:00"
+                )
 
     def warn(self, level: str, text: str) -> None:
         """Show a warning once, even if many processes give it, with other numbers."""

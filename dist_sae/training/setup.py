@@ -12,7 +12,7 @@ from dist_sae.checkpoint.folder import run_file_key
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.checkpoint.saver import Saved, Saver
 from dist_sae.checkpoint.state import TrainingState
-from dist_sae.config import Run, dump_run
+from dist_sae.config import Run, dump_run, with_absolute_paths
 from dist_sae.config.fingerprint import as_begun, run_fingerprint
 from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.backlog import ReadyUnits
@@ -93,7 +93,7 @@ def _open(
     if mesh.is_first:
         for line in void_settings(run, plan):
             logger.warning("%s", line)
-        runs.put(run_file_key(run.name), dump_run(run).encode())
+        runs.put(run_file_key(run.name), dump_run(with_absolute_paths(run)).encode())
     if not start.found:
         registration.begin(start.cursors)
     normaliser = _normaliser(run, activation_set, start, times)

@@ -75,6 +75,11 @@ ENDS = "with a letter or a digit first and last"
             "MLP's input, which is the norm's output with its weights",
         ),
         (
+            "sae.k=many",
+            "sae.k: input should be a valid integer, unable to parse string as an integer"
+            " (got 'many')",
+        ),
+        (
             "activations.sites=[model.layers.7]",
             "activations.sites.0: model.layers.7 is called resid_post.7 here",
         ),

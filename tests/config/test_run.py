@@ -10,10 +10,17 @@ import pytest
 import yaml
 from pydantic import ValidationError
 
-from dist_sae.config import Run, differences, dump_run, load_run, validate_run
+from dist_sae.config import (
+    Run,
+    differences,
+    dump_run,
+    load_run,
+    validate_run,
+    with_absolute_paths,
+)
 from dist_sae.config.sae import TopKConfig
 from dist_sae.errors import ConfigError
-from tests.runs import TINY, write_run
+from tests.runs import TINY, make_run, write_run
 
 
 def problems(path: Path, overrides: Sequence[str] = ()) -> list[str]:
@@ -191,7 +198,8 @@ def test_load_run_refuses_urls_that_lead_nowhere(
         ),
         (
             ["sae.n_latents=5000", "sae.init=data"],
-            "sae.init: data needs 5000 rows, more than train.rows; or set random",
+            "sae.init: data needs 5000 rows, a latent each, more than train.rows (4096); train on "
+            "more, lower sae.n_latents, or set random",
         ),
         (
             ["train.keep_best=1"],
@@ -439,3 +447,29 @@ def test_the_million_latents_train_on_the_quickstarts_activations() -> None:
     for section in ("model", "corpus", "activations", "store"):
         assert getattr(one, section) == getattr(other, section)
     assert one.name != other.name
+
+
+def test_a_run_s_text_and_model_are_found_from_anywhere(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What lies here gets its whole path; names on a hub and in buckets stay."""
+    (tmp_path / "models/tiny").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+
+    def placed(path: str) -> tuple[str, tuple[str, ...]]:
+        run = make_run(
+            tmp_path,
+            TINY,
+            model={"kind": "huggingface", "path": path},
+            corpus={"kind": "files", "files": ["text/*.txt", "s3://bucket/a.jsonl", "/else/b.txt"]},
+            activations={"sites": ["resid_post.1"]},
+        )
+        run = with_absolute_paths(run)
+        assert run.model.kind == "huggingface"
+        assert run.corpus.kind == "files"
+        return run.model.path, tuple(run.corpus.files)
+
+    path, files = placed("models/tiny")
+    assert path == str(tmp_path / "models/tiny")
+    assert files == (str(tmp_path / "text/*.txt"), "s3://bucket/a.jsonl", "/else/b.txt")
+    assert placed("HuggingFaceTB/SmolLM2-135M")[0] == "HuggingFaceTB/SmolLM2-135M"

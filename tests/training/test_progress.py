@@ -189,3 +189,22 @@ def test_an_index_tells_its_rows_then_its_entries_and_no_limit() -> None:
                 "index 40/40  12,000 rows/s",
                 "merge 1/2  5,000,000 entries/s",
             ]
+
+
+def test_a_part_whose_last_word_is_missing_is_shown_as_done() -> None:
+    """The planner leaves before it says that it has planned."""
+    out = io.StringIO()
+    console = Console(file=out, force_terminal=True, width=80, legacy_windows=False)
+    with ProgressView(console) as view:
+        view.show("plan", {"role": "plan", "done": 0.0, "total": 1.0, "doing": "reads the text"})
+        view.show("producer-0", PRODUCING)
+        view.begin("evaluate")
+        with console.capture() as capture:
+            console.print(view)
+    lines = [Text.from_ansi(line).plain.rstrip() for line in capture.get().splitlines()]
+    plan, produce = (
+        [line for line in lines if line.startswith(name)][-1] for name in ("plan", "produce")
+    )
+    assert "100%" in plan
+    assert "100%" in produce
+    assert "reads the text" not in plan
