@@ -59,6 +59,12 @@ class ShardedAxis(LatentAxis):
         ones = [1] * self.shards
         return _exchanged(counts, ones, ones, self.within)
 
+    def of_shard(self, tensor: Tensor, shard: int) -> Tensor:
+        tensor = tensor.clone() if shard == self.shard else torch.empty_like(tensor)
+        with collective():
+            dist.broadcast(tensor, self.replica * self.shards + shard, self.within)
+        return tensor
+
     def across_replicas(self, tensor: Tensor) -> Tensor:
         return _summed(tensor, self.across)
 
@@ -79,12 +85,6 @@ class SameRowsAxis(ShardedAxis):
     def kth_largest(self, keys: Tensor, k: int) -> Tensor:
         candidates = _gathered(keys.T, self.within, self.shards).T
         return candidates.topk(min(k, candidates.shape[1]), dim=1).values[:, -1]
-
-    def of_shard(self, tensor: Tensor, shard: int) -> Tensor:
-        tensor = tensor.clone() if shard == self.shard else torch.empty_like(tensor)
-        with collective():
-            dist.broadcast(tensor, self.replica * self.shards + shard, self.within)
-        return tensor
 
 
 class _ScatterSum(torch.autograd.Function):

@@ -120,6 +120,7 @@ def compare(one: Seen, other: Seen, loss: float, parameters: float, *, rounds: b
 def test_a_sharded_axis_inherits_no_collective() -> None:
     """Those of one process are the identity, and would be wrong without a word."""
     collectives = {name for name, of in vars(LatentAxis).items() if callable(of) and name[0] != "_"}
+    collectives.remove("latents")  # which those are follows from the rank's place
     assert len(collectives) >= 8
     assert collectives <= vars(ShardedAxis).keys()
 
