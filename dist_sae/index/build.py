@@ -304,7 +304,8 @@ class _Worker:
                     latents = manifest.bucket(bucket)
                     weights = weight_columns(checkpoint, latents, cells, outputs, mesh.device)
                     made = make_bucket(
-                        store, folder, manifest, records, bucket, weights, origins, sample
+                        *(store, folder, manifest, records, bucket, weights, origins, sample),
+                        alive=lambda: self._at(working=True),
                     )
                 except ObjectNotFoundError:
                     return False  # another worker has found a unit's codes damaged

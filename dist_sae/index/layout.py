@@ -162,6 +162,8 @@ class BucketRecord(Record):
     schema_version: Literal[1] = 1
     bucket: int
     entries: int
+    never_fired: int
+    """Latents without an entry."""
     latents: Stored
     examples: Stored
     postings: tuple[Piece, ...]

@@ -11,7 +11,7 @@ def summary(store: ObjectStore, folder: IndexFolder, manifest: IndexManifest) ->
 
     Returns:
         `index` (its place), `step`, `units`, `deleted_units`, `rows`, `fvu`, `l0`, `entries`,
-        `alive_share`, `bytes` by table.
+        `never_fired` (latents), `bytes` by table.
     """
     without = {"buckets": (), "sample": ()}  # which take 84 kB of memory for 64 buckets
     records = [
@@ -29,6 +29,7 @@ def summary(store: ObjectStore, folder: IndexFolder, manifest: IndexManifest) ->
         "fvu": sum(record.squared_error for record in records) / total if total else None,
         "l0": sum(record.active for record in records) / rows if rows else None,
         "entries": sum(bucket.entries for bucket in buckets),
+        "never_fired": sum(bucket.never_fired for bucket in buckets),
         "bytes": {
             "rows": sum(record.origin.bytes for record in records if record.origin),
             "latents": sum(bucket.latents.bytes for bucket in buckets),

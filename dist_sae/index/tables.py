@@ -1,7 +1,7 @@
 """The tables of a bucket, stored, and its manifest."""
 
 import itertools
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -82,6 +82,7 @@ def make_bucket(
     weights: Mapping[str, pa.Array],
     origins: Origins,
     sample: Sample | None,
+    alive: Callable[[], None] = lambda: None,
 ) -> BucketRecord:
     """Make and store the tables of a bucket.
 
@@ -89,6 +90,7 @@ def make_bucket(
         weights: Columns of `LATENTS` that follow from the dictionary alone.
         origins: Of the index's rows.
         sample: For the pairs; None makes no table of pairs.
+        alive: Called before each piece of work.
 
     Raises:
         CorruptObjectError: Codes are damaged.
@@ -105,6 +107,7 @@ def make_bucket(
     pieces: list[Piece] = []
     numbers = itertools.count()
     for start, stop in codes.ranges():
+        alive()
         found, chosen = summarise(
             codes,
             start,
@@ -117,6 +120,7 @@ def make_bucket(
         examples.append((latents.start + start, chosen))
         if manifest.postings_share:
             for tile in codes.tiles(start, stop):
+                alive()
                 pieces += _postings(store, folder, manifest, bucket, tile, numbers)
     firings = Statistics(*map(np.concatenate, zip(*statistics, strict=True)))
     tables = {
@@ -132,6 +136,7 @@ def make_bucket(
     return BucketRecord(
         bucket=bucket,
         entries=codes.entries,
+        never_fired=int((codes.counts == 0).sum()),
         latents=stored["latents"],
         examples=stored["examples"],
         postings=tuple(pieces),

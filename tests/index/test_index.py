@@ -33,6 +33,7 @@ def check(place: str, result: dict[str, object], oracle: Oracle) -> None:
     assert result["rows"] == len(oracle.codes)
     assert result["fvu"] == pytest.approx(oracle.fvu, rel=1e-6)
     assert result["l0"] == pytest.approx(oracle.l0, rel=1e-12)
+    assert result["never_fired"] == (oracle.codes == 0).all(0).sum() > 0
     check_postings(place, oracle)
     check_latents(place, oracle)
     check_examples(place, oracle)
