@@ -1,6 +1,7 @@
 """Evaluation of a real, tiny language model: its numbers, and what is not computed twice."""
 
 import json
+import logging
 import os
 import threading
 from collections.abc import Callable
@@ -225,7 +226,7 @@ def test_a_checkpoint_that_its_trainer_deletes_meanwhile_has_a_newer_one(
     assert checkpoints.steps() == [12]
     assert found["step"] == 12
     assert found == evaluate(run) == evaluation(run)
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
     def missing(*args: Any) -> float:
         raise ObjectNotFoundError("no such object", url=run.store.activations, key="units/0")
@@ -234,7 +235,7 @@ def test_a_checkpoint_that_its_trainer_deletes_meanwhile_has_a_newer_one(
     save(checkpoints, 13, tensors, older.scalars)
     with pytest.raises(ObjectNotFoundError, match="units/0"):
         evaluate(run)
-    assert not caplog.records
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
 def text_of(run: Run) -> list[str]:
