@@ -79,7 +79,7 @@ class PagedDictionary:
             self._in_memory = self._load(axis).to(device)
             return
         self._memory: list[dict[str, Tensor]] = [{}, {}]
-        """Of two pages, used again and again: a module would keep its own until it is collected."""
+        """Buffers of two pages, reused: a module keeps its memory until it is collected."""
         quarter = memory_bytes // 4
         self._page_latents = _page_latents(config, quarter * config.n_latents // n_bytes)
         # rows and scaled rows; reconstructions; keys and codes
@@ -145,24 +145,6 @@ class PagedDictionary:
                     joined[:n] = piece[fits:]
         if n:
             yield joined[:n]
-
-    @torch.no_grad()
-    def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
-        """Codes of inputs, as of the whole dictionary: see `Dictionary.encode`. Not for ranks."""
-        if self._in_memory is not None:
-            return self._in_memory.encode(x)
-        if self._row_limit:
-            return self._largest(x, self._row_limit).codes(slice(None), range(self.n_latents))
-        found = []
-        for page in self._pages(self._decoder):
-            for rows in _slices(x, self._slice_rows):
-                acts, latents, starts = page.encode(x[rows])
-                places = Entries(latents, starts, self._page_latents).rows + rows.start
-                found.append(select.Candidates(acts, places, latents + page.first_latent))
-        acts, places, latents = select.by_row(
-            select.Candidates(*map(torch.cat, zip(*found, strict=True)))
-        )
-        return Codes(acts, latents, select.starts_of(places, len(x)))
 
     @torch.no_grad()
     def infer(self, x: Float[Tensor, "batch d_in"]) -> Inferred:
