@@ -131,7 +131,7 @@ def _join(run: Run, stopping: threading.Event) -> Iterator[tuple[Mesh, Watch | N
 
 
 class _Pace:
-    """What a worker gets through in a second, from one piece of work to the next."""
+    """A worker's pace, measured from the end of one piece of work to the end of the next."""
 
     def __init__(self) -> None:
         self._since = time.monotonic()
@@ -354,8 +354,9 @@ class _Worker:
         for record in records:
             if record.origin and record.origin.key == exc.key:
                 store.delete(record.origin.key)
+        if damaged:  # all of them where codes are deleted, as of a complete index
+            logger.warning("units to be encoded again: %d, for %s", len(damaged), exc)
         for unit in sorted(damaged):
-            logger.warning("unit %d is encoded again: %s", unit, exc)
             store.delete(folder.units.key(unit))
         return bool(damaged)
 

@@ -54,7 +54,7 @@ def drop_damaged(
                 needed |= {number} if kind is UnitRecord else set(manifest.units)
     check_not_retired(store, folder, needed, retired, faults)
     for fault in faults:
-        logger.warning("%s; it is made again", fault)
+        logger.warning("to be made again: %s", fault)
     for key in doomed:
         store.delete(key)
     return faults
