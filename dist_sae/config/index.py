@@ -1,4 +1,4 @@
-"""The section `index`: what the latent index of a trained dictionary holds."""
+"""The section `index`: content of the latent index, and the processes that make it."""
 
 from typing import Annotated, Any, Literal
 
@@ -17,7 +17,7 @@ IndexName = Annotated[
 
 
 class IndexConfig(Section):
-    """What the latent index of a trained dictionary holds."""
+    """Content of the latent index of a trained dictionary, and the processes that make it."""
 
     name: IndexName | None = None
     """Folder of the index within the run's `index/`; null takes the checkpoint's step, so indexes

@@ -168,12 +168,12 @@ class Encoder:
 
 
 class Written(NamedTuple):
-    """What a rank has stored of a unit."""
+    """Places of a unit's objects that one rank has stored."""
 
     buckets: dict[int, CodesChunk]
     sample: CodesChunk | None
     origin: Stored | None
-    """Of the first rank."""
+    """Table of the rows' origin; None on all ranks but the first, which stores it."""
 
 
 def write_unit(

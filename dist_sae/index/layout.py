@@ -361,7 +361,7 @@ def unit_records(
 
 
 class UnitRecords:
-    """What stage 1 found, to be read again and again: compressed, as there may be many thousands.
+    """The records of all units, compressed in memory; may be iterated any number of times.
 
     A record of 64 buckets takes 84 kB as an object, and 4 kB here.
     """

@@ -12,7 +12,7 @@ from dist_sae.training.waiting import await_until
 
 
 class IndexProgress(NamedTuple):
-    """What there is of an index."""
+    """The state of an index: complete, or how far its workers are."""
 
     manifest: IndexManifest
     units: int
@@ -23,14 +23,14 @@ class IndexProgress(NamedTuple):
     """No codes are left, which are deleted last."""
 
     def is_complete(self, run: Run, step: int) -> bool:
-        """True if it is whole, and what the run file asks for."""
+        """True if the index is complete and has the settings of the run file."""
         there = self.manifest
         asked = there.step == step and there.settings == run.index.deciding()
         return asked and self.tidy and self.buckets == there.n_buckets
 
 
 def index_progress(runs: ObjectStore, run: Run, step: int) -> IndexProgress | None:
-    """What there is of the index of a step; None if it has not begun."""
+    """Read the state of the index of a step; None if it has not begun."""
     folder = IndexFolder(run.name, index_name(run, step))
     if runs.size(folder.manifest) is None:
         return None

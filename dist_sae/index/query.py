@@ -44,7 +44,7 @@ class Firing(NamedTuple):
     row: int
     document: int
     position: int
-    """Of the token within the document."""
+    """Position of the token in its document."""
     token: int
 
 

@@ -3,7 +3,7 @@
 import io
 import threading
 from collections.abc import Callable, Iterator
-from functools import cached_property
+from functools import cached_property, partial
 from typing import TypeVar
 
 import pyarrow as pa
@@ -51,7 +51,7 @@ class LatentTable:
         if not groups:
             yield self._footer.schema.to_arrow_schema().empty_table()
         for group in groups:
-            rows = self._parsed(lambda: self._read(group))  # noqa: B023 - called at once
+            rows = self._parsed(partial(self._read, group))
             yield rows.filter(pc.equal(rows["latent"], latent))
 
     @cached_property

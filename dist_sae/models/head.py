@@ -24,9 +24,9 @@ class Head(NamedTuple):
     unembedding: Float[Tensor, "vocabulary d"]
     """In the model's precision."""
     gain: Float[Tensor, " d"]
-    """By which the norm multiplies each channel, fp32."""
+    """Factor of each channel in the final norm, fp32."""
     mean: Float[Tensor, " d"]
-    """Of the unembedding over the vocabulary, fp32."""
+    """Mean of the unembedding over the vocabulary, fp32."""
     centres: bool
     """True if the norm subtracts the mean over channels, as LayerNorm does and RMSNorm does not."""
 

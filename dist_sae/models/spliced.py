@@ -66,7 +66,7 @@ class SplicedModel:
             raise HeadlessError(f"model.path {config.path}: its tokenizer has no mask token")
         self._edit: Edit | None = None
         self._width = width(description.skeleton, site)
-        """Of a row; a rank may have a part."""
+        """Width of a whole row; a rank may hold a part of it."""
         attach(self._model, site, self._replace)
 
     def predicted(

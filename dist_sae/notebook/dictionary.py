@@ -134,7 +134,7 @@ class RawDictionary(nn.Module):
         return self.sae.b_enc
 
     def decoder_rows(self, latents: Latents) -> Float[Tensor, "latents d_in"]:
-        """What each latent adds to raw activations per unit of its activation.
+        """Raw activations that an activation of 1 of each latent adds.
 
         Raises:
             LatentNotFoundError: There is no such latent.

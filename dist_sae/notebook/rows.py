@@ -37,7 +37,7 @@ class RowBatch(NamedTuple):
     """Number within the unit; with the unit it identifies the row."""
 
     def numpy(self) -> dict[str, NDArray[Any]]:
-        """The same as NumPy arrays, by name."""
+        """The columns as NumPy arrays, by name."""
         return {name: column.numpy() for name, column in self._asdict().items()}
 
 

@@ -12,7 +12,7 @@ from dist_sae.errors import ArgumentError
 from dist_sae.models.sites import attach, place, width
 
 Change = Callable[[Float[Tensor, "rows d_in"]], Float[Tensor, "rows d_in"]]
-"""What is added to raw activations."""
+"""Computes the change to add to raw activations from the activations themselves."""
 
 Positions = Shaped[Tensor, "*batch seq"]
 """A mask of booleans; others are refused, as they may be numbers of tokens."""

@@ -23,9 +23,9 @@ class LatentView(NamedTuple):
     denser_than: float
     """Share of the latents that fire on fewer rows."""
     examples: list[Example]
-    """Of the largest activations, in texts that do not overlap."""
+    """Texts around the largest activations; they do not overlap."""
     sampled: dict[int, Example]
-    """One of each decile of the activations, 0 the smallest."""
+    """One text for each decile of the activations, 0 the smallest."""
     top_tokens: list[tuple[str, float]]
     """Text, and the latent's effect on the logit."""
     bottom_tokens: list[tuple[str, float]]

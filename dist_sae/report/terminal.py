@@ -27,7 +27,7 @@ _BOLD, _PLAIN = "\033[1m", "\033[0m"
 
 
 class Answer(NamedTuple):
-    """What a question to an index gives."""
+    """Answer to a question about an index, for programs and for people."""
 
     content: Any
     """As JSON types."""

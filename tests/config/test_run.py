@@ -452,7 +452,7 @@ def test_the_million_latents_train_on_the_quickstarts_activations() -> None:
 def test_a_run_s_text_and_model_are_found_from_anywhere(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """What lies here gets its whole path; names on a hub and in buckets stay."""
+    """Local files get absolute paths; names on a hub and in buckets stay as they are."""
     (tmp_path / "models/tiny").mkdir(parents=True)
     monkeypatch.chdir(tmp_path)
 

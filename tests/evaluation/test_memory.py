@@ -28,7 +28,7 @@ from tests.world import save
 
 D_IN, BUDGET = 64, 100_000_000
 SMALL, WIDE = 32_768, 8 * 32_768
-"""Of 17 MB, which stay in memory, and of 135."""
+"""Widths whose weights take 17 MB, which stay in memory, and 135 MB, which do not."""
 KINDS: dict[str, dict[str, Any]] = {
     "topk": {"k": 8, "auxk": 0},
     "jumprelu": {"initial_threshold": 0.1},

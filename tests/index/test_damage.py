@@ -1,4 +1,4 @@
-"""What is damaged, deleted or empty: an index loses no more than that."""
+"""Damaged, deleted and empty objects: an index loses nothing else."""
 
 import errno
 import io

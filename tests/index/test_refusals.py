@@ -1,4 +1,4 @@
-"""What an index refuses, in one line, and what it makes of units that are gone."""
+"""Errors of `dist-sae index`, each in one line, and units that were deleted."""
 
 import json
 from collections.abc import Callable
