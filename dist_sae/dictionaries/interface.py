@@ -82,15 +82,6 @@ class Inferred(NamedTuple):
 class Inference(Protocol):
     """A trained dictionary as its users see it, in memory or on disk."""
 
-    @property
-    def n_latents(self) -> int:
-        """Width of the whole dictionary."""
-        ...
-
-    def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
-        """Codes of inputs."""
-        ...
-
     def infer(self, x: Float[Tensor, "batch d_in"]) -> Inferred:
         """Reconstructions and firings."""
         ...
