@@ -76,6 +76,8 @@ EXAMPLES: dict[str, Any] = {
     "train.parent.run": "old",
     "train.parent.step": 4000,
     "train.site": "resid_post.7",
+    "sae.reads": "[mlp_in.7]",
+    "sae.writes": "[mlp_out.7]",
 }
 SHARED = {"--help", "--set", "--json", "run"}
 PODS = ("planner", "producer", "trainer", "index", "reporter")

@@ -132,5 +132,6 @@ def stored_run(stored: Mapping[str, Any], run: Run, origin: str) -> Run:
 
 def _compared(run: Run) -> dict[str, Any]:
     settings = run_fingerprint(run)
-    settings["train"]["site"] = run.site
+    del settings["train"]["site"]
+    settings["sae"] |= {"reads": list(run.reads), "writes": list(run.writes)}
     return settings

@@ -73,9 +73,24 @@ class Run(Section):
         return self.model.tensor_parallel if self.model.kind == "huggingface" else 1
 
     @property
+    def reads(self) -> tuple[str, ...]:
+        """Sites that the dictionary reads."""
+        return self.sae.reads or (self.train.site or self.activations.sites[0],)
+
+    @property
+    def writes(self) -> tuple[str, ...]:
+        """Sites that the dictionary reconstructs."""
+        return self.sae.writes or self.reads
+
+    @property
+    def sites(self) -> tuple[str, ...]:
+        """Every site that the dictionary reads or writes, once each."""
+        return tuple(dict.fromkeys((*self.reads, *self.writes)))
+
+    @property
     def site(self) -> str:
-        """The site that the dictionary is fitted to."""
-        return self.train.site or self.activations.sites[0]
+        """The first site that the dictionary reads."""
+        return self.reads[0]
 
     @property
     def left_open(self) -> list[tuple[str, str]]:
@@ -241,19 +256,30 @@ class Run(Section):
                     f"{gpus} for {ranks} ranks in a pod: each rank needs one; use {ranks} or 0",
                 )
 
+    def _site_problems(self) -> Iterator[tuple[str, str]]:
+        there, site = self.activations.sites, self.train.site
+        sites = ", ".join(there)
+        if site is None and self.sae.reads is None and len(there) > 1:
+            yield "train.site", f"missing; activations.sites has several: {sites}"
+        if site is not None and self.sae.reads is not None:
+            yield "train.site", "sae.reads names the sites already; leave one of them out"
+        named = {"train.site": (site,), "sae.reads": self.sae.reads, "sae.writes": self.sae.writes}
+        for key, values in named.items():
+            for value in values or ():
+                if value is not None and value not in there:
+                    yield key, f"{value} is not among activations.sites ({sites})"
+        if problem := self.sae.sites_problem(self.reads, self.writes):
+            yield ("sae.writes" if self.sae.writes else "sae.reads"), problem
+
     def _disagreements(self) -> Iterator[tuple[str, str]]:
         train, activations, processes = self.train, self.activations, self.processes
-        sites = ", ".join(activations.sites)
         if train.parent and train.parent.run == self.name:
             yield "train.parent.run", f"{self.name} is this run; give it a name of its own"
         if train.keep_best and not train.heldout_rows:
             yield "train.keep_best", "needs train.heldout_rows to tell which checkpoint is best"
         if train.heldout_rows and not activations.heldout_share:
             yield "train.heldout_rows", "nothing is held out; set activations.heldout_share"
-        if train.site is None and len(activations.sites) > 1:
-            yield "train.site", f"missing; activations.sites has several: {sites}"
-        if train.site is not None and train.site not in activations.sites:
-            yield "train.site", f"{train.site} is not among activations.sites ({sites})"
+        yield from self._site_problems()
         streams = activations.streams or processes.trainers
         if train.batch_rows % streams:
             yield (

@@ -1,6 +1,7 @@
 """Sections of the recipes, one per `kind`; the mathematics is in `dictionaries/recipes/`."""
 
 import math
+from collections.abc import Sequence
 from typing import Annotated, Literal, Self
 
 from pydantic import (
@@ -13,6 +14,7 @@ from pydantic import (
 )
 
 from dist_sae.config.base import Section
+from dist_sae.config.data import Site
 
 _AUXK = 512
 
@@ -20,6 +22,7 @@ _AUXK = 512
 class DictionaryConfig(Section):
     """Settings of every recipe."""
 
+    kind: str
     n_latents: PositiveInt
     """Number of latents in the dictionary."""
     dead_after_rows: PositiveInt | None = None
@@ -27,6 +30,19 @@ class DictionaryConfig(Section):
     10 million."""
     init: Literal["random", "data"] = "data"
     """Initial directions: random, or near those of the first `n_latents` rows."""
+    reads: Annotated[tuple[Site, ...], Field(min_length=1)] | None = None
+    """Sites that the encoder reads; null reads `train.site`, or the only one there is."""
+    writes: Annotated[tuple[Site, ...], Field(min_length=1)] | None = None
+    """Sites that the decoder reconstructs; null reconstructs the sites that are read."""
+
+    def sites_problem(self, reads: Sequence[str], writes: Sequence[str]) -> str | None:
+        """Why a dictionary of this kind cannot read and write these sites; None if it can."""
+        if len(reads) == 1 and tuple(reads) == tuple(writes):
+            return None
+        return (
+            f"{self.kind} reconstructs the one site that it reads; "
+            f"use transcoder, crosscoder or clt for others"
+        )
 
     @property
     def sparsity_key(self) -> str:

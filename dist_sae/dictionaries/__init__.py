@@ -14,6 +14,7 @@ from dist_sae.config.sae import (
     TopKConfig,
 )
 from dist_sae.dictionaries.axis import WHOLE, LatentAxis
+from dist_sae.dictionaries.interface import Widths
 from dist_sae.dictionaries.recipes.jumprelu import JumpReLU
 from dist_sae.dictionaries.recipes.jumprelu_tanh import JumpReLUTanh
 from dist_sae.dictionaries.recipes.relu import ReLU
@@ -27,14 +28,14 @@ PRODUCT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 def build_sae(
     config: SaeConfig,
-    d_in: int,
+    widths: Widths | int,
     axis: LatentAxis = WHOLE,
     kernels: Kernels = KERNELS,
     product_dtype: torch.dtype = torch.float32,
     dtype: torch.dtype = torch.float32,
 ) -> TopK | Routed | JumpReLU | JumpReLUTanh | ReLU:
     """An empty dictionary of the kind that `config` names; the arguments of `Dictionary`."""
-    arguments = d_in, axis, kernels, product_dtype, dtype
+    arguments = widths, axis, kernels, product_dtype, dtype
     match config:
         case TopKConfig() | BatchTopKConfig():
             return TopK(config, *arguments)

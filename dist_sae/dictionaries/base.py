@@ -21,6 +21,7 @@ from dist_sae.dictionaries.interface import (
     Selection,
     Slots,
     StepContext,
+    Widths,
 )
 from dist_sae.kernels import Entries, Kernels, select
 from dist_sae.kernels.torch import KERNELS
@@ -35,7 +36,8 @@ class Dictionary(nn.Module):
 
     Args:
         config: The recipe.
-        d_in: Width of the activations.
+        widths: Widths of the sites that are read and written; a number is that of the one site of
+            an autoencoder.
         axis: This rank's place; only its shard of the dictionary is allocated.
         kernels: The sparse products.
         product_dtype: Precision of the encoder product in training.
@@ -55,7 +57,7 @@ class Dictionary(nn.Module):
     def __init__(
         self,
         config: DictionaryConfig,
-        d_in: int,
+        widths: Widths | int,
         axis: LatentAxis = WHOLE,
         kernels: Kernels = KERNELS,
         product_dtype: torch.dtype = torch.float32,
@@ -65,16 +67,17 @@ class Dictionary(nn.Module):
         self._per_latent: dict[str, bool] = {}
         n_local = len(axis.latents(config.n_latents))
         self.config = config
+        self.widths = Widths.of(widths)
         self.axis = axis
         self.kernels = kernels
         self.product_dtype = product_dtype
         for name, shape in {
-            "W_enc": (n_local, d_in),
-            "W_dec": (n_local, d_in),
+            "W_enc": (n_local, self.widths.d_in),
+            "W_dec": (n_local, self.widths.d_out),
             "b_enc": (n_local,),
         }.items():
             self.add_tensor(name, nn.Parameter(torch.zeros(shape, dtype=dtype)), per_latent=True)
-        b_dec = nn.Parameter(torch.zeros(d_in, dtype=dtype))
+        b_dec = nn.Parameter(torch.zeros(self.widths.d_out, dtype=dtype))
         self.add_tensor("b_dec", b_dec, per_latent=False)
 
     def add_tensor(self, name: str, tensor: Tensor, *, per_latent: bool) -> None:

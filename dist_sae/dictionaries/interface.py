@@ -10,6 +10,28 @@ from torch import Tensor
 from dist_sae.kernels import Entries, select
 
 
+class Widths(NamedTuple):
+    """Widths of the sites that a dictionary reads and writes, in their order."""
+
+    reads: tuple[int, ...]
+    writes: tuple[int, ...]
+
+    @classmethod
+    def of(cls, widths: "Widths | int") -> "Widths":
+        """The widths themselves; a number is the width of the one site of an autoencoder."""
+        return cls((widths,), (widths,)) if isinstance(widths, int) else widths
+
+    @property
+    def d_in(self) -> int:
+        """Width of the inputs: the sites that are read, side by side."""
+        return sum(self.reads)
+
+    @property
+    def d_out(self) -> int:
+        """Width of the targets: the sites that are written, side by side."""
+        return sum(self.writes)
+
+
 class Codes(NamedTuple):
     """The selected entries of the [batch, n_latents] matrix of codes, row after row."""
 
@@ -61,12 +83,12 @@ class Selection(Protocol):
 
 
 class Rows(NamedTuple):
-    """Scaled activations of a batch. The targets of a sparse autoencoder are its inputs."""
+    """Scaled activations of a batch. The targets of an autoencoder are its inputs."""
 
     inputs: Float[Tensor, "batch d_in"]
-    """Read by the encoder."""
+    """The sites that the encoder reads, side by side."""
     targets: Float[Tensor, "batch d_out"]
-    """Reconstructed by the decoder, row for row."""
+    """The sites that the decoder reconstructs, row for row, side by side."""
 
 
 class Inferred(NamedTuple):

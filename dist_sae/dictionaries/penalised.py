@@ -18,7 +18,7 @@ from dist_sae.config.sae import PenalisedConfig
 from dist_sae.dictionaries.base import SPARSE_BELOW, Dictionary, firings
 from dist_sae.dictionaries.constraints import remove_parallel_
 from dist_sae.dictionaries.init import first_rows, initialise_tied, reinitialise
-from dist_sae.dictionaries.interface import LossTerms, Output, Rows, StepContext
+from dist_sae.dictionaries.interface import LossTerms, Output, Rows, StepContext, Widths
 from dist_sae.dictionaries.selection import Threshold
 from dist_sae.kernels import Entries, autograd, select
 
@@ -42,8 +42,10 @@ class Penalised(Dictionary):
 
     config: PenalisedConfig
 
-    def __init__(self, config: PenalisedConfig, d_in: int, *place: Any, **precision: Any) -> None:
-        super().__init__(config, d_in, *place, **precision)
+    def __init__(
+        self, config: PenalisedConfig, widths: Widths | int, *place: Any, **precision: Any
+    ) -> None:
+        super().__init__(config, widths, *place, **precision)
         self.selection = Threshold(self, self.thresholds_in)
 
     def thresholds_in(self, dtype: torch.dtype) -> Float[Tensor, " n_local"]:

@@ -224,10 +224,26 @@ class Container:
         return 128 - code if code < 0 else code
 
     def signal(self, number: signal.Signals) -> None:
-        """Signal the first process; if it is killed, all others die too."""
+        """Signal the first process; if it is killed, all others die too.
+
+        The kernel drops a SIGTERM for the first process of a PID namespace that does not handle it
+        yet; so wait until it does.
+        """
+        while number == signal.SIGTERM and not self._heeds(number):
+            if self.wait(0.01) is not None:
+                return
         if self._first is not None and self.wait(0) is None:
             with suppress(ProcessLookupError):
                 os.kill(self._first, number)
+
+    def _heeds(self, number: signal.Signals) -> bool:
+        """True if the first process catches, ignores or awaits a signal."""
+        with suppress(OSError):
+            for line in Path(f"/proc/{self._first}/status").read_text().splitlines():
+                name, _, mask = line.partition(":")
+                if name in {"SigBlk", "SigCgt", "SigIgn"} and int(mask, 16) >> (number - 1) & 1:
+                    return True
+        return False
 
     def processes(self) -> Iterator[tuple[int, list[str]]]:
         """Processes in the container, as (process id, command)."""

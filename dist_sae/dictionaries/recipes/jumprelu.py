@@ -27,7 +27,7 @@ from torch.autograd.function import once_differentiable
 
 from dist_sae.config.sae import JumpReLUConfig
 from dist_sae.dictionaries.constraints import normalise_rows_
-from dist_sae.dictionaries.interface import Output, Rows, StepContext
+from dist_sae.dictionaries.interface import Output, Rows, StepContext, Widths
 from dist_sae.dictionaries.penalised import Penalised, encode_decode
 from dist_sae.dictionaries.schedules import warmed_up
 
@@ -38,9 +38,11 @@ class JumpReLU(Penalised):
     config: JumpReLUConfig
     theta: nn.Parameter
 
-    def __init__(self, config: JumpReLUConfig, d_in: int, *place: Any, **precision: Any) -> None:
-        super().__init__(config, d_in, *place, **precision)
-        self.rms_norm = math.sqrt(d_in)  # root mean square norm of scaled rows
+    def __init__(
+        self, config: JumpReLUConfig, widths: Widths | int, *place: Any, **precision: Any
+    ) -> None:
+        super().__init__(config, widths, *place, **precision)
+        self.rms_norm = math.sqrt(self.widths.d_in)  # root mean square norm of scaled rows
         self.bandwidth = (config.bandwidth or config.least_code) * self.rms_norm
         theta = nn.Parameter(torch.zeros_like(self.b_enc))
         self.add_tensor("theta", theta, per_latent=True)

@@ -28,7 +28,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from dist_sae.config.sae import JumpReLUTanhConfig
-from dist_sae.dictionaries.interface import Output, Rows, StepContext
+from dist_sae.dictionaries.interface import Output, Rows, StepContext, Widths
 from dist_sae.dictionaries.penalised import Penalised, encode_decode
 from dist_sae.dictionaries.recipes.jumprelu import jump_relu
 from dist_sae.dictionaries.schedules import warmed_up
@@ -42,11 +42,11 @@ class JumpReLUTanh(Penalised):
     theta: nn.Parameter
 
     def __init__(
-        self, config: JumpReLUTanhConfig, d_in: int, *place: Any, **precision: Any
+        self, config: JumpReLUTanhConfig, widths: Widths | int, *place: Any, **precision: Any
     ) -> None:
-        super().__init__(config, d_in, *place, **precision)
-        self.rms_norm = math.sqrt(d_in)
-        self.lambda_s = config.cost(d_in) * d_in
+        super().__init__(config, widths, *place, **precision)
+        self.rms_norm = math.sqrt(self.widths.d_in)
+        self.lambda_s = config.cost(self.widths.d_in) * self.widths.d_in
         theta = nn.Parameter(torch.zeros_like(self.b_enc))
         self.add_tensor("theta", theta, per_latent=True)
 

@@ -44,6 +44,7 @@ from dist_sae.dictionaries.interface import (
     Rows,
     Slots,
     StepContext,
+    Widths,
 )
 from dist_sae.dictionaries.schedules import annealed
 from dist_sae.dictionaries.selection import BatchTopK, RowTopK
@@ -73,14 +74,16 @@ class Routed(WithAuxK):
     W_router: nn.Parameter
     b_router: nn.Parameter
 
-    def __init__(self, config: RoutedConfig, d_in: int, *place: Any, **precision: Any) -> None:
-        super().__init__(config, d_in, *place, **precision)
+    def __init__(
+        self, config: RoutedConfig, widths: Widths | int, *place: Any, **precision: Any
+    ) -> None:
+        super().__init__(config, widths, *place, **precision)
         # registered with either selection: checkpoints of all routed runs hold its threshold
         by_batch = BatchTopK(self, config.threshold_decay)
         chosen = config.experts_per_row
         self.by_row = RowTopK(self, config.k, WHOLE, parts=chosen, width=self.width)
         self.selection = by_batch if config.selection == "batch" else self.by_row
-        router = nn.Parameter(self.b_dec.new_zeros(config.experts, d_in))
+        router = nn.Parameter(self.b_dec.new_zeros(config.experts, self.widths.d_in))
         self.add_tensor("W_router", router, per_latent=False)
         bias = nn.Parameter(self.b_dec.new_zeros(config.experts))
         self.add_tensor("b_router", bias, per_latent=False)

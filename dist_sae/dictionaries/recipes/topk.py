@@ -20,7 +20,7 @@ from torch import Tensor
 from dist_sae.config.sae import BatchTopKConfig, TopKConfig
 from dist_sae.dictionaries.auxk import WithAuxK, auxk_loss
 from dist_sae.dictionaries.base import firings
-from dist_sae.dictionaries.interface import LossTerms, Output, Rows, StepContext
+from dist_sae.dictionaries.interface import LossTerms, Output, Rows, StepContext, Widths
 from dist_sae.dictionaries.schedules import annealed
 from dist_sae.dictionaries.selection import BatchTopK, RowTopK
 
@@ -31,9 +31,13 @@ class TopK(WithAuxK):
     selection: RowTopK | BatchTopK
 
     def __init__(
-        self, config: TopKConfig | BatchTopKConfig, d_in: int, *place: Any, **precision: Any
+        self,
+        config: TopKConfig | BatchTopKConfig,
+        widths: Widths | int,
+        *place: Any,
+        **precision: Any,
     ) -> None:
-        super().__init__(config, d_in, *place, **precision)
+        super().__init__(config, widths, *place, **precision)
         self.selection = self.by_row = RowTopK(self, config.k, self.axis)
         if isinstance(config, BatchTopKConfig):
             self.selection = BatchTopK(self, config.threshold_decay)
