@@ -105,13 +105,8 @@ def check(checkpoint: Checkpoint, run: Run) -> None:
         raise ConfigError(
             f"{run.name}: train.site: {run.site} cannot start from a dictionary of {site}"
         )
-    if run.sae.n_experts:
-        experts = settings["sae"]["experts"]
-        if (n_latents, experts) != (run.sae.n_latents, run.sae.n_experts):
-            raise ConfigError(
-                f"{run.name}: sae.kind: routed dictionaries cannot be widened, since latents would "
-                f"change their experts; train from scratch"
-            )
+    if problem := run.sae.parent_problem(settings["sae"]):
+        raise ConfigError(f"{run.name}: sae.{problem}")
     if n_latents > run.sae.n_latents:
         raise ConfigError(
             f"{run.name}: sae.n_latents: {run.sae.n_latents} is less than the {n_latents} "

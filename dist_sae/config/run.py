@@ -180,12 +180,9 @@ class Run(Section):
                 f"{n_latents} is not a multiple of processes.latent_shards ({shards}); "
                 f"use {nearest}",
             )
-        if self.sae.kind == "routed" and self.sae.experts % shards:
-            yield (
-                "sae.experts",
-                f"{self.sae.experts} is not a multiple of processes.latent_shards ({shards}): "
-                f"a shard holds whole experts",
-            )
+        elif problem := self.sae.shards_problem(shards):
+            key, why = problem
+            yield f"sae.{key}", why
         if self.train.rows != "all" and self.sae.init_rows > self.train.rows:
             wanted = self.sae.init_rows
             yield (

@@ -1,115 +1,22 @@
 """Sections of the recipes, one per `kind`; the mathematics is in `dictionaries/recipes/`."""
 
 import math
-from collections.abc import Sequence
-from typing import Annotated, Literal, Self
+from collections.abc import Mapping
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    Field,
-    NonNegativeFloat,
-    NonNegativeInt,
-    PositiveFloat,
-    PositiveInt,
-    model_validator,
+from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
+
+from dist_sae.config.dictionary import (
+    CountsLatentsConfig,
+    DictionaryConfig,
+    KeepsThresholdConfig,
 )
-
-from dist_sae.config.base import Section
-from dist_sae.config.data import Site
-
-_AUXK = 512
-
-
-class DictionaryConfig(Section):
-    """Settings of every recipe."""
-
-    kind: str
-    n_latents: PositiveInt
-    """Number of latents in the dictionary."""
-    dead_after_rows: PositiveInt | None = None
-    """Rows without firing after which a latent is dead; null gives a tenth of train.rows, at most
-    10 million."""
-    init: Literal["random", "data"] = "data"
-    """Initial directions: random, or near those of the first `n_latents` rows."""
-    reads: Annotated[tuple[Site, ...], Field(min_length=1)] | None = None
-    """Sites that the encoder reads; null reads `train.site`, or the only one there is."""
-    writes: Annotated[tuple[Site, ...], Field(min_length=1)] | None = None
-    """Sites that the decoder reconstructs; null reconstructs the sites that are read."""
-
-    def sites_problem(self, reads: Sequence[str], writes: Sequence[str]) -> str | None:
-        """Why a dictionary of this kind cannot read and write these sites; None if it can."""
-        if len(reads) == 1 and tuple(reads) == tuple(writes):
-            return None
-        return (
-            f"{self.kind} reconstructs the one site that it reads; "
-            f"use transcoder, crosscoder or clt for others"
-        )
-
-    @property
-    def sparsity_key(self) -> str:
-        """The setting that decides how many latents are active."""
-        return "sparsity"
-
-    @property
-    def init_rows(self) -> int:
-        """Rows from which initial directions are taken; 0 if they are random."""
-        return self.n_latents if self.init == "data" else 0
-
-    @property
-    def latents_met(self) -> int:
-        """Latents whose pre-activations are computed for a row."""
-        return self.n_latents
-
-    @property
-    def n_experts(self) -> int | None:
-        """Equal parts of the latents that rows are routed to; None: every row meets all latents."""
-        return None
-
-    def divides_over(self, shards: int) -> bool:
-        """True if shards of equal size can hold the latents, and whole experts."""
-        return (self.n_experts or self.n_latents) % shards == 0
-
-
-class CountsLatentsConfig(DictionaryConfig):
-    """Settings shared by TopK, BatchTopK and routed dictionaries."""
-
-    k: PositiveInt
-    """Latents kept for each row (BatchTopK: on average)."""
-    k_start: PositiveInt | None = None
-    """Value of `k` at the start, reduced linearly to `k`; null keeps `k` constant."""
-    k_anneal_share: float = Field(0.1, gt=0, le=1)
-    """Share of the run over which `k_start` is reduced to `k`."""
-    auxk: NonNegativeInt = Field(
-        default_factory=lambda known: min(_AUXK, known.get("n_latents", _AUXK))
-    )
-    """Dead latents per row that reconstruct its error; 0 turns AuxK off. By default 512, or all
-    latents if they are fewer."""
-    auxk_coefficient: NonNegativeFloat = 1 / 32
-    """Weight of the AuxK loss; above Gao et al.'s 1/32 fewer latents die, but FVU is worse."""
-
-    @property
-    def sparsity_key(self) -> str:
-        return "k"
-
-    @model_validator(mode="after")
-    def _counts_fit(self) -> Self:
-        for name in ("k", "k_start", "auxk"):
-            value = getattr(self, name)
-            if value is not None and value > self.n_latents:
-                raise ValueError(f"{name} ({value}) must not exceed n_latents ({self.n_latents})")
-        return self
 
 
 class TopKConfig(CountsLatentsConfig):
     """TopK with AuxK (Gao et al. 2024, arXiv:2406.04093)."""
 
     kind: Literal["topk"] = "topk"
-
-
-class KeepsThresholdConfig(CountsLatentsConfig):
-    """Settings of recipes that select over a batch, and keep a threshold for inference."""
-
-    threshold_decay: float = Field(0.99, ge=0, lt=1)
-    """Decay per step of the running mean of a batch's smallest code, the threshold at inference."""
 
 
 class BatchTopKConfig(KeepsThresholdConfig):
@@ -158,6 +65,23 @@ class RoutedConfig(KeepsThresholdConfig):
     @property
     def n_experts(self) -> int:
         return self.experts
+
+    def shards_problem(self, shards: int) -> tuple[str, str] | None:
+        if self.experts % shards == 0:
+            return None
+        return (
+            "experts",
+            f"{self.experts} is not a multiple of processes.latent_shards ({shards}): "
+            f"a shard holds whole experts",
+        )
+
+    def parent_problem(self, parent: Mapping[str, Any]) -> str | None:
+        if (parent["n_latents"], parent["experts"]) == (self.n_latents, self.experts):
+            return None
+        return (
+            "kind: routed dictionaries cannot be widened, since latents would change their "
+            "experts; train from scratch"
+        )
 
     @model_validator(mode="after")
     def _experts_fit(self) -> Self:

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from dist_sae.config.sae import DictionaryConfig
+from dist_sae.config.dictionary import DictionaryConfig
 from dist_sae.dictionaries.axis import WHOLE, LatentAxis
 from dist_sae.dictionaries.interface import (
     Codes,

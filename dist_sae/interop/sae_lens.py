@@ -16,9 +16,9 @@ from typing import TYPE_CHECKING, Any, assert_never
 from dist_sae import __version__
 from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
+from dist_sae.config.dictionary import CountsLatentsConfig
 from dist_sae.config.sae import (
     BatchTopKConfig,
-    CountsLatentsConfig,
     JumpReLUConfig,
     JumpReLUTanhConfig,
     ReLUConfig,

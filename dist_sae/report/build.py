@@ -17,8 +17,8 @@ from dist_sae.checkpoint.trained import (
 )
 from dist_sae.config import Run, dump_run
 from dist_sae.config.data import HuggingFaceModel, ModelConfig
+from dist_sae.config.dictionary import CountsLatentsConfig
 from dist_sae.config.fingerprint import run_fingerprint
-from dist_sae.config.sae import CountsLatentsConfig
 from dist_sae.data.plan import Plan, load_plan
 from dist_sae.environment import hardware, versions
 from dist_sae.errors import CorpusError, ModelError, NoIndexError, ObjectNotFoundError

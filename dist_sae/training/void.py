@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator
 
 from dist_sae.config import Run
-from dist_sae.config.sae import CountsLatentsConfig
+from dist_sae.config.dictionary import CountsLatentsConfig
 from dist_sae.data.plan import Plan
 
 _FEW_DOCUMENTS = 30  # from here on a mean is about normally distributed

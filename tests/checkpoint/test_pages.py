@@ -9,7 +9,7 @@ from torch import Tensor
 from dist_sae.checkpoint import pages
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.checkpoint.pages import PagedDictionary
-from dist_sae.config.sae import DictionaryConfig
+from dist_sae.config.dictionary import DictionaryConfig
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.storage import open_store
 from tests.dictionaries.recipes import (

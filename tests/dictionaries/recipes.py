@@ -7,9 +7,9 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from dist_sae.config.dictionary import DictionaryConfig
 from dist_sae.config.sae import (
     BatchTopKConfig,
-    DictionaryConfig,
     JumpReLUConfig,
     JumpReLUTanhConfig,
     ReLUConfig,

@@ -5,9 +5,9 @@ import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from dist_sae.config.dictionary import DictionaryConfig
 from dist_sae.config.sae import (
     BatchTopKConfig,
-    DictionaryConfig,
     JumpReLUConfig,
     JumpReLUTanhConfig,
     ReLUConfig,

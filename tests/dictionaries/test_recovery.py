@@ -6,9 +6,9 @@ By default in a small world, for seconds; with `--long` in the worlds of docs/me
 import pytest
 import torch
 
+from dist_sae.config.dictionary import DictionaryConfig
 from dist_sae.config.sae import (
     BatchTopKConfig,
-    DictionaryConfig,
     JumpReLUConfig,
     JumpReLUTanhConfig,
     ReLUConfig,
