@@ -51,7 +51,7 @@ def check_against_oracle(sae: Dictionary, dead: str, bound: float) -> None:
     for value, wanted in zip(terms, expected, strict=True):
         assert relative_error(value, wanted) <= bound
     ours, theirs = gradients(sae, terms.total), gradients(sae, expected.total)
-    if sae.config.kind in UNIT_ROWS:  # type: ignore[attr-defined]
+    if sae.config.kind in UNIT_ROWS:
         theirs["W_dec"] -= along_rows(theirs["W_dec"], sae.W_dec.detach())
     for name, gradient in ours.items():
         assert theirs[name].norm() > 0, name

@@ -236,7 +236,7 @@ class Container:
             with suppress(ProcessLookupError):
                 os.kill(self._first, number)
 
-    def _heeds(self, number: signal.Signals) -> bool:
+    def _heeds(self, number: int) -> bool:
         """True if the first process catches, ignores or awaits a signal."""
         with suppress(OSError):
             for line in Path(f"/proc/{self._first}/status").read_text().splitlines():
