@@ -19,11 +19,13 @@ from dist_sae.config.data import SYNTHETIC_SITE
 from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.loader import Loader
 from dist_sae.data.plan import Plan, load_plan
+from dist_sae.data.shard import SiteRows, UnitManifest, manifest_key, write_shard
 from dist_sae.data.streams import Stream, StreamCursor
 from dist_sae.data.work_queue import Worker
 from dist_sae.models import ActivationSource
 from dist_sae.producing.planner import plan
 from dist_sae.storage import Entry, ObjectStore, open_store
+from dist_sae.storage.records import seal
 from dist_sae.telemetry.exporter import Telemetry
 from tests.runs import DOCUMENT_ROWS
 
@@ -53,11 +55,35 @@ def fill(
     return made
 
 
+def write_unit(
+    store: ObjectStore, made: Plan, unit: int, acts: Mapping[str, Tensor], block_rows: int = 8
+) -> None:
+    """Write a unit with these activations [rows, d_site] of its sites, as producers do."""
+    shards = {}
+    for site, of_site in acts.items():
+        n = len(of_site)
+        origin = [torch.arange(n, dtype=dtype) for dtype in (torch.int32, torch.int32, torch.int64)]
+        rows = SiteRows(of_site, *origin)
+        shards[site] = write_shard(store, unit, site, rows, block_rows, "fp32")
+    n = len(next(iter(acts.values())))
+    manifest = UnitManifest(
+        plan=made.hash,
+        unit=unit,
+        producer="",
+        documents=n,
+        rows=n,
+        excluded={},
+        seconds={},
+        sites=shards,
+    )
+    store.put(manifest_key(unit), seal(manifest))
+
+
 def open_activation_set(
     run: Run, stopping: threading.Event | None = None, store: ObjectStore | None = None
 ) -> ActivationSet:
     store = store or open_store(run.store.activations)
-    return ActivationSet(store, load_plan(store, run), run.site, stopping or threading.Event())
+    return ActivationSet(store, load_plan(store, run), run.sites, stopping or threading.Event())
 
 
 def open_loader(
@@ -89,15 +115,26 @@ def open_stream(
 
 def take(stream: Stream, n: int) -> Tensor:
     """Take the next `n` rows of a stream."""
-    acts = torch.empty(n, stream.d_in())
+    acts = {site: torch.empty(n, width) for site, width in stream.widths().items()}
     stream.put(acts)
-    return acts
+    return only(acts)
 
 
 def batches(activation_set: ActivationSet, steps: range, **options: Any) -> list[Tensor]:
     """Read the activations of the batches `steps`."""
     with open_loader(activation_set, steps, **options) as loader:
-        return [batch.acts for batch in loader]
+        return [only(batch.acts) for batch in loader]
+
+
+def joined(blocks: Iterable[Mapping[str, Tensor]]) -> Tensor:
+    """Join the activations of the one site of a reader."""
+    return torch.cat([only(block) for block in blocks])
+
+
+def only(acts: Mapping[str, Tensor]) -> Tensor:
+    """Activations of the one site."""
+    (of_site,) = acts.values()
+    return of_site
 
 
 def save(

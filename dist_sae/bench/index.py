@@ -20,6 +20,7 @@ from torch import Tensor
 
 from dist_sae.bench.measuring import compare, medians, peak_memory
 from dist_sae.checkpoint.state import load_weights
+from dist_sae.checkpoint.trained import normalisers_of
 from dist_sae.config import Run
 from dist_sae.data.activation_set import ActivationSet
 from dist_sae.dictionaries import build_sae
@@ -95,10 +96,12 @@ def _opened(run: Run, units: int) -> Iterator[Opened]:
 
 
 def _encoder(opened: Opened, device: torch.device) -> Encoder:
-    mean = torch.tensor(opened.checkpoint.scalars["mean"])
-    sae = build_sae(opened.run.sae, len(mean), kernels=choose_kernels("auto", device)).to(device)
+    normalisers = normalisers_of(opened.run, opened.checkpoint)
+    kernels = choose_kernels("auto", device)
+    sae = build_sae(opened.run.sae, normalisers.widths, kernels=kernels).to(device)
     load_weights(sae, opened.checkpoint)
-    activations = ActivationSet(opened.activations, opened.plan, opened.run.site)
+    activations = ActivationSet(opened.activations, opened.plan, opened.run.sites)
+    mean = normalisers.one.mean.float()
     return Encoder(sae, activations, opened.manifest.scale, mean)
 
 
@@ -117,11 +120,12 @@ def _stage_1(
         store.put(folder.units.key(record.unit), seal(record))
         records.append(record)
 
-    activations = ActivationSet(opened.activations, opened.plan, manifest.site)
+    activations = ActivationSet(opened.activations, opened.plan, (manifest.site,))
     with ThreadPoolExecutor(1, "store") as pool:
         pending = None
         for unit in manifest.units:
-            acts = torch.cat(list(activations.rows([unit], 2**62))) * manifest.scale
+            blocks = [block[manifest.site] for block in activations.rows([unit], 2**62)]
+            acts = torch.cat(blocks) * manifest.scale
             bare, _ = _timed(partial(_encode, encoder, acts))
             since = time.perf_counter()
             encoded = encoder.encode(unit)

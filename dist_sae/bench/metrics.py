@@ -15,6 +15,7 @@ import torch
 
 from dist_sae.bench.measuring import compare, medians
 from dist_sae.bench.step import StepShape, TrainingStep, random_batches, seconds
+from dist_sae.dictionaries.normaliser import Normaliser, SiteNormalisers
 from dist_sae.distributed.mesh import Mesh
 from dist_sae.telemetry.exporter import Telemetry
 from dist_sae.telemetry.gather import GatheredTelemetry
@@ -38,11 +39,13 @@ def bench_metrics(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any
     (x,) = random_batches(shape, mesh, 1)
     step = TrainingStep(shape, mesh)
     step.initialise(x)
-    window, mean = step.run.train.log_every_steps, torch.zeros(shape.d_in)
+    window, site = step.run.train.log_every_steps, step.run.site
+    normaliser = Normaliser(1.0, torch.zeros(shape.d_in), shape.d_in, 1)
+    normalisers = SiteNormalisers((site,), (site,), {site: normaliser})
     with ExitStack() as pod:
         ranks = [Telemetry("bench", "train", 0, rank) for rank in range(_POD_RANKS)]
         reports = [
-            _Timed(step.run, mesh, rank, Times(rank, mesh.device), [], step.state, mean, 0)
+            _Timed(step.run, mesh, rank, Times(rank, mesh.device), [], step.state, normalisers, 0)
             for rank in ranks
         ]
         report = reports[0]

@@ -277,13 +277,13 @@ def _time_writing(
 
 def _read(store: ObjectStore, plan: Plan, shape: StoreShape) -> None:
     """Read every batch, as a trainer that takes no time."""
-    activation_set = ActivationSet(store, plan, _SITE)
+    activation_set = ActivationSet(store, plan, (_SITE,))
     steps = range(shape.units * shape.unit_rows // shape.batch)
     with Loader(
         activation_set, rank=0, world=1, batch_rows=shape.batch, steps=steps, max_passes=1
     ) as loader:
         for batch in loader:
-            assert batch.acts.shape == (shape.batch, shape.d_in)
+            assert batch.acts[_SITE].shape == (shape.batch, shape.d_in)
 
 
 def _read_raw(raw: _Raw, shards: list[SiteShard]) -> None:

@@ -19,7 +19,7 @@ from dist_sae.config.sae import SaeConfig
 from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.axis import WHOLE, LatentAxis, PageAxis
 from dist_sae.dictionaries.base import Dictionary
-from dist_sae.dictionaries.interface import Codes, Inferred
+from dist_sae.dictionaries.interface import Codes, Inferred, Widths
 from dist_sae.kernels import Entries, select
 from dist_sae.kernels.keys import NOTHING, from_keys, to_keys
 
@@ -36,7 +36,7 @@ class PagedDictionary:
 
     Args:
         config: The recipe.
-        d_in: Width of the activations.
+        widths: Widths of the sites; a number is that of the one site of an autoencoder.
         checkpoint: Has the weights.
         memory_bytes: Bytes allowed; None keeps the whole dictionary in memory. A page holds at
             least one latent, or expert.
@@ -52,7 +52,7 @@ class PagedDictionary:
     def __init__(
         self,
         config: SaeConfig,
-        d_in: int,
+        widths: Widths | int,
         checkpoint: Checkpoint,
         memory_bytes: int | None = None,
         dtype: torch.dtype = torch.float32,
@@ -60,17 +60,16 @@ class PagedDictionary:
         device: torch.device | str = "cpu",
     ) -> None:
         self._config = config
-        self._d_in = d_in
+        self._widths = Widths.of(widths)
         self._checkpoint = checkpoint
         self._dtype = dtype
         self._axis = axis
         self._device = device
         self._stored = weights_of(checkpoint)
         with torch.device("meta"):
-            shape = build_sae(config, d_in, dtype=dtype)
+            shape = build_sae(config, self._widths, dtype=dtype)
         self._per_latent = {name for name, _ in shape.tensors() if shape.is_per_latent(name)}
         self._decoder = shape.decoder
-        self._d_out = shape.W_dec.shape[1]
         self._row_limit = shape.selection.row_limit
         n_bytes = sum(tensor.nbytes for _, tensor in shape.tensors())
         self._page_latents = config.n_latents
@@ -83,7 +82,7 @@ class PagedDictionary:
         quarter = memory_bytes // 4
         self._page_latents = _page_latents(config, quarter * config.n_latents // n_bytes)
         # rows and scaled rows; reconstructions; keys and codes
-        row_bytes = 8 * d_in + 4 * self._d_out + 12 * (self._row_limit or 0)
+        row_bytes = 8 * self._widths.d_in + 4 * self._widths.d_out + 12 * (self._row_limit or 0)
         product_bytes = 12 * min(self._page_latents, select.CHUNK_LATENTS)  # of a row, with copies
         self._slice_rows = max(1, min(SLICE_ROWS, quarter // product_bytes))
         self._turn_rows = max(1, quarter // row_bytes // self._slice_rows) * self._slice_rows
@@ -100,7 +99,7 @@ class PagedDictionary:
         return self._load(WHOLE)
 
     def _load(self, axis: LatentAxis) -> Dictionary:
-        sae = build_sae(self._config, self._d_in, axis, dtype=self._dtype)
+        sae = build_sae(self._config, self._widths, axis, dtype=self._dtype)
         load_weights(sae, self._checkpoint, self._stored)
         return sae
 
@@ -133,7 +132,7 @@ class PagedDictionary:
         if self._in_memory is not None:
             yield from batches
             return
-        joined, n = torch.empty(self._turn_rows, self._d_in), 0
+        joined, n = torch.empty(self._turn_rows, self._widths.d_in), 0
         for batch in batches:
             for piece in torch.split(batch, self._slice_rows):
                 fits = min(len(piece), len(joined) - n)
@@ -154,7 +153,7 @@ class PagedDictionary:
             shards = [self._axis.of_shard(fired, shard) for shard in range(self._axis.shards)]
             return Inferred(x_hat.cpu(), torch.cat(shards).cpu())
         largest = self._largest(x, self._row_limit) if self._row_limit else None
-        x_hat = torch.zeros(len(x), self._d_out, dtype=self._dtype)
+        x_hat = torch.zeros(len(x), self._widths.d_out, dtype=self._dtype)
         firings = [] if largest is None else [largest.firings(self.n_latents)]
         b_dec = torch.zeros(())
         for page in self._pages(() if largest is None else self._per_latent - self._decoder):
@@ -192,7 +191,7 @@ class PagedDictionary:
         first = number * self._page_latents
         latents = range(first, min(first + self._page_latents, self.n_latents))
         with torch.device("meta"):
-            page = build_sae(self._config, self._d_in, PageAxis(page=latents), dtype=self._dtype)
+            page = build_sae(self._config, self._widths, PageAxis(page=latents), dtype=self._dtype)
         memory, tensors = self._memory[number % 2], {}
         for name, tensor in page.tensors():
             if name not in memory:  # a first page, which is the largest

@@ -4,8 +4,7 @@ import logging
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
-import torch
-from jaxtyping import Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
@@ -14,6 +13,7 @@ from dist_sae.checkpoint.state import IDLE_ROWS
 from dist_sae.config import Run
 from dist_sae.config.fingerprint import check_same_run
 from dist_sae.dictionaries.base import Dictionary
+from dist_sae.dictionaries.normaliser import SiteNormalisers
 from dist_sae.errors import ConfigError, CorruptObjectError, ObjectNotFoundError, PlanMismatchError
 from dist_sae.storage import ObjectStore
 
@@ -23,16 +23,14 @@ Result = TypeVar("Result")
 
 
 class Trained(NamedTuple):
-    """A trained dictionary with its checkpoint and normaliser."""
+    """A trained dictionary with its checkpoint and normalisers."""
 
     run: Run
     """Settings it was trained with, from the checkpoint, but with the given run file's stores."""
     checkpoint: Checkpoint
     pages: PagedDictionary
-    scale: float
-    """Factor by which activations are multiplied."""
-    mean: Float[Tensor, " d_in"]
-    """Mean of the scaled activations."""
+    normalisers: SiteNormalisers
+    """Scales and means of the sites that it reads and writes."""
     idle_rows: Int[Tensor, " n_latents"]
     """Rows since each latent last fired."""
 
@@ -79,6 +77,11 @@ def check_plan(run: Run, checkpoint: Checkpoint, plan: str) -> None:
         )
 
 
+def normalisers_of(run: Run, checkpoint: Checkpoint) -> SiteNormalisers:
+    """The normalisers that a run's checkpoint was trained with."""
+    return SiteNormalisers.from_scalars(checkpoint.scalars, run.reads, run.writes)
+
+
 def read_trained(runs: ObjectStore, run: Run, step: int | None = None) -> Trained | None:
     """Read a whole dictionary, by default the newest readable one; None if there is none yet.
 
@@ -101,11 +104,11 @@ def use_trained(
 
     def read(checkpoint: Checkpoint) -> Result:
         own = trained_run(checkpoint, run)
-        mean = torch.tensor(checkpoint.scalars["mean"])
-        pages = PagedDictionary(own.sae, len(mean), checkpoint, **place)
-        scale, idle_rows = float(checkpoint.scalars["scale"]), checkpoint.read(IDLE_ROWS)
+        normalisers = normalisers_of(own, checkpoint)
+        pages = PagedDictionary(own.sae, normalisers.widths, checkpoint, **place)
+        idle_rows = checkpoint.read(IDLE_ROWS)
         name_suffix = "" if step is None else suffix(runs, run, step)
-        return use(Trained(own, checkpoint, pages, scale, mean, idle_rows, name_suffix))
+        return use(Trained(own, checkpoint, pages, normalisers, idle_rows, name_suffix))
 
     return use_checkpoint(runs, run, step, read)
 

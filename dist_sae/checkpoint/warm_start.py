@@ -11,8 +11,10 @@ from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.checkpoint.lineage import Lineage
 from dist_sae.checkpoint.state import is_per_latent, weights_of
 from dist_sae.config import Run
+from dist_sae.config.run import describe_sites
 from dist_sae.config.train import ParentConfig
 from dist_sae.dictionaries.base import Dictionary
+from dist_sae.dictionaries.normaliser import scales_of
 from dist_sae.errors import ConfigError, PlanMismatchError
 from dist_sae.storage import ObjectStore
 
@@ -33,8 +35,7 @@ def prepare(checkpoint: Checkpoint, runs: ObjectStore, run: Run) -> int:
     for step in there.folders():  # incomplete ones too
         there.delete(step)
     weights = weights_of(checkpoint).values()
-    kept = ("scale", "run")
-    scalars = {name: checkpoint.scalars[name] for name in kept}
+    scalars = {"run": checkpoint.scalars["run"], **scales_of(checkpoint.scalars)}
     scalars |= Lineage.from_scalars(checkpoint.scalars).to_scalars()
     return there.commit(checkpoint.step, [there.copy(checkpoint, weights)], scalars)
 
@@ -89,7 +90,7 @@ def _parent(runs: ObjectStore, run: Run, parent: ParentConfig, plan: str) -> Che
 
 
 def check(checkpoint: Checkpoint, run: Run) -> None:
-    """Make sure that a run can start from a checkpoint: same kind and site, and not narrower.
+    """Make sure that a run can start from a checkpoint: same kind and sites, and not narrower.
 
     Raises:
         ConfigError: The run cannot.
@@ -100,10 +101,14 @@ def check(checkpoint: Checkpoint, run: Run) -> None:
         raise ConfigError(
             f"{run.name}: sae.kind: {run.sae.kind} cannot start from the weights of {kind}"
         )
+    sae = settings["sae"]
     site = settings["train"].get("site") or settings["activations"]["sites"][0]
-    if site != run.site:
+    reads = sae.get("reads") or [site]
+    sites = describe_sites(reads, sae.get("writes") or reads)
+    if sites != run.described_sites:
+        key = "sae.reads" if run.sae.reads else "train.site"
         raise ConfigError(
-            f"{run.name}: train.site: {run.site} cannot start from a dictionary of {site}"
+            f"{run.name}: {key}: {run.described_sites} cannot start from a dictionary of {sites}"
         )
     if problem := run.sae.parent_problem(settings["sae"]):
         raise ConfigError(f"{run.name}: sae.{problem}")
@@ -121,11 +126,11 @@ def check(checkpoint: Checkpoint, run: Run) -> None:
 
 def width(checkpoint: Checkpoint) -> int:
     """Number of latents in a checkpoint."""
-    return _shape(checkpoint)[0]
+    return _shape(checkpoint, "W_enc")[0]
 
 
-def _shape(checkpoint: Checkpoint) -> tuple[int, ...]:
-    return checkpoint.manifest.tensors[weights_of(checkpoint)["W_enc"]].shape
+def _shape(checkpoint: Checkpoint, name: str) -> tuple[int, ...]:
+    return checkpoint.manifest.tensors[weights_of(checkpoint)[name]].shape
 
 
 @torch.no_grad()
@@ -136,12 +141,13 @@ def load(sae: Dictionary, checkpoint: Checkpoint) -> None:
         ConfigError: The activations have another width.
         CorruptObjectError: A part is damaged.
     """
-    _, d_in = _shape(checkpoint)
-    if d_in != len(sae.b_dec):
-        raise ConfigError(
-            f"{checkpoint.store.url}: the dictionary to start from is for activations of width "
-            f"{d_in}, these have width {len(sae.b_dec)}"
-        )
+    for name in ("W_enc", "W_dec"):
+        there, here = _shape(checkpoint, name)[1], sae.get_parameter(name).shape[1]
+        if there != here:
+            raise ConfigError(
+                f"{checkpoint.store.url}: the dictionary to start from is for activations of width "
+                f"{there}, these have width {here}"
+            )
     n_known = min(max(width(checkpoint) - sae.first_latent, 0), len(sae.W_enc))
     weights = weights_of(checkpoint)
     for name, tensor in sae.state_dict().items():

@@ -1,6 +1,6 @@
 """The root of a run file, and what its sections must agree on."""
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, repeat, takewhile
 from typing import Annotated, Any, Self
 
@@ -41,6 +41,12 @@ RunName = Annotated[
         "first and last",
     ),
 ]
+
+
+def describe_sites(reads: Sequence[str], writes: Sequence[str]) -> str:
+    """`a, b` for a dictionary that reconstructs the sites that it reads, else `a, b -> c`."""
+    both = [", ".join(sites) for sites in (reads, writes)]
+    return both[0] if both[0] == both[1] else " -> ".join(both)
 
 
 class Run(Section):
@@ -91,6 +97,11 @@ class Run(Section):
     def site(self) -> str:
         """The first site that the dictionary reads."""
         return self.reads[0]
+
+    @property
+    def described_sites(self) -> str:
+        """The sites, for messages: see `describe_sites`."""
+        return describe_sites(self.reads, self.writes)
 
     @property
     def left_open(self) -> list[tuple[str, str]]:
@@ -262,9 +273,11 @@ class Run(Section):
             yield "train.site", "sae.reads names the sites already; leave one of them out"
         named = {"train.site": (site,), "sae.reads": self.sae.reads, "sae.writes": self.sae.writes}
         for key, values in named.items():
-            for value in values or ():
+            for value in dict.fromkeys(values or ()):
                 if value is not None and value not in there:
                     yield key, f"{value} is not among activations.sites ({sites})"
+                if values and values.count(value) > 1:
+                    yield key, f"names {value} twice"
         if problem := self.sae.sites_problem(self.reads, self.writes):
             yield ("sae.writes" if self.sae.writes else "sae.reads"), problem
 

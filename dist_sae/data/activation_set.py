@@ -5,7 +5,7 @@ import logging
 import math
 import threading
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from itertools import chain
 
 from jaxtyping import Float
@@ -33,14 +33,16 @@ POLL_SECONDS = (0.1, 2.0)
 """First and longest pause while a unit is not there yet."""
 SAY_EVERY_SECONDS = 30.0
 """Time between messages while a unit is waited for."""
+SiteActs = Float[Tensor, "rows d_site"]
+"""Activations of one site."""
 
 
 class ActivationSet:
-    """An activation set as its readers see it: manifests and rows of one of its sites.
+    """An activation set as its readers see it: manifests and rows of some of its sites.
 
     Args:
         store: The set.
-        site: Where the rows are from.
+        sites: Where the rows are from.
         stopping: Ends the waits for units that do not exist yet.
         wait: Whether to wait for them at all.
         patience_seconds: Seconds without a sign of a producer after which a wait fails. A trainer
@@ -51,7 +53,7 @@ class ActivationSet:
         self,
         store: ObjectStore,
         plan: Plan,
-        site: str,
+        sites: tuple[str, ...],
         stopping: threading.Event | None = None,
         *,
         wait: bool = True,
@@ -59,7 +61,7 @@ class ActivationSet:
     ) -> None:
         self.store = store
         self.plan = plan
-        self.site = site
+        self.sites = sites
         self.stopping = stopping or threading.Event()
         self._wait = wait
         self._patience_seconds = patience_seconds
@@ -115,22 +117,54 @@ class ActivationSet:
         """Tell whether all these units have been produced."""
         return all(self.store.size(manifest_key(unit)) is not None for unit in units)
 
-    def shard(self, manifest: UnitManifest) -> SiteShard:
-        """Return the site's shard of a unit."""
-        return manifest.sites[self.site]
+    def at(self, *sites: str) -> "ActivationSet":
+        """Return the same set, for a reader of other sites."""
+        reader = copy.copy(self)
+        reader.sites = sites
+        return reader
 
-    def rows(self, units: Iterable[int], limit: int) -> Iterator[Float[Tensor, "rows d_in"]]:
-        """Yield the rows of whole units in fp32, block by block, `limit` rows at most."""
+    def shards(self, manifest: UnitManifest) -> dict[str, SiteShard]:
+        """Return the shard of each site of a unit; their blocks hold the same rows.
+
+        Raises:
+            CorruptObjectError: A site is missing, or has other rows than another.
+        """
+        key = manifest_key(manifest.unit)
+        if missing := [site for site in self.sites if site not in manifest.sites]:
+            raise CorruptObjectError(
+                f"has no {missing[0]}; delete it and produce the unit again",
+                url=self.store.url,
+                key=key,
+            )
+        shards = {site: manifest.sites[site] for site in self.sites}
+        rows = {site: [block.rows for block in shard.blocks] for site, shard in shards.items()}
+        first = self.sites[0]
+        for site in self.sites:
+            if rows[site] != rows[first]:
+                raise CorruptObjectError(
+                    f"has {sum(rows[first])} rows of {first} in {len(rows[first])} blocks, and "
+                    f"{sum(rows[site])} of {site} in {len(rows[site])}, so they cannot be read "
+                    f"together; delete it and produce the unit again",
+                    url=self.store.url,
+                    key=key,
+                )
+        return shards
+
+    def rows(self, units: Iterable[int], limit: int) -> Iterator[Mapping[str, SiteActs]]:
+        """Yield the same rows of all sites in fp32: whole units, by block, `limit` rows at most."""
         for unit in units:
-            shard = self.shard(self.manifest(unit))
-            for block in range(len(shard.blocks)):
-                acts = read_block(self.store, shard, block).acts[:limit]
-                limit -= len(acts)
-                yield acts.float()
+            shards = self.shards(self.manifest(unit))
+            for block in range(len(shards[self.sites[0]].blocks)):
+                acts = {
+                    site: read_block(self.store, shard, block).acts[:limit].float()
+                    for site, shard in shards.items()
+                }
+                limit -= len(acts[self.sites[0]])
+                yield acts
                 if limit <= 0:
                     return
 
-    def heldout_rows(self, limit: int) -> Iterator[Float[Tensor, "rows d_in"]]:
+    def heldout_rows(self, limit: int) -> Iterator[Mapping[str, SiteActs]]:
         """Yield rows of the units that nobody trains on, as `rows` does."""
         return self.rows(self.plan.heldout_units, limit)
 

@@ -16,6 +16,8 @@ from dist_sae.data.streams import START, Stream, StreamCursor
 from dist_sae.errors import DataExhaustedError, Stopped
 
 _BATCHES_AHEAD = 2
+_FETCHERS = 8  # threads for each site
+_MOST_FETCHERS = 32  # connections that a store keeps
 LOOK_UP_SECONDS = 2.0
 """Time between calls of `waiting` while no batch is ready."""
 
@@ -24,7 +26,8 @@ class Batch(NamedTuple):
     """This rank's part of a global batch: the same number of rows from each of its streams."""
 
     step: int
-    acts: Float[Tensor, "batch d_in"]
+    acts: Mapping[str, Float[Tensor, "batch d_site"]]
+    """The same rows at each site."""
     cursors: Mapping[int, StreamCursor]
     """Window of the last row, by stream."""
     repeated_rows: int
@@ -69,8 +72,9 @@ class Loader:
         self._closed = threading.Event()
         rows = batch_rows // streams
         own = range(rank * streams // world, (rank + 1) * streams // world)
-        # each stream of the window keeps one block on its way
-        self._pool = ThreadPoolExecutor(max_workers=8, thread_name_prefix="fetch")
+        # each unit of a stream's window keeps one block of every site on its way
+        fetchers = min(_FETCHERS * len(activations.sites), _MOST_FETCHERS)
+        self._pool = ThreadPoolExecutor(max_workers=fetchers, thread_name_prefix="fetch")
         self._opener = ThreadPoolExecutor(max_workers=len(own), thread_name_prefix="open")
         self._stopping = activations.stopping
         activations = activations.until(self._closed)
@@ -145,9 +149,12 @@ class Loader:
         try:
             streams, before = streams_from(self._steps.start), 0
             for step in self._steps:
-                acts = torch.empty(rows * len(own), streams[0].d_in(), dtype=self._dtype)
-                for stream, part in zip(streams, torch.split(acts, rows), strict=True):
-                    stream.put(part)
+                acts = {
+                    site: torch.empty(rows * len(own), width, dtype=self._dtype)
+                    for site, width in streams[0].widths().items()
+                }
+                for first, stream in zip(range(0, rows * len(own), rows), streams, strict=True):
+                    stream.put({site: part[first : first + rows] for site, part in acts.items()})
                 cursors = {v: stream.place for v, stream in zip(own, streams, strict=True)}
                 repeated = sum(stream.repeated_rows for stream in streams) - before
                 before += repeated

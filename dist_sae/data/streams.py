@@ -15,14 +15,15 @@ Only the stream's own manifests decide this, so it does not depend on the number
 no unit that retention may have deleted. Rows of longer streams would not repeat, but which streams
 are longer is known only once every manifest exists.
 
-In memory are `window_units` blocks per stream, and as many being fetched; the next window is opened
-meanwhile.
+Every site has the same rows in the same blocks, so a stream reads all of its sites together. In
+memory are `window_units` blocks per stream and site, and as many being fetched; the next window is
+opened meanwhile.
 """
 
 import itertools
 import logging
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import Executor, Future
 from typing import Any, NamedTuple
 
@@ -57,49 +58,53 @@ START = StreamCursor(0, 0, 0)
 
 
 class _UnitReader:
-    """Reads a unit's rows in order and fetches the next block ahead."""
+    """Reads a unit's rows at every site in order and fetches the next block ahead."""
 
     def __init__(
         self, activations: ActivationSet, manifest: UnitManifest, row: int, pool: Executor
     ) -> None:
         self._store = activations.store
-        self._shard = activations.shard(manifest)
-        self.d_in = self._shard.d_in
+        self._shards = activations.shards(manifest)
+        self.widths = {site: shard.d_in for site, shard in self._shards.items()}
         self._pool = pool
-        ends = np.cumsum([block.rows for block in self._shard.blocks])
+        self._block_rows = [block.rows for block in self._shards[activations.sites[0]].blocks]
+        ends = np.cumsum(self._block_rows)
         self._number = int(np.searchsorted(ends, row, side="right"))
         before = int(ends[self._number - 1]) if self._number else 0
         self._next = self._fetch(self._number)
-        self._acts: Tensor | None = None
+        self._acts: dict[str, Tensor] = {}
         self._row = row - before
 
-    def put(self, rows: NDArray[Any], places: NDArray[np.int64]) -> None:
-        """Write the next `len(places)` rows to these places of `rows`."""
+    def put(self, rows: Mapping[str, NDArray[Any]], places: NDArray[np.int64]) -> None:
+        """Write the next `len(places)` rows of each site to these places of its `rows`."""
         while len(places):
-            acts = self._block()
-            piece = _whole_rows(acts[self._row : self._row + len(places)])
-            rows[places[: len(piece)]] = piece  # one thread, 7 x as fast as cat and index_select
-            places = places[len(piece) :]
-            self._row += len(piece)
-            if self._row == len(acts):
-                self._acts, self._row = None, 0
-            del acts, piece  # or the block outlives its use while the next is fetched
+            if not self._acts:
+                self._take_block()
+            n = min(len(places), self._block_rows[self._number - 1] - self._row)
+            for site, acts in self._acts.items():  # one thread, 7 x as fast as cat, index_select
+                rows[site][places[:n]] = _whole_rows(acts[self._row : self._row + n])
+            places = places[n:]
+            self._row += n
+            if self._row == self._block_rows[self._number - 1]:
+                self._acts, self._row = {}, 0
+                del acts  # or the block outlives its use while the next is fetched
 
-    def _block(self) -> Float[Tensor, "rows d_in"]:
-        if self._acts is None:
-            assert self._next is not None, "read past the end of a unit"
-            self._acts = self._next.result()
-            self._number += 1
-            self._next = self._fetch(self._number)
-        return self._acts
+    def _take_block(self) -> None:
+        assert self._next, "read past the end of a unit"
+        self._acts = {site: coming.result() for site, coming in self._next.items()}
+        self._number += 1
+        self._next = self._fetch(self._number)
 
-    def _fetch(self, number: int) -> "Future[Tensor] | None":
-        if number >= len(self._shard.blocks):
-            return None
-        return self._pool.submit(read_acts, self._store, self._shard, number)
+    def _fetch(self, number: int) -> "dict[str, Future[Tensor]]":
+        if number >= len(self._block_rows):
+            return {}
+        return {
+            site: self._pool.submit(read_acts, self._store, shard, number)
+            for site, shard in self._shards.items()
+        }
 
 
-def _whole_rows(acts: Float[Tensor, "rows d_in"]) -> NDArray[Any]:
+def _whole_rows(acts: Float[Tensor, "rows d_site"]) -> NDArray[Any]:
     """View rows as NumPy elements of one row each, since NumPy has no bf16."""
     row_bytes = acts.shape[1] * acts.itemsize
     rows: NDArray[Any] = acts.view(torch.uint8).numpy().view(f"V{row_bytes}")[:, 0]
@@ -148,26 +153,28 @@ class Stream:
         self._order = np.empty(0, dtype=np.int64)
         self._readers: list[_UnitReader] = []
 
-    def d_in(self) -> int:
-        """Return the width of the rows."""
+    def widths(self) -> dict[str, int]:
+        """Return the width of the rows at each site."""
         self._ready()
-        return self._readers[0].d_in
+        return self._readers[0].widths
 
-    def put(self, acts: Float[Tensor, "n d_in"]) -> None:
-        """Fill `acts` with the next rows.
+    def put(self, acts: Mapping[str, Float[Tensor, "n d_site"]]) -> None:
+        """Fill `acts`, of every site, with the next rows.
 
         Raises:
             DataExhaustedError: The passes do not hold that many.
         """
-        rows = _whole_rows(acts)
-        while len(rows):
+        rows = {site: _whole_rows(of_site) for site, of_site in acts.items()}
+        left = len(next(iter(rows.values())))
+        while left:
             self._ready()
-            now, self._order = self._order[: len(rows)], self._order[len(rows) :]
+            now, self._order = self._order[:left], self._order[left:]
             for number, reader in enumerate(self._readers):
                 reader.put(rows, np.flatnonzero(now == number))
             if self.place.data_pass >= self._max_passes:
                 self.repeated_rows += len(now)
-            rows = rows[len(now) :]
+            rows = {site: of_site[len(now) :] for site, of_site in rows.items()}
+            left -= len(now)
 
     def _ready(self) -> None:
         if not len(self._order):

@@ -81,7 +81,7 @@ def evaluate(
         if mesh.world > 1 and step is None:  # all ranks must read the same
             step = mesh.of_first(lambda: _newest(runs, run))
         patience = float(run.timeouts.missing_seconds)  # its default is an int
-        activations = ActivationSet(store, plan, run.site, patience_seconds=patience)
+        activations = ActivationSet(store, plan, run.sites, patience_seconds=patience)
 
         def measure(trained: Trained) -> dict[str, Any]:
             trained.check_plan(plan.hash)
@@ -140,15 +140,17 @@ def _made_from(run: Run, checkpoint: Checkpoint, plan: Plan, units: int) -> dict
 def _measure(
     runs: ObjectStore, run: Run, trained: Trained, activations: ActivationSet, mesh: Mesh
 ) -> dict[str, Any]:
-    own, pages, scale, mean = trained.run, trained.pages, trained.scale, trained.mean
+    own, pages, normaliser = trained.run, trained.pages, trained.normalisers.one
+    scale, mean = normaliser.scale, normaliser.mean.float()
     plan = activations.plan
     fit = Fit.empty(own.sae.n_latents)
-    for acts in pages.grouped(activations.heldout_rows(run.evaluate.rows)):
+    blocks = activations.heldout_rows(run.evaluate.rows)
+    for acts in pages.grouped(block[own.site] for block in blocks):
         x = acts * scale
         fit = fit.add(x, pages.infer(x), mean)
     components = min(max(1, round(fit.l0)), len(mean))
     made = mesh.of_first(lambda: produced(activations.store, plan))
-    pca = partial(pca_fvu, activations, mean / scale, run.evaluate.rows, components)
+    pca = partial(pca_fvu, activations.at(own.site), mean / scale, run.evaluate.rows, components)
     result = {
         **subject(own, plan, made, trained.checkpoint),
         "training_seconds": training_seconds(read_history(runs, run.name), trained.step),

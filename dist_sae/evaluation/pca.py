@@ -22,16 +22,16 @@ def pca_fvu(
     training unit is left, the PCA is fitted to the held-out rows, which can only flatter it.
 
     Args:
-        activations: The activation set, at the site.
+        activations: The activation set, at the one site.
         mean: Mean about which FVU is taken, not scaled.
         limit: Most held-out rows to use.
         components: Number of components.
     """
-    plan = activations.plan
+    plan, (site,) = activations.plan, activations.sites
     training = kept_units(activations.store, plan) or plan.heldout_units
     of = {
         "plan": plan.hash,
-        "site": activations.site,
+        "site": site,
         "mean": fingerprint(mean.tolist()),
         "rows": limit,
         "training_rows": _PCA_ROWS,
@@ -39,8 +39,9 @@ def pca_fvu(
     }
 
     def measure() -> dict[str, list[float]]:
-        directions = _principal_directions(activations.rows(training, _PCA_ROWS))
-        return {"fvu": _fvu_by_components(activations.heldout_rows(limit), directions, mean)}
+        rows = (block[site] for block in activations.rows(training, _PCA_ROWS))
+        heldout = (block[site] for block in activations.heldout_rows(limit))
+        return {"fvu": _fvu_by_components(heldout, _principal_directions(rows), mean)}
 
     by_components: list[float] = cached(activations.store, "pca", of, measure)["fvu"]
     return by_components[components]

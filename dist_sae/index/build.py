@@ -16,6 +16,7 @@ import torch
 
 from dist_sae import logs
 from dist_sae.checkpoint.state import load_weights
+from dist_sae.checkpoint.trained import normalisers_of
 from dist_sae.config import Run
 from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.consumers import retired_below
@@ -226,17 +227,18 @@ class _Worker:
 
     def _open_encoder(self) -> Encoder:
         opened, mesh = self._opened, self._mesh
-        mean = torch.tensor(opened.checkpoint.scalars["mean"])
+        normalisers = normalisers_of(opened.run, opened.checkpoint)
         kernels = choose_kernels("auto", mesh.device)
-        sae = build_sae(opened.run.sae, len(mean), mesh.axis, kernels).to(mesh.device)
+        sae = build_sae(opened.run.sae, normalisers.widths, mesh.axis, kernels).to(mesh.device)
         load_weights(sae, opened.checkpoint)
         activations = ActivationSet(
             opened.activations,
             opened.plan,
-            opened.manifest.site,
+            (opened.manifest.site,),
             self._stopping,
             patience_seconds=float(opened.run.timeouts.missing_seconds),
         )
+        mean = normalisers.one.mean.float()
         return Encoder(sae.eval(), activations, opened.manifest.scale, mean)
 
     def _encode(self, encoder: Encoder, unit: int) -> Encoded | None:

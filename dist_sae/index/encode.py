@@ -97,7 +97,7 @@ class Encoder:
             ObjectNotFoundError: The unit does not exist.
             CorruptObjectError: A block is damaged, or was deleted.
         """
-        shard = self._activations.shard(self._activations.manifest(unit))
+        (shard,) = self._activations.shards(self._activations.manifest(unit)).values()
         device = self._mean.device
         none = torch.empty(0, dtype=torch.int32)  # a unit may have lost all its rows
         origins = [(none, none, none.long())]

@@ -5,7 +5,7 @@ import threading
 from typing import NamedTuple
 
 from dist_sae.checkpoint.layout import Checkpoint
-from dist_sae.checkpoint.trained import find_checkpoint, none_yet, trained_run
+from dist_sae.checkpoint.trained import find_checkpoint, none_yet, normalisers_of, trained_run
 from dist_sae.config import Run
 from dist_sae.config.data import ModelConfig
 from dist_sae.data.consumers import kept_units
@@ -94,7 +94,7 @@ def _manifest(
         checkpoint=checkpoint.digest,
         plan=plan.hash,
         site=own.site,
-        scale=float(checkpoint.scalars["scale"]),
+        scale=normalisers_of(own, checkpoint).one.scale,
         n_latents=own.sae.n_latents,
         bucket_latents=bucket_latents(own.sae.n_latents),
         units=tuple(sorted(units)),

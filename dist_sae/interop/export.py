@@ -60,7 +60,7 @@ def export(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
         return f"{runs.url}/{folder}"
 
     def write(checkpoint: Checkpoint) -> None:
-        weights = sae_lens.weights(own.sae, checkpoint)
+        weights = sae_lens.weights(own, checkpoint)
         runs.put_stream(f"{folder}/{_WEIGHTS}", lambda: safetensors_pieces(weights))
         config = json.dumps(sae_lens.config(own, checkpoint), indent=2)
         runs.put(f"{folder}/{_CONFIG}", config.encode())

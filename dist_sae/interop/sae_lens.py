@@ -71,6 +71,9 @@ def config(run: Run, checkpoint: "Checkpoint") -> dict[str, Any]:
         run: The run as it was trained; SAELens can hold its dictionary.
         checkpoint: The exported checkpoint.
     """
+    from dist_sae.checkpoint.trained import normalisers_of
+
+    normaliser = normalisers_of(run, checkpoint).one
     site, _, layer = run.site.rpartition(".")
     hugging_face = isinstance(run.model, HuggingFaceModel)
     sae = run.sae
@@ -79,7 +82,7 @@ def config(run: Run, checkpoint: "Checkpoint") -> dict[str, Any]:
         topk = {"k": sae.k, "rescale_acts_by_decoder_norm": False}
     return {
         "architecture": architecture(sae),
-        "d_in": len(checkpoint.scalars["mean"]),
+        "d_in": len(normaliser.mean),
         "d_sae": sae.n_latents,
         **topk,
         "dtype": "float32",
@@ -103,21 +106,21 @@ def config(run: Run, checkpoint: "Checkpoint") -> dict[str, Any]:
             "model_from_pretrained_kwargs": {},
             "dist_sae_version": __version__,
             "site": run.site,
-            "activation_scale": float(checkpoint.scalars["scale"]),
+            "activation_scale": normaliser.scale,
             "trained_rows": checkpoint.step * run.train.batch_rows,
             "checkpoint": checkpoint.digest,
         },
     }
 
 
-def weights(sae: SaeConfig, checkpoint: "Checkpoint") -> "list[PiecewiseTensor]":
+def weights(run: Run, checkpoint: "Checkpoint") -> "list[PiecewiseTensor]":
     """Tensors with SAELens's names and orientation, for raw activations, in fp32.
 
     Numbers of each latent are read at once, the matrices part by part when their pieces are made.
 
     Args:
-        sae: The dictionary's recipe.
-        checkpoint: Its checkpoint.
+        run: The run as it was trained; SAELens can hold its dictionary.
+        checkpoint: The exported checkpoint.
 
     Raises:
         CorruptObjectError: The checkpoint is damaged. Making the pieces raises it as well.
@@ -126,9 +129,10 @@ def weights(sae: SaeConfig, checkpoint: "Checkpoint") -> "list[PiecewiseTensor]"
 
     from dist_sae.checkpoint.pages import PagedDictionary
     from dist_sae.checkpoint.piecewise import PiecewiseTensor, transposed
+    from dist_sae.checkpoint.trained import normalisers_of
 
-    scale = float(checkpoint.scalars["scale"])
-    d_in = len(checkpoint.scalars["mean"])
+    sae, normaliser = run.sae, normalisers_of(run, checkpoint).one
+    scale, d_in = normaliser.scale, len(normaliser.mean)
     paged = PagedDictionary(sae, d_in, checkpoint, MEMORY_BYTES)
     has_thresholds = architecture(sae) == "jumprelu"
     vectors: dict[str, list[Tensor]] = {"norms": [], "b_enc": [], "threshold": []}

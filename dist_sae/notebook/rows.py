@@ -130,7 +130,7 @@ def read_rows(
 
 
 def _blocks(activations: ActivationSet, unit: int) -> Iterator[RowBatch]:
-    shard = activations.shard(activations.manifest(unit))
+    (shard,) = activations.shards(activations.manifest(unit)).values()
     first = 0
     for number, block in enumerate(shard.blocks):
         try:

@@ -57,7 +57,7 @@ class OpenedRun:
 
     def __repr__(self) -> str:
         sae = self.config.sae
-        kind = f"{sae.kind}, {sae.n_latents} latents, {self.config.site}"
+        kind = f"{sae.kind}, {sae.n_latents} latents, {self.config.described_sites}"
         return f"OpenedRun({self._place}: {kind})"
 
     def steps(self) -> list[int]:
@@ -81,12 +81,13 @@ class OpenedRun:
         trained = read_trained(self._runs, self.config, step)
         if trained is None:
             raise none_yet(self._runs, self.config)
+        normaliser = trained.normalisers.one
         return RawDictionary(
             trained.sae,
-            trained.scale,
+            normaliser.scale,
             trained.run.site,
             trained.step,
-            trained.mean / trained.scale,
+            normaliser.mean.float() / normaliser.scale,
             trained.idle_rows,
             reader=lambda: self._reader,
         )
@@ -124,7 +125,7 @@ class OpenedRun:
         for name, number in (("batch_rows", batch_rows), ("limit", limit)):
             if number is not None and number < 1:
                 raise ArgumentError(f"{name}: {number} is not a positive number")
-        activations = ActivationSet(self._store, self._plan, site, wait=False)
+        activations = ActivationSet(self._store, self._plan, (site,), wait=False)
         found = find_units(activations, units, heldout=heldout)
         return read_rows(activations, found, batch_rows, limit)
 

@@ -12,6 +12,7 @@ from dist_sae.checkpoint.trained import (
     check_own,
     check_plan,
     find_checkpoint,
+    normalisers_of,
     suffix,
     trained_run,
 )
@@ -158,7 +159,7 @@ def _facts(
     facts: Mapping[str, Any],
 ) -> Iterator[tuple[str, str]]:
     yield "Model", _model(own.model)
-    yield "Site", own.site
+    yield "Site", own.described_sites
     yield "Corpus", own.corpus.label
     yield "Documents", _documents(facts)
     yield "Rows left out", _left_out(facts["excluded_rows"])
@@ -171,7 +172,7 @@ def _facts(
         yield "Checkpoint", "none yet"
     else:
         passes = f", {facts['passes']:.3g} passes" if "passes" in facts else ""
-        yield "Activation width", f"{len(checkpoint.scalars['mean']):,}"
+        yield "Activation width", f"{normalisers_of(own, checkpoint).widths.d_in:,}"
         again = facts.get("repeated_rows")
         repeated = f"; {again:,} were read again, for streams had ended early" if again else ""
         yield "Rows trained", f"{facts['trained_rows']:,} of {own.rows:,}{passes}{repeated}"

@@ -24,6 +24,12 @@ TRAINING = (
         views=("status", "progress"),
     ),
     Metric(
+        "dist_sae_train_site_fvu",
+        "Fraction of variance unexplained on the last batch, by site, where several are written.",
+        "FVU by site",
+        labels=("site",),
+    ),
+    Metric(
         "dist_sae_train_heldout_fvu",
         "Fraction of variance unexplained on held-out rows, at the last save.",
         "Held-out FVU",

@@ -5,8 +5,6 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import NamedTuple
 
-import torch
-
 from dist_sae.checkpoint.lineage import Lineage
 from dist_sae.config import Run
 from dist_sae.data.activation_set import ActivationSet
@@ -14,6 +12,7 @@ from dist_sae.data.consumers import Registration
 from dist_sae.data.loader import Batch, Loader
 from dist_sae.data.streams import StreamCursor
 from dist_sae.dictionaries.interface import Rows
+from dist_sae.dictionaries.normaliser import SiteNormalisers
 from dist_sae.distributed.mesh import Mesh
 from dist_sae.distributed.watch import Watch
 from dist_sae.errors import Stopped
@@ -55,8 +54,7 @@ class Batches:
     watch: Watch
     """Learns whether this rank waits for a batch or trains on one."""
     loader: Loader
-    scale: float
-    """The normaliser's factor."""
+    normalisers: SiteNormalisers
     registration: Registration
     """Tells producers and other runs how far this run has read."""
     position: StreamPosition
@@ -77,7 +75,7 @@ class Batches:
             if batch is None:
                 return
             self.watch.at(step, working=True)
-            rows = on_device(batch, self.mesh, self.scale)
+            rows = self.normalisers.rows(batch.acts, self.mesh.device)
             repeated_rows = self.position.repeated_rows + batch.repeated_rows
             self.position = StreamPosition(step + 1, batch.cursors, repeated_rows)
             self.registration.at(batch.cursors)
@@ -151,9 +149,3 @@ def next_batch(loader: Loader, mesh: Mesh, stopping: threading.Event, times: Tim
     ends, longest = mesh.any_rank_and_max(batch is None or stopping.is_set(), waited)
     times.end("ranks", waited=longest - waited)
     return None if ends else batch
-
-
-def on_device(batch: Batch, mesh: Mesh, scale: float) -> Rows:
-    """A batch's rows on the rank's device, normalised, in fp32."""
-    x = batch.acts.to(mesh.device, torch.float32) * scale
-    return Rows(inputs=x, targets=x)

@@ -41,4 +41,4 @@ def all_units_exist(run: Run) -> bool:
         return False
     if ReadyUnits(store, plan, lambda _: None).count() < len(plan.train_units):
         return False
-    return ActivationSet(store, plan, run.site).exist(plan.heldout_units)
+    return ActivationSet(store, plan, run.sites).exist(plan.heldout_units)

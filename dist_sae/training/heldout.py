@@ -3,12 +3,12 @@
 from contextlib import nullcontext
 
 import torch
-from torch import Tensor
 
 from dist_sae.checkpoint.state import TrainingState
 from dist_sae.config import Run
 from dist_sae.data.activation_set import ActivationSet
-from dist_sae.data.normaliser import Normaliser
+from dist_sae.dictionaries.interface import Rows
+from dist_sae.dictionaries.normaliser import SiteNormalisers
 from dist_sae.distributed.mesh import Mesh
 
 
@@ -16,13 +16,13 @@ class HeldoutFvu:
     """The first `train.heldout_rows` held-out rows, split among the ranks and kept in memory."""
 
     def __init__(
-        self, run: Run, mesh: Mesh, activation_set: ActivationSet, normaliser: Normaliser
+        self, run: Run, mesh: Mesh, activation_set: ActivationSet, normalisers: SiteNormalisers
     ) -> None:
         self._rows = run.train.heldout_rows // mesh.world
         self._mesh = mesh
         self._activation_set = activation_set
-        self._normaliser = normaliser
-        self._x: Tensor | None = None
+        self._normalisers = normalisers
+        self._kept: Rows | None = None
 
     @torch.no_grad()
     def measure(self, state: TrainingState) -> float | None:
@@ -33,12 +33,13 @@ class HeldoutFvu:
         """
         if not self._rows:
             return None
-        if self._x is None and not self._read():
+        if self._kept is None and not self._read():
             return None
-        assert self._x is not None
-        centred = self._x - self._normaliser.mean.to(self._x)
+        assert self._kept is not None
+        inputs, targets = self._kept
+        centred = targets - self._normalisers.mean.to(targets)
         with state.average.applied() if state.average else nullcontext():
-            error = self._x - state.sae.infer(self._x).x_hat
+            error = targets - state.sae.infer(inputs).x_hat
         sums = torch.stack([error.square().sum(), centred.square().sum()])
         missed, total = state.sae.axis.total(sums).tolist()
         return float(missed / total)
@@ -48,7 +49,10 @@ class HeldoutFvu:
         numbers, mesh = self._activation_set.plan.heldout_units, self._mesh
         if mesh.any_rank(not self._activation_set.exist(numbers)):
             return False
-        rows = torch.cat(list(self._activation_set.heldout_rows(mesh.world * self._rows)))
-        own = rows[mesh.rank * len(rows) // mesh.world :][: len(rows) // mesh.world]
-        self._x = own.to(mesh.device) * self._normaliser.scale
+        blocks = list(self._activation_set.heldout_rows(mesh.world * self._rows))
+        own = {}
+        for site in self._activation_set.sites:
+            rows = torch.cat([block[site] for block in blocks])
+            own[site] = rows[mesh.rank * len(rows) // mesh.world :][: len(rows) // mesh.world]
+        self._kept = self._normalisers.rows(own, mesh.device)
         return True

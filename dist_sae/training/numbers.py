@@ -6,6 +6,7 @@ from torch import Tensor
 
 from dist_sae.dictionaries.axis import LatentAxis
 from dist_sae.dictionaries.interface import Output
+from dist_sae.dictionaries.normaliser import SiteNormalisers
 from dist_sae.telemetry.metric import QUANTILES
 
 _FAR_ABOVE_EPS = 10
@@ -14,22 +15,23 @@ _FAR_ABOVE_EPS = 10
 def batch_numbers(
     axis: LatentAxis,
     output: Output,
-    x: Float[Tensor, "batch d_in"],
-    mean: Float[Tensor, " d_in"],
+    targets: Float[Tensor, "batch d_out"],
+    mean: Float[Tensor, " d_out"],
 ) -> tuple[dict[str, float], dict[str, float]]:
     """Losses and counts of the last batch, and quantiles of its rows' explained variance.
 
     Args:
         axis: This rank's place.
         output: The objective's output on the batch.
-        x: This rank's rows of the batch, normalised.
-        mean: The data set's mean, in the same scale.
+        targets: This rank's rows of the batch, normalised.
+        mean: Mean of the targets over the data set, in the same scale.
     """
     terms = output.terms
-    active = x.new_zeros(axis.shards)
-    active[axis.shard] = output.active / (len(x) * axis.shards)
-    explained = 1 - output.error.square().sum(1) / (x - mean.to(x)).square().sum(1)
-    wanted = torch.tensor([float(q) for q in QUANTILES], device=x.device, dtype=explained.dtype)
+    active = targets.new_zeros(axis.shards)
+    active[axis.shard] = output.active / (len(targets) * axis.shards)
+    centred = targets - mean.to(targets)
+    explained = 1 - output.error.square().sum(1) / centred.square().sum(1)
+    wanted = targets.new_tensor([float(q) for q in QUANTILES])
     losses = torch.stack([terms.fvu, terms.auxk, terms.sparsity, terms.total]).detach()
     quantiles = explained.quantile(wanted) / axis.shards
     local = torch.cat([losses, active, quantiles])  # one collective, and one wait for the device
@@ -45,6 +47,27 @@ def batch_numbers(
         "shard_load_ratio": max(by_shard) * axis.shards / (sum(by_shard) or 1.0),
     }
     return numbers, dict(zip(QUANTILES, of_rows, strict=True))
+
+
+def site_fvus(
+    axis: LatentAxis, error: Float[Tensor, "batch d_out"], normalisers: SiteNormalisers
+) -> dict[str, float]:
+    """FVU of each written site on the last batch.
+
+    Args:
+        axis: This rank's place.
+        error: targets - x_hat of this rank's rows.
+        normalisers: Variances and columns of the sites.
+    """
+    local = torch.stack(
+        [
+            error[:, columns].square().sum() / normalisers.of[site].variance
+            for site, columns in normalisers.columns.items()
+        ]
+    )
+    replica_rows = len(error) * axis.shards
+    values = (axis.total(local) / (axis.replicas * replica_rows)).tolist()
+    return dict(zip(normalisers.writes, values, strict=True))
 
 
 def starved_share(

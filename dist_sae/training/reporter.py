@@ -21,6 +21,7 @@ from dist_sae.config import Run
 from dist_sae.dictionaries.axis import LatentAxis
 from dist_sae.dictionaries.density import Densities
 from dist_sae.dictionaries.interface import Output, Routing, Rows
+from dist_sae.dictionaries.normaliser import SiteNormalisers
 from dist_sae.distributed.mesh import Mesh
 from dist_sae.errors import Stopped
 from dist_sae.telemetry.exporter import Telemetry
@@ -28,7 +29,7 @@ from dist_sae.telemetry.metric import DENSITIES, NEVER, PHASES, RARE
 from dist_sae.telemetry.metrics import gauges, listed
 from dist_sae.telemetry.sinks import Sink
 from dist_sae.training.clock import Times, rows_per_worked_second
-from dist_sae.training.numbers import batch_numbers, expert_numbers, starved_share
+from dist_sae.training.numbers import batch_numbers, expert_numbers, site_fvus, starved_share
 from dist_sae.training.phases import ProductSamples
 from dist_sae.training.sane import doubt
 
@@ -51,8 +52,7 @@ class TrainingReporter:
     """Where rank 0 writes its records."""
     state: TrainingState
     """The dictionary, its dead latents and its optimiser."""
-    mean: Tensor
-    """The data set's mean, normalised."""
+    normalisers: SiteNormalisers
     reported: int
     """Step of the last report; at first the steps done already."""
     counted_rows: int = 0
@@ -62,7 +62,7 @@ class TrainingReporter:
 
     def __post_init__(self) -> None:
         run, telemetry, device = self.run, self.telemetry, self.mesh.device
-        self.mean = self.mean.to(device)
+        self._mean = self.normalisers.mean.to(device)
         self._product = ProductSamples(self.state.sae, self.times.clock)
         self._densities = Densities(
             len(self.state.sae.W_enc), run.dead_after_rows, self.mesh.axis, device
@@ -72,7 +72,11 @@ class TrainingReporter:
         self._counts: defaultdict[str, float] = defaultdict(float)
         telemetry.device = device
         telemetry.set(
-            "dist_sae_train_info", 1, kind=run.sae.kind, site=run.site, device=device.type
+            "dist_sae_train_info",
+            1,
+            kind=run.sae.kind,
+            site=run.described_sites,
+            device=device.type,
         )
         telemetry.set("dist_sae_train_latents", run.sae.n_latents)
         telemetry.set("dist_sae_train_step", self.reported)
@@ -110,14 +114,18 @@ class TrainingReporter:
             self._counts["dist_sae_train_dropped_rows_total"] += output.routing.dropped
             self._experts.add(output.routing)
         if step % self.run.train.log_every_steps == 0 or step == self.run.steps:
-            numbers, quantiles = batch_numbers(self.mesh.axis, output, rows.targets, self.mean)
+            axis = self.mesh.axis
+            numbers, quantiles = batch_numbers(axis, output, rows.targets, self._mean)
             numbers |= {"gradient_norm": gradient_norm, "learning_rate": lr}
+            by_label = {"explained_variance": quantiles}
+            if len(self.normalisers.writes) > 1:
+                by_label["site_fvu"] = site_fvus(axis, output.error, self.normalisers)
             self._product.sample(rows.inputs)
-            self._publish(step, numbers, quantiles)
+            self._publish(step, numbers, by_label)
         self.end("rest")
 
     def _publish(
-        self, step: int, numbers: dict[str, float], quantiles: Mapping[str, float]
+        self, step: int, numbers: dict[str, float], by_label: Mapping[str, Mapping[str, float]]
     ) -> None:
         run, state, axis = self.run, self.state, self.mesh.axis
         second_moment = state.engine.moment(state.sae.W_enc, "exp_avg_sq")
@@ -155,7 +163,7 @@ class TrainingReporter:
                 "wait_seconds": phases["wait"],
                 **numbers,
                 "phases": phases,
-                "explained_variance": quantiles,
+                **by_label,
                 "density": dict(zip(DENSITIES, (density.never, *density.counts), strict=True)),
                 "density_rows": density.rows,
             }
@@ -167,7 +175,8 @@ class TrainingReporter:
             self._doubt(step, numbers)
 
     def _doubt(self, step: int, numbers: Mapping[str, float]) -> None:
-        found = None if self._doubted else doubt(self.run, len(self.mean), step, numbers)
+        d_in = self.normalisers.widths.d_in
+        found = None if self._doubted else doubt(self.run, d_in, step, numbers)
         if found:
             logger.warning("after %d of %d steps %s", step, self.run.steps, found)
             self._doubted = True

@@ -12,12 +12,13 @@ from dist_sae.checkpoint.folder import run_file_key
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.checkpoint.saver import Saved, Saver
 from dist_sae.checkpoint.state import TrainingState
+from dist_sae.checkpoint.trained import normalisers_of
 from dist_sae.config import Run, dump_run, with_absolute_paths
 from dist_sae.config.fingerprint import as_begun, run_fingerprint
 from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.backlog import ReadyUnits
 from dist_sae.data.consumers import Consumers, Registration
-from dist_sae.data.normaliser import Normaliser, measure
+from dist_sae.data.normaliser import measure
 from dist_sae.data.plan import Plan, check_rows, load_plan
 from dist_sae.dictionaries import PRODUCT_DTYPES, build_sae
 from dist_sae.dictionaries.base import Dictionary
@@ -25,6 +26,7 @@ from dist_sae.dictionaries.dead import DeadLatents
 from dist_sae.dictionaries.ema import WeightAverage
 from dist_sae.dictionaries.init import initialise_from_data
 from dist_sae.dictionaries.interface import Rows
+from dist_sae.dictionaries.normaliser import SiteNormalisers
 from dist_sae.distributed.deepspeed_keys import check_deepspeed
 from dist_sae.distributed.engine import DeepSpeedEngine
 from dist_sae.distributed.mesh import Mesh
@@ -36,7 +38,7 @@ from dist_sae.precision import warn_if_emulated
 from dist_sae.storage import ObjectStore, open_store
 from dist_sae.telemetry.exporter import Telemetry
 from dist_sae.telemetry.sinks import open_sinks
-from dist_sae.training.batches import Batches, StreamPosition, next_batch, on_device, open_loader
+from dist_sae.training.batches import Batches, StreamPosition, next_batch, open_loader
 from dist_sae.training.clock import Times
 from dist_sae.training.heldout import HeldoutFvu
 from dist_sae.training.job import TrainingJob
@@ -74,7 +76,7 @@ def _open(
     )
     plan = load_plan(activations, run)
     check_rows(plan.resolve(run), plan)
-    activation_set = ActivationSet(activations, plan, run.site, stopping)
+    activation_set = ActivationSet(activations, plan, run.sites, stopping)
     registration = opened.enter_context(_registration(run, plan, activations, mesh))
     checkpoints = Checkpoints(
         runs,
@@ -96,8 +98,8 @@ def _open(
         runs.put(run_file_key(run.name), dump_run(with_absolute_paths(run)).encode())
     if not start.found:
         registration.begin(start.cursors)
-    normaliser = _normaliser(run, activation_set, start, times)
-    state, engine = _build(run, mesh, kernels, activation_set, normaliser, start, times)
+    normalisers = _normalisers(run, activation_set, start, times)
+    state, engine = _build(run, mesh, kernels, activation_set, normalisers, start, times)
     position = _restore(state, start, checkpoints, registration, mesh, telemetry)
     logger.info(
         "%s at step %d of %d", "resuming" if position.step else "starting", position.step, run.steps
@@ -111,7 +113,7 @@ def _open(
         times,
         sinks,
         state,
-        normaliser.mean,
+        normalisers,
         position.step,
         start.lineage.counted_rows,
     )
@@ -123,7 +125,7 @@ def _open(
     saver = Saver(
         checkpoints=checkpoints,
         state=state,
-        scalars=normaliser.to_scalars()
+        scalars=normalisers.to_scalars()
         | {"plan": plan.hash, "run": run_fingerprint(run)}
         | start.lineage.to_scalars(),
         all_gather=mesh.in_background().all_gather_objects,
@@ -139,10 +141,10 @@ def _open(
         watch,
         engine=engine,
         state=state,
-        variance=normaliser.variance,
+        variance=normalisers.variance,
         lineage=start.lineage,
         report=report,
-        heldout=HeldoutFvu(run, mesh, activation_set, normaliser),
+        heldout=HeldoutFvu(run, mesh, activation_set, normalisers),
         saver=saver,
         steps_done=position.step,
     )
@@ -153,7 +155,7 @@ def _open(
         mesh,
         watch,
         loader,
-        scale=normaliser.scale,
+        normalisers=normalisers,
         registration=registration,
         position=position,
         times=times,
@@ -188,15 +190,18 @@ def _ready_units(
     return ReadyUnits(activation_set.store, activation_set.plan, batches.show_ready)
 
 
-def _normaliser(run: Run, activation_set: ActivationSet, start: Start, times: Times) -> Normaliser:
-    """The stored normaliser of this activation set, or a new one at the parent's scale."""
+def _normalisers(
+    run: Run, activation_set: ActivationSet, start: Start, times: Times
+) -> SiteNormalisers:
+    """The stored normalisers of this activation set, or new ones at the parent's scales."""
     if known := start.knows_rows_of(activation_set.plan):
-        return Normaliser.from_scalars(known.scalars)
+        return normalisers_of(run, known)
     times.end("begin")
     assert run.train.normaliser_rows is not None, "the plan resolves it"
-    normaliser = measure(activation_set, run.train.normaliser_rows, times.waiting)[run.site]
+    measured = measure(activation_set, run.train.normaliser_rows, times.waiting)
     times.end("wait")
-    return normaliser.at(start.parent.scalars["scale"]) if start.parent else normaliser
+    normalisers = SiteNormalisers(run.reads, run.writes, measured)
+    return normalisers.at_scales(start.parent.scalars) if start.parent else normalisers
 
 
 def _build(
@@ -204,18 +209,18 @@ def _build(
     mesh: Mesh,
     kernels: Kernels,
     activation_set: ActivationSet,
-    normaliser: Normaliser,
+    normalisers: SiteNormalisers,
     start: Start,
     times: Times,
 ) -> tuple[TrainingState, DeepSpeedEngine]:
     """Build the dictionary, initialised or from the parent, with its engine, counts and average."""
     sae = build_sae(
-        run.sae, len(normaliser.mean), mesh.axis, kernels, PRODUCT_DTYPES[run.train.products]
+        run.sae, normalisers.widths, mesh.axis, kernels, PRODUCT_DTYPES[run.train.products]
     ).to(mesh.device)
     if start.parent and warm_start.width(start.parent) == sae.n_latents:
         warm_start.load(sae, start.parent)
     elif not start.found:
-        initialise(run, mesh, activation_set, normaliser, sae, start, times)
+        initialise(run, mesh, activation_set, normalisers, sae, start, times)
     engine = DeepSpeedEngine(run, sae, mesh)
     dead = DeadLatents(len(sae.W_enc), run.dead_after_rows, mesh.axis, mesh.device)
     average = WeightAverage(sae, run.train.ema_decay) if run.train.ema_decay else None
@@ -226,7 +231,7 @@ def initialise(
     run: Run,
     mesh: Mesh,
     activation_set: ActivationSet,
-    normaliser: Normaliser,
+    normalisers: SiteNormalisers,
     sae: Dictionary,
     start: Start,
     times: Times,
@@ -250,7 +255,7 @@ def initialise(
                 if batch is None:
                     loader.raise_if_failed()
                     raise Stopped("stopped before the first step; start again to continue")
-                yield on_device(batch, mesh, normaliser.scale)
+                yield normalisers.rows(batch.acts, mesh.device)
 
     with closing(rows()) as batches:
         first = next(batches)

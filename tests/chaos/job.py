@@ -27,6 +27,7 @@ from dist_sae.signals import stop_event
 from dist_sae.storage.s3 import S3Store
 from tests.chaos.scraper import serve
 from tests.data.dataplane import quicken
+from tests.world import only
 
 MISSING_SECONDS, LOST_SECONDS = 10.0, 5.0
 
@@ -55,7 +56,7 @@ def train_rank(settings: dict[str, Any], target: Path, seen: Path, env: dict[str
             batch = super().next(waiting)
             if batch is not None:
                 with seen.open("a") as file:
-                    parts = batch.acts.chunk(len(batch.cursors))
+                    parts = only(batch.acts).chunk(len(batch.cursors))
                     for stream, rows in zip(batch.cursors, parts, strict=True):
                         digest = hashlib.sha256(rows.numpy().tobytes()).hexdigest()
                         file.write(json.dumps([batch.step, stream, digest]) + "\n")

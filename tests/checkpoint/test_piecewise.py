@@ -66,7 +66,13 @@ def write(folder: Path, n_latents: int) -> Run:
     row = torch.arange(1.0, D_IN + 1).expand(n_latents, D_IN)
     vector = torch.ones(n_latents)
     tensors = {"W_enc": row, "W_dec": row, "b_enc": vector, "theta": vector, "b_dec": row[0]}
-    scalars = {"scale": 0.5, "mean": [0.0] * D_IN, "run": run_fingerprint(run)}
+    scalars = {
+        "scale": 0.5,
+        "mean": [0.0] * D_IN,
+        "variance": 1.0,
+        "rows": 1,
+        "run": run_fingerprint(run),
+    }
     save(checkpoints, 5, {**tensors, IDLE_ROWS: vector.long()}, scalars)
     return run
 

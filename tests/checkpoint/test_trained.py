@@ -32,7 +32,13 @@ def save(run: Run, store: ObjectStore, step: int, keep: int = 2) -> torch.Tensor
     state = make_state(run, "topk")
     advance(state, range(step))
     checkpoints = Checkpoints(store, run.name, keep)
-    scalars = {"scale": 2.0, "mean": [0.5] * D_IN, "run": run_fingerprint(run)}
+    scalars = {
+        "scale": 2.0,
+        "mean": [0.5] * D_IN,
+        "variance": 1.0,
+        "rows": 1,
+        "run": run_fingerprint(run),
+    }
     checkpoints.commit(
         step, [checkpoints.write(step, state._replace(average=None).pieces())], scalars
     )
@@ -56,8 +62,8 @@ def test_the_newest_is_read_whole(run: Run, store: ObjectStore) -> None:
     W_dec = save(run, store, 2)
     trained = read_trained(store, run)
     assert trained is not None
-    assert (trained.step, trained.scale) == (2, 2.0)
-    assert torch.equal(trained.mean, torch.full((D_IN,), 0.5))
+    assert (trained.step, trained.normalisers.one.scale) == (2, 2.0)
+    assert torch.equal(trained.normalisers.mean, torch.full((D_IN,), 0.5, dtype=torch.float64))
     assert trained.idle_rows.shape == (N_LATENTS,)
     torch.testing.assert_close(trained.sae.W_dec.detach(), W_dec)
 

@@ -25,7 +25,7 @@ from dist_sae.data.work_queue import Worker
 from dist_sae.producing import loop
 from dist_sae.storage import open_store
 from dist_sae.telemetry.exporter import Telemetry
-from tests.world import RowNumbers
+from tests.world import RowNumbers, only
 
 SAVE_EVERY = 4  # steps
 
@@ -75,7 +75,7 @@ def read(settings: dict[str, Any], world: int, folder: Path, credentials: dict[s
         retires=run.store.retention == "delete_consumed",
     )
     registration.begin(cursors)
-    activation_set = ActivationSet(store, plan, run.site, threading.Event())
+    activation_set = ActivationSet(store, plan, run.sites, threading.Event())
     loaders = [
         Loader(
             activation_set,
@@ -96,7 +96,7 @@ def read(settings: dict[str, Any], world: int, folder: Path, credentials: dict[s
         while step < run.steps:
             batches = [loader.next() for loader in loaders]
             assert all(batch is not None for batch in batches)
-            acts = torch.cat([batch.acts for batch in batches if batch])
+            acts = torch.cat([only(batch.acts) for batch in batches if batch])
             cursors = {v: place for batch in batches if batch for v, place in batch.cursors.items()}
             registration.at(cursors)
             step += 1

@@ -10,7 +10,7 @@ from dist_sae.data.shard import manifest_key
 from dist_sae.errors import ObjectNotFoundError, UnitMissingError
 from dist_sae.storage import Entry
 from tests.runs import make_run
-from tests.world import RowNumbers, Wrapped, fill, open_activation_set
+from tests.world import RowNumbers, Wrapped, fill, joined, open_activation_set
 
 
 class Counting(Wrapped):
@@ -31,15 +31,15 @@ def test_rows_end_with_the_limit_and_nothing_is_read_beyond_it(
     activations = open_activation_set(run, store=store)
     n, blocks = (
         activations.manifest(1).rows,
-        [block.rows for block in activations.shard(activations.manifest(1)).blocks],
+        [block.rows for block in activations.manifest(1).sites[run.site].blocks],
     )
-    both = torch.cat(list(activations.rows([1, 3], 10**6)))
+    both = joined(activations.rows([1, 3], 10**6))
     assert both.dtype == torch.float32
-    assert torch.equal(torch.cat(list(activations.rows([1, 3], n + 1))), both[: n + 1])
+    assert torch.equal(joined(activations.rows([1, 3], n + 1)), both[: n + 1])
     store.gets = 0
-    assert torch.equal(torch.cat(list(activations.rows([1, 3], n))), both[:n])
+    assert torch.equal(joined(activations.rows([1, 3], n)), both[:n])
     assert store.gets == 1 + len(blocks)
-    heldout = torch.cat(list(activations.heldout_rows(10**6)))
+    heldout = joined(activations.heldout_rows(10**6))
     assert len(heldout) == sum(activations.manifest(u).rows for u in activations.plan.heldout_units)
 
 
@@ -48,7 +48,7 @@ def test_a_reader_that_does_not_wait_names_the_missing_unit(
 ) -> None:
     run = make_run(tmp_path)
     plan = fill(run, RowNumbers(), monkeypatch)
-    activations = ActivationSet(open_activation_set(run).store, plan, run.site, wait=False)
+    activations = ActivationSet(open_activation_set(run).store, plan, run.sites, wait=False)
     assert activations.exist(plan.heldout_units)
     assert activations.manifest(1).unit == 1
     activations.store.delete(manifest_key(1))
@@ -79,7 +79,7 @@ def test_a_reader_of_limited_patience_ends_when_no_producer_is_at_work(
 
     store = Aged(open_activation_set(run).store)
     store.delete(manifest_key(16))
-    activations = ActivationSet(store, plan, run.site, patience_seconds=0.2)
+    activations = ActivationSet(store, plan, run.sites, patience_seconds=0.2)
     with pytest.raises(UnitMissingError, match="unit 16 does not exist, and no producer has shown"):
         list(activations.heldout_rows(1))
     assert store.looks > 6

@@ -2,6 +2,7 @@
 
 import threading
 import time
+from collections.abc import Mapping
 from typing import ClassVar
 
 import pytest
@@ -13,7 +14,7 @@ import dist_sae.data.loader
 from dist_sae.data.shard import manifest_key
 from dist_sae.data.streams import Stream
 from tests.data.numbered import LateUnits, World
-from tests.world import Wrapped, batches, open_activation_set, open_loader, same
+from tests.world import Wrapped, batches, only, open_activation_set, open_loader, same
 
 
 @pytest.mark.parametrize("ranks", [2, 4])
@@ -61,7 +62,7 @@ def test_a_resumed_run_reads_no_manifest_of_units_that_it_has_behind_it(world: W
         cursors = [batch.cursors for batch in loader][-1]
     asked = Asked(world.store)
     with open_loader(open_activation_set(world.run, store=asked), steps, cursors=cursors) as loader:
-        resumed = [batch.acts for batch in loader]
+        resumed = [only(batch.acts) for batch in loader]
     assert same(batches(open_activation_set(world.run), steps), resumed)
     assert {key for key in asked.keys_asked if key.startswith("units/")} == {
         manifest_key(unit) for unit in range(12, 16)
@@ -75,7 +76,7 @@ def test_the_loader_does_not_run_ahead_of_the_trainer(
     begun = threading.Semaphore(0)
     real = Stream.put
 
-    def put(self: Stream, acts: Tensor) -> None:
+    def put(self: Stream, acts: Mapping[str, Tensor]) -> None:
         begun.release()
         real(self, acts)
 

@@ -5,14 +5,13 @@ import torch
 from torch import Tensor
 
 from dist_sae.data.activation_set import ActivationSet
-from dist_sae.data.normaliser import Normaliser, measure
-from dist_sae.data.shard import SiteRows, UnitManifest, manifest_key, write_shard
+from dist_sae.data.normaliser import measure
+from dist_sae.dictionaries.normaliser import Normaliser
 from dist_sae.errors import NonFiniteError
 from dist_sae.producing.planner import plan
 from dist_sae.storage import open_store
-from dist_sae.storage.records import seal
 from tests.runs import make_run
-from tests.world import RowNumbers, Wrapped, batches, fill, open_activation_set
+from tests.world import RowNumbers, Wrapped, batches, fill, open_activation_set, write_unit
 
 
 class Normal(RowNumbers):
@@ -90,25 +89,13 @@ def test_each_site_has_its_own_normaliser_of_the_same_rows(tmp_path: Path) -> No
     made, store = plan(run), Counting(open_store(run.store.activations))
     acts: dict[str, list[Tensor]] = {"narrow": [], "wide": []}
     for unit in made.train_units:
-        n = 5 + unit
-        origin = [torch.arange(n, dtype=dtype) for dtype in (torch.int32, torch.int32, torch.int64)]
-        shards = {}
+        of_unit = {}
         for site, width in (("narrow", 2), ("wide", 7)):
-            x = 3 * width + torch.randn(n, width, generator=torch.Generator().manual_seed(unit))
-            acts[site].append(x)
-            shards[site] = write_shard(store, unit, site, SiteRows(x, *origin), 8, "fp32")
-        manifest = UnitManifest(
-            plan=made.hash,
-            unit=unit,
-            producer="",
-            documents=n,
-            rows=n,
-            excluded={},
-            seconds={},
-            sites=shards,
-        )
-        store.put(manifest_key(unit), seal(manifest))
-    found = measure(ActivationSet(store, made, "narrow"), 10**9, sites=["narrow", "wide"])
+            generator = torch.Generator().manual_seed(unit)
+            of_unit[site] = 3 * width + torch.randn(5 + unit, width, generator=generator)
+            acts[site].append(of_unit[site])
+        write_unit(store, made, unit, of_unit)
+    found = measure(ActivationSet(store, made, ("narrow", "wide")), 10**9)
     assert store.gets == len(made.train_units)
     for site, parts in acts.items():
         x = torch.cat(parts).double()
@@ -118,7 +105,7 @@ def test_each_site_has_its_own_normaliser_of_the_same_rows(tmp_path: Path) -> No
         torch.testing.assert_close(found[site].mean, x.mean(0), rtol=1e-5, atol=1e-5)
         variance = float((x - x.mean(0)).square().sum(1).mean())
         assert found[site].variance == pytest.approx(variance, rel=1e-4)
-    alone = measure(ActivationSet(store, made, "wide"), 10**9)
+    alone = measure(ActivationSet(store, made, ("wide",)), 10**9)
     assert list(alone) == ["wide"]
     assert alone["wide"].to_scalars() == found["wide"].to_scalars()
 

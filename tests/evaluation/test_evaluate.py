@@ -36,7 +36,7 @@ from dist_sae.storage import open_store
 from dist_sae.telemetry.exporter import Telemetry
 from tests.dictionaries.recipes import sae_rows
 from tests.models.test_huggingface import D, save_model
-from tests.world import open_activation_set, save
+from tests.world import joined, open_activation_set, save
 
 DOCUMENTS, WORDS = 60, 20
 
@@ -98,6 +98,8 @@ def run(produced_run: Run, tmp_path: Path) -> Run:
         scalars = {
             "scale": 0.5,
             "mean": [0.125] * D,
+            "variance": 1.0,
+            "rows": 1,
             "plan": made.hash,
             "run": run_fingerprint(run),
         }
@@ -247,8 +249,8 @@ def test_pca_is_that_of_the_training_rows(run: Run) -> None:
     result = evaluate(run)
     activation_set = open_activation_set(run)
     made = activation_set.plan
-    training = torch.cat(list(activation_set.rows(made.train_units, 10**6))).double()
-    heldout = torch.cat(list(activation_set.heldout_rows(150))).double()
+    training = joined(activation_set.rows(made.train_units, 10**6)).double()
+    heldout = joined(activation_set.heldout_rows(150)).double()
     directions = torch.linalg.eigh(torch.cov(training.T)).eigenvectors[:, -4:]
     centred = heldout - 0.25  # the mean, not scaled
     left = centred - centred @ directions @ directions.T

@@ -58,6 +58,8 @@ def write(folder: Path, kind: str, n_latents: int) -> Run:
     scalars = {
         "scale": 1.0,
         "mean": [0.0] * D_IN,
+        "variance": 1.0,
+        "rows": 1,
         "plan": load_plan(open_store(run.store.activations), run).hash,
         "run": run_fingerprint(run),
     }

@@ -80,6 +80,8 @@ def prepare(folder: Path, case: str) -> Path:
     scalars = {
         "scale": 0.5,
         "mean": [0.125] * d_in,
+        "variance": 1.0,
+        "rows": 1,
         "plan": load_plan(open_store(run.store.activations), run).hash,
         "run": run_fingerprint(run),
     }

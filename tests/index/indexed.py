@@ -90,6 +90,8 @@ def add_checkpoint(run: Run, step: int = 3, seed: int = 0) -> Dictionary:
         "plan": load_plan(store, run).hash,
         "scale": SCALE,
         "mean": [0.25] * d_in,
+        "variance": 1.0,
+        "rows": 1,
     }
     tensors = {name: tensor.detach() for name, tensor in sae.tensors()}
     tensors["idle_rows"] = torch.zeros(len(sae.W_enc), dtype=torch.int64)
@@ -126,7 +128,7 @@ class Oracle:
         self.units = sorted([*made.heldout_units, *kept_units(store, made)])
         names, codes, error, total = [], [], 0.0, 0.0
         for unit in self.units:
-            shard = activations.shard(activations.manifest(unit))
+            shard = activations.manifest(unit).sites[run.site]
             row = 0
             for block in range(len(shard.blocks)):
                 rows = read_block(store, shard, block)

@@ -72,7 +72,13 @@ def forward(
 
 
 def scalars(run: Run, scale: float) -> dict[str, Any]:
-    return {"scale": scale, "mean": [0.0] * 16, "run": run_fingerprint(run)}
+    return {
+        "scale": scale,
+        "mean": [0.0] * 16,
+        "variance": 1.0,
+        "rows": 1,
+        "run": run_fingerprint(run),
+    }
 
 
 def dense(codes: Codes, n_latents: int) -> NDArray[np.float64]:

@@ -131,7 +131,13 @@ def save_dictionary(run: Run, sae: Dictionary, step: int) -> None:
     made = load_plan(open_store(run.store.activations), run)
     resolved = made.resolve(run)
     runs.put(f"{run.name}/run.yaml", json.dumps(resolved.model_dump(mode="json")).encode())
-    scalars = {"scale": SCALE, "mean": [0.125] * len(sae.b_dec), "plan": made.hash}
+    scalars = {
+        "scale": SCALE,
+        "mean": [0.125] * len(sae.b_dec),
+        "variance": 1.0,
+        "rows": 1,
+        "plan": made.hash,
+    }
     tensors = sae.state_dict() | {IDLE_ROWS: torch.zeros(sae.n_latents, dtype=torch.int64)}
     checkpoints = Checkpoints(runs, run.name, 5)
     save(checkpoints, step, tensors, scalars | {"run": run_fingerprint(resolved)})

@@ -30,7 +30,7 @@ from tests.conftest import Bucket
 from tests.dictionaries.recipes import sae_rows
 from tests.notebook.raw import SCALE, fill, language_run, save_dictionary, save_language_model
 from tests.runs import TINY, make_run
-from tests.world import open_activation_set
+from tests.world import joined, open_activation_set
 
 
 def initialised(run: Run, d_in: int, seed: int) -> Dictionary:
@@ -141,7 +141,7 @@ def test_rows_are_those_of_the_set_in_order(run: OpenedRun, made: Run, *, heldou
     """Tokens of synthetic documents are row numbers, 64 to a document; each has its unit's rows."""
     known = open_activation_set(made)
     units = known.plan.heldout_units if heldout else known.plan.train_units
-    expected = torch.cat(list(known.rows(units, 10**6)))
+    expected = joined(known.rows(units, 10**6))
     batches = list(run.rows(heldout=heldout))
     assert [set(batch.units.tolist()) for batch in batches] == [{unit} for unit in units]
     assert torch.equal(torch.cat([batch.acts for batch in batches]), expected)

@@ -358,7 +358,7 @@ def save_identity(run: Run) -> None:
     eye, zero = torch.eye(4), torch.zeros(4)
     tensors = {"W_enc": eye, "W_dec": eye, "b_enc": zero, "b_dec": zero, "idle_rows": zero}
     made = load_plan(open_store(run.store.activations), run)
-    scalars = {"scale": 0.5, "mean": [0.0] * 4, "variance": 1.0}
+    scalars = {"scale": 0.5, "mean": [0.0] * 4, "variance": 1.0, "rows": 1}
     scalars |= {"plan": made.hash, "run": run_fingerprint(run)}
     save(Checkpoints(open_store(run.store.runs), run.name, 1), 1, tensors, scalars)
 

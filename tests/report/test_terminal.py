@@ -79,7 +79,14 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> World:
     tensors = {name: tensor.detach() for name, tensor in sae.tensors()}
     tensors["idle_rows"] = torch.zeros(LATENTS, dtype=torch.int64)
     runs, made = open_store(run.store.runs), load_plan(open_store(run.store.activations), run)
-    scalars = {"scale": 1.5, "mean": [0.25] * D, "plan": made.hash, "run": run_fingerprint(run)}
+    scalars = {
+        "scale": 1.5,
+        "mean": [0.25] * D,
+        "variance": 1.0,
+        "rows": 1,
+        "plan": made.hash,
+        "run": run_fingerprint(run),
+    }
     save(Checkpoints(runs, run.name, 2), 10, tensors, scalars)
     runs.put("language/run.yaml", dump_run(run).encode())
     make_index(run)

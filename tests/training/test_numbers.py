@@ -7,8 +7,9 @@ import torch
 
 from dist_sae.dictionaries.axis import WHOLE
 from dist_sae.dictionaries.interface import LossTerms, Output, Routing
+from dist_sae.dictionaries.normaliser import Normaliser, SiteNormalisers
 from dist_sae.telemetry.metric import QUANTILES
-from dist_sae.training.numbers import batch_numbers, expert_numbers, starved_share
+from dist_sae.training.numbers import batch_numbers, expert_numbers, site_fvus, starved_share
 from dist_sae.training.reporter import ExpertLoads
 
 
@@ -32,6 +33,15 @@ def test_explained_variance_is_of_rows_and_about_the_mean_of_the_data() -> None:
     assert quantiles["0.5"] == 0
     assert quantiles["0.25"] == pytest.approx(-0.5)
     assert quantiles["0.75"] == pytest.approx(0.375)
+
+
+def test_the_fvu_of_a_site_is_of_its_own_columns_and_variance() -> None:
+    """In all it is the sum of the errors over the sum of the variances."""
+    of_mean = [torch.zeros(width, dtype=torch.float64) for width in (2, 1)]
+    of = {"a": Normaliser(1.0, of_mean[0], 4.0, 9), "b": Normaliser(1.0, of_mean[1], 0.5, 9)}
+    error = torch.tensor([[1.0, 1.0, 3.0], [2.0, 0.0, 1.0]])  # 6 of a, 10 of b, in 2 rows
+    found = site_fvus(WHOLE, error, SiteNormalisers(("a",), ("a", "b"), of))
+    assert found == {"a": pytest.approx(6 / (2 * 4.0)), "b": pytest.approx(10 / (2 * 0.5))}
 
 
 def test_latents_whose_gradients_are_near_eps_are_counted() -> None:

@@ -19,6 +19,7 @@ from dist_sae.data.shard import read_manifest
 from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.axis import WHOLE
 from dist_sae.dictionaries.init import initialise_from_data
+from dist_sae.dictionaries.normaliser import SiteNormalisers
 from dist_sae.distributed.mesh import Mesh
 from dist_sae.errors import ConfigError, PlanMismatchError
 from dist_sae.evaluation.evaluate import evaluate
@@ -43,7 +44,7 @@ from tests.training.trained import (
     history,
     run_file,
 )
-from tests.world import save
+from tests.world import only, save
 
 pytestmark = pytest.mark.system
 
@@ -56,17 +57,18 @@ def test_directions_from_data_take_as_many_batches_as_they_need(
     settings = load_run(path)
     store = open_store(settings.store.activations)
     activation_set = ActivationSet(
-        store, load_plan(store, settings), settings.site, threading.Event()
+        store, load_plan(store, settings), settings.sites, threading.Event()
     )
-    normaliser = measure(activation_set, 2000)[activation_set.site]
+    measured = measure(activation_set, 2000)
+    normalisers = SiteNormalisers(settings.reads, settings.writes, measured)
     sae = build_sae(settings.sae, 16)
     mesh = Mesh(0, 1, torch.device("cpu"), WHOLE)
     times = Times(Telemetry("world", "train", None), mesh.device)
-    initialise(settings, mesh, activation_set, normaliser, sae, Start(), times)
+    initialise(settings, mesh, activation_set, normalisers, sae, Start(), times)
     with Loader(
         activation_set, rank=0, world=1, batch_rows=24, steps=range(3), max_passes=1
     ) as loader:
-        rows = torch.cat([batch.acts for batch in loader])[:64] * normaliser.scale
+        rows = torch.cat([only(batch.acts) for batch in loader])[:64] * normalisers.one.scale
     expected = build_sae(settings.sae, 16)
     expected.initialise(sae_rows(rows[:24]), settings.train.seed)
     initialise_from_data(expected, [sae_rows(rows)])

@@ -17,6 +17,12 @@ DICTIONARY = Page(
                 "run, quantile",
                 says="A low 0.05 line: some rows are not reconstructed at all.",
             ),
+            gauge(
+                graph,
+                "dist_sae_train_site_fvu",
+                "run, site",
+                says="Of dictionaries that write several sites.",
+            ),
             graph(
                 "Parts of the loss",
                 "count",

@@ -1,0 +1,139 @@
+"""Constant scales of activations, one for each site, and the rows that dictionaries see."""
+
+from collections.abc import Mapping, Sequence
+from itertools import accumulate
+from typing import Any, NamedTuple
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dist_sae.config.run import describe_sites
+from dist_sae.dictionaries.interface import Rows, Widths
+from dist_sae.errors import ConfigError
+
+_SEVERAL = "normalisers"
+
+
+class Normaliser(NamedTuple):
+    """Activations are multiplied by `scale`, so that E|x|^2 = d_in (Scaling Monosemanticity)."""
+
+    scale: float
+    mean: Float[Tensor, " d_in"]
+    """Mean of the scaled activations, fp64."""
+    variance: float
+    """E|x - mean|^2 of the scaled activations, summed over the dimensions."""
+    rows: int
+    """Rows that it was measured on."""
+
+    def to_scalars(self) -> dict[str, Any]:
+        """For a checkpoint; `from_scalars` gives it back exactly."""
+        return {**self._asdict(), "mean": self.mean.tolist()}
+
+    @classmethod
+    def from_scalars(cls, scalars: Mapping[str, Any]) -> "Normaliser":
+        """Read what `to_scalars` wrote."""
+        mean = torch.tensor(scalars["mean"], dtype=torch.float64)
+        return cls(scalars["scale"], mean, scalars["variance"], scalars["rows"])
+
+    def at(self, scale: float) -> "Normaliser":
+        """The same measurement with another scale."""
+        change = scale / self.scale
+        return Normaliser(scale, self.mean * change, self.variance * change**2, self.rows)
+
+
+class SiteNormalisers(NamedTuple):
+    """Normalisers of the sites that a dictionary reads and writes."""
+
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    of: Mapping[str, Normaliser]
+    """By site, each once."""
+
+    @property
+    def widths(self) -> Widths:
+        """Widths of the sites."""
+        return Widths(
+            *(tuple(len(self.of[s].mean) for s in sites) for sites in (self.reads, self.writes))
+        )
+
+    @property
+    def mean(self) -> Float[Tensor, " d_out"]:
+        """Mean of the targets, fp64."""
+        return torch.cat([self.of[site].mean for site in self.writes])
+
+    @property
+    def variance(self) -> float:
+        """Variance of the targets: the sum over the sites that are written."""
+        return sum(self.of[site].variance for site in self.writes)
+
+    @property
+    def columns(self) -> dict[str, slice]:
+        """Columns of the targets that each written site has."""
+        ends = list(accumulate(self.widths.writes, initial=0))
+        return {site: slice(*at) for site, *at in zip(self.writes, ends, ends[1:], strict=False)}
+
+    @property
+    def one(self) -> Normaliser:
+        """The normaliser of the one site of an autoencoder.
+
+        Raises:
+            ConfigError: The dictionary reads or writes others.
+        """
+        if len(self.of) > 1:
+            raise ConfigError(
+                f"sae.reads: the dictionary is of {describe_sites(self.reads, self.writes)}; "
+                f"this needs one that reconstructs the one site that it reads"
+            )
+        return self.of[self.reads[0]]
+
+    def rows(self, acts: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Rows:
+        """Scale activations [batch, d_site] of the sites; they are the targets' too if they can be.
+
+        Returns:
+            Rows in fp32 on the device, sites side by side.
+        """
+        inputs = self._side_by_side(self.reads, acts, device)
+        if self.reads == self.writes:
+            return Rows(inputs, inputs)
+        return Rows(inputs, self._side_by_side(self.writes, acts, device))
+
+    def _side_by_side(
+        self, sites: Sequence[str], acts: Mapping[str, Tensor], device: torch.device | str
+    ) -> Tensor:
+        widths = [acts[site].shape[1] for site in sites]
+        n = len(acts[sites[0]])
+        rows = torch.empty(n, sum(widths), dtype=torch.float32, device=device)
+        for site, part in zip(sites, torch.split(rows, widths, 1), strict=True):
+            torch.mul(acts[site].to(device, torch.float32), self.of[site].scale, out=part)
+        return rows
+
+    def to_scalars(self) -> dict[str, Any]:
+        """For a checkpoint; `from_scalars` gives them back exactly."""
+        scalars = {site: normaliser.to_scalars() for site, normaliser in self.of.items()}
+        return {_SEVERAL: scalars} if len(scalars) > 1 else scalars[self.reads[0]]
+
+    @classmethod
+    def from_scalars(
+        cls, scalars: Mapping[str, Any], reads: tuple[str, ...], writes: tuple[str, ...]
+    ) -> "SiteNormalisers":
+        """Read what `to_scalars` wrote."""
+        sites = dict.fromkeys((*reads, *writes))
+        of = {site: Normaliser.from_scalars(_of_site(scalars, site)) for site in sites}
+        return cls(reads, writes, of)
+
+    def at_scales(self, scalars: Mapping[str, Any]) -> "SiteNormalisers":
+        """The same measurements with the scales of a checkpoint's scalars."""
+        of = {site: own.at(_of_site(scalars, site)["scale"]) for site, own in self.of.items()}
+        return self._replace(of=of)
+
+
+def _of_site(scalars: Mapping[str, Any], site: str) -> Mapping[str, Any]:
+    """A site's scalars; those of the only site lie among a checkpoint's others."""
+    of_site: Mapping[str, Any] = scalars[_SEVERAL][site] if _SEVERAL in scalars else scalars
+    return of_site
+
+
+def scales_of(scalars: Mapping[str, Any]) -> dict[str, Any]:
+    """The part of a checkpoint's scalars that `at_scales` reads."""
+    return {name: scalars[name] for name in (_SEVERAL, "scale") if name in scalars}
