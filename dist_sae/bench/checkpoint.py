@@ -82,10 +82,10 @@ def _time_saves(
     shape: StepShape, mesh: Mesh, store: ObjectStore, rounds: int
 ) -> tuple[list[tuple[float, float, float]], float, int]:
     """Time saves; returns (stall, slowdown, durable) seconds each, seconds of a step, and bytes."""
-    (x,) = random_batches(shape, mesh, 1)
+    (rows,) = random_batches(shape, mesh, 1)
     step = TrainingStep(shape, mesh)
-    step.initialise(x)
-    step(x)  # warm-up: makes Adam's moments and maps memory
+    step.initialise(rows)
+    step(rows)  # warm-up: makes Adam's moments and maps memory
     saves, undisturbed, durable = [], [], list[Saved]()
     with Saver(
         checkpoints=Checkpoints(store, _RUN, keep=1),
@@ -98,11 +98,11 @@ def _time_saves(
         last_step=0,
     ) as saver:
         for number in range(rounds):
-            undisturbed += [seconds(partial(step, x), mesh) for _ in range(3)]
+            undisturbed += [seconds(partial(step, rows), mesh) for _ in range(3)]
             stall = seconds(partial(saver.save, number + 1, {}), mesh)
             beside = []
             while saver.saving:
-                beside.append(seconds(partial(step, x), mesh))
+                beside.append(seconds(partial(step, rows), mesh))
             saver.finish()
             usual = statistics.median(undisturbed)
             slowed = sum(one - usual for one in beside)
@@ -114,7 +114,7 @@ def _time_load(shape: StepShape, url: str, s3: S3Config, shards: int) -> tuple[f
     """Load the last shard; returns its seconds and peak bytes of memory."""
     axis = LatentAxis(shard=shards - 1, shards=shards)
     run = bench_run(shape, shards, shards)
-    sae = build_sae(run.sae, shape.d_in, axis)
+    sae = build_sae(run.sae, shape.widths, axis)
     dead = DeadLatents(len(sae.W_enc), run.dead_after_rows, axis)
     state = TrainingState(sae, Engine(run, sae), dead, None)
     checkpoint = Checkpoints(open_store(url, s3), _RUN, keep=1).latest()

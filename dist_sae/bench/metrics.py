@@ -36,9 +36,9 @@ def bench_metrics(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any
         For the page: `series`, `page_bytes`, `scrape_seconds` and its maximum; for a pod of eight
         such ranks (here in one process) `pod_scrape_seconds` and its maximum.
     """
-    (x,) = random_batches(shape, mesh, 1)
+    (rows,) = random_batches(shape, mesh, 1)
     step = TrainingStep(shape, mesh)
-    step.initialise(x)
+    step.initialise(rows)
     window, site = step.run.train.log_every_steps, step.run.site
     normaliser = Normaliser(1.0, torch.zeros(shape.d_in), shape.d_in, 1)
     normalisers = SiteNormalisers((site,), (site,), {site: normaliser})
@@ -51,10 +51,10 @@ def bench_metrics(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any
         report = reports[0]
         for other in reports:  # warm-up: one report of each rank, and memory is mapped
             step.done = window - 1
-            step(x, other)
+            step(rows, other)
 
         def steps(who: TrainingReporter | None) -> float:
-            return seconds(lambda: [step(x, who) for _ in range(window)], mesh)
+            return seconds(lambda: [step(rows, who) for _ in range(window)], mesh)
 
         pairs = []
         report.spent = 0.0

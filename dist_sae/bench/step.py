@@ -20,11 +20,13 @@ from torch import Tensor
 
 from dist_sae.bench.measuring import compare, medians, peak_memory
 from dist_sae.checkpoint.state import TrainingState
-from dist_sae.config import Run, validate_run
+from dist_sae.config import Run
+from dist_sae.config.load import resolve_run
+from dist_sae.config.messages import sections_by_kind
 from dist_sae.config.sae import SaeConfig
 from dist_sae.dictionaries import PRODUCT_DTYPES, build_sae
 from dist_sae.dictionaries.dead import DeadLatents
-from dist_sae.dictionaries.interface import Rows
+from dist_sae.dictionaries.interface import Rows, Widths
 from dist_sae.distributed.engine import DeepSpeedEngine
 from dist_sae.distributed.mesh import Mesh, join_mesh
 from dist_sae.distributed.rendezvous import rendezvous
@@ -41,15 +43,29 @@ class StepShape(NamedTuple):
     """Sizes and settings of the measured step."""
 
     d_in: int
+    """Width of a site."""
     n_latents: int
     k: int
     batch: int
     products: str = "bf16"
     kernels: str = "auto"
+    kind: str = "topk"
     experts: int | None = None
-    """Experts of a routed dictionary; None measures an exact one."""
+    """Experts of a routed dictionary."""
+    reads: int = 1
+    """Number of sites that are read."""
+    writes: int | None = None
+    """Number of other sites that are written; None: those that are read."""
+    settings: tuple[str, ...] = ()
+    """Further settings of the recipe, `KEY=VALUE`."""
     lr: float = 1e-4
     seed: int = 0
+
+    @property
+    def widths(self) -> Widths:
+        """Widths of the sites that are read and written."""
+        writes = self.reads if self.writes is None else self.writes
+        return Widths((self.d_in,) * self.reads, (self.d_in,) * writes)
 
 
 class TrainingStep:
@@ -65,7 +81,7 @@ class TrainingStep:
         config: SaeConfig = self.run.sae
         self.sae = build_sae(
             config,
-            shape.d_in,
+            shape.widths,
             mesh.axis,
             choose_kernels(self.run.train.kernels, mesh.device),
             PRODUCT_DTYPES[shape.products],
@@ -80,15 +96,13 @@ class TrainingStep:
         self.done = 0
         """Steps."""
 
-    def initialise(self, x: Float[Tensor, "batch d_in"]) -> None:
+    def initialise(self, rows: Rows) -> None:
         """Initialise the dictionary from this rank's part of the first batch."""
-        self.sae.initialise(Rows(x, x), self._shape.seed)
+        self.sae.initialise(rows, self._shape.seed)
         self._engine = DeepSpeedEngine(self.run, self.sae, self.mesh)
 
-    def __call__(
-        self, x: Float[Tensor, "batch d_in"], report: TrainingReporter | None = None
-    ) -> float:
-        """Take a step on this rank's part of a batch, scaled to E|x|^2 = d_in; returns its FVU.
+    def __call__(self, rows: Rows, report: TrainingReporter | None = None) -> float:
+        """Take a step on this rank's part of a batch, scaled to E|x|^2 = width; returns its FVU.
 
         Args:
             report: Is told of it, as in a run; as a rule none is.
@@ -98,18 +112,18 @@ class TrainingStep:
         end = report.end if report else lambda _: None
         end("wait")
         output, norm = training_step(
-            Rows(x, x),
+            rows,
             engine,
             self.dead,
             batch_rows=self._shape.batch,
-            variance=float(self._shape.d_in),
+            variance=float(self._shape.widths.d_out),
             progress=0.5,
             lr=self._shape.lr,
             end_phase=end,
         )
         self.done += 1
         if report:
-            report.step(self.done, Rows(x, x), output, lr=self._shape.lr, gradient_norm=norm)
+            report.step(self.done, rows, output, lr=self._shape.lr, gradient_norm=norm)
         if output.routing:
             load = output.routing.load
             self.load_ratio = float(load.max() / load.double().mean())
@@ -138,12 +152,16 @@ def step_mesh(shape: StepShape, world: int = 1, shards: int = 1) -> Iterator[Mes
         yield mesh
 
 
-def random_batches(shape: StepShape, mesh: Mesh, n: int) -> list[Float[Tensor, "batch d_in"]]:
+def random_batches(shape: StepShape, mesh: Mesh, n: int) -> list[Rows]:
     """Draw this rank's part of `n` batches."""
     generator = torch.Generator().manual_seed(shape.seed)
-    local = shape.batch // mesh.world
-    batches = [torch.randn(local, shape.d_in, generator=generator) for _ in range(n)]
-    return [x.to(mesh.device) for x in batches]
+    local, widths = shape.batch // mesh.world, shape.widths
+
+    def draw(width: int) -> Tensor:
+        return torch.randn(local, width, generator=generator).to(mesh.device)
+
+    inputs = [draw(widths.d_in) for _ in range(n)]
+    return [Rows(x, x if shape.writes is None else draw(widths.d_out)) for x in inputs]
 
 
 def bench_step(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any]:
@@ -162,9 +180,9 @@ def bench_step(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any]:
     state = _STATE_BYTES * sum(p.numel() for p in step.sae.parameters())
     held = 4 * sum(p.numel() for p in step.sae.parameters())  # weights, counted in `before`
     with peak_memory() as peak:
-        for x in batches:
-            step(x)  # warm-up: makes Adam's moments and maps memory
-    product, chunk = _fastest_product(shape, mesh, batches[0], step.sae.W_enc.detach())
+        for rows in batches:
+            step(rows)  # warm-up: makes Adam's moments and maps memory
+    product, chunk = _fastest_product(shape, mesh, batches[0].inputs, step.sae.W_enc.detach())
     pairs = []
     for number in range(rounds):
         product_seconds = seconds(product, mesh)
@@ -199,15 +217,15 @@ def bench_routed(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any]
     """
     batches = random_batches(shape, mesh, 2)
     exact = TrainingStep(shape._replace(experts=None), mesh)
-    routed = TrainingStep(shape, mesh)
+    routed = TrainingStep(shape._replace(kind="routed"), mesh)
     for step in (exact, routed):
         step.initialise(batches[0])
-        for x in batches:
-            step(x)  # warm-up: makes Adam's moments and maps memory
+        for rows in batches:
+            step(rows)  # warm-up: makes Adam's moments and maps memory
     pairs = []
     for number in range(rounds):
-        x = batches[number % 2]
-        pairs.append((seconds(partial(exact, x), mesh), seconds(partial(routed, x), mesh)))
+        rows = batches[number % 2]
+        pairs.append((seconds(partial(exact, rows), mesh), seconds(partial(routed, rows), mesh)))
     exact_seconds, routed_seconds = medians(pairs)
     return {
         **shape._asdict(),
@@ -234,24 +252,29 @@ def bench_run(
         ConfigError: There can be no such step.
     """
     url = url or str(Path("nowhere").absolute())
-    kind: dict[str, Any] = {"kind": "topk"}
-    if shape.experts is not None:
-        kind = {"kind": "routed", "experts": shape.experts}
-    return validate_run(
+    reads = [f"mlp_in.{layer}" for layer in range(shape.reads)]
+    writes = None
+    if shape.writes is not None:
+        writes = [f"mlp_out.{layer}" for layer in range(shape.writes)]
+    sae: dict[str, Any] = {
+        "kind": shape.kind,
+        "n_latents": shape.n_latents,
+        "reads": reads,
+        "writes": writes,
+        "init": "random",
+        "dead_after_rows": 10_000_000,
+    }
+    counts = {"k": shape.k, "auxk": min(512, shape.n_latents), "experts": shape.experts}
+    kinds = sections_by_kind(Run.model_fields["sae"].annotation)
+    known = kinds[shape.kind].model_fields if shape.kind in kinds else {}
+    return resolve_run(
         {
             "name": "bench",
             "store": {"activations": url, "runs": url, "s3": {"endpoint_url": endpoint_url}},
-            "model": {"kind": "synthetic", "d_in": shape.d_in},
-            "corpus": {"kind": "synthetic"},
-            "activations": {"sites": ["synthetic"], "streams": world},
-            "sae": kind
-            | {
-                "n_latents": shape.n_latents,
-                "k": shape.k,
-                "auxk": min(512, shape.n_latents),
-                "init": "random",
-                "dead_after_rows": 10_000_000,
-            },
+            "model": {"kind": "huggingface", "path": "nowhere"},
+            "corpus": {"kind": "files", "files": ["nowhere"]},
+            "activations": {"sites": [*reads, *(writes or ())], "streams": world},
+            "sae": sae | {key: n for key, n in counts.items() if n is not None and key in known},
             "train": {
                 "rows": shape.batch,
                 "batch_rows": shape.batch,
@@ -261,6 +284,7 @@ def bench_run(
             },
             "processes": {"trainers": world, "latent_shards": shards},
         },
+        [f"sae.{setting}" for setting in shape.settings],
         "bench",
     )
 
@@ -269,7 +293,7 @@ def _fastest_product(
     shape: StepShape, mesh: Mesh, x: Tensor, W_enc: Tensor
 ) -> tuple[Callable[[], None], int]:
     """Find the fastest chunking of the bare encoder product: the replica's rows by this shard."""
-    dtype = PRODUCT_DTYPES[shape.products]
+    dtype, x = PRODUCT_DTYPES[shape.products], x[:, : W_enc.shape[1]]  # a latent may read one site
     rows, weights = mesh.axis.gather(x).to(dtype), W_enc.to(dtype)
     timed = []
     for chunk in _CHUNKS:
@@ -306,7 +330,7 @@ def _synchronise(mesh: Mesh) -> None:
         torch.cuda.synchronize()
 
 
-def _phases(step: TrainingStep, x: Tensor) -> dict[str, float]:
+def _phases(step: TrainingStep, rows: Rows) -> dict[str, float]:
     """Profile one step; returns its seconds by phase."""
     kernels = step.sae.kernels
     step.sae.kernels = kernels._replace(
@@ -320,7 +344,7 @@ def _phases(step: TrainingStep, x: Tensor) -> dict[str, float]:
         torch.profiler.profile(activities=[cpu]) as profile,
         torch.profiler.record_function("step"),
     ):
-        step(x)
+        step(rows)
     step.sae.kernels = kernels
     events = {event.key: event for event in profile.key_averages()}
     operators = {
@@ -329,7 +353,7 @@ def _phases(step: TrainingStep, x: Tensor) -> dict[str, float]:
         "norms": "aten::linalg_vector_norm",
     }
     labels = ("select", "decode", "gradient_of_codes", "gradients_of_weights")
-    phases = {label: events[label].cpu_time_total / 1e6 for label in labels}
+    phases = {label: events[label].cpu_time_total / 1e6 for label in labels if label in events}
     for phase, operator in operators.items():
         phases[phase] = events[operator].self_cpu_time_total / 1e6 if operator in events else 0.0
     phases["rest"] = events["step"].cpu_time_total / 1e6 - sum(phases.values())

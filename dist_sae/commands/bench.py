@@ -22,8 +22,20 @@ def add(commands: shared.Commands) -> None:
     actions = shared.add_group(commands, "bench", text, "WHAT")
     step = actions.add_parser("step", help="a training step against the bare encoder product")
     step.add_argument("--kernels", choices=["auto", "torch", "native", "triton"], default="auto")
-    step.add_argument("--kind", choices=["topk", "routed"], default="topk")
+    step.add_argument("--kind", default="topk", help="of dictionary (sae.kind)")
     step.add_argument("--experts", type=int, default=16, help="experts of a routed dictionary")
+    step.add_argument("--reads", type=int, default=1, help="sites that are read")
+    step.add_argument(
+        "--writes", type=int, help="other sites that are written; left out: those that are read"
+    )
+    step.add_argument(
+        "--sae",
+        metavar="KEY=VALUE",
+        action="append",
+        default=[],
+        dest="settings",
+        help="another setting of the recipe",
+    )
     step.add_argument("--shards", type=int, default=1, help="ranks of torchrun per dictionary")
     step.set_defaults(command=_main, bench=_step)
     routed = actions.add_parser(
@@ -113,7 +125,7 @@ def _step(options: argparse.Namespace) -> Result:
     from dist_sae.bench.step import bench_step, step_mesh
 
     shape = _step_shape(options)
-    if options.kind == "topk":
+    if options.kind != "routed":
         shape = shape._replace(experts=None)
     world = int(os.environ.get("WORLD_SIZE", "1"))
     with step_mesh(shape, world, options.shards) as mesh:

@@ -24,14 +24,15 @@ def train(mesh: Mesh, spec: Spec, batches: Batches) -> Trained:
         seed=spec.seed,
     )
     step = TrainingStep(shape, mesh)
-    step.initialise(batches.read(0))
+    first = batches.read(0)
+    step.initialise(Rows(first, first))
     n_batches = -(-spec.n_latents // spec.batch)
     from_data = n_batches <= spec.steps  # in short speed runs the directions do not matter
     if from_data:
-        first = map(batches.read, range(n_batches))
-        initialise_from_data(step.sae, (Rows(x, x) for x in first))
+        some = map(batches.read, range(n_batches))
+        initialise_from_data(step.sae, (Rows(x, x) for x in some))
     for x in batches:
-        step(x)
+        step(Rows(x, x))
     notes = ["initial directions from the data, as dist_sae is shipped"] if from_data else []
     if spec.bf16:
         notes.append("this is how dist_sae is shipped")
