@@ -57,6 +57,8 @@ EXAMPLES: dict[str, Any] = {
     "export.model_name": "HuggingFaceTB/SmolLM2-135M",
     "index.name": "first-half",
     "sae.bandwidth": 0.03,
+    "model.other.path": "HuggingFaceTB/SmolLM2-135M-Instruct",
+    "model.other.revision": "main",
     "sae.capacity": 1.5,
     "sae.initial_l0": 50.0,
     "sae.initial_threshold": 0.03,

@@ -2,6 +2,7 @@
 
 import os
 import re
+from collections.abc import Iterable
 from typing import Annotated, Literal, Self
 
 from pydantic import (
@@ -17,6 +18,8 @@ from dist_sae.config.base import Section, StoreUrl
 
 SITE_NAMES = ("resid_pre", "resid_post", "mlp_in", "mlp_inner", "mlp_out", "attn_out", "attn_z")
 SYNTHETIC_SITE = "synthetic"
+_OTHER = "@other"
+"""Ends the names of sites of `model.other`."""
 
 
 _LAYERS = r"(?:transformer\.|model\.)*(?:layers|h|blocks)\.(?P<layer>\d+)"
@@ -36,7 +39,8 @@ _NORMALIZED = r"blocks\.(?P<layer>\d+)\.(?:ln2\.hook_normalized|hook_mlp_in)"
 
 
 def _check_site(site: str) -> str:
-    if site == SYNTHETIC_SITE or re.fullmatch(rf"({'|'.join(SITE_NAMES)})\.\d+", site, re.ASCII):
+    shape = rf"({'|'.join(SITE_NAMES)})\.\d+({_OTHER})?"
+    if site == SYNTHETIC_SITE or re.fullmatch(shape, site, re.ASCII):
         return site
     for shape, name in _SAME_ROWS.items():
         if there := re.fullmatch(shape, site):
@@ -109,6 +113,15 @@ class StoreConfig(Section):
     deleted."""
 
 
+class OtherModel(Section):
+    """A second language model, compared with the first."""
+
+    path: str
+    """Name on the model hub, or a local folder."""
+    revision: str | None = None
+    """Commit, tag or branch on the hub."""
+
+
 class HuggingFaceModel(Section):
     """A `transformers` model of any decoder architecture, or an encoder."""
 
@@ -124,6 +137,24 @@ class HuggingFaceModel(Section):
     tensor_parallel: PositiveInt = 1
     """Ranks that share one copy of the model; each producer consists of this many processes, and so
     does `evaluate` in a local run."""
+    other: OtherModel | None = Field(None, exclude_if=lambda of: of is None)
+    """A second model with the same tokens, run on the same text; its sites are NAME.LAYER@other."""
+
+    def of_site(self, site: str) -> tuple[Self, str]:
+        """Return the model that a site is in, and the site's name there."""
+        name, at, _ = site.partition("@")
+        model: dict[str, object] = {"other": None}
+        if at and self.other:
+            model |= {"path": self.other.path, "revision": self.other.revision}
+        return self.model_copy(update=model), name
+
+    def by_model(self, sites: Iterable[str]) -> list[tuple[Self, dict[str, str]]]:
+        """Return the models that have any of these sites, and the sites by their names there."""
+        found: dict[bool, tuple[Self, dict[str, str]]] = {}
+        for site in sites:
+            model, name = self.of_site(site)
+            found.setdefault("@" in site, (model, {}))[1][name] = site
+        return list(found.values())
 
     @property
     def place(self) -> str:

@@ -166,6 +166,9 @@ def with_absolute_paths(run: Run) -> Run:
     model, corpus = run.model, run.corpus
     if model.kind == "huggingface" and (folder := Path(model.path).expanduser()).is_dir():
         model = model.model_copy(update={"path": os.path.abspath(folder)})
+    if model.kind == "huggingface" and model.other and Path(model.other.path).is_dir():
+        other = model.other.model_copy(update={"path": os.path.abspath(model.other.path)})
+        model = model.model_copy(update={"other": other})
     if corpus.kind == "files":
         files = tuple(
             file if "://" in file else os.path.abspath(os.path.expanduser(file))

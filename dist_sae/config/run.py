@@ -313,6 +313,19 @@ class Run(Section):
                 f"{self.telemetry.port} leaves no ports for {processes.producers} producers and "
                 f"{processes.trainers} trainers: the last one would be {last_port}",
             )
+        yield from self._model_problems()
+
+    def _model_problems(self) -> Iterator[tuple[str, str]]:
+        activations = self.activations
+        of_other = [site for site in activations.sites if "@" in site]
+        other = self.model.other if self.model.kind == "huggingface" else None
+        if of_other and other is None:
+            yield "activations.sites", f"{of_other[0]} is a site of model.other, which is not given"
+        if other and not of_other:
+            yield (
+                "model.other",
+                "activations.sites has none of its sites, such as resid_post.7@other",
+            )
         synthetic = self.model.kind == "synthetic"
         if synthetic != (self.corpus.kind == "synthetic"):
             yield "corpus.kind", "model.kind and corpus.kind must both be synthetic, or neither"

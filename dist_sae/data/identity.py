@@ -24,7 +24,7 @@ from dist_sae.errors import AccessError, CorpusError, HubUnavailableError, Model
 from dist_sae.hub import cached_commit
 
 _HOW = ("batch_tokens", "tensor_parallel", "shards")  # of speed alone; the last is an old name
-_PLACES = {"model": ("path", "revision"), "corpus": ("files", "name", "revision")}
+_PLACES = {"model": ("path", "revision", "other"), "corpus": ("files", "name", "revision")}
 _MOST_NAMED = 5  # files in a message
 _WEIGHTS = (".safetensors", ".bin")
 _TOKENIZER = (
@@ -127,6 +127,11 @@ def model_content(model: ModelConfig, *, weights: bool = True) -> dict[str, str]
     """
     if isinstance(model, SyntheticModel):
         return None
+    if model.other:
+        parts = {"": model.of_site("")[0], "other/": model.of_site("@")[0]}
+        found = {key: model_content(part, weights=weights) for key, part in parts.items()}
+        known = {f"{k}{n}": v for k, names in found.items() for n, v in (names or {}).items()}
+        return known or None
     folder = Path(model.place)
     if folder.is_dir():
         try:
@@ -205,11 +210,12 @@ def _without_places(settings: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _resolved(section: Mapping[str, Any]) -> tuple[Any, set[str]]:
-    """Return the revision and the places, links resolved where the files exist here."""
+def _resolved(section: Mapping[str, Any]) -> tuple[tuple[Any, Any], set[str]]:
+    """Return the revisions and the places, links resolved where the files exist here."""
+    other = section.get("other") or {}
     names = [
         *section.get("files", ()),
-        *(section[key] for key in ("path", "name") if key in section),
+        *(of[key] for of in (section, other) for key in ("path", "name") if key in of),
     ]
     found = set[str]()
     for name in names:
@@ -220,7 +226,7 @@ def _resolved(section: Mapping[str, Any]) -> tuple[Any, set[str]]:
             found |= {os.path.realpath(match) for match in matches or [path]}
         else:  # in pods, or a name on the hub
             found.add(os.path.normpath(name))
-    return section.get("revision"), found
+    return (section.get("revision"), other.get("revision")), found
 
 
 def _moved(section: str, there: Mapping[str, Any], here: Mapping[str, Any]) -> list[str]:

@@ -287,9 +287,12 @@ def as_planned(run: Run, plan: Plan) -> Run:
     The hub may have later commits of the model or the data set now.
     """
     model, corpus = run.model, run.corpus
-    commit = (plan.model_content or {}).get("commit")
-    if isinstance(model, HuggingFaceModel) and commit:
+    content = plan.model_content or {}
+    if isinstance(model, HuggingFaceModel) and (commit := content.get("commit")):
         model = model.model_copy(update={"revision": commit})
+    if model.kind == "huggingface" and model.other and (commit := content.get("other/commit")):
+        other = model.other.model_copy(update={"revision": commit})
+        model = model.model_copy(update={"other": other})
     if isinstance(corpus, DatasetCorpus) and plan.corpus_commit:
         corpus = corpus.model_copy(update={"revision": plan.corpus_commit})
     activations = run.activations.model_copy(update={"sites": plan.sites})

@@ -80,7 +80,7 @@ def open_outputs(model: ModelConfig, manifest: IndexManifest, checkpoint: Checkp
 
     width = checkpoint.manifest.tensors[weights_of(checkpoint)["W_dec"]].shape[1]
     try:
-        head = load_head(model, manifest.site)
+        head = load_head(*model.of_site(manifest.site))
         if len(head.gain) == width:
             return Outputs(head, n)
         reason = f"decoder rows are {width} wide, the head of {model.path} is {len(head.gain)}"

@@ -74,8 +74,10 @@ def config(run: Run, checkpoint: "Checkpoint") -> dict[str, Any]:
     from dist_sae.checkpoint.trained import normalisers_of
 
     normaliser = normalisers_of(run, checkpoint).one
-    site, _, layer = run.site.rpartition(".")
-    hugging_face = isinstance(run.model, HuggingFaceModel)
+    model, place = run.model, run.site
+    if isinstance(model, HuggingFaceModel):
+        model, place = model.of_site(run.site)
+    site, _, layer = place.rpartition(".")
     sae = run.sae
     topk: dict[str, Any] = {}
     if isinstance(sae, TopKConfig):
@@ -94,9 +96,11 @@ def config(run: Run, checkpoint: "Checkpoint") -> dict[str, Any]:
             "sae_lens_version": _SAELENS_VERSION,
             "sae_lens_training_version": None,
             "model_name": run.export.model_name
-            or (run.model.path if isinstance(run.model, HuggingFaceModel) else run.model.kind),
+            or (model.path if isinstance(model, HuggingFaceModel) else model.kind),
             "model_class_name": "HookedTransformer",
-            "hook_name": f"blocks.{layer}.{_HOOKS[site]}" if hugging_face else run.site,
+            "hook_name": f"blocks.{layer}.{_HOOKS[site]}"
+            if isinstance(model, HuggingFaceModel)
+            else run.site,
             "hook_head_index": None,
             "context_size": run.activations.context_tokens,
             "prepend_bos": run.activations.prepend_bos,

@@ -171,9 +171,12 @@ def _problems(run: Run) -> list[str]:
             for name in run.corpus.files
             if not name.startswith(("s3://", "/"))
         ]
-    if run.model.kind == "huggingface" and run.model.path.startswith((".", "~")):
-        problems.append(
-            f"model.path: {run.model.path} is relative to a folder that pods do not have; give a "
+    if run.model.kind == "huggingface":
+        models = {"model": run.model, "model.other": run.model.other}
+        problems += [
+            f"{key}.path: {model.path} is relative to a folder that pods do not have; give a "
             f"name on the hub, or an absolute path in the image"
-        )
+            for key, model in models.items()
+            if model and model.path.startswith((".", "~"))
+        ]
     return problems

@@ -10,7 +10,7 @@ from dist_sae.config.data import (
     SyntheticCorpus,
     SyntheticModel,
 )
-from dist_sae.models.base import ActivationSource, Tokenizer
+from dist_sae.models.base import ActivationSource, JoinedSources, Tokenizer
 from dist_sae.models.synthetic import SyntheticSource, SyntheticTokenizer
 
 __all__ = ["ActivationSource", "Tokenizer", "build_source", "build_tokenizer", "check_sites"]
@@ -38,9 +38,14 @@ def check_sites(model: ModelConfig, activations: ActivationsConfig) -> dict[str,
     """
     match model:
         case HuggingFaceModel():
-            from dist_sae.models.check import check  # takes 3 s
+            from dist_sae.models.check import check, check_same_tokens  # takes 3 s
 
-            return check(model, activations)
+            check_same_tokens(model)
+            widths: dict[str, int] = {}
+            for part, sites in model.by_model(activations.sites):
+                found = check(part, activations.model_copy(update={"sites": tuple(sites)}))
+                widths |= {sites[name]: width for name, width in found.items()}
+            return {site: widths[site] for site in activations.sites}
         case SyntheticModel():
             return dict.fromkeys(activations.sites, model.d_in)
         case _:
@@ -56,7 +61,9 @@ def build_source(model: ModelConfig, sites: tuple[str, ...]) -> ActivationSource
         case HuggingFaceModel():
             from dist_sae.models.huggingface import HuggingFaceSource
 
-            return HuggingFaceSource(model, sites)
+            return JoinedSources(
+                (HuggingFaceSource(part, tuple(own)), own) for part, own in model.by_model(sites)
+            )
         case SyntheticModel():
             return SyntheticSource(model)
         case _:

@@ -1,6 +1,6 @@
 """Interfaces of models and tokenizers."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
 
 from jaxtyping import Bool, Float, Int
@@ -45,3 +45,23 @@ class ActivationSource(Protocol):
         Values at padding (mask False) are undefined.
         """
         ...
+
+
+class JoinedSources:
+    """One or two models that are run on the same tokens.
+
+    Args:
+        sources: Each model with its sites: the set's name of a site by its name in the model.
+    """
+
+    def __init__(self, sources: Iterable[tuple[ActivationSource, Mapping[str, str]]]) -> None:
+        self._sources = list(sources)
+
+    def run(
+        self, tokens: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]
+    ) -> dict[str, Float[Tensor, "batch seq d_in"]]:
+        return {
+            names[own]: acts
+            for source, names in self._sources
+            for own, acts in source.run(tokens, mask).items()
+        }

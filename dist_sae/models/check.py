@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from dist_sae.config.data import ActivationsConfig, HuggingFaceModel
 from dist_sae.errors import ModelError
 from dist_sae.models.huggingface import HuggingFaceSource
-from dist_sae.models.loading import Description, describe, load_tokenizer
+from dist_sae.models.loading import Description, describe, load_plain_tokenizer, load_tokenizer
 from dist_sae.models.sites import blocks, width
 
 logger = logging.getLogger(__name__)
@@ -48,6 +48,20 @@ def check(config: HuggingFaceModel, activations: ActivationsConfig) -> dict[str,
     longest = min(activations.context_tokens, max(_LENGTHS[0], _MOST_WORK // parameters))
     _compare_with_whole(config, activations.sites, ordinary, longest)
     return widths
+
+
+def check_same_tokens(config: HuggingFaceModel) -> None:
+    """Raise `ModelError` unless both models of a run have the same tokens."""
+    if config.other is None:
+        return
+    other, _ = config.of_site("@")
+    here, there = (load_plain_tokenizer(model).get_vocab() for model in (config, other))
+    if here != there:
+        differing = {*here.items()} ^ {*there.items()}
+        raise ModelError(
+            f"model.other.path {other.path}: {len(differing)} tokens differ from those of "
+            f"{config.path}, but both read the same tokens; compare models of one tokenizer"
+        )
 
 
 def _check_positions(config: HuggingFaceModel, description: Description, tokens: int) -> None:
