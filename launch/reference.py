@@ -63,6 +63,8 @@ EXAMPLES: dict[str, Any] = {
     "sae.initial_l0": 50.0,
     "sae.initial_threshold": 0.03,
     "sae.k_start": 128,
+    "sae.multi_factor": 4,
+    "sae.prefix_weights": "[1, 1, 1, 1, 1]",
     "sae.sparsity": 0.3,
     "store.s3.ca_bundle": "/etc/ssl/my-ca.pem",
     "store.s3.endpoint_url": "http://127.0.0.1:8333",

@@ -62,6 +62,11 @@ class DictionaryConfig(Section):
         """Equal parts of the latents that rows are routed to; None: every row meets all latents."""
         return None
 
+    @property
+    def prefix_widths(self) -> tuple[int, ...]:
+        """Latents of each nested dictionary, ascending; none if latents are not nested."""
+        return ()
+
     def divides_over(self, shards: int) -> bool:
         """True if shards of equal size can hold the latents, and whole experts."""
         return (self.n_experts or self.n_latents) % shards == 0
@@ -79,7 +84,7 @@ class DictionaryConfig(Section):
 
 
 class CountsLatentsConfig(DictionaryConfig):
-    """Settings shared by TopK, BatchTopK and routed dictionaries."""
+    """Settings shared by TopK, BatchTopK, Matryoshka and routed dictionaries."""
 
     k: PositiveInt
     """Latents kept for each row (BatchTopK: on average)."""

@@ -11,12 +11,28 @@ from dist_sae.config.dictionary import (
     DictionaryConfig,
     KeepsThresholdConfig,
 )
+from dist_sae.config.matryoshka import MatryoshkaConfig
 
 
 class TopKConfig(CountsLatentsConfig):
     """TopK with AuxK (Gao et al. 2024, arXiv:2406.04093)."""
 
     kind: Literal["topk"] = "topk"
+    multi_factor: int | None = Field(None, ge=2)
+    """Multi-TopK: the `multi_factor * k` largest codes of a row have to reconstruct it as well, so
+    that a dictionary can be used with more latents than `k`; published: 4. null: off."""
+    multi_weight: NonNegativeFloat = 1 / 8
+    """Weight of the squared error of that reconstruction."""
+
+    @model_validator(mode="after")
+    def _multiple_fits(self) -> Self:
+        k = max(self.k, self.k_start or 0)
+        if self.multi_factor and self.multi_factor * k > self.n_latents:
+            raise ValueError(
+                f"multi_factor ({self.multi_factor}) times k ({k}) must not exceed n_latents "
+                f"({self.n_latents})"
+            )
+        return self
 
 
 class BatchTopKConfig(KeepsThresholdConfig):
@@ -194,6 +210,12 @@ class ReLUConfig(PenalisedConfig):
 
 
 SaeConfig = Annotated[
-    TopKConfig | BatchTopKConfig | RoutedConfig | JumpReLUConfig | JumpReLUTanhConfig | ReLUConfig,
+    TopKConfig
+    | BatchTopKConfig
+    | MatryoshkaConfig
+    | RoutedConfig
+    | JumpReLUConfig
+    | JumpReLUTanhConfig
+    | ReLUConfig,
     Field(discriminator="kind"),
 ]

@@ -4,6 +4,7 @@ from typing import assert_never
 
 import torch
 
+from dist_sae.config.matryoshka import MatryoshkaConfig
 from dist_sae.config.sae import (
     BatchTopKConfig,
     JumpReLUConfig,
@@ -17,6 +18,7 @@ from dist_sae.dictionaries.axis import WHOLE, LatentAxis
 from dist_sae.dictionaries.interface import Widths
 from dist_sae.dictionaries.recipes.jumprelu import JumpReLU
 from dist_sae.dictionaries.recipes.jumprelu_tanh import JumpReLUTanh
+from dist_sae.dictionaries.recipes.matryoshka import Matryoshka
 from dist_sae.dictionaries.recipes.relu import ReLU
 from dist_sae.dictionaries.recipes.routed import Routed
 from dist_sae.dictionaries.recipes.topk import TopK
@@ -39,6 +41,8 @@ def build_sae(
     match config:
         case TopKConfig() | BatchTopKConfig():
             return TopK(config, *arguments)
+        case MatryoshkaConfig():
+            return Matryoshka(config, *arguments)
         case RoutedConfig():
             return Routed(config, *arguments)
         case JumpReLUConfig():

@@ -107,8 +107,8 @@ class WithAuxK(Dictionary):
         pre_acts = autograd.encode(
             torch.cat([pre_acts for pre_acts, _ in selected]),
             self.kernels,
-            entries,
-            centred.expand(len(selected), -1, -1).flatten(0, 1),
+            entries.folded(len(centred)),
+            centred,
             self.W_enc,
             self.b_enc,
             centre,

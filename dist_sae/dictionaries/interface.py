@@ -1,6 +1,6 @@
 """The types that go in and out of dictionaries and selections."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -155,6 +155,8 @@ class Output(NamedTuple):
     error: Float[Tensor, "batch d_out"]
     """targets - x_hat of this rank's rows, without gradients."""
     routing: Routing | None = None
+    prefix_fvu: Sequence[Float[Tensor, ""]] = ()
+    """FVU of each nested dictionary, summed as the terms of the loss are."""
 
     @property
     def fired(self) -> Bool[Tensor, " n_local"]:

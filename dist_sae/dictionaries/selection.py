@@ -9,7 +9,7 @@ Of equal pre-activations the lower latent wins, then the earlier row of the glob
 """
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 from jaxtyping import Float, Int
@@ -20,7 +20,7 @@ from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.interface import Products, Selected
 from dist_sae.dictionaries.schedules import GROWTH
 from dist_sae.kernels import Entries, select
-from dist_sae.kernels.keys import from_ordered, ordered
+from dist_sae.kernels.keys import NOTHING, from_ordered, ordered
 from dist_sae.kernels.select import Candidates
 
 _DIGIT = 16  # bits
@@ -49,19 +49,30 @@ class RowTopK:
         self._parts = parts
         self._width = width or sae.n_latents
 
-    @torch.no_grad()
     def select(self, products: Products, k: int) -> Selected:
         """Select the k largest of each row: pre-activations and entries of this shard."""
-        sae, k = self._sae, min(max(1, k // self._parts), self._width)
+        [selected] = self.select_nested(products, [k])
+        return selected
+
+    @torch.no_grad()
+    def select_nested(self, products: Products, ks: Sequence[int]) -> list[Selected]:
+        """Select the largest of each row for an ascending k; each has what its k adds."""
+        sae = self._sae
+        ks = [min(max(1, k // self._parts), self._width) for k in ks]
+        first, n_local = sae.first_latent, len(sae.W_enc)
         keys = select.topk_keys(
-            products.blocks, len(products.rows), sae.b_enc, k, sae.kernels, first=sae.first_latent
+            products.blocks, len(products.rows), sae.b_enc, ks[-1], sae.kernels, first=first
         )
-        threshold = self._axis.kth_largest(keys, k)
-        pre_acts, entries = select.entries_of(keys, threshold, sae.first_latent, len(sae.W_enc))
-        if products.dtype == torch.float64:  # keys hold fp32
-            pre_acts = sae.kernels.gather_dot(products.rows, entries, sae.W_enc)
-            pre_acts = pre_acts + sae.b_enc[entries.latents]
-        return pre_acts.to(sae.W_enc.dtype), entries
+        left, found = keys, []
+        for k in ks:
+            threshold = self._axis.kth_largest(keys, k)
+            pre_acts, entries = select.entries_of(left, threshold, first, n_local)
+            left = left.masked_fill(left >= threshold[:, None], NOTHING)
+            if products.dtype == torch.float64:  # keys hold fp32
+                pre_acts = sae.kernels.gather_dot(products.rows, entries, sae.W_enc)
+                pre_acts = pre_acts + sae.b_enc[entries.latents]
+            found.append((pre_acts.to(sae.W_enc.dtype), entries))
+        return found
 
     def encode(self, products: Products) -> Selected:
         pre_acts, entries = self.select(products, self._k)

@@ -6,8 +6,11 @@ and the decoder's norms, so that its rows have length 1 / s and f is the length 
     z = W_enc (s x - b_dec) + b_enc = (s W_enc) (x - b_dec / s) + b_enc
     x_hat = (W_dec^T f + b_dec) / s = ((W_dec / |d|)^T (|d| f) + b_dec) / s
 
-BatchTopK is written as the JumpReLU that it is at inference. Imports no torch: `architecture` is
-asked where nobody else needs it.
+BatchTopK and Matryoshka are written as the JumpReLU that they are at inference. Latents keep their
+numbers. Latent i is in the prefix that the first number of `prefix_pattern` (in the metadata) above
+i modulo its last belongs to.
+
+Imports no torch: `architecture` is asked where nobody else needs it.
 """
 
 from collections.abc import Iterator
@@ -17,6 +20,7 @@ from dist_sae import __version__
 from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.config.dictionary import CountsLatentsConfig
+from dist_sae.config.matryoshka import MatryoshkaConfig
 from dist_sae.config.sae import (
     BatchTopKConfig,
     JumpReLUConfig,
@@ -54,7 +58,7 @@ def architecture(sae: SaeConfig) -> str | None:
     match sae:
         case TopKConfig():
             return "topk"
-        case BatchTopKConfig() | JumpReLUConfig() | JumpReLUTanhConfig():
+        case BatchTopKConfig() | MatryoshkaConfig() | JumpReLUConfig() | JumpReLUTanhConfig():
             return "jumprelu"
         case ReLUConfig():
             return "standard"
@@ -82,6 +86,9 @@ def config(run: Run, checkpoint: "Checkpoint") -> dict[str, Any]:
     topk: dict[str, Any] = {}
     if isinstance(sae, TopKConfig):
         topk = {"k": sae.k, "rescale_acts_by_decoder_norm": False}
+    nested: dict[str, Any] = {}
+    if isinstance(sae, MatryoshkaConfig):
+        nested = {"prefix_pattern": list(sae.prefix_pattern)}
     return {
         "architecture": architecture(sae),
         "d_in": len(normaliser.mean),
@@ -113,6 +120,7 @@ def config(run: Run, checkpoint: "Checkpoint") -> dict[str, Any]:
             "activation_scale": normaliser.scale,
             "trained_rows": checkpoint.step * run.train.batch_rows,
             "checkpoint": checkpoint.digest,
+            **nested,
         },
     }
 

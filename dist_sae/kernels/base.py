@@ -36,6 +36,15 @@ class Entries:
         starts = [part.starts + before for part, before in zip(parts, counts, strict=False)]
         return cls(latents, torch.cat(starts), parts[0].n_latents)
 
+    def folded(self, batch: int) -> "Entries":
+        """Entries of stacked matrices of `batch` rows each, with rows numbered within their matrix.
+
+        For sums by latent alone: the entries of a row do not lie together.
+        """
+        folded = Entries(self.latents, self.starts, self.n_latents)
+        folded.rows, folded.by_latent = self.rows % batch, self.by_latent
+        return folded
+
     @cached_property
     def rows(self) -> Int[Tensor, " entries"]:
         """Row of each entry."""

@@ -147,6 +147,11 @@ def _history_plots(page: Page) -> Iterator[str]:
     ]
     title = TABLE["dist_sae_train_row_explained_variance"].title
     yield render_lines(title, lines, x_label=x_label)
+    prefixes = {name: None for record in page.history for name in record.get("prefix_fvu", {})}
+    if prefixes:
+        lines = [Line(f"{int(p):,}", rows, labelled("prefix_fvu", p)) for p in prefixes]
+        title = TABLE["dist_sae_train_prefix_fvu"].title
+        yield render_lines(title, lines, x_label=x_label)
     lines = [line("dist_sae_train_product_share", rows)]
     for phase, name in _STALLS.items():
         spent = zip(labelled("phases", phase), seconds, strict=True)

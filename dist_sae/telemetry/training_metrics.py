@@ -30,6 +30,13 @@ TRAINING = (
         labels=("site",),
     ),
     Metric(
+        "dist_sae_train_prefix_fvu",
+        "Fraction of variance unexplained by each nested dictionary (matryoshka) on the last "
+        "batch, by its latents.",
+        "FVU of nested dictionaries, by latents",
+        labels=("prefix",),
+    ),
+    Metric(
         "dist_sae_train_heldout_fvu",
         "Fraction of variance unexplained on held-out rows, at the last save.",
         "Held-out FVU",

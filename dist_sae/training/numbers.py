@@ -1,5 +1,7 @@
 """Numbers of a training step over all ranks. Everything here is collective."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
@@ -47,6 +49,12 @@ def batch_numbers(
         "shard_load_ratio": max(by_shard) * axis.shards / (sum(by_shard) or 1.0),
     }
     return numbers, dict(zip(QUANTILES, of_rows, strict=True))
+
+
+def prefix_fvus(axis: LatentAxis, output: Output, widths: Sequence[int]) -> dict[str, float]:
+    """FVU of each nested dictionary on the last batch, by its latents."""
+    values = (axis.total(torch.stack(list(output.prefix_fvu)).detach()) / axis.replicas).tolist()
+    return dict(zip(map(str, widths), values, strict=True))
 
 
 def site_fvus(

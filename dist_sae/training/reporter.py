@@ -29,7 +29,13 @@ from dist_sae.telemetry.metric import DENSITIES, NEVER, PHASES, RARE
 from dist_sae.telemetry.metrics import gauges, listed
 from dist_sae.telemetry.sinks import Sink
 from dist_sae.training.clock import Times, rows_per_worked_second
-from dist_sae.training.numbers import batch_numbers, expert_numbers, site_fvus, starved_share
+from dist_sae.training.numbers import (
+    batch_numbers,
+    expert_numbers,
+    prefix_fvus,
+    site_fvus,
+    starved_share,
+)
 from dist_sae.training.phases import ProductSamples
 from dist_sae.training.sane import doubt
 
@@ -120,6 +126,8 @@ class TrainingReporter:
             by_label = {"explained_variance": quantiles}
             if len(self.normalisers.writes) > 1:
                 by_label["site_fvu"] = site_fvus(axis, output.error, self.normalisers)
+            if widths := self.run.sae.prefix_widths:
+                by_label["prefix_fvu"] = prefix_fvus(axis, output, widths)
             self._product.sample(rows.inputs)
             self._publish(step, numbers, by_label)
         self.end("rest")

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from dist_sae.config.dictionary import DictionaryConfig
+from dist_sae.config.matryoshka import MatryoshkaConfig
 from dist_sae.config.sae import (
     BatchTopKConfig,
     JumpReLUConfig,
@@ -29,6 +30,14 @@ VARIANCE, PROGRESS = 11.0, 0.25
 CONFIGS: dict[str, DictionaryConfig] = {
     "topk": TopKConfig(n_latents=N_LATENTS, k=K, auxk=AUXK, auxk_coefficient=0.25),
     "batchtopk": BatchTopKConfig(n_latents=N_LATENTS, k=K, auxk=AUXK, auxk_coefficient=0.25),
+    "matryoshka": MatryoshkaConfig(
+        n_latents=N_LATENTS,
+        k=K,
+        auxk=AUXK,
+        auxk_coefficient=0.25,
+        prefixes=(0.25, 0.5),
+        prefix_weights=(0.5, 2.0, 0.75),
+    ),
     "routed": RoutedConfig(
         n_latents=N_LATENTS,
         experts=4,
@@ -44,9 +53,12 @@ CONFIGS: dict[str, DictionaryConfig] = {
     "jumprelu_tanh": JumpReLUTanhConfig(n_latents=N_LATENTS, pre_act=0.05, bandwidth=1.0),
     "relu": ReLUConfig(n_latents=N_LATENTS, decoder_norm=0.5),
 }
+VARIANTS = CONFIGS | {
+    "multi-topk": CONFIGS["topk"].model_copy(update={"multi_factor": 3, "multi_weight": 0.5})
+}
 KINDS = tuple(CONFIGS)
 SHARED = {"b_dec", "W_router", "b_router"}
-UNIT_ROWS = ("topk", "batchtopk", "routed", "jumprelu")
+UNIT_ROWS = ("topk", "batchtopk", "matryoshka", "routed", "jumprelu")
 assert set(KINDS) == {c.model_fields["kind"].default for c in get_args(get_args(SaeConfig)[0])}, (
     "every recipe is tested"
 )
@@ -96,6 +108,7 @@ def oracle(sae: Dictionary, x: Tensor, now: StepContext) -> LossTerms:
     losses: dict[type[DictionaryConfig], Callable[..., LossTerms]] = {
         TopKConfig: reference.topk_loss,
         BatchTopKConfig: reference.batchtopk_loss,
+        MatryoshkaConfig: reference.matryoshka_loss,
         RoutedConfig: reference.routed_loss,
         JumpReLUConfig: reference.jumprelu_loss,
         JumpReLUTanhConfig: reference.jumprelu_tanh_loss,

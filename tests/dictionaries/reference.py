@@ -5,6 +5,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_sae.config.dictionary import CountsLatentsConfig
+from dist_sae.config.matryoshka import MatryoshkaConfig
 from dist_sae.config.sae import (
     BatchTopKConfig,
     JumpReLUConfig,
@@ -23,7 +25,12 @@ def topk_loss(x: Tensor, p: Parameters, config: TopKConfig, step: StepContext) -
     """`dictionaries/recipes/topk.py`."""
     k = annealed(step.progress, config.k, config.k_start, config.k_anneal_share)
     pre_acts = (x - p["b_dec"]) @ p["W_enc"].T + p["b_enc"]
-    return _with_auxk(x, _topk(pre_acts, k).relu(), pre_acts, p, config, step)
+    terms = _with_auxk(x, _topk(pre_acts, k).relu(), pre_acts, p, config, step)
+    if config.multi_factor is None:
+        return terms
+    acts = _topk(pre_acts, config.multi_factor * k).relu()
+    wide = _fvu(x, acts @ p["W_dec"] + p["b_dec"], step)
+    return terms._replace(total=terms.total + config.multi_weight * wide)
 
 
 def batchtopk_loss(
@@ -33,6 +40,22 @@ def batchtopk_loss(
     k = annealed(step.progress, config.k, config.k_start, config.k_anneal_share)
     pre_acts = (x - p["b_dec"]) @ p["W_enc"].T + p["b_enc"]
     return _with_auxk(x, _batch_topk(pre_acts, k), pre_acts, p, config, step)
+
+
+def matryoshka_loss(
+    x: Tensor, p: Parameters, config: MatryoshkaConfig, step: StepContext
+) -> LossTerms:
+    """`dictionaries/recipes/matryoshka.py`: each prefix by a mask."""
+    k = annealed(step.progress, config.k, config.k_start, config.k_anneal_share)
+    pre_acts = (x - p["b_dec"]) @ p["W_enc"].T + p["b_enc"]
+    acts = _batch_topk(pre_acts, k)
+    terms = _with_auxk(x, acts, pre_acts, p, config, step)
+    total = config.auxk_coefficient * terms.auxk
+    numbers = torch.tensor([config.prefix_of(latent) for latent in range(config.n_latents)])
+    for number, weight in enumerate(config.weights):
+        x_hat = (acts * (numbers <= number)) @ p["W_dec"] + p["b_dec"]
+        total = total + weight * _fvu(x, x_hat, step)
+    return terms._replace(total=total)
 
 
 def routed_loss(x: Tensor, p: Parameters, config: RoutedConfig, step: StepContext) -> LossTerms:
@@ -112,7 +135,7 @@ def _with_auxk(
     acts: Tensor,
     pre_acts: Tensor,
     p: Parameters,
-    config: TopKConfig | BatchTopKConfig,
+    config: CountsLatentsConfig,
     step: StepContext,
 ) -> LossTerms:
     x_hat = acts @ p["W_dec"] + p["b_dec"]

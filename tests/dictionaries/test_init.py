@@ -160,7 +160,7 @@ def widened(kind: str, axis: LatentAxis) -> dict[str, Tensor]:
                 parameter.copy_(values)
             else:
                 parameter[:n] = values[known]
-    if kind == "batchtopk":
+    if kind in ("batchtopk", "matryoshka"):
         sae.get_buffer("threshold").copy_(torch.tensor([0.3, 1.0]))
     initialise_from_data(sae, map(sae_rows, rows), KNOWN)
     return parameters(sae)
@@ -175,7 +175,7 @@ def test_new_latents_point_at_what_the_known_ones_leave(kind: str) -> None:
     alone = CONFIGS[kind].model_copy(update={"n_latents": KNOWN})
     sae: Dictionary = build_sae(alone, D_IN)  # type: ignore[arg-type]
     sae.load_state_dict({**known, "b_dec": narrow.b_dec}, strict=False)
-    if kind == "batchtopk":
+    if kind in ("batchtopk", "matryoshka"):
         sae.get_buffer("threshold").copy_(torch.tensor([0.3, 1.0]))
     x = torch.cat([batch(0), batch(1)])
     left = x - sae.decode(sae.encode(x))

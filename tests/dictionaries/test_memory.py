@@ -24,6 +24,7 @@ from tests.runs import write_run
 LIVES: dict[str, dict[str, object]] = {
     "topk": {"k": 16},
     "batchtopk": {"k": 16},
+    "matryoshka": {"k": 16},
     "routed": {"k": 16, "experts": 2, "selection": "batch"},
     "relu": {},
     "jumprelu": {},

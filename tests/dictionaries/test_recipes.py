@@ -29,6 +29,7 @@ from tests.dictionaries.recipes import (
     PROGRESS,
     UNIT_ROWS,
     VARIANCE,
+    VARIANTS,
     K,
     along_rows,
     gradients,
@@ -60,11 +61,11 @@ def check_against_oracle(sae: Dictionary, dead: str, bound: float) -> None:
 
 @pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-9), (torch.float32, 1e-5)])
 @pytest.mark.parametrize("dead", ["none", "some", "all"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", VARIANTS)
 def test_loss_and_gradients_equal_the_dense_reference(
     kind: str, dead: str, dtype: torch.dtype, bound: float
 ) -> None:
-    check_against_oracle(make(CONFIGS[kind], dtype), dead, bound)
+    check_against_oracle(make(VARIANTS[kind], dtype), dead, bound)
 
 
 @pytest.mark.parametrize("sparse_below", [0.0, 1.0])
@@ -117,7 +118,7 @@ def test_auxk_gives_the_encoder_a_gradient() -> None:
     assert found["W_enc"][~dead].norm() == 0
 
 
-@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka"])
 def test_a_stuck_latent_is_tied_again(kind: str) -> None:
     """AuxK cannot reach a latent that is negative on every row; re-tying can."""
     sae, dead = make(CONFIGS[kind]), torch.zeros(N_LATENTS, dtype=torch.bool)
@@ -156,7 +157,7 @@ def test_stuck_latents_that_are_alike_do_not_overshoot() -> None:
     assert gradients(sae, sae.objective(sae_rows(x), step(stuck)).terms.auxk)["W_enc"][stuck].any()
 
 
-@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka"])
 def test_a_stuck_latent_that_hardly_meets_a_row_gets_no_long_encoder(kind: str) -> None:
     """One row at right angles to it, but for .1 %: at the best length it would be 1,000 long."""
     sae, stuck = make(CONFIGS[kind]), torch.arange(N_LATENTS) == 9
@@ -170,7 +171,7 @@ def test_a_stuck_latent_that_hardly_meets_a_row_gets_no_long_encoder(kind: str) 
     assert float(sae.W_enc[9].detach().norm()) == pytest.approx(1)
 
 
-@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka"])
 def test_latents_selected_at_zero_get_no_gradient(kind: str) -> None:
     sae = make(CONFIGS[kind].model_copy(update={"auxk": 0}))
     with torch.no_grad():
@@ -186,7 +187,7 @@ def test_latents_selected_at_zero_get_no_gradient(kind: str) -> None:
         assert found[name][3].norm() > 0
 
 
-@pytest.mark.parametrize("kind", ["topk", "batchtopk"])
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka"])
 def test_auxk_does_not_count_the_bias_twice(kind: str) -> None:
     """Shift the data and b_dec alike: the error is the same, so AuxK must be."""
     sae, x, now = make(CONFIGS[kind]), rows(), step(some_dead())
@@ -197,7 +198,7 @@ def test_auxk_does_not_count_the_bias_twice(kind: str) -> None:
     torch.testing.assert_close(before, after, rtol=1e-12, atol=0)
 
 
-@pytest.mark.parametrize("kind", ["topk", "batchtopk", "routed"])
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka", "routed"])
 def test_auxk_makes_no_gradient_of_its_own(kind: str) -> None:
     """One is as large as the weight, and autograd would need a third to add the two."""
     sae, x, places = make(CONFIGS[kind]), rows(), []
@@ -229,7 +230,7 @@ def test_auxk_is_zero_when_nothing_is_left_to_explain() -> None:
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("kind", ["topk", "batchtopk", "routed"])
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "matryoshka", "routed"])
 def test_auxk_is_zero_when_all_rows_are_alike(kind: str, dtype: torch.dtype) -> None:
     """So are their errors, but for rounding, by which it must not divide. On four ranks too."""
     x = rows(dtype)[:1].expand(BATCH, D_IN).contiguous()

@@ -31,6 +31,7 @@ SCALE = 1.5
 RECIPES: dict[str, dict[str, Any]] = {
     "topk": {"k": 5, "auxk": 7},
     "batchtopk": {"k": 5, "auxk": 7},
+    "matryoshka": {"k": 5, "auxk": 7},
     "routed": {"k": 6, "auxk": 7, "experts": 4, "experts_per_row": 2},
     "jumprelu": {},
     "jumprelu_tanh": {},

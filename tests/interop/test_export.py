@@ -97,7 +97,7 @@ def kind(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def exported(tmp_path: Path, kind: str) -> tuple[Path, dict[str, torch.Tensor]]:
     sae: dict[str, Any] = {"kind": kind, "n_latents": 64, "dead_after_rows": 480}
-    sae |= {"k": 3, "auxk": 16} if kind in ("topk", "batchtopk") else {}
+    sae |= {"k": 3, "auxk": 16} if kind in ("topk", "batchtopk", "matryoshka") else {}
     run = load_run(write_run(tmp_path, sae=sae))
     generator = torch.Generator().manual_seed(0)
     W_dec = torch.randn(64, 16, generator=generator)
@@ -107,7 +107,7 @@ def exported(tmp_path: Path, kind: str) -> tuple[Path, dict[str, torch.Tensor]]:
         "b_enc": torch.randn(64, generator=generator) - 14,  # some rows have fewer than k positive
         "b_dec": torch.randn(16, generator=generator),
     }
-    if kind == "batchtopk":
+    if kind in ("batchtopk", "matryoshka"):
         weights["threshold"] = torch.tensor([THETA * 0.75, 0.75], dtype=torch.float64)
     if kind in ("jumprelu", "jumprelu_tanh"):
         weights["theta"] = torch.randn(64, generator=generator).exp() / 4
@@ -132,6 +132,8 @@ def test_files_have_what_saelens_wants(
     assert config.get("k") == (3 if kind == "topk" else None)
     assert int(config["metadata"]["sae_lens_version"].split(".")[0]) >= 6
     assert {"hook_name", "context_size", "prepend_bos", "model_name"} <= config["metadata"].keys()
+    pattern = [1, 3, 7, 15, 32] if kind == "matryoshka" else None
+    assert config["metadata"].get("prefix_pattern") == pattern
     weights = safetensors.numpy.load_file(folder / "sae_weights.safetensors")
     expected = {"W_enc": (16, 64), "b_enc": (64,), "W_dec": (64, 16), "b_dec": (16,)}
     if config["architecture"] == "jumprelu":
@@ -158,7 +160,7 @@ def test_the_exported_dictionary_is_the_trained_one(
     active = (ours > 0).sum(1)
     assert active.min() == 0
     assert active.max() == 3 if kind == "topk" else active.max() > 3
-    if kind == "batchtopk":
+    if kind in ("batchtopk", "matryoshka"):
         assert ours[ours > 0].min() > THETA
     np.testing.assert_allclose(features, ours, atol=1e-5)
     np.testing.assert_allclose(x_hat, sae.decode(codes).numpy() / SCALE, atol=1e-5)

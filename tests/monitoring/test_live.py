@@ -32,6 +32,8 @@ ABSENT = {
     "dist_sae_run_failed": "nothing has failed",
     "dist_sae_rank_up": "of a pod",
     "dist_sae_evaluate_ce_recovered": "of language models",
+    "dist_sae_train_prefix_fvu": "of matryoshka",
+    "dist_sae_train_site_fvu": "of several sites",
 }
 """Metrics that have no series in this run, and why; a query of others that is empty is wrong."""
 

@@ -20,6 +20,8 @@ NOT_HERE = {
     "dist_sae_rank_up",  # of a pod
     "dist_sae_store_requests_total",  # of S3
     "dist_sae_store_request_seconds",
+    "dist_sae_train_prefix_fvu",  # of matryoshka
+    "dist_sae_train_site_fvu",  # of several sites
 }
 
 

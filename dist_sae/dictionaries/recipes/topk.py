@@ -10,55 +10,97 @@ With BatchTopK a row has k active latents on average, and its codes depend on th
 inference they do not: f = z where z > theta, with theta the running mean of the smallest f kept in
 a batch. Decoder rows have unit norm, so that z alone says how much a latent matters; the gradient's
 part along them is left out.
+
+Multi-TopK (Gao et al., A.3; `multi_factor`) adds w E|x - x_hat_mk|^2 / Var(x), with x_hat_mk from
+the m k largest z of a row. Its entries are those of x_hat and m k - k more, decoded once.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
+import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dist_sae.config.sae import BatchTopKConfig, TopKConfig
+from dist_sae.config.dictionary import KeepsThresholdConfig
+from dist_sae.config.sae import TopKConfig
 from dist_sae.dictionaries.auxk import WithAuxK, auxk_loss
 from dist_sae.dictionaries.base import firings
-from dist_sae.dictionaries.interface import LossTerms, Output, Rows, StepContext, Widths
+from dist_sae.dictionaries.interface import (
+    LossTerms,
+    Output,
+    Products,
+    Rows,
+    Selected,
+    StepContext,
+    Widths,
+)
 from dist_sae.dictionaries.schedules import annealed
 from dist_sae.dictionaries.selection import BatchTopK, RowTopK
+from dist_sae.kernels import Entries
 
 
 class TopK(WithAuxK):
     """Keeps the k largest pre-activations of each row, or k per row of the whole batch."""
 
     selection: RowTopK | BatchTopK
+    weights: Sequence[float] = (1.0,)
+    """Weights of the losses of the nested reconstructions; see `groups`."""
+    main: int = 0
+    """The nested reconstruction that is x_hat."""
+    _factors: Sequence[int] = (1,)  # latents of a row in each of them, over k
 
     def __init__(
         self,
-        config: TopKConfig | BatchTopKConfig,
+        config: TopKConfig | KeepsThresholdConfig,
         widths: Widths | int,
         *place: Any,
         **precision: Any,
     ) -> None:
         super().__init__(config, widths, *place, **precision)
         self.selection = self.by_row = RowTopK(self, config.k, self.axis)
-        if isinstance(config, BatchTopKConfig):
+        if isinstance(config, KeepsThresholdConfig):
             self.selection = BatchTopK(self, config.threshold_decay)
+        elif config.multi_factor:
+            self._factors = (1, config.multi_factor)
+            self.weights = (1.0, config.multi_weight)
+
+    def groups(self, products: Products, k: int) -> list[Selected]:
+        """Select in groups: the n-th nested reconstruction is from the first n of them."""
+        if isinstance(self.selection, RowTopK):
+            return self.selection.select_nested(products, [n * k for n in self._factors])
+        return [self.selection.select(products, k)]
 
     def objective(self, rows: Rows, context: StepContext) -> Output:
         config = self.config
         k = annealed(context.progress, config.k, config.k_start, config.k_anneal_share)
         centre, b_dec = self.biases()
         centred = (self.axis.gather(rows.inputs) - centre).detach()
-        selected = [self.selection.select(self.products(centred, self.product_dtype), k)]
+        groups = self.groups(self.products(centred, self.product_dtype), k)
+        selected = list(groups)
         if config.auxk and context.n_dead:
             selected.append(self.select_among(context.dead, centred))
-        (acts, parts), *aux = self.reconstruct(selected, centred, centre)
-        error = rows.targets - (self.axis.scatter_sum(parts) + b_dec)
-        fvu = error.square().sum() / (len(centred) * context.variance)
+        found = self.reconstruct(selected, centred, centre)
+        x_hat, errors = b_dec, []
+        for _, parts in found[: len(groups)]:
+            x_hat = x_hat + self.axis.scatter_sum(parts)
+            errors.append(rows.targets - x_hat)
+        losses = [e.square().sum() / (len(centred) * context.variance) for e in errors]
+        fvu, error = losses[self.main], errors[self.main].detach()
         auxk = fvu.new_zeros(())
-        for _, parts in aux:
+        for _, parts in found[len(groups) :]:
             e_hat = self.axis.scatter_sum(parts)
-            auxk = auxk_loss(self.axis, rows.targets, error.detach(), e_hat)
-        terms = LossTerms(fvu, auxk, fvu.new_zeros(()), fvu + config.auxk_coefficient * auxk)
-        return Output(terms, firings(acts, selected[0][1]), (acts > 0).sum(), error.detach())
+            auxk = auxk_loss(self.axis, rows.targets, error, e_hat)
+        total = config.auxk_coefficient * auxk
+        for weight, loss in zip(self.weights, losses, strict=True):
+            total = total + weight * loss
+        terms = LossTerms(fvu, auxk, fvu.new_zeros(()), total)
+        acts = torch.cat([acts for acts, _ in found[: self.main + 1]])
+        entries = Entries.stacked([entries for _, entries in groups[: self.main + 1]])
+        fired, active = firings(acts, entries), (acts > 0).sum()
+        return Output(
+            terms, fired, active, error, prefix_fvu=losses if config.prefix_widths else ()
+        )
 
     def e_hat(
         self, dead: Bool[Tensor, " n_local"], x: Float[Tensor, "batch d_in"]

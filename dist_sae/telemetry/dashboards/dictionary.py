@@ -23,6 +23,12 @@ DICTIONARY = Page(
                 "run, site",
                 says="Of dictionaries that write several sites.",
             ),
+            gauge(
+                graph,
+                "dist_sae_train_prefix_fvu",
+                "run, prefix",
+                says="Of matryoshka dictionaries: each prefix without the latents beyond it.",
+            ),
             graph(
                 "Parts of the loss",
                 "count",

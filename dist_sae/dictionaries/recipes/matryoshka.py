@@ -1,0 +1,53 @@
+"""Matryoshka BatchTopK (Bussmann et al. 2025, arXiv:2503.17547): prefixes are dictionaries as well.
+
+    f       as with BatchTopK (topk.py), over all latents
+    x_hat_m = sum over the latents i of prefix m of f_i W_dec_i  +  b_dec
+    L       = sum_m w_m E|x - x_hat_m|^2 / Var(x)  +  alpha L_aux            (auxk.py)
+
+The last prefix is the whole dictionary; its error is the one that AuxK sees. The weights are used
+as they are given. Each is 1 by default, as published: AuxK keeps its weight beside the error of the
+whole, whatever the number of prefixes.
+
+Prefixes are not the first latents, which one shard would have, and which fire most. They repeat
+with a period P, the least that has whole latents of each: latent i is in prefix m if i mod P is
+below P n_m / n, for n_m of n latents (`MatryoshkaConfig.prefix_pattern`). So every shard has the
+same part of each prefix, and what is learnt does not depend on the number of shards.
+
+Each entry is decoded once, with those of the smallest prefix that it is in; x_hat_m is the sum of
+the first m of these parts. Their gradients are sums of errors, as few.
+"""
+
+from typing import Any
+
+import torch
+
+from dist_sae.config.matryoshka import MatryoshkaConfig
+from dist_sae.dictionaries.interface import Products, Selected, Widths
+from dist_sae.dictionaries.recipes.topk import TopK
+from dist_sae.kernels import Entries, select
+
+
+class Matryoshka(TopK):
+    """BatchTopK whose loss has the error of each prefix."""
+
+    config: MatryoshkaConfig
+
+    def __init__(
+        self, config: MatryoshkaConfig, widths: Widths | int, *place: Any, **precision: Any
+    ) -> None:
+        super().__init__(config, widths, *place, **precision)
+        self.weights = config.weights
+        self.main = len(self.weights) - 1
+
+    def groups(self, products: Products, k: int) -> list[Selected]:
+        values, entries = self.selection.select(products, k)
+        pattern = entries.latents.new_tensor(self.config.prefix_pattern)
+        places = (entries.latents + self.first_latent) % pattern[-1]
+        numbers = torch.bucketize(places, pattern, right=True)
+        found = []
+        for number in range(len(pattern)):
+            here = numbers == number
+            starts = select.starts_of(entries.rows[here], len(entries.starts))
+            chosen = Entries(entries.latents[here], starts, entries.n_latents)
+            found.append((values[here], chosen))
+        return found
