@@ -21,8 +21,10 @@ _ELSEWHERE = {
     "sae.dead_after_rows": "dead_feature_window dead_feature_threshold dead_steps",
     "sae.k": "top_k topk activation_fn_k",
     "sae.kind": "architecture sae_type trainer_type activation activation_fn",
+    "sae.multi_factor": "multi_topk",
     "sae.n_latents": "d_sae dict_size dictionary_size num_latents n_features num_features d_hidden "
     "n_dict_components width expansion_factor",
+    "sae.prefixes": "matryoshka_widths group_sizes group_fractions",
     "sae.sparsity": "l1_coefficient l1_coeff l1_penalty l1_weight l0_coefficient sparsity_penalty "
     "sparsity_coefficient lambda",
     "store.activations": "cache_dir activation_path activations_path cached_activations_path",

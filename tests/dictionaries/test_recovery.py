@@ -3,10 +3,13 @@
 By default in a small world, for seconds; with `--long` in the worlds of docs/measured.md.
 """
 
+from typing import Any
+
 import pytest
 import torch
 
 from dist_sae.config.dictionary import DictionaryConfig
+from dist_sae.config.matryoshka import MatryoshkaConfig
 from dist_sae.config.sae import (
     BatchTopKConfig,
     JumpReLUConfig,
@@ -18,7 +21,7 @@ from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.dead import DeadLatents
 from dist_sae.dictionaries.recipes.jumprelu_tanh import JumpReLUTanh
 from tests.dictionaries.recipes import sae_rows
-from tests.dictionaries.trees import TreeWorld, scores
+from tests.dictionaries.trees import TreeWorld, absorption, scores
 from tests.dictionaries.worlds import Recovery, World, mean_matched_cosine, recovery, train
 
 N = 128
@@ -160,6 +163,29 @@ def test_penalised_recipes_learn_a_world_of_trees(
     assert found.f1 >= f1 - 0.03
     assert found.mcc >= mcc - 0.02
     assert 3 <= found.l0 <= 10
+
+
+def absorptions(steps: int) -> dict[str, float]:
+    """20 features with four children each, 3.9 of 100 at a time, k = 3; the prefix may hold 20."""
+    world = TreeWorld(64, 100, roots=20, depth=1)
+    settings: dict[str, Any] = {"n_latents": 100, "k": 3, "auxk": 8, "dead_after_rows": WINDOW}
+    recipes: dict[str, DictionaryConfig] = {
+        "batchtopk": BatchTopKConfig(**settings),
+        "matryoshka": MatryoshkaConfig(**settings, prefixes=(20,)),
+        "weight 0": MatryoshkaConfig(**settings, prefixes=(20,), prefix_weights=(0, 1)),
+    }
+    return {
+        name: absorption(world, train(world, config, steps=steps, batch=512, lr=5e-3).sae, 20)
+        for name, config in recipes.items()
+    }
+
+
+@pytest.mark.system
+def test_prefixes_keep_parents_from_being_absorbed() -> None:
+    """Not so without the prefix's error in the loss: that is what does it."""
+    found = absorptions(steps=300)
+    assert found["matryoshka"] < 0.5 * found["batchtopk"]
+    assert found["weight 0"] > 0.2
 
 
 @pytest.fixture(scope="module")

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from dist_sae.dictionaries.base import Dictionary
+from dist_sae.dictionaries.interface import Codes
 from tests.dictionaries.worlds import mean_matched_cosine
 
 _ZIPF, _MOST, _LEAST = 0.5, 0.4, 5e-4
@@ -78,6 +79,18 @@ class TreeWorld:
         xs, firings = zip(*blocks, strict=True)
         return torch.cat(xs), torch.cat(firings, 1)
 
+    def labelled(self, rows: int) -> tuple[Tensor, Tensor]:
+        """(Rows that training has not seen, [rows, features]: what fires)."""
+        x, (row, what) = self.draw(0, rows)
+        truth = torch.zeros(rows, len(self.directions), dtype=torch.bool)
+        truth[row, what] = True
+        return x, truth
+
+    def children(self, feature: int) -> slice:
+        """The children of a feature that has some."""
+        first = self._roots + self._branching * feature
+        return slice(first, first + self._branching)
+
     def _draw(self, start: int, rows: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         common = torch.randn(rows, _RANK, generator=generator)
         noise = torch.randn(rows, len(self._top), generator=generator)
@@ -103,6 +116,14 @@ class TreeWorld:
         return x * self._scale, torch.stack([row + start, what])
 
 
+def active(codes: Codes, n_latents: int) -> Tensor:
+    """[rows, latents]: where a code is above 0."""
+    of_row = torch.bucketize(torch.arange(len(codes.acts)), codes.starts, right=True) - 1
+    fires = torch.zeros(len(codes.starts), n_latents, dtype=torch.bool)
+    fires[of_row[codes.acts > 0], codes.latents[codes.acts > 0]] = True
+    return fires
+
+
 class Scores(NamedTuple):
     """SynthSAEBench's, on rows that training has not seen."""
 
@@ -118,14 +139,10 @@ class Scores(NamedTuple):
 
 @torch.no_grad()
 def scores(world: TreeWorld, sae: Dictionary, rows: int = 10_000) -> Scores:
-    x, (row, what) = world.draw(0, rows)
+    x, truth = world.labelled(rows)
     nearest = (normalize(sae.W_dec) @ world.directions.T).abs().argmax(1)
     codes = sae.encode(x)
-    of_row = torch.bucketize(torch.arange(len(codes.acts)), codes.starts, right=True) - 1
-    fires = torch.zeros(rows, len(nearest), dtype=torch.bool)
-    fires[of_row[codes.acts > 0], codes.latents[codes.acts > 0]] = True
-    truth = torch.zeros(rows, len(world.directions), dtype=torch.bool)
-    truth[row, what] = True
+    fires = active(codes, sae.n_latents)
     both = (fires & truth[:, nearest]).sum(0)
     f1 = 2 * both / (fires.sum(0) + truth[:, nearest].sum(0)).clamp(min=1)
     left, centred = x - sae.decode(codes), x - x.mean(0)
@@ -136,3 +153,22 @@ def scores(world: TreeWorld, sae: Dictionary, rows: int = 10_000) -> Scores:
         float(left.square().sum() / centred.square().sum()),
         float(fires.sum()) / rows,
     )
+
+
+@torch.no_grad()
+def absorption(world: TreeWorld, sae: Dictionary, roots: int, rows: int = 10_000) -> float:
+    """Share of its recall that a root's latent loses where a child fires, mean over roots.
+
+    Their latents are those nearest to them. A child's latent that also points along the parent
+    takes its place.
+    """
+    x, truth = world.labelled(rows)
+    fires = active(sae.encode(x), sae.n_latents)
+    nearest = (normalize(sae.W_dec) @ world.directions[:roots].T).argmax(0)
+    lost = []
+    for root, latent in enumerate(nearest):
+        with_child = truth[:, world.children(root)].any(1)
+        alone = truth[:, root] & ~with_child
+        recall = [fires[where, latent].double().mean() for where in (alone, with_child)]
+        lost.append(1 - (recall[1] / recall[0]).clamp(max=1))
+    return float(torch.stack(lost).mean())

@@ -9,7 +9,13 @@ from dist_sae.dictionaries.axis import WHOLE
 from dist_sae.dictionaries.interface import LossTerms, Output, Routing
 from dist_sae.dictionaries.normaliser import Normaliser, SiteNormalisers
 from dist_sae.telemetry.metric import QUANTILES
-from dist_sae.training.numbers import batch_numbers, expert_numbers, site_fvus, starved_share
+from dist_sae.training.numbers import (
+    batch_numbers,
+    expert_numbers,
+    prefix_fvus,
+    site_fvus,
+    starved_share,
+)
 from dist_sae.training.reporter import ExpertLoads
 
 
@@ -42,6 +48,13 @@ def test_the_fvu_of_a_site_is_of_its_own_columns_and_variance() -> None:
     error = torch.tensor([[1.0, 1.0, 3.0], [2.0, 0.0, 1.0]])  # 6 of a, 10 of b, in 2 rows
     found = site_fvus(WHOLE, error, SiteNormalisers(("a",), ("a", "b"), of))
     assert found == {"a": pytest.approx(6 / (2 * 4.0)), "b": pytest.approx(10 / (2 * 0.5))}
+
+
+def test_the_fvu_of_a_prefix_is_labelled_with_its_latents() -> None:
+    terms = LossTerms(*(torch.tensor(0.5) for _ in range(4)))
+    prefix_fvu = (torch.tensor(0.75), torch.tensor(0.5))
+    output = Output(terms, torch.ones(2), torch.tensor(6), torch.ones(3, 2), prefix_fvu=prefix_fvu)
+    assert prefix_fvus(WHOLE, output, (16, 64)) == {"16": 0.75, "64": 0.5}
 
 
 def test_latents_whose_gradients_are_near_eps_are_counted() -> None:

@@ -280,6 +280,18 @@ def test_a_routed_run_tells_how_its_experts_fare_and_resumes_bitwise(
     assert sum(shares) / 4 == found["dead_share"] == pytest.approx(last["dead_share"])
 
 
+def test_a_matryoshka_run_tells_the_fvu_of_each_prefix(tmp_path: Path, activations: str) -> None:
+    sae = {"kind": "matryoshka", "n_latents": 64, "k": 3, "auxk": 16, "prefixes": [0.25, 32]}
+    error = run("train", str(run_file(tmp_path, activations, sae=sae)), code=2)
+    assert "sae: prefixes: 0.25 of n_latents (64) is 0.25 latents; give shares" in error
+    sae["prefixes"] = [16, 32]
+    train(run_file(tmp_path, activations, sae=sae), *SHARDED, world=2)
+    last = history(tmp_path)[-1]
+    assert list(last["prefix_fvu"]) == ["16", "32", "64"]
+    assert last["prefix_fvu"]["16"] > last["prefix_fvu"]["32"] > last["prefix_fvu"]["64"]
+    assert last["prefix_fvu"]["64"] == pytest.approx(last["fvu"])
+
+
 def test_too_little_data_is_said_before_the_first_step(tmp_path: Path, activations: str) -> None:
     settings = {"max_passes": 1, "products": "bf16"}
     error = run("train", str(run_file(tmp_path, activations, train=settings)), code=2)

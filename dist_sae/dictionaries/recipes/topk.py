@@ -11,7 +11,7 @@ inference they do not: f = z where z > theta, with theta the running mean of the
 a batch. Decoder rows have unit norm, so that z alone says how much a latent matters; the gradient's
 part along them is left out.
 
-Multi-TopK (Gao et al., A.3; `multi_factor`) adds w E|x - x_hat_mk|^2 / Var(x), with x_hat_mk from
+Multi-TopK (Gao et al.; `multi_factor`) adds w E|x - x_hat_mk|^2 / Var(x), with x_hat_mk from
 the m k largest z of a row. Its entries are those of x_hat and m k - k more, decoded once.
 """
 
