@@ -66,6 +66,7 @@ EXAMPLES: dict[str, Any] = {
     "sae.multi_factor": 4,
     "sae.prefix_weights": "[1, 1, 1, 1, 1]",
     "sae.sparsity": 0.3,
+    "sae.target_l0": 32.0,
     "store.s3.ca_bundle": "/etc/ssl/my-ca.pem",
     "store.s3.endpoint_url": "http://127.0.0.1:8333",
     "store.s3.kms_key_id": "alias/activations",

@@ -15,7 +15,11 @@ from dist_sae.errors import PlanMismatchError
 
 _OLD_DEAD_AFTER_ROWS = 10_000_000  # the default of runs that began before it followed train.rows
 _OLD_DEFAULTS: dict[str, dict[str, tuple[Any, ...]]] = {
-    "jumprelu": {"sparsity": (6e-4, 1e-3), "initial_threshold": (0.001,), "bandwidth": (0.001,)},
+    "jumprelu": {
+        "sparsity": (6e-4, 1e-3, 2e-3),
+        "initial_threshold": (0.001,),
+        "bandwidth": (0.001,),
+    },
     "jumprelu_tanh": {
         "sparsity": (20.0, None),
         "sparsity_warmup_share": (1.0,),

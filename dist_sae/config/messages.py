@@ -31,6 +31,7 @@ _ELSEWHERE = {
     "store.runs": "output output_dir save_dir checkpoint_path run_dir",
     "telemetry.wandb": "wandb_project log_to_wandb use_wandb",
     "train.batch_rows": "batch_size train_batch_size train_batch_size_tokens sae_batch_size",
+    "sae.target_l0": "l0_target wanted_l0 desired_l0",
     "train.betas": "adam_beta1 adam_beta2 beta1 beta2",
     "train.clip_norm": "max_grad_norm grad_clip gradient_clipping gradient_clip_val",
     "train.decay_share": "lr_decay_steps decay_start",

@@ -123,10 +123,13 @@ class RoutedConfig(KeepsThresholdConfig):
 
 
 _JUMP_COST = 2e-3  # default penalty per active latent, in units of FVU; .001 leaves L0 far too high
+_COST_AT_TARGET = (
+    0.05  # penalty on the latents of `target_l0`, in units of FVU; about what it takes
+)
 _OLD_TANH_COST = 5e-4
 _LEAST_COST = 1e-5  # a smaller lambda gives no useful initial values
 _COST_AT_START = 0.1  # penalty on the initially active latents, in units of FVU
-_L1_AT_START = 0.8  # the same for ReLU; about that of as many orthogonal features
+_L1_AT_START = 0.8  # the same for an L1 penalty; about that of as many orthogonal features
 
 
 class PenalisedConfig(DictionaryConfig):
@@ -135,8 +138,8 @@ class PenalisedConfig(DictionaryConfig):
     sparsity_warmup_share: float = Field(0.1, ge=0, le=1)
     """The penalty's coefficient rises linearly from 0 over this first share of the run."""
     initial_l0: PositiveFloat | None = None
-    """Active latents per row at the start, at most half of all; null chooses the number whose
-    penalty is a tenth of the rows' variance (ReLU: eight tenths)."""
+    """Active latents per row at the start, at most half of all; null chooses twice the target L0,
+    or else the number whose penalty is a tenth of the rows' variance (L1: eight tenths)."""
 
     def l0_at_start(self, d_in: int) -> float:
         """`initial_l0`, or the value derived from the coefficient and the width of the rows."""
@@ -151,8 +154,14 @@ class JumpReLUConfig(PenalisedConfig):
     """JumpReLU with an L0 penalty (Rajamanoharan et al. 2024, arXiv:2407.14435; Gemma Scope)."""
 
     kind: Literal["jumprelu"] = "jumprelu"
-    sparsity: NonNegativeFloat = _JUMP_COST
-    """lambda: penalty per active latent, in units of FVU."""
+    sparsity: NonNegativeFloat | None = None
+    """lambda: penalty per active latent, in units of FVU; null gives .002, unless `target_l0` is
+    set."""
+    target_l0: PositiveFloat | None = None
+    """Active latents per row wanted at the end of the run, instead of `sparsity`."""
+    sparsity_warmup_share: float = Field(0.1, ge=0, le=1)
+    """Over this first share of the run the penalty's coefficient rises linearly from 0; with
+    `target_l0`, the L0 aimed at goes from `initial_l0` to the target."""
     initial_threshold: PositiveFloat | None = None
     """Initial threshold, in units of the rows' root mean square norm; null gives sqrt(lambda), the
     smallest code that can explain as much as it costs, times the length of the encoder's rows."""
@@ -160,13 +169,36 @@ class JumpReLUConfig(PenalisedConfig):
     """Width of the window in which a threshold gets a gradient, in the same units; null gives
     sqrt(lambda)."""
 
+    @property
+    def sparsity_key(self) -> str:
+        return "sparsity" if self.target_l0 is None else "target_l0"
+
+    @property
+    def coefficient(self) -> float:
+        """`sparsity` or its default; with `target_l0` about what lambda would have to be."""
+        if self.target_l0 is not None:
+            return _COST_AT_TARGET / self.target_l0
+        return _JUMP_COST if self.sparsity is None else self.sparsity
+
     def cost(self, d_in: int) -> float:  # noqa: ARG002 - it is in units of FVU already
-        return self.sparsity
+        return self.coefficient
 
     @property
     def least_code(self) -> float:
         """sqrt(lambda), in units of the rows' root mean square norm."""
-        return math.sqrt(max(self.sparsity, _LEAST_COST))
+        return math.sqrt(max(self.coefficient, _LEAST_COST))
+
+    @model_validator(mode="after")
+    def _target_fits(self) -> Self:
+        if self.target_l0 is None:
+            return self
+        if self.sparsity is not None:
+            raise ValueError("target_l0 and sparsity exclude each other; leave one of them out")
+        if self.target_l0 > self.n_latents:
+            raise ValueError(
+                f"target_l0 ({self.target_l0:g}) must not exceed n_latents ({self.n_latents})"
+            )
+        return self
 
 
 class JumpReLUTanhConfig(PenalisedConfig):
@@ -192,21 +224,32 @@ class JumpReLUTanhConfig(PenalisedConfig):
         return _JUMP_COST if self.sparsity == "auto" else self.sparsity / d_in
 
 
-class ReLUConfig(PenalisedConfig):
-    """ReLU with an L1 penalty on codes times decoder norms (Anthropic, April 2024)."""
+class L1Config(PenalisedConfig):
+    """Settings shared by ReLU and gated dictionaries."""
 
-    kind: Literal["relu"] = "relu"
     sparsity: NonNegativeFloat = 5.0
     """lambda, the L1 coefficient, for rows of squared norm d_in."""
     sparsity_warmup_share: float = Field(0.05, ge=0, le=1)
     """The penalty's coefficient rises linearly from 0 over this first share of the run."""
-    decoder_norm: PositiveFloat = 1.0
-    """Initial norm of the decoder rows."""
 
     def l0_at_start(self, d_in: int) -> float:
         """`initial_l0`, or derived: codes of l0 orthogonal features sum to sqrt(l0 d_in)."""
         share = _L1_AT_START / max(self.sparsity, _LEAST_COST)
         return self.initial_l0 or d_in * share * share
+
+
+class ReLUConfig(L1Config):
+    """ReLU with an L1 penalty on codes times decoder norms (Anthropic, April 2024)."""
+
+    kind: Literal["relu"] = "relu"
+    decoder_norm: PositiveFloat = 1.0
+    """Initial norm of the decoder rows."""
+
+
+class GatedConfig(L1Config):
+    """Gated, with an L1 penalty on the gates (Rajamanoharan et al. 2024, arXiv:2404.16014)."""
+
+    kind: Literal["gated"] = "gated"
 
 
 SaeConfig = Annotated[
@@ -216,6 +259,7 @@ SaeConfig = Annotated[
     | RoutedConfig
     | JumpReLUConfig
     | JumpReLUTanhConfig
-    | ReLUConfig,
+    | ReLUConfig
+    | GatedConfig,
     Field(discriminator="kind"),
 ]

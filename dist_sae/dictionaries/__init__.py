@@ -7,6 +7,7 @@ import torch
 from dist_sae.config.matryoshka import MatryoshkaConfig
 from dist_sae.config.sae import (
     BatchTopKConfig,
+    GatedConfig,
     JumpReLUConfig,
     JumpReLUTanhConfig,
     ReLUConfig,
@@ -15,7 +16,9 @@ from dist_sae.config.sae import (
     TopKConfig,
 )
 from dist_sae.dictionaries.axis import WHOLE, LatentAxis
+from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.interface import Widths
+from dist_sae.dictionaries.recipes.gated import Gated
 from dist_sae.dictionaries.recipes.jumprelu import JumpReLU
 from dist_sae.dictionaries.recipes.jumprelu_tanh import JumpReLUTanh
 from dist_sae.dictionaries.recipes.matryoshka import Matryoshka
@@ -35,21 +38,25 @@ def build_sae(
     kernels: Kernels = KERNELS,
     product_dtype: torch.dtype = torch.float32,
     dtype: torch.dtype = torch.float32,
-) -> TopK | Routed | JumpReLU | JumpReLUTanh | ReLU:
+) -> Dictionary:
     """An empty dictionary of the kind that `config` names; the arguments of `Dictionary`."""
     arguments = widths, axis, kernels, product_dtype, dtype
+    sae: Dictionary
     match config:
         case TopKConfig() | BatchTopKConfig():
-            return TopK(config, *arguments)
+            sae = TopK(config, *arguments)
         case MatryoshkaConfig():
-            return Matryoshka(config, *arguments)
+            sae = Matryoshka(config, *arguments)
         case RoutedConfig():
-            return Routed(config, *arguments)
+            sae = Routed(config, *arguments)
         case JumpReLUConfig():
-            return JumpReLU(config, *arguments)
+            sae = JumpReLU(config, *arguments)
         case JumpReLUTanhConfig():
-            return JumpReLUTanh(config, *arguments)
+            sae = JumpReLUTanh(config, *arguments)
         case ReLUConfig():
-            return ReLU(config, *arguments)
+            sae = ReLU(config, *arguments)
+        case GatedConfig():
+            sae = Gated(config, *arguments)
         case _:
             assert_never(config)
+    return sae

@@ -177,6 +177,19 @@ class Dictionary(nn.Module):
         """
         return self.selection.thresholds(dtype or self.W_enc.dtype)
 
+    def codes_of(
+        self,
+        pre_acts: Float[Tensor, "*rows some"],
+        latents: Int[Tensor, " some"],  # noqa: ARG002 - the same for all
+    ) -> Float[Tensor, "*rows some"]:
+        """Codes of pre-activations that exceed their threshold; here they are the same.
+
+        Args:
+            pre_acts: May be changed.
+            latents: Of the last dim.
+        """
+        return pre_acts
+
     @torch.no_grad()
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
         """Codes of inputs as they are at inference, without gradients.
@@ -286,9 +299,11 @@ class Dictionary(nn.Module):
             if int(counts.sum()) < SPARSE_BELOW * active.numel():
                 which = latents[active.nonzero()[:, 1]]
                 entries = Entries(which, counts.cumsum(0) - counts, len(self.W_dec))
-                parts[here] += self.kernels.combine(pre_acts[active], entries, self.W_dec)
+                acts = self.codes_of(pre_acts[active], which)
+                parts[here] += self.kernels.combine(acts, entries, self.W_dec)
             else:
-                parts[here].addmm_(pre_acts.mul_(active), self.W_dec[latents])
+                acts = self.codes_of(pre_acts, latents)
+                parts[here].addmm_(acts.mul_(active), self.W_dec[latents])
         return parts, fired
 
     def forward(self, rows: Rows, context: StepContext) -> Output:

@@ -128,7 +128,8 @@ class LossTerms(NamedTuple):
     fvu: Float[Tensor, ""]
     """sum |target - x_hat|^2 / (rows * variance of the data set)."""
     auxk: Float[Tensor, ""]
-    """sum |e - e_hat|^2 / (rows * variance of e), with e = target - x_hat."""
+    """sum |e - e_hat|^2 / (rows * variance of e), with e = target - x_hat; of a gated recipe the
+    FVU of the reconstruction from its gates."""
     sparsity: Float[Tensor, ""]
     """The recipe's penalty on the codes, or on the routing, with its coefficient."""
     total: Float[Tensor, ""]

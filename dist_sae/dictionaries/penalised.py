@@ -22,10 +22,11 @@ from dist_sae.dictionaries.interface import LossTerms, Output, Rows, StepContext
 from dist_sae.dictionaries.selection import Threshold
 from dist_sae.kernels import Entries, autograd, select
 
-Activation = Callable[..., tuple[Tensor, Tensor]]
-"""Function of z and the values of the entry's latent: code f and penalty of each entry.
+Activation = Callable[..., tuple[Tensor, ...]]
+"""Function of z and the values of the entry's latent: code f and penalty of each entry, and in some
+recipes a second code, which is decoded with the decoder held fixed.
 
-Where z is not above the bound both are 0, and so are their gradients.
+Where z is not above the bound all are 0, and so are their gradients.
 """
 
 _RARE = 0.003  # share of rows: new latents hardly disturb known ones, and do not die
@@ -49,13 +50,18 @@ class Penalised(Dictionary):
         self.selection = Threshold(self, self.thresholds_in)
 
     def thresholds_in(self, dtype: torch.dtype) -> Float[Tensor, " n_local"]:
-        """Theta of this shard's latents in a precision: f = z H(z - theta)."""
+        """Theta of this shard's latents in a precision: f is 0 unless z exceeds it."""
         raise NotImplementedError
 
     @property
     def thresholds(self) -> Float[Tensor, " n_local"]:
         """Theta in the parameters' precision, with its gradient."""
         return self.thresholds_in(self.W_enc.dtype)
+
+    @property
+    def initial_l0(self) -> float:
+        """Active latents per row at the start."""
+        return min(self.config.l0_at_start(self.widths.d_in), self.n_latents / 2)
 
     def initialise(self, rows: Rows, seed: int) -> None:
         initialise_tied(self, rows, seed)
@@ -81,8 +87,13 @@ class Penalised(Dictionary):
         With half of all active the reconstruction is several times too long, and the penalty first
         turns off what has not learnt anything.
         """
-        share = min(self.config.l0_at_start(self.W_enc.shape[1]) / self.n_latents, 0.5)
-        set_active_share(self, slice(None), x, self.thresholds, share)
+        self.make_active(slice(None), x, self.initial_l0 / self.n_latents)
+
+    def make_active(
+        self, latents: slice | Tensor, x: Float[Tensor, "batch d_in"], share: float
+    ) -> None:
+        """Make each of these latents active on this share of the rows; see `set_active_share`."""
+        set_active_share(self, latents, x, self.thresholds, share)
 
     @torch.no_grad()
     def scale_encoder(self, factor: Float[Tensor, ""]) -> None:
@@ -92,7 +103,7 @@ class Penalised(Dictionary):
         self.b_enc.copy_(theta + factor * (self.b_enc - theta))
 
     def settle(self, new: slice | Tensor, x: Float[Tensor, "batch d_in"]) -> None:
-        set_active_share(self, new, x, self.thresholds)
+        self.make_active(new, x, _RARE)
 
     def revive(
         self,
@@ -108,6 +119,8 @@ class Reconstruction(NamedTuple):
 
     x_hat: Float[Tensor, "batch d_out"]
     """x_hat - b_dec of this rank's rows."""
+    frozen: Float[Tensor, "batch d_out"] | None
+    """The same of the second codes, if there are any; its gradient goes to the codes alone."""
     penalty: Float[Tensor, ""]
     """Sum over this shard's latents and the replica's rows."""
     firings: Int[Tensor, " n_local"]
@@ -144,21 +157,26 @@ def encode_decode(
             select.products(x, W_enc, sae.product_dtype), sae.b_enc, bound, limit=limit
         )
     if found is None:
-        parts, penalty, fired = _Dense.apply(  # type: ignore[no-untyped-call]
+        penalty, fired, *parts = _Dense.apply(  # type: ignore[no-untyped-call]
             sae, x, activation, unit_rows, W_enc, sae.b_enc, W_dec, *per_latent
         )
-        return Reconstruction(sae.axis.scatter_sum(parts), penalty, fired, fired.sum())
-    entries = Entries(found.latents, select.starts_of(found.rows, len(x)), len(W_enc))
-    pre_acts = autograd.encode(found.values, sae.kernels, entries, x, W_enc, sae.b_enc)
-    values = [value.index_select(0, entries.latents) for value in per_latent]
-    acts, penalty = activation(pre_acts, *values)
-    parts = autograd.decode(acts, sae.kernels, entries, W_dec, unit_rows=unit_rows)
-    x_hat = sae.axis.scatter_sum(parts)
-    return Reconstruction(x_hat, penalty.sum(), firings(acts, entries), (acts > 0).sum())
+        active = fired.sum()
+    else:
+        entries = Entries(found.latents, select.starts_of(found.rows, len(x)), len(W_enc))
+        pre_acts = autograd.encode(found.values, sae.kernels, entries, x, W_enc, sae.b_enc)
+        values = [value.index_select(0, entries.latents) for value in per_latent]
+        acts, penalties, *second = activation(pre_acts, *values)
+        parts = [
+            autograd.decode(codes, sae.kernels, entries, decoder, unit_rows=unit_rows)
+            for codes, decoder in zip((acts, *second), (W_dec, W_dec.detach()), strict=False)
+        ]
+        penalty, fired, active = penalties.sum(), firings(acts, entries), (acts > 0).sum()
+    x_hat, *frozen = torch.split(sae.axis.scatter_sum(torch.cat(parts, 1)), W_dec.shape[1], 1)
+    return Reconstruction(x_hat, frozen[0] if frozen else None, penalty, fired, active)
 
 
 class _Dense(torch.autograd.Function):
-    """This shard's part of x_hat - b_dec, penalty and firings, by chunks of latents.
+    """Penalty, firings and this shard's part of x_hat - b_dec for each code, by chunks of latents.
 
     A chunk is computed again for its gradients, which go straight to their place in those of the
     weights. The encoder product alone is in the dictionary's precision for it.
@@ -172,33 +190,35 @@ class _Dense(torch.autograd.Function):
         activation: Activation,
         unit_rows: bool,  # noqa: FBT001
         *tensors: Tensor,
-    ) -> tuple[Tensor, Tensor, Tensor]:
+    ) -> tuple[Tensor, ...]:
         ctx.sae, ctx.activation, ctx.unit_rows = sae, activation, unit_rows
         ctx.save_for_backward(x, *tensors)
-        d_out = tensors[2].shape[1]
-        parts, penalty = x.new_zeros(len(x), d_out), x.new_zeros(())
+        penalty, parts = x.new_zeros(()), list[Tensor]()
         fired = torch.zeros(len(tensors[0]), dtype=torch.int32, device=x.device)
         for chunk, pre_acts, (_, _, W_dec, *values) in _chunks(sae, x, tensors):
-            acts, more = activation(pre_acts, *values)
-            parts.addmm_(acts, W_dec)
+            acts, more, *second = activation(pre_acts, *values)
+            parts = parts or [x.new_zeros(len(x), W_dec.shape[1]) for _ in (acts, *second)]
+            for part, codes in zip(parts, (acts, *second), strict=True):
+                part.addmm_(codes, W_dec)
             penalty += more.sum()
             fired[chunk] = (acts > 0).sum(0, dtype=torch.int32)
         ctx.mark_non_differentiable(fired)
-        return parts, penalty, fired
+        return penalty, fired, *parts
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_penalty: Tensor, _: Tensor) -> tuple[Any, ...]:
+    def backward(ctx: Any, grad_penalty: Tensor, _: Tensor, *grads_x: Tensor) -> tuple[Any, ...]:
         x, *tensors = ctx.saved_tensors
-        sae, grad = ctx.sae, grad.contiguous()
+        sae, (grad, *seconds) = ctx.sae, [grad.contiguous() for grad in grads_x]
         grads = [sae.kernels.empty(t) if t.ndim > 1 else torch.empty_like(t) for t in tensors]
         grad_W_enc, grad_b_enc, grad_W_dec, *grad_values = grads
         for chunk, pre_acts, (_, _, W_dec, *values) in _chunks(sae, x, tensors):
             inputs = [t.detach().requires_grad_() for t in (pre_acts, *values)]
             with torch.enable_grad():
-                acts, penalty = ctx.activation(*inputs)
+                acts, penalty, *second = ctx.activation(*inputs)
             outputs = [grad @ W_dec.T, grad_penalty.expand_as(penalty)]
-            grad_pre_acts, *more = torch.autograd.grad([acts, penalty], inputs, outputs)
+            outputs += [grad_second @ W_dec.T for grad_second in seconds]
+            grad_pre_acts, *more = torch.autograd.grad([acts, penalty, *second], inputs, outputs)
             torch.mm(grad_pre_acts.T, x, out=grad_W_enc[chunk])
             grad_b_enc[chunk] = grad_pre_acts.sum(0)
             torch.mm(acts.detach().T, grad, out=grad_W_dec[chunk])
@@ -228,7 +248,7 @@ def set_active_share(
     latents: slice | Tensor,
     x: Float[Tensor, "batch d_in"],
     theta: Float[Tensor, " n_local"],
-    share: float = _RARE,
+    share: float,
 ) -> None:
     """Set b_enc such that each of these latents is above its threshold on this share of the rows.
 

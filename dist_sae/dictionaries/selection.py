@@ -103,7 +103,9 @@ class Threshold:
         self.thresholds = thresholds
 
     def encode(self, products: Products) -> Selected:
-        return _above(products, self._sae.b_enc, self.thresholds(self._sae.W_enc.dtype))
+        sae = self._sae
+        pre_acts, entries = _above(products, sae.b_enc, self.thresholds(sae.W_enc.dtype))
+        return sae.codes_of(pre_acts, entries.latents), entries
 
     def scale(self, factor: Float[Tensor, ""]) -> None:
         """Thresholds are the recipe's to scale."""

@@ -8,7 +8,8 @@ and the decoder's norms, so that its rows have length 1 / s and f is the length 
 
 BatchTopK and Matryoshka are written as the JumpReLU that they are at inference. Latents keep their
 numbers. Latent i is in the prefix that the first number of `prefix_pattern` (in the metadata) above
-i modulo its last belongs to.
+i modulo its last belongs to. A gated dictionary's magnitudes are e^r (s W_enc) x + b_mag, so |d|
+multiplies b_mag like b_enc, and r stays as it is.
 
 Imports no torch: `architecture` is asked where nobody else needs it.
 """
@@ -23,6 +24,7 @@ from dist_sae.config.dictionary import CountsLatentsConfig
 from dist_sae.config.matryoshka import MatryoshkaConfig
 from dist_sae.config.sae import (
     BatchTopKConfig,
+    GatedConfig,
     JumpReLUConfig,
     JumpReLUTanhConfig,
     ReLUConfig,
@@ -62,6 +64,8 @@ def architecture(sae: SaeConfig) -> str | None:
             return "jumprelu"
         case ReLUConfig():
             return "standard"
+        case GatedConfig():
+            return "gated"
         case RoutedConfig():
             return None
         case _:
@@ -146,19 +150,22 @@ def weights(run: Run, checkpoint: "Checkpoint") -> "list[PiecewiseTensor]":
     sae, normaliser = run.sae, normalisers_of(run, checkpoint).one
     scale, d_in = normaliser.scale, len(normaliser.mean)
     paged = PagedDictionary(sae, d_in, checkpoint, MEMORY_BYTES)
-    has_thresholds = architecture(sae) == "jumprelu"
-    vectors: dict[str, list[Tensor]] = {"norms": [], "b_enc": [], "threshold": []}
+    vectors: dict[str, list[Tensor]] = {}
     b_dec = torch.zeros(0)
     for page in paged.pages(leave_out={"W_enc"}):
         p = {name: tensor.detach().double() for name, tensor in page.tensors() if name != "W_enc"}
         norms = p["W_dec"].norm(dim=1).clamp_min(1e-30)
-        vectors["norms"].append(norms)
-        vectors["b_enc"].append(norms * p["b_enc"])
+        found = {"norms": norms, "b_enc": norms * p["b_enc"]}
         thresholds = page.inference_thresholds(norms.dtype)
-        if has_thresholds and thresholds is not None:
-            vectors["threshold"].append(norms * thresholds)
+        if architecture(sae) == "jumprelu" and thresholds is not None:
+            found["threshold"] = norms * thresholds
+        if architecture(sae) == "gated":
+            found["b_gate"] = found.pop("b_enc")
+            found |= {"b_mag": norms * p["b_mag"], "r_mag": p["r_mag"]}
+        for name, vector in found.items():
+            vectors.setdefault(name, []).append(vector)
         b_dec = p["b_dec"] / scale
-    of_latents = {name: torch.cat(found) for name, found in vectors.items() if found}
+    of_latents = {name: torch.cat(parts) for name, parts in vectors.items()}
     norms = of_latents.pop("norms")
 
     def matrix(name: str) -> "Iterator[tuple[Tensor, Tensor]]":

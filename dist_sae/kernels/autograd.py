@@ -56,6 +56,8 @@ class _Decode(torch.autograd.Function):
         acts, W_dec = ctx.saved_tensors
         grad = grad.contiguous()
         grad_acts = ctx.kernels.gather_dot(grad, ctx.entries, W_dec)
+        if not ctx.needs_input_grad[3]:
+            return grad_acts, None, None, None, None
         parallel: tuple[Tensor, ...] = ()
         if ctx.unit_rows:
             parallel = W_dec, _summed(acts * grad_acts, ctx.entries)  # = grad_W_dec . W_dec

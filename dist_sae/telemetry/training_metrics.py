@@ -54,7 +54,8 @@ TRAINING = (
     ),
     Metric(
         "dist_sae_train_auxk_loss",
-        "AuxK loss on the last batch, before its coefficient.",
+        "AuxK loss on the last batch, before its coefficient; with gated dictionaries the loss of "
+        "the gates.",
         "AuxK loss",
     ),
     Metric(

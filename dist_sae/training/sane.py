@@ -25,7 +25,7 @@ def doubt(run: Run, d_in: int, step: int, numbers: Mapping[str, float]) -> str |
     if step < _FROM_PROGRESS * run.steps:
         return None
     key = f"sae.{run.sae.sparsity_key}"
-    more, less = ("raise", "lower") if key == "sae.k" else ("lower", "raise")
+    more, less = ("lower", "raise") if key == "sae.sparsity" else ("raise", "lower")
     l0, dead = numbers["l0_latents"], numbers.get("dead_share", 0.0)
     if l0 > _MOST_L0 * d_in:
         found = f"{l0:.0f} latents are active in a row of {d_in} numbers, which is not sparse"

@@ -67,10 +67,12 @@ def _course(run: Run) -> Iterator[tuple[str, str]]:
             f"which the rate falls, so it never reaches {run.lr:g}; lower one of them",
         )
     share = getattr(run.sae, "sparsity_warmup_share", 0.0)
+    aims = run.sae.sparsity_key == "target_l0"
+    again = "the L0 aimed at starts at sae.initial_l0" if aims else "the penalty rises from 0"
     if train.parent is not None and share:
         yield (
             "sae.sparsity_warmup_share",
-            f"{share:g}: the penalty rises from 0 once more, though the weights are those of "
+            f"{share:g}: {again} once more, though the weights are those of "
             f"{train.parent.run}; use 0 to keep it up",
         )
 

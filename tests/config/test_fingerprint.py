@@ -49,6 +49,7 @@ def test_a_run_that_began_with_the_defaults_of_its_time_is_the_same_run(tmp_path
     [
         {"kind": "jumprelu", "sparsity": 6e-4, "initial_threshold": 0.001, "bandwidth": 0.001},
         {"kind": "jumprelu", "sparsity": 1e-3},
+        {"kind": "jumprelu", "sparsity": 2e-3},
         {"kind": "jumprelu_tanh", "sparsity": 20.0, "sparsity_warmup_share": 1.0},
         {"kind": "jumprelu_tanh", "sparsity": None},
         {"kind": "relu", "decoder_norm": 0.1},

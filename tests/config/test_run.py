@@ -88,6 +88,14 @@ def test_auxk_left_open_fits_a_small_dictionary() -> None:
         ("sae.k=1e3", "sae: k (1000) must not exceed n_latents (32)"),
         ("sae.auxk=33", "sae: auxk (33) must not exceed n_latents (32)"),
         (
+            "sae={kind: jumprelu, n_latents: 32, target_l0: 33}",
+            "sae: target_l0 (33) must not exceed n_latents (32)",
+        ),
+        (
+            "sae={kind: jumprelu, n_latents: 32, target_l0: 7.5, sparsity: 0.01}",
+            "sae: target_l0 and sparsity exclude each other; leave one of them out",
+        ),
+        (
             "activations.sites=[]",
             "activations.sites: list should have at least 1 item after validation, not 0 (got [])",
         ),

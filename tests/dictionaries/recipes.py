@@ -11,6 +11,7 @@ from dist_sae.config.dictionary import DictionaryConfig
 from dist_sae.config.matryoshka import MatryoshkaConfig
 from dist_sae.config.sae import (
     BatchTopKConfig,
+    GatedConfig,
     JumpReLUConfig,
     JumpReLUTanhConfig,
     ReLUConfig,
@@ -52,13 +53,15 @@ CONFIGS: dict[str, DictionaryConfig] = {
     ),
     "jumprelu_tanh": JumpReLUTanhConfig(n_latents=N_LATENTS, pre_act=0.05, bandwidth=1.0),
     "relu": ReLUConfig(n_latents=N_LATENTS, decoder_norm=0.5),
+    "gated": GatedConfig(n_latents=N_LATENTS),
 }
 VARIANTS = CONFIGS | {
     "multi-topk": CONFIGS["topk"].model_copy(update={"multi_factor": 3, "multi_weight": 0.5})
 }
 KINDS = tuple(CONFIGS)
 SHARED = {"b_dec", "W_router", "b_router"}
-UNIT_ROWS = ("topk", "batchtopk", "matryoshka", "routed", "jumprelu")
+UNIT_ROWS = ("topk", "batchtopk", "matryoshka", "routed", "jumprelu", "gated")
+PENALISED = ("jumprelu", "jumprelu_tanh", "relu", "gated")
 assert set(KINDS) == {c.model_fields["kind"].default for c in get_args(get_args(SaeConfig)[0])}, (
     "every recipe is tested"
 )
@@ -113,6 +116,7 @@ def oracle(sae: Dictionary, x: Tensor, now: StepContext) -> LossTerms:
         JumpReLUConfig: reference.jumprelu_loss,
         JumpReLUTanhConfig: reference.jumprelu_tanh_loss,
         ReLUConfig: reference.relu_loss,
+        GatedConfig: reference.gated_loss,
     }
     return losses[type(sae.config)](x, dict(sae.named_parameters()), sae.config, now)
 
@@ -136,3 +140,17 @@ def relative_error(value: Tensor, expected: Tensor) -> float:
     return (
         float((difference / size).detach()) if size > 0 else (0.0 if difference == 0 else math.inf)
     )
+
+
+def check_against_oracle(sae: Dictionary, dead: str, bound: float) -> None:
+    masks = {"none": None, "some": some_dead(), "all": torch.ones(N_LATENTS, dtype=torch.bool)}
+    x, now = rows(sae.W_enc.dtype), step(masks[dead])
+    terms, expected = sae.objective(sae_rows(x), now).terms, oracle(sae, x, now)
+    for value, wanted in zip(terms, expected, strict=True):
+        assert relative_error(value, wanted) <= bound
+    ours, theirs = gradients(sae, terms.total), gradients(sae, expected.total)
+    if sae.config.kind in UNIT_ROWS:
+        theirs["W_dec"] -= along_rows(theirs["W_dec"], sae.W_dec.detach())
+    for name, gradient in ours.items():
+        assert theirs[name].norm() > 0, name
+        assert relative_error(gradient, theirs[name]) <= bound, name

@@ -9,6 +9,7 @@ from dist_sae.config.dictionary import CountsLatentsConfig
 from dist_sae.config.matryoshka import MatryoshkaConfig
 from dist_sae.config.sae import (
     BatchTopKConfig,
+    GatedConfig,
     JumpReLUConfig,
     JumpReLUTanhConfig,
     ReLUConfig,
@@ -101,7 +102,13 @@ def jumprelu_loss(x: Tensor, p: Parameters, config: JumpReLUConfig, step: StepCo
     acts = _JumpReLU.apply(z, theta, eps, False)  # type: ignore[no-untyped-call]
     l0 = _Step.apply(z, theta, eps).sum() / len(x)  # type: ignore[no-untyped-call]
     fvu = _fvu(x, acts @ p["W_dec"] + p["b_dec"], step)
-    sparsity = warmed_up(step.progress, config.sparsity, config.sparsity_warmup_share) * l0
+    share = config.sparsity_warmup_share
+    if config.target_l0 is None:
+        sparsity = warmed_up(step.progress, config.coefficient, share) * l0
+    else:
+        start = min(config.l0_at_start(x.shape[1]), config.n_latents / 2)
+        target = start + warmed_up(step.progress, config.target_l0 - start, share)
+        sparsity = 4 * (l0 / target - 1).square()
     return LossTerms(fvu, fvu.new_zeros(()), sparsity, fvu + sparsity)
 
 
@@ -128,6 +135,18 @@ def relu_loss(x: Tensor, p: Parameters, config: ReLUConfig, step: StepContext) -
     l1 = (acts * p["W_dec"].norm(dim=1)).sum() / (len(x) * step.variance)
     sparsity = warmed_up(step.progress, config.sparsity, config.sparsity_warmup_share) * l1
     return LossTerms(fvu, fvu.new_zeros(()), sparsity, fvu + sparsity)
+
+
+def gated_loss(x: Tensor, p: Parameters, config: GatedConfig, step: StepContext) -> LossTerms:
+    """`dictionaries/recipes/gated.py`."""
+    products = x @ p["W_enc"].T
+    gates = (products + p["b_enc"]).relu()
+    acts = (gates > 0) * (p["r_mag"].exp() * products + p["b_mag"]).relu()
+    fvu = _fvu(x, acts @ p["W_dec"] + p["b_dec"], step)
+    by_gates = _fvu(x, gates @ p["W_dec"].detach() + p["b_dec"].detach(), step)
+    l1 = gates.sum() / (len(x) * step.variance)
+    sparsity = warmed_up(step.progress, config.sparsity, config.sparsity_warmup_share) * l1
+    return LossTerms(fvu, by_gates, sparsity, fvu + by_gates + sparsity)
 
 
 def _with_auxk(

@@ -8,6 +8,7 @@ from torch.nn.functional import normalize
 from dist_sae.config.dictionary import DictionaryConfig
 from dist_sae.config.sae import (
     BatchTopKConfig,
+    GatedConfig,
     JumpReLUConfig,
     JumpReLUTanhConfig,
     ReLUConfig,
@@ -25,12 +26,20 @@ from dist_sae.dictionaries.init import (
 )
 from dist_sae.dictionaries.interface import StepContext
 from tests.dictionaries.ranks import ThreadAxis, on_ranks
-from tests.dictionaries.recipes import CONFIGS, D_IN, KINDS, N_LATENTS, SHARED, make, sae_rows
+from tests.dictionaries.recipes import (
+    CONFIGS,
+    D_IN,
+    KINDS,
+    N_LATENTS,
+    PENALISED,
+    SHARED,
+    make,
+    sae_rows,
+)
 
 WIDENED = tuple(kind for kind in KINDS if kind != "routed")
 LAYOUTS = [(1, 2), (2, 1), (2, 2), (1, 4)]  # replicas x shards
 BATCH = 24
-GATED = ("relu", "jumprelu", "jumprelu_tanh")
 
 
 def batch(number: int, rows: int = BATCH) -> Tensor:
@@ -188,7 +197,7 @@ def test_new_latents_point_at_what_the_known_ones_leave(kind: str) -> None:
         lengths = found[name].norm(dim=1)
         mean = lengths[:KNOWN].mean().expand(N_LATENTS - KNOWN)
         torch.testing.assert_close(lengths[KNOWN:], share * mean)
-    settled = {"b_enc"} if kind in GATED else set()
+    settled = {"b_enc"} if kind in PENALISED else set()
     for name in known.keys() - {"W_dec", "W_enc"} - settled:
         mean = known[name].mean().expand(N_LATENTS - KNOWN)
         torch.testing.assert_close(found[name][KNOWN:], mean)
@@ -211,7 +220,7 @@ def test_a_buffer_per_latent_gets_the_mean_of_the_known_ones() -> None:
     assert torch.equal(found[KNOWN:], torch.full((N_LATENTS - KNOWN,), 11.5))
 
 
-@pytest.mark.parametrize("kind", GATED)
+@pytest.mark.parametrize("kind", PENALISED)
 def test_new_latents_without_a_count_fire_rarely(kind: str) -> None:
     """On .3 % of the rows, or known ones would be drowned; not never, or they could not learn."""
     sae, x = make(CONFIGS[kind], torch.float32), batch(0, 2000)
@@ -246,7 +255,7 @@ def begun_again(kind: str, axis: LatentAxis, n_rows: int = BATCH) -> dict[str, T
     return parameters(sae)
 
 
-@pytest.mark.parametrize("kind", GATED)
+@pytest.mark.parametrize("kind", PENALISED)
 def test_stuck_latents_without_a_count_begin_again_where_there_is_error(kind: str) -> None:
     """24 rows are there for the first 24; the others wait."""
     found, before = begun_again(kind, WHOLE), parameters(make(CONFIGS[kind], torch.float32))
@@ -255,7 +264,8 @@ def test_stuck_latents_without_a_count_begin_again_where_there_is_error(kind: st
     for name in ("W_enc", "W_dec", *({"theta"} & before.keys())):
         assert torch.equal(found[name][others], before[name][others]), name
     expected = 0.8 * normalize(error) + 0.6 * normalize(before["W_dec"][new])
-    thetas = before["theta"] * D_IN**0.5 if "theta" in before else torch.zeros(N_LATENTS)
+    thetas = make(CONFIGS[kind], torch.float32).inference_thresholds()
+    assert thetas is not None
     fires = (x @ before["W_enc"].T + before["b_enc"] > thetas).any(0)
     fires[10:40] = False
     assert 0 < fires.sum() < len(others)  # so that it matters which are meant
@@ -266,14 +276,14 @@ def test_stuck_latents_without_a_count_begin_again_where_there_is_error(kind: st
     if "theta" in before:
         mean = before["theta"][fires].mean()
         torch.testing.assert_close(found["theta"][new], mean.expand(24))
-        thetas = found["theta"] * D_IN**0.5
-    active = x @ found["W_enc"].T + found["b_enc"] > thetas
-    assert set(active.sum(0)[new].tolist()) == {1}
+    sae: Dictionary = build_sae(CONFIGS[kind], D_IN)  # type: ignore[arg-type]
+    sae.load_state_dict(found)
+    assert set(sae.infer(x).firings[new].tolist()) == {1}
     assert (found["b_enc"][34:40] == -50).all()
 
 
 @pytest.mark.parametrize(("replicas", "shards"), LAYOUTS)
-@pytest.mark.parametrize("kind", GATED)
+@pytest.mark.parametrize("kind", PENALISED)
 def test_shards_begin_again_as_the_whole(kind: str, replicas: int, shards: int) -> None:
     """Stuck latents lie on several shards, and one row is for each of the first 24."""
     ranks = on_ranks(replicas, shards, lambda axis: begun_again(kind, axis))
@@ -359,7 +369,7 @@ def test_the_geometric_median_is_that_of_all_rows(replicas: int, shards: int) ->
 
 
 @pytest.mark.parametrize(("initial_l0", "expected"), [(20.0, 20.0), (100.0, 100.0), (1e4, 256.0)])
-@pytest.mark.parametrize("kind", GATED)
+@pytest.mark.parametrize("kind", PENALISED)
 def test_penalised_recipes_begin_with_so_many_active_latents(
     kind: str, initial_l0: float, expected: float
 ) -> None:
@@ -389,7 +399,10 @@ def test_penalised_recipes_begin_with_so_many_active_latents(
         (JumpReLUTanhConfig(n_latents=512, sparsity=0.16), 10),  # 16 of which .16 is a hundredth
         (JumpReLUTanhConfig(n_latents=512), 50),
         (JumpReLUTanhConfig(n_latents=512, sparsity=None), 200),
+        (JumpReLUConfig(n_latents=512, target_l0=13), 26),  # twice the target
+        (JumpReLUConfig(n_latents=512, target_l0=400), 256),
         (ReLUConfig(n_latents=512, sparsity=0.8), 16),
+        (GatedConfig(n_latents=512, sparsity=0.8), 16),
         (JumpReLUConfig(n_latents=512, sparsity=0.0), 256),
     ],
 )

@@ -29,6 +29,7 @@ LIVES: dict[str, dict[str, object]] = {
     "relu": {},
     "jumprelu": {},
     "jumprelu_tanh": {},
+    "gated": {},
 }
 
 

@@ -146,6 +146,18 @@ def test_sparsity_falls_with_the_coefficient(
 
 
 @pytest.mark.system
+@pytest.mark.parametrize("target", [16, 23, 32, 64])
+def test_jumprelu_ends_at_its_target_l0(target: int) -> None:
+    """Within 10 %, on rows that it was not trained on, and no latent dies of it."""
+    world = World(d_in=64, n_features=512, l0=10, zipf=1.0)
+    config = JumpReLUConfig(n_latents=256, target_l0=target, dead_after_rows=50_000)
+    trained = train(world, config, steps=200, batch=512, lr=3e-3)
+    active = int(trained.sae.infer(world.batch(1_000_000, 4096)).firings.sum())
+    assert active / 4096 == pytest.approx(target, rel=0.1)
+    assert trained.dead.count <= 0.02 * 256
+
+
+@pytest.mark.system
 @pytest.mark.parametrize(
     ("config", "f1", "mcc"),
     [  # (recipe, what it had when this was written)

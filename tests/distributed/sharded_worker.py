@@ -23,7 +23,7 @@ from tests.runs import write_run
 N_LATENTS, BATCH, DEAD_AFTER = 64, 32, 48
 # at 3e-3 rounding alone grows in the others to 1.2e-6 of the loss within 106 steps
 LR = dict.fromkeys(("topk", "multi-topk", "batchtopk", "matryoshka"), 3e-3)
-LR |= dict.fromkeys(("routed", "relu", "jumprelu", "jumprelu_tanh"), 1e-3)
+LR |= dict.fromkeys(("routed", "relu", "jumprelu", "to_target", "jumprelu_tanh", "gated"), 1e-3)
 RECIPES: dict[str, dict[str, Any]] = {
     "topk": {"k": 4, "auxk": 8, "auxk_coefficient": 0.25},
     "batchtopk": {"k": 4, "auxk": 8, "auxk_coefficient": 0.25},
@@ -31,8 +31,10 @@ RECIPES: dict[str, dict[str, Any]] = {
     "matryoshka": {"k": 4, "prefixes": [0.25, 0.5], "auxk": 8, "auxk_coefficient": 0.25},
     "routed": {"k": 4, "experts": 8, "auxk": 8, "auxk_coefficient": 0.25},
     "jumprelu": {"sparsity": 0.02, "initial_threshold": 0.2, "bandwidth": 0.2},
+    "to_target": {"kind": "jumprelu", "target_l0": 5.5, "initial_threshold": 0.2, "bandwidth": 0.2},
     "jumprelu_tanh": {"pre_act": 0.01},
     "relu": {"initial_l0": 32},  # half of all: computed densely on every shard
+    "gated": {"sparsity": 2.0},
 }
 
 

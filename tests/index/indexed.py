@@ -36,6 +36,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "jumprelu": {},
     "jumprelu_tanh": {},
     "relu": {},
+    "gated": {},
 }
 WORLD: dict[str, Any] = {
     "name": "world",

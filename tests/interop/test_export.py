@@ -56,7 +56,7 @@ def forward(
     weights = safetensors.numpy.load_file(folder / "sae_weights.safetensors")
     w = {name: tensor.astype(np.float64) for name, tensor in weights.items()}
     assert config["normalize_activations"] == "none"
-    z = (x - w["b_dec"] * config["apply_b_dec_to_input"]) @ w["W_enc"] + w["b_enc"]
+    z = (x - w["b_dec"] * config["apply_b_dec_to_input"]) @ w["W_enc"] + w.get("b_enc", 0)
     match config["architecture"]:
         case "topk":
             top = np.argpartition(-z, config["k"] - 1, axis=-1)[:, : config["k"]]
@@ -66,6 +66,9 @@ def forward(
             f = np.maximum(z, 0) * (z > w["threshold"])
         case "standard":
             f = np.maximum(z, 0)
+        case "gated":
+            pi = x @ w["W_enc"]
+            f = (pi + w["b_gate"] > 0) * np.maximum(np.exp(w["r_mag"]) * pi + w["b_mag"], 0)
         case other:
             raise AssertionError(other)
     return f, f @ w["W_dec"] + w["b_dec"]
@@ -111,6 +114,9 @@ def exported(tmp_path: Path, kind: str) -> tuple[Path, dict[str, torch.Tensor]]:
         weights["threshold"] = torch.tensor([THETA * 0.75, 0.75], dtype=torch.float64)
     if kind in ("jumprelu", "jumprelu_tanh"):
         weights["theta"] = torch.randn(64, generator=generator).exp() / 4
+    if kind == "gated":
+        weights["r_mag"] = torch.randn(64, generator=generator) / 2
+        weights["b_mag"] = torch.randn(64, generator=generator) - 14
     checkpoints = Checkpoints(open_store(run.store.runs), run.name, 1)
     save(checkpoints, 5, weights | IDLE, scalars(run, SCALE))
     return Path(export(run)), weights
@@ -138,6 +144,9 @@ def test_files_have_what_saelens_wants(
     expected = {"W_enc": (16, 64), "b_enc": (64,), "W_dec": (64, 16), "b_dec": (16,)}
     if config["architecture"] == "jumprelu":
         expected["threshold"] = (64,)
+    if config["architecture"] == "gated":
+        del expected["b_enc"]
+        expected |= dict.fromkeys(("b_gate", "b_mag", "r_mag"), (64,))
     assert {name: tensor.shape for name, tensor in weights.items()} == expected
     assert {tensor.dtype for tensor in weights.values()} == {np.dtype(np.float32)}
 
@@ -219,6 +228,9 @@ def whole(
         tensors["threshold"] = norms * THETA
     if "theta" in weights:
         tensors["threshold"] = norms * p["theta"] * 4
+    if "r_mag" in weights:
+        tensors["b_gate"] = tensors.pop("b_enc")
+        tensors |= {"b_mag": norms * p["b_mag"], "r_mag": p["r_mag"]}
     return {name: tensor.float().contiguous() for name, tensor in tensors.items()}
 
 

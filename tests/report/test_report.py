@@ -403,6 +403,7 @@ def test_report_says_what_is_missing_before_anything_ran(run: Run) -> None:
     [
         ({"kind": "topk", "k": 2, "auxk": 0}, "k = 2"),
         ({"kind": "jumprelu", "sparsity": 1e-4}, "sparsity = 0.0001"),
+        ({"kind": "jumprelu", "target_l0": 1.5}, "target_l0 = 1.5"),
         ({"kind": "jumprelu_tanh"}, "sparsity by default"),
     ],
 )

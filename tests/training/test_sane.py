@@ -11,6 +11,7 @@ from dist_sae.training.sane import doubt
 from tests.runs import write_run
 
 PENALISED: dict[str, Any] = {"kind": "jumprelu", "n_latents": 64}
+TARGETED: dict[str, Any] = {"kind": "jumprelu", "n_latents": 64, "target_l0": 4}
 COUNTING: dict[str, Any] = {"kind": "topk", "n_latents": 64, "k": 3, "auxk": 16}
 
 
@@ -24,6 +25,12 @@ COUNTING: dict[str, Any] = {"kind": "topk", "n_latents": 64, "k": 3, "auxk": 16}
             "9 latents are active in a row of 16 numbers, .*; raise sae.sparsity",
         ),
         (COUNTING, 9.0, 0.0, "9 latents are active in a row of 16 numbers, .*; lower sae.k"),
+        (
+            TARGETED,
+            9.0,
+            0.0,
+            "9 latents are active in a row of 16 numbers, .*; lower sae.target_l0",
+        ),
         (PENALISED, 0.25, 0.9, "0.25 latents are active in a row, .*; lower sae.sparsity"),
         (PENALISED, 2.0, 0.83, "83% of the latents are dead .*; lower sae.sparsity, or .*"),
         (COUNTING, 2.0, 0.31, "31% of the latents are dead .*; raise sae.k, or .*"),

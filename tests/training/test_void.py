@@ -69,6 +69,13 @@ def test_a_sound_run_is_told_nothing(made: tuple[Path, Plan]) -> None:
             ],
             "sae.sparsity_warmup_share: 0.05: the penalty rises from 0 once more",
         ),
+        (
+            [
+                "sae={kind: jumprelu, n_latents: 32, target_l0: 4}",
+                "train.parent.run=before",
+            ],
+            "sae.sparsity_warmup_share: 0.1: the L0 aimed at starts at sae.initial_l0 once more",
+        ),
         (["sae.dead_after_rows=9600", "train.parent.run=before"], None),  # counts go on
     ],
 )

@@ -5,6 +5,10 @@
     x_hat = W_dec^T f + b_dec
     L     = E|x - x_hat|^2 / Var(x)  +  lambda E|f|_0
 
+or, with a target T for L0 = E|f|_0 over the global batch,
+
+    L     = E|x - x_hat|^2 / Var(x)  +  w (L0 / T - 1)^2
+
 The step H has no gradient of its own. With K(u) = 1 for |u| < 1/2, else 0:
 
     df/dz = H(z - theta)        df/dtheta = -(theta / eps) K((z - theta) / eps)
@@ -15,6 +19,11 @@ units of the rows' root mean square norm, as in the paper, where that norm is 1.
 parameter is log theta: an optimiser that moves parameters by its rate at most then changes theta by
 a factor of exp(rate x steps) in a run, which is little in a short one or at the rate of a wide
 dictionary. Theta itself comes as far as the encoder does.
+
+The quadratic penalty acts like lambda = 2 w (L0 / T - 1) / T, so a run ends above the target, by
+lambda T / 2 w of it, with the lambda that leads there. lambda T, the penalty on T latents, is from
+a few hundredths of the variance to two tenths, so with w = 4 that is less than 3 %. The aim goes
+from the initial L0 to the target, so that no latent dies of a sudden strong penalty.
 """
 
 import math
@@ -30,6 +39,8 @@ from dist_sae.dictionaries.constraints import normalise_rows_
 from dist_sae.dictionaries.interface import Output, Rows, StepContext, Widths
 from dist_sae.dictionaries.penalised import Penalised, encode_decode
 from dist_sae.dictionaries.schedules import warmed_up
+
+_WEIGHT = 4.0  # w
 
 
 class JumpReLU(Penalised):
@@ -51,9 +62,8 @@ class JumpReLU(Penalised):
         return self.rms_norm * self.theta.to(dtype)
 
     def objective(self, rows: Rows, context: StepContext) -> Output:
-        config, eps = self.config, self.bandwidth
+        eps, theta = self.bandwidth, self.thresholds
         inputs = self.axis.gather(rows.inputs)
-        theta = self.thresholds
 
         def activation(pre_acts: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
             return jump_relu(pre_acts, theta, eps), jump(pre_acts, theta, eps)
@@ -61,8 +71,18 @@ class JumpReLU(Penalised):
         out = encode_decode(
             self, inputs, activation, (theta - eps / 2).detach(), theta, unit_rows=True
         )
-        coefficient = warmed_up(context.progress, config.sparsity, config.sparsity_warmup_share)
-        return self.output(rows, context, out, coefficient * out.penalty / len(inputs))
+        penalty = self.sparsity(out.penalty / len(inputs), context.progress)
+        return self.output(rows, context, out, penalty)
+
+    def sparsity(self, l0: Float[Tensor, ""], progress: float) -> Float[Tensor, ""]:
+        """The penalty's part of this shard, whose latents have this part of the replica's L0."""
+        config, share = self.config, self.config.sparsity_warmup_share
+        if config.target_l0 is None:
+            return warmed_up(progress, config.coefficient, share) * l0
+        target = self.initial_l0 + warmed_up(progress, config.target_l0 - self.initial_l0, share)
+        miss = self.axis.total(l0.detach()) / (self.axis.replicas * target) - 1
+        slope = 2 * miss / target
+        return _WEIGHT * (miss.square() / self.axis.shards + slope * (l0 - l0.detach()))
 
     @torch.no_grad()
     def set_initial_sparsity(self, x: Float[Tensor, "batch d_in"]) -> None:
