@@ -115,14 +115,21 @@ class PagedDictionary:
             yield from self._pages(leave_out)
 
     def parts(self, name: str) -> Iterator[Tensor]:
-        """Yield parts of a tensor that has a row for every latent; each is soon overwritten."""
+        """Yield parts of a tensor with a row for every latent; each is soon overwritten.
+
+        Of W_dec these are the latents' decoder rows, whatever its layout: `decoder_rows`.
+        """
+
+        def rows(sae: Dictionary) -> Tensor:
+            return (sae.decoder_rows() if name == "W_dec" else sae.get_parameter(name)).detach()
+
         if self._in_memory is not None:
-            tensor = self._in_memory.get_parameter(name).detach()
+            tensor = rows(self._in_memory)
             for shard in range(self._axis.shards):
                 yield self._axis.of_shard(tensor, shard).cpu()
             return
         for page in self._pages(self._per_latent - {name}):
-            yield page.get_parameter(name).detach()
+            yield rows(page)
 
     def grouped(self, batches: Iterator[Float[Tensor, "_ d_in"]]) -> Iterator[Tensor]:
         """Join batches of rows to ones for a turn over the pages; in memory they stay as they are.
@@ -251,9 +258,8 @@ def _slices(x: Tensor, rows: int) -> Iterator[slice]:
 
 
 def _page_latents(config: SaeConfig, fitting: int) -> int:
-    """Latents of a page, with room for so many: whole experts, or chunks of the product."""
-    if config.n_experts:
-        unit = config.n_latents // config.n_experts
-    else:
-        unit = select.CHUNK_LATENTS if fitting >= select.CHUNK_LATENTS else 1
+    """Latents of a page, with room for so many: such as stay together, or whole chunks."""
+    unit = config.together
+    if unit == 1 and fitting >= select.CHUNK_LATENTS:
+        unit = select.CHUNK_LATENTS
     return max(1, fitting // unit) * unit

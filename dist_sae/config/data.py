@@ -63,6 +63,11 @@ def _check_site(site: str) -> str:
 Site = Annotated[str, AfterValidator(_check_site)]
 
 
+def layer_of(site: str) -> int:
+    """Layer number in the name of a language model's site."""
+    return int(site.rpartition(".")[2])
+
+
 def _check_endpoint(url: str) -> str:
     if not url.startswith(("http://", "https://")):
         raise ValueError(f"{url} has no scheme: write http://host:port or https://host")

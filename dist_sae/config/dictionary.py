@@ -67,9 +67,14 @@ class DictionaryConfig(Section):
         """Latents of each nested dictionary, ascending; none if latents are not nested."""
         return ()
 
+    @property
+    def together(self) -> int:
+        """Neighbouring latents that lie on one shard, and on one page."""
+        return self.n_latents // (self.n_experts or self.n_latents)
+
     def divides_over(self, shards: int) -> bool:
-        """True if shards of equal size can hold the latents, and whole experts."""
-        return (self.n_experts or self.n_latents) % shards == 0
+        """True if shards of equal size can hold the latents, with those that stay together."""
+        return self.n_latents % (self.together * shards) == 0
 
     def shards_problem(self, shards: int) -> tuple[str, str] | None:  # noqa: ARG002
         """The setting that keeps shards of equal size from training, and why; None if they can."""

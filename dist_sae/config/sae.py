@@ -6,6 +6,7 @@ from typing import Annotated, Any, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
+from dist_sae.config.clt import CLTConfig, CrossLayerConfig
 from dist_sae.config.dictionary import (
     CountsLatentsConfig,
     DictionaryConfig,
@@ -252,6 +253,12 @@ class GatedConfig(L1Config):
     kind: Literal["gated"] = "gated"
 
 
+class CLTJumpReLUConfig(CrossLayerConfig, JumpReLUConfig):
+    """Cross-layer transcoder with JumpReLU and an L0 penalty (Anthropic, March 2025)."""
+
+    kind: Literal["clt_jumprelu"] = "clt_jumprelu"  # type: ignore[assignment]
+
+
 SaeConfig = Annotated[
     TopKConfig
     | BatchTopKConfig
@@ -260,6 +267,8 @@ SaeConfig = Annotated[
     | JumpReLUConfig
     | JumpReLUTanhConfig
     | ReLUConfig
-    | GatedConfig,
+    | GatedConfig
+    | CLTConfig
+    | CLTJumpReLUConfig,
     Field(discriminator="kind"),
 ]

@@ -4,9 +4,11 @@ from typing import assert_never
 
 import torch
 
+from dist_sae.config.clt import CLTConfig
 from dist_sae.config.matryoshka import MatryoshkaConfig
 from dist_sae.config.sae import (
     BatchTopKConfig,
+    CLTJumpReLUConfig,
     GatedConfig,
     JumpReLUConfig,
     JumpReLUTanhConfig,
@@ -18,6 +20,7 @@ from dist_sae.config.sae import (
 from dist_sae.dictionaries.axis import WHOLE, LatentAxis
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.interface import Widths
+from dist_sae.dictionaries.recipes.clt import CLT, CLTJumpReLU
 from dist_sae.dictionaries.recipes.gated import Gated
 from dist_sae.dictionaries.recipes.jumprelu import JumpReLU
 from dist_sae.dictionaries.recipes.jumprelu_tanh import JumpReLUTanh
@@ -49,6 +52,10 @@ def build_sae(
             sae = Matryoshka(config, *arguments)
         case RoutedConfig():
             sae = Routed(config, *arguments)
+        case CLTConfig():
+            sae = CLT(config, *arguments)
+        case CLTJumpReLUConfig():
+            sae = CLTJumpReLU(config, *arguments)
         case JumpReLUConfig():
             sae = JumpReLU(config, *arguments)
         case JumpReLUTanhConfig():

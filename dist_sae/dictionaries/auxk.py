@@ -29,7 +29,7 @@ from dist_sae.dictionaries.init import initialise_tied, least_squares_scale
 from dist_sae.dictionaries.interface import Rows, Selected
 from dist_sae.dictionaries.schedules import annealed
 from dist_sae.dictionaries.selection import RowTopK
-from dist_sae.kernels import Entries, autograd
+from dist_sae.kernels import Entries
 
 _LEAST_LENGTH = 0.01  # an encoder row of length 0 would never be active
 _MOST_LENGTH = 1.0  # the error of a row is its part that is missing, so not longer than the row
@@ -104,17 +104,15 @@ class WithAuxK(Dictionary):
         weight per selection, and a gradient is as large as its weight.
         """
         entries = Entries.stacked([entries for _, entries in selected])
-        pre_acts = autograd.encode(
+        pre_acts = self.encode_at(
             torch.cat([pre_acts for pre_acts, _ in selected]),
-            self.kernels,
             entries.folded(len(centred)),
             centred,
             self.W_enc,
-            self.b_enc,
             centre,
         )
         acts = pre_acts.relu()
-        parts = autograd.decode(acts, self.kernels, entries, self.W_dec, unit_rows=True)
+        parts = self.decode_at(acts, entries, self.W_dec)
         counts = [len(pre_acts) for pre_acts, _ in selected]
         apart = parts.view(len(selected), len(centred), parts.shape[1])
         return list(zip(torch.split(acts, counts), apart, strict=True))
@@ -133,7 +131,8 @@ class WithAuxK(Dictionary):
         initialise_tied(self, rows, seed)
 
     def constrain(self) -> None:
-        normalise_rows_(self.W_dec)
+        if self.unit_rows:
+            normalise_rows_(self.W_dec)
 
     @torch.no_grad()
     def revive(

@@ -2,6 +2,7 @@
 
 No I/O and no torch.distributed: ranks act together through `LatentAxis`. Weights are
 `[n_latents, d_in]` and `[n_latents, d_out]`: dim 0 is sharded, and a decoder row lies in one piece.
+Where latents read and write a part of these columns alone, the methods from `tiles` on say which.
 """
 
 from collections.abc import Iterable, Iterator
@@ -23,7 +24,7 @@ from dist_sae.dictionaries.interface import (
     StepContext,
     Widths,
 )
-from dist_sae.kernels import Entries, Kernels, select
+from dist_sae.kernels import Entries, Kernels, autograd, select
 from dist_sae.kernels.torch import KERNELS
 
 SPARSE_BELOW = 1 / 32  # share of entries; about where the sparse products begin to be faster
@@ -49,6 +50,8 @@ class Dictionary(nn.Module):
     """Set by the recipe."""
     decoder: frozenset[str] = frozenset({"W_dec"})
     """Tensors per latent that decoding needs, and encoding does not."""
+    unit_rows: bool = True
+    """Whether decoder rows are held at unit norm."""
     W_enc: nn.Parameter
     W_dec: nn.Parameter
     b_enc: nn.Parameter
@@ -71,9 +74,10 @@ class Dictionary(nn.Module):
         self.axis = axis
         self.kernels = kernels
         self.product_dtype = product_dtype
+        read, written = self.row_widths()
         for name, shape in {
-            "W_enc": (n_local, self.widths.d_in),
-            "W_dec": (n_local, self.widths.d_out),
+            "W_enc": (n_local, read),
+            "W_dec": (n_local, written),
             "b_enc": (n_local,),
         }.items():
             self.add_tensor(name, nn.Parameter(torch.zeros(shape, dtype=dtype)), per_latent=True)
@@ -143,6 +147,70 @@ class Dictionary(nn.Module):
         """Number of this shard's first latent in the whole dictionary."""
         return self.axis.latents(self.n_latents).start
 
+    @property
+    def layers(self) -> int:
+        """Equal parts of the inputs; latent n reads part n % layers."""
+        return 1
+
+    def row_widths(self) -> tuple[int, int]:
+        """Widths of the rows of W_enc and W_dec."""
+        return self.widths.d_in, self.widths.d_out
+
+    def tiles(self, width: int) -> Iterator[tuple[slice, slice]]:
+        """Cut this shard's latents into slices of at most `width`, each with the columns it reads.
+
+        Latents of a slice read the same columns of the inputs, and write the same of the targets.
+        """
+        step, read = width * self.layers, self.widths.d_in // self.layers
+        for start in range(0, len(self.W_enc), step):
+            stop = min(start + step, len(self.W_enc))
+            for layer in range(self.layers):
+                latents = slice(start + layer, stop, self.layers)
+                yield latents, slice(layer * read, (layer + 1) * read)
+
+    def written_by(
+        self, latents: slice | Int[Tensor, " some"], W_dec: Float[Tensor, "n_local written"]
+    ) -> tuple[slice, Float[Tensor, "some columns"]]:
+        """The columns of the targets that these latents write, and their decoder there.
+
+        Args:
+            latents: A slice from `tiles`, or latents of a block of `products`.
+            W_dec: The decoder, or a tensor laid out like it; of a slice a view is returned.
+        """
+        return slice(None), W_dec[latents]
+
+    def decoder_rows(
+        self, latents: slice | Int[Tensor, " some"] = slice(None)
+    ) -> Float[Tensor, "some d_out"]:
+        """What an activation of 1 of each of these latents adds to the targets."""
+        return self.W_dec[latents]
+
+    def pre_acts_at(
+        self, rows: Float[Tensor, "rows d_in"], entries: Entries
+    ) -> Float[Tensor, " entries"]:
+        """Pre-activations at the entries, in the parameters' precision; no gradient."""
+        return self.kernels.gather_dot(rows, entries, self.W_enc) + self.b_enc[entries.latents]
+
+    def encode_at(
+        self,
+        pre_acts: Float[Tensor, " entries"],
+        entries: Entries,
+        rows: Float[Tensor, "rows d_in"],
+        W_enc: Float[Tensor, "n_local read"],
+        centre: Float[Tensor, " d_in"] | None = None,
+    ) -> Float[Tensor, " entries"]:
+        """Pre-activations known from the selection, with their gradients: `autograd.encode`."""
+        return autograd.encode(pre_acts, self.kernels, entries, rows, W_enc, self.b_enc, centre)
+
+    def decode_at(
+        self,
+        acts: Float[Tensor, " entries"],
+        entries: Entries,
+        W_dec: Float[Tensor, "n_local written"],
+    ) -> Float[Tensor, "rows d_out"]:
+        """This shard's part of x_hat - b_dec, with gradients: `autograd.decode`."""
+        return autograd.decode(acts, self.kernels, entries, W_dec, unit_rows=self.unit_rows)
+
     def products(
         self,
         rows: Float[Tensor, "rows d_in"],
@@ -156,7 +224,7 @@ class Dictionary(nn.Module):
             dtype: Precision of the product.
             among: This shard's latents to look at, ascending; all if None.
         """
-        blocks = select.products(rows, self.W_enc, dtype, among)
+        blocks = select.products(rows, self.W_enc, dtype, among, layers=self.layers)
         return Products(rows, dtype, blocks, len(rows), len(rows))
 
     def encoder_inputs(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "rows d_in"]:
@@ -268,7 +336,7 @@ class Dictionary(nn.Module):
     def decode_shard(self, codes: Codes) -> Float[Tensor, "rows d_out"]:
         """This shard's part of x_hat - b_dec, of the replica's rows."""
         entries = Entries(codes.latents, codes.starts, len(self.W_dec))
-        return self.kernels.combine(codes.acts, entries, self.W_dec)
+        return self.decode_at(codes.acts, entries, self.W_dec)
 
     @torch.no_grad()
     def decode_above(
@@ -289,7 +357,7 @@ class Dictionary(nn.Module):
         Returns:
             This shard's part of x_hat - b_dec, and how often each latent fired.
         """
-        parts = self.W_dec.new_zeros(rows, self.W_dec.shape[1])
+        parts = self.W_dec.new_zeros(rows, self.widths.d_out)
         fired = torch.zeros(len(self.W_dec), dtype=torch.int32, device=parts.device)
         for here, latents, products, _ in blocks:
             pre_acts = products + self.b_enc[latents]
@@ -300,10 +368,11 @@ class Dictionary(nn.Module):
                 which = latents[active.nonzero()[:, 1]]
                 entries = Entries(which, counts.cumsum(0) - counts, len(self.W_dec))
                 acts = self.codes_of(pre_acts[active], which)
-                parts[here] += self.kernels.combine(acts, entries, self.W_dec)
+                parts[here] += self.decode_at(acts, entries, self.W_dec)
             else:
-                acts = self.codes_of(pre_acts, latents)
-                parts[here].addmm_(acts.mul_(active), self.W_dec[latents])
+                acts = self.codes_of(pre_acts, latents).mul_(active)
+                columns, decoder = self.written_by(latents, self.W_dec)
+                parts[here, columns].addmm_(acts, decoder)
         return parts, fired
 
     def forward(self, rows: Rows, context: StepContext) -> Output:

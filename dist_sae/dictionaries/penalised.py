@@ -20,7 +20,7 @@ from dist_sae.dictionaries.constraints import remove_parallel_
 from dist_sae.dictionaries.init import first_rows, initialise_tied, reinitialise
 from dist_sae.dictionaries.interface import LossTerms, Output, Rows, StepContext, Widths
 from dist_sae.dictionaries.selection import Threshold
-from dist_sae.kernels import Entries, autograd, select
+from dist_sae.kernels import Entries, select
 
 Activation = Callable[..., tuple[Tensor, ...]]
 """Function of z and the values of the entry's latent: code f and penalty of each entry, and in some
@@ -29,7 +29,8 @@ recipes a second code, which is decoded with the decoder held fixed.
 Where z is not above the bound all are 0, and so are their gradients.
 """
 
-_RARE = 0.003  # share of rows: new latents hardly disturb known ones, and do not die
+RARE = 0.003
+"""Share of rows at which new latents hardly disturb known ones, and do not die."""
 _INIT_ROWS = 16_384  # rows looked at for initial thresholds
 _INIT_CHUNK = 1024  # latents
 CHUNK_BYTES = 16 * 2**20
@@ -103,7 +104,7 @@ class Penalised(Dictionary):
         self.b_enc.copy_(theta + factor * (self.b_enc - theta))
 
     def settle(self, new: slice | Tensor, x: Float[Tensor, "batch d_in"]) -> None:
-        self.make_active(new, x, _RARE)
+        self.make_active(new, x, RARE)
 
     def revive(
         self,
@@ -133,7 +134,6 @@ def encode_decode(
     activation: Activation,
     bound: Float[Tensor, " n_local"],
     *per_latent: Float[Tensor, " n_local"],
-    unit_rows: bool,
     W_enc: Float[Tensor, "n_local d_in"] | None = None,
     W_dec: Float[Tensor, "n_local d_out"] | None = None,
 ) -> Reconstruction:
@@ -145,33 +145,33 @@ def encode_decode(
         activation: Gives codes and penalties.
         bound: Pre-activations at or below it have neither code nor gradient.
         per_latent: Arguments of `activation`; get their gradients.
-        unit_rows: As in `autograd.decode`.
         W_enc: The encoder from `autograd.with_product`; None takes the plain one.
         W_dec: The decoder from `autograd.with_norms`; None takes the plain one.
     """
     W_enc = sae.W_enc if W_enc is None else W_enc
     W_dec = sae.W_dec if W_dec is None else W_dec
-    limit = min(int(SPARSE_BELOW * len(x) * len(W_enc)), _MOST_ENTRIES)
+    most = 2 * _MOST_ENTRIES // (sae.layers + 1)  # each is decoded into (layers + 1) / 2
+    limit = min(int(SPARSE_BELOW * len(x) * len(W_enc)), most)
     with torch.no_grad():
         found = select.above(
-            select.products(x, W_enc, sae.product_dtype), sae.b_enc, bound, limit=limit
+            sae.products(x, sae.product_dtype).blocks, sae.b_enc, bound, limit=limit
         )
     if found is None:
         penalty, fired, *parts = _Dense.apply(  # type: ignore[no-untyped-call]
-            sae, x, activation, unit_rows, W_enc, sae.b_enc, W_dec, *per_latent
+            sae, x, activation, W_enc, sae.b_enc, W_dec, *per_latent
         )
         active = fired.sum()
     else:
         entries = Entries(found.latents, select.starts_of(found.rows, len(x)), len(W_enc))
-        pre_acts = autograd.encode(found.values, sae.kernels, entries, x, W_enc, sae.b_enc)
+        pre_acts = sae.encode_at(found.values, entries, x, W_enc)
         values = [value.index_select(0, entries.latents) for value in per_latent]
         acts, penalties, *second = activation(pre_acts, *values)
         parts = [
-            autograd.decode(codes, sae.kernels, entries, decoder, unit_rows=unit_rows)
+            sae.decode_at(codes, entries, decoder)
             for codes, decoder in zip((acts, *second), (W_dec, W_dec.detach()), strict=False)
         ]
         penalty, fired, active = penalties.sum(), firings(acts, entries), (acts > 0).sum()
-    x_hat, *frozen = torch.split(sae.axis.scatter_sum(torch.cat(parts, 1)), W_dec.shape[1], 1)
+    x_hat, *frozen = torch.split(sae.axis.scatter_sum(torch.cat(parts, 1)), sae.widths.d_out, 1)
     return Reconstruction(x_hat, frozen[0] if frozen else None, penalty, fired, active)
 
 
@@ -188,18 +188,18 @@ class _Dense(torch.autograd.Function):
         sae: Dictionary,
         x: Tensor,
         activation: Activation,
-        unit_rows: bool,  # noqa: FBT001
         *tensors: Tensor,
     ) -> tuple[Tensor, ...]:
-        ctx.sae, ctx.activation, ctx.unit_rows = sae, activation, unit_rows
+        ctx.sae, ctx.activation = sae, activation
         ctx.save_for_backward(x, *tensors)
         penalty, parts = x.new_zeros(()), list[Tensor]()
         fired = torch.zeros(len(tensors[0]), dtype=torch.int32, device=x.device)
-        for chunk, pre_acts, (_, _, W_dec, *values) in _chunks(sae, x, tensors):
+        for chunk, _, pre_acts, values in _chunks(sae, x, tensors):
             acts, more, *second = activation(pre_acts, *values)
-            parts = parts or [x.new_zeros(len(x), W_dec.shape[1]) for _ in (acts, *second)]
+            parts = parts or [x.new_zeros(len(x), sae.widths.d_out) for _ in (acts, *second)]
+            written, W_dec = sae.written_by(chunk, tensors[2])
             for part, codes in zip(parts, (acts, *second), strict=True):
-                part.addmm_(codes, W_dec)
+                part[:, written].addmm_(codes, W_dec)
             penalty += more.sum()
             fired[chunk] = (acts > 0).sum(0, dtype=torch.int32)
         ctx.mark_non_differentiable(fired)
@@ -212,34 +212,34 @@ class _Dense(torch.autograd.Function):
         sae, (grad, *seconds) = ctx.sae, [grad.contiguous() for grad in grads_x]
         grads = [sae.kernels.empty(t) if t.ndim > 1 else torch.empty_like(t) for t in tensors]
         grad_W_enc, grad_b_enc, grad_W_dec, *grad_values = grads
-        for chunk, pre_acts, (_, _, W_dec, *values) in _chunks(sae, x, tensors):
+        for chunk, read, pre_acts, values in _chunks(sae, x, tensors):
+            written, W_dec = sae.written_by(chunk, tensors[2])
             inputs = [t.detach().requires_grad_() for t in (pre_acts, *values)]
             with torch.enable_grad():
                 acts, penalty, *second = ctx.activation(*inputs)
-            outputs = [grad @ W_dec.T, grad_penalty.expand_as(penalty)]
-            outputs += [grad_second @ W_dec.T for grad_second in seconds]
+            outputs = [grad[:, written] @ W_dec.T, grad_penalty.expand_as(penalty)]
+            outputs += [grad_second[:, written] @ W_dec.T for grad_second in seconds]
             grad_pre_acts, *more = torch.autograd.grad([acts, penalty, *second], inputs, outputs)
-            torch.mm(grad_pre_acts.T, x, out=grad_W_enc[chunk])
+            torch.mm(grad_pre_acts.T, x[:, read], out=grad_W_enc[chunk])
             grad_b_enc[chunk] = grad_pre_acts.sum(0)
-            torch.mm(acts.detach().T, grad, out=grad_W_dec[chunk])
-            if ctx.unit_rows:
-                remove_parallel_(grad_W_dec[chunk], W_dec)
+            _, grad_written = sae.written_by(chunk, grad_W_dec)
+            torch.mm(acts.detach().T, grad[:, written], out=grad_written)
+            if sae.unit_rows:
+                remove_parallel_(grad_written, W_dec)
             for whole, part in zip(grad_values, more, strict=True):
                 whole[chunk] = part
-        return None, None, None, None, *grads
+        return None, None, None, *grads
 
 
 def _chunks(
     sae: Dictionary, x: Tensor, tensors: Sequence[Tensor]
-) -> Iterator[tuple[slice, Tensor, list[Tensor]]]:
-    """Yield slices of latents, with their pre-activations and their part of each tensor."""
-    rows = x.to(sae.product_dtype)
+) -> Iterator[tuple[slice, slice, Tensor, list[Tensor]]]:
+    """Yield slices of latents, the columns they read, their pre-activations and their values."""
+    rows, (W_enc, b_enc, _, *values) = x.to(sae.product_dtype), tensors
     width = max(1, min(_CHUNK, CHUNK_BYTES // (4 * len(x))))
-    for start in range(0, len(tensors[0]), width):
-        chunk = slice(start, start + width)
-        parts = [tensor[chunk] for tensor in tensors]
-        W_enc, b_enc, *_ = parts
-        yield chunk, (rows @ W_enc.to(rows.dtype).T).to(x.dtype) + b_enc, parts
+    for chunk, read in sae.tiles(width):
+        products = rows[:, read] @ W_enc[chunk].to(rows.dtype).T
+        yield chunk, read, products.to(x.dtype) + b_enc[chunk], [value[chunk] for value in values]
 
 
 @torch.no_grad()
@@ -264,10 +264,12 @@ def set_active_share(
     """
     rows = first_rows(x, _INIT_ROWS, sae.axis)
     place = max(1, min(round((1 - share) * len(rows)), len(rows) - 1))
-    W_enc, b_enc = sae.W_enc[latents], theta[latents]
-    for start in range(0, len(W_enc), _INIT_CHUNK):
-        chunk = slice(start, start + _INIT_CHUNK)
-        products = rows @ W_enc[chunk].T
+    chosen = torch.zeros_like(theta, dtype=torch.bool)
+    chosen[latents] = True
+    for tile, read in sae.tiles(_INIT_CHUNK):
+        products = rows[:, read] @ sae.W_enc[tile][chosen[tile]].T
         below, above = (products.kthvalue(n, dim=0).values for n in (place, place + 1))
-        b_enc[chunk] -= (below + above) / 2
-    sae.b_enc[latents] = b_enc
+        middle = (below + above) / 2
+        sae.b_enc[tile] = sae.b_enc[tile].masked_scatter(
+            chosen[tile], theta[tile][chosen[tile]] - middle
+        )

@@ -69,8 +69,7 @@ class RowTopK:
             pre_acts, entries = select.entries_of(left, threshold, first, n_local)
             left = left.masked_fill(left >= threshold[:, None], NOTHING)
             if products.dtype == torch.float64:  # keys hold fp32
-                pre_acts = sae.kernels.gather_dot(products.rows, entries, sae.W_enc)
-                pre_acts = pre_acts + sae.b_enc[entries.latents]
+                pre_acts = sae.pre_acts_at(products.rows, entries)
             found.append((pre_acts.to(sae.W_enc.dtype), entries))
         return found
 

@@ -19,11 +19,13 @@ from typing import TYPE_CHECKING, Any, assert_never
 
 from dist_sae import __version__
 from dist_sae.config import Run
+from dist_sae.config.clt import CLTConfig
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.config.dictionary import CountsLatentsConfig
 from dist_sae.config.matryoshka import MatryoshkaConfig
 from dist_sae.config.sae import (
     BatchTopKConfig,
+    CLTJumpReLUConfig,
     GatedConfig,
     JumpReLUConfig,
     JumpReLUTanhConfig,
@@ -58,6 +60,8 @@ _HOOKS = {
 def architecture(sae: SaeConfig) -> str | None:
     """SAELens's name for this kind of dictionary; None if it has nothing like it."""
     match sae:
+        case RoutedConfig() | CLTConfig() | CLTJumpReLUConfig():
+            return None
         case TopKConfig():
             return "topk"
         case BatchTopKConfig() | MatryoshkaConfig() | JumpReLUConfig() | JumpReLUTanhConfig():
@@ -66,8 +70,6 @@ def architecture(sae: SaeConfig) -> str | None:
             return "standard"
         case GatedConfig():
             return "gated"
-        case RoutedConfig():
-            return None
         case _:
             assert_never(sae)
 

@@ -71,8 +71,7 @@ class Kernels(NamedTuple):
     (best [batch, k], products [batch, chunk], bias [chunk], latents [chunk]) -> [batch, k]
 
     As keys (`keys.py`): of equal pre-activations the lower latent is kept. The chunk's are its
-    products plus the bias. `latents` are the numbers of its columns, ascending, and above all that
-    came before.
+    products plus the bias. `latents` are the numbers of its columns, ascending.
     """
     combine: Callable[[Tensor, Entries, Tensor], Tensor]
     """C W: each row is a sum of rows of W, weighted with the row's coefficients.

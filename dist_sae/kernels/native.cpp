@@ -56,12 +56,12 @@ inline Floats load(const BFloat16* x) {
     return result;
 }
 
-// Whether any of kBlock sums is above a bound, or NaN.
+// Whether any of kBlock sums reaches a bound, or is NaN.
 template <typename T>
-inline bool any_above(const T* x, const float* bias, float bound) {
+inline bool any_reaches(const T* x, const float* bias, float bound) {
     const Floats bounds = bound - Floats{};
-    Flags within = load(x) + load(bias) <= bounds;
-    for (int i = kLanes; i < kBlock; i += kLanes) within &= load(x + i) + load(bias + i) <= bounds;
+    Flags within = load(x) + load(bias) < bounds;
+    for (int i = kLanes; i < kBlock; i += kLanes) within &= load(x + i) + load(bias + i) < bounds;
     int64_t flags[kLanes / 2];  // all ones where all are within
     std::memcpy(flags, &within, sizeof flags);
     int64_t all = -1;
@@ -104,7 +104,7 @@ void keep_largest(int64_t* best, const T* products, const float* bias, const int
             const T* row = products + b * C;
             std::copy(best + b * K, best + (b + 1) * K, keys.begin());
             int64_t n = K;
-            // A later latent loses against an equal value, so only what is above the bound counts.
+            // What equals the bound may be of a lower latent; its key says.
             int64_t least = *std::min_element(keys.begin(), keys.begin() + K);
             bool bounded = least != INT64_MIN;
             float bound = bounded ? value_of_key(least) : 0.0f;
@@ -115,7 +115,7 @@ void keep_largest(int64_t* best, const T* products, const float* bias, const int
                     peaks.push_back(largest(row + c, bias + c));
                 std::nth_element(peaks.begin(), peaks.begin() + K - 1, peaks.end(),
                                  std::greater<float>());
-                bound = std::nextafter(peaks[K - 1], -INFINITY);
+                bound = peaks[K - 1];
                 bounded = true;
             }
             auto cut = [&] {
@@ -129,14 +129,14 @@ void keep_largest(int64_t* best, const T* products, const float* bias, const int
             };
             auto look_at = [&](int64_t c) {
                 const float value = value_of(row[c]) + bias[c];
-                if (bounded && value <= bound) return;
+                if (bounded && value < bound) return;
                 keys[n++] = (static_cast<int64_t>(ordered(value)) << 32) |
                             (0xffffffffLL - latents[c]);
                 if (n == room) cut();
             };
             int64_t c = 0;
             for (; c + kBlock <= C; c += kBlock) {
-                if (bounded && !any_above(row + c, bias + c, bound)) continue;
+                if (bounded && !any_reaches(row + c, bias + c, bound)) continue;
                 for (int64_t i = c; i < c + kBlock; ++i) look_at(i);
                 if (!bounded && n >= 2 * K) cut();  // a bound as soon as there can be one
             }

@@ -33,6 +33,7 @@ class Block(NamedTuple):
 
     rows: slice
     latents: Int[Tensor, " chunk"]
+    """Ascending."""
     products: Float[Tensor, "rows chunk"]
     """Overwritten by the next block."""
     opens: bool
@@ -41,9 +42,11 @@ class Block(NamedTuple):
 
 def products(
     x: Float[Tensor, "batch d_in"],
-    W_enc: Float[Tensor, "n_latents d_in"],
+    W_enc: Float[Tensor, "n_latents d_read"],
     product_dtype: torch.dtype,
     among: Int[Tensor, " some"] | None = None,
+    *,
+    layers: int = 1,
 ) -> Iterator[Block]:
     """The encoder product, block by block: all rows of a chunk of latents, then the next chunk.
 
@@ -52,23 +55,31 @@ def products(
         W_enc: Encoder.
         product_dtype: Precision of the product.
         among: Latents to look at, ascending; all if None.
+        layers: Equal parts of a row; latent n reads part n % layers. A block is of one part.
     """
-    x = x.to(product_dtype)
+    parts = x.to(product_dtype).chunk(layers, dim=1)
     n = len(W_enc) if among is None else len(among)
     width = max(1, min(CHUNK_LATENTS, n))
-    height = max(1, min(CHUNK_BYTES // (width * x.element_size()), len(x)))
-    out = x.new_empty(height * width)  # fresh pages cost more than what is written to them
-    for first in range(0, n, width):
-        if among is None:
-            latents = torch.arange(first, min(first + width, n), device=x.device)
-            weights = W_enc[first : first + width].to(product_dtype)
-        else:
-            latents = among[first : first + width]
-            weights = W_enc[latents].to(product_dtype)
-        for top in range(0, len(x), height):
-            rows = slice(top, min(top + height, len(x)))
-            block = out[: (rows.stop - top) * len(weights)].view(rows.stop - top, -1)
-            yield Block(rows, latents, torch.mm(x[rows], weights.T, out=block), opens=top == 0)
+    height = max(1, min(CHUNK_BYTES // (width * product_dtype.itemsize), len(x)))
+    # fresh pages cost more than what is written to them
+    out = x.new_empty(height * width, dtype=product_dtype)
+    step = width * layers if among is None else width
+    for first in range(0, n, step):
+        stop, opens = min(first + step, n), True
+        for layer, part in enumerate(parts):
+            if among is None:
+                latents = torch.arange(first + layer, stop, layers, device=x.device)
+                weights = W_enc[first + layer : stop : layers].to(product_dtype)
+            else:
+                latents = among[first:stop]
+                latents = latents[latents % layers == layer] if layers > 1 else latents
+                weights = W_enc[latents].to(product_dtype)
+            for top in range(0, len(x) if len(latents) else 0, height):
+                rows = slice(top, min(top + height, len(x)))
+                shape = rows.stop - top, len(weights)
+                block = out[: shape[0] * shape[1]].view(shape)
+                yield Block(rows, latents, torch.mm(part[rows], weights.T, out=block), opens)
+                opens = False
 
 
 def topk_keys(

@@ -7,7 +7,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
-from dist_sae.config.data import HuggingFaceModel
+from dist_sae.config.data import HuggingFaceModel, layer_of
 from dist_sae.errors import ModelError
 from dist_sae.models.loading import (
     DTYPES,
@@ -20,7 +20,7 @@ from dist_sae.models.loading import (
     without_layers,
 )
 from dist_sae.models.sharding import choose_divider, divide, gather
-from dist_sae.models.sites import Edit, attach, blocks, layer_of, place
+from dist_sae.models.sites import Edit, attach, blocks, place
 
 logger = logging.getLogger(__name__)
 

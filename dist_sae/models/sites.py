@@ -8,6 +8,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
+from dist_sae.config.data import layer_of
 from dist_sae.errors import ModelError
 
 # paths of modules within a block, over the common architectures; the first that exists is taken
@@ -48,11 +49,6 @@ class Place(NamedTuple):
 
     module: nn.Module
     goes_in: bool
-
-
-def layer_of(site: str) -> int:
-    """Layer number in a site's name."""
-    return int(site.rpartition(".")[2])
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:

@@ -9,7 +9,6 @@ import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor, nn
-from torch.nn import functional as F
 
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.errors import ArgumentError, LatentNotFoundError
@@ -106,7 +105,7 @@ class RawDictionary(nn.Module):
     @property
     def d_in(self) -> int:
         """Width of the activations."""
-        return self.sae.W_enc.shape[1]
+        return self.sae.widths.d_in
 
     @property
     def n_latents(self) -> int:
@@ -116,7 +115,7 @@ class RawDictionary(nn.Module):
     @property
     def W_dec(self) -> Float[Tensor, "n_latents d_in"]:  # noqa: N802 - the field's names
         """Decoder, for raw activations; made anew each time: `decoder_rows` gives some rows."""
-        return self.sae.W_dec / self.scale
+        return self.sae.decoder_rows() / self.scale
 
     @property
     def b_dec(self) -> Float[Tensor, " d_in"]:
@@ -139,7 +138,7 @@ class RawDictionary(nn.Module):
         Raises:
             LatentNotFoundError: There is no such latent.
         """
-        return self.sae.W_dec[self.check_latents(latents)] / self.scale
+        return self.sae.decoder_rows(self.check_latents(latents)) / self.scale
 
     @overload
     def encode(self, x: RawRows, *, dense: Literal[False] = False) -> SparseCodes: ...
@@ -184,12 +183,11 @@ class RawDictionary(nn.Module):
             device, counts = self.sae.W_dec.device, codes.counts
             starts = (counts.cumsum(0) - counts).to(device)
             latents, acts = codes.latents.to(device), codes.acts.to(device)
-            parts = F.embedding_bag(
-                latents, self.sae.W_dec, starts, mode="sum", per_sample_weights=acts
-            )
+            entries = Entries(latents, starts, self.n_latents)
+            parts = self.sae.decode_at(acts, entries, self.sae.W_dec)
             parts = parts.view(*codes.shape[:-1], -1)
         else:
-            parts = self._tensor(codes, self.n_latents, "codes") @ self.sae.W_dec
+            parts = self._tensor(codes, self.n_latents, "codes") @ self.sae.decoder_rows()
         return (parts + self.sae.b_dec) / self.scale
 
     @torch.no_grad()

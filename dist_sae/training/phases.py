@@ -118,7 +118,8 @@ class ProductSamples:
         sae, dtype = self._sae, self._sae.product_dtype
         least, most = _SAMPLE_LATENTS
         n = min(len(sae.W_enc), max(least, min(most, int(_SAMPLED_SHARE * len(sae.W_enc)))))
-        rows, weights = x[:_SAMPLE_ROWS].to(dtype), sae.W_enc[:n].to(dtype)
+        weights = sae.W_enc[:n].to(dtype)
+        rows = x[:_SAMPLE_ROWS, : weights.shape[1]].to(dtype)  # as wide as what a latent reads
         out = torch.empty(len(rows), n, dtype=dtype, device=x.device)
         torch.mm(rows[:64], weights.T, out=out[:64])  # warm-up: map memory, load libraries
         start = self._clock.mark()

@@ -1,5 +1,6 @@
 """A dictionary that is read page by page equals the whole one in memory."""
 
+import math
 from pathlib import Path
 
 import pytest
@@ -10,6 +11,7 @@ from dist_sae.checkpoint import pages
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.checkpoint.pages import PagedDictionary
 from dist_sae.config.dictionary import DictionaryConfig
+from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.storage import open_store
 from tests.dictionaries.recipes import (
@@ -21,6 +23,7 @@ from tests.dictionaries.recipes import (
     make,
     relative_error,
     rows,
+    widths,
 )
 from tests.world import save
 
@@ -43,9 +46,11 @@ def paged(
     checkpoint: Checkpoint, config: DictionaryConfig, latents: int, dtype: torch.dtype
 ) -> PagedDictionary:
     """A dictionary with so many latents on a page."""
-    of_latent = 2 * D_IN + 3  # two weights, a bias, perhaps a threshold, and what all share
-    n_bytes = 4 * latents * of_latent * dtype.itemsize
-    return PagedDictionary(config, D_IN, checkpoint, n_bytes, dtype)  # type: ignore[arg-type]
+    with torch.device("meta"):
+        shape = build_sae(config, widths(config), dtype=dtype)  # type: ignore[arg-type]
+    n_bytes = sum(tensor.nbytes for _, tensor in shape.tensors())
+    n_bytes = 4 * latents * math.ceil(n_bytes / N_LATENTS)
+    return PagedDictionary(config, widths(config), checkpoint, n_bytes, dtype)  # type: ignore[arg-type]
 
 
 def active(sae: Dictionary | PagedDictionary, x: Tensor) -> Tensor:

@@ -7,10 +7,12 @@ from typing import get_args
 import torch
 from torch import Tensor
 
+from dist_sae.config.clt import CLTConfig
 from dist_sae.config.dictionary import DictionaryConfig
 from dist_sae.config.matryoshka import MatryoshkaConfig
 from dist_sae.config.sae import (
     BatchTopKConfig,
+    CLTJumpReLUConfig,
     GatedConfig,
     JumpReLUConfig,
     JumpReLUTanhConfig,
@@ -22,11 +24,14 @@ from dist_sae.config.sae import (
 from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.axis import WHOLE, LatentAxis
 from dist_sae.dictionaries.base import Dictionary
-from dist_sae.dictionaries.interface import LossTerms, Rows, StepContext
+from dist_sae.dictionaries.interface import LossTerms, Rows, StepContext, Widths
 from tests.dictionaries import reference
 
 D_IN, N_LATENTS, K, AUXK, BATCH = 16, 64, 5, 7, 32
 VARIANCE, PROGRESS = 11.0, 0.25
+
+LAYERS = tuple(f"resid_post.{layer}" for layer in range(4))
+"""Sites of the dictionaries that read several, a quarter of the width each."""
 
 CONFIGS: dict[str, DictionaryConfig] = {
     "topk": TopKConfig(n_latents=N_LATENTS, k=K, auxk=AUXK, auxk_coefficient=0.25),
@@ -54,6 +59,10 @@ CONFIGS: dict[str, DictionaryConfig] = {
     "jumprelu_tanh": JumpReLUTanhConfig(n_latents=N_LATENTS, pre_act=0.05, bandwidth=1.0),
     "relu": ReLUConfig(n_latents=N_LATENTS, decoder_norm=0.5),
     "gated": GatedConfig(n_latents=N_LATENTS),
+    "clt": CLTConfig(n_latents=N_LATENTS, k=K, auxk=AUXK, auxk_coefficient=0.25, reads=LAYERS),
+    "clt_jumprelu": CLTJumpReLUConfig(
+        n_latents=N_LATENTS, sparsity=0.3, initial_threshold=0.2, bandwidth=0.3, reads=LAYERS
+    ),
 }
 VARIANTS = CONFIGS | {
     "multi-topk": CONFIGS["topk"].model_copy(update={"multi_factor": 3, "multi_weight": 0.5})
@@ -67,6 +76,12 @@ assert set(KINDS) == {c.model_fields["kind"].default for c in get_args(get_args(
 )
 
 
+def widths(config: DictionaryConfig, d_in: int = D_IN) -> Widths:
+    """The sites that a dictionary reads and writes, of one width, `d_in` in all."""
+    of_sites = (d_in // len(config.reads or (None,)),) * len(config.reads or (None,))
+    return Widths(of_sites, of_sites)
+
+
 def make(
     config: DictionaryConfig,
     dtype: torch.dtype = torch.float64,
@@ -74,7 +89,13 @@ def make(
     d_in: int = D_IN,
 ) -> Dictionary:
     """The shard of a dictionary whose parameters are random but for its unit decoder rows."""
-    sae: Dictionary = build_sae(config, d_in, axis, product_dtype=dtype, dtype=dtype)  # type: ignore[arg-type]
+    sae: Dictionary = build_sae(
+        config,  # type: ignore[arg-type]
+        widths(config, d_in),
+        axis,
+        product_dtype=dtype,
+        dtype=dtype,
+    )
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
         for name, parameter in sae.named_parameters():
@@ -117,6 +138,8 @@ def oracle(sae: Dictionary, x: Tensor, now: StepContext) -> LossTerms:
         JumpReLUTanhConfig: reference.jumprelu_tanh_loss,
         ReLUConfig: reference.relu_loss,
         GatedConfig: reference.gated_loss,
+        CLTConfig: reference.clt_loss,
+        CLTJumpReLUConfig: reference.clt_jumprelu_loss,
     }
     return losses[type(sae.config)](x, dict(sae.named_parameters()), sae.config, now)
 

@@ -5,10 +5,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dist_sae.config.clt import CLTConfig
 from dist_sae.config.dictionary import CountsLatentsConfig
 from dist_sae.config.matryoshka import MatryoshkaConfig
 from dist_sae.config.sae import (
     BatchTopKConfig,
+    CLTJumpReLUConfig,
     GatedConfig,
     JumpReLUConfig,
     JumpReLUTanhConfig,
@@ -94,9 +96,15 @@ def routed_loss(x: Tensor, p: Parameters, config: RoutedConfig, step: StepContex
     return LossTerms(fvu, aux, imbalance, fvu + config.auxk_coefficient * aux + imbalance)
 
 
-def jumprelu_loss(x: Tensor, p: Parameters, config: JumpReLUConfig, step: StepContext) -> LossTerms:
+def jumprelu_loss(
+    x: Tensor,
+    p: Parameters,
+    config: JumpReLUConfig,
+    step: StepContext,
+    rms_norm: float | None = None,
+) -> LossTerms:
     """`dictionaries/recipes/jumprelu.py`."""
-    rms_norm = x.shape[1] ** 0.5
+    rms_norm = rms_norm or x.shape[1] ** 0.5
     eps = (config.bandwidth or config.least_code) * rms_norm
     z, theta = x @ p["W_enc"].T + p["b_enc"], p["theta"] * rms_norm
     acts = _JumpReLU.apply(z, theta, eps, False)  # type: ignore[no-untyped-call]
@@ -147,6 +155,35 @@ def gated_loss(x: Tensor, p: Parameters, config: GatedConfig, step: StepContext)
     l1 = gates.sum() / (len(x) * step.variance)
     sparsity = warmed_up(step.progress, config.sparsity, config.sparsity_warmup_share) * l1
     return LossTerms(fvu, by_gates, sparsity, fvu + by_gates + sparsity)
+
+
+def clt_loss(x: Tensor, p: Parameters, config: CLTConfig, step: StepContext) -> LossTerms:
+    """`dictionaries/recipes/clt.py`, with all layers in one matrix and zeros in it."""
+    k = annealed(step.progress, config.k, config.k_start, config.k_anneal_share)
+    p = across_layers(p, config.layers)
+    pre_acts = x @ p["W_enc"].T + p["b_enc"]
+    return _with_auxk(x, _batch_topk(pre_acts, k), pre_acts, p, config, step)
+
+
+def clt_jumprelu_loss(
+    x: Tensor, p: Parameters, config: CLTJumpReLUConfig, step: StepContext
+) -> LossTerms:
+    """`dictionaries/recipes/clt.py`; thresholds are in units of the norm of one layer."""
+    across = across_layers(p, config.layers)
+    return jumprelu_loss(x, across, config, step, rms_norm=p["W_enc"].shape[1] ** 0.5)
+
+
+def across_layers(p: Parameters, layers: int) -> Parameters:
+    """Weights that read and write all layers, with zeros where a latent reads or writes none."""
+    n, d_read = p["W_enc"].shape
+    d_write = len(p["b_dec"]) // layers
+    encoder, decoder = (p["W_enc"].new_zeros(n, layers, d) for d in (d_read, d_write))
+    of_group = list(p["W_dec"].reshape(n // layers, -1, d_write).unbind(1))
+    for layer in range(layers):
+        encoder[layer::layers, layer] = p["W_enc"][layer::layers]
+        for written in range(layer, layers):
+            decoder[layer::layers, written] = of_group.pop(0)
+    return {**p, "W_enc": encoder.flatten(1), "W_dec": decoder.flatten(1)}
 
 
 def _with_auxk(

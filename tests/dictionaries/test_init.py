@@ -35,9 +35,10 @@ from tests.dictionaries.recipes import (
     SHARED,
     make,
     sae_rows,
+    widths,
 )
 
-WIDENED = tuple(kind for kind in KINDS if kind != "routed")
+WIDENED = tuple(kind for kind in KINDS if kind not in ("routed", "clt", "clt_jumprelu"))
 LAYOUTS = [(1, 2), (2, 1), (2, 2), (1, 4)]  # replicas x shards
 BATCH = 24
 
@@ -96,7 +97,7 @@ def test_shards_begin_as_parts_of_the_same_dictionary(
     config = CONFIGS[kind]
 
     def initialised(axis: LatentAxis) -> dict[str, Tensor]:
-        sae: Dictionary = build_sae(config, D_IN, axis)  # type: ignore[arg-type]
+        sae: Dictionary = build_sae(config, widths(config), axis)  # type: ignore[arg-type]
         sae.initialise(sae_rows(part(axis, batch(0))), seed=5)
         return parameters(sae)
 
@@ -107,7 +108,7 @@ def test_shards_begin_as_parts_of_the_same_dictionary(
 
 def from_data(axis: LatentAxis, kind: str = "topk") -> dict[str, Tensor]:
     """64 latents from 72 rows."""
-    sae = build_sae(CONFIGS[kind], D_IN, axis)  # type: ignore[arg-type]
+    sae = build_sae(CONFIGS[kind], widths(CONFIGS[kind]), axis)  # type: ignore[arg-type]
     rows = [part(axis, batch(number)) for number in range(3)]
     sae.initialise(sae_rows(rows[0]), seed=5)
     initialise_from_data(sae, map(sae_rows, rows))
@@ -157,7 +158,7 @@ KNOWN = 24
 def widened(kind: str, axis: LatentAxis) -> dict[str, Tensor]:
     """24 known latents; 40 new ones from 48 rows."""
     narrow = make(CONFIGS[kind], torch.float32)
-    sae: Dictionary = build_sae(CONFIGS[kind], D_IN, axis)  # type: ignore[arg-type]
+    sae: Dictionary = build_sae(CONFIGS[kind], widths(CONFIGS[kind]), axis)  # type: ignore[arg-type]
     rows = [part(axis, batch(number)) for number in range(2)]
     sae.initialise(sae_rows(rows[0]), seed=5)
     with torch.no_grad():

@@ -53,7 +53,7 @@ def test_loss_and_gradients_equal_the_dense_reference(
 
 
 @pytest.mark.parametrize("sparse_below", [0.0, 1.0])
-@pytest.mark.parametrize("kind", PENALISED)
+@pytest.mark.parametrize("kind", [*PENALISED, "clt_jumprelu"])
 def test_the_sparse_and_the_dense_way_give_the_same(
     kind: str, sparse_below: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -62,7 +62,8 @@ class TreeWorld:
         self._mean = torch.linspace(5, 4, n_features)
         self._top = torch.cat([torch.arange(roots), torch.arange(in_trees, n_features)])
         self._roots, self._branching, self._depth = roots, branching, depth
-        self.d_in, self._seed, self._scale = d_in, seed, 1.0
+        self.d_in = self.widths = d_in
+        self._seed, self._scale = seed, 1.0
         x, _ = self.draw(0, 20_000)
         self._scale = float((d_in / x.square().sum(1).mean()) ** 0.5)
 

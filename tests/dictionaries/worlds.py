@@ -12,7 +12,7 @@ from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.dead import DeadLatents
 from dist_sae.dictionaries.init import initialise_from_data
-from dist_sae.dictionaries.interface import StepContext
+from dist_sae.dictionaries.interface import Rows, StepContext, Widths
 from dist_sae.dictionaries.schedules import learning_rate
 from dist_sae.kernels.choice import choose_kernels
 from tests.dictionaries.recipes import sae_rows
@@ -34,7 +34,8 @@ class World:
         for _ in range(100):  # what clipping takes away goes to the other features
             p = (p * l0 / p.sum()).clamp(max=_MAX_P)
         self.p = p
-        self.d_in, self._seed = d_in, seed
+        self.d_in = self.widths = d_in
+        self._seed = seed
         rates = -torch.log1p(-self.p)
         self._rate, self._edges = float(rates.sum()), (rates / rates.sum()).cumsum(0)
         second_moment = 1 + 0.25**2
@@ -55,11 +56,14 @@ class World:
 
 @runtime_checkable
 class Source(Protocol):
-    """A world to train in: rows scaled to E|x|^2 = d_in."""
+    """A world to train in: each site's rows are scaled to E|x|^2 = its width."""
 
-    d_in: int
+    @property
+    def widths(self) -> Widths | int: ...
 
-    def batch(self, number: int, rows: int) -> Tensor: ...
+    def batch(self, number: int, rows: int) -> Rows | Tensor:
+        """Rows; a tensor is those of an autoencoder."""
+        ...
 
 
 class Trained(NamedTuple):
@@ -83,21 +87,26 @@ def train(
     each: Callable[[int, Dictionary, DeadLatents], Any] | None = None,
 ) -> Trained:
     """Adam, warm-up, decay to zero over the last fifth; `each` is called before every step."""
+
+    def rows(number: int, n: int) -> Rows:
+        drawn = world.batch(number, n)
+        return sae_rows(drawn) if isinstance(drawn, Tensor) else drawn
+
     kernels = choose_kernels("auto", torch.device("cpu"))
-    sae: Dictionary = build_sae(config, world.d_in, kernels=kernels)  # type: ignore[arg-type]
-    first = world.batch(0, max(batch, 4096))
-    sae.initialise(sae_rows(first), seed)
+    sae: Dictionary = build_sae(config, world.widths, kernels=kernels)  # type: ignore[arg-type]
+    variance = float(sae.widths.d_out)
+    sae.initialise(rows(0, max(batch, 4096)), seed)
     if config.init_rows:
-        initialise_from_data(sae, [sae_rows(world.batch(0, config.init_rows))])
+        initialise_from_data(sae, [rows(0, config.init_rows)])
     optimizer = torch.optim.Adam(sae.parameters(), lr=lr, betas=betas, eps=6.25e-10, fused=True)
     dead = DeadLatents(config.n_latents, config.dead_after_rows or 10_000_000)
     fvu, l0 = [], []
     for step in range(steps):
         if each is not None:
             each(step, sae, dead)
-        x = world.batch(1 + step, batch)
-        now = StepContext(float(world.d_in), dead.mask, dead.count, progress=step / steps)
-        output = sae.objective(sae_rows(x), now)
+        x = rows(1 + step, batch)
+        now = StepContext(variance, dead.mask, dead.count, progress=step / steps)
+        output = sae.objective(x, now)
         output.terms.total.backward()  # type: ignore[no-untyped-call]
         if clip is not None:
             torch.nn.utils.clip_grad_norm_(sae.parameters(), clip)
@@ -109,7 +118,7 @@ def train(
         sae.constrain()
         dead.update(output.fired, batch)
         if dead.n_stuck:
-            sae.revive(dead.stuck, x, output.error)
+            sae.revive(dead.stuck, x.inputs, output.error)
         fvu.append(float(output.terms.fvu.detach()))
         l0.append(float(output.active) / batch)
     return Trained(sae, dead, fvu, l0)

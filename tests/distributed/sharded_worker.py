@@ -6,9 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import TypeAdapter
 from torch import Tensor
 
 from dist_sae.config import Run, load_run
+from dist_sae.config.sae import SaeConfig
 from dist_sae.dictionaries.dead import DeadLatents
 from dist_sae.dictionaries.ema import WeightAverage
 from dist_sae.dictionaries.interface import StepContext
@@ -17,13 +19,14 @@ from dist_sae.distributed.mesh import Mesh, join_mesh
 from dist_sae.distributed.rendezvous import rendezvous
 from dist_sae.kernels import Entries
 from dist_sae.kernels.choice import choose_kernels
-from tests.dictionaries.recipes import D_IN, make, sae_rows
+from tests.dictionaries.recipes import D_IN, LAYERS, make, sae_rows
 from tests.runs import write_run
 
 N_LATENTS, BATCH, DEAD_AFTER = 64, 32, 48
 # at 3e-3 rounding alone grows in the others to 1.2e-6 of the loss within 106 steps
-LR = dict.fromkeys(("topk", "multi-topk", "batchtopk", "matryoshka"), 3e-3)
+LR = dict.fromkeys(("topk", "multi-topk", "batchtopk", "matryoshka", "clt"), 3e-3)
 LR |= dict.fromkeys(("routed", "relu", "jumprelu", "to_target", "jumprelu_tanh", "gated"), 1e-3)
+LR["clt_jumprelu"] = 1e-3
 RECIPES: dict[str, dict[str, Any]] = {
     "topk": {"k": 4, "auxk": 8, "auxk_coefficient": 0.25},
     "batchtopk": {"k": 4, "auxk": 8, "auxk_coefficient": 0.25},
@@ -35,6 +38,8 @@ RECIPES: dict[str, dict[str, Any]] = {
     "jumprelu_tanh": {"pre_act": 0.01},
     "relu": {"initial_l0": 32},  # half of all: computed densely on every shard
     "gated": {"sparsity": 2.0},
+    "clt": {"k": 4, "auxk": 8, "auxk_coefficient": 0.25, "reads": LAYERS},
+    "clt_jumprelu": {"sparsity": 0.02, "initial_threshold": 0.2, "bandwidth": 0.2, "reads": LAYERS},
 }
 
 
@@ -83,12 +88,13 @@ def trained(spec: dict[str, Any], kind: str, precision: str, mesh: Mesh) -> dict
     run: Run = load_run(
         write_run(
             folder,
-            sae={"kind": kind, "n_latents": N_LATENTS, "dead_after_rows": DEAD_AFTER}
-            | RECIPES[kind],
             train={"batch_rows": BATCH, "deepspeed": spec["deepspeed"]},
             processes={"trainers": spec["world"], "latent_shards": spec["shards"]},
         )
     )
+    config = {"kind": kind, "n_latents": N_LATENTS, "dead_after_rows": DEAD_AFTER} | RECIPES[kind]
+    sae_config: SaeConfig = TypeAdapter(SaeConfig).validate_python(config)
+    run = run.model_copy(update={"sae": sae_config})  # its sites need not be there
     sae = make(run.sae, dtype, mesh.axis)
     if precision == "bf16":
         sae.product_dtype = torch.bfloat16
@@ -119,14 +125,17 @@ def trained(spec: dict[str, Any], kind: str, precision: str, mesh: Mesh) -> dict
         average.update(sae_rows(batch[own]), number / len(batches))
         n_rows = BATCH // mesh.axis.replicas  # AuxK's entries are of as many rows after these
         first_row = mesh.axis.replica * n_rows
+        # with layers a latent has (layers + 1) / 2 vectors, and each row as many as it has layers
+        n_vectors, first_vector = ((sae.layers + 1) * n // 2 for n in (N_LATENTS, sae.first_latent))
         steps.append(
             {
                 "terms": [float(t) for t in output.terms],
                 "norm": norm,
                 "selected": [
                     # rows come to experts in the order of these
-                    (0 if kind == "routed" else row * N_LATENTS) + latents + sae.first_latent
-                    for rows, latents in watch.seen
+                    (0 if kind == "routed" else row * n_vectors) + vectors + first_vector
+                    for places, vectors in watch.seen
+                    for rows in [places // sae.layers]
                     for row in [rows // n_rows * BATCH + rows % n_rows + first_row]
                 ],
                 "dead": dead.mask,

@@ -65,9 +65,7 @@ class Gated(Penalised):
             return acts, gates, gates
 
         shut = torch.zeros_like(self.b_enc)
-        out = encode_decode(
-            self, inputs, activation, shut, self.r_mag.exp(), self.offsets, unit_rows=True
-        )
+        out = encode_decode(self, inputs, activation, shut, self.r_mag.exp(), self.offsets)
         config, scale = self.config, len(inputs) * context.variance
         coefficient = warmed_up(context.progress, config.sparsity, config.sparsity_warmup_share)
         found = self.output(rows, context, out, coefficient * out.penalty / scale)

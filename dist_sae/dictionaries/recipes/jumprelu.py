@@ -53,7 +53,8 @@ class JumpReLU(Penalised):
         self, config: JumpReLUConfig, widths: Widths | int, *place: Any, **precision: Any
     ) -> None:
         super().__init__(config, widths, *place, **precision)
-        self.rms_norm = math.sqrt(self.widths.d_in)  # root mean square norm of scaled rows
+        # root mean square norm of what a latent reads of scaled rows
+        self.rms_norm = math.sqrt(self.W_enc.shape[1])
         self.bandwidth = (config.bandwidth or config.least_code) * self.rms_norm
         theta = nn.Parameter(torch.zeros_like(self.b_enc))
         self.add_tensor("theta", theta, per_latent=True)
@@ -68,9 +69,7 @@ class JumpReLU(Penalised):
         def activation(pre_acts: Tensor, theta: Tensor) -> tuple[Tensor, Tensor]:
             return jump_relu(pre_acts, theta, eps), jump(pre_acts, theta, eps)
 
-        out = encode_decode(
-            self, inputs, activation, (theta - eps / 2).detach(), theta, unit_rows=True
-        )
+        out = encode_decode(self, inputs, activation, (theta - eps / 2).detach(), theta)
         penalty = self.sparsity(out.penalty / len(inputs), context.progress)
         return self.output(rows, context, out, penalty)
 
@@ -100,7 +99,8 @@ class JumpReLU(Penalised):
             parameter.mul_(factor)
 
     def constrain(self) -> None:
-        normalise_rows_(self.W_dec)
+        if self.unit_rows:
+            normalise_rows_(self.W_dec)
         with torch.no_grad():
             self.theta.clamp_(min=0)
 

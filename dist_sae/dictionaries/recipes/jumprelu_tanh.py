@@ -39,6 +39,7 @@ class JumpReLUTanh(Penalised):
     """Learns a threshold per latent, against a tanh penalty on the codes."""
 
     config: JumpReLUTanhConfig
+    unit_rows = False
     theta: nn.Parameter
 
     def __init__(
@@ -68,9 +69,7 @@ class JumpReLUTanh(Penalised):
             return acts, penalty + config.pre_act * norms * (pre_acts - theta).relu()
 
         bound = (theta - eps / 2).detach()
-        out = encode_decode(
-            self, inputs, activation, bound, theta, norms, unit_rows=False, W_enc=W_enc, W_dec=W_dec
-        )
+        out = encode_decode(self, inputs, activation, bound, theta, norms, W_enc=W_enc, W_dec=W_dec)
         shortfall = len(inputs) * (theta - self.b_enc) - sums
         penalty = out.penalty + config.pre_act * (norms * shortfall).sum()
         return self.output(rows, context, out, penalty / (len(inputs) * context.variance))

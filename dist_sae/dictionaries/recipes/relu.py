@@ -23,6 +23,7 @@ class ReLU(Penalised):
     """Keeps positive pre-activations; codes are penalised."""
 
     config: ReLUConfig
+    unit_rows = False
 
     def thresholds_in(self, dtype: torch.dtype) -> Float[Tensor, " n_local"]:
         return torch.zeros_like(self.b_enc, dtype=dtype)
@@ -36,9 +37,7 @@ class ReLU(Penalised):
             return acts, acts * norms
 
         W_dec, norms = autograd.with_norms(self.W_dec)
-        out = encode_decode(
-            self, inputs, activation, self.thresholds, norms, unit_rows=False, W_dec=W_dec
-        )
+        out = encode_decode(self, inputs, activation, self.thresholds, norms, W_dec=W_dec)
         coefficient = warmed_up(context.progress, config.sparsity, config.sparsity_warmup_share)
         scale = len(inputs) * context.variance
         return self.output(rows, context, out, coefficient * out.penalty / scale)

@@ -1,0 +1,67 @@
+"""Sections of cross-layer transcoders."""
+
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
+from typing import Any, Literal, Self
+
+from pydantic import model_validator
+
+from dist_sae.config.data import layer_of
+from dist_sae.config.dictionary import DictionaryConfig, KeepsThresholdConfig
+
+
+class CrossLayerConfig(DictionaryConfig):
+    """Settings of cross-layer transcoders, whose latents read a layer and write it and later ones.
+
+    `reads` and `writes` name a site for each layer, in the order of the layers. With the same sites
+    in both, of the residual stream say, this is a weakly causal crosscoder.
+    """
+
+    init: Literal["random"] = "random"
+    """Initial directions of the encoder; the decoder starts at 0."""
+
+    def sites_problem(self, reads: Sequence[str], writes: Sequence[str]) -> str | None:
+        if len(reads) != len(writes):
+            return f"{len(reads)} sites are read and {len(writes)} written; name as many"
+        for sites in (reads, writes):
+            if any(layer_of(one) >= layer_of(other) for one, other in pairwise(sites)):
+                return f"{', '.join(sites)}: name each layer once, in the order of the layers"
+        return None
+
+    @property
+    def layers(self) -> int:
+        """Layers that are read; latent n reads layer n % layers."""
+        return len(self.reads or (None,))
+
+    @property
+    def together(self) -> int:
+        return self.layers
+
+    def shards_problem(self, shards: int) -> tuple[str, str] | None:
+        if self.divides_over(shards):
+            return None
+        return (
+            "n_latents",
+            f"{self.n_latents} is not a multiple of processes.latent_shards ({shards}) times the "
+            f"number of sae.reads ({self.layers}): a shard holds as many latents of each",
+        )
+
+    def parent_problem(self, parent: Mapping[str, Any]) -> str | None:
+        if parent["n_latents"] == self.n_latents:
+            return None
+        return "kind: cross-layer transcoders cannot be widened; train from scratch"
+
+    @model_validator(mode="after")
+    def _latents_fit(self) -> Self:
+        if self.n_latents % self.layers:
+            raise ValueError(
+                f"n_latents ({self.n_latents}) is not a multiple of the number of reads "
+                f"({self.layers})"
+            )
+        return self
+
+
+class CLTConfig(CrossLayerConfig, KeepsThresholdConfig):
+    """Cross-layer transcoder with BatchTopK (Anthropic, March 2025; arXiv:2412.06410)."""
+
+    kind: Literal["clt"] = "clt"
