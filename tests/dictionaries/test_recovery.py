@@ -177,27 +177,24 @@ def test_penalised_recipes_learn_a_world_of_trees(
     assert 3 <= found.l0 <= 10
 
 
-def absorptions(steps: int) -> dict[str, float]:
-    """20 features with four children each, 3.9 of 100 at a time, k = 3; the prefix may hold 20."""
+@pytest.mark.system
+def test_prefixes_keep_parents_from_being_absorbed_by_their_children() -> None:
+    """20 features with four children each, 3.9 of 100 at a time, k = 3; a prefix may hold the 20.
+
+    When this was written parents lost .247 of their recall where a child fired, with a prefix .027.
+    Without its error in the loss .247 again: that is what does it.
+    """
     world = TreeWorld(64, 100, roots=20, depth=1)
     settings: dict[str, Any] = {"n_latents": 100, "k": 3, "auxk": 8, "dead_after_rows": WINDOW}
-    recipes: dict[str, DictionaryConfig] = {
-        "batchtopk": BatchTopKConfig(**settings),
-        "matryoshka": MatryoshkaConfig(**settings, prefixes=(20,)),
-        "weight 0": MatryoshkaConfig(**settings, prefixes=(20,), prefix_weights=(0, 1)),
-    }
-    return {
-        name: absorption(world, train(world, config, steps=steps, batch=512, lr=5e-3).sae, 20)
-        for name, config in recipes.items()
-    }
 
+    def lost(config: DictionaryConfig) -> float:
+        return absorption(world, train(world, config, steps=150, batch=256, lr=5e-3).sae, 20)
 
-@pytest.mark.system
-def test_prefixes_keep_parents_from_being_absorbed() -> None:
-    """Not so without the prefix's error in the loss: that is what does it."""
-    found = absorptions(steps=300)
-    assert found["matryoshka"] < 0.5 * found["batchtopk"]
-    assert found["weight 0"] > 0.2
+    batchtopk = lost(BatchTopKConfig(**settings))
+    assert batchtopk > 0.15
+    assert lost(MatryoshkaConfig(**settings, prefixes=(20,))) < 0.4 * batchtopk
+    ignored = MatryoshkaConfig(**settings, prefixes=(20,), prefix_weights=(0, 1))
+    assert lost(ignored) > 0.7 * batchtopk
 
 
 @pytest.fixture(scope="module")
