@@ -110,6 +110,13 @@ class ObjectStore(Protocol):
         """List the keys of `entries`."""
         ...
 
+    def folders(self, prefix: str) -> list[str]:
+        """Names of the folders right below `prefix`, which ends with a slash or is empty; sorted.
+
+        What is in them is not listed.
+        """
+        ...
+
     def delete(self, key: str) -> None:
         """Remove an object, if it exists."""
         ...

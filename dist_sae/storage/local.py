@@ -98,6 +98,15 @@ class LocalStore:
             now = now or self._now()
             yield Entry(key, there.st_size, max(0.0, now - there.st_mtime))
 
+    def folders(self, prefix: str) -> list[str]:
+        with self._errors(prefix or None):
+            try:
+                with os.scandir(self.root / prefix) as found:
+                    names = [entry.name for entry in found if entry.is_dir()]
+            except FileNotFoundError:
+                return []
+        return sorted(name for name in names if not _is_system_folder(name))
+
     def delete(self, key: str) -> None:
         path = self.root / key
         with self._errors(key), suppress(FileNotFoundError):

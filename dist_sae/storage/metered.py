@@ -64,6 +64,10 @@ class MeteredStore:
             found = list(self._store.keys(prefix))
         yield from found
 
+    def folders(self, prefix: str) -> list[str]:
+        with self._timed("list"):
+            return self._store.folders(prefix)
+
     def delete(self, key: str) -> None:
         with self._timed("delete"):
             self._store.delete(key)

@@ -36,12 +36,20 @@ def seal(record: Record) -> bytes:
     return _canonical({**content, _SEAL: _digest(content)})
 
 
-def unseal(model: type[Some], data: bytes, store: ObjectStore, key: str) -> Some:
+def unseal(model: type[Some], data: bytes, store: ObjectStore, key: str, remedy: str = "") -> Some:
     """Parse the bytes that `seal` wrote.
+
+    Args:
+        model: Their kind.
+        data: The bytes.
+        store: Where they are from, for messages.
+        key: Their key.
+        remedy: What a user can do about a damaged object.
 
     Raises:
         CorruptObjectError: The bytes are damaged, or their schema version is unknown.
     """
+    then = remedy and f"; {remedy}"
     try:
         content = json.loads(data)
         known = model.model_fields["schema_version"].default
@@ -53,15 +61,21 @@ def unseal(model: type[Some], data: bytes, store: ObjectStore, key: str) -> Some
                 key=key,
             )
         if content.pop(_SEAL) != _digest(content):
-            raise CorruptObjectError("does not match its checksum", url=store.url, key=key)
+            raise CorruptObjectError(f"does not match its checksum{then}", url=store.url, key=key)
         return model.model_validate(content)
     except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as exc:
         reason = (str(exc) or type(exc).__name__).splitlines()[0]
-        raise CorruptObjectError(f"is damaged: {reason}", url=store.url, key=key) from exc
+        raise CorruptObjectError(f"is damaged: {reason}{then}", url=store.url, key=key) from exc
 
 
-def read_record(model: type[Some], store: ObjectStore, key: str) -> Some:
+def read_record(model: type[Some], store: ObjectStore, key: str, remedy: str = "") -> Some:
     """Read a record, and read it again if it arrives damaged.
+
+    Args:
+        model: Its kind.
+        store: Where it is.
+        key: Its key.
+        remedy: What a user can do about a damaged one.
 
     Raises:
         ObjectNotFoundError: There is no object under the key.
@@ -69,10 +83,10 @@ def read_record(model: type[Some], store: ObjectStore, key: str) -> Some:
     """
     for _ in range(READS - 1):
         try:
-            return unseal(model, store.get(key), store, key)
+            return unseal(model, store.get(key), store, key, remedy)
         except CorruptObjectError as exc:
             logger.warning("%s; reading it again", exc)
-    return unseal(model, store.get(key), store, key)
+    return unseal(model, store.get(key), store, key, remedy)
 
 
 def _digest(content: dict[str, Any]) -> str:

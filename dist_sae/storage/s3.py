@@ -171,27 +171,42 @@ class S3Store:
             return None
 
     def entries(self, prefix: str = "") -> Iterator[Entry]:
-        token: dict[str, str] = {}
-        while True:
-            page = self._patiently(prefix or None, partial(self._list, prefix, token))
+        for page in self._pages(prefix):
             now = _clock(page)
             for entry in page.get("Contents", ()):
                 age = (now - entry["LastModified"]).total_seconds()
                 yield Entry(entry["Key"][len(self._prefix) :], entry["Size"], max(0.0, age))
-            if not page["IsTruncated"]:
-                return
-            token = {"ContinuationToken": page["NextContinuationToken"]}
 
     def keys(self, prefix: str = "") -> Iterator[str]:
         for entry in self.entries(prefix):
             yield entry.key
 
+    def folders(self, prefix: str) -> list[str]:
+        found = {
+            common["Prefix"][len(self._prefix) + len(prefix) :].rstrip("/")
+            for page in self._pages(prefix, Delimiter="/")
+            for common in page.get("CommonPrefixes", ())
+        }
+        return sorted(found)
+
     def delete(self, key: str) -> None:
         self._patiently(key, lambda: self.client.delete_object(**self._where(key)))
 
-    def _list(self, prefix: str, token: Mapping[str, str]) -> Any:
+    def _pages(self, prefix: str, **options: str) -> Iterator[Any]:
+        """Yield the pages of a listing."""
+        token: dict[str, str] = {}
+        while True:
+            page = self._patiently(
+                prefix or None, partial(self._list, prefix, {**options, **token})
+            )
+            yield page
+            if not page["IsTruncated"]:
+                return
+            token = {"ContinuationToken": page["NextContinuationToken"]}
+
+    def _list(self, prefix: str, options: Mapping[str, str]) -> Any:
         page = self.client.list_objects_v2(
-            Bucket=self._bucket, Prefix=self._prefix + prefix, **token
+            Bucket=self._bucket, Prefix=self._prefix + prefix, **options
         )
         if "IsTruncated" not in page:  # boto takes an empty body for an empty list
             raise UnavailableError(_CUT, url=self.url, key=prefix or None)

@@ -189,6 +189,14 @@ def test_keys_are_sorted_and_filtered_by_prefix(kind: str, store: ObjectStore) -
     assert list(store.keys("none/at/all")) == []
 
 
+def test_folders_are_listed_without_what_is_in_them(store: ObjectStore) -> None:
+    for key in ("a/x", "a/y/z", "a-b/x", "b", "c/d/e", "c/f", "c0"):
+        store.put(key, b"")
+    assert store.folders("") == ["a", "a-b", "c"]
+    assert store.folders("c/") == ["d"]
+    assert store.folders("a/y/") == store.folders("none/at/all/") == []
+
+
 def test_deleted_object_is_gone_and_its_neighbours_are_not(store: ObjectStore) -> None:
     store.put("folder/a", b"")
     store.put("folder/b", b"")
