@@ -11,6 +11,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from dist_sae import logs
 from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.data.activation_set import ActivationSet
@@ -71,8 +72,16 @@ def cross_entropies(
     exclude = run.activations.exclude
     centre = mean / scale
 
-    def losses(replace: Callable[[Tensor], Tensor] | None) -> list[float]:
-        """Loss of each context, summed over its tokens, in nats."""
+    progress = logs.PacedProgress("losses")
+    contexts = sum(len(batch.tokens) for batch in batches)
+
+    def losses(turn: int, replace: Callable[[Tensor], Tensor] | None) -> list[float]:
+        """Loss of each context, summed over its tokens, in nats.
+
+        Args:
+            turn: Turns over the contexts before this one, of four in all.
+            replace: Gives the rows in place of the admitted ones; None keeps these.
+        """
         sums: list[float] = []
         for batch, counts in zip(batches, predicted, strict=True):
             keep = admitted(batch, tokenizer.special, exclude, Counter())
@@ -81,6 +90,7 @@ def cross_entropies(
             edit = _edit(keep, replace, exclude.over_norm) if replace else None
             each = spliced.losses(batch.tokens, batch.mask, edit)
             sums += each.double().where(counts, 0.0).sum(1).tolist()
+            progress(turn * contexts + len(sums), 4 * contexts)
         if not all(map(math.isfinite, sums)):
             raise NonFiniteError(f"model.path {model.path}: a loss is NaN or infinite")
         return sums
@@ -99,18 +109,19 @@ def cross_entropies(
         "cross-entropy",
         of,
         lambda: {
-            "clean": losses(None),
-            "zero": losses(torch.zeros_like),
-            "mean": losses(lambda rows: centre.expand(rows.shape)),
+            "clean": losses(0, None),
+            "zero": losses(1, torch.zeros_like),
+            "mean": losses(2, lambda rows: centre.expand(rows.shape)),
         },
         mesh,
     )
     sums = {
         "clean": without["clean"],
-        "spliced": losses(lambda rows: sae.infer(rows * scale).x_hat / scale),
+        "spliced": losses(3, lambda rows: sae.infer(rows * scale).x_hat / scale),
         "zero": without["zero"],
         "mean": without["mean"],
     }
+    logs.progress("losses", 4 * contexts, 4 * contexts)
     numbers = _numbers(*(sum(values) for values in sums.values()), tokens=int(tokens.sum()))
     if math.isnan(numbers["ce_recovered"]) or math.isnan(numbers["ce_recovered_mean"]):
         reason = f"ablation of {run.site} changes no prediction in {int(tokens.sum())} tokens"

@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Int
 from torch import Tensor
 
-from dist_sae import __version__
+from dist_sae import __version__, logs
 from dist_sae.checkpoint.layout import Checkpoint
 from dist_sae.checkpoint.lineage import Lineage
 from dist_sae.checkpoint.pages import PagedDictionary
@@ -143,11 +143,14 @@ def _measure(
     own, pages, normaliser = trained.run, trained.pages, trained.normalisers.one
     scale, mean = normaliser.scale, normaliser.mean.float()
     plan = activations.plan
-    fit = Fit.empty(own.sae.n_latents)
+    fit, progress = Fit.empty(own.sae.n_latents), logs.PacedProgress("evaluate")
+    there = min(run.evaluate.rows, sum(plan.rows_of_units[unit] for unit in plan.heldout_units))
     blocks = activations.heldout_rows(run.evaluate.rows)
     for acts in pages.grouped(block[own.site] for block in blocks):
         x = acts * scale
         fit = fit.add(x, pages.infer(x), mean)
+        progress(fit.rows, max(there, fit.rows))
+    logs.progress("evaluate", fit.rows, fit.rows)
     components = min(max(1, round(fit.l0)), len(mean))
     made = mesh.of_first(lambda: produced(activations.store, plan))
     pca = partial(pca_fvu, activations.at(own.site), mean / scale, run.evaluate.rows, components)

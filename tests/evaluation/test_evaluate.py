@@ -12,6 +12,7 @@ import pytest
 import torch
 import transformers
 
+from dist_sae import logs
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.checkpoint.pages import PagedDictionary
 from dist_sae.checkpoint.state import IDLE_ROWS
@@ -151,6 +152,17 @@ def test_what_no_dictionary_changes_is_computed_once(run: Run, passes: list[int]
 
 def without_times(result: dict[str, Any]) -> dict[str, Any]:
     return {name: value for name, value in result.items() if name != "evaluate_seconds"}
+
+
+def test_progress_is_told_to_the_last_row_and_context(
+    run: Run, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv(logs.SUPERVISED, "1")
+    result = evaluate(run)
+    told = [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+    last = {record["role"]: (record["done"], record["total"]) for record in told}
+    assert last == {"evaluate": (result["rows"], result["rows"]), "losses": (48, 48)}
+    assert all(record["done"] <= record["total"] for record in told)
 
 
 def test_cross_entropies_are_those_of_the_plain_model(run: Run) -> None:
