@@ -11,12 +11,22 @@ def add(commands: shared.Commands) -> None:
     """Add the command."""
     parser = shared.add_command(commands, "evaluate", main, "measure a checkpoint on held-out data")
     shared.add_step(parser)
+    shared.add_ranks(parser)
     shared.add_wait(parser, "the last checkpoint and its index, if the run makes one")
 
 
-def main(options: argparse.Namespace) -> None:
-    """Evaluate, as one process or as the rank that RANK and WORLD_SIZE name; print the numbers."""
+def main(options: argparse.Namespace) -> int | None:
+    """Evaluate, as one process, as the rank that RANK and WORLD_SIZE name, or as their parent."""
     run = shared.load(options)
+    if options.local_ranks > 1:
+        from dist_sae.distributed.local_ranks import rank_environments
+
+        step = ["--step", str(options.step)] if options.step is not None else []
+        as_json = ["--json"] if options.json else []
+        environments = rank_environments(options.local_ranks, options.local_ranks)
+        arguments = ["evaluate", *step, *as_json]
+        stopping = signals.stop_event()
+        return shared.run_local_ranks(options, run, arguments, environments, stopping)
     from dist_sae.evaluation.evaluate import evaluate
     from dist_sae.evaluation.together import evaluate_together
 
@@ -37,3 +47,4 @@ def main(options: argparse.Namespace) -> None:
             result = evaluate_together(run, world, telemetry, options.step)
     if shared.rank() == 0:
         shared.print_result(options, result)
+    return None

@@ -4,7 +4,7 @@
     producer    one pod is one producer: all `model.tensor_parallel` ranks of it
     trainer     `cluster.trainer.ranks` ranks; pod 0 holds the rendezvous
     index       one pod is one worker: all `index.latent_shards` ranks of it
-    reporter    evaluate, export, report, one after the other
+    reporter    evaluate (with several ranks, where these are needed), export, report, in turn
 
 They meet the restricted pod security standard: no root, no privileges, a read-only root file
 system. Caches are in /scratch, which is deleted with the pod.
@@ -47,7 +47,19 @@ def n_ranks(run: Run, part: Part) -> int:
         "producer": run.tensor_parallel,
         "trainer": run.cluster.trainer.ranks,
         "index": run.index.latent_shards,
+        "reporter": _evaluation_ranks(run),
     }.get(part, 1)
+
+
+def _evaluation_ranks(run: Run) -> int:
+    """Ranks that evaluate: as many as share the language model, or one for each GPU.
+
+    One alone where GPUs are too few, or the latents cannot be divided among them.
+    """
+    gpus = run.cluster.reporter.gpus if run.cluster.reporter else 0
+    ranks = run.tensor_parallel if run.tensor_parallel > 1 else max(1, gpus)
+    too_few = 0 < gpus < ranks
+    return 1 if too_few or not run.sae.divides_over(ranks) else ranks
 
 
 def pods_of(run: Run, part: Part) -> PodsConfig:
@@ -105,8 +117,10 @@ def _containers(run: Run, part: Part) -> list[Object]:
         case "reporter":
             export = [] if sae_lens.architecture(run.sae) is None else ["export"]
             programs = ["evaluate", *export, "report"]
+            ranks = n_ranks(run, part)
+            together = {"evaluate": ["--local-ranks", str(ranks)]} if ranks > 1 else {}
             return [
-                _container(run, part, name, [program, RUN_FILE])
+                _container(run, part, name, [program, RUN_FILE, *together.get(program, [])])
                 for program, name in zip(programs, [*programs[:-1], "main"], strict=True)
             ]
 
@@ -123,7 +137,7 @@ def _container(run: Run, part: Part, name: str, arguments: list[str]) -> Object:
         "image": cluster.image,
         "imagePullPolicy": cluster.pull_policy,
         "args": [*arguments, "--wait"] if waits else arguments,
-        "env": _environment(run, part),
+        "env": _environment(run, part, n_ranks(run, part) if "--local-ranks" in arguments else 1),
         "envFrom": [{"configMapRef": {"name": name}} for name in cluster.config_maps]
         + [{"secretRef": {"name": name}} for name in cluster.secrets],
         "resources": {
@@ -166,11 +180,11 @@ def _serving(run: Run, container: Object) -> Object:
     }
 
 
-def _environment(run: Run, part: Part) -> list[Object]:
+def _environment(run: Run, part: Part, ranks: int) -> list[Object]:
     pods, processes = pods_of(run, part), run.processes
     values = {
         "HOME": f"{SCRATCH}/home",  # caches of model files and compiled kernels
-        "OMP_NUM_THREADS": str(processes.threads or max(1, int(pods.cpus) // n_ranks(run, part))),
+        "OMP_NUM_THREADS": str(processes.threads or max(1, int(pods.cpus) // ranks)),
     }
     if part == "trainer":
         values |= {

@@ -116,6 +116,14 @@ def test_two_ranks_measure_what_one_does(tmp_path: Path, case: str) -> None:
         assert found[name] == wanted, name
 
 
+def test_one_command_starts_all_ranks_of_a_pod(tmp_path: Path) -> None:
+    path = prepare(tmp_path, "whole models")
+    found = json.loads(run_program("evaluate", str(path), "--json", "--local-ranks", "2"))
+    run = load_run(path)
+    assert found == json.loads((Path(run.store.runs) / run.name / "evaluation.json").read_text())
+    assert found["rows"] > 0
+
+
 def test_ranks_that_cannot_share_the_latents_are_an_error(tmp_path: Path) -> None:
     path = write_run(tmp_path, sae={"n_latents": 63})
     assert [code for code, _, _ in evaluate_on_two(path)] == [2, 2]

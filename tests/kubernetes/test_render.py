@@ -214,6 +214,34 @@ def test_a_pod_of_the_index_is_one_worker() -> None:
     assert container["ports"][0]["name"] == "metrics"
 
 
+MODEL = "model={kind: huggingface, path: m, tensor_parallel: 2}"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "ranks"),
+    [
+        ((), 1),
+        (("cluster.reporter.gpus=1",), 1),
+        (("cluster.reporter.gpus=4",), 4),  # each has its latents
+        ((MODEL,), 2),
+        ((MODEL, "cluster.reporter.gpus=2", "cluster.producer.gpus=2"), 2),
+        ((MODEL, "cluster.reporter.gpus=1"), 1),  # two cannot share it
+        (("cluster.reporter.gpus=3",), 1),  # of 256 latents
+    ],
+)
+def test_the_reporter_evaluates_by_the_ranks_of_the_model_or_of_its_gpus(
+    overrides: tuple[str, ...], ranks: int
+) -> None:
+    pod = pod_of(load(*overrides, "cluster.reporter.cpus=8"), "reporter")
+    evaluate, export, report = [*pod["initContainers"], *pod["containers"]]
+    together = ["--local-ranks", str(ranks)] if ranks > 1 else []
+    assert evaluate["args"] == ["evaluate", "/etc/dist-sae/run.yaml", *together]
+    assert environment(evaluate)["OMP_NUM_THREADS"] == str(8 // ranks)
+    for other in (export, report):
+        assert len(other["args"]) == 2
+        assert environment(other)["OMP_NUM_THREADS"] == "8"
+
+
 def test_a_run_without_index_has_no_pods_for_it() -> None:
     jobs = jobset_of(load("index.workers=0"))["spec"]["replicatedJobs"]
     after = {job["name"]: job.get("dependsOn") for job in jobs}
