@@ -153,6 +153,27 @@ class PagedDictionary:
             yield joined[:n]
 
     @torch.no_grad()
+    def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
+        """Codes of a few rows, as of the whole dictionary: see `Dictionary.encode`. Not for ranks.
+
+        One turn over the pages, which reads the encoder alone.
+        """
+        if self._in_memory is not None:
+            return self._in_memory.encode(x.to(self._device))
+        if self._row_limit:
+            return self._largest(x, self._row_limit).codes(slice(None), range(self.n_latents))
+        found = []
+        for page in self._pages(self._decoder):
+            for rows in _slices(x, self._slice_rows):
+                acts, latents, starts = page.encode(x[rows])
+                places = Entries(latents, starts, self._page_latents).rows + rows.start
+                found.append(select.Candidates(acts, places, latents + page.first_latent))
+        acts, places, latents = select.by_row(
+            select.Candidates(*map(torch.cat, zip(*found, strict=True)))
+        )
+        return Codes(acts, latents, select.starts_of(places, len(x)))
+
+    @torch.no_grad()
     def infer(self, x: Float[Tensor, "batch d_in"]) -> Inferred:
         """Reconstructions and firings, as of the whole dictionary: see `Dictionary.infer`."""
         if self._in_memory is not None:

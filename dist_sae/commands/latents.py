@@ -39,7 +39,7 @@ def main(options: argparse.Namespace) -> None:
 
         runs = open_store(run.store.runs, run.store.s3)
         step = Index(runs, run.name, options.index).manifest.step if options.index else None
-        found = OpenedRun(run).dictionary(step).active_on(options.text)
+        found = OpenedRun(run).active_on(options.text, step=step)
         shared.print_lines(options, [each._asdict() for each in found], text_lines(found))
         return
     from dist_sae.report.terminal import Explorer, Style

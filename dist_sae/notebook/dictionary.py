@@ -11,6 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor, nn
 
 from dist_sae.dictionaries.base import Dictionary
+from dist_sae.dictionaries.interface import Codes
 from dist_sae.errors import ArgumentError, LatentNotFoundError
 from dist_sae.kernels import Entries
 from dist_sae.notebook.steering import Positions, Where, editing
@@ -48,6 +49,15 @@ class SparseCodes(NamedTuple):
         starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         size = (len(counts), self.shape[-1])
         return torch.sparse_csr_tensor(starts, self.latents, self.acts, size)
+
+    @classmethod
+    def of(cls, codes: Codes, shape: tuple[int, ...]) -> "SparseCodes":
+        """The active entries of a dictionary's codes, whose dense shape is given."""
+        rows = Entries(codes.latents, codes.starts, shape[-1]).rows
+        on = codes.acts > 0
+        acts, latents, rows = codes.acts[on], codes.latents[on].long(), rows[on]
+        order = (rows * shape[-1] + latents).argsort()
+        return cls(acts[order], latents[order], rows[order], shape)
 
 
 class RawDictionary(nn.Module):
@@ -159,14 +169,8 @@ class RawDictionary(nn.Module):
             ArgumentError: They have another width than the dictionary.
         """
         x = self._tensor(x, self.d_in, "activations")
-        n_latents = self.n_latents
         codes = self.sae.encode(x.reshape(-1, self.d_in) * self.scale)
-        rows = Entries(codes.latents, codes.starts, n_latents).rows
-        on = codes.acts > 0
-        acts, latents, rows = codes.acts[on], codes.latents[on].long(), rows[on]
-        order = (rows * n_latents + latents).argsort()
-        shape = (*x.shape[:-1], n_latents)
-        found = SparseCodes(acts[order], latents[order], rows[order], shape)
+        found = SparseCodes.of(codes, (*x.shape[:-1], self.n_latents))
         return found.dense() if dense else found
 
     def decode(
@@ -216,7 +220,8 @@ class RawDictionary(nn.Module):
             ConfigError: The run's activations are not of a language model.
             ModelError: The model is not where the run file says.
         """
-        return strongest(self._reader().read(text), self.encode, top)
+        rows = self._reader().read(text)
+        return strongest(rows, self.encode(rows.acts), top)
 
     def steer(
         self,

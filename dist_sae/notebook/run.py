@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, overload
 
 from dist_sae.checkpoint import folder
 from dist_sae.checkpoint.layout import Checkpoints
-from dist_sae.checkpoint.trained import none_yet, read_trained
+from dist_sae.checkpoint.trained import Trained, none_yet, read_trained, use_trained
 from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.data.activation_set import ActivationSet
@@ -15,13 +15,13 @@ from dist_sae.data.plan import PLAN_KEY, Plan, as_planned, load_plan
 from dist_sae.data.upkeep import urls
 from dist_sae.errors import ArgumentError, ConfigError
 from dist_sae.index.texts import Place, Texts, build_example
-from dist_sae.notebook.dictionary import RawDictionary
+from dist_sae.notebook.dictionary import RawDictionary, SparseCodes
 from dist_sae.notebook.rows import RowBatch, find_units, read_rows
-from dist_sae.notebook.texts import Origin, RowText, TextReader
+from dist_sae.notebook.texts import Origin, RowText, TextReader, TokenLatents, strongest
 from dist_sae.storage import open_store
 
 if TYPE_CHECKING:
-    from dist_sae.index.query import Index
+    from dist_sae.notebook.index import OpenedIndex
 
 
 def open_run(place: str | os.PathLike[str], overrides: Sequence[str] = ()) -> "OpenedRun":
@@ -75,9 +75,7 @@ class OpenedRun:
             PlanMismatchError: The run was trained with other settings.
             CorruptObjectError: The checkpoint is damaged.
         """
-        if step is not None and step not in (steps := self.steps()):
-            there = ", ".join(map(str, steps)) or "none"
-            raise ConfigError(f"{self._place}: has no checkpoint of step {step}; it has: {there}")
+        self._check(step)
         trained = read_trained(self._runs, self.config, step)
         if trained is None:
             raise none_yet(self._runs, self.config)
@@ -91,6 +89,32 @@ class OpenedRun:
             trained.idle_rows,
             reader=lambda: self._reader,
         )
+
+    def active_on(self, text: str, top: int = 5, step: int | None = None) -> list[TokenLatents]:
+        """Find the strongest latents on each token: `RawDictionary.active_on` at any width.
+
+        A dictionary that takes over half of `evaluate.memory_bytes` is read part by part.
+
+        Args:
+            text: Any text.
+            top: Most latents of a token.
+            step: Step of the checkpoint; None takes the newest readable one.
+
+        Raises: As `dictionary` and `RawDictionary.active_on`.
+        """
+        self._check(step)
+        rows = self._reader.read(text)
+
+        def find(trained: Trained) -> list[TokenLatents]:
+            codes = trained.pages.encode(rows.acts.cpu() * trained.scale)
+            shape = (len(rows.acts), trained.pages.n_latents)
+            return strongest(rows, SparseCodes.of(codes, shape), top)
+
+        memory_bytes = self.config.evaluate.memory_bytes
+        found = use_trained(self._runs, self.config, step, find, memory_bytes=memory_bytes)
+        if found is None:
+            raise none_yet(self._runs, self.config)
+        return found
 
     def rows(
         self,
@@ -172,8 +196,10 @@ class OpenedRun:
         before, after = pieces[: example.peak], pieces[example.peak + 1 :]
         return RowText("".join(before), pieces[example.peak], "".join(after))
 
-    def index(self, name: str | None = None) -> "Index":
+    def index(self, name: str | None = None) -> "OpenedIndex":
         """Open a latent index: pages of latents, their examples, neighbours and all activations.
+
+        Its `search` and `active_on` need the model's tokenizer, and the model.
 
         Args:
             name: Its name; None takes the complete one of the last step.
@@ -182,9 +208,13 @@ class OpenedRun:
             NoIndexError: There is none, or it is not complete.
             CorruptObjectError: It is damaged, or of another version of dist-sae.
         """
-        from dist_sae.index.query import Index  # needs pyarrow
+        from dist_sae.notebook.index import OpenedIndex  # needs pyarrow
 
-        return Index(self._runs, self.config.name, name)
+        return OpenedIndex(
+            *(self._runs, self.config.name, name),
+            tokenizer=lambda: self._texts.tokenizer,
+            active_on=self.active_on,
+        )
 
     def model(self) -> Any:
         """Load the whole language model with its head, as `transformers` has it.
@@ -210,6 +240,11 @@ class OpenedRun:
         from dist_sae.models.loading import load_plain_tokenizer  # takes 3 s
 
         return load_plain_tokenizer(config)
+
+    def _check(self, step: int | None) -> None:
+        if step is not None and step not in (steps := self.steps()):
+            there = ", ".join(map(str, steps)) or "none"
+            raise ConfigError(f"{self._place}: has no checkpoint of step {step}; it has: {there}")
 
     @property
     def _place(self) -> str:

@@ -2,7 +2,6 @@
 
 import logging
 from collections import Counter
-from collections.abc import Callable
 from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
@@ -65,6 +64,7 @@ class TextRows(NamedTuple):
     """Tokens that the rows are of: training leaves out others."""
 
 
+@runtime_checkable
 class Codes(Protocol):
     """Active entries: see `SparseCodes`."""
 
@@ -130,9 +130,8 @@ class TextReader:
         return TextRows(self._tokenizer.text(ids), torch.cat(acts), trained)
 
 
-def strongest(rows: TextRows, encode: Callable[[Tensor], Codes], top: int) -> list[TokenLatents]:
+def strongest(rows: TextRows, codes: Codes, top: int) -> list[TokenLatents]:
     """Find the most active latents of each token, at most `top`."""
-    codes = encode(rows.acts)
     found = [TokenLatents(token, [], []) for token in rows.tokens]
     order = codes.acts.argsort(descending=True, stable=True)
     for row, latent, act in zip(

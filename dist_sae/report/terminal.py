@@ -1,18 +1,18 @@
 """Latents of an index in a terminal: as lines for people, and as JSON for programs."""
 
 import logging
-import re
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from dist_sae.config import Run
 from dist_sae.data.plan import load_plan
-from dist_sae.errors import ArgumentError, CorpusError, ModelError, PlanMismatchError
-from dist_sae.index.layout import TOP
+from dist_sae.errors import CorpusError, ModelError, PlanMismatchError
 from dist_sae.index.query import Index, LatentPage
+from dist_sae.index.search import LEAST_EXAMPLES, IsWanted, has_pattern, is_token, search
+from dist_sae.index.summary import left_out
 from dist_sae.index.texts import Example, Texts
 from dist_sae.report.latents import LatentView, token_text, view_latents
 from dist_sae.storage import open_store
@@ -21,8 +21,6 @@ logger = logging.getLogger(__name__)
 
 _SHOWN = 5  # latents of each group
 _TOKENS = 3  # of a latent in a list
-_LEAST_EXAMPLES = 8
-"""Largest activations that a latent must have to be found by its tokens."""
 _BOLD, _PLAIN = "\033[1m", "\033[0m"
 
 
@@ -109,6 +107,7 @@ class Explorer:
             content[name] = [self._brief(p) | {measure: found[p.latent]} for p in pages]
             lines.append(f"{name} ({measure}):" if pages else f"{name}: none in the index")
             lines += [f"{found[p.latent]:6.3f} {self._short(p)}" for p in pages]
+        lines += [f"left out: {part}" for part in left_out(self.index.manifest)]
         return Answer(content, lines)
 
     def with_token(self, text: str) -> Answer:
@@ -118,14 +117,8 @@ class Explorer:
             ArgumentError: The text is not one token of the model.
             ModelError: The tokenizer is not at hand.
         """
-        texts = self._needed_texts()
-        (ids,) = texts.tokenizer([text])
-        if len(ids) != 1:
-            pieces = ", ".join(f'"{piece}"' for piece in texts.tokenizer.text(ids)) or "none"
-            raise ArgumentError(
-                f'--token: "{text}" is not one token of the model but {len(ids)}: {pieces}'
-            )
-        return self._matching(lambda token: token == ids[0], f'"{text}"')
+        wanted = is_token(self._needed_texts().tokenizer, text)
+        return self._matching(wanted, f'"{text}"')
 
     def with_regex(self, pattern: str) -> Answer:
         """Latents whose largest activations are on tokens that a regular expression finds.
@@ -134,41 +127,22 @@ class Explorer:
             ArgumentError: It is not one.
             ModelError: The tokenizer is not at hand.
         """
-        try:
-            compiled = re.compile(pattern)
-        except re.error as exc:
-            raise ArgumentError(f"--regex: {pattern!r} is not a regular expression: {exc}") from exc
-        texts = self._needed_texts()
-        return self._matching(
-            lambda token: compiled.search(token_text(token, texts)) is not None, f"/{pattern}/"
-        )
+        wanted = has_pattern(self._needed_texts().tokenizer, pattern)
+        return self._matching(wanted, f"/{pattern}/")
 
-    def _matching(self, matches: Callable[[int], bool], what: str) -> Answer:
-        known: dict[int, bool] = {}
-        hits = np.zeros(self.index.n_latents, np.int64)
-        all_ = np.zeros_like(hits)
-        for table in self.index.all_examples(["latent", "decile", "token"]):
-            latents, deciles, tokens = (c.to_numpy() for c in table.columns)
-            latents, tokens = latents[deciles == TOP], tokens[deciles == TOP]
-            present, place = np.unique(tokens, return_inverse=True)
-            known |= {token: matches(token) for token in present.tolist() if token not in known}
-            hit = np.array([known[token] for token in present.tolist()], dtype=bool)
-            hits += np.bincount(latents[hit[place]], minlength=len(hits))
-            all_ += np.bincount(latents, minlength=len(hits))
-        able = np.flatnonzero((hits > 0) & (all_ >= _LEAST_EXAMPLES))
-        order = able[np.lexsort((able, -hits[able], -hits[able] / all_[able]))]
-        best = order[: 4 * _SHOWN].tolist()
-        pages = self._pages(best)
+    def _matching(self, is_wanted: IsWanted, what: str) -> Answer:
+        found = search(self.index, is_wanted)
+        best = found[: 4 * _SHOWN]
         lines = [
-            f"{len(able):,} latents have {what} among the tokens of their largest activations "
-            f"(of those with at least {_LEAST_EXAMPLES})"
+            f"{len(found):,} latents have {what} among the tokens of their largest activations "
+            f"(of those with at least {LEAST_EXAMPLES})"
         ]
         content = []
-        for page in pages:
-            n, of = int(hits[page.latent]), int(all_[page.latent])
-            lines.append(f"{n} of {of}  {self._short(page).strip()}")
-            content.append({**self._brief(page), "share": n / of, "examples": of})
-        return Answer({"matching": len(able), "latents": content}, lines)
+        for match, page in zip(best, self._pages([match.latent for match in best]), strict=True):
+            lines.append(f"{match.hits} of {match.examples}  {self._short(page).strip()}")
+            numbers = {"share": match.share, "examples": match.examples}
+            content.append({**self._brief(page), **numbers})
+        return Answer({"matching": len(found), "latents": content}, lines)
 
     def _open_texts(self) -> Texts | None:
         try:
@@ -240,6 +214,8 @@ class Explorer:
         if page.coactive:
             found = [f"{other.latent} {other.phi:.2f}" for other in page.coactive]
             yield self._fit("  coactive ", found)
+        for part in left_out(self.index.manifest):
+            yield f"  left out  {part}"
         if view.examples:
             yield "  largest activations"
             yield from (f"  {self._example(example)}" for example in view.examples)

@@ -13,6 +13,8 @@ from dist_sae.checkpoint.pages import PagedDictionary
 from dist_sae.config.dictionary import DictionaryConfig
 from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.base import Dictionary
+from dist_sae.dictionaries.interface import Codes
+from dist_sae.kernels import Entries
 from dist_sae.storage import open_store
 from tests.dictionaries.recipes import (
     BATCH,
@@ -53,9 +55,12 @@ def paged(
     return PagedDictionary(config, widths(config), checkpoint, n_bytes, dtype)  # type: ignore[arg-type]
 
 
-def active(sae: Dictionary | PagedDictionary, x: Tensor) -> Tensor:
-    """Which latents are active on each row, [rows, n_latents]."""
-    return torch.stack([sae.infer(row[None]).firings for row in x]) > 0
+def dense(codes: Codes) -> Tensor:
+    """Codes of each row, [rows, n_latents]."""
+    matrix = torch.zeros(len(codes.starts), N_LATENTS, dtype=codes.acts.dtype)
+    entries = Entries(codes.latents, codes.starts, N_LATENTS)
+    matrix[entries.rows, codes.latents] = codes.acts
+    return matrix
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
@@ -70,14 +75,15 @@ def test_pages_equal_the_whole(
     whole = paged(checkpoint, config, N_LATENTS, dtype)
     sae = whole.whole()
     assert sae.W_dec.dtype == dtype
-    expected = sae.infer(x)
+    expected, codes = sae.infer(x), dense(sae.encode(x))
     assert torch.equal(whole.infer(x).x_hat, expected.x_hat)
     assert 0 < int(expected.firings.sum()) < BATCH * N_LATENTS
     for latents in (12, 3):
         some = paged(checkpoint, config, latents, dtype)
         assert len(list(some.parts("W_dec"))) > 3
-        found = some.infer(x)
-        assert torch.equal(active(some, x[:5]), active(sae, x[:5]))
+        found, found_codes = some.infer(x), dense(some.encode(x))
+        assert torch.equal(found_codes > 0, codes > 0)
+        assert relative_error(found_codes, codes) <= TOLERANCE[dtype]
         assert torch.equal(found.firings, expected.firings)
         assert relative_error(found.x_hat, expected.x_hat) <= TOLERANCE[dtype]
         assert torch.equal(torch.cat([part.clone() for part in some.parts("b_enc")]), sae.b_enc)
@@ -95,7 +101,7 @@ def test_of_equal_codes_on_several_pages_the_lower_latent_is_kept(tmp_path: Path
     positive = x @ sae.W_enc[0] > 0
     assert 0 < int(positive.sum()) < BATCH
     expected = positive[:, None] & (torch.arange(N_LATENTS) < K)
-    assert torch.equal(active(some, x), expected)
+    assert torch.equal(dense(some.encode(x)) > 0, expected)
     assert torch.equal(some.infer(x).firings, expected.sum(0))
 
 

@@ -16,6 +16,7 @@ import webdataset
 import dist_sae
 from dist_sae import DistSaeError, OpenedRun, open_run
 from dist_sae.checkpoint.layout import Checkpoints
+from dist_sae.checkpoint.pages import PagedDictionary
 from dist_sae.config import Run
 from dist_sae.data.consumers import Retired
 from dist_sae.data.shard import SHARDS, manifest_key
@@ -319,6 +320,47 @@ def test_the_latents_of_a_text_are_those_of_its_rows(
         dictionary.active_on("")
 
 
+def test_the_latents_of_a_text_need_no_whole_dictionary(
+    language: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read in parts of the checkpoint where it does not fit into `evaluate.memory_bytes`."""
+    opened = open_run(Path(language.store.runs) / "language")
+    expected = opened.dictionary().active_on("some text", top=3)
+    assert opened.active_on("some text", top=3) == expected
+    little = opened.config.evaluate.model_copy(update={"memory_bytes": 8 * 64 * 24})
+    narrow = OpenedRun(opened.config.model_copy(update={"evaluate": little}))
+    monkeypatch.setattr(PagedDictionary, "whole", None)
+    found = narrow.active_on("some text", top=3, step=7)
+    assert [token.latents for token in found] == [token.latents for token in expected]
+    for one, other in zip(found, expected, strict=True):
+        assert one.acts == pytest.approx(other.acts, rel=1e-5)
+    with pytest.raises(DistSaeError, match=r"has no checkpoint of step 5; it has: 7$"):
+        opened.active_on("some text", step=5)
+
+
+def test_an_index_is_searched_by_token_pattern_and_text(language: Run) -> None:
+    telemetry = Telemetry(language.name, "index", None)
+    index(language, Worker("i"), threading.Event(), telemetry)
+    opened = open_run(Path(language.store.runs) / "language")
+    of_run, tokenizer = opened.index(), opened.tokenizer()
+    (e,) = tokenizer("e", add_special_tokens=False).input_ids
+    shares = {}
+    for latent in range(of_run.n_latents):
+        tokens = [example.token for example in of_run.latent(latent).largest]
+        if len(tokens) >= 8 and e in tokens:
+            shares[latent] = tokens.count(e) / len(tokens)
+    found = of_run.search("e", top=99)
+    assert {match.latent: match.share for match in found} == shares
+    assert [match.share for match in found] == sorted(shares.values(), reverse=True)
+    assert of_run.search(regex="^e$", top=2) == found[:2]
+    assert of_run.active_on("some text") == opened.active_on("some text")
+    mistakes = ({"token": "ee"}, {"regex": "("}, {}, {"token": "e", "regex": "e"})
+    problems = (r'^token: "ee" is not one token', "^regex: ", *2 * ["^search: give a token or a"])
+    for given, problem in zip(mistakes, problems, strict=True):
+        with pytest.raises(DistSaeError, match=problem):
+            of_run.search(**given)
+
+
 def test_tokens_that_training_leaves_out_have_no_latents(language: Run) -> None:
     exclude = language.activations.exclude.model_copy(update={"first_positions": 3})
     activations = language.activations.model_copy(update={"exclude": exclude})
@@ -328,7 +370,8 @@ def test_tokens_that_training_leaves_out_have_no_latents(language: Run) -> None:
     reader = open_run(Path(language.store.runs) / "language").dictionary()
     from dist_sae.notebook.texts import TextReader, strongest
 
-    found = strongest(TextReader(opened.config).read("some"), reader.encode, 4)
+    rows = TextReader(opened.config).read("some")
+    found = strongest(rows, reader.encode(rows.acts), 4)
     assert [len(token.latents) for token in found] == [0, 0, 4, 4]  # BOS is the first of three
 
 

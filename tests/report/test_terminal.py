@@ -225,8 +225,11 @@ def test_latents_on_a_text_are_those_of_the_model(
         (["99"], r"latent 99: .* has latents 0 to 31"),
         (["--like", "-1"], r"latent -1: .* has latents 0 to 31"),
         (["--index", "other"], r"has no index other; it has: step-00000010"),
-        (["--token", "w7 w8"], r'--token: "w7 w8" is not one token of the model but 2: "w7", "'),
-        (["--regex", "w("], r"--regex: 'w\(' is not a regular expression"),
+        (
+            ["--token", "w7 w8"],
+            r'error: token: "w7 w8" is not one token of the model but 2: "w7", "',
+        ),
+        (["--regex", "w("], r"error: regex: 'w\(' is not a regular expression"),
     ],
 )
 def test_what_cannot_be_answered_is_one_line(
