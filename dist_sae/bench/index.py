@@ -19,21 +19,26 @@ import torch
 from torch import Tensor
 
 from dist_sae.bench.measuring import compare, medians, peak_memory
-from dist_sae.checkpoint.state import load_weights
-from dist_sae.checkpoint.trained import normalisers_of
 from dist_sae.config import Run
 from dist_sae.data.activation_set import ActivationSet
-from dist_sae.dictionaries import build_sae
+from dist_sae.dictionaries.axis import WHOLE
 from dist_sae.index.cells import stored_cells
 from dist_sae.index.coactive import Sample
-from dist_sae.index.encode import ENCODE_ROWS, Encoded, Encoder, Written, unit_record, write_unit
+from dist_sae.index.encode import (
+    ENCODE_ROWS,
+    Encoded,
+    Encoder,
+    Written,
+    open_encoder,
+    unit_record,
+    write_unit,
+)
 from dist_sae.index.layout import UnitRecord
 from dist_sae.index.opened import Opened, open_index
 from dist_sae.index.outputs import open_outputs
 from dist_sae.index.query import Index
 from dist_sae.index.tables import Origins, make_bucket
 from dist_sae.index.weights import weight_columns
-from dist_sae.kernels.choice import choose_kernels
 from dist_sae.storage.records import seal
 from dist_sae.telemetry.exporter import Telemetry
 from dist_sae.telemetry.process import resident_bytes
@@ -58,8 +63,8 @@ def bench_index(run: Run, *, units: int) -> dict[str, Any]:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     with _opened(run, units) as opened:
-        encoder = _encoder(opened, device)
-        records, pairs = _stage_1(opened, encoder)
+        with open_encoder(opened, WHOLE, device, threading.Event()) as encoder:
+            records, pairs = _stage_1(opened, encoder)
         before = resident_bytes()
         with peak_memory() as peak:
             stage_2 = _stage_2(opened, records, device)
@@ -95,16 +100,6 @@ def _opened(run: Run, units: int) -> Iterator[Opened]:
             opened.store.delete(key)
 
 
-def _encoder(opened: Opened, device: torch.device) -> Encoder:
-    normalisers = normalisers_of(opened.run, opened.checkpoint)
-    kernels = choose_kernels("auto", device)
-    sae = build_sae(opened.run.sae, normalisers.widths, kernels=kernels).to(device)
-    load_weights(sae, opened.checkpoint)
-    activations = ActivationSet(opened.activations, opened.plan, opened.run.sites)
-    mean = normalisers.one.mean.float()
-    return Encoder(sae, activations, opened.manifest.scale, mean)
-
-
 def _stage_1(
     opened: Opened, encoder: Encoder
 ) -> tuple[list[UnitRecord], list[tuple[float, float]]]:
@@ -121,6 +116,7 @@ def _stage_1(
         records.append(record)
 
     activations = ActivationSet(opened.activations, opened.plan, (manifest.site,))
+    following = iter(manifest.units[1:])
     with ThreadPoolExecutor(1, "store") as pool:
         pending = None
         for unit in manifest.units:
@@ -128,7 +124,7 @@ def _stage_1(
             acts = torch.cat(blocks) * manifest.scale
             bare, _ = _timed(partial(_encode, encoder, acts))
             since = time.perf_counter()
-            encoded = encoder.encode(unit)
+            encoded = encoder.encode(unit, following=partial(next, following, None))
             if pending:
                 seal_unit(pending[0], pending[1].result())
             pending = (
@@ -152,14 +148,15 @@ def _stage_2(opened: Opened, records: list[UnitRecord], device: torch.device) ->
     store, folder, manifest, _, checkpoint, *_ = opened
     origins = Origins(store, records)
     pairs_seconds, sample = _timed(partial(Sample, store, manifest, records))
-    cells = stored_cells(store, folder.prefix, checkpoint, device)
+    m = int(manifest.settings["neighbours"])
+    cells = stored_cells(store, folder.prefix, checkpoint, device) if m else None
     outputs = open_outputs(opened.model, manifest, checkpoint)
     entries = posted = 0
     merge_seconds = weights_seconds = 0.0
     for bucket in range(manifest.n_buckets):
         latents = manifest.bucket(bucket)
         seconds, weights = _timed(
-            partial(weight_columns, checkpoint, latents, cells, outputs, device)
+            partial(weight_columns, checkpoint, latents, m, cells, outputs, device)
         )
         weights_seconds += seconds
         seconds, record = _timed(

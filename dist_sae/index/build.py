@@ -7,45 +7,33 @@ What they write follows from the checkpoint and the activation set alone.
 import logging
 import threading
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 
 from dist_sae import logs
-from dist_sae.checkpoint.state import load_weights
-from dist_sae.checkpoint.trained import normalisers_of
 from dist_sae.config import Run
-from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.consumers import retired_below
 from dist_sae.data.work_queue import QueueMetrics, Work, Worker, WorkQueue
-from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.axis import WHOLE
 from dist_sae.distributed.mesh import Mesh, join_mesh
 from dist_sae.distributed.rendezvous import rendezvous
 from dist_sae.distributed.watch import Watch
-from dist_sae.errors import (
-    CorruptObjectError,
-    ObjectNotFoundError,
-    Stopped,
-)
+from dist_sae.errors import CorruptObjectError, ObjectNotFoundError, Stopped
 from dist_sae.index.cells import stored_cells
 from dist_sae.index.coactive import Sample
-from dist_sae.index.encode import Encoded, Encoder, Written, unit_record, write_unit
-from dist_sae.index.layout import (
-    UnitRecord,
-    UnitRecords,
-    unit_records,
-)
+from dist_sae.index.encode import Encoded, Encoder, Written, open_encoder, unit_record, write_unit
+from dist_sae.index.layout import UnitRecord, UnitRecords, unit_records
 from dist_sae.index.opened import Opened, open_index
 from dist_sae.index.outputs import open_outputs
 from dist_sae.index.repair import check_not_retired, delete_unnamed, drop_damaged
 from dist_sae.index.summary import summary
 from dist_sae.index.tables import Origins, make_bucket
 from dist_sae.index.weights import weight_columns
-from dist_sae.kernels.choice import choose_kernels
 from dist_sae.storage.records import seal
 from dist_sae.telemetry.exporter import Telemetry
 
@@ -191,8 +179,15 @@ class _Worker:
             pool = closing.enter_context(ThreadPoolExecutor(1, "store"))
             encoder: Encoder | None = None
             pending: tuple[Encoded, Future[Written]] | None = None
+            claimed: int | None = None
+
+            def following() -> int | None:
+                nonlocal claimed
+                claimed = self._agreed(queue, wait=False)
+                return claimed
+
             while True:
-                unit = self._agreed(queue, wait=pending is None)
+                unit, claimed = self._agreed(queue, claimed, wait=pending is None), None
                 if unit is None:  # others have all that is left in hand, or nothing is left
                     if not pending:
                         break
@@ -200,9 +195,10 @@ class _Worker:
                     pending = None
                     continue
                 if encoder is None:
-                    encoder = self._open_encoder()
+                    encoder = open_encoder(opened, mesh.axis, mesh.device, self._stopping)
+                    closing.enter_context(encoder)
                     self._pace = _Pace()
-                encoded = self._encode(encoder, unit)
+                encoded = self._encode(encoder, unit, following)
                 if pending:
                     self._seal(*pending, queue)
                 pending = None
@@ -219,35 +215,31 @@ class _Worker:
         if mesh.any_rank(self._stopping.is_set()):
             raise Stopped(f"{self._worker.name}: stopped; start it again to continue")
 
-    def _agreed(self, queue: WorkQueue | None, *, wait: bool) -> int | None:
-        """The next unit, taken by the first rank; see `WorkQueue.take`."""
-        unit = queue.take(wait=wait) if queue else None
+    def _agreed(
+        self, queue: WorkQueue | None, claimed: int | None = None, *, wait: bool
+    ) -> int | None:
+        """The next unit, taken by the first rank; see `WorkQueue.take`.
+
+        Args:
+            claimed: A unit that is claimed by now: this one, unless the worker is to stop.
+        """
+        unit = None
+        if queue and claimed is None:
+            unit = queue.take(wait=wait)
+        elif not self._stopping.is_set():
+            unit = claimed
         found: int | None = self._mesh.all_gather_objects(unit)[0]
         return found
 
-    def _open_encoder(self) -> Encoder:
-        opened, mesh = self._opened, self._mesh
-        normalisers = normalisers_of(opened.run, opened.checkpoint)
-        kernels = choose_kernels("auto", mesh.device)
-        sae = build_sae(opened.run.sae, normalisers.widths, mesh.axis, kernels).to(mesh.device)
-        load_weights(sae, opened.checkpoint)
-        activations = ActivationSet(
-            opened.activations,
-            opened.plan,
-            (opened.manifest.site,),
-            self._stopping,
-            patience_seconds=float(opened.run.timeouts.missing_seconds),
-        )
-        mean = normalisers.one.mean.float()
-        return Encoder(sae.eval(), activations, opened.manifest.scale, mean)
-
-    def _encode(self, encoder: Encoder, unit: int) -> Encoded | None:
+    def _encode(
+        self, encoder: Encoder, unit: int, following: Callable[[], int | None]
+    ) -> Encoded | None:
         """Encode a unit; None if retention has deleted it."""
         self._at(working=True)
         try:
             if unit < retired_below(self._opened.activations):
                 return None
-            return encoder.encode(unit, lambda: self._at(working=True))
+            return encoder.encode(unit, partial(self._at, working=True), following)
         except CorruptObjectError:
             if self._mesh.world == 1 and unit < retired_below(self._opened.activations):
                 return None
@@ -289,6 +281,7 @@ class _Worker:
         work = Work(
             "bucket", buckets, folder.bucket_claims, folder.buckets, metrics=_BUCKET_METRICS
         )
+        alive = partial(self._at, working=True)
         with self._queue(work, worker) as queue:
             assert queue is not None
             records: UnitRecords | None = None
@@ -300,14 +293,18 @@ class _Worker:
                         self._pace = _Pace()
                         records = UnitRecords(unit_records(store, folder, manifest))
                         origins = Origins(store, records)
-                        cells = stored_cells(store, folder.prefix, checkpoint, mesh.device)
+                        m = int(manifest.settings["neighbours"])
+                        place = (store, folder.prefix, checkpoint, mesh.device)
+                        cells = stored_cells(*place, alive) if m else None
                         outputs = open_outputs(self._opened.model, manifest, checkpoint)
                         sample = Sample(store, manifest, records) if manifest.pair_share else None
                     latents = manifest.bucket(bucket)
-                    weights = weight_columns(checkpoint, latents, cells, outputs, mesh.device)
+                    weights = weight_columns(
+                        checkpoint, latents, m, cells, outputs, mesh.device, alive
+                    )
                     made = make_bucket(
                         *(store, folder, manifest, records, bucket, weights, origins, sample),
-                        alive=lambda: self._at(working=True),
+                        alive,
                     )
                 except ObjectNotFoundError:
                     return False  # another worker has found a unit's codes damaged

@@ -11,6 +11,7 @@ stored ones finds the same neighbours.
 import hashlib
 import logging
 import math
+from collections.abc import Callable
 from functools import cache
 from typing import Literal, NamedTuple
 
@@ -69,13 +70,22 @@ def kernels_on(device: torch.device) -> Kernels:
     return choose_kernels("auto", device)
 
 
-def make_cells(checkpoint: Checkpoint, device: torch.device | None = None) -> Cells:
+def make_cells(
+    checkpoint: Checkpoint,
+    device: torch.device | None = None,
+    alive: Callable[[], None] = lambda: None,
+) -> Cells:
     """Divide the latents of a checkpoint into 2 to 4 sqrt(n_latents) cells.
+
+    Args:
+        checkpoint: The dictionary.
+        device: Computes them; the CPU if None.
+        alive: Called before each part of the decoder.
 
     Raises:
         CorruptObjectError: The checkpoint is damaged.
     """
-    decoder, device = Decoder(checkpoint), device or torch.device("cpu")
+    decoder, device = Decoder(checkpoint, alive), device or torch.device("cpu")
     kernels = kernels_on(device)
     n_cells = 2 ** math.ceil(math.log2(2 * math.sqrt(decoder.n_latents)))
     n_sample = min(decoder.n_latents, n_cells * _SAMPLE, SAMPLE_BYTES // (4 * decoder.d_out))
@@ -88,7 +98,11 @@ def make_cells(checkpoint: Checkpoint, device: torch.device | None = None) -> Ce
 
 
 def stored_cells(
-    store: ObjectStore, folder: str, checkpoint: Checkpoint, device: torch.device | None = None
+    store: ObjectStore,
+    folder: str,
+    checkpoint: Checkpoint,
+    device: torch.device | None = None,
+    alive: Callable[[], None] = lambda: None,
 ) -> Cells | None:
     """The cells of a dictionary, which are made and stored if they are not there.
 
@@ -97,6 +111,7 @@ def stored_cells(
         folder: Prefix of their keys, with a slash at its end.
         checkpoint: The dictionary.
         device: Computes them; the CPU if None.
+        alive: As in `make_cells`.
 
     Returns:
         None for a dictionary so narrow that all latents are compared with all.
@@ -114,7 +129,7 @@ def stored_cells(
     except CorruptObjectError as exc:
         logger.warning("%s; the cells are made anew", exc)
         damaged = True
-    cells = make_cells(checkpoint, device)
+    cells = make_cells(checkpoint, device, alive)
     data = safetensors.torch.save(cells._asdict())
     sha256 = hashlib.sha256(data).hexdigest()
     stored = Stored(key=f"{folder}cells-{sha256[:16]}.safetensors", bytes=len(data), sha256=sha256)

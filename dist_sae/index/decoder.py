@@ -1,6 +1,6 @@
 """The decoder of a checkpoint, part by part."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from jaxtyping import Float
@@ -17,10 +17,12 @@ class Decoder:
 
     Args:
         checkpoint: The trained dictionary.
+        alive: Called before each part is read.
     """
 
-    def __init__(self, checkpoint: Checkpoint) -> None:
+    def __init__(self, checkpoint: Checkpoint, alive: Callable[[], None] = lambda: None) -> None:
         self._checkpoint = checkpoint
+        self._alive = alive
         self._name = weights_of(checkpoint)["W_dec"]
         self.n_latents, self.d_out = checkpoint.manifest.tensors[self._name].shape
 
@@ -31,7 +33,9 @@ class Decoder:
             CorruptObjectError: The checkpoint is damaged.
         """
         latents = range(self.n_latents) if latents is None else latents
+        self._alive()
         for first, rows in self._checkpoint.pieces(self._name, latents.start, latents.stop):
+            self._alive()
             yield first, rows.float()
 
     def directions(self, n_bytes: int = 0) -> Iterator[tuple[int, Float[Tensor, "n d_out"]]]:

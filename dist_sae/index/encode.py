@@ -5,11 +5,12 @@ latents as in training, and each rank stores the codes of its own latents.
 """
 
 import math
+import threading
 import uuid
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
-from typing import NamedTuple
+from typing import NamedTuple, Self
 
 import numpy as np
 import pyarrow as pa
@@ -19,8 +20,12 @@ from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
 
+from dist_sae.checkpoint.state import load_weights
+from dist_sae.checkpoint.trained import normalisers_of
 from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.shard import SiteRows, SiteShard, read_block
+from dist_sae.dictionaries import build_sae
+from dist_sae.dictionaries.axis import LatentAxis
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.index.codes import (
     PAIRS_CHANCE,
@@ -39,7 +44,9 @@ from dist_sae.index.layout import (
     store_table,
     to_parquet,
 )
+from dist_sae.index.opened import Opened
 from dist_sae.kernels import Entries
+from dist_sae.kernels.choice import choose_kernels
 from dist_sae.storage import ObjectStore
 
 ENCODE_ROWS = 4096
@@ -62,8 +69,15 @@ class Encoded(NamedTuple):
     acts: NDArray[np.float32]
 
 
+class _Begun(NamedTuple):
+    """A unit whose first blocks are being read."""
+
+    shard: SiteShard
+    blocks: deque[Future[SiteRows]]
+
+
 class Encoder:
-    """Encodes units with a trained dictionary.
+    """Encodes units with a trained dictionary. Its `with` block ends the reading ahead.
 
     Args:
         sae: The dictionary, or this rank's shard of it.
@@ -80,30 +94,48 @@ class Encoder:
         mean: Float[Tensor, " d_in"],
     ) -> None:
         self.sae = sae
-        self._activations = activations
+        self._closed = threading.Event()
+        self._activations = activations.until(self._closed)
         self._scale = scale
         self._mean = mean.to(sae.b_dec.device)
         self._height = math.lcm(_PADDED_TO, sae.axis.shards)
+        self._pool = ThreadPoolExecutor(2, "blocks")  # one may wait for a unit to be produced
+        self._begun: dict[int, Future[_Begun]] = {}
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._closed.set()
+        self._pool.shutdown(cancel_futures=True)
 
     @torch.no_grad()
-    def encode(self, unit: int, alive: Callable[[], None] = lambda: None) -> Encoded:
+    def encode(
+        self,
+        unit: int,
+        alive: Callable[[], None] = lambda: None,
+        following: Callable[[], int | None] = lambda: None,
+    ) -> Encoded:
         """Encode a unit. Collective.
 
         Args:
             unit: Number of the unit.
             alive: Called before each block.
+            following: Called before the last block is encoded: gives the next unit, if it is
+                known, whose first blocks are read meanwhile.
 
         Raises:
             ObjectNotFoundError: The unit does not exist.
             CorruptObjectError: A block is damaged, or was deleted.
         """
-        (shard,) = self._activations.shards(self._activations.manifest(unit)).values()
+        begun = self._begun.pop(unit, None)
+        shard, blocks = begun.result() if begun else self._begin(unit)
         device = self._mean.device
         none = torch.empty(0, dtype=torch.int32)  # a unit may have lost all its rows
         origins = [(none, none, none.long())]
         found, n_rows = [(none.to(device), none.to(device), none.to(device).float())], 0
         error = torch.zeros((), dtype=torch.float64, device=device)
-        for block in self._blocks(shard):
+        for block in self._read(shard, blocks, following):
             alive()
             origins.append(block[1:])
             for acts in torch.split(block.acts, ENCODE_ROWS):
@@ -154,17 +186,57 @@ class Encoder:
         squares = scale**2 * shard.sum_squares
         return squares - 2 * scale * along + rows * float(mean.square().sum())
 
-    def _blocks(self, shard: SiteShard) -> Iterator[SiteRows]:
-        """Read the blocks of a shard, some ahead."""
-        store = self._activations.store
-        ahead: deque[Future[SiteRows]] = deque()
-        with ThreadPoolExecutor(1, "blocks") as pool:
-            for number in range(len(shard.blocks)):
-                ahead.append(pool.submit(read_block, store, shard, number))
-                if len(ahead) > _BLOCKS_AHEAD:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
+    def _begin(self, unit: int) -> _Begun:
+        """Find a unit's shard, and begin to read its first blocks."""
+        (shard,) = self._activations.shards(self._activations.manifest(unit)).values()
+        numbers = range(len(shard.blocks))[:_BLOCKS_AHEAD]
+        return _Begun(shard, deque(self._submit(shard, number) for number in numbers))
+
+    def _submit(self, shard: SiteShard, number: int) -> Future[SiteRows]:
+        return self._pool.submit(read_block, self._activations.store, shard, number)
+
+    def _read(
+        self,
+        shard: SiteShard,
+        ahead: deque[Future[SiteRows]],
+        following: Callable[[], int | None],
+    ) -> Iterator[SiteRows]:
+        """Yield the blocks of a shard; some are read ahead, at its end those of the next unit."""
+        n_blocks = len(shard.blocks)
+        for number in range(n_blocks):
+            if number + _BLOCKS_AHEAD < n_blocks:
+                ahead.append(self._submit(shard, number + _BLOCKS_AHEAD))
+            block = ahead.popleft().result()
+            if number == n_blocks - 1 and (unit := following()) is not None:
+                self._begun = {unit: self._pool.submit(self._begin, unit)}
+            yield block
+
+
+def open_encoder(
+    opened: Opened, axis: LatentAxis, device: torch.device, stopping: threading.Event
+) -> Encoder:
+    """Load the dictionary of an index, or this rank's shard of it.
+
+    Args:
+        opened: The index.
+        axis: This rank's place among those that share the dictionary.
+        device: Where it is put.
+        stopping: Ends waits for units that are not produced yet.
+    """
+    run, checkpoint = opened.run, opened.checkpoint
+    normalisers = normalisers_of(run, checkpoint)
+    kernels = choose_kernels("auto", device)
+    sae = build_sae(run.sae, normalisers.widths, axis, kernels).to(device)
+    load_weights(sae, checkpoint)
+    activations = ActivationSet(
+        opened.activations,
+        opened.plan,
+        (opened.manifest.site,),
+        stopping,
+        patience_seconds=float(run.timeouts.missing_seconds),
+    )
+    mean = normalisers.one.mean.float()
+    return Encoder(sae.eval(), activations, opened.manifest.scale, mean)
 
 
 class Written(NamedTuple):

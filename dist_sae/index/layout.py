@@ -27,8 +27,10 @@ from typing import Any, Literal
 
 import pyarrow as pa
 import pyarrow.parquet as pq
+from pydantic import field_validator
 
 from dist_sae.config import Run
+from dist_sae.config.index import IndexConfig
 from dist_sae.errors import CorruptObjectError, ObjectNotFoundError
 from dist_sae.storage import ObjectStore
 from dist_sae.storage.own import NumberedKeys
@@ -73,6 +75,15 @@ class IndexManifest(Record):
     settings: dict[str, Any]
     """Section `index` of the run file, apart from the workers."""
     seed: int
+    head: str | None = None
+    """Digest of the model's head that output tokens are made with; empty if none are made. None in
+    an index of an earlier version, whose workers go by what each has at hand."""
+
+    @field_validator("settings")
+    @classmethod
+    def _filled(cls, settings: dict[str, Any]) -> dict[str, Any]:
+        """Settings that are newer than the index have their defaults."""
+        return IndexConfig().deciding() | settings
 
     @property
     def n_buckets(self) -> int:
@@ -209,12 +220,19 @@ def index_name(run: Run, step: int) -> str:
 
 def names(runs: ObjectStore, run: str) -> list[str]:
     """Names of the indexes of a run, those of the last steps last."""
-    prefix = f"{run}/index/"
-    return sorted(
-        key.removeprefix(prefix).removesuffix("/index.json")
-        for key in runs.keys(prefix)
-        if key.endswith("/index.json")
-    )
+    there = runs.folders(f"{run}/index/")
+    return [name for name in there if runs.size(IndexFolder(run, name).manifest) is not None]
+
+
+def read_manifest(runs: ObjectStore, folder: IndexFolder) -> IndexManifest:
+    """Read the manifest of an index.
+
+    Raises:
+        ObjectNotFoundError: It has not begun.
+        CorruptObjectError: It is damaged, or its schema is of another version of dist-sae.
+    """
+    remedy = f"delete {runs.url}/{folder.prefix} and index again, or under another index.name"
+    return read_record(IndexManifest, runs, folder.manifest, remedy)
 
 
 ROWS = pa.schema([("token", pa.int32()), ("position", pa.int32()), ("document", pa.int64())])

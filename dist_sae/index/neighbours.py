@@ -44,6 +44,7 @@ def neighbours(
     m: int = 16,
     cells: Cells | None = None,
     device: torch.device | None = None,
+    alive: Callable[[], None] = lambda: None,
 ) -> Neighbours:
     """The `m` latents with the highest cosine to each of a range of latents.
 
@@ -54,11 +55,12 @@ def neighbours(
         m: Neighbours of a latent.
         cells: Limits the comparison to the nearest cells; None compares with all latents.
         device: Computes the products; the CPU if None.
+        alive: Called before each part of the decoder.
 
     Raises:
         CorruptObjectError: The checkpoint is damaged.
     """
-    decoder = Decoder(checkpoint)
+    decoder = Decoder(checkpoint, alive)
     at_a_time = max(1, QUERIES_BYTES // (4 * decoder.d_out))
     starts = latents[::at_a_time]
     ranges = (range(start, min(start + at_a_time, latents.stop)) for start in starts)

@@ -10,10 +10,17 @@ from dist_sae.config import Run
 from dist_sae.config.data import ModelConfig
 from dist_sae.data.consumers import kept_units
 from dist_sae.data.plan import Plan, load_plan
-from dist_sae.errors import ConfigError, PlanMismatchError
-from dist_sae.index.layout import IndexFolder, IndexManifest, bucket_latents, index_name
+from dist_sae.errors import ConfigError, ObjectNotFoundError, PlanMismatchError
+from dist_sae.index.layout import (
+    IndexFolder,
+    IndexManifest,
+    bucket_latents,
+    index_name,
+    read_manifest,
+)
+from dist_sae.index.outputs import head_digest, open_outputs
 from dist_sae.storage import ObjectStore, open_store
-from dist_sae.storage.records import read_record, seal
+from dist_sae.storage.records import seal
 from dist_sae.telemetry.exporter import Telemetry
 
 logger = logging.getLogger(__name__)
@@ -53,16 +60,31 @@ def open_index(
     name = index_name(run, checkpoint.step)
     folder = IndexFolder(run.name, name)
     manifest = _manifest(run, own, plan, store, checkpoint, name, worker)
-    if not runs.put(folder.manifest, seal(manifest), if_absent=True):
-        there = read_record(IndexManifest, runs, folder.manifest)
+    there = _begun(runs, folder)
+    if there is None:
+        head = head_digest(run.model, manifest, checkpoint)
+        manifest = manifest.model_copy(update={"head": head})
+        if not runs.put(folder.manifest, seal(manifest), if_absent=True):
+            there = _begun(runs, folder)
+    if there is not None:
         _check_same(there, manifest, f"{runs.url}/{folder.prefix}")
         manifest = there
+        if len(set(folder.buckets.numbers(runs))) < manifest.n_buckets:
+            open_outputs(run.model, manifest, checkpoint)  # now, rather than after all units
     if manifest.deleted:
         logger.warning(
             "units %s were deleted (store.retention) and are not in the index",
             _ranges(manifest.deleted),
         )
     return Opened(runs, folder, manifest, own, checkpoint, store, plan, run.model)
+
+
+def _begun(runs: ObjectStore, folder: IndexFolder) -> IndexManifest | None:
+    """The manifest of an index that has begun."""
+    try:
+        return read_manifest(runs, folder)
+    except ObjectNotFoundError:
+        return None
 
 
 def _manifest(

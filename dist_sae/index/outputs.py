@@ -19,7 +19,7 @@ from torch import Tensor
 from dist_sae.checkpoint.layout import Checkpoint
 from dist_sae.checkpoint.state import weights_of
 from dist_sae.config.data import HuggingFaceModel, ModelConfig
-from dist_sae.errors import ModelError
+from dist_sae.errors import ConfigError, ModelError
 from dist_sae.index.layout import IndexManifest
 
 if TYPE_CHECKING:  # transformers takes 3 s
@@ -65,29 +65,57 @@ class Outputs:
         return {"top": top, "bottom": bottom._replace(effects=-bottom.effects)}
 
 
+def head_digest(model: ModelConfig, manifest: IndexManifest, checkpoint: Checkpoint) -> str:
+    """Digest of the model's head, for an index that begins; see `IndexManifest.head`.
+
+    If it is of no use, a line in the log says why.
+    """
+    head = _load(model, manifest, checkpoint)
+    if isinstance(head, str) and head:
+        logger.warning("output tokens of latents are left out: %s", head)
+    return "" if isinstance(head, str) else head.digest
+
+
 def open_outputs(model: ModelConfig, manifest: IndexManifest, checkpoint: Checkpoint) -> Outputs:
-    """Load the model's head; if it is of no use, a line in the log says why.
+    """Load the head that the index was begun with.
 
     Args:
         model: The model.
         manifest: Of the index.
         checkpoint: The dictionary.
+
+    Raises:
+        ConfigError: It is not at hand.
     """
     n = int(manifest.settings["output_tokens"])
-    if not n or not isinstance(model, HuggingFaceModel):
+    if manifest.head == "":
         return Outputs(None, n)
+    head = _load(model, manifest, checkpoint)
+    found = "" if isinstance(head, str) else head.digest
+    if manifest.head is not None and found != manifest.head:
+        why = head if isinstance(head, str) else "its weights are not those of the model at hand"
+        raise ConfigError(
+            f"index {manifest.name}: was begun with output tokens of another head than this worker "
+            f"has: {why}; give it the same model (model.path, model.dtype), or make an index of "
+            f"another name (index.name)"
+        )
+    return Outputs(None if isinstance(head, str) else head, n)
+
+
+def _load(model: ModelConfig, manifest: IndexManifest, checkpoint: Checkpoint) -> "Head | str":
+    """Load a model's head; if it is of no use, the reason, empty where none is wanted."""
+    if not manifest.settings["output_tokens"] or not isinstance(model, HuggingFaceModel):
+        return ""
     from dist_sae.models.head import load_head  # takes 3 s
 
     width = checkpoint.manifest.tensors[weights_of(checkpoint)["W_dec"]].shape[1]
     try:
         head = load_head(*model.of_site(manifest.site))
-        if len(head.gain) == width:
-            return Outputs(head, n)
-        reason = f"decoder rows are {width} wide, the head of {model.path} is {len(head.gain)}"
     except ModelError as error:
-        reason = str(error)
-    logger.warning("output tokens of latents are left out: %s", reason)
-    return Outputs(None, n)
+        return str(error)
+    if len(head.gain) != width:
+        return f"decoder rows are {width} wide, the head of {model.path} is {len(head.gain)}"
+    return head
 
 
 def _ends(rows: Float[Tensor, "latents d"], head: "Head", n: int) -> tuple[End, End]:

@@ -5,9 +5,8 @@ from typing import NamedTuple
 
 from dist_sae.checkpoint.trained import find_checkpoint
 from dist_sae.config import Run
-from dist_sae.index.layout import IndexFolder, IndexManifest, index_name
+from dist_sae.index.layout import IndexFolder, IndexManifest, index_name, read_manifest
 from dist_sae.storage import ObjectStore, open_store
-from dist_sae.storage.records import read_record
 from dist_sae.training.waiting import await_until
 
 
@@ -35,7 +34,7 @@ def index_progress(runs: ObjectStore, run: Run, step: int) -> IndexProgress | No
     if runs.size(folder.manifest) is None:
         return None
     return IndexProgress(
-        read_record(IndexManifest, runs, folder.manifest),
+        read_manifest(runs, folder),
         len(set(folder.units.numbers(runs))),
         len(set(folder.buckets.numbers(runs))),
         next(iter(runs.keys(folder.codes)), None) is None,

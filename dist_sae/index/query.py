@@ -24,6 +24,7 @@ from dist_sae.index.layout import (
     Stored,
     UnitRecord,
     names,
+    read_manifest,
     read_table,
 )
 from dist_sae.index.ranged import LatentTable
@@ -267,7 +268,7 @@ def _find(
     found = []
     for one in there if name is None else [name]:
         folder = IndexFolder(run, one)
-        manifest = read_record(IndexManifest, runs, folder.manifest)
+        manifest = read_manifest(runs, folder)
         if name is not None or step in (None, manifest.step):
             ages = {entry.key: entry.age_seconds for entry in runs.entries(folder.manifest)}
             found.append((-manifest.step, ages.get(folder.manifest, 0.0), folder, manifest))

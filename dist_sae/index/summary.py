@@ -5,13 +5,20 @@ from typing import Any
 from dist_sae.index.layout import IndexFolder, IndexManifest, bucket_records, unit_records
 from dist_sae.storage import ObjectStore
 
+_PARTS = {
+    "neighbours": "nearest latents",
+    "output_tokens": "output tokens",
+    "pairs": "coactive latents",
+}
+"""Parts of a latent's page that a setting of 0 leaves out."""
+
 
 def summary(store: ObjectStore, folder: IndexFolder, manifest: IndexManifest) -> dict[str, Any]:
     """Sums over a complete index.
 
     Returns:
         `index` (its place), `step`, `units`, `deleted_units`, `rows`, `fvu`, `l0`, `entries`,
-        `never_fired` (latents), `bytes` by table.
+        `never_fired` (latents), `bytes` by table; `left_out`, if anything is: see that function.
     """
     without = {"buckets": (), "sample": ()}  # which take 84 kB of memory for 64 buckets
     records = [
@@ -37,4 +44,17 @@ def summary(store: ObjectStore, folder: IndexFolder, manifest: IndexManifest) ->
             "postings": sum(p.stored.bytes for bucket in buckets for p in bucket.postings),
             "pairs": sum(bucket.pairs.bytes for bucket in buckets if bucket.pairs),
         },
+        **({"left_out": "; ".join(missing)} if (missing := left_out(manifest)) else {}),
     }
+
+
+def left_out(manifest: IndexManifest) -> list[str]:
+    """Parts that an index can have and this one has not, each with the reason."""
+    found = [
+        f"{part} (index.{key}: 0)" for key, part in _PARTS.items() if not manifest.settings[key]
+    ]
+    if manifest.settings["output_tokens"] and manifest.head == "":
+        found.append("output tokens (no head of a language model was at hand for the site)")
+    if not manifest.postings_share:
+        found.append("postings (index.postings: none)")
+    return found

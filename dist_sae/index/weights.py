@@ -1,5 +1,7 @@
 """Columns of an index's latents that follow from the dictionary alone."""
 
+from collections.abc import Callable
+
 import numpy as np
 import pyarrow as pa
 import torch
@@ -8,23 +10,27 @@ from numpy.typing import NDArray
 from dist_sae.checkpoint.layout import Checkpoint
 from dist_sae.checkpoint.state import weights_of
 from dist_sae.index.cells import Cells
-from dist_sae.index.neighbours import neighbours
+from dist_sae.index.neighbours import Neighbours, neighbours
 from dist_sae.index.outputs import Outputs
 
 
 def weight_columns(
     checkpoint: Checkpoint,
     latents: range,
+    m: int,
     cells: Cells | None,
     outputs: Outputs,
     device: torch.device,
+    alive: Callable[[], None] = lambda: None,
 ) -> dict[str, pa.Array]:
     """Norms, biases, nearest latents and output tokens of a range of latents, by column.
 
     Args:
+        m: Nearest latents of each; 0 leaves them out.
         cells: See `neighbours`.
         outputs: Finds the output tokens.
         device: Computes the nearest latents.
+        alive: As in `neighbours`.
     """
     stored = weights_of(checkpoint)
 
@@ -41,7 +47,11 @@ def weight_columns(
         "encoder_bias": read("b_enc"),
     }
     arrays = {name: pa.array(column, pa.float32()) for name, column in columns.items()}
-    near = neighbours(checkpoint, latents, cells=cells, device=device)
+    near = (
+        neighbours(checkpoint, latents, m, cells, device, alive)
+        if m
+        else Neighbours(torch.empty(len(latents), 0).int(), torch.empty(len(latents), 0))
+    )
     kept = near.latents >= 0
     ends = np.concatenate([[0], kept.sum(1).cumsum(0).numpy()])
     for name, values in (("nearest", near.latents), ("nearest_cosine", near.cosines)):

@@ -1,9 +1,11 @@
 """The end of a language model: its final norm and its unembedding, without any layer."""
 
 import gc
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import torch
+import xxhash
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -27,6 +29,8 @@ class Head(NamedTuple):
     """Factor of each channel in the final norm, fp32."""
     mean: Float[Tensor, " d"]
     """Mean of the unembedding over the vocabulary, fp32."""
+    digest: str
+    """Of the weights of the norm and the unembedding."""
     centres: bool
     """True if the norm subtracts the mean over channels, as LayerNorm does and RMSNorm does not."""
 
@@ -71,11 +75,19 @@ def _head(model: Any, path: str) -> Head:
         lacking = "final norm" if norm is None else "linear head"
         raise HeadlessError(f"model.path {path}: has no {lacking} under a known name")
     unembedding = unembedding.detach()
+    digest = _digest([*norm.state_dict().values(), unembedding])  # before float() changes the norm
     gain, centres = _measure(norm.float(), unembedding.shape[1], unembedding.device)
     del model, beside, stack
     gc.collect()  # a model is full of cycles, and its input embedding is as large as the head
     mean = unembedding.mean(0, dtype=torch.float32)
-    return Head(unembedding, gain, mean, centres)
+    return Head(unembedding, gain, mean, digest, centres)
+
+
+def _digest(tensors: Iterable[Tensor]) -> str:
+    whole = xxhash.xxh3_128()
+    for tensor in tensors:
+        whole.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+    return whole.hexdigest()
 
 
 def _measure(norm: nn.Module, width: int, device: torch.device) -> tuple[Float[Tensor, " d"], bool]:

@@ -106,7 +106,7 @@ class OpenedRun:
         rows = self._reader.read(text)
 
         def find(trained: Trained) -> list[TokenLatents]:
-            codes = trained.pages.encode(rows.acts.cpu() * trained.scale)
+            codes = trained.pages.encode(rows.acts.cpu() * trained.normalisers.one.scale)
             shape = (len(rows.acts), trained.pages.n_latents)
             return strongest(rows, SparseCodes.of(codes, shape), top)
 

@@ -32,6 +32,7 @@ from dist_sae.evaluation.subject import (
     training_seconds,
 )
 from dist_sae.index.query import Index
+from dist_sae.index.summary import left_out
 from dist_sae.index.texts import Texts
 from dist_sae.report.latents import LatentView, choose_latents, view_latents
 from dist_sae.report.page import Page, render_page
@@ -105,6 +106,7 @@ def report(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
         producer_seconds=made["seconds"],
         void_settings=void_settings(own, plan),
         latents=views,
+        left_out=[] if isinstance(index, str) else left_out(index.manifest),
         latent_rows=0 if isinstance(index, str) else index.rows,
         no_latents=no_texts,
     )

@@ -66,6 +66,8 @@ class Page(NamedTuple):
     void_settings: Sequence[str]
     """Settings that have no effect in this run, and why."""
     latents: Sequence[LatentView]
+    left_out: Sequence[str]
+    """Parts that the latents' index has not."""
     latent_rows: int
     """Rows of the index."""
     no_latents: str

@@ -182,3 +182,35 @@ def test_buckets_larger_than_memory_give_the_same_bytes(
             assert found[name] == data, name
     assert tables(cut["index"], "postings") == tables(whole["index"], "postings")
     assert len(found) > len(expected) + 10
+
+
+def test_parts_that_are_set_to_0_are_left_out_and_said(tmp_path: Path) -> None:
+    nothing = {"neighbours": 0, "output_tokens": 0, "pairs": 0, "postings": "none"}
+    run = produced(tmp_path, index={"examples": 6, "decile_examples": 2, **nothing})
+    sae = add_checkpoint(run)
+    result = make_index(run)
+    assert result["left_out"] == (
+        "nearest latents (index.neighbours: 0); output tokens (index.output_tokens: 0); "
+        "coactive latents (index.pairs: 0); postings (index.postings: none)"
+    )
+    place, oracle = result["index"], Oracle(run, sae)
+    check_latents(place, oracle)
+    check_examples(place, oracle)
+    found = tables(place, "latents").to_pydict()
+    for name in ("nearest", "nearest_cosine", "top_tokens", "bottom_logits"):
+        assert found[name] == [[]] * 64
+    assert not list(Path(place).glob("pairs/*"))
+
+
+def test_as_many_nearest_latents_are_kept_as_are_asked_for(tmp_path: Path) -> None:
+    run = produced(tmp_path)
+    add_checkpoint(run)
+    few = run.model_copy(
+        update={"index": run.index.model_copy(update={"neighbours": 3, "name": "f"})}
+    )
+    nearest = tables(make_index(run)["index"], "latents")["nearest"].to_pylist()
+    result = make_index(few)
+    assert tables(result["index"], "latents")["nearest"].to_pylist() == [n[:3] for n in nearest]
+    assert (
+        result["left_out"] == "output tokens (no head of a language model was at hand for the site)"
+    )

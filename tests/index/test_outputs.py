@@ -10,7 +10,8 @@ import torch
 
 import dist_sae.index.outputs
 from dist_sae.config.data import HuggingFaceModel, ModelConfig, SyntheticModel
-from dist_sae.index.outputs import Outputs, open_outputs
+from dist_sae.errors import ConfigError
+from dist_sae.index.outputs import Outputs, head_digest, open_outputs
 from dist_sae.models.head import Head
 
 WIDTH, VOCABULARY, LATENTS = 12, 53, 31
@@ -20,7 +21,8 @@ def head(*, centres: bool) -> Head:
     generator = torch.Generator().manual_seed(4)
     unembedding = torch.randn(VOCABULARY, WIDTH, generator=generator) + 0.5
     gain = 1 + torch.rand(WIDTH, generator=generator)
-    return Head(unembedding.bfloat16(), gain, unembedding.bfloat16().float().mean(0), centres)
+    mean = unembedding.bfloat16().float().mean(0)
+    return Head(unembedding.bfloat16(), gain, mean, "of this head", centres)
 
 
 @pytest.mark.parametrize("centres", [True, False])
@@ -53,29 +55,54 @@ def test_a_vocabulary_smaller_than_what_is_asked_for() -> None:
     assert top.tokens[0].tolist() == bottom.tokens[0].tolist()[::-1]
 
 
-def opened(model: ModelConfig, width: int, n: int = 10) -> dict[str, list[list[int]]]:
+def opened(
+    model: ModelConfig, width: int, n: int = 10, begun: str | None = None
+) -> dict[str, list[list[int]]]:
+    """Output tokens by a worker that begins an index, or joins one that was begun with a head."""
     checkpoint: Any = SimpleNamespace(
         manifest=SimpleNamespace(tensors={"W_dec": SimpleNamespace(shape=(LATENTS, width))}),
         has=lambda name: name == "W_dec",
     )
-    manifest: Any = SimpleNamespace(settings={"output_tokens": n}, site="resid_post.1")
+    manifest: Any = SimpleNamespace(
+        name="i", settings={"output_tokens": n}, site="resid_post.1", head=begun
+    )
+    if begun is None:
+        manifest.head = head_digest(model, manifest, checkpoint)
     found = open_outputs(model, manifest, checkpoint).of(torch.ones(2, width))
     return {end: found[end].tokens.tolist() for end in found}
+
+
+NONE: dict[str, list[list[int]]] = {"top": [[], []], "bottom": [[], []]}
 
 
 def test_what_is_left_out_is_said_once(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    none: dict[str, list[list[int]]] = {"top": [[], []], "bottom": [[], []]}
     with caplog.at_level(logging.WARNING):
-        assert opened(SyntheticModel(), 16) == none
-        assert opened(HuggingFaceModel(path="/nowhere/model"), 16, n=0) == none
+        assert opened(SyntheticModel(), 16) == NONE
+        assert opened(HuggingFaceModel(path="/nowhere/model"), 16, n=0) == NONE
         assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
-        assert opened(HuggingFaceModel(path="/nowhere/model"), 16) == none
+        assert opened(HuggingFaceModel(path="/nowhere/model"), 16) == NONE
         (record,) = caplog.records
         why = "output tokens of latents are left out: model.path /nowhere"
         assert record.getMessage().startswith(why)
         monkeypatch.setattr("dist_sae.models.head.load_head", lambda *_: head(centres=False))
-        assert opened(HuggingFaceModel(path="m"), 3 * WIDTH) == none
+        assert opened(HuggingFaceModel(path="m"), 3 * WIDTH) == NONE
         assert "decoder rows are 36 wide, the head of m is 12" in caplog.text
     assert len(opened(HuggingFaceModel(path="m"), WIDTH)["top"][0]) == 10
+
+
+def test_a_worker_makes_the_output_tokens_that_the_index_was_begun_with(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Or says in one line that it cannot; where none are made, it makes none."""
+    gone, there = HuggingFaceModel(path="/nowhere/model"), HuggingFaceModel(path="m")
+    wrong = "index i: was begun with output tokens of another head than this worker has: "
+    with pytest.raises(ConfigError, match=f"^{wrong}model.path /nowhere.*(index.name)") as caught:
+        opened(gone, WIDTH, begun="of this head")
+    assert "\n" not in str(caught.value)
+    monkeypatch.setattr("dist_sae.models.head.load_head", lambda *_: head(centres=False))
+    assert len(opened(there, WIDTH, begun="of this head")["top"][0]) == 10
+    with pytest.raises(ConfigError, match=f"^{wrong}its weights are not those"):
+        opened(there, WIDTH, begun="of that head")
+    assert opened(there, WIDTH, begun="") == NONE

@@ -19,6 +19,7 @@ from dist_sae.errors import (
     PlanMismatchError,
     StoreFullError,
 )
+from dist_sae.index.query import Index
 from dist_sae.storage import open_store
 from dist_sae.storage.local import LocalStore
 from dist_sae.storage.records import seal
@@ -81,6 +82,32 @@ def test_an_index_of_a_later_version_is_left_to_it(tmp_path: Path) -> None:
     path = Path(make_index(run)["index"], "index.json")
     path.write_bytes(changed(path.read_bytes(), schema_version=2))
     fails(CorruptObjectError, "has schema version 2, this program reads 1", lambda: make_index(run))
+
+
+def test_an_index_that_is_older_than_a_setting_has_its_default(tmp_path: Path) -> None:
+    run = produced(tmp_path)
+    add_checkpoint(run)
+    first = make_index(run)
+    path = Path(first["index"], "index.json")
+    settings = json.loads(path.read_bytes())["settings"]
+    del settings["neighbours"]
+    path.write_bytes(changed(path.read_bytes(), settings=settings))
+    assert make_index(run) == first
+    text = "was begun with index.neighbours 16, not 3"
+    fails(ConfigError, text, lambda: make_index(with_index(run, neighbours=3)))
+
+
+def test_a_damaged_manifest_says_what_to_do(tmp_path: Path) -> None:
+    run = produced(tmp_path)
+    add_checkpoint(run)
+    place = make_index(run)["index"]
+    path = Path(place, "index.json")
+    whole = path.read_bytes()
+    for damaged in (whole[:-9], whole.replace(b"world", b"wurld")):
+        path.write_bytes(damaged)
+        text = rf"index.json: .*; delete {place}/ and index again, or under another index.name$"
+        fails(CorruptObjectError, text, lambda: make_index(run))
+        fails(CorruptObjectError, text, lambda: Index(open_store(run.store.runs), run.name))
 
 
 def test_deleted_units_are_named_and_left_out(

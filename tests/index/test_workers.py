@@ -4,18 +4,27 @@ import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 
+import dist_sae.index.merge
 from dist_sae.config import Run
 from dist_sae.data.work_queue import Worker
+from dist_sae.errors import Stopped
 from dist_sae.index.build import index
+from dist_sae.index.encode import Encoded, Encoder
 from dist_sae.storage import open_store
+from dist_sae.storage.local import LocalStore
+from dist_sae.telemetry import pulse
 from dist_sae.telemetry.exporter import Telemetry
 from tests.conftest import Bucket
-from tests.index.indexed import add_checkpoint, files, make_index, produced
+from tests.index.indexed import SCALE, add_checkpoint, files, make_index, produced
 from tests.telemetry.scrape import series
+from tests.world import open_activation_set
 
 WAIT_SECONDS = 60.0
 
@@ -56,6 +65,92 @@ def test_two_workers_make_what_one_makes_and_neither_waits_for_ever(tmp_path: Pa
     assert sum(page["dist_sae_index_rows_total"] for page in seen) == alone["rows"]
     for stage in ("entries", "merged_entries"):
         assert sum(page[f"dist_sae_index_{stage}_total"] for page in seen) == alone["entries"]
+
+
+def test_the_next_unit_is_read_while_the_last_block_is_encoded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So the unit after it begins at once, and has the same codes."""
+    run = produced(tmp_path)
+    sae, activations = add_checkpoint(run), open_activation_set(run)
+    shards = [activations.shards(activations.manifest(unit))["synthetic"] for unit in (0, 1)]
+    assert len(shards[0].blocks) > 3
+    get, is_read, blocks = LocalStore.get, threading.Event(), 0
+
+    def watched(self: LocalStore, key: str, start: int = 0, stop: int | None = None) -> bytes:
+        if key == shards[1].key:
+            is_read.set()
+        return get(self, key, start, stop)
+
+    def alive() -> None:
+        nonlocal blocks
+        blocks += 1
+        assert not is_read.is_set() or blocks == len(shards[0].blocks)
+
+    mean = torch.full((16,), 0.25)
+    with monkeypatch.context() as patch, Encoder(sae, activations, SCALE, mean) as encoder:
+        patch.setattr(LocalStore, "get", watched)
+        encoder.encode(0, alive, following=lambda: 1)
+        assert is_read.wait(WAIT_SECONDS)
+        found = encoder.encode(1)
+    with Encoder(sae, activations, SCALE, mean) as encoder:
+        assert same(found, encoder.encode(1))
+
+
+def same(one: Encoded, other: Encoded) -> bool:
+    parts = zip((*one.origin, *one[3:]), (*other.origin, *other[3:]), strict=True)
+    return one.sums == other.sums and all(np.array_equal(*pair) for pair in parts)
+
+
+def test_a_worker_that_stops_leaves_the_unit_that_it_has_claimed_ahead(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run = produced(tmp_path)
+    add_checkpoint(run)
+    put, stopping, claims = LocalStore.put, threading.Event(), list[str]()
+
+    def claimed(self: LocalStore, key: str, data: bytes, *, if_absent: bool = False) -> bool:
+        if "/claims/units/" in key:
+            claims.append(key)
+            if len(claims) == 2:
+                stopping.set()
+        return put(self, key, data, if_absent=if_absent)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LocalStore, "put", claimed)
+        with pytest.raises(Stopped):
+            index(run, Worker("w"), stopping, Telemetry(run.name, "index", None))
+    made = Path(run.store.runs, run.name, "index/step-00000003")
+    assert [path.name for path in made.glob("units/*.json")] == ["00000000.json"]
+    assert claims[1].endswith("00000001.json")
+    assert not list(made.rglob("claims/*/*.json"))
+    expected = make_index(named(run, "calm"))
+    assert files(make_index(run)["index"]) == files(expected["index"])
+
+
+def test_a_bucket_that_takes_longer_than_a_hang_keeps_its_claim(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Claims are renewed as long as the pulse has no fault; each piece of work is a beat."""
+    run = produced(tmp_path)
+    add_checkpoint(run)
+    monkeypatch.setattr(dist_sae.index.merge, "MOST_ENTRIES", 700)
+    now, faults = 1000.0, list[str | None]()
+    monkeypatch.setattr(pulse, "time", SimpleNamespace(monotonic=lambda: now))
+    telemetry = Telemetry(run.name, "index", None)
+    put = LocalStore.put
+
+    def slow(self: LocalStore, key: str, data: bytes, *, if_absent: bool = False) -> bool:
+        nonlocal now
+        if "/postings/" in key:
+            now += 0.7 * run.timeouts.hung_seconds
+            faults.append(telemetry.pulse.fault("/livez"))
+        return put(self, key, data, if_absent=if_absent)
+
+    monkeypatch.setattr(LocalStore, "put", slow)
+    index(run, Worker("w"), threading.Event(), telemetry)
+    assert len(faults) > 3
+    assert not any(faults)
 
 
 @pytest.mark.system

@@ -48,6 +48,23 @@ def test_a_head_does_what_the_models_norm_and_head_do(
     torch.testing.assert_close(head.mean, unembed.weight.mean(0))
 
 
+def test_heads_with_other_weights_have_other_digests(tmp_path: Path) -> None:
+    """Those of the norm, or of the unembedding; layers do not matter, precision does."""
+    path = save_model(tmp_path / "m", "llama")
+    config = HuggingFaceModel(path=str(path), dtype="fp32")
+    digests = [load_head(config, site).digest for site in ("resid_post.0", "resid_post.1")]
+    assert digests[0] == digests[1]
+    digests.append(load_head(config.model_copy(update={"dtype": "bf16"}), "resid_post.0").digest)
+    for name in ("model.norm.weight", "lm_head.weight", "model.layers.0.mlp.up_proj.weight"):
+        model = hf.AutoModelForCausalLM.from_pretrained(path)
+        model.get_parameter(name).data[0] += 1
+        model.save_pretrained(tmp_path / name)
+        changed = HuggingFaceModel(path=str(tmp_path / name), dtype="fp32")
+        digests.append(load_head(changed, "resid_post.0").digest)
+    assert len(set(digests)) == 4
+    assert digests[-1] == digests[0]
+
+
 def test_no_layer_is_read(tmp_path: Path) -> None:
     path = save_model(tmp_path / "m", "llama")
     whole = load_head(HuggingFaceModel(path=str(path), dtype="fp32"), "resid_post.0")

@@ -101,6 +101,7 @@ def make_page(evaluation: dict[str, Any] | None = None, latents: Sequence[Latent
         producer_seconds={"forward": 3.0, "tokenize": 1.0},
         void_settings=["sae.x: <never>"],
         latents=latents,
+        left_out=["nearest latents (a <reason>)"],
         latent_rows=10,
         no_latents="none <here>",
     )
