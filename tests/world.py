@@ -185,6 +185,9 @@ class Wrapped:
     def keys(self, prefix: str = "") -> Iterator[str]:
         return self.inner.keys(prefix)
 
+    def folders(self, prefix: str) -> list[str]:
+        return self.inner.folders(prefix)
+
     def delete(self, key: str) -> None:
         self.inner.delete(key)
 

@@ -86,7 +86,7 @@ def _head(model: Any, path: str) -> Head:
 def _digest(tensors: Iterable[Tensor]) -> str:
     whole = xxhash.xxh3_128()
     for tensor in tensors:
-        whole.update(tensor.cpu().contiguous().view(torch.uint8).numpy())
+        whole.update(tensor.cpu().reshape(-1).view(torch.uint8).numpy().data)
     return whole.hexdigest()
 
 

@@ -98,8 +98,11 @@ def test_the_next_unit_is_read_while_the_last_block_is_encoded(
 
 
 def same(one: Encoded, other: Encoded) -> bool:
-    parts = zip((*one.origin, *one[3:]), (*other.origin, *other[3:]), strict=True)
-    return one.sums == other.sums and all(np.array_equal(*pair) for pair in parts)
+    def arrays(encoded: Encoded) -> list[Any]:
+        return [*encoded.origin, encoded.latents, encoded.rows, encoded.acts]
+
+    pairs = zip(arrays(one), arrays(other), strict=True)
+    return one.sums == other.sums and all(np.array_equal(*pair) for pair in pairs)
 
 
 def test_a_worker_that_stops_leaves_the_unit_that_it_has_claimed_ahead(

@@ -233,7 +233,8 @@ def test_the_reporter_evaluates_by_the_ranks_of_the_model_or_of_its_gpus(
     overrides: tuple[str, ...], ranks: int
 ) -> None:
     pod = pod_of(load(*overrides, "cluster.reporter.cpus=8"), "reporter")
-    evaluate, export, report = [*pod["initContainers"], *pod["containers"]]
+    containers: list[Any] = [*pod["initContainers"], *pod["containers"]]
+    evaluate, export, report = containers
     together = ["--local-ranks", str(ranks)] if ranks > 1 else []
     assert evaluate["args"] == ["evaluate", "/etc/dist-sae/run.yaml", *together]
     assert environment(evaluate)["OMP_NUM_THREADS"] == str(8 // ranks)

@@ -7,6 +7,7 @@ import sys
 import threading
 import warnings
 from pathlib import Path
+from typing import Any
 
 import pytest
 import safetensors.torch
@@ -354,7 +355,12 @@ def test_an_index_is_searched_by_token_pattern_and_text(language: Run) -> None:
     assert [match.share for match in found] == sorted(shares.values(), reverse=True)
     assert of_run.search(regex="^e$", top=2) == found[:2]
     assert of_run.active_on("some text") == opened.active_on("some text")
-    mistakes = ({"token": "ee"}, {"regex": "("}, {}, {"token": "e", "regex": "e"})
+    mistakes: tuple[dict[str, Any], ...] = (
+        {"token": "ee"},
+        {"regex": "("},
+        {},
+        {"token": "e", "regex": "e"},
+    )
     problems = (r'^token: "ee" is not one token', "^regex: ", *2 * ["^search: give a token or a"])
     for given, problem in zip(mistakes, problems, strict=True):
         with pytest.raises(DistSaeError, match=problem):
