@@ -72,6 +72,7 @@ class PagedDictionary:
         self._decoder = shape.decoder
         self._row_limit = shape.selection.row_limit
         n_bytes = sum(tensor.nbytes for _, tensor in shape.tensors())
+        shared = sum(tensor.nbytes for tensor in shape.replicated)  # each page has them
         self._page_latents = config.n_latents
         self._in_memory: Dictionary | None = None
         if memory_bytes is None or 2 * n_bytes <= memory_bytes or axis.shards > 1:
@@ -80,7 +81,8 @@ class PagedDictionary:
         self._memory: list[dict[str, Tensor]] = [{}, {}]
         """Buffers of two pages, reused: a module keeps its memory until it is collected."""
         quarter = memory_bytes // 4
-        self._page_latents = _page_latents(config, quarter * config.n_latents // n_bytes)
+        fitting = max(0, quarter - shared) * config.n_latents // (n_bytes - shared)
+        self._page_latents = _page_latents(config, fitting)
         # rows and scaled rows; reconstructions; keys and codes
         row_bytes = 8 * self._widths.d_in + 4 * self._widths.d_out + 12 * (self._row_limit or 0)
         product_bytes = 12 * min(self._page_latents, select.CHUNK_LATENTS)  # of a row, with copies
@@ -183,9 +185,8 @@ class PagedDictionary:
         largest = self._largest(x, self._row_limit) if self._row_limit else None
         x_hat = torch.zeros(len(x), self._widths.d_out, dtype=self._dtype)
         firings = [] if largest is None else [largest.firings(self.n_latents)]
-        b_dec = torch.zeros(())
         for page in self._pages(() if largest is None else self._per_latent - self._decoder):
-            latents, b_dec = page.axis.latents(self.n_latents), page.b_dec
+            latents = page.axis.latents(self.n_latents)
             fired = torch.zeros(len(latents), dtype=torch.int32)
             for rows in _slices(x, self._slice_rows):
                 if largest is None:
@@ -193,10 +194,10 @@ class PagedDictionary:
                     fired += of_rows
                 else:
                     part = page.decode_shard(largest.codes(rows, latents))
-                x_hat[rows] += part
+                x_hat[rows] += part if latents.start else part + page.offset(x[rows])
             if largest is None:
                 firings.append(fired)
-        return Inferred(x_hat.add_(b_dec), torch.cat(firings))
+        return Inferred(x_hat, torch.cat(firings))
 
     def _largest(self, x: Tensor, limit: int) -> "_Largest":
         largest = _Largest(len(x), limit, self._dtype)

@@ -58,6 +58,11 @@ class DictionaryConfig(Section):
         return self.n_latents
 
     @property
+    def skips(self) -> bool:
+        """True if a part of the reconstruction comes straight from what is read."""
+        return False
+
+    @property
     def n_experts(self) -> int | None:
         """Equal parts of the latents that rows are routed to; None: every row meets all latents."""
         return None
@@ -109,6 +114,11 @@ class CountsLatentsConfig(DictionaryConfig):
     def sparsity_key(self) -> str:
         return "k"
 
+    @property
+    def over_batch(self) -> bool:
+        """True if the largest codes of a whole batch are kept, and not those of each row."""
+        return False
+
     @model_validator(mode="after")
     def _counts_fit(self) -> Self:
         for name in ("k", "k_start", "auxk"):
@@ -123,3 +133,7 @@ class KeepsThresholdConfig(CountsLatentsConfig):
 
     threshold_decay: float = Field(0.99, ge=0, lt=1)
     """Decay per step of the running mean of a batch's smallest code, the threshold at inference."""
+
+    @property
+    def over_batch(self) -> bool:
+        return True

@@ -7,12 +7,14 @@ from typing import Annotated, Any, Literal, Self
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
 from dist_sae.config.clt import CLTConfig, CrossLayerConfig
+from dist_sae.config.crosscoder import AcrossSitesConfig, CrosscoderConfig
 from dist_sae.config.dictionary import (
     CountsLatentsConfig,
     DictionaryConfig,
     KeepsThresholdConfig,
 )
 from dist_sae.config.matryoshka import MatryoshkaConfig
+from dist_sae.config.transcoder import TranscoderConfig
 
 
 class TopKConfig(CountsLatentsConfig):
@@ -69,6 +71,10 @@ class RoutedConfig(KeepsThresholdConfig):
     Rows beyond it get no reconstruction from that expert, and are counted. The share is of a
     replica's rows, so the result depends on the number of replicas.
     """
+
+    @property
+    def over_batch(self) -> bool:
+        return self.selection == "batch"
 
     @property
     def init_rows(self) -> int:
@@ -226,7 +232,7 @@ class JumpReLUTanhConfig(PenalisedConfig):
 
 
 class L1Config(PenalisedConfig):
-    """Settings shared by ReLU and gated dictionaries."""
+    """Settings of recipes with an L1 penalty."""
 
     sparsity: NonNegativeFloat = 5.0
     """lambda, the L1 coefficient, for rows of squared norm d_in."""
@@ -259,11 +265,20 @@ class CLTJumpReLUConfig(CrossLayerConfig, JumpReLUConfig):
     kind: Literal["clt_jumprelu"] = "clt_jumprelu"  # type: ignore[assignment]
 
 
+class CrosscoderReLUConfig(AcrossSitesConfig, ReLUConfig):
+    """Crosscoder of several sites, ReLU with an L1 penalty (Anthropic, October 2024)."""
+
+    kind: Literal["crosscoder_relu"] = "crosscoder_relu"  # type: ignore[assignment]
+
+
 SaeConfig = Annotated[
     TopKConfig
     | BatchTopKConfig
     | MatryoshkaConfig
     | RoutedConfig
+    | TranscoderConfig
+    | CrosscoderConfig
+    | CrosscoderReLUConfig
     | JumpReLUConfig
     | JumpReLUTanhConfig
     | ReLUConfig

@@ -1,14 +1,15 @@
 """Sparse dictionaries: recipes, selections, losses, initial weights, dead latents and metrics."""
 
-from typing import assert_never
-
 import torch
 
 from dist_sae.config.clt import CLTConfig
+from dist_sae.config.crosscoder import CrosscoderConfig
+from dist_sae.config.dictionary import DictionaryConfig
 from dist_sae.config.matryoshka import MatryoshkaConfig
 from dist_sae.config.sae import (
     BatchTopKConfig,
     CLTJumpReLUConfig,
+    CrosscoderReLUConfig,
     GatedConfig,
     JumpReLUConfig,
     JumpReLUTanhConfig,
@@ -17,10 +18,13 @@ from dist_sae.config.sae import (
     SaeConfig,
     TopKConfig,
 )
+from dist_sae.config.transcoder import TranscoderConfig
 from dist_sae.dictionaries.axis import WHOLE, LatentAxis
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.interface import Widths
 from dist_sae.dictionaries.recipes.clt import CLT, CLTJumpReLU
+from dist_sae.dictionaries.recipes.crosscoder import Crosscoder
+from dist_sae.dictionaries.recipes.crosscoder_relu import CrosscoderReLU
 from dist_sae.dictionaries.recipes.gated import Gated
 from dist_sae.dictionaries.recipes.jumprelu import JumpReLU
 from dist_sae.dictionaries.recipes.jumprelu_tanh import JumpReLUTanh
@@ -28,10 +32,28 @@ from dist_sae.dictionaries.recipes.matryoshka import Matryoshka
 from dist_sae.dictionaries.recipes.relu import ReLU
 from dist_sae.dictionaries.recipes.routed import Routed
 from dist_sae.dictionaries.recipes.topk import TopK
+from dist_sae.dictionaries.recipes.transcoder import Transcoder
 from dist_sae.kernels import Kernels
 from dist_sae.kernels.torch import KERNELS
 
 PRODUCT_DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+_RECIPES: dict[type[DictionaryConfig], type[Dictionary]] = {
+    TopKConfig: TopK,
+    BatchTopKConfig: TopK,
+    MatryoshkaConfig: Matryoshka,
+    RoutedConfig: Routed,
+    TranscoderConfig: Transcoder,
+    CrosscoderConfig: Crosscoder,
+    JumpReLUConfig: JumpReLU,
+    JumpReLUTanhConfig: JumpReLUTanh,
+    ReLUConfig: ReLU,
+    CrosscoderReLUConfig: CrosscoderReLU,
+    GatedConfig: Gated,
+    CLTConfig: CLT,
+    CLTJumpReLUConfig: CLTJumpReLU,
+}
 
 
 def build_sae(
@@ -43,27 +65,4 @@ def build_sae(
     dtype: torch.dtype = torch.float32,
 ) -> Dictionary:
     """An empty dictionary of the kind that `config` names; the arguments of `Dictionary`."""
-    arguments = widths, axis, kernels, product_dtype, dtype
-    sae: Dictionary
-    match config:
-        case TopKConfig() | BatchTopKConfig():
-            sae = TopK(config, *arguments)
-        case MatryoshkaConfig():
-            sae = Matryoshka(config, *arguments)
-        case RoutedConfig():
-            sae = Routed(config, *arguments)
-        case CLTConfig():
-            sae = CLT(config, *arguments)
-        case CLTJumpReLUConfig():
-            sae = CLTJumpReLU(config, *arguments)
-        case JumpReLUConfig():
-            sae = JumpReLU(config, *arguments)
-        case JumpReLUTanhConfig():
-            sae = JumpReLUTanh(config, *arguments)
-        case ReLUConfig():
-            sae = ReLU(config, *arguments)
-        case GatedConfig():
-            sae = Gated(config, *arguments)
-        case _:
-            assert_never(config)
-    return sae
+    return _RECIPES[type(config)](config, widths, axis, kernels, product_dtype, dtype)

@@ -60,24 +60,40 @@ def auxk_loss(
 class WithAuxK(Dictionary):
     """A dictionary that keeps k latents per row, and whose dead latents learn by AuxK.
 
-    Inputs are centred with b_dec, and decoder rows have unit norm.
+    Here inputs are centred with b_dec, and decoder rows have unit norm.
     """
 
     config: CountsLatentsConfig
+    unit_rows: bool = True
+    """Whether the norms of decoder rows are held at 1."""
     by_row: RowTopK
     """Selects the dead latents of each row."""
 
-    def biases(self) -> tuple[Float[Tensor, " d_in"], Float[Tensor, " d_out"]]:
-        """The biases subtracted from inputs and added to reconstructions; here both are b_dec.
+    @property
+    def decoder_weight(self) -> Float[Tensor, "n_local d_out"]:
+        """W_dec, with the gradient that its constraints leave; but for `unit_rows`."""
+        return self.W_dec
 
-        Their gradients are summed over the replica.
+    def biases(
+        self, x: Float[Tensor, "batch d_in"]
+    ) -> tuple[Float[Tensor, " d_in"] | None, Float[Tensor, "*rows d_out"]]:
+        """The centre of inputs, if one is learnt, and `offset` of these; here both are b_dec.
+
+        Together, so that the gradient of a bias that is in both is summed over the replica once.
         """
-        b_dec = self.axis.replicated(self.b_dec)
+        b_dec = self.offset(x)
         return b_dec, b_dec
 
     @torch.no_grad()
+    def centred(
+        self, inputs: Float[Tensor, "rows d_in"], centre: Float[Tensor, " d_in"] | None
+    ) -> Float[Tensor, "rows d_in"]:
+        """Inputs as the encoder reads them."""
+        return inputs if centre is None else inputs - centre
+
+    @torch.no_grad()
     def encoder_inputs(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "rows d_in"]:
-        return self.axis.gather(x) - self.biases()[0]
+        return self.centred(self.axis.gather(x), self.biases(x)[0])
 
     def select_among(
         self, dead: Bool[Tensor, " n_local"], centred: Float[Tensor, "rows d_in"]
@@ -96,9 +112,9 @@ class WithAuxK(Dictionary):
         self,
         selected: Sequence[Selected],
         centred: Float[Tensor, "rows d_in"],
-        centre: Float[Tensor, " d_in"],
+        centre: Float[Tensor, " d_in"] | None,
     ) -> list[tuple[Float[Tensor, " _"], Float[Tensor, "rows d_out"]]]:
-        """Return codes and this shard's part of x_hat - b_dec for each selection.
+        """Return codes and this shard's part of x_hat - offset for each selection.
 
         One product serves all of them. With one each, autograd would make a gradient of each
         weight per selection, and a gradient is as large as its weight.
@@ -112,7 +128,7 @@ class WithAuxK(Dictionary):
             centre,
         )
         acts = pre_acts.relu()
-        parts = self.decode_at(acts, entries, self.W_dec)
+        parts = self.decode_at(acts, entries, self.decoder_weight)
         counts = [len(pre_acts) for pre_acts, _ in selected]
         apart = parts.view(len(selected), len(centred), parts.shape[1])
         return list(zip(torch.split(acts, counts), apart, strict=True))

@@ -137,6 +137,13 @@ class Dictionary(nn.Module):
         """Parameters and buffers of which all ranks hold the same values."""
         return [tensor for name, tensor in self.tensors() if not self.is_per_latent(name)]
 
+    @torch.no_grad()
+    def decoder_norms(self) -> Float[Tensor, "n_local sites"]:
+        """The norms of this shard's decoder rows at each site that is written, in their order."""
+        some, n = select.CHUNK_LATENTS, len(self.W_enc)
+        rows = (self.decoder_rows(slice(first, first + some)) for first in range(0, n, some))
+        return torch.cat([autograd.site_norms(part, self.widths.writes) for part in rows])
+
     @property
     def n_latents(self) -> int:
         """Width of the whole dictionary."""
@@ -275,13 +282,23 @@ class Dictionary(nn.Module):
         Selections without a bound on the active latents are decoded as they are encoded.
         """
         parts, fired = self.infer_shard(x)
-        return Inferred(self.axis.scatter_sum(parts) + self.b_dec, fired)
+        return Inferred(self.axis.scatter_sum(parts) + self.offset(x), fired)
+
+    def offset(
+        self,
+        x: Float[Tensor, "batch d_in"],  # noqa: ARG002 - the same for all rows
+    ) -> Float[Tensor, "*rows d_out"]:
+        """The part of x_hat that no latent has: here b_dec, for inputs of any rows.
+
+        Its gradients are summed over the replica.
+        """
+        return self.axis.replicated(self.b_dec)
 
     @torch.no_grad()
     def infer_shard(
         self, x: Float[Tensor, "batch d_in"]
     ) -> tuple[Float[Tensor, "rows d_out"], Int[Tensor, " n_local"]]:
-        """This shard's part of x_hat - b_dec of the replica's rows, and how often latents fire."""
+        """This shard's part of x_hat - offset of the replica's rows, and how often latents fire."""
         thresholds = self.inference_thresholds()
         if thresholds is None:
             codes = self.encode(x)
@@ -328,13 +345,13 @@ class Dictionary(nn.Module):
         self.selection.scale(factor)
 
     @torch.no_grad()
-    def decode(self, codes: Codes) -> Float[Tensor, "batch d_out"]:
-        """x_hat = acts W_dec + b_dec, of this rank's rows."""
-        return self.axis.scatter_sum(self.decode_shard(codes)) + self.b_dec
+    def decode(self, codes: Codes, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "batch d_out"]:
+        """x_hat = acts W_dec + offset, of this rank's rows, from codes of the inputs x."""
+        return self.axis.scatter_sum(self.decode_shard(codes)) + self.offset(x)
 
     @torch.no_grad()
     def decode_shard(self, codes: Codes) -> Float[Tensor, "rows d_out"]:
-        """This shard's part of x_hat - b_dec, of the replica's rows."""
+        """This shard's part of x_hat - offset, of the replica's rows."""
         entries = Entries(codes.latents, codes.starts, len(self.W_dec))
         return self.decode_at(codes.acts, entries, self.W_dec)
 
@@ -355,7 +372,7 @@ class Dictionary(nn.Module):
             rows: Number of rows of the blocks.
 
         Returns:
-            This shard's part of x_hat - b_dec, and how often each latent fired.
+            This shard's part of x_hat - offset, and how often each latent fired.
         """
         parts = self.W_dec.new_zeros(rows, self.widths.d_out)
         fired = torch.zeros(len(self.W_dec), dtype=torch.int32, device=parts.device)
@@ -378,6 +395,30 @@ class Dictionary(nn.Module):
     def forward(self, rows: Rows, context: StepContext) -> Output:
         """`objective`, under the name that wrappers of modules call."""
         return self.objective(rows, context)
+
+    @property
+    def directions(self) -> nn.Parameter:
+        """The weight whose rows are turned to data where latents begin; others follow from it."""
+        return self.W_dec
+
+    def guides(self, rows: Rows, new: slice, *, alone: bool) -> Float[Tensor, "batch width"]:
+        """This rank's rows that the directions of new latents turn to. Collective.
+
+        Here what is left of the targets: by b_dec, or by known latents.
+
+        Args:
+            rows: This rank's.
+            new: The new latents of this shard; they have b_enc 0.
+            alone: Whether there are no others on any shard.
+        """
+        if alone:
+            return rows.targets - self.b_dec
+        self.W_enc[new] = 0  # silent
+        return rows.targets - self.infer(rows.inputs).x_hat
+
+    def follow(self, latents: slice | Tensor) -> None:
+        """Set what follows from new directions, which have unit norm: here W_enc is the same."""
+        self.W_enc[latents] = self.W_dec[latents]
 
     def slots(self, first: int) -> Slots:
         """Assign the rows of coming batches to latents, from `first` on, for their directions.

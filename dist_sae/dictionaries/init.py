@@ -35,7 +35,7 @@ def initialise_tied(sae: Dictionary, rows: Rows, seed: int, *, rescale: bool = T
     """
     random_rows(sae.W_dec, seed, sae.first_latent)
     normalise_rows_(sae.W_dec)
-    sae.W_enc.copy_(sae.W_dec)
+    sae.follow(slice(None))
     sae.b_enc.zero_()
     sae.b_dec.copy_(geometric_median(rows.targets, sae.axis))
     if rescale:
@@ -44,10 +44,11 @@ def initialise_tied(sae: Dictionary, rows: Rows, seed: int, *, rescale: bool = T
 
 @torch.no_grad()
 def initialise_from_data(sae: Dictionary, batches: Iterable[Rows], known: int = 0) -> None:
-    """Turn the directions of new latents towards data: the i-th towards the residual of row i.
+    """Turn the directions of new latents towards data: the i-th towards that of row i.
 
-    Call after `initialise`. With no known latents the residual is the target less b_dec, and the
-    encoder is tied, with one length for all. A part of each direction stays random: rows with one
+    Call after `initialise`. These data are the recipe's `guides`: as a rule the residual, which
+    with no known latents is the target less b_dec, and the encoder is tied, with one length for
+    all. A part of each direction stays random: rows with one
     very large coordinate, as language models have them, all point the same way, and latents that
     are copies of one another die together. (Anthropic, Circuits Updates, October 2025; figures in
     docs/design.md.)
@@ -64,20 +65,15 @@ def initialise_from_data(sae: Dictionary, batches: Iterable[Rows], known: int = 
     """
     axis, n_local = sae.axis, len(sae.W_dec)
     new = slice(min(max(known - sae.first_latent, 0), n_local), n_local)
-    sae.W_enc[new] = sae.b_enc[new] = 0  # silent
-    directions, slots = torch.zeros_like(sae.W_dec[new]), sae.slots(known)
+    sae.b_enc[new] = 0
+    towards, slots = torch.zeros_like(sae.directions[new]), sae.slots(known)
     for rows in batches:
-        left = rows.targets - (sae.infer(rows.inputs).x_hat if known else sae.b_dec)
-        left = first_rows(left, len(left) * axis.replicas * axis.shards, axis)
+        guides = sae.guides(rows, new, alone=not known)
+        guides = first_rows(guides, len(guides) * axis.replicas * axis.shards, axis)
         places = slots(rows.inputs) - (sae.first_latent + new.start)
-        ours = (places >= 0) & (places < len(directions))
-        directions[places[ours]] = left[ours]
-    random = sae.W_dec[new]
-    normalise_rows_(directions)
-    normalise_rows_(random)
-    random.mul_((1 - _FROM_DATA**2) ** 0.5).add_(directions, alpha=_FROM_DATA)
-    normalise_rows_(random)
-    sae.W_enc[new] = random
+        ours = (places >= 0) & (places < len(towards))
+        towards[places[ours]] = guides[ours]
+    _turn(sae, new, towards)
     if known:
         _match_scale(sae, slice(new.start), new)
         sae.settle(new, rows.inputs)
@@ -90,11 +86,11 @@ def reinitialise(
     sae: Dictionary,
     stuck: Bool[Tensor, " n_local"],
     x: Float[Tensor, "batch d_in"],
-    error: Float[Tensor, "batch d_out"],
+    guides: Float[Tensor, "batch width"],
 ) -> None:
     """Give dead latents new weights like those of the latents active in this batch. Collective.
 
-    The i-th turns towards the error of row i of the global batch (Bricken et al. 2023 draw rows by
+    The i-th turns towards row i of the guides of the global batch (Bricken et al. 2023 draw rows by
     their loss); a part of its old direction stays, so that no two are alike. It gets the mean
     length and threshold of the active ones, half an encoder and few active rows, as in a widened
     dictionary. Those for which there is no row wait for another batch.
@@ -103,25 +99,32 @@ def reinitialise(
         sae: The dictionary.
         stuck: Mask of these latents of this shard.
         x: This rank's inputs.
-        error: This rank's targets less their reconstruction by the live latents.
+        guides: This rank's rows to turn to, as a rule its targets less their reconstruction by the
+            live latents.
     """
     axis = sae.axis
     alive = axis.across_replicas(sae.infer(x).firings) > 0
     alive |= axis.total(alive.sum()) == 0  # with none active, all count
-    left = first_rows(error, len(error) * axis.replicas * axis.shards, axis)
+    rows = first_rows(guides, len(guides) * axis.replicas * axis.shards, axis)
     counts = torch.zeros(axis.shards, device=x.device, dtype=torch.int64)
     counts[axis.shard] = stuck.sum()
     counts = axis.total(counts) // axis.replicas
-    rows = left[counts[: axis.shard].sum() :][: counts[axis.shard]]
+    rows = rows[counts[: axis.shard].sum() :][: counts[axis.shard]]
     new = stuck.nonzero()[: len(rows), 0]
-    own = sae.W_dec[new]
-    normalise_rows_(own)
-    normalise_rows_(rows)
-    own.mul_((1 - _FROM_DATA**2) ** 0.5).add_(rows, alpha=_FROM_DATA)
-    normalise_rows_(own)
-    sae.W_enc[new] = sae.W_dec[new] = own
+    _turn(sae, new, rows)
     _match_scale(sae, alive, new)
     sae.settle(new, x)
+
+
+def _turn(sae: Dictionary, latents: slice | Tensor, towards: Tensor) -> None:
+    """Turn the directions of these latents towards rows, which are normalised in place."""
+    own = sae.directions[latents]
+    normalise_rows_(own)
+    normalise_rows_(towards)
+    own.mul_((1 - _FROM_DATA**2) ** 0.5).add_(towards, alpha=_FROM_DATA)
+    normalise_rows_(own)
+    sae.directions[latents] = own
+    sae.follow(latents)
 
 
 def _match_scale(sae: Dictionary, known: slice | Tensor, new: slice | Tensor) -> None:
@@ -203,6 +206,12 @@ def geometric_median(x: Float[Tensor, "batch d_in"], axis: LatentAxis) -> Float[
         if (median - previous).norm() <= _MEDIAN_TOLERANCE * median.norm():
             break
     return median.to(x.dtype)
+
+
+def mean_row(x: Float[Tensor, "batch width"], axis: LatentAxis) -> Float[Tensor, " width"]:
+    """The mean of all ranks' rows."""
+    rows = x.double()
+    return _weighted_mean(rows, rows.new_ones(len(rows)), axis).to(x.dtype)
 
 
 def _weighted_mean(rows: Tensor, weights: Tensor, axis: LatentAxis) -> Tensor:

@@ -75,7 +75,7 @@ class Penalised(Dictionary):
         sparsity: Float[Tensor, ""],
     ) -> Output:
         """The objective's output, with the penalty as it is in the loss."""
-        error = rows.targets - (found.x_hat + self.axis.replicated(self.b_dec))
+        error = rows.targets - (found.x_hat + self.offset(rows.inputs))
         replica_rows = len(error) * self.axis.shards
         fvu = error.square().sum() / (replica_rows * context.variance)
         terms = LossTerms(fvu, fvu.new_zeros(()), sparsity, fvu + sparsity)

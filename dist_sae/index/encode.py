@@ -171,7 +171,7 @@ class Encoder:
         each = len(x) // axis.shards
         own = slice(axis.shard * each, (axis.shard + 1) * each)
         codes = sae.encode(x[own])
-        error = sae.decode(codes).sub_(x[own])
+        error = sae.decode(codes, x[own]).sub_(x[own])
         error = error[: max(0, min(n - own.start, each))]  # the rest is padding
         rows = Entries(codes.latents, codes.starts, len(sae.W_enc)).rows
         on = (codes.acts > 0) & (rows < n)

@@ -20,12 +20,14 @@ from typing import TYPE_CHECKING, Any, assert_never
 from dist_sae import __version__
 from dist_sae.config import Run
 from dist_sae.config.clt import CLTConfig
+from dist_sae.config.crosscoder import CrosscoderConfig
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.config.dictionary import CountsLatentsConfig
 from dist_sae.config.matryoshka import MatryoshkaConfig
 from dist_sae.config.sae import (
     BatchTopKConfig,
     CLTJumpReLUConfig,
+    CrosscoderReLUConfig,
     GatedConfig,
     JumpReLUConfig,
     JumpReLUTanhConfig,
@@ -34,6 +36,7 @@ from dist_sae.config.sae import (
     SaeConfig,
     TopKConfig,
 )
+from dist_sae.config.transcoder import TranscoderConfig
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -60,7 +63,9 @@ _HOOKS = {
 def architecture(sae: SaeConfig) -> str | None:
     """SAELens's name for this kind of dictionary; None if it has nothing like it."""
     match sae:
-        case RoutedConfig() | CLTConfig() | CLTJumpReLUConfig():
+        case RoutedConfig() | TranscoderConfig() | CLTConfig() | CLTJumpReLUConfig():
+            return None
+        case CrosscoderConfig() | CrosscoderReLUConfig():
             return None
         case TopKConfig():
             return "topk"

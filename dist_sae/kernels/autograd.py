@@ -1,5 +1,6 @@
 """Encoder and decoder at selected entries, with gradients from the entries alone."""
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -72,20 +73,38 @@ def _summed(values: Tensor, entries: Entries) -> Tensor:
 
 
 class _WithNorms(torch.autograd.Function):
-    """W, and the norms of its rows."""
+    """W, and the norms of the parts of its rows."""
 
     @staticmethod
-    def forward(ctx: Any, W: Tensor) -> tuple[Tensor, Tensor]:
-        norms = torch.linalg.vector_norm(W, dim=1)
+    def forward(ctx: Any, W: Tensor, widths: Sequence[int]) -> tuple[Tensor, Tensor]:
+        ctx.widths, norms = widths, site_norms(W, widths)
         ctx.save_for_backward(W, norms)
         return W.view_as(W), norms
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, grad: Tensor, grad_norms: Tensor) -> Tensor:
+    def backward(ctx: Any, grad: Tensor, grad_norms: Tensor) -> tuple[Tensor, None]:
         W, norms = ctx.saved_tensors
-        along = grad_norms / norms.clamp_min(torch.finfo(norms.dtype).tiny)
-        return grad.addcmul_(W, along[:, None])
+        along = torch.where(norms > 0, grad_norms / norms, 0)
+        add_at_sites_(grad, W, along, ctx.widths)
+        return grad, None
+
+
+class _Projected(torch.autograd.Function):
+    """W, whose gradient is changed in place."""
+
+    @staticmethod
+    def forward(ctx: Any, W: Tensor, project: Callable[[Tensor, Tensor], None]) -> Tensor:
+        ctx.project = project
+        ctx.save_for_backward(W)
+        return W.view_as(W)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        (W,) = ctx.saved_tensors
+        ctx.project(grad, W)
+        return grad, None
 
 
 class _WithProduct(torch.autograd.Function):
@@ -103,6 +122,26 @@ class _WithProduct(torch.autograd.Function):
         return grad.addr_(grad_product, v), None
 
 
+def site_norms(
+    rows: Float[Tensor, "n_latents d_out"], widths: Sequence[int]
+) -> Float[Tensor, "n_latents sites"]:
+    """The norms of decoder rows at each site; `widths` are those of the sites, side by side."""
+    parts = torch.split(rows, list(widths), 1)
+    return torch.stack([torch.linalg.vector_norm(part, dim=1) for part in parts], 1)
+
+
+def add_at_sites_(
+    gradient: Float[Tensor, "n_latents d_out"],
+    W: Float[Tensor, "n_latents d_out"],
+    factors: Float[Tensor, "n_latents sites"],
+    widths: Sequence[int],
+) -> None:
+    """Add to a gradient, in place, the rows of W times a factor at each site."""
+    parts = zip(*(torch.split(t, list(widths), 1) for t in (gradient, W)), strict=True)
+    for (of_gradient, of_W), factor in zip(parts, torch.split(factors, 1, 1), strict=True):
+        of_gradient.addcmul_(of_W, factor)
+
+
 def with_norms(
     W: Float[Tensor, "n_latents d_in"],
 ) -> tuple[Float[Tensor, "n_latents d_in"], Float[Tensor, " n_latents"]]:
@@ -111,7 +150,31 @@ def with_norms(
     Use the returned W once, in `encode`, `decode` or the like. The gradient of the norms is added
     in place to the gradient of W; autograd alone would allocate a second one of its size.
     """
-    result: tuple[Tensor, Tensor] = _WithNorms.apply(W)  # type: ignore[no-untyped-call]
+    W, norms = with_site_norms(W, W.shape[1:])
+    return W, norms[:, 0]
+
+
+def with_site_norms(
+    W: Float[Tensor, "n_latents d_out"], widths: Sequence[int]
+) -> tuple[Float[Tensor, "n_latents d_out"], Float[Tensor, "n_latents sites"]]:
+    """Return W and the norms of its rows at each site, as `with_norms` does.
+
+    Args:
+        W: Decoder.
+        widths: Of the sites, side by side in its rows.
+    """
+    result: tuple[Tensor, Tensor] = _WithNorms.apply(W, widths)  # type: ignore[no-untyped-call]
+    return result
+
+
+def projected(
+    W: Float[Tensor, "n_latents d_out"], project: Callable[[Tensor, Tensor], None]
+) -> Float[Tensor, "n_latents d_out"]:
+    """Return W, such that `project(gradient, W)` changes its gradient in place.
+
+    Use the returned W once, as that of `with_norms`.
+    """
+    result: Tensor = _Projected.apply(W, project)  # type: ignore[no-untyped-call]
     return result
 
 

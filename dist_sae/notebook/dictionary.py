@@ -174,13 +174,27 @@ class RawDictionary(nn.Module):
         return found.dense() if dense else found
 
     def decode(
-        self, codes: SparseCodes | Float[Tensor, "*rows n_latents"]
-    ) -> Float[Tensor, "*rows d_in"]:
+        self, codes: SparseCodes | Float[Tensor, "*rows n_latents"], x: RawRows | None = None
+    ) -> Float[Tensor, "*rows d_out"]:
         """Reconstruct raw activations from codes; differentiable in these.
 
+        Args:
+            codes: As from `encode`.
+            x: The raw activations that they are of; only a transcoder with a skip needs them.
+
         Raises:
-            ArgumentError: The codes are of another dictionary: they have another width.
+            ArgumentError: The codes are of another dictionary: they have another width. Or x is
+                needed.
         """
+        offset: Tensor = self.sae.b_dec
+        if self.sae.config.skips:
+            if x is None:
+                raise ArgumentError(
+                    "the dictionary has a linear skip: give decode the activations as well"
+                )
+            x = self._tensor(x, self.d_in, "activations")
+            offset = self.sae.offset(x.reshape(-1, self.d_in) * self.scale)
+            offset = offset.view(*x.shape[:-1], -1)
         if isinstance(codes, SparseCodes):
             if codes.shape[-1] != self.n_latents:
                 raise _wrong_width("codes", codes.shape[-1], self.n_latents)
@@ -192,7 +206,7 @@ class RawDictionary(nn.Module):
             parts = parts.view(*codes.shape[:-1], -1)
         else:
             parts = self._tensor(codes, self.n_latents, "codes") @ self.sae.decoder_rows()
-        return (parts + self.sae.b_dec) / self.scale
+        return (parts + offset) / self.scale
 
     @torch.no_grad()
     def forward(self, x: RawRows) -> Float[Tensor, "*rows d_in"]:

@@ -30,6 +30,7 @@ from tests.dictionaries.recipes import (
 from tests.world import save
 
 RECIPES = CONFIGS | {
+    "transcoder by batch": CONFIGS["transcoder"].model_copy(update={"selection": "batch"}),
     "routed by batch": CONFIGS["routed"].model_copy(update={"selection": "batch"}),
     "routed to one": CONFIGS["routed"].model_copy(update={"experts_per_row": 1, "experts": 8}),
 }

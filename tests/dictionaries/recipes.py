@@ -8,11 +8,13 @@ import torch
 from torch import Tensor
 
 from dist_sae.config.clt import CLTConfig
+from dist_sae.config.crosscoder import AcrossSitesConfig, CrosscoderConfig
 from dist_sae.config.dictionary import DictionaryConfig
 from dist_sae.config.matryoshka import MatryoshkaConfig
 from dist_sae.config.sae import (
     BatchTopKConfig,
     CLTJumpReLUConfig,
+    CrosscoderReLUConfig,
     GatedConfig,
     JumpReLUConfig,
     JumpReLUTanhConfig,
@@ -21,6 +23,7 @@ from dist_sae.config.sae import (
     SaeConfig,
     TopKConfig,
 )
+from dist_sae.config.transcoder import TranscoderConfig
 from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.axis import WHOLE, LatentAxis
 from dist_sae.dictionaries.base import Dictionary
@@ -53,6 +56,21 @@ CONFIGS: dict[str, DictionaryConfig] = {
         auxk_coefficient=0.25,
         balance_coefficient=0.3,
     ),
+    "transcoder": TranscoderConfig(
+        n_latents=N_LATENTS, k=K, auxk=AUXK, auxk_coefficient=0.25, skip=True
+    ),
+    "crosscoder": CrosscoderConfig(
+        n_latents=N_LATENTS,
+        k=K,
+        auxk=AUXK,
+        auxk_coefficient=0.25,
+        weighting="l1",
+        shared_latents=0.1,
+        reads=LAYERS,
+    ),
+    "crosscoder_relu": CrosscoderReLUConfig(
+        n_latents=N_LATENTS, decoder_norm=0.5, weighting="l1", shared_latents=0.1, reads=LAYERS
+    ),
     "jumprelu": JumpReLUConfig(
         n_latents=N_LATENTS, sparsity=0.3, initial_threshold=0.2, bandwidth=0.15
     ),
@@ -68,7 +86,7 @@ VARIANTS = CONFIGS | {
     "multi-topk": CONFIGS["topk"].model_copy(update={"multi_factor": 3, "multi_weight": 0.5})
 }
 KINDS = tuple(CONFIGS)
-SHARED = {"b_dec", "W_router", "b_router"}
+SHARED = {"b_dec", "W_router", "b_router", "W_skip"}
 UNIT_ROWS = ("topk", "batchtopk", "matryoshka", "routed", "jumprelu", "gated")
 PENALISED = ("jumprelu", "jumprelu_tanh", "relu", "gated")
 assert set(KINDS) == {c.model_fields["kind"].default for c in get_args(get_args(SaeConfig)[0])}, (
@@ -87,11 +105,12 @@ def make(
     dtype: torch.dtype = torch.float64,
     axis: LatentAxis = WHOLE,
     d_in: int = D_IN,
+    sites: Widths | None = None,
 ) -> Dictionary:
     """The shard of a dictionary whose parameters are random but for its unit decoder rows."""
     sae: Dictionary = build_sae(
         config,  # type: ignore[arg-type]
-        widths(config, d_in),
+        sites or widths(config, d_in),
         axis,
         product_dtype=dtype,
         dtype=dtype,
@@ -134,6 +153,9 @@ def oracle(sae: Dictionary, x: Tensor, now: StepContext) -> LossTerms:
         BatchTopKConfig: reference.batchtopk_loss,
         MatryoshkaConfig: reference.matryoshka_loss,
         RoutedConfig: reference.routed_loss,
+        TranscoderConfig: reference.transcoder_loss,
+        CrosscoderConfig: reference.crosscoder_loss,
+        CrosscoderReLUConfig: reference.crosscoder_relu_loss,
         JumpReLUConfig: reference.jumprelu_loss,
         JumpReLUTanhConfig: reference.jumprelu_tanh_loss,
         ReLUConfig: reference.relu_loss,
@@ -141,7 +163,10 @@ def oracle(sae: Dictionary, x: Tensor, now: StepContext) -> LossTerms:
         CLTConfig: reference.clt_loss,
         CLTJumpReLUConfig: reference.clt_jumprelu_loss,
     }
-    return losses[type(sae.config)](x, dict(sae.named_parameters()), sae.config, now)
+    parameters: dict[str, Tensor] = dict(sae.named_parameters())
+    if isinstance(sae.config, AcrossSitesConfig):
+        parameters["W_dec"] = reference.constrained(sae.W_dec, sae.config)
+    return losses[type(sae.config)](x, parameters, sae.config, now)
 
 
 def gradients(sae: Dictionary, loss: Tensor) -> dict[str, Tensor]:

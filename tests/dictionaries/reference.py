@@ -1,16 +1,19 @@
 """The oracle: the losses of all recipes, dense, by autograd. Slow, obvious, used in tests."""
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from dist_sae.config.clt import CLTConfig
+from dist_sae.config.crosscoder import AcrossSitesConfig, CrosscoderConfig
 from dist_sae.config.dictionary import CountsLatentsConfig
 from dist_sae.config.matryoshka import MatryoshkaConfig
 from dist_sae.config.sae import (
     BatchTopKConfig,
     CLTJumpReLUConfig,
+    CrosscoderReLUConfig,
     GatedConfig,
     JumpReLUConfig,
     JumpReLUTanhConfig,
@@ -18,6 +21,7 @@ from dist_sae.config.sae import (
     RoutedConfig,
     TopKConfig,
 )
+from dist_sae.config.transcoder import TranscoderConfig
 from dist_sae.dictionaries.interface import LossTerms, StepContext
 from dist_sae.dictionaries.schedules import annealed, warmed_up
 
@@ -94,6 +98,23 @@ def routed_loss(x: Tensor, p: Parameters, config: RoutedConfig, step: StepContex
     share = sent.sum(0) / sent.sum()
     imbalance = config.balance_coefficient * (experts * (share * router.mean(0)).sum() - 1)
     return LossTerms(fvu, aux, imbalance, fvu + config.auxk_coefficient * aux + imbalance)
+
+
+def transcoder_loss(
+    x: Tensor,
+    p: Parameters,
+    config: TranscoderConfig,
+    step: StepContext,
+    targets: Tensor | None = None,
+) -> LossTerms:
+    """`dictionaries/recipes/transcoder.py`; without targets it reads what it writes."""
+    k = annealed(step.progress, config.k, config.k_start, config.k_anneal_share)
+    pre_acts = x @ p["W_enc"].T + p["b_enc"]
+    acts = _topk(pre_acts, k).relu() if config.selection == "row" else _batch_topk(pre_acts, k)
+    y = x if targets is None else targets
+    if config.skip:
+        y = y - x @ p["W_skip"].T
+    return _with_auxk(y, acts, pre_acts, p, config, step)
 
 
 def jumprelu_loss(
@@ -184,6 +205,52 @@ def across_layers(p: Parameters, layers: int) -> Parameters:
         for written in range(layer, layers):
             decoder[layer::layers, written] = of_group.pop(0)
     return {**p, "W_enc": encoder.flatten(1), "W_dec": decoder.flatten(1)}
+
+
+def constrained(W_dec: Tensor, config: AcrossSitesConfig) -> Tensor:
+    """A crosscoder's decoder as a function of free parameters, which it equals where it is held."""
+    share, n, sites = config.shared_latents, len(W_dec), len(config.reads or (None,))
+    shared = torch.tensor([math.floor((i + 1) * share) > math.floor(i * share) for i in range(n)])
+    apart = W_dec.reshape(n, sites, -1) if share else W_dec[:, None]
+    rows = apart.mean(1, keepdim=True).expand_as(apart).where(shared[:, None, None], apart)
+    rows = rows.flatten(1)
+    if isinstance(config, CrosscoderReLUConfig):
+        return rows
+    lengths = torch.where(shared, config.shared_penalty**0.5, torch.ones(n).to(rows))
+    return rows * (lengths / _weights(rows, config))[:, None]
+
+
+def _weights(rows: Tensor, config: AcrossSitesConfig) -> Tensor:
+    apart: Tensor = rows.reshape(len(rows), len(config.reads or (None,)), -1).norm(dim=2)
+    weights: Tensor = apart.sum(1) if config.weighting == "l1" else apart.norm(dim=1)
+    return weights
+
+
+def crosscoder_loss(
+    x: Tensor, p: Parameters, config: CrosscoderConfig, step: StepContext
+) -> LossTerms:
+    """`dictionaries/recipes/crosscoder.py`, with all codes at once; sites are of one width."""
+    k = annealed(step.progress, config.k, config.k_start, config.k_anneal_share)
+    pre_acts = (x - p["b_dec"]) @ p["W_enc"].T + p["b_enc"]
+    acts = _topk(pre_acts, k).relu() if config.selection == "row" else _batch_topk(pre_acts, k)
+    return _with_auxk(x, acts, pre_acts, p, config, step)
+
+
+def crosscoder_relu_loss(
+    x: Tensor, p: Parameters, config: CrosscoderReLUConfig, step: StepContext
+) -> LossTerms:
+    """`dictionaries/recipes/crosscoder_relu.py`; sites are of one width."""
+    acts = (x @ p["W_enc"].T + p["b_enc"]).relu()
+    fvu = _fvu(x, acts @ p["W_dec"] + p["b_dec"], step)
+    weights = _weights(p["W_dec"], config)
+    share = config.shared_latents
+    costs = [
+        config.shared_penalty if math.floor((i + 1) * share) > math.floor(i * share) else 1.0
+        for i in range(len(weights))
+    ]
+    l1 = (acts * weights * x.new_tensor(costs)).sum() / (len(x) * step.variance)
+    sparsity = warmed_up(step.progress, config.sparsity, config.sparsity_warmup_share) * l1
+    return LossTerms(fvu, fvu.new_zeros(()), sparsity, fvu + sparsity)
 
 
 def _with_auxk(

@@ -88,7 +88,7 @@ def test_initial_reconstruction_has_the_scale_of_least_squared_error() -> None:
     sae = build_sae(TopKConfig(n_latents=96, k=8, auxk=0), 24)
     initialise_tied(sae, sae_rows(x), seed=5)
     centre = sae.b_dec.detach()
-    rebuilt = sae.decode(sae.encode(x)) - centre
+    rebuilt = sae.decode(sae.encode(x), x) - centre
     error = x - centre - rebuilt
     assert float((error * rebuilt).sum()) == pytest.approx(0.0, abs=1e-5 * float(x.square().sum()))
     torch.testing.assert_close(sae.W_dec.detach().norm(dim=1), torch.ones(96))

@@ -63,7 +63,9 @@ def test_one_expert_is_an_exact_dictionary(dead: Tensor | None, selection: str, 
         assert relative_error(ours[name], gradient) <= 1e-12, name
     assert not ours["W_router"].any()
     assert torch.equal(found.fired, expected.fired)
-    assert torch.equal(one.decode(one.encode(rows())), topk.decode(topk.encode(rows())))
+    assert torch.equal(
+        one.decode(one.encode(rows()), rows()), topk.decode(topk.encode(rows()), rows())
+    )
     one.revive(some_dead(), rows(), rows() / 3)
     topk.revive(some_dead(), rows(), rows() / 3)
     for name, parameter in topk.named_parameters():
@@ -115,7 +117,7 @@ def test_gates_and_selections_equal_the_dense_reference(
 def test_what_is_trained_is_what_is_used(per_row: int) -> None:
     """`encode` and `decode` give the reconstruction whose error training sees."""
     sae = routed(experts_per_row=per_row, k=per_row * K)
-    error = rows() - sae.decode(sae.encode(rows()))
+    error = rows() - sae.decode(sae.encode(rows()), rows())
     torch.testing.assert_close(sae.objective(sae_rows(rows()), step()).error, error)
 
 
@@ -165,7 +167,7 @@ def test_experts_on_several_ranks_give_what_one_rank_gives(
         number = axis.replica * axis.shards + axis.shard
         own = rows()[number * n : (number + 1) * n]
         now = step(some_dead())._replace(dead=dead)
-        return sae.objective(sae_rows(own), now), sae.decode(sae.encode(own))
+        return sae.objective(sae_rows(own), now), sae.decode(sae.encode(own), own)
 
     whole, x_hat = run(WHOLE)
     parts = on_ranks(replicas, shards, run)

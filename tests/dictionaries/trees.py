@@ -146,7 +146,7 @@ def scores(world: TreeWorld, sae: Dictionary, rows: int = 10_000) -> Scores:
     fires = active(codes, sae.n_latents)
     both = (fires & truth[:, nearest]).sum(0)
     f1 = 2 * both / (fires.sum(0) + truth[:, nearest].sum(0)).clamp(min=1)
-    left, centred = x - sae.decode(codes), x - x.mean(0)
+    left, centred = x - sae.decode(codes, x), x - x.mean(0)
     return Scores(
         float(f1.mean()),
         mean_matched_cosine(world.directions, sae.W_dec)[0],

@@ -24,18 +24,21 @@ from tests.runs import write_run
 
 N_LATENTS, BATCH, DEAD_AFTER = 64, 32, 48
 # at 3e-3 rounding alone grows in the others to 1.2e-6 of the loss within 106 steps
-LR = dict.fromkeys(("topk", "multi-topk", "batchtopk", "matryoshka", "clt"), 3e-3)
+LR = dict.fromkeys(("topk", "multi-topk", "batchtopk", "matryoshka", "transcoder", "clt"), 3e-3)
 LR |= dict.fromkeys(("routed", "relu", "jumprelu", "to_target", "jumprelu_tanh", "gated"), 1e-3)
-LR["clt_jumprelu"] = 1e-3
+LR |= dict.fromkeys(("crosscoder", "crosscoder_relu", "clt_jumprelu"), 1e-3)
 RECIPES: dict[str, dict[str, Any]] = {
     "topk": {"k": 4, "auxk": 8, "auxk_coefficient": 0.25},
     "batchtopk": {"k": 4, "auxk": 8, "auxk_coefficient": 0.25},
     "multi-topk": {"kind": "topk", "k": 4, "multi_factor": 3, "auxk": 8, "auxk_coefficient": 0.25},
     "matryoshka": {"k": 4, "prefixes": [0.25, 0.5], "auxk": 8, "auxk_coefficient": 0.25},
     "routed": {"k": 4, "experts": 8, "auxk": 8, "auxk_coefficient": 0.25},
+    "transcoder": {"k": 4, "auxk": 8, "auxk_coefficient": 0.25, "skip": True},
     "jumprelu": {"sparsity": 0.02, "initial_threshold": 0.2, "bandwidth": 0.2},
     "to_target": {"kind": "jumprelu", "target_l0": 5.5, "initial_threshold": 0.2, "bandwidth": 0.2},
     "jumprelu_tanh": {"pre_act": 0.01},
+    "crosscoder": {"k": 4, "auxk": 8, "weighting": "l1", "shared_latents": 0.1, "reads": LAYERS},
+    "crosscoder_relu": {"weighting": "l1", "shared_latents": 0.1, "reads": LAYERS},
     "relu": {"initial_l0": 32},  # half of all: computed densely on every shard
     "gated": {"sparsity": 2.0},
     "clt": {"k": 4, "auxk": 8, "auxk_coefficient": 0.25, "reads": LAYERS},

@@ -182,7 +182,7 @@ def test_products_in_bf16_train_as_well_as_in_fp32(tmp_path: Path) -> None:
             engine.backward(output.terms.total)
             engine.step(lr=3e-3)
         x = rows(1, 8192)
-        error = x - sae.decode(sae.encode(x))
+        error = x - sae.decode(sae.encode(x), x)
         fvus.append(float((error.square().sum() / (x - x.mean(0)).square().sum()).detach()))
     assert fvus[0] < 0.5
     assert fvus[1] == pytest.approx(fvus[0], abs=0.002)

@@ -176,7 +176,7 @@ def test_the_exported_dictionary_is_the_trained_one(
     if kind in ("batchtopk", "matryoshka"):
         assert ours[ours > 0].min() > THETA
     np.testing.assert_allclose(features, ours, atol=1e-5)
-    np.testing.assert_allclose(x_hat, sae.decode(codes).numpy() / SCALE, atol=1e-5)
+    np.testing.assert_allclose(x_hat, sae.decode(codes, x).numpy() / SCALE, atol=1e-5)
 
 
 @pytest.mark.parametrize(

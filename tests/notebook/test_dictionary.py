@@ -25,8 +25,8 @@ def test_codes_and_reconstructions_are_those_of_training(kind: str, dtype: torch
     firings = dictionary.sae.infer(x * SCALE).firings
     assert torch.equal((dense > 0).sum(0), firings.long())
     close = 1e-4 if dtype == torch.float32 else 1e-9
-    torch.testing.assert_close(dictionary.decode(codes), dictionary(x), rtol=close, atol=close)
-    torch.testing.assert_close(dictionary.decode(dense), dictionary(x), rtol=close, atol=close)
+    torch.testing.assert_close(dictionary.decode(codes, x), dictionary(x), rtol=close, atol=close)
+    torch.testing.assert_close(dictionary.decode(dense, x), dictionary(x), rtol=close, atol=close)
 
 
 @pytest.mark.parametrize(("kind", "centres"), [("topk", True), ("relu", False)])
@@ -53,7 +53,7 @@ def test_rows_may_have_any_shape_and_type(kind: str) -> None:
     codes = dictionary.encode(x)
     assert codes.shape == (2, 3, N_LATENTS)
     assert torch.equal(codes.dense(), flat.view(2, 3, N_LATENTS))
-    assert dictionary(x).shape == dictionary.decode(codes).shape == x.shape
+    assert dictionary(x).shape == dictionary.decode(codes, x).shape == x.shape
     assert dictionary(x[0, 0]).shape == (D_IN,)
     assert torch.equal(dictionary.encode(x.numpy(), dense=True), codes.dense())
     half = x.bfloat16()
@@ -90,6 +90,12 @@ def test_decoding_is_differentiable_in_the_codes(*, sparse: bool) -> None:
     expected = along[codes.latents] if sparse else along.expand(7, N_LATENTS)
     torch.testing.assert_close(gradient, expected)
     assert not dictionary(x.requires_grad_()).requires_grad
+
+
+def test_a_skip_asks_for_the_activations() -> None:
+    dictionary = of_kind("transcoder")
+    with pytest.raises(DistSaeError, match=r"^the dictionary has a linear skip: give decode the a"):
+        dictionary.decode(dictionary.encode(raw_rows(3, D_IN)))
 
 
 def test_it_can_be_moved_and_cast() -> None:

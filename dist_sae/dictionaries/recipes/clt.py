@@ -187,9 +187,9 @@ class CLT(CrossLayer, TopK):
 
     config: CLTConfig
 
-    def biases(self) -> tuple[Float[Tensor, " d_in"], Float[Tensor, " d_out"]]:
+    def biases(self, x: Float[Tensor, "batch d_in"]) -> tuple[None, Float[Tensor, "*rows d_out"]]:
         """Inputs are not centred."""
-        return self.b_dec.new_zeros(self.widths.d_in), self.axis.replicated(self.b_dec)
+        return None, self.offset(x)
 
 
 class CLTJumpReLU(CrossLayer, JumpReLU):

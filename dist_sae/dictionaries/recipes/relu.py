@@ -28,6 +28,10 @@ class ReLU(Penalised):
     def thresholds_in(self, dtype: torch.dtype) -> Float[Tensor, " n_local"]:
         return torch.zeros_like(self.b_enc, dtype=dtype)
 
+    def weighted_decoder(self) -> tuple[Float[Tensor, "n_local d_out"], Float[Tensor, " n_local"]]:
+        """W_dec, and the weight of each latent's codes in the penalty: the norm of its row."""
+        return autograd.with_norms(self.W_dec)
+
     def objective(self, rows: Rows, context: StepContext) -> Output:
         config = self.config
         inputs = self.axis.gather(rows.inputs)
@@ -36,7 +40,7 @@ class ReLU(Penalised):
             acts = pre_acts.relu()
             return acts, acts * norms
 
-        W_dec, norms = autograd.with_norms(self.W_dec)
+        W_dec, norms = self.weighted_decoder()
         out = encode_decode(self, inputs, activation, self.thresholds, norms, W_dec=W_dec)
         coefficient = warmed_up(context.progress, config.sparsity, config.sparsity_warmup_share)
         scale = len(inputs) * context.variance

@@ -82,7 +82,7 @@ class Routed(WithAuxK):
         by_batch = BatchTopK(self, config.threshold_decay)
         chosen = config.experts_per_row
         self.by_row = RowTopK(self, config.k, WHOLE, parts=chosen, width=self.width)
-        self.selection = by_batch if config.selection == "batch" else self.by_row
+        self.selection = by_batch if config.over_batch else self.by_row
         router = nn.Parameter(self.b_dec.new_zeros(config.experts, self.widths.d_in))
         self.add_tensor("W_router", router, per_latent=False)
         bias = nn.Parameter(self.b_dec.new_zeros(config.experts))
@@ -108,8 +108,8 @@ class Routed(WithAuxK):
     def objective(self, rows: Rows, context: StepContext) -> Output:
         config, axis = self.config, self.axis
         k = annealed(context.progress, config.k, config.k_start, config.k_anneal_share)
-        centre, b_dec = self.biases()
-        centred = (rows.inputs - centre).detach()
+        centre, b_dec = self.biases(rows.inputs)
+        centred = self.centred(rows.inputs, centre)
         route = self.route(centred, axis)
         exchange = ExpertExchange(axis, route.experts, config.experts)
         arrived = exchange.dispatch(centred)
@@ -213,14 +213,13 @@ class Routed(WithAuxK):
     def e_hat(
         self, dead: Bool[Tensor, " n_local"], x: Float[Tensor, "batch d_in"]
     ) -> Float[Tensor, "batch d_out"]:
-        centre, _ = self.biases()
-        centred = x - centre
+        centred = x - self.b_dec
         route = self.route(centred)
         exchange = ExpertExchange(self.axis, route.experts, self.config.experts)
         rows = exchange.dispatch(centred)
         products = self._dead_products(rows, exchange.arrived, dead)
         selected = self.by_row.select(products, self.config.auxk)
-        [(_, parts)] = self.reconstruct([selected], rows, centre)
+        [(_, parts)] = self.reconstruct([selected], rows, None)
         return _mixed(route.gates, exchange.combine(parts))
 
     def _limit(self, replica_rows: int) -> int | None:
@@ -312,7 +311,7 @@ class Routed(WithAuxK):
     def _all_centred(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "rows d_in"]:
         """The centred inputs of all ranks. Collective."""
         ranks = self.axis.replicas * self.axis.shards
-        return first_rows(x, len(x) * ranks, self.axis) - self.biases()[0]
+        return first_rows(x, len(x) * ranks, self.axis) - self.b_dec
 
 
 def _mixed(gates: Tensor, parts: Tensor) -> Tensor:

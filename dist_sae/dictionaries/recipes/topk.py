@@ -22,7 +22,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from dist_sae.config.dictionary import KeepsThresholdConfig
+from dist_sae.config.dictionary import CountsLatentsConfig, KeepsThresholdConfig
 from dist_sae.config.sae import TopKConfig
 from dist_sae.dictionaries.auxk import WithAuxK, auxk_loss
 from dist_sae.dictionaries.base import firings
@@ -52,16 +52,17 @@ class TopK(WithAuxK):
 
     def __init__(
         self,
-        config: TopKConfig | KeepsThresholdConfig,
+        config: CountsLatentsConfig,
         widths: Widths | int,
         *place: Any,
         **precision: Any,
     ) -> None:
         super().__init__(config, widths, *place, **precision)
         self.selection = self.by_row = RowTopK(self, config.k, self.axis)
-        if isinstance(config, KeepsThresholdConfig):
+        if config.over_batch:
+            assert isinstance(config, KeepsThresholdConfig)
             self.selection = BatchTopK(self, config.threshold_decay)
-        elif config.multi_factor:
+        elif isinstance(config, TopKConfig) and config.multi_factor:
             self._factors = (1, config.multi_factor)
             self.weights = (1.0, config.multi_weight)
 
@@ -74,14 +75,14 @@ class TopK(WithAuxK):
     def objective(self, rows: Rows, context: StepContext) -> Output:
         config = self.config
         k = annealed(context.progress, config.k, config.k_start, config.k_anneal_share)
-        centre, b_dec = self.biases()
-        centred = (self.axis.gather(rows.inputs) - centre).detach()
+        centre, offset = self.biases(rows.inputs)
+        centred = self.centred(self.axis.gather(rows.inputs), centre)
         groups = self.groups(self.products(centred, self.product_dtype), k)
         selected = list(groups)
         if config.auxk and context.n_dead:
             selected.append(self.select_among(context.dead, centred))
         found = self.reconstruct(selected, centred, centre)
-        x_hat, errors = b_dec, []
+        x_hat, errors = offset, []
         for _, parts in found[: len(groups)]:
             x_hat = x_hat + self.axis.scatter_sum(parts)
             errors.append(rows.targets - x_hat)
@@ -105,7 +106,6 @@ class TopK(WithAuxK):
     def e_hat(
         self, dead: Bool[Tensor, " n_local"], x: Float[Tensor, "batch d_in"]
     ) -> Float[Tensor, "batch d_out"]:
-        centre, _ = self.biases()
         centred = self.encoder_inputs(x)
-        [(_, parts)] = self.reconstruct([self.select_among(dead, centred)], centred, centre)
+        [(_, parts)] = self.reconstruct([self.select_among(dead, centred)], centred, None)
         return self.axis.scatter_sum(parts)

@@ -1,0 +1,52 @@
+"""Sections of crosscoders; the mathematics is in `dictionaries/recipes/crosscoder.py`."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from pydantic import Field
+
+from dist_sae.config.dictionary import DictionaryConfig, KeepsThresholdConfig
+
+
+class AcrossSitesConfig(DictionaryConfig):
+    """Settings shared by crosscoders."""
+
+    weighting: Literal["l2", "l1"] = "l2"
+    """Weight of a latent's codes. l2: the norm of its decoder row over all sites. l1: the sum of
+    its norms at the sites, so that a latent of many sites costs more, and more are exclusive."""
+    shared_latents: float = Field(0.0, ge=0, lt=1)
+    """Share of the latents that have the same decoder row at every site, for sites of one width:
+    what models to be compared have in common (Anthropic, February 2025: .04)."""
+    shared_penalty: float = Field(0.15, gt=0, le=1)
+    """What a code of a shared latent costs, as a multiple of the cost of others."""
+
+    def sites_problem(self, reads: Sequence[str], writes: Sequence[str]) -> str | None:
+        if tuple(reads) != tuple(writes):
+            return (
+                f"{self.kind} reconstructs the sites that it reads; leave sae.writes out, or use "
+                f"transcoder"
+            )
+        if self.shared_latents and len(reads) == 1:
+            return "sae.shared_latents needs two sites or more; use 0"
+        return None
+
+    def parent_problem(self, parent: Mapping[str, Any]) -> str | None:
+        if parent["shared_latents"] == self.shared_latents:
+            return None
+        return (
+            f"shared_latents: {self.shared_latents} cannot start from the weights of "
+            f"{parent['shared_latents']}, since other latents would be shared; use the same"
+        )
+
+
+class CrosscoderConfig(AcrossSitesConfig, KeepsThresholdConfig):
+    """Crosscoder of several sites, TopK or BatchTopK over all of them (Anthropic, October 2024)."""
+
+    kind: Literal["crosscoder"] = "crosscoder"
+    selection: Literal["row", "batch"] = "batch"
+    """row: the `k` largest codes of each row are kept (TopK). batch: the largest codes of the
+    global batch, `k` per row on average (BatchTopK); only this uses `threshold_decay`."""
+
+    @property
+    def over_batch(self) -> bool:
+        return self.selection == "batch"

@@ -1,0 +1,155 @@
+"""Crosscoder: one dictionary of several sites (Anthropic, "Sparse Crosscoders", October 2024).
+
+x has all sites side by side, each in its own scale; a latent reads and writes all of them. With
+d_i^s the part of its decoder row at site s, this is TopK or BatchTopK (topk.py) of x, in which a
+latent counts by its code times the weight of its decoder:
+
+    z     = W_enc (x - b_dec) + b_enc
+    f     = relu(z) where z |d_i| is among the k largest of a row, or (batch) of k per row
+    |d_i| = sqrt(sum_s |d_i^s|^2)  (weighting: l2),  or sum_s |d_i^s|  (l1)
+
+Codes and decoder rows may be scaled against each other, so |d_i| is held at 1, and z alone says
+how much a latent matters: selection, thresholds and inference are those of TopK. With l2 a latent
+of one site counts as much as one of all sites that explains as much; with l1 it counts more (Minder
+et al. 2025, arXiv:2504.02922), and latents become exclusive to sites. One site: both are TopK.
+
+Shared latents, for sites of two models or more, have the same decoder row at every site ("Insights
+on Crosscoder Model Diffing", Anthropic, February 2025): what all have in common need not be learnt
+by a latent for each. A code that costs p times as much as others (`shared_penalty`) is worth it
+where what it explains, z^2, is p times as large, so where z / sqrt(p) is: that is to hold |d_i| at
+sqrt(p). In crosscoder_relu.py it is the penalty's factor. They are spread evenly over the latents,
+so that all shards have as many.
+
+The gradient is that of the constrained decoder: shared rows get the mean over their sites, and what
+would only change |d_i| is left out.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from dist_sae.config.crosscoder import AcrossSitesConfig, CrosscoderConfig
+from dist_sae.dictionaries.base import Dictionary
+from dist_sae.dictionaries.constraints import normalise_rows_
+from dist_sae.dictionaries.interface import Widths
+from dist_sae.dictionaries.recipes.topk import TopK
+from dist_sae.errors import ConfigError
+from dist_sae.kernels import autograd
+
+_BLOCK = 1024  # latents
+
+
+class AcrossSites(Dictionary):
+    """A dictionary whose latents read and write the same sites, some of them all sites alike.
+
+    Raises:
+        ConfigError: Shared latents, and sites of several widths.
+    """
+
+    config: AcrossSitesConfig
+
+    def __init__(
+        self, config: AcrossSitesConfig, widths: Widths | int, *place: Any, **precision: Any
+    ) -> None:
+        super().__init__(config, widths, *place, **precision)
+        if config.shared_latents and len(set(self.widths.writes)) > 1:
+            raise ConfigError(
+                f"sae.shared_latents: the sites have widths "
+                f"{', '.join(map(str, self.widths.writes))}; a shared latent has the same decoder "
+                f"row at all sites, so they must have one width; use 0"
+            )
+
+    @property
+    def shared(self) -> Bool[Tensor, " n_local"]:
+        """Latents of this shard that are shared."""
+        latents = torch.arange(len(self.W_dec), device=self.W_dec.device, dtype=torch.float64)
+        latents += self.first_latent
+        before, until = (n * self.config.shared_latents for n in (latents, latents + 1))
+        return until.floor() > before.floor()
+
+    def weigh(self, rows: Float[Tensor, "some d_out"]) -> Float[Tensor, " some"]:
+        """|d_i| of decoder rows, over all sites."""
+        if self.config.weighting == "l2":
+            return autograd.site_norms(rows, rows.shape[1:])[:, 0]
+        return autograd.site_norms(rows, self.widths.writes).sum(1)
+
+    @torch.no_grad()
+    def tie_sites_(self, rows: Float[Tensor, "some d_out"], shared: Bool[Tensor, " some"]) -> None:
+        """Give shared rows, or their gradients, their mean over the sites at each of these."""
+        apart_as = (len(self.widths.writes), self.widths.writes[0])
+        for some in torch.split(shared.nonzero()[:, 0], _BLOCK):
+            apart = rows[some].view(-1, *apart_as)
+            rows[some] = apart.mean(1, keepdim=True).expand_as(apart).flatten(1)
+
+    @torch.no_grad()
+    def hold(self, latents: slice | Tensor) -> None:
+        """Enforce the constraints on new directions of latents."""
+        rows = self.W_dec[latents]
+        self.tie_sites_(rows, self.shared[latents])
+        self.normalise_(rows, self.shared[latents])
+        self.W_dec[latents] = rows
+
+    def normalise_(
+        self,
+        rows: Float[Tensor, "some d_out"],
+        shared: Bool[Tensor, " some"],  # noqa: ARG002 - they begin alike
+    ) -> None:
+        """Give new decoder rows their length."""
+        normalise_rows_(rows)
+
+    def follow(self, latents: slice | Tensor) -> None:
+        self.hold(latents)
+        super().follow(latents)
+
+
+class Crosscoder(AcrossSites, TopK):
+    """Keeps the k latents that matter most over all sites, for each row or on average."""
+
+    config: CrosscoderConfig
+
+    @property
+    def unit_rows(self) -> bool:  # type: ignore[override]
+        """Whether decoder rows have no other constraint than TopK's."""
+        return self.config.weighting == "l2" and not self.config.shared_latents
+
+    @property
+    def decoder_weight(self) -> Tensor:
+        return self.W_dec if self.unit_rows else autograd.projected(self.W_dec, self.project_)
+
+    @torch.no_grad()
+    def project_(
+        self, gradient: Float[Tensor, "n_local d_out"], W_dec: Float[Tensor, "n_local d_out"]
+    ) -> None:
+        """Make of a gradient, in place, that of the constrained decoder: g - (g . d) n / |d|.
+
+        n is the gradient of |d| for d: d^s / |d^s| at each site, or (l2) d / |d|.
+        """
+        shared, lengths = self.shared, self._lengths(self.shared)
+        for start in range(0, len(W_dec), _BLOCK):
+            block = slice(start, start + _BLOCK)
+            g, d, length = gradient[block], W_dec[block], lengths[block, None]
+            self.tie_sites_(g, shared[block])
+            norms = length
+            if self.config.weighting == "l1":
+                norms = autograd.site_norms(d, self.widths.writes)
+            factors = -torch.linalg.vecdot(g, d)[:, None] / (length * norms)
+            factors = torch.where(norms > 0, factors, 0).expand(-1, len(self.widths.writes))
+            autograd.add_at_sites_(g, d, factors, self.widths.writes)
+
+    def _lengths(self, shared: Bool[Tensor, " some"]) -> Float[Tensor, " some"]:
+        """|d_i| as it is held."""
+        ones = torch.ones_like(shared, dtype=self.W_dec.dtype)
+        return ones.masked_fill_(shared, self.config.shared_penalty**0.5)
+
+    @torch.no_grad()
+    def normalise_(self, rows: Float[Tensor, "some d_out"], shared: Bool[Tensor, " some"]) -> None:
+        scale = self.weigh(rows) / self._lengths(shared)
+        rows /= scale.clamp_min_(torch.finfo(rows.dtype).tiny)[:, None]
+
+    def constrain(self) -> None:
+        self.hold(slice(None))
+
+    def settle(self, new: slice | Tensor, x: Float[Tensor, "batch d_in"]) -> None:  # noqa: ARG002
+        self.hold(new)

@@ -1,0 +1,48 @@
+"""Crosscoder with a penalty on codes times decoder norms (Anthropic, October 2024).
+
+x has all sites side by side, and d_i^s is the part of a decoder row at site s:
+
+    z     = W_enc x + b_enc
+    f     = relu(z)
+    x_hat = W_dec^T f + b_dec
+    L     = (sum_s E|x^s - x_hat^s|^2  +  lambda E sum_i f_i |d_i|) / Var(x)
+    |d_i| = sum_s |d_i^s|  (weighting: l1),  or sqrt(sum_s |d_i^s|^2)  (l2)
+
+With l1 the loss of a latent of one site is that of relu.py, and latents become exclusive to sites;
+l2 has the better L0 at an error. One site: both are relu.py.
+
+A shared latent (crosscoder.py) has the same decoder row at every site, and its penalty is
+`shared_penalty` times that of others.
+"""
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dist_sae.config.sae import CrosscoderReLUConfig
+from dist_sae.dictionaries.recipes.crosscoder import AcrossSites
+from dist_sae.dictionaries.recipes.relu import ReLU
+from dist_sae.kernels import autograd
+
+
+class CrosscoderReLU(AcrossSites, ReLU):
+    """Keeps positive pre-activations of all sites together; codes are penalised."""
+
+    config: CrosscoderReLUConfig
+
+    def weighted_decoder(self) -> tuple[Float[Tensor, "n_local d_out"], Float[Tensor, " n_local"]]:
+        W_dec: Tensor = self.W_dec
+        if self.config.shared_latents:
+            W_dec = autograd.projected(W_dec, lambda g, _: self.tie_sites_(g, self.shared))
+        if self.config.weighting == "l2":
+            W_dec, weights = autograd.with_norms(W_dec)
+        else:
+            W_dec, norms = autograd.with_site_norms(W_dec, self.widths.writes)
+            weights = norms.sum(1)
+        if self.config.shared_latents:
+            weights = torch.where(self.shared, self.config.shared_penalty * weights, weights)
+        return W_dec, weights
+
+    def constrain(self) -> None:
+        """Decoder norms are free, the penalty holds them; rounding must not part shared rows."""
+        self.tie_sites_(self.W_dec, self.shared)

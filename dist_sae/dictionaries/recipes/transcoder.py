@@ -1,0 +1,107 @@
+"""Transcoder: reads some sites and writes others, as an MLP does (arXiv:2406.11944).
+
+    z     = W_enc x + b_enc
+    f     = relu(TopK_k(z)),  or (selection: batch) BatchTopK as in topk.py
+    y_hat = W_dec^T f + b_dec  (+ W_skip x)
+    L     = E|y - y_hat|^2 / Var(y)  +  alpha L_aux            (auxk.py)
+
+(Dunefsky et al. 2024; the skip is Paulo et al. 2025's, arXiv:2501.18823.)
+
+x are the sites that are read, side by side, and y those that are written. At the start W_dec and
+W_skip are 0, b_dec is the mean of y, and b_enc = -W_enc mean(x): each latent sees centred rows, and
+the first step is that of the best constant. There the encoder has no gradient; from the second
+step on it has one. W_enc has random rows of unit norm, or (init: data) ones near centred rows of x.
+Decoder rows are free, as nothing says how long an output should be.
+
+With b_enc = b_enc' - W_enc b_dec this is the TopK of codes W_enc (x - b_dec) + b_enc', in other
+coordinates: reading and writing the same site, with TopK's weights, it has TopK's loss.
+
+A stuck latent (auxk.py) cannot be tied to its decoder row, which is of other sites. It begins
+again near a centred row of x, with a decoder row of 0.
+"""
+
+from typing import Any
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from dist_sae.config.transcoder import TranscoderConfig
+from dist_sae.dictionaries.constraints import normalise_rows_
+from dist_sae.dictionaries.init import mean_row, random_rows, reinitialise
+from dist_sae.dictionaries.interface import Rows, Widths
+from dist_sae.dictionaries.recipes.topk import TopK
+
+
+class Transcoder(TopK):
+    """Reconstructs the sites that it writes from those that it reads."""
+
+    config: TranscoderConfig
+    unit_rows = False
+    W_skip: nn.Parameter
+    """There if `config.skip`."""
+
+    def __init__(
+        self, config: TranscoderConfig, widths: Widths | int, *place: Any, **precision: Any
+    ) -> None:
+        super().__init__(config, widths, *place, **precision)
+        if config.skip:
+            skip = nn.Parameter(self.b_dec.new_zeros(self.widths.d_out, self.widths.d_in))
+            self.add_tensor("W_skip", skip, per_latent=False)
+
+    @property
+    def directions(self) -> nn.Parameter:
+        return self.W_enc
+
+    def offset(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "*rows d_out"]:
+        b_dec = self.axis.replicated(self.b_dec)
+        return b_dec + x @ self.axis.replicated(self.W_skip).T if self.config.skip else b_dec
+
+    def biases(self, x: Float[Tensor, "batch d_in"]) -> tuple[None, Float[Tensor, "*rows d_out"]]:
+        return None, self.offset(x)
+
+    def encoder_inputs(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "rows d_in"]:
+        return self.axis.gather(x)
+
+    @torch.no_grad()
+    def initialise(self, rows: Rows, seed: int) -> None:
+        random_rows(self.W_enc, seed, self.first_latent)
+        normalise_rows_(self.W_enc)
+        self.follow(slice(None))
+        self.settle(slice(None), rows.inputs)
+        self.b_dec.copy_(mean_row(rows.targets, self.axis))
+        if self.config.skip:
+            self.W_skip.zero_()
+        self.measure(rows)
+
+    def guides(self, rows: Rows, new: slice, *, alone: bool) -> Float[Tensor, "batch width"]:  # noqa: ARG002 - they are the same
+        """The centred inputs: the decoder begins at 0, and has no directions."""
+        return rows.inputs - mean_row(rows.inputs, self.axis)
+
+    @torch.no_grad()
+    def follow(self, latents: slice | Tensor) -> None:
+        self.W_dec[latents] = 0
+
+    @torch.no_grad()
+    def settle(self, new: slice | Tensor, x: Float[Tensor, "batch d_in"]) -> None:
+        """Centre what these latents see: b_enc = -W_enc mean(x)."""
+        self.b_enc[new] = -(self.W_enc[new] @ mean_row(x, self.axis))
+
+    def set_initial_sparsity(self, x: Float[Tensor, "batch d_in"]) -> None:
+        self.settle(slice(None), x)
+
+    def scale_encoder(self, factor: Float[Tensor, ""]) -> None:
+        """Nothing: with W_dec at 0 no length of the encoder is better than another."""
+
+    def constrain(self) -> None:
+        """Nothing: decoder norms are free."""
+
+    @torch.no_grad()
+    def revive(
+        self,
+        stuck: Bool[Tensor, " n_local"],
+        x: Float[Tensor, "batch d_in"],
+        error: Float[Tensor, "batch d_out"],  # noqa: ARG002 - of other sites than the encoder's
+    ) -> None:
+        if self.config.auxk:
+            reinitialise(self, stuck, x, x - mean_row(x, self.axis))
