@@ -3,6 +3,7 @@
 By default in a small world, for seconds; with `--long` in the worlds of docs/measured.md.
 """
 
+from itertools import pairwise
 from typing import Any
 
 import pytest
@@ -145,14 +146,28 @@ def test_sparsity_falls_with_the_coefficient(
     assert l0[0] > 1.5 * l0[1] > 1.5 * 1.5 * l0[2] > 0
 
 
+ZIPF = World(d_in=64, n_features=512, l0=10, zipf=1.0)
+
+
+@pytest.mark.system
+def test_l0_of_jumprelu_follows_the_coefficient_over_two_orders_of_magnitude() -> None:
+    """By a factor of 1.7 or more for each half of one: 136, 66, 39, 17, 6.6 when written."""
+    found = []
+    for coefficient in (0.0003, 0.001, 0.003, 0.01, 0.03):
+        config = JumpReLUConfig(n_latents=256, sparsity=coefficient, dead_after_rows=50_000)
+        trained = train(ZIPF, config, steps=300, batch=512, lr=3e-3)
+        found.append(trained.l0[-1])
+        assert trained.dead.count <= 0.02 * 256
+    assert all(more > 1.5 * less for more, less in pairwise(found)), found
+
+
 @pytest.mark.system
 @pytest.mark.parametrize("target", [16, 23, 32, 64])
 def test_jumprelu_ends_at_its_target_l0(target: int) -> None:
     """Within 10 %, on rows that it was not trained on, and no latent dies of it."""
-    world = World(d_in=64, n_features=512, l0=10, zipf=1.0)
     config = JumpReLUConfig(n_latents=256, target_l0=target, dead_after_rows=50_000)
-    trained = train(world, config, steps=200, batch=512, lr=3e-3)
-    active = int(trained.sae.infer(world.batch(1_000_000, 4096)).firings.sum())
+    trained = train(ZIPF, config, steps=300, batch=512, lr=3e-3)
+    active = int(trained.sae.infer(ZIPF.batch(1_000_000, 4096)).firings.sum())
     assert active / 4096 == pytest.approx(target, rel=0.1)
     assert trained.dead.count <= 0.02 * 256
 
