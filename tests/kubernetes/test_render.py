@@ -214,25 +214,25 @@ def test_a_pod_of_the_index_is_one_worker() -> None:
     assert container["ports"][0]["name"] == "metrics"
 
 
-MODEL = "model={kind: huggingface, path: m, tensor_parallel: 2}"
+MODEL = "model.tensor_parallel=2", "cluster.producer.gpus=2"
 
 
 @pytest.mark.parametrize(
     ("overrides", "ranks"),
     [
         ((), 1),
-        (("cluster.reporter.gpus=1",), 1),
         (("cluster.reporter.gpus=4",), 4),  # each has its latents
-        ((MODEL,), 2),
-        ((MODEL, "cluster.reporter.gpus=2", "cluster.producer.gpus=2"), 2),
-        ((MODEL, "cluster.reporter.gpus=1"), 1),  # two cannot share it
-        (("cluster.reporter.gpus=3",), 1),  # of 256 latents
+        (("cluster.reporter.gpus=3",), 1),  # of 1,048,576 latents
+        ((*MODEL, "cluster.reporter.gpus=0"), 2),
+        ((*MODEL, "cluster.reporter.gpus=2"), 2),
+        ((*MODEL, "cluster.reporter.gpus=1"), 1),  # two cannot share it
     ],
 )
 def test_the_reporter_evaluates_by_the_ranks_of_the_model_or_of_its_gpus(
     overrides: tuple[str, ...], ranks: int
 ) -> None:
-    pod = pod_of(load(*overrides, "cluster.reporter.cpus=8"), "reporter")
+    path = ROOT / "launch/runs/llama3.1-8b-resid16-batchtopk-1m-16xh100.yaml"
+    pod = pod_of(load_run(path, [*overrides, "cluster.reporter.cpus=8"]), "reporter")
     containers: list[Any] = [*pod["initContainers"], *pod["containers"]]
     evaluate, export, report = containers
     together = ["--local-ranks", str(ranks)] if ranks > 1 else []
