@@ -31,6 +31,11 @@ STEPS = 24
 KINDS: dict[str, dict[str, Any]] = {
     "transcoder": {"kind": "transcoder", "reads": ["mlp_in.0"], "writes": ["mlp_out.0"]},
     "crosscoder": {"kind": "crosscoder", "reads": ["resid_post.1", "mlp_inner.0", "mlp_out.0"]},
+    "clt": {
+        "kind": "clt",
+        "reads": ["mlp_in.0", "mlp_in.1"],
+        "writes": ["mlp_out.0", "mlp_out.1"],
+    },
 }
 """Sites of 24 and of 40 dimensions."""
 
@@ -52,7 +57,14 @@ def language(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         },
         "corpus": {"kind": "files", "files": [str(folder / "text.txt")], "txt_documents": "line"},
         "activations": {
-            "sites": ["mlp_in.0", "mlp_inner.0", "mlp_out.0", "resid_post.1"],
+            "sites": [
+                "mlp_in.0",
+                "mlp_inner.0",
+                "mlp_out.0",
+                "resid_post.1",
+                "mlp_in.1",
+                "mlp_out.1",
+            ],
             "streams": 2,
             "unit_rows": 200,
             "context_tokens": 16,

@@ -78,6 +78,8 @@ class AcrossSites(Dictionary):
     @torch.no_grad()
     def tie_sites_(self, rows: Float[Tensor, "some d_out"], shared: Bool[Tensor, " some"]) -> None:
         """Give shared rows, or their gradients, their mean over the sites at each of these."""
+        if not self.config.shared_latents:  # sites may then have several widths
+            return
         apart_as = (len(self.widths.writes), self.widths.writes[0])
         for some in torch.split(shared.nonzero()[:, 0], _BLOCK):
             apart = rows[some].view(-1, *apart_as)
