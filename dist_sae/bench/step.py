@@ -54,8 +54,8 @@ class StepShape(NamedTuple):
     """Experts of a routed dictionary."""
     reads: int = 1
     """Number of sites that are read."""
-    writes: int | None = None
-    """Number of other sites that are written; None: those that are read."""
+    writes: int = 0
+    """Number of other sites that are written; 0: those that are read are."""
     settings: tuple[str, ...] = ()
     """Further settings of the recipe, `KEY=VALUE`."""
     lr: float = 1e-4
@@ -64,8 +64,7 @@ class StepShape(NamedTuple):
     @property
     def widths(self) -> Widths:
         """Widths of the sites that are read and written."""
-        writes = self.reads if self.writes is None else self.writes
-        return Widths((self.d_in,) * self.reads, (self.d_in,) * writes)
+        return Widths((self.d_in,) * self.reads, (self.d_in,) * (self.writes or self.reads))
 
 
 class TrainingStep:
@@ -161,7 +160,7 @@ def random_batches(shape: StepShape, mesh: Mesh, n: int) -> list[Rows]:
         return torch.randn(local, width, generator=generator).to(mesh.device)
 
     inputs = [draw(widths.d_in) for _ in range(n)]
-    return [Rows(x, x if shape.writes is None else draw(widths.d_out)) for x in inputs]
+    return [Rows(x, draw(widths.d_out) if shape.writes else x) for x in inputs]
 
 
 def bench_step(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any]:
@@ -253,14 +252,12 @@ def bench_run(
     """
     url = url or str(Path("nowhere").absolute())
     reads = [f"mlp_in.{layer}" for layer in range(shape.reads)]
-    writes = None
-    if shape.writes is not None:
-        writes = [f"mlp_out.{layer}" for layer in range(shape.writes)]
+    writes = [f"mlp_out.{layer}" for layer in range(shape.writes)]
     sae: dict[str, Any] = {
         "kind": shape.kind,
         "n_latents": shape.n_latents,
         "reads": reads,
-        "writes": writes,
+        "writes": writes or None,
         "init": "random",
         "dead_after_rows": 10_000_000,
     }
@@ -273,7 +270,7 @@ def bench_run(
             "store": {"activations": url, "runs": url, "s3": {"endpoint_url": endpoint_url}},
             "model": {"kind": "huggingface", "path": "nowhere"},
             "corpus": {"kind": "files", "files": ["nowhere"]},
-            "activations": {"sites": [*reads, *(writes or ())], "streams": world},
+            "activations": {"sites": [*reads, *writes], "streams": world},
             "sae": sae | {key: n for key, n in counts.items() if n is not None and key in known},
             "train": {
                 "rows": shape.batch,

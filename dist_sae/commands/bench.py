@@ -26,7 +26,7 @@ def add(commands: shared.Commands) -> None:
     step.add_argument("--experts", type=int, default=16, help="experts of a routed dictionary")
     step.add_argument("--reads", type=int, default=1, help="sites that are read")
     step.add_argument(
-        "--writes", type=int, help="other sites that are written; left out: those that are read"
+        "--writes", type=int, default=0, help="other sites that are written; 0: those that are read"
     )
     step.add_argument(
         "--sae",
