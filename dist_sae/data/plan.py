@@ -296,7 +296,8 @@ def as_planned(run: Run, plan: Plan) -> Run:
     if isinstance(corpus, DatasetCorpus) and plan.corpus_commit:
         corpus = corpus.model_copy(update={"revision": plan.corpus_commit})
     activations = run.activations.model_copy(update={"sites": plan.sites})
-    train = run.train.model_copy(update={"site": run.site})
+    site = run.train.site if run.sae.reads else run.site  # one of several from now on
+    train = run.train.model_copy(update={"site": site})
     return run.model_copy(
         update={"model": model, "corpus": corpus, "activations": activations, "train": train}
     )

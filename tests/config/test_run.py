@@ -255,6 +255,39 @@ def test_load_run_asks_which_site_when_there_are_several(tmp_path: Path) -> None
     assert load_run(path, [*overrides, "train.site=mlp_out.0"]).site == "mlp_out.0"
 
 
+@pytest.mark.parametrize(
+    ("sae", "problem"),
+    [
+        (
+            "{kind: transcoder, reads: [mlp_in.0], writes: [mlp_out.7]}",
+            "sae.writes: mlp_out.7 is not among activations.sites (mlp_in.0, mlp_out.0)",
+        ),
+        (
+            "{kind: crosscoder, reads: [mlp_in.0, mlp_out.0, mlp_in.0]}",
+            "sae.reads: names mlp_in.0 twice",
+        ),
+        (
+            "{kind: topk, reads: [mlp_in.0, mlp_out.0]}",
+            "sae.reads: topk reconstructs the one site that it reads; use transcoder, crosscoder "
+            "or clt for others",
+        ),
+    ],
+)
+def test_load_run_refuses_sites_that_cannot_be_read_and_written(
+    tmp_path: Path, sae: str, problem: str
+) -> None:
+    overrides = [
+        "model={kind: huggingface, path: x}",
+        "corpus={kind: dataset, name: x}",
+        "activations.sites=[mlp_in.0, mlp_out.0]",
+        f"sae={sae[:-1]}, n_latents: 32, k: 2}}",
+    ]
+    path = write_run(tmp_path, TINY)
+    assert problems(path, overrides) == [problem]
+    named = "train.site: sae.reads names the sites already; leave one of them out"
+    assert named in problems(path, [*overrides, "train.site=mlp_in.0"])
+
+
 def test_load_run_reports_every_disagreement_at_once(tmp_path: Path) -> None:
     overrides = ["train.batch_rows=6", "train.rows=5", "processes.trainers=3"]
     assert [line.partition(":")[0] for line in problems(write_run(tmp_path, TINY), overrides)] == [
