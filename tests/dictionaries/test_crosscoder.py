@@ -29,6 +29,8 @@ from tests.dictionaries.recipes import (
     some_dead,
     step,
 )
+from tests.dictionaries.sites import SiteWorld, found_features
+from tests.dictionaries.worlds import train
 
 COUNTS: dict[str, Any] = {"n_latents": N_LATENTS, "k": K, "auxk": AUXK, "auxk_coefficient": 0.25}
 SITES: dict[str, Any] = {"reads": LAYERS[:2]}
@@ -151,6 +153,8 @@ def test_a_bonus_makes_shared_latents_win() -> None:
         sae.W_dec.copy_(torch.tensor([[1.0, 0.0], [0.1, 0.1]]))
         sae.constrain()
         torch.testing.assert_close(sae.W_dec[1], torch.full((2,), 0.5 * 0.5**0.5))
+        sae.b_enc.zero_()
+        sae.b_dec.zero_()
         lengths = sae.W_dec.norm(dim=1, keepdim=True)
         sae.W_enc.copy_(sae.W_dec / lengths**2)  # a code times its row is a projection
         for other, winner in ((-0.95, 0), (-0.85, 1)):
@@ -194,3 +198,33 @@ def test_projecting_takes_no_second_gradient() -> None:
     assert sae.W_enc.grad is not None
     assert sae.W_dec.grad is not None
     assert places == [sae.W_dec.grad.data_ptr(), sae.W_enc.grad.data_ptr()]
+
+
+def spans(sites: int, n: int) -> Tensor:
+    """Features that live on neighbouring sites, from one of them to all."""
+    ends = torch.randint(sites, (n, 2), generator=torch.Generator().manual_seed(3)).sort(1).values
+    numbers = torch.arange(sites)
+    return (numbers >= ends[:, :1]) & (numbers <= ends[:, 1:])
+
+
+@pytest.mark.system
+def test_latents_live_where_their_features_do() -> None:
+    """34 of 48 features had a latent when this was written, 97 % of these their span of sites.
+
+    Control: where the sites' rows are of different rows, no latent is of several sites.
+    """
+    where, found = spans(6, 48), {}
+    for shuffled in (False, True):
+        world = SiteWorld(where, width=24, l0=2.5, shuffled=shuffled)
+        config = CrosscoderConfig(n_latents=48, k=3, auxk=16, dead_after_rows=8000, init="random")
+        sae = train(world, config, steps=300, batch=256, lr=5e-3).sae
+        features, norms = found_features(world, sae.W_dec, sae.decoder_norms())
+        lives = norms > 0.3 * norms.amax(1, keepdim=True)
+        true = where[features]
+        iou = (lives & true).sum(1) / (lives | true).sum(1)
+        several = true.sum(1) > 1
+        found[shuffled] = int(several.sum()), float((iou >= 0.9).double().mean())
+    n_several, share = found[False]
+    assert n_several >= 16
+    assert share >= 0.95
+    assert found[True][0] <= 2
