@@ -64,8 +64,6 @@ class WithAuxK(Dictionary):
     """
 
     config: CountsLatentsConfig
-    unit_rows: bool = True
-    """Whether the norms of decoder rows are held at 1."""
     by_row: RowTopK
     """Selects the dead latents of each row."""
 

@@ -219,8 +219,7 @@ def test_latents_live_where_their_features_do() -> None:
         config = CrosscoderConfig(n_latents=48, k=3, auxk=16, dead_after_rows=8000, init="random")
         sae = train(world, config, steps=300, batch=256, lr=5e-3).sae
         features, norms = found_features(world, sae.W_dec, sae.decoder_norms())
-        lives = norms > 0.3 * norms.amax(1, keepdim=True)
-        true = where[features]
+        true, lives = where[features], norms > 0.3 * norms.amax(1, keepdim=True)
         iou = (lives & true).sum(1) / (lives | true).sum(1)
         several = true.sum(1) > 1
         found[shuffled] = int(several.sum()), float((iou >= 0.9).double().mean())

@@ -91,7 +91,8 @@ class AcrossSites(Dictionary):
         rows = self.W_dec[latents]
         self.tie_sites_(rows, self.shared[latents])
         self.normalise_(rows, self.shared[latents])
-        self.W_dec[latents] = rows
+        if isinstance(latents, Tensor):  # else these are the rows themselves, and no copy of them
+            self.W_dec[latents] = rows
 
     def normalise_(
         self,

@@ -93,9 +93,6 @@ class Transcoder(TopK):
     def scale_encoder(self, factor: Float[Tensor, ""]) -> None:
         """Nothing: with W_dec at 0 no length of the encoder is better than another."""
 
-    def constrain(self) -> None:
-        """Nothing: decoder norms are free."""
-
     @torch.no_grad()
     def revive(
         self,
