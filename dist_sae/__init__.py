@@ -14,7 +14,7 @@ _MODULES = {
     "RawDictionary": "dist_sae.notebook.dictionary",
     "RowBatch": "dist_sae.notebook.rows",
     "RowText": "dist_sae.notebook.texts",
-    "SparseCodes": "dist_sae.notebook.dictionary",
+    "SparseCodes": "dist_sae.notebook.codes",
     "TokenLatents": "dist_sae.notebook.texts",
     "open_run": "dist_sae.notebook.run",
 }

@@ -1,6 +1,6 @@
 from dist_sae.errors import DistSaeError as DistSaeError
+from dist_sae.notebook.codes import SparseCodes as SparseCodes
 from dist_sae.notebook.dictionary import RawDictionary as RawDictionary
-from dist_sae.notebook.dictionary import SparseCodes as SparseCodes
 from dist_sae.notebook.rows import RowBatch as RowBatch
 from dist_sae.notebook.run import OpenedRun as OpenedRun
 from dist_sae.notebook.run import open_run as open_run

@@ -115,13 +115,13 @@ def _stage_1(
         store.put(folder.units.key(record.unit), seal(record))
         records.append(record)
 
-    activations = ActivationSet(opened.activations, opened.plan, (manifest.site,))
+    normalisers = opened.normalisers
+    activations = ActivationSet(opened.activations, opened.plan, normalisers.reads)
     following = iter(manifest.units[1:])
     with ThreadPoolExecutor(1, "store") as pool:
         pending = None
         for unit in manifest.units:
-            blocks = [block[manifest.site] for block in activations.rows([unit], 2**62)]
-            acts = torch.cat(blocks) * manifest.scale
+            acts = torch.cat(list(map(normalisers.inputs, activations.rows([unit], 2**62))))
             bare, _ = _timed(partial(_encode, encoder, acts))
             since = time.perf_counter()
             encoded = encoder.encode(unit, following=partial(next, following, None))
@@ -148,16 +148,14 @@ def _stage_2(opened: Opened, records: list[UnitRecord], device: torch.device) ->
     store, folder, manifest, _, checkpoint, *_ = opened
     origins = Origins(store, records)
     pairs_seconds, sample = _timed(partial(Sample, store, manifest, records))
-    m = int(manifest.settings["neighbours"])
-    cells = stored_cells(store, folder.prefix, checkpoint, device) if m else None
-    outputs = open_outputs(opened.model, manifest, checkpoint)
+    place = (store, folder.prefix, checkpoint, device)
+    cells = stored_cells(*place) if opened.neighbours else None
+    outputs = open_outputs(opened.model, manifest, opened.normalisers)
     entries = posted = 0
     merge_seconds = weights_seconds = 0.0
     for bucket in range(manifest.n_buckets):
         latents = manifest.bucket(bucket)
-        seconds, weights = _timed(
-            partial(weight_columns, checkpoint, latents, m, cells, outputs, device)
-        )
+        seconds, weights = _timed(partial(weight_columns, opened, latents, cells, outputs, device))
         weights_seconds += seconds
         seconds, record = _timed(
             partial(make_bucket, store, folder, manifest, records, bucket, weights, origins, None)

@@ -19,7 +19,7 @@ from dist_sae.config.sae import SaeConfig
 from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.axis import WHOLE, LatentAxis, PageAxis
 from dist_sae.dictionaries.base import Dictionary
-from dist_sae.dictionaries.interface import Codes, Inferred, Widths
+from dist_sae.dictionaries.interface import Codes, Inferred, Rows, Widths
 from dist_sae.kernels import Entries, select
 from dist_sae.kernels.keys import NOTHING, from_keys, to_keys
 
@@ -83,8 +83,8 @@ class PagedDictionary:
         quarter = memory_bytes // 4
         fitting = max(0, quarter - shared) * config.n_latents // (n_bytes - shared)
         self._page_latents = _page_latents(config, fitting)
-        # rows and scaled rows; reconstructions; keys and codes
-        row_bytes = 8 * self._widths.d_in + 4 * self._widths.d_out + 12 * (self._row_limit or 0)
+        # inputs; targets; reconstructions; keys and codes
+        row_bytes = 4 * self._widths.d_in + 8 * self._widths.d_out + 12 * (self._row_limit or 0)
         product_bytes = 12 * min(self._page_latents, select.CHUNK_LATENTS)  # of a row, with copies
         self._slice_rows = max(1, min(SLICE_ROWS, quarter // product_bytes))
         self._turn_rows = max(1, quarter // row_bytes // self._slice_rows) * self._slice_rows
@@ -133,7 +133,7 @@ class PagedDictionary:
         for page in self._pages(self._per_latent - {name}):
             yield rows(page)
 
-    def grouped(self, batches: Iterator[Float[Tensor, "_ d_in"]]) -> Iterator[Tensor]:
+    def grouped(self, batches: Iterator[Rows]) -> Iterator[Rows]:
         """Join batches of rows to ones for a turn over the pages; in memory they stay as they are.
 
         A batch is overwritten by the next.
@@ -141,18 +141,23 @@ class PagedDictionary:
         if self._in_memory is not None:
             yield from batches
             return
-        joined, n = torch.empty(self._turn_rows, self._widths.d_in), 0
+        inputs, n = torch.empty(self._turn_rows, self._widths.d_in), 0
+        joined = Rows(inputs, inputs)
         for batch in batches:
-            for piece in torch.split(batch, self._slice_rows):
-                fits = min(len(piece), len(joined) - n)
-                joined[n : n + fits] = piece[:fits]
+            if batch.targets is not batch.inputs and joined.targets is inputs:
+                joined = Rows(inputs, torch.empty(self._turn_rows, self._widths.d_out))
+            for piece in zip(*(torch.split(part, self._slice_rows) for part in batch), strict=True):
+                fits = min(len(piece[0]), self._turn_rows - n)
+                for part, new in zip(joined, piece, strict=True):
+                    part[n : n + fits] = new[:fits]
                 n += fits
-                if n == len(joined):
+                if n == self._turn_rows:
                     yield joined
-                    n = len(piece) - fits
-                    joined[:n] = piece[fits:]
+                    n = len(piece[0]) - fits
+                    for part, new in zip(joined, piece, strict=True):
+                        part[:n] = new[fits:]
         if n:
-            yield joined[:n]
+            yield Rows(*(part[:n] for part in joined))
 
     @torch.no_grad()
     def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:

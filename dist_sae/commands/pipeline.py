@@ -74,7 +74,7 @@ def run_locally(
             run_together(_indexers(run, child), stopping, view, "index")
         results: dict[str, Any] = {}
         for command in ("evaluate", "export", "report"):
-            if command == "export" and sae_lens.architecture(run.sae) is None:
+            if command == "export" and sae_lens.problem(run):
                 continue
             ranks = run.tensor_parallel if command == "evaluate" else 1
             ranks = ranks if run.sae.divides_over(ranks) else 1

@@ -196,9 +196,12 @@ def print_result(options: argparse.Namespace, result: Mapping[str, Any]) -> None
         if isinstance(value, Mapping):
             sys.stdout.write(f"{name}\n" if value else "")
             for key, item in value.items():
-                unit = name if name.endswith("bytes") else key
-                ends = item if isinstance(item, list) else [item]  # a list of two is an interval
-                text = " to ".join(shown(unit, end) for end in ends)
+                if isinstance(item, Mapping):
+                    text = ", ".join(f"{each} {shown(each, x)}" for each, x in item.items())
+                else:
+                    unit = name if name.endswith("bytes") else key
+                    ends = item if isinstance(item, list) else [item]  # two are an interval
+                    text = " to ".join(shown(unit, end) for end in ends)
                 sys.stdout.write(f"  {key:40} {text}\n")
         elif not isinstance(value, list):
             sys.stdout.write(f"{name:20} {shown(name, value)}\n")

@@ -37,6 +37,14 @@ class CrossLayerConfig(DictionaryConfig):
     def together(self) -> int:
         return self.layers
 
+    @property
+    def has_latent_rows(self) -> bool:
+        return self.layers == 1
+
+    @property
+    def is_causal(self) -> bool:
+        return True
+
     def shards_problem(self, shards: int) -> tuple[str, str] | None:
         if self.divides_over(shards):
             return None

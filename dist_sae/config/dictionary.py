@@ -43,6 +43,16 @@ class DictionaryConfig(Section):
         )
 
     @property
+    def has_latent_rows(self) -> bool:
+        """True if row i of W_dec is all that latent i writes, so that rows can be compared."""
+        return True
+
+    @property
+    def is_causal(self) -> bool:
+        """True if what is written at a site depends on no site that the model reaches later."""
+        return False
+
+    @property
     def sparsity_key(self) -> str:
         """The setting that decides how many latents are active."""
         return "sparsity"

@@ -20,18 +20,22 @@ DUPLICATES_CHUNK_LATENTS = 2048
 class Fit(NamedTuple):
     """Sums over the rows seen so far; sums of batches and of ranks can be added."""
 
-    squared_error: Float[Tensor, ""]
-    squared_total: Float[Tensor, ""]
+    columns: tuple[slice, ...]
+    """Columns of the targets of each site that is written."""
+    squared_error: Float[Tensor, " sites"]
+    squared_total: Float[Tensor, " sites"]
     active: Float[Tensor, ""]
     rows: int
     counts: Int[Tensor, " n_latents"]
     """Rows in which each latent fired."""
 
     @classmethod
-    def empty(cls, n_latents: int) -> "Fit":
+    def empty(cls, n_latents: int, columns: Iterable[slice] = (slice(None),)) -> "Fit":
         """Sums over no rows."""
-        zero = torch.zeros((), dtype=torch.float64)
-        return cls(zero, zero, zero, 0, torch.zeros(n_latents, dtype=torch.int64))
+        columns = tuple(columns)
+        zeros = torch.zeros(len(columns), dtype=torch.float64)
+        counts = torch.zeros(n_latents, dtype=torch.int64)
+        return cls(columns, zeros, zeros, torch.zeros((), dtype=torch.float64), 0, counts)
 
     def add(
         self,
@@ -46,9 +50,11 @@ class Fit(NamedTuple):
             found: A whole dictionary's reconstructions and firings on their rows.
             mean: Mean of the targets over the data set (not the batch), in their scale.
         """
+        means = mean.expand_as(targets)
         return Fit(
-            self.squared_error + _squared_distance(targets, found.x_hat),
-            self.squared_total + _squared_distance(targets, mean.expand_as(targets)),
+            self.columns,
+            self.squared_error + _squared_distances(targets, found.x_hat, self.columns),
+            self.squared_total + _squared_distances(targets, means, self.columns),
             self.active + found.firings.sum(),
             self.rows + len(targets),
             self.counts + found.firings,
@@ -57,7 +63,13 @@ class Fit(NamedTuple):
     @property
     def fvu(self) -> float:
         """Fraction of variance unexplained: sum |target - x_hat|^2 / sum |target - mean|^2."""
-        return float(self.squared_error / self.squared_total)
+        return float(self.squared_error.sum() / self.squared_total.sum())
+
+    @property
+    def fvu_by_site(self) -> list[float]:
+        """The same of each site that is written."""
+        fvus: list[float] = (self.squared_error / self.squared_total).tolist()
+        return fvus
 
     @property
     def l0(self) -> float:
@@ -70,13 +82,16 @@ class Fit(NamedTuple):
         return self.counts.double() / self.rows
 
 
-def _squared_distance(
-    targets: Float[Tensor, "batch d_out"], others: Float[Tensor, "batch d_out"]
-) -> Float[Tensor, ""]:
-    """Sum of squared differences in fp64, some rows at a time: these are large copies."""
+def _squared_distances(
+    targets: Float[Tensor, "batch d_out"],
+    others: Float[Tensor, "batch d_out"],
+    columns: Iterable[slice],
+) -> Float[Tensor, " sites"]:
+    """Sums of squared differences in fp64, some rows at a time: these are large copies."""
     pieces = zip(torch.split(targets, _PIECE_ROWS), torch.split(others, _PIECE_ROWS), strict=True)
-    sums = [(one - other).double().square().sum() for one, other in pieces]
-    return torch.stack(sums).sum()
+    squares = ((one - other).double().square() for one, other in pieces)
+    sums = [torch.stack([piece[:, site].sum() for site in columns]) for piece in squares]
+    return torch.stack(sums).sum(0)
 
 
 def ce_recovered(clean: float, spliced: float, ablated: float) -> float:

@@ -8,9 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dist_sae.config.run import describe_sites
 from dist_sae.dictionaries.interface import Rows, Widths
-from dist_sae.errors import ConfigError
 
 _SEVERAL = "normalisers"
 
@@ -73,30 +71,27 @@ class SiteNormalisers(NamedTuple):
         ends = list(accumulate(self.widths.writes, initial=0))
         return {site: slice(*at) for site, *at in zip(self.writes, ends, ends[1:], strict=False)}
 
-    @property
-    def one(self) -> Normaliser:
-        """The normaliser of the one site of an autoencoder.
-
-        Raises:
-            ConfigError: The dictionary reads or writes others.
-        """
-        if len(self.of) > 1:
-            raise ConfigError(
-                f"sae.reads: the dictionary is of {describe_sites(self.reads, self.writes)}; "
-                f"this needs one that reconstructs the one site that it reads"
-            )
-        return self.of[self.reads[0]]
-
     def rows(self, acts: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Rows:
         """Scale activations [batch, d_site] of the sites; they are the targets' too if they can be.
 
         Returns:
             Rows in fp32 on the device, sites side by side.
         """
-        inputs = self._side_by_side(self.reads, acts, device)
-        if self.reads == self.writes:
-            return Rows(inputs, inputs)
-        return Rows(inputs, self._side_by_side(self.writes, acts, device))
+        inputs = self.inputs(acts, device)
+        same = self.reads == self.writes
+        return Rows(inputs, inputs if same else self.targets(acts, device))
+
+    def inputs(
+        self, acts: Mapping[str, Tensor], device: torch.device | str = "cpu"
+    ) -> Float[Tensor, "batch d_in"]:
+        """Scale activations of the sites that are read, as `rows` does."""
+        return self._side_by_side(self.reads, acts, device)
+
+    def targets(
+        self, acts: Mapping[str, Tensor], device: torch.device | str = "cpu"
+    ) -> Float[Tensor, "batch d_out"]:
+        """Scale activations of the sites that are written, as `rows` does."""
+        return self._side_by_side(self.writes, acts, device)
 
     def _side_by_side(
         self, sites: Sequence[str], acts: Mapping[str, Tensor], device: torch.device | str

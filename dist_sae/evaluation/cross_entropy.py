@@ -1,14 +1,15 @@
-"""Language-model losses with a site unchanged, replaced by its reconstruction, or ablated."""
+"""Language-model losses with sites unchanged, replaced by their reconstructions, or ablated."""
 
 import logging
 import math
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Int
 from torch import Tensor
 
 from dist_sae import logs
@@ -17,34 +18,53 @@ from dist_sae.config.data import HuggingFaceModel
 from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.corpus import Corpus
 from dist_sae.data.plan import Plan, as_planned, check_model, read_unit
-from dist_sae.data.row_filters import admitted, of_usual_norm
+from dist_sae.data.row_filters import admitted
 from dist_sae.data.tokens import TokenBatch, cut, pack
 from dist_sae.dictionaries.interface import Inference
 from dist_sae.dictionaries.metrics import ce_recovered
+from dist_sae.dictionaries.normaliser import SiteNormalisers
 from dist_sae.distributed.mesh import ALONE, Mesh
 from dist_sae.environment import versions
 from dist_sae.errors import HeadlessError, NonFiniteError
 from dist_sae.evaluation.cache import cached, fingerprint
+from dist_sae.evaluation.splice import Edits, Splice, Values
 from dist_sae.models import Tokenizer, build_tokenizer
 
 logger = logging.getLogger(__name__)
 
 _RESAMPLES = 1000
+_LOSSES = ("clean", "spliced", "zero", "mean", "replacement")
+_Passes = dict[str, Callable[[Splice], Edits]]
+"""Edits of passes over a batch, by the name of their losses; the passes are made in this order."""
+_Places = Mapping[str, tuple[str, ...]]
+"""Written sites that are replaced at once: "" names all of them, a site itself."""
 
 
 def cross_entropies(
     activations: ActivationSet,
     run: Run,
     sae: Inference,
-    scale: float,
-    mean: Tensor,
+    normalisers: SiteNormalisers,
     mesh: Mesh = ALONE,
+    *,
+    causal: bool = False,
 ) -> dict[str, Any]:
-    """Measure the model's losses with the site's admitted rows replaced. Collective.
+    """Measure the model's losses with admitted rows of the written sites replaced. Collective.
 
     Losses are of next tokens, or of masked tokens for a bidirectional model. `ce_left_out` gives
-    the reason if there are none: the model predicts no tokens, or ablation changes none. Losses
+    the reason if there are none: the model predicts no tokens, or ablation changes none, or the
+    sites are of two models. Losses
     without the dictionary are cached beside the activation set.
+
+    Args:
+        activations: The activation set.
+        run: The run.
+        sae: The dictionary.
+        normalisers: Of its sites.
+        mesh: The ranks.
+        causal: Measure the replacement model as well: what the dictionary writes at a site depends
+            on no site that the model reaches later. It is left out if a layer is written before
+            it is read.
 
     Returns:
         See `evaluate`. `intervals` come from a bootstrap over documents.
@@ -57,10 +77,13 @@ def cross_entropies(
     run = as_planned(run, activations.plan)
     check_model(run, activations.plan)
     assert isinstance(run.model, HuggingFaceModel)
-    model = run.model  # pinned to the plan's commit
+    sites, writes = tuple(normalisers.of), normalisers.writes
+    (model, names), *others = run.model.by_model(sites)  # pinned to the plan's commit
+    if others:
+        return {"ce_left_out": "the dictionary's sites are of two models"}
     tokenizer = build_tokenizer(run)
     try:
-        spliced = SplicedModel(model, run.site, divided=mesh.world > 1)
+        spliced = SplicedModel(model, tuple(names), divided=mesh.world > 1)
     except HeadlessError as exc:
         logger.warning("cross-entropies are left out: %s", exc)
         return {"ce_left_out": str(exc)}
@@ -70,35 +93,44 @@ def cross_entropies(
     if not int(tokens.sum()):
         return {"ce_left_out": "no held-out context has a second token to predict"}
     exclude = run.activations.exclude
-    centre = mean / scale
+    means = {site: of.mean.float() / of.scale for site, of in normalisers.of.items()}
 
+    places = {"": writes, **{site: (site,) for site in writes if len(writes) > 1}}
+    plain: _Passes = {"clean": Splice.read, **_ablations(places, means)}
+    live = causal and _are_read_first(names, normalisers)
+    ours = _reconstructions(places, several=len(sites) > 1, live=live)
     progress = logs.PacedProgress("losses")
-    contexts = sum(len(batch.tokens) for batch in batches)
+    turns = len(plain) + len(ours)
+    total = turns * sum(len(batch.tokens) for batch in batches)
 
-    def losses(turn: int, replace: Callable[[Tensor], Tensor] | None) -> list[float]:
-        """Loss of each context, summed over its tokens, in nats.
+    def losses(passes: _Passes, before: int) -> dict[str, list[float]]:
+        """Losses of each context in some passes, summed over its tokens, in nats.
 
         Args:
-            turn: Turns over the contexts before this one, of four in all.
-            replace: Gives the rows in place of the admitted ones; None keeps these.
+            passes: Edits of these.
+            before: Passes of all that come before.
         """
-        sums: list[float] = []
+        sums: dict[str, list[float]] = {name: [] for name in passes}
         for batch, counts in zip(batches, predicted, strict=True):
             keep = admitted(batch, tokenizer.special, exclude, Counter())
             if spliced.masked and exclude.special_tokens:  # these positions hold [MASK]
                 keep[:, 1:] &= ~counts
-            edit = _edit(keep, replace, exclude.over_norm) if replace else None
-            each = spliced.losses(batch.tokens, batch.mask, edit)
-            sums += each.double().where(counts, 0.0).sum(1).tolist()
-            progress(turn * contexts + len(sums), 4 * contexts)
-        if not all(map(math.isfinite, sums)):
+            splice = Splice(keep, exclude.over_norm, sae, normalisers)
+            for name, made in passes.items():
+                edits = made(splice)
+                here = {there: edits[site] for there, site in names.items() if site in edits}
+                each = spliced.losses(batch.tokens, batch.mask, here)
+                sums[name] += each.double().where(counts, 0.0).sum(1).tolist()
+            progress(before * total // turns + sum(map(len, sums.values())), total)
+        if not all(math.isfinite(loss) for each in sums.values() for loss in each):
             raise NonFiniteError(f"model.path {model.path}: a loss is NaN or infinite")
         return sums
 
     of = {
         "plan": activations.plan.hash,
-        "site": run.site,
-        "mean": fingerprint(centre.tolist()),
+        "sites": sites,
+        "writes": writes,
+        "means": fingerprint([means[site].tolist() for site in writes]),
         "batches": fingerprint([batch.tokens.tolist() for batch in batches]),
         "predicted": fingerprint([each.tolist() for each in predicted]),
         "device": "cuda" if torch.cuda.is_available() else "cpu",
@@ -108,51 +140,105 @@ def cross_entropies(
         activations.store,
         "cross-entropy",
         of,
-        lambda: {
-            "clean": losses(0, None),
-            "zero": losses(1, torch.zeros_like),
-            "mean": losses(2, lambda rows: centre.expand(rows.shape)),
-        },
+        lambda: losses(plain, 0),
         mesh,
     )
-    sums = {
-        "clean": without["clean"],
-        "spliced": losses(3, lambda rows: sae.infer(rows * scale).x_hat / scale),
-        "zero": without["zero"],
-        "mean": without["mean"],
-    }
-    logs.progress("losses", 4 * contexts, 4 * contexts)
-    numbers = _numbers(*(sum(values) for values in sums.values()), tokens=int(tokens.sum()))
+    sums = losses(ours, len(plain)) | without
+    logs.progress("losses", total, total)
+    n_tokens = int(tokens.sum())
+    numbers, *by_site = (
+        _numbers({name: sum(each) for name, each in _of(place, sums).items()}, n_tokens)
+        for place in places
+    )
     if math.isnan(numbers["ce_recovered"]) or math.isnan(numbers["ce_recovered_mean"]):
-        reason = f"ablation of {run.site} changes no prediction in {int(tokens.sum())} tokens"
+        reason = f"ablation of {', '.join(writes)} changes no prediction in {n_tokens} tokens"
         logger.warning("cross-entropies are left out: %s", reason)
         return {"ce_left_out": reason}
     documents = torch.cat([batch.documents[:, 0] for batch in batches])
     return {
         "ce_of": "masked tokens" if spliced.masked else "next tokens",
         **numbers,
-        "tokens": int(tokens.sum()),
+        **_by_site(writes, by_site),
+        "tokens": n_tokens,
         "ce_documents": len(set(documents.tolist())),
-        "intervals": bootstrap_intervals(torch.tensor(list(sums.values())), tokens, documents),
+        "intervals": bootstrap_intervals(_of("", sums), tokens, documents),
     }
 
 
-def _numbers(
-    clean: float, spliced: float, zero: float, mean: float, *, tokens: float
-) -> dict[str, float]:
-    """Compute the reported numbers from losses summed over tokens."""
+def _are_read_first(names: Mapping[str, str], normalisers: SiteNormalisers) -> bool:
+    """True if the model reaches the site of each layer that is read before the one written.
+
+    Args:
+        names: Sites by their names in the model.
+        normalisers: Of these.
+    """
+    from dist_sae.models.sites import depth
+
+    depths = {site: depth(name) for name, site in names.items()}
+    layers = zip(normalisers.reads, normalisers.writes, strict=True)
+    return all(depths[read] <= depths[written] for read, written in layers)
+
+
+def _ablations(places: _Places, means: Mapping[str, Tensor]) -> _Passes:
+    """Passes with the sites of each place at zero, and at their means."""
+    constants: dict[str, Values] = {
+        "zero": lambda _, rows: torch.zeros_like(rows),
+        "mean": lambda site, rows: means[site].expand(rows.shape),
+    }
     return {
-        "ce_clean": clean / tokens,
-        "ce_spliced": spliced / tokens,
-        "ce_zero": zero / tokens,
-        "ce_mean": mean / tokens,
-        "ce_recovered": ce_recovered(clean, spliced, zero),
-        "ce_recovered_mean": ce_recovered(clean, spliced, mean),
+        _named(name, place): partial(Splice.replace, sites=sites, values=values)
+        for place, sites in places.items()
+        for name, values in constants.items()
     }
+
+
+def _reconstructions(places: _Places, *, several: bool, live: bool) -> _Passes:
+    """Passes with the sites of each place reconstructed.
+
+    Args:
+        several: The dictionary reads or writes several sites.
+        live: It has a replacement model.
+    """
+    if not several:
+        return {"spliced": Splice.reconstruct_live}
+    passes: _Passes = {"clean": Splice.read}
+    for place, sites in places.items():
+        passes[_named("spliced", place)] = partial(Splice.reconstruct, sites=sites)
+    return passes | ({"replacement": Splice.reconstruct_live} if live else {})
+
+
+def _named(name: str, place: str) -> str:
+    return f"{name} {place}" if place else name
+
+
+def _of(place: str, sums: Mapping[str, list[float]]) -> dict[str, list[float]]:
+    """Losses of the passes of a place."""
+    names = {name: name if name == "clean" else _named(name, place) for name in _LOSSES}
+    return {name: sums[of_place] for name, of_place in names.items() if of_place in sums}
+
+
+def _by_site(sites: tuple[str, ...], numbers: Sequence[Mapping[str, float]]) -> dict[str, Any]:
+    """Numbers of each site alone; a share that is not defined is left out."""
+    of_site = {
+        site: {name: x for name, x in each.items() if name != "ce_clean" and not math.isnan(x)}
+        for site, each in zip(sites, numbers, strict=False)
+    }
+    return {"ce_by_site": of_site} if numbers else {}
+
+
+def _numbers(sums: Mapping[str, float], tokens: float) -> dict[str, float]:
+    """Compute the reported numbers from losses summed over tokens."""
+    numbers = {f"ce_{name}": loss / tokens for name, loss in sums.items()}
+    for name, end in (("spliced", ""), ("replacement", "_replacement")):
+        if name in sums:
+            for ablated, against in (("zero", ""), ("mean", "_mean")):
+                key = f"ce_recovered{against}{end}"
+                numbers[key] = ce_recovered(sums["clean"], sums[name], sums[ablated])
+    return numbers
 
 
 def bootstrap_intervals(
-    sums: Float[Tensor, "losses contexts"],
+    sums: Mapping[str, Sequence[float]],
     tokens: Int[Tensor, " contexts"],
     documents: Int[Tensor, " contexts"],
 ) -> dict[str, list[float]]:
@@ -161,16 +247,21 @@ def bootstrap_intervals(
     Contexts of one document are alike, so documents are drawn; a single one gives no intervals.
     Draws in which ablation changes no document have no recovered share, and are left out of its
     interval: at most (1 - 1/n)^n < 37 % of them, if ablation changes one of n documents.
+
+    Args:
+        sums: Losses of each context, summed over its tokens, by pass; `clean` comes first.
+        tokens: Predicted tokens of each context.
+        documents: Document of each.
     """
-    sums, documents, tokens = (part[..., tokens > 0] for part in (sums, documents, tokens))
+    names, losses = list(sums), torch.tensor(list(sums.values()), dtype=torch.float64)
+    losses, documents, tokens = (part[..., tokens > 0] for part in (losses, documents, tokens))
     numbers = {document: i for i, document in enumerate(dict.fromkeys(documents.tolist()))}
     which = torch.tensor([numbers[document] for document in documents.tolist()])
     n = len(numbers)
     if n == 1:
         return {}
-    sums = sums.double()
     # differences from clean: documents without one give none in a draw either, even by rounding
-    columns = torch.cat([sums[:1], sums[1:] - sums[0], tokens.double()[None]])
+    columns = torch.cat([losses[:1], losses[1:] - losses[0], tokens.double()[None]])
     by_document = torch.zeros(len(columns), n, dtype=torch.float64).index_add_(1, which, columns)
     generator = torch.Generator().manual_seed(0)
     drawn = torch.randint(n, (_RESAMPLES, n), generator=generator)
@@ -178,7 +269,9 @@ def bootstrap_intervals(
     times.scatter_add_(1, drawn, torch.ones_like(times))
     totals = times @ by_document.T
     totals[:, 1:-1] += totals[:, :1]
-    resampled = [_numbers(*each[:-1], tokens=each[-1]) for each in totals.tolist()]
+    resampled = [
+        _numbers(dict(zip(names, each, strict=False)), each[-1]) for each in totals.tolist()
+    ]
     ends = torch.tensor([0.025, 0.975], dtype=torch.float64)
     intervals: dict[str, list[float]] = {}
     for name in resampled[0]:
@@ -208,18 +301,3 @@ def _heldout_batches(
     )
     chosen = list(islice(contexts, run.evaluate.contexts))
     return pack(chosen, batch_tokens=model.batch_tokens, bos=bos)
-
-
-def _edit(
-    keep: Bool[Tensor, "batch seq"], replace: Callable[[Tensor], Tensor], over_norm: float | None
-) -> Callable[[Tensor], Tensor]:
-    """Build an edit that replaces the rows that training uses; sinks and special tokens stay."""
-
-    def edit(acts: Tensor) -> Tensor:
-        usual = keep.clone()
-        usual[keep] = of_usual_norm(acts[keep], over_norm)
-        edited = acts.clone()
-        edited[usual] = replace(acts[usual].float()).to(acts.dtype)
-        return edited
-
-    return edit

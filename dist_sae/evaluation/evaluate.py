@@ -20,11 +20,12 @@ from dist_sae.config.data import HuggingFaceModel
 from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.plan import Plan, load_plan
 from dist_sae.dictionaries.metrics import Fit, duplicate_shares
+from dist_sae.dictionaries.normaliser import SiteNormalisers
 from dist_sae.distributed.mesh import ALONE, Mesh
 from dist_sae.environment import hardware, versions
 from dist_sae.errors import ConfigError, NonFiniteError
 from dist_sae.evaluation.cross_entropy import cross_entropies
-from dist_sae.evaluation.pca import pca_fvu
+from dist_sae.evaluation.pca import WIDEST, pca_fvu
 from dist_sae.evaluation.subject import (
     evaluation_key,
     produced,
@@ -58,12 +59,19 @@ def evaluate(
     Returns:
         The subject (`evaluation.subject`), `hardware`, `versions` and `evaluate_seconds`;
         `dead_share`, for routed dictionaries also by expert; on `rows` held-out rows `fvu`, `l0`,
-        `pca_fvu` (of a PCA of training rows with as many components as latents are active),
-        `duplicate_share` (latents with a near copy, and with one in another expert), densities,
-        and for language models the cross-entropies in nats per token (`ce_of`: next or masked
-        tokens; `ce_left_out`: the reason if there are none) with the site unchanged (`ce_clean`),
-        replaced by the reconstruction (`ce_spliced`), by zero (`ce_zero`) and by the mean
-        (`ce_mean`), the shares recovered, and the 95 % `intervals` of these.
+        `pca_fvu` (of a PCA of training rows with as many components as latents are active; it reads
+        the written sites, which a transcoder does not), `duplicate_share` (latents with a near
+        copy, and with one in another expert), densities, and for language models the
+        cross-entropies in nats per token (`ce_of`: next or masked tokens; `ce_left_out`: the reason
+        if there are none) with the written sites unchanged (`ce_clean`), replaced by the
+        reconstruction (`ce_spliced`), by zero (`ce_zero`) and by the mean (`ce_mean`), the shares
+        recovered, and the 95 % `intervals` of these.
+
+        If several sites are written, they are replaced together, with reconstructions of what the
+        plain model has at the sites that are read; `fvu_by_site` and `ce_by_site` are of each site,
+        with the others as they are. The replacement model of a dictionary that is causal over
+        layers (`ce_replacement`, `ce_recovered_replacement`) reads what it has itself, after the
+        replacements in earlier layers, so that their errors add up.
 
     Raises:
         ConfigError: There is no checkpoint, or nothing is held out.
@@ -140,34 +148,33 @@ def _made_from(run: Run, checkpoint: Checkpoint, plan: Plan, units: int) -> dict
 def _measure(
     runs: ObjectStore, run: Run, trained: Trained, activations: ActivationSet, mesh: Mesh
 ) -> dict[str, Any]:
-    own, pages, normaliser = trained.run, trained.pages, trained.normalisers.one
-    scale, mean = normaliser.scale, normaliser.mean.float()
-    plan = activations.plan
-    fit, progress = Fit.empty(own.sae.n_latents), logs.PacedProgress("evaluate")
+    own, pages, normalisers = trained.run, trained.pages, trained.normalisers
+    plan, columns, mean = activations.plan, normalisers.columns, normalisers.mean.float()
+    fit, progress = Fit.empty(own.sae.n_latents, columns.values()), logs.PacedProgress("evaluate")
     there = min(run.evaluate.rows, sum(plan.rows_of_units[unit] for unit in plan.heldout_units))
     blocks = activations.heldout_rows(run.evaluate.rows)
-    for acts in pages.grouped(block[own.site] for block in blocks):
-        x = acts * scale
-        fit = fit.add(x, pages.infer(x), mean)
+    for rows in pages.grouped(map(normalisers.rows, blocks)):
+        fit = fit.add(rows.targets, pages.infer(rows.inputs), mean)
         progress(fit.rows, max(there, fit.rows))
     logs.progress("evaluate", fit.rows, fit.rows)
-    components = min(max(1, round(fit.l0)), len(mean))
+    by_site = dict(zip(columns, fit.fvu_by_site, strict=True)) if len(columns) > 1 else None
     made = mesh.of_first(lambda: produced(activations.store, plan))
-    pca = partial(pca_fvu, activations.at(own.site), mean / scale, run.evaluate.rows, components)
     result = {
         **subject(own, plan, made, trained.checkpoint),
         "training_seconds": training_seconds(read_history(runs, run.name), trained.step),
         "rows": fit.rows,
         "fvu": fit.fvu,
+        **({"fvu_by_site": by_site} if by_site else {}),
         "l0": fit.l0,
         **_dead_shares(own, trained, trained.idle_rows.masked_fill(fit.counts > 0, 0)),
-        "pca_fvu": mesh.of_first(pca),
-        "pca_components": components,
+        **_pca(activations, normalisers, run.evaluate.rows, round(fit.l0), mesh),
         **_duplicates(own, pages),
         **_density_histogram(fit),
     }
     if isinstance(run.model, HuggingFaceModel) and run.evaluate.contexts:
-        result |= cross_entropies(activations, run, pages, scale, mean, mesh)
+        result |= cross_entropies(
+            activations, run, pages, normalisers, mesh, causal=own.sae.is_causal
+        )
     bad = [name for name, value in result.items() if isinstance(value, float) and value != value]  # noqa: PLR0124
     if bad:
         raise NonFiniteError(f"{runs.url}/{run.name}: {', '.join(bad)} came out as NaN")
@@ -189,7 +196,22 @@ def _dead_shares(
     return shares
 
 
+def _pca(
+    activations: ActivationSet, normalisers: SiteNormalisers, rows: int, l0: int, mesh: Mesh
+) -> dict[str, Any]:
+    """FVU of a PCA with about as many components as latents are active, if it is not too wide."""
+    width = normalisers.widths.d_out
+    if width > WIDEST:
+        logger.info("pca_fvu is left out: targets are %d wide, above %d", width, WIDEST)
+        return {}
+    components = min(max(1, l0), width)
+    pca = partial(pca_fvu, activations, normalisers, rows, components)
+    return {"pca_fvu": mesh.of_first(pca), "pca_components": components}
+
+
 def _duplicates(run: Run, pages: PagedDictionary) -> dict[str, float]:
+    if not run.sae.has_latent_rows:
+        return {}
     experts = run.sae.n_experts or 1
     anywhere, elsewhere = duplicate_shares(lambda: pages.parts("W_dec"), pages.n_latents, experts)
     across = {"duplicate_share_across_experts": elsewhere} if experts > 1 else {}

@@ -8,40 +8,45 @@ from torch import Tensor
 
 from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.consumers import kept_units
+from dist_sae.dictionaries.normaliser import SiteNormalisers
 from dist_sae.evaluation.cache import cached, fingerprint
 
+WIDEST = 16_384
+"""Width up to which there is a PCA: its time grows with the cube, and this takes 20 minutes."""
 _PCA_ROWS = 100_000
 
 
 def pca_fvu(
-    activations: ActivationSet, mean: Float[Tensor, " d_in"], limit: int, components: int
+    activations: ActivationSet, normalisers: SiteNormalisers, limit: int, components: int
 ) -> float:
-    """Compute the FVU on held-out rows of a PCA fitted to training rows.
+    """Compute the FVU on held-out rows of a PCA fitted to training rows of the written sites.
 
-    All numbers of components are measured together, once for all dictionaries of the site. If no
+    All numbers of components are measured together, once for all dictionaries of the sites. If no
     training unit is left, the PCA is fitted to the held-out rows, which can only flatter it.
 
     Args:
-        activations: The activation set, at the one site.
-        mean: Mean about which FVU is taken, not scaled.
+        activations: The activation set.
+        normalisers: Of the dictionary's sites: their scales, and means about which FVU is taken.
         limit: Most held-out rows to use.
         components: Number of components.
     """
-    plan, (site,) = activations.plan, activations.sites
+    plan, targets = activations.plan, activations.at(*normalisers.writes)
     training = kept_units(activations.store, plan) or plan.heldout_units
     of = {
         "plan": plan.hash,
-        "site": site,
-        "mean": fingerprint(mean.tolist()),
+        "sites": targets.sites,
+        "scales": [normalisers.of[site].scale for site in targets.sites],
+        "mean": fingerprint(normalisers.mean.tolist()),
         "rows": limit,
         "training_rows": _PCA_ROWS,
         "training_units": [training.start, training.stop],
     }
 
     def measure() -> dict[str, list[float]]:
-        rows = (block[site] for block in activations.rows(training, _PCA_ROWS))
-        heldout = (block[site] for block in activations.heldout_rows(limit))
-        return {"fvu": _fvu_by_components(heldout, _principal_directions(rows), mean)}
+        rows = map(normalisers.targets, targets.rows(training, _PCA_ROWS))
+        directions = _principal_directions(rows)
+        heldout = map(normalisers.targets, targets.heldout_rows(limit))
+        return {"fvu": _fvu_by_components(heldout, directions, normalisers.mean.float())}
 
     by_components: list[float] = cached(activations.store, "pca", of, measure)["fvu"]
     return by_components[components]

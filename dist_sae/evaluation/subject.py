@@ -72,7 +72,7 @@ def subject(
         "kind": run.sae.kind,
         "n_latents": run.sae.n_latents,
         "k": getattr(run.sae, "k", None),
-        "site": run.site,
+        "site": run.described_sites,
         "seed": train.seed,
         "sae": run.sae.model_dump(mode="json", exclude_none=True),
         "lr": run.lr,

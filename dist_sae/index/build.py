@@ -270,9 +270,8 @@ class _Worker:
 
     def _merge_buckets(self, buckets: list[int]) -> bool:
         """Stage 2: merge buckets until all are; False if damaged units must be encoded again."""
-        store, folder, manifest, _, checkpoint, *_ = self._opened
-        mesh = self._mesh
-        own = self._worker
+        opened, mesh, own = self._opened, self._mesh, self._worker
+        store, folder, manifest, *_ = opened
         worker = Worker(
             own.name if mesh.world == 1 else f"{own.name}/{mesh.rank}",
             own.number * mesh.world + mesh.rank,
@@ -293,15 +292,12 @@ class _Worker:
                         self._pace = _Pace()
                         records = UnitRecords(unit_records(store, folder, manifest))
                         origins = Origins(store, records)
-                        m = int(manifest.settings["neighbours"])
-                        place = (store, folder.prefix, checkpoint, mesh.device)
-                        cells = stored_cells(*place, alive) if m else None
-                        outputs = open_outputs(self._opened.model, manifest, checkpoint)
+                        place = (store, folder.prefix, opened.checkpoint, mesh.device)
+                        cells = stored_cells(*place, alive) if opened.neighbours else None
+                        outputs = open_outputs(opened.model, manifest, opened.normalisers)
                         sample = Sample(store, manifest, records) if manifest.pair_share else None
                     latents = manifest.bucket(bucket)
-                    weights = weight_columns(
-                        checkpoint, latents, m, cells, outputs, mesh.device, alive
-                    )
+                    weights = weight_columns(opened, latents, cells, outputs, mesh.device, alive)
                     made = make_bucket(
                         *(store, folder, manifest, records, bucket, weights, origins, sample),
                         alive,

@@ -8,7 +8,7 @@ import math
 import threading
 import uuid
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, Self
 
@@ -19,14 +19,15 @@ import xxhash
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.nn import functional
 
 from dist_sae.checkpoint.state import load_weights
-from dist_sae.checkpoint.trained import normalisers_of
 from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.shard import SiteRows, SiteShard, read_block
 from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.axis import LatentAxis
 from dist_sae.dictionaries.base import Dictionary
+from dist_sae.dictionaries.normaliser import SiteNormalisers
 from dist_sae.index.codes import (
     PAIRS_CHANCE,
     Codes,
@@ -53,6 +54,7 @@ ENCODE_ROWS = 4096
 """Rows that are encoded at a time."""
 _PADDED_TO = 64  # rows: the product then has one shape, so one rounding, on 1, 2, 4 ... shards
 _BLOCKS_AHEAD = 2
+_MOST_READERS = 8
 
 
 class Encoded(NamedTuple):
@@ -69,11 +71,15 @@ class Encoded(NamedTuple):
     acts: NDArray[np.float32]
 
 
+_Block = dict[str, Future[SiteRows]]
+"""The same rows at each site, being read."""
+
+
 class _Begun(NamedTuple):
     """A unit whose first blocks are being read."""
 
-    shard: SiteShard
-    blocks: deque[Future[SiteRows]]
+    shards: dict[str, SiteShard]
+    blocks: deque[_Block]
 
 
 class Encoder:
@@ -81,25 +87,20 @@ class Encoder:
 
     Args:
         sae: The dictionary, or this rank's shard of it.
-        activations: The set, at the dictionary's site.
-        scale: Factor of activations.
-        mean: Mean of the scaled activations.
+        activations: The set, at the dictionary's sites.
+        normalisers: Of these.
     """
 
     def __init__(
-        self,
-        sae: Dictionary,
-        activations: ActivationSet,
-        scale: float,
-        mean: Float[Tensor, " d_in"],
+        self, sae: Dictionary, activations: ActivationSet, normalisers: SiteNormalisers
     ) -> None:
         self.sae = sae
         self._closed = threading.Event()
         self._activations = activations.until(self._closed)
-        self._scale = scale
-        self._mean = mean.to(sae.b_dec.device)
+        self._normalisers = normalisers
         self._height = math.lcm(_PADDED_TO, sae.axis.shards)
-        self._pool = ThreadPoolExecutor(2, "blocks")  # one may wait for a unit to be produced
+        readers = min(len(normalisers.of), _MOST_READERS)
+        self._pool = ThreadPoolExecutor(1 + readers, "blocks")  # one may wait for a unit
         self._begun: dict[int, Future[_Begun]] = {}
 
     def __enter__(self) -> Self:
@@ -129,20 +130,22 @@ class Encoder:
             CorruptObjectError: A block is damaged, or was deleted.
         """
         begun = self._begun.pop(unit, None)
-        shard, blocks = begun.result() if begun else self._begin(unit)
-        device = self._mean.device
+        shards, blocks = begun.result() if begun else self._begin(unit)
+        device = self.sae.b_dec.device
         none = torch.empty(0, dtype=torch.int32)  # a unit may have lost all its rows
         origins = [(none, none, none.long())]
         found, n_rows = [(none.to(device), none.to(device), none.to(device).float())], 0
         error = torch.zeros((), dtype=torch.float64, device=device)
-        for block in self._read(shard, blocks, following):
+        for sites in self._read(shards, blocks, following):
             alive()
-            origins.append(block[1:])
-            for acts in torch.split(block.acts, ENCODE_ROWS):
-                entries, more = self._encode(acts.to(device))
+            origins.append(next(iter(sites.values()))[1:])
+            pieces = {site: torch.split(rows.acts, ENCODE_ROWS) for site, rows in sites.items()}
+            for piece in zip(*pieces.values(), strict=True):
+                acts = dict(zip(pieces, piece, strict=True))
+                entries, more = self._encode(acts)
                 error += more
                 found.append((entries[0], entries[1] + n_rows, entries[2]))
-                n_rows += len(acts)
+                n_rows += len(piece[0])
         latents, rows, values = (
             torch.cat(parts).cpu().numpy() for parts in zip(*found, strict=True)
         )
@@ -154,62 +157,71 @@ class Encoder:
         return Encoded(
             unit,
             (tokens, positions, documents),
-            (squared_error, self._squared_total(shard, n_rows), int(active)),
+            (squared_error, self._squared_total(shards, n_rows), int(active)),
             latents,
             rows,
             rounded(values),
         )
 
     def _encode(
-        self, acts: Float[Tensor, "rows d_in"]
+        self, acts: Mapping[str, Tensor]
     ) -> tuple[tuple[Tensor, Tensor, Tensor], Float[Tensor, ""]]:
         """Encode rows: this rank's entries, and the squared error of this rank's part of them."""
-        sae, axis, n = self.sae, self.sae.axis, len(acts)
-        x = torch.zeros(n + -n % self._height, acts.shape[1], device=acts.device)
-        x[:n] = acts
-        x *= self._scale
-        each = len(x) // axis.shards
+        sae, axis = self.sae, self.sae.axis
+        scaled = self._normalisers.rows(acts, sae.b_dec.device)
+        n = len(scaled.inputs)
+        height = n + -n % self._height
+        each = height // axis.shards
         own = slice(axis.shard * each, (axis.shard + 1) * each)
-        codes = sae.encode(x[own])
-        error = sae.decode(codes, x[own]).sub_(x[own])
-        error = error[: max(0, min(n - own.start, each))]  # the rest is padding
+        x = functional.pad(scaled.inputs, (0, 0, 0, height - n))[own]
+        codes = sae.encode(x)
+        n_own = max(0, min(n - own.start, each))  # the rest is padding
+        error = sae.decode(codes, x)[:n_own].sub_(scaled.targets[own])
         rows = Entries(codes.latents, codes.starts, len(sae.W_enc)).rows
         on = (codes.acts > 0) & (rows < n)
-        acts, latents, rows = codes.acts[on], codes.latents[on], rows[on]
+        latents, rows = codes.latents[on], rows[on]
         squares = torch.linalg.vector_norm(error, dim=1).double().square().sum()
-        return (latents.int(), rows.int(), acts.float()), squares
+        return (latents.int(), rows.int(), codes.acts[on].float()), squares
 
-    def _squared_total(self, shard: SiteShard, rows: int) -> float:
-        """Sum of |x - mean|^2 over a unit, from the sums in its manifest."""
-        mean, scale = self._mean.double().cpu(), self._scale
-        along = float(torch.tensor(shard.sum, dtype=torch.float64) @ mean)
-        squares = scale**2 * shard.sum_squares
-        return squares - 2 * scale * along + rows * float(mean.square().sum())
+    def _squared_total(self, shards: Mapping[str, SiteShard], rows: int) -> float:
+        """Sum of |y - mean|^2 over a unit's targets, from the sums in its manifest."""
+        total = 0.0
+        for site in self._normalisers.writes:
+            scale, mean = self._normalisers.of[site].scale, self._normalisers.of[site].mean
+            along = float(torch.tensor(shards[site].sum, dtype=torch.float64) @ mean)
+            squares = scale**2 * shards[site].sum_squares
+            total += squares - 2 * scale * along + rows * float(mean.square().sum())
+        return total
 
     def _begin(self, unit: int) -> _Begun:
-        """Find a unit's shard, and begin to read its first blocks."""
-        (shard,) = self._activations.shards(self._activations.manifest(unit)).values()
-        numbers = range(len(shard.blocks))[:_BLOCKS_AHEAD]
-        return _Begun(shard, deque(self._submit(shard, number) for number in numbers))
+        """Find a unit's shards, and begin to read their first blocks."""
+        shards = self._activations.shards(self._activations.manifest(unit))
+        numbers = range(_n_blocks(shards))[:_BLOCKS_AHEAD]
+        return _Begun(shards, deque(self._submit(shards, number) for number in numbers))
 
-    def _submit(self, shard: SiteShard, number: int) -> Future[SiteRows]:
-        return self._pool.submit(read_block, self._activations.store, shard, number)
+    def _submit(self, shards: Mapping[str, SiteShard], number: int) -> _Block:
+        pool, store = self._pool, self._activations.store
+        return {s: pool.submit(read_block, store, shard, number) for s, shard in shards.items()}
 
     def _read(
         self,
-        shard: SiteShard,
-        ahead: deque[Future[SiteRows]],
+        shards: Mapping[str, SiteShard],
+        ahead: deque[_Block],
         following: Callable[[], int | None],
-    ) -> Iterator[SiteRows]:
-        """Yield the blocks of a shard; some are read ahead, at its end those of the next unit."""
-        n_blocks = len(shard.blocks)
+    ) -> Iterator[dict[str, SiteRows]]:
+        """Yield the blocks of all sites; some are read ahead, at the end those of the next unit."""
+        n_blocks = _n_blocks(shards)
         for number in range(n_blocks):
             if number + _BLOCKS_AHEAD < n_blocks:
-                ahead.append(self._submit(shard, number + _BLOCKS_AHEAD))
-            block = ahead.popleft().result()
+                ahead.append(self._submit(shards, number + _BLOCKS_AHEAD))
+            block = {site: rows.result() for site, rows in ahead.popleft().items()}
             if number == n_blocks - 1 and (unit := following()) is not None:
                 self._begun = {unit: self._pool.submit(self._begin, unit)}
             yield block
+
+
+def _n_blocks(shards: Mapping[str, SiteShard]) -> int:
+    return len(next(iter(shards.values())).blocks)
 
 
 def open_encoder(
@@ -223,20 +235,18 @@ def open_encoder(
         device: Where it is put.
         stopping: Ends waits for units that are not produced yet.
     """
-    run, checkpoint = opened.run, opened.checkpoint
-    normalisers = normalisers_of(run, checkpoint)
+    run, normalisers = opened.run, opened.normalisers
     kernels = choose_kernels("auto", device)
     sae = build_sae(run.sae, normalisers.widths, axis, kernels).to(device)
-    load_weights(sae, checkpoint)
+    load_weights(sae, opened.checkpoint)
     activations = ActivationSet(
         opened.activations,
         opened.plan,
-        (opened.manifest.site,),
+        run.sites,
         stopping,
         patience_seconds=float(run.timeouts.missing_seconds),
     )
-    mean = normalisers.one.mean.float()
-    return Encoder(sae.eval(), activations, opened.manifest.scale, mean)
+    return Encoder(sae.eval(), activations, normalisers)
 
 
 class Written(NamedTuple):

@@ -61,8 +61,13 @@ class IndexManifest(Record):
     plan: str
     """Hash of the plan."""
     site: str
+    """The first site that is read."""
     scale: float
-    """Factor by which activations are multiplied before they are encoded."""
+    """Factor by which its activations are multiplied before they are encoded."""
+    writes: tuple[str, ...] = ()
+    """Sites that are written, if they are several."""
+    compared: bool = True
+    """Whether rows of W_dec are those of latents, so that there are nearest ones."""
     n_latents: int
     bucket_latents: int
     """Latents of a bucket; the last one may have fewer."""
@@ -259,6 +264,9 @@ LATENTS = pa.schema(
 )
 """Schema of `latents/`: all latents of the bucket, ascending. Of a latent that never fires `mean`,
 `max`, `deciles` and `histogram` are 0."""
+NORMS = pa.field("norms", pa.list_(pa.float32()))
+"""One more column of `latents/` if several sites are written: the length of each site's part of the
+decoder row, in the order of `IndexManifest.writes` and in the scale of the checkpoint."""
 EXAMPLES = pa.schema(
     [
         ("latent", pa.int32()),

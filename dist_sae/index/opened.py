@@ -10,6 +10,7 @@ from dist_sae.config import Run
 from dist_sae.config.data import ModelConfig
 from dist_sae.data.consumers import kept_units
 from dist_sae.data.plan import Plan, load_plan
+from dist_sae.dictionaries.normaliser import SiteNormalisers
 from dist_sae.errors import ConfigError, ObjectNotFoundError, PlanMismatchError
 from dist_sae.index.layout import (
     IndexFolder,
@@ -40,6 +41,16 @@ class Opened(NamedTuple):
     model: ModelConfig
     """Where the model is now."""
 
+    @property
+    def normalisers(self) -> SiteNormalisers:
+        """The normalisers of the dictionary's sites."""
+        return normalisers_of(self.run, self.checkpoint)
+
+    @property
+    def neighbours(self) -> int:
+        """Nearest latents of each that are kept."""
+        return int(self.manifest.settings["neighbours"]) if self.manifest.compared else 0
+
 
 def open_index(
     run: Run, worker: str, stopping: threading.Event, telemetry: Telemetry, step: int | None
@@ -60,9 +71,9 @@ def open_index(
     name = index_name(run, checkpoint.step)
     folder = IndexFolder(run.name, name)
     manifest = _manifest(run, own, plan, store, checkpoint, name, worker)
-    there = _begun(runs, folder)
+    normalisers, there = normalisers_of(own, checkpoint), _begun(runs, folder)
     if there is None:
-        head = head_digest(run.model, manifest, checkpoint)
+        head = head_digest(run.model, manifest, normalisers)
         manifest = manifest.model_copy(update={"head": head})
         if not runs.put(folder.manifest, seal(manifest), if_absent=True):
             there = _begun(runs, folder)
@@ -70,7 +81,7 @@ def open_index(
         _check_same(there, manifest, f"{runs.url}/{folder.prefix}")
         manifest = there
         if len(set(folder.buckets.numbers(runs))) < manifest.n_buckets:
-            open_outputs(run.model, manifest, checkpoint)  # now, rather than after all units
+            open_outputs(run.model, manifest, normalisers)  # now, rather than after all units
     if manifest.deleted:
         logger.warning(
             "units %s were deleted (store.retention) and are not in the index",
@@ -116,7 +127,9 @@ def _manifest(
         checkpoint=checkpoint.digest,
         plan=plan.hash,
         site=own.site,
-        scale=normalisers_of(own, checkpoint).one.scale,
+        scale=normalisers_of(own, checkpoint).of[own.site].scale,
+        writes=own.writes if len(own.writes) > 1 else (),
+        compared=own.sae.has_latent_rows,
         n_latents=own.sae.n_latents,
         bucket_latents=bucket_latents(own.sae.n_latents),
         units=tuple(sorted(units)),

@@ -7,18 +7,22 @@ where that norm is a LayerNorm, and is 0 for an RMSNorm. This is the logit lens 
 into the unembedding, which is centred, as TransformerLens and Neuronpedia do it. It leaves out what
 later layers do with the latent, and the division by the norm of the whole residual stream: effects
 of one latent compare with each other, not with logits.
+
+If several sites are written, W_dec[i] is what the latent adds to the residual stream: outputs of
+MLPs and attention add up, and of residual streams the last one holds what those before it hold.
+Rows are in the scale of the (first) site that counts. Of two models they are the first one's.
 """
 
 import logging
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, NamedTuple
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
-from dist_sae.checkpoint.layout import Checkpoint
-from dist_sae.checkpoint.state import weights_of
 from dist_sae.config.data import HuggingFaceModel, ModelConfig
+from dist_sae.dictionaries.normaliser import SiteNormalisers
 from dist_sae.errors import ConfigError, ModelError
 from dist_sae.index.layout import IndexManifest
 
@@ -30,6 +34,10 @@ logger = logging.getLogger(__name__)
 LATENTS = 1024
 VOCABULARY = 8192
 """Latents and tokens whose effects are computed at a time: 32 MiB."""
+
+
+_Parts = Sequence[tuple[slice, float]]
+"""Columns of decoder rows that add up in the residual stream, and their factors."""
 
 
 class End(NamedTuple):
@@ -45,18 +53,21 @@ class Outputs:
     Args:
         head: The model's head; None finds none.
         n: Tokens at either end.
+        parts: What the head reads of a decoder row.
     """
 
-    def __init__(self, head: "Head | None", n: int) -> None:
+    def __init__(self, head: "Head | None", n: int, parts: _Parts = ((slice(None), 1.0),)) -> None:
         self._head = head
         self._n = n
+        self._parts = parts
 
     @torch.no_grad()
-    def of(self, rows: Float[Tensor, "latents d"]) -> dict[str, End]:
+    def of(self, rows: Float[Tensor, "latents d_out"]) -> dict[str, End]:
         """Find the tokens whose logits decoder rows raise and lower most: `top` and `bottom`."""
         if self._head is None:
             none = End(torch.empty(len(rows), 0).long(), torch.empty(len(rows), 0))
             return {"top": none, "bottom": none}
+        rows = torch.stack([factor * rows[:, part] for part, factor in self._parts]).sum(0)
         blocks = [_ends(part, self._head, self._n) for part in torch.split(rows, LATENTS)]
         top, bottom = (
             End(*(torch.cat(parts).cpu() for parts in zip(*end, strict=True)))
@@ -65,24 +76,26 @@ class Outputs:
         return {"top": top, "bottom": bottom._replace(effects=-bottom.effects)}
 
 
-def head_digest(model: ModelConfig, manifest: IndexManifest, checkpoint: Checkpoint) -> str:
+def head_digest(model: ModelConfig, manifest: IndexManifest, normalisers: SiteNormalisers) -> str:
     """Digest of the model's head, for an index that begins; see `IndexManifest.head`.
 
     If it is of no use, a line in the log says why.
     """
-    head = _load(model, manifest, checkpoint)
+    head, _ = _load(model, manifest, normalisers)
     if isinstance(head, str) and head:
         logger.warning("output tokens of latents are left out: %s", head)
     return "" if isinstance(head, str) else head.digest
 
 
-def open_outputs(model: ModelConfig, manifest: IndexManifest, checkpoint: Checkpoint) -> Outputs:
+def open_outputs(
+    model: ModelConfig, manifest: IndexManifest, normalisers: SiteNormalisers
+) -> Outputs:
     """Load the head that the index was begun with.
 
     Args:
         model: The model.
         manifest: Of the index.
-        checkpoint: The dictionary.
+        normalisers: Of the dictionary's sites.
 
     Raises:
         ConfigError: It is not at hand.
@@ -90,7 +103,7 @@ def open_outputs(model: ModelConfig, manifest: IndexManifest, checkpoint: Checkp
     n = int(manifest.settings["output_tokens"])
     if manifest.head == "":
         return Outputs(None, n)
-    head = _load(model, manifest, checkpoint)
+    head, parts = _load(model, manifest, normalisers)
     found = "" if isinstance(head, str) else head.digest
     if manifest.head is not None and found != manifest.head:
         why = head if isinstance(head, str) else "its weights are not those of the model at hand"
@@ -99,23 +112,33 @@ def open_outputs(model: ModelConfig, manifest: IndexManifest, checkpoint: Checkp
             f"has: {why}; give it the same model (model.path, model.dtype), or make an index of "
             f"another name (index.name)"
         )
-    return Outputs(None if isinstance(head, str) else head, n)
+    return Outputs(None if isinstance(head, str) else head, n, parts)
 
 
-def _load(model: ModelConfig, manifest: IndexManifest, checkpoint: Checkpoint) -> "Head | str":
-    """Load a model's head; if it is of no use, the reason, empty where none is wanted."""
+def _load(
+    model: ModelConfig, manifest: IndexManifest, normalisers: SiteNormalisers
+) -> "tuple[Head | str, _Parts]":
+    """Load a model's head; if it is of no use, the reason, empty where none is wanted.
+
+    With the columns of decoder rows that it reads, and their factors.
+    """
     if not manifest.settings["output_tokens"] or not isinstance(model, HuggingFaceModel):
-        return ""
-    from dist_sae.models.head import load_head  # takes 3 s
+        return "", ()
+    from dist_sae.models.head import load_head, reaching  # takes 3 s
 
-    width = checkpoint.manifest.tensors[weights_of(checkpoint)["W_dec"]].shape[1]
+    of, columns = normalisers.of, normalisers.columns
+    model, sites = model.by_model(normalisers.writes)[0]
+    names = reaching(tuple(sites))
     try:
-        head = load_head(*model.of_site(manifest.site))
+        head = load_head(model, names[0])
     except ModelError as error:
-        return str(error)
-    if len(head.gain) != width:
-        return f"decoder rows are {width} wide, the head of {model.path} is {len(head.gain)}"
-    return head
+        return str(error), ()
+    for site in (sites[name] for name in names):
+        if (width := len(of[site].mean)) != len(head.gain):
+            there = f"the head of {model.path} is {len(head.gain)}"
+            return f"decoder rows are {width} wide, {there}", ()
+    scale = of[sites[names[0]]].scale
+    return head, [(columns[sites[name]], scale / of[sites[name]].scale) for name in names]
 
 
 def _ends(rows: Float[Tensor, "latents d"], head: "Head", n: int) -> tuple[End, End]:

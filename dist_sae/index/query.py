@@ -3,7 +3,7 @@
 One latent's page costs a few small reads: of each table only the row group with the latent.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, lru_cache
 from typing import NamedTuple
@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from dist_sae.errors import ConfigError, LatentNotFoundError, NoIndexError
 from dist_sae.index.layout import (
+    NORMS,
     PAIRS,
     POSTINGS,
     ROWS,
@@ -103,6 +104,15 @@ class LatentPage(NamedTuple):
     """The largest first, then by decile."""
     coactive: tuple[Coactive, ...]
     """By phi, falling; empty if the index counts no pairs."""
+    norms: Mapping[str, float]
+    """Length of the decoder row's part at each site, in the scale of the checkpoint; empty if one
+    site is written."""
+
+    @property
+    def profile(self) -> dict[str, float]:
+        """Share of each written site in the sum of `norms`."""
+        total = sum(self.norms.values()) or 1.0
+        return {site: norm / total for site, norm in self.norms.items()}
 
     @property
     def largest(self) -> tuple[Firing, ...]:
@@ -168,6 +178,7 @@ class Index:
             bottom_tokens=tuple(Output(*pair) for pair in bottom),
             examples=_firings(found[1]),
             coactive=_coactive(found[2] if record.pairs else PAIRS.empty_table()),
+            norms=dict(zip(self.manifest.writes, row.pop(NORMS.name, ()), strict=True)),
             **row,
         )
 

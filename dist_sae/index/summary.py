@@ -53,6 +53,8 @@ def left_out(manifest: IndexManifest) -> list[str]:
     found = [
         f"{part} (index.{key}: 0)" for key, part in _PARTS.items() if not manifest.settings[key]
     ]
+    if manifest.settings["neighbours"] and not manifest.compared:
+        found.append("nearest latents (what latents of this kind write is not the same sites)")
     if manifest.settings["output_tokens"] and manifest.head == "":
         found.append("output tokens (no head of a language model was at hand for the site)")
     if not manifest.postings_share:

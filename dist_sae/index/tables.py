@@ -18,6 +18,7 @@ from dist_sae.index.codes import (
 from dist_sae.index.layout import (
     EXAMPLES,
     LATENTS,
+    NORMS,
     POSTINGS,
     BucketRecord,
     IndexFolder,
@@ -180,11 +181,12 @@ def _latents(
         "deciles": found.deciles,
         "histogram": found.histogram,
     }
+    schema = LATENTS.append(NORMS) if NORMS.name in weights else LATENTS
     columns = [
         _column(numbers[field.name], field.type) if field.name in numbers else weights[field.name]
-        for field in LATENTS
+        for field in schema
     ]
-    return pa.Table.from_arrays(columns, schema=LATENTS)
+    return pa.Table.from_arrays(columns, schema=schema)
 
 
 def _column(values: NDArray[np.generic], type_: pa.DataType) -> pa.Array:

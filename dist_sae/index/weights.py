@@ -1,23 +1,26 @@
 """Columns of an index's latents that follow from the dictionary alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import pyarrow as pa
 import torch
+from jaxtyping import Float
 from numpy.typing import NDArray
+from torch import Tensor
 
-from dist_sae.checkpoint.layout import Checkpoint
-from dist_sae.checkpoint.state import weights_of
+from dist_sae.checkpoint.state import load_weights, weights_of
+from dist_sae.dictionaries import build_sae
+from dist_sae.dictionaries.axis import PageAxis
 from dist_sae.index.cells import Cells
 from dist_sae.index.neighbours import Neighbours, neighbours
-from dist_sae.index.outputs import Outputs
+from dist_sae.index.opened import Opened
+from dist_sae.index.outputs import LATENTS, Outputs
 
 
 def weight_columns(
-    checkpoint: Checkpoint,
+    opened: Opened,
     latents: range,
-    m: int,
     cells: Cells | None,
     outputs: Outputs,
     device: torch.device,
@@ -25,13 +28,15 @@ def weight_columns(
 ) -> dict[str, pa.Array]:
     """Norms, biases, nearest latents and output tokens of a range of latents, by column.
 
+    If several sites are written, `norms` has the length of each one's part of a decoder row.
+
     Args:
-        m: Nearest latents of each; 0 leaves them out.
         cells: See `neighbours`.
         outputs: Finds the output tokens.
         device: Computes the nearest latents.
         alive: As in `neighbours`.
     """
+    checkpoint, normalisers = opened.checkpoint, opened.normalisers
     stored = weights_of(checkpoint)
 
     def read(name: str) -> NDArray[np.float32]:
@@ -40,23 +45,56 @@ def weight_columns(
         )
         return rows
 
-    decoder = read("W_dec")
+    norms, ends = [], []
+    for rows in _decoder(opened, latents):
+        parts = [rows[:, columns] for columns in normalisers.columns.values()]
+        norms.append(np.stack([np.linalg.norm(part.numpy(), axis=1) for part in (rows, *parts)]))
+        ends.append(outputs.of(rows))
+    whole, *of_sites = np.concatenate(norms, axis=1)
     columns: dict[str, NDArray[np.float32]] = {
-        "decoder_norm": np.linalg.norm(decoder, axis=1),
+        "decoder_norm": whole,
         "encoder_norm": np.linalg.norm(read("W_enc"), axis=1),
         "encoder_bias": read("b_enc"),
     }
     arrays = {name: pa.array(column, pa.float32()) for name, column in columns.items()}
+    if len(of_sites) > 1:
+        arrays["norms"] = pa.array(list(np.stack(of_sites, axis=1)), pa.list_(pa.float32()))
+    arrays |= _nearest(opened, latents, cells, device, alive)
+    for end in ends[0]:
+        tokens, effects = (
+            np.concatenate([part[end][i].numpy() for part in ends]) for i in range(2)
+        )
+        arrays[f"{end}_tokens"] = pa.array(list(tokens.astype(np.int32)), pa.list_(pa.int32()))
+        arrays[f"{end}_logits"] = pa.array(list(effects), pa.list_(pa.float32()))
+    return arrays
+
+
+def _decoder(opened: Opened, latents: range) -> Iterator[Float[Tensor, "some d_out"]]:
+    """Decoder rows of some latents, part by part."""
+    sae, checkpoint = opened.run.sae, opened.checkpoint
+    unit = 1 if sae.has_latent_rows else sae.together
+    first, stop = latents.start // unit * unit, -(-latents.stop // unit) * unit
+    page = build_sae(sae, opened.normalisers.widths, PageAxis(page=range(first, stop)))
+    load_weights(page, checkpoint, leave_out={"W_enc"})
+    for some in torch.split(torch.arange(latents.start - first, latents.stop - first), LATENTS):
+        yield page.decoder_rows(some).detach()
+
+
+def _nearest(
+    opened: Opened,
+    latents: range,
+    cells: Cells | None,
+    device: torch.device,
+    alive: Callable[[], None],
+) -> dict[str, pa.Array]:
     near = (
-        neighbours(checkpoint, latents, m, cells, device, alive)
-        if m
+        neighbours(opened.checkpoint, latents, m, cells, device, alive)
+        if (m := opened.neighbours)
         else Neighbours(torch.empty(len(latents), 0).int(), torch.empty(len(latents), 0))
     )
     kept = near.latents >= 0
     ends = np.concatenate([[0], kept.sum(1).cumsum(0).numpy()])
-    for name, values in (("nearest", near.latents), ("nearest_cosine", near.cosines)):
-        arrays[name] = pa.ListArray.from_arrays(ends, values[kept].numpy())
-    for end, found in outputs.of(torch.from_numpy(decoder)).items():
-        arrays[f"{end}_tokens"] = pa.array(list(found.tokens.int().numpy()), pa.list_(pa.int32()))
-        arrays[f"{end}_logits"] = pa.array(list(found.effects.numpy()), pa.list_(pa.float32()))
-    return arrays
+    return {
+        name: pa.ListArray.from_arrays(ends, values[kept].numpy())
+        for name, values in (("nearest", near.latents), ("nearest_cosine", near.cosines))
+    }

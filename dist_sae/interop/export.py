@@ -38,13 +38,12 @@ def export(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
         step: Step of the checkpoint; None for the newest.
 
     Raises:
-        ConfigError: There is no checkpoint, or SAELens has no such kind.
+        ConfigError: There is no checkpoint, or SAELens cannot hold its dictionary.
         PlanMismatchError: The run was trained with other settings.
     """
-    if sae_lens.architecture(run.sae) is None:
+    if reason := sae_lens.problem(run):
         raise ConfigError(
-            f"sae.kind: {run.sae.kind}: SAELens has nothing like it; use the checkpoint, "
-            f"`dist-sae checkpoints convert` makes one file of it"
+            f"{reason}; use the checkpoint, `dist-sae checkpoints convert` makes one file of it"
         )
     runs = open_store(run.store.runs, run.store.s3, meter)
     checkpoint = find_checkpoint(runs, run, step)

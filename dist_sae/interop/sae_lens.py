@@ -11,7 +11,11 @@ numbers. Latent i is in the prefix that the first number of `prefix_pattern` (in
 i modulo its last belongs to. A gated dictionary's magnitudes are e^r (s W_enc) x + b_mag, so |d|
 multiplies b_mag like b_enc, and r stays as it is.
 
-Imports no torch: `architecture` is asked where nobody else needs it.
+Transcoders have a scale s of what they read and s_out of what they write, and are not centred:
+
+    y_hat = ((W_dec / |d|)^T (|d| f) + W_skip s x + b_dec) / s_out
+
+Imports no torch: `problem` is asked where nobody else needs it.
 """
 
 from collections.abc import Iterator
@@ -21,7 +25,7 @@ from dist_sae import __version__
 from dist_sae.config import Run
 from dist_sae.config.clt import CLTConfig
 from dist_sae.config.crosscoder import CrosscoderConfig
-from dist_sae.config.data import HuggingFaceModel
+from dist_sae.config.data import HuggingFaceModel, ModelConfig
 from dist_sae.config.dictionary import CountsLatentsConfig
 from dist_sae.config.matryoshka import MatryoshkaConfig
 from dist_sae.config.sae import (
@@ -63,9 +67,16 @@ _HOOKS = {
 def architecture(sae: SaeConfig) -> str | None:
     """SAELens's name for this kind of dictionary; None if it has nothing like it."""
     match sae:
-        case RoutedConfig() | TranscoderConfig() | CLTConfig() | CLTJumpReLUConfig():
-            return None
-        case CrosscoderConfig() | CrosscoderReLUConfig():
+        case TranscoderConfig():
+            name = "jumprelu_skip_transcoder" if sae.skip else "jumprelu_transcoder"
+            return name if sae.over_batch else None
+        case (
+            RoutedConfig()
+            | CLTConfig()
+            | CLTJumpReLUConfig()
+            | CrosscoderConfig()
+            | CrosscoderReLUConfig()
+        ):
             return None
         case TopKConfig():
             return "topk"
@@ -79,6 +90,17 @@ def architecture(sae: SaeConfig) -> str | None:
             assert_never(sae)
 
 
+def problem(run: Run) -> str | None:
+    """Why SAELens cannot hold the dictionary of a run; None if it can."""
+    if isinstance(run.sae, TranscoderConfig) and not run.sae.over_batch:
+        return "sae.selection: row: SAELens has transcoders of batch alone, as JumpReLU"
+    if architecture(run.sae) is None:
+        return f"sae.kind: {run.sae.kind}: SAELens has nothing like it"
+    if len(run.reads) > 1 or len(run.writes) > 1:
+        return f"sae.reads: {run.described_sites}: SAELens has no dictionaries of several sites"
+    return None
+
+
 def config(run: Run, checkpoint: "Checkpoint") -> dict[str, Any]:
     """`cfg.json`: every key that SAELens writes itself, and in `metadata` where it comes from.
 
@@ -88,37 +110,34 @@ def config(run: Run, checkpoint: "Checkpoint") -> dict[str, Any]:
     """
     from dist_sae.checkpoint.trained import normalisers_of
 
-    normaliser = normalisers_of(run, checkpoint).one
-    model, place = run.model, run.site
+    normalisers, model, sae = normalisers_of(run, checkpoint), run.model, run.sae
     if isinstance(model, HuggingFaceModel):
-        model, place = model.of_site(run.site)
-    site, _, layer = place.rpartition(".")
-    sae = run.sae
-    topk: dict[str, Any] = {}
+        model, _ = model.of_site(run.site)
+    transcodes = isinstance(sae, TranscoderConfig)
+    own: dict[str, Any] = {"d_out": normalisers.widths.d_out} if transcodes else {}
     if isinstance(sae, TopKConfig):
-        topk = {"k": sae.k, "rescale_acts_by_decoder_norm": False}
+        own = {"k": sae.k, "rescale_acts_by_decoder_norm": False}
     nested: dict[str, Any] = {}
     if isinstance(sae, MatryoshkaConfig):
         nested = {"prefix_pattern": list(sae.prefix_pattern)}
     return {
         "architecture": architecture(sae),
-        "d_in": len(normaliser.mean),
+        "d_in": normalisers.widths.d_in,
         "d_sae": sae.n_latents,
-        **topk,
+        **own,
         "dtype": "float32",
         "device": "cpu",
-        "apply_b_dec_to_input": isinstance(sae, CountsLatentsConfig),
+        "apply_b_dec_to_input": isinstance(sae, CountsLatentsConfig) and not transcodes,
         "normalize_activations": "none",
-        "reshape_activations": "hook_z" if site == "attn_z" else "none",
+        "reshape_activations": "hook_z" if run.site.startswith("attn_z.") else "none",
         "metadata": {
             "sae_lens_version": _SAELENS_VERSION,
             "sae_lens_training_version": None,
             "model_name": run.export.model_name
             or (model.path if isinstance(model, HuggingFaceModel) else model.kind),
             "model_class_name": "HookedTransformer",
-            "hook_name": f"blocks.{layer}.{_HOOKS[site]}"
-            if isinstance(model, HuggingFaceModel)
-            else run.site,
+            "hook_name": _hook(run.model, run.site),
+            **({"hook_name_out": _hook(run.model, run.writes[0])} if transcodes else {}),
             "hook_head_index": None,
             "context_size": run.activations.context_tokens,
             "prepend_bos": run.activations.prepend_bos,
@@ -128,12 +147,20 @@ def config(run: Run, checkpoint: "Checkpoint") -> dict[str, Any]:
             "model_from_pretrained_kwargs": {},
             "dist_sae_version": __version__,
             "site": run.site,
-            "activation_scale": normaliser.scale,
+            "activation_scale": normalisers.of[run.site].scale,
             "trained_rows": checkpoint.step * run.train.batch_rows,
             "checkpoint": checkpoint.digest,
             **nested,
         },
     }
+
+
+def _hook(model: ModelConfig, site: str) -> str:
+    """TransformerLens's name of a site."""
+    if not isinstance(model, HuggingFaceModel):
+        return site
+    name, _, layer = model.of_site(site)[1].rpartition(".")
+    return f"blocks.{layer}.{_HOOKS[name]}"
 
 
 def weights(run: Run, checkpoint: "Checkpoint") -> "list[PiecewiseTensor]":
@@ -154,24 +181,28 @@ def weights(run: Run, checkpoint: "Checkpoint") -> "list[PiecewiseTensor]":
     from dist_sae.checkpoint.piecewise import PiecewiseTensor, transposed
     from dist_sae.checkpoint.trained import normalisers_of
 
-    sae, normaliser = run.sae, normalisers_of(run, checkpoint).one
-    scale, d_in = normaliser.scale, len(normaliser.mean)
-    paged = PagedDictionary(sae, d_in, checkpoint, MEMORY_BYTES)
+    sae, normalisers = run.sae, normalisers_of(run, checkpoint)
+    (d_in,), (d_out,) = normalisers.widths
+    scale, out = (normalisers.of[site].scale for site in (*run.reads, *run.writes))
+    paged = PagedDictionary(sae, normalisers.widths, checkpoint, MEMORY_BYTES)
+    has_thresholds = str(architecture(sae)).startswith("jumprelu")
     vectors: dict[str, list[Tensor]] = {}
-    b_dec = torch.zeros(0)
+    of_all: dict[str, Tensor] = {}
     for page in paged.pages(leave_out={"W_enc"}):
         p = {name: tensor.detach().double() for name, tensor in page.tensors() if name != "W_enc"}
         norms = p["W_dec"].norm(dim=1).clamp_min(1e-30)
         found = {"norms": norms, "b_enc": norms * p["b_enc"]}
         thresholds = page.inference_thresholds(norms.dtype)
-        if architecture(sae) == "jumprelu" and thresholds is not None:
+        if has_thresholds and thresholds is not None:
             found["threshold"] = norms * thresholds
         if architecture(sae) == "gated":
             found["b_gate"] = found.pop("b_enc")
             found |= {"b_mag": norms * p["b_mag"], "r_mag": p["r_mag"]}
         for name, vector in found.items():
             vectors.setdefault(name, []).append(vector)
-        b_dec = p["b_dec"] / scale
+        of_all = {"b_dec": p["b_dec"] / out}
+        if "W_skip" in p:
+            of_all["W_skip"] = p["W_skip"] * (scale / out)
     of_latents = {name: torch.cat(parts) for name, parts in vectors.items()}
     norms = of_latents.pop("norms")
 
@@ -185,7 +216,7 @@ def weights(run: Run, checkpoint: "Checkpoint") -> "list[PiecewiseTensor]":
 
     def decoder() -> "Iterator[Tensor]":
         for of_rows, rows in matrix("W_dec"):
-            yield (rows.double() / (of_rows * scale)).float()
+            yield (rows.double() / (of_rows * out)).float()
 
     def encoder(columns: slice) -> "Iterator[Tensor]":
         for of_rows, rows in matrix("W_enc"):
@@ -195,7 +226,7 @@ def weights(run: Run, checkpoint: "Checkpoint") -> "list[PiecewiseTensor]":
         return PiecewiseTensor(name, torch.float32, tuple(tensor.shape), lambda: (tensor.float(),))
 
     return [
-        PiecewiseTensor("W_dec", torch.float32, (sae.n_latents, d_in), decoder),
+        PiecewiseTensor("W_dec", torch.float32, (sae.n_latents, d_out), decoder),
         transposed("W_enc", (d_in, sae.n_latents), encoder),
-        *(small(name, tensor) for name, tensor in (("b_dec", b_dec), *of_latents.items())),
+        *(small(name, tensor) for name, tensor in (of_all | of_latents).items()),
     ]

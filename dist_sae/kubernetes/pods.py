@@ -115,7 +115,7 @@ def _containers(run: Run, part: Part) -> list[Object]:
             arguments = [program, RUN_FILE, "--local-ranks", str(n_ranks(run, part)), *named]
             return [_serving(run, _container(run, part, "main", arguments))]
         case "reporter":
-            export = [] if sae_lens.architecture(run.sae) is None else ["export"]
+            export = [] if sae_lens.problem(run) else ["export"]
             programs = ["evaluate", *export, "report"]
             ranks = n_ranks(run, part)
             together = {"evaluate": ["--local-ranks", str(ranks)]} if ranks > 1 else {}

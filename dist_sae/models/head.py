@@ -1,7 +1,7 @@
 """The end of a language model: its final norm and its unembedding, without any layer."""
 
 import gc
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -9,7 +9,7 @@ import xxhash
 from jaxtyping import Float
 from torch import Tensor, nn
 
-from dist_sae.config.data import HuggingFaceModel
+from dist_sae.config.data import HuggingFaceModel, layer_of
 from dist_sae.errors import HeadlessError, LacksWeightsError
 from dist_sae.models.loading import HEADS, describe, errors_of, load, without_layers
 from dist_sae.models.sites import blocks
@@ -33,6 +33,22 @@ class Head(NamedTuple):
     """Of the weights of the norm and the unembedding."""
     centres: bool
     """True if the norm subtracts the mean over channels, as LayerNorm does and RMSNorm does not."""
+
+
+def reaching(sites: Sequence[str]) -> tuple[str, ...]:
+    """The sites that together are what a dictionary adds to the residual stream at its end.
+
+    The last residual stream, if there is any among them, else all outputs of MLPs and attention.
+
+    Returns:
+        The first site, if none of them is written to the residual stream.
+    """
+    names = {site: site.rpartition(".")[0] for site in sites}
+    streams = [site for site, name in names.items() if name.startswith("resid")]
+    if streams:  # resid_post of a layer is resid_pre of the next one
+        return (max(streams, key=lambda site: layer_of(site) + (names[site] == "resid_post")),)
+    added = tuple(site for site, name in names.items() if name in WRITE_TO_RESIDUAL)
+    return added or (sites[0],)
 
 
 def load_head(config: HuggingFaceModel, site: str) -> Head:

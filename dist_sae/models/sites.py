@@ -29,14 +29,14 @@ _ATTENTION_OUTPUT = tuple(
 )
 
 # (paths within the block, or none for the block itself; True if the site is the module's input)
-_SITES: dict[str, tuple[tuple[str, ...], bool]] = {
+_SITES: dict[str, tuple[tuple[str, ...], bool]] = {  # in the order in which they are reached
     "resid_pre": ((), True),
-    "resid_post": ((), False),
+    "attn_z": (_ATTENTION_OUTPUT, True),
+    "attn_out": (_ATTENTION_OUTPUT, False),
     "mlp_in": (_MLP_IN, True),
     "mlp_inner": (_MLP_OUTPUT, True),
     "mlp_out": (_MLP_OUT, False),
-    "attn_out": (_ATTENTION_OUTPUT, False),
-    "attn_z": (_ATTENTION_OUTPUT, True),
+    "resid_post": ((), False),
 }
 
 _OF_SEVERAL = 4  # tensor dimensions of activations with several residual streams
@@ -49,6 +49,11 @@ class Place(NamedTuple):
 
     module: nn.Module
     goes_in: bool
+
+
+def depth(site: str) -> tuple[int, int]:
+    """Place of a site in the order in which a model reaches its sites."""
+    return layer_of(site), list(_SITES).index(site.rpartition(".")[0])
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:

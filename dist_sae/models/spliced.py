@@ -1,6 +1,8 @@
-"""A whole model with its head, whose activations at one site can be replaced."""
+"""A whole model with its head, whose activations at some sites can be replaced."""
 
 import logging
+from collections.abc import Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -33,26 +35,28 @@ _CHANGES_OF_HALF = 0.03
 
 
 class SplicedModel:
-    """A language model that predicts tokens with activations at one site edited.
+    """A language model that predicts tokens with activations at some sites edited.
 
     Attributes:
         masked: True if it predicts masked tokens, as encoders do, instead of the next ones.
     """
 
-    def __init__(self, config: HuggingFaceModel, site: str, *, divided: bool = False) -> None:
+    def __init__(
+        self, config: HuggingFaceModel, sites: tuple[str, ...], *, divided: bool = False
+    ) -> None:
         """Load the whole model.
 
         Args:
             config: The model.
-            site: The site.
+            sites: Sites that can be edited.
             divided: Divide the model over `config.tensor_parallel` ranks; all methods are then
                 collective.
 
         Raises:
             HeadlessError: The model predicts no tokens.
-            ModelError: The model cannot be loaded, or lacks the site.
+            ModelError: The model cannot be loaded, or lacks a site.
         """
-        description = describe(config, (site,))
+        description = describe(config, sites)
         self._name = config.path
         self._vocabulary = description.vocabulary
         divider = None
@@ -64,10 +68,11 @@ class SplicedModel:
         self._mask_token = load_tokenizer(config).mask if self.masked else None
         if self.masked and self._mask_token is None:
             raise HeadlessError(f"model.path {config.path}: its tokenizer has no mask token")
-        self._edit: Edit | None = None
-        self._width = width(description.skeleton, site)
-        """Width of a whole row; a rank may hold a part of it."""
-        attach(self._model, site, self._replace)
+        self._edits: Mapping[str, Edit] = {}
+        self._widths = {site: width(description.skeleton, site) for site in sites}
+        """Widths of whole rows; a rank may hold parts of them."""
+        for site in sites:
+            attach(self._model, site, partial(self._replace, site))
 
     def predicted(
         self, tokens: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]
@@ -88,7 +93,7 @@ class SplicedModel:
         self,
         tokens: Int[Tensor, "batch seq"],
         mask: Bool[Tensor, "batch seq"],
-        edit: Edit | None = None,
+        edits: Mapping[str, Edit] | None = None,
     ) -> Float[Tensor, "batch next"]:
         """Cross-entropy in nats of every predicted token after the first, fp32; NaN elsewhere.
 
@@ -97,10 +102,11 @@ class SplicedModel:
         Args:
             tokens: Token ids.
             mask: False at padding.
-            edit: Replaces the activations at the site; None leaves them unchanged.
+            edits: Functions that replace the activations at some of the sites, called in the order
+                in which the model reaches these.
         """
         check_tokens(tokens, self._vocabulary, self._name)
-        self._edit = edit
+        self._edits = edits or {}
         predicted, shown, targets = self.predicted(tokens, mask), tokens, tokens[:, 1:].long()
         if self._mask_token is not None:
             shown = tokens.clone()
@@ -113,13 +119,14 @@ class SplicedModel:
         ]
         return torch.stack(losses).masked_fill(~predicted, torch.nan)
 
-    def _replace(self, acts: Tensor) -> Tensor:
-        if self._edit is None:
+    def _replace(self, site: str, acts: Tensor) -> Tensor:
+        edit = self._edits.get(site)
+        if edit is None:
             return acts
         if not self._divided:
-            return self._edit(acts.cpu()).to(acts.device)
-        whole, own = whole_of_ranks(acts, self._width)
-        return self._edit(whole.cpu()).to(acts.device)[..., own]
+            return edit(acts.cpu()).to(acts.device)
+        whole, own = whole_of_ranks(acts, self._widths[site])
+        return edit(whole.cpu()).to(acts.device)[..., own]
 
 
 def load_with_head(

@@ -1,69 +1,35 @@
 """A trained dictionary as a torch module on raw activations."""
 
-import math
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, Literal, NamedTuple, overload
+from typing import Any, Literal, overload
 
 import torch
 from jaxtyping import Float, Int
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from dist_sae.config.run import describe_sites
 from dist_sae.dictionaries.base import Dictionary
-from dist_sae.dictionaries.interface import Codes
+from dist_sae.dictionaries.normaliser import SiteNormalisers
 from dist_sae.errors import ArgumentError, LatentNotFoundError
 from dist_sae.kernels import Entries
+from dist_sae.notebook.codes import SparseCodes
 from dist_sae.notebook.steering import Positions, Where, editing
 from dist_sae.notebook.texts import TextReader, TokenLatents, strongest
 
-RawRows = Float[Tensor, "*rows d_in"] | NDArray[Any]
+RawRows = Float[Tensor, "*rows d"] | NDArray[Any]
+Inputs = RawRows | Mapping[str, RawRows]
+"""Raw activations of the sites that a dictionary reads, side by side; or by site."""
 Latents = int | Sequence[int] | Int[Tensor, "..."]
 """Numbers of one or several latents."""
-
-
-class SparseCodes(NamedTuple):
-    """The active entries of codes `[*rows, n_latents]`: row after row, latents ascending."""
-
-    acts: Float[Tensor, " entries"]
-    """Activations, above 0."""
-    latents: Int[Tensor, " entries"]
-    rows: Int[Tensor, " entries"]
-    """Row of each entry; leading dimensions are counted as one."""
-    shape: tuple[int, ...]
-    """Shape of the dense codes: `(*rows, n_latents)`."""
-
-    @property
-    def counts(self) -> Int[Tensor, " rows"]:
-        """Number of active latents of each row."""
-        return torch.bincount(self.rows, minlength=math.prod(self.shape[:-1]))
-
-    def dense(self) -> Float[Tensor, "*rows n_latents"]:
-        """Codes with their zeros: rows times n_latents numbers."""
-        codes = self.acts.new_zeros(math.prod(self.shape[:-1]), self.shape[-1])
-        return codes.index_put((self.rows, self.latents), self.acts).view(self.shape)
-
-    def csr(self) -> Tensor:
-        """A `torch.sparse_csr` tensor `[rows, n_latents]`."""
-        counts = self.counts
-        starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-        size = (len(counts), self.shape[-1])
-        return torch.sparse_csr_tensor(starts, self.latents, self.acts, size)
-
-    @classmethod
-    def of(cls, codes: Codes, shape: tuple[int, ...]) -> "SparseCodes":
-        """The active entries of a dictionary's codes, whose dense shape is given."""
-        rows = Entries(codes.latents, codes.starts, shape[-1]).rows
-        on = codes.acts > 0
-        acts, latents, rows = codes.acts[on], codes.latents[on].long(), rows[on]
-        order = (rows * shape[-1] + latents).argsort()
-        return cls(acts[order], latents[order], rows[order], shape)
 
 
 class RawDictionary(nn.Module):
     """A trained dictionary that takes and gives raw activations, as the model has them.
 
-    The factor s between them and the activations that it was trained on is inside:
+    The factor s between them and the activations that it was trained on, one for each site, is
+    inside:
 
         f     = codes of s x, as at inference
         x_hat = W_dec^T f + b_dec
@@ -72,28 +38,32 @@ class RawDictionary(nn.Module):
     `W_enc` is s times that of training, and `b_enc` is unchanged. A pre-activation is `W_enc` x +
     `b_enc`, or `W_enc` (x - `b_dec`) + `b_enc` in a recipe that centres its inputs.
 
+    Activations of several sites lie side by side, in the order of `reads` or `writes`.
+
     The parameters are frozen. `encode` and `forward` give no gradients; `decode` gives those of the
     codes. `to` moves it between devices; arguments are moved to its device.
 
     Attributes:
         sae: The dictionary, on scaled activations.
-        scale: s.
-        site: Where it reads activations.
+        scales: s of each site.
+        reads: Sites where it reads activations.
+        writes: Sites whose activations it reconstructs.
         step: Training step of its checkpoint.
-        mean: Mean of the raw activations.
+        mean: Mean of the raw activations that it reconstructs.
         idle_rows: Rows since each latent last fired, at the end of training.
     """
 
-    mean: Float[Tensor, " d_in"]
+    mean: Float[Tensor, " d_out"]
     idle_rows: Int[Tensor, " n_latents"]
+    read_scales: Float[Tensor, " d_in"]
+    """s of each column of the inputs."""
+    write_scales: Float[Tensor, " d_out"]
 
     def __init__(
         self,
         sae: Dictionary,
-        scale: float,
-        site: str,
+        normalisers: SiteNormalisers,
         step: int,
-        mean: Float[Tensor, " d_in"],
         idle_rows: Int[Tensor, " n_latents"],
         reader: Callable[[], TextReader],
     ) -> None:
@@ -101,20 +71,29 @@ class RawDictionary(nn.Module):
 
         Args:
             sae: Frozen by this.
+            normalisers: Of its sites.
             reader: Loads the language model and its tokenizer, for `active_on`.
         """
         super().__init__()
         self.sae = sae.requires_grad_(requires_grad=False).eval()
-        self.scale = scale
-        self.site = site
+        self.scales = {site: of.scale for site, of in normalisers.of.items()}
+        self.reads, self.writes = normalisers.reads, normalisers.writes
         self.step = step
-        self.register_buffer("mean", mean)
+        dtype = sae.b_dec.dtype
+        for name, sites, widths in (
+            ("read_scales", self.reads, normalisers.widths.reads),
+            ("write_scales", self.writes, normalisers.widths.writes),
+        ):
+            each = torch.tensor([self.scales[site] for site in sites], dtype=dtype)
+            columns = each.repeat_interleave(torch.tensor(widths))
+            self.register_buffer(name, columns, persistent=False)
+        self.register_buffer("mean", normalisers.mean.to(dtype) / self.write_scales)
         self.register_buffer("idle_rows", idle_rows)
         self._reader = reader
 
     @property
     def d_in(self) -> int:
-        """Width of the activations."""
+        """Width of the activations that it reads."""
         return self.sae.widths.d_in
 
     @property
@@ -123,58 +102,61 @@ class RawDictionary(nn.Module):
         return self.sae.n_latents
 
     @property
-    def W_dec(self) -> Float[Tensor, "n_latents d_in"]:  # noqa: N802 - the field's names
+    def W_dec(self) -> Float[Tensor, "n_latents d_out"]:  # noqa: N802 - the field's names
         """Decoder, for raw activations; made anew each time: `decoder_rows` gives some rows."""
-        return self.sae.decoder_rows() / self.scale
+        return self.sae.decoder_rows() / self.write_scales
 
     @property
-    def b_dec(self) -> Float[Tensor, " d_in"]:
+    def b_dec(self) -> Float[Tensor, " d_out"]:
         """Bias of the decoder, for raw activations."""
-        return self.sae.b_dec / self.scale
+        return self.sae.b_dec / self.write_scales
 
     @property
     def W_enc(self) -> Float[Tensor, "n_latents d_in"]:  # noqa: N802
         """Encoder, for raw activations; made anew each time."""
-        return self.sae.W_enc * self.scale
+        W_enc = self.read_scales.new_zeros(self.n_latents, self.d_in)
+        for latents, columns in self.sae.tiles(self.n_latents):
+            W_enc[latents, columns] = self.sae.W_enc[latents]
+        return W_enc * self.read_scales
 
     @property
     def b_enc(self) -> Float[Tensor, " n_latents"]:
         """Bias of the encoder."""
         return self.sae.b_enc
 
-    def decoder_rows(self, latents: Latents) -> Float[Tensor, "latents d_in"]:
+    def decoder_rows(self, latents: Latents) -> Float[Tensor, "latents d_out"]:
         """Raw activations that an activation of 1 of each latent adds.
 
         Raises:
             LatentNotFoundError: There is no such latent.
         """
-        return self.sae.decoder_rows(self.check_latents(latents)) / self.scale
+        return self.sae.decoder_rows(self.check_latents(latents)) / self.write_scales
 
     @overload
-    def encode(self, x: RawRows, *, dense: Literal[False] = False) -> SparseCodes: ...
+    def encode(self, x: Inputs, *, dense: Literal[False] = False) -> SparseCodes: ...
     @overload
-    def encode(self, x: RawRows, *, dense: Literal[True]) -> Float[Tensor, "*rows n_latents"]: ...
+    def encode(self, x: Inputs, *, dense: Literal[True]) -> Float[Tensor, "*rows n_latents"]: ...
 
     @torch.no_grad()
     def encode(
-        self, x: RawRows, *, dense: bool = False
+        self, x: Inputs, *, dense: bool = False
     ) -> SparseCodes | Float[Tensor, "*rows n_latents"]:
         """Encode raw activations, in the precision of the parameters. No gradients.
 
         Args:
-            x: Raw activations.
+            x: Raw activations: sites side by side, or by site.
             dense: Return a matrix of all codes instead of the active entries.
 
         Raises:
             ArgumentError: They have another width than the dictionary.
         """
-        x = self._tensor(x, self.d_in, "activations")
-        codes = self.sae.encode(x.reshape(-1, self.d_in) * self.scale)
+        x = self._inputs(x)
+        codes = self.sae.encode(x.reshape(-1, self.d_in) * self.read_scales)
         found = SparseCodes.of(codes, (*x.shape[:-1], self.n_latents))
         return found.dense() if dense else found
 
     def decode(
-        self, codes: SparseCodes | Float[Tensor, "*rows n_latents"], x: RawRows | None = None
+        self, codes: SparseCodes | Float[Tensor, "*rows n_latents"], x: Inputs | None = None
     ) -> Float[Tensor, "*rows d_out"]:
         """Reconstruct raw activations from codes; differentiable in these.
 
@@ -192,8 +174,8 @@ class RawDictionary(nn.Module):
                 raise ArgumentError(
                     "the dictionary has a linear skip: give decode the activations as well"
                 )
-            x = self._tensor(x, self.d_in, "activations")
-            offset = self.sae.offset(x.reshape(-1, self.d_in) * self.scale)
+            x = self._inputs(x)
+            offset = self.sae.offset(x.reshape(-1, self.d_in) * self.read_scales)
             offset = offset.view(*x.shape[:-1], -1)
         if isinstance(codes, SparseCodes):
             if codes.shape[-1] != self.n_latents:
@@ -206,18 +188,21 @@ class RawDictionary(nn.Module):
             parts = parts.view(*codes.shape[:-1], -1)
         else:
             parts = self._tensor(codes, self.n_latents, "codes") @ self.sae.decoder_rows()
-        return (parts + offset) / self.scale
+        return (parts + offset) / self.write_scales
 
     @torch.no_grad()
-    def forward(self, x: RawRows) -> Float[Tensor, "*rows d_in"]:
+    def forward(self, x: Inputs) -> Float[Tensor, "*rows d_out"]:
         """Reconstruct raw activations: `decode(encode(x))` in bounded memory. No gradients.
+
+        Args:
+            x: As of `encode`.
 
         Raises:
             ArgumentError: They have another width than the dictionary.
         """
-        x = self._tensor(x, self.d_in, "activations")
-        x_hat = self.sae.infer(x.reshape(-1, self.d_in) * self.scale).x_hat
-        return (x_hat / self.scale).view(*x.shape[:-1], -1)
+        x = self._inputs(x)
+        x_hat = self.sae.infer(x.reshape(-1, self.d_in) * self.read_scales).x_hat
+        return (x_hat / self.write_scales).view(*x.shape[:-1], -1)
 
     def active_on(self, text: str, top: int = 5) -> list[TokenLatents]:
         """Find the strongest latents on each token of a text, as training saw such text.
@@ -263,13 +248,9 @@ class RawDictionary(nn.Module):
             ArgumentError: The model has another width.
             ModelError: The model has no such site.
         """
-        row = self.decoder_rows(latent)[0]
-
-        def change(x: Tensor) -> Tensor:
-            return (strength * row).expand(x.shape)
-
-        where = Where(positions, generated=generated)
-        return editing(model, self.site, self.d_in, change, where)
+        row = self.decoder_rows(latent)
+        where, site = Where(positions, generated=generated), self.site
+        return editing(model, site, self._widths(site), lambda _: strength * row, where)
 
     def clamp(
         self,
@@ -303,16 +284,16 @@ class RawDictionary(nn.Module):
         columns = torch.full((self.n_latents,), -1, device=latents.device)
         columns[latents] = torch.arange(len(latents), device=latents.device)
 
-        def change(x: Tensor) -> Tensor:
-            codes = self.encode(x)
+        def change(read: Mapping[str, Tensor]) -> Tensor:
+            codes = self.encode(read)
             column = columns[codes.latents]
             ours = column >= 0
-            acts = wanted.new_zeros(len(x), len(wanted))
+            acts = wanted.new_zeros(codes.shape[0], len(wanted))
             acts[codes.rows[ours], column[ours]] = codes.acts[ours].to(acts.dtype)
             return (wanted - acts) @ directions
 
-        where = Where(positions, generated=generated)
-        return editing(model, self.site, self.d_in, change, where)
+        where, site = Where(positions, generated=generated), self.site
+        return editing(model, site, self._widths(site, *self.reads), change, where)
 
     def ablate(
         self,
@@ -342,6 +323,36 @@ class RawDictionary(nn.Module):
             )
         return numbers.to(self.sae.W_dec.device)
 
+    @property
+    def site(self) -> str:
+        """The one site that it writes, which steering changes.
+
+        Raises:
+            ArgumentError: It writes several.
+        """
+        if len(self.writes) > 1:
+            raise ArgumentError(
+                f"the dictionary writes {', '.join(self.writes)}: models are changed at one site"
+            )
+        return self.writes[0]
+
+    def _widths(self, *sites: str) -> dict[str, int]:
+        reads, writes = self.sae.widths
+        known = dict(zip(self.reads + self.writes, reads + writes, strict=True))
+        return {site: known[site] for site in sites}
+
+    def _inputs(self, x: Inputs) -> Tensor:
+        """Raw activations of the sites that are read, side by side."""
+        if not isinstance(x, Mapping):
+            return self._tensor(x, self.d_in, "activations")
+        if missing := [site for site in self.reads if site not in x]:
+            raise ArgumentError(
+                f"activations: none of {missing[0]}; the dictionary reads {', '.join(self.reads)}"
+            )
+        widths = self._widths(*self.reads).items()
+        parts = [self._tensor(x[site], width, f"activations at {site}") for site, width in widths]
+        return torch.cat(parts, -1)
+
     def _tensor(self, x: RawRows, width: int, what: str) -> Tensor:
         tensor = torch.as_tensor(x)
         if not tensor.dim() or tensor.shape[-1] != width:
@@ -350,7 +361,8 @@ class RawDictionary(nn.Module):
 
     def extra_repr(self) -> str:
         """Facts that `print` shows."""
-        return f"{self.n_latents} latents, d_in={self.d_in}, {self.site}, step {self.step}"
+        sites = describe_sites(self.reads, self.writes)
+        return f"{self.n_latents} latents, d_in={self.d_in}, {sites}, step {self.step}"
 
 
 def _wrong_width(what: str, found: int, wanted: int) -> ArgumentError:

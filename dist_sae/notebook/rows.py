@@ -26,7 +26,7 @@ class RowBatch(NamedTuple):
     """Raw activations with their origin."""
 
     acts: Float[Tensor, "batch d_in"]
-    """In fp32."""
+    """In fp32; sites side by side."""
     tokens: Int[Tensor, " batch"]
     positions: Int[Tensor, " batch"]
     """Position within the document, in tokens."""
@@ -130,16 +130,17 @@ def read_rows(
 
 
 def _blocks(activations: ActivationSet, unit: int) -> Iterator[RowBatch]:
-    (shard,) = activations.shards(activations.manifest(unit)).values()
+    shards = activations.shards(activations.manifest(unit))
     first = 0
-    for number, block in enumerate(shard.blocks):
+    for number, block in enumerate(shards[activations.sites[0]].blocks):
         try:
-            found = read_block(activations.store, shard, number)
+            found = [read_block(activations.store, shard, number) for shard in shards.values()]
         except CorruptObjectError:
             _check_kept(activations, unit)  # a trainer may have deleted it meanwhile
             raise
         rows = torch.arange(first, first + block.rows)
-        yield RowBatch(found.acts.float(), *found[1:], torch.full_like(rows, unit), rows)
+        acts = torch.cat([of_site.acts.float() for of_site in found], 1)
+        yield RowBatch(acts, *found[0][1:], torch.full_like(rows, unit), rows)
         first += block.rows
 
 

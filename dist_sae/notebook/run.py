@@ -5,6 +5,8 @@ from collections.abc import Iterable, Iterator, Sequence
 from functools import cached_property
 from typing import TYPE_CHECKING, Any, overload
 
+import torch
+
 from dist_sae.checkpoint import folder
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.checkpoint.trained import Trained, none_yet, read_trained, use_trained
@@ -15,7 +17,8 @@ from dist_sae.data.plan import PLAN_KEY, Plan, as_planned, load_plan
 from dist_sae.data.upkeep import urls
 from dist_sae.errors import ArgumentError, ConfigError
 from dist_sae.index.texts import Place, Texts, build_example
-from dist_sae.notebook.dictionary import RawDictionary, SparseCodes
+from dist_sae.notebook.codes import SparseCodes
+from dist_sae.notebook.dictionary import RawDictionary
 from dist_sae.notebook.rows import RowBatch, find_units, read_rows
 from dist_sae.notebook.texts import Origin, RowText, TextReader, TokenLatents, strongest
 from dist_sae.storage import open_store
@@ -79,13 +82,10 @@ class OpenedRun:
         trained = read_trained(self._runs, self.config, step)
         if trained is None:
             raise none_yet(self._runs, self.config)
-        normaliser = trained.normalisers.one
         return RawDictionary(
             trained.sae,
-            normaliser.scale,
-            trained.run.site,
+            trained.normalisers,
             trained.step,
-            normaliser.mean.float() / normaliser.scale,
             trained.idle_rows,
             reader=lambda: self._reader,
         )
@@ -106,7 +106,10 @@ class OpenedRun:
         rows = self._reader.read(text)
 
         def find(trained: Trained) -> list[TokenLatents]:
-            codes = trained.pages.encode(rows.acts.cpu() * trained.normalisers.one.scale)
+            normalisers = trained.normalisers
+            parts = torch.split(rows.acts.cpu(), list(normalisers.widths.reads), 1)
+            of_sites = dict(zip(normalisers.reads, parts, strict=True))
+            codes = trained.pages.encode(normalisers.inputs(of_sites))
             shape = (len(rows.acts), trained.pages.n_latents)
             return strongest(rows, SparseCodes.of(codes, shape), top)
 
@@ -134,7 +137,8 @@ class OpenedRun:
             heldout: Take the held-out units instead, if `units` is None.
             batch_rows: Rows of a batch; None gives a batch per unit.
             limit: Most rows in all.
-            site: A site of the activation set; None takes the run's.
+            site: A site of the activation set; None takes those that the dictionary reads, side by
+                side.
 
         Raises:
             ArgumentError: The plan has no such unit, or the set no such site.
@@ -142,14 +146,15 @@ class OpenedRun:
             UnitMissingError: A unit, or every unit, has not been produced.
             PlanMismatchError: There is no activation set, or one of other settings.
         """
-        site = site or self.config.site
-        if site not in self._plan.sites:
-            there = ", ".join(self._plan.sites)
-            raise ArgumentError(f"site {site}: {self._store.url} has {there}")
+        sites = (site,) if site else self.config.reads
+        for each in sites:
+            if each not in self._plan.sites:
+                there = ", ".join(self._plan.sites)
+                raise ArgumentError(f"site {each}: {self._store.url} has {there}")
         for name, number in (("batch_rows", batch_rows), ("limit", limit)):
             if number is not None and number < 1:
                 raise ArgumentError(f"{name}: {number} is not a positive number")
-        activations = ActivationSet(self._store, self._plan, (site,), wait=False)
+        activations = ActivationSet(self._store, self._plan, sites, wait=False)
         found = find_units(activations, units, heldout=heldout)
         return read_rows(activations, found, batch_rows, limit)
 
@@ -158,7 +163,7 @@ class OpenedRun:
 
         Args:
             heldout: List the held-out units' instead of those to train on.
-            site: A site of the activation set; None takes the run's.
+            site: A site of the activation set; None takes the first that the dictionary reads.
 
         Raises:
             ConfigError: The activation set has no such site.
@@ -230,7 +235,7 @@ class OpenedRun:
         from dist_sae.models.loading import describe  # takes 3 s
         from dist_sae.models.spliced import load_with_head
 
-        model, _ = load_with_head(config, describe(config, (self.config.site,)))
+        model, _ = load_with_head(config, describe(config, self.config.sites))
         model.config.get_text_config().use_cache = True  # `describe` turns it off
         return model
 

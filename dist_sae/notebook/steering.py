@@ -1,7 +1,8 @@
 """Changes to a model's activations at a site, by hooks that leave with their `with` block."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 from dist_sae.errors import ArgumentError
 from dist_sae.models.sites import attach, place, width
 
-Change = Callable[[Float[Tensor, "rows d_in"]], Float[Tensor, "rows d_in"]]
-"""Computes the change to add to raw activations from the activations themselves."""
+Change = Callable[[Mapping[str, Float[Tensor, "rows d"]]], Float[Tensor, "#rows d"]]
+"""Computes the change to add to raw activations of a site from those of the sites that are read."""
 
 Positions = Shaped[Tensor, "*batch seq"]
 """A mask of booleans; others are refused, as they may be numbers of tokens."""
@@ -71,42 +72,58 @@ class Where:
 
 
 @contextmanager
-def editing(model: nn.Module, site: str, d_in: int, change: Change, where: Where) -> Iterator[None]:
-    """Add `change(x)` to a model's activations x at a site, within a `with` block.
+def editing(
+    model: nn.Module,
+    site: str,
+    widths: Mapping[str, int],
+    change: Change,
+    where: Where,
+) -> Iterator[None]:
+    """Add `change(rows)` to a model's activations at a site, within a `with` block.
 
     Args:
         model: A `transformers` model.
         site: The site.
-        d_in: Width of a row that `change` takes.
-        change: Gets the rows that are changed, in fp32 and without gradients.
+        widths: Widths of its rows, and of those of the sites that `change` reads.
+        change: Gets the rows that are changed, at these sites, in fp32 and without gradients.
         where: Which rows these are.
 
     Raises:
-        ArgumentError: It is no `transformers` model, or its activations have another width.
+        ArgumentError: It is no `transformers` model, its activations have another width, or it
+            reaches a site that is read only after the one that is changed.
         ModelError: The model has no such site.
     """
     if not hasattr(getattr(model, "config", None), "get_text_config"):
         raise ArgumentError(
             f"model: {type(model).__name__} is not a transformers model; give one, as run.model()"
         )
-    place(model, site)
-    if width(model, site) != d_in:
-        raise ArgumentError(
-            f"model: its activations at {site} are {width(model, site)} wide, the dictionary "
-            f"takes {d_in}; give the model that the run was trained on"
-        )
+    for each, wanted in widths.items():
+        place(model, each)
+        if width(model, each) != wanted:
+            raise ArgumentError(
+                f"model: its activations at {each} are {width(model, each)} wide, the dictionary "
+                f"takes {wanted}; give the model that the run was trained on"
+            )
+    read: dict[str, Tensor] = {}
 
-    def edit(acts: Tensor) -> Tensor:
+    def edit(here: str, acts: Tensor) -> Tensor:
         mask = where.mask(*acts.shape[:2]).to(acts.device)
         if not mask.any():
             return acts
+        read[here] = acts.detach()[mask].float()
+        if here != site:
+            return acts
+        if later := widths.keys() - read.keys():
+            raise ArgumentError(f"model: it reaches {min(later)}, which is read, after {site}")
         delta = torch.zeros(acts.shape, dtype=torch.float32, device=acts.device)
-        delta[mask] = change(acts.detach()[mask].float()).to(delta)
+        delta[mask] = change(read).expand(read[site].shape).to(delta)
+        read.clear()
         # exact where delta is 0
         return (acts + delta).to(acts.dtype)
 
     with ExitStack() as hooks:
         if where.positions is not None:
             hooks.callback(model.register_forward_pre_hook(where.look, with_kwargs=True).remove)
-        hooks.callback(attach(model, site, edit).remove)
+        for each in widths:
+            hooks.callback(attach(model, each, partial(edit, each)).remove)
         yield

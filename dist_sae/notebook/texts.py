@@ -95,12 +95,10 @@ class TextReader:
             )
         self._run = run
         self._tokenizer = build_tokenizer(run)
-        self._source = build_source(
-            run.model.model_copy(update={"tensor_parallel": 1}), (run.site,)
-        )
+        self._source = build_source(run.model.model_copy(update={"tensor_parallel": 1}), run.reads)
 
     def read(self, text: str) -> TextRows:
-        """Compute a text's activations at the run's site.
+        """Compute a text's activations at the sites that are read, side by side.
 
         Raises:
             ArgumentError: The text has no tokens.
@@ -124,8 +122,9 @@ class TextReader:
         for context in contexts:
             (batch,) = pack([context], batch_tokens=len(context.tokens), bos=bos)
             keep = admitted(batch, self._tokenizer.special, rules.exclude, Counter())
-            found = self._source.run(batch.tokens, batch.mask)[self._run.site]
-            acts.append(found[keep.to(found.device)].float())
+            found = self._source.run(batch.tokens, batch.mask)
+            sites = [found[site] for site in self._run.reads]
+            acts.append(torch.cat([of[keep.to(of.device)].float() for of in sites], 1))
             trained += batch.positions[keep].tolist()
         return TextRows(self._tokenizer.text(ids), torch.cat(acts), trained)
 

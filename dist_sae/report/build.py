@@ -36,6 +36,7 @@ from dist_sae.index.summary import left_out
 from dist_sae.index.texts import Texts
 from dist_sae.report.latents import LatentView, choose_latents, view_latents
 from dist_sae.report.page import Page, render_page
+from dist_sae.report.profile import read_profiles
 from dist_sae.report.shown import duration
 from dist_sae.storage import UNMETERED, Meter, ObjectStore, open_store
 from dist_sae.storage.records import digest
@@ -109,6 +110,7 @@ def report(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
         left_out=[] if isinstance(index, str) else left_out(index.manifest),
         latent_rows=0 if isinstance(index, str) else index.rows,
         no_latents=no_texts,
+        profiles=None if isinstance(index, str) else read_profiles(index),
     )
     runs.put(key, render_page(page).encode())
     return f"{runs.url}/{key}"

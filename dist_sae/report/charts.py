@@ -86,28 +86,77 @@ def render_lines(
 
 
 def render_histogram(
-    title: str, log10_edges: Sequence[float], counts: Sequence[int], *, x_label: str
+    title: str, edges: Sequence[float], counts: Sequence[int], *, x_label: str, log10: bool = True
 ) -> str:
-    """A figure with bars between edges, given as decimal logarithms."""
+    """A figure with bars between edges.
+
+    Args:
+        title: Said above the plot.
+        edges: Of the bars, one more than these.
+        counts: Latents in each bar.
+        x_label: Quantity and unit of x.
+        log10: The edges are decimal logarithms; those without latents at either end are left out.
+    """
     if not any(counts):
         return ""
-    used = [i for i, count in enumerate(counts) if count]
-    first, last = max(0, used[0] - 1), min(len(counts), used[-1] + 2)
-    edges, counts = log10_edges[first : last + 1], counts[first:last]
+    if log10:
+        used = [i for i, count in enumerate(counts) if count]
+        first, last = max(0, used[0] - 1), min(len(counts), used[-1] + 2)
+        edges, counts = edges[first : last + 1], counts[first:last]
     low, high = edges[0], edges[-1]
-    ticks = [float(t) for t in range(math.ceil(low), math.floor(high) + 1)]
-    x_axis = _Axis(low, high, ticks, lambda v: (v - low) / (high - low))
+    if log10:
+        ticks = [float(t) for t in range(math.ceil(low), math.floor(high) + 1)]
+        x_axis = _Axis(low, high, ticks, lambda v: (v - low) / (high - low))
+    else:
+        x_axis = _linear(low, high, 5)
     y_axis = _linear(0, max(counts) * 1.05, 4)
     bars = []
     for left, right, count in zip(edges, edges[1:], counts, strict=False):
         x, y = _x(x_axis, left), _y(y_axis, count)
         width, height = _x(x_axis, right) - x, _HEIGHT - _BOTTOM - y
-        said = f"{count} latents, {10**left:.2g} to {10**right:.2g}"
+        start, stop = (10**left, 10**right) if log10 else (left, right)
+        said = f"{count} latents, {start:.2g} to {stop:.2g}"
         bars.append(
             f'<rect class="bar" x="{x + 0.5:.1f}" y="{y:.1f}" width="{max(width - 1, 0.5):.1f}" '
             f'height="{height:.1f}"><title>{said}</title></rect>'
         )
-    return _figure(title, [_frame(x_axis, y_axis, x_label, exponents=True), *bars], [])
+    return _figure(title, [_frame(x_axis, y_axis, x_label, exponents=log10), *bars], [])
+
+
+def render_shares(
+    title: str, rows: Sequence[tuple[str, Sequence[float]]], columns: Sequence[str], *, x_label: str
+) -> str:
+    """A figure with a cell for each row and column, the darker the larger its share.
+
+    Args:
+        title: Said above the plot.
+        rows: Name and shares of each row; shares are from 0 to 1.
+        columns: Their names; of many only some are shown.
+        x_label: Quantity along the columns.
+    """
+    left, floor = 2 * _LEFT, _HEIGHT - _BOTTOM
+    width, height = (_WIDTH - left - _RIGHT) / len(columns), (floor - _TOP) / len(rows)
+    darkest = max(share for _, shares in rows for share in shares) or 1
+    every = -(-len(columns) // 8)
+    parts = []
+    for number, (name, shares) in enumerate(rows):
+        y = _TOP + number * height
+        if number % -(-len(rows) // 16) == 0:
+            place = f'x="{left - 8}" y="{y + height / 2 + 4:.1f}"'
+            parts.append(f'<text class="tick y" {place}>{escape(name)}</text>')
+        for column, (of, share) in enumerate(zip(columns, shares, strict=True)):
+            parts.append(
+                f'<rect class="bar" x="{left + column * width:.1f}" y="{y:.1f}" '
+                f'width="{width:.1f}" height="{height:.1f}" '
+                f'fill-opacity="{share / darkest:.3f}"><title>'
+                f"{escape(name)}, {escape(of)}: {100 * share:.1f} %</title></rect>"
+            )
+    for column in range(0, len(columns), every):
+        place = f'x="{left + (column + 0.5) * width:.1f}" y="{floor + 17}"'
+        parts.append(f'<text class="tick x" {place}>{escape(columns[column])}</text>')
+    middle = (left + _WIDTH - _RIGHT) / 2
+    parts.append(f'<text class="tick x" x="{middle}" y="{_HEIGHT - 5}">{escape(x_label)}</text>')
+    return _figure(title, parts, [])
 
 
 def render_sparkbars(counts: Sequence[int]) -> str:

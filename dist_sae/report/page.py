@@ -11,6 +11,7 @@ from markupsafe import Markup
 
 from dist_sae.report.charts import Line, Mark, render_histogram, render_lines, render_sparkbars
 from dist_sae.report.latents import LatentView
+from dist_sae.report.profile import Profiles, render_profiles
 from dist_sae.report.shown import duration, shown, time_unit
 from dist_sae.telemetry.metric import DENSITIES, NEVER, PHASES, QUANTILES, STAGES
 from dist_sae.telemetry.metrics import TABLE, listed
@@ -25,6 +26,18 @@ _OTHER_RESULTS = {
         "Cross-entropy, spliced",
         "Nats per token; the site is replaced by the reconstruction.",
     ),
+    "ce_recovered_replacement": (
+        "CE recovered, replacement model",
+        "Share of the harm of zero ablation that is undone if layers read what those before wrote.",
+    ),
+    "ce_recovered_mean_replacement": (
+        "CE recovered, replacement model, against the mean",
+        "The same share, of the harm of mean ablation.",
+    ),
+    "ce_replacement": (
+        "Cross-entropy, replacement model",
+        "Nats per token; every layer is read after the replacements in those before it.",
+    ),
     "ce_mean": (
         "Cross-entropy, mean ablation",
         "Nats per token; the site is replaced by its mean.",
@@ -34,6 +47,15 @@ _OTHER_RESULTS = {
     "tokens": ("Tokens", "Held-out tokens behind the cross-entropies."),
 }
 """Results that are not metrics: name and meaning by key."""
+_BY_SITE = {
+    "fvu": "FVU",
+    "ce_recovered": "CE recovered",
+    "ce_recovered_mean": "against the mean",
+    "ce_spliced": "CE, spliced",
+    "ce_mean": "CE, mean",
+    "ce_zero": "CE, zero",
+}
+"""Results of each written site: name by key."""
 _CHARTS = (
     ("Loss and FVU", ("dist_sae_train_loss", "dist_sae_train_fvu"), False),
     ("L0", ("dist_sae_train_l0_latents",), False),
@@ -72,6 +94,8 @@ class Page(NamedTuple):
     """Rows of the index."""
     no_latents: str
     """Why no latents are shown, or only their numbers; else empty."""
+    profiles: Profiles | None = None
+    """Profiles of the latents that fire, if several sites are written."""
 
 
 def render_page(page: Page) -> str:
@@ -94,14 +118,24 @@ def render_page(page: Page) -> str:
         style=Markup(files("dist_sae.report").joinpath("style.css").read_text(encoding="utf-8")),
         numbers=page.evaluation,
         intervals=(page.evaluation or {}).get("intervals") or {},
+        by_site=_by_site(page.evaluation or {}),
+        site_columns=_BY_SITE,
         listed=listed,
         details={m.short: (m.title, m.help) for m in listed("detail")} | _OTHER_RESULTS,
         curves=map(Markup, _history_plots(page)),
         times=_times(page),
         densities=Markup(_densities(page)),
+        profiles=Markup(render_profiles(page.profiles) if page.profiles else ""),
         palette=_PALETTE,
         shown_latents={view.page.latent for view in page.latents},
     )
+
+
+def _by_site(evaluation: Mapping[str, Any]) -> dict[str, dict[str, float]]:
+    """Results of each written site, if there are several."""
+    losses = evaluation.get("ce_by_site", {})
+    fvus = evaluation.get("fvu_by_site", {})
+    return {site: {"fvu": fvu, **losses.get(site, {})} for site, fvu in fvus.items()}
 
 
 def _densities(page: Page) -> str:

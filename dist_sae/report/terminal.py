@@ -205,6 +205,10 @@ class Explorer:
             f"  weights   decoder norm {page.decoder_norm:.3g}, encoder norm "
             f"{page.encoder_norm:.3g}, encoder bias {page.encoder_bias:.3g}"
         )
+        if page.norms:
+            bars = _bars([round(1000 * share) for share in page.profile.values()])
+            found = [f"{site} {100 * share:.0f} %" for site, share in page.profile.items()]
+            yield self._fit(f"  writes    {bars} ", found)
         for name, outputs in (("raises", view.top_tokens), ("lowers", view.bottom_tokens)):
             if outputs:
                 yield self._fit(f"  {name}   ", [f"{_quoted(t)} {x:.3g}" for t, x in outputs])

@@ -13,7 +13,7 @@ from dist_sae.checkpoint.pages import PagedDictionary
 from dist_sae.config.dictionary import DictionaryConfig
 from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.base import Dictionary
-from dist_sae.dictionaries.interface import Codes
+from dist_sae.dictionaries.interface import Codes, Rows
 from dist_sae.kernels import Entries
 from dist_sae.storage import open_store
 from tests.dictionaries.recipes import (
@@ -112,13 +112,21 @@ def test_rows_are_grouped_into_turns(tmp_path: Path, monkeypatch: pytest.MonkeyP
     sae = make(CONFIGS["topk"], torch.float32)
     checkpoint = saved(tmp_path, sae)
     some, whole = (paged(checkpoint, sae.config, n, torch.float32) for n in (4, N_LATENTS))
-    x = torch.randn(50, D_IN)
+    x, y = torch.randn(50, D_IN), torch.randn(50, D_IN)
     for sizes in ([50], [1] * 50, [7, 20, 3, 20], [8, 8, 16, 18]):
-        batches = torch.split(x, sizes)
-        turns = [turn.clone() for turn in some.grouped(iter(batches))]
-        assert torch.equal(torch.cat(turns), x)
-        assert {len(turn) for turn in turns[:-1]} == {8}
-        assert list(whole.grouped(iter(batches))) == list(batches)
+        for targets in (x, y):
+            batches = [
+                Rows(part, part if targets is x else other)
+                for part, other in zip(torch.split(x, sizes), torch.split(y, sizes), strict=True)
+            ]
+            turns = [[part.clone() for part in turn] for turn in some.grouped(iter(batches))]
+            for joined, expected in zip(zip(*turns, strict=True), (x, targets), strict=True):
+                assert torch.equal(torch.cat(joined), expected)
+            assert {len(turn[0]) for turn in turns[:-1]} == {8}
+            assert all(
+                one is other
+                for one, other in zip(whole.grouped(iter(batches)), batches, strict=True)
+            )
 
 
 def test_a_page_holds_whole_experts(tmp_path: Path) -> None:

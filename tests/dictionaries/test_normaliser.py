@@ -2,12 +2,10 @@
 
 import json
 
-import pytest
 import torch
 
 from dist_sae.dictionaries.interface import Widths
 from dist_sae.dictionaries.normaliser import Normaliser, SiteNormalisers, scales_of
-from dist_sae.errors import ConfigError
 
 
 def of_mean(scale: float, *mean: float) -> Normaliser:
@@ -27,7 +25,6 @@ def test_a_site_of_its_own_is_scaled_once_for_inputs_and_targets() -> None:
     rows = normalisers.rows(ACTS)
     assert rows.inputs is rows.targets
     assert rows.inputs.tolist() == [[1.0, 2.0], [3.0, 4.0]]
-    assert normalisers.one is A
     assert ACTS["a"].tolist() == [[2.0, 4.0], [6.0, 8.0]]  # the batch is left as it was
 
 
@@ -41,8 +38,6 @@ def test_sites_are_scaled_each_and_stand_side_by_side_in_their_order() -> None:
     assert normalisers.mean.tolist() == [6.0, 7.0, 8.0, 5.0]
     assert normalisers.variance == C.variance + B.variance
     assert normalisers.columns == {"c": slice(0, 3), "b": slice(3, 4)}
-    with pytest.raises(ConfigError, match=r"is of b, a -> c, b; .* the one site that it reads"):
-        _ = normalisers.one
 
 
 def test_one_site_is_stored_as_it_always_was() -> None:

@@ -10,6 +10,7 @@ from dist_sae.config import load_run
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.config.sae import ReLUConfig, SaeConfig
 from dist_sae.dictionaries import build_sae
+from dist_sae.dictionaries.normaliser import Normaliser, SiteNormalisers
 from dist_sae.dictionaries.recipes.relu import ReLU
 from dist_sae.evaluation.cross_entropy import bootstrap_intervals, cross_entropies
 from dist_sae.models.spliced import SplicedModel
@@ -30,9 +31,10 @@ def measured(
     assert isinstance(run.model, HuggingFaceModel)
     plan(run)
     dictionary = build_sae(sae or run.sae, D)
-    return cross_entropies(
-        open_activation_set(run), run, dictionary, 1.0, torch.zeros(D)
-    ), run.model
+    normaliser = Normaliser(1.0, torch.zeros(D, dtype=torch.float64), 1.0, 1)
+    normalisers = SiteNormalisers(run.reads, run.writes, {run.site: normaliser})
+    found = cross_entropies(open_activation_set(run), run, dictionary, normalisers)
+    return found, run.model
 
 
 def test_an_encoders_are_of_masked_tokens(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -40,28 +42,34 @@ def test_an_encoders_are_of_masked_tokens(tmp_path: Path, monkeypatch: pytest.Mo
 
     Rows of masked tokens, which training never sees, are left alone.
     """
-    losses: list[torch.Tensor] = []
+    of_passes: list[torch.Tensor] = []
+    n_replaced: list[int] = []
     plain = SplicedModel.losses
 
     def record(
-        self: SplicedModel, tokens: torch.Tensor, mask: torch.Tensor, edit: Any
+        self: SplicedModel, tokens: torch.Tensor, mask: torch.Tensor, edits: Any
     ) -> torch.Tensor:
-        losses.append(plain(self, tokens, mask, edit))
-        if edit is not None:
-            acts = torch.ones(*tokens.shape, D)
-            replaced = (edit(acts) != acts).any(2)
-            shown = mask.clone()
-            shown[:, 0] = False  # BOS
-            shown[:, 1:] &= losses[-1].isnan()
-            assert torch.equal(replaced, shown)
-        return losses[-1]
+        losses = plain(self, tokens, mask, edits)
+        (edit,) = edits.values()
+        acts = torch.ones(*tokens.shape, D)
+        changed = (edit(acts) != acts).any(2)
+        shown = mask.clone()
+        shown[:, 0] = False  # BOS
+        shown[:, 1:] &= losses.isnan()
+        n_replaced.append(int(changed.sum()))
+        assert torch.equal(changed, shown) or not changed.any()
+        of_passes.append(losses[~losses.isnan()])
+        return losses
 
     monkeypatch.setattr(SplicedModel, "losses", record)
     found, _ = measured(tmp_path, save_model(tmp_path / "m", "bert", kind=hf.AutoModelForMaskedLM))
-    clean = torch.cat([of_batch[~of_batch.isnan()] for of_batch in losses[: len(losses) // 4]])
+    first = 3 * len(of_passes) // 4  # passes without the dictionary: plain, at zero, at the mean
+    clean = of_passes[:first:3]
+    assert not any(n_replaced[:first:3])
+    assert sum(n_replaced[1:first:3]) == sum(n_replaced[first:]) > 0
     assert found["ce_of"] == "masked tokens"
-    assert found["tokens"] == len(clean) > 0
-    assert found["ce_clean"] == pytest.approx(float(clean.double().mean()))
+    assert found["tokens"] == len(torch.cat(clean)) > 0
+    assert found["ce_clean"] == pytest.approx(float(torch.cat(clean).double().mean()))
     assert found["ce_zero"] == found["ce_mean"] != found["ce_clean"]
 
 
@@ -97,7 +105,8 @@ def test_they_are_left_out_where_ablation_changes_nothing(
 def test_intervals_are_of_the_draws_that_have_a_share() -> None:
     """Ablation changes one of three documents; 8 of 27 draws lack it."""
     clean = torch.tensor([1.1, 2.3, 3.7])
-    sums = torch.stack([clean, *(clean + torch.tensor([0.0, 0.0, x]) for x in (1.0, 4.0, 2.0))])
+    harms = {"clean": 0.0, "spliced": 1.0, "zero": 4.0, "mean": 2.0}
+    sums = {name: (clean + torch.tensor([0.0, 0.0, x])).tolist() for name, x in harms.items()}
     found = bootstrap_intervals(sums, torch.tensor([3, 5, 7]), torch.tensor([4, 8, 9]))
     assert found["ce_recovered"] == pytest.approx([0.75, 0.75])
     assert found["ce_recovered_mean"] == pytest.approx([0.5, 0.5])

@@ -10,6 +10,7 @@ import torch
 
 import dist_sae.index.outputs
 from dist_sae.config.data import HuggingFaceModel, ModelConfig, SyntheticModel
+from dist_sae.dictionaries.normaliser import Normaliser, SiteNormalisers
 from dist_sae.errors import ConfigError
 from dist_sae.index.outputs import Outputs, head_digest, open_outputs
 from dist_sae.models.head import Head
@@ -55,21 +56,47 @@ def test_a_vocabulary_smaller_than_what_is_asked_for() -> None:
     assert top.tokens[0].tolist() == bottom.tokens[0].tolist()[::-1]
 
 
+def normalisers(*sites: str, width: int = WIDTH) -> SiteNormalisers:
+    """Scales are 1, 2, 3 ..."""
+    mean = torch.zeros(width, dtype=torch.float64)
+    of = {site: Normaliser(1.0 + i, mean, 1.0, 1) for i, site in enumerate(sites)}
+    return SiteNormalisers(sites, sites, of)
+
+
 def opened(
     model: ModelConfig, width: int, n: int = 10, begun: str | None = None
 ) -> dict[str, list[list[int]]]:
     """Output tokens by a worker that begins an index, or joins one that was begun with a head."""
-    checkpoint: Any = SimpleNamespace(
-        manifest=SimpleNamespace(tensors={"W_dec": SimpleNamespace(shape=(LATENTS, width))}),
-        has=lambda name: name == "W_dec",
-    )
-    manifest: Any = SimpleNamespace(
-        name="i", settings={"output_tokens": n}, site="resid_post.1", head=begun
-    )
+    known = normalisers("resid_post.1", width=width)
+    manifest: Any = SimpleNamespace(name="i", settings={"output_tokens": n}, head=begun)
     if begun is None:
-        manifest.head = head_digest(model, manifest, checkpoint)
-    found = open_outputs(model, manifest, checkpoint).of(torch.ones(2, width))
+        manifest.head = head_digest(model, manifest, known)
+    found = open_outputs(model, manifest, known).of(torch.ones(2, width))
     return {end: found[end].tokens.tolist() for end in found}
+
+
+@pytest.mark.parametrize(
+    ("sites", "factors"),
+    [
+        (("mlp_out.0", "attn_out.1", "attn_z.1"), (1, 1 / 2, 0)),  # what is added adds up
+        (("resid_post.0", "mlp_out.1", "resid_pre.2"), (0, 0, 1)),  # the last stream has it all
+        (("resid_pre.1", "resid_post.0", "attn_z.0"), (1, 0, 0)),  # these are one place
+    ],
+)
+def test_of_several_sites_it_is_what_they_add_to_the_residual_stream(
+    monkeypatch: pytest.MonkeyPatch, sites: tuple[str, ...], factors: tuple[float, ...]
+) -> None:
+    """In the scale of the first site that counts."""
+    of = head(centres=True)
+    monkeypatch.setattr("dist_sae.models.head.load_head", lambda *_: of)
+    rows = torch.randn(LATENTS, 3, WIDTH, generator=torch.Generator().manual_seed(1))
+    manifest: Any = SimpleNamespace(settings={"output_tokens": 10}, head=None)
+    outputs = open_outputs(HuggingFaceModel(path="m"), manifest, normalisers(*sites))
+    found = outputs.of(rows.flatten(1))
+    expected = Outputs(of, 10).of((rows * torch.tensor(factors)[:, None]).sum(1))
+    for end in ("top", "bottom"):
+        assert torch.equal(found[end].tokens, expected[end].tokens)
+        torch.testing.assert_close(found[end].effects, expected[end].effects)
 
 
 NONE: dict[str, list[list[int]]] = {"top": [[], []], "bottom": [[], []]}

@@ -14,6 +14,7 @@ import torch
 import dist_sae.index.merge
 from dist_sae.config import Run
 from dist_sae.data.work_queue import Worker
+from dist_sae.dictionaries.normaliser import Normaliser, SiteNormalisers
 from dist_sae.errors import Stopped
 from dist_sae.index.build import index
 from dist_sae.index.encode import Encoded, Encoder
@@ -87,13 +88,14 @@ def test_the_next_unit_is_read_while_the_last_block_is_encoded(
         blocks += 1
         assert not is_read.is_set() or blocks == len(shards[0].blocks)
 
-    mean = torch.full((16,), 0.25)
-    with monkeypatch.context() as patch, Encoder(sae, activations, SCALE, mean) as encoder:
+    normaliser = Normaliser(SCALE, torch.full((16,), 0.25).double(), 1.0, 1)
+    normalisers = SiteNormalisers(run.reads, run.writes, {run.site: normaliser})
+    with monkeypatch.context() as patch, Encoder(sae, activations, normalisers) as encoder:
         patch.setattr(LocalStore, "get", watched)
         encoder.encode(0, alive, following=lambda: 1)
         assert is_read.wait(WAIT_SECONDS)
         found = encoder.encode(1)
-    with Encoder(sae, activations, SCALE, mean) as encoder:
+    with Encoder(sae, activations, normalisers) as encoder:
         assert same(found, encoder.encode(1))
 
 

@@ -5,6 +5,7 @@
 """
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +22,8 @@ from dist_sae.checkpoint.state import IDLE_ROWS
 from dist_sae.config import Run, load_run
 from dist_sae.config.fingerprint import run_fingerprint
 from dist_sae.dictionaries import build_sae
-from dist_sae.dictionaries.interface import Codes
+from dist_sae.dictionaries.interface import Codes, Widths
+from dist_sae.dictionaries.normaliser import Normaliser, SiteNormalisers
 from dist_sae.errors import ConfigError
 from dist_sae.interop import sae_lens
 from dist_sae.interop.export import export
@@ -63,7 +65,7 @@ def forward(
             top = np.argpartition(-z, config["k"] - 1, axis=-1)[:, : config["k"]]
             f = np.zeros_like(z)
             np.put_along_axis(f, top, np.maximum(np.take_along_axis(z, top, -1), 0), -1)
-        case "jumprelu":
+        case "jumprelu" | "jumprelu_transcoder" | "jumprelu_skip_transcoder":
             f = np.maximum(z, 0) * (z > w["threshold"])
         case "standard":
             f = np.maximum(z, 0)
@@ -72,7 +74,8 @@ def forward(
             f = (pi + w["b_gate"] > 0) * np.maximum(np.exp(w["r_mag"]) * pi + w["b_mag"], 0)
         case other:
             raise AssertionError(other)
-    return f, f @ w["W_dec"] + w["b_dec"]
+    skip = x @ w["W_skip"].T if config["architecture"] == "jumprelu_skip_transcoder" else 0
+    return f, f @ w["W_dec"] + w["b_dec"] + skip
 
 
 def scalars(run: Run, scale: float) -> dict[str, Any]:
@@ -92,7 +95,12 @@ def dense(codes: Codes, n_latents: int) -> NDArray[np.float64]:
     return found.numpy()
 
 
-EXPORTED = [kind for kind in KINDS if architecture(CONFIGS[kind])]  # type: ignore[arg-type]
+EXPORTED = [
+    kind
+    for kind in KINDS
+    if kind != "transcoder" and architecture(CONFIGS[kind])  # type: ignore[arg-type]
+]
+"""Autoencoders of one site."""
 
 
 @pytest.fixture(params=EXPORTED)
@@ -126,10 +134,64 @@ def exported(tmp_path: Path, kind: str) -> tuple[Path, dict[str, torch.Tensor]]:
     return Path(export(run)), weights
 
 
-def test_a_kind_that_saelens_does_not_have_is_refused(tmp_path: Path) -> None:
-    sae = {"kind": "routed", "n_latents": 64, "experts": 4, "k": 3, "auxk": 16}
-    with pytest.raises(ConfigError, match=r"^sae\.kind: routed: SAELens has nothing like it; "):
-        export(load_run(write_run(tmp_path, sae=sae)))
+HF = ["model={kind: huggingface, path: x}", "corpus={kind: files, files: [x.txt]}"]
+MLP = {"reads": ["mlp_in.3"], "writes": ["mlp_out.3"]}
+
+
+@pytest.mark.parametrize(
+    ("settings", "reason"),
+    [
+        ({"kind": "routed", "experts": 4}, "sae.kind: routed: SAELens has nothing like it"),
+        ({"kind": "crosscoder"}, "sae.kind: crosscoder: SAELens has nothing like it"),
+        ({"kind": "transcoder", **MLP}, "sae.selection: row: SAELens has transcoders of batch"),
+        (
+            {"kind": "transcoder", "selection": "batch", "reads": ["mlp_in.3", "mlp_out.3"]},
+            "sae.reads: mlp_in.3, mlp_out.3: SAELens has no dictionaries of several sites",
+        ),
+    ],
+)
+def test_what_saelens_does_not_have_is_refused(
+    tmp_path: Path, settings: dict[str, Any], reason: str
+) -> None:
+    sae = {"n_latents": 64, "k": 3, "auxk": 16, "reads": ["mlp_in.3"], **settings}
+    path = write_run(tmp_path, sae=sae, activations={"sites": ["mlp_in.3", "mlp_out.3"]})
+    with pytest.raises(ConfigError, match=f"^{re.escape(reason)}"):
+        export(load_run(path, HF))
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_an_exported_transcoder_maps_raw_activations(tmp_path: Path, *, skip: bool) -> None:
+    """fp64 on both sides of fp32 files; the sites have other widths, and other scales."""
+    sae = {"kind": "transcoder", "n_latents": 64, "k": 3, "auxk": 16, "selection": "batch", **MLP}
+    sites = {"sites": ["mlp_in.3", "mlp_out.3"]}
+    run = load_run(write_run(tmp_path, sae={**sae, "skip": skip}, activations=sites), HF)
+    dictionary = build_sae(run.sae, Widths((16,), (12,)))
+    generator = torch.Generator().manual_seed(0)
+    for name, tensor in dictionary.tensors():
+        tensor.data.copy_(torch.randn(tensor.shape, generator=generator))
+        if name == "threshold":
+            tensor.copy_(torch.tensor([THETA * 0.75, 0.75]))
+    of = {
+        site: Normaliser(scale, torch.zeros(width, dtype=torch.float64), 1.0, 1)
+        for site, scale, width in (("mlp_in.3", SCALE, 16), ("mlp_out.3", 1.7, 12))
+    }
+    known = SiteNormalisers(run.reads, run.writes, of).to_scalars()
+    checkpoints = Checkpoints(open_store(run.store.runs), run.name, 1)
+    tensors = {name: tensor.detach() for name, tensor in dictionary.tensors()}
+    save(checkpoints, 5, tensors | IDLE, known | {"run": run_fingerprint(run)})
+    folder = Path(export(run))
+    config = json.loads((folder / "cfg.json").read_text())
+    assert (config["d_in"], config["d_out"], config["apply_b_dec_to_input"]) == (16, 12, False)
+    assert config["metadata"]["hook_name"] == "blocks.3.ln2.hook_normalized"
+    assert config["metadata"]["hook_name_out"] == "blocks.3.hook_mlp_out"
+    x = 5 * torch.randn(500, 16, generator=generator, dtype=torch.float64)
+    dictionary.double()
+    codes = dictionary.encode(x * SCALE)
+    norms = dictionary.W_dec.detach().norm(dim=1).numpy()
+    features, y_hat = forward(folder, x.numpy())
+    np.testing.assert_allclose(features, dense(codes, 64) * norms, rtol=1e-5, atol=1e-5)
+    expected = dictionary.decode(codes, x * SCALE).detach().numpy() / 1.7
+    np.testing.assert_allclose(y_hat, expected, rtol=1e-5, atol=1e-5)
 
 
 def test_files_have_what_saelens_wants(

@@ -14,6 +14,7 @@ from tests.models.test_huggingface import CONFIGS, LAYERS, D, hf, random_tokens,
 
 DECODERS = ("llama", "gpt2", "gpt_neox")
 MASK = 2
+LAST = f"resid_post.{LAYERS - 1}"
 
 
 @pytest.fixture(scope="module")
@@ -42,12 +43,12 @@ def plain_losses(config: HuggingFaceModel, tokens: Tensor) -> Tensor:
 def test_losses_are_the_plain_models_and_the_identity_changes_nothing(
     models: dict[str, HuggingFaceModel], name: str, site: str
 ) -> None:
-    spliced = SplicedModel(models[name], site)
+    spliced = SplicedModel(models[name], (site,))
     tokens, mask = random_tokens(8, 8)
     clean = spliced.losses(tokens, mask)
     torch.testing.assert_close(clean, plain_losses(models[name], tokens), rtol=1e-5, atol=1e-5)
-    assert torch.equal(clean, spliced.losses(tokens, mask, lambda acts: acts))
-    assert torch.equal(clean, spliced.losses(tokens, mask, torch.clone))
+    assert torch.equal(clean, spliced.losses(tokens, mask, {site: lambda acts: acts}))
+    assert torch.equal(clean, spliced.losses(tokens, mask, {site: torch.clone}))
 
 
 @pytest.mark.parametrize("name", DECODERS)
@@ -56,9 +57,9 @@ def test_an_edit_goes_on_through_the_rest_of_the_model(
     models: dict[str, HuggingFaceModel], name: str
 ) -> None:
     """With nothing left of the last residual stream the logits are those of a zero."""
-    spliced = SplicedModel(models[name], f"resid_post.{LAYERS - 1}")
+    spliced = SplicedModel(models[name], (LAST,))
     tokens, mask = random_tokens(6, 6)
-    losses = spliced.losses(tokens, mask, torch.zeros_like)
+    losses = spliced.losses(tokens, mask, {LAST: torch.zeros_like})
     model = hf.AutoModelForCausalLM.from_pretrained(models[name].path).eval()
     norm = {
         "llama": "model.norm",
@@ -80,7 +81,7 @@ def test_the_edit_sees_what_the_source_gives(models: dict[str, HuggingFaceModel]
         seen.append(x)
         return x
 
-    SplicedModel(models["gpt2"], "mlp_out.1").losses(tokens, mask, record)
+    SplicedModel(models["gpt2"], ("mlp_out.1",)).losses(tokens, mask, {"mlp_out.1": record})
     assert len(seen) == 1
     assert torch.allclose(seen[0][mask], acts[mask], atol=1e-6)
 
@@ -89,7 +90,7 @@ def test_the_edit_sees_what_the_source_gives(models: dict[str, HuggingFaceModel]
 def test_losses_of_padded_batches_are_nan_at_padding_and_unchanged_elsewhere(
     models: dict[str, HuggingFaceModel], name: str
 ) -> None:
-    spliced = SplicedModel(models[name], "resid_post.1")
+    spliced = SplicedModel(models[name], ("resid_post.1",))
     tokens, mask = random_tokens(9, 4)
     losses = spliced.losses(tokens, mask)
     assert losses.shape == (2, 8)
@@ -100,7 +101,7 @@ def test_losses_of_padded_batches_are_nan_at_padding_and_unchanged_elsewhere(
 
 def test_an_encoder_predicts_masked_tokens(models: dict[str, HuggingFaceModel]) -> None:
     """About a seventh of them, none the first; each sees the tokens after it, masked ones apart."""
-    spliced = SplicedModel(models["bert"], "resid_post.1")
+    spliced = SplicedModel(models["bert"], ("resid_post.1",))
     assert spliced.masked
     tokens, mask = random_tokens(40, 40)
     predicted = spliced.predicted(tokens, mask)
@@ -115,7 +116,7 @@ def test_an_encoder_predicts_masked_tokens(models: dict[str, HuggingFaceModel]) 
     losses = spliced.losses(tokens, mask)
     assert torch.equal(losses.isnan(), ~predicted)
     torch.testing.assert_close(losses[predicted], wanted[predicted], rtol=1e-5, atol=1e-5)
-    zeroed = spliced.losses(tokens, mask, torch.zeros_like)
+    zeroed = spliced.losses(tokens, mask, {"resid_post.1": torch.zeros_like})
     assert not torch.allclose(zeroed[predicted], wanted[predicted], atol=0.01)
 
 
@@ -123,7 +124,7 @@ def test_which_tokens_are_masked_does_not_depend_on_the_batch(
     models: dict[str, HuggingFaceModel],
 ) -> None:
     """And a context of two tokens has one."""
-    spliced = SplicedModel(models["bert"], "resid_post.1")
+    spliced = SplicedModel(models["bert"], ("resid_post.1",))
     lengths = (30, 9, 2, 1)
     tokens, mask = random_tokens(*lengths)
     together, losses = spliced.predicted(tokens, mask), spliced.losses(tokens, mask)
@@ -145,21 +146,21 @@ def test_what_sees_ahead_is_told_by_what_it_does(
 ) -> None:
     """In half precision too, where experts round otherwise with every batch."""
     config = models[name].model_copy(update={"dtype": dtype})
-    assert SplicedModel(config, "resid_post.0").masked == (name == "bert")
+    assert SplicedModel(config, ("resid_post.0",)).masked == (name == "bert")
 
 
 def test_models_that_predict_no_tokens_say_why(tmp_path: Path) -> None:
     """A bare encoder, one whose tokenizer has no mask token, a decoder without its head."""
     bare = HuggingFaceModel(path=str(save_model(tmp_path / "bare", "bert")))
     with pytest.raises(HeadlessError, match=r"its files have no head that predicts tokens \(no "):
-        SplicedModel(bare, "resid_post.0")
+        SplicedModel(bare, ("resid_post.0",))
     config = CONFIGS["bert"]()
     maskless = save_model(tmp_path / "maskless", "llama", config, kind=hf.AutoModelForMaskedLM)
     with pytest.raises(HeadlessError, match="its tokenizer has no mask token"):
-        SplicedModel(HuggingFaceModel(path=str(maskless)), "resid_post.0")
+        SplicedModel(HuggingFaceModel(path=str(maskless)), ("resid_post.0",))
     cut = save_model(tmp_path / "cut", "llama", kind=hf.AutoModel)
     with pytest.raises(HeadlessError, match=r"\(no lm_head.weight\)"):
-        SplicedModel(HuggingFaceModel(path=str(cut)), "resid_post.0")
+        SplicedModel(HuggingFaceModel(path=str(cut)), ("resid_post.0",))
     damaged = save_model(tmp_path / "damaged", "llama")
     text = (
         (damaged / "config.json")
@@ -168,4 +169,4 @@ def test_models_that_predict_no_tokens_say_why(tmp_path: Path) -> None:
     )
     (damaged / "config.json").write_text(text)
     with pytest.raises(LacksWeightsError, match=r"layers\.3"):
-        SplicedModel(HuggingFaceModel(path=str(damaged)), "resid_post.0")
+        SplicedModel(HuggingFaceModel(path=str(damaged)), ("resid_post.0",))

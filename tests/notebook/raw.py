@@ -18,6 +18,7 @@ from dist_sae.config.fingerprint import run_fingerprint
 from dist_sae.data.plan import load_plan
 from dist_sae.data.work_queue import Worker
 from dist_sae.dictionaries.base import Dictionary
+from dist_sae.dictionaries.normaliser import Normaliser, SiteNormalisers
 from dist_sae.notebook.dictionary import RawDictionary
 from dist_sae.notebook.texts import TextReader
 from dist_sae.producing.loop import produce
@@ -28,6 +29,7 @@ from tests.dictionaries.recipes import CONFIGS, make
 from tests.world import save
 
 SCALE = 0.37
+SCALES = {"resid_post.1": SCALE, "attn_out.0": 0.53}
 SITES = ("resid_pre", "resid_post", "mlp_in", "mlp_inner", "mlp_out", "attn_out", "attn_z")
 hf: Any = transformers
 
@@ -38,9 +40,20 @@ def no_reader() -> TextReader:
 
 def wrap(sae: Dictionary, site: str = "synthetic") -> RawDictionary:
     """Wrap a dictionary as if it had been trained at a site."""
-    mean = torch.ones(len(sae.b_dec))
+    reads = sae.config.reads or (site,)
+    normalisers = normalised(sae, reads, sae.config.writes or reads, 1.0)
     idle = torch.zeros(sae.n_latents, dtype=torch.int64)
-    return RawDictionary(sae, SCALE, site, 7, mean, idle, no_reader)
+    return RawDictionary(sae, normalisers, 7, idle, no_reader)
+
+
+def normalised(
+    sae: Dictionary, reads: tuple[str, ...], writes: tuple[str, ...], mean: float
+) -> SiteNormalisers:
+    """Normalisers with the scale and `mean` of raw rows at every site but attn_out.0."""
+    widths = zip(reads + writes, sae.widths.reads + sae.widths.writes, strict=True)
+    means = {site: torch.full((width,), SCALE * mean).double() for site, width in widths}
+    of = {site: Normaliser(SCALES.get(site, SCALE), m, 1.0, 1) for site, m in means.items()}
+    return SiteNormalisers(reads, writes, of)
 
 
 def of_kind(kind: str, dtype: torch.dtype = torch.float64) -> RawDictionary:
@@ -92,8 +105,9 @@ def write_text(path: Path, documents: int, words: int) -> list[str]:
     return texts
 
 
-def language_run(folder: Path, model: Path) -> Run:
+def language_run(folder: Path, model: Path, sae: dict[str, Any] | None = None) -> Run:
     """A produced run over 60 documents of bytes, without a checkpoint."""
+    topk = {"kind": "topk", "n_latents": 64, "k": 4, "auxk": 0}
     write_text(folder / "text.jsonl", documents=60, words=6)
     run = Run.model_validate(
         {
@@ -111,8 +125,8 @@ def language_run(folder: Path, model: Path) -> Run:
                 "dtype": "fp32",
                 "exclude": {"over_norm": None},
             },
-            "sae": {"kind": "topk", "n_latents": 64, "k": 4, "auxk": 0},
-            "train": {"rows": 640, "batch_rows": 64, "site": "resid_post.1"},
+            "sae": sae or topk,
+            "train": {"rows": 640, "batch_rows": 64, "site": None if sae else "resid_post.1"},
         }
     ).resolved()
     fill(run)
@@ -131,13 +145,8 @@ def save_dictionary(run: Run, sae: Dictionary, step: int) -> None:
     made = load_plan(open_store(run.store.activations), run)
     resolved = made.resolve(run)
     runs.put(f"{run.name}/run.yaml", json.dumps(resolved.model_dump(mode="json")).encode())
-    scalars = {
-        "scale": SCALE,
-        "mean": [0.125] * len(sae.b_dec),
-        "variance": 1.0,
-        "rows": 1,
-        "plan": made.hash,
-    }
+    scalars = normalised(sae, run.reads, run.writes, 0.125 / SCALE).to_scalars()
+    scalars["plan"] = made.hash
     tensors = sae.state_dict() | {IDLE_ROWS: torch.zeros(sae.n_latents, dtype=torch.int64)}
     checkpoints = Checkpoints(runs, run.name, 5)
     save(checkpoints, step, tensors, scalars | {"run": run_fingerprint(resolved)})

@@ -125,6 +125,7 @@ def one_latent(texts: Sequence[str], acts: Sequence[float], peak: int) -> Latent
         bottom_tokens=(),
         examples=(),
         coactive=(Coactive(9, 5, 1.0, 0.25),),
+        norms={},
     )
     example = Example(acts[peak], 0, peak, tokens, peak)
     return LatentView(page, 0.75, [example], {}, [(" up<b>", 2.0)], [(" down", -1.0)])

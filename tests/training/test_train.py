@@ -68,7 +68,8 @@ def test_directions_from_data_take_as_many_batches_as_they_need(
     with Loader(
         activation_set, rank=0, world=1, batch_rows=24, steps=range(3), max_passes=1
     ) as loader:
-        rows = torch.cat([only(batch.acts) for batch in loader])[:64] * normalisers.one.scale
+        acts = torch.cat([only(batch.acts) for batch in loader])[:64]
+        rows = acts * normalisers.of[settings.site].scale
     expected = build_sae(settings.sae, 16)
     expected.initialise(sae_rows(rows[:24]), settings.train.seed)
     initialise_from_data(expected, [sae_rows(rows)])

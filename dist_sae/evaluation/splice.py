@@ -1,0 +1,139 @@
+"""Edits of a model's activations while it runs: reconstructions or constants in their place."""
+
+from collections.abc import Callable, Iterable, Mapping
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from dist_sae.data.row_filters import of_usual_norm
+from dist_sae.dictionaries.interface import Inference
+from dist_sae.dictionaries.normaliser import SiteNormalisers
+
+Acts = Float[Tensor, "batch seq d"]
+Edits = dict[str, Callable[[Acts], Acts]]
+"""By site: replaces the model's activations there."""
+Values = Callable[[str, Float[Tensor, "rows d"]], Float[Tensor, "rows d"]]
+"""Computes raw rows to put in place of a site's, from the site and its rows in this pass."""
+
+
+class Splice:
+    """Edits for passes of a model over one batch.
+
+    They change the rows that training uses: sinks and special tokens stay. Whether a row has a
+    usual norm follows from the plain model's activations at all sites. If there are several, a pass
+    with the edits `read` comes first.
+
+    Args:
+        keep: Rows that no rule about tokens excludes.
+        over_norm: See `of_usual_norm`.
+        sae: The dictionary.
+        normalisers: Of its sites.
+    """
+
+    def __init__(
+        self,
+        keep: Bool[Tensor, "batch seq"],
+        over_norm: float | None,
+        sae: Inference,
+        normalisers: SiteNormalisers,
+    ) -> None:
+        self._keep = keep
+        self._over_norm = over_norm
+        self._sae = sae
+        self._normalisers = normalisers
+        self._usual: Bool[Tensor, "batch seq"] | None = None
+        """Rows that are changed; None until the plain model's are known at all sites."""
+        self._plain: dict[str, Tensor] = {}
+        """The plain model's activations at the sites that are read."""
+        self._x_hat: dict[str, Tensor] | None = None
+
+    def read(self) -> Edits:
+        """Change nothing; note the activations at all sites."""
+        self._usual = self._keep.clone()
+
+        def note(site: str, acts: Tensor) -> Tensor:
+            assert self._usual is not None
+            self._usual[self._keep] &= self._usual_norm(acts)
+            if site in self._normalisers.reads:
+                self._plain[site] = acts
+            return acts
+
+        return _edits(self._normalisers.of, note)
+
+    def replace(self, sites: Iterable[str], values: Values) -> Edits:
+        """Replace the rows of some sites."""
+
+        def change(site: str, acts: Tensor) -> Tensor:
+            usual = self._rows(acts)
+            edited = acts.clone()
+            edited[usual] = values(site, acts[usual].float()).to(acts.dtype)
+            return edited
+
+        return _edits(sites, change)
+
+    def reconstruct(self, sites: Iterable[str]) -> Edits:
+        """Replace written sites by reconstructions from what the plain model has at the sites read.
+
+        After a pass with `read`.
+        """
+
+        def values(site: str, _: Tensor) -> Tensor:
+            if self._x_hat is None:
+                self._x_hat = self._reconstruct(
+                    {site: acts[self._usual].float() for site, acts in self._plain.items()}
+                )
+            return self._x_hat[site]
+
+        return self.replace(sites, values)
+
+    def reconstruct_live(self) -> Edits:
+        """Replace written sites by reconstructions from what this pass has at the sites read.
+
+        Sites that it has not reached yet are read as zeros. What a dictionary writes at a site must
+        not depend on them.
+        """
+        normalisers, read = self._normalisers, dict[str, Tensor]()
+
+        def change(site: str, acts: Tensor) -> Tensor:
+            usual = self._rows(acts)
+            rows = acts[usual].float()
+            if site in normalisers.reads:
+                read[site] = rows
+            if site not in normalisers.writes:
+                return acts
+            unread = {
+                other: rows.new_zeros(len(rows), len(normalisers.of[other].mean))
+                for other in normalisers.reads
+            }
+            edited = acts.clone()
+            edited[usual] = self._reconstruct(unread | read)[site].to(acts.dtype)
+            return edited
+
+        return _edits(normalisers.of, change)
+
+    def _rows(self, acts: Tensor) -> Bool[Tensor, "batch seq"]:
+        """Rows to change, at a site with these activations."""
+        if self._usual is not None:
+            return self._usual
+        usual = self._keep.clone()
+        usual[self._keep] = self._usual_norm(acts)
+        return usual
+
+    def _usual_norm(self, acts: Tensor) -> Bool[Tensor, " rows"]:
+        return of_usual_norm(acts[self._keep], self._over_norm)
+
+    def _reconstruct(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Reconstructions of all written sites, raw."""
+        normalisers = self._normalisers
+        x_hat = self._sae.infer(normalisers.inputs(rows)).x_hat
+        return {
+            site: x_hat[:, columns] / normalisers.of[site].scale
+            for site, columns in normalisers.columns.items()
+        }
+
+
+def _edits(sites: Iterable[str], change: Callable[[str, Acts], Acts]) -> Edits:
+    def at(site: str) -> Callable[[Acts], Acts]:
+        return lambda acts: change(site, acts)
+
+    return {site: at(site) for site in sites}
