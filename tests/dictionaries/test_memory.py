@@ -4,11 +4,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 
 from dist_sae.checkpoint import layout
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.checkpoint.state import TrainingState, load_weights
 from dist_sae.config import Run, load_run
+from dist_sae.config.sae import SaeConfig
 from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.dead import DeadLatents
 from dist_sae.dictionaries.init import initialise_from_data
@@ -17,7 +19,7 @@ from dist_sae.dictionaries.metrics import Fit
 from dist_sae.distributed.engine import Engine
 from dist_sae.kernels.choice import choose_kernels
 from dist_sae.storage import open_store
-from tests.dictionaries.recipes import sae_rows
+from tests.dictionaries.recipes import LAYERS, sae_rows, widths
 from tests.memory import MIB, peak_bytes
 from tests.runs import write_run
 
@@ -33,6 +35,8 @@ LIVES: dict[str, dict[str, object]] = {
     "jumprelu": {},
     "jumprelu_tanh": {},
     "gated": {},
+    "clt": {"k": 16, "reads": LAYERS},
+    "clt_jumprelu": {"reads": LAYERS},
 }
 
 
@@ -43,7 +47,8 @@ def live(folder: Path, kind: str, n_latents: int, d_in: int, rows: int, steps: i
     x = torch.randn(rows, d_in, generator=torch.Generator().manual_seed(0))
     kernels = choose_kernels("auto", x.device)
     checkpoints = Checkpoints(open_store(str(folder)), f"life-{n_latents}", keep=1)
-    sae = build_sae(run.sae, d_in, kernels=kernels, product_dtype=torch.bfloat16)
+    of_sites = widths(run.sae, d_in)
+    sae = build_sae(run.sae, of_sites, kernels=kernels, product_dtype=torch.bfloat16)
     sae.initialise(sae_rows(x), seed=0)
     if run.sae.init_rows:
         initialise_from_data(sae, [sae_rows(x)])
@@ -63,8 +68,11 @@ def live(folder: Path, kind: str, n_latents: int, d_in: int, rows: int, steps: i
 
 
 def life_run(folder: Path, kind: str, n_latents: int) -> Run:
-    sae_config = {"kind": kind, "n_latents": n_latents, **LIVES[kind]}
-    return load_run(write_run(folder, sae=sae_config, train={"rows": 200_000}))
+    config = {"kind": kind, "n_latents": n_latents, **LIVES[kind]}
+    run = load_run(write_run(folder, train={"rows": 200_000}))
+    # the sites that it names need not be there
+    sae: SaeConfig = TypeAdapter(SaeConfig).validate_python(config)
+    return run.model_copy(update={"sae": sae})
 
 
 def beyond_state(folder: Path, kind: str, n_latents: int, d_in: int, rows: int, steps: int) -> int:
@@ -72,7 +80,8 @@ def beyond_state(folder: Path, kind: str, n_latents: int, d_in: int, rows: int, 
     first, then = (1024, d_in, 16, steps), (n_latents, d_in, rows, steps)
     peak = peak_bytes(live, (folder, kind, *first), (folder, kind, *then))
     with torch.device("meta"):
-        sae = build_sae(life_run(folder, kind, n_latents).sae, d_in)
+        config = life_run(folder, kind, n_latents).sae
+        sae = build_sae(config, widths(config, d_in))
     return peak - 16 * sum(parameter.numel() for parameter in sae.parameters())
 
 
