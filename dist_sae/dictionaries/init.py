@@ -190,11 +190,6 @@ def first_rows(
     return axis.total(rows)
 
 
-def mean(x: Float[Tensor, "batch d_in"], axis: LatentAxis) -> Float[Tensor, " d_in"]:
-    """Mean of all ranks' rows."""
-    return _weighted_mean(x.double(), x.new_ones(len(x), dtype=torch.float64), axis).to(x.dtype)
-
-
 def geometric_median(x: Float[Tensor, "batch d_in"], axis: LatentAxis) -> Float[Tensor, " d_in"]:
     """The point with the least sum of distances to all ranks' rows (Weiszfeld's iteration)."""
     rows = x.double()

@@ -29,7 +29,7 @@ from dist_sae.config.clt import CLTConfig
 from dist_sae.config.sae import CLTJumpReLUConfig
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.constraints import normalise_rows_
-from dist_sae.dictionaries.init import geometric_median, mean, random_rows
+from dist_sae.dictionaries.init import geometric_median, mean_row, random_rows
 from dist_sae.dictionaries.interface import Rows, Widths
 from dist_sae.dictionaries.penalised import RARE, set_active_share
 from dist_sae.dictionaries.recipes.jumprelu import JumpReLU
@@ -155,7 +155,7 @@ class CrossLayer(Dictionary):
         """
         random_rows(self.W_enc, seed, self.first_latent)
         normalise_rows_(self.W_enc)
-        centre = mean(rows.inputs, self.axis)
+        centre = mean_row(rows.inputs, self.axis)
         for latents, read in self.tiles(select.CHUNK_LATENTS):
             self.b_enc[latents] = -(self.W_enc[latents] @ centre[read])
         self.W_dec.zero_()
