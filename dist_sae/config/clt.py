@@ -70,6 +70,9 @@ class CrossLayerConfig(DictionaryConfig):
 
 
 class CLTConfig(CrossLayerConfig, KeepsThresholdConfig):
-    """Cross-layer transcoder with BatchTopK (Anthropic, March 2025; arXiv:2412.06410)."""
+    """Cross-layer transcoder with BatchTopK (Anthropic, March 2025; arXiv:2412.06410).
+
+    With the same sites in `reads` and `writes` it is a weakly causal crosscoder.
+    """
 
     kind: Literal["clt"] = "clt"
