@@ -40,7 +40,7 @@ RECIPES: dict[str, dict[str, Any]] = {
     "crosscoder": {"k": 4, "auxk": 8, "weighting": "l1", "shared_latents": 0.1, "reads": LAYERS},
     "crosscoder_relu": {"weighting": "l1", "shared_latents": 0.1, "reads": LAYERS},
     "relu": {"initial_l0": 32},  # half of all: computed densely on every shard
-    "gated": {"sparsity": 2.0},
+    "gated": {"initial_l0": 32},
     "clt": {"k": 4, "auxk": 8, "auxk_coefficient": 0.25, "reads": LAYERS},
     "clt_jumprelu": {"sparsity": 0.02, "initial_threshold": 0.2, "bandwidth": 0.2, "reads": LAYERS},
 }
