@@ -10,7 +10,7 @@ from dist_sae.config.transcoder import TranscoderConfig
 from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.axis import WHOLE, LatentAxis
 from dist_sae.dictionaries.base import Dictionary
-from dist_sae.dictionaries.init import initialise_from_data
+from dist_sae.dictionaries.init import geometric_median, initialise_from_data
 from dist_sae.dictionaries.interface import Rows, StepContext, Widths
 from tests.dictionaries.ranks import on_ranks
 from tests.dictionaries.recipes import (
@@ -87,7 +87,7 @@ def test_one_that_reads_what_it_writes_is_topk_in_other_coordinates(selection: s
 
 
 @pytest.mark.parametrize("init", ["random", "data"])
-def test_it_begins_as_the_best_constant(init: str) -> None:
+def test_it_begins_as_a_constant(init: str) -> None:
     config = CONFIG.model_copy(update={"init": init, "skip": True, "selection": "batch"})
     sae: Dictionary = build_sae(config, WIDTHS)
     first = pairs()
@@ -95,7 +95,7 @@ def test_it_begins_as_the_best_constant(init: str) -> None:
     if init == "data":
         initialise_from_data(sae, [first])
     x, y = first
-    torch.testing.assert_close(sae.infer(x).x_hat, y.mean(0).expand_as(y))
+    torch.testing.assert_close(sae.infer(x).x_hat, geometric_median(y, WHOLE).expand_as(y))
     assert not sae.W_dec.any()
     assert not sae.get_parameter("W_skip").any()
     torch.testing.assert_close(sae.W_enc.detach().norm(dim=1), torch.ones(N_LATENTS))

@@ -8,9 +8,10 @@
 (Dunefsky et al. 2024; the skip is Paulo et al. 2025's, arXiv:2501.18823.)
 
 x are the sites that are read, side by side, and y those that are written. At the start W_dec and
-W_skip are 0, b_dec is the mean of y, and b_enc = -W_enc mean(x): each latent sees centred rows, and
-the first step is that of the best constant. There the encoder has no gradient; from the second
-step on it has one. W_enc has random rows of unit norm, or (init: data) ones near centred rows of x.
+W_skip are 0, b_dec is the centre of y (its geometric median: at the mean of the first batch the
+gradient of b_dec would be rounding alone, which Adam makes steps of), and b_enc = -W_enc mean(x):
+each latent sees centred rows. The encoder has no gradient in the first step, and has one from the
+second on. W_enc has random rows of unit norm, or (init: data) ones near centred rows of x.
 Decoder rows are free, as nothing says how long an output should be.
 
 With b_enc = b_enc' - W_enc b_dec this is the TopK of codes W_enc (x - b_dec) + b_enc', in other
@@ -28,7 +29,7 @@ from torch import Tensor, nn
 
 from dist_sae.config.transcoder import TranscoderConfig
 from dist_sae.dictionaries.constraints import normalise_rows_
-from dist_sae.dictionaries.init import mean_row, random_rows, reinitialise
+from dist_sae.dictionaries.init import geometric_median, mean_row, random_rows, reinitialise
 from dist_sae.dictionaries.interface import Rows, Widths
 from dist_sae.dictionaries.recipes.topk import TopK
 
@@ -69,7 +70,7 @@ class Transcoder(TopK):
         normalise_rows_(self.W_enc)
         self.follow(slice(None))
         self.settle(slice(None), rows.inputs)
-        self.b_dec.copy_(mean_row(rows.targets, self.axis))
+        self.b_dec.copy_(geometric_median(rows.targets, self.axis))
         if self.config.skip:
             self.W_skip.zero_()
         self.measure(rows)
