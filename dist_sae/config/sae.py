@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Mapping
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import Field, NonNegativeFloat, PositiveFloat, PositiveInt, model_validator
 
@@ -234,6 +234,9 @@ class JumpReLUTanhConfig(PenalisedConfig):
 class L1Config(PenalisedConfig):
     """Settings of recipes with an L1 penalty."""
 
+    reconstructions: ClassVar[int] = 1
+    """Errors in the loss, which the penalty competes with."""
+
     sparsity: NonNegativeFloat = 5.0
     """lambda, the L1 coefficient, for rows of squared norm d_in."""
     sparsity_warmup_share: float = Field(0.05, ge=0, le=1)
@@ -241,7 +244,7 @@ class L1Config(PenalisedConfig):
 
     def l0_at_start(self, d_in: int) -> float:
         """`initial_l0`, or derived: codes of l0 orthogonal features sum to sqrt(l0 d_in)."""
-        share = _L1_AT_START / max(self.sparsity, _LEAST_COST)
+        share = self.reconstructions * _L1_AT_START / max(self.sparsity, _LEAST_COST)
         return self.initial_l0 or d_in * share * share
 
 
@@ -256,7 +259,12 @@ class ReLUConfig(L1Config):
 class GatedConfig(L1Config):
     """Gated, with an L1 penalty on the gates (Rajamanoharan et al. 2024, arXiv:2404.16014)."""
 
+    reconstructions: ClassVar[int] = 2
+
     kind: Literal["gated"] = "gated"
+    sparsity: NonNegativeFloat = 10.0
+    """lambda, the L1 coefficient, for rows of squared norm d_in: about twice that of relu, since
+    two reconstructions compete with it."""
 
 
 class CLTJumpReLUConfig(CrossLayerConfig, JumpReLUConfig):

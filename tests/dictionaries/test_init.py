@@ -405,7 +405,7 @@ def test_penalised_recipes_begin_with_so_many_active_latents(
         (JumpReLUConfig(n_latents=512, target_l0=13), 26),  # twice the target
         (JumpReLUConfig(n_latents=512, target_l0=400), 256),
         (ReLUConfig(n_latents=512, sparsity=0.8), 16),
-        (GatedConfig(n_latents=512, sparsity=0.8), 16),
+        (GatedConfig(n_latents=512, sparsity=1.6), 16),
         (JumpReLUConfig(n_latents=512, sparsity=0.0), 256),
     ],
 )

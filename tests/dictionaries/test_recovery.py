@@ -13,6 +13,7 @@ from dist_sae.config.dictionary import DictionaryConfig
 from dist_sae.config.matryoshka import MatryoshkaConfig
 from dist_sae.config.sae import (
     BatchTopKConfig,
+    GatedConfig,
     JumpReLUConfig,
     JumpReLUTanhConfig,
     ReLUConfig,
@@ -45,6 +46,13 @@ RECIPES: dict[str, tuple[DictionaryConfig, int, int]] = {
         ReLUConfig(n_latents=N, sparsity=1.0, dead_after_rows=WINDOW, init="random"),
         600,
         125,
+    ),
+    "gated": (
+        GatedConfig(
+            n_latents=N, sparsity=4.0, initial_l0=2.56, dead_after_rows=WINDOW, init="random"
+        ),
+        600,
+        118,
     ),
     "jumprelu": (
         JumpReLUConfig(n_latents=N, sparsity=0.01, dead_after_rows=WINDOW, init="random"),
