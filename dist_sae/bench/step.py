@@ -215,8 +215,8 @@ def bench_routed(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any]
         the busiest expert over the mean.
     """
     batches = random_batches(shape, mesh, 2)
-    exact = TrainingStep(shape._replace(experts=None), mesh)
-    routed = TrainingStep(shape._replace(kind="routed"), mesh)
+    exact = TrainingStep(shape._replace(kind="topk", experts=None), mesh)
+    routed = TrainingStep(shape, mesh)
     for step in (exact, routed):
         step.initialise(batches[0])
         for rows in batches:

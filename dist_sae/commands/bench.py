@@ -136,7 +136,7 @@ def _step(options: argparse.Namespace) -> Result:
 def _routed(options: argparse.Namespace) -> Result:
     from dist_sae.bench.step import bench_routed, step_mesh
 
-    shape = _step_shape(options)
+    shape = _step_shape(options)._replace(kind="routed")
     with step_mesh(shape) as mesh:
         return bench_routed(shape, mesh, rounds=options.rounds)
 
