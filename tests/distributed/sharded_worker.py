@@ -38,7 +38,12 @@ RECIPES: dict[str, dict[str, Any]] = {
     "to_target": {"kind": "jumprelu", "target_l0": 5.5, "initial_threshold": 0.2, "bandwidth": 0.2},
     "jumprelu_tanh": {"pre_act": 0.01},
     "crosscoder": {"k": 4, "auxk": 8, "weighting": "l1", "shared_latents": 0.1, "reads": LAYERS},
-    "crosscoder_relu": {"weighting": "l1", "shared_latents": 0.1, "reads": LAYERS},
+    "crosscoder_relu": {
+        "initial_l0": 32,
+        "weighting": "l1",
+        "shared_latents": 0.1,
+        "reads": LAYERS,
+    },
     "relu": {"initial_l0": 32},  # half of all: computed densely on every shard
     "gated": {"initial_l0": 32},
     "clt": {"k": 4, "auxk": 8, "auxk_coefficient": 0.25, "reads": LAYERS},
