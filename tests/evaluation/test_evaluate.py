@@ -199,7 +199,7 @@ def pages_of_five(monkeypatch: pytest.MonkeyPatch) -> None:
     """Leave memory for five latents at a time."""
 
     def paged(config: SaeConfig, d_in: int, checkpoint: Checkpoint, **_: Any) -> PagedDictionary:
-        made = PagedDictionary(config, d_in, checkpoint, 4 * 5 * (2 * D + 2) * 4)
+        made = PagedDictionary(config, d_in, checkpoint, 4 * (5 * (2 * D + 1) + D) * 4)
         assert [len(part) for part in made.parts("W_dec")] == [*6 * [5], 2]
         return made
 
