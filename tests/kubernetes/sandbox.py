@@ -174,6 +174,7 @@ class Container:
         user: User,
         log: Path,
     ) -> None:
+        self._command = list(command)
         ready, begun = os.pipe()
         first = "\n".join(
             [
@@ -227,22 +228,24 @@ class Container:
         """Signal the first process; if it is killed, all others die too.
 
         The kernel drops a SIGTERM for the first process of a PID namespace that does not handle it
-        yet; so wait until it does.
+        yet. tini does once it has a child; so wait for that.
         """
-        while number == signal.SIGTERM and not self._heeds(number):
+        while number == signal.SIGTERM and self._is_without_handler():
             if self.wait(0.01) is not None:
                 return
         if self._first is not None and self.wait(0) is None:
             with suppress(ProcessLookupError):
                 os.kill(self._first, number)
 
-    def _heeds(self, number: int) -> bool:
-        """True if the first process catches, ignores or awaits a signal."""
+    def _is_without_handler(self) -> bool:
+        """True while the first process is, or is about to become, a tini without a child."""
+        if self._command[0] != "tini" or self._first is None:
+            return False
         with suppress(OSError):
-            for line in Path(f"/proc/{self._first}/status").read_text().splitlines():
-                name, _, mask = line.partition(":")
-                if name in {"SigBlk", "SigCgt", "SigIgn"} and int(mask, 16) >> (number - 1) & 1:
-                    return True
+            folder = Path(f"/proc/{self._first}")
+            words = (folder / "cmdline").read_text().split("\0")[:-1]
+            children = (folder / f"task/{self._first}/children").read_text().split()
+            return words != self._command or not children
         return False
 
     def processes(self) -> Iterator[tuple[int, list[str]]]:
