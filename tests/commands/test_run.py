@@ -46,13 +46,13 @@ def test_one_command_goes_from_nothing_to_a_report_and_continues_after_ctrl_c(
     path = write_run(
         tmp_path,
         processes=BOTH,
-        train={"rows": 16_000, "max_passes": 3},
+        train={"rows": 16_000, "max_passes": 3, "log_every_steps": 1},
         index={"latent_shards": 2},
     )
     process = start(path)
     assert process.stderr is not None
     for line in process.stderr:
-        if line.startswith("train "):
+        if line.startswith("train ") and "fvu" in line:  # after a step
             process.send_signal(signal.SIGINT)
             break
     _, err = process.communicate(timeout=120)
@@ -219,7 +219,7 @@ def test_children_stop_when_the_parent_is_killed(tmp_path: Path) -> None:
     process = start(path)
     assert process.stderr is not None
     for line in process.stderr:
-        if line.startswith("train "):
+        if line.startswith("train ") and "fvu" in line:  # after a step
             break
     orphans = [os.pidfd_open(child) for child in children(process.pid)]
     assert orphans
