@@ -159,20 +159,22 @@ ZIPF = World(d_in=64, n_features=512, l0=10, zipf=1.0)
 
 @pytest.mark.system
 def test_l0_of_jumprelu_follows_the_coefficient_over_two_orders_of_magnitude() -> None:
-    """By a factor of 1.7 or more for each half of one: 136, 66, 39, 17, 6.6 when written."""
+    """By a factor of 3.5 or more for each: 136, 39, 6.6 when written."""
     found = []
-    for coefficient in (0.0003, 0.001, 0.003, 0.01, 0.03):
+    for coefficient in (0.0003, 0.003, 0.03):
         config = JumpReLUConfig(n_latents=256, sparsity=coefficient, dead_after_rows=50_000)
         trained = train(ZIPF, config, steps=300, batch=512, lr=3e-3)
         found.append(trained.l0[-1])
         assert trained.dead.count <= 0.02 * 256
-    assert all(more > 1.5 * less for more, less in pairwise(found)), found
+    assert all(more > 3 * less for more, less in pairwise(found)), found
 
 
 @pytest.mark.system
 @pytest.mark.parametrize("target", [16, 23, 32, 64])
-def test_jumprelu_ends_at_its_target_l0(target: int) -> None:
+def test_jumprelu_ends_at_its_target_l0(target: int, request: pytest.FixtureRequest) -> None:
     """Within 10 %, on rows that it was not trained on, and no latent dies of it."""
+    if target != 23 and not request.config.getoption("--long"):
+        pytest.skip("the other targets: with --long")
     config = JumpReLUConfig(n_latents=256, target_l0=target, dead_after_rows=50_000)
     trained = train(ZIPF, config, steps=300, batch=512, lr=3e-3)
     active = int(trained.sae.infer(ZIPF.batch(1_000_000, 4096)).firings.sum())
