@@ -73,7 +73,7 @@ def test_the_guide_runs_as_it_is_written(capsys: pytest.CaptureFixture[str]) -> 
     torch.testing.assert_close(seen[2]["x_hat"], dictionary(seen[2]["x"]), rtol=1e-4, atol=1e-4)
     assert names["firings"].sum() > 0
     of_x = dictionary.encode(names["x"], dense=True)  # the last block has SAELens's codes
-    lengths = of_x * dictionary.scale * dictionary.W_dec.norm(dim=1)
+    lengths = of_x * dictionary.scales[dictionary.reads[0]] * dictionary.W_dec.norm(dim=1)
     torch.testing.assert_close(names["codes"], lengths, rtol=1e-3, atol=1e-3)
     torch.testing.assert_close(names["x_hat"], dictionary(names["x"]), rtol=1e-3, atol=1e-3)
     said = capsys.readouterr().out

@@ -136,6 +136,8 @@ def stored_run(stored: Mapping[str, Any], run: Run, origin: str) -> Run:
 
 def _compared(run: Run) -> dict[str, Any]:
     settings = run_fingerprint(run)
-    del settings["train"]["site"]
-    settings["sae"] |= {"reads": list(run.reads), "writes": list(run.writes)}
+    one = len(run.reads) == 1 and run.reads == run.writes  # however it is written
+    settings["train"]["site"] = run.site if one else None
+    sites = {"reads": list(run.reads), "writes": list(run.writes)}
+    settings["sae"] |= dict.fromkeys(sites) if one else sites
     return settings

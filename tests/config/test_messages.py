@@ -9,7 +9,7 @@ from dist_sae.config.messages import OTHER_NAMES, sections_by_key
 from dist_sae.errors import ConfigError
 from tests.runs import TINY, write_run
 
-KINDS = "crosscoder_relu, jumprelu, jumprelu_tanh, relu, gated"
+KINDS = "crosscoder_relu, jumprelu, jumprelu_tanh, relu, gated, clt_jumprelu"
 ENDS = "with a letter or a digit first and last"
 
 
