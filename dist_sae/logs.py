@@ -52,10 +52,12 @@ class PacedProgress:
 
     Args:
         role: Part of the run, for example `produce`.
+        speaks: False on ranks that do what another one reports.
     """
 
-    def __init__(self, role: str) -> None:
+    def __init__(self, role: str, *, speaks: bool = True) -> None:
         self._role = role
+        self._speaks = speaks
         self._pause = 1.0 if is_supervised() else 30.0
         self._said = float("-inf")
 
@@ -68,5 +70,10 @@ class PacedProgress:
 
     def __call__(self, done: float, total: float, **numbers: Any) -> None:
         """Report progress if a report is due."""
-        if self.is_due():
+        if self._speaks and self.is_due():
             progress(self._role, done, total, **numbers)
+
+    def end(self, total: float) -> None:
+        """Report that all is done."""
+        if self._speaks:
+            progress(self._role, total, total)

@@ -99,7 +99,7 @@ def cross_entropies(
     plain: _Passes = {"clean": Splice.read, **_ablations(places, means)}
     live = causal and _are_read_first(names, normalisers)
     ours = _reconstructions(places, several=len(sites) > 1, live=live)
-    progress = logs.PacedProgress("losses")
+    progress = logs.PacedProgress("losses", speaks=mesh.is_first)
     turns = len(plain) + len(ours)
     total = turns * sum(len(batch.tokens) for batch in batches)
 
@@ -144,7 +144,7 @@ def cross_entropies(
         mesh,
     )
     sums = losses(ours, len(plain)) | without
-    logs.progress("losses", total, total)
+    progress.end(total)
     n_tokens = int(tokens.sum())
     numbers, *by_site = (
         _numbers({name: sum(each) for name, each in _of(place, sums).items()}, n_tokens)

@@ -150,13 +150,14 @@ def _measure(
 ) -> dict[str, Any]:
     own, pages, normalisers = trained.run, trained.pages, trained.normalisers
     plan, columns, mean = activations.plan, normalisers.columns, normalisers.mean.float()
-    fit, progress = Fit.empty(own.sae.n_latents, columns.values()), logs.PacedProgress("evaluate")
+    fit = Fit.empty(own.sae.n_latents, columns.values())
+    progress = logs.PacedProgress("evaluate", speaks=mesh.is_first)
     there = min(run.evaluate.rows, sum(plan.rows_of_units[unit] for unit in plan.heldout_units))
     blocks = activations.heldout_rows(run.evaluate.rows)
     for rows in pages.grouped(map(normalisers.rows, blocks)):
         fit = fit.add(rows.targets, pages.infer(rows.inputs), mean)
         progress(fit.rows, max(there, fit.rows))
-    logs.progress("evaluate", fit.rows, fit.rows)
+    progress.end(fit.rows)
     by_site = dict(zip(columns, fit.fvu_by_site, strict=True)) if len(columns) > 1 else None
     made = mesh.of_first(lambda: produced(activations.store, plan))
     result = {

@@ -21,8 +21,7 @@ pytestmark = pytest.mark.system
 
 STEPS = 16
 FACTORISATIONS = [(1, 2), (2, 1), (2, 2), (1, 4), (4, 1)]  # replicas x shards
-ALL_DTYPES = (2, 2)  # by default; the others in fp32
-ONE_ROUNDING = 5e-5  # of the loss: a bf16 of one weight out of a thousand
+FP64 = (2, 2)  # by default
 
 
 @pytest.fixture(scope="module")
@@ -35,8 +34,7 @@ def job(
 ) -> list[dict[tuple[str, str], dict[str, Any]]]:
     """What each rank of a job of `replicas` x `shards` saw, by recipe and precision; run once."""
     out, world = folder / f"{replicas}x{shards}", replicas * shards
-    every = long or world == 1 or (replicas, shards) == ALL_DTYPES
-    dtypes = ["fp32", "bf16", "fp64"] if every else ["fp32"]
+    dtypes = ["fp32", "bf16"] + (["fp64"] if long or world in (1, FP64[0] * FP64[1]) else [])
     if not out.exists():
         out.mkdir()
         spec = {"world": world, "shards": shards, "out": str(out / "seen")}
@@ -98,27 +96,19 @@ class Seen:
 
 
 def compare(one: Seen, other: Seen, loss: float, parameters: float, *, rounds: bool) -> None:
-    otherwise = 0
     for step in one.steps:
         assert one.selected(step) == other.selected(step), f"step {step}"
-        assert torch.equal(one.dead(step), other.dead(step)), f"step {step}"
         terms = one.terms(step)
-        # a penalty of 2 % of the loss gathers 1.1e-6 of itself over 198 steps, and in bf16 over 16
+        # a penalty of 2 % of the loss gathers 1.1e-6 of itself over 198 steps, and in bf16 over 16:
+        # what rounding leaves different in a weight may round to another bf16
         beside = loss * terms[-1] if rounds or step >= STEPS else 1e-30
-        same = other.terms(step) == pytest.approx(terms, rel=loss, abs=beside)
-        same &= other.norm(step) == pytest.approx(one.norm(step), rel=10 * loss)
-        if not same and rounds:
-            # of weights that differ in their last bits one may round to another bf16: that moves
-            # the losses of this step by 1e-5, and hardly the weights of the next
-            otherwise += 1
-            assert other.terms(step) == pytest.approx(terms, rel=ONE_ROUNDING), step
-        else:
-            assert same, (step, terms, other.terms(step), one.norm(step), other.norm(step))
-    assert otherwise <= len(one.steps) // 3
+        assert other.terms(step) == pytest.approx(terms, rel=loss, abs=beside), step
+        assert other.norm(step) == pytest.approx(one.norm(step), rel=10 * loss), step
+        assert torch.equal(one.dead(step), other.dead(step)), f"step {step}"
     found = other.tensors()
     for name, tensor in one.tensors().items():
         error = (tensor - found[name]).norm() / tensor.norm()
-        assert float(error) <= (ONE_ROUNDING if otherwise else parameters), (name, float(error))
+        assert float(error) <= parameters, name
     for rank in other.ranks:  # what all hold has the same bits on all
         for name in SHARED & rank["tensors"].keys():
             assert torch.equal(rank["tensors"][name], other.ranks[0]["tensors"][name])
@@ -143,8 +133,8 @@ def test_sharded_training_equals_unsharded(
 ) -> None:
     """In bf16 the encoder product alone is rounded."""
     long = request.config.getoption("--long")
-    if not long and dtype != "fp32" and (replicas, shards) != ALL_DTYPES:
-        pytest.skip("bf16 and fp64 on the other factorisations: with --long")
+    if not long and dtype == "fp64" and (replicas, shards) != FP64:
+        pytest.skip("fp64 on the other factorisations: with --long")
     one = Seen(job(folder, 1, 1, long=long), (kind, dtype), 1, 1)
     ranks = job(folder, replicas, shards, long=long)
     if "auxk" in RECIPES[kind]:
