@@ -18,7 +18,7 @@ class AcrossSitesConfig(DictionaryConfig):
     """Share of the latents that have the same decoder row at every site, for sites of one width:
     what models to be compared have in common (Anthropic, February 2025: .04)."""
     shared_penalty: float = Field(0.15, gt=0, le=1)
-    """What a code of a shared latent costs, as a multiple of the cost of others."""
+    """Cost of a shared latent's code, as a multiple of the cost of other codes."""
 
     def sites_problem(self, reads: Sequence[str], writes: Sequence[str]) -> str | None:
         if tuple(reads) != tuple(writes):

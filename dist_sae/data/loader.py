@@ -27,7 +27,7 @@ class Batch(NamedTuple):
 
     step: int
     acts: Mapping[str, Float[Tensor, "batch d_site"]]
-    """The same rows at each site."""
+    """Activations of the rows at each site; row i of all sites is one token."""
     cursors: Mapping[int, StreamCursor]
     """Window of the last row, by stream."""
     repeated_rows: int

@@ -189,7 +189,7 @@ class Dictionary(nn.Module):
     def decoder_rows(
         self, latents: slice | Int[Tensor, " some"] = slice(None)
     ) -> Float[Tensor, "some d_out"]:
-        """What an activation of 1 of each of these latents adds to the targets."""
+        """The vectors that latents add to the targets at an activation of 1, over all sites."""
         return self.W_dec[latents]
 
     def pre_acts_at(

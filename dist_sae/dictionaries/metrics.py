@@ -67,7 +67,7 @@ class Fit(NamedTuple):
 
     @property
     def fvu_by_site(self) -> list[float]:
-        """The same of each site that is written."""
+        """FVU of each written site alone."""
         fvus: list[float] = (self.squared_error / self.squared_total).tolist()
         return fvus
 

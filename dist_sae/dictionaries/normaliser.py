@@ -35,7 +35,7 @@ class Normaliser(NamedTuple):
         return cls(scalars["scale"], mean, scalars["variance"], scalars["rows"])
 
     def at(self, scale: float) -> "Normaliser":
-        """The same measurement with another scale."""
+        """This measurement, expressed in activations of another scale."""
         change = scale / self.scale
         return Normaliser(scale, self.mean * change, self.variance * change**2, self.rows)
 
@@ -118,7 +118,7 @@ class SiteNormalisers(NamedTuple):
         return cls(reads, writes, of)
 
     def at_scales(self, scalars: Mapping[str, Any]) -> "SiteNormalisers":
-        """The same measurements with the scales of a checkpoint's scalars."""
+        """These measurements, expressed in the scales that a checkpoint was trained with."""
         of = {site: own.at(_of_site(scalars, site)["scale"]) for site, own in self.of.items()}
         return self._replace(of=of)
 

@@ -121,7 +121,8 @@ class Reconstruction(NamedTuple):
     x_hat: Float[Tensor, "batch d_out"]
     """x_hat - b_dec of this rank's rows."""
     frozen: Float[Tensor, "batch d_out"] | None
-    """The same of the second codes, if there are any; its gradient goes to the codes alone."""
+    """Reconstruction by the second codes, less b_dec, with gradients to these codes alone; None if
+    the activation gives no second codes."""
     penalty: Float[Tensor, ""]
     """Sum over this shard's latents and the replica's rows."""
     firings: Int[Tensor, " n_local"]

@@ -53,8 +53,7 @@ def cross_entropies(
 
     Losses are of next tokens, or of masked tokens for a bidirectional model. `ce_left_out` gives
     the reason if there are none: the model predicts no tokens, or ablation changes none, or the
-    sites are of two models. Losses
-    without the dictionary are cached beside the activation set.
+    sites are of two models. Losses without the dictionary are cached beside the activation set.
 
     Args:
         activations: The activation set.

@@ -72,7 +72,7 @@ class Encoded(NamedTuple):
 
 
 _Block = dict[str, Future[SiteRows]]
-"""The same rows at each site, being read."""
+"""A block of rows that is being read, by site."""
 
 
 class _Begun(NamedTuple):

@@ -30,7 +30,7 @@ class Head(NamedTuple):
     mean: Float[Tensor, " d"]
     """Mean of the unembedding over the vocabulary, fp32."""
     digest: str
-    """Of the weights of the norm and the unembedding."""
+    """Digest of norm and unembedding: heads with the same one give the same tokens."""
     centres: bool
     """True if the norm subtracts the mean over channels, as LayerNorm does and RMSNorm does not."""
 

@@ -70,7 +70,7 @@ def test_rows_read_again_are_the_same_at_all_sites(world: tuple[ObjectStore, Pla
 
 
 def test_a_manifest_is_read_once_for_all_sites(world: tuple[ObjectStore, Plan]) -> None:
-    """Of the three units of the first window, and of the one in the next, which is opened ahead."""
+    """Four manifests: of the first window's three units, and of the next window's, opened ahead."""
 
     class Asked(Wrapped):
         manifests = 0

@@ -216,7 +216,7 @@ class TwoLayers:
     """Width of a site."""
     widths = Widths((d, d), (d, d))
     n_features = 12
-    """Of a layer."""
+    """Features of a layer."""
 
     def __init__(self, *, shuffled: bool = False) -> None:
         generator = torch.Generator().manual_seed(3)

@@ -44,7 +44,7 @@ WEIGHTINGS = [
 @pytest.mark.parametrize("settings", WEIGHTINGS, ids=str)
 @pytest.mark.parametrize("selection", ["row", "batch", "relu"])
 def test_gradients_equal_the_dense_reference(selection: str, settings: dict[str, Any]) -> None:
-    """Those of the constrained decoder: autograd goes through what holds it."""
+    """In the reference autograd goes through the constraint on the decoder."""
     config: DictionaryConfig = CrosscoderReLUConfig(n_latents=N_LATENTS, **settings)
     if selection != "relu":
         config = CrosscoderConfig.model_validate(COUNTS | settings | {"selection": selection})

@@ -28,7 +28,7 @@ LR = dict.fromkeys(("topk", "multi-topk", "batchtopk", "matryoshka", "transcoder
 LR |= dict.fromkeys(("routed", "relu", "jumprelu", "to_target", "jumprelu_tanh"), 1e-3)
 LR |= dict.fromkeys(("crosscoder", "clt_jumprelu"), 1e-3)
 # half of all pairs are computed in these, so one weight that lies between two bf16, and is rounded
-# to the other by its last bit, moves a step's loss by 8e-6; at these rates none does within 16 steps
+# to the other by its last bit, moves a step's loss by 8e-6: not within 16 steps at these rates
 LR |= {"gated": 5e-4, "crosscoder_relu": 7e-4}
 RECIPES: dict[str, dict[str, Any]] = {
     "topk": {"k": 4, "auxk": 8, "auxk_coefficient": 0.25},

@@ -49,7 +49,7 @@ def test_a_head_does_what_the_models_norm_and_head_do(
 
 
 def test_heads_with_other_weights_have_other_digests(tmp_path: Path) -> None:
-    """Those of the norm, or of the unembedding; layers do not matter, precision does."""
+    """The digest follows norm, unembedding and precision; it does not follow the layers."""
     path = save_model(tmp_path / "m", "llama")
     config = HuggingFaceModel(path=str(path), dtype="fp32")
     digests = [load_head(config, site).digest for site in ("resid_post.0", "resid_post.1")]
