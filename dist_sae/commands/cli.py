@@ -14,6 +14,7 @@ from dist_sae.commands import (
     bench,
     cancel,
     checkpoints,
+    compare,
     completion,
     config,
     evaluate,
@@ -37,7 +38,7 @@ from dist_sae.distributed.supervisor import follow_parent
 from dist_sae.errors import EXIT_DONE, EXIT_RESUMABLE, DistSaeError, Stopped
 
 _COMMANDS = (
-    *(run, plan, produce, train, index, latents, evaluate, export, report, render),
+    *(run, plan, produce, train, index, latents, evaluate, compare, export, report, render),
     *(submit, resume, status, pod_logs, cancel),
     *(bench, config, store, checkpoints, completion),
 )

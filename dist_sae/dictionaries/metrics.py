@@ -11,8 +11,8 @@ from torch import Tensor
 from dist_sae.dictionaries.interface import Inferred
 
 _PIECE_ROWS = 4096
-_DUPLICATE_COSINE = 0.9
-_DUPLICATES_OF = 4096
+DUPLICATE_COSINE = 0.9
+DUPLICATES_OF = 4096
 DUPLICATES_CHUNK_LATENTS = 2048
 """Latents that are compared with all at a time."""
 
@@ -119,7 +119,7 @@ def duplicate_shares(
         n_latents: Latents of all parts.
         experts: Equal parts of the latents.
     """
-    looked_at = torch.linspace(0, n_latents - 1, min(n_latents, _DUPLICATES_OF)).long()
+    looked_at = torch.linspace(0, n_latents - 1, min(n_latents, DUPLICATES_OF)).long()
     chosen, first = [], 0
     for part in W_dec():
         here = (looked_at >= first) & (looked_at < first + len(part))
@@ -131,7 +131,7 @@ def duplicate_shares(
     first = 0
     for piece in (p for part in W_dec() for p in torch.split(part, DUPLICATES_CHUNK_LATENTS)):
         others = torch.nn.functional.normalize(piece, dim=1)
-        near = directions @ others.T > _DUPLICATE_COSINE
+        near = directions @ others.T > DUPLICATE_COSINE
         here = ((looked_at >= first) & (looked_at < first + len(others))).nonzero()[:, 0]
         near[here, looked_at[here] - first] = False  # itself
         found[0] |= near.any(1)

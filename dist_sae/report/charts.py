@@ -1,6 +1,6 @@
 """Charts as inline SVG, written by hand.
 
-Three shapes of chart do not earn matplotlib as a dependency, and hand-written SVG takes its
+A few shapes of chart do not earn matplotlib as a dependency, and hand-written SVG takes its
 colours and its font from the page, so one file is right in light, in dark and on paper.
 """
 
@@ -12,6 +12,8 @@ from typing import NamedTuple
 _WIDTH, _HEIGHT = 520, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 12, 40
 _BUCKETS = 240  # points that a line is thinned to; the band shows what thinning hides
+PALETTE = 6
+"""Colours of the style sheet; further lines begin with the first again."""
 _LOG_FROM = 8.0  # a positive quantity that spans this factor gets a logarithmic axis
 
 
@@ -76,7 +78,7 @@ def render_lines(
         for piece in pieces:
             last = pieces[-1][-1][1]
             parts.append(_drawn_line(f"{name}: last {last:.4g}", piece, x_axis, y_axis, number))
-    legend = [f'<span class="key c{n}">{escape(name)}</span>' for n, (name, _) in enumerate(series)]
+    legend = _keys([name for name, _ in series])
     if mark is not None:
         y = _y(y_axis, mark.y)
         parts.append(f'<line class="mark" x1="{_LEFT}" x2="{_WIDTH - _RIGHT}" y1="{y}" y2="{y}"/>')
@@ -121,6 +123,73 @@ def render_histogram(
             f'height="{height:.1f}"><title>{said}</title></rect>'
         )
     return _figure(title, [_frame(x_axis, y_axis, x_label, exponents=log10), *bars], [])
+
+
+def render_outlines(
+    title: str,
+    histograms: Sequence[tuple[str, Sequence[int]]],
+    edges: Sequence[float],
+    *,
+    x_label: str,
+) -> str:
+    """A figure with the outlines of histograms over one another.
+
+    Args:
+        title: Said above the plot.
+        histograms: Name, and latents between the edges; shown as shares of their sum.
+        edges: Decimal logarithms, one more than there are counts.
+        x_label: Quantity and unit of x.
+    """
+    used = [i for _, counts in histograms for i, count in enumerate(counts) if count]
+    if not used:
+        return ""
+    low, high = edges[min(used)], edges[max(used) + 1]
+    ticks = [float(t) for t in range(math.ceil(low), math.floor(high) + 1)]
+    x_axis = _Axis(low, high, ticks, lambda v: (v - low) / (high - low))
+    shares = [[count / (sum(counts) or 1) for count in counts] for _, counts in histograms]
+    y_axis = _linear(0, 1.05 * max(map(max, shares)), 4)
+    parts = [_frame(x_axis, y_axis, x_label, exponents=True)]
+    for number, ((name, _), heights) in enumerate(zip(histograms, shares, strict=True)):
+        steps = [
+            f"{_x(x_axis, edge):.1f},{_y(y_axis, heights[i]):.1f}"
+            for i in range(min(used), max(used) + 1)
+            for edge in edges[i : i + 2]
+        ]
+        parts.append(
+            f'<polyline class="line {_colour(number)}" points="{" ".join(steps)}">'
+            f"<title>{escape(name)}</title></polyline>"
+        )
+    return _figure(title, parts, _keys([name for name, _ in histograms]))
+
+
+def render_points(title: str, points: Sequence[tuple[str, float, float]], *, x_label: str) -> str:
+    """A figure with a named point for each x and y, and a line through those that none beats.
+
+    A point beats another if both its x and its y are lower.
+
+    Args:
+        title: Said above the plot.
+        points: Name, x and y of each.
+        x_label: Quantity and unit of x.
+    """
+    if not points:
+        return ""
+    x_axis = _padded([x for _, x, _ in points])
+    y_axis = _padded([y for *_, y in points])
+    parts = [_frame(x_axis, y_axis, x_label)]
+    ahead, least = [], math.inf
+    for _, x, y in sorted(points, key=lambda point: point[1:]):
+        if y < least:
+            least = y
+            ahead.append(f"{_x(x_axis, x):.1f},{_y(y_axis, y):.1f}")
+    parts.append(f'<polyline class="frontier" points="{" ".join(ahead)}"/>')
+    for number, (name, x, y) in enumerate(points):
+        place = f'cx="{_x(x_axis, x)}" cy="{_y(y_axis, y)}" r="4"'
+        said = f"{name}: {short(x)}, {short(y)}"
+        parts.append(
+            f'<circle class="dot {_colour(number)}" {place}><title>{escape(said)}</title></circle>'
+        )
+    return _figure(title, parts, _keys([name for name, *_ in points]))
 
 
 def render_shares(
@@ -205,12 +274,12 @@ def _drawn_line(said: str, points: list[_Point], x_axis: _Axis, y_axis: _Axis, n
     def path(column: int, order: list[_Point]) -> str:
         return " ".join(f"{_x(x_axis, p[0]):.1f},{_y(y_axis, p[column]):.1f}" for p in order)
 
-    title = f"<title>{escape(said)}</title>"
+    title, colour = f"<title>{escape(said)}</title>", _colour(number)
     if len(points) == 1:
         x, y = path(1, points).split(",")
-        return f'<circle class="dot c{number}" cx="{x}" cy="{y}" r="3.5">{title}</circle>'
-    band = f'<polygon class="band c{number}" points="{path(3, points)} {path(2, points[::-1])}"/>'
-    return f'{band}<polyline class="line c{number}" points="{path(1, points)}">{title}</polyline>'
+        return f'<circle class="dot {colour}" cx="{x}" cy="{y}" r="3.5">{title}</circle>'
+    band = f'<polygon class="band {colour}" points="{path(3, points)} {path(2, points[::-1])}"/>'
+    return f'{band}<polyline class="line {colour}" points="{path(1, points)}">{title}</polyline>'
 
 
 def _frame(x_axis: _Axis, y_axis: _Axis, x_label: str, *, exponents: bool = False) -> str:
@@ -242,6 +311,14 @@ def _figure(title: str, parts: Sequence[str], legend: Sequence[str]) -> str:
     )
 
 
+def _colour(number: int) -> str:
+    return f"c{number % PALETTE}"
+
+
+def _keys(names: Sequence[str]) -> list[str]:
+    return [f'<span class="key {_colour(n)}">{escape(name)}</span>' for n, name in enumerate(names)]
+
+
 def _linear(low: float, high: float, about: int) -> _Axis:
     if not high > low:
         low, high = (low - 0.5 * abs(low), high + 0.5 * abs(high)) if low else (0.0, 1.0)
@@ -253,7 +330,7 @@ def _linear(low: float, high: float, about: int) -> _Axis:
     return _Axis(low, high, ticks, lambda v: (v - low) / (high - low))
 
 
-def _padded(values: Sequence[float], from_zero: bool) -> _Axis:  # noqa: FBT001
+def _padded(values: Sequence[float], from_zero: bool = False) -> _Axis:  # noqa: FBT001, FBT002
     low, high = min(values), max(values)
     # flat lines lie in the middle; a share that never left zero lies on the floor
     pad = 0.06 * (high - low) or 0.1 * abs(high) or 1e-2

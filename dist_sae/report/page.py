@@ -9,7 +9,14 @@ from typing import Any, NamedTuple
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
-from dist_sae.report.charts import Line, Mark, render_histogram, render_lines, render_sparkbars
+from dist_sae.report.charts import (
+    PALETTE,
+    Line,
+    Mark,
+    render_histogram,
+    render_lines,
+    render_sparkbars,
+)
 from dist_sae.report.latents import LatentView
 from dist_sae.report.profile import Profiles, render_profiles
 from dist_sae.report.shown import duration, shown, time_unit
@@ -68,7 +75,6 @@ _STALLS = {"wait": "waiting for data", "ranks": "with other ranks", "save": "sav
 """Phases of a step in which nothing is computed."""
 _STALLED = 0.5
 """Share of the time between two reports from which waiting for data is shown as a gap."""
-_PALETTE = 6
 
 
 class Page(NamedTuple):
@@ -100,6 +106,26 @@ class Page(NamedTuple):
 
 def render_page(page: Page) -> str:
     """Render the page."""
+    return render_template(
+        "page.html",
+        page=page,
+        numbers=page.evaluation,
+        intervals=(page.evaluation or {}).get("intervals") or {},
+        by_site=_by_site(page.evaluation or {}),
+        site_columns=_BY_SITE,
+        listed=listed,
+        details={m.short: (m.title, m.help) for m in listed("detail")} | _OTHER_RESULTS,
+        curves=map(Markup, _history_plots(page)),
+        times=_times(page),
+        densities=Markup(_densities(page)),
+        profiles=Markup(render_profiles(page.profiles) if page.profiles else ""),
+        palette=PALETTE,
+        shown_latents={view.page.latent for view in page.latents},
+    )
+
+
+def render_template(name: str, **content: Any) -> str:
+    """Fill in a template of this folder; it has the style sheet as `style`."""
     environment = Environment(
         loader=PackageLoader("dist_sae.report", ""),
         autoescape=True,
@@ -113,22 +139,8 @@ def render_page(page: Page) -> str:
         "shown": lambda value, key: shown(key, value),
         "sparkbars": lambda counts: Markup(render_sparkbars(counts)),
     }
-    return environment.get_template("page.html").render(
-        page=page,
-        style=Markup(files("dist_sae.report").joinpath("style.css").read_text(encoding="utf-8")),
-        numbers=page.evaluation,
-        intervals=(page.evaluation or {}).get("intervals") or {},
-        by_site=_by_site(page.evaluation or {}),
-        site_columns=_BY_SITE,
-        listed=listed,
-        details={m.short: (m.title, m.help) for m in listed("detail")} | _OTHER_RESULTS,
-        curves=map(Markup, _history_plots(page)),
-        times=_times(page),
-        densities=Markup(_densities(page)),
-        profiles=Markup(render_profiles(page.profiles) if page.profiles else ""),
-        palette=_PALETTE,
-        shown_latents={view.page.latent for view in page.latents},
-    )
+    style = files("dist_sae.report").joinpath("style.css").read_text(encoding="utf-8")
+    return environment.get_template(name).render(style=Markup(style), **content)
 
 
 def _by_site(evaluation: Mapping[str, Any]) -> dict[str, dict[str, float]]:

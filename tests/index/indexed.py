@@ -1,6 +1,7 @@
 """Small indexed worlds, and the brute-force oracle of an index."""
 
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,12 @@ def made_run(run: Run, made: Any) -> Run:
     return Run.model_validate(made.resolve(run).model_dump(mode="json"))
 
 
-def add_checkpoint(run: Run, step: int = 3, seed: int = 0) -> Dictionary:
+def add_checkpoint(
+    run: Run,
+    step: int = 3,
+    seed: int = 0,
+    change: Callable[[Dictionary], None] = lambda sae: None,  # noqa: ARG005 - changes nothing
+) -> Dictionary:
     """Save a checkpoint with random weights, in which some latents are dense and some dead."""
     generator = torch.Generator().manual_seed(seed)
     d_in = 16
@@ -86,6 +92,7 @@ def add_checkpoint(run: Run, step: int = 3, seed: int = 0) -> Dictionary:
     sae.b_enc.data[:3] += 3
     sae.b_enc.data[-5:] -= 1e3
     sae.constrain()
+    change(sae)
     store = open_store(run.store.activations)
     scalars = {
         "run": run.model_dump(mode="json"),

@@ -1,0 +1,120 @@
+"""`dist-sae compare`: several runs side by side."""
+
+import argparse
+import csv
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dist_sae.commands import shared
+
+if TYPE_CHECKING:
+    from dist_sae.comparison.matched import Matched
+    from dist_sae.comparison.runs import Compared
+
+
+def add(commands: shared.Commands) -> None:
+    """Add the command."""
+    parser = shared.add_command(commands, "compare", main, "compare the numbers of several runs")
+    parser.add_argument("others", nargs="+", metavar="RUN", help="the runs to compare with it")
+    parser.add_argument(
+        "--match",
+        action="store_true",
+        help="also find which latents of the first run have a near copy in each other run",
+    )
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table as CSV")
+    parser.add_argument("--html", type=Path, metavar="FILE", help="write a page with curves")
+
+
+def main(options: argparse.Namespace) -> None:
+    """Print the table, and write the files that are asked for."""
+    from dist_sae.checkpoint.folder import open_run
+
+    runs = [open_run(place, options.set) for place in (options.run, *options.others)]
+    from dist_sae.comparison.runs import caveats, differing, read_compared
+
+    compared = read_compared(runs)
+    matched = _match(compared) if options.match else {}
+    differences = differing(compared)
+    if options.csv:
+        with options.csv.open("w", newline="") as file:
+            rows = list(_rows(compared, differences))
+            writer = csv.DictWriter(file, rows[0])
+            writer.writeheader()
+            writer.writerows(rows)
+    if options.html:
+        from dist_sae.comparison.page import render_comparison
+
+        options.html.write_text(render_comparison(compared, matched))
+    content = {
+        "runs": list(_rows(compared, differences)),
+        "matched": {label: found._asdict() for label, found in matched.items()},
+        "caveats": caveats(compared),
+    }
+    shared.print_lines(options, content, list(_lines(compared, differences, matched)))
+
+
+def _match(compared: Sequence["Compared"]) -> dict[str, "Matched"]:
+    from dist_sae.comparison.matched import match
+
+    first, *others = compared
+    return {other.label: match(first.run, other.run) for other in others}
+
+
+def _rows(
+    compared: Sequence["Compared"], differences: Mapping[str, Sequence[Any]]
+) -> Iterator[dict[str, Any]]:
+    """A row for each run: its numbers, then the settings that differ."""
+    for number, each in enumerate(compared):
+        settings = {key: values[number] for key, values in differences.items()}
+        yield {"run": each.label, **each.numbers, **settings}
+
+
+def _lines(
+    compared: Sequence["Compared"],
+    differences: Mapping[str, Sequence[Any]],
+    matched: Mapping[str, "Matched"],
+) -> Iterator[str]:
+    from dist_sae.comparison.runs import NUMBERS, caveats
+    from dist_sae.report.shown import shown
+
+    def cell(name: str, value: Any) -> str:
+        return "" if value is None else shown(name, value)
+
+    labels = [each.label for each in compared]
+    numbers = [each.numbers for each in compared]
+    rows = [
+        [each.label, *(cell(n, of[n]) for n in NUMBERS)]
+        for each, of in zip(compared, numbers, strict=True)
+    ]
+    yield from _table([["run", *NUMBERS.values()], *rows])
+    if differences:
+        yield ""
+        yield "settings that differ"
+        for key, values in differences.items():
+            runs_of: dict[str, list[str]] = {}
+            for label, value in zip(labels, values, strict=True):
+                if value is not None:
+                    runs_of.setdefault(str(value), []).append(label)
+            said = "; ".join(f"{value} ({', '.join(of)})" for value, of in runs_of.items())
+            yield f"  {key}: {said}"
+    if matched:
+        yield ""
+        yield f"latents of {labels[0]} with a near copy"
+        for label, found in matched.items():
+            decades = [f"from 1e{d} {shown('_share', s)}" for d, s in found.by_decade.items()]
+            yield f"  in {label}: {', '.join([shown('_share', found.share), *decades])}"
+    for line in caveats(compared):
+        yield ""
+        yield line
+
+
+def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
+    """Lines of a table: the first column to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        first, *others = (
+            cell.rjust(width) if number else cell.ljust(width)
+            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
+        )
+        yield "  ".join([first, *others]).rstrip()

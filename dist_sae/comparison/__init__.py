@@ -1,0 +1,1 @@
+"""Runs beside one another: what differs between them, their numbers, their latents."""

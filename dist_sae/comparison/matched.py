@@ -1,0 +1,122 @@
+"""Latents that two dictionaries have in common: near copies, by how often they fire.
+
+A latent has a near copy in another dictionary if the cosine of its decoder row with some row there
+is above .9, as in `duplicate_share`. Rows are compared in the scale of the model, so that the
+constant scales of sites, which each run measures for itself, play no part. Looked at are 4,096
+latents, evenly spaced in the order of their frequency; of fewer, all.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import NamedTuple, TypeVar
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.nn.functional import normalize
+
+from dist_sae.checkpoint.trained import Trained, none_yet, use_trained
+from dist_sae.config import Run
+from dist_sae.dictionaries.metrics import DUPLICATE_COSINE, DUPLICATES_CHUNK_LATENTS, DUPLICATES_OF
+from dist_sae.errors import ConfigError, NoIndexError
+from dist_sae.index.query import Index
+from dist_sae.storage import open_store
+
+Result = TypeVar("Result")
+
+
+class Matched(NamedTuple):
+    """Share of a dictionary's latents that have a near copy in another."""
+
+    share: float
+    by_decade: dict[int, float]
+    """The same for latents whose density is from 10^decade to ten times that; empty if the first
+    run has no latent index."""
+
+
+class _Chosen(NamedTuple):
+    rows: Float[Tensor, "chosen d_out"]
+    """Unit decoder rows."""
+    densities: Float[NDArray[np.float64], " chosen"] | None
+
+
+@torch.no_grad()
+def match(one: Run, other: Run) -> Matched:
+    """Find near copies of the latents of one run's newest dictionary in another's.
+
+    Raises:
+        ConfigError: They cannot be compared, or one has no checkpoint.
+        PlanMismatchError: A run file differs from the run that was trained with it.
+        CorruptObjectError: A checkpoint, or the index of the first, is damaged.
+    """
+    for run in (one, other):
+        if not run.sae.has_latent_rows:
+            raise ConfigError(f"{run.name}: latents of sae.kind {run.sae.kind} cannot be matched")
+    if one.writes != other.writes:
+        sites = " and ".join(f"{run.name} writes {', '.join(run.writes)}" for run in (one, other))
+        raise ConfigError(f"{sites}: latents can be matched where both write the same sites")
+    chosen = _use(one, _choose)
+    copied = (
+        _use(other, lambda trained: _nearest(chosen.rows, trained)) > DUPLICATE_COSINE
+    ).numpy()
+    by_decade = {}
+    if chosen.densities is not None:
+        fires = chosen.densities > 0
+        decades = np.floor(np.log10(chosen.densities[fires])).astype(int)
+        by_decade = {int(d): float(copied[fires][decades == d].mean()) for d in np.unique(decades)}
+    return Matched(float(copied.mean()), by_decade)
+
+
+def _use(run: Run, use: Callable[[Trained], Result]) -> Result:
+    store = open_store(run.store.runs, run.store.s3)
+    found = use_trained(store, run, None, use, memory_bytes=run.evaluate.memory_bytes)
+    if found is None:
+        raise none_yet(store, run)
+    return found
+
+
+def _choose(trained: Trained) -> _Chosen:
+    densities = _densities(trained)
+    n = trained.pages.n_latents
+    order = np.arange(n) if densities is None else np.argsort(densities, kind="stable")
+    places = np.linspace(0, n - 1, min(n, DUPLICATES_OF)).astype(int)
+    latents = np.sort(order[places])
+    parts, first = [], 0
+    for rows in _directions(trained):
+        here = latents[(latents >= first) & (latents < first + len(rows))]
+        parts.append(rows[torch.from_numpy(here - first)])
+        first += len(rows)
+    return _Chosen(torch.cat(parts), None if densities is None else densities[latents])
+
+
+def _nearest(rows: Tensor, trained: Trained) -> Float[Tensor, " chosen"]:
+    """The highest cosine of each row with a decoder row."""
+    cosines = torch.full((len(rows),), -1.0)
+    for part in _directions(trained):
+        for piece in torch.split(part, DUPLICATES_CHUNK_LATENTS):
+            torch.maximum(cosines, (rows @ piece.T).amax(1), out=cosines)
+    return cosines
+
+
+def _directions(trained: Trained) -> Iterator[Float[Tensor, "some d_out"]]:
+    """Parts of the decoder in the scale of the model, with rows of unit length."""
+    normalisers = trained.normalisers
+    scales = torch.empty(normalisers.widths.d_out)
+    for site, columns in normalisers.columns.items():
+        scales[columns] = normalisers.of[site].scale
+    for part in trained.pages.parts("W_dec"):
+        yield normalize(part / scales, dim=1)
+
+
+def _densities(trained: Trained) -> Float[NDArray[np.float64], " n_latents"] | None:
+    """Share of rows on which each latent fires; None if the checkpoint has no latent index."""
+    run, checkpoint = trained.run, trained.checkpoint
+    try:
+        store = open_store(run.store.runs, run.store.s3)
+        index = Index(store, run.name, step=checkpoint.step)
+    except NoIndexError:
+        return None
+    if index.manifest.checkpoint != checkpoint.digest:
+        return None
+    return np.concatenate([part["density"].to_numpy() for part in index.latents(["density"])])

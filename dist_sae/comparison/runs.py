@@ -1,0 +1,125 @@
+"""What runs have in their folders, made comparable."""
+
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from dist_sae.checkpoint.trained import find_checkpoint, trained_run
+from dist_sae.config import Run
+from dist_sae.config.fingerprint import PLAN_SECTIONS, run_fingerprint
+from dist_sae.evaluation.subject import evaluation_key, read_evaluation, training_seconds
+from dist_sae.storage import open_store
+from dist_sae.telemetry.history import read_history
+from dist_sae.telemetry.metrics import listed
+
+NUMBERS = {
+    "step": "Step",
+    "trained_rows": "Rows trained",
+    **{metric.short: metric.title for metric in listed("card")},
+    "duplicate_share": "Duplicates",
+    "rows_per_second": "Rows/s in training",
+}
+"""Columns of the table and their headings. All but the first two and the last are of the
+evaluation."""
+_HELD_OUT = ("plan", "rows", "site")
+"""By which the rows of an evaluation are known."""
+
+
+class Compared(NamedTuple):
+    """A run beside others."""
+
+    label: str
+    """Its name; where several have it, with the store of runs before it."""
+    run: Run
+    settings: Mapping[str, Any]
+    """The settings that decide its result, `section.key` by value."""
+    step: int | None
+    """Of the newest checkpoint; None if there is none."""
+    evaluation: Mapping[str, Any]
+    """Held-out results; empty if there are none."""
+    history: Sequence[Mapping[str, Any]]
+    """Records of training, one a step."""
+
+    @property
+    def numbers(self) -> dict[str, Any]:
+        """`NUMBERS` by name; None where it is not known."""
+        seconds = training_seconds(self.history, self.step or 0)
+        trained = None if self.step is None else self.step * self.run.train.batch_rows
+        speed = trained / seconds if trained and seconds else None
+        own = {"step": self.step, "trained_rows": trained, "rows_per_second": speed}
+        return {name: own.get(name, self.evaluation.get(name)) for name in NUMBERS}
+
+    @property
+    def command(self) -> str:
+        """The run as a command takes it: its folder."""
+        return f"{self.run.store.runs}/{self.run.name}"
+
+
+def read_compared(runs: Sequence[Run]) -> list[Compared]:
+    """Read what each run has so far.
+
+    Raises:
+        PlanMismatchError: A run file differs from the run that was trained with it.
+        StoreError: A store cannot be read.
+    """
+    names = Counter(run.name for run in runs)
+    return [_read(run, alone=names[run.name] == 1) for run in runs]
+
+
+def _read(run: Run, *, alone: bool) -> Compared:
+    store = open_store(run.store.runs, run.store.s3)
+    checkpoint = find_checkpoint(store, run, None)
+    own = run if checkpoint is None else trained_run(checkpoint, run)
+    return Compared(
+        run.name if alone else f"{run.store.runs}/{run.name}",
+        own,
+        dict(_flat(run_fingerprint(own))),
+        None if checkpoint is None else checkpoint.step,
+        read_evaluation(store, evaluation_key(run.name)) or {},
+        read_history(store, run.name),
+    )
+
+
+def differing(compared: Sequence[Compared]) -> dict[str, list[Any]]:
+    """Settings that are not the same in all runs: the values, in the runs' order.
+
+    A run whose recipe has no such setting has None. Names do not count.
+    """
+    keys = dict.fromkeys(key for each in compared for key in each.settings)
+    values = {key: [each.settings.get(key) for each in compared] for key in keys if key != "name"}
+    return {key: of_runs for key, of_runs in values.items() if len(set(map(str, of_runs))) > 1}
+
+
+def caveats(compared: Sequence[Compared]) -> list[str]:
+    """What to know before numbers are compared, a sentence each."""
+    found = []
+    for each in compared:
+        if each.step is None:
+            found.append(f"{each.label}: has no checkpoint yet.")
+        elif not each.evaluation:
+            found.append(f"{each.label}: is not evaluated; run dist-sae evaluate {each.command}.")
+        elif each.evaluation["step"] != each.step:
+            of, newest = each.evaluation["step"], each.step
+            remedy = f"run dist-sae evaluate {each.command}"
+            found.append(f"{each.label}: was evaluated at step {of:,} of {newest:,}; {remedy}.")
+    groups: dict[tuple[Any, ...], list[str]] = {}
+    for each in compared:
+        if each.evaluation:
+            rows = tuple(each.evaluation.get(name) for name in _HELD_OUT)
+            groups.setdefault(rows, []).append(each.label)
+    if len(groups) > 1:
+        sets = (
+            f"{', '.join(labels)} on {rows:,} rows of {site} (plan {plan[:8]})"
+            for (plan, rows, site), labels in groups.items()
+        )
+        found.append(f"Held-out numbers are of different rows: {'; '.join(sets)}.")
+    return found
+
+
+def _flat(settings: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, Any]]:
+    for key, value in settings.items():
+        # which text and model is said by the plan that they share, or do not
+        if isinstance(value, Mapping) and key not in PLAN_SECTIONS:
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
