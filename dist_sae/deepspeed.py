@@ -15,7 +15,9 @@ def import_deepspeed() -> Any:
     import deepspeed
 
     logging.getLogger("DeepSpeed").setLevel(logging.WARNING)
-    # DeepSpeed's all-reduce for inference compiles for a minute at first use, ends processes under
-    # torchrun and leaves 66 MiB per rank in /dev/shm; Gloo and NCCL do the same without it.
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # None of its compiled operators is used. To look which ones could be runs compilers, queries
+    # GPUs and warns where there is no nvcc. One would be chosen unasked: its all-reduce for
+    # inference, which compiles for a minute, ends processes under torchrun and leaves 66 MiB per
+    # rank in /dev/shm; Gloo and NCCL do the same without it.
+    deepspeed.ops.__compatible_ops__ = {}
     return deepspeed

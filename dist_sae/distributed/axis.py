@@ -13,6 +13,10 @@ from torch.autograd.function import once_differentiable
 
 from dist_sae.dictionaries.axis import LatentAxis
 
+# names of torch 2.13, where the older ones warn
+_all_gather = getattr(dist, "all_gather_single", None) or dist.all_gather_into_tensor
+_reduce_scatter = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
+
 entered = 0
 """Number of collectives that this rank has entered."""
 seconds = 0.0
@@ -97,7 +101,7 @@ class _ScatterSum(torch.autograd.Function):
             return parts.view_as(parts)
         own = parts.new_empty(len(parts) // shards, *parts.shape[1:])
         with collective():
-            dist.reduce_scatter_single(own, parts.contiguous(), group=group)
+            _reduce_scatter(own, parts.contiguous(), group=group)
         return own
 
     @staticmethod
@@ -152,7 +156,7 @@ def _gathered(tensor: Tensor, group: dist.ProcessGroup, ranks: int) -> Tensor:
         return tensor
     whole = tensor.new_empty(ranks * len(tensor), *tensor.shape[1:])
     with collective():
-        dist.all_gather_single(whole, tensor.contiguous(), group=group)
+        _all_gather(whole, tensor.contiguous(), group=group)
     return whole
 
 

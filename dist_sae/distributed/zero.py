@@ -67,6 +67,7 @@ def deepspeed_config(run: Run) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,  # offloaded, it is the same fused Adam
         "zero_allow_untested_optimizer": True,
         "steps_per_print": _NEVER,
+        "timers": {"throughput": {"enabled": False}},  # it waits for the device, twice a step
     }
     return _merged(derived, run.train.deepspeed)
 

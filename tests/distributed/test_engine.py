@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from dist_sae.config import Run, load_run
+from dist_sae.deepspeed import import_deepspeed
 from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.init import initialise_tied
@@ -341,6 +342,40 @@ def test_keys_that_deepspeed_knows_pass(tmp_path: Path) -> None:
     others = {"wall_clock_breakdown": True, "communication_data_type": "fp32"}
     later = {"seq_parallel_communication_data_type": "fp32", "memory_breakdown": True}
     check_deepspeed(make_run(tmp_path, deepspeed={"zero_optimization": offload} | others | later))
+
+
+def test_deepspeed_never_waits_for_the_device(
+    tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its throughput timer would, twice a step from the third on."""
+    from deepspeed.accelerator import get_accelerator
+
+    waits: list[str] = []
+    xs = batches(5)
+    _, engine = build(tmp_path, "deepspeed", mesh, xs[0])
+    monkeypatch.setattr(type(get_accelerator()), "synchronize", lambda *_: waits.append("waited"))
+    losses(engine, xs)
+    assert waits == []
+
+
+def test_deepspeed_does_not_look_for_compilers(
+    tmp_path: Path, mesh: Mesh, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """That runs nvcc for each of its operators, and warns where there is none."""
+    deepspeed = import_deepspeed()
+    from deepspeed.comm.torch import build_shm_op
+
+    probed: list[str] = []
+    monkeypatch.setattr(
+        "deepspeed.ops.op_builder.builder.probe_is_compatible",
+        lambda builder: bool(probed.append(builder.name)),
+    )
+    monkeypatch.delitem(vars(deepspeed.ops), "__compatible_ops__", raising=False)
+    import_deepspeed()
+    assert build_shm_op() is None
+    xs = batches(1)
+    losses(build(tmp_path, "deepspeed", mesh, xs[0])[1], xs)
+    assert probed == []
 
 
 def test_shards_of_state_cannot_be_saved_in_place(tmp_path: Path) -> None:
