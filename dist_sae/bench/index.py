@@ -21,6 +21,7 @@ from torch import Tensor
 from dist_sae.bench.measuring import compare, medians, peak_memory
 from dist_sae.config import Run
 from dist_sae.data.activation_set import ActivationSet
+from dist_sae.device import own_device
 from dist_sae.dictionaries.axis import WHOLE
 from dist_sae.index.cells import stored_cells
 from dist_sae.index.coactive import Sample
@@ -61,7 +62,7 @@ def bench_index(run: Run, *, units: int) -> dict[str, Any]:
         latent's page, the first read of its bucket included); `stage_2_peak_bytes`, beyond what was
         in memory before.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = own_device()
     with _opened(run, units) as opened:
         with open_encoder(opened, WHOLE, device, threading.Event()) as encoder:
             records, pairs = _stage_1(opened, encoder)

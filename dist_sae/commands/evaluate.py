@@ -17,7 +17,7 @@ def add(commands: shared.Commands) -> None:
 
 def main(options: argparse.Namespace) -> int | None:
     """Evaluate, as one process, as the rank that RANK and WORLD_SIZE name, or as their parent."""
-    run = shared.load(options)
+    run = shared.load_for_device(options)
     if options.local_ranks > 1:
         from dist_sae.distributed.local_ranks import rank_environments
 
@@ -27,6 +27,7 @@ def main(options: argparse.Namespace) -> int | None:
         arguments = ["evaluate", *step, *as_json]
         stopping = signals.stop_event()
         return shared.run_local_ranks(options, run, arguments, environments, stopping)
+    from dist_sae.distributed.mesh import alone
     from dist_sae.evaluation.evaluate import evaluate
     from dist_sae.evaluation.together import evaluate_together
 
@@ -42,7 +43,7 @@ def main(options: argparse.Namespace) -> int | None:
     world = int(os.environ.get("WORLD_SIZE", "1"))
     with shared.short_lived(run, "evaluate") as telemetry:
         if world == 1:
-            result = evaluate(run, telemetry, options.step)
+            result = evaluate(run, telemetry, options.step, alone())
         else:
             result = evaluate_together(run, world, telemetry, options.step)
     if shared.rank() == 0:

@@ -31,7 +31,7 @@ def add(commands: shared.Commands) -> None:
 
 def main(options: argparse.Namespace) -> int | None:
     """Index as one process, or as the parent of a worker's ranks."""
-    run = shared.load(options)
+    run = shared.load_for_device(options)
     from dist_sae.data.work_queue import Worker
     from dist_sae.distributed.local_ranks import rank_environments
     from dist_sae.index.build import index

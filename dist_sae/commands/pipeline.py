@@ -18,6 +18,7 @@ from typing import IO, Any
 from dist_sae.checkpoint.folder import run_file_key
 from dist_sae.config import Run
 from dist_sae.config.base import folder_of
+from dist_sae.device import check_gpus, share_gpus
 from dist_sae.distributed.local_ranks import rank_environments
 from dist_sae.distributed.supervisor import start, supervise
 from dist_sae.errors import (
@@ -53,7 +54,9 @@ def run_locally(
     Raises:
         Stopped: `stopping` was set, and everything is saved.
         ProcessFailedError: A process failed; the message is its own.
+        ConfigError: Ranks that need a GPU each outnumber the GPUs.
     """
+    _check_gpus(run)
     arguments = [path, *(argument for override in overrides for argument in ("--set", override))]
     logs = _log_folder(run)
     try:
@@ -104,36 +107,46 @@ def _is_indexed(run: Run, stopping: threading.Event) -> bool:
     return is_indexed(run, stopping)
 
 
+def _check_gpus(run: Run) -> None:
+    """Check that all ranks which exchange tensors have a GPU each; others may share one."""
+    check_gpus("processes.trainers", run.processes.trainers)
+    check_gpus("model.tensor_parallel", run.tensor_parallel)
+    if run.index.workers:
+        check_gpus("index.latent_shards", run.index.latent_shards)
+
+
 def _workers(run: Run, child: Callable[..., "Child"]) -> list["Child"]:
-    """Producers and trainer ranks, which share the cores."""
+    """Producers and trainer ranks, which share the cores and the GPUs."""
     producers, trainers = run.processes.producers, run.processes.trainers
     each = run.tensor_parallel  # processes of a producer
     n = producers * each + trainers
     common = _threads(run, n)
+    of_trainers, *of_producers = share_gpus([trainers, *[each] * producers])
     children = []
-    for i in range(producers):
+    for i, gpus in enumerate(of_producers):
         worker = f"{run.name}-producer-{i}"
         for rank, rendezvous in enumerate(rank_environments(each, each)):
             name = f"producer-{i}" if each == 1 else f"producer-{i}-{rank}"
             which = "--worker", worker, "--index", i, "--port-offset", i * each + rank
-            children.append(child(name, "produce", *which, **common, **rendezvous))
+            children.append(child(name, "produce", *which, **common, **gpus, **rendezvous))
     for rank, rendezvous in enumerate(rank_environments(trainers, trainers)):
         port = "--port-offset", producers * each + rank
-        children.append(child(f"trainer-{rank}", "train", *port, **common, **rendezvous))
+        of_rank = common | of_trainers | rendezvous
+        children.append(child(f"trainer-{rank}", "train", *port, **of_rank))
     return children
 
 
 def _indexers(run: Run, child: Callable[..., "Child"]) -> list["Child"]:
-    """Workers of the latent index, which share the cores."""
+    """Workers of the latent index, which share the cores and the GPUs."""
     workers, each = run.index.workers, run.index.latent_shards
     common = _threads(run, workers * each)
     children = []
-    for i in range(workers):
+    for i, gpus in enumerate(share_gpus([each] * workers)):
         worker = f"{run.name}-index-{i}"
         for rank, rendezvous in enumerate(rank_environments(each, each)):
             name = f"index-{i}" if each == 1 else f"index-{i}-{rank}"
             which = "--worker", worker, "--index", i, "--port-offset", i * each + rank
-            children.append(child(name, "index", *which, **common, **rendezvous))
+            children.append(child(name, "index", *which, **common, **gpus, **rendezvous))
     return children
 
 

@@ -14,7 +14,7 @@ def add(commands: shared.Commands) -> None:
 
 def main(options: argparse.Namespace) -> None:
     """Run all programs, and print the numbers of the evaluation."""
-    run = shared.load(options)
+    run = shared.load_for_device(options)
     from dist_sae.commands.pipeline import run_locally
 
     stopping = signals.stop_event()

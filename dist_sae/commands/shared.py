@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import sys
 import threading
@@ -15,6 +16,8 @@ if TYPE_CHECKING:
     from dist_sae.config import Run
     from dist_sae.kubernetes.cluster import Cluster
     from dist_sae.telemetry.exporter import Telemetry
+
+logger = logging.getLogger(__name__)
 
 Commands = Any
 """Where a command is added: what `add_subparsers` returns."""
@@ -93,6 +96,20 @@ def load(options: argparse.Namespace) -> "Run":
     return open_run(options.run, options.set)
 
 
+def load_for_device(options: argparse.Namespace) -> "Run":
+    """Read the run of a program that computes; `processes.device` holds from here on.
+
+    Raises:
+        ConfigError: It asks for a GPU, and none can be used.
+    """
+    run = load(options)
+    from dist_sae.device import settle_device
+
+    if warning := settle_device(run.processes.device):
+        logger.warning("%s", warning)
+    return run
+
+
 def open_cluster(options: argparse.Namespace) -> tuple["Run", "Cluster"]:
     """Read the run, and open its namespace on the cluster."""
     run = load(options)
@@ -135,10 +152,15 @@ def run_local_ranks(
         environments: Environment variables of each rank.
         stopping: When set, all are told to save and stop.
         first_rank: Added to `RANK` in the labels of the metrics.
+
+    Raises:
+        ConfigError: There are GPUs, but fewer than ranks.
     """
+    from dist_sae.device import check_gpus
     from dist_sae.distributed.local_ranks import run_ranks
     from dist_sae.telemetry.gather import GatheredTelemetry
 
+    check_gpus("--local-ranks", len(environments))
     program, *others = arguments
     overrides = [word for override in options.set for word in ("--set", override)]
     waiting = ["--wait"] if options.wait else []

@@ -25,7 +25,7 @@ def add(commands: shared.Commands) -> None:
 
 def main(options: argparse.Namespace) -> int | None:
     """Train as one rank, or as the parent of a pod's ranks."""
-    run = shared.load(options)
+    run = shared.load_for_device(options)
     from dist_sae.distributed.local_ranks import rank_environments
     from dist_sae.distributed.mesh import join_mesh
     from dist_sae.distributed.rendezvous import rendezvous

@@ -118,7 +118,12 @@ class ExportConfig(Section):
 
 
 class ProcessesConfig(Section):
-    """Numbers of processes."""
+    """Numbers of processes, and the device they compute on."""
+
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """`auto` uses GPUs where there are any; `cuda` ends with exit code 2 where none can be used, as
+    pods with `gpus` do; `cpu` leaves them alone. The GPUs of a machine are shared out to its
+    processes in turn, trainer ranks first."""
 
     producers: PositiveInt = 1
     """Number of producers; each holds the language model, in `model.tensor_parallel` processes."""

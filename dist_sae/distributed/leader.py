@@ -46,7 +46,7 @@ class Leader:
         self._batches += 1
         self._watch.at(self._batches, working=True)
         result = self._work(tokens, mask)
-        _wait_for_device()
+        _wait_for_device(self._mesh)
         self._watch.at(self._batches, working=False)
         return result
 
@@ -87,14 +87,14 @@ def follow(open_work: Callable[[], Work], mesh: Mesh, watch: Watch) -> None:
         watch.at(batches, working=True)
         assert work is not None
         work(tokens, mask.bool())
-        _wait_for_device()
+        _wait_for_device(mesh)
         watch.at(batches, working=False)
 
 
-def _wait_for_device() -> None:
+def _wait_for_device(mesh: Mesh) -> None:
     """Wait for the device's queue: a rank that hangs there must not look idle."""
-    if torch.cuda.is_available():
-        torch.cuda.current_stream().synchronize()
+    if mesh.device.type == "cuda":
+        torch.cuda.current_stream(mesh.device).synchronize()
 
 
 def _broadcast(mesh: Mesh, what: int = 0, rows: int = 0, length: int = 0) -> list[int]:

@@ -10,10 +10,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from dist_sae.device import device_of, own_device
 from dist_sae.dictionaries.axis import WHOLE, LatentAxis
 from dist_sae.distributed.axis import SameRowsAxis, ShardedAxis
 from dist_sae.distributed.rendezvous import Ranks
-from dist_sae.errors import ConfigError, DivergedError
+from dist_sae.errors import DivergedError
 
 _COLLECTIVE_TIMEOUT = timedelta(minutes=10)
 _FOREVER = timedelta(days=365)
@@ -85,6 +86,11 @@ ALONE = Mesh(0, 1, torch.device("cpu"), WHOLE)
 """A process without others, which uses no GPU."""
 
 
+def alone() -> Mesh:
+    """A process without others, on its own device (`own_device`)."""
+    return ALONE._replace(device=own_device())
+
+
 @contextmanager
 def join_mesh(ranks: Ranks, shards: int = 1) -> Iterator[Mesh]:
     """Create the process groups of a job.
@@ -97,17 +103,10 @@ def join_mesh(ranks: Ranks, shards: int = 1) -> Iterator[Mesh]:
         ConfigError: There are more ranks on this machine than GPUs.
     """
     rank, world = ranks.rank, ranks.world
-    cuda = torch.cuda.is_available()
-    if cuda and ranks.local_rank >= torch.cuda.device_count():
-        raise ConfigError(
-            f"this machine has {torch.cuda.device_count()} GPUs, none for local rank "
-            f"{ranks.local_rank}; start fewer ranks here (processes.trainers, "
-            f"model.tensor_parallel), or set CUDA_VISIBLE_DEVICES= to use the CPU"
-        )
-    device = torch.device("cuda", ranks.local_rank) if cuda else torch.device("cpu")
-    if cuda:
+    device = device_of(ranks.local_rank)
+    if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = "nccl" if cuda else "gloo"
+    backend = "nccl" if device.type == "cuda" else "gloo"
     # DeepSpeed wants a process group of one rank as well; it needs no port
     store = ranks.connect() if world > 1 else dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group(

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 
+from dist_sae.device import local_rank
 from dist_sae.errors import ConfigError, DistSaeError, RankLostError, Stopped
 
 _CONNECT_SECONDS = 5.0  # per attempt: the store may not be open yet
@@ -78,19 +79,18 @@ def rendezvous(
         Stopped: `stopping` was set before all ranks had joined.
     """
     rank, world = int(os.environ.get("RANK", "0")), int(os.environ.get("WORLD_SIZE", "1"))
-    local_rank = int(os.environ.get("LOCAL_RANK", str(rank)))
     if world != expected_world:
         raise ConfigError(
             f"{setting} is {expected_world}, but WORLD_SIZE is {world}; "
             f"start {expected_world} ranks or set {setting}"
         )
     if world == 1:
-        yield Ranks(rank, world, local_rank, (socket.gethostname(),))
+        yield Ranks(rank, world, local_rank(), (socket.gethostname(),))
         return
     _address()  # raises a ConfigError here, not in the thread
     joining = _Joining(rank, world, name, limit_seconds)
     hosts = joining.wait(stopping or threading.Event())
-    yield Ranks(rank, world, local_rank, hosts, joining.generation)
+    yield Ranks(rank, world, local_rank(), hosts, joining.generation)
     del joining  # on rank 0 it owns the store
 
 

@@ -20,6 +20,7 @@ from dist_sae.data.corpus import Corpus
 from dist_sae.data.plan import Plan, as_planned, check_model, read_unit
 from dist_sae.data.row_filters import admitted
 from dist_sae.data.tokens import TokenBatch, cut, pack
+from dist_sae.device import own_device
 from dist_sae.dictionaries.interface import Inference
 from dist_sae.dictionaries.metrics import ce_recovered
 from dist_sae.dictionaries.normaliser import SiteNormalisers
@@ -132,7 +133,7 @@ def cross_entropies(
         "means": fingerprint([means[site].tolist() for site in writes]),
         "batches": fingerprint([batch.tokens.tolist() for batch in batches]),
         "predicted": fingerprint([each.tolist() for each in predicted]),
-        "device": "cuda" if torch.cuda.is_available() else "cpu",
+        "device": own_device().type,
         "versions": {name: versions()[name] for name in ("torch", "transformers")},
     }
     without = cached(

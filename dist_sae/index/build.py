@@ -13,14 +13,11 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
 
-import torch
-
 from dist_sae import logs
 from dist_sae.config import Run
 from dist_sae.data.consumers import retired_below
 from dist_sae.data.work_queue import QueueMetrics, Work, Worker, WorkQueue
-from dist_sae.dictionaries.axis import WHOLE
-from dist_sae.distributed.mesh import Mesh, join_mesh
+from dist_sae.distributed.mesh import Mesh, alone, join_mesh
 from dist_sae.distributed.rendezvous import rendezvous
 from dist_sae.distributed.watch import Watch
 from dist_sae.errors import CorruptObjectError, ObjectNotFoundError, Stopped
@@ -100,7 +97,7 @@ def _join(run: Run, stopping: threading.Event) -> Iterator[tuple[Mesh, Watch | N
     """The ranks of this worker."""
     shards = run.index.latent_shards
     if shards == 1:
-        yield Mesh(0, 1, torch.device("cuda" if torch.cuda.is_available() else "cpu"), WHOLE), None
+        yield alone(), None
         return
     timeouts = run.timeouts
     with (

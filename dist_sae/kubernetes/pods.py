@@ -25,8 +25,8 @@ RUN_FILE = "/etc/dist-sae/run.yaml"
 SCRATCH = "/scratch"
 METRICS = "metrics"
 """Name of the port that Prometheus scrapes."""
-_WAITING = ("produce", "train", "index", "evaluate")
-"""Programs with `--wait`: without JobSet they wait for the part before them."""
+_COMPUTING = ("produce", "train", "index", "evaluate")
+"""Programs that need the GPUs of their pods. Without JobSet they wait for the part before them."""
 USER_ID = 10001
 """The user that the image creates."""
 
@@ -127,7 +127,9 @@ def _containers(run: Run, part: Part) -> list[Object]:
 
 def _container(run: Run, part: Part, name: str, arguments: list[str]) -> Object:
     pods, cluster = pods_of(run, part), run.cluster
-    waits = not cluster.jobset and arguments[0] in _WAITING
+    if pods.gpus and arguments[0] in _COMPUTING:
+        arguments = [*arguments, "--set", "processes.device=cuda"]
+    waits = not cluster.jobset and arguments[0] in _COMPUTING
     devices = {pods.gpu_resource: pods.gpus}
     if isinstance(pods, TrainerPods):
         devices[pods.rdma_resource] = pods.rdma

@@ -119,8 +119,8 @@ class Forward:
         if not next(iter(rows.values())).is_cuda:
             return RowTransfer(rows, None)
         if self._stream is None:
-            self._stream = torch.cuda.Stream()  # type: ignore[no-untyped-call]
-        self._stream.wait_stream(torch.cuda.current_stream())
+            self._stream = torch.cuda.Stream(self._device)  # type: ignore[no-untyped-call]
+        self._stream.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._stream):
             copies = {site: of_site.to("cpu", non_blocking=True) for site, of_site in rows.items()}
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]

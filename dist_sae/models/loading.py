@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from dist_sae.config.data import HuggingFaceModel
+from dist_sae.device import own_device
 from dist_sae.errors import HubUnavailableError, LacksWeightsError, ModelError
 from dist_sae.hub import is_out_of_reach
 from dist_sae.models.sharding import Divider, choose_divider
@@ -157,13 +158,13 @@ def load(
     Raises:
         LacksWeightsError: The files lack some of the weights.
     """
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    warn_if_emulated("model.dtype", config.dtype, torch.device(device))
+    device = own_device()
+    warn_if_emulated("model.dtype", config.dtype, device)
     how: dict[str, Any] = {"dtype": DTYPES[config.dtype]}
     if divider == "transformers":
         how |= {
             "tp_plan": "auto",
-            "device_mesh": init_device_mesh(device, (config.tensor_parallel,)),
+            "device_mesh": init_device_mesh(device.type, (config.tensor_parallel,)),
         }
     elif divider == "deepspeed":
         how = {"dtype": "auto"}

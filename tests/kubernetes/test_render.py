@@ -214,6 +214,19 @@ def test_a_pod_of_the_index_is_one_worker() -> None:
     assert container["ports"][0]["name"] == "metrics"
 
 
+def test_a_pod_with_gpus_does_not_go_without() -> None:
+    """A broken driver ends the program with 2, and with it the run; a CPU would take months."""
+    needed = ["--set", "processes.device=cuda"]
+    for part in ("trainer", "producer", "index"):
+        for gpus in (0, 1):
+            (container,) = pod_of(load(f"cluster.{part}.gpus={gpus}"), part)["containers"]
+            assert (container["args"][-2:] == needed) == bool(gpus)
+    pod = pod_of(load("cluster.reporter.gpus=1"), "reporter")
+    assert pod["initContainers"][0]["args"][-2:] == needed
+    for other in (*pod["initContainers"][1:], *pod["containers"]):
+        assert len(other["args"]) == 2
+
+
 MODEL = "model.tensor_parallel=2", "cluster.producer.gpus=2"
 
 
@@ -236,7 +249,8 @@ def test_the_reporter_evaluates_by_the_ranks_of_the_model_or_of_its_gpus(
     containers: list[Any] = [*pod["initContainers"], *pod["containers"]]
     evaluate, export, report = containers
     together = ["--local-ranks", str(ranks)] if ranks > 1 else []
-    assert evaluate["args"] == ["evaluate", "/etc/dist-sae/run.yaml", *together]
+    assert evaluate["args"][:2] == ["evaluate", "/etc/dist-sae/run.yaml"]
+    assert evaluate["args"][2 : 2 + len(together)] == together
     assert environment(evaluate)["OMP_NUM_THREADS"] == str(8 // ranks)
     for other in (export, report):
         assert len(other["args"]) == 2
