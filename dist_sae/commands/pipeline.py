@@ -35,8 +35,8 @@ from dist_sae.storage import open_store
 from dist_sae.training.progress import ProgressView
 
 _WARNING = re.compile(r"\S+ (WARNING|ERROR) dist_sae\S*: (.+)")  # as `logs` has them
-_GRACE_SECONDS = 60.0  # to finish a step and save, when the user asks to stop
-_FAILED_GRACE_SECONDS = 5.0  # for the others when one has failed: ranks may hang without it
+GRACE_SECONDS = 60.0  # to finish a step and save, when the user asks to stop
+FAILED_GRACE_SECONDS = 5.0  # for the others when one has failed: ranks may hang without it
 
 
 def run_locally(
@@ -279,8 +279,8 @@ def run_together(
         ends = supervise(
             [child.start for child in children],
             stopping,
-            failed_grace_seconds=_FAILED_GRACE_SECONDS,
-            stop_grace_seconds=_GRACE_SECONDS,
+            failed_grace_seconds=FAILED_GRACE_SECONDS,
+            stop_grace_seconds=GRACE_SECONDS,
         )
     finally:
         for child in children:

@@ -16,6 +16,7 @@ import pytest
 from rich.console import Console
 
 from dist_sae.checkpoint.layout import Checkpoints
+from dist_sae.commands import pipeline
 from dist_sae.commands.pipeline import Child, run_together
 from dist_sae.config.data import S3Config
 from dist_sae.errors import ProcessFailedError
@@ -152,9 +153,17 @@ def test_a_failing_process_ends_the_run_with_its_own_error(
 )
 @pytest.mark.parametrize("with_others", [True, False])
 def test_the_one_that_failed_first_is_blamed(
-    tmp_path: Path, last_words: str, code: int, message: str, *, with_others: bool
+    tmp_path: Path,
+    last_words: str,
+    code: int,
+    message: str,
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    with_others: bool,
 ) -> None:
     """And not the other, which is ended by us for not heeding the signal."""
+    for grace in ("GRACE_SECONDS", "FAILED_GRACE_SECONDS"):
+        monkeypatch.setattr(pipeline, grace, 0.5)
     deaf = "import signal, time; signal.signal(15, signal.SIG_IGN); print('{}', flush=True); "
     view = ProgressView()
     children = [
