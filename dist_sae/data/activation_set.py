@@ -42,9 +42,9 @@ class ActivationSet:
 
     Args:
         store: The set.
-        sites: Where the rows are from.
+        sites: The sites to read.
         stopping: Ends the waits for units that do not exist yet.
-        wait: Whether to wait for them at all.
+        wait: Whether to wait for such units at all.
         patience_seconds: Seconds without a sign of a producer after which a wait fails. A trainer
             has no limit: producers may come much later.
     """
@@ -80,7 +80,7 @@ class ActivationSet:
         """Return the manifest of a unit as soon as it exists.
 
         Args:
-            waiting: Called now and then with the seconds that there has been none.
+            waiting: Called now and then with the seconds waited so far.
 
         Raises:
             ObjectNotFoundError: It does not exist, and this reader does not wait.

@@ -33,7 +33,7 @@ class ReadyUnits:
         self._show = show
         self._complete_pages = 0
         self._over = threading.Event()
-        # a daemon: the store may be patient for longer than anyone wants to wait for a number
+        # a daemon, because the store may retry for longer than anyone waits for this number
         self._thread = threading.Thread(target=self._look, name="backlog", daemon=True)
 
     def __enter__(self) -> "ReadyUnits":

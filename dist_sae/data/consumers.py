@@ -1,11 +1,11 @@
-"""Progress of each training run, by which producers wait and consumed shards are deleted.
+"""Progress of each training run: producers wait by it, and consumed shards are deleted by it.
 
-    consumers/<run>.json    rewritten while the run goes, also while it waits; its age, by the
-                            store's clock, tells whether it still goes
-    retired.json            units below are consumed and their shards deleted; it never falls
+    consumers/<run>.json    rewritten while the run lives, also while it waits for data; its age,
+                            by the store's clock, shows whether the run still lives
+    retired.json            a number that never falls: shards of units below it are deleted
 
-A run that has not rewritten its object for `store.consumer_expiry_hours` is abandoned: nobody waits
-for it, and nothing is kept for it.
+A run that has not rewritten its object for `store.consumer_expiry_hours` is abandoned: producers do
+not wait for it, and no shards are kept for it.
 """
 
 import logging
@@ -36,9 +36,9 @@ class Consumer(Record):
     schema_version: Literal[1] = 1
     run: str
     reached: int
-    """Lowest unit that it reads now. `store.max_ahead_units` counts from here."""
+    """Lowest unit that the run reads now. `store.max_ahead_units` counts from here."""
     needed: int
-    """Lowest unit that it would read again from its last checkpoint."""
+    """Lowest unit that the run would read again from its last checkpoint."""
 
 
 class Retired(Record):
@@ -65,8 +65,8 @@ def kept_units(store: ObjectStore, plan: Plan) -> range:
 def lowest_unit(plan: Plan, cursors: Mapping[int, StreamCursor], *, keeps: bool) -> int:
     """Return the lowest unit of the windows that are being read.
 
-    A run of one pass that has ended reads its last windows again; with more (`keeps`) every unit
-    has been there once.
+    A stream that has ended after its only pass reads its last window again. In a later pass of
+    several (`keeps`) every unit has been read once, so the position is past all units.
     """
     return min(
         (
@@ -105,7 +105,7 @@ class Consumers:
         self._store = store
         self._expiry_seconds = 3600 * expiry_hours
         self.renew_seconds = min(_RENEW_SECONDS, self._expiry_seconds / 3)
-        """Seconds after which a run that goes reports again."""
+        """Seconds after which a living run reports again."""
         self._abandoned: set[str] = set()
 
     def report(self, run: str, *, reached: int, needed: int) -> None:
@@ -119,12 +119,12 @@ class Consumers:
         for key, entry in list(_CONSUMERS.entries(self._store)):
             try:
                 consumer = read_record(Consumer, self._store, entry.key)
-            except ObjectNotFoundError:  # deleted since
+            except ObjectNotFoundError:  # deleted after it was listed
                 continue
             if consumer.run == key["run"]:
                 found.append((consumer, entry))
             else:
-                warn_of_foreign(self._store, _CONSUMERS.folder, entry.key)  # a copy
+                warn_of_foreign(self._store, _CONSUMERS.folder, entry.key)  # a copied object
         return found
 
     def is_abandoned(self, entry: Entry) -> bool:
@@ -220,7 +220,7 @@ class Registration:
         self._has_begun = False
         self._reporting = threading.Lock()
         self._over = threading.Event()
-        # a daemon: the store may be patient for longer than anyone wants to wait for a repetition
+        # a daemon, because the store may retry for longer than anyone waits for a repetition
         self._thread = threading.Thread(target=self._renew, name="consumer", daemon=True)
 
     def __enter__(self) -> "Registration":

@@ -3,8 +3,8 @@
 A corpus is a list of files; a document is addressed by a `Span` of neighbouring documents in
 one file.
 
-Text is known by its content. A planned file is looked for among the run's files by its checksum,
-and documents that are read together are compared with the checksum that the plan has of them.
+Text is known by its content. A planned file is found among the run's files by its checksum, and
+the documents of a unit are compared with the checksum that the plan has of them.
 """
 
 import hashlib
@@ -23,10 +23,10 @@ from dist_sae.errors import CorpusError
 
 logger = logging.getLogger(__name__)
 
-_SAID_EVERY = 1000  # documents
+_SAID_EVERY = 1000  # documents between calls of `said`
 MOST_SPANS = 200_000
-"""Limit that keeps plan.json small; in larger corpora neighbours travel together."""
-_DIGEST_BYTES = 16  # of a document
+"""Most spans, so that plan.json stays small; in larger corpora a span has several documents."""
+_DIGEST_BYTES = 16  # length of a document's checksum
 
 
 class Span(NamedTuple):
@@ -49,7 +49,7 @@ class Document(NamedTuple):
 
 
 class CorpusIndex(NamedTuple):
-    """All that a plan needs to know of a corpus."""
+    """Everything that a plan needs to know about a corpus."""
 
     files: tuple[CorpusFile, ...]
     spans: list[Span]
@@ -142,9 +142,9 @@ class Corpus:
                 raise changed(", ".join(names.values()))
         except CorpusError:
             self._files.hash_again()
-            self._present(files, spans)  # says which file it is
+            self._present(files, spans)  # raises an error that names the file
             raise
-        self._present(files, spans)  # written anew while it was read
+        self._present(files, spans)  # a file may have been written anew meanwhile
         return documents
 
     def holds(self, files: Sequence[CorpusFile], commit: str | None = None) -> bool:

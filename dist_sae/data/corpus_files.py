@@ -1,4 +1,4 @@
-"""The files of a corpus: where they lie, their local copies and their content.
+"""The files of a corpus: their places, their local copies and their checksums.
 
 Compressed, parquet and remote files are unpacked once per process into a scratch folder, so that
 every span of documents is one ranged read.
@@ -49,7 +49,7 @@ class CorpusFile(BaseModel):
     fingerprint: str
     """sha256 of its unpacked bytes; for a data set, of the checksums of its documents."""
     bytes: int | None = Field(None, exclude_if=lambda size: size is None)
-    """Size of the file as it lies; None for what is no file, and in plans of earlier versions."""
+    """Size of the stored file; None for a data set, and in plans of earlier versions."""
 
 
 class CorpusFiles:
@@ -61,7 +61,7 @@ class CorpusFiles:
 
     def __init__(self, config: CorpusConfig, s3: S3Config) -> None:
         self.config = config
-        # caches, one entry per file
+        # caches with one entry per file
         self.names = cache(self._find_names)
         """Names of the files, in order."""
         self.texts = cache(self._open)
@@ -71,12 +71,12 @@ class CorpusFiles:
         self._named = cache(lambda: dict.fromkeys(self.names()))
         self._namesakes = cache(self._find_namesakes)
         self._local = cache(self._unpack)
-        self._hash = cache(_hash)  # of a path in a state
+        self._hash = cache(_hash)  # keyed by path and `state`
         self._bucket = cache(lambda bucket: open_store(f"s3://{bucket}", s3))
         self._scratch = cache(self._make_scratch)
 
     def hash_again(self) -> None:
-        """Forget the fingerprints: a file may be another although its size and time are not."""
+        """Forget the fingerprints: a file may have changed while its size and time have not."""
         self._hash.cache_clear()
 
     def pin(self) -> str | None:
@@ -111,7 +111,7 @@ class CorpusFiles:
         problem: CorpusError | None = None
         try:
             names = self._named()
-        except CorpusError as exc:  # a path relative to another folder: the plan has it whole
+        except CorpusError as exc:  # a relative path may not exist here; the plan has absolute ones
             problem = exc
         for name in self._candidates(file, names, planned):
             try:
@@ -135,7 +135,7 @@ class CorpusFiles:
             yield file.name
         namesakes = self._namesakes().get(Path(file.name).name, {}) if names else {}
         for name in chain(namesakes, (name for name in names if name not in namesakes)):
-            # the plan's other files are taken to be there still: none is fetched to look for this
+            # another planned file of another size is skipped, or it would be fetched for nothing
             other = name in planned and file.bytes not in (None, self.size(name))
             if name != file.name and not other:
                 yield name
@@ -158,7 +158,7 @@ class CorpusFiles:
             if not matches:
                 raise CorpusError(f"{pattern}: no such file; correct corpus.files")
             names += [str(Path(match).absolute()) for match in matches]
-        return list(dict.fromkeys(names))  # a file that two patterns match is read once
+        return list(dict.fromkeys(names))  # two patterns may match one file
 
     def _find_namesakes(self) -> dict[str, dict[str, None]]:
         """Group the files by the last part of their names."""

@@ -1,9 +1,12 @@
-"""Dealing documents to units by size, so that units and above all streams have equal rows.
+"""Assignment of documents to units, such that streams, and their units, have about equal rows.
 
-Long documents are dealt before short ones (by powers of two), documents of about one length in a
-seeded random order. Each goes to the stream with the fewest rows, and within the stream to the unit
-that it fills least. So which documents meet is random, and streams differ by less than a short
-document, unless one document alone is longer than a stream.
+Equal streams matter most: rows beyond the shortest stream are not trained on.
+
+Documents are sorted into classes of length (powers of two). Longer classes are dealt first, and
+the documents of a class in a seeded random order. Each document goes to the stream with the fewest
+rows, and within the stream to the unit that is filled least. So it is random which documents share
+a unit, and streams differ by less than a short document, unless one document alone is longer than
+a stream.
 """
 
 from typing import NamedTuple
@@ -14,8 +17,8 @@ from numpy.typing import NDArray
 _STREAMS = 8  # unless a long document, the ranks or the batch need another number
 _MOST_UNIT_ROWS = 65_536
 _LEAST_UNIT_ROWS = 512
-_WINDOWS = 8  # of a stream, at least, before units reach their largest
-_FIRST_ROWS = 65_536  # of all streams' first windows: what training waits for
+_WINDOWS = 8  # least number of windows in a stream, which bounds the size of units
+_FIRST_ROWS = 65_536  # in the first windows of all streams, for which training waits
 
 
 class Layout(NamedTuple):
@@ -89,7 +92,7 @@ def hold_out(
     lengths = np.where(rows[order] <= wanted, rows[order], 0)[::-1]
     taken = ((lengths > 0) & (np.cumsum(lengths) - lengths / 2 <= wanted))[::-1]
     if not taken.any():
-        giving = np.flatnonzero(rows[order])  # a document that gives no rows is none to measure on
+        giving = np.flatnonzero(rows[order])  # documents without rows cannot measure
         shortest = giving[np.argmin(rows[order][giving])] if len(giving) else 0
         taken[shortest] = True
     return order[~taken], order[taken]

@@ -1,10 +1,11 @@
 """Estimate of the rows that each document gives, before anything is produced.
 
-The sizes of all texts are known from reading them once. A small corpus is tokenised whole, so that
-its estimate is exact but for rows that are excluded by norm. Of a larger one `PIECES` pieces are
-tokenised, taken at equal distances along all text in a random order of the documents: a document is
-met in proportion to its length, the longest surely, and often. Tokens per byte are those of the
-document's own pieces, drawn towards those of its file, which are drawn towards those of all text.
+The sizes of all texts are known from reading them once. A small corpus is tokenised whole, so its
+estimate is exact except for rows that are excluded by norm. In a larger corpus `PIECES` pieces are
+tokenised. They lie at equal distances along all text, with the documents in a random order. So a
+document gets pieces in proportion to its length, and the longest ones get many. A document's tokens
+per byte are those of its own pieces, shrunk towards those of its file, which are shrunk towards
+those of all text.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -24,8 +25,8 @@ PIECES = 4096
 """Pieces of a large corpus that are tokenised."""
 PIECE_BYTES = 2048
 """Length of a piece."""
-_OWN_PRIOR = 0.5  # pieces: so much does a document's file count beside its own
-_FILE_PRIOR = 1.0
+_OWN_PRIOR = 0.5  # weight of the file, in pieces, against the document's own pieces
+_FILE_PRIOR = 1.0  # weight of all text, in pieces, against the file's own pieces
 _SPANS_AT_ONCE = 256
 
 Said = Callable[[int, int], None]
@@ -95,7 +96,7 @@ def rows_of_tokens(
     """Compute documents' rows from their tokens, BOS not counted."""
     n_bos = 0 if bos is None else 1
     whole, rest = np.divmod(tokens, activations.context_tokens - n_bos)
-    lost = max(activations.exclude.first_positions, n_bos) - n_bos  # of each context, beside BOS
+    lost = max(activations.exclude.first_positions, n_bos) - n_bos  # per context, beyond BOS
     rows: NDArray[Any] = whole * max(0, activations.context_tokens - n_bos - lost)
     rows += np.maximum(0, rest - lost)
     return rows
@@ -184,7 +185,7 @@ class _Counter:
                 bos=self._bos,
                 failed=lambda *_: None,
             )
-        except CorpusError as exc:  # all of these are refused
+        except CorpusError as exc:  # the tokenizer refuses all of these texts
             self._refused = exc
 
 

@@ -21,10 +21,10 @@ from dist_sae.errors import CorpusError, HubUnavailableError
 from dist_sae.hub import causes, is_out_of_reach
 
 FORMATS = (".txt", ".jsonl", ".jsonl.gz", ".jsonl.zst", ".parquet")
-_CHUNK_BYTES = 2**20  # of a packed file
+_CHUNK_BYTES = 2**20  # read from a packed file at a time
 SLICE_ROWS = 1000
 """Rows of a table that are read at a time."""
-_MOST_NAMED = 20  # fields in a message
+_MOST_NAMED = 20  # most fields that a message names
 
 
 class Place(NamedTuple):
@@ -76,7 +76,7 @@ def _text_of(line: str, field: str, place: str) -> str:
         record = json.loads(line)
     except (json.JSONDecodeError, RecursionError) as exc:
         raise CorpusError(f"{place}: not valid JSON: {exc}") from exc
-    except ValueError:  # a number of more digits than Python would read
+    except ValueError:  # an integer with more digits than Python reads
         record = json.loads(line, parse_int=str)
     if not isinstance(record, dict):
         raise CorpusError(f"{place}: not a JSON object; write one object a line")
@@ -95,8 +95,8 @@ def open_dataset(config: DatasetCorpus) -> Texts:
             split=config.split,
             revision=config.revision,
         )
-    except Exception as exc:  # `datasets` raises dozens of types; all mean the same here
-        # that it failed, and why: the library keeps the reason to itself
+    except Exception as exc:  # `datasets` raises dozens of types for this
+        # the reason is only in the causes of the exception
         reason = ": ".join(dict.fromkeys(" ".join(str(e).split()) for e in causes(exc)))
         kind = HubUnavailableError if is_out_of_reach(exc) else CorpusError
         raise kind(f"corpus.name {config.name}: cannot be loaded: {reason}") from exc
@@ -159,7 +159,7 @@ def unpack(name: str, path: Path, unpacked: Path, field: str) -> None:
     Raises:
         CorpusError: The file is damaged, or has no column `field`.
     """
-    if not path.stat().st_size:  # which gzip and Zstandard take for an empty text
+    if not path.stat().st_size:  # gzip and Zstandard would unpack it to an empty text
         raise CorpusError(f"{name}: cannot be unpacked: it is empty; get it again")
     with path.open("rb") as source, unpacked.open("wb") as copy:
         if name.endswith(".gz"):
@@ -208,7 +208,7 @@ def _unpack_parquet(source: BinaryIO, copy: BinaryIO, name: str, field: str) -> 
                 text = _checked(value, field, f"{name}: row {row}")
                 copy.write(json.dumps({field: text}).encode() + b"\n")
                 row += 1
-    except ValueError as exc:  # pyarrow's errors, and text that is not UTF-8
+    except ValueError as exc:  # includes pyarrow's errors and text that is not UTF-8
         reason = " ".join(str(exc).split())
         raise CorpusError(f"{name}: not a sound parquet file: {reason}") from exc
 

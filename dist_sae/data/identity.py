@@ -1,8 +1,8 @@
-"""Matching runs with plans: by the content of text and model, not by their names.
+"""Comparison of a run with a plan: text and model are compared by content, not by name.
 
-A run's settings must be the plan's, except for where text and model lie and for sites that it does
-not need. Places that are spelled otherwise are compared by content, as closely as programs can
-that need neither; producers and evaluation, which read them, compare all of it.
+A run's settings must be the plan's, with two exceptions: the places of text and model, and sites
+that the run does not need. If a place differs, its content is compared. Producers and evaluation
+read text and model, and compare all of it; other programs compare what they can without them.
 """
 
 import hashlib
@@ -23,9 +23,9 @@ from dist_sae.data.corpus_files import CorpusFile
 from dist_sae.errors import AccessError, CorpusError, HubUnavailableError, ModelError
 from dist_sae.hub import cached_commit
 
-_HOW = ("batch_tokens", "tensor_parallel", "shards")  # of speed alone; the last is an old name
+_HOW = ("batch_tokens", "tensor_parallel", "shards")  # change only speed; one is an old name
 _PLACES = {"model": ("path", "revision", "other"), "corpus": ("files", "name", "revision")}
-_MOST_NAMED = 5  # files in a message
+_MOST_NAMED = 5  # most files that a message names
 _WEIGHTS = (".safetensors", ".bin")
 _TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
@@ -64,9 +64,9 @@ def setting_changes(there: Mapping[str, Any], here: Mapping[str, Any]) -> list[s
 
 
 def moved_places(there: Run, here: Run) -> list[str]:
-    """List where two runs have their text or model in different places, however spelled.
+    """List the places of text or model that differ between two runs, after resolving paths.
 
-    For programs that have neither text nor model, nor perhaps a plan.
+    For programs without access to text and model, and perhaps without a plan.
     """
     old, new = plan_settings(there), plan_settings(here)
     return [
@@ -84,10 +84,11 @@ def place_changes(
     content: Mapping[str, str] | None,
     run: Run,
 ) -> list[str]:
-    """List where a run's text or model lies elsewhere than the plan's and has other content.
+    """List the places of a run that differ from the plan's in path and in content.
 
-    For programs that read neither: only paths that differ from the plan's are checked. Of text the
-    sizes are compared (on the hub the commits), of a model everything but the weights.
+    For programs that read neither text nor model. Only paths that differ from the plan's are
+    checked. For text the sizes are compared (on the hub the commits); for a model, everything
+    except the weights.
 
     Args:
         there: `Plan.settings`.
@@ -165,7 +166,7 @@ def file_changes(there: Sequence[CorpusFile], here: Sequence[CorpusFile]) -> lis
 
 
 def _is_model(there: Mapping[str, Any], content: Mapping[str, str] | None, run: Run) -> bool:
-    if content is None:  # a plan of an earlier version knows the place alone
+    if content is None:  # a plan of an earlier version has only the path of the model
         old, new = (
             Path(os.path.expanduser(m["path"]))
             for m in (there["model"], plan_settings(run)["model"])
@@ -177,7 +178,7 @@ def _is_model(there: Mapping[str, Any], content: Mapping[str, str] | None, run: 
 
 def _deciding(folder: Path, *, weights: bool) -> Iterator[Path]:
     patterns = ["config.json", "adapter_config.json", *_TOKENIZER]
-    if weights:  # of both kinds transformers reads the first
+    if weights:  # transformers reads safetensors if both kinds are there
         patterns += ["*.safetensors"] if any(folder.glob("*.safetensors")) else ["*_model*.bin"]
     for pattern in patterns:
         yield from sorted(folder.glob(pattern))
@@ -199,7 +200,7 @@ def _filled(settings: Mapping[str, Any]) -> dict[str, Any]:
     try:
         known = _settings({**settings, "model": dict(settings["model"])})
         return _settings(_Settings.model_validate(known).model_dump(mode="json"))
-    except ValidationError:  # of a later version
+    except ValidationError:  # the plan is of a later version
         return dict(settings)
 
 
@@ -224,7 +225,7 @@ def _resolved(section: Mapping[str, Any]) -> tuple[tuple[Any, Any], set[str]]:
         is_path = matches or Path(path).is_absolute()
         if is_path:
             found |= {os.path.realpath(match) for match in matches or [path]}
-        else:  # in pods, or a name on the hub
+        else:  # a file that only pods have, or a name on the hub
             found.add(os.path.normpath(name))
     return (section.get("revision"), other.get("revision")), found
 

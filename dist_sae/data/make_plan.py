@@ -1,4 +1,4 @@
-"""Making a plan: the documents of a corpus are dealt out to units."""
+"""Making a plan: assigns the documents of a corpus to units."""
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,8 +23,8 @@ def make_plan(
     """Deal the corpus out to units by size, in a seeded random order.
 
     Args:
-        rows: Rows that each of its spans gives, about.
-        model: `identity.model_content`, where there is any.
+        rows: Estimated rows of each span.
+        model: `identity.model_content`, if there is any.
 
     Raises:
         CorpusError: There are too few documents.
@@ -54,8 +54,7 @@ def make_plan(
             f"corpus: about {train_rows} rows to train on, less than one batch "
             f"(train.batch_rows {run.train.batch_rows}); give more text or lower train.batch_rows"
         )
-    # documents longer than a unit give fewer, larger units: no unit is without a document, and no
-    # document without rows makes up for one
+    # every unit must get a document with rows, so few or long documents give fewer, larger units
     targets = layout.targets(train_rows // streams)[: giving // streams]
     dealt = deal(rows, train, targets, streams)
     if len(heldout):

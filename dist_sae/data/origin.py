@@ -1,4 +1,4 @@
-"""Comparison of stored rows with the text that they were made from."""
+"""Comparison of stored rows with the text of the corpus."""
 
 from collections.abc import Callable, Iterable, Sequence
 

@@ -39,7 +39,7 @@ class Plan(Record):
     """The sections `model`, `corpus` and `activations` of the run file that it was made from."""
     files: tuple[CorpusFile, ...]
     document_rows: float
-    """Rows that a document gives on average, estimated; exclusions by norm not counted."""
+    """Estimated rows of a document on average, before exclusions by norm."""
     n_train_units: int
     units: tuple[tuple[Span, ...], ...]
     text_checksums: tuple[str, ...] | None = Field(None, exclude_if=lambda of: of is None)
@@ -50,8 +50,8 @@ class Plan(Record):
     corpus_commit: str | None = Field(None, exclude_if=lambda of: of is None)
     """Commit of a data set on the hub."""
     unit_rows: tuple[int, ...] | None = Field(None, exclude_if=lambda rows: rows is None)
-    """Estimated rows of each unit; None in old plans, which dealt equal numbers of documents. Left
-    out then, or such a plan would have another hash."""
+    """Estimated rows of each unit. None in old plans, which dealt equal numbers of documents; then
+    the key is left out, or an old plan would get another hash."""
 
     @cached_property
     def hash(self) -> str:
@@ -104,8 +104,8 @@ class Plan(Record):
 
     @cached_property
     def pass_rows(self) -> int:
-        """Rows promised to training in one pass, as many of every stream."""
-        if self.unit_rows is None:  # how its streams differ is not known
+        """Rows promised to training in one pass: of each stream as many as the shortest has."""
+        if self.unit_rows is None:  # the rows of its streams are not known
             return self.train_rows_estimate
         return self.streams * min(
             sum(self.unit_rows[unit] for unit in self.stream_units(v)) for v in range(self.streams)
@@ -115,7 +115,7 @@ class Plan(Record):
         """Fill in the settings that the run file leaves to the plan (null, `train.rows: all`).
 
         Args:
-            stream_rows: Rows of each stream that the runs before it took; `all` is the rest.
+            stream_rows: Rows of each stream that its parents took; `all` is the rest.
 
         Raises:
             ConfigError: They contradict the other settings.
@@ -151,14 +151,14 @@ class Plan(Record):
 
     @property
     def first_windows(self) -> int:
-        """Units of the streams' first windows: no batch before they exist."""
+        """Units in the first windows of all streams; the first batch needs them."""
         return min(self.n_train_units, self.streams * self.window_units)
 
     @property
     def _normaliser_rows(self) -> int:
-        """Rows for the normaliser: most of those for which training waits anyway."""
+        """Rows for the normaliser: most of the first windows, for which training waits anyway."""
         if self.unit_rows is None:
-            return _MOST_NORMALISER_ROWS  # what null meant for these
+            return _MOST_NORMALISER_ROWS  # the default when such plans were made
         return max(
             1, min(_MOST_NORMALISER_ROWS, int(0.9 * sum(self.unit_rows[: self.first_windows])))
         )
@@ -170,7 +170,7 @@ class Plan(Record):
 
     @property
     def sites(self) -> tuple[str, ...]:
-        """Sites that are recorded; a run needs some of them."""
+        """Sites that are recorded; a run may need only some of them."""
         return tuple(self.settings["activations"]["sites"])
 
     def stream_units(self, stream: int) -> list[int]:
@@ -182,12 +182,12 @@ def check_rows(run: Run, plan: Plan, taken: int = 0) -> None:
     """Check before training that the data will last.
 
     Args:
-        taken: Rows that the runs before it have taken.
+        taken: Rows that its parents took.
 
     Raises:
         DataExhaustedError: `train.rows` is above what the plan promises.
     """
-    doubt = 1 if plan.keeps_promise else 1.05  # an estimate that is good to a few per cent
+    doubt = 1 if plan.keeps_promise else 1.05  # older estimates are right to a few per cent
     if taken + run.rows > doubt * plan.pass_rows * run.train.max_passes:
         after = f" after the {taken} that its parents took" if taken else ""
         raise DataExhaustedError(
@@ -217,11 +217,11 @@ def publish_plan(store: ObjectStore, plan: Plan) -> Plan:
 def find_plan(
     store: ObjectStore, run: Run, index: CorpusIndex, model: dict[str, str] | None
 ) -> Plan | None:
-    """Return the stored plan, if any; it stays even if this version would deal otherwise.
+    """Return the stored plan, if any, even if this version would deal differently.
 
     Args:
         store: The activation set.
-        model: `identity.model_content`, where there is any.
+        model: `identity.model_content`, if there is any.
 
     Raises:
         PlanMismatchError: It was made from other settings, text or model.
@@ -296,7 +296,7 @@ def as_planned(run: Run, plan: Plan) -> Run:
     if isinstance(corpus, DatasetCorpus) and plan.corpus_commit:
         corpus = corpus.model_copy(update={"revision": plan.corpus_commit})
     activations = run.activations.model_copy(update={"sites": plan.sites})
-    site = run.train.site if run.sae.reads else run.site  # one of several from now on
+    site = run.train.site if run.sae.reads else run.site  # the set may have several sites
     train = run.train.model_copy(update={"site": site})
     return run.model_copy(
         update={"model": model, "corpus": corpus, "activations": activations, "train": train}
@@ -323,7 +323,7 @@ def _content_changes(there: Plan, made: Plan) -> list[str]:
     """List how text and model differ from those of a plan of the same settings."""
     changed = []
     if there.text_checksums is None and there.settings["corpus"]["kind"] == "dataset":
-        # a plan of an earlier version knows the name alone
+        # a plan of an earlier version has only the name of the data set
         changed += differences(there.settings["corpus"], made.settings["corpus"], "corpus.")
     else:
         changed += file_changes(there.files, made.files)

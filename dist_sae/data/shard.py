@@ -2,14 +2,16 @@
 
 One sample of a shard is a block of rows:
 
-    <block>.safetensors   acts [rows, d_in], tokens [rows], positions [rows], documents [rows];
-                          where acts are int8, scales [rows]: a row is its acts times its scale.
-                          Or, of int8 as well, levels for acts, and columns [2, d_in] beside
-                          scales: that product times the second column, plus the first
+    <block>.safetensors   acts [rows, d_in], tokens [rows], positions [rows], documents [rows]
     <block>.json          rows and unit
 
-The manifest is written last; a unit exists when its manifest exists. It knows where every
-block lies, so a reader fetches single blocks by range and checks each.
+int8 blocks have one of two forms:
+
+    acts, scales [rows]                       row = acts * scale
+    levels, scales [rows], columns [2, d_in]  row = levels * scale * columns[1] + columns[0]
+
+The manifest is written last; a unit exists when its manifest exists. The manifest has the place of
+every block, so a reader fetches single blocks by range and checks each.
 """
 
 import hashlib
@@ -37,7 +39,7 @@ from dist_sae.storage.records import READS, Record, read_record
 
 logger = logging.getLogger(__name__)
 
-_DIGITS = 8  # of a unit's number in a shard's key
+_DIGITS = 8  # digits of the unit in a shard's key
 MANIFESTS = NumberedKeys("units/")
 CLAIMS = NumberedKeys("claims/")
 """Claims of producers, by unit: see `data.work_queue`."""
@@ -47,9 +49,9 @@ _STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _INT8_LARGEST = 127
 ORIGIN_BYTES = 4 + 4 + 8
 """Bytes of a row's token, position and document."""
-_INT8_GAIN = 0.5  # of the noise
-_STATISTICS_VALUES = 2**15  # torch stays in this thread, and fp64 in the cache: 5 x as fast
-with warnings.catch_warnings():  # said once per process: the memory is read-only, and only read
+_INT8_GAIN = 0.5  # columns are standardised if the noise falls below this share
+_STATISTICS_VALUES = 2**15  # small pieces stay in this thread and in the cache: 5 x as fast
+with warnings.catch_warnings():  # torch warns once of read-only memory, which is never written
     warnings.simplefilter("ignore")
     torch.frombuffer(b"0", dtype=torch.uint8)
 
@@ -75,7 +77,7 @@ class Block(Record):
     bytes: int
     rows: int
     xxh3: str
-    """XXH3-128: every read is checked, and sha256 would cost as much as the GET."""
+    """XXH3-128, because every read is checked, and a sha256 would take as long as the GET."""
 
 
 class SiteShard(Record):
@@ -128,7 +130,7 @@ def write_shard(
 
     Args:
         store: The activation set.
-        site: Where the rows are from.
+        site: The site of the rows.
         block_rows: Rows of a block.
         dtype: Key of `DTYPES`.
     """
@@ -138,7 +140,7 @@ def write_shard(
     ]
     tar = _encode_tar(unit, blocks)
     key = f"{SHARDS.folder}{site}/{unit:08d}-{uuid.uuid4().hex[:8]}.tar"
-    with ThreadPoolExecutor(1, "put") as putter:  # sums and checksums while the tar travels
+    with ThreadPoolExecutor(1, "put") as putter:  # computes sums and checksums during the upload
         putting = putter.submit(store.put, key, tar)
         total, squares = _statistics(blocks, rows.acts.shape[1])
         located, digest = _locate_blocks(tar, blocks), hashlib.sha256(tar).hexdigest()
@@ -224,9 +226,9 @@ def decode_block(data: bytes) -> SiteRows:
 def _encode(rows: SiteRows, dtype: str) -> dict[str, Tensor]:
     """Encode a block's tensors. int8 rounds each row to 255 levels between -max|x| and max|x|.
 
-    Columns are standardised first, by mean and deviation over the block: a few columns far from 0,
-    which language models have, would take up all levels. If that gains little, as with outlier
-    rows, the block is stored without.
+    Language models have a few columns far from 0, which would take up all levels. So columns are
+    first standardised by their mean and deviation over the block. If that gains little, as with
+    outlier rows, the block is stored without.
     """
     columns = rows._asdict()
     if dtype == "int8":
@@ -251,7 +253,7 @@ def _encode(rows: SiteRows, dtype: str) -> dict[str, Tensor]:
 def _int8(
     acts: Float[Tensor, "rows d_in"], columns: Float[Tensor, "2 d_in"] | None = None
 ) -> dict[str, Tensor]:
-    """Compute the levels, as numbers, and the tensors that `_restored` needs beside them."""
+    """Compute the levels, as fp32, and the other tensors that `_restored` needs."""
     if columns is not None:
         acts = (acts - columns[0]) / columns[1]
     scales = (acts.abs().amax(dim=1) / _INT8_LARGEST).clamp_min(torch.finfo().tiny)
@@ -267,7 +269,7 @@ def _restored(
 
 
 def _mean_and_deviation(acts: Float[Tensor, "rows d_in"]) -> Float[Tensor, "2 d_in"]:
-    """Return each column's deviation; 1 instead of 0."""
+    """Return each column's mean and deviation, with 1 for a deviation of 0."""
     deviation = acts.std(0, correction=0)
     return torch.stack([acts.mean(0), torch.where(deviation > 0, deviation, 1.0)])
 

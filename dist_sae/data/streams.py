@@ -1,23 +1,23 @@
 """The canonical streams: which rows make up global batch b, for any number of ranks.
 
 Training unit u belongs to stream u mod V. The first pass takes a stream's units in the order of the
-plan, which is random and in which they are produced; each later pass draws another order.
+plan, which is random and is the order of production; each later pass draws another order.
 `window_units` of them at a time are merged row by row in a seeded random order, each unit read
 front to back (its rows were shuffled when it was written). Global batch b takes rows
-[b r, (b + 1) r) of every stream, r = batch_rows / V. So the position in the data is the step, and
-does not depend on the number of ranks: rank i of n serves streams [i V / n, (i + 1) V / n).
+[b r, (b + 1) r) of every stream, r = batch_rows / V. So the step alone gives the position in the
+data, for any number of ranks: rank i of n serves streams [i V / n, (i + 1) V / n).
 
 The plan promises as many rows of each stream as it estimates for the shortest. It does not know
-which rows will be excluded by norm, so a stream may end a little early. It then reads its last
-window again, merged anew, until the run has the promised rows. Rows read again are counted and
-limited to the possible error of the estimate: a twentieth, or one document where documents are few.
-Only the stream's own manifests decide this, so it does not depend on the number of ranks and needs
-no unit that retention may have deleted. Rows of longer streams would not repeat, but which streams
-are longer is known only once every manifest exists.
+which rows will be excluded by norm, so a stream may end a little early. The stream then reads its
+last window again, merged anew, until the run has the promised rows. Rows read again are counted,
+and limited to the possible error of the estimate: a twentieth, or one document per pass where
+documents are few. Only the stream's own manifests decide this, so it does not depend on the number
+of ranks and needs no unit that retention may have deleted. Rows of longer streams would repeat
+none, but which streams are longer is known only once every manifest exists.
 
-Every site has the same rows in the same blocks, so a stream reads all of its sites together. In
-memory are `window_units` blocks per stream and site, and as many being fetched; the next window is
-opened meanwhile.
+Every site has the same rows in the same blocks, so a stream reads all of its sites together. Memory
+holds `window_units` blocks per stream and site, and as many that are being fetched; the next window
+is opened meanwhile.
 """
 
 import itertools
@@ -41,7 +41,7 @@ from dist_sae.errors import DataExhaustedError
 logger = logging.getLogger(__name__)
 
 MOST_REPEATED_SHARE = 0.05
-"""Share of a stream's rows by which its plan may be wrong."""
+"""Largest error of a plan's estimate for a stream, as a share of the rows."""
 
 
 class StreamCursor(NamedTuple):
@@ -51,7 +51,7 @@ class StreamCursor(NamedTuple):
     first: int
     """The window's first unit, counted among the stream's own in the order of the pass."""
     rows_before: int
-    """Rows of the stream in all windows before."""
+    """Rows of the stream in all earlier windows."""
 
 
 START = StreamCursor(0, 0, 0)
@@ -81,7 +81,7 @@ class _UnitReader:
             if not self._acts:
                 self._take_block()
             n = min(len(places), self._block_rows[self._number - 1] - self._row)
-            for site, acts in self._acts.items():  # one thread, 7 x as fast as cat, index_select
+            for site, acts in self._acts.items():  # 7 x as fast as cat and index_select
                 rows[site][places[:n]] = _whole_rows(acts[self._row : self._row + n])
             places = places[n:]
             self._row += n
@@ -116,13 +116,13 @@ class Stream:
 
     Args:
         number: Which of the V streams.
-        start: First row to read.
+        start: Number of the first row to read.
         max_passes: How often the units may be gone through.
         pool: Fetches blocks.
         opener: Opens the next window while the present one is read. Not `pool`: its threads wait
             for units that do not exist yet.
-        place: A window at or before `start`, to save looking at earlier ones. Ignored if a run of
-            fewer passes may have read it again: here it lies elsewhere.
+        place: A window at or before `start`, which saves reading earlier manifests. Ignored if it
+            may be a window that a run of fewer passes read again, which has another place here.
     """
 
     place: StreamCursor

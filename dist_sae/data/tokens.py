@@ -89,7 +89,7 @@ def _tokenized(
 ) -> Iterator[tuple[Document, list[int]]]:
     try:
         together = tokenize([document.text for document in documents])
-    except (MemoryError, OSError):  # not about a text
+    except (MemoryError, OSError):  # not the text's fault
         raise
     except Exception as exc:
         if failed is None:
@@ -99,7 +99,7 @@ def _tokenized(
         yield from zip(documents, together, strict=True)
         return
     refused = 0
-    for document in documents:  # one by one, to know which
+    for document in documents:  # one by one, to find the refused ones
         try:
             (ids,) = tokenize([document.text])
         except (MemoryError, OSError):

@@ -1,4 +1,4 @@
-"""Looking after an activation set: its contents, the URLs of its shards, orphaned shards."""
+"""Upkeep of an activation set: lists its contents and shards, and deletes orphaned shards."""
 
 import logging
 from collections import Counter
@@ -14,7 +14,7 @@ from dist_sae.storage import open_store
 
 logger = logging.getLogger(__name__)
 
-_READERS = 16  # of manifests
+_READERS = 16  # threads that read manifests
 
 
 def ls(run: Run) -> dict[str, Any]:
@@ -97,7 +97,7 @@ def gc(run: Run, *, hours: float, delete: bool) -> dict[str, Any]:
     store = open_store(run.store.activations, run.store.s3)
     load_plan(store, run)
     retired = retired_below(store)
-    # listed before the manifests are read: a shard that gets its manifest meanwhile has one then
+    # shards are listed before manifests are read, so one that is sealed meanwhile is not an orphan
     old = {
         entry: int(key["unit"])
         for key, entry in SHARDS.entries(store)
