@@ -1,7 +1,8 @@
 """`dist-sae index`: makes a latent index, as one of any number of workers.
 
-Stage 1 takes units, stage 2 takes buckets, both from work queues: workers come, go and die at will.
-What they write follows from the checkpoint and the activation set alone.
+Stage 1 encodes units, stage 2 merges buckets. Both take them from a work queue, so workers may
+start, stop and die at any time. What they write depends only on the checkpoint and the activation
+set.
 """
 
 import logging
@@ -68,16 +69,16 @@ def index(
     Args:
         run: The run.
         worker: This worker; with `index.latent_shards` it is one for all of its ranks.
-        stopping: When set, leave the unit or bucket in hand.
+        stopping: When set, abandon the present unit or bucket.
         telemetry: Receives the metrics.
         step: Step of the checkpoint; None takes the newest.
-        repair: Check every object that is there, and make damaged ones again.
+        repair: Check every existing object, and make damaged ones again.
 
     Returns:
         `summary` of the whole index; nothing on ranks other than the first.
 
     Raises:
-        ConfigError: There is no checkpoint, or an index of this name is of other settings.
+        ConfigError: There is no checkpoint, or an index of this name has other settings.
         PlanMismatchError: The run was trained with other settings, or on another activation set.
         Stopped: `stopping` was set before the index was complete.
     """
@@ -94,7 +95,7 @@ def index(
 
 @contextmanager
 def _join(run: Run, stopping: threading.Event) -> Iterator[tuple[Mesh, Watch | None]]:
-    """The ranks of this worker."""
+    """Join the ranks of this worker."""
     shards = run.index.latent_shards
     if shards == 1:
         yield alone(), None
@@ -123,13 +124,13 @@ class _Pace:
         self._since = time.monotonic()
 
     def of(self, amount: int) -> float:
-        """Pace of the amount that has been done since the last one; counts waiting as well."""
+        """Amount done per second since the last call, waiting included."""
         began, self._since = self._since, time.monotonic()
         return amount / max(self._since - began, 1e-9)
 
 
 class _Worker:
-    """A worker of one or several ranks. Stage 1 takes all of them, in stage 2 each works alone."""
+    """A worker of one or several ranks: in stage 1 they work together, in stage 2 each alone."""
 
     def __init__(
         self,
@@ -155,7 +156,7 @@ class _Worker:
         """Work until the index is complete.
 
         Raises:
-            Stopped: It was asked to stop before.
+            Stopped: The worker was asked to stop before that.
         """
         store, folder, manifest, *_ = self._opened
         buckets = list(range(manifest.n_buckets))
@@ -185,7 +186,7 @@ class _Worker:
 
             while True:
                 unit, claimed = self._agreed(queue, claimed, wait=pending is None), None
-                if unit is None:  # others have all that is left in hand, or nothing is left
+                if unit is None:  # others work on all remaining units, or none remain
                     if not pending:
                         break
                     self._seal(*pending, queue)
@@ -218,7 +219,7 @@ class _Worker:
         """The next unit, taken by the first rank; see `WorkQueue.take`.
 
         Args:
-            claimed: A unit that is claimed by now: this one, unless the worker is to stop.
+            claimed: A unit that is already claimed: taken next, unless the worker is to stop.
         """
         unit = None
         if queue and claimed is None:
@@ -303,7 +304,7 @@ class _Worker:
                     return False  # another worker has found a unit's codes damaged
                 except CorruptObjectError as exc:
                     if store.size(folder.buckets.key(bucket)) is not None:
-                        # it was taken over from this slow worker, and codes are deleted at the end
+                        # another worker took over this bucket and finished; the codes are deleted
                         queue.release(bucket, done=True)
                         continue
                     if not self._drop_damaged(records or (), exc):
@@ -329,7 +330,7 @@ class _Worker:
             False if the error is about another object.
 
         Raises:
-            CorruptObjectError: Buckets have been made of a unit that is deleted by now.
+            CorruptObjectError: Buckets contain rows of a unit that has since been deleted.
         """
         store, folder, manifest, *_ = self._opened
         there = set(store.keys(folder.codes))
@@ -346,7 +347,7 @@ class _Worker:
         for record in records:
             if record.origin and record.origin.key == exc.key:
                 store.delete(record.origin.key)
-        if damaged:  # all of them where codes are deleted, as of a complete index
+        if damaged:  # all units, if the codes are deleted because the index is complete
             logger.warning("units to be encoded again: %d, for %s", len(damaged), exc)
         for unit in sorted(damaged):
             store.delete(folder.units.key(unit))
@@ -356,7 +357,7 @@ class _Worker:
     def _queue(
         self, work: Work, worker: Worker, *, lead: bool = False
     ) -> Iterator[WorkQueue | None]:
-        """A queue whose claims are renewed; with `lead` None on all ranks but the first."""
+        """Open a queue whose claims are renewed; with `lead`, None on all ranks but the first."""
         if lead and not self._mesh.is_first:
             yield None
             return

@@ -27,23 +27,23 @@ from dist_sae.index.layout import (
 from dist_sae.storage import ObjectStore
 
 MOST_PAIRS = 16
-"""Others that are kept for a latent."""
+"""Most coactive latents that are kept for each latent."""
 LEAST_ROWS = 2
-"""Rows on which two latents must be active together: by chance alone two rare ones meet once."""
+"""Least rows on which a pair is active; two rare latents meet once by chance alone."""
 MOST_ENTRIES = 2**25
-"""Entries of the sample that are held: where latents are dense, fewer rows are."""
-_MOST_AT_ONCE = 2**22  # entries on the rows of one latent
-_DENSE_FROM = 1 / 16  # entries for each latent, where counting into an array of all is faster
+"""Most entries of the sample in memory; if latents are dense, it has fewer rows."""
+_MOST_AT_ONCE = 2**22  # entries that are counted at a time for one latent
+_DENSE_FROM = 1 / 16  # entries per latent from which an array over all latents is faster
 
 
 class _Together(NamedTuple):
-    """Latents on the rows of one latent's entries."""
+    """Latents that are active on the rows of one latent."""
 
     others: NDArray[np.int64]
     counts: NDArray[np.int64]
-    """Rows of each."""
+    """Common rows with each."""
     products: NDArray[np.float64]
-    """Sums of both activations' products."""
+    """Products of both activations, summed over these rows."""
 
 
 class Sample:
@@ -112,7 +112,7 @@ class Sample:
     def _places(
         self, rows: NDArray[np.int64], acts: NDArray[np.float32]
     ) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
-        """Places of all entries of some rows, and each one's factor, its row's."""
+        """Places of all entries of some rows, and for each entry the `acts` of its row."""
         starts = self._ends[rows]
         counts = self._ends[rows + 1] - starts
         ends = counts.cumsum()
@@ -147,7 +147,7 @@ def _unit_codes(
     """Codes of a unit's sampled rows: counts of the rows, latents and acts by row.
 
     Args:
-        share: Of all rows, at most `manifest.pair_share`.
+        share: Share of all rows to keep, at most `manifest.pair_share`.
     """
     chunks = [read_codes(store, chunk) for chunk in record.sample]
     if not chunks:
@@ -156,7 +156,7 @@ def _unit_codes(
     latents = np.concatenate([codes.places for codes in chunks])
     acts = np.concatenate([codes.acts for codes in chunks])
     counts = np.stack([codes.counts for codes in chunks]).sum(0, dtype=np.int64)
-    order = np.argsort(row, kind="stable")  # the shards' latents of a row, one after the other
+    order = np.argsort(row, kind="stable")  # joins the latents of all shards row by row
     numbers = sampled_rows(manifest, record.unit, record.rows)
     kept = chances(manifest.seed, PAIRS_CHANCE, record.unit, numbers) < below(share)
     order = order[kept[row[order]]]

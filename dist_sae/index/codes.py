@@ -13,13 +13,13 @@ from dist_sae.storage.records import READS
 
 
 class Codes(NamedTuple):
-    """Codes of a unit, group by group: of a range of latents, or of rows."""
+    """Codes of a unit, grouped by latent or by row."""
 
     counts: NDArray[np.int32]
     """Entries of each group."""
     places: NDArray[np.int32]
-    """Row of each entry where groups are latents, ascending within one; latent where groups are
-    rows."""
+    """If groups are latents, the row of each entry, ascending within a group; if groups are rows,
+    the latent."""
     acts: NDArray[np.float32]
 
     def to_bytes(self) -> bytes:
@@ -61,10 +61,10 @@ def rounded(acts: NDArray[np.float32]) -> NDArray[np.float32]:
 def chances(
     seed: int, purpose: int, unit: NDArray[Any] | int, row: NDArray[Any]
 ) -> NDArray[np.uint64]:
-    """A number of each row by chance, from 0 to 2^64: splitmix64's finaliser of (unit, row).
+    """A random number below 2^64 for each row: splitmix64's finaliser of (unit, row).
 
-    The same on every machine and for any order of rows; the lower ones of a share are also among
-    those of a larger share.
+    It is the same on every machine and in any order of rows. Rows whose number is below a share are
+    among those of any larger share.
     """
     x = np.asarray(unit, dtype=np.uint64) << np.uint64(32) | row.astype(np.uint64)
     for number in (seed, purpose):
@@ -76,7 +76,7 @@ def chances(
 
 
 def below(share: float) -> np.uint64:
-    """The chance below which a share of the rows lies; a share of 1 takes all but one in 2^64."""
+    """The number below which this share of the rows lies; 1 leaves out one row in 2^64."""
     return np.uint64(min(2**64 - 1, int(share * 2**64)))
 
 

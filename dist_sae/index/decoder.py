@@ -39,9 +39,9 @@ class Decoder:
             yield first, rows.float()
 
     def directions(self, n_bytes: int = 0) -> Iterator[tuple[int, Float[Tensor, "n d_out"]]]:
-        """Yield the first latent and the unit directions of as many parts as fit into some memory.
+        """Yield the first latent and the unit directions of as many parts as fit into `n_bytes`.
 
-        At least one part.
+        A window has at least one part.
         """
         held, start = list[Tensor](), 0
         for first, rows in self.parts():
@@ -57,7 +57,7 @@ class Decoder:
 
 def directions(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     """Rows of unit length; rows of zeros stay."""
-    pieces = torch.split(rows, _ROWS)  # norm() copies them to fp64
+    pieces = torch.split(rows, _ROWS)  # bounds the copies in fp64
     norms = torch.cat([piece.double().norm(dim=1, keepdim=True).float() for piece in pieces])
     unit: Tensor = rows / norms.clamp_min_(torch.finfo(torch.float32).tiny)
     return unit

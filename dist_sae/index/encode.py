@@ -52,7 +52,7 @@ from dist_sae.storage import ObjectStore
 
 ENCODE_ROWS = 4096
 """Rows that are encoded at a time."""
-_PADDED_TO = 64  # rows: the product then has one shape, so one rounding, on 1, 2, 4 ... shards
+_PADDED_TO = 64  # rows, so that the product rounds alike on 1, 2, 4 ... shards
 _BLOCKS_AHEAD = 2
 _MOST_READERS = 8
 
@@ -88,7 +88,7 @@ class Encoder:
     Args:
         sae: The dictionary, or this rank's shard of it.
         activations: The set, at the dictionary's sites.
-        normalisers: Of these.
+        normalisers: The normalisers of these sites.
     """
 
     def __init__(
@@ -100,7 +100,7 @@ class Encoder:
         self._normalisers = normalisers
         self._height = math.lcm(_PADDED_TO, sae.axis.shards)
         readers = min(len(normalisers.of), _MOST_READERS)
-        self._pool = ThreadPoolExecutor(1 + readers, "blocks")  # one may wait for a unit
+        self._pool = ThreadPoolExecutor(1 + readers, "blocks")  # one thread may wait for a unit
         self._begun: dict[int, Future[_Begun]] = {}
 
     def __enter__(self) -> Self:
@@ -122,8 +122,8 @@ class Encoder:
         Args:
             unit: Number of the unit.
             alive: Called before each block.
-            following: Called before the last block is encoded: gives the next unit, if it is
-                known, whose first blocks are read meanwhile.
+            following: Called before the last block is encoded; returns the next unit, if it is
+                known. That unit's first blocks are read meanwhile.
 
         Raises:
             ObjectNotFoundError: The unit does not exist.
@@ -132,7 +132,7 @@ class Encoder:
         begun = self._begun.pop(unit, None)
         shards, blocks = begun.result() if begun else self._begin(unit)
         device = self.sae.b_dec.device
-        none = torch.empty(0, dtype=torch.int32)  # a unit may have lost all its rows
+        none = torch.empty(0, dtype=torch.int32)  # a unit may have no rows
         origins = [(none, none, none.long())]
         found, n_rows = [(none.to(device), none.to(device), none.to(device).float())], 0
         error = torch.zeros((), dtype=torch.float64, device=device)
@@ -175,7 +175,7 @@ class Encoder:
         own = slice(axis.shard * each, (axis.shard + 1) * each)
         x = functional.pad(scaled.inputs, (0, 0, 0, height - n))[own]
         codes = sae.encode(x)
-        n_own = max(0, min(n - own.start, each))  # the rest is padding
+        n_own = max(0, min(n - own.start, each))  # later rows are padding
         error = sae.decode(codes, x)[:n_own].sub_(scaled.targets[own])
         rows = Entries(codes.latents, codes.starts, len(sae.W_enc)).rows
         on = (codes.acts > 0) & (rows < n)

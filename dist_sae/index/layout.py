@@ -1,8 +1,8 @@
 """Layout of a latent index in the store of runs. Manifests are sealed, and written last.
 
     <run>/index/<name>/
-      index.json                        first: what is indexed, and how; workers with other
-                                        settings refuse
+      index.json                        first: what is indexed, and how; a worker with other
+                                        settings refuses to join
       rows/<unit>-<digest>.parquet      stage 1: token, position and document of a unit's rows
       codes/<unit>-<attempt>-<n>.bin    stage 1: codes of a unit by latent; deleted at the end
       units/<unit>.json                 last of a unit: sums, and where its codes lie
@@ -12,10 +12,10 @@
       pairs/<bucket>-...parquet         stage 2: latents that are active together
       buckets/<bucket>.json             last of a bucket
 
-Tables have the begin of their checksum in their names. A bucket is a range of neighbouring latents.
-A row is named by its unit and its number within the unit, as in the activation set. Activations are
-in the scale of the checkpoint (multiplied by the normaliser's factor) and rounded to 11 significant
-bits.
+The names of tables contain the beginning of their checksum. A bucket is a range of neighbouring
+latents. A row is named by its unit and its number within the unit, as in the activation set.
+Activations are in the scale of the checkpoint (multiplied by the normaliser's factor) and rounded
+to 11 significant bits.
 """
 
 import hashlib
@@ -39,13 +39,13 @@ from dist_sae.storage.records import READS, Record, read_record
 logger = logging.getLogger(__name__)
 
 HISTOGRAM_BARS = 16
-"""Equal steps of a latent's histogram, from 0 to its largest activation."""
+"""Number of equal bars in a latent's histogram, from 0 to its largest activation."""
 DECILES = 10
 TOP = -1
-"""Value of an example's `decile` where it is one of the largest activations."""
-_BUCKETS = 64  # so many can be worked on at once; what is in memory does not depend on it
+"""Value of `decile` for an example that is one of the largest activations."""
+_BUCKETS = 64  # most buckets that can be merged at once; memory does not depend on it
 LEAST_LATENTS = 512
-"""Latents of a bucket, if there are so many."""
+"""Least number of latents in a bucket, unless the dictionary has fewer."""
 
 
 class IndexManifest(Record):
@@ -63,14 +63,14 @@ class IndexManifest(Record):
     site: str
     """The first site that is read."""
     scale: float
-    """Factor by which its activations are multiplied before they are encoded."""
+    """Factor by which the site's activations are multiplied before they are encoded."""
     writes: tuple[str, ...] = ()
-    """Sites that are written, if they are several."""
+    """Sites that are written; empty if there is only one."""
     compared: bool = True
-    """Whether rows of W_dec are those of latents, so that there are nearest ones."""
+    """Whether each row of W_dec belongs to one latent, so that nearest latents exist."""
     n_latents: int
     bucket_latents: int
-    """Latents of a bucket; the last one may have fewer."""
+    """Latents of a bucket; the last bucket may have fewer."""
     units: tuple[int, ...]
     """Units to index, ascending."""
     deleted: tuple[int, ...] = ()
@@ -81,8 +81,8 @@ class IndexManifest(Record):
     """Section `index` of the run file, apart from the workers."""
     seed: int
     head: str | None = None
-    """Digest of the model's head that output tokens are made with; empty if none are made. None in
-    an index of an earlier version, whose workers go by what each has at hand."""
+    """Digest of the head that output tokens are computed with; empty if there are none. None in an
+    index of an earlier version, in which each worker uses the head that it has."""
 
     @field_validator("settings")
     @classmethod
@@ -153,7 +153,7 @@ class UnitRecord(Record):
     active: int = 0
     """Active latents, summed over the rows."""
     origin: Stored | None = None
-    """Its rows' table."""
+    """Table with the origin of the rows."""
     buckets: tuple[tuple[CodesChunk, ...], ...] = ()
     """Codes of each bucket, one chunk after another."""
     sample: tuple[CodesChunk, ...] = ()
@@ -247,30 +247,30 @@ LATENTS = pa.schema(
         ("latent", pa.int32()),
         ("firings", pa.int64()),
         ("density", pa.float64()),
-        ("mean", pa.float32()),  # of the activations, where it fires
+        ("mean", pa.float32()),  # mean activation on the rows where it fires
         ("max", pa.float32()),
-        ("deciles", pa.list_(pa.float32(), DECILES - 1)),  # least activation of decile 1 ... 9
+        ("deciles", pa.list_(pa.float32(), DECILES - 1)),  # smallest activation of deciles 1 to 9
         ("histogram", pa.list_(pa.int64(), HISTOGRAM_BARS)),
         ("decoder_norm", pa.float32()),
         ("encoder_norm", pa.float32()),
         ("encoder_bias", pa.float32()),
         ("nearest", pa.list_(pa.int32())),  # latents with the nearest decoder directions
         ("nearest_cosine", pa.list_(pa.float32())),
-        ("top_tokens", pa.list_(pa.int32())),  # whose logits the latent raises most
+        ("top_tokens", pa.list_(pa.int32())),  # tokens whose logits the latent raises most
         ("top_logits", pa.list_(pa.float32())),
         ("bottom_tokens", pa.list_(pa.int32())),
         ("bottom_logits", pa.list_(pa.float32())),
     ]
 )
-"""Schema of `latents/`: all latents of the bucket, ascending. Of a latent that never fires `mean`,
-`max`, `deciles` and `histogram` are 0."""
+"""Schema of `latents/`: all latents of the bucket, ascending. For a latent that never fires,
+`mean`, `max`, `deciles` and `histogram` are 0."""
 NORMS = pa.field("norms", pa.list_(pa.float32()))
 """One more column of `latents/` if several sites are written: the length of each site's part of the
 decoder row, in the order of `IndexManifest.writes` and in the scale of the checkpoint."""
 EXAMPLES = pa.schema(
     [
         ("latent", pa.int32()),
-        ("decile", pa.int8()),  # 0 the smallest tenth of the activations; -1: of the largest
+        ("decile", pa.int8()),  # from 0, the smallest tenth; -1: one of the largest activations
         ("act", pa.float32()),
         ("unit", pa.int32()),
         ("row", pa.int32()),
@@ -279,22 +279,22 @@ EXAMPLES = pa.schema(
         ("token", pa.int32()),
     ]
 )
-"""Schema of `examples/`: by latent; the largest first (of equal ones the first row), then some of
-each decile from the lowest, by act (rising)."""
+"""Schema of `examples/`, sorted by latent. Of each latent the largest activations come first (among
+equal ones, the first row), then some of each decile from the lowest, by act (rising)."""
 POSTINGS = pa.schema(
     [("latent", pa.int32()), ("unit", pa.int32()), ("row", pa.int32()), ("act", pa.float32())]
 )
-"""Schema of `postings/`: by latent, unit and row."""
+"""Schema of `postings/`, sorted by latent, unit and row."""
 PAIRS = pa.schema(
     [
         ("latent", pa.int32()),
         ("other", pa.int32()),
         ("count", pa.int32()),  # rows on which both are active
-        ("product", pa.float32()),  # of both activations, summed over the rows
-        ("phi", pa.float32()),  # correlation of the two being active
+        ("product", pa.float32()),  # product of both activations, summed over the rows
+        ("phi", pa.float32()),  # correlation of the two activities
     ]
 )
-"""Schema of `pairs/`: by latent, then phi (falling), count (falling), other."""
+"""Schema of `pairs/`, sorted by latent, phi (falling), count (falling), other."""
 
 
 def to_parquet(table: pa.Table, group_rows: int = 131_072, **encodings: str) -> bytes:
@@ -317,7 +317,7 @@ def to_parquet(table: pa.Table, group_rows: int = 131_072, **encodings: str) -> 
         ],
         column_encoding=encodings or None,
         store_schema=False,
-        write_page_checksum=True,  # what is read in parts is checked by them
+        write_page_checksum=True,  # they protect tables that are read in parts
     )
     return stream.getvalue()
 
@@ -334,7 +334,7 @@ def store_table(store: ObjectStore, stem: str, data: bytes) -> Stored:
     stored = Stored(key=f"{stem}-{sha256[:8]}.parquet", bytes=len(data), sha256=sha256)
     is_new = store.put(stored.key, data, if_absent=True)
     if not is_new and hashlib.sha256(store.get(stored.key)).hexdigest() != sha256:
-        store.put(stored.key, data)  # what was there is damaged
+        store.put(stored.key, data)  # the existing object is damaged
     return stored
 
 

@@ -1,8 +1,8 @@
-"""Stage 2 of an index: the codes of a bucket's latents on all units become its tables.
+"""Stage 2 of an index: merges the codes of a bucket's latents on all units into its tables.
 
-Codes arrive by latent, so they are merged by counting, without a sort. The latents of a bucket are
-taken in ranges of at most `MOST_ENTRIES` entries, or one by one and unit by unit where a single
-latent has more: memory is bounded whatever a bucket holds.
+Codes of a unit are sorted by latent, so they are merged by counting, without another sort. The
+latents of a bucket are taken in ranges of at most `MOST_ENTRIES` entries. A single latent with more
+entries is taken in parts. So memory is bounded whatever a bucket holds.
 """
 
 import tempfile
@@ -28,10 +28,10 @@ from dist_sae.index.layout import (
 from dist_sae.storage import ObjectStore
 
 MOST_ENTRIES = 2**24
-"""Entries in memory: numbered by `_NUMBER_BITS` bits when they are sorted."""
+"""Most entries in memory; when they are sorted, `_NUMBER_BITS` bits number them."""
 _NUMBER_BITS = 24
-_ACT_BITS = 18  # of a positive number with 11 significant bits
-_CUT_BITS = 13  # that are 0 in it
+_ACT_BITS = 18  # 8 of the exponent and 10 of the mantissa of a rounded, positive fp32
+_CUT_BITS = 13  # lower bits of the mantissa, which are 0 after rounding
 
 Int = NDArray[np.int64]
 
@@ -57,9 +57,9 @@ class BucketCodes:
     """Codes of a bucket on all units, in memory or in a temporary file.
 
     Args:
-        store: Where they lie.
+        store: The store of the codes.
         latents: The bucket.
-        chunks: Each unit's, in the order of the units.
+        chunks: Chunks of each unit, in the order of the units.
 
     Raises:
         CorruptObjectError: Codes are damaged.
@@ -165,9 +165,9 @@ def _parts(codes: Codes) -> Iterator[Codes]:
 def _mapped(
     spool: IO[bytes], first: int, chunks: Sequence[tuple[int, Sequence[CodesChunk]]]
 ) -> Iterator[tuple[int, int, Codes]]:
-    """The codes that were written to a file, read from there, also once it is closed.
+    """Codes that were spooled to a file, as views of its memory map; they outlive the file.
 
-    It is mapped once: a map for each unit would take a file descriptor each.
+    The file is mapped once, since a map per unit would take a file descriptor each.
     """
     spool.flush()
     numbers = np.asarray(np.memmap(spool, "<i4", "r"))
@@ -186,16 +186,16 @@ class Statistics(NamedTuple):
     mean: NDArray[np.float64]
     largest: NDArray[np.float32]
     deciles: NDArray[np.float32]
-    """[latents, 9]: the least activation of each decile but the lowest."""
+    """[latents, 9]: the smallest activation of each decile except the lowest."""
     histogram: Int
     """[latents, bars]"""
 
 
 class Chosen(NamedTuple):
-    """Examples, by latent: the largest first, then of each decile from the lowest."""
+    """Examples, by latent: the largest first, then some of each decile from the lowest."""
 
     latents: Int
-    """From the range's first."""
+    """Latents, counted from the first of the range."""
     deciles: NDArray[np.int8]
     units: NDArray[np.int32]
     rows: NDArray[np.int32]
@@ -205,7 +205,7 @@ class Chosen(NamedTuple):
 class _Ranks(NamedTuple):
     """The ranks of the examples of a range, as `Chosen` orders them.
 
-    Rank 0 is a latent's smallest activation; of equal ones the last row has the lowest rank.
+    Rank 0 is a latent's smallest activation; among equal ones the last row has the lowest rank.
     """
 
     latents: Int
@@ -220,8 +220,8 @@ def summarise(
 
     Args:
         top: Number of largest activations that are examples.
-        per_decile: Examples of each decile, of latents with more than `top` firings.
-        seed: Of their choice.
+        per_decile: Examples of each decile, for latents with more than `top` firings.
+        seed: Seed of the choice within a decile.
     """
     counts = codes.counts[start:stop]
     first = codes.first + start
@@ -258,7 +258,7 @@ def _summarise_tile(tile: Tile, wanted: _Ranks) -> tuple[Statistics, Chosen]:
     keys = tile.latents.astype(np.uint64) << np.uint64(_ACT_BITS)
     keys |= (tile.acts.view(np.uint32) >> np.uint32(_CUT_BITS)).astype(np.uint64)
     keys <<= np.uint64(_NUMBER_BITS)
-    keys |= np.arange(n - 1, -1, -1, dtype=np.uint64)  # of equal ones the first comes last
+    keys |= np.arange(n - 1, -1, -1, dtype=np.uint64)  # among equal ones the first comes last
     keys.sort()
     order = (n - 1 - (keys & np.uint64(2**_NUMBER_BITS - 1)).astype(np.int64)) if n else starts
     keys >>= np.uint64(_NUMBER_BITS)
@@ -310,7 +310,7 @@ def _summarise_large(
     largest = _act(bits_at(counts - 1).astype(np.uint64))
     edges = (ends - values)[_edge_bits(largest).astype(np.int64)]
     bits = bits_at(wanted.ranks)
-    # of the entries with this value, how many come before the one wanted
+    # how many entries of the same value come before the wanted one
     nth = ends[bits] - 1 - wanted.ranks
     units, rows = np.empty(len(bits), np.int32), np.empty(len(bits), np.int32)
     seen = np.zeros(len(values), np.int64)
@@ -339,19 +339,19 @@ def _summarise_large(
 
 
 def _decile_ranks(counts: Int) -> Int:
-    """Rank at which each decile but the lowest begins, [latents, 9]."""
+    """Rank at which each decile except the lowest begins, [latents, 9]."""
     last = (counts - 1).clip(0)[:, None]
     ranks: Int = np.minimum(-(-counts[:, None] * np.arange(1, DECILES) // DECILES), last)
     return ranks
 
 
 def _edge_bits(largest: NDArray[np.float32]) -> NDArray[np.uint64]:
-    """Bits of the least activations in all bars of the histogram but the first, [latents, 15]."""
+    """Bits of the smallest activation in each bar except the first, [latents, 15]."""
     inner = np.arange(1, HISTOGRAM_BARS) / HISTOGRAM_BARS
     bits = (largest[:, None].astype(np.float64) * inner).astype(np.float32).view(np.uint32)
     bits >>= np.uint32(_CUT_BITS)
     exact = largest[:, None].astype(np.float64) * inner
-    bits += _act(bits.astype(np.uint64)).astype(np.float64) < exact  # the next one up
+    bits += _act(bits.astype(np.uint64)).astype(np.float64) < exact  # round up
     return bits.astype(np.uint64)
 
 

@@ -1,10 +1,11 @@
 """Nearest latents by decoder direction, of a checkpoint that is read part by part.
 
-The cosines of all pairs are the decoder's product with itself: as much work as encoding one row for
-every latent. Where that is too much (`cells.py`), a latent is compared with those of some cells
-only. Candidates are picked by products in fp32, twice as many as are wanted. Their cosines are
-computed in fp64 and rounded to fp32, so results do not depend on who computes which range. Of more
-than 2 m + 2 latents that are equally near, to fp32 rounding, some are candidates.
+The cosines of all pairs are the decoder's product with itself, which is as much work as encoding
+one row for every latent. In wider dictionaries (`cells.py`) a latent is compared only with the
+latents of some cells. Products in fp32 pick candidates, twice as many as are wanted. The
+candidates' cosines are computed in fp64 and rounded to fp32, so results do not depend on who
+computes which range. If more than 2 m + 2 latents are equally near, to fp32 rounding, only some of
+them become candidates.
 """
 
 from collections.abc import Callable
@@ -21,20 +22,20 @@ from dist_sae.kernels import Kernels, select
 from dist_sae.kernels.keys import NOTHING, from_keys, to_keys
 
 WINDOW_BYTES = 256 * 2**20
-"""Directions that are in memory at a time where cells are used."""
+"""Most bytes of directions in memory, if cells are used."""
 QUERIES_BYTES = 128 * 2**20
-"""Rows of latents that neighbours are looked for at a time."""
+"""Most bytes of the rows whose neighbours are searched at a time."""
 PAIRS_BYTES = 64 * 2**20
-"""Rows in fp64 whose cosines are computed at a time."""
+"""Most bytes of fp64 rows whose cosines are computed at a time."""
 
 
 class Neighbours(NamedTuple):
     """The nearest other latents of consecutive latents."""
 
     latents: Int[Tensor, "latents m"]
-    """Int32, the nearest first, of equal ones the lower; -1 where there is none."""
+    """Int32, the nearest first, among equal ones the lower; -1 if there are fewer than m."""
     cosines: Float[Tensor, "latents m"]
-    """Fp32; 0 of a latent whose decoder row is zero, and where there is none."""
+    """Fp32; 0 for a latent whose decoder row is zero, and for missing neighbours."""
 
 
 @torch.no_grad()
@@ -50,8 +51,8 @@ def neighbours(
 
     Args:
         checkpoint: The trained dictionary.
-        latents: Latents to find neighbours of, at least one. For every 128 MiB of their rows the
-            decoder is read twice, so a range should be long.
+        latents: Latents to find neighbours of, at least one. The decoder is read twice for every
+            128 MiB of their rows, so a range should be long.
         m: Neighbours of a latent.
         cells: Limits the comparison to the nearest cells; None compares with all latents.
         device: Computes the products; the CPU if None.
@@ -118,7 +119,7 @@ def _compare_in_cells(
             who = (queries_of(cell) // probed.shape[1]).to(queries.device)
             members = members_of(cell).to(queries.device)
             if len(who) and len(members):
-                # cell after cell, latents do not ascend: matters where more are equal than are kept
+                # cells are not in the order of latents, which matters only with more ties than places
                 products = queries[who] @ others[members].T
                 no_bias = torch.zeros(len(members), device=queries.device)
                 best[who] = kernels.keep_largest(best[who], products, no_bias, members + first)
@@ -142,7 +143,7 @@ def _ranked(
 
     Args:
         rows: Decoder rows of the latents.
-        first: Number of the first one.
+        first: Number of the first latent.
         candidates: Numbers of latents; -1 is none.
         decoder: Has the candidates' rows.
         m: Neighbours of a latent.

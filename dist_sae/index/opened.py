@@ -1,4 +1,4 @@
-"""An index that is being made: begun by its first worker, joined by the others."""
+"""Opening an index to work on it: the first worker begins it, later workers join."""
 
 import logging
 import threading
@@ -39,7 +39,7 @@ class Opened(NamedTuple):
     activations: ObjectStore
     plan: Plan
     model: ModelConfig
-    """Where the model is now."""
+    """The model, at the place that this run file names."""
 
     @property
     def normalisers(self) -> SiteNormalisers:
@@ -48,7 +48,7 @@ class Opened(NamedTuple):
 
     @property
     def neighbours(self) -> int:
-        """Nearest latents of each that are kept."""
+        """Number of nearest latents that are kept for each latent."""
         return int(self.manifest.settings["neighbours"]) if self.manifest.compared else 0
 
 
@@ -81,7 +81,7 @@ def open_index(
         _check_same(there, manifest, f"{runs.url}/{folder.prefix}")
         manifest = there
         if len(set(folder.buckets.numbers(runs))) < manifest.n_buckets:
-            open_outputs(run.model, manifest, normalisers)  # now, rather than after all units
+            open_outputs(run.model, manifest, normalisers)  # an error now, not after all units
     if manifest.deleted:
         logger.warning(
             "units %s were deleted (store.retention) and are not in the index",
@@ -91,7 +91,7 @@ def open_index(
 
 
 def _begun(runs: ObjectStore, folder: IndexFolder) -> IndexManifest | None:
-    """The manifest of an index that has begun."""
+    """The manifest of an index; None if no worker has begun it."""
     try:
         return read_manifest(runs, folder)
     except ObjectNotFoundError:

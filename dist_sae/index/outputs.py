@@ -2,15 +2,15 @@
 
     effect = ((W_dec[i] - mean) * gain) @ W_U,    less its mean over the vocabulary
 
-W_U is the unembedding, gain the weight of the final norm; the mean over channels is subtracted
-where that norm is a LayerNorm, and is 0 for an RMSNorm. This is the logit lens with the norm folded
-into the unembedding, which is centred, as TransformerLens and Neuronpedia do it. It leaves out what
-later layers do with the latent, and the division by the norm of the whole residual stream: effects
-of one latent compare with each other, not with logits.
+W_U is the unembedding, and gain is the weight of the final norm. `mean` is the mean over channels
+if that norm is a LayerNorm, and 0 for an RMSNorm. This is the logit lens with the norm folded into
+the centred unembedding, as in TransformerLens and Neuronpedia. It ignores later layers, and the
+division by the norm of the whole residual stream. So effects of one latent can be compared with
+each other, but not with logits.
 
-If several sites are written, W_dec[i] is what the latent adds to the residual stream: outputs of
-MLPs and attention add up, and of residual streams the last one holds what those before it hold.
-Rows are in the scale of the (first) site that counts. Of two models they are the first one's.
+If several sites are written, W_dec[i] is what the latent adds to the residual stream: the sum over
+outputs of MLPs and attention, or else the last residual stream, which contains the earlier ones.
+Rows are in the scale of the first of these sites. With two models, they are the first model's.
 """
 
 import logging
@@ -51,9 +51,9 @@ class Outputs:
     """Finds output tokens.
 
     Args:
-        head: The model's head; None finds none.
+        head: The model's head; with None there are no output tokens.
         n: Tokens at either end.
-        parts: What the head reads of a decoder row.
+        parts: The parts of a decoder row that the head reads.
     """
 
     def __init__(self, head: "Head | None", n: int, parts: _Parts = ((slice(None), 1.0),)) -> None:
@@ -79,7 +79,7 @@ class Outputs:
 def head_digest(model: ModelConfig, manifest: IndexManifest, normalisers: SiteNormalisers) -> str:
     """Digest of the model's head, for an index that begins; see `IndexManifest.head`.
 
-    If it is of no use, a line in the log says why.
+    If the head cannot be used, a line in the log says why.
     """
     head, _ = _load(model, manifest, normalisers)
     if isinstance(head, str) and head:
@@ -94,11 +94,11 @@ def open_outputs(
 
     Args:
         model: The model.
-        manifest: Of the index.
-        normalisers: Of the dictionary's sites.
+        manifest: The manifest of the index.
+        normalisers: The normalisers of the dictionary's sites.
 
     Raises:
-        ConfigError: It is not at hand.
+        ConfigError: This worker does not have that head.
     """
     n = int(manifest.settings["output_tokens"])
     if manifest.head == "":
@@ -118,9 +118,9 @@ def open_outputs(
 def _load(
     model: ModelConfig, manifest: IndexManifest, normalisers: SiteNormalisers
 ) -> "tuple[Head | str, _Parts]":
-    """Load a model's head; if it is of no use, the reason, empty where none is wanted.
+    """Load a model's head, or say why it cannot be used; "" if no output tokens are wanted.
 
-    With the columns of decoder rows that it reads, and their factors.
+    Also returns the columns of decoder rows that the head reads, and their factors.
     """
     if not manifest.settings["output_tokens"] or not isinstance(model, HuggingFaceModel):
         return "", ()

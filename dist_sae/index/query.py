@@ -1,6 +1,6 @@
-"""A complete latent index, opened to be asked.
+"""Queries of a complete latent index.
 
-One latent's page costs a few small reads: of each table only the row group with the latent.
+The page of a latent costs a few small reads: of each table, only the row group with the latent.
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -33,14 +33,14 @@ from dist_sae.storage import ObjectStore
 from dist_sae.storage.records import read_record
 
 _OPEN_TABLES = 64
-"""Tables whose footer, or all of whose bytes, are kept."""
+"""Tables that stay open, with their footer or all their bytes in memory."""
 
 
 class Firing(NamedTuple):
     """One activation of a latent, kept as an example."""
 
     decile: int
-    """Tenth of the latent's activations, 0 the smallest; -1 of the largest ones."""
+    """Tenth of the latent's activations, from 0, the smallest; -1 for the largest activations."""
     act: float
     unit: int
     row: int
@@ -62,11 +62,11 @@ class Coactive(NamedTuple):
 
     latent: int
     rows: int
-    """On which both are active."""
+    """Rows on which both are active."""
     product: float
     """Product of both activations, summed over the rows."""
     phi: float
-    """Correlation of the two being active."""
+    """Correlation of the two activities."""
 
 
 class Output(NamedTuple):
@@ -78,17 +78,17 @@ class Output(NamedTuple):
 
 
 class LatentPage(NamedTuple):
-    """All that an index holds of a latent but its postings."""
+    """Everything that an index has about a latent, except its postings."""
 
     latent: int
     firings: int
     density: float
     """Share of the rows on which it fires."""
     mean: float
-    """Mean activation where it fires; 0 of a latent that never does, like all that follow."""
+    """Mean activation where it fires. This and the next three are 0 if it never fires."""
     max: float
     deciles: tuple[float, ...]
-    """Least activation of the deciles 1 to 9."""
+    """Smallest activation of the deciles 1 to 9."""
     histogram: tuple[int, ...]
     """Firings by activation, in equal steps from 0 to `max`."""
     decoder_norm: float
@@ -200,8 +200,8 @@ class Index:
     def postings(self, latent: int) -> Iterator[pa.Table]:
         """Yield all activations of a latent, in tables of `POSTINGS`, by unit and row.
 
-        The first table is empty, so that every latent has one. With `index.postings` less than all
-        they are those on the rows that were kept (`manifest.postings_share`).
+        The first table is empty, so that every latent has one. If `index.postings` is a share, only
+        the activations on the kept rows are there (`manifest.postings_share`).
 
         Raises: As `latent`; and
             ConfigError: The index keeps no postings.
@@ -212,7 +212,7 @@ class Index:
                 f"{self.place}: keeps no postings (index.postings: none); make an index that does, "
                 f"under a name of its own (index.name)"
             )
-        yield POSTINGS.empty_table()  # a latent that never fires has no piece
+        yield POSTINGS.empty_table()  # a latent that never fires has no postings
         for piece in record.postings:
             if piece.first <= latent <= piece.last:
                 yield from self._table(piece.stored).of(latent)

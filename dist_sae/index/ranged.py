@@ -1,4 +1,4 @@
-"""Tables sorted by latent, of which only the row groups of one latent are read."""
+"""Partial reads of tables sorted by latent: only the row groups of one latent."""
 
 import io
 import threading
@@ -16,7 +16,7 @@ from dist_sae.storage import ObjectStore
 from dist_sae.storage.records import READS
 
 WHOLE_BYTES = 2**20
-"""Objects up to this size are read whole, which takes as long as a part of it, and kept."""
+"""Objects up to this size are read whole, which takes as long as a part, and kept."""
 TAIL_BYTES = 2**16
 """Bytes read from the end of a larger object: its footer, nearly always."""
 
@@ -26,11 +26,11 @@ Read = TypeVar("Read")
 class LatentTable:
     """A Parquet table whose first column is the latent, ascending.
 
-    An object that is read whole is checked against its sha256. Of a larger one the pages that are
-    read are checked by the CRC-32 they carry; the footer, which says where they lie, has none.
+    An object that is read whole is checked against its sha256. In a larger object each page that is
+    read is checked by its CRC-32; the footer, which has the places of the pages, carries none.
 
     Args:
-        store: Where it lies.
+        store: The store of the object.
         stored: The object.
     """
 
@@ -38,7 +38,7 @@ class LatentTable:
         self._store = store
         self._stored = stored
         self._whole: bytes | None = None
-        self._lock = threading.Lock()  # of what is kept
+        self._lock = threading.Lock()  # guards the footer and kept bytes
 
     def of(self, latent: int) -> Iterator[pa.Table]:
         """Yield a latent's rows, one row group after the other; an empty table if it has none.
@@ -60,7 +60,7 @@ class LatentTable:
 
     @cached_property
     def _spans(self) -> dict[int, range]:
-        """Latents of each row group; an empty table has one without any."""
+        """Latents of each row group that has rows."""
         groups = {i: self._footer.row_group(i) for i in range(self._footer.num_row_groups)}
         found = {i: group.column(0).statistics for i, group in groups.items() if group.num_rows}
         return {i: range(statistics.min, statistics.max + 1) for i, statistics in found.items()}
@@ -68,7 +68,7 @@ class LatentTable:
     def _read_footer(self) -> pq.FileMetaData:
         size = self._stored.bytes
         tail = self._bytes(max(0, size - TAIL_BYTES), size)
-        length = int.from_bytes(tail[-8:-4], "little") + 8  # Parquet ends in it, and in "PAR1"
+        length = int.from_bytes(tail[-8:-4], "little") + 8  # the file ends so, then "PAR1"
         if length > len(tail):
             tail = self._bytes(max(0, size - length), size)
         return pq.read_metadata(pa.BufferReader(tail[-length:]))
@@ -92,7 +92,7 @@ class LatentTable:
         return self._whole[start:stop]
 
     def _parsed(self, read: Callable[[], Read]) -> Read:
-        """Read, and read again what arrives damaged."""
+        """Read; if the data are damaged, read again."""
         reason = ""
         for _ in range(READS):
             try:
@@ -109,7 +109,7 @@ class LatentTable:
 
 
 class _Window(io.RawIOBase):
-    """A file of `size` bytes, of which `data` from `start` on is at hand."""
+    """A file of `size` bytes of which only `data`, from `start` on, is in memory."""
 
     def __init__(self, data: bytes, start: int, size: int) -> None:
         self._data = memoryview(data)

@@ -1,4 +1,4 @@
-"""Upkeep of an index: damaged objects are found, and objects that nothing names are deleted."""
+"""Upkeep of an index: finds damaged objects, and deletes objects that no record names."""
 
 import itertools
 import logging
@@ -89,7 +89,7 @@ def check_not_retired(
 
 
 def delete_unnamed(store: ObjectStore, folder: IndexFolder, manifest: IndexManifest) -> None:
-    """Delete the codes of a complete index, and what dead attempts have left."""
+    """Delete the codes of a complete index, and objects that dead attempts have left."""
     records: Iterable[Record] = itertools.chain(  # one in memory at a time: 84 kB, for 64 buckets
         unit_records(store, folder, manifest), bucket_records(store, folder, manifest)
     )
@@ -107,7 +107,7 @@ def _faults(
     try:
         stored = list(_objects(read_record(kind, store, keys.key(number))))
     except ObjectNotFoundError:
-        return  # not made yet
+        return  # it does not exist yet
     except CorruptObjectError as exc:
         yield str(exc), keys.key(number)
         return

@@ -1,4 +1,4 @@
-"""Latents by the tokens of their largest activations."""
+"""Search for latents by the tokens of their largest activations."""
 
 import re
 from collections.abc import Callable
@@ -14,11 +14,11 @@ from dist_sae.models import Tokenizer
 LEAST_EXAMPLES = 8
 """Largest activations that a latent must have to be found."""
 IsWanted = Callable[[int], bool]
-"""Tells whether a token is looked for."""
+"""Tells whether a token is one that is searched for."""
 
 
 class Match(NamedTuple):
-    """A latent, some of whose largest activations are on tokens that are looked for."""
+    """A latent with some of its largest activations on tokens that are searched for."""
 
     latent: int
     hits: int

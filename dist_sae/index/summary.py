@@ -10,7 +10,7 @@ _PARTS = {
     "output_tokens": "output tokens",
     "pairs": "coactive latents",
 }
-"""Parts of a latent's page that a setting of 0 leaves out."""
+"""Settings of the index whose value 0 leaves out a part of a latent's page."""
 
 
 def summary(store: ObjectStore, folder: IndexFolder, manifest: IndexManifest) -> dict[str, Any]:
@@ -20,7 +20,7 @@ def summary(store: ObjectStore, folder: IndexFolder, manifest: IndexManifest) ->
         `index` (its place), `step`, `units`, `deleted_units`, `rows`, `fvu`, `l0`, `entries`,
         `never_fired` (latents), `bytes` by table; `left_out`, if anything is: see that function.
     """
-    without = {"buckets": (), "sample": ()}  # which take 84 kB of memory for 64 buckets
+    without = {"buckets": (), "sample": ()}  # these fields take 84 kB of memory for 64 buckets
     records = [
         record.model_copy(update=without) for record in unit_records(store, folder, manifest)
     ]
@@ -49,7 +49,7 @@ def summary(store: ObjectStore, folder: IndexFolder, manifest: IndexManifest) ->
 
 
 def left_out(manifest: IndexManifest) -> list[str]:
-    """Parts that an index can have and this one has not, each with the reason."""
+    """Parts that this index lacks, each with the reason."""
     found = [
         f"{part} (index.{key}: 0)" for key, part in _PARTS.items() if not manifest.settings[key]
     ]

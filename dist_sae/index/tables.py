@@ -1,4 +1,4 @@
-"""The tables of a bucket, stored, and its manifest."""
+"""Makes and stores the tables of a bucket."""
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -34,13 +34,13 @@ from dist_sae.index.merge import BucketCodes, Chosen, Statistics, Tile, summaris
 from dist_sae.storage import ObjectStore
 
 GROUP_ROWS = {"latents": 2048, "examples": 32_768, "pairs": 32_768}
-"""Rows of a row group: one latent's page reads one of each, about half a megabyte in all."""
-_KEPT_ROWS = 2**24  # 16 bytes each
+"""Rows of a row group; a latent's page reads one per table, about half a megabyte in all."""
+_KEPT_ROWS = 2**24  # most rows whose origin stays in memory, 16 bytes each
 _ORIGIN = ("document", "position", "token")
 
 
 class Origins:
-    """Token, position and document of rows; units that were read last stay in memory.
+    """Token, position and document of rows; recently read units stay in memory.
 
     Args:
         store: The store of runs.

@@ -104,7 +104,7 @@ def build_example(
         act = known.get((document, number), 0.0)
         if text or not tokens:
             tokens.append(Token(text or "\ufffd", act, number // texts.context_tokens == context))
-        else:  # its text is part of the token before
+        else:  # the token before has already shown its text
             tokens[-1] = tokens[-1]._replace(act=max(tokens[-1].act, act))
         if number == position:
             peak = len(tokens) - 1

@@ -1,4 +1,4 @@
-"""Columns of an index's latents that follow from the dictionary alone."""
+"""Columns of the table of latents that follow from the dictionary alone."""
 
 from collections.abc import Callable, Iterator
 
