@@ -20,7 +20,7 @@ from dist_sae.dictionaries.constraints import remove_parallel_
 from dist_sae.dictionaries.init import first_rows, initialise_tied, reinitialise
 from dist_sae.dictionaries.interface import LossTerms, Output, Rows, StepContext, Widths
 from dist_sae.dictionaries.selection import Threshold
-from dist_sae.kernels import Entries, select
+from dist_sae.kernels import Entries, autograd, select
 
 Activation = Callable[..., tuple[Tensor, ...]]
 """Function of z and the values of the entry's latent: code f and penalty of each entry, and in some
@@ -165,7 +165,7 @@ def encode_decode(
     else:
         entries = Entries(found.latents, select.starts_of(found.rows, len(x)), len(W_enc))
         pre_acts = sae.encode_at(found.values, entries, x, W_enc)
-        values = [value.index_select(0, entries.latents) for value in per_latent]
+        values = [autograd.at_entries(value, sae.kernels, entries) for value in per_latent]
         acts, penalties, *second = activation(pre_acts, *values)
         parts = [
             sae.decode_at(codes, entries, decoder)

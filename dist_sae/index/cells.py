@@ -24,7 +24,7 @@ from dist_sae.checkpoint.layout import Checkpoint
 from dist_sae.errors import CorruptObjectError, ObjectNotFoundError
 from dist_sae.index.decoder import Decoder, directions
 from dist_sae.index.layout import Stored, read_stored
-from dist_sae.kernels import Kernels, select
+from dist_sae.kernels import Entries, Kernels, select
 from dist_sae.kernels.choice import choose_kernels
 from dist_sae.kernels.keys import from_keys
 from dist_sae.storage import ObjectStore
@@ -163,9 +163,10 @@ def _centroids(
     """Spherical k-means."""
     chosen = torch.randperm(len(sample), generator=torch.Generator().manual_seed(0))[:n_cells]
     centroids = sample[chosen.to(sample.device)]
+    every, ones = torch.arange(len(sample), device=sample.device), sample.new_ones(len(sample))
     for _ in range(_ROUNDS):
         nearest = _nearest(sample, centroids, 1, kernels)[:, 0]
-        sums = torch.zeros_like(centroids).index_add_(0, nearest, sample)
+        sums = kernels.sum_by_latent(ones, Entries(nearest, every, n_cells), sample)
         is_empty = ~sums.any(1)  # of latents, or of all but rows of zeros
         centroids = torch.where(is_empty[:, None], centroids, directions(sums))
     return centroids

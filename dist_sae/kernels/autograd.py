@@ -34,7 +34,7 @@ class _Encode(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, W_enc = ctx.saved_tensors
         grad_W_enc = ctx.kernels.sum_by_latent(grad, ctx.entries, x)
-        grad_b_enc = _summed(grad, ctx.entries)
+        grad_b_enc = ctx.kernels.sum_values(grad, ctx.entries)
         # every row was centred with the same b_dec
         grad_b_dec = -(grad_b_enc @ W_enc) if ctx.centred else None
         return None, None, None, None, grad_W_enc, grad_b_enc, grad_b_dec
@@ -61,15 +61,24 @@ class _Decode(torch.autograd.Function):
             return grad_acts, None, None, None, None
         parallel: tuple[Tensor, ...] = ()
         if ctx.unit_rows:
-            parallel = W_dec, _summed(acts * grad_acts, ctx.entries)  # = grad_W_dec . W_dec
+            along = ctx.kernels.sum_values(acts * grad_acts, ctx.entries)  # = grad_W_dec . W_dec
+            parallel = W_dec, along
         grad_W_dec = ctx.kernels.sum_by_latent(acts, ctx.entries, grad, *parallel)
         return grad_acts, None, None, grad_W_dec, None
 
 
-def _summed(values: Tensor, entries: Entries) -> Tensor:
-    """Sum of the entries' values by latent, in fp64: one that is always on has very many."""
-    sums = values.new_zeros(entries.n_latents, dtype=torch.float64)
-    return sums.index_add_(0, entries.latents, values.double()).to(values.dtype)
+class _AtEntries(torch.autograd.Function):
+    """Values of the entries' latents, with a gradient that is no atomic sum on CUDA."""
+
+    @staticmethod
+    def forward(ctx: Any, values: Tensor, kernels: Kernels, entries: Entries) -> Tensor:
+        ctx.kernels, ctx.entries = kernels, entries
+        return values.index_select(0, entries.latents)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None, None]:
+        return ctx.kernels.sum_values(grad, ctx.entries), None, None
 
 
 class _WithNorms(torch.autograd.Function):
@@ -183,6 +192,14 @@ def with_product(
 ) -> tuple[Float[Tensor, "n_latents d_in"], Float[Tensor, " n_latents"]]:
     """Return W and the product W v, as `with_norms` does; v gets no gradient."""
     result: tuple[Tensor, Tensor] = _WithProduct.apply(W, v)  # type: ignore[no-untyped-call]
+    return result
+
+
+def at_entries(
+    values: Float[Tensor, " n_latents"], kernels: Kernels, entries: Entries
+) -> Float[Tensor, " entries"]:
+    """The value of each entry's latent, with a gradient to the values."""
+    result: Tensor = _AtEntries.apply(values, kernels, entries)  # type: ignore[no-untyped-call]
     return result
 
 

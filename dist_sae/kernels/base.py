@@ -91,5 +91,10 @@ class Kernels(NamedTuple):
 
     Less along[n] W[n] for each latent n with entries, if these are given.
     """
+    sum_values: Callable[[Tensor, Entries], Tensor]
+    """The sum of each latent's coefficients, in fp64: a latent that is always on has very many.
+
+    (coefficients [entries], entries) -> [n_latents]
+    """
     empty: Callable[[Tensor], Tensor] = torch.empty_like
     """Allocates a gradient of a weight's shape, not filled."""

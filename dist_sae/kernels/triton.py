@@ -91,7 +91,9 @@ def gather_dot(rows: Tensor, entries: Entries, W: Tensor) -> Tensor:
     return products
 
 
-KERNELS = Kernels("triton", plain.keep_largest, combine, gather_dot, sum_by_latent)
+KERNELS = Kernels(
+    "triton", plain.keep_largest, combine, gather_dot, sum_by_latent, plain.sum_values
+)
 
 
 def _sum_segments(

@@ -32,6 +32,20 @@ def test_sums_equal_the_dense_ones(kernels: Kernels, product: str, pattern: str,
         assert_close_to_oracle(compute(kernels, product, case), product, case)
 
 
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_sums_of_values_are_those_of_fp64_whichever_way(kernels: Kernels, pattern: str) -> None:
+    """In the order of the entries, so bit for bit."""
+    case = make_case(pattern, 20)
+    expected = [0.0] * N_LATENTS
+    for latent, value in zip(
+        case.entries.latents.tolist(), case.coefficients.tolist(), strict=True
+    ):
+        expected[latent] += value
+    for which in (kernels, KERNELS):
+        sums = which.sum_values(case.coefficients, case.entries)
+        assert torch.equal(sums, torch.tensor(expected))
+
+
 @pytest.mark.parametrize("name", ["torch", "native"])
 def test_gradients_of_a_latent_that_is_always_on_keep_their_digits(
     kernels: Kernels, name: str

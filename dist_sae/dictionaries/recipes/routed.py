@@ -28,6 +28,7 @@ from typing import Any, NamedTuple
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from dist_sae.config.sae import RoutedConfig
 from dist_sae.dictionaries.auxk import WithAuxK, auxk_loss
@@ -48,7 +49,7 @@ from dist_sae.dictionaries.interface import (
 )
 from dist_sae.dictionaries.schedules import annealed
 from dist_sae.dictionaries.selection import BatchTopK, RowTopK
-from dist_sae.kernels import select
+from dist_sae.kernels import Entries, select
 from dist_sae.kernels.select import Block
 
 _BALANCING_STEPS = 200  # steps that balance the initial router on the first batch
@@ -100,7 +101,7 @@ class Routed(WithAuxK):
         log_p = logits.log_softmax(1)  # p itself may be 0 where a bias sends a row
         wanted = log_p.detach() + self.balance
         experts = wanted.topk(self.config.experts_per_row, dim=1).indices
-        log_gates = log_p.gather(1, experts)
+        log_gates = _chosen(log_p, experts)
         if self.config.gate == "straight_through":
             log_gates = log_gates - log_gates.detach().logsumexp(1, keepdim=True)
         return Route(log_p.exp(), experts, log_gates.exp())
@@ -165,7 +166,9 @@ class Routed(WithAuxK):
         rows, gates, arrived = self._come_here(centred)
         products = self._expert_products(centred[rows], arrived, self.W_enc.dtype, len(centred))
         parts, fired = self.decode_above(products.blocks, thresholds, len(rows))
-        return torch.zeros_like(centred).index_add_(0, rows, parts.mul_(gates[:, None])), fired
+        order = rows.int().argsort(stable=True)
+        of_rows = Entries(order, select.starts_of(rows, len(centred)), len(parts))
+        return self.kernels.combine(gates[order], of_rows, parts), fired
 
     def _come_here(
         self, centred: Float[Tensor, "rows d_in"]
@@ -312,6 +315,32 @@ class Routed(WithAuxK):
         """The centred inputs of all ranks. Collective."""
         ranks = self.axis.replicas * self.axis.shards
         return first_rows(x, len(x) * ranks, self.axis) - self.b_dec
+
+
+class _Chosen(torch.autograd.Function):
+    """`x.gather(1, places)`, for places that differ within a row.
+
+    Its gradient puts where torch's adds, atomically on CUDA.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, places: Tensor) -> Tensor:
+        ctx.save_for_backward(places)
+        ctx.shape = x.shape
+        return x.gather(1, places)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
+        (places,) = ctx.saved_tensors
+        return gradient.new_zeros(ctx.shape).scatter_(1, places, gradient), None
+
+
+def _chosen(
+    x: Float[Tensor, "rows experts"], places: Int[Tensor, "rows chosen"]
+) -> Float[Tensor, "rows chosen"]:
+    result: Tensor = _Chosen.apply(x, places)  # type: ignore[no-untyped-call]
+    return result
 
 
 def _mixed(gates: Tensor, parts: Tensor) -> Tensor:
