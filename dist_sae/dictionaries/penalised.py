@@ -34,7 +34,7 @@ RARE = 0.003
 _INIT_ROWS = 16_384  # rows looked at for initial thresholds
 _INIT_CHUNK = 1024  # latents
 CHUNK_BYTES = 16 * 2**20
-"""Size of one [rows, chunk] matrix in fp32; a chunk needs about ten."""
+"""Size of one [rows, chunk] matrix in fp32, on a CPU; a chunk needs about ten."""
 _CHUNK = 8192  # latents, at most
 _MOST_ENTRIES = 2**23  # entries held at once; a step needs about 100 bytes for each
 
@@ -237,7 +237,7 @@ def _chunks(
 ) -> Iterator[tuple[slice, slice, Tensor, list[Tensor]]]:
     """Yield slices of latents, the columns they read, their pre-activations and their values."""
     rows, (W_enc, b_enc, _, *values) = x.to(sae.product_dtype), tensors
-    width = max(1, min(_CHUNK, CHUNK_BYTES // (4 * len(x))))
+    width = max(1, min(_CHUNK, select.at_once(CHUNK_BYTES, x.device) // (4 * len(x))))
     for chunk, read in sae.tiles(width):
         products = rows[:, read] @ W_enc[chunk].to(rows.dtype).T
         yield chunk, read, products.to(x.dtype) + b_enc[chunk], [value[chunk] for value in values]

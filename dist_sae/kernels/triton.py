@@ -1,4 +1,4 @@
-"""The sparse products for NVIDIA GPUs, in Triton, written for Hopper.
+"""The sparse products for NVIDIA GPUs, in Triton, written for Hopper; selection: triton_select.py.
 
 Not yet run on a GPU. The tests run these kernels in Triton's interpreter, on a CPU, and compile
 them for Hopper; that checks what they compute, not how fast. Blocks, loads in flight, cache hints
@@ -25,6 +25,7 @@ from torch import Tensor
 
 from dist_sae.kernels import torch as plain
 from dist_sae.kernels.base import Entries, Kernels
+from dist_sae.kernels.triton_select import keep_largest
 
 CHUNK_ENTRIES = 512
 """Entries that one program sums."""
@@ -91,9 +92,7 @@ def gather_dot(rows: Tensor, entries: Entries, W: Tensor) -> Tensor:
     return products
 
 
-KERNELS = Kernels(
-    "triton", plain.keep_largest, combine, gather_dot, sum_by_latent, plain.sum_values
-)
+KERNELS = Kernels("triton", keep_largest, combine, gather_dot, sum_by_latent, plain.sum_values)
 
 
 def _sum_segments(
@@ -151,6 +150,7 @@ def _sum_segments(
         W if W is None else W.contiguous(),
         along if along is None else along.contiguous(),
         S,
+        triton.next_power_of_2(S),
         E,
         D,
         CHUNK=CHUNK_ENTRIES,
@@ -232,8 +232,8 @@ def sum_chunks_kernel(
         tl.store(chunks + chunk * D + d, acc, mask=d < D)
 
 
-@triton.autotune(_TUNED, key=["S", "D"], prune_configs_by={"early_config_prune": worth_trying})
-@triton.jit(do_not_specialize=["E"])
+@triton.autotune(_TUNED, key=["SCALE", "D"], prune_configs_by={"early_config_prune": worth_trying})
+@triton.jit(do_not_specialize=["S", "SCALE", "E"])
 @no_type_check
 def sum_segments_kernel(
     sums,  # [S, D]
@@ -245,6 +245,7 @@ def sum_segments_kernel(
     W,  # [S, D] or None
     along,  # [S] or None
     S,
+    SCALE,  # noqa: ARG001 - S to a power of two, to tune by: routed rows are others at each step
     E,
     D,
     CHUNK: tl.constexpr,

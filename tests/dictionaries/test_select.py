@@ -297,3 +297,9 @@ def test_the_kth_largest_by_radix_is_the_sorts(numbers: str, ranks: int) -> None
             for kth, before in found:
                 assert int(kth) == int(wanted)
                 assert before == int((values > wanted).sum())
+
+
+def test_a_gpu_takes_larger_blocks() -> None:
+    on_cpu, on_gpu = (select.at_once(512, torch.device(kind)) for kind in ("cpu", "cuda"))
+    assert on_cpu == 512
+    assert on_gpu > on_cpu

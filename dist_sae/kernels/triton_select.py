@@ -1,0 +1,94 @@
+"""The selection for NVIDIA GPUs, in Triton: each row's k largest pre-activations, in one pass.
+
+As `triton.py`, not yet run on a GPU; sizes are reasoned, not measured.
+
+A warp has a row. It holds the row's k best keys in registers and walks over the products, a tile at
+a time. Most tiles have nothing that belongs among these: the n-th product of a row, in no special
+order, does with probability k / n, so that k (1 + ln(n / k)) of n are ever put in, 280 of 65,536
+for k = 32. All others cost a load, the bias, and a part in the tile's maximum.
+
+Keys are those of `keys.py`: the set is plain torch's, bit for bit.
+"""
+
+from typing import no_type_check
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from dist_sae.kernels import torch as plain
+from dist_sae.kernels.keys import NOTHING
+
+_TILE = 512
+"""Products that a warp compares at once: 32 bytes of bf16 in each thread."""
+_MOST = 1024
+"""Keys that fit into a warp's registers. For more, what is put in costs more than torch's top-k."""
+_NOTHING = tl.constexpr(NOTHING)
+_NEVER_LEAST = tl.constexpr(torch.iinfo(torch.int64).max)
+_SIGN = tl.constexpr(0x7FFF_FFFF)
+_LOW = tl.constexpr(0xFFFF_FFFF)
+
+
+def keep_largest(best: Tensor, products: Tensor, bias: Tensor, latents: Tensor) -> Tensor:
+    """See `Kernels.keep_largest`."""
+    k = best.shape[1]
+    if k > _MOST or products.dtype == torch.float64:
+        return plain.keep_largest(best, products, bias, latents)
+    kept = torch.empty_like(best, memory_format=torch.contiguous_format)
+    keep_largest_kernel[(len(best),)](
+        kept,
+        best.contiguous(),
+        products.contiguous(),
+        bias.contiguous(),
+        latents.contiguous(),
+        products.shape[1],
+        k,
+        SLOTS=triton.next_power_of_2(k),
+        TILE=_TILE,
+        num_warps=1,
+    )
+    return kept
+
+
+# Shapes: B rows of the batch, C products of a row, K keys kept.
+
+
+@triton.jit(do_not_specialize=["K"])  # it changes while k is annealed
+@no_type_check
+def keep_largest_kernel(
+    kept,  # [B, K] int64
+    best,  # [B, K] int64
+    products,  # [B, C]
+    bias,  # [C]
+    latents,  # [C] int64
+    C,
+    K,
+    SLOTS: tl.constexpr,
+    TILE: tl.constexpr,
+):
+    """Keep the K largest keys of a row's best so far and its products."""
+    row = tl.program_id(0).to(tl.int64)
+    slot = tl.arange(0, SLOTS)
+    keys = tl.load(best + row * K + slot, mask=slot < K, other=_NEVER_LEAST)
+    # Empty slots must differ, or one key would be put in all of them. No key is so low.
+    keys = tl.where(keys == _NOTHING, keys + slot, keys)
+    least = tl.min(keys, 0)
+    for start in range(0, C, TILE):
+        c = start + tl.arange(0, TILE)
+        real = c < C
+        value = tl.load(products + row * C + c, mask=real, other=float("-inf")).to(tl.float32)
+        value += tl.load(bias + c, mask=real, other=0.0).to(tl.float32)
+        bits = (value + 0.0).to(tl.int32, bitcast=True)  # -0 is 0
+        order = bits ^ ((bits >> 31) & _SIGN)
+        if tl.max(order, 0) >= (least >> 32):
+            low = _LOW - tl.load(latents + c, mask=real, other=0)
+            found = tl.where(real, (order.to(tl.int64) << 32) | low, _NOTHING)
+            largest = tl.max(found, 0)
+            while largest > least:
+                keys = tl.where(keys == least, largest, keys)
+                found = tl.where(found == largest, _NOTHING, found)
+                least = tl.min(keys, 0)
+                largest = tl.max(found, 0)
+    keys = tl.where(keys < _NOTHING + SLOTS, _NOTHING, keys)
+    tl.store(kept + row * K + slot, keys, mask=slot < K)
