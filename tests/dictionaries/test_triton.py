@@ -1,14 +1,11 @@
-"""The Triton kernels: against dense products in fp64, against plain torch, and in the compiler.
+"""The Triton kernels: against dense products in fp64, and against plain torch.
 
-They run on the GPU if there is one, else in Triton's interpreter.
+They run on the GPU if there is one, else in Triton's interpreter. In the compiler:
+test_triton_compiles.py.
 """
 
 import mmap
-import os
-import subprocess
 import sys
-from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -174,54 +171,3 @@ def test_offsets_in_w_may_exceed_an_int32(product: str) -> None:
         assert x_hat[0, -3:].tolist() == [0.0, 6.0, 8.0]
     else:
         assert kernels.gather_dot(W.new_ones(1, d_in), entries, W).tolist() == [7.0]
-
-
-def test_kernels_compile_for_hopper_with_wide_loads(tmp_path: Path) -> None:
-    """The interpreter takes more than the compiler does. The compiler needs no GPU."""
-    environment = os.environ | {"TRITON_INTERPRET": "0", "TRITON_CACHE_DIR": str(tmp_path)}
-    command = [sys.executable, "-W", "error", "-m", "tests.dictionaries.test_triton"]
-    subprocess.run(command, env=environment, cwd=Path(__file__).parents[2], check=True)
-
-
-def compile_for_hopper() -> None:
-    """Compile what calls of the three products would launch, and look at the assembly."""
-    from triton.backends.compiler import GPUTarget
-    from triton.runtime.jit import JITFunction
-
-    compiled: dict[str, Any] = {}
-    run = JITFunction.run
-
-    def compile_only(self: Any, *args: Any, **kwargs: Any) -> Any:
-        kernel = run(self, *args, **(kwargs | {"warmup": True}))
-        compiled[self.__name__] = kernel
-        return kernel
-
-    JITFunction.run = compile_only
-
-    def once(call: Any, quantiles: Any) -> list[float]:
-        call()
-        return [0.0]
-
-    triton.runtime.driver.set_active(
-        SimpleNamespace(
-            get_current_target=lambda: GPUTarget("cuda", 90, 32),
-            get_current_device=lambda: 0,
-            get_current_stream=lambda _device: 0,
-            get_benchmarker=lambda: once,
-        )
-    )
-    d_in = 256
-    entries = make_entries([[*range(16)]] * 64, device=torch.device("cpu"))
-    W, rows = torch.zeros(N_LATENTS, d_in), torch.zeros(64, d_in)
-    kernels.combine(torch.zeros(64 * 16), entries, W)
-    kernels.gather_dot(rows, entries, W)
-    kernels.sum_by_latent(torch.zeros(64 * 16), entries, rows, W, torch.zeros(N_LATENTS))
-    assert set(compiled) == {"sum_chunks_kernel", "sum_segments_kernel", "gather_dot_kernel"}
-    for name, kernel in compiled.items():
-        wide = [line for line in kernel.asm["ptx"].splitlines() if "ld.global" in line]
-        wide = [line for line in wide if ".v4.b32" in line]
-        assert wide, f"{name} loads no 16 bytes at a time"
-
-
-if __name__ == "__main__":
-    compile_for_hopper()
