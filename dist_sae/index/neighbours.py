@@ -119,7 +119,7 @@ def _compare_in_cells(
             who = (queries_of(cell) // probed.shape[1]).to(queries.device)
             members = members_of(cell).to(queries.device)
             if len(who) and len(members):
-                # cells are not in the order of latents, which matters only with more ties than places
+                # cells are not in the order of latents; it matters only with more ties than places
                 products = queries[who] @ others[members].T
                 no_bias = torch.zeros(len(members), device=queries.device)
                 best[who] = kernels.keep_largest(best[who], products, no_bias, members + first)
