@@ -4,15 +4,15 @@
     e_hat = W_dec^T relu(TopK_auxk(z of dead latents))      (no bias)
     L_aux = sum |e - e_hat|^2 / sum |e - mean e|^2          (sums over the global batch)
 
-The loss is 0 where errors do not differ from row to row: there is nothing to learn then, and the
+If errors do not differ from row to row, the loss is 0: there is nothing to learn, and the
 denominator would be rounding errors.
 
-A latent whose z is negative on every row gets no gradient from this and would stay dead. After
-another `dead_after_rows` rows it is *stuck*, and re-tied: its encoder becomes its decoder row, and
-its bias 0. Stuck latents are often alike, rows of one large direction say, so that at the length of
-their neighbours they would overshoot together. They start at one common length, with which their
-e_hat is nearest to e, but at most 1: where few rows meet them, hardly along their direction, that
-length would be in the hundreds.
+A latent whose z is negative on every row gets no gradient from this loss and would stay dead. After
+another `dead_after_rows` rows it is *stuck*, and re-tied: its encoder row becomes its decoder row,
+and its bias 0. Stuck latents are often alike, for example along one large direction of the rows. At
+the length of other rows they would overshoot together. So they all start at one length: the one
+that brings e_hat nearest to e, but at most 1. Without this limit, latents that few rows meet, and
+hardly along their direction, would start at lengths in the hundreds.
 """
 
 from collections.abc import Sequence
@@ -32,10 +32,10 @@ from dist_sae.dictionaries.selection import RowTopK
 from dist_sae.kernels import Entries
 
 _LEAST_LENGTH = 0.01  # an encoder row of length 0 would never be active
-_MOST_LENGTH = 1.0  # the error of a row is its part that is missing, so not longer than the row
-_LEAST_SPREAD = 1e-4  # share of the squared errors; bf16 products of equal rows may differ so much
-_SHARE_OF_ONE = 0.98
-_ROUNDINGS = 16  # roundings of a row's elements that an error may consist of
+_MOST_LENGTH = 1.0  # an error is a part of its row, so it is not longer than the row
+_LEAST_SPREAD = 1e-4  # of the squared errors; bf16 products of equal rows may differ by this
+_SHARE_OF_ONE = 0.98  # see `initial_share`
+_ROUNDINGS = 16  # an error of so many roundings of a row's elements counts as none
 
 
 def auxk_loss(
@@ -52,7 +52,7 @@ def auxk_loss(
         error: e of the same rows.
         e_hat: e_hat of the same rows.
     """
-    spread, is_there = _spread(axis, targets, error)  # no rank waits for its device to know
+    spread, is_there = _spread(axis, targets, error)  # stays on the device, so no rank waits
     loss = (error - e_hat).square().sum() / spread * axis.replicas
     return torch.where(is_there, loss, 0.0)
 

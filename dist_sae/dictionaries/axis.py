@@ -1,9 +1,9 @@
 """The axis that latents are sharded over, for code without torch.distributed.
 
-Recipes are written against `LatentAxis`, which is one process; `distributed/axis.py` has the
-collectives. Ranks form `replicas` x `shards`: a replica is a whole dictionary, and each of its
-ranks holds `n_latents / shards` neighbouring latents. Every rank loads its own rows; within a
-replica all rows meet all latents.
+Recipes use only the methods of `LatentAxis`. Here they serve one process; `distributed/axis.py`
+implements them with collectives. Ranks form `replicas` x `shards`: a replica is a whole dictionary,
+and each of its ranks holds `n_latents / shards` neighbouring latents. Every rank loads its own
+rows; within a replica all rows meet all latents.
 """
 
 from dataclasses import dataclass
@@ -29,7 +29,7 @@ class LatentAxis:
     """Number of replicas that share a batch."""
 
     def latents(self, n_latents: int) -> range:
-        """The latents of this shard, of so many in the whole dictionary."""
+        """The latents of this shard, of `n_latents` in the whole dictionary."""
         n_local = n_latents // self.shards
         return range(self.shard * n_local, (self.shard + 1) * n_local)
 
@@ -62,7 +62,7 @@ class LatentAxis:
         sent: list[int],  # noqa: ARG002 - all stay
         received: list[int],  # noqa: ARG002
     ) -> Float[Tensor, "received d_in"]:
-        """All-to-all of rows within the replica; the gradient takes the way back.
+        """All-to-all of rows within the replica; the gradient goes the other way.
 
         Args:
             rows: The first `sent[0]` are for the first shard, and so on.
@@ -93,10 +93,10 @@ WHOLE = LatentAxis()
 
 @dataclass(eq=False)
 class PageAxis(LatentAxis):
-    """One process that holds some consecutive latents at a time: `checkpoint/pages.py`."""
+    """The axis of a page: some consecutive latents, in one process (`checkpoint/pages.py`)."""
 
     page: range = range(0)
-    """The latents."""
+    """Latents of the page."""
 
     def latents(self, n_latents: int) -> range:  # noqa: ARG002 - whatever the width
         return self.page

@@ -1,8 +1,9 @@
-"""The base of all dictionaries.
+"""The base class of all dictionaries.
 
-No I/O and no torch.distributed: ranks act together through `LatentAxis`. Weights are
-`[n_latents, d_in]` and `[n_latents, d_out]`: dim 0 is sharded, and a decoder row lies in one piece.
-Where latents read and write a part of these columns alone, the methods from `tiles` on say which.
+It has no I/O and no torch.distributed: ranks act together through `LatentAxis`. Weights are
+`[n_latents, d_in]` and `[n_latents, d_out]`: dim 0 is sharded, and a decoder row is contiguous.
+In some recipes a latent reads and writes only some of these columns; `tiles`, `written_by` and the
+methods after them hide that.
 """
 
 from collections.abc import Iterable, Iterator
@@ -27,11 +28,11 @@ from dist_sae.dictionaries.interface import (
 from dist_sae.kernels import Entries, Kernels, autograd, select
 from dist_sae.kernels.torch import KERNELS
 
-SPARSE_BELOW = 1 / 32  # share of entries; about where the sparse products begin to be faster
+SPARSE_BELOW = 1 / 32  # share of active entries below which the sparse products are faster
 
 
 class Dictionary(nn.Module):
-    """A dictionary: encoder, decoder and biases, of which this rank holds its latents' part.
+    """A dictionary: encoder, decoder and biases. This rank holds the part of its own latents.
 
     Every parameter and buffer is added with `add_tensor`, which says how it is sharded.
 
@@ -88,12 +89,12 @@ class Dictionary(nn.Module):
         """Add a parameter, or a buffer if it is none, and declare its layout over shards.
 
         Args:
-            name: Of the attribute, and in checkpoints.
+            name: Name of the attribute, and in checkpoints.
             tensor: This shard's part.
             per_latent: Whether dim 0 is this shard's latents; else all ranks hold the same values.
 
         Raises:
-            ValueError: Per latent, and dim 0 is of another size.
+            ValueError: `per_latent`, and dim 0 has another size.
         """
         n_local = len(self.axis.latents(self.config.n_latents))
         if per_latent and tensor.shape[:1] != (n_local,):
@@ -206,7 +207,7 @@ class Dictionary(nn.Module):
         W_enc: Float[Tensor, "n_local read"],
         centre: Float[Tensor, " d_in"] | None = None,
     ) -> Float[Tensor, " entries"]:
-        """Pre-activations known from the selection, with their gradients: `autograd.encode`."""
+        """The selection's pre-activations, now with gradients: `autograd.encode`."""
         return autograd.encode(pre_acts, self.kernels, entries, rows, W_enc, self.b_enc, centre)
 
     def decode_at(
@@ -261,7 +262,7 @@ class Dictionary(nn.Module):
 
         Args:
             pre_acts: May be changed.
-            latents: Of the last dim.
+            latents: Latents of the last dim.
         """
         return pre_acts
 
@@ -288,7 +289,7 @@ class Dictionary(nn.Module):
         self,
         x: Float[Tensor, "batch d_in"],  # noqa: ARG002 - the same for all rows
     ) -> Float[Tensor, "*rows d_out"]:
-        """The part of x_hat that no latent has: here b_dec, for inputs of any rows.
+        """The part of x_hat that comes from no latent: here b_dec, for any inputs.
 
         Its gradients are summed over the replica.
         """
@@ -398,32 +399,32 @@ class Dictionary(nn.Module):
 
     @property
     def directions(self) -> nn.Parameter:
-        """The weight whose rows are turned to data where latents begin; others follow from it."""
+        """The weight whose rows point at data when latents begin; `follow` sets the others."""
         return self.W_dec
 
     def guides(self, rows: Rows, new: slice, *, alone: bool) -> Float[Tensor, "batch width"]:
-        """This rank's rows that the directions of new latents turn to. Collective.
+        """This rank's rows at which the directions of new latents will point. Collective.
 
-        Here what is left of the targets: by b_dec, or by known latents.
+        Here the residual of the targets after b_dec, or after b_dec and the known latents.
 
         Args:
-            rows: This rank's.
+            rows: Rows of this rank.
             new: The new latents of this shard; they have b_enc 0.
-            alone: Whether there are no others on any shard.
+            alone: Whether all latents of all shards are new.
         """
         if alone:
             return rows.targets - self.b_dec
-        self.W_enc[new] = 0  # silent
+        self.W_enc[new] = 0  # so that they stay inactive
         return rows.targets - self.infer(rows.inputs).x_hat
 
     def follow(self, latents: slice | Tensor) -> None:
-        """Set what follows from new directions, which have unit norm: here W_enc is the same."""
+        """Set the other weights from new directions, which have unit norm: here W_enc = W_dec."""
         self.W_enc[latents] = self.W_dec[latents]
 
     def slots(self, first: int) -> Slots:
-        """Assign the rows of coming batches to latents, from `first` on, for their directions.
+        """Assign rows of the coming batches to latents, from `first` on, for their directions.
 
-        A number of `n_latents` or more is none.
+        A row with a number of `n_latents` or more belongs to no latent.
         """
         done = first
 
@@ -436,11 +437,11 @@ class Dictionary(nn.Module):
         return slots
 
     def settle(self, new: slice | Tensor, x: Float[Tensor, "batch d_in"]) -> None:
-        """Adapt new latents to the known ones beside them; nothing by default. Collective.
+        """Adapt new latents to the known ones; nothing by default. Collective.
 
         Args:
-            new: Latents of this shard. Their rows are directions times the known ones' mean length,
-                and their other tensors the known ones' mean.
+            new: Latents of this shard. Their rows have the mean length of the known ones, and
+                their other tensors have the known ones' mean.
             x: This rank's inputs of a batch.
         """
 

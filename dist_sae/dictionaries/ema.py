@@ -2,10 +2,11 @@
 
     mean <- mean + (1 - d) (weights - mean)          d = min(decay, n / (n + 9)) after n updates
 
-In a run that is short for its decay the mean covers the last tenth, and never the initial weights.
-Constraints on the weights hold for the mean too. BatchTopK's threshold is not averaged: averaged
-rows are shorter along directions that vary, so fewer codes reach the last threshold. It is measured
-on the same rows with the mean and with the last weights, and scaled by the quotient.
+If a run is short for its decay, the mean covers the last tenth of the steps, and never the initial
+weights. Constraints on the weights hold for the mean too. BatchTopK's threshold is not averaged:
+averaged rows are shorter along directions that vary, so fewer codes would reach the last threshold.
+Instead the threshold is measured on the same rows with the mean and with the last weights, and
+multiplied by the quotient of the two.
 """
 
 from collections.abc import Iterator
@@ -60,8 +61,8 @@ class WeightAverage:
     def measure(self) -> None:
         """Measure the buffers that are not averaged, on the rows of the last step. Collective.
 
-        With the weights as they are too: theirs is known from many batches, and the quotient
-        depends little on which rows these are.
+        They are measured with the last weights too, whose value is known from many batches. The
+        quotient of the two measurements depends little on the rows.
         """
         sae, last, self._last = self._sae, self._last, None
         if last is None or not sae.selection.measured:
@@ -88,5 +89,5 @@ class WeightAverage:
             self._swap()
 
     def _swap(self) -> None:
-        for name, tensor in self._sae.tensors():  # the memory, not what is in it
+        for name, tensor in self._sae.tensors():  # swaps the memory without copying
             tensor.data, self.mean[name] = self.mean[name], tensor.data

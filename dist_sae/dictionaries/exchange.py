@@ -1,4 +1,4 @@
-"""The exchange of rows between ranks and experts: dispatch, and combine."""
+"""Exchange of rows between ranks and experts: dispatch and combine."""
 
 from typing import Any
 

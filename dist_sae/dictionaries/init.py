@@ -1,4 +1,4 @@
-"""Initial weights from the first batches. No rank ever holds more than its shard."""
+"""Initial weights, computed from the first batches. No rank ever holds more than its shard."""
 
 from collections.abc import Iterable
 
@@ -13,8 +13,8 @@ from dist_sae.dictionaries.interface import Rows
 
 _MEDIAN_STEPS = 100
 _MEDIAN_TOLERANCE = 1e-6
-_FROM_DATA = 0.8  # share of the direction that points at data; the random rest is nearly orthogonal
-_NEW_LENGTH = 0.5  # length of a new encoder row over that of known ones
+_FROM_DATA = 0.8  # part of a direction along data; the random part is nearly orthogonal to it
+_NEW_LENGTH = 0.5  # length of a new encoder row over the mean length of known ones
 _BLOCK = 1024  # latents that share a random generator
 _STRIDE = 0x9E37_79B1  # odd, 2^32 over the golden ratio: multiples of it lie far apart
 
@@ -44,18 +44,17 @@ def initialise_tied(sae: Dictionary, rows: Rows, seed: int, *, rescale: bool = T
 
 @torch.no_grad()
 def initialise_from_data(sae: Dictionary, batches: Iterable[Rows], known: int = 0) -> None:
-    """Turn the directions of new latents towards data: the i-th towards that of row i.
+    """Turn the directions of new latents towards data: the i-th latent towards row i.
 
-    Call after `initialise`. These data are the recipe's `guides`: as a rule the residual, which
-    with no known latents is the target less b_dec, and the encoder is tied, with one length for
-    all. A part of each direction stays random: rows with one
-    very large coordinate, as language models have them, all point the same way, and latents that
-    are copies of one another die together. (Anthropic, Circuits Updates, October 2025; figures in
-    docs/design.md.)
+    Call after `initialise`. The data are the recipe's `guides`, as a rule the residual. Without
+    known latents the residual is the target less b_dec, and the encoder is tied, with one length
+    for all rows. A part of each direction stays random. Language models have rows with one very
+    large coordinate, which all point the same way, and latents that are copies of one another die
+    together. (Anthropic, Circuits Updates, October 2025; figures in docs/design.md.)
 
-    Known latents are left as they are, and reconstruct the rows first. The others then get the mean
-    of what the known have, but for their directions, and half of the encoder's length: they take
-    part from the start, and do not crowd the known out.
+    Known latents keep their weights, and reconstruct the rows first. New latents then get the known
+    ones' mean in everything but their directions, and half of the mean encoder length: so they take
+    part from the start, and do not crowd out the known ones.
 
     Args:
         sae: The dictionary.
@@ -90,21 +89,22 @@ def reinitialise(
 ) -> None:
     """Give dead latents new weights like those of the latents active in this batch. Collective.
 
-    The i-th turns towards row i of the guides of the global batch (Bricken et al. 2023 draw rows by
-    their loss); a part of its old direction stays, so that no two are alike. It gets the mean
-    length and threshold of the active ones, half an encoder and few active rows, as in a widened
-    dictionary. Those for which there is no row wait for another batch.
+    The i-th dead latent turns towards row i of the guides of the global batch (Bricken et al. 2023
+    draw rows by their loss). A part of its old direction stays, so that no two latents are alike.
+    As in a widened dictionary, it gets the mean length and threshold of the active latents, half of
+    the mean encoder length, and few active rows. Latents for which there is no row wait for another
+    batch.
 
     Args:
         sae: The dictionary.
-        stuck: Mask of these latents of this shard.
+        stuck: Mask of the dead latents of this shard.
         x: This rank's inputs.
         guides: This rank's rows to turn to, as a rule its targets less their reconstruction by the
             live latents.
     """
     axis = sae.axis
     alive = axis.across_replicas(sae.infer(x).firings) > 0
-    alive |= axis.total(alive.sum()) == 0  # with none active, all count
+    alive |= axis.total(alive.sum()) == 0  # if none is active, all count as alive
     rows = first_rows(guides, len(guides) * axis.replicas * axis.shards, axis)
     counts = torch.zeros(axis.shards, device=x.device, dtype=torch.int64)
     counts[axis.shard] = stuck.sum()
@@ -146,8 +146,8 @@ def _match_scale(sae: Dictionary, known: slice | Tensor, new: slice | Tensor) ->
 def rescale_encoder(sae: Dictionary, rows: Rows) -> None:
     """Scale W_enc to the least squared error of these rows under the selection of training.
 
-    Not that of inference: before the first step BatchTopK has no threshold,
-    and half of all latents would be active. b_enc is 0, so the selection does not depend on c.
+    The selection of inference would not do: before the first step BatchTopK has no threshold, and
+    half of all latents would be active. b_enc is 0, so the selection does not depend on c.
     """
     sae.set_initial_sparsity(rows.inputs)
     y, error = rows.targets - sae.b_dec, sae.measure(rows)
@@ -172,7 +172,7 @@ def random_rows(W: Float[Tensor, "n_local d_in"], seed: int, first: int) -> None
         first: Number of the shard's first row.
     """
     for block in range(first // _BLOCK, -(-(first + len(W)) // _BLOCK)):
-        # torch's generator takes 32 bits of a seed; blocks of other seeds are far away
+        # torch uses 32 bits of a seed; the stride keeps blocks of different seeds apart
         generator = torch.Generator().manual_seed((seed * _STRIDE + block) % 2**32)
         values = torch.randn(_BLOCK, W.shape[1], generator=generator)
         start, stop = block * _BLOCK - first, (block + 1) * _BLOCK - first

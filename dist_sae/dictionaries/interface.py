@@ -36,7 +36,7 @@ class Codes(NamedTuple):
     """The selected entries of the [batch, n_latents] matrix of codes, row after row."""
 
     acts: Float[Tensor, " entries"]
-    """Value of each, from 0; at 0 the latent is not active."""
+    """Codes, at least 0; at 0 the latent is not active."""
     latents: Int[Tensor, " entries"]
     starts: Int[Tensor, " batch"]
     """Index of each row's first entry."""
@@ -64,21 +64,21 @@ class Selection(Protocol):
     """Decides which pre-activations become codes at inference; see `selection.py`."""
 
     measured: tuple[str, ...]
-    """Buffers of the dictionary that are measured on batches with the parameters as they are."""
+    """Buffers of the dictionary that are measured on batches, with fixed parameters."""
     row_limit: int | None
-    """Codes that a row keeps at inference, the largest of all shards'; None where every shard
-    decides about its own latents."""
+    """Number of codes, over all shards, that a row keeps at inference; None if every shard decides
+    about its own latents."""
 
     def encode(self, products: Products) -> Selected:
         """Codes, as at inference."""
         ...
 
     def thresholds(self, dtype: torch.dtype) -> Float[Tensor, " n_local"] | None:
-        """The code that each latent must exceed; None where codes of a row are counted."""
+        """The code that each latent must exceed; None if a row keeps a number of codes."""
         ...
 
     def scale(self, factor: Float[Tensor, ""]) -> None:
-        """Follow pre-activations that have become `factor` times as large."""
+        """Adapt to pre-activations that have become `factor` times as large."""
         ...
 
 
@@ -128,8 +128,8 @@ class LossTerms(NamedTuple):
     fvu: Float[Tensor, ""]
     """sum |target - x_hat|^2 / (rows * variance of the data set)."""
     auxk: Float[Tensor, ""]
-    """sum |e - e_hat|^2 / (rows * variance of e), with e = target - x_hat; of a gated recipe the
-    FVU of the reconstruction from its gates."""
+    """sum |e - e_hat|^2 / (rows * variance of e), with e = target - x_hat. In the gated recipe, the
+    FVU of the reconstruction from the gates."""
     sparsity: Float[Tensor, ""]
     """The recipe's penalty on the codes, or on the routing, with its coefficient."""
     total: Float[Tensor, ""]

@@ -1,4 +1,4 @@
-"""Metrics of a dictionary, as sums over a data set, never means of per-batch ratios."""
+"""Metrics of a dictionary. They are sums over a data set, never means of per-batch ratios."""
 
 import math
 from collections.abc import Callable, Iterable
@@ -133,7 +133,7 @@ def duplicate_shares(
         others = torch.nn.functional.normalize(piece, dim=1)
         near = directions @ others.T > DUPLICATE_COSINE
         here = ((looked_at >= first) & (looked_at < first + len(others))).nonzero()[:, 0]
-        near[here, looked_at[here] - first] = False  # itself
+        near[here, looked_at[here] - first] = False  # not a copy of itself
         found[0] |= near.any(1)
         if experts > 1:
             others_in = torch.arange(first, first + len(others)) // width

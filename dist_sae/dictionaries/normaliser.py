@@ -72,7 +72,7 @@ class SiteNormalisers(NamedTuple):
         return {site: slice(*at) for site, *at in zip(self.writes, ends, ends[1:], strict=False)}
 
     def rows(self, acts: Mapping[str, Tensor], device: torch.device | str = "cpu") -> Rows:
-        """Scale activations [batch, d_site] of the sites; they are the targets' too if they can be.
+        """Scale activations [batch, d_site] of the sites. An autoencoder's targets are its inputs.
 
         Returns:
             Rows in fp32 on the device, sites side by side.
@@ -124,7 +124,7 @@ class SiteNormalisers(NamedTuple):
 
 
 def _of_site(scalars: Mapping[str, Any], site: str) -> Mapping[str, Any]:
-    """A site's scalars; those of the only site lie among a checkpoint's others."""
+    """A site's scalars. A checkpoint of one site has them among its other scalars."""
     of_site: Mapping[str, Any] = scalars[_SEVERAL][site] if _SEVERAL in scalars else scalars
     return of_site
 

@@ -1,9 +1,10 @@
 """Base of the recipes with a threshold per latent and a penalty on the codes.
 
-The number of active latents is not bounded: half of all at the start of ReLU, 10,000 in the tanh
-recipe as published. So there are two ways to the same loss. While few entries exceed their bound,
-it is computed from these alone; else densely, chunk by chunk of latents, and each chunk again for
-its gradients. The choice depends on the batch and the parameters alone.
+The number of active latents is not bounded: at the start it is half of all in ReLU, and 10,000 in
+the tanh recipe as published. So the loss is computed in one of two ways. While few entries exceed
+their bound, it is computed from these alone. Otherwise it is computed densely, in chunks of
+latents, each of which is computed again for its gradients. The choice depends only on the batch and
+the parameters.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -26,7 +27,7 @@ Activation = Callable[..., tuple[Tensor, ...]]
 """Function of z and the values of the entry's latent: code f and penalty of each entry, and in some
 recipes a second code, which is decoded with the decoder held fixed.
 
-Where z is not above the bound all are 0, and so are their gradients.
+If z is not above the bound, all of them and their gradients are 0.
 """
 
 RARE = 0.003

@@ -42,7 +42,7 @@ class RowTopK:
     def __init__(
         self, sae: Dictionary, k: int, axis: LatentAxis, *, parts: int = 1, width: int | None = None
     ) -> None:
-        self.row_limit = k if width is None else None  # experts lie on one shard each
+        self.row_limit = k if width is None else None  # an expert is on one shard
         self._sae = sae
         self._k = k
         self._axis = axis
@@ -56,7 +56,7 @@ class RowTopK:
 
     @torch.no_grad()
     def select_nested(self, products: Products, ks: Sequence[int]) -> list[Selected]:
-        """Select the largest of each row for an ascending k; each has what its k adds."""
+        """Select the largest of each row for ascending ks; each result has what its k adds."""
         sae = self._sae
         ks = [min(max(1, k // self._parts), self._width) for k in ks]
         first, n_local = sae.first_latent, len(sae.W_enc)
@@ -78,7 +78,7 @@ class RowTopK:
         return pre_acts.relu(), entries
 
     def thresholds(self, dtype: torch.dtype) -> None:
-        """None: rows are counted."""
+        """None, because a row keeps a number of codes."""
 
     def scale(self, factor: Float[Tensor, ""]) -> None:
         """Nothing to scale."""
@@ -89,7 +89,7 @@ class Threshold:
 
     Args:
         sae: The dictionary.
-        thresholds: Its thresholds in a precision; from 0.
+        thresholds: Returns its thresholds, at least 0, in a precision.
     """
 
     measured: tuple[str, ...] = ()
@@ -107,7 +107,7 @@ class Threshold:
         return sae.codes_of(pre_acts, entries.latents), entries
 
     def scale(self, factor: Float[Tensor, ""]) -> None:
-        """Thresholds are the recipe's to scale."""
+        """Nothing: the recipe scales its thresholds."""
 
 
 class BatchTopK:
@@ -169,10 +169,10 @@ class BatchTopK:
         return found.values, Entries(found.latents, starts, len(sae.W_enc))
 
     def follow(self, least: Float[Tensor, ""]) -> None:
-        """Take the least code of a batch into the mean, which goes back over a tenth of the run.
+        """Take the least code of a batch into the running mean.
 
-        While that is less than the decay says: codes change much in the first steps. The weight is
-        1 - decay^n after n batches.
+        The mean covers the last tenth of the run while that is less than the decay covers, because
+        codes change much in the first steps. The weight is 1 - decay^n after n batches.
         """
         decay, (total, weight) = self._decay, self.threshold.unbind()
         batches = torch.log1p(-weight) / math.log(decay) if decay else torch.zeros_like(weight)
@@ -200,7 +200,7 @@ def _above(
     products: Products, b_enc: Float[Tensor, " n_local"], thresholds: Float[Tensor, " n_local"]
 ) -> Selected:
     found = select.above(products.blocks, b_enc, thresholds)
-    assert found is not None  # there was no limit
+    assert found is not None  # because there is no limit
     starts = select.starts_of(found.rows, len(products.rows))
     return found.values, Entries(found.latents, starts, len(b_enc))
 
@@ -214,14 +214,14 @@ def kth_largest(
 
     Args:
         axis: The ranks.
-        values: This rank's, signed, within `bits` bits.
+        values: Signed values of this rank, within `bits` bits.
         k: From 1, at most the number of values of all ranks.
         bits: 32 or 64.
     """
     digits = 1 << _DIGIT
     found, before = values.new_zeros(()), 0
     for shift in range(bits - _DIGIT, -1, -_DIGIT):
-        # the highest digit is signed: half of them lie below 0
+        # the highest digit is signed: half of its values are negative
         low = digits // 2 if shift == bits - _DIGIT else 0
         digit = ((values >> shift) + low) & (digits - 1)
         from_top = axis.total(torch.bincount(digit, minlength=digits)).flip(0).cumsum(0)

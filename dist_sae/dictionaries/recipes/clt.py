@@ -6,16 +6,18 @@
     y_hat^m = sum_{l <= m} W_dec^{l->m}^T f^l + b_dec^m
     L       = E sum_m |y^m - y_hat^m|^2 / Var(y)  +  alpha L_aux (auxk.py),  or  + lambda E|f|_0
 
-A latent reads one layer, x^l, and writes it and all later ones, y^l .. y^{L-1}. The sites that are
-written may be others (x the inputs of MLPs, y their outputs) or the same; then this is a weakly
-causal crosscoder (Lindsey et al., October 2024). Inputs are not centred. Decoder norms are free and
-start at 0, with b_dec at the centre of the targets: so z ranks latents, not what they write.
+A latent reads one layer, x^l, and writes that layer and all later ones, y^l .. y^{L-1}. Read and
+written sites may differ (x the inputs of MLPs, y their outputs). If they are the same, this is a
+weakly causal crosscoder (Lindsey et al., October 2024). Inputs are not centred. Decoder norms are
+free and start at 0, with b_dec at the centre of the targets. So z alone ranks latents, not z times
+the decoder norm.
 
-Latent n reads layer n % L, so that neighbours, and shards, have as many of each. No pair of a layer
-and an earlier one is stored or computed. The decoder of L neighbours, W^{0->0} W^{0->1} ..
-W^{0->L-1} W^{1->1} .. W^{L-1->L-1}, is L (L + 1) / 2 vectors one after the other, and L rows of
-W_dec: dim 0 is latents, but a row is not one latent's. Kernels see rows of the batch times layers
-by these vectors, of which a selected latent has L - l.
+Latent n reads layer n % L, so every shard of whole groups has equally many latents of each layer.
+Weights from a layer to an earlier one are neither stored nor computed. The decoder of a group of L
+neighbours is L (L + 1) / 2 contiguous vectors, W^{0->0} W^{0->1} .. W^{0->L-1} W^{1->1} ..
+W^{L-1->L-1}. They are stored as L rows of W_dec, so dim 0 counts latents, but a row does not belong
+to one latent. To the kernels, a row of the batch is L rows, and a selected latent that reads layer
+l is L - l entries.
 """
 
 from typing import Any

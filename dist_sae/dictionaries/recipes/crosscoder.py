@@ -14,14 +14,15 @@ of one site counts as much as one of all sites that explains as much; with l1 it
 et al. 2025, arXiv:2504.02922), and latents become exclusive to sites. One site: both are TopK.
 
 Shared latents, for sites of two models or more, have the same decoder row at every site ("Insights
-on Crosscoder Model Diffing", Anthropic, February 2025): what all have in common need not be learnt
-by a latent for each. A code that costs p times as much as others (`shared_penalty`) is worth it
-where what it explains, z^2, is p times as large, so where z / sqrt(p) is: that is to hold |d_i| at
-sqrt(p). In crosscoder_relu.py it is the penalty's factor. They are spread evenly over the latents,
-so that all shards have as many.
+on Crosscoder Model Diffing", Anthropic, February 2025), so that a common feature needs one latent
+and not one per model. `shared_penalty` makes a shared code cost p times as much as another. Such a
+code is worth its cost if the error that it explains, z^2, is p times as large. So z / sqrt(p) must
+be compared with the z of others, which is the same as holding |d_i| at sqrt(p). (In
+crosscoder_relu.py p multiplies the penalty.) Shared latents are spread evenly over all latents, so
+that every shard has as many.
 
-The gradient is that of the constrained decoder: shared rows get the mean over their sites, and what
-would only change |d_i| is left out.
+The gradient is that of the constrained decoder: shared rows get the mean over their sites, and the
+component that would only change |d_i| is removed.
 """
 
 from typing import Any

@@ -8,8 +8,8 @@ x has all sites side by side, and d_i^s is the part of a decoder row at site s:
     L     = (sum_s E|x^s - x_hat^s|^2  +  lambda E sum_i f_i |d_i|) / Var(x)
     |d_i| = sum_s |d_i^s|  (weighting: l1),  or sqrt(sum_s |d_i^s|^2)  (l2)
 
-With l1 the loss of a latent of one site is that of relu.py, and latents become exclusive to sites;
-l2 has the better L0 at an error. One site: both are relu.py.
+With l1 a latent of one site has the loss of relu.py, and latents become exclusive to sites. With l2
+L0 is lower at the same error. With one site both are relu.py.
 
 A shared latent (crosscoder.py) has the same decoder row at every site, and its penalty is
 `shared_penalty` times that of others.

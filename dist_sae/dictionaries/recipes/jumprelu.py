@@ -14,16 +14,17 @@ The step H has no gradient of its own. With K(u) = 1 for |u| < 1/2, else 0:
     df/dz = H(z - theta)        df/dtheta = -(theta / eps) K((z - theta) / eps)
     dH/dz = 0                   dH/dtheta = -(1 / eps) K((z - theta) / eps)
 
-Decoder rows have unit norm. Thresholds, as a parameter and in the configuration, and eps are in
-units of the rows' root mean square norm, as in the paper, where that norm is 1. The paper's
-parameter is log theta: an optimiser that moves parameters by its rate at most then changes theta by
-a factor of exp(rate x steps) in a run, which is little in a short one or at the rate of a wide
-dictionary. Theta itself comes as far as the encoder does.
+Decoder rows have unit norm. Thresholds (the parameter and the configuration) and eps are in units
+of the rows' root mean square norm, as in the paper, where that norm is 1. The paper's parameter is
+log theta, here it is theta. An optimiser moves a parameter by at most its rate in a step. So it
+would change theta by a factor of at most exp(rate x steps), which is little in a short run or at
+the rate of a wide dictionary. Theta itself moves as far as the encoder does.
 
-The quadratic penalty acts like lambda = 2 w (L0 / T - 1) / T, so a run ends above the target, by
-lambda T / 2 w of it, with the lambda that leads there. lambda T, the penalty on T latents, is from
-a few hundredths of the variance to two tenths, so with w = 4 that is less than 3 %. The aim goes
-from the initial L0 to the target, so that no latent dies of a sudden strong penalty.
+The quadratic penalty acts like lambda = 2 w (L0 / T - 1) / T. So a run ends above the target by the
+share lambda T / 2 w, where lambda is the one that leads there. lambda T, the penalty on T latents,
+is from a few hundredths to two tenths of the variance, so with w = 4 the share is less than 3 %.
+During warm-up the aim goes from the initial L0 to the target, so that no sudden strong penalty
+kills latents.
 """
 
 import math

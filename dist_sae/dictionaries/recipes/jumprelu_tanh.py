@@ -7,10 +7,10 @@
                              +  lambda_P E sum_i relu(theta_i - z_i) |d_i|) / Var(x)
 
 Thresholds are a parameter as in jumprelu.py; decoder norms are free. The published lambda_S is 20,
-for rows of squared norm d_in and one width of these. The error grows with d_in and the penalty
-does not, so by default lambda_S is in proportion to d_in. Few latents are active at the start:
-where half of all are, as with the published 10,000 in a dictionary not much wider, the penalty
-turns most of them off for good before they are of use.
+for rows of squared norm d_in, at one d_in. The error grows with d_in and the penalty does not, so
+by default lambda_S is in proportion to d_in. Few latents are active at the start. If half of them
+were, as with the published 10,000 in a dictionary that is not much wider, the penalty would turn
+most of them off for good before they are of use.
 
 The window's gradient (jumprelu.py) reaches theta and, with the other sign, z and so every
 parameter. The last term, over all entries, needs no dense product:

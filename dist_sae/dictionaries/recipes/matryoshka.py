@@ -4,17 +4,18 @@
     x_hat_m = sum over the latents i of prefix m of f_i W_dec_i  +  b_dec
     L       = sum_m w_m E|x - x_hat_m|^2 / Var(x)  +  alpha L_aux            (auxk.py)
 
-The last prefix is the whole dictionary; its error is the one that AuxK sees. The weights are used
-as they are given. Each is 1 by default, as published: AuxK keeps its weight beside the error of the
-whole, whatever the number of prefixes.
+The last prefix is the whole dictionary, and AuxK sees its error. The weights w_m are not
+normalised. Each is 1 by default, as published, so that the weight of AuxK relative to the error of
+the whole does not depend on the number of prefixes.
 
-Prefixes are not the first latents, which one shard would have, and which fire most. They repeat
-with a period P, the least that has whole latents of each: latent i is in prefix m if i mod P is
-below P n_m / n, for n_m of n latents (`MatryoshkaConfig.prefix_pattern`). So every shard has the
-same part of each prefix, and what is learnt does not depend on the number of shards.
+Prefixes are not the first latents: one shard would then have them, and they fire most. Instead they
+repeat with a period P, the smallest that has whole latents of each prefix: latent i is in prefix m
+if i mod P is below P n_m / n, for n_m of n latents (`MatryoshkaConfig.prefix_pattern`). So every
+shard has the same part of each prefix, and the result does not depend on the number of shards.
 
-Each entry is decoded once, with those of the smallest prefix that it is in; x_hat_m is the sum of
-the first m of these parts. Their gradients are sums of errors, as few.
+Each entry is decoded once, in the group of the smallest prefix that it is in; x_hat_m is the sum of
+the first m groups. A group's gradient is the weighted sum of the errors of all prefixes that
+contain it.
 """
 
 from typing import Any

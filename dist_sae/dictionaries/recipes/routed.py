@@ -1,7 +1,7 @@
 """Routed dictionaries: a row meets a few experts, not all latents (Switch SAE).
 
-Mudide et al. 2024 (arXiv:2410.08201), with AuxK and without their dense encoder: only the experts
-that a row is sent to are computed, on the rank that holds them.
+From Mudide et al. 2024 (arXiv:2410.08201), with AuxK and without their dense encoder: only the
+experts that a row is sent to are computed, on the rank that holds them.
 
     p     = softmax(W_router (x - b_dec) + b_router)
     e     : the `experts_per_row` largest p, or (balance: bias) of log p + bias
@@ -10,13 +10,13 @@ that a row is sent to are computed, on the rank that holds them.
     x_hat = sum_e W_dec_e^T f_e + b_dec
     L     = E|x - x_hat|^2 / Var(x)  +  alpha L_aux  +  beta (E sum_e share_e mean p_e - 1)
 
-With `selection: batch` f_e is relu(z) where that is among the (rows * k) largest of the global
-batch, over all experts, and at inference where z > theta (topk.py).
+With `selection: batch` f_e is relu(z) if that is among the (rows * k) largest of the global batch,
+over all experts; at inference, if z > theta (topk.py).
 
-share_e is the part of the global batch's rows that goes to e, so the last term is 0 when all get as
-many. With one expert p is 1, and this is TopK or BatchTopK. AuxK's dead latents see the errors of
-the rows that come to their expert, with p held fixed: what they learn is no reason to route
-elsewhere.
+share_e is the share of the global batch's rows that goes to e, so the last term is 0 if all experts
+get equally many. With one expert p is 1, and this is TopK or BatchTopK. AuxK's dead latents see the
+errors of the rows that come to their expert, with p held fixed, so that they do not change the
+routing.
 
 Experts are neighbouring latents, `n_latents / experts` each, so a shard holds whole experts.
 """

@@ -6,10 +6,10 @@
     x_hat = W_dec^T f + b_dec
     L     = E|x - x_hat|^2 / Var(x)  +  alpha L_aux            (auxk.py)
 
-With BatchTopK a row has k active latents on average, and its codes depend on the rows beside it. At
-inference they do not: f = z where z > theta, with theta the running mean of the smallest f kept in
-a batch. Decoder rows have unit norm, so that z alone says how much a latent matters; the gradient's
-part along them is left out.
+With BatchTopK a row has k active latents on average, and its codes depend on the other rows of the
+batch. At inference they do not: f = z where z > theta, the running mean of the smallest f kept in a
+batch. Decoder rows have unit norm, so that z alone says how much a latent matters; the component of
+the gradient along them is removed.
 
 Multi-TopK (Gao et al.; `multi_factor`) adds w E|x - x_hat_mk|^2 / Var(x), with x_hat_mk from
 the m k largest z of a row. Its entries are those of x_hat and m k - k more, decoded once.

@@ -7,12 +7,15 @@
 
 (Dunefsky et al. 2024; the skip is Paulo et al. 2025's, arXiv:2501.18823.)
 
-x are the sites that are read, side by side, and y those that are written. At the start W_dec and
-W_skip are 0, b_dec is the centre of y (its geometric median: at the mean of the first batch the
-gradient of b_dec would be rounding alone, which Adam makes steps of), and b_enc = -W_enc mean(x):
-each latent sees centred rows. The encoder has no gradient in the first step, and has one from the
-second on. W_enc has random rows of unit norm, or (init: data) ones near centred rows of x.
-Decoder rows are free, as nothing says how long an output should be.
+x is the concatenation of the sites that are read, and y of those that are written. At the start:
+
+- W_dec and W_skip are 0, so the encoder has no gradient in the first step.
+- b_dec is the geometric median of y. At the mean of the first batch the gradient of b_dec would be
+  nothing but rounding, and Adam would turn that rounding into steps.
+- b_enc is -W_enc mean(x), so that each latent sees centred rows.
+- W_enc has random rows of unit norm, or (init: data) rows near centred rows of x.
+
+Decoder norms are free, because nothing says how long an output should be.
 
 With b_enc = b_enc' - W_enc b_dec this is the TopK of codes W_enc (x - b_dec) + b_enc', in other
 coordinates: reading and writing the same site, with TopK's weights, it has TopK's loss.
