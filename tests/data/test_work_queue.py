@@ -142,7 +142,7 @@ def test_an_own_claim_of_an_earlier_life_is_taken_at_once(
 
 
 def test_renewing_keeps_a_slow_producers_unit(run: Run, clock: Clock, store: ObjectStore) -> None:
-    """It works for 50 minutes on one unit, and says so all the time."""
+    """It works for ten minutes on one unit, and says so all the time."""
     finish(store, *range(1, UNITS))
     slow = open_claims(run, "slow", clock, store)
     assert slow.take() == 0
@@ -150,13 +150,13 @@ def test_renewing_keeps_a_slow_producers_unit(run: Run, clock: Clock, store: Obj
 
     def meanwhile() -> None:
         slow.renew()
-        if clock.now - since > 3000:
+        if clock.now - since > 600:
             finish(store, 0)
             slow.release(0, done=True)
 
     clock.then = meanwhile
     assert open_claims(run, "b", clock, store).take() is None
-    assert clock.now - since > 3000
+    assert clock.now - since > 600
 
 
 @pytest.mark.parametrize("lives", [True, False])
@@ -256,8 +256,9 @@ def test_a_unit_that_another_claims_in_the_same_instant_is_left_to_it(
                 self.inner.put(key, b'{"worker": "faster"}')
             return super().put(key, data, if_absent=if_absent)
 
-    assert open_claims(run, "a", clock, Racing(store)).take() == 1
-    assert claimed(store) == {0: "faster", 1: "a"}
+    taken = open_claims(run, "a", clock, Racing(store)).take()
+    assert taken
+    assert claimed(store) == {0: "faster", taken: "a"}
 
 
 def test_a_claim_released_in_the_instant_of_looking_is_no_error(

@@ -67,7 +67,7 @@ def numbers(run: Run) -> dict[str, Any]:
         "ls": {k: v for k, v in upkeep.ls(run).items() if k not in ("runs", "claims")},
         "runs": [consumer for consumer, _ in consumers.all()],
         "claims": list(upkeep.ls(run)["claims"]),
-        "claimed": claims.claimed(),
+        "free": (claims.take(wait=False), claims.left()),
         "verify": verify(run),
         "orphans": upkeep.gc(run, hours=-1.0, delete=False),
         "ready": ReadyUnits(activations, plan, print).count(),
@@ -120,7 +120,7 @@ def test_what_is_not_ours_is_passed_by_and_named_once(
 ) -> None:
     run, put = world
     before = numbers(run)
-    assert before["claimed"] == {1}
+    assert before["free"] == (None, {1})  # another has it in hand
     assert before["steps"] == ([4, 8], {4, 8})
     assert before["orphans"]["orphans"] == 1
     for folder in ("activations", "runs"):
