@@ -76,8 +76,8 @@ class PodsConfig(Section):
     grace_seconds: PositiveInt = 60
     """Seconds between SIGTERM and SIGKILL."""
     retries: NonNegativeInt = 6
-    """Crashes (a bug, out of memory) until the run has failed. Preemptions, evictions and exits
-    with 75 do not count; an exit with 2 fails the run at once."""
+    """Crashes (a bug, out of memory) of one pod and its successors until the run has failed.
+    Preemptions, evictions and exits with 75 do not count; an exit with 2 fails the run at once."""
 
 
 class SpreadPods(PodsConfig):

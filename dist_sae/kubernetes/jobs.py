@@ -7,7 +7,12 @@ How a pod ends decides what happens next:
     75      stopped and resumable (preempted, a rank lost, the store away): a new pod, not counted
     143     SIGTERM before the program handled it: the same
     evicted, preempted, drained (DisruptionTarget): the same
-    else    a crash: counted against `retries`
+    else    a crash: counted against `retries`, for each index (pod number) by itself
+
+The Job controller waits before it replaces a pod: 10 s, doubled with every failure, at most 10 min,
+and failures that are not counted lengthen the wait as others do (kubernetes#130881). It counts over
+the whole Job unless there is a `backoffLimitPerIndex`: 16 pods that end together would wait for 10
+min, and among a thousand producers one ends before the wait for the last is over.
 """
 
 import signal
@@ -78,16 +83,7 @@ def _jobset(run: Run) -> Object:
                 "publishNotReadyAddresses": True,
             },
             # a job that fails has used its retries, or would fail the same way again
-            "failurePolicy": {
-                "maxRestarts": 0,
-                "rules": [
-                    {
-                        "name": "stop",
-                        "action": "FailJobSet",
-                        "onJobFailureReasons": ["PodFailurePolicy", "BackoffLimitExceeded"],
-                    }
-                ],
-            },
+            "failurePolicy": {"maxRestarts": 0, "rules": [{"name": "stop", "action": "FailJobSet"}]},
             "replicatedJobs": [_replicated_job(run, part) for part in parts(run)],
         }
     }
@@ -119,7 +115,8 @@ def _job(run: Run, part: Part) -> Object:
         "completionMode": "Indexed",
         "completions": n_pods(run, part),
         "parallelism": n_pods(run, part),
-        "backoffLimit": pods_of(run, part).retries,
+        "backoffLimitPerIndex": pods_of(run, part).retries,
+        "maxFailedIndexes": 0,  # no part can do without one of its pods
         "podReplacementPolicy": "Failed",  # never two pods of one index: they would be one rank
         "podFailurePolicy": {
             "rules": [

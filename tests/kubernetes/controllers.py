@@ -1,11 +1,17 @@
 """Job and JobSet controllers: `reconcile` compares actual with desired state, and acts.
 
 Indexed Jobs whose pods are not restarted in place, with podReplacementPolicy Failed; JobSets that
-are not restarted as a whole. Left out: the pauses that a cluster makes before it replaces a pod.
+are not restarted as a whole. Before a pod is replaced there is the pause that the Job controller
+makes (Kubernetes 1.29 and newer, pkg/controller/job/backoff_utils.go): 10 s, doubled with every
+failure, at most 10 min. Failures that a rule ignores count as others do (kubernetes#130881). With
+`backoffLimitPerIndex` those of the index count, for all its life; without it those of the whole
+Job since a pod has last succeeded, and no pod is made while the pause lasts.
 """
 
 import random
 import string
+import time
+from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
 from typing import NamedTuple
@@ -16,6 +22,7 @@ from tests.kubernetes.manifests import Object, check_pod, refuse_unknown
 _INDEX = "batch.kubernetes.io/job-completion-index"
 _JOB = "batch.kubernetes.io/job-name"
 JOBSET = "jobset.sigs.k8s.io/jobset-name"
+_FIRST_PAUSE, _LONGEST_PAUSE = 10.0, 600.0
 
 
 class Condition(NamedTuple):
@@ -32,9 +39,15 @@ class Job:
     Args:
         manifest: The Job.
         make_pod: Makes and starts a pod.
+        clock: The time in seconds, from any start.
     """
 
-    def __init__(self, manifest: Object, make_pod: Callable[[Object], Pod]) -> None:
+    def __init__(
+        self,
+        manifest: Object,
+        make_pod: Callable[[Object], Pod],
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
         self.name: str = manifest["metadata"]["name"]
         self.spec: Object = manifest["spec"]
         self.condition: Condition | None = None
@@ -44,6 +57,13 @@ class Job:
         """Failures that use up the budget."""
         self.ignored: list[Pod] = []
         """Failures that do not."""
+        self.next_start: float | None = None
+        """When the first pause ends that a pod waits for; None if no pod waits."""
+        self._clock = clock
+        self._counted: Counter[int] = Counter()
+        self._failures: Counter[int | None] = Counter()
+        """Failures that lengthen the pause, and when the last one was, by `_pausing`."""
+        self._failed_at: dict[int | None, float] = {}
         self._failing: Condition | None = None
         self._deleted = False
         self._make_pod = make_pod
@@ -68,6 +88,7 @@ class Job:
             if pod.phase in ENDED:
                 del self.active[index]
                 self._judge(index, pod)
+        self.next_start = None
         if self.condition or self._deleted:
             return
         if self._failing:
@@ -81,18 +102,52 @@ class Job:
             for index in range(self.spec["completions"]):
                 free = len(self.active) < self.spec["parallelism"]
                 if free and index not in self.active and index not in self.succeeded:
-                    self.active[index] = self._make_pod(self._pod(index))
+                    self._start(index)
+
+    def _start(self, index: int) -> None:
+        """Make the index's pod, unless there is a pause."""
+        due = self._due(index)
+        if due <= self._clock():
+            self.active[index] = self._make_pod(self._pod(index))
+        else:
+            self.next_start = min(due, self.next_start or due)
+
+    def _due(self, index: int) -> float:
+        """When the pause of an index ends; 0 if there is none."""
+        pausing = self._pausing(index)
+        if not self._failures[pausing]:
+            return 0.0
+        doubled = min(self._failures[pausing] - 1, 10)
+        return self._failed_at[pausing] + min(_FIRST_PAUSE * 2.0**doubled, _LONGEST_PAUSE)
+
+    def _pausing(self, index: int) -> int | None:
+        """What pauses after failures of an index: it alone, or the Job (None)."""
+        return index if "backoffLimitPerIndex" in self.spec else None
 
     def _judge(self, index: int, pod: Pod) -> None:
+        pausing = self._pausing(index)
         if pod.phase == "Succeeded":
             self.succeeded[index] = pod
+            self._failures[pausing] = 0
             return
+        self._failures[pausing] += 1
+        self._failed_at[pausing] = self._clock()
         action, why = self._action(pod)
         (self.ignored if action == "Ignore" else self.counted).append(pod)
-        if self._failing is None and action == "FailJob":
-            self._failing = Condition("Failed", "PodFailurePolicy", why)
-        elif self._failing is None and len(self.counted) > self.spec["backoffLimit"]:
-            self._failing = Condition("Failed", "BackoffLimitExceeded", why)
+        self._counted[index] += action == "Count"
+        if self._failing is None:
+            self._failing = self._verdict(index, action, why)
+
+    def _verdict(self, index: int, action: str, why: str) -> Condition | None:
+        """The end of the Job after a failure; None if the index gets another pod."""
+        if action == "FailJob":
+            return Condition("Failed", "PodFailurePolicy", why)
+        if (limit := self.spec.get("backoffLimitPerIndex")) is None:
+            spent = len(self.counted) > self.spec["backoffLimit"]
+            return Condition("Failed", "BackoffLimitExceeded", why) if spent else None
+        assert self.spec["maxFailedIndexes"] == 0, "a Job goes on without its failed indexes"
+        spent = self._counted[index] > limit
+        return Condition("Failed", "MaxFailedIndexesExceeded", why) if spent else None
 
     def _action(self, pod: Pod) -> tuple[str, str]:
         """Action of the first matching rule of the podFailurePolicy."""

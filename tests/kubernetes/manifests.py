@@ -6,6 +6,7 @@ Object = dict[str, Any]
 
 _EXECUTED = {
     "job": {"completionMode", "completions", "parallelism", "backoffLimit", "template"}
+    | {"backoffLimitPerIndex", "maxFailedIndexes"}
     | {"podReplacementPolicy", "podFailurePolicy", "ttlSecondsAfterFinished"},
     "jobset": {"network", "failurePolicy", "replicatedJobs", "ttlSecondsAfterFinished"},
     "metadata": {"name", "namespace", "labels", "annotations"},

@@ -4,11 +4,12 @@
     Pod         is a kubelet's view of its containers (`kubelet.py`)
     Container   is processes in namespaces of their own (`sandbox.py`)
 
-Nothing polls: threads wait for processes and for probes that fall due. All of it ends with the
+Nothing polls: threads wait for processes, and for probes and pauses that fall due. All of it ends with the
 `with`, whatever happened in it.
 """
 
 import threading
+import time
 from base64 import b64decode
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
@@ -28,9 +29,12 @@ class Cluster:
     Args:
         folder: For the pods' files and logs.
         time_scale: Of the seconds between probes, so many pass.
+        pause_scale: Of the seconds before a pod is replaced, so many pass.
     """
 
-    def __init__(self, folder: Path, *, time_scale: float = 0.25) -> None:
+    def __init__(
+        self, folder: Path, *, time_scale: float = 0.25, pause_scale: float = 0.001
+    ) -> None:
         self.network = Network()
         self.pods: list[Pod] = []
         self.jobs: dict[str, Job] = {}
@@ -43,6 +47,7 @@ class Cluster:
         self._changed = threading.Condition()
         self._failure: BaseException | None = None
         self._over = False
+        self._pause_scale = pause_scale
         self._controllers = threading.Thread(target=self._control, name="controllers")
         self._controllers.start()
 
@@ -129,7 +134,7 @@ class Cluster:
         return "\n".join([*pods, *(f"{name}: {what}" for name, what in self.conditions().items())])
 
     def _make_job(self, manifest: Object) -> Job:
-        job = Job(manifest, self._make_pod)
+        job = Job(manifest, self._make_pod, self._clock)
         assert job.name not in self.jobs
         self.jobs[job.name] = job
         return job
@@ -153,7 +158,16 @@ class Cluster:
                 except BaseException as exc:
                     self._failure = exc
                 self._changed.notify_all()  # those in `wait`
-                self._changed.wait()
+                self._changed.wait(self._pause())
+
+    def _clock(self) -> float:
+        return time.monotonic() / self._pause_scale
+
+    def _pause(self) -> float | None:
+        """Seconds until a Job's pause ends; None if there is none."""
+        starts = [job.next_start for job in self.jobs.values() if job.next_start is not None]
+        left = min(starts) - self._clock() if starts else None
+        return left and max(0.0, left * self._pause_scale)
 
     def _reconcile(self) -> None:
         for job in self.jobs.values():

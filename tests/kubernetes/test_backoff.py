@@ -1,0 +1,138 @@
+"""The pauses before pods are replaced, in simulated time, with the Jobs as they are rendered."""
+
+import heapq
+import random
+from collections.abc import Iterator
+from pathlib import Path
+
+from dist_sae.config import load_run
+from dist_sae.kubernetes.jobs import render_objects
+from tests.kubernetes.controllers import Job
+from tests.kubernetes.manifests import Object
+from tests.kubernetes.schemas import jobs_of
+
+RUN = Path(__file__).parents[2] / "launch/runs/llama3.1-8b-resid16-batchtopk-1m-16xh100.yaml"
+HOUR, DAY = 3600.0, 86_400.0
+
+
+class FakePod:
+    """A pod that runs until it is ended."""
+
+    name = "fake"
+
+    def __init__(self) -> None:
+        self.phase = "Running"
+        self.exit_codes: dict[str, int] = {}
+        self.conditions: set[str] = set()
+
+    def end(self, code: int) -> None:
+        self.phase, self.exit_codes = "Failed", {"main": code}
+
+    def terminate(self) -> None:
+        self.end(75)
+
+
+class World:
+    """One Job, whose time passes from event to event."""
+
+    def __init__(self, manifest: Object) -> None:
+        self.now = 0.0
+        self.started: list[float] = []
+        self.job = Job(manifest, self._make, lambda: self.now)  # type: ignore[arg-type]
+        self.job.reconcile()
+
+    def _make(self, _: Object) -> FakePod:
+        self.started.append(self.now)
+        return FakePod()
+
+    def end(self, index: int, code: int) -> None:
+        if index in self.job.active:
+            self.job.active[index].end(code)  # type: ignore[attr-defined]
+            self.job.reconcile()
+
+    def pass_to(self, then: float) -> Iterator[float]:
+        """Pass to a time, and yield the length of each span in which nothing changes."""
+        while (pause := self.job.next_start) is not None and pause <= then:
+            yield pause - self.now
+            self.now = pause
+            self.job.reconcile()
+        yield then - self.now
+        self.now = then
+
+
+def rendered(part: str, *overrides: str) -> Object:
+    """The Job of a part, with pods of nothing: each of them is a copy."""
+    jobset = render_objects(load_run(RUN, overrides))[1]
+    job = next(job for job in jobs_of(jobset) if f"-{part}-" in job["metadata"]["name"])
+    pod = {"restartPolicy": "Never", "containers": []}
+    return job | {"spec": job["spec"] | {"template": {"metadata": {"labels": {}}, "spec": pod}}}
+
+
+def of_the_whole_job(job: Object) -> Object:
+    """The same Job, with one budget for all of its pods."""
+    limits = ("backoffLimitPerIndex", "maxFailedIndexes")
+    spec = {key: value for key, value in job["spec"].items() if key not in limits}
+    return job | {"spec": spec | {"backoffLimit": 6}}
+
+
+def pause_after_lost_ranks(job: Object, losses: int) -> list[float]:
+    """Seconds without trainers after each loss of a rank, which ends all pods with 75."""
+    world = World(job)
+    pauses = []
+    for loss in range(1, losses + 1):
+        for _ in world.pass_to(loss * DAY):
+            pass
+        for index in range(16):
+            world.end(index, 75)
+        assert not world.job.active
+        for _ in world.pass_to(world.now + HOUR):
+            pass
+        assert len(world.job.active) == 16
+        pauses.append(max(world.started) - loss * DAY)
+    return pauses
+
+
+def live_share(job: Object, *, days: int) -> float:
+    """Live share of 1,000 producers on the last of these days: each is preempted once a day."""
+    random.seed(0)
+    world, live, whole = World(job), 0.0, 0.0
+    events = [(random.random() * DAY, index) for index in range(1000)]
+    heapq.heapify(events)
+    while events[0][0] < days * DAY:
+        then, index = events[0]
+        heapq.heapreplace(events, (then + random.uniform(0.5, 1.5) * DAY, index))
+        for seconds in world.pass_to(then):
+            if world.now > (days - 1) * DAY:
+                live += seconds * len(world.job.active)
+                whole += seconds * 1000
+        world.end(index, 75)
+    return live / whole
+
+
+def test_pods_that_lose_one_of_them_come_back_soon() -> None:
+    job = rendered("trainer", "processes.trainers=128", "activations.streams=128")
+    assert job["spec"]["completions"] == 16
+    assert pause_after_lost_ranks(job, 8) == [10, 20, 40, 80, 160, 320, 600, 600]
+    assert pause_after_lost_ranks(of_the_whole_job(job), 1) == [600]
+
+
+def test_a_thousand_preempted_producers_stay_live() -> None:
+    job = rendered("producer", "processes.producers=1000")
+    assert live_share(job, days=8) > 0.99  # the longest pause, 10 min a day, is .993
+    assert live_share(of_the_whole_job(job), days=2) < 0.7
+
+
+def test_an_index_that_has_used_its_retries_fails_the_job() -> None:
+    job = rendered("producer", "processes.producers=3", "cluster.producer.retries=2")
+    world = World(job)
+    for life in range(3):
+        assert world.job.condition is None
+        world.end(0, 1)
+        world.end(1, 75)
+        if life < 2:
+            world.end(2, 1)
+        for _ in world.pass_to(world.now + HOUR):
+            pass
+    world.job.reconcile()  # the others have been told to end
+    assert world.job.condition is not None
+    assert world.job.condition[:2] == ("Failed", "MaxFailedIndexesExceeded")
