@@ -56,6 +56,7 @@ EXAMPLES: dict[str, Any] = {
     "cluster.pull_secrets": ["registry-login"],
     "export.model_name": "HuggingFaceTB/SmolLM2-135M",
     "index.name": "first-half",
+    "pod_patch": {"metadata": {"annotations": {"sidecar.istio.io/inject": "false"}}},
     "sae.bandwidth": 0.03,
     "model.other.path": "HuggingFaceTB/SmolLM2-135M-Instruct",
     "model.other.revision": "main",

@@ -1,6 +1,6 @@
 """Settings of a run on Kubernetes; a local run ignores them."""
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 
@@ -41,6 +41,12 @@ Image = Annotated[
 ]
 
 
+TemplateKey = Annotated[
+    str,
+    Shape(r"^(metadata|spec)$", "a pod template has metadata and spec, and other keys are in them"),
+]
+
+
 class Toleration(Section):
     """A taint that pods tolerate, in Kubernetes' terms."""
 
@@ -78,6 +84,10 @@ class PodsConfig(Section):
     retries: NonNegativeInt = 6
     """Crashes (a bug, out of memory) of one pod and its successors until the run has failed.
     Preemptions, evictions and exits with 75 do not count; an exit with 2 fails the run at once."""
+    pod_patch: dict[TemplateKey, dict[str, Any]] = Field(default_factory=dict)
+    """What else the pods need, merged into their template as `kubectl patch` merges (strategic
+    merge): annotations, a runtimeClassName, volumes, huge pages, IPC_LOCK, hostNetwork. The
+    container of the program is named `main`."""
 
 
 class SpreadPods(PodsConfig):

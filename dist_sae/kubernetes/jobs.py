@@ -83,7 +83,10 @@ def _jobset(run: Run) -> Object:
                 "publishNotReadyAddresses": True,
             },
             # a job that fails has used its retries, or would fail the same way again
-            "failurePolicy": {"maxRestarts": 0, "rules": [{"name": "stop", "action": "FailJobSet"}]},
+            "failurePolicy": {
+                "maxRestarts": 0,
+                "rules": [{"name": "stop", "action": "FailJobSet"}],
+            },
             "replicatedJobs": [_replicated_job(run, part) for part in parts(run)],
         }
     }

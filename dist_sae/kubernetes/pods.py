@@ -6,8 +6,8 @@
     index       one pod is one worker: all `index.latent_shards` ranks of it
     reporter    evaluate (with several ranks, where these are needed), export, report, in turn
 
-They meet the restricted pod security standard: no root, no privileges, a read-only root file
-system. Caches are in /scratch, which is deleted with the pod.
+They meet the restricted pod security standard (unless `pod_patch` says otherwise): no root, no
+privileges, a read-only root file system. Caches are in /scratch, which is deleted with the pod.
 """
 
 from typing import Any, Literal
@@ -16,6 +16,7 @@ from dist_sae.config import Run
 from dist_sae.config.cluster import PodsConfig, SpreadPods, TrainerPods
 from dist_sae.interop import sae_lens
 from dist_sae.kubernetes.names import labels, object_name, selector
+from dist_sae.kubernetes.patch import merge_patch
 
 Part = Literal["planner", "trainer", "producer", "index", "reporter"]
 """In the order of a JobSet: Kueue takes the priority of the first part that has one."""
@@ -101,7 +102,11 @@ def pod_template(run: Run, part: Part) -> Object:
             {"name": "shm", "emptyDir": {"medium": "Memory"}},
         ],
     }
-    return {"metadata": {"labels": labels(run, part)}, "spec": without_empty(spec)}
+    own = {"labels": labels(run, part)}
+    template = {"metadata": own, "spec": without_empty(spec)}
+    patched: Object = merge_patch(template, pods.pod_patch, f"cluster.{part}.pod_patch")
+    # by the labels the pods are found again
+    return patched | {"metadata": merge_patch(patched["metadata"], own, "metadata")}
 
 
 def _containers(run: Run, part: Part) -> list[Object]:

@@ -66,7 +66,7 @@ def _requests(spec: Object) -> dict[str, str]:
     """Resources of a pod: the largest request, since its containers run one after the other."""
     needed: dict[str, str] = {}
     for container in [*spec.get("initContainers", []), *spec["containers"]]:
-        for name, quantity in container["resources"]["requests"].items():
+        for name, quantity in container.get("resources", {}).get("requests", {}).items():
             needed[name] = max(needed.get(name, "0"), quantity, key=amount)
     return needed
 

@@ -4,8 +4,8 @@
     Pod         is a kubelet's view of its containers (`kubelet.py`)
     Container   is processes in namespaces of their own (`sandbox.py`)
 
-Nothing polls: threads wait for processes, and for probes and pauses that fall due. All of it ends with the
-`with`, whatever happened in it.
+Nothing polls: threads wait for processes, and for probes and pauses that fall due. All of it ends
+with the `with`, whatever happened in it.
 """
 
 import threading

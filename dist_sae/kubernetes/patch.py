@@ -1,0 +1,72 @@
+"""Strategic merge of a patch into a pod template, as `kubectl patch` does it. Pure.
+
+Mappings are merged, and null removes a key. Lists that Kubernetes merges (`containers` by name,
+`volumeMounts` by path) are merged item by item; every other list takes the place of the old one.
+`$patch: delete` in an item removes it, `$patch: replace` in a mapping takes its place whole.
+https://kubernetes.io/docs/tasks/manage-kubernetes-objects/update-api-object-kubectl-patch/
+"""
+
+from typing import Any
+
+from dist_sae.errors import ConfigError
+
+_MERGED_BY = {
+    "containers": "name",
+    "initContainers": "name",
+    "volumes": "name",
+    "env": "name",
+    "imagePullSecrets": "name",
+    "resourceClaims": "name",
+    "claims": "name",
+    "volumeMounts": "mountPath",
+    "volumeDevices": "devicePath",
+    "ports": "containerPort",
+    "hostAliases": "ip",
+    "topologySpreadConstraints": "topologyKey",
+}
+"""The key that tells items of a list of a pod apart (`patchMergeKey` of the API)."""
+_DIRECTIVE = "$patch"
+
+
+def merge_patch(original: Any, patch: Any, path: str) -> Any:
+    """Merge a patch into a mapping, a list or a value; neither of them is changed.
+
+    Args:
+        path: Where the patch is in the run file, for messages.
+
+    Raises:
+        ConfigError: An item of a merged list lacks its key, or a directive is unknown.
+    """
+    if isinstance(patch, dict):
+        _check_directive(patch, path)
+        replaces = patch.get(_DIRECTIVE) == "replace" or not isinstance(original, dict)
+        merged = {} if replaces else dict(original)
+        for key, value in patch.items():
+            if value is None:
+                merged.pop(key, None)
+            elif key != _DIRECTIVE:
+                merged[key] = merge_patch(merged.get(key), value, f"{path}.{key}")
+        return merged
+    name = path.rpartition(".")[2]
+    if isinstance(patch, list) and name in _MERGED_BY:
+        return _merge_items(original or [], patch, _MERGED_BY[name], path)
+    return patch
+
+
+def _merge_items(original: list[Any], patch: list[Any], key: str, path: str) -> list[Any]:
+    merged = {item[key]: item for item in original}
+    for item in patch:
+        if not isinstance(item, dict) or key not in item:
+            raise ConfigError(f"{path}: every item needs a {key}, by which it is merged")
+        if item.get(_DIRECTIVE) == "delete":
+            merged.pop(item[key], None)
+        else:
+            merged[item[key]] = merge_patch(merged.get(item[key]), item, f"{path}[{item[key]}]")
+    return list(merged.values())
+
+
+def _check_directive(patch: dict[str, Any], path: str) -> None:
+    if patch.get(_DIRECTIVE) not in (None, "replace", "merge"):
+        raise ConfigError(
+            f"{path}.{_DIRECTIVE}: use replace or merge, or delete in an item of a merged list"
+        )
