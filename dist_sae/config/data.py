@@ -290,9 +290,9 @@ class ActivationsConfig(Section):
     block_rows: PositiveInt = 4096
     """Rows in a block, the smallest piece that a reader fetches."""
     streams: PositiveInt | None = None
-    """Number of streams; a multiple of every number of data-parallel ranks ever used. null: 8, or
-    the number nearest to it that suits processes.trainers, train.batch_rows and the longest
-    document."""
+    """Number of streams. Any number of ranks can read them, but ranks that share a stream each read
+    all of it. null: 8, or the number nearest to it that suits processes.trainers, train.batch_rows
+    and the longest document."""
     window_units: PositiveInt = 4
     """Units of one stream that are mixed row by row."""
     heldout_share: float = Field(0.05, ge=0, lt=1)

@@ -290,18 +290,18 @@ class Run(Section):
         if train.heldout_rows and not activations.heldout_share:
             yield "train.heldout_rows", "nothing is held out; set activations.heldout_share"
         yield from self._site_problems()
-        streams = activations.streams or processes.trainers
-        if train.batch_rows % streams:
+        if activations.streams and train.batch_rows % activations.streams:
             yield (
                 "train.batch_rows",
-                f"{train.batch_rows} is not a multiple of activations.streams ({streams})",
+                f"{train.batch_rows} is not a multiple of activations.streams "
+                f"({activations.streams})",
             )
         if train.rows != "all" and train.rows < train.batch_rows:
             yield "train.rows", f"{train.rows} is less than one batch ({train.batch_rows} rows)"
-        if streams % processes.trainers:
+        if train.batch_rows % processes.trainers:
             yield (
                 "processes.trainers",
-                f"{processes.trainers} does not divide activations.streams ({streams})",
+                f"{processes.trainers} does not divide train.batch_rows ({train.batch_rows})",
             )
         yield from self._shard_problems()
         yield from self._pod_problems()

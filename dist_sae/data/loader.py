@@ -41,7 +41,8 @@ class Loader:
 
     Args:
         rank: This rank along the data axis.
-        world: Size of the data axis; divides the number of streams.
+        world: Size of the data axis; divides `batch_rows`. Ranks that share a stream read all of it
+            and keep their rows.
         batch_rows: Rows of a global batch.
         steps: Numbers of the batches.
         max_passes: How often the units may be gone through.
@@ -63,7 +64,7 @@ class Loader:
         stream_rows: int = 0,
     ) -> None:
         streams = activations.plan.streams
-        assert streams % world == 0, (streams, world)
+        assert batch_rows % world == 0, (batch_rows, world)
         assert batch_rows % streams == 0, (batch_rows, streams)
         self._steps = steps
         self._dtype = activations.plan.acts_dtype
@@ -71,7 +72,7 @@ class Loader:
         self._end: BaseException | None = None
         self._closed = threading.Event()
         rows = batch_rows // streams
-        own = range(rank * streams // world, (rank + 1) * streams // world)
+        own = _parts(rank, batch_rows // world, rows)
         # each unit of a stream's window keeps one block of every site on its way
         fetchers = min(_FETCHERS * len(activations.sites), _MOST_FETCHERS)
         self._pool = ThreadPoolExecutor(max_workers=fetchers, thread_name_prefix="fetch")
@@ -145,18 +146,29 @@ class Loader:
                 raise self._end
             yield batch
 
-    def _assemble(self, streams_from: Callable[[int], list[Stream]], own: range, rows: int) -> None:
+    def _assemble(
+        self, streams_from: Callable[[int], list[Stream]], own: Mapping[int, range], rows: int
+    ) -> None:
         try:
             streams, before = streams_from(self._steps.start), 0
+            share = sum(map(len, own.values()))
             for step in self._steps:
-                acts = {
-                    site: torch.empty(rows * len(own), width, dtype=self._dtype)
-                    for site, width in streams[0].widths().items()
-                }
-                for first, stream in zip(range(0, rows * len(own), rows), streams, strict=True):
-                    stream.put({site: part[first : first + rows] for site, part in acts.items()})
+                widths = streams[0].widths()
+                acts = _empty(share, widths, self._dtype)
+                first = 0
+                for part, stream in zip(own.values(), streams, strict=True):
+                    here = {site: of_site[first:][: len(part)] for site, of_site in acts.items()}
+                    first += len(part)
+                    if len(part) == rows:
+                        stream.put(here)
+                        continue
+                    whole = _empty(rows, widths, self._dtype)
+                    stream.put(whole)
+                    for site, of_site in here.items():
+                        of_site.copy_(whole[site][part.start : part.stop])
                 cursors = {v: stream.place for v, stream in zip(own, streams, strict=True)}
-                repeated = sum(stream.repeated_rows for stream in streams) - before
+                counted = zip(own.values(), streams, strict=True)  # by one of those that share it
+                repeated = sum(s.repeated_rows for part, s in counted if not part.start) - before
                 before += repeated
                 if not self._put(Batch(step, acts, cursors, repeated, 0.0)):
                     return
@@ -171,3 +183,21 @@ class Loader:
                 continue
             return True
         return False
+
+
+def _parts(rank: int, share: int, rows: int) -> dict[int, range]:
+    """Rows of each stream's part of a global batch that a rank takes, by stream.
+
+    Args:
+        share: Rows of a rank.
+        rows: Rows of a stream.
+    """
+    begin, end = rank * share, (rank + 1) * share
+    return {
+        v: range(max(begin - v * rows, 0), min(end - v * rows, rows))
+        for v in range(begin // rows, -(-end // rows))
+    }
+
+
+def _empty(rows: int, widths: Mapping[str, int], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {site: torch.empty(rows, width, dtype=dtype) for site, width in widths.items()}

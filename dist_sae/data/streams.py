@@ -5,7 +5,8 @@ plan, which is random and is the order of production; each later pass draws anot
 `window_units` of them at a time are merged row by row in a seeded random order, each unit read
 front to back (its rows were shuffled when it was written). Global batch b takes rows
 [b r, (b + 1) r) of every stream, r = batch_rows / V. So the step alone gives the position in the
-data, for any number of ranks: rank i of n serves streams [i V / n, (i + 1) V / n).
+data, for any number of ranks: rank i of n takes the i-th of n parts of the batch, in which the
+streams' rows come one after the other. It serves V / n neighbouring streams, or shares one.
 
 The plan promises as many rows of each stream as it estimates for the shortest. It does not know
 which rows will be excluded by norm, so a stream may end a little early. The stream then reads its

@@ -181,7 +181,7 @@ def test_load_run_refuses_urls_that_lead_nowhere(
             "store.max_ahead_units: 33 would stop the run: its streams' windows and its first "
             "3072 rows hold 34 units at once; use 34 or more",
         ),
-        (["processes.trainers=3"], "processes.trainers: 3 does not divide activations.streams (4)"),
+        (["processes.trainers=3"], "processes.trainers: 3 does not divide train.batch_rows (256)"),
         (
             ["processes.trainers=2", "processes.latent_shards=4"],
             "processes.latent_shards: 4 does not divide processes.trainers (2)",
@@ -289,7 +289,7 @@ def test_load_run_refuses_sites_that_cannot_be_read_and_written(
 
 
 def test_load_run_reports_every_disagreement_at_once(tmp_path: Path) -> None:
-    overrides = ["train.batch_rows=6", "train.rows=5", "processes.trainers=3"]
+    overrides = ["train.batch_rows=6", "train.rows=5", "processes.trainers=4"]
     assert [line.partition(":")[0] for line in problems(write_run(tmp_path, TINY), overrides)] == [
         "train.batch_rows",
         "train.rows",

@@ -17,16 +17,20 @@ from tests.data.numbered import LateUnits, World
 from tests.world import Wrapped, batches, only, open_activation_set, open_loader, same
 
 
-@pytest.mark.parametrize("ranks", [2, 4])
-def test_ranks_divide_each_global_batch(world: World, ranks: int) -> None:
-    """Ranks' parts, one after the other, are bitwise the batch of a single rank."""
+@pytest.mark.parametrize(("ranks", "rows"), [(2, 64), (4, 64), (8, 64), (3, 48)])
+def test_ranks_divide_each_global_batch(world: World, ranks: int, rows: int) -> None:
+    """Ranks' parts, one after the other, are bitwise the batch of a single rank.
+
+    Of four streams two ranks may share each, or three ranks all.
+    """
     steps = range(world.full_batches)
-    whole = batches(open_activation_set(world.run), steps)
+    whole = batches(open_activation_set(world.run), steps, rows=rows)
     parts = [
-        batches(open_activation_set(world.run), steps, world=ranks, rank=r) for r in range(ranks)
+        batches(open_activation_set(world.run), steps, rows=rows, world=ranks, rank=r)
+        for r in range(ranks)
     ]
     assert same(whole, [torch.cat(part) for part in zip(*parts, strict=True)])
-    assert {len(batch) for part in parts for batch in part} == {64 // ranks}
+    assert {len(batch) for part in parts for batch in part} == {rows // ranks}
 
 
 @pytest.mark.parametrize("start", [1, 5, 17, 30, 31, 44])
@@ -43,7 +47,9 @@ def test_resuming_at_a_step_gives_the_batches_that_an_undisturbed_run_sees(
 def test_resuming_with_another_number_of_ranks_changes_nothing(world: World) -> None:
     whole = batches(open_activation_set(world.run), range(10))
     first = batches(open_activation_set(world.run), range(4))
-    rest = [batches(open_activation_set(world.run), range(4, 10), world=2, rank=r) for r in (0, 1)]
+    rest = [
+        batches(open_activation_set(world.run), range(4, 10), world=8, rank=r) for r in range(8)
+    ]
     assert same(whole, first + [torch.cat(part) for part in zip(*rest, strict=True)])
 
 

@@ -65,7 +65,7 @@ def test_one_pass_has_every_training_row_once(world: World) -> None:
     assert sorted(i for stream in seen for i in stream) == expected
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 4])
+@pytest.mark.parametrize("ranks", [1, 2, 4, 8])
 def test_a_stream_that_ends_early_reads_its_last_window_again(
     world: World, ranks: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
