@@ -127,7 +127,7 @@ class ActivationSet:
         """Return the shard of each site of a unit; their blocks hold the same rows.
 
         Raises:
-            CorruptObjectError: A site is missing, or has other rows than another.
+            CorruptObjectError: A site is missing, or two sites differ in their rows.
         """
         key = manifest_key(manifest.unit)
         if missing := [site for site in self.sites if site not in manifest.sites]:
@@ -171,7 +171,7 @@ class ActivationSet:
     def _look_for_producers(self, unit: int, seconds: float) -> bool:
         """Look for producers at work, and say that the unit is waited for.
 
-        A reader with limited patience says so once: it soon says more.
+        A reader with limited patience says so once per unit, since its error follows soon.
         """
         patient = self._patience_seconds == math.inf
         live = (patient and is_supervised()) or self._producers_live(unit)
@@ -186,7 +186,7 @@ class ActivationSet:
         return live
 
     def _producers_live(self, unit: int) -> bool:
-        """True if any unit was claimed, or one near this one made, within the time of a lease."""
+        """True if, within a lease, any unit was claimed or a unit near this one was made."""
         near = MANIFESTS.entries(self.store, MANIFESTS.page(unit // PAGE))
         signs = chain(CLAIMS.entries(self.store), near)
         return any(entry.age_seconds < LEASE_SECONDS for _, entry in signs)

@@ -19,8 +19,8 @@ LOOK_EVERY_SECONDS = 15.0
 class ReadyUnits:
     """Counts the existing training units in a thread.
 
-    Producers work in the order of the plan, so a look is a request or two: pages of units that are
-    complete are not listed again, nor what lies behind an empty one.
+    Producers work in the order of the plan, so a look costs a request or two: complete pages of
+    units are not listed again, and nothing is listed after an empty page.
 
     Args:
         store: The activation set.

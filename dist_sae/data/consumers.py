@@ -190,13 +190,13 @@ class Consumers:
 class Registration:
     """Reports a run's progress to producers and to other runs.
 
-    As a context manager it repeats the last report from time to time, in a thread of its own: a run
-    may stand still for longer than `store.consumer_expiry_hours`, waiting for data.
+    As a context manager it repeats the last report from time to time in a thread, because a run may
+    wait for data for longer than `store.consumer_expiry_hours`.
 
     Args:
         consumers: The runs on the activation set.
-        keeps: It may go through the data again, so it needs all units until it has ended.
-        retires: Whether to delete what no run needs any more.
+        keeps: Whether the run reads the data again, and so needs all units until it has ended.
+        retires: Whether to delete shards that no run needs any more.
         speaks: Whether this rank reports; one rank of a run does.
     """
 

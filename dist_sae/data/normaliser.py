@@ -19,15 +19,15 @@ def measure(
     """Measure the first training units that together have `at_least_rows` rows, or all of them.
 
     Args:
-        at_least_rows: How many rows are enough.
-        waiting: Called now and then with the seconds that a unit has been missing.
+        at_least_rows: Number of rows that are enough.
+        waiting: Called now and then with the seconds waited for a unit.
 
     Returns:
         The normaliser of each of the reader's sites, all of the same rows.
 
     Raises:
         NonFiniteError: The activations of a site do not vary, so there is nothing to learn.
-        CorruptObjectError: A unit has not the same rows at every site.
+        CorruptObjectError: The sites of a unit differ in their rows.
     """
     rows, sums, squares = 0, dict[str, Tensor](), dict.fromkeys(activations.sites, 0.0)
     for unit in activations.plan.train_units:

@@ -16,10 +16,10 @@ def permutation(n: int, *key: int) -> NDArray[np.int64]:
 def spread(groups: NDArray[np.int64], *key: int) -> NDArray[np.int64]:
     """Return a random order of rows in which each group's rows are evenly spaced.
 
-    Row j (in random order) of a group of n comes (j + u) / n of the way, with u uniform per
-    group. So how far along a row comes is uniform for every row, and two rows of one document
-    are at least about len(groups) / n rows apart: in a batch they meet less often than after a
-    uniform shuffle of the same rows.
+    Row j (in random order) of a group of n gets the place (j + u) / n between 0 and 1, with u
+    uniform per group. So the place of every row is uniform, and two rows of one document are at
+    least about len(groups) / n rows apart: in a batch they meet less often than after a uniform
+    shuffle of the same rows.
 
     Args:
         groups: The group (document) of each row, any integers.
@@ -34,5 +34,5 @@ def spread(groups: NDArray[np.int64], *key: int) -> NDArray[np.int64]:
 
 
 def _bits(n: int, key: tuple[int, ...]) -> NDArray[np.uint64]:
-    # the length goes first, for SeedSequence ignores zeros at the end: (1, 2) would equal (1, 2, 0)
+    # the length makes (1, 2) and (1, 2, 0) differ: SeedSequence ignores zeros at the end
     return np.random.Philox(np.random.SeedSequence((len(key), *key))).random_raw(n)

@@ -14,7 +14,7 @@ _MOST_PADDING = 0.05
 _LIKENESS = (0.0, 0.5, 0.7, 0.8, 0.85, 0.9, 0.95, 1.0)
 
 Tokenize = Callable[[Sequence[str]], list[list[int]]]
-"""Texts to token ids, without special tokens."""
+"""Maps texts to token ids, without special tokens."""
 
 
 class Context(NamedTuple):
@@ -27,7 +27,7 @@ class Context(NamedTuple):
 
 
 class TokenBatch(NamedTuple):
-    """Contexts side by side, padded on the right to the longest."""
+    """A batch of contexts, padded on the right to the longest."""
 
     tokens: Int[Tensor, "batch seq"]
     mask: Bool[Tensor, "batch seq"]
@@ -52,7 +52,7 @@ def cut(
     No token is lost and none appears twice. A document without tokens gives no context.
 
     Args:
-        context_tokens: Of the model.
+        context_tokens: Longest context.
         bos: Begins each context, if there is one.
         failed: Called with a document that the tokenizer refuses, or that no encoding can write
             (half a surrogate pair), which is left out; without it the error is raised.
@@ -71,7 +71,7 @@ def cut(
 def _encodable(
     documents: Iterable[Document], failed: Callable[[Document, Exception], None] | None
 ) -> Iterator[Document]:
-    """Tokenize texts without half surrogate pairs, which only some tokenizers accept."""
+    """Yield the documents without half surrogate pairs, which only some tokenizers accept."""
     for document in documents:
         if is_encodable(document.text):
             yield document
@@ -119,10 +119,10 @@ def _tokenized(
 def pack(
     contexts: Iterable[Context], *, batch_tokens: int, bos: int | None
 ) -> Iterator[TokenBatch]:
-    """Group contexts of like length, in as few batches as little padding allows.
+    """Group contexts of similar length into few batches with little padding.
 
-    A batch has at most `batch_tokens`, unless one context alone has more. At most 5 % of the tokens
-    are padding, or what a sixteenth of one batch could hold.
+    A batch has at most `batch_tokens`, unless one context alone has more. Padding is at most 5 % of
+    the tokens, or a sixteenth of `batch_tokens`.
     """
     contexts = sorted(contexts, key=lambda c: len(c.tokens), reverse=True)
     real = sum(len(context.tokens) for context in contexts)

@@ -209,7 +209,7 @@ class Encoder:
         ahead: deque[_Block],
         following: Callable[[], int | None],
     ) -> Iterator[dict[str, SiteRows]]:
-        """Yield the blocks of all sites; some are read ahead, at the end those of the next unit."""
+        """Yield the blocks of all sites; reads ahead, at the end into the next unit."""
         n_blocks = _n_blocks(shards)
         for number in range(n_blocks):
             if number + _BLOCKS_AHEAD < n_blocks:
@@ -232,7 +232,7 @@ def open_encoder(
     Args:
         opened: The index.
         axis: This rank's place among those that share the dictionary.
-        device: Where it is put.
+        device: Device of the dictionary.
         stopping: Ends waits for units that are not produced yet.
     """
     run, normalisers = opened.run, opened.normalisers
@@ -316,7 +316,7 @@ def unit_record(manifest: IndexManifest, unit: Encoded, written: list[Written]) 
     """Describe a unit that is stored.
 
     Args:
-        written: Of all ranks, in their order.
+        written: Objects of all ranks, in the order of the ranks.
     """
     error, total, active = unit.sums
     rows = len(unit.origin[0])

@@ -301,8 +301,8 @@ def to_parquet(table: pa.Table, group_rows: int = 131_072, **encodings: str) -> 
     """Encode a table as Parquet with zstd; the same table gives the same bytes.
 
     Args:
-        group_rows: Rows of a row group: what is read at least.
-        encodings: Encoding of columns, in place of a dictionary.
+        group_rows: Rows of a row group, the smallest part that is read.
+        encodings: Encodings of columns that use no dictionary.
     """
     stream = io.BytesIO()
     plain = [name for name in table.column_names if name not in encodings]
@@ -317,18 +317,19 @@ def to_parquet(table: pa.Table, group_rows: int = 131_072, **encodings: str) -> 
         ],
         column_encoding=encodings or None,
         store_schema=False,
-        write_page_checksum=True,  # they protect tables that are read in parts
+        write_page_checksum=True,  # protects tables that are read in parts
     )
     return stream.getvalue()
 
 
 def store_table(store: ObjectStore, stem: str, data: bytes) -> Stored:
-    """Store a table under a name that its content decides, unless it is there already.
+    """Store a table under a name that its content decides, unless it exists already.
 
-    Two attempts, or an attempt and what a dead one has left, write the same object or two.
+    So two attempts with the same content share an object, and two with other content never
+    overwrite each other.
 
     Args:
-        stem: Its key, without the content's part.
+        stem: The key, without the part that the content decides.
     """
     sha256 = hashlib.sha256(data).hexdigest()
     stored = Stored(key=f"{stem}-{sha256[:8]}.parquet", bytes=len(data), sha256=sha256)

@@ -1,4 +1,4 @@
-"""Tells how far an index is, by what its workers have stored; no worker is needed."""
+"""Progress of an index, read from the objects that its workers have stored."""
 
 import threading
 from typing import NamedTuple
@@ -19,7 +19,7 @@ class IndexProgress(NamedTuple):
     buckets: int
     """Buckets that are merged."""
     tidy: bool
-    """No codes are left, which are deleted last."""
+    """True if no codes are left; they are deleted last."""
 
     def is_complete(self, run: Run, step: int) -> bool:
         """True if the index is complete and has the settings of the run file."""

@@ -37,8 +37,8 @@ def drop_damaged(
         The faults, one line each.
 
     Raises:
-        CorruptObjectError: A damaged object follows from units that are deleted; nothing is
-            changed.
+        CorruptObjectError: Making a damaged object again needs units that are deleted. Nothing
+            is changed.
     """
     faults, doomed = list[str](), list[str]()
     needed = set[int]()
@@ -63,14 +63,14 @@ def drop_damaged(
 def check_not_retired(
     store: ObjectStore, folder: IndexFolder, units: Iterable[int], retired: int, faults: list[str]
 ) -> None:
-    """Check that units which the index has rows of can be encoded again.
+    """Check that these units of the index can be encoded again.
 
     Args:
         retired: Units below it are deleted from the activation set.
-        faults: Why they must be.
+        faults: Reasons why units must be encoded again.
 
     Raises:
-        CorruptObjectError: One is deleted.
+        CorruptObjectError: A unit is deleted.
     """
     for unit in sorted(unit for unit in units if unit < retired):
         key = folder.units.key(unit)

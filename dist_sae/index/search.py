@@ -36,8 +36,8 @@ def search(index: Index, is_wanted: IsWanted) -> list[Match]:
     """Find latents by the tokens of their largest activations.
 
     Returns:
-        Those with a hit and at least `LEAST_EXAMPLES` largest activations: the highest share first,
-        of equal ones that with more hits, then the lower latent.
+        Latents with a hit and at least `LEAST_EXAMPLES` largest activations, sorted by share of
+        hits, then number of hits (both falling), then latent.
     """
     known: dict[int, bool] = {}
     hits = np.zeros(index.n_latents, np.int64)
@@ -61,7 +61,7 @@ def search(index: Index, is_wanted: IsWanted) -> list[Match]:
 
 
 def is_token(tokenizer: Tokenizer, text: str) -> IsWanted:
-    """Look for one token.
+    """Search for one token.
 
     Raises:
         ArgumentError: The text is not one token of the model.
@@ -76,7 +76,7 @@ def is_token(tokenizer: Tokenizer, text: str) -> IsWanted:
 
 
 def has_pattern(tokenizer: Tokenizer, pattern: str) -> IsWanted:
-    """Look for tokens in which a regular expression finds something.
+    """Search for tokens in which a regular expression matches.
 
     Raises:
         ArgumentError: It is not a regular expression.

@@ -44,7 +44,7 @@ class Origins:
 
     Args:
         store: The store of runs.
-        records: The index's units.
+        records: Records of the index's units.
     """
 
     def __init__(self, store: ObjectStore, records: Iterable[UnitRecord]) -> None:
@@ -89,8 +89,8 @@ def make_bucket(
 
     Args:
         weights: Columns of `LATENTS` that follow from the dictionary alone.
-        origins: Of the index's rows.
-        sample: For the pairs; None makes no table of pairs.
+        origins: Origins of the index's rows.
+        sample: Rows on which pairs are counted; None makes no table of pairs.
         alive: Called before each piece of work.
 
     Raises:

@@ -28,7 +28,7 @@ def weight_columns(
 ) -> dict[str, pa.Array]:
     """Norms, biases, nearest latents and output tokens of a range of latents, by column.
 
-    If several sites are written, `norms` has the length of each one's part of a decoder row.
+    If several sites are written, `norms` has the length of each site's part of a decoder row.
 
     Args:
         cells: See `neighbours`.
