@@ -118,7 +118,8 @@ class TrainerPods(PodsConfig):
     rdma_resource: LabelKey = "rdma/hca"
     """Resource name of the nodes' RDMA devices."""
     close_by: LabelKey | None = None
-    """Node label whose value trainer pods share if possible: topology.kubernetes.io/zone."""
+    """Node label whose value all trainer pods share, such as topology.kubernetes.io/zone; they wait
+    until there is room for them."""
 
 
 class ClusterConfig(Section):

@@ -222,8 +222,7 @@ def _affinity(run: Run, part: Part) -> Object | None:
     if not isinstance(pods, TrainerPods) or not pods.close_by:
         return None
     term = {"topologyKey": pods.close_by, "labelSelector": {"matchLabels": selector(run, part)}}
-    preferred = [{"weight": 100, "podAffinityTerm": term}]
-    return {"podAffinity": {"preferredDuringSchedulingIgnoredDuringExecution": preferred}}
+    return {"podAffinity": {"requiredDuringSchedulingIgnoredDuringExecution": [term]}}
 
 
 def without_empty(mapping: Object) -> Object:

@@ -24,7 +24,7 @@ def check_schedulable(templates: Mapping[str, Object], nodes: list[Object]) -> l
     for part, template in templates.items():
         spec = template["spec"]
         pool = [node for node in nodes if _admits(node, spec)]
-        lacks = [_lacks(node, _requests(spec)) for node in pool]
+        lacks = [_lacks(node, requests_of(spec)) for node in pool]
         if not pool:
             wanted = ", ".join(f"{k}={v}" for k, v in spec.get("nodeSelector", {}).items())
             warnings.append(
@@ -62,7 +62,7 @@ def _tolerates(toleration: Object, taint: Object) -> bool:
     return toleration["operator"] == "Exists" or toleration.get("value") == taint.get("value")
 
 
-def _requests(spec: Object) -> dict[str, str]:
+def requests_of(spec: Object) -> dict[str, str]:
     """Resources of a pod: the largest request, since its containers run one after the other."""
     needed: dict[str, str] = {}
     for container in [*spec.get("initContainers", []), *spec["containers"]]:

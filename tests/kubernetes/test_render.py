@@ -1,6 +1,7 @@
 import copy
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,16 @@ import yaml
 from dist_sae.commands.cli import main
 from dist_sae.config import Run, load_run, validate_run
 from dist_sae.errors import ConfigError
+from dist_sae.kubernetes.cluster import amount
 from dist_sae.kubernetes.jobs import render_objects
+from dist_sae.kubernetes.scheduling import requests_of
 from tests.kubernetes.schemas import (
     VERSIONS,
     Object,
     check,
-    check_jobset,
+    check_custom,
     jobs_of,
+    needs_definitions,
     security_faults,
     templates_of,
 )
@@ -28,9 +32,10 @@ RUNS = sorted(
     path for path in (ROOT / "launch/runs").glob("*.yaml") if "image:" in path.read_text()
 )
 CLUSTER = ROOT / "launch/runs/synthetic-topk-cluster.yaml"
-KUSTOMIZED = ("base", "overlays/local-s3", "overlays/aws", "overlays/gpu-spot")
-ELSEWHERE = {"PodMonitor", "ResourceFlavor", "ClusterQueue", "LocalQueue"}
-"""Kinds of other projects, whose schemas cannot be had here."""
+KUSTOMIZED = tuple(
+    str(path.parent.relative_to(ROOT / "k8s"))
+    for path in sorted((ROOT / "k8s").rglob("kustomization.yaml"))
+)
 
 
 def load(*overrides: str) -> Run:
@@ -87,47 +92,64 @@ def test_pods_fulfil_the_restricted_standard(path: Path) -> None:
             assert not list(security_faults(template))
 
 
+def changed(obj: Object, value: Any, *path: str | int) -> Object:
+    inner = copied = copy.deepcopy(obj)
+    for key in path[:-1]:
+        inner = inner[key]  # type: ignore[index]
+    inner[path[-1]] = value  # type: ignore[index]
+    return copied
+
+
+@needs_definitions
+def test_definitions_catch_what_is_wrong() -> None:
+    jobset = jobset_of(load())
+    with pytest.raises(jsonschema.ValidationError, match="replcas"):
+        check(changed(jobset, 1, "spec", "replicatedJobs", 0, "replcas"))
+    with pytest.raises(AssertionError, match="mutually exclusive"):
+        check(changed(jobset, {"startupPolicyOrder": "InOrder"}, "spec", "startupPolicy"))
+    with pytest.raises(AssertionError, match="immutable"):
+        check_custom(changed(jobset, 7, "spec", "failurePolicy", "maxRestarts"), jobset)
+    (queue,) = (obj for obj in kustomized("overlays/gpu-spot") if obj["kind"] == "ClusterQueue")
+    group = ("spec", "resourceGroups", 0)
+    with pytest.raises(jsonschema.ValidationError, match="nominalQuotas"):
+        check(changed(queue, "1", *group, "flavors", 0, "resources", 0, "nominalQuotas"))
+    with pytest.raises(AssertionError, match=r"resourceGroups\[\]"):
+        check(changed(queue, ["cpu"], *group, "coveredResources"))
+
+
 def test_checks_catch_what_is_wrong() -> None:
     """Of objects that a server would refuse: the checks above are worth something."""
     jobset = jobset_of(load())
-
-    def changed(value: Any, *path: str | int) -> Object:
-        inner = copied = copy.deepcopy(jobset)
-        for key in path[:-1]:
-            inner = inner[key]  # type: ignore[index]
-        inner[path[-1]] = value  # type: ignore[index]
-        return copied
-
     job = ("spec", "replicatedJobs", 0)
-    with pytest.raises(jsonschema.ValidationError, match="replcas"):
-        check(changed(1, *job, "replcas"))
     with pytest.raises(kubernetes_validate.ValidationError, match="completons"):
         kubernetes_validate.validate(
-            next(jobs_of(changed(1, *job, "template", "spec", "completons"))), "1.37", strict=True
+            next(jobs_of(changed(jobset, 1, *job, "template", "spec", "completons"))),
+            "1.37",
+            strict=True,
         )
-    with pytest.raises(AssertionError, match="mutually exclusive"):
-        check(changed({"startupPolicyOrder": "InOrder"}, "spec", "startupPolicy"))
-    with pytest.raises(AssertionError, match="immutable"):
-        check_jobset(changed(7, "spec", "failurePolicy", "maxRestarts"), jobset)
     container = (*job, "template", "spec", "template", "spec", "containers", 0)
-    rooted = changed(None, *container, "securityContext", "readOnlyRootFilesystem")
+    rooted = changed(jobset, None, *container, "securityContext", "readOnlyRootFilesystem")
     assert [list(security_faults(t)) for t in templates_of(rooted)] == [
         ["main may write its root"],
         *[[]] * 4,
     ]
 
 
-@pytest.mark.parametrize("folder", KUSTOMIZED)
-def test_kustomize_builds_valid_objects(folder: str) -> None:
+@cache
+def kustomized(folder: str) -> list[Object]:
     kubectl = Path(sys.executable).parent / "kubectl"
     built = subprocess.run(
         [kubectl, "kustomize", ROOT / "k8s" / folder], capture_output=True, text=True, check=True
     )
-    objects = list(yaml.safe_load_all(built.stdout))
+    return list(yaml.safe_load_all(built.stdout))
+
+
+@pytest.mark.parametrize("folder", KUSTOMIZED)
+def test_kustomize_builds_valid_objects(folder: str) -> None:
+    objects = kustomized(folder)
     assert {obj["kind"] for obj in objects} >= {"Namespace", "ServiceAccount", "NetworkPolicy"}
     for obj in objects:
-        if obj["kind"] not in ELSEWHERE:
-            check(obj)
+        check(obj)
         for template in templates_of(obj):
             assert not list(security_faults(template))
 
@@ -271,8 +293,10 @@ def test_pods_ask_for_what_the_run_file_says() -> None:
     assert limits == {"memory": "1000Gi", "nvidia.com/gpu": "8", "rdma/hca": "8"}
     assert trainer["terminationGracePeriodSeconds"] == 900
     assert trainer["priorityClassName"] == "dist-sae-trainer"
-    (term,) = trainer["affinity"]["podAffinity"]["preferredDuringSchedulingIgnoredDuringExecution"]
-    assert term["podAffinityTerm"]["topologyKey"] == "topology.kubernetes.io/zone"
+    (term,) = trainer["affinity"]["podAffinity"]["requiredDuringSchedulingIgnoredDuringExecution"]
+    assert term["topologyKey"] == "topology.kubernetes.io/zone"
+    own = job_of(run, "trainer")["template"]["metadata"]["labels"]
+    assert term["labelSelector"]["matchLabels"].items() <= own.items()  # or the first would wait
     for spread in (producer, pod_of(run, "index")):
         assert spread["nodeSelector"] == {"dist-sae/pool": "spot"}
         assert {"key": "dist-sae/spot", "operator": "Exists"} in spread["tolerations"]
@@ -281,6 +305,37 @@ def test_pods_ask_for_what_the_run_file_says() -> None:
     assert producer["containers"][0]["envFrom"] == [{"secretRef": {"name": "hub-token"}}]
     assert environment(trainer["containers"][0])["OMP_NUM_THREADS"] == "12"  # 96 cores, 8 ranks
     assert jobset_of(run)["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
+
+
+LARGE = (  # 16 x 8 GPUs train, 1,000 spot GPUs run the model
+    "processes.trainers=128",
+    "activations.streams=128",
+    "processes.producers=1000",
+)
+
+
+def test_the_quotas_admit_the_large_run() -> None:
+    run = load_run(ROOT / "launch/runs/llama3.1-8b-resid16-batchtopk-1m-16xh100.yaml", LARGE)
+    objects = {obj["kind"]: obj for obj in kustomized("overlays/gpu-spot")}
+    (group,) = objects["ClusterQueue"]["spec"]["resourceGroups"]
+    room = {
+        (flavor["name"], resource["name"]): amount(resource["nominalQuota"])
+        for flavor in group["flavors"]
+        for resource in flavor["resources"]
+    }
+    hard = objects["ResourceQuota"]["spec"]["hard"]
+    pods, gpus = amount(hard["pods"]), amount(hard["requests.nvidia.com/gpu"])
+    for job in jobs_of(jobset_of(run)):
+        number, pod = job["spec"]["completions"], job["spec"]["template"]["spec"]
+        # Kueue: a pod set goes to the first flavor whose labels its node selector admits
+        flavor = pod.get("nodeSelector", {}).get("dist-sae/pool", "gpus")
+        needed = requests_of(pod)
+        assert needed.keys() <= set(group["coveredResources"])
+        pods -= number
+        gpus -= number * amount(needed.get("nvidia.com/gpu", 0))
+        for name, quantity in needed.items():
+            room[flavor, name] -= number * amount(quantity)
+    assert min(pods, gpus, *room.values()) >= 0, room
 
 
 def test_pods_serve_metrics_where_the_run_names_no_port() -> None:

@@ -9,6 +9,7 @@ import pytest
 import yaml
 
 from dist_sae.telemetry.metrics import METRICS
+from tests.kubernetes.schemas import check, needs_definitions
 from tests.monitoring.files import MONITORING, alerts, metrics_in, recorded_in, rules
 
 pytestmark = pytest.mark.system
@@ -36,6 +37,11 @@ def test_promtool_takes_them() -> None:
 
 def test_rules_and_alerts_say_what_their_unit_tests_expect() -> None:
     promtool("test", "rules", HERE / "rules_test.yaml", HERE / "alerts_test.yaml")
+
+
+@needs_definitions
+def test_the_operator_takes_them() -> None:
+    check(yaml.safe_load((MONITORING / "prometheusrule.yaml").read_text()))
 
 
 def test_every_rule_is_tested() -> None:
