@@ -191,6 +191,9 @@ class Wrapped:
     def delete(self, key: str) -> None:
         self.inner.delete(key)
 
+    def delete_many(self, keys: Sequence[str]) -> None:
+        self.inner.delete_many(keys)
+
 
 class Letters:
     """Tokenizer with one token per letter, its code point; "!" has none."""

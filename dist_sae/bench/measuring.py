@@ -60,7 +60,6 @@ def scratch(url: str, s3: S3Config) -> Iterator[ObjectStore]:
     try:
         yield store
     finally:
-        for key in list(store.keys()):
-            store.delete(key)
+        store.delete_many(list(store.keys()))
         if isinstance(store, LocalStore):
             shutil.rmtree(store.root, ignore_errors=True)

@@ -348,8 +348,9 @@ class Checkpoints:
         """Delete a checkpoint, the manifest first: without it the checkpoint does not exist."""
         folder = self._folder(step)
         self._store.delete(f"{folder}{_MANIFEST}")
-        for key in list(self._keys.keys(self._store, f"step-{step:08d}/")):
-            self._store.delete(key[0])
+        self._store.delete_many(
+            [key[0] for key in self._keys.keys(self._store, f"step-{step:08d}/")]
+        )
 
     def _folder(self, step: int) -> str:
         return f"{self._prefix}step-{step:08d}/"

@@ -11,7 +11,7 @@ not wait for it, and no shards are kept for it.
 import logging
 import threading
 from collections.abc import Mapping
-from contextlib import suppress
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from typing import Literal
 
 from dist_sae.config import Run
@@ -28,6 +28,8 @@ logger = logging.getLogger(__name__)
 _CONSUMERS = OwnKeys("consumers/", r"(?P<run>[a-z0-9.-]+)\.json")
 _RETIRED_KEY = "retired.json"
 _RENEW_SECONDS = 600.0
+_RETIRED_AT_ONCE = 256  # units
+_READERS = 16  # of manifests
 
 
 class Consumer(Record):
@@ -168,23 +170,35 @@ class Consumers:
                 f"activation set, with retention keep or with all its runs started together"
             )
 
-    def retire(self, plan: Plan) -> int:
+    def retire(self, plan: Plan, stopping: threading.Event | None = None) -> int:
         """Delete the shards that no run will read again; return the unit below which, 0 for none.
 
         The manifests stay, so that nobody produces the units again.
+
+        Args:
+            stopping: When set, leave the rest to the next call.
         """
-        below = min((consumer.needed for consumer in self.alive()), default=0)
-        below = min(below, plan.n_train_units)
-        first = retired_below(self._store)
-        if below <= first:
-            return 0
-        # a shard that outlives a crash after this line is an orphan for `store gc`
-        self._store.put(_RETIRED_KEY, seal(Retired(below=below)))
-        for unit in range(first, below):
-            with suppress(ObjectNotFoundError):  # a run may end before all units are made
-                for shard in read_manifest(self._store, unit).sites.values():
-                    self._store.delete(shard.key)
+        below = 0
+        while stopping is None or not stopping.is_set():
+            first = retired_below(self._store)  # what is needed is looked up for each part anew
+            needed = min((consumer.needed for consumer in self.alive()), default=0)
+            last = min(needed, plan.n_train_units, first + _RETIRED_AT_ONCE)
+            if last <= first:
+                break
+            # a shard that outlives a crash after this line is an orphan for `store gc`
+            self._store.put(_RETIRED_KEY, seal(Retired(below=last)))
+            with ThreadPoolExecutor(_READERS) as pool:
+                shards = pool.map(self._shards, range(first, last))
+                self._store.delete_many([key for keys in shards for key in keys])
+            below = last
         return below
+
+    def _shards(self, unit: int) -> list[str]:
+        """Keys of a unit's shards; none of a unit that was never made."""
+        try:
+            return [shard.key for shard in read_manifest(self._store, unit).sites.values()]
+        except ObjectNotFoundError:  # a run may end before all units are made
+            return []
 
 
 class Registration:
@@ -220,6 +234,9 @@ class Registration:
         self._has_begun = False
         self._reporting = threading.Lock()
         self._over = threading.Event()
+        self._failed = threading.Event()
+        self._retiring = ThreadPoolExecutor(1, "retire")
+        self._retirements: list[Future[None]] = []
         # a daemon, because the store may retry for longer than anyone waits for a repetition
         self._thread = threading.Thread(target=self._renew, name="consumer", daemon=True)
 
@@ -228,8 +245,13 @@ class Registration:
             self._thread.start()
         return self
 
-    def __exit__(self, *_: object) -> None:
+    def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         self._over.set()
+        if error is not None:
+            self._failed.set()
+        self._retiring.shutdown()
+        if error is None:
+            self.finish()
 
     @property
     def reached(self) -> int:
@@ -256,14 +278,38 @@ class Registration:
     def durable(self, cursors: Mapping[int, StreamCursor], *, ended: bool = False) -> None:
         """Report where a checkpoint would resume; `ended`: the run reads nothing more.
 
-        Units that the previous checkpoint needs are kept too: this one may prove damaged.
+        Units that the previous checkpoint needs are kept too: this one may prove damaged. What no
+        run needs any more is deleted in a thread; see `finish`.
+
+        Raises:
+            StoreError: An earlier deletion failed.
         """
         lowest = self._plan.n_train_units if ended else self._lowest(cursors)
         self._reached = max(self._reached, lowest)
         before, self._before = self._before, lowest
         self._needed = lowest if ended else 0 if self._keeps else before
         self._say()
-        if self._retires and (below := self._consumers.retire(self._plan)):
+        if self._retires:
+            # beside the saves, because it may take long
+            self._retirements.append(self._retiring.submit(self._retire))
+            self._raise_failures()
+
+    def finish(self) -> None:
+        """Wait until the shards that no run needs any more are deleted.
+
+        Raises:
+            StoreError: One could not be deleted.
+        """
+        wait(self._retirements)
+        self._raise_failures()
+
+    def _raise_failures(self) -> None:
+        for retirement in [each for each in self._retirements if each.done()]:
+            self._retirements.remove(retirement)
+            retirement.result()
+
+    def _retire(self) -> None:
+        if below := self._consumers.retire(self._plan, self._failed):
             logger.info("deleted the shards of units below %d", below)
 
     def _lowest(self, cursors: Mapping[int, StreamCursor]) -> int:

@@ -109,8 +109,8 @@ def gc(run: Run, *, hours: float, delete: bool) -> dict[str, Any]:
         if unit >= retired:
             named |= {shard.key for shard in read_manifest(store, unit).sites.values()}
     orphans = [entry for entry in old if entry.key not in named]
-    for entry in orphans if delete else ():
-        store.delete(entry.key)
+    if delete:
+        store.delete_many([entry.key for entry in orphans])
     return {
         "orphans": len(orphans),
         "bytes": sum(entry.bytes for entry in orphans),

@@ -95,9 +95,7 @@ def delete_unnamed(store: ObjectStore, folder: IndexFolder, manifest: IndexManif
     )
     named = {part.key for record in records for part in _objects(record)}
     for name in ("codes", *TABLES):
-        for key in list(store.keys(f"{folder.prefix}{name}/")):
-            if key not in named:
-                store.delete(key)
+        store.delete_many([k for k in store.keys(f"{folder.prefix}{name}/") if k not in named])
 
 
 def _faults(

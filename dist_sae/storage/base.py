@@ -1,6 +1,6 @@
 """The interface of an object store."""
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import TYPE_CHECKING, NamedTuple, Protocol, runtime_checkable
 
 
@@ -119,4 +119,8 @@ class ObjectStore(Protocol):
 
     def delete(self, key: str) -> None:
         """Remove an object, if it exists."""
+        ...
+
+    def delete_many(self, keys: Sequence[str]) -> None:
+        """Remove these objects, where they exist: in S3 a thousand with each request."""
         ...

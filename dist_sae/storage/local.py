@@ -5,7 +5,7 @@ import logging
 import os
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import BinaryIO
@@ -113,6 +113,10 @@ class LocalStore:
             path.unlink()
             with suppress(OSError):  # not empty, or gone
                 path.parent.rmdir()
+
+    def delete_many(self, keys: Sequence[str]) -> None:
+        for key in keys:
+            self.delete(key)
 
     def _now(self) -> float:
         """Current time by the clock that dates files: the server's on a network file system."""

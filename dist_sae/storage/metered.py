@@ -1,7 +1,7 @@
 """A wrapper that counts and times the operations of any store."""
 
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 
 from dist_sae.errors import ObjectNotFoundError, StoreError
@@ -71,6 +71,10 @@ class MeteredStore:
     def delete(self, key: str) -> None:
         with self._timed("delete"):
             self._store.delete(key)
+
+    def delete_many(self, keys: Sequence[str]) -> None:
+        with self._timed("delete"):
+            self._store.delete_many(keys)
 
     @contextmanager
     def _timed(self, operation: str) -> Iterator[None]:

@@ -1,20 +1,17 @@
-"""An S3-compatible endpoint as an object store; the only module that talks to boto3.
+"""An S3-compatible endpoint as an object store.
 
 Boto retries a request a few times. Longer faults (an endpoint that is down for minutes, a
 connection that breaks in the middle of a body) are retried here, with jitter, for
 `store.s3.deadline_seconds`. Large objects are transferred in parts, several at a time.
 """
 
-import json
 import logging
-import os
 import random
 import re
-import ssl
 import threading
 import time
 import uuid
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from datetime import UTC, datetime
@@ -23,16 +20,14 @@ from functools import cached_property, partial
 from itertools import chain, islice
 from typing import Any, TypeVar
 
-import boto3
-from botocore.config import Config
 from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
-from botocore.utils import conditionally_calculate_md5
 
 from dist_sae.config.data import S3Config
-from dist_sae.errors import AccessError, ObjectNotFoundError, StoreError, UnavailableError
+from dist_sae.errors import ObjectNotFoundError, StoreError, UnavailableError
 from dist_sae.storage.base import Entry, Meter
 from dist_sae.storage.parts import in_parts, map_ahead
-from dist_sae.storage.s3_errors import code_of, line_of, mapped
+from dist_sae.storage.s3_client import make_client
+from dist_sae.storage.s3_errors import code_of, mapped
 
 logger = logging.getLogger(__name__)
 
@@ -41,10 +36,10 @@ Result = TypeVar("Result")
 # error codes of endpoints, or HTTP statuses where an endpoint sends no code
 _EXISTS = {"PreconditionFailed", "412"}
 _NOT_IMPLEMENTED = {"NotImplemented", "501"}
+_NO_BATCHES = {*_NOT_IMPLEMENTED, "MethodNotAllowed", "405"}
 _NO_UPLOAD = {"NoSuchUpload"}
 _OUT_OF_RANGE = {"InvalidRange", "416"}
 
-_ATTEMPTS = 3  # by boto, within one of ours
 FIRST_PAUSE_SECONDS = 0.2
 """Pause after the first failure; it doubles."""
 LONGEST_PAUSE_SECONDS = 10.0
@@ -58,6 +53,7 @@ CONCURRENT_PARTS = 8
 """Parts of an object that are transferred at a time."""
 MULTIPART_FROM_BYTES = 2 * PART_BYTES
 """Objects of at least this size are uploaded in parts."""
+_DELETED_AT_ONCE = 1000  # the most that DeleteObjects takes
 _PROBE_READS = 3
 _RACERS = 4
 _CUT = "the endpoint's answer was cut short"
@@ -65,6 +61,10 @@ _CUT = "the endpoint's answer was cut short"
 
 class ConditionNotImplementedError(Exception):
     """The endpoint does not implement If-None-Match."""
+
+
+class BatchNotImplementedError(Exception):
+    """The endpoint deletes one object with a request, not several."""
 
 
 class UploadGoneError(Exception):
@@ -191,6 +191,27 @@ class S3Store:
 
     def delete(self, key: str) -> None:
         self._patiently(key, lambda: self.client.delete_object(**self._where(key)))
+
+    def delete_many(self, keys: Sequence[str]) -> None:
+        for first in range(0, len(keys), _DELETED_AT_ONCE):
+            batch = keys[first : first + _DELETED_AT_ONCE]
+            try:
+                self._patiently(batch[0], partial(self._delete_batch, batch))
+            except BatchNotImplementedError:
+                list(self._pool.map(self.delete, batch))
+
+    def _delete_batch(self, keys: Sequence[str]) -> None:
+        objects = [{"Key": self._prefix + key} for key in keys]
+        try:
+            answer = self.client.delete_objects(
+                Bucket=self._bucket, Delete={"Objects": objects, "Quiet": True}
+            )
+        except ClientError as exc:
+            if code_of(exc) in _NO_BATCHES:
+                raise BatchNotImplementedError from exc
+            raise
+        for error in answer.get("Errors", ()):  # as a DELETE of this key would have answered
+            raise ClientError({"Error": error}, "DeleteObjects")
 
     def _pages(self, prefix: str, **options: str) -> Iterator[Any]:
         """Yield the pages of a listing."""
@@ -352,42 +373,7 @@ class S3Store:
     @cached_property
     def client(self) -> Any:
         """Client of boto3, made at its first use."""
-        bundle = self._config.ca_bundle
-        if bundle is not None:
-            bundle = os.path.expanduser(bundle)
-            try:
-                ssl.create_default_context(cafile=bundle)
-            except OSError as exc:
-                reason = exc.strerror or "no certificates"
-                raise AccessError(f"store.s3.ca_bundle {bundle}: {reason}", url=self.url) from exc
-        with mapped(self.url, None, self._config.endpoint_url):
-            session = boto3.session.Session()
-            try:
-                client = session.client(
-                    "s3",
-                    endpoint_url=self._config.endpoint_url,
-                    region_name=self._config.region or session.region_name or "us-east-1",
-                    verify=bundle,
-                    config=Config(
-                        retries={"mode": "standard", "total_max_attempts": _ATTEMPTS},
-                        connect_timeout=5,
-                        read_timeout=60,
-                        max_pool_connections=4 * CONCURRENT_PARTS,
-                        s3={"addressing_style": "path" if self._config.path_style else "virtual"},
-                        # many endpoints reject boto's checksums; ours are in the manifests
-                        request_checksum_calculation="when_required",
-                        response_checksum_validation="when_required",
-                    ),
-                )
-            except ValueError as exc:  # malformed: endpoint, region, or one of those below
-                setting = "store.s3.endpoint_url"
-                if "retrieve metadata" in str(exc) or "Auth token" in str(exc):
-                    setting = "AWS_CONTAINER_CREDENTIALS_FULL_URI and its token"
-                elif isinstance(exc, json.JSONDecodeError):
-                    setting = "what credential_process prints"
-                raise AccessError(f"{line_of(exc)}; check {setting}", url=self.url) from exc
-        for operation in ("PutObject", "UploadPart"):  # for servers that ignore signed hashes
-            client.meta.events.register(f"before-call.s3.{operation}", conditionally_calculate_md5)
+        client = make_client(self.url, self._config, 4 * CONCURRENT_PARTS)
         if self._meter:
             client.meta.events.register("request-created.s3", _start_clock)
             client.meta.events.register("needs-retry.s3", self._count_request)

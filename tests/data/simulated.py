@@ -6,7 +6,7 @@ import random
 import threading
 from array import array
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from types import SimpleNamespace
 
@@ -125,6 +125,9 @@ class Store:
     def delete(self, key: str) -> None:
         self._ask("delete", PUT_SECONDS)
         self._page(key).pop(key, None)
+
+    def delete_many(self, keys: Sequence[str]) -> None:
+        raise NotImplementedError
 
     def _page(self, key: str) -> dict[str, tuple[bytes, float]]:
         return self._pages.setdefault(key[:-_PAGE_DIGITS], {})

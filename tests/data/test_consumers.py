@@ -2,7 +2,7 @@
 
 import json
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
@@ -14,7 +14,7 @@ from dist_sae.data.plan import Plan
 from dist_sae.data.shard import SHARDS, manifest_key, read_block, read_manifest
 from dist_sae.data.streams import StreamCursor
 from dist_sae.data.upkeep import gc
-from dist_sae.errors import CorruptObjectError, DataExhaustedError
+from dist_sae.errors import AccessError, CorruptObjectError, DataExhaustedError
 from dist_sae.producing.verify import verify
 from dist_sae.storage import Entry, ObjectStore, open_store
 from tests.runs import make_run
@@ -40,7 +40,15 @@ def store(run: Run) -> ObjectStore:
 def register(
     store: ObjectStore, plan: Plan, run: str = "r", *, keeps: bool = False
 ) -> Registration:
-    return Registration(Consumers(store, 1.0), plan, run, keeps=keeps, retires=True)
+    return Finished(Consumers(store, 1.0), plan, run, keeps=keeps, retires=True)
+
+
+class Finished(Registration):
+    """Waits until what can be deleted is deleted."""
+
+    def durable(self, cursors: Mapping[int, StreamCursor], *, ended: bool = False) -> None:
+        super().durable(cursors, ended=ended)
+        self.finish()
 
 
 def everywhere(first: int) -> dict[int, StreamCursor]:
@@ -227,11 +235,46 @@ def test_a_run_that_ends_before_all_units_are_made_deletes_those_there_are(
     assert {int(key["unit"]) for key in SHARDS.keys(store)} == {7, 15, 16}
 
 
+def test_shards_are_deleted_together_while_saving_goes_on(store: ObjectStore, plan: Plan) -> None:
+    """The store does not answer before the second report; 16 units take one request."""
+    reported, asked = threading.Event(), list[int]()
+
+    class Slow(Wrapped):
+        def delete_many(self, keys: Sequence[str]) -> None:
+            assert reported.wait(60)
+            asked.append(len(keys))
+            super().delete_many(keys)
+
+    consumers = Consumers(Slow(store), 1.0)
+    with Registration(consumers, plan, "r", keeps=False, retires=True) as registration:
+        registration.begin({})
+        registration.durable({}, ended=True)
+        reported.set()
+    assert asked == [16]
+    assert readable(store, plan) == [16]
+
+
+def test_a_shard_that_cannot_be_deleted_ends_the_run(store: ObjectStore, plan: Plan) -> None:
+    class Locked(Wrapped):
+        def delete_many(self, keys: Sequence[str]) -> None:
+            raise AccessError("access denied", url=self.url, key=keys[0])
+
+    consumers = Consumers(Locked(store), 1.0)
+
+    def run() -> None:
+        with Registration(consumers, plan, "r", keeps=False, retires=True) as registration:
+            registration.begin({})
+            registration.durable({}, ended=True)
+
+    with pytest.raises(AccessError, match="access denied"):
+        run()
+
+
 def test_a_crash_between_the_word_and_the_deed_leaves_orphans_that_gc_finds(
     run: Run, store: ObjectStore, plan: Plan
 ) -> None:
     class Dying(Wrapped):
-        def delete(self, *_: object) -> None:
+        def delete_many(self, *_: object) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):

@@ -19,8 +19,9 @@ METHODS: dict[str, Callable[[ObjectStore], object]] = {
     "size": lambda store: store.size("a/b"),
     "keys": lambda store: list(store.keys("a/b")),
     "delete": lambda store: store.delete("a/b"),
+    "delete_many": lambda store: store.delete_many(["a/b"]),
 }
-WRITES = {"put", "put_if_absent", "delete"}
+WRITES = {"put", "put_if_absent", "delete", "delete_many"}
 SECONDS = 0.2
 
 

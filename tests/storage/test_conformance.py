@@ -113,6 +113,15 @@ def test_missing_object_has_no_size_and_can_be_deleted(store: ObjectStore) -> No
     store.delete("folder/none")
 
 
+def test_several_objects_are_deleted_together(store: ObjectStore) -> None:
+    keys = ["a", "b/c d", "b/ü&<e>", "b/none"]
+    for key in (*keys[:3], "kept"):
+        store.put(key, b"content")
+    store.delete_many(keys)
+    assert list(store.keys()) == ["kept"]
+    store.delete_many(())
+
+
 def test_put_overwrites(store: ObjectStore) -> None:
     store.put("key", b"long content")
     assert store.put("key", b"short")

@@ -5,8 +5,10 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from botocore.exceptions import ClientError
 
 from dist_sae.config.data import S3Config
+from dist_sae.errors import AccessError
 from dist_sae.storage import ObjectStore, open_store, s3
 from tests.conftest import Bucket
 from tests.faults import FaultProxy
@@ -36,6 +38,46 @@ def test_keys_go_over_pages(
     events.register("after-call.s3.ListObjectsV2", lambda parsed, **_: pages.append(parsed))
     assert list(store.keys("units/")) == keys
     assert [page["KeyCount"] for page in pages] == [5, 5, 2]
+
+
+def test_a_thousand_objects_are_deleted_with_each_request(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(bucket)
+    asked: list[int] = []
+
+    def delete_objects(**request: Any) -> dict[str, Any]:
+        asked.append(len(request["Delete"]["Objects"]))
+        return {}
+
+    monkeypatch.setattr(store.client, "delete_objects", delete_objects)  # type: ignore[attr-defined]
+    store.delete_many([f"key-{i}" for i in range(2001)])
+    assert asked == [1000, 1000, 1]
+
+
+def test_an_object_that_may_not_be_deleted_with_others_is_named(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    answer = {"Errors": [{"Key": "some/prefix/b", "Code": "AccessDenied", "Message": "no"}]}
+    store = make_store(bucket)
+    monkeypatch.setattr(store.client, "delete_objects", lambda **_: answer)  # type: ignore[attr-defined]
+    with pytest.raises(AccessError, match="access denied"):
+        store.delete_many(["a", "b"])
+
+
+def test_objects_are_deleted_one_by_one_where_the_endpoint_knows_nothing_else(
+    bucket: Bucket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    store = make_store(bucket)
+    for key in ("a", "b", "c"):
+        store.put(key, b"")
+
+    def refuse(**_: Any) -> None:
+        raise ClientError({"Error": {"Code": "NotImplemented"}}, "DeleteObjects")
+
+    monkeypatch.setattr(store.client, "delete_objects", refuse)  # type: ignore[attr-defined]
+    store.delete_many(["a", "b"])
+    assert list(store.keys()) == ["c"]
 
 
 def test_stores_of_other_prefixes_do_not_meet(bucket: Bucket) -> None:
