@@ -114,7 +114,7 @@ class TrainerPods(PodsConfig):
     """Seconds between SIGTERM and SIGKILL; must exceed a step plus a checkpoint. `dist-sae status`
     warns when the last checkpoint took over half of it."""
     rdma: NonNegativeInt = 0
-    """RDMA devices in a pod."""
+    """RDMA devices in a pod. If there are any and NCCL uses sockets, trainers stop with exit 2."""
     rdma_resource: LabelKey = "rdma/hca"
     """Resource name of the nodes' RDMA devices."""
     close_by: LabelKey | None = None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from dist_sae.device import device_of, own_device
 from dist_sae.dictionaries.axis import WHOLE, LatentAxis
+from dist_sae.distributed import transport
 from dist_sae.distributed.axis import SameRowsAxis, ShardedAxis
 from dist_sae.distributed.rendezvous import Ranks
 from dist_sae.errors import DivergedError
@@ -100,7 +101,8 @@ def join_mesh(ranks: Ranks, shards: int = 1) -> Iterator[Mesh]:
         shards: Number of latent shards; divides the number of ranks.
 
     Raises:
-        ConfigError: There are more ranks on this machine than GPUs.
+        ConfigError: There are more ranks on this machine than GPUs; or NCCL uses sockets where the
+            pod asks for RDMA.
     """
     rank, world = ranks.rank, ranks.world
     device = device_of(ranks.local_rank)
@@ -116,6 +118,9 @@ def join_mesh(ranks: Ranks, shards: int = 1) -> Iterator[Mesh]:
     if world > 1:
         control, background = (dist.new_group(backend="gloo", timeout=_FOREVER) for _ in range(2))
     try:
+        if backend == "nccl" and world > 1 and transport.rdma_is_asked_for():
+            dist.all_reduce(torch.zeros(1, device=device))  # NCCL connects at the first collective
+            transport.check_rdma()
         yield Mesh(rank, world, device, _split(rank, world, shards), control, background)
     finally:
         dist.destroy_process_group()

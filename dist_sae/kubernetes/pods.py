@@ -14,6 +14,7 @@ from typing import Any, Literal
 
 from dist_sae.config import Run
 from dist_sae.config.cluster import PodsConfig, SpreadPods, TrainerPods
+from dist_sae.distributed import transport
 from dist_sae.interop import sae_lens
 from dist_sae.kubernetes.names import labels, object_name, selector
 from dist_sae.kubernetes.patch import merge_patch
@@ -199,6 +200,8 @@ def _environment(run: Run, part: Part, ranks: int) -> list[Object]:
             "MASTER_ADDR": f"{object_name(run)}-trainer-0-0.{object_name(run)}",
             "MASTER_PORT": str(run.cluster.rendezvous_port),
         }
+    if isinstance(pods, TrainerPods) and pods.rdma:
+        values |= transport.pod_environment(SCRATCH)
     own = {"name": "POD_NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}
     return [own, *({"name": k, "value": v} for k, v in (values | run.cluster.env).items())]
 

@@ -61,9 +61,8 @@ class User(NamedTuple):
 def read_image(folder: Path) -> Image:
     """Read the image from the Dockerfile; its own programs are put in `folder`."""
     text = (REPOSITORY / "launch/Dockerfile").read_text().replace("\\\n", " ")
-    said: dict[str, str] = dict(
-        re.findall(r"^(ENTRYPOINT|WORKDIR|ENV|COPY launch/\S+) (.+)$", text, re.M)
-    )
+    found = re.findall(r"^(ENTRYPOINT|WORKDIR|ENV|COPY launch/\S+) (.+)$", text, re.M)
+    said: dict[str, str] = dict(reversed(found))  # the base says it first; stages may add
     env = dict(word.split("=", 1) for word in shlex.split(said["ENV"]))
     programs = env["PATH"].partition(":")[0]
     env["PATH"] = env["PATH"].replace("$PATH", _SYSTEM_PATH)

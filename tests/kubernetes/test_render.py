@@ -305,6 +305,9 @@ def test_pods_ask_for_what_the_run_file_says() -> None:
     assert producer["containers"][0]["envFrom"] == [{"secretRef": {"name": "hub-token"}}]
     assert environment(trainer["containers"][0])["OMP_NUM_THREADS"] == "12"  # 96 cores, 8 ranks
     assert jobset_of(run)["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] == "gpus"
+    assert "DIST_SAE_RDMA" in environment(trainer["containers"][0])
+    without = pod_of(load(), "trainer")["containers"][0]
+    assert "DIST_SAE_RDMA" not in environment(without)
 
 
 LARGE = (  # 16 x 8 GPUs train, 1,000 spot GPUs run the model

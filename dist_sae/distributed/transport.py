@@ -1,0 +1,56 @@
+"""What carries NCCL's messages between nodes: RDMA, or sockets, which it falls back to in silence.
+
+NCCL tells only its log. Trainer pods that ask for RDMA devices (`cluster.trainer.rdma`) have it
+write one (`pod_environment`), which is read once the first collective has connected the ranks.
+"""
+
+import logging
+import os
+import re
+import socket
+from pathlib import Path
+
+from dist_sae.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_ASKED = "DIST_SAE_RDMA"
+_LOG = "NCCL_DEBUG_FILE"
+
+
+def pod_environment(folder: str) -> dict[str, str]:
+    """Environment variables of a pod that asks for RDMA: NCCL's log goes to this folder."""
+    return {
+        _ASKED: "1",
+        "NCCL_DEBUG": "INFO",
+        "NCCL_DEBUG_SUBSYS": "INIT,NET",
+        _LOG: f"{folder}/nccl.%h.%p.log",
+    }
+
+
+def rdma_is_asked_for() -> bool:
+    """True in a pod that asks for RDMA devices."""
+    return _ASKED in os.environ
+
+
+def check_rdma() -> None:
+    """Check in this process's NCCL log that it does not use sockets; after the first collective.
+
+    Raises:
+        ConfigError: It does.
+    """
+    name = os.environ.get(_LOG, "")
+    path = Path(name.replace("%h", socket.gethostname()).replace("%p", str(os.getpid())))
+    log = path.read_text(errors="replace") if path.is_file() else ""
+    networks = re.findall(r"NCCL INFO Using network (.+)", log)
+    if not networks:
+        logger.warning("cannot tell whether NCCL uses RDMA: %s does not say it", path)
+    elif "Socket" in (networks := [network.strip() for network in networks]):
+        said = re.findall(r"NCCL INFO (NET/(?!Socket).+)", log)
+        raise ConfigError(
+            f"cluster.trainer.rdma: NCCL uses sockets instead of RDMA ({'; '.join(said[-3:])}); "
+            f"check the image's RDMA libraries, the nodes' devices and the limit on locked memory, "
+            f"or set it to 0 to train over sockets"
+        )
+    else:
+        logger.info("NCCL uses the network %s", networks[-1])
