@@ -12,7 +12,15 @@ import torch
 from dist_sae.commands.cli import main
 from dist_sae.commands.pipeline import run_locally
 from dist_sae.config import load_run
-from dist_sae.device import check_gpus, device_of, own_device, settle_device, share_gpus
+from dist_sae.device import (
+    check_gpus,
+    copied_to_cpu,
+    device_of,
+    in_tf32,
+    own_device,
+    settle_device,
+    share_gpus,
+)
 from dist_sae.errors import ConfigError
 from tests.runs import write_run
 
@@ -194,3 +202,18 @@ def test_no_gpu_is_used_where_none_is_wanted(
     machine(gpus=1)
     assert settle_device("cpu") is None
     assert os.environ["CUDA_VISIBLE_DEVICES"] == ""
+
+
+def test_products_are_in_tf32_on_a_gpu_and_only_meanwhile() -> None:
+    before = torch.backends.cuda.matmul.fp32_precision
+    with in_tf32(torch.device("cuda")):
+        assert torch.backends.cuda.matmul.fp32_precision == "tf32"
+    with in_tf32(torch.device("cpu")):
+        assert torch.backends.cuda.matmul.fp32_precision == before
+
+
+def test_a_copy_for_a_checkpoint_does_not_follow_the_weights() -> None:
+    weights = torch.ones(3, 2)
+    copy = copied_to_cpu(weights)
+    weights.zero_()
+    assert torch.equal(copy, torch.ones(3, 2))

@@ -7,6 +7,8 @@ import uuid
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
+import torch
+
 from dist_sae.config.data import S3Config
 from dist_sae.storage import ObjectStore, open_store
 from dist_sae.storage.local import LocalStore
@@ -51,6 +53,27 @@ def peak_memory(measured: Callable[[], int] = resident_bytes) -> Iterator[list[i
     finally:
         over.set()
         thread.join()
+
+
+@contextmanager
+def peak_device_memory(device: torch.device) -> Iterator[list[int]]:
+    """Track the peak memory inside the `with`: what is allocated on a GPU, else `peak_memory`.
+
+    A GPU's peak is there when the block is left.
+    """
+    if device.type != "cuda":
+        with peak_memory() as peak:
+            yield peak
+        return
+    torch.cuda.reset_peak_memory_stats(device)
+    peak = [0]
+    yield peak
+    peak[0] = torch.cuda.max_memory_allocated(device)
+
+
+def used_bytes(device: torch.device) -> int:
+    """Memory in use: what is allocated on a GPU, else the resident memory."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
 
 
 @contextmanager

@@ -18,7 +18,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from dist_sae.bench.measuring import compare, medians, peak_memory
+from dist_sae.bench.measuring import compare, medians, peak_device_memory, used_bytes
 from dist_sae.checkpoint.state import TrainingState
 from dist_sae.config import Run
 from dist_sae.config.load import resolve_run
@@ -27,15 +27,21 @@ from dist_sae.config.sae import SaeConfig
 from dist_sae.dictionaries import PRODUCT_DTYPES, build_sae
 from dist_sae.dictionaries.dead import DeadLatents
 from dist_sae.dictionaries.interface import Rows, Widths
-from dist_sae.distributed.engine import DeepSpeedEngine
+from dist_sae.distributed.engine import DeepSpeedEngine, Engine
 from dist_sae.distributed.mesh import Mesh, join_mesh
 from dist_sae.distributed.rendezvous import rendezvous
 from dist_sae.kernels.choice import choose_kernels
-from dist_sae.telemetry.process import resident_bytes
 from dist_sae.training.job import training_step
+from dist_sae.training.phases import Clock
 from dist_sae.training.reporter import TrainingReporter
 
 _CHUNKS = (1024, 2048, 4096, 8192, 16_384, 65_536)  # latents
+_OPERATORS = {
+    "product": "aten::mm",
+    "adam": "aten::_fused_adam_",
+    "norms": "aten::linalg_vector_norm",
+}
+"""Phases that are one operator of torch."""
 _STATE_BYTES = 4 * 4  # per parameter: fp32 weight, gradient and two moments
 
 
@@ -88,7 +94,7 @@ class TrainingStep:
         self.dead = DeadLatents(
             len(self.sae.W_enc), self.run.dead_after_rows, mesh.axis, mesh.device
         )
-        self._engine: DeepSpeedEngine | None = None
+        self._engine: Engine | None = None
         self._shape = shape
         self.load_ratio = 1.0
         """Rows of the busiest expert over the mean, in the last step."""
@@ -98,7 +104,11 @@ class TrainingStep:
     def initialise(self, rows: Rows) -> None:
         """Initialise the dictionary from this rank's part of the first batch."""
         self.sae.initialise(rows, self._shape.seed)
-        self._engine = DeepSpeedEngine(self.run, self.sae, self.mesh)
+        self._engine = self.build_engine()
+
+    def build_engine(self) -> Engine:
+        """The engine that updates the weights."""
+        return DeepSpeedEngine(self.run, self.sae, self.mesh)
 
     def __call__(self, rows: Rows, report: TrainingReporter | None = None) -> float:
         """Take a step on this rank's part of a batch, scaled to E|x|^2 = width; returns its FVU.
@@ -169,16 +179,16 @@ def bench_step(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any]:
     Returns:
         Medians over `rounds`: `step_seconds`, `product_seconds`, `rows_per_second`; `ratio` with
         `ratio_low` and `ratio_high` (quartiles of the pairs); `product_chunk`; `phases`, seconds of
-        one profiled step by kind of work; `beyond_state_bytes`, how far the resident memory rose
-        above parameters, gradients and moments.
+        one profiled step by kind of work, on a GPU of its own time; `beyond_state_bytes`, how far
+        the memory rose above parameters, gradients and moments: the GPU's, or the resident one.
     """
     batches = random_batches(shape, mesh, 2)
     step = TrainingStep(shape, mesh)
     step.initialise(batches[0])
-    before = resident_bytes()
+    before = used_bytes(mesh.device)
     state = _STATE_BYTES * sum(p.numel() for p in step.sae.parameters())
     held = 4 * sum(p.numel() for p in step.sae.parameters())  # weights, counted in `before`
-    with peak_memory() as peak:
+    with peak_device_memory(mesh.device) as peak:
         for rows in batches:
             step(rows)  # warm-up: makes Adam's moments and maps memory
     product, chunk = _fastest_product(shape, mesh, batches[0].inputs, step.sae.W_enc.detach())
@@ -324,42 +334,44 @@ def seconds(work: Callable[[], Any], mesh: Mesh) -> float:
 
 def _synchronise(mesh: Mesh) -> None:
     if mesh.device.type == "cuda":
-        torch.cuda.synchronize()
+        torch.cuda.synchronize(mesh.device)
 
 
 def _phases(step: TrainingStep, rows: Rows) -> dict[str, float]:
-    """Profile one step; returns its seconds by phase."""
-    kernels = step.sae.kernels
+    """Profile one step; returns its seconds by phase, of the device's own time."""
+    kernels, device, clock = step.sae.kernels, step.mesh.device, Clock(step.mesh.device)
+    marks: list[tuple[str, Any, Any]] = []
+
+    def labelled(label: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def timed(*arguments: Any) -> Tensor:
+            since = clock.mark()
+            result = function(*arguments)
+            marks.append((label, since, clock.mark()))
+            return result
+
+        return timed
+
     step.sae.kernels = kernels._replace(
-        keep_largest=_labelled("select", kernels.keep_largest),
-        combine=_labelled("decode", kernels.combine),
-        gather_dot=_labelled("gradient_of_codes", kernels.gather_dot),
-        sum_by_latent=_labelled("gradients_of_weights", kernels.sum_by_latent),
+        keep_largest=labelled("select", kernels.keep_largest),
+        combine=labelled("decode", kernels.combine),
+        gather_dot=labelled("gradient_of_codes", kernels.gather_dot),
+        sum_by_latent=labelled("gradients_of_weights", kernels.sum_by_latent),
     )
-    cpu = torch.profiler.ProfilerActivity.CPU
-    with (
-        torch.profiler.profile(activities=[cpu]) as profile,
-        torch.profiler.record_function("step"),
-    ):
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities) as profile:
+        since = clock.mark()
         step(rows)
+        end = clock.mark()
+        clock.await_(end)
     step.sae.kernels = kernels
-    events = {event.key: event for event in profile.key_averages()}
-    operators = {
-        "product": "aten::mm",
-        "adam": "aten::_fused_adam_",
-        "norms": "aten::linalg_vector_norm",
-    }
-    labels = ("select", "decode", "gradient_of_codes", "gradients_of_weights")
-    phases = {label: events[label].cpu_time_total / 1e6 for label in labels if label in events}
-    for phase, operator in operators.items():
-        phases[phase] = events[operator].self_cpu_time_total / 1e6 if operator in events else 0.0
-    phases["rest"] = events["step"].cpu_time_total / 1e6 - sum(phases.values())
+    phases: dict[str, float] = {}
+    for label, began, ended in marks:
+        phases[label] = phases.get(label, 0.0) + clock.seconds(began, ended)
+    measure = "self_cpu_time_total" if device.type == "cpu" else "self_device_time_total"
+    microseconds = {event.key: getattr(event, measure) for event in profile.key_averages()}
+    for phase, operator in _OPERATORS.items():
+        phases[phase] = microseconds.get(operator, 0.0) / 1e6
+    phases["rest"] = clock.seconds(since, end) - sum(phases.values())
     return dict(sorted(phases.items(), key=lambda phase: -phase[1]))
-
-
-def _labelled(label: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    def labelled(*arguments: Any) -> Tensor:
-        with torch.profiler.record_function(label):
-            return function(*arguments)
-
-    return labelled

@@ -90,6 +90,11 @@ class PagedDictionary:
         self._turn_rows = max(1, quarter // row_bytes // self._slice_rows) * self._slice_rows
 
     @property
+    def device(self) -> torch.device:
+        """Where it computes: its own device if it is in memory, else the CPU."""
+        return torch.device("cpu" if self._in_memory is None else self._device)
+
+    @property
     def n_latents(self) -> int:
         """Width of the whole dictionary."""
         return self._config.n_latents
@@ -182,11 +187,15 @@ class PagedDictionary:
 
     @torch.no_grad()
     def infer(self, x: Float[Tensor, "batch d_in"]) -> Inferred:
-        """Reconstructions and firings, as of the whole dictionary: see `Dictionary.infer`."""
+        """Reconstructions and firings, as of the whole dictionary: see `Dictionary.infer`.
+
+        They are on `device`.
+        """
+        x = x.to(self.device)
         if self._in_memory is not None:
-            x_hat, fired = self._in_memory.infer(x.to(self._device))
+            x_hat, fired = self._in_memory.infer(x)
             shards = [self._axis.of_shard(fired, shard) for shard in range(self._axis.shards)]
-            return Inferred(x_hat.cpu(), torch.cat(shards).cpu())
+            return Inferred(x_hat, torch.cat(shards))
         largest = self._largest(x, self._row_limit) if self._row_limit else None
         x_hat = torch.zeros(len(x), self._widths.d_out, dtype=self._dtype)
         firings = [] if largest is None else [largest.firings(self.n_latents)]

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, TypeVar
 
 from dist_sae.checkpoint.layout import Checkpoints, Piece
 from dist_sae.checkpoint.state import TrainingState
+from dist_sae.device import copied_to_cpu
 from dist_sae.errors import Stopped
 
 logger = logging.getLogger(__name__)
@@ -88,9 +89,7 @@ class Saver:
         if not self.background:
             self._store(step, self.state.pieces(), cursors, scalars, since)
             return
-        copies = [
-            piece._replace(rows=piece.rows.to("cpu", copy=True)) for piece in self.state.pieces()
-        ]
+        copies = [piece._replace(rows=copied_to_cpu(piece.rows)) for piece in self.state.pieces()]
 
         def store() -> None:
             try:

@@ -49,6 +49,7 @@ class Loader:
         cursors: Windows at or before the first batch, by stream, as an earlier loader left them.
             Without them a resumed run reads the manifest of every earlier unit.
         stream_rows: Rows of each stream that were taken before batch 0.
+        pinned: Assemble batches in pinned memory, from which a GPU copies them by itself.
     """
 
     def __init__(
@@ -62,12 +63,13 @@ class Loader:
         max_passes: int,
         cursors: Mapping[int, StreamCursor] | None = None,
         stream_rows: int = 0,
+        pinned: bool = False,
     ) -> None:
         streams = activations.plan.streams
         assert batch_rows % world == 0, (batch_rows, world)
         assert batch_rows % streams == 0, (batch_rows, streams)
         self._steps = steps
-        self._dtype = activations.plan.acts_dtype
+        self._dtype, self._pinned = activations.plan.acts_dtype, pinned
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=_BATCHES_AHEAD)
         self._end: BaseException | None = None
         self._closed = threading.Event()
@@ -154,7 +156,7 @@ class Loader:
             share = sum(map(len, own.values()))
             for step in self._steps:
                 widths = streams[0].widths()
-                acts = _empty(share, widths, self._dtype)
+                acts = _empty(share, widths, self._dtype, pinned=self._pinned)
                 first = 0
                 for part, stream in zip(own.values(), streams, strict=True):
                     here = {site: of_site[first:][: len(part)] for site, of_site in acts.items()}
@@ -199,5 +201,10 @@ def _parts(rank: int, share: int, rows: int) -> dict[int, range]:
     }
 
 
-def _empty(rows: int, widths: Mapping[str, int], dtype: torch.dtype) -> dict[str, Tensor]:
-    return {site: torch.empty(rows, width, dtype=dtype) for site, width in widths.items()}
+def _empty(
+    rows: int, widths: Mapping[str, int], dtype: torch.dtype, *, pinned: bool = False
+) -> dict[str, Tensor]:
+    return {
+        site: torch.empty(rows, width, dtype=dtype, pin_memory=pinned)
+        for site, width in widths.items()
+    }

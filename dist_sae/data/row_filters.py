@@ -43,7 +43,7 @@ def of_usual_norm(
 ) -> Bool[Tensor, " rows"]:
     """Mark the rows with a norm of at most `over_norm` times the median norm."""
     if over_norm is None or not len(acts):
-        return torch.ones(len(acts), dtype=torch.bool)
+        return torch.ones(len(acts), dtype=torch.bool, device=acts.device)
     norms = torch.linalg.vector_norm(acts, dim=1, dtype=torch.float32)
     usual: Tensor = norms <= over_norm * norms.median()
     return usual

@@ -30,12 +30,17 @@ class Fit(NamedTuple):
     """Rows in which each latent fired."""
 
     @classmethod
-    def empty(cls, n_latents: int, columns: Iterable[slice] = (slice(None),)) -> "Fit":
-        """Sums over no rows."""
+    def empty(
+        cls,
+        n_latents: int,
+        columns: Iterable[slice] = (slice(None),),
+        device: torch.device | str = "cpu",
+    ) -> "Fit":
+        """Sums over no rows, on the device of the rows to come."""
         columns = tuple(columns)
-        zeros = torch.zeros(len(columns), dtype=torch.float64)
-        counts = torch.zeros(n_latents, dtype=torch.int64)
-        return cls(columns, zeros, zeros, torch.zeros((), dtype=torch.float64), 0, counts)
+        zeros = torch.zeros(len(columns), dtype=torch.float64, device=device)
+        counts = torch.zeros(n_latents, dtype=torch.int64, device=device)
+        return cls(columns, zeros, zeros, zeros.sum(), 0, counts)
 
     def add(
         self,
@@ -58,6 +63,15 @@ class Fit(NamedTuple):
             self.active + found.firings.sum(),
             self.rows + len(targets),
             self.counts + found.firings,
+        )
+
+    def on_cpu(self) -> "Fit":
+        """The same sums on the CPU."""
+        return self._replace(
+            squared_error=self.squared_error.cpu(),
+            squared_total=self.squared_total.cpu(),
+            active=self.active.cpu(),
+            counts=self.counts.cpu(),
         )
 
     @property

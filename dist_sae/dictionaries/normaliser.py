@@ -8,6 +8,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dist_sae.device import moved
 from dist_sae.dictionaries.interface import Rows, Widths
 
 _SEVERAL = "normalisers"
@@ -100,7 +101,8 @@ class SiteNormalisers(NamedTuple):
         n = len(acts[sites[0]])
         rows = torch.empty(n, sum(widths), dtype=torch.float32, device=device)
         for site, part in zip(sites, torch.split(rows, widths, 1), strict=True):
-            torch.mul(acts[site].to(device, torch.float32), self.of[site].scale, out=part)
+            here = moved(acts[site], device).to(torch.float32)
+            torch.mul(here, self.of[site].scale, out=part)
         return rows
 
     def to_scalars(self) -> dict[str, Any]:

@@ -183,7 +183,7 @@ def _ablations(places: _Places, means: Mapping[str, Tensor]) -> _Passes:
     """Passes with the sites of each place at zero, and at their means."""
     constants: dict[str, Values] = {
         "zero": lambda _, rows: torch.zeros_like(rows),
-        "mean": lambda site, rows: means[site].expand(rows.shape),
+        "mean": lambda site, rows: means[site].to(rows.device).expand(rows.shape),
     }
     return {
         _named(name, place): partial(Splice.replace, sites=sites, values=values)

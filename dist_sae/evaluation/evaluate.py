@@ -73,6 +73,9 @@ def evaluate(
         layers (`ce_replacement`, `ce_recovered_replacement`) reads what it has itself, after the
         replacements in earlier layers, so that their errors add up.
 
+        The dictionary computes in fp32 on every device, with no TF32: the numbers are the weights',
+        and not the machine's, up to the order of sums.
+
     Raises:
         ConfigError: There is no checkpoint, or nothing is held out.
         PlanMismatchError: The run was trained with other settings, or on another activation set.
@@ -149,15 +152,17 @@ def _measure(
     runs: ObjectStore, run: Run, trained: Trained, activations: ActivationSet, mesh: Mesh
 ) -> dict[str, Any]:
     own, pages, normalisers = trained.run, trained.pages, trained.normalisers
-    plan, columns, mean = activations.plan, normalisers.columns, normalisers.mean.float()
-    fit = Fit.empty(own.sae.n_latents, columns.values())
+    plan, columns, device = activations.plan, normalisers.columns, pages.device
+    mean = normalisers.mean.float().to(device)
+    fit = Fit.empty(own.sae.n_latents, columns.values(), device)
     progress = logs.PacedProgress("evaluate", speaks=mesh.is_first)
     there = min(run.evaluate.rows, sum(plan.rows_of_units[unit] for unit in plan.heldout_units))
     blocks = activations.heldout_rows(run.evaluate.rows)
-    for rows in pages.grouped(map(normalisers.rows, blocks)):
+    for rows in pages.grouped(normalisers.rows(block, device) for block in blocks):
         fit = fit.add(rows.targets, pages.infer(rows.inputs), mean)
         progress(fit.rows, max(there, fit.rows))
     progress.end(fit.rows)
+    fit = fit.on_cpu()
     by_site = dict(zip(columns, fit.fvu_by_site, strict=True)) if len(columns) > 1 else None
     made = mesh.of_first(lambda: produced(activations.store, plan))
     result = {
@@ -206,7 +211,7 @@ def _pca(
         logger.info("pca_fvu is left out: targets are %d wide, above %d", width, WIDEST)
         return {}
     components = min(max(1, l0), width)
-    pca = partial(pca_fvu, activations, normalisers, rows, components)
+    pca = partial(pca_fvu, activations, normalisers, rows, components, mesh.device)
     return {"pca_fvu": mesh.of_first(pca), "pca_components": components}
 
 

@@ -17,7 +17,11 @@ _PCA_ROWS = 100_000
 
 
 def pca_fvu(
-    activations: ActivationSet, normalisers: SiteNormalisers, limit: int, components: int
+    activations: ActivationSet,
+    normalisers: SiteNormalisers,
+    limit: int,
+    components: int,
+    device: torch.device | str = "cpu",
 ) -> float:
     """Compute the FVU on held-out rows of a PCA fitted to training rows of the written sites.
 
@@ -29,6 +33,7 @@ def pca_fvu(
         normalisers: Of the dictionary's sites: their scales, and means about which FVU is taken.
         limit: Most held-out rows to use.
         components: Number of components.
+        device: Computes it, in fp32.
     """
     plan, targets = activations.plan, activations.at(*normalisers.writes)
     training = kept_units(activations.store, plan) or plan.heldout_units
@@ -43,10 +48,12 @@ def pca_fvu(
     }
 
     def measure() -> dict[str, list[float]]:
-        rows = map(normalisers.targets, targets.rows(training, _PCA_ROWS))
+        rows, heldout = (
+            (normalisers.targets(block, device) for block in blocks)
+            for blocks in (targets.rows(training, _PCA_ROWS), targets.heldout_rows(limit))
+        )
         directions = _principal_directions(rows)
-        heldout = map(normalisers.targets, targets.heldout_rows(limit))
-        return {"fvu": _fvu_by_components(heldout, directions, normalisers.mean.float())}
+        return {"fvu": _fvu_by_components(heldout, directions, normalisers.mean.to(directions))}
 
     by_components: list[float] = cached(activations.store, "pca", of, measure)["fvu"]
     return by_components[components]
@@ -68,7 +75,7 @@ def _fvu_by_components(
     batches: Iterator[Tensor], directions: Float[Tensor, "d_in d_in"], mean: Float[Tensor, " d_in"]
 ) -> list[float]:
     """FVU of projections on the first 0, 1, ... d_in directions."""
-    captured, total = torch.zeros(len(mean), dtype=torch.float64), 0.0
+    captured, total = torch.zeros_like(mean, dtype=torch.float64), 0.0
     for x in batches:
         centred = x - mean
         captured += (centred @ directions).double().square().sum(0)

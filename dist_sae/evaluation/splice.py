@@ -53,7 +53,8 @@ class Splice:
 
         def note(site: str, acts: Tensor) -> Tensor:
             assert self._usual is not None
-            self._usual[self._keep] &= self._usual_norm(acts)
+            self._usual = self._usual.to(acts.device)
+            self._usual[self._keep.to(acts.device)] &= self._usual_norm(acts)
             if site in self._normalisers.reads:
                 self._plain[site] = acts
             return acts
@@ -115,17 +116,19 @@ class Splice:
         """Rows to change, at a site with these activations."""
         if self._usual is not None:
             return self._usual
-        usual = self._keep.clone()
-        usual[self._keep] = self._usual_norm(acts)
+        keep = self._keep.to(acts.device)
+        usual = keep.clone()
+        usual[keep] = self._usual_norm(acts)
         return usual
 
     def _usual_norm(self, acts: Tensor) -> Bool[Tensor, " rows"]:
-        return of_usual_norm(acts[self._keep], self._over_norm)
+        return of_usual_norm(acts[self._keep.to(acts.device)], self._over_norm)
 
     def _reconstruct(self, rows: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """Reconstructions of all written sites, raw."""
+        """Reconstructions of all written sites, raw, where the rows are."""
         normalisers = self._normalisers
-        x_hat = self._sae.infer(normalisers.inputs(rows)).x_hat
+        device = next(iter(rows.values())).device
+        x_hat = self._sae.infer(normalisers.inputs(rows, device)).x_hat.to(device)
         return {
             site: x_hat[:, columns] / normalisers.of[site].scale
             for site, columns in normalisers.columns.items()

@@ -10,6 +10,7 @@ import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
 
+from dist_sae.device import moved
 from dist_sae.errors import ModelError
 from dist_sae.models.base import ActivationSource
 
@@ -101,8 +102,7 @@ class Forward:
         while len(self._under_way) >= _MOST_UNDER_WAY:
             self._under_way.popleft().wait()
         index = keep.flatten().nonzero()[:, 0]
-        if self._device.type == "cuda":  # copied before the model is queued, so it does not wait
-            index = index.pin_memory().to(self._device, non_blocking=True)
+        index = moved(index, self._device)  # before the model is queued, so it does not wait
         acts = self._source.run(tokens, mask)
         self._device = next(iter(acts.values())).device
         index = index.to(self._device)

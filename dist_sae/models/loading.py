@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
 
 from dist_sae.config.data import HuggingFaceModel
-from dist_sae.device import own_device
+from dist_sae.device import moved, own_device
 from dist_sae.errors import HubUnavailableError, LacksWeightsError, ModelError
 from dist_sae.hub import is_out_of_reach
 from dist_sae.models.sharding import Divider, choose_divider
@@ -146,8 +146,8 @@ def check_tokens(tokens: Int[Tensor, "batch seq"], vocabulary: int, name: str) -
 
 def inputs(model: Any, tokens: Tensor, mask: Tensor) -> dict[str, Tensor | None]:
     """Build a model's arguments on its device; without padding it needs no mask."""
-    attention_mask = None if mask.all() else mask.long().to(model.device)
-    return {"input_ids": tokens.long().to(model.device), "attention_mask": attention_mask}
+    attention_mask = None if mask.all() else moved(mask, model.device).long()
+    return {"input_ids": moved(tokens, model.device).long(), "attention_mask": attention_mask}
 
 
 def load(

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from dist_sae.config.data import HuggingFaceModel
+from dist_sae.device import moved
 from dist_sae.errors import HeadlessError, LacksWeightsError
 from dist_sae.models.loading import (
     DTYPES,
@@ -112,21 +113,21 @@ class SplicedModel:
             shown = tokens.clone()
             shown[:, 1:][predicted] = self._mask_token
         logits = self._model(**inputs(self._model, shown, mask)).logits
-        logits = (logits[:, :-1] if self._mask_token is None else logits[:, 1:]).cpu()
+        logits = logits[:, :-1] if self._mask_token is None else logits[:, 1:]
         losses = [  # one context at a time: fp32 logits of a whole batch would be large
             nn.functional.cross_entropy(of_context.float(), wanted, reduction="none")
-            for of_context, wanted in zip(logits, targets, strict=True)
+            for of_context, wanted in zip(logits, moved(targets, logits.device), strict=True)
         ]
-        return torch.stack(losses).masked_fill(~predicted, torch.nan)
+        return torch.stack(losses).cpu().masked_fill(~predicted, torch.nan)
 
     def _replace(self, site: str, acts: Tensor) -> Tensor:
         edit = self._edits.get(site)
         if edit is None:
             return acts
         if not self._divided:
-            return edit(acts.cpu()).to(acts.device)
+            return edit(acts)
         whole, own = whole_of_ranks(acts, self._widths[site])
-        return edit(whole.cpu()).to(acts.device)[..., own]
+        return edit(whole)[..., own]
 
 
 def load_with_head(

@@ -135,6 +135,7 @@ def open_loader(
         max_passes=run.train.max_passes,
         cursors=cursors,
         stream_rows=lineage.stream_rows,
+        pinned=mesh.device.type == "cuda",
     )
 
 

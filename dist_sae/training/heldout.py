@@ -7,6 +7,7 @@ import torch
 from dist_sae.checkpoint.state import TrainingState
 from dist_sae.config import Run
 from dist_sae.data.activation_set import ActivationSet
+from dist_sae.device import in_tf32
 from dist_sae.dictionaries.interface import Rows
 from dist_sae.dictionaries.normaliser import SiteNormalisers
 from dist_sae.distributed.mesh import Mesh
@@ -28,6 +29,8 @@ class HeldoutFvu:
     def measure(self, state: TrainingState) -> float | None:
         """FVU of the weights that an evaluation would take. Collective.
 
+        On a GPU by products in TF32, since it is measured at every save; an evaluation's are fp32.
+
         Returns:
             None if `train.heldout_rows` is 0, or while held-out units are missing.
         """
@@ -38,7 +41,7 @@ class HeldoutFvu:
         assert self._kept is not None
         inputs, targets = self._kept
         centred = targets - self._normalisers.mean.to(targets)
-        with state.average.applied() if state.average else nullcontext():
+        with state.average.applied() if state.average else nullcontext(), in_tf32(inputs.device):
             error = targets - state.sae.infer(inputs).x_hat
         sums = torch.stack([error.square().sum(), centred.square().sum()])
         missed, total = state.sae.axis.total(sums).tolist()

@@ -3,7 +3,7 @@
 import threading
 import time
 from collections.abc import Mapping
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import pytest
 import torch
@@ -11,8 +11,11 @@ from torch import Tensor
 
 import dist_sae.data.activation_set
 import dist_sae.data.loader
+from dist_sae.checkpoint.lineage import Lineage
 from dist_sae.data.shard import manifest_key
 from dist_sae.data.streams import Stream
+from dist_sae.distributed.mesh import ALONE
+from dist_sae.training.batches import open_loader as open_loader_of_rank
 from tests.data.numbered import LateUnits, World
 from tests.world import Wrapped, batches, only, open_activation_set, open_loader, same
 
@@ -137,3 +140,25 @@ def test_whoever_waits_for_a_batch_is_told_while_it_lasts(
     assert n_told >= 2
     assert told[:n_told] == sorted(told[:n_told])  # for how long it has lasted
     assert len(told) <= n_told + 1
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_batches_for_a_gpu_are_assembled_in_pinned_memory(
+    world: World, monkeypatch: pytest.MonkeyPatch, device: str
+) -> None:
+    """From there it fetches them by itself, as they are stored."""
+    pinned: list[bool] = []
+    empty = torch.empty
+
+    def note(*size: int, pin_memory: bool = False, **others: Any) -> Tensor:
+        pinned.append(pin_memory)
+        return empty(*size, **others)
+
+    monkeypatch.setattr(torch, "empty", note)
+    mesh = ALONE._replace(device=torch.device(device))
+    activation_set = open_activation_set(world.run)
+    with open_loader_of_rank(world.run, mesh, activation_set, range(1), Lineage(), None) as loader:
+        batch = loader.next()
+    assert batch is not None
+    assert any(pinned) == (device == "cuda")
+    assert same([only(batch.acts)], batches(open_activation_set(world.run), range(1)))
