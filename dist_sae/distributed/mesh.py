@@ -93,22 +93,26 @@ def alone() -> Mesh:
 
 
 @contextmanager
-def join_mesh(ranks: Ranks, shards: int = 1) -> Iterator[Mesh]:
+def join_mesh(
+    ranks: Ranks, shards: int = 1, shared_by_all: torch.device | None = None
+) -> Iterator[Mesh]:
     """Create the process groups of a job.
 
     Args:
         ranks: All ranks of the job.
         shards: Number of latent shards; divides the number of ranks.
+        shared_by_all: A device that all ranks use, over gloo, for checks on a machine of one GPU:
+            NCCL takes one rank on each. None gives each rank its own.
 
     Raises:
         ConfigError: There are more ranks on this machine than GPUs; or NCCL uses sockets where the
             pod asks for RDMA.
     """
     rank, world = ranks.rank, ranks.world
-    device = device_of(ranks.local_rank)
+    device = shared_by_all or device_of(ranks.local_rank)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend = "nccl" if device.type == "cuda" and shared_by_all is None else "gloo"
     # DeepSpeed wants a process group of one rank as well; it needs no port
     store = ranks.connect() if world > 1 else dist.HashStore()  # type: ignore[attr-defined]
     dist.init_process_group(

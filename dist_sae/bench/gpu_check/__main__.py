@@ -1,0 +1,148 @@
+"""Runs the stages, each in a process with a limit, and sums up.
+
+python -m dist_sae.bench.gpu_check [--device cpu] [--only STAGE,STAGE] [--keep FOLDER]
+"""
+
+import argparse
+import importlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, Any
+
+LIMITS_SECONDS = {
+    "machine": 60,
+    "products": 60,
+    "recipes": 120,
+    "speed": 120,
+    "pipeline": 90,
+    "ranks": 90,
+}
+"""The stages, in order, and the limit of each; an H100 should need half of it."""
+_DRY_LIMIT_SECONDS = 600
+_SHOWN = ("error", "ratio", "speedup", "bytes_per_second", "fvu", "reason")
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the chosen stages; returns 0 if all checks held, else 1."""
+    parser = argparse.ArgumentParser(prog="gpu_check.sh", description="check this project on a GPU")
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a dry run")
+    parser.add_argument("--only", metavar="STAGES", help=f"some of {','.join(LIMITS_SECONDS)}")
+    parser.add_argument("--stage", choices=LIMITS_SECONDS, help=argparse.SUPPRESS)
+    parser.add_argument("--rank-of", choices=["ranks"], help=argparse.SUPPRESS)
+    options = parser.parse_args(arguments)
+    if options.stage or options.rank_of:
+        _run_here(options)
+        return 0
+    stages = options.only.split(",") if options.only else list(LIMITS_SECONDS)
+    if unknown := [stage for stage in stages if stage not in LIMITS_SECONDS]:
+        parser.error(f"--only: no stage {unknown[0]}; there are {','.join(LIMITS_SECONDS)}")
+    found: list[dict[str, Any]] = []
+    for stage in stages:
+        for record in _results(stage, options.device):
+            print(json.dumps(record), flush=True)  # noqa: T201 - its output
+            found.append(record)
+        if stage == "machine" and not found[-1]["ok"]:  # no GPU: all others would fail alike
+            break
+    _print_table(found)
+    return 0 if all(record["ok"] for record in found) else 1
+
+
+def _run_here(options: argparse.Namespace) -> None:
+    """Be the process of a stage, or one of its ranks."""
+    import torch
+
+    from dist_sae.bench.gpu_check.check import Check
+
+    if options.device == "cpu":
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""
+    device = torch.device("cuda", 0) if options.device == "cuda" else torch.device("cpu")
+    with tempfile.TemporaryDirectory(prefix="gpu_check.") as folder:
+        check = Check(device, Path(folder))
+        stage = options.stage or options.rank_of
+        module = importlib.import_module(f"{__package__}.{stage}")  # others take seconds
+        if options.rank_of:
+            module.one_of_two(check)
+            return
+        for record in getattr(module, stage)(check):
+            print(json.dumps(record), flush=True)  # noqa: T201 - read by the parent
+
+
+def _results(stage: str, device: str) -> Iterator[dict[str, Any]]:
+    """Run a stage; yields its records as they come, and one that says why it broke off, if so."""
+    since = time.monotonic()
+    limit = LIMITS_SECONDS[stage] if device == "cuda" else _DRY_LIMIT_SECONDS
+    command = [sys.executable, "-m", __package__, "--device", device, "--stage", stage]
+    late = threading.Event()
+    said: list[str] = []
+    with subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+
+        def end() -> None:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)  # its ranks and programs too
+
+        def end_late() -> None:
+            late.set()
+            end()
+
+        timer = threading.Timer(limit, end_late)
+        assert process.stdout is not None
+        assert process.stderr is not None
+        listener = threading.Thread(target=_listen, args=(process.stderr, said))
+        timer.start()
+        listener.start()
+        try:
+            for line in process.stdout:
+                if line.startswith("{"):
+                    seconds = round(time.monotonic() - since, 1)
+                    yield {"stage": stage, **json.loads(line), "after_seconds": seconds}
+            code = process.wait()
+        finally:
+            timer.cancel()
+            end()  # what it has left would keep its pipes open
+            listener.join()
+    if late.is_set() or code:
+        reason = f"took more than {limit} s" if late.is_set() else _last(said, code)
+        yield {"stage": stage, "check": "the whole stage", "ok": False, "reason": reason}
+
+
+def _listen(stderr: IO[str], said: list[str]) -> None:
+    """Pass on what a stage says, and keep the end."""
+    for line in stderr:
+        sys.stderr.write(line)
+        said.append(line.strip())
+        del said[:-100]
+
+
+def _last(said: Sequence[str], code: int) -> str:
+    return next((line for line in reversed(said) if line), f"exit code {code}")
+
+
+def _print_table(found: Sequence[dict[str, Any]]) -> None:
+    """Print a line for each check: whether it held, its stage, its name, its chief numbers."""
+    for record in found:
+        numbers = [
+            f"{name} {_short(record[name])}" for name in _SHOWN if record.get(name) is not None
+        ]
+        words = "ok    " if record["ok"] else "FAILED"
+        print(f"{words}  {record['stage']:9} {record['check']:50} {', '.join(numbers)}")  # noqa: T201
+    failed = sum(not record["ok"] for record in found)
+    print(f"{len(found)} checks, {failed} failed")  # noqa: T201
+
+
+def _short(value: Any) -> str:
+    return f"{value:.3g}" if isinstance(value, float) else str(value)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

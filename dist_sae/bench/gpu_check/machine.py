@@ -1,0 +1,83 @@
+"""Stage `machine`: versions, and the rates that bound everything else."""
+
+import importlib.util
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+
+from dist_sae.bench.gpu_check.check import Check, Record, held, measured, seconds_of
+from dist_sae.device import copied_to_cpu, settle_device
+from dist_sae.environment import hardware, versions
+
+_WIDTHS = (1024, 4096, 8192, 16_384, 65_536)  # latents of a chunk
+
+
+def machine(check: Check) -> Iterator[Record]:
+    """Tell versions, then rates: copies on, to and off the device, and products by chunk width."""
+    settle_device("cpu" if check.is_dry else "cuda")
+    yield _versions(check)
+    yield _copy(check)
+    yield from _products(check)
+    yield from _to_device(check)
+    yield _off_device(check)
+
+
+def _versions(check: Check) -> Record:
+    numbers: Record = {"hardware": hardware(), **versions(), "cuda": torch.version.cuda}
+    numbers["triton"] = importlib.util.find_spec("triton") is not None
+    if not check.is_dry:
+        properties = torch.cuda.get_device_properties(check.device)
+        numbers["capability"] = f"{properties.major}.{properties.minor}"
+        numbers["memory_bytes"] = properties.total_memory
+    return measured("versions", **numbers)
+
+
+def _copy(check: Check) -> Record:
+    n_bytes = 2**20 if check.is_dry else 2**31
+    one = torch.ones(n_bytes, dtype=torch.uint8, device=check.device)
+    other = torch.empty_like(one)
+    seconds = seconds_of(lambda: other.copy_(one), check.device)
+    return measured("copy on the device", bytes_per_second=2 * n_bytes / seconds)
+
+
+def _products(check: Check) -> Iterator[Record]:
+    """Rates of x W^T, as a training step has it, by the latents that are multiplied at a time."""
+    rows = 64 if check.is_dry else 16_384
+    for d_in in (16,) if check.is_dry else (768, 4096):
+        for dtype in (torch.bfloat16, torch.float32):
+            x = torch.randn(rows, d_in, device=check.device).to(dtype)
+            rates = {}
+            for width in _WIDTHS[:1] if check.is_dry else _WIDTHS:
+                W = torch.randn(width, d_in, device=check.device).to(dtype)
+                out = torch.empty(rows, width, dtype=dtype, device=check.device)
+                seconds = seconds_of(partial(torch.mm, x, W.T, out=out), check.device)
+                rates[width] = 2 * rows * d_in * width / seconds
+            name = str(dtype).removeprefix("torch.")
+            yield measured(f"product, {d_in} wide, {name}", flops_per_second_by_width=rates)
+
+
+def _to_device(check: Check) -> Iterator[Record]:
+    """Bring a batch to the device: as it comes from the store, and as fp32 made on the CPU."""
+    rows, d_in = (64, 16) if check.is_dry else (16_384, 4096)
+    pageable = torch.randn(rows, d_in).bfloat16()
+    ways = {"pageable bf16": pageable.to, "fp32 made on the CPU": pageable.float().to}
+    if not check.is_dry:
+        ways["pinned bf16"] = pageable.pin_memory().to
+    for name, to in ways.items():
+        n_bytes = pageable.nbytes * (2 if "fp32" in name else 1)
+        copy = partial(to, check.device, copy=True, non_blocking=True)
+        seconds = seconds_of(copy, check.device)
+        yield measured(
+            f"batch to the device, {name}", seconds=seconds, bytes_per_second=n_bytes / seconds
+        )
+
+
+def _off_device(check: Check) -> Record:
+    """Copy a tensor off the device as checkpoints do, in several pieces."""
+    rows, d_in = (64, 16) if check.is_dry else (65_537, 1024)
+    tensor = torch.randn(rows, d_in, device=check.device)
+    wrong = int((copied_to_cpu(tensor) != tensor.cpu()).sum())
+    seconds = seconds_of(lambda: copied_to_cpu(tensor), check.device)
+    rate = tensor.nbytes / seconds
+    return held("copy for a checkpoint", wrong, 0, bytes_per_second=rate)

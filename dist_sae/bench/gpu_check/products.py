@@ -1,0 +1,106 @@
+"""Stage `products`: the sparse products of this device against fp64."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dist_sae.bench.gpu_check.check import Check, Record, held, relative_error
+from dist_sae.kernels import Entries, Kernels
+from dist_sae.kernels.choice import choose_kernels
+from dist_sae.kernels.keys import NOTHING
+from dist_sae.kernels.torch import KERNELS as TORCH
+
+_BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 4e-3}  # sums are in fp32, then rounded once
+
+
+class _Shape(NamedTuple):
+    rows: int
+    n_latents: int
+    d_in: int
+    """770 is no multiple of what a kernel reads at a time."""
+
+
+def products(check: Check) -> Iterator[Record]:
+    """Compare each product of each pattern, then the selection, which must be the same to a bit."""
+    kernels = choose_kernels("auto", check.device)
+    shapes = (
+        [_Shape(32, 64, 20)]
+        if check.is_dry
+        else [_Shape(4096, 65_536, 768), _Shape(999, 8192, 770)]
+    )
+    for shape in shapes:
+        for pattern in ("random", "one latent on every row", "every other row empty", "k = 1"):
+            for dtype, bound in _BOUNDS.items():
+                errors = _errors(kernels, shape, pattern, dtype, check.device)
+                worst = max(errors, key=lambda product: errors[product])
+                name = f"{kernels.name}: {pattern}, {shape.d_in} wide, {str(dtype)[6:]}"
+                yield held(name, errors[worst], bound, worst=worst)
+        for k in (1, 32):
+            yield _selection(kernels, shape, k, check.device)
+
+
+def _errors(
+    kernels: Kernels, shape: _Shape, pattern: str, dtype: torch.dtype, device: torch.device
+) -> dict[str, float]:
+    generator = torch.Generator().manual_seed(0)
+
+    def normal(*size: int) -> Tensor:
+        return torch.randn(*size, generator=generator).to(device, dtype)
+
+    entries = _entries(shape, pattern, generator, device)
+    coefficients, rows = normal(len(entries.latents)), normal(shape.rows, shape.d_in)
+    W = normal(shape.n_latents, shape.d_in)
+    found = {
+        "combine": kernels.combine(coefficients, entries, W),
+        "gather_dot": kernels.gather_dot(rows, entries, W),
+        "sum_by_latent": kernels.sum_by_latent(coefficients, entries, rows),
+    }
+    at, latents = entries.rows, entries.latents
+    weights = coefficients.double()[:, None]
+    by_row, by_latent = (rows.new_zeros(n, shape.d_in, dtype=torch.float64) for n in shape[:2])
+    expected = {
+        "combine": by_row.index_add_(0, at, weights * W.double()[latents]),
+        "gather_dot": (rows.double()[at] * W.double()[latents]).sum(1),
+        "sum_by_latent": by_latent.index_add_(0, latents, weights * rows.double()[at]),
+    }
+    return {name: relative_error(found[name], expected[name]) for name in found}
+
+
+def _entries(
+    shape: _Shape, pattern: str, generator: torch.Generator, device: torch.device
+) -> Entries:
+    """Latents of each row, ascending, in one of the patterns that kernels get wrong."""
+    k = 1 if pattern == "k = 1" else 16
+    width = shape.n_latents // k
+    latents = torch.randint(width, (shape.rows, k), generator=generator) + width * torch.arange(k)
+    if pattern == "one latent on every row":
+        latents[:, 0] = 0
+    counts = torch.full((shape.rows,), k)
+    if pattern == "every other row empty":
+        counts[::2] = 0
+        latents = latents[1::2]
+    starts = counts.cumsum(0) - counts
+    return Entries(latents.flatten().to(device), starts.to(device), shape.n_latents)
+
+
+def _selection(kernels: Kernels, shape: _Shape, k: int, device: torch.device) -> Record:
+    """Many equal products: of these the lower latent is to be kept."""
+    generator = torch.Generator().manual_seed(k)
+    width = min(shape.n_latents, 8192)
+    chunks = [
+        torch.randint(-40, 40, (shape.rows, width), generator=generator).bfloat16()
+        for _ in range(2)
+    ]
+    bias = torch.randn(width, generator=generator)
+
+    def keep(which: Kernels, where: torch.device) -> Tensor:
+        best = torch.full((shape.rows, k), NOTHING, device=where)
+        for number, chunk in enumerate(chunks):
+            latents = torch.arange(number * width, (number + 1) * width, device=where)
+            best = which.keep_largest(best, chunk.to(where), bias.to(where), latents)
+        return best.sort(1).values.cpu()
+
+    wrong = int((keep(kernels, device) != keep(TORCH, torch.device("cpu"))).sum())
+    return held(f"{kernels.name}: the {k} largest, with ties", wrong, 0)

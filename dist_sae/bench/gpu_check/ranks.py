@@ -1,0 +1,102 @@
+"""Stage `ranks`: two ranks on one device over gloo against one, and NCCL's collectives alone."""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+
+import torch
+import torch.distributed as dist
+
+from dist_sae.bench.gpu_check.check import Check, Record, held, measured
+from dist_sae.bench.gpu_check.recipes import PlainStep, Trained, difference, on, shape_of, train
+from dist_sae.bench.step import StepShape, TrainingStep, random_batches
+from dist_sae.dictionaries.interface import Rows
+from dist_sae.distributed.local_ranks import rank_environments
+from dist_sae.distributed.mesh import ALONE, Mesh, join_mesh
+from dist_sae.distributed.rendezvous import rendezvous
+
+_BOUND = 1e-3
+"""Relative difference of the FVU; as for another device, near ties fall differently."""
+_LIMIT_SECONDS = 600.0  # the stage has its own
+LAYOUTS = {"1 x 2, topk": ("topk", 2), "1 x 2, routed": ("routed", 2), "2 x 1, topk": ("topk", 1)}
+"""Recipe and latent shards by name; DeepSpeed, which averages replicas, comes last: it keeps the
+process groups of its first mesh."""
+
+
+def ranks(check: Check) -> Iterator[Record]:
+    """Compare the FVUs of both ranks' steps with those of one rank on all rows."""
+    steps = _steps(check)
+    alone = ALONE._replace(device=check.device)
+    expected = {
+        name: train(shape_of(kind, dry=check.is_dry), alone, steps)
+        for name, (kind, _) in LAYOUTS.items()
+    }
+    command = [sys.executable, "-m", "dist_sae.bench.gpu_check", "--device", check.device.type]
+    command += ["--rank-of", "ranks"]
+    children = [
+        subprocess.Popen(command, env=os.environ | environment, stdout=subprocess.PIPE, text=True)
+        for environment in rank_environments(2, 2)
+    ]
+    try:
+        out, _ = children[0].communicate(timeout=_LIMIT_SECONDS)
+    finally:
+        for child in children:
+            child.kill()
+            child.wait()
+    if children[0].returncode:
+        raise RuntimeError(f"rank 0 ended with {children[0].returncode}; see what it said")
+    found = json.loads(out.splitlines()[-1])
+    for name, fvus in found.items():
+        yield held(f"{name}: as one rank", difference(Trained(fvus, []), expected[name]), _BOUND)
+    if not check.is_dry:
+        yield _nccl()
+
+
+def one_of_two(check: Check) -> None:
+    """Train as one of two ranks in every layout; rank 0 prints the FVUs."""
+    found = {}
+    with rendezvous(2, _LIMIT_SECONDS) as joined:
+        for name, (kind, shards) in LAYOUTS.items():
+            own = joined._replace(generation=f"{joined.generation}/{name}")
+            with join_mesh(own, shards, shared_by_all=check.device) as mesh:
+                found[name] = _train(shape_of(kind, dry=check.is_dry), mesh, _steps(check))
+    if joined.rank == 0:
+        sys.stdout.write(json.dumps(found) + "\n")
+
+
+def _steps(check: Check) -> int:
+    return 3 if check.is_dry else 10
+
+
+def _train(shape: StepShape, mesh: Mesh, steps: int) -> list[float]:
+    """FVUs of the steps of `train`, on this rank's half of the rows."""
+    kind = PlainStep if mesh.axis.replicas == 1 else TrainingStep
+    step = kind(shape, mesh)
+    batches = [_half(on(rows, mesh), mesh) for rows in random_batches(shape, ALONE, 2)]
+    step.initialise(batches[0])
+    fvus = []
+    for number in range(steps):
+        share = torch.tensor(step(batches[number % 2]))  # ranks of a replica have parts of its FVU
+        fvus.append(float(mesh.axis.total(share)) / mesh.axis.replicas)
+    return fvus
+
+
+def _half(rows: Rows, mesh: Mesh) -> Rows:
+    inputs, targets = (part.chunk(mesh.world)[mesh.rank] for part in rows)
+    return Rows(inputs, inputs if rows.inputs is rows.targets else targets)
+
+
+def _nccl() -> Record:
+    """Each collective of a step, with one rank: as much of NCCL as one GPU can show."""
+    with rendezvous(1) as alone, join_mesh(alone) as mesh:
+        x = torch.arange(8.0, device=mesh.device)
+        gathered, scattered, exchanged = (torch.empty_like(x) for _ in range(3))
+        dist.all_gather_into_tensor(gathered, x)
+        dist.reduce_scatter_tensor(scattered, x)
+        dist.all_to_all_single(exchanged, x)
+        summed = x.clone()
+        dist.all_reduce(summed)
+        same = all(torch.equal(x, y) for y in (gathered, scattered, exchanged, summed))
+        return measured("NCCL with one rank", backend=dist.get_backend()) | {"ok": same}

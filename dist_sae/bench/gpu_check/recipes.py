@@ -1,0 +1,100 @@
+"""Stage `recipes`: training steps of every recipe on the CPU and on the device, and once more."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from dist_sae.bench.gpu_check.check import Check, Record, held
+from dist_sae.bench.step import StepShape, TrainingStep, random_batches
+from dist_sae.config import Run
+from dist_sae.config.messages import sections_by_kind
+from dist_sae.dictionaries.interface import Rows
+from dist_sae.distributed.engine import Engine
+from dist_sae.distributed.mesh import ALONE, Mesh
+
+_LOSS_BOUND = 1e-3
+"""Relative difference of the FVU: products are summed in another order, so near ties fall
+differently."""
+_SITES = {
+    "transcoder": (1, 1),
+    "crosscoder": (2, 0),
+    "crosscoder_relu": (2, 0),
+    "clt": (2, 2),
+    "clt_jumprelu": (2, 2),
+}
+"""Numbers of sites that are read, and of others that are written, if not one and none."""
+
+
+class PlainStep(TrainingStep):
+    """A training step by plain torch, on a mesh of any device, without process groups."""
+
+    def build_engine(self) -> Engine:
+        return Engine(self.run, self.sae)
+
+
+class Trained(NamedTuple):
+    """What some steps left."""
+
+    fvus: list[float]
+    parameters: list[Tensor]
+
+
+def recipes(check: Check) -> Iterator[Record]:
+    """Compare FVUs at every step with the CPU's; a second time they must be equal to a bit."""
+    steps = 3 if check.is_dry else 20
+    here = ALONE._replace(device=check.device)
+    for kind in sections_by_kind(Run.model_fields["sae"].annotation):
+        shape = shape_of(kind, dry=check.is_dry)
+        on_cpu, first, second = (train(shape, mesh, steps) for mesh in (ALONE, here, here))
+        error = difference(first, on_cpu)
+        yield held(f"{kind}: {steps} steps as on the CPU", error, _LOSS_BOUND, fvu=first.fvus[-1])
+        pairs = zip(first.parameters, second.parameters, strict=True)
+        other = sum(not torch.equal(one, two) for one, two in pairs)
+        yield held(f"{kind}: the same steps twice, bitwise", other, 0)
+
+
+def shape_of(kind: str, *, dry: bool) -> StepShape:
+    """A small dictionary of a recipe, some of whose latents are soon dead."""
+    reads, writes = _SITES.get(kind, (1, 0))
+    d_in, n_latents, k, batch = (16, 64, 4, 64) if dry else (256, 4096, 16, 1024)
+    return StepShape(
+        d_in,
+        n_latents,
+        k,
+        batch,
+        products="fp32",
+        kind=kind,
+        experts=4 if kind == "routed" else None,
+        reads=reads,
+        writes=writes,
+        settings=(f"dead_after_rows={2 * batch}",),
+        lr=1e-3,
+    )
+
+
+def train(shape: StepShape, mesh: Mesh, steps: int) -> Trained:
+    """Train for some steps from the weights that the CPU initialises."""
+    batches = random_batches(shape, ALONE, 2)
+    start = PlainStep(shape, ALONE)
+    start.initialise(batches[0])
+    step = PlainStep(shape, mesh)
+    here = [on(rows, mesh) for rows in batches]
+    step.initialise(here[0])
+    step.sae.load_state_dict(start.sae.state_dict())
+    fvus = [step(here[number % 2]) for number in range(steps)]
+    return Trained(fvus, [parameter.detach().cpu() for parameter in step.sae.parameters()])
+
+
+def on(rows: Rows, mesh: Mesh) -> Rows:
+    """Rows on the device of a mesh; targets that are the inputs stay so."""
+    inputs = rows.inputs.to(mesh.device)
+    same = rows.targets is rows.inputs
+    return Rows(inputs, inputs if same else rows.targets.to(mesh.device))
+
+
+def difference(one: Trained, other: Trained) -> float:
+    """Largest relative difference of the FVU at a step."""
+    pairs = zip(one.fvus, other.fvus, strict=True)
+    return max(abs(a - b) / abs(b) for a, b in pairs)

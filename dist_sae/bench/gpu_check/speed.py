@@ -1,0 +1,32 @@
+"""Stage `speed`: a step against its product, memory beyond state, routed against exact."""
+
+from collections.abc import Iterator
+
+from dist_sae.bench.gpu_check.check import Check, Record, measured
+from dist_sae.bench.step import StepShape, bench_routed, bench_step, step_mesh
+
+_GOALS = {(768, 65_536): 2.8, (4096, 131_072): 2.0}
+"""Goals of step / product on an H100."""
+
+
+def speed(check: Check) -> Iterator[Record]:
+    """Measure with DeepSpeed's engine; on a GPU over NCCL with one rank."""
+    batch, rounds = (64, 1) if check.is_dry else (16_384, 5)
+    for d_in, n_latents in [(16, 256)] if check.is_dry else _GOALS:
+        shape = StepShape(d_in, n_latents, k=8 if check.is_dry else 32, batch=batch)
+        yield _step(shape, rounds)
+    wide = 256 if check.is_dry else 262_144
+    shape = StepShape(16 if check.is_dry else 768, wide, 8, batch, kind="routed", experts=16)
+    with step_mesh(shape) as mesh:
+        found = bench_routed(shape, mesh, rounds=rounds)
+    kept = ("exact_seconds", "routed_seconds", "speedup", "expert_load_ratio")
+    yield measured(f"routed, {wide} latents", **{name: found[name] for name in kept})
+
+
+def _step(shape: StepShape, rounds: int) -> Record:
+    with step_mesh(shape) as mesh:
+        found = bench_step(shape, mesh, rounds=rounds)
+    kept = ("step_seconds", "product_seconds", "product_chunk", "ratio", "ratio_low", "ratio_high")
+    numbers = {name: found[name] for name in (*kept, "beyond_state_bytes", "phases")}
+    goal = _GOALS.get((shape.d_in, shape.n_latents))
+    return measured(f"step, {shape.d_in} x {shape.n_latents}", goal=goal, **numbers)
