@@ -1,8 +1,8 @@
 """The sparse products for NVIDIA GPUs, in Triton, written for Hopper; selection: triton_select.py.
 
 Not yet run on a GPU. The tests run these kernels in Triton's interpreter, on a CPU, and compile
-them for Hopper; that checks what they compute, not how fast. Blocks, loads in flight, cache hints
-and the order of the programs are reasoned, none of them is measured.
+them for Hopper and Ampere; that checks what they compute, not how fast. Blocks, loads in flight,
+cache hints and the order of the programs are reasoned, none of them is measured.
 
 `combine` and `sum_by_latent` are one operation, a sum of weighted rows over segments of entries:
 the segments are the batch's rows in one and the latents in the other. Like `gather_dot` it

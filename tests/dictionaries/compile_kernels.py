@@ -22,7 +22,8 @@ from triton.runtime.jit import JITFunction
 from dist_sae.kernels import triton as kernels
 from tests.dictionaries.products import N_LATENTS, make_entries
 
-K_LARGEST = (1, 32, 200, 1024)
+_SELECTIONS = ((1, 64), (32, 64), (200, 64), (1024, 64), (32, 1), (32, 37))
+"""Keys of a row, and products; these are any number where few latents are dead."""
 _ROWS, _PER_ROW = 64, 16
 _PTXAS = Path(triton.__file__).parent / "backends/nvidia/bin/ptxas"
 
@@ -73,10 +74,10 @@ def call_all(d_in: int, dtype: torch.dtype) -> None:
     kernels.combine(values, entries, W)
     kernels.gather_dot(rows, entries, W)
     kernels.sum_by_latent(values, entries, rows, W, torch.zeros(N_LATENTS, dtype=dtype))
-    for k in K_LARGEST:
+    for k, width in _SELECTIONS:
         best = torch.zeros(_ROWS, k, dtype=torch.int64)
-        products, latents = torch.zeros(_ROWS, 64, dtype=dtype), torch.arange(64)
-        kernels.KERNELS.keep_largest(best, products, torch.zeros(64), latents)
+        products, latents = torch.zeros(_ROWS, width, dtype=dtype), torch.arange(width)
+        kernels.KERNELS.keep_largest(best, products, torch.zeros(width), latents)
 
 
 def _check_tuned(compiler: Compiler, d_in: int) -> None:
