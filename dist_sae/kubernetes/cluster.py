@@ -36,6 +36,8 @@ _CONNECT_SECONDS, _ANSWER_SECONDS = 5.0, 30.0
 POD_SECONDS = 3.0
 """A pod that takes longer to answer is passed over."""
 """Time limit for a pod's answer: a network policy may drop it silently."""
+PAGE_OBJECTS = 500
+"""Objects that are asked for at a time: pods take about 10 kB each."""
 _WATCH_SECONDS = 20
 _UNREADABLE = (ConfigException, OSError, yaml.YAMLError)
 _NO_CONTENT = 204
@@ -201,19 +203,31 @@ class Cluster:
         Raises:
             ForbiddenError: The user may only see the namespace.
         """
-        answer = self._ask("GET", "/api/v1/nodes")
-        assert answer is not None
-        nodes: list[Object] = answer["items"]
-        return nodes
+        return self._list_all("/api/v1/nodes", {})[0]
 
     def _list(self, kind: str, selector: Mapping[str, str]) -> tuple[list[Object], str]:
-        answer = self._ask("GET", self._path(kind), self._selecting(selector), may_lack=True)
-        if answer is None:
-            return [], ""
+        path, query = self._path(kind), self._selecting(selector)
+        found, resource_version = self._list_all(path, query, may_lack=True)
         version = _RESOURCES[kind].version  # items of a list lack version and kind
-        items = [{"apiVersion": version, "kind": kind} | item for item in answer["items"]]
+        items: list[Object] = [{"apiVersion": version, "kind": kind, **item} for item in found]
         items.sort(key=lambda obj: obj["metadata"]["creationTimestamp"])
-        return items, answer["metadata"]["resourceVersion"]
+        return items, resource_version
+
+    def _list_all(
+        self, path: str, query: Mapping[str, str], *, may_lack: bool = False
+    ) -> tuple[list[Object], str]:
+        """Items of a list, page by page, and their version; empty if `may_lack` and it lacks."""
+        items, token = list[Object](), ""
+        while True:
+            page = {**query, "limit": str(PAGE_OBJECTS)} | ({"continue": token} if token else {})
+            answer = self._ask("GET", path, page, may_lack=may_lack)
+            if answer is None:
+                return [], ""
+            items += answer["items"]
+            metadata = answer.get("metadata", {})
+            token = metadata.get("continue", "")
+            if not token:
+                return items, metadata.get("resourceVersion", "")
 
     def _selecting(self, selector: Mapping[str, str]) -> dict[str, str]:
         return {"labelSelector": ",".join(f"{key}={value}" for key, value in selector.items())}

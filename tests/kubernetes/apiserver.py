@@ -311,8 +311,12 @@ class ApiServer:
     def _list(self, plural: str, query: Object) -> Object:
         items = [o for key, o in self.objects.items() if key[0] == plural and _selected(o, query)]
         items = [{k: v for k, v in o.items() if k not in ("kind", "apiVersion")} for o in items]
-        version = str(next(self._versions))
-        return {"kind": "List", "metadata": {"resourceVersion": version}, "items": items}
+        metadata = {"resourceVersion": str(next(self._versions))}
+        first = int(query.get("continue", "0"))
+        end = first + int(query["limit"])
+        if end < len(items):
+            metadata["continue"] = str(end)
+        return {"kind": "List", "metadata": metadata, "items": items[first:end]}
 
     def _watch(self, plural: str, query: Object) -> Iterator[bytes]:
         since, until = (

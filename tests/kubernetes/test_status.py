@@ -57,6 +57,18 @@ def going(sh: Shell, path: str) -> str:
     return path
 
 
+def test_pods_are_listed_page_by_page(
+    api: ApiServer, sh: Shell, going: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sh("submit", going)
+    for pod in api.pods("producer"):
+        api.run_pod(pod)
+    at_once = status(sh, going)["parts"]
+    assert at_once["producer"]["running"] == 2
+    monkeypatch.setattr(dist_sae.kubernetes.cluster, "PAGE_OBJECTS", 1)
+    assert status(sh, going)["parts"] == at_once
+
+
 def test_status_joins_pods_store_and_history(api: ApiServer, sh: Shell, going: str) -> None:
     sh("submit", going)
     first, second = api.pods("producer")
