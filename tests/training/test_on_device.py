@@ -1,0 +1,196 @@
+"""Everything that runs on a GPU, on a device that is not there: no mixed devices, and few waits."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dist_sae.checkpoint.layout import Checkpoints
+from dist_sae.checkpoint.state import TrainingState
+from dist_sae.config import load_run
+from dist_sae.dictionaries import build_sae
+from dist_sae.dictionaries.axis import WHOLE
+from dist_sae.dictionaries.base import Dictionary
+from dist_sae.dictionaries.dead import DeadLatents
+from dist_sae.dictionaries.density import Densities
+from dist_sae.dictionaries.ema import WeightAverage
+from dist_sae.dictionaries.init import initialise_from_data
+from dist_sae.dictionaries.interface import Output
+from dist_sae.distributed.engine import Engine
+from dist_sae.distributed.mesh import Mesh
+from dist_sae.evaluation.evaluate import evaluate
+from dist_sae.index.encode import open_encoder
+from dist_sae.index.opened import open_index
+from dist_sae.kernels import select
+from dist_sae.kernels.torch import KERNELS
+from dist_sae.storage import open_store
+from dist_sae.telemetry.exporter import Telemetry
+from dist_sae.training.job import training_step
+from dist_sae.training.numbers import batch_numbers, expert_numbers, prefix_fvus, starved_share
+from tests.dictionaries.recipes import (
+    D_IN,
+    N_LATENTS,
+    VARIANCE,
+    VARIANTS,
+    sae_rows,
+    some_dead,
+    widths,
+)
+from tests.index.indexed import add_checkpoint, produced
+from tests.pretend import DEVICE, pretend_device
+from tests.runs import write_run
+
+BATCH = 96
+DEAD_AFTER = 10_000
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of 16 latents and 32 rows."""
+    monkeypatch.setattr(select, "CHUNK_LATENTS", 16)
+    monkeypatch.setattr(select, "CHUNK_BYTES", 16 * 32 * 4)
+
+
+class Life:
+    """A dictionary in training on a device."""
+
+    def __init__(self, folder: Path, kind: str, device: torch.device) -> None:
+        generator = torch.Generator().manual_seed(0)
+        run = load_run(write_run(folder / device.type))
+        self.device = device
+        self.rows = sae_rows(torch.randn(BATCH, D_IN, generator=generator).to(device))
+        self.sae: Dictionary = build_sae(
+            VARIANTS[kind],  # type: ignore[arg-type]
+            widths(VARIANTS[kind]),
+        ).to(device)
+        self.engine = Engine(run, self.sae)
+        self.dead = DeadLatents(N_LATENTS, DEAD_AFTER, device=device)
+        self.average = WeightAverage(self.sae, decay=0.9)
+
+    def begin(self) -> None:
+        self.sae.initialise(self.rows, seed=0)
+        if self.sae.config.init_rows:
+            initialise_from_data(self.sae, [self.rows])
+
+    def idle(self, which: Tensor) -> None:
+        """These latents have been idle for long, the others not at all."""
+        self.dead.take((which * DEAD_AFTER).to(self.device))
+
+    def step(self) -> tuple[Output, float]:
+        return training_step(
+            self.rows,
+            self.engine,
+            self.dead,
+            self.average,
+            batch_rows=BATCH,
+            variance=VARIANCE,
+            progress=0.5,
+            lr=1e-3,
+            end_phase=lambda _: None,
+        )
+
+    @property
+    def state(self) -> TrainingState:
+        return TrainingState(self.sae, self.engine, self.dead, self.average)
+
+    def numbers(self, output: Output) -> list[Any]:
+        """What a report and an evaluation compute."""
+        sae, x = self.sae, self.rows.targets
+        densities = Densities(N_LATENTS, 1000, device=self.device)
+        densities.add(output.firings, BATCH)
+        second_moment = self.engine.moment(sae.W_enc, "exp_avg_sq")
+        found: list[Any] = [
+            batch_numbers(WHOLE, output, x, torch.zeros(D_IN, dtype=torch.float64).to(x.device)),
+            starved_share(WHOLE, second_moment, 1e-8),
+            densities.counts([-4.0, -3.0, -2.0], 1e-2),
+        ]
+        if output.routing:
+            found.append(expert_numbers(WHOLE, output.routing.load, self.dead.mask))
+        if output.prefix_fvu:
+            found.append(prefix_fvus(WHOLE, output, range(len(output.prefix_fvu))))
+        return found
+
+    def tensors(self) -> dict[str, Tensor]:
+        pieces = {piece.name: piece.rows.to("cpu", copy=True) for piece in self.state.pieces()}
+        inferred = self.sae.infer(self.rows.inputs)
+        return pieces | {"x_hat": inferred.x_hat.cpu(), "firings": inferred.firings.cpu()}
+
+
+def lived(folder: Path, kind: str, device: torch.device) -> tuple[list[Any], dict[str, Tensor]]:
+    """A life with dead latents, revived ones, and a stop."""
+    life, stuck = Life(folder, kind, device), torch.arange(N_LATENTS) % 16 == 1
+    life.begin()
+    life.step()
+    life.idle(some_dead())
+    output, _ = life.step()
+    numbers = life.numbers(output)
+    life.engine.revive(stuck.to(device), life.rows.inputs, output.error)
+    checkpoints = Checkpoints(open_store(str(folder / device.type)), kind, keep=1)
+    pieces = [piece._replace(rows=piece.rows.cpu()) for piece in life.state.pieces()]
+    checkpoints.commit(2, [checkpoints.write(2, iter(pieces))], {})
+    resumed = Life(folder, kind, device)
+    resumed.state.read(checkpoints.open(2))()
+    resumed.step()
+    resumed.sae.decode(resumed.sae.encode(life.rows.inputs), life.rows.inputs)
+    return numbers, resumed.tensors()
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_a_life_on_the_device_is_that_on_a_cpu(tmp_path: Path, kind: str) -> None:
+    """With no tensor on the other device. The numbers are the CPU's, so they are the same."""
+    with pretend_device():
+        numbers, tensors = lived(tmp_path, kind, DEVICE)
+    expected, there = lived(tmp_path, kind, CPU)
+    assert numbers == expected
+    for name, tensor in there.items():
+        assert torch.equal(tensors[name], tensor), name
+
+
+def test_tensors_on_two_devices_fail_and_waits_are_counted() -> None:
+    with pretend_device() as waits:
+        there, here = torch.ones(3, device=DEVICE), torch.ones(3)
+        with pytest.raises(RuntimeError, match="add: tensors on two devices"):
+            there + here
+        with pytest.raises(RuntimeError, match="cat: tensors on two devices"):
+            torch.cat([there, here])
+        assert not waits
+        assert float((there + torch.tensor(1.0)).sum()) == 6  # a number goes along
+        there[there > 0] = 0.0
+        assert there[there == 0].tolist() == [0, 0, 0]
+        there.copy_(here, non_blocking=True)
+        assert torch.equal(there.cpu(), here)
+    assert [w.split()[1:] for w in waits] == [
+        ["_local_scalar_dense"],
+        ["index", "by", "a", "mask"],
+        ["tolist"],
+        ["copy", "from", "the", "device"],
+    ]
+    assert waits.total() == 4
+    assert all(w.startswith("test_on_device.py:") for w in waits)
+
+
+@pytest.mark.parametrize("kind", ["topk", "batchtopk", "routed"])
+def test_evaluation_and_index_are_those_on_a_cpu(tmp_path: Path, kind: str) -> None:
+    run = produced(tmp_path, kind)
+    add_checkpoint(run)
+    expected = evaluate(run)
+    Path(run.store.runs, run.name, "evaluation.json").unlink()
+    stopping, telemetry = threading.Event(), Telemetry(run.name, "index", None)
+    opened = open_index(run, "w", stopping, telemetry, None)
+    with pretend_device() as waits:
+        found = evaluate(run, mesh=Mesh(0, 1, DEVICE, WHOLE))
+        assert waits  # it was there
+        with open_encoder(opened, WHOLE, DEVICE, stopping) as encoder:
+            encoded = encoder.encode(0)
+    for name in ("fvu", "l0", "density_counts", "duplicate_share"):
+        assert found[name] == expected[name], name
+    with open_encoder(opened, WHOLE, CPU, stopping) as encoder:
+        encoder.sae.kernels = KERNELS  # those that the device has
+        wanted = encoder.encode(0)
+    assert encoded.sums == wanted.sums
+    for part in ("latents", "rows", "acts"):
+        assert (getattr(encoded, part) == getattr(wanted, part)).all(), part
