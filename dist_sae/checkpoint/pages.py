@@ -20,7 +20,7 @@ from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.axis import WHOLE, LatentAxis, PageAxis
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.interface import Codes, Inferred, Rows, Widths
-from dist_sae.kernels import Entries, select
+from dist_sae.kernels import Entries, select, starts_of
 from dist_sae.kernels.keys import NOTHING, from_keys, to_keys
 
 SLICE_ROWS = 4096
@@ -183,7 +183,7 @@ class PagedDictionary:
         acts, places, latents = select.by_row(
             select.Candidates(*map(torch.cat, zip(*found, strict=True)))
         )
-        return Codes(acts, latents, select.starts_of(places, len(x)))
+        return Codes(acts, latents, starts_of(places, len(x)))
 
     @torch.no_grad()
     def infer(self, x: Float[Tensor, "batch d_in"]) -> Inferred:

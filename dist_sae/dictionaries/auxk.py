@@ -29,7 +29,7 @@ from dist_sae.dictionaries.init import initialise_tied, least_squares_scale
 from dist_sae.dictionaries.interface import Rows, Selected
 from dist_sae.dictionaries.schedules import annealed
 from dist_sae.dictionaries.selection import RowTopK
-from dist_sae.kernels import Entries
+from dist_sae.kernels import Entries, select
 
 _LEAST_LENGTH = 0.01  # an encoder row of length 0 would never be active
 _MOST_LENGTH = 1.0  # an error is a part of its row, so it is not longer than the row
@@ -94,10 +94,20 @@ class WithAuxK(Dictionary):
         return self.centred(self.axis.gather(x), self.biases(x)[0])
 
     def select_among(
-        self, dead: Bool[Tensor, " n_local"], centred: Float[Tensor, "rows d_in"]
+        self,
+        dead: Bool[Tensor, " n_local"],
+        centred: Float[Tensor, "rows d_in"],
+        n_dead: int | None = None,
     ) -> Selected:
-        """Select AuxK's latents among the dead: this shard's pre-activations and entries."""
-        products = self.products(centred, self.product_dtype, dead.nonzero()[:, 0])
+        """Select AuxK's latents among the dead: this shard's pre-activations and entries.
+
+        Args:
+            dead: Mask of these latents.
+            centred: Inputs as the encoder reads them.
+            n_dead: Their number; the host waits for the device where it is not given.
+        """
+        among = select.places_of(dead, n_dead)
+        products = self.products(centred, self.product_dtype, among)
         return self.by_row.select(products, self.config.auxk)
 
     def e_hat(

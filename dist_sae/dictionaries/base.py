@@ -7,6 +7,7 @@ methods after them hide that.
 """
 
 from collections.abc import Iterable, Iterator
+from functools import partial
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -232,8 +233,9 @@ class Dictionary(nn.Module):
             dtype: Precision of the product.
             among: This shard's latents to look at, ascending; all if None.
         """
-        blocks = select.products(rows, self.W_enc, dtype, among, layers=self.layers)
-        return Products(rows, dtype, blocks, len(rows), len(rows))
+        blocks = partial(select.products, rows, self.W_enc, dtype, among, layers=self.layers)
+        n_met = len(self.W_enc) if among is None else len(among)
+        return Products(rows, dtype, blocks, len(rows), len(rows), [(len(rows), n_met)])
 
     def encoder_inputs(self, x: Float[Tensor, "batch d_in"]) -> Float[Tensor, "rows d_in"]:
         """The replica's inputs as the encoder reads them; here not centred. No gradient."""
@@ -306,7 +308,7 @@ class Dictionary(nn.Module):
             entries = Entries(codes.latents, codes.starts, len(self.W_dec))
             return self.decode_shard(codes), firings(codes.acts, entries)
         inputs = self.encoder_inputs(x)
-        blocks = self.products(inputs, self.W_enc.dtype).blocks
+        blocks = self.products(inputs, self.W_enc.dtype).blocks()
         return self.decode_above(blocks, thresholds, len(inputs))
 
     def objective(self, rows: Rows, context: StepContext) -> Output:

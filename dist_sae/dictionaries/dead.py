@@ -1,5 +1,7 @@
 """Dead latents, counted in rows of the global batch."""
 
+from collections.abc import Sequence
+
 import torch
 from jaxtyping import Bool, Int
 from torch import Tensor
@@ -18,10 +20,6 @@ class DeadLatents:
     """
 
     idle_rows: Int[Tensor, " n_local"]
-    count: int
-    """Dead latents of all shards."""
-    n_stuck: int
-    """Stuck latents of all shards."""
 
     def __init__(
         self,
@@ -33,6 +31,8 @@ class DeadLatents:
         self._after_rows = after_rows
         self._axis = axis
         self._last_rows = 0
+        self._known: list[int] = []
+        self._unread: Tensor | None = None
         self.take(torch.zeros(n_local, dtype=torch.int64, device=device))
 
     @property
@@ -50,18 +50,49 @@ class DeadLatents:
         return (since >= 0) & (since % self._after_rows < self._last_rows)
 
     @property
+    def count(self) -> int:
+        """Dead latents of all shards."""
+        return self._read()[0]
+
+    @property
+    def n_stuck(self) -> int:
+        """Stuck latents of all shards."""
+        return self._read()[1]
+
+    @property
+    def count_here(self) -> int:
+        """Dead latents of this shard."""
+        return self._read()[2]
+
+    @property
     def share(self) -> float:
         """Dead latents over all latents of the dictionary."""
         return self.count / (len(self.idle_rows) * self._axis.shards)
 
-    def update(self, fired: Bool[Tensor, " n_local"], rows: int) -> None:
-        """Take in a global batch of `rows` rows; `fired` is of this replica's. Collective."""
+    def update(self, fired: Bool[Tensor, " n_local"], rows: int) -> Int[Tensor, "3"]:
+        """Take in a global batch of `rows` rows; `fired` is of this replica's. Collective.
+
+        Returns:
+            The numbers of dead and stuck latents on the device. Whoever waits for it anyway can
+            read them too, and tell `counted`.
+        """
         hit = self._axis.across_replicas(fired.int()) > 0
         self._last_rows = rows
-        self.take(torch.where(hit, 0, self.idle_rows + rows))
+        return self.take(torch.where(hit, 0, self.idle_rows + rows))
 
-    def take(self, idle_rows: Int[Tensor, " n_local"]) -> None:
-        """Replace the counts. Collective."""
+    def take(self, idle_rows: Int[Tensor, " n_local"]) -> Int[Tensor, "3"]:
+        """Replace the counts of rows. Collective; returns what `update` does."""
         self.idle_rows = idle_rows
-        counts = self._axis.total(torch.stack([self.mask.sum(), self.stuck.sum()]))
-        self.count, self.n_stuck = (counts // self._axis.replicas).tolist()
+        here = self.mask.sum()
+        of_all = self._axis.total(torch.stack([here, self.stuck.sum()])) // self._axis.replicas
+        self._unread = torch.cat([of_all, here[None]])
+        return self._unread
+
+    def counted(self, numbers: Sequence[float | int]) -> None:
+        """Take over what was read of the last `update`."""
+        self._known, self._unread = [int(number) for number in numbers], None
+
+    def _read(self) -> list[int]:
+        if self._unread is not None:
+            self.counted(self._unread.tolist())
+        return self._known

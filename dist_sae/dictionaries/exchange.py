@@ -26,17 +26,20 @@ class ExpertExchange:
         self._axis = axis
         self._chosen = experts.shape[1]
         self._order = flat.argsort(stable=True)  # by expert, and so by shard
-        self.load = torch.bincount(flat, minlength=n_experts)
+        self.load = torch.zeros(n_experts, dtype=torch.int64, device=flat.device)
         """Rows of this rank for each expert."""
+        self.load.scatter_add_(0, flat, torch.ones_like(flat))
         counts = axis.exchange_counts(self.load.view(axis.shards, per_shard))
-        self._sent = self.load.view(axis.shards, per_shard).sum(1).tolist()
-        self._received = counts.sum(1).tolist()
-        self.arrived: list[int] = counts.sum(0).tolist()
+        sums = self.load.view(axis.shards, per_shard).sum(1), counts.sum(1), counts.sum(0)
+        numbers: list[int] = torch.cat(sums).tolist()  # the host waits once
+        self._sent, self._received = numbers[: axis.shards], numbers[axis.shards :][: axis.shards]
+        self.arrived = numbers[2 * axis.shards :]
         """Rows of the replica at each expert of this shard."""
         self._by_expert: Tensor | None = None  # they arrive by rank, then by expert
         if axis.shards > 1:
-            numbers = torch.arange(per_shard, device=flat.device).repeat(axis.shards)
-            self._by_expert = numbers.repeat_interleave(counts.flatten()).argsort(stable=True)
+            experts = torch.arange(per_shard, device=flat.device).repeat(axis.shards)
+            by_rank = experts.repeat_interleave(counts.flatten(), output_size=sum(self.arrived))
+            self._by_expert = by_rank.argsort(stable=True)
 
     def dispatch(self, x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "arrived d_in"]:
         """Send rows out; returns those of this shard's experts, sorted by expert. No gradient."""

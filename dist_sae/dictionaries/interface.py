@@ -47,17 +47,20 @@ Selected = tuple[Float[Tensor, " _"], Entries]
 
 
 class Products(NamedTuple):
-    """The encoder product of rows with this shard's latents, block by block. To be read once."""
+    """The encoder product of rows with this shard's latents, block by block."""
 
     rows: Float[Tensor, "rows d_in"]
     """Inputs as the encoder reads them: centred, if the recipe centres."""
     dtype: torch.dtype
     """Precision of the product."""
-    blocks: Iterable[select.Block]
+    blocks: Callable[[], Iterable[select.Block]]
+    """Computes them; each block is overwritten by the next."""
     replica_rows: int
     """Rows of the replica's batch that these are of."""
     most: int
     """A bound on the number of rows that is the same on all ranks."""
+    met: Sequence[tuple[int, int]]
+    """Numbers of rows, and how many latents of this shard each of these meets; others meet none."""
 
 
 class Selection(Protocol):
@@ -120,6 +123,8 @@ class StepContext(NamedTuple):
     """Dead latents of all shards."""
     progress: float
     """Share of the run's steps that are done, from 0 to below 1."""
+    n_dead_here: int | None = None
+    """Dead latents of this shard. The host waits for the device where it is not given."""
 
 
 class LossTerms(NamedTuple):

@@ -21,7 +21,8 @@ from dist_sae.dictionaries.constraints import remove_parallel_
 from dist_sae.dictionaries.init import first_rows, initialise_tied, reinitialise
 from dist_sae.dictionaries.interface import LossTerms, Output, Rows, StepContext, Widths
 from dist_sae.dictionaries.selection import Threshold
-from dist_sae.kernels import Entries, autograd, select
+from dist_sae.kernels import Entries, autograd, queued, select, starts_of
+from dist_sae.kernels.select import Candidates
 
 Activation = Callable[..., tuple[Tensor, ...]]
 """Function of z and the values of the entry's latent: code f and penalty of each entry, and in some
@@ -44,6 +45,8 @@ class Penalised(Dictionary):
     """A dictionary whose latents are active above a threshold, held sparse by a penalty."""
 
     config: PenalisedConfig
+    n_entries: int | None = None
+    """Entries above their bound in the last step; None if it was dense, or there was none."""
 
     def __init__(
         self, config: PenalisedConfig, widths: Widths | int, *place: Any, **precision: Any
@@ -131,7 +134,7 @@ class Reconstruction(NamedTuple):
 
 
 def encode_decode(
-    sae: Dictionary,
+    sae: Penalised,
     x: Float[Tensor, "rows d_in"],
     activation: Activation,
     bound: Float[Tensor, " n_local"],
@@ -154,17 +157,15 @@ def encode_decode(
     W_dec = sae.W_dec if W_dec is None else W_dec
     most = 2 * _MOST_ENTRIES // (sae.layers + 1)  # each is decoded into (layers + 1) / 2
     limit = min(int(SPARSE_BELOW * len(x) * len(W_enc)), most)
-    with torch.no_grad():
-        found = select.above(
-            sae.products(x, sae.product_dtype).blocks, sae.b_enc, bound, limit=limit
-        )
+    found = _entries_above(sae, x, bound, limit)
+    sae.n_entries = None if found is None else len(found.values)
     if found is None:
         penalty, fired, *parts = _Dense.apply(  # type: ignore[no-untyped-call]
             sae, x, activation, W_enc, sae.b_enc, W_dec, *per_latent
         )
         active = fired.sum()
     else:
-        entries = Entries(found.latents, select.starts_of(found.rows, len(x)), len(W_enc))
+        entries = Entries(found.latents, starts_of(found.rows, len(x)), len(W_enc))
         pre_acts = sae.encode_at(found.values, entries, x, W_enc)
         values = [autograd.at_entries(value, sae.kernels, entries) for value in per_latent]
         acts, penalties, *second = activation(pre_acts, *values)
@@ -175,6 +176,18 @@ def encode_decode(
         penalty, fired, active = penalties.sum(), firings(acts, entries), (acts > 0).sum()
     x_hat, *frozen = torch.split(sae.axis.scatter_sum(torch.cat(parts, 1)), sae.widths.d_out, 1)
     return Reconstruction(x_hat, frozen[0] if frozen else None, penalty, fired, active)
+
+
+@torch.no_grad()
+def _entries_above(sae: Penalised, x: Tensor, bound: Tensor, limit: int) -> Candidates | None:
+    """All entries above their bound, or None if there are more than `limit`."""
+    products, found = sae.products(x, sae.product_dtype), None
+    if sae.n_entries is not None and x.device.type != "cpu":
+        share = sae.n_entries / (len(x) * len(sae.W_enc))
+        found = queued.above(products.blocks(), sae.b_enc, bound, share=share, limit=limit)
+    if found is None:
+        found = select.above(products.blocks(), sae.b_enc, bound, limit=limit)
+    return found
 
 
 class _Dense(torch.autograd.Function):

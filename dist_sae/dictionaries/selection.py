@@ -12,18 +12,19 @@ import math
 from collections.abc import Callable, Sequence
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+from torch.nn import functional as F
 
 from dist_sae.dictionaries.axis import LatentAxis
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.interface import Products, Selected
 from dist_sae.dictionaries.schedules import GROWTH
-from dist_sae.kernels import Entries, select
+from dist_sae.kernels import Entries, queued, select, starts_of
 from dist_sae.kernels.keys import NOTHING, from_ordered, ordered
 from dist_sae.kernels.select import Candidates
 
-_DIGIT = 16  # bits
+_DIGIT = 11  # bits
 
 
 class RowTopK:
@@ -61,12 +62,15 @@ class RowTopK:
         ks = [min(max(1, k // self._parts), self._width) for k in ks]
         first, n_local = sae.first_latent, len(sae.W_enc)
         keys = select.topk_keys(
-            products.blocks, len(products.rows), sae.b_enc, ks[-1], sae.kernels, first=first
+            products.blocks(), len(products.rows), sae.b_enc, ks[-1], sae.kernels, first=first
         )
-        left, found = keys, []
+        left, found, before = keys, [], 0
         for k in ks:
-            threshold = self._axis.kth_largest(keys, k)
-            pre_acts, entries = select.entries_of(left, threshold, first, n_local)
+            threshold, count = self._axis.kth_largest(keys, k), None
+            if self._axis.shards == 1:
+                count = sum(n * min(k, met) for n, met in products.met) - before
+                before += count
+            pre_acts, entries = select.entries_of(left, threshold, first, n_local, count)
             left = left.masked_fill(left >= threshold[:, None], NOTHING)
             if products.dtype == torch.float64:  # keys hold fp32
                 pre_acts = sae.pre_acts_at(products.rows, entries)
@@ -155,21 +159,29 @@ class BatchTopK:
     @torch.no_grad()
     def select(self, products: Products, k: int) -> Selected:
         """Select pre-activations and entries of this shard; in training theta follows."""
-        sae, most = self._sae, products.most
-        count = k * products.replica_rows * sae.axis.replicas
-        found = select.largest(products.blocks, sae.b_enc, count)
-        total = int(sae.axis.total(torch.tensor(len(found.values), device=sae.b_enc.device)))
-        if total:
-            chosen, least = self._reach(found, min(count, total), most)
-            found = Candidates(*(part[chosen] for part in found))
-            if sae.training:
-                self.follow(least.double())
-        found = select.by_row(found)
-        starts = select.starts_of(found.rows, len(products.rows))
+        sae, axis = self._sae, self._sae.axis
+        count = k * products.replica_rows * axis.replicas
+        found = self._candidates(products, count)
+        n_found = torch.full((), len(found.values), device=sae.b_enc.device)
+        total = axis.total(n_found)
+        chosen, least = self._reach(found, total.clamp(max=count), products.most)
+        if sae.training:
+            self.follow(least.double(), total > 0)
+        alone = axis.replicas * axis.shards == 1
+        places = select.places_of(chosen, min(count, len(found.values)) if alone else None)
+        found = select.by_row(Candidates(*(part[places] for part in found)))
+        starts = starts_of(found.rows, len(products.rows))
         return found.values, Entries(found.latents, starts, len(sae.W_enc))
 
-    def follow(self, least: Float[Tensor, ""]) -> None:
-        """Take the least code of a batch into the running mean.
+    def _candidates(self, products: Products, count: int) -> Candidates:
+        """This shard's entries that may be among the `count` largest, and some others."""
+        b_enc, found = self._sae.b_enc, None
+        if b_enc.device.type != "cpu":
+            found = queued.largest(products.blocks(), b_enc, count)
+        return select.largest(products.blocks(), b_enc, count) if found is None else found
+
+    def follow(self, least: Float[Tensor, ""], is_there: Bool[Tensor, ""]) -> None:
+        """Take the least code of a batch, if there is one, into the running mean.
 
         The mean covers the last tenth of the run while that is less than the decay covers, because
         codes change much in the first steps. The weight is 1 - decay^n after n batches.
@@ -179,19 +191,23 @@ class BatchTopK:
         kept = (1 / (1 + GROWTH / batches)).clamp(max=decay)
         theta = torch.where(weight > 0, total / weight, least)
         weight = decay * weight + 1 - decay
-        self.threshold.copy_(torch.stack([weight * least.lerp(theta, kept), weight]))
+        followed = torch.stack([weight * least.lerp(theta, kept), weight])
+        self.threshold.copy_(torch.where(is_there, followed, self.threshold))
 
-    def _reach(self, found: Candidates, count: int, most: int) -> tuple[Tensor, Tensor]:
+    def _reach(
+        self, found: Candidates, count: Int[Tensor, ""], most: int
+    ) -> tuple[Bool[Tensor, " _"], Float[Tensor, ""]]:
         """Return a mask of the candidates among all ranks' `count` largest, and the least value."""
         axis = self._sae.axis
         order = ordered(found.values)
         least, before = kth_largest(axis, order, count, bits=32)
         chosen, tied = order >= least, order == least
         missing = count - before
-        if int(axis.total(tied.sum())) > missing:
+        # whether there are too many of them is known without a wait on a CPU alone
+        if tied.device.type != "cpu" or int(axis.total(tied.sum())) > missing:
             position = (found.latents + self._sae.first_latent) * (most * axis.replicas)
             position += found.rows + most * axis.replica
-            last, _ = kth_largest(axis, -position[tied], missing, bits=64)
+            last, _ = kth_largest(axis, -position, missing, bits=64, among=tied)
             chosen &= ~tied | (-position >= last)
         return chosen, from_ordered(least)
 
@@ -199,35 +215,45 @@ class BatchTopK:
 def _above(
     products: Products, b_enc: Float[Tensor, " n_local"], thresholds: Float[Tensor, " n_local"]
 ) -> Selected:
-    found = select.above(products.blocks, b_enc, thresholds)
+    found = select.above(products.blocks(), b_enc, thresholds)
     assert found is not None  # because there is no limit
-    starts = select.starts_of(found.rows, len(products.rows))
+    starts = starts_of(found.rows, len(products.rows))
     return found.values, Entries(found.latents, starts, len(b_enc))
 
 
 def kth_largest(
-    axis: LatentAxis, values: Int[Tensor, " some"], k: int, *, bits: int
-) -> tuple[Int[Tensor, ""], int]:
+    axis: LatentAxis,
+    values: Int[Tensor, " some"],
+    k: Int[Tensor, ""],
+    *,
+    bits: int,
+    among: Bool[Tensor, " some"] | None = None,
+) -> tuple[Int[Tensor, ""], Int[Tensor, ""]]:
     """Find the k-th largest value of all ranks, and how many are larger, by radix selection.
 
-    Counts of 16 bits at a time are summed over the ranks; no value leaves its rank.
+    Counts of 11 bits at a time are summed over the ranks; no value leaves its rank, and none is
+    known to the host.
 
     Args:
         axis: The ranks.
         values: Signed values of this rank, within `bits` bits.
-        k: From 1, at most the number of values of all ranks.
+        k: From 1, at most the number of values of all ranks. With 0 no value is as large as what is
+            found.
         bits: 32 or 64.
+        among: Mask of the values that count; all if None.
     """
     digits = 1 << _DIGIT
-    found, before = values.new_zeros(()), 0
-    for shift in range(bits - _DIGIT, -1, -_DIGIT):
+    found, before = values.new_zeros(()), k.new_zeros(())
+    counted = torch.ones_like(values) if among is None else among.long()
+    for shift in reversed(range(0, bits, _DIGIT)):
         # the highest digit is signed: half of its values are negative
-        low = digits // 2 if shift == bits - _DIGIT else 0
+        low = digits // 2 if shift + _DIGIT >= bits else 0
         digit = ((values >> shift) + low) & (digits - 1)
-        from_top = axis.total(torch.bincount(digit, minlength=digits)).flip(0).cumsum(0)
-        place = int((from_top < k - before).sum())
-        before += int(from_top[place - 1]) if place else 0
+        counts = values.new_zeros(digits).scatter_add_(0, digit, counted)
+        from_top = F.pad(axis.total(counts).flip(0).cumsum(0), (1, 0))
+        place = (from_top[1:] < k - before).sum()
+        before = before + from_top.take(place)
         chosen = digits - 1 - place
-        values = values[digit == chosen]
+        counted = counted * (digit == chosen)
         found = found + ((chosen - low) << shift)
     return found, before

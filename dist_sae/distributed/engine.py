@@ -41,11 +41,15 @@ class Engine:
         """Gradients of the loss: the sum within a replica, the mean over replicas."""
         loss.backward()  # type: ignore[no-untyped-call]
 
-    def step(self, lr: float) -> float:
-        """Clip, update, constrain.
+    def step(self, lr: float, *wanted: Tensor) -> list[float]:
+        """Clip, update, constrain. The host waits once for the device.
+
+        Args:
+            lr: Learning rate.
+            wanted: Numbers on the device that the caller needs too.
 
         Returns:
-            The norm of the global gradient before clipping.
+            The norm of the global gradient before clipping, and the numbers wanted.
 
         Raises:
             NonFiniteError: The gradient is not finite; the weights are as before.
@@ -54,8 +58,7 @@ class Engine:
         self._set_lr(lr)
         self._optimizer.step()
         self._optimizer.zero_grad()
-        self._sae.constrain()
-        return norm
+        return self._constrained(norm, *wanted)
 
     def revive(self, stuck: Tensor, x: Tensor, error: Tensor) -> None:
         """Revive stuck latents in the recipe's way; see `Dictionary.revive`."""
@@ -71,6 +74,14 @@ class Engine:
         for parameter, state in moments.items():
             taken = torch.tensor(float(step), device=parameter.device)
             self._optimizer.state[parameter] = {"step": taken, **state}
+
+    def _constrained(self, norm: Tensor, *wanted: Tensor) -> list[float]:
+        """Read the norm and other numbers; constrain if the update was one."""
+        # with the update queued before, and the constraint after: the device has work meanwhile
+        norm_read, *numbers = read(norm, *wanted)
+        check_finite(norm_read)
+        self._sae.constrain()
+        return [norm_read, *numbers]
 
     def _set_lr(self, lr: float) -> None:
         for group in self._optimizer.param_groups:
@@ -117,18 +128,18 @@ class DeepSpeedEngine(Engine):
             with collective():
                 self._engine.allreduce_gradients()
 
-    def step(self, lr: float) -> float:
+    def step(self, lr: float, *wanted: Tensor) -> list[float]:
         self._set_lr(lr)
         if self._stage == 0:
             norm = clip_gradients(self._sae, self._optimizer, self._clip_norm)
             self._engine.step()
         else:
             self._engine.step()  # does nothing if the norm is not finite
-            norm = float(self._engine.get_global_grad_norm())
-            check_finite(norm)
-        self._sae.constrain()
+            found, device = self._engine.get_global_grad_norm(), self._sae.b_dec.device
+            norm = torch.as_tensor(found, dtype=torch.float64, device=device)
+        numbers = self._constrained(norm, *wanted)
         self._take_over()
-        return norm
+        return numbers
 
     def revive(self, stuck: Tensor, x: Tensor, error: Tensor) -> None:
         super().revive(stuck, x, error)
@@ -203,28 +214,35 @@ def build_optimizer(run: Run, sae: Dictionary) -> torch.optim.Adam:
 
 
 @torch.no_grad()
-def clip_gradients(sae: Dictionary, optimizer: torch.optim.Adam, clip_norm: float | None) -> float:
+def clip_gradients(
+    sae: Dictionary, optimizer: torch.optim.Adam, clip_norm: float | None
+) -> Float[Tensor, ""]:
     """Have the optimiser's next step scale the gradients down to `clip_norm`.
 
     Adam's fused kernel divides by `grad_scale` as it reads the gradients, as it does for loss
-    scaling: clipping costs no pass over them.
+    scaling: clipping costs no pass over them. With `found_inf` it changes nothing.
 
     Returns:
         The norm of the whole dictionary's gradient; replicated tensors count once.
-
-    Raises:
-        NonFiniteError: The norm is NaN or infinite.
     """
     gradients = {n: p.grad for n, p in sae.named_parameters() if p.grad is not None}
     squares = {name: _square_sum(gradient) for name, gradient in gradients.items()}
     replicated = sum(square for name, square in squares.items() if not sae.is_per_latent(name))
     local = torch.stack([s for name, s in squares.items() if sae.is_per_latent(name)]).sum()
     total = sae.axis.total(local) / sae.axis.replicas + replicated
-    norm = float(total.sqrt())
-    check_finite(norm)
-    scale = max(1.0, norm / clip_norm) if clip_norm is not None else 1.0
-    optimizer.grad_scale = torch.tensor(scale, device=local.device) if scale > 1 else None  # type: ignore[attr-defined]
+    norm = total.sqrt()
+    scale = None if clip_norm is None else (norm / clip_norm).clamp(min=1).float()
+    if scale is not None and scale.device.type == "cpu" and scale == 1:
+        scale = None  # it would write the gradients; elsewhere the host would wait to know
+    optimizer.grad_scale = scale  # type: ignore[attr-defined]
+    optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
     return norm
+
+
+def read(*numbers: Tensor) -> list[float]:
+    """The elements of tensors on one device, one after the other, for which the host waits once."""
+    values: list[float] = torch.cat([n.double().flatten() for n in numbers]).tolist()
+    return values
 
 
 def _square_sum(gradient: Tensor) -> Float[Tensor, ""]:

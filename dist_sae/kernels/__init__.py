@@ -3,6 +3,6 @@
 All take the non-zeros of a `[batch, n_latents]` matrix as `Entries` and never make it dense.
 """
 
-from dist_sae.kernels.base import Entries, Kernels
+from dist_sae.kernels.base import Entries, Kernels, starts_of
 
-__all__ = ["Entries", "Kernels"]
+__all__ = ["Entries", "Kernels", "starts_of"]

@@ -48,7 +48,7 @@ class Entries:
     @cached_property
     def rows(self) -> Int[Tensor, " entries"]:
         """Row of each entry."""
-        ends = torch.cat([self.starts[1:], self.starts.new_tensor([len(self.latents)])])
+        ends = torch.cat([self.starts[1:], self.starts.new_full((1,), len(self.latents))])
         numbers = torch.arange(len(self.starts), device=self.starts.device)
         return numbers.repeat_interleave(ends - self.starts, output_size=len(self.latents))
 
@@ -56,9 +56,20 @@ class Entries:
     def by_latent(self) -> tuple[Int[Tensor, " entries"], Int[Tensor, " n_latents"]]:
         """Entries sorted by latent, and the index of each latent's first."""
         keys = self.latents.int()  # an int32 sort is far faster than an int64 one
-        order = keys.argsort(stable=True)
-        counts = torch.bincount(keys, minlength=self.n_latents)
-        return order, counts.cumsum(0) - counts
+        latents, order = keys.sort(stable=True)
+        return order, starts_of(latents, self.n_latents)
+
+
+def starts_of(numbers: Int[Tensor, " entries"], n: int) -> Int[Tensor, " n"]:
+    """Index of each number's first entry, or where it would be; the entries are sorted by number.
+
+    Args:
+        numbers: Of the entries, ascending.
+        n: Numbers from 0 that are asked for.
+    """
+    # counting them would wait for the device
+    asked_for = torch.arange(n, dtype=numbers.dtype, device=numbers.device)
+    return torch.searchsorted(numbers, asked_for)
 
 
 class Kernels(NamedTuple):

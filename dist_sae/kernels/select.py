@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
-from jaxtyping import Float, Int
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from dist_sae.kernels.base import Entries, Kernels
@@ -77,6 +77,7 @@ def products(
     # fresh pages cost more than what is written to them
     out = x.new_empty(height * width, dtype=product_dtype)
     step = width * layers if among is None else width
+    of_layers = None if among is None or layers == 1 else _counts_by_layer(among, step, layers)
     for first in range(0, n, step):
         stop, opens = min(first + step, n), True
         for layer, part in enumerate(parts):
@@ -85,7 +86,9 @@ def products(
                 weights = W_enc[first + layer : stop : layers].to(product_dtype)
             else:
                 latents = among[first:stop]
-                latents = latents[latents % layers == layer] if layers > 1 else latents
+                if of_layers:
+                    here = places_of(latents % layers == layer, of_layers[first // step][layer])
+                    latents = latents[here]
                 weights = W_enc[latents].to(product_dtype)
             for top in range(0, len(x) if len(latents) else 0, height):
                 rows = slice(top, min(top + height, len(x)))
@@ -93,6 +96,14 @@ def products(
                 block = out[: shape[0] * shape[1]].view(shape)
                 yield Block(rows, latents, torch.mm(part[rows], weights.T, out=block), opens)
                 opens = False
+
+
+def _counts_by_layer(among: Tensor, step: int, layers: int) -> list[list[int]]:
+    """How many latents of each chunk read each layer. The host waits for the device once."""
+    numbers = torch.arange(layers, device=among.device)
+    chunks = [(part[:, None] % layers == numbers).sum(0) for part in torch.split(among, step)]
+    counts: list[list[int]] = torch.stack(chunks).tolist() if chunks else []
+    return counts
 
 
 def topk_keys(
@@ -121,13 +132,34 @@ def topk_keys(
 
 
 def entries_of(
-    keys: Int[Tensor, "batch k"], threshold: Int[Tensor, " batch"], first: int, n_latents: int
+    keys: Int[Tensor, "batch k"],
+    threshold: Int[Tensor, " batch"],
+    first: int,
+    n_latents: int,
+    count: int | None = None,
 ) -> tuple[Float[Tensor, " entries"], Entries]:
-    """Return pre-activations and entries of the keys that reach their row's threshold."""
-    chosen = (keys >= threshold[:, None]) & (keys > NOTHING)
-    counts = chosen.sum(1)
-    values, latents = from_keys(keys[chosen])
+    """Return pre-activations and entries of the keys that reach their row's threshold.
+
+    Args:
+        keys: Of each row.
+        threshold: Of each row.
+        first: Number of the first latent.
+        n_latents: Columns of the matrix.
+        count: Number of these keys. The host waits for the device where it is not given.
+    """
+    if count == keys.numel():
+        found, counts = keys.flatten(), keys.new_full((len(keys),), keys.shape[1])
+    else:
+        chosen = (keys >= threshold[:, None]) & (keys > NOTHING)
+        found, counts = keys.flatten()[places_of(chosen.flatten(), count)], chosen.sum(1)
+    values, latents = from_keys(found)
     return values, Entries(latents - first, counts.cumsum(0) - counts, n_latents)
+
+
+def places_of(mask: Bool[Tensor, " _"], count: int | None = None) -> Int[Tensor, " count"]:
+    """The places where a mask is true; the host waits for the device unless it gives the number."""
+    places = mask.nonzero() if count is None else mask.nonzero_static(size=count)
+    return places[:, 0]
 
 
 def above(
@@ -181,26 +213,26 @@ def largest(blocks: Iterable[Block], b_enc: Float[Tensor, " n_latents"], count: 
         pre_acts = block + b_enc[columns]
         chosen = (pre_acts > least) & (pre_acts >= bound)
         if not len(found.values) and pre_acts.numel() > 4 * count:  # drops most of the first block
-            peaks = pre_acts[:, : pre_acts.shape[1] // _GROUP * _GROUP]
-            peaks = peaks.reshape(len(peaks), _GROUP, -1).amax(1).flatten()
-            if len(peaks) >= count:
-                chosen &= pre_acts >= _kth(peaks, count)
+            reached = reached_by(pre_acts, count)
+            if reached is not None:
+                chosen &= pre_acts >= reached
         hits, places = chosen.nonzero(as_tuple=True)
         more = Candidates(pre_acts[hits, places], hits + rows.start, columns[places])
         found = Candidates(*map(torch.cat, zip(found, more, strict=True)))
     return _cut(found, count)[0] if len(found.values) > count else found
 
 
+def reached_by(pre_acts: Float[Tensor, "rows chunk"], count: int) -> Float[Tensor, ""] | None:
+    """A number that at least `count` of these reach; None if only all of them would tell."""
+    peaks = pre_acts[:, : pre_acts.shape[1] // _GROUP * _GROUP]
+    peaks = peaks.reshape(len(peaks), _GROUP, -1).amax(1)
+    return kth(peaks, count) if peaks.numel() >= count else None
+
+
 def by_row(found: Candidates) -> Candidates:
     """The candidates sorted by row; within a row their order is kept."""
     order = found.rows.int().argsort(stable=True)
     return Candidates(*(part[order] for part in found))
-
-
-def starts_of(rows: Int[Tensor, " entries"], batch: int) -> Int[Tensor, " batch"]:
-    """Index of each row's first entry, of entries sorted by row."""
-    counts = torch.bincount(rows, minlength=batch)
-    return counts.cumsum(0) - counts
 
 
 def _nothing(like: Tensor) -> Candidates:
@@ -210,11 +242,11 @@ def _nothing(like: Tensor) -> Candidates:
 
 def _cut(found: Candidates, count: int) -> tuple[Candidates, Tensor]:
     """Return the `count` largest, with all that equal the smallest of them, and that one."""
-    bound = _kth(found.values, count)
+    bound = kth(found.values, count)
     reach = found.values >= bound
     return Candidates(*(part[reach] for part in found)), bound
 
 
-def _kth(values: Tensor, k: int) -> Tensor:
+def kth(values: Float[Tensor, "*shape"], k: int) -> Float[Tensor, ""]:
     """The k-th largest of values."""
-    return values.topk(k, sorted=False).values.min()
+    return values.flatten().topk(k, sorted=False).values.min()

@@ -50,14 +50,14 @@ def training_step(
     Raises:
         NonFiniteError: The gradient is not finite; the weights are as before.
     """
-    context = StepContext(variance, dead.mask, dead.count, progress)
+    context = StepContext(variance, dead.mask, dead.count, progress, dead.count_here)
     output = engine.objective(rows, context)
     end_phase("forward")
     engine.backward(output.terms.total)
     end_phase("backward")
-    gradient_norm = engine.step(lr)
+    gradient_norm, *counts = engine.step(lr, dead.update(output.fired, batch_rows))
+    dead.counted(counts)
     end_phase("optimiser")
-    dead.update(output.fired, batch_rows)
     if dead.n_stuck:
         engine.revive(dead.stuck, rows.inputs, output.error)
     if average is not None:

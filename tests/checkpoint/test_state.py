@@ -59,7 +59,7 @@ def advance(state: TrainingState, steps: range) -> list[float]:
         assert isinstance(engine, Engine)
         output = engine.objective(sae_rows(x), now)
         engine.backward(output.terms.total)
-        losses += [float(output.terms.total.detach()), engine.step(lr=1e-2)]
+        losses += [float(output.terms.total.detach()), *engine.step(lr=1e-2)]
         state.dead.update(output.fired, BATCH)
         assert state.average is not None
         state.average.update(sae_rows(x), number / 10)

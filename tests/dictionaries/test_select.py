@@ -5,7 +5,7 @@ parts of the rows of W_enc whose keys are merged as `ShardedAxis.kth_largest` do
 where ranks talk to each other.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import pytest
 import torch
@@ -15,8 +15,9 @@ from dist_sae.config.sae import BatchTopKConfig
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.recipes.topk import TopK
 from dist_sae.dictionaries.selection import kth_largest
-from dist_sae.kernels import Kernels, native, select
+from dist_sae.kernels import Kernels, native, queued, select
 from dist_sae.kernels.keys import NOTHING, from_keys, ordered, to_keys
+from dist_sae.kernels.select import Block, Candidates
 from dist_sae.kernels.torch import KERNELS as TORCH
 from tests.dictionaries.ranks import ThreadAxis, on_ranks
 
@@ -200,11 +201,16 @@ def test_keys_have_the_order_of_values_and_the_other_of_latents() -> None:
 # BatchTopK: the largest of the whole batch
 
 
+@pytest.mark.parametrize("largest", [select.largest, queued.largest])
 @pytest.mark.parametrize("block_rows", [3, ROWS])
 @pytest.mark.parametrize("chunk", [16, 48, 10_000])
 @pytest.mark.parametrize("case", CASES)
 def test_the_largest_of_a_batch_are_all_there(
-    case: str, chunk: int, block_rows: int, monkeypatch: pytest.MonkeyPatch
+    case: str,
+    chunk: int,
+    block_rows: int,
+    largest: Callable[..., Candidates | None],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """And of each value, the lower latents before the higher ones."""
     monkeypatch.setattr(select, "CHUNK_LATENTS", chunk)
@@ -213,7 +219,8 @@ def test_the_largest_of_a_batch_are_all_there(
         monkeypatch.setattr(select, "CHUNK_BYTES", 4 * min(chunk, n) * block_rows)
         for count in (1, 5, 40, ROWS * n):
             blocks = select.products(torch.eye(ROWS), pre_acts.T.contiguous(), torch.float32)
-            found = select.largest(blocks, torch.zeros(n), count)
+            found = largest(blocks, torch.zeros(n), count)
+            assert found is not None
             assert torch.equal(found.values, pre_acts[found.rows, found.latents])
             there = set(zip(found.latents.tolist(), found.rows.tolist(), strict=True))
             assert len(there) == len(found.values)
@@ -221,6 +228,42 @@ def test_the_largest_of_a_batch_are_all_there(
             order = flat.sort(descending=True, stable=True).indices[:count]
             wanted = [divmod(i, ROWS) for i in order.tolist() if flat[i] > 0]
             assert there.issuperset(wanted), (n, count)
+
+
+def test_the_queued_selection_of_all_above_their_bound_is_the_other(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(select, "CHUNK_LATENTS", 48)
+    monkeypatch.setattr(select, "CHUNK_BYTES", 4 * 48 * 3)
+    for make in CASES.values():
+        W_enc, bound = make(340).T.contiguous(), torch.linspace(-1, 1, 340)
+        given = torch.zeros(340), bound
+        wanted = select.above(select.products(torch.eye(ROWS), W_enc, torch.float32), *given)
+        assert wanted is not None
+        for limit in (len(wanted.values), len(wanted.values) - 1):
+            blocks = select.products(torch.eye(ROWS), W_enc, torch.float32)
+            found = queued.above(blocks, *given, share=0.5, limit=limit)
+            if limit < len(wanted.values):
+                assert found is None
+            else:
+                assert found is not None
+                assert all(map(torch.equal, found, wanted))
+
+
+def test_a_queued_selection_that_does_not_fit_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every block has 10,000 above the bound, where few are expected."""
+    monkeypatch.setattr(select, "CHUNK_LATENTS", 1000)
+    W_enc = torch.arange(1.0, 3001)[:, None].expand(-1, 10).contiguous()
+
+    def blocks() -> Iterator[Block]:
+        return select.products(torch.eye(10), W_enc, torch.float32)
+
+    zeros = torch.zeros(3000)
+    assert queued.largest(blocks(), zeros, 10) is None
+    assert queued.above(blocks(), zeros, zeros, share=0.01, limit=10**6) is None
+    found = queued.above(blocks(), zeros, zeros, share=0.5, limit=10**6)
+    assert found is not None
+    assert len(found.values) == 30_000
 
 
 def _theta(sae: Dictionary) -> float:
@@ -289,8 +332,8 @@ def test_the_kth_largest_by_radix_is_the_sorts(numbers: str, ranks: int) -> None
     for bits in (32, 64) if small else (64,):
         for k in sorted({1, 2, len(values) // 2, len(values) - 1, len(values)}):
 
-            def on_rank(axis: ThreadAxis, k: int = k, bits: int = bits) -> tuple[Tensor, int]:
-                return kth_largest(axis, shares[axis.replica], k, bits=bits)
+            def on_rank(axis: ThreadAxis, k: int = k, bits: int = bits) -> tuple[Tensor, Tensor]:
+                return kth_largest(axis, shares[axis.replica], torch.tensor(k), bits=bits)
 
             found = on_ranks(ranks, 1, on_rank)
             wanted = descending[k - 1]

@@ -129,7 +129,7 @@ def trained(spec: dict[str, Any], kind: str, precision: str, mesh: Mesh) -> dict
         now = StepContext(4.0 * D_IN, dead.mask, dead.count, progress=number / len(batches))
         output = engine.objective(sae_rows(batch[own]), now)
         engine.backward(output.terms.total)
-        norm = engine.step(lr=LR[kind])
+        [norm] = engine.step(lr=LR[kind])
         dead.update(output.fired, BATCH)
         if dead.n_stuck:
             engine.revive(dead.stuck, batch[own], output.error)

@@ -77,7 +77,7 @@ def losses(engine: Engine, xs: list[Tensor]) -> list[float]:
     for x in xs:
         terms = engine.objective(sae_rows(x), now()).terms
         engine.backward(terms.total)
-        found += [terms.total.item(), engine.step(lr=1e-3)]
+        found += [terms.total.item(), *engine.step(lr=1e-3)]
     return found
 
 
@@ -228,7 +228,7 @@ def test_clipping_gives_the_update_of_gradients_clipped_by_hand(
             clipped = gradient.double() * min(1.0, 1 / norms[-1])
             expected[name] = 0.9 * expected[name] + 0.1 * clipped
         engine.backward(engine.objective(sae_rows(x), step).terms.total)
-        assert engine.step(lr=1e-3) == pytest.approx(norms[-1], rel=1e-5)
+        assert engine.step(lr=1e-3) == [pytest.approx(norms[-1], rel=1e-5)]
     assert max(norms[0], norms[2]) < 1
     assert min(norms[1], norms[3]) > 10
     found = {name: engine.moment(p, "exp_avg").double() for name, p in sae.named_parameters()}

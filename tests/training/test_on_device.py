@@ -1,6 +1,7 @@
 """Everything that runs on a GPU, on a device that is not there: no mixed devices, and few waits."""
 
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +20,13 @@ from dist_sae.dictionaries.density import Densities
 from dist_sae.dictionaries.ema import WeightAverage
 from dist_sae.dictionaries.init import initialise_from_data
 from dist_sae.dictionaries.interface import Output
+from dist_sae.dictionaries.penalised import Penalised
 from dist_sae.distributed.engine import Engine
 from dist_sae.distributed.mesh import Mesh
 from dist_sae.evaluation.evaluate import evaluate
 from dist_sae.index.encode import open_encoder
 from dist_sae.index.opened import open_index
-from dist_sae.kernels import select
+from dist_sae.kernels import queued, select
 from dist_sae.kernels.torch import KERNELS
 from dist_sae.storage import open_store
 from dist_sae.telemetry.exporter import Telemetry
@@ -46,6 +48,23 @@ from tests.runs import write_run
 BATCH = 96
 DEAD_AFTER = 10_000
 CPU = torch.device("cpu")
+BUDGET = {
+    "topk": (1, 1),
+    "batchtopk": (2, 2),
+    "matryoshka": (3, 3),
+    "routed": (2, 3),
+    "transcoder": (1, 1),
+    "crosscoder": (2, 2),
+    "crosscoder_relu": (2, 2),
+    "jumprelu": (2, 2),
+    "jumprelu_tanh": (2, 2),
+    "relu": (2, 2),
+    "gated": (2, 2),
+    "clt": (3, 4),
+    "clt_jumprelu": (3, 3),
+    "multi-topk": (1, 1),
+}
+"""Waits of a step without dead latents, and with some."""
 
 
 @pytest.fixture(autouse=True)
@@ -148,6 +167,42 @@ def test_a_life_on_the_device_is_that_on_a_cpu(tmp_path: Path, kind: str) -> Non
     assert numbers == expected
     for name, tensor in there.items():
         assert torch.equal(tensors[name], tensor), name
+
+
+@pytest.mark.parametrize("kind", ["batchtopk", "relu"])
+def test_what_does_not_fit_is_selected_with_waits(
+    tmp_path: Path, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(queued, "largest", lambda *_: None)
+    monkeypatch.setattr(queued, "above", lambda *_, **__: None)
+    with pretend_device():
+        _, tensors = lived(tmp_path, kind, DEVICE)
+    for name, tensor in lived(tmp_path, kind, CPU)[1].items():
+        assert torch.equal(tensors[name], tensor), name
+
+
+def waits_of_a_step(folder: Path, kind: str, dead: Tensor) -> Counter[str]:
+    """The waits of a step that keeps few entries, as trained dictionaries do."""
+    with pretend_device() as waits:
+        life = Life(folder, kind, DEVICE)
+        life.begin()
+        if isinstance(life.sae, Penalised):
+            life.sae.make_active(slice(None), life.rows.inputs, 1 / BATCH)
+            life.sae.b_enc.data -= getattr(life.sae.config, "bandwidth", None) or 0.0
+        life.step()
+        life.idle(dead)
+        assert life.dead.count == int(dead.sum())  # read, as a step before would have
+        waits.clear()
+        life.step()
+        return Counter(waits)
+
+
+@pytest.mark.parametrize("kind", VARIANTS)
+def test_a_step_waits_for_the_device_as_often_as_its_budget_says(tmp_path: Path, kind: str) -> None:
+    none = torch.zeros(N_LATENTS, dtype=torch.bool)
+    for dead, budget in zip((none, some_dead()), BUDGET[kind], strict=True):
+        waits = waits_of_a_step(tmp_path, kind, dead)
+        assert waits.total() == budget, waits
 
 
 def test_tensors_on_two_devices_fail_and_waits_are_counted() -> None:

@@ -37,7 +37,7 @@ from dist_sae.dictionaries.penalised import RARE, set_active_share
 from dist_sae.dictionaries.recipes.jumprelu import JumpReLU
 from dist_sae.dictionaries.recipes.topk import TopK
 from dist_sae.errors import ConfigError
-from dist_sae.kernels import Entries, autograd, select
+from dist_sae.kernels import Entries, autograd, select, starts_of
 
 
 class CrossLayer(Dictionary):
@@ -99,13 +99,10 @@ class CrossLayer(Dictionary):
         self, rows: Float[Tensor, "rows d_in"], entries: Entries
     ) -> Float[Tensor, " entries"]:
         read = self._read_by(entries)
-        order = _sorted(read)
-        in_order = Entries(
-            entries.latents[order],
-            select.starts_of(read, len(rows) * self.layers),
-            entries.n_latents,
-        )
-        found = self.kernels.gather_dot(self._of_layers(rows), in_order, self.W_enc)
+        in_order, order = _sorted(read)
+        starts = starts_of(in_order, len(rows) * self.layers)
+        of_layers = Entries(entries.latents[order], starts, entries.n_latents)
+        found = self.kernels.gather_dot(self._of_layers(rows), of_layers, self.W_enc)
         return torch.empty_like(found).index_copy_(0, order, found) + self.b_enc[entries.latents]
 
     def encode_at(
@@ -131,13 +128,14 @@ class CrossLayer(Dictionary):
         layers = self.layers
         rows, read = len(entries.starts), self._read_by(entries)
         # in the order of layers, those that write a layer are the first of their row
-        counts = torch.bincount(read, minlength=rows * layers).view(rows, layers)
+        in_order, order = _sorted(read)
+        counts = starts_of(in_order, rows * layers + 1).diff().view(rows, layers)
         counts = counts.cumsum(1).flatten()
         starts, n_pairs = counts.cumsum(0) - counts, int(counts.sum())
         places = torch.arange(rows * layers, device=read.device)
         places = places.repeat_interleave(counts, output_size=n_pairs)
         within = torch.arange(n_pairs, device=read.device) - starts[places]
-        sources = _sorted(read)[entries.starts[places // layers] + within]
+        sources = order[entries.starts[places // layers] + within]
         written, latents = places % layers, entries.latents[sources]
         layer, group = latents % layers, latents // layers
         vectors = group * self._pairs_of_group + _before(layer, layers) + written - layer
@@ -218,9 +216,10 @@ class _Spread(torch.autograd.Function):
         return by_layer.sum(1), None, None, None
 
 
-def _sorted(numbers: Int[Tensor, " _"]) -> Int[Tensor, " _"]:
-    """Their order; an int32 sort is far faster than an int64 one."""
-    return numbers.int().argsort(stable=True)
+def _sorted(numbers: Int[Tensor, " _"]) -> tuple[Int[Tensor, " _"], Int[Tensor, " _"]]:
+    """Numbers in order, and this order; an int32 sort is far faster than an int64 one."""
+    in_order, order = numbers.int().sort(stable=True)
+    return in_order, order
 
 
 def _before(layer: Any, layers: int) -> Any:

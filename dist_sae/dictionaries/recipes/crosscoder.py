@@ -25,6 +25,7 @@ The gradient is that of the constrained decoder: shared rows get the mean over t
 component that would only change |d_i| is removed.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -37,7 +38,7 @@ from dist_sae.dictionaries.constraints import normalise_rows_
 from dist_sae.dictionaries.interface import Widths
 from dist_sae.dictionaries.recipes.topk import TopK
 from dist_sae.errors import ConfigError
-from dist_sae.kernels import autograd
+from dist_sae.kernels import autograd, select
 
 _BLOCK = 1024  # latents
 
@@ -70,6 +71,12 @@ class AcrossSites(Dictionary):
         before, until = (n * self.config.shared_latents for n in (latents, latents + 1))
         return until.floor() > before.floor()
 
+    def n_shared(self, latents: slice) -> int:
+        """How many of these latents of this shard are shared."""
+        start, stop, _ = latents.indices(len(self.W_dec))
+        share, first = self.config.shared_latents, self.first_latent
+        return math.floor((first + stop) * share) - math.floor((first + start) * share)
+
     def weigh(self, rows: Float[Tensor, "some d_out"]) -> Float[Tensor, " some"]:
         """|d_i| of decoder rows, over all sites."""
         if self.config.weighting == "l2":
@@ -77,21 +84,34 @@ class AcrossSites(Dictionary):
         return autograd.site_norms(rows, self.widths.writes).sum(1)
 
     @torch.no_grad()
-    def tie_sites_(self, rows: Float[Tensor, "some d_out"], shared: Bool[Tensor, " some"]) -> None:
-        """Give shared rows, or their gradients, their mean over the sites at each of these."""
+    def tie_sites_(
+        self,
+        rows: Float[Tensor, "some d_out"],
+        shared: Bool[Tensor, " some"],
+        n_shared: int | None = None,
+    ) -> None:
+        """Give shared rows, or their gradients, their mean over the sites at each of these.
+
+        Args:
+            rows: Of latents.
+            shared: Which of these are shared.
+            n_shared: Their number; the host waits for the device where it is not given.
+        """
         if not self.config.shared_latents:  # sites may then have several widths
             return
         apart_as = (len(self.widths.writes), self.widths.writes[0])
-        for some in torch.split(shared.nonzero()[:, 0], _BLOCK):
+        for some in torch.split(select.places_of(shared, n_shared), _BLOCK):
             apart = rows[some].view(-1, *apart_as)
             rows[some] = apart.mean(1, keepdim=True).expand_as(apart).flatten(1)
 
     @torch.no_grad()
     def hold(self, latents: slice | Tensor) -> None:
         """Enforce the constraints on new directions of latents."""
-        rows = self.W_dec[latents]
-        self.tie_sites_(rows, self.shared[latents])
-        self.normalise_(rows, self.shared[latents])
+        rows, shared = self.W_dec[latents], self.shared[latents]
+        self.tie_sites_(
+            rows, shared, self.n_shared(latents) if isinstance(latents, slice) else None
+        )
+        self.normalise_(rows, shared)
         if isinstance(latents, Tensor):  # else these are the rows themselves, and no copy of them
             self.W_dec[latents] = rows
 
@@ -134,7 +154,7 @@ class Crosscoder(AcrossSites, TopK):
         for start in range(0, len(W_dec), _BLOCK):
             block = slice(start, start + _BLOCK)
             g, d, length = gradient[block], W_dec[block], lengths[block, None]
-            self.tie_sites_(g, shared[block])
+            self.tie_sites_(g, shared[block], self.n_shared(block))
             norms = length
             if self.config.weighting == "l1":
                 norms = autograd.site_norms(d, self.widths.writes)

@@ -33,7 +33,7 @@ class CrosscoderReLU(AcrossSites, ReLU):
     def weighted_decoder(self) -> tuple[Float[Tensor, "n_local d_out"], Float[Tensor, " n_local"]]:
         W_dec: Tensor = self.W_dec
         if self.config.shared_latents:
-            W_dec = autograd.projected(W_dec, lambda g, _: self.tie_sites_(g, self.shared))
+            W_dec = autograd.projected(W_dec, lambda g, _: self.tie_all_(g))
         if self.config.weighting == "l2":
             W_dec, weights = autograd.with_norms(W_dec)
         else:
@@ -45,4 +45,8 @@ class CrosscoderReLU(AcrossSites, ReLU):
 
     def constrain(self) -> None:
         """Decoder norms are free, the penalty holds them; rounding must not part shared rows."""
-        self.tie_sites_(self.W_dec, self.shared)
+        self.tie_all_(self.W_dec)
+
+    def tie_all_(self, rows: Float[Tensor, "n_latents d_out"]) -> None:
+        """`tie_sites_` of all latents of this shard."""
+        self.tie_sites_(rows, self.shared, self.n_shared(slice(None)))

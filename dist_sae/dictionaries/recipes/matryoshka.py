@@ -25,7 +25,7 @@ import torch
 from dist_sae.config.matryoshka import MatryoshkaConfig
 from dist_sae.dictionaries.interface import Products, Selected, Widths
 from dist_sae.dictionaries.recipes.topk import TopK
-from dist_sae.kernels import Entries, select
+from dist_sae.kernels import Entries, starts_of
 
 
 class Matryoshka(TopK):
@@ -42,13 +42,16 @@ class Matryoshka(TopK):
 
     def groups(self, products: Products, k: int) -> list[Selected]:
         values, entries = self.selection.select(products, k)
-        pattern = entries.latents.new_tensor(self.config.prefix_pattern)
-        places = (entries.latents + self.first_latent) % pattern[-1]
-        numbers = torch.bucketize(places, pattern, right=True)
+        ends = self.config.prefix_pattern
+        places = (entries.latents + self.first_latent) % ends[-1]
+        numbers = torch.zeros_like(places, dtype=torch.int32)
+        for end in ends:
+            numbers += places >= end
+        in_order, order = numbers.sort(stable=True)
+        counts: list[int] = starts_of(in_order, len(ends) + 1).diff().tolist()
         found = []
-        for number in range(len(pattern)):
-            here = numbers == number
-            starts = select.starts_of(entries.rows[here], len(entries.starts))
+        for here in torch.split(order, counts):
+            starts = starts_of(entries.rows[here], len(entries.starts))
             chosen = Entries(entries.latents[here], starts, entries.n_latents)
             found.append((values[here], chosen))
         return found

@@ -23,6 +23,7 @@ Experts are neighbouring latents, `n_latents / experts` each, so a shard holds w
 
 import math
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -49,7 +50,7 @@ from dist_sae.dictionaries.interface import (
 )
 from dist_sae.dictionaries.schedules import annealed
 from dist_sae.dictionaries.selection import BatchTopK, RowTopK
-from dist_sae.kernels import Entries, select
+from dist_sae.kernels import Entries, select, starts_of
 from dist_sae.kernels.select import Block
 
 _BALANCING_STEPS = 200  # steps that balance the initial router on the first batch
@@ -153,7 +154,7 @@ class Routed(WithAuxK):
         acts, entries = self.selection.encode(products)
         acts = acts * gates[entries.rows]
         found = select.by_row(select.Candidates(acts, rows[entries.rows], entries.latents))
-        return Codes(found.values, found.latents, select.starts_of(found.rows, len(centred)))
+        return Codes(found.values, found.latents, starts_of(found.rows, len(centred)))
 
     @torch.no_grad()
     def infer_shard(
@@ -165,9 +166,9 @@ class Routed(WithAuxK):
         centred = self.encoder_inputs(x)
         rows, gates, arrived = self._come_here(centred)
         products = self._expert_products(centred[rows], arrived, self.W_enc.dtype, len(centred))
-        parts, fired = self.decode_above(products.blocks, thresholds, len(rows))
-        order = rows.int().argsort(stable=True)
-        of_rows = Entries(order, select.starts_of(rows, len(centred)), len(parts))
+        parts, fired = self.decode_above(products.blocks(), thresholds, len(rows))
+        in_order, order = rows.int().sort(stable=True)
+        of_rows = Entries(order, starts_of(in_order, len(centred)), len(parts))
         return self.kernels.combine(gates[order], of_rows, parts), fired
 
     def _come_here(
@@ -260,10 +261,14 @@ class Routed(WithAuxK):
             limit: Rows that an expert computes, the first ones; others meet no latents.
             among: Mask of the latents to look at; all if None.
         """
-        blocks = self._expert_blocks(rows, arrived, dtype, limit, among)
-        return Products(
-            rows, dtype, blocks, replica_rows, replica_rows * self.config.experts_per_row
-        )
+        met = [self.width] * len(arrived)
+        if among is not None:
+            met = among.view(len(arrived), self.width).sum(1).tolist()
+        blocks = partial(self._expert_blocks, rows, arrived, dtype, limit, among, met)
+        computed = [n if limit is None else min(n, limit) for n in arrived]
+        most = replica_rows * self.config.experts_per_row
+        met_by = list(zip(computed, met, strict=True))
+        return Products(rows, dtype, blocks, replica_rows, most, met_by)
 
     def _dead_products(
         self,
@@ -280,22 +285,24 @@ class Routed(WithAuxK):
         dtype: torch.dtype,
         limit: int | None,
         among: Tensor | None,
+        met: Sequence[int],
     ) -> Iterator[Block]:
-        for here, latents in self._met(arrived, limit):
-            some = None if among is None else among[latents].nonzero()[:, 0]
+        for expert, here, latents in self._met(arrived, limit):
+            some = None if among is None else select.places_of(among[latents], met[expert])
             for block in select.products(rows[here], self.W_enc[latents], dtype, some):
                 yield block._replace(
                     rows=slice(block.rows.start + here.start, block.rows.stop + here.start),
                     latents=block.latents + latents.start,
                 )
 
-    def _met(self, arrived: Sequence[int], limit: int | None) -> Iterator[tuple[slice, slice]]:
-        """Pairs of arrived rows and the latents of their expert, expert by expert."""
+    def _met(self, arrived: Sequence[int], limit: int | None) -> Iterator[tuple[int, slice, slice]]:
+        """Each expert that computes rows, with these and its latents."""
         start = 0
         for expert, n in enumerate(arrived):
             stop = start + (n if limit is None else min(n, limit))
             if stop > start:
-                yield slice(start, stop), slice(expert * self.width, (expert + 1) * self.width)
+                latents = slice(expert * self.width, (expert + 1) * self.width)
+                yield expert, slice(start, stop), latents
             start += n
 
     @torch.no_grad()
