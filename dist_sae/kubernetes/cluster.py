@@ -61,6 +61,8 @@ _RESOURCES = {
     "Pod": _Resource("v1", "pods"),
     "Job": _Resource("batch/v1", "jobs"),
     "JobSet": _Resource(JOBSET_VERSION, "jobsets"),
+    "Workload": _Resource("kueue.x-k8s.io/v1beta2", "workloads"),
+    "Event": _Resource("v1", "events"),
 }
 
 
@@ -130,6 +132,11 @@ class Cluster:
     def find(self, kind: str, selector: Mapping[str, str]) -> list[Object]:
         """List objects with these labels, oldest first; empty if the kind is not installed."""
         return self._list(kind, selector)[0]
+
+    def warnings(self) -> list[Object]:
+        """Warning events of the namespace, oldest first."""
+        events = self._list_all(self._path("Event"), {"fieldSelector": "type=Warning"})[0]
+        return sorted(events, key=lambda event: event["metadata"]["creationTimestamp"])
 
     def follow(self, kind: str, selector: Mapping[str, str]) -> Iterator[list[Object]]:
         """Yield the result of `find` at once and after every change, sometimes unchanged."""

@@ -14,6 +14,7 @@ from dist_sae.kubernetes.cluster_objects import find_objects
 from dist_sae.kubernetes.names import selector
 from dist_sae.kubernetes.pod_status import describe_parts, name_of, newest_pods, part_of
 from dist_sae.kubernetes.pods import Object, Part
+from dist_sae.kubernetes.queue import UID_LABEL, describe_warnings, describe_workloads
 from dist_sae.kubernetes.stored import StoredRun
 from dist_sae.telemetry.metrics import listed
 from dist_sae.telemetry.scrape import Sample, read_page
@@ -26,13 +27,15 @@ def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]
     """Read the status of a run.
 
     Returns:
-        `state`, `parts` and `conditions` (from the cluster), `store`, `numbers` (the last ones of
-        training, and where they are `from`), `index_rows_per_second` (of a worker), `limit` (what
-        limits the run) and what that is judged by (`limit_of`), `warnings`, and `out_of_reach`:
-        what could not be asked, and why.
+        `state`, `parts` and `conditions` (from the cluster), `queued` and `events` (why pods of a
+        running run are not there: Kueue's reasons, and warnings about Jobs), `store`, `numbers`
+        (the last ones of training, and where they are `from`), `index_rows_per_second` (of a
+        worker), `limit` (what limits the run) and what that is judged by (`limit_of`), `warnings`,
+        and `out_of_reach`: what could not be asked, and why.
     """
     out_of_reach: dict[str, str] = {}
     status: dict[str, Any] = {"run": run.name, "namespace": cluster.namespace}
+    status |= {"queued": [], "events": []}
     pods: list[Object] = []
     try:
         there = find_objects(cluster, run)
@@ -46,6 +49,9 @@ def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]
     except ClusterError as exc:
         out_of_reach["cluster"] = str(exc)
         status |= {"state": "unknown", "parts": {}, "conditions": []}
+    else:
+        if there.state == "running":
+            status |= _waiting(cluster, [*there.workloads, *jobs], out_of_reach)
     numbers: dict[str, Any] | None = None
     slowest_stage: str | None = None
     index_pace: float | None = None
@@ -75,6 +81,21 @@ def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]
         "warnings": [*_slow_saves(run, numbers), *warnings],
         "out_of_reach": out_of_reach,
     }
+
+
+def _waiting(
+    cluster: Cluster, owners: list[Object], out_of_reach: dict[str, str]
+) -> dict[str, list[str]]:
+    """Why pods of these objects are not there: `queued` by Kueue, and `events`."""
+    uids = {owner["metadata"]["uid"]: None for owner in owners}  # plain Jobs are both
+    found: dict[str, list[str]] = {}
+    try:
+        workloads = [w for uid in uids for w in cluster.find("Workload", {UID_LABEL: uid})]
+        found["queued"] = describe_workloads(workloads)
+        found["events"] = describe_warnings(cluster.warnings(), uids)
+    except ClusterError as exc:
+        out_of_reach["queue and events"] = str(exc)
+    return found
 
 
 def _live_numbers(run: Run, cluster: Cluster, pods: list[Object]) -> dict[str, Any] | None:

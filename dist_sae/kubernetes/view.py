@@ -32,9 +32,13 @@ def _table(parts: Mapping[str, Mapping[str, Any]]) -> RenderableType:
 
 
 def _lines(status: Mapping[str, Any]) -> Iterator[str]:
+    for why in status["queued"]:
+        yield f"queued   {why}"
     for part in status["parts"].values():
         for pending in part["pending"]:
             yield f"waits    {pending}"
+    for event in status["events"]:
+        yield f"event    {event}"
     for condition in status["conditions"]:
         yield f"says     {condition}"
     if store := status["store"]:

@@ -46,6 +46,8 @@ _KINDS = {
     "pods": "Pod",
     "jobs": "Job",
     "jobsets": "JobSet",
+    "workloads": "Workload",
+    "events": "Event",
 }
 _PATHS = re.compile(
     r"/(?:api|apis/(?P<group>[^/]+))/(?P<version>[^/]+)(?:/namespaces/(?P<namespace>[^/]+))?"
@@ -486,6 +488,8 @@ def _pod_status(phase: str, *, ready: bool = False) -> Object:
 
 
 def _selected(obj: Object, query: Object) -> bool:
+    if fields := query.get("fieldSelector"):
+        return bool(fields == f"type={obj['type']}")
     wanted = dict(pair.split("=", 1) for pair in query["labelSelector"].split(","))
     return wanted.items() <= (obj["metadata"].get("labels") or {}).items()
 

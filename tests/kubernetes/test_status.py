@@ -69,6 +69,71 @@ def test_pods_are_listed_page_by_page(
     assert status(sh, going)["parts"] == at_once
 
 
+def workload(uid: str, **conditions: tuple[str, str, str]) -> Object:
+    said = [
+        {"type": kind, "status": holds, "reason": reason, "message": message}
+        for kind, (holds, reason, message) in conditions.items()
+    ]
+    return {
+        "apiVersion": "kueue.x-k8s.io/v1beta2",
+        "kind": "Workload",
+        "metadata": {"name": f"jobset-{uid}", "labels": {"kueue.x-k8s.io/job-uid": uid}},
+        "spec": {"queueName": "gpus"},
+        "status": {"conditions": said},
+    }
+
+
+def warning(about: Object, message: str, kind: str = "Warning") -> Object:
+    return {
+        "apiVersion": "v1",
+        "kind": "Event",
+        "type": kind,
+        "reason": "FailedCreate",
+        "message": message,
+        "involvedObject": {key: about["metadata"][key] for key in ("name", "uid")},
+        "metadata": {"name": f"{about['metadata']['name']}.{len(message)}"},
+    }
+
+
+def test_status_says_why_a_run_is_queued(api: ApiServer, sh: Shell, path: str) -> None:
+    sh("submit", path)
+    assert "out of reach: " not in sh("status", path)  # without Kueue
+    api.groups.add("kueue.x-k8s.io")
+    uid = api.the("JobSet", "tiny")["metadata"]["uid"]
+    short = "couldn't assign flavors to pod set trainer: insufficient unused quota, 8 more needed"
+    api.create(
+        workload(
+            uid,
+            QuotaReserved=("False", "Pending", short),
+            Evicted=("True", "Preempted", "for a workload of higher priority"),
+        )
+    )
+    api.create(workload("other", QuotaReserved=("False", "Pending", "not ours")))
+    job = api.the("Job", "tiny-trainer-0")
+    for event in (
+        warning(job, "exceeded quota: an earlier one"),
+        warning(job, "exceeded quota: pods"),
+        warning(job, "no warning", "Normal"),
+        warning({"metadata": {"name": "tiny-trainer-0", "uid": "of another"}}, "not ours"),
+    ):
+        api.create(event)
+    found = status(sh, path)
+    assert found["queued"] == [
+        "queue gpus: evicted (Preempted): for a workload of higher priority",
+        f"queue gpus: {short}",
+    ]
+    assert found["events"] == ["tiny-trainer-0 FailedCreate: exceeded quota: pods"]
+    shown = sh("status", path)
+    assert f"queued   queue gpus: {short}" in shown
+    assert "event    tiny-trainer-0 FailedCreate: exceeded quota: pods" in shown
+
+    admitted = workload(uid, Evicted=("True", "Preempted", ""), Admitted=("True", "Admitted", ""))
+    api.set("Workload", f"jobset-{uid}", status=admitted["status"])
+    assert status(sh, path)["queued"] == []
+    api.rules.remove(("", "events", "list"))
+    assert "may not list events" in status(sh, path)["out_of_reach"]["queue and events"]
+
+
 def test_status_joins_pods_store_and_history(api: ApiServer, sh: Shell, going: str) -> None:
     sh("submit", going)
     first, second = api.pods("producer")

@@ -1,0 +1,54 @@
+"""Why pods of a run are not there: Kueue's conditions, and warnings about its Jobs. Pure."""
+
+from collections.abc import Collection, Iterable, Iterator
+
+from dist_sae.kubernetes.pods import Object
+
+UID_LABEL = "kueue.x-k8s.io/job-uid"
+"""The label of Kueue's Workload that names the object for which it was made."""
+
+
+def describe_workloads(workloads: Iterable[Object]) -> list[str]:
+    """Say why Kueue does not admit these workloads; nothing of those that it has admitted."""
+    return [
+        f"queue {workload['spec'].get('queueName', '')}: {why}"
+        for workload in workloads
+        for why in _reasons(workload)
+    ]
+
+
+def describe_warnings(events: Iterable[Object], owners: Collection[str]) -> list[str]:
+    """The last warning of each reason about these objects.
+
+    Args:
+        events: Warning events, oldest first.
+        owners: Uids of the objects.
+    """
+    last = {
+        (event["involvedObject"].get("name"), event.get("reason")): event.get("message", "")
+        for event in events
+        if event["involvedObject"].get("uid") in owners
+    }
+    return [f"{name} {reason}: {message}" for (name, reason), message in last.items()]
+
+
+def _reasons(workload: Object) -> Iterator[str]:
+    status = workload.get("status") or {}
+    conditions = {item["type"]: item for item in status.get("conditions") or []}
+
+    def holds(kind: str) -> bool:
+        return bool(conditions.get(kind, {}).get("status") == "True")
+
+    if holds("Admitted") or holds("Finished"):
+        return
+    if not workload["spec"].get("active", True):
+        yield "deactivated: Kueue will not admit it before spec.active is true again"
+    if holds("Evicted"):
+        evicted = conditions["Evicted"]
+        yield f"evicted ({evicted.get('reason', '')}): {evicted.get('message', '')}"
+    if not holds("QuotaReserved"):
+        reserved = conditions.get("QuotaReserved", {})
+        yield reserved.get("message") or "Kueue has not looked at it yet; is it installed?"
+    for check in status.get("admissionChecks") or []:
+        if check.get("state") != "Ready":
+            yield f"check {check['name']} is {check.get('state')}: {check.get('message', '')}"
