@@ -25,6 +25,8 @@ from dist_sae.kernels.keys import NOTHING, from_keys, to_keys
 
 SLICE_ROWS = 4096
 """Rows that meet a page at a time, at most."""
+Coded = tuple[Dictionary, slice, Codes]
+"""A page, or a rank's shard, with its codes of some rows."""
 
 
 class PagedDictionary:
@@ -184,6 +186,26 @@ class PagedDictionary:
             select.Candidates(*map(torch.cat, zip(*found, strict=True)))
         )
         return Codes(acts, latents, starts_of(places, len(x)))
+
+    @torch.no_grad()
+    def coded(self, x: Float[Tensor, "batch d_in"]) -> Iterator[Coded]:
+        """Yield every page, or this rank's shard, with its codes of some rows at a time.
+
+        As of the whole dictionary, in the order of the pages; ranks have the same rows. Collective.
+        """
+        if self._in_memory is not None:
+            for rows in _slices(x, SLICE_ROWS):
+                yield self._in_memory, rows, self._in_memory.encode(x[rows])
+            return
+        largest = self._largest(x, self._row_limit) if self._row_limit else None
+        for page in self._pages(() if largest is None else self._per_latent - self._decoder):
+            latents = page.axis.latents(self.n_latents)
+            for rows in _slices(x, self._slice_rows):
+                yield (
+                    page,
+                    rows,
+                    page.encode(x[rows]) if largest is None else largest.codes(rows, latents),
+                )
 
     @torch.no_grad()
     def infer(self, x: Float[Tensor, "batch d_in"]) -> Inferred:

@@ -25,6 +25,7 @@ from dist_sae.distributed.mesh import ALONE, Mesh
 from dist_sae.environment import hardware, versions
 from dist_sae.errors import ConfigError, NonFiniteError
 from dist_sae.evaluation.cross_entropy import cross_entropies
+from dist_sae.evaluation.latent_scaling import LatentScaling, applies
 from dist_sae.evaluation.pca import WIDEST, pca_fvu
 from dist_sae.evaluation.subject import (
     evaluation_key,
@@ -61,9 +62,10 @@ def evaluate(
         `dead_share`, for routed dictionaries also by expert; on `rows` held-out rows `fvu`, `l0`,
         `pca_fvu` (of a PCA of training rows with as many components as latents are active; it reads
         the written sites, which a transcoder does not), `duplicate_share` (latents with a near
-        copy, and with one in another expert), densities, and for language models the
-        cross-entropies in nats per token (`ce_of`: next or masked tokens; `ce_left_out`: the reason
-        if there are none) with the written sites unchanged (`ce_clean`), replaced by the
+        copy, and with one in another expert), densities, for a crosscoder of two sites the shares
+        of its latents that are of both or of one (`LatentScaling.result`), and for language models
+        the cross-entropies in nats per token (`ce_of`: next or masked tokens; `ce_left_out`: the
+        reason if there are none) with the written sites unchanged (`ce_clean`), replaced by the
         reconstruction (`ce_spliced`), by zero (`ce_zero`) and by the mean (`ce_mean`), the shares
         recovered, and the 95 % `intervals` of these.
 
@@ -155,11 +157,16 @@ def _measure(
     plan, columns, device = activations.plan, normalisers.columns, pages.device
     mean = normalisers.mean.float().to(device)
     fit = Fit.empty(own.sae.n_latents, columns.values(), device)
+    scaled = applies(own.sae, normalisers.widths)
+    scaling = LatentScaling(own.sae.n_latents, device) if scaled else None
     progress = logs.PacedProgress("evaluate", speaks=mesh.is_first)
     there = min(run.evaluate.rows, sum(plan.rows_of_units[unit] for unit in plan.heldout_units))
     blocks = activations.heldout_rows(run.evaluate.rows)
     for rows in pages.grouped(normalisers.rows(block, device) for block in blocks):
-        fit = fit.add(rows.targets, pages.infer(rows.inputs), mean)
+        inferred = pages.infer(rows.inputs)
+        fit = fit.add(rows.targets, inferred, mean)
+        if scaling:
+            scaling.add(rows.targets, inferred.x_hat, pages.coded(rows.inputs))
         progress(fit.rows, max(there, fit.rows))
     progress.end(fit.rows)
     fit = fit.on_cpu()
@@ -175,6 +182,7 @@ def _measure(
         **_dead_shares(own, trained, trained.idle_rows.masked_fill(fit.counts > 0, 0)),
         **_pca(activations, normalisers, run.evaluate.rows, round(fit.l0), mesh),
         **_duplicates(own, pages),
+        **(scaling.result(own.writes, fit.counts > 0, mesh.axis) if scaling else {}),
         **_density_histogram(fit),
     }
     if isinstance(run.model, HuggingFaceModel) and run.evaluate.contexts:

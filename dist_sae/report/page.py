@@ -50,6 +50,10 @@ _OTHER_RESULTS = {
         "Nats per token; the site is replaced by its mean.",
     ),
     "ce_zero": ("Cross-entropy, zero ablation", "Nats per token; the site is replaced by zero."),
+    "shared_share": (
+        "Of both sites",
+        "Share of the latents that fire that are no site's alone, by the norms of their decoder.",
+    ),
     "never_fired": ("Never fired", "Latents that fired on none of the held-out rows."),
     "tokens": ("Tokens", "Held-out tokens behind the cross-entropies."),
 }
@@ -61,6 +65,8 @@ _BY_SITE = {
     "ce_spliced": "CE, spliced",
     "ce_mean": "CE, mean",
     "ce_zero": "CE, zero",
+    "exclusive_share": "its alone, by norms",
+    "flagged_share": "of these, by latent scaling in both",
 }
 """Results of each written site: name by key."""
 _CHARTS = (
@@ -145,9 +151,12 @@ def render_template(name: str, **content: Any) -> str:
 
 def _by_site(evaluation: Mapping[str, Any]) -> dict[str, dict[str, float]]:
     """Results of each written site, if there are several."""
-    losses = evaluation.get("ce_by_site", {})
+    losses, latents = (evaluation.get(f"{name}_by_site", {}) for name in ("ce", "latents"))
     fvus = evaluation.get("fvu_by_site", {})
-    return {site: {"fvu": fvu, **losses.get(site, {})} for site, fvu in fvus.items()}
+    return {
+        site: {"fvu": fvu, **losses.get(site, {}), **latents.get(site, {})}
+        for site, fvu in fvus.items()
+    }
 
 
 def _densities(page: Page) -> str:

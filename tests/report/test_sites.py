@@ -126,6 +126,38 @@ def test_report_and_terminal_show_the_profile(world: tuple[Run, Dictionary]) -> 
         assert f"{site} {100 * profile[site]:.0f} %" in writes
 
 
+def test_a_crosscoder_of_two_sites_shows_whose_its_latents_are(
+    world: tuple[Run, Dictionary],
+) -> None:
+    """The first half writes one site each in turn, the other both; latent 0 never fires."""
+    sae = {"kind": "crosscoder_relu", "n_latents": N_LATENTS, "reads": list(SITES)}
+    run = Run.model_validate(world[0].model_dump(mode="json") | {"name": "whose", "sae": sae})
+    crosscoder = build_sae(run.sae, Widths((WIDTH, WIDTH), (WIDTH, WIDTH)))
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for weight in (crosscoder.W_enc, crosscoder.W_dec):
+            weight.copy_(torch.randn(weight.shape, generator=generator) / WIDTH**0.5)
+        crosscoder.W_dec[0 : N_LATENTS // 2 : 2, WIDTH:] = 0
+        crosscoder.W_dec[1 : N_LATENTS // 2 : 2, :WIDTH] = 0
+        crosscoder.b_enc[0] = -1e3
+    save_dictionary(run, crosscoder, 3)
+    found = evaluate(run)
+    fires = N_LATENTS - found["never_fired"]
+    assert fires >= N_LATENTS - 8
+    firing = crosscoder.infer(scaled(heldout(run))).firings > 0
+    halves = [int(firing[half : N_LATENTS // 2 : 2].sum()) for half in (0, 1)]
+    assert found["shared_share"] == pytest.approx(1 - sum(halves) / fires)
+    by_site = found["latents_by_site"]
+    assert list(by_site) == list(SITES)
+    for site, half in zip(SITES, halves, strict=True):
+        assert by_site[site]["exclusive_share"] == pytest.approx(half / fires)
+        assert 0 <= by_site[site]["flagged_share"] <= by_site[site]["exclusive_share"]
+    page = Path(report(run)).read_text()
+    assert f"<td>{100 * by_site[SITES[0]]['exclusive_share']:.2f} %</td>" in page
+    assert "of these, by latent scaling in both" in page
+    assert f">{100 * found['shared_share']:.2f} %</data>" in page
+
+
 def test_more_sites_are_drawn_by_the_site_of_the_peak() -> None:
     """Two latents of one site each, and one of all alike; the second site has no peak."""
     shares = np.array([[1.0, 0.0, 0.0], [0.0, 0.0, 1.0], [0.4, 0.3, 0.3]])
