@@ -42,6 +42,7 @@ from dist_sae.training.batches import Batches, StreamPosition, next_batch, open_
 from dist_sae.training.clock import Times
 from dist_sae.training.heldout import HeldoutFvu
 from dist_sae.training.job import TrainingJob
+from dist_sae.training.memory import check_memory
 from dist_sae.training.reporter import TrainingReporter
 from dist_sae.training.start import Start, find_start, restore
 from dist_sae.training.void import void_settings
@@ -99,6 +100,7 @@ def _open(
     if not start.found:
         registration.begin(start.cursors)
     normalisers = _normalisers(run, activation_set, start, times)
+    check_memory(run, normalisers.widths, mesh)
     state, engine = _build(run, mesh, kernels, activation_set, normalisers, start, times)
     position = _restore(state, start, checkpoints, registration, mesh, telemetry)
     logger.info(

@@ -1,0 +1,88 @@
+"""Memory that a dictionary takes in training, known before any of it is allocated."""
+
+import logging
+import socket
+from pathlib import Path
+
+import psutil
+import torch
+
+from dist_sae.config import Run
+from dist_sae.dictionaries import build_sae
+from dist_sae.dictionaries.axis import WHOLE, LatentAxis
+from dist_sae.dictionaries.interface import Widths
+from dist_sae.distributed.mesh import Mesh
+from dist_sae.distributed.zero import deepspeed_config
+from dist_sae.errors import ConfigError
+
+logger = logging.getLogger(__name__)
+
+_CGROUP_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")  # of versions 2 and 1
+_MOMENTS = 2
+
+
+def state_bytes(run: Run, widths: Widths, axis: LatentAxis = WHOLE) -> int:
+    """Bytes of a rank's weights, gradients, moments and running mean: the least that it needs.
+
+    Args:
+        run: The run.
+        widths: Widths of the sites.
+        axis: The rank's place.
+    """
+    with torch.device("meta"):
+        sae = build_sae(run.sae, widths, axis)
+    weights = sum(parameter.nbytes for parameter in sae.parameters())
+    zero = deepspeed_config(run)["zero_optimization"]
+    stage = zero.get("stage", 0)
+    gradients = weights // (axis.replicas if stage > 1 else 1)
+    moments = _MOMENTS * weights // (axis.replicas if stage else 1)
+    if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
+        moments = 0  # they are elsewhere
+    return weights + gradients + moments + (weights if run.train.ema_decay else 0)
+
+
+def check_memory(run: Run, widths: Widths, mesh: Mesh) -> None:
+    """Say what the dictionary takes, and refuse one that no device of the run's can hold.
+
+    Collective: ranks of one machine's CPU share its memory.
+
+    Args:
+        run: The run.
+        widths: Widths of the sites.
+        mesh: The ranks.
+
+    Raises:
+        ConfigError: A machine or GPU has less memory than weights, gradients and moments take.
+    """
+    own = state_bytes(run, widths, mesh.axis)
+    needs: dict[str, int] = {}
+    for place, there, taken in mesh.all_gather_objects((*_memory(mesh.device), own)):
+        needs[place] = needs.get(place, 0) + taken
+        if needs[place] > there:
+            raise ConfigError(
+                f"sae.n_latents: {run.sae.n_latents:,} latents that read {widths.d_in:,} and write "
+                f"{widths.d_out:,} numbers take {needs[place] / 1e9:,.1f} GB on {place} with "
+                f"gradients and Adam's moments, and it has {there / 1e9:,.1f}; use fewer latents "
+                f"or sites, or share them out to more GPUs or machines (processes.latent_shards)"
+            )
+    if mesh.is_first:
+        place, there = _memory(mesh.device)
+        logger.info(
+            "the dictionary takes %.3g of %.3g GB on %s: weights, gradients and moments",
+            needs[place] / 1e9,
+            there / 1e9,
+            place,
+        )
+
+
+def _memory(device: torch.device) -> tuple[str, int]:
+    """Where a device's memory is, and its bytes."""
+    host = socket.gethostname()
+    if device.type == "cuda":
+        return f"{host}, GPU {device.index}", torch.cuda.mem_get_info(device)[1]
+    there = psutil.virtual_memory().total
+    for name in _CGROUP_LIMITS:
+        limit = Path("/sys/fs/cgroup", name)
+        words = limit.read_text().strip() if limit.exists() else ""
+        there = min(there, int(words)) if words.isdecimal() else there
+    return host, there
