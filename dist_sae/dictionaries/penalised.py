@@ -186,7 +186,7 @@ def _entries_above(sae: Penalised, x: Tensor, bound: Tensor, limit: int) -> Cand
         share = sae.n_entries / (len(x) * len(sae.W_enc))
         found = queued.above(products.blocks(), sae.b_enc, bound, share=share, limit=limit)
     if found is None:
-        found = select.above(products.blocks(), sae.b_enc, bound, limit=limit)
+        found = select.above(products.blocks(), sae.b_enc, bound, sae.kernels, limit=limit)
     return found
 
 

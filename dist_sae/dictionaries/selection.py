@@ -107,7 +107,7 @@ class Threshold:
 
     def encode(self, products: Products) -> Selected:
         sae = self._sae
-        pre_acts, entries = _above(products, sae.b_enc, self.thresholds(sae.W_enc.dtype))
+        pre_acts, entries = _above(products, sae, self.thresholds(sae.W_enc.dtype))
         return sae.codes_of(pre_acts, entries.latents), entries
 
     def scale(self, factor: Float[Tensor, ""]) -> None:
@@ -150,7 +150,7 @@ class BatchTopK:
         return torch.full_like(self._sae.b_enc, self.theta, dtype=dtype)
 
     def encode(self, products: Products) -> Selected:
-        return _above(products, self._sae.b_enc, self.thresholds(self._sae.W_enc.dtype))
+        return _above(products, self._sae, self.thresholds(self._sae.W_enc.dtype))
 
     def scale(self, factor: Float[Tensor, ""]) -> None:
         """Scale theta with the codes."""
@@ -178,7 +178,9 @@ class BatchTopK:
         b_enc, found = self._sae.b_enc, None
         if b_enc.device.type != "cpu":
             found = queued.largest(products.blocks(), b_enc, count)
-        return select.largest(products.blocks(), b_enc, count) if found is None else found
+        if found is not None:
+            return found
+        return select.largest(products.blocks(), b_enc, count, self._sae.kernels)
 
     def follow(self, least: Float[Tensor, ""], is_there: Bool[Tensor, ""]) -> None:
         """Take the least code of a batch, if there is one, into the running mean.
@@ -212,10 +214,9 @@ class BatchTopK:
         return chosen, from_ordered(least)
 
 
-def _above(
-    products: Products, b_enc: Float[Tensor, " n_local"], thresholds: Float[Tensor, " n_local"]
-) -> Selected:
-    found = select.above(products.blocks(), b_enc, thresholds)
+def _above(products: Products, sae: Dictionary, thresholds: Float[Tensor, " n_local"]) -> Selected:
+    b_enc = sae.b_enc
+    found = select.above(products.blocks(), b_enc, thresholds, sae.kernels)
     assert found is not None  # because there is no limit
     starts = starts_of(found.rows, len(products.rows))
     return found.values, Entries(found.latents, starts, len(b_enc))

@@ -84,6 +84,11 @@ class Kernels(NamedTuple):
     As keys (`keys.py`): of equal pre-activations the lower latent is kept. The chunk's are its
     products plus the bias. `latents` are the numbers of its columns, ascending.
     """
+    above: Callable[[Tensor, Tensor, Tensor], tuple[Tensor, Tensor, Tensor]]
+    """The pre-activations of a chunk that exceed their column's bound, by row, then by column.
+
+    (products [batch, chunk], bias [chunk], bounds [chunk]) -> values, rows, columns, each [found]
+    """
     combine: Callable[[Tensor, Entries, Tensor], Tensor]
     """C W: each row is a sum of rows of W, weighted with the row's coefficients.
 

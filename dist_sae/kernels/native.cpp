@@ -1,4 +1,4 @@
-// Selection and sums by latent on a CPU, for native.py. Plain C functions, OpenMP threads.
+// Selections and sums by latent on a CPU, for native.py. Plain C functions, OpenMP threads.
 //
 // B rows, C columns of a chunk, K kept per row; N latents, E entries, D columns of a weight.
 
@@ -56,17 +56,29 @@ inline Floats load(const BFloat16* x) {
     return result;
 }
 
+inline bool all_ones(Flags flags) {
+    int64_t pairs[kLanes / 2], all = -1;
+    std::memcpy(pairs, &flags, sizeof pairs);
+    for (const int64_t pair : pairs) all &= pair;
+    return all == -1;
+}
+
+// Whether any of kBlock sums exceeds its bound.
+template <typename T>
+inline bool any_exceeds(const T* x, const float* bias, const float* bounds) {
+    Flags within = ~(load(x) + load(bias) > load(bounds));
+    for (int i = kLanes; i < kBlock; i += kLanes)
+        within &= ~(load(x + i) + load(bias + i) > load(bounds + i));
+    return !all_ones(within);
+}
+
 // Whether any of kBlock sums reaches a bound, or is NaN.
 template <typename T>
 inline bool any_reaches(const T* x, const float* bias, float bound) {
     const Floats bounds = bound - Floats{};
     Flags within = load(x) + load(bias) < bounds;
     for (int i = kLanes; i < kBlock; i += kLanes) within &= load(x + i) + load(bias + i) < bounds;
-    int64_t flags[kLanes / 2];  // all ones where all are within
-    std::memcpy(flags, &within, sizeof flags);
-    int64_t all = -1;
-    for (const int64_t pair : flags) all &= pair;
-    return all != -1;
+    return !all_ones(within);
 }
 
 template <typename T>
@@ -147,9 +159,64 @@ void keep_largest(int64_t* best, const T* products, const float* bias, const int
     }
 }
 
+// The sums of products [B, C] and bias [C] above their column's bound, in order, with row and column.
+// Writes as many as there is room for, and to count how many there are.
+template <typename T>
+void above(int64_t* count, float* values, int32_t* rows, int32_t* columns, const T* products,
+           const float* bias, const float* bounds, int64_t B, int64_t C, int64_t room,
+           int threads) {
+    struct Found {
+        float value;
+        int32_t row, column;
+    };
+    std::vector<std::vector<Found>> found(threads);
+#pragma omp parallel for num_threads(threads) schedule(static, 1)
+    for (int part = 0; part < threads; ++part) {  // consecutive rows, so that the order is theirs
+        std::vector<Found>& here = found[part];
+        for (int64_t b = part * B / threads; b < (part + 1) * B / threads; ++b) {
+            const T* row = products + b * C;
+            auto look_at = [&](int64_t c) {
+                const float value = value_of(row[c]) + bias[c];
+                if (value > bounds[c])
+                    here.push_back({value, static_cast<int32_t>(b), static_cast<int32_t>(c)});
+            };
+            int64_t c = 0;
+            for (; c + kBlock <= C; c += kBlock)
+                if (any_exceeds(row + c, bias + c, bounds + c))
+                    for (int64_t i = c; i < c + kBlock; ++i) look_at(i);
+            for (; c < C; ++c) look_at(c);
+        }
+    }
+    *count = 0;
+    for (const std::vector<Found>& part : found) {
+        for (const Found& each : part) {
+            if (*count < room) {
+                values[*count] = each.value;
+                rows[*count] = each.row;
+                columns[*count] = each.column;
+            }
+            ++*count;
+        }
+    }
+}
+
 }  // namespace
 
 extern "C" {
+
+void above_bf16(int64_t* count, float* values, int32_t* rows, int32_t* columns,
+                const void* products, const float* bias, const float* bounds, int64_t B, int64_t C,
+                int64_t room, int threads) {
+    above(count, values, rows, columns, static_cast<const BFloat16*>(products), bias, bounds, B, C,
+          room, threads);
+}
+
+void above_fp32(int64_t* count, float* values, int32_t* rows, int32_t* columns,
+                const void* products, const float* bias, const float* bounds, int64_t B, int64_t C,
+                int64_t room, int threads) {
+    above(count, values, rows, columns, static_cast<const float*>(products), bias, bounds, B, C,
+          room, threads);
+}
 
 // best [B, K] becomes the K largest of itself and of products [B, C] + bias [C], latents [C].
 void keep_largest_bf16(int64_t* best, const void* products, const float* bias,

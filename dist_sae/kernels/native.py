@@ -1,4 +1,4 @@
-"""The sparse products on a CPU: selection and sums by latent in C++, the rest in torch.
+"""The sparse products on a CPU: selections and sums by latent in C++, the rest in torch.
 
 `native.cpp` is compiled when it is first needed (g++ or clang++, two seconds) and kept in
 `~/.cache/dist_sae`. It looks at every pre-activation once and keeps the largest in a small buffer:
@@ -31,6 +31,7 @@ logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("native.cpp")
 _FLAGS = ("-O3", "-march=native", "-fopenmp")
+_EXPECTED = 64  # of so many products one is above its bound
 _WEIGHTS = 2  # gradients kept: of W_enc and W_dec
 
 
@@ -40,6 +41,7 @@ def kernels() -> Kernels:
     return plain.KERNELS._replace(
         name="native",
         keep_largest=keep_largest,
+        above=above,
         sum_by_latent=partial(sum_by_latent, memory.empty),
         sum_values=sum_values,
         empty=memory.empty_like,
@@ -64,6 +66,22 @@ def keep_largest(best: Tensor, products: Tensor, bias: Tensor, latents: Tensor) 
     sizes = (*products.shape, best.shape[1])
     _call(functions[products.dtype], (best, products, bias.float(), latents), sizes)
     return best
+
+
+def above(products: Tensor, bias: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See `Kernels.above`."""
+    functions = {torch.bfloat16: "above_bf16", torch.float32: "above_fp32"}
+    if products.dtype not in functions:
+        return plain.above(products, bias, bounds)
+    count, found = torch.full((1,), products.numel() // _EXPECTED), -1
+    while found < 0:  # once more where there was too little room
+        room = int(count)
+        values, places = torch.empty(room), torch.empty(2, room, dtype=torch.int32)
+        tensors = count, values, *places, products, bias.float(), bounds.float()
+        _call(functions[products.dtype], tensors, (*products.shape, room))
+        found = int(count) if int(count) <= room else -1
+    rows, columns = places[:, :found].long()
+    return values[:found].clone(), rows, columns
 
 
 def sum_by_latent(

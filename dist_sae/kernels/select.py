@@ -166,6 +166,7 @@ def above(
     blocks: Iterable[Block],
     b_enc: Float[Tensor, " n_latents"],
     bound: Float[Tensor, " n_latents"],
+    kernels: Kernels,
     *,
     limit: int | None = None,
 ) -> Candidates | None:
@@ -175,28 +176,30 @@ def above(
         blocks: x W_enc^T, chunk after chunk.
         b_enc: Encoder bias.
         bound: Bound of each latent.
+        kernels: The sparse products.
         limit: Give up when there are more than this many.
 
     Returns:
         The entries by row and latent, or None if there are more than `limit`.
     """
     found = [_nothing(b_enc)]
-    for rows, columns, block, _ in blocks:
-        pre_acts = block + b_enc[columns]
-        hits, places = (pre_acts > bound[columns]).nonzero(as_tuple=True)
-        found.append(Candidates(pre_acts[hits, places], hits + rows.start, columns[places]))
+    for block in blocks:
+        found.append(_above(block, b_enc, bound[block.latents], kernels))
         if limit is not None and sum(len(c.rows) for c in found) > limit:
             return None
     return by_row(Candidates(*map(torch.cat, zip(*found, strict=True))))
 
 
-def largest(blocks: Iterable[Block], b_enc: Float[Tensor, " n_latents"], count: int) -> Candidates:
+def largest(
+    blocks: Iterable[Block], b_enc: Float[Tensor, " n_latents"], count: int, kernels: Kernels
+) -> Candidates:
     """The `count` largest positive entries of x W_enc^T + b_enc in the whole batch; no gradient.
 
     Args:
         blocks: x W_enc^T, chunk after chunk.
         b_enc: Encoder bias.
         count: From 1.
+        kernels: The sparse products.
 
     Returns:
         These, or all positive ones if there are fewer, with some smaller or equal ones, in any
@@ -204,22 +207,30 @@ def largest(blocks: Iterable[Block], b_enc: Float[Tensor, " n_latents"], count: 
     """
     found = _nothing(b_enc)
     bound = least = b_enc.new_zeros(())
-    for rows, columns, block, opens in blocks:
-        if len(found.values) > (count if opens else 2 * count):
+    for block in blocks:
+        if len(found.values) > (count if block.opens else 2 * count):
             found, bound = _cut(found, count)
         # of equal values a later chunk loses; within a chunk a later row may have a lower latent
-        if opens:
+        if block.opens:
             least = bound
-        pre_acts = block + b_enc[columns]
-        chosen = (pre_acts > least) & (pre_acts >= bound)
-        if not len(found.values) and pre_acts.numel() > 4 * count:  # drops most of the first block
-            reached = reached_by(pre_acts, count)
-            if reached is not None:
-                chosen &= pre_acts >= reached
-        hits, places = chosen.nonzero(as_tuple=True)
-        more = Candidates(pre_acts[hits, places], hits + rows.start, columns[places])
+        over = torch.where(bound > least, _just_below(bound), least)
+        if not len(found.values) and block.products.numel() > 4 * count:
+            # drops most of the first block
+            reached = reached_by(block.products + b_enc[block.latents], count)
+            over = over if reached is None else torch.maximum(over, _just_below(reached))
+        more = _above(block, b_enc, over.expand(len(block.latents)), kernels)
         found = Candidates(*map(torch.cat, zip(found, more, strict=True)))
     return _cut(found, count)[0] if len(found.values) > count else found
+
+
+def _above(block: Block, b_enc: Tensor, bounds: Tensor, kernels: Kernels) -> Candidates:
+    values, rows, columns = kernels.above(block.products, b_enc[block.latents], bounds)
+    return Candidates(values, rows + block.rows.start, block.latents[columns])
+
+
+def _just_below(value: Float[Tensor, ""]) -> Float[Tensor, ""]:
+    """The number that only `value` and larger ones exceed."""
+    return value.nextafter(value.new_tensor(-torch.inf))
 
 
 def reached_by(pre_acts: Float[Tensor, "rows chunk"], count: int) -> Float[Tensor, ""] | None:

@@ -34,6 +34,13 @@ def keep_largest(best: Tensor, products: Tensor, bias: Tensor, latents: Tensor) 
     return torch.cat([best, keys], 1).topk(k, dim=1, sorted=False).values
 
 
+def above(products: Tensor, bias: Tensor, bounds: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """See `Kernels.above`."""
+    pre_acts = products + bias
+    rows, columns = (pre_acts > bounds).nonzero(as_tuple=True)
+    return pre_acts[rows, columns], rows, columns
+
+
 def combine(coefficients: Tensor, entries: Entries, W: Tensor) -> Tensor:
     """See `Kernels.combine`."""
     return F.embedding_bag(
@@ -93,4 +100,4 @@ def _long(starts: Tensor, n_entries: int) -> list[list[int]]:
     return places
 
 
-KERNELS = Kernels("torch", keep_largest, combine, gather_dot, sum_by_latent, sum_values)
+KERNELS = Kernels("torch", keep_largest, above, combine, gather_dot, sum_by_latent, sum_values)

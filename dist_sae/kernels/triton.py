@@ -92,7 +92,9 @@ def gather_dot(rows: Tensor, entries: Entries, W: Tensor) -> Tensor:
     return products
 
 
-KERNELS = Kernels("triton", keep_largest, combine, gather_dot, sum_by_latent, plain.sum_values)
+KERNELS = Kernels(
+    "triton", keep_largest, plain.above, combine, gather_dot, sum_by_latent, plain.sum_values
+)
 
 
 def _sum_segments(

@@ -6,6 +6,7 @@ where ranks talk to each other.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -201,7 +202,11 @@ def test_keys_have_the_order_of_values_and_the_other_of_latents() -> None:
 # BatchTopK: the largest of the whole batch
 
 
-@pytest.mark.parametrize("largest", [select.largest, queued.largest])
+def _largest(kernels: str) -> Callable[..., Candidates]:
+    return partial(select.largest, kernels=TORCH if kernels == "torch" else native.kernels())
+
+
+@pytest.mark.parametrize("largest", [_largest("torch"), _largest("native"), queued.largest])
 @pytest.mark.parametrize("block_rows", [3, ROWS])
 @pytest.mark.parametrize("chunk", [16, 48, 10_000])
 @pytest.mark.parametrize("case", CASES)
@@ -238,7 +243,8 @@ def test_the_queued_selection_of_all_above_their_bound_is_the_other(
     for make in CASES.values():
         W_enc, bound = make(340).T.contiguous(), torch.linspace(-1, 1, 340)
         given = torch.zeros(340), bound
-        wanted = select.above(select.products(torch.eye(ROWS), W_enc, torch.float32), *given)
+        blocks = select.products(torch.eye(ROWS), W_enc, torch.float32)
+        wanted = select.above(blocks, *given, TORCH)
         assert wanted is not None
         for limit in (len(wanted.values), len(wanted.values) - 1):
             blocks = select.products(torch.eye(ROWS), W_enc, torch.float32)
@@ -248,6 +254,26 @@ def test_the_queued_selection_of_all_above_their_bound_is_the_other(
             else:
                 assert found is not None
                 assert all(map(torch.equal, found, wanted))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("n", [1, 63, 64, 200, 1000])
+def test_native_finds_what_torch_finds_above_bounds(n: int, dtype: torch.dtype) -> None:
+    """In the same order; of equal numbers none, of NaN none, of all of them all."""
+    generator = torch.Generator().manual_seed(n)
+    products = torch.randn(37, n, generator=generator).to(dtype)
+    products[3] = float("nan")
+    products[5, ::2] = float("inf")
+    products[7] = 0.5
+    bias = torch.randn(n, generator=generator) / 8
+    bias[0] = 0.0
+    some = torch.randn(n, generator=generator) + 2
+    for bounds in (some, torch.full((n,), 0.5), torch.full((n,), -torch.inf), torch.inf + some):
+        wanted = TORCH.above(products, bias, bounds)
+        found = native.above(products, bias, bounds)
+        for part, of_torch in zip(found, wanted, strict=True):
+            assert part.dtype == of_torch.dtype
+            assert torch.equal(part, of_torch)
 
 
 def test_a_queued_selection_that_does_not_fit_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
