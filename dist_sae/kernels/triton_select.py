@@ -20,7 +20,7 @@ from torch import Tensor
 from dist_sae.kernels import torch as plain
 from dist_sae.kernels.keys import NOTHING
 
-_TILE = 512
+TILE_PRODUCTS = 512
 """Products that a warp compares at once: 32 bytes of bf16 in each thread."""
 _MOST = 1024
 """Keys that fit into a warp's registers. For more, what is put in costs more than torch's top-k."""
@@ -45,7 +45,7 @@ def keep_largest(best: Tensor, products: Tensor, bias: Tensor, latents: Tensor) 
         products.shape[1],
         k,
         SLOTS=triton.next_power_of_2(k),
-        TILE=_TILE,
+        TILE=TILE_PRODUCTS,
         num_warps=1,
     )
     return kept

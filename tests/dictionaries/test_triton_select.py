@@ -42,7 +42,7 @@ def test_the_largest_over_two_chunks_are_plain_torchs(
     case: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Several tiles, the last not full; k of one, no power of two, more than a chunk has."""
-    monkeypatch.setattr(triton_select, "_TILE", 16)
+    monkeypatch.setattr(triton_select, "TILE_PRODUCTS", 16)
     for n, k in ((60, 1), (60, 5), (40, 27)):
         pre_acts = CASES[case](n)[:_ROWS]
         best, half = nothing(k), n // 2

@@ -55,8 +55,10 @@ def prometheus(
     config["rule_files"] = [str(folder / name) for name in config["rule_files"]]
     config["alerting"]["alertmanagers"][0]["static_configs"][0]["targets"] = [alertmanager]
     programs, pushed = config["scrape_configs"]
-    programs["static_configs"][0]["targets"] = list(targets)
-    pushed["static_configs"][0]["targets"] = [gateway]
+    # as the cluster's PodMonitor labels them
+    of_pods = {"namespace": "research", "app_kubernetes_io_instance": "world"}
+    programs["static_configs"] = [{"targets": list(targets), "labels": of_pods}]
+    pushed["static_configs"] = [{"targets": [gateway], "labels": {"namespace": "research"}}]
     (folder / "prometheus.yml").write_text(yaml.safe_dump(config))
     (folder / "rules.yaml").write_text((MONITORING / "rules.yaml").read_text())
     (folder / "alerts.yaml").write_text(_hasty((MONITORING / "alerts.yaml").read_text()))
