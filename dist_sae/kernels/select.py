@@ -208,7 +208,8 @@ def largest(
     found = _nothing(b_enc)
     bound = least = b_enc.new_zeros(())
     for block in blocks:
-        if len(found.values) > (count if block.opens else 2 * count):
+        # at once where there is no bound yet, or the next block would give all its positive ones
+        if len(found.values) > (count if block.opens or bound == 0 else 2 * count):
             found, bound = _cut(found, count)
         # of equal values a later chunk loses; within a chunk a later row may have a lower latent
         if block.opens:
