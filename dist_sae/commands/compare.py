@@ -2,11 +2,13 @@
 
 import argparse
 import csv
+import io
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dist_sae.commands import shared
+from dist_sae.errors import ConfigError
 
 if TYPE_CHECKING:
     from dist_sae.comparison.matched import Matched
@@ -36,22 +38,32 @@ def main(options: argparse.Namespace) -> None:
     compared = read_compared(runs)
     matched = _match(compared) if options.match else {}
     differences = differing(compared)
+    rows = list(_rows(compared, differences))
     if options.csv:
-        with options.csv.open("w", newline="") as file:
-            rows = list(_rows(compared, differences))
-            writer = csv.DictWriter(file, rows[0])
-            writer.writeheader()
-            writer.writerows(rows)
+        table = io.StringIO()
+        writer = csv.DictWriter(table, rows[0], lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        _write("--csv", options.csv, table.getvalue())
     if options.html:
         from dist_sae.comparison.page import render_comparison
 
-        options.html.write_text(render_comparison(compared, matched))
+        _write("--html", options.html, render_comparison(compared, matched))
     content = {
-        "runs": list(_rows(compared, differences)),
+        "runs": rows,
         "matched": {label: found._asdict() for label, found in matched.items()},
         "caveats": caveats(compared),
     }
     shared.print_lines(options, content, list(_lines(compared, differences, matched)))
+
+
+def _write(option: str, path: Path, text: str) -> None:
+    try:
+        path.write_text(text, encoding="utf-8")
+    except OSError as exc:
+        raise ConfigError(
+            f"{option}: {path}: {exc.strerror}; name a file that can be written"
+        ) from exc
 
 
 def _match(compared: Sequence["Compared"]) -> dict[str, "Matched"]:

@@ -31,8 +31,8 @@ class Matched(NamedTuple):
 
     share: float
     by_decade: dict[int, float]
-    """The same for latents whose density is from 10^decade to ten times that; empty if the first
-    run has no latent index."""
+    """Shares of latents with a near copy, by decade of density: decade d holds the latents with a
+    density from 10^d to 10^(d+1). Empty if the first run has no latent index."""
 
 
 class _Chosen(NamedTuple):

@@ -1,4 +1,4 @@
-"""What runs have in their folders, made comparable."""
+"""Settings, evaluations and histories of several runs, read from their folders."""
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,10 +19,10 @@ NUMBERS = {
     "duplicate_share": "Duplicates",
     "rows_per_second": "Rows/s in training",
 }
-"""Columns of the table and their headings. All but the first two and the last are of the
-evaluation."""
+"""Columns of the table and their headings. The evaluation gives all but the first two and the
+last."""
 _HELD_OUT = ("plan", "rows", "site")
-"""By which the rows of an evaluation are known."""
+"""Two evaluations with equal values here measured the same rows."""
 
 
 class Compared(NamedTuple):
@@ -34,7 +34,7 @@ class Compared(NamedTuple):
     settings: Mapping[str, Any]
     """The settings that decide its result, `section.key` by value."""
     step: int | None
-    """Of the newest checkpoint; None if there is none."""
+    """Step of the newest checkpoint; None if there is no checkpoint."""
     evaluation: Mapping[str, Any]
     """Held-out results; empty if there are none."""
     history: Sequence[Mapping[str, Any]]
@@ -91,7 +91,7 @@ def differing(compared: Sequence[Compared]) -> dict[str, list[Any]]:
 
 
 def caveats(compared: Sequence[Compared]) -> list[str]:
-    """What to know before numbers are compared, a sentence each."""
+    """Reasons why numbers cannot simply be compared, a sentence each."""
     found = []
     for each in compared:
         if each.step is None:

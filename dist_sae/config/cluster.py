@@ -85,9 +85,9 @@ class PodsConfig(Section):
     """Crashes (a bug, out of memory) of one pod and its successors until the run has failed.
     Preemptions, evictions and exits with 75 do not count; an exit with 2 fails the run at once."""
     pod_patch: dict[TemplateKey, dict[str, Any]] = Field(default_factory=dict)
-    """What else the pods need, merged into their template as `kubectl patch` merges (strategic
-    merge): annotations, a runtimeClassName, volumes, huge pages, IPC_LOCK, hostNetwork. The
-    container of the program is named `main`."""
+    """A patch of the pod template, merged as `kubectl patch` does (strategic merge): annotations, a
+    runtimeClassName, volumes, huge pages, IPC_LOCK, hostNetwork. The container of the program is
+    named `main`."""
 
 
 class SpreadPods(PodsConfig):

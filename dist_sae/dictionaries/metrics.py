@@ -66,7 +66,7 @@ class Fit(NamedTuple):
         )
 
     def on_cpu(self) -> "Fit":
-        """The same sums on the CPU."""
+        """These sums, copied to the CPU."""
         return self._replace(
             squared_error=self.squared_error.cpu(),
             squared_total=self.squared_total.cpu(),

@@ -1,7 +1,8 @@
-"""What carries NCCL's messages between nodes: RDMA, or sockets, which it falls back to in silence.
+"""Finds out whether NCCL uses RDMA between nodes, or has silently fallen back to sockets.
 
-NCCL tells only its log. Trainer pods that ask for RDMA devices (`cluster.trainer.rdma`) have it
-write one (`pod_environment`), which is read once the first collective has connected the ranks.
+NCCL reports its choice only in its log. Trainer pods that ask for RDMA devices
+(`cluster.trainer.rdma`) make it write one (`pod_environment`). The log is read once the first
+collective has connected the ranks.
 """
 
 import logging

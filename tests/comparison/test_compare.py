@@ -162,3 +162,14 @@ def test_a_folder_without_a_run_is_named(
 ) -> None:
     said = compare(capsys, folder(first), str(tmp_path), code=2)
     assert said.startswith(f"error: {tmp_path}: has no run.yaml")
+
+
+def test_a_file_that_cannot_be_written_is_named(
+    first: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for option in ("--csv", "--html"):
+        path = tmp_path / "missing" / "file"
+        said = compare(capsys, folder(first), folder(first), option, str(path), code=2)
+        assert said == (
+            f"error: {option}: {path}: No such file or directory; name a file that can be written\n"
+        )

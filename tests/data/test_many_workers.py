@@ -8,7 +8,7 @@ from tests.data.simulated import Clock, Fleet, Store
 def test_a_thousand_producers_get_the_units_they_want_for_four_requests_each(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """They want 455 units a second, of 2.2 s each; none is begun twice."""
+    """A unit takes 2.2 s, so 1,000 producers want 455 units a second. No unit is begun twice."""
     fleet = Fleet(monkeypatch, 1000, 20_000, 2.2, seconds=23.0, counted_from=5.4)
     assert fleet.busy_share >= 0.95
     assert fleet.requests <= 4 * fleet.units

@@ -23,7 +23,9 @@ _IN_NO_ORDER = {
     *("index_add", "index_put", "index_reduce", "put", "scatter_add", "scatter_reduce"),
     *("bincount", "cumsum", "histc"),
 }
-"""Of floats, on CUDA (`torch.use_deterministic_algorithms`); of index_put only where it adds."""
+"""Operations that sum floats in no fixed order on CUDA, by `torch.use_deterministic_algorithms`.
+
+`index_put` does so only where it accumulates."""
 _WITH_A_DENSE_WAY = (*PENALISED, "crosscoder_relu", "clt_jumprelu")
 
 

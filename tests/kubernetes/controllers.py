@@ -121,7 +121,7 @@ class Job:
         return self._failed_at[pausing] + min(_FIRST_PAUSE * 2.0**doubled, _LONGEST_PAUSE)
 
     def _pausing(self, index: int) -> int | None:
-        """What pauses after failures of an index: it alone, or the Job (None)."""
+        """The index that pauses after its failures; None where the whole Job pauses."""
         return index if "backoffLimitPerIndex" in self.spec else None
 
     def _judge(self, index: int, pod: Pod) -> None:

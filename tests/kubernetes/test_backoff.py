@@ -69,7 +69,7 @@ def rendered(part: str, *overrides: str) -> Object:
 
 
 def of_the_whole_job(job: Object) -> Object:
-    """The same Job, with one budget for all of its pods."""
+    """This Job with one failure budget for all of its pods."""
     limits = ("backoffLimitPerIndex", "maxFailedIndexes")
     spec = {key: value for key, value in job["spec"].items() if key not in limits}
     return job | {"spec": spec | {"backoffLimit": 6}}

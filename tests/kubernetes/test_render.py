@@ -118,7 +118,7 @@ def test_definitions_catch_what_is_wrong() -> None:
 
 
 def test_checks_catch_what_is_wrong() -> None:
-    """Of objects that a server would refuse: the checks above are worth something."""
+    """The checks above refuse objects that a server would refuse."""
     jobset = jobset_of(load())
     job = ("spec", "replicatedJobs", 0)
     with pytest.raises(kubernetes_validate.ValidationError, match="completons"):

@@ -69,7 +69,7 @@ BUDGET = {
 
 @pytest.fixture(autouse=True)
 def many_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Of 16 latents and 32 rows."""
+    """Cut products into blocks of 16 latents and 32 rows."""
     monkeypatch.setattr(select, "CHUNK_LATENTS", 16)
     monkeypatch.setattr(select, "CHUNK_BYTES", 16 * 32 * 4)
 
@@ -117,7 +117,7 @@ class Life:
         return TrainingState(self.sae, self.engine, self.dead, self.average)
 
     def numbers(self, output: Output) -> list[Any]:
-        """What a report and an evaluation compute."""
+        """The numbers that the reporter and an evaluation compute."""
         sae, x = self.sae, self.rows.targets
         densities = Densities(N_LATENTS, 1000, device=self.device)
         densities.add(output.firings, BATCH)

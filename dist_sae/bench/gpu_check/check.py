@@ -1,4 +1,4 @@
-"""What the stages share: where they run, what they report, how they time and compare."""
+"""Shared by the stages: device and folder, records of results, timing, comparison."""
 
 import statistics
 import time

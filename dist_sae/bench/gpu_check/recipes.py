@@ -35,7 +35,7 @@ class PlainStep(TrainingStep):
 
 
 class Trained(NamedTuple):
-    """What some steps left."""
+    """FVUs and parameters after some steps."""
 
     fvus: list[float]
     parameters: list[Tensor]
