@@ -1,6 +1,7 @@
 """Real S3 servers on loopback, each in a folder of its own, that end with the `with`."""
 
 import json
+import logging
 import random
 import re
 import shutil
@@ -66,7 +67,12 @@ class Server(NamedTuple):
 
 @contextmanager
 def moto() -> Iterator[Server]:
-    """Start moto in this process, with everything in memory; accepts any key."""
+    """Start moto in this process, with everything in memory; accepts any key.
+
+    What its threads log is not the business of the test that happens to run: an upload that another
+    test gave up may still be failing there.
+    """
+    logging.getLogger("werkzeug").propagate = False
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     try:
