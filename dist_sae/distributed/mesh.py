@@ -17,8 +17,9 @@ from dist_sae.distributed.axis import SameRowsAxis, ShardedAxis
 from dist_sae.distributed.rendezvous import Ranks
 from dist_sae.errors import DivergedError
 
-_COLLECTIVE_TIMEOUT = timedelta(minutes=10)
-_FOREVER = timedelta(days=365)
+# of every group: the watch alone tells which rank is lost or hung. A group that gives up by itself
+# names nobody, and NCCL's then ends the process with 134
+_NO_LIMIT = timedelta(days=365)
 T = TypeVar("T")
 
 
@@ -31,7 +32,7 @@ class Mesh(NamedTuple):
     axis: LatentAxis
     """This rank's place in the grid of `replicas` x `shards`."""
     control: dist.ProcessGroup | None = None
-    """Control group: gloo, without a time limit, since a rank may wait long for data."""
+    """Control group, over gloo."""
     background_control: dist.ProcessGroup | None = None
     """Second control group, for saving."""
 
@@ -41,7 +42,7 @@ class Mesh(NamedTuple):
         return self.rank == 0
 
     def any_rank(self, condition: bool) -> bool:  # noqa: FBT001 - the name asks for it
-        """True if the condition holds on any rank. Collective; waits without a time limit."""
+        """True if the condition holds on any rank. Collective."""
         return self.any_rank_and_max(condition, 0.0)[0]
 
     def any_rank_and_max(self, condition: bool, value: float) -> tuple[bool, float]:  # noqa: FBT001
@@ -115,12 +116,11 @@ def join_mesh(
     backend = "nccl" if device.type == "cuda" and shared_by_all is None else "gloo"
     # DeepSpeed wants a process group of one rank as well; it needs no port
     store = ranks.connect() if world > 1 else dist.HashStore()  # type: ignore[attr-defined]
-    dist.init_process_group(
-        backend, store=store, rank=rank, world_size=world, timeout=_COLLECTIVE_TIMEOUT
-    )
+    store.set_timeout(_NO_LIMIT)  # NCCL's ranks meet there once more, before a first collective
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, timeout=_NO_LIMIT)
     control = background = None
     if world > 1:
-        control, background = (dist.new_group(backend="gloo", timeout=_FOREVER) for _ in range(2))
+        control, background = (_group(backend="gloo") for _ in range(2))
     try:
         if backend == "nccl" and world > 1 and transport.rdma_is_asked_for():
             dist.all_reduce(torch.zeros(1, device=device))  # NCCL connects at the first collective
@@ -138,9 +138,15 @@ def _split(rank: int, world: int, shards: int) -> ShardedAxis:
     """
     grid = torch.arange(world).reshape(-1, shards)
     replica, shard = divmod(rank, shards)
-    within = [dist.new_group(ranks.tolist()) for ranks in grid][replica]
-    across = [dist.new_group(ranks.tolist()) for ranks in grid.T][shard]
+    within = [_group(ranks.tolist()) for ranks in grid][replica]
+    across = [_group(ranks.tolist()) for ranks in grid.T][shard]
     return ShardedAxis(shard, shards, replica, len(grid), within=within, across=across)
+
+
+def _group(ranks: list[int] | None = None, backend: str | None = None) -> dist.ProcessGroup:
+    # without a limit of its own it would have torch's, not that of the first group
+    group: dist.ProcessGroup = dist.new_group(ranks, timeout=_NO_LIMIT, backend=backend)
+    return group
 
 
 def check_replicated(mesh: Mesh, tensors: Iterable[Tensor]) -> None:

@@ -4,6 +4,7 @@ Twice a second every rank writes a heartbeat to the rendezvous store. Rank 0 rea
 and publishes a verdict when one is missing; the others read the verdict and rank 0's heartbeat. All
 this runs in threads of its own, because the training thread may be blocked in a collective or
 waiting for data. If the job must end and the training thread does not return, the process exits.
+Nobody else judges: process groups have no time limit (`mesh.py`), and NCCL's errors end no process.
 """
 
 import faulthandler
@@ -25,6 +26,12 @@ _BEAT_SECONDS = 0.5
 GRACE_SECONDS = 5.0
 """Time for the training thread to fail with an error of its own."""
 _STOP, _VERDICT, _HEARTBEAT = "stop", "verdict", "heartbeat/"
+# torch ends a process with 134 when NCCL's peer is gone, or when its own thread for NCCL stands
+# still for 8 minutes: before the watch can tell which rank it is
+_LEFT_TO_THE_WATCH = {
+    "TORCH_NCCL_ASYNC_ERROR_HANDLING": "0",
+    "TORCH_NCCL_ENABLE_MONITORING": "0",
+}
 
 
 class _Heartbeat(NamedTuple):
@@ -93,6 +100,8 @@ class Watch:
 
     def __enter__(self) -> "Watch":
         if self._ranks.world > 1:
+            for name, value in _LEFT_TO_THE_WATCH.items():
+                os.environ.setdefault(name, value)
             self._store = self._ranks.connect()
             for thread in self._threads:
                 thread.start()

@@ -7,8 +7,10 @@ import os
 import signal
 import threading
 import time
+from datetime import timedelta
 
 import torch
+from torch.distributed import distributed_c10d
 
 from dist_sae.distributed import watch as watch_module
 from dist_sae.distributed.mesh import Mesh, join_mesh
@@ -17,7 +19,10 @@ from dist_sae.distributed.watch import Watch
 from dist_sae.errors import CorruptObjectError, DistSaeError, Stopped
 from dist_sae.signals import stop_event
 
-MISSING_SECONDS, LOST_SECONDS, HUNG_SECONDS = 3.0, 2.0, 3.0
+MISSING_SECONDS, LOST_SECONDS, HUNG_SECONDS = 3.0, 2.0, 6.0
+GROUP_SECONDS = 1.0
+"""Torch's time limit of a group: as on GPUs (10 min, against 15), less than `hung_seconds`."""
+NCCL_JUDGES = ("ASYNC_ERROR_HANDLING", "ENABLE_MONITORING")
 
 
 def work(what: str) -> None:
@@ -27,6 +32,8 @@ def work(what: str) -> None:
         rendezvous(3, MISSING_SECONDS, stopping) as ranks,
         Watch(ranks, stopping, lost_seconds=LOST_SECONDS, hung_seconds=HUNG_SECONDS) as watch,
     ):
+        judges = {name: os.environ.get(f"TORCH_NCCL_{name}") for name in NCCL_JUDGES}
+        os.write(1, f"\n{judges}\n".encode())
         if what == "dies first" and ranks.rank == 1:
             os.kill(os.getpid(), signal.SIGKILL)
         with join_mesh(ranks) as mesh:
@@ -42,13 +49,14 @@ def go(what: str, mesh: Mesh, watch: Watch, stopping: threading.Event) -> None:
             raise Stopped(f"stopped at step {step}")
         watch.at(step, working=True)
         if mesh.rank == 1 and step == 3:
-            if what == "hangs":
+            if what in ("hangs", "hangs in a group"):
                 time.sleep(3600)
             elif what == "fails":
                 raise CorruptObjectError("is damaged", url="s3://bucket", key="unit")
             elif what == "stops":
                 stopping.set()
-        mesh.axis.total(torch.ones(1))
+        exchange = mesh.axis.across_replicas if what == "hangs in a group" else mesh.axis.total
+        exchange(torch.ones(1))
         os.write(1, f"{step}\n".encode())
         if what == "waits" and step == 10:
             return
@@ -62,6 +70,7 @@ def rank(what: str, output: str, env: dict[str, str]) -> None:
         os.dup2(os.open(f"{output}.{ending}", os.O_WRONLY | os.O_CREAT, 0o600), number)
     torch.set_num_threads(1)
     watch_module.GRACE_SECONDS = 1.0
+    distributed_c10d.default_pg_timeout = timedelta(seconds=GROUP_SECONDS)
     try:
         work(what)
     except DistSaeError as error:
