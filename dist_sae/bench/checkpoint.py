@@ -91,7 +91,7 @@ def _time_saves(
         checkpoints=Checkpoints(store, _RUN, keep=1),
         state=step.state,
         scalars={},
-        all_gather=lambda value: [value],
+        all_gather=lambda value, _: [value],
         first=True,
         before_commit=lambda: None,
         on_durable=durable.append,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
-from dist_sae.checkpoint.layout import Checkpoints, Piece
+from dist_sae.checkpoint.layout import Checkpoints, Piece, TensorRecord
 from dist_sae.checkpoint.state import TrainingState
 from dist_sae.device import copied_to_cpu
 from dist_sae.errors import Stopped
@@ -21,7 +21,7 @@ class Saved(NamedTuple):
     """A durable checkpoint."""
 
     step: int
-    cursors: Mapping[int, Any]
+    cursors: Mapping[int, tuple[int, ...]]
     """Positions of all streams."""
     bytes: int
     seconds: float
@@ -41,8 +41,8 @@ class Saver:
     """The live objects to save."""
     scalars: Mapping[str, Any]
     """Numbers and settings that are the same in every checkpoint of the run."""
-    all_gather: Callable[[Any], list[Any]]
-    """Gathers a picklable value of every rank, by rank; called in the thread."""
+    all_gather: Callable[[Any, Any], list[Any]]
+    """Gathers a value of every rank, by rank, given its type; called in the thread."""
     first: bool
     """Whether this rank writes the manifest."""
     before_commit: Callable[[], None]
@@ -129,7 +129,10 @@ class Saver:
         since: float,
     ) -> None:
         """Write this rank's part, then, on rank 0, the manifest of all parts. Collective."""
-        parts = self._on_all_ranks(lambda: (self.checkpoints.write(step, pieces), cursors))
+        parts = self._on_all_ranks(
+            lambda: (self.checkpoints.write(step, pieces), cursors),
+            tuple[dict[str, TensorRecord], dict[int, tuple[int, ...]]],
+        )
         everywhere = {v: cursor for _, own in parts for v, cursor in own.items()}
 
         def commit() -> int:
@@ -140,17 +143,24 @@ class Saver:
             all_scalars = {**self.scalars, **scalars, "places": everywhere}
             return self.checkpoints.commit(step, records, all_scalars)
 
-        size = max(self._on_all_ranks(commit))
+        size = max(self._on_all_ranks(commit, int))
         self.on_durable(Saved(step, everywhere, size, time.monotonic() - since))
 
-    def _on_all_ranks(self, work: Callable[[], Some]) -> list[Some]:
-        """Call `work` on every rank and gather the results; raises on all if one rank fails."""
+    def _on_all_ranks(self, work: Callable[[], Some], kind: Any) -> list[Some]:
+        """Call `work` on every rank and gather the results; raises on all if one rank fails.
+
+        Args:
+            work: Does it.
+            kind: Type of its results.
+        """
         value, failure = None, None
         try:
             value = work()
         except BaseException as exc:  # raised below, after the other ranks know
             failure = exc
-        results = self.all_gather((value, None if failure is None else str(failure)))
+        results = self.all_gather(
+            (value, None if failure is None else str(failure)), tuple[kind | None, str | None]
+        )
         if failure is not None:
             raise failure
         if failures := [words for _, words in results if words is not None]:

@@ -43,7 +43,7 @@ _DIGITS = 8  # digits of the unit in a shard's key
 MANIFESTS = NumberedKeys("units/")
 CLAIMS = NumberedKeys("claims/")
 """Claims of producers, by unit: see `data.work_queue`."""
-SHARDS = OwnKeys("shards/", r"(?P<site>[a-z_]+(\.\d+)?)/(?P<unit>\d{8})-[0-9a-f]+\.tar")
+SHARDS = OwnKeys("shards/", r"(?P<site>[a-z_]+(\.\d+(@other)?)?)/(?P<unit>\d{8})-[0-9a-f]+\.tar")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}
 _STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _INT8_LARGEST = 127
@@ -168,8 +168,25 @@ def _statistics(blocks: list[dict[str, Tensor]], d_in: int) -> tuple[Float[Tenso
 
 
 def read_manifest(store: ObjectStore, unit: int) -> UnitManifest:
-    """Read a unit's manifest; raises `ObjectNotFoundError` while the unit does not exist."""
-    return read_record(UnitManifest, store, manifest_key(unit))
+    """Read a unit's manifest.
+
+    Raises:
+        ObjectNotFoundError: The unit does not exist yet.
+        CorruptObjectError: It is damaged, or names other objects than shards of this unit: whoever
+            can write it would else choose what retention deletes.
+    """
+    key = manifest_key(unit)
+    manifest = read_record(UnitManifest, store, key)
+    for site, shard in manifest.sites.items():
+        own = SHARDS.parse(shard.key)
+        if own is None or (own["site"], int(own["unit"])) != (site, unit):
+            raise CorruptObjectError(
+                f"names {shard.key}, which is no shard of {site} of unit {unit}; delete the "
+                f"manifest and produce the unit again",
+                url=store.url,
+                key=key,
+            )
+    return manifest
 
 
 def read_block(store: ObjectStore, shard: SiteShard, number: int) -> SiteRows:

@@ -1,14 +1,16 @@
 """The ranks of a job: their devices, their process groups, their agreements."""
 
 import hashlib
+import json
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
-from typing import Any, NamedTuple, TypeVar, cast
+from typing import Any, NamedTuple, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from pydantic import ConfigDict, TypeAdapter
+from torch import Tensor, nn
 
 from dist_sae.device import device_of, own_device
 from dist_sae.dictionaries.axis import WHOLE, LatentAxis
@@ -20,6 +22,7 @@ from dist_sae.errors import DivergedError
 # of every group: the watch alone tells which rank is lost or hung. A group that gives up by itself
 # names nobody, and NCCL's then ends the process with 134
 _NO_LIMIT = timedelta(days=365)
+_NUMBERS = ConfigDict(ser_json_inf_nan="constants")  # else infinity would arrive as None
 T = TypeVar("T")
 
 
@@ -62,26 +65,70 @@ class Mesh(NamedTuple):
         """Wait until every rank is here."""
         self.any_rank(False)  # noqa: FBT003
 
-    def of_first(self, work: Callable[[], T]) -> T:
-        """Result of work that rank 0 does alone, picklable, on all ranks. Collective."""
+    def of_first(self, work: Callable[[], T], kind: Any = Any) -> T:
+        """Result of work that rank 0 does alone, on all ranks. Collective.
+
+        Args:
+            work: Does it.
+            kind: Type of the result, by which it is read from JSON; `Any`: what JSON has.
+        """
         if self.world == 1:
             return work()
-        result = [work() if self.is_first else None]
-        dist.broadcast_object_list(result, 0, self.control)
-        return cast("T", result[0])
+        message = _Message(kind)
+        data = message.encode(work()) if self.is_first else torch.empty(0, dtype=torch.uint8)
+        size = torch.tensor(len(data))
+        dist.broadcast(size, 0, self.control)
+        data = data if self.is_first else torch.empty(int(size), dtype=torch.uint8)
+        dist.broadcast(data, 0, self.control)
+        found: T = message.decode(data, 0)
+        return found
 
     def same_rows(self) -> "Mesh":
         """This mesh for inference, with the same rows on all ranks of a replica."""
         assert isinstance(self.axis, ShardedAxis)
         return self._replace(axis=SameRowsAxis(**vars(self.axis)))
 
-    def all_gather_objects(self, value: Any) -> list[Any]:
-        """A picklable value of every rank, by rank. Collective."""
+    def all_gather_objects(self, value: T, kind: Any = Any) -> list[T]:
+        """The value of every rank, by rank. Collective.
+
+        Args:
+            value: This rank's.
+            kind: Type of the values, by which they are read from JSON; `Any`: what JSON has.
+        """
         if self.world == 1:
             return [value]
-        values: list[Any] = [None] * self.world
-        dist.all_gather_object(values, value, self.control)
-        return values
+        message = _Message(kind)
+        own = message.encode(value)
+        sizes = [torch.empty(1, dtype=torch.int64) for _ in range(self.world)]
+        dist.all_gather(sizes, torch.tensor([len(own)]), self.control)
+        longest = max(map(int, sizes))
+        parts = [torch.empty(longest, dtype=torch.uint8) for _ in range(self.world)]
+        dist.all_gather(parts, nn.functional.pad(own, (0, longest - len(own))), self.control)
+        return [
+            message.decode(part[: int(size)], rank)
+            for rank, (part, size) in enumerate(zip(parts, sizes, strict=True))
+        ]
+
+
+class _Message:
+    """What ranks tell one another: JSON, since a pickle could make its reader run any code."""
+
+    def __init__(self, kind: Any) -> None:
+        self._values = TypeAdapter[Any](kind, config=_NUMBERS)
+
+    def encode(self, value: Any) -> Tensor:
+        text = json.dumps(self._values.dump_python(value, mode="json"))
+        return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
+
+    def decode(self, data: Tensor, rank: int) -> Any:
+        try:
+            return self._values.validate_python(json.loads(data.numpy().tobytes()))
+        except (ValueError, RecursionError) as exc:
+            raise DivergedError(
+                f"rank {rank} sent what is no message of this program "
+                f"({str(exc).splitlines()[0]}); find out who else reaches the ranks' ports, and "
+                f"start again"
+            ) from exc
 
 
 ALONE = Mesh(0, 1, torch.device("cpu"), WHOLE)
@@ -158,7 +205,7 @@ def check_replicated(mesh: Mesh, tensors: Iterable[Tensor]) -> None:
     digest = hashlib.sha256()
     for tensor in tensors:
         digest.update(tensor.detach().cpu().numpy().tobytes())
-    digests = mesh.all_gather_objects(digest.hexdigest())
+    digests = mesh.all_gather_objects(digest.hexdigest(), str)
     if len(set(digests)) > 1:
         odd = [rank for rank, other in enumerate(digests) if other != digests[0]]
         raise DivergedError(

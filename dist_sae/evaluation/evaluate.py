@@ -92,7 +92,7 @@ def evaluate(
     result = mesh.of_first(lambda: _known(runs, store, run, plan, step))
     if result is None:
         if mesh.world > 1 and step is None:  # all ranks must read the same
-            step = mesh.of_first(lambda: _newest(runs, run))
+            step = mesh.of_first(lambda: _newest(runs, run), int | None)
         patience = float(run.timeouts.missing_seconds)  # its default is an int
         activations = ActivationSet(store, plan, run.sites, patience_seconds=patience)
 
@@ -220,7 +220,7 @@ def _pca(
         return {}
     components = min(max(1, l0), width)
     pca = partial(pca_fvu, activations, normalisers, rows, components, mesh.device)
-    return {"pca_fvu": mesh.of_first(pca), "pca_components": components}
+    return {"pca_fvu": mesh.of_first(pca, float), "pca_components": components}
 
 
 def _duplicates(run: Run, pages: PagedDictionary) -> dict[str, float]:

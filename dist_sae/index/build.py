@@ -226,8 +226,7 @@ class _Worker:
             unit = queue.take(wait=wait)
         elif not self._stopping.is_set():
             unit = claimed
-        found: int | None = self._mesh.all_gather_objects(unit)[0]
-        return found
+        return self._mesh.all_gather_objects(unit, int | None)[0]
 
     def _encode(
         self, encoder: Encoder, unit: int, following: Callable[[], int | None]
@@ -246,7 +245,7 @@ class _Worker:
             self._at(working=False)
 
     def _seal(self, encoded: Encoded, written: "Future[Written]", queue: WorkQueue | None) -> None:
-        parts = self._mesh.all_gather_objects(written.result())
+        parts = self._mesh.all_gather_objects(written.result(), Written)
         if self._mesh.is_first:
             manifest = self._opened.manifest
             self._put_unit(unit_record(manifest, encoded, parts), queue)

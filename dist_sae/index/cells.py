@@ -141,7 +141,7 @@ def stored_cells(
 
 
 def _load(store: ObjectStore, key: str, checkpoint: Checkpoint) -> Cells:
-    record = read_record(CellsRecord, store, key)
+    record = read_record(CellsRecord, store, key, within=key.rpartition("/")[0])
     if record.checkpoint != checkpoint.digest:
         raise CorruptObjectError("is of another checkpoint", url=store.url, key=key)
     return Cells(**safetensors.torch.load(read_stored(store, record.data)))

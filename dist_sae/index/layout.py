@@ -34,7 +34,7 @@ from dist_sae.config.index import IndexConfig
 from dist_sae.errors import CorruptObjectError, ObjectNotFoundError
 from dist_sae.storage import ObjectStore
 from dist_sae.storage.own import NumberedKeys
-from dist_sae.storage.records import READS, Record, read_record
+from dist_sae.storage.records import READS, Key, Record, Some, read_record
 
 logger = logging.getLogger(__name__)
 
@@ -120,7 +120,7 @@ def bucket_latents(n_latents: int) -> int:
 class Stored(Record):
     """An object, and its checksum."""
 
-    key: str
+    key: Key
     bytes: int
     sha256: str
 
@@ -128,7 +128,7 @@ class Stored(Record):
 class CodesChunk(Record):
     """Where codes of a unit lie: bytes `[offset, offset + bytes)` of an object, see `Codes`."""
 
-    key: str
+    key: Key
     first: int
     """First latent."""
     groups: int
@@ -204,6 +204,11 @@ class IndexFolder:
         self.unit_claims = NumberedKeys(f"{self.prefix}claims/units/")
         self.bucket_claims = NumberedKeys(f"{self.prefix}claims/buckets/")
         self.codes = f"{self.prefix}codes/"
+
+    def read(self, store: ObjectStore, kind: type[Some], number: int) -> Some:
+        """Read the record of a unit or bucket; raises like `read_record`."""
+        keys = self.units if issubclass(kind, UnitRecord) else self.buckets
+        return read_record(kind, store, keys.key(number), within=self.prefix)
 
     def rows(self, unit: int) -> str:
         """Stem of the key of the origin of a unit's rows."""
@@ -374,17 +379,15 @@ TABLES = ("rows", "latents", "examples", "postings", "pairs")
 def bucket_records(
     store: ObjectStore, folder: IndexFolder, manifest: IndexManifest
 ) -> Iterator[BucketRecord]:
-    """Yield what stage 2 made, by bucket."""
-    for bucket in range(manifest.n_buckets):
-        yield read_record(BucketRecord, store, folder.buckets.key(bucket))
+    """What stage 2 made, by bucket."""
+    return (folder.read(store, BucketRecord, n) for n in range(manifest.n_buckets))
 
 
 def unit_records(
     store: ObjectStore, folder: IndexFolder, manifest: IndexManifest
 ) -> Iterator[UnitRecord]:
-    """Yield what stage 1 found, by unit."""
-    for unit in manifest.units:
-        yield read_record(UnitRecord, store, folder.units.key(unit))
+    """What stage 1 found, by unit."""
+    return (folder.read(store, UnitRecord, unit) for unit in manifest.units)
 
 
 class UnitRecords:

@@ -30,7 +30,6 @@ from dist_sae.index.layout import (
 )
 from dist_sae.index.ranged import LatentTable
 from dist_sae.storage import ObjectStore
-from dist_sae.storage.records import read_record
 
 _OPEN_TABLES = 64
 """Tables that stay open, with their footer or all their bytes in memory."""
@@ -229,7 +228,7 @@ class Index:
 
     def _read_origins(self, unit: int) -> pa.Table:
         """Read token, position and document of a unit's rows: a table of `ROWS`."""
-        record = read_record(UnitRecord, self._store, self.folder.units.key(unit))
+        record = self.folder.read(self._store, UnitRecord, unit)
         return read_table(self._store, record.origin) if record.origin else ROWS.empty_table()
 
     @cached_property
@@ -261,7 +260,7 @@ class Index:
         return self._record(latent // self.manifest.bucket_latents)
 
     def _read_bucket(self, bucket: int) -> BucketRecord:
-        return read_record(BucketRecord, self._store, self.folder.buckets.key(bucket))
+        return self.folder.read(self._store, BucketRecord, bucket)
 
     def _rows(self, stored: Stored, latent: int) -> pa.Table:
         return pa.concat_tables(self._table(stored).of(latent))

@@ -18,7 +18,7 @@ from dist_sae.index.layout import (
 )
 from dist_sae.storage import ObjectStore
 from dist_sae.storage.own import NumberedKeys
-from dist_sae.storage.records import Record, read_record
+from dist_sae.storage.records import Record
 
 logger = logging.getLogger(__name__)
 
@@ -47,7 +47,7 @@ def drop_damaged(
         (BucketRecord, folder.buckets, range(manifest.n_buckets)),
     ):
         for number in numbers:
-            found = list(_faults(store, kind, keys, number))
+            found = list(_faults(store, folder, kind, keys, number))
             if found:
                 faults += [fault for fault, _ in found]
                 doomed += [*(key for _, key in found), keys.key(number)]
@@ -75,7 +75,7 @@ def check_not_retired(
     for unit in sorted(unit for unit in units if unit < retired):
         key = folder.units.key(unit)
         try:
-            had_rows = not read_record(UnitRecord, store, key).deleted
+            had_rows = not folder.read(store, UnitRecord, unit).deleted
         except (CorruptObjectError, ObjectNotFoundError):
             had_rows = True
         if had_rows:
@@ -99,11 +99,11 @@ def delete_unnamed(store: ObjectStore, folder: IndexFolder, manifest: IndexManif
 
 
 def _faults(
-    store: ObjectStore, kind: type[Record], keys: NumberedKeys, number: int
+    store: ObjectStore, folder: IndexFolder, kind: type[Record], keys: NumberedKeys, number: int
 ) -> Iterator[tuple[str, str]]:
     """Yield what is wrong with a unit or bucket, and the key of the object."""
     try:
-        stored = list(_objects(read_record(kind, store, keys.key(number))))
+        stored = list(_objects(folder.read(store, kind, number)))
     except ObjectNotFoundError:
         return  # it does not exist yet
     except CorruptObjectError as exc:

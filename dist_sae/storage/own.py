@@ -42,9 +42,13 @@ class OwnKeys:
             if match := self.match(store, entry.key):
                 yield match, entry
 
+    def parse(self, key: str) -> re.Match[str] | None:
+        """Match a key of ours; None for any other."""
+        return self._shape.fullmatch(key)
+
     def match(self, store: ObjectStore, key: str) -> re.Match[str] | None:
         """Match a key of ours; for a foreign key warn and return None."""
-        match = self._shape.fullmatch(key)
+        match = self.parse(key)
         if match is None:
             warn_of_foreign(store, self.folder, key)
         return match

@@ -3,9 +3,9 @@
 import hashlib
 import json
 import logging
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, ValidationError, ValidationInfo
 
 from dist_sae.errors import CorruptObjectError
 from dist_sae.storage.base import ObjectStore
@@ -22,6 +22,16 @@ class Record(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+def _check_key(key: str, info: ValidationInfo) -> str:
+    folder = (info.context or {}).get("within", "")
+    if not key.startswith(folder) or {"", ".", ".."} & {*key.split("/")}:
+        raise ValueError(f"names {key}, which is not in {folder or 'the store'}")
+    return key
+
+
+Key = Annotated[str, AfterValidator(_check_key)]
+"""Key of an object that a record names: it must lie in the folder that `read_record` is told, since
+whoever can write the record would else choose what is read or deleted elsewhere."""
 Some = TypeVar("Some", bound=Record)
 
 
@@ -36,7 +46,14 @@ def seal(record: Record) -> bytes:
     return _canonical({**content, _SEAL: _digest(content)})
 
 
-def unseal(model: type[Some], data: bytes, store: ObjectStore, key: str, remedy: str = "") -> Some:
+def unseal(
+    model: type[Some],
+    data: bytes,
+    store: ObjectStore,
+    key: str,
+    remedy: str = "",
+    within: str = "",
+) -> Some:
     """Parse the bytes that `seal` wrote.
 
     Args:
@@ -45,9 +62,11 @@ def unseal(model: type[Some], data: bytes, store: ObjectStore, key: str, remedy:
         store: Where they are from, for messages.
         key: Their key.
         remedy: What a user can do about a damaged object.
+        within: Folder in which every `Key` of it must lie.
 
     Raises:
-        CorruptObjectError: The bytes are damaged, or their schema version is unknown.
+        CorruptObjectError: The bytes are damaged, their schema version is unknown, or a key lies
+            elsewhere.
     """
     then = remedy and f"; {remedy}"
     try:
@@ -62,13 +81,18 @@ def unseal(model: type[Some], data: bytes, store: ObjectStore, key: str, remedy:
             )
         if content.pop(_SEAL) != _digest(content):
             raise CorruptObjectError(f"does not match its checksum{then}", url=store.url, key=key)
-        return model.model_validate(content)
-    except (ValueError, KeyError, TypeError, AttributeError, ValidationError) as exc:
+        return model.model_validate(content, context={"within": within})
+    except (ValueError, KeyError, TypeError, AttributeError) as exc:
+        first = exc.errors()[0] if isinstance(exc, ValidationError) else None
         reason = (str(exc) or type(exc).__name__).splitlines()[0]
+        if first:
+            reason = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
         raise CorruptObjectError(f"is damaged: {reason}{then}", url=store.url, key=key) from exc
 
 
-def read_record(model: type[Some], store: ObjectStore, key: str, remedy: str = "") -> Some:
+def read_record(
+    model: type[Some], store: ObjectStore, key: str, remedy: str = "", within: str = ""
+) -> Some:
     """Read a record, and read it again if it arrives damaged.
 
     Args:
@@ -76,17 +100,19 @@ def read_record(model: type[Some], store: ObjectStore, key: str, remedy: str = "
         store: Where it is.
         key: Its key.
         remedy: What a user can do about a damaged one.
+        within: Folder in which every `Key` of it must lie.
 
     Raises:
         ObjectNotFoundError: There is no object under the key.
-        CorruptObjectError: The record is damaged in the store, or has another schema version.
+        CorruptObjectError: The record is damaged in the store, has another schema version, or names
+            a key elsewhere.
     """
     for _ in range(READS - 1):
         try:
-            return unseal(model, store.get(key), store, key, remedy)
+            return unseal(model, store.get(key), store, key, remedy, within)
         except CorruptObjectError as exc:
             logger.warning("%s; reading it again", exc)
-    return unseal(model, store.get(key), store, key, remedy)
+    return unseal(model, store.get(key), store, key, remedy, within)
 
 
 def _digest(content: dict[str, Any]) -> str:

@@ -129,6 +129,6 @@ class TrainingJob:
         check_replicated(self.mesh, self.state.sae.replicated)
         fvu = self.heldout.measure(self.state)
         self.report.heldout(self.steps_done, fvu)
-        repeated = sum(self.mesh.all_gather_objects(position.repeated_rows))
+        repeated = sum(self.mesh.all_gather_objects(position.repeated_rows, int))
         self.saver.save(self.steps_done, position.cursors, heldout_fvu=fvu, repeated_rows=repeated)
         self.report.end("save")

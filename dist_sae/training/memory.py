@@ -56,7 +56,9 @@ def check_memory(run: Run, widths: Widths, mesh: Mesh) -> None:
     """
     own = state_bytes(run, widths, mesh.axis)
     needs: dict[str, int] = {}
-    for place, there, taken in mesh.all_gather_objects((*_memory(mesh.device), own)):
+    for place, there, taken in mesh.all_gather_objects(
+        (*_memory(mesh.device), own), tuple[str, int, int]
+    ):
         needs[place] = needs.get(place, 0) + taken
         if needs[place] > there:
             raise ConfigError(

@@ -20,6 +20,7 @@ from dist_sae.data.backlog import ReadyUnits
 from dist_sae.data.consumers import Consumers, Registration
 from dist_sae.data.normaliser import measure
 from dist_sae.data.plan import Plan, check_rows, load_plan
+from dist_sae.data.streams import StreamCursor
 from dist_sae.dictionaries import PRODUCT_DTYPES, build_sae
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.dead import DeadLatents
@@ -121,7 +122,8 @@ def _open(
     )
 
     def on_durable(saved: Saved) -> None:
-        registration.durable(saved.cursors, ended=saved.step == run.steps)
+        cursors = {stream: StreamCursor(*place) for stream, place in saved.cursors.items()}
+        registration.durable(cursors, ended=saved.step == run.steps)
         report.saved(saved)
 
     saver = Saver(

@@ -114,7 +114,7 @@ def find_start(
     if found := find_checkpoints(checkpoints, runs, run, plan, mesh):
         return Start.of_own(found)
     start = Start.of_others(runs, run, plan)
-    if len(set(mesh.all_gather_objects(start.parent and start.parent.step))) > 1:
+    if len(set(mesh.all_gather_objects(start.parent and start.parent.step, int | None))) > 1:
         raise Stopped(
             f"{run.name}: a checkpoint of its parent was saved while the ranks started; start again"
         )
@@ -133,7 +133,8 @@ def find_checkpoints(
         PlanMismatchError: They belong to other settings or to another activation set.
     """
     found = list(checkpoints.newest_first())
-    on_all = set.intersection(*mesh.all_gather_objects({checkpoint.step for checkpoint in found}))
+    steps = {checkpoint.step for checkpoint in found}
+    on_all = set.intersection(*mesh.all_gather_objects(steps, set[int]))
     found = [checkpoint for checkpoint in found if checkpoint.step in on_all]
     if not found and checkpoints.steps():
         raise CorruptObjectError(

@@ -40,7 +40,7 @@ def make_saver(
     store: ObjectStore,
     state: Any,
     durable: Callable[[Saved], None],
-    all_gather: Callable[[Any], list[Any]] = lambda value: [value],
+    all_gather: Callable[[Any, Any], list[Any]] = lambda value, _: [value],
     *,
     first: bool = True,
     before: Callable[[], None] = lambda: None,
@@ -136,7 +136,7 @@ def test_what_one_rank_cannot_save_is_no_checkpoint(tmp_path: Path) -> None:
     meeting, said = threading.Barrier(2, timeout=60), [None, None]
 
     def rank(number: int) -> None:
-        def all_gather(value: Any) -> list[Any]:
+        def all_gather(value: Any, _: Any) -> list[Any]:
             said[number] = value
             meeting.wait()
             both = list(said)

@@ -17,6 +17,7 @@ from dist_sae.data.upkeep import gc
 from dist_sae.errors import AccessError, CorruptObjectError, DataExhaustedError
 from dist_sae.producing.verify import verify
 from dist_sae.storage import Entry, ObjectStore, open_store
+from dist_sae.storage.records import seal
 from tests.runs import make_run
 from tests.world import RowNumbers, Wrapped, fill
 
@@ -302,3 +303,32 @@ def test_gc_finds_what_dead_and_slow_producers_left(
     assert store.size(named)
     assert verify(run)["missing_units"] == 1
     assert gc(run, hours=0.0, delete=True)["orphans"] == 0
+
+
+@pytest.mark.parametrize(
+    "named",
+    [
+        "shards/synthetic/00000009-0a1b2c3d.tar",  # of another unit
+        "shards/other/00000002-0a1b2c3d.tar",  # of another site
+        "shards/synthetic/../../00000002-0a1b2c3d.tar",
+        "plan.json",
+        "../runs/world/run.yaml",
+    ],
+)
+def test_a_manifest_cannot_choose_what_is_deleted(
+    store: ObjectStore, plan: Plan, named: str
+) -> None:
+    """It is sealed as ours are: whoever writes to the bucket can do that."""
+    manifest = read_manifest(store, 2)
+    shard = manifest.sites["synthetic"].model_copy(update={"key": named})
+    store.put(manifest_key(2), seal(manifest.model_copy(update={"sites": {"synthetic": shard}})))
+    deleted = list[str]()
+
+    class Noted(Wrapped):
+        def delete_many(self, keys: Sequence[str]) -> None:
+            deleted.extend(keys)
+
+    Consumers(store, 1.0).report("world", reached=16, needed=16)
+    with pytest.raises(CorruptObjectError, match="is no shard of synthetic of unit 2; delete the"):
+        Consumers(Noted(store), 1.0).retire(plan)
+    assert deleted == []

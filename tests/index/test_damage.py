@@ -16,11 +16,14 @@ import dist_sae.index.merge
 import dist_sae.index.tables
 from dist_sae.errors import CorruptObjectError, StoreFullError
 from dist_sae.index.codes import Codes
-from dist_sae.index.layout import CodesChunk
+from dist_sae.index.layout import CodesChunk, IndexFolder, UnitRecord, index_name, read_manifest
 from dist_sae.index.merge import BucketCodes
+from dist_sae.index.repair import drop_damaged
 from dist_sae.storage import ObjectStore, open_store
+from dist_sae.storage.records import seal
 from tests.index.indexed import WORLD, add_checkpoint, files, make_index, produced, tables
 from tests.index.test_refusals import retire
+from tests.world import Wrapped
 
 
 @pytest.mark.parametrize("damaged", ["latents", "rows", "buckets", "units"])
@@ -150,3 +153,31 @@ def test_a_full_temporary_folder_is_named(tmp_path: Path, monkeypatch: pytest.Mo
         make_index(run)
     monkeypatch.undo()
     make_index(run)
+
+
+@pytest.mark.parametrize("named", ["world/run.yaml", "world/index/other/rows/0.parquet", "../x"])
+def test_a_record_cannot_choose_what_repair_deletes(tmp_path: Path, named: str) -> None:
+    """It is sealed as ours are; what it names is not there, or does not match its checksum."""
+    run = produced(tmp_path)
+    add_checkpoint(run)
+    result = make_index(run)
+    whole, store = files(result["index"]), open_store(run.store.runs)
+    folder = IndexFolder(run.name, index_name(run, result["step"]))
+    record = folder.read(store, UnitRecord, 0)
+    assert record.origin is not None
+    origin = record.origin.model_copy(update={"key": named})
+    store.put(folder.units.key(0), seal(record.model_copy(update={"origin": origin})))
+    deleted = list[str]()
+
+    class Noted(Wrapped):
+        def delete(self, key: str) -> None:
+            deleted.append(key)
+            super().delete(key)
+
+    faults = drop_damaged(Noted(store), folder, read_manifest(store, folder), 0)
+    assert [f"names {named}, which is not in {folder.prefix}" in fault for fault in faults] == [
+        True
+    ]
+    assert {*deleted} == {folder.units.key(0)}
+    assert make_index(run) == result
+    assert files(result["index"]) == whole

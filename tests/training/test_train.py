@@ -3,6 +3,7 @@
 import json
 import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -215,7 +216,7 @@ def test_ranks_go_on_from_a_checkpoint_that_all_can_read(tmp_path: Path, activat
     newest = max(checkpoints.steps())
 
     class OneOfTwo(Mesh):
-        def all_gather_objects(self, value: set[int]) -> list[set[int]]:
+        def all_gather_objects(self, value: Any, kind: Any = Any) -> list[Any]:  # noqa: ARG002
             return [value, value - {newest}]
 
     mesh = OneOfTwo(0, 2, torch.device("cpu"), WHOLE)

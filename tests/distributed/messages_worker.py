@@ -1,0 +1,76 @@
+"""One rank of two that tell each other things; the second may send a pickle."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.distributed as dist
+
+from dist_sae.distributed.mesh import Mesh, join_mesh
+from dist_sae.distributed.rendezvous import rendezvous
+from dist_sae.errors import DistSaeError
+from dist_sae.storage.records import Record
+
+
+class Part(Record):
+    key: str
+    bytes: int
+
+
+class Told(NamedTuple):
+    parts: dict[int, Part]
+    none: Part | None
+    steps: set[int]
+    number: float
+
+
+class Command:
+    """Whoever unpickles it makes a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.file,)
+
+
+def told(rank: int) -> Told:
+    return Told({rank: Part(key="x" * 9 * rank, bytes=2**60)}, None, {rank, 7}, 0.1 + rank / 3)
+
+
+def talk(mesh: Mesh) -> Any:
+    everyone = mesh.all_gather_objects(told(mesh.rank), Told)
+    first = mesh.of_first(lambda: {"fvu": float("inf"), "site": ["a", None, mesh.rank]})
+    return [everyone == [told(0), told(1)], repr(first)]
+
+
+def attacked(mesh: Mesh, folder: Path) -> Any:
+    if mesh.is_first:
+        return mesh.all_gather_objects(None)
+    command: Any = Command(folder / "reached")
+    dist.all_gather_object([None, None], command, mesh.control)
+    return None
+
+
+def rank(what: str, folder: Path, env: dict[str, str]) -> None:
+    """The process: what it found goes to a file of its number."""
+    os.environ.update(env)
+    torch.set_num_threads(1)
+    unpickled = []
+
+    def watch(event: str, arguments: Any) -> None:
+        if event == "pickle.find_class":
+            unpickled.append(arguments[1])
+
+    sys.addaudithook(watch)
+    with rendezvous(2) as ranks, join_mesh(ranks) as mesh:
+        unpickled.clear()
+        try:
+            found = talk(mesh) if what == "talk" else attacked(mesh, folder)
+        except DistSaeError as error:
+            found = str(error)
+        (folder / env["RANK"]).write_text(json.dumps([found, unpickled]))
+        os._exit(0)
