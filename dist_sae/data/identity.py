@@ -26,7 +26,7 @@ from dist_sae.hub import cached_commit
 _HOW = ("batch_tokens", "tensor_parallel", "shards")  # change only speed; one is an old name
 _PLACES = {"model": ("path", "revision", "other"), "corpus": ("files", "name", "revision")}
 _MOST_NAMED = 5  # most files that a message names
-_WEIGHTS = (".safetensors", ".bin")
+_WEIGHTS = ".safetensors"
 _TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken"),
@@ -178,8 +178,8 @@ def _is_model(there: Mapping[str, Any], content: Mapping[str, str] | None, run: 
 
 def _deciding(folder: Path, *, weights: bool) -> Iterator[Path]:
     patterns = ["config.json", "adapter_config.json", *_TOKENIZER]
-    if weights:  # transformers reads safetensors if both kinds are there
-        patterns += ["*.safetensors"] if any(folder.glob("*.safetensors")) else ["*_model*.bin"]
+    if weights:
+        patterns.append(f"*{_WEIGHTS}")
     for pattern in patterns:
         yield from sorted(folder.glob(pattern))
 

@@ -40,6 +40,7 @@ HEADS = (
     (transformers.MODEL_FOR_MASKED_LM_MAPPING, True),
 )
 """Mappings from configurations to models with a token head; True if it predicts masked tokens."""
+_NO_SAFETENSORS = "file named model.safetensors"  # in transformers' errors for a folder and the hub
 _OF_RANKS = re.compile(r"gloo|nccl|connection closed by peer|connection reset", re.IGNORECASE)
 
 # unused weights are expected: upper layers are left out
@@ -156,6 +157,7 @@ def load(
     """Load a model onto its device, or for DeepSpeed map it from its files in their precision.
 
     Raises:
+        ModelError: They are not safetensors: a pickle can run any code when it is read.
         LacksWeightsError: The files lack some of the weights.
     """
     device = own_device()
@@ -173,6 +175,7 @@ def load(
         revision=config.revision,
         config=description.config,
         output_loading_info=True,
+        use_safetensors=True,
         **how,
     )
     # transformers would use random weights; a pooler above the layers is not needed
@@ -237,6 +240,12 @@ def errors_of(config: HuggingFaceModel, what: str = "cannot be loaded") -> Itera
             raise  # a lost rank, not a fault of the model
         reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
         kind = HubUnavailableError if is_out_of_reach(exc) else ModelError
+        if kind is ModelError and _NO_SAFETENSORS in reason:
+            raise ModelError(
+                f"model.path {config.path}: has no weights in safetensors, and pickled ones can "
+                f"run any code; convert them (from_pretrained, then save_pretrained) where you "
+                f"trust them"
+            ) from exc
         if not Path(config.place).is_dir():  # transformers mentions only the hub
             reason = f"is not a folder here, and as a name on the model hub: {reason}"
         raise kind(f"model.path {config.path}: {what}: {reason}") from exc

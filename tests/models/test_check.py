@@ -12,6 +12,7 @@ from dist_sae.errors import ModelError
 from dist_sae.models import check_sites
 from dist_sae.models.check import relative_error
 from dist_sae.models.huggingface import HuggingFaceSource
+from dist_sae.models.loading import errors_of
 from tests.models.test_huggingface import (
     COMMON,
     HEADS,
@@ -248,3 +249,41 @@ def test_a_token_without_an_embedding_is_one_line(tmp_path: Path) -> None:
     tokens = torch.full((1, 2), VOCABULARY, dtype=torch.int32)
     with pytest.raises(ModelError, match="gives token 50, but the model has embeddings for 0 to"):
         source.run(tokens, torch.ones_like(tokens, dtype=torch.bool))
+
+
+class Touch:
+    """Whoever unpickles it makes a file."""
+
+    def __init__(self, file: Path) -> None:
+        self.file = file
+
+    def __reduce__(self) -> Any:
+        return Path.touch, (self.file,)
+
+
+def test_pickled_weights_are_refused_unread(tmp_path: Path) -> None:
+    path = save_model(tmp_path / "m", "llama")
+    (path / "model.safetensors").unlink()
+    torch.save({"weight": Touch(tmp_path / "reached")}, path / "pytorch_model.bin")
+    with pytest.raises(
+        ModelError, match="has no weights in safetensors, and pickled ones"
+    ) as error:
+        check_sites(
+            HuggingFaceModel(path=str(path)),
+            ActivationsConfig(sites=("resid_post.0",), context_tokens=64),
+        )
+    assert "\n" not in str(error.value)
+    assert not (tmp_path / "reached").exists()
+
+
+def test_a_hub_without_safetensors_is_told_in_the_same_way() -> None:
+    """As transformers 5.23 words it, for `use_safetensors=True`."""
+    config = HuggingFaceModel(path="org/name")
+    with (
+        pytest.raises(ModelError, match="org/name: has no weights in safetensors"),
+        errors_of(config),
+    ):
+        raise OSError(
+            "org/name does not appear to have a file named model.safetensors or "
+            "model.safetensors.index.json and thus cannot be loaded with `safetensors`."
+        )

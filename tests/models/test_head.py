@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.errors import HeadlessError, ModelError
@@ -71,8 +72,7 @@ def test_no_layer_is_read(tmp_path: Path) -> None:
     tensors = hf.AutoModelForCausalLM.from_pretrained(path).state_dict()
     kept = {name: tensor for name, tensor in tensors.items() if ".layers." not in name}
     assert len(kept) < len(tensors)
-    (path / "model.safetensors").unlink()
-    torch.save(kept, path / "pytorch_model.bin")
+    save_file(kept, path / "model.safetensors", {"format": "pt"})
     without = load_head(HuggingFaceModel(path=str(path), dtype="fp32"), "resid_post.0")
     assert torch.equal(whole.unembedding, without.unembedding)
     assert torch.equal(whole.gain, without.gain)
