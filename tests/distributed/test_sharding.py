@@ -29,8 +29,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("sharding")
 
 
+@pytest.fixture(scope="module")
+def kinds(request: pytest.FixtureRequest) -> list[str]:
+    """The recipes of the tests that this session runs: `-k clt` trains no others."""
+    run = [getattr(item, "callspec", None) for item in request.session.items]
+    wanted = {call.params.get("kind") for call in run if call}
+    return [kind for kind in RECIPES if kind in wanted]
+
+
 def job(
-    folder: Path, replicas: int, shards: int, *, long: bool
+    folder: Path, replicas: int, shards: int, kinds: list[str], *, long: bool
 ) -> list[dict[tuple[str, str], dict[str, Any]]]:
     """What each rank of a job of `replicas` x `shards` saw, by recipe and precision; run once."""
     out, world, place = folder / f"{replicas}x{shards}", replicas * shards, (replicas, shards)
@@ -38,7 +46,7 @@ def job(
     if not out.exists():
         out.mkdir()
         spec = {"world": world, "shards": shards, "out": str(out / "seen")}
-        spec |= {"deepspeed": {}, "kinds": list(RECIPES), "dtypes": dtypes}
+        spec |= {"deepspeed": {}, "kinds": kinds, "dtypes": dtypes}
         # in longer runs a weight's last bit decides now and then to which bf16 the weight rounds
         spec["steps"] = {dtype: 200 if long and dtype != "bf16" else STEPS for dtype in dtypes}
         with socket.socket() as probe:
@@ -129,14 +137,20 @@ def test_a_sharded_axis_inherits_no_collective() -> None:
 @pytest.mark.parametrize(("replicas", "shards"), FACTORISATIONS)
 @pytest.mark.parametrize("dtype", BY_DEFAULT)
 def test_sharded_training_equals_unsharded(
-    folder: Path, dtype: str, replicas: int, shards: int, kind: str, request: pytest.FixtureRequest
+    folder: Path,
+    kinds: list[str],
+    dtype: str,
+    replicas: int,
+    shards: int,
+    kind: str,
+    request: pytest.FixtureRequest,
 ) -> None:
     """In bf16 the encoder product alone is rounded."""
     long = request.config.getoption("--long")
     if not long and (replicas, shards) not in BY_DEFAULT[dtype]:
         pytest.skip("this factorisation in this precision: with --long")
-    one = Seen(job(folder, 1, 1, long=long), (kind, dtype), 1, 1)
-    ranks = job(folder, replicas, shards, long=long)
+    one = Seen(job(folder, 1, 1, kinds, long=long), (kind, dtype), 1, 1)
+    ranks = job(folder, replicas, shards, kinds, long=long)
     if "auxk" in RECIPES[kind]:
         assert any(one.dead(step).any() for step in one.steps)  # AuxK takes part
     loss, parameters = (1e-10, 1e-10) if dtype == "fp64" else (1e-6, 1e-5)
