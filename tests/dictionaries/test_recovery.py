@@ -24,7 +24,15 @@ from dist_sae.dictionaries.dead import DeadLatents
 from dist_sae.dictionaries.recipes.jumprelu_tanh import JumpReLUTanh
 from tests.dictionaries.recipes import sae_rows
 from tests.dictionaries.trees import TreeWorld, absorption, scores
-from tests.dictionaries.worlds import Recovery, World, mean_matched_cosine, recovery, train
+from tests.dictionaries.worlds import (
+    Featureless,
+    Recovery,
+    World,
+    mean_matched_cosine,
+    pca_fvu,
+    recovery,
+    train,
+)
 
 N = 128
 FLAT = World(d_in=64, n_features=N, l0=3, zipf=0.0)
@@ -92,11 +100,28 @@ def test_a_recipe_recovers_a_flat_world(kind: str) -> None:
     check_recovery(FLAT, *RECIPES[kind])
 
 
+SMALL = TopKConfig(n_latents=48, k=2, auxk=6, dead_after_rows=WINDOW, init="random")
+
+
 def test_topk_recovers_a_small_flat_world() -> None:
     """Within a second or two; it found 41 of 48 features when this was written."""
     world = World(d_in=32, n_features=48, l0=2, zipf=0.0)
-    config = TopKConfig(n_latents=48, k=2, auxk=6, dead_after_rows=WINDOW, init="random")
-    check_recovery(world, config, steps=200, found=41)
+    check_recovery(world, SMALL, steps=200, found=41)
+
+
+def test_rows_without_features_give_no_features() -> None:
+    """Control: rows of the same covariance. FVU was .56 when this was written, with features .23.
+
+    A dictionary beats the PCA there, too (.83): that alone is no evidence of features.
+    """
+    world = World(d_in=32, n_features=48, l0=2, zipf=0.0)
+    fvu, matched = [], []
+    for rows in (world, Featureless(world)):
+        trained = train(rows, SMALL, steps=200, batch=512, lr=5e-3)
+        fvu.append(sum(trained.fvu[-10:]) / 10)
+        matched.append(recovery(world, trained.sae.W_dec).matched)
+    assert matched[1] <= 2 < matched[0]
+    assert fvu[0] < 0.6 * fvu[1] < 0.6 * pca_fvu(world.batch(1_000_001, 4096), 2)
 
 
 @pytest.mark.system

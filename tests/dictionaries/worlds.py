@@ -66,6 +66,21 @@ class Source(Protocol):
         ...
 
 
+class Featureless:
+    """A control: normal rows with the mean and the covariance of a world's, and no features."""
+
+    def __init__(self, world: World) -> None:
+        x = world.batch(1_000_000, 20_000)
+        self.d_in = self.widths = world.d_in
+        self._mean, self._factor = x.mean(0), torch.linalg.cholesky(x.T.cov())
+
+    def batch(self, number: int, rows: int) -> Tensor:
+        generator = torch.Generator().manual_seed(5_000_003 + number)
+        noise = torch.randn(rows, self.d_in, generator=generator)
+        x: Tensor = self._mean + noise @ self._factor.T
+        return x
+
+
 class Trained(NamedTuple):
     sae: Dictionary
     dead: DeadLatents
@@ -150,6 +165,12 @@ def recovery(world: World, W_dec: Tensor, alive: int | None = None) -> Recovery:
     return Recovery(
         len(nearest), float(best.mean()), float(best.max()), f50 * (alive or len(W_dec))
     )
+
+
+def pca_fvu(rows: Tensor, components: int) -> float:
+    """What the first principal components of the rows leave of their variance."""
+    variances = torch.linalg.eigvalsh(rows.T.cov())  # ascending
+    return float(1 - variances[-components:].sum() / variances.sum())
 
 
 def mean_matched_cosine(directions: Tensor, W_dec: Tensor) -> tuple[float, int]:
