@@ -45,7 +45,16 @@ def bench_metrics(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any
     with ExitStack() as pod:
         ranks = [Telemetry("bench", "train", 0, rank) for rank in range(_POD_RANKS)]
         reports = [
-            _Timed(step.run, mesh, rank, Times(rank, mesh.device), [], step.state, normalisers, 0)
+            _Timed(
+                step.run,
+                mesh,
+                rank,
+                Times(mesh.device, {step.run.name: rank}),
+                [],
+                step.state,
+                normalisers,
+                0,
+            )
             for rank in ranks
         ]
         report = reports[0]

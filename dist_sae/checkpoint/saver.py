@@ -1,9 +1,9 @@
 """Saves checkpoints in the background while training continues."""
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple, TypeVar
 
@@ -28,12 +28,20 @@ class Saved(NamedTuple):
     """Time from the start of the copy to the manifest."""
 
 
+def saver_thread() -> ThreadPoolExecutor:
+    """One thread for saves. The process does not end while one is under way."""
+    return ThreadPoolExecutor(1, "saver")
+
+
 @dataclass(kw_only=True, eq=False)
 class Saver:
     """Copies this rank's part between two steps and stores the copy in a thread.
 
     At most one save is under way; the next one waits for it. When every rank has stored its part,
     rank 0 writes the manifest, and the checkpoint exists.
+
+    The jobs of a sweep share the thread, so their saves follow one another in the same order on
+    every rank.
     """
 
     checkpoints: Checkpoints
@@ -54,8 +62,9 @@ class Saver:
     """The last step that was saved, or is being saved; at first that which the run starts from."""
     background: bool = True
     """Whether to store a copy in a thread; if not, `save` stores and then returns."""
-    _thread: threading.Thread | None = field(default=None, init=False)
-    _error: BaseException | None = field(default=None, init=False)
+    thread: ThreadPoolExecutor = field(default_factory=saver_thread)
+    """Stores the copies; see `saver_thread`."""
+    _under_way: Future[None] | None = field(default=None, init=False)
 
     def __enter__(self) -> "Saver":
         return self
@@ -87,24 +96,17 @@ class Saver:
         since = time.monotonic()
         scalars |= self.state.scalars()
         if not self.background:
+            self.thread.submit(int).result()  # saves of other jobs come first, on every rank
             self._store(step, self.state.pieces(), cursors, scalars, since)
             return
         copies = [piece._replace(rows=copied_to_cpu(piece.rows)) for piece in self.state.pieces()]
-
-        def store() -> None:
-            try:
-                self._store(step, _consumed(copies), cursors, scalars, since)
-            except BaseException as exc:  # raised in the training thread, by `finish`
-                self._error = exc
-
-        # not a daemon thread: the process waits for a save that is under way
-        self._thread = threading.Thread(target=store, name="saver")
-        self._thread.start()
+        parts = _consumed(copies)
+        self._under_way = self.thread.submit(self._store, step, parts, cursors, scalars, since)
 
     @property
     def saving(self) -> bool:
         """True while a save is under way."""
-        return self._thread is not None and self._thread.is_alive()
+        return self._under_way is not None and not self._under_way.done()
 
     def finish(self) -> None:
         """Wait until the last save is durable.
@@ -113,12 +115,9 @@ class Saver:
             StoreError: The save failed.
             Stopped: The save failed on another rank.
         """
-        if self._thread is not None:
-            self._thread.join()
-            self._thread = None
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
+        under_way, self._under_way = self._under_way, None
+        if under_way is not None:
+            under_way.result()
 
     def _store(
         self,

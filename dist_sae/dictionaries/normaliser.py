@@ -1,6 +1,6 @@
 """Constant scales of activations, one for each site, and the rows that dictionaries see."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from itertools import accumulate
 from typing import Any, NamedTuple
 
@@ -48,6 +48,11 @@ class SiteNormalisers(NamedTuple):
     writes: tuple[str, ...]
     of: Mapping[str, Normaliser]
     """By site, each once."""
+
+    @property
+    def key(self) -> Hashable:
+        """Equal for those that make the same rows of the same activations."""
+        return self.reads, self.writes, *((site, own.scale) for site, own in self.of.items())
 
     @property
     def widths(self) -> Widths:

@@ -83,6 +83,12 @@ class Mesh(NamedTuple):
         found: T = message.decode(data, 0)
         return found
 
+    def sharded(self, shards: int) -> "Mesh":
+        """This mesh with its ranks arranged as replicas of so many latent shards. Collective."""
+        if shards == self.axis.shards:
+            return self
+        return self._replace(axis=_split(self.rank, self.world, shards))
+
     def same_rows(self) -> "Mesh":
         """This mesh for inference, with the same rows on all ranks of a replica."""
         assert isinstance(self.axis, ShardedAxis)

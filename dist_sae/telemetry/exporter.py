@@ -3,6 +3,8 @@
 import logging
 import platform
 import time
+from collections.abc import Sequence
+from copy import copy
 from importlib.metadata import version
 from typing import Any, Self
 
@@ -44,6 +46,7 @@ class Telemetry:
         port: Port to serve them on; 0 for any free port, None to serve nothing.
         rank: Number of this process among those of its role.
         pushgateway_url: Pushgateway to push to at the end; None for none.
+        jobs: Names of the runs that this process trains, if there are several: each has all series.
 
     Raises:
         TelemetryError: The port is taken.
@@ -56,12 +59,16 @@ class Telemetry:
         port: int | None,
         rank: int = 0,
         pushgateway_url: str | None = None,
+        jobs: Sequence[str] = (),
     ) -> None:
-        self._every = {"run": run, "role": role, "rank": str(rank)}
+        labels = {"role": role, "rank": str(rank)}
+        self.every = [{"run": name, **labels} for name in jobs or [run]]
+        """Labels of its series; each value is set in all of them."""
         self._pushgateway_url = pushgateway_url
         self._began = time.time()
         self._registry = CollectorRegistry()
         self._metrics = {m.name: self._open(m) for m in metrics_of(role)}
+        self.begin()
         self.pulse = Pulse()
         self.device: Any = None
         """The device in use, whose memory is exported."""
@@ -92,7 +99,7 @@ class Telemetry:
         if failed:
             name = type(error).__name__ if isinstance(error, DistSaeError) else "bug"
             self.set("dist_sae_run_failed", 1, error=name)
-        if self._every["role"] in SHORT_LIVED:
+        if self.every[0]["role"] in SHORT_LIVED:
             self.set("dist_sae_job_seconds", time.time() - self._began)
             self.set("dist_sae_job_end_timestamp_seconds", time.time())
         if self._pushgateway_url is not None:
@@ -109,23 +116,44 @@ class Telemetry:
             self.set("dist_sae_process_device_memory_bytes", held, state=state)
         return generate_latest(self._registry)
 
+    def of_runs(self, *runs: str) -> Self:
+        """The same metrics, for values of some of the runs only."""
+        view = copy(self)
+        view.every = [{**self.every[0], "run": run} for run in runs]
+        view.begin()
+        return view
+
+    def begin(self) -> None:
+        """Create the series of counters whose labels are known, at 0."""
+        for metric in metrics_of(self.every[0]["role"]):
+            opened = self._metrics[metric.name]
+            if isinstance(opened, Counter):
+                first, values = metric.labels[:1], metric.values
+                known = [{first[0]: value} for value in values] if first else [{}]
+                for labels in known:
+                    for every in self.every:
+                        opened.labels(**every, **labels)
+
     def set(self, name: str, value: float, **labels: str) -> None:
         """Set a gauge."""
         gauge = self._metrics[name]
         assert isinstance(gauge, Gauge)
-        gauge.labels(**self._every, **labels).set(value)
+        for every in self.every:
+            gauge.labels(**every, **labels).set(value)
 
     def add(self, name: str, value: float, **labels: str) -> None:
         """Add to a counter."""
         counter = self._metrics[name]
         assert isinstance(counter, Counter)
-        counter.labels(**self._every, **labels).inc(value)
+        for every in self.every:
+            counter.labels(**every, **labels).inc(value)
 
     def observe(self, name: str, value: float, **labels: str) -> None:
         """Put a value into a histogram."""
         histogram = self._metrics[name]
         assert isinstance(histogram, Histogram)
-        histogram.labels(**self._every, **labels).observe(value)
+        for every in self.every:
+            histogram.labels(**every, **labels).observe(value)
 
     def _open(self, metric: Metric) -> Counter | Gauge | Histogram:
         names = metric.name, metric.help, (*EVERY_SERIES, *metric.labels)
@@ -133,15 +161,10 @@ class Telemetry:
             return Gauge(*names, registry=self._registry)
         if metric.kind == "histogram":
             return Histogram(*names, registry=self._registry, buckets=metric.buckets)
-        counter = Counter(*names, registry=self._registry)
-        if not metric.labels:
-            counter.labels(**self._every)  # creates the series, at 0
-        for value in metric.values:
-            counter.labels(**self._every, **{metric.labels[0]: value})
-        return counter
+        return Counter(*names, registry=self._registry)
 
     def _push(self, url: str) -> None:
-        group = {"run": self._every["run"], "role": self._every["role"]}
+        group = {name: self.every[0][name] for name in ("run", "role")}
         try:
             push_to_gateway(url, "dist_sae", self._registry, group, _PUSH_SECONDS)
         except OSError as exc:

@@ -10,10 +10,12 @@ SHORT_LIVED = ("plan", "evaluate", "export", "report")
 ROLES = ("produce", "train", "index", *SHORT_LIVED)
 """The programs that have metrics."""
 
-PHASES = ("wait", "ranks", "begin", "forward", "backward", "optimiser", "save", "rest")
+OTHERS = "others"
+PHASES = ("wait", "ranks", "begin", "forward", "backward", "optimiser", "save", "rest", OTHERS)
 """Phases of training, which add up to its time. `wait`: for data, on the rank that waits longest;
-`ranks`: for slower ranks, and on CPUs all communication; `begin`: before the first step."""
-STANDING = ("wait", "begin", "save")
+`ranks`: for slower ranks, and on CPUs all communication; `begin`: before the first step; `others`:
+in steps of other jobs of a sweep."""
+STANDING = ("wait", "begin", "save", OTHERS)
 """Phases in which no step is made."""
 STAGES = ("tokenize", "forward", "pack", "store")
 """Stages of a producer, in the order of the work; they overlap."""

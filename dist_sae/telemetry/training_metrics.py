@@ -163,7 +163,8 @@ TRAINING = (
         "dist_sae_train_phase_seconds_total",
         "Time in training by phase: `wait` for data (on the rank that waits longest), `ranks` for "
         "slower ranks (on a CPU also communication), `begin` before the first step, `save` "
-        "standing still for checkpoints. On a GPU the others are the GPU's time.",
+        "standing still for checkpoints, `others` in steps of other jobs of a sweep. All other "
+        "phases are the GPU's time where there is one.",
         labels=("phase",),
         values=PHASES,
     ),

@@ -1,9 +1,12 @@
 """The batches that a rank trains on: what all jobs that read one stream share."""
 
 import threading
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, Self
+
+import torch
 
 from dist_sae.checkpoint.lineage import Lineage
 from dist_sae.config import Run
@@ -32,69 +35,111 @@ class StreamPosition(NamedTuple):
     repeated_rows: int
     """Rows read again because a stream had ended; rank 0's count includes earlier processes'."""
 
+    def after(self, batch: Batch) -> "StreamPosition":
+        """The position after the next batch."""
+        repeated_rows = self.repeated_rows + batch.repeated_rows
+        return StreamPosition(batch.step + 1, batch.cursors, repeated_rows)
 
-class TrainingBatch(NamedTuple):
-    """This rank's part of a global batch."""
 
-    rows: Rows
-    """On the rank's device, normalised, in fp32."""
+class TrainingBatch:
+    """This rank's part of a global batch.
+
+    Args:
+        loaded: As the loader gave it.
+        device: This rank's.
+    """
+
+    def __init__(self, loaded: Batch, device: torch.device) -> None:
+        self.loaded = loaded
+        self._device = device
+        self._rows: dict[Hashable, Rows] = {}
+
+    def rows(self, normalisers: SiteNormalisers) -> Rows:
+        """The rows of these sites on the device, normalised, in fp32.
+
+        They are copied and normalised once, however many jobs ask.
+        """
+        key = normalisers.key
+        if key not in self._rows:
+            self._rows[key] = normalisers.rows(self.loaded.acts, self._device)
+        return self._rows[key]
+
+
+class Reader(Protocol):
+    """What `Batches` knows of a job that reads them."""
+
     position: StreamPosition
-    """Position after this batch."""
+    registration: Registration
+    """Tells producers and other runs how far the job has read."""
+
+    @property
+    def steps(self) -> range:
+        """Steps that the job will still make; it needs the batches of these numbers."""
 
 
 @dataclass(eq=False)
 class Batches:
-    """Iterates over the batches of the run's remaining steps and exports how they arrive.
+    """Iterates over the batches that the jobs still need and exports how they arrive.
 
-    A batch is fetched, copied and normalised once, however many jobs train on it.
+    A batch is fetched once, however many jobs train on it. Reading begins with the job that is
+    furthest behind; the others join it where they stopped.
     """
 
-    run: Run
     mesh: Mesh
     watch: Watch
-    """Learns whether this rank waits for a batch or trains on one."""
-    loader: Loader
-    normalisers: SiteNormalisers
-    registration: Registration
-    """Tells producers and other runs how far this run has read."""
-    position: StreamPosition
+    """Learns that this rank waits for a batch."""
+    jobs: Sequence[Reader]
+    open_loader: Callable[[range, Mapping[int, StreamCursor]], Loader]
+    """Opens a loader of the batches of these steps; the cursors are those of the first."""
+    reading: ExitStack
+    """Closes the loader."""
     times: Times
     telemetry: Telemetry
     stopping: threading.Event
     """When set on any rank, the iteration ends on all."""
+    loader: Loader | None = None
+    """The open loader."""
     ready_units: int | None = None
     """Training units that exist, once they have been counted."""
 
     def __iter__(self) -> Iterator[TrainingBatch]:
-        """Yield batches until the last step, or until a rank must stop. Collective."""
-        while (step := self.position.step) < self.run.steps:
-            self.times.step = step
-            self.watch.at(step, working=False)
-            self.telemetry.set("dist_sae_train_loaded_batches", self.loader.loaded)
-            batch = next_batch(self.loader, self.mesh, self.stopping, self.times)
-            if batch is None:
-                return
-            self.watch.at(step, working=True)
-            rows = self.normalisers.rows(batch.acts, self.mesh.device)
-            repeated_rows = self.position.repeated_rows + batch.repeated_rows
-            self.position = StreamPosition(step + 1, batch.cursors, repeated_rows)
-            self.registration.at(batch.cursors)
-            self._export(batch)
-            self.times.end("rest")
-            yield TrainingBatch(rows, self.position)
+        """Yield batches until no job needs one, or until a rank must stop. Collective."""
+        while going := [job for job in self.jobs if job.steps]:
+            position = min((job.position for job in going), key=lambda at: at.step)
+            steps = range(position.step, max(job.steps.stop for job in going))
+            self.reading.close()
+            loader = self.reading.enter_context(self.open_loader(steps, position.cursors))
+            self.loader = loader
+            for step in steps:
+                if not any(step in job.steps for job in self.jobs):
+                    break  # those that are left begin further on
+                self.times.step = step
+                self.watch.at(step, working=False)
+                self.telemetry.set("dist_sae_train_loaded_batches", loader.loaded)
+                batch = next_batch(loader, self.mesh, self.stopping, self.times)
+                if batch is None:
+                    return
+                self._export(batch)
+                yield TrainingBatch(batch, self.mesh.device)
 
     def raise_if_stopped(self) -> None:
-        """Raise why the iteration ended before the last step, if it did.
+        """Raise why the iteration ended before the last step of a job, if it did.
 
         Raises:
             Stopped: A rank was asked to stop.
             DataExhaustedError: The activation set has too few rows.
         """
-        if self.position.step < self.run.steps:
+        left = [job.steps for job in self.jobs if job.steps]
+        if left:
+            assert self.loader is not None
             self.loader.raise_if_failed()
-            raise Stopped(
-                f"stopped at step {self.position.step} of {self.run.steps}; start again to continue"
-            )
+            first, last = min(steps.start for steps in left), max(steps.stop for steps in left)
+            raise Stopped(f"stopped at step {first} of {last}; start again to continue")
+
+    @property
+    def reached(self) -> int:
+        """Unit that reading has reached, for the job that is furthest behind."""
+        return min(job.registration.reached for job in self.jobs)
 
     def show_ready(self, units: int) -> None:
         """Export how many training units exist. Called in a thread, on rank 0."""
@@ -108,13 +153,75 @@ class Batches:
         add("dist_sae_train_loader_stalls_total", batch.waited_seconds > _STALL_SECONDS)
         add("dist_sae_train_repeated_rows_total", batch.repeated_rows)
         if self.mesh.is_first:
-            self.telemetry.set("dist_sae_train_reached_units", self.registration.reached)
+            self.telemetry.set("dist_sae_train_reached_units", self.reached)
             self._export_backlog()
 
     def _export_backlog(self) -> None:
         if self.ready_units is not None:
-            backlog = max(0, self.ready_units - self.registration.reached)
+            backlog = max(0, self.ready_units - self.reached)
             self.telemetry.set("dist_sae_train_backlog_units", backlog)
+
+
+class FirstBatches:
+    """The first batches, from which new dictionaries take their initial values.
+
+    Args:
+        n: Number of batches, at most.
+        open_loader: Opens a loader of the batches of these steps.
+        keep: Whether several jobs begin with them. They are then kept in memory, since they would
+            be read anew for each.
+    """
+
+    def __init__(
+        self,
+        n: int,
+        open_loader: Callable[[range], Loader],
+        mesh: Mesh,
+        stopping: threading.Event,
+        times: Times,
+        *,
+        keep: bool,
+    ) -> None:
+        self._device = mesh.device
+        self._keep = keep
+        self._kept: list[Batch] = []
+        self._unread = self._read(n, open_loader, mesh, stopping, times)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._unread.close()
+
+    def rows(self, n: int, normalisers: SiteNormalisers) -> Iterator[Rows]:
+        """Yield this rank's rows of the first n batches. Collective.
+
+        Raises:
+            Stopped: A stop was requested.
+            DataExhaustedError: There are too few rows.
+        """
+        for number in range(n):
+            batch = self._kept[number] if number < len(self._kept) else next(self._unread)
+            if self._keep and number == len(self._kept):
+                self._kept.append(batch)
+            yield normalisers.rows(batch.acts, self._device)
+
+    def _read(
+        self,
+        n: int,
+        open_loader: Callable[[range], Loader],
+        mesh: Mesh,
+        stopping: threading.Event,
+        times: Times,
+    ) -> Generator[Batch]:
+        with open_loader(range(n)) as loader:
+            for _ in range(n):
+                times.end("begin")
+                batch = next_batch(loader, mesh, stopping, times)
+                if batch is None:
+                    loader.raise_if_failed()
+                    raise Stopped("stopped before the first step; start again to continue")
+                yield batch
 
 
 def open_loader(

@@ -13,11 +13,11 @@ from dist_sae.training.phases import Clock, Phases
 
 
 class Times:
-    """This rank's time by phase (`telemetry.metric.PHASES`).
+    """This rank's time by job and phase (`telemetry.metric.PHASES`).
 
     Args:
-        telemetry: Exports the metrics.
         device: The device whose clock is used.
+        telemetry: Exports the metrics of each job, by its name.
     """
 
     step: int = 0
@@ -25,28 +25,29 @@ class Times:
     steps: int = 0
     """Steps of the run, once they are known."""
 
-    def __init__(self, telemetry: Telemetry, device: torch.device) -> None:
+    def __init__(self, device: torch.device, telemetry: Mapping[str, Telemetry]) -> None:
         self.clock = Clock(device)
         self._telemetry = telemetry
-        self._phases = Phases(self.clock)
+        self._phases = Phases(self.clock, *telemetry)
         self._exchanged = axis.seconds
-        self._exported_early: defaultdict[str, float] = defaultdict(float)
+        self._exported_early = {job: defaultdict[str, float](float) for job in telemetry}
         """Seconds by phase that were exported since the last report."""
         self._waited = 0.0
         """Seconds of waiting that this rank has reported."""
 
-    def end(self, phase: str, *, waited: float = 0.0) -> None:
+    def end(self, phase: str, job: str | None = None, *, waited: float = 0.0) -> None:
         """End a phase: the time since the last call belongs to it.
 
         On a CPU, time inside collectives belongs to `ranks`. A GPU's clock cannot tell it apart.
 
         Args:
             phase: Its name.
+            job: Name of the job that it is of; None if it is all jobs'.
             waited: Seconds of it, at most, that belong to `wait`: another rank waited for data.
         """
         exchanged, self._exchanged = axis.seconds - self._exchanged, axis.seconds
         in_ranks = {} if self.clock.is_cuda else {"ranks": exchanged}
-        self._phases.end(phase, {"wait": waited} | in_ranks)
+        self._phases.end(phase, job, {"wait": waited} | in_ranks)
         if self._waited and phase == "wait":
             self._waited = 0.0
             self._report_waiting()
@@ -54,19 +55,20 @@ class Times:
     def waiting(self, seconds: float) -> None:
         """Report `seconds` of waiting for data now, since the next report may be far away."""
         self._phases.end("wait")
-        for phase, spent in self._export(self._phases.take()).items():
-            self._exported_early[phase] += spent
+        for job, early in self._exported_early.items():
+            for phase, spent in self._export(job).items():
+                early[phase] += spent
         self._waited = seconds
         self._report_waiting()
 
-    def take(self) -> dict[str, float]:
-        """Seconds since the last call, by phase. On a GPU this waits for it."""
-        spent = self._export(self._phases.take())
-        early, self._exported_early = self._exported_early, defaultdict(float)
+    def take(self, job: str) -> dict[str, float]:
+        """Seconds of a job since the last call for it, by phase. On a GPU this waits for it."""
+        spent = self._export(job)
+        early, self._exported_early[job] = self._exported_early[job], defaultdict(float)
         return {phase: spent.get(phase, 0.0) + early.get(phase, 0.0) for phase in {*spent, *early}}
 
-    def _export(self, phases: dict[str, float]) -> dict[str, float]:
-        telemetry = self._telemetry
+    def _export(self, job: str) -> dict[str, float]:
+        phases, telemetry = self._phases.take(job), self._telemetry[job]
         telemetry.add("dist_sae_train_step_seconds_total", sum(phases.values()))
         telemetry.add("dist_sae_train_save_stall_seconds_total", phases.get("save", 0.0))
         for phase, seconds in phases.items():

@@ -7,13 +7,16 @@ from dist_sae.checkpoint.lineage import Lineage
 from dist_sae.checkpoint.saver import Saver
 from dist_sae.checkpoint.state import TrainingState
 from dist_sae.config import Run
+from dist_sae.data.consumers import Registration
 from dist_sae.dictionaries.dead import DeadLatents
 from dist_sae.dictionaries.ema import WeightAverage
 from dist_sae.dictionaries.interface import Output, Rows, StepContext
+from dist_sae.dictionaries.normaliser import SiteNormalisers
 from dist_sae.dictionaries.schedules import learning_rate
 from dist_sae.distributed.engine import Engine
 from dist_sae.distributed.mesh import Mesh, check_replicated
 from dist_sae.distributed.watch import Watch
+from dist_sae.errors import NonFiniteError
 from dist_sae.training.batches import StreamPosition, TrainingBatch
 from dist_sae.training.heldout import HeldoutFvu
 from dist_sae.training.reporter import TrainingReporter
@@ -76,18 +79,45 @@ class TrainingJob:
     engine: Engine
     state: TrainingState
     """The dictionary, its dead latents and its average."""
-    variance: float
-    """The data set's, normalised."""
+    normalisers: SiteNormalisers
+    registration: Registration
+    """Tells producers and other runs how far the job has read."""
     lineage: Lineage
     """The runs before this one."""
     report: TrainingReporter
     heldout: HeldoutFvu
     saver: Saver
-    steps_done: int
+    position: StreamPosition
+    failure: NonFiniteError | None = None
+    """Why the job ended before its last step."""
+
+    @property
+    def steps(self) -> range:
+        """Steps that are left; none after a failure."""
+        done = self.position.step
+        return range(done, done if self.failure else self.run.steps)
 
     def step(self, batch: TrainingBatch) -> None:
-        """Train on a batch, report, and save if a checkpoint is due. Collective."""
-        run, train, done = self.run, self.run.train, self.steps_done
+        """Train on a batch, report, and save if a checkpoint is due. Collective.
+
+        Does nothing if the batch is not that of the job's next step. A loss or gradient that is not
+        finite ends the job, and the weights are as before.
+        """
+        if self.failure:  # producers need not wait for it, but it may still begin again
+            self.registration.at(batch.loaded.cursors)
+        if batch.loaded.step not in self.steps[:1]:
+            return
+        self.watch.at(self.position.step, working=True)
+        self.registration.at(batch.loaded.cursors)
+        rows = batch.rows(self.normalisers)
+        self.report.end("rest")
+        try:
+            self._train(rows, self.position.after(batch.loaded))
+        except NonFiniteError as exc:
+            self.failure = exc
+
+    def _train(self, rows: Rows, after: StreamPosition) -> None:
+        run, train, done = self.run, self.run.train, self.position.step
         lr = learning_rate(
             done,
             run.steps,
@@ -96,39 +126,48 @@ class TrainingJob:
             decay_share=train.decay_share,
         )
         output, gradient_norm = training_step(
-            batch.rows,
+            rows,
             self.engine,
             self.state.dead,
             self.state.average,
             batch_rows=train.batch_rows,
-            variance=self.variance,
+            variance=self.normalisers.variance,
             progress=done / run.steps,
             lr=lr,
             end_phase=self.report.end,
         )
-        self.steps_done = done + 1
-        self.report.step(self.steps_done, batch.rows, output, lr=lr, gradient_norm=gradient_norm)
-        if self.steps_done % train.save_every_steps == 0:
-            self._save(batch.position)
+        self.position = after
+        self.report.step(after.step, rows, output, lr=lr, gradient_norm=gradient_norm)
+        if after.step % train.save_every_steps == 0 or not self.steps:
+            self._save()
 
-    def finish(self, position: StreamPosition) -> None:
-        """Save the last step and wait until it is durable. Collective."""
-        self._save(position)
+    def finish(self) -> None:
+        """Save the last step and wait until it is durable; nothing after a failure. Collective."""
+        if not self.failure:
+            self._save()
         self.saver.finish()
 
     def result(self) -> dict[str, float]:
-        """Steps and rows trained on, and the last numbers reported."""
-        rows = self.steps_done * self.run.train.batch_rows
-        return {"step": self.steps_done, **self.lineage.totals(rows), **self.report.last}
+        """Steps and rows trained on, and the last numbers reported.
 
-    def _save(self, position: StreamPosition) -> None:
+        Raises:
+            NonFiniteError: The job failed.
+        """
+        if self.failure:
+            raise self.failure
+        done = self.position.step
+        rows = done * self.run.train.batch_rows
+        return {"step": done, **self.lineage.totals(rows), **self.report.last}
+
+    def _save(self) -> None:
         """Measure on held-out rows and start to save, unless this step is saved already."""
-        if self.steps_done == self.saver.last_step:
+        done, cursors, repeated_here = self.position
+        if done == self.saver.last_step:
             return
-        self.watch.at(self.steps_done, working=False)
+        self.watch.at(done, working=False)
         check_replicated(self.mesh, self.state.sae.replicated)
         fvu = self.heldout.measure(self.state)
-        self.report.heldout(self.steps_done, fvu)
-        repeated = sum(self.mesh.all_gather_objects(position.repeated_rows, int))
-        self.saver.save(self.steps_done, position.cursors, heldout_fvu=fvu, repeated_rows=repeated)
+        self.report.heldout(done, fvu)
+        repeated = sum(self.mesh.all_gather_objects(repeated_here, int))
+        self.saver.save(done, cursors, heldout_fvu=fvu, repeated_rows=repeated)
         self.report.end("save")

@@ -2,8 +2,11 @@
 
 from collections.abc import Mapping
 
+from dist_sae.telemetry.metric import OTHERS
+
 _STALLED = 0.1  # share of the time: above it, standing still is the first thing to mend
 _DENSE = 0.5  # share of step time: from it on, the encoder product is the limit
+_IGNORED = ("begin", OTHERS)
 _NAMES = {
     "ranks": "waiting for other ranks",
     "forward": "the forward pass",
@@ -24,12 +27,12 @@ def describe_limit(
 
     Args:
         phases: Seconds of training by phase (`telemetry.metric.PHASES`); empty before training.
-            `begin` is ignored: it is over.
+            `begin` is ignored, since it is over, and `others`, which other jobs' limits are about.
         product_share: Share of step time that the bare encoder product takes, if known.
         slowest_stage: The producers' slowest stage, if known.
         all_produced: Whether every unit exists.
     """
-    phases = {phase: seconds for phase, seconds in phases.items() if phase != "begin"}
+    phases = {phase: spent for phase, spent in phases.items() if phase not in _IGNORED}
     total = sum(phases.values())
     if not total:
         return _before_training(slowest_stage, all_produced=all_produced)

@@ -33,11 +33,11 @@ def train(
         DataExhaustedError: The activation set has too few rows.
         NonFiniteError: The loss or the gradient is not finite; the weights are as before.
     """
-    with open_training(run, mesh, watch, stopping, telemetry) as (batches, jobs):
+    with open_training([run], mesh, watch, stopping, telemetry) as (batches, jobs):
         for batch in batches:
             for job in jobs:
                 job.step(batch)
         for job in jobs:
-            job.finish(batches.position)
+            job.finish()
         batches.raise_if_stopped()
-    return jobs[0].result()
+        return jobs[0].result()

@@ -2,6 +2,7 @@
 
 import logging
 import socket
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
@@ -41,26 +42,37 @@ def state_bytes(run: Run, widths: Widths, axis: LatentAxis = WHOLE) -> int:
     return weights + gradients + moments + (weights if run.train.ema_decay else 0)
 
 
-def check_memory(run: Run, widths: Widths, mesh: Mesh) -> None:
-    """Say what the dictionary takes, and refuse one that no device of the run's can hold.
+def check_memory(jobs: Sequence[tuple[Run, Widths, Mesh]], mesh: Mesh) -> None:
+    """Say what the dictionaries take, and refuse those that no device of the run's can hold.
 
     Collective: ranks of one machine's CPU share its memory.
 
     Args:
-        run: The run.
-        widths: Widths of the sites.
+        jobs: A run for each dictionary, the widths of its sites, and its own ranks.
         mesh: The ranks.
 
     Raises:
         ConfigError: A machine or GPU has less memory than weights, gradients and moments take.
     """
-    own = state_bytes(run, widths, mesh.axis)
+    own = [state_bytes(run, widths, own.axis) for run, widths, own in jobs]
     needs: dict[str, int] = {}
     for place, there, taken in mesh.all_gather_objects(
-        (*_memory(mesh.device), own), tuple[str, int, int]
+        (*_memory(mesh.device), own), tuple[str, int, list[int]]
     ):
-        needs[place] = needs.get(place, 0) + taken
+        needs[place] = needs.get(place, 0) + sum(taken)
         if needs[place] > there:
+            if len(jobs) > 1:
+                each = ", ".join(
+                    f"{run.name} {bytes_ / 1e9:,.3g}"
+                    for (run, *_), bytes_ in zip(jobs, taken, strict=True)
+                )
+                raise ConfigError(
+                    f"sweep: the dictionaries take {needs[place] / 1e9:,.1f} GB on {place} with "
+                    f"gradients and Adam's moments, and it has {there / 1e9:,.1f}; on a rank, in "
+                    f"GB: {each}; train fewer or narrower ones at a time, or share them out to "
+                    f"more GPUs or machines (processes.latent_shards)"
+                )
+            run, widths, _ = jobs[0]
             raise ConfigError(
                 f"sae.n_latents: {run.sae.n_latents:,} latents that read {widths.d_in:,} and write "
                 f"{widths.d_out:,} numbers take {needs[place] / 1e9:,.1f} GB on {place} with "
@@ -70,7 +82,8 @@ def check_memory(run: Run, widths: Widths, mesh: Mesh) -> None:
     if mesh.is_first:
         place, there = _memory(mesh.device)
         logger.info(
-            "the dictionary takes %.3g of %.3g GB on %s: weights, gradients and moments",
+            "%s %.3g of %.3g GB on %s: weights, gradients and moments",
+            "the dictionary takes" if len(jobs) == 1 else f"{len(jobs)} dictionaries take",
             needs[place] / 1e9,
             there / 1e9,
             place,

@@ -3,11 +3,12 @@
 import time
 from collections import defaultdict, deque
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
 from dist_sae.dictionaries.base import Dictionary
+from dist_sae.telemetry.metric import OTHERS
 
 MOST_MARKS = 256
 """Marks of a GPU's clock that are kept before past ones are read."""
@@ -47,41 +48,64 @@ class Clock:
 
 
 class Phases:
-    """Time by phase. Every moment belongs to one phase, so they add up to the time passed."""
+    """Time of each job by phase. For a job they add up to the time passed.
 
-    def __init__(self, clock: Clock) -> None:
+    A phase is one job's, and for the other jobs it is time in `OTHERS`; or it is all jobs'.
+
+    Args:
+        jobs: Names of the jobs.
+    """
+
+    def __init__(self, clock: Clock, *jobs: str) -> None:
         self._clock = clock
-        self._seconds: defaultdict[str, float] = defaultdict(float)
-        self._marks: deque[tuple[str, Mapping[str, float], Any]] = deque([("", {}, clock.mark())])
+        self._seconds = {job: defaultdict[str, float](float) for job in jobs}
+        first = _Mark("", None, {}, clock.mark())
+        self._marks: deque[_Mark] = deque([first])
 
-    def end(self, phase: str, within: Mapping[str, float] | None = None) -> None:
+    def end(
+        self, phase: str, job: str | None = None, within: Mapping[str, float] | None = None
+    ) -> None:
         """End a phase: the time since the last call belongs to it.
 
         Args:
             phase: Its name.
+            job: The job that it is of; None if it is all jobs'.
             within: Seconds of it, at most, that belong to other phases, in this order.
         """
-        self._marks.append((phase, within or {}, self._clock.mark()))
-        if len(self._marks) > MOST_MARKS and self._clock.is_past(self._marks[1][2]):
+        self._marks.append(_Mark(phase, job, within or {}, self._clock.mark()))
+        if len(self._marks) > MOST_MARKS and self._clock.is_past(self._marks[1].end):
             self._fold()
 
-    def take(self) -> dict[str, float]:
-        """Seconds since the last call, by phase. On a GPU this waits for it."""
-        self._clock.await_(self._marks[-1][2])
+    def take(self, job: str) -> dict[str, float]:
+        """Seconds of a job since the last call for it, by phase. On a GPU this waits for it."""
+        self._clock.await_(self._marks[-1].end)
         while len(self._marks) > 1:
             self._fold()
-        seconds, self._seconds = self._seconds, defaultdict(float)
+        seconds, self._seconds[job] = self._seconds[job], defaultdict(float)
         return dict(seconds)
 
     def _fold(self) -> None:
-        *_, start = self._marks.popleft()
-        phase, within, end = self._marks[0]
-        left = self._clock.seconds(start, end)
+        start = self._marks.popleft().end
+        phase, of, within, end = self._marks[0]
+        whole = left = self._clock.seconds(start, end)
+        parts = []
         for other, most in within.items():
-            seconds = min(left, max(most, 0.0))
-            self._seconds[other] += seconds
-            left -= seconds
-        self._seconds[phase] += left
+            parts.append((other, min(left, max(most, 0.0))))
+            left -= parts[-1][1]
+        for job, seconds in self._seconds.items():
+            own = of in (None, job)
+            for name, spent in [*parts, (phase, left)] if own else [(OTHERS, whole)]:
+                seconds[name] += spent
+
+
+class _Mark(NamedTuple):
+    """The end of a phase."""
+
+    phase: str
+    job: str | None
+    within: Mapping[str, float]
+    end: Any
+    """The clock's mark."""
 
 
 class ProductSamples:

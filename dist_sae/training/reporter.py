@@ -76,7 +76,6 @@ class TrainingReporter:
         self._experts = ExpertLoads()
         self._doubted = False
         self._counts: defaultdict[str, float] = defaultdict(float)
-        telemetry.device = device
         telemetry.set(
             "dist_sae_train_info",
             1,
@@ -93,13 +92,13 @@ class TrainingReporter:
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if error is None or isinstance(error, Stopped):
-            self.times.take()
+            self.times.take(self.run.name)
         for sink in self.sinks:
             sink.close()
 
     def end(self, phase: str) -> None:
-        """End a phase: the time since the last call belongs to it."""
-        self.times.end(phase)
+        """End a phase of this job: the time since the last call belongs to it."""
+        self.times.end(phase, self.run.name)
 
     def step(
         self, step: int, rows: Rows, output: Output, *, lr: float, gradient_norm: float
@@ -148,7 +147,7 @@ class TrainingReporter:
         else:  # not known before so many rows
             numbers.pop("expert_dead_share", None)
         self.end("rest")
-        phases = self._of_all_ranks(self.times.take())
+        phases = self._of_all_ranks(self.times.take(self.run.name))
         seconds, steps = sum(phases.values()), step - self.reported
         self.reported = step
         rows = steps * run.train.batch_rows

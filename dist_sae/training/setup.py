@@ -1,16 +1,18 @@
-"""Sets a training run up: the stream of batches, and the jobs that train on it."""
+"""Sets training up: the stream of batches, and the jobs that train on it."""
 
 import logging
 import threading
 import time
-from collections.abc import Generator, Iterator
-from contextlib import AbstractContextManager, ExitStack, closing, contextmanager, nullcontext
+from collections.abc import Hashable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from itertools import chain
+from typing import NamedTuple
 
 from dist_sae.checkpoint import warm_start
 from dist_sae.checkpoint.folder import run_file_key
 from dist_sae.checkpoint.layout import Checkpoints
-from dist_sae.checkpoint.saver import Saved, Saver
+from dist_sae.checkpoint.saver import Saved, Saver, saver_thread
 from dist_sae.checkpoint.state import TrainingState
 from dist_sae.checkpoint.trained import normalisers_of
 from dist_sae.config import Run, dump_run, with_absolute_paths
@@ -18,6 +20,7 @@ from dist_sae.config.fingerprint import as_begun, run_fingerprint
 from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.backlog import ReadyUnits
 from dist_sae.data.consumers import Consumers, Registration
+from dist_sae.data.loader import Loader
 from dist_sae.data.normaliser import measure
 from dist_sae.data.plan import Plan, check_rows, load_plan
 from dist_sae.data.streams import StreamCursor
@@ -26,20 +29,19 @@ from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.dead import DeadLatents
 from dist_sae.dictionaries.ema import WeightAverage
 from dist_sae.dictionaries.init import initialise_from_data
-from dist_sae.dictionaries.interface import Rows
-from dist_sae.dictionaries.normaliser import SiteNormalisers
+from dist_sae.dictionaries.normaliser import Normaliser, SiteNormalisers
 from dist_sae.distributed.deepspeed_keys import check_deepspeed
 from dist_sae.distributed.engine import DeepSpeedEngine
 from dist_sae.distributed.mesh import Mesh
 from dist_sae.distributed.watch import Watch
-from dist_sae.errors import Stopped
+from dist_sae.errors import ConfigError
 from dist_sae.kernels import Kernels
 from dist_sae.kernels.choice import choose_kernels
 from dist_sae.precision import warn_if_emulated
 from dist_sae.storage import ObjectStore, open_store
 from dist_sae.telemetry.exporter import Telemetry
 from dist_sae.telemetry.sinks import open_sinks
-from dist_sae.training.batches import Batches, StreamPosition, next_batch, open_loader
+from dist_sae.training.batches import Batches, FirstBatches, StreamPosition, open_loader
 from dist_sae.training.clock import Times
 from dist_sae.training.heldout import HeldoutFvu
 from dist_sae.training.job import TrainingJob
@@ -53,33 +55,137 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def open_training(
-    run: Run, mesh: Mesh, watch: Watch, stopping: threading.Event, telemetry: Telemetry
+    runs: Sequence[Run], mesh: Mesh, watch: Watch, stopping: threading.Event, telemetry: Telemetry
 ) -> Iterator[tuple[Batches, list[TrainingJob]]]:
-    """Open a run's batches and jobs where they continue. See `train` for the arguments."""
+    """Open the batches and jobs of runs that read one stream, where each continues.
+
+    See `train` for the arguments.
+    """
     with ExitStack() as opened:
-        yield _open(run, mesh, watch, stopping, telemetry, opened)
+        yield _open(runs, mesh, watch, stopping, telemetry, opened)
+
+
+class _Begun(NamedTuple):
+    """A run of which it is known where it continues, before anything of it is built."""
+
+    run: Run
+    """Resolved by the plan."""
+    mesh: Mesh
+    """With the run's own latent shards."""
+    kernels: Kernels
+    telemetry: Telemetry
+    """Its own series."""
+    registration: Registration
+    checkpoints: Checkpoints
+    start: Start
 
 
 def _open(
-    run: Run,
+    runs: Sequence[Run],
     mesh: Mesh,
     watch: Watch,
     stopping: threading.Event,
     telemetry: Telemetry,
     opened: ExitStack,
 ) -> tuple[Batches, list[TrainingJob]]:
-    check_deepspeed(run)  # before anything is read or written
-    kernels = choose_kernels(run.train.kernels, mesh.device)
-    warn_if_emulated("train.products", run.train.products, mesh.device)
-    times = Times(telemetry, mesh.device)
-    runs, activations = (
-        open_store(url, run.store.s3, telemetry, stopping)
-        for url in (run.store.runs, run.store.activations)
+    shared = runs[0]  # the sections of the stream are the same for all
+    for run in runs:
+        check_deepspeed(run)  # before anything is read or written
+        warn_if_emulated("train.products", run.train.products, mesh.device)
+    telemetry.device = mesh.device
+    of_each = {run.name: telemetry.of_runs(run.name) for run in runs}
+    times = Times(mesh.device, of_each)
+    stores = [
+        open_store(url, shared.store.s3, telemetry, stopping)
+        for url in (shared.store.runs, shared.store.activations)
+    ]
+    plan = load_plan(stores[1], shared)
+    sites = tuple(dict.fromkeys(site for run in runs for site in run.sites))
+    activation_set = ActivationSet(stores[1], plan, sites, stopping)
+    begun = [
+        _begin(run, mesh, of_each[run.name], activation_set, stores[0], opened) for run in runs
+    ]
+    first = begun[0].start.lineage
+    for other in begun:
+        if other.start.lineage.stream_rows != first.stream_rows:
+            raise ConfigError(
+                f"{other.run.name}: its parent's checkpoint is at another place in the stream than "
+                f"that of {begun[0].run.name}; give the step in train.parent.step"
+            )
+    times.steps = max(job.run.steps for job in begun)
+    normalisers = _normalisers(begun, activation_set, times)
+    check_memory([(job.run, normalisers[job.run.name].widths, job.mesh) for job in begun], mesh)
+
+    def open_(steps: range, cursors: Mapping[int, StreamCursor]) -> Loader:
+        return open_loader(shared, mesh, activation_set, steps, first, cursors)
+
+    new = [job for job in begun if not job.start.found]
+    cursors = new[0].start.cursors if new else {}
+    first_batches = FirstBatches(
+        max((init_batches(job.run, job.start) for job in new), default=0),
+        lambda steps: open_(steps, cursors),
+        mesh,
+        stopping,
+        times,
+        keep=len(new) > 1,
     )
-    plan = load_plan(activations, run)
+    thread = opened.enter_context(saver_thread())
+    heldout: dict[Hashable, HeldoutFvu] = {}
+    jobs = []
+    with first_batches:
+        for each in begun:
+            own = normalisers[each.run.name]
+            state, engine = _build(each, own, first_batches)
+            key = each.run.train.heldout_rows, own.key
+            if key not in heldout:
+                heldout[key] = HeldoutFvu(each.run, mesh, activation_set, own)
+            position = _restore(each, state)
+            report = _reporter(each, times, state, own, position, stores[0])
+            job = TrainingJob(
+                each.run,
+                each.mesh,
+                watch,
+                engine=engine,
+                state=state,
+                normalisers=own,
+                registration=each.registration,
+                lineage=each.start.lineage,
+                report=report,
+                heldout=heldout[key],
+                saver=_saver(each, plan, state, own, report, position, thread),
+                position=position,
+            )
+            opened.enter_context(report)
+            opened.enter_context(job.saver)
+            jobs.append(job)
+    batches = Batches(
+        mesh,
+        watch,
+        jobs,
+        open_,
+        opened.enter_context(ExitStack()),
+        times=times,
+        telemetry=telemetry.of_runs(*of_each),
+        stopping=stopping,
+    )
+    opened.enter_context(_ready_units(activation_set, mesh, batches))
+    times.end("begin")
+    return batches, jobs
+
+
+def _begin(
+    run: Run,
+    mesh: Mesh,
+    telemetry: Telemetry,
+    activation_set: ActivationSet,
+    runs: ObjectStore,
+    opened: ExitStack,
+) -> _Begun:
+    """Find where a run continues, register it and write its run file. Collective."""
+    plan = activation_set.plan
     check_rows(plan.resolve(run), plan)
-    activation_set = ActivationSet(activations, plan, run.sites, stopping)
-    registration = opened.enter_context(_registration(run, plan, activations, mesh))
+    kernels = choose_kernels(run.train.kernels, mesh.device)
+    registration = opened.enter_context(_registration(run, plan, activation_set.store, mesh))
     checkpoints = Checkpoints(
         runs,
         run.name,
@@ -87,12 +193,10 @@ def _open(
         every=run.train.keep_every_steps,
         best=run.train.keep_best,
     )
-
     start = find_start(runs, run, plan, checkpoints, mesh)
     run = start.resolve(run, plan)
     if start.found:
         run = as_begun(run, start.found[0].scalars["run"])
-    times.steps = run.steps
     start.check(run, plan)
     if mesh.is_first:
         for line in void_settings(run, plan):
@@ -100,76 +204,69 @@ def _open(
         runs.put(run_file_key(run.name), dump_run(with_absolute_paths(run)).encode())
     if not start.found:
         registration.begin(start.cursors)
-    normalisers = _normalisers(run, activation_set, start, times)
-    check_memory(run, normalisers.widths, mesh)
-    state, engine = _build(run, mesh, kernels, activation_set, normalisers, start, times)
-    position = _restore(state, start, checkpoints, registration, mesh, telemetry)
-    logger.info(
-        "%s at step %d of %d", "resuming" if position.step else "starting", position.step, run.steps
-    )
+    own = mesh.sharded(run.processes.latent_shards)
+    return _Begun(run, own, kernels, telemetry, registration, checkpoints, start)
 
-    sinks = open_sinks(run, runs, position.step) if mesh.is_first else []
-    report = TrainingReporter(
+
+def _reporter(
+    begun: _Begun,
+    times: Times,
+    state: TrainingState,
+    normalisers: SiteNormalisers,
+    position: StreamPosition,
+    runs: ObjectStore,
+) -> TrainingReporter:
+    run, mesh = begun.run, begun.mesh
+    logger.info(
+        "%s: %s at step %d of %d",
+        run.name,
+        "resuming" if position.step else "starting",
+        position.step,
+        run.steps,
+    )
+    return TrainingReporter(
         run,
         mesh,
-        telemetry,
+        begun.telemetry,
         times,
-        sinks,
+        open_sinks(run, runs, position.step) if mesh.is_first else [],
         state,
         normalisers,
         position.step,
-        start.lineage.counted_rows,
+        begun.start.lineage.counted_rows,
     )
+
+
+def _saver(
+    begun: _Begun,
+    plan: Plan,
+    state: TrainingState,
+    normalisers: SiteNormalisers,
+    report: TrainingReporter,
+    position: StreamPosition,
+    thread: ThreadPoolExecutor,
+) -> Saver:
+    run, mesh = begun.run, begun.mesh
 
     def on_durable(saved: Saved) -> None:
         cursors = {stream: StreamCursor(*place) for stream, place in saved.cursors.items()}
-        registration.durable(cursors, ended=saved.step == run.steps)
+        begun.registration.durable(cursors, ended=saved.step == run.steps)
         report.saved(saved)
 
-    saver = Saver(
-        checkpoints=checkpoints,
+    return Saver(
+        checkpoints=begun.checkpoints,
         state=state,
         scalars=normalisers.to_scalars()
         | {"plan": plan.hash, "run": run_fingerprint(run)}
-        | start.lineage.to_scalars(),
+        | begun.start.lineage.to_scalars(),
         all_gather=mesh.in_background().all_gather_objects,
         first=mesh.is_first,
         before_commit=report.flush,
         on_durable=on_durable,
         last_step=position.step,
         background=run.train.save_in_background,
+        thread=thread,
     )
-    job = TrainingJob(
-        run,
-        mesh,
-        watch,
-        engine=engine,
-        state=state,
-        variance=normalisers.variance,
-        lineage=start.lineage,
-        report=report,
-        heldout=HeldoutFvu(run, mesh, activation_set, normalisers),
-        saver=saver,
-        steps_done=position.step,
-    )
-    steps = range(position.step, run.steps)
-    loader = open_loader(run, mesh, activation_set, steps, start.lineage, position.cursors)
-    batches = Batches(
-        run,
-        mesh,
-        watch,
-        loader,
-        normalisers=normalisers,
-        registration=registration,
-        position=position,
-        times=times,
-        telemetry=telemetry,
-        stopping=stopping,
-    )
-    for each in (report, saver, _ready_units(activation_set, mesh, telemetry, batches), loader):
-        opened.enter_context(each)
-    times.end("begin")
-    return batches, [job]
 
 
 def _registration(run: Run, plan: Plan, activations: ObjectStore, mesh: Mesh) -> Registration:
@@ -185,46 +282,52 @@ def _registration(run: Run, plan: Plan, activations: ObjectStore, mesh: Mesh) ->
 
 
 def _ready_units(
-    activation_set: ActivationSet, mesh: Mesh, telemetry: Telemetry, batches: Batches
+    activation_set: ActivationSet, mesh: Mesh, batches: Batches
 ) -> AbstractContextManager[object]:
     """Count the units that exist, on rank 0."""
     if not mesh.is_first:
         return nullcontext()
-    telemetry.set("dist_sae_train_plan_units", len(activation_set.plan.train_units))
+    batches.telemetry.set("dist_sae_train_plan_units", len(activation_set.plan.train_units))
     return ReadyUnits(activation_set.store, activation_set.plan, batches.show_ready)
 
 
 def _normalisers(
-    run: Run, activation_set: ActivationSet, start: Start, times: Times
-) -> SiteNormalisers:
-    """The stored normalisers of this activation set, or new ones at the parent's scales."""
-    if known := start.knows_rows_of(activation_set.plan):
-        return normalisers_of(run, known)
-    times.end("begin")
-    assert run.train.normaliser_rows is not None, "the plan resolves it"
-    measured = measure(activation_set, run.train.normaliser_rows, times.waiting)
-    times.end("wait")
-    normalisers = SiteNormalisers(run.reads, run.writes, measured)
-    return normalisers.at_scales(start.parent.scalars) if start.parent else normalisers
+    begun: Sequence[_Begun], activation_set: ActivationSet, times: Times
+) -> dict[str, SiteNormalisers]:
+    """Normalisers of each job: the stored ones of this activation set, or new ones.
+
+    New ones are measured once for all jobs; those of a child are at its parent's scales.
+    """
+    measured: dict[str, Normaliser] = {}
+    found = {}
+    for each in begun:
+        run, start = each.run, each.start
+        if known := start.knows_rows_of(activation_set.plan):
+            found[run.name] = normalisers_of(run, known)
+            continue
+        if not measured:
+            times.end("begin")
+            assert run.train.normaliser_rows is not None, "the plan resolves it"
+            measured = measure(activation_set, run.train.normaliser_rows, times.waiting)
+            times.end("wait")
+        of = {site: measured[site] for site in run.sites}
+        own = SiteNormalisers(run.reads, run.writes, of)
+        found[run.name] = own.at_scales(start.parent.scalars) if start.parent else own
+    return found
 
 
 def _build(
-    run: Run,
-    mesh: Mesh,
-    kernels: Kernels,
-    activation_set: ActivationSet,
-    normalisers: SiteNormalisers,
-    start: Start,
-    times: Times,
+    begun: _Begun, normalisers: SiteNormalisers, first_batches: FirstBatches
 ) -> tuple[TrainingState, DeepSpeedEngine]:
     """Build the dictionary, initialised or from the parent, with its engine, counts and average."""
+    run, mesh, start = begun.run, begun.mesh, begun.start
     sae = build_sae(
-        run.sae, normalisers.widths, mesh.axis, kernels, PRODUCT_DTYPES[run.train.products]
+        run.sae, normalisers.widths, mesh.axis, begun.kernels, PRODUCT_DTYPES[run.train.products]
     ).to(mesh.device)
     if start.parent and warm_start.width(start.parent) == sae.n_latents:
         warm_start.load(sae, start.parent)
     elif not start.found:
-        initialise(run, mesh, activation_set, normalisers, sae, start, times)
+        initialise(run, normalisers, sae, start, first_batches)
     engine = DeepSpeedEngine(run, sae, mesh)
     dead = DeadLatents(len(sae.W_enc), run.dead_after_rows, mesh.axis, mesh.device)
     average = WeightAverage(sae, run.train.ema_decay) if run.train.ema_decay else None
@@ -233,12 +336,10 @@ def _build(
 
 def initialise(
     run: Run,
-    mesh: Mesh,
-    activation_set: ActivationSet,
     normalisers: SiteNormalisers,
     sae: Dictionary,
     start: Start,
-    times: Times,
+    first_batches: FirstBatches,
 ) -> None:
     """Initialise a new dictionary from the first batch; use as many batches as needed. Collective.
 
@@ -246,46 +347,30 @@ def initialise(
     """
     parent = start.parent
     known = warm_start.width(parent) if parent else 0
-    n_rows = start.init_rows(run)
-    n_batches = max(1, -(-n_rows // run.train.batch_rows))
-
-    def rows() -> Generator[Rows]:
-        with open_loader(
-            run, mesh, activation_set, range(n_batches), start.lineage, start.cursors
-        ) as loader:
-            for _ in range(n_batches):
-                times.end("begin")
-                batch = next_batch(loader, mesh, activation_set.stopping, times)
-                if batch is None:
-                    loader.raise_if_failed()
-                    raise Stopped("stopped before the first step; start again to continue")
-                yield normalisers.rows(batch.acts, mesh.device)
-
-    with closing(rows()) as batches:
-        first = next(batches)
-        sae.initialise(first, run.train.seed)
-        if parent:
-            warm_start.load(sae, parent)
-        if n_rows:
-            initialise_from_data(sae, chain([first], batches), known)
+    batches = first_batches.rows(init_batches(run, start), normalisers)
+    first = next(batches)
+    sae.initialise(first, run.train.seed)
+    if parent:
+        warm_start.load(sae, parent)
+    if start.init_rows(run):
+        initialise_from_data(sae, chain([first], batches), known)
 
 
-def _restore(
-    state: TrainingState,
-    start: Start,
-    checkpoints: Checkpoints,
-    registration: Registration,
-    mesh: Mesh,
-    telemetry: Telemetry,
-) -> StreamPosition:
+def init_batches(run: Run, start: Start) -> int:
+    """Number of batches from which a new dictionary takes its initial values."""
+    return max(1, -(-start.init_rows(run) // run.train.batch_rows))
+
+
+def _restore(begun: _Begun, state: TrainingState) -> StreamPosition:
     """Load the run's checkpoint, or a parent's optimiser state; return where the stream is."""
+    start, checkpoints, telemetry = begun.start, begun.checkpoints, begun.telemetry
     if start.parent and start.lineage.updates:
         state.read(start.parent)()
     if not start.found:
         return StreamPosition(0, start.cursors, 0)
-    position = restore(state, start.found, checkpoints, mesh, telemetry)
+    position = restore(state, start.found, checkpoints, begun.mesh, telemetry)
     durable_at = time.time() - checkpoints.ages()[position.step]
     telemetry.set("dist_sae_checkpoint_step", position.step)
     telemetry.set("dist_sae_checkpoint_timestamp_seconds", durable_at)
-    registration.begin(position.cursors)
+    begun.registration.begin(position.cursors)
     return position

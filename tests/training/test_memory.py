@@ -76,5 +76,9 @@ def test_what_no_machine_holds_is_refused_before_it_is_built(tmp_path: Path) -> 
 
 def test_what_a_run_takes_is_said(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     with caplog.at_level(logging.INFO):
-        check_memory(run_of(tmp_path, kind="relu", n_latents=1000), Widths.of(16), ALONE)
-    assert re.fullmatch(r"the dictionary takes 0\.000528 of \S+ GB on .*", caplog.messages[-1])
+        job = run_of(tmp_path, kind="relu", n_latents=1000), Widths.of(16), ALONE
+        check_memory([job], ALONE)
+        check_memory([job, job], ALONE)
+    alone, both = caplog.messages[-2:]
+    assert re.fullmatch(r"the dictionary takes 0\.000528 of \S+ GB on .*", alone)
+    assert re.fullmatch(r"2 dictionaries take 0\.00106 of \S+ GB on .*", both)

@@ -82,6 +82,7 @@ def test_phases_add_up_to_the_time_of_the_steps(last: Series, trained: tuple[Pat
     (stall,) = of_rank(trained[1], "dist_sae_train_save_stall_seconds_total").values()
     assert sum(phases.values()) == pytest.approx(total)
     assert phases["save"] == pytest.approx(stall)
+    assert phases.pop("others") == 0
     assert min(phases.values()) > 0
 
 

@@ -16,6 +16,7 @@ from dist_sae.training.clock import Times
 from dist_sae.training.phases import Clock, Phases, ProductSamples
 
 CPU = torch.device("cpu")
+JOB = "world"
 
 
 class Event:
@@ -48,16 +49,16 @@ class Event:
 
 def test_phases_add_up_to_the_time_that_passed() -> None:
     since = time.perf_counter()
-    watch = Phases(Clock(CPU))
+    watch = Phases(Clock(CPU), JOB)
     for _ in range(3):
         for phase in ("wait", "forward"):
             sum(range(10_000))
             watch.end(phase)
-    spent = watch.take()
+    spent = watch.take(JOB)
     assert spent.keys() == {"wait", "forward"}
     assert min(spent.values()) > 0
     assert sum(spent.values()) <= time.perf_counter() - since
-    assert watch.take() == {}
+    assert watch.take(JOB) == {}
 
 
 def test_a_gpu_is_waited_for_only_when_its_times_are_asked_for(
@@ -66,23 +67,42 @@ def test_a_gpu_is_waited_for_only_when_its_times_are_asked_for(
     monkeypatch.setattr(torch.cuda, "Event", Event)
     monkeypatch.setattr(Event, "waits", 0)
     Event.alive.clear()
-    watch = Phases(Clock(torch.device("cuda")))
+    watch = Phases(Clock(torch.device("cuda")), JOB)
     for _ in range(1000):
         watch.end("forward")
         watch.end("rest")
     assert Event.waits == 0
     assert len(Event.alive) <= phases.MOST_MARKS + 1  # those that are past are not kept
-    assert watch.take() == {"forward": 1000.0, "rest": 1000.0}
+    assert watch.take(JOB) == {"forward": 1000.0, "rest": 1000.0}
     assert Event.waits == 1
 
 
 def test_a_phase_gives_up_what_other_phases_took_of_it(monkeypatch: pytest.MonkeyPatch) -> None:
     """Each mark is a second after the one before; nothing gives up more than it has."""
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    watch = Phases(Clock(torch.device("cuda")))
-    watch.end("forward", {"wait": -1.0, "ranks": 0.25})
-    watch.end("ranks", {"wait": 0.75, "save": 3.0})
-    assert watch.take() == {"wait": 0.75, "ranks": 0.25, "forward": 0.75, "save": 0.25}
+    watch = Phases(Clock(torch.device("cuda")), JOB)
+    watch.end("forward", within={"wait": -1.0, "ranks": 0.25})
+    watch.end("ranks", within={"wait": 0.75, "save": 3.0})
+    assert watch.take(JOB) == {"wait": 0.75, "ranks": 0.25, "forward": 0.75, "save": 0.25}
+
+
+def test_a_phase_of_one_job_is_time_in_others_for_the_rest(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Marks are a second apart: all jobs wait, then each makes a step; each adds up to the time."""
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    watch = Phases(Clock(torch.device("cuda")), "a", "b")
+    watch.end("wait")
+    watch.end("forward", "a", {"ranks": 0.25})
+    watch.end("optimiser", "a")
+    watch.end("forward", "b")
+    assert watch.take("a") == {
+        "wait": 1.0,
+        "ranks": 0.25,
+        "forward": 0.75,
+        "optimiser": 1.0,
+        "others": 1.0,
+    }
+    watch.end("wait")
+    assert watch.take("b") == {"wait": 2.0, "others": 2.0, "forward": 1.0}
 
 
 def test_seconds_of_the_host_are_taken_from_no_phase_of_a_gpu(
@@ -92,10 +112,10 @@ def test_seconds_of_the_host_are_taken_from_no_phase_of_a_gpu(
     monkeypatch.setattr(torch.cuda, "Event", Event)
     spent = {}
     for device in ("cuda", "cpu"):
-        times = Times(Telemetry("world", "train", None), torch.device(device))
+        times = Times(torch.device(device), {JOB: Telemetry(JOB, "train", None)})
         monkeypatch.setattr(axis, "seconds", axis.seconds + 1e9)
         times.end("forward")
-        spent[device] = times.take()
+        spent[device] = times.take(JOB)
     assert spent["cuda"] == {"wait": 0.0, "forward": 1.0}
     assert spent["cpu"]["ranks"] > 0
 

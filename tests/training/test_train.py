@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from dist_sae.checkpoint.layout import Checkpoints
+from dist_sae.checkpoint.lineage import Lineage
 from dist_sae.checkpoint.upkeep import convert_to_run
 from dist_sae.config import load_run
 from dist_sae.config.sae import BatchTopKConfig
@@ -30,6 +31,7 @@ from dist_sae.producing.planner import plan
 from dist_sae.report.build import report
 from dist_sae.storage import open_store
 from dist_sae.telemetry.exporter import Telemetry
+from dist_sae.training.batches import FirstBatches, open_loader
 from dist_sae.training.clock import Times
 from dist_sae.training.setup import initialise
 from dist_sae.training.start import Start, cursors_of, find_checkpoints
@@ -64,8 +66,19 @@ def test_directions_from_data_take_as_many_batches_as_they_need(
     normalisers = SiteNormalisers(settings.reads, settings.writes, measured)
     sae = build_sae(settings.sae, 16)
     mesh = Mesh(0, 1, torch.device("cpu"), WHOLE)
-    times = Times(Telemetry("world", "train", None), mesh.device)
-    initialise(settings, mesh, activation_set, normalisers, sae, Start(), times)
+    times = Times(mesh.device, {"world": Telemetry("world", "train", None)})
+    opened = list[range]()
+
+    def open_(steps: range) -> Loader:
+        opened.append(steps)
+        return open_loader(settings, mesh, activation_set, steps, Lineage(), None)
+
+    again = build_sae(settings.sae, 16)
+    with FirstBatches(3, open_, mesh, activation_set.stopping, times, keep=True) as batches:
+        for each in (sae, again):  # the second takes what the first has read
+            initialise(settings, normalisers, each, Start(), batches)
+    assert opened == [range(3)]
+    assert torch.equal(sae.W_dec, again.W_dec)
     with Loader(
         activation_set, rank=0, world=1, batch_rows=24, steps=range(3), max_passes=1
     ) as loader:
