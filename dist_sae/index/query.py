@@ -271,7 +271,7 @@ def index_of(runs: ObjectStore, run: str, checkpoint: Checkpoint) -> Index:
     """Open the index of a checkpoint.
 
     Raises:
-        NoIndexError: There is none, it is not complete, or it is of another checkpoint of this step.
+        NoIndexError: There is none, it is not complete, or is of another checkpoint of this step.
         CorruptObjectError: It is damaged, or its schema is of another version of dist-sae.
     """
     index = Index(runs, run, step=checkpoint.step)
