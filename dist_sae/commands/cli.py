@@ -17,6 +17,7 @@ from dist_sae.commands import (
     compare,
     completion,
     config,
+    estimate,
     evaluate,
     export,
     index,
@@ -38,7 +39,20 @@ from dist_sae.distributed.supervisor import follow_parent
 from dist_sae.errors import EXIT_DONE, EXIT_RESUMABLE, DistSaeError, Stopped
 
 _COMMANDS = (
-    *(run, plan, produce, train, index, latents, evaluate, compare, export, report, render),
+    *(
+        run,
+        estimate,
+        plan,
+        produce,
+        train,
+        index,
+        latents,
+        evaluate,
+        compare,
+        export,
+        report,
+        render,
+    ),
     *(submit, resume, status, pod_logs, cancel),
     *(bench, config, store, checkpoints, completion),
 )

@@ -58,7 +58,7 @@ def foresee(run: Run, meter: Meter = UNMETERED) -> tuple[Plan, dict[str, Any]]:
         widths = check_sites(run.model, run.activations)
         content = model_content(run.model)
         found = find_plan(store, run, index, content)
-        made = found or make_plan(run, index, _rows(run, corpus, index, pace), content)
+        made = found or make_plan(run, index, count_rows(run, corpus, index, pace), content)
     except HubUnavailableError as exc:
         if not is_planned:
             exc.exit_code = EXIT_USER  # nothing has shown yet that the name is right
@@ -118,14 +118,14 @@ def forecast(
         "heldout_rows": sum(rows[plan.n_train_units :]),
         "pass_rows": plan.pass_rows,
         "unusable_rows": plan.train_rows_estimate - plan.pass_rows,
-        "bytes": sum(rows) * _row_bytes(run.activations.dtype, widths),
+        "bytes": sum(rows) * row_bytes(run.activations.dtype, widths),
         "taken_rows": taken_rows,
         "run_rows": run.steps * run.train.batch_rows,
         "passes": round(run.steps * run.train.batch_rows / plan.pass_rows, 3),
     }
 
 
-def _row_bytes(dtype: str, widths: Mapping[str, int]) -> int:
+def row_bytes(dtype: str, widths: Mapping[str, int]) -> int:
     """Compute the bytes of a row at all sites."""
     scale = 4 if dtype == "int8" else 0
     return sum(DTYPES[dtype].itemsize * d_in + scale + ORIGIN_BYTES for d_in in widths.values())
@@ -156,7 +156,7 @@ def _warnings(told: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _rows(
+def count_rows(
     run: Run, corpus: Corpus, index: CorpusIndex, pace: logs.PacedProgress
 ) -> NDArray[np.int64]:
     """Estimate the rows of each span."""
