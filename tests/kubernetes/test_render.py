@@ -189,7 +189,12 @@ def test_parts_follow_one_another() -> None:
 
 def test_parts_wait_by_themselves_where_there_is_no_jobset() -> None:
     objects = render_objects(load("cluster.jobset=false"))
-    assert [obj["kind"] for obj in objects] == ["ConfigMap", "Service", *["Job"] * 5]
+    assert [obj["kind"] for obj in objects] == [
+        "ConfigMap",
+        "NetworkPolicy",
+        "Service",
+        *["Job"] * 5,
+    ]
     arguments = {
         (obj["metadata"]["name"].split("-")[-2], container["args"][0]): container["args"]
         for obj in objects
@@ -206,7 +211,7 @@ def test_parts_wait_by_themselves_where_there_is_no_jobset() -> None:
         ("index", "index"),
         ("reporter", "evaluate"),
     }
-    service = objects[1]
+    service = objects[2]
     trainer = next(obj for obj in objects if "-trainer-0" in obj["metadata"]["name"])
     labels = trainer["spec"]["template"]["metadata"]["labels"]
     assert service["spec"]["selector"].items() <= labels.items()
