@@ -16,6 +16,7 @@ from dist_sae.data.estimate import estimate_rows, rows_of_tokens
 from dist_sae.data.identity import model_content
 from dist_sae.data.make_plan import LAYOUT_SETTINGS, make_plan
 from dist_sae.data.plan import PLAN_KEY, Plan, as_planned, find_plan, load_plan, publish_plan
+from dist_sae.data.planned_text import store_texts
 from dist_sae.data.shard import DTYPES, ORIGIN_BYTES
 from dist_sae.distributed.deepspeed_keys import check_deepspeed
 from dist_sae.errors import EXIT_USER, HubUnavailableError
@@ -66,6 +67,9 @@ def foresee(run: Run, meter: Meter = UNMETERED) -> tuple[Plan, dict[str, Any]]:
     start = _start(run, made, meter)
     run = start.resolve(run, made)
     start.check(run, made)
+    if made.texts_stored:
+        n_units = len(made.units)
+        store_texts(store, corpus, made, lambda n: pace(n / n_units, 1, doing="stores the text"))
     there = found or publish_plan(store, made)
     created, made = there is made and not found, there
     told = forecast(run, made, widths, start.taken_rows(made))
