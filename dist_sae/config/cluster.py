@@ -111,8 +111,8 @@ class TrainerPods(PodsConfig):
     ranks: PositiveInt = 1
     """Ranks in a pod; with GPUs, each rank has its own."""
     grace_seconds: PositiveInt = 600
-    """Seconds between SIGTERM and SIGKILL; must exceed a step plus a checkpoint. `dist-sae status`
-    warns when the last checkpoint took over half of it."""
+    """Seconds between SIGTERM and SIGKILL; must exceed two steps plus a checkpoint. `dist-sae
+    status` warns when the last checkpoint took over half of it."""
     rdma: NonNegativeInt = 0
     """RDMA devices in a pod. If there are any and NCCL uses sockets, trainers stop with exit 2."""
     rdma_resource: LabelKey = "rdma/hca"
