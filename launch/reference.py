@@ -42,8 +42,8 @@ COMMANDS = """\
 # Commands
 
 `RUN` is a run file, or the folder of a run: a path or a URL. Every command that takes it also takes
-`--set KEY=VALUE`, which overrides a key of [the run file](run-file.md), and `--json`, which prints
-the result as one JSON object.
+`--set KEY=VALUE`, which overrides a key of [the run file](run-file.md), `--job NAME`, which takes
+one job of [a sweep](sweeps.md), and `--json`, which prints the result as one JSON object.
 
 Exit codes: 0 done, 2 something for you to fix (one line says what), 75 stopped and resumable, 1 a
 bug.
@@ -72,6 +72,8 @@ EXAMPLES: dict[str, Any] = {
     "store.s3.endpoint_url": "http://127.0.0.1:8333",
     "store.s3.kms_key_id": "alias/activations",
     "store.s3.region": "eu-central-1",
+    "sweep.jobs": {"k32": {"sae.k": 32}},
+    "sweep.over": {"train.seed": [0, 1]},
     "telemetry.port": 9400,
     "telemetry.pushgateway_url": "http://127.0.0.1:9091",
     "telemetry.tensorboard": "work/tensorboard",
@@ -85,7 +87,7 @@ EXAMPLES: dict[str, Any] = {
     "sae.reads": "[mlp_in.7]",
     "sae.writes": "[mlp_out.7]",
 }
-SHARED = {"--help", "--set", "--json", "run"}
+SHARED = {"--help", "--set", "--job", "--json", "run"}
 PODS = ("planner", "producer", "trainer", "index", "reporter")
 
 

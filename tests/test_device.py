@@ -100,7 +100,7 @@ def test_a_local_run_gives_every_process_a_gpu_of_its_own(
     monkeypatch.setattr(sys, "executable", str(program))
     counts = {"trainers": 2, "producers": 3}
     path = write_run(tmp_path, processes=counts, index={"workers": 2, "latent_shards": 2})
-    run_locally(load_run(path), str(path), [], threading.Event())
+    run_locally(load_run(path), [str(path)], threading.Event())
     lines = [line.split() for line in said.read_text().splitlines()]
     trainers = sorted(line[2:] for line in lines if line[0] == "train")
     assert trainers == [["0", "0,1"], ["1", "0,1"]]
@@ -125,7 +125,7 @@ def test_ranks_without_a_gpu_each_are_refused_before_anything_starts(
     machine(gpus=1)
     path = write_run(tmp_path, processes={"trainers": 2})
     with pytest.raises(ConfigError, match=r"processes\.trainers: 2 ranks .* it has 1; lower it"):
-        run_locally(load_run(path), str(path), [], threading.Event())
+        run_locally(load_run(path), [str(path)], threading.Event())
     assert not (tmp_path / "runs").exists()
     check_gpus("processes.trainers", 1)
     machine(gpus=0)

@@ -60,6 +60,24 @@ def begun_run(runs: ObjectStore, name: str) -> Run | None:
     return _read(runs, name, runs.url)
 
 
+def check_kind(runs: ObjectStore, run: Run) -> None:
+    """Check that a run does not take a sweep's folder, nor a sweep a run's.
+
+    Raises:
+        ConfigError: It would.
+    """
+    key = run_file_key(run.name)
+    try:
+        data = parse_run(runs.get(key).decode(), f"{runs.url}/{key}")
+    except ObjectNotFoundError:
+        return
+    was, now = ("a sweep" if sweep else "a run" for sweep in (data.get("sweep"), run.sweep))
+    if was != now:
+        raise ConfigError(
+            f"{runs.url}/{run.name}: belongs to {was}, and this is {now}; choose another name"
+        )
+
+
 def _read(store: ObjectStore, name: str, runs: str, overrides: Sequence[str] = ()) -> Run | None:
     """Read the run in a folder, with the folder's own location as `store.runs`."""
     try:

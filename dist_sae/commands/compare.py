@@ -15,10 +15,13 @@ if TYPE_CHECKING:
     from dist_sae.comparison.runs import Compared
 
 
+_LEAST = 2  # runs
+
+
 def add(commands: shared.Commands) -> None:
     """Add the command."""
     parser = shared.add_command(commands, "compare", main, "compare the numbers of several runs")
-    parser.add_argument("others", nargs="+", metavar="RUN", help="the runs to compare with it")
+    parser.add_argument("others", nargs="*", metavar="RUN", help="the runs to compare with it")
     parser.add_argument(
         "--match",
         action="store_true",
@@ -31,8 +34,12 @@ def add(commands: shared.Commands) -> None:
 def main(options: argparse.Namespace) -> None:
     """Print the table, and write the files that are asked for."""
     from dist_sae.checkpoint.folder import open_run
+    from dist_sae.config import jobs_of
 
-    runs = [open_run(place, options.set) for place in (options.run, *options.others)]
+    places = [open_run(place, options.set) for place in options.others]
+    runs = [job for run in (shared.load_whole(options), *places) for job in jobs_of(run)]
+    if len(runs) < _LEAST:
+        raise ConfigError(f"{options.run}: is one run; name another one, or a sweep")
     from dist_sae.comparison.runs import caveats, differing, read_compared
 
     compared = read_compared(runs)

@@ -18,11 +18,13 @@ def add(commands: shared.Commands) -> None:
 
 
 def _show(options: argparse.Namespace) -> None:
-    run = shared.load(options)
+    run = shared.load_whole(options)
+    import yaml
+
     from dist_sae.config import dump_run
 
     if options.json:
-        shared.print_json(options, run.model_dump(mode="json"))
+        shared.print_json(options, yaml.safe_load(dump_run(run)))
     else:
         sys.stdout.write(dump_run(run))
 

@@ -2,9 +2,13 @@
 
 import argparse
 import os
+from typing import TYPE_CHECKING, Any
 
 from dist_sae import signals
 from dist_sae.commands import shared
+
+if TYPE_CHECKING:
+    from dist_sae.config import Run
 
 
 def add(commands: shared.Commands) -> None:
@@ -17,7 +21,7 @@ def add(commands: shared.Commands) -> None:
 
 def main(options: argparse.Namespace) -> int | None:
     """Evaluate, as one process, as the rank that RANK and WORLD_SIZE name, or as their parent."""
-    run = shared.load_for_device(options)
+    whole = shared.load_for_device(options)
     if options.local_ranks > 1:
         from dist_sae.distributed.local_ranks import rank_environments
 
@@ -26,26 +30,28 @@ def main(options: argparse.Namespace) -> int | None:
         environments = rank_environments(options.local_ranks, options.local_ranks)
         arguments = ["evaluate", *step, *as_json]
         stopping = signals.stop_event()
-        return shared.run_local_ranks(options, run, arguments, environments, stopping)
+        return shared.run_local_ranks(options, whole, arguments, environments, stopping)
     from dist_sae.distributed.mesh import alone
     from dist_sae.evaluation.evaluate import evaluate
     from dist_sae.evaluation.together import evaluate_together
 
-    if options.wait:
-        from dist_sae.index.progress import await_index
-        from dist_sae.training.waiting import await_end
-
-        stopping = signals.stop_event()
-        await_end(run, stopping)
-        if run.index.workers:
-            await_index(run, stopping)
-        signals.heed()
     world = int(os.environ.get("WORLD_SIZE", "1"))
-    with shared.short_lived(run, "evaluate") as telemetry:
-        if world == 1:
-            result = evaluate(run, telemetry, options.step, alone())
-        else:
+
+    def work(run: "Run") -> dict[str, Any] | None:
+        if options.wait:
+            from dist_sae.index.progress import await_index
+            from dist_sae.training.waiting import await_end
+
+            stopping = signals.stop_event()
+            await_end(run, stopping)
+            if run.index.workers:
+                await_index(run, stopping)
+            signals.heed()
+        with shared.short_lived(run, "evaluate") as telemetry:
+            if world == 1:
+                return evaluate(run, telemetry, options.step, alone())
             result = evaluate_together(run, world, telemetry, options.step)
-    if shared.rank() == 0:
-        shared.print_result(options, result)
+        return result if shared.rank() == 0 else None
+
+    shared.print_results(options, whole, work)
     return None

@@ -1,8 +1,15 @@
 """`dist-sae export`: write a checkpoint as SAELens loads it."""
 
 import argparse
+import logging
+from typing import TYPE_CHECKING
 
 from dist_sae.commands import shared
+
+if TYPE_CHECKING:
+    from dist_sae.config import Run
+
+logger = logging.getLogger(__name__)
 
 
 def add(commands: shared.Commands) -> None:
@@ -13,9 +20,15 @@ def add(commands: shared.Commands) -> None:
 
 def main(options: argparse.Namespace) -> None:
     """Export, and say where."""
-    run = shared.load(options)
+    whole = shared.load_whole(options)
+    from dist_sae.interop import sae_lens
     from dist_sae.interop.export import export
 
-    with shared.short_lived(run, "export") as telemetry:
-        result = export(run, telemetry, options.step)
-    shared.print_result(options, {"export": result})
+    def work(run: "Run") -> dict[str, str] | None:
+        if whole.sweep and (problem := sae_lens.problem(run)):
+            logger.warning("%s is not exported: %s", run.name, problem)
+            return None
+        with shared.short_lived(run, "export") as telemetry:
+            return {"export": export(run, telemetry, options.step)}
+
+    shared.print_results(options, whole, work)

@@ -2,9 +2,13 @@
 
 import argparse
 import os
+from typing import TYPE_CHECKING, Any
 
 from dist_sae import signals
 from dist_sae.commands import shared
+
+if TYPE_CHECKING:
+    from dist_sae.config import Run
 
 
 def add(commands: shared.Commands) -> None:
@@ -31,7 +35,7 @@ def add(commands: shared.Commands) -> None:
 
 def main(options: argparse.Namespace) -> int | None:
     """Index as one process, or as the parent of a worker's ranks."""
-    run = shared.load_for_device(options)
+    run = whole = shared.load_for_device(options)
     from dist_sae.data.work_queue import Worker
     from dist_sae.distributed.local_ranks import rank_environments
     from dist_sae.index.build import index
@@ -54,9 +58,12 @@ def main(options: argparse.Namespace) -> int | None:
         max(1, run.index.workers),
     )
     port = shared.metrics_port(run, options)
-    with Telemetry(run.name, "index", port, first_rank + shared.rank()) as telemetry:
-        if options.wait:  # while metrics are served: a process that waits is alive
-            await_end(run, stopping)
-        result = index(run, worker, stopping, telemetry, options.step, repair=options.repair)
-    shared.print_result(options, result)
+
+    def work(run: "Run") -> dict[str, Any]:
+        with Telemetry(run.name, "index", port, first_rank + shared.rank()) as telemetry:
+            if options.wait:  # while metrics are served: a process that waits is alive
+                await_end(run, stopping)
+            return index(run, worker, stopping, telemetry, options.step, repair=options.repair)
+
+    shared.print_results(options, whole, work)
     return None

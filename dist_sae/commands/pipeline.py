@@ -12,11 +12,12 @@ import sys
 import threading
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import IO, Any
 
 from dist_sae.checkpoint.folder import run_file_key
-from dist_sae.config import Run
+from dist_sae.config import Run, jobs_of
 from dist_sae.config.base import folder_of
 from dist_sae.device import check_gpus, share_gpus
 from dist_sae.distributed.local_ranks import rank_environments
@@ -40,24 +41,25 @@ FAILED_GRACE_SECONDS = 5.0  # for the others when one has failed: ranks may hang
 
 
 def run_locally(
-    run: Run, path: str, overrides: Sequence[str], stopping: threading.Event
-) -> dict[str, Any]:
+    run: Run, arguments: Sequence[str], stopping: threading.Event
+) -> dict[str, dict[str, Any]]:
     """Do everything that the run file asks for; goes on where an earlier start stopped.
 
     Args:
-        overrides: The `--set` options it was loaded with.
+        arguments: The run file and the options that it was loaded with.
         stopping: When set, all processes are told to save and end.
 
     Returns:
-        The evaluation, and the places of the report and of the export, if SAELens has the kind.
+        For each run (a sweep has several) the evaluation, and the places of the report and of the
+        export, if SAELens has the kind.
 
     Raises:
         Stopped: `stopping` was set, and everything is saved.
-        ProcessFailedError: A process failed; the message is its own.
+        ProcessFailedError: A process failed; the message is its own. The jobs of a sweep that are
+            complete have been evaluated nevertheless.
         ConfigError: Ranks that need a GPU each outnumber the GPUs.
     """
     _check_gpus(run)
-    arguments = [path, *(argument for override in overrides for argument in ("--set", override))]
     logs = _log_folder(run)
     try:
         logs.mkdir(parents=True, exist_ok=True)
@@ -65,44 +67,70 @@ def run_locally(
         raise AccessError(f"{exc.strerror}; correct store.runs", url=str(logs)) from exc
     with ProgressView() as view:
 
-        def child(name: str, command: str, *options: object, **env: str) -> Child:
-            line = [sys.executable, "-m", "dist_sae", command, *arguments, *map(str, options)]
+        def child(
+            name: str, command: str, *own: object, options: Sequence[str] = (), **env: str
+        ) -> Child:
+            line = [sys.executable, "-m", "dist_sae", command, *arguments, *options, *map(str, own)]
             return Child(name, line, env, logs / f"{name}.log", view)
 
-        trained = _is_complete(run, stopping)
+        jobs = dict(zip(run.sweep.overrides() if run.sweep else [""], jobs_of(run), strict=True))
+        complete = _complete(run, jobs, stopping)
+        trained, failure = complete == list(jobs), None
         if not trained:
             run_together([child("plan", "plan")], stopping, view)
-            run_together(_workers(run, child), stopping, view)
-        if run.index.workers and not (trained and _is_indexed(run, stopping)):
-            run_together(_indexers(run, child), stopping, view, "index")
-        results: dict[str, Any] = {}
-        for command in ("evaluate", "export", "report"):
-            if command == "export" and sae_lens.problem(run):
-                continue
-            ranks = run.tensor_parallel if command == "evaluate" else 1
-            ranks = ranks if run.sae.divides_over(ranks) else 1
-            threads = _threads(run, ranks) if ranks > 1 else {}
-            programs = [
-                child(f"{command}-{rank}" if rank else command, command, "--json", **env, **threads)
-                for rank, env in enumerate(rank_environments(ranks, ranks))
-            ]
-            run_together(programs, stopping, view)
-            results |= programs[0].result
+            try:
+                run_together(_workers(run, child), stopping, view)
+                complete = list(jobs)
+            except ProcessFailedError as exc:
+                failure, complete = exc, _complete(run, jobs, stopping) if run.sweep else []
+                if not complete:
+                    raise
+        results: dict[str, dict[str, Any]] = {}
+        for name in complete:
+            job = jobs[name]
+            of_job = ["--job", name] if name else []
+            if run.index.workers and not (trained and _is_indexed(job, stopping)):
+                title = f"index {name}".strip()
+                run_together(_indexers(job, partial(child, options=of_job)), stopping, view, title)
+            results[job.name] = _measure(job, partial(child, options=of_job), stopping, view)
+        if failure:
+            raise failure
     return results
 
 
-def _is_complete(run: Run, stopping: threading.Event) -> bool:
-    """True if all units are made and the last step is done; of the index `_is_indexed` tells."""
+def _measure(
+    run: Run, child: Callable[..., "Child"], stopping: threading.Event, view: ProgressView
+) -> dict[str, Any]:
+    """Evaluate, export and report a trained run."""
+    results: dict[str, Any] = {}
+    for command in ("evaluate", "export", "report"):
+        if command == "export" and sae_lens.problem(run):
+            continue
+        ranks = run.tensor_parallel if command == "evaluate" else 1
+        ranks = ranks if run.sae.divides_over(ranks) else 1
+        threads = _threads(run, ranks) if ranks > 1 else {}
+        programs = [
+            child(f"{command}-{rank}" if rank else command, command, "--json", **env, **threads)
+            for rank, env in enumerate(rank_environments(ranks, ranks))
+        ]
+        run_together(programs, stopping, view)
+        results |= programs[0].result
+    return results
+
+
+def _complete(run: Run, jobs: Mapping[str, Run], stopping: threading.Event) -> list[str]:
+    """Jobs whose last step is done, if all units are made; of the index `_is_indexed` tells."""
     runs = open_store(run.store.runs, run.store.s3, None, stopping)
     if runs.size(run_file_key(run.name)) is None:  # training has not begun
-        return False
+        return []
     from dist_sae.training.completed import all_units_exist, completed_result  # takes 3 s
 
-    return completed_result(run) is not None and all_units_exist(run)
+    complete = [name for name, job in jobs.items() if completed_result(job) is not None]
+    return complete if complete and all_units_exist(run) else []
 
 
 def _is_indexed(run: Run, stopping: threading.Event) -> bool:
-    from dist_sae.index.progress import is_indexed  # takes 3 s, unless `_is_complete` has imported
+    from dist_sae.index.progress import is_indexed  # takes 3 s, unless `_complete` has imported
 
     return is_indexed(run, stopping)
 

@@ -13,7 +13,7 @@ def add(commands: shared.Commands) -> None:
 
 def main(options: argparse.Namespace) -> None:
     """Plan, and say what the plan gives."""
-    run = shared.load(options)
+    run = shared.load_whole(options)
     from dist_sae.producing.planner import foresee
 
     with shared.short_lived(run, "plan") as telemetry:

@@ -1,8 +1,12 @@
 """`dist-sae report`: write one HTML file about a run."""
 
 import argparse
+from typing import TYPE_CHECKING
 
 from dist_sae.commands import shared
+
+if TYPE_CHECKING:
+    from dist_sae.config import Run
 
 
 def add(commands: shared.Commands) -> None:
@@ -13,9 +17,11 @@ def add(commands: shared.Commands) -> None:
 
 def main(options: argparse.Namespace) -> None:
     """Make the report, and say where it is."""
-    run = shared.load(options)
+    whole = shared.load_whole(options)
     from dist_sae.report.build import report
 
-    with shared.short_lived(run, "report") as telemetry:
-        result = report(run, telemetry, options.step)
-    shared.print_result(options, {"report": result})
+    def work(run: "Run") -> dict[str, str]:
+        with shared.short_lived(run, "report") as telemetry:
+            return {"report": report(run, telemetry, options.step)}
+
+    shared.print_results(options, whole, work)

@@ -18,4 +18,7 @@ def main(options: argparse.Namespace) -> None:
     from dist_sae.commands.pipeline import run_locally
 
     stopping = signals.stop_event()
-    shared.print_result(options, run_locally(run, options.run, options.set, stopping))
+    job = ["--job", options.job] if options.job else []
+    overrides = [word for override in options.set for word in ("--set", override)]
+    results = run_locally(run, [options.run, *overrides, *job], stopping)
+    shared.print_results(options, run, lambda each: results.get(each.name))

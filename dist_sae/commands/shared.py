@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import ExitStack
 from typing import TYPE_CHECKING, Any
 
-from dist_sae.errors import CorruptObjectError
+from dist_sae.errors import ConfigError, CorruptObjectError
 
 if TYPE_CHECKING:
     from dist_sae.config import Run
@@ -35,6 +35,7 @@ def add_command(commands: Commands, name: str, main: Main, text: str) -> argpars
         default=[],
         help="override a setting: sae.k=64",
     )
+    parser.add_argument("--job", metavar="NAME", help="one job of a sweep")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
     parser.set_defaults(command=main)
     return parser
@@ -89,20 +90,44 @@ def add_ignore_nodes(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def load(options: argparse.Namespace) -> "Run":
-    """Read the run that the command line names."""
+def load_whole(options: argparse.Namespace) -> "Run":
+    """Read the run, or the sweep, that the command line names."""
     from dist_sae.checkpoint.folder import open_run
+    from dist_sae.config import jobs_of
 
-    return open_run(options.run, options.set)
+    run = open_run(options.run, options.set)
+    if options.job is None:
+        return run
+    if run.sweep is None:
+        raise ConfigError(f"--job {options.job}: {options.run} is no sweep; leave it out")
+    names = list(run.sweep.overrides())
+    if options.job not in names:
+        raise ConfigError(f"--job {options.job}: {options.run} has the jobs {', '.join(names)}")
+    return jobs_of(run)[names.index(options.job)]
+
+
+def load(options: argparse.Namespace) -> "Run":
+    """Read the one run that the command line names.
+
+    Raises:
+        ConfigError: It is a sweep of several.
+    """
+    run = load_whole(options)
+    if run.sweep:
+        names = ", ".join(run.sweep.overrides())
+        raise ConfigError(f"{options.run}: is a sweep; name a job with --job: {names}")
+    return run
 
 
 def load_for_device(options: argparse.Namespace) -> "Run":
-    """Read the run of a program that computes; `processes.device` holds from here on.
+    """Read the run, or the sweep, of a program that computes.
+
+    `processes.device` holds from here on.
 
     Raises:
         ConfigError: It asks for a GPU, and none can be used.
     """
-    run = load(options)
+    run = load_whole(options)
     from dist_sae.device import settle_device
 
     if warning := settle_device(run.processes.device):
@@ -111,8 +136,8 @@ def load_for_device(options: argparse.Namespace) -> "Run":
 
 
 def open_cluster(options: argparse.Namespace) -> tuple["Run", "Cluster"]:
-    """Read the run, and open its namespace on the cluster."""
-    run = load(options)
+    """Read the run, or the sweep, and open its namespace on the cluster."""
+    run = load_whole(options)
     from dist_sae.kubernetes.cluster import Cluster
 
     return run, Cluster(run.cluster)
@@ -164,7 +189,8 @@ def run_local_ranks(
     program, *others = arguments
     overrides = [word for override in options.set for word in ("--set", override)]
     waiting = ["--wait"] if options.wait else []
-    command = [program, options.run, *overrides, *waiting, *others]
+    job = ["--job", options.job] if options.job else []
+    command = [program, options.run, *overrides, *job, *waiting, *others]
     with ExitStack() as serving:
         if port := run.telemetry.port:
             ports = {
@@ -203,6 +229,28 @@ def raise_if_bad(url: str, remedy: str, faults: Iterable[str]) -> None:
     """Raise a `CorruptObjectError` with one line per fault, if there are any."""
     if faults := list(faults):
         raise CorruptObjectError("\n".join([remedy, *faults]), url=url)
+
+
+def print_results(
+    options: argparse.Namespace, run: "Run", work: "Callable[[Run], Mapping[str, Any] | None]"
+) -> None:
+    """Do work for the run, or for each job of a sweep in turn, and print what comes of it.
+
+    Args:
+        work: Returns names and values; None where there is nothing to print.
+    """
+    from dist_sae.config import jobs_of
+
+    results = {job.name: result for job in jobs_of(run) if (result := work(job)) is not None}
+    if run.sweep is None:
+        for result in results.values():
+            print_result(options, result)
+    elif results and options.json:
+        print_json(options, results)
+    else:
+        for name, result in results.items():
+            sys.stdout.write(f"{name}\n")
+            print_result(options, result)
 
 
 def print_result(options: argparse.Namespace, result: Mapping[str, Any]) -> None:

@@ -3,7 +3,8 @@
 import argparse
 import os
 import threading
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from typing import TYPE_CHECKING
 
 from dist_sae import logs, signals
@@ -26,17 +27,19 @@ def add(commands: shared.Commands) -> None:
 def main(options: argparse.Namespace) -> int | None:
     """Train as one rank, or as the parent of a pod's ranks."""
     run = shared.load_for_device(options)
+    from dist_sae.config import jobs_of
     from dist_sae.distributed.local_ranks import rank_environments
     from dist_sae.distributed.mesh import join_mesh
     from dist_sae.distributed.rendezvous import rendezvous
     from dist_sae.distributed.watch import Watch
     from dist_sae.telemetry.exporter import Telemetry
-    from dist_sae.training.completed import completed_result
+    from dist_sae.training.completed import completed_results
     from dist_sae.training.loop import train
     from dist_sae.training.waiting import await_plan
 
     world = run.processes.trainers
-    if world > 1 and (result := completed_result(run)):
+    jobs = jobs_of(run)
+    if world > 1 and (result := completed_results(run)):
         shared.print_result(options, result)
         return None
     stopping = signals.stop_event()
@@ -48,7 +51,11 @@ def main(options: argparse.Namespace) -> int | None:
         logs.configure(rank=shared.rank())
     timeouts = run.timeouts
     with Telemetry(
-        run.name, "train", shared.metrics_port(run, options), shared.rank()
+        run.name,
+        "train",
+        shared.metrics_port(run, options),
+        shared.rank(),
+        jobs=[job.name for job in jobs],
     ) as telemetry:
         telemetry.set("dist_sae_train_ranks", world)  # before the rendezvous: one may not come
         if options.wait:  # while metrics are served: a process that waits is alive
@@ -61,7 +68,7 @@ def main(options: argparse.Namespace) -> int | None:
                 lost_seconds=timeouts.lost_seconds,
                 hung_seconds=timeouts.hung_seconds,
             ) as watch,
-            _lease(run, stopping),
+            _leases(jobs, stopping),
             join_mesh(ranks, run.processes.latent_shards) as mesh,
         ):
             result = train(run, mesh, watch, stopping, telemetry)
@@ -69,12 +76,14 @@ def main(options: argparse.Namespace) -> int | None:
     return None
 
 
-def _lease(run: "Run", stopping: threading.Event) -> AbstractContextManager[object]:
-    """The lease on the run, which rank 0 holds: no other job may train it meanwhile."""
+@contextmanager
+def _leases(jobs: "Sequence[Run]", stopping: threading.Event) -> Iterator[None]:
+    """The leases on the runs, which rank 0 holds: nobody else may train them meanwhile."""
     from dist_sae.checkpoint.lease import TrainerLease
     from dist_sae.storage import open_store
 
-    if shared.rank():
-        return nullcontext()
-    runs = open_store(run.store.runs, run.store.s3, None, stopping)
-    return TrainerLease(runs, run.name, stopping)
+    with ExitStack() as held:
+        for job in jobs if shared.rank() == 0 else ():
+            runs = open_store(job.store.runs, job.store.s3, None, stopping)
+            held.enter_context(TrainerLease(runs, job.name, stopping))
+        yield

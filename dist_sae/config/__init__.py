@@ -7,6 +7,7 @@ need no torch.
 from dist_sae.config.load import (
     differences,
     dump_run,
+    jobs_of,
     load_run,
     parse_overrides,
     parse_run,
@@ -20,6 +21,7 @@ __all__ = [
     "Run",
     "differences",
     "dump_run",
+    "jobs_of",
     "load_run",
     "parse_overrides",
     "parse_run",

@@ -29,6 +29,7 @@ _OLD_DEFAULTS: dict[str, dict[str, tuple[Any, ...]]] = {
 }
 _FREE_SETTINGS = {
     "store",
+    "sweep",
     "processes",
     "timeouts",
     "evaluate",

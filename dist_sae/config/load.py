@@ -42,7 +42,16 @@ def resolve_run(data: dict[str, Any], overrides: Sequence[str], origin: str) -> 
         raise ConfigError("\n".join(f"{origin}: {line}" for line in lines)) from exc
     for override in overrides:
         _apply_override(data, override)
-    return _with_absolute_stores(validate_run(data, origin))
+    run = _with_absolute_stores(validate_run(data, origin))
+    of_jobs = {key for own in (run.sweep.overrides() if run.sweep else {}).values() for key in own}
+    for override in overrides:
+        dotted = override.partition("=")[0]
+        key = RENAMED.get(dotted, dotted)
+        if any(f"{key}.".startswith(f"{of_job}.") for of_job in of_jobs):
+            raise ConfigError(
+                f"--set {override}: the sweep's jobs set {key} themselves; change it in {origin}"
+            )
+    return run
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
@@ -63,15 +72,51 @@ def validate_run(data: Mapping[str, Any], origin: str) -> Run:
         ConfigError: One line for every problem.
     """
     try:
-        return Run.model_validate(data).resolved()
+        run = Run.model_validate(data).resolved()
+        jobs_of(run)
     except ValidationError as exc:
-        lines = explain(exc.errors(), Run)
+        lines = list(explain(exc.errors(), Run))
         raise ConfigError("\n".join(f"{origin}: {line}" for line in lines)) from exc
+    except ConfigError as exc:  # of a job
+        lines = str(exc).splitlines()
+        raise ConfigError("\n".join(f"{origin}: {line}" for line in lines)) from exc
+    return run
+
+
+def jobs_of(run: Run) -> tuple[Run, ...]:
+    """The runs of a sweep, each with what follows from its own settings; a run without jobs itself.
+
+    Raises:
+        ConfigError: With one line for every problem of a job.
+    """
+    if run.sweep is None:
+        return (run,)
+    jobs, problems = [], list[str]()
+    for name, own in run.sweep.overrides().items():
+        data = run.model_dump(mode="json", exclude_unset=True)
+        data |= {"name": f"{run.name}-{name}", "sweep": None}
+        for dotted, value in own.items():
+            *sections, key = dotted.split(".")
+            place = data
+            for section in sections:
+                place = place.setdefault(section, {})
+            place[key] = value
+        try:
+            jobs.append(Run.model_validate(data).resolved())
+        except ValidationError as exc:
+            problems += [f"sweep: {name}: {line}" for line in explain(exc.errors(), Run)]
+    if problems:
+        raise ConfigError("\n".join(problems))
+    return tuple(jobs)
 
 
 def dump_run(run: Run) -> str:
-    """Write the resolved run as YAML; `load_run` reads it back to an equal run."""
-    return yaml.safe_dump(run.model_dump(mode="json"), sort_keys=False)
+    """Write the resolved run as YAML; `load_run` reads it back to an equal run.
+
+    Of a sweep it has only the keys that were given: the others follow for each job.
+    """
+    is_sweep = run.sweep is not None
+    return yaml.safe_dump(run.model_dump(mode="json", exclude_unset=is_sweep), sort_keys=False)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

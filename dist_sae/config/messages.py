@@ -159,6 +159,8 @@ def _locate(loc: tuple[int | str, ...], root: type[Section]) -> tuple[list[str],
     sections: Mapping[Any, type[Section]] = {None: root}  # what may be here, by kind
     plain_union = False
     for key in loc:
+        if key == "[key]":  # of a mapping: the key itself came before
+            continue
         if plain_union:  # its members' names
             continue
         if key in sections:

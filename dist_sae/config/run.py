@@ -18,6 +18,7 @@ from dist_sae.config.data import (
 from dist_sae.config.index import IndexConfig
 from dist_sae.config.renamed import with_new_names
 from dist_sae.config.sae import SaeConfig
+from dist_sae.config.sweep import SweepConfig
 from dist_sae.config.train import (
     LAST_PORT,
     EvaluateConfig,
@@ -60,6 +61,8 @@ class Run(Section):
     activations: ActivationsConfig
     sae: SaeConfig
     train: TrainConfig
+    sweep: SweepConfig | None = None
+    """Several dictionaries from one stream; null trains the one of `sae` and `train`."""
     evaluate: EvaluateConfig = EvaluateConfig()
     index: IndexConfig = IndexConfig()
     export: ExportConfig = ExportConfig()
@@ -161,7 +164,10 @@ class Run(Section):
         """The run with numbers for settings that follow from others (null in the file).
 
         Settings that the plan decides stay open, with all that follows from them: `Plan.resolve`.
+        Those of a sweep follow from each job's own: `jobs_of`.
         """
+        if self.sweep:
+            return self
         follows = None if self.train.rows == "all" else self.dead_after_rows
         dead_after_rows = self.sae.dead_after_rows or follows
         sae = self.sae.model_copy(update={"dead_after_rows": dead_after_rows})
@@ -216,26 +222,17 @@ class Run(Section):
         ahead = self.store.max_ahead_units
         if ahead is None:
             return None
-        least = self.least_ahead(rows, first_windows, unit_rows)
+        rows += 4 * self.train.batch_rows  # batches are assembled ahead
+        # units differ in length, so streams may be a window apart
+        least = 2 * first_windows + 1
+        least += sum(1 for _ in takewhile(rows.__gt__, accumulate(unit_rows)))
         least = least if most is None else min(least, most)
         if ahead >= least:
             return None
         return (
-            f"{ahead} would stop the run: its streams' windows and its first "
-            f"{rows + self.rows_ahead} rows hold {least} units at once; use {least} or more"
+            f"{ahead} would stop the run: its streams' windows and its first {rows} rows hold "
+            f"{least} units at once; use {least} or more"
         )
-
-    def least_ahead(self, rows: int, first_windows: int, unit_rows: Iterable[int]) -> int:
-        """The least `store.max_ahead_units` that lets the run begin; see `ahead_problem`."""
-        rows += self.rows_ahead
-        # units differ in length, so streams may be a window apart
-        least = 2 * first_windows + 1
-        return least + sum(1 for _ in takewhile(rows.__gt__, accumulate(unit_rows)))
-
-    @property
-    def rows_ahead(self) -> int:
-        """Rows in hand: two batches wait, one is assembled, one is trained on."""
-        return 4 * self.train.batch_rows
 
     def _retention_problems(self) -> Iterator[tuple[str, str]]:
         store = self.store

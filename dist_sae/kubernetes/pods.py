@@ -7,13 +7,12 @@
     reporter    evaluate (with several ranks, where these are needed), export, report, in turn
 
 They meet the restricted pod security standard (unless `pod_patch` says otherwise): no root, no
-privileges, a read-only root file system. Caches and temporary files are in /scratch, which has a
-limit and is deleted with the pod; model files may be in a volume that stays (`cluster.cache`).
+privileges, a read-only root file system. Caches are in /scratch, which is deleted with the pod.
 """
 
 from typing import Any, Literal
 
-from dist_sae.config import Run
+from dist_sae.config import Run, jobs_of
 from dist_sae.config.cluster import PodsConfig, SpreadPods, TrainerPods
 from dist_sae.distributed import transport
 from dist_sae.interop import sae_lens
@@ -26,7 +25,6 @@ Object = dict[str, Any]
 
 RUN_FILE = "/etc/dist-sae/run.yaml"
 SCRATCH = "/scratch"
-CACHE = "/cache"
 METRICS = "metrics"
 """Name of the port that Prometheus scrapes."""
 _COMPUTING = ("produce", "train", "index", "evaluate")
@@ -63,7 +61,7 @@ def _evaluation_ranks(run: Run) -> int:
     gpus = run.cluster.reporter.gpus if run.cluster.reporter else 0
     ranks = run.tensor_parallel if run.tensor_parallel > 1 else max(1, gpus)
     too_few = 0 < gpus < ranks
-    return 1 if too_few or not run.sae.divides_over(ranks) else ranks
+    return 1 if too_few or not all(job.sae.divides_over(ranks) for job in jobs_of(run)) else ranks
 
 
 def pods_of(run: Run, part: Part) -> PodsConfig:
@@ -101,8 +99,8 @@ def pod_template(run: Run, part: Part) -> Object:
         "volumes": [
             {"name": "run", "configMap": {"name": object_name(run)}},
             {"name": "scratch", "emptyDir": {"sizeLimit": pods.scratch}},
+            {"name": "tmp", "emptyDir": {}},
             {"name": "shm", "emptyDir": {"medium": "Memory"}},
-            *({"name": "cache", **volume} for volume in [cluster.cache] if volume),
         ],
     }
     own = {"labels": labels(run, part)}
@@ -123,7 +121,7 @@ def _containers(run: Run, part: Part) -> list[Object]:
             arguments = [program, RUN_FILE, "--local-ranks", str(n_ranks(run, part)), *named]
             return [_serving(run, _container(run, part, "main", arguments))]
         case "reporter":
-            export = [] if sae_lens.problem(run) else ["export"]
+            export = [] if all(map(sae_lens.problem, jobs_of(run))) else ["export"]
             programs = ["evaluate", *export, "report"]
             ranks = n_ranks(run, part)
             together = {"evaluate": ["--local-ranks", str(ranks)]} if ranks > 1 else {}
@@ -163,9 +161,8 @@ def _container(run: Run, part: Part, name: str, arguments: list[str]) -> Object:
         "volumeMounts": [
             {"name": "run", "mountPath": RUN_FILE.rpartition("/")[0], "readOnly": True},
             {"name": "scratch", "mountPath": SCRATCH},
-            {"name": "scratch", "mountPath": "/tmp", "subPath": "tmp"},  # under the same limit
+            {"name": "tmp", "mountPath": "/tmp"},
             {"name": "shm", "mountPath": "/dev/shm"},
-            *[{"name": "cache", "mountPath": CACHE}][: cluster.cache is not None],
         ],
     }
     return without_empty(container)
@@ -194,11 +191,9 @@ def _serving(run: Run, container: Object) -> Object:
 def _environment(run: Run, part: Part, ranks: int) -> list[Object]:
     pods, processes = pods_of(run, part), run.processes
     values = {
-        "HOME": f"{SCRATCH}/home",  # caches of compiled kernels, and of model files
+        "HOME": f"{SCRATCH}/home",  # caches of model files and compiled kernels
         "OMP_NUM_THREADS": str(processes.threads or max(1, int(pods.cpus) // ranks)),
     }
-    if run.cluster.cache and "image" not in run.cluster.cache:  # which cannot be written
-        values["HF_HOME"] = CACHE
     if part == "trainer":
         values |= {
             "WORLD_SIZE": str(processes.trainers),

@@ -7,7 +7,7 @@ from collections import defaultdict
 from collections.abc import Mapping
 from typing import Any
 
-from dist_sae.config import Run
+from dist_sae.config import Run, jobs_of
 from dist_sae.errors import ClusterError, DistSaeError
 from dist_sae.kubernetes.cluster import Cluster
 from dist_sae.kubernetes.cluster_objects import find_objects
@@ -29,9 +29,9 @@ def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]
     Returns:
         `state`, `parts` and `conditions` (from the cluster), `queued` and `events` (why pods of a
         running run are not there: Kueue's reasons, and warnings about Jobs), `store`, `numbers`
-        (the last ones of training, and where they are `from`), `index_rows_per_second` (of a
-        worker), `limit` (what limits the run) and what that is judged by (`limit_of`), `warnings`,
-        and `out_of_reach`: what could not be asked, and why.
+        (the last ones of training, and where they are `from`), `jobs` (the same of each job of a
+        sweep), `index_rows_per_second` (of a worker), `limit` (what limits the run) and what that
+        is judged by (`limit_of`), `warnings`, and `out_of_reach`: what could not be asked, and why.
     """
     out_of_reach: dict[str, str] = {}
     status: dict[str, Any] = {"run": run.name, "namespace": cluster.namespace}
@@ -52,12 +52,12 @@ def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]
     else:
         if there.state == "running":
             status |= _waiting(cluster, [*there.workloads, *jobs], out_of_reach)
-    numbers: dict[str, Any] | None = None
+    of_jobs: dict[str, dict[str, Any] | None] = {}
     slowest_stage: str | None = None
     index_pace: float | None = None
     warnings: list[str] = []
     try:
-        numbers = _live_numbers(run, cluster, pods)
+        of_jobs |= _live_numbers(run, cluster, pods)
         slowest_stage = _slowest_stage(run, cluster, pods)
         index_pace = _index_pace(run, cluster, pods)
     except (ClusterError, ValueError) as exc:  # or what came is no page of metrics
@@ -69,11 +69,14 @@ def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]
             warnings.append(
                 f"the run in the store has other settings than this run file ({differing})"
             )
-        numbers = numbers or _stored_numbers(stored)
+        for name, job in (stored.jobs or {run.name: stored}).items():
+            of_jobs[name] = of_jobs.get(name) or _stored_numbers(job)
     except DistSaeError as exc:
         out_of_reach["store"] = str(exc)
         status["store"] = None
+    numbers = next(filter(None, of_jobs.values()), None)  # of a sweep those of its first job
     return status | {
+        "jobs": of_jobs if run.sweep else {},
         "numbers": numbers,
         "index_rows_per_second": index_pace,
         "limit": _limit(numbers, slowest_stage, status["store"] or {}),
@@ -98,15 +101,19 @@ def _waiting(
     return found
 
 
-def _live_numbers(run: Run, cluster: Cluster, pods: list[Object]) -> dict[str, Any] | None:
-    """Numbers from the metrics of the first trainer; None if it does not run."""
+def _live_numbers(run: Run, cluster: Cluster, pods: list[Object]) -> dict[str, dict[str, Any]]:
+    """Numbers of each job from the metrics of the first trainer; empty if it does not run."""
     pod, page = _page(run, cluster, pods, "trainer")
     if not page:
-        return None
-    values = {sample.name: sample.value for sample in page if "phase" not in sample.labels}
-    found = {m.short: values[m.name] for m in listed("status") if m.name in values}
-    phases = _sums(page, "dist_sae_train_phase_seconds_total", "phase")
-    return found | {"phases": phases, "from": f"pod {pod}"}
+        return {}
+    numbers = {}
+    for job in jobs_of(run):
+        own = [sample for sample in page if sample.labels.get("run") == job.name]
+        values = {sample.name: sample.value for sample in own if "phase" not in sample.labels}
+        found = {m.short: values[m.name] for m in listed("status") if m.name in values}
+        phases = _sums(own, "dist_sae_train_phase_seconds_total", "phase")
+        numbers[job.name] = found | {"phases": phases, "from": f"pod {pod}"}
+    return numbers
 
 
 def _slowest_stage(run: Run, cluster: Cluster, pods: list[Object]) -> str | None:

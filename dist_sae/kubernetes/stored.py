@@ -6,7 +6,7 @@ from typing import Any
 
 from dist_sae.checkpoint.folder import begun_run
 from dist_sae.checkpoint.layout import Checkpoints
-from dist_sae.config import Run
+from dist_sae.config import Run, jobs_of
 from dist_sae.config.fingerprint import PLAN_SECTIONS, as_begun, changes, run_fingerprint
 from dist_sae.data.consumers import Consumers
 from dist_sae.data.identity import moved_places, plan_settings, setting_changes
@@ -32,10 +32,18 @@ class StoredRun:
         )
         self._checkpoints = Checkpoints(self._runs, run.name, run.train.keep_checkpoints)
         self.url = f"{self._runs.url}/{run.name}"
+        self.jobs = {job.name: StoredRun(job) for job in jobs_of(run)} if run.sweep else {}
+        """Jobs of a sweep by their runs' names."""
 
     @property
     def steps(self) -> int | None:
-        """Steps of the whole run; None while the plan that decides them is missing."""
+        """Steps of the whole run; None while the plan that decides them is missing.
+
+        Those of a sweep are the steps of its longest job.
+        """
+        if self.jobs:
+            steps = [job.steps for job in self.jobs.values()]
+            return None if None in steps else max(filter(None, steps))
         if self._run.train.rows == "all" and (begun := self.begun()):
             self._run = self._run.filled(begun.model_dump(mode="json"))  # a child's are the rest
         if self._run.train.rows == "all" and (resolved := planned(self._run, self._activations)):
@@ -49,8 +57,10 @@ class StoredRun:
     def is_complete(self) -> bool:
         """True if training is complete, and so are the index and the report, if a run makes them.
 
-        A report older than the last checkpoint does not count.
+        A report older than the last checkpoint does not count. A sweep is if all of its jobs are.
         """
+        if self.jobs:
+            return all(job.is_complete() for job in self.jobs.values())
         key = report_key(self._run)
         reports = {entry.age_seconds for entry in self._runs.entries(key) if entry.key == key}
         ages = self._checkpoints.ages()  # read after the reports, so an age is not too low
@@ -64,10 +74,20 @@ class StoredRun:
     def changes(self, other: Run | None) -> list[str]:
         """List settings that decide the outcome and differ between this run file and another.
 
-        Text and model are compared by content if there is a plan, else by their resolved paths.
+        Text and model are compared by content if there is a plan, else by their resolved paths. The
+        jobs of two sweeps are compared by name; only one of them may have others.
         """
         if other is None:
             return []
+        if (other.sweep is None) != (self._run.sweep is None):
+            return ["sweep: one of them is a sweep"]
+        if self.jobs:
+            there = {job.name: job for job in jobs_of(other)}
+            return [
+                f"{name}: {line}"
+                for name, job in self.jobs.items()
+                for line in job.changes(there.get(name))
+            ]
         stored = run_fingerprint(other)
         run = as_begun(self._run, stored)
         changed = changes(stored, run, but=PLAN_SECTIONS)
@@ -86,6 +106,11 @@ class StoredRun:
         """
         ages = self._checkpoints.ages()
         newest = max(ages, default=None)
+        if self.jobs:
+            return {
+                "jobs": {name: job.progress() for name, job in self.jobs.items()},
+                **self._units(),
+            }
         return {
             **self._units(),
             "steps": self.steps,
@@ -129,7 +154,8 @@ class StoredRun:
             return {"plan": str(exc)}
         ready = sum(unit in plan.train_units for unit in existing_units(store))
         consumers = Consumers(store, self._run.store.consumer_expiry_hours).all()
-        reached = next((c.reached for c, _ in consumers if c.run == self._run.name), 0)
+        names = self.jobs or [self._run.name]
+        reached = min((c.reached for c, _ in consumers if c.run in names), default=0)
         return {
             "plan": plan.hash,
             "units": plan.n_train_units,

@@ -43,15 +43,21 @@ def _lines(status: Mapping[str, Any]) -> Iterator[str]:
         yield f"says     {condition}"
     if store := status["store"]:
         yield f"store    {_store(store)}"
-        yield f"saved    {_saved(store)}"
-        if index := store["index"]:
-            yield f"index    {_index(index, status['index_rows_per_second'])}"
-    if numbers := status["numbers"]:
-        known = (metric for metric in listed("status") if metric.short in numbers)
-        shown = filter(None, (metric.text.format(numbers[metric.short]) for metric in known))
-        yield f"training {'  '.join(shown)}  ({numbers['from']})"
+        for name, of_job in store.get("jobs", {"": store}).items():
+            yield f"saved    {_saved(of_job)}{_of(name)}"
+            if index := of_job["index"]:
+                yield f"index    {_index(index, status['index_rows_per_second'])}{_of(name)}"
+    for name, numbers in (status["jobs"] or {"": status["numbers"]}).items():
+        if numbers:
+            known = (metric for metric in listed("status") if metric.short in numbers)
+            shown = filter(None, (metric.text.format(numbers[metric.short]) for metric in known))
+            yield f"training {'  '.join(shown)}  ({numbers['from']}){_of(name)}"
     if status["limit"]:
         yield f"limit    {status['limit']}  (of {status['limit_of']})"
+
+
+def _of(job: str) -> str:
+    return f"  {job}" if job else ""
 
 
 def _store(store: Mapping[str, Any]) -> str:

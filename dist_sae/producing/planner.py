@@ -9,14 +9,13 @@ from numpy.typing import NDArray
 
 from dist_sae import logs
 from dist_sae.checkpoint.layout import Checkpoints
-from dist_sae.config import Run
+from dist_sae.config import Run, jobs_of
 from dist_sae.config.data import SyntheticCorpus
 from dist_sae.data.corpus import Corpus, CorpusIndex
 from dist_sae.data.estimate import estimate_rows, rows_of_tokens
 from dist_sae.data.identity import model_content
 from dist_sae.data.make_plan import LAYOUT_SETTINGS, make_plan
 from dist_sae.data.plan import PLAN_KEY, Plan, as_planned, find_plan, load_plan, publish_plan
-from dist_sae.data.planned_text import store_texts
 from dist_sae.data.shard import DTYPES, ORIGIN_BYTES
 from dist_sae.distributed.deepspeed_keys import check_deepspeed
 from dist_sae.errors import EXIT_USER, HubUnavailableError
@@ -46,7 +45,8 @@ def foresee(run: Run, meter: Meter = UNMETERED) -> tuple[Plan, dict[str, Any]]:
         DataExhaustedError: `train.rows` asks for more than there will be.
         PlanMismatchError: The store holds a plan made from other settings or other text.
     """
-    check_deepspeed(run)  # before anything is read or written
+    for job in jobs_of(run):
+        check_deepspeed(job)  # before anything is read or written
     store = open_store(run.store.activations, run.store.s3, meter)
     is_planned = store.size(PLAN_KEY) is not None
     if is_planned:  # what the hub had then, whatever it has now
@@ -59,25 +59,28 @@ def foresee(run: Run, meter: Meter = UNMETERED) -> tuple[Plan, dict[str, Any]]:
         widths = check_sites(run.model, run.activations)
         content = model_content(run.model)
         found = find_plan(store, run, index, content)
-        made = found or make_plan(run, index, count_rows(run, corpus, index, pace), content)
+        made = found or make_plan(run, index, _rows(run, corpus, index, pace), content)
     except HubUnavailableError as exc:
         if not is_planned:
             exc.exit_code = EXIT_USER  # nothing has shown yet that the name is right
         raise
-    start = _start(run, made, meter)
-    run = start.resolve(run, made)
-    start.check(run, made)
-    if made.texts_stored:
-        n_units = len(made.units)
-        store_texts(store, corpus, made, lambda n: pace(n / n_units, 1, doing="stores the text"))
+    started = [(_start(job, made, meter), job) for job in jobs_of(run)]
+    jobs = [(start.resolve(job, made), start.taken_rows(made)) for start, job in started]
+    for (start, _), (job, _) in zip(started, jobs, strict=True):
+        start.check(job, made)
     there = found or publish_plan(store, made)
     created, made = there is made and not found, there
-    told = forecast(run, made, widths, start.taken_rows(made))
+    longest, taken_rows = max(jobs, key=lambda job: job[0].steps)
+    told = forecast(longest, made, widths, taken_rows)
     meter.set("dist_sae_plan_units", len(made.units))
     meter.set("dist_sae_plan_documents", told["documents"])
     meter.set("dist_sae_plan_train_rows", made.train_rows_estimate)
     logger.info("%s %s: %s", "made" if created else "found", store.url, describe(told))
-    for warning in (*_warnings(told), *void_settings(run, made)):
+    void = [(job, line) for job, _ in jobs for line in void_settings(job, made)]
+    for warning in (
+        *_warnings(told),
+        *(f"{job.name}: {line}" if run.sweep else line for job, line in void),
+    ):
         logger.warning("%s", warning)
     logs.progress("plan", 1, 1, said=describe(told))
     return made, told
@@ -122,14 +125,14 @@ def forecast(
         "heldout_rows": sum(rows[plan.n_train_units :]),
         "pass_rows": plan.pass_rows,
         "unusable_rows": plan.train_rows_estimate - plan.pass_rows,
-        "bytes": sum(rows) * row_bytes(run.activations.dtype, widths),
+        "bytes": sum(rows) * _row_bytes(run.activations.dtype, widths),
         "taken_rows": taken_rows,
         "run_rows": run.steps * run.train.batch_rows,
         "passes": round(run.steps * run.train.batch_rows / plan.pass_rows, 3),
     }
 
 
-def row_bytes(dtype: str, widths: Mapping[str, int]) -> int:
+def _row_bytes(dtype: str, widths: Mapping[str, int]) -> int:
     """Compute the bytes of a row at all sites."""
     scale = 4 if dtype == "int8" else 0
     return sum(DTYPES[dtype].itemsize * d_in + scale + ORIGIN_BYTES for d_in in widths.values())
@@ -160,7 +163,7 @@ def _warnings(told: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def count_rows(
+def _rows(
     run: Run, corpus: Corpus, index: CorpusIndex, pace: logs.PacedProgress
 ) -> NDArray[np.int64]:
     """Estimate the rows of each span."""

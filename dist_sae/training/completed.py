@@ -1,8 +1,10 @@
 """Tells whether a run is complete."""
 
+from typing import Any
+
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.checkpoint.lineage import Lineage
-from dist_sae.config import Run
+from dist_sae.config import Run, jobs_of
 from dist_sae.config.fingerprint import PLAN_SECTIONS, as_begun, changes
 from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.backlog import ReadyUnits
@@ -12,7 +14,7 @@ from dist_sae.storage import open_store
 
 
 def completed_result(run: Run) -> dict[str, float] | None:
-    """The result of `train`, if the run is complete; else None.
+    """The result of training, if the run, which is no sweep, is complete; else None.
 
     Checked before the rendezvous: a rank that is restarted after the others have finished would
     wait for them in vain.
@@ -30,6 +32,14 @@ def completed_result(run: Run) -> dict[str, float] | None:
         return None
     rows = checkpoint.step * run.train.batch_rows
     return {"step": checkpoint.step, **lineage.totals(rows)}
+
+
+def completed_results(run: Run) -> dict[str, Any] | None:
+    """The result of `train`, if the run, or every job of the sweep, is complete; else None."""
+    results = {job.name: completed_result(job) for job in jobs_of(run)}
+    if not all(results.values()):
+        return None
+    return results if run.sweep else results[run.name]
 
 
 def all_units_exist(run: Run) -> bool:

@@ -33,8 +33,7 @@ def training_step(
     progress: float,
     lr: float,
     end_phase: Callable[[str], None],
-    wants_to_meet: Callable[[], bool] = lambda: False,
-) -> tuple[Output, float, bool]:
+) -> tuple[Output, float]:
     """Forward, backward, optimiser, dead latents, running average. Collective.
 
     Args:
@@ -47,11 +46,9 @@ def training_step(
         progress: Share of the run's steps that are done.
         lr: Learning rate.
         end_phase: Called with `forward`, `backward` and `optimiser` as each of them ends.
-        wants_to_meet: Tells whether this rank wants to meet the others before the next batch.
 
     Returns:
-        The objective's output, the norm of the gradient before clipping, and whether any rank wants
-        to meet: all ranks learn it without a collective of its own.
+        The objective's output, and the norm of the gradient before clipping.
 
     Raises:
         NonFiniteError: The gradient is not finite; the weights are as before.
@@ -61,15 +58,14 @@ def training_step(
     end_phase("forward")
     engine.backward(output.terms.total)
     end_phase("backward")
-    numbers = dead.update(output.fired, batch_rows, also=int(wants_to_meet()))
-    gradient_norm, *counts, want_to_meet = engine.step(lr, numbers)
+    gradient_norm, *counts = engine.step(lr, dead.update(output.fired, batch_rows))
     dead.counted(counts)
     end_phase("optimiser")
     if dead.n_stuck:
         engine.revive(dead.stuck, rows.inputs, output.error)
     if average is not None:
         average.update(rows, progress)
-    return output, gradient_norm, want_to_meet > 0
+    return output, gradient_norm
 
 
 @dataclass(eq=False)
@@ -92,6 +88,8 @@ class TrainingJob:
     heldout: HeldoutFvu
     saver: Saver
     position: StreamPosition
+    alone: bool = True
+    """Whether no other job reads the batches; a failure is then raised at once."""
     failure: NonFiniteError | None = None
     """Why the job ended before its last step."""
 
@@ -116,11 +114,14 @@ class TrainingJob:
         rows = batch.rows(self.normalisers)
         self.report.end("rest")
         try:
-            self._train(batch, rows)
+            self._train(rows, self.position.after(batch.loaded))
         except NonFiniteError as exc:
+            if self.alone:
+                raise
             self.failure = exc
+            self.report.failed(exc)
 
-    def _train(self, batch: TrainingBatch, rows: Rows) -> None:
+    def _train(self, rows: Rows, after: StreamPosition) -> None:
         run, train, done = self.run, self.run.train, self.position.step
         lr = learning_rate(
             done,
@@ -129,7 +130,7 @@ class TrainingJob:
             warmup_steps=train.warmup_steps,
             decay_share=train.decay_share,
         )
-        output, gradient_norm, meet = training_step(
+        output, gradient_norm = training_step(
             rows,
             self.engine,
             self.state.dead,
@@ -139,10 +140,8 @@ class TrainingJob:
             progress=done / run.steps,
             lr=lr,
             end_phase=self.report.end,
-            wants_to_meet=batch.wants_to_meet,
         )
-        batch.told(meet=meet)
-        self.position = after = self.position.after(batch.loaded)
+        self.position = after
         self.report.step(after.step, rows, output, lr=lr, gradient_norm=gradient_norm)
         if after.step % train.save_every_steps == 0 or not self.steps:
             self._save()
@@ -154,13 +153,7 @@ class TrainingJob:
         self.saver.finish()
 
     def result(self) -> dict[str, float]:
-        """Steps and rows trained on, and the last numbers reported.
-
-        Raises:
-            NonFiniteError: The job failed.
-        """
-        if self.failure:
-            raise self.failure
+        """Steps and rows trained on, and the last numbers reported."""
         done = self.position.step
         rows = done * self.run.train.batch_rows
         return {"step": done, **self.lineage.totals(rows), **self.report.last}

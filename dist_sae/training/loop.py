@@ -1,18 +1,26 @@
 """`dist-sae train`: the training loop of one rank."""
 
 import threading
+from collections.abc import Sequence
+from typing import Any
 
-from dist_sae.config import Run
+from dist_sae.checkpoint.folder import check_kind, run_file_key
+from dist_sae.config import Run, dump_run, jobs_of, with_absolute_paths
 from dist_sae.distributed.mesh import Mesh
 from dist_sae.distributed.watch import Watch
+from dist_sae.errors import NonFiniteError
+from dist_sae.storage import open_store
 from dist_sae.telemetry.exporter import Telemetry
+from dist_sae.training.completed import completed_result
 from dist_sae.training.setup import open_training
 
 
 def train(
     run: Run, mesh: Mesh, watch: Watch, stopping: threading.Event, telemetry: Telemetry
-) -> dict[str, float]:
+) -> dict[str, Any]:
     """Train from the run's newest checkpoint, from its parent's (`train.parent`), or from scratch.
+
+    The jobs of a sweep do so together, each from its own.
 
     What a step does is in `training_step` and `TrainingJob.step` (training/job.py).
 
@@ -25,19 +33,37 @@ def train(
 
     Returns:
         `step` and `rows` reached, with parents also `rows_with_parents`, and the last numbers
-        reported.
+        reported. Of a sweep this by the names of the runs.
 
     Raises:
         ConfigError: The kernels, the parent or the DeepSpeed configuration cannot be used.
         Stopped: `stopping` was set; a checkpoint holds everything so far.
         DataExhaustedError: The activation set has too few rows.
-        NonFiniteError: The loss or the gradient is not finite; the weights are as before.
+        NonFiniteError: The loss or the gradient is not finite; the weights are as before. The other
+            jobs of a sweep have been trained to their ends.
     """
-    with open_training([run], mesh, watch, stopping, telemetry) as (batches, jobs):
+    runs, store = jobs_of(run), open_store(run.store.runs, run.store.s3, telemetry, stopping)
+    for each in runs if run.sweep is None else (run, *runs):
+        check_kind(store, each)
+    done = mesh.of_first(lambda: _completed(runs)) if run.sweep else {}
+    left = [each for each in runs if each.name not in done]
+    if run.sweep and mesh.is_first:  # every command takes the folder for the run file
+        store.put(run_file_key(run.name), dump_run(with_absolute_paths(run)).encode())
+    if not left:
+        return done
+    with open_training(left, mesh, watch, stopping, telemetry) as (batches, jobs):
         for batch in batches:
             for job in jobs:
                 job.step(batch)
         for job in jobs:
             job.finish()
         batches.raise_if_stopped()
-        return jobs[0].result()
+        if failures := [f"{job.run.name}: {job.failure}" for job in jobs if job.failure]:
+            raise NonFiniteError("\n".join(failures))
+    results = {job.run.name: job.result() for job in jobs}
+    return done | results if run.sweep else results[run.name]
+
+
+def _completed(runs: Sequence[Run]) -> dict[str, dict[str, float]]:
+    """Results of the jobs that are complete. Rank 0 asks, so that all ranks train the same jobs."""
+    return {run.name: result for run in runs if (result := completed_result(run))}

@@ -4,7 +4,6 @@ import logging
 import socket
 from collections.abc import Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import psutil
 import torch
@@ -23,17 +22,8 @@ _CGROUP_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")  # of versions 2
 _MOMENTS = 2
 
 
-class StateBytes(NamedTuple):
-    """Bytes of what a rank trains: the least that it needs."""
-
-    weights: int
-    gradients: int
-    moments: int
-    running_mean: int
-
-
-def state_bytes(run: Run, widths: Widths, axis: LatentAxis = WHOLE) -> StateBytes:
-    """Bytes of a rank's weights, gradients, moments and running mean.
+def state_bytes(run: Run, widths: Widths, axis: LatentAxis = WHOLE) -> int:
+    """Bytes of a rank's weights, gradients, moments and running mean: the least that it needs.
 
     Args:
         run: The run.
@@ -49,7 +39,7 @@ def state_bytes(run: Run, widths: Widths, axis: LatentAxis = WHOLE) -> StateByte
     moments = _MOMENTS * weights // (axis.replicas if stage else 1)
     if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
         moments = 0  # they are elsewhere
-    return StateBytes(weights, gradients, moments, weights if run.train.ema_decay else 0)
+    return weights + gradients + moments + (weights if run.train.ema_decay else 0)
 
 
 def check_memory(jobs: Sequence[tuple[Run, Widths, Mesh]], mesh: Mesh) -> None:
@@ -64,10 +54,10 @@ def check_memory(jobs: Sequence[tuple[Run, Widths, Mesh]], mesh: Mesh) -> None:
     Raises:
         ConfigError: A machine or GPU has less memory than weights, gradients and moments take.
     """
-    own = [sum(state_bytes(run, widths, own.axis)) for run, widths, own in jobs]
+    own = [state_bytes(run, widths, own.axis) for run, widths, own in jobs]
     needs: dict[str, int] = {}
     for place, there, taken in mesh.all_gather_objects(
-        (*_memory(mesh.device), own), tuple[str, int, list[int]]
+        (*memory_of(mesh.device), own), tuple[str, int, list[int]]
     ):
         needs[place] = needs.get(place, 0) + sum(taken)
         if needs[place] > there:
@@ -90,7 +80,7 @@ def check_memory(jobs: Sequence[tuple[Run, Widths, Mesh]], mesh: Mesh) -> None:
                 f"or sites, or share them out to more GPUs or machines (processes.latent_shards)"
             )
     if mesh.is_first:
-        place, there = _memory(mesh.device)
+        place, there = memory_of(mesh.device)
         logger.info(
             "%s %.3g of %.3g GB on %s: weights, gradients and moments",
             "the dictionary takes" if len(jobs) == 1 else f"{len(jobs)} dictionaries take",
@@ -100,7 +90,7 @@ def check_memory(jobs: Sequence[tuple[Run, Widths, Mesh]], mesh: Mesh) -> None:
         )
 
 
-def _memory(device: torch.device) -> tuple[str, int]:
+def memory_of(device: torch.device) -> tuple[str, int]:
     """Where a device's memory is, and its bytes."""
     host = socket.gethostname()
     if device.type == "cuda":

@@ -23,7 +23,7 @@ from dist_sae.dictionaries.density import Densities
 from dist_sae.dictionaries.interface import Output, Routing, Rows
 from dist_sae.dictionaries.normaliser import SiteNormalisers
 from dist_sae.distributed.mesh import Mesh
-from dist_sae.errors import Stopped
+from dist_sae.errors import DistSaeError, Stopped
 from dist_sae.telemetry.exporter import Telemetry
 from dist_sae.telemetry.metric import DENSITIES, NEVER, PHASES, RARE
 from dist_sae.telemetry.metrics import gauges, listed
@@ -205,6 +205,11 @@ class TrainingReporter:
         """Publish the held-out FVU after a step, if it was measured."""
         if fvu is not None:
             self._record({"step": step, "heldout_fvu": fvu})
+
+    def failed(self, failure: DistSaeError) -> None:
+        """Tell that this job ends before its last step, while others go on."""
+        self.telemetry.set("dist_sae_run_failed", 1, error=type(failure).__name__)
+        logger.error("%s ends, other jobs go on: %s", self.run.name, failure)
 
     def saved(self, saved: Saved) -> None:
         """Export that a checkpoint is durable. Called in the saver's thread."""

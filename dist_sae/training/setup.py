@@ -154,6 +154,7 @@ def _open(
                 heldout=heldout[key],
                 saver=_saver(each, plan, state, own, report, position, thread),
                 position=position,
+                alone=len(begun) == 1,
             )
             opened.enter_context(report)
             opened.enter_context(job.saver)

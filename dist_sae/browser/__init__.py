@@ -1,1 +1,0 @@
-"""A local page on a latent index: lists, search, latents, texts."""

@@ -1,0 +1,128 @@
+"""A sweep: several dictionaries from one stream, each a run of its own."""
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import product
+from typing import Annotated, Any, Self
+
+from pydantic import AfterValidator, Field, model_validator
+
+from dist_sae.config.base import Section, Shape
+from dist_sae.config.renamed import RENAMED
+
+_SHARED = {
+    "train.batch_rows": "all jobs read the same batches",
+    "train.max_passes": "all jobs read one stream, which goes over the data as often for each",
+    "train.normaliser_rows": "activations are normalised once for all jobs",
+    "train.parent": "all jobs begin at one place in the stream",
+}
+"""Keys that jobs cannot set, and why."""
+_OWN = ("sae.", "train.", "processes.latent_shards")
+_MOST_JOBS = 1000
+
+
+def _check_key(key: str) -> str:
+    dotted = RENAMED.get(key, key)
+    for shared, why in _SHARED.items():
+        if f"{dotted}.".startswith(f"{shared}."):
+            raise ValueError(f"{key} is the same for all jobs: {why}")
+    if dotted != "sae" and not dotted.startswith(_OWN):
+        raise ValueError(
+            f"{key} is the same for all jobs; they may differ in sae, sae.*, train.* and "
+            f"processes.latent_shards, and anything else needs a run file of its own"
+        )
+    return dotted
+
+
+def _check_values(values: Any) -> list[Any]:
+    if isinstance(values, Sequence) and not isinstance(values, str) and values:
+        return list(values)
+    if isinstance(values, Mapping) and {"first", "last"} <= values.keys():
+        return list(_progression(**values))
+    raise ValueError(
+        "give a list of values, or {first: 16, last: 128, times: 2}, or {first: 0, last: 7, plus: "
+        "1}"
+    )
+
+
+def _progression(
+    first: float, last: float, plus: float = 0, times: float = 1, **unknown: Any
+) -> Iterator[float]:
+    numbers = (first, last, plus, times)
+    grows = all(type(number) in (int, float) for number in numbers) and (
+        (plus > 0 and times == 1) or (times > 1 and plus == 0 and first > 0)
+    )
+    if unknown or not grows or last < first:
+        raise ValueError("a range needs first, a last that is not below it, and plus or times")
+    value, almost = first, 1 + 1e-9  # floating point must not lose the last value
+    for _ in range(_MOST_JOBS):
+        if value > last * almost:
+            return
+        yield value
+        value = value * times + plus
+    raise ValueError(f"a range of more than {_MOST_JOBS} values")
+
+
+JobName = Annotated[
+    str,
+    Shape(
+        r"^[a-z0-9]([a-z0-9.-]*[a-z0-9])?$",
+        "use lower-case letters, digits, '-' and '.', with a letter or a digit first and last",
+    ),
+]
+Key = Annotated[str, AfterValidator(_check_key)]
+Values = Annotated[Any, AfterValidator(_check_values)]
+
+
+class SweepConfig(Section):
+    """Several dictionaries that are trained on the same batches, each a run of its own.
+
+    Job `k32` of a run `small` is the run `small-k32`. With both `jobs` and `over`, each job is
+    trained with each combination.
+    """
+
+    jobs: dict[JobName, dict[Key, Any]] = Field(default_factory=dict)
+    """Jobs by name, each with the keys in which it differs: {k32: {sae.k: 32}}. `sae` as a whole
+    may be replaced, for example by one of another kind."""
+    over: dict[Key, Values] = Field(default_factory=dict)
+    """Values of keys, of which every combination is a job: a list, or a range such as {first: 16,
+    last: 128, times: 2} or {first: 0, last: 7, plus: 1}. Jobs are named by their values: k32,
+    seed1, batchtopk-k32."""
+
+    def overrides(self) -> dict[str, dict[str, Any]]:
+        """What each job sets, by the job's name."""
+        return dict(self._named())
+
+    def _named(self) -> Iterator[tuple[str, dict[str, Any]]]:
+        combinations = [
+            dict(zip(self.over, values, strict=True)) for values in product(*self.over.values())
+        ]
+        for name, own in (self.jobs or {"": {}}).items():
+            for values in combinations:
+                words = [name, *(_word(key, value) for key, value in values.items())]
+                yield "-".join(filter(None, words)), {**own, **values}
+
+    @model_validator(mode="after")
+    def _is_sound(self) -> Self:
+        if not self.jobs and not self.over:
+            raise ValueError("names no job: give jobs, or values of keys in over")
+        if twice := sorted({key for own in self.jobs.values() for key in own} & self.over.keys()):
+            raise ValueError(f"{twice[0]} is in jobs and in over; leave one of them out")
+        names = [name for name, _ in self._named()]
+        if len(names) > _MOST_JOBS:
+            raise ValueError(f"{len(names)} jobs; train {_MOST_JOBS} at most in a sweep")
+        if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
+            raise ValueError(f"two jobs are named {twice[0]}")
+        return self
+
+
+def _word(key: str, value: Any) -> str:
+    """A job's name by one of its values: `k32`, `batchtopk`."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        values = value if isinstance(value, list) else [value]
+        words = "-".join(str(each).lower() for each in values)
+        key = key if isinstance(value, bool) or value is None else ""
+    else:
+        words = f"{value:.12g}"
+    name = key.rpartition(".")[2].replace("_", "-")
+    return re.sub(r"[^a-z0-9.]+", "-", f"{name}{words}").strip("-.")

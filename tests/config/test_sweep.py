@@ -1,0 +1,127 @@
+"""The jobs of a sweep, and what is refused."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_sae.config import dump_run, jobs_of, load_run
+from dist_sae.config.fingerprint import run_fingerprint
+from dist_sae.errors import ConfigError
+from tests.runs import write_run
+
+
+def test_every_combination_of_values_is_a_run_of_its_own(tmp_path: Path) -> None:
+    """What follows from a setting follows from the job's: the rate from 16,384 latents is 2e-4."""
+    over = {
+        "sae.n_latents": {"first": 1024, "last": 16384, "times": 4},
+        "train.seed": {"first": 0, "last": 1, "plus": 1},
+    }
+    run = load_run(
+        write_run(tmp_path, sweep={"over": over}, train={"lr": None}, sae={"init": "random"})
+    )
+    jobs = jobs_of(run)
+    assert [job.name for job in jobs] == [
+        f"world-n-latents{n}-seed{seed}" for n in (1024, 4096, 16384) for seed in (0, 1)
+    ]
+    assert [job.train.lr for job in jobs[::2]] == pytest.approx([8e-4, 4e-4, 2e-4])
+    assert all(job.sweep is None and job.sae.kind == "topk" for job in jobs)
+
+
+def test_named_jobs_are_trained_with_each_value(tmp_path: Path) -> None:
+    jobs = {"wide": {"sae.n_latents": 128}, "relu": {"sae": {"kind": "relu", "n_latents": 32}}}
+    sweep = {"jobs": jobs, "over": {"train.lr": [1e-3, 0.02]}}
+    found = jobs_of(load_run(write_run(tmp_path, sweep=sweep)))
+    assert {job.name: (job.sae.kind, job.sae.n_latents, job.train.lr) for job in found} == {
+        "world-wide-lr0.001": ("topk", 128, 1e-3),
+        "world-wide-lr0.02": ("topk", 128, 0.02),
+        "world-relu-lr0.001": ("relu", 32, 1e-3),
+        "world-relu-lr0.02": ("relu", 32, 0.02),
+    }
+
+
+def test_a_job_is_the_run_that_a_file_of_its_own_gives(tmp_path: Path) -> None:
+    """Also of a sweep that was written and read again, as in a ConfigMap."""
+    sweep = {"over": {"sae.k": [2], "sae.kind": ["batchtopk"]}}
+    run = load_run(write_run(tmp_path, sweep=sweep))
+    own = load_run(
+        write_run(tmp_path, name="world-k2-batchtopk", sae={"k": 2}), ["sae.kind=batchtopk"]
+    )
+    path = tmp_path / "again.yaml"
+    path.write_text(dump_run(run))
+    assert jobs_of(run) == jobs_of(load_run(path)) == (own,)
+    assert run_fingerprint(jobs_of(run)[0]) == run_fingerprint(own)
+
+
+@pytest.mark.parametrize(
+    ("sweep", "message"),
+    [
+        ({"over": {"sae.k": [2, 2]}}, "sweep: two jobs are named k2"),
+        (
+            {"over": {"train.batch_rows": [320, 640]}},
+            "sweep.over.train.batch_rows: train.batch_rows is the same for all jobs: all jobs read "
+            "the same batches",
+        ),
+        (
+            {"jobs": {"a": {"train.parent.run": "old"}}},
+            "sweep.jobs.a.train.parent.run: train.parent.run is the same for all jobs: all jobs "
+            "begin at one place in the stream",
+        ),
+        (
+            {"jobs": {"a": {"corpus.documents": 4}}},
+            "sweep.jobs.a.corpus.documents: corpus.documents is the same for all jobs; they may "
+            "differ in sae, sae.*, train.* and processes.latent_shards, and anything else needs a "
+            "run file of its own",
+        ),
+        (
+            {"jobs": {"a": {"sae.k": 2}}, "over": {"sae.k": [3]}},
+            "sweep: sae.k is in jobs and in over; leave one of them out",
+        ),
+        ({"over": {"sae.k": [2, 65]}}, "sweep: k65: sae: k (65) must not exceed n_latents (64)"),
+        ({"over": {"sae.kk": [2]}}, "sweep: kk2: sae.kk: unknown key; did you mean k?"),
+        (
+            {"over": {"sae.k": {"first": 3, "last": 5}}},
+            "sweep.over.sae.k: a range needs first, a last that is not below it, and plus or times",
+        ),
+        (
+            {"over": {"sae.k": 3}},
+            "sweep.over.sae.k: give a list of values, or {first: 16, last: 128, times: 2}, or "
+            "{first: 0, last: 7, plus: 1}",
+        ),
+        ({}, "sweep: names no job: give jobs, or values of keys in over"),
+        (
+            {"jobs": {"A": {}}},
+            "sweep.jobs.A: use lower-case letters, digits, '-' and '.', with a letter or a digit "
+            "first and last (got 'A')",
+        ),
+        (
+            {"jobs": {"a" * 48: {}}},
+            f"sweep: {'a' * 48}: name: use lower-case letters, digits, '-' and '.', at most 52 of "
+            f"them, with a letter or a digit first and last (got 'world-{'a' * 48}')",
+        ),
+    ],
+)
+def test_what_cannot_be_is_refused_with_the_reason(
+    tmp_path: Path, sweep: dict[str, Any], message: str
+) -> None:
+    path = write_run(tmp_path, sweep=sweep)
+    with pytest.raises(ConfigError) as raised:
+        load_run(path)
+    assert str(raised.value) == f"{path}: {message}"
+
+
+def test_two_jobs_of_one_name_are_refused(tmp_path: Path) -> None:
+    path = write_run(tmp_path)
+    path.write_text(path.read_text() + "sweep: {jobs: {a: {}, a: {sae.k: 2}}}\n")
+    with pytest.raises(ConfigError, match="key 'a' appears twice"):
+        load_run(path)
+
+
+def test_an_override_that_jobs_would_undo_is_refused(tmp_path: Path) -> None:
+    path = write_run(tmp_path, sweep={"over": {"sae.k": [2, 4]}})
+    assert load_run(path, ["sae.n_latents=128"]).sae.n_latents == 128
+    with pytest.raises(ConfigError) as raised:
+        load_run(path, ["sae.k=8"])
+    assert str(raised.value) == (
+        f"--set sae.k=8: the sweep's jobs set sae.k themselves; change it in {path}"
+    )

@@ -1,0 +1,174 @@
+"""Several dictionaries from one stream are those that each run makes alone."""
+
+import threading
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
+from dist_sae.config import Run, jobs_of, load_run
+from dist_sae.data.consumers import Consumers
+from dist_sae.distributed.mesh import join_mesh
+from dist_sae.distributed.rendezvous import Ranks
+from dist_sae.distributed.watch import Watch
+from dist_sae.errors import ConfigError, NonFiniteError, Stopped
+from dist_sae.storage import open_store
+from dist_sae.telemetry.exporter import Telemetry
+from dist_sae.telemetry.history import read_history
+from dist_sae.telemetry.scrape import read_page
+from dist_sae.training import memory
+from dist_sae.training.loop import train
+from tests.launch import train as train_ranks
+from tests.training.trained import STEPS, check_same, run_file
+
+RANKS = Ranks(0, 1, 0, ("here",))
+JOBS: dict[str, dict[str, Any]] = {
+    "topk": {},
+    "wide": {"sae": {"kind": "batchtopk", "n_latents": 96, "k": 4, "dead_after_rows": 480}},
+    "relu": {"sae": {"kind": "relu", "n_latents": 40}, "train.lr": 1e-3, "train.seed": 7},
+    "routed": {"sae": {"kind": "routed", "n_latents": 64, "k": 3, "experts": 4}},
+    "mean": {"train.ema_decay": 0.9, "train.log_every_steps": 7, "train.save_every_steps": 13},
+    "short": {"train.rows": 3200, "sae.k_start": 8},
+}
+
+
+OF_THREE: dict[str, dict[str, Any]] = {"a": {}, "b": {"sae.k": 2}, "c": {"sae.n_latents": 32}}
+
+
+class StopAt(Watch):
+    """Asks for a stop when the rank is at a step."""
+
+    def __init__(self, stopping: threading.Event, step: int | None) -> None:
+        super().__init__(RANKS, stopping, lost_seconds=60, hung_seconds=60)
+        self.asked, self.step = stopping, step
+
+    def at(self, step: int, *, working: bool) -> None:
+        super().at(step, working=working)
+        if step == self.step:
+            self.asked.set()
+
+
+def sweep_file(folder: Path, activations: str, jobs: dict[str, Any], **sections: Any) -> Path:
+    return run_file(folder, activations, sweep={"jobs": jobs}, **sections)
+
+
+def train_here(run: Run, stop_at: int | None = None) -> tuple[dict[str, Any], str]:
+    """Train in this process; returns the results and the page of metrics."""
+    stopping, jobs = threading.Event(), [job.name for job in jobs_of(run)]
+    telemetry = Telemetry(run.name, "train", None, jobs=jobs)
+    with StopAt(stopping, stop_at) as watch, join_mesh(RANKS) as mesh:
+        found = train(run, mesh, watch, stopping, telemetry)
+    return found, telemetry.render().decode()
+
+
+def checkpoint_of(folder: Path, run: str) -> Checkpoint:
+    newest = Checkpoints(open_store(str(folder / "runs")), run, 2).latest()
+    assert newest is not None
+    return newest
+
+
+def bytes_read(page: str, run: str) -> float:
+    samples = [sample for sample in read_page(page) if sample.name == "dist_sae_store_bytes_total"]
+    return sum(s.value for s in samples if (s.labels["run"], s.labels["direction"]) == (run, "in"))
+
+
+def check_alike(alone: Path, sweep: Path, run: str) -> None:
+    """The same weights, moments, counts and numbers, bit for bit."""
+    one, other = (checkpoint_of(folder, run) for folder in (alone, sweep))
+    assert (one.step, one.scalars) == (other.step, other.scalars)
+    check_same(one, other)
+    here, there = (read_history(open_store(str(f / "runs")), run) for f in (alone, sweep))
+    names = ("step", "fvu", "gradient_norm", "dead_share", "learning_rate")
+    assert [[r.get(n) for n in names] for r in here] == [[r.get(n) for n in names] for r in there]
+
+
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory: pytest.TempPathFactory, activations: str) -> Path:
+    """Each of the jobs, trained alone."""
+    folder = tmp_path_factory.mktemp("alone")
+    for job in jobs_of(load_run(sweep_file(folder, activations, JOBS))):
+        train_here(job)
+    return folder
+
+
+def test_a_sweep_trains_what_each_job_trains_alone(
+    tmp_path: Path, activations: str, alone: Path
+) -> None:
+    """Stopped twice, once at the step that is the last of one of them; a job is added in between.
+
+    The added one begins at its own place, and the others wait until it is where they are.
+    """
+    first = {name: own for name, own in JOBS.items() if name != "relu"}
+    with pytest.raises(Stopped, match="stopped at step 9 of 60"):
+        train_here(load_run(sweep_file(tmp_path, activations, first)), stop_at=9)
+    run = load_run(sweep_file(tmp_path, activations, JOBS))
+    with pytest.raises(Stopped, match="stopped at step 20 of 60"):
+        train_here(run, stop_at=20)
+    assert {checkpoint_of(tmp_path, f"world-{name}").step for name in JOBS} == {20}
+    found, _ = train_here(run)
+    assert {name: result["step"] for name, result in found.items()} == {
+        f"world-{name}": 20 if name == "short" else STEPS for name in JOBS
+    }
+    for name in JOBS:
+        check_alike(alone, tmp_path, f"world-{name}")
+    assert train_here(run)[0].keys() == found.keys()  # all are complete: nothing is built
+
+
+def test_a_batch_is_read_once_for_all_jobs(tmp_path: Path, activations: str) -> None:
+    """And each job has series, phases and a consumer of its own."""
+    one, three = (
+        train_here(load_run(sweep_file(tmp_path / str(len(jobs)), activations, jobs)))[1]
+        for jobs in ({"a": OF_THREE["a"]}, OF_THREE)
+    )
+    assert 0 < bytes_read(three, "world-a") < 1.1 * bytes_read(one, "world-a")
+    for name in "abc":
+        series = f'dist_sae_train_rows_total{{rank="0",role="train",run="world-{name}"}} 9600.0'
+        assert series in three
+    history = read_history(open_store(str(tmp_path / "3" / "runs")), "world-b")
+    assert all(record["phases"]["others"] > 0 for record in history[1:])
+    done = {c.run: c.needed for c, _ in Consumers(open_store(activations), 1.0).all()}
+    assert {done[f"world-{name}"] for name in "abc"} == {16}
+
+
+def test_a_job_that_diverges_ends_and_the_others_go_on(
+    tmp_path: Path, activations: str, alone: Path
+) -> None:
+    jobs = {"topk": {}, "wild": {"train.lr": 1e37, "train.clip_norm": None}, "wide": JOBS["wide"]}
+    run = load_run(sweep_file(tmp_path, activations, jobs))
+    with pytest.raises(NonFiniteError) as raised:
+        train_here(run)
+    (line,) = str(raised.value).splitlines()
+    assert line.startswith("world-wild: ")
+    for name in ("topk", "wide"):
+        check_alike(alone, tmp_path, f"world-{name}")
+
+
+@pytest.mark.system
+def test_jobs_of_several_kinds_share_ranks(tmp_path: Path, activations: str) -> None:
+    """Two ranks: a dictionary on both, one cut in two, and experts; stopped and resumed."""
+    jobs = {
+        "whole": {},
+        "cut": {"processes.latent_shards": 2, "train.seed": 1},
+        "routed": JOBS["routed"] | {"processes.latent_shards": 2},
+    }
+    path = sweep_file(tmp_path, activations, jobs)
+    train_ranks(path, world=2, stop_at=15)
+    train_ranks(path, world=2)
+    for name in jobs:
+        one = sweep_file(tmp_path / name, activations, jobs)
+        train_ranks(one, "--job", name, world=2)
+        check_alike(tmp_path / name, tmp_path, f"world-{name}")
+
+
+def test_jobs_that_do_not_fit_together_are_refused_before_anything_is_built(
+    tmp_path: Path, activations: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each takes 4 x 4 bytes x (33 x 64 + 16) numbers: 34,048 bytes; there is room for two."""
+    monkeypatch.setattr(memory, "memory_of", lambda _: ("here", 70_000))
+    jobs = {name: {"train.seed": seed} for seed, name in enumerate("abc")}
+    run = load_run(sweep_file(tmp_path, activations, jobs))
+    with pytest.raises(ConfigError, match=r"take 0\.0 GB on here .* in GB: world-a 3\.4e-05"):
+        train_here(run)
+    del jobs["c"]
+    train_here(load_run(sweep_file(tmp_path, activations, jobs, train={"rows": 320})))
