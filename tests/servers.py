@@ -72,7 +72,9 @@ def moto() -> Iterator[Server]:
     What its threads log is not the business of the test that happens to run: an upload that another
     test gave up may still be failing there.
     """
-    logging.getLogger("werkzeug").propagate = False
+    log = logging.getLogger("werkzeug")
+    log.propagate = False
+    log.addHandler(logging.NullHandler())  # without any it takes the stderr of that test
     server = ThreadedMotoServer(ip_address="127.0.0.1", port=0, verbose=False)
     server.start()
     try:

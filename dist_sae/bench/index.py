@@ -10,7 +10,6 @@ import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
@@ -23,22 +22,16 @@ from dist_sae.config import Run
 from dist_sae.data.activation_set import ActivationSet
 from dist_sae.device import own_device
 from dist_sae.dictionaries.axis import WHOLE
+from dist_sae.distributed.mesh import alone
 from dist_sae.index.cells import stored_cells
 from dist_sae.index.coactive import Sample
-from dist_sae.index.encode import (
-    ENCODE_ROWS,
-    Encoded,
-    Encoder,
-    Written,
-    open_encoder,
-    unit_record,
-    write_unit,
-)
+from dist_sae.index.encode import ENCODE_ROWS, Encoder, open_encoder
 from dist_sae.index.layout import UnitRecord
 from dist_sae.index.opened import Opened, open_index
 from dist_sae.index.outputs import open_outputs
 from dist_sae.index.query import Index
 from dist_sae.index.tables import Origins, make_bucket
+from dist_sae.index.units import UnitWriter
 from dist_sae.index.weights import weight_columns
 from dist_sae.storage.records import seal
 from dist_sae.telemetry.exporter import Telemetry
@@ -109,32 +102,20 @@ def _stage_1(
     A unit's codes are stored while the next one is encoded, as a worker does.
     """
     store, folder, manifest, *_ = opened
-    records, pairs = [], []
-
-    def seal_unit(encoded: Encoded, written: Written) -> None:
-        record = unit_record(manifest, encoded, [written])
-        store.put(folder.units.key(record.unit), seal(record))
-        records.append(record)
-
+    records: list[UnitRecord] = []
+    pairs = []
     normalisers = opened.normalisers
     activations = ActivationSet(opened.activations, opened.plan, normalisers.reads)
     following = iter(manifest.units[1:])
-    with ThreadPoolExecutor(1, "store") as pool:
-        pending = None
+    with UnitWriter(store, folder, manifest, alone(), records.append) as writer:
         for unit in manifest.units:
             acts = torch.cat(list(map(normalisers.inputs, activations.rows([unit], 2**62))))
             bare, _ = _timed(partial(_encode, encoder, acts))
             since = time.perf_counter()
             encoded = encoder.encode(unit, following=partial(next, following, None))
-            if pending:
-                seal_unit(pending[0], pending[1].result())
-            pending = (
-                encoded,
-                pool.submit(write_unit, store, folder, manifest, encoder.sae, encoded),
-            )
+            writer.put(encoded, encoder.sae)
             pairs.append((time.perf_counter() - since, bare))
-        assert pending
-        seal_unit(pending[0], pending[1].result())
+        writer.finish()
     return records, pairs[1:]
 
 

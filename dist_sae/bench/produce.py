@@ -16,8 +16,8 @@ import torch
 
 from dist_sae.bench.measuring import compare, medians, peak_memory, scratch
 from dist_sae.config import Run
-from dist_sae.data.corpus import Corpus
 from dist_sae.data.plan import publish_plan
+from dist_sae.data.planned_text import PlannedText
 from dist_sae.data.shard import read_manifest
 from dist_sae.data.tokens import TokenBatch
 from dist_sae.data.work_queue import Worker
@@ -53,13 +53,12 @@ def bench_produce(run: Run, *, units: int, rounds: int) -> dict[str, Any]:
     with scratch(run.store.activations, run.store.s3) as store, peak_memory() as peak:
         whole = plan(_at(run, f"{store.url}/plan"))
         units = min(units, whole.n_train_units)
-        part = whole.model_copy(update={"units": whole.units[:units], "n_train_units": units})
-        corpus = Corpus(run.corpus, run.store.s3)
+        less = {"units": whole.units[:units], "n_train_units": units, "texts_stored": False}
+        part = whole.model_copy(update=less)
+        text = PlannedText(run, part, store)
         tokenizer = build_tokenizer(run)
         batches = [
-            batch
-            for unit in range(units)
-            for batch in tokenize(run, part, corpus, tokenizer, unit).batches
+            batch for unit in range(units) for batch in tokenize(run, text, tokenizer, unit).batches
         ]
         _run(source, batches)
         before = peak[0] = resident_bytes()

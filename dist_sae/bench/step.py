@@ -120,7 +120,7 @@ class TrainingStep:
         assert engine is not None, "initialise first"
         end = report.end if report else lambda _: None
         end("wait")
-        output, norm = training_step(
+        output, norm, _ = training_step(
             rows,
             engine,
             self.dead,

@@ -12,11 +12,13 @@ from collections.abc import Sequence
 from dist_sae import __version__, logs, signals
 from dist_sae.commands import (
     bench,
+    browse,
     cancel,
     checkpoints,
     compare,
     completion,
     config,
+    estimate,
     evaluate,
     export,
     index,
@@ -38,7 +40,8 @@ from dist_sae.distributed.supervisor import follow_parent
 from dist_sae.errors import EXIT_DONE, EXIT_RESUMABLE, DistSaeError, Stopped
 
 _COMMANDS = (
-    *(run, plan, produce, train, index, latents, evaluate, compare, export, report, render),
+    *(run, estimate, plan, produce, train, index, latents, browse),
+    *(evaluate, compare, export, report, render),
     *(submit, resume, status, pod_logs, cancel),
     *(bench, config, store, checkpoints, completion),
 )

@@ -20,7 +20,7 @@ from dist_sae.checkpoint.trained import Trained, none_yet, use_trained
 from dist_sae.config import Run
 from dist_sae.dictionaries.metrics import DUPLICATE_COSINE, DUPLICATES_CHUNK_LATENTS, DUPLICATES_OF
 from dist_sae.errors import ConfigError, NoIndexError
-from dist_sae.index.query import Index
+from dist_sae.index.query import index_of
 from dist_sae.storage import open_store
 
 Result = TypeVar("Result")
@@ -111,12 +111,9 @@ def _directions(trained: Trained) -> Iterator[Float[Tensor, "some d_out"]]:
 
 def _densities(trained: Trained) -> Float[NDArray[np.float64], " n_latents"] | None:
     """Share of rows on which each latent fires; None if the checkpoint has no latent index."""
-    run, checkpoint = trained.run, trained.checkpoint
+    run = trained.run
     try:
-        store = open_store(run.store.runs, run.store.s3)
-        index = Index(store, run.name, step=checkpoint.step)
+        index = index_of(open_store(run.store.runs, run.store.s3), run.name, trained.checkpoint)
     except NoIndexError:
-        return None
-    if index.manifest.checkpoint != checkpoint.digest:
         return None
     return np.concatenate([part["density"].to_numpy() for part in index.latents(["density"])])

@@ -41,6 +41,7 @@ Image = Annotated[
 ]
 
 
+VolumeKind = Literal["csi", "ephemeral", "hostPath", "image", "nfs", "persistentVolumeClaim"]
 TemplateKey = Annotated[
     str,
     Shape(r"^(metadata|spec)$", "a pod template has metadata and spec, and other keys are in them"),
@@ -72,7 +73,8 @@ class PodsConfig(Section):
     gpu_resource: LabelKey = "nvidia.com/gpu"
     """Resource name of the nodes' GPUs."""
     scratch: Quantity = "20Gi"
-    """Space for caches (model files, compiled kernels) on the node's disk; lost with the pod."""
+    """Space for caches and temporary files (/tmp) on the node's disk; lost with the pod. A pod that
+    takes more is evicted. The planner's holds the whole text, unpacked."""
     node_selector: dict[LabelKey, str] = Field(default_factory=dict)
     """Labels that nodes must have."""
     tolerations: tuple[Toleration, ...] = ()
@@ -111,8 +113,8 @@ class TrainerPods(PodsConfig):
     ranks: PositiveInt = 1
     """Ranks in a pod; with GPUs, each rank has its own."""
     grace_seconds: PositiveInt = 600
-    """Seconds between SIGTERM and SIGKILL; must exceed a step plus a checkpoint. `dist-sae status`
-    warns when the last checkpoint took over half of it."""
+    """Seconds between SIGTERM and SIGKILL; must exceed two steps plus a checkpoint. `dist-sae
+    status` warns when the last checkpoint took over half of it."""
     rdma: NonNegativeInt = 0
     """RDMA devices in a pod. If there are any and NCCL uses sockets, trainers stop with exit 2."""
     rdma_resource: LabelKey = "rdma/hca"
@@ -154,6 +156,13 @@ class ClusterConfig(Section):
     """Port of the trainer ranks' rendezvous, on the first pod."""
     keep_hours: PositiveFloat = 72.0
     """Hours for which a finished JobSet, and with it the pods' logs, is kept."""
+    cache: Annotated[dict[VolumeKind, dict[str, Any]], Field(min_length=1, max_length=1)] | None = (
+        None
+    )
+    """A volume that keeps model files when a pod ends, in Kubernetes' terms, mounted at /cache:
+    {persistentVolumeClaim: {claimName: models}}. The hub's files are kept there; `model.path` may
+    also be a folder in it, as it must be in an `image` volume. null: each new pod fetches the
+    model again."""
     planner: PodsConfig = PodsConfig(cpus=2.0, memory="8Gi")
     """Reads the corpus once."""
     producer: ProducerPods = ProducerPods()

@@ -1,7 +1,7 @@
 """Bases of the sections of the recipes (`sae.py`)."""
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 from pydantic import (
     Field,
@@ -20,6 +20,10 @@ _AUXK = 512
 class DictionaryConfig(Section):
     """Settings of every recipe."""
 
+    init_cosine: ClassVar[float] = 1.0
+    """A row gives an initial direction if its cosine with those that gave one before is lower; at 1
+    every row does."""
+
     kind: str
     n_latents: PositiveInt
     """Number of latents in the dictionary."""
@@ -27,7 +31,8 @@ class DictionaryConfig(Section):
     """Rows without firing after which a latent is dead; null gives a tenth of train.rows, at most
     10 million."""
     init: Literal["random", "data"] = "data"
-    """Initial directions: random, or near those of the first `n_latents` rows."""
+    """Initial directions: random, or near those of the first `n_latents` rows. With an L1 penalty a
+    row at a cosine of .5 or more with an earlier one gives none, and its latent's is random."""
     reads: Annotated[tuple[Site, ...], Field(min_length=1)] | None = None
     """Sites that the encoder reads; null reads `train.site`, or the only one there is."""
     writes: Annotated[tuple[Site, ...], Field(min_length=1)] | None = None

@@ -222,17 +222,26 @@ class Run(Section):
         ahead = self.store.max_ahead_units
         if ahead is None:
             return None
-        rows += 4 * self.train.batch_rows  # batches are assembled ahead
-        # units differ in length, so streams may be a window apart
-        least = 2 * first_windows + 1
-        least += sum(1 for _ in takewhile(rows.__gt__, accumulate(unit_rows)))
+        least = self.least_ahead(rows, first_windows, unit_rows)
         least = least if most is None else min(least, most)
         if ahead >= least:
             return None
         return (
-            f"{ahead} would stop the run: its streams' windows and its first {rows} rows hold "
-            f"{least} units at once; use {least} or more"
+            f"{ahead} would stop the run: its streams' windows and its first "
+            f"{rows + self.rows_ahead} rows hold {least} units at once; use {least} or more"
         )
+
+    def least_ahead(self, rows: int, first_windows: int, unit_rows: Iterable[int]) -> int:
+        """The least `store.max_ahead_units` that lets the run begin; see `ahead_problem`."""
+        rows += self.rows_ahead
+        # units differ in length, so streams may be a window apart
+        least = 2 * first_windows + 1
+        return least + sum(1 for _ in takewhile(rows.__gt__, accumulate(unit_rows)))
+
+    @property
+    def rows_ahead(self) -> int:
+        """Rows in hand: two batches wait, one is assembled, one is trained on."""
+        return 4 * self.train.batch_rows
 
     def _retention_problems(self) -> Iterator[tuple[str, str]]:
         store = self.store

@@ -236,6 +236,7 @@ class L1Config(PenalisedConfig):
 
     reconstructions: ClassVar[int] = 1
     """Errors in the loss, which the penalty competes with."""
+    init_cosine: ClassVar[float] = 0.5  # latents that begin alike are not parted by the penalty
 
     sparsity: NonNegativeFloat = 5.0
     """lambda, the L1 coefficient, for rows of squared norm d_in."""

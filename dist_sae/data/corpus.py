@@ -138,7 +138,7 @@ class Corpus:
                     start=base[span.file] + span.first,
                 )
             ]
-            if checksum not in (None, _combined(_digest(document.text) for document in documents)):
+            if checksum not in (None, combined_checksum(document.text for document in documents)):
                 raise changed(", ".join(names.values()))
         except CorpusError:
             self._files.hash_again()
@@ -272,6 +272,11 @@ def _has_text(place: Place) -> bool:
 
 def _digest(text: str) -> bytes:
     return xxhash.xxh3_128_digest(text.encode(errors="surrogatepass"))
+
+
+def combined_checksum(texts: Iterable[str]) -> str:
+    """Compute the checksum of the documents of a unit, from their texts."""
+    return _combined(map(_digest, texts))
 
 
 def _combined(digests: Iterable[bytes]) -> str:

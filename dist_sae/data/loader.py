@@ -131,6 +131,12 @@ class Loader:
         return None
 
     @property
+    def is_ready(self) -> bool:
+        """True if `next` returns a batch at once."""
+        ready = self._queue.queue  # only the caller's thread takes from it
+        return bool(ready) and isinstance(ready[0], Batch)
+
+    @property
     def loaded(self) -> int:
         """Number of batches that are ready."""
         return self._queue.qsize()

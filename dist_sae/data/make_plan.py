@@ -9,6 +9,7 @@ from dist_sae.data.deal import choose_layout, deal, hold_out
 from dist_sae.data.identity import plan_settings
 from dist_sae.data.orders import permutation
 from dist_sae.data.plan import Plan
+from dist_sae.data.planned_text import stores_texts
 from dist_sae.errors import CorpusError
 
 LAYOUT_SETTINGS = ("streams", "window_units", "unit_rows")
@@ -71,6 +72,7 @@ def make_plan(
         units=tuple(tuple(spans[i] for i in unit) for unit in dealt),
         unit_rows=tuple(int(rows[unit].sum()) for unit in dealt),
         text_checksums=index.checksums(dealt),
+        texts_stored=stores_texts(run),
         model_content=model,
         corpus_commit=index.commit,
     )

@@ -12,7 +12,7 @@ from pydantic import Field
 
 from dist_sae.config import Run, differences, validate_run
 from dist_sae.config.data import DatasetCorpus, HuggingFaceModel
-from dist_sae.data.corpus import Corpus, CorpusIndex, Document, Span
+from dist_sae.data.corpus import CorpusIndex, Span
 from dist_sae.data.corpus_files import CorpusFile
 from dist_sae.data.identity import (
     content_changes,
@@ -44,6 +44,8 @@ class Plan(Record):
     units: tuple[tuple[Span, ...], ...]
     text_checksums: tuple[str, ...] | None = Field(None, exclude_if=lambda of: of is None)
     """Checksum of each unit's documents; None without text, and in plans of earlier versions."""
+    texts_stored: bool = Field(default=False, exclude_if=lambda of: not of)
+    """The documents of all units are in the set, see `data.planned_text`."""
     model_content: dict[str, str] | None = Field(None, exclude_if=lambda of: of is None)
     """`identity.model_content` when the plan was made; None for a synthetic model, and in plans of
     earlier versions."""
@@ -253,16 +255,6 @@ def load_plan(store: ObjectStore, run: Run) -> Plan:
     if changed:
         raise _mismatch(store, changed)
     return plan
-
-
-def read_unit(corpus: Corpus, plan: Plan, unit: int) -> list[Document]:
-    """Read the documents of a unit.
-
-    Raises:
-        CorpusError: They are not those of the plan.
-    """
-    checksum = None if plan.text_checksums is None else plan.text_checksums[unit]
-    return corpus.read(plan.files, plan.units[unit], checksum)
 
 
 def planned(run: Run, store: ObjectStore | None = None, stream_rows: int = 0) -> Run | None:

@@ -1,12 +1,9 @@
-"""The base class of all dictionaries.
+"""The base class of all dictionaries: what every recipe does alike, and what it may replace.
 
-It has no I/O and no torch.distributed: ranks act together through `LatentAxis`. Weights are
-`[n_latents, d_in]` and `[n_latents, d_out]`: dim 0 is sharded, and a decoder row is contiguous.
-In some recipes a latent reads and writes only some of these columns; `tiles`, `written_by` and the
-methods after them hide that.
+It has no I/O and no torch.distributed: ranks act together through `LatentAxis`.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from functools import partial
 
 import torch
@@ -26,38 +23,31 @@ from dist_sae.dictionaries.interface import (
     StepContext,
     Widths,
 )
+from dist_sae.dictionaries.weights import Weights
 from dist_sae.kernels import Entries, Kernels, autograd, select
 from dist_sae.kernels.torch import KERNELS
 
 SPARSE_BELOW = 1 / 32  # share of active entries below which the sparse products are faster
 
 
-class Dictionary(nn.Module):
-    """A dictionary: encoder, decoder and biases. This rank holds the part of its own latents.
-
-    Every parameter and buffer is added with `add_tensor`, which says how it is sharded.
+class Dictionary(Weights):
+    """A dictionary: its weights, how it encodes and decodes, and its loss.
 
     Args:
         config: The recipe.
-        widths: Widths of the sites that are read and written; a number is that of the one site of
-            an autoencoder.
-        axis: This rank's place; only its shard of the dictionary is allocated.
+        widths: As of `Weights`.
+        axis: As of `Weights`.
         kernels: The sparse products.
         product_dtype: Precision of the encoder product in training.
         dtype: Precision of the parameters.
     """
 
-    config: DictionaryConfig
     selection: Selection
     """Set by the recipe."""
     decoder: frozenset[str] = frozenset({"W_dec"})
     """Tensors per latent that decoding needs, and encoding does not."""
     unit_rows: bool = True
     """Whether decoder rows are held at unit norm."""
-    W_enc: nn.Parameter
-    W_dec: nn.Parameter
-    b_enc: nn.Parameter
-    b_dec: nn.Parameter
 
     def __init__(
         self,
@@ -68,131 +58,9 @@ class Dictionary(nn.Module):
         product_dtype: torch.dtype = torch.float32,
         dtype: torch.dtype = torch.float32,
     ) -> None:
-        super().__init__()
-        self._per_latent: dict[str, bool] = {}
-        n_local = len(axis.latents(config.n_latents))
-        self.config = config
-        self.widths = Widths.of(widths)
-        self.axis = axis
+        super().__init__(config, widths, axis, dtype)
         self.kernels = kernels
         self.product_dtype = product_dtype
-        read, written = self.row_widths()
-        for name, shape in {
-            "W_enc": (n_local, read),
-            "W_dec": (n_local, written),
-            "b_enc": (n_local,),
-        }.items():
-            self.add_tensor(name, nn.Parameter(torch.zeros(shape, dtype=dtype)), per_latent=True)
-        b_dec = nn.Parameter(torch.zeros(self.widths.d_out, dtype=dtype))
-        self.add_tensor("b_dec", b_dec, per_latent=False)
-
-    def add_tensor(self, name: str, tensor: Tensor, *, per_latent: bool) -> None:
-        """Add a parameter, or a buffer if it is none, and declare its layout over shards.
-
-        Args:
-            name: Name of the attribute, and in checkpoints.
-            tensor: This shard's part.
-            per_latent: Whether dim 0 is this shard's latents; else all ranks hold the same values.
-
-        Raises:
-            ValueError: `per_latent`, and dim 0 has another size.
-        """
-        n_local = len(self.axis.latents(self.config.n_latents))
-        if per_latent and tensor.shape[:1] != (n_local,):
-            raise ValueError(
-                f"{name}: {tuple(tensor.shape)} does not have {n_local} latents in dim 0"
-            )
-        self._per_latent[name] = per_latent
-        if isinstance(tensor, nn.Parameter):
-            self.register_parameter(name, tensor)
-        else:
-            self.register_buffer(name, tensor)
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        self.is_per_latent(name)
-        super().register_parameter(name, param)
-
-    def register_buffer(self, name: str, tensor: Tensor | None, persistent: bool = True) -> None:  # noqa: FBT001, FBT002 - torch's signature
-        self.is_per_latent(name)
-        super().register_buffer(name, tensor, persistent)
-
-    def is_per_latent(self, name: str) -> bool:
-        """True if dim 0 of a tensor is this shard's latents; else all ranks hold the same tensor.
-
-        Raises:
-            ValueError: The tensor was not declared.
-        """
-        if name not in self._per_latent:
-            raise ValueError(
-                f"{type(self).__name__}.{name} is neither declared per latent nor replicated; "
-                f"add it with add_tensor"
-            )
-        return self._per_latent[name]
-
-    def tensors(self) -> Iterator[tuple[str, Tensor]]:
-        """Names and tensors of the parameters, then of the buffers."""
-        yield from self.named_parameters()
-        yield from self.named_buffers()
-
-    @property
-    def replicated(self) -> list[Tensor]:
-        """Parameters and buffers of which all ranks hold the same values."""
-        return [tensor for name, tensor in self.tensors() if not self.is_per_latent(name)]
-
-    @torch.no_grad()
-    def decoder_norms(self) -> Float[Tensor, "n_local sites"]:
-        """The norms of this shard's decoder rows at each site that is written, in their order."""
-        some, n = select.CHUNK_LATENTS, len(self.W_enc)
-        rows = (self.decoder_rows(slice(first, first + some)) for first in range(0, n, some))
-        return torch.cat([autograd.site_norms(part, self.widths.writes) for part in rows])
-
-    @property
-    def n_latents(self) -> int:
-        """Width of the whole dictionary."""
-        return self.config.n_latents
-
-    @property
-    def first_latent(self) -> int:
-        """Number of this shard's first latent in the whole dictionary."""
-        return self.axis.latents(self.n_latents).start
-
-    @property
-    def layers(self) -> int:
-        """Equal parts of the inputs; latent n reads part n % layers."""
-        return 1
-
-    def row_widths(self) -> tuple[int, int]:
-        """Widths of the rows of W_enc and W_dec."""
-        return self.widths.d_in, self.widths.d_out
-
-    def tiles(self, width: int) -> Iterator[tuple[slice, slice]]:
-        """Cut this shard's latents into slices of at most `width`, each with the columns it reads.
-
-        Latents of a slice read the same columns of the inputs, and write the same of the targets.
-        """
-        step, read = width * self.layers, self.widths.d_in // self.layers
-        for start in range(0, len(self.W_enc), step):
-            stop = min(start + step, len(self.W_enc))
-            for layer in range(self.layers):
-                latents = slice(start + layer, stop, self.layers)
-                yield latents, slice(layer * read, (layer + 1) * read)
-
-    def written_by(
-        self, latents: slice | Int[Tensor, " some"], W_dec: Float[Tensor, "n_local written"]
-    ) -> tuple[slice, Float[Tensor, "some columns"]]:
-        """The columns of the targets that these latents write, and their decoder there.
-
-        Args:
-            latents: A slice from `tiles`, or latents of a block of `products`.
-            W_dec: The decoder, or a tensor laid out like it; of a slice a view is returned.
-        """
-        return slice(None), W_dec[latents]
-
-    def decoder_rows(
-        self, latents: slice | Int[Tensor, " some"] = slice(None)
-    ) -> Float[Tensor, "some d_out"]:
-        """The vectors that latents add to the targets at an activation of 1, over all sites."""
-        return self.W_dec[latents]
 
     def pre_acts_at(
         self, rows: Float[Tensor, "rows d_in"], entries: Entries

@@ -69,24 +69,29 @@ class DeadLatents:
         """Dead latents over all latents of the dictionary."""
         return self.count / (len(self.idle_rows) * self._axis.shards)
 
-    def update(self, fired: Bool[Tensor, " n_local"], rows: int) -> Int[Tensor, "3"]:
+    def update(self, fired: Bool[Tensor, " n_local"], rows: int, also: int = 0) -> Int[Tensor, "4"]:
         """Take in a global batch of `rows` rows; `fired` is of this replica's. Collective.
 
+        Args:
+            also: A number that is summed over all ranks by the same collective.
+
         Returns:
-            The numbers of dead and stuck latents on the device. Whoever waits for it anyway can
-            read them too, and tell `counted`.
+            On the device: the numbers of dead and stuck latents of all shards, of dead ones of this
+            shard, and the sum of `also`. Whoever waits for the device anyway can read the first
+            three too, and tell `counted`.
         """
         hit = self._axis.across_replicas(fired.int()) > 0
         self._last_rows = rows
-        return self.take(torch.where(hit, 0, self.idle_rows + rows))
+        return self.take(torch.where(hit, 0, self.idle_rows + rows), also)
 
-    def take(self, idle_rows: Int[Tensor, " n_local"]) -> Int[Tensor, "3"]:
-        """Replace the counts of rows. Collective; returns what `update` does."""
+    def take(self, idle_rows: Int[Tensor, " n_local"], also: int = 0) -> Int[Tensor, "4"]:
+        """Replace the counts of rows. Collective; arguments and result as of `update`."""
         self.idle_rows = idle_rows
         here = self.mask.sum()
-        of_all = self._axis.total(torch.stack([here, self.stuck.sum()])) // self._axis.replicas
-        self._unread = torch.cat([of_all, here[None]])
-        return self._unread
+        numbers = torch.stack([here, self.stuck.sum(), torch.full_like(here, also)])
+        sums = self._axis.total(numbers)
+        self._unread = torch.cat([sums[:2] // self._axis.replicas, here[None]])
+        return torch.cat([self._unread, sums[2:]])
 
     def counted(self, numbers: Sequence[float | int]) -> None:
         """Take over what was read of the last `update`."""

@@ -15,7 +15,8 @@ _MEDIAN_STEPS = 100
 _MEDIAN_TOLERANCE = 1e-6
 _FROM_DATA = 0.8  # part of a direction along data; the random part is nearly orthogonal to it
 _NEW_LENGTH = 0.5  # length of a new encoder row over the mean length of known ones
-_BLOCK = 1024  # latents that share a random generator
+_BLOCK = 1024  # latents that share a random generator; rows that are compared at once
+_MOST = 2047  # of an integer that TF32 holds exactly
 _STRIDE = 0x9E37_79B1  # odd, 2^32 over the golden ratio: multiples of it lie far apart
 
 
@@ -50,7 +51,9 @@ def initialise_from_data(sae: Dictionary, batches: Iterable[Rows], known: int = 
     known latents the residual is the target less b_dec, and the encoder is tied, with one length
     for all rows. A part of each direction stays random. Language models have rows with one very
     large coordinate, which all point the same way, and latents that are copies of one another die
-    together. (Anthropic, Circuits Updates, October 2025; figures in docs/design.md.)
+    together. (Anthropic, Circuits Updates, October 2025; figures in docs/design.md.) In some
+    recipes a row that is like an earlier one gives no direction (`init_cosine`), and the latent's
+    stays random.
 
     Known latents keep their weights, and reconstruct the rows first. New latents then get the known
     ones' mean in everything but their directions, and half of the mean encoder length: so they take
@@ -70,8 +73,12 @@ def initialise_from_data(sae: Dictionary, batches: Iterable[Rows], known: int = 
         guides = sae.guides(rows, new, alone=not known)
         guides = first_rows(guides, len(guides) * axis.replicas * axis.shards, axis)
         places = slots(rows.inputs) - (sae.first_latent + new.start)
-        ours = (places >= 0) & (places < len(towards))
-        towards[places[ours]] = guides[ours]
+        blocks = (torch.split(part, _BLOCK) for part in (guides, places))
+        for some, numbers in zip(*blocks, strict=True):
+            ours = (numbers >= 0) & (numbers < len(towards))
+            if sae.config.init_cosine < 1:
+                ours &= _unlike(some, towards, sae.config.init_cosine, axis)
+            towards[numbers[ours]] = some[ours]
     _turn(sae, new, towards)
     if known:
         _match_scale(sae, slice(new.start), new)
@@ -114,6 +121,39 @@ def reinitialise(
     _turn(sae, new, rows)
     _match_scale(sae, alive, new)
     sae.settle(new, x)
+
+
+def _unlike(
+    rows: Float[Tensor, "rows width"],
+    known: Float[Tensor, "some width"],
+    bound: float,
+    axis: LatentAxis,
+) -> Bool[Tensor, " rows"]:
+    """Rows at a cosine below a bound with all known ones and with the chosen rows before them.
+
+    Directions are rounded to integers of 11 bits. Their products are then exact in fp32, in any
+    order of the sums, so that every sharding chooses the same rows.
+
+    Args:
+        rows: The same on all ranks.
+        known: Those of this rank; a row of zeros is like no other.
+        bound: From above 0 to 1.
+        axis: This rank's place.
+    """
+
+    def integers(some: Tensor) -> Tensor:
+        unit = torch.nn.functional.normalize(some.float(), dim=1)
+        return unit.mul_(_MOST).round_()
+
+    ours, bound = integers(rows), bound * _MOST**2
+    alike = torch.zeros(len(rows), dtype=torch.int32, device=rows.device)
+    for some in torch.split(known, _BLOCK):
+        alike += (ours @ integers(some).T >= bound).any(1)
+    unlike = (axis.total(alike) == 0).cpu()
+    for row, others in enumerate((ours @ ours.T < bound).cpu()):
+        if unlike[row]:
+            unlike[row + 1 :] &= others[row + 1 :]
+    return unlike.to(rows.device)
 
 
 def _turn(sae: Dictionary, latents: slice | Tensor, towards: Tensor) -> None:

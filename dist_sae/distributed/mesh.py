@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -167,6 +168,8 @@ def join_mesh(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" and shared_by_all is None else "gloo"
+    # gloo would connect all pairs of each group: a thousand sockets a rank, of 512 ranks
+    os.environ.setdefault("TORCH_GLOO_LAZY_INIT", "1")
     # DeepSpeed wants a process group of one rank as well; it needs no port
     store = ranks.connect() if world > 1 else dist.HashStore()  # type: ignore[attr-defined]
     store.set_timeout(_NO_LIMIT)  # NCCL's ranks meet there once more, before a first collective

@@ -6,6 +6,7 @@ alone waits for the next generation, and the others report it missing.
 """
 
 import os
+import resource
 import socket
 import threading
 import time
@@ -25,6 +26,8 @@ _POLL_SECONDS = 0.2
 _MARGIN_SECONDS = 5.0  # after the limit, for rank 0 to say which ranks are missing
 _FROZEN_SECONDS = 30.0  # after the limit, for store calls that never return
 _LAST_PORT = 65_535
+_CONNECTIONS = 3  # of a rank to the store: to meet, for the watch, for its process groups
+_OTHER_FILES = 1024
 
 
 class Ranks(NamedTuple):
@@ -137,6 +140,7 @@ class _Joining:
 
     def _open(self) -> None:
         """Open a generation and wait for the other ranks; rank 0's part."""
+        _allow_files(_OTHER_FILES + _CONNECTIONS * self._world)
         self._server = _serve()
         store, self.generation = _connect(), uuid.uuid4().hex
         store.set(f"{self.generation}/host/0", socket.gethostname())
@@ -194,6 +198,14 @@ class _Joining:
                         f"({_first_line(exc)}); find out why it does not run, or correct the "
                         f"address, and start again"
                     ) from exc
+
+
+def _allow_files(n: int) -> None:
+    """Let this process open so many files, where the system allows it: often it is 1,024."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = n if hard == resource.RLIM_INFINITY else min(n, hard)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
 
 
 def _serve() -> Any:

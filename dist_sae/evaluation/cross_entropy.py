@@ -16,8 +16,8 @@ from dist_sae import logs
 from dist_sae.config import Run
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.data.activation_set import ActivationSet
-from dist_sae.data.corpus import Corpus
-from dist_sae.data.plan import Plan, as_planned, check_model, read_unit
+from dist_sae.data.plan import as_planned, check_model
+from dist_sae.data.planned_text import PlannedText
 from dist_sae.data.row_filters import admitted
 from dist_sae.data.tokens import TokenBatch, cut, pack
 from dist_sae.device import own_device
@@ -87,7 +87,7 @@ def cross_entropies(
     except HeadlessError as exc:
         logger.warning("cross-entropies are left out: %s", exc)
         return {"ce_left_out": str(exc)}
-    batches = list(_heldout_batches(run, model, activations.plan, tokenizer))
+    batches = list(_heldout_batches(run, model, activations, tokenizer))
     predicted = [spliced.predicted(batch.tokens, batch.mask) for batch in batches]
     tokens = torch.tensor([n for each in predicted for n in each.sum(1).tolist()])
     if not int(tokens.sum()):
@@ -283,12 +283,12 @@ def bootstrap_intervals(
 
 
 def _heldout_batches(
-    run: Run, model: HuggingFaceModel, plan: Plan, tokenizer: Tokenizer
+    run: Run, model: HuggingFaceModel, activations: ActivationSet, tokenizer: Tokenizer
 ) -> Iterator[TokenBatch]:
     bos = tokenizer.bos if run.activations.prepend_bos else None
-    corpus = Corpus(run.corpus, run.store.s3)
+    text = PlannedText(run, activations.plan, activations.store)
     documents = (
-        document for unit in plan.heldout_units for document in read_unit(corpus, plan, unit)
+        document for unit in activations.plan.heldout_units for document in text.read(unit)
     )
     contexts = cut(
         islice(documents, run.evaluate.contexts),

@@ -9,7 +9,6 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -24,13 +23,14 @@ from dist_sae.distributed.watch import Watch
 from dist_sae.errors import CorruptObjectError, ObjectNotFoundError, Stopped
 from dist_sae.index.cells import stored_cells
 from dist_sae.index.coactive import Sample
-from dist_sae.index.encode import Encoded, Encoder, Written, open_encoder, unit_record, write_unit
+from dist_sae.index.encode import Encoded, Encoder, open_encoder
 from dist_sae.index.layout import UnitRecord, UnitRecords, unit_records
 from dist_sae.index.opened import Opened, open_index
 from dist_sae.index.outputs import open_outputs
 from dist_sae.index.repair import check_not_retired, delete_unnamed, drop_damaged
 from dist_sae.index.summary import summary
 from dist_sae.index.tables import Origins, make_bucket
+from dist_sae.index.units import UnitWriter
 from dist_sae.index.weights import weight_columns
 from dist_sae.storage.records import seal
 from dist_sae.telemetry.exporter import Telemetry
@@ -174,10 +174,11 @@ class _Worker:
         folder, manifest = opened.folder, opened.manifest
         work = Work("unit", manifest.units, folder.unit_claims, folder.units, metrics=_UNIT_METRICS)
         with self._queue(work, self._worker, lead=True) as queue, ExitStack() as closing:
-            pool = closing.enter_context(ThreadPoolExecutor(1, "store"))
+            sealed = partial(self._release, queue)
+            writer = closing.enter_context(UnitWriter(opened.store, folder, manifest, mesh, sealed))
             encoder: Encoder | None = None
-            pending: tuple[Encoded, Future[Written]] | None = None
             claimed: int | None = None
+            in_hand = False
 
             def following() -> int | None:
                 nonlocal claimed
@@ -185,29 +186,24 @@ class _Worker:
                 return claimed
 
             while True:
-                unit, claimed = self._agreed(queue, claimed, wait=pending is None), None
+                unit, claimed = self._agreed(queue, claimed, wait=not in_hand), None
                 if unit is None:  # others work on all remaining units, or none remain
-                    if not pending:
+                    if not in_hand:
                         break
-                    self._seal(*pending, queue)
-                    pending = None
+                    writer.finish()
+                    in_hand = False
                     continue
                 if encoder is None:
                     encoder = open_encoder(opened, mesh.axis, mesh.device, self._stopping)
                     closing.enter_context(encoder)
                     self._pace = _Pace()
                 encoded = self._encode(encoder, unit, following)
-                if pending:
-                    self._seal(*pending, queue)
-                pending = None
                 if encoded is None:
-                    self._put_unit(UnitRecord(unit=unit, rows=0, deleted=True), queue)
+                    self._leave_out(unit, queue)
                     continue
-                sae = encoder.sae
-                pending = (
-                    encoded,
-                    pool.submit(write_unit, opened.store, folder, manifest, sae, encoded),
-                )
+                writer.put(encoded, encoder.sae)
+                self._telemetry.add("dist_sae_index_entries_total", len(encoded.acts))
+                in_hand = True
             if queue:
                 queue.wait_for_all()
         if mesh.any_rank(self._stopping.is_set()):
@@ -244,26 +240,24 @@ class _Worker:
         finally:
             self._at(working=False)
 
-    def _seal(self, encoded: Encoded, written: "Future[Written]", queue: WorkQueue | None) -> None:
-        parts = self._mesh.all_gather_objects(written.result(), Written)
-        if self._mesh.is_first:
-            manifest = self._opened.manifest
-            self._put_unit(unit_record(manifest, encoded, parts), queue)
-        self._telemetry.add("dist_sae_index_entries_total", len(encoded.acts))
+    def _leave_out(self, unit: int, queue: WorkQueue | None) -> None:
+        """Record a unit that retention has deleted."""
+        if queue:
+            store, folder, *_ = self._opened
+            record = UnitRecord(unit=unit, rows=0, deleted=True)
+            store.put(folder.units.key(unit), seal(record), if_absent=True)
+            logger.warning("unit %d was deleted (store.retention); it is left out", unit)
+            self._release(queue, record)
 
-    def _put_unit(self, record: UnitRecord, queue: WorkQueue | None) -> None:
-        if queue is None:
-            return
-        store, folder, manifest, *_ = self._opened
-        store.put(folder.units.key(record.unit), seal(record), if_absent=True)
+    def _release(self, queue: WorkQueue | None, record: UnitRecord) -> None:
+        """Give back a unit whose record is stored."""
+        assert queue is not None
         queue.release(record.unit, done=True)
-        if record.deleted:
-            logger.warning("unit %d was deleted (store.retention); it is left out", record.unit)
         self._telemetry.add("dist_sae_index_rows_total", record.rows)
         self._telemetry.set("dist_sae_index_units", queue.done())
-        pace = self._pace.of(record.rows)
+        pace, n_units = self._pace.of(record.rows), len(self._opened.manifest.units)
         self._telemetry.set("dist_sae_index_rows_per_second", pace)
-        logs.progress("index", queue.done(), len(manifest.units), rows_per_second=pace)
+        logs.progress("index", queue.done(), n_units, rows_per_second=pace)
 
     def _merge_buckets(self, buckets: list[int]) -> bool:
         """Stage 2: merge buckets until all are; False if damaged units must be encoded again."""

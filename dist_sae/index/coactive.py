@@ -18,12 +18,12 @@ from dist_sae.index.codes import (
     chances,
     read_codes,
 )
-from dist_sae.index.encode import sampled_rows
 from dist_sae.index.layout import (
     PAIRS,
     IndexManifest,
     UnitRecord,
 )
+from dist_sae.index.units import sampled_rows
 from dist_sae.storage import ObjectStore
 
 MOST_PAIRS = 16

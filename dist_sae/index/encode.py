@@ -1,21 +1,18 @@
-"""Stage 1 of an index: encodes a unit, and stores its codes by latent.
+"""Stage 1 of an index: encodes units.
 
 With a dictionary sharded over ranks, each rank reads its share of a block's rows, all rows meet all
-latents as in training, and each rank stores the codes of its own latents.
+latents as in training, and each rank has the codes of its own latents.
 """
 
 import math
 import threading
-import uuid
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import NamedTuple, Self
 
 import numpy as np
-import pyarrow as pa
 import torch
-import xxhash
 from jaxtyping import Float
 from numpy.typing import NDArray
 from torch import Tensor
@@ -28,31 +25,14 @@ from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.axis import LatentAxis
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.normaliser import SiteNormalisers
-from dist_sae.index.codes import (
-    PAIRS_CHANCE,
-    Codes,
-    below,
-    chances,
-    rounded,
-)
-from dist_sae.index.layout import (
-    ROWS,
-    CodesChunk,
-    IndexFolder,
-    IndexManifest,
-    Stored,
-    UnitRecord,
-    store_table,
-    to_parquet,
-)
+from dist_sae.index.codes import rounded
 from dist_sae.index.opened import Opened
 from dist_sae.kernels import Entries
 from dist_sae.kernels.choice import choose_kernels
-from dist_sae.storage import ObjectStore
 
 ENCODE_ROWS = 4096
 """Rows that are encoded at a time."""
-_PADDED_TO = 64  # rows, so that the product rounds alike on 1, 2, 4 ... shards
+_PADDED_TO = 16  # rows: the product of very few rows rounds otherwise (measured: 1 to 3, fp32)
 _BLOCKS_AHEAD = 2
 _MOST_READERS = 8
 
@@ -247,90 +227,3 @@ def open_encoder(
         patience_seconds=float(run.timeouts.missing_seconds),
     )
     return Encoder(sae.eval(), activations, normalisers)
-
-
-class Written(NamedTuple):
-    """Places of a unit's objects that one rank has stored."""
-
-    buckets: dict[int, CodesChunk]
-    sample: CodesChunk | None
-    origin: Stored | None
-    """Table of the rows' origin; None on all ranks but the first, which stores it."""
-
-
-def write_unit(
-    store: ObjectStore, folder: IndexFolder, manifest: IndexManifest, sae: Dictionary, unit: Encoded
-) -> Written:
-    """Store this rank's codes of a unit, bucket after bucket, and those of its sampled rows.
-
-    The first rank stores the origin of the rows as well.
-    """
-    first, n_local = sae.first_latent, len(sae.W_enc)
-    order = torch.from_numpy(unit.latents).argsort(stable=True).numpy()
-    rows, acts = unit.rows[order], unit.acts[order]
-    counts = np.bincount(unit.latents, minlength=n_local).astype(np.int32)
-    ends = np.concatenate([[0], counts.cumsum(dtype=np.int64)])
-    codes = {}
-    for bucket in range(manifest.n_buckets):
-        latents = manifest.bucket(bucket)
-        start, stop = (min(max(n - first, 0), n_local) for n in (latents.start, latents.stop))
-        if start < stop:
-            here = slice(ends[start], ends[stop])
-            codes[bucket] = first + start, Codes(counts[start:stop], rows[here], acts[here])
-    sampled = sampled_rows(manifest, unit.unit, len(unit.origin[0]))
-    if manifest.pair_share:
-        place = np.full(len(unit.origin[0]), -1)
-        place[sampled] = np.arange(len(sampled))
-        chosen = place[unit.rows] >= 0
-        counts = np.bincount(place[unit.rows[chosen]], minlength=len(sampled)).astype(np.int32)
-        codes[-1] = first, Codes(counts, unit.latents[chosen] + first, unit.acts[chosen])
-    key = f"{folder.codes}{unit.unit:08d}-{uuid.uuid4().hex[:8]}-{first}.bin"
-    chunks, data, offset = {}, [], 0
-    for bucket, (start, part) in codes.items():
-        data.append(part.to_bytes())
-        chunks[bucket] = CodesChunk(
-            key=key,
-            first=start,
-            groups=len(part.counts),
-            offset=offset,
-            bytes=len(data[-1]),
-            entries=len(part.acts),
-            xxh3=xxhash.xxh3_128_hexdigest(data[-1]),
-        )
-        offset += len(data[-1])
-    store.put(key, b"".join(data))
-    sample, origin = chunks.pop(-1, None), None
-    if first == 0:
-        table = pa.Table.from_arrays([pa.array(column) for column in unit.origin], schema=ROWS)
-        origin = store_table(store, folder.rows(unit.unit), to_parquet(table))
-    return Written(chunks, sample, origin)
-
-
-def sampled_rows(manifest: IndexManifest, unit: int, rows: int) -> NDArray[np.int64]:
-    """Rows of a unit on which pairs are counted, ascending."""
-    chance = chances(manifest.seed, PAIRS_CHANCE, unit, np.arange(rows))
-    return np.flatnonzero(chance < below(manifest.pair_share))
-
-
-def unit_record(manifest: IndexManifest, unit: Encoded, written: list[Written]) -> UnitRecord:
-    """Describe a unit that is stored.
-
-    Args:
-        written: Objects of all ranks, in the order of the ranks.
-    """
-    error, total, active = unit.sums
-    rows = len(unit.origin[0])
-    return UnitRecord(
-        unit=unit.unit,
-        rows=rows,
-        squared_error=error,
-        squared_total=total,
-        active=active,
-        origin=written[0].origin,
-        buckets=tuple(
-            tuple(part.buckets[bucket] for part in written if bucket in part.buckets)
-            for bucket in range(manifest.n_buckets)
-        ),
-        sample=tuple(part.sample for part in written if part.sample),
-        sampled_rows=len(sampled_rows(manifest, unit.unit, rows)) if manifest.pair_share else 0,
-    )

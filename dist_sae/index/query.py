@@ -12,6 +12,7 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from dist_sae.checkpoint.layout import Checkpoint
 from dist_sae.errors import ConfigError, LatentNotFoundError, NoIndexError
 from dist_sae.index.layout import (
     NORMS,
@@ -264,6 +265,19 @@ class Index:
 
     def _rows(self, stored: Stored, latent: int) -> pa.Table:
         return pa.concat_tables(self._table(stored).of(latent))
+
+
+def index_of(runs: ObjectStore, run: str, checkpoint: Checkpoint) -> Index:
+    """Open the index of a checkpoint.
+
+    Raises:
+        NoIndexError: There is none, it is not complete, or is of another checkpoint of this step.
+        CorruptObjectError: It is damaged, or its schema is of another version of dist-sae.
+    """
+    index = Index(runs, run, step=checkpoint.step)
+    if index.manifest.checkpoint != checkpoint.digest:
+        raise NoIndexError(f"{index.place}: is of another checkpoint; set a new index.name")
+    return index
 
 
 def _find(

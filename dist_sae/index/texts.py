@@ -4,10 +4,11 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import NamedTuple
 
 from dist_sae.config import Run
-from dist_sae.data.corpus import Corpus
-from dist_sae.data.plan import Plan, as_planned, read_unit
+from dist_sae.data.plan import Plan, as_planned
+from dist_sae.data.planned_text import PlannedText
 from dist_sae.errors import CorpusError
 from dist_sae.models import Tokenizer, build_tokenizer
+from dist_sae.storage import open_store
 
 CONTEXT_TOKENS = 24
 """Tokens shown on either side."""
@@ -56,8 +57,8 @@ class Texts:
         self.tokenizer: Tokenizer = build_tokenizer(run)
         has_bos = run.activations.prepend_bos and self.tokenizer.bos is not None
         self.context_tokens = run.activations.context_tokens - has_bos
-        self._plan = plan
-        self._corpus = Corpus(run.corpus, run.store.s3)
+        store = open_store(run.store.activations, run.store.s3)
+        self._text = PlannedText(run, plan, store)
         self._known: dict[int, list[int]] = {}
 
     def read(self, unit: int, documents: Iterable[int]) -> None:
@@ -65,7 +66,7 @@ class Texts:
         wanted = set(documents) - self._known.keys()
         if not wanted:
             return
-        found = [d for d in read_unit(self._corpus, self._plan, unit) if d.number in wanted]
+        found = [d for d in self._text.read(unit) if d.number in wanted]
         for document, ids in zip(found, self.tokenizer([d.text for d in found]), strict=True):
             self._known[document.number] = ids
 

@@ -54,15 +54,23 @@ def export(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
     if changed := differences(plan_settings(own), plan_settings(typed)):
         logger.warning("the export names what the run was trained on, not %s", "; ".join(changed))
     folder = f"{run.name}/export{suffix(runs, run, checkpoint.step)}"
-    if _is_there(runs, folder, sae_lens.config(own, checkpoint)):
+    config = sae_lens.config(own, checkpoint)
+    if sae_lens.needs_bridge(config):
+        logger.info(
+            "TransformerLens has rows of %s in TransformerBridge, as %s; HookedTransformer has "
+            "other rows, or none, under its names",
+            own.described_sites,
+            config["metadata"]["hook_name"],
+        )
+    if _is_there(runs, folder, config):
         logger.info("step %d was exported before: %s/%s", checkpoint.step, runs.url, folder)
         return f"{runs.url}/{folder}"
 
     def write(checkpoint: Checkpoint) -> None:
         weights = sae_lens.weights(own, checkpoint)
         runs.put_stream(f"{folder}/{_WEIGHTS}", lambda: safetensors_pieces(weights))
-        config = json.dumps(sae_lens.config(own, checkpoint), indent=2)
-        runs.put(f"{folder}/{_CONFIG}", config.encode())
+        text = json.dumps(sae_lens.config(own, checkpoint), indent=2)
+        runs.put(f"{folder}/{_CONFIG}", text.encode())
 
     use_checkpoint(runs, run, step, write)
     return f"{runs.url}/{folder}"

@@ -52,15 +52,20 @@ if TYPE_CHECKING:
 _SAELENS_VERSION = "6.54.12"
 MEMORY_BYTES = 512 * 2**20
 """Bytes that the weights may take; in fp64, and beside a block of the transpose, less than 2 GB."""
-# TransformerLens's names of our sites.
+_HOOKED, _BRIDGE = "HookedTransformer", "TransformerBridge"
+# Names of our sites in TransformerLens, with the class of models that has them; see docs/python.md
 _HOOKS = {
-    "resid_pre": "hook_resid_pre",
-    "resid_post": "hook_resid_post",
-    "mlp_in": "ln2.hook_normalized",
-    "mlp_inner": "mlp.hook_post",
-    "mlp_out": "hook_mlp_out",
-    "attn_out": "hook_attn_out",
-    "attn_z": "attn.hook_z",
+    "resid_pre": (_HOOKED, "hook_resid_pre"),
+    "resid_post": (_HOOKED, "hook_resid_post"),
+    "mlp_in": (_BRIDGE, "mlp.hook_in"),  # HookedTransformer has no name for it after an RMSNorm
+    "mlp_inner": (_HOOKED, "mlp.hook_post"),
+    "mlp_out": (_HOOKED, "hook_mlp_out"),
+    "attn_out": (_HOOKED, "hook_attn_out"),
+    "attn_z": (_HOOKED, "attn.hook_z"),
+}
+_BEFORE_POST_NORM = {
+    "mlp_out": (_BRIDGE, "mlp.hook_out"),
+    "attn_out": (_BRIDGE, "attn.hook_out"),
 }
 
 
@@ -117,6 +122,7 @@ def config(run: Run, checkpoint: "Checkpoint") -> dict[str, Any]:
     own: dict[str, Any] = {"d_out": normalisers.widths.d_out} if transcodes else {}
     if isinstance(sae, TopKConfig):
         own = {"k": sae.k, "rescale_acts_by_decoder_norm": False}
+    hooks = [_hook(run.model, site) for site in dict.fromkeys((*run.reads, *run.writes))]
     nested: dict[str, Any] = {}
     if isinstance(sae, MatryoshkaConfig):
         nested = {"prefix_pattern": list(sae.prefix_pattern)}
@@ -135,9 +141,9 @@ def config(run: Run, checkpoint: "Checkpoint") -> dict[str, Any]:
             "sae_lens_training_version": None,
             "model_name": run.export.model_name
             or (model.path if isinstance(model, HuggingFaceModel) else model.kind),
-            "model_class_name": "HookedTransformer",
-            "hook_name": _hook(run.model, run.site),
-            **({"hook_name_out": _hook(run.model, run.writes[0])} if transcodes else {}),
+            "model_class_name": _BRIDGE if _BRIDGE in dict(hooks) else _HOOKED,
+            "hook_name": hooks[0][1],
+            **({"hook_name_out": hooks[-1][1]} if transcodes else {}),
             "hook_head_index": None,
             "context_size": run.activations.context_tokens,
             "prepend_bos": run.activations.prepend_bos,
@@ -155,12 +161,28 @@ def config(run: Run, checkpoint: "Checkpoint") -> dict[str, Any]:
     }
 
 
-def _hook(model: ModelConfig, site: str) -> str:
-    """TransformerLens's name of a site."""
+def needs_bridge(config: dict[str, Any]) -> bool:
+    """Whether only TransformerLens's newer class of models has the rows that `cfg.json` names."""
+    return bool(config["metadata"]["model_class_name"] == _BRIDGE)
+
+
+def _hook(model: ModelConfig, site: str) -> tuple[str, str]:
+    """TransformerLens's class of models, and its name for the rows of a site there.
+
+    `hook_mlp_out` and `hook_attn_out` are taken after a norm where one follows. Names of the bridge
+    are right for every architecture.
+    """
     if not isinstance(model, HuggingFaceModel):
-        return site
-    name, _, layer = model.of_site(site)[1].rpartition(".")
-    return f"blocks.{layer}.{_HOOKS[name]}"
+        return _HOOKED, site
+    model, site = model.of_site(site)
+    name, _, layer = site.rpartition(".")
+    model_class, hook = _HOOKS[name]
+    if name in _BEFORE_POST_NORM:
+        from dist_sae.models.loading import has_post_norms
+
+        if has_post_norms(model) is not False:
+            model_class, hook = _BEFORE_POST_NORM[name]
+    return model_class, f"blocks.{layer}.{hook}"
 
 
 def weights(run: Run, checkpoint: "Checkpoint") -> "list[PiecewiseTensor]":

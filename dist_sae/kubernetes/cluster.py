@@ -58,6 +58,7 @@ class _Resource(NamedTuple):
 _RESOURCES = {
     "ConfigMap": _Resource("v1", "configmaps"),
     "Service": _Resource("v1", "services"),
+    "NetworkPolicy": _Resource("networking.k8s.io/v1", "networkpolicies"),
     "Pod": _Resource("v1", "pods"),
     "Job": _Resource("batch/v1", "jobs"),
     "JobSet": _Resource(JOBSET_VERSION, "jobsets"),

@@ -14,6 +14,7 @@ from dist_sae.kubernetes.pods import Object
 
 Say = Callable[[str], None]
 """Prints a line for the user."""
+_NETWORK = ("Service", "NetworkPolicy")
 State = Literal["absent", "running", "ending", "complete", "failed"]
 
 
@@ -23,12 +24,13 @@ class ClusterObjects(NamedTuple):
     configuration: Object | None
     workloads: list[Object]
     """JobSet of the run, or its plain Jobs."""
-    services: list[Object]
+    network: list[Object]
+    """Its NetworkPolicy, and its Service without JobSet."""
 
     @property
     def objects(self) -> list[Object]:
         """All objects, in the order of their deletion."""
-        return [*self.workloads, *self.services, *filter(None, [self.configuration])]
+        return [*self.workloads, *self.network, *filter(None, [self.configuration])]
 
     @property
     def run(self) -> Run | None:
@@ -78,7 +80,7 @@ def find_objects(cluster: Cluster, run: Run) -> ClusterObjects:
     return ClusterObjects(
         configurations[0] if configurations else None,
         [obj for obj in workloads if _is_ours(obj)],
-        [obj for obj in cluster.find("Service", labels) if _is_ours(obj)],
+        [obj for kind in _NETWORK for obj in cluster.find(kind, labels) if _is_ours(obj)],
     )
 
 

@@ -1,4 +1,4 @@
-"""The objects of a run: Run -> ConfigMap and JobSet, or plain Indexed Jobs. Pure.
+"""The objects of a run: Run -> ConfigMap, NetworkPolicy and JobSet, or plain Indexed Jobs. Pure.
 
 How a pod ends decides what happens next:
 
@@ -22,7 +22,7 @@ from dist_sae.config import Run, dump_run
 from dist_sae.config.data import FilesCorpus
 from dist_sae.errors import EXIT_RESUMABLE, EXIT_USER, ConfigError
 from dist_sae.kubernetes.names import labels, object_name, selector
-from dist_sae.kubernetes.pods import Object, Part, n_pods, pod_template, pods_of
+from dist_sae.kubernetes.pods import METRICS, Object, Part, n_pods, pod_template, pods_of
 
 JOBSET_VERSION = "jobset.x-k8s.io/v1alpha2"
 RUN_KEY = "run.yaml"
@@ -38,8 +38,9 @@ def render_objects(run: Run) -> list[Object]:
     if problems := list(_problems(run)):
         raise ConfigError("\n".join(problems))
     configuration = _object(run, "v1", "ConfigMap") | {"data": {RUN_KEY: dump_run(in_pods(run))}}
+    policy = _network_policy(run)
     if run.cluster.jobset:
-        return [configuration, _jobset(run)]
+        return [configuration, policy, _jobset(run)]
     service = _object(run, "v1", "Service") | {
         "spec": {
             "clusterIP": "None",
@@ -47,7 +48,23 @@ def render_objects(run: Run) -> list[Object]:
             "selector": selector(run),
         }
     }
-    return [configuration, service, *(_plain_job(run, part) for part in parts(run))]
+    return [configuration, policy, service, *(_plain_job(run, part) for part in parts(run))]
+
+
+def _network_policy(run: Run) -> Object:
+    """Close the run's pods to all others of the namespace.
+
+    Ranks trust one another (rendezvous, NCCL and gloo know no passwords). The policy of the
+    namespace cannot say "of the same run", so each run brings its own.
+    """
+    own = {"matchLabels": selector(run)}
+    return _object(run, "networking.k8s.io/v1", "NetworkPolicy") | {
+        "spec": {
+            "podSelector": own,
+            "policyTypes": ["Ingress"],
+            "ingress": [{"from": [{"podSelector": own}]}, {"ports": [{"port": METRICS}]}],
+        }
+    }
 
 
 def parts(run: Run) -> list[Part]:

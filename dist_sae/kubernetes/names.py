@@ -12,7 +12,7 @@ _LONGEST = 63 - len(f"{TRIAL}-producer-0-0000-abcde")  # a pod's name is a host'
 
 
 def object_name(run: Run) -> str:
-    """The name of the run's JobSet, ConfigMap and Service.
+    """The name of the run's JobSet, ConfigMap, NetworkPolicy and Service.
 
     Raises:
         ConfigError: The run's name is not valid in names of pods.

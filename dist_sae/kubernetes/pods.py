@@ -7,7 +7,8 @@
     reporter    evaluate (with several ranks, where these are needed), export, report, in turn
 
 They meet the restricted pod security standard (unless `pod_patch` says otherwise): no root, no
-privileges, a read-only root file system. Caches are in /scratch, which is deleted with the pod.
+privileges, a read-only root file system. Caches and temporary files are in /scratch, which has a
+limit and is deleted with the pod; model files may be in a volume that stays (`cluster.cache`).
 """
 
 from typing import Any, Literal
@@ -25,6 +26,7 @@ Object = dict[str, Any]
 
 RUN_FILE = "/etc/dist-sae/run.yaml"
 SCRATCH = "/scratch"
+CACHE = "/cache"
 METRICS = "metrics"
 """Name of the port that Prometheus scrapes."""
 _COMPUTING = ("produce", "train", "index", "evaluate")
@@ -99,8 +101,8 @@ def pod_template(run: Run, part: Part) -> Object:
         "volumes": [
             {"name": "run", "configMap": {"name": object_name(run)}},
             {"name": "scratch", "emptyDir": {"sizeLimit": pods.scratch}},
-            {"name": "tmp", "emptyDir": {}},
             {"name": "shm", "emptyDir": {"medium": "Memory"}},
+            *({"name": "cache", **volume} for volume in [cluster.cache] if volume),
         ],
     }
     own = {"labels": labels(run, part)}
@@ -161,8 +163,9 @@ def _container(run: Run, part: Part, name: str, arguments: list[str]) -> Object:
         "volumeMounts": [
             {"name": "run", "mountPath": RUN_FILE.rpartition("/")[0], "readOnly": True},
             {"name": "scratch", "mountPath": SCRATCH},
-            {"name": "tmp", "mountPath": "/tmp"},
+            {"name": "scratch", "mountPath": "/tmp", "subPath": "tmp"},  # under the same limit
             {"name": "shm", "mountPath": "/dev/shm"},
+            *[{"name": "cache", "mountPath": CACHE}][: cluster.cache is not None],
         ],
     }
     return without_empty(container)
@@ -191,9 +194,11 @@ def _serving(run: Run, container: Object) -> Object:
 def _environment(run: Run, part: Part, ranks: int) -> list[Object]:
     pods, processes = pods_of(run, part), run.processes
     values = {
-        "HOME": f"{SCRATCH}/home",  # caches of model files and compiled kernels
+        "HOME": f"{SCRATCH}/home",  # caches of compiled kernels, and of model files
         "OMP_NUM_THREADS": str(processes.threads or max(1, int(pods.cpus) // ranks)),
     }
+    if run.cluster.cache and "image" not in run.cluster.cache:  # which cannot be written
+        values["HF_HOME"] = CACHE
     if part == "trainer":
         values |= {
             "WORLD_SIZE": str(processes.trainers),

@@ -41,6 +41,7 @@ HEADS = (
 )
 """Mappings from configurations to models with a token head; True if it predicts masked tokens."""
 _NO_SAFETENSORS = "file named model.safetensors"  # in transformers' errors for a folder and the hub
+_POST_NORM = re.compile(r"post_(feedforward|mlp)_.*norm")  # Gemma 2 and 3, OLMo 2, GLM 4
 _OF_RANKS = re.compile(r"gloo|nccl|connection closed by peer|connection reset", re.IGNORECASE)
 
 # unused weights are expected: upper layers are left out
@@ -134,6 +135,22 @@ def describe(config: HuggingFaceModel, sites: tuple[str, ...]) -> Description:
     if config.tensor_parallel > 1:
         choose_divider(config, own)
     return Description(own, skeleton, vocabulary)
+
+
+def has_post_norms(config: HuggingFaceModel) -> bool | None:
+    """Tell whether layers normalise what attention and MLP give before they add it.
+
+    Returns:
+        None if the model's configuration is not on this machine.
+    """
+    place = {"revision": config.revision, "local_files_only": True}
+    try:
+        own = transformers.AutoConfig.from_pretrained(config.place, **place)
+    except OSError:
+        return None
+    with torch.device("meta"):
+        skeleton = transformers.AutoModel.from_config(own)  # type: ignore[no-untyped-call]
+    return any(map(_POST_NORM.match, dict(blocks(skeleton)[0].named_children())))
 
 
 def check_tokens(tokens: Int[Tensor, "batch seq"], vocabulary: int, name: str) -> None:

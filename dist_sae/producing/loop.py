@@ -16,8 +16,8 @@ from typing import Any
 from dist_sae.config import Run
 from dist_sae.config.data import SyntheticCorpus
 from dist_sae.data.consumers import Consumers
-from dist_sae.data.corpus import Corpus
 from dist_sae.data.plan import Plan, as_planned, check_model, load_plan
+from dist_sae.data.planned_text import PlannedText
 from dist_sae.data.shard import DTYPES, UnitManifest, existing_units
 from dist_sae.data.work_queue import Worker
 from dist_sae.errors import Stopped
@@ -108,7 +108,7 @@ class _Producer:
         self.progress = Progress(plan, self._queue, telemetry)
         self.progress.say(doing="loads the model")
         self._tokenizer = build_tokenizer(run)
-        self._corpus = Corpus(run.corpus, run.store.s3)
+        self._text = PlannedText(run, plan, store)
         self._open_source = open_source or (lambda: build_source(run.model, run.activations.sites))
         self._forward: Forward | None = None
         self._tokenizing = ThreadPoolExecutor(1, "prepare")
@@ -161,7 +161,7 @@ class _Producer:
         unit = self._queue.take()
         if unit is None:
             return None
-        return tokenize(self._run, self._plan, self._corpus, self._tokenizer, unit)
+        return tokenize(self._run, self._text, self._tokenizer, unit)
 
 
 def _warn_of_no_checksums(run: Run, store: ObjectStore, plan: Plan) -> None:

@@ -16,6 +16,7 @@ from dist_sae.data.estimate import estimate_rows, rows_of_tokens
 from dist_sae.data.identity import model_content
 from dist_sae.data.make_plan import LAYOUT_SETTINGS, make_plan
 from dist_sae.data.plan import PLAN_KEY, Plan, as_planned, find_plan, load_plan, publish_plan
+from dist_sae.data.planned_text import store_texts
 from dist_sae.data.shard import DTYPES, ORIGIN_BYTES
 from dist_sae.distributed.deepspeed_keys import check_deepspeed
 from dist_sae.errors import EXIT_USER, HubUnavailableError
@@ -59,7 +60,7 @@ def foresee(run: Run, meter: Meter = UNMETERED) -> tuple[Plan, dict[str, Any]]:
         widths = check_sites(run.model, run.activations)
         content = model_content(run.model)
         found = find_plan(store, run, index, content)
-        made = found or make_plan(run, index, _rows(run, corpus, index, pace), content)
+        made = found or make_plan(run, index, count_rows(run, corpus, index, pace), content)
     except HubUnavailableError as exc:
         if not is_planned:
             exc.exit_code = EXIT_USER  # nothing has shown yet that the name is right
@@ -68,6 +69,9 @@ def foresee(run: Run, meter: Meter = UNMETERED) -> tuple[Plan, dict[str, Any]]:
     jobs = [(start.resolve(job, made), start.taken_rows(made)) for start, job in started]
     for (start, _), (job, _) in zip(started, jobs, strict=True):
         start.check(job, made)
+    if made.texts_stored:
+        n_units = len(made.units)
+        store_texts(store, corpus, made, lambda n: pace(n / n_units, 1, doing="stores the text"))
     there = found or publish_plan(store, made)
     created, made = there is made and not found, there
     longest, taken_rows = max(jobs, key=lambda job: job[0].steps)
@@ -125,14 +129,14 @@ def forecast(
         "heldout_rows": sum(rows[plan.n_train_units :]),
         "pass_rows": plan.pass_rows,
         "unusable_rows": plan.train_rows_estimate - plan.pass_rows,
-        "bytes": sum(rows) * _row_bytes(run.activations.dtype, widths),
+        "bytes": sum(rows) * row_bytes(run.activations.dtype, widths),
         "taken_rows": taken_rows,
         "run_rows": run.steps * run.train.batch_rows,
         "passes": round(run.steps * run.train.batch_rows / plan.pass_rows, 3),
     }
 
 
-def _row_bytes(dtype: str, widths: Mapping[str, int]) -> int:
+def row_bytes(dtype: str, widths: Mapping[str, int]) -> int:
     """Compute the bytes of a row at all sites."""
     scale = 4 if dtype == "int8" else 0
     return sum(DTYPES[dtype].itemsize * d_in + scale + ORIGIN_BYTES for d_in in widths.values())
@@ -163,7 +167,7 @@ def _warnings(told: dict[str, Any]) -> Iterator[str]:
         )
 
 
-def _rows(
+def count_rows(
     run: Run, corpus: Corpus, index: CorpusIndex, pace: logs.PacedProgress
 ) -> NDArray[np.int64]:
     """Estimate the rows of each span."""

@@ -15,9 +15,10 @@ from torch import Tensor
 
 from dist_sae.config import Run
 from dist_sae.config.data import ActivationsConfig
-from dist_sae.data.corpus import Corpus, Document
+from dist_sae.data.corpus import Document
 from dist_sae.data.orders import spread
-from dist_sae.data.plan import Plan, read_unit
+from dist_sae.data.plan import Plan
+from dist_sae.data.planned_text import PlannedText
 from dist_sae.data.row_filters import admitted, of_usual_norm
 from dist_sae.data.shard import SiteRows, SiteShard, UnitManifest, manifest_key, write_shard
 from dist_sae.data.tokens import TokenBatch, cut, pack
@@ -56,9 +57,7 @@ class ComputedUnit(NamedTuple):
     excluded: Counter[str]
 
 
-def tokenize(
-    run: Run, plan: Plan, corpus: Corpus, tokenizer: Tokenizer, unit: int
-) -> TokenizedUnit:
+def tokenize(run: Run, text: PlannedText, tokenizer: Tokenizer, unit: int) -> TokenizedUnit:
     """Read the documents of a unit, cut them into contexts and these into batches."""
     seconds, refused = Counter[str](), list[int]()
     activations, model = run.activations, run.model
@@ -74,7 +73,7 @@ def tokenize(
 
     bos = tokenizer.bos if activations.prepend_bos else None
     with _timed(seconds, "tokenize"):
-        documents = read_unit(corpus, plan, unit)
+        documents = text.read(unit)
         contexts = cut(
             documents, tokenizer, context_tokens=activations.context_tokens, bos=bos, failed=failed
         )

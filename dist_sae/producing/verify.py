@@ -11,9 +11,9 @@ import xxhash
 
 from dist_sae.config import Run
 from dist_sae.data.consumers import retired_below
-from dist_sae.data.corpus import Corpus
 from dist_sae.data.origin import UnitText
-from dist_sae.data.plan import Plan, as_planned, load_plan, read_unit
+from dist_sae.data.plan import Plan, as_planned, load_plan
+from dist_sae.data.planned_text import PlannedText
 from dist_sae.data.shard import (
     MANIFESTS,
     SiteShard,
@@ -49,7 +49,7 @@ def verify(run: Run, *, text: bool = False) -> dict[str, Any]:
     """
     store = open_store(run.store.activations, run.store.s3)
     plan = load_plan(store, run)
-    read_text = _text_reader(run, plan) if text else None
+    read_text = _text_reader(run, plan, store) if text else None
     retired = min(retired_below(store), len(plan.units))
     objects = size = rows = 0
     units: set[int] = set()
@@ -85,15 +85,15 @@ def verify(run: Run, *, text: bool = False) -> dict[str, Any]:
     }
 
 
-def _text_reader(run: Run, plan: Plan) -> Callable[[int], UnitText]:
+def _text_reader(run: Run, plan: Plan, store: ObjectStore) -> Callable[[int], UnitText]:
     """A function that reads the text of a unit."""
     run = as_planned(run, plan)
     tokenizer = build_tokenizer(run)
-    corpus = Corpus(run.corpus, run.store.s3)
+    text = PlannedText(run, plan, store)
 
     def read(unit: int) -> UnitText:
         return UnitText(
-            read_unit(corpus, plan, unit),
+            text.read(unit),
             tokenizer,
             context_tokens=run.activations.context_tokens,
             bos=tokenizer.bos if run.activations.prepend_bos else None,

@@ -31,7 +31,7 @@ from dist_sae.evaluation.subject import (
     subject,
     training_seconds,
 )
-from dist_sae.index.query import Index
+from dist_sae.index.query import Index, index_of
 from dist_sae.index.summary import left_out
 from dist_sae.index.texts import Texts
 from dist_sae.report.latents import LatentView, choose_latents, view_latents
@@ -134,13 +134,10 @@ def _open_index(runs: ObjectStore, run: Run, checkpoint: Checkpoint | None) -> I
     if checkpoint is None:
         return f"No checkpoint yet: run dist-sae train {_RUN_FILE}, {_AGAIN}"
     try:
-        index = Index(runs, run.name, step=checkpoint.step)
+        return index_of(runs, run.name, checkpoint)
     except NoIndexError as error:
         logger.info("the report has no latents: %s", error)
         return f"No latent index of this checkpoint: run dist-sae index {_RUN_FILE}, {_AGAIN}"
-    if index.manifest.checkpoint != checkpoint.digest:
-        return f"The latent index is of another checkpoint: give it a new index.name, {_AGAIN}"
-    return index
 
 
 def _latents(run: Run, index: Index | str, plan: Plan) -> tuple[list[LatentView], str]:

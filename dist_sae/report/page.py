@@ -1,7 +1,7 @@
 """The report's page: `page.html` filled in. Pure but for its template and style sheet."""
 
 from collections import Counter
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from itertools import accumulate
 from typing import Any, NamedTuple
@@ -126,8 +126,13 @@ def render_page(page: Page) -> str:
         densities=Markup(_densities(page)),
         profiles=Markup(render_profiles(page.profiles) if page.profiles else ""),
         palette=PALETTE,
-        shown_latents={view.page.latent for view in page.latents},
+        href=_hrefs(page),
     )
+
+
+def _hrefs(page: Page) -> Callable[[int], str]:
+    there = {view.page.latent for view in page.latents}
+    return lambda latent: f"#latent-{latent}" if latent in there else ""
 
 
 def render_template(name: str, **content: Any) -> str:

@@ -74,7 +74,7 @@ class Explorer:
             f"{self.index.place}: {len(firings):,} latents, {never:,} of them never fire",
             *(line for name in pages for line in (f"{name}:", *map(self._short, pages[name]))),
         ]
-        groups_as_json = {name: list(map(self._brief, pages[name])) for name in pages}
+        groups_as_json = {name: list(map(self.brief, pages[name])) for name in pages}
         content = {"latents": len(firings), "never_fired": never, **groups_as_json}
         return Answer({"index": self.index.place, **content}, lines)
 
@@ -84,9 +84,21 @@ class Explorer:
         Raises:
             LatentNotFoundError: There is no such latent.
         """
-        views = self._view(latents)
+        views = self.view(latents)
         lines = [line for view in views for line in (*self._full(view), "")]
         return Answer([_as_json(view) for view in views], lines[:-1])
+
+    def view(self, latents: Sequence[int]) -> list[LatentView]:
+        """Latents with their texts, if these are at hand.
+
+        Raises:
+            LatentNotFoundError: There is no such latent.
+        """
+        try:
+            return view_latents(self.index, latents, self._texts, 2 * _SHOWN)
+        except CorpusError as error:
+            logger.warning("texts are left out: %s", error)
+            return view_latents(self.index, latents, None)
 
     def like(self, latent: int) -> Answer:
         """The latents nearest to one by decoder direction, and those most coactive.
@@ -97,14 +109,14 @@ class Explorer:
         page = self.index.latent(latent)
         nearest = {near.latent: near.cosine for near in page.nearest[: 2 * _SHOWN]}
         coactive = {other.latent: other.phi for other in page.coactive[: 2 * _SHOWN]}
-        content: dict[str, Any] = {"latent": self._brief(page)}
+        content: dict[str, Any] = {"latent": self.brief(page)}
         lines = [self._short(page)]
         for name, measure, found in (
             ("nearest", "cosine", nearest),
             ("coactive", "phi", coactive),
         ):
             pages = self._pages(list(found))
-            content[name] = [self._brief(p) | {measure: found[p.latent]} for p in pages]
+            content[name] = [self.brief(p) | {measure: found[p.latent]} for p in pages]
             lines.append(f"{name} ({measure}):" if pages else f"{name}: none in the index")
             lines += [f"{found[p.latent]:6.3f} {self._short(p)}" for p in pages]
         lines += [f"left out: {part}" for part in left_out(self.index.manifest)]
@@ -141,7 +153,7 @@ class Explorer:
         for match, page in zip(best, self._pages([match.latent for match in best]), strict=True):
             lines.append(f"{match.hits} of {match.examples}  {self._short(page).strip()}")
             numbers = {"share": match.share, "examples": match.examples}
-            content.append({**self._brief(page), **numbers})
+            content.append({**self.brief(page), **numbers})
         return Answer({"matching": len(found), "latents": content}, lines)
 
     def _open_texts(self) -> Texts | None:
@@ -158,13 +170,6 @@ class Explorer:
             raise ModelError(f"tokens cannot be read: {self._problem}")
         return self._texts
 
-    def _view(self, latents: Sequence[int]) -> list[LatentView]:
-        try:
-            return view_latents(self.index, latents, self._texts, 2 * _SHOWN)
-        except CorpusError as error:
-            logger.warning("texts are left out: %s", error)
-            return view_latents(self.index, latents, None)
-
     def _pages(self, latents: Sequence[int]) -> list[LatentPage]:
         return [self.index.latent(latent) for latent in latents]
 
@@ -173,7 +178,8 @@ class Explorer:
         counts = Counter(example.token for example in page.largest)
         return [token_text(token, self._texts) for token, _ in counts.most_common(_SHOWN)]
 
-    def _brief(self, page: LatentPage) -> dict[str, Any]:
+    def brief(self, page: LatentPage) -> dict[str, Any]:
+        """A latent's main numbers, and the tokens it fires on and raises most."""
         return {
             "latent": page.latent,
             "firings": page.firings,
@@ -184,7 +190,7 @@ class Explorer:
         }
 
     def _short(self, page: LatentPage) -> str:
-        brief = self._brief(page)
+        brief = self.brief(page)
         raises = _tokens(brief["raises"][:_TOKENS])
         return (
             f"{page.latent:9}  {100 * page.density:7.3g} %  max {page.max:<7.4g} "

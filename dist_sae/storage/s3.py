@@ -1,12 +1,9 @@
 """An S3-compatible endpoint as an object store.
 
-Boto retries a request a few times. Longer faults (an endpoint that is down for minutes, a
-connection that breaks in the middle of a body) are retried here, with jitter, for
-`store.s3.deadline_seconds`. Large objects are transferred in parts, several at a time.
+Large objects are transferred in parts, several at a time.
 """
 
 import logging
-import random
 import re
 import threading
 import time
@@ -18,20 +15,19 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from functools import cached_property, partial
 from itertools import chain, islice
-from typing import Any, TypeVar
+from typing import Any
 
-from botocore.exceptions import BotoCoreError, ClientError, NoCredentialsError
+from botocore.exceptions import BotoCoreError, ClientError
 
 from dist_sae.config.data import S3Config
 from dist_sae.errors import ObjectNotFoundError, StoreError, UnavailableError
 from dist_sae.storage.base import Entry, Meter
 from dist_sae.storage.parts import in_parts, map_ahead
 from dist_sae.storage.s3_client import make_client
-from dist_sae.storage.s3_errors import code_of, mapped
+from dist_sae.storage.s3_errors import code_of
+from dist_sae.storage.s3_patience import Patience
 
 logger = logging.getLogger(__name__)
-
-Result = TypeVar("Result")
 
 # error codes of endpoints, or HTTP statuses where an endpoint sends no code
 _EXISTS = {"PreconditionFailed", "412"}
@@ -40,13 +36,6 @@ _NO_BATCHES = {*_NOT_IMPLEMENTED, "MethodNotAllowed", "405"}
 _NO_UPLOAD = {"NoSuchUpload"}
 _OUT_OF_RANGE = {"InvalidRange", "416"}
 
-FIRST_PAUSE_SECONDS = 0.2
-"""Pause after the first failure; it doubles."""
-LONGEST_PAUSE_SECONDS = 10.0
-"""Limit of the pause between attempts."""
-_SAY_EVERY_SECONDS = 30.0
-LAST_PATIENCE_SECONDS = 15.0
-"""Longest retry once the program has been asked to stop."""
 PART_BYTES = 16 * 2**20
 """Size of a part of a transfer."""
 CONCURRENT_PARTS = 8
@@ -91,7 +80,7 @@ class S3Store:
         self._url = url
         self._config = config
         self._meter = meter
-        self._stopping = stopping or threading.Event()
+        self._patiently = Patience(url, config, meter, stopping or threading.Event(), self._renew)
         self._bucket, _, prefix = url.removeprefix("s3://").partition("/")
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
 
@@ -322,40 +311,6 @@ class S3Store:
                 created = self.get(key) == data
         return created
 
-    def _patiently(self, key: str | None, call: Callable[[], Result]) -> Result:
-        """Retry a call until the endpoint answers or the deadline passes."""
-        since = said = time.monotonic()
-        pause = FIRST_PAUSE_SECONDS
-        while True:
-            try:
-                with mapped(self.url, key, self._config.endpoint_url):
-                    return call()
-            except UnavailableError as exc:
-                if isinstance(exc.__cause__, NoCredentialsError):
-                    self.__dict__.pop("client", None)  # a client never looks for credentials twice
-                now = time.monotonic()
-                patience = self._config.deadline_seconds
-                if self._stopping.is_set():
-                    patience = min(patience, LAST_PATIENCE_SECONDS)
-                if now - since >= patience:
-                    raise
-                if said == since or now - said > _SAY_EVERY_SECONDS:
-                    said = now
-                    logger.warning(
-                        "%s; asking again for up to %.0f s", exc, patience - (now - since)
-                    )
-                if self._meter:
-                    self._meter.add("dist_sae_store_retries_total", 1)
-            rest = since + patience - time.monotonic()
-            self._pause(min(random.uniform(pause / 2, pause), max(rest, 0.0)))
-            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
-
-    def _pause(self, seconds: float) -> None:
-        if not self._stopping.is_set():
-            self._stopping.wait(seconds)
-        else:
-            time.sleep(seconds)
-
     def _where(self, key: str) -> dict[str, str]:
         return {"Bucket": self._bucket, "Key": self._prefix + key}
 
@@ -378,6 +333,10 @@ class S3Store:
             client.meta.events.register("request-created.s3", _start_clock)
             client.meta.events.register("needs-retry.s3", self._count_request)
         return client
+
+    def _renew(self) -> None:
+        """Drop the client: one that found no credentials never looks for them again."""
+        self.__dict__.pop("client", None)
 
     def _count_request(
         self, operation: Any, attempts: int, request_dict: Any, response: Any, **_: object

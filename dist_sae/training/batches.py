@@ -47,10 +47,15 @@ class TrainingBatch:
     Args:
         loaded: As the loader gave it.
         device: This rank's.
+        wants_to_meet: Tells whether this rank must meet the others before the next batch.
     """
 
-    def __init__(self, loaded: Batch, device: torch.device) -> None:
+    def __init__(
+        self, loaded: Batch, device: torch.device, wants_to_meet: Callable[[], bool]
+    ) -> None:
         self.loaded = loaded
+        self.wants_to_meet = wants_to_meet
+        self._said: list[bool] = []
         self._device = device
         self._rows: dict[Hashable, Rows] = {}
 
@@ -63,6 +68,15 @@ class TrainingBatch:
         if key not in self._rows:
             self._rows[key] = normalisers.rows(self.loaded.acts, self._device)
         return self._rows[key]
+
+    def told(self, *, meet: bool) -> None:
+        """Note whether any rank must meet the others, as a step on this batch has told all."""
+        self._said.append(meet)
+
+    @property
+    def meets(self) -> bool:
+        """Whether ranks meet before the next batch; also if no step on this one has told them."""
+        return any(self._said) or not self._said
 
 
 class Reader(Protocol):
@@ -83,6 +97,10 @@ class Batches:
 
     A batch is fetched once, however many jobs train on it. Reading begins with the job that is
     furthest behind; the others join it where they stopped.
+
+    Ranks meet before a batch only if one of them must stop, or has none at hand. They learn that in
+    a step on the batch before, from a number that travels with its counts of dead latents. So all
+    of them stop after the same step, and a step for which all batches are there begins at once.
     """
 
     mesh: Mesh
@@ -110,17 +128,22 @@ class Batches:
             self.reading.close()
             loader = self.reading.enter_context(self.open_loader(steps, position.cursors))
             self.loader = loader
+            meets = True
             for step in steps:
                 if not any(step in job.steps for job in self.jobs):
                     break  # those that are left begin further on
                 self.times.step = step
                 self.watch.at(step, working=False)
                 self.telemetry.set("dist_sae_train_loaded_batches", loader.loaded)
-                batch = next_batch(loader, self.mesh, self.stopping, self.times)
-                if batch is None:
+                loaded = next_batch(loader, self.mesh, self.stopping, self.times, meets=meets)
+                if loaded is None:
                     return
-                self._export(batch)
-                yield TrainingBatch(batch, self.mesh.device)
+                self._export(loaded)
+                yield (batch := TrainingBatch(loaded, self.mesh.device, self._wants_to_meet))
+                meets = batch.meets
+
+    def _wants_to_meet(self) -> bool:
+        return self.stopping.is_set() or self.loader is None or not self.loader.is_ready
 
     def raise_if_stopped(self) -> None:
         """Raise why the iteration ended before the last step of a job, if it did.
@@ -246,14 +269,21 @@ def open_loader(
     )
 
 
-def next_batch(loader: Loader, mesh: Mesh, stopping: threading.Event, times: Times) -> Batch | None:
+def next_batch(
+    loader: Loader, mesh: Mesh, stopping: threading.Event, times: Times, *, meets: bool = True
+) -> Batch | None:
     """The next batch once all ranks have theirs; None if any rank has none or must stop.
 
-    Collective. While one rank waits for its data, all wait.
+    Args:
+        meets: Whether the ranks meet; the same on all of them. While one waits for its data, all
+            wait. Without meeting, every rank must have a batch at hand.
     """
     batch = loader.next(times.waiting)
     waited = batch.waited_seconds if batch else 0.0
     times.end("wait")
+    if not meets:
+        assert batch is not None, "a rank that has none asks to meet"
+        return batch
     ends, longest = mesh.any_rank_and_max(batch is None or stopping.is_set(), waited)
     times.end("ranks", waited=longest - waited)
     return None if ends else batch

@@ -33,7 +33,8 @@ def training_step(
     progress: float,
     lr: float,
     end_phase: Callable[[str], None],
-) -> tuple[Output, float]:
+    wants_to_meet: Callable[[], bool] = lambda: False,
+) -> tuple[Output, float, bool]:
     """Forward, backward, optimiser, dead latents, running average. Collective.
 
     Args:
@@ -46,9 +47,11 @@ def training_step(
         progress: Share of the run's steps that are done.
         lr: Learning rate.
         end_phase: Called with `forward`, `backward` and `optimiser` as each of them ends.
+        wants_to_meet: Tells whether this rank wants to meet the others before the next batch.
 
     Returns:
-        The objective's output, and the norm of the gradient before clipping.
+        The objective's output, the norm of the gradient before clipping, and whether any rank wants
+        to meet: all ranks learn it without a collective of its own.
 
     Raises:
         NonFiniteError: The gradient is not finite; the weights are as before.
@@ -58,14 +61,15 @@ def training_step(
     end_phase("forward")
     engine.backward(output.terms.total)
     end_phase("backward")
-    gradient_norm, *counts = engine.step(lr, dead.update(output.fired, batch_rows))
+    numbers = dead.update(output.fired, batch_rows, also=int(wants_to_meet()))
+    gradient_norm, *counts, want_to_meet = engine.step(lr, numbers)
     dead.counted(counts)
     end_phase("optimiser")
     if dead.n_stuck:
         engine.revive(dead.stuck, rows.inputs, output.error)
     if average is not None:
         average.update(rows, progress)
-    return output, gradient_norm
+    return output, gradient_norm, want_to_meet > 0
 
 
 @dataclass(eq=False)
@@ -114,14 +118,14 @@ class TrainingJob:
         rows = batch.rows(self.normalisers)
         self.report.end("rest")
         try:
-            self._train(rows, self.position.after(batch.loaded))
+            self._train(batch, rows)
         except NonFiniteError as exc:
             if self.alone:
                 raise
             self.failure = exc
             self.report.failed(exc)
 
-    def _train(self, rows: Rows, after: StreamPosition) -> None:
+    def _train(self, batch: TrainingBatch, rows: Rows) -> None:
         run, train, done = self.run, self.run.train, self.position.step
         lr = learning_rate(
             done,
@@ -130,7 +134,7 @@ class TrainingJob:
             warmup_steps=train.warmup_steps,
             decay_share=train.decay_share,
         )
-        output, gradient_norm = training_step(
+        output, gradient_norm, meet = training_step(
             rows,
             self.engine,
             self.state.dead,
@@ -140,8 +144,10 @@ class TrainingJob:
             progress=done / run.steps,
             lr=lr,
             end_phase=self.report.end,
+            wants_to_meet=batch.wants_to_meet,
         )
-        self.position = after
+        batch.told(meet=meet)
+        self.position = after = self.position.after(batch.loaded)
         self.report.step(after.step, rows, output, lr=lr, gradient_norm=gradient_norm)
         if after.step % train.save_every_steps == 0 or not self.steps:
             self._save()

@@ -4,6 +4,7 @@ import logging
 import socket
 from collections.abc import Sequence
 from pathlib import Path
+from typing import NamedTuple
 
 import psutil
 import torch
@@ -22,8 +23,17 @@ _CGROUP_LIMITS = ("memory.max", "memory/memory.limit_in_bytes")  # of versions 2
 _MOMENTS = 2
 
 
-def state_bytes(run: Run, widths: Widths, axis: LatentAxis = WHOLE) -> int:
-    """Bytes of a rank's weights, gradients, moments and running mean: the least that it needs.
+class StateBytes(NamedTuple):
+    """Bytes of what a rank trains: the least that it needs."""
+
+    weights: int
+    gradients: int
+    moments: int
+    running_mean: int
+
+
+def state_bytes(run: Run, widths: Widths, axis: LatentAxis = WHOLE) -> StateBytes:
+    """Bytes of a rank's weights, gradients, moments and running mean.
 
     Args:
         run: The run.
@@ -39,7 +49,7 @@ def state_bytes(run: Run, widths: Widths, axis: LatentAxis = WHOLE) -> int:
     moments = _MOMENTS * weights // (axis.replicas if stage else 1)
     if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
         moments = 0  # they are elsewhere
-    return weights + gradients + moments + (weights if run.train.ema_decay else 0)
+    return StateBytes(weights, gradients, moments, weights if run.train.ema_decay else 0)
 
 
 def check_memory(jobs: Sequence[tuple[Run, Widths, Mesh]], mesh: Mesh) -> None:
@@ -54,7 +64,7 @@ def check_memory(jobs: Sequence[tuple[Run, Widths, Mesh]], mesh: Mesh) -> None:
     Raises:
         ConfigError: A machine or GPU has less memory than weights, gradients and moments take.
     """
-    own = [state_bytes(run, widths, own.axis) for run, widths, own in jobs]
+    own = [sum(state_bytes(run, widths, own.axis)) for run, widths, own in jobs]
     needs: dict[str, int] = {}
     for place, there, taken in mesh.all_gather_objects(
         (*memory_of(mesh.device), own), tuple[str, int, list[int]]

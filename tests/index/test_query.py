@@ -13,6 +13,7 @@ import dist_sae.index.layout
 import dist_sae.index.merge
 import dist_sae.index.ranged
 import dist_sae.index.tables
+from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.config import Run
 from dist_sae.config.data import S3Config
 from dist_sae.errors import (
@@ -23,7 +24,7 @@ from dist_sae.errors import (
     NoIndexError,
 )
 from dist_sae.index.layout import TOP, IndexFolder, IndexManifest
-from dist_sae.index.query import Index
+from dist_sae.index.query import Index, index_of
 from dist_sae.storage import ObjectStore, open_store
 from dist_sae.storage.records import read_record, seal
 from tests.conftest import Bucket
@@ -215,6 +216,19 @@ def test_the_index_of_the_last_step_is_taken_and_incomplete_ones_are_passed_over
     assert Index(store, run.name, "step-00000003").manifest.step == 3
     store.delete(IndexFolder(run.name, "step-00000012").buckets.key(0))
     assert Index(store, run.name).manifest.step == 3
+
+
+def test_an_index_of_another_checkpoint_of_the_step_is_not_taken(tmp_path: Path) -> None:
+    """As when a run was deleted and trained anew."""
+    run = produced(tmp_path)
+    add_checkpoint(run)
+    make_index(run)
+    checkpoints = Checkpoints(store_of(run), run.name, 9)
+    assert index_of(store_of(run), run.name, checkpoints.open(3)).manifest.step == 3
+    checkpoints.delete(3)
+    add_checkpoint(run, seed=1)
+    with pytest.raises(NoIndexError, match="step-00000003: is of another checkpoint; set a new"):
+        index_of(store_of(run), run.name, checkpoints.open(3))
 
 
 def test_a_share_of_postings(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ import pytest
 import safetensors.numpy
 import safetensors.torch
 import torch
+import transformers
 from numpy.typing import NDArray
 
 from dist_sae.checkpoint import layout, piecewise
@@ -184,8 +185,9 @@ def test_an_exported_transcoder_maps_raw_activations(tmp_path: Path, *, skip: bo
     folder = Path(export(run))
     config = json.loads((folder / "cfg.json").read_text())
     assert (config["d_in"], config["d_out"], config["apply_b_dec_to_input"]) == (16, 12, False)
-    assert config["metadata"]["hook_name"] == "blocks.3.ln2.hook_normalized"
-    assert config["metadata"]["hook_name_out"] == "blocks.3.hook_mlp_out"
+    assert config["metadata"]["model_class_name"] == "TransformerBridge"
+    assert config["metadata"]["hook_name"] == "blocks.3.mlp.hook_in"
+    assert config["metadata"]["hook_name_out"] == "blocks.3.mlp.hook_out"
     x = 5 * torch.randn(500, 16, generator=generator, dtype=torch.float64)
     dictionary.double()
     codes = dictionary.encode(x * SCALE)
@@ -244,25 +246,48 @@ def test_the_exported_dictionary_is_the_trained_one(
     np.testing.assert_allclose(x_hat, sae.decode(codes, x).numpy() / SCALE, atol=1e-5)
 
 
+SMALL: Any = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "vocab_size": 9}
+HOOKED, BRIDGE = "HookedTransformer", "TransformerBridge"
+
+
 @pytest.mark.parametrize(
-    ("site", "hook"),
+    ("architecture", "site", "model_class", "hook"),
     [
-        ("resid_pre.3", "blocks.3.hook_resid_pre"),
-        ("resid_post.7", "blocks.7.hook_resid_post"),
-        ("attn_z.0", "blocks.0.attn.hook_z"),
+        (None, "resid_pre.3", HOOKED, "blocks.3.hook_resid_pre"),
+        (None, "resid_post.7", HOOKED, "blocks.7.hook_resid_post"),
+        (None, "attn_z.0", HOOKED, "blocks.0.attn.hook_z"),
+        (None, "mlp_inner.0", HOOKED, "blocks.0.mlp.hook_post"),
+        (None, "mlp_in.0", BRIDGE, "blocks.0.mlp.hook_in"),
+        (None, "mlp_out.0", BRIDGE, "blocks.0.mlp.hook_out"),
+        (transformers.LlamaConfig(**SMALL), "mlp_out.0", HOOKED, "blocks.0.hook_mlp_out"),
+        (transformers.LlamaConfig(**SMALL), "attn_out.0", HOOKED, "blocks.0.hook_attn_out"),
+        (transformers.GPTNeoXConfig(**SMALL), "mlp_out.0", HOOKED, "blocks.0.hook_mlp_out"),
+        (transformers.Gemma2Config(**SMALL), "mlp_out.0", BRIDGE, "blocks.0.mlp.hook_out"),
+        (transformers.Olmo2Config(**SMALL), "attn_out.0", BRIDGE, "blocks.0.attn.hook_out"),
     ],
 )
-def test_hooks_have_the_names_that_users_know(tmp_path: Path, site: str, hook: str) -> None:
+def test_hooks_are_those_of_the_same_rows(
+    tmp_path: Path,
+    architecture: transformers.PretrainedConfig | None,
+    site: str,
+    model_class: str,
+    hook: str,
+) -> None:
+    """None: the model is not at hand. See docs/python.md for rows compared in TransformerLens."""
+    model = tmp_path / "x"
+    if architecture:
+        architecture.save_pretrained(model)
     path = write_run(tmp_path, activations={"sites": [site]})
-    settings = ["model={kind: huggingface, path: x}", "corpus={kind: files, files: [x.txt]}"]
-    run = load_run(path, settings)
+    settings = [f"model={{kind: huggingface, path: {model}}}"]
+    run = load_run(path, [*settings, "corpus={kind: files, files: [x.txt]}"])
     weights = {"W_enc": torch.zeros(64, 16), "W_dec": torch.ones(64, 16) / 4}
     weights |= {"b_enc": torch.zeros(64), "b_dec": torch.zeros(16)}
     checkpoints = Checkpoints(open_store(run.store.runs), run.name, 1)
     save(checkpoints, 5, weights | IDLE, scalars(run, 1.0))
     config = json.loads((Path(export(run)) / "cfg.json").read_text())
+    assert config["metadata"]["model_class_name"] == model_class
     assert config["metadata"]["hook_name"] == hook
-    assert config["metadata"]["model_name"] == "x"
+    assert config["metadata"]["model_name"] == str(model)
 
 
 def test_a_folder_may_have_the_name_that_the_hub_has_for_its_model(tmp_path: Path) -> None:

@@ -43,6 +43,7 @@ _ROLES = Path(__file__).parents[2] / "k8s/base/researchers.yaml"
 _KINDS = {
     "configmaps": "ConfigMap",
     "services": "Service",
+    "networkpolicies": "NetworkPolicy",
     "pods": "Pod",
     "jobs": "Job",
     "jobsets": "JobSet",
@@ -63,7 +64,7 @@ class ApiServer:
         self.changed = threading.Condition(threading.RLock())
         self.objects: dict[Key, Object] = {}
         self.namespaces = {"dist-sae"}
-        self.groups = {"", "batch", "jobset.x-k8s.io"}
+        self.groups = {"", "batch", "networking.k8s.io", "jobset.x-k8s.io"}
         self.nodes: list[Object] = []
         self.rules = _rules()
         self.admission: Callable[[Object], str | None] = lambda _: None
@@ -475,7 +476,7 @@ def _rules() -> set[tuple[str, str, str]]:
 
 
 def _plural(kind: str) -> str:
-    return kind.lower() + "s"
+    return next(plural for plural, each in _KINDS.items() if each == kind)
 
 
 def _owner(obj: Object) -> Object:

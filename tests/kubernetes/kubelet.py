@@ -165,7 +165,7 @@ class Pod:
 
         command = expand(spec.get("command", image.entrypoint)) + expand(spec.get("args", []))
         mounts = [
-            Mount(self._volumes[m["name"]], m["mountPath"], m.get("readOnly", False))
+            Mount(self._part(m["name"], m.get("subPath")), m["mountPath"], m.get("readOnly", False))
             for m in spec.get("volumeMounts", [])
         ]
         security = spec.get("securityContext", {})
@@ -224,6 +224,15 @@ class Pod:
         folder.mkdir()
         folder.chmod(0o777)
         return folder
+
+    def _part(self, volume: str, path: str | None) -> Path:
+        """A volume, or a folder in it, which anybody may write as they may the volume."""
+        whole: Path = self._volumes[volume]
+        if path is None:
+            return whole
+        (whole / path).mkdir(exist_ok=True)
+        (whole / path).chmod(whole.stat().st_mode)
+        return whole / path
 
     def _probe_until_end(self, container: Container, spec: Object) -> int:
         """Probe a container until it ends; ends it if it does not answer. Returns its exit code."""

@@ -80,6 +80,8 @@ class Cluster:
                     case "Secret":
                         data = {k: b64decode(v).decode() for k, v in item.get("data", {}).items()}
                         self._config["Secret", name] = data | item.get("stringData", {})
+                    case "NetworkPolicy":
+                        pass  # the machine's network has none
                     case "Service":
                         self._services[name] = item
                     case "Job":

@@ -88,6 +88,7 @@ def security_faults(template: Object) -> Iterator[str]:
         if spec.get(shared):
             yield shared
     allowed = {"name", "configMap", "emptyDir", "secret", "projected", "downwardAPI"}
+    allowed |= {"csi", "ephemeral", "persistentVolumeClaim"}
     for volume in spec.get("volumes", []):
         if volume.keys() - allowed:
             yield f"volume {volume}"

@@ -25,7 +25,7 @@ spec:
   dnsPolicy: ClusterFirstWithHostNet
   volumes:
     - {name: huge, emptyDir: {medium: HugePages}}
-    - {name: tmp, emptyDir: {sizeLimit: 2Gi}}
+    - {name: scratch, emptyDir: {sizeLimit: 2Gi}}
   containers:
     - name: main
       securityContext: {capabilities: {add: [IPC_LOCK]}}
@@ -49,8 +49,8 @@ def test_a_part_gets_what_its_patch_adds_and_keeps_the_rest() -> None:
     assert pod["metadata"]["labels"] == before["metadata"]["labels"] | {"team": "sae"}
     assert pod["spec"]["runtimeClassName"] == "nvidia"
     volumes = {volume["name"]: volume for volume in pod["spec"]["volumes"]}
-    assert list(volumes) == ["run", "scratch", "tmp", "shm", "huge"]
-    assert volumes["tmp"]["emptyDir"] == {"sizeLimit": "2Gi"}
+    assert list(volumes) == ["run", "scratch", "shm", "huge"]
+    assert volumes["scratch"]["emptyDir"] == {"sizeLimit": "2Gi"}
     (main,), (was,) = pod["spec"]["containers"], before["spec"]["containers"]
     assert main["image"] == was["image"]
     assert main["securityContext"]["capabilities"] == {"drop": ["ALL"], "add": ["IPC_LOCK"]}

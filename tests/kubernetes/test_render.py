@@ -189,7 +189,12 @@ def test_parts_follow_one_another() -> None:
 
 def test_parts_wait_by_themselves_where_there_is_no_jobset() -> None:
     objects = render_objects(load("cluster.jobset=false"))
-    assert [obj["kind"] for obj in objects] == ["ConfigMap", "Service", *["Job"] * 5]
+    assert [obj["kind"] for obj in objects] == [
+        "ConfigMap",
+        "NetworkPolicy",
+        "Service",
+        *["Job"] * 5,
+    ]
     arguments = {
         (obj["metadata"]["name"].split("-")[-2], container["args"][0]): container["args"]
         for obj in objects
@@ -206,7 +211,7 @@ def test_parts_wait_by_themselves_where_there_is_no_jobset() -> None:
         ("index", "index"),
         ("reporter", "evaluate"),
     }
-    service = objects[1]
+    service = objects[2]
     trainer = next(obj for obj in objects if "-trainer-0" in obj["metadata"]["name"])
     labels = trainer["spec"]["template"]["metadata"]["labels"]
     assert service["spec"]["selector"].items() <= labels.items()
@@ -308,6 +313,49 @@ def test_pods_ask_for_what_the_run_file_says() -> None:
     assert "DIST_SAE_RDMA" in environment(trainer["containers"][0])
     without = pod_of(load(), "trainer")["containers"][0]
     assert "DIST_SAE_RDMA" not in environment(without)
+
+
+def test_all_that_a_pod_writes_has_the_limit_that_the_run_file_states() -> None:
+    parts = ("planner", "producer", "trainer", "index", "reporter")
+    run = load(*(f"cluster.{part}.scratch={n}Gi" for n, part in enumerate(parts, start=1)))
+    for n, part in enumerate(parts, start=1):
+        pod, limit = pod_of(run, part), f"{n}Gi"
+        disks = {v["name"]: v["emptyDir"] for v in pod["volumes"] if "emptyDir" in v}
+        assert disks == {"scratch": {"sizeLimit": limit}, "shm": {"medium": "Memory"}}
+        for container in [*pod.get("initContainers", []), *pod["containers"]]:
+            places = {mount["mountPath"]: mount["name"] for mount in container["volumeMounts"]}
+            assert places["/tmp"] == places["/scratch"] == "scratch"
+            assert container["resources"]["requests"]["ephemeral-storage"] == limit
+
+
+@pytest.mark.parametrize(
+    ("volume", "keeps"),
+    [
+        ("{persistentVolumeClaim: {claimName: models}}", True),
+        ("{hostPath: {path: /var/cache/models}}", True),
+        ("{image: {reference: 'registry/models:1'}}", False),  # read-only: model.path is in it
+    ],
+)
+def test_model_files_stay_in_the_volume_that_the_run_file_names(
+    volume: str, *, keeps: bool
+) -> None:
+    run = load(f"cluster.cache={volume}")
+    for part in ("planner", "producer", "trainer", "index", "reporter"):
+        pod = pod_of(run, part)
+        assert pod["volumes"][-1] == {"name": "cache", **yaml.safe_load(volume)}
+        for container in [*pod.get("initContainers", []), *pod["containers"]]:
+            assert container["volumeMounts"][-1] == {"name": "cache", "mountPath": "/cache"}
+            assert environment(container).get("HF_HOME") == ("/cache" if keeps else None)
+    for obj in render_objects(run):
+        check(obj)
+    faults = [
+        fault
+        for obj in render_objects(run)
+        for t in templates_of(obj)
+        for fault in security_faults(t)
+    ]
+    assert bool(faults) == ("Claim" not in volume)
+    assert "HF_HOME" not in environment(pod_of(load(), "producer")["containers"][0])
 
 
 LARGE = (  # 16 x 8 GPUs train, 1,000 spot GPUs run the model

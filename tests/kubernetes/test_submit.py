@@ -90,7 +90,7 @@ def test_dry_run_shows_and_changes_nothing(
 
 def test_result_of_submit_is_one_object(api: ApiServer, path: str, sh: Shell) -> None:
     result = json.loads(sh("submit", path, "--json"))
-    created = {"ConfigMap tiny": "create", "JobSet tiny": "create"}
+    created = dict.fromkeys(("ConfigMap tiny", "NetworkPolicy tiny", "JobSet tiny"), "create")
     assert result == {"outcome": "created", "objects": created}
     assert json.loads(sh("submit", path, "--json"))["outcome"] == "unchanged"
 

@@ -2,6 +2,7 @@
 
 import re
 import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -80,6 +81,23 @@ def test_every_alert_says_what_how_bad_how_much_and_what_to_do() -> None:
         assert "$value" in alert["annotations"]["summary"]
         anchor = f"monitoring/runbook.md#{alert['alert'].lower()}"
         assert alert["annotations"]["runbook_url"] == anchor
+
+
+def test_links_of_a_cluster_lead_to_the_runbook_from_anywhere() -> None:
+    """They are absolute, and one line of the kustomization says where the runbook is."""
+    kubectl = Path(sys.executable).parent / "kubectl"
+    built = subprocess.run(
+        [kubectl, "kustomize", MONITORING], capture_output=True, text=True, check=True
+    )
+    objects = list(yaml.safe_load_all(built.stdout))
+    assert {obj["metadata"]["name"] for obj in objects} == {"dist-sae", "dist-sae-dashboards"}
+    (rule,) = (obj for obj in objects if obj["kind"] == "PrometheusRule")
+    check(rule)
+    place = "https://git.example.com/dist_sae/monitoring/runbook.md"
+    made = [r for group in rule["spec"]["groups"] for r in group["rules"] if "alert" in r]
+    assert [r["annotations"]["runbook_url"] for r in made] == [
+        f"{place}#{alert['alert'].lower()}" for alert in alerts()
+    ]
 
 
 def test_every_section_of_the_runbook_says_what_why_and_what_to_do() -> None:

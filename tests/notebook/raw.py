@@ -17,6 +17,7 @@ from dist_sae.config import Run
 from dist_sae.config.fingerprint import run_fingerprint
 from dist_sae.data.plan import load_plan
 from dist_sae.data.work_queue import Worker
+from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.normaliser import Normaliser, SiteNormalisers
 from dist_sae.notebook.dictionary import RawDictionary
@@ -25,7 +26,7 @@ from dist_sae.producing.loop import produce
 from dist_sae.producing.planner import plan
 from dist_sae.storage import open_store
 from dist_sae.telemetry.exporter import Telemetry
-from tests.dictionaries.recipes import CONFIGS, make
+from tests.dictionaries.recipes import CONFIGS, make, sae_rows
 from tests.world import save
 
 SCALE = 0.37
@@ -137,6 +138,13 @@ def fill(run: Run) -> None:
     """Produce a run's activation set."""
     plan(run)
     produce(run, Worker("p"), threading.Event(), Telemetry(run.name, "produce", None))
+
+
+def initialised(run: Run, d_in: int, seed: int) -> Dictionary:
+    sae = build_sae(run.sae, d_in)
+    x = torch.randn(64, d_in, generator=torch.Generator().manual_seed(seed))
+    sae.initialise(sae_rows(x), seed)
+    return sae
 
 
 def save_dictionary(run: Run, sae: Dictionary, step: int) -> None:

@@ -22,24 +22,21 @@ from dist_sae.config import Run
 from dist_sae.data.consumers import Retired
 from dist_sae.data.shard import SHARDS, manifest_key
 from dist_sae.data.work_queue import Worker
-from dist_sae.dictionaries import build_sae
-from dist_sae.dictionaries.base import Dictionary
 from dist_sae.index.build import index
 from dist_sae.storage import open_store
 from dist_sae.storage.records import seal
 from dist_sae.telemetry.exporter import Telemetry
 from tests.conftest import Bucket
-from tests.dictionaries.recipes import sae_rows
-from tests.notebook.raw import SCALE, fill, language_run, save_dictionary, save_language_model
+from tests.notebook.raw import (
+    SCALE,
+    fill,
+    initialised,
+    language_run,
+    save_dictionary,
+    save_language_model,
+)
 from tests.runs import TINY, make_run
 from tests.world import joined, open_activation_set
-
-
-def initialised(run: Run, d_in: int, seed: int) -> Dictionary:
-    sae = build_sae(run.sae, d_in)
-    x = torch.randn(64, d_in, generator=torch.Generator().manual_seed(seed))
-    sae.initialise(sae_rows(x), seed)
-    return sae
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import botocore.loaders
 import pytest
 from botocore.retries.standard import ExponentialBackoff
 
-from dist_sae.storage import ObjectStore, s3
+from dist_sae.storage import ObjectStore, s3_patience
 from tests.conftest import Bucket
 from tests.storage.endpoints import SECONDS, make_store
 
@@ -26,8 +26,8 @@ def shared_service_model(loader: botocore.loaders.Loader, monkeypatch: pytest.Mo
 @pytest.fixture
 def short_pauses(monkeypatch: pytest.MonkeyPatch) -> None:
     """Retry after milliseconds; the number of attempts and the deadline stay as they are."""
-    monkeypatch.setattr(s3, "FIRST_PAUSE_SECONDS", 0.005)
-    monkeypatch.setattr(s3, "LONGEST_PAUSE_SECONDS", 0.05)
+    monkeypatch.setattr(s3_patience, "FIRST_PAUSE_SECONDS", 0.005)
+    monkeypatch.setattr(s3_patience, "LONGEST_PAUSE_SECONDS", 0.05)
     monkeypatch.setattr(ExponentialBackoff, "delay_amount", lambda *_: 0.002)
 
 
@@ -45,8 +45,8 @@ def weed(make_bucket: Callable[[str], Bucket]) -> Bucket:
 def warnings() -> Iterator[list[str]]:
     """Collect what the store logs during the test."""
     said: list[str] = []
-    handler = logging.Handler(logging.WARNING)
+    logger, handler = logging.getLogger("dist_sae.storage"), logging.Handler(logging.WARNING)
     handler.emit = lambda record: said.append(record.getMessage())  # type: ignore[method-assign]
-    s3.logger.addHandler(handler)
+    logger.addHandler(handler)
     yield said
-    s3.logger.removeHandler(handler)
+    logger.removeHandler(handler)

@@ -42,20 +42,22 @@ def test_every_site_is_counted(tmp_path: Path) -> None:
     of 4: 8 latents x (4 + 4 x (4 + 3 + 2 + 1) / 4 + a bias), and b_dec of 16.
     """
     crosscoder = run_of(tmp_path, kind="crosscoder", n_latents=8, k=2, reads=LAYERS[:2])
-    assert state_bytes(crosscoder, TWO) == 4 * 4 * (8 * 17 + 8)
+    assert sum(state_bytes(crosscoder, TWO)) == 4 * 4 * (8 * 17 + 8)
     clt = run_of(tmp_path, kind="clt", n_latents=8, k=2, reads=LAYERS)
-    assert state_bytes(clt, FOUR) == 4 * 4 * (8 * 15 + 16)
+    assert sum(state_bytes(clt, FOUR)) == 4 * 4 * (8 * 15 + 16)
     averaged = run_of(tmp_path, "train.ema_decay=0.9", kind="relu", n_latents=8)
-    assert state_bytes(averaged, Widths.of(6)) == 4 * 5 * (8 * 13 + 6)
+    assert sum(state_bytes(averaged, Widths.of(6))) == 4 * 5 * (8 * 13 + 6)
     half = LatentAxis(shards=2, replicas=3)
-    assert state_bytes(clt, FOUR, half) == 4 * 4 * (4 * 15 + 16)
+    assert sum(state_bytes(clt, FOUR, half)) == 4 * 4 * (4 * 15 + 16)
     for stage, copies in ((1, 1 + 1 + 2 / 3), (2, 1 + 1)):
         zero = f"train.deepspeed={{zero_optimization: {{stage: {stage}}}}}"
         parted = run_of(tmp_path, zero, kind="clt", n_latents=8, k=2, reads=LAYERS)
-        assert state_bytes(parted, FOUR, half) == pytest.approx(4 * copies * (4 * 15 + 16), abs=1)
+        assert sum(state_bytes(parted, FOUR, half)) == pytest.approx(
+            4 * copies * (4 * 15 + 16), abs=1
+        )
     elsewhere = "train.deepspeed={zero_optimization: {offload_optimizer: {device: cpu}, stage: 1}}"
     offloaded = run_of(tmp_path, elsewhere, kind="clt", n_latents=8, k=2, reads=LAYERS)
-    assert state_bytes(offloaded, FOUR) == 4 * 2 * (8 * 15 + 16)
+    assert sum(state_bytes(offloaded, FOUR)) == 4 * 2 * (8 * 15 + 16)
 
 
 def test_what_no_machine_holds_is_refused_before_it_is_built(tmp_path: Path) -> None:

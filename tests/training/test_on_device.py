@@ -100,7 +100,7 @@ class Life:
         self.dead.take((which * DEAD_AFTER).to(self.device))
 
     def step(self) -> tuple[Output, float]:
-        return training_step(
+        output, gradient_norm, _ = training_step(
             self.rows,
             self.engine,
             self.dead,
@@ -111,6 +111,7 @@ class Life:
             lr=1e-3,
             end_phase=lambda _: None,
         )
+        return output, gradient_norm
 
     @property
     def state(self) -> TrainingState:

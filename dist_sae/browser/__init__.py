@@ -1,0 +1,1 @@
+"""A local page on a latent index: lists, search, latents, texts."""

@@ -1,0 +1,156 @@
+"""`dist-sae estimate`: what a run will take, before anything is produced."""
+
+import argparse
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dist_sae.commands import shared
+from dist_sae.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dist_sae.config import Run
+    from dist_sae.planning.basis import Basis
+    from dist_sae.planning.rates import Rates
+
+_SCALES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
+
+
+def add(commands: shared.Commands) -> None:
+    """Add the command."""
+    text = "forecast memory, bytes, requests, time, cost and risk of a run, before it is made"
+    parser = shared.add_command(commands, "estimate", main, text)
+    parser.add_argument(
+        "--rows", type=int, help="rows of the activation set, if its text is not at hand"
+    )
+    parser.add_argument(
+        "--width", type=int, help="width of every site, if the model is not at hand"
+    )
+    parser.add_argument(
+        "--parameters",
+        type=float,
+        help="with --width: parameters of the model up to the deepest site, as in 35e9",
+    )
+    parser.add_argument("--accelerator", metavar="NAME", help="take rates from its data sheet")
+    parser.add_argument(
+        "--network",
+        type=float,
+        default=25.0,
+        metavar="GB/S",
+        help="that a rank sends to others, with --accelerator",
+    )
+    parser.add_argument(
+        "--bench",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="what bench step, produce or store printed with --json; may be given several times",
+    )
+    parser.add_argument(
+        "--measure", action="store_true", help="time a few steps and units of this run here first"
+    )
+    parser.add_argument("--prices", type=Path, metavar="FILE", help="prices, for the cost")
+
+
+def main(options: argparse.Namespace) -> None:
+    """Print the forecast."""
+    run = shared.load(options)
+    _check(options)
+    from dist_sae.planning.basis import find_basis
+    from dist_sae.planning.cost import read_prices
+    from dist_sae.planning.estimate import estimate
+
+    prices = read_prices(options.prices) if options.prices else None
+    basis = find_basis(
+        run, options.rows, options.width, options.parameters and int(options.parameters)
+    )
+    told = estimate(
+        basis,
+        _rates(options, run, basis),
+        program_bytes=_program_bytes(),
+        accelerator=options.accelerator,
+        prices=prices,
+    )
+    shared.print_lines(options, told, list(_lines(told)))
+
+
+def _check(options: argparse.Namespace) -> None:
+    for name in ("rows", "width", "parameters", "network"):
+        value = getattr(options, name)
+        if value is not None and not value > 0:
+            raise ConfigError(f"--{name}: {value:g} is not above 0")
+    if (options.width is None) != (options.parameters is None):
+        raise ConfigError("--width and --parameters describe a model together; give both")
+
+
+def _rates(options: argparse.Namespace, run: "Run", basis: "Basis") -> "Rates":
+    """Rates: of bench files first, then measured here, then of the accelerator's data sheet."""
+    from dist_sae.planning.rates import Rates, of_accelerator, of_bench, read_bench
+
+    rates = Rates()
+    for name, found in read_bench(options.bench):
+        rates = rates.over(of_bench(basis, found, name))
+    if options.measure:
+        for name, found in _measured(run, basis):
+            rates = rates.over(of_bench(basis, found, name))
+    if options.accelerator:
+        rates = rates.over(of_accelerator(basis, options.accelerator, options.network * 1e9))
+    return rates
+
+
+def _measured(run: "Run", basis: "Basis") -> Iterator[tuple[str, Mapping[str, Any]]]:
+    """Time one rank's work in a step, and a producer, on this machine."""
+    import tempfile
+
+    from dist_sae.bench.produce import bench_produce
+    from dist_sae.bench.step import StepShape, bench_step, step_mesh
+    from dist_sae.planning.rates import bench_shape
+
+    shape = StepShape(**bench_shape(basis))
+    with step_mesh(shape) as mesh:
+        step = bench_step(shape, mesh, rounds=3)
+    yield "a rank's step, measured here", step | {"shards": 1, "replicas": 1}
+    with tempfile.TemporaryDirectory() as folder:
+        here = run.store.model_copy(update={"activations": folder})
+        produced = bench_produce(run.model_copy(update={"store": here}), units=2, rounds=3)
+    yield "a producer, measured here", produced
+
+
+def _program_bytes() -> int:
+    """What a trainer takes beside its data: with its libraries, after a step of next to nothing."""
+    import dist_sae.training.loop  # noqa: F401 - its libraries are what is measured
+    from dist_sae.bench.step import StepShape, TrainingStep, random_batches, step_mesh
+    from dist_sae.telemetry.process import resident_bytes
+
+    shape = StepShape(d_in=8, n_latents=16, k=2, batch=16)
+    with step_mesh(shape) as mesh:
+        step, (rows,) = TrainingStep(shape, mesh), random_batches(shape, mesh, 1)
+        step.initialise(rows)
+        step(rows)
+        return resident_bytes()
+
+
+def _lines(told: Mapping[str, Any]) -> Iterator[str]:
+    """A table for people: a section, then its names and values."""
+    from dist_sae.report.shown import shown
+
+    for section, content in told.items():
+        yield section.replace("_", " ")
+        if isinstance(content, list):
+            yield from (f"  {line}" for line in content)
+            continue
+        for name, value in content.items():
+            if isinstance(value, Mapping):
+                yield from (
+                    f"  {key.replace('_', ' '):42} {shown(key, x)}" for key, x in value.items()
+                )
+            elif name.endswith("_bytes") or "bytes" in name.split("_"):
+                yield f"  {name.replace('_bytes', '').replace('_', ' '):42} {_bytes(value)}"
+            else:
+                yield f"  {name.replace('_', ' '):42} {shown(name, value)}"
+
+
+def _bytes(value: float) -> str:
+    size, unit = next(((s, u) for s, u in _SCALES if value >= s), (1, "B"))
+    return f"{value / size:,.4g} {unit}"

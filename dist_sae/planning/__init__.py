@@ -1,0 +1,1 @@
+"""What a run will take, before anything is produced: memory, bytes, requests, time, cost, risk."""

@@ -1,0 +1,39 @@
+"""How well a run can fill its dictionary: rows per latent, firings of rare features, dead ones."""
+
+import math
+from typing import Any
+
+import numpy as np
+
+from dist_sae.planning.basis import Basis
+from dist_sae.planning.memory import active
+
+ROWS_PER_LATENT = 2500
+"""Rows per latent below which wide dictionaries are thought to be short of data."""
+_FREQUENCIES = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
+_LEARNT_FIRINGS = 1000  # of a feature in training; a rule of thumb
+_STEPS = 10_000  # ranks at which Zipf's law is looked at, at most
+
+
+def risk_of(basis: Basis) -> dict[str, Any]:
+    """Rows per latent, expected firings, and the share of latents that chance alone leaves dead.
+
+    The last one supposes that firings follow Zipf's law: latent i fires on a share p_i ~ 1 / i of
+    the rows, at most half, with sum p_i = L0. A latent counts as dead if it is idle for
+    `sae.dead_after_rows`, which happens by chance with (1 - p_i) ^ rows.
+    """
+    run = basis.run
+    n, rows, l0 = run.sae.n_latents, run.steps * run.train.batch_rows, active(basis)
+    ranks = np.unique(np.geomspace(1, n, _STEPS).astype(np.int64))
+    counts = np.diff(ranks, append=n + 1)
+    harmonic = math.log(n) + 0.5772
+    p = np.minimum(0.5, l0 / (harmonic * ranks))
+    idle = np.exp(run.dead_after_rows * np.log1p(-p))
+    return {
+        "rows_per_latent": rows / n,
+        "rows_per_latent_wanted": ROWS_PER_LATENT,
+        "rows_wanted": ROWS_PER_LATENT * n,
+        "expected_firings": {f"of_p_{p:.0e}": rows * p for p in _FREQUENCIES},
+        "p_of_1000_firings": _LEARNT_FIRINGS / rows,
+        "dead_by_chance_share": float((idle * counts).sum() / n),
+    }

@@ -1,0 +1,53 @@
+"""Bytes that a trainer rank sends in a step, by collective of `distributed.axis`."""
+
+from dist_sae.config.dictionary import CountsLatentsConfig
+from dist_sae.distributed.zero import deepspeed_config
+from dist_sae.planning.basis import Basis
+from dist_sae.training.memory import state_bytes
+
+_FP32, _INT64 = 4, 8
+_DIGITS = 3  # rounds of 2,048 counts in which a selection over the batch finds its bound
+_COUNTS = 2048
+
+
+def step_traffic(basis: Basis) -> dict[str, int]:
+    """Bytes that a rank sends in a step without dead latents, by collective.
+
+    A ring of n ranks is taken: of what a rank has at the end, a gather or a scatter moves
+    (n - 1) / n, a sum twice that. What is a few bytes (norms, counts of dead latents) is left out.
+    """
+    run, sae = basis.run, basis.run.sae
+    shards, replicas = basis.axis.shards, basis.axis.replicas
+    rows, own = basis.replica_rows, basis.rank_rows
+    d_in, d_out = basis.widths.d_in, basis.widths.d_out
+    within, across, all_ranks = (1 - 1 / n for n in (shards, replicas, shards * replicas))
+    moved: dict[str, float] = {}
+    if sae.n_experts:
+        chosen = own * round(sae.latents_met * sae.n_experts / sae.n_latents)
+        moved["dispatch_rows"] = within * chosen * d_in * _FP32
+        moved["combine_rows"] = 2 * within * chosen * d_out * _FP32  # gradients go back
+    else:
+        moved["gather_inputs"] = within * rows * d_in * _FP32
+        moved["scatter_outputs"] = within * rows * d_out * _FP32
+        moved["gather_gradients"] = within * rows * d_out * _FP32
+    if isinstance(sae, CountsLatentsConfig):
+        if sae.over_batch:
+            moved["select"] = 2 * all_ranks * _DIGITS * _COUNTS * _INT64
+        elif not sae.n_experts:
+            moved["select"] = within * (rows * sae.k + rows) * _INT64
+    weights = state_bytes(run, basis.widths, basis.axis).weights
+    stage = deepspeed_config(run)["zero_optimization"]["stage"]
+    moved["sum_gradients" if not stage else "zero_gradients_and_weights"] = 2 * across * weights
+    moved["fired_latents"] = 2 * across * _FP32 * sae.n_latents / shards
+    return {name: round(size) for name, size in moved.items()}
+
+
+def auxk_traffic(basis: Basis) -> int:
+    """Bytes that a rank sends besides while latents are dead and AuxK is on."""
+    sae = basis.run.sae
+    if not isinstance(sae, CountsLatentsConfig) or not sae.auxk:
+        return 0
+    within = 1 - 1 / basis.axis.shards
+    select = 0 if sae.n_experts else basis.replica_rows * (sae.auxk + 1) * _INT64
+    outputs = 2 * (basis.rank_rows if sae.n_experts else basis.replica_rows) * basis.widths.d_out
+    return round(within * (select + outputs * _FP32))

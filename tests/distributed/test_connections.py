@@ -1,0 +1,38 @@
+"""Ranks of large jobs stay below the usual limit of open files."""
+
+import socket
+from pathlib import Path
+
+import pytest
+
+from tests.distributed.connect_worker import FEW_FILES, rank
+from tests.forks import processes
+
+pytestmark = pytest.mark.system
+
+WORLD = 8
+
+
+def test_ranks_connect_only_to_those_with_whom_they_exchange(tmp_path: Path) -> None:
+    """Not to all others in each of 4 groups, which are 28 sockets, and 4 that listen.
+
+    A ring has 2 neighbours, and a tree log2(8); the store has one connection for the groups. Rank 0
+    serves the store, to all: it asks for more files, as the others need not.
+    """
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    ranks = []
+    for number in range(WORLD):
+        env = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(WORLD)}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        ranks.append(processes.Process(target=rank, args=(tmp_path, env), daemon=True))
+        ranks[-1].start()
+    for process in ranks:
+        process.join(120)
+        process.kill()
+    found = [tuple(map(int, (tmp_path / str(n)).read_text().split())) for n in range(WORLD)]
+    groups, listening, of_the_store = 2, 4, 2
+    for sockets, _ in found[1:]:
+        assert sockets <= groups * (2 + 3) + listening + of_the_store, found
+    assert [files for _, files in found] == [1024 + 3 * WORLD] + (WORLD - 1) * [FEW_FILES]

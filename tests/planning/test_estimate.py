@@ -1,0 +1,256 @@
+"""Forecasts of runs, against what is stored, sent and asked for when they are made."""
+
+import json
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from dist_sae.commands.cli import main
+from dist_sae.config import Run, load_run
+from dist_sae.dictionaries import build_sae
+from dist_sae.dictionaries.interface import Rows, StepContext
+from dist_sae.planning.advice import advice, fits
+from dist_sae.planning.basis import Basis, find_basis
+from dist_sae.planning.estimate import pace_of
+from dist_sae.planning.memory import trainer_memory
+from dist_sae.planning.rates import ACCELERATORS, Rates, of_accelerator, of_bench
+from dist_sae.planning.risk import risk_of
+from dist_sae.planning.stored import checkpoint_bytes, set_bytes, stored_over_time
+from dist_sae.planning.traffic import step_traffic
+from dist_sae.storage import open_store
+from tests.commands.test_cli import fail
+from tests.dictionaries.ranks import ThreadAxis, on_ranks
+from tests.runs import TINY, make_run, write_run
+
+
+def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
+    assert main(["estimate", *arguments, "--json"]) == 0
+    found: dict[str, Any] = json.loads(capsys.readouterr().out)
+    return found
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "int8"])
+def test_bytes_are_what_is_stored(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str
+) -> None:
+    """Within 3 %: at 8 numbers a row, headers are a fifth of the set."""
+    path = write_run(tmp_path, TINY, activations={"dtype": dtype})
+    before = told(capsys, str(path))
+    for command in ("plan", "produce", "train"):
+        assert main([command, str(path)]) == 0
+    capsys.readouterr()
+    after = told(capsys, str(path))
+    assert after["rows"].pop("known_from") != before["rows"].pop("known_from")
+    assert after["rows"] == before["rows"]
+    entries = list(open_store(str(tmp_path / "activations"), make_run(tmp_path).store.s3).entries())
+    there = sum(e.bytes for e in entries if e.key.startswith(("units/", "shards/")))
+    assert before["stored"]["set_bytes"] == pytest.approx(there, rel=0.03)
+    runs = open_store(str(tmp_path / "runs"), make_run(tmp_path).store.s3).entries("tiny/check")
+    parts = sum(entry.bytes for entry in runs if entry.key.endswith(".safetensors"))
+    assert before["stored"]["checkpoint_bytes"] == pytest.approx(parts, rel=0.25)  # 14 headers
+
+
+class CountingAxis(ThreadAxis):
+    """Counts what goes through each collective, as a ring sends it."""
+
+    def count(self, name: str, size: int) -> None:
+        counted = self.__dict__.setdefault("sent", Counter())
+        counted[name] += size * (self.shards - 1) // self.shards
+
+    def gather(self, x: Tensor) -> Tensor:
+        found = super().gather(x)
+        self.count("gather_inputs", found.nbytes)
+        return found
+
+    def scatter_sum(self, parts: Tensor) -> Tensor:
+        self.count("scatter_outputs", parts.nbytes)
+        return super().scatter_sum(parts)
+
+    def kth_largest(self, keys: Tensor, k: int) -> Tensor:
+        self.count("select", keys.nbytes + 8 * len(keys))
+        return super().kth_largest(keys, k)
+
+
+@pytest.mark.parametrize("shards", [2, 4])
+def test_rows_sent_in_a_step_are_counted(tmp_path: Path, shards: int) -> None:
+    run = make_run(
+        tmp_path, TINY, processes={"trainers": shards, "latent_shards": shards}, train={"lr": 1e-3}
+    )
+    basis = find_basis(run)
+
+    def step(axis: ThreadAxis) -> dict[str, int]:
+        axis.__class__ = CountingAxis
+        sae = build_sae(run.sae, 8, axis)
+        torch.nn.init.normal_(sae.W_enc)
+        x = torch.randn(basis.rank_rows, 8)
+        dead = torch.zeros(len(sae.W_enc), dtype=torch.bool)
+        sae.objective(Rows(x, x), StepContext(1.0, dead, 0, 0.5, 0))
+        return dict(axis.sent)  # type: ignore[attr-defined]
+
+    counted = on_ranks(1, shards, step)[0]
+    expected = step_traffic(basis)
+    assert counted == {name: expected[name] for name in counted}
+    assert expected["gather_gradients"] == expected["scatter_outputs"]
+
+
+def basis_of(tmp_path: Path, rows: int = 10_000_000, **sections: Any) -> Basis:
+    activations = {"unit_rows": None, "streams": None} | sections.pop("activations", {})
+    train = {"rows": "all", "normaliser_rows": None, "lr": None} | sections.pop("train", {})
+    run = make_run(tmp_path, TINY, activations=activations, train=train, **sections)
+    return find_basis(Run.model_validate(run.model_dump()), rows)
+
+
+def test_gradients_are_summed_over_replicas_and_rows_over_shards(tmp_path: Path) -> None:
+    """32 latents of 8 + 8 + 1 weights and 8 of b_dec: 552 numbers; a ring of 4 sends 1.5 of them.
+
+    Shards of 8 latents have 144 numbers each, which nobody else has.
+    """
+    replicas = step_traffic(basis_of(tmp_path, processes={"trainers": 4}))
+    assert replicas["sum_gradients"] == 1.5 * 4 * 552
+    assert replicas["gather_inputs"] == 0
+    shards = step_traffic(basis_of(tmp_path, processes={"trainers": 4, "latent_shards": 4}))
+    assert shards["sum_gradients"] == 0
+    assert shards["gather_inputs"] == 0.75 * 256 * 8 * 4
+
+
+def test_memory_shrinks_with_shards_and_zero(tmp_path: Path) -> None:
+    def device(**sections: Any) -> dict[str, int]:
+        sae = {"n_latents": 65_536}
+        basis = basis_of(tmp_path, sae=sae, **sections)
+        return trainer_memory(basis, 0, gpu=True)["device"]
+
+    whole = device(processes={"trainers": 4})
+    sharded = device(processes={"trainers": 4, "latent_shards": 4})
+    assert sharded["weights"] == pytest.approx(whole["weights"] / 4, rel=1e-3)
+    zero = {"deepspeed": {"zero_optimization": {"stage": 1}}}
+    assert device(processes={"trainers": 4}, train=zero)["moments"] == whole["moments"] // 4
+    assert device(processes={"trainers": 4}, train={"ema_decay": 0.9})["running_mean"] > 0
+
+
+def test_a_dictionary_that_does_not_fit_is_given_more_shards(tmp_path: Path) -> None:
+    """17 M x (2 x 8,192) weights are 1.1 TB, with gradients and moments 4.4: of 80 GB each, 128."""
+    sae = {"n_latents": 2**24, "k": 32, "init": "random"}
+    path = write_run(
+        tmp_path,
+        TINY,
+        model={"d_in": 8192},
+        sae=sae,
+        train={"rows": "all", "batch_rows": 16_384},
+        activations={"streams": None, "unit_rows": None},
+        processes={"trainers": 64, "latent_shards": 64},
+    )
+    basis = find_basis(load_run(str(path)), 10**9)
+    memory = ACCELERATORS["h100"].memory_bytes
+    (said,) = [s for s in advice(basis, Rates(), memory) if s.startswith("processes.trainers")]
+    assert "128" in said
+    assert fits(basis, 128, 128) <= 0.9 * memory < fits(basis, 64, 64)
+
+
+def test_a_bench_of_the_same_shape_is_taken_as_it_is(tmp_path: Path) -> None:
+    """Twice the latents take twice the product, and Adam twice as long."""
+    found = {
+        "d_in": 8,
+        "n_latents": 32,
+        "batch": 256,
+        "step_seconds": 1.0,
+        "product_seconds": 0.5,
+        "phases": {"adam": 0.1, "norms": 0.05},
+    }
+    basis = basis_of(tmp_path)
+    assert of_bench(basis, found, "file").step_seconds == pytest.approx(1.0, rel=0.02)
+    assert of_bench(basis, found | {"n_latents": 16}, "file").step_seconds == pytest.approx(
+        2.0, rel=0.02
+    )
+
+
+def test_the_slowest_part_limits_the_run(tmp_path: Path) -> None:
+    """Batches of 256 in a tenth of a second are 2,560 rows/s; a row of 8 fp32 has 48 bytes."""
+    basis = basis_of(tmp_path)
+    slow = pace_of(basis, Rates(0.1, 1000.0))
+    assert slow["limited_by"] == "producers"
+    assert slow["producers_wanted"] == 3
+    assert slow["training_seconds"] == pytest.approx(basis.run.rows / 1000)
+    fast = pace_of(basis, Rates(0.1, 1e6, 48 * 100.0))
+    assert fast["limited_by"] == "store_reads"
+    assert fast["training_seconds"] == pytest.approx(basis.run.rows / 100)
+
+
+def test_rare_features_fire_as_often_as_their_frequency_says(tmp_path: Path) -> None:
+    basis = basis_of(tmp_path)
+    risk = risk_of(basis)
+    assert risk["expected_firings"]["of_p_1e-05"] == pytest.approx(basis.run.rows * 1e-5)
+    assert risk["rows_per_latent"] == basis.run.rows / 32
+    wide = risk_of(basis_of(tmp_path, sae={"n_latents": 2**22, "init": "random"}))
+    assert wide["dead_by_chance_share"] > 0.2 > risk["dead_by_chance_share"]
+
+
+def test_retention_bounds_the_set(tmp_path: Path) -> None:
+    kept = stored_over_time(basis_of(tmp_path), 10)
+    store = {"retention": "delete_consumed"}
+    basis = basis_of(tmp_path)
+    run = basis.run.model_copy(update={"store": basis.run.store.model_copy(update=store)})
+    deleted = stored_over_time(basis._replace(run=run), 10)
+    assert max(deleted.values()) < max(kept.values()) <= 1.05 * set_bytes(basis)
+    assert checkpoint_bytes(basis) == 3 * 4 * 552 + 8 * 32
+
+
+def test_data_sheets_give_rates(tmp_path: Path) -> None:
+    basis = basis_of(tmp_path)
+    slower, faster = (of_accelerator(basis, name, 25e9).step_seconds for name in ("a100", "h100"))
+    assert slower is not None
+    assert faster is not None
+    assert faster < slower
+
+
+def test_the_table_and_the_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    prices = tmp_path / "prices.yaml"
+    prices.write_text("currency: USD\ntrainer_pod_hour: 3600\n")
+    bench = tmp_path / "bench.json"
+    bench.write_text(json.dumps({"rows_per_second": 100.0, "bare_rows_per_second": 200.0}))
+    path = write_run(tmp_path, TINY)
+    options = [str(path), "--accelerator", "h100", "--bench", str(bench), "--prices", str(prices)]
+    found = told(capsys, *options)
+    assert found["pace"]["limited_by"] == "producers"
+    assert found["cost"]["trainer"] == pytest.approx(found["pace"]["total_seconds"], rel=0.01)
+    assert "producer_pod_hour" in found["cost"]["no_price_for"]
+    assert main(["estimate", *options]) == 0
+    assert "dead by chance" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "problem"),
+    [
+        (["--rows", "0"], "--rows: 0 is not above 0"),
+        (["--rows", "100"], "leave 92 rows to train on, less than one batch"),
+        (["--width", "8"], "--width and --parameters describe a model together"),
+        (["--accelerator", "abacus"], "--accelerator: abacus is not one of a100"),
+        (["--prices", "nowhere.yaml"], "--prices: nowhere.yaml: No such file"),
+        (["--bench", "nowhere.json"], "--bench: nowhere.json: No such file"),
+    ],
+)
+def test_bad_input_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], options: list[str], problem: str
+) -> None:
+    path = write_run(tmp_path, TINY, train={"rows": "all"})
+    assert problem in fail(capsys, "estimate", str(path), *options)
+
+
+@pytest.mark.parametrize(
+    ("option", "content", "problem"),
+    [
+        ("--prices", "currency: USD\npod: 3\n", "pod: Extra inputs are not permitted; keys are"),
+        ("--prices", "{", "is no YAML"),
+        ("--bench", "[]", "holds no JSON object"),
+        ("--bench", "{}", "is not what bench step, produce or store prints"),
+    ],
+)
+def test_a_bad_file_is_one_line(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], option: str, content: str, problem: str
+) -> None:
+    path, bad = write_run(tmp_path, TINY), tmp_path / "bad"
+    bad.write_text(content)
+    assert problem in fail(capsys, "estimate", str(path), option, str(bad))
