@@ -94,8 +94,7 @@ def pretend_device() -> Iterator[Counter[str]]:
     """
     _waits.clear()
     with (
-        # these know the devices that are there
-        mock.patch("torch.optim.adam._device_dtype_check_for_fused"),
+        # this knows the devices that are there
         mock.patch("torch.__future__.get_overwrite_module_params_on_conversion", return_value=True),
         mock.patch("torch.tensor", _tensor),
         _Operators(),  # type: ignore[no-untyped-call]

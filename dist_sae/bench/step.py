@@ -38,7 +38,6 @@ from dist_sae.training.reporter import TrainingReporter
 _CHUNKS = (1024, 2048, 4096, 8192, 16_384, 65_536)  # latents
 _OPERATORS = {
     "product": "aten::mm",
-    "adam": "aten::_fused_adam_",
     "norms": "aten::linalg_vector_norm",
 }
 """Phases that are one operator of torch."""
@@ -342,10 +341,10 @@ def _phases(step: TrainingStep, rows: Rows) -> dict[str, float]:
     kernels, device, clock = step.sae.kernels, step.mesh.device, Clock(step.mesh.device)
     marks: list[tuple[str, Any, Any]] = []
 
-    def labelled(label: str, function: Callable[..., Tensor]) -> Callable[..., Tensor]:
-        def timed(*arguments: Any) -> Tensor:
+    def labelled(label: str, function: Callable[..., Any]) -> Callable[..., Any]:
+        def timed(*arguments: Any, **others: Any) -> Any:
             since = clock.mark()
-            result = function(*arguments)
+            result = function(*arguments, **others)
             marks.append((label, since, clock.mark()))
             return result
 
@@ -356,6 +355,7 @@ def _phases(step: TrainingStep, rows: Rows) -> dict[str, float]:
         combine=labelled("decode", kernels.combine),
         gather_dot=labelled("gradient_of_codes", kernels.gather_dot),
         sum_by_latent=labelled("gradients_of_weights", kernels.sum_by_latent),
+        update=labelled("adam", kernels.update),
     )
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":

@@ -24,7 +24,6 @@ from torch import Tensor
 from dist_sae.config.dictionary import CountsLatentsConfig
 from dist_sae.dictionaries.axis import LatentAxis
 from dist_sae.dictionaries.base import Dictionary
-from dist_sae.dictionaries.constraints import normalise_rows_
 from dist_sae.dictionaries.init import initialise_tied, least_squares_scale
 from dist_sae.dictionaries.interface import Rows, Selected
 from dist_sae.dictionaries.schedules import annealed
@@ -153,10 +152,6 @@ class WithAuxK(Dictionary):
 
     def initialise(self, rows: Rows, seed: int) -> None:
         initialise_tied(self, rows, seed)
-
-    def constrain(self) -> None:
-        if self.unit_rows:
-            normalise_rows_(self.W_dec)
 
     @torch.no_grad()
     def revive(

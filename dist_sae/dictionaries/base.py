@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from dist_sae.config.dictionary import DictionaryConfig
 from dist_sae.dictionaries.axis import WHOLE, LatentAxis
+from dist_sae.dictionaries.constraints import normalise_rows_
 from dist_sae.dictionaries.interface import (
     Codes,
     Inferred,
@@ -48,6 +49,8 @@ class Dictionary(Weights):
     """Tensors per latent that decoding needs, and encoding does not."""
     unit_rows: bool = True
     """Whether decoder rows are held at unit norm."""
+    encoder_copy: Tensor | None = None
+    """W_enc in `product_dtype`, while someone keeps it up to date."""
 
     def __init__(
         self,
@@ -88,6 +91,11 @@ class Dictionary(Weights):
         """This shard's part of x_hat - b_dec, with gradients: `autograd.decode`."""
         return autograd.decode(acts, self.kernels, entries, W_dec, unit_rows=self.unit_rows)
 
+    def encoder_for(self, dtype: torch.dtype) -> Float[Tensor, "n_local read"]:
+        """W_enc for products in a precision: in this if such a copy is at hand, else as it is."""
+        copy = self.encoder_copy
+        return self.W_enc if copy is None or copy.dtype != dtype else copy
+
     def products(
         self,
         rows: Float[Tensor, "rows d_in"],
@@ -101,7 +109,9 @@ class Dictionary(Weights):
             dtype: Precision of the product.
             among: This shard's latents to look at, ascending; all if None.
         """
-        blocks = partial(select.products, rows, self.W_enc, dtype, among, layers=self.layers)
+        blocks = partial(
+            select.products, rows, self.encoder_for(dtype), dtype, among, layers=self.layers
+        )
         n_met = len(self.W_enc) if among is None else len(among)
         return Products(rows, dtype, blocks, len(rows), len(rows), [(len(rows), n_met)])
 
@@ -316,7 +326,13 @@ class Dictionary(Weights):
         """
 
     def constrain(self) -> None:
-        """Enforce the recipe's constraints after an update; nothing by default."""
+        """Enforce the recipe's constraints on changed weights."""
+        if self.unit_rows:
+            normalise_rows_(self.W_dec)
+        self.constrain_others()
+
+    def constrain_others(self) -> None:
+        """Enforce the constraints other than `unit_rows`; none by default."""
 
     def revive(
         self,

@@ -4,13 +4,13 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from dist_sae.kernels.torch import row_norms
+
 
 @torch.no_grad()
 def normalise_rows_(W_dec: Float[Tensor, "n_latents d_in"]) -> None:
     """Give every row unit norm."""
-    W_dec /= torch.linalg.vector_norm(W_dec, dim=1, keepdim=True).clamp_min_(
-        torch.finfo(W_dec.dtype).tiny
-    )
+    W_dec /= row_norms(W_dec)
 
 
 @torch.no_grad()

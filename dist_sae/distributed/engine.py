@@ -1,7 +1,8 @@
 """Optimiser steps: gradient averaging, clipping and Adam, by DeepSpeed or plain torch."""
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -13,6 +14,7 @@ from dist_sae.deepspeed import import_deepspeed
 from dist_sae.dictionaries.axis import LatentAxis
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.interface import Output, Rows, StepContext
+from dist_sae.distributed.adam import MOMENTS, OnePassAdam
 from dist_sae.distributed.axis import ShardedAxis, collective
 from dist_sae.distributed.mesh import Mesh
 from dist_sae.distributed.zero import deepspeed_config
@@ -22,20 +24,20 @@ from dist_sae.errors import ConfigError, NonFiniteError
 class Engine:
     """Objective, gradients and updates of a dictionary in one process, by plain torch.
 
-    The reference for `DeepSpeedEngine`.
+    The reference for `DeepSpeedEngine`. Nobody else may change the parameters between two steps.
     """
 
-    moments: tuple[str, ...] = ("exp_avg", "exp_avg_sq")
+    moments: tuple[str, ...] = MOMENTS
     """Names of the optimiser's state tensors of a parameter."""
 
     def __init__(self, run: Run, sae: Dictionary) -> None:
         self._sae = sae
-        self._clip_norm = run.train.clip_norm
-        self._optimizer = build_optimizer(run, sae)
+        self._adam = OnePassAdam(run, sae)
 
     def objective(self, rows: Rows, context: StepContext) -> Output:
         """The dictionary's objective on this rank's rows."""
-        return self._sae.objective(rows, context)
+        with self._adam.encoder_at_hand():
+            return self._sae.objective(rows, context)
 
     def backward(self, loss: Float[Tensor, ""]) -> None:
         """Gradients of the loss: the sum within a replica, the mean over replicas."""
@@ -54,38 +56,37 @@ class Engine:
         Raises:
             NonFiniteError: The gradient is not finite; the weights are as before.
         """
-        norm = clip_gradients(self._sae, self._optimizer, self._clip_norm)
-        self._set_lr(lr)
-        self._optimizer.step()
-        self._optimizer.zero_grad()
-        return self._constrained(norm, *wanted)
+        norm = gradient_norm(self._sae)
+        self._adam.prepare(lr, norm)
+        self._adam.step()
+        self._adam.zero_grad()
+        return self._updated(self._sae.constrain_others, norm, *wanted)
 
     def revive(self, stuck: Tensor, x: Tensor, error: Tensor) -> None:
         """Revive stuck latents in the recipe's way; see `Dictionary.revive`."""
         self._sae.revive(stuck, x, error)
+        self._adam.forget()
 
     def moment(self, parameter: nn.Parameter, name: str) -> Tensor:
         """Return a whole moment tensor of a parameter; `name` is one of `moments`. Collective."""
-        moment: Tensor = self._optimizer.state[parameter][name]
+        moment: Tensor = self._adam.state[parameter][name]
         return moment
 
     def restore(self, step: int, moments: Mapping[nn.Parameter, Mapping[str, Tensor]]) -> None:
         """Take over changed parameters, and set Adam's state to that after `step` updates."""
+        self._adam.updates = step
         for parameter, state in moments.items():
-            taken = torch.tensor(float(step), device=parameter.device)
-            self._optimizer.state[parameter] = {"step": taken, **state}
+            self._adam.state[parameter] = dict(state)
+        self._adam.forget()
 
-    def _constrained(self, norm: Tensor, *wanted: Tensor) -> list[float]:
-        """Read the norm and other numbers; constrain if the update was one."""
-        # with the update queued before, and the constraint after: the device has work meanwhile
+    def _updated(self, constrain: Callable[[], None], norm: Tensor, *wanted: Tensor) -> list[float]:
+        """Read the norm and other numbers; count the update and constrain if it was one."""
+        # with the update queued before, and constraints after: the device has work meanwhile
         norm_read, *numbers = read(norm, *wanted)
         check_finite(norm_read)
-        self._sae.constrain()
+        self._adam.updates += 1
+        constrain()
         return [norm_read, *numbers]
-
-    def _set_lr(self, lr: float) -> None:
-        for group in self._optimizer.param_groups:
-            group["lr"] = lr
 
 
 class DeepSpeedEngine(Engine):
@@ -93,21 +94,29 @@ class DeepSpeedEngine(Engine):
 
     Parameters are fp32; there are no other master weights. At stage 0 clipping is done here,
     because DeepSpeed then neither reports the norm nor checks it before it updates the weights.
+    With ZeRO it updates flat partitions of all parameters, by torch's Adam; what follows an update
+    is then done to whole parameters, and products make their own copies of W_enc.
     """
 
     def __init__(self, run: Run, sae: Dictionary, mesh: Mesh) -> None:
         deepspeed = import_deepspeed()
         super().__init__(run, sae)
+        config = deepspeed_config(run)
+        self._stage: int = config["zero_optimization"]["stage"]
+        self._optimizer: torch.optim.Optimizer = self._adam
+        if self._stage:
+            self._optimizer = torch.optim.Adam(
+                sae.parameters(), run.lr, run.train.betas, run.train.eps, fused=True
+            )
         for name, parameter in sae.named_parameters():
             parameter.model_parallel = sae.is_per_latent(name)  # type: ignore[attr-defined]
         self._engine, *_ = deepspeed.initialize(
             model=sae,
             optimizer=self._optimizer,
-            config=deepspeed_config(run),
+            config=config,
             mpu=_Mpu(mesh.axis),
             dist_init_required=False,
         )
-        self._stage: int = self._engine.zero_optimization_stage()
         # with one replica it would copy all gradients twice; else it is timed, like all exchange
         self._sums = self._stage == 0 and mesh.axis.replicas > 1
         if self._stage == 0:
@@ -119,7 +128,8 @@ class DeepSpeedEngine(Engine):
             )
 
     def objective(self, rows: Rows, context: StepContext) -> Output:
-        output: Output = self._engine(rows, context)
+        with nullcontext() if self._stage else self._adam.encoder_at_hand():
+            output: Output = self._engine(rows, context)
         return output
 
     def backward(self, loss: Float[Tensor, ""]) -> None:
@@ -129,15 +139,17 @@ class DeepSpeedEngine(Engine):
                 self._engine.allreduce_gradients()
 
     def step(self, lr: float, *wanted: Tensor) -> list[float]:
-        self._set_lr(lr)
         if self._stage == 0:
-            norm = clip_gradients(self._sae, self._optimizer, self._clip_norm)
+            norm = gradient_norm(self._sae)
+            self._adam.prepare(lr, norm)
             self._engine.step()
-        else:
-            self._engine.step()  # does nothing if the norm is not finite
-            found, device = self._engine.get_global_grad_norm(), self._sae.b_dec.device
-            norm = torch.as_tensor(found, dtype=torch.float64, device=device)
-        numbers = self._constrained(norm, *wanted)
+            return self._updated(self._sae.constrain_others, norm, *wanted)
+        for group in self._optimizer.param_groups:
+            group["lr"] = lr
+        self._engine.step()  # does nothing if the norm is not finite
+        found, device = self._engine.get_global_grad_norm(), self._sae.b_dec.device
+        norm = torch.as_tensor(found, dtype=torch.float64, device=device)
+        numbers = self._updated(self._sae.constrain, norm, *wanted)
         self._take_over()
         return numbers
 
@@ -205,38 +217,15 @@ class _Mpu:
         return self._axis.across
 
 
-def build_optimizer(run: Run, sae: Dictionary) -> torch.optim.Adam:
-    """Adam without weight decay over the dictionary's parameters."""
-    train = run.train
-    return torch.optim.Adam(
-        sae.parameters(), lr=run.lr, betas=train.betas, eps=train.eps, fused=True
-    )
-
-
 @torch.no_grad()
-def clip_gradients(
-    sae: Dictionary, optimizer: torch.optim.Adam, clip_norm: float | None
-) -> Float[Tensor, ""]:
-    """Have the optimiser's next step scale the gradients down to `clip_norm`.
-
-    Adam's fused kernel divides by `grad_scale` as it reads the gradients, as it does for loss
-    scaling: clipping costs no pass over them. With `found_inf` it changes nothing.
-
-    Returns:
-        The norm of the whole dictionary's gradient; replicated tensors count once.
-    """
+def gradient_norm(sae: Dictionary) -> Float[Tensor, ""]:
+    """The norm of the whole dictionary's gradient, in fp64; replicated tensors count once."""
     gradients = {n: p.grad for n, p in sae.named_parameters() if p.grad is not None}
     squares = {name: _square_sum(gradient) for name, gradient in gradients.items()}
     replicated = sum(square for name, square in squares.items() if not sae.is_per_latent(name))
     local = torch.stack([s for name, s in squares.items() if sae.is_per_latent(name)]).sum()
-    total = sae.axis.total(local) / sae.axis.replicas + replicated
-    norm = total.sqrt()
-    scale = None if clip_norm is None else (norm / clip_norm).clamp(min=1).float()
-    if scale is not None and scale.device.type == "cpu" and scale == 1:
-        scale = None  # it would write the gradients; elsewhere the host would wait to know
-    optimizer.grad_scale = scale  # type: ignore[attr-defined]
-    optimizer.found_inf = (~norm.isfinite()).float()  # type: ignore[attr-defined]
-    return norm
+    total: Tensor = sae.axis.total(local) / sae.axis.replicas + replicated
+    return total.sqrt()
 
 
 def read(*numbers: Tensor) -> list[float]:

@@ -1,8 +1,8 @@
-"""The sparse products. `torch` runs anywhere, `native` on CPUs, `triton` on NVIDIA GPUs.
+"""Sparse products and updates. `torch` runs anywhere, `native` on CPUs, `triton` on NVIDIA GPUs.
 
 All take the non-zeros of a `[batch, n_latents]` matrix as `Entries` and never make it dense.
 """
 
-from dist_sae.kernels.base import Entries, Kernels, starts_of
+from dist_sae.kernels.base import Adam, Entries, Kernels, Update, starts_of
 
-__all__ = ["Entries", "Kernels", "starts_of"]
+__all__ = ["Adam", "Entries", "Kernels", "Update", "starts_of"]

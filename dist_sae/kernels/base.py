@@ -1,12 +1,12 @@
-"""Interface of the sparse products."""
+"""Interface of the sparse products and of updates."""
 
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import accumulate
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
-from jaxtyping import Int
+from jaxtyping import Float, Int
 from torch import Tensor
 
 
@@ -72,8 +72,61 @@ def starts_of(numbers: Int[Tensor, " entries"], n: int) -> Int[Tensor, " n"]:
     return torch.searchsorted(numbers, asked_for)
 
 
+class Adam(NamedTuple):
+    """An update by Adam without weight decay: what it has in common for all tensors."""
+
+    number: int
+    """Of the update, from 1."""
+    lr: float
+    beta1: float
+    beta2: float
+    eps: float
+    scale: Float[Tensor, ""]
+    """Gradients are divided by it. As `found_inf` fp32 and on the device: no host waits for it."""
+    found_inf: Float[Tensor, ""]
+    """Unless it is 0 nothing is changed."""
+
+    @property
+    def step_size(self) -> float:
+        """Factor of exp_avg, corrected for its start at 0."""
+        return self.lr / (1 - self.beta1**self.number)
+
+    @property
+    def root(self) -> float:
+        """Divisor of the root of exp_avg_sq, which corrects it for its start at 0."""
+        return float((1 - self.beta2**self.number) ** 0.5)
+
+
+class Update(Protocol):
+    """An update of a tensor in place, with what follows it, in one pass over memory."""
+
+    def __call__(
+        self,
+        W: Float[Tensor, "*shape"],
+        gradient: Float[Tensor, "*shape"],
+        exp_avg: Float[Tensor, "*shape"],
+        exp_avg_sq: Float[Tensor, "*shape"],
+        adam: Adam,
+        *,
+        unit_rows: bool = False,
+        copy: Float[Tensor, "*shape"] | None = None,
+    ) -> None:
+        """Update a tensor and its moments; see `Adam`.
+
+        Args:
+            W: The tensor; a matrix if `unit_rows`.
+            gradient: Its gradient; is not needed afterwards.
+            exp_avg: Running mean of the gradient.
+            exp_avg_sq: Running mean of its square.
+            adam: The update.
+            unit_rows: Give the updated rows unit norm.
+            copy: Gets the updated W, in its own type.
+        """
+        ...
+
+
 class Kernels(NamedTuple):
-    """One implementation of the sparse products; no gradients, see `autograd`."""
+    """One implementation of the sparse products and of updates; no gradients, see `autograd`."""
 
     name: str
     keep_largest: Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -112,5 +165,6 @@ class Kernels(NamedTuple):
 
     (coefficients [entries], entries) -> [n_latents]
     """
+    update: Update
     empty: Callable[[Tensor], Tensor] = torch.empty_like
     """Allocates a gradient of a weight's shape, not filled."""

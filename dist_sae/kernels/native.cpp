@@ -1,4 +1,4 @@
-// Selections and sums by latent on a CPU, for native.py. Plain C functions, OpenMP threads.
+// Selections, sums by latent and updates on a CPU, for native.py. Plain C functions, OpenMP threads.
 //
 // B rows, C columns of a chunk, K kept per row; N latents, E entries, D columns of a weight.
 
@@ -7,6 +7,7 @@
 #include <cstdint>
 #include <cstring>
 #include <functional>
+#include <limits>
 #include <vector>
 
 namespace {
@@ -54,6 +55,23 @@ inline Floats load(const BFloat16* x) {
     Floats result;
     std::memcpy(&result, &wide, sizeof result);
     return result;
+}
+
+// One rounding where the processor can; nothing else is fused (native.py's flags).
+inline float fma(float a, float b, float c) {
+#ifdef FP_FAST_FMAF
+    return std::fma(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
+// To the nearest, of two the even one; NaN stays NaN.
+inline uint16_t to_bf16(float value) {
+    uint32_t bits;
+    std::memcpy(&bits, &value, sizeof bits);
+    const uint32_t rounded = (bits + 0x7fff + ((bits >> 16) & 1)) >> 16;
+    return value == value ? rounded : 0x7fc0;
 }
 
 inline bool all_ones(Flags flags) {
@@ -159,6 +177,18 @@ void keep_largest(int64_t* best, const T* products, const float* bias, const int
     }
 }
 
+// As torch sums squares: eight sums, side by side, then these.
+inline float norm(const float* x, int64_t D) {
+    constexpr int kSums = 8;
+    float sums[kSums] = {};
+    int64_t d = 0;
+    for (; d + kSums <= D; d += kSums)
+        for (int i = 0; i < kSums; ++i) sums[i] += x[d + i] * x[d + i];
+    for (int i = 1; i < kSums; ++i) sums[0] += sums[i];
+    for (; d < D; ++d) sums[0] += x[d] * x[d];
+    return std::sqrt(sums[0]);
+}
+
 // The sums of products [B, C] and bias [C] above their column's bound, in order, with row and column.
 // Writes as many as there is room for, and to count how many there are.
 template <typename T>
@@ -250,13 +280,45 @@ void sum_by_latent_fp32(float* out, const float* coefficients, const int64_t* so
                 for (int64_t e = first; e < std::min(first + kRun, end); ++e) {
                     const float* row = rows + sources[e] * D;
                     const float c = coefficients[e];
-                    for (int64_t d = 0; d < D; ++d) to[d] += c * row[d];
+                    for (int64_t d = 0; d < D; ++d) to[d] = fma(c, row[d], to[d]);
                 }
                 if (to != sum)
                     for (int64_t d = 0; d < D; ++d) sum[d] += to[d];
             }
             if (W != nullptr)
-                for (int64_t d = 0; d < D; ++d) sum[d] -= along[n] * W[n * D + d];
+                for (int64_t d = 0; d < D; ++d) sum[d] = fma(-along[n], W[n * D + d], sum[d]);
+        }
+    }
+}
+
+// Adam of W [N, D] after its gradient over `scale`, nothing if `found_inf`: with torch's roundings.
+// Rows of norm 1 if `unit_rows`; then the weights in bf16 to `copy`, if it is not null.
+void update_fp32(float* W, const float* gradient, float* exp_avg, float* exp_avg_sq, uint16_t* copy,
+                 const float* scale, const float* found_inf, int64_t N, int64_t D,
+                 int64_t unit_rows, double step_size, double root, double beta1, double beta2,
+                 double eps, int threads) {
+    if (*found_inf) return;
+    const float by = -step_size, divisor = *scale, of_root = root, least = eps;
+    const float new1 = 1 - beta1, kept2 = beta2, new2 = 1 - beta2;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t n = 0; n < N; ++n) {
+        float* __restrict w = W + n * D;
+        const float* __restrict g = gradient + n * D;
+        float* __restrict m = exp_avg + n * D;
+        float* __restrict v = exp_avg_sq + n * D;
+        for (int64_t d = 0; d < D; ++d) {
+            const float here = g[d] / divisor;
+            m[d] = fma(new1, here - m[d], m[d]);
+            v[d] = fma(new2 * here, here, v[d] * kept2);
+            w[d] += by * m[d] / (std::sqrt(v[d]) / of_root + least);
+        }
+        if (unit_rows) {
+            const float length = std::max(norm(w, D), std::numeric_limits<float>::min());
+            for (int64_t d = 0; d < D; ++d) w[d] /= length;
+        }
+        if (copy != nullptr) {
+            uint16_t* __restrict to = copy + n * D;
+            for (int64_t d = 0; d < D; ++d) to[d] = to_bf16(w[d]);
         }
     }
 }

@@ -1,10 +1,11 @@
-"""The sparse products on a CPU: selections and sums by latent in C++, the rest in torch.
+"""Kernels for a CPU: selections, sums by latent and updates in C++, the rest in torch.
 
 `native.cpp` is compiled when it is first needed (g++ or clang++, two seconds) and kept in
 `~/.cache/dist_sae`. It looks at every pre-activation once and keeps the largest in a small buffer:
 about a sixth of the product's time, where torch's top-k over the same takes as long as the product.
 Sums by latent are the gradients of the weights, as large as these. They are no faster than torch's,
 but go where those of the step before were: fresh pages cost more than what is written to them.
+Updates read and write a tensor once; torch's Adam, norm, division and copy do so four times.
 """
 
 import ctypes
@@ -25,12 +26,13 @@ from jaxtyping import Float
 from torch import Tensor
 
 from dist_sae.kernels import torch as plain
-from dist_sae.kernels.base import Entries, Kernels
+from dist_sae.kernels.base import Adam, Entries, Kernels
 
 logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("native.cpp")
-_FLAGS = ("-O3", "-march=native", "-fopenmp")
+# What is rounded follows from the source; roots do not set errno, which nobody reads.
+_FLAGS = ("-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fno-math-errno")
 _EXPECTED = 64  # of so many products one is above its bound
 _WEIGHTS = 2  # gradients kept: of W_enc and W_dec
 
@@ -44,6 +46,7 @@ def kernels() -> Kernels:
         above=above,
         sum_by_latent=partial(sum_by_latent, memory.empty),
         sum_values=sum_values,
+        update=update,
         empty=memory.empty_like,
     )
 
@@ -110,6 +113,28 @@ def sum_values(coefficients: Tensor, entries: Entries) -> Tensor:
     return sums.index_add_(0, entries.latents, coefficients.double()).to(coefficients.dtype)
 
 
+def update(
+    W: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    adam: Adam,
+    *,
+    unit_rows: bool = False,
+    copy: Tensor | None = None,
+) -> None:
+    """See `Update`. The same bits as torch's, where that has AVX2 or AVX-512."""
+    if W.dtype != torch.float32 or (copy is not None and copy.dtype != torch.bfloat16):
+        plain.update(W, gradient, exp_avg, exp_avg_sq, adam, unit_rows=unit_rows, copy=copy)
+        return
+    written = (W, exp_avg, exp_avg_sq, *([] if copy is None else [copy]))
+    assert all(tensor.is_contiguous() for tensor in written)
+    tensors = W, gradient, exp_avg, exp_avg_sq, copy, adam.scale, adam.found_inf
+    sizes = (*W.shape, int(unit_rows)) if W.ndim > 1 else (1, len(W), 0)
+    numbers = adam.step_size, adam.root, adam.beta1, adam.beta2, adam.eps
+    _call("update_fp32", tensors, sizes, numbers)
+
+
 class Memory:
     """Reuses the memory of freed gradients."""
 
@@ -133,14 +158,19 @@ class Memory:
         return torch.from_numpy(array)
 
 
-def _call(name: str, tensors: Sequence[Tensor | None], sizes: Sequence[int]) -> None:
-    """Call a C function; the first tensor is the one that it writes to."""
+def _call(
+    name: str,
+    tensors: Sequence[Tensor | None],
+    sizes: Sequence[int],
+    numbers: Sequence[float] = (),
+) -> None:
+    """Call a C function; the first tensor is one that it writes to."""
     assert tensors[0] is not None
     assert tensors[0].is_contiguous()
     tensors = [tensor if tensor is None else tensor.contiguous() for tensor in tensors]
     pointers = [ctypes.c_void_p(None if t is None else t.data_ptr()) for t in tensors]
-    numbers = [ctypes.c_int64(size) for size in sizes]
-    getattr(_library(), name)(*pointers, *numbers, ctypes.c_int(torch.get_num_threads()))
+    given = [*map(ctypes.c_int64, sizes), *map(ctypes.c_double, numbers)]
+    getattr(_library(), name)(*pointers, *given, ctypes.c_int(torch.get_num_threads()))
 
 
 @cache

@@ -1,10 +1,12 @@
-"""The sparse products in plain torch, for any device: `embedding_bag` and its gradients."""
+"""Sparse products and updates in plain torch, for any device: `embedding_bag`, fused Adam."""
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 from torch.nn import functional as F
+from torch.optim.adam import adam as adam_
 
-from dist_sae.kernels.base import Entries, Kernels
+from dist_sae.kernels.base import Adam, Entries, Kernels
 from dist_sae.kernels.keys import from_keys, to_keys
 
 _GROUP = 16  # neighbours whose maximum is looked at first
@@ -90,6 +92,49 @@ def sum_values(coefficients: Tensor, entries: Entries) -> Tensor:
     return sums.to(coefficients.dtype)
 
 
+def update(
+    W: Tensor,
+    gradient: Tensor,
+    exp_avg: Tensor,
+    exp_avg_sq: Tensor,
+    adam: Adam,
+    *,
+    unit_rows: bool = False,
+    copy: Tensor | None = None,
+) -> None:
+    """See `Update`. In several passes, the first of which is torch's fused Adam."""
+    # with a scale it writes the gradient; elsewhere the host would wait to know
+    is_one = W.device.type == "cpu" and float(adam.scale) == 1
+    adam_(
+        [W],
+        [gradient],
+        [exp_avg],
+        [exp_avg_sq],
+        [],
+        [torch.full((), float(adam.number - 1), device=W.device)],
+        fused=True,
+        grad_scale=None if is_one else adam.scale,
+        found_inf=adam.found_inf,
+        amsgrad=False,
+        beta1=adam.beta1,
+        beta2=adam.beta2,
+        lr=adam.lr,
+        weight_decay=0.0,
+        eps=adam.eps,
+        maximize=False,
+    )
+    if unit_rows:
+        W /= row_norms(W).masked_fill_(adam.found_inf != 0, 1)
+    if copy is not None:
+        copy.copy_(W)
+
+
+def row_norms(W: Float[Tensor, "rows width"]) -> Float[Tensor, "rows 1"]:
+    """Norms to divide rows by: the smallest normal number for one of zeros."""
+    norms: Tensor = torch.linalg.vector_norm(W, dim=1, keepdim=True)
+    return norms.clamp_min_(torch.finfo(W.dtype).tiny)
+
+
 def _long(starts: Tensor, n_entries: int) -> list[list[int]]:
     """Return the latents with very many entries, each with its first entry and the end."""
     if n_entries <= _RUN:
@@ -100,4 +145,6 @@ def _long(starts: Tensor, n_entries: int) -> list[list[int]]:
     return places
 
 
-KERNELS = Kernels("torch", keep_largest, above, combine, gather_dot, sum_by_latent, sum_values)
+KERNELS = Kernels(
+    "torch", keep_largest, above, combine, gather_dot, sum_by_latent, sum_values, update
+)

@@ -1,4 +1,6 @@
-"""The sparse products for NVIDIA GPUs, in Triton, written for Hopper; selection: triton_select.py.
+"""The sparse products for NVIDIA GPUs, in Triton, written for Hopper.
+
+Selections are in triton_select.py, updates in triton_update.py.
 
 Not yet run on a GPU. The tests run these kernels in Triton's interpreter, on a CPU, and compile
 them for Hopper and Ampere; that checks what they compute, not how fast. Blocks, loads in flight,
@@ -26,6 +28,7 @@ from torch import Tensor
 from dist_sae.kernels import torch as plain
 from dist_sae.kernels.base import Entries, Kernels
 from dist_sae.kernels.triton_select import keep_largest
+from dist_sae.kernels.triton_update import update
 
 CHUNK_ENTRIES = 512
 """Entries that one program sums."""
@@ -93,7 +96,14 @@ def gather_dot(rows: Tensor, entries: Entries, W: Tensor) -> Tensor:
 
 
 KERNELS = Kernels(
-    "triton", keep_largest, plain.above, combine, gather_dot, sum_by_latent, plain.sum_values
+    "triton",
+    keep_largest,
+    plain.above,
+    combine,
+    gather_dot,
+    sum_by_latent,
+    plain.sum_values,
+    update,
 )
 
 

@@ -27,7 +27,7 @@ FORWARD_EFFICIENCY = 0.35
 """Of the peak, in a language model's forward pass: assumed."""
 BANDWIDTH_EFFICIENCY = 0.7
 """Of the memory's bandwidth: assumed."""
-_STATE_PASSES = 11  # over a parameter: Adam reads four and writes three, norms, zeroing, unit rows
+_STATE_PASSES = 9  # over a parameter: gradients are summed, then their norm; Adam reads 4, writes 3
 _CODE_PASSES = 4  # over an encoder or decoder row: the code's gradient, decode, both weights'
 _FP32 = 4
 

@@ -10,7 +10,7 @@ import psutil
 import torch
 
 from dist_sae.config import Run
-from dist_sae.dictionaries import build_sae
+from dist_sae.dictionaries import PRODUCT_DTYPES, build_sae
 from dist_sae.dictionaries.axis import WHOLE, LatentAxis
 from dist_sae.dictionaries.interface import Widths
 from dist_sae.distributed.mesh import Mesh
@@ -30,10 +30,12 @@ class StateBytes(NamedTuple):
     gradients: int
     moments: int
     running_mean: int
+    encoder_copy: int
+    """In the products' precision."""
 
 
 def state_bytes(run: Run, widths: Widths, axis: LatentAxis = WHOLE) -> StateBytes:
-    """Bytes of a rank's weights, gradients, moments and running mean.
+    """Bytes of a rank's part.
 
     Args:
         run: The run.
@@ -49,7 +51,11 @@ def state_bytes(run: Run, widths: Widths, axis: LatentAxis = WHOLE) -> StateByte
     moments = _MOMENTS * weights // (axis.replicas if stage else 1)
     if (zero.get("offload_optimizer") or {}).get("device", "none") != "none":
         moments = 0  # they are elsewhere
-    return StateBytes(weights, gradients, moments, weights if run.train.ema_decay else 0)
+    mean = weights if run.train.ema_decay else 0
+    products = PRODUCT_DTYPES[run.train.products]
+    is_copied = not stage and products != sae.W_enc.dtype
+    copy = sae.W_enc.numel() * products.itemsize if is_copied else 0
+    return StateBytes(weights, gradients, moments, mean, copy)
 
 
 def check_memory(jobs: Sequence[tuple[Run, Widths, Mesh]], mesh: Mesh) -> None:

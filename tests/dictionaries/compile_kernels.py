@@ -19,7 +19,9 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.runtime.jit import JITFunction
 
+from dist_sae.kernels import Adam
 from dist_sae.kernels import triton as kernels
+from dist_sae.kernels.triton_update import WIDEST
 from tests.dictionaries.products import N_LATENTS, make_entries
 
 _SELECTIONS = ((1, 64), (32, 64), (200, 64), (1024, 64), (32, 1), (32, 37))
@@ -39,7 +41,7 @@ class Compiler:
 
         def compile_only(jit: Any, *args: Any, **kwargs: Any) -> Any:
             kernel = run(jit, *args, **(kwargs | {"warmup": True}))
-            names = ("COLUMNS", "SLOTS", "num_warps", "maxnreg")
+            names = ("UNIT_ROWS", "COLUMNS", "SLOTS", "num_warps", "maxnreg")
             config = {name: kwargs[name] for name in names if name in kwargs}
             self.kernels[f"{jit.__name__} {config} {kernel.hash}"] = (jit.__name__, config, kernel)
             return kernel
@@ -78,6 +80,14 @@ def call_all(d_in: int, dtype: torch.dtype) -> None:
         best = torch.zeros(_ROWS, k, dtype=torch.int64)
         products, latents = torch.zeros(_ROWS, width, dtype=dtype), torch.arange(width)
         kernels.KERNELS.keep_largest(best, products, torch.zeros(width), latents)
+    adam = Adam(1, 1e-4, 0.9, 0.999, 1e-9, torch.ones(()), torch.zeros(()))
+    for width in (d_in, WIDEST):
+        W, gradient, exp_avg, exp_avg_sq = torch.zeros(4, 2, width)
+        for copy in (None, torch.zeros(2, width, dtype=torch.bfloat16)):
+            for unit_rows in (False, True):
+                kernels.KERNELS.update(
+                    W, gradient, exp_avg, exp_avg_sq, adam, unit_rows=unit_rows, copy=copy
+                )
 
 
 def _check_tuned(compiler: Compiler, d_in: int) -> None:

@@ -19,6 +19,7 @@ from dist_sae.dictionaries.metrics import Fit
 from dist_sae.distributed.engine import Engine
 from dist_sae.kernels.choice import choose_kernels
 from dist_sae.storage import open_store
+from dist_sae.training.memory import state_bytes
 from tests.dictionaries.recipes import LAYERS, sae_rows, widths
 from tests.memory import MIB, peak_bytes
 from tests.runs import write_run
@@ -69,20 +70,18 @@ def live(folder: Path, kind: str, n_latents: int, d_in: int, rows: int, steps: i
 
 def life_run(folder: Path, kind: str, n_latents: int) -> Run:
     config = {"kind": kind, "n_latents": n_latents, **LIVES[kind]}
-    run = load_run(write_run(folder, train={"rows": 200_000}))
+    run = load_run(write_run(folder, train={"rows": 200_000, "products": "bf16"}))
     # the sites that it names need not be there
     sae: SaeConfig = TypeAdapter(SaeConfig).validate_python(config)
     return run.model_copy(update={"sae": sae})
 
 
 def beyond_state(folder: Path, kind: str, n_latents: int, d_in: int, rows: int, steps: int) -> int:
-    """The most memory that a life takes above weights, gradients and moments, in bytes."""
+    """The most memory that a life takes above its state (`state_bytes`), in bytes."""
     first, then = (1024, d_in, 16, steps), (n_latents, d_in, rows, steps)
     peak = peak_bytes(live, (folder, kind, *first), (folder, kind, *then))
-    with torch.device("meta"):
-        config = life_run(folder, kind, n_latents).sae
-        sae = build_sae(config, widths(config, d_in))
-    return peak - 16 * sum(parameter.numel() for parameter in sae.parameters())
+    run = life_run(folder, kind, n_latents)
+    return peak - sum(state_bytes(run, widths(run.sae, d_in)))
 
 
 @pytest.mark.parametrize("kind", LIVES)
@@ -97,5 +96,5 @@ def test_many_rows_and_latents_need_no_matrix_of_both(tmp_path: Path, kind: str)
 @pytest.mark.system
 @pytest.mark.parametrize("kind", LIVES)
 def test_large_weights_are_there_four_times_and_no_more(tmp_path: Path, kind: str) -> None:
-    """A weight is 64 MiB; its values, its gradient and two moments are the state."""
+    """A weight is 64 MiB; its values, its gradient, two moments and W_enc in bf16 are the state."""
     assert beyond_state(tmp_path, kind, 32_768, 512, 16, steps=2) <= 60 * MIB

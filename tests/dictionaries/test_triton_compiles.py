@@ -15,7 +15,13 @@ import pytest
 if sys.platform != "linux":
     pytest.skip("Triton is for Linux", allow_module_level=True)
 
-_NAMES = {"sum_chunks_kernel", "sum_segments_kernel", "gather_dot_kernel", "keep_largest_kernel"}
+_NAMES = {
+    "gather_dot_kernel",
+    "keep_largest_kernel",
+    "sum_chunks_kernel",
+    "sum_segments_kernel",
+    "update_kernel",
+}
 _OLDER, _HOPPER = 80, 90
 _UNALIGNED = 1001
 

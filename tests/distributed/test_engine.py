@@ -12,6 +12,7 @@ from dist_sae.config import Run, load_run
 from dist_sae.deepspeed import import_deepspeed
 from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.base import Dictionary
+from dist_sae.dictionaries.ema import WeightAverage
 from dist_sae.dictionaries.init import initialise_tied
 from dist_sae.dictionaries.interface import StepContext
 from dist_sae.distributed.deepspeed_keys import check_deepspeed
@@ -20,6 +21,7 @@ from dist_sae.distributed.mesh import Mesh, join_mesh
 from dist_sae.distributed.rendezvous import rendezvous
 from dist_sae.distributed.zero import deepspeed_config
 from dist_sae.errors import ConfigError, NonFiniteError
+from dist_sae.kernels import select
 from tests.dictionaries.recipes import sae_rows
 from tests.runs import write_run
 
@@ -206,6 +208,39 @@ def test_the_constraint_holds_in_zeros_masters_too(tmp_path: Path, mesh: Mesh, k
         torch.testing.assert_close(sae.W_dec.detach().norm(dim=1), torch.ones(64))
         for name, parameter in sae.named_parameters():
             assert torch.equal(safe_get_full_fp32_param(parameter), parameter), name
+
+
+@pytest.mark.parametrize("kind", ENGINES)
+def test_products_read_the_present_encoder(
+    tmp_path: Path, mesh: Mesh, kind: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whoever changed it: a step, another checkpoint, reviving; the mean, while it is measured."""
+    xs = batches(4)
+    sae, engine = build(tmp_path, kind, mesh, xs[0])
+    sae.product_dtype = torch.bfloat16
+    average, read, products = WeightAverage(sae, decay=0.5), list[bool](), select.products
+
+    def look(x: Tensor, W_enc: Tensor, dtype: torch.dtype, *args: Any, **kwargs: Any) -> Any:
+        read.append(W_enc.dtype == torch.bfloat16)
+        assert torch.equal(W_enc.to(dtype), sae.W_enc.to(dtype))
+        return products(x, W_enc, dtype, *args, **kwargs)
+
+    monkeypatch.setattr(select, "products", look)
+    losses(engine, xs[:2])
+    average.update(sae_rows(xs[0]), progress=0.5)
+    losses(engine, xs[2:])
+    engine.revive(now().dead, xs[3], xs[3])
+    losses(engine, xs[:1])
+    read.clear()
+    with average.applied():
+        sae.measure(sae_rows(xs[0]))
+    assert not any(read)  # they make their own
+    losses(engine, xs[1:2])
+    saved = {name: 2 * tensor for name, tensor in state(sae, engine).items()}
+    restore(sae, engine, 9, saved)
+    read.clear()
+    losses(engine, xs[:1])
+    assert all(read) == (kind not in ZERO)
 
 
 @pytest.mark.parametrize("kind", ENGINES)

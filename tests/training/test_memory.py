@@ -36,7 +36,7 @@ def run_of(folder: Path, *settings: str, **sae: Any) -> Run:
 
 
 def test_every_site_is_counted(tmp_path: Path) -> None:
-    """fp32 weights, gradients, two moments, and a running mean if there is one.
+    """fp32 weights, gradients, two moments, a running mean if there is one, and a bf16 W_enc.
 
     A crosscoder of 3 and 5: 8 latents x (8 + 8 + a bias), and b_dec of 8. A CLT of four layers
     of 4: 8 latents x (4 + 4 x (4 + 3 + 2 + 1) / 4 + a bias), and b_dec of 16.
@@ -47,6 +47,8 @@ def test_every_site_is_counted(tmp_path: Path) -> None:
     assert sum(state_bytes(clt, FOUR)) == 4 * 4 * (8 * 15 + 16)
     averaged = run_of(tmp_path, "train.ema_decay=0.9", kind="relu", n_latents=8)
     assert sum(state_bytes(averaged, Widths.of(6))) == 4 * 5 * (8 * 13 + 6)
+    rounded = run_of(tmp_path, "train.products=bf16", kind="relu", n_latents=8)
+    assert sum(state_bytes(rounded, Widths.of(6))) == 4 * 4 * (8 * 13 + 6) + 2 * 8 * 6
     half = LatentAxis(shards=2, replicas=3)
     assert sum(state_bytes(clt, FOUR, half)) == 4 * 4 * (4 * 15 + 16)
     for stage, copies in ((1, 1 + 1 + 2 / 3), (2, 1 + 1)):
@@ -61,7 +63,7 @@ def test_every_site_is_counted(tmp_path: Path) -> None:
 
 
 def test_what_no_machine_holds_is_refused_before_it_is_built(tmp_path: Path) -> None:
-    """10^12 latents of 17 numbers, four times in fp32: 272 TB."""
+    """10^12 latents of 17 numbers, four times in fp32, and of 8 in bf16: 288 TB."""
     run = load_run(write_run(tmp_path, TINY), ["sae.n_latents=1000000000000", "sae.init=random"])
     plan(run)
     stopping, telemetry = threading.Event(), Telemetry(run.name, "train", None)
@@ -71,7 +73,7 @@ def test_what_no_machine_holds_is_refused_before_it_is_built(tmp_path: Path) -> 
         train(run, ALONE, watch, stopping, telemetry)
     assert re.fullmatch(
         r"sae\.n_latents: 1,000,000,000,000 latents that read 8 and write 8 numbers take "
-        r"272,000\.0 GB on .* with gradients and Adam's moments, and it has [\d,.]+; use fewer .*",
+        r"288,000\.0 GB on .* with gradients and Adam's moments, and it has [\d,.]+; use fewer .*",
         str(raised.value),
     )
 

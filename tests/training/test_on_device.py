@@ -41,11 +41,12 @@ from tests.dictionaries.recipes import (
     some_dead,
     widths,
 )
-from tests.index.indexed import add_checkpoint, produced
+from tests.index.indexed import RECIPES, add_checkpoint, produced
 from tests.pretend import DEVICE, pretend_device
 from tests.runs import write_run
 
 BATCH = 96
+KINDS = VARIANTS | {"routed by batch": VARIANTS["routed"].model_copy(update={"selection": "batch"})}
 DEAD_AFTER = 10_000
 CPU = torch.device("cpu")
 BUDGET = {
@@ -53,6 +54,7 @@ BUDGET = {
     "batchtopk": (2, 2),
     "matryoshka": (3, 3),
     "routed": (2, 3),
+    "routed by batch": (3, 4),
     "transcoder": (1, 1),
     "crosscoder": (2, 2),
     "crosscoder_relu": (2, 2),
@@ -83,8 +85,9 @@ class Life:
         self.device = device
         self.rows = sae_rows(torch.randn(BATCH, D_IN, generator=generator).to(device))
         self.sae: Dictionary = build_sae(
-            VARIANTS[kind],  # type: ignore[arg-type]
-            widths(VARIANTS[kind]),
+            KINDS[kind],  # type: ignore[arg-type]
+            widths(KINDS[kind]),
+            product_dtype=torch.bfloat16,
         ).to(device)
         self.engine = Engine(run, self.sae)
         self.dead = DeadLatents(N_LATENTS, DEAD_AFTER, device=device)
@@ -159,7 +162,7 @@ def lived(folder: Path, kind: str, device: torch.device) -> tuple[list[Any], dic
     return numbers, resumed.tensors()
 
 
-@pytest.mark.parametrize("kind", VARIANTS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_life_on_the_device_is_that_on_a_cpu(tmp_path: Path, kind: str) -> None:
     """With no tensor on the other device. The numbers are the CPU's, so they are the same."""
     with pretend_device():
@@ -198,7 +201,7 @@ def waits_of_a_step(folder: Path, kind: str, dead: Tensor) -> Counter[str]:
         return Counter(waits)
 
 
-@pytest.mark.parametrize("kind", VARIANTS)
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_step_waits_for_the_device_as_often_as_its_budget_says(tmp_path: Path, kind: str) -> None:
     none = torch.zeros(N_LATENTS, dtype=torch.bool)
     for dead, budget in zip((none, some_dead()), BUDGET[kind], strict=True):
@@ -229,7 +232,7 @@ def test_tensors_on_two_devices_fail_and_waits_are_counted() -> None:
     assert all(w.startswith("test_on_device.py:") for w in waits)
 
 
-@pytest.mark.parametrize("kind", ["topk", "batchtopk", "routed"])
+@pytest.mark.parametrize("kind", RECIPES)
 def test_evaluation_and_index_are_those_on_a_cpu(tmp_path: Path, kind: str) -> None:
     run = produced(tmp_path, kind)
     add_checkpoint(run)

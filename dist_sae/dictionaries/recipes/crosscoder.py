@@ -172,8 +172,10 @@ class Crosscoder(AcrossSites, TopK):
         scale = self.weigh(rows) / self._lengths(shared)
         rows /= scale.clamp_min_(torch.finfo(rows.dtype).tiny)[:, None]
 
-    def constrain(self) -> None:
-        self.hold(slice(None))
+    def constrain_others(self) -> None:
+        """Hold decoder rows at other lengths than 1, and shared ones alike."""
+        if not self.unit_rows:
+            self.hold(slice(None))
 
     def settle(self, new: slice | Tensor, x: Float[Tensor, "batch d_in"]) -> None:  # noqa: ARG002
         self.hold(new)

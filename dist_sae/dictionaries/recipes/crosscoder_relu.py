@@ -43,8 +43,8 @@ class CrosscoderReLU(AcrossSites, ReLU):
             weights = torch.where(self.shared, self.config.shared_penalty * weights, weights)
         return W_dec, weights
 
-    def constrain(self) -> None:
-        """Decoder norms are free, the penalty holds them; rounding must not part shared rows."""
+    def constrain_others(self) -> None:
+        """Keep shared rows alike: rounding parts them."""
         self.tie_all_(self.W_dec)
 
     def tie_all_(self, rows: Float[Tensor, "n_latents d_out"]) -> None:

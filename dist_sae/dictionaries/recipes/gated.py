@@ -23,7 +23,6 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from dist_sae.config.sae import GatedConfig
-from dist_sae.dictionaries.constraints import normalise_rows_
 from dist_sae.dictionaries.interface import Output, Rows, StepContext, Widths
 from dist_sae.dictionaries.penalised import Penalised, encode_decode, set_active_share
 from dist_sae.dictionaries.schedules import warmed_up
@@ -89,6 +88,3 @@ class Gated(Penalised):
         """Scale gates and magnitudes."""
         for parameter in (self.W_enc, self.b_enc, self.b_mag):
             parameter.mul_(factor)
-
-    def constrain(self) -> None:
-        normalise_rows_(self.W_dec)

@@ -36,7 +36,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from dist_sae.config.sae import JumpReLUConfig
-from dist_sae.dictionaries.constraints import normalise_rows_
 from dist_sae.dictionaries.interface import Output, Rows, StepContext, Widths
 from dist_sae.dictionaries.penalised import Penalised, encode_decode
 from dist_sae.dictionaries.schedules import warmed_up
@@ -99,11 +98,10 @@ class JumpReLU(Penalised):
         for parameter in (self.W_enc, self.b_enc, self.theta):
             parameter.mul_(factor)
 
-    def constrain(self) -> None:
-        if self.unit_rows:
-            normalise_rows_(self.W_dec)
-        with torch.no_grad():
-            self.theta.clamp_(min=0)
+    @torch.no_grad()
+    def constrain_others(self) -> None:
+        """Thresholds are not negative."""
+        self.theta.clamp_(min=0)
 
 
 class _Jump(torch.autograd.Function):

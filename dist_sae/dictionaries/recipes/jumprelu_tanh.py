@@ -80,6 +80,6 @@ class JumpReLUTanh(Penalised):
         super().initialise(rows, seed)
 
     @torch.no_grad()
-    def constrain(self) -> None:
-        """Decoder norms are free, the penalties hold them."""
+    def constrain_others(self) -> None:
+        """Thresholds are not negative."""
         self.theta.clamp_(min=0)

@@ -51,6 +51,3 @@ class ReLU(Penalised):
         """Also give the decoder rows the norm `decoder_norm`."""
         super().set_initial_sparsity(x)
         self.W_dec.mul_(self.config.decoder_norm)
-
-    def constrain(self) -> None:
-        """Nothing: decoder norms are free, the penalty holds them."""

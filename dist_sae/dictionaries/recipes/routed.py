@@ -287,9 +287,10 @@ class Routed(WithAuxK):
         among: Tensor | None,
         met: Sequence[int],
     ) -> Iterator[Block]:
+        W_enc = self.encoder_for(dtype)
         for expert, here, latents in self._met(arrived, limit):
             some = None if among is None else select.places_of(among[latents], met[expert])
-            for block in select.products(rows[here], self.W_enc[latents], dtype, some):
+            for block in select.products(rows[here], W_enc[latents], dtype, some):
                 yield block._replace(
                     rows=slice(block.rows.start + here.start, block.rows.stop + here.start),
                     latents=block.latents + latents.start,

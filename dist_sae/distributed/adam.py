@@ -1,0 +1,94 @@
+"""Adam of a dictionary, in one pass over the parameters."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dist_sae.config import Run
+from dist_sae.dictionaries.base import Dictionary
+from dist_sae.kernels import Adam
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+"""Names of the state tensors of a parameter."""
+
+
+class OnePassAdam(torch.optim.Optimizer):
+    """Dense Adam without weight decay, with what follows it: unit rows, and a copy of W_enc.
+
+    Each tensor is read and written once (`Kernels.update`). The copy is W_enc in the products'
+    precision. It is kept up to date by every step, and made again after `forget`; only what runs
+    within `encoder_at_hand` reads it.
+    """
+
+    updates: int = 0
+    """Updates so far. A step does not count itself: whether it was one is known when the norm is
+    read."""
+
+    def __init__(self, run: Run, sae: Dictionary) -> None:
+        super().__init__(sae.parameters(), {"lr": run.lr})
+        self._sae = sae
+        self._train = run.train
+        self._copy: Tensor | None = None
+        self._next: Adam | None = None
+
+    def prepare(self, lr: float, norm: Float[Tensor, ""]) -> None:
+        """Say what the next step is to do: clip, and change nothing if the norm is not finite.
+
+        Args:
+            lr: Learning rate.
+            norm: The norm of the whole dictionary's gradient.
+        """
+        train = self._train
+        scale = norm / train.clip_norm if train.clip_norm is not None else torch.ones_like(norm)
+        self._next = Adam(
+            self.updates + 1,
+            lr,
+            *train.betas,
+            train.eps,
+            scale.clamp(min=1).float(),
+            (~norm.isfinite()).float(),
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:  # type: ignore[override]
+        """Update all parameters that have gradients."""
+        assert closure is None
+        assert self._next is not None, "prepare first"
+        sae = self._sae
+        for name, parameter in sae.named_parameters():
+            if parameter.grad is None:
+                continue
+            state: dict[str, Any] = self.state[parameter]
+            for moment in MOMENTS:
+                if moment not in state:
+                    state[moment] = torch.zeros_like(parameter)
+            sae.kernels.update(
+                parameter,
+                parameter.grad,
+                state["exp_avg"],
+                state["exp_avg_sq"],
+                self._next,
+                unit_rows=name == "W_dec" and sae.unit_rows,
+                copy=self._copy if name == "W_enc" else None,
+            )
+        self._next = None
+
+    @contextmanager
+    def encoder_at_hand(self) -> Iterator[None]:
+        """Let the dictionary's products in its own precision read the copy while this lasts."""
+        sae = self._sae
+        if self._copy is None and sae.product_dtype != sae.W_enc.dtype:
+            self._copy = sae.W_enc.detach().to(sae.product_dtype)
+        sae.encoder_copy = self._copy
+        try:
+            yield
+        finally:
+            sae.encoder_copy = None
+
+    def forget(self) -> None:
+        """Make the copy again before it is used: W_enc was changed by others."""
+        self._copy = None
