@@ -10,6 +10,8 @@ from threading import Thread
 
 import torch
 
+HANG_SECONDS = 900.0
+"""After this a process counts as hanging; far more than any takes, even on a busy machine."""
 processes = multiprocessing.get_context("forkserver")
 processes.set_forkserver_preload(["tests.forked"])
 

@@ -7,7 +7,7 @@ import socket
 from pathlib import Path
 
 from dist_sae.logs import SUPERVISED
-from tests.forks import Program
+from tests.forks import HANG_SECONDS, Program
 
 
 def start(*arguments: str, env: dict[str, str] | None = None) -> Program:
@@ -18,7 +18,7 @@ def start(*arguments: str, env: dict[str, str] | None = None) -> Program:
 def run(*arguments: str, env: dict[str, str] | None = None, code: int = 0) -> str:
     """Run `dist-sae` to its end; returns stdout, or stderr if failure is expected."""
     process = start(*arguments, env=env)
-    out, err = process.communicate(timeout=300)
+    out, err = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == code, err[-3000:]
     return err if code else out
 
@@ -55,7 +55,7 @@ def train(path: Path, *options: str, world: int = 1, stop_at: int | None = None)
             if line.startswith("{") and json.loads(line)["done"] >= stop_at:
                 ranks[0].send_signal(signal.SIGTERM)
                 break
-    errors = [process.communicate(timeout=300)[1] for process in ranks]
+    errors = [process.communicate(timeout=HANG_SECONDS)[1] for process in ranks]
     expected = 0 if stop_at is None else 75
     assert [p.returncode for p in ranks] == [expected] * world, "\n".join(e[-2000:] for e in errors)
     return errors

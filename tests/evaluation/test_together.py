@@ -22,6 +22,7 @@ from dist_sae.producing.planner import plan
 from dist_sae.storage import open_store
 from dist_sae.telemetry.exporter import Telemetry
 from tests.dictionaries.recipes import sae_rows
+from tests.forks import HANG_SECONDS
 from tests.launch import run as run_program
 from tests.launch import start
 from tests.models.test_huggingface import D, save_model
@@ -51,7 +52,7 @@ def evaluate_on_two(path: Path, *options: str) -> list[tuple[int, str, str]]:
         env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         ranks.append(start("evaluate", str(path), "--json", *options, env=env))
-    said = [rank.communicate(timeout=300) for rank in ranks]
+    said = [rank.communicate(timeout=HANG_SECONDS) for rank in ranks]
     return [(rank.returncode, *words) for rank, words in zip(ranks, said, strict=True)]  # type: ignore[misc]
 
 

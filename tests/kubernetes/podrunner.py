@@ -17,6 +17,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from tests.forks import HANG_SECONDS
 from tests.kubernetes.controllers import Condition, Job, JobSet
 from tests.kubernetes.kubelet import ENDED, Node, Pod
 from tests.kubernetes.manifests import Object
@@ -94,7 +95,7 @@ class Cluster:
                         raise NotImplementedError(f"{kind}: this runner does not know it")
             self._changed.notify_all()
 
-    def delete(self, name: str, seconds: float = 60.0) -> None:
+    def delete(self, name: str, seconds: float = HANG_SECONDS) -> None:
         """Delete a JobSet with its dependents; returns once its pods have ended."""
         with self._changed:
             jobset = self.jobsets.pop(name)
@@ -105,7 +106,7 @@ class Cluster:
             for job in jobs:
                 del self.jobs[job.name]
 
-    def wait(self, until: Callable[[], object], seconds: float = 300.0) -> None:
+    def wait(self, until: Callable[[], object], seconds: float = HANG_SECONDS) -> None:
         """Wait for a condition, checked whenever a pod changes.
 
         Raises:

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from tests.forks import HANG_SECONDS
 from tests.kubernetes.controllers import Condition, Job
 from tests.kubernetes.kubelet import Pod
 from tests.kubernetes.manifests import Object
@@ -55,13 +56,13 @@ def run(cluster: Cluster, manifest: Object) -> Job:
     """Run a job to its end."""
     cluster.apply([manifest])
     job = cluster.jobs[manifest["metadata"]["name"]]
-    cluster.wait(lambda: job.condition, 30)
+    cluster.wait(lambda: job.condition)
     return job
 
 
 def await_up(cluster: Cluster, pod: Pod) -> Pod:
     """Wait until a pod has logged that it is up."""
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + HANG_SECONDS
     while "up" not in pod.log():
         assert time.monotonic() < deadline, cluster.story()
         time.sleep(0.01)
@@ -70,7 +71,7 @@ def await_up(cluster: Cluster, pod: Pod) -> Pod:
 
 def next_life(cluster: Cluster, job: Job, lives: int) -> Pod:
     """Wait for a job's only pod to be up, after some earlier pods."""
-    cluster.wait(lambda: job.active and len(job.pods) == lives + 1, 30)
+    cluster.wait(lambda: job.active and len(job.pods) == lives + 1)
     return await_up(cluster, job.active[0])
 
 
@@ -145,10 +146,10 @@ def test_a_name_is_of_the_pod_that_has_it_now(cluster: Cluster) -> None:
     service = {"kind": "Service", "metadata": {"name": "net"}, "spec": selected}
     cluster.apply([service, manifest])
     job = cluster.jobs["names"]
-    cluster.wait(lambda: len(job.active) == 2, 30)
+    cluster.wait(lambda: len(job.active) == 2)
     await_up(cluster, job.active[0])
     job.active[1].lose()
-    cluster.wait(lambda: job.condition, 30)
+    cluster.wait(lambda: job.condition)
     assert job.condition == Condition("Complete", "CompletionsReached")
     assert (len(job.ignored), len(job.counted)) == (1, 0)
 
@@ -166,7 +167,7 @@ def test_only_crashes_use_up_the_retries(cluster: Cluster) -> None:
     crashed.kill()
     last = next_life(cluster, job, 4)
     last.kill()
-    cluster.wait(lambda: job.condition, 30)
+    cluster.wait(lambda: job.condition)
     assert job.ignored == [told, preempted, lost]
     assert job.counted == [crashed, last]
     assert [pod.exit_codes["main"] for pod in (told, preempted, crashed)] == [75, 75, 137]
@@ -178,11 +179,11 @@ def test_a_mistake_fails_a_job_at_once_and_ends_its_other_pods(cluster: Cluster)
     script = f"if [ $JOB_COMPLETION_INDEX = 0 ]; then {UNTIL_TOLD_WRONG}; fi; {UNTIL_TOLD}"
     cluster.apply([make_job("mistake", script, n=2)])
     job = cluster.jobs["mistake"]
-    cluster.wait(lambda: len(job.active) == 2, 30)
+    cluster.wait(lambda: len(job.active) == 2)
     for pod in job.active.values():
         await_up(cluster, pod)
     job.active[0].terminate()
-    cluster.wait(lambda: job.condition, 30)
+    cluster.wait(lambda: job.condition)
     assert job.condition is not None
     assert job.condition[:2] == ("Failed", "PodFailurePolicy")
     assert [pod.exit_codes["main"] for pod in job.counted] == [2]
@@ -209,13 +210,13 @@ def test_a_container_that_hangs_is_told_to_end_and_then_killed(cluster: Cluster)
     manifest["spec"]["backoffLimit"] = 0
     cluster.apply([manifest])
     pod = next_life(cluster, cluster.jobs["hangs"], 0)
-    cluster.wait(lambda: pod.ready, 30)
+    cluster.wait(lambda: pod.ready)
     for process, _ in pod.processes():
         os.kill(process, signal.SIGSTOP)
-    cluster.wait(lambda: pod.exit_codes, 30)
+    cluster.wait(lambda: pod.exit_codes)
     assert pod.exit_codes == {"main": 137}
     assert not pod.ready
-    cluster.wait(lambda: cluster.jobs["hangs"].condition, 30)
+    cluster.wait(lambda: cluster.jobs["hangs"].condition)
 
 
 def test_jobs_of_a_jobset_begin_after_one_another_and_fail_together(cluster: Cluster) -> None:
@@ -240,11 +241,11 @@ def test_jobs_of_a_jobset_begin_after_one_another_and_fail_together(cluster: Clu
     }
     cluster.apply([{"kind": "JobSet", "metadata": {"name": "set"}, "spec": spec}])
     jobset = cluster.jobsets["set"]
-    cluster.wait(lambda: "third" in jobset.jobs, 30)
+    cluster.wait(lambda: "third" in jobset.jobs)
     for name in ("second", "third"):
         next_life(cluster, jobset.jobs[name][0], 0)
     jobset.jobs["third"][0].active[0].terminate()
-    cluster.wait(lambda: jobset.condition and not jobset.jobs["second"][0].active, 30)
+    cluster.wait(lambda: jobset.condition and not jobset.jobs["second"][0].active)
     assert jobset.condition is not None
     assert jobset.condition[:2] == ("Failed", "FailJobSetFailurePolicyAction")
     assert "set-third-0 failed (PodFailurePolicy: container main of" in jobset.condition.message
@@ -264,7 +265,7 @@ def test_nothing_outlives_a_cluster(tmp_path: Path) -> None:
     def crash(cluster: Cluster) -> None:
         cluster.apply([make_job("stays", UNTIL_TOLD, n=2)])
         job = cluster.jobs["stays"]
-        cluster.wait(lambda: len(job.active) == 2, 30)
+        cluster.wait(lambda: len(job.active) == 2)
         pods = [await_up(cluster, pod) for pod in job.active.values()]
         ends.extend(os.pidfd_open(p) for pod in pods for p, _ in pod.processes())
         raise ZeroDivisionError

@@ -15,7 +15,7 @@ from dist_sae.errors import ModelError
 from dist_sae.models import check_sites
 from dist_sae.models.huggingface import HuggingFaceSource
 from dist_sae.models.sites import blocks
-from tests.forks import processes
+from tests.forks import HANG_SECONDS, processes
 from tests.models.sharded_worker import rank
 from tests.models.test_huggingface import COMMON, LAYERS, random_tokens, save_model, sites_of
 
@@ -118,7 +118,7 @@ def shared(
         process.start()
         started.append(process)
     for process in started:
-        process.join(300)
+        process.join(HANG_SECONDS)
         if process.exitcode is None:  # it hangs
             process.kill()
         assert process.exitcode == 0

@@ -16,7 +16,7 @@ from dist_sae.config import load_run
 from dist_sae.data.shard import SiteRows, existing_units, read_block, read_manifest
 from dist_sae.producing.planner import plan
 from dist_sae.storage import open_store
-from tests.forks import processes
+from tests.forks import HANG_SECONDS, processes
 from tests.models.sharded_worker import produce_rank
 from tests.models.test_huggingface import VOCABULARY, save_model
 from tests.runs import write_run
@@ -57,7 +57,7 @@ class Rank(NamedTuple):
 
     def ends(self) -> tuple[int, str]:
         """(Exit code, last words)."""
-        self.process.join(120)
+        self.process.join(HANG_SECONDS)
         return self.process.exitcode, self.said.read_text() if self.said.exists() else ""
 
 

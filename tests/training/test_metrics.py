@@ -10,6 +10,7 @@ import pytest
 
 from dist_sae.telemetry.metric import DENSITIES
 from dist_sae.telemetry.metrics import metrics_of
+from tests.forks import HANG_SECONDS
 from tests.launch import start
 from tests.telemetry.scrape import Series, of_rank, scrape, series
 from tests.training.trained import STEPS, history, run_file
@@ -45,7 +46,7 @@ def trained(tmp_path_factory: pytest.TempPathFactory, activations: str) -> tuple
         except (urllib.error.URLError, ConnectionError):
             break
         interval.wait(0.1)
-    process.communicate(timeout=60)
+    process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 0
     return folder, page
 

@@ -10,7 +10,7 @@ import pytest
 
 from dist_sae.data.consumers import Consumers
 from dist_sae.storage import open_store
-from tests.forks import Program
+from tests.forks import HANG_SECONDS, Program
 from tests.launch import start
 from tests.training.trained import history, run_file
 
@@ -39,7 +39,7 @@ def test_a_run_that_waits_for_longer_than_the_expiry_is_not_abandoned(
     consumers = Consumers(open_store(str(tmp_path / "activations")), expiry_hours)
     assert [consumer.run for consumer in consumers.alive()] == ["world"]
     trainer.send_signal(signal.SIGTERM)
-    said = trainer.communicate(timeout=60)
+    said = trainer.communicate(timeout=HANG_SECONDS)
     assert trainer.returncode == 75, said
 
 
@@ -73,7 +73,7 @@ def test_while_one_rank_waits_for_its_data_all_ranks_wait_for_data(
     (tmp_path / "0").rename(hidden[0])
     later = await_wait(second, step=1)
     (tmp_path / "15").rename(hidden[15])
-    said = [process.communicate(timeout=120) for process in (first, second)]
+    said = [process.communicate(timeout=HANG_SECONDS) for process in (first, second)]
     assert [process.returncode for process in (first, second)] == [0, 0], said
     assert "are producers running?" not in said[0][1] + said[1][1]
     records = history(tmp_path)
