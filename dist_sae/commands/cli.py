@@ -21,6 +21,7 @@ from dist_sae.commands import (
     estimate,
     evaluate,
     export,
+    importing,
     index,
     latents,
     plan,
@@ -41,7 +42,7 @@ from dist_sae.errors import EXIT_DONE, EXIT_RESUMABLE, DistSaeError, Stopped
 
 _COMMANDS = (
     *(run, estimate, plan, produce, train, index, latents, browse),
-    *(evaluate, compare, export, report, render),
+    *(evaluate, compare, export, importing, report, render),
     *(submit, resume, status, pod_logs, cancel),
     *(bench, config, store, checkpoints, completion),
 )

@@ -28,6 +28,13 @@ def add_command(commands: Commands, name: str, main: Main, text: str) -> argpars
     """Add a command on a run; returns its parser, for options of its own."""
     parser: argparse.ArgumentParser = commands.add_parser(name, help=text, description=text)
     parser.add_argument("run", metavar="RUN", help="a run file, or a run's folder: a path or URL")
+    add_settings(parser)
+    parser.set_defaults(command=main)
+    return parser
+
+
+def add_settings(parser: argparse.ArgumentParser) -> None:
+    """Add `--set`, `--job` and `--json`."""
     parser.add_argument(
         "--set",
         metavar="KEY=VALUE",
@@ -37,8 +44,6 @@ def add_command(commands: Commands, name: str, main: Main, text: str) -> argpars
     )
     parser.add_argument("--job", metavar="NAME", help="one job of a sweep")
     parser.add_argument("--json", action="store_true", help="print the result as one JSON object")
-    parser.set_defaults(command=main)
-    return parser
 
 
 def add_group(commands: Commands, name: str, text: str, metavar: str = "ACTION") -> Commands:

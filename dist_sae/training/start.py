@@ -14,7 +14,13 @@ from dist_sae.data.consumers import check_ahead, lowest_unit
 from dist_sae.data.plan import Plan, check_rows
 from dist_sae.data.streams import StreamCursor
 from dist_sae.distributed.mesh import Mesh
-from dist_sae.errors import CorruptObjectError, ObjectNotFoundError, PlanMismatchError, Stopped
+from dist_sae.errors import (
+    ConfigError,
+    CorruptObjectError,
+    ObjectNotFoundError,
+    PlanMismatchError,
+    Stopped,
+)
 from dist_sae.storage import ObjectStore
 from dist_sae.telemetry.exporter import Telemetry
 from dist_sae.training.batches import StreamPosition
@@ -150,6 +156,11 @@ def find_checkpoints(
         )
         resolved = plan.resolve(run, Lineage.from_scalars(checkpoint.scalars).stream_rows)
         check_same_run(checkpoint.scalars["run"], resolved, f"{runs.url}/{run.name}", remedy)
+        if not checkpoint.step:
+            raise ConfigError(
+                f"{runs.url}/{run.name}: holds an imported dictionary; `--set name=OTHER --from "
+                f"{run.name}` trains on from it"
+            )
         if checkpoint.scalars["plan"] != plan.hash or not all(
             stream < plan.streams and place.first in windows
             for stream, place in cursors_of(checkpoint).items()

@@ -37,7 +37,7 @@ OF_THREE: dict[str, dict[str, Any]] = {"a": {}, "b": {"sae.k": 2}, "c": {"sae.n_
 
 
 class StopAt(Watch):
-    """Asks for a stop when the rank is at a step."""
+    """Asks for a stop when the rank is at a step; it takes effect after the next one."""
 
     def __init__(self, stopping: threading.Event, step: int | None) -> None:
         super().__init__(RANKS, stopping, lost_seconds=60, hung_seconds=60)
@@ -101,10 +101,10 @@ def test_a_sweep_trains_what_each_job_trains_alone(
     """
     first = {name: own for name, own in JOBS.items() if name != "relu"}
     with pytest.raises(Stopped, match="stopped at step 9 of 60"):
-        train_here(load_run(sweep_file(tmp_path, activations, first)), stop_at=9)
+        train_here(load_run(sweep_file(tmp_path, activations, first)), stop_at=8)
     run = load_run(sweep_file(tmp_path, activations, JOBS))
     with pytest.raises(Stopped, match="stopped at step 20 of 60"):
-        train_here(run, stop_at=20)
+        train_here(run, stop_at=19)
     assert {checkpoint_of(tmp_path, f"world-{name}").step for name in JOBS} == {20}
     found, _ = train_here(run)
     assert {name: result["step"] for name, result in found.items()} == {

@@ -1,0 +1,31 @@
+"""`dist-sae import`: take another library's dictionary as a run."""
+
+import argparse
+from pathlib import Path
+
+from dist_sae.commands import shared
+
+
+def add(commands: shared.Commands) -> None:
+    """Add the command."""
+    text = "make a run of a dictionary of SAELens, sparsify or Gemma Scope"
+    parser = commands.add_parser("import", help=text, description=text)
+    parser.add_argument("source", metavar="SOURCE", type=Path, help="folder with its files")
+    parser.add_argument(
+        "--as",
+        metavar="RUN",
+        dest="run",
+        required=True,
+        help="run file with the name, the stores, the model, the text and the site; its sae "
+        "section is replaced",
+    )
+    shared.add_settings(parser)
+    parser.set_defaults(command=main)
+
+
+def main(options: argparse.Namespace) -> None:
+    """Import, and say what was found."""
+    run = shared.load(options)
+    from dist_sae.interop.importing import import_dictionary
+
+    shared.print_result(options, import_dictionary(options.source, run))
