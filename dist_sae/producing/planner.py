@@ -85,11 +85,8 @@ def foresee(run: Run, meter: Meter = UNMETERED) -> tuple[Plan, dict[str, Any]]:
     meter.set("dist_sae_plan_documents", told["documents"])
     meter.set("dist_sae_plan_train_rows", made.train_rows_estimate)
     logger.info("%s %s: %s", "made" if created else "found", store.url, describe(told))
-    void = [(job, line) for job, _ in jobs for line in void_settings(job, made)]
-    for warning in (
-        *_warnings(told),
-        *(f"{job.name}: {line}" if run.sweep else line for job, line in void),
-    ):
+    void = dict.fromkeys(line for job, _ in jobs for line in void_settings(job, made))
+    for warning in (*_warnings(told), *void):
         logger.warning("%s", warning)
     logs.progress("plan", 1, 1, said=describe(told))
     return made, told
