@@ -1,7 +1,7 @@
 """The latent axis as collectives between the ranks of a mesh (`dictionaries/axis.py`)."""
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -21,6 +21,10 @@ entered = 0
 """Number of collectives that this rank has entered."""
 seconds = 0.0
 """Seconds spent in them. On a GPU this is the time to launch them."""
+mark: Callable[[], Any] | None = None
+"""Marks the device's clock, where that differs from the host's."""
+spans: list[tuple[Any, Any]] = []
+"""Marks before and after each collective, until somebody takes them."""
 
 
 @dataclass(kw_only=True, eq=False)
@@ -175,7 +179,17 @@ def collective() -> Iterator[None]:
     global entered, seconds  # noqa: PLW0603 - of the process, like the process groups
     entered += 1
     since = time.perf_counter()
+    start = mark and mark()
     try:
         yield
     finally:
         seconds += time.perf_counter() - since
+        if mark:
+            spans.append((start, mark()))
+
+
+def take_spans() -> list[tuple[Any, Any]]:
+    """The marks of collectives since the last call."""
+    taken = spans[:]
+    spans.clear()
+    return taken

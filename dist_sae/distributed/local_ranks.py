@@ -20,6 +20,8 @@ logger = logging.getLogger(__name__)
 
 FAILED_GRACE_SECONDS = 30.0
 """Time that ranks have to end after one failed. After a stop request Kubernetes has its own."""
+NODE = "DIST_SAE_NODE"
+"""Environment variable with the name of a pod's node, for messages."""
 _NODE_RANK = "JOB_COMPLETION_INDEX"
 
 

@@ -39,6 +39,8 @@ class Mesh(NamedTuple):
     """Control group, over gloo."""
     background_control: dist.ProcessGroup | None = None
     """Second control group, for saving."""
+    hosts: tuple[str, ...] = ()
+    """Hosts by rank, for messages."""
 
     @property
     def is_first(self) -> bool:
@@ -181,7 +183,9 @@ def join_mesh(
         if backend == "nccl" and world > 1 and transport.rdma_is_asked_for():
             dist.all_reduce(torch.zeros(1, device=device))  # NCCL connects at the first collective
             transport.check_rdma()
-        yield Mesh(rank, world, device, _split(rank, world, shards), control, background)
+        yield Mesh(
+            rank, world, device, _split(rank, world, shards), control, background, ranks.hosts
+        )
     finally:
         dist.destroy_process_group()
 

@@ -19,6 +19,7 @@ from typing import Any, NamedTuple
 import torch.distributed as dist
 
 from dist_sae.device import local_rank
+from dist_sae.distributed.local_ranks import NODE
 from dist_sae.errors import ConfigError, DistSaeError, RankLostError, Stopped
 
 _CONNECT_SECONDS = 5.0  # per attempt: the store may not be open yet
@@ -39,7 +40,7 @@ class Ranks(NamedTuple):
     """Number of ranks."""
     local_rank: int
     hosts: tuple[str, ...]
-    """Host names by rank."""
+    """Hosts by rank: name, and node where that is another."""
     generation: str = ""
     """Prefix of the job's keys in the store."""
 
@@ -88,7 +89,7 @@ def rendezvous(
             f"start {expected_world} ranks or set {setting}"
         )
     if world == 1:
-        yield Ranks(rank, world, local_rank(), (socket.gethostname(),))
+        yield Ranks(rank, world, local_rank(), (_here(),))
         return
     _address()  # raises a ConfigError here, not in the thread
     joining = _Joining(rank, world, name, limit_seconds)
@@ -143,7 +144,7 @@ class _Joining:
         _allow_files(_OTHER_FILES + _CONNECTIONS * self._world)
         self._server = _serve()
         store, self.generation = _connect(), uuid.uuid4().hex
-        store.set(f"{self.generation}/host/0", socket.gethostname())
+        store.set(f"{self.generation}/host/0", _here())
         store.set(f"generation/{self._name}", self.generation)
         keys = [f"{self.generation}/host/{rank}" for rank in range(self._world)]
         while not store.check(keys):
@@ -172,7 +173,7 @@ class _Joining:
                     generation = now
                     joined = store.add(f"{generation}/joined/{self._rank}", 1) == 1
                     if joined:
-                        store.set(f"{generation}/host/{self._rank}", socket.gethostname())
+                        store.set(f"{generation}/host/{self._rank}", _here())
             if joined and store.check([f"{generation}/all"]):
                 self._hosts = tuple(store.get(f"{generation}/all").decode().split("\n"))
                 self.generation = generation
@@ -198,6 +199,11 @@ class _Joining:
                         f"({_first_line(exc)}); find out why it does not run, or correct the "
                         f"address, and start again"
                     ) from exc
+
+
+def _here() -> str:
+    node, host = os.environ.get(NODE), socket.gethostname()
+    return f"{host} on {node}" if node else host
 
 
 def _allow_files(n: int) -> None:

@@ -16,6 +16,7 @@ from typing import Any, Literal
 from dist_sae.config import Run, jobs_of
 from dist_sae.config.cluster import PodsConfig, SpreadPods, TrainerPods
 from dist_sae.distributed import transport
+from dist_sae.distributed.local_ranks import NODE
 from dist_sae.interop import sae_lens
 from dist_sae.kubernetes.names import labels, object_name, selector
 from dist_sae.kubernetes.patch import merge_patch
@@ -207,8 +208,11 @@ def _environment(run: Run, part: Part, ranks: int) -> list[Object]:
         }
     if isinstance(pods, TrainerPods) and pods.rdma:
         values |= transport.pod_environment(SCRATCH)
-    own = {"name": "POD_NAME", "valueFrom": {"fieldRef": {"fieldPath": "metadata.name"}}}
-    return [own, *({"name": k, "value": v} for k, v in (values | run.cluster.env).items())]
+    own = {"POD_NAME": "metadata.name", NODE: "spec.nodeName"}
+    known = [
+        {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in own.items()
+    ]
+    return [*known, *({"name": k, "value": v} for k, v in (values | run.cluster.env).items())]
 
 
 def _spread(run: Run, part: Part) -> list[Object]:

@@ -18,7 +18,7 @@ from dist_sae.kubernetes.queue import UID_LABEL, describe_warnings, describe_wor
 from dist_sae.kubernetes.stored import StoredRun
 from dist_sae.telemetry.metrics import listed
 from dist_sae.telemetry.scrape import Sample, read_page
-from dist_sae.training.limits import describe_limit
+from dist_sae.training.limits import describe_limit, describe_slow
 
 _HISTORY = "the run's history"
 
@@ -111,10 +111,14 @@ def _live_numbers(run: Run, cluster: Cluster, pods: list[Object]) -> dict[str, d
         own = [sample for sample in page if sample.labels.get("run") == job.name]
         values = {sample.name: sample.value for sample in own if "phase" not in sample.labels}
         found = {m.short: values[m.name] for m in listed("status") if m.name in values}
-        if run.sweep and not found:  # it has not begun, or had ended before this pod began
-            continue
-        phases = _sums(own, "dist_sae_train_phase_seconds_total", "phase")
-        numbers[job.name] = found | {"phases": phases, "from": f"pod {pod}"}
+        phases = _sums(own, "dist_sae_train_phase_share", "phase")  # of all ranks, by the first
+        slow = (
+            describe_slow(sample.labels["slowest"], sample.labels["host"], sample.value)
+            for sample in own
+            if sample.name == "dist_sae_train_slowest_ratio"
+        )
+        more = {"phases": phases, "slow": next(slow, None), "from": f"pod {pod}"}
+        numbers[job.name] = found | more
     return numbers
 
 
@@ -172,17 +176,19 @@ def _limit(
         known.get("phases", {}),
         known.get("product_share"),
         slowest_stage,
+        known.get("slow"),
         all_produced="units" in store and store["ready_units"] == store["units"],
     )
 
 
 def _limit_of(numbers: Mapping[str, Any] | None, slowest_stage: str | None) -> str | None:
-    """The period that the limit covers: metrics have sums only, the history has reports."""
-    since = "all time since the pods began"
-    if numbers and numbers["from"] == _HISTORY:
-        of_producers = f"; of producers: {since}" if slowest_stage else ""
-        return f"the last report that was saved{of_producers}"
-    return since if numbers or slowest_stage else None
+    """The period that the limit covers: of producers there are sums only."""
+    since = "all time since the pods began" if slowest_stage else None
+    if not numbers:
+        return since
+    saved = " that was saved" if numbers["from"] == _HISTORY else ""
+    of_producers = f"; of producers: {since}" if since else ""
+    return f"the last report{saved}, over all ranks{of_producers}"
 
 
 def _slow_saves(run: Run, numbers: Mapping[str, Any] | None) -> list[str]:

@@ -64,10 +64,11 @@ class Telemetry:
         labels = {"role": role, "rank": str(rank)}
         self.every = [{"run": name, **labels} for name in jobs or [run]]
         """Labels of its series; each value is set in all of them."""
-        self._ended: set[str] = set()
         self._pushgateway_url = pushgateway_url
         self._began = time.time()
         self._registry = CollectorRegistry()
+        self._only: dict[tuple[str, str], list[str]] = {}
+        """Labels that `set_only` has set, by metric and run."""
         self._metrics = {m.name: self._open(m) for m in metrics_of(role)}
         self.begin()
         self.pulse = Pulse()
@@ -94,9 +95,12 @@ class Telemetry:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
+        if error is None:
+            self.set("dist_sae_run_finished", 1)
         failed = isinstance(error, Exception) and not isinstance(error, Stopped)
-        if error is None or failed:
-            self.ended(error)
+        if failed:
+            name = type(error).__name__ if isinstance(error, DistSaeError) else "bug"
+            self.set("dist_sae_run_failed", 1, error=name)
         if self.every[0]["role"] in SHORT_LIVED:
             self.set("dist_sae_job_seconds", time.time() - self._began)
             self.set("dist_sae_job_end_timestamp_seconds", time.time())
@@ -121,17 +125,6 @@ class Telemetry:
         view.begin()
         return view
 
-    def ended(self, error: BaseException | None = None) -> None:
-        """Export how the runs have ended; what was said of one before stands."""
-        left = [every["run"] for every in self.every if every["run"] not in self._ended]
-        self._ended.update(left)
-        view = self.of_runs(*left)
-        if error is None:
-            view.set("dist_sae_run_finished", 1)
-        else:
-            name = type(error).__name__ if isinstance(error, DistSaeError) else "bug"
-            view.set("dist_sae_run_failed", 1, error=name)
-
     def begin(self) -> None:
         """Create the series of counters whose labels are known, at 0."""
         for metric in metrics_of(self.every[0]["role"]):
@@ -149,6 +142,14 @@ class Telemetry:
         assert isinstance(gauge, Gauge)
         for every in self.every:
             gauge.labels(**every, **labels).set(value)
+
+    def set_only(self, name: str, value: float, **labels: str) -> None:
+        """Set a gauge, and forget its values for other labels; these are in the table's order."""
+        for every in self.every:
+            if before := self._only.get((name, every["run"])):
+                self._metrics[name].remove(*every.values(), *before)
+            self._only[name, every["run"]] = list(labels.values())
+        self.set(name, value, **labels)
 
     def add(self, name: str, value: float, **labels: str) -> None:
         """Add to a counter."""

@@ -13,10 +13,12 @@ ROLES = ("produce", "train", "index", *SHORT_LIVED)
 OTHERS = "others"
 PHASES = ("wait", "ranks", "begin", "forward", "backward", "optimiser", "save", "rest", OTHERS)
 """Phases of training, which add up to its time. `wait`: for data, on the rank that waits longest;
-`ranks`: for slower ranks, and on CPUs all communication; `begin`: before the first step; `others`:
-in steps of other jobs of a sweep."""
+`ranks`: in collectives, for slower ranks and for the network; `begin`: before the first step;
+`others`: in steps of other jobs of a sweep."""
 STANDING = ("wait", "begin", "save", OTHERS)
 """Phases in which no step is made."""
+WORKING = tuple(phase for phase in PHASES if phase not in (*STANDING, "ranks"))
+"""Phases in which a rank works; in the others it waits, or stores."""
 STAGES = ("tokenize", "forward", "pack", "store")
 """Stages of a producer, in the order of the work; they overlap."""
 QUANTILES = ("0.05", "0.25", "0.5", "0.75", "0.95")

@@ -161,12 +161,23 @@ TRAINING = (
     ),
     Metric(
         "dist_sae_train_phase_seconds_total",
-        "Time in training by phase: `wait` for data (on the rank that waits longest), `ranks` for "
-        "slower ranks (on a CPU also communication), `begin` before the first step, `save` "
-        "standing still for checkpoints, `others` in steps of other jobs of a sweep. All other "
-        "phases are the GPU's time where there is one.",
+        "Time in training by phase: `wait` for data (on the rank that waits longest), `ranks` in "
+        "collectives (for slower ranks, and for the network), `begin` before the first step, "
+        "`save` standing still for checkpoints, `others` in steps of other jobs of a sweep. All "
+        "other phases are the GPU's time where there is one.",
         labels=("phase",),
         values=PHASES,
+    ),
+    Metric(
+        "dist_sae_train_phase_share",
+        "Share of the time since the last report by phase, mean over all ranks; by rank 0.",
+        labels=("phase",),
+    ),
+    Metric(
+        "dist_sae_train_slowest_ratio",
+        "Time at work of the slowest rank since the last report, without waiting and collectives, "
+        "over that of the median rank; by rank 0. The labels name the rank and its host.",
+        labels=("slowest", "host"),
     ),
     Metric(
         "dist_sae_train_product_seconds",

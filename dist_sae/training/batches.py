@@ -4,6 +4,7 @@ import threading
 from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple, Protocol, Self
 
 import torch
@@ -139,11 +140,12 @@ class Batches:
                 if loaded is None:
                     return
                 self._export(loaded)
-                yield (batch := TrainingBatch(loaded, self.mesh.device, self._wants_to_meet))
+                wants_to_meet = partial(self._wants_to_meet, loader, is_last=step == steps[-1])
+                yield (batch := TrainingBatch(loaded, self.mesh.device, wants_to_meet))
                 meets = batch.meets
 
-    def _wants_to_meet(self) -> bool:
-        return self.stopping.is_set() or self.loader is None or not self.loader.is_ready
+    def _wants_to_meet(self, loader: Loader, *, is_last: bool) -> bool:
+        return not is_last and (self.stopping.is_set() or not loader.is_ready)
 
     def raise_if_stopped(self) -> None:
         """Raise why the iteration ended before the last step of a job, if it did.

@@ -30,6 +30,8 @@ class Times:
         self._telemetry = telemetry
         self._phases = Phases(self.clock, *telemetry)
         self._exchanged = axis.seconds
+        axis.mark = self.clock.mark if self.clock.is_cuda else None
+        axis.take_spans()
         self._exported_early = {job: defaultdict[str, float](float) for job in telemetry}
         """Seconds by phase that were exported since the last report."""
         self._waited = 0.0
@@ -38,7 +40,7 @@ class Times:
     def end(self, phase: str, job: str | None = None, *, waited: float = 0.0) -> None:
         """End a phase: the time since the last call belongs to it.
 
-        On a CPU, time inside collectives belongs to `ranks`. A GPU's clock cannot tell it apart.
+        Time inside collectives belongs to `ranks`: on a GPU, that between two marks of its clock.
 
         Args:
             phase: Its name.
@@ -47,7 +49,7 @@ class Times:
         """
         exchanged, self._exchanged = axis.seconds - self._exchanged, axis.seconds
         in_ranks = {} if self.clock.is_cuda else {"ranks": exchanged}
-        self._phases.end(phase, job, {"wait": waited} | in_ranks)
+        self._phases.end(phase, job, {"wait": waited} | in_ranks, axis.take_spans())
         if self._waited and phase == "wait":
             self._waited = 0.0
             self._report_waiting()

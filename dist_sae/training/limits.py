@@ -5,6 +5,8 @@ from collections.abc import Mapping
 from dist_sae.telemetry.metric import OTHERS
 
 _STALLED = 0.1  # share of the time: above it, standing still is the first thing to mend
+SLOW = 1.2
+"""Time at work over that of the median rank from which on a rank is called slow."""
 _DENSE = 0.5  # share of step time: from it on, the encoder product is the limit
 _IGNORED = ("begin", OTHERS)
 _NAMES = {
@@ -20,6 +22,7 @@ def describe_limit(
     phases: Mapping[str, float],
     product_share: float | None = None,
     slowest_stage: str | None = None,
+    slow_rank: str | None = None,
     *,
     all_produced: bool = False,
 ) -> str:
@@ -30,6 +33,7 @@ def describe_limit(
             `begin` is ignored, since it is over, and `others`, which other jobs' limits are about.
         product_share: Share of step time that the bare encoder product takes, if known.
         slowest_stage: The producers' slowest stage, if known.
+        slow_rank: The rank that others wait for, if there is one (`describe_slow`).
         all_produced: Whether every unit exists.
     """
     phases = {phase: spent for phase, spent in phases.items() if phase not in _IGNORED}
@@ -44,11 +48,30 @@ def describe_limit(
         return f"data: trainers wait {waiting:.0%} of the time{of_producers}"
     if (saving := shares.get("save", 0.0)) > _STALLED:
         return f"saving: training stands still {saving:.0%} of the time"
+    return _of_steps(shares, product_share, slow_rank)
+
+
+def _of_steps(
+    shares: Mapping[str, float], product_share: float | None, slow_rank: str | None
+) -> str:
+    if slow_rank and shares.get("ranks", 0.0) > _STALLED:
+        return f"{slow_rank}; ranks wait {shares['ranks']:.0%} of the time"
     if product_share is not None and product_share >= _DENSE:
         return f"the encoder product: {product_share:.0%} of step time"
     phase = max(shares, key=lambda phase: shares[phase])
     product = "" if product_share is None else f"; the encoder product: {product_share:.0%}"
     return f"{_NAMES.get(phase, phase)}: {shares[phase]:.0%} of step time{product}"
+
+
+def describe_slow(rank: str, host: str, ratio: float) -> str | None:
+    """Name the slowest rank, if it is slow.
+
+    Args:
+        rank: Its number.
+        host: Its host.
+        ratio: Its time at work over that of the median rank.
+    """
+    return f"rank {rank} ({host}) takes {ratio:.1f} x the median's time" if ratio >= SLOW else None
 
 
 def _before_training(slowest_stage: str | None, *, all_produced: bool) -> str:

@@ -2,7 +2,7 @@
 
 import time
 from collections import defaultdict, deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -59,11 +59,15 @@ class Phases:
     def __init__(self, clock: Clock, *jobs: str) -> None:
         self._clock = clock
         self._seconds = {job: defaultdict[str, float](float) for job in jobs}
-        first = _Mark("", None, {}, clock.mark())
+        first = _Mark("", None, {}, (), clock.mark())
         self._marks: deque[_Mark] = deque([first])
 
     def end(
-        self, phase: str, job: str | None = None, within: Mapping[str, float] | None = None
+        self,
+        phase: str,
+        job: str | None = None,
+        within: Mapping[str, float] | None = None,
+        in_ranks: Sequence[tuple[Any, Any]] = (),
     ) -> None:
         """End a phase: the time since the last call belongs to it.
 
@@ -71,8 +75,9 @@ class Phases:
             phase: Its name.
             job: The job that it is of; None if it is all jobs'.
             within: Seconds of it, at most, that belong to other phases, in this order.
+            in_ranks: Marks before and after each part of it that belongs to `ranks`.
         """
-        self._marks.append(_Mark(phase, job, within or {}, self._clock.mark()))
+        self._marks.append(_Mark(phase, job, within or {}, in_ranks, self._clock.mark()))
         if len(self._marks) > MOST_MARKS and self._clock.is_past(self._marks[1].end):
             self._fold()
 
@@ -86,8 +91,10 @@ class Phases:
 
     def _fold(self) -> None:
         start = self._marks.popleft().end
-        phase, of, within, end = self._marks[0]
+        phase, of, within, in_ranks, end = self._marks[0]
         whole = left = self._clock.seconds(start, end)
+        if in_ranks:
+            within = {**within, "ranks": sum(self._clock.seconds(*span) for span in in_ranks)}
         parts = []
         for other, most in within.items():
             parts.append((other, min(left, max(most, 0.0))))
@@ -104,6 +111,7 @@ class _Mark(NamedTuple):
     phase: str
     job: str | None
     within: Mapping[str, float]
+    in_ranks: Sequence[tuple[Any, Any]]
     end: Any
     """The clock's mark."""
 

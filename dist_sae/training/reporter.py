@@ -5,6 +5,7 @@ waits for the device happens every `train.log_every_steps` steps.
 """
 
 import logging
+import socket
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -25,10 +26,11 @@ from dist_sae.dictionaries.normaliser import SiteNormalisers
 from dist_sae.distributed.mesh import Mesh
 from dist_sae.errors import DistSaeError, Stopped
 from dist_sae.telemetry.exporter import Telemetry
-from dist_sae.telemetry.metric import DENSITIES, NEVER, PHASES, RARE
+from dist_sae.telemetry.metric import DENSITIES, NEVER, PHASES, RARE, WORKING
 from dist_sae.telemetry.metrics import gauges, listed
 from dist_sae.telemetry.sinks import Sink
 from dist_sae.training.clock import Times, rows_per_worked_second
+from dist_sae.training.limits import describe_slow
 from dist_sae.training.numbers import (
     batch_numbers,
     expert_numbers,
@@ -61,8 +63,6 @@ class TrainingReporter:
     normalisers: SiteNormalisers
     reported: int
     """Step of the last report; at first the steps done already."""
-    role: str = "train"
-    """Name of its progress."""
     counted_rows: int = 0
     """Rows over which earlier runs counted idle rows of latents."""
     last: dict[str, float] = field(default_factory=dict)
@@ -149,7 +149,7 @@ class TrainingReporter:
         else:  # not known before so many rows
             numbers.pop("expert_dead_share", None)
         self.end("rest")
-        phases = self._of_all_ranks(self.times.take(self.run.name))
+        phases, slow = self._of_all_ranks(self.times.take(self.run.name))
         seconds, steps = sum(phases.values()), step - self.reported
         self.reported = step
         rows = steps * run.train.batch_rows
@@ -180,7 +180,7 @@ class TrainingReporter:
         if self.mesh.is_first:
             names = [metric.short for metric in listed("progress") if metric.short in numbers]
             shown = {name: numbers[name] for name in names}
-            logs.progress(self.role, step, run.steps, **shown, phases=phases)
+            logs.progress("train", step, run.steps, **shown, phases=phases, slow=slow)
             self._doubt(step, numbers)
 
     def _doubt(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -197,11 +197,28 @@ class TrainingReporter:
         for sink in self.sinks:
             sink.append(record)
 
-    def _of_all_ranks(self, phases: Mapping[str, float]) -> dict[str, float]:
-        """Mean over ranks: one's `forward` may be another's `ranks`. Collective."""
-        own = torch.tensor([phases.get(phase, 0.0) for phase in PHASES], dtype=torch.float64)
-        mean = self.mesh.axis.total(own.to(self.mesh.device)) / self.mesh.world
-        return dict(zip(PHASES, mean.tolist(), strict=True))
+    def _of_all_ranks(self, phases: Mapping[str, float]) -> tuple[dict[str, float], str | None]:
+        """Mean over ranks, as one's `forward` may be another's `ranks`; the slow rank. Collective.
+
+        Exports both on rank 0.
+        """
+        mesh = self.mesh
+        table = torch.zeros(mesh.world, len(PHASES), dtype=torch.float64)
+        table[mesh.rank] = torch.tensor([phases.get(phase, 0.0) for phase in PHASES])
+        table = mesh.axis.total(table.to(mesh.device)).cpu()
+        mean = dict(zip(PHASES, table.mean(0).tolist(), strict=True))
+        worked = table[:, [PHASES.index(phase) for phase in WORKING]].sum(1)
+        slowest = int(worked.argmax())
+        ratio = float(worked[slowest] / worked.median())
+        host = mesh.hosts[slowest] if mesh.hosts else socket.gethostname()
+        if mesh.is_first:
+            for phase, seconds in mean.items():
+                share = seconds / sum(mean.values())
+                self.telemetry.set("dist_sae_train_phase_share", share, phase=phase)
+            self.telemetry.set_only(
+                "dist_sae_train_slowest_ratio", ratio, slowest=str(slowest), host=host
+            )
+        return mean, describe_slow(str(slowest), host, ratio)
 
     def heldout(self, step: int, fvu: float | None) -> None:
         """Publish the held-out FVU after a step, if it was measured."""
@@ -210,7 +227,7 @@ class TrainingReporter:
 
     def failed(self, failure: DistSaeError) -> None:
         """Tell that this job ends before its last step, while others go on."""
-        self.telemetry.ended(failure)
+        self.telemetry.set("dist_sae_run_failed", 1, error=type(failure).__name__)
         logger.error("%s ends, other jobs go on: %s", self.run.name, failure)
 
     def saved(self, saved: Saved) -> None:

@@ -206,6 +206,7 @@ class Pod:
 
     def _field(self, path: str) -> str:
         fields = {"metadata.name": self.name, "status.podIP": self.address}
+        fields["spec.nodeName"] = "node-of-" + self.name
         for kind in ("labels", "annotations"):
             for key, value in self._metadata.get(kind, {}).items():
                 fields[f"metadata.{kind}['{key}']"] = value

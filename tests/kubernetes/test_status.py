@@ -176,7 +176,7 @@ def test_status_joins_pods_store_and_history(api: ApiServer, sh: Shell, going: s
         "index": None,
     }
     assert found["limit"] == "data: trainers wait 75% of the time"
-    assert found["limit_of"] == "the last report that was saved"
+    assert found["limit_of"] == "the last report that was saved, over all ranks"
     assert found["numbers"] == {
         "step": 8,
         "fvu": 0.25,
@@ -251,41 +251,6 @@ def test_status_says_how_far_the_index_is(api: ApiServer, sh: Shell, going: str)
         assert "0 of 2 buckets merged, 12,300 rows/s by the first worker" in sh("status", going)
 
 
-def test_status_of_a_sweep_has_a_line_for_each_job(
-    api: ApiServer, sh: Shell, path: str, tmp_path: Path
-) -> None:
-    """One JobSet. The trainer has numbers of one job, and the other's are in its history."""
-    sweep = tmp_path / "sweep.yaml"
-    sweep.write_text(Path(path).read_text() + "\nsweep: {over: {sae.k: [2, 4]}}\n")
-    sh("submit", str(sweep))
-    assert api.the("JobSet", "tiny")
-    run = load_run(sweep)
-    runs = open_store(run.store.runs, run.store.s3)
-    for name, step in (("tiny-k2", 4), ("tiny-k4", 8)):
-        Checkpoints(runs, name, 2).commit(step, [], {})
-    history = History(runs, "tiny-k4", 0)
-    history.append({"step": 8, "fvu": 0.25, "phases": {"forward": 1.0}})
-    history.flush()
-    pod = api.pods("trainer")[0]
-    api.run_pod(pod)
-    with Telemetry("tiny", "train", 0, jobs=["tiny-k2"]) as telemetry:
-        assert telemetry.port
-        api.ports[pod] = telemetry.port
-        telemetry.set("dist_sae_train_step", 5)
-        telemetry.set("dist_sae_train_fvu", 0.5)
-        shown = sh("status", str(sweep)).splitlines()
-    saved = [line for line in shown if line.startswith("saved ")]
-    assert [(line.split()[2], line.split()[-1]) for line in saved] == [
-        ("4", "tiny-k2"),
-        ("8", "tiny-k4"),
-    ]
-    training = [line for line in shown if line.startswith("training ")]
-    assert training == [
-        f"training step 5  fvu 0.500  (pod {pod})  tiny-k2",
-        "training step 8  fvu 0.250  (the run's history)  tiny-k4",
-    ]
-
-
 def test_status_asks_the_first_trainer_for_its_numbers(
     api: ApiServer, sh: Shell, going: str
 ) -> None:
@@ -300,8 +265,8 @@ def test_status_asks_the_first_trainer_for_its_numbers(
         api.ports |= {pod: telemetry.port, producer: producing.port}
         producing.add("dist_sae_produce_seconds_total", 9, stage="store")
         producing.add("dist_sae_produce_seconds_total", 5, stage="forward")
-        telemetry.add("dist_sae_train_phase_seconds_total", 2, phase="wait")
-        telemetry.add("dist_sae_train_phase_seconds_total", 6, phase="backward")
+        telemetry.set("dist_sae_train_phase_share", 0.25, phase="wait")
+        telemetry.set("dist_sae_train_phase_share", 0.75, phase="backward")
         telemetry.set("dist_sae_train_step", 11)
         telemetry.set("dist_sae_train_fvu", 0.125)
         telemetry.set("dist_sae_checkpoint_seconds", 301)
@@ -318,43 +283,55 @@ def test_status_asks_the_first_trainer_for_its_numbers(
         assert found["limit"] == (
             "data: trainers wait 25% of the time; producers' slowest stage: store"
         )
-        assert found["limit_of"] == "all time since the pods began"
-        assert "stage: store  (of all time since the pods began)" in sh("status", going)
+        of = "the last report, over all ranks; of producers: all time since the pods began"
+        assert found["limit_of"] == of
+        assert f"stage: store  (of {of})" in sh("status", going)
         assert found["warnings"] == [
             "the last checkpoint took 301 s, and pods get 600 s to save and end; raise "
             "cluster.trainer.grace_seconds"
         ]
         telemetry.set("dist_sae_checkpoint_seconds", 299)
         assert status(sh, going)["warnings"] == []
+        for phase, share in (("wait", 0.0), ("backward", 0.7), ("ranks", 0.3)):
+            telemetry.set("dist_sae_train_phase_share", share, phase=phase)
+        slow = {"slowest": "5", "host": "tiny-trainer-0-0 on gpu-7"}
+        telemetry.set_only("dist_sae_train_slowest_ratio", 1.43, **slow)
+        assert status(sh, going)["limit"] == (
+            "rank 5 (tiny-trainer-0-0 on gpu-7) takes 1.4 x the median's time; ranks wait 30% of "
+            "the time"
+        )
 
     del api.ports[pod]
     found = status(sh, going)
     assert found["numbers"]["from"] == "the run's history"
-    assert found["limit_of"] == "the last report that was saved"
+    assert found["limit_of"] == "the last report that was saved, over all ranks"
     assert "error trying to reach service" in found["out_of_reach"]["metrics"]
     api.rules.remove(("", "pods/proxy", "get"))
     assert "ada may not get pods/proxy" in status(sh, going)["out_of_reach"]["metrics"]
 
 
-def test_status_sums_over_the_ranks_of_a_pod(api: ApiServer, sh: Shell, going: str) -> None:
+def test_status_sums_over_the_producers_ranks_in_a_pod(
+    api: ApiServer, sh: Shell, going: str
+) -> None:
     """Of ranks that share a model the others export zeros."""
     sh("submit", going)
     with ExitStack() as stack:
         for part, role in (("trainer", "train"), ("producer", "produce")):
             ranks = [stack.enter_context(Telemetry("tiny", role, 0, rank)) for rank in (0, 1)]
             if role == "train":
-                ranks[0].add("dist_sae_train_phase_seconds_total", 4, phase="wait")
-                ranks[0].add("dist_sae_train_phase_seconds_total", 1, phase="forward")
-                ranks[1].add("dist_sae_train_phase_seconds_total", 5, phase="forward")
+                ranks[0].set("dist_sae_train_phase_share", 0.4, phase="wait")
+                ranks[0].set("dist_sae_train_phase_share", 0.6, phase="forward")
             else:
                 ranks[0].add("dist_sae_produce_seconds_total", 9, stage="pack")
+                for rank in ranks:
+                    rank.add("dist_sae_produce_seconds_total", 6, stage="store")
             pod = api.pods(part)[0]
             api.run_pod(pod)
             ports = {rank: one.port for rank, one in enumerate(ranks) if one.port}
             gathered = stack.enter_context(GatheredTelemetry("tiny", role, ports, 0))
             api.ports[pod] = gathered.port
         assert status(sh, going)["limit"] == (
-            "data: trainers wait 40% of the time; producers' slowest stage: pack"
+            "data: trainers wait 40% of the time; producers' slowest stage: store"
         )
 
 

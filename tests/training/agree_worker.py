@@ -1,4 +1,7 @@
-"""One rank of a run whose rank 1 alone has a reason to stop, and what it exchanged at each step."""
+"""One rank of a run whose rank 1 alone has a reason to stop, or is slow.
+
+It notes what it exchanged at each step.
+"""
 
 import json
 import os
@@ -24,10 +27,12 @@ from dist_sae.training.loop import train
 
 REASON_AT = 7
 """The step before which rank 1 has its reason."""
+SLOW_SECONDS = 0.05
+"""What a step of the slow rank takes longer."""
 
 
 def rank(path: Path, why: str, env: dict[str, str]) -> None:
-    """The process; leaves `said-<rank>.json`: its last words, and collectives by step."""
+    """The process; leaves `said-<rank>.json`: last words, collectives by step, page of metrics."""
     os.environ.update(env)
     torch.set_num_threads(1)
     run, stopping = load_run(path), threading.Event()
@@ -40,6 +45,8 @@ def rank(path: Path, why: str, env: dict[str, str]) -> None:
 
         @property
         def is_ready(self) -> bool:
+            if own and why == "slow":
+                time.sleep(SLOW_SECONDS)
             while not self.loaded:
                 time.sleep(0.005)
             return super().is_ready and not self._has_reason("data ends")
@@ -91,4 +98,5 @@ def rank(path: Path, why: str, env: dict[str, str]) -> None:
             train(run, mesh, watch, stopping, telemetry)
         except Stopped as stop:
             words = str(stop)
-    path.with_name(f"said-{ranks.rank}.json").write_text(json.dumps([words, exchanges]))
+        page = telemetry.render().decode()
+    path.with_name(f"said-{ranks.rank}.json").write_text(json.dumps([words, exchanges, page]))

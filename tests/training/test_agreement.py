@@ -1,4 +1,4 @@
-"""Ranks agree on whether to go on without meeting before each step."""
+"""Ranks agree on whether to go on without meeting before each step; a slow one is named."""
 
 import json
 import socket
@@ -7,22 +7,27 @@ from pathlib import Path
 
 import pytest
 
+from dist_sae.telemetry.metric import PHASES
 from tests.forks import processes
 from tests.training.agree_worker import REASON_AT, rank
-from tests.training.trained import STEPS, final, run_file
+from tests.training.trained import STEPS, final, history, run_file
 
 pytestmark = pytest.mark.system
 
 
-def last_words(folder: Path, activations: str, why: str) -> tuple[set[str], Mapping[str, int]]:
-    """What the two ranks said at their end, and rank 0's exchanges over the control group."""
-    path = run_file(folder, activations, processes={"trainers": 2})
+def last_words(
+    folder: Path, activations: str, why: str
+) -> tuple[set[str], Mapping[str, int], list[str]]:
+    """What the two ranks said at their end; rank 0's exchanges over the control group, and page."""
+    train = {"log_every_steps": 20}
+    path = run_file(folder, activations, processes={"trainers": 2}, train=train)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
     ranks = []
     for number in range(2):
         env = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
+        env["DIST_SAE_NODE"] = f"node-{number}"
         env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         ranks.append(processes.Process(target=rank, args=(path, why, env), daemon=True))
         ranks[-1].start()
@@ -30,12 +35,12 @@ def last_words(folder: Path, activations: str, why: str) -> tuple[set[str], Mapp
         process.join(300)
         process.kill()
     said = [json.loads((folder / f"said-{number}.json").read_text()) for number in range(2)]
-    return {words for words, _ in said}, said[0][1]
+    return {words for words, *_ in said}, said[0][1], said[0][2].splitlines()
 
 
 def test_a_step_needs_no_exchange_to_agree(tmp_path: Path, activations: str) -> None:
     """Ranks meet before the first step, and when they save the last one."""
-    words, exchanges = last_words(tmp_path, activations, "nothing")
+    words, exchanges, _ = last_words(tmp_path, activations, "nothing")
     assert words == {"ended"}
     assert exchanges.keys() == {"0", str(STEPS)}
     assert final(tmp_path).step == STEPS
@@ -46,7 +51,25 @@ def test_all_ranks_stop_at_the_step_at_which_one_must(
     tmp_path: Path, activations: str, why: str
 ) -> None:
     """It tells the others in the step that it has a batch for: they meet after it, and save."""
-    words, exchanges = last_words(tmp_path, activations, why)
+    words, exchanges, _ = last_words(tmp_path, activations, why)
     assert words == {f"stopped at step {REASON_AT} of {STEPS}; start again to continue"}
     assert exchanges.keys() == {"0", str(REASON_AT)}
     assert final(tmp_path).step == REASON_AT
+
+
+def test_a_slow_rank_is_named_with_its_node(tmp_path: Path, activations: str) -> None:
+    """By rank 0, over all ranks; the other one's time is spent in collectives with it."""
+    words, _, page = last_words(tmp_path, activations, "slow")
+    assert words == {"ended"}
+    (slowest,) = [line for line in page if line.startswith("dist_sae_train_slowest_ratio{")]
+    assert 'slowest="1"' in slowest
+    assert " on node-1" in slowest
+    shares = {
+        line.split('phase="')[1].split('"')[0]: float(line.split()[-1])
+        for line in page
+        if line.startswith("dist_sae_train_phase_share{")
+    }
+    assert shares.keys() == set(PHASES)
+    assert sum(shares.values()) == pytest.approx(1)
+    phases = history(tmp_path)[-1]["phases"]
+    assert shares["ranks"] == pytest.approx(phases["ranks"] / sum(phases.values()))

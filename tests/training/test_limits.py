@@ -2,7 +2,7 @@
 
 import pytest
 
-from dist_sae.training.limits import describe_limit
+from dist_sae.training.limits import describe_limit, describe_slow
 
 BUSY = {"wait": 0.2, "forward": 5.0, "backward": 3.0, "optimiser": 1.0, "save": 0.0, "rest": 0.8}
 
@@ -36,6 +36,17 @@ def test_the_limit_is_what_would_have_to_be_faster(
 ) -> None:
     assert describe_limit(phases, product, stage) == said
     assert len(said) <= 72  # beside "limit: ", on a terminal
+
+
+def test_a_slow_rank_is_named_with_its_host_where_others_wait_for_it() -> None:
+    slow = describe_slow("3", "run-trainer-0-1 on gpu-7", 1.31)
+    assert slow == "rank 3 (run-trainer-0-1 on gpu-7) takes 1.3 x the median's time"
+    assert describe_slow("3", "here", 1.19) is None
+    waiting = BUSY | {"ranks": 2.5}  # of 12.5 s
+    said = describe_limit(waiting, 0.6, "store", slow)
+    assert said == f"{slow}; ranks wait 20% of the time"
+    assert describe_limit(BUSY, 0.55, "store", slow).startswith("the encoder product")
+    assert describe_limit(waiting | {"wait": 50.0}, 0.6, None, slow).startswith("data: ")
 
 
 def test_producers_that_are_done_are_not_the_limit() -> None:

@@ -105,18 +105,22 @@ def test_a_phase_of_one_job_is_time_in_others_for_the_rest(monkeypatch: pytest.M
     assert watch.take("b") == {"wait": 2.0, "others": 2.0, "forward": 1.0}
 
 
-def test_seconds_of_the_host_are_taken_from_no_phase_of_a_gpu(
+def test_time_in_collectives_is_that_of_the_devices_clock(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """There a collective is only begun; the first one waits for NCCL to start."""
+    """The host's says nothing there: it only begins them. Each mark is a second after the last."""
     monkeypatch.setattr(torch.cuda, "Event", Event)
     spent = {}
     for device in ("cuda", "cpu"):
         times = Times(torch.device(device), {JOB: Telemetry(JOB, "train", None)})
         monkeypatch.setattr(axis, "seconds", axis.seconds + 1e9)
+        for _ in range(2):
+            with axis.collective():
+                pass
         times.end("forward")
+        times.end("rest")  # without any
         spent[device] = times.take(JOB)
-    assert spent["cuda"] == {"wait": 0.0, "forward": 1.0}
+    assert spent["cuda"] == {"wait": 0.0, "ranks": 2.0, "forward": 3.0, "rest": 1.0}
     assert spent["cpu"]["ranks"] > 0
 
 

@@ -1,7 +1,7 @@
 """The latent index while it is made."""
 
 from dist_sae.telemetry.dashboards.panels import Page, graph, number
-from dist_sae.telemetry.dashboards.queries import alive, by_rank, growth, now, rate
+from dist_sae.telemetry.dashboards.queries import alive, growth, now, rate
 
 INDEX = Page(
     "index",
@@ -48,10 +48,7 @@ INDEX = Page(
                 width=12,
             ),
             graph(
-                "Rows encoded",
-                "rows/s",
-                *by_rank(rate("dist_sae_index_rows_total", "run, rank"), lowest=True),
-                width=12,
+                "Rows encoded", "rows/s", rate("dist_sae_index_rows_total", "run, rank"), width=12
             ),
             graph(
                 "Entries",
@@ -75,13 +72,13 @@ INDEX = Page(
             graph(
                 "Pace of the last unit",
                 "rows/s",
-                *by_rank(now("dist_sae_index_rows_per_second", "run, rank"), lowest=True),
+                now("dist_sae_index_rows_per_second", "run, rank"),
                 says="A worker that lags has a slow device, or a slow way to the store.",
             ),
             graph(
                 "Memory of workers",
                 "bytes",
-                *by_rank(now("dist_sae_process_resident_memory_bytes", "run, rank", role="index")),
+                now("dist_sae_process_resident_memory_bytes", "run, rank", role="index"),
             ),
         ),
     },
