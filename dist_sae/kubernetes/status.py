@@ -111,6 +111,8 @@ def _live_numbers(run: Run, cluster: Cluster, pods: list[Object]) -> dict[str, d
         own = [sample for sample in page if sample.labels.get("run") == job.name]
         values = {sample.name: sample.value for sample in own if "phase" not in sample.labels}
         found = {m.short: values[m.name] for m in listed("status") if m.name in values}
+        if run.sweep and not found:  # it has not begun, or had ended before this pod began
+            continue
         phases = _sums(own, "dist_sae_train_phase_share", "phase")  # of all ranks, by the first
         slow = (
             describe_slow(sample.labels["slowest"], sample.labels["host"], sample.value)

@@ -10,7 +10,7 @@ import torch
 from dist_sae.checkpoint import folder
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.checkpoint.trained import Trained, none_yet, read_trained, use_trained
-from dist_sae.config import Run
+from dist_sae.config import Run, jobs_of
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.data.activation_set import ActivationSet
 from dist_sae.data.plan import PLAN_KEY, Plan, as_planned, load_plan
@@ -43,7 +43,11 @@ def open_run(place: str | os.PathLike[str], overrides: Sequence[str] = ()) -> "O
     argument = os.fspath(place)
     if "://" not in argument:
         argument = os.path.expanduser(argument)
-    return OpenedRun(folder.open_run(argument, overrides))
+    run = folder.open_run(argument, overrides)
+    if run.sweep:
+        names = ", ".join(job.name for job in jobs_of(run))
+        raise ConfigError(f"{argument}: is a sweep; open the folder of one of its runs: {names}")
+    return OpenedRun(run)
 
 
 class OpenedRun:

@@ -101,6 +101,7 @@ class _Producer:
         ahead = run.store.max_ahead_units
         self._queue = unit_queue(store, plan, worker, stopping, consumers, ahead, telemetry)
         telemetry.set("dist_sae_produce_plan_units", len(plan.units))
+        telemetry.set("dist_sae_produce_producers", run.processes.producers)
         if ahead is not None:
             telemetry.set("dist_sae_produce_max_ahead_units", ahead)
         if len(list(existing_units(store))) < len(plan.units):

@@ -50,13 +50,18 @@ def foresee(run: Run, meter: Meter = UNMETERED) -> tuple[Plan, dict[str, Any]]:
         check_deepspeed(job)  # before anything is read or written
     store = open_store(run.store.activations, run.store.s3, meter)
     is_planned = store.size(PLAN_KEY) is not None
-    if is_planned:  # what the hub had then, whatever it has now
-        run = as_planned(run, load_plan(store, run))
+    known: CorpusIndex | None = None
+    if is_planned:
+        earlier = load_plan(store, run)
+        run = as_planned(run, earlier)  # what the hub had then, whatever it has now
+        known = _known_text(run, earlier)
     try:
         corpus = Corpus(run.corpus, run.store.s3)
         pace = logs.PacedProgress("plan")
         pace(0, 1, doing="reads the text")
-        index = corpus.index(lambda n: pace(0, 1, doing=f"reads the text: {n:,} documents"))
+        index = known or corpus.index(
+            lambda n: pace(0, 1, doing=f"reads the text: {n:,} documents")
+        )
         widths = check_sites(run.model, run.activations)
         content = model_content(run.model)
         found = find_plan(store, run, index, content)
@@ -80,14 +85,20 @@ def foresee(run: Run, meter: Meter = UNMETERED) -> tuple[Plan, dict[str, Any]]:
     meter.set("dist_sae_plan_documents", told["documents"])
     meter.set("dist_sae_plan_train_rows", made.train_rows_estimate)
     logger.info("%s %s: %s", "made" if created else "found", store.url, describe(told))
-    void = [(job, line) for job, _ in jobs for line in void_settings(job, made)]
-    for warning in (
-        *_warnings(told),
-        *(f"{job.name}: {line}" if run.sweep else line for job, line in void),
-    ):
+    void = dict.fromkeys(line for job, _ in jobs for line in void_settings(job, made))
+    for warning in (*_warnings(told), *void):
         logger.warning("%s", warning)
     logs.progress("plan", 1, 1, said=describe(told))
     return made, told
+
+
+def _known_text(run: Run, plan: Plan) -> CorpusIndex | None:
+    """What an earlier plan knows of the run's text, if nobody reads the text itself any more."""
+    if not (
+        plan.texts_stored and Corpus(run.corpus, run.store.s3).holds(plan.files, plan.corpus_commit)
+    ):
+        return None
+    return CorpusIndex(plan.files, [], [], commit=plan.corpus_commit)
 
 
 def _start(run: Run, plan: Plan, meter: Meter) -> Start:

@@ -64,6 +64,7 @@ class Telemetry:
         labels = {"role": role, "rank": str(rank)}
         self.every = [{"run": name, **labels} for name in jobs or [run]]
         """Labels of its series; each value is set in all of them."""
+        self._ended: set[str] = set()
         self._pushgateway_url = pushgateway_url
         self._began = time.time()
         self._registry = CollectorRegistry()
@@ -95,12 +96,9 @@ class Telemetry:
         return self
 
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
-        if error is None:
-            self.set("dist_sae_run_finished", 1)
         failed = isinstance(error, Exception) and not isinstance(error, Stopped)
-        if failed:
-            name = type(error).__name__ if isinstance(error, DistSaeError) else "bug"
-            self.set("dist_sae_run_failed", 1, error=name)
+        if error is None or failed:
+            self.ended(error)
         if self.every[0]["role"] in SHORT_LIVED:
             self.set("dist_sae_job_seconds", time.time() - self._began)
             self.set("dist_sae_job_end_timestamp_seconds", time.time())
@@ -124,6 +122,17 @@ class Telemetry:
         view.every = [{**self.every[0], "run": run} for run in runs]
         view.begin()
         return view
+
+    def ended(self, error: BaseException | None = None) -> None:
+        """Export how the runs have ended; what was said of one before stands."""
+        left = [every["run"] for every in self.every if every["run"] not in self._ended]
+        self._ended.update(left)
+        view = self.of_runs(*left)
+        if error is None:
+            view.set("dist_sae_run_finished", 1)
+        else:
+            name = type(error).__name__ if isinstance(error, DistSaeError) else "bug"
+            view.set("dist_sae_run_failed", 1, error=name)
 
     def begin(self) -> None:
         """Create the series of counters whose labels are known, at 0."""

@@ -70,6 +70,9 @@ METRICS = (
         "dist_sae_produce_ready_units",
         "Units that exist, by any producer, as far as this producer has seen.",
     ),
+    Metric(
+        "dist_sae_produce_producers", "processes.producers: the producers that there should be."
+    ),
     Metric("dist_sae_produce_plan_units", "Units of the plan."),
     Metric(
         "dist_sae_produce_max_ahead_units",

@@ -157,6 +157,8 @@ class TrainingJob:
         if not self.failure:
             self._save()
         self.saver.finish()
+        if not (self.alone or self.steps):
+            self.report.telemetry.ended()
 
     def result(self) -> dict[str, float]:
         """Steps and rows trained on, and the last numbers reported."""

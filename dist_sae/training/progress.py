@@ -84,14 +84,14 @@ class ProgressView:
                 note=role.describe(),
                 left="-:--:--" if role.left is None else str(role.left),
             )
-            if name in ("produce", "train"):
+            if name.startswith(("produce", "train")):
                 self._limit.plain = limit
             else:
                 self._limit.truncate(0)
         elif role.is_due():
             left = "" if role.left is None else f"  {role.left} left"
             line = f"{name} {role.amount()}{left}  {role.describe()}"
-            if name == "train" and role.done < role.total:
+            if name.startswith("train") and role.done < role.total:
                 line += f"  {limit}"
             self._console.print(line, highlight=False, soft_wrap=True)
 
@@ -114,7 +114,8 @@ class ProgressView:
         self._console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def _describe_limit(self) -> str:
-        training, producing = self._roles.get("train"), self._roles.get("produce")
+        trainings = [role for name, role in self._roles.items() if name.startswith("train")]
+        training, producing = next(iter(trainings), None), self._roles.get("produce")
         numbers = training.numbers if training else {}
         phases = {"wait": 1.0} if training and training.waiting else numbers.get("phases", {})
         return describe_limit(

@@ -63,6 +63,8 @@ class TrainingReporter:
     normalisers: SiteNormalisers
     reported: int
     """Step of the last report; at first the steps done already."""
+    role: str = "train"
+    """Name of its progress."""
     counted_rows: int = 0
     """Rows over which earlier runs counted idle rows of latents."""
     last: dict[str, float] = field(default_factory=dict)
@@ -180,7 +182,7 @@ class TrainingReporter:
         if self.mesh.is_first:
             names = [metric.short for metric in listed("progress") if metric.short in numbers]
             shown = {name: numbers[name] for name in names}
-            logs.progress("train", step, run.steps, **shown, phases=phases, slow=slow)
+            logs.progress(self.role, step, run.steps, **shown, phases=phases, slow=slow)
             self._doubt(step, numbers)
 
     def _doubt(self, step: int, numbers: Mapping[str, float]) -> None:
@@ -227,7 +229,7 @@ class TrainingReporter:
 
     def failed(self, failure: DistSaeError) -> None:
         """Tell that this job ends before its last step, while others go on."""
-        self.telemetry.set("dist_sae_run_failed", 1, error=type(failure).__name__)
+        self.telemetry.ended(failure)
         logger.error("%s ends, other jobs go on: %s", self.run.name, failure)
 
     def saved(self, saved: Saved) -> None:

@@ -105,6 +105,9 @@ def _open(
     begun = [
         _begin(run, mesh, of_each[run.name], activation_set, stores[0], opened) for run in runs
     ]
+    if mesh.is_first:
+        for line in dict.fromkeys(line for job in begun for line in void_settings(job.run, plan)):
+            logger.warning("%s", line)
     first = begun[0].start.lineage
     for other in begun:
         if other.start.lineage.stream_rows != first.stream_rows:
@@ -140,7 +143,8 @@ def _open(
             if key not in heldout:
                 heldout[key] = HeldoutFvu(each.run, mesh, activation_set, own)
             position = _restore(each, state)
-            report = _reporter(each, times, state, own, position, stores[0])
+            role = "train" if len(begun) == 1 else f"train {each.run.name}"
+            report = _reporter(each, times, state, own, position, stores[0], role)
             job = TrainingJob(
                 each.run,
                 each.mesh,
@@ -200,8 +204,6 @@ def _begin(
         run = as_begun(run, start.found[0].scalars["run"])
     start.check(run, plan)
     if mesh.is_first:
-        for line in void_settings(run, plan):
-            logger.warning("%s", line)
         runs.put(run_file_key(run.name), dump_run(with_absolute_paths(run)).encode())
     if not start.found:
         registration.begin(start.cursors)
@@ -216,6 +218,7 @@ def _reporter(
     normalisers: SiteNormalisers,
     position: StreamPosition,
     runs: ObjectStore,
+    role: str,
 ) -> TrainingReporter:
     run, mesh = begun.run, begun.mesh
     logger.info(
@@ -234,6 +237,7 @@ def _reporter(
         state,
         normalisers,
         position.step,
+        role,
         begun.start.lineage.counted_rows,
     )
 

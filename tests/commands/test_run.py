@@ -23,6 +23,7 @@ from dist_sae.errors import ProcessFailedError
 from dist_sae.storage import open_store
 from dist_sae.training.progress import ProgressView
 from tests.conftest import Bucket
+from tests.launch import run
 from tests.runs import write_run
 
 pytestmark = pytest.mark.system
@@ -91,6 +92,41 @@ def test_a_run_may_do_without_an_index(tmp_path: Path) -> None:
     out, err = start(path).communicate(timeout=180)
     assert "report" in json.loads(out.splitlines()[-1]), err
     assert not (tmp_path / "runs/world/index").exists()
+
+
+def test_each_job_of_a_sweep_is_measured_and_one_that_diverges_is_named(tmp_path: Path) -> None:
+    """ReLU dictionaries have no export for SAELens. Then without the one that diverges."""
+    jobs: dict[str, Any] = {
+        "a": {},
+        "relu": {"sae": {"kind": "relu", "n_latents": 32}},
+        "wild": {"train.lr": 1e37, "train.clip_norm": None},
+    }
+    settings = {"train": {"rows": 1600, "max_passes": 1}, "index": {"workers": 0}}
+    _, err = start(write_run(tmp_path, sweep={"jobs": jobs}, **settings)).communicate(timeout=300)
+    (error,) = (line for line in err.splitlines() if line.startswith("error: "))
+    assert error.startswith("error: trainer-0: world-wild: ")
+    runs = tmp_path / "runs"
+    assert all((runs / f"world-{name}/report/report.html").exists() for name in ("a", "relu"))
+    assert not (runs / "world-wild/evaluation.json").exists()
+
+    del jobs["wild"]
+    path = write_run(tmp_path, sweep={"jobs": jobs}, **settings)
+    out, err = start(path).communicate(timeout=300)
+    found = json.loads(out.splitlines()[-1])
+    assert {name: result["step"] for name, result in found.items()} == {
+        "world-a": 10,
+        "world-relu": 10,
+    }, err
+    compared = run("compare", str(runs / "world"), "--json")  # the sweep's folder
+    rows = json.loads(compared.splitlines()[-1])["runs"]
+    assert [(row["run"], row["sae.kind"]) for row in rows] == [
+        ("world-a", "topk"),
+        ("world-relu", "relu"),
+    ]
+    said = run("export", str(path), "--json", code=0)
+    assert json.loads(said.splitlines()[-1]).keys() <= {"world-a", "world-relu"}
+    assert "is a sweep; name a job with --job: a, relu" in run("latents", str(path), code=2)
+    assert "has the jobs a, relu" in run("evaluate", str(path), "--job", "b", code=2)
 
 
 def test_the_whole_run_works_over_s3(tmp_path: Path, bucket: Bucket) -> None:

@@ -251,6 +251,41 @@ def test_status_says_how_far_the_index_is(api: ApiServer, sh: Shell, going: str)
         assert "0 of 2 buckets merged, 12,300 rows/s by the first worker" in sh("status", going)
 
 
+def test_status_of_a_sweep_has_a_line_for_each_job(
+    api: ApiServer, sh: Shell, path: str, tmp_path: Path
+) -> None:
+    """One JobSet. The trainer has numbers of one job, and the other's are in its history."""
+    sweep = tmp_path / "sweep.yaml"
+    sweep.write_text(Path(path).read_text() + "\nsweep: {over: {sae.k: [2, 4]}}\n")
+    sh("submit", str(sweep))
+    assert api.the("JobSet", "tiny")
+    run = load_run(sweep)
+    runs = open_store(run.store.runs, run.store.s3)
+    for name, step in (("tiny-k2", 4), ("tiny-k4", 8)):
+        Checkpoints(runs, name, 2).commit(step, [], {})
+    history = History(runs, "tiny-k4", 0)
+    history.append({"step": 8, "fvu": 0.25, "phases": {"forward": 1.0}})
+    history.flush()
+    pod = api.pods("trainer")[0]
+    api.run_pod(pod)
+    with Telemetry("tiny", "train", 0, jobs=["tiny-k2"]) as telemetry:
+        assert telemetry.port
+        api.ports[pod] = telemetry.port
+        telemetry.set("dist_sae_train_step", 5)
+        telemetry.set("dist_sae_train_fvu", 0.5)
+        shown = sh("status", str(sweep)).splitlines()
+    saved = [line for line in shown if line.startswith("saved ")]
+    assert [(line.split()[2], line.split()[-1]) for line in saved] == [
+        ("4", "tiny-k2"),
+        ("8", "tiny-k4"),
+    ]
+    training = [line for line in shown if line.startswith("training ")]
+    assert training == [
+        f"training step 5  fvu 0.500  (pod {pod})  tiny-k2",
+        "training step 8  fvu 0.250  (the run's history)  tiny-k4",
+    ]
+
+
 def test_status_asks_the_first_trainer_for_its_numbers(
     api: ApiServer, sh: Shell, going: str
 ) -> None:

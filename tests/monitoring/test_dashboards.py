@@ -9,12 +9,22 @@ from pathlib import Path
 
 import promql_parser
 import pytest
+import yaml
 
 from dist_sae.errors import ConfigError
 from dist_sae.telemetry.dashboards import PAGES, render_dashboards
-from dist_sae.telemetry.dashboards.queries import now, rate
+from dist_sae.telemetry.dashboards.queries import (
+    Query,
+    by_rank,
+    now,
+    pending_pods,
+    rate,
+    restarts,
+    slowest_ranks,
+)
 from dist_sae.telemetry.metrics import METRICS
 from tests.monitoring.files import MONITORING, ROOT, metrics_in, recorded_in, rules
+from tests.monitoring.test_rules import promtool
 
 HERE = Path(__file__).parent
 UNSHOWN = {
@@ -104,6 +114,114 @@ def test_a_query_of_what_does_not_exist_is_refused() -> None:
         rate("dist_sae_train_fvu")
     with pytest.raises(ValueError, match="has no label stage"):
         now("dist_sae_train_fvu", "run, stage")
+
+
+def check_answers(
+    folder: Path, series: dict[str, str], answers: dict[Query, dict[str, float]]
+) -> None:
+    """Ask Prometheus queries at minute 10, of series with a sample a minute."""
+    cases = [
+        {
+            "expr": re.sub(r"\$(run|rank)", ".*", query.expr.replace("$__rate_interval", "5m")),
+            "eval_time": "10m",
+            "exp_samples": [{"labels": k, "value": v} for k, v in expected.items()],
+        }
+        for query, expected in answers.items()
+    ]
+    given = [{"series": name, "values": values} for name, values in series.items()]
+    test = {"interval": "1m", "input_series": given, "promql_expr_test": cases}
+    path = folder / "test.yaml"
+    path.write_text(yaml.safe_dump({"rule_files": [], "tests": [test]}))
+    promtool("test", "rules", path)
+
+
+@pytest.mark.system
+def test_many_ranks_are_shown_as_quantiles_and_the_five_at_the_end(tmp_path: Path) -> None:
+    name = "dist_sae_train_loaded_batches"
+    series = {f'{name}{{run="few",rank="{n}"}}': f"{n}+0x20" for n in range(3)}
+    series |= {f'{name}{{run="many",rank="{n}"}}': f"{n}+0x20" for n in range(21)}
+
+    def lines(run: str, *ranks: int) -> dict[str, float]:
+        return {f'{{run="{run}",rank="{n}"}}': n for n in ranks}
+
+    few, median, tail, ends = by_rank(now(name, "run, rank"))
+    check_answers(
+        tmp_path,
+        series,
+        {
+            few: lines("few", 0, 1, 2),
+            median: {'{run="many"}': 10},
+            tail: {'{run="many"}': 19},
+            ends: lines("many", 16, 17, 18, 19, 20),
+        },
+    )
+    _, _, tail, ends = by_rank(now(name, "run, rank"), lowest=True)
+    lowest = {tail: {'{run="many"}': 1.0}, ends: lines("many", 0, 1, 2, 3, 4)}
+    check_answers(tmp_path, series, lowest)
+    assert [q.legend for q in (median, tail)] == ["{{run}} median", "{{run}} p5"]
+
+
+@pytest.mark.system
+def test_the_slow_rank_is_shown_with_its_node_and_pods_by_part(tmp_path: Path) -> None:
+    phase = "dist_sae_train_phase_seconds_total"
+    pods = {n: f'namespace="x",pod="a-trainer-0-{n}-abcde"' for n in range(8)}
+    series = {
+        f'{phase}{{{pod},run="a",rank="{n}",phase="ranks"}}': f"0+{6 * (8 - n)}x20"
+        for n, pod in pods.items()
+    }
+    series |= {f'kube_pod_info{{{pod},node="node-{n}"}}': "1+0x20" for n, pod in pods.items()}
+    pending = {"a-trainer-0-1-abcde": 0, "a-producer-0-3-abcde": 1, "a-producer-0-4-abcde": 1}
+    series |= {
+        f'kube_pod_status_phase{{namespace="x",phase="Pending",pod="{pod}"}}': f"{value}+0x20"
+        for pod, value in (pending | {"other-1": 1}).items()
+    }
+    start = "run_role_rank:dist_sae_process_start_timestamp_seconds:max"
+    for rank in range(2):
+        series[f'{start}{{run="a",role="train",rank="{rank}"}}'] = "5+0x3 9+0x3 17+0x20"
+    slow = {
+        f'{{{pods[n]},run="a",rank="{n}",node="node-{n}"}}': round(0.1 * (8 - n), 1)
+        for n in (3, 4, 5, 6, 7)
+    }
+    query = slowest_ranks()
+    rounded = query._replace(expr=f"round({query.expr}, 0.1)")
+    check_answers(
+        tmp_path,
+        series,
+        {
+            rounded: slow,
+            pending_pods(): {'{run="a",part="producer"}': 2},
+            restarts(): {'{run="a",role="train"}': 4},
+        },
+    )
+
+
+def test_ranks_and_producers_are_shown_of_how_many() -> None:
+    numbers = {
+        panel.title: panel.queries
+        for page in PAGES
+        for panels in page.sections.values()
+        for panel in panels
+        if panel.shape == "number" and len(panel.queries) > 1
+    }
+    wanted = {title: queries[1].expr for title, queries in numbers.items()}
+    assert wanted == {
+        "Trainer ranks": now("dist_sae_train_ranks").expr,
+        "Producers": now("dist_sae_produce_producers").expr,
+        "Live": now("dist_sae_produce_producers").expr,
+    }
+
+
+def test_no_panel_draws_a_line_for_each_of_many_ranks() -> None:
+    by_ranks = [
+        query.expr
+        for page in PAGES
+        for panels in page.sections.values()
+        for panel in panels
+        for query in panel.queries
+        if "{{rank}}" in query.legend
+    ]
+    assert len(by_ranks) > 30
+    assert [q for q in by_ranks if not re.search(r"(<|>=) 16$|^bottomk", q)] == []
 
 
 def test_without_the_sdk_one_line_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

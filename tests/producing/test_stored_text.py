@@ -12,7 +12,7 @@ from dist_sae.config.data import FilesCorpus
 from dist_sae.data.corpus import Corpus
 from dist_sae.data.plan import Plan, load_plan
 from dist_sae.data.planned_text import TEXTS, PlannedText, store_texts
-from dist_sae.errors import CorpusError, CorruptObjectError, Stopped
+from dist_sae.errors import CorpusError, CorruptObjectError, PlanMismatchError, Stopped
 from dist_sae.producing.planner import plan
 from dist_sae.storage import open_store
 from dist_sae.storage.s3 import S3Store
@@ -113,6 +113,22 @@ def test_texts_come_back_as_they_were(
     for unit in range(len(made.units)):
         assert stored.read(unit) == files.read(unit)
     assert len({key[0] for key in TEXTS.keys(store)}) == len(made.units)
+
+
+def test_planning_again_reads_the_text_only_if_it_looks_changed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: Bucket, reads: list[str]
+) -> None:
+    """A run whose plan was made before it was submitted holds no GPU for the planner."""
+    run, made = small(tmp_path, bucket, monkeypatch)
+    reads.clear()
+    assert plan(run) == made
+    assert reads
+    assert "corpus.jsonl.gz" not in reads
+    other = gzip.compress(json.dumps({"text": "another"}).encode())
+    bucket.client.put_object(Bucket=bucket.name, Key="other.jsonl.gz", Body=other)
+    moved = run.corpus.model_copy(update={"files": (f"s3://{bucket.name}/other.jsonl.gz",)})
+    with pytest.raises(PlanMismatchError, match="corpus"):
+        plan(run.model_copy(update={"corpus": moved}))
 
 
 @pytest.mark.parametrize("damage", ["gone", "cut", "others"])

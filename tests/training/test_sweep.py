@@ -53,10 +53,15 @@ def sweep_file(folder: Path, activations: str, jobs: dict[str, Any], **sections:
     return run_file(folder, activations, sweep={"jobs": jobs}, **sections)
 
 
-def train_here(run: Run, stop_at: int | None = None) -> tuple[dict[str, Any], str]:
+def open_telemetry(run: Run) -> Telemetry:
+    return Telemetry(run.name, "train", None, jobs=[job.name for job in jobs_of(run)])
+
+
+def train_here(
+    run: Run, stop_at: int | None = None, telemetry: Telemetry | None = None
+) -> tuple[dict[str, Any], str]:
     """Train in this process; returns the results and the page of metrics."""
-    stopping, jobs = threading.Event(), [job.name for job in jobs_of(run)]
-    telemetry = Telemetry(run.name, "train", None, jobs=jobs)
+    stopping, telemetry = threading.Event(), telemetry or open_telemetry(run)
     with StopAt(stopping, stop_at) as watch, join_mesh(RANKS) as mesh:
         found = train(run, mesh, watch, stopping, telemetry)
     return found, telemetry.render().decode()
@@ -136,8 +141,16 @@ def test_a_job_that_diverges_ends_and_the_others_go_on(
 ) -> None:
     jobs = {"topk": {}, "wild": {"train.lr": 1e37, "train.clip_norm": None}, "wide": JOBS["wide"]}
     run = load_run(sweep_file(tmp_path, activations, jobs))
-    with pytest.raises(NonFiniteError) as raised:
-        train_here(run)
+    telemetry = open_telemetry(run)
+    with pytest.raises(NonFiniteError) as raised, telemetry:
+        train_here(run, telemetry=telemetry)
+    page = telemetry.render().decode()
+    ended = [s for s in read_page(page) if s.name.startswith("dist_sae_run_f") and s.value]
+    assert {(s.labels["run"], s.name) for s in ended} == {
+        ("world-topk", "dist_sae_run_finished"),
+        ("world-wild", "dist_sae_run_failed"),
+        ("world-wide", "dist_sae_run_finished"),
+    }
     (line,) = str(raised.value).splitlines()
     assert line.startswith("world-wild: ")
     for name in ("topk", "wide"):

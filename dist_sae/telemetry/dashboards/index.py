@@ -1,7 +1,7 @@
 """The latent index while it is made."""
 
 from dist_sae.telemetry.dashboards.panels import Page, graph, number
-from dist_sae.telemetry.dashboards.queries import alive, growth, now, rate
+from dist_sae.telemetry.dashboards.queries import alive, by_rank, growth, now, rate
 
 INDEX = Page(
     "index",
@@ -48,7 +48,10 @@ INDEX = Page(
                 width=12,
             ),
             graph(
-                "Rows encoded", "rows/s", rate("dist_sae_index_rows_total", "run, rank"), width=12
+                "Rows encoded",
+                "rows/s",
+                *by_rank(rate("dist_sae_index_rows_total", "run, rank"), lowest=True),
+                width=12,
             ),
             graph(
                 "Entries",
@@ -72,13 +75,13 @@ INDEX = Page(
             graph(
                 "Pace of the last unit",
                 "rows/s",
-                now("dist_sae_index_rows_per_second", "run, rank"),
+                *by_rank(now("dist_sae_index_rows_per_second", "run, rank"), lowest=True),
                 says="A worker that lags has a slow device, or a slow way to the store.",
             ),
             graph(
                 "Memory of workers",
                 "bytes",
-                now("dist_sae_process_resident_memory_bytes", "run, rank", role="index"),
+                *by_rank(now("dist_sae_process_resident_memory_bytes", "run, rank", role="index")),
             ),
         ),
     },

@@ -1,7 +1,16 @@
 """The overview: the first dashboard to look at."""
 
 from dist_sae.telemetry.dashboards.panels import Page, gauge, graph, number, stack, table
-from dist_sae.telemetry.dashboards.queries import Query, age, alive, now, rate, recorded
+from dist_sae.telemetry.dashboards.queries import (
+    Query,
+    age,
+    alive,
+    now,
+    pending_pods,
+    rate,
+    recorded,
+    restarts,
+)
 from dist_sae.telemetry.dashboards.repeated import (
     BACKLOG,
     CHECKPOINT_LIMITS,
@@ -27,8 +36,8 @@ OVERVIEW = Page(
                 "What fires, of any run, or will if it stays so; monitoring/runbook.md says "
                 "what to do.",
             ),
-            number("Trainer ranks", "count", alive("train")),
-            number("Producers", "count", alive("produce")),
+            number("Trainer ranks", "count", alive("train"), of=now("dist_sae_train_ranks")),
+            number("Producers", "count", alive("produce"), of=now("dist_sae_produce_producers")),
             number(
                 "Checkpoint age",
                 "seconds",
@@ -39,6 +48,14 @@ OVERVIEW = Page(
             gauge(number, "dist_sae_train_fvu"),
             gauge(number, "dist_sae_train_l0_latents"),
             gauge(number, "dist_sae_train_dead_share", limits=DEAD_LIMITS),
+            graph(
+                "Pods pending",
+                "count",
+                pending_pods(),
+                says="By part; from kube-state-metrics. `dist-sae status` says what they wait for.",
+                width=12,
+            ),
+            graph("Restarts within an hour", "count", restarts(), width=12),
         ),
         "How long will it take?": (
             number("Trained", "share", recorded("run:dist_sae_train_step:share"), width=6),

@@ -70,9 +70,11 @@ def number(
     says: str = "",
     limits: tuple[float, ...] = (),
     width: int | None = None,
+    of: Query | None = None,
 ) -> Panel:
-    """The last value as a large number."""
-    return Panel("number", title, unit, (query,), says, limits, width)
+    """The last value as a large number, and beside it of how many."""
+    queries = (query.named("there"), of.named("wanted")) if of else (query,)
+    return Panel("number", title, unit, queries, says, limits, width)
 
 
 def gauge(panel: Callable[..., Panel], name: str, by: str = "run", **settings: Any) -> Panel:

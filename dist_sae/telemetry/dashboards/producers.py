@@ -1,7 +1,7 @@
 """The language models at work."""
 
 from dist_sae.telemetry.dashboards.panels import Page, graph, number
-from dist_sae.telemetry.dashboards.queries import alive, growth, now, rate
+from dist_sae.telemetry.dashboards.queries import alive, by_rank, growth, now, rate
 from dist_sae.telemetry.dashboards.repeated import BACKLOG, STAGES, WAITING_PRODUCERS
 
 PRODUCERS = Page(
@@ -10,7 +10,9 @@ PRODUCERS = Page(
     "Language models at work: pace, stages, units, what is left out.",
     {
         "Are they healthy?": (
-            number("Live", "count", alive("produce"), width=6),
+            number(
+                "Live", "count", alive("produce"), of=now("dist_sae_produce_producers"), width=6
+            ),
             number(
                 "Units in hand", "count", now("dist_sae_produce_claimed_units", how="sum"), width=6
             ),
@@ -30,11 +32,15 @@ PRODUCERS = Page(
             ),
         ),
         "How long will it take?": (
-            graph("Rows by producer", "rows/s", rate("dist_sae_produce_rows_total", "run, rank")),
+            graph(
+                "Rows by producer",
+                "rows/s",
+                *by_rank(rate("dist_sae_produce_rows_total", "run, rank"), lowest=True),
+            ),
             graph(
                 "Tokens by producer",
                 "per second",
-                rate("dist_sae_produce_tokens_total", "run, rank"),
+                *by_rank(rate("dist_sae_produce_tokens_total", "run, rank"), lowest=True),
             ),
             graph(
                 "Units",
@@ -55,16 +61,20 @@ PRODUCERS = Page(
             graph(
                 "Forward pass by producer",
                 "count",
-                rate("dist_sae_produce_seconds_total", "run, rank", stage="forward"),
+                *by_rank(rate("dist_sae_produce_seconds_total", "run, rank", stage="forward")),
                 says="Seconds per second.",
             ),
             graph(
-                "Units by producer", "per second", rate("dist_sae_produce_units_total", "run, rank")
+                "Units by producer",
+                "per second",
+                *by_rank(rate("dist_sae_produce_units_total", "run, rank"), lowest=True),
             ),
             graph(
                 "Memory",
                 "bytes",
-                now("dist_sae_process_resident_memory_bytes", "run, rank", role="produce"),
+                *by_rank(
+                    now("dist_sae_process_resident_memory_bytes", "run, rank", role="produce")
+                ),
             ),
         ),
         "What is left out?": (

@@ -10,6 +10,11 @@ from dist_sae.telemetry.metric import EVERY_SERIES
 from dist_sae.telemetry.metrics import TABLE
 
 _START = "dist_sae_process_start_timestamp_seconds"
+MANY = 16
+"""From this many ranks on, lines of all of them cannot be told apart."""
+_SHOWN = 5  # ranks, of many
+_PODS = "(planner|producer|trainer|index|reporter)-0-[0-9]+-[a-z0-9]+"
+_RESTARTS = "run_role_rank:dist_sae_process_start_timestamp_seconds:max"
 
 
 class Query(NamedTuple):
@@ -74,6 +79,52 @@ def recorded(name: str, **where: str) -> Query:
     return Query(f"{name}{{{_matchers(['run'], where)}}}", _legend(shown))
 
 
+def by_rank(query: Query, *, lowest: bool = False) -> tuple[Query, ...]:
+    """A line for each rank; of many ranks the median, a tail and the ranks at its end.
+
+    Args:
+        query: A series for each rank.
+        lowest: The lowest values are those to look at, not the highest.
+    """
+    by = ", ".join(label for label in re.findall(r"{{(\w+)}}", query.legend) if label != "rank")
+    tail, ends = (0.05, "bottomk") if lowest else (0.95, "topk")
+    of_many = f"and on ({by}) count by ({by}) ({query.expr}) >= {MANY}"
+    quantiles = (
+        Query(f"quantile by ({by}) ({share}, {query.expr}) {of_many}", _legend(by)).named(name)
+        for share, name in ((0.5, "median"), (tail, f"p{tail * 100:.0f}"))
+    )
+    return (
+        query._replace(expr=f"{query.expr} and on ({by}) count by ({by}) ({query.expr}) < {MANY}"),
+        *quantiles,
+        query._replace(expr=f"{ends} by ({by}) ({_SHOWN}, {query.expr}) {of_many}"),
+    )
+
+
+def slowest_ranks() -> Query:
+    """Ranks that wait least for others, so that the others wait for them, with their nodes."""
+    series = _series("dist_sae_train_phase_seconds_total", "counter", "run", {"phase": "ranks"})
+    waits = f"max by (namespace, pod, run, rank) (rate({series}[$__rate_interval]))"
+    nodes = "max by (namespace, pod, node) (kube_pod_info)"
+    expr = f"bottomk by (run) ({_SHOWN}, {waits}) * on (namespace, pod) group_left (node) {nodes}"
+    return Query(expr, "{{run}} rank {{rank}} on {{node}}")
+
+
+def pending_pods() -> Query:
+    """Pods that have no node yet, or whose containers cannot start."""
+    series = f'kube_pod_status_phase{{phase="Pending",pod=~"($run)-{_PODS}"}} == 1'
+    run = f'label_replace({series}, "run", "$1", "pod", "(.+)-{_PODS}")'
+    part = f'label_replace({run}, "part", "$2", "pod", "(.+)-{_PODS}")'
+    return Query(f"count by (run, part) ({part})", "{{run}} {{part}}")
+
+
+def restarts() -> Query:
+    """Processes that were started again within the last hour."""
+    return Query(
+        f"sum by (run, role) (changes({_RESTARTS}{{{_matchers(['run'], {})}}}[1h]))",
+        "{{run}} {{role}}",
+    )
+
+
 def _series(
     name: str, kind: Literal["counter", "gauge", "histogram"], by: str, where: dict[str, str]
 ) -> str:
@@ -92,7 +143,7 @@ def _series(
 
 
 def _matchers(chosen: list[str], where: dict[str, str]) -> str:
-    fixed = [f'{label}="{value}"' for label, value in where.items()]
+    fixed = [f'{k}{"=~" if "|" in v else "="}"{v}"' for k, v in where.items()]
     return ",".join([*(f'{label}=~"${label}"' for label in chosen), *fixed])
 
 

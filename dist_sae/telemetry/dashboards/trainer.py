@@ -1,8 +1,23 @@
 """A training job, rank by rank."""
 
 from dist_sae.telemetry.dashboards.panels import Page, gauge, graph, number, stack
-from dist_sae.telemetry.dashboards.queries import age, alive, growth, now, rate
+from dist_sae.telemetry.dashboards.queries import (
+    Query,
+    age,
+    alive,
+    by_rank,
+    growth,
+    now,
+    rate,
+    slowest_ranks,
+)
 from dist_sae.telemetry.dashboards.repeated import BACKLOG, CHECKPOINT_LIMITS, STEP_SECONDS, UNITS
+
+
+def _phases(phases: str) -> Query:
+    """Share of these phases (`a|b`) in the time of all ranks."""
+    return rate("dist_sae_train_phase_seconds_total", phase=phases).over(rate(STEP_SECONDS))
+
 
 TRAINER = Page(
     "trainer",
@@ -22,16 +37,22 @@ TRAINER = Page(
             graph(
                 "Memory",
                 "bytes",
-                now("dist_sae_process_resident_memory_bytes", "run, rank", role="train"),
+                *by_rank(now("dist_sae_process_resident_memory_bytes", "run, rank", role="train")),
             ),
             graph(
                 "GPU memory",
                 "bytes",
-                now("dist_sae_process_device_memory_bytes", "run, rank, state", role="train"),
+                *by_rank(
+                    now("dist_sae_process_device_memory_bytes", "run, rank, state", role="train")
+                ),
             ),
         ),
         "How long will it take?": (
-            graph("Rows by rank", "rows/s", rate("dist_sae_train_rows_total", "run, rank")),
+            graph(
+                "Rows by rank",
+                "rows/s",
+                *by_rank(rate("dist_sae_train_rows_total", "run, rank"), lowest=True),
+            ),
             graph(
                 "Rows of the job",
                 "rows/s",
@@ -62,8 +83,10 @@ TRAINER = Page(
             graph(
                 "Waiting for data",
                 "share",
-                rate("dist_sae_train_wait_seconds_total", "run, rank").over(
-                    rate(STEP_SECONDS, "run, rank")
+                *by_rank(
+                    rate("dist_sae_train_wait_seconds_total", "run, rank").over(
+                        rate(STEP_SECONDS, "run, rank")
+                    )
                 ),
                 says="For its own; all wait meanwhile. One rank alone: its way to the store "
                 "is slower.",
@@ -72,33 +95,50 @@ TRAINER = Page(
             graph(
                 "With other ranks",
                 "share",
-                rate("dist_sae_train_phase_seconds_total", "run, rank", phase="ranks").over(
-                    rate(STEP_SECONDS, "run, rank")
+                *by_rank(
+                    rate("dist_sae_train_phase_seconds_total", "run, rank", phase="ranks").over(
+                        rate(STEP_SECONDS, "run, rank")
+                    ),
+                    lowest=True,
                 ),
                 says="The one with the least keeps the others waiting.",
             ),
             graph(
+                "Exchange against compute",
+                "share",
+                _phases("ranks").named("with other ranks"),
+                _phases("forward|backward|optimiser").named("compute"),
+                says="Mean of the ranks. On a GPU an exchange for which no rank waits is compute.",
+            ),
+            graph(
+                "Ranks that the others wait for",
+                "share",
+                slowest_ranks(),
+                says="Time with other ranks of those that spend least in it, and their nodes; on a "
+                "cluster with kube-state-metrics.",
+            ),
+            graph(
                 "Encoder product's share of a step",
                 "share",
-                now("dist_sae_train_product_share", "run, rank"),
+                *by_rank(now("dist_sae_train_product_share", "run, rank"), lowest=True),
                 says="The nearer to 1, the less there is to gain.",
             ),
-            gauge(
-                graph,
-                "dist_sae_train_product_seconds",
-                "run, rank",
+            graph(
+                "Bare encoder product",
+                "seconds",
+                *by_rank(now("dist_sae_train_product_seconds", "run, rank")),
                 says="A rank above the others has a slower device.",
             ),
             graph(
                 "Batches ready",
                 "count",
-                now("dist_sae_train_loaded_batches", "run, rank"),
+                *by_rank(now("dist_sae_train_loaded_batches", "run, rank"), lowest=True),
                 says="0: data is the limit.",
             ),
             graph(
                 "Stalls of the loader",
                 "per second",
-                rate("dist_sae_train_loader_stalls_total", "run, rank"),
+                *by_rank(rate("dist_sae_train_loader_stalls_total", "run, rank")),
             ),
             UNITS,
             BACKLOG,
@@ -115,8 +155,10 @@ TRAINER = Page(
             graph(
                 "Standing still for them",
                 "share",
-                rate("dist_sae_train_save_stall_seconds_total", "run, rank").over(
-                    rate(STEP_SECONDS, "run, rank")
+                *by_rank(
+                    rate("dist_sae_train_save_stall_seconds_total", "run, rank").over(
+                        rate(STEP_SECONDS, "run, rank")
+                    )
                 ),
             ),
             number("Size", "bytes", now("dist_sae_checkpoint_bytes"), width=8),
