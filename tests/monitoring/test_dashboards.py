@@ -34,6 +34,7 @@ UNSHOWN = {
     "dist_sae_run_finished",
     "dist_sae_run_failed",
     "dist_sae_train_info",
+    "dist_sae_train_phase_share",  # for `status`; panels have the shares of each rank
     "dist_sae_produce_wait_seconds",  # produce_waited_seconds_total says for whom as well
     "dist_sae_job_seconds",  # of short-lived programs: one value each
     "dist_sae_job_end_timestamp_seconds",

@@ -118,6 +118,12 @@ TRAINER = Page(
                 "cluster with kube-state-metrics.",
             ),
             graph(
+                "Slowest rank over the median",
+                "count",
+                now("dist_sae_train_slowest_ratio", "run, slowest, host"),
+                says="By time at work; the labels name it. At 1 all are alike.",
+            ),
+            graph(
                 "Encoder product's share of a step",
                 "share",
                 *by_rank(now("dist_sae_train_product_share", "run, rank"), lowest=True),
