@@ -10,7 +10,15 @@ import torch
 import webdataset
 import xxhash
 
-from dist_sae.data.shard import DTYPES, SiteRows, SiteShard, read_acts, read_block, write_shard
+from dist_sae.data.shard import (
+    DTYPES,
+    SHARDS,
+    SiteRows,
+    SiteShard,
+    read_acts,
+    read_block,
+    write_shard,
+)
 from dist_sae.errors import CorruptObjectError
 from dist_sae.storage import ObjectStore, open_store
 
@@ -186,3 +194,14 @@ def test_a_block_is_one_ranged_read(store: ObjectStore) -> None:
     zeros.write(data[block.offset : block.offset + block.bytes])
     damaged(store, shard, zeros.getvalue())  # all else is gone
     read_block(store, shard, 1)
+
+
+@pytest.mark.parametrize("site", ["synthetic", "resid_post.7", "mlp_out.12@other"])
+def test_the_key_of_a_shard_tells_site_and_unit(tmp_path: Path, site: str) -> None:
+    store = open_store(str(tmp_path))
+    rows = SiteRows(torch.ones(2, 3), *(torch.zeros(2, dtype=torch.int64) for _ in range(3)))
+    shard = write_shard(store, 17, site, rows, 2, "fp32")
+    own = SHARDS.parse(shard.key)
+    assert own is not None
+    assert (own["site"], own["unit"]) == (site, "00000017")
+    assert [key[0] for key in SHARDS.keys(store)] == [shard.key]

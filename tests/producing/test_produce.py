@@ -157,6 +157,7 @@ def test_metrics_count_rows_and_units(letters: tuple[Run, ObjectStore]) -> None:
     assert found["dist_sae_produce_units_total",] == len(manifests)
     assert found["dist_sae_produce_ready_units",] == len(manifests)
     assert found["dist_sae_produce_plan_units",] == len(manifests)
+    assert found["dist_sae_produce_producers",] == run.processes.producers == 1
     assert found["dist_sae_produce_claimed_units",] == 0
     assert found["dist_sae_produce_rows_total",] == sum(m.rows for m in manifests)
     for reason in ("padding", "special_token", "first_position", "over_norm"):
