@@ -126,6 +126,8 @@ class Telemetry:
     def ended(self, error: BaseException | None = None) -> None:
         """Export how the runs have ended; what was said of one before stands."""
         left = [every["run"] for every in self.every if every["run"] not in self._ended]
+        if not left:
+            return
         self._ended.update(left)
         view = self.of_runs(*left)
         if error is None:
