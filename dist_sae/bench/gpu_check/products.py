@@ -1,4 +1,4 @@
-"""Stage `products`: the sparse products of this device against fp64."""
+"""Stage `products`: the sparse products and updates of this device against fp64."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from dist_sae.bench.gpu_check.check import Check, Record, held, relative_error
-from dist_sae.kernels import Entries, Kernels
+from dist_sae.kernels import Adam, Entries, Kernels
 from dist_sae.kernels.choice import choose_kernels
 from dist_sae.kernels.keys import NOTHING
 from dist_sae.kernels.torch import KERNELS as TORCH
@@ -23,7 +23,7 @@ class _Shape(NamedTuple):
 
 
 def products(check: Check) -> Iterator[Record]:
-    """Compare each product of each pattern, then the selection, which must be the same to a bit."""
+    """Compare each product of each pattern and updates; selections must be the same to a bit."""
     kernels = choose_kernels("auto", check.device)
     shapes = (
         [_Shape(32, 64, 20)]
@@ -39,6 +39,8 @@ def products(check: Check) -> Iterator[Record]:
                 yield held(name, errors[worst], bound, worst=worst)
         for k in (1, 32):
             yield _selection(kernels, shape, k, check.device)
+        for unit_rows in (False, True):
+            yield _update(kernels, shape, check.device, unit_rows=unit_rows)
 
 
 def _errors(
@@ -104,3 +106,26 @@ def _selection(kernels: Kernels, shape: _Shape, k: int, device: torch.device) ->
 
     wrong = int((keep(kernels, device) != keep(TORCH, torch.device("cpu"))).sum())
     return held(f"{kernels.name}: the {k} largest, with ties", wrong, 0)
+
+
+def _update(kernels: Kernels, shape: _Shape, device: torch.device, *, unit_rows: bool) -> Record:
+    """Against torch's Adam in fp64; the copy of the weights must be these, rounded."""
+    size = min(shape.n_latents, 8192), shape.d_in
+    given = torch.randn(4, *size, generator=torch.Generator().manual_seed(0))
+    given[3].square_()  # exp_avg_sq
+
+    def update(which: Kernels, where: torch.device, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        tensors = given.to(where, dtype, copy=True)
+        W, gradient, exp_avg, exp_avg_sq = tensors
+        copy = torch.empty(size, dtype=torch.bfloat16, device=where)
+        scale, found_inf = (torch.tensor(n, device=where) for n in (1.5, 0.0))
+        adam = Adam(10, 1e-2, 0.9, 0.999, 1e-9, scale, found_inf)
+        which.update(W, gradient, exp_avg, exp_avg_sq, adam, unit_rows=unit_rows, copy=copy)
+        return tensors[[0, 2, 3]], copy
+
+    found, copy = update(kernels, device, torch.float32)
+    expected, _ = update(TORCH, torch.device("cpu"), torch.float64)
+    worst = max(relative_error(*pair) for pair in zip(found, expected, strict=True))
+    wrong = int((copy != found[0].bfloat16()).sum())
+    rows = "unit rows" if unit_rows else "free rows"
+    return held(f"{kernels.name}: Adam, {rows}, {shape.d_in} wide", max(worst, wrong), 1e-6)
