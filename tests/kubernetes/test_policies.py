@@ -1,8 +1,9 @@
-"""Who reaches whose pods: the policies of the namespace and of runs, by Kubernetes' rules.
+"""Who reaches whose pods, and may do what: policies and rights, by Kubernetes' rules.
 
 A pod that a policy for Ingress selects is closed but for what some such policy admits.
 """
 
+import re
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -10,7 +11,7 @@ import pytest
 
 from dist_sae.kubernetes.jobs import render_objects
 from tests.kubernetes.schemas import Object, templates_of
-from tests.kubernetes.test_render import kustomized, load
+from tests.kubernetes.test_render import ROOT, kustomized, load
 
 
 class Pod(NamedTuple):
@@ -81,3 +82,25 @@ def test_pods_reach_the_store_of_a_trial() -> None:
     store = Pod({"app.kubernetes.io/name": "s3"}, {"s3": 8333})
     assert reaches(policies, pods("one")["producer"].labels, store, 8333)
     assert not reaches(policies, None, store, 8333)
+
+
+def test_researchers_may_do_what_the_runbook_says() -> None:
+    """And read no Secrets, nor anything of other namespaces but the nodes."""
+    roles = [obj for obj in kustomized("base") if obj["kind"].endswith("Role")]
+    rights = {
+        (obj["kind"], resource, verb)
+        for obj in roles
+        for rule in obj["rules"]
+        for resource in rule["resources"]
+        for verb in rule["verbs"]
+    }
+    steps = re.findall(
+        r"kubectl (?:-n \S+ )?(\w+) (\w+)", (ROOT / "monitoring/runbook.md").read_text()
+    )
+    assert {verb for verb, _ in steps} == {"describe", "delete"}
+    for verb, kind in steps:
+        assert ("Role", f"{kind}s", {"describe": "get"}.get(verb, verb)) in rights
+    assert {right for right in rights if right[0] == "ClusterRole"} == {
+        ("ClusterRole", "nodes", "list")
+    }
+    assert not {right for right in rights if right[1] in {"secrets", "*"} or right[2] == "*"}
