@@ -8,6 +8,8 @@ and what to do, in one sentence. Anything outside this tree is a bug: exit 1, wi
 EXIT_DONE = 0
 EXIT_BUG = 1
 EXIT_USER = 2
+EXIT_CRASHED = 70
+"""A bug, in a pod that counts its lives (`storage/lives.py`)."""
 EXIT_RESUMABLE = 75
 
 _MOST_NAMED = 3
@@ -82,6 +84,10 @@ class RankLostError(DistSaeError):
     """Another rank is gone or hung; a restart continues from the last checkpoint."""
 
     exit_code = EXIT_RESUMABLE
+
+
+class LivesSpentError(DistSaeError):
+    """Too many lives of a pod in a row made no progress."""
 
 
 class RunTakenError(DistSaeError):

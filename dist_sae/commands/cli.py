@@ -7,6 +7,7 @@ is read, so that a mistake in it is reported before torch is imported, which tak
 import argparse
 import os
 import sys
+import traceback
 from collections.abc import Sequence
 
 from dist_sae import __version__, logs, signals
@@ -72,6 +73,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except BrokenPipeError:  # the reader of our output has closed it
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # else the exit fails too
         return EXIT_DONE
+    except Exception:
+        from dist_sae.storage.lives import crash_code
+
+        if (crashed := crash_code()) is None:
+            raise
+        traceback.print_exc()
+        return crashed
     return code or EXIT_DONE
 
 

@@ -63,6 +63,7 @@ def main(options: argparse.Namespace) -> int | None:
         with Telemetry(run.name, "index", port, first_rank + shared.rank()) as telemetry:
             if options.wait:  # while metrics are served: a process that waits is alive
                 await_end(run, stopping)
+            telemetry.life = shared.this_life(run, "index", stopping)
             return index(run, worker, stopping, telemetry, options.step, repair=options.repair)
 
     shared.print_results(options, whole, work)

@@ -49,6 +49,7 @@ def main(options: argparse.Namespace) -> int | None:
     with Telemetry(run.name, "produce", port, first_rank + shared.rank()) as telemetry:
         if options.wait:  # while metrics are served: a process that waits is alive
             await_plan(run, stopping)
+        telemetry.life = shared.this_life(run, "producer", stopping)
         work = produce_together if run.tensor_parallel > 1 else produce
         result = work(run, worker, stopping, telemetry)
     shared.print_result(options, result)

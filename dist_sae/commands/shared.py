@@ -15,6 +15,7 @@ from dist_sae.errors import ConfigError, CorruptObjectError
 if TYPE_CHECKING:
     from dist_sae.config import Run
     from dist_sae.kubernetes.cluster import Cluster
+    from dist_sae.storage.lives import Life, Part
     from dist_sae.telemetry.exporter import Telemetry
 
 logger = logging.getLogger(__name__)
@@ -153,6 +154,14 @@ def short_lived(run: "Run", role: str) -> "Telemetry":
     from dist_sae.telemetry.exporter import Telemetry
 
     return Telemetry(run.name, role, None, pushgateway_url=run.telemetry.pushgateway_url)
+
+
+def this_life(run: "Run", part: "Part", stopping: threading.Event) -> "Life":
+    """This process's life, which is counted in a pod."""
+    from dist_sae.storage import open_store
+    from dist_sae.storage.lives import this_life
+
+    return this_life(run, part, open_store(run.store.runs, run.store.s3, None, stopping))
 
 
 def rank() -> int:

@@ -60,6 +60,8 @@ def main(options: argparse.Namespace) -> int | None:
         telemetry.set("dist_sae_train_ranks", world)  # before the rendezvous: one may not come
         if options.wait:  # while metrics are served: a process that waits is alive
             await_plan(run, stopping)
+        telemetry.life = shared.this_life(run, "trainer", stopping)
+        telemetry.life.begin()  # ranks that do not come are a life without progress too
         with (
             rendezvous(world, timeouts.missing_seconds, stopping, name=run.name) as ranks,
             Watch(

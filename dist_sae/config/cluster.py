@@ -84,8 +84,10 @@ class PodsConfig(Section):
     grace_seconds: PositiveInt = 60
     """Seconds between SIGTERM and SIGKILL."""
     retries: NonNegativeInt = 6
-    """Crashes (a bug, out of memory) of one pod and its successors until the run has failed.
-    Preemptions, evictions and exits with 75 do not count; an exit with 2 fails the run at once."""
+    """Lives in a row of one pod and its successors, after a first one, that may end without
+    progress, however they end; then the run fails. Progress is a new checkpoint (trainer), a unit
+    (producer), a unit or a bucket (index). Of the planner and the reporter crashes count, in all.
+    An exit with 2 fails the run at once."""
     pod_patch: dict[TemplateKey, dict[str, Any]] = Field(default_factory=dict)
     """A patch of the pod template, merged as `kubectl patch` does (strategic merge): annotations, a
     runtimeClassName, volumes, huge pages, IPC_LOCK, hostNetwork. The container of the program is

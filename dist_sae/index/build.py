@@ -194,6 +194,7 @@ class _Worker:
                     in_hand = False
                     continue
                 if encoder is None:
+                    self._telemetry.life.begin()
                     encoder = open_encoder(opened, mesh.axis, mesh.device, self._stopping)
                     closing.enter_context(encoder)
                     self._pace = _Pace()
@@ -253,6 +254,7 @@ class _Worker:
         """Give back a unit whose record is stored."""
         assert queue is not None
         queue.release(record.unit, done=True)
+        self._telemetry.life.progressed()
         self._telemetry.add("dist_sae_index_rows_total", record.rows)
         self._telemetry.set("dist_sae_index_units", queue.done())
         pace, n_units = self._pace.of(record.rows), len(self._opened.manifest.units)
@@ -277,6 +279,7 @@ class _Worker:
             records: UnitRecords | None = None
             sample: Sample | None = None
             while (bucket := queue.take()) is not None:
+                self._telemetry.life.begin()
                 self._at(working=True)
                 try:
                     if records is None:
@@ -307,6 +310,7 @@ class _Worker:
                     self._at(working=False)
                 store.put(folder.buckets.key(bucket), seal(made), if_absent=True)
                 queue.release(bucket, done=True)
+                self._telemetry.life.progressed()
                 self._telemetry.add("dist_sae_index_merged_entries_total", made.entries)
                 self._telemetry.set("dist_sae_index_buckets", queue.done())
                 pace = self._pace.of(made.entries)

@@ -4,10 +4,16 @@ How a pod ends decides what happens next:
 
     0       done
     2       something for the user to fix: the job fails, and the run with it
-    75      stopped and resumable (preempted, a rank lost, the store away): a new pod, not counted
+    evicted, preempted, drained (DisruptionTarget): a new pod, not counted
+    75      stopped and resumable (preempted, a rank lost, the store away): the same
     143     SIGTERM before the program handled it: the same
-    evicted, preempted, drained (DisruptionTarget): the same
-    else    a crash: counted against `retries`, for each index (pod number) by itself
+    else    a crash. Planner and reporter: counted against `retries`.
+            Trainers, producers and index: a new pod, not counted by Kubernetes; but 1, 126 and 127,
+            with which a program ends that has not come to work, are counted against `retries`
+
+Trainers, producers and index pods count by themselves (`storage/lives.py`): `retries` lives in a
+row without progress, however they ended, and the next one ends with 2. Kubernetes' own count of an
+index is never set back.
 
 The Job controller waits before it replaces a pod: 10 s, doubled with every failure, at most 10 min,
 and failures that are not counted lengthen the wait as others do (kubernetes#130881). It counts over
@@ -20,13 +26,15 @@ from typing import get_args
 
 from dist_sae.config import Run, dump_run
 from dist_sae.config.data import FilesCorpus
-from dist_sae.errors import EXIT_RESUMABLE, EXIT_USER, ConfigError
+from dist_sae.errors import EXIT_BUG, EXIT_RESUMABLE, EXIT_USER, ConfigError
 from dist_sae.kubernetes.names import labels, object_name, selector
 from dist_sae.kubernetes.pods import METRICS, Object, Part, n_pods, pod_template, pods_of
+from dist_sae.storage.lives import Part as LivingPart
 
 JOBSET_VERSION = "jobset.x-k8s.io/v1alpha2"
 RUN_KEY = "run.yaml"
 _TERMINATED = 128 + signal.SIGTERM
+_NOT_STARTED = (126, 127)  # by the container's runtime
 
 
 def render_objects(run: Run) -> list[Object]:
@@ -127,9 +135,13 @@ def _plain_job(run: Run, part: Part) -> Object:
 
 
 def _job(run: Run, part: Part) -> Object:
-    def exits(action: str, *codes: int) -> Object:
-        return {"action": action, "onExitCodes": {"operator": "In", "values": list(codes)}}
+    def exits(action: str, *codes: int, operator: str = "In") -> Object:
+        return {"action": action, "onExitCodes": {"operator": operator, "values": list(codes)}}
 
+    if part in get_args(LivingPart):
+        again = exits("Ignore", EXIT_BUG, EXIT_USER, *_NOT_STARTED, operator="NotIn")
+    else:
+        again = exits("Ignore", EXIT_RESUMABLE, _TERMINATED)
     disrupted = [{"type": "DisruptionTarget", "status": "True"}]
     return {
         "completionMode": "Indexed",
@@ -142,7 +154,7 @@ def _job(run: Run, part: Part) -> Object:
             "rules": [
                 exits("FailJob", EXIT_USER),
                 {"action": "Ignore", "onPodConditions": disrupted},
-                exits("Ignore", EXIT_RESUMABLE, _TERMINATED),
+                again,
             ]
         },
         "template": pod_template(run, part),

@@ -4,14 +4,18 @@ from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from dist_sae.config import Run
-from dist_sae.errors import EXIT_RESUMABLE, EXIT_USER
+from dist_sae.errors import EXIT_CRASHED, EXIT_RESUMABLE, EXIT_USER
 from dist_sae.kubernetes.jobs import parts
 from dist_sae.kubernetes.names import PART
 from dist_sae.kubernetes.pods import Object, Part, n_pods
 
 INDEX = "batch.kubernetes.io/job-completion-index"
 _ENDED = ("Succeeded", "Failed")
-_MEANING = {EXIT_USER: "something to fix", EXIT_RESUMABLE: "stopped, resumable"}
+_MEANING = {
+    EXIT_USER: "something to fix",
+    EXIT_RESUMABLE: "stopped, resumable",
+    EXIT_CRASHED: "a bug",
+}
 _STARTING = ("ContainerCreating", "PodInitializing")
 
 

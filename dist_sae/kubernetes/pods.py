@@ -11,7 +11,7 @@ privileges, a read-only root file system. Caches and temporary files are in /scr
 limit and is deleted with the pod; model files may be in a volume that stays (`cluster.cache`).
 """
 
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from dist_sae.config import Run, jobs_of
 from dist_sae.config.cluster import PodsConfig, SpreadPods, TrainerPods
@@ -20,6 +20,8 @@ from dist_sae.distributed.local_ranks import NODE
 from dist_sae.interop import sae_lens
 from dist_sae.kubernetes.names import labels, object_name, selector
 from dist_sae.kubernetes.patch import merge_patch
+from dist_sae.storage.lives import JOB
+from dist_sae.storage.lives import Part as LivingPart
 
 Part = Literal["planner", "trainer", "producer", "index", "reporter"]
 """In the order of a JobSet: Kueue takes the priority of the first part that has one."""
@@ -209,6 +211,8 @@ def _environment(run: Run, part: Part, ranks: int) -> list[Object]:
     if isinstance(pods, TrainerPods) and pods.rdma:
         values |= transport.pod_environment(SCRATCH)
     own = {"POD_NAME": "metadata.name", NODE: "spec.nodeName"}
+    if part in get_args(LivingPart):
+        own[JOB] = "metadata.labels['batch.kubernetes.io/controller-uid']"
     known = [
         {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in own.items()
     ]

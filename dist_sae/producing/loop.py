@@ -142,6 +142,7 @@ class _Producer:
 
     def compute(self, unit: TokenizedUnit) -> ComputedUnit:
         """Run the model over a unit."""
+        self._telemetry.life.begin()  # not before: others may have all the work for days
         if self._forward is None:
             stored = self._run.activations.dtype
             held = None if stored == "int8" else DTYPES[stored]

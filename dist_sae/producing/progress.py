@@ -45,6 +45,7 @@ class Progress:
         """Count a unit that this producer has stored."""
         telemetry = self._telemetry
         self.written.update(units=1, rows=manifest.rows)
+        telemetry.life.progressed()
         telemetry.add("dist_sae_produce_units_total", 1)
         telemetry.add("dist_sae_produce_rows_total", manifest.rows)
         telemetry.add("dist_sae_produce_refused_documents_total", manifest.refused)

@@ -20,6 +20,7 @@ from prometheus_client import (
 
 from dist_sae import __version__
 from dist_sae.errors import DistSaeError, Stopped
+from dist_sae.storage.lives import Life
 from dist_sae.telemetry.metric import EVERY_SERIES, SHORT_LIVED, Metric
 from dist_sae.telemetry.metrics import metrics_of
 from dist_sae.telemetry.process import device_bytes, resident_bytes
@@ -73,6 +74,8 @@ class Telemetry:
         self._metrics = {m.name: self._open(m) for m in metrics_of(role)}
         self.begin()
         self.pulse = Pulse()
+        self.life = Life()
+        """Counts this life of a pod, if it is one."""
         self.device: Any = None
         """The device in use, whose memory is exported."""
         self._server = (

@@ -238,6 +238,7 @@ class TrainingReporter:
         self.telemetry.set("dist_sae_checkpoint_timestamp_seconds", time.time())
         self.telemetry.set("dist_sae_checkpoint_seconds", saved.seconds)
         self.telemetry.set("dist_sae_checkpoint_bytes", saved.bytes)
+        self.telemetry.life.progressed()
 
     def flush(self) -> None:
         """Make all records so far durable. Called in the saver's thread."""

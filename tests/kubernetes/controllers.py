@@ -11,6 +11,7 @@ Job since a pod has last succeeded, and no pod is made while the pause lasts.
 import random
 import string
 import time
+import uuid
 from collections import Counter
 from collections.abc import Callable
 from copy import deepcopy
@@ -21,6 +22,7 @@ from tests.kubernetes.manifests import Object, check_pod, refuse_unknown
 
 _INDEX = "batch.kubernetes.io/job-completion-index"
 _JOB = "batch.kubernetes.io/job-name"
+_UID = "batch.kubernetes.io/controller-uid"
 JOBSET = "jobset.sigs.k8s.io/jobset-name"
 _FIRST_PAUSE, _LONGEST_PAUSE = 10.0, 600.0
 
@@ -49,6 +51,7 @@ class Job:
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.name: str = manifest["metadata"]["name"]
+        self.uid = str(uuid.uuid4())
         self.spec: Object = manifest["spec"]
         self.condition: Condition | None = None
         self.active: dict[int, Pod] = {}
@@ -169,7 +172,7 @@ class Job:
         suffix = "".join(random.choices(string.ascii_lowercase, k=5))
         metadata["name"] = f"{self.name}-{index}-{suffix}"
         metadata.setdefault("annotations", {})[_INDEX] = number
-        metadata["labels"] |= {_JOB: self.name, _INDEX: number}
+        metadata["labels"] |= {_JOB: self.name, _INDEX: number, _UID: self.uid}
         spec["hostname"] = f"{self.name}-{index}"
         field = {"fieldRef": {"fieldPath": f"metadata.annotations['{_INDEX}']"}}
         for container in (*spec["containers"], *spec.get("initContainers", [])):

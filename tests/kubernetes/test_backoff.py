@@ -6,7 +6,10 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from dist_sae.config import load_run
+from dist_sae.errors import LivesSpentError
 from dist_sae.kubernetes.jobs import render_objects
+from dist_sae.storage import ObjectStore, open_store
+from dist_sae.storage.lives import PodLife
 from tests.kubernetes.controllers import Job
 from tests.kubernetes.manifests import Object
 from tests.kubernetes.schemas import jobs_of
@@ -62,7 +65,7 @@ class World:
 
 def rendered(part: str, *overrides: str) -> Object:
     """The Job of a part, with pods of nothing: each of them is a copy."""
-    jobset = render_objects(load_run(RUN, overrides))[1]
+    jobset = render_objects(load_run(RUN, overrides))[-1]
     job = next(job for job in jobs_of(jobset) if f"-{part}-" in job["metadata"]["name"])
     pod = {"restartPolicy": "Never", "containers": []}
     return job | {"spec": job["spec"] | {"template": {"metadata": {"labels": {}}, "spec": pod}}}
@@ -122,7 +125,41 @@ def test_a_thousand_preempted_producers_stay_live() -> None:
     assert live_share(of_the_whole_job(job), days=2) < 0.7
 
 
-def test_an_index_that_has_used_its_retries_fails_the_job() -> None:
+def live(world: World, store: ObjectStore, code: int, *, progress: bool) -> None:
+    """Let all 16 trainers live, count that as they do, and end them all with this code."""
+    for index in range(16):
+        life = PodLife(store, "run", "trainer", index, job=world.job.uid, retries=6)
+        try:
+            life.begin()
+        except LivesSpentError as error:
+            world.end(index, error.exit_code)
+            continue
+        if progress:
+            life.progressed()
+        world.end(index, code)
+    for _ in world.pass_to(world.now + HOUR):
+        pass
+    world.job.reconcile()
+
+
+def test_progress_refills_the_retries_and_lives_without_any_end_the_run(tmp_path: Path) -> None:
+    """Out of memory, NCCL's abort, a bug, a lost rank: each is a restart, as long as it goes on."""
+    store = open_store(str(tmp_path))
+    world = World(rendered("trainer", "processes.trainers=128", "activations.streams=128"))
+    for code in 10 * (137, 134, 70, 75):
+        live(world, store, code, progress=True)
+        assert world.job.condition is None
+    assert not world.job.counted
+    for code in (75, 75, 75, 75, 137, 75, 75):  # the first one of these, and 6 retries
+        live(world, store, code, progress=False)
+        assert world.job.condition is None
+    live(world, store, 75, progress=False)
+    assert world.job.condition is not None
+    assert world.job.condition[:2] == ("Failed", "PodFailurePolicy")
+
+
+def test_an_index_that_cannot_begin_fails_the_job_when_its_retries_are_used() -> None:
+    """Python ends with 1 before a life begins that could be counted: Kubernetes counts it."""
     job = rendered("producer", "processes.producers=3", "cluster.producer.retries=2")
     world = World(job)
     for life in range(3):

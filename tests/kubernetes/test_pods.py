@@ -210,9 +210,9 @@ def test_pods_that_are_preempted_and_killed_change_nothing(runs: Runs, calm: Cal
     assert (index.ignored, index.counted) == ([gone], [])
     assert len(index.succeeded) == 2
     assert is_indexed(run)
-    assert trainer.counted == [second[0]]
+    assert trainer.counted == []  # the pods count by themselves, and have made progress since
     assert exit_code(second[0]) == 137
-    assert set(trainer.ignored) == {first[0], first[1], second[1]}
+    assert set(trainer.ignored) == {*first.values(), *second.values()}
     assert exit_code(second[1]) == 75
     assert resumed_at(trainer.succeeded[0]) > stopped_at
     assert (producer.ignored, producer.counted) == ([spot], [])
@@ -262,9 +262,9 @@ def test_a_run_goes_on_with_more_ranks_and_ends_though_a_node_is_lost(
 
     cluster.wait(lambda: jobset.condition)
     assert jobset.condition == COMPLETED, cluster.story()
-    assert trainer.counted == [first[0]], cluster.story()
+    assert trainer.counted == [], cluster.story()
     assert exit_code(first[0]) == 137
-    assert trainer.ignored == [first[1], second[1]], cluster.story()
+    assert set(trainer.ignored) == {first[0], first[1], second[1]}, cluster.story()
     assert exit_code(first[1]) == 75
     assert "starting" not in trainer.succeeded[1].log()
     found = runs.outcome(run)

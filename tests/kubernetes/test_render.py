@@ -158,7 +158,10 @@ def test_what_ends_a_pod_decides_what_follows() -> None:
     for part in ("planner", "producer", "trainer", "index", "reporter"):
         rules = job_of(load(), part)["podFailurePolicy"]["rules"]
         found = [(rule["action"], rule.get("onExitCodes", {}).get("values")) for rule in rules]
-        assert found == [("FailJob", [2]), ("Ignore", None), ("Ignore", [75, 143])]
+        counts_itself = part in ("producer", "trainer", "index")
+        again = [1, 2, 126, 127] if counts_itself else [75, 143]
+        assert found == [("FailJob", [2]), ("Ignore", None), ("Ignore", again)]
+        assert rules[2]["onExitCodes"]["operator"] == ("NotIn" if counts_itself else "In")
         assert rules[1]["onPodConditions"] == [{"type": "DisruptionTarget", "status": "True"}]
     (rule,) = jobset_of(load())["spec"]["failurePolicy"]["rules"]
     assert rule["action"] == "FailJobSet"
