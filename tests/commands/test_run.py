@@ -23,6 +23,7 @@ from dist_sae.errors import ProcessFailedError
 from dist_sae.storage import open_store
 from dist_sae.training.progress import ProgressView
 from tests.conftest import Bucket
+from tests.forks import HANG_SECONDS
 from tests.launch import run
 from tests.runs import write_run
 
@@ -57,7 +58,7 @@ def test_one_command_goes_from_nothing_to_a_report_and_continues_after_ctrl_c(
         if line.startswith("train ") and "fvu" in line:  # after a step
             process.send_signal(signal.SIGINT)
             break
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 75, err
     assert "stopped: everything is saved" in err
     assert "Traceback" not in err
@@ -65,7 +66,7 @@ def test_one_command_goes_from_nothing_to_a_report_and_continues_after_ctrl_c(
     assert steps
     assert steps[-1] < 100
 
-    out, err = start(path).communicate(timeout=180)
+    out, err = start(path).communicate(timeout=HANG_SECONDS)
     result = json.loads(out.splitlines()[-1])
     assert result["step"] == 100
     assert result["fvu"] < result["pca_fvu"]
@@ -81,17 +82,10 @@ def test_one_command_goes_from_nothing_to_a_report_and_continues_after_ctrl_c(
 
     (logs / "trainer-0.log").unlink()
     # nothing is left to plan, make, train or index
-    out, err = start(path).communicate(timeout=180)
+    out, err = start(path).communicate(timeout=HANG_SECONDS)
     assert json.loads(out.splitlines()[-1]) == result, err
     assert not (logs / "trainer-0.log").exists()
     assert err == "evaluate ...\nexport ...\nreport ...\n"
-
-
-def test_a_run_may_do_without_an_index(tmp_path: Path) -> None:
-    path = write_run(tmp_path, index={"workers": 0}, train={"rows": 1600, "max_passes": 1})
-    out, err = start(path).communicate(timeout=180)
-    assert "report" in json.loads(out.splitlines()[-1]), err
-    assert not (tmp_path / "runs/world/index").exists()
 
 
 def test_each_job_of_a_sweep_is_measured_and_one_that_diverges_is_named(tmp_path: Path) -> None:
@@ -101,7 +95,7 @@ def test_each_job_of_a_sweep_is_measured_and_one_that_diverges_is_named(tmp_path
     }
     settings = {"train": {"rows": 1600, "max_passes": 1}, "index": {"workers": 0}}
     path = write_run(tmp_path, sweep={"jobs": jobs}, **settings)
-    _, err = start(path).communicate(timeout=300)
+    _, err = start(path).communicate(timeout=HANG_SECONDS)
     (error,) = (line for line in err.splitlines() if line.startswith("error: "))
     assert error.startswith("error: trainer-0: world-wild: ")
     runs = tmp_path / "runs"
@@ -122,7 +116,8 @@ def test_a_command_for_one_run_asks_which_job_of_a_sweep(tmp_path: Path) -> None
     assert f"--job b: {alone} is no sweep; leave it out" in run("plan", alone, "--job", "b", code=2)
 
 
-def test_the_whole_run_works_over_s3(tmp_path: Path, bucket: Bucket) -> None:
+def test_the_whole_run_works_over_s3_and_without_an_index(tmp_path: Path, bucket: Bucket) -> None:
+    """An index in S3 is of `tests/kubernetes/test_pods.py`."""
     url = f"s3://{bucket.name}/some/prefix"
     store: dict[str, Any] = {
         "activations": f"{url}/activations",
@@ -131,9 +126,9 @@ def test_the_whole_run_works_over_s3(tmp_path: Path, bucket: Bucket) -> None:
         "retention": "delete_consumed",
     }
     train = {"rows": 4800, "max_passes": 1}
-    path = write_run(tmp_path, store=store, processes=BOTH, train=train)
+    path = write_run(tmp_path, store=store, processes=BOTH, train=train, index={"workers": 0})
     process = start(path, cwd=tmp_path)
-    out, err = process.communicate(timeout=180)
+    out, err = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 0, err
     result = json.loads(out.splitlines()[-1])
     assert result["fvu"] < result["pca_fvu"]
@@ -141,6 +136,7 @@ def test_the_whole_run_works_over_s3(tmp_path: Path, bucket: Bucket) -> None:
     keys = set(open_store(url, S3Config(**store["s3"])).keys())
     assert {"activations/plan.json", "activations/units/00000000.json"} <= keys
     assert {"runs/world/evaluation.json", "runs/world/export/cfg.json"} <= keys
+    assert not [key for key in keys if key.startswith("runs/world/index/")]
     assert not [key for key in keys if "/claims/" in key]  # all given back
     shards = [key for key in keys if key.startswith("activations/shards/")]
     assert len(shards) == 1  # the held-out one
@@ -158,7 +154,7 @@ def test_a_failing_process_ends_the_run_with_its_own_error(
     tmp_path: Path, settings: dict[str, Any], who: str, what: str
 ) -> None:
     process = start(write_run(tmp_path, processes=BOTH, train=settings))
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=HANG_SECONDS)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert process.returncode == 2, err
     assert len(errors) == 1
