@@ -87,22 +87,22 @@ def add(commands: shared.Commands) -> None:
         action.add_argument("--d-in", type=int, default=768)
         action.add_argument("--batch", type=int, default=4096, help="rows")
         action.add_argument("--rounds", type=int, default=rounds, help="timed rounds, for medians")
+        action.add_argument("--json", action="store_true", help="print one JSON object")
     for action in (*rounds_of, *of_runs):
         action.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
-        action.add_argument("--json", action="store_true", help="print one JSON object")
 
 
 def _add_of_runs(actions: shared.Commands) -> list[argparse.ArgumentParser]:
     """Add the measurements of a run's own model, text or dictionary."""
     produce = actions.add_parser("produce", help="a producer against the bare forward pass")
     produce.add_argument("run", metavar="RUN.yaml", help="its model and text are used")
-    produce.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override")
+    shared.add_settings(produce)
     produce.add_argument("--units", type=int, default=6, help="units produced in each round")
     produce.add_argument("--rounds", type=int, default=5, help="timed rounds, for medians")
     produce.set_defaults(command=_main, bench=_produce)
     index = actions.add_parser("index", help="both stages of a latent index of a trained run")
     index.add_argument("run", metavar="RUN", help="a run with a checkpoint and kept units")
-    index.add_argument("--set", metavar="KEY=VALUE", action="append", default=[], help="override")
+    shared.add_settings(index)
     index.add_argument("--units", type=int, default=33, help="units indexed; one is not timed")
     index.set_defaults(command=_main, bench=_index)
     return [produce, index]
