@@ -115,9 +115,11 @@ class ProgressView:
 
     def _describe_limit(self) -> str:
         trainings = [role for name, role in self._roles.items() if name.startswith("train")]
-        training, producing = next(iter(trainings), None), self._roles.get("produce")
-        numbers = training.numbers if training else {}
-        phases = {"wait": 1.0} if training and training.waiting else numbers.get("phases", {})
+        producing = self._roles.get("produce")
+        # jobs of a sweep report one by one, and wait together, under `train`
+        numbers = next((role.numbers for role in trainings if "phases" in role.numbers), {})
+        waits = any(role.waiting for role in trainings)
+        phases = {"wait": 1.0} if waits else numbers.get("phases", {})
         return describe_limit(
             phases,
             numbers.get("product_share"),

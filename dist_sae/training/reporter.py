@@ -189,7 +189,8 @@ class TrainingReporter:
         d_in = self.normalisers.widths.d_in
         found = None if self._doubted else doubt(self.run, d_in, step, numbers)
         if found:
-            logger.warning("after %d of %d steps %s", step, self.run.steps, found)
+            who = f"{self.run.name}: " if self.role != "train" else ""
+            logger.warning("%safter %d of %d steps %s", who, step, self.run.steps, found)
             self._doubted = True
 
     def _record(self, record: Mapping[str, Any]) -> None:
