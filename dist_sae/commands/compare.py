@@ -106,7 +106,7 @@ def _lines(
         [each.label, *(cell(n, of[n]) for n in NUMBERS)]
         for each, of in zip(compared, numbers, strict=True)
     ]
-    yield from _table([["run", *NUMBERS.values()], *rows])
+    yield from shared.table([["run", *NUMBERS.values()], *rows])
     if differences:
         yield ""
         yield "settings that differ"
@@ -126,14 +126,3 @@ def _lines(
     for line in caveats(compared):
         yield ""
         yield line
-
-
-def _table(rows: Sequence[Sequence[str]]) -> Iterator[str]:
-    """Lines of a table: the first column to the left, the others to the right."""
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    for row in rows:
-        first, *others = (
-            cell.rjust(width) if number else cell.ljust(width)
-            for number, (cell, width) in enumerate(zip(row, widths, strict=True))
-        )
-        yield "  ".join([first, *others]).rstrip()

@@ -50,6 +50,22 @@ def add(commands: shared.Commands) -> None:
     parser.add_argument(
         "--measure", action="store_true", help="time a few steps and units of this run here first"
     )
+    parser.add_argument(
+        "--store",
+        type=float,
+        metavar="GB/S",
+        help="that the store takes from all producers, and gives to all trainers",
+    )
+    parser.add_argument(
+        "--simulate", action="store_true", help="simulate the run, and what may go wrong"
+    )
+    parser.add_argument(
+        "--spot-hours", type=float, default=4.0, help="mean life of a preemptible producer"
+    )
+    parser.add_argument("--node-days", type=float, default=30.0, help="mean life of a trainer node")
+    parser.add_argument(
+        "--slowdown", type=float, default=5.0, help="of the store, where it is simulated as slow"
+    )
     parser.add_argument("--prices", type=Path, metavar="FILE", help="prices, for the cost")
 
 
@@ -60,26 +76,40 @@ def main(options: argparse.Namespace) -> None:
     from dist_sae.planning.basis import find_basis
     from dist_sae.planning.cost import read_prices
     from dist_sae.planning.estimate import estimate
+    from dist_sae.telemetry.process import resident_bytes
 
     prices = read_prices(options.prices) if options.prices else None
     basis = find_basis(
         run, options.rows, options.width, options.parameters and int(options.parameters)
     )
+    rates = _rates(options, run, basis)
     told = estimate(
         basis,
-        _rates(options, run, basis),
-        program_bytes=_program_bytes(),
+        rates,
+        program_bytes=resident_bytes(),
+        trainer_bytes=_trainer_bytes(),
         accelerator=options.accelerator,
         prices=prices,
     )
+    if options.simulate:
+        from dist_sae.planning.simulate import scenarios
+
+        told["simulated"] = scenarios(
+            basis,
+            rates,
+            spot_hours=options.spot_hours,
+            node_days=options.node_days,
+            slowdown=options.slowdown,
+        )
     shared.print_lines(options, told, list(_lines(told)))
 
 
 def _check(options: argparse.Namespace) -> None:
-    for name in ("rows", "width", "parameters", "network"):
+    above_0 = ("rows", "width", "parameters", "network", "store")
+    for name in (*above_0, "spot_hours", "node_days", "slowdown"):
         value = getattr(options, name)
         if value is not None and not value > 0:
-            raise ConfigError(f"--{name}: {value:g} is not above 0")
+            raise ConfigError(f"--{name.replace('_', '-')}: {value:g} is not above 0")
     if (options.width is None) != (options.parameters is None):
         raise ConfigError("--width and --parameters describe a model together; give both")
 
@@ -88,7 +118,8 @@ def _rates(options: argparse.Namespace, run: "Run", basis: "Basis") -> "Rates":
     """Rates: of bench files first, then measured here, then of the accelerator's data sheet."""
     from dist_sae.planning.rates import Rates, of_accelerator, of_bench, read_bench
 
-    rates = Rates()
+    store = options.store and options.store * 1e9
+    rates = Rates(read_bytes_per_second=store, write_bytes_per_second=store)
     for name, found in read_bench(options.bench):
         rates = rates.over(of_bench(basis, found, name))
     if options.measure:
@@ -117,7 +148,7 @@ def _measured(run: "Run", basis: "Basis") -> Iterator[tuple[str, Mapping[str, An
     yield "a producer, measured here", produced
 
 
-def _program_bytes() -> int:
+def _trainer_bytes() -> int:
     """What a trainer takes beside its data: with its libraries, after a step of next to nothing."""
     import dist_sae.training.loop  # noqa: F401 - its libraries are what is measured
     from dist_sae.bench.step import StepShape, TrainingStep, random_batches, step_mesh
@@ -139,6 +170,14 @@ def _lines(told: Mapping[str, Any]) -> Iterator[str]:
         yield section.replace("_", " ")
         if isinstance(content, list):
             yield from (f"  {line}" for line in content)
+            continue
+        if section == "simulated":
+            names = list(next(iter(content.values())))
+            rows = [[shown(name, of[name]) for name in names] for of in content.values()]
+            heads = [name.replace("_seconds", "").replace("_", " ") for name in names]
+            yield from shared.table(
+                [["", *heads], *map(list.__add__, ([n] for n in content), rows)]
+            )
             continue
         for name, value in content.items():
             if isinstance(value, Mapping):

@@ -98,6 +98,7 @@ class WorkQueue:
         store: Where claims and results lie.
         stopping: Ends every wait.
         meter: Takes the metrics of `work`.
+        clock: Seconds, for pauses and for how old a look is.
     """
 
     def __init__(
@@ -107,12 +108,14 @@ class WorkQueue:
         worker: Worker,
         stopping: threading.Event,
         meter: Meter = UNMETERED,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._store = store
         self._work = work
         self._worker = worker
         self._stopping = stopping
         self._meter = meter
+        self._clock = clock
         self._items = np.asarray(work.items)
         self._share = None if store.exclusive else self._items % worker.of == worker.number
         # `_done` and `_held` are shared by the worker's threads: single operations only
@@ -127,7 +130,7 @@ class WorkQueue:
         self._spread = 4 * (worker.of - 1) if store.exclusive else 0  # each soon has 4 in hand
         self._limit = (-math.inf, "") if work.limit else (math.inf, "")
         self._item_seconds = math.inf
-        self._began = time.monotonic()
+        self._began = self._clock()
         self._renewing = threading.Lock()  # a claim that is given back must not be written again
         if store.exclusive:
             self._drop_left_overs()
@@ -145,7 +148,7 @@ class WorkQueue:
             wait: Else None while nothing is free, too. A worker that still has something in hand
                 must not wait for others, which might wait for it.
         """
-        said, longest = time.monotonic(), POLL_SECONDS
+        said, longest = self._clock(), POLL_SECONDS
         while not self._stopping.is_set():
             if self._reserved or self._reserve():
                 return self._reserved.pop(0)
@@ -153,8 +156,8 @@ class WorkQueue:
                 return None
             free = self._free()
             held_back = len(free) > 0
-            if held_back and time.monotonic() - said > _SAY_EVERY_SECONDS:
-                said = time.monotonic()
+            if held_back and self._clock() - said > _SAY_EVERY_SECONDS:
+                said = self._clock()
                 what = self._work.item, self._items[free[0]], self._limit[1]
                 logger.warning("%s %d waits for %s", *what)
             pause = self._random.uniform(max(POLL_SECONDS, longest / 2), longest)
@@ -165,12 +168,12 @@ class WorkQueue:
 
     def wait_for_all(self) -> None:
         """Wait for the shares of other workers, where a store has no claims, or until it stops."""
-        said = time.monotonic()
+        said = self._clock()
         while self.pending() and not self._stopping.is_set():
             for page in np.unique(self._items[~self._done] // PAGE):
                 self._look(int(page))
-            if self.pending() and time.monotonic() - said > _SAY_EVERY_SECONDS:
-                said = time.monotonic()
+            if self.pending() and self._clock() - said > _SAY_EVERY_SECONDS:
+                said = self._clock()
                 logger.warning(
                     "%s %d waits for another worker: %s cannot create exclusively, so each of %d "
                     "workers has a share",
@@ -216,7 +219,7 @@ class WorkQueue:
     def release(self, item: int, *, done: bool) -> None:
         """Give an item back."""
         if done:
-            seconds, self._began = time.monotonic() - self._began, time.monotonic()
+            seconds, self._began = self._clock() - self._began, self._clock()
             known = seconds if self._item_seconds == math.inf else self._item_seconds
             self._item_seconds = (known + seconds) / 2
         self._give_back(item, done=done)
@@ -247,7 +250,7 @@ class WorkQueue:
 
     def _free(self) -> NDArray[np.intp]:
         """Places of the open items that nobody has in hand, as far as is known."""
-        return np.flatnonzero(self._open() & (self._busy_until <= time.monotonic()))
+        return np.flatnonzero(self._open() & (self._busy_until <= self._clock()))
 
     def _reserve(self) -> bool:
         """Claim items to be handed out; False where none is free within the limit."""
@@ -276,7 +279,7 @@ class WorkQueue:
                     self._spread = 7 * self._spread // 8
                 else:
                     refused += 1
-                    self._busy_until[place] = time.monotonic() + self._memory_seconds
+                    self._busy_until[place] = self._clock() + self._memory_seconds
                     self._spread = min(2 * self._spread + 1, len(free))
             self._drop_done(page)
             if self._reserved:
@@ -306,7 +309,7 @@ class WorkQueue:
     def _at_once(self, n_free: int) -> int:
         """Number of items to claim after a look: work for a while, at most a fair share."""
         work = math.ceil(self._memory_seconds / max(self._item_seconds, 1e-9))
-        busy = np.count_nonzero(self._busy_until > time.monotonic())
+        busy = np.count_nonzero(self._busy_until > self._clock())
         return max(1, min(work, _MOST_AT_ONCE, n_free // (int(busy) + 1)))
 
     def _claim(self, item: int, *, may_have_run_out: bool) -> bool:
@@ -333,7 +336,7 @@ class WorkQueue:
         if self._store.exclusive:
             live, run_out = self._claims(page)
             others = self._places(live - self._held)
-            self._busy_until[others] = time.monotonic() + self._memory_seconds
+            self._busy_until[others] = self._clock() + self._memory_seconds
         self._done[self._places(self._work.done.numbers(self._store, page))] = True
         if self._work.metrics:
             self._meter.set(self._work.metrics.done, self.done())

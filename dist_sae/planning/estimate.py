@@ -17,6 +17,7 @@ def estimate(
     rates: Rates,
     *,
     program_bytes: int,
+    trainer_bytes: int,
     accelerator: str | None = None,
     prices: Prices | None = None,
 ) -> dict[str, Any]:
@@ -26,6 +27,7 @@ def estimate(
         basis: The run's sizes.
         rates: Of single processes.
         program_bytes: Memory of a program with its libraries, on the host.
+        trainer_bytes: The same of a trainer, which has more of them.
         accelerator: Key of `ACCELERATORS`, or None for CPUs.
         prices: For the cost; without them none is told.
 
@@ -48,7 +50,7 @@ def estimate(
             "unit_rows": max(units),
             "streams": run.activations.streams,
         },
-        "memory_of_a_trainer": _with_sum(memory.trainer_memory(basis, program_bytes, gpu=gpu)),
+        "memory_of_a_trainer": _with_sum(memory.trainer_memory(basis, trainer_bytes, gpu=gpu)),
         "memory_of_a_producer": _with_sum(memory.producer_memory(basis, program_bytes, gpu=gpu)),
     }
     if run.index.workers:

@@ -15,11 +15,11 @@ from dist_sae.training.memory import state_bytes
 CUDA_BYTES = 700 * 10**6
 """What a CUDA context and its libraries take on a GPU: assumed."""
 _FP32 = 4
-_ENTRY_BYTES = 60  # of a code: value, row, latent, their sorts, gradients
+_ENTRY_BYTES = 80  # of a code: value, row, latent, their sorts, gradients
 _DENSE_CHUNKS = 10  # that a dense penalised step holds at once (`dictionaries.penalised`)
 _BATCHES = 4  # `config.run.rows_ahead`: two wait, one is assembled, one is trained on
 _BLOCKS = 3  # of a unit: one in use, one fetched, one of the next window
-_UNITS = 3  # that a producer holds, the one that is stored twice
+_UNITS = 6  # that a producer holds, copies included: two in work, and one that is being stored
 
 
 def trainer_memory(basis: Basis, program_bytes: int, *, gpu: bool) -> dict[str, dict[str, int]]:
@@ -87,7 +87,7 @@ def _step(basis: Basis, device: torch.device) -> int:
     if not isinstance(sae, CountsLatentsConfig):
         chunks = _DENSE_CHUNKS * at_once(DENSE_BYTES, device)
         return loaded + read + written + chunks
-    codes = rows * sae.k * _ENTRY_BYTES
+    codes = rows * (sae.k + sae.auxk) * _ENTRY_BYTES  # as while latents are dead
     return loaded + read + written + codes + _block(basis, device, rows)
 
 

@@ -1,6 +1,8 @@
 """The queue of units to produce."""
 
 import threading
+import time
+from collections.abc import Callable
 
 from dist_sae.data.consumers import Consumers
 from dist_sae.data.plan import Plan
@@ -27,6 +29,7 @@ def unit_queue(
     consumers: Consumers,
     max_ahead_units: int | None = None,
     meter: Meter = UNMETERED,
+    clock: Callable[[], float] = time.monotonic,
 ) -> WorkQueue:
     """Open the queue of a plan's units, which keeps step with the runs that read them.
 
@@ -34,6 +37,7 @@ def unit_queue(
         store: The activation set.
         stopping: Ends every wait.
         max_ahead_units: No unit this far ahead of the slowest run is begun; None: no limit.
+        clock: See `WorkQueue`.
     """
 
     def limit() -> tuple[int, str]:
@@ -45,4 +49,4 @@ def unit_queue(
         )
 
     work = Work("unit", range(len(plan.units)), CLAIMS, MANIFESTS, limit, _METRICS)
-    return WorkQueue(store, work, worker, stopping, meter)
+    return WorkQueue(store, work, worker, stopping, meter, clock)

@@ -4,7 +4,6 @@ import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,11 +44,8 @@ class Clock(threading.Event):
 
 
 @pytest.fixture
-def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
-    clock = Clock()
-    times = SimpleNamespace(time=lambda: clock.now, monotonic=lambda: clock.now)
-    monkeypatch.setattr(dist_sae.data.work_queue, "time", times)
-    return clock
+def clock() -> Clock:
+    return Clock()
 
 
 @pytest.fixture
@@ -92,7 +88,8 @@ def open_claims(
     meter: Meter = UNMETERED,
 ) -> WorkQueue:
     consumers = Consumers(store, run.store.consumer_expiry_hours)
-    return unit_queue(store, plan(run), Worker(worker), clock, consumers, ahead, meter)
+    made, own = plan(run), Worker(worker)
+    return unit_queue(store, made, own, clock, consumers, ahead, meter, lambda: clock.now)
 
 
 def finish(store: ObjectStore, *units: int) -> None:
@@ -429,7 +426,7 @@ def test_a_queue_of_any_numbered_work_is_shared_by_its_workers(
     )
     finish(store, 0, 3)  # units of the same store
     store.put("index/a/buckets/00000001.json", b"{}")
-    a, b = (WorkQueue(store, merge, Worker(name), clock) for name in "ab")
+    a, b = (WorkQueue(store, merge, Worker(name), clock, clock=lambda: clock.now) for name in "ab")
     assert [a.take(), b.take()] == [0, 2]
     assert b.take(wait=False) is None
     assert clock.waits == 0
@@ -446,7 +443,7 @@ def test_a_queue_of_any_numbered_work_is_shared_by_its_workers(
     assert [b.take(), b.left()] == [4, {0, 3, 4}]
     b.release_all()
     clock.now += 180  # a is dead
-    c = WorkQueue(store, merge, Worker("c"), clock)
+    c = WorkQueue(store, merge, Worker("c"), clock, clock=lambda: clock.now)
     assert [c.take(), c.take(), c.take(), c.take()] == [0, 3, 4, None]
     assert c.done() == 2
     assert claimed(store) == {}

@@ -1,0 +1,384 @@
+"""A run in simulated time: producers, the store, trainers; preemption, lost nodes, a slow store.
+
+The work queue, the progress of runs and the order of the units are the real ones. The times of a
+unit, a step and a request are given. Trainer ranks go in step, so they are one worker here: all
+wait for the slowest, and all begin again from the last checkpoint when a node is lost.
+"""
+
+import logging
+import math
+import random
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from functools import partial
+from typing import Any, NamedTuple
+
+from dist_sae.data.consumers import Consumers, lowest_unit
+from dist_sae.data.plan import Plan
+from dist_sae.data.shard import MANIFESTS
+from dist_sae.data.streams import StreamCursor
+from dist_sae.data.work_queue import LEASE_SECONDS, Worker, WorkQueue
+from dist_sae.errors import ConfigError
+from dist_sae.planning.basis import Basis
+from dist_sae.planning.clock import Clock, Horizon, Pipe, SimulatedStore
+from dist_sae.planning.rates import Rates
+from dist_sae.producing.planner import row_bytes
+from dist_sae.producing.unit_queue import unit_queue
+
+_POLL_SECONDS = 2.0  # between two looks of a trainer that waits
+_RUN = "simulated"
+_UNITS_EACH = 2  # that a producer makes in the part of a long run that is simulated
+_WINDOWS = 2  # of every stream, at least
+_HOUR = 3600.0
+
+
+class Fleet(NamedTuple):
+    """The processes of a run, and how long they take."""
+
+    producers: int
+    unit_seconds: float
+    """Of a producer's model for the largest unit, give or take a tenth; smaller ones take less."""
+    step_seconds: float = 0.0
+    """Of all trainer ranks together."""
+    batch_rows: int = 1
+    rows: int = 0
+    """Rows to train on, in one pass; 0: there is no trainer."""
+    row_bytes: float = 0.0
+    write_bytes_per_second: float = math.inf
+    read_bytes_per_second: float = math.inf
+    slowdown: float = 1.0
+    """Factor on the time of every request and transfer."""
+    max_ahead_units: int | None = None
+    save_every_steps: int = 1000
+    producer_hours: float = math.inf
+    """Mean life of a producer; then it gives back its units, as on SIGTERM, and is replaced."""
+    trainer_nodes: int = 1
+    node_hours: float = math.inf
+    """Mean life of a trainer's node."""
+    restart_seconds: float = 120.0
+    """Until a pod is replaced and has loaded what it needs."""
+
+
+class Outcome(NamedTuple):
+    """What happened."""
+
+    first_step_seconds: float
+    """Until the trainers had their first rows."""
+    seconds: float
+    """Until the last step, or without a trainer until the last unit."""
+    rows: int
+    """Rows trained on."""
+    waited_seconds: float
+    """Of the trainers for units."""
+    repeated_seconds: float
+    """Of the trainers, for steps made again and for restarts."""
+    producer_busy_share: float
+    producer_seconds: float
+    """Of producers while they had something to do, restarts included."""
+    units: int
+    """Units made."""
+    lost_units: int
+    """Units begun and not finished by the producer that began them."""
+    preemptions: int
+    lost_nodes: int
+    requests: int
+    """Of producers and trainers, transfers of rows aside."""
+
+
+class Simulation:
+    """One run in simulated time.
+
+    Args:
+        plan: Whose units are made and read.
+        fleet: Who makes and reads them.
+        seconds: When to stop at the latest.
+        counted_from: Second from which requests and work are counted.
+        seed: Of lives and of the times of units.
+    """
+
+    def __init__(
+        self,
+        plan: Plan,
+        fleet: Fleet,
+        *,
+        seconds: float = math.inf,
+        counted_from: float = 0.0,
+        seed: int = 0,
+    ) -> None:
+        self.clock = Clock()
+        self.store = SimulatedStore(self.clock, fleet.slowdown)
+        self.begun: Counter[int] = Counter()
+        """How often each unit was begun."""
+        self.busy_seconds = 0.0
+        self._plan, self._fleet, self._seed = plan, fleet, seed
+        self._counted_from = counted_from
+        self._horizon = Horizon(self.clock, seconds)
+        self._largest = max(plan.rows_of_units)
+        self._writes = Pipe(self.clock, fleet.write_bytes_per_second / fleet.slowdown)
+        self._reads = Pipe(self.clock, fleet.read_bytes_per_second / fleet.slowdown)
+        self._counts: Counter[str] = Counter()
+        self._waited = self._repeated = self._ended = self._first_step = 0.0
+        self._rows = 0
+        works: list[Callable[[], None]] = [
+            partial(self._produce, number) for number in range(fleet.producers)
+        ]
+        works += [self._begin_to_count, *([self._train] if fleet.rows else [])]
+        with _quiet():
+            self.clock.run(works)
+
+    @property
+    def seconds(self) -> float:
+        """Counted time."""
+        return min(self._horizon.seconds, self.clock.now) - self._counted_from
+
+    @property
+    def outcome(self) -> Outcome:
+        """What happened."""
+        busy = self.busy_seconds / (self._fleet.producers * max(self.seconds, 1e-9))
+        counts = self._counts
+        return Outcome(
+            self._first_step,
+            self._ended,
+            self._rows,
+            self._waited,
+            self._repeated,
+            busy,
+            self.busy_seconds + counts["preemptions"] * self._fleet.restart_seconds,
+            counts["units"],
+            counts["lost"],
+            counts["preemptions"],
+            counts["nodes"],
+            self.store.requests.total() - counts["own"],
+        )
+
+    def _begin_to_count(self) -> None:
+        self.clock.sleep(self._counted_from)
+        self.store.requests.clear()
+        self._counts["own"] = 0
+
+    def _produce(self, number: int) -> None:
+        """One producer and those that replace it."""
+        fleet, chance = self._fleet, random.Random(f"{self._seed}-{number}")
+        self.clock.sleep(chance.uniform(0, fleet.unit_seconds))
+        for life in range(10**9):
+            lives = fleet.producer_hours * _HOUR
+            dies = self.clock.now + (chance.expovariate(1 / lives) if lives < math.inf else lives)
+            worker = Worker(f"p{number}-{life}", number, fleet.producers)
+            consumers = Consumers(self.store, 72.0)
+            queue = unit_queue(
+                self.store,
+                self._plan,
+                worker,
+                self._horizon,
+                consumers,
+                fleet.max_ahead_units,
+                clock=self.clock.time,
+            )
+            if self._work(queue, dies, chance) or self._horizon.is_set():
+                return
+            self._counts["preemptions"] += 1
+            queue.release_all()
+            self.clock.sleep(fleet.restart_seconds)
+
+    def _work(self, queue: WorkQueue, dies: float, chance: random.Random) -> bool:
+        """Produce until everything is done, or until this producer dies; tell which.
+
+        As in `producing.loop`, the next unit is claimed, and the last one stored, while the model
+        works on the present one.
+        """
+        rows, clock = self._plan.rows_of_units, self.clock
+        last, unit = None, queue.take()
+        while unit is not None and not self._horizon.is_set():
+            began = clock.now
+            self.begun[unit] += 1
+            following = queue.take(wait=False)
+            if last is not None:
+                self._finish(queue, last)
+            full = self._fleet.unit_seconds * rows[unit] / self._largest
+            ends = began + full * chance.uniform(0.9, 1.1)
+            self._sleep_until(min(ends, dies), queue)
+            if clock.now >= dies:
+                self._counts["lost"] += 1
+                return False
+            self._count_busy(began, ends)
+            last, unit = unit, following
+            if unit is None:
+                self._finish(queue, last)
+                last, unit = None, queue.take()
+        return True
+
+    def _finish(self, queue: WorkQueue, unit: int) -> None:
+        size = self._plan.rows_of_units[unit] * self._fleet.row_bytes
+        self._sleep_until(self._writes.book(size), queue)
+        self.store.put(MANIFESTS.key(unit), b"{}", if_absent=True)
+        self._counts["own"] += 1
+        self._counts["units"] += 1
+        queue.release(unit, done=True)
+        if not self._fleet.rows:
+            self._ended = self.clock.now
+
+    def _sleep_until(self, second: float, queue: WorkQueue) -> None:
+        """Sleep, and renew the claims in hand every third of their lease."""
+        while (left := second - self.clock.now) > 0:
+            self.clock.sleep(min(left, LEASE_SECONDS / 3))
+            if left > LEASE_SECONDS / 3:
+                queue.renew()
+
+    def _count_busy(self, began: float, ends: float) -> None:
+        worked = min(ends, self._horizon.seconds) - max(began, self._counted_from)
+        self.busy_seconds += max(0.0, worked)
+
+    def _train(self) -> None:
+        """Read window after window of all streams in step, and train on their rows."""
+        plan, fleet, clock = self._plan, self._fleet, self.clock
+        chance = random.Random(f"{self._seed}-trainers")
+        consumers, streams = Consumers(self.store, 72.0), range(plan.streams)
+        units_of = [plan.stream_units(stream) for stream in streams]
+        for first in range(0, max(map(len, units_of)), plan.window_units):
+            at = {stream: StreamCursor(0, first, 0) for stream in streams}
+            consumers.report(_RUN, reached=lowest_unit(plan, at, keeps=False), needed=0)
+            window = [unit for of in units_of for unit in of[first : first + plan.window_units]]
+            since = clock.now
+            for unit in window:
+                while not self.store.holds(MANIFESTS.key(unit)):
+                    clock.sleep(_POLL_SECONDS)
+            self._waited += clock.now - since
+            self._first_step = self._first_step or clock.now
+            rows = min(sum(plan.rows_of_units[unit] for unit in window), fleet.rows - self._rows)
+            arrives = self._reads.book(rows * fleet.row_bytes)
+            self._step(rows / fleet.batch_rows * fleet.step_seconds, chance)
+            self._waited += max(0.0, arrives - clock.now)
+            clock.sleep(max(0.0, arrives - clock.now))
+            self._rows += rows
+            if self._rows >= fleet.rows or self._horizon.is_set():
+                break
+        self._ended = clock.now
+        self._horizon.set()
+
+    def _step(self, seconds: float, chance: random.Random) -> None:
+        """Train for so long; what a lost node undoes is done again."""
+        fleet, clock = self._fleet, self.clock
+        every = fleet.save_every_steps * fleet.step_seconds
+        life = fleet.node_hours * _HOUR / fleet.trainer_nodes
+        while seconds > 0:
+            lives = chance.expovariate(1 / life) if life < math.inf else math.inf
+            clock.sleep(min(seconds, lives))
+            if lives >= seconds:
+                return
+            seconds -= lives
+            self._counts["nodes"] += 1
+            again = chance.uniform(0, every)  # since the last save
+            self._repeated += again + fleet.restart_seconds
+            clock.sleep(fleet.restart_seconds)
+            seconds += again
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """Without the queue's warnings, which are of a simulated world."""
+    queue = logging.getLogger("dist_sae.data.work_queue")
+    before, queue.disabled = queue.disabled, True
+    try:
+        yield
+    finally:
+        queue.disabled = before
+
+
+def plan_of(
+    unit_rows: tuple[int, ...], streams: int, window_units: int, **activations: Any
+) -> Plan:
+    """A plan of units of which only the rows matter."""
+    own: Mapping[str, Any] = {"streams": streams, "window_units": window_units, "seed": 0}
+    return Plan(
+        settings={"activations": {**own, **activations}},
+        files=(),
+        document_rows=1.0,
+        n_train_units=len(unit_rows),
+        units=((),) * len(unit_rows),
+        unit_rows=unit_rows,
+    )
+
+
+def fleet_of(basis: Basis, rates: Rates) -> Fleet:
+    """The processes of a run, with nothing that goes wrong.
+
+    Raises:
+        ConfigError: The rates lack a producer's or a step's.
+    """
+    run, produced, step = basis.run, rates.producer_rows_per_second, rates.step_seconds
+    if produced is None or step is None:
+        raise ConfigError(
+            "--simulate: needs the rate of a producer and of a step; give --accelerator, "
+            "--measure, or --bench with what bench produce and bench step printed"
+        )
+    return Fleet(
+        run.processes.producers,
+        max(basis.unit_rows) / produced,
+        step,
+        run.train.batch_rows,
+        min(run.rows, basis.pass_rows),
+        row_bytes(run.activations.dtype, basis.model.widths),
+        rates.write_bytes_per_second or math.inf,
+        rates.read_bytes_per_second or math.inf,
+        max_ahead_units=run.store.max_ahead_units,
+        save_every_steps=run.train.save_every_steps,
+        trainer_nodes=run.processes.trainers // run.cluster.trainer.ranks,
+    )
+
+
+def simulate(basis: Basis, fleet: Fleet) -> dict[str, float]:
+    """Simulate a run, or its first part if it is long; the rest is taken to go on as the part did.
+
+    Returns:
+        `total_seconds` of the whole run, `producer_hours` until its last unit, shares of the part's
+        time in which trainers and producers work, and counts of the part.
+    """
+    activations, rows = basis.run.activations, basis.unit_rows
+    assert activations.streams is not None, "the basis has numbers"
+    window = activations.streams * activations.window_units
+    units = -(-max(_UNITS_EACH * fleet.producers, _WINDOWS * window) // window) * window
+    part = tuple(rows[:units])
+    plan = plan_of(part, activations.streams, activations.window_units)
+    found = Simulation(plan, fleet._replace(rows=min(fleet.rows, sum(part)))).outcome
+    training = max(found.seconds - found.first_step_seconds, 1e-9)
+    total = found.seconds + (fleet.rows - found.rows) * training / found.rows
+    total += (basis.run.rows - fleet.rows) / fleet.batch_rows * fleet.step_seconds
+    worked = found.rows / fleet.batch_rows * fleet.step_seconds
+    each = found.producer_seconds / found.units
+    whole = len(rows) + len(basis.heldout_unit_rows)
+    return {
+        "producers": fleet.producers,
+        "total_seconds": total,
+        "producer_hours": min(total * fleet.producers, whole * each) / _HOUR,
+        "trainers_work_share": worked / found.seconds,
+        "producers_work_share": found.producer_busy_share,
+        "simulated_units": found.units,
+        "lost_units": found.lost_units,
+        "preemptions": found.preemptions,
+        "lost_nodes": found.lost_nodes,
+        "requests_of_a_unit": found.requests / max(1, found.units),
+    }
+
+
+def scenarios(
+    basis: Basis, rates: Rates, *, spot_hours: float, node_days: float, slowdown: float
+) -> dict[str, dict[str, float]]:
+    """Simulate a run as planned, and with one thing changed at a time.
+
+    Args:
+        spot_hours: Mean life of a producer that can be preempted.
+        node_days: Mean life of a trainer's node.
+        slowdown: Factor on the time of requests and transfers.
+    """
+    fleet = fleet_of(basis, rates)
+    half = max(1, fleet.producers // 2)
+    changes: dict[str, dict[str, Any]] = {
+        "as planned": {},
+        f"{half:,} producers": {"producers": half},
+        f"{2 * fleet.producers:,} producers": {"producers": 2 * fleet.producers},
+        f"producers live {spot_hours:g} h": {"producer_hours": spot_hours},
+        f"a trainer node lives {node_days:g} days": {"node_hours": 24 * node_days},
+        f"the store is {slowdown:g} times as slow": {"slowdown": slowdown},
+    }
+    return {name: simulate(basis, fleet._replace(**of)) for name, of in changes.items()}
