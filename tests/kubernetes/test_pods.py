@@ -22,6 +22,7 @@ from dist_sae.index.progress import is_indexed
 from dist_sae.kubernetes.jobs import job_name, render_objects
 from dist_sae.storage import ObjectStore, open_store
 from dist_sae.telemetry.history import read_history
+from tests.forks import HANG_SECONDS
 from tests.kubernetes.controllers import Condition, Job, JobSet
 from tests.kubernetes.kubelet import Pod
 from tests.kubernetes.podrunner import Cluster
@@ -87,7 +88,7 @@ class Runs:
         self.cluster.wait(lambda: name in jobs and jobs[name].pods)
         return jobs[name]
 
-    def until(self, what: Callable[[], object], seconds: float = 300.0) -> None:
+    def until(self, what: Callable[[], object], seconds: float = HANG_SECONDS) -> None:
         """Poll the store until a condition holds."""
         deadline = time.monotonic() + seconds
         while not what():
