@@ -93,7 +93,7 @@ class TrainingJob:
     saver: Saver
     position: StreamPosition
     alone: bool = True
-    """Whether no other job reads the batches; a failure is then raised at once."""
+    """Whether it is no sweep's; a failure is then raised at once."""
     failure: NonFiniteError | None = None
     """Why the job ended before its last step."""
 

@@ -51,7 +51,9 @@ def train(
         store.put(run_file_key(run.name), dump_run(with_absolute_paths(run)).encode())
     if not left:
         return done
-    with open_training(left, mesh, watch, stopping, telemetry) as (batches, jobs):
+    is_sweep = run.sweep is not None
+    opening = open_training(left, mesh, watch, stopping, telemetry, is_sweep=is_sweep)
+    with opening as (batches, jobs):
         for batch in batches:
             for job in jobs:
                 job.step(batch)

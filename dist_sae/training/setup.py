@@ -55,14 +55,24 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def open_training(
-    runs: Sequence[Run], mesh: Mesh, watch: Watch, stopping: threading.Event, telemetry: Telemetry
+    runs: Sequence[Run],
+    mesh: Mesh,
+    watch: Watch,
+    stopping: threading.Event,
+    telemetry: Telemetry,
+    *,
+    is_sweep: bool,
 ) -> Iterator[tuple[Batches, list[TrainingJob]]]:
     """Open the batches and jobs of runs that read one stream, where each continues.
 
-    See `train` for the arguments.
+    Args:
+        runs: The jobs of a sweep that are not complete, or one run.
+        is_sweep: Whether they are of a sweep: one that fails then leaves the others alone.
+
+    See `train` for the other arguments.
     """
     with ExitStack() as opened:
-        yield _open(runs, mesh, watch, stopping, telemetry, opened)
+        yield _open(runs, mesh, watch, stopping, telemetry, opened, is_sweep=is_sweep)
 
 
 class _Begun(NamedTuple):
@@ -87,6 +97,8 @@ def _open(
     stopping: threading.Event,
     telemetry: Telemetry,
     opened: ExitStack,
+    *,
+    is_sweep: bool,
 ) -> tuple[Batches, list[TrainingJob]]:
     shared = runs[0]  # the sections of the stream are the same for all
     for run in runs:
@@ -143,7 +155,7 @@ def _open(
             if key not in heldout:
                 heldout[key] = HeldoutFvu(each.run, mesh, activation_set, own)
             position = _restore(each, state)
-            role = "train" if len(begun) == 1 else f"train {each.run.name}"
+            role = f"train {each.run.name}" if is_sweep else "train"
             report = _reporter(each, times, state, own, position, stores[0], role)
             job = TrainingJob(
                 each.run,
@@ -158,7 +170,7 @@ def _open(
                 heldout=heldout[key],
                 saver=_saver(each, plan, state, own, report, position, thread),
                 position=position,
-                alone=len(begun) == 1,
+                alone=not is_sweep,
             )
             opened.enter_context(report)
             opened.enter_context(job.saver)
