@@ -231,7 +231,7 @@ class TrainingReporter:
     def failed(self, failure: DistSaeError) -> None:
         """Tell that this job ends before its last step, while others go on."""
         self.telemetry.ended(failure)
-        logger.error("%s ends, other jobs go on: %s", self.run.name, failure)
+        logger.warning("%s ends, other jobs go on: %s", self.run.name, failure)
 
     def saved(self, saved: Saved) -> None:
         """Export that a checkpoint is durable. Called in the saver's thread."""
