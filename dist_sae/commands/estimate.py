@@ -187,7 +187,8 @@ def _lines(told: Mapping[str, Any]) -> Iterator[str]:
             elif name.endswith("_bytes") or "bytes" in name.split("_"):
                 yield f"  {name.replace('_bytes', '').replace('_', ' '):42} {_bytes(value)}"
             else:
-                yield f"  {name.replace('_', ' '):42} {shown(name, value)}"
+                unit = "rows_per_second" if name.endswith("_rows_per_second") else name
+                yield f"  {name.replace('_', ' '):42} {shown(unit, value)}"
 
 
 def _bytes(value: float) -> str:
