@@ -9,13 +9,11 @@ if not torch.cuda.is_available():
 
 import accelerate  # noqa: F401
 import deepspeed  # noqa: F401
-import pandas as pd  # noqa: F401 - pyarrow does when it first makes a table
 import torch.distributed.tensor.parallel
 from transformers import LlamaModel, PreTrainedTokenizerFast  # noqa: F401
 
 import dist_sae.commands.cli
 import dist_sae.evaluation.evaluate
-import dist_sae.index.build
 import dist_sae.models.huggingface
 import dist_sae.producing.loop
 import dist_sae.producing.planner
