@@ -124,7 +124,7 @@ class Pages:
         return self._render("latent", f"latent {latent}", view=view, turns=there)
 
     def search(self, kind: str, asked: str) -> str:
-        """What is found.
+        """Search; returns the page of what is found.
 
         Raises:
             LatentNotFoundError: There is no latent of this number.

@@ -55,9 +55,10 @@ def serve(pages: Pages, host: str, port: int) -> Iterator[tuple[ThreadingHTTPSer
 
     try:
         server = ThreadingHTTPServer((host, port), Handler)
-    except OSError as exc:
+    except (OSError, OverflowError) as exc:  # the second: there is no port of this number
+        reason = exc.strerror if isinstance(exc, OSError) else exc
         raise ConfigError(
-            f"browse: {host}:{port}: {exc.strerror or exc}; choose another --port or --host"
+            f"browse: {host}:{port}: {reason or exc}; choose another --port or --host"
         ) from exc
     server.daemon_threads = True
     with server:

@@ -149,7 +149,7 @@ def _measured(run: "Run", basis: "Basis") -> Iterator[tuple[str, Mapping[str, An
 
 
 def _trainer_bytes() -> int:
-    """What a trainer takes beside its data: with its libraries, after a step of next to nothing."""
+    """Memory of a trainer without data: its libraries, after a step of a tiny dictionary."""
     import dist_sae.training.loop  # noqa: F401 - its libraries are what is measured
     from dist_sae.bench.step import StepShape, TrainingStep, random_batches, step_mesh
     from dist_sae.telemetry.process import resident_bytes

@@ -16,6 +16,9 @@ from dist_sae.config.renamed import RENAMED, say_renamed, with_new_names
 from dist_sae.config.run import Run
 from dist_sae.errors import ConfigError
 
+_SECTIONS_OF_KEYS: dict[tuple[str, ...], int] = {("sweep", "over"): 2, ("sweep", "jobs"): 3}
+"""Sections whose keys are keys of the run file, as `sae.k`, by how deep they are."""
+
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     """Read and validate a run file.
@@ -180,6 +183,9 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
     dotted, equals, text = override.partition("=")
     say_renamed(dotted, f"--set {override}")
     keys = RENAMED.get(dotted, dotted).split(".")
+    sections = _SECTIONS_OF_KEYS.get(tuple(keys[:2]))
+    if sections and len(keys) > sections:
+        keys[sections:] = [".".join(keys[sections:])]
     if not equals or not all(keys):
         raise ConfigError(f"--set {override}: write it as section.key=value")
     try:

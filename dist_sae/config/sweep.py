@@ -90,7 +90,7 @@ class SweepConfig(Section):
     seed1, batchtopk-k32."""
 
     def overrides(self) -> dict[str, dict[str, Any]]:
-        """What each job sets, by the job's name."""
+        """The keys that each job sets, with their values, by the job's name."""
         return dict(self._named())
 
     def _named(self) -> Iterator[tuple[str, dict[str, Any]]]:

@@ -120,7 +120,7 @@ class Mesh(NamedTuple):
 
 
 class _Message:
-    """What ranks tell one another: JSON, since a pickle could make its reader run any code."""
+    """A message between ranks, as JSON: reading a pickle could run any code."""
 
     def __init__(self, kind: Any) -> None:
         self._values = TypeAdapter[Any](kind, config=_NUMBERS)

@@ -24,9 +24,10 @@ from dist_sae.errors import CorruptObjectError, ObjectNotFoundError, Stopped
 from dist_sae.index.cells import stored_cells
 from dist_sae.index.coactive import Sample
 from dist_sae.index.encode import Encoded, Encoder, open_encoder
-from dist_sae.index.layout import UnitRecord, UnitRecords, unit_records
+from dist_sae.index.layout import UnitRecord
 from dist_sae.index.opened import Opened, open_index
 from dist_sae.index.outputs import open_outputs
+from dist_sae.index.records import UnitRecords, unit_records
 from dist_sae.index.repair import check_not_retired, delete_unnamed, drop_damaged
 from dist_sae.index.summary import summary
 from dist_sae.index.tables import Origins, make_bucket

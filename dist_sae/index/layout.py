@@ -21,8 +21,7 @@ to 11 significant bits.
 import hashlib
 import io
 import logging
-import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import Any, Literal
 
 import pyarrow as pa
@@ -374,30 +373,3 @@ def read_table(
 
 TABLES = ("rows", "latents", "examples", "postings", "pairs")
 """Folders of the tables."""
-
-
-def bucket_records(
-    store: ObjectStore, folder: IndexFolder, manifest: IndexManifest
-) -> Iterator[BucketRecord]:
-    """What stage 2 made, by bucket."""
-    return (folder.read(store, BucketRecord, n) for n in range(manifest.n_buckets))
-
-
-def unit_records(
-    store: ObjectStore, folder: IndexFolder, manifest: IndexManifest
-) -> Iterator[UnitRecord]:
-    """What stage 1 found, by unit."""
-    return (folder.read(store, UnitRecord, unit) for unit in manifest.units)
-
-
-class UnitRecords:
-    """The records of all units, compressed in memory; may be iterated any number of times.
-
-    A record of 64 buckets takes 84 kB as an object, and 4 kB here.
-    """
-
-    def __init__(self, records: Iterable[UnitRecord]) -> None:
-        self._packed = [zlib.compress(record.model_dump_json().encode(), 1) for record in records]
-
-    def __iter__(self) -> Iterator[UnitRecord]:
-        return (UnitRecord.model_validate_json(zlib.decompress(packed)) for packed in self._packed)

@@ -12,10 +12,9 @@ from dist_sae.index.layout import (
     IndexManifest,
     Stored,
     UnitRecord,
-    bucket_records,
     read_stored,
-    unit_records,
 )
+from dist_sae.index.records import bucket_records, unit_records
 from dist_sae.storage import ObjectStore
 from dist_sae.storage.own import NumberedKeys
 from dist_sae.storage.records import Record

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from dist_sae.index.layout import IndexFolder, IndexManifest, bucket_records, unit_records
+from dist_sae.index.layout import IndexFolder, IndexManifest
+from dist_sae.index.records import bucket_records, unit_records
 from dist_sae.storage import ObjectStore
 
 _PARTS = {

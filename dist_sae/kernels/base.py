@@ -76,7 +76,7 @@ class Adam(NamedTuple):
     """An update by Adam without weight decay: what it has in common for all tensors."""
 
     number: int
-    """Of the update, from 1."""
+    """Number of this update, counted from 1."""
     lr: float
     beta1: float
     beta2: float

@@ -31,7 +31,8 @@ from dist_sae.kernels.base import Adam, Entries, Kernels
 logger = logging.getLogger(__name__)
 
 _SOURCE = Path(__file__).with_name("native.cpp")
-# What is rounded follows from the source; roots do not set errno, which nobody reads.
+# The compiler may not fuse a product with a sum, or results would depend on the processor; and a
+# square root need not set errno, which takes time.
 _FLAGS = ("-O3", "-march=native", "-fopenmp", "-ffp-contract=off", "-fno-math-errno")
 _EXPECTED = 64  # of so many products one is above its bound
 _WEIGHTS = 2  # gradients kept: of W_enc and W_dec

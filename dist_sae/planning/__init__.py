@@ -1,1 +1,1 @@
-"""What a run will take, before anything is produced: memory, bytes, requests, time, cost, risk."""
+"""Forecasts of a run before it is made: memory, bytes, requests, time, cost, risk."""

@@ -1,4 +1,4 @@
-"""What the arithmetic starts from: the run with numbers for all settings, its units, its widths."""
+"""Inputs of a forecast: the run with numbers for all settings, its units, its widths."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple

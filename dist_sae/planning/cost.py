@@ -10,6 +10,7 @@ from dist_sae.config.base import Section
 from dist_sae.errors import ConfigError
 
 _MONTH_HOURS = 730.0
+_LEFT_OUT = "pods of the planner, the index and the reporter"  # their time is not forecast
 
 
 class Prices(Section):
@@ -18,7 +19,6 @@ class Prices(Section):
     currency: str
     producer_pod_hour: NonNegativeFloat = 0.0
     trainer_pod_hour: NonNegativeFloat = 0.0
-    index_pod_hour: NonNegativeFloat = 0.0
     stored_gb_month: NonNegativeFloat = 0.0
     thousand_puts: NonNegativeFloat = 0.0
     """PUT, POST and LIST requests."""
@@ -56,4 +56,5 @@ def cost_of(
     free = [key for key in Prices.model_fields if key not in prices.model_fields_set]
     rounded = {name: round(value, 2) for name, value in parts.items()}
     total = round(sum(parts.values()), 2)
-    return {"currency": prices.currency, **rounded, "total": total, "no_price_for": ", ".join(free)}
+    said = {"no_price_for": ", ".join(free)} if free else {}
+    return {"currency": prices.currency, **rounded, "total": total, **said, "left_out": _LEFT_OUT}

@@ -163,7 +163,6 @@ def _cost(basis: Basis, prices: Prices, told: dict[str, Any]) -> dict[str, Any]:
         "producer": pods["producer"]
         * (producing if not basis.run.store.max_ahead_units else hours),
         "trainer": pods["trainer"] * hours,
-        "index": 0.0,
     }
     over_time = list(told["set_over_time"].values())
     held = sum(over_time) / len(over_time) + stored_now["checkpoints_bytes"]

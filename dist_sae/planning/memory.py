@@ -13,7 +13,7 @@ from dist_sae.producing.planner import row_bytes
 from dist_sae.training.memory import state_bytes
 
 CUDA_BYTES = 700 * 10**6
-"""What a CUDA context and its libraries take on a GPU: assumed."""
+"""Memory of a CUDA context and its libraries on a GPU; an assumption."""
 _FP32 = 4
 _ENTRY_BYTES = 80  # of a code: value, row, latent, their sorts, gradients
 _DENSE_CHUNKS = 10  # that a dense penalised step holds at once (`dictionaries.penalised`)
@@ -77,7 +77,7 @@ def active(basis: Basis) -> float:
 
 
 def _step(basis: Basis, device: torch.device) -> int:
-    """What a step holds beyond the state: rows as they are read and written, products, codes."""
+    """Memory of a step beyond the state: rows that are read and written, products, codes."""
     sae, rows, own = basis.run.sae, basis.replica_rows, basis.rank_rows
     d_in, d_out = basis.widths.d_in, basis.widths.d_out
     product = PRODUCT_DTYPES[basis.run.train.products].itemsize

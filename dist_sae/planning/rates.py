@@ -22,11 +22,11 @@ from dist_sae.planning.traffic import step_traffic
 from dist_sae.training.memory import state_bytes
 
 STEP_EFFICIENCY = 0.5
-"""Of the peak, in the encoder product: assumed."""
+"""Share of the peak that the encoder product reaches; an assumption."""
 FORWARD_EFFICIENCY = 0.35
-"""Of the peak, in a language model's forward pass: assumed."""
+"""Share of the peak that a language model's forward pass reaches; an assumption."""
 BANDWIDTH_EFFICIENCY = 0.7
-"""Of the memory's bandwidth: assumed."""
+"""Share of the memory's bandwidth that is reached; an assumption."""
 _STATE_PASSES = 9  # over a parameter: gradients are summed, then their norm; Adam reads 4, writes 3
 _CODE_PASSES = 4  # over an encoder or decoder row: the code's gradient, decode, both weights'
 _FP32 = 4
@@ -39,7 +39,7 @@ class Accelerator(NamedTuple):
     fp32_flops: float
     memory_bytes: float
     bytes_per_second: float
-    """Of its memory."""
+    """Bandwidth of its memory."""
     source: str
 
 
@@ -61,9 +61,9 @@ class Rates(NamedTuple):
     producer_rows_per_second: float | None = None
     """One producer, with all its ranks."""
     read_bytes_per_second: float | None = None
-    """Of the store, for all trainers together."""
+    """Reads from the store by all trainers together."""
     write_bytes_per_second: float | None = None
-    """Of the store, for all producers together."""
+    """Writes to the store by all producers together."""
     sources: tuple[str, ...] = ()
 
     def over(self, other: "Rates") -> "Rates":

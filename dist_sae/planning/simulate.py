@@ -38,9 +38,9 @@ class Fleet(NamedTuple):
 
     producers: int
     unit_seconds: float
-    """Of a producer's model for the largest unit, give or take a tenth; smaller ones take less."""
+    """Time of a producer's model for the largest unit, give or take a tenth."""
     step_seconds: float = 0.0
-    """Of all trainer ranks together."""
+    """Time of a training step of all ranks together."""
     batch_rows: int = 1
     rows: int = 0
     """Rows to train on, in one pass; 0: there is no trainer."""

@@ -184,6 +184,8 @@ def test_a_port_in_use_is_named(run: Run, capsys: pytest.CaptureFixture[str]) ->
         port = url.rstrip("/").rpartition(":")[2]
         assert main(["browse", place, "--port", port]) == 2
         assert f"browse: 127.0.0.1:{port}: Address already in use" in capsys.readouterr().err
+    assert main(["browse", place, "--port", "99999"]) == 2
+    assert "browse: 127.0.0.1:99999: bind(): port must be 0-65535" in capsys.readouterr().err
 
 
 def test_pages_of_some_latents_are_files(run: Run, tmp_path: Path, index: Index) -> None:

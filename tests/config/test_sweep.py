@@ -28,6 +28,16 @@ def test_every_combination_of_values_is_a_run_of_its_own(tmp_path: Path) -> None
     assert all(job.sweep is None and job.sae.kind == "topk" for job in jobs)
 
 
+def test_a_sweep_may_be_given_on_the_command_line(tmp_path: Path) -> None:
+    """Below `sweep.over` and `sweep.jobs.NAME` a key keeps its dots."""
+    sets = ["sweep.over.sae.k=[2, 3]", "sweep.jobs.fast.train.lr=0.01"]
+    found = jobs_of(load_run(write_run(tmp_path), sets))
+    assert {job.name: (job.sae.model_dump()["k"], job.train.lr) for job in found} == {
+        "world-fast-k2": (2, 0.01),
+        "world-fast-k3": (3, 0.01),
+    }
+
+
 def test_named_jobs_are_trained_with_each_value(tmp_path: Path) -> None:
     jobs = {"wide": {"sae.n_latents": 128}, "relu": {"sae": {"kind": "relu", "n_latents": 32}}}
     sweep = {"jobs": jobs, "over": {"train.lr": [1e-3, 0.02]}}

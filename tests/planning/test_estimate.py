@@ -217,6 +217,7 @@ def test_the_table_and_the_cost(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert found["pace"]["limited_by"] == "producers"
     assert found["cost"]["trainer"] == pytest.approx(found["pace"]["total_seconds"], rel=0.01)
     assert "producer_pod_hour" in found["cost"]["no_price_for"]
+    assert found["cost"]["left_out"] == "pods of the planner, the index and the reporter"
     assert main(["estimate", *options]) == 0
     assert "dead by chance" in capsys.readouterr().out
 
