@@ -400,7 +400,7 @@ def test_the_geometric_median_is_that_of_all_rows(replicas: int, shards: int) ->
         torch.testing.assert_close(found, geometric_median(batch(0), WHOLE))
 
 
-@pytest.mark.parametrize(("initial_l0", "expected"), [(20.0, 20.0), (100.0, 100.0), (1e4, 256.0)])
+@pytest.mark.parametrize(("initial_l0", "expected"), [(30.0, 30.0), (100.0, 100.0), (1e4, 256.0)])
 @pytest.mark.parametrize("kind", PENALISED)
 def test_penalised_recipes_begin_with_so_many_active_latents(
     kind: str, initial_l0: float, expected: float
@@ -419,7 +419,7 @@ def test_penalised_recipes_begin_with_so_many_active_latents(
     torch.testing.assert_close(normalize(found["W_enc"]), normalize(found["W_dec"]))
     lengths = found["W_enc"].norm(dim=1)
     torch.testing.assert_close(lengths, lengths[:1].expand(512))
-    assert lengths[0] != pytest.approx(1, abs=0.02)
+    assert lengths[0] != pytest.approx(1, abs=0.05)
     norm = 0.5 if kind == "relu" else 1.0
     torch.testing.assert_close(found["W_dec"].norm(dim=1), torch.full((512,), norm))
 

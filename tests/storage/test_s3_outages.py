@@ -33,7 +33,7 @@ def test_endpoint_that_is_down_is_asked_until_the_deadline(
     store = make_store(bucket, nowhere, seconds=3)
     since = time.monotonic()
     message = told(UnavailableError, store, "get")
-    assert 3 <= time.monotonic() - since < 60
+    assert 3 <= time.monotonic() - since < 10
     assert message == (
         f"{store.url}/a/b: {nowhere} does not answer (EndpointConnectionError); "
         f"check store.s3.endpoint_url and the network"
