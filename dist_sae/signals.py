@@ -1,5 +1,6 @@
 """Handling of SIGTERM and Ctrl-C; imports almost nothing, so that it takes effect first."""
 
+import atexit
 import os
 import signal
 import sys
@@ -39,6 +40,14 @@ def heed_no_more(code: int) -> None:
     """Let a signal end the process at once with this exit code, now that the work is done."""
     for number in SIGNALS:
         signal.signal(number, lambda *_: os._exit(code))
+    # Python gives signals back to the system while it ends, and a signal would end it with 143
+    atexit.register(ignore)
+
+
+def ignore() -> None:
+    """Ignore both signals, which holds until the process has ended."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def _interrupt(_: int, frame: FrameType | None) -> None:

@@ -363,3 +363,21 @@ def test_signal_during_an_import_ends_in_one_line(tmp_path: Path, name: str, mod
     )
     assert done.returncode == 75
     assert done.stderr == "stopped: interrupted; start the same command again\n"
+
+
+def test_signal_at_the_very_end_does_not_change_the_exit_code() -> None:
+    """Python destroys what modules hold after it has given signals back to the system."""
+    program = """
+import os, signal, sys
+from dist_sae import signals
+
+class Late:
+    def __del__(self, kill=os.kill, me=os.getpid(), number=signal.SIGTERM):
+        kill(me, number)
+
+late = Late()
+signals.heed()
+signals.heed_no_more(0)
+sys.exit(0)
+"""
+    assert subprocess.run([sys.executable, "-c", program], check=False).returncode == 0

@@ -18,6 +18,7 @@ import torch
 
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.config import Run, load_run
+from dist_sae.data.shard import CLAIMS
 from dist_sae.index.progress import is_indexed
 from dist_sae.kubernetes.jobs import job_name, render_objects
 from dist_sae.storage import ObjectStore, open_store
@@ -183,12 +184,15 @@ def manifests(runs: Runs, run: Run) -> list[dict[str, object]]:
 
 def test_pods_that_are_preempted_and_killed_change_nothing(runs: Runs, calm: Calm) -> None:
     run = runs.run("disturbed", "cluster.reporter=null")
+    activations = runs.store(run.store.activations, run)
+    activations.put(CLAIMS.key(0), b"{}")  # in another's hand, so that no producer is done
     jobset, cluster = runs.submit(run), runs.cluster
 
     producer = runs.job(run, "producer")
     spot = producer.active[0]
     runs.until(lambda: spot.name in {manifest["producer"] for manifest in manifests(runs, run)})
     spot.preempt()
+    activations.delete(CLAIMS.key(0))
 
     trainer = runs.job(run, "trainer")
     runs.await_checkpoint(run, 0)
