@@ -12,6 +12,7 @@ from dist_sae.config.load import (
     parse_overrides,
     parse_run,
     resolve_run,
+    sections_of,
     validate_run,
     with_absolute_paths,
 )
@@ -26,6 +27,7 @@ __all__ = [
     "parse_overrides",
     "parse_run",
     "resolve_run",
+    "sections_of",
     "validate_run",
     "with_absolute_paths",
 ]

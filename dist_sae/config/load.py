@@ -113,13 +113,17 @@ def jobs_of(run: Run) -> tuple[Run, ...]:
     return tuple(jobs)
 
 
-def dump_run(run: Run) -> str:
-    """Write the resolved run as YAML; `load_run` reads it back to an equal run.
+def sections_of(run: Run) -> dict[str, Any]:
+    """The run's settings as sections, which `validate_run` makes an equal run of.
 
-    Of a sweep it has only the keys that were given: the others follow for each job.
+    Of a sweep only the keys that were given: the others follow for each job.
     """
-    is_sweep = run.sweep is not None
-    return yaml.safe_dump(run.model_dump(mode="json", exclude_unset=is_sweep), sort_keys=False)
+    return run.model_dump(mode="json", exclude_unset=run.sweep is not None)
+
+
+def dump_run(run: Run) -> str:
+    """Write the resolved run as YAML; `load_run` reads it back to an equal run."""
+    return yaml.safe_dump(sections_of(run), sort_keys=False)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:

@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from pydantic import Field
 
-from dist_sae.config import Run, differences, validate_run
+from dist_sae.config import Run, differences, sections_of, validate_run
 from dist_sae.config.data import DatasetCorpus, HuggingFaceModel
 from dist_sae.data.corpus import CorpusIndex, Span
 from dist_sae.data.corpus_files import CorpusFile
@@ -149,7 +149,7 @@ class Plan(Record):
                 },
             }
         )
-        return validate_run(filled.model_dump(mode="json"), "with what its plan decides")
+        return validate_run(sections_of(filled), "with what its plan decides")
 
     @property
     def first_windows(self) -> int:

@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from dist_sae.config import Run, validate_run
+from dist_sae.config import Run, sections_of, validate_run
 from dist_sae.config.data import HuggingFaceModel, SyntheticModel, layer_of
 from dist_sae.data.corpus import Corpus
 from dist_sae.data.deal import choose_layout
@@ -136,7 +136,7 @@ def _of_rows(run: Run, model: Model, rows: int) -> Basis:
         "activations": {name: getattr(layout, name) for name in LAYOUT_SETTINGS},
         "train": {"rows": there, "normaliser_rows": max(1, min(1_000_000, int(0.9 * first)))},
     }
-    run = validate_run(run.filled(filled).model_dump(mode="json"), "with the layout of --rows")
+    run = validate_run(sections_of(run.filled(filled)), "with the layout of --rows")
     if run.rows > sum(units) * train.max_passes:
         raise ConfigError(
             f"--rows: {rows} are fewer than train.rows ({run.rows}) asks for in "

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from dist_sae.config import Run, load_run
+from dist_sae.config import Run, jobs_of, load_run
 from dist_sae.config.data import S3Config
 from dist_sae.data.corpus import Corpus, CorpusIndex, Span
 from dist_sae.data.corpus_files import CorpusFile
@@ -56,6 +56,16 @@ def test_the_plan_follows_from_corpus_and_settings_alone(tmp_path: Path) -> None
     assert one.hash == other.hash
     assert one == other
     assert one.hash == "30d4b9722b8e0d9c3789d1e2ff6fab5ebe2aeb97bd387e469be43de413a38523"
+
+
+def test_what_a_plan_decides_leaves_jobs_of_other_kinds_their_own_settings(tmp_path: Path) -> None:
+    open_ = {"unit_rows": None, "streams": None}
+    kinds = {"sweep": {"over": {"sae.kind": ["topk", "batchtopk"]}}}
+    run = make_run(tmp_path, **kinds, activations=open_, train={"rows": "all"})
+    made = dealt(run, index(128), 16.0)
+    jobs = jobs_of(made.resolve(run))
+    assert [job.sae.kind for job in jobs] == ["topk", "batchtopk"]
+    assert all(isinstance(job.train.rows, int) and not job.left_open for job in jobs)
 
 
 def old_plan(run: Run, documents: int = 8) -> Plan:
