@@ -12,6 +12,7 @@ from collections.abc import Sequence
 
 from dist_sae import __version__, logs, signals
 from dist_sae.commands import (
+    analyse,
     bench,
     browse,
     cancel,
@@ -42,7 +43,7 @@ from dist_sae.distributed.supervisor import follow_parent
 from dist_sae.errors import EXIT_DONE, EXIT_RESUMABLE, DistSaeError, Stopped
 
 _COMMANDS = (
-    *(run, estimate, plan, produce, train, index, latents, browse),
+    *(run, estimate, plan, produce, train, index, latents, analyse, browse),
     *(evaluate, compare, export, importing, report, render),
     *(submit, resume, status, pod_logs, cancel),
     *(bench, config, store, checkpoints, completion),

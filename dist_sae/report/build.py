@@ -35,6 +35,7 @@ from dist_sae.index.query import Index, index_of
 from dist_sae.index.summary import left_out
 from dist_sae.index.texts import Texts
 from dist_sae.report.latents import LatentView, choose_latents, view_latents
+from dist_sae.report.outcome import read_outcomes
 from dist_sae.report.page import Page, render_page
 from dist_sae.report.profile import read_profiles
 from dist_sae.report.shown import duration
@@ -80,10 +81,16 @@ def report(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
     history = read_history(runs, run.name)
     made = produced(activations, plan)
     index = _open_index(runs, run, checkpoint)
+    outcomes = [
+        outcome
+        for outcome in (read_outcomes(runs, run.name) if checkpoint else ())
+        if checkpoint and outcome.checkpoints.get(run.name) == checkpoint.digest
+    ]
     made_from = fingerprint(
         [
             checkpoint and checkpoint.digest,
             index if isinstance(index, str) else digest(index.manifest),
+            [digest(outcome) for outcome in outcomes],
             *(evaluation, history, made, dump_run(run), versions()),
         ]
     )
@@ -111,6 +118,7 @@ def report(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
         latent_rows=0 if isinstance(index, str) else index.rows,
         no_latents=no_texts,
         profiles=None if isinstance(index, str) else read_profiles(index),
+        outcomes=outcomes,
     )
     runs.put(key, render_page(page).encode())
     return f"{runs.url}/{key}"

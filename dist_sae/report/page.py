@@ -4,7 +4,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib.resources import files
 from itertools import accumulate
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
@@ -22,6 +22,9 @@ from dist_sae.report.profile import Profiles, render_profiles
 from dist_sae.report.shown import duration, shown, time_unit
 from dist_sae.telemetry.metric import DENSITIES, NEVER, PHASES, QUANTILES, STAGES
 from dist_sae.telemetry.metrics import TABLE, listed
+
+if TYPE_CHECKING:
+    from dist_sae.report.outcome import Outcome
 
 _OTHER_RESULTS = {
     "ce_recovered_mean": (
@@ -108,6 +111,8 @@ class Page(NamedTuple):
     """Why no latents are shown, or only their numbers; else empty."""
     profiles: Profiles | None = None
     """Profiles of the latents that fire, if several sites are written."""
+    outcomes: "Sequence[Outcome]" = ()
+    """Outcomes of `dist-sae analyse`."""
 
 
 def render_page(page: Page) -> str:

@@ -1,0 +1,1 @@
+"""Questions to trained dictionaries, a file each: from index, checkpoint and rows to findings."""

@@ -1,0 +1,15 @@
+"""`dist-sae analyse`: ask a question of trained dictionaries; a file for each question."""
+
+from typing import Any
+
+from dist_sae.commands import shared
+
+_QUESTIONS: tuple[Any, ...] = ()
+
+
+def add(commands: shared.Commands) -> None:
+    """Add the command."""
+    text = "ask a question of trained dictionaries; answers are kept beside the run"
+    questions = shared.add_group(commands, "analyse", text, "WHAT")
+    for question in _QUESTIONS:
+        question.add(questions)

@@ -1,0 +1,78 @@
+"""Shared by the questions of `dist-sae analyse`: runs, and keeping and printing findings."""
+
+import argparse
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+from dist_sae.commands import shared
+from dist_sae.config import Run, jobs_of
+
+if TYPE_CHECKING:
+    from dist_sae.report.outcome import Findings
+
+
+def add_question(
+    questions: shared.Commands,
+    name: str,
+    main: shared.Main,
+    text: str,
+    *,
+    several: bool = False,
+) -> argparse.ArgumentParser:
+    """Add a question; returns its parser, for options of its own.
+
+    Args:
+        several: It may be asked of several runs together.
+    """
+    parser = shared.add_command(questions, name, main, text)
+    parser.set_defaults(what=name)
+    if several:
+        parser.add_argument("others", nargs="*", metavar="RUN", help="further runs")
+    return parser
+
+
+def load_several(options: argparse.Namespace) -> tuple[str, list[Run]]:
+    """Read all runs that the command line names, the jobs of sweeps one by one.
+
+    Returns:
+        Name of the first run or sweep, which keeps the findings; the runs.
+    """
+    from dist_sae.checkpoint.folder import open_run
+
+    first = shared.load_whole(options)
+    others = [open_run(place, options.set) for place in options.others]
+    return first.name, [job for run in (first, *others) for job in jobs_of(run)]
+
+
+def answer(
+    options: argparse.Namespace,
+    name: str,
+    runs: Sequence[Run],
+    title: str,
+    settings: Mapping[str, Any],
+    find: "Callable[[], Findings]",
+) -> None:
+    """Find an answer, keep it in the folder of the run or sweep, and print it.
+
+    Args:
+        options: As given to the command; `what` names the analysis.
+        name: Of the run or sweep.
+        runs: Those that are asked; each has a checkpoint.
+        title: Heading of the page.
+        settings: Settings of the analysis.
+        find: Makes the findings, from the newest checkpoints.
+    """
+    from dist_sae.checkpoint.trained import find_checkpoint, none_yet
+    from dist_sae.report.outcome import keep_findings
+    from dist_sae.storage import open_store
+
+    stores = [open_store(run.store.runs, run.store.s3) for run in runs]
+    checkpoints = {}
+    for run, store in zip(runs, stores, strict=True):
+        if (checkpoint := find_checkpoint(store, run, None)) is None:
+            raise none_yet(store, run)
+        checkpoints[run.name] = checkpoint.digest
+    outcome = keep_findings(stores[0], name, options.what, title, checkpoints, settings, find())
+    place = f"{stores[0].url}/{name}/analysis/{options.what}/page.html"
+    lines = [*outcome.summary, *(f"note: {line}" for line in outcome.caveats), place]
+    shared.print_lines(options, {**outcome.numbers, "page": place}, lines)

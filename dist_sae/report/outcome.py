@@ -1,0 +1,118 @@
+"""Outcomes of `dist-sae analyse`: kept beside a run, with a page each, and shown by the report.
+
+<run>/analysis/<what>/<table>-<digest>.parquet
+<run>/analysis/<what>/page.html
+<run>/analysis/<what>/outcome.json               sealed, last
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
+
+import pyarrow as pa
+from markupsafe import Markup
+
+from dist_sae.index.layout import Stored, read_table, store_table, to_parquet
+from dist_sae.report.page import render_template
+from dist_sae.storage import ObjectStore
+from dist_sae.storage.records import Record, read_record, seal
+
+
+class Findings(NamedTuple):
+    """What an analysis returns."""
+
+    numbers: Mapping[str, Any]
+    """Results by name, as JSON has them; a share is a number from 0 to 1."""
+    summary: Sequence[str]
+    """What the numbers say, in sentences."""
+    caveats: Sequence[str] = ()
+    """What limits the answer in this case: few rows, few documents, a part that was left out."""
+    tables: Mapping[str, pa.Table] = {}
+    """Tables by name."""
+    figures: Sequence[str] = ()
+    """Figures, as `report.charts` draws them."""
+
+
+class Outcome(Record):
+    """`outcome.json`: findings, and what they were made from."""
+
+    schema_version: Literal[1] = 1
+    what: str
+    """Name of the analysis."""
+    title: str
+    checkpoints: dict[str, str]
+    """Digests of the checkpoints, by run."""
+    settings: dict[str, Any]
+    """Settings of the analysis."""
+    numbers: dict[str, Any]
+    summary: tuple[str, ...]
+    caveats: tuple[str, ...]
+    figures: tuple[str, ...]
+    tables: dict[str, Stored]
+
+    @property
+    def drawn(self) -> list[Markup]:
+        """The figures, for a page."""
+        return [Markup(figure) for figure in self.figures]
+
+
+def keep_findings(
+    store: ObjectStore,
+    run: str,
+    what: str,
+    title: str,
+    checkpoints: Mapping[str, str],
+    settings: Mapping[str, Any],
+    findings: Findings,
+) -> Outcome:
+    """Keep findings in a run's folder, in place of earlier ones of this analysis.
+
+    Args:
+        store: The store of runs.
+        run: Name of the run or sweep.
+        what: Name of the analysis.
+        title: Heading of the page.
+        checkpoints: Digests of the checkpoints that were analysed, by run.
+        settings: Settings of the analysis.
+        findings: What was found.
+    """
+    folder = f"{run}/analysis/{what}"
+    tables = {
+        name: store_table(store, f"{folder}/{name}", to_parquet(table))
+        for name, table in findings.tables.items()
+    }
+    outcome = Outcome(
+        what=what,
+        title=title,
+        checkpoints=dict(checkpoints),
+        settings=dict(settings),
+        numbers=dict(findings.numbers),
+        summary=tuple(findings.summary),
+        caveats=tuple(findings.caveats),
+        figures=tuple(findings.figures),
+        tables=tables,
+    )
+    page = render_template("analysis.html", run=run, outcome=outcome)
+    store.put(f"{folder}/page.html", page.encode())
+    store.put(f"{folder}/outcome.json", seal(outcome))
+    return outcome
+
+
+def read_outcomes(store: ObjectStore, run: str) -> list[Outcome]:
+    """Read all outcomes of a run or sweep, by name of the analysis.
+
+    Raises:
+        CorruptObjectError: One is damaged.
+    """
+    folders = (f"{run}/analysis/{what}" for what in sorted(store.folders(f"{run}/analysis/")))
+    keys = [f"{folder}/outcome.json" for folder in folders]
+    there = [key for key in keys if store.size(key) is not None]
+    remedy = "run dist-sae analyse again"
+    return [
+        read_record(Outcome, store, key, remedy, within=key.removesuffix("outcome.json"))
+        for key in there
+    ]
+
+
+def read_outcome_table(store: ObjectStore, outcome: Outcome, name: str) -> pa.Table:
+    """Read a table of an outcome, checked."""
+    return read_table(store, outcome.tables[name])
