@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from dist_sae.checkpoint.layout import Checkpoint
 from dist_sae.errors import ConfigError, LatentNotFoundError, NoIndexError
+from dist_sae.index.codes import POSTINGS_CHANCE, below, chances
 from dist_sae.index.layout import (
     NORMS,
     PAIRS,
@@ -207,15 +208,29 @@ class Index:
             ConfigError: The index keeps no postings.
         """
         record = self._bucket_of(latent)
-        if not self.manifest.postings_share:
-            raise ConfigError(
-                f"{self.place}: keeps no postings (index.postings: none); make an index that does, "
-                f"under a name of its own (index.name)"
-            )
+        self._check_postings()
         yield POSTINGS.empty_table()  # a latent that never fires has no postings
         for piece in record.postings:
             if piece.first <= latent <= piece.last:
                 yield from self._table(piece.stored).of(latent)
+
+    def bucket_postings(self, bucket: int) -> Iterator[pa.Table]:
+        """Yield all activations of a bucket's latents, piece by piece, by latent, unit and row.
+
+        Raises:
+            ConfigError: The index keeps no postings.
+            CorruptObjectError: A table is damaged.
+        """
+        self._check_postings()
+        for piece in self._record(bucket).postings:
+            yield read_table(self._store, piece.stored)
+
+    def has_postings(self, unit: int, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        """Whether the activations on each of these rows of a unit are kept; see `postings`."""
+        share = self.manifest.postings_share
+        if share == 1:
+            return np.ones(len(rows), np.bool_)
+        return chances(self.manifest.seed, POSTINGS_CHANCE, unit, rows) < below(share)
 
     def latents(self, columns: Iterable[str] | None = None) -> Iterator[pa.Table]:
         """Yield the table of all latents (`LATENTS`, or some of its columns), bucket by bucket."""
@@ -252,6 +267,13 @@ class Index:
     def pair_rows(self) -> int:
         """Rows on which coactive latents were counted."""
         return self._record(0).pair_rows
+
+    def _check_postings(self) -> None:
+        if not self.manifest.postings_share:
+            raise ConfigError(
+                f"{self.place}: keeps no postings (index.postings: none); make an index that does, "
+                f"under a name of its own (index.name)"
+            )
 
     def _bucket_of(self, latent: int) -> BucketRecord:
         if not 0 <= latent < self.n_latents:

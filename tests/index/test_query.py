@@ -113,6 +113,11 @@ def test_pages_and_postings_are_what_brute_force_finds(
         for n in range(64)
     ]
     assert pa.concat_tables(index.all_examples()).to_pylist() == stored["examples"]
+    buckets = range(index.manifest.n_buckets)
+    pieces = [piece for bucket in buckets for piece in index.bucket_postings(bucket)]
+    assert len(pieces) > len(buckets) > 1
+    by_latent = [pa.concat_tables(index.postings(n)) for n in range(64)]
+    assert pa.concat_tables(pieces) == pa.concat_tables(by_latent)
 
 
 @pytest.mark.usefixtures("small")
@@ -192,6 +197,7 @@ def test_what_is_not_there_gets_one_line(tmp_path: Path) -> None:
     fails(LatentNotFoundError, r"latent 64: .* has latents 0 to 63", lambda: index.latent(64))
     fails(LatentNotFoundError, "latent -1: ", lambda: index.examples(-1))
     fails(ConfigError, "keeps no postings", lambda: list(index.postings(0)))
+    fails(ConfigError, "keeps no postings", lambda: list(index.bucket_postings(0)))
     assert index.latent(0).coactive == ()
     assert index.latent(0).examples
     runs.delete(IndexFolder(run.name, "step-00000003").buckets.key(0))
@@ -242,6 +248,8 @@ def test_a_share_of_postings(tmp_path: Path) -> None:
     everything = {(*oracle.names[r][:2], act) for act, r in oracle.firings(dense)}
     rows = set(zip(*(found[c].to_pylist() for c in ("unit", "row", "act")), strict=True))
     assert rows < everything
+    kept = {unit: index.has_postings(unit, np.arange(400)) for unit in oracle.units}
+    assert rows == {(*name, act) for *name, act in everything if kept[name[0]][name[1]]}
     assert 0.15 < len(rows) / len(everything) < 0.45
     assert all(e.decile == TOP for e in index.latent(dense).largest)
 
