@@ -32,10 +32,12 @@ pytestmark = pytest.mark.system
 BOTH = {"producers": 2, "trainers": 2, "threads": 1}
 
 
-def start(path: Path, cwd: Path | None = None) -> "subprocess.Popen[str]":
+def start(path: Path, cwd: Path | None = None, **env: str) -> "subprocess.Popen[str]":
     command = [sys.executable, "-m", "dist_sae", "run", str(path), "--json"]
     pipe = subprocess.PIPE
-    return subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True, cwd=cwd)
+    return subprocess.Popen(
+        command, stdout=pipe, stderr=pipe, text=True, cwd=cwd, env=os.environ | env
+    )
 
 
 def children(pid: int) -> list[int]:
@@ -116,8 +118,27 @@ def test_a_command_for_one_run_asks_which_job_of_a_sweep(tmp_path: Path) -> None
     assert f"--job b: {alone} is no sweep; leave it out" in run("plan", alone, "--job", "b", code=2)
 
 
-def test_the_whole_run_works_over_s3_and_without_an_index(tmp_path: Path, bucket: Bucket) -> None:
-    """An index in S3 is of `tests/kubernetes/test_pods.py`."""
+NO_COMPILER = """
+import sys
+
+class Finder:
+    @staticmethod
+    def find_spec(name, *place):
+        assert name != "torch._dynamo"
+
+sys.meta_path.insert(0, Finder)
+"""
+"""A `sitecustomize` with which torch's compiler cannot be imported."""
+
+
+def test_the_whole_run_works_over_s3_without_an_index_and_torchs_compiler(
+    tmp_path: Path, bucket: Bucket
+) -> None:
+    """An index in S3 is of `tests/kubernetes/test_pods.py`.
+
+    To import the compiler, which torch's own optimisers do, takes 1.7 s of CPU: here it fails.
+    """
+    (tmp_path / "sitecustomize.py").write_text(NO_COMPILER)
     url = f"s3://{bucket.name}/some/prefix"
     store: dict[str, Any] = {
         "activations": f"{url}/activations",
@@ -127,7 +148,7 @@ def test_the_whole_run_works_over_s3_and_without_an_index(tmp_path: Path, bucket
     }
     train = {"rows": 4800, "max_passes": 1}
     path = write_run(tmp_path, store=store, processes=BOTH, train=train, index={"workers": 0})
-    process = start(path, cwd=tmp_path)
+    process = start(path, cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{Path(__file__).parents[2]}")
     out, err = process.communicate(timeout=HANG_SECONDS)
     assert process.returncode == 0, err
     result = json.loads(out.splitlines()[-1])
