@@ -55,7 +55,7 @@ class Asker(NamedTuple):
         """Query series as Grafana does with every variable set to All."""
         seconds = self.end - self.start
         step = seconds / POINTS
-        expression = re.sub(r'"\$(run|rank)"', '".*"', target["expr"])
+        expression = re.sub(r'"\$(namespace|run|rank)"', '".*"', target["expr"])
         expression = expression.replace("$__rate_interval", "30s")
         expression = expression.replace("$__range", f"{seconds:.0f}s")
         asked = {"query": expression, "start": self.start, "end": self.end, "step": step}

@@ -41,6 +41,11 @@ Image = Annotated[
 ]
 
 
+def kubernetes_name(name: str) -> str:
+    """A run's name as its objects on Kubernetes have it, where host names have no dots."""
+    return name.replace(".", "-")
+
+
 VolumeKind = Literal["csi", "ephemeral", "hostPath", "image", "nfs", "persistentVolumeClaim"]
 TemplateKey = Annotated[
     str,

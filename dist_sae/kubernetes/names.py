@@ -2,6 +2,7 @@
 
 from dist_sae import __version__
 from dist_sae.config import Run
+from dist_sae.config.cluster import kubernetes_name
 from dist_sae.errors import ConfigError
 
 PART = "app.kubernetes.io/component"
@@ -17,7 +18,7 @@ def object_name(run: Run) -> str:
     Raises:
         ConfigError: The run's name is not valid in names of pods.
     """
-    name = run.name.replace(".", "-")
+    name = kubernetes_name(run.name)
     if len(name) > _LONGEST or not name[0].isalpha():
         raise ConfigError(
             f"name: {run.name} is not valid in names of pods; on a cluster it must begin with a "

@@ -19,6 +19,7 @@ from prometheus_client import (
 )
 
 from dist_sae import __version__
+from dist_sae.config.cluster import kubernetes_name
 from dist_sae.errors import DistSaeError, Stopped
 from dist_sae.storage.lives import Life
 from dist_sae.telemetry.metric import EVERY_SERIES, SHORT_LIVED, Metric
@@ -42,7 +43,7 @@ class Telemetry:
     interval at most. Short-lived programs push instead.
 
     Args:
-        run: Name of the run.
+        run: Name of the run; with `jobs`, of the sweep.
         role: The program, one of `metric.ROLES`.
         port: Port to serve them on; 0 for any free port, None to serve nothing.
         rank: Number of this process among those of its role.
@@ -84,7 +85,8 @@ class Telemetry:
         self.port = None if self._server is None else self._server.port
         if self.port is not None:
             logger.info("metrics on port %d", self.port)
-        self.set("dist_sae_run_info", 1, version=__version__)
+        names = {"version": __version__, "kubernetes_name": kubernetes_name(run)}
+        self.set("dist_sae_run_info", 1, **names)
         self.set(
             "dist_sae_build_info",
             1,

@@ -16,7 +16,11 @@ _OPERATION_SECONDS = (0.001, 0.005, 0.02, 0.1, 0.5, 2.0, 10.0, 60.0)
 
 METRICS = (
     # the process
-    Metric("dist_sae_run_info", "1; the label says which version runs.", labels=("version",)),
+    Metric(
+        "dist_sae_run_info",
+        "1; the labels say which version runs, and how the run's objects are named on Kubernetes.",
+        labels=("version", "kubernetes_name"),
+    ),
     Metric(
         "dist_sae_build_info",
         "1; the labels say with which versions it was built.",

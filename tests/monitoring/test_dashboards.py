@@ -15,10 +15,12 @@ from dist_sae.errors import ConfigError
 from dist_sae.telemetry.dashboards import PAGES, render_dashboards
 from dist_sae.telemetry.dashboards.queries import (
     Query,
+    alive,
     by_rank,
     now,
     pending_pods,
     rate,
+    recorded,
     restarts,
     slowest_ranks,
 )
@@ -27,8 +29,9 @@ from tests.monitoring.files import MONITORING, ROOT, metrics_in, recorded_in, ru
 from tests.monitoring.test_rules import promtool
 
 HERE = Path(__file__).parent
+VARIABLES = r"\$(namespace|run|rank)"
 UNSHOWN = {
-    "dist_sae_run_info",  # fills the variable `run`
+    "dist_sae_run_info",  # fills the variables `namespace` and `run`
     "dist_sae_build_info",
     "dist_sae_rank_up",  # for alerts
     "dist_sae_run_finished",
@@ -76,8 +79,9 @@ def test_grafana_can_tell_panels_and_queries_apart() -> None:
 
 def test_one_run_is_shown_until_more_are_chosen() -> None:
     for text in render_dashboards().values():
-        _, run, *ranks = json.loads(text)["templating"]["list"]
+        _, namespace, run, *ranks = json.loads(text)["templating"]["list"]
         assert (run["name"], run["includeAll"], "current" in run) == ("run", False, False)
+        assert (namespace["current"]["value"], namespace["allValue"]) == ("$__all", ".*")
         assert [rank["current"]["value"] for rank in ranks] == ["$__all"] * len(ranks)
 
 
@@ -123,7 +127,7 @@ def check_answers(
     """Ask Prometheus queries at minute 10, of series with a sample a minute."""
     cases = [
         {
-            "expr": re.sub(r"\$(run|rank)", ".*", query.expr.replace("$__rate_interval", "5m")),
+            "expr": re.sub(VARIABLES, ".*", query.expr.replace("$__rate_interval", "5m")),
             "eval_time": "10m",
             "exp_samples": [{"labels": k, "value": v} for k, v in expected.items()],
         }
@@ -159,7 +163,41 @@ def test_many_ranks_are_shown_as_quantiles_and_the_five_at_the_end(tmp_path: Pat
     _, _, tail, ends = by_rank(now(name, "run, rank"), lowest=True)
     lowest = {tail: {'{run="many"}': 1.0}, ends: lines("many", 0, 1, 2, 3, 4)}
     check_answers(tmp_path, series, lowest)
-    assert [q.legend for q in (median, tail)] == ["{{run}} median", "{{run}} p5"]
+    assert [q.legend for q in (median, tail)] == [
+        "{{namespace}} {{run}} median",
+        "{{namespace}} {{run}} p5",
+    ]
+
+
+@pytest.mark.system
+def test_runs_of_one_name_in_two_namespaces_are_two_lines(tmp_path: Path) -> None:
+    series, answers = {}, dict[Query, dict[str, float]]()
+    start = "dist_sae_process_start_timestamp_seconds"
+    phase = "run_phase:dist_sae_train_phase:share5m"
+    for space, value in (("x", 1), ("y", 3)):
+        of_rank = f'namespace="{space}",run="a",rank="0"'
+        series[f"dist_sae_train_fvu{{{of_rank}}}"] = f"{value}+0x20"
+        series[f"dist_sae_train_rows_total{{{of_rank}}}"] = f"0+{60 * value}x20"
+        series[f'{start}{{{of_rank},role="train"}}'] = "5+0x20"
+        series[f'{phase}{{namespace="{space}",run="a",phase="wait"}}'] = f"{value}+0x20"
+    lines = [f'{{namespace="{space}",run="a"}}' for space in "xy"]
+    answers[now("dist_sae_train_fvu")] = dict(zip(lines, (1.0, 3.0), strict=True))
+    answers[rate("dist_sae_train_rows_total")] = dict(zip(lines, (1.0, 3.0), strict=True))
+    answers[alive("train")] = dict.fromkeys(lines, 1.0)
+    answers[now("dist_sae_train_fvu").over(now("dist_sae_train_fvu"), on="run")] = dict.fromkeys(
+        lines, 1.0
+    )
+    check_answers(tmp_path, series, answers)
+    for query in [*answers, recorded(phase, phase="wait")]:
+        assert query.legend == "{{namespace}} {{run}}"
+
+
+def test_every_query_is_of_the_chosen_namespaces() -> None:
+    for expression in expressions():
+        for selected in re.findall(r"dist_sae_\w+(?::\w+)?{([^}]*)}", expression):
+            assert 'namespace=~"$namespace"' in selected, expression
+        for grouped in re.findall(r"\b(?:by|on) \(([^)]*)\)", expression):
+            assert "namespace" in grouped, expression
 
 
 @pytest.mark.system
@@ -171,7 +209,9 @@ def test_the_slow_rank_is_shown_with_its_node_and_pods_by_part(tmp_path: Path) -
         for n, pod in pods.items()
     }
     series |= {f'kube_pod_info{{{pod},node="node-{n}"}}': "1+0x20" for n, pod in pods.items()}
-    pending = {"a-trainer-0-1-abcde": 0, "a-producer-0-3-abcde": 1, "a-producer-0-4-abcde": 1}
+    pending = {f"a-b-producer-0-{n}-abcde": 1 for n in range(2)} | {"a-b-trainer-0-1-abcde": 0}
+    info = "run_role_kubernetes_name:dist_sae_run_info:last12h"
+    series[f'{info}{{namespace="x",run="a.b",role="produce",kubernetes_name="a-b"}}'] = "1+0x20"
     series |= {
         f'kube_pod_status_phase{{namespace="x",phase="Pending",pod="{pod}"}}': f"{value}+0x20"
         for pod, value in (pending | {"other-1": 1}).items()
@@ -190,7 +230,7 @@ def test_the_slow_rank_is_shown_with_its_node_and_pods_by_part(tmp_path: Path) -
         series,
         {
             rounded: slow,
-            pending_pods(): {'{run="a",part="producer"}': 2},
+            pending_pods(): {'{namespace="x",kubernetes_name="a-b",part="producer"}': 2},
             restarts(): {'{run="a",role="train"}': 4},
         },
     )

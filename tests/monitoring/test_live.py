@@ -156,7 +156,7 @@ def until_training(live: Live) -> None:
 
 def filled(expression: str) -> str:
     """Fill a query as Grafana does with every variable set to All."""
-    expression = re.sub(r'"\$(run|rank)"', '".*"', expression)
+    expression = re.sub(r'"\$(namespace|run|rank)"', '".*"', expression)
     return expression.replace("$__rate_interval", "10s").replace("$__range", "1m")
 
 

@@ -28,12 +28,13 @@ UNKNOWN = {"operation": 8, "status": 4, "error": 8}
 
 
 def test_metrics_are_served() -> None:
-    with Telemetry("my-run", "train", port=0, rank=3) as telemetry:
+    with Telemetry("my-run.2.0", "train", port=0, rank=3) as telemetry:
         telemetry.set("dist_sae_train_fvu", 0.25)
         text = look(telemetry.port)
-    labels = 'rank="3",role="train",run="my-run"'
+    labels = 'rank="3",role="train",run="my-run.2.0"'
     assert f"dist_sae_train_fvu{{{labels}}} 0.25" in text
-    assert re.search(rf'dist_sae_run_info{{{labels},version="[^"]+"}} 1.0', text)
+    named = f'kubernetes_name="my-run-2-0",{labels}'
+    assert re.search(rf'dist_sae_run_info{{{named},version="[^"]+"}} 1.0', text)
     assert f'dist_sae_train_phase_seconds_total{{phase="wait",{labels}}} 0.0' in text
     assert "dist_sae_train_heldout_fvu{" not in text  # it is not known, which is not 0
     assert of_rank(text, "dist_sae_process_resident_memory_bytes")["3"] > 1e7

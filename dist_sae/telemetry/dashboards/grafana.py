@@ -76,13 +76,18 @@ def _variables(page: Page) -> list[Builder[schema.VariableModel]]:
         )
 
     source = dashboard.DatasourceVariable("datasource").label("data source").type("prometheus")
+    everything = schema.VariableOption(text="All", value="$__all", selected=True)
+    namespaces = choice("namespace", "label_values(dist_sae_run_info, namespace)")
+    here = 'namespace=~"$namespace"'
     variables: list[Builder[schema.VariableModel]] = [
         source,
-        choice("run", "label_values(dist_sae_run_info, run)"),  # one, until more are chosen
+        # outside Kubernetes there is none, which .* matches
+        namespaces.include_all(True).all_value(".*").current(everything),
+        # one, until more are chosen
+        choice("run", f"label_values(dist_sae_run_info{{{here}}}, run)"),
     ]
     if page.ranks:
-        of_role = f'dist_sae_run_info{{run=~"$run",role="{page.ranks}"}}'
-        everything = schema.VariableOption(text="All", value="$__all", selected=True)
+        of_role = f'dist_sae_run_info{{{here},run=~"$run",role="{page.ranks}"}}'
         ranks = choice("rank", f"label_values({of_role}, rank)")
         variables.append(ranks.include_all(True).current(everything))
     return variables
@@ -107,7 +112,9 @@ def _alerts() -> dashboard.AnnotationQuery:
         .datasource(_SOURCE)
         .enable(True)
         .icon_color("red")
-        .expr('ALERTS{run=~"$run",alertstate="firing",alertname=~"DistSae.*"}')
+        .expr(
+            'ALERTS{namespace=~"$namespace",run=~"$run",alertstate="firing",alertname=~"DistSae.*"}'
+        )
     )
 
 

@@ -14,6 +14,7 @@ MANY = 16
 """From this many ranks on, lines of all of them cannot be told apart."""
 _SHOWN = 5  # ranks, of many
 _PODS = "(planner|producer|trainer|index|reporter)-0-[0-9]+-[a-z0-9]+"
+_NAMES = "run_role_kubernetes_name:dist_sae_run_info:last12h"
 _RESTARTS = "run_role_rank:dist_sae_process_start_timestamp_seconds:max"
 
 
@@ -29,12 +30,13 @@ class Query(NamedTuple):
 
     def over(self, other: "Query", on: str | None = None) -> Self:
         """Divide by another query; with `on`, many series by one."""
-        match = f"on ({on}) group_left () " if on else ""
+        match = f"on ({_by(on)}) group_left () " if on else ""
         return self._replace(expr=f"{self.expr} / {match}({other.expr} > 0)")
 
     def averaged(self, by: str) -> Self:
         """Mean over other labels, of the chosen ranks."""
-        return self._replace(expr=f"avg by ({by}) ({self.expr})", legend=_legend(by))
+        mean = _aggregated(self.expr, by, "avg")
+        return self._replace(expr=mean.expr, legend=mean.legend)
 
 
 def now(name: str, by: str = "run", how: str = "max", **where: str) -> Query:
@@ -56,7 +58,7 @@ def growth(name: str, by: str = "run", **where: str) -> Query:
 def quantile(share: float, name: str, by: str) -> Query:
     """A quantile of a histogram."""
     series = _series(name, "histogram", by, {}).replace("{", "_bucket{")
-    buckets = f"sum by ({by}, le) (rate({series}[$__rate_interval]))"
+    buckets = f"sum by ({_by(by)}, le) (rate({series}[$__rate_interval]))"
     return Query(f"histogram_quantile({share}, {buckets})", _legend(by)).named(f"p{share * 100:g}")
 
 
@@ -68,8 +70,8 @@ def age(name: str, by: str = "run") -> Query:
 
 def alive(role: str) -> Query:
     """Number of scraped processes of a role."""
-    ranks = f'count by (run, rank) ({_START}{{run=~"$run",role="{role}"}})'
-    return Query(f"count by (run) ({ranks})", "{{run}}")
+    ranks = f"count by (namespace, run, rank) ({_START}{{{_matchers(['run'], {'role': role})}}})"
+    return _aggregated(ranks, "run", "count")
 
 
 def recorded(name: str, **where: str) -> Query:
@@ -86,17 +88,21 @@ def by_rank(query: Query, *, lowest: bool = False) -> tuple[Query, ...]:
         query: A series for each rank.
         lowest: The lowest values are those to look at, not the highest.
     """
-    by = ", ".join(label for label in re.findall(r"{{(\w+)}}", query.legend) if label != "rank")
+    labels = re.findall(r"{{(\w+)}}", query.legend)
+    by = ", ".join(label for label in labels if label not in ("namespace", "rank"))
+    all_by = _by(by)
     tail, ends = (0.05, "bottomk") if lowest else (0.95, "topk")
-    of_many = f"and on ({by}) count by ({by}) ({query.expr}) >= {MANY}"
+    of_many = f"and on ({all_by}) count by ({all_by}) ({query.expr}) >= {MANY}"
     quantiles = (
-        Query(f"quantile by ({by}) ({share}, {query.expr}) {of_many}", _legend(by)).named(name)
+        Query(f"quantile by ({all_by}) ({share}, {query.expr}) {of_many}", _legend(by)).named(name)
         for share, name in ((0.5, "median"), (tail, f"p{tail * 100:.0f}"))
     )
     return (
-        query._replace(expr=f"{query.expr} and on ({by}) count by ({by}) ({query.expr}) < {MANY}"),
+        query._replace(
+            expr=f"{query.expr} and on ({all_by}) count by ({all_by}) ({query.expr}) < {MANY}"
+        ),
         *quantiles,
-        query._replace(expr=f"{ends} by ({by}) ({_SHOWN}, {query.expr}) {of_many}"),
+        query._replace(expr=f"{ends} by ({all_by}) ({_SHOWN}, {query.expr}) {of_many}"),
     )
 
 
@@ -105,24 +111,25 @@ def slowest_ranks() -> Query:
     series = _series("dist_sae_train_phase_seconds_total", "counter", "run", {"phase": "ranks"})
     waits = f"max by (namespace, pod, run, rank) (rate({series}[$__rate_interval]))"
     nodes = "max by (namespace, pod, node) (kube_pod_info)"
-    expr = f"bottomk by (run) ({_SHOWN}, {waits}) * on (namespace, pod) group_left (node) {nodes}"
-    return Query(expr, "{{run}} rank {{rank}} on {{node}}")
+    slowest = f"bottomk by (namespace, run) ({_SHOWN}, {waits})"
+    expr = f"{slowest} * on (namespace, pod) group_left (node) {nodes}"
+    return Query(expr, f"{_legend('run, rank')} on {{{{node}}}}")
 
 
 def pending_pods() -> Query:
     """Pods that have no node yet, or whose containers cannot start."""
-    series = f'kube_pod_status_phase{{phase="Pending",pod=~"($run)-{_PODS}"}} == 1'
-    run = f'label_replace({series}, "run", "$1", "pod", "(.+)-{_PODS}")'
-    part = f'label_replace({run}, "part", "$2", "pod", "(.+)-{_PODS}")'
-    return Query(f"count by (run, part) ({part})", "{{run}} {{part}}")
+    series = f'kube_pod_status_phase{{phase="Pending",pod=~".+-{_PODS}"}} == 1'
+    name = f'label_replace({series}, "kubernetes_name", "$1", "pod", "(.+)-{_PODS}")'
+    part = f'label_replace({name}, "part", "$2", "pod", "(.+)-{_PODS}")'
+    chosen = f"{_NAMES}{{{_matchers(['run'], {})}}}"
+    expr = f"{part} and on (namespace, kubernetes_name) {chosen}"
+    return _aggregated(expr, "kubernetes_name, part", "count")
 
 
 def restarts() -> Query:
     """Processes that were started again within the last hour."""
-    return Query(
-        f"sum by (run, role) (changes({_RESTARTS}{{{_matchers(['run'], {})}}}[1h]))",
-        "{{run}} {{role}}",
-    )
+    changes = f"changes({_RESTARTS}{{{_matchers(['run'], {})}}}[1h])"
+    return _aggregated(changes, "run, role", "sum")
 
 
 def _series(
@@ -144,14 +151,19 @@ def _series(
 
 def _matchers(chosen: list[str], where: dict[str, str]) -> str:
     fixed = [f'{k}{"=~" if "|" in v else "="}"{v}"' for k, v in where.items()]
-    return ",".join([*(f'{label}=~"${label}"' for label in chosen), *fixed])
+    return ",".join([*(f'{label}=~"${label}"' for label in ("namespace", *chosen)), *fixed])
 
 
 def _aggregated(expr: str, by: str, how: str) -> Query:
-    return Query(f"{how} by ({by}) ({expr})", _legend(by))
+    return Query(f"{how} by ({_by(by)}) ({expr})", _legend(by))
+
+
+def _by(labels: str) -> str:
+    """These labels and the namespace: a run's name may be another's in another namespace."""
+    return f"namespace, {labels}"
 
 
 def _legend(by: str) -> str:
-    """`{{run}} rank {{rank}} {{phase}}`."""
-    words = ("rank {{rank}}" if label == "rank" else f"{{{{{label}}}}}" for label in by.split(", "))
-    return " ".join(words)
+    """`{{namespace}} {{run}} rank {{rank}} {{phase}}`; outside Kubernetes without a namespace."""
+    labels = _by(by).split(", ")
+    return " ".join(f"{'rank ' * (label == 'rank')}{{{{{label}}}}}" for label in labels)
