@@ -91,7 +91,11 @@ class TrainingStep:
             PRODUCT_DTYPES[shape.products],
         ).to(mesh.device)
         self.dead = DeadLatents(
-            len(self.sae.W_enc), self.run.dead_after_rows, mesh.axis, mesh.device
+            len(self.sae.W_enc),
+            self.run.dead_after_rows,
+            mesh.axis,
+            mesh.device,
+            layers=self.sae.layers,
         )
         self._engine: Engine | None = None
         self._shape = shape

@@ -96,17 +96,18 @@ class WithAuxK(Dictionary):
         self,
         dead: Bool[Tensor, " n_local"],
         centred: Float[Tensor, "rows d_in"],
-        n_dead: int | None = None,
+        counts: Sequence[int] | None = None,
     ) -> Selected:
         """Select AuxK's latents among the dead: this shard's pre-activations and entries.
 
         Args:
             dead: Mask of these latents.
             centred: Inputs as the encoder reads them.
-            n_dead: Their number; the host waits for the device where it is not given.
+            counts: Their numbers, of each layer that is read; the host waits for the device where
+                they are not given.
         """
-        among = select.places_of(dead, n_dead)
-        products = self.products(centred, self.product_dtype, among)
+        among = select.places_of(dead, None if counts is None else sum(counts))
+        products = self.products(centred, self.product_dtype, among, counts)
         return self.by_row.select(products, self.config.auxk)
 
     def e_hat(

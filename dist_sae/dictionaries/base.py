@@ -3,7 +3,7 @@
 It has no I/O and no torch.distributed: ranks act together through `LatentAxis`.
 """
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import partial
 
 import torch
@@ -101,6 +101,7 @@ class Dictionary(Weights):
         rows: Float[Tensor, "rows d_in"],
         dtype: torch.dtype,
         among: Int[Tensor, " some"] | None = None,
+        counts: Sequence[int] | None = None,
     ) -> Products:
         """The product of the replica's rows with this shard's encoder.
 
@@ -108,10 +109,10 @@ class Dictionary(Weights):
             rows: As from `encoder_inputs`.
             dtype: Precision of the product.
             among: This shard's latents to look at, ascending; all if None.
+            counts: Numbers of these, of each layer that is read, if they are known.
         """
-        blocks = partial(
-            select.products, rows, self.encoder_for(dtype), dtype, among, layers=self.layers
-        )
+        weights, layers = self.encoder_for(dtype), self.layers
+        blocks = partial(select.products, rows, weights, dtype, among, layers=layers, counts=counts)
         n_met = len(self.W_enc) if among is None else len(among)
         return Products(rows, dtype, blocks, len(rows), len(rows), [(len(rows), n_met)])
 

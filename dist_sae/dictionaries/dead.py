@@ -17,6 +17,7 @@ class DeadLatents:
         after_rows: Rows without firing after which a latent is dead.
         axis: This rank's place.
         device: Device of the masks.
+        layers: Parts of the inputs of which a latent reads one: latent n part n % layers.
     """
 
     idle_rows: Int[Tensor, " n_local"]
@@ -27,9 +28,11 @@ class DeadLatents:
         after_rows: int,
         axis: LatentAxis = WHOLE,
         device: torch.device | str = "cpu",
+        layers: int = 1,
     ) -> None:
         self._after_rows = after_rows
         self._axis = axis
+        self._layers = layers
         self._last_rows = 0
         self._known: list[int] = []
         self._unread: Tensor | None = None
@@ -60,37 +63,39 @@ class DeadLatents:
         return self._read()[1]
 
     @property
-    def count_here(self) -> int:
-        """Dead latents of this shard."""
-        return self._read()[2]
+    def counts_here(self) -> list[int]:
+        """Dead latents of this shard, of each layer that is read."""
+        return self._read()[2:]
 
     @property
     def share(self) -> float:
         """Dead latents over all latents of the dictionary."""
         return self.count / (len(self.idle_rows) * self._axis.shards)
 
-    def update(self, fired: Bool[Tensor, " n_local"], rows: int, also: int = 0) -> Int[Tensor, "4"]:
+    def update(
+        self, fired: Bool[Tensor, " n_local"], rows: int, also: int = 0
+    ) -> Int[Tensor, " _"]:
         """Take in a global batch of `rows` rows; `fired` is of this replica's. Collective.
 
         Args:
             also: A number that is summed over all ranks by the same collective.
 
         Returns:
-            On the device: the numbers of dead and stuck latents of all shards, of dead ones of this
-            shard, and the sum of `also`. Whoever waits for the device anyway can read the first
-            three too, and tell `counted`.
+            On the device: the numbers of dead and stuck latents of all shards, `counts_here`, and
+            the sum of `also`. Whoever waits for the device anyway can read all but the last too,
+            and tell `counted`.
         """
         hit = self._axis.across_replicas(fired.int()) > 0
         self._last_rows = rows
         return self.take(torch.where(hit, 0, self.idle_rows + rows), also)
 
-    def take(self, idle_rows: Int[Tensor, " n_local"], also: int = 0) -> Int[Tensor, "4"]:
+    def take(self, idle_rows: Int[Tensor, " n_local"], also: int = 0) -> Int[Tensor, " _"]:
         """Replace the counts of rows. Collective; arguments and result as of `update`."""
         self.idle_rows = idle_rows
-        here = self.mask.sum()
-        numbers = torch.stack([here, self.stuck.sum(), torch.full_like(here, also)])
+        here = self.mask.view(-1, self._layers).sum(0)
+        numbers = torch.stack([here.sum(), self.stuck.sum(), here.new_full((), also)])
         sums = self._axis.total(numbers)
-        self._unread = torch.cat([sums[:2] // self._axis.replicas, here[None]])
+        self._unread = torch.cat([sums[:2] // self._axis.replicas, here])
         return torch.cat([self._unread, sums[2:]])
 
     def counted(self, numbers: Sequence[float | int]) -> None:

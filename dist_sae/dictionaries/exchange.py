@@ -1,5 +1,7 @@
 """Exchange of rows between ranks and experts: dispatch and combine."""
 
+from collections.abc import Iterator
+from itertools import islice
 from typing import Any
 
 import torch
@@ -17,10 +19,15 @@ class ExpertExchange:
         axis: This rank's place.
         experts: Experts of this rank's rows, numbered over all shards.
         n_experts: Number of experts of all shards.
+        also: Numbers that the host is to learn with the counts of rows.
     """
 
     def __init__(
-        self, axis: LatentAxis, experts: Int[Tensor, "rows chosen"], n_experts: int
+        self,
+        axis: LatentAxis,
+        experts: Int[Tensor, "rows chosen"],
+        n_experts: int,
+        also: Int[Tensor, " some"] | None = None,
     ) -> None:
         flat, per_shard = experts.flatten(), n_experts // axis.shards
         self._axis = axis
@@ -30,11 +37,16 @@ class ExpertExchange:
         """Rows of this rank for each expert."""
         self.load.scatter_add_(0, flat, torch.ones_like(flat))
         counts = axis.exchange_counts(self.load.view(axis.shards, per_shard))
-        sums = self.load.view(axis.shards, per_shard).sum(1), counts.sum(1), counts.sum(0)
-        numbers: list[int] = torch.cat(sums).tolist()  # the host waits once
-        self._sent, self._received = numbers[: axis.shards], numbers[axis.shards :][: axis.shards]
-        self.arrived = numbers[2 * axis.shards :]
-        """Rows of the replica at each expert of this shard."""
+        sent, also = (
+            self.load.view(axis.shards, per_shard).sum(1),
+            flat[:0] if also is None else also,
+        )
+        parts = [sent, counts.sum(1), counts.sum(0), also]
+        numbers: Iterator[int] = iter(torch.cat(parts).tolist())  # the host waits once
+        self._sent, self._received, self.arrived, self.also = (
+            list(islice(numbers, len(part))) for part in parts
+        )
+        """Rows to each shard, from each shard, of the replica at each expert; and `also`."""
         self._by_expert: Tensor | None = None  # they arrive by rank, then by expert
         if axis.shards > 1:
             experts = torch.arange(per_shard, device=flat.device).repeat(axis.shards)

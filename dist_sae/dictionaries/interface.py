@@ -123,8 +123,9 @@ class StepContext(NamedTuple):
     """Dead latents of all shards."""
     progress: float
     """Share of the run's steps that are done, from 0 to below 1."""
-    n_dead_here: int | None = None
-    """Dead latents of this shard. The host waits for the device where it is not given."""
+    dead_here: Sequence[int] | None = None
+    """Numbers of this shard's dead latents, of each layer that is read. The host waits for the
+    device where they are not given."""
 
 
 class LossTerms(NamedTuple):

@@ -181,13 +181,11 @@ def encode_decode(
 @torch.no_grad()
 def _entries_above(sae: Penalised, x: Tensor, bound: Tensor, limit: int) -> Candidates | None:
     """All entries above their bound, or None if there are more than `limit`."""
-    products, found = sae.products(x, sae.product_dtype), None
-    if sae.n_entries is not None and x.device.type != "cpu":
-        share = sae.n_entries / (len(x) * len(sae.W_enc))
-        found = queued.above(products.blocks(), sae.b_enc, bound, share=share, limit=limit)
-    if found is None:
-        found = select.above(products.blocks(), sae.b_enc, bound, sae.kernels, limit=limit)
-    return found
+    blocks, size = sae.products(x, sae.product_dtype).blocks, len(x) * len(sae.W_enc)
+    if x.device.type == "cpu":
+        return select.above(blocks(), sae.b_enc, bound, sae.kernels, limit=limit)
+    share = None if sae.n_entries is None else sae.n_entries / size
+    return queued.above(blocks, sae.b_enc, bound, size=size, share=share, limit=limit)
 
 
 class _Dense(torch.autograd.Function):

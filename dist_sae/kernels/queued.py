@@ -1,11 +1,10 @@
-"""Selections from blocks of products that never wait for the device: how many only it knows.
+"""Selections from blocks of products that hardly wait for the device: how many only it knows.
 
 Candidates go to buffers of a fixed size, one block's behind the other's, at places that the device
-counts. Where they do not fit, which is rare, the result is None, and `select` does it again with a
-wait for each block.
+counts. If they do not fit, which is rare, the products are computed again.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import torch
 from jaxtyping import Bool, Float
@@ -15,7 +14,9 @@ from dist_sae.kernels import select
 from dist_sae.kernels.select import Block, Candidates
 
 _SLACK = 4  # room for candidates, over the number that is expected
-_LEAST_ROOM = 4096  # candidates of a block
+LEAST_ROOM = 4096
+"""Room for candidates of a block, at least."""
+_LOOKED_AT = 1 / 8  # of the entries, before the first look at how many they are
 
 
 class _Found:
@@ -34,6 +35,7 @@ class _Found:
         self._rows, self._latents = torch.zeros(2, size, dtype=torch.int64, device=device)
         self._count = torch.zeros((), dtype=torch.int64, device=device)
         self._too_many = torch.zeros((), dtype=torch.bool, device=device)
+        self._counts = list[Tensor]()
 
     def add(
         self,
@@ -48,10 +50,9 @@ class _Found:
         count = chosen.sum()
         # what lies behind the count is nothing yet, and is written over by the next block
         into = self._count.clamp(max=self._room) + torch.arange(most, device=places.device)
-        self._values[into] = pre_acts.flatten()[places]
-        self._rows[into] = places // chosen.shape[1] + block.rows.start
-        self._latents[into] = block.latents[places % chosen.shape[1]]
+        self._values[into], self._rows[into], self._latents[into] = _at(places, block, pre_acts)
         self._count += count
+        self._counts.append(count)
         self._too_many |= (count > most) | (self._count > self._room)
 
     def keep_largest(self, count: int) -> Tensor:
@@ -70,43 +71,98 @@ class _Found:
     def read(self) -> Candidates | None:
         """The candidates, or None if there were too many. The host waits once."""
         count, too_many = torch.stack([self._count, self._too_many.long()]).tolist()
-        if too_many:
-            return None
+        return None if too_many else self.first(count)
+
+    def counts(self) -> list[int]:
+        """Numbers of the chosen entries of each block. The host waits once."""
+        return _read(self._counts)
+
+    def first(self, count: int) -> Candidates:
+        """The first `count` candidates."""
         return Candidates(self._values[:count], self._rows[:count], self._latents[:count])
 
 
 def above(
-    blocks: Iterable[Block],
+    blocks: Callable[[], Iterable[Block]],
     b_enc: Float[Tensor, " n_latents"],
     bound: Float[Tensor, " n_latents"],
     *,
-    share: float,
+    size: int,
+    share: float | None,
     limit: int,
 ) -> Candidates | None:
-    """`select.above`, if there are about as many as before.
+    """`select.above`. The host waits once if there are about as many as before, else twice at most.
+
+    What does not fit into the room for as many as before is computed again: then the number of each
+    block's entries is known. So it is where `share` is not given. These are counted first, and only
+    in a part of the blocks if they are already too many there.
 
     Args:
-        blocks: x W_enc^T, chunk after chunk.
+        blocks: Computes x W_enc^T, chunk after chunk.
         b_enc: Encoder bias.
         bound: Bound of each latent.
-        share: Share of the entries that were above their bound before.
+        size: Entries of x W_enc^T.
+        share: Share of the entries that were above their bound before, if that is known.
         limit: Give up when there are more than this many.
     """
     found, of_block = None, 0
+    if share is None:
+        counts = _counted(_over(blocks(), b_enc, bound), size, limit)
+    else:
+        for block, pre_acts, chosen in _over(blocks(), b_enc, bound):
+            if found is None:  # the blocks behind the first are no larger
+                of_block = int(_SLACK * share * pre_acts.numel()) + LEAST_ROOM
+                found = _Found(b_enc, limit, of_block)
+            found.add(block, pre_acts, chosen, of_block)
+        counts = found.counts() if found else []
+    if sum(counts) > limit:
+        return None
+    if found and max(counts) <= of_block:
+        return select.by_row(found.first(sum(counts)))
+    parts = [select.nothing(b_enc)]
+    for (block, pre_acts, chosen), count in zip(_over(blocks(), b_enc, bound), counts, strict=True):
+        places = select.places_of(chosen.flatten(), count)
+        parts.append(_at(places, block, pre_acts))
+    return select.by_row(Candidates(*map(torch.cat, zip(*parts, strict=True))))
+
+
+def _over(
+    blocks: Iterable[Block], b_enc: Tensor, bound: Tensor
+) -> Iterator[tuple[Block, Tensor, Tensor]]:
+    """Each block with its pre-activations, and which of these exceed their bound."""
     for block in blocks:
         pre_acts = block.products + b_enc[block.latents]
-        if found is None:  # the blocks behind the first are no larger
-            of_block = int(_SLACK * share * pre_acts.numel()) + _LEAST_ROOM
-            found = _Found(b_enc, limit, of_block)
-        found.add(block, pre_acts, pre_acts > bound[block.latents], of_block)
-    candidates = found.read() if found else None
-    return None if candidates is None else select.by_row(candidates)
+        yield block, pre_acts, pre_acts > bound[block.latents]
+
+
+def _at(places: Tensor, block: Block, pre_acts: Tensor) -> Candidates:
+    """The entries of a block at places of its flattened matrix."""
+    rows, columns = places // pre_acts.shape[1], places % pre_acts.shape[1]
+    return Candidates(pre_acts.flatten()[places], rows + block.rows.start, block.latents[columns])
+
+
+def _counted(over: Iterable[tuple[Block, Tensor, Tensor]], size: int, limit: int) -> list[int]:
+    """Numbers of the chosen entries of each block, or of the first ones if those are too many."""
+    counts, seen, looked = list[Tensor](), 0, False
+    for _, pre_acts, chosen in over:
+        counts.append(chosen.sum())
+        seen += pre_acts.numel()
+        if not looked and seen >= _LOOKED_AT * size:
+            looked = True
+            if sum(so_far := _read(counts)) > limit:
+                return so_far
+    return _read(counts)
+
+
+def _read(counts: Sequence[Tensor]) -> list[int]:
+    numbers: list[int] = torch.stack(list(counts)).tolist() if counts else []
+    return numbers
 
 
 def largest(
     blocks: Iterable[Block], b_enc: Float[Tensor, " n_latents"], count: int
 ) -> Candidates | None:
-    """`select.largest`.
+    """`select.largest`, or None if there was too little room. The host waits once.
 
     The bound rises after 1, 2, 4, 8 blocks and so on: where these are alike, as many candidates are
     met until it rises as are kept.
@@ -116,7 +172,7 @@ def largest(
         b_enc: Encoder bias.
         count: From 1.
     """
-    room = _SLACK * count + _LEAST_ROOM
+    room = _SLACK * count + LEAST_ROOM
     found = _Found(b_enc, room, room)
     bound = least = b_enc.new_zeros(())
     risen_at = 0
@@ -128,7 +184,7 @@ def largest(
         if number == 1 and pre_acts.numel() > count:
             reached = select.reached_by(pre_acts, count)
             chosen &= pre_acts >= (select.kth(pre_acts, count) if reached is None else reached)
-        found.add(block, pre_acts, chosen, _SLACK * count // max(1, risen_at) + _LEAST_ROOM)
+        found.add(block, pre_acts, chosen, _SLACK * count // max(1, risen_at) + LEAST_ROOM)
         if number >= 2 * risen_at:
             bound, risen_at = torch.maximum(bound, found.keep_largest(count)), number
     found.keep_largest(count)

@@ -3,7 +3,7 @@
 Only `[batch, chunk]` pre-activations are ever held. Selections are exact (`keys.py`).
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import torch
@@ -49,7 +49,7 @@ class Block(NamedTuple):
     products: Float[Tensor, "rows chunk"]
     """Overwritten by the next block."""
     opens: bool
-    """First block of its chunk of latents; latents of the next chunk are higher."""
+    """First block of a chunk of latents, which are all higher than those of the blocks before."""
 
 
 def products(
@@ -59,6 +59,7 @@ def products(
     among: Int[Tensor, " some"] | None = None,
     *,
     layers: int = 1,
+    counts: Sequence[int] | None = None,
 ) -> Iterator[Block]:
     """The encoder product, block by block: all rows of a chunk of latents, then the next chunk.
 
@@ -68,6 +69,8 @@ def products(
         product_dtype: Precision of the product.
         among: Latents to look at, ascending; all if None.
         layers: Equal parts of a row; latent n reads part n % layers. A block is of one part.
+        counts: How many of `among` read each part. The host waits for the device where there are
+            several parts and it is not given.
     """
     parts = x.to(product_dtype).chunk(layers, dim=1)
     n = len(W_enc) if among is None else len(among)
@@ -76,34 +79,45 @@ def products(
     height = max(1, min(most, len(x)))
     # fresh pages cost more than what is written to them
     out = x.new_empty(height * width, dtype=product_dtype)
-    step = width * layers if among is None else width
-    of_layers = None if among is None or layers == 1 else _counts_by_layer(among, step, layers)
+    chunks = (
+        _all_chunks(n, width, layers, x.device)
+        if among is None
+        else _chunks_among(among, width, layers, counts)
+    )
+    for layer, place, latents, opens in chunks:
+        weights = W_enc[place].to(product_dtype)
+        for top in range(0, len(x) if len(latents) else 0, height):
+            rows = slice(top, min(top + height, len(x)))
+            shape = rows.stop - top, len(weights)
+            block = out[: shape[0] * shape[1]].view(shape)
+            torch.mm(parts[layer][rows], weights.T, out=block)
+            yield Block(rows, latents, block, opens and top == 0)
+
+
+_Chunk = tuple[int, slice | Tensor, Tensor, bool]
+"""Layer that its latents read, their place in W_enc, their numbers, and whether it is `opens`."""
+
+
+def _all_chunks(n: int, width: int, layers: int, device: torch.device) -> Iterator[_Chunk]:
+    step = width * layers
     for first in range(0, n, step):
-        stop, opens = min(first + step, n), True
-        for layer, part in enumerate(parts):
-            if among is None:
-                latents = torch.arange(first + layer, stop, layers, device=x.device)
-                weights = W_enc[first + layer : stop : layers].to(product_dtype)
-            else:
-                latents = among[first:stop]
-                if of_layers:
-                    here = places_of(latents % layers == layer, of_layers[first // step][layer])
-                    latents = latents[here]
-                weights = W_enc[latents].to(product_dtype)
-            for top in range(0, len(x) if len(latents) else 0, height):
-                rows = slice(top, min(top + height, len(x)))
-                shape = rows.stop - top, len(weights)
-                block = out[: shape[0] * shape[1]].view(shape)
-                yield Block(rows, latents, torch.mm(part[rows], weights.T, out=block), opens)
-                opens = False
+        for layer in range(layers):
+            place = slice(first + layer, min(first + step, n), layers)
+            latents = torch.arange(place.start, place.stop, layers, device=device)
+            yield layer, place, latents, layer == 0
 
 
-def _counts_by_layer(among: Tensor, step: int, layers: int) -> list[list[int]]:
-    """How many latents of each chunk read each layer. The host waits for the device once."""
-    numbers = torch.arange(layers, device=among.device)
-    chunks = [(part[:, None] % layers == numbers).sum(0) for part in torch.split(among, step)]
-    counts: list[list[int]] = torch.stack(chunks).tolist() if chunks else []
-    return counts
+def _chunks_among(
+    among: Tensor, width: int, layers: int, counts: Sequence[int] | None
+) -> Iterator[_Chunk]:
+    assert counts is None or len(counts) == layers, "counts are of each layer"
+    for layer in range(layers):
+        latents = among
+        if layers > 1:
+            count = None if counts is None else counts[layer]
+            latents = among[places_of(among % layers == layer, count)]
+        for some in torch.split(latents, width):
+            yield layer, some, some, layers == 1
 
 
 def topk_keys(
@@ -182,7 +196,7 @@ def above(
     Returns:
         The entries by row and latent, or None if there are more than `limit`.
     """
-    found = [_nothing(b_enc)]
+    found = [nothing(b_enc)]
     for block in blocks:
         found.append(_above(block, b_enc, bound[block.latents], kernels))
         if limit is not None and sum(len(c.rows) for c in found) > limit:
@@ -205,7 +219,7 @@ def largest(
         These, or all positive ones if there are fewer, with some smaller or equal ones, in any
         order. Of equal values the lower latents are there.
     """
-    found = _nothing(b_enc)
+    found = nothing(b_enc)
     bound = least = b_enc.new_zeros(())
     for block in blocks:
         # at once where there is no bound yet, or the next block would give all its positive ones
@@ -247,7 +261,8 @@ def by_row(found: Candidates) -> Candidates:
     return Candidates(*(part[order] for part in found))
 
 
-def _nothing(like: Tensor) -> Candidates:
+def nothing(like: Tensor) -> Candidates:
+    """No candidates, with values of a type and on a device like these."""
     rows, latents = like.new_empty((2, 0), dtype=torch.int64)
     return Candidates(like.new_empty(0), rows, latents)
 

@@ -56,7 +56,7 @@ def training_step(
     Raises:
         NonFiniteError: The gradient is not finite; the weights are as before.
     """
-    context = StepContext(variance, dead.mask, dead.count, progress, dead.count_here)
+    context = StepContext(variance, dead.mask, dead.count, progress, dead.counts_here)
     output = engine.objective(rows, context)
     end_phase("forward")
     engine.backward(output.terms.total)

@@ -346,7 +346,9 @@ def _build(
     elif not start.found:
         initialise(run, normalisers, sae, start, first_batches)
     engine = DeepSpeedEngine(run, sae, mesh)
-    dead = DeadLatents(len(sae.W_enc), run.dead_after_rows, mesh.axis, mesh.device)
+    dead = DeadLatents(
+        len(sae.W_enc), run.dead_after_rows, mesh.axis, mesh.device, layers=sae.layers
+    )
     average = WeightAverage(sae, run.train.ema_decay) if run.train.ema_decay else None
     return TrainingState(sae, engine, dead, average), engine
 

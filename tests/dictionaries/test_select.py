@@ -240,6 +240,7 @@ def test_the_queued_selection_of_all_above_their_bound_is_the_other(
 ) -> None:
     monkeypatch.setattr(select, "CHUNK_LATENTS", 48)
     monkeypatch.setattr(select, "CHUNK_BYTES", 4 * 48 * 3)
+    monkeypatch.setattr(queued, "LEAST_ROOM", 0)
     for make in CASES.values():
         W_enc, bound = make(340).T.contiguous(), torch.linspace(-1, 1, 340)
         given = torch.zeros(340), bound
@@ -247,13 +248,14 @@ def test_the_queued_selection_of_all_above_their_bound_is_the_other(
         wanted = select.above(blocks, *given, TORCH)
         assert wanted is not None
         for limit in (len(wanted.values), len(wanted.values) - 1):
-            blocks = select.products(torch.eye(ROWS), W_enc, torch.float32)
-            found = queued.above(blocks, *given, share=0.5, limit=limit)
-            if limit < len(wanted.values):
-                assert found is None
-            else:
-                assert found is not None
-                assert all(map(torch.equal, found, wanted))
+            again = partial(select.products, torch.eye(ROWS), W_enc, torch.float32)
+            for share in (0.5, 0.01, None):
+                found = queued.above(again, *given, size=ROWS * 340, share=share, limit=limit)
+                if limit < len(wanted.values):
+                    assert found is None
+                else:
+                    assert found is not None
+                    assert all(map(torch.equal, found, wanted))
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -286,10 +288,6 @@ def test_a_queued_selection_that_does_not_fit_is_none(monkeypatch: pytest.Monkey
 
     zeros = torch.zeros(3000)
     assert queued.largest(blocks(), zeros, 10) is None
-    assert queued.above(blocks(), zeros, zeros, share=0.01, limit=10**6) is None
-    found = queued.above(blocks(), zeros, zeros, share=0.5, limit=10**6)
-    assert found is not None
-    assert len(found.values) == 30_000
 
 
 def _theta(sae: Dictionary) -> float:

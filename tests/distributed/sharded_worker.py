@@ -121,7 +121,7 @@ def trained(spec: dict[str, Any], kind: str, precision: str, mesh: Mesh) -> dict
     sae.initialise(sae_rows(batches[0][own]), 3)
     # DeepSpeed averages no fp64
     engine = DeepSpeedEngine(run, sae, mesh) if dtype == torch.float32 else Averaging(run, sae)
-    dead = DeadLatents(len(sae.W_enc), DEAD_AFTER, mesh.axis)
+    dead = DeadLatents(len(sae.W_enc), DEAD_AFTER, mesh.axis, layers=sae.layers)
     average = WeightAverage(sae, 0.9)
     steps = []
     for number, batch in enumerate(batches):

@@ -47,8 +47,12 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Run:
 
 def trained(world: Run, kind: str) -> Run:
     """A run with a checkpoint of random weights."""
-    settings = {"sae": {"kind": kind, "n_latents": 64, **RECIPES[kind]}, "evaluate": {"contexts": 0}}
-    run = Run.model_validate(world.model_dump(mode="json") | {"name": kind.replace("_", "-")} | settings)
+    settings = world.model_dump(mode="json") | {
+        "name": kind.replace("_", "-"),
+        "sae": {"kind": kind, "n_latents": 64, **RECIPES[kind]},
+        "evaluate": {"contexts": 0},
+    }
+    run = Run.model_validate(settings)
     dictionary = build_sae(
         run.sae, Widths(*((WIDTH,) * len(sites) for sites in (run.reads, run.writes)))
     )
@@ -85,14 +89,14 @@ def test_evaluation_and_index_are_those_on_a_cpu(world: Run, kind: str) -> None:
         assert (getattr(encoded, part) == getattr(wanted, part)).all(), part
 
 
-@pytest.mark.parametrize("in_cells", [False, True])
-def test_nearest_latents_are_those_on_a_cpu(world: Run, in_cells: bool) -> None:
+@pytest.mark.parametrize("search", ["all", "in cells"])
+def test_nearest_latents_are_those_on_a_cpu(world: Run, search: str) -> None:
     run = trained(world, "crosscoder")
     checkpoint = find_checkpoint(open_store(run.store.runs), run, None)
     assert checkpoint
 
     def found(device: torch.device) -> tuple[Tensor, ...]:
-        cells = make_cells(checkpoint, device) if in_cells else None
+        cells = make_cells(checkpoint, device) if search == "in cells" else None
         return *(cells or ()), *neighbours(checkpoint, range(64), 4, cells, device)
 
     with pretend_device() as waits:

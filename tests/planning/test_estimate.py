@@ -88,7 +88,7 @@ def test_rows_sent_in_a_step_are_counted(tmp_path: Path, shards: int) -> None:
         torch.nn.init.normal_(sae.W_enc)
         x = torch.randn(basis.rank_rows, 8)
         dead = torch.zeros(len(sae.W_enc), dtype=torch.bool)
-        sae.objective(Rows(x, x), StepContext(1.0, dead, 0, 0.5, 0))
+        sae.objective(Rows(x, x), StepContext(1.0, dead, 0, 0.5, [0]))
         return dict(axis.sent)  # type: ignore[attr-defined]
 
     counted = on_ranks(1, shards, step)[0]

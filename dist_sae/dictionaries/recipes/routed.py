@@ -113,7 +113,7 @@ class Routed(WithAuxK):
         centre, b_dec = self.biases(rows.inputs)
         centred = self.centred(rows.inputs, centre)
         route = self.route(centred, axis)
-        exchange = ExpertExchange(axis, route.experts, config.experts)
+        exchange = self._exchange(route, context.dead if config.auxk and context.n_dead else None)
         arrived = exchange.dispatch(centred)
         replica_rows = len(centred) * axis.shards
         limit = self._limit(replica_rows)
@@ -121,8 +121,8 @@ class Routed(WithAuxK):
             arrived, exchange.arrived, self.product_dtype, replica_rows, limit=limit
         )
         selected = [self.selection.select(products, k)]
-        if config.auxk and context.n_dead:
-            dead = self._dead_products(arrived, exchange.arrived, context.dead)
+        if exchange.also:
+            dead = self._dead_products(arrived, exchange, context.dead)
             selected.append(self.by_row.select(dead, config.auxk))
         (acts, parts), *aux = self.reconstruct(selected, arrived, centre)
         error = rows.targets - (_mixed(route.gates, exchange.combine(parts)) + b_dec)
@@ -219,12 +219,17 @@ class Routed(WithAuxK):
     ) -> Float[Tensor, "batch d_out"]:
         centred = x - self.b_dec
         route = self.route(centred)
-        exchange = ExpertExchange(self.axis, route.experts, self.config.experts)
+        exchange = self._exchange(route, dead)
         rows = exchange.dispatch(centred)
-        products = self._dead_products(rows, exchange.arrived, dead)
+        products = self._dead_products(rows, exchange, dead)
         selected = self.by_row.select(products, self.config.auxk)
         [(_, parts)] = self.reconstruct([selected], rows, None)
         return _mixed(route.gates, exchange.combine(parts))
+
+    def _exchange(self, route: Route, dead: Bool[Tensor, " n_local"] | None) -> ExpertExchange:
+        """The exchange of rows with their experts, which also tells how many of each are dead."""
+        counts = None if dead is None else dead.view(-1, self.width).sum(1)
+        return ExpertExchange(self.axis, route.experts, self.config.experts, counts)
 
     def _limit(self, replica_rows: int) -> int | None:
         """Rows of a batch that an expert computes at most; None: all."""
@@ -250,6 +255,7 @@ class Routed(WithAuxK):
         *,
         limit: int | None = None,
         among: Bool[Tensor, " n_local"] | None = None,
+        met: Sequence[int] | None = None,
     ) -> Products:
         """The products of rows with their experts' latents.
 
@@ -260,10 +266,9 @@ class Routed(WithAuxK):
             replica_rows: Rows of the replica's batch.
             limit: Rows that an expert computes, the first ones; others meet no latents.
             among: Mask of the latents to look at; all if None.
+            met: How many these are of each expert; needed with `among`.
         """
-        met = [self.width] * len(arrived)
-        if among is not None:
-            met = among.view(len(arrived), self.width).sum(1).tolist()
+        met = met or [self.width] * len(arrived)
         blocks = partial(self._expert_blocks, rows, arrived, dtype, limit, among, met)
         computed = [n if limit is None else min(n, limit) for n in arrived]
         most = replica_rows * self.config.experts_per_row
@@ -273,10 +278,11 @@ class Routed(WithAuxK):
     def _dead_products(
         self,
         rows: Float[Tensor, "arrived d_in"],
-        arrived: Sequence[int],
+        exchange: ExpertExchange,
         dead: Bool[Tensor, " n_local"],
     ) -> Products:
-        return self._expert_products(rows, arrived, self.product_dtype, len(rows), among=dead)
+        place = rows, exchange.arrived, self.product_dtype, len(rows)
+        return self._expert_products(*place, among=dead, met=exchange.also)
 
     def _expert_blocks(
         self,

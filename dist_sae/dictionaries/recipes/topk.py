@@ -80,7 +80,7 @@ class TopK(WithAuxK):
         groups = self.groups(self.products(centred, self.product_dtype), k)
         selected = list(groups)
         if config.auxk and context.n_dead:
-            selected.append(self.select_among(context.dead, centred, context.n_dead_here))
+            selected.append(self.select_among(context.dead, centred, context.dead_here))
         found = self.reconstruct(selected, centred, centre)
         x_hat, errors = offset, []
         for _, parts in found[: len(groups)]:
