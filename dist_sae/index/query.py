@@ -208,7 +208,7 @@ class Index:
             ConfigError: The index keeps no postings.
         """
         record = self._bucket_of(latent)
-        self._check_postings()
+        self.check_postings()
         yield POSTINGS.empty_table()  # a latent that never fires has no postings
         for piece in record.postings:
             if piece.first <= latent <= piece.last:
@@ -221,7 +221,7 @@ class Index:
             ConfigError: The index keeps no postings.
             CorruptObjectError: A table is damaged.
         """
-        self._check_postings()
+        self.check_postings()
         for piece in self._record(bucket).postings:
             yield read_table(self._store, piece.stored)
 
@@ -268,7 +268,12 @@ class Index:
         """Rows on which coactive latents were counted."""
         return self._record(0).pair_rows
 
-    def _check_postings(self) -> None:
+    def check_postings(self) -> None:
+        """Make sure that the index keeps postings.
+
+        Raises:
+            ConfigError: It keeps none.
+        """
         if not self.manifest.postings_share:
             raise ConfigError(
                 f"{self.place}: keeps no postings (index.postings: none); make an index that does, "

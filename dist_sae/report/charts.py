@@ -192,6 +192,42 @@ def render_points(title: str, points: Sequence[tuple[str, float, float]], *, x_l
     return _figure(title, parts, _keys([name for name, *_ in points]))
 
 
+class Cloud(NamedTuple):
+    """Points of one kind."""
+
+    name: str
+    x: Sequence[float]
+    y: Sequence[float]
+
+
+def render_cloud(title: str, clouds: Sequence[Cloud], *, x_label: str) -> str:
+    """A figure with points in a plane, whose two axes have one scale.
+
+    Args:
+        title: Said above the plot.
+        clouds: Points, coloured by kind; their names are shown under the pointer.
+        x_label: Meaning of the plane.
+    """
+    xs = [x for cloud in clouds for x in cloud.x]
+    ys = [y for cloud in clouds for y in cloud.y]
+    if not xs:
+        return ""
+    width, height = _WIDTH - _LEFT - _RIGHT, _HEIGHT - _TOP - _BOTTOM
+    unit = 1.1 * max((max(xs) - min(xs)) / width, (max(ys) - min(ys)) / height) or 1.0
+    x_axis, y_axis = (
+        _linear(middle - unit * size / 2, middle + unit * size / 2, 5)
+        for middle, size in (((max(v) + min(v)) / 2, s) for v, s in ((xs, width), (ys, height)))
+    )
+    parts = [_frame(x_axis, y_axis, x_label)]
+    for number, (name, *points) in enumerate(clouds):
+        path = "".join(
+            f"M{_x(x_axis, x):g},{_y(y_axis, y):g}h0" for x, y in zip(*points, strict=True)
+        )
+        said = f"<title>{escape(name)}</title>"
+        parts.append(f'<path class="cloud {_colour(number)}" d="{path}">{said}</path>')
+    return _figure(title, parts, [])
+
+
 def render_shares(
     title: str, rows: Sequence[tuple[str, Sequence[float]]], columns: Sequence[str], *, x_label: str
 ) -> str:

@@ -3,8 +3,9 @@
 from typing import Any
 
 from dist_sae.commands import shared
+from dist_sae.commands.analyse import manifolds
 
-_QUESTIONS: tuple[Any, ...] = ()
+_QUESTIONS: tuple[Any, ...] = (manifolds,)
 
 
 def add(commands: shared.Commands) -> None:

@@ -1,0 +1,150 @@
+"""Graphs of latents from an index's nearest latents, their components, and groups of latents."""
+
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from dist_sae.errors import ConfigError
+from dist_sae.index.query import Index
+
+_STEP = 0.05  # by which the least cosine rises for the latents of a group that is too large
+
+
+class Edges(NamedTuple):
+    """Undirected edges between latents, each once, sorted by both ends."""
+
+    one: NDArray[np.int64]
+    """The lower latent."""
+    other: NDArray[np.int64]
+    """The higher latent."""
+    weight: NDArray[np.float32]
+    mutual: NDArray[np.bool_]
+    """Whether each end lists the other among its nearest."""
+
+
+class Groups(NamedTuple):
+    """Disjoint groups of latents."""
+
+    of: NDArray[np.int32]
+    """Group of each latent, [n_latents]; -1 for a latent in none."""
+    sizes: NDArray[np.int64]
+    """Latents of each group."""
+    too_many: int
+    """Latents that are in no group because theirs stays too large at any cosine."""
+
+
+def nearest_edges(index: Index, least_cosine: float) -> Edges:
+    """The graph of nearest decoder directions, with cosines of at least `least_cosine`.
+
+    Raises:
+        ConfigError: The index has no nearest latents.
+    """
+    if not index.manifest.compared or not index.manifest.settings["neighbours"]:
+        raise ConfigError(
+            f"{index.place}: has no nearest latents (index.neighbours); make an index that has, "
+            f"under a name of its own (index.name)"
+        )
+    keys, cosines = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
+    for one, other, cosine in _listed(index):
+        key = np.minimum(one, other) * index.n_latents + np.maximum(one, other)
+        kept = cosine >= least_cosine
+        keys.append(key[kept])
+        cosines.append(cosine[kept])
+    return _joined(np.concatenate(keys), np.concatenate(cosines), index.n_latents)
+
+
+def _listed(
+    index: Index,
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]]:
+    """Latent, near latent and cosine, bucket by bucket."""
+    for table in index.latents(["latent", "nearest", "nearest_cosine"]):
+        nearest = table["nearest"].combine_chunks()
+        counts = nearest.value_lengths().to_numpy()
+        one = np.repeat(table["latent"].to_numpy().astype(np.int64), counts)
+        cosine = table["nearest_cosine"].combine_chunks().flatten()
+        yield one, _flat(nearest), cosine.to_numpy(zero_copy_only=False)
+
+
+def _flat(lists: pa.ListArray) -> NDArray[np.int64]:
+    flat: NDArray[np.int64] = lists.flatten().to_numpy(zero_copy_only=False).astype(np.int64)
+    return flat
+
+
+def _joined(keys: NDArray[np.int64], weights: NDArray[np.float32], n: int) -> Edges:
+    """Edges from both directions' keys, each `lower * n + higher`."""
+    order = np.argsort(keys, kind="stable")
+    keys, weights = keys[order], weights[order]
+    first = np.flatnonzero(np.diff(keys, prepend=-1))
+    twice = np.diff(first, append=len(keys)) > 1
+    return Edges(keys[first] // n, keys[first] % n, weights[first], twice)
+
+
+def components(
+    n: int, one: NDArray[np.int64], other: NDArray[np.int64]
+) -> tuple[NDArray[np.int64], int]:
+    """Connected components of an undirected graph, by hooking and pointer jumping.
+
+    Args:
+        n: Nodes.
+        one: An end of each edge.
+        other: The other end.
+
+    Returns:
+        Component of each node, [n], in the order of their lowest nodes; number of components.
+    """
+    root = np.arange(n)
+    while True:
+        ends = root[one], root[other]
+        apart = ends[0] != ends[1]
+        if not apart.any():
+            break
+        one, other = one[apart], other[apart]
+        low, high = (pick(ends[0][apart], ends[1][apart]) for pick in (np.minimum, np.maximum))
+        np.minimum.at(root, high, low)
+        while not np.array_equal(above := root[root], root):
+            root = above
+    roots, of = np.unique(root, return_inverse=True)
+    return of, len(roots)
+
+
+def find_groups(edges: Edges, n_latents: int, least: int, most: int) -> Groups:
+    """Connected components of the mutual edges, none larger than `most` latents.
+
+    The latents of a larger component are joined again with higher and higher least cosines, until
+    what they form is small enough.
+
+    Args:
+        edges: Graph of the latents.
+        n_latents: Its nodes.
+        least: Least latents of a group.
+        most: Most latents of a group.
+    """
+    of = np.full(n_latents, -1, np.int32)
+    sizes: list[NDArray[np.int64]] = []
+    one, other, cosine = (
+        edges.one[edges.mutual],
+        edges.other[edges.mutual],
+        edges.weight[edges.mutual],
+    )
+    cutoff, large, n_groups = float(cosine.min(initial=1.0)), np.zeros(n_latents, bool), 0
+    while len(one):
+        component, n = components(n_latents, one, other)
+        counts = np.bincount(component, minlength=n)
+        number = np.full(n, -1)
+        found = np.flatnonzero((counts >= least) & (counts <= most))
+        number[found] = np.arange(n_groups, n_groups + len(found))
+        here = number[component] >= 0
+        of[here] = number[component][here]
+        sizes.append(counts[found])
+        n_groups += len(found)
+        large = (counts > most)[component]
+        cutoff += _STEP
+        if cutoff >= 1:
+            break
+        kept = large[one] & (cosine >= cutoff)
+        one, other, cosine = one[kept], other[kept], cosine[kept]
+        large[:] = False
+    return Groups(of, np.concatenate([np.zeros(0, np.int64), *sizes]), int(large.sum()))

@@ -1,0 +1,121 @@
+"""Reconstructions of groups of latents over an index's rows, group by group in bounded memory."""
+
+from collections.abc import Iterator
+from itertools import chain
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_sae.analysis.graph import Groups
+from dist_sae.analysis.spool import Spool
+from dist_sae.index.codes import below, chances
+from dist_sae.index.decoder import Decoder
+from dist_sae.index.query import Index
+
+_PART_BYTES = 2**28  # of records in memory at a time
+_MOST_PARTS = 4096
+_PURPOSE = 3  # of the chances by which rows are chosen; the index has used 0 to 2
+_SPARE = 3  # times as many rows are read as are used, because latents fire on the same rows
+
+_ENTRY = np.dtype([("slot", "<i4"), ("row", "<u8"), ("act", "<f4")])
+
+
+class Reconstructed(NamedTuple):
+    """A group's activations on rows on which any of its latents fires, chosen by chance."""
+
+    group: int
+    latents: NDArray[np.int64]
+    codes: NDArray[np.float64]
+    """Activations, [rows, latents]."""
+    gram: NDArray[np.float64]
+    """Products of the latents' decoder rows, [latents, latents]."""
+
+    def points(self) -> NDArray[np.float64]:
+        """Sums of the activations times the decoder rows, [rows, d], in a basis of their span."""
+        squares, axes = np.linalg.eigh(self.gram)
+        kept = squares > 1e-9 * squares[-1]
+        points: NDArray[np.float64] = self.codes @ (axes[:, kept] * np.sqrt(squares[kept]))
+        return points
+
+
+def reconstruct(
+    index: Index, decoder: Decoder, groups: Groups, most_rows: int, spooled: list[int]
+) -> Iterator[Reconstructed]:
+    """Yield the groups with activations on at most `most_rows` rows.
+
+    Postings and decoder are read once; what belongs to a group is sorted by group on disk.
+
+    Args:
+        index: With postings.
+        decoder: Of the same checkpoint.
+        groups: Of its latents.
+        most_rows: Rows of a group.
+        spooled: Gets the number of bytes on disk.
+    """
+    n_groups = len(groups.sizes)
+    if not n_groups:
+        spooled.append(0)
+        return
+    latents = np.argsort(groups.of, kind="stable")[np.count_nonzero(groups.of < 0) :]
+    slot_of = np.full(len(groups.of), -1, np.int32)
+    slot_of[latents] = np.arange(len(latents))
+    firings = np.bincount(groups.of[latents], index.firings[latents], n_groups)
+    limit = _SPARE * most_rows / np.maximum(firings * index.manifest.postings_share, 1)
+    bytes_of = 4 * decoder.d_out * groups.sizes
+    bytes_of = bytes_of + _ENTRY.itemsize * firings * np.minimum(limit, 1)
+    part_of_group = (bytes_of.cumsum() - bytes_of) // _PART_BYTES
+    part_of_group = np.minimum(part_of_group, _MOST_PARTS - 1).astype(np.int64)
+    part_of = part_of_group[groups.of[latents]]
+    n_parts = int(part_of_group.max(initial=0)) + 1
+    row_type = np.dtype([("slot", "<i4"), ("row", "<f4", (decoder.d_out,))])
+    with Spool(row_type, n_parts) as rows, Spool(_ENTRY, n_parts) as entries:
+        bounds = np.array([below(min(share, 1.0)) for share in limit.tolist()], np.uint64)
+        buckets = range(index.manifest.n_buckets)
+        for table in chain.from_iterable(map(index.bucket_postings, buckets)):
+            slots = slot_of[table["latent"].to_numpy()]
+            here = np.flatnonzero(slots >= 0)
+            slots, unit, row = slots[here], *(table[c].to_numpy()[here] for c in ("unit", "row"))
+            chance = chances(index.manifest.seed, _PURPOSE, unit, row)  # no two rows have the same
+            kept = chance <= bounds[groups.of[latents[slots]]]
+            records = np.empty(int(kept.sum()), _ENTRY)
+            records["slot"], records["row"] = slots[kept], chance[kept]
+            records["act"] = table["act"].to_numpy()[here[kept]]
+            entries.add(part_of[slots[kept]], records)
+        for first, part in decoder.parts():
+            slots = slot_of[first : first + len(part)]
+            here = np.flatnonzero(slots >= 0)
+            records = np.empty(len(here), row_type)
+            records["slot"], records["row"] = slots[here], part.numpy()[here]
+            rows.add(part_of[slots[here]], records)
+        spooled.append(rows.bytes + entries.bytes)
+        for number in range(n_parts):
+            yield from _of_part(rows.read(number), entries.read(number), latents, groups, most_rows)
+
+
+def _of_part(
+    rows: NDArray[np.void],
+    entries: NDArray[np.void],
+    latents: NDArray[np.int64],
+    groups: Groups,
+    most_rows: int,
+) -> Iterator[Reconstructed]:
+    rows = rows[np.argsort(rows["slot"], kind="stable")]
+    entries = entries[np.argsort(entries["slot"], kind="stable")]
+    group_of_row = groups.of[latents[rows["slot"]]]
+    present, starts = np.unique(group_of_row, return_index=True)
+    cuts = rows["slot"][starts]
+    for group, mine, found in zip(
+        present.tolist(),
+        np.split(rows, starts[1:]),
+        np.split(entries, np.searchsorted(entries["slot"], cuts[1:])),
+        strict=True,
+    ):
+        slots = mine["slot"]
+        chance, place = np.unique(found["row"], return_inverse=True)
+        n = min(len(chance), most_rows)
+        codes = np.zeros((len(chance), len(slots)))
+        codes[place, found["slot"] - slots[0]] = found["act"]
+        directions = mine["row"].astype(np.float64)
+        gram = directions @ directions.T
+        yield Reconstructed(group, latents[slots], codes[:n], gram)

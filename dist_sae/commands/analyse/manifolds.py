@@ -1,0 +1,54 @@
+"""`dist-sae analyse manifolds`: which features are not lines but rings or other manifolds."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from dist_sae.commands import shared
+from dist_sae.commands.analyse.common import add_question, answer
+from dist_sae.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from dist_sae.report.outcome import Findings
+
+
+def add(questions: shared.Commands) -> None:
+    """Add the question."""
+    text = "find groups of latents that are one feature of several dimensions, such as a ring"
+    parser = add_question(questions, "manifolds", main, text)
+    parser.add_argument(
+        "--cosine", type=float, default=0.5, help="least cosine of joined latents (default: 0.5)"
+    )
+    parser.add_argument(
+        "--least", type=int, default=3, metavar="N", help="least latents of a group (default: 3)"
+    )
+    parser.add_argument(
+        "--most", type=int, default=100, metavar="N", help="most latents of a group (default: 100)"
+    )
+    parser.add_argument(
+        "--rows",
+        type=int,
+        default=2000,
+        metavar="N",
+        help="most rows of a group to measure (default: 2000)",
+    )
+
+
+def main(options: argparse.Namespace) -> None:
+    """Search a run's newest index."""
+    if not 0 < options.cosine < 1:
+        raise ArgumentError(f"--cosine {options.cosine:g}: must be between 0 and 1")
+    if not 2 <= options.least <= options.most:  # noqa: PLR2004 - one latent is a line
+        raise ArgumentError(f"--least {options.least}, --most {options.most}: want 2 <= N <= most")
+    run = shared.load(options)
+    from dist_sae.analysis.manifolds import LEAST_ROWS, Settings, find_manifolds
+
+    if options.rows < LEAST_ROWS:
+        raise ArgumentError(f"--rows {options.rows}: a group needs at least {LEAST_ROWS}")
+    settings = Settings(options.cosine, options.least, options.most, options.rows)
+
+    def find() -> "Findings":
+        from dist_sae.analysis.opened import open_indexed
+
+        return find_manifolds(open_indexed(run), settings)
+
+    answer(options, run.name, [run], "Multidimensional features", settings._asdict(), find)
