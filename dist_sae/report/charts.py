@@ -53,6 +53,7 @@ def render_lines(
     x_label: str,
     mark: Mark | None = None,
     from_zero: bool = False,
+    log_x: bool = False,
 ) -> str:
     """A figure with lines over one x axis.
 
@@ -62,18 +63,22 @@ def render_lines(
         x_label: Quantity and unit of x.
         mark: A level drawn dashed across the plot.
         from_zero: The y axis is linear and starts at zero.
+        log_x: The x axis is logarithmic; all x are positive.
     """
+    if log_x:
+        lines = [line._replace(x=[math.log10(x) for x in line.x]) for line in lines]
     series = [(line.name, list(_thin(line))) for line in lines]
     points = [point for _, pieces in series for piece in pieces for point in piece]
     if not points:
         return ""
     values = [v for point in points for v in point[1:]] + ([mark.y] if mark else [])
-    x_axis = _linear(0.0, max(p[0] for p in points), 5)
+    last_x = max(p[0] for p in points)
+    x_axis = _exponents(min(p[0] for p in points), last_x) if log_x else _linear(0.0, last_x, 5)
     wide = min(values) > 0 and max(values) / min(values) > _LOG_FROM
     y_axis = (
         _log(min(values), max(values)) if wide and not from_zero else _padded(values, from_zero)
     )
-    parts = [_frame(x_axis, y_axis, x_label)]
+    parts = [_frame(x_axis, y_axis, x_label, exponents=log_x)]
     for number, (name, pieces) in enumerate(series):
         for piece in pieces:
             last = pieces[-1][-1][1]
@@ -105,12 +110,7 @@ def render_histogram(
         used = [i for i, count in enumerate(counts) if count]
         first, last = max(0, used[0] - 1), min(len(counts), used[-1] + 2)
         edges, counts = edges[first : last + 1], counts[first:last]
-    low, high = edges[0], edges[-1]
-    if log10:
-        ticks = [float(t) for t in range(math.ceil(low), math.floor(high) + 1)]
-        x_axis = _Axis(low, high, ticks, lambda v: (v - low) / (high - low))
-    else:
-        x_axis = _linear(low, high, 5)
+    x_axis = _exponents(edges[0], edges[-1]) if log10 else _linear(edges[0], edges[-1], 5)
     y_axis = _linear(0, max(counts) * 1.05, 4)
     bars = []
     for left, right, count in zip(edges, edges[1:], counts, strict=False):
@@ -143,9 +143,7 @@ def render_outlines(
     used = [i for _, counts in histograms for i, count in enumerate(counts) if count]
     if not used:
         return ""
-    low, high = edges[min(used)], edges[max(used) + 1]
-    ticks = [float(t) for t in range(math.ceil(low), math.floor(high) + 1)]
-    x_axis = _Axis(low, high, ticks, lambda v: (v - low) / (high - low))
+    x_axis = _exponents(edges[min(used)], edges[max(used) + 1])
     shares = [[count / (sum(counts) or 1) for count in counts] for _, counts in histograms]
     y_axis = _linear(0, 1.05 * max(map(max, shares)), 4)
     parts = [_frame(x_axis, y_axis, x_label, exponents=True)]
@@ -363,6 +361,14 @@ def _linear(low: float, high: float, about: int) -> _Axis:
     step = power * min((1, 2, 5, 10), key=lambda m: abs(m * power - rough))
     count = math.floor(high / step + 1e-9) - math.ceil(low / step - 1e-9) + 1
     ticks = [(math.ceil(low / step - 1e-9) + i) * step for i in range(count)]
+    return _Axis(low, high, ticks, lambda v: (v - low) / (high - low))
+
+
+def _exponents(low: float, high: float) -> _Axis:
+    """An axis of decimal logarithms, with a tick at each whole one."""
+    if math.floor(high) == math.ceil(low) - 1 or not high > low:  # none lies between
+        low, high = math.floor(low), math.floor(low) + 1
+    ticks = [float(t) for t in range(math.ceil(low), math.floor(high) + 1)]
     return _Axis(low, high, ticks, lambda v: (v - low) / (high - low))
 
 

@@ -3,9 +3,9 @@
 from typing import Any
 
 from dist_sae.commands import shared
-from dist_sae.commands.analyse import manifolds
+from dist_sae.commands.analyse import coverage, manifolds
 
-_QUESTIONS: tuple[Any, ...] = (manifolds,)
+_QUESTIONS: tuple[Any, ...] = (coverage, manifolds)
 
 
 def add(commands: shared.Commands) -> None:

@@ -1,0 +1,390 @@
+"""Coverage: which concepts have a latent, by how often they occur, and how wide is wide enough."""
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from dist_sae.analysis.law import (
+    ENOUGH_FIRINGS,
+    LEAST_WIDTHS,
+    Curve,
+    Fitted,
+    Interval,
+    Law,
+    Width,
+    fit,
+    zipf_exponent,
+)
+from dist_sae.analysis.matching import LEAST_OCCURRENCES, Matched
+from dist_sae.analysis.words import Concept, WordRows
+from dist_sae.errors import ArgumentError
+from dist_sae.report.charts import Line, Mark, render_lines
+from dist_sae.report.outcome import Findings
+
+LEAST_CONCEPTS = 20
+"""Concepts below which no curve is fitted."""
+_BINS = 8
+"""Groups of concepts, equal in number, whose shares a figure shows."""
+
+
+class Covered(NamedTuple):
+    """Which concepts one dictionary has, and what is told of each."""
+
+    width: Width
+    table: Mapping[str, Sequence[Any]]
+    """A value for each concept, by column."""
+    zipf: float | None
+    """Exponent of the rank-frequency curve of the alive latents."""
+
+
+def frequencies(concepts: Sequence[Concept], words: WordRows, share: float) -> NDArray[np.float64]:
+    """How often each concept occurs, per row: counted in the index, or by the list's own counts.
+
+    Counts of a list are of another corpus, of unknown size: they are scaled so that the list as a
+    whole is as frequent as in the rows of the index.
+
+    Args:
+        concepts: Words.
+        words: Where they stand.
+        share: Share of the rows whose activations the index keeps.
+
+    Raises:
+        ArgumentError: None of them occurs.
+    """
+    seen = np.bincount(words.concept[words.is_last], minlength=len(concepts))
+    rows = int(words.starts[-1])
+    if not seen.any():
+        raise ArgumentError(
+            f"none of the {len(concepts)} words occurs in the {rows:,} rows of the index; give "
+            f"words of this corpus"
+        )
+    counts = np.array([math.nan if c.times is None else c.times for c in concepts])
+    own = seen if np.isnan(counts).any() else counts * (seen.sum() / counts.sum())
+    return own / (rows * share)
+
+
+def cover_words(
+    name: str,
+    firings: NDArray[np.int64],
+    trained_rows: int,
+    concepts: Sequence[Concept],
+    frequency: NDArray[np.float64],
+    matched: Matched,
+    least_f1: float,
+) -> Covered:
+    """What one dictionary has of a list of words.
+
+    Args:
+        name: Of the run.
+        firings: Of each latent.
+        trained_rows: Rows that it was trained on.
+        concepts: Words.
+        frequency: Of each.
+        matched: Their latents.
+        least_f1: F1 from which on a latent counts as a word's own.
+
+    Raises:
+        ArgumentError: Fewer than `LEAST_CONCEPTS` words occur often enough.
+    """
+    judged = matched.judged & (frequency > 0)
+    if judged.sum() < LEAST_CONCEPTS:
+        raise ArgumentError(_too_few(matched, int(judged.sum())))
+    recovered = matched.recovered(least_f1)
+    found = [matched.matches.get(number) for number in range(len(concepts))]
+
+    def of_match(field: str) -> list[Any]:
+        return [None if match is None else getattr(match, field) for match in found]
+
+    table = {
+        "word": [concept.word for concept in concepts],
+        "category": [concept.category for concept in concepts],
+        "occurrences": matched.occurrences.sum(0).tolist(),
+        "frequency": frequency.tolist(),
+        "judged": judged.tolist(),
+        "recovered": recovered.tolist(),
+        **{f: of_match(f) for f in ("latent", "threshold", "f1_chosen", "f1")},
+        **{f: of_match(f) for f in ("precision", "recall")},
+    }
+    alive = int((firings > 0).sum())
+    width = Width(name, len(firings), alive, trained_rows, frequency, judged, recovered)
+    return Covered(width, table, zipf_exponent(firings))
+
+
+def cover_features(
+    name: str,
+    firings: NDArray[np.int64],
+    trained_rows: int,
+    probabilities: NDArray[np.float64],
+    latent_of: Mapping[int, int],
+) -> Covered:
+    """What one dictionary has of the features of a synthetic world.
+
+    Args:
+        name: Of the run.
+        firings: Of each latent.
+        trained_rows: Rows that it was trained on.
+        probabilities: Of each feature, per row.
+        latent_of: Features that are matched, with their latents.
+    """
+    n = len(probabilities)
+    recovered = np.isin(np.arange(n), list(latent_of))
+    table = {
+        "word": [f"feature {number}" for number in range(n)],
+        "category": ["features"] * n,
+        "frequency": probabilities.tolist(),
+        "judged": [True] * n,
+        "recovered": recovered.tolist(),
+        "latent": [latent_of.get(number) for number in range(n)],
+    }
+    alive = int((firings > 0).sum())
+    judged = np.ones(n, np.bool_)
+    width = Width(name, len(firings), alive, trained_rows, probabilities, judged, recovered)
+    return Covered(width, table, zipf_exponent(firings))
+
+
+def coverage(covered: Sequence[Covered], forecast: Sequence[float]) -> Findings:
+    """Say which concepts have a latent, and what that means for wider dictionaries.
+
+    Args:
+        covered: Dictionaries, with the same concepts.
+        forecast: Frequencies of concepts, per row, for which a width is forecast. With fewer than
+            three widths there is no law to forecast by, which the caller has refused.
+    """
+    widths = [each.width for each in covered]
+    fitted = fit(widths, forecast)
+    law = fitted.law if fitted.law and _falls(fitted.law) else None
+    summary = [
+        line
+        for each, curve in zip(covered, fitted.curves, strict=True)
+        for line in _of_width(each, curve)
+    ]
+    summary += _of_law(law) if law else []
+    tables = {"concepts": pa.concat_tables([_concepts(each) for each in covered])}
+    return Findings(
+        numbers={
+            "runs": {
+                each.width.name: _numbers(each, curve)
+                for each, curve in zip(covered, fitted.curves, strict=True)
+            },
+            "law": _law_numbers(law) if law else None,
+        },
+        summary=summary,
+        caveats=list(_caveats(covered, fitted, law)),
+        tables=tables,
+        figures=[figure for figure in _figures(widths, fitted, law) if figure],
+    )
+
+
+def check_widths(names: Sequence[str]) -> None:
+    """Refuse a forecast by fewer widths than a law needs.
+
+    Raises:
+        ArgumentError: They are too few.
+    """
+    if len(names) < LEAST_WIDTHS:
+        raise ArgumentError(
+            f"--frequency: a forecast needs dictionaries of {LEAST_WIDTHS} widths, and this is "
+            f"{len(names)}; name a sweep, or further runs"
+        )
+
+
+def _too_few(matched: Matched, judged: int) -> str:
+    rarer = np.sort(matched.occurrences.min(0))[::-1]
+    of_last = int(rarer[LEAST_CONCEPTS - 1]) if len(rarer) >= LEAST_CONCEPTS else 0
+    more = f"about {LEAST_OCCURRENCES / of_last:.1f} times the rows, or " if of_last else ""
+    return (
+        f"only {judged} of the {len(rarer)} words occur {LEAST_OCCURRENCES} times in either half "
+        f"of the index, and a curve needs {LEAST_CONCEPTS}; index {more}give more words"
+    )
+
+
+def _falls(law: Law) -> bool:
+    """Whether wider dictionaries have rarer concepts, beyond what chance explains."""
+    return law.exponent.high is not None and law.exponent.high < 0
+
+
+def _of_width(covered: Covered, curve: Curve) -> list[str]:
+    width = covered.width
+    n, has = int(width.judged.sum()), int((width.recovered & width.judged).sum())
+    lines = [
+        f"{width.name}: {has} of {n} concepts ({has / n:.0%}) have a latent of their own; "
+        f"{width.alive:,} of {width.n_latents:,} latents are alive"
+    ]
+    if not has:
+        lines.append(f"{width.name}: nothing is found, so there is no curve")
+    elif curve.f50.value is None or not _told(curve):
+        lines.append(f"{width.name}: how often a concept occurs does not tell whether it has one")
+    else:
+        lines.append(
+            f"{width.name}: half of the concepts of frequency {shown(curve.f50)} per row have one, "
+            f"which is {shown(curve.f50_alive)} / alive latents"
+        )
+        assert curve.firings is not None
+        if curve.firings < ENOUGH_FIRINGS:
+            rows = ENOUGH_FIRINGS / curve.f50.value
+            lines.append(
+                f"{width.name}: is undertrained. Such a concept was seen {curve.firings:,.0f} "
+                f"times in {width.trained_rows:,} training rows; until it is seen "
+                f"{ENOUGH_FIRINGS:,} times ({rows:.2g} rows) training longer finds more here"
+            )
+    return lines
+
+
+def _told(curve: Curve) -> bool:
+    """Whether frequency tells what is recovered: the interval of the slope is above zero."""
+    return curve.slope.low is not None and curve.slope.low > 0
+
+
+def _of_law(law: Law) -> list[str]:
+    lines = [
+        f"over the widths, f50 falls as alive latents to the power {shown(law.exponent)}",
+        f"forecast: with ten times the alive latents of the widest f50 is {shown(law.ten_times)}",
+    ]
+    return lines + [
+        f"forecast: to have a latent for half of the concepts of frequency {each.frequency:.2g}, "
+        f"{shown(each.latents)} alive latents and {each.rows:.2g} training rows are needed"
+        for each in law.forecasts
+    ]
+
+
+def _caveats(covered: Sequence[Covered], fitted: Fitted, law: Law | None) -> list[str]:
+    lines = []
+    for each, curve in zip(covered, fitted.curves, strict=True):
+        width = each.width
+        low, high = (f(width.frequency[width.judged]) for f in (np.min, np.max))
+        if curve.f50.value is not None and not low <= curve.f50.value <= high:
+            lines.append(
+                f"{width.name}: its f50 lies outside the concepts that could be judged, of "
+                f"frequency {low:.2g} to {high:.2g}: it is an extrapolation of the curve"
+            )
+    first = covered[0]
+    rare = int((~first.width.judged).sum())
+    if rare:
+        absent = first.table.get("occurrences", []).count(0)
+        lines.append(
+            f"{rare} concepts are left out, for they occur less than {LEAST_OCCURRENCES} times in "
+            f"either half of the index ({absent} never): the rarest concepts are missing here"
+        )
+    if law is None and len(covered) >= LEAST_WIDTHS:
+        lines.append(
+            "there is no law to forecast by: f50 is not known at three widths, or it does not fall "
+            "with width beyond chance"
+        )
+    if law is not None:
+        lines.append(
+            "intervals are over concepts alone: they hold the law's form for true, and a forecast "
+            "beyond the measured widths is an extrapolation"
+        )
+    return lines
+
+
+def _numbers(covered: Covered, curve: Curve) -> dict[str, Any]:
+    width = covered.width
+    has = width.recovered & width.judged
+    names = np.asarray(covered.table["category"])
+    return {
+        "n_latents": width.n_latents,
+        "alive": width.alive,
+        "trained_rows": width.trained_rows,
+        "concepts": int(width.judged.sum()),
+        "recovered": int(has.sum()),
+        "recovered_share": float(has.sum() / width.judged.sum()),
+        "recovered_by_category": {
+            category: [
+                int(has[names == category].sum()),
+                int(width.judged[names == category].sum()),
+            ]
+            for category in Counter(covered.table["category"])
+        },
+        "f50": curve.f50._asdict(),
+        "f50_alive": curve.f50_alive._asdict(),
+        "log_odds_per_decade": curve.slope._asdict(),
+        "f50_firings": curve.firings,
+        "zipf_exponent": covered.zipf,
+    }
+
+
+def _law_numbers(law: Law) -> dict[str, Any]:
+    return {
+        "exponent": law.exponent._asdict(),
+        "scale": law.scale,
+        "f50_of_ten_times": law.ten_times._asdict(),
+        "forecasts": [
+            {"frequency": f.frequency, "alive": f.latents._asdict(), "training_rows": f.rows}
+            for f in law.forecasts
+        ],
+    }
+
+
+def _concepts(covered: Covered) -> pa.Table:
+    n = len(covered.table["word"])
+    types = {"latent": pa.int64(), "word": pa.string(), "category": pa.string()}
+    types |= {"occurrences": pa.int64(), "judged": pa.bool_(), "recovered": pa.bool_()}
+    columns = {
+        name: pa.array(values, types.get(name, pa.float64()))
+        for name, values in covered.table.items()
+    }
+    return pa.table({"run": pa.array([covered.width.name] * n), **columns})
+
+
+def _figures(widths: Sequence[Width], fitted: Fitted, law: Law | None) -> list[str]:
+    shares = [_shares(width) for width in widths]
+    pairs = list(zip(widths, shares, strict=True))
+    level = Mark("half", 0.5)
+    figures = [
+        render_lines(
+            "Share of the concepts that have a latent",
+            [Line(width.name, *share) for width, share in pairs],
+            x_label="occurrences per row",
+            mark=level,
+            from_zero=True,
+            log_x=True,
+        ),
+        render_lines(
+            "The same, by frequency times alive latents",
+            [Line(w.name, [x * max(1, w.alive) for x in s[0]], s[1]) for w, s in pairs],
+            x_label="occurrences per row * alive latents",
+            mark=level,
+            from_zero=True,
+            log_x=True,
+        ),
+    ]
+    if law is not None:
+        known = [
+            (width.alive, curve.f50.value)
+            for width, curve in zip(widths, fitted.curves, strict=True)
+            if curve.f50.value is not None
+        ]
+        alive = sorted(of for of, _ in known)
+        ends = [float(alive[0]), 10.0 * alive[-1]]
+        exponent = law.exponent.value or 0.0
+        lines = [Line("law", ends, [law.scale * end**exponent for end in ends])]
+        lines += [Line(f"{of:,} alive", [float(of)], [f50]) for of, f50 in known]
+        figures.append(render_lines("f50 by width", lines, x_label="alive latents", log_x=True))
+    return figures
+
+
+def _shares(width: Width) -> tuple[list[float], list[float]]:
+    """Geometric mean frequency, and share recovered, of groups of judged concepts."""
+    order = np.argsort(width.frequency[width.judged], kind="stable")
+    x = np.log(width.frequency[width.judged])[order]
+    y = width.recovered[width.judged][order]
+    parts = min(_BINS, len(order))
+    return (
+        [float(np.exp(part.mean())) for part in np.array_split(x, parts)],
+        [float(part.mean()) for part in np.array_split(y, parts)],
+    )
+
+
+def shown(interval: Interval) -> str:
+    """A number with its interval, for a sentence."""
+    if interval.value is None:
+        return "unknown"
+    if interval.low is None or interval.high is None:
+        return f"{interval.value:.3g} (interval unknown)"
+    return f"{interval.value:.3g} ({interval.low:.2g} to {interval.high:.2g})"

@@ -1,0 +1,225 @@
+"""The law of missing features: which concepts have a latent, by frequency and width.
+
+The chance that a concept has a latent of its own is taken as a logistic function of its log
+frequency. `f50` is the frequency at which it is one half. Over several widths f50 falls with the
+number of alive latents as a power: an ideal dictionary of n latents has the n most frequent
+features, so where frequencies fall as rank^-s the power is -s, and f50 * alive is constant only
+where s is 1.
+
+Source: the measurement by frequency is that of Templeton et al. 2024, "Scaling Monosemanticity"
+(missing features); fit, power, intervals and forecast are a reconstruction and our own.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+REPLICATES = 1000
+_RIDGE = 1e-2  # on the standardised slope: concepts that a frequency separates have a finite one
+_STEPS, _CONVERGED = 40, 1e-6  # of Newton's method
+_LARGEST_LOG = 700  # of a float64
+LEAST_WIDTHS = 3
+"""Widths below which no power is fitted."""
+ENOUGH_FIRINGS = 2000
+"""Firings from which on a feature is found as well as the width allows, in worlds of known
+features: with fewer, f50 falls by training on."""
+
+
+class Width(NamedTuple):
+    """Which concepts one dictionary has."""
+
+    name: str
+    n_latents: int
+    alive: int
+    """Latents that fire at least once on the rows of the index."""
+    trained_rows: int
+    frequency: NDArray[np.float64]
+    """Of each concept, per row; the same concepts for each dictionary."""
+    judged: NDArray[np.bool_]
+    """Concepts that are judged."""
+    recovered: NDArray[np.bool_]
+    """Concepts that have a latent."""
+
+
+class Interval(NamedTuple):
+    """A number with the range that holds 95 % of its bootstrap replicates."""
+
+    value: float | None
+    """None if it cannot be told."""
+    low: float | None
+    high: float | None
+
+
+class Curve(NamedTuple):
+    """The logistic curve of one dictionary. All intervals are over concepts."""
+
+    f50: Interval
+    f50_alive: Interval
+    """f50 * alive latents."""
+    slope: Interval
+    """Change of the log odds from one decade of frequency to the next."""
+    firings: float | None
+    """Firings of a concept of frequency f50 in training."""
+
+
+class Forecast(NamedTuple):
+    """Alive latents at which half of the concepts of a frequency have one, and rows to train it."""
+
+    frequency: float
+    latents: Interval
+    rows: float
+    """Rows in which such a concept fires `ENOUGH_FIRINGS` times."""
+
+
+class Law(NamedTuple):
+    """f50 over several widths: f50 = scale * alive^exponent."""
+
+    exponent: Interval
+    scale: float
+    forecasts: Sequence[Forecast]
+    ten_times: Interval
+    """f50 of a dictionary with ten times the alive latents of the widest."""
+
+
+class Fitted(NamedTuple):
+    """Curves of all widths, and their law."""
+
+    curves: Sequence[Curve]
+    law: Law | None
+    """None with fewer than three widths that have an f50."""
+
+
+def logistic(
+    x: NDArray[np.float64], y: NDArray[np.bool_], weights: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Slopes and intercepts of the log odds of y, for several weightings at once.
+
+    Args:
+        x: [n], not all equal.
+        y: [n].
+        weights: [replicates, n].
+    """
+    mean, spread = x.mean(), x.std()
+    z = (x - mean) / spread
+    slope = np.zeros(len(weights))
+    intercept = np.zeros(len(weights))
+    for _ in range(_STEPS):
+        p = 1 / (1 + np.exp(-np.clip(slope[:, None] * z + intercept[:, None], -500, 500)))
+        error, curvature = weights * (y - p), weights * p * (1 - p)
+        g0, g1 = error.sum(1), error @ z - _RIDGE * slope
+        h00 = curvature.sum(1) + 1e-9
+        h01, h11 = curvature @ z, curvature @ z**2 + _RIDGE
+        determinant = h00 * h11 - h01**2
+        step = np.stack([h11 * g0 - h01 * g1, h00 * g1 - h01 * g0]) / determinant
+        step = np.clip(step, -2, 2)
+        intercept, slope = intercept + step[0], slope + step[1]
+        if np.abs(step).max() < _CONVERGED:
+            break
+    slope /= spread
+    return slope, intercept - slope * mean
+
+
+def fit(widths: Sequence[Width], frequencies: Sequence[float] = (), seed: int = 0) -> Fitted:
+    """Fit the curve of each dictionary, and their law.
+
+    Replicates draw concepts, the same for all widths, so that what concepts have in common over
+    widths is in the interval of the exponent.
+
+    Args:
+        widths: Dictionaries.
+        frequencies: Of concepts to forecast a width for, per row.
+        seed: Of the replicates.
+    """
+    n = len(widths[0].frequency)
+    generator = np.random.default_rng(seed)
+    drawn = generator.multinomial(n, np.full(n, 1 / n), REPLICATES) if n else np.zeros((0, 0))
+    weights = np.concatenate([np.ones((1, n)), drawn])  # what was measured comes first
+    curves, logs = [], []
+    for width in widths:
+        log_f50, slope = _replicates(width, weights)
+        f50 = np.exp(log_f50)
+        logs.append(log_f50)
+        middle = interval(f50)
+        curves.append(
+            Curve(
+                middle,
+                interval(f50 * width.alive),
+                interval(slope * math.log(10)),
+                None if middle.value is None else middle.value * width.trained_rows,
+            )
+        )
+    usable = [i for i, curve in enumerate(curves) if curve.f50.value is not None]
+    alive = np.log([max(1, widths[i].alive) for i in usable])
+    if len(set(alive.tolist())) < LEAST_WIDTHS:
+        return Fitted(curves, None)
+    return Fitted(curves, _law(alive, np.stack([logs[i] for i in usable]), frequencies))
+
+
+def _replicates(
+    width: Width, weights: NDArray[np.float64]
+) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+    """Log f50 and slope of each weighting; NaN where frequency does not tell what is recovered."""
+    of, y = weights[:, width.judged], width.recovered[width.judged]
+    x = np.log(width.frequency[width.judged])
+    if not len(x) or x.min() == x.max():
+        nothing = np.full(len(weights), math.nan)
+        return nothing, nothing
+    slope, intercept = logistic(x, y, of)
+    share = (of @ y) / of.sum(1).clip(min=1)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        log_f50 = np.where((share > 0) & (share < 1) & (slope > 0), -intercept / slope, math.nan)
+    log_f50 = np.where(np.abs(log_f50) < _LARGEST_LOG, log_f50, math.nan)
+    return log_f50, slope
+
+
+def _law(
+    alive: NDArray[np.float64], logs: NDArray[np.float64], frequencies: Sequence[float]
+) -> Law:
+    centred = alive - alive.mean()
+    exponent = centred @ logs / (centred @ centred)
+    scale = logs.mean(0) - exponent * alive.mean()
+    forecasts = [
+        Forecast(
+            frequency,
+            interval(np.exp(np.clip((math.log(frequency) - scale) / exponent, None, _LARGEST_LOG))),
+            ENOUGH_FIRINGS / frequency,
+        )
+        for frequency in frequencies
+    ]
+    wider = alive.max() + math.log(10)
+    ten_times = interval(np.exp(scale + exponent * wider))
+    return Law(interval(exponent), float(np.exp(scale[0])), forecasts, ten_times)
+
+
+def interval(replicates: NDArray[np.float64]) -> Interval:
+    """The first value, and the 2.5 % and 97.5 % quantiles of the others.
+
+    A bound is None if too many replicates have no value for it to be told.
+    """
+    value, others = replicates[0], np.sort(replicates[1:])  # NaN comes last
+    if not math.isfinite(value):
+        return Interval(None, None, None)
+    known = others[np.isfinite(others)]
+    if len(known) < 0.95 * len(others):
+        return Interval(float(value), None, None)
+    low, high = np.quantile(known, [0.025, 0.975])
+    return Interval(float(value), float(low), float(high))
+
+
+def zipf_exponent(firings: NDArray[np.int64]) -> float | None:
+    """Exponent s of the rank-frequency curve of the alive latents, frequency ~ rank^-s.
+
+    Fitted from the rank alive / 100 to alive / 2, evenly in log rank: above lie latents that fire
+    nearly everywhere, below those that fired by chance on the rows of the index.
+    """
+    alive = np.sort(firings[firings > 0])[::-1]
+    ranks = np.unique(
+        np.geomspace(max(1, len(alive) / 100), max(2, len(alive) / 2), 50).astype(int)
+    )
+    if len(alive) < 20:  # noqa: PLR2004 - too few to fit anything
+        return None
+    slope = np.polyfit(np.log(ranks), np.log(alive[ranks - 1]), 1)[0]
+    return float(-slope)

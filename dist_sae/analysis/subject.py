@@ -1,0 +1,42 @@
+"""What analyses are made of: a run's newest checkpoint with its latent index."""
+
+from dataclasses import dataclass
+
+from dist_sae.checkpoint.layout import Checkpoint
+from dist_sae.checkpoint.lineage import Lineage
+from dist_sae.checkpoint.trained import find_checkpoint, none_yet, trained_run
+from dist_sae.config import Run
+from dist_sae.index.query import Index, index_of
+from dist_sae.storage import open_store
+
+
+@dataclass(frozen=True)
+class Subject:
+    """A trained dictionary with its index."""
+
+    run: Run
+    """Settings that it was trained with."""
+    checkpoint: Checkpoint
+    index: Index
+
+    @property
+    def trained_rows(self) -> int:
+        """Rows that it was trained on, those of the runs that it continues among them."""
+        before = Lineage.from_scalars(self.checkpoint.scalars).rows
+        return before + self.checkpoint.step * self.run.train.batch_rows
+
+
+def open_subject(run: Run) -> Subject:
+    """Open the newest checkpoint of a run, and its index.
+
+    Raises:
+        NoIndexError: There is no complete index of it.
+        ConfigError: There is no checkpoint yet, or the index keeps no postings.
+    """
+    store = open_store(run.store.runs, run.store.s3)
+    checkpoint = find_checkpoint(store, run, None)
+    if checkpoint is None:
+        raise none_yet(store, run)
+    index = index_of(store, run.name, checkpoint)
+    index.check_postings()
+    return Subject(trained_run(checkpoint, run), checkpoint, index)

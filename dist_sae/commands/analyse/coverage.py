@@ -1,0 +1,130 @@
+"""`dist-sae analyse coverage`: which concepts have a latent, by frequency and width."""
+
+import argparse
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING
+
+from dist_sae.commands import shared
+from dist_sae.commands.analyse import common
+from dist_sae.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from dist_sae.analysis.coverage import Covered
+    from dist_sae.config import Run
+    from dist_sae.report.outcome import Findings
+
+_CORPUS_WORDS = 400
+
+
+def add(questions: shared.Commands) -> None:
+    """Add the question."""
+    text = "which concepts have a latent of their own, by how often they occur; how wide is enough"
+    parser = common.add_question(questions, "coverage", main, text, several=True)
+    parser.add_argument(
+        "--concepts",
+        metavar="LIST",
+        nargs="+",
+        default=["elements", "cities", "animals", "foods"],
+        help="elements, cities, animals, foods; corpus, which are 400 words of the corpus itself, "
+        "from frequent to rare; or files with a word on each line and, behind a tab, how often it "
+        "occurs (default: the first four)",
+    )
+    parser.add_argument(
+        "--truth",
+        action="store_true",
+        help="the concepts are the features of the synthetic world, matched by direction",
+    )
+    parser.add_argument(
+        "--f1",
+        metavar="F1",
+        type=float,
+        default=0.5,
+        help="least F1 of a word's latent on held-out documents (default: 0.5)",
+    )
+    parser.add_argument(
+        "--frequency",
+        metavar="P",
+        type=float,
+        action="append",
+        default=[],
+        help="forecast how many latents and rows a concept of this frequency per row needs",
+    )
+
+
+def main(options: argparse.Namespace) -> None:
+    """Answer the question."""
+    name, runs = common.load_several(options)
+    if not 0.3 < options.f1 <= 1:  # noqa: PLR2004 - pairs below are not followed
+        raise ArgumentError(f"--f1 {options.f1:g}: must lie above .3 and be 1 at most")
+    if wrong := [p for p in options.frequency if not 0 < p < 1]:
+        raise ArgumentError(f"--frequency {wrong[0]:g}: must lie between 0 and 1")
+    if options.frequency:
+        from dist_sae.analysis.coverage import check_widths
+
+        check_widths([run.name for run in runs])
+    settings = {"concepts": "truth" if options.truth else options.concepts, "f1": options.f1}
+    title = "Coverage: which concepts have a latent"
+    common.answer(options, name, runs, title, settings, lambda: _find(options, runs))
+
+
+def _find(options: argparse.Namespace, runs: "Sequence[Run]") -> "Findings":
+    from dist_sae.analysis.coverage import coverage
+
+    covered = _features(runs) if options.truth else list(_words(options, runs))
+    return coverage(covered, options.frequency)
+
+
+def _words(options: argparse.Namespace, runs: "Sequence[Run]") -> "Iterator[Covered]":
+    from dist_sae.analysis.coverage import cover_words, frequencies
+    from dist_sae.analysis.matching import LEAST_OCCURRENCES, match_words
+    from dist_sae.analysis.subject import open_subject
+    from dist_sae.analysis.words import CORPUS, WordRows, corpus_words, find_words, read_lists
+    from dist_sae.models import build_tokenizer
+
+    concepts = read_lists(name for name in options.concepts if name != CORPUS)
+    subjects = [open_subject(run) for run in runs]
+    if CORPUS in options.concepts:
+        tokenizer, words = build_tokenizer(runs[0]), {concept.word for concept in concepts}
+        least = 4 * LEAST_OCCURRENCES  # so that few are left out for an uneven spread over halves
+        chosen = corpus_words(subjects[0].index, tokenizer, _CORPUS_WORDS, least)
+        concepts += [concept for concept in chosen if concept.word not in words]
+    known: dict[tuple[str, tuple[int, ...], float], WordRows] = {}
+    for subject in subjects:
+        index = subject.index
+        share = index.manifest.postings_share
+        rows = index.manifest.plan, index.manifest.units, share
+        if rows not in known:  # the jobs of a sweep have the same
+            known[rows] = find_words(index, build_tokenizer(subject.run), concepts)
+        frequency = frequencies(concepts, known[rows], share)
+        matched = match_words(index, known[rows], len(concepts))
+        name, trained = subject.run.name, subject.trained_rows
+        yield cover_words(name, index.firings, trained, concepts, frequency, matched, options.f1)
+
+
+def _features(runs: "Sequence[Run]") -> "list[Covered]":
+    from dist_sae.analysis.coverage import cover_features
+    from dist_sae.analysis.subject import open_subject
+    from dist_sae.analysis.truth import match_features
+    from dist_sae.config.data import SyntheticModel
+    from dist_sae.index.decoder import Decoder
+    from dist_sae.models.synthetic import SyntheticSource
+
+    covered = []
+    for run in runs:
+        if not isinstance(run.model, SyntheticModel):
+            raise ArgumentError(
+                f"--truth: {run.name} is of a language model; its features are unknown"
+            )
+        if not run.sae.has_latent_rows:
+            raise ArgumentError(f"--truth: {run.name} has no decoder row for each latent")
+    if len({run.model.model_dump_json() for run in runs}) > 1:
+        raise ArgumentError("--truth: the runs are of several worlds; ask of one at a time")
+    for subject in map(open_subject, runs):
+        assert isinstance(subject.run.model, SyntheticModel)
+        world = SyntheticSource(subject.run.model)
+        parts = Decoder(subject.checkpoint).directions()
+        latent_of = match_features(world.directions, parts)
+        p = world.probabilities.double().numpy()
+        name, trained = subject.run.name, subject.trained_rows
+        covered.append(cover_features(name, subject.index.firings, trained, p, latent_of))
+    return covered
