@@ -276,12 +276,13 @@ def set_active_share(
     that is by how the product was split.
     """
     rows = first_rows(x, _INIT_ROWS, sae.axis)
-    place = max(1, min(round((1 - share) * len(rows)), len(rows) - 1))
+    n_above = max(1, min(len(rows) - round((1 - share) * len(rows)), len(rows) - 1))
     chosen = torch.zeros_like(theta, dtype=torch.bool)
     chosen[latents] = True
     for tile, read in sae.tiles(_INIT_CHUNK):
         products = rows[:, read] @ sae.W_enc[tile][chosen[tile]].T
-        below, above = (products.kthvalue(n, dim=0).values for n in (place, place + 1))
+        # on a CPU in a third of the time of `kthvalue`, twice, where a twelfth is active
+        above, below = products.T.topk(n_above + 1, dim=1).values[:, -2:].unbind(1)
         middle = (below + above) / 2
         sae.b_enc[tile] = sae.b_enc[tile].masked_scatter(
             chosen[tile], theta[tile][chosen[tile]] - middle
