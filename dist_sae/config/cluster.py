@@ -109,6 +109,13 @@ class SpreadPods(PodsConfig):
 class ProducerPods(SpreadPods):
     """Producer pods; each holds one producer, with all its `model.tensor_parallel` ranks."""
 
+    apart: bool = False
+    """A Job of their own beside the JobSet: Kueue admits and preempts it apart from the trainers,
+    and `submit --replace` resizes it without touching them. Its pods begin at once and hold their
+    devices while they wait for the plan, so plan first. false: a part of the JobSet."""
+    queue: DnsLabel | None = None
+    """Kueue's LocalQueue of producers that are apart; null takes `cluster.queue`."""
+
 
 class IndexPods(SpreadPods):
     """Pods of the latent index; each holds one worker, with all its `index.latent_shards` ranks."""

@@ -1,6 +1,6 @@
 """Find and delete a run's objects on a cluster. Objects of others are never touched."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
 
 import yaml
@@ -10,7 +10,7 @@ from dist_sae.errors import ClusterError
 from dist_sae.kubernetes.cluster import Cluster
 from dist_sae.kubernetes.jobs import RUN_KEY
 from dist_sae.kubernetes.names import object_name, selector
-from dist_sae.kubernetes.pods import Object
+from dist_sae.kubernetes.pods import Object, Part
 
 Say = Callable[[str], None]
 """Prints a line for the user."""
@@ -23,7 +23,7 @@ class ClusterObjects(NamedTuple):
 
     configuration: Object | None
     workloads: list[Object]
-    """JobSet of the run, or its plain Jobs."""
+    """JobSet of the run, and its plain Jobs."""
     network: list[Object]
     """Its NetworkPolicy, and its Service without JobSet."""
 
@@ -89,13 +89,21 @@ def remove(cluster: Cluster, run: Run, there: ClusterObjects, say: Say) -> None:
     for obj in there.objects:
         cluster.delete(obj)
     if there.workloads:
-        await_end(cluster, run, there, say)
+        await_end(cluster, selector(run), there.workloads, say)
 
 
-def await_end(cluster: Cluster, run: Run, there: ClusterObjects, say: Say) -> None:
-    """Wait until the objects that are being deleted are gone, pods first."""
+def remove_part(cluster: Cluster, run: Run, part: Part, job: Object, say: Say) -> None:
+    """Delete the Job of a part that is apart, and wait until its pods have saved and are gone."""
+    cluster.delete(job)
+    await_end(cluster, selector(run, part), [job], say)
+
+
+def await_end(
+    cluster: Cluster, labels: Mapping[str, str], workloads: list[Object], say: Say
+) -> None:
+    """Wait until workloads that are being deleted are gone, pods with these labels first."""
     said = ""
-    for pods in cluster.follow("Pod", selector(run)):
+    for pods in cluster.follow("Pod", labels):
         if not pods:
             break
         seconds = max(pod["spec"].get("terminationGracePeriodSeconds", 30) for pod in pods)
@@ -103,9 +111,9 @@ def await_end(cluster: Cluster, run: Run, there: ClusterObjects, say: Say) -> No
         if said != names:
             say(f"waiting for {len(pods)} pods to save and end (at most {seconds} s each): {names}")
             said = names
-    for kind in sorted({obj["kind"] for obj in there.workloads}):
-        uids = {obj["metadata"]["uid"] for obj in there.workloads}
-        for found in cluster.follow(kind, selector(run)):
+    for kind in sorted({obj["kind"] for obj in workloads}):
+        uids = {obj["metadata"]["uid"] for obj in workloads}
+        for found in cluster.follow(kind, labels):
             if not uids & {obj["metadata"]["uid"] for obj in found}:
                 break
 

@@ -1,5 +1,7 @@
 """The objects of a run: Run -> ConfigMap, NetworkPolicy and JobSet, or plain Indexed Jobs. Pure.
 
+With `cluster.producer.apart` producers are a plain Job beside the JobSet.
+
 How a pod ends decides what happens next:
 
     0       done
@@ -28,7 +30,15 @@ from dist_sae.config import Run, dump_run
 from dist_sae.config.data import FilesCorpus
 from dist_sae.errors import EXIT_BUG, EXIT_RESUMABLE, EXIT_USER, ConfigError
 from dist_sae.kubernetes.names import labels, object_name, selector
-from dist_sae.kubernetes.pods import METRICS, Object, Part, n_pods, pod_template, pods_of
+from dist_sae.kubernetes.pods import (
+    METRICS,
+    Object,
+    Part,
+    is_apart,
+    n_pods,
+    pod_template,
+    pods_of,
+)
 from dist_sae.storage.lives import Part as LivingPart
 
 JOBSET_VERSION = "jobset.x-k8s.io/v1alpha2"
@@ -47,8 +57,9 @@ def render_objects(run: Run) -> list[Object]:
         raise ConfigError("\n".join(problems))
     configuration = _object(run, "v1", "ConfigMap") | {"data": {RUN_KEY: dump_run(in_pods(run))}}
     policy = _network_policy(run)
+    apart = [_plain_job(run, part) for part in parts(run) if is_apart(run, part)]
     if run.cluster.jobset:
-        return [configuration, policy, _jobset(run)]
+        return [configuration, policy, _jobset(run), *apart]
     service = _object(run, "v1", "Service") | {
         "spec": {
             "clusterIP": "None",
@@ -56,7 +67,7 @@ def render_objects(run: Run) -> list[Object]:
             "selector": selector(run),
         }
     }
-    return [configuration, policy, service, *(_plain_job(run, part) for part in parts(run))]
+    return [configuration, policy, service, *apart]
 
 
 def _network_policy(run: Run) -> Object:
@@ -82,7 +93,7 @@ def parts(run: Run) -> list[Part]:
 
 
 def _before(run: Run, part: Part) -> Part | None:
-    """The part after whose end this one begins; without JobSet its pods wait (`--wait`)."""
+    """The part after whose end this one begins; the pods of a Job by itself wait (`--wait`)."""
     last: Part = "index" if run.index.workers else "trainer"
     before: dict[Part, Part] = {
         "producer": "planner",
@@ -112,7 +123,9 @@ def _jobset(run: Run) -> Object:
                 "maxRestarts": 0,
                 "rules": [{"name": "stop", "action": "FailJobSet"}],
             },
-            "replicatedJobs": [_replicated_job(run, part) for part in parts(run)],
+            "replicatedJobs": [
+                _replicated_job(run, part) for part in parts(run) if not is_apart(run, part)
+            ],
         }
     }
 
@@ -125,7 +138,8 @@ def _replicated_job(run: Run, part: Part) -> Object:
 
 
 def _plain_job(run: Run, part: Part) -> Object:
-    job = _queued(run, _object(run, "batch/v1", "Job"))
+    queue = run.cluster.producer.queue if part == "producer" else None
+    job = _queued(run, _object(run, "batch/v1", "Job"), queue)
     job["metadata"]["name"] = job_name(run, part)
     job["metadata"]["labels"] |= selector(run, part)
     spec = _job(run, part)
@@ -170,10 +184,10 @@ def _object(run: Run, version: str, kind: str) -> Object:
     return {"apiVersion": version, "kind": kind, "metadata": metadata}
 
 
-def _queued(run: Run, workload: Object) -> Object:
+def _queued(run: Run, workload: Object, queue: str | None = None) -> Object:
     """Add the label of the Kueue queue: a JobSet is admitted whole, plain Jobs one by one."""
-    if run.cluster.queue:
-        workload["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = run.cluster.queue
+    if queue := queue or run.cluster.queue:
+        workload["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = queue
     return workload
 
 
@@ -193,6 +207,11 @@ def _problems(run: Run) -> list[str]:
         for place, url in (("activations", run.store.activations), ("runs", run.store.runs))
         if not url.startswith("s3://")
     ]
+    if run.cluster.producer.queue and not is_apart(run, "producer"):
+        problems.append(
+            "cluster.producer.queue: producers of the JobSet are in its queue; set "
+            "cluster.producer.apart: true"
+        )
     if isinstance(run.corpus, FilesCorpus):
         problems += [
             f"corpus.files: {name} is relative to a folder that pods do not have; give "

@@ -33,7 +33,7 @@ CACHE = "/cache"
 METRICS = "metrics"
 """Name of the port that Prometheus scrapes."""
 _COMPUTING = ("produce", "train", "index", "evaluate")
-"""Programs that need the GPUs of their pods. Without JobSet they wait for the part before them."""
+"""Programs that need the GPUs of their pods. In a Job by itself they wait for the part before."""
 USER_ID = 10001
 """The user that the image creates."""
 
@@ -46,6 +46,11 @@ def n_pods(run: Run, part: Part) -> int:
     trainers = run.processes.trainers // run.cluster.trainer.ranks
     workers = {"producer": run.processes.producers, "index": run.index.workers}
     return (workers | {"trainer": trainers}).get(part, 1)
+
+
+def is_apart(run: Run, part: Part) -> bool:
+    """True if the part is a Job by itself, not one of the JobSet."""
+    return not run.cluster.jobset or (part == "producer" and run.cluster.producer.apart)
 
 
 def n_ranks(run: Run, part: Part) -> int:
@@ -140,7 +145,7 @@ def _container(run: Run, part: Part, name: str, arguments: list[str]) -> Object:
     pods, cluster = pods_of(run, part), run.cluster
     if pods.gpus and arguments[0] in _COMPUTING:
         arguments = [*arguments, "--set", "processes.device=cuda"]
-    waits = not cluster.jobset and arguments[0] in _COMPUTING
+    waits = is_apart(run, part) and arguments[0] in _COMPUTING
     devices = {pods.gpu_resource: pods.gpus}
     if isinstance(pods, TrainerPods):
         devices[pods.rdma_resource] = pods.rdma

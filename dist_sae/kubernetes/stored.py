@@ -10,7 +10,7 @@ from dist_sae.config import Run, jobs_of
 from dist_sae.config.fingerprint import PLAN_SECTIONS, as_begun, changes, run_fingerprint
 from dist_sae.data.consumers import Consumers
 from dist_sae.data.identity import moved_places, plan_settings, setting_changes
-from dist_sae.data.plan import Plan, load_plan, planned
+from dist_sae.data.plan import PLAN_KEY, Plan, load_plan, planned
 from dist_sae.data.shard import existing_units
 from dist_sae.errors import HubUnavailableError, PlanMismatchError, StoreError
 from dist_sae.index.progress import index_progress
@@ -53,6 +53,10 @@ class StoredRun:
     def begun(self) -> Run | None:
         """The run file of the last start of training; None before the first."""
         return begun_run(self._runs, self._run.name)
+
+    def is_planned(self) -> bool:
+        """True if the activation set has a plan, of whatever settings."""
+        return self._activations.size(PLAN_KEY) is not None
 
     def is_complete(self) -> bool:
         """True if training is complete, and so are the index and the report, if a run makes them.

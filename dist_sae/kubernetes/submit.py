@@ -1,13 +1,14 @@
 """Submit, resume and cancel a run on a cluster.
 
 A pod's template cannot be changed, and pods read the run file when they start. So a changed run is
-replaced as a whole: its pods save and end, and new pods continue.
+replaced as a whole: its pods save and end, and new pods continue. Only producers that are a Job by
+themselves can be changed alone: the others do not read what is said of them.
 """
 
 import copy
 import difflib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
 
@@ -29,11 +30,18 @@ from dist_sae.kubernetes.cluster_objects import (
     existing_objects,
     find_objects,
     remove,
+    remove_part,
 )
 from dist_sae.kubernetes.jobs import RUN_KEY, in_pods, parts, render_objects
-from dist_sae.kubernetes.names import TRIAL
+from dist_sae.kubernetes.names import TRIAL, selector
 from dist_sae.kubernetes.pods import Object, pod_template
 from dist_sae.kubernetes.render import to_yaml
+from dist_sae.kubernetes.resizing import (
+    can_stay,
+    concerns_producers_only,
+    producers_object,
+    warn_of_idle_producers,
+)
 from dist_sae.kubernetes.scheduling import check_schedulable
 from dist_sae.kubernetes.stored import StoredRun
 
@@ -85,6 +93,9 @@ def submit(
     changes = [_change(cluster, obj, live, fixed=bool(there.workloads)) for obj in objects]
     same = all(change.what == "unchanged" for change in changes)
     outcome = "created" if not there.workloads else "unchanged" if same else "replaced"
+    changed = _settings(there.run, run)
+    objects_changed = {change.name for change in changes if change.what != "unchanged"}
+    alone = concerns_producers_only(run, there.run, objects_changed)
     result = {"outcome": outcome, "objects": {change.name: change.what for change in changes}}
     for line in chain.from_iterable(change.lines() for change in changes):
         say(line)
@@ -94,19 +105,22 @@ def submit(
             say(f"it has failed ({there.failure}); to go on: dist-sae resume")
         return result
     if outcome == "replaced":
-        changed = _settings(there.run, run)
         say(f"to be replaced: {'; '.join(changed)}")
         _validate(cluster, objects)
         if not (replace or dry_run):
+            how = "its pods save and end, and new ones continue"
+            how = "only its producers change" if alone else how
             raise ClusterError(
                 f"{describe(run, cluster)} is there with other settings ({'; '.join(changed)}); "
-                f"with --replace its pods save and end, and new ones continue"
+                f"with --replace {how}"
             )
     if dry_run:
         say("dry run: nothing was changed")
         return result
+    warn_of_idle_producers(run)
     if outcome == "replaced":
-        remove(cluster, run, there, say)
+        by_name = {change.name: change for change in changes}
+        _make_room(run, cluster, there, by_name, say, alone=alone)
     for obj in objects:
         cluster.apply(obj)
     say(f"{describe(run, cluster)} is submitted; to watch it: dist-sae status")
@@ -130,7 +144,7 @@ def resume(run: Run, cluster: Cluster, say: Say, *, ignore_nodes: bool = False) 
     if there.state == "running":
         raise ClusterError(f"{describe(run, cluster)} is running; see: dist-sae status")
     if there.state == "ending":
-        await_end(cluster, run, there, say)
+        await_end(cluster, selector(run), there.workloads, say)
     elif there.workloads:
         failed = f"failed ({there.failure})" if there.state == "failed" else ""
         how = failed or "ended before the run was complete"
@@ -194,6 +208,24 @@ def _change(
         if there and fixed:
             return _Change(obj, there, None)
         raise _invalid(obj, exc) from exc
+
+
+def _make_room(
+    run: Run,
+    cluster: Cluster,
+    there: ClusterObjects,
+    changes: Mapping[str, _Change],
+    say: Say,
+    *,
+    alone: bool,
+) -> None:
+    """Delete what is to be replaced: the run, or `alone` its producers, if they cannot stay."""
+    if not alone:
+        remove(cluster, run, there, say)
+        return
+    job = changes[producers_object(run)]
+    if job.live and (job.would is None or not can_stay(run, there.run)):
+        remove_part(cluster, run, "producer", job.live, say)
 
 
 def _validate(cluster: Cluster, objects: list[Object]) -> None:

@@ -55,6 +55,7 @@ _PATHS = re.compile(
     r"/(?P<plural>[^/]+)(?:/(?P<name>[^/]+)(?:/(?P<sub>log|proxy)(?:/(?P<rest>.*))?)?)?"
 )
 _WAIT_SECONDS = 30.0
+_INDEX = "batch.kubernetes.io/job-completion-index"
 
 
 class ApiServer:
@@ -141,9 +142,7 @@ class ApiServer:
             self.set("Pod", name, status=_pod_status("Failed") | status)
             metadata = self.objects["pods", name]["metadata"]
             job = self.objects["jobs", metadata["ownerReferences"][0]["name"]]
-            return self._make_pod(
-                job, metadata["labels"]["batch.kubernetes.io/job-completion-index"]
-            )
+            return self._make_pod(job, metadata["labels"][_INDEX])
 
     def condition(self, kind: str, name: str, which: str, message: str = "") -> None:
         conditions = [{"type": which, "status": "True", "message": message}]
@@ -267,7 +266,24 @@ class ApiServer:
                 return self._create(key, new)
             if new != live:
                 self._store(key, new, "MODIFIED")
+                if kind == "Job":
+                    self._scale(key)
         return new
+
+    def _scale(self, key: Key) -> None:
+        """Make and delete pods as the Job controller does when the number of indexes changes."""
+        job = self.objects[key]
+        pods = {
+            int(self.objects[pod]["metadata"]["labels"][_INDEX]): pod
+            for pod in self._dependents(job)
+        }
+        wanted = range(job["spec"]["completions"])
+        for index, pod in pods.items():
+            if index not in wanted:
+                self.begin_deletion(pod)
+        for index in wanted:
+            if index not in pods:
+                self._make_pod(job, str(index))
 
     def _create(self, key: Key, obj: Object) -> Object:
         number = next(self._ids)
@@ -292,7 +308,7 @@ class ApiServer:
         pod = copy.deepcopy(job["spec"]["template"]) | {"apiVersion": "v1", "kind": "Pod"}
         name = f"{job['metadata']['name']}-{index}-{next(self._ids):05d}"
         pod["metadata"] |= {"name": name, "ownerReferences": [_owner(job)]}
-        pod["metadata"]["labels"]["batch.kubernetes.io/job-completion-index"] = index
+        pod["metadata"]["labels"][_INDEX] = index
         pod["status"] = {"phase": "Pending"}
         self._create(("pods", name), pod)
         return name

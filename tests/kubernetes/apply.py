@@ -85,9 +85,15 @@ def find_conflict(theirs: Object, ours: Object, path: str = "") -> str | None:
 
 def check_immutable(live: Object, new: Object) -> None:
     kind, name = live["kind"], live["metadata"]["name"]
-    if kind == "Job" and live["spec"]["template"] != new["spec"]["template"]:
-        said = f'Job.batch "{name}" is invalid: spec.template: Invalid value: field is immutable'
-        raise RefusedError(422, "Invalid", said)
+    if kind == "Job":
+        fixed = ["template", "backoffLimitPerIndex", "podFailurePolicy", "completionMode"]
+        both = live["spec"], new["spec"]
+        if any(spec["completions"] != spec["parallelism"] for spec in both):
+            fixed.append("completions")  # else an Indexed Job may grow and shrink
+        for field in fixed:
+            if both[0][field] != both[1][field]:
+                said = f"spec.{field}: Invalid value: field is immutable"
+                raise RefusedError(422, "Invalid", f'Job.batch "{name}" is invalid: {said}')
     if kind == "JobSet" and live["spec"]["replicatedJobs"] != new["spec"]["replicatedJobs"]:
         said = (  # as controller-runtime's webhooks say it: by 403
             'admission webhook "vjobset.kb.io" denied the request: spec.replicatedJobs: Invalid '

@@ -7,12 +7,11 @@ from pathlib import Path
 
 from dist_sae.config import load_run
 from dist_sae.errors import LivesSpentError
-from dist_sae.kubernetes.jobs import render_objects
 from dist_sae.storage import ObjectStore, open_store
 from dist_sae.storage.lives import PodLife
 from tests.kubernetes.controllers import Job
 from tests.kubernetes.manifests import Object
-from tests.kubernetes.schemas import jobs_of
+from tests.kubernetes.test_render import all_jobs_of
 
 RUN = Path(__file__).parents[2] / "launch/runs/llama3.1-8b-resid16-batchtopk-1m-16xh100.yaml"
 HOUR, DAY = 3600.0, 86_400.0
@@ -65,8 +64,8 @@ class World:
 
 def rendered(part: str, *overrides: str) -> Object:
     """The Job of a part, with pods of nothing: each of them is a copy."""
-    jobset = render_objects(load_run(RUN, overrides))[-1]
-    job = next(job for job in jobs_of(jobset) if f"-{part}-" in job["metadata"]["name"])
+    jobs = all_jobs_of(load_run(RUN, overrides))
+    job = next(job for job in jobs if f"-{part}-" in job["metadata"]["name"])
     pod = {"restartPolicy": "Never", "containers": []}
     return job | {"spec": job["spec"] | {"template": {"metadata": {"labels": {}}, "spec": pod}}}
 

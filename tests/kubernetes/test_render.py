@@ -49,9 +49,15 @@ def jobset_of(run: Run) -> Object:
 
 def job_of(run: Run, part: str) -> Object:
     found: Object = next(
-        job["spec"] for job in jobs_of(jobset_of(run)) if f"-{part}-" in job["metadata"]["name"]
+        job["spec"] for job in all_jobs_of(run) if f"-{part}-" in job["metadata"]["name"]
     )
     return found
+
+
+def all_jobs_of(run: Run) -> list[Object]:
+    """Jobs of the JobSet, and Jobs beside it."""
+    beside = [obj for obj in render_objects(run) if obj["kind"] == "Job"]
+    return [*jobs_of(jobset_of(run)), *beside]
 
 
 def pod_of(run: Run, part: str) -> Object:
@@ -379,7 +385,7 @@ def test_the_quotas_admit_the_large_run() -> None:
     }
     hard = objects["ResourceQuota"]["spec"]["hard"]
     pods, gpus = amount(hard["pods"]), amount(hard["requests.nvidia.com/gpu"])
-    for job in jobs_of(jobset_of(run)):
+    for job in all_jobs_of(run):
         number, pod = job["spec"]["completions"], job["spec"]["template"]["spec"]
         # Kueue: a pod set goes to the first flavor whose labels its node selector admits
         flavor = pod.get("nodeSelector", {}).get("dist-sae/pool", "gpus")
@@ -415,6 +421,7 @@ def test_pods_serve_metrics_where_the_run_names_no_port() -> None:
         (["name=1st"], ["name: 1st is not valid in names of pods"]),
         (["name=" + "n" * 43], ["name: nnn"]),
         (["name=" + "n" * 38], ["name: nnn"]),
+        (["cluster.producer.queue=spot"], ["cluster.producer.queue: producers of the JobSet are"]),
     ],
 )
 def test_run_that_cannot_be_on_a_cluster_is_refused(

@@ -1,0 +1,210 @@
+"""Producers as a Job of their own: queued, resized and ended without the trainers."""
+
+import json
+from functools import cache
+from typing import Any
+
+import pytest
+
+from dist_sae.config import load_run
+from dist_sae.kubernetes.jobs import render_objects
+from tests.kubernetes.apiserver import ApiServer
+from tests.kubernetes.conftest import Shell, ending
+from tests.kubernetes.kueue import Queue
+from tests.kubernetes.schemas import VERSIONS, Object, check, jobs_of, security_faults, templates_of
+from tests.kubernetes.test_render import ROOT, changed, kustomized, load
+
+APART = ("--set", "cluster.producer.apart=true")
+LARGE = ROOT / "launch/runs/llama3.1-8b-resid16-batchtopk-1m-16xh100.yaml"
+
+
+def test_producers_are_a_job_beside_the_jobset() -> None:
+    run = load(
+        "cluster.producer.apart=true",
+        "cluster.queue=gpus",
+        "cluster.producer.queue=spot",
+        "cluster.producer.priority_class=low",
+    )
+    objects = {obj["kind"]: obj for obj in render_objects(run)}
+    parts = [job["name"] for job in objects["JobSet"]["spec"]["replicatedJobs"]]
+    assert parts == ["planner", "trainer", "index", "reporter"]
+    job = objects["Job"]
+    together = load("cluster.producer.priority_class=low")
+    names = [job["metadata"]["name"] for obj in render_objects(together) for job in jobs_of(obj)]
+    assert job["metadata"]["name"] in names  # alerts go by it
+    queues = [
+        objects[k]["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] for k in ("JobSet", "Job")
+    ]
+    assert queues == ["gpus", "spot"]
+    (container,) = job["spec"]["template"]["spec"]["containers"]
+    assert container["args"][-1] == "--wait"  # nothing else keeps it until there is a plan
+    policy = objects["NetworkPolicy"]["spec"]["podSelector"]["matchLabels"]
+    for obj in objects.values():
+        for template in templates_of(obj):
+            assert policy.items() <= template["metadata"]["labels"].items()
+            assert not list(security_faults(template))
+
+
+@pytest.mark.parametrize("version", VERSIONS)
+def test_objects_are_valid(version: str) -> None:
+    for obj in render_objects(load("cluster.producer.apart=true", "cluster.producer.queue=spot")):
+        check(obj, version)
+
+
+def others(api: ApiServer) -> dict[Any, str]:
+    """Versions of all objects but the producers' and the ConfigMap."""
+    return {
+        key: obj["metadata"]["resourceVersion"]
+        for key, obj in api.objects.items()
+        if "producer" not in key[1] and key[0] != "configmaps"
+    }
+
+
+def test_more_producers_join_those_that_run(api: ApiServer, sh: Shell, path: str) -> None:
+    sh("submit", path, *APART)
+    before, pods = others(api), api.pods("producer")
+    more = ("submit", path, *APART, "--set", "processes.producers=5")
+    assert sh.fail(*more) == (
+        "dist-sae/tiny is there with other settings (processes.producers: 2 -> 5); with --replace "
+        "only its producers change"
+    )
+    assert (others(api), api.pods("producer")) == (before, pods)
+
+    said = sh(*more, "--replace")
+    assert "to be replaced: processes.producers: 2 -> 5" in said
+    assert "waiting for" not in said
+    assert others(api) == before
+    assert api.pods("producer")[:2] == pods
+    assert len(api.pods("producer")) == 5
+    assert "nothing to change" in sh(*more)
+    found = json.loads(sh("status", *more[1:], "--json"))
+    assert (found["state"], found["parts"]["producer"]["wanted"]) == ("running", 5)
+
+
+@pytest.mark.parametrize(
+    "setting", ["processes.producers=1", "cluster.producer.cpus=7", "cluster.producer.retries=9"]
+)
+def test_what_runs_cannot_stay_is_replaced_alone(
+    api: ApiServer, sh: Shell, path: str, setting: str
+) -> None:
+    """Fewer producers, too: of units shared out by number none may be left out."""
+    sh("submit", path, *APART)
+    for pod in api.names("Pod"):
+        api.run_pod(pod)
+    before, pods = others(api), api.pods("producer")
+    with ending(api) as ended:
+        sh("submit", path, *APART, "--set", setting, "--replace")
+    assert sorted(ended) == pods
+    assert others(api) == before
+    assert len(api.pods("producer")) == (1 if "producers=" in setting else 2)
+    assert not {*api.pods("producer")} & {*pods}
+
+
+def test_what_concerns_others_replaces_the_run(api: ApiServer, sh: Shell, path: str) -> None:
+    sh("submit", path, *APART)
+    both = ("--set", "processes.producers=3", "--set", "processes.trainers=4")
+    assert "its pods save and end, and new ones continue" in sh.fail("submit", path, *APART, *both)
+    assert "its pods save and end" in sh.fail("submit", path)  # producers as a part of the JobSet
+
+
+def test_jobs_without_jobset_are_resized_alone_too(api: ApiServer, sh: Shell, path: str) -> None:
+    plain = ("--set", "cluster.jobset=false")
+    sh("submit", path, *plain)
+    before = others(api)
+    sh("submit", path, *plain, "--set", "processes.producers=3", "--replace")
+    assert others(api) == before
+    assert len(api.pods("producer")) == 3
+
+
+def test_run_with_producers_apart_fails_ends_and_comes_back_whole(
+    api: ApiServer, sh: Shell, path: str
+) -> None:
+    sh("submit", path, *APART)
+    api.condition("Job", "tiny-producer-0", "Failed", "exit 2")
+    assert json.loads(sh("status", path, *APART, "--json"))["state"] == "failed"
+    failed = api.pods("producer")
+    assert "has failed (exit 2)" in sh("resume", path, *APART)
+    assert not {*failed} & {*api.pods("producer")}
+    api.condition("JobSet", "tiny", "Completed")
+    assert json.loads(sh("status", path, *APART, "--json"))["state"] == "running"
+    api.condition("Job", "tiny-producer-0", "Complete")
+    assert json.loads(sh("status", path, *APART, "--json"))["state"] == "complete"
+    sh("cancel", path, *APART)
+    assert not api.objects
+
+
+def test_gpus_that_would_wait_for_the_plan_are_warned_of(
+    api: ApiServer, sh: Shell, path: str
+) -> None:
+    gpus = ("--set", "cluster.producer.gpus=1")
+    assert "no plan yet" not in sh.warned("submit", path, *gpus)
+    sh("cancel", path)
+    assert "there is no plan yet: producers will hold 2 GPUs" in sh.warned(
+        "submit", path, *APART, *gpus
+    )
+    sh("cancel", path)
+    sh("plan", path)
+    assert "no plan yet" not in sh.warned("submit", path, *APART, *gpus)
+
+
+# under Kueue, with the queue and the priorities of k8s/overlays/gpu-spot
+
+
+@cache
+def overlay() -> tuple[Object, ...]:
+    return tuple(kustomized("overlays/gpu-spot"))
+
+
+def queue(**quotas: str) -> Queue:
+    """The queue, with other quotas of GPUs by flavor."""
+    objects = []
+    for obj in overlay():
+        for number, flavor in enumerate(("gpus", "spot")):
+            if obj["kind"] == "ClusterQueue" and flavor in quotas:
+                where = ("spec", "resourceGroups", 0, "flavors", number, "resources", 3)
+                obj = changed(obj, quotas[flavor], *where, "nominalQuota")  # noqa: PLW2901
+        objects.append(obj)
+    return Queue(objects)
+
+
+def large(*overrides: str, apart: bool = True) -> list[Object]:
+    settings = ["processes.producers=1000", f"cluster.producer.apart={str(apart).lower()}"]
+    return render_objects(load_run(LARGE, [*settings, *overrides]))
+
+
+def kinds(kueue: Queue) -> list[str]:
+    """Kinds of what is admitted: the trainers' JobSet, the producers' Job."""
+    return [name.partition(" ")[0] for name in kueue.admitted()]
+
+
+def test_trainers_do_not_wait_for_room_for_producers() -> None:
+    kueue = queue(spot="600")
+    kueue.apply(*large(apart=False))
+    assert kueue.admitted() == []
+    kueue = queue(spot="600")
+    kueue.apply(*large())
+    assert kinds(kueue) == ["JobSet"]
+    kueue.apply(*large("processes.producers=500"))
+    assert kinds(kueue) == ["JobSet", "Job"]
+
+
+def test_producers_are_preempted_without_their_trainers() -> None:
+    """Where both are on the same nodes, another run's trainers take the producers' place."""
+    here = ("cluster.producer.node_selector={}", "processes.producers=8")
+    for apart in (True, False):
+        kueue = queue(gpus="41")  # 16 + 1 + 8, and 16: the other's reporter lacks a GPU
+        kueue.apply(*large(*here, apart=apart))
+        kueue.apply(*large("name=urgent", "processes.producers=1", apart=apart))
+        assert kinds(kueue) == (["JobSet", "JobSet", "Job"] if apart else ["JobSet"])
+        assert ("Job urgent-producer-0" in kueue.admitted()) == apart
+
+
+def test_resizing_producers_leaves_the_trainers_workload_alone() -> None:
+    kueue = queue()
+    kueue.apply(*large())
+    assert kueue.made == 2
+    kueue.apply(*large("processes.producers=1050"))
+    assert kueue.made == 3  # that of the producers again
+    assert kinds(kueue) == ["JobSet", "Job"]
+    kueue.apply(*large("processes.producers=2000"))  # more than there is room for: they wait
+    assert kinds(kueue) == ["JobSet"]
