@@ -1,10 +1,11 @@
-"""`dist-sae export`: write a checkpoint as SAELens loads it."""
+"""`dist-sae export`: write a checkpoint in another library's format."""
 
 import argparse
 import logging
 from typing import TYPE_CHECKING
 
 from dist_sae.commands import shared
+from dist_sae.interop import FORMATS
 
 if TYPE_CHECKING:
     from dist_sae.config import Run
@@ -14,21 +15,27 @@ logger = logging.getLogger(__name__)
 
 def add(commands: shared.Commands) -> None:
     """Add the command."""
-    text = "write a checkpoint as safetensors that SAELens loads"
-    shared.add_step(shared.add_command(commands, "export", main, text))
+    text = "write a checkpoint in another library's format, by default as SAELens loads it"
+    parser = shared.add_command(commands, "export", main, text)
+    shared.add_step(parser)
+    parser.add_argument(
+        "--format",
+        choices=FORMATS,
+        default=FORMATS[0],
+        help=f"library that reads it: {', '.join(FORMATS)} (default: {FORMATS[0]})",
+    )
 
 
 def main(options: argparse.Namespace) -> None:
     """Export, and say where."""
     whole = shared.load_whole(options)
-    from dist_sae.interop import sae_lens
-    from dist_sae.interop.export import export
+    from dist_sae.interop.export import export, problem
 
     def work(run: "Run") -> dict[str, str] | None:
-        if whole.sweep and (problem := sae_lens.problem(run)):
-            logger.warning("%s is not exported: %s", run.name, problem)
+        if whole.sweep and (reason := problem(run, options.format)):
+            logger.warning("%s is not exported: %s", run.name, reason)
             return None
         with shared.short_lived(run, "export") as telemetry:
-            return {"export": export(run, telemetry, options.step)}
+            return {"export": export(run, telemetry, options.step, options.format)}
 
     shared.print_results(options, whole, work)

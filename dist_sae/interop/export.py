@@ -1,11 +1,10 @@
-"""`dist-sae export`: a checkpoint as the two files that SAELens loads (`SAE.load_from_disk`)."""
+"""`dist-sae export`: a checkpoint as the files of another library."""
 
-import json
 import logging
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from typing import Protocol
 
 from dist_sae.checkpoint.layout import Checkpoint
-from dist_sae.checkpoint.piecewise import safetensors_pieces
 from dist_sae.checkpoint.trained import (
     find_checkpoint,
     none_yet,
@@ -16,32 +15,66 @@ from dist_sae.checkpoint.trained import (
 from dist_sae.config import Run, differences
 from dist_sae.data.identity import plan_settings
 from dist_sae.errors import ConfigError, ObjectNotFoundError
-from dist_sae.interop import sae_lens
+from dist_sae.interop import FORMATS, circuit_tracer, dictionary_learning, sae_lens, sparsify
 from dist_sae.storage import UNMETERED, Meter, ObjectStore, open_store
 
 logger = logging.getLogger(__name__)
 
-_CONFIG = "cfg.json"
-_WEIGHTS = "sae_weights.safetensors"
+
+class Format(Protocol):
+    """A module with another library's format. Importing it imports no torch."""
+
+    LIBRARY: str
+    """The library's name, for messages."""
+    CONFIG: str
+    """The file that describes the dictionary; written last, so where it is the others are too."""
+
+    def problem(self, run: Run) -> str | None:
+        """Why the format cannot hold the dictionary of a run; None if it can."""
+
+    def config(self, run: Run, checkpoint: Checkpoint) -> str:
+        """The content of `CONFIG`, for a run as it was trained."""
+
+    def files(
+        self, run: Run, checkpoint: Checkpoint
+    ) -> Mapping[str, Callable[[], Iterable[bytes]]]:
+        """What makes the bytes of every other file."""
+
+    def note(self, run: Run, checkpoint: Checkpoint) -> str | None:
+        """What a user has to know to use the export; None if nothing."""
 
 
-def export(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
-    """Write `<run>/export/cfg.json` and `sae_weights.safetensors`; returns their folder.
+_FORMATS: dict[str, Format] = dict(
+    zip(FORMATS, (sae_lens, sparsify, dictionary_learning, circuit_tracer), strict=True)
+)
 
-    An export of the same checkpoint and settings is not written again. A step that is not the
-    newest has a folder of its own, `<run>/export-step-<step>/`. No weight is ever in memory as a
-    whole.
+
+def problem(run: Run, format_name: str = FORMATS[0]) -> str | None:
+    """Why a format cannot hold the dictionary of a run; None if it can."""
+    return _FORMATS[format_name].problem(run)
+
+
+def export(
+    run: Run, meter: Meter = UNMETERED, step: int | None = None, format_name: str = FORMATS[0]
+) -> str:
+    """Write a checkpoint in another library's format; returns the folder.
+
+    It is `<run>/export/` for SAELens, and `<run>/export-<format>/` for others. An export of the
+    same checkpoint and settings is not written again. A step that is not the newest has a folder of
+    its own, with `-step-<step>` in its name. No weight is ever in memory as a whole.
 
     Args:
         run: The run.
         meter: Takes the metrics.
         step: Step of the checkpoint; None for the newest.
+        format_name: One of `FORMATS`.
 
     Raises:
-        ConfigError: There is no checkpoint, or SAELens cannot hold its dictionary.
+        ConfigError: There is no checkpoint, or the format cannot hold its dictionary.
         PlanMismatchError: The run was trained with other settings.
     """
-    if reason := sae_lens.problem(run):
+    chosen = _FORMATS[format_name]
+    if reason := chosen.problem(run):
         raise ConfigError(
             f"{reason}; use the checkpoint, `dist-sae checkpoints convert` makes one file of it"
         )
@@ -53,33 +86,32 @@ def export(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
     typed = run.filled(checkpoint.scalars["run"])  # what the file leaves open is no difference
     if changed := differences(plan_settings(own), plan_settings(typed)):
         logger.warning("the export names what the run was trained on, not %s", "; ".join(changed))
-    folder = f"{run.name}/export{suffix(runs, run, checkpoint.step)}"
-    config = sae_lens.config(own, checkpoint)
-    if sae_lens.needs_bridge(config):
-        logger.info(
-            "TransformerLens has rows of %s in TransformerBridge, as %s; HookedTransformer has "
-            "other rows, or none, under its names",
-            own.described_sites,
-            config["metadata"]["hook_name"],
-        )
-    if _is_there(runs, folder, config):
+    name = "export" if format_name == FORMATS[0] else f"export-{format_name}"
+    folder = f"{run.name}/{name}{suffix(runs, run, checkpoint.step)}"
+    if note := chosen.note(own, checkpoint):
+        logger.info("%s", note)
+    if _is_there(runs, folder, chosen, own, checkpoint):
         logger.info("step %d was exported before: %s/%s", checkpoint.step, runs.url, folder)
         return f"{runs.url}/{folder}"
 
     def write(checkpoint: Checkpoint) -> None:
-        weights = sae_lens.weights(own, checkpoint)
-        runs.put_stream(f"{folder}/{_WEIGHTS}", lambda: safetensors_pieces(weights))
-        text = json.dumps(sae_lens.config(own, checkpoint), indent=2)
-        runs.put(f"{folder}/{_CONFIG}", text.encode())
+        for name, content in chosen.files(own, checkpoint).items():
+            runs.put_stream(f"{folder}/{name}", content)
+        runs.put(f"{folder}/{chosen.CONFIG}", chosen.config(own, checkpoint).encode())
 
     use_checkpoint(runs, run, step, write)
     return f"{runs.url}/{folder}"
 
 
-def _is_there(runs: ObjectStore, folder: str, config: dict[str, Any]) -> bool:
+def _is_there(
+    runs: ObjectStore, folder: str, chosen: Format, run: Run, checkpoint: Checkpoint
+) -> bool:
     """True if the export exists with this configuration, which is written last."""
+    wanted = chosen.config(run, checkpoint).encode()  # raises what no run file can tell
     try:
-        there = json.loads(runs.get(f"{folder}/{_CONFIG}"))
-    except (ObjectNotFoundError, ValueError):
+        there = runs.get(f"{folder}/{chosen.CONFIG}")
+    except ObjectNotFoundError:
         return False
-    return bool(there == config) and runs.size(f"{folder}/{_WEIGHTS}") is not None
+    return there == wanted and all(
+        runs.size(f"{folder}/{name}") is not None for name in chosen.files(run, checkpoint)
+    )

@@ -1,190 +1,141 @@
 """Dictionaries of other libraries, as their files have them.
 
-SAELens (`cfg.json`, `sae_weights.safetensors`), sparsify (`cfg.json`, `sae.safetensors`) and Gemma
-Scope (`params.npz`). What is read takes raw activations x:
+What is read takes raw activations x:
 
     z     = W_enc (x - c) + b_enc        c = b_dec, or 0
-    x_hat = W_dec^T f + b_dec
+    y_hat = W_dec^T f + b_dec + W_skip x
 
 with f the k largest of relu(z) (topk), relu(z) (relu), z H(z - threshold) (jumprelu), or as in
-`dictionaries/recipes/gated.py` (gated).
+`dictionaries/recipes/gated.py` (gated), and y = x except of transcoders.
 """
 
-import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
-import numpy as np
 import safetensors
-import safetensors.torch
-import torch
-from jaxtyping import Float
 from torch import Tensor
 
+from dist_sae.config import Run
 from dist_sae.errors import ConfigError
+from dist_sae.interop import readers
+from dist_sae.interop.readers import Foreign
 
-_SAE_LENS = ("cfg.json", "sae_weights.safetensors")
-_SPARSIFY = ("cfg.json", "sae.safetensors")
-_GEMMA_SCOPE = ("params.npz",)
-_KINDS = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}
-_OF_KIND = {
-    "topk": {"b_enc"},
-    "relu": {"b_enc"},
-    "jumprelu": {"b_enc", "threshold"},
-    "gated": {"b_enc", "b_mag", "r_mag"},
+_EQUAL = 1e-3  # relative difference of decoder rows' lengths that is rounding
+_READERS: dict[tuple[str, ...], tuple[str, Callable[..., Foreign]]] = {
+    ("cfg.json", "sae_weights.safetensors"): ("SAELens", readers.sae_lens),
+    ("cfg.json", "sae.safetensors"): ("sparsify", readers.sparsify),
+    ("params.npz",): ("Gemma Scope", readers.gemma_scope),
+    ("config.json", "ae.pt"): ("dictionary_learning", readers.dictionary_learning),
 }
 
 
-class Foreign(NamedTuple):
-    """A dictionary as another library stored it, in fp64."""
-
-    library: str
-    kind: str
-    """The recipe here that encodes alike."""
-    k: int | None
-    """Latents active on each row; None where thresholds decide."""
-    centred: bool
-    """Whether b_dec is subtracted from x."""
-    W_enc: Float[Tensor, "n_latents d_in"]
-    W_dec: Float[Tensor, "n_latents d_in"]
-    b_dec: Float[Tensor, " d_in"]
-    of_latents: Mapping[str, Float[Tensor, " n_latents"]]
-    """b_enc, and threshold, b_mag, r_mag where the kind has them."""
-
-
-def read_foreign(folder: Path) -> Foreign:
+def read_foreign(source: Path) -> Foreign:
     """Read a dictionary.
 
     Args:
-        folder: Folder with the library's files.
+        source: Folder with the library's files, or of circuit-tracer the file of a layer.
 
     Raises:
         ConfigError: The files are of no known library, damaged, or of a kind that has no recipe
             here.
     """
-    there = {file.name for file in folder.iterdir()} if folder.is_dir() else set()
-    for names, reader in _READERS.items():
-        if there.issuperset(names):
-            try:
-                found = reader(*(folder / name for name in names))
-            except (OSError, ValueError, KeyError, safetensors.SafetensorError) as exc:
-                reason = f"lacks {exc}" if isinstance(exc, KeyError) else exc
-                raise ConfigError(f"{folder}: cannot be read: {reason}") from exc
-            _check(folder, found)
-            return found
-    pickled = sorted(name for name in there if name.endswith((".pt", ".pth", ".bin", ".pkl")))
-    if pickled:
-        raise ConfigError(
-            f"{folder}: has pickled weights ({pickled[0]}), which can run any code when they are "
-            f"read; save them as safetensors where you trust them"
-        )
-    raise ConfigError(
-        f"{folder}: is no dictionary that can be read; SAELens has {' and '.join(_SAE_LENS)}, "
-        f"sparsify {' and '.join(_SPARSIFY)}, Gemma Scope {_GEMMA_SCOPE[0]}"
-    )
-
-
-def _sae_lens(config_file: Path, weights_file: Path) -> Foreign:
-    config = json.loads(config_file.read_text())
-    kind = _KINDS.get(architecture := config.get("architecture", "standard"))
-    if kind is None:
-        raise ValueError(f"architecture {architecture} has no recipe here")
-    if (scaling := config.get("normalize_activations") or "none") != "none":
-        raise ValueError(
-            f"normalize_activations is {scaling}, and the file lacks its scale; fold it into the "
-            f"weights (SAELens: fold_activation_norm_scaling_factor)"
-        )
-    weights = safetensors.torch.load_file(weights_file)
-    if "b_gate" in weights:
-        weights["b_enc"] = weights.pop("b_gate")
-    centred = bool(config["apply_b_dec_to_input"])
-    found = _foreign("SAELens", kind, config.get("k"), weights, centred=centred, transposed=True)
-    if config.get("rescale_acts_by_decoder_norm"):  # it selects by f |d|, and decodes with d / |d|
-        norms = found.W_dec.norm(dim=1)
-        found = found._replace(
-            W_enc=norms[:, None] * found.W_enc,
-            W_dec=found.W_dec / norms[:, None],
-            of_latents={name: norms * vector for name, vector in found.of_latents.items()},
-        )
+    try:
+        found = _reader(source)()
+    except (OSError, ValueError, KeyError, RuntimeError, safetensors.SafetensorError) as exc:
+        reason = f"lacks {exc}" if isinstance(exc, KeyError) else exc
+        raise ConfigError(f"{source}: cannot be read: {reason}") from exc
+    _check(source, found)
     return found
 
 
-def _sparsify(config_file: Path, weights_file: Path) -> Foreign:
-    config = json.loads(config_file.read_text())
-    if config.get("signed") or config.get("transcode") or config.get("skip_connection"):
-        raise ValueError("signed latents and transcoders of sparsify have no recipe here")
-    if config.get("multi_topk") not in (None, False) or config.get("activation", "topk") != "topk":
-        raise ValueError("of sparsify only activation: topk without multi_topk is read")
-    weights = safetensors.torch.load_file(weights_file)
-    weights["W_enc"] = weights.pop("encoder.weight")
-    weights["b_enc"] = weights.pop("encoder.bias")
-    return _foreign("sparsify", "topk", config["k"], weights, centred=True)
-
-
-def _gemma_scope(weights_file: Path) -> Foreign:
-    with np.load(weights_file, allow_pickle=False) as arrays:
-        weights = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
-    scale = weights.pop("scaling_factor", torch.ones(1))
-    if not bool((scale == 1).all()):
-        raise ValueError("scaling_factor is not 1")
-    return _foreign("Gemma Scope", "jumprelu", None, weights, transposed=True)
-
-
-_READERS: dict[tuple[str, ...], Callable[..., Foreign]] = {
-    _SAE_LENS: _sae_lens,
-    _SPARSIFY: _sparsify,
-    _GEMMA_SCOPE: _gemma_scope,
-}
-
-
-def _foreign(
-    library: str,
-    kind: str,
-    k: int | None,
-    weights: dict[str, Tensor],
-    *,
-    centred: bool = False,
-    transposed: bool = False,
-) -> Foreign:
-    wanted = {"W_enc", "W_dec", "b_dec", *_OF_KIND[kind]}
-    if surplus := sorted(weights.keys() - wanted):
-        raise ValueError(f"has {', '.join(surplus)}, which {kind} has not")
-    doubles = {name: weights[name].double() for name in sorted(wanted)}
-    return Foreign(
-        library,
-        kind,
-        k,
-        centred,
-        doubles["W_enc"].T if transposed else doubles["W_enc"],
-        doubles["W_dec"],
-        doubles["b_dec"],
-        {name: doubles[name] for name in _OF_KIND[kind]},
+def _reader(source: Path) -> Callable[[], Foreign]:
+    if source.is_file() and source.name.endswith(".safetensors"):
+        return partial(readers.circuit_tracer, source)
+    there = {file.name for file in source.iterdir()} if source.is_dir() else set()
+    for names, (_, reader) in _READERS.items():
+        if there.issuperset(names):
+            return partial(reader, *(source / name for name in names))
+    if "W_enc_0.safetensors" in there:
+        return partial(readers.circuit_tracer_layers, source)
+    if layers := sorted(source.glob("layer_*.safetensors")):
+        if len(layers) > 1:
+            raise ConfigError(
+                f"{source}: has transcoders of {len(layers)} layers; name the file of one, as "
+                f"{layers[0]}"
+            )
+        return partial(readers.circuit_tracer, layers[0])
+    pickled = sorted(name for name in there if name.endswith((".pt", ".pth", ".bin", ".pkl")))
+    if pickled:
+        raise ConfigError(
+            f"{source}: has pickled weights ({pickled[0]}), which can run any code when they are "
+            f"read; save them as safetensors where you trust them"
+        )
+    known = ", ".join(f"{library} {' and '.join(n)}" for n, (library, _) in _READERS.items())
+    known = known.replace(" ", " has ", 1)
+    raise ConfigError(
+        f"{source}: is no dictionary that can be read; {known}, circuit-tracer "
+        f"layer_<l>.safetensors, or W_enc_<l>.safetensors and W_dec_<l>.safetensors"
     )
 
 
-def _check(folder: Path, found: Foreign) -> None:
-    shape = tuple(found.W_dec.shape)
+def _check(source: Path, found: Foreign) -> None:
+    if found.W_dec.ndim != 2 or found.W_enc.ndim != 2:  # noqa: PLR2004 - rows and columns
+        raise ConfigError(f"{source}: W_enc and W_dec are no matrices")
+    n_latents, d_out = found.W_dec.shape
+    d_in = found.W_enc.shape[1] if found.transcodes else d_out
     shapes = {
-        "W_enc": (tuple(found.W_enc.shape), shape),
-        "b_dec": (tuple(found.b_dec.shape), shape[1:]),
-        **{name: (tuple(part.shape), shape[:1]) for name, part in found.of_latents.items()},
+        "W_enc": (found.W_enc, (n_latents, d_in)),
+        "b_dec": (found.b_dec, (d_out,)),
+        **{name: (part, (n_latents,)) for name, part in found.of_latents.items()},
     }
-    for name, (there, wanted) in shapes.items():
-        if there != wanted:
+    if found.W_skip is not None:
+        shapes["W_skip"] = found.W_skip, (d_out, d_in)
+    for name, (tensor, wanted) in shapes.items():
+        if tensor.shape != wanted:
             raise ConfigError(
-                f"{folder}: {name} has the shape {list(there)}, not {list(wanted)} as W_dec says"
+                f"{source}: {name} has the shape {list(tensor.shape)}, not {list(wanted)} as W_dec "
+                f"says"
             )
     for name, tensor in (*found._asdict().items(), *found.of_latents.items()):
         if isinstance(tensor, Tensor) and not bool(tensor.isfinite().all()):
-            raise ConfigError(f"{folder}: {name} has numbers that are not finite")
+            raise ConfigError(f"{source}: {name} has numbers that are not finite")
     if (found.kind == "topk") != (found.k is not None):
-        raise ConfigError(f"{folder}: says k = {found.k} of kind {found.kind}")
+        raise ConfigError(f"{source}: says k = {found.k} of kind {found.kind}")
 
 
-def settings(found: Foreign) -> dict[str, Any]:
-    """The `sae` section of a run file with this dictionary."""
-    n_latents = len(found.W_dec)
+def settings(found: Foreign, run: Run, source: Path) -> dict[str, Any]:
+    """The `sae` section of a run file with this dictionary, on the run's sites.
+
+    TopK with decoder rows of several lengths, which decide the ranks of codes, is a transcoder from
+    a site to itself: the recipe `topk` has unit rows.
+
+    Raises:
+        ConfigError: The sites do not fit, or no recipe here is like it.
+    """
+    sae: dict[str, Any] = {"n_latents": len(found.W_dec)}
+    sae |= {"reads": run.sae.reads, "writes": run.sae.writes}
+    differ = run.reads != run.writes
+    if found.transcodes is not None and differ != found.transcodes:
+        remedy = (
+            "is a transcoder; name what it reads and writes: sae.reads and sae.writes"
+            if found.transcodes
+            else "reconstructs what it reads; leave sae.writes out"
+        )
+        raise ConfigError(f"{source}: {remedy}")
+    if differ and len(run.reads) != found.layers:
+        raise ConfigError(
+            f"{source}: reads {found.layers} layers, and the run file names {run.described_sites}"
+        )
     if found.k is not None:
-        return {"kind": "topk", "n_latents": n_latents, "k": found.k, "auxk": 0}
-    return {"kind": found.kind, "n_latents": n_latents}
+        sae |= {"k": found.k, "auxk": 0}
+        norms = found.W_dec.norm(dim=1)
+        if differ or bool(norms.max() - norms.min() > _EQUAL * norms.mean()):
+            return {"kind": "transcoder", "skip": found.W_skip is not None, **sae}
+        return {"kind": "topk", **sae}
+    if found.W_skip is not None:
+        raise ConfigError(
+            f"{source}: has a skip connection and thresholds, for which there is no recipe here"
+        )
+    return {"kind": "clt_jumprelu" if differ else found.kind, **sae}

@@ -1,14 +1,16 @@
 """`dist-sae import`: another library's dictionary, as the checkpoint of a run.
 
-With s the scale of the site's activations, and |d| the lengths of decoder rows,
+With s the scale of what is read, s_out of what is written, and v a factor of each latent's codes,
 
-    z = W_enc (x - c) + b_enc = (W_enc / s) (s x - s c) + b_enc
-    s x_hat = (s W_dec)^T f + s b_dec = (W_dec / |d|)^T (s |d| f) + s b_dec
+    z           = W_enc (x - c) + b_enc
+    v z         = (v W_enc / s) (s x - s c) + v b_enc
+    s_out y_hat = (s_out W_dec / v)^T (v f) + s_out b_dec + (s_out W_skip / s) (s x)
 
-so W_enc |d|, and b_enc, thresholds and b_mag times s |d| give a dictionary with unit rows. Lengths
-that differ decide which latents TopK selects, so they stay there; rows then have the mean length 1.
+v is s times the length |d| of a latent's decoder row, which gives unit rows. Of transcoders, whose
+rows may have any length, v is s. Thresholds and b_mag are times v.
 """
 
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,20 +29,20 @@ from dist_sae.data.plan import load_plan
 from dist_sae.data.streams import START
 from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.base import Dictionary
+from dist_sae.dictionaries.interface import Widths
 from dist_sae.dictionaries.normaliser import SiteNormalisers
 from dist_sae.errors import ConfigError
-from dist_sae.interop.foreign import Foreign, read_foreign, settings
+from dist_sae.interop.foreign import read_foreign, settings
+from dist_sae.interop.readers import Foreign
 from dist_sae.storage import open_store
-
-_EQUAL = 1e-3  # relative difference of decoder rows' lengths that is rounding
 
 
 def import_dictionary(source: Path, run: Run) -> dict[str, Any]:
     """Store a dictionary as step 0 of a run, which evaluate, index and report then take.
 
     Args:
-        source: Folder with the files of SAELens, sparsify or Gemma Scope.
-        run: Names the run, its stores, model, text and site; `sae` is that of the source.
+        source: What `read_foreign` takes.
+        run: Names the run, its stores, model, text and sites; all else of `sae` is the source's.
 
     Returns:
         `run`, its place; `library`, `kind`, `latents`.
@@ -51,7 +53,7 @@ def import_dictionary(source: Path, run: Run) -> dict[str, Any]:
         UnitMissingError: No activations have been produced yet.
     """
     found = read_foreign(source)
-    sae = settings(found)
+    sae = settings(found, run, source)
     run = Run.model_validate(run.model_dump() | {"sae": sae})
     runs = open_store(run.store.runs, run.store.s3)
     checkpoints = Checkpoints(runs, run.name, 1)
@@ -64,13 +66,19 @@ def import_dictionary(source: Path, run: Run) -> dict[str, Any]:
     normalisers = SiteNormalisers(
         run.reads, run.writes, measure(there, resolved.train.normaliser_rows or 0)
     )
-    width = normalisers.widths.d_in
-    if width != found.W_dec.shape[1]:
-        raise ConfigError(
-            f"{source}: reads {found.W_dec.shape[1]} numbers, and {run.site} has {width}; name "
-            f"another site or model"
-        )
-    dictionary = converted(resolved, found, normalisers.of[run.site].scale)
+    columns = found.W_dec.shape[1] // found.layers
+    for verb, sites, width in (
+        ("reads", run.reads, found.W_enc.shape[1]),
+        ("writes", run.writes, columns),
+    ):
+        for site in sites:
+            if len(normalisers.of[site].mean) != width:
+                raise ConfigError(
+                    f"{source}: {verb} {width} numbers, and {site} has "
+                    f"{len(normalisers.of[site].mean)}; name another site or model"
+                )
+    scales = ([normalisers.of[s].scale for s in sites] for sites in (run.reads, run.writes))
+    dictionary = converted(resolved, found, *scales)
     tensors = {name: tensor.detach() for name, tensor in dictionary.tensors()}
     tensors[IDLE_ROWS] = torch.zeros(dictionary.n_latents, dtype=torch.int64)
     pieces = (Piece(name, t, 0, len(t) if t.shape else 1) for name, t in tensors.items())
@@ -86,28 +94,46 @@ def import_dictionary(source: Path, run: Run) -> dict[str, Any]:
     }
 
 
-def converted(run: Run, found: Foreign, scale: float) -> Dictionary:
-    """The dictionary for activations times `scale`."""
-    dictionary = build_sae(run.sae, found.W_dec.shape[1])
+def converted(
+    run: Run, found: Foreign, read: Sequence[float], written: Sequence[float]
+) -> Dictionary:
+    """The dictionary for scaled activations.
+
+    Args:
+        run: With the recipe.
+        found: For raw activations.
+        read: Scales of the sites that are read.
+        written: Scales of the sites that are written.
+    """
+    n_latents, d_out = found.W_dec.shape
+    layers, d_write = found.layers, d_out // found.layers
+    widths = Widths((found.W_enc.shape[1],) * layers, (d_write,) * layers)
+    dictionary = build_sae(run.sae, widths)
     norms = found.W_dec.norm(dim=1).clamp_min(1e-30)
-    if found.kind == "topk" and (norms.max() - norms.min()) > _EQUAL * norms.mean():
-        norms = norms.mean().expand_as(norms)
+    if run.sae.kind in ("transcoder", "clt_jumprelu"):
+        norms = torch.ones_like(norms)
+    scales = torch.tensor(read, dtype=torch.float64)[torch.arange(n_latents) % layers]
+    out = torch.tensor(written, dtype=torch.float64).repeat_interleave(d_write)
+    factors = scales * norms
     of_latents = dict(found.of_latents)
-    shift = found.W_enc @ found.b_dec
-    centred = found.kind == "topk"  # what this recipe here does
+    centred = run.sae.kind == "topk"  # what this recipe here does
     if found.centred and not centred:
+        shift = found.W_enc @ found.b_dec
         of_latents["b_enc"] = of_latents["b_enc"] - shift
         if "b_mag" in of_latents:
             of_latents["b_mag"] = of_latents["b_mag"] - of_latents["r_mag"].exp() * shift
     elif centred and not found.centred:
-        of_latents["b_enc"] = of_latents["b_enc"] + shift
+        of_latents["b_enc"] = of_latents["b_enc"] + found.W_enc @ found.b_dec
+    W_dec = found.W_dec * out / factors[:, None]
     values: dict[str, Tensor] = {
         "W_enc": norms[:, None] * found.W_enc,
-        "W_dec": found.W_dec / norms[:, None],
-        "b_dec": scale * found.b_dec,
+        "W_dec": _in_groups(W_dec, layers) if layers > 1 else W_dec,
+        "b_dec": out * found.b_dec,
     }
+    if found.W_skip is not None:
+        values["W_skip"] = found.W_skip * out[:, None] / read[0]
     for name, vector in of_latents.items():
-        values[name] = vector if name == "r_mag" else scale * norms * vector
+        values[name] = vector if name == "r_mag" else factors * vector
     if "threshold" in values:  # its parameter is in units of the rows' root mean square norm
         values["theta"] = values.pop("threshold") / dictionary.W_enc.shape[1] ** 0.5
     with torch.no_grad():
@@ -115,3 +141,10 @@ def converted(run: Run, found: Foreign, scale: float) -> Dictionary:
             tensor.copy_(values.pop(name))
     assert not values
     return dictionary
+
+
+def _in_groups(W_dec: Tensor, layers: int) -> Tensor:
+    """A cross-layer decoder [n_latents, d_out] as `recipes/clt.py` stores it, without zeros."""
+    by_layer = W_dec.view(-1, layers, layers, W_dec.shape[1] // layers)
+    written = [by_layer[:, layer, layer:] for layer in range(layers)]
+    return torch.cat(written, 1).reshape(len(W_dec), -1)

@@ -18,7 +18,8 @@ Transcoders have a scale s of what they read and s_out of what they write, and a
 Imports no torch: `problem` is asked where nobody else needs it.
 """
 
-from collections.abc import Iterator
+import json
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, assert_never
 
 from dist_sae import __version__
@@ -43,15 +44,14 @@ from dist_sae.config.sae import (
 from dist_sae.config.transcoder import TranscoderConfig
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from dist_sae.checkpoint.layout import Checkpoint
     from dist_sae.checkpoint.piecewise import PiecewiseTensor
 
+LIBRARY = "SAELens"
+CONFIG = "cfg.json"
+
 # The SAELens version this follows. Below 6, its loader drops the metadata without a word.
 _SAELENS_VERSION = "6.54.12"
-MEMORY_BYTES = 512 * 2**20
-"""Bytes that the weights may take; in fp64, and beside a block of the transpose, less than 2 GB."""
 _HOOKED, _BRIDGE = "HookedTransformer", "TransformerBridge"
 # Names of our sites in TransformerLens, with the class of models that has them; see docs/python.md
 _HOOKS = {
@@ -106,18 +106,21 @@ def problem(run: Run) -> str | None:
     return None
 
 
-def config(run: Run, checkpoint: "Checkpoint") -> dict[str, Any]:
+def config(run: Run, checkpoint: "Checkpoint") -> str:
     """`cfg.json`: every key that SAELens writes itself, and in `metadata` where it comes from.
 
     Args:
         run: The run as it was trained; SAELens can hold its dictionary.
         checkpoint: The exported checkpoint.
     """
-    from dist_sae.checkpoint.trained import normalisers_of
+    return json.dumps(_config(run, checkpoint), indent=2)
 
-    normalisers, model, sae = normalisers_of(run, checkpoint), run.model, run.sae
-    if isinstance(model, HuggingFaceModel):
-        model, _ = model.of_site(run.site)
+
+def _config(run: Run, checkpoint: "Checkpoint") -> dict[str, Any]:
+    from dist_sae.checkpoint.trained import normalisers_of
+    from dist_sae.interop.raw import model_name
+
+    normalisers, sae = normalisers_of(run, checkpoint), run.sae
     transcodes = isinstance(sae, TranscoderConfig)
     own: dict[str, Any] = {"d_out": normalisers.widths.d_out} if transcodes else {}
     if isinstance(sae, TopKConfig):
@@ -139,8 +142,7 @@ def config(run: Run, checkpoint: "Checkpoint") -> dict[str, Any]:
         "metadata": {
             "sae_lens_version": _SAELENS_VERSION,
             "sae_lens_training_version": None,
-            "model_name": run.export.model_name
-            or (model.path if isinstance(model, HuggingFaceModel) else model.kind),
+            "model_name": model_name(run),
             "model_class_name": _BRIDGE if _BRIDGE in dict(hooks) else _HOOKED,
             "hook_name": hooks[0][1],
             **({"hook_name_out": hooks[-1][1]} if transcodes else {}),
@@ -161,9 +163,15 @@ def config(run: Run, checkpoint: "Checkpoint") -> dict[str, Any]:
     }
 
 
-def needs_bridge(config: dict[str, Any]) -> bool:
-    """Whether only TransformerLens's newer class of models has the rows that `cfg.json` names."""
-    return bool(config["metadata"]["model_class_name"] == _BRIDGE)
+def note(run: Run, checkpoint: "Checkpoint") -> str | None:
+    """What a user of the export has to know, if only the newer class of models has its rows."""
+    metadata = _config(run, checkpoint)["metadata"]
+    if metadata["model_class_name"] != _BRIDGE:
+        return None
+    return (
+        f"TransformerLens has rows of {run.described_sites} in TransformerBridge, as "
+        f"{metadata['hook_name']}; HookedTransformer has other rows, or none, under its names"
+    )
 
 
 def _hook(model: ModelConfig, site: str) -> tuple[str, str]:
@@ -185,70 +193,35 @@ def _hook(model: ModelConfig, site: str) -> tuple[str, str]:
     return model_class, f"blocks.{layer}.{hook}"
 
 
-def weights(run: Run, checkpoint: "Checkpoint") -> "list[PiecewiseTensor]":
-    """Tensors with SAELens's names and orientation, for raw activations, in fp32.
-
-    Numbers of each latent are read at once, the matrices part by part when their pieces are made.
+def files(run: Run, checkpoint: "Checkpoint") -> dict[str, Callable[[], Iterator[bytes]]]:
+    """The weights, with SAELens's names and orientation, for raw activations, in fp32.
 
     Args:
         run: The run as it was trained; SAELens can hold its dictionary.
         checkpoint: The exported checkpoint.
 
-    Raises:
-        CorruptObjectError: The checkpoint is damaged. Making the pieces raises it as well.
+    Returns:
+        What makes the bytes of each file. It raises `CorruptObjectError` if the checkpoint is
+        damaged.
     """
-    import torch
+    from dist_sae.checkpoint.piecewise import safetensors_pieces
 
-    from dist_sae.checkpoint.pages import PagedDictionary
-    from dist_sae.checkpoint.piecewise import PiecewiseTensor, transposed
-    from dist_sae.checkpoint.trained import normalisers_of
+    return {"sae_weights.safetensors": lambda: safetensors_pieces(_tensors(run, checkpoint))}
 
-    sae, normalisers = run.sae, normalisers_of(run, checkpoint)
-    (d_in,), (d_out,) = normalisers.widths
-    scale, out = (normalisers.of[site].scale for site in (*run.reads, *run.writes))
-    paged = PagedDictionary(sae, normalisers.widths, checkpoint, MEMORY_BYTES)
-    has_thresholds = str(architecture(sae)).startswith("jumprelu")
-    vectors: dict[str, list[Tensor]] = {}
-    of_all: dict[str, Tensor] = {}
-    for page in paged.pages(leave_out={"W_enc"}):
-        p = {name: tensor.detach().double() for name, tensor in page.tensors() if name != "W_enc"}
-        norms = p["W_dec"].norm(dim=1).clamp_min(1e-30)
-        found = {"norms": norms, "b_enc": norms * p["b_enc"]}
-        thresholds = page.inference_thresholds(norms.dtype)
-        if has_thresholds and thresholds is not None:
-            found["threshold"] = norms * thresholds
-        if architecture(sae) == "gated":
-            found["b_gate"] = found.pop("b_enc")
-            found |= {"b_mag": norms * p["b_mag"], "r_mag": p["r_mag"]}
-        for name, vector in found.items():
-            vectors.setdefault(name, []).append(vector)
-        of_all = {"b_dec": p["b_dec"] / out}
-        if "W_skip" in p:
-            of_all["W_skip"] = p["W_skip"] * (scale / out)
-    of_latents = {name: torch.cat(parts) for name, parts in vectors.items()}
-    norms = of_latents.pop("norms")
 
-    def matrix(name: str) -> "Iterator[tuple[Tensor, Tensor]]":
-        """Norms of some latents, and their rows."""
-        first = 0
-        for page in paged.pages(leave_out={"W_enc", "W_dec"} - {name}):
-            rows = page.get_parameter(name).detach()
-            yield norms[first : first + len(rows), None], rows
-            first += len(rows)
+def _tensors(run: Run, checkpoint: "Checkpoint") -> "Iterator[PiecewiseTensor]":
+    from dist_sae.interop.raw import RawDictionary, small
 
-    def decoder() -> "Iterator[Tensor]":
-        for of_rows, rows in matrix("W_dec"):
-            yield (rows.double() / (of_rows * out)).float()
-
-    def encoder(columns: slice) -> "Iterator[Tensor]":
-        for of_rows, rows in matrix("W_enc"):
-            yield (scale * (of_rows * rows[:, columns].double())).float()
-
-    def small(name: str, tensor: "Tensor") -> PiecewiseTensor:
-        return PiecewiseTensor(name, torch.float32, tuple(tensor.shape), lambda: (tensor.float(),))
-
-    return [
-        PiecewiseTensor("W_dec", torch.float32, (sae.n_latents, d_out), decoder),
-        transposed("W_enc", (d_in, sae.n_latents), encoder),
-        *(small(name, tensor) for name, tensor in (of_all | of_latents).items()),
-    ]
+    raw, name = RawDictionary(run, checkpoint), str(architecture(run.sae))
+    of_latents = {"b_enc"}
+    if name.startswith("jumprelu"):
+        of_latents |= {"threshold"}
+    if name == "gated":
+        of_latents |= {"b_mag", "r_mag"}
+    yield raw.encoder("W_enc", turned=True)
+    yield raw.decoder("W_dec")
+    for key, tensor in raw.of_all.items():
+        yield small(key, tensor)
+    for key in of_latents:
+        gates = name == "gated" and key == "b_enc"
+        yield small("b_gate" if gates else key, raw.of_latents[key])

@@ -16,7 +16,7 @@ from dist_sae.config import Run, load_run
 from dist_sae.config.fingerprint import run_fingerprint
 from dist_sae.dictionaries import build_sae
 from dist_sae.errors import CorruptObjectError
-from dist_sae.interop import sae_lens
+from dist_sae.interop import raw
 from dist_sae.interop.export import export
 from dist_sae.storage import open_store
 from tests.memory import MIB, peak_bytes
@@ -80,7 +80,7 @@ def write(folder: Path, n_latents: int) -> Run:
 def small_blocks() -> None:
     """In a process of its own."""
     piecewise.TRANSPOSED_BYTES, piecewise.PIECE_BYTES = 4 * MIB, MIB
-    sae_lens.MEMORY_BYTES = 8 * MIB
+    raw.MEMORY_BYTES = 8 * MIB
 
 
 def exported(run: Run) -> None:

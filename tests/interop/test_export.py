@@ -27,7 +27,7 @@ from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.interface import Codes, Widths
 from dist_sae.dictionaries.normaliser import Normaliser, SiteNormalisers
 from dist_sae.errors import ConfigError
-from dist_sae.interop import sae_lens
+from dist_sae.interop import raw
 from dist_sae.interop.export import export
 from dist_sae.interop.sae_lens import architecture
 from dist_sae.kernels import Entries
@@ -339,7 +339,7 @@ def test_pages_are_no_other_numbers(
     run, weights = load_run(tmp_path / "run.yaml"), exported[1]
     weights["W_dec"][7] = 0
     monkeypatch.setattr(layout, "PART_BYTES", 11 * 16 * 4)
-    monkeypatch.setattr(sae_lens, "MEMORY_BYTES", 4 * page_latents * (2 * 16 + 2) * 4)
+    monkeypatch.setattr(raw, "MEMORY_BYTES", 4 * page_latents * (2 * 16 + 2) * 4)
     monkeypatch.setattr(piecewise, "TRANSPOSED_BYTES", 5 * 64 * 4)
     checkpoints = Checkpoints(open_store(run.store.runs), run.name, 1)
     save(checkpoints, 6, weights | IDLE, scalars(run, SCALE))

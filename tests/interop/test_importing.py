@@ -18,7 +18,7 @@ from dist_sae.commands.cli import main
 from dist_sae.config import Run, load_run
 from dist_sae.data.work_queue import Worker
 from dist_sae.errors import ConfigError
-from dist_sae.interop.foreign import read_foreign
+from dist_sae.interop.foreign import read_foreign, settings
 from dist_sae.interop.importing import converted, import_dictionary
 from dist_sae.producing.loop import produce
 from dist_sae.producing.planner import plan
@@ -65,10 +65,9 @@ def sae_lens(folder: Path, architecture: str, *, centred: bool, unit: bool, **co
 
 def ours(folder: Path, tmp_path: Path, x: NDArray[np.float64]) -> tuple[NDArray[Any], NDArray[Any]]:
     """What latents contribute, and the reconstruction, of raw activations."""
-    found = read_foreign(folder)
-    sae = {"kind": found.kind, "n_latents": N, "dead_after_rows": 480}
-    run = load_run(write_run(tmp_path, sae=sae | ({"k": found.k, "auxk": 0} if found.k else {})))
-    dictionary = converted(run, found, SCALE).double()
+    found, run = read_foreign(folder), load_run(write_run(tmp_path))
+    run = Run.model_validate(run.model_dump() | {"sae": settings(found, run, folder)})
+    dictionary = converted(run, found, [SCALE], [SCALE]).double()
     rows = SCALE * torch.from_numpy(x)
     codes = dictionary.encode(rows)
     norms = dictionary.W_dec.detach().norm(dim=1).numpy()
@@ -166,7 +165,7 @@ def test_a_dictionary_of_gemma_scope_gives_the_same_latents(tmp_path: Path) -> N
         ),
         (
             {"cfg.json": b'{"signed": true, "k": 3}', "sae.safetensors": b""},
-            "signed latents and transcoders of sparsify have no recipe here",
+            "signed latents of sparsify have no recipe here",
         ),
         (
             {"cfg.json": b'{"apply_b_dec_to_input": true}', "sae_weights.safetensors": b"x"},
@@ -238,6 +237,19 @@ def test_an_imported_dictionary_is_a_run(
     assert main(["train", other, *more]) == 0
     steps = Checkpoints(open_store(run.store.runs), "third", 1).steps()
     assert steps
+
+
+def test_rows_of_several_lengths_are_those_of_the_checkpoint(tmp_path: Path, run: Run) -> None:
+    """Checkpoints of `topk` are read with unit rows."""
+    folder = sae_lens(tmp_path, "topk", centred=True, unit=False)
+    import_dictionary(folder, run)
+    trained = read_trained(open_store(run.store.runs), load_run(f"{run.store.runs}/tiny/run.yaml"))
+    assert trained
+    x, scale = raw_rows(), trained.normalisers.of[run.site].scale
+    rows = scale * torch.from_numpy(x)
+    sae = trained.sae.double()
+    x_hat = sae.decode(sae.encode(rows), rows).detach().numpy() / scale
+    np.testing.assert_allclose(x_hat, forward(folder, x)[1], rtol=1e-4, atol=1e-4)
 
 
 def test_a_dictionary_of_another_width_is_refused(tmp_path: Path, run: Run) -> None:

@@ -1,0 +1,197 @@
+"""circuit-tracer: transcoders and cross-layer transcoders of MLPs, for attribution graphs.
+
+Files, all matrices with a row for each latent:
+
+    transcoder of layer l   layer_<l>.safetensors: W_enc, b_enc, W_dec, b_dec, W_skip if there is
+                            one, activation_function.threshold
+    cross-layer, layer l    W_enc_<l>.safetensors: W_enc_<l>, b_enc_<l>, b_dec_<l>, threshold_<l>
+                            W_dec_<l>.safetensors: W_dec_<l> [latents, layers - l, d], from l on
+
+and `config.yaml`. Codes are z where z exceeds the threshold, of x that is not centred. A
+transcoder's decoder rows have length 1; latents of cross-layer ones write several layers, and keep
+their lengths. Latent i of layer l is our latent i layers + l.
+
+The hook points are what an MLP reads and writes itself (`mlp.hook_in`, `mlp.hook_out`), which are
+our sites `mlp_in` and `mlp_out` in every architecture.
+
+Imports no torch before it writes.
+"""
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from dist_sae.config import Run
+from dist_sae.config.clt import CrossLayerConfig
+from dist_sae.config.data import HuggingFaceModel, layer_of
+from dist_sae.config.transcoder import TranscoderConfig
+from dist_sae.errors import ConfigError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from dist_sae.checkpoint.layout import Checkpoint
+    from dist_sae.checkpoint.pages import PagedDictionary
+    from dist_sae.checkpoint.piecewise import PiecewiseTensor
+
+LIBRARY = "circuit-tracer"
+CONFIG = "config.yaml"
+
+
+def problem(run: Run) -> str | None:
+    """Why circuit-tracer cannot hold the dictionary of a run; None if it can."""
+    sae = run.sae
+    if isinstance(sae, TranscoderConfig):
+        if not sae.over_batch:
+            return "sae.selection: row: circuit-tracer's files have thresholds alone, no k"
+    elif not isinstance(sae, CrossLayerConfig):
+        return f"sae.kind: {sae.kind}: circuit-tracer has transcoders and cross-layer ones"
+    if not isinstance(run.model, HuggingFaceModel):
+        return f"model.kind: {run.model.kind}: circuit-tracer traces language models"
+    return _sites_problem(run)
+
+
+def _sites_problem(run: Run) -> str | None:
+    layers = [layer_of(site.partition("@")[0]) for site in run.reads]
+    mlps = [[f"{name}.{layer}" for layer in layers] for name in ("mlp_in", "mlp_out")]
+    if [list(run.reads), list(run.writes)] != mlps:
+        return (
+            f"sae.reads: {run.described_sites}: circuit-tracer replaces MLPs; it needs mlp_in read "
+            f"and mlp_out written, of the same layers"
+        )
+    if isinstance(run.sae, TranscoderConfig) and len(layers) > 1:
+        return f"sae.reads: {run.described_sites}: circuit-tracer has a transcoder for each layer"
+    if isinstance(run.sae, CrossLayerConfig) and layers != list(range(len(layers))):
+        return f"sae.reads: {run.described_sites}: circuit-tracer wants every layer from 0 on"
+    return None
+
+
+def config(run: Run, checkpoint: "Checkpoint") -> str:
+    """`config.yaml`: what circuit-tracer reads, and under `dist_sae` where it comes from."""
+    from dist_sae.checkpoint.trained import normalisers_of
+    from dist_sae.interop.raw import model_name, origin
+
+    widths = normalisers_of(run, checkpoint).widths
+    if set(widths.reads) != set(widths.writes):
+        raise ConfigError(
+            f"sae.reads: {run.described_sites}: circuit-tracer has one width, and these have "
+            f"{widths.reads[0]} and {widths.writes[0]}"
+        )
+    crosses = isinstance(run.sae, CrossLayerConfig)
+    content = {
+        "model_name": model_name(run),
+        "model_kind": "cross_layer_transcoder" if crosses else "transcoder_set",
+        "feature_input_hook": "mlp.hook_in",
+        "feature_output_hook": "mlp.hook_out",
+        "dist_sae": origin(run, checkpoint),
+    }
+    return yaml.safe_dump(content, sort_keys=False)
+
+
+def files(run: Run, checkpoint: "Checkpoint") -> dict[str, Callable[[], Iterator[bytes]]]:
+    """The weights for raw activations, in fp32."""
+    from dist_sae.checkpoint.piecewise import safetensors_pieces
+
+    if isinstance(run.sae, TranscoderConfig):
+        name = f"layer_{layer_of(run.site)}.safetensors"
+        return {name: lambda: safetensors_pieces(_transcoder(run, checkpoint))}
+    found: dict[str, Callable[[], Iterator[bytes]]] = {}
+    for layer in range(len(run.reads)):
+        for name, tensors in (("W_enc", _encoder), ("W_dec", _decoder)):
+            of_layer = partial(tensors, run, checkpoint, layer)
+            found[f"{name}_{layer}.safetensors"] = partial(_pieces, of_layer)
+    return found
+
+
+def note(run: Run, checkpoint: "Checkpoint") -> str | None:  # noqa: ARG001 - all formats have it
+    """What is missing to a replacement model."""
+    if isinstance(run.sae, CrossLayerConfig):
+        return None
+    return (
+        f"circuit-tracer wants a transcoder of every layer: put those of all layers beside "
+        f"layer_{layer_of(run.site)}.safetensors"
+    )
+
+
+def _pieces(tensors: "Callable[[], Iterator[PiecewiseTensor]]") -> Iterator[bytes]:
+    from dist_sae.checkpoint.piecewise import safetensors_pieces
+
+    yield from safetensors_pieces(tensors())
+
+
+def _transcoder(run: Run, checkpoint: "Checkpoint") -> "Iterator[PiecewiseTensor]":
+    from dist_sae.interop.raw import RawDictionary, small
+
+    raw = RawDictionary(run, checkpoint, unit_rows=True)
+    yield raw.encoder("W_enc")
+    yield raw.decoder("W_dec")
+    for name, tensor in raw.of_all.items():
+        yield small(name, tensor)
+    yield small("b_enc", raw.of_latents["b_enc"])
+    yield small("activation_function.threshold", raw.of_latents["threshold"])
+
+
+def _paged(run: Run, checkpoint: "Checkpoint") -> "PagedDictionary":
+    from dist_sae.checkpoint.pages import PagedDictionary
+    from dist_sae.checkpoint.trained import normalisers_of
+    from dist_sae.interop.raw import MEMORY_BYTES
+
+    widths = normalisers_of(run, checkpoint).widths
+    return PagedDictionary(run.sae, widths, checkpoint, MEMORY_BYTES)
+
+
+def _encoder(run: Run, checkpoint: "Checkpoint", layer: int) -> "Iterator[PiecewiseTensor]":
+    """What a layer reads with, and the bias of what is written to it."""
+    import torch
+
+    from dist_sae.checkpoint.piecewise import PiecewiseTensor
+    from dist_sae.checkpoint.trained import normalisers_of
+    from dist_sae.interop.raw import small
+
+    normalisers, layers = normalisers_of(run, checkpoint), len(run.reads)
+    paged = _paged(run, checkpoint)
+    scale, site = normalisers.of[run.reads[layer]].scale, run.writes[layer]
+    out = normalisers.of[site].scale
+    biases, thresholds, centre = [], [], torch.empty(0)
+    for page in paged.pages(leave_out={"W_enc", "W_dec"}):
+        above = page.inference_thresholds(torch.float64)
+        assert above is not None
+        thresholds.append(above[layer::layers])
+        biases.append(page.b_enc.detach()[layer::layers].clone())
+        centre = page.b_dec.detach()[normalisers.columns[site]].double() / out
+
+    def rows() -> "Iterator[Tensor]":
+        for page in paged.pages(leave_out={"W_dec"}):
+            yield (page.W_enc.detach()[layer::layers].double() * scale).float()
+
+    shape = (run.sae.n_latents // layers, normalisers.widths.reads[layer])
+    yield PiecewiseTensor(f"W_enc_{layer}", torch.float32, shape, rows)
+    yield small(f"b_enc_{layer}", torch.cat(biases))
+    yield small(f"threshold_{layer}", torch.cat(thresholds))
+    yield small(f"b_dec_{layer}", centre)
+
+
+def _decoder(run: Run, checkpoint: "Checkpoint", layer: int) -> "Iterator[PiecewiseTensor]":
+    """What latents that read a layer write to it and to each later one."""
+    import torch
+
+    from dist_sae.checkpoint.piecewise import PiecewiseTensor
+    from dist_sae.checkpoint.trained import normalisers_of
+
+    normalisers, layers = normalisers_of(run, checkpoint), len(run.reads)
+    paged = _paged(run, checkpoint)
+    scales = torch.tensor([normalisers.of[site].scale for site in run.writes[layer:]])
+    width = normalisers.widths.writes[layer]
+    n_latents = run.sae.n_latents // layers
+
+    def rows() -> "Iterator[Tensor]":
+        for page in paged.pages(leave_out={"W_enc"}):
+            latents = torch.arange(layer, len(page.b_enc), layers)
+            _, written = page.written_by(latents, page.W_dec.detach())
+            by_layer: Any = written.reshape(-1, layers - layer, width)
+            yield (by_layer.double() / scales.double()[:, None]).float()
+
+    shape = (n_latents, layers - layer, width)
+    yield PiecewiseTensor(f"W_dec_{layer}", torch.float32, shape, rows)

@@ -1,0 +1,146 @@
+"""dictionary_learning: dictionaries of one site, as its `load_dictionary` reads them.
+
+`ae.pt` is a state dict in a pickle, which is what the library reads. We write it, and read one only
+as tensors (`torch_file.py`). Decoder rows have length 1 and codes the units of raw activations.
+The class is
+
+    topk                    AutoEncoderTopK      (x - b_dec), the k largest positive z of a row
+    batchtopk, matryoshka   BatchTopKSAE         (x - b_dec), z above one threshold
+    relu                    AutoEncoderNew       relu(z)
+    jumprelu(_tanh)         JumpReluAutoEncoder  z above a threshold of each latent
+    gated                   GatedAutoEncoder     of x - b_dec, so its biases take W_enc b_dec up
+
+Matryoshka is written as what it is at inference: the class with that name wants the latents of a
+prefix together, and here they keep their numbers.
+
+Imports no torch before it writes.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, assert_never
+
+from dist_sae.config import Run
+from dist_sae.config.clt import CLTConfig
+from dist_sae.config.crosscoder import CrosscoderConfig
+from dist_sae.config.data import HuggingFaceModel, layer_of
+from dist_sae.config.dictionary import CountsLatentsConfig
+from dist_sae.config.matryoshka import MatryoshkaConfig
+from dist_sae.config.sae import (
+    BatchTopKConfig,
+    CLTJumpReLUConfig,
+    CrosscoderReLUConfig,
+    GatedConfig,
+    JumpReLUConfig,
+    JumpReLUTanhConfig,
+    ReLUConfig,
+    RoutedConfig,
+    TopKConfig,
+)
+from dist_sae.config.transcoder import TranscoderConfig
+
+if TYPE_CHECKING:
+    from dist_sae.checkpoint.layout import Checkpoint
+    from dist_sae.checkpoint.piecewise import PiecewiseTensor
+
+LIBRARY = "dictionary_learning"
+CONFIG = "config.json"
+
+
+def problem(run: Run) -> str | None:
+    """Why dictionary_learning cannot hold the dictionary of a run; None if it can."""
+    if _class(run) is None:
+        return f"sae.kind: {run.sae.kind}: dictionary_learning has nothing like it"
+    return None
+
+
+def _class(run: Run) -> str | None:
+    match run.sae:
+        case (
+            TranscoderConfig()
+            | RoutedConfig()
+            | CLTConfig()
+            | CLTJumpReLUConfig()
+            | CrosscoderConfig()
+            | CrosscoderReLUConfig()
+        ):
+            return None
+        case TopKConfig():
+            return "AutoEncoderTopK"
+        case BatchTopKConfig() | MatryoshkaConfig():
+            return "BatchTopKSAE"
+        case ReLUConfig():
+            return "AutoEncoderNew"
+        case JumpReLUConfig() | JumpReLUTanhConfig():
+            return "JumpReluAutoEncoder"
+        case GatedConfig():
+            return "GatedAutoEncoder"
+        case _:
+            assert_never(run.sae)
+
+
+def config(run: Run, checkpoint: "Checkpoint") -> str:
+    """`config.json`: the keys of `trainer` that the library and its users read."""
+    from dist_sae.checkpoint.trained import normalisers_of
+    from dist_sae.interop.raw import model_name, origin
+
+    of_model = isinstance(run.model, HuggingFaceModel)
+    trainer = {
+        "dict_class": _class(run),
+        "activation_dim": normalisers_of(run, checkpoint).widths.d_in,
+        "dict_size": run.sae.n_latents,
+        **({"k": run.sae.k} if isinstance(run.sae, CountsLatentsConfig) else {}),
+        "lm_name": model_name(run),
+        "layer": layer_of(run.site.partition("@")[0]) if of_model else None,
+        "submodule_name": run.site,
+    }
+    content = {"trainer": trainer, "dist_sae": origin(run, checkpoint)}
+    return json.dumps(content, indent=2)
+
+
+def files(run: Run, checkpoint: "Checkpoint") -> dict[str, Callable[[], Iterator[bytes]]]:
+    """The state dict for raw activations, in fp32."""
+    from dist_sae.interop.torch_file import torch_file_pieces
+
+    return {"ae.pt": lambda: torch_file_pieces(_tensors(run, checkpoint))}
+
+
+def note(run: Run, checkpoint: "Checkpoint") -> str:  # noqa: ARG001 - all formats have it
+    """The file is a pickle."""
+    return "ae.pt is a pickle, the only form that dictionary_learning reads"
+
+
+def _tensors(run: Run, checkpoint: "Checkpoint") -> "Iterator[PiecewiseTensor]":
+    import torch
+
+    from dist_sae.interop.raw import RawDictionary, small
+
+    name = _class(run)
+    raw = RawDictionary(run, checkpoint, unit_rows=True, one_threshold=name == "BatchTopKSAE")
+    b_enc, b_dec = raw.of_latents["b_enc"], raw.of_all["b_dec"]
+    if name == "JumpReluAutoEncoder":
+        yield raw.encoder("W_enc", turned=True)
+        yield raw.decoder("W_dec")
+        yield small("b_enc", b_enc)
+        yield small("b_dec", b_dec)
+        yield small("threshold", raw.of_latents["threshold"])
+        return
+    yield raw.encoder("encoder.weight")
+    yield raw.decoder("decoder.weight", turned=True)
+    match name:
+        case "AutoEncoderNew":
+            yield small("encoder.bias", b_enc)
+            yield small("decoder.bias", b_dec)
+        case "GatedAutoEncoder":
+            centre, r_mag = raw.encoded_centre(), raw.of_latents["r_mag"]
+            yield small("decoder_bias", b_dec)
+            yield small("r_mag", r_mag)
+            yield small("gate_bias", b_enc + centre)
+            yield small("mag_bias", raw.of_latents["b_mag"] + r_mag.exp() * centre)
+        case _:
+            assert isinstance(run.sae, CountsLatentsConfig)
+            above = raw.of_latents.get("threshold", torch.tensor([-1.0]))  # -1: there is none
+            yield small("encoder.bias", b_enc)
+            yield small("b_dec", b_dec)
+            yield small("k", torch.tensor(run.sae.k, dtype=torch.int32))
+            yield small("threshold", above[0])

@@ -1,0 +1,158 @@
+"""A trained dictionary for raw activations x, part by part: what formats of one site write.
+
+With s the scale of what is read, s_out of what is written, and u a factor of each latent's codes:
+
+    f'    = u f
+    z'    = (u s W_enc) x + u b_enc            thresholds and b_mag times u as well
+    y_hat = (W_dec / (u s_out))^T f' + (s / s_out) W_skip x + b_dec / s_out
+
+u is the length of the latent's decoder row, so that rows have length 1 / s_out, or (unit rows) that
+over s_out, so that they have length 1 and f' is what the latent contributes to the raw y_hat. Where
+the rank of codes decides, or one threshold for all, lengths that differ stay, and the mean length
+takes their place. A gated dictionary's r stays as it is.
+"""
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dist_sae import __version__
+from dist_sae.checkpoint.layout import Checkpoint
+from dist_sae.checkpoint.pages import PagedDictionary
+from dist_sae.checkpoint.piecewise import PiecewiseTensor, transposed
+from dist_sae.checkpoint.trained import normalisers_of
+from dist_sae.config import Run
+from dist_sae.config.data import HuggingFaceModel
+
+MEMORY_BYTES = 512 * 2**20
+"""Bytes that the weights may take; in fp64, and beside a block of the transpose, less than 2 GB."""
+
+
+class RawDictionary:
+    """A run's dictionary of one site read and one written.
+
+    Numbers of each latent are read at once, the matrices part by part when their pieces are made.
+
+    Args:
+        run: The run as it was trained.
+        checkpoint: Has the weights.
+        unit_rows: Whether decoder rows have length 1; else 1 / s_out.
+        one_threshold: Whether the format has one threshold for all latents.
+
+    Raises:
+        CorruptObjectError: The checkpoint is damaged. Making pieces raises it as well.
+    """
+
+    def __init__(
+        self,
+        run: Run,
+        checkpoint: Checkpoint,
+        *,
+        unit_rows: bool = False,
+        one_threshold: bool = False,
+    ) -> None:
+        normalisers = normalisers_of(run, checkpoint)
+        (self.d_in,), (self.d_out,) = normalisers.widths
+        self.n_latents = run.sae.n_latents
+        self._scale, self._out = (normalisers.of[s].scale for s in (*run.reads, *run.writes))
+        self._paged = PagedDictionary(run.sae, normalisers.widths, checkpoint, MEMORY_BYTES)
+        vectors: dict[str, list[Tensor]] = {}
+        self.of_all: dict[str, Tensor] = {}
+        """b_dec, and W_skip if there is one, in fp64."""
+        together = one_threshold
+        for page in self._paged.pages(leave_out={"W_enc"}):
+            p = {name: t.detach().double() for name, t in page.tensors() if name != "W_enc"}
+            found = {"norms": p["W_dec"].norm(dim=1).clamp_min(1e-30), "b_enc": p["b_enc"]}
+            found |= {name: p[name] for name in ("b_mag", "r_mag") if name in p}
+            thresholds = page.inference_thresholds(torch.float64)
+            if thresholds is None:
+                together |= not page.unit_rows  # their lengths are 1, but for rounding
+            else:
+                found["threshold"] = thresholds
+            for name, vector in found.items():
+                vectors.setdefault(name, []).append(vector)
+            self.of_all = {"b_dec": p["b_dec"] / self._out}
+            if "W_skip" in p:
+                self.of_all["W_skip"] = p["W_skip"] * (self._scale / self._out)
+        of_latents = {name: torch.cat(parts) for name, parts in vectors.items()}
+        norms = of_latents.pop("norms")
+        if together:
+            norms = norms.mean().expand_as(norms)
+        self._factors = norms / self._out if unit_rows else norms
+        self.of_latents = {
+            name: vector if name == "r_mag" else self._factors * vector
+            for name, vector in of_latents.items()
+        }
+        """b_enc; where the recipe has them threshold, b_mag and r_mag; in fp64."""
+
+    def encoder(self, name: str, *, turned: bool = False) -> PiecewiseTensor:
+        """W_enc as [n_latents, d_in], or turned, in fp32, under this name."""
+
+        def rows(columns: slice) -> Iterator[Tensor]:
+            for factors, part in self._matrix("W_enc"):
+                yield (self._scale * (factors * part[:, columns].double())).float()
+
+        if turned:
+            return transposed(name, (self.d_in, self.n_latents), rows)
+        shape = (self.n_latents, self.d_in)
+        return PiecewiseTensor(name, torch.float32, shape, lambda: rows(slice(None)))
+
+    def decoder(self, name: str, *, turned: bool = False) -> PiecewiseTensor:
+        """W_dec as [n_latents, d_out], or turned, in fp32, under this name."""
+
+        def rows(columns: slice) -> Iterator[Tensor]:
+            for factors, part in self._matrix("W_dec"):
+                yield (part[:, columns].double() / (factors * self._out)).float()
+
+        if turned:
+            return transposed(name, (self.d_out, self.n_latents), rows)
+        shape = (self.n_latents, self.d_out)
+        return PiecewiseTensor(name, torch.float32, shape, lambda: rows(slice(None)))
+
+    def encoded_centre(self) -> Tensor:
+        """W_enc b_dec, both for raw activations: what centring takes from z; in fp64."""
+        centre = self._scale * self.of_all["b_dec"]
+        parts = self._matrix("W_enc")
+        return torch.cat([factors[:, 0] * (part.double() @ centre) for factors, part in parts])
+
+    def _matrix(self, name: str) -> Iterator[tuple[Tensor, Tensor]]:
+        """Factors of some latents, [some, 1], and their rows; the next may overwrite them."""
+        first = 0
+        for page in self._paged.pages(leave_out={"W_enc", "W_dec"} - {name}):
+            rows = page.get_parameter(name).detach()
+            yield self._factors[first : first + len(rows), None], rows
+            first += len(rows)
+
+
+def small(name: str, tensor: Tensor) -> PiecewiseTensor:
+    """A tensor that is at hand, in fp32 if it has fractions."""
+    tensor = tensor.float() if tensor.is_floating_point() else tensor
+    return PiecewiseTensor(name, tensor.dtype, tuple(tensor.shape), lambda: (tensor,))
+
+
+def model_name(run: Run) -> str:
+    """The model's name on the hub, or its folder; of a synthetic one its kind."""
+    if run.export.model_name:
+        return run.export.model_name
+    if not isinstance(run.model, HuggingFaceModel):
+        return run.model.kind
+    return run.model.of_site(run.site)[0].path
+
+
+def origin(run: Run, checkpoint: Checkpoint) -> dict[str, Any]:
+    """Where an export comes from, in keys that the other library passes over."""
+    scales = {s: own.scale for s, own in normalisers_of(run, checkpoint).of.items()}
+    return {
+        "version": __version__,
+        "run": run.name,
+        "kind": run.sae.kind,
+        "model_name": model_name(run),
+        "dataset": run.corpus.label,
+        "reads": list(run.reads),
+        "writes": list(run.writes),
+        "activation_scales": scales,
+        "trained_rows": checkpoint.step * run.train.batch_rows,
+        "checkpoint": checkpoint.digest,
+    }

@@ -1,0 +1,248 @@
+"""Readers of other libraries' files, one for each; `foreign.py` finds the one that fits.
+
+Where the recipe here has another form, what is read is the same function of x: thresholds below 0
+after a ReLU are 0, a ReLU transcoder is a JumpReLU one with thresholds of 0, and one threshold for
+all latents is that of each.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import safetensors.torch
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from dist_sae.interop.torch_file import read_torch_file
+
+_SAE_LENS = {"standard": "relu", "topk": "topk", "jumprelu": "jumprelu", "gated": "gated"}
+_SAE_LENS_TRANSCODERS = {
+    "transcoder": False,
+    "skip_transcoder": False,
+    "jumprelu_transcoder": True,
+    "jumprelu_skip_transcoder": True,
+}
+"""Whether they have thresholds; the others have a ReLU."""
+_OF_KIND = {
+    "topk": {"b_enc"},
+    "relu": {"b_enc"},
+    "jumprelu": {"b_enc", "threshold"},
+    "gated": {"b_enc", "b_mag", "r_mag"},
+}
+
+
+class Foreign(NamedTuple):
+    """A dictionary as another library stored it, in fp64."""
+
+    library: str
+    kind: str
+    """The recipe here that encodes alike: topk, relu, jumprelu or gated."""
+    k: int | None
+    """Latents active on each row; None where thresholds decide."""
+    centred: bool
+    """Whether b_dec is subtracted from x."""
+    W_enc: Float[Tensor, "n_latents d_read"]
+    W_dec: Float[Tensor, "n_latents d_out"]
+    """Of several layers, what a latent writes to each, side by side; 0 before its own."""
+    b_dec: Float[Tensor, " d_out"]
+    of_latents: dict[str, Float[Tensor, " n_latents"]]
+    """b_enc, and threshold, b_mag, r_mag where the kind has them."""
+    W_skip: Float[Tensor, "d_out d_read"] | None = None
+    transcodes: bool | None = False
+    """Whether something else is written than is read; None where the files do not say."""
+    layers: int = 1
+    """Layers of a cross-layer transcoder; latent n reads layer n % layers."""
+
+
+def sae_lens(config_file: Path, weights_file: Path) -> Foreign:
+    """SAELens: `cfg.json` and `sae_weights.safetensors`; W_enc is [d_in, n_latents]."""
+    config = _json(config_file)
+    architecture = config.get("architecture", "standard")
+    transcodes = architecture in _SAE_LENS_TRANSCODERS
+    kind = "jumprelu" if transcodes else _SAE_LENS.get(architecture)
+    if kind is None:
+        raise ValueError(f"architecture {architecture} has no recipe here")
+    if (scaling := config.get("normalize_activations") or "none") != "none":
+        raise ValueError(
+            f"normalize_activations is {scaling}, and the file lacks its scale; fold it into the "
+            f"weights (SAELens: fold_activation_norm_scaling_factor)"
+        )
+    weights = safetensors.torch.load_file(weights_file)
+    if "b_gate" in weights:
+        weights["b_enc"] = weights.pop("b_gate")
+    if transcodes and not _SAE_LENS_TRANSCODERS[architecture]:
+        weights["threshold"] = torch.zeros_like(weights["b_enc"])
+    centred = bool(config["apply_b_dec_to_input"])
+    if transcodes and centred:
+        raise ValueError("apply_b_dec_to_input is true of a transcoder, whose b_dec is not of x")
+    found = _foreign(
+        "SAELens",
+        kind,
+        config.get("k"),
+        weights,
+        centred=centred,
+        transposed=True,
+        transcodes=transcodes,
+    )
+    if config.get("rescale_acts_by_decoder_norm"):  # it selects by f |d|, and decodes with d / |d|
+        norms = found.W_dec.norm(dim=1)
+        found = found._replace(
+            W_enc=norms[:, None] * found.W_enc,
+            W_dec=found.W_dec / norms[:, None],
+            of_latents={name: norms * vector for name, vector in found.of_latents.items()},
+        )
+    return found
+
+
+def sparsify(config_file: Path, weights_file: Path) -> Foreign:
+    """sparsify: `cfg.json` and `sae.safetensors`; autoencoders and transcoders."""
+    config = _json(config_file)
+    if config.get("signed"):
+        raise ValueError("signed latents of sparsify have no recipe here")
+    if config.get("multi_topk") not in (None, False) or config.get("activation", "topk") != "topk":
+        raise ValueError("of sparsify only activation: topk without multi_topk is read")
+    transcodes = bool(config.get("transcode"))
+    if config.get("skip_connection") and not transcodes:
+        raise ValueError("an autoencoder with a skip connection has no recipe here")
+    weights = safetensors.torch.load_file(weights_file)
+    weights["W_enc"] = weights.pop("encoder.weight")
+    weights["b_enc"] = weights.pop("encoder.bias")
+    return _foreign(
+        "sparsify", "topk", config["k"], weights, centred=not transcodes, transcodes=transcodes
+    )
+
+
+def gemma_scope(weights_file: Path) -> Foreign:
+    """Gemma Scope: `params.npz`; whether it is a transcoder, the run file says."""
+    with np.load(weights_file, allow_pickle=False) as arrays:
+        weights = {name: torch.from_numpy(arrays[name]) for name in arrays.files}
+    scale = weights.pop("scaling_factor", torch.ones(1))
+    if not bool((scale == 1).all()):
+        raise ValueError("scaling_factor is not 1")
+    return _foreign("Gemma Scope", "jumprelu", None, weights, transposed=True, transcodes=None)
+
+
+def dictionary_learning(config_file: Path, weights_file: Path) -> Foreign:
+    """dictionary_learning: `config.json` and `ae.pt`, which is read as tensors alone."""
+    trainer = _json(config_file)["trainer"]
+    if not isinstance(trainer, dict):
+        raise ValueError("trainer is no object")
+    name, weights = trainer["dict_class"], read_torch_file(weights_file)
+    library = "dictionary_learning"
+    if name in ("JumpReluAutoEncoder", "MatryoshkaBatchTopKSAE"):
+        weights["W_enc"] = weights["W_enc"].T
+    else:
+        weights["W_enc"] = weights.pop("encoder.weight")
+        weights["W_dec"] = weights.pop("decoder.weight").T
+    match name:
+        case "AutoEncoder" | "AutoEncoderNew":
+            centred = name == "AutoEncoder"
+            weights["b_dec"] = weights.pop("bias" if centred else "decoder.bias")
+            weights["b_enc"] = weights.pop("encoder.bias")
+            return _foreign(library, "relu", None, weights, centred=centred)
+        case "GatedAutoEncoder":
+            for theirs, ours in (("decoder", "b_dec"), ("gate", "b_enc"), ("mag", "b_mag")):
+                weights[ours] = weights.pop(f"{theirs}_bias")
+            return _foreign(library, "gated", None, weights, centred=True)
+        case "JumpReluAutoEncoder":
+            return _foreign(library, "jumprelu", None, weights)
+        case "AutoEncoderTopK":
+            weights["b_enc"] = weights.pop("encoder.bias")
+            weights.pop("threshold", None)  # for another way of encoding, which is not its default
+            k = weights.pop("k", torch.tensor(trainer.get("k", 0)))
+            return _foreign(library, "topk", int(k), weights, centred=True)
+        case "BatchTopKSAE" | "MatryoshkaBatchTopKSAE":
+            if "encoder.bias" in weights:
+                weights["b_enc"] = weights.pop("encoder.bias")
+            for key in ("k", "group_sizes"):
+                weights.pop(key, None)
+            weights["threshold"] = weights["threshold"].expand_as(weights["b_enc"])
+            return _foreign(library, "jumprelu", None, weights, centred=True)
+        case _:
+            raise ValueError(f"dict_class {name} has no recipe here")
+
+
+def circuit_tracer(file: Path) -> Foreign:
+    """circuit-tracer, a layer's transcoder: `layer_<l>.safetensors`."""
+    weights = safetensors.torch.load_file(file)
+    thresholds = weights.pop("activation_function.threshold", None)
+    weights["threshold"] = torch.zeros_like(weights["b_enc"]) if thresholds is None else thresholds
+    _check_thresholds(weights["threshold"])
+    return _foreign("circuit-tracer", "jumprelu", None, weights, transcodes=True)
+
+
+def circuit_tracer_layers(folder: Path) -> Foreign:
+    """circuit-tracer, a cross-layer transcoder: `W_enc_<l>` and `W_dec_<l>` of every layer."""
+    layers = len(list(folder.glob("W_enc_*.safetensors")))
+    parts: dict[str, list[Tensor]] = {
+        name: [] for name in ("W_enc", "b_enc", "threshold", "b_dec", "W_dec")
+    }
+    for layer in range(layers):
+        of_layer: dict[str, Tensor] = {}
+        for matrix in ("W_enc", "W_dec"):
+            of_layer |= safetensors.torch.load_file(folder / f"{matrix}_{layer}.safetensors")
+        of_layer.setdefault(f"threshold_{layer}", torch.zeros_like(of_layer[f"b_enc_{layer}"]))
+        decoder = of_layer[f"W_dec_{layer}"]
+        if decoder.shape[1:2] != (layers - layer,):
+            raise ValueError(
+                f"W_dec_{layer} has the shape {list(decoder.shape)}; of {layers} layers, its "
+                f"latents write {layers - layer}"
+            )
+        before = decoder.new_zeros(len(decoder), layer, *decoder.shape[2:])
+        of_layer[f"W_dec_{layer}"] = torch.cat([before, decoder], 1).flatten(1)
+        for name, tensors in parts.items():
+            tensors.append(of_layer[f"{name}_{layer}"])
+    for name, tensors in parts.items():
+        if len({tensor.shape for tensor in tensors}) > 1:
+            raise ValueError(f"{name} has another shape in some layer")
+    biases = torch.cat(parts.pop("b_dec"))
+    weights = {name: torch.stack(t, 1).flatten(0, 1) for name, t in parts.items()}
+    weights["b_dec"] = biases
+    _check_thresholds(weights["threshold"])
+    found = _foreign("circuit-tracer", "jumprelu", None, weights, transcodes=True)
+    return found._replace(layers=layers)
+
+
+def _check_thresholds(thresholds: Tensor) -> None:
+    if bool((thresholds < 0).any()):
+        raise ValueError("has thresholds below 0; codes are not negative here")
+
+
+def _json(file: Path) -> dict[str, Any]:
+    content = json.loads(file.read_text())
+    if not isinstance(content, dict):
+        raise ValueError(f"{file.name} is no object")
+    return content
+
+
+def _foreign(
+    library: str,
+    kind: str,
+    k: int | None,
+    weights: dict[str, Tensor],
+    *,
+    centred: bool = False,
+    transposed: bool = False,
+    transcodes: bool | None = False,
+) -> Foreign:
+    skip = weights.pop("W_skip", None) if transcodes else None
+    wanted = {"W_enc", "W_dec", "b_dec", *_OF_KIND[kind]}
+    if surplus := sorted(weights.keys() - wanted):
+        raise ValueError(f"has {', '.join(surplus)}, which {kind} has not")
+    doubles = {name: weights[name].double() for name in sorted(wanted)}
+    if "threshold" in doubles:
+        doubles["threshold"] = doubles["threshold"].clamp_min(0)
+    return Foreign(
+        library,
+        kind,
+        k,
+        centred,
+        doubles["W_enc"].T if transposed else doubles["W_enc"],
+        doubles["W_dec"],
+        doubles["b_dec"],
+        {name: doubles[name] for name in _OF_KIND[kind]},
+        None if skip is None else skip.double(),
+        transcodes,
+    )

@@ -1,0 +1,91 @@
+"""sparsify: TopK dictionaries and transcoders of one site, as its `SparseCoder` loads them.
+
+`encoder.weight` and `W_dec` are [n_latents, d]. Autoencoders are centred by b_dec, transcoders are
+not; a skip connection is `W_skip` [d_out, d_in]. Decoder rows have length 1 and codes the units of
+raw activations, since sparsify sets rows to length 1 where it trains on. A transcoder's rows have
+lengths of their own, which do not rank its codes; their mean is 1.
+
+Imports no torch before it writes.
+"""
+
+import json
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from dist_sae.config import Run
+from dist_sae.config.sae import TopKConfig
+from dist_sae.config.transcoder import TranscoderConfig
+from dist_sae.errors import ConfigError
+
+if TYPE_CHECKING:
+    from dist_sae.checkpoint.layout import Checkpoint
+    from dist_sae.checkpoint.piecewise import PiecewiseTensor
+
+LIBRARY = "sparsify"
+CONFIG = "cfg.json"
+
+
+def problem(run: Run) -> str | None:
+    """Why sparsify cannot hold the dictionary of a run; None if it can."""
+    if isinstance(run.sae, TranscoderConfig):
+        if run.sae.over_batch:
+            return "sae.selection: batch: sparsify has no thresholds, it keeps k codes of each row"
+    elif not isinstance(run.sae, TopKConfig):
+        return f"sae.kind: {run.sae.kind}: sparsify has TopK alone"
+    if len(run.reads) > 1 or len(run.writes) > 1:
+        return f"sae.reads: {run.described_sites}: sparsify has no dictionaries of several sites"
+    return None
+
+
+def config(run: Run, checkpoint: "Checkpoint") -> str:
+    """`cfg.json`: every key of sparsify, and under `dist_sae` where it comes from."""
+    from dist_sae.checkpoint.trained import normalisers_of
+    from dist_sae.interop.raw import origin
+
+    assert isinstance(run.sae, TopKConfig | TranscoderConfig)
+    (d_in,), (d_out,) = normalisers_of(run, checkpoint).widths
+    if d_in != d_out:
+        raise ConfigError(
+            f"sae.reads: {run.described_sites}: sparsify has one width, and these have {d_in} and "
+            f"{d_out}"
+        )
+    transcodes = isinstance(run.sae, TranscoderConfig)
+    content = {
+        "activation": "topk",
+        "expansion_factor": -(-run.sae.n_latents // d_in),  # `num_latents` goes before it
+        "normalize_decoder": not transcodes,
+        "num_latents": run.sae.n_latents,
+        "k": run.sae.k,
+        "multi_topk": False,
+        "skip_connection": run.sae.skips,
+        "transcode": transcodes,
+        "d_in": d_in,
+        "dist_sae": origin(run, checkpoint),
+    }
+    return json.dumps(content, indent=2)
+
+
+def files(run: Run, checkpoint: "Checkpoint") -> dict[str, Callable[[], Iterator[bytes]]]:
+    """The weights for raw activations, in fp32."""
+    from dist_sae.checkpoint.piecewise import safetensors_pieces
+
+    return {"sae.safetensors": lambda: safetensors_pieces(_tensors(run, checkpoint))}
+
+
+def note(run: Run, checkpoint: "Checkpoint") -> str:  # noqa: ARG001 - all formats have it
+    """How sparsify finds the site."""
+    return (
+        f"sparsify takes the hook point from the folder's name: name the folder after the module "
+        f"of {run.described_sites}, as layers.3.mlp"
+    )
+
+
+def _tensors(run: Run, checkpoint: "Checkpoint") -> "Iterator[PiecewiseTensor]":
+    from dist_sae.interop.raw import RawDictionary, small
+
+    raw = RawDictionary(run, checkpoint, unit_rows=True)
+    yield raw.encoder("encoder.weight")
+    yield small("encoder.bias", raw.of_latents["b_enc"])
+    yield raw.decoder("W_dec")
+    for name, tensor in raw.of_all.items():
+        yield small(name, tensor)
