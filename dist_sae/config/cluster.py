@@ -174,9 +174,9 @@ class ClusterConfig(Section):
         None
     )
     """A volume that keeps model files when a pod ends, in Kubernetes' terms, mounted at /cache:
-    {persistentVolumeClaim: {claimName: models}}. The hub's files are kept there; `model.path` may
-    also be a folder in it, as it must be in an `image` volume. null: each new pod fetches the
-    model again."""
+    {persistentVolumeClaim: {claimName: models}}. Models from the hub and from stores are kept
+    there; `model.path` may also be a folder in it, as it must be in an `image` volume. null: each
+    new pod fetches the model again."""
     planner: PodsConfig = PodsConfig(cpus=2.0, memory="8Gi")
     """Reads the corpus once."""
     producer: ProducerPods = ProducerPods()

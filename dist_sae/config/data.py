@@ -11,6 +11,7 @@ from pydantic import (
     NonNegativeInt,
     PositiveFloat,
     PositiveInt,
+    PrivateAttr,
     model_validator,
 )
 
@@ -82,6 +83,24 @@ def _check_corpus_file(name: str) -> str:
     return name
 
 
+def _check_model_path(path: str) -> str:
+    scheme, separator, rest = path.partition("://")
+    bucket, _, folder = rest.partition("/")
+    if separator and not (scheme == "s3" and bucket and folder.strip("/")):
+        raise ValueError(
+            f"{path} is not a model: use a name on the model hub, a folder or s3://bucket/folder"
+        )
+    return path
+
+
+ModelPath = Annotated[str, AfterValidator(_check_model_path)]
+
+
+def _check_revision(path: str, revision: str | None) -> None:
+    if revision is not None and path.startswith("s3://"):
+        raise ValueError(f"revision: {revision}: a folder of a store has none; remove it")
+
+
 class S3Config(Section):
     """S3-compatible endpoint. Credentials come from the usual AWS chain."""
 
@@ -121,18 +140,24 @@ class StoreConfig(Section):
 class OtherModel(Section):
     """A second language model, compared with the first."""
 
-    path: str
-    """Name on the model hub, or a local folder."""
+    path: ModelPath
+    """Name on the model hub, a local folder, or a folder of a store, s3://bucket/folder."""
     revision: str | None = None
     """Commit, tag or branch on the hub."""
+
+    @model_validator(mode="after")
+    def _revision_is_of_the_hub(self) -> Self:
+        _check_revision(self.path, self.revision)
+        return self
 
 
 class HuggingFaceModel(Section):
     """A `transformers` model of any decoder architecture, or an encoder."""
 
     kind: Literal["huggingface"] = "huggingface"
-    path: str
-    """Name on the model hub, or a local folder."""
+    path: ModelPath
+    """Name on the model hub, a local folder, or a folder of a store, s3://bucket/folder: it has
+    config.json, a tokenizer and safetensors, and is fetched once into HF_HOME (`cluster.cache`)."""
     revision: str | None = None
     """Commit, tag or branch on the hub; name a commit to make the plan reproducible."""
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
@@ -144,6 +169,26 @@ class HuggingFaceModel(Section):
     does `evaluate` in a local run."""
     other: OtherModel | None = Field(None, exclude_if=lambda of: of is None)
     """A second model with the same tokens, run on the same text; its sites are NAME.LAYER@other."""
+    _s3: S3Config = PrivateAttr(default_factory=S3Config)
+
+    @model_validator(mode="after")
+    def _revision_is_of_the_hub(self) -> Self:
+        _check_revision(self.path, self.revision)
+        return self
+
+    @property
+    def s3(self) -> S3Config:
+        """How a store is reached that `path` is in: as the run reaches its own (`store.s3`)."""
+        return self._s3
+
+    def bind(self, s3: S3Config) -> None:
+        """Let the model be reached as the run's stores are; `Run` calls it."""
+        self._s3 = s3
+
+    @property
+    def is_stored(self) -> bool:
+        """True if it is a folder of a store."""
+        return self.path.startswith("s3://")
 
     def of_site(self, site: str) -> tuple[Self, str]:
         """Return the model that a site is in, and the site's name there."""
@@ -152,6 +197,11 @@ class HuggingFaceModel(Section):
         if at and self.other:
             model |= {"path": self.other.path, "revision": self.other.revision}
         return self.model_copy(update=model), name
+
+    @property
+    def parts(self) -> tuple[Self, ...]:
+        """The model, and the other one if there is one, each by itself."""
+        return tuple(self.of_site(end)[0] for end in ("", "@")[: 2 if self.other else 1])
 
     def by_model(self, sites: Iterable[str]) -> list[tuple[Self, dict[str, str]]]:
         """Return the models that have any of these sites, and the sites by their names there."""
@@ -163,7 +213,7 @@ class HuggingFaceModel(Section):
 
     @property
     def place(self) -> str:
-        """`path` with ~ expanded."""
+        """`path` with ~ expanded; of a model in a store see `storage.model_files`."""
         return os.path.expanduser(self.path)
 
 

@@ -182,6 +182,12 @@ class Run(Section):
             raise ValueError("\n".join(problems))
         return self
 
+    @model_validator(mode="after")
+    def _model_is_reached_like_the_stores(self) -> Self:
+        if self.model.kind == "huggingface":
+            self.model.bind(self.store.s3)
+        return self
+
     def _shard_problems(self) -> Iterator[tuple[str, str]]:
         n_latents, shards = self.sae.n_latents, self.processes.latent_shards
         if self.processes.trainers % shards:

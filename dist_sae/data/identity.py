@@ -5,7 +5,6 @@ that the run does not need. If a place differs, its content is compared. Produce
 read text and model, and compare all of it; other programs compare what they can without them.
 """
 
-import hashlib
 import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -13,7 +12,6 @@ from glob import glob
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from pydantic import BaseModel, ValidationError
 
 from dist_sae.config import Run, differences
@@ -22,11 +20,11 @@ from dist_sae.data.corpus import Corpus
 from dist_sae.data.corpus_files import CorpusFile
 from dist_sae.errors import AccessError, CorpusError, HubUnavailableError, ModelError
 from dist_sae.hub import cached_commit
+from dist_sae.storage.model_files import WEIGHTS, checksum, place_of, weight_checksums
 
 _HOW = ("batch_tokens", "tensor_parallel", "shards")  # change only speed; one is an old name
 _PLACES = {"model": ("path", "revision", "other"), "corpus": ("files", "name", "revision")}
 _MOST_NAMED = 5  # most files that a message names
-_WEIGHTS = ".safetensors"
 _TOKENIZER = (
     *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
     *("vocab.json", "vocab.txt", "merges.txt", "*.model", "*.tiktoken"),
@@ -113,7 +111,7 @@ def place_changes(
 
 
 def model_content(model: ModelConfig, *, weights: bool = True) -> dict[str, str] | None:
-    """Identify a model: by checksums of a folder's files, or by the commit on the hub.
+    """Identify a model: by checksums of a folder's files, here or in a store, or by its commit.
 
     The commit is known if the configuration was loaded before or the revision is a commit.
 
@@ -133,12 +131,14 @@ def model_content(model: ModelConfig, *, weights: bool = True) -> dict[str, str]
         found = {key: model_content(part, weights=weights) for key, part in parts.items()}
         known = {f"{k}{n}": v for k, names in found.items() for n, v in (names or {}).items()}
         return known or None
-    folder = Path(model.place)
+    folder = Path(place_of(model, weights=False))
     if folder.is_dir():
+        here = weights and not model.is_stored
         try:
-            return {path.name: _checksum(path) for path in _deciding(folder, weights=weights)}
+            content = {path.name: checksum(path) for path in _deciding(folder, weights=here)}
         except OSError as exc:
             raise ModelError(f"model.path {model.path}: cannot be read: {exc}") from exc
+        return content | weight_checksums(model) if weights and model.is_stored else content
     commit = cached_commit(model.path, model.revision)
     return {"commit": commit} if commit else None
 
@@ -172,21 +172,16 @@ def _is_model(there: Mapping[str, Any], content: Mapping[str, str] | None, run: 
             for m in (there["model"], plan_settings(run)["model"])
         )
         return old.is_dir() and old.resolve() == new.resolve()
-    known = {name: value for name, value in content.items() if not name.endswith(_WEIGHTS)}
+    known = {name: value for name, value in content.items() if not name.endswith(WEIGHTS)}
     return not content_changes(known, model_content(run.model, weights=False))
 
 
 def _deciding(folder: Path, *, weights: bool) -> Iterator[Path]:
     patterns = ["config.json", "adapter_config.json", *_TOKENIZER]
     if weights:
-        patterns.append(f"*{_WEIGHTS}")
+        patterns.append(f"*{WEIGHTS}")
     for pattern in patterns:
         yield from sorted(folder.glob(pattern))
-
-
-def _checksum(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
 
 
 def _settings(sections: dict[str, Any]) -> dict[str, Any]:

@@ -25,6 +25,7 @@ from dist_sae.data.identity import (
 from dist_sae.data.shard import DTYPES, existing_units
 from dist_sae.errors import DataExhaustedError, ObjectNotFoundError, PlanMismatchError
 from dist_sae.storage import ObjectStore, open_store
+from dist_sae.storage.model_files import forget, place_of
 from dist_sae.storage.records import Record, digest, read_record, seal
 
 PLAN_KEY = "plan.json"
@@ -301,10 +302,19 @@ def check_model(run: Run, plan: Plan) -> None:
     Raises:
         PlanMismatchError: It is another one.
     """
-    there = plan.model_content
-    changed = there and content_changes(there, model_content(run.model))
+    if not isinstance(run.model, HuggingFaceModel):
+        return
+    parts, there = run.model.parts, plan.model_content
+
+    def compare() -> list[str]:
+        for part in parts:  # of a store, to keep them: they are needed next
+            place_of(part, weights=True)
+        return content_changes(there, model_content(run.model)) if there else []
+
+    changed = compare()
+    if changed and forget(parts):  # what was fetched may have been damaged on the way
+        changed = compare()
     if changed:
-        assert isinstance(run.model, HuggingFaceModel)
         raise PlanMismatchError(
             f"model.path {run.model.path}: is not the model that the plan was made for "
             f"({', '.join(changed)} differ); restore it or give store.activations another place"

@@ -223,7 +223,7 @@ def _problems(run: Run) -> list[str]:
         models = {"model": run.model, "model.other": run.model.other}
         problems += [
             f"{key}.path: {model.path} is relative to a folder that pods do not have; give a "
-            f"name on the hub, or an absolute path in the image"
+            f"name on the hub, s3://bucket/folder, or an absolute path in the image"
             for key, model in models.items()
             if model and model.path.startswith((".", "~"))
         ]

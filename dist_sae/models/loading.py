@@ -22,8 +22,10 @@ from dist_sae.device import moved, own_device
 from dist_sae.errors import HubUnavailableError, LacksWeightsError, ModelError
 from dist_sae.hub import is_out_of_reach
 from dist_sae.models.sharding import Divider, choose_divider
-from dist_sae.models.sites import blocks, place
+from dist_sae.models.sites import blocks
+from dist_sae.models.sites import place as place_at
 from dist_sae.precision import warn_if_emulated
+from dist_sae.storage.model_files import place_of
 
 logger = logging.getLogger(__name__)
 
@@ -95,7 +97,8 @@ def load_tokenizer(config: HuggingFaceModel) -> _HuggingFaceTokenizer:
 def load_plain_tokenizer(config: HuggingFaceModel) -> Any:
     """Load the model's own tokenizer as `transformers` has it."""
     with errors_of(config):
-        return transformers.AutoTokenizer.from_pretrained(config.place, revision=config.revision)
+        place = place_of(config, weights=False)
+        return transformers.AutoTokenizer.from_pretrained(place, revision=config.revision)
 
 
 class Description(NamedTuple):
@@ -117,7 +120,8 @@ def describe(config: HuggingFaceModel, sites: tuple[str, ...]) -> Description:
         ModelError: It lacks a site, cannot be divided, or cannot be described.
     """
     with errors_of(config):
-        own = transformers.AutoConfig.from_pretrained(config.place, revision=config.revision)
+        place = place_of(config, weights=False)
+        own = transformers.AutoConfig.from_pretrained(place, revision=config.revision)
         if own.is_encoder_decoder:
             raise ModelError(
                 f"model.path {config.path}: {own.model_type} is an encoder-decoder, which needs "
@@ -130,7 +134,7 @@ def describe(config: HuggingFaceModel, sites: tuple[str, ...]) -> Description:
         with torch.device("meta"):
             skeleton = transformers.AutoModel.from_config(own)  # type: ignore[no-untyped-call]
         for site in sites:
-            place(skeleton, site)
+            place_at(skeleton, site)
         vocabulary = len(skeleton.get_input_embeddings().weight)
     if config.tensor_parallel > 1:
         choose_divider(config, own)
@@ -143,9 +147,9 @@ def has_post_norms(config: HuggingFaceModel) -> bool | None:
     Returns:
         None if the model's configuration is not on this machine.
     """
-    place = {"revision": config.revision, "local_files_only": True}
+    how = {"revision": config.revision, "local_files_only": True}
     try:
-        own = transformers.AutoConfig.from_pretrained(config.place, **place)
+        own = transformers.AutoConfig.from_pretrained(place_of(config, weights=False), **how)
     except OSError:
         return None
     with torch.device("meta"):
@@ -188,7 +192,7 @@ def load(
     elif divider == "deepspeed":
         how = {"dtype": "auto"}
     model, loading = kind.from_pretrained(
-        config.place,
+        place_of(config, weights=True),
         revision=config.revision,
         config=description.config,
         output_loading_info=True,
@@ -263,6 +267,8 @@ def errors_of(config: HuggingFaceModel, what: str = "cannot be loaded") -> Itera
                 f"run any code; convert them (from_pretrained, then save_pretrained) where you "
                 f"trust them"
             ) from exc
-        if not Path(config.place).is_dir():  # transformers mentions only the hub
+        if not (
+            config.is_stored or Path(config.place).is_dir()
+        ):  # transformers mentions only the hub
             reason = f"is not a folder here, and as a name on the model hub: {reason}"
         raise kind(f"model.path {config.path}: {what}: {reason}") from exc

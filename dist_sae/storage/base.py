@@ -11,6 +11,8 @@ class Entry(NamedTuple):
     bytes: int
     age_seconds: float
     """Time since the last write, by the store's own clock alone."""
+    tag: str = ""
+    """The store's name for this content (S3's ETag); empty where it has none."""
 
 
 @runtime_checkable

@@ -164,7 +164,8 @@ class S3Store:
             now = _clock(page)
             for entry in page.get("Contents", ()):
                 age = (now - entry["LastModified"]).total_seconds()
-                yield Entry(entry["Key"][len(self._prefix) :], entry["Size"], max(0.0, age))
+                key, tag = entry["Key"][len(self._prefix) :], entry.get("ETag", "")
+                yield Entry(key, entry["Size"], max(0.0, age), tag)
 
     def keys(self, prefix: str = "") -> Iterator[str]:
         for entry in self.entries(prefix):

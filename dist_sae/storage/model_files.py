@@ -1,0 +1,212 @@
+"""Models that are folders of a store (`model.path: s3://bucket/folder`): their files here.
+
+They are fetched once into a folder of this machine, which pods may share (`cluster.cache`). It is
+named after what the store lists (names, sizes, entity tags), so a model that was written anew gets
+another one, and one that was moved keeps its own. A file is there whole or not at all, with its
+checksum beside it, and each process compares the two before it uses the file. Only what
+`transformers` reads as data is fetched, and of weights only safetensors: a pickle can run any code.
+"""
+
+import fcntl
+import hashlib
+import json
+import logging
+import os
+import uuid
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager, suppress
+from fnmatch import fnmatch
+from functools import cache
+from pathlib import Path
+
+import xxhash
+
+from dist_sae.config.data import HuggingFaceModel
+from dist_sae.errors import ModelError
+from dist_sae.storage import Entry, ObjectStore, open_store
+
+logger = logging.getLogger(__name__)
+
+WEIGHTS = ".safetensors"
+_DATA = ("*.json", "*.txt", "*.model", "*.tiktoken", "*.jinja")
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "*.tiktoken")
+_INDEX = "model.safetensors.index.json"
+_PIECE_BYTES = 128 * 2**20
+_forgotten = set[Path]()
+
+
+def place_of(model: HuggingFaceModel, *, weights: bool) -> str:
+    """Where `transformers` finds a model: a name on the hub, or a folder of this machine.
+
+    Files of a model in a store are fetched if they are not in that folder.
+
+    Args:
+        model: The model, by itself.
+        weights: Whether weights are needed, too.
+
+    Raises:
+        ModelError: The store lacks files of the model, or they cannot be kept here.
+    """
+    if not model.is_stored:
+        return model.place
+    store, entries = _listing(model)
+    folder = _folder(entries)
+    try:
+        (folder / "checksums").mkdir(parents=True, exist_ok=True)
+        for name, entry in entries.items():
+            if weights or not name.endswith(WEIGHTS):
+                with _alone(folder / f".{name}") as part:
+                    if not _is_whole(folder, entry):
+                        _fetch(store, entry, folder, part)
+    except OSError as exc:
+        raise ModelError(
+            f"model.path {model.path}: cannot be kept in {folder}: {exc.strerror or exc}; make "
+            f"room there (of a pod: cluster.PART.scratch, or cluster.cache), or set HF_HOME"
+        ) from exc
+    return str(folder)
+
+
+def forget(models: Iterable[HuggingFaceModel]) -> bool:
+    """Fetch the files of models in stores again when they are next needed.
+
+    Returns:
+        True if there was one to forget; False the second time in a process, since what comes again
+        as it was is not damaged.
+    """
+    there = [_folder(_listing(model)[1]) for model in models if model.is_stored]
+    fresh = [folder for folder in there if folder not in _forgotten]
+    for folder in fresh:
+        _forgotten.add(folder)
+        for file in folder.iterdir():
+            if file.is_file():
+                file.unlink(missing_ok=True)
+    return bool(fresh)
+
+
+def weight_checksums(model: HuggingFaceModel) -> dict[str, str]:
+    """Checksums (xxh3, 128 bits) of the weights of a model in a store, by file name.
+
+    Files that are not on this machine are read, but not kept.
+    """
+    store, entries = _listing(model)
+    folder = _folder(entries)
+    return {
+        name: checksum(folder / name)
+        if (folder / name).exists()
+        else _digest(_ranges(store, entry))
+        for name, entry in sorted(entries.items())
+        if name.endswith(WEIGHTS)
+    }
+
+
+def checksum(path: Path) -> str:
+    """Checksum (xxh3, 128 bits) of a file."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, xxhash.xxh3_128).hexdigest()
+
+
+def _listing(model: HuggingFaceModel) -> tuple[ObjectStore, dict[str, Entry]]:
+    """The store of a model, and the objects in it that belong to the model.
+
+    Raises:
+        ModelError: Some are missing.
+    """
+    store = open_store(model.path, model.s3)
+    found = {
+        entry.key: entry
+        for entry in store.entries()
+        if any(fnmatch(entry.key, kind) for kind in (*_DATA, f"*{WEIGHTS}"))
+        and "/" not in entry.key
+    }
+    missing = ["config.json"] * ("config.json" not in found)
+    if not any(fnmatch(name, kind) for name in found for kind in _TOKENIZERS):
+        missing.append("a tokenizer (tokenizer.json)")
+    if _INDEX in found:
+        named = set(json.loads(store.get(_INDEX))["weight_map"].values())
+        missing += sorted(named - found.keys())
+    elif not any(name.endswith(WEIGHTS) for name in found):
+        missing.append("weights (*.safetensors)")
+    if missing:
+        raise ModelError(
+            f"model.path {model.path}: there is no {', no '.join(missing)}; copy the model's "
+            f"whole folder there, with weights in safetensors"
+        )
+    return store, found
+
+
+def _folder(entries: dict[str, Entry]) -> Path:
+    """The folder of a model on this machine: of the same objects the same, wherever they lie."""
+    told = sorted((entry.key, entry.bytes, entry.tag) for entry in entries.values())
+    home = os.environ.get("HF_HOME") or "~/.cache/huggingface"
+    digest = hashlib.sha256(json.dumps(told).encode()).hexdigest()[:32]
+    return Path(home).expanduser() / "store" / digest
+
+
+def _is_whole(folder: Path, entry: Entry) -> bool:
+    """True if the file is there with the bytes that were fetched."""
+    file = folder / entry.key
+    if not file.exists():
+        return False
+    there = file.stat()
+    if _is_as_fetched(file, there.st_ino, there.st_mtime_ns):
+        return True
+    logger.warning("%s: is damaged; it is fetched again", file)
+    return False
+
+
+@cache
+def _is_as_fetched(file: Path, *_: int) -> bool:
+    """Compare a file with its checksum; once in a process, while its inode and time stay."""
+    told = file.parent / "checksums" / file.name
+    return told.exists() and told.read_text() == checksum(file)
+
+
+def _fetch(store: ObjectStore, entry: Entry, folder: Path, part: Path) -> None:
+    """Fetch an object into its file, which appears whole."""
+    logger.info("fetches %s/%s, %.2f GB", store.url, entry.key, entry.bytes / 1e9)
+    hashed = xxhash.xxh3_128()
+    with part.open("wb") as file:
+        for piece in _ranges(store, entry):
+            hashed.update(piece)
+            file.write(piece)
+        n_bytes = file.tell()
+        file.flush()
+        os.fsync(file.fileno())
+    if n_bytes != entry.bytes:
+        raise ModelError(
+            f"{store.url}: {entry.key} has {n_bytes} bytes, and had {entry.bytes} when it was "
+            f"listed; let nobody write there while it is used"
+        )
+    (folder / "checksums" / entry.key).write_text(hashed.hexdigest())
+    part.replace(folder / entry.key)
+
+
+def _ranges(store: ObjectStore, entry: Entry) -> Iterator[bytes]:
+    for start in range(0, entry.bytes, _PIECE_BYTES):
+        yield store.get(entry.key, start, min(entry.bytes, start + _PIECE_BYTES))
+
+
+def _digest(pieces: Iterator[bytes]) -> str:
+    hashed = xxhash.xxh3_128()
+    for piece in pieces:
+        hashed.update(piece)
+    return hashed.hexdigest()
+
+
+@contextmanager
+def _alone(path: Path) -> Iterator[Path]:
+    """Keep other processes from fetching the same file; yields a path to write it to.
+
+    Where a file system has no locks, each fetches it, to a path of its own.
+    """
+    with path.with_name(f"{path.name}.lock").open("w") as lock:
+        part = path.with_name(f"{path.name}.part")
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        except OSError:
+            part = path.with_name(f"{path.name}.{uuid.uuid4().hex}.part")
+        try:
+            yield part
+        finally:
+            with suppress(FileNotFoundError):
+                part.unlink()
