@@ -40,6 +40,16 @@ class Workload:
         self.admitted = False
 
 
+def is_ready(parts: Iterable[tuple[int, int, int]]) -> bool:
+    """`PodsReady` of a JobSet, which `waitForPodsReady` waits for, and evicts without it.
+
+    Args:
+        parts: Of each of its replicated jobs the number that it should have, and of these the ready
+            and the succeeded ones.
+    """
+    return all(ready + succeeded >= replicas for replicas, ready, succeeded in parts)
+
+
 class Queue:
     """A ClusterQueue.
 

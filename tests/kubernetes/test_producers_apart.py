@@ -10,7 +10,8 @@ from dist_sae.config import load_run
 from dist_sae.kubernetes.jobs import render_objects
 from tests.kubernetes.apiserver import ApiServer
 from tests.kubernetes.conftest import Shell, ending
-from tests.kubernetes.kueue import Queue
+from tests.kubernetes.controllers import Condition, Job, JobSet
+from tests.kubernetes.kueue import Queue, is_ready
 from tests.kubernetes.schemas import VERSIONS, Object, check, jobs_of, security_faults, templates_of
 from tests.kubernetes.test_render import ROOT, changed, kustomized, load
 
@@ -197,6 +198,26 @@ def test_producers_are_preempted_without_their_trainers() -> None:
         kueue.apply(*large("name=urgent", "processes.producers=1", apart=apart))
         assert kinds(kueue) == (["JobSet", "JobSet", "Job"] if apart else ["JobSet"])
         assert ("Job urgent-producer-0" in kueue.admitted()) == apart
+
+
+@pytest.mark.parametrize("left_out", [(), ("cluster.reporter=null", "index.workers=0")])
+def test_a_run_with_parts_after_training_is_not_ready_before(left_out: tuple[str, ...]) -> None:
+    """So `waitForPodsReady` must be off, or nothing may follow the training."""
+    (jobset,) = (obj for obj in large(*left_out) if obj["kind"] == "JobSet")
+    controller = JobSet(jobset, lambda manifest: Job(manifest, lambda _: pytest.fail("no pods")))
+    controller.reconcile()
+    (planner,) = controller.jobs["planner"]
+    planner.condition = Condition("Complete", "CompletionsReached")
+    controller.reconcile()
+    states = {
+        name: [job.condition is None for job in jobs] for name, jobs in controller.jobs.items()
+    }
+    assert states == {"planner": [False], "trainer": [True]}
+    parts = [
+        (1, states.get(part["name"], []).count(True), states.get(part["name"], []).count(False))
+        for part in jobset["spec"]["replicatedJobs"]
+    ]
+    assert is_ready(parts) == bool(left_out)
 
 
 def test_resizing_producers_leaves_the_trainers_workload_alone() -> None:

@@ -5,9 +5,9 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dist_sae.commands import shared
-from dist_sae.config import Run, jobs_of
 
 if TYPE_CHECKING:
+    from dist_sae.config import Run
     from dist_sae.report.outcome import Findings
 
 
@@ -31,13 +31,14 @@ def add_question(
     return parser
 
 
-def load_several(options: argparse.Namespace) -> tuple[str, list[Run]]:
+def load_several(options: argparse.Namespace) -> "tuple[str, list[Run]]":
     """Read all runs that the command line names, the jobs of sweeps one by one.
 
     Returns:
         Name of the first run or sweep, which keeps the findings; the runs.
     """
     from dist_sae.checkpoint.folder import open_run
+    from dist_sae.config import jobs_of
 
     first = shared.load_whole(options)
     others = [open_run(place, options.set) for place in options.others]
@@ -47,7 +48,7 @@ def load_several(options: argparse.Namespace) -> tuple[str, list[Run]]:
 def answer(
     options: argparse.Namespace,
     name: str,
-    runs: Sequence[Run],
+    runs: "Sequence[Run]",
     title: str,
     settings: Mapping[str, Any],
     find: "Callable[[], Findings]",
