@@ -83,6 +83,16 @@ class LatentAxis:
         """Sum over the ranks that hold the same shard; no gradient."""
         return tensor
 
+    def sum_replicas_(self, tensor: Tensor) -> None:
+        """Sum over the ranks that hold the same shard, in place; no gradient."""
+
+    def gather_replicas(self, tensor: Tensor) -> Tensor:
+        """The tensors of the ranks that hold the same shard, in the order of replicas.
+
+        All have one shape; they are joined along dim 0. No gradient.
+        """
+        return tensor
+
     def total(self, tensor: Tensor) -> Tensor:
         """Sum over all ranks of all replicas; no gradient."""
         return tensor

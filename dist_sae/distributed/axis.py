@@ -76,6 +76,14 @@ class ShardedAxis(LatentAxis):
     def across_replicas(self, tensor: Tensor) -> Tensor:
         return _summed(tensor, self.across)
 
+    def sum_replicas_(self, tensor: Tensor) -> None:
+        if self.replicas > 1:
+            with collective():
+                dist.all_reduce(tensor, group=self.across)
+
+    def gather_replicas(self, tensor: Tensor) -> Tensor:
+        return _gathered(tensor, self.across, self.replicas)
+
     def total(self, tensor: Tensor) -> Tensor:
         return _summed(tensor, None)
 

@@ -15,7 +15,8 @@ from dist_sae.dictionaries.axis import LatentAxis
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.interface import Output, Rows, StepContext
 from dist_sae.distributed.adam import MOMENTS, OnePassAdam
-from dist_sae.distributed.axis import ShardedAxis, collective
+from dist_sae.distributed.axis import ShardedAxis
+from dist_sae.distributed.gradients import ReplicaSums, is_summed_by_entry
 from dist_sae.distributed.mesh import Mesh
 from dist_sae.distributed.zero import deepspeed_config
 from dist_sae.errors import ConfigError, NonFiniteError
@@ -90,10 +91,11 @@ class Engine:
 
 
 class DeepSpeedEngine(Engine):
-    """DeepSpeed's engine: averages over replicas, ZeRO-1 or 2 and offload over them if asked.
+    """DeepSpeed's engine, with ZeRO-1 or 2 and offload over the replicas if asked.
 
-    Parameters are fp32; there are no other master weights. At stage 0 clipping is done here,
-    because DeepSpeed then neither reports the norm nor checks it before it updates the weights.
+    Parameters are fp32; there are no other master weights. At stage 0 gradients are averaged over
+    the replicas here (`gradients.py`), and clipped here, because DeepSpeed then neither reports the
+    norm nor checks it before it updates the weights.
     With ZeRO it updates flat partitions of all parameters, by torch's Adam; what follows an update
     is then done to whole parameters, and products make their own copies of W_enc.
     """
@@ -117,10 +119,13 @@ class DeepSpeedEngine(Engine):
             mpu=_Mpu(mesh.axis),
             dist_init_required=False,
         )
-        # with one replica it would copy all gradients twice; else it is timed, like all exchange
-        self._sums = self._stage == 0 and mesh.axis.replicas > 1
+        self._summed: frozenset[str] = frozenset()  # weights whose gradients are those of replicas
         if self._stage == 0:
-            self._engine.enable_backward_allreduce = False
+            self._engine.enable_backward_allreduce = False  # it would copy all gradients twice
+            if mesh.axis.replicas > 1 and is_summed_by_entry(sae.config):
+                self._summed = frozenset({"W_enc", "W_dec"})
+                sums = ReplicaSums(sae.kernels, mesh.axis)
+                sae.kernels = sae.kernels._replace(sum_by_latent=sums)
         if self._stage == 0 and self._engine.optimizer is not self._optimizer:
             raise ConfigError(
                 "train.deepspeed: this setting wraps the optimiser (bf16 or fp16), which would "
@@ -133,10 +138,14 @@ class DeepSpeedEngine(Engine):
         return output
 
     def backward(self, loss: Float[Tensor, ""]) -> None:
-        self._engine.backward(loss)
-        if self._sums:
-            with collective():
-                self._engine.allreduce_gradients()
+        if self._stage:
+            self._engine.backward(loss)
+            return
+        axis = self._sae.axis
+        self._engine.backward(loss / axis.replicas)
+        for name, parameter in self._sae.named_parameters():
+            if name not in self._summed and parameter.grad is not None:
+                axis.sum_replicas_(parameter.grad)
 
     def step(self, lr: float, *wanted: Tensor) -> list[float]:
         if self._stage == 0:

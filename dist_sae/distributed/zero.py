@@ -14,6 +14,13 @@ _OWNED = {  # what the run decides; DeepSpeed would train something else, or ign
     "optimizer": "is Adam with train.lr, train.betas and train.eps",
     "scheduler": "is train.warmup_steps and train.decay_share",
 }
+_REDUCTION = (  # how DeepSpeed averages gradients, which it does at stages 1 and 2 alone
+    "communication_data_type",
+    "fp32_allreduce",
+    "gradient_predivide_factor",
+    "prescale_gradients",
+    "sparse_gradients",
+)
 _NEVER = 2**31 - 1  # steps between DeepSpeed's own reports
 
 
@@ -54,6 +61,9 @@ def deepspeed_config(run: Run) -> dict[str, Any]:
             "others ranks gather what they save, and one that cannot write keeps the rest waiting"
         )
     owned = {key: why for key, why in _OWNED.items() if key in run.train.deepspeed}
+    if not stage:
+        why = "does nothing at ZeRO stage 0, where gradients are averaged without DeepSpeed"
+        owned |= {key: why for key in _REDUCTION if key in run.train.deepspeed}
     if owned:
         raise ConfigError(
             "\n".join(f"train.deepspeed.{key}: {why}; leave it out" for key, why in owned.items())

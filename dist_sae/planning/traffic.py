@@ -1,6 +1,11 @@
 """Bytes that a trainer rank sends in a step, by collective of `distributed.axis`."""
 
+import torch
+
 from dist_sae.config.dictionary import CountsLatentsConfig
+from dist_sae.config.sae import TopKConfig
+from dist_sae.dictionaries import build_sae
+from dist_sae.distributed.gradients import Exchange, is_summed_by_entry
 from dist_sae.distributed.zero import deepspeed_config
 from dist_sae.planning.basis import Basis
 from dist_sae.training.memory import state_bytes
@@ -14,7 +19,8 @@ def step_traffic(basis: Basis) -> dict[str, int]:
     """Bytes that a rank sends in a step without dead latents, by collective.
 
     A ring of n ranks is taken: of what a rank has at the end, a gather or a scatter moves
-    (n - 1) / n, a sum twice that. What is a few bytes (norms, counts of dead latents) is left out.
+    (n - 1) / n, a sum twice that. Entries are taken to lie evenly on shards. What is a few bytes
+    (norms, counts of dead latents) is left out.
     """
     run, sae = basis.run, basis.run.sae
     shards, replicas = basis.axis.shards, basis.axis.replicas
@@ -36,10 +42,37 @@ def step_traffic(basis: Basis) -> dict[str, int]:
         elif not sae.n_experts:
             moved["select"] = within * (rows * sae.k + rows) * _INT64
     weights = state_bytes(run, basis.widths, basis.axis).weights
-    stage = deepspeed_config(run)["zero_optimization"]["stage"]
-    moved["sum_gradients" if not stage else "zero_gradients_and_weights"] = 2 * across * weights
+    if deepspeed_config(run)["zero_optimization"]["stage"]:
+        moved["zero_gradients_and_weights"] = 2 * across * weights
+    else:
+        moved |= _gradients_over_replicas(basis, weights)
     moved["fired_latents"] = 2 * across * _FP32 * sae.n_latents / shards
     return {name: round(size) for name, size in moved.items()}
+
+
+def _gradients_over_replicas(basis: Basis, weights: int) -> dict[str, float]:
+    """Of W_enc and W_dec what is fewer bytes, of the rest gradients; `weights` are all bytes."""
+    sae, axis = basis.run.sae, basis.axis
+    moved = {"gather_entries": 0.0, "sum_gradients": 2 * (1 - 1 / axis.replicas) * weights}
+    if not is_summed_by_entry(sae):
+        return moved
+    assert isinstance(sae, CountsLatentsConfig)
+    with torch.device("meta"):
+        shard = build_sae(sae, basis.widths, axis)
+    multi = sae.multi_factor if isinstance(sae, TopKConfig) and sae.multi_factor else 1
+    nested = len(sae.prefix_widths) or (2 if multi > 1 else 1)
+    rows, entries = basis.replica_rows, basis.replica_rows * sae.k * multi / axis.shards
+    # a latent of a cross-layer transcoder writes its layer and all later ones
+    written = entries * (shard.layers + 1) / 2
+    for weight, of_row, n in (
+        (shard.W_enc, basis.widths.d_in, entries),
+        (shard.W_dec, nested * basis.widths.d_out, written),
+    ):
+        exchange = Exchange.of(axis.replicas, weight.numel(), rows * of_row, n, _FP32)
+        if exchange.is_by_entry:
+            moved["gather_entries"] += exchange.by_entry
+            moved["sum_gradients"] -= exchange.dense
+    return moved
 
 
 def auxk_traffic(basis: Basis) -> int:

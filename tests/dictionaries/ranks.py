@@ -67,6 +67,12 @@ class ThreadAxis(LatentAxis):
     def across_replicas(self, tensor: Tensor) -> Tensor:
         return torch.stack(self._meeting.swap(self._rank, tensor)[self.shard :: self.shards]).sum(0)
 
+    def sum_replicas_(self, tensor: Tensor) -> None:
+        tensor.copy_(self.across_replicas(tensor.clone()))  # others may still read it
+
+    def gather_replicas(self, tensor: Tensor) -> Tensor:
+        return torch.cat(self._meeting.swap(self._rank, tensor)[self.shard :: self.shards])
+
     def total(self, tensor: Tensor) -> Tensor:
         return torch.stack(self._meeting.swap(self._rank, tensor)).sum(0)
 

@@ -14,7 +14,7 @@ from dist_sae.config.sae import SaeConfig
 from dist_sae.dictionaries.dead import DeadLatents
 from dist_sae.dictionaries.ema import WeightAverage
 from dist_sae.dictionaries.interface import StepContext
-from dist_sae.distributed.engine import DeepSpeedEngine, Engine
+from dist_sae.distributed.engine import DeepSpeedEngine
 from dist_sae.distributed.mesh import Mesh, join_mesh
 from dist_sae.distributed.rendezvous import rendezvous
 from dist_sae.kernels import Entries
@@ -67,17 +67,6 @@ class Watch:
         return result
 
 
-class Averaging(Engine):
-    """Plain torch, with the gradients averaged over replicas."""
-
-    def backward(self, loss: Tensor) -> None:
-        super().backward(loss)
-        for parameter in self._sae.parameters():
-            assert parameter.grad is not None
-            axis = self._sae.axis
-            parameter.grad = axis.across_replicas(parameter.grad) / axis.replicas
-
-
 def train_rank(spec: dict[str, Any], env: dict[str, str], log: str) -> None:
     os.environ.update(env)
     file = os.open(log, os.O_WRONLY | os.O_CREAT)
@@ -119,8 +108,7 @@ def trained(spec: dict[str, Any], kind: str, precision: str, mesh: Mesh) -> dict
     ]
     own = slice(mesh.rank * BATCH // mesh.world, (mesh.rank + 1) * BATCH // mesh.world)
     sae.initialise(sae_rows(batches[0][own]), 3)
-    # DeepSpeed averages no fp64
-    engine = DeepSpeedEngine(run, sae, mesh) if dtype == torch.float32 else Averaging(run, sae)
+    engine = DeepSpeedEngine(run, sae, mesh)
     dead = DeadLatents(len(sae.W_enc), DEAD_AFTER, mesh.axis, layers=sae.layers)
     average = WeightAverage(sae, 0.9)
     steps = []

@@ -111,10 +111,22 @@ def test_gradients_are_summed_over_replicas_and_rows_over_shards(tmp_path: Path)
     """
     replicas = step_traffic(basis_of(tmp_path, processes={"trainers": 4}))
     assert replicas["sum_gradients"] == 1.5 * 4 * 552
-    assert replicas["gather_inputs"] == 0
+    assert replicas["gather_inputs"] == replicas["gather_entries"] == 0
     shards = step_traffic(basis_of(tmp_path, processes={"trainers": 4, "latent_shards": 4}))
     assert shards["sum_gradients"] == 0
     assert shards["gather_inputs"] == 0.75 * 256 * 8 * 4
+
+
+def test_rows_and_entries_are_exchanged_where_they_are_fewer(tmp_path: Path) -> None:
+    """128 rows of 8 numbers and 256 entries of 12 bytes, for W_enc and for W_dec.
+
+    Summed gradients of 4,096 latents in two shards would be 65,536 bytes for each.
+    """
+    sent = step_traffic(
+        basis_of(tmp_path, sae={"n_latents": 4096}, processes={"trainers": 4, "latent_shards": 2})
+    )
+    assert sent["gather_entries"] == 2 * (128 * 8 * 4 + 128 * 2 / 2 * 12)
+    assert sent["sum_gradients"] == 4 * (2048 + 8)
 
 
 def test_memory_shrinks_with_shards_and_zero(tmp_path: Path) -> None:

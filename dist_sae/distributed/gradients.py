@@ -1,0 +1,116 @@
+"""Gradients of encoder and decoder over replicas: of each, what takes fewer bytes is exchanged.
+
+The gradient of a weight is C^T rows: each latent's sum of rows, with the coefficients of its
+entries. Replicas can sum their gradients, which are as large as the weight. Or each gathers the
+rows and entries of all of them and sums for itself, which is less while the global batch has fewer
+rows than about twice the latents of a shard. Either way the sum is over the same entries.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from dist_sae.config.dictionary import CountsLatentsConfig, DictionaryConfig
+from dist_sae.dictionaries.axis import LatentAxis
+from dist_sae.kernels import Entries, Kernels
+
+_INT32 = 4
+
+
+class Exchange(NamedTuple):
+    """Bytes that a rank sends for the gradient of a weight, in a ring of the replicas."""
+
+    dense: float
+    """By summing gradients."""
+    by_entry: float
+    """By gathering rows and entries."""
+
+    @classmethod
+    def of(cls, replicas: int, weight: int, rows: int, entries: float, itemsize: int) -> "Exchange":
+        """Count them.
+
+        Args:
+            replicas: Replicas that share a batch.
+            weight: Elements of this shard's weight.
+            rows: Elements of a replica's rows.
+            entries: The most entries that a replica has in this shard.
+            itemsize: Bytes of an element.
+        """
+        dense = 2 * (replicas - 1) / replicas * weight * itemsize
+        return cls(dense, (replicas - 1) * (rows * itemsize + entries * (itemsize + 2 * _INT32)))
+
+    @property
+    def is_by_entry(self) -> bool:
+        """Whether rows and entries are fewer bytes."""
+        return self.by_entry < self.dense
+
+
+def is_summed_by_entry(config: DictionaryConfig) -> bool:
+    """Whether the gradients of W_enc and W_dec are but sums by latent, of equally many rows.
+
+    Recipes with a penalty have others: of norms, and those of dense steps. To an expert come other
+    numbers of rows on each replica.
+    """
+    return isinstance(config, CountsLatentsConfig) and not config.n_experts
+
+
+class ReplicaSums:
+    """`Kernels.sum_by_latent` over the rows of all replicas. Collective.
+
+    Args:
+        kernels: The sparse products of one replica.
+        axis: This rank's place.
+    """
+
+    def __init__(self, kernels: Kernels, axis: LatentAxis) -> None:
+        self._kernels = kernels
+        self._axis = axis
+        self._latents: Tensor | None = None
+        self._counts: list[int] = []
+
+    def __call__(
+        self,
+        coefficients: Tensor,
+        entries: Entries,
+        rows: Tensor,
+        W: Tensor | None = None,
+        along: Tensor | None = None,
+    ) -> Tensor:
+        """See `Kernels.sum_by_latent`. All replicas have equally many rows."""
+        axis, sum_by_latent = self._axis, self._kernels.sum_by_latent
+        counts = self._counts_of(entries)
+        weight = entries.n_latents * rows.shape[1]
+        exchange = Exchange.of(axis.replicas, weight, rows.numel(), max(counts), rows.itemsize)
+        if not exchange.is_by_entry or not any(counts):
+            sums = sum_by_latent(coefficients, entries, rows, W, along)
+            axis.sum_replicas_(sums)
+            return sums
+        places = torch.stack([entries.latents, entries.rows], 1).int()
+        latents, numbers = self._gathered(places, counts).long().unbind(1)
+        firsts = len(rows) * torch.arange(axis.replicas, device=rows.device)
+        every = Entries(latents, entries.starts, entries.n_latents)
+        every.rows = numbers + torch.cat([firsts[i].expand(n) for i, n in enumerate(counts)])
+        return sum_by_latent(
+            self._gathered(coefficients[:, None], counts)[:, 0],
+            every,
+            axis.gather_replicas(rows),
+            W,
+            along if along is None else axis.across_replicas(along),
+        )
+
+    def _counts_of(self, entries: Entries) -> list[int]:
+        """Numbers of the replicas' entries. The host waits once for the two gradients of a step."""
+        latents = entries.latents
+        if latents is not self._latents:
+            count = torch.full((1,), len(latents), device=latents.device)
+            self._latents, self._counts = latents, self._axis.gather_replicas(count).tolist()
+        return self._counts
+
+    def _gathered(self, own: Tensor, counts: list[int]) -> Tensor:
+        """The rows that each replica has `counts` of, one replica's below the other's."""
+        most = max(counts)
+        padded = functional.pad(own, (0, 0, 0, most - len(own)))
+        everyones = torch.split(self._axis.gather_replicas(padded), most)
+        return torch.cat([part[:count] for part, count in zip(everyones, counts, strict=True)])
