@@ -134,9 +134,7 @@ def fit(widths: Sequence[Width], frequencies: Sequence[float] = (), seed: int = 
         seed: Of the replicates.
     """
     n = len(widths[0].frequency)
-    generator = np.random.default_rng(seed)
-    drawn = generator.multinomial(n, np.full(n, 1 / n), REPLICATES) if n else np.zeros((0, 0))
-    weights = np.concatenate([np.ones((1, n)), drawn])  # what was measured comes first
+    weights = resampled(n, seed)
     curves, logs = [], []
     for width in widths:
         log_f50, slope = _replicates(width, weights)
@@ -192,6 +190,18 @@ def _law(
     wider = alive.max() + math.log(10)
     ten_times = interval(np.exp(scale + exponent * wider))
     return Law(interval(exponent), float(np.exp(scale[0])), forecasts, ten_times)
+
+
+def resampled(n: int, seed: int) -> NDArray[np.float64]:
+    """How often each of n things is drawn: once in what was measured, then in each replicate.
+
+    Returns:
+        [1 + `REPLICATES`, n]; each row sums to n.
+    """
+    drawn = np.random.default_rng(seed).integers(0, n, (REPLICATES, n))
+    drawn += n * np.arange(REPLICATES)[:, None]
+    counts = np.bincount(drawn.ravel(), minlength=REPLICATES * n).reshape(REPLICATES, n)
+    return np.concatenate([np.ones((1, n)), counts])
 
 
 def interval(replicates: NDArray[np.float64]) -> Interval:

@@ -3,9 +3,9 @@
 from typing import Any
 
 from dist_sae.commands import shared
-from dist_sae.commands.analyse import coverage, manifolds
+from dist_sae.commands.analyse import coverage, manifolds, sensitivity
 
-_QUESTIONS: tuple[Any, ...] = (coverage, manifolds)
+_QUESTIONS: tuple[Any, ...] = (coverage, manifolds, sensitivity)
 
 
 def add(commands: shared.Commands) -> None:

@@ -1,0 +1,129 @@
+"""Judges: whether a passage of text has a concept; and labels that somebody else gave."""
+
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from dist_sae.analysis.words import LISTS, read_lists
+from dist_sae.errors import ArgumentError
+
+HAS = 2
+"""Level from which on a passage has the concept: 0 not at all, 1 hardly, 2 clearly, 3 throughout;
+judges by pattern give 0 or 3."""
+LEVELS = range(4)
+
+
+class Key(NamedTuple):
+    """A passage."""
+
+    document: int
+    position: int
+    """Position of its first token, a multiple of the length of passages."""
+
+
+class Label(NamedTuple):
+    """What a file says of a passage that was drawn."""
+
+    level: int | None
+    """None if nobody has judged it."""
+    chance: float
+    """With which it was drawn."""
+    in_filter: bool
+
+
+class Judge(NamedTuple):
+    """Tells whether passages have a concept."""
+
+    text: str
+    """As the user named it."""
+    level: Callable[[str], int]
+    """Level of a text."""
+    labels: Mapping[Key, Label] | None = None
+    """Of the passages of a file, which are then the whole sample."""
+
+
+def open_judge(text: str) -> Judge:
+    """Open a judge that a user names.
+
+    Args:
+        text: `re:PATTERN`, a regular expression; `words:LIST`, any word of a list (see
+            `words.read_lists`); `labels:FILE`, lines that `write_sample` wrote, with labels.
+
+    Raises:
+        ArgumentError: It is none of them, or cannot be read.
+    """
+    kind, _, rest = text.partition(":")
+    if kind == "re" and rest:
+        try:
+            found = re.compile(rest).search
+        except re.error as exc:
+            raise ArgumentError(f"{text}: is not a regular expression: {exc}") from exc
+    elif kind == "words" and rest:
+        found = _any_word([concept.word for concept in read_lists([rest])]).search
+    elif kind == "labels" and rest:
+        labels = _read_labels(rest)
+        return Judge(text, lambda _: 0, labels)
+    else:
+        raise ArgumentError(
+            f"{text}: name a judge as re:PATTERN, words:LIST ({', '.join(LISTS)}, or a file) or "
+            f"labels:FILE"
+        )
+    return Judge(text, lambda passage: LEVELS[-1] if found(passage) else 0)
+
+
+def write_sample(path: str, drawn: Iterable[tuple[Key, Label, str]]) -> int:
+    """Write passages to be judged elsewhere, as lines of JSON; returns their number.
+
+    Lines are in random order if `drawn` is, so that whoever labels may stop at any line.
+    """
+    n = 0
+    with Path(path).open("w") as file:
+        for key, label, text in drawn:
+            line = {**key._asdict(), "chance": label.chance, "filter": label.in_filter}
+            file.write(json.dumps({**line, "label": None, "text": text}) + "\n")
+            n += 1
+    return n
+
+
+def _any_word(words: Iterable[str]) -> re.Pattern[str]:
+    """Any of these words; those in lower case in any case, as in `words.read_lists`."""
+    parts = [f"(?i:{word})" if word == word.lower() else word for word in words]
+    return re.compile(rf"(?<![^\W_])(?:{'|'.join(parts)})(?![^\W_])")
+
+
+def _read_labels(path: str) -> dict[Key, Label]:
+    try:
+        lines = Path(path).read_text().splitlines()
+    except (OSError, UnicodeDecodeError) as exc:
+        raise ArgumentError(f"{path}: cannot be read: {exc}") from exc
+    labels: dict[Key, Label] = {}
+    for number, line in enumerate(lines, 1):
+        if line.strip():
+            key, label = _read_label(line, f"{path}, line {number}")
+            if key in labels:
+                raise ArgumentError(f"{path}, line {number}: has {tuple(key)} again")
+            labels[key] = label
+    if not any(label.level is not None for label in labels.values()):
+        raise ArgumentError(f"{path}: no line has a label; set it to a level from 0 to 3")
+    return labels
+
+
+def _read_label(line: str, place: str) -> tuple[Key, Label]:
+    try:
+        content: Any = json.loads(line)
+        key = Key(int(content["document"]), int(content["position"]))
+        chance, level = float(content.get("chance", 1.0)), content["label"]
+        in_filter = bool(content.get("filter", True))
+    except (ValueError, TypeError, KeyError, AttributeError) as exc:
+        raise ArgumentError(
+            f"{place}: is no object with document, position and label: {exc}"
+        ) from exc
+    if isinstance(level, bool):
+        level = LEVELS[-1] * level
+    if level is not None and level not in LEVELS:
+        raise ArgumentError(f"{place}: label is {level!r}, not a level from 0 to 3, true or false")
+    if not 0 < chance <= 1:
+        raise ArgumentError(f"{place}: chance is {chance:g}, not above 0 and at most 1")
+    return key, Label(level, chance, in_filter)

@@ -1,0 +1,228 @@
+"""Passages of the corpus, drawn in two stages, judged, and with the activations of latents.
+
+First stage: a cheap filter. Passages that it passes are all kept, of the others a random share.
+Second stage: what is kept is judged. A passage counts one over the chance with which it was kept
+(Horvitz and Thompson 1952), so that what the filter misses is missed in the sample only as often as
+its share says, and no estimate depends on the filter being good.
+"""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from dist_sae.analysis.judges import Judge, Key, Label
+from dist_sae.analysis.words import Rows, TokenTexts
+from dist_sae.errors import ArgumentError
+from dist_sae.index.codes import below, chances
+
+_DRAW = 7  # purpose of the random numbers, apart from the index's own
+
+
+class Latents(Rows, Protocol):
+    """What is read of a latent index; see `index.query.Index`."""
+
+    def postings(self, latent: int) -> Iterator[pa.Table]:
+        """Yield all activations of a latent."""
+        ...
+
+
+class Sampling(NamedTuple):
+    """How passages are made and drawn."""
+
+    tokens: int = 32
+    """Tokens of a passage; 1 judges tokens."""
+    filter: Judge | None = None
+    """The cheap filter; None keeps every passage, and nothing is estimated from a part."""
+    share: float = 1.0
+    """Share of the passages that are kept although the filter does not pass them."""
+    seed: int = 0
+
+
+class Judged(NamedTuple):
+    """Passages that were judged, with the largest activation of a latent on each."""
+
+    document: NDArray[np.int64]
+    level: NDArray[np.int8]
+    act: NDArray[np.float32]
+    """0 where the latent does not fire."""
+    weight: NDArray[np.float64]
+    """One over the chance with which the passage was kept."""
+    in_filter: NDArray[np.bool_]
+
+
+class _Passages(NamedTuple):
+    """Passages of a unit."""
+
+    keys: list[Key]
+    texts: list[str]
+    of_row: NDArray[np.int64]
+    """The passage of each row."""
+
+
+def judge_passages(
+    index: Latents, tokens: TokenTexts, asks: Sequence[tuple[int, Judge]], sampling: Sampling
+) -> list[Judged]:
+    """Judge passages for each pair of a latent and a judge, in one pass over the rows.
+
+    In memory are the postings of these latents, one unit's text, and a line for each judged
+    passage.
+
+    Args:
+        index: The index, with all postings.
+        tokens: Texts of the model's tokens.
+        asks: Latents, each with the judge of what it may stand for.
+        sampling: How passages are drawn; judges with labels have their own sample.
+
+    Raises:
+        ArgumentError: Labels are of passages that do not exist.
+    """
+    firings = {latent: _Firings(index, latent) for latent, _ in asks}
+    parts: list[list[Judged]] = [[] for _ in asks]
+    chances_of = [_judged_shares(judge) for _, judge in asks]
+    for unit in index.manifest.units:
+        passages = _passages_of(index.origins(unit), tokens, sampling.tokens)
+        drawn = _drawn(passages, sampling, unit)
+        acts = {
+            latent: of.largest(unit, passages.of_row, len(passages.keys))
+            for latent, of in firings.items()
+        }
+        for part, own, (latent, judge) in zip(parts, chances_of, asks, strict=True):
+            labels = drawn if judge.labels is None else _labelled(passages, judge.labels, own)
+            here = np.array(list(labels), np.int64)
+            part.append(
+                Judged(
+                    np.array([passages.keys[i].document for i in here], np.int64),
+                    np.array(
+                        [
+                            judge.level(passages.texts[i]) if label.level is None else label.level
+                            for i, label in labels.items()
+                        ],
+                        np.int8,
+                    ),
+                    acts[latent][here],
+                    np.array([1 / label.chance for label in labels.values()]),
+                    np.array([label.in_filter for label in labels.values()], np.bool_),
+                )
+            )
+    judged = [
+        Judged(*(np.concatenate(columns) for columns in zip(*part, strict=True))) for part in parts
+    ]
+    for (_, judge), found in zip(asks, judged, strict=True):
+        if judge.labels is not None:
+            wanted = sum(label.level is not None for label in judge.labels.values())
+            if wanted > len(found.level):
+                raise ArgumentError(
+                    f"{judge.text}: {wanted - len(found.level)} of {wanted} labelled passages do "
+                    f"not exist in the index; was the sample drawn from another one, or with "
+                    f"another --passage than {sampling.tokens}?"
+                )
+    return judged
+
+
+def draw_passages(
+    index: Rows, tokens: TokenTexts, sampling: Sampling
+) -> list[tuple[Key, Label, str]]:
+    """Draw passages to be judged elsewhere, in random order."""
+    drawn = []
+    for unit in index.manifest.units:
+        passages = _passages_of(index.origins(unit), tokens, sampling.tokens)
+        for place, label in _drawn(passages, sampling, unit).items():
+            drawn.append((passages.keys[place], label, passages.texts[place]))
+    order = np.random.default_rng(sampling.seed).permutation(len(drawn))
+    return [drawn[i] for i in order.tolist()]
+
+
+def _passages_of(rows: pa.Table, tokens: TokenTexts, length: int) -> _Passages:
+    token, position, document = (rows[n].to_numpy() for n in ("token", "position", "document"))
+    order = np.lexsort((position, document))
+    position, document = position[order] // length, document[order]
+    starts = np.ones(len(order), np.bool_)
+    starts[1:] = (document[1:] != document[:-1]) | (position[1:] != position[:-1])
+    first = np.flatnonzero(starts)
+    texts, place = tokens.texts(token[order])
+    pieces = [texts[i] for i in place.tolist()]
+    ends = [*first[1:].tolist(), len(order)][: len(first)]
+    of_row = np.empty(len(order), np.int64)
+    of_row[order] = starts.cumsum() - 1
+    return _Passages(
+        [
+            Key(*key)
+            for key in zip(
+                document[first].tolist(), (position[first] * length).tolist(), strict=True
+            )
+        ],
+        ["".join(pieces[a:b]) for a, b in zip(first.tolist(), ends, strict=True)],
+        of_row,
+    )
+
+
+def _drawn(passages: _Passages, sampling: Sampling, unit: int) -> dict[int, Label]:
+    """Passages of a unit that are kept, with their chances."""
+    n = len(passages.keys)
+    if sampling.filter is None:
+        return dict.fromkeys(range(n), Label(None, 1.0, in_filter=True))
+    number = chances(sampling.seed, _DRAW, unit, np.arange(n))
+    lucky = number < below(sampling.share)
+    drawn = {}
+    for place, text in enumerate(passages.texts):
+        if sampling.filter.level(text):
+            drawn[place] = Label(None, 1.0, in_filter=True)
+        elif lucky[place]:
+            drawn[place] = Label(None, sampling.share, in_filter=False)
+    return drawn
+
+
+def _judged_shares(judge: Judge) -> dict[bool, float]:
+    """Share of the drawn passages that were judged, inside and outside the filter.
+
+    Whoever judges may stop early, since passages come in random order; what was judged then stands
+    for the rest.
+
+    Raises:
+        ArgumentError: None outside the filter was judged.
+    """
+    found = {}
+    for inside in (True, False):
+        of_file = (judge.labels or {}).values()
+        levels = [label.level for label in of_file if label.in_filter == inside]
+        found[inside] = sum(level is not None for level in levels) / max(1, len(levels))
+        if levels and not found[inside]:
+            where = "inside" if inside else "outside"
+            raise ArgumentError(
+                f"{judge.text}: none of the {len(levels)} passages {where} the filter has a "
+                f"label, so nothing is known of them; label more lines, from the first on"
+            )
+    return found
+
+
+def _labelled(
+    passages: _Passages, labels: Mapping[Key, Label], judged_share: Mapping[bool, float]
+) -> dict[int, Label]:
+    """Passages of a unit with a label."""
+    found = {}
+    for place, key in enumerate(passages.keys):
+        label = labels.get(key)
+        if label is not None and label.level is not None:
+            chance = label.chance * judged_share[label.in_filter]
+            found[place] = label._replace(chance=chance)
+    return found
+
+
+class _Firings:
+    """Activations of a latent, by unit."""
+
+    def __init__(self, index: Latents, latent: int) -> None:
+        table = pa.concat_tables(index.postings(latent))
+        self._unit, self._row, self._act = (
+            table[name].to_numpy() for name in ("unit", "row", "act")
+        )
+
+    def largest(self, unit: int, of_row: NDArray[np.int64], n: int) -> NDArray[np.float32]:
+        """The largest activation in each of a unit's `n` passages."""
+        start, stop = np.searchsorted(self._unit, [unit, unit + 1])
+        found = np.zeros(n, np.float32)
+        np.maximum.at(found, of_row[self._row[start:stop]], self._act[start:stop])
+        return found

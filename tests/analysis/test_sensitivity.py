@@ -1,0 +1,174 @@
+"""Sensitivity and precision, where the truth is planted."""
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from dist_sae.analysis.passages import Judged
+from dist_sae.analysis.sensitivity import Measured, measure, sensitivity
+from dist_sae.errors import ArgumentError
+
+DOCUMENTS, EACH = 200, 20
+KEYWORD, OTHER, ALARM = 0.9, 0.5, 0.01
+"""Chances to fire: on the concept where the filter sees it, where it does not, and elsewhere."""
+
+
+def world(recall: float, seed: int, share: float = 0.2) -> tuple[Judged, float, float]:
+    """A drawn sample, with the true sensitivity and precision.
+
+    Documents differ in how often they have the concept, 10 % on average. The latent fires more
+    often where the filter finds the concept, as it does if both know the same words.
+    """
+    generator = np.random.default_rng(seed)
+    document = np.repeat(np.arange(DOCUMENTS), EACH)
+    has = generator.random(len(document)) < generator.beta(1, 9, DOCUMENTS)[document]
+    in_filter = generator.random(len(document)) < np.where(has, recall, 0.02)
+    chance = np.where(has, np.where(in_filter, KEYWORD, OTHER), ALARM)
+    act = np.where(generator.random(len(document)) < chance, 1, 0).astype(np.float32)
+    kept = in_filter | (generator.random(len(document)) < share)
+    weight = np.where(in_filter, 1, 1 / share)
+    judged = Judged(document, np.where(has, 3, 0).astype(np.int8), act, weight, in_filter)
+    right = recall * KEYWORD + (1 - recall) * OTHER
+    return (
+        Judged(
+            judged.document[kept],
+            judged.level[kept],
+            judged.act[kept],
+            judged.weight[kept],
+            judged.in_filter[kept],
+        ),
+        right,
+        0.1 * right / (0.1 * right + 0.9 * ALARM),
+    )
+
+
+def holds(low: float | None, value: float, high: float | None) -> bool:
+    assert low is not None
+    assert high is not None
+    return low <= value <= high
+
+
+@pytest.mark.parametrize("recall", [0.2, 0.6, 1.0])
+def test_intervals_cover_the_truth_however_poor_the_filter(recall: float) -> None:
+    """95 % intervals of 200 samples each: 92 % at least."""
+    covered = np.zeros(3)
+    for seed in range(200):
+        judged, right, precision = world(recall, seed)
+        found = measure(0, "made", 1.0, judged, seed)
+        at = found.at[0]
+        assert found.filter_recall is not None
+        covered += [
+            holds(at.sensitivity.low, right, at.sensitivity.high),
+            holds(at.precision.low, precision, at.precision.high),
+            holds(found.filter_recall.low, recall, found.filter_recall.high),
+        ]
+    assert (covered >= 0.92 * 200).all(), covered
+
+
+def test_the_naive_estimate_is_biased_and_the_weighted_one_is_not() -> None:
+    weighted, naive = [], []
+    for seed in range(40):
+        judged, right, _ = world(0.2, seed)
+        found = measure(0, "made", 1.0, judged, seed)
+        assert found.naive is not None
+        weighted.append(found.at[0].sensitivity.value)
+        naive.append(found.naive[0].sensitivity.value)
+    assert np.mean(np.array(weighted, float)) == pytest.approx(right, abs=0.02)
+    assert np.mean(np.array(naive, float)) == pytest.approx(KEYWORD, abs=0.02)
+    assert right == pytest.approx(0.58)
+
+
+def census(act: NDArray[np.float32], has: NDArray[np.bool_], documents: int = 500) -> Measured:
+    n = len(act)
+    document = np.random.default_rng(0).integers(0, documents, n)
+    level = np.where(has, 3, 0).astype(np.int8)
+    judged = Judged(document, level, act, np.ones(n), np.ones(n, np.bool_))
+    return measure(0, "made", float(act.max()), judged)
+
+
+@pytest.mark.parametrize("of_parent", [0.1, 0.4, 0.8])
+def test_absorption_shows_as_lost_sensitivity(of_parent: float) -> None:
+    """The parent's latent is silent where the child is: sensitivity = 1 - P(child | parent)."""
+    generator = np.random.default_rng(1)
+    parent = generator.random(100_000) < 0.1
+    child = parent & (generator.random(100_000) < of_parent)
+    act = np.where(parent & ~child, generator.uniform(1, 2, 100_000), 0).astype(np.float32)
+    at = census(act, parent).at[0]
+    assert at.sensitivity.value == pytest.approx(1 - of_parent, abs=0.02)
+    assert at.precision.value == 1
+
+
+def test_thresholds_areas_and_levels_are_those_worked_by_hand() -> None:
+    """Ten of each level: acts 0 and 2 on level 0, 0 on 1, 8 on 2, half of 8 and 10 on 3."""
+    level = np.repeat(np.arange(4, dtype=np.int8), 10)
+    act = np.array([0, 2] * 5 + [0] * 10 + [8] * 10 + [8, 10] * 5, np.float32)
+    judged = Judged(np.arange(40), level, act, np.ones(40), np.ones(40, np.bool_))
+    found = measure(0, "made", 20.0, judged)
+    assert [at.sensitivity.value for at in found.at] == [1, 1, 0]  # above 0, 2 and 10
+    assert [at.precision.value for at in found.at] == [0.8, 1, None]  # 20 of 25, 20 of 20, none
+    assert found.at[0].f1.value == pytest.approx(40 / 45)
+    assert found.auroc.value == 1
+    assert found.means == [1, 0, 8, 9]
+    assert (found.naive, found.filter_recall) == (None, None)
+
+
+def test_the_area_is_the_chance_of_the_larger_activation_with_weights_and_ties() -> None:
+    generator = np.random.default_rng(2)
+    act = generator.integers(0, 5, 200).astype(np.float32)
+    has = generator.random(200) < 0.3
+    weight = generator.uniform(1, 9, 200)
+    level = np.where(has, 3, 0).astype(np.int8)
+    judged = Judged(np.arange(200), level, act, weight, np.ones(200, np.bool_))
+    pairs = weight[has][:, None] * weight[~has]
+    larger = (act[has][:, None] > act[~has]) + 0.5 * (act[has][:, None] == act[~has])
+    expected = float((pairs * larger).sum() / pairs.sum())
+    found = measure(0, "made", 5.0, judged).auroc
+    assert found.value == pytest.approx(expected)
+    # the spread of the area over samples of 200, drawn from a large one, is what is estimated
+    assert found.low is not None
+    assert found.high is not None
+    assert 0.1 < found.high - found.low < 0.35
+
+
+def test_shuffled_passages_say_nothing() -> None:
+    """Activations of other passages, and the levels of none but chance."""
+    generator = np.random.default_rng(3)
+    has = generator.random(20_000) < 0.05
+    act = np.where(has, 2, 0) * (generator.random(20_000) < 0.8)
+    real = census(act.astype(np.float32), has)
+    shuffled = census(generator.permutation(act).astype(np.float32), has)
+    findings = sensitivity([real, shuffled])
+    assert [each["tells"] for each in findings.numbers["asked"]] == [True, False]
+    nothing = "latent 0, made: says nothing of the concept beyond chance"
+    assert findings.summary.count(nothing) == 1
+    assert findings.tables["thresholds"].num_rows == 6
+
+
+def test_what_no_drawn_passage_shows_may_still_be_there() -> None:
+    """A hundred passages with the concept in the filter, none among those drawn with chance .1."""
+    has = np.repeat([True, False], [100, 500])
+    in_filter = has.copy()
+    weight = np.where(in_filter, 1.0, 10.0)
+    act = (has & (np.arange(600) % 2 == 0)).astype(np.float32)
+    level = np.where(has, 3, 0).astype(np.int8)
+    found = measure(0, "made", 1.0, Judged(np.arange(600), level, act, weight, in_filter))
+    # up to 3 / .1 unseen ones beside 100
+    assert found.filter_recall is not None
+    assert found.filter_recall.value == found.filter_recall.high == 1
+    assert found.filter_recall.low == pytest.approx(100 / 130)
+    sensitive = found.at[0].sensitivity
+    assert sensitive.value == 0.5
+    assert sensitive.low is not None
+    assert sensitive.high is not None
+    assert sensitive.low == pytest.approx(0.40 * 100 / 130, abs=0.03)
+    assert found.naive is not None
+    assert found.naive[0].sensitivity.low == pytest.approx(0.40, abs=0.03)
+    assert sensitive.high == pytest.approx((0.60 * 100 + 30) / 130, abs=0.03)
+    (line,) = (line for line in sensitivity([found]).caveats if "outside" in line)
+    assert "only 0 of the passages drawn outside the filter have the concept" in line
+
+
+@pytest.mark.parametrize("positives", [3, 97])
+def test_too_few_passages_of_a_kind_are_refused_with_the_number(positives: int) -> None:
+    with pytest.raises(ArgumentError, match=f"made: {positives} of 100 judged passages have the"):
+        census(np.ones(100, np.float32), np.arange(100) < positives)
