@@ -1,10 +1,12 @@
-"""Commits of models and data sets on the Hugging Face hub, and detection of an unreachable hub."""
+"""The Hugging Face hub: commits of models and data sets, uploads, and whether it can be reached."""
 
 import re
 from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
+
+from dist_sae.errors import ConfigError, HubUnavailableError
 
 _OUT_OF_REACH = {  # by name: not every program loads httpx, requests or huggingface_hub
     "ConnectError",
@@ -18,6 +20,7 @@ _OUT_OF_REACH = {  # by name: not every program loads httpx, requests or hugging
     "Timeout",
 }
 _TOO_MANY, _SERVER_ERROR = 429, 500
+_NOT_ALLOWED = {401, 403}
 _COMMIT = re.compile(r"[0-9a-f]{40}")
 
 
@@ -46,6 +49,71 @@ def dataset_commit(name: str, revision: str | None) -> str | None:
         return huggingface_hub.HfApi().dataset_info(name, revision=revision).sha
     except Exception:  # from several libraries; loading the data set reports the cause
         return None
+
+
+def upload(folder: Path, repository: str, message: str, *, public: bool, replace: bool) -> str:
+    """Send a folder's files to a repository of models, in one commit; returns the commit's URL.
+
+    Args:
+        folder: What is sent, with its subfolders.
+        repository: As org/name. It is made if there is none.
+        message: Of the commit.
+        public: Whether anybody may read a repository that is made.
+        replace: Whether one that has files already may get these as well.
+
+    Raises:
+        ConfigError: The hub refuses, or the repository has files and `replace` is false.
+        HubUnavailableError: The hub does not answer. Nothing was changed, except that there may be
+            an empty repository.
+    """
+    from huggingface_hub.errors import (  # loads httpx, which others do without
+        HfHubHTTPError,
+        HFValidationError,
+        LocalTokenNotFoundError,
+        RepositoryNotFoundError,
+    )
+
+    api = huggingface_hub.HfApi()
+    files = sorted(path for path in folder.rglob("*") if path.is_file())
+    try:
+        api.create_repo(repository, private=not public, exist_ok=True)
+        there = set(api.list_repo_files(repository)) - {".gitattributes"}
+        if there and not replace:
+            raise ConfigError(
+                f"{repository}: has {len(there)} files already; choose another name, or add these "
+                f"and replace those of the same name with --replace"
+            )
+        additions = [
+            huggingface_hub.CommitOperationAdd(path.relative_to(folder).as_posix(), path)
+            for path in files
+        ]
+        return str(api.create_commit(repository, additions, commit_message=message).commit_url)
+    except (LocalTokenNotFoundError, RepositoryNotFoundError) as exc:
+        raise ConfigError(_log_in(repository)) from exc
+    except HFValidationError as exc:
+        raise ConfigError(f"{repository}: is no name of a repository; use ORG/NAME") from exc
+    except ConfigError:
+        raise
+    except Exception as exc:  # of several libraries, some with the hub's answer as their cause
+        if is_out_of_reach(exc):
+            raise HubUnavailableError(
+                f"{api.endpoint}: does not answer ({type(exc).__name__}); the same command sends "
+                f"it later"
+            ) from exc
+        refused = next((c for c in causes(exc) if isinstance(c, HfHubHTTPError)), None)
+        if refused is None:
+            raise
+        if refused.response.status_code in _NOT_ALLOWED:
+            raise ConfigError(_log_in(repository)) from exc
+        said = (refused.server_message or str(refused)).splitlines()[0]
+        raise ConfigError(f"{repository}: the hub refused: {said}") from exc
+
+
+def _log_in(repository: str) -> str:
+    return (
+        f"{repository}: the hub lets nobody write there with the token at hand; log in with "
+        f"`hf auth login`, or set HF_TOKEN"
+    )
 
 
 def is_out_of_reach(error: BaseException) -> bool:

@@ -28,6 +28,7 @@ from dist_sae.commands import (
     latents,
     plan,
     produce,
+    publish,
     render,
     report,
     resume,
@@ -44,7 +45,7 @@ from dist_sae.errors import EXIT_DONE, EXIT_RESUMABLE, DistSaeError, Stopped
 
 _COMMANDS = (
     *(run, estimate, plan, produce, train, index, latents, analyse, browse),
-    *(evaluate, compare, export, importing, report, render),
+    *(evaluate, compare, export, importing, publish, report, render),
     *(submit, resume, status, pod_logs, cancel),
     *(bench, config, store, checkpoints, completion),
 )

@@ -2,7 +2,7 @@
 
 import logging
 from collections.abc import Callable, Iterable, Mapping
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 from dist_sae.checkpoint.layout import Checkpoint
 from dist_sae.checkpoint.trained import (
@@ -49,6 +49,19 @@ _FORMATS: dict[str, Format] = dict(
 )
 
 
+class Exported(NamedTuple):
+    """What an export wrote, and of what."""
+
+    folder: str
+    """Its key in the store of runs."""
+    files: tuple[str, ...]
+    """Names of its files in the folder."""
+    run: Run
+    """The run as it was trained."""
+    checkpoint: Checkpoint
+    library: str
+
+
 def problem(run: Run, format_name: str = FORMATS[0]) -> str | None:
     """Why a format cannot hold the dictionary of a run; None if it can."""
     return _FORMATS[format_name].problem(run)
@@ -57,11 +70,22 @@ def problem(run: Run, format_name: str = FORMATS[0]) -> str | None:
 def export(
     run: Run, meter: Meter = UNMETERED, step: int | None = None, format_name: str = FORMATS[0]
 ) -> str:
-    """Write a checkpoint in another library's format; returns the folder.
+    """Write a checkpoint in another library's format; returns the folder's URL.
 
-    It is `<run>/export/` for SAELens, and `<run>/export-<format>/` for others. An export of the
-    same checkpoint and settings is not written again. A step that is not the newest has a folder of
-    its own, with `-step-<step>` in its name. No weight is ever in memory as a whole.
+    Args and errors: see `export_checkpoint`.
+    """
+    done = export_checkpoint(run, meter, step, format_name)
+    return f"{run.store.runs}/{done.folder}"
+
+
+def export_checkpoint(
+    run: Run, meter: Meter = UNMETERED, step: int | None = None, format_name: str = FORMATS[0]
+) -> Exported:
+    """Write a checkpoint in another library's format.
+
+    The folder is `<run>/export/` for SAELens, and `<run>/export-<format>/` for others. An export of
+    the same checkpoint and settings is not written again. A step that is not the newest has a
+    folder of its own, with `-step-<step>` in its name. No weight is ever in memory as a whole.
 
     Args:
         run: The run.
@@ -92,15 +116,19 @@ def export(
         logger.info("%s", note)
     if _is_there(runs, folder, chosen, own, checkpoint):
         logger.info("step %d was exported before: %s/%s", checkpoint.step, runs.url, folder)
-        return f"{runs.url}/{folder}"
+        names = (*chosen.files(own, checkpoint), chosen.CONFIG)
+        return Exported(folder, names, own, checkpoint, chosen.LIBRARY)
 
-    def write(checkpoint: Checkpoint) -> None:
-        for name, content in chosen.files(own, checkpoint).items():
+    def write(checkpoint: Checkpoint) -> Exported:
+        files = chosen.files(own, checkpoint)
+        for name, content in files.items():
             runs.put_stream(f"{folder}/{name}", content)
         runs.put(f"{folder}/{chosen.CONFIG}", chosen.config(own, checkpoint).encode())
+        return Exported(folder, (*files, chosen.CONFIG), own, checkpoint, chosen.LIBRARY)
 
-    use_checkpoint(runs, run, step, write)
-    return f"{runs.url}/{folder}"
+    done = use_checkpoint(runs, run, step, write)
+    assert done is not None, "there was a checkpoint"
+    return done
 
 
 def _is_there(

@@ -1,0 +1,223 @@
+"""`dist-sae publish`: an export with a model card, as a folder, or as a repository on the hub."""
+
+import json
+import re
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import yaml
+
+from dist_sae import __version__, hub
+from dist_sae.config import Run
+from dist_sae.config.data import DatasetCorpus, HuggingFaceModel
+from dist_sae.errors import ConfigError, ObjectNotFoundError
+from dist_sae.interop.export import Exported, export_checkpoint
+from dist_sae.interop.raw import model_name, origin
+from dist_sae.storage import UNMETERED, Meter, ObjectStore, open_store
+
+CARD = "README.md"
+_PIECE_BYTES = 16 * 2**20
+_HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+|[\w-][\w.-]*", re.ASCII)
+_NUMBERS = {
+    "fvu": ("share of the variance that reconstructions miss (FVU)", "{:.4g}"),
+    "l0": ("latents in use per vector (L0)", "{:.4g}"),
+    "dead_share": ("latents no longer used", "{:.2%}"),
+    "ce_recovered": ("cross-entropy recovered, against zeros in its place", "{:.2%}"),
+    "ce_clean": ("cross-entropy of the model", "{:.4g} nats"),
+    "ce_spliced": ("cross-entropy with reconstructions in its place", "{:.4g} nats"),
+    "rows": ("held-out vectors", "{:,}"),
+}
+_LOADING = {
+    "SAELens": (
+        'from sae_lens import SAE\n\nsae = SAE.from_pretrained("{repository}", "{folder}")'
+    ),
+    "sparsify": (
+        'from sparsify import SparseCoder\n\nsae = SparseCoder.load_from_hub("{repository}")'
+    ),
+    "dictionary_learning": (
+        "from dictionary_learning.utils import load_dictionary\n"
+        "from huggingface_hub import snapshot_download\n\n"
+        'sae, config = load_dictionary(snapshot_download("{repository}"), "cpu")'
+    ),
+    "circuit-tracer": (
+        "from circuit_tracer.utils.hf_utils import load_transcoder_from_hub\n\n"
+        'transcoders, config = load_transcoder_from_hub("{repository}")'
+    ),
+}
+
+
+class Licences(NamedTuple):
+    """Licences, as their owners name them; None: not stated."""
+
+    dictionary: str | None = None
+    model: str | None = None
+    text: str | None = None
+
+
+def write(
+    run: Run,
+    repository: str,
+    folder: Path,
+    licences: Licences,
+    meter: Meter = UNMETERED,
+    step: int | None = None,
+    format_name: str = "sae-lens",
+) -> list[Path]:
+    """Write what a repository gets: the export's files and a card; returns their paths.
+
+    Args:
+        run: The run.
+        repository: As org/name, for the card.
+        folder: Is made; has no other files than those of an earlier call.
+        licences: For the card.
+        meter: Takes the metrics.
+        step: Step of the checkpoint; None for the newest.
+        format_name: Format of the export.
+
+    Raises:
+        ConfigError: The model has only the name of a folder here, the folder has other files, or
+            there is nothing that can be exported.
+    """
+    check(run, repository)
+    done = export_checkpoint(run, meter, step, format_name)
+    runs = open_store(run.store.runs, run.store.s3, meter)
+    within = done.run.site if done.library == "SAELens" else ""  # it loads folders of a repository
+    names = {f"{within}/{name}".lstrip("/"): f"{done.folder}/{name}" for name in done.files}
+    there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
+    if others := sorted(there - names.keys() - {CARD}):
+        raise ConfigError(f"--dry-run {folder}: has {others[0]} already; name an empty folder")
+    for name, key in names.items():
+        path = folder / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with path.open("wb") as file:
+            size = runs.size(key) or 0
+            for start in range(0, size, _PIECE_BYTES):
+                file.write(runs.get(key, start, min(start + _PIECE_BYTES, size)))
+    text = card(done, repository, within, licences, _evaluation(runs, done))
+    (folder / CARD).write_text(text)
+    return [folder / name for name in (CARD, *names)]
+
+
+def send(
+    run: Run, repository: str, licences: Licences, *, public: bool, replace: bool, **export: Any
+) -> str:
+    """Write the files to a temporary folder, and send them; returns the commit's URL.
+
+    Args:
+        run: The run.
+        repository: As org/name.
+        licences: For the card.
+        public: As of `hub.upload`.
+        replace: As of `hub.upload`.
+        **export: As of `write`: meter, step, format_name.
+
+    Raises:
+        ConfigError: As of `write`, or the hub refuses.
+        HubUnavailableError: The hub does not answer.
+    """
+    with tempfile.TemporaryDirectory(prefix="dist-sae-publish-") as place:
+        folder = Path(place)
+        write(run, repository, folder, licences, **export)
+        message = f"{run.name}: {run.sae.kind} dictionary of {run.described_sites}"
+        return hub.upload(folder, repository, message, public=public, replace=replace)
+
+
+def check(run: Run, repository: str) -> None:
+    """Refuse what should not be published.
+
+    Raises:
+        ConfigError: The name is none of a repository, or the model has only that of a folder.
+    """
+    if not re.fullmatch(r"[\w.-]+/[\w.-]+", repository, re.ASCII):
+        raise ConfigError(f"{repository}: is no name of a repository; use ORG/NAME")
+    name = model_name(run)
+    is_folder = not _HUB_NAME.fullmatch(name) or Path(name).exists()
+    if isinstance(run.model, HuggingFaceModel) and is_folder and not run.export.model_name:
+        raise ConfigError(
+            f"model.path: {name} is a folder here; say with --set export.model_name=ORG/NAME what "
+            f"the model is called on the hub"
+        )
+
+
+def card(
+    done: Exported,
+    repository: str,
+    within: str,
+    licences: Licences,
+    evaluation: Mapping[str, Any] | None,
+) -> str:
+    """The model card, Markdown with the hub's metadata first.
+
+    Args:
+        done: The export.
+        repository: As org/name.
+        within: Folder of the export in it; empty for none.
+        licences: What the card states.
+        evaluation: The checkpoint's `evaluation.json`, if there is one.
+    """
+    run, sae = done.run, done.run.sae
+    model, of_model = model_name(run), isinstance(run.model, HuggingFaceModel)
+    head: dict[str, Any] = {"tags": ["sparse-autoencoder", "interpretability", "dist_sae"]}
+    if done.library == "SAELens":
+        head["library_name"] = "saelens"
+    if of_model:
+        head["base_model"] = model
+    if isinstance(run.corpus, DatasetCorpus):
+        head["datasets"] = [run.corpus.name]
+    if licences.dictionary:
+        head["license"] = licences.dictionary
+    rows = done.checkpoint.step * run.train.batch_rows
+    facts = {
+        "kind": f"`{sae.kind}`, {sae.n_latents:,} latents",
+        "model": f"{model} (licence: {licences.model or 'not stated'})",
+        "sites": f"`{run.described_sites}`",
+        "text": f"{run.corpus.label} (licence: {licences.text or 'not stated'})",
+        "contexts": f"{run.activations.context_tokens} tokens",
+        "trained on": f"{rows:,} vectors",
+        "format": done.library,
+        "licence": licences.dictionary or "not stated",
+    }
+    numbers = "Not evaluated."
+    if evaluation:
+        found = {
+            text: form.format(evaluation[name])
+            for name, (text, form) in _NUMBERS.items()
+            if evaluation.get(name) is not None
+        }
+        numbers = _table("held out", "", found)
+    settings = {"sae": sae.model_dump(), "train": run.train.model_dump(exclude={"parent"})}
+    loading = _LOADING[done.library].format(repository=repository, folder=within)
+    parts = [
+        f"---\n{yaml.safe_dump(head, sort_keys=False).rstrip()}\n---",
+        f"# {run.name}",
+        f"A dictionary of activations of {model}, trained with dist_sae {__version__}.",
+        _table("", "", facts),
+        numbers,
+        f"## Loading\n\n```python\n{loading}\n```",
+        "It takes raw activations; the scales of training are folded into the weights.",
+        f"## Recipe\n\n```yaml\n{yaml.safe_dump(settings, sort_keys=False).rstrip()}\n```",
+        f"## Origin\n\n```json\n{json.dumps(origin(run, done.checkpoint), indent=2)}\n```",
+    ]
+    return "\n\n".join(parts) + "\n"
+
+
+def _table(first: str, second: str, rows: Mapping[str, str]) -> str:
+    def cell(text: str) -> str:
+        return text.replace("|", "\\|").replace("\n", " ")
+
+    lines = [f"| {cell(name)} | {cell(value)} |" for name, value in rows.items()]
+    return "\n".join([f"| {first} | {second} |", "|---|---|", *lines])
+
+
+def _evaluation(runs: ObjectStore, done: Exported) -> Mapping[str, Any] | None:
+    """The numbers of this checkpoint and no other."""
+    suffix = done.folder.rpartition("-step-")
+    name = f"evaluation-step-{suffix[2]}.json" if suffix[1] else "evaluation.json"
+    try:
+        found: dict[str, Any] = json.loads(runs.get(f"{done.run.name}/{name}"))
+    except ObjectNotFoundError:
+        return None
+    same = found.get("made_from", {}).get("checkpoint") == done.checkpoint.digest
+    return found if same else None
