@@ -79,8 +79,8 @@ def find_objects(cluster: Cluster, run: Run) -> ClusterObjects:
     configurations = cluster.find("ConfigMap", labels)
     return ClusterObjects(
         configurations[0] if configurations else None,
-        [obj for obj in workloads if _is_ours(obj)],
-        [obj for kind in _NETWORK for obj in cluster.find(kind, labels) if _is_ours(obj)],
+        [obj for obj in workloads if is_ours(obj)],
+        [obj for kind in _NETWORK for obj in cluster.find(kind, labels) if is_ours(obj)],
     )
 
 
@@ -147,7 +147,7 @@ def describe(run: Run, cluster: Cluster) -> str:
     return f"{cluster.namespace}/{object_name(run)}"
 
 
-def _is_ours(obj: Object) -> bool:
+def is_ours(obj: Object) -> bool:
     """True if the object was applied, not made by a controller for another object."""
     return not obj["metadata"].get("ownerReferences")
 

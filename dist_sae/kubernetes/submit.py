@@ -29,6 +29,7 @@ from dist_sae.kubernetes.cluster_objects import (
     describe,
     existing_objects,
     find_objects,
+    is_ours,
     remove,
     remove_part,
 )
@@ -95,7 +96,7 @@ def submit(
     outcome = "created" if not there.workloads else "unchanged" if same else "replaced"
     changed = _settings(there.run, run)
     objects_changed = {change.name for change in changes if change.what != "unchanged"}
-    alone = concerns_producers_only(run, there.run, objects_changed)
+    alone = there.state == "running" and concerns_producers_only(run, there.run, objects_changed)
     result = {"outcome": outcome, "objects": {change.name: change.what for change in changes}}
     for line in chain.from_iterable(change.lines() for change in changes):
         say(line)
@@ -202,6 +203,8 @@ def _change(
 ) -> _Change:
     """Ask the server for the effect of applying an object; a `fixed` one may not be changeable."""
     there = live.get((obj["kind"], obj["metadata"]["name"]))
+    if there and not is_ours(there):  # a JobSet's, which goes with it; nobody else may change it
+        return _Change(obj, there, None)
     try:
         return _Change(obj, there, cluster.apply(obj, dry_run=True))
     except RejectedError as exc:

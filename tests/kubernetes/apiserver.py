@@ -256,6 +256,10 @@ class ApiServer:
             if other == key and who != manager and (where := find_conflict(theirs, body)):
                 said = f'Apply failed with 1 conflict: conflict with "{who}": {where}'
                 raise RefusedError(409, "Conflict", said)
+        owned = live and live["metadata"].get("ownerReferences")
+        if owned and (where := find_conflict({"spec": (live or {})["spec"]}, body)):
+            said = f'Apply failed with 1 conflict: conflict with "manager": {where}'
+            raise RefusedError(409, "Conflict", said)
         before = self._applied.get((key, manager), {})
         new = with_defaults(merge(live or {}, before, body))
         if live:

@@ -108,6 +108,18 @@ def test_what_concerns_others_replaces_the_run(api: ApiServer, sh: Shell, path: 
     assert "its pods save and end" in sh.fail("submit", path)  # producers as a part of the JobSet
 
 
+@pytest.mark.parametrize("shape", [APART, ("--set", "cluster.jobset=false")])
+def test_a_run_that_is_running_takes_another_shape(
+    api: ApiServer, sh: Shell, path: str, shape: tuple[str, ...]
+) -> None:
+    """Its JobSet's Jobs, which bear the same names, are the JobSet's to change."""
+    sh("submit", path)
+    assert "replace Job tiny-producer-0" in sh("submit", path, *shape, "--replace")
+    there = api.the("Job", "tiny-producer-0")
+    assert "ownerReferences" not in there["metadata"]
+    assert len(api.pods("producer")) == 2
+
+
 def test_jobs_without_jobset_are_resized_alone_too(api: ApiServer, sh: Shell, path: str) -> None:
     plain = ("--set", "cluster.jobset=false")
     sh("submit", path, *plain)
@@ -123,6 +135,8 @@ def test_run_with_producers_apart_fails_ends_and_comes_back_whole(
     sh("submit", path, *APART)
     api.condition("Job", "tiny-producer-0", "Failed", "exit 2")
     assert json.loads(sh("status", path, *APART, "--json"))["state"] == "failed"
+    more = sh.fail("submit", path, *APART, "--set", "processes.producers=3")
+    assert "its pods save and end, and new ones continue" in more  # all that is left of it
     failed = api.pods("producer")
     assert "has failed (exit 2)" in sh("resume", path, *APART)
     assert not {*failed} & {*api.pods("producer")}
