@@ -19,6 +19,7 @@ from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.commands import pipeline
 from dist_sae.commands.pipeline import Child, run_together
 from dist_sae.config.data import S3Config
+from dist_sae.data.shard import CLAIMS
 from dist_sae.errors import ProcessFailedError
 from dist_sae.storage import open_store
 from dist_sae.training.progress import ProgressView
@@ -30,6 +31,8 @@ from tests.runs import write_run
 pytestmark = pytest.mark.system
 
 BOTH = {"producers": 2, "trainers": 2, "threads": 1}
+LATER = CLAIMS.key(8)
+"""Claim of a unit in the second window of a stream: in another's hand, so that a run cannot end."""
 
 
 def start(path: Path, cwd: Path | None = None, **env: str) -> "subprocess.Popen[str]":
@@ -54,6 +57,8 @@ def test_one_command_goes_from_nothing_to_a_report_and_continues_after_ctrl_c(
         train={"rows": 16_000, "max_passes": 3, "log_every_steps": 1},
         index={"latent_shards": 2},
     )
+    activations = open_store(str(tmp_path / "activations"))
+    activations.put(LATER, b"{}")
     process = start(path)
     assert process.stderr is not None
     for line in process.stderr:
@@ -67,6 +72,7 @@ def test_one_command_goes_from_nothing_to_a_report_and_continues_after_ctrl_c(
     steps = Checkpoints(open_store(str(tmp_path / "runs")), "world", 2).steps()
     assert steps
     assert steps[-1] < 100
+    activations.delete(LATER)
 
     out, err = start(path).communicate(timeout=HANG_SECONDS)
     result = json.loads(out.splitlines()[-1])
@@ -270,7 +276,8 @@ def test_children_are_heard_when_nothing_can_be_shown(tmp_path: Path) -> None:
 
 
 def test_children_stop_when_the_parent_is_killed(tmp_path: Path) -> None:
-    path = write_run(tmp_path, processes=BOTH, train={"rows": 16_000, "max_passes": 3})
+    path = write_run(tmp_path, processes={"threads": 1}, train={"rows": 16_000, "max_passes": 3})
+    open_store(str(tmp_path / "activations")).put(LATER, b"{}")
     process = start(path)
     assert process.stderr is not None
     for line in process.stderr:
@@ -281,6 +288,6 @@ def test_children_stop_when_the_parent_is_killed(tmp_path: Path) -> None:
     process.kill()
     process.communicate()
     for orphan in orphans:  # readable once the process has ended
-        ready, _, _ = select.select([orphan], [], [], 60)
+        ready, _, _ = select.select([orphan], [], [], HANG_SECONDS)
         assert ready
         os.close(orphan)

@@ -1,7 +1,7 @@
 """Rendered runs on a cluster; pods are started from their manifests alone.
 
 The world is small, the programs, the S3 server and the signals are real. A calm run is what every
-disturbed one is compared with.
+disturbed one is compared with. A run that is to be disturbed cannot end before: units are withheld.
 """
 
 import json
@@ -18,7 +18,7 @@ import torch
 
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.config import Run, load_run
-from dist_sae.data.shard import CLAIMS
+from dist_sae.data.shard import CLAIMS, manifest_key
 from dist_sae.index.progress import is_indexed
 from dist_sae.kubernetes.jobs import job_name, render_objects
 from dist_sae.storage import ObjectStore, open_store
@@ -40,16 +40,20 @@ SMALL = (
     "corpus.documents=1_000",
     "activations.unit_rows=2048",
     "activations.block_rows=256",
+    "activations.window_units=2",
     "train.rows=51_200",
     "train.batch_rows=256",
     "train.normaliser_rows=10_000",
     "train.products=fp32",
-    "train.kernels=torch",  # the native ones are compiled anew in every pod, which takes its time
+    "cluster.env.CXX=none",  # else native kernels are compiled anew in every pod
     "train.log_every_steps=1",
     "train.save_every_steps=20",
     "timeouts.lost_seconds=10",
 )
 WEIGHTS = ("W_enc", "W_dec", "b_enc", "b_dec")
+UNIT_OF_WINDOW_2, UNIT_OF_WINDOW_3 = 8, 16
+"""Of the first of four streams: a batch takes rows of each, so without them 66 or 133 of 200 steps
+can be done."""
 COMPLETE = Condition("Complete", "CompletionsReached")
 COMPLETED = Condition("Completed", "AllJobsCompleted")
 
@@ -94,7 +98,25 @@ class Runs:
         deadline = time.monotonic() + seconds
         while not what():
             assert time.monotonic() < deadline, self.cluster.story()
-            time.sleep(0.02)
+            time.sleep(0.2)  # a look costs the test and the server
+
+    def withhold(self, run: Run, unit: int) -> Callable[[], None]:
+        """Take a unit away, which then seems to be in another's hand; returns what gives it back.
+
+        A producer does so itself once the claim is too old, after three minutes.
+        """
+        store = self.store(run.store.activations, run)
+        key = manifest_key(unit)
+        manifest = None if store.size(key) is None else store.get(key)
+        store.put(CLAIMS.key(unit), b"{}")
+        store.delete(key)
+
+        def give_back() -> None:
+            if manifest is not None:
+                store.put(key, manifest)
+            store.delete(CLAIMS.key(unit))
+
+        return give_back
 
     def await_checkpoint(self, run: Run, beyond: int) -> None:
         checkpoints = Checkpoints(self.store(run.store.runs, run), run.name, 2)
@@ -184,15 +206,13 @@ def manifests(runs: Runs, run: Run) -> list[dict[str, object]]:
 
 def test_pods_that_are_preempted_and_killed_change_nothing(runs: Runs, calm: Calm) -> None:
     run = runs.run("disturbed", "cluster.reporter=null")
-    activations = runs.store(run.store.activations, run)
-    activations.put(CLAIMS.key(0), b"{}")  # in another's hand, so that no producer is done
+    window_2, window_3 = (runs.withhold(run, u) for u in (UNIT_OF_WINDOW_2, UNIT_OF_WINDOW_3))
     jobset, cluster = runs.submit(run), runs.cluster
 
     producer = runs.job(run, "producer")
     spot = producer.active[0]
     runs.until(lambda: spot.name in {manifest["producer"] for manifest in manifests(runs, run)})
     spot.preempt()
-    activations.delete(CLAIMS.key(0))
 
     trainer = runs.job(run, "trainer")
     runs.await_checkpoint(run, 0)
@@ -201,10 +221,12 @@ def test_pods_that_are_preempted_and_killed_change_nothing(runs: Runs, calm: Cal
     cluster.wait(lambda: len(trainer.ignored) == 2)
     assert {exit_code(pod) for pod in first.values()} == {75}
     stopped_at = Checkpoints(runs.store(run.store.runs, run), run.name, 2).steps()[-1]
+    window_2()
     runs.await_checkpoint(run, stopped_at)
     second = dict(trainer.active)
     assert resumed_at(second[0]) == stopped_at
     second[0].kill()
+    window_3()
 
     index = runs.job(run, "index")
     gone = index.active[0]
@@ -239,8 +261,9 @@ def test_a_run_goes_on_with_more_ranks_and_ends_though_a_node_is_lost(
     At the end the second pod's node can no longer be reached, and is given up when the first pod
     has succeeded: the rank that comes in its place finds all done.
     """
-    few = "processes.producers=1", "cluster.reporter=null"
+    few = "processes.producers=1", "cluster.reporter=null", "index.workers=0"
     run, cluster = runs.run("resized", *few, activations="calm"), runs.cluster
+    window_2, window_3 = (runs.withhold(run, u) for u in (UNIT_OF_WINDOW_2, UNIT_OF_WINDOW_3))
     jobset = runs.submit(run)
     trainer = runs.job(run, "trainer")
     runs.await_checkpoint(run, 0)
@@ -249,6 +272,7 @@ def test_a_run_goes_on_with_more_ranks_and_ends_though_a_node_is_lost(
     assert [exit_code(pod) for pod in trainer.pods] == [75, 75]
     stopped_at = Checkpoints(runs.store(run.store.runs, run), run.name, 2).steps()[-1]
     assert stopped_at < run.steps
+    window_2()
 
     more = "processes.trainers=4", "processes.latent_shards=2", "cluster.trainer.ranks=2"
     run = runs.run("resized", *few, *more, activations="calm")
@@ -262,6 +286,7 @@ def test_a_run_goes_on_with_more_ranks_and_ends_though_a_node_is_lost(
     cluster.wait(lambda: len(trainer.pods) == 4)
     second = dict(trainer.active)
     second[1].cut_off = True
+    window_3()
     cluster.wait(lambda: 0 in trainer.succeeded)
     second[1].lose()
 
@@ -296,7 +321,8 @@ def test_a_mistake_fails_the_run_at_once(runs: Runs, calm: Calm) -> None:
 
 def test_plain_jobs_wait_for_one_another(runs: Runs, calm: Calm) -> None:
     """Even if the planner comes last."""
-    run, cluster = runs.run("plain", "cluster.jobset=false", "processes.producers=1"), runs.cluster
+    few = "processes.producers=1", "index.workers=1"
+    run, cluster = runs.run("plain", "cluster.jobset=false", *few), runs.cluster
     *others, planner, trainer, producer, index, reporter = render_objects(run)
     assert planner["metadata"]["name"] == job_name(run, "planner")
     cluster.apply([*others, producer, trainer, index, reporter])
