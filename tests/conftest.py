@@ -27,6 +27,7 @@ _LONGEST = (
     "tests/commands/test_run.py",
     "tests/distributed/test_sharding.py",
     "tests/dictionaries/test_recovery.py",
+    "tests/bench/test_gpu_check.py",
     "tests/training/test_resume.py",
     "tests/chaos/test_chaos.py",
     "tests/index/test_chaos.py",
@@ -35,6 +36,7 @@ _LONGEST = (
     "tests/storage/test_s3_refusals.py",
     "tests/storage/test_s3_outages.py",
     "tests/training/test_train.py",
+    "tests/data/test_many_workers.py",
 )
 
 

@@ -83,7 +83,7 @@ def live(
             "keep_checkpoints": 100,  # more than there are saves while one is evaluated
             "heldout_rows": 320,
         },
-        timeouts={"lost_seconds": 3},
+        timeouts={"lost_seconds": 10},  # a rank that waits for a core for three is not lost
         processes={"producers": 2, "trainers": 2, "latent_shards": 2},
         index={"name": "live", "rows": 320},
         telemetry={"port": port},
@@ -108,6 +108,7 @@ def live(
         client.put_object(Bucket=bucket, Key=f"runs/{claim}", Body=b"{}")
 
         def unsaved() -> list[str]:
+            assert [trainer.returncode for trainer in trainers] == [None, None]
             there = client.list_objects_v2(Bucket=bucket, Prefix="runs/world/checkpoints/")
             keys = [entry["Key"] for entry in there.get("Contents", [])]
             return [] if any(key.endswith("/manifest.json") for key in keys) else ["a checkpoint"]
