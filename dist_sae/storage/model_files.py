@@ -122,8 +122,7 @@ def _listing(model: HuggingFaceModel) -> tuple[ObjectStore, dict[str, Entry]]:
     if not any(fnmatch(name, kind) for name in found for kind in _TOKENIZERS):
         missing.append("a tokenizer (tokenizer.json)")
     if _INDEX in found:
-        named = set(json.loads(store.get(_INDEX))["weight_map"].values())
-        missing += sorted(named - found.keys())
+        missing += sorted(_named_in(store.get(_INDEX), model) - found.keys())
     elif not any(name.endswith(WEIGHTS) for name in found):
         missing.append("weights (*.safetensors)")
     if missing:
@@ -132,6 +131,16 @@ def _listing(model: HuggingFaceModel) -> tuple[ObjectStore, dict[str, Entry]]:
             f"whole folder there, with weights in safetensors"
         )
     return store, found
+
+
+def _named_in(index: bytes, model: HuggingFaceModel) -> set[str]:
+    """Names of the files that an index of weights names."""
+    try:
+        return {str(name) for name in json.loads(index)["weight_map"].values()}
+    except (ValueError, LookupError, TypeError, AttributeError) as exc:
+        raise ModelError(
+            f"model.path {model.path}: {_INDEX} is no index of weights ({exc}); copy it again"
+        ) from exc
 
 
 def _folder(entries: dict[str, Entry]) -> Path:

@@ -201,6 +201,16 @@ def test_one_line_says_what_is_missing(
     assert "\n" not in told
 
 
+@pytest.mark.parametrize("index", ["{", "[]", '{"weight_map": []}'])
+def test_a_damaged_index_of_weights_is_named(
+    bucket: Bucket, folder: Path, tmp_path: Path, index: str
+) -> None:
+    (folder / "model.safetensors.index.json").write_text(index)
+    upload(bucket, folder)
+    with pytest.raises(ModelError, match=r"index\.json is no index of weights \("):
+        model_content(stored(bucket, tmp_path))
+
+
 def test_a_full_or_missing_place_is_named(
     bucket: Bucket, folder: Path, tmp_path: Path, home: Path
 ) -> None:
