@@ -5,7 +5,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from dist_sae.commands import shared
-from dist_sae.interop import FORMATS
+from dist_sae.interop import CACHE, FORMATS
 
 if TYPE_CHECKING:
     from dist_sae.config import Run
@@ -20,15 +20,25 @@ def add(commands: shared.Commands) -> None:
     shared.add_step(parser)
     parser.add_argument(
         "--format",
-        choices=FORMATS,
+        choices=(*FORMATS, CACHE),
         default=FORMATS[0],
-        help=f"library that reads it: {', '.join(FORMATS)} (default: {FORMATS[0]})",
+        help=f"library that reads it: {', '.join(FORMATS)} (default: {FORMATS[0]}); or {CACHE}, "
+        "which gets the activations of the latent index",
     )
 
 
 def main(options: argparse.Namespace) -> None:
     """Export, and say where."""
     whole = shared.load_whole(options)
+    if options.format == CACHE:
+        from dist_sae.interop.delphi import export_cache
+
+        def cache(run: "Run") -> dict[str, str]:
+            with shared.short_lived(run, "export") as telemetry:
+                return {"export": export_cache(run, telemetry, options.step)}
+
+        shared.print_results(options, whole, cache)
+        return
     from dist_sae.interop.export import export, problem
 
     def work(run: "Run") -> dict[str, str] | None:
