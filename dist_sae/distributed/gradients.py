@@ -35,7 +35,7 @@ class Exchange(NamedTuple):
             replicas: Replicas that share a batch.
             weight: Elements of this shard's weight.
             rows: Elements of a replica's rows.
-            entries: The most entries that a replica has in this shard.
+            entries: The most entries that a replica has in a shard.
             itemsize: Bytes of an element.
         """
         dense = 2 * (replicas - 1) / replicas * weight * itemsize
@@ -68,7 +68,7 @@ class ReplicaSums:
         self._kernels = kernels
         self._axis = axis
         self._latents: Tensor | None = None
-        self._counts: list[int] = []
+        self._counts: list[list[int]] = []
 
     def __call__(
         self,
@@ -80,37 +80,43 @@ class ReplicaSums:
     ) -> Tensor:
         """See `Kernels.sum_by_latent`. All replicas have equally many rows."""
         axis, sum_by_latent = self._axis, self._kernels.sum_by_latent
-        counts = self._counts_of(entries)
+        of_all = self._counts_of(entries)
+        counts = [of_shards[axis.shard] for of_shards in of_all]
+        # of all shards, so that all do the same: the watch compares the collectives of all ranks
+        most = max(map(max, of_all))
         weight = entries.n_latents * rows.shape[1]
-        exchange = Exchange.of(axis.replicas, weight, rows.numel(), max(counts), rows.itemsize)
-        if not exchange.is_by_entry or not any(counts):
+        exchange = Exchange.of(axis.replicas, weight, rows.numel(), most, rows.itemsize)
+        if not exchange.is_by_entry or not most:
             sums = sum_by_latent(coefficients, entries, rows, W, along)
             axis.sum_replicas_(sums)
             return sums
         places = torch.stack([entries.latents, entries.rows], 1).int()
-        latents, numbers = self._gathered(places, counts).long().unbind(1)
+        latents, numbers = self._gathered(places, counts, most).long().unbind(1)
         firsts = len(rows) * torch.arange(axis.replicas, device=rows.device)
         every = Entries(latents, entries.starts, entries.n_latents)
         every.rows = numbers + torch.cat([firsts[i].expand(n) for i, n in enumerate(counts)])
         return sum_by_latent(
-            self._gathered(coefficients[:, None], counts)[:, 0],
+            self._gathered(coefficients[:, None], counts, most)[:, 0],
             every,
             axis.gather_replicas(rows),
             W,
             along if along is None else axis.across_replicas(along),
         )
 
-    def _counts_of(self, entries: Entries) -> list[int]:
-        """Numbers of the replicas' entries. The host waits once for the two gradients of a step."""
-        latents = entries.latents
+    def _counts_of(self, entries: Entries) -> list[list[int]]:
+        """Numbers of each replica's entries in each shard.
+
+        The host waits once for the two gradients of a step.
+        """
+        latents, axis = entries.latents, self._axis
         if latents is not self._latents:
-            count = torch.full((1,), len(latents), device=latents.device)
-            self._latents, self._counts = latents, self._axis.gather_replicas(count).tolist()
+            counts = torch.zeros(axis.replicas, axis.shards, dtype=torch.int64)
+            counts[axis.replica, axis.shard] = len(latents)
+            self._latents, self._counts = latents, axis.total(counts.to(latents.device)).tolist()
         return self._counts
 
-    def _gathered(self, own: Tensor, counts: list[int]) -> Tensor:
-        """The rows that each replica has `counts` of, one replica's below the other's."""
-        most = max(counts)
+    def _gathered(self, own: Tensor, counts: list[int], most: int) -> Tensor:
+        """The rows that each replica has `counts` of, `most` at most, one's below the other's."""
         padded = functional.pad(own, (0, 0, 0, most - len(own)))
         everyones = torch.split(self._axis.gather_replicas(padded), most)
         return torch.cat([part[:count] for part, count in zip(everyones, counts, strict=True)])

@@ -75,11 +75,27 @@ def test_the_sum_is_over_the_rows_of_all_replicas(n_latents: int, expected: str)
         torch.testing.assert_close(decoder, wanted - along[:, None] * W, rtol=1e-13, atol=1e-13)
         assert torch.equal(decoder, found[0][0])
         assert torch.equal(encoder, found[0][1])
-        # 9 entries at most on a replica, and a count of 8 bytes from each
+        # 9 entries at most on a replica
         exchange = Exchange.of(3, W.numel(), ROWS * WIDTH, 9, 8)
         assert exchange.is_by_entry == (expected == "gathered")
-        assert sent.pop("gathered") - 2 * 8 == (exchange.by_entry if exchange.is_by_entry else 0)
-        assert sent == ({} if exchange.is_by_entry else {"summed": exchange.dense})
+        assert sent == {expected: exchange.by_entry if exchange.is_by_entry else exchange.dense}
+
+
+def test_all_shards_exchange_alike() -> None:
+    """Alone, the first would sum gradients of 480 bytes for 15 entries, the other gather 304."""
+    shards = [
+        make_entries([row, *[[]] * 5], n_latents=10) for row in ([*range(10), *range(5)], [3])
+    ]
+
+    def work(axis: ThreadAxis) -> set[str]:
+        axis.__class__ = CountingAxis
+        axis.sent = Counter()  # type: ignore[attr-defined]
+        entries, rows = shards[axis.shard], torch.zeros(ROWS, WIDTH, dtype=torch.float64)
+        ReplicaSums(KERNELS, axis)(rows.new_ones(len(entries.latents)), entries, rows)
+        return set(axis.sent)  # type: ignore[attr-defined]
+
+    assert Exchange.of(2, 60, 36, 15, 8) == Exchange(480, 528)
+    assert on_ranks(2, 2, work) == [{"summed"}] * 4
 
 
 def test_fewer_bytes_are_exchanged() -> None:
