@@ -1,5 +1,6 @@
 """Real programs as processes, started as `dist-sae run` and a cluster do."""
 
+import fcntl
 import json
 import os
 import signal
@@ -42,6 +43,14 @@ def start_ranks(*arguments: str, world: int) -> list[Program]:
     return ranks
 
 
+def keep_close(process: Program) -> None:
+    """Let a program be two pages ahead of who reads its output, and no more.
+
+    So one that tells every step does few more, however late it is stopped.
+    """
+    fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
+
+
 def train(path: Path, *options: str, world: int = 1, stop_at: int | None = None) -> list[str]:
     """Train with `world` ranks; with `stop_at`, SIGTERM to rank 0 when it reports that step.
 
@@ -51,6 +60,7 @@ def train(path: Path, *options: str, world: int = 1, stop_at: int | None = None)
     options = ("--set", f"processes.trainers={world}", *options)
     ranks = start_ranks("train", str(path), *options, world=world)
     if stop_at is not None:
+        keep_close(ranks[0])
         for line in ranks[0].stdout:
             if line.startswith("{") and json.loads(line)["done"] >= stop_at:
                 ranks[0].send_signal(signal.SIGTERM)

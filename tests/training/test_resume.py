@@ -11,7 +11,7 @@ from dist_sae.data.shard import manifest_key, read_manifest
 from dist_sae.evaluation.evaluate import evaluate
 from dist_sae.interop.export import export
 from dist_sae.storage import open_store
-from tests.launch import produce, start, train
+from tests.launch import keep_close, produce, start, train
 from tests.runs import write_run
 from tests.training.trained import (
     SHARDED,
@@ -134,7 +134,7 @@ def test_a_killed_run_repeats_what_was_not_saved_bitwise(
 ) -> None:
     path = run_file(tmp_path, activations, train={"save_every_steps": 7})
     process = start("train", str(path))
-    assert process.stdout is not None
+    keep_close(process)
     for line in process.stdout:
         # the save at 21 has waited for the one at 14
         if line.startswith("{") and json.loads(line)["done"] >= 22:
