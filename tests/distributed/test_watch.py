@@ -89,7 +89,7 @@ def start(tmp_path: Path) -> Iterator[Callable[..., list[Rank]]]:
 def test_a_rank_that_does_not_come_is_named(
     start: Callable[..., list[Rank]], missing: int, said: str
 ) -> None:
-    for one in start("goes on", tuple({0, 1, 2} - {missing})):
+    for one in start("misses", tuple({0, 1, 2} - {missing})):
         code, error = one.ends(MISSING_SECONDS)
         assert code == 75
         assert error.startswith(said)
@@ -116,7 +116,7 @@ def test_a_rank_that_is_started_again_alone_does_not_take_part(
     job[1].reaches(5)
     job[1].process.kill()
     job[1].process.join()
-    again = start("goes on", (1,))[0]
+    again = start("misses", (1,))[0]
     for other in (job[0], job[2]):
         code, error = other.ends(LOST_SECONDS)
         assert code == 75

@@ -20,6 +20,8 @@ from dist_sae.errors import CorruptObjectError, DistSaeError, Stopped
 from dist_sae.signals import stop_event
 
 MISSING_SECONDS, LOST_SECONDS, HUNG_SECONDS = 3.0, 2.0, 6.0
+COMING_SECONDS = 60.0
+"""For ranks that come, or are waited for until a stop: as many as a busy machine may take."""
 GROUP_SECONDS = 1.0
 """Torch's time limit of a group: as on GPUs (10 min, against 15), less than `hung_seconds`."""
 NCCL_JUDGES = ("ASYNC_ERROR_HANDLING", "ENABLE_MONITORING")
@@ -28,8 +30,9 @@ NCCL_JUDGES = ("ASYNC_ERROR_HANDLING", "ENABLE_MONITORING")
 def work(what: str) -> None:
     stopping = stop_event()
     os.write(1, b"\nready\n")
+    patience = MISSING_SECONDS if what == "misses" else COMING_SECONDS
     with (
-        rendezvous(3, MISSING_SECONDS, stopping) as ranks,
+        rendezvous(3, patience, stopping) as ranks,
         Watch(ranks, stopping, lost_seconds=LOST_SECONDS, hung_seconds=HUNG_SECONDS) as watch,
     ):
         judges = {name: os.environ.get(f"TORCH_NCCL_{name}") for name in NCCL_JUDGES}

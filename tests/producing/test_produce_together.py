@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from dist_sae.config import load_run
-from dist_sae.data.shard import SiteRows, existing_units, read_block, read_manifest
+from dist_sae.data.shard import CLAIMS, SiteRows, existing_units, read_block, read_manifest
 from dist_sae.producing.planner import plan
 from dist_sae.storage import open_store
 from tests.forks import HANG_SECONDS, processes
@@ -127,9 +127,11 @@ def test_two_ranks_produce_what_one_produces(tmp_path: Path, model: Path, alone:
 def test_when_one_rank_ends_all_end_and_what_is_left_can_be_finished(
     tmp_path: Path, model: Path, alone: Path, number: signal.Signals
 ) -> None:
-    """To the rank that follows, after the first unit."""
+    """To the rank that follows, after the first unit and before the last, which another has."""
     path = run_file(tmp_path, model, tensor_parallel=2)
     planned = len(plan(load_run(path)).units)
+    store, last = open_store(str(tmp_path / "activations")), CLAIMS.key(planned - 1)
+    store.put(last, b"{}")
     ranks = start_ranks(path)
     until = time.monotonic() + 120
     while not units(tmp_path):
@@ -141,6 +143,7 @@ def test_when_one_rank_ends_all_end_and_what_is_left_can_be_finished(
     assert followed == (75 if number == signal.SIGTERM else -signal.SIGKILL)
     assert ("rank 1 (" in words) == (number == signal.SIGKILL)
     assert len(units(tmp_path)) < planned
+    store.delete(last)
     assert [rank.ends()[0] for rank in start_ranks(path)] == [0, 0]
     check_same_rows(alone, tmp_path)
 
