@@ -267,8 +267,9 @@ def _caveats(covered: Sequence[Covered], fitted: Fitted, law: Law | None) -> lis
     if rare:
         absent = first.table.get("occurrences", []).count(0)
         lines.append(
-            f"{rare} concepts are left out, for they occur less than {LEAST_OCCURRENCES} times in "
-            f"either half of the index ({absent} never): the rarest concepts are missing here"
+            f"{rare} of {len(first.width.judged)} concepts are left out, for they occur less than "
+            f"{LEAST_OCCURRENCES} times in either half of the index ({absent} never): the rarest "
+            f"concepts are missing here"
         )
     if law is None and len(covered) >= LEAST_WIDTHS:
         lines.append(

@@ -94,6 +94,10 @@ def keep_findings(
     page = render_template("analysis.html", run=run, outcome=outcome)
     store.put(f"{folder}/page.html", page.encode())
     store.put(f"{folder}/outcome.json", seal(outcome))
+    kept = {stored.key for stored in tables.values()}
+    for key in list(store.keys(f"{folder}/")):
+        if key.endswith(".parquet") and key not in kept:  # of an earlier outcome
+            store.delete(key)
     return outcome
 
 

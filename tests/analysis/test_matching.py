@@ -64,6 +64,7 @@ def test_detectors_are_found_with_the_threshold_that_parts_signal_from_noise(
     generator = np.random.default_rng(2)
     codes: Codes = {7 * word: detector(tokens, word, generator) for word in range(12)}
     codes |= {latent: noise(generator, 300) for latent in range(84) if latent % 7}
+    codes[83] = (codes[0][0][::2], codes[0][1][::2])  # a worse one of word 0
     matched = match_words(made(codes, tokens, 84), words, len(WORDS))
     counts = np.bincount(tokens)[:30]
     assert matched.occurrences.sum(0).tolist() == counts.tolist()

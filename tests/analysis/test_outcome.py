@@ -64,7 +64,12 @@ def test_an_outcome_is_kept_with_a_page_and_shown_by_the_report(run: Run) -> Non
 
 def test_a_second_outcome_takes_the_place_of_the_first(run: Run) -> None:
     keep(run)
-    keep(run, FINDINGS._replace(summary=["all are found"]))
+    other = {"concepts": pa.table({"word": ["silver"], "f1": [0.5]})}
+    kept = keep(run, FINDINGS._replace(summary=["all are found"], tables=other))
+    store = open_store(run.store.runs)
+    assert read_outcome_table(store, kept, "concepts") == other["concepts"]
+    tables = [key for key in store.keys(f"{run.name}/analysis/") if key.endswith("parquet")]
+    assert tables == [kept.tables["concepts"].key]
     (outcome,) = read_outcomes(open_store(run.store.runs), run.name)
     assert outcome.summary == ("all are found",)
     assert "all are found" in page(run)

@@ -130,6 +130,19 @@ def test_the_area_is_the_chance_of_the_larger_activation_with_weights_and_ties()
     assert 0.1 < found.high - found.low < 0.35
 
 
+def test_intervals_draw_documents_whole() -> None:
+    """Of 40 documents half fire everywhere: an error of sqrt(.25 / 40), however many passages."""
+    document = np.repeat(np.arange(40), 100)
+    has = np.arange(4000) % 2 == 0
+    act = (document % 2).astype(np.float32)
+    level = np.where(has, 3, 0).astype(np.int8)
+    judged = Judged(document, level, act, np.ones(4000), np.ones(4000, np.bool_))
+    found = measure(0, "made", 1.0, judged).at[0].sensitivity
+    assert found.low is not None
+    assert found.high is not None
+    assert found.high - found.low == pytest.approx(2 * 1.96 * 0.079, rel=0.15)
+
+
 def test_shuffled_passages_say_nothing() -> None:
     """Activations of other passages, and the levels of none but chance."""
     generator = np.random.default_rng(3)

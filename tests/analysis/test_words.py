@@ -21,10 +21,10 @@ def test_a_word_stands_at_its_last_token() -> None:
     texts = [" gold", ".", " hel", "ium", " gold", "s", " gold", "en", " paris", " Paris"]
     texts += [" gold", "-", "en"]
     index = PretendedIndex(np.array(tokens_of(texts)), 100, {})
-    found = find_words(index, Vocabulary(), CONCEPTS)
-    assert found.rows.tolist() == [0, 2, 3, 9, 10]
-    assert found.concept.tolist() == [0, 1, 1, 2, 0]
-    assert found.is_last.tolist() == [True, False, True, True, True]
+    found = find_words(index, Vocabulary(), [*CONCEPTS, Concept("en", "x")])
+    assert found.rows.tolist() == [0, 2, 3, 9, 10, 12]
+    assert found.concept.tolist() == [0, 1, 1, 2, 0, 3]
+    assert found.is_last.tolist() == [True, False, True, True, True, True]
     assert found.starts.tolist() == [0, 13]
 
 

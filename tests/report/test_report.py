@@ -291,6 +291,18 @@ def test_lines_place_the_mark_at_its_value() -> None:
     assert mark == pytest.approx((y_low + y_high) / 2, abs=0.11)  # placed to a tenth of a unit
 
 
+def test_a_logarithmic_x_axis_has_equal_steps_between_powers_of_ten() -> None:
+    line = Line("a", [1e-4, 1e-3, 1e-2], [0.0, 1.0, 2.0])
+    figure = render_lines("t", [line], x_label="x", log_x=True)
+    (points,) = re.findall(r'<polyline class="line c0" points="([^"]*)"', figure)
+    x = [float(point.split(",")[0]) for point in points.split()]
+    assert x[1] - x[0] == pytest.approx(x[2] - x[1], abs=0.2)
+    assert re.findall(r"<tspan[^>]*>(-\d)</tspan>", figure) == ["-4", "-3", "-2"]
+    # between two powers of ten both are shown
+    narrow = render_lines("t", [line._replace(x=[2e-3, 3e-3, 4e-3])], x_label="x", log_x=True)
+    assert re.findall(r"<tspan[^>]*>(-\d)</tspan>", narrow) == ["-3", "-2"]
+
+
 def test_lines_leave_out_values_that_are_not_finite() -> None:
     figure = render_lines("t", [Line("a", [0, 1, 2], [1.0, float("nan"), 3.0])], x_label="x")
     assert "nan" not in figure
