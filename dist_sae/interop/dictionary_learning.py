@@ -6,12 +6,15 @@ The class is
 
     topk                    AutoEncoderTopK      (x - b_dec), the k largest positive z of a row
     batchtopk, matryoshka   BatchTopKSAE         (x - b_dec), z above one threshold
-    relu                    AutoEncoderNew       relu(z)
+    relu                    AutoEncoder          relu(z), of x - b_dec: b_enc takes W_enc b_dec up
     jumprelu(_tanh)         JumpReluAutoEncoder  z above a threshold of each latent
-    gated                   GatedAutoEncoder     of x - b_dec, so its biases take W_enc b_dec up
+    gated                   GatedAutoEncoder     of x - b_dec as well, with two biases
 
 Matryoshka is written as what it is at inference: the class with that name wants the latents of a
 prefix together, and here they keep their numbers.
+
+SAEBench reads the same files, and chooses its class by `trainer_class`, the trainer of
+dictionary_learning that would have made them.
 
 Imports no torch before it writes.
 """
@@ -44,6 +47,13 @@ if TYPE_CHECKING:
     from dist_sae.checkpoint.piecewise import PiecewiseTensor
 
 LIBRARY = "dictionary_learning"
+_TRAINERS = {
+    "AutoEncoderTopK": "TopKTrainer",
+    "BatchTopKSAE": "BatchTopKTrainer",
+    "AutoEncoder": "StandardTrainer",
+    "JumpReluAutoEncoder": "JumpReluTrainer",
+    "GatedAutoEncoder": "GatedSAETrainer",
+}
 CONFIG = "config.json"
 
 
@@ -70,7 +80,7 @@ def _class(run: Run) -> str | None:
         case BatchTopKConfig() | MatryoshkaConfig():
             return "BatchTopKSAE"
         case ReLUConfig():
-            return "AutoEncoderNew"
+            return "AutoEncoder"
         case JumpReLUConfig() | JumpReLUTanhConfig():
             return "JumpReluAutoEncoder"
         case GatedConfig():
@@ -84,9 +94,10 @@ def config(run: Run, checkpoint: "Checkpoint") -> str:
     from dist_sae.checkpoint.trained import normalisers_of
     from dist_sae.interop.raw import model_name, origin
 
-    of_model = isinstance(run.model, HuggingFaceModel)
+    of_model, name = isinstance(run.model, HuggingFaceModel), str(_class(run))
     trainer = {
-        "dict_class": _class(run),
+        "trainer_class": _TRAINERS[name],
+        "dict_class": name,
         "activation_dim": normalisers_of(run, checkpoint).widths.d_in,
         "dict_size": run.sae.n_latents,
         **({"k": run.sae.k} if isinstance(run.sae, CountsLatentsConfig) else {}),
@@ -128,9 +139,9 @@ def _tensors(run: Run, checkpoint: "Checkpoint") -> "Iterator[PiecewiseTensor]":
     yield raw.encoder("encoder.weight")
     yield raw.decoder("decoder.weight", turned=True)
     match name:
-        case "AutoEncoderNew":
-            yield small("encoder.bias", b_enc)
-            yield small("decoder.bias", b_dec)
+        case "AutoEncoder":
+            yield small("encoder.bias", b_enc + raw.encoded_centre())
+            yield small("bias", b_dec)
         case "GatedAutoEncoder":
             centre, r_mag = raw.encoded_centre(), raw.of_latents["r_mag"]
             yield small("decoder_bias", b_dec)

@@ -29,6 +29,8 @@ _NUMBERS = {
     "ce_spliced": ("cross-entropy with reconstructions in its place", "{:.4g} nats"),
     "rows": ("held-out vectors", "{:,}"),
 }
+_OF_FOLDERS = {"SAELens", "dictionary_learning"}
+"""Libraries whose tools, SAEBench's among them, look for folders of a repository."""
 _LOADING = {
     "SAELens": (
         'from sae_lens import SAE\n\nsae = SAE.from_pretrained("{repository}", "{folder}")'
@@ -39,7 +41,7 @@ _LOADING = {
     "dictionary_learning": (
         "from dictionary_learning.utils import load_dictionary\n"
         "from huggingface_hub import snapshot_download\n\n"
-        'sae, config = load_dictionary(snapshot_download("{repository}"), "cpu")'
+        'sae, config = load_dictionary(snapshot_download("{repository}") + "/{folder}", "cpu")'
     ),
     "circuit-tracer": (
         "from circuit_tracer.utils.hf_utils import load_transcoder_from_hub\n\n"
@@ -83,7 +85,7 @@ def write(
     check(run, repository)
     done = export_checkpoint(run, meter, step, format_name)
     runs = open_store(run.store.runs, run.store.s3, meter)
-    within = done.run.site if done.library == "SAELens" else ""  # it loads folders of a repository
+    within = done.run.site if done.library in _OF_FOLDERS else ""
     names = {f"{within}/{name}".lstrip("/"): f"{done.folder}/{name}" for name in done.files}
     there = {path.relative_to(folder).as_posix() for path in folder.rglob("*") if path.is_file()}
     if others := sorted(there - names.keys() - {CARD}):

@@ -77,9 +77,9 @@ def dictionary_learning(folder: Path, x: Rows) -> tuple[Rows, Rows]:
             z = (x - w["b_dec"]) @ w["encoder.weight"].T + w["encoder.bias"]
             assert state["threshold"].shape == ()
             f, b_dec = np.maximum(z, 0) * (z > w["threshold"]), w["b_dec"]
-        case "AutoEncoderNew":
-            z = x @ w["encoder.weight"].T + w["encoder.bias"]
-            f, b_dec = np.maximum(z, 0), w["decoder.bias"]
+        case "AutoEncoder":
+            z = (x - w["bias"]) @ w["encoder.weight"].T + w["encoder.bias"]
+            f, b_dec = np.maximum(z, 0), w["bias"]
         case "JumpReluAutoEncoder":
             z = x @ w["W_enc"] + w["b_enc"]
             f = np.maximum(z, 0) * (z > w["threshold"])

@@ -267,4 +267,4 @@ def test_numbers_of_another_checkpoint_are_not_told(command: list[str], tmp_path
     text = (tmp_path / "look/README.md").read_text()
     assert "Not evaluated." in text
     assert "0.125" not in text
-    assert (tmp_path / "look/ae.pt").exists()
+    assert (tmp_path / "look/mlp_in.0/ae.pt").exists()
