@@ -5,14 +5,12 @@ from collections.abc import Callable, Iterable
 from typing import NamedTuple
 
 from dist_sae.analysis.names import token_names
-from dist_sae.checkpoint.trained import find_checkpoint, none_yet, trained_run
+from dist_sae.analysis.subject import Subject, open_subject
 from dist_sae.config import Run
-from dist_sae.data.plan import as_planned, load_plan
 from dist_sae.errors import CorpusError, ModelError, PlanMismatchError, StoreError
 from dist_sae.index.decoder import Decoder
-from dist_sae.index.query import Index, index_of
-from dist_sae.models import Tokenizer, build_tokenizer
-from dist_sae.storage import open_store
+from dist_sae.index.query import Index
+from dist_sae.models import Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -34,19 +32,15 @@ def open_indexed(run: Run) -> Indexed:
         NoIndexError: The checkpoint has no complete index.
         PlanMismatchError: The run was trained with other settings.
     """
-    runs = open_store(run.store.runs, run.store.s3)
-    if (checkpoint := find_checkpoint(runs, run, None)) is None:
-        raise none_yet(runs, run)
-    index = index_of(runs, run.name, checkpoint)
-    names = token_names(_tokenizer(trained_run(checkpoint, run)))
-    return Indexed(index, Decoder(checkpoint), names)
+    subject = open_subject(run)
+    names = token_names(_tokenizer(subject))
+    return Indexed(subject.index, Decoder(subject.checkpoint), names)
 
 
-def _tokenizer(run: Run) -> Tokenizer | None:
+def _tokenizer(subject: Subject) -> Tokenizer | None:
     """The tokenizer of the model; None, which is logged, if it cannot be read."""
     try:
-        plan = load_plan(open_store(run.store.activations, run.store.s3), run)
-        return build_tokenizer(as_planned(run, plan))
+        return subject.tokenizer()
     except (CorpusError, ModelError, PlanMismatchError, StoreError) as error:
         logger.warning("tokens are shown as numbers: %s", error)
         return None

@@ -6,7 +6,9 @@ from dist_sae.checkpoint.layout import Checkpoint
 from dist_sae.checkpoint.lineage import Lineage
 from dist_sae.checkpoint.trained import find_checkpoint, none_yet, trained_run
 from dist_sae.config import Run
+from dist_sae.data.plan import as_planned, load_plan
 from dist_sae.index.query import Index, index_of
+from dist_sae.models import Tokenizer, build_tokenizer
 from dist_sae.storage import open_store
 
 
@@ -25,18 +27,28 @@ class Subject:
         before = Lineage.from_scalars(self.checkpoint.scalars).rows
         return before + self.checkpoint.step * self.run.train.batch_rows
 
+    def tokenizer(self) -> Tokenizer:
+        """Load the tokenizer of the model, as the plan has it.
+
+        Raises:
+            ModelError: It cannot be read.
+            PlanMismatchError: The activation set has no plan, or one of other settings.
+        """
+        plan = load_plan(open_store(self.run.store.activations, self.run.store.s3), self.run)
+        return build_tokenizer(as_planned(self.run, plan))
+
 
 def open_subject(run: Run) -> Subject:
     """Open the newest checkpoint of a run, and its index.
 
     Raises:
+        ConfigError: There is no checkpoint yet.
         NoIndexError: There is no complete index of it.
-        ConfigError: There is no checkpoint yet, or the index keeps no postings.
+        PlanMismatchError: The run was trained with other settings.
     """
     store = open_store(run.store.runs, run.store.s3)
     checkpoint = find_checkpoint(store, run, None)
     if checkpoint is None:
         raise none_yet(store, run)
     index = index_of(store, run.name, checkpoint)
-    index.check_postings()
     return Subject(trained_run(checkpoint, run), checkpoint, index)

@@ -79,12 +79,13 @@ def _words(options: argparse.Namespace, runs: "Sequence[Run]") -> "Iterator[Cove
     from dist_sae.analysis.matching import LEAST_OCCURRENCES, match_words
     from dist_sae.analysis.subject import open_subject
     from dist_sae.analysis.words import CORPUS, WordRows, corpus_words, find_words, read_lists
-    from dist_sae.models import build_tokenizer
 
     concepts = read_lists(name for name in options.concepts if name != CORPUS)
     subjects = [open_subject(run) for run in runs]
+    for subject in subjects:
+        subject.index.check_postings()
     if CORPUS in options.concepts:
-        tokenizer, words = build_tokenizer(runs[0]), {concept.word for concept in concepts}
+        tokenizer, words = subjects[0].tokenizer(), {concept.word for concept in concepts}
         least = 4 * LEAST_OCCURRENCES  # so that few are left out for an uneven spread over halves
         chosen = corpus_words(subjects[0].index, tokenizer, _CORPUS_WORDS, least)
         concepts += [concept for concept in chosen if concept.word not in words]
@@ -94,7 +95,7 @@ def _words(options: argparse.Namespace, runs: "Sequence[Run]") -> "Iterator[Cove
         share = index.manifest.postings_share
         rows = index.manifest.plan, index.manifest.units, share
         if rows not in known:  # the jobs of a sweep have the same
-            known[rows] = find_words(index, build_tokenizer(subject.run), concepts)
+            known[rows] = find_words(index, subject.tokenizer(), concepts)
         frequency = frequencies(concepts, known[rows], share)
         matched = match_words(index, known[rows], len(concepts))
         name, trained = subject.run.name, subject.trained_rows

@@ -111,17 +111,17 @@ def _find(run: "Run", asks: "list[tuple[int, Judge]]", sampling: "Sampling") -> 
     from dist_sae.analysis.sensitivity import measure, sensitivity
     from dist_sae.analysis.subject import open_subject
     from dist_sae.analysis.words import TokenTexts
-    from dist_sae.models import build_tokenizer
 
     subject = open_subject(run)
     index = subject.index
+    index.check_postings()
     if index.manifest.postings_share < 1:
         raise ConfigError(
             f"{index.place}: keeps the activations of a part of the rows only, and a latent that "
             f"seems silent may have fired; make an index with index.postings: all"
         )
     largest = [index.latent(latent).max for latent, _ in asks]  # an unknown one is refused here
-    tokens = TokenTexts(build_tokenizer(subject.run), [])
+    tokens = TokenTexts(subject.tokenizer(), [])
     judged = judge_passages(index, tokens, asks, sampling)
     return sensitivity(
         [
@@ -136,10 +136,9 @@ def _draw(options: argparse.Namespace, run: "Run", sampling: "Sampling") -> None
     from dist_sae.analysis.passages import draw_passages
     from dist_sae.analysis.subject import open_subject
     from dist_sae.analysis.words import TokenTexts
-    from dist_sae.models import build_tokenizer
 
     subject = open_subject(run)
-    tokens = TokenTexts(build_tokenizer(subject.run), [])
+    tokens = TokenTexts(subject.tokenizer(), [])
     drawn = draw_passages(subject.index, tokens, sampling)
     write_sample(options.draw, drawn)
     inside = sum(label.in_filter for _, label, _ in drawn)
