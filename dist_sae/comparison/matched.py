@@ -56,9 +56,9 @@ def match(one: Run, other: Run) -> Matched:
     if one.writes != other.writes:
         sites = " and ".join(f"{run.name} writes {', '.join(run.writes)}" for run in (one, other))
         raise ConfigError(f"{sites}: latents can be matched where both write the same sites")
-    chosen = _use(one, _choose)
+    chosen = use_newest(one, _choose)
     copied = (
-        _use(other, lambda trained: _nearest(chosen.rows, trained)) > DUPLICATE_COSINE
+        use_newest(other, lambda trained: _nearest(chosen.rows, trained)) > DUPLICATE_COSINE
     ).numpy()
     by_decade = {}
     if chosen.densities is not None:
@@ -68,7 +68,12 @@ def match(one: Run, other: Run) -> Matched:
     return Matched(float(copied.mean()), by_decade)
 
 
-def _use(run: Run, use: Callable[[Trained], Result]) -> Result:
+def use_newest(run: Run, use: Callable[[Trained], Result]) -> Result:
+    """Call `use` with a run's newest dictionary: `use_trained`.
+
+    Raises:
+        ConfigError: The run has no checkpoint.
+    """
     store = open_store(run.store.runs, run.store.s3)
     found = use_trained(store, run, None, use, memory_bytes=run.evaluate.memory_bytes)
     if found is None:
@@ -77,13 +82,13 @@ def _use(run: Run, use: Callable[[Trained], Result]) -> Result:
 
 
 def _choose(trained: Trained) -> _Chosen:
-    densities = _densities(trained)
+    densities = densities_of(trained)
     n = trained.pages.n_latents
     order = np.arange(n) if densities is None else np.argsort(densities, kind="stable")
     places = np.linspace(0, n - 1, min(n, DUPLICATES_OF)).astype(int)
     latents = np.sort(order[places])
     parts, first = [], 0
-    for rows in _directions(trained):
+    for rows in decoder_directions(trained):
         here = latents[(latents >= first) & (latents < first + len(rows))]
         parts.append(rows[torch.from_numpy(here - first)])
         first += len(rows)
@@ -93,13 +98,13 @@ def _choose(trained: Trained) -> _Chosen:
 def _nearest(rows: Tensor, trained: Trained) -> Float[Tensor, " chosen"]:
     """The highest cosine of each row with a decoder row."""
     cosines = torch.full((len(rows),), -1.0)
-    for part in _directions(trained):
+    for part in decoder_directions(trained):
         for piece in torch.split(part, DUPLICATES_CHUNK_LATENTS):
             torch.maximum(cosines, (rows @ piece.T).amax(1), out=cosines)
     return cosines
 
 
-def _directions(trained: Trained) -> Iterator[Float[Tensor, "some d_out"]]:
+def decoder_directions(trained: Trained) -> Iterator[Float[Tensor, "some d_out"]]:
     """Parts of the decoder in the scale of the model, with rows of unit length."""
     normalisers = trained.normalisers
     scales = torch.empty(normalisers.widths.d_out)
@@ -109,8 +114,8 @@ def _directions(trained: Trained) -> Iterator[Float[Tensor, "some d_out"]]:
         yield normalize(part / scales, dim=1)
 
 
-def _densities(trained: Trained) -> Float[NDArray[np.float64], " n_latents"] | None:
-    """Share of rows on which each latent fires; None if the checkpoint has no latent index."""
+def densities_of(trained: Trained) -> Float[NDArray[np.float64], " n_latents"] | None:
+    """Densities from the index, the share of rows each latent fires on; None if there is none."""
     run = trained.run
     try:
         index = index_of(open_store(run.store.runs, run.store.s3), run.name, trained.checkpoint)

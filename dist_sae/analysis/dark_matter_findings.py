@@ -1,0 +1,441 @@
+"""The findings of `dist-sae analyse dark-matter`, from the studies of one or more runs."""
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import combinations, pairwise
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from dist_sae.analysis.dark_matter import Study
+from dist_sae.analysis.error_parts import ENOUGH_ROWS
+from dist_sae.analysis.seeds import Overlap
+from dist_sae.analysis.tail import LEAST_ALIVE, Span, floor, forecast
+from dist_sae.report.charts import Line, render_lines, short
+from dist_sae.report.outcome import Findings
+
+_WIDER = (2, 4, 10)
+"""Multiples of the alive latents for which the tail is predicted."""
+_WIDER_BY = 1.2
+"""Factor of alive latents from which another dictionary counts as wider."""
+_EXPLAINS = 0.05
+"""Share by which a decoder must explain more than its rotation, to have found anything."""
+_UNIQUE = 0.8
+"""Share of unique energy above which a latent stands for a feature that no other describes."""
+_PREDICTS = 0.01
+"""R^2 above which a linear map predicts anything."""
+_AGREES = 0.8
+"""Share of the most frequent tenth with partners, below which two dictionaries disagree."""
+_PLACES = 256  # of a curve over ranks
+_CAPPED = 0.05
+
+WRONG_RECAPTURE = (
+    "Capture-recapture (Lincoln-Petersen) is wrong for the number of features and must not be "
+    "used: it takes two dictionaries for independent draws, but both find the frequent features "
+    "first, so what both miss is not seen in what they share."
+)
+
+
+class Check(NamedTuple):
+    """A prediction of the tail of a dictionary that had no part in it."""
+
+    narrower: tuple[Study, ...]
+    """One: a floor, from its energies. Two: a forecast, from what the second gained."""
+    wider: Study
+    predicted: Span
+    measured: Span
+
+    @property
+    def verdict(self) -> str:
+        """Where the measured tail lies: `within`, `above` or `below` what is predicted.
+
+        Within: the two intervals meet.
+        """
+        if self.measured.low > self.predicted.high:
+            return "above"
+        return "below" if self.measured.high < self.predicted.low else "within"
+
+
+def findings(
+    studies: Sequence[Study], overlaps: Mapping[tuple[str, str], Overlap] | None = None
+) -> Findings:
+    """Say what is known of the dark matter of some dictionaries.
+
+    Args:
+        studies: Of the runs.
+        overlaps: Latents that pairs of runs share, by their names.
+    """
+    overlaps = overlaps or {}
+    checks = list(_checks(studies))
+    failures = list(_same_failures(studies))
+    numbers = {
+        "runs": {study.name: _numbers(study) for study in studies},
+        "checks": [
+            {
+                "from": [study.name for study in check.narrower],
+                "to": check.wider.name,
+                "predicted": check.predicted.numbers(),
+                "measured": check.measured.numbers(),
+                "verdict": check.verdict,
+            }
+            for check in checks
+        ],
+        "error_norm_correlations": [
+            {"runs": list(names), "correlation": value} for names, value in failures
+        ],
+        "overlaps": [
+            {"runs": list(names), "share": each.share, **each._asdict()}
+            | {"recapture": _finite(each.recapture)}
+            for names, each in overlaps.items()
+        ],
+    }
+    summary = [line for study in studies for line in _sentences(study)]
+    summary += [line for check in checks for line in _check_sentences(check)]
+    summary += [
+        f"{one} and {other}: the lengths of their errors on the same rows have a correlation of "
+        f"{value:.2f}: {'the wider one fails on the same rows' if value > 0.5 else 'weak'}."  # noqa: PLR2004
+        for (one, other), value in failures
+    ]
+    for names, each in overlaps.items():
+        summary += _overlap_sentences(names, each)
+    caveats = [line for study in studies for line in _caveats(study)]
+    if len(studies) > 1 and len({study.plan for study in studies}) > 1:
+        caveats.append("The runs are of different activation sets; those are not compared.")
+    return Findings(
+        numbers,
+        summary,
+        caveats,
+        {"ranks": _ranks(studies), "overlap": _overlap_table(overlaps)},
+        [figure for figure in _figures(studies, checks, overlaps) if figure],
+    )
+
+
+def says_nothing(study: Study) -> bool:
+    """True if the decoder explains no more than directions that know nothing of the rows."""
+    return study.tail is not None and study.tail.explained - study.tail.chance < _EXPLAINS
+
+
+def _checks(studies: Sequence[Study]) -> Iterator[Check]:
+    """Predictions for each dictionary, from one or two narrower ones on the same rows."""
+    ordered = sorted((s for s in studies if s.tail and not says_nothing(s)), key=_alive)
+    for place, one in enumerate(ordered):
+        for other in ordered[place + 1 :]:
+            law = one.energy_law
+            if law and one.tail and other.tail and _is_wider(other, one):
+                predicted = floor(one.tail.left, one.tail.unique, law, one.alive, other.alive)
+                yield Check((one,), other, predicted, other.tail.left)
+    for one, two, other in combinations(ordered, 3):
+        law = two.energy_law
+        if law and one.tail and two.tail and other.tail and _is_wider(two, one):
+            if not _is_wider(other, two):
+                continue
+            alive = (one.alive, two.alive, other.alive)
+            predicted = forecast((one.tail.left, two.tail.left), law, alive)
+            yield Check((one, two), other, predicted, other.tail.left)
+
+
+def _alive(study: Study) -> int:
+    return study.alive
+
+
+def _is_wider(other: Study, one: Study) -> bool:
+    return other.plan == one.plan and other.alive > _WIDER_BY * one.alive
+
+
+def _same_failures(studies: Sequence[Study]) -> Iterator[tuple[tuple[str, str], float]]:
+    """Correlation of the lengths of two dictionaries' errors, from one width to the next."""
+    ordered = sorted(studies, key=_alive)
+    for one, other in pairwise(ordered):
+        if one.plan == other.plan and one.judged_rows == other.judged_rows > 1:
+            both = torch.corrcoef(torch.stack([one.parts.norms, other.parts.norms]))
+            if math.isfinite(value := float(both[0, 1])):
+                yield (one.name, other.name), value
+
+
+def _numbers(study: Study) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "n_latents": study.n_latents,
+        "alive": study.alive,
+        "l0": study.l0,
+        "indexed_rows": study.indexed_rows,
+        "fit_rows": study.linear.rows,
+        "judged_rows": study.judged_rows,
+        "judged_documents": study.judged_documents,
+        "penalties": list(study.linear.penalties),
+        **study.parts.numbers,
+        "intervals": study.parts.intervals,
+    }
+    for part in ("whole", "nonlinear", "linear"):
+        if part in study.losses:
+            found[f"ce_rise_{part}"] = study.losses[part]
+    if "tokens" in study.losses:
+        found["ce_tokens"] = study.losses["tokens"]
+    if (tail := study.tail) is None:
+        return found
+    found |= {
+        "tail": tail.left.numbers(),
+        "interference": tail.interference,
+        "unique_energy": tail.unique.numbers(),
+        "pursued_rows": tail.rows,
+        "pursued_fvu": tail.fvu,
+        "pursued_l0": tail.latents,
+        "pursued_capped": tail.capped,
+        "explained": tail.explained,
+        "explained_by_chance": tail.chance,
+        "nothing": says_nothing(study),
+    }
+    law, frequencies = study.energy_law, study.frequency_law
+    if law and frequencies and not says_nothing(study):
+        found |= {
+            "frequency_exponent": frequencies.exponent.numbers(),
+            "energy_exponent": law.exponent.numbers(),
+            "floors": {
+                str(times): span.numbers() for times in _WIDER if (span := _floor(study, times))
+            },
+        }
+        if _tells_features(study):
+            end = law.rank_of(study.alive, tail.left)
+            found["tail_ends_at_rank"] = list(map(_finite, end))
+    return found
+
+
+def _sentences(study: Study) -> Iterator[str]:
+    parts, tail = study.parts.numbers, study.tail
+    name = f"{study.name} ({study.alive:,} of {study.n_latents:,} latents alive)"
+    if tail is None:
+        yield f"{name}: FVU {parts['fvu']:.3f} on {study.judged_rows:,} held-out rows."
+    elif says_nothing(study):
+        yield (
+            f"{name}: nothing. Its decoder explains {_percent(tail.explained)} of the rows, and "
+            f"{_percent(tail.chance)} after a random rotation of them: it has found no features, "
+            f"so there is no tail to speak of."
+        )
+    else:
+        rest = (
+            f"{tail.interference:.3f} is interference: errors of the encoder and the limit on "
+            f"active latents"
+            if tail.interference > 0
+            else "no interference can be told from it"
+        )
+        yield (
+            f"{name}: FVU {tail.fvu:.3f}. The tail, which the decoder lacks, is "
+            f"{_shown(tail.left)}; {rest}. FVU alone is not the tail."
+        )
+        yield from _law_sentences(study)
+    if parts["error_r2"] < _PREDICTS and parts["norm_r2"] < _PREDICTS:
+        yield f"{study.name}: nothing of the error is linear in the inputs."
+    else:
+        yield (
+            f"{study.name}: a linear map of the inputs predicts {_percent(parts['error_r2'])} of "
+            f"the error and {_percent(parts['norm_r2'])} of the variance of its squared length; "
+            f"FVU_nonlinear is {parts['fvu_nonlinear']:.3f}."
+        )
+    if rises := study.losses:
+        yield (
+            f"{study.name}: the cross-entropy rises by {rises['whole']:.3f} nats with the whole "
+            f"error, by {rises['nonlinear']:.3f} with the nonlinear part alone and by "
+            f"{rises['linear']:.3f} with the linear part alone."
+        )
+
+
+def _law_sentences(study: Study) -> Iterator[str]:
+    law, frequencies, tail = study.energy_law, study.frequency_law, study.tail
+    if not law or not frequencies or not tail:
+        yield f"{study.name}: no law is fitted to fewer than {LEAST_ALIVE} alive latents."
+        return
+    floors = ", ".join(
+        f"{times} times: {_shown(span)}" for times in _WIDER if (span := _floor(study, times))
+    )
+    yield (
+        f"{study.name}: firing frequencies fall as rank^-{_shown(frequencies.exponent, 2)}, "
+        f"energies as rank^-{_shown(law.exponent, 2)}. Of the energy of the half with the least, "
+        f"{_percent(tail.unique.value)} is unique: the other half cannot describe it. If this goes "
+        f"on, the tail of a dictionary with more alive latents, the floor of its FVU, is at least "
+        f"{floors}."
+    )
+    if not _tells_features(study):
+        yield (
+            f"{study.name}: its latents share out what others describe as well, so their energies "
+            f"do not say how many features are missing, and the floor is a weak bound."
+        )
+        return
+    end = law.rank_of(study.alive, tail.left)
+    yield (
+        f"{study.name}: if the law went on, the tail would end at rank {short(end.value)} "
+        f"({short(end.low)} to {short(end.high)}): an extrapolation, no count of features."
+    )
+
+
+def _tells_features(study: Study) -> bool:
+    """True if latents stand for features of their own, whose number a law can say something of."""
+    return study.tail is not None and study.tail.unique.value > _UNIQUE
+
+
+def _floor(study: Study, times: int) -> Span | None:
+    """The tail with so many times the alive latents; None without a law."""
+    law, tail = study.energy_law, study.tail
+    if not law or not tail:
+        return None
+    return floor(tail.left, tail.unique, law, study.alive, times * study.alive)
+
+
+def _check_sentences(check: Check) -> Iterator[str]:
+    names = " and ".join(study.name for study in check.narrower)
+    what = "floor" if len(check.narrower) == 1 else "forecast"
+    meaning = {
+        "within": "the intervals meet",
+        "above": "it gained less: latents that split what others had, or too few rows",
+        "below": "it gained more, so the law does not hold here",
+    }[check.verdict]
+    yield (
+        f"Held out: {names} predict{'s' if what == 'floor' else ''} a {what} of "
+        f"{_shown(check.predicted)} for the tail of {check.wider.name}; measured: "
+        f"{_shown(check.measured)}, {check.verdict}: {meaning}."
+    )
+
+
+def _overlap_sentences(names: tuple[str, str], each: Overlap) -> Iterator[str]:
+    one, other = names
+    if not each.partners:
+        yield f"{one} and {other}: nothing in common; no latent has a partner."
+        return
+    rare, frequent = each.shares[0], each.shares[-1]
+    yield (
+        f"{one} and {other}: {_percent(each.share)} of {each.looked_at:,} alive latents of the "
+        f"first have a partner in the second; of the most frequent tenth {_percent(frequent)}, of "
+        f"the rarest {_percent(rare)}."
+    )
+    if frequent < _AGREES:
+        yield (
+            "ALARM: frequent latents disagree, although both dictionaries had the rows to learn "
+            "the same features. They are not determined by the data; do not read single latents "
+            "as features of the model."
+        )
+    else:
+        yield (
+            "Frequent latents agree. Disagreement at the frontier of frequency is expected: each "
+            "dictionary takes other features of those that are almost too rare."
+        )
+    yield f"{WRONG_RECAPTURE} It would say {short(each.recapture)} here."
+
+
+def _caveats(study: Study) -> Iterator[str]:
+    for line in study.left_out:
+        yield f"{study.name}: {line}."
+    enough = ENOUGH_ROWS * len(study.linear.weights)
+    if study.linear.rows < enough:
+        yield (
+            f"{study.name}: the linear maps are fitted to {study.linear.rows:,} rows, with a "
+            f"penalty; {enough:,} would be enough without, so their R^2 may be too low."
+        )
+    if not study.parts.intervals:
+        yield f"{study.name}: the judged rows are of one document, so there are no intervals."
+    if study.tail and study.tail.capped > _CAPPED:
+        yield (
+            f"{study.name}: {_percent(study.tail.capped)} of the rows use as many latents as the "
+            f"solver may, so their tail is too large, or they hold what latents cannot describe."
+        )
+    if study.tail and study.tail.interference < 0 and not says_nothing(study):
+        yield (
+            f"{study.name}: the encoder leaves less than the solver, so its latents also "
+            f"describe rows that chance would explain; the tail is at most the FVU."
+        )
+
+
+def _ranks(studies: Sequence[Study]) -> pa.Table:
+    """Frequencies and energies at some ranks."""
+    rows: dict[str, list[Any]] = {"run": [], "rank": [], "density": [], "energy": []}
+    for study in studies:
+        for rank in _places(study.alive):
+            rows["run"].append(study.name)
+            rows["rank"].append(rank)
+            rows["density"].append(float(study.densities[rank - 1]))
+            rows["energy"].append(float(study.energies[rank - 1]))
+    kinds = [pa.string(), pa.int64(), pa.float64(), pa.float64()]
+    return pa.table(rows, schema=pa.schema(list(zip(rows, kinds, strict=True))))
+
+
+def _overlap_table(overlaps: Mapping[tuple[str, str], Overlap]) -> pa.Table:
+    kinds = {
+        "run": pa.string(),
+        "other": pa.string(),
+        "tenth": pa.int32(),
+        "density": pa.float64(),
+        "share": pa.float64(),
+        "low": pa.float64(),
+        "high": pa.float64(),
+    }
+    rows = [
+        (*names, tenth, density, share, *interval)
+        for names, each in overlaps.items()
+        for tenth, (density, share, interval) in enumerate(
+            zip(each.densities, each.shares, each.intervals, strict=True)
+        )
+    ]
+    columns = zip(*rows, strict=True) if rows else [()] * len(kinds)
+    arrays = [pa.array(c, k) for c, k in zip(columns, kinds.values(), strict=True)]
+    return pa.table(arrays, names=list(kinds))
+
+
+def _figures(
+    studies: Sequence[Study],
+    checks: Sequence[Check],
+    overlaps: Mapping[tuple[str, str], Overlap],
+) -> Iterator[str]:
+    for what, title in (
+        ("densities", "Firing frequency by rank"),
+        ("energies", "Energy by rank, as a share of the variance"),
+    ):
+        lines = []
+        for study in studies:
+            ranks = [rank for rank in _places(study.alive) if getattr(study, what)[rank - 1] > 0]
+            values = [float(getattr(study, what)[rank - 1]) for rank in ranks]
+            lines.append(Line(study.name, np.log10(ranks).tolist(), values))
+        yield render_lines(title, lines, x_label="log10 of the rank")
+    measured = sorted((s for s in studies if s.tail), key=_alive)
+    if len(measured) > 1:
+        wide = [math.log10(study.alive) for study in measured]
+        lines = [
+            Line("FVU", wide, [study.parts.numbers["fvu"] for study in measured]),
+            Line("tail", wide, [study.tail.left.value for study in measured if study.tail]),
+        ]
+        for one in measured[:-1]:
+            own = [
+                check for check in checks if check.narrower[0] is one and len(check.narrower) == 1
+            ]
+            if own and one.tail:
+                x = [math.log10(s.alive) for s in (one, *(check.wider for check in own))]
+                y = [one.tail.left.value, *(check.predicted.value for check in own)]
+                lines.append(Line(f"floor from {one.name}", x, y))
+        title = "FVU, tail and predicted floor by width"
+        yield render_lines(title, lines, x_label="log10 of the alive latents", from_zero=True)
+    if overlaps:
+        lines = [
+            Line(f"{one} in {other}", np.log10(each.densities).tolist(), each.shares)
+            for (one, other), each in overlaps.items()
+        ]
+        title = "Share of latents with a partner, by firing frequency"
+        yield render_lines(title, lines, x_label="log10 of the density", from_zero=True)
+
+
+def _places(alive: int) -> list[int]:
+    """Ranks from 1 to the last, evenly spaced in their logarithm."""
+    if not alive:
+        return []
+    ranks = np.exp(np.linspace(0, math.log(alive), _PLACES)).round().astype(int)
+    found: list[int] = np.unique(np.clip(ranks, 1, alive)).tolist()
+    return found
+
+
+def _shown(span: Span, digits: int = 3) -> str:
+    return f"{span.value:.{digits}f} ({span.low:.{digits}f} to {span.high:.{digits}f})"
+
+
+def _percent(share: float) -> str:
+    return f"{100 * share:.0f} %"
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

@@ -1,0 +1,133 @@
+"""What a decoder could explain at best: a sparse solver in place of the encoder.
+
+Orthogonal matching pursuit (Pati et al. 1993) with activations of at least 0. Each turn adds the
+latent whose decoder direction is nearest to what is left of the row, and fits the activations of
+all latents so far again. A row stops where the cosine of the nearest direction is what chance
+gives, sqrt(2 ln(latents) / width): the largest of as many random directions. So the number of
+latents is not fixed as the encoder's is, no encoder errs, and what is left is what the decoder
+lacks. That the threshold says this is tested on a world with known features; it is our choice, and
+not from a published method.
+"""
+
+import math
+from collections.abc import Callable, Iterable
+from typing import NamedTuple
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor
+from torch.nn.functional import normalize
+
+STRICTNESS = (0.9, 1.0, 1.1)
+"""Multiples of the threshold; the middle one is the estimate, the others its sensitivity."""
+_MOST_LATENTS = 256
+_BYTES = 2**28  # of the decoder rows that the rows use
+_PIECE_LATENTS = 2048
+_SWEEPS = 3
+
+Parts = Callable[[], Iterable[Float[Tensor, "some d"]]]
+"""Gives the parts of the decoder in order, each soon overwritten."""
+
+
+class Left(NamedTuple):
+    """What a pursuit leaves of each row, for each of `STRICTNESS`."""
+
+    squares: Float[Tensor, "strictness rows"]
+    """Squared length of what is left."""
+    latents: Float[Tensor, "strictness rows"]
+    """Latents used."""
+    most: int
+    """Most latents of a row."""
+
+
+def most_latents(l0: float) -> int:
+    """The most latents that a row may use: four times those of the encoder, 8 to 256."""
+    return min(_MOST_LATENTS, max(8, math.ceil(4 * l0)))
+
+
+def affordable_rows(l0: float, d: int) -> int:
+    """Number of rows whose pursuit needs no more than a quarter of a GiB."""
+    return max(1, _BYTES // (4 * d * most_latents(l0)))
+
+
+@torch.no_grad()
+def pursue(
+    y: Float[Tensor, "rows d"], parts: Parts, usable: Bool[Tensor, " latents"], most: int
+) -> Left:
+    """Explain rows with as few latents as chance allows.
+
+    The decoder is read once for every latent of a row, `most` times at most.
+
+    Args:
+        y: Rows, without the part that comes from no latent.
+        parts: The decoder.
+        usable: Latents that can be used. The threshold is that of all, so that what some of them
+            leave can be compared with what all leave.
+        most: Most latents of a row.
+    """
+    n, d = y.shape
+    threshold = math.sqrt(2 * math.log(max(2, len(usable))) / d)
+    bounds = torch.tensor(STRICTNESS)[:, None] * threshold
+    squares = torch.full((len(STRICTNESS), n), torch.nan)
+    used = torch.zeros(len(STRICTNESS), n)
+    atoms = torch.zeros(n, most, d)
+    chosen = torch.full((n, most), -1)
+    acts = torch.zeros(n, most)
+    left = y.clone()
+    going = torch.arange(n)
+    for turn in range(most + 1):
+        here = left[going]
+        square = here.square().sum(1)
+        if turn < most:
+            cosine, which, rows = _nearest(here, chosen[going, :turn], usable, parts)
+        else:
+            cosine = torch.zeros(len(going))
+        ends = (cosine <= bounds) & squares[:, going].isnan()
+        for level, stops in enumerate(ends):
+            squares[level, going[stops]] = square[stops]
+            used[level, going[stops]] = (acts[going[stops]] > 0).sum(1).float()
+        on = cosine > bounds[0]
+        going = going[on]
+        if not len(going):
+            break
+        atoms[going, turn], chosen[going, turn] = rows[on], which[on]
+        support = atoms[going, : turn + 1]
+        acts[going, : turn + 1] = _fit(support, y[going], acts[going, : turn + 1])
+        left[going] = y[going] - torch.einsum("rk,rkd->rd", acts[going, : turn + 1], support)
+    return Left(squares, used, most)
+
+
+def _nearest(
+    rows: Tensor, taken: Tensor, usable: Tensor, parts: Parts
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Cosine, number and direction of the latent nearest to each row that it does not use yet."""
+    scaled = normalize(rows, dim=1)
+    best = torch.full((len(rows),), -2.0)
+    which = torch.full((len(rows),), -1)
+    directions = torch.zeros_like(rows)
+    first = 0
+    for part in parts():
+        for piece in torch.split(part, _PIECE_LATENTS):
+            unit = normalize(piece, dim=1)
+            cosines = scaled @ unit.T
+            cosines[:, ~usable[first : first + len(unit)]] = -2
+            row, column = ((taken >= first) & (taken < first + len(unit))).nonzero(as_tuple=True)
+            cosines[row, taken[row, column] - first] = -2
+            highest, place = cosines.max(1)
+            better = highest > best
+            best[better], which[better] = highest[better], place[better] + first
+            directions[better] = unit[place[better]]
+            first += len(unit)
+    return best, which, directions
+
+
+def _fit(atoms: Tensor, y: Tensor, acts: Tensor) -> Tensor:
+    """Activations of at least 0 with about the least error, by coordinate descent from `acts`."""
+    gram = atoms @ atoms.transpose(1, 2)
+    along = torch.einsum("rkd,rd->rk", atoms, y)
+    acts = acts.clone()
+    for _ in range(_SWEEPS):
+        for k in reversed(range(acts.shape[1])):
+            others = (gram[:, k] * acts).sum(1) - acts[:, k] * gram[:, k, k]
+            acts[:, k] = (along[:, k] - others).clamp_min(0)
+    return acts
