@@ -3,7 +3,7 @@
 # Needs Python >= 3.11 and root. Installs the Debian packages below: servers for metrics, npm for
 # Grafana's types, and tools that run pods in namespaces of their own.
 # Options go to pytest, for example: launch/test.sh -k loader
-# Runs two tests at a time, one thread each: most of them wait for processes and servers.
+# Runs three tests at a time, one thread each, also on two cores: most wait for processes and servers.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -39,4 +39,4 @@ $bin/ruff format --check .
 $bin/ruff check .
 $bin/mypy
 $bin/lint-imports
-OMP_NUM_THREADS=1 exec $bin/python -m pytest -n 2 --dist loadfile --no-loadscope-reorder "$@"
+OMP_NUM_THREADS=1 exec $bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
