@@ -142,7 +142,7 @@ def test_the_whole_run_works_over_s3_without_an_index_and_torchs_compiler(
 ) -> None:
     """An index in S3 is of `tests/kubernetes/test_pods.py`.
 
-    To import the compiler, which torch's own optimisers do, takes 1.7 s of CPU: here it fails.
+    To import the compiler, which torch's own optimisers do, takes 1.4 s of CPU: here it fails.
     """
     (tmp_path / "sitecustomize.py").write_text(NO_COMPILER)
     url = f"s3://{bucket.name}/some/prefix"

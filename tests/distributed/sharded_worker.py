@@ -76,22 +76,22 @@ def train_rank(spec: dict[str, Any], env: dict[str, str], log: str) -> None:
     torch.set_num_threads(1)
     results = {}
     with rendezvous(spec["world"]) as ranks, join_mesh(ranks, spec["shards"]) as mesh:
-        for kind in spec["kinds"]:
-            for dtype in spec["dtypes"]:
-                results[kind, dtype] = trained(spec, kind, dtype, mesh)
-    torch.save(results, f"{spec['out']}.{mesh.rank}")
-
-
-def trained(spec: dict[str, Any], kind: str, precision: str, mesh: Mesh) -> dict[str, Any]:
-    dtype = torch.float64 if precision == "fp64" else torch.float32
-    folder = Path(spec["out"]).parent / f"{kind}-{precision}-{mesh.rank}"
-    run: Run = load_run(
-        write_run(
-            folder,
+        path = write_run(
+            Path(spec["out"]).parent / f"rank-{mesh.rank}",
             train={"batch_rows": BATCH, "deepspeed": spec["deepspeed"]},
             processes={"trainers": spec["world"], "latent_shards": spec["shards"]},
         )
-    )
+        run = load_run(path)
+        for kind in spec["kinds"]:
+            for dtype in spec["dtypes"]:
+                results[kind, dtype] = trained(spec, run, kind, dtype, mesh)
+    torch.save(results, f"{spec['out']}.{mesh.rank}")
+
+
+def trained(
+    spec: dict[str, Any], run: Run, kind: str, precision: str, mesh: Mesh
+) -> dict[str, Any]:
+    dtype = torch.float64 if precision == "fp64" else torch.float32
     config = {"kind": kind, "n_latents": N_LATENTS, "dead_after_rows": DEAD_AFTER} | RECIPES[kind]
     sae_config: SaeConfig = TypeAdapter(SaeConfig).validate_python(config)
     run = run.model_copy(update={"sae": sae_config})  # its sites need not be there
