@@ -1,5 +1,6 @@
-"""Graphs of latents from an index's nearest latents, their components, and groups of latents."""
+"""Graphs of latents by decoder direction and by common rows, and groups of near latents."""
 
+import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -23,6 +24,31 @@ class Edges(NamedTuple):
     weight: NDArray[np.float32]
     mutual: NDArray[np.bool_]
     """Whether each end lists the other among its nearest."""
+
+    def where(self, kept: NDArray[np.bool_]) -> "Edges":
+        """Some of the edges."""
+        return Edges(self.one[kept], self.other[kept], self.weight[kept], self.mutual[kept])
+
+
+class Pairs(NamedTuple):
+    """Pairs of latents that fire on common rows, mostly in both orders."""
+
+    latent: NDArray[np.int64]
+    other: NDArray[np.int64]
+    rows: NDArray[np.int64]
+    """Common rows."""
+    phi: NDArray[np.float32]
+    """Correlation of the two activities."""
+
+
+class Graph(NamedTuple):
+    """An undirected graph, each edge once."""
+
+    n: int
+    """Nodes."""
+    one: NDArray[np.int64]
+    other: NDArray[np.int64]
+    weight: NDArray[np.float64]
 
 
 class Groups(NamedTuple):
@@ -124,11 +150,7 @@ def find_groups(edges: Edges, n_latents: int, least: int, most: int) -> Groups:
     """
     of = np.full(n_latents, -1, np.int32)
     sizes: list[NDArray[np.int64]] = []
-    one, other, cosine = (
-        edges.one[edges.mutual],
-        edges.other[edges.mutual],
-        edges.weight[edges.mutual],
-    )
+    one, other, cosine, _ = edges.where(edges.mutual)
     cutoff, large, n_groups = float(cosine.min(initial=1.0)), np.zeros(n_latents, bool), 0
     while len(one):
         component, n = components(n_latents, one, other)
@@ -148,3 +170,43 @@ def find_groups(edges: Edges, n_latents: int, least: int, most: int) -> Groups:
         one, other, cosine = one[kept], other[kept], cosine[kept]
         large[:] = False
     return Groups(of, np.concatenate([np.zeros(0, np.int64), *sizes]), int(large.sum()))
+
+
+def coactive_pairs(index: Index, firings: NDArray[np.float64]) -> Pairs:
+    """Pairs of latents that fire on more common rows than chance gives to any pair.
+
+    Args:
+        index: Counts pairs.
+        firings: Rows on which each latent fires, among the index's `pair_rows`.
+
+    Raises:
+        ConfigError: The index counts no pairs.
+    """
+    parts = []
+    for bucket in range(index.manifest.n_buckets):
+        table = index.bucket_pairs(bucket)
+        latent, other, count = (
+            table[name].to_numpy().astype(np.int64) for name in ("latent", "other", "count")
+        )
+        expected = firings[latent] * firings[other] / max(1, index.pair_rows)
+        surprise = count * np.log(np.maximum(count / np.maximum(expected, 1e-300), 1e-300))
+        surprise -= count - expected  # the Chernoff bound of a Poisson tail, in nats
+        kept = (count > expected) & (surprise > 2 * math.log(index.n_latents))
+        parts.append(Pairs(latent[kept], other[kept], count[kept], table["phi"].to_numpy()[kept]))
+    return Pairs(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def by_chance(n_latents: int, d: int) -> float:
+    """Cosine that no two of n random directions are expected to reach: sqrt(4 ln n / d)."""
+    return math.sqrt(4 * math.log(max(2, n_latents)) / d)
+
+
+def link(n: int, near: Edges, pairs: Pairs) -> Graph:
+    """The graph of near and coactive latents; weights are cosine + phi, where there is either."""
+    keys = [near.one * n + near.other]
+    keys.append(np.minimum(pairs.latent, pairs.other) * n + np.maximum(pairs.latent, pairs.other))
+    lists = _joined(keys[1], pairs.phi, n)  # each pair once, though both ends list it
+    keys[1] = lists.one * n + lists.other
+    weights = np.concatenate([near.weight, lists.weight]).astype(np.float64)
+    both, place = np.unique(np.concatenate(keys), return_inverse=True)
+    return Graph(n, both // n, both % n, np.bincount(place, weights, len(both)).astype(np.float64))

@@ -225,6 +225,21 @@ class Index:
         for piece in self._record(bucket).postings:
             yield read_table(self._store, piece.stored)
 
+    def bucket_pairs(self, bucket: int) -> pa.Table:
+        """Read the coactive pairs of a bucket's latents: a table of `PAIRS`.
+
+        Raises:
+            ConfigError: The index counts no pairs.
+            CorruptObjectError: The table is damaged.
+        """
+        record = self._record(bucket)
+        if record.pairs is None:
+            raise ConfigError(
+                f"{self.place}: counts no coactive latents (index.pairs: 0); make an index that "
+                f"does, under a name of its own (index.name)"
+            )
+        return read_table(self._store, record.pairs)
+
     def has_postings(self, unit: int, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
         """Whether the activations on each of these rows of a unit are kept; see `postings`."""
         share = self.manifest.postings_share

@@ -2,6 +2,7 @@
 
 <run>/analysis/<what>/<table>-<digest>.parquet
 <run>/analysis/<what>/page.html
+<run>/analysis/<what>/<name>.html                further pages, such as a map
 <run>/analysis/<what>/outcome.json               sealed, last
 """
 
@@ -30,6 +31,8 @@ class Findings(NamedTuple):
     """Tables by name."""
     figures: Sequence[str] = ()
     """Figures, as `report.charts` draws them."""
+    pages: Mapping[str, str] = {}
+    """Further pages by name, as HTML."""
 
 
 class Outcome(Record):
@@ -48,6 +51,8 @@ class Outcome(Record):
     caveats: tuple[str, ...]
     figures: tuple[str, ...]
     tables: dict[str, Stored]
+    pages: tuple[str, ...] = ()
+    """Names of further pages, `<name>.html` in the same folder."""
 
     @property
     def drawn(self) -> list[Markup]:
@@ -90,7 +95,10 @@ def keep_findings(
         caveats=tuple(findings.caveats),
         figures=tuple(findings.figures),
         tables=tables,
+        pages=tuple(findings.pages),
     )
+    for name, content in findings.pages.items():
+        store.put(f"{folder}/{name}.html", content.encode())
     page = render_template("analysis.html", run=run, outcome=outcome)
     store.put(f"{folder}/page.html", page.encode())
     store.put(f"{folder}/outcome.json", seal(outcome))

@@ -11,7 +11,7 @@ from dist_sae.storage import open_store
 from tests.index.indexed import add_checkpoint, make_index, produced
 
 
-@pytest.mark.parametrize(("what", "table"), [("manifolds", "groups")])
+@pytest.mark.parametrize(("what", "table"), [("manifolds", "groups"), ("map", "clusters")])
 def test_an_answer_is_printed_and_kept(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], what: str, table: str
 ) -> None:

@@ -1,0 +1,323 @@
+"""A map of a dictionary: clusters of latents, their parents and children, and places in a plane."""
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+from numpy.typing import NDArray
+
+from dist_sae.analysis.communities import STABLE, Level, find_level, resolutions
+from dist_sae.analysis.graph import by_chance, coactive_pairs, link, nearest_edges
+from dist_sae.analysis.inclusion import Absorbed, Parents, find_absorbed, find_parents
+from dist_sae.analysis.names import frequent_tokens
+from dist_sae.analysis.opened import Indexed
+from dist_sae.analysis.positions import Places, place
+from dist_sae.errors import ConfigError
+from dist_sae.index.coactive import MOST_PAIRS
+from dist_sae.report.charts import Cloud, render_cloud
+from dist_sae.report.map_page import Label, MapPage, render_map
+from dist_sae.report.outcome import Findings
+
+LEAST_ROWS = 1000
+"""Least rows on which coactive latents were counted."""
+_LATENT_TOKENS, _CLUSTER_TOKENS = 3, 5
+_DRAWN = 4000  # latents in the report's figure; the page has all
+_LABELS = 2000  # most labels of a level on the page, those of the largest clusters
+
+
+class Settings(NamedTuple):
+    """How the map is made."""
+
+    resamples: int = 10
+    """Resamples from which the stability of clusters is found."""
+    seed: int = 0
+
+
+class _Named(NamedTuple):
+    """Tokens of latents and clusters, as text."""
+
+    latents: pa.ListArray
+    clusters: list[list[list[str]]]
+    """By level."""
+
+
+def make_map(run: str, indexed: Indexed, settings: Settings) -> Findings:
+    """Make the map of an index.
+
+    Args:
+        run: Name of the run, for the page.
+        indexed: Its index has nearest latents and coactive pairs.
+        settings: How it is made.
+
+    Raises:
+        ConfigError: The index has no nearest latents, no pairs, or too few rows; or scikit-network
+            is not installed.
+    """
+    index = indexed.latents
+    n, chance = index.n_latents, by_chance(index.n_latents, indexed.decoder.d_out)
+    near = nearest_edges(index, chance)
+    index.bucket_pairs(0)  # an error now rather than after the rows were counted
+    if index.pair_rows < LEAST_ROWS:
+        raise ConfigError(
+            f"{index.place}: counts coactive latents on {index.pair_rows:,} rows, and a map needs "
+            f"{LEAST_ROWS:,}; index more (index.rows, index.pairs)"
+        )
+    density = np.concatenate([table["density"].to_numpy() for table in index.latents(["density"])])
+    firings = density * index.pair_rows
+    fires = density > 0  # the direction of a latent that never fires is where it was left
+    near = near.where(fires[near.one] & fires[near.other])
+    pairs = coactive_pairs(index, firings)
+    graph = link(n, near, pairs)
+    n_linked = len(np.unique(np.concatenate([graph.one, graph.other])))
+    levels = [
+        find_level(graph, resolution, settings.resamples, settings.seed)
+        for resolution in resolutions(n_linked)
+    ]
+    parents = find_parents(pairs, firings)
+    absorbed = find_absorbed(near, pairs, firings, index.pair_rows, MOST_PAIRS)
+    places = place(graph, [level.of for level in levels], settings.seed)
+    tokens, _ = frequent_tokens(index, _LATENT_TOKENS)
+    present = np.unique(tokens[tokens >= 0])
+    texts = dict(zip(present.tolist(), indexed.name(present), strict=True))
+    named = _Named(
+        _lists(tokens, texts),
+        [[indexed.name(t) for t in _cluster_tokens(level, tokens)] for level in levels],
+    )
+    numbers = {
+        "latents": n,
+        "never_fire": int((~fires).sum()),
+        "pair_rows": index.pair_rows,
+        "least_cosine": chance,
+        "near_edges": len(near.one),
+        "coactive_pairs": len(pairs.latent),
+        "linked": n_linked,
+        "levels": [_level_numbers(level) for level in levels],
+        "children": len(parents.child),
+        "parents": len(np.unique(parents.parent)),
+        "absorbed": len(absorbed.latent),
+    }
+    page = MapPage(
+        title=f"Map of {n:,} latents: {run}",
+        places=places,
+        colour=levels[0].of,
+        density=density,
+        parent=_parent_of(n, parents),
+        tokens=tokens,
+        token_texts=texts,
+        labels=[_labels(level, places, named.clusters[i]) for i, level in enumerate(levels)],
+    )
+    return Findings(
+        numbers=numbers,
+        summary=list(_summary(numbers, named, levels)),
+        caveats=list(_caveats(numbers, index.pair_rows)),
+        tables={
+            "latents": _latents_table(places, levels, named, parents, n),
+            "clusters": _clusters_table(levels, named, density, places),
+            "absorbed": _absorbed_table(absorbed, named),
+        },
+        figures=[_drawn(places, levels[0], named.clusters[0], n_linked)],
+        pages={"map": render_map(page)},
+    )
+
+
+def _cluster_tokens(level: Level, tokens: NDArray[np.int32]) -> list[list[int]]:
+    """Tokens that are more frequent among a cluster's latents than elsewhere.
+
+    They are ranked by (latents with the token) x ln (its share in the cluster / its share in all).
+    """
+    here = (level.of >= 0)[:, None] & (tokens >= 0)
+    clusters = np.broadcast_to(level.of[:, None], tokens.shape)[here].astype(np.int64)
+    found, overall = np.unique(tokens[here], return_inverse=True)
+    keys, counts = np.unique(clusters * max(1, len(found)) + overall, return_counts=True)
+    of, token = keys // max(1, len(found)), keys % max(1, len(found))
+    total = np.bincount(overall)
+    share = counts / np.bincount(clusters)[of] if len(of) else np.zeros(0)
+    rank = counts * np.log(share / (total[token] / len(overall))) if len(of) else np.zeros(0)
+    order = np.lexsort((token, -rank, of))
+    names: list[list[int]] = [[] for _ in level.sizes]
+    for cluster, number in zip(of[order].tolist(), found[token[order]].tolist(), strict=True):
+        if len(names[cluster]) < _CLUSTER_TOKENS:
+            names[cluster].append(number)
+    return names
+
+
+def _level_numbers(level: Level) -> dict[str, Any]:
+    stable = np.nan_to_num(level.stability) >= STABLE
+    seen = level.stability[np.isfinite(level.stability)]
+    return {
+        "resolution": level.resolution,
+        "clusters": len(level.sizes),
+        "latents": int(level.sizes.sum()),
+        "largest": int(level.sizes.max(initial=0)),
+        "stable_clusters": int(stable.sum()),
+        "latents_in_stable": int(level.sizes[stable].sum()),
+        "median_stability": float(np.median(seen)) if len(seen) else None,
+    }
+
+
+def _summary(numbers: Mapping[str, Any], named: _Named, levels: Sequence[Level]) -> Iterator[str]:
+    n = numbers["latents"]
+    yield (
+        f"{numbers['linked']:,} of {n:,} latents are linked: {numbers['near_edges']:,} pairs are "
+        f"nearer than random directions (cosine {numbers['least_cosine']:.2f}), and "
+        f"{numbers['coactive_pairs']:,} entries fire together more often than by chance."
+    )
+    stable = [each["latents_in_stable"] for each in numbers["levels"]]
+    if max(stable) < 0.05 * n:
+        yield (
+            f"Nothing: less than a twentieth of the latents is in a cluster that is stable "
+            f"(Jaccard index of at least {STABLE}) at any resolution."
+        )
+    for each, level, names in zip(numbers["levels"], levels, named.clusters, strict=True):
+        if each["clusters"]:
+            first = "; ".join(
+                f"{', '.join(map(repr, words[:3]))} ({size:,}, {value:.2f})"
+                for words, size, value in zip(names[:3], level.sizes, level.stability, strict=False)
+            )
+            yield (
+                f"Resolution {each['resolution']:.3g}: {each['clusters']:,} clusters with "
+                f"{each['latents']:,} latents, {each['stable_clusters']:,} of them stable, median "
+                f"Jaccard index {each['median_stability'] or 0:.2f}. The largest (latents, Jaccard "
+                f"index): {first}."
+            )
+    yield (
+        f"{numbers['children']:,} latents have a parent, one of {numbers['parents']:,}, that fires "
+        f"on at least 90 % of their rows; {numbers['absorbed']:,} pairs may be absorption. The map "
+        f"is map.html beside this page."
+    )
+
+
+def _caveats(numbers: Mapping[str, Any], pair_rows: int) -> Iterator[str]:
+    yield (
+        f"Common rows were counted on {pair_rows:,} rows, and {MOST_PAIRS} others are kept of each "
+        f"latent; a parent that more latents outrank is missing."
+    )
+    yield "Distances on the map show who is linked; large distances and empty space mean nothing."
+    if alone := numbers["latents"] - numbers["linked"]:
+        never = numbers["never_fire"]
+        yield (
+            f"{alone:,} latents have no link, {never:,} of them because they never fire; they are "
+            f"the outer ring of the map."
+        )
+
+
+def _parent_of(n: int, parents: Parents) -> NDArray[np.int32]:
+    of = np.full(n, -1, np.int32)
+    of[parents.child] = parents.parent
+    return of
+
+
+def _lists(tokens: NDArray[np.int32], texts: Mapping[int, str]) -> pa.ListArray:
+    """Texts of the tokens of each latent, which are those from 0 on."""
+    numbers = sorted(texts)
+    kept = tokens >= 0
+    places = pa.array(np.searchsorted(numbers, tokens[kept]))
+    flat = pa.array([texts[number] for number in numbers], pa.string()).take(places)
+    return pa.ListArray.from_arrays(
+        np.concatenate([[0], kept.sum(1).cumsum()]).astype(np.int32), flat
+    )
+
+
+def _labels(level: Level, places: Places, names: Sequence[Sequence[str]]) -> list[Label]:
+    """Labels of the largest clusters, at the middle of their latents."""
+    n = min(_LABELS, len(level.sizes))
+    middles = _middles(level, places)
+    return [
+        Label(
+            ", ".join(_distinct(names[i])[:3]),
+            float(middles[i, 0]),
+            float(middles[i, 1]),
+            int(level.sizes[i]),
+            float(level.stability[i]),
+        )
+        for i in range(n)
+    ]
+
+
+def _distinct(texts: Sequence[str]) -> list[str]:
+    """Texts without spaces around them, those that differ in more than case once."""
+    named = [text.strip() or repr(text) for text in texts]
+    return list({text.lower(): text for text in reversed(named)}.values())[::-1]
+
+
+def _middles(level: Level, places: Places) -> Places:
+    """Median place of each cluster."""
+    order = np.argsort(level.of, kind="stable")[np.count_nonzero(level.of < 0) :]
+    parts = np.split(places[order], level.sizes.cumsum()[:-1]) if len(level.sizes) else []
+    return np.array([np.median(part, axis=0) for part in parts]).reshape(-1, 2)
+
+
+def _latents_table(
+    places: Places, levels: Sequence[Level], named: _Named, parents: Parents, n: int
+) -> pa.Table:
+    parent = _parent_of(n, parents)
+    inclusion = np.full(n, np.nan)
+    inclusion[parents.child] = parents.inclusion
+    columns: dict[str, Any] = {
+        "latent": pa.array(np.arange(n, dtype=np.int32)),
+        "x": pa.array(places[:, 0].astype(np.float32)),
+        "y": pa.array(places[:, 1].astype(np.float32)),
+    }
+    for i, level in enumerate(levels):
+        columns[f"cluster_{i}"] = pa.array(level.of, mask=level.of < 0)
+    columns["parent"] = pa.array(parent, mask=parent < 0)
+    columns["inclusion"] = pa.array(inclusion, mask=parent < 0)
+    columns["tokens"] = named.latents
+    return pa.table(columns)
+
+
+def _clusters_table(
+    levels: Sequence[Level], named: _Named, density: NDArray[np.float64], places: Places
+) -> pa.Table:
+    """A line for each cluster of each level, with the coarser cluster that has most of it."""
+    parts = []
+    for i, level in enumerate(levels):
+        inside = level.of >= 0
+        columns: dict[str, Any] = {
+            "level": pa.array(np.full(len(level.sizes), i, np.int8)),
+            "cluster": pa.array(np.arange(len(level.sizes), dtype=np.int32)),
+            "within": pa.array(
+                _majority(level, levels[i - 1]) if i else [None] * len(level.sizes), pa.int32()
+            ),
+            "size": pa.array(level.sizes),
+            "density": pa.array(
+                np.bincount(level.of[inside], density[inside], len(level.sizes)), pa.float64()
+            ),
+            "stability": pa.array(level.stability, mask=~np.isfinite(level.stability)),
+            "tokens": pa.array(named.clusters[i], pa.list_(pa.string())),
+        }
+        middles = _middles(level, places)
+        columns |= {"x": pa.array(middles[:, 0]), "y": pa.array(middles[:, 1])}
+        parts.append(pa.table(columns))
+    return pa.concat_tables(parts)
+
+
+def _majority(level: Level, coarser: Level) -> list[int | None]:
+    both = (level.of >= 0) & (coarser.of >= 0)
+    width = len(coarser.sizes) + 1
+    keys, counts = np.unique(
+        level.of[both].astype(np.int64) * width + coarser.of[both], return_counts=True
+    )
+    found: list[int | None] = [None] * len(level.sizes)
+    for at in np.argsort(counts, kind="stable"):  # the largest last
+        found[keys[at] // width] = int(keys[at] % width)
+    return found
+
+
+def _absorbed_table(absorbed: Absorbed, named: _Named) -> pa.Table:
+    columns = {name: pa.array(column) for name, column in absorbed._asdict().items()}
+    columns["tokens"] = named.latents.take(pa.array(absorbed.latent))
+    columns["by_tokens"] = named.latents.take(pa.array(absorbed.by))
+    return pa.table(columns)
+
+
+def _drawn(places: Places, level: Level, names: Sequence[Sequence[str]], n_linked: int) -> str:
+    """The latents, or some of them by chance, coloured by the coarsest cluster."""
+    chosen = np.random.default_rng(0).permutation(len(places))[:_DRAWN]
+    clouds = []
+    for cluster in np.unique(level.of[chosen]).tolist():
+        x, y = places[chosen[level.of[chosen] == cluster]].T.tolist()
+        name = ", ".join(names[cluster][:3]) if cluster >= 0 else "in no cluster"
+        clouds.append(Cloud(name, x, y))
+    return render_cloud(f"Map of the latents, {n_linked:,} of them linked", clouds, x_label="")

@@ -1,0 +1,41 @@
+"""`dist-sae analyse map`: what a dictionary looks like from afar."""
+
+import argparse
+from typing import TYPE_CHECKING
+
+from dist_sae.commands import shared
+from dist_sae.commands.analyse.common import add_question, answer
+from dist_sae.errors import ArgumentError
+
+if TYPE_CHECKING:
+    from dist_sae.report.outcome import Findings
+
+
+def add(questions: shared.Commands) -> None:
+    """Add the question."""
+    text = "map all latents: clusters, parents and children, a page to zoom into"
+    parser = add_question(questions, "map", main, text)
+    parser.add_argument(
+        "--resamples",
+        type=int,
+        default=10,
+        metavar="N",
+        help="resamples of the latents, for the stability of clusters (default: 10)",
+    )
+
+
+def main(options: argparse.Namespace) -> None:
+    """Map a run's newest index."""
+    if options.resamples < 1:
+        raise ArgumentError(f"--resamples {options.resamples}: must be at least 1")
+    run = shared.load(options)
+
+    def find() -> "Findings":
+        from dist_sae.analysis.map import Settings, make_map
+        from dist_sae.analysis.opened import open_indexed
+
+        settings = Settings(options.resamples, run.train.seed)
+        return make_map(run.name, open_indexed(run), settings)
+
+    settings = {"resamples": options.resamples, "seed": run.train.seed}
+    answer(options, run.name, [run], "Map of the latents", settings, find)

@@ -1,0 +1,196 @@
+"""The map: planted trees are clusters with parents, and a random dictionary shows nothing."""
+
+import base64
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from numpy.typing import NDArray
+
+from dist_sae.analysis.communities import find_level
+from dist_sae.analysis.graph import Graph
+from dist_sae.analysis.map import LEAST_ROWS, Settings, make_map
+from dist_sae.errors import ConfigError
+from dist_sae.report.outcome import Findings
+from tests.analysis.simulated import Codes, joined, simulate
+
+D, ROOTS, CHILDREN, LEAVES, ROWS = 256, 24, 4, 3, 20_000
+TREE = 1 + CHILDREN * (1 + LEAVES)
+ROOT_CHANCE = 0.08
+
+
+def unit(rows: NDArray[np.float64]) -> NDArray[np.float64]:
+    lengths: NDArray[np.float64] = np.linalg.norm(rows, axis=-1, keepdims=True)
+    return rows / lengths
+
+
+def hierarchy(draw: np.random.Generator) -> tuple[NDArray[np.float64], Codes, NDArray[np.int64]]:
+    """Directions, codes and parents: each root has one child active, each child one leaf.
+
+    Children and leaves fire only with their parents, siblings exclude each other, and directions
+    are random, so that only common rows show the trees.
+    """
+    codes, parent = [], np.full(ROOTS * TREE, -1)
+    for root in range(0, ROOTS * TREE, TREE):
+        rows = np.flatnonzero(draw.random(ROWS) < ROOT_CHANCE)
+        which = draw.integers(0, CHILDREN + 1, len(rows))  # the last: no child
+        leaf = draw.integers(0, LEAVES + 1, len(rows))
+        child = root + 1 + which * (1 + LEAVES)
+        parent[root + 1 : root + TREE : 1 + LEAVES] = root
+        has_child = which < CHILDREN
+        has_leaf = has_child & (leaf < LEAVES)
+        for latents, on in (
+            (np.full(len(rows), root), np.ones(len(rows), bool)),
+            (child, has_child),
+            (child + 1 + leaf, has_leaf),
+        ):
+            codes.append(Codes(rows[on], latents[on], draw.uniform(0.5, 1.5, int(on.sum()))))
+        for one in range(root + 1, root + TREE, 1 + LEAVES):
+            parent[one + 1 : one + 1 + LEAVES] = one
+    return unit(draw.standard_normal((ROOTS * TREE, D))), joined(codes), parent
+
+
+def adjusted_rand(one: NDArray[Any], other: NDArray[Any]) -> float:
+    """Hubert and Arabie's index, from the table of both."""
+    table = np.zeros((one.max() + 1, other.max() + 1))
+    np.add.at(table, (one, other), 1)
+
+    def pairs(counts: NDArray[Any]) -> float:
+        return float((counts * (counts - 1) / 2).sum())
+
+    both, rows, columns = pairs(table), pairs(table.sum(1)), pairs(table.sum(0))
+    chance = rows * columns / pairs(np.array([len(one)]))
+    return (both - chance) / ((rows + columns) / 2 - chance)
+
+
+@pytest.fixture(scope="module")
+def trees(tmp_path_factory: pytest.TempPathFactory) -> tuple[Findings, NDArray[np.int64]]:
+    directions, codes, parent = hierarchy(np.random.default_rng(0))
+    tokens = np.zeros(ROWS, np.int32)
+    tokens[codes.rows] = 1000 + codes.latents // TREE  # of some tree that is active
+    folder = tmp_path_factory.mktemp("trees")
+    world = simulate(folder, directions, codes, n_rows=ROWS, tokens=tokens)
+    return make_map("trees", world, Settings(resamples=5)), parent
+
+
+def test_planted_trees_are_clusters(trees: tuple[Findings, NDArray[np.int64]]) -> None:
+    found, _ = trees
+    latents = found.tables["latents"].to_pydict()
+    tree = np.arange(ROOTS * TREE) // TREE
+    scores = [
+        adjusted_rand(np.array([-1 if c is None else c for c in latents[f"cluster_{i}"]]) + 1, tree)
+        for i in range(3)
+    ]
+    assert max(scores) >= 0.9
+    best = int(np.argmax(scores))
+    clusters = found.tables["clusters"].to_pylist()
+    mine = [line for line in clusters if line["level"] == best]
+    assert np.median([line["stability"] for line in mine]) > 0.8
+    named = sum(line["tokens"][0] == f"#{1000 + _tree(latents, best, line)}" for line in mine)
+    assert named >= 0.9 * len(mine)
+
+
+def _tree(latents: dict[str, list[Any]], level: int, line: dict[str, Any]) -> int:
+    members = [i for i, c in enumerate(latents[f"cluster_{level}"]) if c == line["cluster"]]
+    return int(np.bincount(np.array(members) // TREE).argmax())
+
+
+def test_planted_parents_are_found(trees: tuple[Findings, NDArray[np.int64]]) -> None:
+    found, parent = trees
+    latents = found.tables["latents"].to_pydict()
+    mine = np.array([-1 if p is None else p for p in latents["parent"]])
+    claimed = mine >= 0
+    assert (mine[claimed] == parent[claimed]).mean() >= 0.9
+    assert (mine[parent >= 0] == parent[parent >= 0]).mean() >= 0.9
+
+
+def test_linked_latents_are_near_on_the_map(trees: tuple[Findings, NDArray[np.int64]]) -> None:
+    latents = trees[0].tables["latents"].to_pydict()
+    places = np.stack([latents["x"], latents["y"]], axis=1)
+    distances = np.linalg.norm(places[:, None] - places, axis=2)
+    np.fill_diagonal(distances, np.inf)
+    tree = np.arange(len(places)) // TREE
+    assert (tree[distances.argmin(1)] == tree).mean() > 0.9
+    assert np.abs(places).max() < 1.2
+
+
+def test_the_page_has_all_latents_and_needs_no_network(
+    trees: tuple[Findings, NDArray[np.int64]],
+) -> None:
+    found, parent = trees
+    page = found.pages["map"]
+    assert not re.search(r"(src|href)=|https?:|import\(|fetch\(", page)
+    content, data = (
+        json.loads(part)
+        for part in re.findall(r"^const content = (.*), data = (.*);$", page, re.MULTILINE)[0]
+    )
+    assert content["n"] == len(parent)
+    stored = np.frombuffer(base64.b64decode(data["xy"]), "<u2").reshape(-1, 2).astype(float)
+    latents = found.tables["latents"].to_pydict()
+    for axis, name in enumerate(("x", "y")):
+        assert np.corrcoef(stored[:, axis], latents[name])[0, 1] > 0.9999
+    parents = np.frombuffer(base64.b64decode(data["parent"]), "<i4")
+    assert [p if p >= 0 else None for p in parents.tolist()] == latents["parent"]
+
+
+def test_a_latent_that_replaces_a_near_denser_one_is_named_absorbed(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    directions = unit(draw.standard_normal((60, D)))
+    directions[1] = unit(directions[0] + 0.8 * directions[1])  # contains the general direction
+    directions[2] = unit(directions[0] + 0.8 * directions[2])  # so does a child that is no thief
+    chance = np.full(60, 0.05)
+    chance[:3] = 0.3, 0.04, 0.04
+    on = draw.random((ROWS, 60)) < chance
+    on[:, 0] &= ~on[:, 1]
+    on[:, 0] |= on[:, 2]
+    on[:, 2] &= ~on[:, 1]
+    rows, latents = np.nonzero(on)
+    codes = Codes(rows, latents, np.ones(len(rows)))
+    world = simulate(tmp_path, directions, codes, n_rows=ROWS)
+    found = make_map("absorbed", world, Settings(resamples=1))
+    (line,) = found.tables["absorbed"].to_pylist()
+    assert (line["latent"], line["by"]) == (1, 0)
+    assert found.tables["latents"].to_pydict()["parent"][2] == 0
+
+
+def test_a_random_dictionary_shows_nothing(tmp_path: Path) -> None:
+    draw = np.random.default_rng(0)
+    n = 600
+    keys = np.unique(draw.integers(0, n, 8 * ROWS) + n * np.repeat(np.arange(ROWS), 8))
+    codes = Codes(keys // n, keys % n, draw.random(len(keys)) + 0.1)
+    world = simulate(tmp_path, unit(draw.standard_normal((n, D))), codes, n_rows=ROWS)
+    found = make_map("random", world, Settings(resamples=3))
+    assert found.numbers["linked"] < 0.05 * n
+    assert found.numbers["children"] == found.numbers["absorbed"] == 0
+    assert any(line.startswith("Nothing") for line in found.summary)
+
+
+def test_clusters_of_a_random_graph_are_not_stable() -> None:
+    draw = np.random.default_rng(0)
+    n = 1000
+    ends = np.sort(draw.integers(0, n, (4 * n, 2)), axis=1)
+    ends = np.unique(ends[ends[:, 0] < ends[:, 1]], axis=0)
+    random = Graph(n, ends[:, 0], ends[:, 1], np.ones(len(ends)))
+    level = find_level(random, 16.0, 5, 0)
+    assert np.nanmedian(level.stability) < 0.5
+
+
+@pytest.mark.parametrize(
+    ("settings", "rows", "message"),
+    [
+        ({"neighbours": 0}, 2000, "no nearest latents"),
+        ({"pairs": 0}, 2000, "counts no coactive latents"),
+        ({}, LEAST_ROWS - 1, f"on {LEAST_ROWS - 1} rows"),
+    ],
+)
+def test_what_an_index_lacks_is_said_in_one_line(
+    tmp_path: Path, settings: dict[str, Any], rows: int, message: str
+) -> None:
+    codes = Codes(np.arange(rows), np.zeros(rows, np.int64), np.ones(rows))
+    world = simulate(tmp_path, np.eye(4), codes, n_rows=rows, **settings)
+    with pytest.raises(ConfigError, match=message) as error:
+        make_map("bad", world, Settings())
+    assert "\n" not in str(error.value)
