@@ -76,6 +76,10 @@ class NonFiniteError(DistSaeError):
     """A NaN or infinity was found before it reached the weights or the store."""
 
 
+class JobsFailedError(NonFiniteError):
+    """Jobs of a sweep ended by a NaN or infinity; the others have been trained to their ends."""
+
+
 class DivergedError(DistSaeError):
     """Ranks disagree on a value that must be the same on all."""
 

@@ -3,15 +3,17 @@
 import argparse
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from dist_sae import logs, signals
 from dist_sae.commands import shared
 
 if TYPE_CHECKING:
     from dist_sae.config import Run
+
+_LEAST_STEPS = 20
 
 
 def add(commands: shared.Commands) -> None:
@@ -22,42 +24,59 @@ def add(commands: shared.Commands) -> None:
     shared.add_parent(parser)
     shared.add_ranks(parser)
     shared.add_wait(parser, "the plan")
+    parser.add_argument(
+        "--find-lr",
+        type=int,
+        nargs="?",
+        const=300,
+        metavar="STEPS",
+        help="instead, try nine learning rates around the run's for so many steps each (300), and "
+        "print what came of them",
+    )
 
 
 def main(options: argparse.Namespace) -> int | None:
     """Train as one rank, or as the parent of a pod's ranks."""
     run = shared.load_for_device(options)
-    from dist_sae.config import jobs_of
+    asked = run
+    if options.find_lr is not None:
+        run = _lr_sweep(options, run)
+    from dist_sae.config import groups_of
     from dist_sae.distributed.local_ranks import rank_environments
     from dist_sae.distributed.mesh import join_mesh
     from dist_sae.distributed.rendezvous import rendezvous
     from dist_sae.distributed.watch import Watch
+    from dist_sae.errors import JobsFailedError, Stopped
     from dist_sae.telemetry.exporter import Telemetry
     from dist_sae.training.completed import completed_results
     from dist_sae.training.loop import train
     from dist_sae.training.waiting import await_plan
 
     world = run.processes.trainers
-    jobs = jobs_of(run)
+    groups = groups_of(run)
+    n = world // len(groups)
     if world > 1 and (result := completed_results(run)):
-        shared.print_result(options, result)
+        _print(options, asked, run, result)
         return None
     stopping = signals.stop_event()
     if options.local_ranks:
         environments = rank_environments(options.local_ranks, world)
+        program = ["train", *(["--find-lr", str(options.find_lr)] if options.find_lr else [])]
         if options.local_ranks > 1:
-            return shared.run_local_ranks(options, run, ["train"], environments, stopping)
+            return shared.run_local_ranks(options, run, program, environments, stopping)
         os.environ.update(environments[0])
-        logs.configure(rank=shared.rank())
+    group = min(shared.rank() // n, len(groups) - 1)  # the rendezvous refuses a rank too many
+    own = groups[group]
+    logs.configure(rank=shared.rank() % n)
     timeouts = run.timeouts
     with Telemetry(
         run.name,
         "train",
         shared.metrics_port(run, options),
         shared.rank(),
-        jobs=[job.name for job in jobs],
+        jobs=[job.name for job in own],
     ) as telemetry:
-        telemetry.set("dist_sae_train_ranks", world)  # before the rendezvous: one may not come
+        telemetry.set("dist_sae_train_ranks", n)  # before the rendezvous: one may not come
         if options.wait:  # while metrics are served: a process that waits is alive
             await_plan(run, stopping)
         telemetry.life = shared.this_life(run, "trainer", stopping)
@@ -69,23 +88,73 @@ def main(options: argparse.Namespace) -> int | None:
                 stopping,
                 lost_seconds=timeouts.lost_seconds,
                 hung_seconds=timeouts.hung_seconds,
+                group_ranks=n,
             ) as watch,
-            _leases(jobs, stopping),
-            join_mesh(ranks, run.processes.latent_shards) as mesh,
+            _leases(own if shared.rank() % n == 0 else (), stopping),
+            join_mesh(ranks.group(n), run.processes.latent_shards) as mesh,
         ):
-            result = train(run, mesh, watch, stopping, telemetry)
-    shared.print_result(options, result)
+            try:
+                result = train(run, mesh, watch, stopping, telemetry, group)
+            except JobsFailedError:
+                if n < world:  # a failure of this group; the others train on
+                    watch.done(wait=True)
+                    if stopping.is_set():
+                        raise Stopped("stopped with others; start again to continue") from None
+                if options.find_lr is None:
+                    raise
+                result = {}  # a rate that diverges is an answer
+            if n < world:
+                watch.done(wait=False)
+    _print(options, asked, run, result)
     return None
+
+
+def _lr_sweep(options: argparse.Namespace, run: "Run") -> "Run":
+    from dist_sae.errors import ConfigError
+    from dist_sae.training.find_lr import lr_sweep
+
+    if run.sweep:
+        raise ConfigError("--find-lr: is for one dictionary; name a job of the sweep with --job")
+    if options.find_lr < _LEAST_STEPS:
+        raise ConfigError(f"--find-lr: {options.find_lr} steps are too few; give {_LEAST_STEPS}")
+    return lr_sweep(run, options.find_lr)
+
+
+def _print(
+    options: argparse.Namespace, asked: "Run", run: "Run", result: Mapping[str, Any]
+) -> None:
+    """Print the result; of `--find-lr` a line for each rate."""
+    if options.find_lr is None:
+        shared.print_result(options, result)
+        return
+    if shared.rank():
+        return
+    from dist_sae.report.shown import shown
+    from dist_sae.training.find_lr import lr_table
+
+    found = lr_table(run, asked.lr)
+    heads = ["train.lr", "loss", "L0", "dead", "FVU at 25 %", "50 %", "75 %", "100 % of the steps"]
+    rows = []
+    for rate in found["rates"]:
+        own = " (own)" if rate["lr"] == float(f"{asked.lr:.3g}") else ""
+        ends = [rate["loss"], rate["l0"], rate["dead_share"], *rate["curve"]]
+        if rate["loss"] is None:
+            ends[0] = "diverged"
+        names = ["loss", "l0", "dead_share", *("fvu" for _ in rate["curve"])]
+        cells = ["" if x is None else shown(n, x) for n, x in zip(names, ends, strict=True)]
+        rows.append([f"{rate['lr']:g}{own}", *cells])
+    lines = [*shared.table([heads, *rows]), found["said"], f"curves: {found['compare']}"]
+    shared.print_lines(options, found, lines)
 
 
 @contextmanager
 def _leases(jobs: "Sequence[Run]", stopping: threading.Event) -> Iterator[None]:
-    """The leases on the runs, which rank 0 holds: nobody else may train them meanwhile."""
+    """The leases on runs, held by their first rank: nobody else may train them meanwhile."""
     from dist_sae.checkpoint.lease import TrainerLease
     from dist_sae.storage import open_store
 
     with ExitStack() as held:
-        for job in jobs if shared.rank() == 0 else ():
+        for job in jobs:
             runs = open_store(job.store.runs, job.store.s3, None, stopping)
             held.enter_context(TrainerLease(runs, job.name, stopping))
         yield

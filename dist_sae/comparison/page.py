@@ -36,7 +36,9 @@ def render_comparison(compared: Sequence[Compared], found: Mapping[str, Matched]
 def _plots(compared: Sequence[Compared]) -> list[str]:
     evaluated = [each for each in compared if each.evaluation]
     points = [(each.label, each.evaluation["l0"], each.evaluation["fvu"]) for each in evaluated]
-    plots = [render_points("Held-out FVU over L0", points, x_label="latents active on a row")]
+    kinds = [each.run.sae.kind for each in evaluated]
+    x_label = "latents active on a row"
+    plots = [render_points("Held-out FVU over L0", points, x_label=x_label, families=kinds)]
     for name in _CURVES:
         lines = [
             Line(each.label, _column(each, "rows"), _column(each, TABLE[name].short))

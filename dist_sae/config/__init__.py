@@ -7,6 +7,7 @@ need no torch.
 from dist_sae.config.load import (
     differences,
     dump_run,
+    groups_of,
     jobs_of,
     load_run,
     parse_overrides,
@@ -22,6 +23,7 @@ __all__ = [
     "Run",
     "differences",
     "dump_run",
+    "groups_of",
     "jobs_of",
     "load_run",
     "parse_overrides",

@@ -1,5 +1,6 @@
 """Reading run files: YAML, overrides, messages; and writing the resolved run."""
 
+import math
 import os
 import re
 from collections import Counter
@@ -94,10 +95,16 @@ def jobs_of(run: Run) -> tuple[Run, ...]:
     """
     if run.sweep is None:
         return (run,)
-    jobs, problems = [], list[str]()
+    jobs, problems, ranks = [], list[str](), _ranks_of_a_job(run)
     for name, own in run.sweep.overrides().items():
         data = run.model_dump(mode="json", exclude_unset=True)
         data |= {"name": f"{run.name}-{name}", "sweep": None}
+        if ranks < run.processes.trainers:
+            data.setdefault("processes", {})["trainers"] = ranks
+            pod = run.cluster.trainer
+            fitting = {"ranks": math.gcd(pod.ranks, ranks)}
+            fitting |= {"gpus": fitting["ranks"]} if pod.gpus else {}
+            data.setdefault("cluster", {}).setdefault("trainer", {}).update(fitting)
         for dotted, value in own.items():
             *sections, key = dotted.split(".")
             place = data
@@ -111,6 +118,38 @@ def jobs_of(run: Run) -> tuple[Run, ...]:
     if problems:
         raise ConfigError("\n".join(problems))
     return tuple(jobs)
+
+
+def groups_of(run: Run) -> tuple[tuple[Run, ...], ...]:
+    """The runs of a sweep by the group of neighbouring ranks that trains them; raises as `jobs_of`.
+
+    Together, and of a run that is no sweep, there is one group of all ranks.
+    """
+    jobs = jobs_of(run)
+    n = run.processes.trainers // jobs[0].processes.trainers
+    return tuple(jobs[group::n] for group in range(n))
+
+
+def _ranks_of_a_job(run: Run) -> int:
+    """Ranks that train a job: all, or those of a group.
+
+    Raises:
+        ConfigError: The ranks cannot be divided into groups of one size.
+    """
+    trainers, sweep = run.processes.trainers, run.sweep
+    if sweep is None or sweep.placement == "together":
+        return trainers
+    jobs, key = sweep.overrides(), "processes.latent_shards"
+    shards = [own.get(key, run.processes.latent_shards) for own in jobs.values()]
+    most = max([1, *(each for each in shards if isinstance(each, int))])  # others are refused later
+    groups = max(1, min(len(jobs), trainers // most))
+    if trainers % groups:
+        raise ConfigError(
+            f"sweep.placement: {trainers} ranks (processes.trainers) cannot be spread evenly over "
+            f"{groups} groups for {len(jobs)} jobs; use {trainers // groups * groups} or "
+            f"{(trainers // groups + 1) * groups} ranks, or together"
+        )
+    return trainers // groups
 
 
 def sections_of(run: Run) -> dict[str, Any]:

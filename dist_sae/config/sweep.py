@@ -3,7 +3,7 @@
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import product
-from typing import Annotated, Any, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import AfterValidator, Field, model_validator
 
@@ -88,6 +88,10 @@ class SweepConfig(Section):
     """Values of keys, of which every combination is a job: a list, or a range such as {first: 16,
     last: 128, times: 2} or {first: 0, last: 7, plus: 1}. Jobs are named by their values: k32,
     seed1, batchtopk-k32."""
+    placement: Literal["together", "spread"] = "together"
+    """`together`: every rank trains all jobs, one after the other, on one batch. `spread`: the
+    trainer ranks are divided into as many groups as there are jobs, or as the ranks allow, and each
+    group trains its share of the jobs by itself."""
 
     def overrides(self) -> dict[str, dict[str, Any]]:
         """The keys that each job sets, with their values, by the job's name."""

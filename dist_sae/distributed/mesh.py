@@ -41,6 +41,8 @@ class Mesh(NamedTuple):
     """Second control group, for saving."""
     hosts: tuple[str, ...] = ()
     """Hosts by rank, for messages."""
+    groups_here: int = 1
+    """Groups of ranks, each with jobs of its own, that have ranks on this one's host."""
 
     @property
     def is_first(self) -> bool:
@@ -183,9 +185,8 @@ def join_mesh(
         if backend == "nccl" and world > 1 and transport.rdma_is_asked_for():
             dist.all_reduce(torch.zeros(1, device=device))  # NCCL connects at the first collective
             transport.check_rdma()
-        yield Mesh(
-            rank, world, device, _split(rank, world, shards), control, background, ranks.hosts
-        )
+        axis = _split(rank, world, shards)
+        yield Mesh(rank, world, device, axis, control, background, ranks.hosts, ranks.groups_here)
     finally:
         dist.destroy_process_group()
 

@@ -43,6 +43,23 @@ class Ranks(NamedTuple):
     """Hosts by rank: name, and node where that is another."""
     generation: str = ""
     """Prefix of the job's keys in the store."""
+    groups_here: int = 1
+    """Groups that have ranks on this rank's host."""
+
+    def group(self, n: int) -> "Ranks":
+        """This rank's group, of groups of n neighbouring ranks, as a job of its own."""
+        if n == self.world:
+            return self
+        first = self.rank // n * n
+        here = {rank // n for rank, host in enumerate(self.hosts) if host == self.hosts[self.rank]}
+        return Ranks(
+            self.rank - first,
+            n,
+            self.local_rank,
+            self.hosts[first : first + n],
+            f"{self.generation}/group/{first}",
+            len(here),
+        )
 
     def connect(self) -> Any:
         """A new connection to the store; a thread that waits blocks the one it uses.

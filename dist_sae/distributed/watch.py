@@ -25,7 +25,7 @@ from dist_sae.errors import DistSaeError, RankLostError, Stopped
 _BEAT_SECONDS = 0.5
 GRACE_SECONDS = 5.0
 """Time for the training thread to fail with an error of its own."""
-_STOP, _VERDICT, _HEARTBEAT = "stop", "verdict", "heartbeat/"
+_STOP, _VERDICT, _HEARTBEAT, _DONE = "stop", "verdict", "heartbeat/", "done"
 # torch ends a process with 134 when NCCL's peer is gone, or when its own thread for NCCL stands
 # still for 8 minutes: before the watch can tell which rank it is
 _LEFT_TO_THE_WATCH = {
@@ -71,11 +71,19 @@ class Watch:
         stopping: When set on one rank, it is set on all within seconds.
         lost_seconds: A rank without a heartbeat for this long is lost.
         hung_seconds: A rank that works on one step for this long is hung.
+        group_ranks: Ranks that go in step, where neighbours make groups; None: all of them do.
     """
 
     def __init__(
-        self, ranks: Ranks, stopping: threading.Event, *, lost_seconds: float, hung_seconds: float
+        self,
+        ranks: Ranks,
+        stopping: threading.Event,
+        *,
+        lost_seconds: float,
+        hung_seconds: float,
+        group_ranks: int | None = None,
     ) -> None:
+        self._group_ranks = group_ranks or ranks.world
         self._ranks = ranks
         self._stopping = stopping
         self._lost_seconds = lost_seconds
@@ -87,6 +95,7 @@ class Watch:
         self._ended = threading.Event()
         self._alone = threading.Event()  # all others have left
         self._over = threading.Event()  # the job must end
+        self._done = False
         self._verdict = ""
         self._answered = time.monotonic()  # when the store last answered
         self._threads = [
@@ -97,6 +106,24 @@ class Watch:
     def at(self, step: int, *, working: bool) -> None:
         """Note the step that this rank is at, and whether it works on it."""
         self._at = (step, working)
+
+    def done(self, *, wait: bool) -> None:
+        """Note that this rank's group has ended its work; its failure then ends no other group.
+
+        Args:
+            wait: Whether to wait for the other groups, or for a stop: whoever starts the ranks ends
+                all of them when one fails.
+        """
+        self._done = True
+        self.at(self._at[0], working=False)
+        if self._ranks.world == 1:
+            return
+        store = self._ranks.connect()
+        n = store.add(_DONE, 1)
+        while wait and n < self._ranks.world and not self._stopping.wait(_BEAT_SECONDS):
+            if self._over.is_set():
+                return
+            n = store.add(_DONE, 0)
 
     def __enter__(self) -> "Watch":
         if self._ranks.world > 1:
@@ -110,7 +137,9 @@ class Watch:
     def __exit__(self, _: object, error: BaseException | None, __: object) -> None:
         if self._ranks.world == 1:
             return
-        failed = None if error is None or isinstance(error, Stopped) else _first_line(error)
+        failed = None
+        if error is not None and not self._done and not isinstance(error, Stopped):
+            failed = _first_line(error)
         if failed is None and self._ranks.rank == 0:
             # the store ends with this process: the others must leave first
             while not (self._alone.wait(_BEAT_SECONDS) or self._over.is_set()):
@@ -198,7 +227,8 @@ class Watch:
 
     def _problem(self, seen: Mapping[int, _Seen], now: float) -> str | None:
         """Why the job must end, if it must."""
-        working, hung = [], False
+        working: dict[int, list[tuple[int, int, str]]] = {}
+        hung = set[int]()
         for rank, (heartbeat, alive, moved) in seen.items():
             who = f"rank {rank} ({self._ranks.hosts[rank]})"
             if heartbeat.left:
@@ -207,12 +237,16 @@ class Watch:
             elif now - alive > self._lost_seconds:
                 return f"{who} is lost: no heartbeat for {now - alive:.0f} s"
             elif heartbeat.working:
-                working.append((heartbeat.step, heartbeat.collectives, who))
-                hung = hung or now - moved > self._hung_seconds
+                group = rank // self._group_ranks
+                at = heartbeat.step, heartbeat.collectives, who
+                working.setdefault(group, []).append(at)
+                if now - moved > self._hung_seconds:
+                    hung.add(group)
         if self._ranks.rank or not hung:
             return None
-        step, collectives, _ = min(working)  # the others wait for the ranks that are behind
-        behind = ", ".join(who for *at, who in working if at == [step, collectives])
+        group_of = working[min(hung)]
+        step, collectives, _ = min(group_of)  # the others wait for the ranks that are behind
+        behind = ", ".join(who for *at, who in group_of if at == [step, collectives])
         return f"{behind}: hung at step {step}; its log has the stacks of its threads"
 
     def _watch_store(self) -> None:

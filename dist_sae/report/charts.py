@@ -160,27 +160,39 @@ def render_outlines(
     return _figure(title, parts, _keys([name for name, _ in histograms]))
 
 
-def render_points(title: str, points: Sequence[tuple[str, float, float]], *, x_label: str) -> str:
+def render_points(
+    title: str,
+    points: Sequence[tuple[str, float, float]],
+    *,
+    x_label: str,
+    families: Sequence[str] | None = None,
+) -> str:
     """A figure with a named point for each x and y, and a line through those that none beats.
 
-    A point beats another if both its x and its y are lower.
+    A point beats another if both its x and its y are lower. With families, there is a line through
+    the points of each that none of the same family beats.
 
     Args:
         title: Said above the plot.
         points: Name, x and y of each.
         x_label: Quantity and unit of x.
+        families: Family of each point; None: they are of one.
     """
     if not points:
         return ""
     x_axis = _padded([x for _, x, _ in points])
     y_axis = _padded([y for *_, y in points])
     parts = [_frame(x_axis, y_axis, x_label)]
-    ahead, least = [], math.inf
-    for _, x, y in sorted(points, key=lambda point: point[1:]):
-        if y < least:
-            least = y
-            ahead.append(f"{_x(x_axis, x):.1f},{_y(y_axis, y):.1f}")
-    parts.append(f'<polyline class="frontier" points="{" ".join(ahead)}"/>')
+    of_each = families or [""] * len(points)
+    for family in dict.fromkeys(of_each):
+        ahead, least = [], math.inf
+        own = [at for (_, *at), other in zip(points, of_each, strict=True) if other == family]
+        for x, y in sorted(own):
+            if y < least:
+                least = y
+                ahead.append(f"{_x(x_axis, x):.1f},{_y(y_axis, y):.1f}")
+        said = f"<title>{escape(family)}</title>" if family else ""
+        parts.append(f'<polyline class="frontier" points="{" ".join(ahead)}">{said}</polyline>')
     for number, (name, x, y) in enumerate(points):
         place = f'cx="{_x(x_axis, x)}" cy="{_y(y_axis, y)}" r="4"'
         said = f"{name}: {short(x)}, {short(y)}"

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from dist_sae.checkpoint.folder import check_kind, run_file_key
-from dist_sae.config import Run, dump_run, jobs_of, with_absolute_paths
+from dist_sae.config import Run, dump_run, groups_of, with_absolute_paths
 from dist_sae.distributed.mesh import Mesh
 from dist_sae.distributed.watch import Watch
-from dist_sae.errors import NonFiniteError
+from dist_sae.errors import JobsFailedError
 from dist_sae.storage import open_store
 from dist_sae.telemetry.exporter import Telemetry
 from dist_sae.training.completed import completed_result
@@ -16,7 +16,12 @@ from dist_sae.training.setup import open_training
 
 
 def train(
-    run: Run, mesh: Mesh, watch: Watch, stopping: threading.Event, telemetry: Telemetry
+    run: Run,
+    mesh: Mesh,
+    watch: Watch,
+    stopping: threading.Event,
+    telemetry: Telemetry,
+    group: int = 0,
 ) -> dict[str, Any]:
     """Train from the run's newest checkpoint, from its parent's (`train.parent`), or from scratch.
 
@@ -30,6 +35,7 @@ def train(
         watch: Learns at which step this rank is, to tell whether it hangs.
         stopping: When set on any rank, all ranks save and stop.
         telemetry: Exports the metrics.
+        group: Number of the group of ranks that `mesh` is (`groups_of`), which trains its jobs.
 
     Returns:
         `step` and `rows` reached, with parents also `rows_with_parents`, and the last numbers
@@ -39,10 +45,11 @@ def train(
         ConfigError: The kernels, the parent or the DeepSpeed configuration cannot be used.
         Stopped: `stopping` was set; a checkpoint holds everything so far.
         DataExhaustedError: The activation set has too few rows.
-        NonFiniteError: The loss or the gradient is not finite; the weights are as before. The other
-            jobs of a sweep have been trained to their ends.
+        NonFiniteError: The loss or the gradient is not finite; the weights are as before.
+        JobsFailedError: This happened to jobs of a sweep.
     """
-    runs, store = jobs_of(run), open_store(run.store.runs, run.store.s3, telemetry, stopping)
+    runs = groups_of(run)[group]
+    store = open_store(run.store.runs, run.store.s3, telemetry, stopping)
     for each in runs if run.sweep is None else (run, *runs):
         check_kind(store, each)
     done = mesh.of_first(lambda: _completed(runs)) if run.sweep else {}
@@ -61,7 +68,7 @@ def train(
             job.finish()
         batches.raise_if_stopped()
         if failures := [f"{job.run.name}: {job.failure}" for job in jobs if job.failure]:
-            raise NonFiniteError("\n".join(failures))
+            raise JobsFailedError("\n".join(failures))
     results = {job.run.name: job.result() for job in jobs}
     return done | results if run.sweep else results[run.name]
 

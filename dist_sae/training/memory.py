@@ -71,32 +71,35 @@ def check_memory(jobs: Sequence[tuple[Run, Widths, Mesh]], mesh: Mesh) -> None:
         ConfigError: A machine or GPU has less memory than weights, gradients and moments take.
     """
     own = [sum(state_bytes(run, widths, own.axis)) for run, widths, own in jobs]
+    place, there = memory_of(mesh.device)
+    if mesh.groups_here > 1 and mesh.device.type == "cpu":  # others of the sweep take theirs
+        place = f"{place} (an equal share for each of {mesh.groups_here} groups of ranks)"
+        there //= mesh.groups_here
     needs: dict[str, int] = {}
-    for place, there, taken in mesh.all_gather_objects(
-        (*memory_of(mesh.device), own), tuple[str, int, list[int]]
+    for where, room, taken in mesh.all_gather_objects(
+        (place, there, own), tuple[str, int, list[int]]
     ):
-        needs[place] = needs.get(place, 0) + sum(taken)
-        if needs[place] > there:
+        needs[where] = needs.get(where, 0) + sum(taken)
+        if needs[where] > room:
             if len(jobs) > 1:
                 each = ", ".join(
                     f"{run.name} {bytes_ / 1e9:,.3g}"
                     for (run, *_), bytes_ in zip(jobs, taken, strict=True)
                 )
                 raise ConfigError(
-                    f"sweep: the dictionaries take {needs[place] / 1e9:,.1f} GB on {place} with "
-                    f"gradients and Adam's moments, and it has {there / 1e9:,.1f}; on a rank, in "
+                    f"sweep: the dictionaries take {needs[where] / 1e9:,.1f} GB on {where} with "
+                    f"gradients and Adam's moments, and it has {room / 1e9:,.1f}; on a rank, in "
                     f"GB: {each}; train fewer or narrower ones at a time, or share them out to "
                     f"more GPUs or machines (processes.latent_shards)"
                 )
             run, widths, _ = jobs[0]
             raise ConfigError(
                 f"sae.n_latents: {run.sae.n_latents:,} latents that read {widths.d_in:,} and write "
-                f"{widths.d_out:,} numbers take {needs[place] / 1e9:,.1f} GB on {place} with "
-                f"gradients and Adam's moments, and it has {there / 1e9:,.1f}; use fewer latents "
+                f"{widths.d_out:,} numbers take {needs[where] / 1e9:,.1f} GB on {where} with "
+                f"gradients and Adam's moments, and it has {room / 1e9:,.1f}; use fewer latents "
                 f"or sites, or share them out to more GPUs or machines (processes.latent_shards)"
             )
     if mesh.is_first:
-        place, there = memory_of(mesh.device)
         logger.info(
             "%s %.3g of %.3g GB on %s: weights, gradients and moments",
             "the dictionary takes" if len(jobs) == 1 else f"{len(jobs)} dictionaries take",

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +16,7 @@ from dist_sae.config import Run
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.errors import ConfigError
 from dist_sae.evaluation.evaluate import evaluate
+from dist_sae.report.charts import render_points
 from dist_sae.storage import open_store
 from dist_sae.telemetry.history import History
 from tests.index.indexed import add_checkpoint, make_index, produced
@@ -173,3 +175,15 @@ def test_a_file_that_cannot_be_written_is_named(
         assert said == (
             f"error: {option}: {path}: No such file or directory; name a file that can be written\n"
         )
+
+
+def test_each_family_has_a_frontier_of_its_own() -> None:
+    """c is beaten by b of its family; of all points d, b and e are beaten by none."""
+    points = [("a", 1.0, 0.9), ("b", 2.0, 0.5), ("c", 3.0, 0.7), ("d", 1.0, 0.8), ("e", 4.0, 0.4)]
+
+    def lengths(families: list[str] | None) -> list[int]:
+        figure = render_points("t", points, x_label="x", families=families)
+        return [len(of.split()) for of in re.findall(r'class="frontier" points="([^"]*)"', figure)]
+
+    assert lengths(["x", "x", "x", "y", "y"]) == [2, 2]
+    assert lengths(None) == [3]

@@ -5,7 +5,7 @@ from typing import Any
 
 import pytest
 
-from dist_sae.config import dump_run, jobs_of, load_run
+from dist_sae.config import dump_run, groups_of, jobs_of, load_run
 from dist_sae.config.fingerprint import run_fingerprint
 from dist_sae.errors import ConfigError
 from tests.runs import write_run
@@ -135,3 +135,34 @@ def test_an_override_that_jobs_would_undo_is_refused(tmp_path: Path) -> None:
     assert str(raised.value) == (
         f"--set sae.k=8: the sweep's jobs set sae.k themselves; change it in {path}"
     )
+
+
+def spread(folder: Path, n_jobs: int, trainers: int, **own: Any) -> list[list[str]]:
+    """Jobs by group, with the ranks of each."""
+    jobs = {f"j{number}": {"train.seed": number, **own} for number in range(n_jobs)}
+    pods = {"trainer": {"ranks": 4, "gpus": 4}} if trainers % 4 == 0 else {}
+    run = load_run(
+        write_run(
+            folder,
+            sweep={"placement": "spread", "jobs": jobs},
+            processes={"trainers": trainers},
+            cluster=pods,
+        )
+    )
+    return [[f"{job.name[6:]}x{job.processes.trainers}" for job in g] for g in groups_of(run)]
+
+
+def test_ranks_are_spread_over_jobs(tmp_path: Path) -> None:
+    """As many groups as jobs or as ranks; a group holds all shards of a job."""
+    assert spread(tmp_path, 2, 4) == [["j0x2"], ["j1x2"]]
+    assert spread(tmp_path, 5, 2) == [["j0x1", "j2x1", "j4x1"], ["j1x1", "j3x1"]]
+    cut = {"processes.latent_shards": 2}
+    assert spread(tmp_path, 3, 4, **cut) == [["j0x2", "j2x2"], ["j1x2"]]
+
+
+def test_ranks_that_cannot_be_spread_evenly_are_refused(tmp_path: Path) -> None:
+    said = (
+        r"4 ranks \(processes.trainers\) cannot be spread evenly over 3 groups.* use 3 or 6 ranks"
+    )
+    with pytest.raises(ConfigError, match=said):
+        spread(tmp_path, 3, 4)

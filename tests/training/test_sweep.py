@@ -19,6 +19,8 @@ from dist_sae.telemetry.history import read_history
 from dist_sae.telemetry.scrape import read_page
 from dist_sae.training import memory
 from dist_sae.training.loop import train
+from tests.forks import HANG_SECONDS
+from tests.launch import start_ranks
 from tests.launch import train as train_ranks
 from tests.training.trained import STEPS, check_same, run_file
 
@@ -172,6 +174,28 @@ def test_jobs_of_several_kinds_share_ranks(tmp_path: Path, activations: str) -> 
         one = sweep_file(tmp_path / name, activations, jobs)
         train_ranks(one, "--job", name, world=2)
         check_alike(tmp_path / name, tmp_path, f"world-{name}")
+
+
+@pytest.mark.system
+def test_jobs_that_are_spread_over_ranks_are_those_of_each_alone(
+    tmp_path: Path, activations: str, alone: Path
+) -> None:
+    """Two ranks, each with its own job; stopped, and resumed with a third that diverges.
+
+    That one comes to the first rank, which waits with its failure until the second has finished.
+    """
+    jobs = {name: JOBS[name] for name in ("topk", "wide")}
+    spread = {"placement": "spread", "jobs": jobs}
+    path = run_file(tmp_path, activations, sweep=spread, processes={"trainers": 2})
+    train_ranks(path, world=2, stop_at=15)
+    spread["jobs"] = jobs | {"wild": {"train.lr": 1e37, "train.clip_norm": None}}
+    path = run_file(tmp_path, activations, sweep=spread, processes={"trainers": 2})
+    ranks = start_ranks("train", str(path), world=2)
+    errors = [process.communicate(timeout=HANG_SECONDS)[1] for process in ranks]
+    assert [process.returncode for process in ranks] == [2, 0], errors
+    assert [line for line in errors[0].splitlines() if line.startswith("error: world-wild: ")]
+    for name in jobs:
+        check_alike(alone, tmp_path, f"world-{name}")
 
 
 def test_jobs_that_do_not_fit_together_are_refused_before_anything_is_built(

@@ -1,0 +1,85 @@
+"""`dist-sae train --find-lr`: short runs of several learning rates on one stream, side by side."""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from dist_sae.config import Run, jobs_of, sections_of, validate_run
+from dist_sae.storage import open_store
+from dist_sae.telemetry.history import read_history
+
+_FACTORS = tuple(2.0**power for power in range(-4, 5))
+_RECORDS = 20  # of each curve
+_WARMUP_SHARE = 0.1  # of the steps, at most
+_SAYS = "train.lr stays what the run file says; to take another, set it there"
+
+
+def lr_sweep(run: Run, steps: int) -> Run:
+    """The sweep over learning rates from a sixteenth to sixteen times the run's.
+
+    Its jobs have folders of their own below `store.runs`, named `NAME-find-lr-lrRATE`. Their
+    schedule is the run's, over so many steps, with a warm-up of at most a tenth of them.
+
+    Raises:
+        ConfigError: A run of so few steps contradicts another setting.
+    """
+    train = run.train
+    rates = [float(f"{run.lr * factor:.3g}") for factor in _FACTORS]
+    sections = sections_of(run)
+    sections["name"] = f"{run.name}-find-lr"
+    sections["sae"]["dead_after_rows"] = None  # it follows from the number of rows
+    sections["train"] |= {
+        "rows": steps * train.batch_rows,
+        "warmup_steps": min(train.warmup_steps, int(_WARMUP_SHARE * steps)),
+        "log_every_steps": max(1, steps // _RECORDS),
+        "save_every_steps": steps,
+        "keep_checkpoints": 1,
+        "keep_every_steps": None,
+        "keep_best": 0,
+    }
+    sections["sweep"] = {"over": {"train.lr": rates}}
+    return validate_run(sections, "--find-lr")
+
+
+def lr_table(sweep: Run, own: float) -> dict[str, Any]:
+    """The rates that `lr_sweep` tried, and which one ended with the lowest loss.
+
+    Args:
+        sweep: The sweep, trained.
+        own: Learning rate of the run that was asked for.
+
+    Returns:
+        `rates`: for each rate its `lr`, `loss`, `fvu`, `l0` and `dead_share` at the end, and
+        `curve`, its FVU after a quarter, half, three quarters and all of the steps; None where it
+        has diverged. `best`, the rate of the lowest loss, and `said`: what is to be known of it.
+    """
+    runs = open_store(sweep.store.runs, sweep.store.s3)
+    rates = [_rate(job, read_history(runs, job.name)) for job in jobs_of(sweep)]
+    ended = [rate for rate in rates if rate["loss"] is not None]
+    best = min(ended, key=lambda rate: float(rate["loss"]), default=None)
+    said = "all rates diverged" if best is None else f"lowest loss at {best['lr']:g}"
+    if best is not None and best in (rates[0], rates[-1]):
+        said += ", the last one tried: the best may be beyond it"
+    return {
+        "own": own,
+        "rates": rates,
+        "best": best and best["lr"],
+        "said": f"{said}; {_SAYS}",
+        "compare": f"dist-sae compare {sweep.store.runs}/{sweep.name} --html FILE",
+    }
+
+
+def _rate(job: Run, history: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    reports = [record for record in history if "loss" in record]
+    last = reports[-1] if reports and reports[-1]["step"] == job.steps else {}
+    at = [next((r["fvu"] for r in reports if r["step"] >= s), None) for s in _quarters(job)]
+    numbers = {"loss": "loss", "fvu": "fvu", "l0": "l0_latents", "dead_share": "dead_share"}
+    return {
+        "lr": job.lr,
+        **{name: last.get(key) for name, key in numbers.items()},
+        "curve": at,
+    }
+
+
+def _quarters(job: Run) -> list[int]:
+    return [math.ceil(job.steps * quarter / 4) for quarter in (1, 2, 3, 4)]
