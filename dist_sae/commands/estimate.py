@@ -1,7 +1,8 @@
 """`dist-sae estimate`: what a run will take, before anything is produced."""
 
 import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -71,20 +72,22 @@ def add(commands: shared.Commands) -> None:
 
 def main(options: argparse.Namespace) -> None:
     """Print the forecast."""
-    run = shared.load(options)
+    run = shared.load_whole(options)
     _check(options)
+    from dist_sae.config import groups_of
     from dist_sae.planning.basis import find_basis
     from dist_sae.planning.cost import read_prices
     from dist_sae.planning.estimate import estimate
     from dist_sae.telemetry.process import resident_bytes
 
     prices = read_prices(options.prices) if options.prices else None
-    basis = find_basis(
-        run, options.rows, options.width, options.parameters and int(options.parameters)
-    )
-    rates = _rates(options, run, basis)
+    parameters = options.parameters and int(options.parameters)
+    jobs = find_basis(run, options.rows, options.width, parameters)
+    n = len(groups_of(run))
+    groups = [jobs[group::n] for group in range(n)]
+    rates = _rates(options, run, groups)
     told = estimate(
-        basis,
+        groups,
         rates,
         program_bytes=resident_bytes(),
         trainer_bytes=_trainer_bytes(),
@@ -95,7 +98,7 @@ def main(options: argparse.Namespace) -> None:
         from dist_sae.planning.simulate import scenarios
 
         told["simulated"] = scenarios(
-            basis,
+            max(chain.from_iterable(groups), key=lambda job: job.run.steps),
             rates,
             spot_hours=options.spot_hours,
             node_days=options.node_days,
@@ -114,38 +117,41 @@ def _check(options: argparse.Namespace) -> None:
         raise ConfigError("--width and --parameters describe a model together; give both")
 
 
-def _rates(options: argparse.Namespace, run: "Run", basis: "Basis") -> "Rates":
+def _rates(options: argparse.Namespace, run: "Run", groups: "Sequence[Sequence[Basis]]") -> "Rates":
     """Rates: of bench files first, then measured here, then of the accelerator's data sheet."""
     from dist_sae.planning.rates import Rates, of_accelerator, of_bench, read_bench
 
     store = options.store and options.store * 1e9
     rates = Rates(read_bytes_per_second=store, write_bytes_per_second=store)
     for name, found in read_bench(options.bench):
-        rates = rates.over(of_bench(basis, found, name))
+        rates = rates.over(of_bench(groups, found, name))
     if options.measure:
-        for name, found in _measured(run, basis):
-            rates = rates.over(of_bench(basis, found, name))
+        rates = rates.over(_measured(run, groups))
     if options.accelerator:
-        rates = rates.over(of_accelerator(basis, options.accelerator, options.network * 1e9))
+        rates = rates.over(of_accelerator(groups, options.accelerator, options.network * 1e9))
     return rates
 
 
-def _measured(run: "Run", basis: "Basis") -> Iterator[tuple[str, Mapping[str, Any]]]:
-    """Time one rank's work in a step, and a producer, on this machine."""
+def _measured(run: "Run", groups: "Sequence[Sequence[Basis]]") -> "Rates":
+    """Time one rank's work in a step of each job, and a producer, on this machine."""
     import tempfile
 
     from dist_sae.bench.produce import bench_produce
     from dist_sae.bench.step import StepShape, bench_step, step_mesh
-    from dist_sae.planning.rates import bench_shape
+    from dist_sae.planning.rates import Rates, bench_shape, scaled_step, slowest
 
-    shape = StepShape(**bench_shape(basis))
-    with step_mesh(shape) as mesh:
-        step = bench_step(shape, mesh, rounds=3)
-    yield "a rank's step, measured here", step | {"shards": 1, "replicas": 1}
+    def step(job: "Basis") -> float:
+        shape = StepShape(**bench_shape(job))
+        with step_mesh(shape) as mesh:
+            found = bench_step(shape, mesh, rounds=3)
+        return scaled_step(job, found | {"shards": 1, "replicas": 1})
+
+    seconds = slowest(groups, step)
     with tempfile.TemporaryDirectory() as folder:
         here = run.store.model_copy(update={"activations": folder})
         produced = bench_produce(run.model_copy(update={"store": here}), units=2, rounds=3)
-    yield "a producer, measured here", produced
+    said = "a rank's step and a producer, measured here"
+    return Rates(seconds, produced["rows_per_second"], sources=(said,))
 
 
 def _trainer_bytes() -> int:

@@ -1,16 +1,16 @@
 """Inputs of a forecast: the run with numbers for all settings, its units, its widths."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import numpy as np
 
-from dist_sae.config import Run, sections_of, validate_run
+from dist_sae.config import Run, jobs_of, sections_of, validate_run
 from dist_sae.config.data import HuggingFaceModel, SyntheticModel, layer_of
 from dist_sae.data.corpus import Corpus
 from dist_sae.data.deal import choose_layout
 from dist_sae.data.make_plan import LAYOUT_SETTINGS, make_plan
-from dist_sae.data.plan import PLAN_KEY, Plan, load_plan
+from dist_sae.data.plan import PLAN_KEY, load_plan
 from dist_sae.dictionaries.axis import LatentAxis
 from dist_sae.dictionaries.interface import Widths
 from dist_sae.errors import ConfigError
@@ -34,7 +34,7 @@ class Model(NamedTuple):
 
 
 class Basis(NamedTuple):
-    """A run before it is made."""
+    """A run before it is made, or a job of a sweep."""
 
     run: Run
     """With numbers for all settings that a plan decides."""
@@ -56,8 +56,7 @@ class Basis(NamedTuple):
     @property
     def axis(self) -> LatentAxis:
         """The place of the first rank."""
-        shards = self.run.processes.latent_shards
-        return LatentAxis(0, shards, 0, self.run.replicas)
+        return LatentAxis(0, self.run.processes.latent_shards, 0, self.run.replicas)
 
     @property
     def rank_rows(self) -> int:
@@ -70,15 +69,31 @@ class Basis(NamedTuple):
         return self.run.train.batch_rows // self.run.replicas
 
     @property
-    def stored_rows(self) -> int:
-        """Rows of the activation set, held-out ones included."""
-        return sum(self.unit_rows) + sum(self.heldout_unit_rows)
+    def units(self) -> Sequence[int]:
+        """Rows of all units, held-out ones last."""
+        return [*self.unit_rows, *self.heldout_unit_rows]
+
+    @property
+    def streams(self) -> int:
+        """Streams of the activation set."""
+        assert self.run.activations.streams is not None, "the basis has numbers"
+        return self.run.activations.streams
+
+    @property
+    def first_windows(self) -> int:
+        """Units without which no training begins."""
+        return min(len(self.unit_rows), self.streams * self.run.activations.window_units)
+
+    @property
+    def sharing(self) -> int:
+        """Trainer ranks that read all of a stream together."""
+        return max(1, self.run.processes.trainers // self.streams)
 
 
 def find_basis(
     run: Run, rows: int | None = None, width: int | None = None, parameters: int | None = None
-) -> Basis:
-    """Find a run's sizes: from its plan, else from its corpus, else from the rows given.
+) -> list[Basis]:
+    """Find the sizes of a run, or of each job: from its plan, its corpus, or the rows given.
 
     Args:
         run: As the file has it.
@@ -94,23 +109,27 @@ def find_basis(
     """
     model = _described(run, width, parameters)
     if rows is not None:
-        return _of_rows(run, model, rows)
-    store = open_store(run.store.activations, run.store.s3)
-    if store.size(PLAN_KEY) is not None:
-        return _of_plan(run, model, load_plan(store, run), f"the plan at {store.url}")
-    corpus, pace = Corpus(run.corpus, run.store.s3), PacedProgress("estimate")
-    index = corpus.index()
-    plan = make_plan(run, index, count_rows(run, corpus, index, pace))
-    return _of_plan(run, model, plan, "the corpus, which is not planned yet")
+        units, heldout, resolve = _of_rows(run, rows)
+        pass_rows, source = sum(units), "--rows"
+    else:
+        store = open_store(run.store.activations, run.store.s3)
+        if store.size(PLAN_KEY) is not None:
+            plan, source = load_plan(store, run), f"the plan at {store.url}"
+        else:
+            corpus, pace = Corpus(run.corpus, run.store.s3), PacedProgress("estimate")
+            index = corpus.index()
+            plan = make_plan(run, index, count_rows(run, corpus, index, pace))
+            source = "the corpus, which is not planned yet"
+        units, heldout = (
+            list(plan.rows_of_units[part])
+            for part in (slice(plan.n_train_units), slice(plan.n_train_units, None))
+        )
+        pass_rows, resolve = plan.pass_rows, plan.resolve
+    return [Basis(resolve(job), model, units, heldout, pass_rows, source) for job in jobs_of(run)]
 
 
-def _of_plan(run: Run, model: Model, plan: Plan, source: str) -> Basis:
-    units, n = plan.rows_of_units, plan.n_train_units
-    return Basis(plan.resolve(run), model, units[:n], units[n:], plan.pass_rows, source)
-
-
-def _of_rows(run: Run, model: Model, rows: int) -> Basis:
-    """Lay out documents of one length that have so many rows, as a plan would."""
+def _of_rows(run: Run, rows: int) -> tuple[list[int], list[int], Callable[[Run], Run]]:
+    """Units of documents of one length that have so many rows, and what resolves a run by them."""
     activations, train = run.activations, run.train
     heldout = int(rows * activations.heldout_share)
     documents = max(1, min(_MOST_DOCUMENTS, (rows - heldout) // activations.context_tokens))
@@ -124,26 +143,33 @@ def _of_rows(run: Run, model: Model, rows: int) -> Basis:
     )
     of_stream = layout.targets((rows - heldout) // layout.streams)
     shares = of_stream * (rows - heldout) // (layout.streams * of_stream.sum())
-    units = np.repeat(shares, layout.streams).tolist()
+    units = [int(share) for share in np.repeat(shares, layout.streams)]
+    passes = sum(units) * train.max_passes
     if sum(units) < train.batch_rows:
         raise ConfigError(
             f"--rows: {rows} leave {sum(units)} rows to train on, less than one batch "
             f"(train.batch_rows {train.batch_rows}); give more"
         )
-    there = sum(units) * train.max_passes // train.batch_rows * train.batch_rows
     first = sum(units[: layout.streams * layout.window_units])
-    filled: Mapping[str, Any] = {
+    filled = {
         "activations": {name: getattr(layout, name) for name in LAYOUT_SETTINGS},
-        "train": {"rows": there, "normaliser_rows": max(1, min(1_000_000, int(0.9 * first)))},
+        "train": {
+            "rows": passes // train.batch_rows * train.batch_rows,
+            "normaliser_rows": max(1, min(1_000_000, int(0.9 * first))),
+        },
     }
-    run = validate_run(sections_of(run.filled(filled)), "with the layout of --rows")
-    if run.rows > sum(units) * train.max_passes:
-        raise ConfigError(
-            f"--rows: {rows} are fewer than train.rows ({run.rows}) asks for in "
-            f"{train.max_passes} passes; give more, or lower train.rows"
-        )
-    heldout_units = [layout.unit_rows] * max(1, round(heldout / layout.unit_rows))
-    return Basis(run, model, units, heldout_units if heldout else [], sum(units), "--rows")
+
+    def resolve(job: Run) -> Run:
+        resolved = validate_run(sections_of(job.filled(filled)), "with the layout of --rows")
+        if resolved.rows > passes:
+            raise ConfigError(
+                f"--rows: {rows} are fewer than train.rows ({resolved.rows}) asks for in "
+                f"{train.max_passes} passes; give more, or lower train.rows"
+            )
+        return resolved
+
+    n_heldout = max(1, round(heldout / layout.unit_rows)) if heldout else 0
+    return units, [layout.unit_rows] * n_heldout, resolve
 
 
 def _described(run: Run, width: int | None, parameters: int | None) -> Model:
@@ -167,8 +193,7 @@ def _of_hub(model: HuggingFaceModel, sites: Sequence[str]) -> Model:
     for part, names in model.by_model(sites):
         skeleton = describe(part, tuple(names)).skeleton
         widths |= {names[name]: width(skeleton, name) for name in names}
-        deepest = max(map(layer_of, names))
-        layers = blocks(skeleton)[: deepest + 1]
+        layers = blocks(skeleton)[: max(map(layer_of, names)) + 1]
         own = sum(p.numel() for p in layers.parameters())
         met += own
         held += own + skeleton.get_input_embeddings().weight.numel()

@@ -1,4 +1,4 @@
-"""Simulated time: threads that take turns, and a store whose requests take a while and no time.
+"""Simulated time: threads that take turns, and a store whose requests take no real time.
 
 The code that runs in it is the real one, which sleeps by an event or asks for the time by a
 function that it is given.
@@ -15,8 +15,7 @@ from dist_sae.errors import ObjectNotFoundError
 from dist_sae.storage import Entry
 from dist_sae.storage.own import PAGE
 
-PUT_SECONDS = GET_SECONDS = 0.03
-LIST_SECONDS = 0.05
+_REQUEST_SECONDS = {"put": 0.03, "get": 0.03, "delete": 0.03, "list": 0.05}
 _PAGE_DIGITS = len("000.json")
 _STACK_BYTES = 2**20
 
@@ -79,11 +78,7 @@ class Clock:
 
 
 class Pipe:
-    """Transfers that share a bandwidth, one after the other.
-
-    Args:
-        bytes_per_second: Of all together; infinite: a transfer takes no time.
-    """
+    """Transfers that share a bandwidth, one after the other; an infinite one takes no time."""
 
     def __init__(self, clock: Clock, bytes_per_second: float) -> None:
         self._clock = clock
@@ -117,43 +112,40 @@ class SimulatedStore:
         return key in self._page(key)
 
     def get(self, key: str, *_: object) -> bytes:
-        self._ask("get", GET_SECONDS)
+        self._ask("get")
         if key not in self._page(key):
             raise ObjectNotFoundError("no such object", url=self.url, key=key)
         return self._page(key)[key][0]
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
-        self._ask("put", PUT_SECONDS)
+        self._ask("put")
         if if_absent and key in self._page(key):
             return False
         self._page(key)[key] = data, self._clock.now
         return True
 
-    def put_stream(self, key: str, content: Callable[[], Iterable[bytes]]) -> None:
-        raise NotImplementedError
-
     def size(self, key: str) -> int | None:
-        self._ask("get", GET_SECONDS)
+        self._ask("get")
         found = self._page(key).get(key)
         return found and len(found[0])
 
     def entries(self, prefix: str = "") -> Iterator[Entry]:
-        found = self._find(prefix)
-        self._ask_for_list(len(found))
-        for key, (data, written) in found:
-            yield Entry(key, len(data), self._clock.now - written)
+        for page in self._list(prefix):
+            for key, (data, written) in page.items():
+                yield Entry(key, len(data), self._clock.now - written)
 
     def keys(self, prefix: str = "") -> Iterator[str]:
-        found = [key for key, _ in self._find(prefix)]
-        self._ask_for_list(len(found))
-        yield from found
+        return itertools.chain.from_iterable(self._list(prefix))
+
+    def delete(self, key: str) -> None:
+        self._ask("delete")
+        self._page(key).pop(key, None)
+
+    def put_stream(self, key: str, content: Callable[[], Iterable[bytes]]) -> None:
+        raise NotImplementedError
 
     def folders(self, prefix: str) -> list[str]:
         raise NotImplementedError
-
-    def delete(self, key: str) -> None:
-        self._ask("delete", PUT_SECONDS)
-        self._page(key).pop(key, None)
 
     def delete_many(self, keys: Sequence[str]) -> None:
         raise NotImplementedError
@@ -161,17 +153,15 @@ class SimulatedStore:
     def _page(self, key: str) -> dict[str, tuple[bytes, float]]:
         return self._pages.setdefault(key[:-_PAGE_DIGITS], {})
 
-    def _find(self, prefix: str) -> list[tuple[str, tuple[bytes, float]]]:
-        pages = [page for name, page in self._pages.items() if name.startswith(prefix)]
-        return [item for page in pages for item in page.items()]  # a queue needs no order
+    def _list(self, prefix: str) -> list[dict[str, tuple[bytes, float]]]:
+        found = [page for name, page in self._pages.items() if name.startswith(prefix)]
+        for _ in range(max(1, -(-sum(map(len, found)) // PAGE))):
+            self._ask("list")
+        return found  # a queue needs no order
 
-    def _ask_for_list(self, n: int) -> None:
-        for _ in range(max(1, -(-n // PAGE))):
-            self._ask("list", LIST_SECONDS)
-
-    def _ask(self, request: str, seconds: float) -> None:
+    def _ask(self, request: str) -> None:
         self.requests[request] += 1
-        self._clock.sleep(seconds * self._slowdown)
+        self._clock.sleep(_REQUEST_SECONDS[request] * self._slowdown)
 
 
 class Horizon(threading.Event):

@@ -1,6 +1,9 @@
 """A run's forecast as one table: what `dist-sae estimate` prints."""
 
 import math
+from collections import Counter
+from collections.abc import Sequence
+from itertools import chain
 from typing import Any
 
 from dist_sae.planning import memory, stored, traffic
@@ -11,9 +14,11 @@ from dist_sae.planning.rates import ACCELERATORS, Rates
 from dist_sae.planning.risk import risk_of
 from dist_sae.producing.planner import row_bytes
 
+_UNKNOWN = "nothing: give --bench FILE, --measure or --accelerator NAME"
+
 
 def estimate(
-    basis: Basis,
+    groups: Sequence[Sequence[Basis]],
     rates: Rates,
     *,
     program_bytes: int,
@@ -21,11 +26,11 @@ def estimate(
     accelerator: str | None = None,
     prices: Prices | None = None,
 ) -> dict[str, Any]:
-    """Forecast a run.
+    """Forecast a run, or a sweep.
 
     Args:
-        basis: The run's sizes.
-        rates: Of single processes.
+        groups: The run; or the jobs of a sweep, those together that share ranks and batches.
+        rates: Of single processes; a step is that of all jobs of the slowest group.
         program_bytes: Memory of a program with its libraries, on the host.
         trainer_bytes: The same of a trainer, which has more of them.
         accelerator: Key of `ACCELERATORS`, or None for CPUs.
@@ -34,119 +39,124 @@ def estimate(
     Returns:
         Sections of numbers by name; units are in the names.
     """
-    run, gpu = basis.run, accelerator is not None
-    units, heldout = basis.unit_rows, basis.heldout_unit_rows
-    asked = stored.requests(basis)
-    pace = pace_of(basis, rates)
+    jobs, gpu = list(chain.from_iterable(groups)), accelerator is not None
+    of_groups = [memory.trainer_memory(group, trainer_bytes, gpu=gpu) for group in groups]
+    longest = max(jobs, key=lambda job: job.run.steps)
+    run, pace = longest.run, pace_of(groups, rates)
+    asked = [stored.requests(group, pace.get("total_seconds", 0.0)) for group in groups]
+    asked_by = {"producers": Counter(asked[0]["producers"]), "trainers": Counter[str]()}
+    for each in asked:
+        asked_by["trainers"].update(each["trainers"])
+    sent = max((_sent(group) for group in groups), key=lambda each: sum(each.values()))
+    at_times = stored.stored_over_time(longest, pace.get("lead_units"))
+    of_checkpoints = [stored.checkpoint_bytes(job) for job in jobs]
     told: dict[str, Any] = {
         "rows": {
-            "known_from": basis.source,
-            "train_rows": sum(units),
-            "heldout_rows": sum(heldout),
+            "known_from": longest.source,
+            "train_rows": sum(longest.unit_rows),
+            "heldout_rows": sum(longest.heldout_unit_rows),
             "trained_rows": run.steps * run.train.batch_rows,
             "steps": run.steps,
-            "passes": run.rows / basis.pass_rows,
-            "units": len(units) + len(heldout),
-            "unit_rows": max(units),
-            "streams": run.activations.streams,
+            "passes": run.rows / longest.pass_rows,
+            "units": len(longest.units),
+            "unit_rows": max(longest.unit_rows),
+            "streams": longest.streams,
         },
-        "memory_of_a_trainer": _with_sum(memory.trainer_memory(basis, trainer_bytes, gpu=gpu)),
-        "memory_of_a_producer": _with_sum(memory.producer_memory(basis, program_bytes, gpu=gpu)),
+        "memory_of_a_trainer": max(map(_with_sums, of_groups), key=_total),
+        "memory_of_a_producer": _with_sums(memory.producer_memory(longest, program_bytes, gpu=gpu)),
     }
     if run.index.workers:
-        told["memory_of_an_index_worker"] = _with_sum(
-            memory.index_memory(basis, program_bytes, gpu=gpu)
-        )
+        of_jobs = [_with_sums(memory.index_memory(job, program_bytes, gpu=gpu)) for job in jobs]
+        told["memory_of_an_index_worker"] = max(of_jobs, key=_total)
     told |= {
         "stored": {
-            "row_bytes": row_bytes(run.activations.dtype, basis.model.widths),
-            "set_bytes": stored.set_bytes(basis),
-            "checkpoint_bytes": stored.checkpoint_bytes(basis),
-            "checkpoints_bytes": stored.checkpoint_bytes(basis) * stored.checkpoints_kept(basis),
-            "index_bytes": stored.index_bytes(basis) if run.index.workers else 0,
+            "row_bytes": row_bytes(run.activations.dtype, longest.model.widths),
+            "set_bytes": stored.set_bytes(longest),
+            "checkpoint_bytes": sum(of_checkpoints),
+            "checkpoints_bytes": sum(
+                size * stored.checkpoints_kept(job)
+                for size, job in zip(of_checkpoints, jobs, strict=True)
+            ),
+            "index_bytes": sum(map(stored.index_bytes, jobs)) if run.index.workers else 0,
         },
-        "set_over_time": {
-            f"{name}_bytes": size
-            for name, size in stored.stored_over_time(basis, pace.get("lead_units")).items()
-        },
-        "requests": {f"{who}_{kind}": n for who, of in asked.items() for kind, n in of.items()},
-        "network_of_a_rank_and_step": {
-            **{f"{name}_bytes": n for name, n in traffic.step_traffic(basis).items()},
-            "auxk_bytes_while_latents_are_dead": traffic.auxk_traffic(basis),
-        },
+        "set_over_time": {f"{name}_bytes": size for name, size in at_times.items()},
+        "requests": {f"{who}_{kind}": n for who, of in asked_by.items() for kind, n in of.items()},
+        "network_of_a_rank_and_step": {f"{name}_bytes": size for name, size in sent.items()},
         "pace": pace | {"rates_from": "; ".join(rates.sources) or _UNKNOWN},
-        "pods": pods_of(basis),
+        "pods": {
+            "producer": run.processes.producers,
+            "trainer": sum(group[0].run.processes.trainers for group in groups)
+            // run.cluster.trainer.ranks,
+            "index": run.index.workers,
+        },
     }
     if prices and "total_seconds" in pace:
-        told["cost"] = _cost(basis, prices, told)
-    told["risk"] = risk_of(basis)
+        told["cost"] = _cost(prices, told, held_back=run.store.max_ahead_units is not None)
+    for job in jobs:
+        told["risk" if len(jobs) == 1 else f"risk_of_{job.run.name}"] = risk_of(job)
     there = ACCELERATORS[accelerator].memory_bytes if accelerator else None
-    told["advice"] = advice(basis, rates, there)
+    told["advice"] = advice(groups[0], rates, there)
     return told
 
 
-_UNKNOWN = "nothing: give --bench FILE, --measure or --accelerator NAME"
-
-
-def pace_of(basis: Basis, rates: Rates) -> dict[str, Any]:
+def pace_of(groups: Sequence[Sequence[Basis]], rates: Rates) -> dict[str, Any]:
     """Rows per second of each part, what limits the run, and its time; empty if not known."""
-    run = basis.run
-    row = row_bytes(run.activations.dtype, basis.model.widths)
-    site_row = row * len(run.sites) / len(basis.model.widths)
-    sharing = max(1, run.processes.trainers // (run.activations.streams or 1))
+    basis = max(chain.from_iterable(groups), key=lambda job: job.run.steps)
+    run, dtype, widths = basis.run, basis.run.activations.dtype, basis.model.widths
+    read = [{site for job in group for site in job.run.sites} for group in groups]
+    row = row_bytes(dtype, widths)
+    bytes_read = sum(row_bytes(dtype, {site: widths[site] for site in sites}) for sites in read)
     of_part = {
         "producers": _times(rates.producer_rows_per_second, run.processes.producers),
         "store_writes": _times(rates.write_bytes_per_second, 1 / row),
-        "store_reads": _times(rates.read_bytes_per_second, 1 / (site_row * sharing)),
+        "store_reads": _times(rates.read_bytes_per_second, 1 / (bytes_read * basis.sharing)),
         "trainers": _times(rates.step_seconds and 1 / rates.step_seconds, run.train.batch_rows),
     }
-    told: dict[str, Any] = {
-        f"{part}_rows_per_second": rate for part, rate in of_part.items() if rate is not None
-    }
+    known = {part: rate for part, rate in of_part.items() if rate}
+    told: dict[str, Any] = {f"{part}_rows_per_second": rate for part, rate in known.items()}
     if rates.step_seconds:
         told["step_seconds"] = rates.step_seconds
-    reading = {k: v for k, v in of_part.items() if v and k in ("store_reads", "trainers")}
-    made = {k: v for k, v in of_part.items() if v and k not in reading}
+    made = [known[part] for part in ("producers", "store_writes") if part in known]
     if rates.step_seconds is None or not made:
         return told
-    limit = min(made | reading, key=lambda part: (made | reading)[part])
-    making, using = min(made.values()), min(reading.values())
-    rows = run.steps * run.train.batch_rows
-    first = sum(basis.unit_rows[: _first_units(basis)])
-    once = min(rows, basis.pass_rows)
-    told |= {
-        "limited_by": limit,
-        "producers_wanted": math.ceil(using / (making / run.processes.producers)),
-        "first_batch_seconds": first / making,
-        "training_seconds": once / min(making, using) + (rows - once) / using,
-        "producing_seconds": basis.stored_rows / making,
-    }
-    told["total_seconds"] = told["first_batch_seconds"] + told["training_seconds"]
+    making = min(made)
+    using = min(known[part] for part in ("store_reads", "trainers") if part in known)
+    rows, once = (
+        run.steps * run.train.batch_rows,
+        min(run.steps * run.train.batch_rows, basis.pass_rows),
+    )
+    first_batch = sum(basis.unit_rows[: basis.first_windows]) / making
+    training = once / min(making, using) + (rows - once) / using
     ahead = max(0.0, 1 - using / making) * len(basis.unit_rows)
-    told["lead_units"] = max(_first_units(basis), round(ahead))
-    return told
-
-
-def pods_of(basis: Basis) -> dict[str, int]:
-    """Pods of a run by role, on Kubernetes; each has its ranks' GPUs, if any."""
-    run = basis.run
-    return {
-        "producer": run.processes.producers,
-        "trainer": run.processes.trainers // run.cluster.trainer.ranks,
-        "index": run.index.workers,
+    return told | {
+        "limited_by": min(known, key=lambda part: known[part]),
+        "producers_wanted": math.ceil(using / (making / run.processes.producers)),
+        "first_batch_seconds": first_batch,
+        "training_seconds": training,
+        "producing_seconds": sum(basis.units) / making,
+        "total_seconds": first_batch + training,
+        "lead_units": max(basis.first_windows, round(ahead)),
     }
-
-
-def _first_units(basis: Basis) -> int:
-    activations = basis.run.activations
-    return min(len(basis.unit_rows), (activations.streams or 1) * activations.window_units)
 
 
 def _times(rate: float | None, factor: float) -> float | None:
     return None if rate is None else rate * factor
 
 
-def _with_sum(parts: dict[str, dict[str, int]]) -> dict[str, int]:
+def _sent(jobs: Sequence[Basis]) -> Counter[str]:
+    """Bytes that a rank sends in a step by collective, for all jobs."""
+    sent = Counter[str]()
+    for job in jobs:
+        sent.update(traffic.step_traffic(job))
+        sent["auxk_while_latents_are_dead"] += traffic.auxk_traffic(job)
+    return sent
+
+
+def _total(parts: dict[str, int]) -> int:
+    return sum(parts.values())
+
+
+def _with_sums(parts: dict[str, dict[str, int]]) -> dict[str, int]:
     """Names with their place; the sum of each place is last."""
     told: dict[str, int] = {}
     for place, of in parts.items():
@@ -155,18 +165,15 @@ def _with_sum(parts: dict[str, dict[str, int]]) -> dict[str, int]:
     return told
 
 
-def _cost(basis: Basis, prices: Prices, told: dict[str, Any]) -> dict[str, Any]:
-    hours = told["pace"]["total_seconds"] / 3600
-    pods, stored_now = told["pods"], told["stored"]
-    producing = min(hours, told["pace"]["producing_seconds"] / 3600)
-    of_role = {
-        "producer": pods["producer"]
-        * (producing if not basis.run.store.max_ahead_units else hours),
+def _cost(prices: Prices, told: dict[str, Any], *, held_back: bool) -> dict[str, Any]:
+    """Cost of the forecast; producers that are held back stay until the end."""
+    hours, producing = (told["pace"][f"{what}_seconds"] / 3600 for what in ("total", "producing"))
+    pods, over_time, asked = told["pods"], told["set_over_time"].values(), told["requests"]
+    pod_hours = {
+        "producer": pods["producer"] * (hours if held_back else min(hours, producing)),
         "trainer": pods["trainer"] * hours,
     }
-    over_time = list(told["set_over_time"].values())
-    held = sum(over_time) / len(over_time) + stored_now["checkpoints_bytes"]
-    asked = told["requests"]
+    held = sum(over_time) / len(over_time) + told["stored"]["checkpoints_bytes"]
     puts = sum(n for name, n in asked.items() if name.endswith(("_put", "_list")))
     gets = sum(n for name, n in asked.items() if name.endswith("_get"))
-    return cost_of(prices, of_role, held / 1e9 * hours, puts, gets)
+    return cost_of(prices, pod_hours, held / 1e9 * hours, puts, gets)

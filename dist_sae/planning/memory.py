@@ -1,5 +1,8 @@
 """Memory of each process by part. Peaks: parts that are never held together are not added up."""
 
+from collections import Counter
+from collections.abc import Sequence
+
 import torch
 
 from dist_sae.config.dictionary import CountsLatentsConfig
@@ -21,50 +24,57 @@ _BATCHES = 4  # `config.run.rows_ahead`: two wait, one is assembled, one is trai
 _BLOCKS = 3  # of a unit: one in use, one fetched, one of the next window
 _UNITS = 6  # that a producer holds, copies included: two in work, and one that is being stored
 
+Parts = dict[str, int]
+"""Bytes by part."""
 
-def trainer_memory(basis: Basis, program_bytes: int, *, gpu: bool) -> dict[str, dict[str, int]]:
+
+def trainer_memory(
+    jobs: Sequence[Basis], program_bytes: int, *, gpu: bool
+) -> dict[str, dict[str, int]]:
     """Bytes of a trainer rank by part, on its `device` and its `host`: one place without a GPU.
 
     Args:
+        jobs: The run, or the jobs of a sweep on this rank: each has its state, and one at a time
+            makes a step.
         program_bytes: What the program itself takes on the host.
         gpu: Whether it computes on a GPU.
     """
-    state = state_bytes(basis.run, basis.widths, basis.axis)
-    device = dict(state._asdict()) | {"step": _step(basis, torch.device("cuda" if gpu else "cpu"))}
+    states = [state_bytes(each.run, each.widths, each.axis) for each in jobs]
+    device = dict(sum((Counter(state._asdict()) for state in states), Counter()))
+    kind = torch.device("cuda" if gpu else "cpu")
+    device["step"] = max(_step(each, kind) for each in jobs)
+    copies = [
+        _copy(each, state.weights)
+        for each, state in zip(jobs, states, strict=True)
+        if each.run.train.save_in_background
+    ]
     host = {
         "program": program_bytes,
-        "batches_in_flight": _batches(basis),
-        "checkpoint_copy": _copy(basis, state.weights) if basis.run.train.save_in_background else 0,
+        "batches_in_flight": _batches(jobs),
+        "checkpoint_copy": sum(copies),
     }
-    if not gpu:
-        return {"host": {**device, **host}}
-    return {"device": {"cuda": CUDA_BYTES, **device}, "host": host}
+    return _placed(host, device, gpu=gpu)
 
 
-def producer_memory(basis: Basis, program_bytes: int, *, gpu: bool) -> dict[str, dict[str, int]]:
+def producer_memory(basis: Basis, program_bytes: int, *, gpu: bool) -> dict[str, Parts]:
     """Bytes of a producer's rank by part; see `trainer_memory`. Attention is left out."""
-    run = basis.run
-    stored = row_bytes(run.activations.dtype, basis.model.widths)
-    biggest = max((*basis.unit_rows, *basis.heldout_unit_rows))
-    model = basis.model.stored_bytes // run.tensor_parallel
-    host = {"program": program_bytes, "units": _UNITS * biggest * stored}
-    if not gpu:
-        return {"host": {"model": model, **host}}
-    return {"device": {"cuda": CUDA_BYTES, "model": model}, "host": host}
+    stored = row_bytes(basis.run.activations.dtype, basis.model.widths)
+    host = {"program": program_bytes, "units": _UNITS * max(basis.units) * stored}
+    model = basis.model.stored_bytes // basis.run.tensor_parallel
+    return _placed(host, {"model": model}, gpu=gpu)
 
 
-def index_memory(basis: Basis, program_bytes: int, *, gpu: bool) -> dict[str, dict[str, int]]:
+def index_memory(basis: Basis, program_bytes: int, *, gpu: bool) -> dict[str, Parts]:
     """Bytes of an index worker's rank in stage 1 by part; see `trainer_memory`."""
-    run = basis.run
+    run, width = basis.run, basis.widths.d_in + basis.widths.d_out
     dictionary = state_bytes(run, basis.widths, basis.axis).weights * run.processes.latent_shards
-    of_rank = dictionary // run.index.latent_shards
-    biggest = max((*basis.unit_rows, *basis.heldout_unit_rows))
-    rows = ENCODE_ROWS * (basis.widths.d_in + basis.widths.d_out) * _FP32
-    device = {"weights": of_rank, "step": rows + _block(basis, torch.device("cpu"), ENCODE_ROWS)}
-    host = {"program": program_bytes, "codes": int(biggest * active(basis) * 2 * 12)}
-    if not gpu:
-        return {"host": {**device, **host}}
-    return {"device": {"cuda": CUDA_BYTES, **device}, "host": host}
+    block = _block(basis, torch.device("cpu"), ENCODE_ROWS)
+    device = {
+        "weights": dictionary // run.index.latent_shards,
+        "step": ENCODE_ROWS * width * _FP32 + block,
+    }
+    codes = int(max(basis.units) * active(basis) * 2 * 12)
+    return _placed({"program": program_bytes, "codes": codes}, device, gpu=gpu)
 
 
 def active(basis: Basis) -> float:
@@ -76,6 +86,12 @@ def active(basis: Basis) -> float:
     return min(found, sae.n_latents / 2)
 
 
+def _placed(host: Parts, device: Parts, *, gpu: bool) -> dict[str, Parts]:
+    if gpu:
+        return {"device": {"cuda": CUDA_BYTES, **device}, "host": host}
+    return {"host": {**device, **host}}
+
+
 def _step(basis: Basis, device: torch.device) -> int:
     """Memory of a step beyond the state: rows that are read and written, products, codes."""
     sae, rows, own = basis.run.sae, basis.replica_rows, basis.rank_rows
@@ -85,8 +101,7 @@ def _step(basis: Basis, device: torch.device) -> int:
     read = rows * d_in * (_FP32 + (product if product < _FP32 else 0))
     written = rows * d_out * _FP32 + 3 * own * d_out * _FP32
     if not isinstance(sae, CountsLatentsConfig):
-        chunks = _DENSE_CHUNKS * at_once(DENSE_BYTES, device)
-        return loaded + read + written + chunks
+        return loaded + read + written + _DENSE_CHUNKS * at_once(DENSE_BYTES, device)
     codes = rows * (sae.k + sae.auxk) * _ENTRY_BYTES  # as while latents are dead
     return loaded + read + written + codes + _block(basis, device, rows)
 
@@ -103,18 +118,16 @@ def _block(basis: Basis, device: torch.device, rows: int) -> int:
     return min(at_once(CHUNK_BYTES, device), met * product) + cast
 
 
-def _batches(basis: Basis) -> int:
+def _batches(jobs: Sequence[Basis]) -> int:
     """Batches that wait as they are stored, and blocks that are being read."""
-    activations, run = basis.run.activations, basis.run
-    sites = {site: basis.model.widths[site] for site in run.sites}
-    is_int8 = activations.dtype == "int8"  # read as fp32
-    itemsize = _FP32 if is_int8 else DTYPES[activations.dtype].itemsize
-    width = sum(sites.values())
-    batches = _BATCHES * basis.rank_rows * width * itemsize
-    assert activations.streams is not None, "the basis has numbers"
-    streams = max(1, activations.streams // run.processes.trainers)
+    basis, activations = jobs[0], jobs[0].run.activations
+    sites = {site for each in jobs for site in each.run.sites}
+    width = sum(basis.model.widths[site] for site in sites)
+    stored = DTYPES["fp32" if activations.dtype == "int8" else activations.dtype]  # as it is read
+    streams = max(1, basis.streams // basis.run.processes.trainers)
     rows = min(activations.block_rows, max(basis.unit_rows))
-    block = rows * (width * itemsize + ORIGIN_BYTES * len(sites))
+    block = rows * (width * stored.itemsize + ORIGIN_BYTES * len(sites))
+    batches = _BATCHES * basis.rank_rows * width * stored.itemsize
     return batches + _BLOCKS * streams * activations.window_units * block
 
 

@@ -6,11 +6,12 @@ products' FLOPs, Adam and the norms with the parameters. From data sheets it is
     2 FLOPs per weight met and row / (peak x EFFICIENCY)  +  bytes moved / (bandwidth x BANDWIDTH)
     +  bytes sent / network
 
-None of the accelerator figures below was measured by this project, and no overlap is counted.
+None of the accelerator figures below was measured by this project, and no overlap is counted. Jobs
+of a sweep that share ranks make their steps one after the other.
 """
 
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -78,10 +79,18 @@ def step_flops(basis: Basis) -> float:
     return 2.0 * basis.replica_rows * met * basis.widths.d_in
 
 
-def of_accelerator(basis: Basis, name: str, network_bytes_per_second: float) -> Rates:
+def slowest(groups: Sequence[Sequence[Basis]], step: Callable[[Basis], float]) -> float:
+    """Seconds of a step of all jobs of the slowest group, by those of each job."""
+    return max(sum(map(step, group)) for group in groups)
+
+
+def of_accelerator(
+    groups: Sequence[Sequence[Basis]], name: str, network_bytes_per_second: float
+) -> Rates:
     """Rates by an accelerator's data sheet.
 
     Args:
+        groups: A run; or the jobs of a sweep, those together that share ranks.
         name: Key of `ACCELERATORS`.
         network_bytes_per_second: That a rank sends.
 
@@ -90,48 +99,54 @@ def of_accelerator(basis: Basis, name: str, network_bytes_per_second: float) -> 
     """
     if name not in ACCELERATORS:
         raise ConfigError(f"--accelerator: {name} is not one of {', '.join(ACCELERATORS)}")
-    device, run, widths = ACCELERATORS[name], basis.run, basis.widths
-    is_bf16 = run.train.products == "bf16"
-    peak = device.bf16_flops if is_bf16 else device.fp32_flops
-    products = 2 * step_flops(basis) / (2 * widths.d_in) * (2 if is_bf16 else _FP32)
-    state = _STATE_PASSES * state_bytes(run, widths, basis.axis).weights
-    codes = basis.replica_rows * active(basis) / basis.axis.shards
-    rows = _CODE_PASSES * codes * (widths.d_in + widths.d_out) * _FP32
-    moved = (products + state + rows) / (device.bytes_per_second * BANDWIDTH_EFFICIENCY)
-    sent = sum(step_traffic(basis).values()) / network_bytes_per_second
-    step = step_flops(basis) / (peak * STEP_EFFICIENCY) + moved + sent
-    produced = None
+    device, basis = ACCELERATORS[name], groups[0][0]
+
+    def step(job: Basis) -> float:
+        run, widths = job.run, job.widths
+        is_bf16 = run.train.products == "bf16"
+        peak = device.bf16_flops if is_bf16 else device.fp32_flops
+        products = step_flops(job) / widths.d_in * (2 if is_bf16 else _FP32)
+        state = _STATE_PASSES * state_bytes(run, widths, job.axis).weights
+        codes = job.replica_rows * active(job) / job.axis.shards
+        rows = _CODE_PASSES * codes * (widths.d_in + widths.d_out) * _FP32
+        moved = (products + state + rows) / (device.bytes_per_second * BANDWIDTH_EFFICIENCY)
+        sent = sum(step_traffic(job).values()) / network_bytes_per_second
+        return step_flops(job) / (peak * STEP_EFFICIENCY) + moved + sent
+
+    produced, model, activations = None, basis.run.model, basis.run.activations
     if basis.model.parameters:
-        context, lost = run.activations.context_tokens, run.activations.exclude.first_positions
-        tokens = context / max(1, context - max(lost, int(run.activations.prepend_bos)))
-        flops = 2 * basis.model.parameters * tokens
-        forward = device.bf16_flops if run.model.dtype != "fp32" else device.fp32_flops  # type: ignore[union-attr]
-        produced = forward * FORWARD_EFFICIENCY * run.tensor_parallel / flops
+        context, lost = activations.context_tokens, activations.exclude.first_positions
+        tokens = context / max(1, context - max(lost, int(activations.prepend_bos)))
+        is_fp32 = model.kind == "huggingface" and model.dtype == "fp32"
+        forward = device.fp32_flops if is_fp32 else device.bf16_flops
+        flops = forward * FORWARD_EFFICIENCY * basis.run.tensor_parallel
+        produced = flops / (2 * basis.model.parameters * tokens)
     said = (
         f"{name}: {device.source}; {STEP_EFFICIENCY} of the peak in products, "
         f"{FORWARD_EFFICIENCY} in the model, {BANDWIDTH_EFFICIENCY} of the bandwidth, "
         f"{network_bytes_per_second / 1e9:g} GB/s between ranks (assumed)"
     )
-    return Rates(step, produced, sources=(said,))
+    return Rates(slowest(groups, step), produced, sources=(said,))
 
 
-def of_bench(basis: Basis, found: Mapping[str, Any], said: str) -> Rates:
+def of_bench(groups: Sequence[Sequence[Basis]], found: Mapping[str, Any], said: str) -> Rates:
     """Rates from the JSON of one `dist-sae bench` of step, produce or store.
 
     Args:
+        groups: As of `of_accelerator`.
         said: Where it is from, for people.
 
     Raises:
         ConfigError: It is the result of something else.
     """
     if {"step_seconds", "product_seconds", "n_latents"} <= found.keys():
-        return Rates(_scaled_step(basis, found), sources=(said,))
+        return Rates(slowest(groups, lambda job: scaled_step(job, found)), sources=(said,))
     if {"rows_per_second", "bare_rows_per_second"} <= found.keys():
         return Rates(None, float(found["rows_per_second"]), sources=(said,))
     if {"write_bytes_per_second", "read_bytes_per_second"} <= found.keys():
-        run = basis.run
-        read = found["read_bytes_per_second"] * run.processes.trainers
-        write = found["write_bytes_per_second"] * run.processes.producers
+        ranks = sum(group[0].run.processes.trainers for group in groups)
+        read = found["read_bytes_per_second"] * ranks
+        write = found["write_bytes_per_second"] * groups[0][0].run.processes.producers
         return Rates(None, None, read, write, (said,))
     raise ConfigError(f"{said}: is not what bench step, produce or store prints with --json")
 
@@ -148,48 +163,35 @@ def read_bench(paths: Iterable[Path]) -> list[tuple[str, Mapping[str, Any]]]:
             content = json.loads(path.read_text(encoding="utf-8").strip().splitlines()[-1])
         except OSError as exc:
             raise ConfigError(f"--bench: {path}: {exc.strerror}; name a readable file") from exc
-        except (ValueError, IndexError) as exc:
-            content = exc
+        except (ValueError, IndexError):
+            content = None
         if not isinstance(content, dict):
             raise ConfigError(f"--bench: {path}: holds no JSON object; give what --json printed")
         found.append((str(path), content))
     return found
 
 
-def _scaled_step(basis: Basis, found: Mapping[str, Any]) -> float:
-    """Seconds of a step of this shape, from those of another."""
-    shape, product = found, found["product_seconds"]
-    phases = found.get("phases", {})
-    of_state = min(
-        found["step_seconds"] - product, sum(phases.get(p, 0.0) for p in ("adam", "norms"))
-    )
-    rest = found["step_seconds"] - of_state
-    experts = shape.get("experts") or 1
-    d_in = shape["d_in"] * shape.get("reads", 1)
-    rows = shape["batch"] / shape.get("replicas", 1)
-    flops = 2 * rows * shape["n_latents"] / experts / shape.get("shards", 1) * d_in
-    d_out = shape["d_in"] * (shape.get("writes") or shape.get("reads", 1))
-    weights = _FP32 * shape["n_latents"] / shape.get("shards", 1) * (d_in + d_out)
+def scaled_step(basis: Basis, found: Mapping[str, Any]) -> float:
+    """Seconds of a step of this shape, from a `bench step` of another."""
+    phases, whole = found.get("phases", {}), found["step_seconds"]
+    of_state = sum(phases.get(phase, 0.0) for phase in ("adam", "norms"))
+    of_state = min(whole - found["product_seconds"], of_state)
+    reads, shards = found.get("reads", 1), found.get("shards", 1)
+    rows, latents = found["batch"] / found.get("replicas", 1), found["n_latents"] / shards
+    flops = 2 * rows * latents / (found.get("experts") or 1) * found["d_in"] * reads
+    weights = _FP32 * latents * found["d_in"] * (reads + (found.get("writes") or reads))
     own = state_bytes(basis.run, basis.widths, basis.axis).weights
-    scaled: float = rest * step_flops(basis) / flops + of_state * own / weights
+    scaled: float = (whole - of_state) * step_flops(basis) / flops + of_state * own / weights
     return scaled
 
 
 def bench_shape(basis: Basis) -> dict[str, Any]:
     """Arguments of `bench.step.StepShape` for one rank's work in a step of this run."""
     run, sae, shards = basis.run, basis.run.sae, basis.axis.shards
-    own = {
-        "kind",
-        "n_latents",
-        "k",
-        "init",
-        "dead_after_rows",
-        "reads",
-        "writes",
-        "experts",
-        "auxk",
-    }
-    given = sae.model_dump(mode="json", exclude=own, exclude_none=True, exclude_defaults=True)
+    own = {"kind", "n_latents", "k", "init", "dead_after_rows", "reads", "writes", "experts"}
+    given = sae.model_dump(
+        mode="json", exclude={*own, "auxk"}, exclude_none=True, exclude_defaults=True
+    )
     return {
         "d_in": max(basis.model.widths.values()),
         "n_latents": sae.n_latents // shards,

@@ -27,7 +27,7 @@ from dist_sae.producing.planner import row_bytes
 from dist_sae.producing.unit_queue import unit_queue
 
 _POLL_SECONDS = 2.0  # between two looks of a trainer that waits
-_RUN = "simulated"
+_EXPIRY_HOURS = 72.0
 _UNITS_EACH = 2  # that a producer makes in the part of a long run that is simulated
 _WINDOWS = 2  # of every stream, at least
 _HOUR = 3600.0
@@ -114,18 +114,18 @@ class Simulation:
         self._plan, self._fleet, self._seed = plan, fleet, seed
         self._counted_from = counted_from
         self._horizon = Horizon(self.clock, seconds)
+        self._consumers = Consumers(self.store, _EXPIRY_HOURS)
         self._largest = max(plan.rows_of_units)
-        self._writes = Pipe(self.clock, fleet.write_bytes_per_second / fleet.slowdown)
-        self._reads = Pipe(self.clock, fleet.read_bytes_per_second / fleet.slowdown)
+        self._writes, self._reads = (
+            Pipe(self.clock, each / fleet.slowdown)
+            for each in (fleet.write_bytes_per_second, fleet.read_bytes_per_second)
+        )
         self._counts: Counter[str] = Counter()
         self._waited = self._repeated = self._ended = self._first_step = 0.0
-        self._rows = 0
-        works: list[Callable[[], None]] = [
-            partial(self._produce, number) for number in range(fleet.producers)
-        ]
-        works += [self._begin_to_count, *([self._train] if fleet.rows else [])]
+        works: list[Callable[[], None]] = [self._begin_to_count]
+        works += [partial(self._produce, number) for number in range(fleet.producers)]
         with _quiet():
-            self.clock.run(works)
+            self.clock.run([*works, *([self._train] if fleet.rows else [])])
 
     @property
     def seconds(self) -> float:
@@ -135,51 +135,43 @@ class Simulation:
     @property
     def outcome(self) -> Outcome:
         """What happened."""
-        busy = self.busy_seconds / (self._fleet.producers * max(self.seconds, 1e-9))
-        counts = self._counts
+        counts, fleet = self._counts, self._fleet
         return Outcome(
             self._first_step,
             self._ended,
-            self._rows,
+            counts["rows"],
             self._waited,
             self._repeated,
-            busy,
-            self.busy_seconds + counts["preemptions"] * self._fleet.restart_seconds,
+            self.busy_seconds / (fleet.producers * max(self.seconds, 1e-9)),
+            self.busy_seconds + counts["preemptions"] * fleet.restart_seconds,
             counts["units"],
             counts["lost"],
             counts["preemptions"],
             counts["nodes"],
-            self.store.requests.total() - counts["own"],
+            self.store.requests.total() - counts["manifests"],
         )
 
     def _begin_to_count(self) -> None:
         self.clock.sleep(self._counted_from)
         self.store.requests.clear()
-        self._counts["own"] = 0
+        self._counts["manifests"] = 0
 
     def _produce(self, number: int) -> None:
         """One producer and those that replace it."""
-        fleet, chance = self._fleet, random.Random(f"{self._seed}-{number}")
-        self.clock.sleep(chance.uniform(0, fleet.unit_seconds))
-        for life in range(10**9):
-            lives = fleet.producer_hours * _HOUR
-            dies = self.clock.now + (chance.expovariate(1 / lives) if lives < math.inf else lives)
+        fleet, clock, chance = self._fleet, self.clock, random.Random(f"{self._seed}-{number}")
+        clock.sleep(chance.uniform(0, fleet.unit_seconds))
+        life = 0
+        while True:
             worker = Worker(f"p{number}-{life}", number, fleet.producers)
-            consumers = Consumers(self.store, 72.0)
-            queue = unit_queue(
-                self.store,
-                self._plan,
-                worker,
-                self._horizon,
-                consumers,
-                fleet.max_ahead_units,
-                clock=self.clock.time,
-            )
+            wanted = self._horizon, self._consumers, fleet.max_ahead_units
+            queue = unit_queue(self.store, self._plan, worker, *wanted, clock=clock.time)
+            dies = clock.now + _lifetime(chance, fleet.producer_hours)
             if self._work(queue, dies, chance) or self._horizon.is_set():
                 return
+            life += 1
             self._counts["preemptions"] += 1
             queue.release_all()
-            self.clock.sleep(fleet.restart_seconds)
+            clock.sleep(fleet.restart_seconds)
 
     def _work(self, queue: WorkQueue, dies: float, chance: random.Random) -> bool:
         """Produce until everything is done, or until this producer dies; tell which.
@@ -201,7 +193,8 @@ class Simulation:
             if clock.now >= dies:
                 self._counts["lost"] += 1
                 return False
-            self._count_busy(began, ends)
+            worked = min(ends, self._horizon.seconds) - max(began, self._counted_from)
+            self.busy_seconds += max(0.0, worked)
             last, unit = unit, following
             if unit is None:
                 self._finish(queue, last)
@@ -212,8 +205,7 @@ class Simulation:
         size = self._plan.rows_of_units[unit] * self._fleet.row_bytes
         self._sleep_until(self._writes.book(size), queue)
         self.store.put(MANIFESTS.key(unit), b"{}", if_absent=True)
-        self._counts["own"] += 1
-        self._counts["units"] += 1
+        self._counts.update(("manifests", "units"))
         queue.release(unit, done=True)
         if not self._fleet.rows:
             self._ended = self.clock.now
@@ -225,19 +217,16 @@ class Simulation:
             if left > LEASE_SECONDS / 3:
                 queue.renew()
 
-    def _count_busy(self, began: float, ends: float) -> None:
-        worked = min(ends, self._horizon.seconds) - max(began, self._counted_from)
-        self.busy_seconds += max(0.0, worked)
-
     def _train(self) -> None:
         """Read window after window of all streams in step, and train on their rows."""
         plan, fleet, clock = self._plan, self._fleet, self.clock
         chance = random.Random(f"{self._seed}-trainers")
-        consumers, streams = Consumers(self.store, 72.0), range(plan.streams)
-        units_of = [plan.stream_units(stream) for stream in streams]
+        units_of = [plan.stream_units(stream) for stream in range(plan.streams)]
         for first in range(0, max(map(len, units_of)), plan.window_units):
-            at = {stream: StreamCursor(0, first, 0) for stream in streams}
-            consumers.report(_RUN, reached=lowest_unit(plan, at, keeps=False), needed=0)
+            at = dict.fromkeys(range(plan.streams), StreamCursor(0, first, 0))
+            self._consumers.report(
+                "simulated", reached=lowest_unit(plan, at, keeps=False), needed=0
+            )
             window = [unit for of in units_of for unit in of[first : first + plan.window_units]]
             since = clock.now
             for unit in window:
@@ -245,13 +234,15 @@ class Simulation:
                     clock.sleep(_POLL_SECONDS)
             self._waited += clock.now - since
             self._first_step = self._first_step or clock.now
-            rows = min(sum(plan.rows_of_units[unit] for unit in window), fleet.rows - self._rows)
+            left = fleet.rows - self._counts["rows"]
+            rows = min(sum(plan.rows_of_units[unit] for unit in window), left)
             arrives = self._reads.book(rows * fleet.row_bytes)
             self._step(rows / fleet.batch_rows * fleet.step_seconds, chance)
-            self._waited += max(0.0, arrives - clock.now)
-            clock.sleep(max(0.0, arrives - clock.now))
-            self._rows += rows
-            if self._rows >= fleet.rows or self._horizon.is_set():
+            late = max(0.0, arrives - clock.now)
+            self._waited += late
+            clock.sleep(late)
+            self._counts["rows"] += rows
+            if rows == left or self._horizon.is_set():
                 break
         self._ended = clock.now
         self._horizon.set()
@@ -259,19 +250,19 @@ class Simulation:
     def _step(self, seconds: float, chance: random.Random) -> None:
         """Train for so long; what a lost node undoes is done again."""
         fleet, clock = self._fleet, self.clock
-        every = fleet.save_every_steps * fleet.step_seconds
-        life = fleet.node_hours * _HOUR / fleet.trainer_nodes
-        while seconds > 0:
-            lives = chance.expovariate(1 / life) if life < math.inf else math.inf
-            clock.sleep(min(seconds, lives))
-            if lives >= seconds:
-                return
-            seconds -= lives
+        since_save = fleet.save_every_steps * fleet.step_seconds  # at most
+        while (lives := _lifetime(chance, fleet.node_hours / fleet.trainer_nodes)) < seconds:
+            again = chance.uniform(0, since_save)
             self._counts["nodes"] += 1
-            again = chance.uniform(0, every)  # since the last save
             self._repeated += again + fleet.restart_seconds
-            clock.sleep(fleet.restart_seconds)
-            seconds += again
+            clock.sleep(lives + fleet.restart_seconds)
+            seconds += again - lives
+        clock.sleep(seconds)
+
+
+def _lifetime(chance: random.Random, mean_hours: float) -> float:
+    """Draw a lifetime in seconds; an infinite one draws nothing."""
+    return chance.expovariate(1 / (mean_hours * _HOUR)) if mean_hours < math.inf else math.inf
 
 
 @contextmanager
@@ -334,24 +325,22 @@ def simulate(basis: Basis, fleet: Fleet) -> dict[str, float]:
         `total_seconds` of the whole run, `producer_hours` until its last unit, shares of the part's
         time in which trainers and producers work, and counts of the part.
     """
-    activations, rows = basis.run.activations, basis.unit_rows
-    assert activations.streams is not None, "the basis has numbers"
-    window = activations.streams * activations.window_units
-    units = -(-max(_UNITS_EACH * fleet.producers, _WINDOWS * window) // window) * window
-    part = tuple(rows[:units])
-    plan = plan_of(part, activations.streams, activations.window_units)
+    streams, windows = basis.run.activations.streams, basis.run.activations.window_units
+    assert streams is not None, "the basis has numbers"
+    wanted = max(_UNITS_EACH * fleet.producers, _WINDOWS * streams * windows)
+    part = tuple(basis.unit_rows[: math.ceil(wanted / (streams * windows)) * streams * windows])
+    plan = plan_of(part, streams, windows)
     found = Simulation(plan, fleet._replace(rows=min(fleet.rows, sum(part)))).outcome
     training = max(found.seconds - found.first_step_seconds, 1e-9)
     total = found.seconds + (fleet.rows - found.rows) * training / found.rows
     total += (basis.run.rows - fleet.rows) / fleet.batch_rows * fleet.step_seconds
-    worked = found.rows / fleet.batch_rows * fleet.step_seconds
-    each = found.producer_seconds / found.units
-    whole = len(rows) + len(basis.heldout_unit_rows)
+    whole = len(basis.unit_rows) + len(basis.heldout_unit_rows)
+    producing = min(total * fleet.producers, whole * found.producer_seconds / found.units)
     return {
         "producers": fleet.producers,
         "total_seconds": total,
-        "producer_hours": min(total * fleet.producers, whole * each) / _HOUR,
-        "trainers_work_share": worked / found.seconds,
+        "producer_hours": producing / _HOUR,
+        "trainers_work_share": found.rows / fleet.batch_rows * fleet.step_seconds / found.seconds,
         "producers_work_share": found.producer_busy_share,
         "simulated_units": found.units,
         "lost_units": found.lost_units,
@@ -372,11 +361,11 @@ def scenarios(
         slowdown: Factor on the time of requests and transfers.
     """
     fleet = fleet_of(basis, rates)
-    half = max(1, fleet.producers // 2)
+    half, twice = max(1, fleet.producers // 2), 2 * fleet.producers
     changes: dict[str, dict[str, Any]] = {
         "as planned": {},
         f"{half:,} producers": {"producers": half},
-        f"{2 * fleet.producers:,} producers": {"producers": 2 * fleet.producers},
+        f"{twice:,} producers": {"producers": twice},
         f"producers live {spot_hours:g} h": {"producer_hours": spot_hours},
         f"a trainer node lives {node_days:g} days": {"node_hours": 24 * node_days},
         f"the store is {slowdown:g} times as slow": {"slowdown": slowdown},

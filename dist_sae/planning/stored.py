@@ -1,9 +1,15 @@
 """Bytes in the store, requests to it, and how full it is over time."""
 
 import math
+from bisect import bisect_left
+from collections import Counter
+from collections.abc import Sequence
+from itertools import accumulate
 
 from dist_sae.checkpoint.layout import PART_BYTES
+from dist_sae.checkpoint.lease import RENEW_SECONDS
 from dist_sae.config.dictionary import CountsLatentsConfig
+from dist_sae.data.backlog import LOOK_EVERY_SECONDS
 from dist_sae.dictionaries.axis import WHOLE
 from dist_sae.planning.basis import Basis
 from dist_sae.planning.memory import active
@@ -24,19 +30,16 @@ def unit_bytes(basis: Basis, rows: int) -> int:
     activations, widths = basis.run.activations, basis.model.widths
     blocks = math.ceil(rows / activations.block_rows)
     manifest = _MANIFEST_BYTES + _NUMBER_BYTES * sum(widths.values()) + 110 * blocks * len(widths)
-    return manifest + sum(
-        _TAR_BYTES
-        * math.ceil(
-            (rows * row_bytes(activations.dtype, {site: width}) + _BLOCK_BYTES * blocks)
-            / _TAR_BYTES
-        )
+    contents = (
+        rows * row_bytes(activations.dtype, {site: width}) + _BLOCK_BYTES * blocks
         for site, width in widths.items()
     )
+    return manifest + sum(_TAR_BYTES * math.ceil(content / _TAR_BYTES) for content in contents)
 
 
 def set_bytes(basis: Basis) -> int:
     """Bytes of the whole activation set."""
-    return sum(unit_bytes(basis, rows) for rows in (*basis.unit_rows, *basis.heldout_unit_rows))
+    return sum(n * unit_bytes(basis, rows) for rows, n in Counter(basis.units).items())
 
 
 def checkpoint_bytes(basis: Basis) -> int:
@@ -49,15 +52,14 @@ def checkpoint_bytes(basis: Basis) -> int:
 def checkpoints_kept(basis: Basis) -> int:
     """Checkpoints at the end of the run."""
     train, steps = basis.run.train, basis.run.steps
-    saved = -(-steps // train.save_every_steps)
     every = steps // train.keep_every_steps if train.keep_every_steps else 0
-    return min(saved, train.keep_checkpoints + every + train.keep_best)
+    return min(_saves(basis), train.keep_checkpoints + every + train.keep_best)
 
 
 def index_bytes(basis: Basis) -> int:
     """Bytes of the latent index, about: compressed sizes of earlier indexes (docs/measured.md)."""
-    index, sae = basis.run.index, basis.run.sae
-    rows = basis.stored_rows if index.rows == "all" else min(index.rows, basis.stored_rows)
+    index, sae, rows = basis.run.index, basis.run.sae, sum(basis.units)
+    rows = rows if index.rows == "all" else min(index.rows, rows)
     entries = rows * active(basis)
     share = {"all": 1.0, "none": 0.0}.get(str(index.postings))
     kept = float(index.postings) if share is None else share
@@ -68,46 +70,56 @@ def index_bytes(basis: Basis) -> int:
     )
 
 
-def requests(basis: Basis) -> dict[str, dict[str, int]]:
-    """Requests of producers and trainers, by kind; those of retries and upkeep are left out."""
-    run = basis.run
-    activations, train, trainers = run.activations, run.train, run.processes.trainers
-    units = len(basis.unit_rows) + len(basis.heldout_unit_rows)
-    sites = len(basis.model.widths)
-    shard = unit_bytes(basis, max(basis.unit_rows)) // sites
+def requests(jobs: Sequence[Basis], seconds: float = 0.0) -> dict[str, dict[str, int]]:
+    """Requests of producers and trainers, by kind; those of retries and of waits are left out.
+
+    Args:
+        jobs: The run, or the jobs of a sweep, which read the rows once.
+        seconds: Time of training, in which leases are renewed and ready units counted.
+    """
+    basis, run = jobs[0], jobs[0].run
+    activations, train, units = run.activations, run.train, len(basis.units)
+    sites = {site for each in jobs for site in each.run.sites}
+    shard = unit_bytes(basis, max(basis.unit_rows)) // len(basis.model.widths)
     puts = 1 if shard < MULTIPART_FROM_BYTES else math.ceil(shard / S3_PART_BYTES) + 2
-    producers = {  # claim, manifest; is it done?; both pages
-        "put": units * (2 + sites * puts),
-        "get": units,
-        "list": 2 * units,
-        "delete": units,
-    }
-    read_share = min(1.0, run.rows / (basis.pass_rows * train.max_passes))
-    passes = train.max_passes * read_share
-    assert activations.streams is not None, "the basis has numbers"
-    sharing = max(1, trainers // activations.streams)  # ranks that read all of a stream
+    rows = max(each.run.rows for each in jobs)
+    passes = train.max_passes * min(1.0, rows / (basis.pass_rows * train.max_passes))
     blocks = sum(math.ceil(rows / activations.block_rows) for rows in basis.unit_rows)
     block = shard * activations.block_rows // max(basis.unit_rows)
-    gets = math.ceil(block / S3_PART_BYTES) * len(run.sites)
-    saves = -(-run.steps // train.save_every_steps)
-    tensors = _tensors(basis)
-    parts = math.ceil(checkpoint_bytes(basis) / PART_BYTES) + tensors * trainers
+    gets = math.ceil(block / S3_PART_BYTES) * len(sites)
+    begin = max(each.run.sae.init_rows for each in jobs) / basis.pass_rows  # read again by training
+    read = round((passes + begin) * basis.sharing * (blocks * gets + len(basis.unit_rows)))
+    to_measure = bisect_left(list(accumulate(basis.unit_rows)), train.normaliser_rows or 0) + 1
+    renewals = len(jobs) * round(seconds / RENEW_SECONDS)
+    saves = sum(_saves(each) for each in jobs)
     retired = len(basis.unit_rows) if run.store.retention == "delete_consumed" else 0
     return {
-        "producers": producers,
+        "producers": {  # claim, manifest; is it done?; both pages
+            "put": units * (2 + len(basis.model.widths) * puts),
+            "get": units,
+            "list": 2 * units,
+            "delete": units,
+        },
         "trainers": {
-            "put": saves * (parts + 3) + len(basis.unit_rows),
-            "get": round(passes * sharing * (blocks * gets + len(basis.unit_rows))) + retired,
-            "list": saves * 2,
-            "delete": math.ceil(retired * len(run.sites) / 1000),
+            "put": sum(_saves(each) * (_parts(each) + 3) for each in jobs)
+            + len(jobs) * len(basis.unit_rows)
+            + renewals,
+            "get": read + retired + renewals + run.processes.trainers * to_measure,
+            "list": 2 * saves + round(seconds / LOOK_EVERY_SECONDS),
+            "delete": math.ceil(retired * len(sites) / 1000),
         },
     }
 
 
-def _tensors(basis: Basis) -> int:
-    """Tensors of a checkpoint that every rank has a part of."""
+def _saves(basis: Basis) -> int:
+    return math.ceil(basis.run.steps / basis.run.train.save_every_steps)
+
+
+def _parts(basis: Basis) -> int:
+    """Objects of a checkpoint's tensors: every rank has a part of each."""
     extra = 1 if isinstance(basis.run.sae, CountsLatentsConfig) else 2
-    return 3 * (3 + extra)
+    whole = math.ceil(checkpoint_bytes(basis) / PART_BYTES)
+    return whole + 3 * (3 + extra) * basis.run.processes.trainers
 
 
 def stored_over_time(basis: Basis, producer_lead_units: int | None) -> dict[str, int]:
@@ -117,18 +129,15 @@ def stored_over_time(basis: Basis, producer_lead_units: int | None) -> dict[str,
         producer_lead_units: Units that producers are ahead of the trainers, at most; None: they
             are done before the trainers have begun.
     """
-    run, units = basis.run, basis.unit_rows
-    per_unit = sum(unit_bytes(basis, rows) for rows in units) / len(units)
-    lead = min(
-        len(units), producer_lead_units or len(units), run.store.max_ahead_units or len(units)
-    )
-    kept_behind = 2 * run.train.save_every_steps * run.train.batch_rows / max(units)
-    deletes = run.store.retention == "delete_consumed"
+    run, n = basis.run, len(basis.unit_rows)
     heldout = sum(unit_bytes(basis, rows) for rows in basis.heldout_unit_rows)
+    per_unit = (set_bytes(basis) - heldout) / n
+    lead = min(n, producer_lead_units or n, run.store.max_ahead_units or n)
+    kept_behind = 2 * run.train.save_every_steps * run.train.batch_rows / max(basis.unit_rows)
     found = {}
     for share in (0.0, 0.25, 0.5, 0.75, 1.0):
-        read = min(1.0, run.rows / basis.pass_rows * share) * len(units)
-        made = min(len(units), read + lead)
-        gone = (max(0.0, read - kept_behind) if share < 1 else read) * deletes
-        found[f"at_{share:.0%}"] = int((made - gone) * per_unit) + heldout
+        read = min(1.0, run.rows / basis.pass_rows * share) * n
+        gone = max(0.0, read - kept_behind) if share < 1 else read
+        gone = gone if run.store.retention == "delete_consumed" else 0.0
+        found[f"at_{share:.0%}"] = int((min(n, read + lead) - gone) * per_unit) + heldout
     return found

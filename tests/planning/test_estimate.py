@@ -80,7 +80,7 @@ def test_rows_sent_in_a_step_are_counted(tmp_path: Path, shards: int) -> None:
     run = make_run(
         tmp_path, TINY, processes={"trainers": shards, "latent_shards": shards}, train={"lr": 1e-3}
     )
-    basis = find_basis(run)
+    (basis,) = find_basis(run)
 
     def step(axis: ThreadAxis) -> dict[str, int]:
         axis.__class__ = CountingAxis
@@ -101,7 +101,8 @@ def basis_of(tmp_path: Path, rows: int = 10_000_000, **sections: Any) -> Basis:
     activations = {"unit_rows": None, "streams": None} | sections.pop("activations", {})
     train = {"rows": "all", "normaliser_rows": None, "lr": None} | sections.pop("train", {})
     run = make_run(tmp_path, TINY, activations=activations, train=train, **sections)
-    return find_basis(Run.model_validate(run.model_dump()), rows)
+    (basis,) = find_basis(Run.model_validate(run.model_dump()), rows)
+    return basis
 
 
 def test_gradients_are_summed_over_replicas_and_rows_over_shards(tmp_path: Path) -> None:
@@ -133,7 +134,7 @@ def test_memory_shrinks_with_shards_and_zero(tmp_path: Path) -> None:
     def device(**sections: Any) -> dict[str, int]:
         sae = {"n_latents": 65_536}
         basis = basis_of(tmp_path, sae=sae, **sections)
-        return trainer_memory(basis, 0, gpu=True)["device"]
+        return trainer_memory([basis], 0, gpu=True)["device"]
 
     whole = device(processes={"trainers": 4})
     sharded = device(processes={"trainers": 4, "latent_shards": 4})
@@ -155,9 +156,9 @@ def test_a_dictionary_that_does_not_fit_is_given_more_shards(tmp_path: Path) -> 
         activations={"streams": None, "unit_rows": None},
         processes={"trainers": 64, "latent_shards": 64},
     )
-    basis = find_basis(load_run(str(path)), 10**9)
+    (basis,) = find_basis(load_run(str(path)), 10**9)
     memory = ACCELERATORS["h100"].memory_bytes
-    (said,) = [s for s in advice(basis, Rates(), memory) if s.startswith("processes.trainers")]
+    (said,) = [s for s in advice([basis], Rates(), memory) if s.startswith("processes.trainers")]
     assert "128" in said
     assert fits(basis, 128, 128) <= 0.9 * memory < fits(basis, 64, 64)
 
@@ -173,8 +174,8 @@ def test_a_bench_of_the_same_shape_is_taken_as_it_is(tmp_path: Path) -> None:
         "phases": {"adam": 0.1, "norms": 0.05},
     }
     basis = basis_of(tmp_path)
-    assert of_bench(basis, found, "file").step_seconds == pytest.approx(1.0, rel=0.02)
-    assert of_bench(basis, found | {"n_latents": 16}, "file").step_seconds == pytest.approx(
+    assert of_bench([[basis]], found, "file").step_seconds == pytest.approx(1.0, rel=0.02)
+    assert of_bench([[basis]], found | {"n_latents": 16}, "file").step_seconds == pytest.approx(
         2.0, rel=0.02
     )
 
@@ -182,11 +183,11 @@ def test_a_bench_of_the_same_shape_is_taken_as_it_is(tmp_path: Path) -> None:
 def test_the_slowest_part_limits_the_run(tmp_path: Path) -> None:
     """Batches of 256 in a tenth of a second are 2,560 rows/s; a row of 8 fp32 has 48 bytes."""
     basis = basis_of(tmp_path)
-    slow = pace_of(basis, Rates(0.1, 1000.0))
+    slow = pace_of([[basis]], Rates(0.1, 1000.0))
     assert slow["limited_by"] == "producers"
     assert slow["producers_wanted"] == 3
     assert slow["training_seconds"] == pytest.approx(basis.run.rows / 1000)
-    fast = pace_of(basis, Rates(0.1, 1e6, 48 * 100.0))
+    fast = pace_of([[basis]], Rates(0.1, 1e6, 48 * 100.0))
     assert fast["limited_by"] == "store_reads"
     assert fast["training_seconds"] == pytest.approx(basis.run.rows / 100)
 
@@ -212,10 +213,36 @@ def test_retention_bounds_the_set(tmp_path: Path) -> None:
 
 def test_data_sheets_give_rates(tmp_path: Path) -> None:
     basis = basis_of(tmp_path)
-    slower, faster = (of_accelerator(basis, name, 25e9).step_seconds for name in ("a100", "h100"))
+    slower, faster = (
+        of_accelerator([[basis]], name, 25e9).step_seconds for name in ("a100", "h100")
+    )
     assert slower is not None
     assert faster is not None
     assert faster < slower
+
+
+@pytest.mark.parametrize("placement", ["together", "spread"])
+def test_a_sweep_takes_what_its_jobs_take(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], placement: str
+) -> None:
+    """Together all states are on each rank and steps add up; spread over ranks only the largest."""
+    sweep = {"placement": placement, "jobs": {"a": {}, "b": {"sae.n_latents": 64}}}
+    path = write_run(tmp_path, TINY, sweep=sweep, processes={"trainers": 2})
+    options = [str(path), "--accelerator", "h100", "--store", "1e-6"]
+    alone = [told(capsys, *options, "--job", job) for job in "ab"]
+    both = told(capsys, *options)
+    name = "device_moments_bytes"
+    states = [each["memory_of_a_trainer"][name] for each in alone]
+    steps = [each["pace"]["step_seconds"] for each in alone]
+    is_spread = placement == "spread"
+    assert both["memory_of_a_trainer"][name] == (max if is_spread else sum)(states)
+    assert both["pace"]["step_seconds"] == pytest.approx((max if is_spread else sum)(steps))
+    reads = "store_reads_rows_per_second"
+    assert both["pace"][reads] == pytest.approx(alone[0]["pace"][reads] / (1 + is_spread))
+    assert both["stored"]["set_bytes"] == alone[0]["stored"]["set_bytes"]
+    checkpoints = sum(each["stored"]["checkpoint_bytes"] for each in alone)
+    assert both["stored"]["checkpoint_bytes"] == checkpoints
+    assert both["pods"]["trainer"] == 2
 
 
 def test_the_table_and_the_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
