@@ -11,7 +11,8 @@ import yaml
 
 from dist_sae import __version__, hub
 from dist_sae.config import Run
-from dist_sae.config.data import DatasetCorpus, HuggingFaceModel
+from dist_sae.config.data import DatasetCorpus, HuggingFaceModel, layer_of
+from dist_sae.config.transcoder import TranscoderConfig
 from dist_sae.errors import ConfigError, ObjectNotFoundError
 from dist_sae.interop.export import Exported, export_checkpoint
 from dist_sae.interop.raw import model_name, origin
@@ -46,6 +47,12 @@ _LOADING = {
     "circuit-tracer": (
         "from circuit_tracer.utils.hf_utils import load_transcoder_from_hub\n\n"
         'transcoders, config = load_transcoder_from_hub("{repository}")'
+    ),
+    "layer": (
+        "from circuit_tracer.transcoder.single_layer_transcoder import load_relu_transcoder\n"
+        "from huggingface_hub import hf_hub_download\n\n"
+        'path = hf_hub_download("{repository}", "layer_{layer}.safetensors")\n'
+        "transcoder = load_relu_transcoder(path, {layer})"
     ),
 }
 
@@ -190,7 +197,10 @@ def card(
         }
         numbers = _table("held out", "", found)
     settings = {"sae": sae.model_dump(), "train": run.train.model_dump(exclude={"parent"})}
-    loading = _LOADING[done.library].format(repository=repository, folder=within)
+    alone = done.library == "circuit-tracer" and isinstance(sae, TranscoderConfig)
+    loading = _LOADING["layer" if alone else done.library].format(
+        repository=repository, folder=within, layer=layer_of(run.site) if alone else None
+    )
     parts = [
         f"---\n{yaml.safe_dump(head, sort_keys=False).rstrip()}\n---",
         f"# {run.name}",

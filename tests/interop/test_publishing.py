@@ -21,7 +21,7 @@ from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.commands.cli import main
 from dist_sae.storage import open_store
 from tests.interop.test_export import HF
-from tests.interop.test_formats import trained
+from tests.interop.test_formats import MLP, trained
 from tests.servers import free_ports
 
 NAME = "org/name"
@@ -268,3 +268,16 @@ def test_numbers_of_another_checkpoint_are_not_told(command: list[str], tmp_path
     assert "Not evaluated." in text
     assert "0.125" not in text
     assert (tmp_path / "look/mlp_in.0/ae.pt").exists()
+
+
+def test_a_transcoder_is_loaded_as_that_of_its_layer(tmp_path: Path) -> None:
+    """circuit-tracer loads a repository if it has all layers alone."""
+    trained(tmp_path, {"kind": "transcoder", "selection": "batch", **MLP})
+    settings = [*HF, "export.model_name=some/model"]
+    words = [word for setting in settings for word in ("--set", setting)]
+    more = ["--format", "circuit-tracer", "--dry-run", str(tmp_path / "look")]
+    assert main(["publish", str(tmp_path / "run.yaml"), NAME, *words, *more]) == 0
+    text = (tmp_path / "look/README.md").read_text()
+    assert 'path = hf_hub_download("org/name", "layer_0.safetensors")\n' in text
+    assert "transcoder = load_relu_transcoder(path, 0)\n" in text
+    assert (tmp_path / "look/layer_0.safetensors").exists()
