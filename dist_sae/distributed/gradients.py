@@ -1,9 +1,11 @@
-"""Gradients of encoder and decoder over replicas: of each, what takes fewer bytes is exchanged.
+"""Gradients of encoder and decoder over replicas, exchanged dense or by entry.
 
 The gradient of a weight is C^T rows: each latent's sum of rows, with the coefficients of its
 entries. Replicas can sum their gradients, which are as large as the weight. Or each gathers the
-rows and entries of all of them and sums for itself, which is less while the global batch has fewer
-rows than about twice the latents of a shard. Either way the sum is over the same entries.
+rows and entries of all of them and sums for itself. That is fewer bytes while the global batch has
+fewer rows than about twice the latents of a shard, but each replica does the sums of all: measured
+between processes of one machine, it takes as long at .15 of the bytes and a tenth longer at .3. So
+it is done where it is at most a quarter. Either way the sum is over the same entries.
 """
 
 from typing import NamedTuple
@@ -17,6 +19,8 @@ from dist_sae.dictionaries.axis import LatentAxis
 from dist_sae.kernels import Entries, Kernels
 
 _INT32 = 4
+AT_MOST = 0.25
+"""Share of the bytes of gradients up to which rows and entries are exchanged instead."""
 
 
 class Exchange(NamedTuple):
@@ -43,8 +47,8 @@ class Exchange(NamedTuple):
 
     @property
     def is_by_entry(self) -> bool:
-        """Whether rows and entries are fewer bytes."""
-        return self.by_entry < self.dense
+        """Whether rows and entries are few enough bytes."""
+        return self.by_entry < AT_MOST * self.dense
 
 
 def is_summed_by_entry(config: DictionaryConfig) -> bool:

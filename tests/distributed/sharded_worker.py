@@ -14,6 +14,7 @@ from dist_sae.config.sae import SaeConfig
 from dist_sae.dictionaries.dead import DeadLatents
 from dist_sae.dictionaries.ema import WeightAverage
 from dist_sae.dictionaries.interface import StepContext
+from dist_sae.distributed import gradients
 from dist_sae.distributed.engine import DeepSpeedEngine
 from dist_sae.distributed.mesh import Mesh, join_mesh
 from dist_sae.distributed.rendezvous import rendezvous
@@ -75,6 +76,7 @@ def train_rank(spec: dict[str, Any], env: dict[str, str], log: str) -> None:
     warnings.simplefilter("ignore")
     torch.set_num_threads(1)
     results = {}
+    gradients.AT_MOST = 1.0  # so small batches exchange entries too
     with rendezvous(spec["world"]) as ranks, join_mesh(ranks, spec["shards"]) as mesh:
         path = write_run(
             Path(spec["out"]).parent / f"rank-{mesh.rank}",

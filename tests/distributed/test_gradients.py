@@ -82,10 +82,9 @@ def test_the_sum_is_over_the_rows_of_all_replicas(n_latents: int, expected: str)
 
 
 def test_all_shards_exchange_alike() -> None:
-    """Alone, the first would sum gradients of 480 bytes for 15 entries, the other gather 304."""
-    shards = [
-        make_entries([row, *[[]] * 5], n_latents=10) for row in ([*range(10), *range(5)], [3])
-    ]
+    """Alone, the first would sum gradients for its 15 entries, and the other gather 304 bytes."""
+    patterns = [[*range(15)], [3]]
+    shards = [make_entries([row, *[[]] * 5], n_latents=30) for row in patterns]
 
     def work(axis: ThreadAxis) -> set[str]:
         axis.__class__ = CountingAxis
@@ -94,20 +93,21 @@ def test_all_shards_exchange_alike() -> None:
         ReplicaSums(KERNELS, axis)(rows.new_ones(len(entries.latents)), entries, rows)
         return set(axis.sent)  # type: ignore[attr-defined]
 
-    assert Exchange.of(2, 60, 36, 15, 8) == Exchange(480, 528)
+    assert Exchange.of(2, 180, 36, 15, 8) == Exchange(1440, 528)
+    assert Exchange.of(2, 180, 36, 1, 8) == Exchange(1440, 304)
     assert on_ranks(2, 2, work) == [{"summed"}] * 4
 
 
-def test_fewer_bytes_are_exchanged() -> None:
-    """Of 100 x 8 fp32 weights a ring of 4 sends 1.5 x 3,200 bytes; of 20 rows 3 x 640.
+def test_entries_are_exchanged_up_to_a_quarter_of_the_bytes() -> None:
+    """Of 100 x 8 fp32 weights a ring of 4 sends 1.5 x 3,200 bytes; of 5 rows 3 x 160.
 
-    An entry is its coefficient, its latent and its row: 12 bytes, so 80 of them on each of 3 are as
-    much as is left.
+    An entry is its coefficient, its latent and its row: 12 bytes, so 20 of them on each of 3 make a
+    quarter.
     """
-    assert Exchange.of(4, 800, 160, 0, 4) == Exchange(4800, 1920)
-    assert Exchange.of(4, 800, 160, 80, 4) == Exchange(4800, 4800)
-    assert not Exchange.of(4, 800, 160, 80, 4).is_by_entry
-    assert Exchange.of(4, 800, 160, 79, 4).is_by_entry
+    assert Exchange.of(4, 800, 40, 0, 4) == Exchange(4800, 480)
+    assert Exchange.of(4, 800, 40, 20, 4) == Exchange(4800, 1200)
+    assert not Exchange.of(4, 800, 40, 20, 4).is_by_entry
+    assert Exchange.of(4, 800, 40, 19, 4).is_by_entry
 
 
 def test_settings_of_averages_are_refused_where_deepspeed_makes_none(tmp_path: Path) -> None:
