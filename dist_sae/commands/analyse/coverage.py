@@ -38,8 +38,8 @@ def add(questions: shared.Commands) -> None:
         "--f1",
         metavar="F1",
         type=float,
-        default=0.5,
-        help="least F1 of a word's latent on held-out documents (default: 0.5)",
+        default=0.8,
+        help="least F1 of a word's latent on held-out documents (default: 0.8)",
     )
     parser.add_argument(
         "--frequency",
