@@ -264,6 +264,11 @@ def _caveats(numbers: Mapping[str, Any], index: Index) -> Iterator[str]:
     if index.manifest.postings_share < 1:
         share = index.manifest.postings_share
         yield f"The index keeps the activations of {share:.1%} of its rows; only these were seen."
+    if not numbers["rings"]:
+        yield (
+            "This is no evidence that there are none: a ring that the dictionary covers with few "
+            "latents, far apart, is not among the groups."
+        )
     yield (
         "Points on a circle that have a latent each, such as days of the week, are not counted as "
         "a ring; in the table they have a high strength, and are seldom active together."
