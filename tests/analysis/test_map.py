@@ -3,6 +3,7 @@
 import base64
 import json
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -194,3 +195,10 @@ def test_what_an_index_lacks_is_said_in_one_line(
     with pytest.raises(ConfigError, match=message) as error:
         make_map("bad", world, Settings())
     assert "\n" not in str(error.value)
+
+
+def test_a_missing_library_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "sknetwork.clustering", None)
+    link = np.zeros(1, np.int64)
+    with pytest.raises(ConfigError, match=r"pip install '\.\[analysis\]'"):
+        find_level(Graph(2, link, link + 1, np.ones(1)), 1.0, 1, 0)
