@@ -41,6 +41,7 @@ def trainer_memory(
     """
     states = [state_bytes(each.run, each.widths, each.axis) for each in jobs]
     device = dict(sum((Counter(state._asdict()) for state in states), Counter()))
+    device["gradients"] = max(state.gradients for state in states)  # freed when a job has stepped
     kind = torch.device("cuda" if gpu else "cpu")
     device["step"] = max(_step(each, kind) for each in jobs)
     copies = [
