@@ -25,7 +25,7 @@ from dist_sae.data.consumers import kept_units
 from dist_sae.data.plan import Plan, load_plan
 from dist_sae.data.shard import read_block
 from dist_sae.dictionaries.interface import Inference, Inferred, Rows
-from dist_sae.errors import ConfigError, CorpusError, ModelError
+from dist_sae.errors import ConfigError, CorpusError, ModelError, PlanMismatchError
 from dist_sae.evaluation.cross_entropy import cross_entropies
 from dist_sae.index.query import index_of
 from dist_sae.storage import ObjectStore, open_store
@@ -194,7 +194,7 @@ class _Measuring:
         if losses and autoencoder:
             try:
                 rises = self._losses(linear)
-            except (ModelError, CorpusError) as exc:
+            except (CorpusError, ModelError, PlanMismatchError) as exc:
                 left_out.append(f"no cross-entropies: {exc}")
         return Study(
             name=run.name,
