@@ -188,3 +188,13 @@ def test_energies_come_from_the_histogram() -> None:
     densities, energy = energies(pa.table(columns, names=names))
     assert densities.tolist() == [0.01, 0.3, 0.9, 0.0]
     np.testing.assert_allclose(energy, expected, rtol=0.03)
+
+
+def test_a_floor_gains_the_unique_share() -> None:
+    """rank^-1: from 100 to 200 latents the energies come to .1 * ln 2, half of them unique."""
+    law = fit_law(0.1 / np.arange(1, 101.0))
+    half, tail = Span(0.5, 0.4, 0.6), Span(0.3, 0.2, 0.4)
+    gain = 0.1 * math.log(200.5 / 100.5)
+    found = floor(tail, half, law, 100, 200)
+    assert found == pytest.approx((0.3 - 0.5 * gain, 0.2 - 0.6 * gain, 0.4 - 0.4 * gain), abs=1e-6)
+    assert floor(tail, half, law, 100, 10**9).low == 0
