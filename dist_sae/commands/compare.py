@@ -33,14 +33,10 @@ def add(commands: shared.Commands) -> None:
 
 def main(options: argparse.Namespace) -> None:
     """Print the table, and write the files that are asked for."""
-    from dist_sae.checkpoint.folder import open_run
-    from dist_sae.config import jobs_of
-
-    places = [open_run(place, options.set) for place in options.others]
-    runs = [job for run in (shared.load_whole(options), *places) for job in jobs_of(run)]
+    name, runs = shared.load_several(options)
     if len(runs) < _LEAST:
         raise ConfigError(f"{options.run}: is one run; name another one, or a sweep")
-    from dist_sae.comparison.runs import caveats, differing, read_compared
+    from dist_sae.comparison.runs import caveats, differing, joint_outcomes, read_compared
 
     compared = read_compared(runs)
     matched = _match(compared) if options.match else {}
@@ -55,7 +51,8 @@ def main(options: argparse.Namespace) -> None:
     if options.html:
         from dist_sae.comparison.page import render_comparison
 
-        _write("--html", options.html, render_comparison(compared, matched))
+        page = render_comparison(compared, matched, joint_outcomes(name, compared))
+        _write("--html", options.html, page)
     content = {
         "runs": rows,
         "matched": {label: found._asdict() for label, found in matched.items()},

@@ -125,6 +125,20 @@ def load(options: argparse.Namespace) -> "Run":
     return run
 
 
+def load_several(options: argparse.Namespace) -> "tuple[str, list[Run]]":
+    """Read all runs that the command line names, the jobs of sweeps one by one.
+
+    Returns:
+        Name of the first run or sweep, which keeps the findings; the runs.
+    """
+    from dist_sae.checkpoint.folder import open_run
+    from dist_sae.config import jobs_of
+
+    first = load_whole(options)
+    others = [open_run(place, options.set) for place in options.others]
+    return first.name, [job for run in (first, *others) for job in jobs_of(run)]
+
+
 def load_for_device(options: argparse.Namespace) -> "Run":
     """Read the run, or the sweep, of a program that computes.
 

@@ -8,18 +8,24 @@ from markupsafe import Markup
 from dist_sae.comparison.matched import Matched
 from dist_sae.comparison.runs import NUMBERS, Compared, caveats, differing
 from dist_sae.report.charts import Line, render_lines, render_outlines, render_points
+from dist_sae.report.outcome import Outcome
 from dist_sae.report.page import render_template
 from dist_sae.telemetry.metrics import TABLE
 
 _CURVES = ("dist_sae_train_fvu", "dist_sae_train_l0_latents", "dist_sae_train_dead_share")
 
 
-def render_comparison(compared: Sequence[Compared], found: Mapping[str, Matched]) -> str:
+def render_comparison(
+    compared: Sequence[Compared],
+    found: Mapping[str, Matched],
+    outcomes: Sequence[Outcome] = (),
+) -> str:
     """Render the page.
 
     Args:
         compared: The runs.
         found: For runs by label: which latents of the first run have a near copy in it.
+        outcomes: Outcomes of `dist-sae analyse` for these runs together.
     """
     return render_template(
         "comparison.html",
@@ -29,6 +35,7 @@ def render_comparison(compared: Sequence[Compared], found: Mapping[str, Matched]
         headings=NUMBERS,
         plots=[Markup(plot) for plot in _plots(compared)],
         matched=found,
+        outcomes=outcomes,
         decades=sorted({decade for each in found.values() for decade in each.by_decade}),
     )
 

@@ -8,6 +8,7 @@ from dist_sae.checkpoint.trained import find_checkpoint, trained_run
 from dist_sae.config import Run
 from dist_sae.config.fingerprint import PLAN_SECTIONS, run_fingerprint
 from dist_sae.evaluation.subject import evaluation_key, read_evaluation, training_seconds
+from dist_sae.report.outcome import Outcome, read_outcomes
 from dist_sae.storage import open_store
 from dist_sae.telemetry.history import read_history
 from dist_sae.telemetry.metrics import listed
@@ -35,6 +36,8 @@ class Compared(NamedTuple):
     """The settings that decide its result, `section.key` by value."""
     step: int | None
     """Step of the newest checkpoint; None if there is no checkpoint."""
+    checkpoint: str | None
+    """Its digest."""
     evaluation: Mapping[str, Any]
     """Held-out results; empty if there are none."""
     history: Sequence[Mapping[str, Any]]
@@ -75,9 +78,28 @@ def _read(run: Run, *, alone: bool) -> Compared:
         own,
         dict(_flat(run_fingerprint(own))),
         None if checkpoint is None else checkpoint.step,
+        None if checkpoint is None else checkpoint.digest,
         read_evaluation(store, evaluation_key(run.name)) or {},
         read_history(store, run.name),
     )
+
+
+def joint_outcomes(name: str, compared: Sequence[Compared]) -> list[Outcome]:
+    """Outcomes of `dist-sae analyse` for several of the runs together, of their newest checkpoints.
+
+    Args:
+        name: Name of the first run or sweep, which keeps them.
+        compared: The runs.
+
+    Raises:
+        CorruptObjectError: One is damaged.
+    """
+    first = compared[0].run
+    there = read_outcomes(open_store(first.store.runs, first.store.s3), name)
+    newest = {each.run.name: each.checkpoint for each in compared}.items()
+    return [
+        each for each in there if len(each.checkpoints) > 1 and each.checkpoints.items() <= newest
+    ]
 
 
 def differing(compared: Sequence[Compared]) -> dict[str, list[Any]]:

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from dist_sae import logs
+from dist_sae.checkpoint.trained import find_checkpoint
 from dist_sae.commands import cli
 from dist_sae.comparison.matched import match
 from dist_sae.config import Run
@@ -17,6 +18,7 @@ from dist_sae.dictionaries.base import Dictionary
 from dist_sae.errors import ConfigError
 from dist_sae.evaluation.evaluate import evaluate
 from dist_sae.report.charts import render_points
+from dist_sae.report.outcome import Findings, keep_findings
 from dist_sae.storage import open_store
 from dist_sae.telemetry.history import History
 from tests.index.indexed import add_checkpoint, make_index, produced
@@ -51,6 +53,22 @@ def folder(run: Run) -> str:
     return f"{run.store.runs}/{run.name}"
 
 
+def keep_joint_outcomes(first: Run, other: Run) -> None:
+    """Outcomes of both runs, of both with another checkpoint, and of the first alone."""
+    store = open_store(first.store.runs)
+    names = (first.name, other.name)
+    found = [find_checkpoint(store, run, None) for run in (first, other)]
+    newest = {name: each.digest for name, each in zip(names, found, strict=True) if each}
+    cases = {
+        "Of both": newest,
+        "Of older checkpoints": newest | {other.name: "0"},
+        "Of one": {first.name: newest[first.name]},
+    }
+    for title, checkpoints in cases.items():
+        what = title.lower().replace(" ", "-")
+        keep_findings(store, first.name, what, title, checkpoints, {}, Findings({}, ["."]))
+
+
 def compare(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) -> str:
     """Stdout, or stderr where a failure is expected."""
     with pytest.MonkeyPatch.context() as patch:
@@ -67,6 +85,7 @@ def test_numbers_stand_beside_the_settings_that_differ(
     add_checkpoint(other, seed=1)
     found = evaluate(other)
     table, page = tmp_path / "table.csv", tmp_path / "page.html"
+    keep_joint_outcomes(first, other)
     said = compare(
         capsys, folder(first), folder(other), "--json", "--csv", str(table), "--html", str(page)
     )
@@ -87,6 +106,9 @@ def test_numbers_stand_beside_the_settings_that_differ(
     assert f'<data value="{found["fvu"]}">' in text
     assert text.count('<circle class="dot') >= 2  # a point for each run
     assert "<td>sae.k</td><td>5</td><td>3</td>" in text
+    assert "Of both" in text
+    assert "Of older checkpoints" not in text
+    assert "Of one" not in text
 
 
 def test_a_terminal_shows_which_runs_have_which_value(

@@ -31,20 +31,6 @@ def add_question(
     return parser
 
 
-def load_several(options: argparse.Namespace) -> "tuple[str, list[Run]]":
-    """Read all runs that the command line names, the jobs of sweeps one by one.
-
-    Returns:
-        Name of the first run or sweep, which keeps the findings; the runs.
-    """
-    from dist_sae.checkpoint.folder import open_run
-    from dist_sae.config import jobs_of
-
-    first = shared.load_whole(options)
-    others = [open_run(place, options.set) for place in options.others]
-    return first.name, [job for run in (first, *others) for job in jobs_of(run)]
-
-
 def answer(
     options: argparse.Namespace,
     name: str,

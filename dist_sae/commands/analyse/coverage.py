@@ -53,7 +53,7 @@ def add(questions: shared.Commands) -> None:
 
 def main(options: argparse.Namespace) -> None:
     """Answer the question."""
-    name, runs = common.load_several(options)
+    name, runs = shared.load_several(options)
     if not 0.3 < options.f1 <= 1:  # noqa: PLR2004 - pairs below are not followed
         raise ArgumentError(f"--f1 {options.f1:g}: must lie above .3 and be 1 at most")
     if wrong := [p for p in options.frequency if not 0 < p < 1]:

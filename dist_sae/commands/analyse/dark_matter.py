@@ -28,7 +28,7 @@ def add(questions: shared.Commands) -> None:
 
 def main(options: argparse.Namespace) -> None:
     """Study each run; those of equal width are also searched for latents in common."""
-    name, runs = common.load_several(options)
+    name, runs = shared.load_several(options)
     if options.rows is not None and options.rows < 1:
         raise ConfigError(f"--rows: is {options.rows}; give a number of rows above 0")
     names = [run.name for run in runs]
