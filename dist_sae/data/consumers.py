@@ -258,14 +258,18 @@ class Registration:
         """Unit that reading has reached; earlier units in the plan's order are read."""
         return self._reached
 
-    def begin(self, cursors: Mapping[int, StreamCursor]) -> None:
+    def begin(self, cursors: Mapping[int, StreamCursor], *, ended: bool = False) -> None:
         """Register the run, from the cursors of its last checkpoint; without one they are empty.
+
+        Args:
+            cursors: Where the run continues.
+            ended: The checkpoint is the run's last, so it reads nothing more.
 
         Raises:
             DataExhaustedError: Shards that the run is going to read were deleted.
         """
         self._reached, self._before = 0, self._lowest(cursors)
-        self.durable(cursors)
+        self.durable(cursors, ended=ended)
         self._consumers.check_present(self._run, self._needed)
 
     def at(self, cursors: Mapping[int, StreamCursor]) -> None:

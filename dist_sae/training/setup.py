@@ -391,5 +391,5 @@ def _restore(begun: _Begun, state: TrainingState) -> StreamPosition:
     durable_at = time.time() - checkpoints.ages()[position.step]
     telemetry.set("dist_sae_checkpoint_step", position.step)
     telemetry.set("dist_sae_checkpoint_timestamp_seconds", durable_at)
-    begun.registration.begin(position.cursors)
+    begun.registration.begin(position.cursors, ended=position.step == begun.run.steps)
     return position

@@ -168,6 +168,10 @@ def test_the_whole_run_works_over_s3_without_an_index_and_torchs_compiler(
     shards = [key for key in keys if key.startswith("activations/shards/")]
     assert len(shards) == 1  # the held-out one
     assert "activations/consumers/world.json" in keys
+    # a trainer that was killed when all was done starts again, and needs no unit
+    again = [sys.executable, "-m", "dist_sae", "train", str(path), "--set", "processes.trainers=1"]
+    done = subprocess.run(again, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.parametrize(

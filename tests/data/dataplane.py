@@ -74,7 +74,7 @@ def read(settings: dict[str, Any], world: int, folder: Path, credentials: dict[s
         keeps=False,
         retires=run.store.retention == "delete_consumed",
     )
-    registration.begin(cursors)
+    registration.begin(cursors, ended=step == run.steps)
     activation_set = ActivationSet(store, plan, run.sites, threading.Event())
     loaders = [
         Loader(

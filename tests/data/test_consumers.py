@@ -123,6 +123,17 @@ def test_what_every_run_has_behind_it_is_deleted(store: ObjectStore, plan: Plan)
     assert readable(store, plan) == [16]  # held-out units stay
 
 
+def test_a_run_that_had_ended_begins_again_though_all_is_deleted(
+    store: ObjectStore, plan: Plan
+) -> None:
+    """Killed after its last word, it starts from its last checkpoint and reads nothing more."""
+    register(store, plan).durable({}, ended=True)
+    assert retired_below(store) == 16
+    register(store, plan).begin(everywhere(3), ended=True)
+    with pytest.raises(DataExhaustedError, match="starts at unit 12"):
+        register(store, plan).begin(everywhere(3))
+
+
 def test_manifests_of_deleted_units_stay_so_that_nobody_makes_them_again(
     run: Run, store: ObjectStore, plan: Plan, monkeypatch: pytest.MonkeyPatch
 ) -> None:
