@@ -88,7 +88,7 @@ class LatentScaling:
                         if number == 0:
                             dots += its * gram[which, own, site]
                         sums = self._products[here, number, int(site != own)]
-                        sums.index_add_(0, which, (its * dots).double())
+                        sums += sae.kernels.sum_values((its * dots).double(), entries)
 
     def nu(self, axis: LatentAxis = WHOLE) -> Float[Tensor, "n_latents 2"]:
         """By errors and by reconstructions; NaN where beta at the latent's own site is not above 0.
