@@ -8,6 +8,7 @@ from dist_sae import signals
 def main() -> int:
     """Run the command given by the arguments; returns the exit code."""
     signals.heed()
+    signals.end_early()
     from dist_sae.commands.cli import main as run_command
 
     code = run_command()

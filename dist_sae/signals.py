@@ -4,6 +4,7 @@ import atexit
 import os
 import signal
 import sys
+from contextlib import suppress
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -14,6 +15,7 @@ if TYPE_CHECKING:
 
 SIGNALS = (signal.SIGTERM, signal.SIGINT)
 INTERRUPTED = "stopped: interrupted; start the same command again\n"
+_code: int | None = None
 
 
 def heed() -> None:
@@ -38,16 +40,28 @@ def stop_event() -> "threading.Event":
 
 def heed_no_more(code: int) -> None:
     """Let a signal end the process at once with this exit code, now that the work is done."""
+    global _code  # noqa: PLW0603 - what `_end` is to exit with
+    _code = code
     for number in SIGNALS:
         signal.signal(number, lambda *_: os._exit(code))
-    # Python gives signals back to the system while it ends, and a signal would end it with 143
-    atexit.register(ignore)
 
 
-def ignore() -> None:
-    """Ignore both signals, which holds until the process has ended."""
-    for number in SIGNALS:
-        signal.signal(number, signal.SIG_IGN)
+def end_early() -> None:
+    """Let the process end before Python takes itself apart, once `heed_no_more` has been called.
+
+    Other threads are ended and other exit functions called as ever, if they are registered later:
+    so this comes first. After them Python would give signals back to the system, so that one ends
+    it with 143, and stop daemon threads within libraries, where C++ may abort (134).
+    """
+    atexit.register(_end)
+
+
+def _end() -> None:
+    if _code is not None:
+        with suppress(OSError, ValueError):  # a reader that has gone
+            sys.stdout.flush()
+            sys.stderr.flush()
+        os._exit(_code)
 
 
 def _interrupt(_: int, frame: FrameType | None) -> None:

@@ -377,6 +377,7 @@ class Late:
 
 late = Late()
 signals.heed()
+signals.end_early()
 signals.heed_no_more(0)
 sys.exit(0)
 """
