@@ -5,6 +5,9 @@ Third-party errors are mapped once, in the module that is their door (boto3 in
 and what to do, in one sentence. Anything outside this tree is a bug: exit 1, with a traceback.
 """
 
+import tempfile
+from typing import Self
+
 EXIT_DONE = 0
 EXIT_BUG = 1
 EXIT_USER = 2
@@ -169,6 +172,20 @@ class UnavailableError(StoreError):
 
 class StoreFullError(StoreError):
     """The store has no space for the object."""
+
+    @classmethod
+    def of_temporary(cls, what: str, cause: OSError) -> Self:
+        """The error of a folder for temporary files that has no space.
+
+        Args:
+            what: Size and content of the file.
+            cause: What the system said.
+        """
+        return cls(
+            f"cannot hold {what} for a while ({cause.strerror}); free some space, or set TMPDIR to "
+            f"another folder",
+            url=tempfile.gettempdir(),
+        )
 
 
 class CorruptObjectError(StoreError):

@@ -18,9 +18,9 @@ from dist_sae.analysis.law import (
     Law,
     Width,
     fit,
-    zipf_exponent,
 )
 from dist_sae.analysis.matching import LEAST_OCCURRENCES, Matched
+from dist_sae.analysis.tail import exponent_of
 from dist_sae.analysis.words import Concept, WordRows
 from dist_sae.errors import ArgumentError
 from dist_sae.report.charts import Line, Mark, render_lines
@@ -77,7 +77,7 @@ def cover_words(
     matched: Matched,
     least_f1: float,
 ) -> Covered:
-    """What one dictionary has of a list of words.
+    """Find which of a list of words have a latent in one dictionary.
 
     Args:
         name: Of the run.
@@ -112,7 +112,7 @@ def cover_words(
     }
     alive = int((firings > 0).sum())
     width = Width(name, len(firings), alive, trained_rows, frequency, judged, recovered)
-    return Covered(width, table, zipf_exponent(firings))
+    return Covered(width, table, exponent_of(firings))
 
 
 def cover_features(
@@ -122,7 +122,7 @@ def cover_features(
     probabilities: NDArray[np.float64],
     latent_of: Mapping[int, int],
 ) -> Covered:
-    """What one dictionary has of the features of a synthetic world.
+    """Find which features of a synthetic world have a latent in one dictionary.
 
     Args:
         name: Of the run.
@@ -144,7 +144,7 @@ def cover_features(
     alive = int((firings > 0).sum())
     judged = np.ones(n, np.bool_)
     width = Width(name, len(firings), alive, trained_rows, probabilities, judged, recovered)
-    return Covered(width, table, zipf_exponent(firings))
+    return Covered(width, table, exponent_of(firings))
 
 
 def coverage(covered: Sequence[Covered], forecast: Sequence[float]) -> Findings:

@@ -1,4 +1,4 @@
-"""What one dictionary's reconstructions miss: reads a run, and measures the parts of its error."""
+"""Measures what the reconstructions of one dictionary miss, and the parts of their error."""
 
 import logging
 from collections.abc import Iterable, Iterator, Mapping
@@ -38,21 +38,21 @@ _RESAMPLES = 1000
 
 
 class Tail(NamedTuple):
-    """What a sparse solver leaves of some judged rows, as shares of their variance."""
+    """Error of a sparse solver on some judged rows, as shares of their variance."""
 
     left: Span
-    """What the decoder lacks: estimate, and the least and greatest of 95 % intervals (bootstrap
-    over documents) at thresholds of .9, 1 and 1.1 times `pursuit`'s."""
+    """Share that no few decoder rows describe: the estimate, and the least and greatest end of 95 %
+    intervals (bootstrap over documents) at thresholds of .9, 1 and 1.1 times `pursuit`'s."""
     unique: Span
     """Share of the energy of the half of the alive latents with the least energy that the other
     half does not describe as well: what the solver leaves more without them, over their energy.
     The interval is of the three thresholds."""
     fvu: float
-    """What the encoder leaves of the same rows."""
+    """Error of the encoder's reconstructions of the same rows."""
     explained: float
     """Share of |x - b_dec|^2 that the solver explains."""
     chance: float
-    """The same after a random rotation of the rows, to which the decoder knows nothing."""
+    """The same share after a random rotation of the rows, which the decoder was not trained for."""
     latents: float
     """Latents that the solver uses on a row."""
     capped: float
@@ -61,12 +61,12 @@ class Tail(NamedTuple):
 
     @property
     def interference(self) -> float:
-        """What the encoder leaves beyond the tail: its errors, and the limit on active latents."""
+        """Error of the encoder beyond the tail: wrong codes, and the limit on active latents."""
         return self.fvu - self.left.value
 
 
 class Study(NamedTuple):
-    """What one dictionary's reconstructions miss."""
+    """Measurements of one dictionary's errors."""
 
     name: str
     plan: str
@@ -80,24 +80,24 @@ class Study(NamedTuple):
     judged_documents: int
     linear: LinearPart
     densities: Floats
-    """Of alive latents, falling."""
+    """Shares of rows on which the alive latents fire, the largest first."""
     energies: Floats
-    """Of alive latents, falling; scaled so that their sum is what the solver explains."""
+    """Energies of the alive latents, the largest first; their sum is what the solver explains."""
     tail: Tail | None
     """None for dictionaries that do not reconstruct what they read."""
     losses: Mapping[str, float]
     """Rise of the cross-entropy, in nats per token, by the whole error and by each part alone."""
     left_out: tuple[str, ...]
-    """What was left out, and why."""
+    """Parts that were not measured, each with the reason."""
 
     @property
     def frequency_law(self) -> Law | None:
-        """Of firing frequencies over their rank; None of too few latents."""
+        """Power law of firing frequencies over their rank; None if too few latents are alive."""
         return fit_law(self.densities) if self.alive >= LEAST_ALIVE else None
 
     @property
     def energy_law(self) -> Law | None:
-        """Of energies over their rank; None of too few latents, or without a tail."""
+        """Power law of energies over their rank; None if too few latents are alive, or no tail."""
         return fit_law(self.energies) if self.tail and self.alive >= LEAST_ALIVE else None
 
 

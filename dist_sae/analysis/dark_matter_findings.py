@@ -28,6 +28,8 @@ _PREDICTS = 0.01
 _AGREES = 0.8
 """Share of the most frequent tenth with partners, below which two dictionaries disagree."""
 _CAPPED = 0.05
+_SAME = 0.5
+"""Correlation of error lengths above which two dictionaries fail on the same rows."""
 
 WRONG_RECAPTURE = (
     "Capture-recapture (Lincoln-Petersen) is wrong for the number of features and must not be "
@@ -73,7 +75,7 @@ def findings(
     summary += [line for check in checks for line in _check_sentences(check)]
     summary += [
         f"{one} and {other}: the lengths of their errors on the same rows have a correlation of "
-        f"{value:.2f}: {'the wider one fails on the same rows' if value > 0.5 else 'weak'}."  # noqa: PLR2004
+        f"{value:.2f}: {'the wider one fails on the same rows' if value > _SAME else 'weak'}."
         for (one, other), value in failures
     ]
     for names, each in overlaps.items():

@@ -111,9 +111,9 @@ class LinearPart(NamedTuple):
     """The last column is of the squared norm."""
     bias: Float[Tensor, " d_out_1"]
     means: Float[Tensor, " d_out_1"]
-    """Of errors and squared norms, over the rows that the maps are fitted to."""
+    """Mean errors and mean squared norm, over the rows that the maps are fitted to."""
     penalties: tuple[float, ...]
-    """Of both maps, as shares of the mean variance of the inputs."""
+    """Ridge penalties of the two maps, as shares of the mean variance of the inputs."""
     rows: int
     """Rows that the maps are fitted to."""
 

@@ -24,12 +24,12 @@ class Key(NamedTuple):
 
 
 class Label(NamedTuple):
-    """What a file says of a passage that was drawn."""
+    """Line of a file about a passage that was drawn."""
 
     level: int | None
     """None if nobody has judged it."""
     chance: float
-    """With which it was drawn."""
+    """Chance with which it was drawn."""
     in_filter: bool
 
 
@@ -37,11 +37,11 @@ class Judge(NamedTuple):
     """Tells whether passages have a concept."""
 
     text: str
-    """As the user named it."""
+    """Name of the judge, as the user gave it."""
     level: Callable[[str], int]
     """Level of a text."""
     labels: Mapping[Key, Label] | None = None
-    """Of the passages of a file, which are then the whole sample."""
+    """Labels from a file; its passages are then the whole sample."""
 
 
 def open_judge(text: str) -> Judge:

@@ -37,7 +37,7 @@ class Width(NamedTuple):
     """Latents that fire at least once on the rows of the index."""
     trained_rows: int
     frequency: NDArray[np.float64]
-    """Of each concept, per row; the same concepts for each dictionary."""
+    """Occurrences of each concept per row; the same concepts for each dictionary."""
     judged: NDArray[np.bool_]
     """Concepts that are judged."""
     recovered: NDArray[np.bool_]
@@ -217,19 +217,3 @@ def interval(replicates: NDArray[np.float64]) -> Interval:
         return Interval(float(value), None, None)
     low, high = np.quantile(known, [0.025, 0.975])
     return Interval(float(value), float(low), float(high))
-
-
-def zipf_exponent(firings: NDArray[np.int64]) -> float | None:
-    """Exponent s of the rank-frequency curve of the alive latents, frequency ~ rank^-s.
-
-    Fitted from the rank alive / 100 to alive / 2, evenly in log rank: above lie latents that fire
-    nearly everywhere, below those that fired by chance on the rows of the index.
-    """
-    alive = np.sort(firings[firings > 0])[::-1]
-    ranks = np.unique(
-        np.geomspace(max(1, len(alive) / 100), max(2, len(alive) / 2), 50).astype(int)
-    )
-    if len(alive) < 20:  # noqa: PLR2004 - too few to fit anything
-        return None
-    slope = np.polyfit(np.log(ranks), np.log(alive[ranks - 1]), 1)[0]
-    return float(-slope)

@@ -46,10 +46,11 @@ _P = 0.05
 _PLANES = 4
 _LEAST_PLANE = 1e-3  # share of the variance below which a plane is left out
 _DRAWN, _DRAWN_POINTS = 5, 400
+_NAMED = 8  # latents of a ring that are named
 
 
 class Settings(NamedTuple):
-    """What is searched for."""
+    """Limits of the search."""
 
     cosine: float = 0.5
     """Least cosine of latents that are joined."""
@@ -245,8 +246,8 @@ def _summary(
     yield f"{numbers['rings']:,} of them are rings by all criteria; the best:"
     for shape in rings:
         each = shape.measured
-        members = ", ".join(f'{n} "{labels[n]}"' for n in each.latents[:8])
-        more = f" and {len(each.latents) - 8} more" if len(each.latents) > 8 else ""  # noqa: PLR2004
+        members = ", ".join(f'{n} "{labels[n]}"' for n in each.latents[:_NAMED])
+        more = f" and {len(each.latents) - _NAMED} more" if len(each.latents) > _NAMED else ""
         yield (
             f"score {each.score:.2f} in components {each.plane} and {each.plane + 1} "
             f"({each.plane_share:.0%} of the variance), {each.rows:,} rows, two or more latents "

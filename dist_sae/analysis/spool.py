@@ -53,11 +53,7 @@ class Spool:
                     with self._path(part).open("ab") as file:
                         file.write(records[here].tobytes())
                 except OSError as exc:
-                    raise StoreFullError(
-                        f"cannot hold {self.bytes:,} bytes for a while ({exc.strerror}); free "
-                        f"some space, or set TMPDIR to another folder",
-                        url=tempfile.gettempdir(),
-                    ) from exc
+                    raise StoreFullError.of_temporary(f"{self.bytes:,} bytes", exc) from exc
 
     def read(self, part: int) -> NDArray[Any]:
         """Read the records of a part, in the order in which they were added."""

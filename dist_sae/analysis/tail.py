@@ -18,6 +18,7 @@ from dist_sae.index.layout import HISTOGRAM_BARS
 
 Floats = NDArray[np.float64]
 
+_FLAT = 1e-9  # exponents this near to 1 have the logarithm as their integral
 LEAST_ALIVE = 64
 """Fewest alive latents that a law is fitted to."""
 _WINDOWS = ((1 / 16, 1 / 2), (1 / 16, 1 / 4), (1 / 8, 1 / 2), (1 / 4, 1 / 2), (1 / 8, 3 / 4))
@@ -108,6 +109,15 @@ def fit_law(values: Sequence[float] | Floats) -> Law:
     return Law(np.exp(levels), exponents)
 
 
+def exponent_of(firings: NDArray[np.int64]) -> float | None:
+    """Exponent s of the rank-frequency curve of the alive latents, frequency ~ rank^-s.
+
+    None if too few are alive for a law.
+    """
+    alive = firings[firings > 0].astype(np.float64)
+    return fit_law(alive).exponent.value if len(alive) >= LEAST_ALIVE else None
+
+
 def _lines(ordered: Floats, start: float, stop: float) -> Iterator[tuple[float, float]]:
     """(Logarithm of the level, exponent) of the line of a window, and of two steeper or flatter."""
     first, last = max(1.0, start * len(ordered)), stop * len(ordered)
@@ -124,7 +134,7 @@ def _lines(ordered: Floats, start: float, stop: float) -> Iterator[tuple[float, 
 def _integral(exponents: Floats, first: float, last: float) -> Floats:
     """Integral of x^-exponent from `first` to `last`; midpoints make it a sum over ranks."""
     power = 1 - exponents
-    flat = np.abs(power) < 1e-9  # noqa: PLR2004 - the logarithm is the limit
+    flat = np.abs(power) < _FLAT
     safe = np.where(flat, 1.0, power)
     return np.asarray(np.where(flat, np.log(last / first), (last**safe - first**safe) / safe))
 
@@ -132,7 +142,7 @@ def _integral(exponents: Floats, first: float, last: float) -> Floats:
 def _last(levels: Floats, exponents: Floats, first: float, total: float) -> Floats:
     """The bound at which `_integral` has come to a total; infinite if it never does."""
     power = 1 - exponents
-    flat = np.abs(power) < 1e-9  # noqa: PLR2004 - as above
+    flat = np.abs(power) < _FLAT
     safe = np.where(flat, 1.0, power)
     inside = first**safe + safe * max(0.0, total) / levels
     with np.errstate(over="ignore", divide="ignore"):

@@ -79,11 +79,8 @@ class BucketCodes:
         try:
             self._read(store, latents.start, chunks)
         except OSError as exc:
-            raise StoreFullError(
-                f"cannot hold {8 * self.entries:,} bytes of a bucket for a while "
-                f"({exc.strerror}); free some space, or set TMPDIR to another folder",
-                url=tempfile.gettempdir(),
-            ) from exc
+            size = 8 * self.entries
+            raise StoreFullError.of_temporary(f"{size:,} bytes of a bucket", exc) from exc
 
     def _read(
         self, store: ObjectStore, start: int, chunks: Sequence[tuple[int, Sequence[CodesChunk]]]

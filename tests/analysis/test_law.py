@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from dist_sae.analysis.law import Fitted, Width, fit, logistic, zipf_exponent
+from dist_sae.analysis.law import Fitted, Width, fit, logistic
+from dist_sae.analysis.tail import exponent_of
 
 N_FEATURES = 20_000
 
@@ -108,5 +109,5 @@ def test_two_widths_make_no_law_nor_do_three_of_the_same() -> None:
 def test_the_zipf_exponent_is_that_of_the_alive_latents() -> None:
     generator = np.random.default_rng(0)
     firings = generator.poisson(1e7 * probabilities(1.3))
-    assert zipf_exponent(np.append(firings, np.zeros(500, int))) == pytest.approx(1.3, abs=0.02)
-    assert zipf_exponent(np.ones(3, int)) is None
+    assert exponent_of(np.append(firings, np.zeros(500, int))) == pytest.approx(1.3, abs=0.02)
+    assert exponent_of(np.ones(3, int)) is None

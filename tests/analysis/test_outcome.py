@@ -1,13 +1,15 @@
 """The seam of `dist-sae analyse`: outcomes are kept beside the run, and shown."""
 
+from argparse import Namespace
 from pathlib import Path
 
 import pyarrow as pa
 import pytest
 
 from dist_sae.checkpoint.trained import find_checkpoint
+from dist_sae.commands.analyse.common import answer
 from dist_sae.config import Run
-from dist_sae.errors import CorruptObjectError
+from dist_sae.errors import ConfigError, CorruptObjectError
 from dist_sae.report.build import report
 from dist_sae.report.charts import Line, render_lines
 from dist_sae.report.outcome import (
@@ -82,6 +84,20 @@ def test_the_report_does_not_show_an_outcome_of_another_checkpoint(tmp_path: Pat
     keep(run)
     add_checkpoint(run, step=8, seed=1)
     assert "are found" not in page(run)
+
+
+def test_findings_are_not_kept_if_a_newer_checkpoint_came_meanwhile(tmp_path: Path) -> None:
+    run = produced(tmp_path)
+    add_checkpoint(run)
+
+    def find() -> Findings:
+        add_checkpoint(run, step=8, seed=1)
+        return FINDINGS
+
+    options = Namespace(what="coverage", json=True)
+    with pytest.raises(ConfigError, match="a newer checkpoint was saved meanwhile"):
+        answer(options, run.name, [run], "Coverage", {}, find)
+    assert read_outcomes(open_store(run.store.runs), run.name) == []
 
 
 def test_a_damaged_outcome_is_named(run: Run) -> None:

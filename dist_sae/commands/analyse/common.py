@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from dist_sae.commands import shared
+from dist_sae.errors import ConfigError
 
 if TYPE_CHECKING:
     from dist_sae.config import Run
@@ -48,18 +49,33 @@ def answer(
         title: Heading of the page.
         settings: Settings of the analysis.
         find: Makes the findings, from the newest checkpoints.
+
+    Raises:
+        ConfigError: There is no checkpoint, or a newer one was saved meanwhile.
     """
-    from dist_sae.checkpoint.trained import find_checkpoint, none_yet
     from dist_sae.report.outcome import keep_findings
     from dist_sae.storage import open_store
 
-    stores = [open_store(run.store.runs, run.store.s3) for run in runs]
-    checkpoints = {}
-    for run, store in zip(runs, stores, strict=True):
-        if (checkpoint := find_checkpoint(store, run, None)) is None:
-            raise none_yet(store, run)
-        checkpoints[run.name] = checkpoint.digest
-    outcome = keep_findings(stores[0], name, options.what, title, checkpoints, settings, find())
-    place = f"{stores[0].url}/{name}/analysis/{options.what}/page.html"
+    store = open_store(runs[0].store.runs, runs[0].store.s3)
+    checkpoints = _newest(runs)
+    findings = find()
+    if _newest(runs) != checkpoints:  # the findings may be of either
+        raise ConfigError(f"{name}: a newer checkpoint was saved meanwhile; index it and ask again")
+    outcome = keep_findings(store, name, options.what, title, checkpoints, settings, findings)
+    place = f"{store.url}/{name}/analysis/{options.what}/page.html"
     lines = [*outcome.summary, *(f"note: {line}" for line in outcome.caveats), place]
     shared.print_lines(options, {**outcome.numbers, "page": place}, lines)
+
+
+def _newest(runs: "Sequence[Run]") -> dict[str, str]:
+    """Digests of the runs' newest checkpoints, by name."""
+    from dist_sae.checkpoint.trained import find_checkpoint, none_yet
+    from dist_sae.storage import open_store
+
+    digests = {}
+    for run in runs:
+        store = open_store(run.store.runs, run.store.s3)
+        if (checkpoint := find_checkpoint(store, run, None)) is None:
+            raise none_yet(store, run)
+        digests[run.name] = checkpoint.digest
+    return digests
