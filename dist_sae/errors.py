@@ -141,6 +141,24 @@ class RejectedError(ClusterError):
     """The cluster rejects an object as invalid, or as an impossible change."""
 
 
+class EndpointError(DistSaeError):
+    """An endpoint of a language model refuses, or answers something else."""
+
+
+class EndpointUnavailableError(EndpointError):
+    """The endpoint does not answer or asks to wait; the same command goes on with what is left.
+
+    Attributes:
+        pause_seconds: Time that it asks to wait.
+    """
+
+    exit_code = EXIT_RESUMABLE
+
+    def __init__(self, message: str, pause_seconds: float = 0.0) -> None:
+        super().__init__(message)
+        self.pause_seconds = pause_seconds
+
+
 class StoreError(DistSaeError):
     """An operation on the object store failed.
 

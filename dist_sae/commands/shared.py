@@ -14,6 +14,7 @@ from dist_sae.errors import ConfigError, CorruptObjectError
 
 if TYPE_CHECKING:
     from dist_sae.config import Run
+    from dist_sae.endpoint.answers import Endpoint, Question
     from dist_sae.kubernetes.cluster import Cluster
     from dist_sae.storage.lives import Life, Part
     from dist_sae.telemetry.exporter import Telemetry
@@ -73,6 +74,57 @@ def add_ranks(parser: argparse.ArgumentParser) -> None:
 def add_wait(parser: argparse.ArgumentParser, what: str) -> None:
     """Add `--wait`."""
     parser.add_argument("--wait", action="store_true", help=f"wait for {what}")
+
+
+def add_endpoint(parser: argparse.ArgumentParser) -> None:
+    """Add `--endpoint` and `--yes`."""
+    parser.add_argument(
+        "--endpoint",
+        metavar="FILE",
+        help="a YAML file with url and model of an OpenAI-compatible endpoint, and perhaps "
+        "tokenizer, input_price, output_price, concurrency, parameters; the key is in "
+        "OPENAI_API_KEY, or the variable that key_variable names",
+    )
+    parser.add_argument(
+        "--yes",
+        action="store_true",
+        help="send the requests; without it their number, tokens and price are told, and nothing "
+        "is sent",
+    )
+
+
+def open_endpoint(options: argparse.Namespace, run: "Run") -> "Endpoint":
+    """Open the endpoint of `--endpoint`; its answers are kept in the run's folder.
+
+    Raises:
+        ConfigError: There is none, or its file is not right.
+    """
+    from dist_sae.endpoint.answers import Endpoint
+    from dist_sae.endpoint.settings import read_endpoint
+    from dist_sae.storage import open_store
+
+    if options.endpoint is None:
+        raise ConfigError("--endpoint: name the file of an endpoint, with its url and model")
+    store = open_store(run.store.runs, run.store.s3)
+    return Endpoint(read_endpoint(options.endpoint), store, f"{run.name}/answers")
+
+
+def agree(
+    options: argparse.Namespace, endpoint: "Endpoint", questions: "Sequence[Question]"
+) -> bool:
+    """Tell what asking takes; whether it may be asked, which is so if nothing has to be sent.
+
+    Where it may not, what has been told is all that the command prints.
+    """
+    estimate = endpoint.estimate(questions)
+    may = options.yes or not estimate.requests
+    line = estimate.sentence(endpoint.url)
+    if may:
+        logger.info("%s", line)
+    else:
+        lines = [line, "nothing was sent; add --yes to send the requests"]
+        print_lines(options, {"estimate": estimate._asdict()}, lines)
+    return may
 
 
 def add_parent(parser: argparse.ArgumentParser) -> None:

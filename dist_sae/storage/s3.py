@@ -25,7 +25,7 @@ from dist_sae.storage.base import Entry, Meter
 from dist_sae.storage.parts import in_parts, map_ahead
 from dist_sae.storage.s3_client import make_client
 from dist_sae.storage.s3_errors import code_of
-from dist_sae.storage.s3_patience import Patience
+from dist_sae.storage.s3_patience import S3Patience
 
 logger = logging.getLogger(__name__)
 
@@ -80,7 +80,7 @@ class S3Store:
         self._url = url
         self._config = config
         self._meter = meter
-        self._patiently = Patience(url, config, meter, stopping or threading.Event(), self._renew)
+        self._patiently = S3Patience(url, config, meter, stopping or threading.Event(), self._renew)
         self._bucket, _, prefix = url.removeprefix("s3://").partition("/")
         self._prefix = f"{prefix.strip('/')}/" if prefix.strip("/") else ""
 

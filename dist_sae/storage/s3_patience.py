@@ -1,38 +1,26 @@
-"""Patience with an endpoint.
+"""Patience with an S3 endpoint.
 
 Boto retries a request a few times. Longer faults (an endpoint that is down for minutes, a
-connection that breaks in the middle of a body) are retried here, with jitter, for
-`store.s3.deadline_seconds`.
+connection that breaks in the middle of a body) are retried here, for `store.s3.deadline_seconds`.
 """
 
 import logging
-import random
 import threading
-import time
 from collections.abc import Callable
 from typing import TypeVar
 
 from botocore.exceptions import NoCredentialsError
 
 from dist_sae.config.data import S3Config
-from dist_sae.errors import UnavailableError
+from dist_sae.errors import DistSaeError, UnavailableError
+from dist_sae.patience import Patience
 from dist_sae.storage.base import Meter
 from dist_sae.storage.s3_errors import mapped
 
-logger = logging.getLogger(__name__)
-
 Result = TypeVar("Result")
 
-FIRST_PAUSE_SECONDS = 0.2
-"""Pause after the first failure; it doubles."""
-LONGEST_PAUSE_SECONDS = 10.0
-"""Limit of the pause between attempts."""
-_SAY_EVERY_SECONDS = 30.0
-LAST_PATIENCE_SECONDS = 15.0
-"""Longest retry once the program has been asked to stop."""
 
-
-class Patience:
+class S3Patience:
     """Retries calls until the endpoint answers or the deadline passes.
 
     Args:
@@ -54,8 +42,9 @@ class Patience:
         self._url = url
         self._config = config
         self._meter = meter
-        self._stopping = stopping
         self._renew = renew
+        logger = logging.getLogger(__name__)
+        self._patiently = Patience(config.deadline_seconds, stopping, UnavailableError, logger)
 
     def __call__(self, key: str | None, call: Callable[[], Result]) -> Result:
         """Call until it succeeds.
@@ -68,34 +57,16 @@ class Patience:
             UnavailableError: The endpoint did not answer before the deadline.
             StoreError: Waiting does not mend it.
         """
-        since = said = time.monotonic()
-        pause = FIRST_PAUSE_SECONDS
-        while True:
-            try:
-                with mapped(self._url, key, self._config.endpoint_url):
-                    return call()
-            except UnavailableError as exc:
-                if isinstance(exc.__cause__, NoCredentialsError):
-                    self._renew()
-                now = time.monotonic()
-                patience = self._config.deadline_seconds
-                if self._stopping.is_set():
-                    patience = min(patience, LAST_PATIENCE_SECONDS)
-                if now - since >= patience:
-                    raise
-                if said == since or now - said > _SAY_EVERY_SECONDS:
-                    said = now
-                    logger.warning(
-                        "%s; asking again for up to %.0f s", exc, patience - (now - since)
-                    )
-                if self._meter:
-                    self._meter.add("dist_sae_store_retries_total", 1)
-            rest = since + patience - time.monotonic()
-            self._pause(min(random.uniform(pause / 2, pause), max(rest, 0.0)))
-            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
-    def _pause(self, seconds: float) -> None:
-        if not self._stopping.is_set():
-            self._stopping.wait(seconds)
-        else:
-            time.sleep(seconds)
+        def attempt() -> Result:
+            with mapped(self._url, key, self._config.endpoint_url):
+                return call()
+
+        return self._patiently(attempt, self._on_failure)
+
+    def _on_failure(self, exc: DistSaeError) -> float:
+        if isinstance(exc.__cause__, NoCredentialsError):
+            self._renew()
+        if self._meter:
+            self._meter.add("dist_sae_store_retries_total", 1)
+        return 0.0

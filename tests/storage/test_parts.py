@@ -6,7 +6,8 @@ from typing import Any
 import pytest
 from botocore.exceptions import ClientError
 
-from dist_sae.storage import s3, s3_patience
+from dist_sae import patience
+from dist_sae.storage import s3
 from dist_sae.storage.parts import in_parts, map_ahead
 from tests.conftest import Bucket
 from tests.storage.endpoints import make_store
@@ -44,7 +45,7 @@ def test_few_items_are_taken_ahead() -> None:
 def test_an_upload_that_is_gone_begins_anew(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(s3_patience, "FIRST_PAUSE_SECONDS", 0.005)
+    monkeypatch.setattr(patience, "FIRST_PAUSE_SECONDS", 0.005)
     store = make_store(bucket)
     begun: list[int] = []
     client: Any = store.client  # type: ignore[attr-defined]

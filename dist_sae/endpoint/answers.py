@@ -1,0 +1,268 @@
+"""Questions to a language model: counted and priced first, asked side by side, each paid once.
+
+<folder>/<2 digits>/<digest>.json                 sealed; one for each question that was answered
+
+The digest is of all that decides an answer: the endpoint's URL, the model, the messages and the
+parameters. An answer is kept as soon as it comes, so whatever stops the program, the same command
+asks only what is left.
+"""
+
+import hashlib
+import json
+import logging
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from typing import Any, Literal, NamedTuple
+
+from dist_sae import logs
+from dist_sae.endpoint.client import Client, Completion
+from dist_sae.endpoint.settings import EndpointSettings
+from dist_sae.errors import ConfigError, ModelError
+from dist_sae.storage import ObjectStore
+from dist_sae.storage.own import OwnKeys
+from dist_sae.storage.parts import map_ahead
+from dist_sae.storage.records import Record, read_record, seal
+
+logger = logging.getLogger(__name__)
+
+_TOKEN_BYTES = 4  # of UTF-8, where the tokenizer is not known
+_LIMITS = ("max_completion_tokens", "max_tokens")
+_READERS = 16
+_REMEDY = "delete it, and it is asked again"
+
+
+class Message(NamedTuple):
+    """A message of a chat."""
+
+    role: Literal["system", "user", "assistant"]
+    content: str
+
+
+class Question(NamedTuple):
+    """What is sent in one request."""
+
+    messages: tuple[Message, ...]
+    most_tokens: int
+    """Longest answer."""
+
+
+class Estimate(NamedTuple):
+    """What asking would take, before anything is sent."""
+
+    requests: int
+    """Questions that differ and have no kept answer."""
+    kept: int
+    """Questions that differ and have one."""
+    input_tokens: int
+    is_exact: bool
+    """Whether the model's own tokenizer counted the input tokens."""
+    most_output_tokens: int
+    """Output tokens, if all answers are as long as they may be."""
+    most_price: float | None
+    """Price if they are; None if the endpoint's file states no prices."""
+    currency: str
+
+    def sentence(self, url: str) -> str:
+        """The estimate in words."""
+        if not self.requests:
+            return f"{url}: all {self.kept:,} answers are kept; nothing has to be asked"
+        about = "" if self.is_exact else "about "
+        price = "no price is stated in the endpoint's file"
+        if self.most_price is not None:
+            price = f"at most {about}{self.most_price:,.4g} {self.currency}"
+        return (
+            f"{url}: {self.requests:,} requests ({self.kept:,} answers are kept), "
+            f"{about}{self.input_tokens:,} input tokens, at most {self.most_output_tokens:,} "
+            f"output tokens; {price}"
+        )
+
+
+class Answer(Record):
+    """A kept answer."""
+
+    schema_version: Literal[1] = 1
+    model: str
+    text: str
+    is_whole: bool
+    """False if it was cut at its longest."""
+    input_tokens: int | None
+    """As the endpoint counted them; None if it did not say."""
+    output_tokens: int | None
+
+
+class Endpoint:
+    """A language model that answers questions.
+
+    Args:
+        settings: Where it is, and what it charges.
+        store: Where answers are kept.
+        folder: Folder of the store, for example `<run>/answers`.
+    """
+
+    def __init__(self, settings: EndpointSettings, store: ObjectStore, folder: str) -> None:
+        self._settings = settings
+        self._store = store
+        self._folder = folder
+
+    @property
+    def url(self) -> str:
+        """Its base URL."""
+        return self._settings.url
+
+    def estimate(self, questions: Iterable[Question]) -> Estimate:
+        """Count and price what would have to be asked; sends nothing.
+
+        Raises:
+            ConfigError: The tokenizer cannot be read, or has no chat template.
+        """
+        of = self._by_digest(questions)
+        there = self._there()
+        new = [question for digest, question in of.items() if digest not in there]
+        tokens = sum(map(self._count, new))
+        most = sum(self._most_tokens(question) for question in new)
+        return Estimate(
+            requests=len(new),
+            kept=len(of) - len(new),
+            input_tokens=tokens,
+            is_exact=self._settings.tokenizer is not None,
+            most_output_tokens=most,
+            most_price=self._price(tokens, most),
+            currency=self._settings.currency,
+        )
+
+    def ask(self, questions: Sequence[Question], what: str = "ask") -> list[Answer]:
+        """Answer questions in order; those that were answered before are not asked again.
+
+        Args:
+            questions: Equal ones are asked once.
+            what: Name of the work, for reports of its progress.
+
+        Raises:
+            EndpointUnavailableError: The endpoint did not answer in `patience_seconds`. What it
+                answered before is kept.
+            EndpointError: It refuses.
+        """
+        digests = [self._digest(question) for question in questions]
+        of = self._by_digest(questions)
+        there = self._there()
+        found: dict[str, Answer] = {}
+        kept = [digest for digest in of if digest in there]
+        with ThreadPoolExecutor(_READERS) as pool:
+            found |= zip(kept, pool.map(self._read, kept), strict=True)
+        new = [digest for digest in of if digest not in there]
+        stopping = threading.Event()
+        client = Client(self._settings, stopping)
+        progress = logs.PacedProgress(what)
+
+        def complete(digest: str) -> Answer:
+            return self._keep(digest, client.complete(self._body(of[digest])))
+
+        with ThreadPoolExecutor(self._settings.concurrency) as pool:
+            try:
+                answers = map_ahead(pool, complete, new, 2 * self._settings.concurrency)
+                for number, (digest, answer) in enumerate(zip(new, answers, strict=True), 1):
+                    found[digest] = answer
+                    progress(number, len(new))
+            finally:
+                stopping.set()  # others that wait for the endpoint give up soon
+                pool.shutdown(cancel_futures=True)
+                client.close()
+        if new:
+            self._say_spent([found[digest] for digest in new])
+        return [found[digest] for digest in digests]
+
+    def _by_digest(self, questions: Iterable[Question]) -> dict[str, Question]:
+        return {self._digest(question): question for question in questions}
+
+    def _body(self, question: Question) -> dict[str, Any]:
+        body = {
+            "model": self._settings.model,
+            "messages": [message._asdict() for message in question.messages],
+            "temperature": 0,
+            "max_tokens": question.most_tokens,
+            **self._settings.parameters,
+        }
+        return {name: value for name, value in body.items() if value is not None}
+
+    def _digest(self, question: Question) -> str:
+        decides = {"url": self._settings.url, "body": self._body(question)}
+        return hashlib.sha256(json.dumps(decides, sort_keys=True).encode()).hexdigest()
+
+    def _most_tokens(self, question: Question) -> int:
+        body = self._body(question)
+        limits = [body[name] for name in _LIMITS if isinstance(body.get(name), int)]
+        return limits[0] if limits else question.most_tokens
+
+    def _count(self, question: Question) -> int:
+        if self._settings.tokenizer is not None:
+            return self._counter(question.messages)
+        n_bytes = sum(len(message.content.encode()) for message in question.messages)
+        return -(-n_bytes // _TOKEN_BYTES)
+
+    @cached_property
+    def _counter(self) -> Callable[[Sequence[Message]], int]:
+        from dist_sae.config.data import HuggingFaceModel  # loads transformers
+        from dist_sae.models.loading import load_plain_tokenizer
+
+        name = self._settings.tokenizer
+        assert name is not None
+        try:
+            tokenizer = load_plain_tokenizer(HuggingFaceModel(path=name))
+        except (ModelError, ValueError) as exc:
+            raise ConfigError(f"--endpoint: tokenizer {name}: cannot be read: {exc}") from exc
+        if not getattr(tokenizer, "chat_template", None):
+            raise ConfigError(
+                f"--endpoint: tokenizer {name}: has no chat template; leave tokenizer out, and "
+                f"tokens are estimated"
+            )
+
+        def count(messages: Sequence[Message]) -> int:
+            chat = [message._asdict() for message in messages]
+            text = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+            return len(tokenizer(text, add_special_tokens=False)["input_ids"])
+
+        return count
+
+    def _price(self, input_tokens: int, output_tokens: int) -> float | None:
+        settings = self._settings
+        if settings.input_price is None or settings.output_price is None:
+            return None
+        return (input_tokens * settings.input_price + output_tokens * settings.output_price) / 1e6
+
+    def _there(self) -> set[str]:
+        """Digests of the kept answers."""
+        keys = OwnKeys(f"{self._folder}/", r"[0-9a-f]{2}/(?P<digest>[0-9a-f]{64})\.json")
+        return {match["digest"] for match in keys.keys(self._store)}
+
+    def _key(self, digest: str) -> str:
+        return f"{self._folder}/{digest[:2]}/{digest}.json"
+
+    def _read(self, digest: str) -> Answer:
+        return read_record(Answer, self._store, self._key(digest), _REMEDY)
+
+    def _keep(self, digest: str, completion: Completion) -> Answer:
+        answer = Answer(model=self._settings.model, **completion._asdict())
+        self._store.put(self._key(digest), seal(answer))
+        return answer
+
+    def _say_spent(self, answers: Sequence[Answer]) -> None:
+        counts: Mapping[str, list[int | None]] = {
+            "input": [answer.input_tokens for answer in answers],
+            "output": [answer.output_tokens for answer in answers],
+        }
+        known = {kind: [n for n in of if n is not None] for kind, of in counts.items()}
+        if any(len(of) < len(answers) for of in known.values()):
+            logger.info("%s: %d answers; it does not say how many tokens", self.url, len(answers))
+            return
+        spent = {kind: sum(of) for kind, of in known.items()}
+        price = self._price(spent["input"], spent["output"])
+        logger.info(
+            "%s: %d answers, %d input and %d output tokens%s",
+            self.url,
+            len(answers),
+            spent["input"],
+            spent["output"],
+            "" if price is None else f", {price:.4g} {self._settings.currency}",
+        )

@@ -1,0 +1,170 @@
+"""Requests for chat completions; the only module that talks to an endpoint."""
+
+import logging
+import os
+import threading
+from collections.abc import Mapping
+from email.utils import parsedate_to_datetime
+from time import time
+from typing import Any, NamedTuple, NoReturn
+from urllib.parse import urlsplit
+
+import requests
+from requests.adapters import HTTPAdapter
+
+from dist_sae.endpoint.settings import EndpointSettings
+from dist_sae.errors import DistSaeError, EndpointError, EndpointUnavailableError
+from dist_sae.patience import Patience
+
+logger = logging.getLogger(__name__)
+
+_TRY_AGAIN = {408, 409, 425, 429}
+_REFUSED = {401, 403}
+_NOT_FOUND = 404
+_SERVER_ERROR = 500
+_OK = 200
+_SPENT = {"insufficient_quota", "billing_hard_limit_reached"}  # 429, but waiting does not help
+_MOST_SAID = 200  # characters of an endpoint's message
+_LOOPBACK = {"localhost", "127.0.0.1", "::1"}
+
+
+class Completion(NamedTuple):
+    """What an endpoint answers to one request."""
+
+    text: str
+    is_whole: bool
+    """False if the answer was cut at its longest."""
+    input_tokens: int | None
+    """As the endpoint counted them; None if it does not say."""
+    output_tokens: int | None
+
+
+class Client:
+    """Sends requests to one endpoint. Threads may share it.
+
+    Args:
+        settings: The endpoint.
+        stopping: Once set, requests are repeated for a few seconds only.
+    """
+
+    def __init__(self, settings: EndpointSettings, stopping: threading.Event) -> None:
+        self._settings = settings
+        self._url = f"{settings.url}/chat/completions"
+        self._key = os.environ.get(settings.key_variable, "").strip()
+        self._session = requests.Session()
+        adapter = HTTPAdapter(pool_maxsize=settings.concurrency)
+        self._session.mount("http://", adapter)
+        self._session.mount("https://", adapter)
+        self._session.auth = self._authorise  # set, so that no .netrc replaces the key
+        self._patiently = Patience(
+            settings.patience_seconds, stopping, EndpointUnavailableError, logger
+        )
+        place = urlsplit(settings.url)
+        if self._key and place.scheme == "http" and place.hostname not in _LOOPBACK:
+            logger.warning(
+                "%s: the key of %s goes there unencrypted", settings.url, settings.key_variable
+            )
+
+    def complete(self, body: Mapping[str, Any]) -> Completion:
+        """Send one request, again while the endpoint is away or asks to wait.
+
+        Raises:
+            EndpointUnavailableError: It did not answer in `patience_seconds`.
+            EndpointError: It refuses, or its answer is not that of such an endpoint.
+        """
+        return self._patiently(lambda: self._attempt(body), _least_pause)
+
+    def close(self) -> None:
+        """Close the connections."""
+        self._session.close()
+
+    def _authorise(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        if self._key:
+            request.headers["Authorization"] = f"Bearer {self._key}"
+        return request
+
+    def _attempt(self, body: Mapping[str, Any]) -> Completion:
+        url = self._settings.url
+        try:
+            answer = self._session.post(
+                self._url,
+                json=body,
+                timeout=(min(30.0, self._settings.timeout_seconds), self._settings.timeout_seconds),
+                allow_redirects=False,  # the key goes to no other place
+            )
+        except (requests.ConnectionError, requests.Timeout) as exc:
+            raise EndpointUnavailableError(
+                f"{url}: does not answer ({type(exc).__name__}); the same command goes on later"
+            ) from exc
+        except (requests.RequestException, ValueError) as exc:
+            raise EndpointError(f"{url}: cannot be asked: {exc}") from exc
+        if answer.status_code != _OK:
+            self._fail(answer)
+        try:
+            return _completion(answer.json())
+        except (ValueError, TypeError, LookupError, AttributeError) as exc:
+            raise EndpointError(
+                f"{url}: its answer is no chat completion ({type(exc).__name__}: {exc}); is it the "
+                f"base URL of an OpenAI-compatible endpoint?"
+            ) from exc
+
+    def _fail(self, answer: requests.Response) -> NoReturn:
+        url, status = self._settings.url, answer.status_code
+        code, said = _said(answer)
+        about = f"{url}: HTTP {status}" + (f" ({said})" if said else "")
+        if code in _SPENT:
+            raise EndpointError(f"{about}: the account has nothing left; kept answers stay")
+        if status in _TRY_AGAIN or status >= _SERVER_ERROR:
+            raise EndpointUnavailableError(
+                f"{about}; the same command goes on later", _retry_after(answer)
+            )
+        if status in _REFUSED:
+            of = "refuses the key of" if self._key else "asks for a key; set"
+            raise EndpointError(f"{about}: {of} {self._settings.key_variable}")
+        if status == _NOT_FOUND:
+            raise EndpointError(
+                f"{about}: has no {self._settings.model} at {self._url}; check url (it often ends "
+                f"in /v1) and model"
+            )
+        raise EndpointError(f"{about}: refuses the request")
+
+
+def _completion(content: Any) -> Completion:
+    choice = content["choices"][0]
+    usage = content.get("usage") or {}
+    return Completion(
+        text=str(choice["message"].get("content") or ""),
+        is_whole=choice.get("finish_reason") != "length",
+        input_tokens=usage.get("prompt_tokens"),
+        output_tokens=usage.get("completion_tokens"),
+    )
+
+
+def _said(answer: requests.Response) -> tuple[str, str]:
+    """Code and message of an error, on one line."""
+    try:
+        content = answer.json()
+    except ValueError:
+        return "", " ".join(answer.text.split())[:_MOST_SAID]
+    error = content.get("error", content) if isinstance(content, dict) else content
+    if not isinstance(error, dict):
+        return "", " ".join(str(error).split())[:_MOST_SAID]
+    said = str(error.get("message") or error.get("detail") or "")
+    return str(error.get("code") or ""), " ".join(said.split())[:_MOST_SAID]
+
+
+def _retry_after(answer: requests.Response) -> float:
+    """Seconds that the endpoint asks to wait: a number, or the time of day of RFC 9110."""
+    value = answer.headers.get("Retry-After", "")
+    try:
+        return max(0.0, float(value))
+    except ValueError:
+        pass
+    try:
+        return max(0.0, parsedate_to_datetime(value).timestamp() - time())
+    except (ValueError, TypeError):
+        return 0.0
+
+
+def _least_pause(exc: DistSaeError) -> float:
+    return exc.pause_seconds if isinstance(exc, EndpointUnavailableError) else 0.0
