@@ -2,7 +2,7 @@
 
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, wait
 from typing import TypeVar
 
 Item = TypeVar("Item")
@@ -31,6 +31,8 @@ def map_ahead(
     """Yield the results of a call on each item, in order, as `Executor.map` does.
 
     Only `ahead` items are taken before their results are asked for, so that few are in memory.
+    However it ends, no call still runs then: a part that arrives after its upload was aborted would
+    stay in the bucket.
     """
     pending: deque[Future[Result]] = deque()
     try:
@@ -41,5 +43,4 @@ def map_ahead(
         while pending:
             yield pending.popleft().result()
     finally:
-        for future in pending:
-            future.cancel()
+        wait([future for future in pending if not future.cancel()])

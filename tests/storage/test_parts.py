@@ -1,5 +1,6 @@
 """Cutting a stream into parts, and the number of parts that are in memory."""
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -40,6 +41,27 @@ def test_few_items_are_taken_ahead() -> None:
         assert next(results) == 0
         assert len(taken) == 4
         assert list(results) == [number * number for number in range(1, 20)]
+
+
+def test_no_call_runs_on_after_a_stream_broke_off() -> None:
+    begun, go_on = threading.Event(), threading.Event()
+    ended = []
+
+    def call(number: int) -> None:
+        begun.set()
+        go_on.wait()
+        ended.append(number)
+
+    def items() -> Any:
+        yield 0
+        begun.wait()
+        threading.Timer(0.05, go_on.set).start()
+        raise OSError("the source is gone")
+
+    with ThreadPoolExecutor(2) as pool:
+        with pytest.raises(OSError, match="gone"):
+            list(map_ahead(pool, call, items(), 3))
+        assert ended == [0]
 
 
 def test_an_upload_that_is_gone_begins_anew(
