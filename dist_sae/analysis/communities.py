@@ -1,12 +1,12 @@
 """Communities of a graph at several resolutions, and how stable they are."""
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_sae.analysis.graph import Graph
+from dist_sae.analysis.links import Graph
 from dist_sae.errors import ConfigError
 
 LEAST_SIZE = 3
@@ -45,14 +45,14 @@ def find_level(graph: Graph, resolution: float, resamples: int, seed: int) -> Le
     Raises:
         ConfigError: scikit-network is not installed.
     """
-    of = _numbered(_leiden(graph, resolution, seed))
-    sizes = np.bincount(of[of >= 0])
+    own = _numbered(_leiden(graph, resolution, seed, None))
+    of = np.full(graph.n, -1, np.int32)
+    of[graph.nodes] = own
+    sizes = np.bincount(own[own >= 0])
     sums, times = np.zeros(len(sizes)), np.zeros(len(sizes))
     for draw in range(resamples):
-        kept = np.random.default_rng((seed, draw)).random(graph.n) < _KEPT
-        both = kept[graph.one] & kept[graph.other]
-        part = Graph(graph.n, graph.one[both], graph.other[both], graph.weight[both])
-        found = _jaccard(of, _leiden(part, resolution, seed), kept, len(sizes))
+        kept = np.random.default_rng((seed, draw)).random(len(own), np.float32) < _KEPT
+        found = _jaccard(own, _leiden(graph, resolution, seed, kept), kept, len(sizes))
         seen = np.isfinite(found)
         sums[seen] += found[seen]
         times += seen
@@ -60,26 +60,63 @@ def find_level(graph: Graph, resolution: float, resamples: int, seed: int) -> Le
     return Level(resolution, of, sizes, stability)
 
 
-def _leiden(graph: Graph, resolution: float, seed: int) -> NDArray[np.int64]:
-    """Community of each node; a node without edges is one of its own."""
+def _leiden(
+    graph: Graph, resolution: float, seed: int, kept: NDArray[np.bool_] | None
+) -> NDArray[np.int64]:
+    """Community of each node, visited in random order.
+
+    Args:
+        graph: The nodes.
+        resolution: Of the modularity.
+        seed: Of the order.
+        kept: Nodes whose links are looked at; the others are communities of their own.
+    """
+    method, n = _method(resolution), len(graph.nodes)
+    from scipy.sparse import csr_matrix
+
+    others, weight, starts = graph.others, graph.weight, graph.starts
+    if kept is not None:
+        both = np.repeat(kept, np.diff(starts))
+        both &= kept[others]
+        counts = np.add.reduceat(both, starts[:-1], dtype=np.int32) if n else starts[:0]
+        others, weight = others[both], weight[both]
+        starts = np.concatenate([[0], counts.cumsum(dtype=np.int64)])
+    if not len(others):
+        return np.arange(n)
+    order = np.random.default_rng(seed).permutation(n).astype(np.int32)
+    place = np.empty(n, np.int32)
+    place[order] = np.arange(n, dtype=np.int32)
+    matrix = csr_matrix((weight, others, starts), shape=(n, n))[order]
+    matrix.indices = place[matrix.indices]
+    del others, weight, starts
+    return np.asarray(method.fit_predict(matrix))[place].astype(np.int64)
+
+
+def _method(resolution: float) -> Any:
+    """The Leiden method for a symmetric matrix in single precision, which is changed in place.
+
+    The library's own preparation makes the matrix symmetric, in double precision, and keeps five
+    copies of it.
+    """
     try:
-        from scipy.sparse import coo_matrix  # takes a second
+        from scipy.sparse import identity  # takes a second
         from sknetwork.clustering import Leiden
     except ImportError as exc:
         raise ConfigError(
             "communities need scikit-network; run pip install '.[analysis]' in the repository"
         ) from exc
-    ends = np.concatenate([graph.one, graph.other])
-    nodes, place = np.unique(ends, return_inverse=True)
-    labels = np.arange(graph.n)
-    if len(nodes):
-        one, other = np.split(place, 2)
-        weights = np.concatenate([graph.weight, graph.weight])
-        rows, columns = np.concatenate([one, other]), np.concatenate([other, one])
-        matrix = coo_matrix((weights, (rows, columns)), shape=(len(nodes), len(nodes))).tocsr()
-        method = Leiden(resolution=resolution, random_state=seed, shuffle_nodes=True)
-        labels[nodes] = graph.n + method.fit_predict(matrix).astype(np.int64)
-    return labels
+
+    class InPlace(Leiden):  # type: ignore[misc]
+        def _pre_processing(self, input_matrix: Any, force_bipartite: bool) -> tuple[Any, ...]:  # noqa: ARG002, FBT001 - as in the library
+            self._init_vars()
+            input_matrix.data /= input_matrix.data.sum(dtype=np.float64)
+            n = input_matrix.shape[0]
+            weights = np.asarray(input_matrix.sum(1, dtype=np.float64)).ravel()
+            return input_matrix, weights, weights, identity(n, format="csr"), np.arange(n)
+
+    return InPlace(
+        resolution=resolution, sort_clusters=False, return_probs=False, return_aggregate=False
+    )
 
 
 def _numbered(labels: NDArray[np.int64]) -> NDArray[np.int32]:

@@ -1,6 +1,5 @@
-"""Graphs of latents by decoder direction and by common rows, and groups of near latents."""
+"""The graph of latents by decoder direction, and groups of near latents."""
 
-import math
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -30,27 +29,6 @@ class Edges(NamedTuple):
         return Edges(self.one[kept], self.other[kept], self.weight[kept], self.mutual[kept])
 
 
-class Pairs(NamedTuple):
-    """Pairs of latents that fire on common rows, mostly in both orders."""
-
-    latent: NDArray[np.int64]
-    other: NDArray[np.int64]
-    rows: NDArray[np.int64]
-    """Common rows."""
-    phi: NDArray[np.float32]
-    """Correlation of the two activities."""
-
-
-class Graph(NamedTuple):
-    """An undirected graph, each edge once."""
-
-    n: int
-    """Nodes."""
-    one: NDArray[np.int64]
-    other: NDArray[np.int64]
-    weight: NDArray[np.float64]
-
-
 class Groups(NamedTuple):
     """Disjoint groups of latents."""
 
@@ -68,13 +46,8 @@ def nearest_edges(index: Index, least_cosine: float) -> Edges:
     Raises:
         ConfigError: The index has no nearest latents.
     """
-    if not index.manifest.compared or not index.manifest.settings["neighbours"]:
-        raise ConfigError(
-            f"{index.place}: has no nearest latents (index.neighbours); make an index that has, "
-            f"under a name of its own (index.name)"
-        )
     keys, cosines = [np.zeros(0, np.int64)], [np.zeros(0, np.float32)]
-    for one, other, cosine in _listed(index):
+    for one, other, cosine in listed_nearest(index):
         key = np.minimum(one, other) * index.n_latents + np.maximum(one, other)
         kept = cosine >= least_cosine
         keys.append(key[kept])
@@ -82,10 +55,19 @@ def nearest_edges(index: Index, least_cosine: float) -> Edges:
     return _joined(np.concatenate(keys), np.concatenate(cosines), index.n_latents)
 
 
-def _listed(
+def listed_nearest(
     index: Index,
 ) -> Iterator[tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.float32]]]:
-    """Latent, near latent and cosine, bucket by bucket."""
+    """Yield latent, near latent and cosine as the index lists them, bucket by bucket.
+
+    Raises:
+        ConfigError: The index has no nearest latents.
+    """
+    if not index.manifest.compared or not index.manifest.settings["neighbours"]:
+        raise ConfigError(
+            f"{index.place}: has no nearest latents (index.neighbours); make an index that has, "
+            f"under a name of its own (index.name)"
+        )
     for table in index.latents(["latent", "nearest", "nearest_cosine"]):
         nearest = table["nearest"].combine_chunks()
         counts = nearest.value_lengths().to_numpy()
@@ -170,43 +152,3 @@ def find_groups(edges: Edges, n_latents: int, least: int, most: int) -> Groups:
         one, other, cosine = one[kept], other[kept], cosine[kept]
         large[:] = False
     return Groups(of, np.concatenate([np.zeros(0, np.int64), *sizes]), int(large.sum()))
-
-
-def coactive_pairs(index: Index, firings: NDArray[np.float64]) -> Pairs:
-    """Pairs of latents that fire on more common rows than chance gives to any pair.
-
-    Args:
-        index: Counts pairs.
-        firings: Rows on which each latent fires, among the index's `pair_rows`.
-
-    Raises:
-        ConfigError: The index counts no pairs.
-    """
-    parts = []
-    for bucket in range(index.manifest.n_buckets):
-        table = index.bucket_pairs(bucket)
-        latent, other, count = (
-            table[name].to_numpy().astype(np.int64) for name in ("latent", "other", "count")
-        )
-        expected = firings[latent] * firings[other] / max(1, index.pair_rows)
-        surprise = count * np.log(np.maximum(count / np.maximum(expected, 1e-300), 1e-300))
-        surprise -= count - expected  # the Chernoff bound of a Poisson tail, in nats
-        kept = (count > expected) & (surprise > 2 * math.log(index.n_latents))
-        parts.append(Pairs(latent[kept], other[kept], count[kept], table["phi"].to_numpy()[kept]))
-    return Pairs(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-
-
-def by_chance(n_latents: int, d: int) -> float:
-    """Cosine that no two of n random directions are expected to reach: sqrt(4 ln n / d)."""
-    return math.sqrt(4 * math.log(max(2, n_latents)) / d)
-
-
-def link(n: int, near: Edges, pairs: Pairs) -> Graph:
-    """The graph of near and coactive latents; weights are cosine + phi, where there is either."""
-    keys = [near.one * n + near.other]
-    keys.append(np.minimum(pairs.latent, pairs.other) * n + np.maximum(pairs.latent, pairs.other))
-    lists = _joined(keys[1], pairs.phi, n)  # each pair once, though both ends list it
-    keys[1] = lists.one * n + lists.other
-    weights = np.concatenate([near.weight, lists.weight]).astype(np.float64)
-    both, place = np.unique(np.concatenate(keys), return_inverse=True)
-    return Graph(n, both // n, both % n, np.bincount(place, weights, len(both)).astype(np.float64))

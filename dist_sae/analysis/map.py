@@ -8,8 +8,8 @@ import pyarrow as pa
 from numpy.typing import NDArray
 
 from dist_sae.analysis.communities import STABLE, Level, find_level, resolutions
-from dist_sae.analysis.graph import by_chance, coactive_pairs, link, nearest_edges
 from dist_sae.analysis.inclusion import Absorbed, Parents, find_absorbed, find_parents
+from dist_sae.analysis.links import GraphBuilder, by_chance, find_links
 from dist_sae.analysis.names import frequent_tokens
 from dist_sae.analysis.opened import Indexed
 from dist_sae.analysis.positions import Places, place
@@ -56,7 +56,6 @@ def make_map(run: str, indexed: Indexed, settings: Settings) -> Findings:
     """
     index = indexed.latents
     n, chance = index.n_latents, by_chance(index.n_latents, indexed.decoder.d_out)
-    near = nearest_edges(index, chance)
     index.bucket_pairs(0)  # an error now rather than after the rows were counted
     if index.pair_rows < LEAST_ROWS:
         raise ConfigError(
@@ -65,17 +64,23 @@ def make_map(run: str, indexed: Indexed, settings: Settings) -> Findings:
         )
     density = np.concatenate([table["density"].to_numpy() for table in index.latents(["density"])])
     firings = density * index.pair_rows
-    fires = density > 0  # the direction of a latent that never fires is where it was left
-    near = near.where(fires[near.one] & fires[near.other])
-    pairs = coactive_pairs(index, firings)
-    graph = link(n, near, pairs)
-    n_linked = len(np.unique(np.concatenate([graph.one, graph.other])))
+    builder, spooled = GraphBuilder(n), list[int]()
+    near = coactive = 0
+    found_parents, found_absorbed = list[Parents](), list[Absorbed]()
+    for links in find_links(index, chance, firings, spooled):
+        builder.add(links)
+        near += int((links.cosine > 0).sum())
+        coactive += int((links.rows > 0).sum())
+        found_parents.append(find_parents(links, firings))
+        found_absorbed.append(find_absorbed(links, firings, index.pair_rows, MOST_PAIRS))
+    parents = Parents(*map(np.concatenate, zip(*found_parents, strict=True)))
+    absorbed = Absorbed(*map(np.concatenate, zip(*found_absorbed, strict=True)))
+    graph = builder.graph()
+    n_linked = len(graph.nodes)
     levels = [
         find_level(graph, resolution, settings.resamples, settings.seed)
         for resolution in resolutions(n_linked)
     ]
-    parents = find_parents(pairs, firings)
-    absorbed = find_absorbed(near, pairs, firings, index.pair_rows, MOST_PAIRS)
     places = place(graph, [level.of for level in levels], settings.seed)
     tokens, _ = frequent_tokens(index, _LATENT_TOKENS)
     present = np.unique(tokens[tokens >= 0])
@@ -86,16 +91,17 @@ def make_map(run: str, indexed: Indexed, settings: Settings) -> Findings:
     )
     numbers = {
         "latents": n,
-        "never_fire": int((~fires).sum()),
+        "never_fire": int((density == 0).sum()),
         "pair_rows": index.pair_rows,
         "least_cosine": chance,
-        "near_edges": len(near.one),
-        "coactive_pairs": len(pairs.latent),
+        "near_edges": near // 2,  # both ends have each
+        "coactive_pairs": coactive,
         "linked": n_linked,
         "levels": [_level_numbers(level) for level in levels],
         "children": len(parents.child),
         "parents": len(np.unique(parents.parent)),
         "absorbed": len(absorbed.latent),
+        "spooled_bytes": spooled[0],
     }
     page = MapPage(
         title=f"Map of {n:,} latents: {run}",
@@ -245,7 +251,7 @@ def _middles(level: Level, places: Places) -> Places:
     """Median place of each cluster."""
     order = np.argsort(level.of, kind="stable")[np.count_nonzero(level.of < 0) :]
     parts = np.split(places[order], level.sizes.cumsum()[:-1]) if len(level.sizes) else []
-    return np.array([np.median(part, axis=0) for part in parts]).reshape(-1, 2)
+    return np.array([np.median(part, axis=0) for part in parts], np.float32).reshape(-1, 2)
 
 
 def _latents_table(

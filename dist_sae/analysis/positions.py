@@ -1,4 +1,4 @@
-"""Places of latents on a map: linked ones near each other, in time linear in the edges."""
+"""Places of latents on a map: linked ones near each other, in time linear in the links."""
 
 import math
 from collections.abc import Sequence
@@ -7,44 +7,45 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_sae.analysis.graph import Graph
+from dist_sae.analysis.links import Graph
 
 EPOCHS = 120
-"""Passes over the edges."""
+"""Passes over the links."""
+PIECE_NODES = 2**16
+"""Nodes that are moved at a time; their links take about 50 MB."""
 _OTHERS = 5  # weight of the push from others, against the mean pull of a node's edges
 _DRAWS = 10  # random others of each node, per pass
 _MOST_STEP = 4.0
 _GOLDEN = math.pi * (3 - math.sqrt(5))
 
-Places = NDArray[np.float64]
+Places = NDArray[np.float32]
 
 
 def place(graph: Graph, levels: Sequence[NDArray[np.int32]], seed: int) -> Places:
-    """Place the nodes of a graph in a plane, [n, 2], in a circle of about radius 1.
+    """Place latents in a plane, [n, 2], in a circle of about radius 1.
 
     Clusters first get disks within those of the coarser clusters, and nodes places in the finest.
     Then linked nodes attract and random others repel each other, as in LargeVis and UMAP with a
-    Student kernel, all at once in each pass. Nodes without edges are put around the rest.
+    Student kernel, all at once in each pass. Latents without links are put
+    around the rest.
 
     Args:
         graph: The nodes and their edges.
         levels: Cluster of each node, -1 for none, from coarse to fine.
         seed: Of the random order and of the others.
     """
-    linked = np.zeros(graph.n, bool)
-    linked[graph.one] = linked[graph.other] = True
-    places = np.zeros((graph.n, 2))
-    nodes = np.flatnonzero(linked)
+    places = np.zeros((graph.n, 2), np.float32)
+    nodes = graph.nodes
     draw = np.random.default_rng(seed)
     if len(nodes):
-        number = np.full(graph.n, -1)
-        number[nodes] = np.arange(len(nodes))
         first = _in_disks([level[nodes] for level in levels], draw)
         first *= 0.5 * math.sqrt(len(nodes))  # one node in each unit of area
-        moved = _relaxed(first, number[graph.one], number[graph.other], graph.weight, draw)
+        moved = _relaxed(first, graph, draw)
         moved -= np.median(moved, axis=0)
         radius = np.quantile(np.linalg.norm(moved, axis=1), 0.99) or 1.0
         places[nodes] = _compressed(moved / radius) * math.sqrt(len(nodes) / graph.n)
+    linked = np.zeros(graph.n, bool)
+    linked[nodes] = True
     alone = draw.permutation(np.flatnonzero(~linked))
     inner = 1.06 * math.sqrt(len(nodes) / graph.n)  # as much area for each latent, linked or not
     radii = np.sqrt(inner**2 + (np.arange(len(alone)) + 0.5) / graph.n)
@@ -63,7 +64,7 @@ def _compressed(places: Places) -> Places:
 def _in_disks(levels: Sequence[NDArray[np.int32]], draw: np.random.Generator) -> Places:
     """Places by clusters within clusters, each in a sunflower of disks by size."""
     n = len(levels[0])
-    places, radius = np.zeros((n, 2)), np.ones(n)
+    places, radius = np.zeros((n, 2), np.float32), np.ones(n)
     within = np.zeros(n, np.int64)
     stages: list[NDArray[np.integer[Any]]] = [*levels, np.arange(n)]
     for level in stages:
@@ -90,26 +91,31 @@ def _in_disks(levels: Sequence[NDArray[np.int32]], draw: np.random.Generator) ->
     return places
 
 
-def _relaxed(
-    places: Places,
-    one: NDArray[np.int64],
-    other: NDArray[np.int64],
-    weight: NDArray[np.float64],
-    draw: np.random.Generator,
-) -> Places:
-    """Places after attraction along edges and repulsion from random others."""
+def _relaxed(places: Places, graph: Graph, draw: np.random.Generator) -> Places:
+    """Places of nodes after attraction along links and repulsion from random others."""
     n = len(places)
-    weights = weight[:, None] / weight.max()
-    degree = (np.bincount(one, minlength=n) + np.bincount(other, minlength=n))[:, None]
+    pieces = [slice(start, min(start + PIECE_NODES, n)) for start in range(0, n, PIECE_NODES)]
+    scale = 2 / graph.weight.max()
     for epoch in range(EPOCHS):
-        apart = places[one] - places[other]
-        pull = 2 * weights * apart / (1 + (apart**2).sum(1, keepdims=True))
-        sums = [np.bincount(other, column, n) - np.bincount(one, column, n) for column in pull.T]
-        step = np.stack(sums, axis=1) / degree
-        for _ in range(_DRAWS):
-            apart = places - places[draw.integers(0, n, n)]
-            squares = (apart**2).sum(1, keepdims=True)
-            push = 2 * apart / ((0.01 + squares) * (1 + squares))
-            step += _OTHERS / _DRAWS * np.clip(push, -_MOST_STEP, _MOST_STEP)
-        places = places + (1 - epoch / EPOCHS) * np.clip(step, -_MOST_STEP, _MOST_STEP)
+        moved = np.empty_like(places)
+        for piece in pieces:
+            here, step = places[piece], _pull(places, graph, piece, scale)
+            for _ in range(_DRAWS):
+                apart = here - places[draw.integers(0, n, len(here), np.int32)]
+                squares = np.square(apart).sum(1, keepdims=True)
+                push = 2 * apart / ((0.01 + squares) * (1 + squares))
+                step += _OTHERS / _DRAWS * np.clip(push, -_MOST_STEP, _MOST_STEP)
+            moved[piece] = here + (1 - epoch / EPOCHS) * np.clip(step, -_MOST_STEP, _MOST_STEP)
+        places = moved
     return places
+
+
+def _pull(places: Places, graph: Graph, piece: slice, scale: np.float32) -> Places:
+    """Mean pull of the links of consecutive nodes."""
+    starts = graph.starts[piece.start : piece.stop + 1]
+    degrees = np.diff(starts)
+    links = slice(starts[0], starts[-1])
+    apart = places[graph.others[links]] - np.repeat(places[piece], degrees, axis=0)
+    apart *= (scale * graph.weight[links] / (1 + np.square(apart).sum(1)))[:, None]
+    pull: Places = np.add.reduceat(apart, starts[:-1] - starts[0]) / degrees[:, None]
+    return pull.astype(np.float32)

@@ -31,7 +31,7 @@ class MapPage(NamedTuple):
     """The content of the page."""
 
     title: str
-    places: NDArray[np.float64]
+    places: NDArray[np.float32]
     """Of all latents, [n_latents, 2], about -1 to 1."""
     colour: NDArray[np.int32]
     """Cluster of each latent by which it is coloured; -1 for none."""
@@ -74,7 +74,7 @@ def render_map(page: MapPage) -> str:
     )
 
 
-def _label(label: Label, low: NDArray[np.float64], span: float) -> list[Any]:
+def _label(label: Label, low: NDArray[np.float32], span: float) -> list[Any]:
     x, y = (float(v - edge) / span * _SIDE for v, edge in zip((label.x, label.y), low, strict=True))
     stability = None if np.isnan(label.stability) else round(label.stability, 2)
     return [label.text, round(x), round(y), label.size, stability]

@@ -4,6 +4,7 @@ import base64
 import json
 import re
 import sys
+import tracemalloc
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from numpy.typing import NDArray
 
 from dist_sae.analysis.communities import find_level
-from dist_sae.analysis.graph import Graph
+from dist_sae.analysis.links import Graph, GraphBuilder, Links
 from dist_sae.analysis.map import LEAST_ROWS, Settings, make_map
 from dist_sae.errors import ConfigError
 from dist_sae.report.outcome import Findings
@@ -74,7 +75,10 @@ def trees(tmp_path_factory: pytest.TempPathFactory) -> tuple[Findings, NDArray[n
     tokens[codes.rows] = 1000 + codes.latents // TREE  # of some tree that is active
     folder = tmp_path_factory.mktemp("trees")
     world = simulate(folder, directions, codes, n_rows=ROWS, tokens=tokens)
-    return make_map("trees", world, Settings(resamples=5)), parent
+    with pytest.MonkeyPatch.context() as patch:  # more than one piece, as of millions of latents
+        patch.setattr("dist_sae.analysis.links.PART_LATENTS", 100)
+        patch.setattr("dist_sae.analysis.positions.PIECE_NODES", 150)
+        return make_map("trees", world, Settings(resamples=5)), parent
 
 
 def test_planted_trees_are_clusters(trees: tuple[Findings, NDArray[np.int64]]) -> None:
@@ -169,14 +173,47 @@ def test_a_random_dictionary_shows_nothing(tmp_path: Path) -> None:
     assert any(line.startswith("Nothing") for line in found.summary)
 
 
+def graph_of(n: int, one: NDArray[np.int64], other: NDArray[np.int64]) -> Graph:
+    """A graph with links of weight 1."""
+    ends = np.unique(np.concatenate([one * n + other, other * n + one]))
+    ends = ends[ends // n != ends % n]
+    ones, none = np.ones(len(ends), np.float32), np.zeros(len(ends), np.float32)
+    builder = GraphBuilder(n)
+    for here in np.array_split(np.arange(len(ends)), np.flatnonzero(np.diff(ends // n))[::100] + 1):
+        links = ends[here] // n, ends[here] % n, ones[here], none[here], np.zeros(len(here), int)
+        builder.add(Links(*links))
+    return builder.graph()
+
+
 def test_clusters_of_a_random_graph_are_not_stable() -> None:
     draw = np.random.default_rng(0)
-    n = 1000
-    ends = np.sort(draw.integers(0, n, (4 * n, 2)), axis=1)
-    ends = np.unique(ends[ends[:, 0] < ends[:, 1]], axis=0)
-    random = Graph(n, ends[:, 0], ends[:, 1], np.ones(len(ends)))
+    random = graph_of(1000, *draw.integers(0, 1000, (2, 4000)))
     level = find_level(random, 16.0, 5, 0)
     assert np.nanmedian(level.stability) < 0.5
+
+
+def test_clusters_of_a_planted_graph_are_found_among_latents_without_links() -> None:
+    draw = np.random.default_rng(0)
+    one, other = draw.integers(0, 20, (2, 6000))  # in 30 clusters of 20, two thirds of all latents
+    first = 30 * draw.integers(0, 30, 6000)
+    level = find_level(graph_of(900, first + one, first + other), 8.0, 3, 0)
+    planted = np.where(np.arange(900) % 30 < 20, np.arange(900) // 30, -1)
+    assert np.array_equal(level.of < 0, planted < 0)
+    assert adjusted_rand(level.of + 1, planted + 1) == 1
+    assert np.allclose(level.stability, 1)
+
+
+def test_clustering_keeps_four_copies_of_the_links_at_most() -> None:
+    """Of 8 bytes for each direction of a link: graph, resample, its random order, an aggregate."""
+    draw = np.random.default_rng(0)
+    n = 20_000
+    graph = graph_of(n, *draw.integers(0, n, (2, 16 * n)))
+    find_level(graph, 1.0, 0, 0)  # libraries are loaded
+    tracemalloc.start()
+    find_level(graph, 1.0, 1, 0)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert peak < 3.2 * 8 * graph.starts[-1] + 100 * n
 
 
 @pytest.mark.parametrize(
@@ -199,6 +236,5 @@ def test_what_an_index_lacks_is_said_in_one_line(
 
 def test_a_missing_library_is_said_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sknetwork.clustering", None)
-    link = np.zeros(1, np.int64)
     with pytest.raises(ConfigError, match=r"pip install '\.\[analysis\]'"):
-        find_level(Graph(2, link, link + 1, np.ones(1)), 1.0, 1, 0)
+        find_level(graph_of(2, np.zeros(1, int), np.ones(1, int)), 1.0, 1, 0)

@@ -1,0 +1,82 @@
+"""Measures what questions cost on made-up indexes: `python -m tests.analysis.scale map 100000`.
+
+Latents are in families of 12 near ones. On each row two families fire, each with 8 of its latents,
+and there are as many rows as latents, so a latent fires 16 times and has links to its family.
+"""
+
+import resource
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from dist_sae.analysis.manifolds import Settings as ManifoldSettings
+from dist_sae.analysis.manifolds import find_manifolds
+from dist_sae.analysis.map import Settings as MapSettings
+from dist_sae.analysis.map import make_map
+from dist_sae.analysis.opened import Indexed
+from dist_sae.index.neighbours import Neighbours
+from tests.analysis import simulated
+from tests.analysis.simulated import Codes, simulate
+
+D, FAMILY, ACTIVE, PER_ROW = 256, 12, 8, 2
+
+
+def made_up(folder: Path, n: int) -> Indexed:
+    """An index of n latents (a multiple of 12) and n rows."""
+    draw = np.random.default_rng(0)
+    families = n // FAMILY
+    directions = draw.standard_normal((families, 1, D), np.float32)
+    directions = directions + 0.5 * draw.standard_normal((families, FAMILY, D), np.float32)
+    directions /= np.linalg.norm(directions, axis=2, keepdims=True)
+    family = draw.integers(0, families, (n, PER_ROW))
+    family[:, 1] = (family[:, 0] + 1 + draw.integers(0, families - 1, n)) % families
+    order = np.argsort(draw.random((n, PER_ROW, FAMILY), np.float32), axis=2)[:, :, :ACTIVE]
+    latents = (FAMILY * family[:, :, None] + order).reshape(n, -1)
+    rows = np.repeat(np.arange(n), latents.shape[1])
+    acts = draw.random(len(rows)) + 0.5
+    simulated.neighbours = _of_families(directions)  # type: ignore[attr-defined]
+    codes = Codes(rows, latents.ravel(), acts)
+    return simulate(folder, directions.reshape(n, D), codes, n_rows=n)
+
+
+def _of_families(directions: NDArray[np.float32]) -> Any:
+    def found(_: Any, latents: range, m: int) -> Neighbours:
+        numbers = np.arange(latents.start, latents.stop)
+        cosines = np.einsum(
+            "nd,nkd->nk", directions.reshape(-1, D)[numbers], directions[numbers // FAMILY]
+        )
+        others = numbers[:, None] // FAMILY * FAMILY + np.arange(FAMILY)
+        cosines[others == numbers[:, None]] = -2
+        order = np.argsort(-cosines, axis=1)[:, : min(m, FAMILY - 1)]
+        near = (np.take_along_axis(each, order, 1) for each in (others, cosines))
+        return Neighbours(*(torch.from_numpy(each) for each in near))  # type: ignore[arg-type]
+
+    return found
+
+
+def main(what: str, n: int) -> None:
+    """Make an index, then ask in the same process; memory is that of the whole process."""
+    with tempfile.TemporaryDirectory() as folder:
+        indexed = made_up(Path(folder), n // FAMILY * FAMILY)
+        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        began = time.process_time()
+        if what == "map":
+            found = make_map("made-up", indexed, MapSettings(resamples=1))
+        else:
+            found = find_manifolds(indexed, ManifoldSettings())
+        seconds = time.process_time() - began
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        numbers = {k: v for k, v in found.numbers.items() if isinstance(v, int)}
+        sys.stdout.write(
+            f"{what} {n:,}: {seconds:.1f} s, {before / 1e6:.2f} -> {most / 1e6:.2f} GB; {numbers}\n"
+        )
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]))
