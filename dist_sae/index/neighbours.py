@@ -22,7 +22,7 @@ from dist_sae.kernels import Kernels, select
 from dist_sae.kernels.keys import NOTHING, from_keys, to_keys
 
 WINDOW_BYTES = 256 * 2**20
-"""Most bytes of directions in memory, if cells are used."""
+"""Bytes of directions in memory, if cells are used and more are not allowed."""
 QUERIES_BYTES = 128 * 2**20
 """Most bytes of the rows whose neighbours are searched at a time."""
 PAIRS_BYTES = 64 * 2**20
@@ -46,6 +46,7 @@ def neighbours(
     cells: Cells | None = None,
     device: torch.device | None = None,
     alive: Callable[[], None] = lambda: None,
+    window_bytes: int = 0,
 ) -> Neighbours:
     """The `m` latents with the highest cosine to each of a range of latents.
 
@@ -57,21 +58,29 @@ def neighbours(
         cells: Limits the comparison to the nearest cells; None compares with all latents.
         device: Computes the products; the CPU if None.
         alive: Called before each part of the decoder.
+        window_bytes: Bytes of directions that may be in memory, if cells are used and these are
+            more than `WINDOW_BYTES`. The products of a cell are larger then, which is faster.
 
     Raises:
         CorruptObjectError: The checkpoint is damaged.
     """
     decoder = Decoder(checkpoint, alive)
+    limits = _Limits(m, max(WINDOW_BYTES, window_bytes), device or torch.device("cpu"))
     at_a_time = max(1, QUERIES_BYTES // (4 * decoder.d_out))
     starts = latents[::at_a_time]
     ranges = (range(start, min(start + at_a_time, latents.stop)) for start in starts)
-    found = [_of_range(decoder, part, m, cells, device or torch.device("cpu")) for part in ranges]
+    found = [_of_range(decoder, part, cells, limits) for part in ranges]
     return Neighbours(*map(torch.cat, zip(*found, strict=True)))
 
 
-def _of_range(
-    decoder: Decoder, latents: range, m: int, cells: Cells | None, device: torch.device
-) -> Neighbours:
+class _Limits(NamedTuple):
+    m: int
+    window_bytes: int
+    device: torch.device
+
+
+def _of_range(decoder: Decoder, latents: range, cells: Cells | None, limits: _Limits) -> Neighbours:
+    m, window_bytes, device = limits
     rows = torch.cat([rows for _, rows in decoder.parts(latents)])
     queries = directions(rows).to(device)
     kernels = kernels_on(device)
@@ -81,7 +90,7 @@ def _of_range(
         for first, others in decoder.directions():
             best = _nearer(best, queries, others.to(device), first, kernels)
     else:
-        _compare_in_cells(best, queries, decoder, cells, kernels)
+        _compare_in_cells(best, queries, decoder, cells, kernels, window_bytes)
     candidates = from_keys(best)[1].where(best > NOTHING, -1).cpu()
     return _ranked(rows, latents.start, candidates, decoder, m)
 
@@ -107,12 +116,13 @@ def _compare_in_cells(
     decoder: Decoder,
     cells: Cells,
     kernels: Kernels,
+    window_bytes: int,
 ) -> None:
     """Compare queries with the latents of their nearest cells; updates the keys."""
     n_cells = len(cells.centroids)
     probed = cells.nearest(queries, kernels).cpu()
     queries_of = _grouped(probed.flatten(), n_cells)
-    for first, window in decoder.directions(WINDOW_BYTES):
+    for first, window in decoder.directions(window_bytes):
         members_of = _grouped(cells.cell_of[first : first + len(window)].long(), n_cells)
         others = window.to(queries.device)
         for cell in range(n_cells):

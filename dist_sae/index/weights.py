@@ -13,6 +13,7 @@ from dist_sae.checkpoint.state import load_weights, weights_of
 from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.axis import PageAxis
 from dist_sae.index.cells import Cells
+from dist_sae.index.decoder import Decoder
 from dist_sae.index.neighbours import Neighbours, neighbours
 from dist_sae.index.opened import Opened
 from dist_sae.index.outputs import LATENTS, Outputs
@@ -87,8 +88,11 @@ def _nearest(
     device: torch.device,
     alive: Callable[[], None],
 ) -> dict[str, pa.Array]:
+    decoder = Decoder(opened.checkpoint)
+    # no more than this rank held of encoder and decoder when it encoded
+    window_bytes = 4 * decoder.n_latents * decoder.d_out // opened.run.index.latent_shards
     near = (
-        neighbours(opened.checkpoint, latents, m, cells, device, alive)
+        neighbours(opened.checkpoint, latents, m, cells, device, alive, window_bytes)
         if (m := opened.neighbours)
         else Neighbours(torch.empty(len(latents), 0).int(), torch.empty(len(latents), 0))
     )
