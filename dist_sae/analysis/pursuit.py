@@ -56,7 +56,8 @@ def pursue(
 ) -> Left:
     """Explain rows with as few latents as chance allows.
 
-    The decoder is read once for every latent of a row, `most` times at most.
+    The decoder is read once for its lengths and once for every latent of a row, `most` times at
+    most.
 
     Args:
         y: Rows, without the part that comes from no latent.
@@ -72,6 +73,7 @@ def pursue(
     used = torch.zeros(len(STRICTNESS), n)
     atoms = torch.zeros(n, most, d)
     chosen = torch.full((n, most), -1)
+    scales = _scales(parts, usable)
     acts = torch.zeros(n, most)
     left = y.clone()
     going = torch.arange(n)
@@ -79,7 +81,7 @@ def pursue(
         here = left[going]
         square = here.square().sum(1)
         if turn < most:
-            cosine, which, rows = _nearest(here, chosen[going, :turn], usable, parts)
+            cosine, which, rows = _nearest(here, chosen[going, :turn], scales, parts)
         else:
             cosine = torch.zeros(len(going))
         ends = (cosine <= bounds) & squares[:, going].isnan()
@@ -97,8 +99,16 @@ def pursue(
     return Left(squares, used, most)
 
 
+def _scales(parts: Parts, usable: Tensor) -> Tensor:
+    """One over the length of each decoder row; 0 for latents that cannot be used."""
+    norms = torch.cat(
+        [piece.norm(dim=1) for part in parts() for piece in torch.split(part, _PIECE_LATENTS)]
+    )
+    return torch.where(usable & (norms > 0), 1 / norms, 0)
+
+
 def _nearest(
-    rows: Tensor, taken: Tensor, usable: Tensor, parts: Parts
+    rows: Tensor, taken: Tensor, scales: Tensor, parts: Parts
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Cosine, number and direction of the latent nearest to each row that it does not use yet."""
     scaled = normalize(rows, dim=1)
@@ -108,16 +118,16 @@ def _nearest(
     first = 0
     for part in parts():
         for piece in torch.split(part, _PIECE_LATENTS):
-            unit = normalize(piece, dim=1)
-            cosines = scaled @ unit.T
-            cosines[:, ~usable[first : first + len(unit)]] = -2
-            row, column = ((taken >= first) & (taken < first + len(unit))).nonzero(as_tuple=True)
+            scale = scales[first : first + len(piece)]
+            cosines = (scaled @ piece.T).mul_(scale)
+            row, column = ((taken >= first) & (taken < first + len(piece))).nonzero(as_tuple=True)
             cosines[row, taken[row, column] - first] = -2
             highest, place = cosines.max(1)
             better = highest > best
-            best[better], which[better] = highest[better], place[better] + first
-            directions[better] = unit[place[better]]
-            first += len(unit)
+            at = place[better]
+            best[better], which[better] = highest[better], at + first
+            directions[better] = piece[at] * scale[at, None]
+            first += len(piece)
     return best, which, directions
 
 
