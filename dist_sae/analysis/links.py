@@ -104,8 +104,8 @@ def _more_than_chance(
     By the Chernoff bound of a Poisson tail, in nats.
     """
     expected = product / max(1, index.pair_rows)
-    surprise = count * np.log(np.maximum(count / np.maximum(expected, 1e-300), 1e-300))
-    surprise -= count - expected
+    ratio = np.maximum(count / np.maximum(expected, 1e-300), 1e-300)
+    surprise = count * np.log(ratio) - (count - expected)
     return np.asarray((count > expected) & (surprise > 2 * math.log(index.n_latents)))
 
 

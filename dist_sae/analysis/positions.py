@@ -117,5 +117,5 @@ def _pull(places: Places, graph: Graph, piece: slice, scale: np.float32) -> Plac
     links = slice(starts[0], starts[-1])
     apart = places[graph.others[links]] - np.repeat(places[piece], degrees, axis=0)
     apart *= (scale * graph.weight[links] / (1 + np.square(apart).sum(1)))[:, None]
-    pull: Places = np.add.reduceat(apart, starts[:-1] - starts[0]) / degrees[:, None]
-    return pull.astype(np.float32)
+    pull = np.add.reduceat(apart, starts[:-1] - starts[0]) / degrees[:, None]
+    return np.asarray(pull, np.float32)

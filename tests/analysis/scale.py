@@ -9,7 +9,7 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import numpy as np
 import torch
@@ -42,7 +42,7 @@ def made_up(folder: Path, n: int) -> Indexed:
     acts = draw.random(len(rows)) + 0.5
     simulated.neighbours = _of_families(directions)  # type: ignore[attr-defined]
     codes = Codes(rows, latents.ravel(), acts)
-    return simulate(folder, directions.reshape(n, D), codes, n_rows=n)
+    return simulate(folder, cast(Any, directions.reshape(n, D)), codes, n_rows=n)  # in fp32
 
 
 def _of_families(directions: NDArray[np.float32]) -> Any:
@@ -55,7 +55,7 @@ def _of_families(directions: NDArray[np.float32]) -> Any:
         cosines[others == numbers[:, None]] = -2
         order = np.argsort(-cosines, axis=1)[:, : min(m, FAMILY - 1)]
         near = (np.take_along_axis(each, order, 1) for each in (others, cosines))
-        return Neighbours(*(torch.from_numpy(each) for each in near))  # type: ignore[arg-type]
+        return Neighbours(*(torch.from_numpy(each) for each in near))
 
     return found
 

@@ -122,14 +122,13 @@ def test_ranges_are_the_whole_whoever_computes_them(
     given = checkpoint(tmp_path, planted())
     cells = make_cells(given) if in_cells else None
     whole = neighbours(given, range(N), M, cells)
-    monkeypatch.setattr(neighbours_module, "WINDOW_BYTES", 2**20)
     monkeypatch.setattr(neighbours_module, "QUERIES_BYTES", 90 * D * 4)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
         cuts = [0, 1, 64, 200, 201, 650, N]
         parts = [
-            neighbours(given, range(start, stop), M, cells)
+            neighbours(given, range(start, stop), M, cells, window_bytes=2**20)
             for start, stop in itertools.pairwise(cuts)
         ]
     finally:
