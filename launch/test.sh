@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Installs into a virtual environment of its own and runs every check, the tests marked `system` too.
 # Needs Python >= 3.11 and root. Installs the Debian packages below: servers for metrics, npm for
-# Grafana's types, and tools that run pods in namespaces of their own.
+# Grafana's types, tools that run pods in namespaces of their own, and a browser.
 # Options go to pytest, for example: launch/test.sh -k loader
 # Runs three tests at a time, one thread each, also on two cores: most wait for processes and servers.
 set -euo pipefail
@@ -14,6 +14,7 @@ declare -A packages=(
     [npm]=npm
     [ip]=iproute2
     [tini]=tini
+    [chromium]=chromium
 )
 missing=()
 for command in "${!packages[@]}"; do

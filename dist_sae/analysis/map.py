@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from dist_sae.analysis.communities import STABLE, Level, find_level, resolutions
 from dist_sae.analysis.inclusion import Absorbed, Parents, find_absorbed, find_parents
 from dist_sae.analysis.links import GraphBuilder, by_chance, find_links
-from dist_sae.analysis.names import frequent_tokens
+from dist_sae.analysis.names import distinct, frequent_tokens
 from dist_sae.analysis.opened import Indexed
 from dist_sae.analysis.positions import Places, place
 from dist_sae.errors import ConfigError
@@ -231,7 +231,7 @@ def _labels(level: Level, places: Places, names: Sequence[Sequence[str]]) -> lis
     middles = _middles(level, places)
     return [
         Label(
-            ", ".join(_distinct(names[i])[:3]),
+            ", ".join(distinct(names[i])[:3]),
             float(middles[i, 0]),
             float(middles[i, 1]),
             int(level.sizes[i]),
@@ -239,12 +239,6 @@ def _labels(level: Level, places: Places, names: Sequence[Sequence[str]]) -> lis
         )
         for i in range(n)
     ]
-
-
-def _distinct(texts: Sequence[str]) -> list[str]:
-    """Texts without spaces around them, those that differ in more than case once."""
-    named = [text.strip() or repr(text) for text in texts]
-    return list({text.lower(): text for text in reversed(named)}.values())[::-1]
 
 
 def _middles(level: Level, places: Places) -> Places:

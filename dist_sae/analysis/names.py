@@ -1,6 +1,6 @@
 """Names of latents: the tokens that are most frequent among their largest activations."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
 from numpy.typing import NDArray
@@ -36,6 +36,12 @@ def frequent_tokens(index: Index, n: int) -> tuple[NDArray[np.int32], NDArray[np
         tokens[latents[kept], place[kept]] = values[kept]
         counts[latents[first]] = times[first]
     return tokens, counts
+
+
+def distinct(texts: Sequence[str]) -> list[str]:
+    """Texts without spaces around them, those that differ in more than case once."""
+    named = [text.strip() or repr(text) for text in texts]
+    return list({text.lower(): text for text in reversed(named)}.values())[::-1]
 
 
 def token_names(tokenizer: Tokenizer | None) -> Callable[[Iterable[int]], list[str]]:

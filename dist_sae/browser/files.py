@@ -4,13 +4,18 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from dist_sae.browser.pages import Pages, file_name
+from dist_sae.browser.pages import MAP_NAME, Pages, compare_name, file_name
+from dist_sae.errors import ConfigError
 from dist_sae.notebook.run import OpenedRun
 from dist_sae.report.latents import choose_latents
 
 
 def write_pages(
-    run: OpenedRun, index: str | None, folder: Path, latents: Sequence[int] | None
+    run: OpenedRun,
+    index: str | None,
+    folder: Path,
+    latents: Sequence[int] | None,
+    other: OpenedRun | None = None,
 ) -> dict[str, Any]:
     """Write a list of latents and a page of each, which need no server and no network.
 
@@ -19,11 +24,13 @@ def write_pages(
         index: Name of the index; None takes the complete one of the last step.
         folder: Takes the files; what has other names there stays.
         latents: The latents; None takes those of the report.
+        other: Another run, whose nearest latent is put beside each.
 
     Returns:
         `pages`, their number; `browse`, the file to open.
 
     Raises:
+        ConfigError: The folder cannot be written, or the other run cannot be compared.
         NoIndexError: There is no complete index.
         LatentNotFoundError: There is no such latent.
     """
@@ -32,10 +39,19 @@ def write_pages(
         latents = choose_latents(
             run.index(index).firings, config.evaluate.latents, config.train.seed
         )
-    pages = Pages(run, index, latents)
-    folder.mkdir(parents=True, exist_ok=True)
-    for latent in latents:
-        (folder / file_name(latent)).write_text(pages.latent(latent), encoding="utf-8")
-    first = folder / "index.html"
-    first.write_text(pages.chosen(latents), encoding="utf-8")
-    return {"pages": len(latents), "browse": str(first)}
+    pages = Pages(run, index, latents, other)
+    files = {file_name(latent): pages.latent(latent) for latent in latents}
+    files["index.html"] = pages.chosen(latents)
+    if other is not None:
+        files |= {compare_name(latent): pages.compare(latent, None) for latent in latents}
+    if pages.has_map:
+        files[MAP_NAME] = pages.map()
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, text in files.items():
+            (folder / name).write_text(text, encoding="utf-8")
+    except OSError as exc:
+        raise ConfigError(
+            f"--static: {folder}: {exc.strerror}; name a folder that can be written"
+        ) from exc
+    return {"pages": len(files), "browse": str(folder / "index.html")}

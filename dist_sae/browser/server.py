@@ -2,28 +2,30 @@
 
 import hmac
 import ipaddress
-import json
 import logging
 import secrets
+import socket
+import threading
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from http import HTTPStatus
 from http.cookies import SimpleCookie
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
-from urllib.parse import parse_qsl, urlsplit
+from urllib.parse import parse_qsl, urlencode, urlsplit
 
-from dist_sae.browser.pages import Choice, Pages
+from dist_sae.browser.lists import Choice, number
+from dist_sae.browser.pages import Pages
 from dist_sae.errors import ArgumentError, ConfigError, DistSaeError, LatentNotFoundError
 
 logger = logging.getLogger(__name__)
 
-_COOKIE = "dist_sae_token"
-_MOST_BRIEFS = 100
+_COOKIE = "dist_sae_token_{}"  # by port: a browser sends cookies to all ports of a machine
+_EVERYWHERE = ("", "0.0.0.0")  # no address to open
 _HEADERS = {
     "Cache-Control": "no-store",
     "Content-Security-Policy": (
         "default-src 'none'; style-src 'unsafe-inline'; script-src 'unsafe-inline'; "
-        "connect-src 'self'; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
+        "img-src data:; form-action 'self'; frame-ancestors 'none'; base-uri 'none'"
     ),
     "Referrer-Policy": "no-referrer",
     "X-Content-Type-Options": "nosniff",
@@ -61,9 +63,11 @@ def serve(pages: Pages, host: str, port: int) -> Iterator[tuple[ThreadingHTTPSer
             f"browse: {host}:{port}: {reason or exc}; choose another --port or --host"
         ) from exc
     server.daemon_threads = True
+    threading.Thread(target=pages.prepare, name="prepare", daemon=True).start()
     with server:
         query = f"/?token={token}" if token else "/"
-        yield server, f"http://{host}:{server.server_address[1]}{query}"
+        name = socket.gethostname() if host in _EVERYWHERE else host
+        yield server, f"http://{name}:{server.server_port}{query}"
 
 
 def _is_loopback(host: str) -> bool:
@@ -85,11 +89,12 @@ class _Handler(BaseHTTPRequestHandler):
         query = dict(parse_qsl(place.query, keep_blank_values=True))
         if not self._may_ask(query):
             self._answer(HTTPStatus.FORBIDDEN, "text/plain", "open the URL that was printed\n")
-        elif (
-            self.token and "token" in query
-        ):  # it should not stay in the address, which people share
-            cookie = f"{_COOKIE}={self.token}; HttpOnly; SameSite=Strict; Path=/"
-            more = {"Location": "/", "Set-Cookie": cookie}
+        elif self.token and "token" in query:
+            # it should not stay in the address, which people share; links from elsewhere work (Lax)
+            cookie = f"{self._cookie}={self.token}; HttpOnly; SameSite=Lax; Path=/"
+            rest = urlencode({k: v for k, v in query.items() if k != "token"})
+            where = f"/{place.path.lstrip('/')}" + (f"?{rest}" if rest else "")
+            more = {"Location": where, "Set-Cookie": cookie}
             self._answer(HTTPStatus.SEE_OTHER, "text/plain", "", more)
         else:
             self._answer(*self._page(place.path, query))
@@ -97,26 +102,35 @@ class _Handler(BaseHTTPRequestHandler):
     def _page(self, path: str, query: Mapping[str, str]) -> tuple[HTTPStatus, str, str]:
         """Status, type and text of an answer."""
         first, _, rest = path.lstrip("/").partition("/")
+        pages = self.pages
         try:
             if path == "/":
-                text = self.pages.listed(Choice.of(dict(query)))
+                text = pages.listed(Choice.of(query))
             elif first == "latent" and rest.isdecimal():
-                text = self.pages.latent(int(rest))
+                text = pages.latent(int(rest), Choice.of(query) if "sort" in query else None)
             elif path == "/search":
-                text = self.pages.search(query.get("kind", "latent"), query.get("asked", ""))
-            elif path == "/briefs":
-                latents = [int(n) for n in query.get("latents", "").split(",")[:_MOST_BRIEFS]]
-                return HTTPStatus.OK, "application/json", json.dumps(self.pages.briefs(latents))
+                text = pages.search(query)
+            elif path == "/compare":
+                other = number(query, "other") if "other" in query else None
+                text = pages.compare(number(query, "latent"), other)
+            elif path == "/clusters":
+                text = pages.clusters(query)
+            elif path == "/map":
+                text = pages.map()
             else:
-                return HTTPStatus.NOT_FOUND, "text/html", self.pages.error(f"no page {path}")
+                return HTTPStatus.NOT_FOUND, "text/html", pages.error(f"no page {path}")
         except LatentNotFoundError as exc:
-            return HTTPStatus.NOT_FOUND, "text/html", self.pages.error(str(exc))
+            return HTTPStatus.NOT_FOUND, "text/html", pages.error(str(exc))
         except (ArgumentError, ValueError) as exc:
-            return HTTPStatus.BAD_REQUEST, "text/html", self.pages.error(str(exc))
+            return HTTPStatus.BAD_REQUEST, "text/html", pages.error(str(exc))
         except DistSaeError as exc:
             logger.warning("%s", exc)
-            return HTTPStatus.SERVICE_UNAVAILABLE, "text/html", self.pages.error(str(exc))
+            return HTTPStatus.SERVICE_UNAVAILABLE, "text/html", pages.error(str(exc))
         return HTTPStatus.OK, "text/html", text
+
+    @property
+    def _cookie(self) -> str:
+        return _COOKIE.format(self.server.server_port)  # type: ignore[attr-defined]
 
     def _may_ask(self, query: Mapping[str, str]) -> bool:
         """Whether the request is from whoever started the server, or knows the token.
@@ -125,7 +139,7 @@ class _Handler(BaseHTTPRequestHandler):
         loopback interface the name must be the machine's own.
         """
         if self.token:
-            cookie = SimpleCookie(self.headers.get("Cookie", "")).get(_COOKIE)
+            cookie = SimpleCookie(self.headers.get("Cookie", "")).get(self._cookie)
             known = query.get("token") or (cookie.value if cookie else "")
             return hmac.compare_digest(known.encode(), self.token.encode())
         return _is_loopback(urlsplit(f"//{self.headers.get('Host', '')}").hostname or "")

@@ -97,6 +97,11 @@ class PagedDictionary:
         return torch.device("cpu" if self._in_memory is None else self._device)
 
     @property
+    def in_memory(self) -> bool:
+        """Whether the dictionary, or this rank's shard of it, is kept in memory."""
+        return self._in_memory is not None
+
+    @property
     def n_latents(self) -> int:
         """Width of the whole dictionary."""
         return self._config.n_latents

@@ -15,6 +15,9 @@ def add(commands: shared.Commands) -> None:
     parser = shared.add_command(commands, "browse", main, text)
     parser.add_argument("--index", metavar="NAME", help="name of the index (default: the newest)")
     parser.add_argument(
+        "--compare", metavar="RUN", help="another run, to put its nearest latent beside one of RUN"
+    )
+    parser.add_argument(
         "--host",
         default="127.0.0.1",
         help="address to listen at; anywhere but on this machine the printed URL has a token",
@@ -36,22 +39,23 @@ def main(options: argparse.Namespace) -> None:
     """Serve pages until interrupted, or write them."""
     run = shared.load(options)
     from dist_sae.errors import ConfigError
-    from dist_sae.notebook.run import OpenedRun
+    from dist_sae.notebook.run import OpenedRun, open_run
 
     if options.latents and not options.static:
         raise ConfigError("browse: --latents: is for --static; give both")
     opened = OpenedRun(run)
+    other = open_run(options.compare) if options.compare else None
     if options.static:
         from dist_sae.browser.files import write_pages
 
-        shared.print_result(
-            options, write_pages(opened, options.index, options.static, options.latents)
-        )
+        place = options.static
+        written = write_pages(opened, options.index, place, options.latents, other)
+        shared.print_result(options, written)
         return
     from dist_sae.browser.pages import Pages
     from dist_sae.browser.server import serve
 
-    pages = Pages(opened, options.index)
+    pages = Pages(opened, options.index, other=other)
     with serve(pages, options.host, options.port) as (server, url):
         shared.print_result(options, {"index": pages.place, "browse": url})
         with contextlib.suppress(KeyboardInterrupt):

@@ -19,6 +19,7 @@ from torch.nn.functional import normalize
 from dist_sae.checkpoint.trained import Trained, none_yet, use_trained
 from dist_sae.config import Run
 from dist_sae.dictionaries.metrics import DUPLICATE_COSINE, DUPLICATES_CHUNK_LATENTS, DUPLICATES_OF
+from dist_sae.dictionaries.normaliser import SiteNormalisers
 from dist_sae.errors import ConfigError, NoIndexError
 from dist_sae.index.query import index_of
 from dist_sae.storage import open_store
@@ -50,12 +51,7 @@ def match(one: Run, other: Run) -> Matched:
         PlanMismatchError: A run file differs from the run that was trained with it.
         CorruptObjectError: A checkpoint, or the index of the first, is damaged.
     """
-    for run in (one, other):
-        if not run.sae.has_latent_rows:
-            raise ConfigError(f"{run.name}: latents of sae.kind {run.sae.kind} cannot be matched")
-    if one.writes != other.writes:
-        sites = " and ".join(f"{run.name} writes {', '.join(run.writes)}" for run in (one, other))
-        raise ConfigError(f"{sites}: latents can be matched where both write the same sites")
+    check_matched(one, other)
     chosen = use_newest(one, _choose)
     copied = (
         use_newest(other, lambda trained: _nearest(chosen.rows, trained)) > DUPLICATE_COSINE
@@ -66,6 +62,20 @@ def match(one: Run, other: Run) -> Matched:
         decades = np.floor(np.log10(chosen.densities[fires])).astype(int)
         by_decade = {int(d): float(copied[fires][decades == d].mean()) for d in np.unique(decades)}
     return Matched(float(copied.mean()), by_decade)
+
+
+def check_matched(one: Run, other: Run) -> None:
+    """Make sure that latents of two runs can be matched.
+
+    Raises:
+        ConfigError: They cannot.
+    """
+    for run in (one, other):
+        if not run.sae.has_latent_rows:
+            raise ConfigError(f"{run.name}: latents of sae.kind {run.sae.kind} cannot be matched")
+    if one.writes != other.writes:
+        sites = " and ".join(f"{run.name} writes {', '.join(run.writes)}" for run in (one, other))
+        raise ConfigError(f"{sites}: latents can be matched where both write the same sites")
 
 
 def use_newest(run: Run, use: Callable[[Trained], Result]) -> Result:
@@ -106,12 +116,17 @@ def _nearest(rows: Tensor, trained: Trained) -> Float[Tensor, " chosen"]:
 
 def decoder_directions(trained: Trained) -> Iterator[Float[Tensor, "some d_out"]]:
     """Parts of the decoder in the scale of the model, with rows of unit length."""
-    normalisers = trained.normalisers
+    scales = scales_of_targets(trained.normalisers)
+    for part in trained.pages.parts("W_dec"):
+        yield normalize(part / scales, dim=1)
+
+
+def scales_of_targets(normalisers: SiteNormalisers) -> Float[Tensor, " d_out"]:
+    """The scale of each column of the targets, by which decoder rows are divided."""
     scales = torch.empty(normalisers.widths.d_out)
     for site, columns in normalisers.columns.items():
         scales[columns] = normalisers.of[site].scale
-    for part in trained.pages.parts("W_dec"):
-        yield normalize(part / scales, dim=1)
+    return scales
 
 
 def densities_of(trained: Trained) -> Float[NDArray[np.float64], " n_latents"] | None:

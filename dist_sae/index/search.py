@@ -2,9 +2,10 @@
 
 import re
 from collections.abc import Callable
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from dist_sae.errors import ArgumentError
 from dist_sae.index.layout import TOP
@@ -32,32 +33,74 @@ class Match(NamedTuple):
         return self.hits / self.examples
 
 
-def search(index: Index, is_wanted: IsWanted) -> list[Match]:
-    """Find latents by the tokens of their largest activations.
+class Matches(NamedTuple):
+    """Latents that a search found, the best first: columns of `Match`."""
 
-    Returns:
-        Latents with a hit and at least `LEAST_EXAMPLES` largest activations, sorted by share of
-        hits, then number of hits (both falling), then latent.
+    latents: NDArray[np.int64]
+    hits: NDArray[np.int64]
+    examples: NDArray[np.int64]
+
+
+class TopTokens:
+    """The tokens of all latents' largest activations, in memory.
+
+    Takes 10 bytes for each different token of a latent, of which it has at most `index.examples`,
+    and reads all examples of the index.
+
+    Args:
+        index: The index.
+
+    Raises:
+        CorruptObjectError: A table is damaged.
     """
-    known: dict[int, bool] = {}
-    hits = np.zeros(index.n_latents, np.int64)
-    all_ = np.zeros_like(hits)
-    for table in index.all_examples(["latent", "decile", "token"]):
-        latents, deciles, tokens = (c.to_numpy() for c in table.columns)
-        latents, tokens = latents[deciles == TOP], tokens[deciles == TOP]
-        present, place = np.unique(tokens, return_inverse=True)
-        known |= {token: is_wanted(token) for token in present.tolist() if token not in known}
-        hit = np.array([known[token] for token in present.tolist()], dtype=bool)
-        hits += np.bincount(latents[hit[place]], minlength=len(hits))
-        all_ += np.bincount(latents, minlength=len(hits))
-    able = np.flatnonzero((hits > 0) & (all_ >= LEAST_EXAMPLES))
-    order = able[np.lexsort((able, -hits[able], -hits[able] / all_[able]))]
-    return [
-        Match(*numbers)
-        for numbers in zip(
-            *(part.tolist() for part in (order, hits[order], all_[order])), strict=True
-        )
-    ]
+
+    def __init__(self, index: Index) -> None:
+        self._examples = np.zeros(index.n_latents, np.int64)
+        parts = []
+        for table in index.all_examples(["latent", "decile", "token"]):
+            latents, deciles, tokens = (column.to_numpy() for column in table.columns)
+            latents, tokens = latents[deciles == TOP].astype(np.int64), tokens[deciles == TOP]
+            self._examples += np.bincount(latents, minlength=index.n_latents)
+            pairs, first, counts = np.unique(
+                latents << 32 | tokens, return_index=True, return_counts=True
+            )
+            order = np.lexsort((first, -counts, pairs >> 32))
+            found = (pairs >> 32, pairs & (2**32 - 1), counts)
+            kinds: tuple[Any, ...] = (np.int32, np.int32, np.int16)
+            parts.append([c[order].astype(kind) for c, kind in zip(found, kinds, strict=True)])
+        self._latents, self._tokens, self._counts = map(np.concatenate, zip(*parts, strict=True))
+        counts = np.bincount(self._latents, minlength=index.n_latents)
+        self._starts = np.concatenate([[0], counts.cumsum()])
+        self.tokens: NDArray[np.int32] = np.unique(self._tokens)
+        """All tokens, ascending."""
+
+    def of(self, latent: int, n: int) -> list[int]:
+        """The `n` most frequent tokens; of equally frequent ones that of the largest activation."""
+        start, stop = self._starts[latent : latent + 2]
+        found: list[int] = self._tokens[start : min(stop, start + n)].tolist()
+        return found
+
+    def search(self, is_wanted: IsWanted) -> Matches:
+        """Find latents with a hit and at least `LEAST_EXAMPLES` largest activations.
+
+        They are sorted by share of hits, then number of hits (both falling), then latent.
+        """
+        wanted = np.zeros(self.tokens.max(initial=0) + 1, np.bool_)
+        wanted[self.tokens] = [is_wanted(token) for token in self.tokens.tolist()]
+        hit = wanted[self._tokens]
+        examples = self._examples
+        hits = np.bincount(self._latents[hit], self._counts[hit], len(examples)).astype(np.int64)
+        able = np.flatnonzero((hits > 0) & (examples >= LEAST_EXAMPLES))
+        # shares of at most 4,096 examples differ by more than 1e-8, so hits decide among equal ones
+        rank = hits[able] / examples[able] + 1e-13 * hits[able]
+        order = able[np.argsort(-rank, kind="stable")]
+        return Matches(order, hits[order], examples[order])
+
+
+def search(index: Index, is_wanted: IsWanted) -> list[Match]:
+    """Find latents by the tokens of their largest activations: see `TopTokens.search`."""
+    found = TopTokens(index).search(is_wanted)
+    return list(map(Match, *(column.tolist() for column in found)))
 
 
 def is_token(tokenizer: Tokenizer, text: str) -> IsWanted:
@@ -75,8 +118,12 @@ def is_token(tokenizer: Tokenizer, text: str) -> IsWanted:
     return lambda token: bool(token == ids[0])
 
 
-def has_pattern(tokenizer: Tokenizer, pattern: str) -> IsWanted:
+def has_pattern(text_of: Callable[[int], str], pattern: str) -> IsWanted:
     """Search for tokens in which a regular expression matches.
+
+    Args:
+        text_of: Gives the text of a token.
+        pattern: The regular expression.
 
     Raises:
         ArgumentError: It is not a regular expression.
@@ -85,4 +132,4 @@ def has_pattern(tokenizer: Tokenizer, pattern: str) -> IsWanted:
         compiled = re.compile(pattern)
     except re.error as exc:
         raise ArgumentError(f"regex: {pattern!r} is not a regular expression: {exc}") from exc
-    return lambda token: compiled.search(tokenizer.text([token])[0]) is not None
+    return lambda token: compiled.search(text_of(token)) is not None

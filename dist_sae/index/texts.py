@@ -70,9 +70,10 @@ class Texts:
         for document, ids in zip(found, self.tokenizer([d.text for d in found]), strict=True):
             self._known[document.number] = ids
 
-    def forget(self) -> None:
-        """Drop all documents."""
-        self._known.clear()
+    def forget(self, most: int = 0) -> None:
+        """Drop all documents, if there are more than `most`."""
+        if len(self._known) > most:
+            self._known.clear()
 
     def tokens(self, document: int) -> list[int]:
         """Token ids of an added document."""

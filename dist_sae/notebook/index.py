@@ -55,10 +55,11 @@ class OpenedIndex(Index):
         """
         if (token is None) == (regex is None):
             raise ArgumentError("search: give a token or a regex")
+        tokenizer = self._tokenizer()
         if token is not None:
-            return search(self, is_token(self._tokenizer(), token))[:top]
+            return search(self, is_token(tokenizer, token))[:top]
         assert regex is not None
-        return search(self, has_pattern(self._tokenizer(), regex))[:top]
+        return search(self, has_pattern(lambda each: tokenizer.text([each])[0], regex))[:top]
 
     def active_on(self, text: str, top: int = 5) -> list[TokenLatents]:
         """Find the strongest latents on each token of a text, by the index's checkpoint.

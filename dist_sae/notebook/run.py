@@ -9,7 +9,13 @@ import torch
 
 from dist_sae.checkpoint import folder
 from dist_sae.checkpoint.layout import Checkpoints
-from dist_sae.checkpoint.trained import Trained, none_yet, read_trained, use_trained
+from dist_sae.checkpoint.trained import (
+    Trained,
+    find_checkpoint,
+    none_yet,
+    read_trained,
+    use_trained,
+)
 from dist_sae.config import Run, jobs_of
 from dist_sae.config.data import HuggingFaceModel
 from dist_sae.data.activation_set import ActivationSet
@@ -61,6 +67,7 @@ class OpenedRun:
         self.config = config
         self._runs = open_store(config.store.runs, config.store.s3)
         self._store = open_store(config.store.activations, config.store.s3)
+        self._held: Trained | None = None  # that of the last text
 
     def __repr__(self) -> str:
         sae = self.config.sae
@@ -97,7 +104,8 @@ class OpenedRun:
     def active_on(self, text: str, top: int = 5, step: int | None = None) -> list[TokenLatents]:
         """Find the strongest latents on each token: `RawDictionary.active_on` at any width.
 
-        A dictionary that takes over half of `evaluate.memory_bytes` is read part by part.
+        A dictionary that takes over half of `evaluate.memory_bytes` is read part by part, for each
+        text anew. Another stays in memory for the next text.
 
         Args:
             text: Any text.
@@ -110,6 +118,7 @@ class OpenedRun:
         rows = self._reader.read(text)
 
         def find(trained: Trained) -> list[TokenLatents]:
+            self._held = trained if trained.pages.in_memory else None
             normalisers = trained.normalisers
             parts = torch.split(rows.acts.cpu(), list(normalisers.widths.reads), 1)
             of_sites = dict(zip(normalisers.reads, parts, strict=True))
@@ -117,6 +126,9 @@ class OpenedRun:
             shape = (len(rows.acts), trained.pages.n_latents)
             return strongest(rows, SparseCodes.of(codes, shape), top)
 
+        newest = find_checkpoint(self._runs, self.config, step) if self._held else None
+        if self._held and newest and newest.digest == self._held.checkpoint.digest:
+            return find(self._held)
         memory_bytes = self.config.evaluate.memory_bytes
         found = use_trained(self._runs, self.config, step, find, memory_bytes=memory_bytes)
         if found is None:

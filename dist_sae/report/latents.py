@@ -3,6 +3,7 @@
 import math
 from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import chain
 from typing import NamedTuple
 
 import numpy as np
@@ -24,15 +25,19 @@ class LatentView(NamedTuple):
     """Share of the latents that fire on fewer rows."""
     examples: list[Example]
     """Texts around the largest activations; they do not overlap."""
-    sampled: dict[int, Example]
-    """One text for each decile of the activations, 0 the smallest."""
+    sampled: dict[int, list[Example]]
+    """Texts of each decile of the activations, 0 the smallest; the highest decile is first."""
     top_tokens: list[tuple[str, float]]
     """Text, and the latent's effect on the logit."""
     bottom_tokens: list[tuple[str, float]]
 
 
 def view_latents(
-    index: Index, latents: Iterable[int], texts: Texts | None, most_examples: int = 6
+    index: Index,
+    latents: Iterable[int],
+    texts: Texts | None,
+    most_examples: int = 6,
+    of_decile: int = 1,
 ) -> list[LatentView]:
     """View latents.
 
@@ -41,6 +46,7 @@ def view_latents(
         latents: Their numbers.
         texts: Of the run; without it views have no examples, and numbers for tokens.
         most_examples: Examples of a latent, apart from those of deciles.
+        of_decile: Examples of each decile.
 
     Raises:
         LatentNotFoundError: There is no such latent.
@@ -48,8 +54,11 @@ def view_latents(
     """
     pages = [index.latent(latent) for latent in latents]
     largest = [list(_apart(page.largest))[:most_examples] if texts else [] for page in pages]
-    sampled = [_of_deciles(page.examples) if texts else {} for page in pages]
-    wanted = [[*ours, *others.values()] for ours, others in zip(largest, sampled, strict=True)]
+    sampled = [_of_deciles(page.examples, of_decile) if texts else {} for page in pages]
+    wanted = [
+        [*ours, *chain.from_iterable(others.values())]
+        for ours, others in zip(largest, sampled, strict=True)
+    ]
     if texts:
         _read(texts, [firing for firings in wanted for firing in firings])
     views = []
@@ -65,7 +74,7 @@ def view_latents(
             page=page,
             denser_than=index.denser_than(page),
             examples=list(map(example, ours)),
-            sampled={decile: example(firing) for decile, firing in others.items()},
+            sampled={decile: list(map(example, some)) for decile, some in others.items()},
             top_tokens=_named(page.top_tokens, texts),
             bottom_tokens=_named(page.bottom_tokens, texts),
         )
@@ -110,10 +119,13 @@ def _apart(firings: Iterable[Firing]) -> Iterator[Firing]:
             yield firing
 
 
-def _of_deciles(firings: Iterable[Firing]) -> dict[int, Firing]:
-    """One of each decile, the highest decile first."""
-    found = {firing.decile: firing for firing in firings if firing.decile >= 0}
-    return {decile: found[decile] for decile in sorted(found, reverse=True)}
+def _of_deciles(firings: Iterable[Firing], n: int) -> dict[int, list[Firing]]:
+    """The `n` largest of those kept of each decile, the highest decile first."""
+    found = defaultdict[int, list[Firing]](list)
+    for firing in firings:  # by decile, rising, after the largest of all
+        if firing.decile >= 0:
+            found[firing.decile].insert(0, firing)
+    return {decile: found[decile][:n] for decile in sorted(found, reverse=True)}
 
 
 def _read(texts: Texts, firings: Iterable[Firing]) -> None:

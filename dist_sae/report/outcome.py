@@ -115,14 +115,21 @@ def read_outcomes(store: ObjectStore, run: str) -> list[Outcome]:
     Raises:
         CorruptObjectError: One is damaged.
     """
-    folders = (f"{run}/analysis/{what}" for what in sorted(store.folders(f"{run}/analysis/")))
-    keys = [f"{folder}/outcome.json" for folder in folders]
-    there = [key for key in keys if store.size(key) is not None]
-    remedy = "run dist-sae analyse again"
-    return [
-        read_record(Outcome, store, key, remedy, within=key.removesuffix("outcome.json"))
-        for key in there
-    ]
+    found = (read_outcome(store, run, what) for what in sorted(store.folders(f"{run}/analysis/")))
+    return [outcome for outcome in found if outcome is not None]
+
+
+def read_outcome(store: ObjectStore, run: str, what: str) -> Outcome | None:
+    """Read the outcome of one analysis of a run or sweep; None if there is none.
+
+    Raises:
+        CorruptObjectError: It is damaged.
+    """
+    folder = f"{run}/analysis/{what}/"
+    key = f"{folder}outcome.json"
+    if store.size(key) is None:
+        return None
+    return read_record(Outcome, store, key, "run dist-sae analyse again", within=folder)
 
 
 def read_outcome_table(store: ObjectStore, outcome: Outcome, name: str) -> pa.Table:

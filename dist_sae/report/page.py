@@ -2,6 +2,7 @@
 
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache
 from importlib.resources import files
 from itertools import accumulate
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -142,6 +143,13 @@ def _hrefs(page: Page) -> Callable[[int], str]:
 
 def render_template(name: str, **content: Any) -> str:
     """Fill in a template of this folder; it has the style sheet as `style`."""
+    environment, style = _templates()
+    return environment.get_template(name).render(style=style, **content)
+
+
+@cache
+def _templates() -> tuple[Environment, Markup]:
+    """The templates, which are compiled once, and the style sheet."""
     environment = Environment(
         loader=PackageLoader("dist_sae.report", ""),
         autoescape=True,
@@ -156,7 +164,7 @@ def render_template(name: str, **content: Any) -> str:
         "sparkbars": lambda counts: Markup(render_sparkbars(counts)),
     }
     style = files("dist_sae.report").joinpath("style.css").read_text(encoding="utf-8")
-    return environment.get_template(name).render(style=Markup(style), **content)
+    return environment, Markup(style)
 
 
 def _by_site(evaluation: Mapping[str, Any]) -> dict[str, dict[str, float]]:

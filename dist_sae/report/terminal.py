@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 _SHOWN = 5  # latents of each group
 _TOKENS = 3  # of a latent in a list
+_KEPT_DOCUMENTS = 4096  # of earlier latents; their tokens take up to about 100 MB
 _BOLD, _PLAIN = "\033[1m", "\033[0m"
 
 
@@ -88,14 +89,16 @@ class Explorer:
         lines = [line for view in views for line in (*self._full(view), "")]
         return Answer([_as_json(view) for view in views], lines[:-1])
 
-    def view(self, latents: Sequence[int]) -> list[LatentView]:
-        """Latents with their texts, if these are at hand.
+    def view(self, latents: Sequence[int], of_decile: int = 1) -> list[LatentView]:
+        """Latents with their texts, if these are at hand, and so many of each decile.
 
         Raises:
             LatentNotFoundError: There is no such latent.
         """
+        if self._texts:
+            self._texts.forget(_KEPT_DOCUMENTS)
         try:
-            return view_latents(self.index, latents, self._texts, 2 * _SHOWN)
+            return view_latents(self.index, latents, self._texts, 2 * _SHOWN, of_decile)
         except CorpusError as error:
             logger.warning("texts are left out: %s", error)
             return view_latents(self.index, latents, None)
@@ -129,7 +132,7 @@ class Explorer:
             ArgumentError: The text is not one token of the model.
             ModelError: The tokenizer is not at hand.
         """
-        wanted = is_token(self._needed_texts().tokenizer, text)
+        wanted = is_token(self.texts.tokenizer, text)
         return self._matching(wanted, f'"{text}"')
 
     def with_regex(self, pattern: str) -> Answer:
@@ -139,7 +142,8 @@ class Explorer:
             ArgumentError: It is not one.
             ModelError: The tokenizer is not at hand.
         """
-        wanted = has_pattern(self._needed_texts().tokenizer, pattern)
+        texts = self.texts
+        wanted = has_pattern(lambda token: token_text(token, texts), pattern)
         return self._matching(wanted, f"/{pattern}/")
 
     def _matching(self, is_wanted: IsWanted, what: str) -> Answer:
@@ -165,10 +169,20 @@ class Explorer:
             logger.warning("texts are left out: %s", error)
             return None
 
-    def _needed_texts(self) -> Texts:
+    @property
+    def texts(self) -> Texts:
+        """Texts of the run, with its tokenizer.
+
+        Raises:
+            ModelError: They are not at hand.
+        """
         if self._texts is None:
             raise ModelError(f"tokens cannot be read: {self._problem}")
         return self._texts
+
+    def token(self, token: int) -> str:
+        """Text of a token alone; its number if the tokenizer is not at hand."""
+        return token_text(token, self._texts)
 
     def _pages(self, latents: Sequence[int]) -> list[LatentPage]:
         return [self.index.latent(latent) for latent in latents]
@@ -231,7 +245,7 @@ class Explorer:
             yield from (f"  {self._example(example)}" for example in view.examples)
         if view.sampled:
             yield "  one from each tenth of its activations"
-            yield from (f"  {self._example(example)}" for example in view.sampled.values())
+            yield from (f"  {self._example(example)}" for example, *_ in view.sampled.values())
 
     def _fit(self, line: str, items: Sequence[str]) -> str:
         """A line with as many items as fit."""
@@ -280,7 +294,7 @@ def _as_json(view: LatentView) -> dict[str, Any]:
         "bottom_tokens": _ends(page.bottom_tokens, view.bottom_tokens),
         "examples": [firing._asdict() for firing in page.examples],
         "texts": [_text(example) for example in view.examples],
-        "decile_texts": {str(decile): _text(e) for decile, e in view.sampled.items()},
+        "decile_texts": {str(decile): _text(e) for decile, (e, *_) in view.sampled.items()},
     }
 
 

@@ -2,24 +2,25 @@
 
 import html
 import http.client
-import json
 import re
-import threading
+import socket
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import NamedTuple
+from urllib.parse import quote
 
+import numpy as np
 import pytest
 
-from dist_sae.browser.pages import PAGE_LATENTS, Pages
-from dist_sae.browser.server import serve
+from dist_sae.browser.lists import PAGE_LATENTS
+from dist_sae.browser.pages import Pages
 from dist_sae.commands.cli import main
 from dist_sae.config import Run
 from dist_sae.index.query import Index
 from dist_sae.notebook.run import OpenedRun
-from dist_sae.storage import open_store
-from tests.index.indexed import make_index
-from tests.notebook.raw import initialised, language_run, save_dictionary, save_language_model
+from tests.browser.worlds import CLUSTERS, beside, index_of, indexed_run, keep_map, place, served
+from tests.notebook.raw import initialised, save_dictionary
 
 
 class Answer(NamedTuple):
@@ -30,7 +31,13 @@ class Answer(NamedTuple):
     @property
     def latents(self) -> list[int]:
         """Latents that a list links to, in order."""
-        return [int(n) for n in re.findall(r'<td><a href="/latent/(\d+)">', self.text)]
+        return [int(n) for n in re.findall(r'<td><a href="/latent/(\d+)[?"]', self.text)]
+
+    @property
+    def said(self) -> str:
+        """The text alone, on one line."""
+        body = self.text.partition("<main>")[2].partition("</main>")[0]
+        return " ".join(html.unescape(re.sub("<[^>]+>", " ", body)).split())
 
 
 Ask = Callable[..., Answer]
@@ -38,81 +45,144 @@ Ask = Callable[..., Answer]
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
-    folder = tmp_path_factory.mktemp("language")
-    run = language_run(folder, save_language_model(folder / "model"))
-    save_dictionary(run, initialised(run, 24, 1), 7)
-    make_index(run)
+    run = indexed_run(tmp_path_factory.mktemp("language"))
+    keep_map(run)
     return run
 
 
 @pytest.fixture(scope="module")
+def other(run: Run) -> Run:
+    return beside(run, "other")
+
+
+@pytest.fixture(scope="module")
 def index(run: Run) -> Index:
-    return Index(open_store(run.store.runs), run.name)
+    return index_of(run)
 
 
-def asking(run: Run, host: str) -> Iterator[tuple[Ask, str]]:
-    with serve(Pages(OpenedRun(run), None), host, 0) as (server, url):
-        thread = threading.Thread(target=server.serve_forever)
-        thread.start()
+@contextmanager
+def asking(pages: Pages, host: str = "127.0.0.1") -> Iterator[tuple[Ask, str]]:
+    with served(pages, host) as (url, port):
 
-        def ask(place: str, **headers: str) -> Answer:
-            connection = http.client.HTTPConnection(host, server.server_address[1])
-            connection.request("GET", place, headers=headers)
+        def ask(where: str, **headers: str) -> Answer:
+            connection = http.client.HTTPConnection("127.0.0.1", port)
+            connection.request("GET", where, headers=headers)
             answer = connection.getresponse()
             found = Answer(answer.status, answer.read().decode(), answer.headers)
             connection.close()
             return found
 
-        try:
-            yield ask, url
-        finally:
-            server.shutdown()
-            thread.join()
+        yield ask, url
 
 
 @pytest.fixture(scope="module")
-def ask(run: Run) -> Iterator[Ask]:
-    for asked, _ in asking(run, "127.0.0.1"):
+def ask(run: Run, other: Run) -> Iterator[Ask]:
+    with asking(Pages(OpenedRun(run), None, other=OpenedRun(other))) as (asked, _):
         yield asked
 
 
+def densest(index: Index) -> list[int]:
+    return sorted(np.flatnonzero(index.firings).tolist(), key=lambda n: (-index.firings[n], n))
+
+
 def test_the_list_has_all_latents_that_fire_the_densest_first(ask: Ask, index: Index) -> None:
-    alive = [n for n in range(64) if index.firings[n]]
-    expected = sorted(alive, key=lambda n: -index.firings[n])
-    pages = [ask(f"/?page={n}") for n in range(-(-len(alive) // PAGE_LATENTS))]
+    expected = densest(index)
+    pages = [ask(f"/?page={n}") for n in range(-(-len(expected) // PAGE_LATENTS))]
     assert [n for page in pages for n in page.latents] == expected
-    assert f"{len(alive)} of 64 latents" in pages[0].text
+    assert f"{len(expected)} of 64 latents" in pages[0].text
 
 
-def test_a_list_is_sorted_and_cut_by_density_as_asked(ask: Ask, index: Index) -> None:
-    pages = {n: index.latent(n) for n in range(64)}
-    by_max = sorted((n for n in pages if pages[n].firings), key=lambda n: -pages[n].max)
+def test_a_list_is_sorted_and_cut_as_asked(ask: Ask, index: Index) -> None:
+    pages = {n: index.latent(n) for n in densest(index)}
+    by_max = sorted(sorted(pages), key=lambda n: -pages[n].max)
     assert ask("/?sort=max").latents == by_max[:PAGE_LATENTS]
-    effects = {n: page.top_tokens[0].logit * page.max for n, page in pages.items() if page.firings}
-    assert ask("/?sort=effect").latents[0] == max(effects, key=effects.__getitem__)
-    between = [n for n in pages if 0.02 <= pages[n].density <= 0.05]
+    effects = {n: page.top_tokens[0].logit * page.max for n, page in pages.items()}
+    by_effect = sorted(sorted(pages), key=lambda n: -effects[n])
+    assert ask("/?sort=effect").latents == by_effect[:PAGE_LATENTS]
+    middle = effects[by_effect[20]] * 0.99999
+    assert ask(f"/?sort=effect&effect={middle}").latents == by_effect[:21]
+    between = [n for n in sorted(pages) if 0.02 <= pages[n].density <= 0.05]
     assert 0 < len(between) < PAGE_LATENTS
     assert ask("/?sort=latent&least=2&most=5").latents == between
 
 
-def test_the_tokens_of_a_list_are_asked_for_later(ask: Ask, index: Index) -> None:
-    """Their answer is JSON, in the order of the question."""
-    (first, second), answer = ask("/").latents[:2], ask("/briefs?latents=3,1")
-    assert f'data-latent="{first}"' in ask("/").text
-    briefs = json.loads(answer.text)
-    assert [brief["latent"] for brief in briefs] == [3, 1]
-    assert briefs[0]["firings"] == index.latent(3).firings
-    assert briefs[0]["fires_on"]
-    assert first != second
+def test_a_list_is_sorted_and_cut_by_cluster(ask: Ask, index: Index) -> None:
+    alive = densest(index)
+    inside = [n for n in alive if n < 60 and n % 3 == 1]
+    answer = ask("/?cluster=1.1")
+    assert answer.latents == inside
+    assert "in cluster d, e" in answer.said
+    ranks = {n: (n % 2, n % 3) if n < 60 else (9, 9) for n in alive}
+    both = [n for page in (0, 1) for n in ask(f"/?sort=cluster&page={page}").latents]
+    assert both == sorted(alive, key=lambda n: (ranks[n], alive.index(n)))
+    clusters = ask("/clusters?level=1")
+    assert re.findall(r"cluster=(1\.\d)", clusters.text) == ["1.0", "1.1", "1.2"]
+    assert "d 20 0.5 0.75" in clusters.said
+
+
+def test_a_row_says_what_a_latent_fires_on(ask: Ask, index: Index, run: Run) -> None:
+    """The most frequent tokens of its largest activations, of equally frequent ones the largest."""
+    tokens = [firing.token for firing in index.latent(3).largest]
+    order = sorted(set(tokens), key=lambda token: (-tokens.count(token), tokens.index(token)))
+    named = OpenedRun(run).tokenizer().batch_decode([[token] for token in order[:5]])
+    row = re.search(r'<tr><td><a href="/latent/3\?.*?</tr>', ask("/?most=100").text, re.S)
+    assert row
+    cells = re.findall(r"<td>(.*?)</td>", row[0], re.S)
+    assert re.findall(r'class="word">(.*?)</span>', cells[4]) == list(map(html.escape, named))
+    assert cells[-1].endswith(">d</a>")  # its finest cluster is 3 % 3
 
 
 def test_a_latent_has_a_page_with_its_texts_and_neighbours(ask: Ask, index: Index) -> None:
-    latent = int(index.firings.argmax())
+    latent = densest(index)[0]
     page, found = index.latent(latent), ask(f"/latent/{latent}")
-    assert f"{page.firings:,} firings" in found.text
-    assert 'class="peak"' in found.text
+    assert f"{page.firings:,} times" in found.said
+    assert found.text.count('class="peak"') == found.text.count('<li title="document')
     assert f'<a href="/latent/{page.nearest[0].latent}">' in found.text
-    assert ('rel="prev"' in found.text) == (latent > 0)
+    assert f'<a href="/latent/{page.coactive[0].latent}">' in found.text
+    for heading in ("Largest activations", "highest tenth", "lowest tenth", "raises", "lowers"):
+        assert heading in found.said
+    assert f"highest tenth {page.deciles[8]:.3g} to {page.max:.3g}" in found.said
+    assert '<rect class="bar"' in found.text
+    kept = {d for d in range(10) if any(e.decile == d for e in page.examples)}
+    assert found.text.count('<h3 class="decile">') == len(kept)
+
+
+def test_a_latent_has_its_place_on_the_map(ask: Ask, run: Run, other: Run) -> None:
+    found = ask("/latent/8")
+    assert '<a href="/map#8"' in found.text
+    assert re.findall(r"cluster=(\S+)\">", found.text) == ["0.0", "1.2"]
+    assert "a, b 30 latents, stability 0.75" in found.said
+    assert "child of 4" in found.said
+    (circle,) = re.findall(r'<circle cx="(\d+)" cy="(\d+)" r="5"/>', found.text)
+    # places are from about -1 to 1 on both axes, and the map is 200 wide
+    assert [int(v) / 100 - 1 for v in circle] == pytest.approx([np.cos(8), np.sin(8)], abs=0.02)
+    assert ask("/map").text.count("<canvas") == 2
+    with asking(Pages(OpenedRun(other), None)) as (without, _):
+        assert "small-map" not in without("/latent/8").text.partition("</head>")[2]
+        assert 'href="/map"' not in without("/").text
+
+
+def test_a_map_of_another_checkpoint_is_not_shown(
+    run: Run, other: Run, caplog: pytest.LogCaptureFixture
+) -> None:
+    keep_map(other, checkpoint="0" * 64)
+    with asking(Pages(OpenedRun(other), None)) as (asked, _):
+        assert 'href="/map"' not in asked("/").text
+    assert "they are of another checkpoint; run `dist-sae analyse map`" in caplog.text
+
+
+def test_a_latent_of_a_list_leads_to_the_next_of_the_list(ask: Ask, index: Index) -> None:
+    order = densest(index)[::-1]
+    latent, page = order[52], ask(f"/latent/{order[52]}?sort=rarity")
+    expected = sorted(range(64), key=lambda n: (index.firings[n], n))
+    order = [n for n in expected if index.firings[n]]
+    at = order.index(latent)
+    links = dict(re.findall(r'<a rel="(\w+)" href="([^"]+)">', html.unescape(page.text)))
+    assert links["prev"] == f"/latent/{order[at - 1]}?sort=rarity"
+    assert links["next"] == f"/latent/{order[at + 1]}?sort=rarity"
+    assert links["up"] == f"/?sort=rarity&page={at // PAGE_LATENTS}"
+    alone = dict(re.findall(r'<a rel="(\w+)" href="([^"]+)">', ask("/latent/8").text))
+    assert alone == {"prev": "/latent/7", "next": "/latent/9", "compare": "/compare?latent=8"}
 
 
 @pytest.mark.parametrize("kind", ["token", "regex", "latent", "text"])
@@ -120,42 +190,109 @@ def test_what_is_searched_for_is_found(ask: Ask, index: Index, run: Run, kind: s
     opened = OpenedRun(run)
     token = opened.tokenizer().decode([index.latent(3).largest[0].token])
     asked = {"token": token, "regex": re.escape(token), "latent": "3", "text": "abcab"}[kind]
-    connection = ask(f"/search?kind={kind}&asked={asked}")
-    assert connection.status == 200
+    answer = ask(f"/search?kind={kind}&asked={quote(asked)}")
+    assert answer.status == 200
     if kind == "latent":
-        assert "Latent 3" in connection.text
+        assert "Latent 3" in answer.text
     elif kind == "text":
         strongest = [each.latents[0] for each in opened.active_on(asked) if each.latents]
-        firsts = re.findall(r'</span></td><td><a href="/latent/(\d+)">', connection.text)
+        by_token = answer.text.partition('<table class="tokens">')[2]
+        firsts = re.findall(r'</span></td><td><a href="/latent/(\d+)">', by_token)
         assert list(map(int, firsts)) == strongest
     else:
-        wanted = {kind: token if kind == "token" else re.escape(token)}
-        matches = opened.index().search(**wanted)
-        assert connection.latents == [match.latent for match in matches][:20]
+        matches = opened.index().search(**{kind: asked}, top=64)
+        assert answer.latents == [match.latent for match in matches][:PAGE_LATENTS]
+        assert f"{matches[0].hits} of {matches[0].examples}" in answer.said
+        more = ask(f"/search?kind={kind}&asked={quote(asked)}&page=1")
+        assert more.latents == [match.latent for match in matches][PAGE_LATENTS:]
+
+
+def test_a_text_is_coloured_by_the_latent_that_is_chosen(ask: Ask, run: Run) -> None:
+    text = "so it\r\nwas"  # as forms send it; the model's tokens are bytes
+    found = OpenedRun(run).active_on("so it\nwas", top=64)
+    peaks = {n: a for each in found for n, a in zip(each.latents, each.acts, strict=True)}
+    latent = min(peaks, key=lambda n: (sum(n in each.latents for each in found), n))
+    page = ask(f"/search?kind=text&asked={quote(text)}&latent={latent}")
+    passage = re.search(r'<p class="text passage">(.*?)</p>', page.text, re.S)
+    assert passage
+    marked = re.findall(r"<mark[^>]*>(.*?)</mark>", passage[1])
+    assert len(marked) == sum(latent in each.latents for each in found)
+    assert f"{len(peaks)} latents fire on these 9 tokens" in page.said
+    # the strongest on the text come first, in rows of their own
+    best = max((a, n) for each in found for n, a in zip(each.latents, each.acts, strict=True))[1]
+    assert page.latents[0] == best
+
+
+def test_a_latent_is_compared_with_the_nearest_of_another_run(
+    ask: Ask, run: Run, other: Run, index: Index
+) -> None:
+    """Both dictionaries are over the same rows, so the rows that both fire on are counted."""
+    one, two = (OpenedRun(each).dictionary().sae.W_dec.detach().double() for each in (run, other))
+    cosines = one[8] @ two.T / one[8].norm() / two.norm(dim=1)
+    nearest = cosines.argsort(descending=True)[:5].tolist()
+    page = ask("/compare?latent=8")
+    assert f"Latent {nearest[0]}" in page.text
+    for n in nearest[1:]:
+        assert f'<a href="/compare?latent=8&amp;other={n}">{n}</a>' in page.text
+        assert f"{n} {cosines[n]:.3f}" in page.said
+    chosen = ask(f"/compare?latent=8&other={nearest[3]}")
+    assert [int(n) for n in re.findall(r"<h2>Latent (\d+)</h2>", chosen.text)] == [8, nearest[3]]
+    rows = []
+    for each, latent in ((index, 8), (index_of(other), nearest[3])):
+        tables = [table.to_pylist() for table in each.postings(latent)]
+        rows.append({(line["unit"], line["row"]) for table in tables for line in table})
+    assert f"both fire on {len(rows[0] & rows[1])} rows" in chosen.said
 
 
 @pytest.mark.parametrize(
-    ("place", "status", "message"),
+    ("where", "status", "message"),
     [
         ("/latent/64", 404, "latent 64: "),
         ("/nothing", 404, "no page /nothing"),
         ("/?page=9", 400, "page: 9: there are pages 0 to "),
-        ("/?least=much", 400, "densities and pages are numbers"),
+        ("/?page=-1", 400, "page: -1: is not a number"),
+        ("/?least=much", 400, "least: much: is not a number"),
+        ("/?most=nan", 400, "most: nan: is not a number"),
         ("/?sort=colour", 400, "sort: colour: is none of density"),
+        ("/?cluster=7.0", 400, "cluster: 7.0: the map has no such cluster"),
+        ("/?cluster=a", 400, "cluster: a: the map has no such cluster"),
+        ("/clusters?level=2", 400, "level: 2: there are levels 0 to 1"),
         ("/search?kind=regex&asked=(", 400, "is not a regular expression"),
         ("/search?kind=token&asked=abcabc", 400, "is not one token of the model"),
         ("/search?kind=smell&asked=a", 400, "kind: smell: is none of latent, token"),
-        ("/briefs?latents=one", 400, "one"),
         ("/search?kind=latent&asked=<b>", 400, "latent: <b>: is not a number"),
+        ("/search?kind=text&asked=", 400, "text: has no tokens"),
+        ("/compare?latent=1&other=64", 404, "latent 64: "),
     ],
 )
 def test_a_wrong_question_is_answered_in_one_line(
-    ask: Ask, place: str, status: int, message: str
+    ask: Ask, where: str, status: int, message: str
 ) -> None:
-    answer = ask(place)
+    answer = ask(where)
     assert answer.status == status
     assert message in html.unescape(answer.text)
     assert "<b>:" not in answer.text
+
+
+def test_what_is_not_there_is_said(run: Run, other: Run, tmp_path: Path) -> None:
+    """A run without a map and without another run, whose model is gone."""
+    moved = other.model_copy(
+        update={"model": other.model.model_copy(update={"path": str(tmp_path / "gone")})}
+    )
+    with asking(Pages(OpenedRun(moved), None)) as (ask, _):
+        for where, message in (
+            ("/?sort=cluster", "cluster: there is no map"),
+            ("/?cluster=0.0", "cluster: 0.0: the map has no such cluster"),
+            ("/clusters", "there is no map; run `dist-sae analyse map`"),
+            ("/map", "there is none; run `dist-sae analyse map`"),
+            ("/compare?latent=1", "start `dist-sae browse` with --compare RUN"),
+            ("/search?kind=token&asked=a", "tokens cannot be read: "),
+            ("/search?kind=text&asked=a", "gone"),
+        ):
+            answer = ask(where)
+            assert answer.status in (400, 503)
+            assert message in answer.said
+        assert "#" in ask("/").said  # numbers of tokens
 
 
 def test_only_names_of_this_machine_are_answered(ask: Ask) -> None:
@@ -166,42 +303,92 @@ def test_only_names_of_this_machine_are_answered(ask: Ask) -> None:
 
 
 def test_elsewhere_a_token_is_needed(run: Run) -> None:
-    """The token gives a cookie, and leaves the address."""
-    for ask, url in asking(run, "0.0.0.0"):
-        token = re.fullmatch(r"http://0\.0\.0\.0:\d+/\?token=(\S{32})", url)
-        assert token
+    """The token gives a cookie, and leaves the address, which is otherwise the one asked for."""
+    with asking(Pages(OpenedRun(run), None), "0.0.0.0") as (ask, url):
+        found = re.fullmatch(r"http://(\S+):(\d+)/\?token=(\S{32})", url)
+        assert found
+        name, port, token = found.groups()
+        assert name == socket.gethostname()
         assert ask("/").status == ask("/?token=x").status == 403
-        answer = ask(f"/?token={token[1]}", Host="elsewhere.example")
-        assert (answer.status, answer.headers["Location"]) == (303, "/")
+        answer = ask(f"/latent/5?sort=max&token={token}", Host="elsewhere.example")
+        assert (answer.status, answer.headers["Location"]) == (303, "/latent/5?sort=max")
+        away = ask(f"//elsewhere.example/?token={token}")
+        assert away.headers["Location"].startswith("/elsewhere.example/")
         cookie = answer.headers["Set-Cookie"]
-        assert {"HttpOnly", "SameSite=Strict"} <= set(cookie.split("; "))
+        assert {"HttpOnly", "SameSite=Lax"} <= set(cookie.split("; "))
+        assert cookie.startswith(f"dist_sae_token_{port}=")
         assert ask("/", Cookie=cookie.partition(";")[0]).status == 200
 
 
 def test_a_port_in_use_is_named(run: Run, capsys: pytest.CaptureFixture[str]) -> None:
-    place = f"{run.store.runs}/{run.name}"
-    for _, url in asking(run, "127.0.0.1"):
-        port = url.rstrip("/").rpartition(":")[2]
-        assert main(["browse", place, "--port", port]) == 2
+    with served(Pages(OpenedRun(run), None)) as (_, port):
+        assert main(["browse", place(run), "--port", str(port)]) == 2
         assert f"browse: 127.0.0.1:{port}: Address already in use" in capsys.readouterr().err
-    assert main(["browse", place, "--port", "99999"]) == 2
+    assert main(["browse", place(run), "--port", "99999"]) == 2
     assert "browse: 127.0.0.1:99999: bind(): port must be 0-65535" in capsys.readouterr().err
 
 
-def test_pages_of_some_latents_are_files(run: Run, tmp_path: Path, index: Index) -> None:
+def test_runs_that_cannot_be_browsed_or_compared_get_one_line(
+    run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    bare = run.model_copy(update={"name": "bare"})
+    save_dictionary(bare, initialised(bare, 24, 3), 7)
+    wider = indexed_run(tmp_path, d_in=32)
+    site = {"train": run.train.model_copy(update={"site": "attn_out.0"})}
+    elsewhere = beside(run.model_copy(update=site), "elsewhere")
+    for arguments, message in (
+        ([place(bare)], "bare: has no latent index yet; run `dist-sae index`"),
+        ([place(run), "--compare", place(bare)], "bare: has no latent index yet"),
+        (
+            [place(run), "--compare", place(wider)],
+            "language and language: have decoder rows of 24 and 32 numbers; latents can be "
+            "compared where both are of one model",
+        ),
+        (
+            [place(run), "--compare", place(elsewhere)],
+            "language writes resid_post.1 and elsewhere writes attn_out.0: latents can be matched "
+            "where both write the same sites",
+        ),
+        ([place(run), "--latents", "5"], "--latents: is for --static; give both"),
+        ([place(run), "--static", "/dev/null/a"], "--static: /dev/null/a: Not a directory"),
+        ([place(run), "--static", str(tmp_path / "a"), "--latents", "64"], "latent 64: "),
+    ):
+        assert main(["browse", *arguments, "--port", "0"]) == 2
+        said = capsys.readouterr().err.splitlines()
+        errors = [line for line in said if line.startswith("error: ")]
+        assert len(errors) == 1
+        assert message in errors[0]
+
+
+def test_an_index_without_postings_is_browsed(tmp_path: Path) -> None:
+    """Of its examples peaks alone are sure to be coloured; no rows are counted for another run."""
+    run = indexed_run(tmp_path, index={"postings": "none", "neighbours": 0, "output_tokens": 0})
+    with asking(Pages(OpenedRun(run), None, other=OpenedRun(run))) as (ask, _):
+        latent = ask("/").latents[0]
+        page = ask(f"/latent/{latent}")
+        assert page.status == 200
+        assert page.text.count('class="peak"') == page.text.count('<li title="document') > 0
+        assert "Nearest, by" not in page.text
+        assert ask("/?sort=effect").status == 400
+        assert "effect at least" not in ask("/").text
+        assert "both fire on" not in ask(f"/compare?latent={latent}").text
+
+
+def test_pages_of_some_latents_are_files(
+    run: Run, other: Run, tmp_path: Path, index: Index
+) -> None:
     """They link to one another alone."""
     chosen = [5, *(near.latent for near in index.latent(5).nearest[:2])]
-    place = f"{run.store.runs}/{run.name}"
-    numbers = list(map(str, chosen))
-    assert main(["browse", place, "--static", str(tmp_path), "--latents", *numbers]) == 0
-    assert {file.name for file in tmp_path.iterdir()} == {
-        "index.html",
-        *(f"latent-{n}.html" for n in chosen),
-    }
+    arguments = ["--static", str(tmp_path), "--latents", *map(str, chosen)]
+    assert main(["browse", place(run), *arguments, "--compare", place(other)]) == 0
+    pages = [f"{what}-{n}.html" for n in chosen for what in ("latent", "compare")]
+    assert {file.name for file in tmp_path.iterdir()} == {"index.html", "map.html", *pages}
     for file in tmp_path.iterdir():
+        if file.name == "map.html":
+            continue
         text = file.read_text()
-        links = re.findall(r'href="([^"]+)"', text)
+        links = re.findall(r'href="([^"#]+)', text)
         assert links
         assert all((tmp_path / link).exists() for link in links)
         assert "<script" not in text
-    assert main(["browse", place, "--latents", "5"]) == 2
+    assert ", ".join(CLUSTERS["0"][1]) in (tmp_path / "latent-5.html").read_text()

@@ -3,6 +3,7 @@
 import json
 import random
 import threading
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -66,29 +67,43 @@ def raw_rows(*shape: int, seed: int = 3) -> Tensor:
     return 5 * torch.randn(*shape, generator=generator, dtype=torch.float64)
 
 
-def save_language_model(folder: Path, layers: int = 3) -> Path:
-    """A random Llama whose tokens are bytes, after a BOS."""
+def save_language_model(
+    folder: Path,
+    layers: int = 3,
+    width: int = 24,
+    texts: Sequence[str] = (),
+    n_tokens: int = 0,
+) -> Path:
+    """A random Llama whose tokens are bytes, after a BOS; with `texts` also frequent pieces."""
     torch.manual_seed(1)
     bytes_ = sorted(tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    made = tokenizers.Tokenizer(
+        tokenizers.models.BPE({byte: i for i, byte in enumerate(bytes_)}, [])
+    )
+    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = tokenizers.decoders.ByteLevel()
+    if texts:
+        made.train_from_iterator(
+            texts,
+            tokenizers.trainers.BpeTrainer(
+                vocab_size=n_tokens, initial_alphabet=bytes_, show_progress=False
+            ),
+        )
+    n = made.get_vocab_size()
     config = hf.LlamaConfig(
-        vocab_size=len(bytes_) + 2,
-        hidden_size=24,
+        vocab_size=n + 2,
+        hidden_size=width,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
         intermediate_size=40,
         max_position_embeddings=256,
         initializer_range=0.3,
-        bos_token_id=len(bytes_),
-        eos_token_id=len(bytes_) + 1,
-        pad_token_id=len(bytes_) + 1,
+        bos_token_id=n,
+        eos_token_id=n + 1,
+        pad_token_id=n + 1,
     )
     hf.AutoModelForCausalLM.from_config(config).save_pretrained(folder)
-    made = tokenizers.Tokenizer(
-        tokenizers.models.BPE({byte: i for i, byte in enumerate(bytes_)}, [])
-    )
-    made.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    made.decoder = tokenizers.decoders.ByteLevel()
     made.add_special_tokens(["<s>", "</s>"])
     hf.PreTrainedTokenizerFast(
         tokenizer_object=made, bos_token="<s>", eos_token="</s>", pad_token="</s>"

@@ -1,0 +1,45 @@
+"""A text that was pasted: which latents fire on it, and where."""
+
+from typing import NamedTuple
+
+from dist_sae.index.texts import Token
+from dist_sae.notebook.texts import TokenLatents
+
+TOP = 8
+"""Latents that are shown of each token, and of the text."""
+
+
+class Strongest(NamedTuple):
+    """A latent's largest activation on a text."""
+
+    latent: int
+    act: float
+    token: str
+    """The token that has it."""
+
+
+class Reading:
+    """The latents that fire on each token of a text.
+
+    Args:
+        tokens: The tokens, each with its latents, the strongest first.
+    """
+
+    def __init__(self, tokens: list[TokenLatents]) -> None:
+        self.tokens = tokens
+        peaks: dict[int, Strongest] = {}
+        for token, latents, acts in tokens:
+            for latent, act in zip(latents, acts, strict=True):
+                if latent not in peaks or act > peaks[latent].act:
+                    peaks[latent] = Strongest(latent, act, token)
+        self.strongest = sorted(peaks.values(), key=lambda each: (-each.act, each.latent))[:TOP]
+        """The latents with the largest activations on the text."""
+        self.n_latents = len(peaks)
+        """Latents that fire on it."""
+
+    def acts(self, latent: int) -> list[Token]:
+        """The text with the activations of one latent."""
+        return [
+            Token(token, dict(zip(latents, acts, strict=True)).get(latent, 0.0), in_context=True)
+            for token, latents, acts in self.tokens
+        ]
