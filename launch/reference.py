@@ -55,6 +55,8 @@ EXAMPLES: dict[str, Any] = {
     "cluster.env": {"HF_HUB_OFFLINE": "1"},
     "cluster.pull_secrets": ["registry-login"],
     "export.model_name": "HuggingFaceTB/SmolLM2-135M",
+    "export.neuronpedia.model": "smollm2-135m",
+    "export.neuronpedia.source_set": "res-4k",
     "index.name": "first-half",
     "pod_patch": {"metadata": {"annotations": {"sidecar.istio.io/inject": "false"}}},
     "sae.bandwidth": 0.03,

@@ -22,6 +22,7 @@ from dist_sae.commands import (
     config,
     estimate,
     evaluate,
+    explain,
     export,
     importing,
     index,
@@ -44,7 +45,7 @@ from dist_sae.distributed.supervisor import follow_parent
 from dist_sae.errors import EXIT_DONE, EXIT_RESUMABLE, DistSaeError, Stopped
 
 _COMMANDS = (
-    *(run, estimate, plan, produce, train, index, latents, analyse, browse),
+    *(run, estimate, plan, produce, train, index, latents, explain, analyse, browse),
     *(evaluate, compare, export, importing, publish, report, render),
     *(submit, resume, status, pod_logs, cancel),
     *(bench, config, store, checkpoints, completion),

@@ -5,7 +5,7 @@ import logging
 from typing import TYPE_CHECKING
 
 from dist_sae.commands import shared
-from dist_sae.interop import CACHE, FORMATS
+from dist_sae.interop import FORMATS, OF_INDEX
 
 if TYPE_CHECKING:
     from dist_sae.config import Run
@@ -20,24 +20,26 @@ def add(commands: shared.Commands) -> None:
     shared.add_step(parser)
     parser.add_argument(
         "--format",
-        choices=(*FORMATS, CACHE),
+        choices=(*FORMATS, *OF_INDEX),
         default=FORMATS[0],
-        help=f"library that reads it: {', '.join(FORMATS)} (default: {FORMATS[0]}); or {CACHE}, "
-        "which gets the activations of the latent index",
+        help=f"library that reads it: {', '.join(FORMATS)} (default: {FORMATS[0]}); or "
+        + ", or ".join(f"{name}, which gets {what}" for name, what in OF_INDEX.items()),
     )
 
 
 def main(options: argparse.Namespace) -> None:
     """Export, and say where."""
     whole = shared.load_whole(options)
-    if options.format == CACHE:
-        from dist_sae.interop.delphi import export_cache
+    if options.format in OF_INDEX:
+        from dist_sae.interop import delphi, neuronpedia
 
-        def cache(run: "Run") -> dict[str, str]:
+        write = {"delphi": delphi.export_cache, "neuronpedia": neuronpedia.export_pages}
+
+        def of_index(run: "Run") -> dict[str, str]:
             with shared.short_lived(run, "export") as telemetry:
-                return {"export": export_cache(run, telemetry, options.step)}
+                return {"export": write[options.format](run, telemetry, options.step)}
 
-        shared.print_results(options, whole, cache)
+        shared.print_results(options, whole, of_index)
         return
     from dist_sae.interop.export import export, problem
 

@@ -93,8 +93,13 @@ def add_endpoint(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def open_endpoint(options: argparse.Namespace, run: "Run") -> "Endpoint":
+def open_endpoint(options: argparse.Namespace, run: "Run", file: str | None = None) -> "Endpoint":
     """Open the endpoint of `--endpoint`; its answers are kept in the run's folder.
+
+    Args:
+        options: With `--endpoint`.
+        run: The run.
+        file: Another file, in place of that.
 
     Raises:
         ConfigError: There is none, or its file is not right.
@@ -103,10 +108,11 @@ def open_endpoint(options: argparse.Namespace, run: "Run") -> "Endpoint":
     from dist_sae.endpoint.settings import read_endpoint
     from dist_sae.storage import open_store
 
-    if options.endpoint is None:
+    file = file or options.endpoint
+    if file is None:
         raise ConfigError("--endpoint: name the file of an endpoint, with its url and model")
     store = open_store(run.store.runs, run.store.s3)
-    return Endpoint(read_endpoint(options.endpoint), store, f"{run.name}/answers")
+    return Endpoint(read_endpoint(file), store, f"{run.name}/answers")
 
 
 def agree(

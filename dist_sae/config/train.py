@@ -11,6 +11,15 @@ LAST_PORT = 65_535
 PushgatewayUrl = Annotated[str, Shape(r"^https?://.+", "write http://host:port or https://host")]
 
 
+NeuronpediaName = Annotated[
+    str,
+    Shape(
+        r"^[a-z0-9]([a-z0-9._-]{0,120}[a-z0-9])?$",
+        "use lower-case letters, digits, '-', '_' and '.', with a letter or a digit first and last",
+    ),
+]
+
+
 class ParentConfig(Section):
     """The parent, a run in the same store.runs from whose checkpoint this run continues."""
 
@@ -110,11 +119,25 @@ class EvaluateConfig(Section):
     part by part, again for each batch of rows, of which more memory makes fewer."""
 
 
+class NeuronpediaConfig(Section):
+    """Names that Neuronpedia has for what is exported to it."""
+
+    model: NeuronpediaName | None = None
+    """Id of the model there; null takes the last part of the model's name, in lower case."""
+    source_set: NeuronpediaName | None = None
+    """Id of the set of sources, one for each layer; null takes the run's name."""
+    creator: str = "clkht01d40000jv08hvalcvly"
+    """Id of the user there to whom all belongs, who must exist; the default is the one that a new
+    database of Neuronpedia has."""
+
+
 class ExportConfig(Section):
     """Metadata of an exported dictionary."""
 
     model_name: str | None = None
     """Name of the model on the hub if `model.path` is a folder; null takes `model.path`."""
+    neuronpedia: NeuronpediaConfig = NeuronpediaConfig()
+    """Names for `dist-sae export --format neuronpedia`."""
 
 
 class ProcessesConfig(Section):

@@ -111,6 +111,21 @@ class Endpoint:
         """Its base URL."""
         return self._settings.url
 
+    @property
+    def model(self) -> str:
+        """Name of the model."""
+        return self._settings.model
+
+    def kept(self, questions: Iterable[Question]) -> list[Answer | None]:
+        """The kept answers of questions, in order; None where there is none. Sends nothing.
+
+        Raises:
+            CorruptObjectError: An answer is damaged.
+        """
+        digests, there = [self._digest(question) for question in questions], self._there()
+        with ThreadPoolExecutor(_READERS) as pool:
+            return list(pool.map(lambda d: self._read(d) if d in there else None, digests))
+
     def estimate(self, questions: Iterable[Question]) -> Estimate:
         """Count and price what would have to be asked; sends nothing.
 

@@ -152,6 +152,11 @@ class Index:
         self._table = lru_cache(_OPEN_TABLES)(lambda stored: LatentTable(runs, stored))
 
     @property
+    def store(self) -> ObjectStore:
+        """The store of runs."""
+        return self._store
+
+    @property
     def n_latents(self) -> int:
         """Latents of the dictionary."""
         return self.manifest.n_latents
@@ -293,6 +298,23 @@ class Index:
             raise ConfigError(
                 f"{self.place}: keeps no postings (index.postings: none); make an index that does, "
                 f"under a name of its own (index.name)"
+            )
+
+    def check_all_postings(self, who: str) -> None:
+        """Make sure that the index keeps all postings.
+
+        Args:
+            who: Would take what is missing as silence.
+
+        Raises:
+            ConfigError: It keeps none, or a share.
+        """
+        self.check_postings()
+        if self.manifest.postings_share < 1:
+            raise ConfigError(
+                f"{self.place}: keeps a share of the postings (index.postings), and {who} takes "
+                f"what is missing as 0; make an index with all, under a name of its own "
+                f"(index.name)"
             )
 
     def _bucket_of(self, latent: int) -> BucketRecord:

@@ -106,7 +106,7 @@ def build_example(
     context = position // texts.context_tokens
     tokens: list[Token] = []
     peak = 0
-    for number, text in zip(window, _texts(ids, window, texts.tokenizer), strict=True):
+    for number, text in zip(window, token_texts(ids, window, texts.tokenizer), strict=True):
         act = known.get((document, number), 0.0)
         if text or not tokens:
             tokens.append(Token(text or "\ufffd", act, number // texts.context_tokens == context))
@@ -117,8 +117,11 @@ def build_example(
     return Example(known[document, position], document, position, tokens, peak)
 
 
-def _texts(ids: Sequence[int], window: range, tokenizer: Tokenizer) -> list[str]:
-    """Text of each token; characters that cross the ends of the window are whole."""
+def token_texts(ids: Sequence[int], window: range, tokenizer: Tokenizer) -> list[str]:
+    """Text of each token of a window; characters that cross its ends are whole.
+
+    If several tokens form one character, the first gets it and the others are empty.
+    """
     first = max(0, window.start - _CHARACTER_TOKENS)
     found = tokenizer.text(ids[first : window.stop + _CHARACTER_TOKENS])
     return found[window.start - first :][: len(window)]

@@ -2,5 +2,8 @@
 
 FORMATS = ("sae-lens", "sparsify", "dictionary-learning", "circuit-tracer")
 """Names of the formats that `dist-sae export` writes; the first is the default."""
-CACHE = "delphi"
-"""Name of the format that it writes from the latent index."""
+OF_INDEX = {
+    "delphi": "the activations of the latent index",
+    "neuronpedia": "pages of latents, and explanations where there are some",
+}
+"""Names of the formats that it writes from the latent index, and what these get."""

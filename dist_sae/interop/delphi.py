@@ -28,7 +28,7 @@ from dist_sae.checkpoint.trained import suffix
 from dist_sae.config import Run
 from dist_sae.config.data import DatasetCorpus
 from dist_sae.data.plan import load_plan
-from dist_sae.errors import ConfigError, CorpusError, ObjectNotFoundError
+from dist_sae.errors import CorpusError, ObjectNotFoundError
 from dist_sae.index.query import Index
 from dist_sae.index.texts import Texts
 from dist_sae.interop.raw import model_name
@@ -65,13 +65,8 @@ def export_cache(run: Run, meter: Meter = UNMETERED, step: int | None = None) ->
     """
     runs = open_store(run.store.runs, run.store.s3, meter)
     index = Index(runs, run.name, step=step)
-    index.check_postings()
+    index.check_all_postings("delphi")
     manifest = index.manifest
-    if manifest.postings_share < 1:
-        raise ConfigError(
-            f"{index.place}: keeps a share of the postings (index.postings), and delphi takes what "
-            f"is missing as 0; make an index with all, under a name of its own (index.name)"
-        )
     folder = f"{run.name}/export-delphi{suffix(runs, run, manifest.step)}"
     within = f"{folder}/{run.site}"
     wanted = json.dumps(_config(run, index), indent=2).encode()

@@ -125,7 +125,7 @@ def _config(run: Run, checkpoint: "Checkpoint") -> dict[str, Any]:
     own: dict[str, Any] = {"d_out": normalisers.widths.d_out} if transcodes else {}
     if isinstance(sae, TopKConfig):
         own = {"k": sae.k, "rescale_acts_by_decoder_norm": False}
-    hooks = [_hook(run.model, site) for site in dict.fromkeys((*run.reads, *run.writes))]
+    hooks = [hook(run.model, site) for site in dict.fromkeys((*run.reads, *run.writes))]
     nested: dict[str, Any] = {}
     if isinstance(sae, MatryoshkaConfig):
         nested = {"prefix_pattern": list(sae.prefix_pattern)}
@@ -174,7 +174,7 @@ def note(run: Run, checkpoint: "Checkpoint") -> str | None:
     )
 
 
-def _hook(model: ModelConfig, site: str) -> tuple[str, str]:
+def hook(model: ModelConfig, site: str) -> tuple[str, str]:
     """TransformerLens's class of models, and its name for the rows of a site there.
 
     `hook_mlp_out` and `hook_attn_out` are taken after a norm where one follows. Names of the bridge

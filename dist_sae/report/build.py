@@ -31,6 +31,7 @@ from dist_sae.evaluation.subject import (
     subject,
     training_seconds,
 )
+from dist_sae.explaining.stored import ExplanationSet, sets
 from dist_sae.index.query import Index, index_of
 from dist_sae.index.summary import left_out
 from dist_sae.index.texts import Texts
@@ -90,6 +91,7 @@ def report(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
         [
             checkpoint and checkpoint.digest,
             index if isinstance(index, str) else digest(index.manifest),
+            [] if isinstance(index, str) else list(map(_digest, sets(index))),
             [digest(outcome) for outcome in outcomes],
             *(evaluation, history, made, dump_run(run), versions()),
         ]
@@ -127,6 +129,11 @@ def report(run: Run, meter: Meter = UNMETERED, step: int | None = None) -> str:
 def report_key(run: Run, name_suffix: str = "") -> str:
     """Key of the report in the store of runs."""
     return f"{run.name}/report/report{name_suffix}.html"
+
+
+def _digest(explanations: ExplanationSet) -> str | None:
+    record = explanations.record()
+    return digest(record) if record else None
 
 
 def _is_there(runs: ObjectStore, key: str, made_from: str) -> bool:

@@ -2,7 +2,7 @@
 
 import math
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import chain
 from typing import NamedTuple
 
@@ -11,8 +11,10 @@ import torch
 from numpy.typing import NDArray
 
 from dist_sae.data.orders import permutation
+from dist_sae.explaining.told import Told, told_of_all
+from dist_sae.index.examples import activations_near, apart, read_documents
 from dist_sae.index.query import Firing, Index, LatentPage, Output
-from dist_sae.index.texts import CONTEXT_TOKENS, Example, Place, Texts, build_example
+from dist_sae.index.texts import Example, Place, Texts, build_example
 
 _LEAST_FIRINGS = 8
 
@@ -30,6 +32,8 @@ class LatentView(NamedTuple):
     top_tokens: list[tuple[str, float]]
     """Text, and the latent's effect on the logit."""
     bottom_tokens: list[tuple[str, float]]
+    explanations: list[Told]
+    """What `dist-sae explain` found."""
 
 
 def view_latents(
@@ -53,17 +57,20 @@ def view_latents(
         CorpusError: The text is gone, or is not what the activations were made from.
     """
     pages = [index.latent(latent) for latent in latents]
-    largest = [list(_apart(page.largest))[:most_examples] if texts else [] for page in pages]
+    told = told_of_all([page.latent for page in pages], index)
+    largest = [list(apart(page.largest))[:most_examples] if texts else [] for page in pages]
     sampled = [_of_deciles(page.examples, of_decile) if texts else {} for page in pages]
     wanted = [
         [*ours, *chain.from_iterable(others.values())]
         for ours, others in zip(largest, sampled, strict=True)
     ]
     if texts:
-        _read(texts, [firing for firings in wanted for firing in firings])
+        read_documents(texts, [firing for firings in wanted for firing in firings])
     views = []
-    for page, ours, others, firings in zip(pages, largest, sampled, wanted, strict=True):
-        known = _activations(index, page.latent, firings)
+    for page, explanations, ours, others, firings in zip(
+        pages, told, largest, sampled, wanted, strict=True
+    ):
+        known = activations_near(index, page.latent, firings)
 
         def example(firing: Firing, known: Mapping[tuple[int, int], float] = known) -> Example:
             assert texts
@@ -77,6 +84,7 @@ def view_latents(
             sampled={decile: list(map(example, some)) for decile, some in others.items()},
             top_tokens=_named(page.top_tokens, texts),
             bottom_tokens=_named(page.bottom_tokens, texts),
+            explanations=explanations,
         )
         views.append(view)
     return views
@@ -109,16 +117,6 @@ def _named(outputs: Sequence[Output], texts: Texts | None) -> list[tuple[str, fl
     return [(token_text(output.token, texts), output.logit) for output in outputs]
 
 
-def _apart(firings: Iterable[Firing]) -> Iterator[Firing]:
-    """Firings whose texts do not overlap with an earlier one's."""
-    seen: dict[int, list[int]] = {}
-    for firing in firings:
-        others = seen.setdefault(firing.document, [])
-        if all(abs(firing.position - other) > 2 * CONTEXT_TOKENS for other in others):
-            others.append(firing.position)
-            yield firing
-
-
 def _of_deciles(firings: Iterable[Firing], n: int) -> dict[int, list[Firing]]:
     """The `n` largest of those kept of each decile, the highest decile first."""
     found = defaultdict[int, list[Firing]](list)
@@ -126,35 +124,3 @@ def _of_deciles(firings: Iterable[Firing], n: int) -> dict[int, list[Firing]]:
         if firing.decile >= 0:
             found[firing.decile].insert(0, firing)
     return {decile: found[decile][:n] for decile in sorted(found, reverse=True)}
-
-
-def _read(texts: Texts, firings: Iterable[Firing]) -> None:
-    """Read the documents of firings, each unit once."""
-    documents = defaultdict[int, set[int]](set)
-    for firing in firings:
-        documents[firing.unit].add(firing.document)
-    for unit in sorted(documents):
-        texts.read(unit, documents[unit])
-
-
-def _activations(
-    index: Index, latent: int, firings: Sequence[Firing]
-) -> dict[tuple[int, int], float]:
-    """Activations by document and position: of the firings, and by postings of rows near them."""
-    known = {(firing.document, firing.position): firing.act for firing in firings}
-    if not firings or not index.manifest.postings_share:
-        return known
-    units = np.unique([firing.unit for firing in firings])
-    documents = np.unique([firing.document for firing in firings])
-    for table in index.postings(latent):
-        unit_of, rows, acts = (table[name].to_numpy() for name in ("unit", "row", "act"))
-        for unit in units:
-            here = np.flatnonzero(unit_of == unit)
-            if not len(here):
-                continue
-            origins = index.origins(int(unit)).take(rows[here])
-            found = [origins[name].to_numpy() for name in ("document", "position")]
-            near = np.flatnonzero(np.isin(found[0], documents))
-            places = zip(*(column[near].tolist() for column in found), strict=True)
-            known |= dict(zip(places, acts[here][near].tolist(), strict=True))
-    return known

@@ -128,7 +128,7 @@ def one_latent(texts: Sequence[str], acts: Sequence[float], peak: int) -> Latent
         norms={},
     )
     example = Example(acts[peak], 0, peak, tokens, peak)
-    return LatentView(page, 0.75, [example], {}, [(" up<b>", 2.0)], [(" down", -1.0)])
+    return LatentView(page, 0.75, [example], {}, [(" up<b>", 2.0)], [(" down", -1.0)], [])
 
 
 def test_page_escapes_html_in_texts_and_facts() -> None:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 
 from dist_sae.commands import shared
 from dist_sae.commands.analyse import common
-from dist_sae.errors import ArgumentError, ConfigError
+from dist_sae.errors import ArgumentError
 
 if TYPE_CHECKING:
     from dist_sae.analysis.judges import Judge
@@ -114,12 +114,7 @@ def _find(run: "Run", asks: "list[tuple[int, Judge]]", sampling: "Sampling") -> 
 
     subject = open_subject(run)
     index = subject.index
-    index.check_postings()
-    if index.manifest.postings_share < 1:
-        raise ConfigError(
-            f"{index.place}: keeps the activations of a part of the rows only, and a latent that "
-            f"seems silent may have fired; make an index with index.postings: all"
-        )
+    index.check_all_postings("sensitivity")
     largest = [index.latent(latent).max for latent, _ in asks]  # an unknown one is refused here
     tokens = TokenTexts(subject.tokenizer(), [])
     judged = judge_passages(index, tokens, asks, sampling)

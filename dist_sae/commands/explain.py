@@ -1,0 +1,136 @@
+"""`dist-sae explain`: explanations of latents by a language model, and how well they predict."""
+
+import argparse
+import re
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dist_sae.commands import shared
+from dist_sae.errors import ArgumentError, ConfigError
+
+if TYPE_CHECKING:
+    from dist_sae.config import Run
+    from dist_sae.index.query import Index
+
+_COUNTS = (
+    ("--tokens", "tokens of a passage", 32),
+    ("--shown", "active passages that the explainer sees", 20),
+    ("--per-decile", "active passages of each decile that are judged", 2),
+    ("--silent", "silent passages that are judged, and as many near misses", 20),
+    ("--at-once", "passages judged in a request", 10),
+    ("--most-tokens", "longest answer, in tokens", 500),
+)
+"""Options that are numbers from 1: meaning and default."""
+
+
+def add(commands: shared.Commands) -> None:
+    """Add the command."""
+    text = (
+        "explain latents by a language model, and judge each explanation on passages that it was "
+        "not made from; sends nothing without --endpoint and --yes"
+    )
+    parser = shared.add_command(commands, "explain", main, text)
+    parser.add_argument("--index", metavar="NAME", help="name of the index (default: the newest)")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument(
+        "--latents", type=int, nargs="+", metavar="N", help="these (default: those of the report)"
+    )
+    which.add_argument("--all", action="store_true", help="all latents that fire")
+    which.add_argument(
+        "--from-delphi",
+        type=Path,
+        metavar="FOLDER",
+        help="read what delphi found on an export of the index: a folder of its results; asks "
+        "nobody",
+    )
+    shared.add_endpoint(parser)
+    parser.add_argument(
+        "--judge", metavar="FILE", help="the endpoint that judges (default: the one that explains)"
+    )
+    parser.add_argument(
+        "--name",
+        metavar="NAME",
+        help="of this set of explanations (default: after the model, or delphi)",
+    )
+    for option, what, default in _COUNTS:
+        parser.add_argument(
+            option, type=int, metavar="N", default=default, help=f"{what} (default: {default})"
+        )
+
+
+def main(options: argparse.Namespace) -> None:
+    """Estimate, or explain."""
+    run = shared.load(options)
+    for option, _, _ in _COUNTS:
+        if getattr(options, option.strip("-").replace("-", "_")) < 1:
+            raise ArgumentError(f"{option}: must be 1 at least")
+    from dist_sae.index.query import Index
+    from dist_sae.storage import open_store
+
+    index = Index(open_store(run.store.runs, run.store.s3), run.name, options.index)
+    found = _from_delphi(options, index) if options.from_delphi else _explained(options, run, index)
+    if found is not None:
+        shared.print_result(options, found)
+
+
+def _explained(options: argparse.Namespace, run: "Run", index: "Index") -> dict[str, Any] | None:
+    """Explain; None if that has not been agreed to."""
+    from dist_sae.data.plan import load_plan
+    from dist_sae.explaining.explain import Plan, count, explain
+    from dist_sae.explaining.passages import Drawer, Wanted
+    from dist_sae.explaining.stored import ExplanationSet
+    from dist_sae.index.texts import Texts
+    from dist_sae.storage import open_store
+
+    explainer = shared.open_endpoint(options, run)
+    judge = shared.open_endpoint(options, run, options.judge) if options.judge else explainer
+    index.check_all_postings("explain")
+    wanted = Wanted(options.tokens, options.shown, options.per_decile, options.silent)
+    plan = Plan(wanted, options.at_once, options.most_tokens, run.train.seed)
+    found = ExplanationSet(index, options.name or _as_name(explainer.model))
+    made = plan.made(index, explainer.model, judge.model)
+    found.check(made)
+    latents = _latents(options, run, index)
+    texts = Texts(run, load_plan(open_store(run.store.activations, run.store.s3), run))
+    drawer = Drawer(index, texts, wanted, plan.seed)
+    asked, judging = count(drawer, plan, latents, explainer)
+    if judge is explainer:
+        may = shared.agree(options, explainer, asked + judging)
+    else:
+        mays = [shared.agree(options, explainer, asked), shared.agree(options, judge, judging)]
+        may = all(mays)
+    if not may:
+        return None
+    outcome = explain(drawer, plan, latents, explainer, judge, found, made)
+    return {"explanations": found.place, **outcome._asdict()}
+
+
+def _latents(options: argparse.Namespace, run: "Run", index: "Index") -> list[int]:
+    from dist_sae.report.latents import choose_latents
+
+    if options.all:
+        return [latent for latent, n in enumerate(index.firings.tolist()) if n]
+    if options.latents:
+        latents = sorted(set(options.latents))
+        for latent in latents:
+            index.examples(latent)  # an unknown one is refused here
+        return latents
+    return choose_latents(index.firings, run.evaluate.latents, run.train.seed)
+
+
+def _from_delphi(options: argparse.Namespace, index: "Index") -> dict[str, Any]:
+    from dist_sae.explaining.explain import outcome
+    from dist_sae.explaining.from_delphi import LIBRARY, made_by_delphi, read_delphi
+    from dist_sae.explaining.stored import ExplanationSet
+
+    if options.endpoint or options.yes or options.judge:
+        raise ConfigError("--from-delphi: asks nobody; leave --endpoint, --judge and --yes out")
+    found = ExplanationSet(index, options.name or LIBRARY)
+    read = read_delphi(options.from_delphi, index)
+    found.add(made_by_delphi(index), read)
+    return {"explanations": found.place, **outcome(read)._asdict()}
+
+
+def _as_name(model: str) -> str:
+    """A model's name as that of a set."""
+    return re.sub(r"[^a-z0-9.]+", "-", model.lower()).strip("-.") or "model"

@@ -1,0 +1,189 @@
+"""Explains latents and judges the explanations, by language models behind endpoints.
+
+Answers are kept (`endpoint/answers.py`), and passages follow from the seed. So whatever stops the
+program, the same command asks only what is left.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from dist_sae.endpoint.answers import Answer, Endpoint, Question
+from dist_sae.explaining.passages import Drawer, Drawn, Passage, Wanted
+from dist_sae.explaining.prompts import (
+    VERSION,
+    explain_messages,
+    judge_messages,
+    read_explanation,
+    read_verdicts,
+)
+from dist_sae.explaining.scoring import Judged, score
+from dist_sae.explaining.stored import Explained, ExplanationSet, Made
+from dist_sae.index.query import Index
+
+LEAST_ACTIVE = 10
+"""Passages in which a latent must be active to be explained."""
+LATENTS = 64
+"""Latents that are explained, judged and stored before the next."""
+_GUESS = "g" * 120  # counted in place of an explanation that nobody has given yet
+_TOO_RARE = f"active in fewer than {LEAST_ACTIVE} passages"
+_UNREADABLE = "the answer has no explanation"
+
+
+class Plan(NamedTuple):
+    """What is asked."""
+
+    wanted: Wanted = Wanted()
+    at_once: int = 10
+    """Passages that are judged in a request."""
+    most_tokens: int = 500
+    """Longest answer; what a model thinks before it may be of it."""
+    seed: int = 0
+
+    def made(self, index: Index, explainer: str, judge: str) -> Made:
+        """How a set is made by it."""
+        return Made(
+            explainer=explainer,
+            judge=judge,
+            checkpoint=index.manifest.checkpoint,
+            prompts=VERSION,
+            settings={**self.wanted._asdict(), "at_once": self.at_once},
+            seed=self.seed,
+        )
+
+
+class Outcome(NamedTuple):
+    """What was found."""
+
+    latents: int
+    explained: int
+    too_rare: int
+    """Latents that are active in too few passages."""
+    unreadable: int
+    """Latents whose explanation could not be read."""
+    unanswered_passages: int
+    """Passages of the others without a verdict that can be read."""
+    mean_balanced_accuracy: float | None
+
+
+class _Latent(NamedTuple):
+    """A latent at work."""
+
+    latent: int
+    drawn: Drawn
+    explanation: str | None = None
+
+
+def count(
+    drawer: Drawer, plan: Plan, latents: Sequence[int], explainer: Endpoint
+) -> tuple[list[Question], list[Question]]:
+    """The questions to the explainer and to the judge, for an estimate.
+
+    Where no explanation is kept yet, questions to the judge have a text of usual length in its
+    place.
+    """
+    working = list(_drawn(drawer, latents))
+    asked = [_explaining(each, plan) for each in working]
+    judging: list[Question] = []
+    for each, answer in zip(working, explainer.kept(asked), strict=True):
+        explanation = _GUESS if answer is None else read_explanation(answer.text)
+        if explanation is not None:
+            questions = _judging(each._replace(explanation=explanation), plan)
+            judging += [question for question, _ in questions]
+    return asked, judging
+
+
+def explain(
+    drawer: Drawer,
+    plan: Plan,
+    latents: Sequence[int],
+    explainer: Endpoint,
+    judge: Endpoint,
+    found: ExplanationSet,
+    made: Made,
+) -> Outcome:
+    """Explain latents, judge the explanations, and store both.
+
+    Args:
+        drawer: Draws passages.
+        plan: What is asked.
+        latents: Numbers of latents.
+        explainer: Explains.
+        judge: Judges.
+        found: Takes the explanations.
+        made: How these are made.
+
+    Raises:
+        ConfigError: The set is made in another way.
+        EndpointUnavailableError: An endpoint does not answer now; the same command goes on.
+        EndpointError: It refuses.
+    """
+    found.check(made)
+    stored: list[Explained] = []
+    for first in range(0, len(latents), LATENTS):
+        some = latents[first : first + LATENTS]
+        working = {each.latent: each for each in _drawn(drawer, some)}
+        answers = explainer.ask([_explaining(e, plan) for e in working.values()], "explain")
+        for each, answer in zip(list(working.values()), answers, strict=True):
+            explanation = read_explanation(answer.text)
+            working[each.latent] = each._replace(explanation=explanation)
+        told = [each for each in working.values() if each.explanation is not None]
+        batches = [(each.latent, *asked) for each in told for asked in _judging(each, plan)]
+        verdicts = judge.ask([question for _, question, _ in batches], "judge")
+        judged: dict[int, list[Judged]] = {each.latent: [] for each in told}
+        for (latent, _, passages), answer in zip(batches, verdicts, strict=True):
+            judged[latent] += _judged(passages, answer)
+        new = [_explained(latent, working.get(latent), judged.get(latent, ())) for latent in some]
+        found.add(made, new)
+        stored += new
+    return outcome(stored)
+
+
+def _drawn(drawer: Drawer, latents: Sequence[int]) -> Iterator[_Latent]:
+    """Draw the passages of latents that are active in enough of them."""
+    for latent in latents:
+        drawn = drawer.draw(latent)
+        if drawn.active >= LEAST_ACTIVE:
+            yield _Latent(latent, drawn)
+
+
+def _explaining(each: _Latent, plan: Plan) -> Question:
+    return Question(explain_messages(each.drawn.shown), plan.most_tokens)
+
+
+def _judging(each: _Latent, plan: Plan) -> Iterator[tuple[Question, list[Passage]]]:
+    """The questions to the judge, with the passages that each is about."""
+    assert each.explanation is not None
+    for first in range(0, len(each.drawn.judged), plan.at_once):
+        passages = each.drawn.judged[first : first + plan.at_once]
+        messages = judge_messages(each.explanation, passages)
+        yield Question(messages, plan.most_tokens), passages
+
+
+def _judged(passages: Sequence[Passage], answer: Answer) -> Iterator[Judged]:
+    verdicts = read_verdicts(answer.text, len(passages))
+    for passage, yes in zip(passages, verdicts or len(passages) * (None,), strict=True):
+        yield Judged(passage.kind, passage.decile, yes, passage.document, passage.position)
+
+
+def _explained(latent: int, each: _Latent | None, judged: Sequence[Judged]) -> Explained:
+    if each is None:
+        return Explained(latent, None, _TOO_RARE, ())
+    if each.explanation is None:
+        return Explained(latent, None, _UNREADABLE, ())
+    return Explained(latent, each.explanation, "", judged)
+
+
+def outcome(stored: Sequence[Explained]) -> Outcome:
+    """Count what was found."""
+    scores = [score(each.judged) for each in stored if each.explanation is not None]
+    known = [told.balanced_accuracy for told in scores if told.balanced_accuracy is not None]
+    return Outcome(
+        latents=len(stored),
+        explained=len(scores),
+        too_rare=sum(each.why_none == _TOO_RARE for each in stored),
+        unreadable=sum(each.why_none == _UNREADABLE for each in stored),
+        unanswered_passages=sum(told.unanswered for told in scores),
+        mean_balanced_accuracy=float(np.mean(known)) if known else None,
+    )

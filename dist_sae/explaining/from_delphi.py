@@ -1,0 +1,99 @@
+"""Explanations and detection scores that delphi (eai-delphi 0.1.3) made from our cache of an index.
+
+    explanations/<site>_latent<n>.txt        a JSON string
+    scores/detection/<site>_latent<n>.txt    a JSON list; of each example `activating`, the tenth or
+                                             the distance of a neighbour (`distance`), `prediction`
+
+in a run's folder under `results/`.
+"""
+
+import json
+import re
+from pathlib import Path
+from typing import Any
+
+from dist_sae.errors import ConfigError
+from dist_sae.explaining.scoring import Judged
+from dist_sae.explaining.stored import Explained, Made
+from dist_sae.index.layout import DECILES
+from dist_sae.index.query import Index
+
+LIBRARY = "delphi"
+_UNREAD = {"Explanation could not be parsed.", "No explanation found"}
+_NO_NEIGHBOUR = -1.0
+
+
+def made_by_delphi(index: Index) -> Made:
+    """The manifest of a set that delphi made."""
+    return Made(
+        explainer=LIBRARY,
+        judge=LIBRARY,
+        checkpoint=index.manifest.checkpoint,
+        prompts=0,
+    )
+
+
+def read_delphi(folder: Path, index: Index) -> list[Explained]:
+    """Read what delphi says of an index's latents, ascending.
+
+    Args:
+        folder: A run's folder, which has `explanations/`.
+        index: The index that its cache was exported from.
+
+    Raises:
+        ConfigError: There are none of this site, or a file cannot be read.
+    """
+    site = index.manifest.site
+    shape = re.compile(re.escape(site) + r"_latent(\d+)\.txt", re.ASCII)
+    files = {
+        int(found[1]): file
+        for file in (folder / "explanations").glob("*.txt")
+        if (found := shape.fullmatch(file.name))
+    }
+    if not files:
+        raise ConfigError(
+            f"{folder}: has no explanations/{site}_latent<n>.txt; name the folder of one run, "
+            f"below delphi's results/"
+        )
+    if (most := max(files)) >= index.n_latents:
+        raise ConfigError(
+            f"{files[most]}: the index has latents 0 to {index.n_latents - 1}; is it of another "
+            f"dictionary?"
+        )
+    return [_explained(latent, files[latent], folder) for latent in sorted(files)]
+
+
+def _explained(latent: int, file: Path, folder: Path) -> Explained:
+    text = _json(file)
+    if not isinstance(text, str):
+        raise ConfigError(f"{file}: is no JSON string")
+    if text in _UNREAD:
+        return Explained(latent, None, text, ())
+    scores = folder / "scores" / "detection" / file.name
+    examples = _json(scores) if scores.exists() else []
+    if not isinstance(examples, list):
+        raise ConfigError(f"{scores}: is no JSON list")
+    return Explained(latent, text, "", [_judged(scores, each) for each in examples])
+
+
+def _judged(file: Path, example: Any) -> Judged:
+    try:
+        active, said, distance = (
+            example[name] for name in ("activating", "prediction", "distance")
+        )
+        yes = None if said is None else bool(said)
+        if active:
+            tenth = int(distance)
+            return Judged("active", tenth if 0 <= tenth < DECILES else None, yes)
+        return Judged("random" if distance == _NO_NEIGHBOUR else "near", None, yes)
+    except (KeyError, TypeError, ValueError) as exc:
+        raise ConfigError(
+            f"{file}: an example lacks {exc}; delphi 0.1.3 writes activating, prediction, distance"
+        ) from exc
+
+
+def _json(file: Path) -> Any:
+    try:
+        return json.loads(file.read_bytes())
+    except (OSError, ValueError) as exc:
+        raise ConfigError(f"{file}: cannot be read: {exc}") from exc

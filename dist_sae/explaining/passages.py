@@ -1,0 +1,252 @@
+"""Passages on which a latent is explained, and others on which its explanation is judged.
+
+A passage is a piece of `tokens` tokens of what the model was given at once. The judge gets active
+passages of each tenth (decile) of those in which the latent fires, sorted by their largest
+activation; silent ones by chance; and silent ones in which a latent fires that is near by decoder
+direction (near misses). Of the other active passages the explainer sees the most active ones, and
+some of each decile. All choices follow from the seed, the latent and the index.
+
+The passages come from at most `UNITS` units, so that the cost does not grow with the index.
+"""
+
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+from dist_sae.errors import CorpusError
+from dist_sae.explaining.scoring import Kind
+from dist_sae.index.layout import DECILES
+from dist_sae.index.query import Index
+from dist_sae.index.texts import Texts, token_texts
+
+UNITS = 64
+"""Units from which passages are drawn."""
+NEAR_LATENTS = 5
+"""Latents whose passages are near misses."""
+_CELL_BITS = 31  # of a passage's number within its document
+
+Ints = NDArray[np.int64]
+
+
+class Wanted(NamedTuple):
+    """How many passages, of which length."""
+
+    tokens: int = 32
+    shown: int = 20
+    """Passages for the explainer: half the most active ones, half of each decile."""
+    per_decile: int = 2
+    """Active passages of each decile for the judge."""
+    silent: int = 20
+    """Silent passages for the judge by chance, and as many near misses."""
+
+
+class Passage(NamedTuple):
+    """Some text, and what the latent does on it."""
+
+    document: int
+    position: int
+    """Position of the first token in the document."""
+    decile: int | None
+    """From 0, the least active tenth; None where the latent is silent."""
+    kind: Kind
+    tokens: list[str]
+    acts: list[float]
+
+    @property
+    def text(self) -> str:
+        """The text alone."""
+        return "".join(self.tokens)
+
+
+class Drawn(NamedTuple):
+    """Passages of a latent."""
+
+    shown: list[Passage]
+    """The most active first."""
+    judged: list[Passage]
+    """In random order."""
+    active: int
+    """Passages in which the latent is active, in the units that passages are drawn from."""
+
+
+class _Cell(NamedTuple):
+    number: int
+    kind: Kind
+    decile: int | None
+
+
+class Drawer:
+    """Draws passages of an index.
+
+    Args:
+        index: With all postings.
+        texts: Of its run.
+        wanted: Which passages.
+        seed: Decides all choices.
+
+    Raises:
+        CorruptObjectError: The index is damaged.
+    """
+
+    def __init__(self, index: Index, texts: Texts, wanted: Wanted, seed: int) -> None:
+        self._index, self._texts, self._wanted, self._seed = index, texts, wanted, seed
+        units = np.array(index.manifest.units)
+        if len(units) > UNITS:
+            units = np.sort(np.random.default_rng(seed).choice(units, UNITS, replace=False))
+        within, length = texts.context_tokens, wanted.tokens
+        self._pieces = -(-within // length)
+        self._of_row: dict[int, Ints] = {}
+        keys: list[Ints] = []
+        sizes: list[Ints] = []
+        unit_of: list[Ints] = []
+        first = 0
+        for unit in units.tolist():
+            rows = index.origins(unit)
+            position, document = (rows[name].to_numpy() for name in ("position", "document"))
+            context, place = np.divmod(position.astype(np.int64), within)
+            key = document << _CELL_BITS | context * self._pieces + place // length
+            found, of_row, counts = np.unique(key, return_inverse=True, return_counts=True)
+            self._of_row[unit] = of_row.reshape(-1) + first
+            first += len(found)
+            keys.append(found)
+            sizes.append(counts)
+            unit_of.append(np.full(len(found), unit))
+        none = [np.empty(0, np.int64)]
+        self._keys, self._sizes, self._unit_of = (
+            np.concatenate(none + parts) for parts in (keys, sizes, unit_of)
+        )
+
+    def draw(self, latent: int) -> Drawn:
+        """Draw the passages of a latent; fewer than wanted where there are fewer.
+
+        Raises:
+            LatentNotFoundError: There is no such latent.
+            CorpusError: The text is not what the activations were made from.
+            CorruptObjectError: The index is damaged.
+        """
+        wanted, chance = self._wanted, np.random.default_rng((self._seed, latent))
+        largest = self._largest(latent)
+        able = 2 * self._sizes >= wanted.tokens  # short ends of documents say little
+        active = np.flatnonzero((largest > 0) & able)
+        active = active[np.argsort(largest[active], kind="stable")]
+        decile = np.arange(len(active)) * DECILES // max(1, len(active))
+        for_judge, shown = _split(decile, wanted, chance)
+        judged = [_Cell(int(active[i]), "active", int(decile[i])) for i in for_judge]
+        silent = np.flatnonzero((largest == 0) & able)
+        near = self._near(latent, silent, chance)
+        others = np.setdiff1d(silent, near)
+        by_chance = chance.permutation(others)[: wanted.silent]
+        judged += [_Cell(int(cell), "random", None) for cell in by_chance]
+        judged += [_Cell(int(cell), "near", None) for cell in near]
+        judged = [judged[i] for i in chance.permutation(len(judged))]
+        cells = [_Cell(int(active[i]), "active", int(decile[i])) for i in shown] + judged
+        passages = self._passages(latent, cells)
+        return Drawn(passages[: len(shown)], passages[len(shown) :], len(active))
+
+    def _firings(self, latent: int) -> Iterator[tuple[int, Ints, NDArray[np.float32]]]:
+        """Unit, rows and activations of the latent's firings in the units."""
+        for table in self._index.postings(latent):
+            unit_of, rows, acts = (table[name].to_numpy() for name in ("unit", "row", "act"))
+            for unit in np.intersect1d(unit_of, list(self._of_row)).tolist():
+                here = unit_of == unit
+                yield unit, rows[here].astype(np.int64), acts[here]
+
+    def _largest(self, latent: int) -> NDArray[np.float32]:
+        """The largest activation in each passage."""
+        found = np.zeros(len(self._keys), np.float32)
+        for unit, rows, acts in self._firings(latent):
+            np.maximum.at(found, self._of_row[unit][rows], acts)
+        return found
+
+    def _near(self, latent: int, silent: Ints, chance: np.random.Generator) -> Ints:
+        """Silent passages in which near latents fire most, as many of each latent."""
+        page, chosen = self._index.latent(latent), list[int]()
+        others = [near.latent for near in page.nearest[:NEAR_LATENTS] if near.cosine > 0]
+        lists = []
+        for other in others:
+            acts = self._largest(other)[silent]
+            order = chance.permutation(len(silent))  # ties are no bias
+            order = order[np.argsort(-acts[order], kind="stable")]
+            lists.append(silent[order[acts[order] > 0]].tolist())
+        while any(lists) and len(chosen) < self._wanted.silent:
+            for cells in lists:
+                while cells and cells[0] in chosen:
+                    cells.pop(0)
+                if cells and len(chosen) < self._wanted.silent:
+                    chosen.append(cells.pop(0))
+        return np.array(chosen, np.int64)
+
+    def _passages(self, latent: int, cells: Sequence[_Cell]) -> list[Passage]:
+        """The texts of passages, with the latent's activations."""
+        acts: dict[int, dict[int, float]] = {cell.number: {} for cell in cells}
+        for unit, rows, values in self._firings(latent):
+            position = self._index.origins(unit)["position"].to_numpy()
+            of_row = self._of_row[unit][rows]
+            for i in np.flatnonzero(np.isin(of_row, list(acts))).tolist():
+                acts[int(of_row[i])][int(position[rows[i]])] = float(values[i])
+        documents = self._keys >> _CELL_BITS
+        for unit in np.unique([self._unit_of[cell.number] for cell in cells]).tolist():
+            here = [cell.number for cell in cells if self._unit_of[cell.number] == unit]
+            self._texts.read(unit, documents[here].tolist())
+            self._check(unit, here)
+        return [self._passage(cell, acts[cell.number]) for cell in cells]
+
+    def _check(self, unit: int, cells: Sequence[int]) -> None:
+        """Make sure that the text has the tokens that the activations were made from."""
+        rows = np.flatnonzero(np.isin(self._of_row[unit], cells))
+        table = self._index.origins(unit).take(rows)
+        for token, position, document in zip(*(c.to_pylist() for c in table.columns), strict=True):
+            ids = self._texts.tokens(document)
+            if position >= len(ids) or ids[position] != token:
+                raise CorpusError(
+                    f"corpus: document {document} is not the text that the activations were made "
+                    f"from; restore the files that the plan names"
+                )
+
+    def _passage(self, cell: _Cell, acts: dict[int, float]) -> Passage:
+        document, place = divmod(int(self._keys[cell.number]), 1 << _CELL_BITS)
+        context, piece = divmod(place, self._pieces)
+        ids, within = self._texts.tokens(document), self._texts.context_tokens
+        first = context * within + piece * self._wanted.tokens
+        last = min(first + self._wanted.tokens, (context + 1) * within, len(ids))
+        tokens: list[str] = []
+        values: list[float] = []
+        window = range(first, last)
+        for position, text in zip(
+            window, token_texts(ids, window, self._texts.tokenizer), strict=True
+        ):
+            act = acts.get(position, 0.0)
+            if text or not tokens:
+                tokens.append(text)
+                values.append(act)
+            else:  # the token before has already shown its text
+                values[-1] = max(values[-1], act)
+        return Passage(document, first, cell.decile, cell.kind, tokens, values)
+
+
+def _split(decile: Ints, wanted: Wanted, chance: np.random.Generator) -> tuple[Ints, Ints]:
+    """Places of active passages, which are sorted by activation, for the judge and the explainer.
+
+    The judge's come first, evenly of each decile, but no more than half: so deciles of few passages
+    are judged too. Of the others the explainer gets the most active ones, then some of each decile.
+    """
+    places = np.arange(len(decile))
+    n = min(DECILES * wanted.per_decile, len(places) // 2)
+    judged = _evenly(places, decile, chance)[:n]
+    left = np.setdiff1d(places, judged)
+    top = left[::-1][: -(-wanted.shown // 2)]
+    left = np.setdiff1d(left, top)
+    spread = _evenly(left, decile, chance)[: wanted.shown - len(top)]
+    return judged, np.concatenate([top, np.sort(spread)[::-1]])
+
+
+def _evenly(places: Ints, decile: Ints, chance: np.random.Generator) -> Ints:
+    """Order places so that any first few have equal numbers of each decile, as far as there are."""
+    order = chance.permutation(places)
+    turns = np.empty(len(order), np.int64)
+    for d in range(DECILES):
+        here = decile[order] == d
+        turns[here] = np.arange(here.sum())
+    return order[np.argsort(turns, kind="stable")]

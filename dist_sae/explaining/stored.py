@@ -1,0 +1,226 @@
+"""Explanations beside the index that they are of.
+
+    <index>/explanations/<name>.json              sealed: who explains and judges, and the table
+                         <name>-<sha256>.parquet  a line for each latent, ascending
+
+What a language model answered is kept by `endpoint/answers.py`, so a table that is lost is made
+again without asking.
+"""
+
+import re
+from collections.abc import Iterable, Sequence
+from typing import Any, Literal, NamedTuple
+
+import pyarrow as pa
+from pydantic import Field
+
+from dist_sae.errors import ArgumentError, ConfigError, ObjectNotFoundError
+from dist_sae.explaining.scoring import KINDS, Judged, score
+from dist_sae.index.layout import Stored, read_table, store_table, to_parquet
+from dist_sae.index.query import Index
+from dist_sae.index.ranged import LatentTable
+from dist_sae.storage.own import OwnKeys
+from dist_sae.storage.records import Record, read_record, seal
+
+_GROUP_ROWS = 256
+_NAME = r"(?P<name>[a-z0-9][a-z0-9.-]*)\.json"
+
+
+class Made(Record):
+    """How a set of explanations is made."""
+
+    explainer: str
+    """Name of the model that explains, or of the library that the set was read from."""
+    judge: str
+    checkpoint: str
+    """Digest of the checkpoint."""
+    prompts: int
+    """Version of the prompts; 0: another library's."""
+    settings: dict[str, int] = Field(default_factory=dict)
+    """Passages, and how many are judged at once."""
+    seed: int = 0
+
+
+class SetRecord(Record):
+    """`<name>.json`."""
+
+    schema_version: Literal[1] = 1
+    made: Made
+    table: Stored
+
+
+class Explained(NamedTuple):
+    """What is known of a latent."""
+
+    latent: int
+    explanation: str | None
+    why_none: str
+    """Why there is no explanation; empty if there is one."""
+    judged: Sequence[Judged]
+
+
+class ExplanationSet:
+    """A set of explanations of an index.
+
+    Args:
+        index: The index.
+        name: Of the set.
+
+    Raises:
+        ArgumentError: It can be no name.
+    """
+
+    def __init__(self, index: Index, name: str) -> None:
+        if not re.fullmatch(_NAME, f"{name}.json", re.ASCII):
+            raise ArgumentError(f"--name {name}: use lower-case letters, digits, '-' and '.'")
+        self.name = name
+        self._store = index.store
+        self._folder = _folder(index)
+        self._key = f"{self._folder}{name}.json"
+        self._record: SetRecord | None = None
+        self._table: LatentTable | None = None
+
+    @property
+    def place(self) -> str:
+        """Path or URL of its record."""
+        return f"{self._store.url}/{self._key}"
+
+    def record(self) -> SetRecord | None:
+        """Its record; None if there is none yet.
+
+        Raises:
+            CorruptObjectError: It is damaged.
+        """
+        if self._record is None:
+            try:
+                self._record = read_record(
+                    SetRecord, self._store, self._key, f"delete {self.place}", self._folder
+                )
+            except ObjectNotFoundError:
+                return None
+            self._table = LatentTable(self._store, self._record.table)
+        return self._record
+
+    def check(self, made: Made) -> None:
+        """Make sure that the set may take what is made so.
+
+        Raises:
+            ConfigError: It exists, and is made in another way.
+        """
+        there = self.record()
+        for field in Made.model_fields if there else ():
+            assert there is not None
+            was, now = getattr(there.made, field), getattr(made, field)
+            if was != now:
+                raise ConfigError(
+                    f"{self.place}: was made with {field} {_shown(was)}, not {_shown(now)}; give "
+                    f"this one a name of its own (--name)"
+                )
+
+    def add(self, made: Made, explained: Iterable[Explained]) -> None:
+        """Add explanations, in place of those of the same latents.
+
+        Raises:
+            ConfigError: The set is made in another way.
+        """
+        self.check(made)
+        there = self.record()
+        rows = {each.latent: _row(each) for each in explained}
+        if there is not None:
+            old = read_table(self._store, there.table).to_pylist()
+            rows = {row["latent"]: row for row in old} | rows
+        table = pa.Table.from_pylist([rows[latent] for latent in sorted(rows)], schema=_TABLE)
+        stem = f"{self._folder}{self.name}"
+        stored = store_table(self._store, stem, to_parquet(table, _GROUP_ROWS))
+        self._store.put(self._key, seal(SetRecord(made=made, table=stored)))
+        if there is not None and there.table.key != stored.key:
+            self._store.delete(there.table.key)
+        self._record = None
+
+    def get(self, latent: int) -> Explained | None:
+        """Read what is known of a latent; None if nothing is.
+
+        Raises:
+            CorruptObjectError: The set is damaged.
+        """
+        if self.record() is None or self._table is None:
+            return None
+        rows = pa.concat_tables(self._table.of(latent)).to_pylist()
+        return _explained(rows[0]) if rows else None
+
+    def all(self) -> list[Explained]:
+        """Read what is known of all latents; raises as `get` does."""
+        there = self.record()
+        return [] if there is None else list(map(_explained, self.table().to_pylist()))
+
+    def table(self) -> pa.Table:
+        """The table, of a set that exists; raises as `get` does."""
+        there = self.record()
+        assert there is not None
+        return read_table(self._store, there.table)
+
+
+def sets(index: Index) -> list[ExplanationSet]:
+    """The sets of explanations of an index."""
+    keys = OwnKeys(_folder(index), _NAME)
+    found = (keys.parse(key) for key in index.store.keys(_folder(index)))
+    return [ExplanationSet(index, match["name"]) for match in found if match]
+
+
+def _folder(index: Index) -> str:
+    return f"{index.folder.prefix}explanations/"
+
+
+def _shown(value: object) -> str:
+    if isinstance(value, dict):
+        return " ".join(f"{key}={one}" for key, one in sorted(value.items()))
+    return str(value)
+
+
+_NUMBERS = ("balanced_accuracy", "low", "high", "f1", "near_specificity")
+_TABLE = pa.schema(
+    [
+        ("latent", pa.int32()),
+        ("explanation", pa.string()),
+        ("why_none", pa.string()),
+        *((name, pa.float64()) for name in _NUMBERS),
+        *((f"{kind}_{what}", pa.int32()) for kind in KINDS for what in ("yes", "passages")),
+        ("unanswered", pa.int32()),
+        (
+            "judged",
+            pa.list_(
+                pa.struct(
+                    [
+                        ("kind", pa.string()),
+                        ("decile", pa.int8()),
+                        ("yes", pa.bool_()),
+                        ("document", pa.int64()),
+                        ("position", pa.int32()),
+                    ]
+                )
+            ),
+        ),
+    ]
+)
+"""Columns of the table: first those for readers, then all that was judged."""
+
+
+def _row(each: Explained) -> dict[str, Any]:
+    told = score(each.judged)
+    row: dict[str, Any] = {
+        "latent": each.latent,
+        "explanation": each.explanation,
+        "why_none": each.why_none,
+        "unanswered": told.unanswered,
+        "judged": [judged._asdict() for judged in each.judged],
+        **{name: getattr(told, name) for name in _NUMBERS},
+    }
+    for kind in KINDS:
+        said = getattr(told, kind)
+        row |= {f"{kind}_yes": said.yes, f"{kind}_passages": said.of}
+    return row
+
+
+def _explained(row: dict[str, Any]) -> Explained:
+    judged = [Judged(**each) for each in row["judged"]]
+    return Explained(row["latent"], row["explanation"], row["why_none"], judged)

@@ -1,0 +1,126 @@
+"""Which passages a latent is explained and judged on."""
+
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from dist_sae.config import Run
+from dist_sae.data.plan import load_plan
+from dist_sae.errors import CorpusError
+from dist_sae.explaining.passages import Drawer, Drawn, Wanted
+from dist_sae.index.query import Index
+from dist_sae.index.texts import Texts
+from dist_sae.storage import open_store
+from tests.explaining.words import FIRES_ON, LENGTH, documents, word, words_run
+
+WANTED = Wanted(tokens=LENGTH, shown=20, per_decile=2, silent=15)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Run:
+    return words_run(tmp_path_factory.mktemp("words"))
+
+
+def drawer(run: Run, wanted: Wanted = WANTED, seed: int = 0) -> Drawer:
+    texts = Texts(run, load_plan(open_store(run.store.activations), run))
+    return Drawer(Index(open_store(run.store.runs), run.name), texts, wanted, seed)
+
+
+@pytest.fixture(scope="module")
+def drawn(run: Run) -> list[Drawn]:
+    made = drawer(run)
+    return [made.draw(latent) for latent in range(len(FIRES_ON))]
+
+
+def largest(latent: int, document: list[int]) -> float:
+    return max(FIRES_ON[latent].get(n, 0.0) for n in document)
+
+
+def test_passages_have_the_text_and_the_activations(drawn: list[Drawn]) -> None:
+    for latent, found in enumerate(drawn):
+        for passage in (*found.shown, *found.judged):
+            words = documents()[passage.document]
+            assert passage.position == 0
+            assert passage.tokens == [f" {word(n)}" for n in words]
+            expected = [FIRES_ON[latent].get(n, 0.0) for n in words]
+            np.testing.assert_allclose(passage.acts, expected, rtol=1e-3)
+
+
+def test_no_passage_is_both_shown_and_judged(drawn: list[Drawn]) -> None:
+    for latent, found in enumerate(drawn):
+        places = [passage.document for passage in (*found.shown, *found.judged)]
+        assert len(places) == len(set(places)), latent
+
+
+def test_active_passages_are_drawn_evenly_from_deciles(drawn: list[Drawn]) -> None:
+    """60 documents fire latent 0: the 30 with w11 are the deciles 0 to 4, by 30 ties of 1."""
+    active = [passage for passage in drawn[0].judged if passage.kind == "active"]
+    assert Counter(passage.decile for passage in active) == dict.fromkeys(range(10), 2)
+    for passage in active:
+        assert passage.decile is not None
+        assert largest(0, documents()[passage.document]) == (1.0 if passage.decile < 5 else 2.0)
+    assert drawn[0].active == 60
+
+
+def test_the_explainer_sees_the_most_active_first_and_some_of_each_decile(
+    drawn: list[Drawn],
+) -> None:
+    """40 passages are left by the judge, 4 of each decile. The ten of largest activation are of the
+    deciles 7, 8 and 9; of the other eight deciles there is one each, and two more."""
+    acts = [max(passage.acts) for passage in drawn[0].shown]
+    assert acts == sorted(acts, reverse=True)
+    assert len(acts) == 20
+    counts = Counter(passage.decile for passage in drawn[0].shown)
+    assert set(counts) == set(range(10))
+    assert (counts[8], counts[9]) == (4, 4)
+    assert 5 <= sum(counts[decile] for decile in range(5)) <= 7
+
+
+def test_silent_passages_are_silent_and_near_misses_fire_a_near_latent(drawn: list[Drawn]) -> None:
+    found = {kind: [p for p in drawn[0].judged if p.kind == kind] for kind in ("random", "near")}
+    assert (len(found["random"]), len(found["near"])) == (15, 15)
+    for kind, passages in found.items():
+        for passage in passages:
+            assert largest(0, documents()[passage.document]) == 0, kind
+    # latents 2 and 5 are near, 5 everywhere: half of the near misses fire latent 2
+    assert sum(13 in documents()[p.document] for p in found["near"]) >= 7
+
+
+def test_half_of_few_passages_are_judged(drawn: list[Drawn]) -> None:
+    """Nine documents fire latent 3: four are judged, of other deciles, and five are shown."""
+    active = [passage for passage in drawn[3].judged if passage.kind == "active"]
+    assert (len(active), len(drawn[3].shown), drawn[3].active) == (4, 5, 9)
+    assert len({passage.decile for passage in active}) == 4
+
+
+def test_a_latent_that_is_never_or_always_active_lacks_passages_of_a_kind(
+    drawn: list[Drawn],
+) -> None:
+    assert (drawn[4].shown, {p.kind for p in drawn[4].judged}) == ([], {"random"})
+    assert {p.kind for p in drawn[5].judged} == {"active"}
+
+
+def test_the_same_passages_are_drawn_again(run: Run, drawn: list[Drawn]) -> None:
+    again = drawer(run)
+    assert [again.draw(latent) for latent in (2, 0)] == [drawn[2], drawn[0]]
+    assert drawer(run, seed=1).draw(0) != drawn[0]
+
+
+def test_pieces_of_documents_are_passages_of_their_own(run: Run) -> None:
+    """Of two halves of four tokens, only the one with the word is active."""
+    found = drawer(run, WANTED._replace(tokens=4, silent=150)).draw(1)
+    halves = [p for p in found.judged if 12 in documents()[p.document] and p.kind != "active"]
+    assert halves
+    for passage in (*found.shown, *found.judged):
+        words = documents()[passage.document][passage.position : passage.position + 4]
+        assert passage.tokens == [f" {word(n)}" for n in words]
+        assert (12 in words) == (max(passage.acts) > 0)
+
+
+def test_another_text_is_refused(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made = drawer(run)
+    monkeypatch.setattr(Texts, "tokens", lambda *_: [5] * LENGTH)
+    with pytest.raises(CorpusError, match="is not the text that the activations were made from"):
+        made.draw(0)
