@@ -97,6 +97,14 @@ class LivesSpentError(DistSaeError):
     """Too many lives of a pod in a row made no progress."""
 
 
+class PartFailedError(DistSaeError):
+    """Another part of the run has failed for good."""
+
+
+class AbandonedError(DistSaeError):
+    """No run has read the activation set for so long that producers end."""
+
+
 class RunTakenError(DistSaeError):
     """Another process is training this run; a restart after its end continues."""
 

@@ -58,6 +58,7 @@ EXAMPLES: dict[str, Any] = {
     "export.neuronpedia.model": "smollm2-135m",
     "export.neuronpedia.source_set": "res-4k",
     "index.name": "first-half",
+    "least": 100,
     "pod_patch": {"metadata": {"annotations": {"sidecar.istio.io/inject": "false"}}},
     "sae.bandwidth": 0.03,
     "model.other.path": "HuggingFaceTB/SmolLM2-135M-Instruct",

@@ -40,7 +40,7 @@ from dist_sae.commands import (
     train,
 )
 from dist_sae.commands import logs as pod_logs
-from dist_sae.commands.shared import rank
+from dist_sae.commands.shared import rank, tell_of_failure
 from dist_sae.distributed.supervisor import follow_parent
 from dist_sae.errors import EXIT_DONE, EXIT_RESUMABLE, DistSaeError, Stopped
 
@@ -69,6 +69,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except DistSaeError as error:
         for line in str(error).splitlines():
             sys.stderr.write(f"error: {line}\n")
+        tell_of_failure(options, error)
         return error.exit_code
     except KeyboardInterrupt:
         sys.stderr.write(signals.INTERRUPTED)

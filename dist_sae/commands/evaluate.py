@@ -43,9 +43,10 @@ def main(options: argparse.Namespace) -> int | None:
             from dist_sae.training.waiting import await_end
 
             stopping = signals.stop_event()
-            await_end(run, stopping)
-            if run.index.workers:
-                await_index(run, stopping)
+            with shared.ending_with_others(whole, stopping):
+                await_end(run, stopping)
+                if run.index.workers:
+                    await_index(run, stopping)
             signals.heed()
         with shared.short_lived(run, "evaluate") as telemetry:
             if world == 1:

@@ -60,7 +60,10 @@ def main(options: argparse.Namespace) -> int | None:
     port = shared.metrics_port(run, options)
 
     def work(run: "Run") -> dict[str, Any]:
-        with Telemetry(run.name, "index", port, first_rank + shared.rank()) as telemetry:
+        with (
+            Telemetry(run.name, "index", port, first_rank + shared.rank()) as telemetry,
+            shared.ending_with_others(whole, stopping),
+        ):
             if options.wait:  # while metrics are served: a process that waits is alive
                 await_end(run, stopping)
             telemetry.life = shared.this_life(run, "index", stopping)

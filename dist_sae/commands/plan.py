@@ -1,8 +1,10 @@
 """`dist-sae plan`: fix which documents make up which unit."""
 
 import argparse
+import threading
 
 from dist_sae.commands import shared
+from dist_sae.errors import EXIT_RESUMABLE, DistSaeError
 
 
 def add(commands: shared.Commands) -> None:
@@ -16,6 +18,15 @@ def main(options: argparse.Namespace) -> None:
     run = shared.load_whole(options)
     from dist_sae.producing.planner import foresee
 
-    with shared.short_lived(run, "plan") as telemetry:
-        _, told = foresee(run, telemetry)
+    ending = threading.Event()
+    life = shared.this_life(run, "planner", ending)
+    life.begin()
+    try:
+        with shared.short_lived(run, "plan") as telemetry:
+            _, told = foresee(run, telemetry)
+    except (DistSaeError, KeyboardInterrupt) as exc:
+        if getattr(exc, "exit_code", EXIT_RESUMABLE) == EXIT_RESUMABLE:
+            ending.set()
+            life.progressed()  # preempted, or the hub is away: no crash
+        raise
     shared.print_result(options, told)

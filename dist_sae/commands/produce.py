@@ -46,7 +46,10 @@ def main(options: argparse.Namespace) -> int | None:
         run.processes.producers,
     )
     port = shared.metrics_port(run, options)
-    with Telemetry(run.name, "produce", port, first_rank + shared.rank()) as telemetry:
+    with (
+        Telemetry(run.name, "produce", port, first_rank + shared.rank()) as telemetry,
+        shared.ending_with_others(run, stopping),
+    ):
         if options.wait:  # while metrics are served: a process that waits is alive
             await_plan(run, stopping)
         telemetry.life = shared.this_life(run, "producer", stopping)

@@ -7,10 +7,10 @@ import os
 import sys
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from typing import TYPE_CHECKING, Any
 
-from dist_sae.errors import ConfigError, CorruptObjectError
+from dist_sae.errors import EXIT_USER, ConfigError, CorruptObjectError, DistSaeError
 
 if TYPE_CHECKING:
     from dist_sae.config import Run
@@ -234,6 +234,22 @@ def this_life(run: "Run", part: "Part", stopping: threading.Event) -> "Life":
     from dist_sae.storage.lives import this_life
 
     return this_life(run, part, open_store(run.store.runs, run.store.s3, None, stopping))
+
+
+def ending_with_others(run: "Run", stopping: threading.Event) -> AbstractContextManager[None]:
+    """End if another part of the run fails for good, where no controller ends all of them."""
+    from dist_sae.storage.failure import ending_with_others
+
+    return ending_with_others(run, stopping)
+
+
+def tell_of_failure(options: argparse.Namespace, error: DistSaeError) -> None:
+    """Tell the other parts of the run of an error that fails this one for good, if it is a pod."""
+    from dist_sae.storage.failure import ATTEMPT, tell
+
+    if ATTEMPT in os.environ and error.exit_code == EXIT_USER:
+        with suppress(DistSaeError):  # of the run file: the others cannot read it either
+            tell(load_whole(options), error)
 
 
 def rank() -> int:

@@ -69,13 +69,16 @@ def main(options: argparse.Namespace) -> int | None:
     own = groups[group]
     logs.configure(rank=shared.rank() % n)
     timeouts = run.timeouts
-    with Telemetry(
-        run.name,
-        "train",
-        shared.metrics_port(run, options),
-        shared.rank(),
-        jobs=[job.name for job in own],
-    ) as telemetry:
+    with (
+        Telemetry(
+            run.name,
+            "train",
+            shared.metrics_port(run, options),
+            shared.rank(),
+            jobs=[job.name for job in own],
+        ) as telemetry,
+        shared.ending_with_others(asked, stopping),
+    ):
         telemetry.set("dist_sae_train_ranks", n)  # before the rendezvous: one may not come
         if options.wait:  # while metrics are served: a process that waits is alive
             await_plan(run, stopping)

@@ -91,8 +91,8 @@ class PodsConfig(Section):
     retries: NonNegativeInt = 6
     """Lives in a row of one pod and its successors, after a first one, that may end without
     progress, however they end; then the run fails. Progress is a new checkpoint (trainer), a unit
-    (producer), a unit or a bucket (index). Of the planner and the reporter crashes count, in all.
-    An exit with 2 fails the run at once."""
+    (producer), a unit or a bucket (index); of the planner only crashes count. Of the reporter
+    crashes count, in all. An exit with 2 fails the run at once."""
     pod_patch: dict[TemplateKey, dict[str, Any]] = Field(default_factory=dict)
     """A patch of the pod template, merged as `kubectl patch` does (strategic merge): annotations, a
     runtimeClassName, volumes, huge pages, IPC_LOCK, hostNetwork. The container of the program is
@@ -115,6 +115,12 @@ class ProducerPods(SpreadPods):
     devices while they wait for the plan, so plan first. false: a part of the JobSet."""
     queue: DnsLabel | None = None
     """Kueue's LocalQueue of producers that are apart; null takes `cluster.queue`."""
+    least: PositiveInt | None = None
+    """Kueue may admit so few of the producers that are apart, if it has no room for all (partial
+    admission); it does not add to them later. null: all or none."""
+    elastic: bool = False
+    """Kueue lets more producers join those that run, and fewer go, without a restart (elastic Jobs:
+    by default on from Kueue 0.18). Excludes `least`."""
 
 
 class IndexPods(SpreadPods):

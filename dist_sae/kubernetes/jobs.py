@@ -9,13 +9,14 @@ How a pod ends decides what happens next:
     evicted, preempted, drained (DisruptionTarget): a new pod, not counted
     75      stopped and resumable (preempted, a rank lost, the store away): the same
     143     SIGTERM before the program handled it: the same
-    else    a crash. Planner and reporter: counted against `retries`.
-            Trainers, producers and index: a new pod, not counted by Kubernetes; but 1, 126 and 127,
-            with which a program ends that has not come to work, are counted against `retries`
+    else    a crash. Reporter: counted against `retries`.
+            All others: a new pod, not counted by Kubernetes; but 1, 126 and 127, with which a
+            program ends that has not come to work, are counted against `retries`
 
-Trainers, producers and index pods count by themselves (`storage/lives.py`): `retries` lives in a
-row without progress, however they ended, and the next one ends with 2. Kubernetes' own count of an
-index is never set back.
+All but the reporter count by themselves (`storage/lives.py`): `retries` lives in a row without
+progress, however they ended, and the next one ends with 2. Kubernetes' own count of an index is
+never set back. Where parts are Jobs by themselves, one that ends with 2 tells the others
+(`storage/failure.py`).
 
 The Job controller waits before it replaces a pod: 10 s, doubled with every failure, at most 10 min,
 and failures that are not counted lengthen the wait as others do (kubernetes#130881). It counts over
@@ -24,6 +25,7 @@ min, and among a thousand producers one ends before the wait for the last is ove
 """
 
 import signal
+from collections.abc import Iterator
 from typing import get_args
 
 from dist_sae.config import Run, dump_run
@@ -43,6 +45,9 @@ from dist_sae.storage.lives import Part as LivingPart
 
 JOBSET_VERSION = "jobset.x-k8s.io/v1alpha2"
 RUN_KEY = "run.yaml"
+LEAST = "kueue.x-k8s.io/job-min-parallelism"
+"""Annotation of a Job whose `parallelism` Kueue may reduce."""
+_ELASTIC = "kueue.x-k8s.io/elastic-job"
 _TERMINATED = 128 + signal.SIGTERM
 _NOT_STARTED = (126, 127)  # by the container's runtime
 
@@ -142,6 +147,8 @@ def _plain_job(run: Run, part: Part) -> Object:
     job = _queued(run, _object(run, "batch/v1", "Job"), queue)
     job["metadata"]["name"] = job_name(run, part)
     job["metadata"]["labels"] |= selector(run, part)
+    if part == "producer":
+        job["metadata"] |= _of_kueue(run)
     spec = _job(run, part)
     spec["template"]["spec"]["subdomain"] = object_name(run)
     # no time to live: a deleted job would look like one that has not begun
@@ -191,6 +198,16 @@ def _queued(run: Run, workload: Object, queue: str | None = None) -> Object:
     return workload
 
 
+def _of_kueue(run: Run) -> Object:
+    """How Kueue may admit producers that are apart. It takes one of these annotations at most."""
+    producer = run.cluster.producer
+    if producer.least is not None:
+        # without the annotation that reduces completions, too: who comes later finds less to do,
+        # and no share of the units is left out where a store has no conditional writes
+        return {"annotations": {LEAST: str(producer.least)}}
+    return {"annotations": {_ELASTIC: "true"}} if producer.elastic else {}
+
+
 def in_pods(run: Run) -> Run:
     """The run as pods read it: with a metrics port, for Prometheus and probes."""
     telemetry = run.telemetry.model_copy(update={"port": run.telemetry.port or run.cluster.port})
@@ -207,11 +224,7 @@ def _problems(run: Run) -> list[str]:
         for place, url in (("activations", run.store.activations), ("runs", run.store.runs))
         if not url.startswith("s3://")
     ]
-    if run.cluster.producer.queue and not is_apart(run, "producer"):
-        problems.append(
-            "cluster.producer.queue: producers of the JobSet are in its queue; set "
-            "cluster.producer.apart: true"
-        )
+    problems += _admission_problems(run)
     if isinstance(run.corpus, FilesCorpus):
         problems += [
             f"corpus.files: {name} is relative to a folder that pods do not have; give "
@@ -228,3 +241,23 @@ def _problems(run: Run) -> list[str]:
             if model and model.path.startswith((".", "~"))
         ]
     return problems
+
+
+def _admission_problems(run: Run) -> Iterator[str]:
+    """Settings of the producers' queue that are invalid."""
+    producer, producers = run.cluster.producer, run.processes.producers
+    set_ = [name for name in ("queue", "least", "elastic") if getattr(producer, name)]
+    if set_ and not is_apart(run, "producer"):
+        yield (
+            f"cluster.producer.{set_[0]}: producers of the JobSet are queued with it; set "
+            f"cluster.producer.apart: true"
+        )
+    if set_ and not (producer.queue or run.cluster.queue):
+        yield f"cluster.producer.{set_[0]}: without a queue (cluster.queue) it has no effect"
+    if producer.least and producer.elastic:
+        yield "cluster.producer.elastic: Kueue refuses it together with least; choose one"
+    if producer.least and producer.least >= producers:
+        yield (
+            f"cluster.producer.least: {producer.least} must be less than processes.producers "
+            f"{producers}"
+        )

@@ -20,6 +20,7 @@ from dist_sae.distributed.local_ranks import NODE
 from dist_sae.interop import sae_lens
 from dist_sae.kubernetes.names import labels, object_name, selector
 from dist_sae.kubernetes.patch import merge_patch
+from dist_sae.storage.failure import ATTEMPT, POD
 from dist_sae.storage.lives import JOB
 from dist_sae.storage.lives import Part as LivingPart
 
@@ -28,6 +29,8 @@ Part = Literal["planner", "trainer", "producer", "index", "reporter"]
 Object = dict[str, Any]
 
 RUN_FILE = "/etc/dist-sae/run.yaml"
+ATTEMPT_KEY = "attempt"
+"""Key of the ConfigMap under which `submit` names the attempt."""
 SCRATCH = "/scratch"
 CACHE = "/cache"
 METRICS = "metrics"
@@ -127,7 +130,7 @@ def _containers(run: Run, part: Part) -> list[Object]:
             return [_container(run, part, "main", ["plan", RUN_FILE])]
         case "producer" | "trainer" | "index":
             program = {"producer": "produce", "trainer": "train"}.get(part, part)
-            named = [] if part == "trainer" else ["--worker", "$(POD_NAME)"]
+            named = [] if part == "trainer" else ["--worker", f"$({POD})"]
             arguments = [program, RUN_FILE, "--local-ranks", str(n_ranks(run, part)), *named]
             return [_serving(run, _container(run, part, "main", arguments))]
         case "reporter":
@@ -215,12 +218,15 @@ def _environment(run: Run, part: Part, ranks: int) -> list[Object]:
         }
     if isinstance(pods, TrainerPods) and pods.rdma:
         values |= transport.pod_environment(SCRATCH)
-    own = {"POD_NAME": "metadata.name", NODE: "spec.nodeName"}
+    own = {POD: "metadata.name", NODE: "spec.nodeName"}
     if part in get_args(LivingPart):
         own[JOB] = "metadata.labels['batch.kubernetes.io/controller-uid']"
-    known = [
+    known: list[Object] = [
         {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in own.items()
     ]
+    if is_apart(run, "producer"):  # no controller ends all parts when one of them fails
+        key = {"name": object_name(run), "key": ATTEMPT_KEY, "optional": True}
+        known.append({"name": ATTEMPT, "valueFrom": {"configMapKeyRef": key}})
     return [*known, *({"name": k, "value": v} for k, v in (values | run.cluster.env).items())]
 
 

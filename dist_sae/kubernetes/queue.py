@@ -9,7 +9,7 @@ UID_LABEL = "kueue.x-k8s.io/job-uid"
 
 
 def describe_workloads(workloads: Iterable[Object]) -> list[str]:
-    """Say why Kueue does not admit these workloads; nothing of those that it has admitted."""
+    """Say why Kueue does not admit these workloads, or not all of their pods."""
     return [
         f"queue {workload['spec'].get('queueName', '')}: {why}"
         for workload in workloads
@@ -39,7 +39,10 @@ def _reasons(workload: Object) -> Iterator[str]:
     def holds(kind: str) -> bool:
         return bool(conditions.get(kind, {}).get("status") == "True")
 
-    if holds("Admitted") or holds("Finished"):
+    if holds("Finished"):
+        return
+    if holds("Admitted"):
+        yield from _admitted_in_part(workload)
         return
     if not workload["spec"].get("active", True):
         yield "deactivated: Kueue will not admit it before spec.active is true again"
@@ -52,3 +55,12 @@ def _reasons(workload: Object) -> Iterator[str]:
     for check in status.get("admissionChecks") or []:
         if check.get("state") != "Ready":
             yield f"check {check['name']} is {check.get('state')}: {check.get('message', '')}"
+
+
+def _admitted_in_part(workload: Object) -> Iterator[str]:
+    admission = workload["status"].get("admission") or {}
+    admitted = {part["name"]: part.get("count") for part in admission.get("podSetAssignments", [])}
+    for part in workload["spec"].get("podSets", []):
+        count = admitted.get(part["name"])
+        if count is not None and count < part["count"]:
+            yield f"had room for {count} of {part['count']} pods, and admitted these"

@@ -9,9 +9,9 @@ from collections.abc import Collection
 
 from dist_sae.config import Run, differences
 from dist_sae.errors import StoreError
-from dist_sae.kubernetes.jobs import in_pods, job_name
+from dist_sae.kubernetes.jobs import LEAST, in_pods, job_name
 from dist_sae.kubernetes.names import object_name
-from dist_sae.kubernetes.pods import is_apart
+from dist_sae.kubernetes.pods import Object, is_apart
 from dist_sae.kubernetes.stored import StoredRun
 
 logger = logging.getLogger(__name__)
@@ -38,6 +38,23 @@ def concerns_producers_only(run: Run, old: Run | None, objects: Collection[str])
         setting.startswith(("processes.producers:", "cluster.producer."))
         for setting in differences(before, after)
     )
+
+
+def as_admitted(obj: Object, live: Object | None) -> Object | None:
+    """The object as Kueue has changed it; None if it can be changed no more.
+
+    Of a Job that it admitted in part Kueue has reduced `parallelism`, which nobody else may change.
+    """
+    if live is None or LEAST not in (live["metadata"].get("annotations") or {}):
+        return obj
+    spec = live["spec"]
+    if spec["parallelism"] == spec["completions"]:
+        return obj
+    if LEAST not in obj["metadata"].get("annotations", {}) or (
+        obj["spec"]["completions"] != spec["completions"]
+    ):
+        return None
+    return obj | {"spec": obj["spec"] | {"parallelism": spec["parallelism"]}}
 
 
 def can_stay(run: Run, old: Run | None) -> bool:

@@ -8,6 +8,7 @@ themselves can be changed alone: the others do not read what is said of them.
 import copy
 import difflib
 import logging
+import uuid
 from collections.abc import Iterator, Mapping
 from itertools import chain
 from typing import Any, NamedTuple
@@ -35,9 +36,10 @@ from dist_sae.kubernetes.cluster_objects import (
 )
 from dist_sae.kubernetes.jobs import RUN_KEY, in_pods, parts, render_objects
 from dist_sae.kubernetes.names import TRIAL, selector
-from dist_sae.kubernetes.pods import Object, pod_template
+from dist_sae.kubernetes.pods import ATTEMPT_KEY, Object, is_apart, pod_template
 from dist_sae.kubernetes.render import to_yaml
 from dist_sae.kubernetes.resizing import (
+    as_admitted,
     can_stay,
     concerns_producers_only,
     producers_object,
@@ -81,6 +83,7 @@ def submit(
     objects = render_objects(run)
     live = existing_objects(cluster, run, objects)
     there = find_objects(cluster, run)
+    _name_attempt(run, objects, there)
     if steps := _completed_step(run, cluster, there):
         say(f"{run.name} is complete: step {steps} is in {run.store.runs}/{run.name}")
         return {"outcome": "complete", "objects": {}}
@@ -122,8 +125,10 @@ def submit(
     if outcome == "replaced":
         by_name = {change.name: change for change in changes}
         _make_room(run, cluster, there, by_name, say, alone=alone)
-    for obj in objects:
-        cluster.apply(obj)
+        if not alone:
+            _name_attempt(run, objects)
+    for change in changes:
+        cluster.apply(change.obj)
     say(f"{describe(run, cluster)} is submitted; to watch it: dist-sae status")
     return result
 
@@ -198,15 +203,30 @@ class _Change(NamedTuple):
                 yield f"  {line}"
 
 
+def _name_attempt(run: Run, objects: list[Object], there: ClusterObjects | None = None) -> None:
+    """Name the attempt in the ConfigMap, as the run that is `there` does, or anew.
+
+    A failure in an earlier one then ends nobody (`storage/failure.py`).
+    """
+    if not is_apart(run, "producer"):
+        return
+    configuration = there.configuration if there and there.workloads else None
+    name = configuration["data"].get(ATTEMPT_KEY) if configuration else uuid.uuid4().hex[:8]
+    if name:  # of an earlier version there is none
+        objects[0]["data"][ATTEMPT_KEY] = name
+
+
 def _change(
     cluster: Cluster, obj: Object, live: dict[tuple[str, str], Object], *, fixed: bool = False
 ) -> _Change:
     """Ask the server for the effect of applying an object; a `fixed` one may not be changeable."""
     there = live.get((obj["kind"], obj["metadata"]["name"]))
-    if there and not is_ours(there):  # a JobSet's, which goes with it; nobody else may change it
+    admitted = as_admitted(obj, there)
+    # a JobSet's Job goes with it, and nobody else may change it
+    if admitted is None or (there and not is_ours(there)):
         return _Change(obj, there, None)
     try:
-        return _Change(obj, there, cluster.apply(obj, dry_run=True))
+        return _Change(admitted, there, cluster.apply(admitted, dry_run=True))
     except RejectedError as exc:
         if there and fixed:
             return _Change(obj, there, None)

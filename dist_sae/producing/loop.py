@@ -7,6 +7,7 @@ computing it. In memory are the rows of two units, and once more of the one that
 """
 
 import logging
+import os
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
@@ -27,6 +28,7 @@ from dist_sae.producing.progress import Progress
 from dist_sae.producing.stages import ComputedUnit, TokenizedUnit, compute, finish, tokenize
 from dist_sae.producing.unit_queue import unit_queue
 from dist_sae.storage import ObjectStore, open_store
+from dist_sae.storage.failure import ATTEMPT
 from dist_sae.telemetry.exporter import Telemetry
 
 logger = logging.getLogger(__name__)
@@ -99,7 +101,10 @@ class _Producer:
         _warn_of_no_checksums(run, store, plan)
         consumers = Consumers(store, run.store.consumer_expiry_hours)
         ahead = run.store.max_ahead_units
-        self._queue = unit_queue(store, plan, worker, stopping, consumers, ahead, telemetry)
+        idle = run.store.consumer_expiry_hours if ATTEMPT in os.environ else None
+        self._queue = unit_queue(
+            store, plan, worker, stopping, consumers, ahead, telemetry, idle_hours=idle
+        )
         telemetry.set("dist_sae_produce_plan_units", len(plan.units))
         telemetry.set("dist_sae_produce_producers", run.processes.producers)
         if ahead is not None:

@@ -8,6 +8,7 @@ from dist_sae.data.consumers import Consumers
 from dist_sae.data.plan import Plan
 from dist_sae.data.shard import CLAIMS, MANIFESTS
 from dist_sae.data.work_queue import QueueMetrics, Work, Worker, WorkQueue
+from dist_sae.errors import AbandonedError
 from dist_sae.storage import UNMETERED, Meter, ObjectStore
 
 _METRICS = QueueMetrics(
@@ -30,6 +31,7 @@ def unit_queue(
     max_ahead_units: int | None = None,
     meter: Meter = UNMETERED,
     clock: Callable[[], float] = time.monotonic,
+    idle_hours: float | None = None,
 ) -> WorkQueue:
     """Open the queue of a plan's units, which keeps step with the runs that read them.
 
@@ -38,13 +40,29 @@ def unit_queue(
         stopping: Ends every wait.
         max_ahead_units: No unit this far ahead of the slowest run is begun; None: no limit.
         clock: See `WorkQueue`.
+        idle_hours: A worker that was held back for so long, and no run lives, ends: `take` raises
+            `AbandonedError`. None: it waits for ever.
     """
+    held: tuple[int, float] | None = None  # back at which limit, since when
+
+    def is_idle(seconds: float) -> bool:
+        return idle_hours is not None and seconds > 3600 * idle_hours
 
     def limit() -> tuple[int, str]:
+        nonlocal held
         if max_ahead_units is None:
             return len(plan.units), ""
         reached, run = consumers.slowest()
-        return reached + max_ahead_units, (
+        first = reached + max_ahead_units
+        if held is None or held[0] != first:
+            held = first, clock()
+        elif is_idle(clock() - held[1]) and not consumers.alive():
+            raise AbandonedError(
+                f"{store.url}: no run has read on, or given a sign of life, for {idle_hours:g} h "
+                f"(store.consumer_expiry_hours), and no unit may be made before one does; to go "
+                f"on: dist-sae resume"
+            )
+        return first, (
             f"{run}, which is at unit {reached} (store.max_ahead_units {max_ahead_units})"
         )
 

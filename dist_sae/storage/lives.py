@@ -5,7 +5,8 @@
 Kubernetes counts the crashes of an index for as long as its Job exists and forgets none, however
 far the run has come since, and it counts no preemption and no exit with 75. So pods count here, and
 Kubernetes only restarts them (`kubernetes/jobs.py`). A life counts from when it has work to do. If
-it has made progress, the count begins anew; a life that finds too many before it ends the run.
+it has made progress, the count begins anew; a life that finds too many before it ends the run. A
+planner has nothing to show before the plan: its count begins anew when it ends by itself.
 """
 
 import os
@@ -20,9 +21,10 @@ from dist_sae.storage.records import Record, read_record, seal
 
 JOB = "DIST_SAE_JOB"
 """Environment variable with the identifier of a pod's Job: in another one the count is 0."""
-Part = Literal["trainer", "producer", "index"]
+Part = Literal["planner", "trainer", "producer", "index"]
 """Parts whose lives are counted."""
 _PROGRESS: dict[Part, str] = {
+    "planner": "a plan",
     "trainer": "a new checkpoint",
     "producer": "a whole unit",
     "index": "a whole unit or bucket",

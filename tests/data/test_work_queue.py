@@ -13,7 +13,7 @@ from dist_sae.config import Run
 from dist_sae.data.consumers import Consumers
 from dist_sae.data.shard import manifest_key
 from dist_sae.data.work_queue import Work, Worker, WorkQueue
-from dist_sae.errors import ObjectNotFoundError
+from dist_sae.errors import AbandonedError, ObjectNotFoundError
 from dist_sae.producing.planner import plan
 from dist_sae.producing.unit_queue import unit_queue
 from dist_sae.storage import UNMETERED, Entry, Meter, ObjectStore, open_store
@@ -406,6 +406,42 @@ def test_nobody_waits_for_a_run_that_was_abandoned(
     clock.now += 73 * 3600
     assert consumers.slowest() == (5, "alive")
     assert consumers.alive() == []
+
+
+def test_a_producer_that_nobody_will_ever_let_go_on_ends(
+    run: Run, clock: Clock, store: ObjectStore
+) -> None:
+    """Not while a run lives, though it stands still, and not for what it waited before."""
+    consumers = Consumers(store, 0.01)
+    claims = unit_queue(
+        store,
+        plan(run),
+        Worker("a"),
+        clock,
+        consumers,
+        2,
+        clock=lambda: clock.now,
+        idle_hours=0.01,
+    )
+    assert [claims.take(), claims.take()] == [0, 1]
+    finish(store, 0, 1)
+    claims.release(0, done=True)
+    claims.release(1, done=True)
+
+    def report() -> None:
+        if clock.waits < 80:
+            consumers.report("r", reached=int(clock.waits > 70), needed=0)
+
+    clock.then = report
+    assert claims.take() == 2  # after 70 s behind a run that lives
+    claims.release(2, done=False)
+    finish(store, 2)
+    with pytest.raises(AbandonedError, match=r"no run has read on, .* for 0\.01 h"):
+        claims.take()
+    assert 79 + 36 <= clock.waits <= 79 + 40
+    patient = open_claims(run, "b", clock, store, ahead=2)  # beside pods others may come any time
+    clock.then = lambda: clock.set() if clock.waits > 300 else None
+    assert patient.take() is None
 
 
 # --- other work than units

@@ -200,6 +200,10 @@ class Pod:
         for entry in spec.get("env", []):
             if "value" in entry:
                 env[entry["name"]] = _expand(entry["value"], env)
+            elif key := entry["valueFrom"].get("configMapKeyRef"):
+                data = config["ConfigMap", key["name"]]
+                if key["key"] in data or not key.get("optional"):
+                    env[entry["name"]] = data[key["key"]]
             else:
                 env[entry["name"]] = self._field(entry["valueFrom"]["fieldRef"]["fieldPath"])
         return env

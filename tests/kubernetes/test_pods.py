@@ -21,6 +21,7 @@ from dist_sae.config import Run, load_run
 from dist_sae.data.shard import CLAIMS, manifest_key
 from dist_sae.index.progress import is_indexed
 from dist_sae.kubernetes.jobs import job_name, render_objects
+from dist_sae.kubernetes.pods import ATTEMPT_KEY
 from dist_sae.storage import ObjectStore, open_store
 from dist_sae.telemetry.history import read_history
 from tests.forks import HANG_SECONDS
@@ -316,6 +317,31 @@ def test_a_mistake_fails_the_run_at_once(runs: Runs, calm: Calm) -> None:
     assert "error: s3://dist-sae/runs/calm: holds a run with other settings" in refused.log()
     assert len(producer.pods) == 2
     assert "reporter" not in jobset.jobs
+    cluster.delete(run.name)
+
+
+def test_producers_apart_end_when_a_trainer_has_failed_for_good(runs: Runs, calm: Calm) -> None:
+    """Even if they are admitted later: the trainer fails before, as in the test above."""
+    settings = "train.lr=1e-4", "processes.trainers=1", "cluster.producer.apart=true"
+    run = runs.run("calm", *settings, activations="apart")
+    configuration, *others, producers = render_objects(run)
+    assert producers["metadata"]["name"] == job_name(run, "producer")
+    configuration["data"][ATTEMPT_KEY] = "first"
+    cluster = runs.cluster
+    cluster.apply([configuration, *others])
+    jobset = cluster.jobsets[run.name]
+    cluster.wait(lambda: jobset.condition)
+    (trainer,) = runs.job(run, "trainer").pods
+    cluster.apply([producers])
+    job = runs.job(run, "producer")
+    cluster.wait(lambda: job.condition and not job.active)
+    assert job.condition is not None
+    assert job.condition[:2] == ("Failed", "PodFailurePolicy"), cluster.story()
+    (ended, *_) = job.counted
+    assert exit_code(ended) == 2
+    assert f"of which {trainer.name} has failed" in ended.log()
+    assert "holds a run with other settings" in ended.log()
+    assert not manifests(runs, run)
     cluster.delete(run.name)
 
 

@@ -8,6 +8,7 @@ import pytest
 
 from dist_sae.config import load_run
 from dist_sae.kubernetes.jobs import render_objects
+from dist_sae.storage.failure import ATTEMPT
 from tests.kubernetes.apiserver import ApiServer
 from tests.kubernetes.conftest import Shell, ending
 from tests.kubernetes.controllers import Condition, Job, JobSet
@@ -48,8 +49,24 @@ def test_producers_are_a_job_beside_the_jobset() -> None:
 
 @pytest.mark.parametrize("version", VERSIONS)
 def test_objects_are_valid(version: str) -> None:
-    for obj in render_objects(load("cluster.producer.apart=true", "cluster.producer.queue=spot")):
+    for obj in render_objects(load(*APART[1:], "cluster.queue=gpus", "cluster.producer.least=1")):
         check(obj, version)
+
+
+@pytest.mark.parametrize(
+    ("setting", "annotations"),
+    [
+        ("least=600", {"kueue.x-k8s.io/job-min-parallelism": "600"}),
+        ("elastic=true", {"kueue.x-k8s.io/elastic-job": "true"}),
+        ("least=null", {}),
+    ],
+)
+def test_kueue_is_told_how_it_may_admit_producers(
+    setting: str, annotations: dict[str, str]
+) -> None:
+    jobset, job = (obj["metadata"] for obj in large(f"cluster.producer.{setting}")[2:])
+    assert job.get("annotations", {}) == annotations
+    assert "annotations" not in jobset
 
 
 def others(api: ApiServer) -> dict[Any, str]:
@@ -148,6 +165,58 @@ def test_run_with_producers_apart_fails_ends_and_comes_back_whole(
     assert not api.objects
 
 
+IN_PART = (*APART, "--set", "cluster.queue=gpus", "--set", "cluster.producer.least=1")
+
+
+def test_producers_that_kueue_admitted_in_part_are_left_so_or_replaced(
+    api: ApiServer, sh: Shell, path: str
+) -> None:
+    """Kueue has reduced the Job's parallelism, and refuses that anybody else changes it."""
+    job = "tiny-producer-0"
+    more = ("submit", path, *IN_PART, "--set", "processes.producers=5")
+    sh(*more)
+    api.edit("Job", job, "kueue", {"spec": {"parallelism": 3}})
+    assert "nothing to change" in sh(*more)
+    cpus = (*more, "--set", "cluster.producer.cpus=7")
+    assert "only its producers change" in sh.fail(*cpus)
+    before = others(api)
+    most = ("submit", path, *IN_PART, "--set", "processes.producers=6")
+    assert f"replace Job {job}" in sh(*most, "--replace")
+    assert others(api) == before
+    spec = api.the("Job", job)["spec"]
+    assert (spec["parallelism"], spec["completions"]) == (6, 6)
+    api.edit("Job", job, "kueue", {"spec": {"parallelism": 3}})
+    sh("submit", path, *APART, "--set", "cluster.queue=gpus", "--replace")
+    assert api.the("Job", job)["spec"]["parallelism"] == 2
+
+
+def attempt(api: ApiServer) -> str:
+    name: str = api.the("ConfigMap", "tiny")["data"]["attempt"]
+    return name
+
+
+def test_each_attempt_has_a_name_of_its_own(api: ApiServer, sh: Shell, path: str) -> None:
+    """So a failure that is told in one does not end the next (`storage/failure.py`)."""
+    sh("submit", path, *APART)
+    first = attempt(api)
+    assert "nothing to change" in sh("submit", path, *APART)
+    sh("submit", path, *APART, "--set", "processes.producers=3", "--replace")
+    assert attempt(api) == first  # its trainers are the same
+    sh("submit", path, *APART, "--set", "cluster.trainer.cpus=7", "--replace")
+    second = attempt(api)
+    api.condition("JobSet", "tiny", "Failed", "exit 2")
+    sh("resume", path, *APART, "--set", "cluster.trainer.cpus=7")
+    assert len({first, second, attempt(api)}) == 3
+    for pod in api.names("Pod"):
+        for container in api.the("Pod", pod)["spec"]["containers"]:
+            (told,) = (each for each in container["env"] if each["name"] == ATTEMPT)
+            key = told["valueFrom"]["configMapKeyRef"]
+            assert (key["name"], key["key"], key["optional"]) == ("tiny", "attempt", True)
+    sh("cancel", path, *APART)
+    sh("submit", path)  # a JobSet ends all of its parts
+    assert "attempt" not in api.the("ConfigMap", "tiny")["data"]
+
+
 def test_gpus_that_would_wait_for_the_plan_are_warned_of(
     api: ApiServer, sh: Shell, path: str
 ) -> None:
@@ -243,3 +312,38 @@ def test_resizing_producers_leaves_the_trainers_workload_alone() -> None:
     assert kinds(kueue) == ["JobSet", "Job"]
     kueue.apply(*large("processes.producers=2000"))  # more than there is room for: they wait
     assert kinds(kueue) == ["JobSet"]
+
+
+def test_producers_are_admitted_in_part_if_the_run_file_says_so() -> None:
+    """The trainers of another run still take their place."""
+    indexing = ("index.workers=100",)
+    kueue = queue(spot="600")
+    kueue.apply(*large(*indexing, "cluster.producer.least=501"))
+    assert kinds(kueue) == ["JobSet"]
+    kueue = queue(spot="600")
+    kueue.apply(*large(*indexing, "cluster.producer.least=1"))
+    assert (kinds(kueue), kueue.pods_of("Job")) == (["JobSet", "Job"], 500)
+    here = (
+        "cluster.producer.node_selector={}",
+        "processes.producers=8",
+        "cluster.producer.least=1",
+    )
+    kueue = queue(gpus="41")
+    kueue.apply(*large(*here))
+    kueue.apply(*large("name=urgent", *here))
+    assert kinds(kueue) == ["JobSet", "Job", "JobSet"]
+    assert kueue.pods_of("Job") == 7
+
+
+def test_elastic_producers_are_resized_without_a_restart() -> None:
+    kueue = queue()
+    kueue.apply(*large("cluster.producer.elastic=true"))
+    kueue.apply(*large("cluster.producer.elastic=true", "processes.producers=1050"))
+    assert (kinds(kueue), kueue.pods_of("Job")) == (["JobSet", "Job"], 1050)
+    kueue.apply(*large("cluster.producer.elastic=true", "processes.producers=2000"))
+    assert (kinds(kueue), kueue.pods_of("Job")) == (["JobSet", "Job"], 1050)  # the others wait
+    assert kueue.restarts == 0
+    kueue = queue()
+    kueue.apply(*large())
+    kueue.apply(*large("processes.producers=1050"))
+    assert kueue.restarts == 1

@@ -164,7 +164,7 @@ def test_what_ends_a_pod_decides_what_follows() -> None:
     for part in ("planner", "producer", "trainer", "index", "reporter"):
         rules = job_of(load(), part)["podFailurePolicy"]["rules"]
         found = [(rule["action"], rule.get("onExitCodes", {}).get("values")) for rule in rules]
-        counts_itself = part in ("producer", "trainer", "index")
+        counts_itself = part != "reporter"
         again = [1, 2, 126, 127] if counts_itself else [75, 143]
         assert found == [("FailJob", [2]), ("Ignore", None), ("Ignore", again)]
         assert rules[2]["onExitCodes"]["operator"] == ("NotIn" if counts_itself else "In")
@@ -410,6 +410,9 @@ def test_pods_serve_metrics_where_the_run_names_no_port() -> None:
     assert monitor["spec"]["podMetricsEndpoints"][0]["port"] == port["name"]
 
 
+APART, QUEUED = ["cluster.producer.apart=true"], ["cluster.queue=gpus", "processes.producers=2"]
+
+
 @pytest.mark.parametrize(
     ("overrides", "problems"),
     [
@@ -422,6 +425,18 @@ def test_pods_serve_metrics_where_the_run_names_no_port() -> None:
         (["name=" + "n" * 43], ["name: nnn"]),
         (["name=" + "n" * 38], ["name: nnn"]),
         (["cluster.producer.queue=spot"], ["cluster.producer.queue: producers of the JobSet are"]),
+        (
+            [*APART, "cluster.producer.elastic=true"],
+            ["cluster.producer.elastic: without a queue (cluster.queue) it has no effect"],
+        ),
+        (
+            [*APART, *QUEUED, "cluster.producer.elastic=true", "cluster.producer.least=1"],
+            ["cluster.producer.elastic: Kueue refuses it together with least"],
+        ),
+        (
+            [*APART, *QUEUED, "cluster.producer.least=2"],
+            ["cluster.producer.least: 2 must be less than processes.producers 2"],
+        ),
     ],
 )
 def test_run_that_cannot_be_on_a_cluster_is_refused(

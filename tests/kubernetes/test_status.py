@@ -130,6 +130,13 @@ def test_status_says_why_a_run_is_queued(api: ApiServer, sh: Shell, path: str) -
     admitted = workload(uid, Evicted=("True", "Preempted", ""), Admitted=("True", "Admitted", ""))
     api.set("Workload", f"jobset-{uid}", status=admitted["status"])
     assert status(sh, path)["queued"] == []
+    in_part = admitted["status"] | {
+        "admission": {"podSetAssignments": [{"name": "main", "count": 600}]}
+    }
+    spec = {"queueName": "gpus", "podSets": [{"name": "main", "count": 1000, "minCount": 10}]}
+    api.set("Workload", f"jobset-{uid}", status=in_part, spec=spec)
+    said = "queue gpus: had room for 600 of 1000 pods, and admitted these"
+    assert status(sh, path)["queued"] == [said]
     api.rules.remove(("", "events", "list"))
     assert "may not list events" in status(sh, path)["out_of_reach"]["queue and events"]
 

@@ -6,7 +6,13 @@ import pytest
 
 from dist_sae.commands import cli
 from dist_sae.config import load_run
-from dist_sae.errors import EXIT_CRASHED, EXIT_USER, LivesSpentError
+from dist_sae.errors import (
+    EXIT_CRASHED,
+    EXIT_RESUMABLE,
+    EXIT_USER,
+    HubUnavailableError,
+    LivesSpentError,
+)
 from dist_sae.storage import open_store
 from dist_sae.storage.lives import JOB, Part, PodLife, this_life
 from tests.launch import run
@@ -79,6 +85,31 @@ def test_a_bug_ends_as_the_pod_that_counts_it_says(
     monkeypatch.delenv(JOB)
     with pytest.raises(ZeroDivisionError):
         cli.main(["train", "run.yaml"])
+
+
+@pytest.mark.parametrize(
+    ("error", "counts"),
+    [
+        (MemoryError(), True),
+        (HubUnavailableError("no answer"), False),
+        (KeyboardInterrupt(), False),
+    ],
+)
+def test_of_a_planner_only_crashes_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException, *, counts: bool
+) -> None:
+    """And those that nobody can catch: a count stands until a planner ends by itself."""
+
+    def fail(*_: object) -> None:
+        raise error
+
+    path = str(write_run(tmp_path))
+    monkeypatch.setattr("dist_sae.producing.planner.foresee", fail)
+    monkeypatch.setenv(JOB, "job")
+    monkeypatch.setenv("JOB_COMPLETION_INDEX", "0")
+    for _ in range(7):
+        assert cli.main(["plan", path]) == (EXIT_CRASHED if counts else EXIT_RESUMABLE)
+    assert cli.main(["plan", path]) == (EXIT_USER if counts else EXIT_RESUMABLE)
 
 
 @pytest.mark.system

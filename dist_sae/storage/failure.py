@@ -1,0 +1,127 @@
+"""Tells the parts of a run that one of them has failed for good.
+
+    <run>/failure.json    which pod, why, and in which attempt
+
+A JobSet ends all of its parts when one fails. Parts that are Jobs by themselves
+(`cluster.producer.apart`, `cluster.jobset: false`) would wait for it and hold their devices. So a
+program that ends with 2 says so here, and the others look every minute. What an earlier attempt has
+left says nothing: `submit` gives each attempt a name of its own.
+"""
+
+import logging
+import os
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Literal
+
+from dist_sae.config import Run
+from dist_sae.errors import (
+    CorruptObjectError,
+    DistSaeError,
+    ObjectNotFoundError,
+    PartFailedError,
+    StoreError,
+)
+from dist_sae.storage import ObjectStore, open_store
+from dist_sae.storage.records import Record, read_record, seal
+
+logger = logging.getLogger(__name__)
+
+ATTEMPT = "DIST_SAE_ATTEMPT"
+"""Environment variable with the name of the attempt. Where it is not set, nothing is told."""
+POD = "POD_NAME"
+"""Environment variable with the name of the pod."""
+_LOOK_SECONDS = 60.0
+
+
+class Failure(Record):
+    """Content of the object."""
+
+    schema_version: Literal[1] = 1
+    attempt: str
+    pod: str
+    why: str
+
+
+def tell(run: Run, error: DistSaeError) -> None:
+    """Tell the other parts of this attempt that this one fails for good; the first cause stands."""
+    attempt = os.environ.get(ATTEMPT)
+    if not attempt or isinstance(error, PartFailedError):
+        return
+    try:
+        store = open_store(run.store.runs, run.store.s3)
+        if _read(store, run.name, attempt) is None:
+            pod = os.environ.get(POD, "a pod")
+            store.put(_key(run.name), seal(Failure(attempt=attempt, pod=pod, why=str(error))))
+    except StoreError as exc:
+        logger.warning("the other parts of the run are not told of this failure: %s", exc)
+
+
+@contextmanager
+def ending_with_others(
+    run: Run, stopping: threading.Event, look_seconds: float = _LOOK_SECONDS
+) -> Iterator[None]:
+    """End if another part of this attempt fails for good; looks at once, and then every minute.
+
+    Only in the first rank of a pod, which stops the others.
+
+    Args:
+        run: The run.
+        stopping: Is set then, so that the program saves what it has.
+        look_seconds: Pause between looks.
+
+    Raises:
+        PartFailedError: One has failed.
+    """
+    from dist_sae.device import local_rank  # imports torch
+
+    attempt = os.environ.get(ATTEMPT)
+    if not attempt or local_rank():
+        yield
+        return
+    store = open_store(run.store.runs, run.store.s3, None, stopping)
+    if failure := _read(store, run.name, attempt):
+        raise _ending(failure)
+    found: list[Failure] = []
+    over = threading.Event()
+
+    def watch() -> None:
+        while not found and not over.wait(look_seconds):
+            try:
+                if failure := _read(store, run.name, attempt):
+                    found.append(failure)
+                    stopping.set()
+            except StoreError as exc:  # the program meets it, too
+                logger.warning("cannot look whether another part has failed: %s", exc)
+
+    # a daemon, because the store may be patient for longer than the program lives
+    threading.Thread(target=watch, name="failure", daemon=True).start()
+    try:
+        yield
+    except DistSaeError as exc:
+        if found:
+            raise _ending(found[0]) from exc
+        raise
+    finally:
+        over.set()
+
+
+def _ending(failure: Failure) -> PartFailedError:
+    return PartFailedError(
+        f"ends with the run, of which {failure.pod} has failed ({failure.why}); mend that, and "
+        f"`dist-sae resume RUN`"
+    )
+
+
+def _key(run: str) -> str:
+    return f"{run}/failure.json"
+
+
+def _read(store: ObjectStore, run: str, attempt: str) -> Failure | None:
+    """The failure of this attempt, if there is one."""
+    try:
+        failure = read_record(Failure, store, _key(run))
+    except (ObjectNotFoundError, CorruptObjectError):
+        return None
+    return failure if failure.attempt == attempt else None

@@ -1,0 +1,104 @@
+"""Parts of a run that are Jobs by themselves end when one of them has failed for good."""
+
+import threading
+from pathlib import Path
+
+import pytest
+
+from dist_sae.commands import cli
+from dist_sae.config import Run, load_run
+from dist_sae.errors import (
+    EXIT_USER,
+    ModelError,
+    PartFailedError,
+    RankLostError,
+    Stopped,
+    UnavailableError,
+)
+from dist_sae.storage.failure import ATTEMPT, ending_with_others, tell
+from tests.runs import write_run
+
+SECONDS = 30.0
+
+
+@pytest.fixture
+def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Run:
+    monkeypatch.setenv(ATTEMPT, "first")
+    monkeypatch.setenv("POD_NAME", "world-trainer-0-abcde")
+    return load_run(write_run(tmp_path))
+
+
+def work(run: Run, error: Exception, look_seconds: float = 0.01) -> None:
+    """Work until told to stop, and end with this error."""
+    stopping = threading.Event()
+    with ending_with_others(run, stopping, look_seconds):
+        tell(run, ModelError("the model is gone"))
+        assert stopping.wait(SECONDS)
+        raise error
+
+
+@pytest.mark.parametrize("error", [Stopped("saved"), RankLostError("rank 1 is gone")])
+def test_a_part_saves_and_ends_with_2_when_another_has_failed(run: Run, error: Exception) -> None:
+    """Other ranks of its own part may stop before it does."""
+    with pytest.raises(PartFailedError) as caught:
+        work(run, error)
+    assert caught.value.exit_code == EXIT_USER
+    assert "of which world-trainer-0-abcde has failed (the model is gone)" in str(caught.value)
+
+
+def test_a_part_that_begins_later_ends_at_once(run: Run) -> None:
+    """Kueue may admit producers when the trainers have failed long ago."""
+    tell(run, ModelError("the first cause"))
+    tell(run, ModelError("what came of it"))
+    with (
+        pytest.raises(PartFailedError, match="the first cause"),
+        ending_with_others(run, threading.Event()),
+    ):
+        pytest.fail("it began")
+
+
+def test_another_attempt_and_another_run_go_on(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tell(run, ModelError("the model is gone"))
+    with ending_with_others(run.model_copy(update={"name": "other"}), threading.Event()):
+        pass
+    monkeypatch.setenv(ATTEMPT, "second")
+    with ending_with_others(run, threading.Event()):
+        pass
+    tell(run, ModelError("and again"))  # the record of the first attempt is no longer needed
+    with pytest.raises(PartFailedError, match="and again"), ending_with_others(run, object()):  # type: ignore[arg-type]
+        pass
+    (tmp_path / "runs/world/failure.json").write_text("{")
+    with ending_with_others(run, threading.Event()):
+        pass
+
+
+def test_errors_stay_as_they_are_while_nobody_has_failed(run: Run) -> None:
+    with pytest.raises(Stopped), ending_with_others(run, threading.Event()):
+        raise Stopped("saved")
+
+
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (ModelError("no such model"), True),
+        (PartFailedError("ends with the run"), False),  # the cause is known
+        (UnavailableError("no answer", url="s3://a"), False),  # it comes back
+    ],
+)
+def test_what_fails_a_pod_for_good_is_told(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception, *, told: bool
+) -> None:
+    """Whatever command it is, also before it has looked for GPUs."""
+
+    def fail(_: object) -> None:
+        raise error
+
+    monkeypatch.setattr("dist_sae.commands.shared.load_for_device", fail)
+    assert cli.main(["train", str(tmp_path / "run.yaml")]) == error.exit_code  # type: ignore[attr-defined]
+    assert (tmp_path / "runs/world/failure.json").exists() == told
+    monkeypatch.delenv(ATTEMPT)  # no pod, or one of a JobSet, which ends all
+    (tmp_path / "runs/world/failure.json").unlink(missing_ok=True)
+    cli.main(["train", str(tmp_path / "run.yaml")])
+    assert not (tmp_path / "runs/world/failure.json").exists()
