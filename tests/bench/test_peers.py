@@ -113,16 +113,30 @@ def test_peer_whose_steps_are_missing_is_an_error(
 
 
 def test_speed_is_the_median_of_rounds() -> None:
-    entry = peers.Entry(Peer("a", "1", "a.py"), "matched", speeds=[10.0, 40.0, 20.0])
+    entry = peers.Entry(Peer("a", "1", "a.py"), "matched", 160, speeds=[10.0, 40.0, 20.0])
     row = entry.row()
     assert (row["rows_per_second"], row["rows_per_second_spread"]) == (20, [10, 40])
 
 
 def test_table_has_a_line_for_each_row_and_its_notes() -> None:
-    entry = peers.Entry(Peer("a", "1", "a.py"), "matched", speeds=[10.0], fvu=0.5, rows_trained=8)
+    peer = Peer("a", "1", "a.py")
+    entry = peers.Entry(
+        peer, "matched", 160, speeds=[10.0], peak_bytes=2 * 10**9, fvu=0.5, rows_trained=8
+    )
     entry.notes = ["no clipping"]
     lines = peers.render_table([entry.row()]).splitlines()
-    assert lines[1].split() == ["a", "1", "matched", "10", "10", "10", "0.5000", "8", "-"]
+    assert lines[1].split() == [
+        "a",
+        "1",
+        "matched",
+        "10",
+        "10",
+        "10",
+        "0.5000",
+        "8",
+        "2.00",
+        "0.00",
+    ]
     assert lines[2] == "a matched: no clipping"
 
 

@@ -3,16 +3,14 @@
     environments.py  peers, versions, and a separate environment for each
     activations.py   the rows
     protocol.py      code shared by the runners run_*.py, one per peer, run with the peer's Python
+    processes.py     runs a script with a peer's Python
 
 Speed comes from short, interleaved runs: each round runs every peer once, ours first. FVU comes
 from one longer run each, over equal rows, by one definition. Everything runs on the CPU.
 """
 
-import json
 import logging
-import os
 import statistics
-import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
@@ -20,7 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from dist_sae.bench.peers import activations
-from dist_sae.bench.peers.environments import PEERS, Peer, PeerError, ensure_environment, last_words
+from dist_sae.bench.peers.environments import PEERS, Peer, PeerError, ensure_environment
+from dist_sae.bench.peers.processes import run_script
 from dist_sae.bench.peers.protocol import Spec, rows_per_second
 from dist_sae.errors import ConfigError
 
@@ -28,10 +27,8 @@ logger = logging.getLogger(__name__)
 
 DEFAULT_FOLDER = Path("~/.cache/dist_sae/peers")
 WARMUP_STEPS = 1
-RUN_LIMIT_SECONDS = 4 * 3600
 
 _HERE = Path(__file__).parent
-_PACKAGES = _HERE.parents[2]
 
 
 @dataclass
@@ -40,6 +37,8 @@ class Entry:
 
     peer: Peer
     setting: str
+    state_bytes: int
+    """Weights, gradients and Adam's moments in fp32."""
     version: str | None = None
     speeds: list[float] = field(default_factory=list)
     peak_bytes: int | None = None
@@ -63,6 +62,7 @@ class Entry:
             "fvu": self.fvu,
             "rows_trained": self.rows_trained,
             "peak_bytes": self.peak_bytes,
+            "state_bytes": self.state_bytes,
             "notes": self.notes,
             "error": self.error,
         }
@@ -98,7 +98,8 @@ def bench_peers(
         raise ConfigError("at least one step is needed in each round")
     if fvu_rows and not fvu_steps:
         raise ConfigError(f"{fvu_rows} rows for FVU are less than one batch of {batch}")
-    entries = [Entry(peer, setting) for peer in PEERS for setting in peer.settings]
+    state_bytes = 4 * 4 * (2 * n_latents * d_in + n_latents + d_in)
+    entries = [Entry(peer, setting, state_bytes) for peer in PEERS for setting in peer.settings]
     with tempfile.TemporaryDirectory(prefix="dist-sae-bench-") as name:
         work = Path(name)
         heldout = work / "heldout.npy"
@@ -142,7 +143,10 @@ def bench_peers(
 
 def render_table(rows: Sequence[Mapping[str, Any]]) -> str:
     """Render the rows as a text table, followed by notes on settings that could not be matched."""
-    head = ("name", "version", "setting", "rows/s", "min", "max", "fvu", "rows trained", "peak GB")
+    head = (
+        "name", "version", "setting", "rows/s", "min", "max", "fvu", "rows trained", "peak GB",
+        "state GB",
+    )  # fmt: skip
     table = [head] + [
         (
             str(row["name"]),
@@ -153,6 +157,7 @@ def render_table(rows: Sequence[Mapping[str, Any]]) -> str:
             _number(row["fvu"], ".4f"),
             str(row["rows_trained"] or "-"),
             _number(row["peak_bytes"] and row["peak_bytes"] / 1e9, ".2f"),
+            _number(row["state_bytes"] / 1e9, ".2f"),
         )
         for row in rows
     ]
@@ -212,45 +217,8 @@ def run_runner(peer: Peer, python: Path, spec: Spec, work: Path) -> dict[str, An
     Raises:
         PeerError: The peer failed, took too long, or printed no valid result.
     """
-    path = work / "spec.json"
-    path.write_text(json.dumps(asdict(spec)), encoding="utf-8")
-    # -E -s hide our own environment from the peer
-    isolation = [] if peer.version is None else ["-E", "-s"]
-    command = [str(python), *isolation, str(_HERE / peer.script), str(path)]
-    try:
-        done = subprocess.run(
-            command,
-            capture_output=True,
-            text=True,
-            check=False,
-            timeout=RUN_LIMIT_SECONDS,
-            env=_environment(spec.threads),
-            cwd=work,
-        )
-    except subprocess.TimeoutExpired as error:
-        raise PeerError(f"not done after {RUN_LIMIT_SECONDS} seconds") from error
-    if done.returncode < 0:
-        raise PeerError(f"killed by signal {-done.returncode}; 9 is often a lack of memory")
-    if done.returncode:
-        raise PeerError(last_words(done.stderr))
-    try:
-        result: dict[str, Any] = json.loads(last_words(done.stdout))
-        missing = {"seconds_per_step", "rows", "fvu", "peak_bytes", "version", "notes"} - set(
-            result
-        )
-    except (ValueError, TypeError) as error:
-        raise PeerError(f"its last line is no result: {last_words(done.stdout)}") from error
+    result = run_script(peer, python, _HERE / peer.script, asdict(spec), work, threads=spec.threads)
+    missing = {"seconds_per_step", "rows", "fvu", "peak_bytes", "version", "notes"} - set(result)
     if missing or len(result["seconds_per_step"]) != spec.steps:
         raise PeerError(f"its result lacks {sorted(missing) or 'steps'}")
     return result
-
-
-def _environment(threads: int) -> dict[str, str]:
-    return os.environ | {
-        "OMP_NUM_THREADS": str(threads),
-        "MKL_NUM_THREADS": str(threads),
-        "CUDA_VISIBLE_DEVICES": "",
-        "HF_HUB_OFFLINE": "1",
-        "WANDB_MODE": "disabled",
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(_PACKAGES), os.environ.get("PYTHONPATH")])),
-    }
