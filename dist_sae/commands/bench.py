@@ -81,6 +81,7 @@ def add(commands: shared.Commands) -> None:
     for action in (step, routed, metrics, peers, checkpoint):
         action.add_argument("--n-latents", type=int, default=65_536)
         action.add_argument("--k", type=int, default=32)
+    synth = _add_synth(actions)
     of_runs = _add_of_runs(actions)
     rounds_of = {step: 9, routed: 9, metrics: 9, peers: 9, store: 5, checkpoint: 3}
     for action, rounds in rounds_of.items():
@@ -88,7 +89,7 @@ def add(commands: shared.Commands) -> None:
         action.add_argument("--batch", type=int, default=4096, help="rows")
         action.add_argument("--rounds", type=int, default=rounds, help="timed rounds, for medians")
         action.add_argument("--json", action="store_true", help="print one JSON object")
-    for action in (*rounds_of, *of_runs):
+    for action in (*rounds_of, *of_runs, synth):
         action.add_argument("--threads", type=int, default=0, help="CPU threads; 0: all cores")
 
 
@@ -106,6 +107,50 @@ def _add_of_runs(actions: shared.Commands) -> list[argparse.ArgumentParser]:
     index.add_argument("--units", type=int, default=33, help="units indexed; one is not timed")
     index.set_defaults(command=_main, bench=_index)
     return [produce, index]
+
+
+def _add_synth(actions: shared.Commands) -> argparse.ArgumentParser:
+    """Add the benchmark with known features."""
+    synth: argparse.ArgumentParser = actions.add_parser(
+        "synth", help="SynthSAEBench: our trainer and sae-lens's on rows with known features"
+    )
+    synth.add_argument(
+        "--world",
+        default="small",
+        metavar="NAME|FOLDER",
+        help="small, 16k (as published), or a folder with a synthetic model that sae-lens saved",
+    )
+    of_whom = {
+        "ours": "KIND KEY=VALUE ...: a dictionary of ours, its sae.kind and settings of sae; those "
+        "of train as train.KEY=VALUE. May be given several times; default: those of the world",
+        "theirs": "ARCHITECTURE KEY=VALUE ...: the same for a dictionary of sae-lens; settings of "
+        "SAETrainerConfig as train.KEY=VALUE",
+    }
+    for name, text in of_whom.items():
+        synth.add_argument(f"--{name}", nargs="+", action="append", metavar="WORD", help=text)
+    synth.add_argument("--rows", type=int, help="rows to train on; default: the world's")
+    synth.add_argument("--n-latents", type=int, help="default: the world's")
+    synth.add_argument("--batch", type=int, default=1024, help="rows")
+    synth.add_argument("--lr", type=float, default=2e-3, help="learning rate of all trainers")
+    synth.add_argument(
+        "--seeds",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="of initial weights and of the order of rows; default: 0",
+    )
+    synth.add_argument(
+        "--shards",
+        type=int,
+        nargs="+",
+        default=[1, 2],
+        help="latent shards of our dictionaries; default: 1 2",
+    )
+    synth.add_argument("--products", choices=["bf16", "fp32"], default="bf16", help="of ours")
+    synth.add_argument("--folder", type=Path, help="folder that keeps sae-lens and the worlds")
+    synth.add_argument("--json", action="store_true", help="print one JSON object")
+    synth.set_defaults(command=_main, bench=_synth)
+    return synth
 
 
 def _main(options: argparse.Namespace) -> None:
@@ -197,6 +242,33 @@ def _peers(options: argparse.Namespace) -> Result:
         fvu_rows=options.fvu_rows,
     )
     return {"peers": rows} if options.json else render_table(rows)
+
+
+def _synth(options: argparse.Namespace) -> Result:
+    from dist_sae.bench.synth.worlds import DIST_SAE, SAE_LENS, find_world, parse_trainer
+
+    world = find_world(options.world)
+    given = [
+        parse_trainer(library, words)
+        for library, all_words in ((DIST_SAE, options.ours), (SAE_LENS, options.theirs))
+        for words in all_words or ()
+    ]
+    from dist_sae.bench.synth import Comparison, bench_synth, render_table
+
+    comparison = Comparison(
+        world=world,
+        trainers=given or world.trainers,
+        rows=options.rows or world.rows,
+        n_latents=options.n_latents or world.n_latents,
+        batch=options.batch,
+        lr=options.lr,
+        seeds=options.seeds,
+        shards=options.shards,
+        products=options.products,
+        threads=options.threads or os.cpu_count() or 1,
+    )
+    result = bench_synth(comparison, options.folder)
+    return result if options.json else render_table(result)
 
 
 def _store(options: argparse.Namespace) -> Result:

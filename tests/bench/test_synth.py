@@ -1,0 +1,266 @@
+"""`bench synth` without sae-lens: rows on disk, our trainer, orchestration with a stand-in."""
+
+import json
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from dist_sae.bench import synth
+from dist_sae.bench.peers.environments import Peer, PeerError
+from dist_sae.bench.peers.processes import run_script
+from dist_sae.bench.synth import run_dist_sae
+from dist_sae.bench.synth.rows import HELDOUT, TRAINING, Rows, RowsWriter
+from dist_sae.bench.synth.worlds import DIST_SAE, SAE_LENS, Trainer, find_world, parse_trainer
+from dist_sae.distributed.local_ranks import rank_environments
+from dist_sae.errors import ConfigError
+
+N_FEATURES, D_IN = 24, 8
+OURS = Trainer(DIST_SAE, "topk", {"k": 2})
+THEIRS = Trainer(SAE_LENS, "topk", {"k": 2, "train.lr": 0.5})
+CLASSIFICATION = {"precision": 0.5, "recall": 0.75, "f1_score": 0.6, "accuracy": 0.9}
+SCORES = {
+    "true_l0": 3.0, "sae_l0": 2.0, "dead_latents": 1, "shrinkage": 0.9, "explained_variance": 0.75,
+    "mcc": 0.7, "uniqueness": 0.8, "classification": CLASSIFICATION, "version": "6",
+}  # fmt: skip
+
+
+def drawn(rows: int, seed: int = 0) -> Tensor:
+    """Strengths of features, [rows, features], two or so in a row."""
+    generator = torch.Generator().manual_seed(seed)
+    fires = torch.rand(rows, N_FEATURES, generator=generator) < 2 / N_FEATURES
+    return fires * (10 + 10 * torch.rand(rows, N_FEATURES, generator=generator))
+
+
+def write_world(folder: Path, rows: int = 512) -> Tensor:
+    """Write a small world's folder; returns the strengths of its training rows."""
+    generator = torch.Generator().manual_seed(1)
+    directions = torch.randn(N_FEATURES, D_IN, generator=generator)
+    np.save(folder / "directions.npy", (directions / directions.norm(dim=1)[:, None]).numpy())
+    np.save(folder / "bias.npy", np.full(D_IN, 0.25, np.float32))
+    fired = drawn(rows)
+    for part, strengths in ((TRAINING, fired), (HELDOUT, drawn(64, seed=2))):
+        writer = RowsWriter()
+        for some in torch.split(strengths, 100):
+            writer.add(some)
+        writer.write(folder, part)
+    return fired
+
+
+def comparison(**changes: Any) -> synth.Comparison:
+    settings: dict[str, Any] = {
+        "world": find_world("small"), "trainers": (OURS, THEIRS), "rows": 70, "n_latents": 16,
+        "batch": 16, "lr": 1e-3, "seeds": (3,), "shards": (1, 2), "products": "fp32", "threads": 2,
+    }  # fmt: skip
+    return synth.Comparison(**(settings | changes))
+
+
+class Scripts:
+    """Stands for the processes: remembers what they are told, and answers."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.told: list[tuple[str, dict[str, Any], int]] = []
+        self.failing = ""
+        monkeypatch.setattr(synth, "run_script", self.run)
+        monkeypatch.setattr(synth, "ensure_environment", lambda *_: Path(sys.executable))
+
+    def run(
+        self, peer: Peer, _: Path, __: Path, spec: Mapping[str, Any], *___: Any, **others: Any
+    ) -> dict[str, Any]:
+        self.told.append((peer.name, dict(spec), len(others["ranks"])))
+        if self.failing in (spec["action"], peer.name):
+            raise PeerError("out of ideas")
+        if spec["action"] == "score":
+            return SCORES
+        return {"seconds": 4.0, "version": "1", "out": f"from {peer.name}"}
+
+
+def test_rows_are_the_sum_of_the_features_that_fire(tmp_path: Path) -> None:
+    fired = write_world(tmp_path)
+    rows, which = Rows(tmp_path, TRAINING), np.array([7, 3, 511, 3])
+    assert torch.equal(rows.truth(which), fired[which])
+    expected = fired[which].double() @ rows.directions.double() + 0.25
+    torch.testing.assert_close(rows.batch(which).double(), expected, atol=1e-5, rtol=0)
+
+
+def test_rows_without_any_feature_are_the_bias(tmp_path: Path) -> None:
+    write_world(tmp_path)
+    writer = RowsWriter()
+    writer.add(torch.zeros(3, N_FEATURES))
+    writer.write(tmp_path, HELDOUT)
+    rows = Rows(tmp_path, HELDOUT)
+    assert len(rows) == 3
+    assert torch.equal(rows.batch(np.arange(3)), torch.full((3, D_IN), 0.25))
+
+
+def test_batches_have_each_row_once_a_pass_in_an_order_of_the_seed(tmp_path: Path) -> None:
+    write_world(tmp_path, rows=30)
+    rows = Rows(tmp_path, TRAINING)
+    all_rows = rows.batch(np.arange(30))
+    first, other = (torch.cat(list(rows.batches(12, 5, seed))) for seed in (0, 1))
+    for one_pass in (first[:30], first[30:]):
+        found = (one_pass[:, None] == all_rows).all(2).float().sum(0)
+        same = (all_rows[:, None] == all_rows).all(2).float().sum(0)  # rows may be alike
+        assert torch.equal(found, same)
+    assert torch.equal(first, torch.cat(list(rows.batches(12, 5, 0))))
+    assert not torch.equal(first, other)
+
+
+def spec_of(folder: Path, shards: int, **changes: Any) -> dict[str, Any]:
+    chosen = comparison(rows=4096, batch=128, n_latents=N_FEATURES, lr=5e-3)
+    work = folder / f"work-{shards}"
+    work.mkdir()
+    return chosen.spec(OURS, shards, 0) | {"folder": str(folder), "work": str(work)} | changes
+
+
+def train_ours(spec: Mapping[str, Any], shards: int) -> dict[str, Any]:
+    script = Path(run_dist_sae.__file__)
+    ranks = rank_environments(shards, shards) if shards > 1 else [{}]
+    python, work = Path(sys.executable), Path(spec["work"])
+    return run_script(
+        Peer("dist-sae", None, ""), python, script, spec, work, threads=1, ranks=ranks,
+    )  # fmt: skip
+
+
+def test_our_trainer_gives_sae_lens_the_same_dictionary_from_one_rank_and_from_two(
+    tmp_path: Path,
+) -> None:
+    write_world(tmp_path, rows=4096)
+    exports = []
+    for shards in (1, 2):
+        result = train_ours(spec_of(tmp_path, shards), shards)
+        assert result["seconds"] > 0
+        out = Path(result["out"])
+        assert json.loads((out / "cfg.json").read_text())["k"] == 2
+        exports.append(load_file(out / "sae_weights.safetensors"))
+    alone, sharded = exports
+    for name, tensor in alone.items():
+        torch.testing.assert_close(sharded[name], tensor, atol=1e-4, rtol=1e-4)
+    x = Rows(tmp_path, HELDOUT).batch(np.arange(64))
+    z = (x - alone["b_dec"]) @ alone["W_enc"] + alone["b_enc"]
+    kept = z.relu() * (z >= z.topk(2).values[:, -1:])
+    x_hat = kept @ alone["W_dec"] + alone["b_dec"]
+    # in the rows' own scale, which is ten times that of training; b_dec alone leaves 1
+    assert float((x - x_hat).square().sum() / (x - x.mean(0)).square().sum()) < 0.4
+
+
+def test_every_trainer_runs_with_every_seed_and_ours_with_every_number_of_shards(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripts = Scripts(monkeypatch)
+    result = synth.bench_synth(comparison(seeds=(3, 4)), tmp_path)
+    trained = [(name, spec, ranks) for name, spec, ranks in scripts.told if "kind" in spec]
+    assert [(name, spec["seed"], ranks) for name, spec, ranks in trained] == [
+        (name, seed, ranks)
+        for seed in (3, 4)
+        for name, ranks in (("dist-sae", 1), ("dist-sae", 2), ("sae-lens", 1))
+    ]
+    assert [spec["threads"] for _, spec, _ in trained[:3]] == [2, 1, 2]
+    theirs = trained[2][1]
+    # settings of the trainer are apart from those of the dictionary; 70 rows are 4 batches of 16
+    assert (theirs["settings"], theirs["train"], theirs["steps"]) == ({"k": 2}, {"lr": 0.5}, 4)
+    scored = [spec["out"] for _, spec, _ in scripts.told if spec["action"] == "score"]
+    assert scored[:3] == ["from dist-sae", "from dist-sae", "from sae-lens"]
+    first = result["dictionaries"][0]
+    expected = {"l0": 2, "fvu": 0.25, "f1": 0.6, "precision": 0.5, "recall": 0.75, "mcc": 0.7}
+    assert {key: first[key] for key in expected} == expected
+    assert (first["uniqueness"], first["dead"], first["seconds"]) == (0.8, 1, 4)
+    assert (first["rows"], result["rows"]) == (64, 64)
+
+
+def test_a_world_is_made_once_for_each_number_of_rows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripts = Scripts(monkeypatch)
+    for rows in (70, 70, 90):
+        synth.bench_synth(comparison(rows=rows, trainers=(THEIRS,)), tmp_path)
+    made = [spec for _, spec, _ in scripts.told if spec["action"] == "make"]
+    assert [spec["rows"] for spec in made] == [64, 80]
+    assert made[0]["folder"] != made[1]["folder"]
+
+
+def test_a_world_that_was_left_half_made_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripts = Scripts(monkeypatch)
+    scripts.failing = "make"
+    with pytest.raises(ConfigError, match="sae-lens made no world small: out of ideas"):
+        synth.bench_synth(comparison(), tmp_path)
+    scripts.failing = ""
+    synth.bench_synth(comparison(trainers=(THEIRS,)), tmp_path)
+    assert [spec["action"] for _, spec, _ in scripts.told] == ["make", "make", "train", "score"]
+
+
+def test_a_trainer_that_fails_is_a_row_with_an_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    scripts = Scripts(monkeypatch)
+    scripts.failing = "dist-sae"
+    result = synth.bench_synth(comparison(shards=(1,)), tmp_path)
+    ours, theirs = result["dictionaries"]
+    assert (ours["error"], ours["f1"], theirs["error"]) == ("out of ideas", None, None)
+    lines = synth.render_table(result).splitlines()
+    assert lines[-1] == "dist_sae topk: ERROR: out of ideas"
+    assert " ".join(lines[3].split()) == (
+        "sae-lens topk k=2 train.lr=0.5 1 3 2.0 0.2500 0.600 0.500 0.750 0.700 0.800 1 4"
+    )
+
+
+def test_trainers_are_parsed_as_yaml() -> None:
+    trainer = parse_trainer(SAE_LENS, ["matryoshka_batchtopk", "k=8", "widths=[2, 8]", "a=x"])
+    assert trainer == Trainer(
+        SAE_LENS, "matryoshka_batchtopk", {"k": 8, "widths": [2, 8], "a": "x"}
+    )
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"rows": 15}, "--rows 15: less than a batch of 16"),
+        (
+            {"trainers": [Trainer(DIST_SAE, "topkk", {"k": 2})]},
+            "unknown kind topkk; did you mean topk",
+        ),
+        ({"trainers": [Trainer(DIST_SAE, "topk", {"k": 99})]}, "k .99. must not exceed n_latents"),
+        ({"trainers": [Trainer(DIST_SAE, "topk", {"k": 2, "train.foo": 1})]}, "train.foo"),
+        ({"trainers": [Trainer(DIST_SAE, "routed", {"k": 2, "experts": 2})]}, "nothing like it"),
+    ],
+)
+def test_what_cannot_be_trained_is_refused_before_anything_is_installed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, changes: dict[str, Any], message: str
+) -> None:
+    scripts = Scripts(monkeypatch)
+    with pytest.raises(ConfigError, match=message):
+        synth.bench_synth(comparison(**changes), tmp_path)
+    assert not scripts.told
+
+
+def test_sae_lens_that_cannot_be_installed_is_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def ensure(*_: object) -> Path:
+        raise PeerError("no such release")
+
+    monkeypatch.setattr(synth, "ensure_environment", ensure)
+    with pytest.raises(ConfigError, match="was not installed: no such release"):
+        synth.bench_synth(comparison(), tmp_path)
+
+
+@pytest.mark.parametrize("words", [["topk", "k"], ["topk", "=3"], ["topk", "k=[1"]])
+def test_settings_that_are_none_are_refused(words: list[str]) -> None:
+    with pytest.raises(ConfigError, match="topk"):
+        parse_trainer(DIST_SAE, words)
+
+
+def test_worlds_are_named_or_folders_that_sae_lens_saved(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="neither small nor 16k, nor a folder"):
+        find_world(str(tmp_path))
+    (tmp_path / "synthetic_model_config.json").write_text("{}")
+    world = find_world(str(tmp_path))
+    assert (world.name, world.model) == (tmp_path.name, str(tmp_path))
