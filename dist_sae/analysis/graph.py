@@ -1,6 +1,6 @@
 """The graph of latents by decoder direction, and groups of near latents."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -30,14 +30,14 @@ class Edges(NamedTuple):
 
 
 class Groups(NamedTuple):
-    """Disjoint groups of latents."""
+    """Groups of latents."""
 
-    of: NDArray[np.int32]
-    """Group of each latent, [n_latents]; -1 for a latent in none."""
+    latents: NDArray[np.int64]
+    """Of each group, ascending, one group after the other."""
     sizes: NDArray[np.int64]
     """Latents of each group."""
     too_many: int
-    """Latents that are in no group because theirs stays too large at any cosine."""
+    """Latents that were left out because their group is too large."""
 
 
 def nearest_edges(index: Index, least_cosine: float) -> Edges:
@@ -151,4 +151,17 @@ def find_groups(edges: Edges, n_latents: int, least: int, most: int) -> Groups:
         kept = large[one] & (cosine >= cutoff)
         one, other, cosine = one[kept], other[kept], cosine[kept]
         large[:] = False
-    return Groups(of, np.concatenate([np.zeros(0, np.int64), *sizes]), int(large.sum()))
+    latents = np.argsort(of, kind="stable")[np.count_nonzero(of < 0) :]
+    return Groups(latents, np.concatenate([np.zeros(0, np.int64), *sizes]), int(large.sum()))
+
+
+def together(parts: Sequence[Groups]) -> Groups:
+    """The groups of several searches, equal ones once."""
+    lists: dict[bytes, NDArray[np.int64]] = {}
+    for part in parts:
+        if len(part.sizes):
+            for latents in np.split(part.latents, part.sizes.cumsum()[:-1]):
+                lists.setdefault(latents.tobytes(), latents)
+    sizes = np.array([len(latents) for latents in lists.values()], np.int64)
+    latents = np.concatenate([np.zeros(0, np.int64), *lists.values()])
+    return Groups(latents, sizes, sum(part.too_many for part in parts))

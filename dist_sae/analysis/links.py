@@ -12,7 +12,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from dist_sae.analysis.graph import listed_nearest
+from dist_sae.analysis.graph import Edges, listed_nearest
 from dist_sae.analysis.spool import Spool
 from dist_sae.index.query import Index
 
@@ -88,7 +88,7 @@ def find_links(
         for bucket in range(index.manifest.n_buckets):
             table = index.bucket_pairs(bucket)
             one, other, count = (table[c].to_numpy() for c in ("latent", "other", "count"))
-            kept = _more_than_chance(count, firings[one] * firings[other], index)
+            kept = more_than_chance(count, firings[one] * firings[other], index)
             phi = table["phi"].to_numpy()[kept]
             _add(spool, one[kept], other[kept], phi, "phi", count[kept])
         spooled.append(spool.bytes)
@@ -96,7 +96,39 @@ def find_links(
             yield _joined(spool.read(part), index.n_latents)
 
 
-def _more_than_chance(
+class Pairs(NamedTuple):
+    """Pairs of latents that fire together more often than by chance, mostly in both orders."""
+
+    latent: NDArray[np.int64]
+    other: NDArray[np.int64]
+    """A latent that is listed as coactive with it."""
+
+    def among(self, edges: Edges, n: int) -> NDArray[np.bool_]:
+        """Which edges between n latents join such a pair."""
+        keys = np.minimum(self.latent, self.other) * n + np.maximum(self.latent, self.other)
+        return np.isin(edges.one * n + edges.other, keys)
+
+
+def coactive_pairs(index: Index, firings: NDArray[np.float64]) -> Pairs:
+    """Find the pairs that fire on more common rows than chance gives to any pair.
+
+    Args:
+        index: Counts pairs.
+        firings: Rows on which each latent fires, among the index's `pair_rows`.
+
+    Raises:
+        ConfigError: The index counts no pairs.
+    """
+    parts = []
+    for bucket in range(index.manifest.n_buckets):
+        table = index.bucket_pairs(bucket)
+        latent, other, count = (table[c].to_numpy() for c in ("latent", "other", "count"))
+        kept = more_than_chance(count, firings[latent] * firings[other], index)
+        parts.append((latent[kept].astype(np.int64), other[kept].astype(np.int64)))
+    return Pairs(*(np.concatenate(column) for column in zip(*parts, strict=True)))
+
+
+def more_than_chance(
     count: NDArray[np.int64], product: NDArray[np.float64], index: Index
 ) -> NDArray[np.bool_]:
     """Whether pairs fire together more often than chance gives to any pair.

@@ -2,7 +2,7 @@
 
 from collections.abc import Iterator
 from itertools import chain
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,53 +57,66 @@ def reconstruct(
     if not n_groups:
         spooled.append(0)
         return
-    latents = np.argsort(groups.of, kind="stable")[np.count_nonzero(groups.of < 0) :]
-    slot_of = np.full(len(groups.of), -1, np.int32)
-    slot_of[latents] = np.arange(len(latents))
-    firings = np.bincount(groups.of[latents], index.firings[latents], n_groups)
+    latents, group_of = groups.latents, np.repeat(np.arange(n_groups), groups.sizes)
+    slots_of = _Slots(latents, index.n_latents)
+    firings = np.bincount(group_of, index.firings[latents], n_groups)
     limit = _SPARE * most_rows / np.maximum(firings * index.manifest.postings_share, 1)
     bytes_of = 4 * decoder.d_out * groups.sizes
     bytes_of = bytes_of + _ENTRY.itemsize * firings * np.minimum(limit, 1)
     part_of_group = (bytes_of.cumsum() - bytes_of) // _PART_BYTES
     part_of_group = np.minimum(part_of_group, _MOST_PARTS - 1).astype(np.int64)
-    part_of = part_of_group[groups.of[latents]]
+    part_of = part_of_group[group_of]
     n_parts = int(part_of_group.max(initial=0)) + 1
     row_type = np.dtype([("slot", "<i4"), ("row", "<f4", (decoder.d_out,))])
     with Spool(row_type, n_parts) as rows, Spool(_ENTRY, n_parts) as entries:
         bounds = np.array([below(min(share, 1.0)) for share in limit.tolist()], np.uint64)
         buckets = range(index.manifest.n_buckets)
         for table in chain.from_iterable(map(index.bucket_postings, buckets)):
-            slots = slot_of[table["latent"].to_numpy()]
-            here = np.flatnonzero(slots >= 0)
-            slots, unit, row = slots[here], *(table[c].to_numpy()[here] for c in ("unit", "row"))
+            here, slots = slots_of(table["latent"].to_numpy())
+            unit, row = (table[c].to_numpy()[here] for c in ("unit", "row"))
             chance = chances(index.manifest.seed, _PURPOSE, unit, row)  # no two rows have the same
-            kept = chance <= bounds[groups.of[latents[slots]]]
+            kept = chance <= bounds[group_of[slots]]
             records = np.empty(int(kept.sum()), _ENTRY)
             records["slot"], records["row"] = slots[kept], chance[kept]
             records["act"] = table["act"].to_numpy()[here[kept]]
             entries.add(part_of[slots[kept]], records)
         for first, part in decoder.parts():
-            slots = slot_of[first : first + len(part)]
-            here = np.flatnonzero(slots >= 0)
+            here, slots = slots_of(np.arange(first, first + len(part)))
             records = np.empty(len(here), row_type)
-            records["slot"], records["row"] = slots[here], part.numpy()[here]
-            rows.add(part_of[slots[here]], records)
+            records["slot"], records["row"] = slots, part.numpy()[here]
+            rows.add(part_of[slots], records)
         spooled.append(rows.bytes + entries.bytes)
         for number in range(n_parts):
-            yield from _of_part(rows.read(number), entries.read(number), latents, groups, most_rows)
+            both = rows.read(number), entries.read(number)
+            yield from _of_part(*both, latents, group_of, most_rows)
+
+
+class _Slots:
+    """Places of latents in the list of all groups' latents: none, one, or several."""
+
+    def __init__(self, latents: NDArray[np.int64], n_latents: int) -> None:
+        self._slots = np.argsort(latents, kind="stable")
+        self._starts = np.searchsorted(latents[self._slots], np.arange(n_latents + 1))
+
+    def __call__(self, latents: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Which of some latents have places, once for each; and these places."""
+        starts = self._starts[latents]
+        counts = self._starts[latents + 1] - starts
+        here = np.repeat(np.arange(len(latents)), counts)
+        within = np.arange(len(here)) - np.repeat(counts.cumsum() - counts, counts)
+        return here, self._slots[starts[here] + within]
 
 
 def _of_part(
     rows: NDArray[np.void],
     entries: NDArray[np.void],
     latents: NDArray[np.int64],
-    groups: Groups,
+    group_of: NDArray[np.int64],
     most_rows: int,
 ) -> Iterator[Reconstructed]:
     rows = rows[np.argsort(rows["slot"], kind="stable")]
     entries = entries[np.argsort(entries["slot"], kind="stable")]
-    group_of_row = groups.of[latents[rows["slot"]]]
-    present, starts = np.unique(group_of_row, return_index=True)
+    present, starts = np.unique(group_of[rows["slot"]], return_index=True)
     cuts = rows["slot"][starts]
     for group, mine, found in zip(
         present.tolist(),

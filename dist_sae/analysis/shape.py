@@ -16,6 +16,7 @@ _FARTHEST = 0.1  # share of the directions with the largest ratios, which TwoNN 
 _NORM_BINS = 10
 _SIDE = 0.3  # cosine to the mean direction below which perspective would stretch a point
 _AHEAD = 0.95  # share of the points on one side from which they are seen in perspective
+_FAINT = 0.3
 _PAIRS = 50  # most pairs of latents whose sum is tested
 
 
@@ -42,28 +43,44 @@ def spectrum(points: Float) -> Spectrum:
     return Spectrum(centred @ axes[:, kept], variances[kept] / variances[kept].sum())
 
 
-def without_intensity(points: Float) -> tuple[Float, NDArray[np.bool_] | None]:
-    """Points in perspective, if they lie on one side of the origin.
+def strong(points: Float) -> NDArray[np.bool_]:
+    """The points that hold nearly all of the energy, [n].
+
+    A dictionary with a fixed number of latents for each row also uses them, weakly, where their
+    feature is not present. A point counts from 0.3 times the length above which the points have
+    half of the sum of squares.
+
+    Args:
+        points: [n, d].
+    """
+    lengths = np.linalg.norm(points, axis=1)
+    falling = np.sort(lengths)[::-1]
+    energy = np.cumsum(falling**2)
+    half = falling[np.searchsorted(energy, energy[-1] / 2)]
+    found: NDArray[np.bool_] = lengths >= _FAINT * half
+    return found
+
+
+def in_perspective(points: Float) -> tuple[Float, NDArray[np.bool_]] | None:
+    """Points without their intensity, if they lie on one side of the origin.
 
     A feature's intensity r multiplies its point, and would be the largest component of all others.
-    With the mean direction c, points y become y / (y . c) - c, in which r cancels. Points all
-    around the origin, such as a ring whose centre it is, stay.
+    With the mean direction c, points y become y / (y . c) - c, in which r cancels.
 
     Args:
         points: [n, d].
 
     Returns:
         The points in perspective, and which of them are kept, [n]: those not too far from the mean
-        direction. If they stay as they are, the points and None.
+        direction. None if points lie all around the origin, as on a ring whose centre it is.
     """
     directions = points / np.maximum(np.linalg.norm(points, axis=1, keepdims=True), 1e-30)
     mean = directions.mean(0)
     mean /= max(float(np.linalg.norm(mean)), 1e-30)
     ahead = directions @ mean > _SIDE
     if ahead.mean() < _AHEAD:
-        return points, None
-    seen: Float = points[ahead] / (points[ahead] @ mean)[:, None] - mean
-    return seen, ahead
+        return None
+    return points[ahead] / (points[ahead] @ mean)[:, None] - mean, ahead
 
 
 def two_nn(points: Float) -> float | None:

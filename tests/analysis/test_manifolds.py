@@ -1,5 +1,6 @@
 """Manifolds: circles planted among rays and decoys are found, and controls show nothing."""
 
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -7,10 +8,15 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from dist_sae.analysis.coplanar import coplanar_groups
 from dist_sae.analysis.graph import find_groups, nearest_edges
-from dist_sae.analysis.manifolds import LEAST_ROWS, Settings, find_manifolds
+from dist_sae.analysis.links import coactive_pairs
+from dist_sae.analysis.manifolds import Settings, find_manifolds
+from dist_sae.analysis.measure import LEAST_ROWS, measure
 from dist_sae.analysis.opened import Indexed
+from dist_sae.analysis.reconstructed import Reconstructed
 from dist_sae.errors import ConfigError
+from tests.analysis.circles import moved
 from tests.analysis.simulated import Codes, joined, simulate
 
 D, CIRCLES, TILES, FAMILIES, RAYS = 64, 20, 8, 60, 400
@@ -27,14 +33,20 @@ def on_rows(draw: np.random.Generator, chance: float) -> NDArray[np.int64]:
     return np.flatnonzero(draw.random(ROWS) < chance)
 
 
-def circle(draw: np.random.Generator, rows: NDArray[np.int64], first: int, noise: float) -> Codes:
-    """Points of a circle, each a sum of the two nearest of `TILES` directions."""
-    angle = draw.uniform(0, TILES, len(rows))
-    low, between = angle.astype(np.int64), (angle % 1) * 2 * np.pi / TILES
-    step = 2 * np.pi / TILES
+def circle(
+    draw: np.random.Generator,
+    rows: NDArray[np.int64],
+    first: int,
+    noise: float,
+    tiles: int = TILES,
+) -> Codes:
+    """Points of a circle, each a sum of the two nearest of `tiles` directions."""
+    angle = draw.uniform(0, tiles, len(rows))
+    low, between = angle.astype(np.int64), (angle % 1) * 2 * np.pi / tiles
+    step = 2 * np.pi / tiles
     radius = np.abs(draw.normal(1, noise, len(rows))) / np.sin(step)
     acts = np.stack([radius * np.sin(step - between), radius * np.sin(between)])
-    latents = first + np.stack([low, (low + 1) % TILES])
+    latents = first + np.stack([low, (low + 1) % tiles])
     return Codes(np.tile(rows, 2), latents.ravel(), acts.ravel())
 
 
@@ -94,7 +106,8 @@ def test_planted_circles_are_ranked_first(world: Indexed) -> None:
     assert len(found.figures) == len(found.numbers["best_rings"]) == 5
     for line in rings:
         assert line["two_nn"] == pytest.approx(1, abs=0.3)
-        assert line["in_perspective"] == bool(min(line["latents"]) // TILES % 2)
+        ahead = min(line["latents"]) // TILES % 2
+        assert line["view"] == ("perspective" if ahead else "directions")
         assert line["participation"] == pytest.approx(2, abs=0.2)
         assert line["composition"] < 0.7  # interpolated, not added
         assert line["scaling"] < 0.1
@@ -104,14 +117,78 @@ def test_planted_circles_are_ranked_first(world: Indexed) -> None:
 
 def test_latents_that_fire_without_each_other_are_no_ring(tmp_path: Path) -> None:
     directions, codes = planted()
-    draw = np.random.default_rng(1)
-    whole = joined(codes)
-    shuffled = np.empty_like(whole.rows)
-    for latent in range(len(directions)):  # each keeps its activations, on other rows
-        here = np.flatnonzero(whole.latents == latent)
-        shuffled[here] = draw.choice(ROWS, len(here), replace=False)
-    world = simulate(tmp_path, directions, whole._replace(rows=shuffled), n_rows=ROWS)
+    world = simulate(tmp_path, directions, moved(joined(codes), ROWS), n_rows=ROWS)
     assert find_manifolds(world, Settings()).numbers["rings"] == 0
+
+
+def coarse(seed: int = 0) -> tuple[NDArray[np.float64], list[Codes], list[set[int]]]:
+    """As dictionaries are trained: circles of four or five latents, which fire weakly elsewhere."""
+    draw = np.random.default_rng(seed)
+    parts, codes, circles, first = [], [], [], 0
+    for number in range(CIRCLES):
+        tiles = 4 + number % 2
+        angles = 2 * np.pi * np.arange(tiles) / tiles + draw.normal(0, 0.03, tiles)
+        axes = np.linalg.qr(draw.standard_normal((D, 2)))[0]
+        tilted = np.stack([np.cos(angles), np.sin(angles)], 1) @ axes.T
+        parts.append(unit(tilted + 0.1 * unit(draw.standard_normal((tiles, D)))))
+        codes.append(circle(draw, on_rows(draw, 2 * ACTIVE / ROWS), first, 0.25, tiles))
+        circles.append(set(range(first, first + tiles)))
+        first += tiles
+    parts.append(unit(draw.standard_normal((RAYS, D))))
+    for latent in range(first + RAYS):
+        rows = on_rows(draw, ACTIVE / ROWS)
+        acts = np.full(len(rows), 0.15 if latent < first else 1.0)
+        codes.append(Codes(rows, np.full(len(rows), latent), acts))
+    return np.concatenate(parts), codes, circles
+
+
+def test_circles_of_few_latents_at_right_angles_are_found(tmp_path: Path) -> None:
+    directions, codes, circles = coarse()
+    world = simulate(tmp_path, directions, joined(codes), n_rows=ROWS)
+    table = find_manifolds(world, Settings()).tables["groups"].to_pylist()
+    rings = [set(line["latents"]) for line in table[:30] if line["is_ring"]]
+    assert sum(ring in circles for ring in rings) >= 18
+    assert sum(line["is_ring"] for line in table) <= CIRCLES
+
+
+def test_a_plane_of_latents_that_fire_without_each_other_is_no_ring(tmp_path: Path) -> None:
+    directions, codes, _ = coarse()
+    world = simulate(tmp_path, directions, moved(joined(codes), ROWS), n_rows=ROWS)
+    assert find_manifolds(world, Settings()).numbers["rings"] == 0
+
+
+@pytest.mark.parametrize("kind", ["normal", "uniform", "alternate"])
+def test_two_features_of_both_signs_are_no_ring(kind: str) -> None:
+    """Their plane is covered in all directions, which alone would look like a ring."""
+    draw = np.random.default_rng(0)
+    points = draw.standard_normal((2000, 2))
+    if kind == "uniform":
+        points = draw.uniform(-1, 1, (2000, 2))
+    elif kind == "alternate":
+        points[np.arange(2000), draw.integers(0, 2, 2000)] = 0
+    axes = np.array([[1.0, 0], [-1, 0], [0, 1], [0, -1]])
+    codes = np.maximum(points @ axes.T, 0)
+    shape = measure(Reconstructed(0, np.arange(4), codes, axes @ axes.T))
+    assert shape is not None
+    assert not shape.measured.is_ring
+
+
+def test_latents_in_a_plane_are_grouped_and_may_be_in_two_planes(tmp_path: Path) -> None:
+    angles = np.radians([0, 90, 180, 270])
+    one = np.stack([np.cos(angles), np.sin(angles), 0 * angles, 0 * angles], 1)
+    other = np.stack([np.cos(angles), 0 * angles, np.sin(angles), 0 * angles], 1)[[1, 3]]
+    last = np.array([[0, 0, 0, 1.0]])  # fires with the others, in no plane with two of them
+    directions = np.concatenate([one, other, last])
+    rows = np.arange(4000)
+    pairs = [(a, b) for plane in ((0, 1, 2, 3), (0, 4, 2, 5)) for a, b in combinations(plane, 2)]
+    pairs = [pair for pair in pairs if pair not in ((0, 2), (1, 3), (4, 5))] + [(0, 6), (1, 6)]
+    which = np.array(pairs)[rows % len(pairs)]
+    codes = Codes(np.tile(rows, 2), which.T.ravel(), np.ones(2 * len(rows)))
+    index, decoder, _ = simulate(tmp_path, directions, codes, n_rows=5 * len(rows))
+    firings = index.firings.astype(np.float64)
+    groups = coplanar_groups(decoder, coactive_pairs(index, firings), 3, 10)
+    found = np.split(groups.latents, groups.sizes.cumsum()[:-1])
+    assert [group.tolist() for group in found] == [[0, 1, 2, 3], [0, 2, 4, 5]]
 
 
 def test_a_random_dictionary_has_no_manifolds(tmp_path: Path) -> None:
@@ -131,12 +208,10 @@ def test_groups_are_no_larger_than_allowed(world: Indexed) -> None:
     edges = nearest_edges(world.latents, 0.3)
     n = world.latents.n_latents
     groups = find_groups(edges, n, 3, 12)
-    counts = np.bincount(groups.of[groups.of >= 0])
-    assert np.array_equal(counts, groups.sizes)
-    assert counts.min() >= 3
-    assert counts.max() <= 12
-    for group in range(len(counts)):  # connected by edges within
-        members = np.flatnonzero(groups.of == group)
+    assert len(np.unique(groups.latents)) == len(groups.latents)
+    assert groups.sizes.min() >= 3
+    assert groups.sizes.max() <= 12
+    for members in np.split(groups.latents, groups.sizes.cumsum()[:-1]):  # connected within
         reached = {int(members[0])}
         inside = edges.mutual & np.isin(edges.one, members) & np.isin(edges.other, members)
         for _ in members:
@@ -151,6 +226,7 @@ def test_groups_are_no_larger_than_allowed(world: Indexed) -> None:
     [
         ({"neighbours": 0}, 1000, "no nearest latents"),
         ({"postings": "none"}, 1000, "keeps no postings"),
+        ({"pairs": 0}, 1000, "counts no coactive latents"),
         ({}, LEAST_ROWS - 1, f"has {LEAST_ROWS - 1} rows"),
     ],
 )

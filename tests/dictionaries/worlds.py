@@ -51,7 +51,16 @@ class World:
         where, what = both // len(self.p), both % len(self.p)
         intensity = (1 + 0.25 * torch.randn(len(both), generator=generator)).clamp_min(0.1)
         x = torch.zeros(rows, self.d_in)
-        return x.index_add(0, where, intensity[:, None] * self.directions[what]) * self.scale
+        points = self.points(what, generator)
+        return x.index_add(0, where, intensity[:, None] * points) * self.scale
+
+    def points(
+        self,
+        what: Tensor,
+        generator: torch.Generator,  # noqa: ARG002 - of features with more than one point
+    ) -> Tensor:
+        """Unit vectors of active features, [active, d_in]."""
+        return self.directions[what]
 
 
 @runtime_checkable

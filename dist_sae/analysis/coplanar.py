@@ -1,0 +1,110 @@
+"""Groups of latents that lie in a plane through the origin and fire together in turn.
+
+A dictionary that is trained on a ring around the origin covers it with few latents, of which
+neighbouring ones are active together. They are some 60 to 120 degrees apart, no nearer to each
+other than to latents of other features, but all lie in one plane. Three directions of several
+dozen dimensions lie in a plane by no chance. So for each latent the three-sided groups that it
+forms with its most coactive latents are looked at, in time linear in the latents. This is ours.
+"""
+
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch.nn.functional import normalize
+
+from dist_sae.analysis.graph import Groups, components
+from dist_sae.analysis.links import Pairs
+from dist_sae.index.decoder import Decoder
+
+FLATNESS = 0.1
+"""Most of the least eigenvalue of the cosines of three latents in a plane: 0 if they lie in one
+exactly, 1 if they are at right angles. Three that are equally near have 1 - cosine."""
+NEAR = 0.8
+"""Cosine of latents that are too near each other to span a plane with a third."""
+_SKETCH = 128  # dimensions that directions are projected to, if they have more
+_PRODUCTS = 2**24  # numbers of a block's sketches
+
+
+def coplanar_groups(decoder: Decoder, pairs: Pairs, least: int, most: int) -> Groups:
+    """Groups of latents in a plane, in which each shares a plane with two that it is coactive with.
+
+    Sets of three are of the same plane if they have two latents in common that span it. A latent
+    may be in several groups.
+
+    Args:
+        decoder: Of the latents.
+        pairs: Those that fire on common rows.
+        least: Least latents of a group.
+        most: Most latents of a group.
+    """
+    sketches = sketch(decoder)
+    n = len(sketches)
+    found = list(_flat(sketches, pairs))
+    three = np.concatenate([np.zeros((0, 3), np.int64), *(latents for latents, _ in found)])
+    spans = np.concatenate([np.zeros((0, 3), np.bool_), *(sides for _, sides in found)])
+    three, spans = three[spans.any(1)], spans[spans.any(1)]
+    ends = three[:, [[0, 1], [0, 2], [1, 2]]]
+    keys = ends.min(2) * n + ends.max(2)
+    first = keys[np.arange(len(keys)), spans.argmax(1)]
+    used, side = np.unique(np.where(spans, keys, first[:, None]), return_inverse=True)
+    side = side.reshape(keys.shape)
+    of, n_groups = components(len(used), side[:, [0, 0]].ravel(), side[:, [1, 2]].ravel())
+    members = np.unique(of[side[:, [0]]] * n + three)  # each latent of a group once
+    group, latents = members // n, members % n
+    sizes = np.bincount(group, minlength=n_groups)
+    kept = (sizes >= least) & (sizes <= most)
+    too_many = len(np.unique(latents[(sizes > most)[group]]))
+    return Groups(latents[kept[group]], sizes[kept], too_many)
+
+
+def sketch(decoder: Decoder) -> NDArray[np.float16]:
+    """Unit directions, projected at random if they have many dimensions.
+
+    What lies in a plane does so after a projection, and what does not hardly ever does.
+    """
+    d = decoder.d_out
+    draw = torch.Generator().manual_seed(0)
+    project = torch.randn(d, _SKETCH, generator=draw) if d > _SKETCH else torch.eye(d)
+    parts = [normalize(rows @ project, dim=1).half().numpy() for _, rows in decoder.parts()]
+    return np.concatenate(parts)
+
+
+def _flat(
+    sketches: NDArray[np.float16], pairs: Pairs
+) -> Iterator[tuple[NDArray[np.int64], NDArray[np.bool_]]]:
+    """Sets of a latent and two of its coactive ones that lie in a plane, and which sides span it.
+
+    Sides are those between the first and second latent, first and third, second and third. A side
+    between opposite latents spans no plane.
+    """
+    order = np.argsort(pairs.latent, kind="stable")
+    latents, starts, counts = np.unique(pairs.latent[order], return_index=True, return_counts=True)
+    width = int(counts.max(initial=0))
+    at_a_time = max(1, _PRODUCTS // max(1, (width + 1) * sketches.shape[1]))
+    one, other = np.triu_indices(width, 1)
+    for start in range(0, len(latents), at_a_time):
+        here = slice(start, start + at_a_time)
+        own, place = latents[here, None], np.arange(width)
+        there = place < counts[here, None]
+        listed = pairs.other[order[starts[here, None] + np.where(there, place, 0)]]
+        near = np.where(there, listed, own)  # too near itself to span a plane
+        rows = sketches[np.concatenate([own, near], axis=1)].astype(np.float32)
+        cosines = rows @ rows.transpose(0, 2, 1)
+        sides = cosines[:, 0, one + 1], cosines[:, 0, other + 1], cosines[:, one + 1, other + 1]
+        three = np.stack(sides, axis=2)
+        flat = (_least_eigenvalue(*sides) <= FLATNESS) & (three.max(2) <= NEAR)
+        row, pair = np.nonzero(flat)
+        found = np.stack([own[row, 0], near[row, one[pair]], near[row, other[pair]]], axis=1)
+        yield found, three[row, pair] >= -NEAR
+
+
+def _least_eigenvalue(
+    a: NDArray[np.float32], b: NDArray[np.float32], c: NDArray[np.float32]
+) -> NDArray[np.float32]:
+    """Of matrices with ones on the diagonal and a, b, c beside it, in closed form."""
+    square = np.maximum((a * a + b * b + c * c) / 3, 1e-12)
+    angle = np.arccos(np.clip(a * b * c / square**1.5, -1, 1)) / 3
+    least: NDArray[np.float32] = 1 + 2 * np.sqrt(square) * np.cos(angle + 2 * np.pi / 3)
+    return least
