@@ -60,7 +60,8 @@ class World:
         generator: torch.Generator,  # noqa: ARG002 - of features with more than one point
     ) -> Tensor:
         """Unit vectors of active features, [active, d_in]."""
-        return self.directions[what]
+        found: Tensor = self.directions[what]
+        return found
 
 
 @runtime_checkable

@@ -40,7 +40,8 @@ def main(options: argparse.Namespace) -> None:
     if not 2 <= options.least <= options.most:  # noqa: PLR2004 - one latent is a line
         raise ArgumentError(f"--least {options.least}, --most {options.most}: want 2 <= N <= most")
     run = shared.load(options)
-    from dist_sae.analysis.manifolds import LEAST_ROWS, Settings, find_manifolds
+    from dist_sae.analysis.manifolds import Settings, find_manifolds
+    from dist_sae.analysis.measure import LEAST_ROWS
 
     if options.rows < LEAST_ROWS:
         raise ArgumentError(f"--rows {options.rows}: a group needs at least {LEAST_ROWS}")
