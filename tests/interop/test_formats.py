@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import safetensors.numpy
+import safetensors.torch
 import torch
 import yaml
 from numpy.typing import NDArray
@@ -397,3 +398,62 @@ def test_saelens_has_transcoders(tmp_path: Path) -> None:
     (codes, y), (codes_again, y_again) = (infer(d, normalisers, x) for d in (dictionary, again))
     assert np.array_equal(codes > 0, codes_again > 0)
     np.testing.assert_allclose(y_again, y, rtol=1e-5, atol=1e-5)
+
+
+WEIGHTS: dict[str, tuple[dict[str, Any], str, str, str]] = {
+    "sae-lens": ({"kind": "jumprelu"}, "sae_weights.safetensors", "W_enc", "threshold"),
+    "sparsify": ({"kind": "topk"}, "sae.safetensors", "W_dec", "encoder.bias"),
+    "circuit-tracer": ({**BATCH, **MLP}, "layer_0.safetensors", "W_dec", "b_enc"),
+    "dictionary-learning": ({"kind": "batchtopk"}, "ae.pt", "encoder.weight", "threshold"),
+}
+"""A kind, its file, a matrix and a vector of it."""
+
+
+@pytest.mark.parametrize("fault", ["missing", "extra", "turned", "damaged"])
+@pytest.mark.parametrize("library", WEIGHTS)
+def test_tensors_that_a_format_has_not_are_one_line(
+    library: str, fault: str, tmp_path: Path
+) -> None:
+    sae, name, matrix, vector = WEIGHTS[library]
+    run, _, _ = trained(tmp_path, sae)
+    file = Path(export(run, format_name=library)) / name
+    weights = torch.load(file) if name == "ae.pt" else safetensors.torch.load_file(file)
+    match fault:
+        case "missing":
+            del weights[vector]
+            said = f"lacks '{vector}'"
+        case "extra":
+            weights["W_more"] = torch.zeros(3)
+            said = "has W_more, which "
+        case _:
+            weights[matrix] = weights[matrix].T.contiguous()
+            said = "has the shape "
+    if name == "ae.pt":
+        torch.save(weights, file)
+    else:
+        safetensors.torch.save_file(weights, file)
+    if fault == "damaged":
+        file.write_bytes(file.read_bytes()[:-40])
+        said = "cannot be read: "
+    with pytest.raises(ConfigError, match=re.escape(said)) as refused:
+        read_foreign(file.parent)
+    assert "\n" not in str(refused.value)
+
+
+def test_numbers_of_half_precision_are_read_as_they_are(tmp_path: Path) -> None:
+    """Thresholds too: a code that is just above one in bf16 is active."""
+    run, _, _ = trained(tmp_path, {"kind": "jumprelu"})
+    folder = Path(export(run))
+    file = folder / "sae_weights.safetensors"
+    half = {name: t.bfloat16() for name, t in safetensors.torch.load_file(file).items()}
+    safetensors.torch.save_file(half, file)
+    found = read_foreign(folder)
+    assert torch.equal(found.of_latents["threshold"], half["threshold"].double().clamp_min(0))
+    w = {name: tensor.double().numpy() for name, tensor in half.items()}
+    x = raw_rows(run, 2000)
+    z = x @ w["W_enc"] + w["b_enc"]
+    back = Run.model_validate(run.model_dump() | {"sae": settings(found, run, folder)})
+    scales = [SCALES["mlp_in.0"]]
+    again = converted(back, found, scales, scales).double()
+    rows = scales[0] * torch.from_numpy(x)
+    assert np.array_equal(dense(again.encode(rows), N) > 0, (z > w["threshold"]) & (z > 0))
