@@ -9,6 +9,8 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
+from dist_sae.analysis.chance import Beyond
+from dist_sae.analysis.coverage_figures import figures
 from dist_sae.analysis.law import (
     ENOUGH_FIRINGS,
     LEAST_WIDTHS,
@@ -23,13 +25,10 @@ from dist_sae.analysis.matching import LEAST_OCCURRENCES, Matched
 from dist_sae.analysis.tail import exponent_of
 from dist_sae.analysis.words import Concept, WordRows
 from dist_sae.errors import ArgumentError
-from dist_sae.report.charts import Line, Mark, render_lines
 from dist_sae.report.outcome import Findings
 
 LEAST_CONCEPTS = 20
 """Concepts below which no curve is fitted."""
-_BINS = 8
-"""Groups of concepts, equal in number, whose shares a figure shows."""
 
 
 class Covered(NamedTuple):
@@ -40,6 +39,15 @@ class Covered(NamedTuple):
     """A value for each concept, by column."""
     zipf: float | None
     """Exponent of the rank-frequency curve of the alive latents."""
+    beyond: Sequence[Beyond] = ()
+    """What it finds beside chance, or beside another dictionary."""
+    caveat: str = ""
+    """Why it is not told what chance would find."""
+
+    @property
+    def is_nothing(self) -> bool:
+        """Whether it finds no more than chance, or than another dictionary, does."""
+        return any(not each.is_more for each in self.beyond)
 
 
 def frequencies(concepts: Sequence[Concept], words: WordRows, share: float) -> NDArray[np.float64]:
@@ -76,6 +84,8 @@ def cover_words(
     frequency: NDArray[np.float64],
     matched: Matched,
     least_f1: float,
+    beyond: Sequence[Beyond] = (),
+    caveat: str = "",
 ) -> Covered:
     """Find which of a list of words have a latent in one dictionary.
 
@@ -87,6 +97,8 @@ def cover_words(
         frequency: Of each.
         matched: Their latents.
         least_f1: F1 from which on a latent counts as a word's own.
+        beyond: What it finds beside others.
+        caveat: Why it is not told what chance would find.
 
     Raises:
         ArgumentError: Fewer than `LEAST_CONCEPTS` words occur often enough.
@@ -112,7 +124,7 @@ def cover_words(
     }
     alive = int((firings > 0).sum())
     width = Width(name, len(firings), alive, trained_rows, frequency, judged, recovered)
-    return Covered(width, table, exponent_of(firings))
+    return Covered(width, table, exponent_of(firings), beyond, caveat)
 
 
 def cover_features(
@@ -157,7 +169,8 @@ def coverage(covered: Sequence[Covered], forecast: Sequence[float]) -> Findings:
     """
     widths = [each.width for each in covered]
     fitted = fit(widths, forecast)
-    law = fitted.law if fitted.law and _falls(fitted.law) else None
+    known = not any(each.is_nothing for each in covered)
+    law = fitted.law if known and fitted.law and _falls(fitted.law) else None
     summary = [
         line
         for each, curve in zip(covered, fitted.curves, strict=True)
@@ -176,7 +189,7 @@ def coverage(covered: Sequence[Covered], forecast: Sequence[float]) -> Findings:
         summary=summary,
         caveats=list(_caveats(covered, fitted, law)),
         tables=tables,
-        figures=[figure for figure in _figures(widths, fitted, law) if figure],
+        figures=[figure for figure in figures(widths, fitted, law) if figure],
     )
 
 
@@ -215,8 +228,11 @@ def _of_width(covered: Covered, curve: Curve) -> list[str]:
         f"{width.name}: {has} of {n} concepts ({has / n:.0%}) have a latent of their own; "
         f"{width.alive:,} of {width.n_latents:,} latents are alive"
     ]
+    lines += [_beside(width.name, each) for each in covered.beyond]
     if not has:
         lines.append(f"{width.name}: nothing is found, so there is no curve")
+    elif covered.is_nothing:
+        lines.append(f"{width.name}: so there is no curve")
     elif curve.f50.value is None or not _told(curve):
         lines.append(f"{width.name}: how often a concept occurs does not tell whether it has one")
     else:
@@ -233,6 +249,16 @@ def _of_width(covered: Covered, curve: Curve) -> list[str]:
                 f"{ENOUGH_FIRINGS:,} times ({rows:.2g} rows) training longer finds more here"
             )
     return lines
+
+
+def _beside(name: str, found: Beyond) -> str:
+    counts = (
+        f"on {found.rows:,} rows it has {found.found} of {found.words} words, and {found.of} "
+        f"{found.by_other}"
+    )
+    if found.is_more:
+        return f"{name}: {counts}; {found.found - found.both} are its own"
+    return f"{name}: nothing beyond that: {counts} (p = {found.p_value:.2g})"
 
 
 def _told(curve: Curve) -> bool:
@@ -253,7 +279,7 @@ def _of_law(law: Law) -> list[str]:
 
 
 def _caveats(covered: Sequence[Covered], fitted: Fitted, law: Law | None) -> list[str]:
-    lines = []
+    lines = [each.caveat for each in covered if each.caveat]
     for each, curve in zip(covered, fitted.curves, strict=True):
         width = each.width
         low, high = (f(width.frequency[width.judged]) for f in (np.min, np.max))
@@ -273,8 +299,8 @@ def _caveats(covered: Sequence[Covered], fitted: Fitted, law: Law | None) -> lis
         )
     if law is None and len(covered) >= LEAST_WIDTHS:
         lines.append(
-            "there is no law to forecast by: f50 is not known at three widths, or it does not fall "
-            "with width beyond chance"
+            "there is no law to forecast by: a width finds nothing, or f50 does not fall with "
+            "width beyond chance"
         )
     if law is not None:
         lines.append(
@@ -295,6 +321,11 @@ def _numbers(covered: Covered, curve: Curve) -> dict[str, Any]:
         "concepts": int(width.judged.sum()),
         "recovered": int(has.sum()),
         "recovered_share": float(has.sum() / width.judged.sum()),
+        "beyond": [
+            {**each._asdict(), "p_value": each.p_value, "is_more": each.is_more}
+            for each in covered.beyond
+        ],
+        "nothing": covered.is_nothing or not has.any(),
         "recovered_by_category": {
             category: [
                 int(has[names == category].sum()),
@@ -331,55 +362,6 @@ def _concepts(covered: Covered) -> pa.Table:
         for name, values in covered.table.items()
     }
     return pa.table({"run": pa.array([covered.width.name] * n), **columns})
-
-
-def _figures(widths: Sequence[Width], fitted: Fitted, law: Law | None) -> list[str]:
-    shares = [_shares(width) for width in widths]
-    pairs = list(zip(widths, shares, strict=True))
-    level = Mark("half", 0.5)
-    figures = [
-        render_lines(
-            "Share of the concepts that have a latent",
-            [Line(width.name, *share) for width, share in pairs],
-            x_label="occurrences per row",
-            mark=level,
-            from_zero=True,
-            log_x=True,
-        ),
-        render_lines(
-            "The same, by frequency times alive latents",
-            [Line(w.name, [x * max(1, w.alive) for x in s[0]], s[1]) for w, s in pairs],
-            x_label="occurrences per row * alive latents",
-            mark=level,
-            from_zero=True,
-            log_x=True,
-        ),
-    ]
-    if law is not None:
-        known = [
-            (width.alive, curve.f50.value)
-            for width, curve in zip(widths, fitted.curves, strict=True)
-            if curve.f50.value is not None
-        ]
-        alive = sorted(of for of, _ in known)
-        ends = [float(alive[0]), 10.0 * alive[-1]]
-        exponent = law.exponent.value or 0.0
-        lines = [Line("law", ends, [law.scale * end**exponent for end in ends])]
-        lines += [Line(f"{of:,} alive", [float(of)], [f50]) for of, f50 in known]
-        figures.append(render_lines("f50 by width", lines, x_label="alive latents", log_x=True))
-    return figures
-
-
-def _shares(width: Width) -> tuple[list[float], list[float]]:
-    """Geometric mean frequency, and share recovered, of groups of judged concepts."""
-    order = np.argsort(width.frequency[width.judged], kind="stable")
-    x = np.log(width.frequency[width.judged])[order]
-    y = width.recovered[width.judged][order]
-    parts = min(_BINS, len(order))
-    return (
-        [float(np.exp(part.mean())) for part in np.array_split(x, parts)],
-        [float(part.mean()) for part in np.array_split(y, parts)],
-    )
 
 
 def shown(interval: Interval) -> str:

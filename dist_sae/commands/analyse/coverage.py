@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING
 
 from dist_sae.commands import shared
 from dist_sae.commands.analyse import common
-from dist_sae.errors import ArgumentError
+from dist_sae.errors import ArgumentError, ConfigError
 
 if TYPE_CHECKING:
     from dist_sae.analysis.coverage import Covered
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from dist_sae.report.outcome import Findings
 
 _CORPUS_WORDS = 400
+_TURNED = "the dictionary turned at random"
 
 
 def add(questions: shared.Commands) -> None:
@@ -49,6 +50,17 @@ def add(questions: shared.Commands) -> None:
         default=[],
         help="forecast how many latents and rows a concept of this frequency per row needs",
     )
+    parser.add_argument(
+        "--control",
+        metavar="RUN",
+        help="also tell which words a run has that this one, say of an untrained model, has not",
+    )
+    parser.add_argument(
+        "--no-chance",
+        dest="chance",
+        action="store_false",
+        help="do not encode rows again to tell what the dictionary would have by chance",
+    )
 
 
 def main(options: argparse.Namespace) -> None:
@@ -62,7 +74,14 @@ def main(options: argparse.Namespace) -> None:
         from dist_sae.analysis.coverage import check_widths
 
         check_widths([run.name for run in runs])
-    settings = {"concepts": "truth" if options.truth else options.concepts, "f1": options.f1}
+    if options.truth and options.control:
+        raise ArgumentError("--truth: needs no --control; features are matched by their directions")
+    settings = {
+        "concepts": "truth" if options.truth else options.concepts,
+        "f1": options.f1,
+        "chance": options.chance,
+        "control": options.control,
+    }
     title = "Coverage: which concepts have a latent"
     common.answer(options, name, runs, title, settings, lambda: _find(options, runs))
 
@@ -75,14 +94,20 @@ def _find(options: argparse.Namespace, runs: "Sequence[Run]") -> "Findings":
 
 
 def _words(options: argparse.Namespace, runs: "Sequence[Run]") -> "Iterator[Covered]":
+    from dist_sae.analysis.chance import beyond, match_turned
     from dist_sae.analysis.coverage import cover_words, frequencies
-    from dist_sae.analysis.matching import LEAST_OCCURRENCES, match_words
-    from dist_sae.analysis.subject import open_subject
+    from dist_sae.analysis.matching import LEAST_OCCURRENCES, Matched, match_words
+    from dist_sae.analysis.subject import Subject, open_subject
     from dist_sae.analysis.words import CORPUS, WordRows, corpus_words, find_words, read_lists
 
     concepts = read_lists(name for name in options.concepts if name != CORPUS)
     subjects = [open_subject(run) for run in runs]
-    for subject in subjects:
+    control = None
+    if options.control is not None:
+        from dist_sae.checkpoint.folder import open_run
+
+        control = open_subject(open_run(options.control))
+    for subject in [*subjects, *([control] if control else [])]:
         subject.index.check_postings()
     if CORPUS in options.concepts:
         tokenizer, words = subjects[0].tokenizer(), {concept.word for concept in concepts}
@@ -90,16 +115,35 @@ def _words(options: argparse.Namespace, runs: "Sequence[Run]") -> "Iterator[Cove
         chosen = corpus_words(subjects[0].index, tokenizer, _CORPUS_WORDS, least)
         concepts += [concept for concept in chosen if concept.word not in words]
     known: dict[tuple[str, tuple[int, ...], float], WordRows] = {}
-    for subject in subjects:
-        index = subject.index
-        share = index.manifest.postings_share
-        rows = index.manifest.plan, index.manifest.units, share
+
+    def match(subject: Subject) -> tuple[WordRows, Matched]:
+        manifest = subject.index.manifest
+        rows = manifest.plan, manifest.units, manifest.postings_share
         if rows not in known:  # the jobs of a sweep have the same
-            known[rows] = find_words(index, subject.tokenizer(), concepts)
-        frequency = frequencies(concepts, known[rows], share)
-        matched = match_words(index, known[rows], len(concepts))
+            known[rows] = find_words(subject.index, subject.tokenizer(), concepts)
+        return known[rows], match_words(subject.index, known[rows], len(concepts))
+
+    controls = match(control)[1] if control else None
+    for subject in subjects:
+        index, (words_at, matched) = subject.index, match(subject)
+        frequency = frequencies(concepts, words_at, index.manifest.postings_share)
         name, trained = subject.run.name, subject.trained_rows
-        yield cover_words(name, index.firings, trained, concepts, frequency, matched, options.f1)
+        others, caveat = [], f"{name}: what chance would find was not asked"
+        if options.chance:
+            try:
+                n_rows, own, turned = match_turned(subject, words_at, len(concepts), matched)
+            except ConfigError as exc:  # rows that were deleted after use
+                caveat = str(exc)
+            else:
+                caveat = ""
+                found = [each.recovered(options.f1) for each in (own, turned)]
+                others.append(beyond(_TURNED, n_rows, own.judged, *found))
+        if control and controls:
+            found = [each.recovered(options.f1) for each in (matched, controls)]
+            judged, n_rows = matched.judged & controls.judged, int(words_at.starts[-1])
+            others.append(beyond(control.run.name, n_rows, judged, *found))
+        found_of = concepts, frequency, matched, options.f1, others, caveat
+        yield cover_words(name, index.firings, trained, *found_of)
 
 
 def _features(runs: "Sequence[Run]") -> "list[Covered]":

@@ -1,0 +1,205 @@
+"""What a dictionary finds by chance: the same one, turned at random, on the same rows.
+
+Of thousands of random directions some point along a frequent word, so an untrained dictionary
+"has" words as well. A random rotation of the rows of W_enc keeps norms, angles between latents and
+biases, and takes away what training has found in the data. For a
+dictionary of random directions it is another draw of the same kind.
+
+Words of a dictionary and of its turned copy are paired. Where chance has made both, a word that
+only one of the two has is as likely to be of either, so the number of those that only the
+dictionary has is binomial (McNemar's exact test).
+"""
+
+import math
+from collections.abc import Iterator
+from typing import NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import torch
+from numpy.typing import NDArray
+
+from dist_sae.analysis.matching import Matched, Postings, match_words
+from dist_sae.analysis.subject import Subject
+from dist_sae.analysis.words import WordRows
+from dist_sae.checkpoint.state import load_weights
+from dist_sae.checkpoint.trained import normalisers_of
+from dist_sae.data.activation_set import ActivationSet
+from dist_sae.data.plan import load_plan
+from dist_sae.dictionaries import build_sae
+from dist_sae.dictionaries.axis import WHOLE
+from dist_sae.errors import ConfigError, PlanMismatchError, StoreError
+from dist_sae.index.encode import Encoder
+from dist_sae.index.layout import POSTINGS, IndexManifest
+from dist_sae.kernels.choice import choose_kernels
+from dist_sae.storage import open_store
+
+CHANCE_ROWS = 262_144
+"""Most rows that the turned copy encodes, in whole units from the first on."""
+LEVEL = 0.01
+"""Chance below which a dictionary is taken to find more than its turned copy."""
+_LARGE = 1000  # words from which on the binomial is taken as normal: floats have no 2^-1075
+_TURN_ROWS = 65_536  # of W_enc at a time
+
+
+class Beyond(NamedTuple):
+    """Words that a dictionary has, beside those that another one has on the same rows."""
+
+    of: str
+    """What the other one is, for a sentence."""
+    rows: int
+    words: int
+    """Words that are judged."""
+    found: int
+    by_other: int
+    both: int
+
+    @property
+    def p_value(self) -> float:
+        """Chance of so many words that only the dictionary has, if it is no better."""
+        own, other = self.found - self.both, self.by_other - self.both
+        n = own + other
+        if n >= _LARGE:
+            return 0.5 * math.erfc((own - 0.5 - n / 2) / math.sqrt(n / 2))
+        return math.fsum(math.comb(n, k) * 0.5**n for k in range(own, n + 1))
+
+    @property
+    def is_more(self) -> bool:
+        """Whether the dictionary has more than the other."""
+        return self.p_value < LEVEL
+
+
+def beyond(
+    of: str, rows: int, judged: NDArray[np.bool_], own: NDArray[np.bool_], other: NDArray[np.bool_]
+) -> Beyond:
+    """Count words that both, or one of two dictionaries has.
+
+    Args:
+        of: What the other one is.
+        rows: Rows that both were matched on.
+        judged: Words that are judged in both.
+        own: Words that the dictionary has.
+        other: Words that the other has.
+    """
+    counts = [int((judged & each).sum()) for each in (own, other, own & other)]
+    return Beyond(of, rows, int(judged.sum()), *counts)
+
+
+def match_turned(
+    subject: Subject, words: WordRows, n_concepts: int, matched: Matched, seed: int = 0
+) -> tuple[int, Matched, Matched]:
+    """Match words with the latents of a subject, and of its turned copy, on the same rows.
+
+    It takes the time of encoding the rows, linear in rows and latents. In memory are the dictionary
+    and the codes of at most `CHANCE_ROWS` rows.
+
+    Args:
+        subject: The dictionary, with its index.
+        words: Where the words stand.
+        n_concepts: Their number.
+        matched: Their matches on all rows.
+        seed: Of the rotation.
+
+    Returns:
+        Number of rows; matches of the dictionary and of its copy on these.
+
+    Raises:
+        ConfigError: The activations of the rows are not there any more.
+    """
+    starts, units = words.starts, subject.index.manifest.units
+    n_units = max(int(np.searchsorted(starts, CHANCE_ROWS, side="right")) - 1, min(2, len(units)))
+    n_rows = int(starts[n_units])
+    within = words.rows < n_rows
+    part = WordRows(
+        words.rows[within], words.concept[within], words.is_last[within], starts[: n_units + 1]
+    )
+    whole = n_units == len(units)
+    manifest = subject.index.manifest.model_copy(update={"units": units[:n_units]})
+    own = matched if whole else match_words(_Part(subject.index, manifest), part, n_concepts)
+    try:
+        turned = _turn(subject, manifest, seed)
+    except (StoreError, PlanMismatchError) as exc:
+        raise ConfigError(
+            f"{subject.run.name}: the activations of the index's rows cannot be read ({exc}), so "
+            f"it is not known what chance would find"
+        ) from exc
+    return n_rows, own, match_words(turned, part, n_concepts)
+
+
+class _Part:
+    """Some units of an index."""
+
+    def __init__(self, index: Postings, manifest: IndexManifest) -> None:
+        self._index, self.manifest = index, manifest
+        self._units = pa.array(manifest.units, pa.int32())
+
+    def origins(self, unit: int) -> pa.Table:
+        return self._index.origins(unit)
+
+    def has_postings(self, unit: int, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        return self._index.has_postings(unit, rows)
+
+    def bucket_postings(self, bucket: int) -> Iterator[pa.Table]:
+        for piece in self._index.bucket_postings(bucket):
+            yield self._kept(piece)
+
+    def postings(self, latent: int) -> Iterator[pa.Table]:
+        for piece in self._index.postings(latent):
+            yield self._kept(piece)
+
+    def _kept(self, piece: pa.Table) -> pa.Table:
+        return piece.filter(pc.is_in(piece["unit"], value_set=self._units))
+
+
+class _Turned:
+    """Codes in memory, as an index has them: sorted by latent, unit and row."""
+
+    def __init__(self, index: Postings, manifest: IndexManifest, table: pa.Table) -> None:
+        self._index, self.manifest, self._table = index, manifest, table
+        self._latents = table["latent"].to_numpy()
+
+    def origins(self, unit: int) -> pa.Table:
+        return self._index.origins(unit)
+
+    def has_postings(self, unit: int, rows: NDArray[np.int64]) -> NDArray[np.bool_]:
+        return self._index.has_postings(unit, rows)
+
+    def bucket_postings(self, bucket: int) -> Iterator[pa.Table]:
+        yield self._between(self.manifest.bucket(bucket))
+
+    def postings(self, latent: int) -> Iterator[pa.Table]:
+        yield self._between(range(latent, latent + 1))
+
+    def _between(self, latents: range) -> pa.Table:
+        start, stop = np.searchsorted(self._latents, [latents.start, latents.stop])
+        return self._table.slice(start, stop - start)
+
+
+@torch.no_grad()
+def _turn(subject: Subject, manifest: IndexManifest, seed: int) -> _Turned:
+    run, index = subject.run, subject.index
+    store = open_store(run.store.activations, run.store.s3)
+    plan = load_plan(store, run)
+    normalisers = normalisers_of(run, subject.checkpoint)
+    sae = build_sae(run.sae, normalisers.widths, WHOLE, choose_kernels("auto", torch.device("cpu")))
+    load_weights(sae, subject.checkpoint)
+    d = sae.W_enc.shape[1]
+    rotation, _ = torch.linalg.qr(torch.randn(d, d, generator=torch.Generator().manual_seed(seed)))
+    for part in torch.split(sae.W_enc.data, _TURN_ROWS):
+        part.copy_(part @ rotation)
+    patience = float(run.timeouts.missing_seconds)
+    activations = ActivationSet(store, plan, run.sites, patience_seconds=patience)
+    parts: list[list[NDArray[np.generic]]] = []
+    with Encoder(sae.eval(), activations, normalisers) as encoder:
+        following = iter(manifest.units[1:])
+        for unit in manifest.units:
+            found = encoder.encode(unit, following=lambda: next(following, None))
+            kept = index.has_postings(unit, found.rows.astype(np.int64))
+            columns = found.latents[kept], found.rows[kept], found.acts[kept]
+            units = np.full(len(columns[0]), unit, np.int32)
+            parts.append([columns[0], units, columns[1], columns[2]])
+    latents, units, rows, acts = (np.concatenate(each) for each in zip(*parts, strict=True))
+    order = np.lexsort((rows, units, latents))
+    sorted_ = [pa.array(each[order]) for each in (latents, units, rows, acts)]
+    return _Turned(index, manifest, pa.Table.from_arrays(sorted_, schema=POSTINGS))
