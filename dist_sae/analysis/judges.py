@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +11,10 @@ from dist_sae.errors import ArgumentError
 
 HAS = 2
 """Level from which on a passage has the concept: 0 not at all, 1 hardly, 2 clearly, 3 throughout;
-judges by pattern give 0 or 3."""
+judges by pattern give 0 or 3, classifiers the quarter in which the chance of their label lies."""
 LEVELS = range(4)
+LLM = "llm:"
+"""Beginning of a judge that asks a language model; see `asked`."""
 
 
 class Key(NamedTuple):
@@ -38,10 +40,12 @@ class Judge(NamedTuple):
 
     text: str
     """Name of the judge, as the user gave it."""
-    level: Callable[[str], int]
-    """Level of a text."""
+    levels: Callable[[Sequence[str]], list[int]]
+    """Levels of texts."""
     labels: Mapping[Key, Label] | None = None
-    """Labels from a file; its passages are then the whole sample."""
+    """Labels that are known already; their passages are then the whole sample."""
+    caveat: str = ""
+    """What limits these labels."""
 
 
 def open_judge(text: str) -> Judge:
@@ -49,10 +53,12 @@ def open_judge(text: str) -> Judge:
 
     Args:
         text: `re:PATTERN`, a regular expression; `words:LIST`, any word of a list (see
-            `words.read_lists`); `labels:FILE`, lines that `write_sample` wrote, with labels.
+            `words.read_lists`); `labels:FILE`, lines that `write_sample` wrote, with labels;
+            `model:FOLDER` or `model:FOLDER#LABEL`, a classifier of texts.
 
     Raises:
         ArgumentError: It is none of them, or cannot be read.
+        ModelError: The classifier cannot be loaded, or has no such label.
     """
     kind, _, rest = text.partition(":")
     if kind == "re" and rest:
@@ -63,14 +69,24 @@ def open_judge(text: str) -> Judge:
     elif kind == "words" and rest:
         found = _any_word([concept.word for concept in read_lists([rest])]).search
     elif kind == "labels" and rest:
-        labels = _read_labels(rest)
-        return Judge(text, lambda _: 0, labels)
+        return Judge(text, lambda texts: [0] * len(texts), _read_labels(rest))
+    elif kind == "model" and rest:
+        from dist_sae.models.classifier import Classifier  # loads transformers
+
+        folder, _, label = rest.partition("#")
+        chances = Classifier(folder, label or None).chances
+        return Judge(text, lambda texts: [quarter(chance) for chance in chances(texts)])
     else:
         raise ArgumentError(
-            f"{text}: name a judge as re:PATTERN, words:LIST ({', '.join(LISTS)}, or a file) or "
-            f"labels:FILE"
+            f"{text}: name a judge as re:PATTERN, words:LIST ({', '.join(LISTS)}, or a file), "
+            f"labels:FILE, model:FOLDER#LABEL or llm:DESCRIPTION"
         )
-    return Judge(text, lambda passage: LEVELS[-1] if found(passage) else 0)
+    return Judge(text, lambda texts: [LEVELS[-1] if found(each) else 0 for each in texts])
+
+
+def quarter(chance: float) -> int:
+    """The quarter in which a chance lies, from 0 to 3: from .5 on a passage has the concept."""
+    return min(LEVELS[-1], int(len(LEVELS) * chance))
 
 
 def write_sample(path: str, drawn: Iterable[tuple[Key, Label, str]]) -> int:

@@ -13,11 +13,15 @@ import numpy as np
 import pyarrow as pa
 from numpy.typing import NDArray
 
-from dist_sae.analysis.judges import Judge, Key, Label
+from dist_sae.analysis.judges import HAS, Judge, Key, Label
 from dist_sae.analysis.words import Rows, TokenTexts
 from dist_sae.errors import ArgumentError
 from dist_sae.index.codes import below, chances
 
+SHARES = (0.0, 0.1, 0.5)
+"""Thresholds of a latent, as shares of its largest activation."""
+PEERS = 99
+"""Other latents that a latent is compared with."""
 _DRAW = 7  # purpose of the random numbers, apart from the index's own
 
 
@@ -51,6 +55,8 @@ class Judged(NamedTuple):
     weight: NDArray[np.float64]
     """One over the chance with which the passage was kept."""
     in_filter: NDArray[np.bool_]
+    peers: NDArray[np.float64] = np.zeros(0)
+    """The largest F1 over `SHARES` of other latents, for the same passages and concept."""
 
 
 class _Passages(NamedTuple):
@@ -63,23 +69,29 @@ class _Passages(NamedTuple):
 
 
 def judge_passages(
-    index: Latents, tokens: TokenTexts, asks: Sequence[tuple[int, Judge]], sampling: Sampling
+    index: Latents,
+    tokens: TokenTexts,
+    asks: Sequence[tuple[int, Judge]],
+    sampling: Sampling,
+    peers: Sequence[int] = (),
 ) -> list[Judged]:
     """Judge passages for each pair of a latent and a judge, in one pass over the rows.
 
-    In memory are the postings of these latents, one unit's text, and a line for each judged
-    passage.
+    In memory are the postings of these latents and of the peers, one unit's text, and a line for
+    each judged passage.
 
     Args:
         index: The index, with all postings.
         tokens: Texts of the model's tokens.
         asks: Latents, each with the judge of what it may stand for.
         sampling: How passages are drawn; judges with labels have their own sample.
+        peers: Other latents, to compare with.
 
     Raises:
         ArgumentError: Labels are of passages that do not exist.
     """
-    firings = {latent: _Firings(index, latent) for latent, _ in asks}
+    firings = {latent: _Firings(index, latent) for latent in {*peers, *(ask[0] for ask in asks)}}
+    scores = [_Scores([firings[peer].most for peer in peers]) for _ in asks]
     parts: list[list[Judged]] = [[] for _ in asks]
     chances_of = [_judged_shares(judge) for _, judge in asks]
     for unit in index.manifest.units:
@@ -89,26 +101,22 @@ def judge_passages(
             latent: of.largest(unit, passages.of_row, len(passages.keys))
             for latent, of in firings.items()
         }
-        for part, own, (latent, judge) in zip(parts, chances_of, asks, strict=True):
+        for part, score, own, (latent, judge) in zip(parts, scores, chances_of, asks, strict=True):
             labels = drawn if judge.labels is None else _labelled(passages, judge.labels, own)
             here = np.array(list(labels), np.int64)
             part.append(
                 Judged(
                     np.array([passages.keys[i].document for i in here], np.int64),
-                    np.array(
-                        [
-                            judge.level(passages.texts[i]) if label.level is None else label.level
-                            for i, label in labels.items()
-                        ],
-                        np.int8,
-                    ),
+                    np.array(_levels(judge, passages, labels), np.int8),
                     acts[latent][here],
                     np.array([1 / label.chance for label in labels.values()]),
                     np.array([label.in_filter for label in labels.values()], np.bool_),
                 )
             )
+            score.add(part[-1], [acts[peer][here] for peer in peers])
     judged = [
-        Judged(*(np.concatenate(columns) for columns in zip(*part, strict=True))) for part in parts
+        Judged(*map(np.concatenate, zip(*(each[:-1] for each in part), strict=True)), score.f1)
+        for part, score in zip(parts, scores, strict=True)
     ]
     for (_, judge), found in zip(asks, judged, strict=True):
         if judge.labels is not None:
@@ -120,6 +128,14 @@ def judge_passages(
                     f"another --passage than {sampling.tokens}?"
                 )
     return judged
+
+
+def _levels(judge: Judge, passages: _Passages, labels: Mapping[int, Label]) -> list[int]:
+    known = {place: label.level for place, label in labels.items() if label.level is not None}
+    unknown = [place for place in labels if place not in known]
+    judged = judge.levels([passages.texts[place] for place in unknown]) if unknown else []
+    levels = known | dict(zip(unknown, judged, strict=True))
+    return [levels[place] for place in labels]
 
 
 def draw_passages(
@@ -167,8 +183,8 @@ def _drawn(passages: _Passages, sampling: Sampling, unit: int) -> dict[int, Labe
     number = chances(sampling.seed, _DRAW, unit, np.arange(n))
     lucky = number < below(sampling.share)
     drawn = {}
-    for place, text in enumerate(passages.texts):
-        if sampling.filter.level(text):
+    for place, level in enumerate(sampling.filter.levels(passages.texts)):
+        if level >= HAS:
             drawn[place] = Label(None, 1.0, in_filter=True)
         elif lucky[place]:
             drawn[place] = Label(None, sampling.share, in_filter=False)
@@ -220,9 +236,40 @@ class _Firings:
             table[name].to_numpy() for name in ("unit", "row", "act")
         )
 
+    @property
+    def most(self) -> float:
+        """The largest activation of all; 0 if the latent never fires."""
+        return float(self._act.max(initial=0))
+
     def largest(self, unit: int, of_row: NDArray[np.int64], n: int) -> NDArray[np.float32]:
         """The largest activation in each of a unit's `n` passages."""
         start, stop = np.searchsorted(self._unit, [unit, unit + 1])
         found = np.zeros(n, np.float32)
         np.maximum.at(found, of_row[self._row[start:stop]], self._act[start:stop])
         return found
+
+
+class _Scores:
+    """F1 of several latents for one concept, from sums over units.
+
+    Args:
+        most: The largest activation of each.
+    """
+
+    def __init__(self, most: Sequence[float]) -> None:
+        self._thresholds = np.outer(most, SHARES)
+        self._both, self._firing = np.zeros((2, len(most), len(SHARES)))
+        self._concept = 0.0
+
+    def add(self, judged: Judged, acts: Sequence[NDArray[np.float32]]) -> None:
+        concept = judged.weight * (judged.level >= HAS)
+        self._concept += float(concept.sum())
+        for i, act in enumerate(acts):
+            fires = act > self._thresholds[i, :, None]
+            self._both[i] += fires @ concept
+            self._firing[i] += fires @ judged.weight
+
+    @property
+    def f1(self) -> NDArray[np.float64]:
+        total = np.maximum(self._concept + self._firing, 1e-300)
+        return np.asarray((2 * self._both / total).max(1, initial=0))

@@ -23,15 +23,17 @@ from numpy.typing import NDArray
 
 from dist_sae.analysis.judges import HAS, LEVELS
 from dist_sae.analysis.law import Interval, interval, resampled
-from dist_sae.analysis.passages import Judged
+from dist_sae.analysis.passages import SHARES, Judged
 from dist_sae.errors import ArgumentError
 from dist_sae.report.charts import Line, render_lines
 from dist_sae.report.outcome import Findings
 
-SHARES = (0.0, 0.1, 0.5)
-"""Thresholds of a latent, as shares of its largest activation."""
 LEAST_PASSAGES = 10
 """Passages with the concept, and without, below which nothing is estimated."""
+LEAST_PEERS = 19
+"""Other latents below which it is not told whether a latent stands out among them."""
+_AS_GOOD = 0.05
+"""Share of the other latents that may be as good as one that stands out."""
 _GROUPS = 2000
 """Documents are joined to this many groups at most, which are drawn whole."""
 _CURVE = tuple(step / 20 for step in range(20))
@@ -67,6 +69,10 @@ class Measured(NamedTuple):
     """Mean activation on passages of each level."""
     curve: Sequence[tuple[float, float]]
     """Share of the largest activation, and sensitivity."""
+    peers: int
+    """Other latents, drawn at random, that were measured on the same passages."""
+    as_good: int
+    """Those whose largest F1 over the thresholds is at least this latent's."""
 
 
 def measure(latent: int, judge: str, largest: float, judged: Judged, seed: int = 0) -> Measured:
@@ -122,12 +128,14 @@ def measure(latent: int, judge: str, largest: float, judged: Judged, seed: int =
     filtered = judged.in_filter.astype(np.float64) if outside.any() else None
     area, influence = _auroc(judged.act, has, weight)
     levels = [weight * (judged.level == level) for level in LEVELS]
+    thresholds = [at(share, weight, seen) for share in SHARES]
+    f1 = max((each.f1.value or 0.0 for each in thresholds), default=0.0)
     return Measured(
         latent=latent,
         judge=judge,
         passages=n,
         with_concept=positives,
-        at=[at(share, weight, seen) for share in SHARES],
+        at=thresholds,
         naive=None if filtered is None else [at(share, filtered, 1.0) for share in SHARES],
         auroc=interval(area + total(influence) - influence.sum()),
         filter_recall=(
@@ -141,18 +149,25 @@ def measure(latent: int, judge: str, largest: float, judged: Judged, seed: int =
             (share, float((weight * has) @ (judged.act > share * largest) / found))
             for share in _CURVE
         ],
+        peers=len(judged.peers),
+        as_good=int((judged.peers >= f1).sum()),
     )
 
 
-def sensitivity(measured: Sequence[Measured]) -> Findings:
-    """Say what was measured."""
+def sensitivity(measured: Sequence[Measured], caveats: Sequence[str] = ()) -> Findings:
+    """Say what was measured.
+
+    Args:
+        measured: Latents and concepts.
+        caveats: Of the judges.
+    """
     return Findings(
         numbers={
             "asked": [_numbers(each) for each in measured],
             "mean_sensitivity": float(np.mean([each.at[0].sensitivity.value for each in measured])),
         },
         summary=[line for each in measured for line in _sentences(each)],
-        caveats=[line for each in measured for line in _caveats(each)],
+        caveats=[*caveats, *(line for each in measured for line in _caveats(each))],
         tables={"thresholds": _table(measured)},
         figures=[
             render_lines(
@@ -191,6 +206,11 @@ def _sentences(measured: Measured) -> list[str]:
     ]
     if not tells(measured):
         lines.append(f"{name}: says nothing of the concept beyond chance")
+    elif not stands_out(measured):
+        lines.append(
+            f"{name}: says nothing that others do not: {measured.as_good} of {measured.peers} "
+            f"latents drawn at random have as large an F1"
+        )
     if measured.filter_recall is not None and measured.naive is not None:
         naive = measured.naive[0]
         lines.append(
@@ -206,8 +226,20 @@ def tells(measured: Measured) -> bool:
     return measured.auroc.low is not None and measured.auroc.low > 1 / 2
 
 
+def stands_out(measured: Measured) -> bool:
+    """Whether few latents drawn at random say as much of the concept, as far as that is known."""
+    if measured.peers < LEAST_PEERS:
+        return True
+    return (1 + measured.as_good) / (1 + measured.peers) <= _AS_GOOD
+
+
 def _caveats(measured: Measured) -> list[str]:
     lines = []
+    if measured.peers < LEAST_PEERS:
+        lines.append(
+            f"latent {measured.latent}, {measured.judge}: only {measured.peers} other latents "
+            f"fire, too few to tell whether it stands out among them"
+        )
     if measured.with_concept < 10 * LEAST_PASSAGES:
         lines.append(
             f"latent {measured.latent}, {measured.judge}: only {measured.with_concept} of the "
@@ -245,7 +277,10 @@ def _numbers(measured: Measured) -> dict[str, Any]:
         "drawn_outside_filter_with_concept": measured.outside,
         "filter_recall": measured.filter_recall and measured.filter_recall._asdict(),
         "mean_activation_by_level": list(measured.means),
+        "other_latents": measured.peers,
+        "others_as_good": measured.as_good,
         "tells": tells(measured),
+        "stands_out": stands_out(measured),
     }
 
 

@@ -58,6 +58,33 @@ def test_all_that_the_filter_passes_is_kept_and_a_share_of_the_rest() -> None:
     )
 
 
+def test_other_latents_are_measured_on_the_same_passages_with_their_weights() -> None:
+    """Against the F1 of each, from all their activations at once."""
+    generator = np.random.default_rng(1)
+    rows = generator.integers(0, 5, 3000).tolist()
+    codes = {latent: (np.flatnonzero(generator.random(3000) < 0.3), None) for latent in range(2)}
+    made = {
+        latent: (at.tolist(), generator.uniform(0, 4, len(at)).tolist())
+        for latent, (at, _) in codes.items()
+    }
+    index = index_of(rows, made)
+    sampling = Sampling(1, open_judge("re: gold"), 0.5)
+    judge = open_judge("re:[gG]old")
+    (one,) = judge_passages(index, tokens(), [(0, judge)], sampling, [1, 0])
+    (other,) = judge_passages(index, tokens(), [(1, judge)], sampling)
+    assert len(other.peers) == 0
+    expected = []
+    for found, latent in ((other, 1), (one, 0)):
+        concept = found.weight * (found.level == 3)
+        best = 0.0
+        for share in (0, 0.1, 0.5):
+            fires = found.act > share * np.float32(max(made[latent][1]))
+            both = concept @ fires
+            best = max(best, 2 * both / (concept.sum() + found.weight @ fires))
+        expected.append(best)
+    assert one.peers.tolist() == pytest.approx(expected)
+
+
 def drawn(tmp_path: Path, index: PretendedIndex, sampling: Sampling) -> list[dict[str, Any]]:
     write_sample(str(tmp_path / "sample"), draw_passages(index, tokens(), sampling))
     return [json.loads(line) for line in (tmp_path / "sample").read_text().splitlines()]
@@ -104,9 +131,9 @@ def test_labels_of_other_passages_are_refused(tmp_path: Path) -> None:
 
 def test_judges_by_words_find_whole_words_in_their_case(tmp_path: Path) -> None:
     (tmp_path / "words.txt").write_text("gold\nParis\n")
-    level = open_judge(f"words:{tmp_path / 'words.txt'}").level
+    judge = open_judge(f"words:{tmp_path / 'words.txt'}")
     texts = ["of gold.", "GOLD", "Paris'", "paris", "golden", "marigold", "gold2", "_gold_"]
-    assert [level(text) for text in texts] == [3, 3, 3, 0, 0, 0, 0, 3]
+    assert judge.levels(texts) == [3, 3, 3, 0, 0, 0, 0, 3]
 
 
 @pytest.mark.parametrize(

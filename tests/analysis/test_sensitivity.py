@@ -157,6 +157,29 @@ def test_shuffled_passages_say_nothing() -> None:
     assert findings.tables["thresholds"].num_rows == 6
 
 
+@pytest.mark.parametrize(("as_good", "stands"), [(0, True), (4, True), (5, False)])
+def test_a_latent_stands_out_if_few_others_are_as_good(as_good: int, *, stands: bool) -> None:
+    """Of 99 others: (1 + 4) / 100 is .05. The latent's F1 is 1, 1 and .67 at the thresholds."""
+    has = np.arange(400) % 4 == 0
+    act = np.where(has, np.where(np.arange(400) % 8 == 0, 3, 1), 0).astype(np.float32)
+    level = np.where(has, 3, 0).astype(np.int8)
+    peers = np.array([1.0] * as_good + [0.999] * (99 - as_good))
+    judged = Judged(np.arange(400), level, act, np.ones(400), np.ones(400, np.bool_), peers)
+    found = measure(0, "made", 3.0, judged)
+    assert (found.peers, found.as_good) == (99, as_good)
+    findings = sensitivity([found])
+    assert findings.numbers["asked"][0]["stands_out"] is stands
+    assert any("says nothing that others do not" in line for line in findings.summary) != stands
+
+
+def test_with_few_other_latents_it_is_not_told_whether_it_stands_out() -> None:
+    has = np.arange(400) % 4 == 0
+    found = census(has.astype(np.float32), has)
+    findings = sensitivity([found], ["of the judge"])
+    assert findings.caveats[0] == "of the judge"
+    assert "only 0 other latents fire, too few to tell" in findings.caveats[1]
+
+
 def test_what_no_drawn_passage_shows_may_still_be_there() -> None:
     """A hundred passages with the concept in the filter, none among those drawn with chance .1."""
     has = np.repeat([True, False], [100, 500])

@@ -198,3 +198,20 @@ def test_a_floor_gains_the_unique_share() -> None:
     found = floor(tail, half, law, 100, 200)
     assert found == pytest.approx((0.3 - 0.5 * gain, 0.2 - 0.6 * gain, 0.4 - 0.4 * gain), abs=1e-6)
     assert floor(tail, half, law, 100, 10**9).low == 0
+
+
+def test_intervals_of_what_is_left_cover_the_truth() -> None:
+    """95 % intervals of 200 samples of documents that differ in what they leave: 92 % at least."""
+    covered, n = 0, 60
+    truth = 0.2 / 1.2 / (0.2 / 1.2 + 0.8 / 0.8)  # E[left / (left + explained)], by the means below
+    for seed in range(200):
+        generator = torch.Generator().manual_seed(seed)
+        rows = torch.randint(5, 40, (n,), generator=generator)
+        documents = torch.repeat_interleave(torch.arange(n), rows)
+        own = torch.rand(2, n, generator=generator)[:, documents]
+        noise = torch.rand(2, len(documents), generator=generator)
+        left = (0.2 / 1.2) * 4 * own[0] * noise[0]  # uniform on 0 to 1 twice: a mean of 1 / 4
+        explained = 4 * own[1] * noise[1]
+        found = left_over(left.expand(3, -1).double(), (left + explained).double(), documents)
+        covered += found.low <= truth <= found.high
+    assert covered >= 0.92 * 200

@@ -1,6 +1,7 @@
 """`dist-sae analyse sensitivity`: does a latent fire wherever its concept is?"""
 
 import argparse
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from dist_sae.commands import shared
@@ -26,7 +27,9 @@ def add(questions: shared.Commands) -> None:
         action="append",
         default=[],
         help="a latent, and who says where its concept is: re:PATTERN, words:LIST (a list that "
-        "comes along, or a file), labels:FILE (a sample drawn with --draw, with labels)",
+        "comes along, or a file), labels:FILE (a sample drawn with --draw, with labels), "
+        "model:FOLDER or model:FOLDER#LABEL (a classifier of texts), llm:DESCRIPTION (a language "
+        "model at --endpoint)",
     )
     parser.add_argument(
         "--passage",
@@ -51,6 +54,7 @@ def add(questions: shared.Commands) -> None:
         metavar="FILE",
         help="write the sample to a file, to be judged by people or a language model; asks nothing",
     )
+    shared.add_endpoint(parser)
 
 
 def main(options: argparse.Namespace) -> None:
@@ -60,15 +64,27 @@ def main(options: argparse.Namespace) -> None:
     if options.draw is not None:
         _draw(options, run, sampling)
         return
-    asks = _asks(options)
+    asks = _asks(options, run, sampling)
+    if asks is None:  # it was told what asking a language model takes
+        return
     settings = {
         "ask": options.ask,
         "passage": options.passage,
         "filter": options.filter,
         "share": options.share,
+        "endpoint": _described(options),
     }
     title = "Sensitivity: do latents fire wherever their concept is"
     common.answer(options, run.name, [run], title, settings, lambda: _find(run, asks, sampling))
+
+
+def _described(options: argparse.Namespace) -> dict[str, str] | None:
+    from dist_sae.endpoint.settings import read_endpoint
+
+    if options.endpoint is None:
+        return None
+    endpoint = read_endpoint(options.endpoint)
+    return {"url": endpoint.url, "model": endpoint.model}
 
 
 def _sampling(options: argparse.Namespace) -> "Sampling":
@@ -81,33 +97,71 @@ def _sampling(options: argparse.Namespace) -> "Sampling":
         )
     if options.share is not None and not 0 < options.share <= 1:
         raise ArgumentError(f"--share {options.share:g}: must lie above 0 and be 1 at most")
+    from dist_sae.analysis.asked import is_asked
     from dist_sae.analysis.judges import open_judge
     from dist_sae.analysis.passages import Sampling
 
     if options.filter is None:
         return Sampling(options.passage)
+    if is_asked(options.filter):
+        raise ArgumentError("--filter: sees every passage; name re:PATTERN, words:LIST or model:")
     judge = open_judge(options.filter)
     if judge.labels is not None:
         raise ArgumentError("--filter: labels are of a sample; name re:PATTERN or words:LIST")
     return Sampling(options.passage, judge, options.share)
 
 
-def _asks(options: argparse.Namespace) -> "list[tuple[int, Judge]]":
+def _asks(
+    options: argparse.Namespace, run: "Run", sampling: "Sampling"
+) -> "list[tuple[int, Judge]] | None":
+    """Latents with their judges; None if a language model has to be asked, and may not."""
+    from dist_sae.analysis.asked import is_asked
     from dist_sae.analysis.judges import open_judge
 
     if not options.ask:
         raise ArgumentError('--ask: name a latent and a judge: --ask "683=re:\\bother\\b"')
-    asks = []
+    named = []
     for text in options.ask:
         latent, separator, judge = text.partition("=")
         if not separator or not latent.strip().isdigit():
             raise ArgumentError(f"--ask {text}: is no LATENT=JUDGE")
-        asks.append((int(latent), open_judge(judge)))
-    return asks
+        named.append((int(latent), judge))
+    judges = {judge: open_judge(judge) for _, judge in named if not is_asked(judge)}
+    if asked := list(dict.fromkeys(judge for _, judge in named if is_asked(judge))):
+        found = _ask_endpoint(options, run, sampling, asked)
+        if found is None:
+            return None
+        judges |= found
+    return [(latent, judges[judge]) for latent, judge in named]
+
+
+def _ask_endpoint(
+    options: argparse.Namespace, run: "Run", sampling: "Sampling", texts: "Sequence[str]"
+) -> "dict[str, Judge] | None":
+    """Judges that a language model is; None if it may not be asked."""
+    from dist_sae.analysis.asked import judge_of, questions
+    from dist_sae.analysis.passages import draw_passages
+    from dist_sae.analysis.subject import open_subject
+    from dist_sae.analysis.words import TokenTexts
+
+    endpoint = shared.open_endpoint(options, run)
+    subject = open_subject(run)
+    drawn = draw_passages(subject.index, TokenTexts(subject.tokenizer(), []), sampling)
+    asked = [question for text in texts for question in questions(text, drawn)]
+    if not shared.agree(options, endpoint, asked):
+        return None
+    answers = endpoint.ask(asked, "judge")
+    n = len(drawn)
+    return {
+        text: judge_of(text, drawn, answers[place * n : place * n + n])
+        for place, text in enumerate(texts)
+    }
 
 
 def _find(run: "Run", asks: "list[tuple[int, Judge]]", sampling: "Sampling") -> "Findings":
-    from dist_sae.analysis.passages import judge_passages
+    import numpy as np
+
+    from dist_sae.analysis.passages import PEERS, judge_passages
     from dist_sae.analysis.sensitivity import measure, sensitivity
     from dist_sae.analysis.subject import open_subject
     from dist_sae.analysis.words import TokenTexts
@@ -117,12 +171,15 @@ def _find(run: "Run", asks: "list[tuple[int, Judge]]", sampling: "Sampling") -> 
     index.check_all_postings("sensitivity")
     largest = [index.latent(latent).max for latent, _ in asks]  # an unknown one is refused here
     tokens = TokenTexts(subject.tokenizer(), [])
-    judged = judge_passages(index, tokens, asks, sampling)
+    others = np.setdiff1d(np.flatnonzero(index.firings), [latent for latent, _ in asks])
+    peers = np.random.default_rng(0).permutation(others)[:PEERS].tolist()
+    judged = judge_passages(index, tokens, asks, sampling, peers)
     return sensitivity(
         [
             measure(latent, judge.text, top, found)
             for (latent, judge), top, found in zip(asks, largest, judged, strict=True)
-        ]
+        ],
+        list(dict.fromkeys(judge.caveat for _, judge in asks if judge.caveat)),
     )
 
 

@@ -1,0 +1,74 @@
+"""Text classifiers of `transformers`, from a folder or the hub."""
+
+from collections.abc import Sequence
+
+import torch
+import transformers
+
+from dist_sae.config.data import HuggingFaceModel
+from dist_sae.errors import ModelError
+from dist_sae.models.loading import errors_of, load_plain_tokenizer
+from dist_sae.storage.model_files import place_of
+
+_BATCH = 32
+
+
+class Classifier:
+    """Chances that texts have a label. It computes on the CPU, in fp32.
+
+    Args:
+        path: Folder or name on the hub of a model with a head for sequence classification.
+        label: Name of the label; None takes the second of two, or the one that there is.
+
+    Raises:
+        ModelError: It cannot be loaded, or has no such label.
+    """
+
+    def __init__(self, path: str, label: str | None) -> None:
+        config = HuggingFaceModel(path=path, dtype="fp32")
+        with errors_of(config):
+            place = place_of(config, weights=True)
+            self._tokenizer = load_plain_tokenizer(config)
+            model, found = transformers.AutoModelForSequenceClassification.from_pretrained(
+                place, use_safetensors=True, dtype=torch.float32, output_loading_info=True
+            )
+        if missing := sorted(found["missing_keys"]):
+            raise ModelError(
+                f"{path}: is no trained classifier: {missing[0]} is missing; name a model with a "
+                f"head for sequence classification"
+            )
+        self._model = model.eval()
+        names = {str(name): int(n) for n, name in model.config.id2label.items()}
+        self._several = model.config.problem_type == "multi_label_classification"
+        if label is None and len(names) <= 2:  # noqa: PLR2004 - no and yes
+            self._label = len(names) - 1
+        elif label in names:
+            self._label = names[label]
+        else:
+            asked = f"has no label {label}" if label else "name one of its labels as FOLDER#LABEL"
+            raise ModelError(f"{path}: {asked}; it has {', '.join(names)}")
+
+    @torch.no_grad()
+    def chances(self, texts: Sequence[str]) -> list[float]:
+        """Chance of the label for each text. What is longer than the model reads is cut."""
+        found = []
+        for start in range(0, len(texts), _BATCH):
+            batch = self._tokenizer(
+                list(texts[start : start + _BATCH]),
+                truncation=True,
+                max_length=self._most_tokens,
+                padding=True,
+                return_tensors="pt",
+            )
+            logits = self._model(**batch).logits.double()
+            one_each = self._several or logits.shape[1] == 1
+            shares = logits.sigmoid() if one_each else logits.softmax(1)
+            found += shares[:, self._label].tolist()
+        return found
+
+    @property
+    def _most_tokens(self) -> int | None:
+        limits = [self._tokenizer.model_max_length]
+        limits += [getattr(self._model.config, "max_position_embeddings", None) or limits[0]]
+        least = min(limits)
+        return int(least) if least < 1 << 30 else None  # tokenizers without a limit say 1e30
