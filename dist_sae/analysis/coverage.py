@@ -76,6 +76,24 @@ def frequencies(concepts: Sequence[Concept], words: WordRows, share: float) -> N
     return own / (rows * share)
 
 
+def judged_words(frequency: NDArray[np.float64], matched: Matched) -> NDArray[np.bool_]:
+    """Words that occur often enough to be judged.
+
+    Raises:
+        ArgumentError: They are fewer than `LEAST_CONCEPTS`.
+    """
+    judged = matched.judged & (frequency > 0)
+    if judged.sum() >= LEAST_CONCEPTS:
+        return np.asarray(judged)
+    rarer = np.sort(matched.occurrences.min(0))[::-1]
+    of_last = int(rarer[LEAST_CONCEPTS - 1]) if len(rarer) >= LEAST_CONCEPTS else 0
+    more = f"index about {LEAST_OCCURRENCES / of_last:.1f} times the rows, or " if of_last else ""
+    raise ArgumentError(
+        f"only {judged.sum()} of the {len(rarer)} words occur {LEAST_OCCURRENCES} times in either "
+        f"half of the index, and a curve needs {LEAST_CONCEPTS}; {more}give more words"
+    )
+
+
 def cover_words(
     name: str,
     firings: NDArray[np.int64],
@@ -103,9 +121,7 @@ def cover_words(
     Raises:
         ArgumentError: Fewer than `LEAST_CONCEPTS` words occur often enough.
     """
-    judged = matched.judged & (frequency > 0)
-    if judged.sum() < LEAST_CONCEPTS:
-        raise ArgumentError(_too_few(matched, int(judged.sum())))
+    judged = judged_words(frequency, matched)
     recovered = matched.recovered(least_f1)
     found = [matched.matches.get(number) for number in range(len(concepts))]
 
@@ -204,16 +220,6 @@ def check_widths(names: Sequence[str]) -> None:
             f"--frequency: a forecast needs dictionaries of {LEAST_WIDTHS} widths, and this is "
             f"{len(names)}; name a sweep, or further runs"
         )
-
-
-def _too_few(matched: Matched, judged: int) -> str:
-    rarer = np.sort(matched.occurrences.min(0))[::-1]
-    of_last = int(rarer[LEAST_CONCEPTS - 1]) if len(rarer) >= LEAST_CONCEPTS else 0
-    more = f"about {LEAST_OCCURRENCES / of_last:.1f} times the rows, or " if of_last else ""
-    return (
-        f"only {judged} of the {len(rarer)} words occur {LEAST_OCCURRENCES} times in either half "
-        f"of the index, and a curve needs {LEAST_CONCEPTS}; index {more}give more words"
-    )
 
 
 def _falls(law: Law) -> bool:

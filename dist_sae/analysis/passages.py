@@ -115,7 +115,9 @@ def judge_passages(
             )
             score.add(part[-1], [acts[peer][here] for peer in peers])
     judged = [
-        Judged(*map(np.concatenate, zip(*(each[:-1] for each in part), strict=True)), score.f1)
+        Judged(*(np.concatenate(columns) for columns in zip(*part, strict=True)))._replace(
+            peers=score.f1
+        )
         for part, score in zip(parts, scores, strict=True)
     ]
     for (_, judge), found in zip(asks, judged, strict=True):

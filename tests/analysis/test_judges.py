@@ -33,17 +33,17 @@ def save_classifier(folder: Path, n_labels: int, **settings: Any) -> Any:
         num_attention_heads=2,
         intermediate_size=16,
         max_position_embeddings=8,
-        num_labels=n_labels,
         initializer_range=1.0,
-        **settings,
+        **{"num_labels": n_labels, **settings},
     )
-    model = transformers.BertForSequenceClassification(config).eval()
+    model: Any = transformers.BertForSequenceClassification(config)
+    model.eval()
     model.save_pretrained(folder)
     tokenizer = tokenizers.Tokenizer(tokenizers.models.WordLevel(WORDS, unk_token="[UNK]"))
     tokenizer.pre_tokenizer = tokenizers.pre_tokenizers.WhitespaceSplit()
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="[PAD]", unk_token="[UNK]"
-    ).save_pretrained(folder)
+    special = {"pad_token": "[PAD]", "unk_token": "[UNK]"}
+    fast: Any = transformers.PreTrainedTokenizerFast
+    fast(tokenizer_object=tokenizer, **special).save_pretrained(folder)
     return model
 
 

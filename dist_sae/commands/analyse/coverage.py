@@ -95,7 +95,7 @@ def _find(options: argparse.Namespace, runs: "Sequence[Run]") -> "Findings":
 
 def _words(options: argparse.Namespace, runs: "Sequence[Run]") -> "Iterator[Covered]":
     from dist_sae.analysis.chance import beyond, match_turned
-    from dist_sae.analysis.coverage import cover_words, frequencies
+    from dist_sae.analysis.coverage import cover_words, frequencies, judged_words
     from dist_sae.analysis.matching import LEAST_OCCURRENCES, Matched, match_words
     from dist_sae.analysis.subject import Subject, open_subject
     from dist_sae.analysis.words import CORPUS, WordRows, corpus_words, find_words, read_lists
@@ -127,6 +127,7 @@ def _words(options: argparse.Namespace, runs: "Sequence[Run]") -> "Iterator[Cove
     for subject in subjects:
         index, (words_at, matched) = subject.index, match(subject)
         frequency = frequencies(concepts, words_at, index.manifest.postings_share)
+        judged_words(frequency, matched)  # too few are refused before rows are encoded again
         name, trained = subject.run.name, subject.trained_rows
         others, caveat = [], f"{name}: what chance would find was not asked"
         if options.chance:
