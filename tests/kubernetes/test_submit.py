@@ -12,6 +12,7 @@ import yaml
 from dist_sae.checkpoint.layout import Checkpoints
 from dist_sae.config import dump_run, load_run
 from dist_sae.kubernetes.jobs import render_objects
+from dist_sae.kubernetes.pods import ATTEMPT_KEY
 from dist_sae.kubernetes.stored import StoredRun
 from dist_sae.storage import ObjectStore, open_store
 from tests.conftest import Bucket
@@ -26,9 +27,10 @@ MODES = pytest.mark.parametrize("mode", [(), PLAIN], ids=["jobset", "plain"])
 
 
 def specs(api: ApiServer, path: str, *overrides: str) -> tuple[list[Any], list[Any]]:
-    """Specs of all rendered objects: on the cluster, and by the run file."""
+    """Specs of all rendered objects: on the cluster, but for the attempt, and by the run file."""
     asked = [with_defaults(o) for o in render_objects(load_run(path, overrides))]
     there = [api.the(o["kind"], o["metadata"]["name"]) for o in asked]
+    there[0]["data"].pop(ATTEMPT_KEY, None)
     return [(o.get("spec"), o.get("data")) for o in there], [
         (o.get("spec"), o.get("data")) for o in asked
     ]
