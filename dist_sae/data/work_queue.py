@@ -130,6 +130,7 @@ class WorkQueue:
         self._spread = 4 * (worker.of - 1) if store.exclusive else 0  # each soon has 4 in hand
         self._limit = (-math.inf, "") if work.limit else (math.inf, "")
         self._item_seconds = math.inf
+        self._longest_pause = POLL_SECONDS
         self._began = self._clock()
         self._renewing = threading.Lock()  # a claim that is given back must not be written again
         if store.exclusive:
@@ -148,9 +149,10 @@ class WorkQueue:
             wait: Else None while nothing is free, too. A worker that still has something in hand
                 must not wait for others, which might wait for it.
         """
-        said, longest = self._clock(), POLL_SECONDS
+        said = self._clock()
         while not self._stopping.is_set():
             if self._reserved or self._reserve():
+                self._longest_pause = POLL_SECONDS
                 return self._reserved.pop(0)
             if not wait or not self._open().any():
                 return None
@@ -160,8 +162,9 @@ class WorkQueue:
                 said = self._clock()
                 what = self._work.item, self._items[free[0]], self._limit[1]
                 logger.warning("%s %d waits for %s", *what)
+            longest = self._longest_pause
             pause = self._random.uniform(max(POLL_SECONDS, longest / 2), longest)
-            longest = min(2 * longest, self._memory_seconds)
+            self._longest_pause = min(2 * longest, self._memory_seconds)
             self._stopping.wait(pause)
             self._say_waited(pause, held_back=held_back)
         return None
@@ -344,9 +347,7 @@ class WorkQueue:
 
     def _claims(self, page: int) -> tuple[set[int], set[int]]:
         """The items of a page whose claims live, and those whose claims have run out."""
-        claims = self._work.claims
-        found = claims.entries(self._store, claims.page(page))
-        ages = {int(key["number"]): entry.age_seconds for key, entry in found}
+        ages = self._work.claims.ages(self._store, page)
         live = {item for item, seconds in ages.items() if seconds < LEASE_SECONDS}
         return live, ages.keys() - live
 

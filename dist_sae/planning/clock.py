@@ -1,80 +1,70 @@
-"""Simulated time: threads that take turns, and a store whose requests take no real time.
+"""Simulated time, and a store whose requests take simulated time only.
 
-The code that runs in it is the real one, which sleeps by an event or asks for the time by a
-function that it is given.
+The code that runs in it is the real one, in a single thread. A process runs up to its next pause at
+once, with a time of its own that its requests move on; then the one is resumed that is furthest
+behind. A store shows nobody what is written after their own time.
 """
 
 import heapq
-import itertools
 import math
 import threading
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from typing import TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
 
 from dist_sae.errors import ObjectNotFoundError
-from dist_sae.storage import Entry
-from dist_sae.storage.own import PAGE
+from dist_sae.storage import Entry, ObjectStore
+from dist_sae.storage.own import PAGE, NumberedKeys
 
 _REQUEST_SECONDS = {"put": 0.03, "get": 0.03, "delete": 0.03, "list": 0.05}
-_PAGE_DIGITS = len("000.json")
-_STACK_BYTES = 2**20
+_NAME, _SUFFIX = -len("00000000.json"), -len(".json")  # of a numbered key
+
+Result = TypeVar("Result")
+Process = Generator[float, None, Result]
+"""Yields the seconds for which it pauses."""
 
 
 class Clock:
-    """Threads that take turns: one runs until it sleeps, then the next one that is due."""
+    """Runs processes in simulated time."""
 
     def __init__(self) -> None:
         self.now = 0.0
-        self._due: list[tuple[float, int, threading.Lock]] = []
-        self._numbers = itertools.count()
-        self._own = threading.local()
-        self._over = threading.Event()
-        self._failed = list[BaseException]()
+        """Seconds since the beginning, of the process that runs."""
 
     def time(self) -> float:
-        """Seconds since the beginning."""
+        """The same as a function."""
         return self.now
 
-    def sleep(self, seconds: float) -> None:
-        """Let the others run for so long."""
-        self._enter(self.now + seconds, self._own.turn)
-        self._pass_on()
-        self._own.turn.acquire()
+    def run(self, processes: Iterable[Process[None]], over: Callable[[], bool]) -> None:
+        """Run these until all have ended, or until it is over."""
+        due = [(self.now, number, process) for number, process in enumerate(processes)]
+        while due:
+            self.now, number, process = due[0]
+            if over():
+                break
+            pause = next(process, None)
+            if pause is None:
+                heapq.heappop(due)
+            else:
+                heapq.heapreplace(due, (self.now + pause, number, process))
 
-    def run(self, works: Iterable[Callable[[], None]]) -> None:
-        """Run these at once until all have ended; raises what one of them raises."""
-        stack = threading.stack_size(_STACK_BYTES)
-        try:
-            for work in works:
-                turn = threading.Lock()
-                turn.acquire()
-                self._enter(self.now, turn)
-                threading.Thread(target=self._work, args=(work, turn), daemon=True).start()
-        finally:
-            threading.stack_size(stack)
-        self._pass_on()
-        self._over.wait()
-        if self._failed:
-            raise self._failed[0]
 
-    def _work(self, work: Callable[[], None], turn: threading.Lock) -> None:
-        self._own.turn = turn
-        turn.acquire()
-        try:
-            work()
-        except BaseException as exc:  # raised by the caller's thread
-            self._failed.append(exc)
-        self._pass_on()
+class Pause(Exception):  # noqa: N818 - no error
+    """Leaves a call that would wait."""
 
-    def _enter(self, due: float, turn: threading.Lock) -> None:
-        heapq.heappush(self._due, (due, next(self._numbers), turn))
+    def __init__(self, seconds: float) -> None:
+        super().__init__(seconds)
+        self.seconds = seconds
 
-    def _pass_on(self) -> None:
-        if not self._due or self._failed:
-            self._over.set()
-            return
-        self.now, _, turn = heapq.heappop(self._due)
-        turn.release()
+
+class Stopping(threading.Event):
+    """Is never set. A call that would wait for it is left by `Pause`."""
+
+    def wait(self, timeout: float | None = None) -> bool:
+        raise Pause(timeout or 0.0)
 
 
 class Pipe:
@@ -91,55 +81,94 @@ class Pipe:
         return self._free
 
 
+class Times(NumberedKeys):
+    """Numbered keys, of whose objects a simulated store keeps the time of writing alone.
+
+    Args:
+        keys: The real keys.
+        n: Their number.
+    """
+
+    def __init__(self, keys: NumberedKeys, n: int) -> None:
+        super().__init__(keys.folder)
+        self.written = np.full(n, np.inf)
+
+    def numbers(self, store: ObjectStore, page: int | None = None) -> Iterator[int]:
+        return iter(self._listed(store, page)[0].tolist())
+
+    def ages(self, store: ObjectStore, page: int | None = None) -> dict[int, float]:
+        there, seconds = self._listed(store, page)
+        return dict(zip(there.tolist(), seconds.tolist(), strict=True))
+
+    def _listed(
+        self, store: ObjectStore, page: int | None
+    ) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
+        """Numbers that are there, and their ages."""
+        assert isinstance(store, SimulatedStore)
+        first, last = (0, len(self.written)) if page is None else (page * PAGE, page * PAGE + PAGE)
+        seconds = store.listed() - self.written[first:last]
+        there = np.flatnonzero(seconds >= 0)
+        return there + first, seconds[there]
+
+
 class SimulatedStore:
     """Objects in memory; each request takes its time, and is counted.
 
     Args:
+        times: Keys whose contents do not matter.
         slowdown: Factor on the time of every request.
     """
 
     url = "simulated"
     exclusive = True
 
-    def __init__(self, clock: Clock, slowdown: float = 1.0) -> None:
+    def __init__(self, clock: Clock, times: Iterable[Times], slowdown: float = 1.0) -> None:
         self._clock = clock
         self._slowdown = slowdown
-        self._pages: dict[str, dict[str, tuple[bytes, float]]] = {}
+        self._times = {keys.folder: keys for keys in times}
+        self._others: dict[str, tuple[bytes, float]] = {}
         self.requests: Counter[str] = Counter()
 
     def holds(self, key: str) -> bool:
         """Tell whether an object exists, without a request."""
-        return key in self._page(key)
+        return self._find(key)[1] <= self._clock.now
+
+    def listed(self) -> float:
+        """Count the request for a page of a listing; returns the time when it was asked for."""
+        now = self._clock.now
+        self._ask("list")
+        return now
 
     def get(self, key: str, *_: object) -> bytes:
         self._ask("get")
-        if key not in self._page(key):
+        if not self.holds(key):
             raise ObjectNotFoundError("no such object", url=self.url, key=key)
-        return self._page(key)[key][0]
+        return self._find(key)[0]
 
     def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
         self._ask("put")
-        if if_absent and key in self._page(key):
+        if if_absent and self._find(key)[1] < math.inf:
             return False
-        self._page(key)[key] = data, self._clock.now
+        self._write(key, data, self._clock.now)
         return True
 
     def size(self, key: str) -> int | None:
         self._ask("get")
-        found = self._page(key).get(key)
-        return found and len(found[0])
+        return len(self._find(key)[0]) if self.holds(key) else None
 
     def entries(self, prefix: str = "") -> Iterator[Entry]:
-        for page in self._list(prefix):
-            for key, (data, written) in page.items():
-                yield Entry(key, len(data), self._clock.now - written)
+        now = self.listed()
+        for key, (data, written) in list(self._others.items()):
+            if key.startswith(prefix) and written <= now:
+                yield Entry(key, len(data), now - written)
 
     def keys(self, prefix: str = "") -> Iterator[str]:
-        return itertools.chain.from_iterable(self._list(prefix))
+        keys = self._times[prefix]
+        return map(keys.key, keys.numbers(self))
 
     def delete(self, key: str) -> None:
         self._ask("delete")
-        self._page(key).pop(key, None)
+        self._write(key, b"", math.inf)
 
     def put_stream(self, key: str, content: Callable[[], Iterable[bytes]]) -> None:
         raise NotImplementedError
@@ -150,34 +179,20 @@ class SimulatedStore:
     def delete_many(self, keys: Sequence[str]) -> None:
         raise NotImplementedError
 
-    def _page(self, key: str) -> dict[str, tuple[bytes, float]]:
-        return self._pages.setdefault(key[:-_PAGE_DIGITS], {})
+    def _find(self, key: str) -> tuple[bytes, float]:
+        """Content of an object and the time of writing, which is infinite if there is none."""
+        folder, number = key[:_NAME], key[_NAME:_SUFFIX]
+        if keys := self._times.get(folder):
+            return b"{}", float(keys.written[int(number)])
+        return self._others.get(key, (b"", math.inf))
 
-    def _list(self, prefix: str) -> list[dict[str, tuple[bytes, float]]]:
-        found = [page for name, page in self._pages.items() if name.startswith(prefix)]
-        for _ in range(max(1, -(-sum(map(len, found)) // PAGE))):
-            self._ask("list")
-        return found  # a queue needs no order
+    def _write(self, key: str, data: bytes, second: float) -> None:
+        folder, number = key[:_NAME], key[_NAME:_SUFFIX]
+        if keys := self._times.get(folder):
+            keys.written[int(number)] = second
+        else:
+            self._others[key] = data, second
 
     def _ask(self, request: str) -> None:
         self.requests[request] += 1
-        self._clock.sleep(_REQUEST_SECONDS[request] * self._slowdown)
-
-
-class Horizon(threading.Event):
-    """Set when the time is over, or when somebody sets it; waiting moves the clock."""
-
-    def __init__(self, clock: Clock, seconds: float = math.inf) -> None:
-        super().__init__()
-        self._clock = clock
-        self.seconds = seconds
-
-    def is_set(self) -> bool:
-        return self._clock.now >= self.seconds
-
-    def set(self) -> None:
-        self.seconds = min(self.seconds, self._clock.now)
-
-    def wait(self, timeout: float | None = None) -> bool:
-        self._clock.sleep(timeout or 0.0)
-        return self.is_set()
+        self._clock.now += _REQUEST_SECONDS[request] * self._slowdown

@@ -5,23 +5,23 @@ unit, a step and a request are given. Trainer ranks go in step, so they are one 
 wait for the slowest, and all begin again from the last checkpoint when a node is lost.
 """
 
+import itertools
 import logging
 import math
 import random
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from functools import partial
 from typing import Any, NamedTuple
 
 from dist_sae.data.consumers import Consumers, lowest_unit
 from dist_sae.data.plan import Plan
-from dist_sae.data.shard import MANIFESTS
+from dist_sae.data.shard import CLAIMS, MANIFESTS
 from dist_sae.data.streams import StreamCursor
 from dist_sae.data.work_queue import LEASE_SECONDS, Worker, WorkQueue
 from dist_sae.errors import ConfigError
 from dist_sae.planning.basis import Basis
-from dist_sae.planning.clock import Clock, Horizon, Pipe, SimulatedStore
+from dist_sae.planning.clock import Clock, Pause, Pipe, Process, SimulatedStore, Stopping, Times
 from dist_sae.planning.rates import Rates
 from dist_sae.producing.planner import row_bytes
 from dist_sae.producing.unit_queue import unit_queue
@@ -58,6 +58,10 @@ class Fleet(NamedTuple):
     """Mean life of a trainer's node."""
     restart_seconds: float = 120.0
     """Until a pod is replaced and has loaded what it needs."""
+    producer_begin_seconds: float = 0.0
+    """From a producer's start until it is ready for its first unit."""
+    trainer_begin_seconds: float = 0.0
+    """Of the trainers beside their steps: from their start to their end."""
 
 
 class Outcome(NamedTuple):
@@ -107,13 +111,13 @@ class Simulation:
         seed: int = 0,
     ) -> None:
         self.clock = Clock()
-        self.store = SimulatedStore(self.clock, fleet.slowdown)
+        self._claims, self._made = (Times(keys, len(plan.units)) for keys in (CLAIMS, MANIFESTS))
+        self.store = SimulatedStore(self.clock, (self._claims, self._made), fleet.slowdown)
         self.begun: Counter[int] = Counter()
         """How often each unit was begun."""
         self.busy_seconds = 0.0
         self._plan, self._fleet, self._seed = plan, fleet, seed
-        self._counted_from = counted_from
-        self._horizon = Horizon(self.clock, seconds)
+        self._counted_from, self._stops = counted_from, seconds
         self._consumers = Consumers(self.store, _EXPIRY_HOURS)
         self._largest = max(plan.rows_of_units)
         self._writes, self._reads = (
@@ -122,15 +126,16 @@ class Simulation:
         )
         self._counts: Counter[str] = Counter()
         self._waited = self._repeated = self._ended = self._first_step = 0.0
-        works: list[Callable[[], None]] = [self._begin_to_count]
-        works += [partial(self._produce, number) for number in range(fleet.producers)]
+        processes = [self._begin_to_count(), *map(self._produce, range(fleet.producers))]
+        if fleet.rows:
+            processes.append(self._train())
         with _quiet():
-            self.clock.run([*works, *([self._train] if fleet.rows else [])])
+            self.clock.run(processes, lambda: self.clock.now >= self._stops)
 
     @property
     def seconds(self) -> float:
         """Counted time."""
-        return min(self._horizon.seconds, self.clock.now) - self._counted_from
+        return min(self._stops, self.clock.now) - self._counted_from
 
     @property
     def outcome(self) -> Outcome:
@@ -151,113 +156,134 @@ class Simulation:
             self.store.requests.total() - counts["manifests"],
         )
 
-    def _begin_to_count(self) -> None:
-        self.clock.sleep(self._counted_from)
+    def _begin_to_count(self) -> Process[None]:
+        yield self._counted_from
         self.store.requests.clear()
         self._counts["manifests"] = 0
 
-    def _produce(self, number: int) -> None:
+    def _produce(self, number: int) -> Process[None]:
         """One producer and those that replace it."""
         fleet, clock, chance = self._fleet, self.clock, random.Random(f"{self._seed}-{number}")
-        clock.sleep(chance.uniform(0, fleet.unit_seconds))
-        life = 0
-        while True:
+        yield fleet.producer_begin_seconds + chance.uniform(0, fleet.unit_seconds)
+        for life in itertools.count():
             worker = Worker(f"p{number}-{life}", number, fleet.producers)
-            wanted = self._horizon, self._consumers, fleet.max_ahead_units
-            queue = unit_queue(self.store, self._plan, worker, *wanted, clock=clock.time)
+            queue = unit_queue(
+                *(self.store, self._plan, worker, Stopping(), self._consumers),
+                fleet.max_ahead_units,
+                clock=clock.time,
+                keys=(self._claims, self._made),
+            )
             dies = clock.now + _lifetime(chance, fleet.producer_hours)
-            if self._work(queue, dies, chance) or self._horizon.is_set():
+            if (yield from self._work(queue, dies, chance)):
                 return
-            life += 1
             self._counts["preemptions"] += 1
             queue.release_all()
-            clock.sleep(fleet.restart_seconds)
+            yield fleet.restart_seconds
 
-    def _work(self, queue: WorkQueue, dies: float, chance: random.Random) -> bool:
+    def _work(self, queue: WorkQueue, dies: float, chance: random.Random) -> Process[bool]:
         """Produce until everything is done, or until this producer dies; tell which.
 
         As in `producing.loop`, the next unit is claimed, and the last one stored, while the model
         works on the present one.
         """
         rows, clock = self._plan.rows_of_units, self.clock
-        last, unit = None, queue.take()
-        while unit is not None and not self._horizon.is_set():
+        last, unit = None, (yield from self._taken(queue))
+        while unit is not None:
             began = clock.now
             self.begun[unit] += 1
             following = queue.take(wait=False)
+            yield 0.0
             if last is not None:
-                self._finish(queue, last)
+                yield from self._finish(queue, last)
             full = self._fleet.unit_seconds * rows[unit] / self._largest
             ends = began + full * chance.uniform(0.9, 1.1)
-            self._sleep_until(min(ends, dies), queue)
+            worked = min(ends, dies, self._stops) - max(began, self._counted_from)
+            self.busy_seconds += max(0.0, worked)
+            yield from self._sleep_until(min(ends, dies), queue)
             if clock.now >= dies:
                 self._counts["lost"] += 1
                 return False
-            worked = min(ends, self._horizon.seconds) - max(began, self._counted_from)
-            self.busy_seconds += max(0.0, worked)
             last, unit = unit, following
             if unit is None:
-                self._finish(queue, last)
-                last, unit = None, queue.take()
+                yield from self._finish(queue, last)
+                last, unit = None, (yield from self._taken(queue))
         return True
 
-    def _finish(self, queue: WorkQueue, unit: int) -> None:
+    def _taken(self, queue: WorkQueue) -> Process[int | None]:
+        """A unit, as soon as one is free.
+
+        None, too, when others have all that is left in hand: those that replace them make it again
+        if they die.
+        """
+        while True:
+            try:
+                unit = queue.take()
+            except Pause as pause:
+                if len(self.begun) == len(self._plan.units):
+                    return None
+                yield pause.seconds
+            else:
+                yield 0.0
+                return unit
+
+    def _finish(self, queue: WorkQueue, unit: int) -> Process[None]:
         size = self._plan.rows_of_units[unit] * self._fleet.row_bytes
-        self._sleep_until(self._writes.book(size), queue)
+        yield from self._sleep_until(self._writes.book(size), queue)
         self.store.put(MANIFESTS.key(unit), b"{}", if_absent=True)
         self._counts.update(("manifests", "units"))
+        yield 0.0
         queue.release(unit, done=True)
+        yield 0.0
         if not self._fleet.rows:
             self._ended = self.clock.now
 
-    def _sleep_until(self, second: float, queue: WorkQueue) -> None:
-        """Sleep, and renew the claims in hand every third of their lease."""
-        while (left := second - self.clock.now) > 0:
-            self.clock.sleep(min(left, LEASE_SECONDS / 3))
-            if left > LEASE_SECONDS / 3:
-                queue.renew()
+    def _sleep_until(self, second: float, queue: WorkQueue) -> Process[None]:
+        """Pause, and renew the claims in hand every third of their lease."""
+        while (left := second - self.clock.now) > LEASE_SECONDS / 3:
+            yield LEASE_SECONDS / 3
+            queue.renew()
+        yield max(0.0, left)
 
-    def _train(self) -> None:
+    def _train(self) -> Process[None]:
         """Read window after window of all streams in step, and train on their rows."""
         plan, fleet, clock = self._plan, self._fleet, self.clock
         chance = random.Random(f"{self._seed}-trainers")
         units_of = [plan.stream_units(stream) for stream in range(plan.streams)]
+        yield fleet.trainer_begin_seconds
         for first in range(0, max(map(len, units_of)), plan.window_units):
             at = dict.fromkeys(range(plan.streams), StreamCursor(0, first, 0))
-            self._consumers.report(
-                "simulated", reached=lowest_unit(plan, at, keeps=False), needed=0
-            )
+            reached = lowest_unit(plan, at, keeps=False)
+            self._consumers.report("simulated", reached=reached, needed=0)
             window = [unit for of in units_of for unit in of[first : first + plan.window_units]]
             since = clock.now
             for unit in window:
                 while not self.store.holds(MANIFESTS.key(unit)):
-                    clock.sleep(_POLL_SECONDS)
+                    yield _POLL_SECONDS
             self._waited += clock.now - since
             self._first_step = self._first_step or clock.now
             left = fleet.rows - self._counts["rows"]
             rows = min(sum(plan.rows_of_units[unit] for unit in window), left)
             arrives = self._reads.book(rows * fleet.row_bytes)
-            self._step(rows / fleet.batch_rows * fleet.step_seconds, chance)
+            yield self._step_seconds(rows / fleet.batch_rows * fleet.step_seconds, chance)
             late = max(0.0, arrives - clock.now)
             self._waited += late
-            clock.sleep(late)
+            yield late
             self._counts["rows"] += rows
-            if rows == left or self._horizon.is_set():
+            if rows == left:
                 break
-        self._ended = clock.now
-        self._horizon.set()
+        self._ended = self._stops = clock.now
 
-    def _step(self, seconds: float, chance: random.Random) -> None:
-        """Train for so long; what a lost node undoes is done again."""
-        fleet, clock = self._fleet, self.clock
+    def _step_seconds(self, seconds: float, chance: random.Random) -> float:
+        """Time of so many seconds of steps; what a lost node undoes is done again."""
+        fleet, lost = self._fleet, 0.0
         since_save = fleet.save_every_steps * fleet.step_seconds  # at most
         while (lives := _lifetime(chance, fleet.node_hours / fleet.trainer_nodes)) < seconds:
             again = chance.uniform(0, since_save)
             self._counts["nodes"] += 1
             self._repeated += again + fleet.restart_seconds
-            clock.sleep(lives + fleet.restart_seconds)
+            lost += lives + fleet.restart_seconds
             seconds += again - lives
-        clock.sleep(seconds)
+        return lost + seconds
 
 
 def _lifetime(chance: random.Random, mean_hours: float) -> float:

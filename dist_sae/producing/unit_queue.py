@@ -10,6 +10,7 @@ from dist_sae.data.shard import CLAIMS, MANIFESTS
 from dist_sae.data.work_queue import QueueMetrics, Work, Worker, WorkQueue
 from dist_sae.errors import AbandonedError
 from dist_sae.storage import UNMETERED, Meter, ObjectStore
+from dist_sae.storage.own import NumberedKeys
 
 _METRICS = QueueMetrics(
     claimed="dist_sae_produce_claimed_units",
@@ -32,6 +33,7 @@ def unit_queue(
     meter: Meter = UNMETERED,
     clock: Callable[[], float] = time.monotonic,
     idle_hours: float | None = None,
+    keys: tuple[NumberedKeys, NumberedKeys] = (CLAIMS, MANIFESTS),
 ) -> WorkQueue:
     """Open the queue of a plan's units, which keeps step with the runs that read them.
 
@@ -42,6 +44,7 @@ def unit_queue(
         clock: See `WorkQueue`.
         idle_hours: A worker that was held back for so long, and no run lives, ends: `take` raises
             `AbandonedError`. None: it waits for ever.
+        keys: Of claims, and of what marks a unit as done.
     """
     held: tuple[int, float] | None = None  # back at which limit, since when
 
@@ -66,5 +69,5 @@ def unit_queue(
             f"{run}, which is at unit {reached} (store.max_ahead_units {max_ahead_units})"
         )
 
-    work = Work("unit", range(len(plan.units)), CLAIMS, MANIFESTS, limit, _METRICS)
+    work = Work("unit", range(len(plan.units)), *keys, limit, _METRICS)
     return WorkQueue(store, work, worker, stopping, meter, clock)

@@ -73,6 +73,11 @@ class NumberedKeys(OwnKeys):
         for key in self.keys(store, self.page(page)):
             yield int(key["number"])
 
+    def ages(self, store: ObjectStore, page: int | None = None) -> dict[int, float]:
+        """Seconds since each object of `numbers` was written, by its number."""
+        found = self.entries(store, self.page(page))
+        return {int(key["number"]): entry.age_seconds for key, entry in found}
+
     def page(self, page: int | None) -> str:
         """The digits with which a page's numbers begin; none of all pages."""
         return "" if page is None else f"{page:0{_DIGITS - 3}d}"
