@@ -31,6 +31,7 @@ from dist_sae.distributed.engine import DeepSpeedEngine, Engine
 from dist_sae.distributed.mesh import Mesh, join_mesh
 from dist_sae.distributed.rendezvous import rendezvous
 from dist_sae.kernels.choice import choose_kernels
+from dist_sae.telemetry.process import resident_bytes
 from dist_sae.training.job import training_step
 from dist_sae.training.phases import Clock
 from dist_sae.training.reporter import TrainingReporter
@@ -174,6 +175,18 @@ def random_batches(shape: StepShape, mesh: Mesh, n: int) -> list[Rows]:
 
     inputs = [draw(widths.d_in) for _ in range(n)]
     return [Rows(x, draw(widths.d_out) if shape.writes else x) for x in inputs]
+
+
+def program_bytes() -> int:
+    """Resident memory of a trainer that has made steps of a tiny dictionary: its libraries."""
+    import dist_sae.training.loop  # noqa: F401 - with all that a trainer imports
+
+    shape = StepShape(d_in=8, n_latents=16, k=2, batch=16)
+    with step_mesh(shape) as mesh:
+        step, (rows,) = TrainingStep(shape, mesh), random_batches(shape, mesh, 1)
+        step.initialise(rows)
+        step(rows)
+        return resident_bytes()
 
 
 def bench_step(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any]:

@@ -1,6 +1,8 @@
 """`dist-sae estimate`: what a run will take, before anything is produced."""
 
 import argparse
+import subprocess
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
@@ -14,6 +16,7 @@ if TYPE_CHECKING:
     from dist_sae.planning.basis import Basis
     from dist_sae.planning.rates import Rates
 
+_STEPS, _LEAST_STEPS = 32, 16  # of `--measure`
 _SCALES = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"))
 
 
@@ -49,7 +52,12 @@ def add(commands: shared.Commands) -> None:
         help="what bench step, produce or store printed with --json; may be given several times",
     )
     parser.add_argument(
-        "--measure", action="store_true", help="time a few steps and units of this run here first"
+        "--measure",
+        type=int,
+        nargs="?",
+        const=_STEPS,
+        metavar="STEPS",
+        help="first make a short run like this one here, of so many steps (%(const)s)",
     )
     parser.add_argument(
         "--store",
@@ -95,7 +103,7 @@ def main(options: argparse.Namespace) -> None:
         prices=prices,
     )
     if options.simulate:
-        from dist_sae.planning.simulate import scenarios
+        from dist_sae.planning.scenarios import scenarios
 
         told["simulated"] = scenarios(
             max(chain.from_iterable(groups), key=lambda job: job.run.steps),
@@ -113,6 +121,10 @@ def _check(options: argparse.Namespace) -> None:
         value = getattr(options, name)
         if value is not None and not value > 0:
             raise ConfigError(f"--{name.replace('_', '-')}: {value:g} is not above 0")
+    if options.measure is not None and options.measure < _LEAST_STEPS:
+        raise ConfigError(
+            f"--measure: {options.measure} steps are too few; give {_LEAST_STEPS} or more"
+        )
     if (options.width is None) != (options.parameters is None):
         raise ConfigError("--width and --parameters describe a model together; give both")
 
@@ -126,46 +138,19 @@ def _rates(options: argparse.Namespace, run: "Run", groups: "Sequence[Sequence[B
     for name, found in read_bench(options.bench):
         rates = rates.over(of_bench(groups, found, name))
     if options.measure:
-        rates = rates.over(_measured(run, groups))
+        from dist_sae.bench.trial import trial
+
+        rates = rates.over(trial(run, groups, options.measure))
     if options.accelerator:
         rates = rates.over(of_accelerator(groups, options.accelerator, options.network * 1e9))
     return rates
 
 
-def _measured(run: "Run", groups: "Sequence[Sequence[Basis]]") -> "Rates":
-    """Time one rank's work in a step of each job, and a producer, on this machine."""
-    import tempfile
-
-    from dist_sae.bench.produce import bench_produce
-    from dist_sae.bench.step import StepShape, bench_step, step_mesh
-    from dist_sae.planning.rates import Rates, bench_shape, scaled_step, slowest
-
-    def step(job: "Basis") -> float:
-        shape = StepShape(**bench_shape(job))
-        with step_mesh(shape) as mesh:
-            found = bench_step(shape, mesh, rounds=3)
-        return scaled_step(job, found | {"shards": 1, "replicas": 1})
-
-    seconds = slowest(groups, step)
-    with tempfile.TemporaryDirectory() as folder:
-        here = run.store.model_copy(update={"activations": folder})
-        produced = bench_produce(run.model_copy(update={"store": here}), units=2, rounds=3)
-    said = "a rank's step and a producer, measured here"
-    return Rates(seconds, produced["rows_per_second"], sources=(said,))
-
-
 def _trainer_bytes() -> int:
-    """Memory of a trainer without data: its libraries, after a step of a tiny dictionary."""
-    import dist_sae.training.loop  # noqa: F401 - its libraries are what is measured
-    from dist_sae.bench.step import StepShape, TrainingStep, random_batches, step_mesh
-    from dist_sae.telemetry.process import resident_bytes
-
-    shape = StepShape(d_in=8, n_latents=16, k=2, batch=16)
-    with step_mesh(shape) as mesh:
-        step, (rows,) = TrainingStep(shape, mesh), random_batches(shape, mesh, 1)
-        step.initialise(rows)
-        step(rows)
-        return resident_bytes()
+    """Memory of a trainer without data, in a process of its own: this one has other libraries."""
+    program = "from dist_sae.bench.step import program_bytes; print(program_bytes())"
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, check=True)
+    return int(done.stdout.split()[-1])
 
 
 def _lines(told: Mapping[str, Any]) -> Iterator[str]:

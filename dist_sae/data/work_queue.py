@@ -121,7 +121,8 @@ class WorkQueue:
         # `_done` and `_held` are shared by the worker's threads: single operations only
         self._done = np.zeros(len(self._items), dtype=bool)
         self._held: set[int] = set()
-        self._reserved: list[int] = []  # held, and not handed out yet
+        self.reserved: list[int] = []
+        """Items that are claimed and not handed out yet."""
         self._busy_until = np.zeros(len(self._items))  # others have it in hand, as far as is known
         self._memory_seconds = max(
             POLL_SECONDS, min(_MEMORY_SECONDS * worker.of, LEASE_SECONDS / 6)
@@ -130,7 +131,7 @@ class WorkQueue:
         self._spread = 4 * (worker.of - 1) if store.exclusive else 0  # each soon has 4 in hand
         self._limit = (-math.inf, "") if work.limit else (math.inf, "")
         self._item_seconds = math.inf
-        self._longest_pause = POLL_SECONDS
+        self._longest = POLL_SECONDS  # pause that may come next
         self._began = self._clock()
         self._renewing = threading.Lock()  # a claim that is given back must not be written again
         if store.exclusive:
@@ -142,8 +143,7 @@ class WorkQueue:
     def take(self, *, wait: bool = True) -> int | None:
         """Claim an item; None when all are done or the worker is to stop.
 
-        While other workers have all that is left in hand, it waits, to take over should they die.
-        It waits for the limit as well.
+        It waits for the limit, and while others have the rest in hand, in case they die.
 
         Args:
             wait: Else None while nothing is free, too. A worker that still has something in hand
@@ -151,9 +151,9 @@ class WorkQueue:
         """
         said = self._clock()
         while not self._stopping.is_set():
-            if self._reserved or self._reserve():
-                self._longest_pause = POLL_SECONDS
-                return self._reserved.pop(0)
+            if self.reserved or self._reserve():
+                self._longest = POLL_SECONDS
+                return self.reserved.pop(0)
             if not wait or not self._open().any():
                 return None
             free = self._free()
@@ -162,9 +162,8 @@ class WorkQueue:
                 said = self._clock()
                 what = self._work.item, self._items[free[0]], self._limit[1]
                 logger.warning("%s %d waits for %s", *what)
-            longest = self._longest_pause
-            pause = self._random.uniform(max(POLL_SECONDS, longest / 2), longest)
-            self._longest_pause = min(2 * longest, self._memory_seconds)
+            pause = self._random.uniform(max(POLL_SECONDS, self._longest / 2), self._longest)
+            self._longest = min(2 * self._longest, self._memory_seconds)
             self._stopping.wait(pause)
             self._say_waited(pause, held_back=held_back)
         return None
@@ -229,7 +228,7 @@ class WorkQueue:
 
     def release_all(self) -> None:
         """Give back what was claimed and not done, so that others need not wait for the lease."""
-        self._reserved.clear()
+        self.reserved.clear()
         for item in sorted(self._held):
             self._give_back(item, done=False)
 
@@ -258,7 +257,7 @@ class WorkQueue:
     def _reserve(self) -> bool:
         """Claim items to be handed out; False where none is free within the limit."""
         if self._claim_some() or self._work.limit is None or not len(self._free()):
-            return bool(self._reserved)
+            return bool(self.reserved)
         # once for a wait: workers that are held back all want what the limit lets go
         self._limit = self._work.limit()
         return self._claim_some()
@@ -273,20 +272,20 @@ class WorkQueue:
             if not here:
                 self._spread = min(2 * self._spread + 1, len(free))
             wanted, refused = self._at_once(len(free)), 0
-            while here and len(self._reserved) < wanted and refused < _MOST_REFUSED:
+            while here and len(self.reserved) < wanted and refused < _MOST_REFUSED:
                 place = here.pop(self._draw(len(here)))
                 item = int(self._items[place])
                 if self._claim(item, may_have_run_out=item in run_out):
                     self._held.add(item)
-                    self._reserved.append(item)
+                    self.reserved.append(item)
                     self._spread = 7 * self._spread // 8
                 else:
                     refused += 1
                     self._busy_until[place] = self._clock() + self._memory_seconds
                     self._spread = min(2 * self._spread + 1, len(free))
             self._drop_done(page)
-            if self._reserved:
-                self._reserved.sort()
+            if self.reserved:
+                self.reserved.sort()
                 self._say_held()
                 return True
         return False
@@ -294,12 +293,12 @@ class WorkQueue:
     def _drop_done(self, page: int) -> None:
         """Give back what was finished between the look and the claim."""
         key = self._work.done.key
-        if len(self._reserved) > 1:
+        if len(self.reserved) > 1:
             done = set(self._work.done.numbers(self._store, page))
         else:
-            done = {item for item in self._reserved if self._store.size(key(item)) is not None}
-        for item in done.intersection(self._reserved):
-            self._reserved.remove(item)
+            done = {item for item in self.reserved if self._store.size(key(item)) is not None}
+        for item in done.intersection(self.reserved):
+            self.reserved.remove(item)
             self._give_back(item, done=True)
 
     def _within_limit(self, free: NDArray[np.intp]) -> NDArray[np.intp]:

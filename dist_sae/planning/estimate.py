@@ -125,16 +125,20 @@ def pace_of(groups: Sequence[Sequence[Basis]], rates: Rates) -> dict[str, Any]:
         run.steps * run.train.batch_rows,
         min(run.steps * run.train.batch_rows, basis.pass_rows),
     )
-    first_batch = sum(basis.unit_rows[: basis.first_windows]) / making
+    made_in = sum(basis.unit_rows[: basis.first_windows]) / making
+    first_batch = (rates.producer_begin_seconds or 0.0) + made_in
+    begin = rates.trainer_begin_seconds or 0.0
     training = once / min(making, using) + (rows - once) / using
+    if begin:
+        told["begin_and_end_seconds"] = begin
     ahead = max(0.0, 1 - using / making) * len(basis.unit_rows)
     return told | {
         "limited_by": min(known, key=lambda part: known[part]),
         "producers_wanted": math.ceil(using / (making / run.processes.producers)),
         "first_batch_seconds": first_batch,
         "training_seconds": training,
-        "producing_seconds": sum(basis.units) / making,
-        "total_seconds": first_batch + training,
+        "producing_seconds": (rates.producer_begin_seconds or 0.0) + sum(basis.units) / making,
+        "total_seconds": first_batch + begin + training,
         "lead_units": max(basis.first_windows, round(ahead)),
     }
 

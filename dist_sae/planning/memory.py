@@ -19,8 +19,10 @@ CUDA_BYTES = 700 * 10**6
 """Memory of a CUDA context and its libraries on a GPU; an assumption."""
 _FP32 = 4
 _ENTRY_BYTES = 80  # of a code: value, row, latent, their sorts, gradients
-_DENSE_CHUNKS = 10  # that a dense penalised step holds at once (`dictionaries.penalised`)
+_DENSE_CHUNKS = 8  # that a dense penalised step holds at once (`dictionaries.penalised`)
 _BATCHES = 4  # `config.run.rows_ahead`: two wait, one is assembled, one is trained on
+_COPIES = 2  # for saving, of a sweep's jobs: one is stored while the next one is made
+_HEAP_BYTES = 64 * 2**20  # free, and kept by malloc: above this it gives back
 _BLOCKS = 3  # of a unit: one in use, one fetched, one of the next window
 _UNITS = 6  # that a producer holds, copies included: two in work, and one that is being stored
 
@@ -44,6 +46,7 @@ def trainer_memory(
     device["gradients"] = max(state.gradients for state in states)  # freed when a job has stepped
     kind = torch.device("cuda" if gpu else "cpu")
     device["step"] = max(_step(each, kind) for each in jobs)
+    device["auxk_while_latents_are_dead"] = max(map(_auxk, jobs)) * (1 if gpu else 2)  # malloc
     copies = [
         _copy(each, state.weights)
         for each, state in zip(jobs, states, strict=True)
@@ -52,7 +55,8 @@ def trainer_memory(
     host = {
         "program": program_bytes,
         "batches_in_flight": _batches(jobs),
-        "checkpoint_copy": sum(copies),
+        "checkpoint_copies": sum(sorted(copies)[-_COPIES:]),
+        "heap": 0 if gpu else _HEAP_BYTES,
     }
     return _placed(host, device, gpu=gpu)
 
@@ -103,8 +107,15 @@ def _step(basis: Basis, device: torch.device) -> int:
     written = rows * d_out * _FP32 + 3 * own * d_out * _FP32
     if not isinstance(sae, CountsLatentsConfig):
         return loaded + read + written + _DENSE_CHUNKS * at_once(DENSE_BYTES, device)
-    codes = rows * (sae.k + sae.auxk) * _ENTRY_BYTES  # as while latents are dead
-    return loaded + read + written + codes + _block(basis, device, rows)
+    return loaded + read + written + rows * sae.k * _ENTRY_BYTES + _block(basis, device, rows)
+
+
+def _auxk(basis: Basis) -> int:
+    """The codes of AuxK."""
+    sae = basis.run.sae
+    if not isinstance(sae, CountsLatentsConfig):
+        return 0
+    return basis.replica_rows * sae.auxk * _ENTRY_BYTES
 
 
 def _block(basis: Basis, device: torch.device, rows: int) -> int:

@@ -15,7 +15,6 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from dist_sae.config.dictionary import CountsLatentsConfig
 from dist_sae.errors import ConfigError
 from dist_sae.planning.basis import Basis
 from dist_sae.planning.memory import active
@@ -58,13 +57,17 @@ class Rates(NamedTuple):
     """Rates of single processes; None where nothing is known."""
 
     step_seconds: float | None = None
-    """A training step, of all ranks at once."""
+    """A training step, of all ranks at once, in the mean of the run."""
     producer_rows_per_second: float | None = None
     """One producer, with all its ranks."""
     read_bytes_per_second: float | None = None
     """Reads from the store by all trainers together."""
     write_bytes_per_second: float | None = None
     """Writes to the store by all producers together."""
+    trainer_begin_seconds: float | None = None
+    """Of a trainer beside its steps: from its start to its first step, and its end."""
+    producer_begin_seconds: float | None = None
+    """From a producer's start to its first unit."""
     sources: tuple[str, ...] = ()
 
     def over(self, other: "Rates") -> "Rates":
@@ -147,7 +150,7 @@ def of_bench(groups: Sequence[Sequence[Basis]], found: Mapping[str, Any], said: 
         ranks = sum(group[0].run.processes.trainers for group in groups)
         read = found["read_bytes_per_second"] * ranks
         write = found["write_bytes_per_second"] * groups[0][0].run.processes.producers
-        return Rates(None, None, read, write, (said,))
+        return Rates(None, None, read, write, sources=(said,))
     raise ConfigError(f"{said}: is not what bench step, produce or store prints with --json")
 
 
@@ -183,25 +186,3 @@ def scaled_step(basis: Basis, found: Mapping[str, Any]) -> float:
     own = state_bytes(basis.run, basis.widths, basis.axis).weights
     scaled: float = (whole - of_state) * step_flops(basis) / flops + of_state * own / weights
     return scaled
-
-
-def bench_shape(basis: Basis) -> dict[str, Any]:
-    """Arguments of `bench.step.StepShape` for one rank's work in a step of this run."""
-    run, sae, shards = basis.run, basis.run.sae, basis.axis.shards
-    own = {"kind", "n_latents", "k", "init", "dead_after_rows", "reads", "writes", "experts"}
-    given = sae.model_dump(
-        mode="json", exclude={*own, "auxk"}, exclude_none=True, exclude_defaults=True
-    )
-    return {
-        "d_in": max(basis.model.widths.values()),
-        "n_latents": sae.n_latents // shards,
-        "k": sae.k if isinstance(sae, CountsLatentsConfig) else 1,
-        "batch": basis.replica_rows,
-        "products": run.train.products,
-        "kernels": run.train.kernels,
-        "kind": sae.kind,
-        "experts": sae.n_experts // shards if sae.n_experts else None,
-        "reads": len(run.reads),
-        "writes": 0 if run.reads == run.writes else len(run.writes),
-        "settings": tuple(f"{key}={json.dumps(value)}" for key, value in given.items()),
-    }

@@ -14,23 +14,20 @@ from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
+import numpy as np
+
 from dist_sae.data.consumers import Consumers, lowest_unit
 from dist_sae.data.plan import Plan
 from dist_sae.data.shard import CLAIMS, MANIFESTS
 from dist_sae.data.streams import StreamCursor
 from dist_sae.data.work_queue import LEASE_SECONDS, Worker, WorkQueue
-from dist_sae.errors import ConfigError
-from dist_sae.planning.basis import Basis
 from dist_sae.planning.clock import Clock, Pause, Pipe, Process, SimulatedStore, Stopping, Times
-from dist_sae.planning.rates import Rates
-from dist_sae.producing.planner import row_bytes
 from dist_sae.producing.unit_queue import unit_queue
 
 _POLL_SECONDS = 2.0  # between two looks of a trainer that waits
 _EXPIRY_HOURS = 72.0
-_UNITS_EACH = 2  # that a producer makes in the part of a long run that is simulated
-_WINDOWS = 2  # of every stream, at least
-_HOUR = 3600.0
+HOUR = 3600.0
+_OF_FOLDER = 0.01
 
 
 class Fleet(NamedTuple):
@@ -49,6 +46,8 @@ class Fleet(NamedTuple):
     read_bytes_per_second: float = math.inf
     slowdown: float = 1.0
     """Factor on the time of every request and transfer."""
+    in_folder: bool = False
+    """Whether the store is a folder, whose requests take a hundredth of an object store's time."""
     max_ahead_units: int | None = None
     save_every_steps: int = 1000
     producer_hours: float = math.inf
@@ -112,7 +111,9 @@ class Simulation:
     ) -> None:
         self.clock = Clock()
         self._claims, self._made = (Times(keys, len(plan.units)) for keys in (CLAIMS, MANIFESTS))
-        self.store = SimulatedStore(self.clock, (self._claims, self._made), fleet.slowdown)
+        times = (self._claims, self._made)
+        slowdown = fleet.slowdown * (_OF_FOLDER if fleet.in_folder else 1)
+        self.store = SimulatedStore(self.clock, times, slowdown)
         self.begun: Counter[int] = Counter()
         """How often each unit was begun."""
         self.busy_seconds = 0.0
@@ -191,7 +192,7 @@ class Simulation:
         while unit is not None:
             began = clock.now
             self.begun[unit] += 1
-            following = queue.take(wait=False)
+            following = queue.take(wait=False) if queue.reserved or self._has_free else None
             yield 0.0
             if last is not None:
                 yield from self._finish(queue, last)
@@ -210,21 +211,24 @@ class Simulation:
         return True
 
     def _taken(self, queue: WorkQueue) -> Process[int | None]:
-        """A unit, as soon as one is free.
+        """A unit, as soon as one is free; None if others have all that is left in hand.
 
-        None, too, when others have all that is left in hand: those that replace them make it again
-        if they die.
+        Those that replace them make it again if they die.
         """
-        while True:
+        while queue.reserved or self._has_free:
             try:
                 unit = queue.take()
             except Pause as pause:
-                if len(self.begun) == len(self._plan.units):
-                    return None
                 yield pause.seconds
             else:
                 yield 0.0
                 return unit
+        return None
+
+    @property
+    def _has_free(self) -> bool:
+        """Whether a unit is neither made nor in hand; a look would tell a producer the same."""
+        return bool(np.isinf(np.minimum(self._claims.written, self._made.written)).any())
 
     def _finish(self, queue: WorkQueue, unit: int) -> Process[None]:
         size = self._plan.rows_of_units[unit] * self._fleet.row_bytes
@@ -288,7 +292,7 @@ class Simulation:
 
 def _lifetime(chance: random.Random, mean_hours: float) -> float:
     """Draw a lifetime in seconds; an infinite one draws nothing."""
-    return chance.expovariate(1 / (mean_hours * _HOUR)) if mean_hours < math.inf else math.inf
+    return chance.expovariate(1 / (mean_hours * HOUR)) if mean_hours < math.inf else math.inf
 
 
 @contextmanager
@@ -315,85 +319,3 @@ def plan_of(
         units=((),) * len(unit_rows),
         unit_rows=unit_rows,
     )
-
-
-def fleet_of(basis: Basis, rates: Rates) -> Fleet:
-    """The processes of a run, with nothing that goes wrong.
-
-    Raises:
-        ConfigError: The rates lack a producer's or a step's.
-    """
-    run, produced, step = basis.run, rates.producer_rows_per_second, rates.step_seconds
-    if produced is None or step is None:
-        raise ConfigError(
-            "--simulate: needs the rate of a producer and of a step; give --accelerator, "
-            "--measure, or --bench with what bench produce and bench step printed"
-        )
-    return Fleet(
-        run.processes.producers,
-        max(basis.unit_rows) / produced,
-        step,
-        run.train.batch_rows,
-        min(run.rows, basis.pass_rows),
-        row_bytes(run.activations.dtype, basis.model.widths),
-        rates.write_bytes_per_second or math.inf,
-        rates.read_bytes_per_second or math.inf,
-        max_ahead_units=run.store.max_ahead_units,
-        save_every_steps=run.train.save_every_steps,
-        trainer_nodes=run.processes.trainers // run.cluster.trainer.ranks,
-    )
-
-
-def simulate(basis: Basis, fleet: Fleet) -> dict[str, float]:
-    """Simulate a run, or its first part if it is long; the rest is taken to go on as the part did.
-
-    Returns:
-        `total_seconds` of the whole run, `producer_hours` until its last unit, shares of the part's
-        time in which trainers and producers work, and counts of the part.
-    """
-    streams, windows = basis.run.activations.streams, basis.run.activations.window_units
-    assert streams is not None, "the basis has numbers"
-    wanted = max(_UNITS_EACH * fleet.producers, _WINDOWS * streams * windows)
-    part = tuple(basis.unit_rows[: math.ceil(wanted / (streams * windows)) * streams * windows])
-    plan = plan_of(part, streams, windows)
-    found = Simulation(plan, fleet._replace(rows=min(fleet.rows, sum(part)))).outcome
-    training = max(found.seconds - found.first_step_seconds, 1e-9)
-    total = found.seconds + (fleet.rows - found.rows) * training / found.rows
-    total += (basis.run.rows - fleet.rows) / fleet.batch_rows * fleet.step_seconds
-    whole = len(basis.unit_rows) + len(basis.heldout_unit_rows)
-    producing = min(total * fleet.producers, whole * found.producer_seconds / found.units)
-    return {
-        "producers": fleet.producers,
-        "total_seconds": total,
-        "producer_hours": producing / _HOUR,
-        "trainers_work_share": found.rows / fleet.batch_rows * fleet.step_seconds / found.seconds,
-        "producers_work_share": found.producer_busy_share,
-        "simulated_units": found.units,
-        "lost_units": found.lost_units,
-        "preemptions": found.preemptions,
-        "lost_nodes": found.lost_nodes,
-        "requests_of_a_unit": found.requests / max(1, found.units),
-    }
-
-
-def scenarios(
-    basis: Basis, rates: Rates, *, spot_hours: float, node_days: float, slowdown: float
-) -> dict[str, dict[str, float]]:
-    """Simulate a run as planned, and with one thing changed at a time.
-
-    Args:
-        spot_hours: Mean life of a producer that can be preempted.
-        node_days: Mean life of a trainer's node.
-        slowdown: Factor on the time of requests and transfers.
-    """
-    fleet = fleet_of(basis, rates)
-    half, twice = max(1, fleet.producers // 2), 2 * fleet.producers
-    changes: dict[str, dict[str, Any]] = {
-        "as planned": {},
-        f"{half:,} producers": {"producers": half},
-        f"{twice:,} producers": {"producers": twice},
-        f"producers live {spot_hours:g} h": {"producer_hours": spot_hours},
-        f"a trainer node lives {node_days:g} days": {"node_hours": 24 * node_days},
-        f"the store is {slowdown:g} times as slow": {"slowdown": slowdown},
-    }
-    return {name: simulate(basis, fleet._replace(**of)) for name, of in changes.items()}

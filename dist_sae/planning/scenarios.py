@@ -1,0 +1,99 @@
+"""What may go wrong with a run: simulated as planned, and with one thing changed at a time."""
+
+import math
+from typing import Any
+
+from dist_sae.config.base import folder_of
+from dist_sae.errors import ConfigError
+from dist_sae.planning.basis import Basis
+from dist_sae.planning.rates import Rates
+from dist_sae.planning.simulate import HOUR, Fleet, Simulation, plan_of
+from dist_sae.producing.planner import row_bytes
+
+_UNITS_EACH = 2  # that a producer makes in the part of a long run that is simulated
+_WINDOWS = 2  # of every stream, at least
+
+
+def fleet_of(basis: Basis, rates: Rates) -> Fleet:
+    """The processes of a run, with nothing that goes wrong.
+
+    Raises:
+        ConfigError: The rates lack a producer's or a step's.
+    """
+    run, produced, step = basis.run, rates.producer_rows_per_second, rates.step_seconds
+    if produced is None or step is None:
+        raise ConfigError(
+            "--simulate: needs the rate of a producer and of a step; give --accelerator, "
+            "--measure, or --bench with what bench produce and bench step printed"
+        )
+    return Fleet(
+        run.processes.producers,
+        max(basis.unit_rows) / produced,
+        step,
+        run.train.batch_rows,
+        min(run.rows, basis.pass_rows),
+        row_bytes(run.activations.dtype, basis.model.widths),
+        rates.write_bytes_per_second or math.inf,
+        rates.read_bytes_per_second or math.inf,
+        in_folder=folder_of(run.store.activations) is not None,
+        max_ahead_units=run.store.max_ahead_units,
+        save_every_steps=run.train.save_every_steps,
+        producer_begin_seconds=rates.producer_begin_seconds or 0.0,
+        trainer_begin_seconds=rates.trainer_begin_seconds or 0.0,
+        trainer_nodes=run.processes.trainers // run.cluster.trainer.ranks,
+    )
+
+
+def simulate(basis: Basis, fleet: Fleet) -> dict[str, float]:
+    """Simulate a run, or its first part if it is long; the rest is taken to go on as the part did.
+
+    Returns:
+        `total_seconds` of the whole run, `producer_hours` until its last unit, shares of the part's
+        time in which trainers and producers work, and counts of the part.
+    """
+    streams, windows = basis.run.activations.streams, basis.run.activations.window_units
+    assert streams is not None, "the basis has numbers"
+    wanted = max(_UNITS_EACH * fleet.producers, _WINDOWS * streams * windows)
+    part = tuple(basis.unit_rows[: math.ceil(wanted / (streams * windows)) * streams * windows])
+    plan = plan_of(part, streams, windows)
+    found = Simulation(plan, fleet._replace(rows=min(fleet.rows, sum(part)))).outcome
+    training = max(found.seconds - found.first_step_seconds, 1e-9)
+    total = found.seconds + (fleet.rows - found.rows) * training / found.rows
+    total += (basis.run.rows - fleet.rows) / fleet.batch_rows * fleet.step_seconds
+    whole = len(basis.unit_rows) + len(basis.heldout_unit_rows)
+    producing = min(total * fleet.producers, whole * found.producer_seconds / found.units)
+    return {
+        "producers": fleet.producers,
+        "total_seconds": total,
+        "producer_hours": producing / HOUR,
+        "trainers_work_share": found.rows / fleet.batch_rows * fleet.step_seconds / found.seconds,
+        "producers_work_share": found.producer_busy_share,
+        "simulated_units": found.units,
+        "lost_units": found.lost_units,
+        "preemptions": found.preemptions,
+        "lost_nodes": found.lost_nodes,
+        "requests_of_a_unit": found.requests / max(1, found.units),
+    }
+
+
+def scenarios(
+    basis: Basis, rates: Rates, *, spot_hours: float, node_days: float, slowdown: float
+) -> dict[str, dict[str, float]]:
+    """Simulate a run as planned, and with one thing changed at a time.
+
+    Args:
+        spot_hours: Mean life of a producer that can be preempted.
+        node_days: Mean life of a trainer's node.
+        slowdown: Factor on the time of requests and transfers.
+    """
+    fleet = fleet_of(basis, rates)
+    half, twice = max(1, fleet.producers // 2), 2 * fleet.producers
+    changes: dict[str, dict[str, Any]] = {
+        "as planned": {},
+        f"{half:,} producers": {"producers": half},
+        f"{twice:,} producers": {"producers": twice},
+        f"producers live {spot_hours:g} h": {"producer_hours": spot_hours},
+        f"a trainer node lives {node_days:g} days": {"node_hours": 24 * node_days},
+        f"the store is {slowdown:g} times as slow": {"slowdown": slowdown},
+    }
+    return {name: simulate(basis, fleet._replace(**of)) for name, of in changes.items()}
