@@ -32,7 +32,7 @@ from dist_sae.index.outputs import open_outputs
 from dist_sae.index.query import Index
 from dist_sae.index.tables import Origins, make_bucket
 from dist_sae.index.units import UnitWriter
-from dist_sae.index.weights import weight_columns
+from dist_sae.index.weights import decoder_of, weight_columns
 from dist_sae.storage.records import seal
 from dist_sae.telemetry.exporter import Telemetry
 from dist_sae.telemetry.process import resident_bytes
@@ -132,12 +132,14 @@ def _stage_2(opened: Opened, records: list[UnitRecord], device: torch.device) ->
     pairs_seconds, sample = _timed(partial(Sample, store, manifest, records))
     place = (store, folder.prefix, checkpoint, device)
     cells = stored_cells(*place) if opened.neighbours else None
+    decoder = decoder_of(opened)
     outputs = open_outputs(opened.model, manifest, opened.normalisers)
     entries = posted = 0
     merge_seconds = weights_seconds = 0.0
     for bucket in range(manifest.n_buckets):
         latents = manifest.bucket(bucket)
-        seconds, weights = _timed(partial(weight_columns, opened, latents, cells, outputs, device))
+        of_weights = partial(weight_columns, opened, latents, decoder, cells, outputs, device)
+        seconds, weights = _timed(of_weights)
         weights_seconds += seconds
         seconds, record = _timed(
             partial(make_bucket, store, folder, manifest, records, bucket, weights, origins, None)

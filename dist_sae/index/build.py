@@ -32,7 +32,7 @@ from dist_sae.index.repair import check_not_retired, delete_unnamed, drop_damage
 from dist_sae.index.summary import summary
 from dist_sae.index.tables import Origins, make_bucket
 from dist_sae.index.units import UnitWriter
-from dist_sae.index.weights import weight_columns
+from dist_sae.index.weights import decoder_of, weight_columns
 from dist_sae.storage.records import seal
 from dist_sae.telemetry.exporter import Telemetry
 
@@ -287,12 +287,15 @@ class _Worker:
                         self._pace = _Pace()
                         records = UnitRecords(unit_records(store, folder, manifest))
                         origins = Origins(store, records)
+                        decoder = decoder_of(opened, alive)
                         place = (store, folder.prefix, opened.checkpoint, mesh.device)
                         cells = stored_cells(*place, alive) if opened.neighbours else None
                         outputs = open_outputs(opened.model, manifest, opened.normalisers)
                         sample = Sample(store, manifest, records) if manifest.pair_share else None
                     latents = manifest.bucket(bucket)
-                    weights = weight_columns(opened, latents, cells, outputs, mesh.device, alive)
+                    weights = weight_columns(
+                        opened, latents, decoder, cells, outputs, mesh.device, alive
+                    )
                     made = make_bucket(
                         *(store, folder, manifest, records, bucket, weights, origins, sample),
                         alive,

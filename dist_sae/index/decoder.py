@@ -18,11 +18,20 @@ class Decoder:
     Args:
         checkpoint: The trained dictionary.
         alive: Called before each part is read.
+        keep_bytes: Bytes of rows that may stay in memory. If all fit, `windows` keeps them, and
+            nothing is read again.
     """
 
-    def __init__(self, checkpoint: Checkpoint, alive: Callable[[], None] = lambda: None) -> None:
+    def __init__(
+        self,
+        checkpoint: Checkpoint,
+        alive: Callable[[], None] = lambda: None,
+        keep_bytes: int = 0,
+    ) -> None:
         self._checkpoint = checkpoint
         self._alive = alive
+        self.keep_bytes = keep_bytes
+        self._kept: _Window | None = None
         self._name = weights_of(checkpoint)["W_dec"]
         self.n_latents, self.d_out = checkpoint.manifest.tensors[self._name].shape
 
@@ -34,30 +43,55 @@ class Decoder:
         """
         latents = range(self.n_latents) if latents is None else latents
         self._alive()
+        if self._kept is not None:
+            yield latents.start, self._kept[1][latents.start : latents.stop]
+            return
         for first, rows in self._checkpoint.pieces(self._name, latents.start, latents.stop):
             self._alive()
             yield first, rows.float()
 
-    def directions(self, n_bytes: int = 0) -> Iterator[tuple[int, Float[Tensor, "n d_out"]]]:
-        """Yield the first latent and the unit directions of as many parts as fit into `n_bytes`.
+    def directions(self) -> Iterator[tuple[int, Float[Tensor, "n d_out"]]]:
+        """Yield the first latent and the unit directions of each part."""
+        for first, rows in self.parts():
+            yield first, directions(rows)
 
-        A window has at least one part.
+    def windows(self, n_bytes: int) -> Iterator["_Window"]:
+        """Yield first latent, rows and their lengths, of as many parts as fit into `n_bytes`.
+
+        A window has at least one part. One of all rows is kept if it may be.
         """
+        if self._kept is None and 4 * self.n_latents * self.d_out <= self.keep_bytes:
+            whole = torch.empty(self.n_latents, self.d_out)
+            for first, rows in self.parts():
+                whole[first : first + len(rows)] = rows
+            self._kept = (0, whole, lengths(whole))
+        if self._kept is not None:
+            yield self._kept
+            return
         held, start = list[Tensor](), 0
         for first, rows in self.parts():
             if held and sum(part.nbytes for part in held) + rows.nbytes > n_bytes:
                 window, held = torch.cat(held), []
-                yield start, window
+                yield start, window, lengths(window)
                 del window
                 start = first
-            held.append(directions(rows))
+            held.append(rows)
         if held:
-            yield start, torch.cat(held)
+            window = torch.cat(held)
+            yield start, window, lengths(window)
+
+
+_Window = tuple[int, Float[Tensor, "n d_out"], Float[Tensor, "n 1"]]
+
+
+def lengths(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n 1"]:
+    """Lengths of rows, computed in fp64; a tiny number for rows of zeros."""
+    pieces = torch.split(rows, _ROWS)  # bounds the copies in fp64
+    norms = torch.cat([piece.double().norm(dim=1, keepdim=True).float() for piece in pieces])
+    return norms.clamp_min_(torch.finfo(torch.float32).tiny)
 
 
 def directions(rows: Float[Tensor, "n d"]) -> Float[Tensor, "n d"]:
     """Rows of unit length; rows of zeros stay."""
-    pieces = torch.split(rows, _ROWS)  # bounds the copies in fp64
-    norms = torch.cat([piece.double().norm(dim=1, keepdim=True).float() for piece in pieces])
-    unit: Tensor = rows / norms.clamp_min_(torch.finfo(torch.float32).tiny)
+    unit: Tensor = rows / lengths(rows)
     return unit

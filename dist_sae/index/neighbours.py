@@ -46,7 +46,7 @@ def neighbours(
     cells: Cells | None = None,
     device: torch.device | None = None,
     alive: Callable[[], None] = lambda: None,
-    window_bytes: int = 0,
+    decoder: Decoder | None = None,
 ) -> Neighbours:
     """The `m` latents with the highest cosine to each of a range of latents.
 
@@ -58,29 +58,22 @@ def neighbours(
         cells: Limits the comparison to the nearest cells; None compares with all latents.
         device: Computes the products; the CPU if None.
         alive: Called before each part of the decoder.
-        window_bytes: Bytes of directions that may be in memory, if cells are used and these are
-            more than `WINDOW_BYTES`. The products of a cell are larger then, which is faster.
+        decoder: Of the checkpoint, for a caller who asks again: it may keep its rows.
 
     Raises:
         CorruptObjectError: The checkpoint is damaged.
     """
-    decoder = Decoder(checkpoint, alive)
-    limits = _Limits(m, max(WINDOW_BYTES, window_bytes), device or torch.device("cpu"))
+    decoder = decoder or Decoder(checkpoint, alive)
     at_a_time = max(1, QUERIES_BYTES // (4 * decoder.d_out))
     starts = latents[::at_a_time]
     ranges = (range(start, min(start + at_a_time, latents.stop)) for start in starts)
-    found = [_of_range(decoder, part, cells, limits) for part in ranges]
+    found = [_of_range(decoder, part, m, cells, device or torch.device("cpu")) for part in ranges]
     return Neighbours(*map(torch.cat, zip(*found, strict=True)))
 
 
-class _Limits(NamedTuple):
-    m: int
-    window_bytes: int
-    device: torch.device
-
-
-def _of_range(decoder: Decoder, latents: range, cells: Cells | None, limits: _Limits) -> Neighbours:
-    m, window_bytes, device = limits
+def _of_range(
+    decoder: Decoder, latents: range, m: int, cells: Cells | None, device: torch.device
+) -> Neighbours:
     rows = torch.cat([rows for _, rows in decoder.parts(latents)])
     queries = directions(rows).to(device)
     kernels = kernels_on(device)
@@ -90,7 +83,7 @@ def _of_range(decoder: Decoder, latents: range, cells: Cells | None, limits: _Li
         for first, others in decoder.directions():
             best = _nearer(best, queries, others.to(device), first, kernels)
     else:
-        _compare_in_cells(best, queries, decoder, cells, kernels, window_bytes)
+        _compare_in_cells(best, queries, decoder, cells, kernels)
     candidates = from_keys(best)[1].where(best > NOTHING, -1).cpu()
     return _ranked(rows, latents.start, candidates, decoder, m)
 
@@ -116,23 +109,23 @@ def _compare_in_cells(
     decoder: Decoder,
     cells: Cells,
     kernels: Kernels,
-    window_bytes: int,
 ) -> None:
     """Compare queries with the latents of their nearest cells; updates the keys."""
     n_cells = len(cells.centroids)
     probed = cells.nearest(queries, kernels).cpu()
     queries_of = _grouped(probed.flatten(), n_cells)
-    for first, window in decoder.directions(window_bytes):
+    for first, window, lengths in decoder.windows(max(WINDOW_BYTES, decoder.keep_bytes)):
         members_of = _grouped(cells.cell_of[first : first + len(window)].long(), n_cells)
-        others = window.to(queries.device)
         for cell in range(n_cells):
             who = (queries_of(cell) // probed.shape[1]).to(queries.device)
-            members = members_of(cell).to(queries.device)
+            members = members_of(cell)
             if len(who) and len(members):
                 # cells are not in the order of latents; it matters only with more ties than places
-                products = queries[who] @ others[members].T
+                others = (window[members] / lengths[members]).to(queries.device)
+                products = queries[who] @ others.T
                 no_bias = torch.zeros(len(members), device=queries.device)
-                best[who] = kernels.keep_largest(best[who], products, no_bias, members + first)
+                numbers = members.to(queries.device) + first
+                best[who] = kernels.keep_largest(best[who], products, no_bias, numbers)
 
 
 def _grouped(groups: Int[Tensor, " n"], n_groups: int) -> Callable[[int], Int[Tensor, " _"]]:

@@ -19,9 +19,18 @@ from dist_sae.index.opened import Opened
 from dist_sae.index.outputs import LATENTS, Outputs
 
 
+def decoder_of(opened: Opened, alive: Callable[[], None] = lambda: None) -> Decoder:
+    """The decoder, whose rows stay in memory if they take no more than a rank's encoder did."""
+    decoder = Decoder(opened.checkpoint, alive)
+    whole_bytes = 4 * decoder.n_latents * decoder.d_out
+    decoder.keep_bytes = whole_bytes // opened.run.index.latent_shards
+    return decoder
+
+
 def weight_columns(
     opened: Opened,
     latents: range,
+    decoder: Decoder,
     cells: Cells | None,
     outputs: Outputs,
     device: torch.device,
@@ -32,6 +41,7 @@ def weight_columns(
     If several sites are written, `norms` has the length of each site's part of a decoder row.
 
     Args:
+        decoder: See `neighbours`.
         cells: See `neighbours`.
         outputs: Finds the output tokens.
         device: Computes the nearest latents.
@@ -60,7 +70,7 @@ def weight_columns(
     arrays = {name: pa.array(column, pa.float32()) for name, column in columns.items()}
     if len(of_sites) > 1:
         arrays["norms"] = pa.array(list(np.stack(of_sites, axis=1)), pa.list_(pa.float32()))
-    arrays |= _nearest(opened, latents, cells, device, alive)
+    arrays |= _nearest(opened, latents, decoder, cells, device, alive)
     for end in ends[0]:
         tokens, effects = (
             np.concatenate([part[end][i].numpy() for part in ends]) for i in range(2)
@@ -84,15 +94,13 @@ def _decoder(opened: Opened, latents: range) -> Iterator[Float[Tensor, "some d_o
 def _nearest(
     opened: Opened,
     latents: range,
+    decoder: Decoder,
     cells: Cells | None,
     device: torch.device,
     alive: Callable[[], None],
 ) -> dict[str, pa.Array]:
-    decoder = Decoder(opened.checkpoint)
-    # no more than this rank held of encoder and decoder when it encoded
-    window_bytes = 4 * decoder.n_latents * decoder.d_out // opened.run.index.latent_shards
     near = (
-        neighbours(opened.checkpoint, latents, m, cells, device, alive, window_bytes)
+        neighbours(opened.checkpoint, latents, m, cells, device, alive, decoder)
         if (m := opened.neighbours)
         else Neighbours(torch.empty(len(latents), 0).int(), torch.empty(len(latents), 0))
     )

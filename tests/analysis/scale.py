@@ -1,7 +1,7 @@
 """Measures what questions cost on made-up indexes: `python -m tests.analysis.scale map 100000`.
 
-Latents are in families of 12 near ones. On each row two families fire, each with 8 of its latents,
-and there are as many rows as latents, so a latent fires 16 times and has links to its family.
+Latents are in families of 25 near ones. On each row two families fire, each with 12 of its latents,
+and there are as many rows as latents, so a latent fires 24 times and has links to its family.
 """
 
 import resource
@@ -24,11 +24,11 @@ from dist_sae.index.neighbours import Neighbours
 from tests.analysis import simulated
 from tests.analysis.simulated import Codes, simulate
 
-D, FAMILY, ACTIVE, PER_ROW = 256, 12, 8, 2
+D, FAMILY, ACTIVE, PER_ROW = 256, 25, 12, 2
 
 
 def made_up(folder: Path, n: int) -> Indexed:
-    """An index of n latents (a multiple of 12) and n rows."""
+    """An index of n latents (a multiple of 25) and n rows."""
     draw = np.random.default_rng(0)
     families = n // FAMILY
     directions = draw.standard_normal((families, 1, D), np.float32)

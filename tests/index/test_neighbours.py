@@ -13,6 +13,7 @@ from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.index import cells as cells_module
 from dist_sae.index import neighbours as neighbours_module
 from dist_sae.index.cells import Cells, make_cells, stored_cells
+from dist_sae.index.decoder import Decoder
 from dist_sae.index.neighbours import Neighbours, neighbours
 from dist_sae.kernels import select
 from dist_sae.storage import open_store
@@ -123,12 +124,13 @@ def test_ranges_are_the_whole_whoever_computes_them(
     cells = make_cells(given) if in_cells else None
     whole = neighbours(given, range(N), M, cells)
     monkeypatch.setattr(neighbours_module, "QUERIES_BYTES", 90 * D * 4)
+    kept = Decoder(given, keep_bytes=N * D * 4)
     threads = torch.get_num_threads()
     try:
         torch.set_num_threads(2)
         cuts = [0, 1, 64, 200, 201, 650, N]
         parts = [
-            neighbours(given, range(start, stop), M, cells, window_bytes=2**20)
+            neighbours(given, range(start, stop), M, cells, decoder=kept)
             for start, stop in itertools.pairwise(cuts)
         ]
     finally:
