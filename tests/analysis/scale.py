@@ -4,6 +4,7 @@ Latents are in families of 25 near ones. On each row two families fire, each wit
 and there are as many rows as latents, so a latent fires 24 times and has links to its family.
 """
 
+import multiprocessing
 import resource
 import sys
 import tempfile
@@ -19,16 +20,21 @@ from dist_sae.analysis.manifolds import Settings as ManifoldSettings
 from dist_sae.analysis.manifolds import find_manifolds
 from dist_sae.analysis.map import Settings as MapSettings
 from dist_sae.analysis.map import make_map
+from dist_sae.analysis.names import token_names
 from dist_sae.analysis.opened import Indexed
+from dist_sae.checkpoint.layout import Checkpoints
+from dist_sae.index.decoder import Decoder
 from dist_sae.index.neighbours import Neighbours
+from dist_sae.index.query import Index
+from dist_sae.storage import open_store
 from tests.analysis import simulated
 from tests.analysis.simulated import Codes, simulate
 
 D, FAMILY, ACTIVE, PER_ROW = 256, 25, 12, 2
 
 
-def made_up(folder: Path, n: int) -> Indexed:
-    """An index of n latents (a multiple of 25) and n rows."""
+def make(folder: Path, n: int) -> None:
+    """Make an index of n latents (a multiple of 25) and n rows."""
     draw = np.random.default_rng(0)
     families = n // FAMILY
     directions = draw.standard_normal((families, 1, D), np.float32)
@@ -42,7 +48,14 @@ def made_up(folder: Path, n: int) -> Indexed:
     acts = draw.random(len(rows)) + 0.5
     simulated.neighbours = _of_families(directions)  # type: ignore[attr-defined]
     codes = Codes(rows, latents.ravel(), acts)
-    return simulate(folder, cast(Any, directions.reshape(n, D)), codes, n_rows=n)  # in fp32
+    simulate(folder, cast(Any, directions.reshape(n, D)), codes, n_rows=n)  # in fp32
+
+
+def opened(folder: Path) -> Indexed:
+    """The index that was made."""
+    store = open_store(str(folder))
+    decoder = Decoder(Checkpoints(store, "world", 1).open(1))
+    return Indexed(Index(store, "world", "made-up"), decoder, token_names(None))
 
 
 def _of_families(directions: NDArray[np.float32]) -> Any:
@@ -61,10 +74,14 @@ def _of_families(directions: NDArray[np.float32]) -> Any:
 
 
 def main(what: str, n: int) -> None:
-    """Make an index, then ask in the same process; memory is that of the whole process."""
+    """Make an index in a process of its own, then ask in this one."""
     with tempfile.TemporaryDirectory() as folder:
-        indexed = made_up(Path(folder), n // FAMILY * FAMILY)
-        before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        process = multiprocessing.get_context("spawn").Process(
+            target=make, args=(Path(folder), n // FAMILY * FAMILY)
+        )
+        process.start()
+        process.join()
+        indexed = opened(Path(folder))
         began = time.process_time()
         if what == "map":
             found = make_map("made-up", indexed, MapSettings(resamples=1))
@@ -73,9 +90,7 @@ def main(what: str, n: int) -> None:
         seconds = time.process_time() - began
         most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         numbers = {k: v for k, v in found.numbers.items() if isinstance(v, int)}
-        sys.stdout.write(
-            f"{what} {n:,}: {seconds:.1f} s, {before / 1e6:.2f} -> {most / 1e6:.2f} GB; {numbers}\n"
-        )
+        sys.stdout.write(f"{what} {n:,}: {seconds:.1f} CPU s, {most / 1e6:.2f} GB; {numbers}\n")
 
 
 if __name__ == "__main__":
