@@ -16,6 +16,7 @@ PIECE_NODES = 2**16
 _OTHERS = 5  # weight of the push from others, against the mean pull of a node's edges
 _DRAWS = 10  # random others of each node, per pass
 _MOST_STEP = 4.0
+_LEAST_INSIDE = 0.5  # share of the area that latents with links have at least
 _GOLDEN = math.pi * (3 - math.sqrt(5))
 
 Places = NDArray[np.float32]
@@ -37,18 +38,20 @@ def place(graph: Graph, levels: Sequence[NDArray[np.int32]], seed: int) -> Place
     places = np.zeros((graph.n, 2), np.float32)
     nodes = graph.nodes
     draw = np.random.default_rng(seed)
+    # as much area for each latent, linked or not, but at least half of all for those with links
+    inside = max(_LEAST_INSIDE, len(nodes) / graph.n) if len(nodes) else 0.0
     if len(nodes):
         first = _in_disks([level[nodes] for level in levels], draw)
         first *= 0.5 * math.sqrt(len(nodes))  # one node in each unit of area
         moved = _relaxed(first, graph, draw)
         moved -= np.median(moved, axis=0)
         radius = np.quantile(np.linalg.norm(moved, axis=1), 0.99) or 1.0
-        places[nodes] = _compressed(moved / radius) * math.sqrt(len(nodes) / graph.n)
+        places[nodes] = _compressed(moved / radius) * math.sqrt(inside)
     linked = np.zeros(graph.n, bool)
     linked[nodes] = True
     alone = draw.permutation(np.flatnonzero(~linked))
-    inner = 1.06 * math.sqrt(len(nodes) / graph.n)  # as much area for each latent, linked or not
-    radii = np.sqrt(inner**2 + (np.arange(len(alone)) + 0.5) / graph.n)
+    ranks = (np.arange(len(alone)) + 0.5) / max(1, len(alone))
+    radii = np.sqrt(1.06**2 * inside + (1 - inside) * ranks)
     angles = _GOLDEN * np.arange(len(alone))
     places[alone] = np.stack([radii * np.cos(angles), radii * np.sin(angles)], axis=1)
     return places

@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from dist_sae.analysis.communities import find_level
 from dist_sae.analysis.links import Graph, GraphBuilder, Links
 from dist_sae.analysis.map import LEAST_ROWS, Settings, make_map
+from dist_sae.analysis.positions import place
 from dist_sae.errors import ConfigError
 from dist_sae.report.outcome import Findings
 from tests.analysis.simulated import Codes, joined, simulate
@@ -120,6 +121,15 @@ def test_linked_latents_are_near_on_the_map(trees: tuple[Findings, NDArray[np.in
     tree = np.arange(len(places)) // TREE
     assert (tree[distances.argmin(1)] == tree).mean() > 0.9
     assert np.abs(places).max() < 1.2
+
+
+def test_few_linked_latents_are_not_lost_among_the_others() -> None:
+    draw = np.random.default_rng(0)
+    graph = graph_of(1000, *draw.integers(0, 100, (2, 400)))  # 100 of 1,000 latents
+    places = place(graph, [np.zeros(1000, np.int32)] * 3, 0)
+    radii = np.linalg.norm(places, axis=1)
+    assert 0.65 < radii[:100].max() < radii[100:].min()
+    assert radii.max() < 1.1
 
 
 def test_the_page_has_all_latents_and_needs_no_network(
