@@ -35,7 +35,7 @@ class IndexConfig(Section):
     """Rows on which latents that are active together are counted; 0 counts none."""
     neighbours: NonNegativeInt = Field(16, le=256)
     """Latents with the nearest decoder directions that are kept for each; 0 leaves them out. The
-    search takes over an hour of one core at a million latents, whatever their number."""
+    search takes 20 minutes of one core at a million latents, whatever their number."""
     output_tokens: NonNegativeInt = 10
     """Tokens whose logits a latent's decoder row raises most, and as many that it lowers most, by
     the model's head; 0 leaves them out (their cost is n_latents x vocabulary x width)."""

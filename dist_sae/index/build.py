@@ -5,6 +5,7 @@ start, stop and die at any time. What they write depends only on the checkpoint 
 set.
 """
 
+import gc
 import logging
 import threading
 import time
@@ -285,6 +286,7 @@ class _Worker:
                 try:
                     if records is None:
                         self._pace = _Pace()
+                        gc.collect()  # the encoder's weights, as many bytes as are kept below
                         records = UnitRecords(unit_records(store, folder, manifest))
                         origins = Origins(store, records)
                         decoder = decoder_of(opened, alive)
