@@ -247,7 +247,8 @@ def test_elsewhere_the_printed_address_opens_the_pages(browser: Browser, run: Ru
         page = context.new_page()
         here = f"http://127.0.0.1:{port}"
         refused = page.goto(f"{here}/latent/3")
-        assert refused is not None and refused.status == 403
+        assert refused is not None
+        assert refused.status == 403
         page.goto(f"{here}/latent/3?{token}")
         assert page.url == f"{here}/latent/3"
         page.click("a[rel=next]")
