@@ -3,7 +3,7 @@
 # Needs Python >= 3.11 and root. Installs the Debian packages below: servers for metrics, npm for
 # Grafana's types, tools that run pods in namespaces of their own, and a browser.
 # Options go to pytest, for example: launch/test.sh -k loader
-# Runs three tests at a time, one thread each, also on two cores: most wait for processes and servers.
+# Runs four tests at a time, one thread each, also on two cores: most wait for processes and servers.
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
@@ -40,4 +40,4 @@ $bin/ruff format --check .
 $bin/ruff check .
 $bin/mypy
 $bin/lint-imports
-OMP_NUM_THREADS=1 exec $bin/python -m pytest -n 3 --dist loadfile --no-loadscope-reorder "$@"
+OMP_NUM_THREADS=1 exec $bin/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder "$@"

@@ -51,6 +51,7 @@ def quickstart(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path
 
 
+@pytest.mark.system
 @pytest.mark.usefixtures("quickstart")
 def test_the_guide_runs_as_it_is_written(capsys: pytest.CaptureFixture[str]) -> None:
     """All blocks, in one namespace; what comments promise of shapes and values is true."""

@@ -19,7 +19,7 @@ from dist_sae.errors import ArgumentError, ConfigError, DistSaeError, LatentNotF
 
 logger = logging.getLogger(__name__)
 
-_COOKIE = "dist_sae_token_{}"  # by port: a browser sends cookies to all ports of a machine
+_COOKIE = "dist-sae-token-{}"  # by port: a browser sends cookies to all ports of a machine
 _EVERYWHERE = ("", "0.0.0.0")  # no address to open
 _HEADERS = {
     "Cache-Control": "no-store",

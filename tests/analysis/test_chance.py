@@ -24,6 +24,8 @@ from dist_sae.models.synthetic import SyntheticSource
 from tests.index.indexed import add_checkpoint, make_index, produced
 from tests.world import open_activation_set
 
+pytestmark = pytest.mark.system
+
 D, FEATURES, LATENTS, F1 = 16, 60, 80, 0.5
 
 

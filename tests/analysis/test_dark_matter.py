@@ -104,6 +104,7 @@ def folder(run: Run) -> str:
     return f"{run.store.runs}/{run.name}"
 
 
+@pytest.mark.system
 def test_two_widths_of_a_known_world(ideal: list[Run], capsys: pytest.CaptureFixture[str]) -> None:
     """The tail and the floor are what is planted; the FVU is not the tail."""
     said = analyse(capsys, *map(folder, ideal), "--json")
@@ -132,6 +133,7 @@ def test_two_widths_of_a_known_world(ideal: list[Run], capsys: pytest.CaptureFix
     assert "FVU alone is not the tail" in Path(found["page"]).read_text()
 
 
+@pytest.mark.system
 def test_pages_give_the_same_numbers(ideal: list[Run]) -> None:
     """With memory for a fraction of the dictionary."""
     run = ideal[1]
@@ -145,6 +147,7 @@ def test_pages_give_the_same_numbers(ideal: list[Run]) -> None:
     assert paged["tail"] == pytest.approx(whole["tail"], rel=1e-4)
 
 
+@pytest.mark.system
 def test_a_random_dictionary_is_nothing(ideal: list[Run], random: Run) -> None:
     one = study(random, losses=False)
     assert says_nothing(one)
@@ -154,6 +157,7 @@ def test_a_random_dictionary_is_nothing(ideal: list[Run], random: Run) -> None:
     assert found.numbers["checks"] == []
 
 
+@pytest.mark.system
 def test_two_dictionaries_are_compared_by_frequency(
     ideal: list[Run], random: Run, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -12,6 +12,8 @@ from dist_sae.evaluation.evaluate import evaluate
 from tests.index.indexed import make_index
 from tests.notebook.raw import initialised, language_run, save_dictionary, save_language_model
 
+pytestmark = pytest.mark.system
+
 D = 24
 
 

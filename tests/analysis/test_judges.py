@@ -139,6 +139,7 @@ def asked(
 SAMPLE = ("--filter", "re:[78] ", "--share", ".05")
 
 
+@pytest.mark.system
 def test_a_language_model_is_asked_after_its_cost_and_once(
     run: Run, server: OpenAIServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -165,6 +166,7 @@ def test_a_language_model_is_asked_after_its_cost_and_once(
     assert outcome.settings["endpoint"] == {"url": server.url, "model": "tests"}
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("words", ["2 of 3", "7", "none", ""])
 def test_answers_that_are_no_level_are_refused_if_many(
     run: Run, server: OpenAIServer, tmp_path: Path, capsys: pytest.CaptureFixture[str], words: str
@@ -176,6 +178,7 @@ def test_answers_that_are_no_level_are_refused_if_many(
     assert re.search(r"(\d+) of \1 answers are no level from 0 to 3", errors)
 
 
+@pytest.mark.system
 def test_few_answers_that_are_no_level_are_left_out_and_counted(
     run: Run, server: OpenAIServer, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

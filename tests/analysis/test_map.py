@@ -213,6 +213,7 @@ def test_clusters_of_a_planted_graph_are_found_among_latents_without_links() -> 
     assert np.allclose(level.stability, 1)
 
 
+@pytest.mark.system
 def test_clustering_keeps_four_copies_of_the_links_at_most() -> None:
     """Of 8 bytes for each direction of a link; the graph itself is there before."""
     draw = np.random.default_rng(0)

@@ -168,6 +168,7 @@ def asked(capsys: pytest.CaptureFixture[str], run: Run, *words: str) -> tuple[in
     return code, *capsys.readouterr()
 
 
+@pytest.mark.system
 def test_the_command_asks_and_draws(
     run: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -30,6 +30,7 @@ def beside(run: Run, name: str, **options: object) -> Run:
     return other
 
 
+@pytest.mark.system
 def test_latents_are_found_again_in_another_order(first: Run) -> None:
     def permute(sae: Dictionary) -> None:
         order = torch.randperm(64, generator=torch.Generator().manual_seed(1))

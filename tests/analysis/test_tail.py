@@ -200,6 +200,7 @@ def test_a_floor_gains_the_unique_share() -> None:
     assert floor(tail, half, law, 100, 10**9).low == 0
 
 
+@pytest.mark.system
 def test_intervals_of_what_is_left_cover_the_truth() -> None:
     """95 % intervals of 200 samples of documents that differ in what they leave: 92 % at least."""
     covered, n = 0, 60

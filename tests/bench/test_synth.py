@@ -128,6 +128,7 @@ def train_ours(spec: Mapping[str, Any], shards: int) -> dict[str, Any]:
     )  # fmt: skip
 
 
+@pytest.mark.system
 def test_our_trainer_gives_sae_lens_the_same_dictionary_from_one_rank_and_from_two(
     tmp_path: Path,
 ) -> None:

@@ -44,6 +44,7 @@ def test_every_job_of_a_sweep_is_shortened(tmp_path: Path) -> None:
     assert [job.name for job in jobs_of(half)] == [job.name for job in jobs_of(run)]
 
 
+@pytest.mark.system
 def test_a_run_is_measured_by_a_short_one(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

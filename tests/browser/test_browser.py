@@ -22,6 +22,8 @@ from dist_sae.notebook.run import OpenedRun
 from tests.browser.worlds import CLUSTERS, beside, index_of, indexed_run, keep_map, place, served
 from tests.notebook.raw import initialised, save_dictionary
 
+pytestmark = pytest.mark.system
+
 
 class Answer(NamedTuple):
     status: int
@@ -316,7 +318,7 @@ def test_elsewhere_a_token_is_needed(run: Run) -> None:
         assert away.headers["Location"].startswith("/elsewhere.example/")
         cookie = answer.headers["Set-Cookie"]
         assert {"HttpOnly", "SameSite=Lax"} <= set(cookie.split("; "))
-        assert cookie.startswith(f"dist_sae_token_{port}=")
+        assert cookie.startswith(f"dist-sae-token-{port}=")
         assert ask("/", Cookie=cookie.partition(";")[0]).status == 200
 
 

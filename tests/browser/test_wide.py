@@ -16,6 +16,8 @@ from dist_sae.storage import open_store
 from tests.browser.wide import make_wide
 from tests.browser.worlds import index_of
 
+pytestmark = pytest.mark.system
+
 N = 4096
 
 

@@ -64,6 +64,7 @@ def dense(codes: Codes) -> Tensor:
     return matrix
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("kind", RECIPES)
 def test_pages_equal_the_whole(

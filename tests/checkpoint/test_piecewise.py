@@ -100,6 +100,7 @@ def left_to_another_run(run: Run) -> None:
     upkeep.convert_to_run(run, other, step=None)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     ("program", "bound"), [(exported, 28), (converted, 8), (left_to_another_run, 16)]
 )

@@ -349,6 +349,7 @@ raise ImportError("no interrupt, it seems")
 """
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("name", ["TERM", "INT"])
 @pytest.mark.parametrize("module", ["argparse", "webdataset"])  # at the start, and of a program
 def test_signal_during_an_import_ends_in_one_line(tmp_path: Path, name: str, module: str) -> None:

@@ -78,6 +78,7 @@ def compare(capsys: pytest.CaptureFixture[str], *arguments: str, code: int = 0) 
     return said.err if code else said.out
 
 
+@pytest.mark.system
 def test_numbers_stand_beside_the_settings_that_differ(
     first: Run, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -1,8 +1,11 @@
 """Many producers on one queue, in simulated time: PUT and GET take 30 ms, LIST 50 ms."""
 
+import pytest
+
 from dist_sae.planning.simulate import Fleet, Simulation, plan_of
 
 
+@pytest.mark.system
 def test_a_thousand_producers_get_the_units_they_want_for_four_requests_each() -> None:
     """A unit takes 2.2 s, so 1,000 producers want 455 units a second. No unit is begun twice."""
     plan = plan_of((1,) * 20_000, streams=8, window_units=4)

@@ -268,6 +268,7 @@ PLANTED: dict[str, DictionaryConfig] = {
 }
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(("kind", "steps"), [("clt", 200), ("clt_jumprelu", 400)])
 def test_a_computation_over_two_layers_is_found_in_its_layers(kind: str, steps: int) -> None:
     trained = train(TwoLayers(), PLANTED[kind], steps=steps, batch=256, lr=5e-3)

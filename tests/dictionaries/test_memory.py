@@ -84,6 +84,7 @@ def beyond_state(folder: Path, kind: str, n_latents: int, d_in: int, rows: int, 
     return peak - sum(state_bytes(run, widths(run.sae, d_in)))
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("kind", LIVES)
 def test_many_rows_and_latents_need_no_matrix_of_both(tmp_path: Path, kind: str) -> None:
     """256 rows x 65,536 latents, half of them active where nothing bounds them.

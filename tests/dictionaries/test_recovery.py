@@ -103,12 +103,14 @@ def test_a_recipe_recovers_a_flat_world(kind: str) -> None:
 SMALL = TopKConfig(n_latents=48, k=2, auxk=6, dead_after_rows=WINDOW, init="random")
 
 
+@pytest.mark.system
 def test_topk_recovers_a_small_flat_world() -> None:
     """Within a second or two; it found 41 of 48 features when this was written."""
     world = World(d_in=32, n_features=48, l0=2, zipf=0.0)
     check_recovery(world, SMALL, steps=200, found=41)
 
 
+@pytest.mark.system
 def test_rows_without_features_give_no_features() -> None:
     """Control: rows of the same covariance. FVU was .56 when this was written, with features .23.
 

@@ -146,6 +146,7 @@ def trained(skip: bool, targets_of: int = 0, steps: int = 120) -> tuple[float, f
     return sum(fvu[-10:]) / 10, float(left.square().sum() / y.square().sum())
 
 
+@pytest.mark.system
 def test_it_learns_what_a_linear_map_cannot() -> None:
     """A skip takes what is linear. Control: with the targets of other rows there is nothing."""
     latents, linear = trained(skip=False)
@@ -173,6 +174,7 @@ class Rewriting:
         return Rows(*torch.split(self._sites.batch(number, rows), 24, 1))
 
 
+@pytest.mark.system
 def test_it_beats_a_pca_of_its_targets_only_where_its_inputs_tell() -> None:
     """The PCA has the targets themselves. FVU .24 when this was written, PCA .73, control .98."""
     config = TranscoderConfig(n_latents=48, k=3, auxk=8, dead_after_rows=20_000)

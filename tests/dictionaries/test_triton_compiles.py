@@ -45,6 +45,7 @@ def said(
     return [json.loads(line) for line in done.stdout.splitlines()]
 
 
+@pytest.mark.system
 def test_every_configuration_compiles_without_spills(said: list[dict[str, Any]]) -> None:
     found = said[:-1]
     assert {kernel["kernel"] for kernel in found} == _NAMES

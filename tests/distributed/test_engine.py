@@ -132,6 +132,7 @@ def test_deepspeed_and_plain_torch_give_the_same_curve(tmp_path: Path, mesh: Mes
     check_same(state(local, plain), state(deep, engine))
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("kind", ZERO)
 def test_zero_gives_the_curve_of_plain_torch(tmp_path: Path, mesh: Mesh, kind: str) -> None:
     """Up to rounding: the norm is summed in another order, and DeepSpeed divides by it plus 1e-6.

@@ -75,6 +75,7 @@ def apart(one: list[dict[str, Tensor]], other: list[dict[str, Tensor]]) -> float
     )
 
 
+@pytest.mark.system
 def test_the_scale_of_the_loss_does_not_matter(tmp_path: Path) -> None:
     """Adam divides it out, as long as eps is far below the gradients.
 
@@ -108,6 +109,7 @@ def firings(sae: Dictionary, engine: Engine, every: int, n: int, *, lr: float) -
     return (before - weight[1, 0].item()) / lr
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(("every", "n", "published"), [(100, 60, 10.0), (1000, 9, 25.0)])
 def test_a_rare_latent_moves_as_with_dense_adam(
     tmp_path: Path, every: int, n: int, published: float
@@ -167,6 +169,7 @@ def test_a_latent_that_does_not_fire_is_pushed_on_by_the_engine(tmp_path: Path) 
         torch.testing.assert_close(sae.W_enc.detach()[quiet].double(), position, rtol=0, atol=1e-6)
 
 
+@pytest.mark.system
 def test_products_in_bf16_train_as_well_as_in_fp32(tmp_path: Path) -> None:
     """On the same batches, and measured alike: rows of their own, products in fp32."""
     fvus = []

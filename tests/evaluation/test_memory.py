@@ -67,6 +67,7 @@ def write(folder: Path, kind: str, n_latents: int) -> Run:
     return run
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("kind", KINDS)
 def test_evaluation_and_report_stay_within_their_budget(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

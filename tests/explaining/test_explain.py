@@ -21,6 +21,8 @@ from tests.endpoint.server import OpenAIServer, endpoint_file, serving
 from tests.explaining.rules import reply
 from tests.explaining.words import LENGTH, documents, word, words_run
 
+pytestmark = pytest.mark.system
+
 SETTINGS = ["--tokens", str(LENGTH), "--silent", "20"]
 REQUESTS = 7
 """Of a latent with 20 active, 20 silent passages and 20 near misses: one, and six of ten."""

@@ -38,6 +38,7 @@ def largest(latent: int, document: list[int]) -> float:
     return max(FIRES_ON[latent].get(n, 0.0) for n in document)
 
 
+@pytest.mark.system
 def test_passages_have_the_text_and_the_activations(drawn: list[Drawn]) -> None:
     for latent, found in enumerate(drawn):
         for passage in (*found.shown, *found.judged):

@@ -41,6 +41,7 @@ def test_repair_keeps_what_follows_from_deleted_units(tmp_path: Path, damaged: s
     assert {p: p.read_bytes() for p in folder.rglob("*") if p.is_file()} == before
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("damaged", ["latents", "rows", "examples", "pairs", "postings"])
 def test_repair_makes_any_table_again(tmp_path: Path, damaged: str) -> None:
     run = produced(tmp_path)
@@ -54,6 +55,7 @@ def test_repair_makes_any_table_again(tmp_path: Path, damaged: str) -> None:
     assert files(result["index"]) == whole
 
 
+@pytest.mark.system
 def test_a_worker_whose_bucket_was_taken_over_encodes_nothing_again(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -139,6 +141,7 @@ def test_units_without_a_row_are_indexed(tmp_path: Path) -> None:
     assert {(line["firings"], line["density"], line["max"]) for line in latents} == {(0, 0.0, 0.0)}
 
 
+@pytest.mark.system
 def test_a_full_temporary_folder_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     run = produced(tmp_path)
     add_checkpoint(run)

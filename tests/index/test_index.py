@@ -146,6 +146,7 @@ def check_pairs(place: str, codes: "np.typing.NDArray[np.float32]") -> None:
             assert line["product"] == pytest.approx(products[n, m], rel=1e-5)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("kind", RECIPES)
 def test_an_index_is_what_brute_force_finds(tmp_path: Path, kind: str) -> None:
     run = produced(tmp_path, kind, index={"pairs": 10**9})
@@ -166,6 +167,7 @@ def test_rows_are_encoded_as_they_are_stored(tmp_path: Path, dtype: str) -> None
     check(result["index"], result, Oracle(run, sae))
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("most", [200, 700])
 def test_buckets_larger_than_memory_give_the_same_bytes(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, most: int
@@ -202,6 +204,7 @@ def test_parts_that_are_set_to_0_are_left_out_and_said(tmp_path: Path) -> None:
     assert not list(Path(place).glob("pairs/*"))
 
 
+@pytest.mark.system
 def test_as_many_nearest_latents_are_kept_as_are_asked_for(tmp_path: Path) -> None:
     run = produced(tmp_path)
     add_checkpoint(run)

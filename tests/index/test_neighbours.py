@@ -225,6 +225,7 @@ def of_a_range(folder: Path, among: str) -> None:
     neighbours(given, range(100, 164), 16, make_cells(given) if among == "cells" else None)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("among", ["all", "cells"])
 def test_memory_does_not_grow_with_the_width(
     tmp_path: Path, among: str, monkeypatch: pytest.MonkeyPatch

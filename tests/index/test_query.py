@@ -58,6 +58,7 @@ def reads_of(store: ObjectStore, monkeypatch: pytest.MonkeyPatch) -> list[tuple[
     return reads
 
 
+@pytest.mark.system
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("whole_bytes", [0, 2**20])
 def test_pages_and_postings_are_what_brute_force_finds(
@@ -142,6 +143,7 @@ def test_a_page_reads_only_the_row_groups_of_its_latent(
         assert size < (place.parents[2] / key).stat().st_size / 2
 
 
+@pytest.mark.system
 @pytest.mark.usefixtures("small")
 @pytest.mark.parametrize("whole_bytes", [0, 2**20])
 def test_a_flipped_bit_is_found(
@@ -208,6 +210,7 @@ def test_what_is_not_there_gets_one_line(tmp_path: Path) -> None:
     fails(CorruptObjectError, "has schema version 2, this program reads 1; use the version", open_)
 
 
+@pytest.mark.system
 def test_the_index_of_the_last_step_is_taken_and_incomplete_ones_are_passed_over(
     tmp_path: Path,
 ) -> None:
@@ -254,6 +257,7 @@ def test_a_share_of_postings(tmp_path: Path) -> None:
     assert all(e.decile == TOP for e in index.latent(dense).largest)
 
 
+@pytest.mark.system
 @pytest.mark.usefixtures("small")
 def test_pages_from_s3_are_those_of_the_folder(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: Bucket

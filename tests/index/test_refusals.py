@@ -42,6 +42,7 @@ def test_without_a_checkpoint_there_is_nothing_to_index(tmp_path: Path) -> None:
     fails(ConfigError, "holds no checkpoint yet; run `dist-sae train`", lambda: make_index(run))
 
 
+@pytest.mark.system
 def test_an_index_keeps_its_checkpoint_and_its_settings(tmp_path: Path) -> None:
     run = with_index(produced(tmp_path), name="mine")
     add_checkpoint(run, step=3)

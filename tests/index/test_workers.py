@@ -34,6 +34,7 @@ def named(run: Run, name: str) -> Run:
     return run.model_copy(update={"index": run.index.model_copy(update={"name": name})})
 
 
+@pytest.mark.system
 def test_two_workers_make_what_one_makes_and_neither_waits_for_ever(tmp_path: Path) -> None:
     """Each encodes the next unit while it still writes the last one, which the other waits for."""
     run = produced(tmp_path)
@@ -107,6 +108,7 @@ def same(one: Encoded, other: Encoded) -> bool:
     return one.sums == other.sums and all(np.array_equal(*pair) for pair in pairs)
 
 
+@pytest.mark.system
 def test_a_worker_that_stops_leaves_the_unit_that_it_has_claimed_ahead(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -53,6 +53,7 @@ def indexed(tmp_path_factory: pytest.TempPathFactory) -> Run:
     return run
 
 
+@pytest.mark.system
 def test_a_cache_has_the_activations_of_the_index(indexed: Run) -> None:
     folder = Path(export_cache(indexed))
     found, tokens = read(folder / "synthetic")

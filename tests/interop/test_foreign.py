@@ -115,6 +115,7 @@ def world(
     return run, put
 
 
+@pytest.mark.system
 def test_what_is_not_ours_is_passed_by_and_named_once(
     world: tuple[Run, Callable[[str, str, bytes], None]], caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -140,6 +141,7 @@ def test_what_is_not_ours_is_passed_by_and_named_once(
     assert len(named) == 6
 
 
+@pytest.mark.system
 def test_what_is_not_ours_is_not_deleted(
     world: tuple[Run, Callable[[str, str, bytes], None]],
 ) -> None:
@@ -161,6 +163,7 @@ def test_what_is_not_ours_is_not_deleted(
     assert set(stores["runs"].keys()) >= others["runs"]
 
 
+@pytest.mark.system
 def test_a_copy_of_a_checkpoint_under_another_step_is_not_taken_for_it(
     world: tuple[Run, Callable[[str, str, bytes], None]],
 ) -> None:

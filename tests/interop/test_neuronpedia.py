@@ -30,6 +30,8 @@ from tests.index.indexed import make_index
 from tests.interop.test_export import HF
 from tests.runs import write_run
 
+pytestmark = pytest.mark.system
+
 TABLES: dict[str, dict[str, tuple[type, bool]]] = {
     "features": {
         **dict.fromkeys(("modelId", "layer", "index"), (str, True)),

@@ -5,6 +5,8 @@ import random
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 from dist_sae.config import load_run
 from dist_sae.errors import LivesSpentError
 from dist_sae.storage import ObjectStore, open_store
@@ -12,6 +14,8 @@ from dist_sae.storage.lives import PodLife
 from tests.kubernetes.controllers import Job
 from tests.kubernetes.manifests import Object
 from tests.kubernetes.test_render import all_jobs_of
+
+pytestmark = pytest.mark.system
 
 RUN = Path(__file__).parents[2] / "launch/runs/llama3.1-8b-resid16-batchtopk-1m-16xh100.yaml"
 HOUR, DAY = 3600.0, 86_400.0

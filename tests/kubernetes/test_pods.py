@@ -345,8 +345,12 @@ def test_producers_apart_end_when_a_trainer_has_failed_for_good(runs: Runs, calm
     cluster.delete(run.name)
 
 
-def test_plain_jobs_wait_for_one_another(runs: Runs, calm: Calm) -> None:
+def test_plain_jobs_wait_for_one_another(
+    runs: Runs, calm: Calm, pytestconfig: pytest.Config
+) -> None:
     """Even if the planner comes last."""
+    if not pytestconfig.getoption("--long"):
+        pytest.skip("a whole run as plain Jobs takes a minute; needs --long")
     few = "processes.producers=1", "index.workers=1"
     run, cluster = runs.run("plain", "cluster.jobset=false", *few), runs.cluster
     *others, planner, trainer, producer, index, reporter = render_objects(run)

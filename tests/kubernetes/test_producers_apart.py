@@ -78,6 +78,7 @@ def others(api: ApiServer) -> dict[Any, str]:
     }
 
 
+@pytest.mark.system
 def test_more_producers_join_those_that_run(api: ApiServer, sh: Shell, path: str) -> None:
     sh("submit", path, *APART)
     before, pods = others(api), api.pods("producer")
@@ -99,6 +100,7 @@ def test_more_producers_join_those_that_run(api: ApiServer, sh: Shell, path: str
     assert (found["state"], found["parts"]["producer"]["wanted"]) == ("running", 5)
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     "setting", ["processes.producers=1", "cluster.producer.cpus=7", "cluster.producer.retries=9"]
 )
@@ -118,6 +120,7 @@ def test_what_runs_cannot_stay_is_replaced_alone(
     assert not {*api.pods("producer")} & {*pods}
 
 
+@pytest.mark.system
 def test_what_concerns_others_replaces_the_run(api: ApiServer, sh: Shell, path: str) -> None:
     sh("submit", path, *APART)
     both = ("--set", "processes.producers=3", "--set", "processes.trainers=4")
@@ -125,6 +128,7 @@ def test_what_concerns_others_replaces_the_run(api: ApiServer, sh: Shell, path: 
     assert "its pods save and end" in sh.fail("submit", path)  # producers as a part of the JobSet
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("shape", [APART, ("--set", "cluster.jobset=false")])
 def test_a_run_that_is_running_takes_another_shape(
     api: ApiServer, sh: Shell, path: str, shape: tuple[str, ...]
@@ -146,6 +150,7 @@ def test_jobs_without_jobset_are_resized_alone_too(api: ApiServer, sh: Shell, pa
     assert len(api.pods("producer")) == 3
 
 
+@pytest.mark.system
 def test_run_with_producers_apart_fails_ends_and_comes_back_whole(
     api: ApiServer, sh: Shell, path: str
 ) -> None:
@@ -168,6 +173,7 @@ def test_run_with_producers_apart_fails_ends_and_comes_back_whole(
 IN_PART = (*APART, "--set", "cluster.queue=gpus", "--set", "cluster.producer.least=1")
 
 
+@pytest.mark.system
 def test_producers_that_kueue_admitted_in_part_are_left_so_or_replaced(
     api: ApiServer, sh: Shell, path: str
 ) -> None:
@@ -195,6 +201,7 @@ def attempt(api: ApiServer) -> str:
     return name
 
 
+@pytest.mark.system
 def test_each_attempt_has_a_name_of_its_own(api: ApiServer, sh: Shell, path: str) -> None:
     """So a failure that is told in one does not end the next (`storage/failure.py`)."""
     sh("submit", path, *APART)
@@ -217,6 +224,7 @@ def test_each_attempt_has_a_name_of_its_own(api: ApiServer, sh: Shell, path: str
     assert "attempt" not in api.the("ConfigMap", "tiny")["data"]
 
 
+@pytest.mark.system
 def test_gpus_that_would_wait_for_the_plan_are_warned_of(
     api: ApiServer, sh: Shell, path: str
 ) -> None:

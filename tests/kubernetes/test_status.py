@@ -57,6 +57,7 @@ def going(sh: Shell, path: str) -> str:
     return path
 
 
+@pytest.mark.system
 def test_pods_are_listed_page_by_page(
     api: ApiServer, sh: Shell, going: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -95,6 +96,7 @@ def warning(about: Object, message: str, kind: str = "Warning") -> Object:
     }
 
 
+@pytest.mark.system
 def test_status_says_why_a_run_is_queued(api: ApiServer, sh: Shell, path: str) -> None:
     sh("submit", path)
     assert "out of reach: " not in sh("status", path)  # without Kueue
@@ -141,6 +143,7 @@ def test_status_says_why_a_run_is_queued(api: ApiServer, sh: Shell, path: str) -
     assert "may not list events" in status(sh, path)["out_of_reach"]["queue and events"]
 
 
+@pytest.mark.system
 def test_status_joins_pods_store_and_history(api: ApiServer, sh: Shell, going: str) -> None:
     sh("submit", going)
     first, second = api.pods("producer")
@@ -202,6 +205,7 @@ def test_status_joins_pods_store_and_history(api: ApiServer, sh: Shell, going: s
     assert "training step 8  fvu 0.250  100 rows/s  (the run's history)" in shown
 
 
+@pytest.mark.system
 @pytest.mark.parametrize(
     ("ended", "words"),
     [
@@ -234,6 +238,7 @@ def test_status_says_why_a_pod_ended(
     assert status(sh, path)["parts"]["trainer"]["last_end"].startswith(f"{pod}: {words}")
 
 
+@pytest.mark.system
 def test_status_says_how_far_the_index_is(api: ApiServer, sh: Shell, going: str) -> None:
     sh("submit", going)
     write_outline(load_run(going), 8, encoded=2, merged=0)
@@ -258,6 +263,7 @@ def test_status_says_how_far_the_index_is(api: ApiServer, sh: Shell, going: str)
         assert "0 of 2 buckets merged, 12,300 rows/s by the first worker" in sh("status", going)
 
 
+@pytest.mark.system
 def test_status_of_a_sweep_has_a_line_for_each_job(
     api: ApiServer, sh: Shell, path: str, tmp_path: Path
 ) -> None:
@@ -293,6 +299,7 @@ def test_status_of_a_sweep_has_a_line_for_each_job(
     ]
 
 
+@pytest.mark.system
 def test_status_asks_the_first_trainer_for_its_numbers(
     api: ApiServer, sh: Shell, going: str
 ) -> None:
@@ -352,6 +359,7 @@ def test_status_asks_the_first_trainer_for_its_numbers(
     assert "ada may not get pods/proxy" in status(sh, going)["out_of_reach"]["metrics"]
 
 
+@pytest.mark.system
 def test_status_sums_over_the_producers_ranks_in_a_pod(
     api: ApiServer, sh: Shell, going: str
 ) -> None:
@@ -377,6 +385,7 @@ def test_status_sums_over_the_producers_ranks_in_a_pod(
         )
 
 
+@pytest.mark.system
 def test_status_asks_a_pod_that_does_not_answer_once_and_not_for_long(
     api: ApiServer, sh: Shell, going: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -400,6 +409,7 @@ def test_status_asks_a_pod_that_does_not_answer_once_and_not_for_long(
     )
 
 
+@pytest.mark.system
 def test_status_tells_what_is_left_without_the_cluster(
     sh: Shell, going: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -429,6 +439,7 @@ def test_status_of_a_run_that_nobody_submitted_says_so(
     assert "saved    no checkpoint yet, of 16 steps" in sh("status", path)
 
 
+@pytest.mark.system
 def test_watch_shows_what_changes_until_interrupted(
     api: ApiServer, sh: Shell, path: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

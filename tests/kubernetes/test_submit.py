@@ -58,6 +58,7 @@ def node(name: str, labels: dict[str, str] | None = None, *taints: Object, **has
     }
 
 
+@pytest.mark.system
 @MODES
 def test_submit_creates_what_the_run_asks_for_once(
     api: ApiServer, sh: Shell, path: str, mode: tuple[str, ...]
@@ -73,6 +74,7 @@ def test_submit_creates_what_the_run_asks_for_once(
     assert versions(api) == before
 
 
+@pytest.mark.system
 @MODES
 def test_dry_run_shows_and_changes_nothing(
     api: ApiServer, sh: Shell, path: str, mode: tuple[str, ...]
@@ -109,6 +111,7 @@ def test_run_of_another_configuration_is_left_alone(api: ApiServer, sh: Shell, p
     assert versions(api) == before
 
 
+@pytest.mark.system
 def test_another_spelling_of_a_place_is_the_same_run(
     api: ApiServer, sh: Shell, path: str, tmp_path: Path
 ) -> None:
@@ -139,6 +142,7 @@ def test_another_spelling_of_a_place_is_the_same_run(
     assert "model.path" not in said
 
 
+@pytest.mark.system
 @MODES
 def test_run_that_was_submitted_with_old_names_of_keys_is_the_same_run(
     api: ApiServer, sh: Shell, path: str, mode: tuple[str, ...]
@@ -186,6 +190,7 @@ def test_run_without_reporter_is_complete_when_it_is_trained(
     assert not api.objects
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("reported", [True, False])
 def test_run_is_complete_with_its_index_only(
     api: ApiServer, sh: Shell, path: str, *, reported: bool
@@ -205,6 +210,7 @@ def test_run_is_complete_with_its_index_only(
     assert not api.objects
 
 
+@pytest.mark.system
 @MODES
 def test_reporter_that_failed_comes_back(
     api: ApiServer, sh: Shell, path: str, mode: tuple[str, ...]
@@ -233,6 +239,7 @@ def test_report_of_an_earlier_checkpoint_is_not_the_last(tmp_path: Path) -> None
     assert not StoredRun(load_run(path)).is_complete()
 
 
+@pytest.mark.system
 @MODES
 def test_replace_lets_pods_save_and_then_resizes_the_run(
     api: ApiServer, sh: Shell, path: str, mode: tuple[str, ...]
@@ -262,6 +269,7 @@ def test_replace_lets_pods_save_and_then_resizes_the_run(
     assert there == asked
 
 
+@pytest.mark.system
 def test_what_the_cluster_would_refuse_costs_no_running_run(
     api: ApiServer, sh: Shell, path: str
 ) -> None:
@@ -290,6 +298,7 @@ def test_what_somebody_else_has_set_is_not_overwritten(
     assert 'conflict with "kubectl-edit": .spec.ttlSecondsAfterFinished' in said
 
 
+@pytest.mark.system
 def test_object_of_somebody_else_is_left_alone(api: ApiServer, sh: Shell, path: str) -> None:
     stranger = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "tiny"}}
     api.create(stranger)
@@ -378,6 +387,7 @@ def test_missing_permission_is_named(
     assert not api.objects
 
 
+@pytest.mark.system
 def test_missing_jobset_is_named(api: ApiServer, sh: Shell, path: str) -> None:
     api.groups.remove("jobset.x-k8s.io")
     said = sh.fail("submit", path)
@@ -400,6 +410,7 @@ def test_missing_namespace_is_named(api: ApiServer, sh: Shell, path: str) -> Non
     )
 
 
+@pytest.mark.system
 def test_pods_that_can_never_fit_are_refused(api: ApiServer, sh: Shell, path: str) -> None:
     taint = {"key": "gpu", "effect": "NoSchedule", "value": "yes"}
     api.nodes = [node("small"), node("gpus", {}, taint, memory="512Gi")]
@@ -441,6 +452,7 @@ def test_store_that_only_the_cluster_reaches_is_no_obstacle(
     assert api.names("JobSet") == ["tiny"]
 
 
+@pytest.mark.system
 @MODES
 def test_cancel_lets_pods_save_and_touches_nothing_else(
     api: ApiServer, sh: Shell, path: str, mode: tuple[str, ...]
@@ -469,6 +481,7 @@ def test_resume_goes_on_after_cancel(api: ApiServer, sh: Shell, path: str) -> No
     assert api.names("JobSet") == ["tiny"]
 
 
+@pytest.mark.system
 @MODES
 def test_resume_replaces_a_run_that_failed(
     api: ApiServer, sh: Shell, path: str, mode: tuple[str, ...]

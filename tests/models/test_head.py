@@ -49,6 +49,7 @@ def test_a_head_does_what_the_models_norm_and_head_do(
     torch.testing.assert_close(head.mean, unembed.weight.mean(0))
 
 
+@pytest.mark.system
 def test_heads_with_other_weights_have_other_digests(tmp_path: Path) -> None:
     """The digest follows norm, unembedding and precision; it does not follow the layers."""
     path = save_model(tmp_path / "m", "llama")
@@ -66,6 +67,7 @@ def test_heads_with_other_weights_have_other_digests(tmp_path: Path) -> None:
     assert digests[-1] == digests[0]
 
 
+@pytest.mark.system
 def test_no_layer_is_read(tmp_path: Path) -> None:
     path = save_model(tmp_path / "m", "llama")
     whole = load_head(HuggingFaceModel(path=str(path), dtype="fp32"), "resid_post.0")
@@ -101,6 +103,7 @@ def test_a_model_that_is_not_there_is_one_line(tmp_path: Path) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.system
 def test_residual_outputs_of_models_without_a_norm_behind_them_are_taken(
     models: dict[str, HuggingFaceModel],
 ) -> None:

@@ -243,6 +243,7 @@ def test_the_text_around_a_row_is_the_documents(language: Run) -> None:
         opened.text(wrong, 0)
 
 
+@pytest.mark.system
 def test_the_index_leads_back_to_the_text(language: Run) -> None:
     """Its largest activations are those of the rows, rounded to 11 bits."""
     opened = open_run(Path(language.store.runs) / "language")

@@ -33,6 +33,7 @@ def told(capsys: pytest.CaptureFixture[str], *arguments: str) -> dict[str, Any]:
     return found
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("dtype", ["fp32", "int8"])
 def test_bytes_are_what_is_stored(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], dtype: str
@@ -221,6 +222,7 @@ def test_data_sheets_give_rates(tmp_path: Path) -> None:
     assert faster < slower
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("placement", ["together", "spread"])
 def test_a_sweep_takes_what_its_jobs_take(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], placement: str
@@ -245,6 +247,7 @@ def test_a_sweep_takes_what_its_jobs_take(
     assert both["pods"]["trainer"] == 2
 
 
+@pytest.mark.system
 def test_the_table_and_the_cost(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     prices = tmp_path / "prices.yaml"
     prices.write_text("currency: USD\ntrainer_pod_hour: 3600\n")

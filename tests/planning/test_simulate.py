@@ -70,6 +70,7 @@ def test_producers_wait_for_the_trainers() -> None:
     assert held.rows == 64_000
 
 
+@pytest.mark.system
 def test_what_may_go_wrong_is_told(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = write_run(tmp_path, TINY)
     assert "--simulate: needs the rate" in fail(capsys, "estimate", str(path), "--simulate")

@@ -72,6 +72,7 @@ def test_every_row_is_stored_once_with_where_it_comes_from(
     assert sorted(seen) == list(range(128 * DOCUMENT_ROWS))
 
 
+@pytest.mark.system
 def test_two_producers_share_the_units(
     run: Run, store: ObjectStore, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

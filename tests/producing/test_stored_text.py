@@ -57,6 +57,7 @@ def reads(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     return keys
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("packed", [True, False])
 def test_a_producer_reads_the_texts_of_its_units_only(
     tmp_path: Path,
@@ -103,6 +104,7 @@ def small(folder: Path, bucket: Bucket, monkeypatch: pytest.MonkeyPatch) -> tupl
     return run, plan(run)
 
 
+@pytest.mark.system
 def test_texts_come_back_as_they_were(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: Bucket
 ) -> None:
@@ -115,6 +117,7 @@ def test_texts_come_back_as_they_were(
     assert len({key[0] for key in TEXTS.keys(store)}) == len(made.units)
 
 
+@pytest.mark.system
 def test_planning_again_reads_the_text_only_if_it_looks_changed(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: Bucket, reads: list[str]
 ) -> None:
@@ -131,6 +134,7 @@ def test_planning_again_reads_the_text_only_if_it_looks_changed(
         plan(run.model_copy(update={"corpus": moved}))
 
 
+@pytest.mark.system
 @pytest.mark.parametrize("damage", ["gone", "cut", "others"])
 def test_damaged_texts_are_named_and_planning_again_mends_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, bucket: Bucket, damage: str

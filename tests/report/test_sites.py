@@ -65,6 +65,7 @@ def heldout(run: Run) -> dict[str, Tensor]:
     }
 
 
+@pytest.mark.system
 def test_evaluation_has_each_site(world: tuple[Run, Dictionary]) -> None:
     """FVU over all held-out rows at once, in fp64, about the checkpoint's mean."""
     run, dictionary = world
@@ -194,6 +195,7 @@ def test_a_notebook_takes_sites_side_by_side_or_by_name(world: tuple[Run, Dictio
         dictionary.encode({SITES[0]: raw_rows(3, WIDTH)})
 
 
+@pytest.mark.system
 def test_a_transcoder_is_measured_against_the_site_that_it_writes(
     world: tuple[Run, Dictionary],
 ) -> None:

@@ -109,6 +109,7 @@ def top_tokens_of(world: World, latent: int, most: int = 64) -> list[int]:
     return [world.oracle.names[row][2] for _, row in firings[:most]]
 
 
+@pytest.mark.system
 def test_a_latent_is_shown_with_its_texts_and_output_tokens(
     world: World, capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -233,6 +233,7 @@ def test_what_is_no_folder_of_a_store_is_refused(model: dict[str, str], told: st
         HuggingFaceModel.model_validate(model)
 
 
+@pytest.mark.system
 def test_a_model_is_the_same_from_a_folder_and_from_a_store(
     bucket: Bucket, folder: Path, tmp_path: Path
 ) -> None:
@@ -258,6 +259,7 @@ def test_a_model_is_the_same_from_a_folder_and_from_a_store(
         check_model(as_planned(remote, made), made)
 
 
+@pytest.mark.system
 def test_a_file_that_was_damaged_on_the_way_is_fetched_again(
     bucket: Bucket, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

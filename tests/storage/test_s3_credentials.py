@@ -120,6 +120,7 @@ def sts(code: str, message: str = "said") -> str:
     return f"<ErrorResponse>{error}</ErrorResponse>"
 
 
+@pytest.mark.system
 @pytest.mark.usefixtures("short_pauses")
 @pytest.mark.parametrize(
     "bad", [(429, sts("Throttling")), (500, sts("InternalFailure")), (0, ""), (200, "<html>")]

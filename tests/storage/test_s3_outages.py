@@ -26,6 +26,7 @@ def nowhere() -> Iterator[str]:
         yield f"http://127.0.0.1:{closed.getsockname()[1]}"
 
 
+@pytest.mark.system
 @pytest.mark.usefixtures("short_pauses")  # else boto alone may take the three seconds
 def test_endpoint_that_is_down_is_asked_until_the_deadline(
     bucket: Bucket, nowhere: str, warnings: list[str]
@@ -76,6 +77,7 @@ def test_no_call_is_patient_any_more_when_the_program_is_to_stop(
             getting.result(timeout=10)
 
 
+@pytest.mark.system
 @pytest.mark.usefixtures("short_pauses")
 @pytest.mark.parametrize(
     ("status", "body"),
@@ -115,6 +117,7 @@ def test_answers_that_waiting_mends(
             assert asking.result() is not None
 
 
+@pytest.mark.system
 @pytest.mark.usefixtures("short_pauses")
 def test_connection_that_breaks_on_the_way_is_made_again(
     bucket: Bucket, monkeypatch: pytest.MonkeyPatch

@@ -17,6 +17,7 @@ def tried(capsys: pytest.CaptureFixture[str], path: Path, *options: str) -> dict
     return found
 
 
+@pytest.mark.system
 def test_rates_around_the_runs_own_are_tried_and_none_is_taken(
     tmp_path: Path, activations: str, capsys: pytest.CaptureFixture[str]
 ) -> None:

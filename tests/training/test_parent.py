@@ -41,6 +41,7 @@ def half(tmp_path_factory: pytest.TempPathFactory, activations: str) -> Path:
     return folder
 
 
+@pytest.mark.system
 def test_two_halves_are_the_whole_run_to_the_last_bit(
     tmp_path: Path, activations: str, half: Path
 ) -> None:

@@ -24,6 +24,8 @@ from tests.launch import start_ranks
 from tests.launch import train as train_ranks
 from tests.training.trained import STEPS, check_same, run_file
 
+pytestmark = pytest.mark.system
+
 RANKS = Ranks(0, 1, 0, ("here",))
 JOBS: dict[str, dict[str, Any]] = {
     "topk": {},
@@ -159,7 +161,6 @@ def test_a_job_that_diverges_ends_and_the_others_go_on(
         check_alike(alone, tmp_path, f"world-{name}")
 
 
-@pytest.mark.system
 def test_jobs_of_several_kinds_share_ranks(tmp_path: Path, activations: str) -> None:
     """Two ranks: a dictionary on both, one cut in two, and experts; stopped and resumed."""
     jobs = {
@@ -176,7 +177,6 @@ def test_jobs_of_several_kinds_share_ranks(tmp_path: Path, activations: str) -> 
         check_alike(tmp_path / name, tmp_path, f"world-{name}")
 
 
-@pytest.mark.system
 def test_jobs_that_are_spread_over_ranks_are_those_of_each_alone(
     tmp_path: Path, activations: str, alone: Path
 ) -> None:

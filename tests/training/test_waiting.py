@@ -43,6 +43,7 @@ def test_a_run_that_waits_for_longer_than_the_expiry_is_not_abandoned(
     assert trainer.returncode == 75, said
 
 
+@pytest.mark.system
 def test_while_one_rank_waits_for_its_data_all_ranks_wait_for_data(
     tmp_path: Path, activations: str
 ) -> None:
