@@ -1,11 +1,11 @@
-"""What a dictionary finds by chance: the same one, turned at random, on the same rows.
+"""How many words a dictionary has by chance: those of a randomly rotated copy on the same rows.
 
 Of thousands of random directions some point along a frequent word, so an untrained dictionary
 "has" words as well. A random rotation of the rows of W_enc keeps norms, angles between latents and
-biases, and takes away what training has found in the data. For a
-dictionary of random directions it is another draw of the same kind.
+biases, and takes away what training has found in the data. The rotated copy of a dictionary of
+random directions is another dictionary of random directions.
 
-Words of a dictionary and of its turned copy are paired. Where chance has made both, a word that
+Words of a dictionary and of its rotated copy are paired. Where chance has made both, a word that
 only one of the two has is as likely to be of either, so the number of those that only the
 dictionary has is binomial (McNemar's exact test).
 """
@@ -38,7 +38,7 @@ from dist_sae.storage import open_store
 CHANCE_ROWS = 262_144
 """Most rows that the turned copy encodes, in whole units from the first on."""
 LEVEL = 0.01
-"""Chance below which a dictionary is taken to find more than its turned copy."""
+"""Chance below which a dictionary is taken to find more than its rotated copy."""
 _LARGE = 1000  # words from which on the binomial is taken as normal: floats have no 2^-1075
 _TURN_ROWS = 65_536  # of W_enc at a time
 
@@ -47,7 +47,7 @@ class Beyond(NamedTuple):
     """Words that a dictionary has, beside those that another one has on the same rows."""
 
     of: str
-    """What the other one is, for a sentence."""
+    """Name of the other dictionary, as messages print it."""
     rows: int
     words: int
     """Words that are judged."""

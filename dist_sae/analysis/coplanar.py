@@ -103,7 +103,7 @@ def _flat(
 def _least_eigenvalue(
     a: NDArray[np.float32], b: NDArray[np.float32], c: NDArray[np.float32]
 ) -> NDArray[np.float32]:
-    """Of matrices with ones on the diagonal and a, b, c beside it, in closed form."""
+    """Least eigenvalue of each symmetric 3 x 3 matrix with diagonal 1 and off-diagonals a, b, c."""
     square = np.maximum((a * a + b * b + c * c) / 3, 1e-12)
     angle = np.arccos(np.clip(a * b * c / square**1.5, -1, 1)) / 3
     least: NDArray[np.float32] = 1 + 2 * np.sqrt(square) * np.cos(angle + 2 * np.pi / 3)

@@ -40,13 +40,13 @@ class Covered(NamedTuple):
     zipf: float | None
     """Exponent of the rank-frequency curve of the alive latents."""
     beyond: Sequence[Beyond] = ()
-    """What it finds beside chance, or beside another dictionary."""
+    """Comparisons with its rotated copy, and with the dictionary of `--control`."""
     caveat: str = ""
-    """Why it is not told what chance would find."""
+    """Why there is no comparison with chance."""
 
     @property
     def is_nothing(self) -> bool:
-        """Whether it finds no more than chance, or than another dictionary, does."""
+        """Whether a comparison shows no more words than the other dictionary has."""
         return any(not each.is_more for each in self.beyond)
 
 

@@ -33,7 +33,7 @@ class Groups(NamedTuple):
     """Groups of latents."""
 
     latents: NDArray[np.int64]
-    """Of each group, ascending, one group after the other."""
+    """Members of the first group, ascending, then those of the second, and so on."""
     sizes: NDArray[np.int64]
     """Latents of each group."""
     too_many: int

@@ -45,7 +45,7 @@ class Judge(NamedTuple):
     labels: Mapping[Key, Label] | None = None
     """Labels that are known already; their passages are then the whole sample."""
     caveat: str = ""
-    """What limits these labels."""
+    """Sentence on the limits of these labels, printed with the answer."""
 
 
 def open_judge(text: str) -> Judge:

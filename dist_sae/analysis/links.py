@@ -44,7 +44,7 @@ class Links(NamedTuple):
     one: NDArray[np.int64]
     other: NDArray[np.int64]
     cosine: NDArray[np.float32]
-    """Of the decoder rows; 0 unless they are near."""
+    """Cosine of the decoder rows; 0 if they are not near."""
     phi: NDArray[np.float32]
     """Correlation of the two activities; 0 unless they fire together more often than by chance."""
     rows: NDArray[np.int64]

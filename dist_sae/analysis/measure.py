@@ -71,7 +71,7 @@ class Measured(NamedTuple):
     spread: float
     """Standard deviation / mean of the distances from the centre."""
     p_value: float | None
-    """Of the separability, against shuffled coordinates; only if the score is at least 0.5."""
+    """p-value of the separability against shuffled coordinates; None if the score is below 0.5."""
     participation: float
     """Number of principal components among which the variance lies."""
     two_nn: float | None
@@ -84,7 +84,7 @@ class Measured(NamedTuple):
 
     @property
     def is_ring(self) -> bool:
-        """Whether it is a ring by all criteria."""
+        """Whether it meets every criterion of a ring."""
         return (
             self.score >= RING_SCORE
             and self.plane_share >= RING_SHARE

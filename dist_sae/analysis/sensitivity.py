@@ -72,7 +72,7 @@ class Measured(NamedTuple):
     peers: int
     """Other latents, drawn at random, that were measured on the same passages."""
     as_good: int
-    """Those whose largest F1 over the thresholds is at least this latent's."""
+    """Peers whose best F1 over all thresholds is at least this latent's best."""
 
 
 def measure(latent: int, judge: str, largest: float, judged: Judged, seed: int = 0) -> Measured:

@@ -178,7 +178,7 @@ def time_of(records: Sequence[Mapping[str, Any]], dead_share: float) -> tuple[fl
     ]
 
     def mean(first: float, last: float) -> float:
-        """Of the records of the steps from `first` to `last`, or of all if there are none."""
+        """Mean seconds of a step from `first` to `last`; of all steps if none lie between."""
         there = range(1, len(ends))
         chosen = [i for i in there if first <= ends[i] - counts[i] and ends[i] <= last] or there
         return float(sum(seconds[i] for i in chosen) / sum(counts[i] for i in chosen))

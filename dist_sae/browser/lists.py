@@ -54,7 +54,7 @@ class Choice(NamedTuple):
         return cls(sort, least, most, effect, cluster, number(query, "page"))
 
     def query(self, page: int = 0) -> str:
-        """What an address says, with another page."""
+        """Query string of this list at another page."""
         said = self._replace(page=page)._asdict()
         kept = {k: v for k, v in said.items() if k == "sort" or v != self._field_defaults[k]}
         return urlencode({k: f"{v:.12g}" if isinstance(v, float) else v for k, v in kept.items()})

@@ -41,7 +41,7 @@ class Message(NamedTuple):
 
 
 class Question(NamedTuple):
-    """What is sent in one request."""
+    """The messages of one request."""
 
     messages: tuple[Message, ...]
     most_tokens: int
@@ -49,7 +49,7 @@ class Question(NamedTuple):
 
 
 class Estimate(NamedTuple):
-    """What asking would take, before anything is sent."""
+    """Requests, tokens and price of a list of questions, before anything is sent."""
 
     requests: int
     """Questions that differ and have no kept answer."""

@@ -29,7 +29,7 @@ _LOOPBACK = {"localhost", "127.0.0.1", "::1"}
 
 
 class Completion(NamedTuple):
-    """What an endpoint answers to one request."""
+    """An endpoint's answer to one request."""
 
     text: str
     is_whole: bool

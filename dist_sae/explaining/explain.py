@@ -32,13 +32,13 @@ _UNREADABLE = "the answer has no explanation"
 
 
 class Plan(NamedTuple):
-    """What is asked."""
+    """How latents are explained and judged."""
 
     wanted: Wanted = Wanted()
     at_once: int = 10
     """Passages that are judged in a request."""
     most_tokens: int = 500
-    """Longest answer; what a model thinks before it may be of it."""
+    """Longest answer in tokens, including any reasoning that the endpoint counts."""
     seed: int = 0
 
     def made(self, index: Index, explainer: str, judge: str) -> Made:

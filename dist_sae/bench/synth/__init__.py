@@ -40,7 +40,7 @@ _TRAIN = "train."
 
 
 class Comparison(NamedTuple):
-    """What is trained, and on how many rows."""
+    """The trainers to compare, and the world, rows and seeds they share."""
 
     world: World
     trainers: Sequence[Trainer]
@@ -69,7 +69,7 @@ class Comparison(NamedTuple):
                     yield trainer, shards, seed
 
     def spec(self, trainer: Trainer, shards: int, seed: int) -> dict[str, Any]:
-        """What a runner is told, but for its folders."""
+        """Settings for the process that trains one dictionary, without its folders."""
         own = {key: value for key, value in trainer.settings.items() if key.startswith(_TRAIN)}
         return {
             "action": "train",

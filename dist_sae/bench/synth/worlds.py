@@ -17,7 +17,7 @@ class Trainer(NamedTuple):
     kind: str
     """`sae.kind`, or the architecture's name in sae-lens."""
     settings: dict[str, Any]
-    """Of the dictionary; keys that begin with `train.` are the trainer's own."""
+    """Settings of the dictionary, and of the trainer where a key begins with `train.`."""
 
     def __str__(self) -> str:
         return " ".join([self.kind, *(f"{key}={value}" for key, value in self.settings.items())])
