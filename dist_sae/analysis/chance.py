@@ -44,7 +44,7 @@ _TURN_ROWS = 65_536  # of W_enc at a time
 
 
 class Beyond(NamedTuple):
-    """Words that a dictionary has, beside those that another one has on the same rows."""
+    """Comparison of the words that two dictionaries have latents for, on the same rows."""
 
     of: str
     """Name of the other dictionary, as messages print it."""

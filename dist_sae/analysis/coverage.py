@@ -268,7 +268,7 @@ def _beside(name: str, found: Beyond) -> str:
 
 
 def _told(curve: Curve) -> bool:
-    """Whether frequency tells what is recovered: the interval of the slope is above zero."""
+    """Whether more frequent words are recovered more often: the slope's interval is above zero."""
     return curve.slope.low is not None and curve.slope.low > 0
 
 

@@ -104,7 +104,7 @@ class Pairs(NamedTuple):
     """A latent that is listed as coactive with it."""
 
     def among(self, edges: Edges, n: int) -> NDArray[np.bool_]:
-        """Which edges between n latents join such a pair."""
+        """Mask of the edges between n latents that join one of these pairs."""
         keys = np.minimum(self.latent, self.other) * n + np.maximum(self.latent, self.other)
         return np.isin(edges.one * n + edges.other, keys)
 

@@ -106,7 +106,7 @@ class Shape(NamedTuple):
 
 
 def surplus(share: float, leaders: float, *, ahead: bool) -> float:
-    """How much more of the variance a plane has than latents that exclude each other give it.
+    """How much more of the variance a plane has than it would if the latents excluded each other.
 
     n such latents, at right angles and alike otherwise, are the corners of a simplex, and the best
     plane has 2 / n of what they are about the origin, 2 / (n - 1) of it about their mean. 0 is as
@@ -178,7 +178,7 @@ def measure(group: Reconstructed) -> Shape | None:
 
 
 def _without_intensity(points: Points) -> tuple[str, Points, NDArray[np.bool_]]:
-    """How points are seen, the points as they are then, and which of them these are."""
+    """Remove intensity from points where they allow it: how, the new points, which they are."""
     if (found := in_perspective(points)) is not None:
         return "perspective", *found
     every = np.ones(len(points), np.bool_)

@@ -99,7 +99,7 @@ class _Slots:
         self._starts = np.searchsorted(latents[self._slots], np.arange(n_latents + 1))
 
     def __call__(self, latents: NDArray[Any]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-        """Which of some latents have places, once for each; and these places."""
+        """Index of a latent in `latents`, and its place, for every place of every latent."""
         starts = self._starts[latents]
         counts = self._starts[latents + 1] - starts
         here = np.repeat(np.arange(len(latents)), counts)

@@ -227,7 +227,7 @@ def tells(measured: Measured) -> bool:
 
 
 def stands_out(measured: Measured) -> bool:
-    """Whether few latents drawn at random say as much of the concept, as far as that is known."""
+    """Whether few random latents do as well on the concept; True if too few were tried."""
     if measured.peers < LEAST_PEERS:
         return True
     return (1 + measured.as_good) / (1 + measured.peers) <= _AS_GOOD

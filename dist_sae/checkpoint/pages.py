@@ -146,7 +146,7 @@ class PagedDictionary:
             yield rows(page)
 
     def grouped(self, batches: Iterator[Rows]) -> Iterator[Rows]:
-        """Join batches of rows to ones for a turn over the pages; in memory they stay as they are.
+        """Join batches to larger ones, each for one turn over the pages; as they are if in memory.
 
         A batch is overwritten by the next.
         """
@@ -321,7 +321,7 @@ def _slices(x: Tensor, rows: int) -> Iterator[slice]:
 
 
 def _page_latents(config: SaeConfig, fitting: int) -> int:
-    """Latents of a page, with room for so many: such as stay together, or whole chunks."""
+    """Latents of a page that has room for `fitting`: a multiple of a chunk, or of neighbours."""
     unit = config.together
     if unit == 1 and fitting >= select.CHUNK_LATENTS:
         unit = select.CHUNK_LATENTS

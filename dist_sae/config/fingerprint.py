@@ -122,7 +122,7 @@ def as_begun(run: Run, stored: Mapping[str, Any]) -> Run:
 
 
 def stored_run(stored: Mapping[str, Any], run: Run, origin: str) -> Run:
-    """The run that settings are of; what is free of `train`, and the stores, are a run file's.
+    """The run of stored settings; the stores and the free keys of `train` come from a run file.
 
     Raises:
         ConfigError: This version cannot read them.

@@ -31,7 +31,7 @@ class MatryoshkaConfig(KeepsThresholdConfig):
 
     @property
     def _unit(self) -> int:
-        """Latents that a prefix of 1 is."""
+        """Latents that one unit of `prefixes` stands for: all if they are shares, else one."""
         return self.n_latents if self.prefixes[-1] <= 1 else 1
 
     @property
@@ -46,10 +46,10 @@ class MatryoshkaConfig(KeepsThresholdConfig):
 
     @property
     def prefix_pattern(self) -> tuple[int, ...]:
-        """Latents of each prefix among as many neighbours as the last number, of every such lot.
+        """Number of latents of each prefix in a block of neighbours, whose size is the last number.
 
-        So each prefix is spread evenly over the latents, and over any shards of equal size that
-        its width is a multiple of.
+        All blocks are alike, so each prefix is spread evenly over the latents, and over shards of
+        equal size.
         """
         periods = math.gcd(*self.prefix_widths)
         return tuple(width // periods for width in self.prefix_widths)

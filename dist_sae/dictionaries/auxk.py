@@ -68,15 +68,15 @@ class WithAuxK(Dictionary):
 
     @property
     def decoder_weight(self) -> Float[Tensor, "n_local d_out"]:
-        """W_dec, with the gradient that its constraints leave; but for `unit_rows`."""
+        """W_dec, with its gradient projected onto the constraints other than `unit_rows`."""
         return self.W_dec
 
     def biases(
         self, x: Float[Tensor, "batch d_in"]
     ) -> tuple[Float[Tensor, " d_in"] | None, Float[Tensor, "*rows d_out"]]:
-        """The centre of inputs, if one is learnt, and `offset` of these; here both are b_dec.
+        """The bias subtracted from inputs, if any, and that added to outputs; here both b_dec.
 
-        Together, so that the gradient of a bias that is in both is summed over the replica once.
+        In one method, so that the gradient of a shared bias is summed over the replica once.
         """
         b_dec = self.offset(x)
         return b_dec, b_dec
@@ -143,10 +143,10 @@ class WithAuxK(Dictionary):
 
     @property
     def initial_share(self) -> float:
-        """A little less for one latent per row.
+        """1, but a little less if each row has one latent.
 
-        At the best length the error of a row is at right angles to its one latent, so that the
-        encoder's gradient would be nothing but rounding, which Adam makes steps of.
+        At the best length a row's error is at right angles to its only latent. The encoder's
+        gradient would then be nothing but rounding, which Adam makes steps of.
         """
         k = annealed(0.0, self.config.k, self.config.k_start, self.config.k_anneal_share)
         return _SHARE_OF_ONE if k == 1 else 1.0

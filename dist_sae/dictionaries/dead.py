@@ -99,7 +99,7 @@ class DeadLatents:
         return torch.cat([self._unread, sums[2:]])
 
     def counted(self, numbers: Sequence[float | int]) -> None:
-        """Take over what was read of the last `update`."""
+        """Take the numbers of the last `update`, which the caller has copied off the device."""
         self._known, self._unread = [int(number) for number in numbers], None
 
     def _read(self) -> list[int]:

@@ -80,7 +80,7 @@ class WeightAverage:
 
     @contextmanager
     def applied(self) -> Iterator[None]:
-        """The dictionary is the mean while this lasts. Collective."""
+        """Swap the mean into the dictionary for the length of a `with` block. Collective."""
         self.measure()
         self._swap()
         try:

@@ -129,7 +129,7 @@ def _unlike(
     bound: float,
     axis: LatentAxis,
 ) -> Bool[Tensor, " rows"]:
-    """Rows at a cosine below a bound with all known ones and with the chosen rows before them.
+    """Choose rows in turn whose cosine with every known and every chosen row is below a bound.
 
     Directions are rounded to integers of 11 bits. Their products are then exact in fp32, in any
     order of the sums, so that every sharding chooses the same rows.

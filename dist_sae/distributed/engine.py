@@ -41,7 +41,7 @@ class Engine:
             return self._sae.objective(rows, context)
 
     def backward(self, loss: Float[Tensor, ""]) -> None:
-        """Gradients of the loss: the sum within a replica, the mean over replicas."""
+        """Compute gradients of the loss, summed within a replica and averaged over replicas."""
         loss.backward()  # type: ignore[no-untyped-call]
 
     def step(self, lr: float, *wanted: Tensor) -> list[float]:

@@ -52,10 +52,10 @@ class Exchange(NamedTuple):
 
 
 def is_summed_by_entry(config: DictionaryConfig) -> bool:
-    """Whether the gradients of W_enc and W_dec are but sums by latent, of equally many rows.
+    """Whether the gradients of W_enc and W_dec are nothing but sums over entries, by latent.
 
-    Recipes with a penalty have others: of norms, and those of dense steps. To an expert come other
-    numbers of rows on each replica.
+    Not so with a penalty, which adds gradients of norms and of dense steps, nor with experts, which
+    get unequal numbers of rows on each replica.
     """
     return isinstance(config, CountsLatentsConfig) and not config.n_experts
 
@@ -120,7 +120,7 @@ class ReplicaSums:
         return self._counts
 
     def _gathered(self, own: Tensor, counts: list[int], most: int) -> Tensor:
-        """The rows that each replica has `counts` of, `most` at most, one's below the other's."""
+        """All replicas' rows in the order of replicas: `counts` of each, at most `most`."""
         padded = functional.pad(own, (0, 0, 0, most - len(own)))
         everyones = torch.split(self._axis.gather_replicas(padded), most)
         return torch.cat([part[:count] for part, count in zip(everyones, counts, strict=True)])

@@ -256,7 +256,7 @@ class Watch:
                 self._end("rank 0, which keeps the ranks' store, does not answer")
 
     def _end(self, verdict: str) -> None:
-        """Note the verdict; exit the process if the training thread does not end."""
+        """Ask the training thread to end with this error; exit the process if it does not."""
         self._verdict = f"{verdict}; start again to continue"
         self._over.set()
         if self._ended.wait(GRACE_SECONDS):

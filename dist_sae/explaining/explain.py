@@ -42,7 +42,7 @@ class Plan(NamedTuple):
     seed: int = 0
 
     def made(self, index: Index, explainer: str, judge: str) -> Made:
-        """How a set is made by it."""
+        """The record of how a set is made, for this index and these models."""
         return Made(
             explainer=explainer,
             judge=judge,

@@ -102,7 +102,7 @@ class ExplanationSet:
         return self._record
 
     def check(self, made: Made) -> None:
-        """Make sure that the set may take what is made so.
+        """Make sure that explanations made in this way may be added to the set.
 
         Raises:
             ConfigError: It exists, and is made in another way.

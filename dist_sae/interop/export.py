@@ -38,7 +38,7 @@ class Format(Protocol):
     def files(
         self, run: Run, checkpoint: Checkpoint
     ) -> Mapping[str, Callable[[], Iterable[bytes]]]:
-        """What makes the bytes of every other file."""
+        """Functions that yield the bytes of every other file, by name."""
 
     def note(self, run: Run, checkpoint: Checkpoint) -> str | None:
         """What a user has to know to use the export; None if nothing."""

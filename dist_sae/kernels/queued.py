@@ -1,4 +1,4 @@
-"""Selections from blocks of products that hardly wait for the device: how many only it knows.
+"""Selections from blocks of products, almost without waiting for the device to count them.
 
 Candidates go to buffers of a fixed size, one block's behind the other's, at places that the device
 counts. If they do not fit, which is rare, the products are computed again.

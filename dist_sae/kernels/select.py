@@ -244,12 +244,12 @@ def _above(block: Block, b_enc: Tensor, bounds: Tensor, kernels: Kernels) -> Can
 
 
 def _just_below(value: Float[Tensor, ""]) -> Float[Tensor, ""]:
-    """The number that only `value` and larger ones exceed."""
+    """The next smaller number, so that `> bound` keeps `value` itself."""
     return value.nextafter(value.new_tensor(-torch.inf))
 
 
 def reached_by(pre_acts: Float[Tensor, "rows chunk"], count: int) -> Float[Tensor, ""] | None:
-    """A number that at least `count` of these reach; None if only all of them would tell."""
+    """A lower bound on the `count`-th largest, from peaks of groups; None with too few groups."""
     peaks = pre_acts[:, : pre_acts.shape[1] // _GROUP * _GROUP]
     peaks = peaks.reshape(len(peaks), _GROUP, -1).amax(1)
     return kth(peaks, count) if peaks.numel() >= count else None

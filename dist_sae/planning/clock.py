@@ -82,7 +82,7 @@ class Pipe:
 
 
 class Times(NumberedKeys):
-    """Numbered keys, of whose objects a simulated store keeps the time of writing alone.
+    """Numbered keys for which a simulated store keeps the times of writing and no content.
 
     Args:
         keys: The real keys.

@@ -64,7 +64,7 @@ class Fleet(NamedTuple):
 
 
 class Outcome(NamedTuple):
-    """What happened."""
+    """Times and counts of a simulated run."""
 
     first_step_seconds: float
     """Until the trainers had their first rows."""
@@ -140,7 +140,7 @@ class Simulation:
 
     @property
     def outcome(self) -> Outcome:
-        """What happened."""
+        """Times and counts so far."""
         counts, fleet = self._counts, self._fleet
         return Outcome(
             self._first_step,

@@ -51,7 +51,7 @@ def step_traffic(basis: Basis) -> dict[str, int]:
 
 
 def _gradients_over_replicas(basis: Basis, weights: int) -> dict[str, float]:
-    """Of W_enc and W_dec what is fewer bytes, of the rest gradients; `weights` are all bytes."""
+    """Bytes of the gradients: of W_enc and W_dec by entry if that is less than all `weights`."""
     sae, axis = basis.run.sae, basis.axis
     moved = {"gather_entries": 0.0, "sum_gradients": 2 * (1 - 1 / axis.replicas) * weights}
     if not is_summed_by_entry(sae):

@@ -62,7 +62,7 @@ class Progress:
         )
 
     def say(self, **numbers: Any) -> None:
-        """Say it now."""
+        """Report the progress now."""
         left = self._queue.left()
         self._in_hand = {unit: rows for unit, rows in self._in_hand.items() if unit in left}
         total = sum(self._rows)

@@ -44,7 +44,7 @@ class Lives(Record):
 
 
 class Life:
-    """A life that nobody counts: outside pods, and of ranks beside the first of a pod."""
+    """A life that is not counted: outside pods, and in all ranks of a pod but the first."""
 
     def begin(self) -> None:
         """Note that there is work to do; only the first call counts.

@@ -201,8 +201,9 @@ class TrainingReporter:
             sink.append(record)
 
     def _of_all_ranks(self, phases: Mapping[str, float]) -> tuple[dict[str, float], str | None]:
-        """Mean over ranks, as one's `forward` may be another's `ranks`; the slow rank. Collective.
+        """Mean time of each phase over all ranks, and the name of the slowest rank. Collective.
 
+        A mean, because the `forward` of a slow rank is the `ranks` of those that wait for it.
         Exports both on rank 0.
         """
         mesh = self.mesh

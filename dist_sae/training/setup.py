@@ -76,7 +76,7 @@ def open_training(
 
 
 class _Begun(NamedTuple):
-    """A run of which it is known where it continues, before anything of it is built."""
+    """A run and where it continues from, before its dictionary is built."""
 
     run: Run
     """Resolved by the plan."""

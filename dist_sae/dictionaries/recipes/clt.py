@@ -85,7 +85,7 @@ class CrossLayer(Dictionary):
     def decoder_rows(
         self, latents: slice | Int[Tensor, " some"] = slice(None)
     ) -> Float[Tensor, "some d_out"]:
-        """Here a new tensor, of zeros in the layers before a latent's own."""
+        """Decoder rows over all layers, a new tensor: zeros in the layers before a latent's own."""
         chosen = torch.arange(len(self.W_enc), device=self.W_dec.device)[latents]
         rows = self.W_dec.new_zeros(len(chosen), self.widths.d_out)
         for layer in range(self.layers):
@@ -199,7 +199,7 @@ class CLTJumpReLU(CrossLayer, JumpReLU):
 
 
 class _Spread(torch.autograd.Function):
-    """The code of each pair's latent. Its gradient is a sum in one order, whatever the device."""
+    """The code of each pair's latent. Gradients are summed in the same order on every device."""
 
     @staticmethod
     def forward(ctx: Any, acts: Tensor, sources: Tensor, written: Tensor, layers: int) -> Tensor:

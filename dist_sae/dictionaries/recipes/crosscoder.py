@@ -72,7 +72,7 @@ class AcrossSites(Dictionary):
         return until.floor() > before.floor()
 
     def n_shared(self, latents: slice) -> int:
-        """How many of these latents of this shard are shared."""
+        """Number of shared latents in a slice of this shard's latents."""
         start, stop, _ = latents.indices(len(self.W_dec))
         share, first = self.config.shared_latents, self.first_latent
         return math.floor((first + stop) * share) - math.floor((first + start) * share)
@@ -135,7 +135,7 @@ class Crosscoder(AcrossSites, TopK):
 
     @property
     def unit_rows(self) -> bool:  # type: ignore[override]
-        """Whether decoder rows have no other constraint than TopK's."""
+        """Whether unit norm is the only constraint on decoder rows, as with TopK."""
         return self.config.weighting == "l2" and not self.config.shared_latents
 
     @property
@@ -163,7 +163,7 @@ class Crosscoder(AcrossSites, TopK):
             autograd.add_at_sites_(g, d, factors, self.widths.writes)
 
     def _lengths(self, shared: Bool[Tensor, " some"]) -> Float[Tensor, " some"]:
-        """|d_i| as it is held."""
+        """The norm that the constraint gives to each decoder row."""
         ones = torch.ones_like(shared, dtype=self.W_dec.dtype)
         return ones.masked_fill_(shared, self.config.shared_penalty**0.5)
 

@@ -78,7 +78,7 @@ class Gated(Penalised):
     def make_active(
         self, latents: slice | Tensor, x: Float[Tensor, "batch d_in"], share: float
     ) -> None:
-        """Set the gates so, and magnitudes that are positive wherever these are open."""
+        """Set gates that open on this share of the rows, and magnitudes that are positive there."""
         set_active_share(self, latents, x, torch.zeros_like(self.b_enc), share)
         least = self.r_mag.exp() * self.b_enc
         self.b_mag[latents] = torch.maximum(self.b_mag, least)[latents]

@@ -232,7 +232,7 @@ class Routed(WithAuxK):
         return ExpertExchange(self.axis, route.experts, self.config.experts, counts)
 
     def _limit(self, replica_rows: int) -> int | None:
-        """Rows of a batch that an expert computes at most; None: all."""
+        """Most rows of a batch that an expert computes; None: no limit."""
         config = self.config
         if config.capacity is None:
             return None
@@ -303,7 +303,7 @@ class Routed(WithAuxK):
                 )
 
     def _met(self, arrived: Sequence[int], limit: int | None) -> Iterator[tuple[int, slice, slice]]:
-        """Each expert that computes rows, with these and its latents."""
+        """Yield each expert that has rows, the slice of its rows and the slice of its latents."""
         start = 0
         for expert, n in enumerate(arrived):
             stop = start + (n if limit is None else min(n, limit))
