@@ -48,6 +48,11 @@ def add(commands: shared.Commands) -> None:
     peers = actions.add_parser("peers", help="the same rows through other SAE libraries from PyPI")
     peers.add_argument("--steps", type=int, default=4, help="timed steps of one round")
     peers.add_argument("--rows", type=Path, help=".npy with activations; synthetic if left out")
+    peers.add_argument(
+        "--transcoder",
+        action="store_true",
+        help="transcoders, by the libraries that train them; rows are inputs, then targets",
+    )
     peers.add_argument("--folder", type=Path, help="folder that keeps the libraries' environments")
     peers.add_argument(
         "--fvu-rows", type=int, default=0, help="rows of the FVU comparison; 0: none"
@@ -240,6 +245,7 @@ def _peers(options: argparse.Namespace) -> Result:
         rows=options.rows,
         folder=options.folder,
         fvu_rows=options.fvu_rows,
+        transcoder=options.transcoder,
     )
     return {"peers": rows} if options.json else render_table(rows)
 

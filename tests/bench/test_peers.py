@@ -4,6 +4,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -50,10 +51,12 @@ def make_peers(folder: Path, monkeypatch: pytest.MonkeyPatch, *scripts: str) -> 
     return made
 
 
-def run_bench(*, rows: Path | None = None, rounds: int = 2, fvu_rows: int = 10) -> list[dict]:  # type: ignore[type-arg]
+def run_bench(
+    *, rows: Path | None = None, rounds: int = 2, fvu_rows: int = 10, transcoder: bool = False
+) -> list[dict]:  # type: ignore[type-arg]
     return peers.bench_peers(
         d_in=3, n_latents=8, k=2, batch=4, steps=2, rounds=rounds, threads=1, rows=rows,
-        folder=None, fvu_rows=fvu_rows,
+        folder=None, fvu_rows=fvu_rows, transcoder=transcoder,
     )  # fmt: skip
 
 
@@ -155,7 +158,10 @@ def test_common_scale_gives_mean_square_norm_d_in(tmp_path: Path) -> None:
     np.save(tmp_path / "rows.npy", np.array([[3, 4]] * 12, np.float32))
     # |x|^2 = 25, d_in = 2
     scale = protocol.common_scale(make_spec(rows=str(tmp_path / "rows.npy")))
-    assert scale == pytest.approx((2 / 25) ** 0.5)
+    assert scale.tolist() == pytest.approx([(2 / 25) ** 0.5] * 2)
+    np.save(tmp_path / "rows.npy", np.array([[3, 4, 0, 1]] * 12, np.float32))
+    scale = protocol.common_scale(make_spec(rows=str(tmp_path / "rows.npy"), transcoder=True))
+    assert scale.tolist() == pytest.approx([(2 / 25) ** 0.5] * 2 + [2**0.5] * 2)
 
 
 def test_fvu_is_in_raw_units_and_about_the_mean(tmp_path: Path) -> None:
@@ -167,18 +173,39 @@ def test_fvu_is_in_raw_units_and_about_the_mean(tmp_path: Path) -> None:
     assert protocol.heldout_fvu(make_spec(), lambda x: x) is None
 
 
+def test_fvu_of_a_transcoder_is_that_of_its_targets(tmp_path: Path) -> None:
+    rows = np.array([[9, 1, 1, 0], [9, 3, 3, 0], [9, 1, 1, 4], [9, 3, 3, 4]], np.float32)
+    np.save(tmp_path / "heldout.npy", rows)
+    spec = make_spec(heldout=str(tmp_path / "heldout.npy"), transcoder=True)
+    scale = torch.tensor([2.0, 2.0, 10.0, 10.0])
+    # y_hat has the first column right, made of the inputs (2 x 5 = 10), and misses the second by 2
+    fvu = protocol.heldout_fvu(
+        spec, lambda x: torch.stack([x[:, 1] * 5, torch.full((len(x),), 20.0)], 1), scale
+    )
+    assert fvu == pytest.approx(4 * 4 / (4 * 5))
+
+
+def test_transcoders_are_trained_with_matched_settings_by_peers_that_can(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = make_peers(tmp_path, monkeypatch, GOOD, GOOD)
+    monkeypatch.setattr(peers, "PEERS", (replace(made[0], transcoders=True), made[1]))
+    rows = run_bench(rounds=1, fvu_rows=0, transcoder=True)
+    assert [(row["name"], row["setting"]) for row in rows] == [("peer0", "matched_bf16")]
+
+
 def test_file_is_split_into_rows_to_train_on_and_held_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(activations, "HELDOUT_ROWS", 16)
     rows = np.random.default_rng(0).standard_normal((40, 3)).astype(np.float32)
     np.save(tmp_path / "rows.npy", rows)
-    activations.split_file(tmp_path / "rows.npy", tmp_path / "held.npy", n_rows=24, d_in=3)
+    activations.split_file(tmp_path / "rows.npy", tmp_path / "held.npy", n_rows=24, width=3)
     assert np.array_equal(np.load(tmp_path / "held.npy"), rows[24:])
     with pytest.raises(ConfigError, match="has 40 rows, and 25"):
-        activations.split_file(tmp_path / "rows.npy", tmp_path / "held.npy", n_rows=25, d_in=3)
+        activations.split_file(tmp_path / "rows.npy", tmp_path / "held.npy", n_rows=25, width=3)
     with pytest.raises(ConfigError, match=r"not floats of \[rows, 4\]"):
-        activations.split_file(tmp_path / "rows.npy", tmp_path / "held.npy", n_rows=8, d_in=4)
+        activations.split_file(tmp_path / "rows.npy", tmp_path / "held.npy", n_rows=8, width=4)
 
 
 def test_synthetic_rows_have_mean_square_norm_d_in_and_come_again(tmp_path: Path) -> None:
@@ -190,6 +217,18 @@ def test_synthetic_rows_have_mean_square_norm_d_in_and_come_again(tmp_path: Path
     rows, again = np.load(tmp_path / "rows1.npy"), np.load(tmp_path / "rows2.npy")
     assert np.array_equal(rows, again)
     assert (rows**2).sum(1).mean() == pytest.approx(32, rel=0.3)  # directions are not orthogonal
+
+
+def test_synthetic_targets_are_a_function_of_the_same_inputs(tmp_path: Path) -> None:
+    for name, transcoder in (("rows.npy", False), ("pairs.npy", True)):
+        activations.write_synthetic(
+            tmp_path / name, tmp_path / "held.npy", n_rows=1024, d_in=16, n_directions=64,
+            n_active=4, transcoder=transcoder,
+        )  # fmt: skip
+    rows, pairs = np.load(tmp_path / "rows.npy"), np.load(tmp_path / "pairs.npy")
+    assert np.array_equal(pairs[:, :16], rows)
+    # W_1 has rows of norm 2 and W_2 of norm sqrt 2 / 2, and relu keeps half: E|y|^2 is about d_in
+    assert (pairs[:, 16:] ** 2).sum(1).mean() == pytest.approx(16, rel=0.5)
 
 
 def test_complete_environment_is_used_again(

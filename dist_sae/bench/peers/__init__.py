@@ -20,7 +20,7 @@ from typing import Any
 from dist_sae.bench.peers import activations
 from dist_sae.bench.peers.environments import PEERS, Peer, PeerError, ensure_environment
 from dist_sae.bench.peers.processes import run_script
-from dist_sae.bench.peers.protocol import Spec, rows_per_second
+from dist_sae.bench.peers.protocol import MATCHED, Spec, rows_per_second
 from dist_sae.errors import ConfigError
 
 logger = logging.getLogger(__name__)
@@ -80,6 +80,7 @@ def bench_peers(
     rows: Path | None,
     folder: Path | None,
     fvu_rows: int,
+    transcoder: bool = False,
 ) -> list[dict[str, object]]:
     """Measure every peer in every setting; returns one row each, with an error if it failed.
 
@@ -87,8 +88,10 @@ def bench_peers(
         steps: Steps that are timed in each round, after a warm-up.
         rounds: Times that every peer is timed; 0 skips the timing.
         rows: A .npy file [rows, d_in] of float32 in random order; None makes synthetic ones.
+            For transcoders [rows, 2 d_in]: inputs, then targets.
         folder: Folder of the peers' environments.
         fvu_rows: Rows that every peer trains on before FVU is measured; 0 skips FVU.
+        transcoder: Train transcoders, with matched settings, by the peers that can.
 
     Raises:
         ConfigError: The rows cannot be used, or there are too few rows or steps.
@@ -99,7 +102,12 @@ def bench_peers(
     if fvu_rows and not fvu_steps:
         raise ConfigError(f"{fvu_rows} rows for FVU are less than one batch of {batch}")
     state_bytes = 4 * 4 * (2 * n_latents * d_in + n_latents + d_in)
-    entries = [Entry(peer, setting, state_bytes) for peer in PEERS for setting in peer.settings]
+    entries = [
+        Entry(peer, setting, state_bytes)
+        for peer in PEERS
+        for setting in peer.settings
+        if not transcoder or (peer.transcoders and setting.startswith(MATCHED))
+    ]
     with tempfile.TemporaryDirectory(prefix="dist-sae-bench-") as name:
         work = Path(name)
         heldout = work / "heldout.npy"
@@ -115,14 +123,15 @@ def bench_peers(
             setting="",
             threads=threads,
             seed=0,
+            transcoder=transcoder,
         )
         n_rows = max(timed.steps, fvu_steps) * batch
         if rows:
-            activations.split_file(rows, heldout, n_rows=n_rows, d_in=d_in)
+            activations.split_file(rows, heldout, n_rows=n_rows, width=(1 + transcoder) * d_in)
         else:
             activations.write_synthetic(
                 Path(timed.rows), heldout, n_rows=n_rows, d_in=d_in, n_directions=2 * n_latents,
-                n_active=k,
+                n_active=k, transcoder=transcoder,
             )  # fmt: skip
         pythons = _ensure_environments(entries, folder or DEFAULT_FOLDER)
         for number in range(rounds):

@@ -15,12 +15,20 @@ _NOISE = 0.05
 
 
 def write_synthetic(
-    train: Path, heldout: Path, *, n_rows: int, d_in: int, n_directions: int, n_active: int
+    train: Path,
+    heldout: Path,
+    *,
+    n_rows: int,
+    d_in: int,
+    n_directions: int,
+    n_active: int,
+    transcoder: bool = False,
 ) -> None:
     """Write two files of rows that superpose the same sparse directions with Zipf frequencies.
 
     x = c (sum_i a_i v_i + mean + noise): the v_i are unit vectors, drawn by rank with probability
-    ~ 1 / (rank + n_active), the a_i exponential; E|x|^2 is about d_in.
+    ~ 1 / (rank + n_active), the a_i exponential; E|x|^2 is about d_in. For a transcoder each row is
+    followed by its targets y = W_2 relu(W_1 x), of random weights and 4 d_in hidden units.
     """
     random = np.random.default_rng(0)
     directions = random.standard_normal((n_directions, d_in), dtype=np.float32)
@@ -32,6 +40,10 @@ def write_synthetic(
         d_in / (3 * n_active)
     ) ** 0.5  # E|sum|^2 is n_active E a^2 = 2 n_active, the mean's n_active
 
+    mlp = np.random.default_rng(1)
+    w_1 = mlp.standard_normal((d_in, 4 * d_in), dtype=np.float32) / d_in**0.5
+    w_2 = mlp.standard_normal((4 * d_in, d_in), dtype=np.float32) / (2 * d_in) ** 0.5
+
     def chunks(total: int) -> Iterator[NDArray[np.float32]]:
         for first in range(0, total, _CHUNK_ROWS):
             rows = min(_CHUNK_ROWS, total - first)
@@ -39,10 +51,13 @@ def write_synthetic(
             acts = random.standard_exponential((rows, n_active), dtype=np.float32)
             x = np.einsum("rk,rkd->rd", acts, directions[np.minimum(drawn, n_directions - 1)])
             noise = random.standard_normal((rows, d_in), dtype=np.float32)
-            yield scale * (x + mean + _NOISE * noise)
+            x = scale * (x + mean + _NOISE * noise)
+            yield np.hstack([x, np.maximum(x @ w_1, 0) @ w_2]) if transcoder else x
 
     for path, total in ((train, n_rows), (heldout, HELDOUT_ROWS)):
-        written = np.lib.format.open_memmap(path, "w+", np.float32, (total, d_in))
+        written = np.lib.format.open_memmap(
+            path, "w+", np.float32, (total, (1 + transcoder) * d_in)
+        )
         first = 0
         for chunk in chunks(total):
             written[first : first + len(chunk)] = chunk
@@ -50,19 +65,19 @@ def write_synthetic(
         written.flush()
 
 
-def split_file(path: Path, heldout: Path, *, n_rows: int, d_in: int) -> None:
+def split_file(path: Path, heldout: Path, *, n_rows: int, width: int) -> None:
     """Copy the file's last rows to `heldout`; training takes the first `n_rows`, in their order.
 
     Raises:
-        ConfigError: The file is no [rows, d_in] array of floats, or has too few rows.
+        ConfigError: The file is no [rows, width] array of floats, or has too few rows.
     """
     try:
         rows = np.load(path, mmap_mode="r")
     except (OSError, ValueError) as error:
         raise ConfigError(f"{path}: not a .npy file that can be read ({error})") from error
-    if rows.ndim != 2 or rows.shape[1] != d_in or rows.dtype.kind != "f":  # noqa: PLR2004
+    if rows.ndim != 2 or rows.shape[1] != width or rows.dtype.kind != "f":  # noqa: PLR2004
         raise ConfigError(
-            f"{path}: holds {rows.dtype} of shape {list(rows.shape)}, not floats of [rows, {d_in}]"
+            f"{path}: holds {rows.dtype} of shape {list(rows.shape)}, not floats of [rows, {width}]"
         )
     if len(rows) < n_rows + HELDOUT_ROWS:
         raise ConfigError(

@@ -23,6 +23,7 @@ class Peer:
         version: Release; None is this copy of dist_sae.
         script: Runner, beside this file.
         settings: Settings to run it in.
+        transcoders: Whether it trains transcoders too.
         removed: Requirements to uninstall after the installation.
     """
 
@@ -30,13 +31,14 @@ class Peer:
     version: str | None
     script: str
     settings: tuple[str, ...] = SETTINGS
+    transcoders: bool = False
     removed: tuple[str, ...] = ()
 
 
 PEERS = (
-    Peer("dist-sae", None, "run_dist_sae.py", ("matched", "matched_bf16")),
+    Peer("dist-sae", None, "run_dist_sae.py", ("matched", "matched_bf16"), transcoders=True),
     Peer("sae-lens", "6.54.12", "run_sae_lens.py"),
-    Peer("eai-sparsify", "1.3.3", "run_sparsify.py"),
+    Peer("eai-sparsify", "1.3.3", "run_sparsify.py", transcoders=True),
     Peer(
         "dictionary-learning",
         "0.1.0",

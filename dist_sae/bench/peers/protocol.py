@@ -37,6 +37,7 @@ class Spec:
     """Settings of one run of a peer, passed as JSON."""
 
     rows: str
+    """File of rows [n, d_in]; of a transcoder inputs and targets side by side, [n, 2 d_in]."""
     heldout: str | None
     d_in: int
     n_latents: int
@@ -47,6 +48,7 @@ class Spec:
     setting: str
     threads: int
     seed: int
+    transcoder: bool = False
 
     @property
     def matched(self) -> bool:
@@ -56,6 +58,10 @@ class Spec:
     def bf16(self) -> bool:
         return self.setting.endswith(BF16)
 
+    def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Inputs and targets of rows; those of an autoencoder are the same."""
+        return rows[:, : self.d_in], rows[:, -self.d_in :]
+
 
 class Batches(Iterator[Tensor]):
     """The first `spec.steps` batches of rows; stamps the clock whenever one is requested.
@@ -63,10 +69,10 @@ class Batches(Iterator[Tensor]):
     The trainer pulls batches, so the time between two stamps is one whole step.
 
     Args:
-        scale: Factor on the rows.
+        scale: Factor on the rows, or on each of their columns.
     """
 
-    def __init__(self, spec: Spec, scale: float = 1.0) -> None:
+    def __init__(self, spec: Spec, scale: Tensor | float = 1.0) -> None:
         self._spec = spec
         self._scale = scale
         self._stamps: list[float] = []
@@ -112,40 +118,44 @@ def read_rows(spec: Spec, first: int, n_rows: int) -> Tensor:
     return torch.from_numpy(np.array(mapped[first : first + n_rows], dtype=np.float32))
 
 
-def common_scale(spec: Spec) -> float:
-    """Factor that scales the rows to E|x|^2 = d_in."""
+def common_scale(spec: Spec) -> Tensor:
+    """Factors on the columns that scale the rows, or inputs and targets, to E|x|^2 = d_in."""
     rows = read_rows(spec, 0, min(_SCALE_ROWS, spec.steps * spec.batch))
-    return float((spec.d_in / rows.square().sum(1, dtype=torch.float64).mean()).sqrt())
+    squares = rows.square().mean(0, dtype=torch.float64).view(-1, spec.d_in).sum(1, keepdim=True)
+    return (spec.d_in / squares).sqrt().float().expand(-1, spec.d_in).flatten()
 
 
 @torch.no_grad()
 def heldout_fvu(
-    spec: Spec, reconstruct: Callable[[Tensor], Tensor], scale: float = 1.0
+    spec: Spec, reconstruct: Callable[[Tensor], Tensor], scale: Tensor | float = 1.0
 ) -> float | None:
-    """Sum |x - x_hat|^2 / sum |x - mean|^2 over the held-out rows, in their own units.
+    """Sum |y - y_hat|^2 / sum |y - mean|^2 over the held-out targets, in their own units.
 
     Args:
         spec: The run; returns None if it has no held-out rows.
-        reconstruct: Maps rows in the trainer's units to x_hat in the same.
-        scale: Factor from the rows' own units to the trainer's.
+        reconstruct: Maps inputs in the trainer's units to targets in the same.
+        scale: Factor from the rows' own units to the trainer's, or one for each column.
     """
     if spec.heldout is None:
         return None
     heldout = np.load(spec.heldout, mmap_mode="r")
-    mean = torch.from_numpy(np.asarray(heldout.mean(0, dtype=np.float64)))
+    factors = torch.as_tensor(scale).expand(heldout.shape[1])
+    mean = torch.from_numpy(np.asarray(heldout[:, -spec.d_in :].mean(0, dtype=np.float64)))
     error = spread = 0.0
     for first in range(0, len(heldout), _FVU_CHUNK_ROWS):
         x = torch.from_numpy(np.array(heldout[first : first + _FVU_CHUNK_ROWS], np.float32))
-        x_hat = reconstruct(x * scale).float() / scale
-        error += float((x.double() - x_hat.double()).square().sum())
-        spread += float((x.double() - mean).square().sum())
+        inputs, _ = spec.split(x * factors)
+        y_hat = reconstruct(inputs).float() / factors[-spec.d_in :]
+        y = spec.split(x)[1].double()
+        error += float((y - y_hat.double()).square().sum())
+        spread += float((y - mean).square().sum())
     return error / spread
 
 
 def measure(version: str, train: Callable[[Spec, Batches], Trained]) -> int:
     """Train a peer by the spec and print the result as one JSON line, the last of stdout.
 
-    Rows are scaled to E|x|^2 = d_in if settings are matched.
+    If settings are matched, rows are scaled to E|x|^2 = d_in, and so are targets.
 
     Args:
         train: Trains it on the batches.

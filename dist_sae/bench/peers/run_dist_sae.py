@@ -20,19 +20,20 @@ def train(mesh: Mesh, spec: Spec, batches: Batches) -> Trained:
         spec.k,
         spec.batch,
         products="bf16" if spec.bf16 else "fp32",
+        kind="transcoder" if spec.transcoder else "topk",
+        writes=1 if spec.transcoder else 0,
         lr=spec.lr,
         seed=spec.seed,
     )
     step = TrainingStep(shape, mesh)
-    first = batches.read(0)
-    step.initialise(Rows(first, first))
+    step.initialise(Rows(*spec.split(batches.read(0))))
     n_batches = -(-spec.n_latents // spec.batch)
     from_data = n_batches <= spec.steps  # in short speed runs the directions do not matter
     if from_data:
         some = map(batches.read, range(n_batches))
-        initialise_from_data(step.sae, (Rows(x, x) for x in some))
-    for x in batches:
-        step(Rows(x, x))
+        initialise_from_data(step.sae, (Rows(*spec.split(rows)) for rows in some))
+    for rows in batches:
+        step(Rows(*spec.split(rows)))
     notes = ["initial directions from the data, as dist_sae is shipped"] if from_data else []
     if spec.bf16:
         notes.append("this is how dist_sae is shipped")

@@ -1,7 +1,7 @@
 """Runner for eai-sparsify: its `Trainer`, on a stand-in for the language model that gives the rows.
 
 The trainer takes activations from a hook on a module of a model. Here the model has one module,
-and what comes out of it is the next batch; row numbers stand for tokens.
+and what goes in and comes out of it is the next batch; row numbers stand for tokens.
 """
 
 import os
@@ -34,15 +34,22 @@ _BF16_NOTES = [
 ]
 
 
+class Site(nn.Module):
+    """Module with given inputs and outputs."""
+
+    def forward(self, _inputs: Tensor, outputs: Tensor) -> Tensor:
+        return outputs
+
+
 class Rows(nn.Module):
     """Stand-in for the language model."""
 
     def __init__(self, spec: protocol.Spec, batches: protocol.Batches) -> None:
         super().__init__()
-        self.site = nn.Identity()
+        self.site = Site()
         self.device = torch.device("cpu")
         self.dummy_inputs = {"input_ids": torch.zeros(1, 0, dtype=torch.long)}
-        self._d_in = spec.d_in
+        self._spec = spec
         self._batches = batches
 
     @property
@@ -50,11 +57,10 @@ class Rows(nn.Module):
         return self
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        if not input_ids.numel():  # the trainer asks for the site's width
-            x: Tensor = self.site(torch.zeros(1, 0, self._d_in))
-        else:
-            x = self.site(next(self._batches)[None])
-        return x
+        asked = bool(input_ids.numel())  # without row numbers the trainer wants the site's width
+        rows = next(self._batches) if asked else torch.zeros(0, self._spec.d_in)
+        outputs: Tensor = self.site(*(part[None] for part in self._spec.split(rows)))
+        return outputs
 
 
 class RowNumbers(Dataset[dict[str, Tensor]]):
@@ -102,7 +108,7 @@ def train(spec: protocol.Spec, batches: protocol.Batches) -> protocol.Trained:
 
 def _build(spec: protocol.Spec, batches: protocol.Batches, folder: str) -> Any:
     settings: dict[str, Any] = {
-        "sae": SparseCoderConfig(num_latents=spec.n_latents, k=spec.k),
+        "sae": SparseCoderConfig(num_latents=spec.n_latents, k=spec.k, transcode=spec.transcoder),
         "batch_size": 1,  # sequences; one holds a batch of rows
         "hookpoints": ["site"],
         "init_seeds": [spec.seed],
