@@ -40,4 +40,5 @@ $bin/ruff format --check .
 $bin/ruff check .
 $bin/mypy
 $bin/lint-imports
+unset PYTHONDONTWRITEBYTECODE # else each worker and each program compiles all modules anew
 OMP_NUM_THREADS=1 exec $bin/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder "$@"

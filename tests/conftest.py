@@ -8,11 +8,13 @@ import signal
 import uuid
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import pytest
 import torch
 
+from tests.preloaded import preloaded_programs
 from tests.servers import OWNER, SERVERS, Server
 
 # Without a GPU the Triton kernels run in Triton's interpreter. Triton reads this when a kernel is
@@ -65,6 +67,13 @@ class Bucket(NamedTuple):
     endpoint_url: str
     name: str
     client: Any
+
+
+@pytest.fixture(scope="session")
+def preloaded(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, Path]]:
+    """Programs that start from preloaded modules: `python -m dist_sae`, and `dist-sae`."""
+    with preloaded_programs(tmp_path_factory.mktemp("preloaded")) as programs:
+        yield programs
 
 
 @pytest.fixture(scope="session")

@@ -9,6 +9,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,16 +31,23 @@ from tests.runs import write_run
 
 pytestmark = pytest.mark.system
 
-BOTH = {"producers": 2, "trainers": 2, "threads": 1}
+TRAINERS = {"trainers": 2, "threads": 1}
+BOTH = {"producers": 2, **TRAINERS}
+Start = Callable[[Path], "subprocess.Popen[str]"]
 LATER = CLAIMS.key(8)
 """Claim of a unit in the second window of a stream: in another's hand, so that a run cannot end."""
 
 
-def start(path: Path, cwd: Path | None = None, **env: str) -> "subprocess.Popen[str]":
-    command = [sys.executable, "-m", "dist_sae", "run", str(path), "--json"]
+@pytest.fixture
+def start(preloaded: dict[str, Path]) -> Start:
+    """Starts `dist-sae run`; its children are started from preloaded modules, too."""
+    return lambda path: _start(path, preloaded["dist-sae"])
+
+
+def _start(path: Path, *program: str | Path) -> "subprocess.Popen[str]":
     pipe = subprocess.PIPE
     return subprocess.Popen(
-        command, stdout=pipe, stderr=pipe, text=True, cwd=cwd, env=os.environ | env
+        [*program, "run", str(path), "--json"], stdout=pipe, stderr=pipe, text=True
     )
 
 
@@ -49,7 +57,7 @@ def children(pid: int) -> list[int]:
 
 
 def test_one_command_goes_from_nothing_to_a_report_and_continues_after_ctrl_c(
-    tmp_path: Path,
+    tmp_path: Path, start: Start
 ) -> None:
     path = write_run(
         tmp_path,
@@ -96,7 +104,9 @@ def test_one_command_goes_from_nothing_to_a_report_and_continues_after_ctrl_c(
     assert err == "evaluate ...\nexport ...\nreport ...\n"
 
 
-def test_each_job_of_a_sweep_is_measured_and_one_that_diverges_is_named(tmp_path: Path) -> None:
+def test_each_job_of_a_sweep_is_measured_and_one_that_diverges_is_named(
+    tmp_path: Path, start: Start
+) -> None:
     jobs: dict[str, Any] = {
         "good": {},
         "wild": {"train.lr": 1e37, "train.clip_norm": None},
@@ -153,11 +163,17 @@ def test_the_whole_run_works_over_s3_without_an_index_and_torchs_compiler(
         "retention": "delete_consumed",
     }
     train = {"rows": 4800, "max_passes": 1}
-    path = write_run(tmp_path, store=store, processes=BOTH, train=train, index={"workers": 0})
-    process = start(path, cwd=tmp_path, PYTHONPATH=f"{tmp_path}:{Path(__file__).parents[2]}")
-    out, err = process.communicate(timeout=HANG_SECONDS)
-    assert process.returncode == 0, err
-    result = json.loads(out.splitlines()[-1])
+    path = write_run(tmp_path, store=store, processes=TRAINERS, train=train, index={"workers": 0})
+    done = subprocess.run(
+        [sys.executable, "-m", "dist_sae", "run", str(path), "--json"],
+        env=os.environ | {"PYTHONPATH": f"{tmp_path}:{Path(__file__).parents[2]}"},
+        cwd=tmp_path,  # its logs are put there
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    result = json.loads(done.stdout.splitlines()[-1])
     assert result["fvu"] < result["pca_fvu"]
     assert result["report"].startswith(url)
     keys = set(open_store(url, S3Config(**store["s3"])).keys())
@@ -169,9 +185,7 @@ def test_the_whole_run_works_over_s3_without_an_index_and_torchs_compiler(
     assert len(shards) == 1  # the held-out one
     assert "activations/consumers/world.json" in keys
     # a trainer that was killed when all was done starts again, and needs no unit
-    again = [sys.executable, "-m", "dist_sae", "train", str(path), "--set", "processes.trainers=1"]
-    done = subprocess.run(again, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
+    run("train", str(path), "--set", "processes.trainers=1")
 
 
 @pytest.mark.parametrize(
@@ -182,7 +196,7 @@ def test_the_whole_run_works_over_s3_without_an_index_and_torchs_compiler(
     ],
 )
 def test_a_failing_process_ends_the_run_with_its_own_error(
-    tmp_path: Path, settings: dict[str, Any], who: str, what: str
+    tmp_path: Path, start: Start, settings: dict[str, Any], who: str, what: str
 ) -> None:
     process = start(write_run(tmp_path, processes=BOTH, train=settings))
     _, err = process.communicate(timeout=HANG_SECONDS)
@@ -282,7 +296,7 @@ def test_children_are_heard_when_nothing_can_be_shown(tmp_path: Path) -> None:
 def test_children_stop_when_the_parent_is_killed(tmp_path: Path) -> None:
     path = write_run(tmp_path, processes={"threads": 1}, train={"rows": 16_000, "max_passes": 3})
     open_store(str(tmp_path / "activations")).put(LATER, b"{}")
-    process = start(path)
+    process = _start(path, sys.executable, "-m", "dist_sae")
     assert process.stderr is not None
     for line in process.stderr:
         if line.startswith("train ") and "fvu" in line:  # after a step

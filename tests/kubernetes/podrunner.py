@@ -22,6 +22,7 @@ from tests.kubernetes.controllers import Condition, Job, JobSet
 from tests.kubernetes.kubelet import ENDED, Node, Pod
 from tests.kubernetes.manifests import Object
 from tests.kubernetes.sandbox import Network, read_image
+from tests.preloaded import preloaded_programs
 
 
 class Cluster:
@@ -45,6 +46,7 @@ class Cluster:
         self._node = Node(
             folder, read_image(folder / "image"), self.network, self._config, time_scale
         )
+        self._programs = ExitStack()
         self._changed = threading.Condition()
         self._failure: BaseException | None = None
         self._over = False
@@ -67,8 +69,13 @@ class Cluster:
         self._controllers.join()
         with ExitStack() as each:  # the last one is called first, and all are
             each.callback(self.network.close)
+            each.callback(self._programs.close)
             for pod in self.pods:
                 each.callback(pod.close)
+
+    def preload(self) -> None:
+        """From now on containers run `dist-sae` from preloaded modules."""
+        self._programs.enter_context(preloaded_programs(self._node.image.programs))
 
     def apply(self, objects: Iterable[Object]) -> None:
         """Create objects."""

@@ -46,6 +46,8 @@ class Image(NamedTuple):
     workdir: str
     env: dict[str, str]
     mounts: list[Mount]
+    programs: Path
+    """Folder of this machine with its own programs."""
 
 
 class User(NamedTuple):
@@ -80,6 +82,7 @@ def read_image(folder: Path) -> Image:
         said["WORKDIR"],
         env,
         [*mounts, Mount(folder, programs, read_only=True)],
+        folder,
     )
 
 

@@ -1,7 +1,8 @@
 """Rendered runs on a cluster; pods are started from their manifests alone.
 
 The world is small, the programs, the S3 server and the signals are real. A calm run is what every
-disturbed one is compared with. A run that is to be disturbed cannot end before: units are withheld.
+disturbed one is compared with; in the others programs start from preloaded modules. A run that is
+to be disturbed cannot end before: units are withheld.
 """
 
 import json
@@ -38,22 +39,22 @@ SMALL = (
     "model.n_features=64",
     "sae.n_latents=64",
     "sae.auxk=16",
-    "corpus.documents=1_000",
-    "activations.unit_rows=2048",
-    "activations.block_rows=256",
+    "corpus.documents=500",
+    "activations.unit_rows=1024",
+    "activations.block_rows=128",
     "activations.window_units=2",
-    "train.rows=51_200",
+    "train.rows=25_600",
     "train.batch_rows=256",
-    "train.normaliser_rows=10_000",
+    "train.normaliser_rows=5_000",
     "train.products=fp32",
     "cluster.env.CXX=none",  # else native kernels are compiled anew in every pod
     "train.log_every_steps=1",
-    "train.save_every_steps=20",
+    "train.save_every_steps=10",
     "timeouts.lost_seconds=10",
 )
 WEIGHTS = ("W_enc", "W_dec", "b_enc", "b_dec")
 UNIT_OF_WINDOW_2, UNIT_OF_WINDOW_3 = 8, 16
-"""Of the first of four streams: a batch takes rows of each, so without them 66 or 133 of 200 steps
+"""Of the first of four streams: a batch takes rows of each, so without them 33 or 66 of 100 steps
 can be done."""
 COMPLETE = Condition("Complete", "CompletionsReached")
 COMPLETED = Condition("Completed", "AllJobsCompleted")
@@ -164,6 +165,7 @@ def calm(runs: Runs) -> Calm:
     runs.cluster.wait(lambda: jobset.condition)
     assert jobset.condition == COMPLETED, runs.cluster.story()
     runs.cluster.delete(run.name)
+    runs.cluster.preload()
     return Calm(run, jobset, runs.outcome(run))
 
 

@@ -1,0 +1,41 @@
+"""The program of `preloaded.py`: asks the server beside it for a fork, and stands in for it."""
+
+import array
+import json
+import os
+import signal
+import socket
+import sys
+
+folder = os.path.dirname(os.path.abspath(sys.argv[0]))
+arguments = sys.argv[1:]
+if os.path.basename(sys.argv[0]) == "python":
+    if arguments[:2] != ["-m", "dist_sae"]:
+        os.execv(sys.executable, [sys.executable, *arguments])
+    arguments = arguments[2:]
+umask = os.umask(0)
+os.umask(umask)
+asked = {
+    "arguments": arguments,
+    "env": dict(os.environ),
+    "cwd": os.getcwd(),
+    "umask": umask,
+    "python": os.path.join(folder, "python"),
+}
+signals = (signal.SIGINT, signal.SIGTERM)
+signal.pthread_sigmask(signal.SIG_BLOCK, signals)
+with socket.socket(socket.AF_UNIX, socket.SOCK_SEQPACKET) as server:
+    server.connect(os.path.join(folder, "preloaded.sock"))
+    files = array.array("i", [0, 1, 2])
+    server.sendmsg([json.dumps(asked).encode()], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, files)])
+    null = os.open(os.devnull, os.O_RDWR)
+    for number in files:  # they are closed when the fork closes them
+        os.dup2(null, number)
+    for number in signals:
+        signal.signal(number, lambda which, _: server.send(str(int(which)).encode()))
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, signals)
+    code = int(server.recv(64) or -9)
+if code < 0:
+    signal.signal(-code, signal.SIG_DFL) if -code != signal.SIGKILL else None
+    os.kill(os.getpid(), -code)
+os._exit(code)
