@@ -1,0 +1,209 @@
+"""Intervals of dark matter over 200 samples of rows from planted worlds, whose truth is known."""
+
+from typing import NamedTuple
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dist_sae.analysis.dark_matter import left_over, unique_share
+from dist_sae.analysis.error_parts import Judge, Moments
+from dist_sae.analysis.pursuit import most_latents, pursue
+from dist_sae.analysis.tail import Floats, Span, fit_law, floor
+from dist_sae.config.sae import TopKConfig
+from dist_sae.dictionaries.base import Dictionary
+from dist_sae.index.decoder import directions
+from tests.analysis.circles import codes_of
+from tests.dictionaries.worlds import World, train
+
+REPLICATES, COVERED = 200, 0.92
+DOCUMENT_ROWS = 8
+SECOND = 1 + 0.25**2  # moment of the intensity
+
+
+class Known(NamedTuple):
+    """A dictionary of a world, and what is true of it."""
+
+    W_dec: Tensor
+    offset: Tensor
+    energies: Floats
+    """Of the latents: parts of the variance that their activations have."""
+    tail: float
+    """Share of the variance that no latent describes, see `trained`."""
+
+
+def variances(world: World) -> Floats:
+    """Of the features, without the world's scale."""
+    p = world.p.numpy()
+    return np.asarray(p * SECOND - p**2)
+
+
+def ideal(world: World, n: int) -> Known:
+    """The dictionary of the n most frequent features."""
+    known = variances(world)
+    tail = float(known[n:].sum() / known.sum())
+    return Known(world.directions[:n], torch.zeros(world.d_in), known[:n], tail)
+
+
+def trained(world: World, n: int, k: int, steps: int) -> Known:
+    """A TopK dictionary.
+
+    The nearest latent describes cosine^2 of a feature, if it is nearer than chance puts one
+    (`pursuit`). If a feature is taken to be missing unless a latent is at a cosine above .9, the
+    tail is .264 and .149 in the small world, and its intervals hold it in 78 and 88 % of 60
+    samples: latents that are mixed describe features in part.
+    """
+    config = TopKConfig(n_latents=n, k=k, auxk=n // 8, dead_after_rows=100_000)
+    sae = train(world, config, steps=steps, batch=1024, lr=3e-3).sae
+    W_dec = sae.W_dec.detach()
+    cosines = (directions(W_dec) @ world.directions.T).max(0).values.numpy()
+    known = variances(world)
+    by_chance = np.sqrt(2 * np.log(n) / world.d_in)
+    lacking = np.where(cosines > by_chance, 1 - cosines**2, 1.0)
+    tail = float((known * lacking).sum() / known.sum())
+    return Known(W_dec, sae.b_dec.detach(), _energies(sae, world), tail)
+
+
+def _energies(sae: Dictionary, world: World, rows: int = 20_000) -> Floats:
+    codes, n = codes_of(sae, world, rows), len(sae.W_dec)
+    mean = np.bincount(codes.latents, codes.acts, n) / rows
+    square = np.bincount(codes.latents, codes.acts**2, n) / rows
+    return np.asarray((square - mean**2) * sae.W_dec.detach().norm(dim=1).numpy() ** 2)
+
+
+def measure(known: Known, x: Tensor, total: Tensor, l0: float) -> tuple[Span, Span]:
+    """Tail and unique energy on some rows, as the analysis has them."""
+    energies, alive = known.energies, known.energies > 0
+    half = np.zeros_like(alive)
+    half[np.argsort(-energies, kind="stable")[: int(alive.sum()) // 2]] = True
+    left, by_half = (
+        pursue(
+            x - known.offset, lambda: [known.W_dec], torch.from_numpy(usable), most_latents(l0)
+        ).squares.double()
+        for usable in (alive, half)
+    )
+    rarer = 1 - float(energies[half].sum() / energies.sum())
+    share, half_share = (each.sum(1) / total.sum() for each in (left, by_half))
+    documents = torch.arange(len(x)) // DOCUMENT_ROWS
+    return left_over(left, total, documents), unique_share(share, half_share, rarer)
+
+
+def coverages(
+    world: World, narrow: Known, wide: Known, rows: int, replicates: int
+) -> dict[str, float]:
+    """Shares of samples whose intervals hold the truth."""
+    mean = world.p.float() @ world.directions * world.scale
+    n, wider = (int((each.energies > 0).sum()) for each in (narrow, wide))
+    hits: dict[str, list[bool]] = {"tail": [], "floor": [], "held out": []}
+    l0 = float(world.p.sum())
+    for number in range(replicates):
+        x = world.batch(3_000_000 + number, rows)
+        total = (x - mean).double().square().sum(1)
+        tail, unique = measure(narrow, x, total, l0)
+        energies = narrow.energies[narrow.energies > 0]
+        law = fit_law(energies / energies.sum() * (1 - tail.value))
+        predicted = floor(tail, unique, law, n, wider)
+        held_out, _ = measure(wide, x, total, l0)
+        hits["tail"] += [tail.low <= narrow.tail <= tail.high]
+        hits["tail"] += [held_out.low <= wide.tail <= held_out.high]
+        hits["floor"].append(predicted.low <= wide.tail <= predicted.high)
+        hits["held out"].append(predicted.low <= held_out.value <= predicted.high)
+        assert predicted.high < tail.high  # it says more than that the tail does not grow
+    return {name: float(np.mean(found)) for name, found in hits.items()}
+
+
+@pytest.mark.system
+@pytest.mark.parametrize("zipf", [0.7, 1.0, 1.3])
+def test_intervals_of_tail_and_floor_hold_the_truth(
+    request: pytest.FixtureRequest, zipf: float
+) -> None:
+    """Ideal dictionaries of 64 and 128 features of 256; 94 % at least when written."""
+    if zipf != 1.0 and not request.config.getoption("--long"):
+        pytest.skip("solves for half a minute: with --long")
+    world = World(d_in=64, n_features=256, l0=3, zipf=zipf)
+    found = coverages(world, ideal(world, 64), ideal(world, 128), 200, REPLICATES)
+    assert min(found.values()) >= COVERED, found
+
+
+@pytest.mark.system
+@pytest.mark.parametrize(
+    ("d", "features", "n", "k", "steps", "rows"),
+    [(64, 256, 80, 3, 3000, 200), (128, 2048, 256, 6, 3000, 400)],
+)
+def test_intervals_hold_the_truth_of_trained_dictionaries(
+    request: pytest.FixtureRequest,
+    d: int,
+    features: int,
+    n: int,
+    k: int,
+    steps: int,
+    rows: int,
+) -> None:
+    if not request.config.getoption("--long"):
+        pytest.skip("trains and solves for half a minute: with --long")
+    world = World(d_in=d, n_features=features, l0=k, zipf=1.0)
+    narrow, wide = (trained(world, each, k, steps) for each in (n, 2 * n))
+    found = coverages(world, narrow, wide, rows, REPLICATES)
+    assert min(found.values()) >= COVERED, (found, narrow.tail, wide.tail)
+
+
+class PartsWorld:
+    """x = features + a dense part; x_hat has the frequent features and a noise of its own.
+
+    So e = x_hat - x has three parts, all of known covariance: the tail (rare features), the dense
+    part, and noise that knows nothing of x. The parts that a linear map of x predicts follow from
+    the covariances.
+    """
+
+    d, frequent = 16, 32
+
+    def __init__(self) -> None:
+        self.world = World(self.d, 128, l0=3, zipf=1.0)
+        draw = torch.Generator().manual_seed(1)
+        self.dense = torch.linalg.qr(torch.randn(self.d, 3, generator=draw))[0].T * 0.5
+        self.noise = 0.15
+        D, p = self.world.directions.double(), self.world.p
+        known = torch.from_numpy(variances(self.world))
+        tail = D[self.frequent :].T @ (known[self.frequent :, None] * D[self.frequent :])
+        missing = tail + self.dense.double().T @ self.dense.double()
+        inputs = missing + D[: self.frequent].T @ (
+            known[: self.frequent, None] * D[: self.frequent]
+        )
+        error = missing + self.noise**2 * torch.eye(self.d)
+        linear = missing @ torch.linalg.solve(inputs, missing)
+        self.mean = p @ D
+        self._tail_mean = p[self.frequent :] @ D[self.frequent :]
+        self.truth = {
+            "fvu": float(error.trace() / inputs.trace()),
+            "error_r2": float(linear.trace() / error.trace()),
+            "fvu_nonlinear": float((error - linear).trace() / inputs.trace()),
+        }
+
+    def rows(self, number: int, n: int) -> tuple[Tensor, Tensor]:
+        """Inputs and errors."""
+        draw = torch.Generator().manual_seed(number)
+        on = torch.rand(n, len(self.world.p), generator=draw) < self.world.p
+        acts = on * (1 + 0.25 * torch.randn(on.shape, generator=draw)).clamp_min(0.1)
+        dense = torch.randn(n, len(self.dense), generator=draw) @ self.dense
+        rare = acts[:, self.frequent :] @ self.world.directions[self.frequent :]
+        x = acts[:, : self.frequent] @ self.world.directions[: self.frequent] + rare + dense
+        noise = self.noise * torch.randn(n, self.d, generator=draw)
+        return x, noise - dense - rare + self._tail_mean.float()
+
+
+@pytest.mark.system
+def test_intervals_of_the_linear_and_the_nonlinear_part_hold_the_truth() -> None:
+    """93 and 95 % when written; 77 and 72 % if what a fitted map leaves is taken for the best's."""
+    world = PartsWorld()
+    hits: dict[str, list[bool]] = {name: [] for name in world.truth}
+    for number in range(REPLICATES):
+        moments = Moments(world.mean, world.d)
+        moments.add(*world.rows(2 * number, 50 * world.d))
+        judge = Judge(moments.fit(), world.mean)
+        x, error = world.rows(2 * number + 1, 800)
+        judge.add(x, x, error)
+        found = judge.result(torch.arange(len(x)) // DOCUMENT_ROWS).intervals
+        for name, truth in world.truth.items():
+            hits[name].append(found[name][0] <= truth <= found[name][1])
+    assert min(np.mean(found) for found in hits.values()) >= COVERED
