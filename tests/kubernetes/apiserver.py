@@ -24,14 +24,8 @@ from urllib.parse import parse_qsl, unquote, urlsplit
 
 import yaml
 
-from tests.kubernetes import schemas
-from tests.kubernetes.apply import (
-    RefusedError,
-    check_immutable,
-    find_conflict,
-    merge,
-    with_defaults,
-)
+from tests.kubernetes import apply, schemas
+from tests.kubernetes.apply import NotFoundError, RefusedError
 from tests.kubernetes.containers import names_of, scheduled, state_of
 
 Object = dict[str, Any]
@@ -82,7 +76,7 @@ class ApiServer:
         self._events: list[tuple[int, str, Key, Object]] = []
         self._versions = itertools.count(1)
         self._ids = itertools.count()
-        self._http = _Http(("127.0.0.1", 0), _handler(self))
+        self._http = _Http(self)
         self._thread = threading.Thread(target=self._http.serve_forever, args=(0.01,))
 
     def __enter__(self) -> Self:
@@ -134,12 +128,13 @@ class ApiServer:
             self._store(key, {**self.objects[key], **fields}, "MODIFIED")
 
     def run_pod(self, name: str) -> None:
-        self.set("Pod", name, status=_pod_status("Running", ready=True))
+        ready = [{"type": "Ready", "status": "True"}]
+        self.set("Pod", name, status={"phase": "Running", "conditions": ready})
 
     def fail_pod(self, name: str, **status: Any) -> str:
         """End a pod with a failure; returns the name of the pod that its Job creates instead."""
         with self.changed:
-            self.set("Pod", name, status=_pod_status("Failed") | status)
+            self.set("Pod", name, status={"phase": "Failed"} | status)
             metadata = self.objects["pods", name]["metadata"]
             job = self.objects["jobs", metadata["ownerReferences"][0]["name"]]
             return self._make_pod(job, metadata["labels"][_INDEX])
@@ -163,7 +158,7 @@ class ApiServer:
         with self.changed:
             key = (_plural(kind), name)
             self._applied[key, manager] = change
-            self._store(key, merge(self.objects[key], {}, change), "MODIFIED")
+            self._store(key, apply.merge(self.objects[key], {}, change), "MODIFIED")
 
     def await_(self, condition: Callable[[], bool]) -> None:
         """Wait until a condition on the objects holds."""
@@ -235,8 +230,7 @@ class ApiServer:
                     f'group "{group}" {where}',
                 )
         if method == "PATCH" and (name := path["namespace"]) not in self.namespaces:
-            said = f'namespaces "{name}" not found'
-            raise RefusedError(404, "NotFound", said, kind="namespaces", name=name)
+            raise NotFoundError("namespaces", str(name))
 
     def _apply(self, key: Key, body: Object, query: Object) -> Object:
         manager = query["fieldManager"]
@@ -252,18 +246,16 @@ class ApiServer:
         if denial := self.admission(body):
             said = f'admission webhook "policy.example.org" denied the request: {denial}'
             raise RefusedError(403, "Forbidden", said)
-        for (other, who), theirs in self._applied.items():
-            if other == key and who != manager and (where := find_conflict(theirs, body)):
+        managed = {who: theirs for (other, who), theirs in self._applied.items() if other == key}
+        if live and live["metadata"].get("ownerReferences"):
+            managed["manager"] = {"spec": live["spec"]}
+        for who, theirs in managed.items():
+            if who != manager and (where := apply.find_conflict(theirs, body)):
                 said = f'Apply failed with 1 conflict: conflict with "{who}": {where}'
                 raise RefusedError(409, "Conflict", said)
-        owned = live and live["metadata"].get("ownerReferences")
-        if owned and (where := find_conflict({"spec": (live or {})["spec"]}, body)):
-            said = f'Apply failed with 1 conflict: conflict with "manager": {where}'
-            raise RefusedError(409, "Conflict", said)
-        before = self._applied.get((key, manager), {})
-        new = with_defaults(merge(live or {}, before, body))
+        new = apply.with_defaults(apply.merge(live or {}, managed.get(manager, {}), body))
         if live:
-            check_immutable(live, new)
+            apply.check_immutable(live, new)
         if query.get("dryRun") != "All":
             self._applied[key, manager] = copy.deepcopy(body)
             if live is None:
@@ -277,17 +269,13 @@ class ApiServer:
     def _scale(self, key: Key) -> None:
         """Make and delete pods as the Job controller does when the number of indexes changes."""
         job = self.objects[key]
-        pods = {
-            int(self.objects[pod]["metadata"]["labels"][_INDEX]): pod
-            for pod in self._dependents(job)
-        }
-        wanted = range(job["spec"]["completions"])
-        for index, pod in pods.items():
-            if index not in wanted:
-                self.begin_deletion(pod)
+        pods = {self.objects[k]["metadata"]["labels"][_INDEX]: k for k in self._dependents(job)}
+        wanted = [str(index) for index in range(job["spec"]["completions"])]
+        for index in pods.keys() - {*wanted}:
+            self.begin_deletion(pods[index])
         for index in wanted:
             if index not in pods:
-                self._make_pod(job, str(index))
+                self._make_pod(job, index)
 
     def _create(self, key: Key, obj: Object) -> Object:
         number = next(self._ids)
@@ -304,8 +292,7 @@ class ApiServer:
                 job["metadata"]["ownerReferences"] = [_owner(obj)]
                 self._create(("jobs", job["metadata"]["name"]), job)
         if obj["kind"] == "Job":
-            for index in range(obj["spec"]["completions"]):
-                self._make_pod(obj, str(index))
+            self._scale(key)
         return obj
 
     def _make_pod(self, job: Object, index: str) -> str:
@@ -327,8 +314,7 @@ class ApiServer:
 
     def _existing(self, key: Key) -> Object:
         if key not in self.objects:
-            said = f'{key[0]} "{key[1]}" not found'
-            raise RefusedError(404, "NotFound", said, kind=key[0], name=key[1])
+            raise NotFoundError(*key)
         return self.objects[key]
 
     def _list(self, plural: str, query: Object) -> Object:
@@ -342,16 +328,12 @@ class ApiServer:
         return {"kind": "List", "metadata": metadata, "items": items[first:end]}
 
     def _watch(self, plural: str, query: Object) -> Iterator[bytes]:
-        since, until = (
-            int(query["resourceVersion"]),
-            time.monotonic() + int(query["timeoutSeconds"]),
-        )
-        seen = 0
+        since, seen = int(query["resourceVersion"]), 0
+        until = time.monotonic() + int(query["timeoutSeconds"])
         while True:
             with self.changed:
                 fresh, seen = self._events[seen:], len(self._events)
-                rest = until - time.monotonic()
-                if not fresh and not self.changed.wait(max(rest, 0)):
+                if not fresh and not self.changed.wait(max(until - time.monotonic(), 0)):
                     return
             for version, event, key, obj in fresh:
                 if version > since and key[0] == plural and _selected(obj, query):
@@ -404,8 +386,7 @@ class ApiServer:
             if scheduled(pod) == "False":
                 return None
             if not (state := state_of(pod, container)):
-                said = "the server could not find the requested resource"
-                raise RefusedError(404, "NotFound", said, kind="pods/log", name=name)
+                raise NotFoundError("pods/log", name)
             if state == "waiting":
                 said = f'container "{container}" in pod "{name}" is waiting to start'
                 raise RefusedError(400, "BadRequest", said)
@@ -432,16 +413,19 @@ class ApiServer:
                 yield shown.encode() + b"\n"
 
     def _proxy(self, name: str, path: str) -> bytes:
-        pod, _, _ = name.partition(":")
-        if pod not in self.ports:
+        if not (port := self.ports.get(name.partition(":")[0])):
             raise RefusedError(503, "ServiceUnavailable", "error trying to reach service: refused")
-        with urllib.request.urlopen(f"http://127.0.0.1:{self.ports[pod]}/{path}") as answer:
+        with urllib.request.urlopen(f"http://127.0.0.1:{port}/{path}") as answer:
             page: bytes = answer.read()
         return page
 
 
 class _Http(ThreadingHTTPServer):
     daemon_threads = True
+
+    def __init__(self, api: ApiServer) -> None:
+        self.api = api
+        super().__init__(("127.0.0.1", 0), _Handler)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         if not isinstance(sys.exception(), ConnectionError):  # whoever watched has seen enough
@@ -451,7 +435,7 @@ class _Http(ThreadingHTTPServer):
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
     wbufsize = -1  # an answer is one packet
-    server_of: ApiServer
+    server: _Http
 
     def send(self, body: bytes, code: int = 200) -> None:
         self.send_response(code)
@@ -473,15 +457,11 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _respond(self) -> None:
         try:
-            self.server_of.answer(self, self.command)
+            self.server.api.answer(self, self.command)
         except RefusedError as refusal:
             self.send(refusal.body(), refusal.code)
 
     do_GET = do_PATCH = do_DELETE = _respond  # noqa: N815
-
-
-def _handler(server: ApiServer) -> type[_Handler]:
-    return type("Handler", (_Handler,), {"server_of": server})
 
 
 def _rules() -> set[tuple[str, str, str]]:
@@ -501,11 +481,6 @@ def _plural(kind: str) -> str:
 
 def _owner(obj: Object) -> Object:
     return {"kind": obj["kind"], **{k: obj["metadata"][k] for k in ("name", "uid")}}
-
-
-def _pod_status(phase: str, *, ready: bool = False) -> Object:
-    conditions = [{"type": "Ready", "status": str(ready)}]
-    return {"phase": phase, "conditions": conditions}
 
 
 def _selected(obj: Object, query: Object) -> bool:

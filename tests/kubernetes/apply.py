@@ -29,6 +29,13 @@ class RefusedError(Exception):
         return json.dumps(status).encode()
 
 
+class NotFoundError(RefusedError):
+    """There is no such object."""
+
+    def __init__(self, plural: str, name: str) -> None:
+        super().__init__(404, "NotFound", f'{plural} "{name}" not found', kind=plural, name=name)
+
+
 def with_defaults(obj: Object) -> Object:
     """Add some defaults of the kinds that a run consists of."""
     obj = copy.deepcopy(obj)

@@ -23,17 +23,19 @@ from tests.kubernetes.conftest import Shell, ending
 from tests.runs import TINY, write_run
 
 PLAIN = ("--set", "cluster.jobset=false")
-MODES = pytest.mark.parametrize("mode", [(), PLAIN], ids=["jobset", "plain"])
+MODES = pytest.mark.parametrize(
+    "mode",
+    [pytest.param(m, marks=pytest.mark.system) for m in ((), PLAIN)],
+    ids=["jobset", "plain"],
+)
 
 
-def specs(api: ApiServer, path: str, *overrides: str) -> tuple[list[Any], list[Any]]:
-    """Specs of all rendered objects: on the cluster, but for the attempt, and by the run file."""
-    asked = [with_defaults(o) for o in render_objects(load_run(path, overrides))]
-    there = [api.the(o["kind"], o["metadata"]["name"]) for o in asked]
-    there[0]["data"].pop(ATTEMPT_KEY, None)
-    return [(o.get("spec"), o.get("data")) for o in there], [
-        (o.get("spec"), o.get("data")) for o in asked
-    ]
+def check_objects(api: ApiServer, path: str, *overrides: str) -> None:
+    """Check that the cluster has what the run file asks for, and the name of the attempt."""
+    for asked in map(with_defaults, render_objects(load_run(path, overrides))):
+        there = api.the(asked["kind"], asked["metadata"]["name"])
+        there.get("data", {}).pop(ATTEMPT_KEY, None)
+        assert [there.get(k) for k in ("spec", "data")] == [asked.get(k) for k in ("spec", "data")]
 
 
 def versions(api: ApiServer) -> dict[Any, str]:
@@ -58,15 +60,13 @@ def node(name: str, labels: dict[str, str] | None = None, *taints: Object, **has
     }
 
 
-@pytest.mark.system
 @MODES
 def test_submit_creates_what_the_run_asks_for_once(
     api: ApiServer, sh: Shell, path: str, mode: tuple[str, ...]
 ) -> None:
     said = sh("submit", path, *mode)
     assert "create ConfigMap tiny\n" in said
-    there, asked = specs(api, path, *mode[1:])
-    assert there == asked
+    check_objects(api, path, *mode[1:])
     assert len(api.names("JobSet")) == (0 if mode else 1)
 
     before = versions(api)
@@ -74,7 +74,6 @@ def test_submit_creates_what_the_run_asks_for_once(
     assert versions(api) == before
 
 
-@pytest.mark.system
 @MODES
 def test_dry_run_shows_and_changes_nothing(
     api: ApiServer, sh: Shell, path: str, mode: tuple[str, ...]
@@ -142,7 +141,6 @@ def test_another_spelling_of_a_place_is_the_same_run(
     assert "model.path" not in said
 
 
-@pytest.mark.system
 @MODES
 def test_run_that_was_submitted_with_old_names_of_keys_is_the_same_run(
     api: ApiServer, sh: Shell, path: str, mode: tuple[str, ...]
@@ -181,15 +179,6 @@ def test_complete_run_is_not_submitted_again(api: ApiServer, sh: Shell, path: st
     assert not api.objects
 
 
-def test_run_without_reporter_is_complete_when_it_is_trained(
-    api: ApiServer, sh: Shell, path: str
-) -> None:
-    train(path)
-    write_outline(load_run(path), 16)
-    assert "tiny is complete: step 16" in sh("submit", path, "--set", "cluster.reporter=null")
-    assert not api.objects
-
-
 @pytest.mark.system
 @pytest.mark.parametrize("reported", [True, False])
 def test_run_is_complete_with_its_index_only(
@@ -210,7 +199,6 @@ def test_run_is_complete_with_its_index_only(
     assert not api.objects
 
 
-@pytest.mark.system
 @MODES
 def test_reporter_that_failed_comes_back(
     api: ApiServer, sh: Shell, path: str, mode: tuple[str, ...]
@@ -239,7 +227,6 @@ def test_report_of_an_earlier_checkpoint_is_not_the_last(tmp_path: Path) -> None
     assert not StoredRun(load_run(path)).is_complete()
 
 
-@pytest.mark.system
 @MODES
 def test_replace_lets_pods_save_and_then_resizes_the_run(
     api: ApiServer, sh: Shell, path: str, mode: tuple[str, ...]
@@ -265,8 +252,7 @@ def test_replace_lets_pods_save_and_then_resizes_the_run(
     )
     assert len(waits) == len(old)
     assert len(api.pods("trainer")) == 4
-    there, asked = specs(api, path, *mode[1:], "processes.trainers=4")
-    assert there == asked
+    check_objects(api, path, *mode[1:], "processes.trainers=4")
 
 
 @pytest.mark.system
@@ -452,7 +438,6 @@ def test_store_that_only_the_cluster_reaches_is_no_obstacle(
     assert api.names("JobSet") == ["tiny"]
 
 
-@pytest.mark.system
 @MODES
 def test_cancel_lets_pods_save_and_touches_nothing_else(
     api: ApiServer, sh: Shell, path: str, mode: tuple[str, ...]
@@ -481,7 +466,6 @@ def test_resume_goes_on_after_cancel(api: ApiServer, sh: Shell, path: str) -> No
     assert api.names("JobSet") == ["tiny"]
 
 
-@pytest.mark.system
 @MODES
 def test_resume_replaces_a_run_that_failed(
     api: ApiServer, sh: Shell, path: str, mode: tuple[str, ...]
@@ -499,8 +483,7 @@ def test_resume_replaces_a_run_that_failed(
     said = sh("resume", path, *mode, *roomier)
     assert "dist-sae/tiny has failed (BackoffLimitExceeded); removing that" in said
     assert api.the(kind, name)["metadata"]["uid"] != first
-    there, asked = specs(api, path, *mode[1:], roomier[1])
-    assert there == asked
+    check_objects(api, path, *mode[1:], roomier[1])
 
 
 def test_resume_waits_for_a_run_that_is_ending(api: ApiServer, sh: Shell, path: str) -> None:
