@@ -57,6 +57,23 @@ def test_a_part_that_begins_later_ends_at_once(run: Run) -> None:
         pytest.fail("it began")
 
 
+@pytest.mark.parametrize("command", ["produce", "train", "index", "evaluate"])
+def test_every_part_looks_before_it_waits_for_others(
+    run: Run,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    command: str,
+) -> None:
+    for wait in ("await_plan", "await_end"):
+        monkeypatch.setattr(f"dist_sae.training.waiting.{wait}", lambda *_: pytest.fail("it waits"))
+    tell(run, ModelError("the model is gone"))
+    assert cli.main([command, str(tmp_path / "run.yaml"), "--wait"]) == EXIT_USER
+    assert (
+        "of which world-trainer-0-abcde has failed (the model is gone)" in capsys.readouterr().err
+    )
+
+
 def test_another_attempt_and_another_run_go_on(
     run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -77,6 +94,47 @@ def test_another_attempt_and_another_run_go_on(
 def test_errors_stay_as_they_are_while_nobody_has_failed(run: Run) -> None:
     with pytest.raises(Stopped), ending_with_others(run, threading.Event()):
         raise Stopped("saved")
+
+
+def test_a_store_that_does_not_answer_costs_a_warning(
+    run: Run, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Told nothing, the part goes on, and looks again."""
+    record = tmp_path / "runs/world/failure.json"
+    stopping, warned = threading.Event(), threading.Event()
+
+    def note(_: object) -> bool:
+        warned.set()
+        return True
+
+    def work() -> None:
+        with ending_with_others(run, stopping, 0.01):
+            record.mkdir(parents=True)  # which nobody can read
+            assert warned.wait(SECONDS)
+            tell(run, ModelError("not told"))
+            record.rmdir()
+            tell(run, ModelError("the model is gone"))
+            assert stopping.wait(SECONDS)
+            raise Stopped("saved")
+
+    caplog.handler.addFilter(note)
+    with pytest.raises(PartFailedError, match="the model is gone"):
+        work()
+    assert "cannot look whether another part has failed" in caplog.text
+    assert "the other parts of the run are not told of this failure" in caplog.text
+
+
+def test_only_the_first_rank_of_a_pod_looks_and_only_while_it_works(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ending_with_others(run, threading.Event()):
+        (looking,) = (each for each in threading.enumerate() if each.name == "failure")
+    looking.join(SECONDS)
+    assert not looking.is_alive()
+    tell(run, ModelError("the model is gone"))
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    with ending_with_others(run, threading.Event()):
+        pass
 
 
 @pytest.mark.parametrize(
