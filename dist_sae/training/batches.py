@@ -174,7 +174,6 @@ class Batches:
 
     def _export(self, batch: Batch) -> None:
         add = self.telemetry.add
-        add("dist_sae_train_wait_seconds_total", batch.waited_seconds)
         add("dist_sae_train_loader_stalls_total", batch.waited_seconds > _STALL_SECONDS)
         add("dist_sae_train_repeated_rows_total", batch.repeated_rows)
         if self.mesh.is_first:
@@ -282,6 +281,7 @@ def next_batch(
     """
     batch = loader.next(times.waiting)
     waited = batch.waited_seconds if batch else 0.0
+    times.stood_still(waited)
     times.end("wait")
     if not meets:
         assert batch is not None, "a rank that has none asks to meet"

@@ -35,7 +35,7 @@ class Times:
         self._exported_early = {job: defaultdict[str, float](float) for job in telemetry}
         """Seconds by phase that were exported since the last report."""
         self._waited = 0.0
-        """Seconds of waiting that this rank has reported."""
+        """Seconds of this wait for data that this rank has reported."""
 
     def end(self, phase: str, job: str | None = None, *, waited: float = 0.0) -> None:
         """End a phase: the time since the last call belongs to it.
@@ -50,13 +50,20 @@ class Times:
         exchanged, self._exchanged = axis.seconds - self._exchanged, axis.seconds
         in_ranks = {} if self.clock.is_cuda else {"ranks": exchanged}
         self._phases.end(phase, job, {"wait": waited} | in_ranks, axis.take_spans())
-        if self._waited and phase == "wait":
+        if self._waited:
             self._waited = 0.0
             self._report_waiting()
+
+    def stood_still(self, seconds: float) -> None:
+        """Count the time for which this rank has waited for its data so far, this time."""
+        since = self._waited if self._waited <= seconds else 0.0  # for one unit after another
+        for telemetry in self._telemetry.values():
+            telemetry.add("dist_sae_train_wait_seconds_total", seconds - since)
 
     def waiting(self, seconds: float) -> None:
         """Report `seconds` of waiting for data now, since the next report may be far away."""
         self._phases.end("wait")
+        self.stood_still(seconds)
         for job, early in self._exported_early.items():
             for phase, spent in self._export(job).items():
                 early[phase] += spent

@@ -14,6 +14,7 @@ from dist_sae.telemetry.exporter import Telemetry
 from dist_sae.training import phases
 from dist_sae.training.clock import Times
 from dist_sae.training.phases import Clock, Phases, ProductSamples
+from tests.telemetry.scrape import values
 
 CPU = torch.device("cpu")
 JOB = "world"
@@ -122,6 +123,29 @@ def test_time_in_collectives_is_that_of_the_devices_clock(
         spent[device] = times.take(JOB)
     assert spent["cuda"] == {"wait": 0.0, "ranks": 2.0, "forward": 3.0, "rest": 1.0}
     assert spent["cpu"]["ranks"] > 0
+
+
+def test_waiting_is_counted_while_it_lasts() -> None:
+    """Once: two units for the normaliser (5 s, 4 s), then a batch (3 s), and one that is there."""
+    telemetry = Telemetry(JOB, "train", None)
+    times = Times(CPU, {JOB: telemetry})
+    counted = []
+
+    def wait(*seconds: float) -> None:
+        for so_far in seconds:
+            times.waiting(so_far)
+        page = values(telemetry.render().decode())
+        counted.append(page["dist_sae_train_wait_seconds_total",])
+
+    wait(2.0, 5.0)
+    wait(2.0, 4.0)
+    times.end("begin")
+    wait(2.0)
+    for waited in (3.0, 0.0):
+        times.stood_still(waited)
+        times.end("wait")
+    wait()
+    assert counted == [5.0, 9.0, 11.0, 12.0]
 
 
 def test_the_product_is_scaled_up_from_its_sample(monkeypatch: pytest.MonkeyPatch) -> None:
