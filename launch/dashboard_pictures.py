@@ -1,8 +1,8 @@
 """Draw the dashboards from the data of a Prometheus: monitoring/pictures/*.png.
 
-Usage: launch/dashboard_pictures.py http://127.0.0.1:9090 [MINUTES [END]]
+Usage: launch/dashboard_pictures.py http://127.0.0.1:9090 [MINUTES [END [DASHBOARD ...]]]
 
-END is in seconds since 1970; without it, now. Needs matplotlib.
+END is in seconds since 1970; without it, now. Without names, all dashboards. Needs matplotlib.
 
 Not Grafana, which is no Python or Debian package: the same JSON, the same queries, the same places.
 """
@@ -66,11 +66,13 @@ class Asker(NamedTuple):
         for line in result:
             times, values = np.array(line["values"], dtype=float).T
             labels = line["metric"]
-            name = target["legendFormat"]
-            for label, value in labels.items():
-                name = name.replace(f"{{{{{label}}}}}", value)
-            found.append(Series(name, labels, times, values))
+            found.append(Series(_legend(target["legendFormat"], labels), labels, times, values))
         return sorted(found, key=lambda series: [_number(word) for word in series.name.split()])
+
+
+def _legend(form: str, labels: dict[str, str]) -> str:
+    """Fill labels into a legend; those that the series lacks are left out."""
+    return " ".join(re.sub(r"{{(\w+)}}", lambda word: labels.get(word[1], ""), form).split())
 
 
 def _number(word: str) -> tuple[float, str]:
@@ -128,7 +130,7 @@ def draw(dashboard: dict[str, Any], asker: Asker, picture: Path) -> None:
         elif panel["type"] == "stat":
             _draw_number(card, series, unit, panel)
         else:
-            inner = (x + 0.052, y + 2.3 / rows, width - 0.072, height - 3.7 / rows)
+            inner = (x + 0.06, y + 2.3 / rows, width - 0.08, height - 3.7 / rows)
             _draw_graph(figure.add_axes(inner), series, unit, panel, asker)
     figure.savefig(picture, dpi=84)
     plt.close(figure)
@@ -152,11 +154,11 @@ def _draw_number(card: Axes, series: Sequence[Series], unit: str, panel: dict[st
         passed = [s["color"] for s in steps if s["value"] is None or value >= s["value"]]
         shade = {"green": "#1d8a4b", "yellow": "#c28a00", "red": "#c4162a"}
         colour = shade[passed[-1]] if coloured else "#23272b"
-        y = 0.4 if len(series) == 1 else 0.62 - 0.42 * i
+        y = 0.4 if len(series) == 1 else 0.6 - 0.36 * i
         size = 19 if len(series) == 1 else 13
         card.text(0.5, y, say(value, unit), size=size, color=colour, ha="center", va="center")
         if len(series) > 1:
-            card.text(0.5, y - 0.18, line.name, size=7, color=GREY, ha="center", va="center")
+            card.text(0.5, y - 0.16, line.name, size=7, color=GREY, ha="center", va="center")
 
 
 def _draw_graph(
@@ -221,6 +223,8 @@ def main() -> None:
     folder = MONITORING / "pictures"
     folder.mkdir(exist_ok=True)
     for path in sorted((MONITORING / "dashboards").glob("*.json")):
+        if path.stem not in (sys.argv[4:] or [path.stem]):
+            continue
         picture = folder / f"{path.stem}.png"
         draw(json.loads(path.read_text()), asker, picture)
         print(picture, f"{picture.stat().st_size / 1e3:.0f} kB")

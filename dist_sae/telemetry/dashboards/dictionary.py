@@ -28,6 +28,7 @@ DICTIONARY = Page(
                 "dist_sae_train_prefix_fvu",
                 "run, prefix",
                 says="Of matryoshka dictionaries: each prefix without the latents beyond it.",
+                width=12,
             ),
             graph(
                 "Parts of the loss",
@@ -35,6 +36,7 @@ DICTIONARY = Page(
                 now("dist_sae_train_loss").named("loss"),
                 now("dist_sae_train_auxk_loss").named("AuxK"),
                 now("dist_sae_train_sparsity_loss").named("sparsity"),
+                width=12,
             ),
         ),
         "Does it use its latents?": (

@@ -52,23 +52,27 @@ TRAINER = Page(
                 "Rows by rank",
                 "rows/s",
                 *by_rank(rate("dist_sae_train_rows_total", "run, rank"), lowest=True),
+                width=12,
             ),
             graph(
                 "Rows of the job",
                 "rows/s",
                 now("dist_sae_train_rows_per_second").named("all time"),
                 now("dist_sae_train_worked_rows_per_second").named("time in steps"),
+                width=12,
             ),
             graph(
                 "Rows read again, of streams that ended early",
                 "rows/s",
                 rate("dist_sae_train_repeated_rows_total"),
+                width=12,
             ),
             graph(
                 "Steps",
                 "count",
                 now("dist_sae_train_step").named("done"),
                 now("dist_sae_train_steps").named("wanted"),
+                width=12,
             ),
         ),
         "What limits it?": (
@@ -79,7 +83,7 @@ TRAINER = Page(
                     "run, phase"
                 ),
                 "Seconds per second.",
-            ),
+            )._replace(width=12),
             graph(
                 "Waiting for data",
                 "share",
@@ -91,6 +95,7 @@ TRAINER = Page(
                 says="For its own; all wait meanwhile. One rank alone: its way to the store "
                 "is slower.",
                 limits=(0.05,),
+                width=12,
             ),
             graph(
                 "With other ranks",
@@ -146,9 +151,9 @@ TRAINER = Page(
                 "per second",
                 *by_rank(rate("dist_sae_train_loader_stalls_total", "run, rank")),
             ),
-            UNITS,
-            BACKLOG,
             gauge(graph, "dist_sae_train_shard_load_ratio", says="The others wait for it."),
+            UNITS._replace(width=12),
+            BACKLOG._replace(width=12),
         ),
         "What would a crash cost?": (
             graph(
