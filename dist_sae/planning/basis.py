@@ -163,8 +163,8 @@ def _of_rows(run: Run, rows: int) -> tuple[list[int], list[int], Callable[[Run],
         resolved = validate_run(sections_of(job.filled(filled)), "with the layout of --rows")
         if resolved.rows > passes:
             raise ConfigError(
-                f"--rows: {rows} leave {passes} to train on in {train.max_passes} passes, fewer than "
-                f"train.rows ({resolved.rows}); give more, or lower train.rows"
+                f"--rows: {rows} leave {passes} to train on in {train.max_passes} passes, fewer "
+                f"than train.rows ({resolved.rows}); give more, or lower train.rows"
             )
         return resolved
 
