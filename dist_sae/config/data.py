@@ -338,7 +338,8 @@ class ActivationsConfig(Section):
     """Approximate rows in a unit, the work item of producers. null: chosen by the size of the
     corpus, at most 65,536; the first units are smaller, so that training starts early."""
     block_rows: PositiveInt = 4096
-    """Rows in a block, the smallest piece that a reader fetches."""
+    """Most rows in a block, the smallest piece that a reader fetches. Small units are cut into
+    four blocks, of 256 rows at least, so that training starts early."""
     streams: PositiveInt | None = None
     """Number of streams. Any number of ranks can read them, but ranks that share a stream each read
     all of it. null: 8, or the number nearest to it that suits processes.trainers, train.batch_rows

@@ -3,7 +3,8 @@
 import queue
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import NamedTuple
 
@@ -71,6 +72,7 @@ class Loader:
         self._steps = steps
         self._dtype, self._pinned = activations.plan.acts_dtype, pinned
         self._queue: queue.Queue[Batch | BaseException] = queue.Queue(maxsize=_BATCHES_AHEAD)
+        self._again: deque[Batch] = deque()
         self._end: BaseException | None = None
         self._closed = threading.Event()
         rows = batch_rows // streams
@@ -113,6 +115,8 @@ class Loader:
         Args:
             waiting: Called every other second with the seconds waited.
         """
+        if self._again:
+            return self._again.popleft()._replace(waited_seconds=0.0)
         since = time.monotonic()
         while True:
             try:
@@ -130,16 +134,20 @@ class Loader:
         self._end = item
         return None
 
+    def put_back(self, batches: Iterable[Batch]) -> None:
+        """Give these batches, the last ones that were taken, once more."""
+        self._again.extend(batches)
+
     @property
     def is_ready(self) -> bool:
         """True if `next` returns a batch at once."""
-        ready = self._queue.queue  # only the caller's thread takes from it
+        ready = self._again or self._queue.queue  # only the caller's thread takes from them
         return bool(ready) and isinstance(ready[0], Batch)
 
     @property
     def loaded(self) -> int:
         """Number of batches that are ready."""
-        return self._queue.qsize()
+        return len(self._again) + self._queue.qsize()
 
     def raise_if_failed(self) -> None:
         """Raise the error that ended the data, unless it was a stop."""

@@ -47,6 +47,7 @@ SHARDS = OwnKeys("shards/", r"(?P<site>[a-z_]+(\.\d+(@other)?)?)/(?P<unit>\d{8})
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32, "int8": torch.int8}
 _STORED = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32}
 _INT8_LARGEST = 127
+_LEAST_BLOCK_ROWS = 256  # a request should be worth its round trip
 ORIGIN_BYTES = 4 + 4 + 8
 """Bytes of a row's token, position and document."""
 _INT8_GAIN = 0.5  # columns are standardised if the noise falls below this share
@@ -123,6 +124,14 @@ def existing_units(store: ObjectStore) -> Iterator[int]:
     return MANIFESTS.numbers(store)
 
 
+def rows_of_block(rows: int, most: int) -> int:
+    """Rows of the blocks of a unit: a quarter of the unit where `most` are more.
+
+    The first batch needs the first block of every unit in the first windows.
+    """
+    return min(most, max(_LEAST_BLOCK_ROWS, -(-rows // 4)))
+
+
 def write_shard(
     store: ObjectStore, unit: int, site: str, rows: SiteRows, block_rows: int, dtype: str
 ) -> SiteShard:
@@ -131,12 +140,13 @@ def write_shard(
     Args:
         store: The activation set.
         site: The site of the rows.
-        block_rows: Rows of a block.
+        block_rows: Most rows of a block.
         dtype: Key of `DTYPES`.
     """
+    size = rows_of_block(len(rows.acts), block_rows)
     blocks = [
-        _encode(SiteRows(*(column[start : start + block_rows] for column in rows)), dtype)
-        for start in range(0, len(rows.acts), block_rows)
+        _encode(SiteRows(*(column[start : start + size] for column in rows)), dtype)
+        for start in range(0, len(rows.acts), size)
     ]
     tar = _encode_tar(unit, blocks)
     key = f"{SHARDS.folder}{site}/{unit:08d}-{uuid.uuid4().hex[:8]}.tar"

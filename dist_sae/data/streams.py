@@ -17,8 +17,8 @@ of ranks and needs no unit that retention may have deleted. Rows of longer strea
 none, but which streams are longer is known only once every manifest exists.
 
 Every site has the same rows in the same blocks, so a stream reads all of its sites together. Memory
-holds `window_units` blocks per stream and site, and as many that are being fetched; the next window
-is opened meanwhile.
+holds `window_units` blocks per stream and site, and as many that are being fetched. The next window
+is opened when half of the present one is taken, so nothing of it is read before the first batch.
 """
 
 import itertools
@@ -112,6 +112,9 @@ def _whole_rows(acts: Float[Tensor, "rows d_site"]) -> NDArray[Any]:
     return rows
 
 
+_Window = tuple[StreamCursor, np.ndarray, list[_UnitReader]]
+
+
 class Stream:
     """Reads a canonical stream from any row on.
 
@@ -150,9 +153,11 @@ class Stream:
         self._pool = pool
         self._opener = opener
         self._windows = self._open_windows(start, place)
-        self._next = opener.submit(next, self._windows)
+        self._next: Future[_Window] | None = None
         self._order = np.empty(0, dtype=np.int64)
+        self._next_when_left = 0
         self._readers: list[_UnitReader] = []
+        self._open_next()
 
     def widths(self) -> dict[str, int]:
         """Return the width of the rows at each site."""
@@ -170,6 +175,8 @@ class Stream:
         while left:
             self._ready()
             now, self._order = self._order[:left], self._order[left:]
+            if self._next is None and len(self._order) <= self._next_when_left:
+                self._open_next()
             for number, reader in enumerate(self._readers):
                 reader.put(rows, np.flatnonzero(now == number))
             if self.place.data_pass >= self._max_passes:
@@ -179,8 +186,9 @@ class Stream:
 
     def _ready(self) -> None:
         if not len(self._order):
+            assert self._next is not None, "it is opened while rows are left"
             self.place, self._order, self._readers = self._next.result()
-            self._next = self._opener.submit(next, self._windows)
+            self._next, self._next_when_left = None, len(self._order) // 2
             if self.place.data_pass == self._max_passes:
                 logger.warning(
                     "stream %d ends after %d rows, fewer than planned, for more were excluded; its "
@@ -189,9 +197,10 @@ class Stream:
                     self.place.rows_before,
                 )
 
-    def _open_windows(
-        self, start: int, place: StreamCursor
-    ) -> Iterator[tuple[StreamCursor, np.ndarray, list[_UnitReader]]]:
+    def _open_next(self) -> None:
+        self._next = self._opener.submit(next, self._windows)
+
+    def _open_windows(self, start: int, place: StreamCursor) -> Iterator[_Window]:
         """Yield each window with the unit of each row in order, and the units' readers.
 
         Rows before `start` and windows before `place` are left out.

@@ -72,6 +72,7 @@ def estimate(
         "stored": {
             "row_bytes": row_bytes(run.activations.dtype, longest.model.widths),
             "set_bytes": stored.set_bytes(longest),
+            "read_before_the_first_step_bytes": sum(map(stored.first_step_bytes, groups)),
             "checkpoint_bytes": sum(of_checkpoints),
             "checkpoints_bytes": sum(
                 size * stored.checkpoints_kept(job)

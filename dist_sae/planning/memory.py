@@ -6,7 +6,7 @@ from collections.abc import Sequence
 import torch
 
 from dist_sae.config.dictionary import CountsLatentsConfig
-from dist_sae.data.shard import DTYPES, ORIGIN_BYTES
+from dist_sae.data.shard import DTYPES, ORIGIN_BYTES, rows_of_block
 from dist_sae.dictionaries import PRODUCT_DTYPES
 from dist_sae.dictionaries.penalised import CHUNK_BYTES as DENSE_BYTES
 from dist_sae.index.encode import ENCODE_ROWS
@@ -137,7 +137,7 @@ def _batches(jobs: Sequence[Basis]) -> int:
     width = sum(basis.model.widths[site] for site in sites)
     stored = DTYPES["fp32" if activations.dtype == "int8" else activations.dtype]  # as it is read
     streams = max(1, basis.streams // basis.run.processes.trainers)
-    rows = min(activations.block_rows, max(basis.unit_rows))
+    rows = rows_of_block(max(basis.unit_rows), activations.block_rows)
     block = rows * (width * stored.itemsize + ORIGIN_BYTES * len(sites))
     batches = _BATCHES * basis.rank_rows * width * stored.itemsize
     return batches + _BLOCKS * streams * activations.window_units * block

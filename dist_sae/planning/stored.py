@@ -10,6 +10,7 @@ from dist_sae.checkpoint.layout import PART_BYTES
 from dist_sae.checkpoint.lease import RENEW_SECONDS
 from dist_sae.config.dictionary import CountsLatentsConfig
 from dist_sae.data.backlog import LOOK_EVERY_SECONDS
+from dist_sae.data.shard import rows_of_block
 from dist_sae.dictionaries.axis import WHOLE
 from dist_sae.planning.basis import Basis
 from dist_sae.planning.memory import active
@@ -27,14 +28,41 @@ _LATENT_BYTES, _EXAMPLE_BYTES, _ENTRY_BYTES, _ROW_BYTES = 120, 8, 5, 6  # of an 
 
 def unit_bytes(basis: Basis, rows: int) -> int:
     """Bytes of a unit of so many rows: the shards of all sites, and the manifest."""
-    activations, widths = basis.run.activations, basis.model.widths
-    blocks = math.ceil(rows / activations.block_rows)
-    manifest = _MANIFEST_BYTES + _NUMBER_BYTES * sum(widths.values()) + 110 * blocks * len(widths)
+    dtype, widths = basis.run.activations.dtype, basis.model.widths
+    blocks = _blocks(basis, rows)
     contents = (
-        rows * row_bytes(activations.dtype, {site: width}) + _BLOCK_BYTES * blocks
+        rows * row_bytes(dtype, {site: width}) + _BLOCK_BYTES * blocks
         for site, width in widths.items()
     )
-    return manifest + sum(_TAR_BYTES * math.ceil(content / _TAR_BYTES) for content in contents)
+    tars = sum(_TAR_BYTES * math.ceil(content / _TAR_BYTES) for content in contents)
+    return tars + _manifest_bytes(basis, rows)
+
+
+def _manifest_bytes(basis: Basis, rows: int) -> int:
+    widths = basis.model.widths
+    blocks = 110 * _blocks(basis, rows) * len(widths)
+    return _MANIFEST_BYTES + _NUMBER_BYTES * sum(widths.values()) + blocks
+
+
+def _blocks(basis: Basis, rows: int) -> int:
+    return math.ceil(rows / rows_of_block(rows, basis.run.activations.block_rows))
+
+
+def first_step_bytes(jobs: Sequence[Basis]) -> int:
+    """Bytes that trainers must read before the first step of jobs that read one stream.
+
+    The first batch mixes rows of all units in the first windows, so it needs the first block of
+    each. Their manifests are read twice, by the normaliser too.
+    """
+    basis = jobs[0]
+    activations, widths = basis.run.activations, basis.model.widths
+    sites = {site for each in jobs for site in each.run.sites}
+    row = sum(row_bytes(activations.dtype, {site: widths[site]}) for site in sites)
+    return basis.sharing * sum(
+        min(rows, rows_of_block(rows, activations.block_rows)) * row
+        + 2 * _manifest_bytes(basis, rows)
+        for rows in basis.unit_rows[: basis.first_windows]
+    )
 
 
 def set_bytes(basis: Basis) -> int:
@@ -78,17 +106,16 @@ def requests(jobs: Sequence[Basis], seconds: float = 0.0) -> dict[str, dict[str,
         seconds: Time of training, in which leases are renewed and ready units counted.
     """
     basis, run = jobs[0], jobs[0].run
-    activations, train, units = run.activations, run.train, len(basis.units)
+    train, units = run.train, len(basis.units)
     sites = {site for each in jobs for site in each.run.sites}
     shard = unit_bytes(basis, max(basis.unit_rows)) // len(basis.model.widths)
     puts = 1 if shard < MULTIPART_FROM_BYTES else math.ceil(shard / S3_PART_BYTES) + 2
     rows = max(each.run.rows for each in jobs)
     passes = train.max_passes * min(1.0, rows / (basis.pass_rows * train.max_passes))
-    blocks = sum(math.ceil(rows / activations.block_rows) for rows in basis.unit_rows)
-    block = shard * activations.block_rows // max(basis.unit_rows)
+    blocks = sum(_blocks(basis, rows) for rows in basis.unit_rows)
+    block = shard // _blocks(basis, max(basis.unit_rows))
     gets = math.ceil(block / S3_PART_BYTES) * len(sites)
-    begin = max(each.run.sae.init_rows for each in jobs) / basis.pass_rows  # read again by training
-    read = round((passes + begin) * basis.sharing * (blocks * gets + len(basis.unit_rows)))
+    read = round(passes * basis.sharing * (blocks * gets + len(basis.unit_rows)))
     to_measure = bisect_left(list(accumulate(basis.unit_rows)), train.normaliser_rows or 0) + 1
     renewals = len(jobs) * round(seconds / RENEW_SECONDS)
     saves = sum(_saves(each) for each in jobs)

@@ -1,11 +1,11 @@
 """The batches that a rank trains on: what all jobs that read one stream share."""
 
 import threading
-from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple, Protocol, Self
+from typing import NamedTuple, Protocol
 
 import torch
 
@@ -24,6 +24,8 @@ from dist_sae.telemetry.exporter import Telemetry
 from dist_sae.training.clock import Times
 
 _STALL_SECONDS = 0.01
+KEPT_BYTES = 2**29
+"""Most bytes of first batches that a rank keeps for training, unless jobs share them."""
 
 
 class StreamPosition(NamedTuple):
@@ -117,7 +119,7 @@ class Batches:
     stopping: threading.Event
     """When set on any rank, the iteration ends on all."""
     loader: Loader | None = None
-    """The open loader."""
+    """The open loader, if there is one: it gives the batches from the first that a job needs."""
     ready_units: int | None = None
     """Training units that exist, once they have been counted."""
 
@@ -126,10 +128,10 @@ class Batches:
         while going := [job for job in self.jobs if job.steps]:
             position = min((job.position for job in going), key=lambda at: at.step)
             steps = range(position.step, max(job.steps.stop for job in going))
-            self.reading.close()
-            loader = self.reading.enter_context(self.open_loader(steps, position.cursors))
-            self.loader = loader
-            meets = True
+            if self.loader is None:
+                self.reading.close()
+                self.loader = self.reading.enter_context(self.open_loader(steps, position.cursors))
+            loader, meets = self.loader, True
             for step in steps:
                 if not any(step in job.steps for job in self.jobs):
                     break  # those that are left begin further on
@@ -143,6 +145,7 @@ class Batches:
                 wants_to_meet = partial(self._wants_to_meet, loader, is_last=step == steps[-1])
                 yield (batch := TrainingBatch(loaded, self.mesh.device, wants_to_meet))
                 meets = batch.meets
+            self.loader = None
 
     def _wants_to_meet(self, loader: Loader, *, is_last: bool) -> bool:
         return not is_last and (self.stopping.is_set() or not loader.is_ready)
@@ -189,33 +192,34 @@ class Batches:
 class FirstBatches:
     """The first batches, from which new dictionaries take their initial values.
 
+    They are kept in memory for the other jobs and for training, which begins with them, so nothing
+    is read twice. Those of a single job are kept up to `KEPT_BYTES`: a million latents take as many
+    rows, which would be memory on top of what training needs.
+
     Args:
         n: Number of batches, at most.
-        open_loader: Opens a loader of the batches of these steps.
-        keep: Whether several jobs begin with them. They are then kept in memory, since they would
-            be read anew for each.
+        loader: Gives them, and then those that follow.
+        several: Whether several jobs begin with them.
     """
 
     def __init__(
         self,
         n: int,
-        open_loader: Callable[[range], Loader],
+        loader: Loader,
         mesh: Mesh,
         stopping: threading.Event,
         times: Times,
         *,
-        keep: bool,
+        several: bool,
     ) -> None:
-        self._device = mesh.device
-        self._keep = keep
+        self._n = n
+        self._loader = loader
+        self._mesh = mesh
+        self._stopping = stopping
+        self._times = times
+        self._several = several
         self._kept: list[Batch] = []
-        self._unread = self._read(n, open_loader, mesh, stopping, times)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._unread.close()
+        self._taken = 0
 
     def rows(self, n: int, normalisers: SiteNormalisers) -> Iterator[Rows]:
         """Yield this rank's rows of the first n batches. Collective.
@@ -225,27 +229,27 @@ class FirstBatches:
             DataExhaustedError: There are too few rows.
         """
         for number in range(n):
-            batch = self._kept[number] if number < len(self._kept) else next(self._unread)
-            if self._keep and number == len(self._kept):
-                self._kept.append(batch)
-            yield normalisers.rows(batch.acts, self._device)
+            batch = self._kept[number] if number < len(self._kept) else self._take()
+            yield normalisers.rows(batch.acts, self._mesh.device)
 
-    def _read(
-        self,
-        n: int,
-        open_loader: Callable[[range], Loader],
-        mesh: Mesh,
-        stopping: threading.Event,
-        times: Times,
-    ) -> Generator[Batch]:
-        with open_loader(range(n)) as loader:
-            for _ in range(n):
-                times.end("begin")
-                batch = next_batch(loader, mesh, stopping, times)
-                if batch is None:
-                    loader.raise_if_failed()
-                    raise Stopped("stopped before the first step; start again to continue")
-                yield batch
+    def loader(self) -> Loader | None:
+        """The loader, which gives all batches from the first on; None if they were not kept."""
+        if len(self._kept) < self._taken:
+            return None
+        self._loader.put_back(self._kept)
+        return self._loader
+
+    def _take(self) -> Batch:
+        self._times.end("begin")
+        batch = next_batch(self._loader, self._mesh, self._stopping, self._times)
+        if batch is None:
+            self._loader.raise_if_failed()
+            raise Stopped("stopped before the first step; start again to continue")
+        self._taken += 1
+        n_bytes = self._n * sum(acts.nbytes for acts in batch.acts.values())
+        if self._several or n_bytes <= KEPT_BYTES:
+            self._kept.append(batch)
+        return batch
 
 
 def open_loader(

@@ -128,62 +128,60 @@ def _open(
                 f"that of {begun[0].run.name}; give the step in train.parent.step"
             )
     times.steps = max(job.run.steps for job in begun)
-    normalisers = _normalisers(begun, activation_set, times)
-    check_memory([(job.run, normalisers[job.run.name].widths, job.mesh) for job in begun], mesh)
 
     def open_(steps: range, cursors: Mapping[int, StreamCursor]) -> Loader:
         return open_loader(shared, mesh, activation_set, steps, first, cursors)
 
+    reading = opened.enter_context(ExitStack())
     new = [job for job in begun if not job.start.found]
-    cursors = new[0].start.cursors if new else {}
-    first_batches = FirstBatches(
-        max((init_batches(job.run, job.start) for job in new), default=0),
-        lambda steps: open_(steps, cursors),
-        mesh,
-        stopping,
-        times,
-        keep=len(new) > 1,
-    )
+    first_batches = None
+    if new:  # it reads while normalisers and dictionaries are made
+        loader = reading.enter_context(open_(range(times.steps), new[0].start.cursors))
+        n = max(init_batches(job.run, job.start) for job in new)
+        several = len(new) > 1
+        first_batches = FirstBatches(n, loader, mesh, stopping, times, several=several)
+    normalisers = _normalisers(begun, activation_set, times)
+    check_memory([(job.run, normalisers[job.run.name].widths, job.mesh) for job in begun], mesh)
     thread = opened.enter_context(saver_thread())
     heldout: dict[Hashable, HeldoutFvu] = {}
     jobs = []
-    with first_batches:
-        for each in begun:
-            own = normalisers[each.run.name]
-            state, engine = _build(each, own, first_batches)
-            key = each.run.train.heldout_rows, own.key
-            if key not in heldout:
-                heldout[key] = HeldoutFvu(each.run, mesh, activation_set, own)
-            position = _restore(each, state)
-            role = f"train {each.run.name}" if is_sweep else "train"
-            report = _reporter(each, times, state, own, position, stores[0], role)
-            job = TrainingJob(
-                each.run,
-                each.mesh,
-                watch,
-                engine=engine,
-                state=state,
-                normalisers=own,
-                registration=each.registration,
-                lineage=each.start.lineage,
-                report=report,
-                heldout=heldout[key],
-                saver=_saver(each, plan, state, own, report, position, thread),
-                position=position,
-                alone=not is_sweep,
-            )
-            opened.enter_context(report)
-            opened.enter_context(job.saver)
-            jobs.append(job)
+    for each in begun:
+        own = normalisers[each.run.name]
+        state, engine = _build(each, own, first_batches)
+        key = each.run.train.heldout_rows, own.key
+        if key not in heldout:
+            heldout[key] = HeldoutFvu(each.run, mesh, activation_set, own)
+        position = _restore(each, state)
+        role = f"train {each.run.name}" if is_sweep else "train"
+        report = _reporter(each, times, state, own, position, stores[0], role)
+        job = TrainingJob(
+            each.run,
+            each.mesh,
+            watch,
+            engine=engine,
+            state=state,
+            normalisers=own,
+            registration=each.registration,
+            lineage=each.start.lineage,
+            report=report,
+            heldout=heldout[key],
+            saver=_saver(each, plan, state, own, report, position, thread),
+            position=position,
+            alone=not is_sweep,
+        )
+        opened.enter_context(report)
+        opened.enter_context(job.saver)
+        jobs.append(job)
     batches = Batches(
         mesh,
         watch,
         jobs,
         open_,
-        opened.enter_context(ExitStack()),
+        reading,
         times=times,
         telemetry=telemetry.of_runs(*of_each),
         stopping=stopping,
+        loader=first_batches.loader() if first_batches else None,
     )
     opened.enter_context(_ready_units(activation_set, mesh, batches))
     times.end("begin")
@@ -334,7 +332,7 @@ def _normalisers(
 
 
 def _build(
-    begun: _Begun, normalisers: SiteNormalisers, first_batches: FirstBatches
+    begun: _Begun, normalisers: SiteNormalisers, first_batches: FirstBatches | None
 ) -> tuple[TrainingState, DeepSpeedEngine]:
     """Build the dictionary, initialised or from the parent, with its engine, counts and average."""
     run, mesh, start = begun.run, begun.mesh, begun.start
@@ -344,6 +342,7 @@ def _build(
     if start.parent and warm_start.width(start.parent) == sae.n_latents:
         warm_start.load(sae, start.parent)
     elif not start.found:
+        assert first_batches is not None, "opened for every new dictionary"
         initialise(run, normalisers, sae, start, first_batches)
     engine = DeepSpeedEngine(run, sae, mesh)
     dead = DeadLatents(

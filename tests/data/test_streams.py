@@ -24,6 +24,7 @@ from tests.data.numbered import World, ids
 from tests.runs import DOCUMENT_ROWS, make_run
 from tests.world import (
     RowNumbers,
+    Wrapped,
     batches,
     fill,
     only,
@@ -63,6 +64,26 @@ def test_one_pass_has_every_training_row_once(world: World) -> None:
     }
     expected = [d * DOCUMENT_ROWS + i for d in sorted(documents) for i in range(DOCUMENT_ROWS)]
     assert sorted(i for stream in seen for i in stream) == expected
+
+
+@pytest.mark.parametrize(("rows", "units"), [(180, [1, 5, 9]), (192, [1, 5, 9, 13])])
+def test_the_next_window_is_read_when_half_of_the_present_one_is_taken(
+    world: World, rows: int, units: list[int]
+) -> None:
+    """A window of stream 1 has three units of 124 rows; its second one is the last unit."""
+    read = set[str]()
+
+    class Asked(Wrapped):
+        def get(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
+            read.add(key)
+            return super().get(key, start, stop)
+
+    activation_set = open_activation_set(world.run, store=Asked(world.store))
+    with ThreadPoolExecutor(2) as pool:
+        take(open_stream(activation_set, 1, pool), rows)
+    manifests = [read_manifest(world.store, unit) for unit in units]
+    shards = {shard.key for manifest in manifests for shard in manifest.sites.values()}
+    assert read - {PLAN_KEY} == shards | {manifest_key(unit) for unit in units}
 
 
 @pytest.mark.parametrize("ranks", [1, 2, 4, 8])

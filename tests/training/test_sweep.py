@@ -1,11 +1,13 @@
 """Several dictionaries from one stream are those that each run makes alone."""
 
 import threading
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+import dist_sae.training.batches
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.config import Run, jobs_of, load_run
 from dist_sae.data.consumers import Consumers
@@ -14,6 +16,7 @@ from dist_sae.distributed.rendezvous import Ranks
 from dist_sae.distributed.watch import Watch
 from dist_sae.errors import ConfigError, NonFiniteError, Stopped
 from dist_sae.storage import open_store
+from dist_sae.storage.local import LocalStore
 from dist_sae.telemetry.exporter import Telemetry
 from dist_sae.telemetry.history import read_history
 from dist_sae.telemetry.scrape import read_page
@@ -138,6 +141,32 @@ def test_a_batch_is_read_once_for_all_jobs(tmp_path: Path, activations: str) -> 
     assert all(record["phases"]["others"] > 0 for record in history[1:])
     done = {c.run: c.needed for c, _ in Consumers(open_store(activations), 1.0).all()}
     assert {done[f"world-{name}"] for name in "abc"} == {16}
+
+
+@pytest.mark.parametrize("jobs", [{"a": {}}, OF_THREE])
+def test_no_block_is_read_twice(
+    tmp_path: Path, activations: str, monkeypatch: pytest.MonkeyPatch, jobs: dict[str, Any]
+) -> None:
+    """Initial values come from the batches that training begins with, however many jobs."""
+    read, get = Counter[tuple[str, int]](), LocalStore.get
+
+    def counted(self: LocalStore, key: str, start: int = 0, stop: int | None = None) -> bytes:
+        read[key, start] += key.startswith("shards/")
+        return get(self, key, start, stop)
+
+    monkeypatch.setattr(LocalStore, "get", counted)
+    train_here(load_run(sweep_file(tmp_path, activations, jobs, train={"rows": 1600})))
+    assert {n for (key, _), n in read.items() if key.startswith("shards/")} == {1}
+
+
+def test_first_batches_that_are_not_kept_are_read_again(
+    tmp_path: Path, activations: str, alone: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And the dictionary is the same."""
+    monkeypatch.setattr(dist_sae.training.batches, "KEPT_BYTES", 0)
+    (job,) = jobs_of(load_run(sweep_file(tmp_path, activations, {"topk": JOBS["topk"]})))
+    train_here(job)
+    check_alike(alone, tmp_path, "world-topk")
 
 
 def test_a_job_that_diverges_ends_and_the_others_go_on(

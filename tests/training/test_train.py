@@ -14,7 +14,6 @@ from dist_sae.checkpoint.upkeep import convert_to_run
 from dist_sae.config import load_run
 from dist_sae.config.sae import BatchTopKConfig
 from dist_sae.data.activation_set import ActivationSet
-from dist_sae.data.loader import Loader
 from dist_sae.data.normaliser import measure
 from dist_sae.data.plan import load_plan
 from dist_sae.data.shard import read_manifest
@@ -67,23 +66,17 @@ def test_directions_from_data_take_as_many_batches_as_they_need(
     sae = build_sae(settings.sae, 16)
     mesh = Mesh(0, 1, torch.device("cpu"), WHOLE)
     times = Times(mesh.device, {"world": Telemetry("world", "train", None)})
-    opened = list[range]()
-
-    def open_(steps: range) -> Loader:
-        opened.append(steps)
-        return open_loader(settings, mesh, activation_set, steps, Lineage(), None)
-
     again = build_sae(settings.sae, 16)
-    with FirstBatches(3, open_, mesh, activation_set.stopping, times, keep=True) as batches:
+    with open_loader(settings, mesh, activation_set, range(5), Lineage(), None) as loader:
+        batches = FirstBatches(3, loader, mesh, activation_set.stopping, times, several=True)
         for each in (sae, again):  # the second takes what the first has read
             initialise(settings, normalisers, each, Start(), batches)
-    assert opened == [range(3)]
+        assert batches.loader() is loader  # training reads them, and goes on, without another
+        read = list(loader)
+    assert [batch.step for batch in read] == [0, 1, 2, 3, 4]
     assert torch.equal(sae.W_dec, again.W_dec)
-    with Loader(
-        activation_set, rank=0, world=1, batch_rows=24, steps=range(3), max_passes=1
-    ) as loader:
-        acts = torch.cat([only(batch.acts) for batch in loader])[:64]
-        rows = acts * normalisers.of[settings.site].scale
+    acts = torch.cat([only(batch.acts) for batch in read])[:64]
+    rows = acts * normalisers.of[settings.site].scale
     expected = build_sae(settings.sae, 16)
     expected.initialise(sae_rows(rows[:24]), settings.train.seed)
     initialise_from_data(expected, [sae_rows(rows)])
