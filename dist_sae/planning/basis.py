@@ -1,20 +1,21 @@
 """Inputs of a forecast: the run with numbers for all settings, its units, its widths."""
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
-from dist_sae.config import Run, jobs_of, sections_of, validate_run
+from dist_sae.config import Run, jobs_of
 from dist_sae.config.data import HuggingFaceModel, SyntheticModel, layer_of
 from dist_sae.data.corpus import Corpus
 from dist_sae.data.deal import choose_layout
 from dist_sae.data.make_plan import LAYOUT_SETTINGS, make_plan
-from dist_sae.data.plan import PLAN_KEY, load_plan
+from dist_sae.data.plan import PLAN_KEY, Plan, check_rows, load_plan
 from dist_sae.dictionaries.axis import LatentAxis
 from dist_sae.dictionaries.interface import Widths
 from dist_sae.errors import ConfigError
 from dist_sae.logs import PacedProgress
+from dist_sae.planning.simulate import plan_of
 from dist_sae.producing.planner import count_rows
 from dist_sae.storage import open_store
 
@@ -102,15 +103,15 @@ def find_basis(
         parameters: See `Model.parameters`; goes with `width`.
 
     Raises:
-        ConfigError: There are too few rows, or settings contradict each other.
+        ConfigError: There is no batch of rows, or settings contradict each other.
+        DataExhaustedError: A run asks for more rows than there are.
         CorpusError: The text cannot be read.
         ModelError: The model cannot be described.
         StoreError: The store cannot be reached.
     """
     model = _described(run, width, parameters)
     if rows is not None:
-        units, heldout, resolve = _of_rows(run, rows)
-        pass_rows, source = sum(units), "--rows"
+        plan, source = _of_rows(run, rows), "--rows"
     else:
         store = open_store(run.store.activations, run.store.s3)
         if store.size(PLAN_KEY) is not None:
@@ -120,17 +121,17 @@ def find_basis(
             index = corpus.index()
             plan = make_plan(run, index, count_rows(run, corpus, index, pace))
             source = "the corpus, which is not planned yet"
-        units, heldout = (
-            list(plan.rows_of_units[part])
-            for part in (slice(plan.n_train_units), slice(plan.n_train_units, None))
-        )
-        pass_rows, resolve = plan.pass_rows, plan.resolve
-    return [Basis(resolve(job), model, units, heldout, pass_rows, source) for job in jobs_of(run)]
+    jobs = [plan.resolve(job) for job in jobs_of(run)]
+    for job in jobs:
+        check_rows(job, plan)
+    units = plan.rows_of_units[: plan.n_train_units]
+    heldout = plan.rows_of_units[plan.n_train_units :]
+    return [Basis(job, model, units, heldout, plan.pass_rows, source) for job in jobs]
 
 
-def _of_rows(run: Run, rows: int) -> tuple[list[int], list[int], Callable[[Run], Run]]:
-    """Units of documents of one length that have so many rows, and what resolves a run by them."""
-    activations, train = run.activations, run.train
+def _of_rows(run: Run, rows: int) -> Plan:
+    """A plan of documents of one length that have so many rows."""
+    activations, batch_rows = run.activations, run.train.batch_rows
     heldout = int(rows * activations.heldout_share)
     documents = max(1, min(_MOST_DOCUMENTS, (rows - heldout) // activations.context_tokens))
     layout = choose_layout(
@@ -139,37 +140,19 @@ def _of_rows(run: Run, rows: int) -> tuple[list[int], list[int], Callable[[Run],
         window_units=activations.window_units,
         unit_rows=activations.unit_rows,
         trainers=run.processes.trainers,
-        batch_rows=train.batch_rows,
+        batch_rows=batch_rows,
     )
     of_stream = layout.targets((rows - heldout) // layout.streams)
     shares = of_stream * (rows - heldout) // (layout.streams * of_stream.sum())
-    units = [int(share) for share in np.repeat(shares, layout.streams)]
-    passes = sum(units) * train.max_passes
-    if sum(units) < train.batch_rows:
+    units = np.repeat(shares, layout.streams).tolist()
+    if sum(units) < batch_rows:
         raise ConfigError(
             f"--rows: {rows} leave {sum(units)} rows to train on, less than one batch "
-            f"(train.batch_rows {train.batch_rows}); give more"
+            f"(train.batch_rows {batch_rows}); give more"
         )
-    first = sum(units[: layout.streams * layout.window_units])
-    filled = {
-        "activations": {name: getattr(layout, name) for name in LAYOUT_SETTINGS},
-        "train": {
-            "rows": passes // train.batch_rows * train.batch_rows,
-            "normaliser_rows": max(1, min(1_000_000, int(0.9 * first))),
-        },
-    }
-
-    def resolve(job: Run) -> Run:
-        resolved = validate_run(sections_of(job.filled(filled)), "with the layout of --rows")
-        if resolved.rows > passes:
-            raise ConfigError(
-                f"--rows: {rows} leave {passes} to train on in {train.max_passes} passes, fewer "
-                f"than train.rows ({resolved.rows}); give more, or lower train.rows"
-            )
-        return resolved
-
     n_heldout = max(1, round(heldout / layout.unit_rows)) if heldout else 0
-    return units, [layout.unit_rows] * n_heldout, resolve
+    own = {name: getattr(layout, name) for name in LAYOUT_SETTINGS}
+    return plan_of(units, [layout.unit_rows] * n_heldout, **own)
 
 
 def _described(run: Run, width: int | None, parameters: int | None) -> Model:

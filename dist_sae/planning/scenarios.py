@@ -54,8 +54,8 @@ def simulate(basis: Basis, fleet: Fleet) -> dict[str, float]:
     streams, windows = basis.run.activations.streams, basis.run.activations.window_units
     assert streams is not None, "the basis has numbers"
     wanted = max(_UNITS_EACH * fleet.producers, _WINDOWS * streams * windows)
-    part = tuple(basis.unit_rows[: math.ceil(wanted / (streams * windows)) * streams * windows])
-    plan = plan_of(part, streams, windows)
+    part = basis.unit_rows[: math.ceil(wanted / (streams * windows)) * streams * windows]
+    plan = plan_of(part, streams=streams, window_units=windows)
     found = Simulation(plan, fleet._replace(rows=min(fleet.rows, sum(part)))).outcome
     training = max(found.seconds - found.first_step_seconds, 1e-9)
     total = found.seconds + (fleet.rows - found.rows) * training / found.rows

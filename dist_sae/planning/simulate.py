@@ -10,7 +10,7 @@ import logging
 import math
 import random
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -307,15 +307,15 @@ def _quiet() -> Iterator[None]:
 
 
 def plan_of(
-    unit_rows: tuple[int, ...], streams: int, window_units: int, **activations: Any
+    unit_rows: Sequence[int], heldout_unit_rows: Sequence[int] = (), /, **activations: Any
 ) -> Plan:
-    """A plan of units of which only the rows matter."""
-    own: Mapping[str, Any] = {"streams": streams, "window_units": window_units, "seed": 0}
+    """A plan of units of which only the rows matter; `activations` are its settings."""
+    rows = (*unit_rows, *heldout_unit_rows)
     return Plan(
-        settings={"activations": {**own, **activations}},
+        settings={"activations": {"seed": 0, **activations}},
         files=(),
         document_rows=1.0,
         n_train_units=len(unit_rows),
-        units=((),) * len(unit_rows),
-        unit_rows=unit_rows,
+        units=((),) * len(rows),
+        unit_rows=rows,
     )

@@ -282,6 +282,14 @@ def test_bad_input_is_one_line(
     assert problem in fail(capsys, "estimate", str(path), *options)
 
 
+def test_a_run_that_asks_for_more_rows_than_there_are_is_refused(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = write_run(tmp_path, TINY, train={"rows": 4000})
+    said = fail(capsys, "estimate", str(path), "--rows", "2000")
+    assert "train.rows asks for 4000 rows, but the activation set will have about" in said
+
+
 @pytest.mark.parametrize(
     ("option", "content", "problem"),
     [
