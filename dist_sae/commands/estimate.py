@@ -1,6 +1,7 @@
 """`dist-sae estimate`: what a run will take, before anything is produced."""
 
 import argparse
+import functools
 import subprocess
 import sys
 from collections.abc import Iterator, Mapping, Sequence
@@ -146,6 +147,7 @@ def _rates(options: argparse.Namespace, run: "Run", groups: "Sequence[Sequence[B
     return rates
 
 
+@functools.cache  # the process takes seconds
 def _trainer_bytes() -> int:
     """Memory of a trainer without data, in a process of its own: this one has other libraries."""
     program = "from dist_sae.bench.step import program_bytes; print(program_bytes())"
