@@ -26,6 +26,8 @@ def _check_key(key: str) -> str:
     for shared, why in _SHARED.items():
         if f"{dotted}.".startswith(f"{shared}."):
             raise ValueError(f"{key} is the same for all jobs: {why}")
+    if dotted == "train":
+        raise ValueError("a job names each key of train that it changes, such as train.lr")
     if dotted != "sae" and not dotted.startswith(_OWN):
         raise ValueError(
             f"{key} is the same for all jobs; they may differ in sae, sae.*, train.* and "
@@ -116,7 +118,7 @@ class SweepConfig(Section):
         if len(names) > _MOST_JOBS:
             raise ValueError(f"{len(names)} jobs; train {_MOST_JOBS} at most in a sweep")
         if twice := [name for name in dict.fromkeys(names) if names.count(name) > 1]:
-            raise ValueError(f"two jobs are named {twice[0]}")
+            raise ValueError(f"two jobs are named {twice[0]}; leave one out or rename it")
         return self
 
 

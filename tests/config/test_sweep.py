@@ -66,7 +66,14 @@ def test_a_job_is_the_run_that_a_file_of_its_own_gives(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("sweep", "message"),
     [
-        ({"over": {"sae.k": [2, 2]}}, "sweep: two jobs are named k2"),
+        (
+            {"over": {"sae.k": [2, 2]}},
+            "sweep: two jobs are named k2; leave one out or rename it",
+        ),
+        (
+            {"jobs": {"a": {"train": {"lr": 1e-3}}}},
+            "sweep.jobs.a.train: a job names each key of train that it changes, such as train.lr",
+        ),
         (
             {"over": {"train.batch_rows": [320, 640]}},
             "sweep.over.train.batch_rows: train.batch_rows is the same for all jobs: all jobs read "
