@@ -42,7 +42,7 @@ def progress(role: str, done: float, total: float, **numbers: Any) -> None:
         shown = " ".join(
             f"{k}={v:.4g}" if isinstance(v, float) else f"{k}={v}"
             for k, v in numbers.items()
-            if not isinstance(v, Mapping)
+            if v is not None and not isinstance(v, Mapping)
         )
         logger.info("%s %s/%s %s", role, f"{done:.0f}", f"{total:.0f}", shown)
 

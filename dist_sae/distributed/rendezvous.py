@@ -103,7 +103,7 @@ def rendezvous(
     if world != expected_world:
         raise ConfigError(
             f"{setting} is {expected_world}, but WORLD_SIZE is {world}; "
-            f"start {expected_world} ranks or set {setting}"
+            f"start {expected_world} ranks, as `dist-sae run` does, or set {setting}"
         )
     if world == 1:
         yield Ranks(rank, world, local_rank(), (_here(),))
