@@ -1,4 +1,4 @@
-"""A program named `python` that runs `-m dist_sae` in a process forked from preloaded modules.
+"""A program named `python` that runs `-m dist_sae` or a script, forked from preloaded modules.
 
 Importing torch and DeepSpeed anew takes seconds of every start. The program (`stand_in.py`) hands
 its arguments, environment, folder and open files to a server, which forks; it passes signals on,
@@ -15,6 +15,7 @@ import ctypes
 import io
 import json
 import os
+import runpy
 import select
 import socket
 import sys
@@ -160,7 +161,8 @@ def _run(asked: dict[str, Any]) -> int:
     os.umask(asked["umask"])
     os.chdir(asked["cwd"])
     tempfile.tempdir = None
-    sys.argv, sys.executable = ["dist-sae", *asked["arguments"]], asked["python"]
+    script = asked["script"]
+    sys.argv, sys.executable = [script or "dist-sae", *asked["arguments"]], asked["python"]
     sys.stdin = open(0, closefd=False)  # noqa: SIM115 - as long as the process
     sys.stdout, sys.stderr = (
         io.TextIOWrapper(io.FileIO(number, "w"), write_through=True) for number in (1, 2)
@@ -168,8 +170,13 @@ def _run(asked: dict[str, Any]) -> int:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "1")))
     from dist_sae.__main__ import main  # the server's
 
+    code: Any = 0
     try:
-        code: Any = main()
+        if script:
+            sys.path.insert(0, str(Path(script).parent))
+            runpy.run_path(script, run_name="__main__")
+        else:
+            code = main()
     except SystemExit as exc:
         code = exc.code
     except BaseException:

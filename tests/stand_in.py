@@ -8,14 +8,18 @@ import socket
 import sys
 
 folder = os.path.dirname(os.path.abspath(sys.argv[0]))
-arguments = sys.argv[1:]
+arguments, script = sys.argv[1:], ""
 if os.path.basename(sys.argv[0]) == "python":
-    if arguments[:2] != ["-m", "dist_sae"]:
+    if arguments[:2] == ["-m", "dist_sae"]:
+        arguments = arguments[2:]
+    elif arguments[:1] and arguments[0].endswith(".py"):
+        script, *arguments = arguments
+    else:
         os.execv(sys.executable, [sys.executable, *arguments])
-    arguments = arguments[2:]
 umask = os.umask(0)
 os.umask(umask)
 asked = {
+    "script": script,
     "arguments": arguments,
     "env": dict(os.environ),
     "cwd": os.getcwd(),

@@ -119,10 +119,10 @@ def spec_of(folder: Path, shards: int, **changes: Any) -> dict[str, Any]:
     return chosen.spec(OURS, shards, 0) | {"folder": str(folder), "work": str(work)} | changes
 
 
-def train_ours(spec: Mapping[str, Any], shards: int) -> dict[str, Any]:
+def train_ours(spec: Mapping[str, Any], shards: int, python: Path) -> dict[str, Any]:
     script = Path(run_dist_sae.__file__)
     ranks = rank_environments(shards, shards) if shards > 1 else [{}]
-    python, work = Path(sys.executable), Path(spec["work"])
+    work = Path(spec["work"])
     return run_script(
         Peer("dist-sae", None, ""), python, script, spec, work, threads=1, ranks=ranks,
     )  # fmt: skip
@@ -130,12 +130,12 @@ def train_ours(spec: Mapping[str, Any], shards: int) -> dict[str, Any]:
 
 @pytest.mark.system
 def test_our_trainer_gives_sae_lens_the_same_dictionary_from_one_rank_and_from_two(
-    tmp_path: Path,
+    tmp_path: Path, preloaded: dict[str, Path]
 ) -> None:
     write_world(tmp_path, rows=4096)
     exports = []
     for shards in (1, 2):
-        result = train_ours(spec_of(tmp_path, shards), shards)
+        result = train_ours(spec_of(tmp_path, shards), shards, preloaded["python"])
         assert result["seconds"] > 0
         out = Path(result["out"])
         assert json.loads((out / "cfg.json").read_text())["k"] == 2

@@ -3,6 +3,7 @@
 import json
 import shutil
 import socket
+import subprocess
 import threading
 from pathlib import Path
 from typing import Any
@@ -117,9 +118,10 @@ def test_two_ranks_measure_what_one_does(tmp_path: Path, case: str) -> None:
         assert found[name] == wanted, name
 
 
-def test_one_command_starts_all_ranks_of_a_pod(tmp_path: Path) -> None:
+def test_one_command_starts_all_ranks_of_a_pod(tmp_path: Path, preloaded: dict[str, Path]) -> None:
     path = prepare(tmp_path, "whole models")
-    out = run_program("evaluate", str(path), "--json", "--local-ranks", "2")
+    command = [str(preloaded["dist-sae"]), "evaluate", str(path), "--json", "--local-ranks", "2"]
+    out = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     found = json.loads(out.splitlines()[-1])
     run = load_run(path)
     assert found == json.loads((Path(run.store.runs) / run.name / "evaluation.json").read_text())
