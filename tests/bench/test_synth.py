@@ -16,6 +16,7 @@ from dist_sae.bench import synth
 from dist_sae.bench.peers.environments import Peer, PeerError
 from dist_sae.bench.peers.processes import run_script
 from dist_sae.bench.synth import run_dist_sae
+from dist_sae.bench.synth.orthogonal import orthogonalised
 from dist_sae.bench.synth.rows import HELDOUT, TRAINING, Rows, RowsWriter
 from dist_sae.bench.synth.worlds import DIST_SAE, SAE_LENS, Trainer, find_world, parse_trainer
 from dist_sae.distributed.local_ranks import rank_environments
@@ -87,6 +88,22 @@ def test_rows_are_the_sum_of_the_features_that_fire(tmp_path: Path) -> None:
     assert torch.equal(rows.truth(which), fired[which])
     expected = fired[which].double() @ rows.directions.double() + 0.25
     torch.testing.assert_close(rows.batch(which).double(), expected, atol=1e-5, rtol=0)
+
+
+def test_directions_are_those_of_the_loss_over_all_pairs() -> None:
+    start = torch.randn(12, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    expected = (start / start.norm(dim=1, keepdim=True)).requires_grad_()
+    optimizer = torch.optim.Adam([expected], lr=1e-2)
+    for _ in range(20):  # as in sae-lens, by differentiation
+        products = expected @ expected.T
+        on_itself = products.diagonal()
+        between = (products - torch.diag(on_itself)).square().sum()
+        optimizer.zero_grad()
+        (between + 12 * (on_itself - 1).square().sum()).backward()
+        optimizer.step()
+    expected = (expected / expected.norm(dim=1, keepdim=True)).detach()
+    torch.testing.assert_close(orthogonalised(start, 20, 1e-2), expected, atol=1e-12, rtol=0)
+    assert orthogonalised(start, 0, 1e-2).allclose(start / start.norm(dim=1, keepdim=True))
 
 
 def test_rows_without_any_feature_are_the_bias(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from sae_lens import SAE, LoggingConfig  # type: ignore[import-not-found]
 from sae_lens.config import SAETrainerConfig  # type: ignore[import-not-found]
 from sae_lens.registry import get_sae_training_class  # type: ignore[import-not-found]
 from sae_lens.synthetic import (  # type: ignore[import-not-found]
+    FeatureDictionary,
     FoldedNormalMagnitudeConfig,
     HierarchyConfig,
     LinearMagnitudeConfig,
@@ -30,8 +31,9 @@ from sae_lens.training.sae_trainer import SAETrainer  # type: ignore[import-not-
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from dist_sae.bench.synth import rows
+    from dist_sae.bench.synth import orthogonal, rows
 else:
+    import orthogonal
     import rows
 
 _MODEL = "model"
@@ -53,7 +55,8 @@ def make(spec: dict[str, Any]) -> dict[str, Any]:
         world = SyntheticModel.load_from_source(model)
     else:
         sections = {name: kind(**model[name]) for name, kind in _SECTIONS.items()}
-        world = SyntheticModel(SyntheticModelConfig(**(model | sections)))
+        config = SyntheticModelConfig(**(model | sections))
+        world = SyntheticModel(config, feature_dict=_features(config))
     world.save(folder / _MODEL)
     np.save(folder / "directions.npy", world.feature_dict.feature_vectors.detach().numpy())
     np.save(folder / "bias.npy", world.feature_dict.bias.detach().numpy())
@@ -65,6 +68,23 @@ def make(spec: dict[str, Any]) -> dict[str, Any]:
             writer.add(fired)
         writer.write(folder, part)
     return {"d_in": world.cfg.hidden_dim, "features": world.cfg.num_features}
+
+
+def _features(config: Any) -> Any:
+    """The features that sae-lens makes of the configuration; its own way takes hours at 16,384."""
+    settings = config.orthogonalization
+
+    def make_orthogonal(features: Any) -> None:
+        vectors = features.feature_vectors
+        vectors.data = orthogonal.orthogonalised(vectors.data, settings.num_steps, settings.lr)
+
+    return FeatureDictionary(
+        config.num_features,
+        config.hidden_dim,
+        bias=config.bias,
+        initializer=make_orthogonal,
+        seed=config.seed,
+    )
 
 
 def train(spec: dict[str, Any]) -> dict[str, Any]:

@@ -1,0 +1,32 @@
+"""Directions made nearly orthogonal, as sae-lens's `orthogonalize_embeddings` does.
+
+sae-lens's Python reads this too, where dist_sae is not installed: torch alone.
+"""
+
+import torch
+from torch import Tensor
+from torch.nn.functional import normalize
+
+
+def orthogonalised(directions: Tensor, steps: int, lr: float) -> Tensor:
+    """Take steps of Adam on sum_{i != j} (e_i . e_j)^2 + n sum_i (|e_i|^2 - 1)^2.
+
+    Its gradient is 4 (E E^T E + n (|e|^2 - 1) e - |e|^2 e). So a step takes products with E^T E,
+    [d, d], where sae-lens multiplies all pairs of the n rows and differentiates: at 16,384 rows of
+    768, 20 times less.
+
+    Args:
+        directions: [n, d], of any length.
+        steps: Number of steps.
+        lr: Learning rate.
+
+    Returns:
+        Unit rows, those of sae-lens to rounding, which Adam scales.
+    """
+    e = normalize(directions, dim=1)
+    optimizer = torch.optim.Adam([e], lr=lr)
+    for _ in range(steps):
+        square = e.square().sum(1, keepdim=True)
+        e.grad = 4 * (e @ (e.T @ e) + (len(e) * (square - 1) - square) * e)
+        optimizer.step()
+    return normalize(e, dim=1)
