@@ -55,7 +55,8 @@ def rank(path: Path, why: str, env: dict[str, str]) -> None:
             if self._has_reason("data ends"):
                 return None
             batch = super().next(waiting)
-            self.given += 1
+            if batch:
+                self.given = batch.step + 1  # the first is given twice: for initial values
             if self._has_reason("stop"):
                 stopping.set()
             return batch
