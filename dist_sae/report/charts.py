@@ -12,7 +12,7 @@ from typing import NamedTuple
 _WIDTH, _HEIGHT = 520, 250
 _LEFT, _RIGHT, _TOP, _BOTTOM = 54, 14, 12, 40
 _BUCKETS = 240  # points that a line is thinned to; the band shows what thinning hides
-PALETTE = 6
+PALETTE = 8
 """Colours of the style sheet; further lines begin with the first again."""
 _LOG_FROM = 8.0  # a positive quantity that spans this factor gets a logarithmic axis
 
