@@ -5,12 +5,13 @@ from typing import NamedTuple
 import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from dist_sae.analysis.dark_matter import left_over, unique_share
 from dist_sae.analysis.error_parts import Judge, Moments
 from dist_sae.analysis.pursuit import most_latents, pursue
-from dist_sae.analysis.tail import Floats, Span, fit_law, floor
+from dist_sae.analysis.tail import Floats, fit_law, floor
 from dist_sae.config.sae import TopKConfig
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.index.decoder import directions
@@ -72,39 +73,38 @@ def _energies(sae: Dictionary, world: World, rows: int = 20_000) -> Floats:
     return np.asarray((square - mean**2) * sae.W_dec.detach().norm(dim=1).numpy() ** 2)
 
 
-def measure(known: Known, x: Tensor, total: Tensor, l0: float) -> tuple[Span, Span]:
-    """Tail and unique energy on some rows, as the analysis has them."""
-    energies, alive = known.energies, known.energies > 0
-    half = np.zeros_like(alive)
-    half[np.argsort(-energies, kind="stable")[: int(alive.sum()) // 2]] = True
-    left, by_half = (
-        pursue(
-            x - known.offset, lambda: [known.W_dec], torch.from_numpy(usable), most_latents(l0)
-        ).squares.double()
-        for usable in (alive, half)
-    )
-    rarer = 1 - float(energies[half].sum() / energies.sum())
-    share, half_share = (each.sum(1) / total.sum() for each in (left, by_half))
-    documents = torch.arange(len(x)) // DOCUMENT_ROWS
-    return left_over(left, total, documents), unique_share(share, half_share, rarer)
+def solve(known: Known, x: Tensor, l0: float, usable: NDArray[np.bool_] | None = None) -> Tensor:
+    """Squares that the solver leaves of each row, with some of the alive latents or with all."""
+    mask = torch.from_numpy(known.energies > 0 if usable is None else usable)
+    decoder = known.W_dec
+    return pursue(x - known.offset, lambda: [decoder], mask, most_latents(l0)).squares.double()
 
 
-def coverages(
-    world: World, narrow: Known, wide: Known, rows: int, replicates: int
-) -> dict[str, float]:
+def coverages(world: World, narrow: Known, wide: Known, rows: int) -> dict[str, float]:
     """Shares of samples whose intervals hold the truth."""
-    mean = world.p.float() @ world.directions * world.scale
-    n, wider = (int((each.energies > 0).sum()) for each in (narrow, wide))
+    mean, l0 = world.p.float() @ world.directions * world.scale, float(world.p.sum())
+    energies = narrow.energies
+    alive, alive_wide = energies[energies > 0], int((wide.energies > 0).sum())
+    half = np.argsort(-energies, kind="stable")[: len(alive) // 2]
+    rarer = 1 - float(energies[half].sum() / energies.sum())
+    x = world.batch(3_000_000, REPLICATES * rows)  # rows do not depend on each other
+    samples = [
+        torch.split(each, rows, dim=-1)
+        for each in (
+            (x - mean).double().square().sum(1),
+            solve(narrow, x, l0),
+            solve(narrow, x, l0, np.isin(np.arange(len(energies)), half)),
+            solve(wide, x, l0),
+        )
+    ]
+    documents = torch.arange(rows) // DOCUMENT_ROWS
     hits: dict[str, list[bool]] = {"tail": [], "floor": [], "held out": []}
-    l0 = float(world.p.sum())
-    for number in range(replicates):
-        x = world.batch(3_000_000 + number, rows)
-        total = (x - mean).double().square().sum(1)
-        tail, unique = measure(narrow, x, total, l0)
-        energies = narrow.energies[narrow.energies > 0]
-        law = fit_law(energies / energies.sum() * (1 - tail.value))
-        predicted = floor(tail, unique, law, n, wider)
-        held_out, _ = measure(wide, x, total, l0)
+    for total, left, by_half, left_wide in zip(*samples, strict=True):
+        tail, held_out = (left_over(each, total, documents) for each in (left, left_wide))
+        share, half_share = (each.sum(1) / total.sum() for each in (left, by_half))
+        unique = unique_share(share, half_share, rarer)
+        law = fit_law(alive / alive.sum() * (1 - tail.value))
+        predicted = floor(tail, unique, law, len(alive), alive_wide)
         hits["tail"] += [tail.low <= narrow.tail <= tail.high]
         hits["tail"] += [held_out.low <= wide.tail <= held_out.high]
         hits["floor"].append(predicted.low <= wide.tail <= predicted.high)
@@ -122,7 +122,7 @@ def test_intervals_of_tail_and_floor_hold_the_truth(
     if zipf != 1.0 and not request.config.getoption("--long"):
         pytest.skip("solves for half a minute: with --long")
     world = World(d_in=64, n_features=256, l0=3, zipf=zipf)
-    found = coverages(world, ideal(world, 64), ideal(world, 128), 200, REPLICATES)
+    found = coverages(world, ideal(world, 64), ideal(world, 128), 200)
     assert min(found.values()) >= COVERED, found
 
 
@@ -144,7 +144,7 @@ def test_intervals_hold_the_truth_of_trained_dictionaries(
         pytest.skip("trains and solves for half a minute: with --long")
     world = World(d_in=d, n_features=features, l0=k, zipf=1.0)
     narrow, wide = (trained(world, each, k, steps) for each in (n, 2 * n))
-    found = coverages(world, narrow, wide, rows, REPLICATES)
+    found = coverages(world, narrow, wide, rows)
     assert min(found.values()) >= COVERED, (found, narrow.tail, wide.tail)
 
 
