@@ -128,6 +128,8 @@ def _open(
                 f"that of {begun[0].run.name}; give the step in train.parent.step"
             )
     times.steps = max(job.run.steps for job in begun)
+    normalisers = _normalisers(begun, activation_set, times)
+    check_memory([(job.run, normalisers[job.run.name].widths, job.mesh) for job in begun], mesh)
 
     def open_(steps: range, cursors: Mapping[int, StreamCursor]) -> Loader:
         return open_loader(shared, mesh, activation_set, steps, first, cursors)
@@ -135,13 +137,11 @@ def _open(
     reading = opened.enter_context(ExitStack())
     new = [job for job in begun if not job.start.found]
     first_batches = None
-    if new:  # it reads while normalisers and dictionaries are made
+    if new:  # after the normalisers, whose manifests would queue behind its blocks
         loader = reading.enter_context(open_(range(times.steps), new[0].start.cursors))
         n = max(init_batches(job.run, job.start) for job in new)
         several = len(new) > 1
         first_batches = FirstBatches(n, loader, mesh, stopping, times, several=several)
-    normalisers = _normalisers(begun, activation_set, times)
-    check_memory([(job.run, normalisers[job.run.name].widths, job.mesh) for job in begun], mesh)
     thread = opened.enter_context(saver_thread())
     heldout: dict[Hashable, HeldoutFvu] = {}
     jobs = []
