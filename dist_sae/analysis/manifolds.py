@@ -15,7 +15,7 @@ import pyarrow as pa
 from dist_sae.analysis.coplanar import coplanar_groups
 from dist_sae.analysis.graph import find_groups, nearest_edges, together
 from dist_sae.analysis.links import coactive_pairs
-from dist_sae.analysis.measure import LEAST_ROWS, Measured, Shape, measure
+from dist_sae.analysis.measure import LEAST_ROWS, PERSPECTIVE, Measured, Shape, measure
 from dist_sae.analysis.names import frequent_tokens
 from dist_sae.analysis.opened import Indexed
 from dist_sae.analysis.reconstructed import reconstruct
@@ -92,7 +92,7 @@ def find_manifolds(indexed: Indexed, settings: Settings) -> Findings:
     kept = {each.group for each in found}
     shapes = [shape for *_, shape in rings if shape.measured.group in kept][:_DRAWN]
     in_groups = len(np.unique(groups.latents))
-    n_rings = sum(each.is_ring for each in found)
+    are_rings = [each for each in found if each.is_ring]
     numbers = {
         "latents": index.n_latents,
         "rows": index.rows,
@@ -103,7 +103,8 @@ def find_manifolds(indexed: Indexed, settings: Settings) -> Findings:
         "repeated": n_measured - len(found),
         "rare": rare,
         "one_dimensional": flat,
-        "rings": n_rings,
+        "rings": len(are_rings),
+        "rings_before_the_origin": sum(each.view == PERSPECTIVE for each in are_rings),
         "best_strength": found[0].strength if found else None,
         "best_rings": [_as_json(shape.measured, labels) for shape in shapes],
         "spooled_bytes": spooled[0],
@@ -152,11 +153,12 @@ def _summary(
     for shape in rings:
         each = shape.measured
         members = ", ".join(f'{n} "{labels[n]}"' for n in each.latents[:_NAMED])
+        where = ", before the origin" if each.view == PERSPECTIVE else ""
         more = f" and {len(each.latents) - _NAMED} more" if len(each.latents) > _NAMED else ""
         yield (
             f"score {each.score:.2f} in components {each.plane} and {each.plane + 1} "
             f"({each.plane_share:.0%} of the variance), {each.rows:,} rows, two or more latents "
-            f"together on {each.together:.0%}: {members}{more}"
+            f"together on {each.together:.0%}{where}: {members}{more}"
         )
 
 
@@ -173,6 +175,12 @@ def _caveats(numbers: Mapping[str, Any], index: Index) -> Iterator[str]:
     if index.manifest.postings_share < 1:
         share = index.manifest.postings_share
         yield f"The index keeps the activations of {share:.1%} of its rows; only these were seen."
+    if before := numbers["rings_before_the_origin"]:
+        yield (
+            f"{before:,} of the rings lie before the origin. Three or four features that add up in "
+            "pairs pass the same limits there, as the sides of a triangle or square: believe one "
+            "only if its picture shows a ring and its latents have an order, as numbers have."
+        )
     if not numbers["rings"]:
         yield (
             "This is no evidence that there are none: a ring that the dictionary has one or two "

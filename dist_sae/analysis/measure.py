@@ -36,6 +36,8 @@ DEPENDENT = 0.1
 """Least separability, in bits, of points around the origin whose intensity is divided out. A ring
 whose intensity varies by 25 % has 0.2; two independent coordinates have less than 0.05, whatever
 they are, but in directions would be as separable as a ring."""
+PERSPECTIVE = "perspective"
+"""The view of points on one side of the origin, whose intensity is divided out."""
 _BESIDE = 0.2  # of the largest activation, from which another latent is active together with it
 _LEAST_SPREAD = 1e-6  # below it, all points are on one line through the origin
 _NULL_DRAWS = 39
@@ -131,7 +133,7 @@ def measure(group: Reconstructed) -> Shape | None:
     if len(points) < LEAST_ROWS:
         return None
     view, seen, kept = _without_intensity(points)
-    ahead = view == "perspective"
+    ahead = view == PERSPECTIVE
     if seen.std(0).max() < _LEAST_SPREAD * (1 if ahead else np.abs(seen).max()):
         return None
     components = spectrum(seen)
@@ -182,7 +184,7 @@ def measure(group: Reconstructed) -> Shape | None:
 def _without_intensity(points: Points) -> tuple[str, Points, NDArray[np.bool_]]:
     """Remove intensity from points where they allow it: how, the new points, which they are."""
     if (found := in_perspective(points)) is not None:
-        return "perspective", *found
+        return PERSPECTIVE, *found
     every = np.ones(len(points), np.bool_)
     plane = spectrum(points).coordinates[:, :2]
     if plane.shape[1] > 1 and separability(plane) >= DEPENDENT:

@@ -111,6 +111,9 @@ def test_planted_circles_are_ranked_first(world: Indexed) -> None:
         assert line["participation"] == pytest.approx(2, abs=0.2)
         assert line["composition"] < 0.7  # interpolated, not added
         assert line["scaling"] < 0.1
+    before = sum(line["view"] == "perspective" for line in rings)
+    assert found.numbers["rings_before_the_origin"] == before
+    assert f"{before} of the rings lie before the origin" in " ".join(found.caveats)
     apart = [line["composition"] for line in table if min(line["latents"]) >= CIRCLES * TILES]
     assert np.mean([value for value in apart if value is not None]) > 0.8  # they add
 
