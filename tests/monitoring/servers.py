@@ -97,7 +97,9 @@ def alertmanager(folder: Path, webhook: str) -> Iterator[str]:
 def pushgateway(folder: Path) -> Iterator[str]:
     """Start a Pushgateway that keeps nothing on disk; yields its host:port."""
     port = free_ports(1)
-    command = [_installed("prometheus-pushgateway"), f"--web.listen-address=127.0.0.1:{port}"]
+    program = _installed("prometheus-pushgateway")
+    # Debian's would read and write a file in /var/lib otherwise
+    command = [program, f"--web.listen-address=127.0.0.1:{port}", "--persistence.file="]
     with _server(command, folder / "pushgateway.log", port):
         yield f"127.0.0.1:{port}"
 
