@@ -14,10 +14,8 @@ from transformers import LlamaModel, PreTrainedTokenizerFast  # noqa: F401
 
 import dist_sae.commands.cli
 import dist_sae.evaluation.evaluate
-import dist_sae.index.build
 import dist_sae.models.huggingface
 import dist_sae.producing.loop
 import dist_sae.producing.planner
-import dist_sae.report.build
 import dist_sae.storage.s3
 import dist_sae.training.loop  # noqa: F401
