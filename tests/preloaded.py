@@ -106,7 +106,7 @@ def _serve(listener: socket.socket) -> None:
 
 
 def _received(connection: socket.socket) -> bytes:
-    """What has been sent; nothing if the sender has ended."""
+    """Read the next message; empty if the connection has ended."""
     with suppress(ConnectionError):
         return connection.recv(64)
     return b""

@@ -88,7 +88,7 @@ class Measured(NamedTuple):
 
     @property
     def is_ring(self) -> bool:
-        """Whether it meets every criterion of a ring."""
+        """Whether the group passes all limits of a ring, the constants `RING_...` above."""
         return (
             self.score >= RING_SCORE
             and self.plane_share >= RING_SHARE

@@ -49,7 +49,7 @@ class MatryoshkaConfig(KeepsThresholdConfig):
         """Number of latents of each prefix in a block of neighbours, whose size is the last number.
 
         All blocks are alike, so each prefix is spread evenly over the latents, and over shards of
-        equal size.
+        equal size if its width is a multiple of their number.
         """
         periods = math.gcd(*self.prefix_widths)
         return tuple(width // periods for width in self.prefix_widths)

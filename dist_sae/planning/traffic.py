@@ -51,7 +51,12 @@ def step_traffic(basis: Basis) -> dict[str, int]:
 
 
 def _gradients_over_replicas(basis: Basis, weights: int) -> dict[str, float]:
-    """Bytes of the gradients: of W_enc and W_dec by entry if that is less than all `weights`."""
+    """Bytes of gradients, those of W_enc and W_dec by entry where that is less.
+
+    Args:
+        basis: The run.
+        weights: Bytes of all weights of a rank.
+    """
     sae, axis = basis.run.sae, basis.axis
     moved = {"gather_entries": 0.0, "sum_gradients": 2 * (1 - 1 / axis.replicas) * weights}
     if not is_summed_by_entry(sae):

@@ -29,13 +29,13 @@ class Known(NamedTuple):
     W_dec: Tensor
     offset: Tensor
     energies: Floats
-    """Of the latents: parts of the variance that their activations have."""
+    """Variance that each latent gives to reconstructions; 0 of those that never fire."""
     tail: float
     """Share of the variance that no latent describes, see `trained`."""
 
 
 def variances(world: World) -> Floats:
-    """Of the features, without the world's scale."""
+    """Variance of each feature's activations, before the world scales its rows."""
     p = world.p.numpy()
     return np.asarray(p * SECOND - p**2)
 

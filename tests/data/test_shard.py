@@ -58,7 +58,7 @@ def test_blocks_hold_the_rows_in_order(store: ObjectStore, dtype: str) -> None:
     [(2047, [512, 512, 512, 511]), (600, [256, 256, 88]), (200, [200]), (9000, [2250] * 4)],
 )
 def test_a_small_unit_has_four_blocks(store: ObjectStore, rows: int, blocks: list[int]) -> None:
-    """Of 256 rows at least; training can begin when it has the first of each unit."""
+    """Blocks have at least 256 rows. Training needs one block of each unit to begin."""
     shard = write_shard(store, 7, "resid_post.3", random_rows(rows, 1), 4096, "bf16")
     assert [block.rows for block in shard.blocks] == blocks
     assert read_block(store, shard, 0).acts.shape == (blocks[0], 1)

@@ -54,8 +54,8 @@ SMALL = (
 )
 WEIGHTS = ("W_enc", "W_dec", "b_enc", "b_dec")
 UNIT_OF_WINDOW_2, UNIT_OF_WINDOW_3 = 8, 16
-"""Of the first of four streams: a batch takes rows of each, so without them 33 or 66 of 100 steps
-can be done."""
+"""Units of the first of four streams. A batch takes rows of every stream, so that training stops
+after 33 of 100 steps without the first of these units, after 66 without the second."""
 COMPLETE = Condition("Complete", "CompletionsReached")
 COMPLETED = Condition("Completed", "AllJobsCompleted")
 
