@@ -4,9 +4,9 @@ import fcntl
 import json
 import os
 import signal
-import socket
 from pathlib import Path
 
+from dist_sae.distributed.local_ranks import rank_environments
 from dist_sae.logs import SUPERVISED
 from tests.forks import HANG_SECONDS, Program
 
@@ -32,15 +32,7 @@ def produce(path: Path, *options: str) -> None:
 
 def start_ranks(*arguments: str, world: int) -> list[Program]:
     """Start the ranks of one job."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = []
-    for rank in range(world):
-        env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        ranks.append(start(*arguments, env=env))
-    return ranks
+    return [start(*arguments, env=env) for env in rank_environments(world, world)]
 
 
 def keep_close(process: Program) -> None:

@@ -6,11 +6,13 @@ preemption (75) from a mistake (2).
 
 import logging
 import os
+import random
 import signal
 import socket
 import sys
 import threading
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from functools import partial
 
 from dist_sae.distributed.supervisor import End, start, supervise
@@ -23,6 +25,7 @@ FAILED_GRACE_SECONDS = 30.0
 NODE = "DIST_SAE_NODE"
 """Environment variable with the name of a pod's node, for messages."""
 _NODE_RANK = "JOB_COMPLETION_INDEX"
+_PORTS = 20_000, 32_768
 
 
 def rank_environments(n_local: int, world: int) -> list[dict[str, str]]:
@@ -94,7 +97,12 @@ def _exit_code(ends: Sequence[End]) -> int:
 
 
 def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
+    """A port for rank 0 to open in some seconds.
+
+    Below the ports that Linux gives to outgoing connections, one of which could take it until then.
+    """
+    while True:
+        port = random.SystemRandom().randrange(*_PORTS)
+        with socket.socket() as probe, suppress(OSError):
+            probe.bind(("127.0.0.1", port))
+            return port

@@ -12,7 +12,6 @@ import json
 import os
 import random
 import signal
-import socket
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -23,6 +22,7 @@ import pytest
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.config import Run, load_run
 from dist_sae.config.data import S3Config
+from dist_sae.distributed.local_ranks import rank_environments
 from dist_sae.producing.planner import plan
 from dist_sae.storage import open_store
 from dist_sae.telemetry.history import read_history
@@ -179,20 +179,10 @@ class Pipeline:
         self._starts += 1
         settings = self._run.model_dump(mode="json")
         settings["processes"] |= {"trainers": world, "latent_shards": shards}
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         started = []
-        for rank in range(world):
-            env = CREDENTIALS | {
-                "RANK": str(rank),
-                "LOCAL_RANK": str(rank),
-                "WORLD_SIZE": str(world),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            }
+        for rank, env in enumerate(rank_environments(world, world)):
             target = self._targets / f"train-{self._starts:03d}-{rank}"
-            started.append(self._start(work, settings, target, self._seen, env))
+            started.append(self._start(work, settings, target, self._seen, CREDENTIALS | env))
         return started
 
     def _producer(self, number: int) -> Any:

@@ -1,10 +1,10 @@
 """Ranks of large jobs stay below the usual limit of open files."""
 
-import socket
 from pathlib import Path
 
 import pytest
 
+from dist_sae.distributed.local_ranks import rank_environments
 from tests.distributed.connect_worker import FEW_FILES, rank
 from tests.forks import processes
 
@@ -19,13 +19,8 @@ def test_ranks_connect_only_to_those_with_whom_they_exchange(tmp_path: Path) -> 
     A ring has 2 neighbours, and a tree log2(8); the store has one connection for the groups. Rank 0
     serves the store, to all: it asks for more files, as the others need not.
     """
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     ranks = []
-    for number in range(WORLD):
-        env = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(WORLD)}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for env in rank_environments(WORLD, WORLD):
         ranks.append(processes.Process(target=rank, args=(tmp_path, env), daemon=True))
         ranks[-1].start()
     for process in ranks:

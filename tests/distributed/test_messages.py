@@ -1,12 +1,12 @@
 """What ranks tell one another is JSON: a neighbour's words never run."""
 
 import json
-import socket
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from dist_sae.distributed.local_ranks import rank_environments
 from tests.distributed.messages_worker import rank
 from tests.forks import processes
 
@@ -14,13 +14,8 @@ pytestmark = pytest.mark.system
 
 
 def on_two_ranks(what: str, folder: Path) -> list[Any]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     started = []
-    for number in range(2):
-        env = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for env in rank_environments(2, 2):
         started.append(processes.Process(target=rank, args=(what, folder, env), daemon=True))
         started[-1].start()
     for process in started:

@@ -5,7 +5,6 @@ With `--long` every factorisation in every precision, and 200 steps in fp32 and 
 """
 
 import functools
-import socket
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from dist_sae.dictionaries.axis import LatentAxis
 from dist_sae.distributed.axis import ShardedAxis
+from dist_sae.distributed.local_ranks import rank_environments
 from tests.dictionaries.recipes import SHARED
 from tests.distributed.sharded_worker import RECIPES, train_rank
 from tests.forks import HANG_SECONDS, processes
@@ -52,13 +52,8 @@ def job(
         spec |= {"deepspeed": {}, "kinds": kinds, "dtypes": dtypes}
         # in longer runs a weight's last bit decides now and then to which bf16 the weight rounds
         spec["steps"] = {dtype: 200 if long and dtype != "bf16" else STEPS for dtype in dtypes}
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-            port = probe.getsockname()[1]
         ranks = []
-        for number in range(world):
-            env = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": str(world)}
-            env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        for number, env in enumerate(rank_environments(world, world)):
             log = str(out / f"log.{number}")
             ranks.append(processes.Process(target=train_rank, args=(spec, env, log), daemon=True))
             ranks[-1].start()

@@ -2,7 +2,6 @@
 
 import os
 import signal
-import socket
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +9,7 @@ from typing import Any, NamedTuple
 
 import pytest
 
+from dist_sae.distributed.local_ranks import rank_environments
 from tests.distributed.watch_worker import (
     HUNG_SECONDS,
     LOST_SECONDS,
@@ -54,21 +54,14 @@ def start(tmp_path: Path) -> Iterator[Callable[..., list[Rank]]]:
     """Starts a job; none of its processes is left at the end."""
     ranks: list[Rank] = []
 
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
+    environments = rank_environments(WORLD, WORLD)
 
     def job(what: str, present: tuple[int, ...] = (0, 1, 2)) -> list[Rank]:
         for number in present:
-            env = {
-                "RANK": str(number),
-                "LOCAL_RANK": str(number),
-                "WORLD_SIZE": str(WORLD),
-                "MASTER_ADDR": "127.0.0.1",
-                "MASTER_PORT": str(port),
-            }
             output = tmp_path / f"rank-{len(ranks)}"
-            process = processes.Process(target=rank, args=(what, str(output), env), daemon=True)
+            process = processes.Process(
+                target=rank, args=(what, str(output), environments[number]), daemon=True
+            )
             process.start()
             ranks.append(Rank(process, output))
         return ranks[-len(present) :]

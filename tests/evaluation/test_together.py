@@ -2,7 +2,6 @@
 
 import json
 import shutil
-import socket
 import subprocess
 import threading
 from pathlib import Path
@@ -18,6 +17,7 @@ from dist_sae.config.fingerprint import run_fingerprint
 from dist_sae.data.plan import load_plan
 from dist_sae.data.work_queue import Worker
 from dist_sae.dictionaries import build_sae
+from dist_sae.distributed.local_ranks import rank_environments
 from dist_sae.producing.loop import produce
 from dist_sae.producing.planner import plan
 from dist_sae.storage import open_store
@@ -45,14 +45,9 @@ CASES: dict[str, tuple[str, str, dict[str, Any], int]] = {
 
 def evaluate_on_two(path: Path, *options: str) -> list[tuple[int, str, str]]:
     """Each rank's exit code, stdout and stderr."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    ranks = []
-    for rank in range(2):
-        env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": "2"}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        ranks.append(start("evaluate", str(path), "--json", *options, env=env))
+    ranks = [
+        start("evaluate", str(path), "--json", *options, env=env) for env in rank_environments(2, 2)
+    ]
     said = [rank.communicate(timeout=HANG_SECONDS) for rank in ranks]
     return [(rank.returncode, *words) for rank, words in zip(ranks, said, strict=True)]  # type: ignore[misc]
 

@@ -1,6 +1,5 @@
 """Tiny models divided over two ranks, compared with the same models whole."""
 
-import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,6 +10,7 @@ import transformers
 from torch import Tensor
 
 from dist_sae.config.data import ActivationsConfig, HuggingFaceModel
+from dist_sae.distributed.local_ranks import rank_environments
 from dist_sae.errors import ModelError
 from dist_sae.models import check_sites
 from dist_sae.models.huggingface import HuggingFaceSource
@@ -100,18 +100,13 @@ def shared(
 ) -> list[dict[str, Any]]:
     """Results of both ranks, by model."""
     outputs = [tmp_path_factory.mktemp("ranks") / str(number) for number in range(2)]
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     cases = [*LARGE, *(set(models) - {"gpt2-even", "mamba", *LARGE})]
     settings = [
         (models[case].model_dump(), (LAST,) if case in LARGE else sites_of_case(case))
         for case in cases
     ]
     started = []
-    for number, output in enumerate(outputs):
-        env = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    for output, env in zip(outputs, rank_environments(2, 2), strict=True):
         process = processes.Process(
             target=rank, args=(settings, BATCH, str(output), env), daemon=True
         )

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 import promql_parser
 import pytest
 
+from dist_sae.distributed.local_ranks import rank_environments
 from dist_sae.index.layout import IndexFolder
 from dist_sae.telemetry.dashboards import PAGES
 from dist_sae.telemetry.dashboards.queries import MANY
@@ -58,7 +59,7 @@ def live(
     s3, bucket = server("seaweedfs"), "monitoring"
     client = server_client("seaweedfs")
     client.create_bucket(Bucket=bucket)
-    port, meeting = free_ports(5), free_ports(1)
+    port = free_ports(5)
     path = write_run(
         folder,
         store={
@@ -96,12 +97,11 @@ def live(
         manager = stack.enter_context(alertmanager(folder, url))
         targets = [f"127.0.0.1:{port + i}" for i in range(5)]
         running = stack.enter_context(prometheus(folder, targets, gateway, manager))
-        rendezvous = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(meeting)}
-        ranks = [owner | rendezvous | {"RANK": r, "LOCAL_RANK": r} for r in ("0", "1")]
         for i in range(2):
             stack.enter_context(program("produce", path, i, owner, "--index", str(i)))
         trainers = [
-            stack.enter_context(program("train", path, 2 + i, env)) for i, env in enumerate(ranks)
+            stack.enter_context(program("train", path, 2 + i, owner | env))
+            for i, env in enumerate(rank_environments(2, 2))
         ]
         # another worker seems to have the only bucket in hand: this one waits, and can be seen
         claim = IndexFolder("world", "live").bucket_claims.key(0)

@@ -4,7 +4,6 @@ import json
 import os
 import random
 import signal
-import socket
 import time
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -14,6 +13,7 @@ import torch
 
 from dist_sae.config import load_run
 from dist_sae.data.shard import CLAIMS, SiteRows, existing_units, read_block, read_manifest
+from dist_sae.distributed.local_ranks import rank_environments
 from dist_sae.producing.planner import plan
 from dist_sae.storage import open_store
 from tests.forks import HANG_SECONDS, processes
@@ -62,15 +62,10 @@ class Rank(NamedTuple):
 
 
 def start_ranks(path: Path, world: int = 2) -> list[Rank]:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     settings = load_run(path, ["timeouts.lost_seconds=5"]).model_dump(mode="json")
     ranks = []
-    for rank in range(world):
-        env = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-        said = path.with_name(f"said-{port}-{rank}")
+    for rank, env in enumerate(rank_environments(world, world)):
+        said = path.with_name(f"said-{env['MASTER_PORT']}-{rank}")
         process = processes.Process(
             target=produce_rank, args=(settings, str(said), env), daemon=True
         )

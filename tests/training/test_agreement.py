@@ -1,12 +1,12 @@
 """Ranks agree on whether to go on without meeting before each step; a slow one is named."""
 
 import json
-import socket
 from collections.abc import Mapping
 from pathlib import Path
 
 import pytest
 
+from dist_sae.distributed.local_ranks import rank_environments
 from dist_sae.telemetry.metric import PHASES
 from tests.forks import processes
 from tests.training.agree_worker import REASON_AT, rank
@@ -21,14 +21,9 @@ def last_words(
     """What the two ranks said at their end; rank 0's exchanges over the control group, and page."""
     train = {"log_every_steps": 20}
     path = run_file(folder, activations, processes={"trainers": 2}, train=train)
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     ranks = []
-    for number in range(2):
-        env = {"RANK": str(number), "LOCAL_RANK": str(number), "WORLD_SIZE": "2"}
+    for number, env in enumerate(rank_environments(2, 2)):
         env["DIST_SAE_NODE"] = f"node-{number}"
-        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
         ranks.append(processes.Process(target=rank, args=(path, why, env), daemon=True))
         ranks[-1].start()
     for process in ranks:

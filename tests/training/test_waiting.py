@@ -3,12 +3,12 @@
 import json
 import shutil
 import signal
-import socket
 from pathlib import Path
 
 import pytest
 
 from dist_sae.data.consumers import Consumers
+from dist_sae.distributed.local_ranks import rank_environments
 from dist_sae.storage import open_store
 from tests.forks import HANG_SECONDS, Program
 from tests.launch import start
@@ -56,19 +56,9 @@ def test_while_one_rank_waits_for_its_data_all_ranks_wait_for_data(
     for unit, manifest in hidden.items():
         manifest.rename(tmp_path / str(unit))
     path = run_file(tmp_path, str(tmp_path / "activations"), train={"rows": "all", "max_passes": 1})
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
     first, second = (
-        start(
-            "train",
-            str(path),
-            "--set",
-            "processes.trainers=2",
-            env={"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank)}
-            | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)},
-        )
-        for rank in (0, 1)
+        start("train", str(path), "--set", "processes.trainers=2", env=env)
+        for env in rank_environments(2, 2)
     )
     begun = await_wait(first, step=0)
     (tmp_path / "0").rename(hidden[0])
