@@ -7,9 +7,7 @@ at hand and refuses it if they differ.
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-import yaml
-
-from dist_sae.config import Run, differences, dump_run, validate_run
+from dist_sae.config import Run, differences, sections_of, validate_run
 from dist_sae.config.renamed import with_new_names
 from dist_sae.errors import PlanMismatchError
 
@@ -52,7 +50,7 @@ PLAN_SECTIONS = ("model", "corpus", "activations")
 
 def run_fingerprint(run: Run) -> dict[str, Any]:
     """The settings that decide the result; every checkpoint carries them."""
-    settings: dict[str, Any] = yaml.safe_load(dump_run(run.resolved()))
+    settings = sections_of(run.resolved())
     for free in _FREE_SETTINGS:
         section, _, key = free.partition(".")
         (settings[section] if key else settings).pop(key or section, None)

@@ -151,8 +151,8 @@ class WithAuxK(Dictionary):
         k = annealed(0.0, self.config.k, self.config.k_start, self.config.k_anneal_share)
         return _SHARE_OF_ONE if k == 1 else 1.0
 
-    def initialise(self, rows: Rows, seed: int) -> None:
-        initialise_tied(self, rows, seed)
+    def initialise(self, rows: Rows, seed: int, *, rescale: bool = True) -> None:
+        initialise_tied(self, rows, seed, rescale=rescale)
 
     @torch.no_grad()
     def revive(

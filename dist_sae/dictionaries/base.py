@@ -194,8 +194,16 @@ class Dictionary(Weights):
         """The loss of this rank's rows. All ranks have the same number of rows. Collective."""
         raise NotImplementedError
 
-    def initialise(self, rows: Rows, seed: int) -> None:
-        """Set the recipe's initial parameters from this rank's rows of a batch. Collective."""
+    def initialise(self, rows: Rows, seed: int, *, rescale: bool = True) -> None:
+        """Set the recipe's initial parameters from this rank's rows of a batch. Collective.
+
+        Args:
+            rows: This rank's part of the first batch.
+            seed: Seed of the directions.
+            rescale: Give the encoder its length. `initialise_from_data` does so again, so before it
+                recipes may leave that out; where the directions would change by rounding, they do
+                not.
+        """
         raise NotImplementedError
 
     @torch.no_grad()

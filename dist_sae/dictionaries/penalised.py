@@ -68,7 +68,7 @@ class Penalised(Dictionary):
         """Active latents per row at the start."""
         return min(self.config.l0_at_start(self.widths.d_in), self.n_latents / 2)
 
-    def initialise(self, rows: Rows, seed: int) -> None:
+    def initialise(self, rows: Rows, seed: int, *, rescale: bool = True) -> None:  # noqa: ARG002
         initialise_tied(self, rows, seed)
 
     def output(

@@ -367,10 +367,11 @@ def initialise(
     known = warm_start.width(parent) if parent else 0
     batches = first_batches.rows(init_batches(run, start), normalisers)
     first = next(batches)
-    sae.initialise(first, run.train.seed)
+    turns = start.init_rows(run) > 0
+    sae.initialise(first, run.train.seed, rescale=not turns or parent is not None)
     if parent:
         warm_start.load(sae, parent)
-    if start.init_rows(run):
+    if turns:
         initialise_from_data(sae, chain([first], batches), known)
 
 

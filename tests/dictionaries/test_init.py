@@ -117,6 +117,19 @@ def from_data(axis: LatentAxis, kind: str = "topk") -> dict[str, Tensor]:
     return parameters(sae)
 
 
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if "clt" not in kind])
+def test_directions_from_data_begin_anew_with_their_length(kind: str) -> None:
+    """So training leaves the first one out, which takes a product of all rows and latents."""
+    found = []
+    for rescale in (True, False):
+        sae = build_sae(CONFIGS[kind], widths(CONFIGS[kind]))  # type: ignore[arg-type]
+        sae.initialise(sae_rows(batch(0)), seed=5, rescale=rescale)
+        initialise_from_data(sae, [sae_rows(batch(number)) for number in range(3)])
+        found.append(dict(sae.tensors()))
+    for name, tensor in found[0].items():
+        assert torch.equal(found[1][name], tensor), name
+
+
 def test_directions_from_data_are_near_those_of_the_first_rows() -> None:
     found = from_data(WHOLE)
     torch.testing.assert_close(found["b_dec"], geometric_median(batch(0), WHOLE))

@@ -147,7 +147,7 @@ class CrossLayer(Dictionary):
         return parts.view(rows, self.widths.d_out)
 
     @torch.no_grad()
-    def initialise(self, rows: Rows, seed: int) -> None:
+    def initialise(self, rows: Rows, seed: int, *, rescale: bool = True) -> None:  # noqa: ARG002
         """Random unit encoder rows, on centred inputs; the decoder is 0, and b_dec the centre.
 
         Not the mean of this batch: where that is best, the gradient of b_dec is rounding alone,

@@ -75,9 +75,9 @@ class JumpReLUTanh(Penalised):
         return self.output(rows, context, out, penalty / (len(inputs) * context.variance))
 
     @torch.no_grad()
-    def initialise(self, rows: Rows, seed: int) -> None:
+    def initialise(self, rows: Rows, seed: int, *, rescale: bool = True) -> None:
         self.theta.fill_(self.config.initial_threshold / self.rms_norm)
-        super().initialise(rows, seed)
+        super().initialise(rows, seed, rescale=rescale)
 
     @torch.no_grad()
     def constrain_others(self) -> None:

@@ -183,10 +183,11 @@ class Routed(WithAuxK):
         arrived = torch.bincount(experts[order], minlength=n_here).tolist()
         return order // self.config.experts_per_row, route.gates.flatten()[order], arrived
 
-    def initialise(self, rows: Rows, seed: int) -> None:
+    def initialise(self, rows: Rows, seed: int, *, rescale: bool = True) -> None:
         initialise_tied(self, rows, seed, rescale=False)
         self._initialise_router(rows.inputs, seed)
-        rescale_encoder(self, rows)
+        if rescale:
+            rescale_encoder(self, rows)
 
     def measure(self, rows: Rows, progress: float = 0.0) -> Float[Tensor, "batch d_out"]:
         balance = self.balance.clone()

@@ -68,7 +68,7 @@ class Transcoder(TopK):
         return self.axis.gather(x)
 
     @torch.no_grad()
-    def initialise(self, rows: Rows, seed: int) -> None:
+    def initialise(self, rows: Rows, seed: int, *, rescale: bool = True) -> None:
         random_rows(self.W_enc, seed, self.first_latent)
         normalise_rows_(self.W_enc)
         self.follow(slice(None))
@@ -76,7 +76,8 @@ class Transcoder(TopK):
         self.b_dec.copy_(geometric_median(rows.targets, self.axis))
         if self.config.skip:
             self.W_skip.zero_()
-        self.measure(rows)
+        if rescale:
+            self.measure(rows)
 
     def guides(self, rows: Rows, new: slice, *, alone: bool) -> Float[Tensor, "batch width"]:  # noqa: ARG002 - they are the same
         """The centred inputs: the decoder begins at 0, and has no directions."""
