@@ -12,7 +12,7 @@ import json
 import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor, as_completed
 from functools import cached_property
 from typing import Any, Literal, NamedTuple
 
@@ -22,7 +22,6 @@ from dist_sae.endpoint.settings import EndpointSettings
 from dist_sae.errors import ConfigError, ModelError
 from dist_sae.storage import ObjectStore
 from dist_sae.storage.own import OwnKeys
-from dist_sae.storage.parts import map_ahead
 from dist_sae.storage.records import Record, read_record, seal
 
 logger = logging.getLogger(__name__)
@@ -174,16 +173,16 @@ class Endpoint:
         def complete(digest: str) -> Answer:
             return self._keep(digest, client.complete(self._body(of[digest])))
 
-        with ThreadPoolExecutor(self._settings.concurrency) as pool:
-            try:
-                answers = map_ahead(pool, complete, new, 2 * self._settings.concurrency)
-                for number, (digest, answer) in enumerate(zip(new, answers, strict=True), 1):
-                    found[digest] = answer
-                    progress(number, len(new))
-            finally:
-                stopping.set()  # others that wait for the endpoint give up soon
-                pool.shutdown(cancel_futures=True)
-                client.close()
+        pool = ThreadPoolExecutor(self._settings.concurrency)
+        asked = {pool.submit(complete, digest): digest for digest in new}
+        try:
+            for number, done in enumerate(as_completed(asked), 1):
+                found[asked[done]] = done.result()
+                progress(number, len(new))
+        finally:
+            stopping.set()  # others that wait for the endpoint give up soon
+            pool.shutdown(cancel_futures=True)  # answers that are under way are kept
+            client.close()
         if new:
             self._say_spent([found[digest] for digest in new])
         return [found[digest] for digest in digests]

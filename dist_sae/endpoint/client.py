@@ -92,6 +92,11 @@ class Client:
                 timeout=(min(30.0, self._settings.timeout_seconds), self._settings.timeout_seconds),
                 allow_redirects=False,  # the key goes to no other place
             )
+        except requests.ReadTimeout as exc:
+            raise EndpointUnavailableError(
+                f"{url}: no answer within {self._settings.timeout_seconds:g} s; a slow model needs "
+                f"more timeout_seconds, or less concurrency; the same command goes on later"
+            ) from exc
         except (requests.ConnectionError, requests.Timeout) as exc:
             raise EndpointUnavailableError(
                 f"{url}: does not answer ({type(exc).__name__}); the same command goes on later"

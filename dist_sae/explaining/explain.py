@@ -4,6 +4,7 @@ Answers are kept (`endpoint/answers.py`), and passages follow from the seed. So 
 program, the same command asks only what is left.
 """
 
+import logging
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
@@ -22,10 +23,13 @@ from dist_sae.explaining.scoring import Judged, score
 from dist_sae.explaining.stored import Explained, ExplanationSet, Made
 from dist_sae.index.query import Index
 
+logger = logging.getLogger(__name__)
+
 LEAST_ACTIVE = 10
 """Passages in which a latent must be active to be explained."""
 LATENTS = 64
 """Latents that are explained, judged and stored before the next."""
+_SHOWN = 100  # characters of an answer that cannot be read
 _GUESS = "g" * 120  # counted in place of an explanation that nobody has given yet
 _TOO_RARE = f"active in fewer than {LEAST_ACTIVE} passages"
 _UNREADABLE = "the answer has no explanation"
@@ -62,8 +66,10 @@ class Outcome(NamedTuple):
     """Latents that are active in too few passages."""
     unreadable: int
     """Latents whose explanation could not be read."""
+    judged_passages: int
+    """Passages that the judge was asked about."""
     unanswered_passages: int
-    """Passages of the others without a verdict that can be read."""
+    """Those of them without a verdict that can be read."""
     mean_balanced_accuracy: float | None
 
 
@@ -87,7 +93,9 @@ def count(
     asked = [_explaining(each, plan) for each in working]
     judging: list[Question] = []
     for each, answer in zip(working, explainer.kept(asked), strict=True):
-        explanation = _GUESS if answer is None else read_explanation(answer.text)
+        explanation = (
+            _GUESS if answer is None else read_explanation(answer.text, is_whole=answer.is_whole)
+        )
         if explanation is not None:
             questions = _judging(each._replace(explanation=explanation), plan)
             judging += [question for question, _ in questions]
@@ -121,23 +129,40 @@ def explain(
     """
     found.check(made)
     stored: list[Explained] = []
+    unread = list[Answer](), list[Answer]()
     for first in range(0, len(latents), LATENTS):
         some = latents[first : first + LATENTS]
         working = {each.latent: each for each in _drawn(drawer, some)}
         answers = explainer.ask([_explaining(e, plan) for e in working.values()], "explain")
         for each, answer in zip(list(working.values()), answers, strict=True):
-            explanation = read_explanation(answer.text)
+            explanation = read_explanation(answer.text, is_whole=answer.is_whole)
             working[each.latent] = each._replace(explanation=explanation)
+            unread[0].extend([] if explanation else [answer])
         told = [each for each in working.values() if each.explanation is not None]
         batches = [(each.latent, *asked) for each in told for asked in _judging(each, plan)]
         verdicts = judge.ask([question for _, question, _ in batches], "judge")
         judged: dict[int, list[Judged]] = {each.latent: [] for each in told}
         for (latent, _, passages), answer in zip(batches, verdicts, strict=True):
-            judged[latent] += _judged(passages, answer)
+            read = list(_judged(passages, answer))
+            judged[latent] += read
+            unread[1].extend([answer] if read[0].yes is None else [])
         new = [_explained(latent, working.get(latent), judged.get(latent, ())) for latent in some]
         found.add(made, new)
         stored += new
+    _warn(f"{explainer.model}: no explanation", unread[0])
+    _warn(f"{judge.model}: no list of verdicts", unread[1])
     return outcome(stored)
+
+
+def _warn(of_what: str, unread: Sequence[Answer]) -> None:
+    if unread:
+        logger.warning(
+            "%s in %d answers, %d of them cut at --most-tokens; the first begins %r",
+            of_what,
+            len(unread),
+            sum(not answer.is_whole for answer in unread),
+            unread[0].text[:_SHOWN],
+        )
 
 
 def _drawn(drawer: Drawer, latents: Sequence[int]) -> Iterator[_Latent]:
@@ -184,6 +209,7 @@ def outcome(stored: Sequence[Explained]) -> Outcome:
         explained=len(scores),
         too_rare=sum(each.why_none == _TOO_RARE for each in stored),
         unreadable=sum(each.why_none == _UNREADABLE for each in stored),
+        judged_passages=sum(len(each.judged) for each in stored),
         unanswered_passages=sum(told.unanswered for told in scores),
         mean_balanced_accuracy=float(np.mean(known)) if known else None,
     )

@@ -22,6 +22,7 @@ _STRENGTHS = 10
 _MOST_STRENGTHS = 8  # tokens of a passage whose strengths are listed
 _LIST = re.compile(r"\[[^\[\]]*\]")
 _ANSWER = "EXPLANATION:"
+_AROUND = "*\"' \n"  # of an explanation
 
 _EXPLAIN = f"""\
 One unit inside a language model is active on some tokens of text. You get passages of text on \
@@ -63,16 +64,23 @@ def judge_messages(explanation: str, passages: Sequence[Passage]) -> tuple[Messa
     return Message("system", asked), Message("user", "\n\n".join(parts))
 
 
-def read_explanation(answer: str) -> str | None:
+def read_explanation(answer: str, *, is_whole: bool = True) -> str | None:
     """The explanation in an answer; None if there is none.
 
-    An answer of one line without the word is taken as it is: small models forget it.
+    An answer of one line without the word is taken as it is: small models forget it. They also go
+    on after it, so it ends with its paragraph.
+
+    Args:
+        answer: Text of the answer.
+        is_whole: False if it was cut, and with it its last line.
     """
-    before, found, after = answer.rpartition(_ANSWER)
-    text = " ".join((after if found else before or after).split()).strip("*\"' ")
-    if not text or (not found and "\n" in answer.strip()):
+    if not is_whole:
+        answer = answer.rpartition("\n")[0]
+    _, found, after = answer.rpartition(_ANSWER)
+    text = (after if found else answer).strip(_AROUND)
+    if not found and ("\n" in text or not is_whole):
         return None
-    return text
+    return " ".join(text.partition("\n\n")[0].split()).strip(_AROUND) or None
 
 
 def read_verdicts(answer: str, n: int) -> list[bool] | None:

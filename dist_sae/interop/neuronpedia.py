@@ -45,7 +45,9 @@ from dist_sae.interop.sae_lens import hook
 from dist_sae.storage import UNMETERED, Meter, ObjectStore, open_store
 
 LATENTS = 128
-"""Latents of a batch."""
+"""Latents of a batch, if that makes no more than `MOST_BATCHES`."""
+MOST_BATCHES = 1000
+"""Files of a folder that Neuronpedia's import sees: it lists a bucket once."""
 MOST_TEXTS = 20
 """Largest activations of a latent whose texts are written."""
 _REACH = 64  # tokens on either side of an activation
@@ -88,7 +90,8 @@ def export_pages(run: Run, meter: Meter = UNMETERED, step: int | None = None) ->
     within = f"{folder}/{names.model}/{names.source}"
     last = _lines([_source(run, names, index)])
     fires = [latent for latent, n in enumerate(index.firings.tolist()) if n]
-    batches = [fires[i : i + LATENTS] for i in range(0, len(fires), LATENTS)]
+    size = max(LATENTS, -(-len(fires) // MOST_BATCHES))
+    batches = [fires[i : i + size] for i in range(0, len(fires), size)]
     if not _is_there(runs, within, last, len(batches)):
         _write_pages(run, names, index, runs, within, batches)
         runs.put(f"{within}/{_LAST}", last)

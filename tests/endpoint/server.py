@@ -7,10 +7,10 @@ from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
-Reply = Callable[[Mapping[str, Any]], str]
-"""The text that answers a request's body."""
 Fault = tuple[int, Mapping[str, str], Any]
 """Status, headers and content of an answer that is none; status 0 hangs up."""
+Reply = Callable[[Mapping[str, Any]], str | Fault]
+"""The text that answers a request's body, or what is sent instead."""
 
 
 class OpenAIServer:
@@ -46,6 +46,8 @@ class OpenAIServer:
         if self.key is not None and authorization != f"Bearer {self.key}":
             return 401, {}, {"error": {"message": "no such key", "code": "invalid_api_key"}}
         text = self.reply(body)
+        if not isinstance(text, str):
+            return text
         limit = body.get("max_tokens", 1 << 30)
         words = text.split()
         asked = sum(len(message["content"].split()) for message in body["messages"])

@@ -1,6 +1,7 @@
 """Questions to an endpoint: what they cost, that each is paid once, and what goes wrong."""
 
 import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -141,6 +142,43 @@ def test_it_does_not_repeat_what_waiting_does_not_mend(
         opened(server, tmp_path).ask([question("a b")])
     assert not isinstance(raised.value, EndpointUnavailableError)
     assert len(server.bodies) == 1
+
+
+def test_a_refusal_ends_the_wait_for_other_answers(
+    server: OpenAIServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The first question is put again and again for a minute, if nothing ends that."""
+    monkeypatch.setattr(patience, "LAST_PATIENCE_SECONDS", 0.05)
+    waits = threading.Event()
+
+    def reply(body: Any) -> Any:
+        if body["messages"][-1]["content"] == "first":
+            waits.set()
+            return 503, {}, {"error": "away"}
+        waits.wait()
+        return 400, {}, {"error": "too long"}
+
+    server.reply = reply
+    endpoint, started = opened(server, tmp_path, patience_seconds=60), time.monotonic()
+    with pytest.raises(EndpointError, match="too long"):
+        endpoint.ask([question("first"), question("second")])
+    assert time.monotonic() - started < 30
+
+
+def test_an_answer_that_takes_too_long_names_the_limit(
+    server: OpenAIServer, tmp_path: Path
+) -> None:
+    ended = threading.Event()
+
+    def reply(_: Any) -> str:
+        ended.wait()
+        return "yes"
+
+    server.reply = reply
+    endpoint = opened(server, tmp_path, timeout_seconds=0.1, patience_seconds=0.1)
+    with pytest.raises(EndpointUnavailableError, match=r"within 0\.1 s; .* timeout_seconds"):
+        endpoint.ask([question("a b")])
+    ended.set()
 
 
 def test_the_key_comes_from_the_environment_and_is_in_no_message(

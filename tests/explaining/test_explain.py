@@ -202,8 +202,13 @@ def test_answers_that_cannot_be_read_are_counted(
 
     asking.server.reply = vague
     assert asking("--latents", "1", "2", "--yes", "--json") == 0
-    found = json.loads(capsys.readouterr().out)
+    out, said = capsys.readouterr()
+    found = json.loads(out)
     assert (found["unreadable"], found["unanswered_passages"]) == (1, 10)
+    assert found["judged_passages"] == 60
+    assert "vague: no explanation in 1 answers, 0 of them cut" in said
+    assert "no list of verdicts in 1 answers, 0 of them cut at --most-tokens" in said
+    assert "the first begins 'yes to all'" in said
     told = asking.told(2, "vague").score
     assert told.unanswered == 10
     assert told.active.of + told.random.of + told.near.of == 50

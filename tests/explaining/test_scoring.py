@@ -76,12 +76,26 @@ def test_verdicts_are_a_list_of_so_many(answer: str, found: list[bool] | None) -
         ("EXPLANATION: one\n**EXPLANATION: two**", "two"),
         ("rivers", "rivers"),
         ("I am not sure.\nIt may be rivers.", None),
+        ("**EXPLANATION:**\n\nrivers", "rivers"),
+        ("EXPLANATION: rivers\n\nPassage 21: The Nile", "rivers"),
         ("EXPLANATION:", None),
         ("", None),
     ],
 )
-def test_an_explanation_is_what_follows_the_word(answer: str, found: str | None) -> None:
+def test_an_explanation_is_the_paragraph_after_the_word(answer: str, found: str | None) -> None:
     assert read_explanation(answer) == found
+
+
+@pytest.mark.parametrize(
+    ("answer", "found"),
+    [
+        ("The passages are about rivers and", None),
+        ("Maybe.\nEXPLANATION: rivers of", None),
+        ("Maybe.\nEXPLANATION: rivers\n\nPassage 21: The", "rivers"),
+    ],
+)
+def test_the_last_line_of_a_cut_answer_is_no_explanation(answer: str, found: str | None) -> None:
+    assert read_explanation(answer, is_whole=False) == found
 
 
 def test_marks_and_strengths_are_for_the_explainer_alone() -> None:

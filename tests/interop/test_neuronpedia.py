@@ -22,6 +22,7 @@ from dist_sae.explaining.explain import Plan
 from dist_sae.explaining.scoring import Judged
 from dist_sae.explaining.stored import Explained, ExplanationSet
 from dist_sae.index.query import Index
+from dist_sae.interop import neuronpedia
 from dist_sae.interop.export import export
 from dist_sae.interop.neuronpedia import export_pages
 from dist_sae.storage import open_store
@@ -204,6 +205,22 @@ def test_pages_are_written_once_and_old_ones_do_not_stay(run: Run, folder: Path)
     assert main(again) == 0
     assert lines(folder, "features")
     assert not more.exists()
+
+
+def test_a_wide_dictionary_has_no_more_files_than_the_import_lists(
+    run: Run, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five latents fire: in two files that is three, then two."""
+    monkeypatch.setattr(neuronpedia, "LATENTS", 1)
+    monkeypatch.setattr(neuronpedia, "MOST_BATCHES", 2)
+    assert main(command(run, "--set", "export.neuronpedia.model=wide")) == 0
+    folder = Path(run.store.runs, "words/export-neuronpedia/wide/0-words")
+    for kind in ("features", "activations"):
+        assert {file.name for file in (folder / kind).iterdir()} == {
+            "batch-0.jsonl.gz",
+            "batch-1.jsonl.gz",
+        }
+    assert [row["index"] for row in lines(folder, "features")] == ["0", "1", "2", "3", "5"]
 
 
 SITES = ["mlp_in.3", "mlp_out.3"]
