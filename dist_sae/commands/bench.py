@@ -152,6 +152,12 @@ def _add_synth(actions: shared.Commands) -> argparse.ArgumentParser:
         help="latent shards of our dictionaries; default: 1 2",
     )
     synth.add_argument("--products", choices=["bf16", "fp32"], default="bf16", help="of ours")
+    synth.add_argument(
+        "--l0",
+        type=float,
+        help="active latents per row at which F1 is given as well, by one threshold for all "
+        "latents; default: the world's",
+    )
     synth.add_argument("--folder", type=Path, help="folder that keeps sae-lens and the worlds")
     synth.add_argument("--json", action="store_true", help="print one JSON object")
     synth.set_defaults(command=_main, bench=_synth)
@@ -272,6 +278,7 @@ def _synth(options: argparse.Namespace) -> Result:
         shards=options.shards,
         products=options.products,
         threads=options.threads or os.cpu_count() or 1,
+        l0=world.l0 if options.l0 is None else options.l0,
     )
     result = bench_synth(comparison, options.folder)
     return result if options.json else render_table(result)

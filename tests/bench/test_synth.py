@@ -16,6 +16,7 @@ from dist_sae.bench import synth
 from dist_sae.bench.peers.environments import Peer, PeerError
 from dist_sae.bench.peers.processes import run_script
 from dist_sae.bench.synth import run_dist_sae
+from dist_sae.bench.synth.detection import f1_at_l0
 from dist_sae.bench.synth.orthogonal import orthogonalised
 from dist_sae.bench.synth.rows import HELDOUT, TRAINING, Rows, RowsWriter
 from dist_sae.bench.synth.worlds import DIST_SAE, SAE_LENS, Trainer, find_world, parse_trainer
@@ -29,6 +30,7 @@ CLASSIFICATION = {"precision": 0.5, "recall": 0.75, "f1_score": 0.6, "accuracy":
 SCORES = {
     "true_l0": 3.0, "sae_l0": 2.0, "dead_latents": 1, "shrinkage": 0.9, "explained_variance": 0.75,
     "mcc": 0.7, "uniqueness": 0.8, "classification": CLASSIFICATION, "version": "6",
+    "f1_at_l0": 0.65,
 }  # fmt: skip
 
 
@@ -58,6 +60,7 @@ def comparison(**changes: Any) -> synth.Comparison:
     settings: dict[str, Any] = {
         "world": find_world("small"), "trainers": (OURS, THEIRS), "rows": 70, "n_latents": 16,
         "batch": 16, "lr": 1e-3, "seeds": (3,), "shards": (1, 2), "products": "fp32", "threads": 2,
+        "l0": 1.5,
     }  # fmt: skip
     return synth.Comparison(**(settings | changes))
 
@@ -104,6 +107,27 @@ def test_directions_are_those_of_the_loss_over_all_pairs() -> None:
     expected = (expected / expected.norm(dim=1, keepdim=True)).detach()
     torch.testing.assert_close(orthogonalised(start, 20, 1e-2), expected, atol=1e-12, rtol=0)
     assert orthogonalised(start, 0, 1e-2).allclose(start / start.norm(dim=1, keepdim=True))
+
+
+def test_f1_at_an_l0_leaves_the_largest_codes_of_all_latents() -> None:
+    # latents 0 and 1 are like features 2 and 0; latent 1's decoder row is 2.2 long
+    W_dec = torch.tensor([[0.1, -1.0], [2.0, 0.9]])
+    directions = torch.tensor([[1.0, 0.0], [0.6, 0.8], [0.0, 3.0]])
+    codes = torch.tensor([[3.0, 0.0], [0.0, 2.0], [1.0, 1.1], [2.5, 0.0]])
+    strengths = torch.tensor([[0.0, 1.0, 1.0], [2.0, 0.0, 0.0], [3.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
+
+    def f1(l0: float) -> float | None:
+        batches = zip(torch.split(codes, 3), torch.split(strengths, 3), strict=True)
+        return f1_at_l0(batches, W_dec, directions, l0)
+
+    # sizes as written: 4.4 of latent 1, 3, 2.5, 2.4 of latent 1 and 1 of latent 0, of four rows;
+    # F1 is 2 right / (active + fired): feature 2 fires in rows 0 and 2, feature 0 in 1 and 2
+    assert f1(1 / 4) == pytest.approx((0 + 2 / 3) / 2)
+    assert f1(2 / 4) == pytest.approx((2 / 3 + 2 / 3) / 2)
+    assert f1(3 / 4) == pytest.approx((2 * 1 / (2 + 2) + 2 / 3) / 2)
+    assert f1(4 / 4) == pytest.approx((1 / 2 + 1) / 2)
+    assert f1(5 / 4) == pytest.approx((2 * 2 / (3 + 2) + 1) / 2)
+    assert f1(6 / 4) is None  # five codes are active
 
 
 def test_rows_without_any_feature_are_the_bias(tmp_path: Path) -> None:
@@ -183,12 +207,18 @@ def test_every_trainer_runs_with_every_seed_and_ours_with_every_number_of_shards
     theirs = trained[2][1]
     # settings of the trainer are apart from those of the dictionary; 70 rows are 4 batches of 16
     assert (theirs["settings"], theirs["train"], theirs["steps"]) == ({"k": 2}, {"lr": 0.5}, 4)
-    scored = [spec["out"] for _, spec, _ in scripts.told if spec["action"] == "score"]
-    assert scored[:3] == ["from dist-sae", "from dist-sae", "from sae-lens"]
+    scored = [spec for _, spec, _ in scripts.told if spec["action"] == "score"]
+    assert [spec["out"] for spec in scored[:3]] == [
+        "from dist-sae",
+        "from dist-sae",
+        "from sae-lens",
+    ]
+    assert {spec["l0"] for spec in scored} == {1.5}
     first = result["dictionaries"][0]
     expected = {"l0": 2, "fvu": 0.25, "f1": 0.6, "precision": 0.5, "recall": 0.75, "mcc": 0.7}
     assert {key: first[key] for key in expected} == expected
     assert (first["uniqueness"], first["dead"], first["seconds"]) == (0.8, 1, 4)
+    assert first["f1_at_l0"] == 0.65
     assert (first["rows"], result["rows"]) == (64, 64)
 
 
@@ -226,8 +256,9 @@ def test_a_trainer_that_fails_is_a_row_with_an_error(
     lines = synth.render_table(result).splitlines()
     assert lines[-1] == "dist_sae topk: ERROR: out of ideas"
     assert " ".join(lines[3].split()) == (
-        "sae-lens topk k=2 train.lr=0.5 1 3 2.0 0.2500 0.600 0.500 0.750 0.700 0.800 1 4"
+        "sae-lens topk k=2 train.lr=0.5 1 3 2.0 0.2500 0.600 0.500 0.750 0.650 0.700 0.800 1 4"
     )
+    assert "f1 precision recall f1 at 1.5 mcc" in " ".join(lines[1].split())
 
 
 def test_trainers_are_parsed_as_yaml() -> None:
@@ -241,6 +272,7 @@ def test_trainers_are_parsed_as_yaml() -> None:
     ("changes", "message"),
     [
         ({"rows": 15}, "--rows 15: less than a batch of 16"),
+        ({"l0": 0}, "--l0 0: must be above 0"),
         (
             {"trainers": [Trainer(DIST_SAE, "topkk", {"k": 2})]},
             "unknown kind topkk; did you mean topk",

@@ -7,6 +7,7 @@ its users get it, by its own metrics, on the same held-out rows.
     worlds.py         named worlds, and what is trained in them
     rows.py           the rows, on disk
     orthogonal.py     the features' directions
+    detection.py      F1 at one L0
     run_dist_sae.py   our trainer, on one rank or several
     run_sae_lens.py   sae-lens's part, run with its own Python (`bench.peers.environments`)
 """
@@ -56,6 +57,8 @@ class Comparison(NamedTuple):
     """Precision of our encoder products."""
     threads: int
     """CPU threads of a trainer; those of several shards share them."""
+    l0: float
+    """Active latents per row at which every dictionary's F1 is given, beside its own."""
 
     @property
     def steps(self) -> int:
@@ -126,6 +129,7 @@ def bench_synth(comparison: Comparison, folder: Path | None = None) -> dict[str,
         "batch": comparison.batch,
         "lr": comparison.lr,
         "heldout_rows": HELDOUT_ROWS,
+        "l0": comparison.l0,
         "sae_lens": _THEIRS.version,
         "dictionaries": found,
     }
@@ -134,13 +138,16 @@ def bench_synth(comparison: Comparison, folder: Path | None = None) -> dict[str,
 def render_table(result: Mapping[str, Any]) -> str:
     """Render the result as a text table."""
     head = ("trainer", "dictionary", "shards", "seed")
-    columns = ("l0", "fvu", "f1", "precision", "recall", "mcc", "uniqueness", "dead", "seconds")
-    formats = (".1f", ".4f", ".3f", ".3f", ".3f", ".3f", ".3f", "d", ".0f")
-    table = [(*head, *columns)]
+    formats = {
+        "l0": ".1f", "fvu": ".4f", "f1": ".3f", "precision": ".3f", "recall": ".3f",
+        "f1_at_l0": ".3f", "mcc": ".3f", "uniqueness": ".3f", "dead": "d", "seconds": ".0f",
+    }  # fmt: skip
+    names = (name.replace("_at_l0", f" at {result['l0']:g}") for name in formats)
+    table = [(*head, *names)]
     for row in result["dictionaries"]:
         values = (
             "-" if row[column] is None else format(row[column], spec)
-            for column, spec in zip(columns, formats, strict=True)
+            for column, spec in formats.items()
         )
         settings = (f"{key}={value}" for key, value in row["settings"].items())
         dictionary = " ".join([row["kind"], *settings])
@@ -171,6 +178,8 @@ def _check(comparison: Comparison) -> None:
 
     if comparison.steps < 1:
         raise ConfigError(f"--rows {comparison.rows}: less than a batch of {comparison.batch}")
+    if not comparison.l0 > 0:
+        raise ConfigError(f"--l0 {comparison.l0:g}: must be above 0")
     for trainer, shards, seed in comparison.jobs():
         if trainer.library == DIST_SAE:
             run = run_of(comparison.spec(trainer, shards, seed) | {"work": "nowhere"})
@@ -218,7 +227,10 @@ def _digest(file: Path) -> str:
 
 
 def _row(comparison: Comparison, trainer: Trainer, shards: int, seed: int) -> dict[str, Any]:
-    scores = ("l0", "fvu", "f1", "precision", "recall", "mcc", "uniqueness", "dead", "shrinkage")
+    scores = (
+        "l0", "fvu", "f1", "precision", "recall", "f1_at_l0", "mcc", "uniqueness", "dead",
+        "shrinkage",
+    )  # fmt: skip
     return {
         "trainer": trainer.library,
         "version": None,
@@ -253,6 +265,7 @@ def _train_and_score(
         "action": "score",
         "folder": str(world),
         "out": out,
+        "l0": comparison.l0,
         "threads": comparison.threads,
     }
     scored = _run(_THEIRS, python, scoring, work)
@@ -265,6 +278,7 @@ def _train_and_score(
         "f1": detectors["f1_score"],
         "precision": detectors["precision"],
         "recall": detectors["recall"],
+        "f1_at_l0": scored["f1_at_l0"],
         "mcc": scored["mcc"],
         "uniqueness": scored["uniqueness"],
         "dead": scored["dead_latents"],

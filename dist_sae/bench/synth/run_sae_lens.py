@@ -31,8 +31,9 @@ from sae_lens.training.sae_trainer import SAETrainer  # type: ignore[import-not-
 from torch import Tensor
 
 if TYPE_CHECKING:
-    from dist_sae.bench.synth import orthogonal, rows
+    from dist_sae.bench.synth import detection, orthogonal, rows
 else:
+    import detection
     import orthogonal
     import rows
 
@@ -133,14 +134,18 @@ def score(spec: dict[str, Any]) -> dict[str, Any]:
     """Score a saved dictionary on the held-out rows."""
     folder = Path(spec["folder"])
     world, heldout = SyntheticModel.load_from_disk(folder / _MODEL), rows.Rows(folder, rows.HELDOUT)
+    sae = SAE.load_from_disk(spec["out"])
     result = eval_sae_on_synthetic_data(
-        SAE.load_from_disk(spec["out"]),
+        sae,
         world.feature_dict,
         _Replayed(heldout),
         num_samples=len(heldout),
         batch_size=_CHUNK_ROWS,
     )
-    found: dict[str, Any] = result.to_dict()
+    parts = np.array_split(np.arange(len(heldout)), -(-len(heldout) // _CHUNK_ROWS))
+    codes = ((sae.encode(heldout.batch(which)), heldout.truth(which)) for which in parts)
+    f1 = detection.f1_at_l0(codes, sae.W_dec, heldout.directions, spec["l0"])
+    found: dict[str, Any] = result.to_dict() | {"f1_at_l0": f1}
     return found
 
 

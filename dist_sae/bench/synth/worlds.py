@@ -32,6 +32,8 @@ class World(NamedTuple):
     n_latents: int
     rows: int
     trainers: tuple[Trainer, ...]
+    l0: float
+    """Active latents per row at which all are compared; below what their settings ask for."""
 
 
 def _model(features: int, width: int, roots: int, steps: int) -> dict[str, Any]:
@@ -96,6 +98,7 @@ _WORLDS = {
             _trainers(
                 8, {"sparsity": 5.0}, {"l1": 5.0, "l0": 3.0, "widths": [8, 24, 56, 120, 256]}
             ),
+            l0=6,
         ),
         World(
             "16k",
@@ -107,6 +110,7 @@ _WORLDS = {
                 {"sparsity": 2.5},
                 {"l1": 2.5, "l0": 3.0, "widths": [128, 384, 896, 1920, 4096]},
             ),
+            l0=15,
         ),
     )
 }
