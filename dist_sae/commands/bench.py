@@ -57,6 +57,12 @@ def add(commands: shared.Commands) -> None:
     peers.add_argument(
         "--fvu-rows", type=int, default=0, help="rows of the FVU comparison; 0: none"
     )
+    peers.add_argument(
+        "--settings",
+        nargs="+",
+        choices=["as_shipped", "matched", "as_shipped_bf16", "matched_bf16"],
+        help="only these; default: all",
+    )
     peers.set_defaults(command=_main, bench=_peers)
     checkpoint = actions.add_parser(
         "checkpoint", help="cost of saving during training, and of loading"
@@ -239,6 +245,7 @@ def _index(options: argparse.Namespace) -> Result:
 
 def _peers(options: argparse.Namespace) -> Result:
     from dist_sae.bench.peers import bench_peers, render_table
+    from dist_sae.bench.peers.environments import SETTINGS
 
     rows = bench_peers(
         d_in=options.d_in,
@@ -252,6 +259,7 @@ def _peers(options: argparse.Namespace) -> Result:
         folder=options.folder,
         fvu_rows=options.fvu_rows,
         transcoder=options.transcoder,
+        settings=options.settings or SETTINGS,
     )
     return {"peers": rows} if options.json else render_table(rows)
 

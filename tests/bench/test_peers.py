@@ -52,11 +52,16 @@ def make_peers(folder: Path, monkeypatch: pytest.MonkeyPatch, *scripts: str) -> 
 
 
 def run_bench(
-    *, rows: Path | None = None, rounds: int = 2, fvu_rows: int = 10, transcoder: bool = False
+    *,
+    rows: Path | None = None,
+    rounds: int = 2,
+    fvu_rows: int = 10,
+    transcoder: bool = False,
+    settings: Sequence[str] = environments.SETTINGS,
 ) -> list[dict]:  # type: ignore[type-arg]
     return peers.bench_peers(
         d_in=3, n_latents=8, k=2, batch=4, steps=2, rounds=rounds, threads=1, rows=rows,
-        folder=None, fvu_rows=fvu_rows, transcoder=transcoder,
+        folder=None, fvu_rows=fvu_rows, transcoder=transcoder, settings=settings,
     )  # fmt: skip
 
 
@@ -75,6 +80,15 @@ def test_bench_gives_a_row_for_each_peer_and_setting(
     # 10 rows are 2 full batches of 4
     assert (rows[0]["fvu"], rows[0]["rows_trained"]) == (0.25, 8)
     assert (rows[0]["version"], rows[0]["notes"], rows[0]["error"]) == ("1.2", ["a note"], None)
+
+
+def test_only_the_wanted_settings_are_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    make_peers(tmp_path, monkeypatch, GOOD, GOOD)
+    rows = run_bench(settings=("matched_bf16", "matched"), rounds=1, fvu_rows=0)
+    assert [(row["name"], row["setting"]) for row in rows] == [
+        ("peer0", "matched_bf16"),
+        ("peer1", "matched_bf16"),
+    ]
 
 
 @pytest.mark.parametrize(

@@ -18,7 +18,13 @@ from pathlib import Path
 from typing import Any
 
 from dist_sae.bench.peers import activations
-from dist_sae.bench.peers.environments import PEERS, Peer, PeerError, ensure_environment
+from dist_sae.bench.peers.environments import (
+    PEERS,
+    SETTINGS,
+    Peer,
+    PeerError,
+    ensure_environment,
+)
 from dist_sae.bench.peers.processes import run_script
 from dist_sae.bench.peers.protocol import MATCHED, Spec, rows_per_second
 from dist_sae.errors import ConfigError
@@ -81,6 +87,7 @@ def bench_peers(
     folder: Path | None,
     fvu_rows: int,
     transcoder: bool = False,
+    settings: Sequence[str] = SETTINGS,
 ) -> list[dict[str, object]]:
     """Measure every peer in every setting; returns one row each, with an error if it failed.
 
@@ -92,6 +99,7 @@ def bench_peers(
         folder: Folder of the peers' environments.
         fvu_rows: Rows that every peer trains on before FVU is measured; 0 skips FVU.
         transcoder: Train transcoders, with matched settings, by the peers that can.
+        settings: Which settings to run peers in, of those that they have.
 
     Raises:
         ConfigError: The rows cannot be used, or there are too few rows or steps.
@@ -106,7 +114,8 @@ def bench_peers(
         Entry(peer, setting, state_bytes)
         for peer in PEERS
         for setting in peer.settings
-        if not transcoder or (peer.transcoders and setting.startswith(MATCHED))
+        if setting in settings
+        and (not transcoder or (peer.transcoders and setting.startswith(MATCHED)))
     ]
     with tempfile.TemporaryDirectory(prefix="dist-sae-bench-") as name:
         work = Path(name)
