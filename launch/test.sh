@@ -38,7 +38,9 @@ fi
 bin=.venv-test/bin
 $bin/ruff format --check .
 $bin/ruff check .
+unset PYTHONDONTWRITEBYTECODE # else each worker and each program compiles all modules anew
+$bin/python -m pytest --collect-only --quiet > /dev/null & # so that not each worker compiles them
 $bin/mypy
 $bin/lint-imports
-unset PYTHONDONTWRITEBYTECODE # else each worker and each program compiles all modules anew
+wait
 OMP_NUM_THREADS=1 exec $bin/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder "$@"

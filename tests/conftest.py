@@ -2,15 +2,17 @@
 
 import contextlib
 import functools
+import gc
 import logging
 import os
 import signal
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import jaxtyping
 import pytest
 import torch
 
@@ -22,6 +24,25 @@ from tests.servers import OWNER, SERVERS, Server
 if not torch.cuda.is_available():
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
+
+def _where_shapes_are_named(checked: Callable[..., Any]) -> Callable[..., Any]:
+    """Let jaxtyping check signatures that name shapes; mypy has checked the others.
+
+    A check costs more than most functions: with them all, some tests take twice as long.
+    """
+
+    def jaxtyped(**options: Any) -> Callable[[Any], Any]:
+        def decorate(item: Any) -> Any:
+            named = "jaxtyping." in str(getattr(item, "__annotations__", {}))
+            return checked(item, **options) if named else item
+
+        return decorate
+
+    return jaxtyped
+
+
+# before the modules that its import hook decorates are imported
+jaxtyping.jaxtyped = _where_shapes_are_named(jaxtyping.jaxtyped)
 
 REAL_SERVERS = {"seaweedfs", "rclone"}  # moto is threads of the tests' own process
 _LONGEST = (
@@ -46,6 +67,17 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--long", action="store_true", help="train as long as the acceptance tests ask (an hour)"
     )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collection() -> Generator[None]:
+    """Collect no garbage while modules are imported, which stay, nor look at them ever again."""
+    gc.disable()
+    try:
+        yield
+    finally:
+        gc.freeze()
+        gc.enable()
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

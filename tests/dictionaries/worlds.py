@@ -1,9 +1,10 @@
 """A synthetic world with known features, and the training of a dictionary in it, in one process."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, Protocol, runtime_checkable
 
+import jaxtyping
 import torch
 from torch import Tensor
 
@@ -126,7 +127,7 @@ def train(
     optimizer = torch.optim.Adam(sae.parameters(), lr=lr, betas=betas, eps=6.25e-10, fused=True)
     dead = DeadLatents(config.n_latents, config.dead_after_rows or 10_000_000)
     fvu, l0 = [], []
-    for step in range(steps):
+    for step in _counted(steps):
         if each is not None:
             each(step, sae, dead)
         x = rows(1 + step, batch)
@@ -147,6 +148,16 @@ def train(
         fvu.append(float(output.terms.fvu.detach()))
         l0.append(float(output.active) / batch)
     return Trained(sae, dead, fvu, l0)
+
+
+def _counted(steps: int) -> Iterator[int]:
+    """Count steps; shapes are the same in all of them, and checked in every twentieth."""
+    try:
+        for step in range(steps):
+            jaxtyping.config.update("jaxtyping_disable", step % 20 > 0)
+            yield step
+    finally:
+        jaxtyping.config.update("jaxtyping_disable", False)  # noqa: FBT003 - takes no names
 
 
 class Recovery(NamedTuple):
