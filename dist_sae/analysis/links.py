@@ -7,7 +7,7 @@ of a link.
 
 import math
 from collections.abc import Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -85,12 +85,8 @@ def find_links(
         for one, other, cosine in listed_nearest(index):
             near = (cosine >= least_cosine) & (firings[one] > 0) & (firings[other] > 0)
             _add(spool, one[near], other[near], cosine[near], "cosine", None)
-        for bucket in range(index.manifest.n_buckets):
-            table = index.bucket_pairs(bucket)
-            one, other, count = (table[c].to_numpy() for c in ("latent", "other", "count"))
-            kept = more_than_chance(count, firings[one] * firings[other], index)
-            phi = table["phi"].to_numpy()[kept]
-            _add(spool, one[kept], other[kept], phi, "phi", count[kept])
+        for one, other, count, phi in _coactive(index, firings):
+            _add(spool, one, other, phi, "phi", count)
         spooled.append(spool.bytes)
         for part in range(n_parts):
             yield _joined(spool.read(part), index.n_latents)
@@ -119,26 +115,26 @@ def coactive_pairs(index: Index, firings: NDArray[np.float64]) -> Pairs:
     Raises:
         ConfigError: The index counts no pairs.
     """
-    parts = []
+    columns = zip(*_coactive(index, firings), strict=True)
+    one, other, *_ = (np.concatenate(column) for column in columns)
+    return Pairs(one.astype(np.int64), other.astype(np.int64))
+
+
+def _coactive(index: Index, firings: NDArray[np.float64]) -> Iterator[tuple[NDArray[Any], ...]]:
+    """Yield latent, other, common rows and phi of the pairs with more of these than by chance.
+
+    Bucket by bucket. By the Chernoff bound of a Poisson tail, in nats, no pair of independent
+    latents is expected to have so many.
+    """
     for bucket in range(index.manifest.n_buckets):
         table = index.bucket_pairs(bucket)
-        latent, other, count = (table[c].to_numpy() for c in ("latent", "other", "count"))
-        kept = more_than_chance(count, firings[latent] * firings[other], index)
-        parts.append((latent[kept].astype(np.int64), other[kept].astype(np.int64)))
-    return Pairs(*(np.concatenate(column) for column in zip(*parts, strict=True)))
-
-
-def more_than_chance(
-    count: NDArray[np.int64], product: NDArray[np.float64], index: Index
-) -> NDArray[np.bool_]:
-    """Whether pairs fire together more often than chance gives to any pair.
-
-    By the Chernoff bound of a Poisson tail, in nats.
-    """
-    expected = product / max(1, index.pair_rows)
-    ratio = np.maximum(count / np.maximum(expected, 1e-300), 1e-300)
-    surprise = count * np.log(ratio) - (count - expected)
-    return np.asarray((count > expected) & (surprise > 2 * math.log(index.n_latents)))
+        names = ("latent", "other", "count", "phi")
+        one, other, count, phi = (table[name].to_numpy() for name in names)
+        expected = firings[one] * firings[other] / max(1, index.pair_rows)
+        ratio = np.maximum(count / np.maximum(expected, 1e-300), 1e-300)
+        surprise = count * np.log(ratio) - (count - expected)
+        kept = (count > expected) & (surprise > 2 * math.log(index.n_latents))
+        yield one[kept], other[kept], count[kept], phi[kept]
 
 
 def _add(

@@ -177,14 +177,14 @@ def _caveats(numbers: Mapping[str, Any], index: Index) -> Iterator[str]:
         yield f"The index keeps the activations of {share:.1%} of its rows; only these were seen."
     if before := numbers["rings_before_the_origin"]:
         yield (
-            f"{before:,} of the rings lie before the origin. Three or four features that add up in "
-            "pairs pass the same limits there, as the sides of a triangle or square: believe one "
-            "only if its picture shows a ring and its latents have an order, as numbers have."
+            f"{before:,} of the rings lie before the origin, where features that add up in pairs "
+            "look much like one. The limit that tells them apart is of simulations: look at the "
+            "picture, and whether the latents have an order, as numbers have."
         )
     if not numbers["rings"]:
         yield (
             "This is no evidence that there are none: a ring that the dictionary has one or two "
-            "latents for is not among the groups."
+            "latents for is not among the groups, and one before the origin needs five or more."
         )
     yield (
         "Points on a circle that have a latent each, such as days of the week, are not counted as "

@@ -32,6 +32,10 @@ RING_SPREAD = 0.5
 """Most spread of a ring's radii, standard deviation / mean. Rays of all lengths have 0.6. Circles
 whose intensity varies by 25 % have 0.35 to 0.40 in dictionaries that were trained with TopK, and
 0.41 to 0.49 with BatchTopK, whose latents fire weakly on more rows."""
+RING_SPREAD_AHEAD = 0.2
+"""Most spread of a ring before the origin, where intensity is divided out and only the shape is
+left. Circles of five or more latents have 0.16 at most in simulations. Three features that add up
+in pairs, with one or more latents each, fill the sides of a triangle and have 0.25 or more."""
 DEPENDENT = 0.1
 """Least separability, in bits, of points around the origin whose intensity is divided out. A ring
 whose intensity varies by 25 % has 0.2; two independent coordinates have less than 0.05, whatever
@@ -89,12 +93,13 @@ class Measured(NamedTuple):
     @property
     def is_ring(self) -> bool:
         """Whether the group passes all limits of a ring, the constants `RING_...` above."""
+        most = RING_SPREAD_AHEAD if self.view == PERSPECTIVE else RING_SPREAD
         return (
             self.score >= RING_SCORE
             and self.plane_share >= RING_SHARE
             and self.surplus >= RING_SURPLUS
             and self.together >= RING_TOGETHER
-            and self.spread <= RING_SPREAD
+            and self.spread <= most
             and self.p_value is not None
             and self.p_value <= _P
         )

@@ -12,7 +12,7 @@ from dist_sae.analysis.coplanar import coplanar_groups
 from dist_sae.analysis.graph import find_groups, nearest_edges
 from dist_sae.analysis.links import coactive_pairs
 from dist_sae.analysis.manifolds import Settings, find_manifolds
-from dist_sae.analysis.measure import LEAST_ROWS, measure
+from dist_sae.analysis.measure import LEAST_ROWS, PERSPECTIVE, measure
 from dist_sae.analysis.opened import Indexed
 from dist_sae.analysis.reconstructed import Reconstructed
 from dist_sae.errors import ConfigError
@@ -174,6 +174,36 @@ def test_two_features_of_both_signs_are_no_ring(kind: str) -> None:
     shape = measure(Reconstructed(0, np.arange(4), codes, axes @ axes.T))
     assert shape is not None
     assert not shape.measured.is_ring
+
+
+def cone(corners: int) -> NDArray[np.float64]:
+    """Directions that are the corners of a polygon before the origin."""
+    angles = 2 * np.pi * np.arange(corners) / corners
+    return unit(np.stack([np.cos(angles), np.sin(angles), np.ones(corners)], 1))
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_features_that_add_up_in_pairs_before_the_origin_are_no_ring(seed: int) -> None:
+    """Three features with two latents each, as synonyms have; a circle of five latents is one."""
+    draw, rows = np.random.default_rng(seed), np.arange(2000)
+    features = draw.integers(0, 3, (2, 2000))  # twice the same one: it is alone
+    codes = np.zeros((2000, 6))
+    for feature in features:
+        acts = np.abs(draw.normal(1, 0.25, 2000))
+        codes[rows, 2 * feature + draw.integers(0, 2, 2000)] = acts
+    twice = np.repeat(cone(3), 2, axis=0)
+    twice = unit(twice + 0.1 * unit(draw.standard_normal((6, 3))))
+    triangle = measure(Reconstructed(0, np.arange(6), codes, twice @ twice.T))
+    assert triangle is not None
+    assert not triangle.measured.is_ring
+    assert triangle.measured._replace(spread=0.2).is_ring  # no other limit tells
+    made = circle(draw, rows, 0, 0.4, 5)
+    codes = np.zeros((2000, 5))
+    codes[made.rows, made.latents] = made.acts
+    ring = measure(Reconstructed(0, np.arange(5), codes, cone(5) @ cone(5).T))
+    assert ring is not None
+    assert ring.measured.view == PERSPECTIVE
+    assert ring.measured.is_ring
 
 
 def test_latents_in_a_plane_are_grouped_and_may_be_in_two_planes(tmp_path: Path) -> None:
