@@ -70,17 +70,19 @@ def trial(run: Run, groups: Sequence[Sequence[Basis]], steps: int) -> Rates:
         rate, rows = _producer_rate(short)
         training = seconds("train", processes.trainers)
         runs = open_store(short.store.runs)
-        spent = [
-            [time_of(read_history(runs, job.run.name), _dead_share(job)) for job in group]
-            for group in groups
-        ]
+        of_job = {job.run.name: read_history(runs, job.run.name) for job in chain(*groups)}
+    spent = [[time_of(of_job[job.run.name], _dead_share(job)) for job in group] for group in groups]
     step, worked = max(tuple(map(sum, zip(*group, strict=True))) for group in spent)
+    dead = max(record.get("dead_share", 0.0) for record in chain(*of_job.values()))
     return Rates(
         step,
         rate,
         trainer_begin_seconds=max(0.0, training - worked),
         producer_begin_seconds=max(0.0, producing - rows / rate),
-        sources=(f"{steps} steps of a run like this one, and a producer, measured here",),
+        sources=(
+            f"{steps} steps of a run like this one, and a producer, measured here; up to "
+            f"{dead:.0%} of the latents were dead, and steps take longer where more are",
+        ),
     )
 
 

@@ -1,12 +1,13 @@
 """Inputs of a forecast: the run with numbers for all settings, its units, its widths."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from dist_sae.config import Run, jobs_of
 from dist_sae.config.data import HuggingFaceModel, SyntheticModel, layer_of
+from dist_sae.config.dictionary import CountsLatentsConfig
 from dist_sae.data.corpus import Corpus
 from dist_sae.data.deal import choose_layout
 from dist_sae.data.make_plan import LAYOUT_SETTINGS, make_plan
@@ -16,8 +17,9 @@ from dist_sae.dictionaries.interface import Widths
 from dist_sae.errors import ConfigError
 from dist_sae.logs import PacedProgress
 from dist_sae.planning.simulate import plan_of
-from dist_sae.producing.planner import count_rows
+from dist_sae.producing.planner import count_rows, row_bytes
 from dist_sae.storage import open_store
+from dist_sae.training.memory import StateBytes, state_bytes
 
 _MOST_DOCUMENTS = 100_000  # that stand for a corpus of which only the rows are given
 _DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
@@ -60,6 +62,20 @@ class Basis(NamedTuple):
         return LatentAxis(0, self.run.processes.latent_shards, 0, self.run.replicas)
 
     @property
+    def state(self) -> StateBytes:
+        """Bytes of what a rank trains."""
+        return state_bytes(self.run, self.widths, self.axis)
+
+    @property
+    def active(self) -> float:
+        """Latents that are active on a row: k, or what a penalised recipe begins with."""
+        sae = self.run.sae
+        if isinstance(sae, CountsLatentsConfig):
+            return sae.k
+        found: float = getattr(sae, "target_l0", None) or sae.l0_at_start(self.widths.d_in)
+        return min(found, sae.n_latents / 2)
+
+    @property
     def rank_rows(self) -> int:
         """Rows of a batch that one rank loads."""
         return self.run.train.batch_rows // self.run.processes.trainers
@@ -73,6 +89,11 @@ class Basis(NamedTuple):
     def units(self) -> Sequence[int]:
         """Rows of all units, held-out ones last."""
         return [*self.unit_rows, *self.heldout_unit_rows]
+
+    def row_bytes(self, sites: Collection[str] | None = None) -> int:
+        """Bytes of a stored row at these sites, or at all."""
+        widths = self.model.widths
+        return row_bytes(self.run.activations.dtype, {s: widths[s] for s in sites or widths})
 
     @property
     def streams(self) -> int:
@@ -89,6 +110,11 @@ class Basis(NamedTuple):
     def sharing(self) -> int:
         """Trainer ranks that read all of a stream together."""
         return max(1, self.run.processes.trainers // self.streams)
+
+
+def sites_of(jobs: Sequence[Basis]) -> set[str]:
+    """Sites that jobs read together."""
+    return {site for job in jobs for site in job.run.sites}
 
 
 def find_basis(

@@ -34,10 +34,6 @@ class Clock:
         self.now = 0.0
         """Seconds since the beginning, of the process that runs."""
 
-    def time(self) -> float:
-        """The same as a function."""
-        return self.now
-
     def run(self, processes: Iterable[Process[None]], over: Callable[[], bool]) -> None:
         """Run these until all have ended, or until it is over."""
         due = [(self.now, number, process) for number, process in enumerate(processes)]

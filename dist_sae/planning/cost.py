@@ -1,5 +1,6 @@
 """Cost of a run's pods, store and requests, by prices that the user gives."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -44,17 +45,31 @@ def read_prices(path: Path) -> Prices:
         raise ConfigError(f"--prices: {path}: {key}: {error['msg']}; keys are {known}") from exc
 
 
-def cost_of(
-    prices: Prices, pod_hours: dict[str, float], stored_gb_hours: float, puts: int, gets: int
-) -> dict[str, Any]:
-    """Cost by part, in the prices' currency."""
+def cost_of(prices: Prices, told: Mapping[str, Any], *, held_back: bool) -> dict[str, Any]:
+    """Cost by part, in the prices' currency.
+
+    Args:
+        prices: Of pods, store and requests.
+        told: The forecast.
+        held_back: Whether producers wait for trainers, and so stay until the end.
+    """
+    hours, producing = (told["pace"][f"{what}_seconds"] / 3600 for what in ("total", "producing"))
+    pods, over_time, asked = told["pods"], told["set_over_time"].values(), told["requests"]
+    producing = hours if held_back else min(hours, producing)
+    held = sum(over_time) / len(over_time) + told["stored"]["checkpoints_bytes"]
+    puts = sum(n for name, n in asked.items() if name.endswith(("_put", "_list")))
+    gets = sum(n for name, n in asked.items() if name.endswith("_get"))
     parts = {
-        **{role: hours * getattr(prices, f"{role}_pod_hour") for role, hours in pod_hours.items()},
-        "stored": stored_gb_hours / _MONTH_HOURS * prices.stored_gb_month,
+        "producer": pods["producer"] * producing * prices.producer_pod_hour,
+        "trainer": pods["trainer"] * hours * prices.trainer_pod_hour,
+        "stored": held / 1e9 * hours / _MONTH_HOURS * prices.stored_gb_month,
         "requests": puts / 1000 * prices.thousand_puts + gets / 1000 * prices.thousand_gets,
     }
     free = [key for key in Prices.model_fields if key not in prices.model_fields_set]
-    rounded = {name: round(value, 2) for name, value in parts.items()}
-    total = round(sum(parts.values()), 2)
-    said = {"no_price_for": ", ".join(free)} if free else {}
-    return {"currency": prices.currency, **rounded, "total": total, **said, "left_out": _LEFT_OUT}
+    return {
+        "currency": prices.currency,
+        **{name: round(value, 2) for name, value in parts.items()},
+        "total": round(sum(parts.values()), 2),
+        **({"no_price_for": ", ".join(free)} if free else {}),
+        "left_out": _LEFT_OUT,
+    }

@@ -2,17 +2,16 @@
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import chain
 from typing import Any
 
 from dist_sae.planning import memory, stored, traffic
 from dist_sae.planning.advice import advice
-from dist_sae.planning.basis import Basis
+from dist_sae.planning.basis import Basis, sites_of
 from dist_sae.planning.cost import Prices, cost_of
 from dist_sae.planning.rates import ACCELERATORS, Rates
 from dist_sae.planning.risk import risk_of
-from dist_sae.producing.planner import row_bytes
 
 _UNKNOWN = "nothing: give --bench FILE, --measure or --accelerator NAME"
 
@@ -49,7 +48,7 @@ def estimate(
         asked_by["trainers"].update(each["trainers"])
     sent = max((_sent(group) for group in groups), key=lambda each: sum(each.values()))
     at_times = stored.stored_over_time(longest, pace.get("lead_units"))
-    of_checkpoints = [stored.checkpoint_bytes(job) for job in jobs]
+    of_checkpoints = [memory.checkpoint_bytes(job) for job in jobs]
     told: dict[str, Any] = {
         "rows": {
             "known_from": longest.source,
@@ -62,15 +61,15 @@ def estimate(
             "unit_rows": max(longest.unit_rows),
             "streams": longest.streams,
         },
-        "memory_of_a_trainer": max(map(_with_sums, of_groups), key=_total),
+        "memory_of_a_trainer": max(map(_with_sums, of_groups), key=_all),
         "memory_of_a_producer": _with_sums(memory.producer_memory(longest, program_bytes, gpu=gpu)),
     }
     if run.index.workers:
         of_jobs = [_with_sums(memory.index_memory(job, program_bytes, gpu=gpu)) for job in jobs]
-        told["memory_of_an_index_worker"] = max(of_jobs, key=_total)
+        told["memory_of_an_index_worker"] = max(of_jobs, key=_all)
     told |= {
         "stored": {
-            "row_bytes": row_bytes(run.activations.dtype, longest.model.widths),
+            "row_bytes": longest.row_bytes(),
             "set_bytes": stored.set_bytes(longest),
             "read_before_the_first_step_bytes": sum(map(stored.first_step_bytes, groups)),
             "checkpoint_bytes": sum(of_checkpoints),
@@ -92,7 +91,7 @@ def estimate(
         },
     }
     if prices and "total_seconds" in pace:
-        told["cost"] = _cost(prices, told, held_back=run.store.max_ahead_units is not None)
+        told["cost"] = cost_of(prices, told, held_back=run.store.max_ahead_units is not None)
     for job in jobs:
         told["risk" if len(jobs) == 1 else f"risk_of_{job.run.name}"] = risk_of(job)
     there = ACCELERATORS[accelerator].memory_bytes if accelerator else None
@@ -103,13 +102,11 @@ def estimate(
 def pace_of(groups: Sequence[Sequence[Basis]], rates: Rates) -> dict[str, Any]:
     """Rows per second of each part, what limits the run, and its time; empty if not known."""
     basis = max(chain.from_iterable(groups), key=lambda job: job.run.steps)
-    run, dtype, widths = basis.run, basis.run.activations.dtype, basis.model.widths
-    read = [{site for job in group for site in job.run.sites} for group in groups]
-    row = row_bytes(dtype, widths)
-    bytes_read = sum(row_bytes(dtype, {site: widths[site] for site in sites}) for sites in read)
+    run = basis.run
+    bytes_read = sum(basis.row_bytes(sites_of(group)) for group in groups)
     of_part = {
         "producers": _times(rates.producer_rows_per_second, run.processes.producers),
-        "store_writes": _times(rates.write_bytes_per_second, 1 / row),
+        "store_writes": _times(rates.write_bytes_per_second, 1 / basis.row_bytes()),
         "store_reads": _times(rates.read_bytes_per_second, 1 / (bytes_read * basis.sharing)),
         "trainers": _times(rates.step_seconds and 1 / rates.step_seconds, run.train.batch_rows),
     }
@@ -122,10 +119,8 @@ def pace_of(groups: Sequence[Sequence[Basis]], rates: Rates) -> dict[str, Any]:
         return told
     making = min(made)
     using = min(known[part] for part in ("store_reads", "trainers") if part in known)
-    rows, once = (
-        run.steps * run.train.batch_rows,
-        min(run.steps * run.train.batch_rows, basis.pass_rows),
-    )
+    rows = run.steps * run.train.batch_rows
+    once = min(rows, basis.pass_rows)
     made_in = sum(basis.unit_rows[: basis.first_windows]) / making
     first_batch = (rates.producer_begin_seconds or 0.0) + made_in
     begin = rates.trainer_begin_seconds or 0.0
@@ -157,7 +152,7 @@ def _sent(jobs: Sequence[Basis]) -> Counter[str]:
     return sent
 
 
-def _total(parts: dict[str, int]) -> int:
+def _all(parts: Mapping[str, int]) -> int:
     return sum(parts.values())
 
 
@@ -168,17 +163,3 @@ def _with_sums(parts: dict[str, dict[str, int]]) -> dict[str, int]:
         told |= {f"{place}_{name}_bytes": size for name, size in of.items() if size}
         told[f"{place}_all_bytes"] = sum(of.values())
     return told
-
-
-def _cost(prices: Prices, told: dict[str, Any], *, held_back: bool) -> dict[str, Any]:
-    """Cost of the forecast; producers that are held back stay until the end."""
-    hours, producing = (told["pace"][f"{what}_seconds"] / 3600 for what in ("total", "producing"))
-    pods, over_time, asked = told["pods"], told["set_over_time"].values(), told["requests"]
-    pod_hours = {
-        "producer": pods["producer"] * (hours if held_back else min(hours, producing)),
-        "trainer": pods["trainer"] * hours,
-    }
-    held = sum(over_time) / len(over_time) + told["stored"]["checkpoints_bytes"]
-    puts = sum(n for name, n in asked.items() if name.endswith(("_put", "_list")))
-    gets = sum(n for name, n in asked.items() if name.endswith("_get"))
-    return cost_of(prices, pod_hours, held / 1e9 * hours, puts, gets)

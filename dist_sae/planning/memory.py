@@ -8,11 +8,11 @@ import torch
 from dist_sae.config.dictionary import CountsLatentsConfig
 from dist_sae.data.shard import DTYPES, ORIGIN_BYTES, rows_of_block
 from dist_sae.dictionaries import PRODUCT_DTYPES
+from dist_sae.dictionaries.axis import WHOLE, LatentAxis
 from dist_sae.dictionaries.penalised import CHUNK_BYTES as DENSE_BYTES
 from dist_sae.index.encode import ENCODE_ROWS
 from dist_sae.kernels.select import CHUNK_BYTES, CHUNK_LATENTS, at_once
-from dist_sae.planning.basis import Basis
-from dist_sae.producing.planner import row_bytes
+from dist_sae.planning.basis import Basis, sites_of
 from dist_sae.training.memory import state_bytes
 
 CUDA_BYTES = 700 * 10**6
@@ -41,17 +41,14 @@ def trainer_memory(
         program_bytes: What the program itself takes on the host.
         gpu: Whether it computes on a GPU.
     """
-    states = [state_bytes(each.run, each.widths, each.axis) for each in jobs]
+    states = [each.state for each in jobs]
     device = dict(sum((Counter(state._asdict()) for state in states), Counter()))
     device["gradients"] = max(state.gradients for state in states)  # freed when a job has stepped
     kind = torch.device("cuda" if gpu else "cpu")
     device["step"] = max(_step(each, kind) for each in jobs)
     device["auxk_while_latents_are_dead"] = max(map(_auxk, jobs)) * (1 if gpu else 2)  # malloc
-    copies = [
-        _copy(each, state.weights)
-        for each, state in zip(jobs, states, strict=True)
-        if each.run.train.save_in_background
-    ]
+    saved = [each for each in jobs if each.run.train.save_in_background]
+    copies = [checkpoint_bytes(each, each.axis) for each in saved]
     host = {
         "program": program_bytes,
         "batches_in_flight": _batches(jobs),
@@ -63,8 +60,7 @@ def trainer_memory(
 
 def producer_memory(basis: Basis, program_bytes: int, *, gpu: bool) -> dict[str, Parts]:
     """Bytes of a producer's rank by part; see `trainer_memory`. Attention is left out."""
-    stored = row_bytes(basis.run.activations.dtype, basis.model.widths)
-    host = {"program": program_bytes, "units": _UNITS * max(basis.units) * stored}
+    host = {"program": program_bytes, "units": _UNITS * max(basis.units) * basis.row_bytes()}
     model = basis.model.stored_bytes // basis.run.tensor_parallel
     return _placed(host, {"model": model}, gpu=gpu)
 
@@ -72,23 +68,24 @@ def producer_memory(basis: Basis, program_bytes: int, *, gpu: bool) -> dict[str,
 def index_memory(basis: Basis, program_bytes: int, *, gpu: bool) -> dict[str, Parts]:
     """Bytes of an index worker's rank in stage 1 by part; see `trainer_memory`."""
     run, width = basis.run, basis.widths.d_in + basis.widths.d_out
-    dictionary = state_bytes(run, basis.widths, basis.axis).weights * run.processes.latent_shards
+    dictionary = basis.state.weights * run.processes.latent_shards
     block = _block(basis, torch.device("cpu"), ENCODE_ROWS)
     device = {
         "weights": dictionary // run.index.latent_shards,
         "step": ENCODE_ROWS * width * _FP32 + block,
     }
-    codes = int(max(basis.units) * active(basis) * 2 * 12)
+    codes = int(max(basis.units) * basis.active * 2 * 12)
     return _placed({"program": program_bytes, "codes": codes}, device, gpu=gpu)
 
 
-def active(basis: Basis) -> float:
-    """Latents that are active on a row: k, or what a penalised recipe begins with."""
-    sae = basis.run.sae
-    if isinstance(sae, CountsLatentsConfig):
-        return sae.k
-    found: float = getattr(sae, "target_l0", None) or sae.l0_at_start(basis.widths.d_in)
-    return min(found, sae.n_latents / 2)
+def checkpoint_bytes(basis: Basis, axis: LatentAxis = WHOLE) -> int:
+    """Bytes of a checkpoint: weights, both moments, the running mean, the counts of idle rows.
+
+    Of a rank's part if its place is given; the replicas of a shard share its rows.
+    """
+    weights = state_bytes(basis.run, basis.widths, axis).weights
+    tensors = 3 + bool(basis.run.train.ema_decay)
+    return (tensors * weights + 8 * basis.run.sae.n_latents // axis.shards) // axis.replicas
 
 
 def _placed(host: Parts, device: Parts, *, gpu: bool) -> dict[str, Parts]:
@@ -133,7 +130,7 @@ def _block(basis: Basis, device: torch.device, rows: int) -> int:
 def _batches(jobs: Sequence[Basis]) -> int:
     """Batches that wait as they are stored, and blocks that are being read."""
     basis, activations = jobs[0], jobs[0].run.activations
-    sites = {site for each in jobs for site in each.run.sites}
+    sites = sites_of(jobs)
     width = sum(basis.model.widths[site] for site in sites)
     stored = DTYPES["fp32" if activations.dtype == "int8" else activations.dtype]  # as it is read
     streams = max(1, basis.streams // basis.run.processes.trainers)
@@ -141,10 +138,3 @@ def _batches(jobs: Sequence[Basis]) -> int:
     block = rows * (width * stored.itemsize + ORIGIN_BYTES * len(sites))
     batches = _BATCHES * basis.rank_rows * width * stored.itemsize
     return batches + _BLOCKS * streams * activations.window_units * block
-
-
-def _copy(basis: Basis, weights: int) -> int:
-    """The copy of a rank's share of the state that is being stored."""
-    tensors = 3 + bool(basis.run.train.ema_decay)
-    idle = 8 * basis.run.sae.n_latents // basis.axis.shards
-    return (tensors * weights + idle) // basis.axis.replicas

@@ -17,9 +17,7 @@ from typing import Any, NamedTuple
 
 from dist_sae.errors import ConfigError
 from dist_sae.planning.basis import Basis
-from dist_sae.planning.memory import active
 from dist_sae.planning.traffic import step_traffic
-from dist_sae.training.memory import state_bytes
 
 STEP_EFFICIENCY = 0.5
 """Share of the peak that the encoder product reaches; an assumption."""
@@ -105,12 +103,11 @@ def of_accelerator(
     device, basis = ACCELERATORS[name], groups[0][0]
 
     def step(job: Basis) -> float:
-        run, widths = job.run, job.widths
-        is_bf16 = run.train.products == "bf16"
+        widths, is_bf16 = job.widths, job.run.train.products == "bf16"
         peak = device.bf16_flops if is_bf16 else device.fp32_flops
         products = step_flops(job) / widths.d_in * (2 if is_bf16 else _FP32)
-        state = _STATE_PASSES * state_bytes(run, widths, job.axis).weights
-        codes = job.replica_rows * active(job) / job.axis.shards
+        state = _STATE_PASSES * job.state.weights
+        codes = job.replica_rows * job.active / job.axis.shards
         rows = _CODE_PASSES * codes * (widths.d_in + widths.d_out) * _FP32
         moved = (products + state + rows) / (device.bytes_per_second * BANDWIDTH_EFFICIENCY)
         sent = sum(step_traffic(job).values()) / network_bytes_per_second
@@ -183,6 +180,6 @@ def scaled_step(basis: Basis, found: Mapping[str, Any]) -> float:
     rows, latents = found["batch"] / found.get("replicas", 1), found["n_latents"] / shards
     flops = 2 * rows * latents / (found.get("experts") or 1) * found["d_in"] * reads
     weights = _FP32 * latents * found["d_in"] * (reads + (found.get("writes") or reads))
-    own = state_bytes(basis.run, basis.widths, basis.axis).weights
+    own = basis.state.weights
     scaled: float = (whole - of_state) * step_flops(basis) / flops + of_state * own / weights
     return scaled

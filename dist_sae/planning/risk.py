@@ -6,7 +6,6 @@ from typing import Any
 import numpy as np
 
 from dist_sae.planning.basis import Basis
-from dist_sae.planning.memory import active
 
 ROWS_PER_LATENT = 2500
 """Rows per latent below which wide dictionaries are thought to be short of data."""
@@ -23,7 +22,7 @@ def risk_of(basis: Basis) -> dict[str, Any]:
     `sae.dead_after_rows`, which happens by chance with (1 - p_i) ^ rows.
     """
     run = basis.run
-    n, rows, l0 = run.sae.n_latents, run.steps * run.train.batch_rows, active(basis)
+    n, rows, l0 = run.sae.n_latents, run.steps * run.train.batch_rows, basis.active
     ranks = np.unique(np.geomspace(1, n, _STEPS).astype(np.int64))
     counts = np.diff(ranks, append=n + 1)
     harmonic = math.log(n) + 0.5772

@@ -8,7 +8,6 @@ from dist_sae.errors import ConfigError
 from dist_sae.planning.basis import Basis
 from dist_sae.planning.rates import Rates
 from dist_sae.planning.simulate import HOUR, Fleet, Simulation, plan_of
-from dist_sae.producing.planner import row_bytes
 
 _UNITS_EACH = 2  # that a producer makes in the part of a long run that is simulated
 _WINDOWS = 2  # of every stream, at least
@@ -32,7 +31,7 @@ def fleet_of(basis: Basis, rates: Rates) -> Fleet:
         step,
         run.train.batch_rows,
         min(run.rows, basis.pass_rows),
-        row_bytes(run.activations.dtype, basis.model.widths),
+        basis.row_bytes(),
         rates.write_bytes_per_second or math.inf,
         rates.read_bytes_per_second or math.inf,
         in_folder=folder_of(run.store.activations) is not None,

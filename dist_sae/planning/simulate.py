@@ -171,7 +171,7 @@ class Simulation:
             queue = unit_queue(
                 *(self.store, self._plan, worker, Stopping(), self._consumers),
                 fleet.max_ahead_units,
-                clock=clock.time,
+                clock=lambda: clock.now,
                 keys=(self._claims, self._made),
             )
             dies = clock.now + _lifetime(chance, fleet.producer_hours)

@@ -11,13 +11,10 @@ from dist_sae.checkpoint.lease import RENEW_SECONDS
 from dist_sae.config.dictionary import CountsLatentsConfig
 from dist_sae.data.backlog import LOOK_EVERY_SECONDS
 from dist_sae.data.shard import rows_of_block
-from dist_sae.dictionaries.axis import WHOLE
-from dist_sae.planning.basis import Basis
-from dist_sae.planning.memory import active
-from dist_sae.producing.planner import row_bytes
+from dist_sae.planning.basis import Basis, sites_of
+from dist_sae.planning.memory import checkpoint_bytes
 from dist_sae.storage.s3 import MULTIPART_FROM_BYTES
 from dist_sae.storage.s3 import PART_BYTES as S3_PART_BYTES
-from dist_sae.training.memory import state_bytes
 
 _BLOCK_BYTES = 4128  # of a tar: headers, JSON, padding
 _TAR_BYTES = 10_240  # a tar is a multiple of this
@@ -28,12 +25,8 @@ _LATENT_BYTES, _EXAMPLE_BYTES, _ENTRY_BYTES, _ROW_BYTES = 120, 8, 5, 6  # of an 
 
 def unit_bytes(basis: Basis, rows: int) -> int:
     """Bytes of a unit of so many rows: the shards of all sites, and the manifest."""
-    dtype, widths = basis.run.activations.dtype, basis.model.widths
-    blocks = _blocks(basis, rows)
-    contents = (
-        rows * row_bytes(dtype, {site: width}) + _BLOCK_BYTES * blocks
-        for site, width in widths.items()
-    )
+    headers = _BLOCK_BYTES * _blocks(basis, rows)
+    contents = (rows * basis.row_bytes([site]) + headers for site in basis.model.widths)
     tars = sum(_TAR_BYTES * math.ceil(content / _TAR_BYTES) for content in contents)
     return tars + _manifest_bytes(basis, rows)
 
@@ -54,13 +47,10 @@ def first_step_bytes(jobs: Sequence[Basis]) -> int:
     The first batch mixes rows of all units in the first windows, so it needs the first block of
     each. Their manifests are read twice, by the normaliser too.
     """
-    basis = jobs[0]
-    activations, widths = basis.run.activations, basis.model.widths
-    sites = {site for each in jobs for site in each.run.sites}
-    row = sum(row_bytes(activations.dtype, {site: widths[site]}) for site in sites)
+    basis, block_rows = jobs[0], jobs[0].run.activations.block_rows
+    row = basis.row_bytes(sites_of(jobs))
     return basis.sharing * sum(
-        min(rows, rows_of_block(rows, activations.block_rows)) * row
-        + 2 * _manifest_bytes(basis, rows)
+        min(rows, rows_of_block(rows, block_rows)) * row + 2 * _manifest_bytes(basis, rows)
         for rows in basis.unit_rows[: basis.first_windows]
     )
 
@@ -68,13 +58,6 @@ def first_step_bytes(jobs: Sequence[Basis]) -> int:
 def set_bytes(basis: Basis) -> int:
     """Bytes of the whole activation set."""
     return sum(n * unit_bytes(basis, rows) for rows, n in Counter(basis.units).items())
-
-
-def checkpoint_bytes(basis: Basis) -> int:
-    """Bytes of a checkpoint: weights, both moments, the running mean, the counts of idle rows."""
-    weights = state_bytes(basis.run, basis.widths, WHOLE).weights
-    tensors = 3 + bool(basis.run.train.ema_decay)
-    return tensors * weights + 8 * basis.run.sae.n_latents
 
 
 def checkpoints_kept(basis: Basis) -> int:
@@ -88,7 +71,7 @@ def index_bytes(basis: Basis) -> int:
     """Bytes of the latent index, about: compressed sizes of earlier indexes (docs/measured.md)."""
     index, sae, rows = basis.run.index, basis.run.sae, sum(basis.units)
     rows = rows if index.rows == "all" else min(index.rows, rows)
-    entries = rows * active(basis)
+    entries = rows * basis.active
     share = {"all": 1.0, "none": 0.0}.get(str(index.postings))
     kept = float(index.postings) if share is None else share
     examples = min(entries, sae.n_latents * (index.examples + 10 * index.decile_examples))
@@ -107,7 +90,7 @@ def requests(jobs: Sequence[Basis], seconds: float = 0.0) -> dict[str, dict[str,
     """
     basis, run = jobs[0], jobs[0].run
     train, units = run.train, len(basis.units)
-    sites = {site for each in jobs for site in each.run.sites}
+    sites = sites_of(jobs)
     shard = unit_bytes(basis, max(basis.unit_rows)) // len(basis.model.widths)
     puts = 1 if shard < MULTIPART_FROM_BYTES else math.ceil(shard / S3_PART_BYTES) + 2
     rows = max(each.run.rows for each in jobs)

@@ -8,7 +8,6 @@ from dist_sae.dictionaries import build_sae
 from dist_sae.distributed.gradients import Exchange, is_summed_by_entry
 from dist_sae.distributed.zero import deepspeed_config
 from dist_sae.planning.basis import Basis
-from dist_sae.training.memory import state_bytes
 
 _FP32, _INT64 = 4, 8
 _DIGITS = 3  # rounds of 2,048 counts in which a selection over the batch finds its bound
@@ -41,7 +40,7 @@ def step_traffic(basis: Basis) -> dict[str, int]:
             moved["select"] = 2 * all_ranks * _DIGITS * _COUNTS * _INT64
         elif not sae.n_experts:
             moved["select"] = within * (rows * sae.k + rows) * _INT64
-    weights = state_bytes(run, basis.widths, basis.axis).weights
+    weights = basis.state.weights
     if deepspeed_config(run)["zero_optimization"]["stage"]:
         moved["zero_gradients_and_weights"] = 2 * across * weights
     else:

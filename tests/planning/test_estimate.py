@@ -16,10 +16,10 @@ from dist_sae.dictionaries.interface import Rows, StepContext
 from dist_sae.planning.advice import advice, fits
 from dist_sae.planning.basis import Basis, find_basis
 from dist_sae.planning.estimate import pace_of
-from dist_sae.planning.memory import trainer_memory
+from dist_sae.planning.memory import checkpoint_bytes, trainer_memory
 from dist_sae.planning.rates import ACCELERATORS, Rates, of_accelerator, of_bench
 from dist_sae.planning.risk import risk_of
-from dist_sae.planning.stored import checkpoint_bytes, set_bytes, stored_over_time
+from dist_sae.planning.stored import set_bytes, stored_over_time
 from dist_sae.planning.traffic import step_traffic
 from dist_sae.storage import open_store
 from tests.commands.test_cli import fail
