@@ -5,6 +5,7 @@ from collections.abc import Sequence
 
 import torch
 
+from dist_sae.checkpoint.layout import PART_BYTES
 from dist_sae.config.dictionary import CountsLatentsConfig
 from dist_sae.data.shard import DTYPES, ORIGIN_BYTES, rows_of_block
 from dist_sae.dictionaries import PRODUCT_DTYPES
@@ -22,6 +23,7 @@ _ENTRY_BYTES = 80  # of a code: value, row, latent, their sorts, gradients
 _DENSE_CHUNKS = 8  # that a dense penalised step holds at once (`dictionaries.penalised`)
 _BATCHES = 4  # `config.run.rows_ahead`: two wait, one is assembled, one is trained on
 _COPIES = 2  # for saving, of a sweep's jobs: one is stored while the next one is made
+_ENCODED = 2  # copies of a part of a tensor while it becomes a file
 _HEAP_BYTES = 64 * 2**20  # free, and kept by malloc: above this it gives back
 _BLOCKS = 3  # of a unit: one in use, one fetched, one of the next window
 _UNITS = 6  # that a producer holds, copies included: two in work, and one that is being stored
@@ -46,13 +48,17 @@ def trainer_memory(
     device["gradients"] = max(state.gradients for state in states)  # freed when a job has stepped
     kind = torch.device("cuda" if gpu else "cpu")
     device["step"] = max(_step(each, kind) for each in jobs)
-    device["auxk_while_latents_are_dead"] = max(map(_auxk, jobs)) * (1 if gpu else 2)  # malloc
+    device["auxk_while_latents_are_dead"] = max(map(_auxk, jobs))
+    device["new_start_of_dead_latents"] = max(_new_start(each, kind) for each in jobs)
     saved = [each for each in jobs if each.run.train.save_in_background]
     copies = [checkpoint_bytes(each, each.axis) for each in saved]
+    encoded = max(
+        state.weights // each.axis.replicas for state, each in zip(states, jobs, strict=True)
+    )
     host = {
         "program": program_bytes,
         "batches_in_flight": _batches(jobs),
-        "checkpoint_copies": sum(sorted(copies)[-_COPIES:]),
+        "checkpoint_copies": sum(sorted(copies)[-_COPIES:]) + min(encoded, _ENCODED * PART_BYTES),
         "heap": 0 if gpu else _HEAP_BYTES,
     }
     return _placed(host, device, gpu=gpu)
@@ -113,6 +119,18 @@ def _auxk(basis: Basis) -> int:
     if not isinstance(sae, CountsLatentsConfig):
         return 0
     return basis.replica_rows * sae.auxk * _ENTRY_BYTES
+
+
+def _new_start(basis: Basis, device: torch.device) -> int:
+    """What a penalised recipe takes to give dead latents new weights: it encodes the batch.
+
+    A block of products and as many pre-activations; malloc holds them beside a step's chunks.
+    """
+    sae, rows = basis.run.sae, basis.replica_rows
+    if isinstance(sae, CountsLatentsConfig):
+        return 0
+    products = rows * sae.n_latents // basis.axis.shards * _FP32
+    return 2 * min(at_once(CHUNK_BYTES, device), products)
 
 
 def _block(basis: Basis, device: torch.device, rows: int) -> int:

@@ -145,6 +145,23 @@ def test_memory_shrinks_with_shards_and_zero(tmp_path: Path) -> None:
     assert device(processes={"trainers": 4}, train={"ema_decay": 0.9})["running_mean"] > 0
 
 
+def test_dead_latents_and_saves_take_memory_too(tmp_path: Path) -> None:
+    """256 rows of 4 entries, or two blocks of 256 x 32 products; 552 weights.
+
+    A save has a copy of the checkpoint, and of W_enc or W_dec, its text and its file: as much as
+    all weights.
+    """
+    basis = basis_of(tmp_path)
+    host = trainer_memory([basis], 0, gpu=False)["host"]
+    assert host["auxk_while_latents_are_dead"] == 256 * 4 * 80
+    assert host["checkpoint_copies"] == checkpoint_bytes(basis) + 4 * 552
+    assert host["new_start_of_dead_latents"] == 0
+    relu = basis_of(tmp_path, sae={"kind": "relu", "n_latents": 32})
+    host = trainer_memory([relu], 0, gpu=False)["host"]
+    assert host["auxk_while_latents_are_dead"] == 0
+    assert host["new_start_of_dead_latents"] == 2 * 256 * 32 * 4
+
+
 def test_a_dictionary_that_does_not_fit_is_given_more_shards(tmp_path: Path) -> None:
     """17 M x (2 x 8,192) weights are 1.1 TB, with gradients and moments 4.4: of 80 GB each, 128."""
     sae = {"n_latents": 2**24, "k": 32, "init": "random"}
