@@ -107,12 +107,12 @@ def left_to_another_run(run: Run) -> None:
 def test_memory_does_not_grow_with_the_width(
     program: Callable[[Run], None], bound: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """A weight is of 8 MiB, then of 64; parts are of 1 MiB, of which eight are copied at a time.
+    """A weight is of 8 MiB, then of 32; parts are of 1 MiB, of which eight are copied at a time.
 
     Export has 8 MiB for weights, 4 for the transpose, and 24 bytes for each latent.
     """
     monkeypatch.setattr(layout, "PART_BYTES", MIB)
-    tiny, small, large = (write(tmp_path / str(n), n) for n in (1024, 8192, 65_536))
+    tiny, small, large = (write(tmp_path / str(n), n) for n in (1024, 8192, 32_768))
     peaks = [peak_bytes(program, (tiny,), (run,)) for run in (small, large)]
     assert peaks[1] - peaks[0] < 8 * MIB
     assert peaks[1] < bound * MIB
