@@ -121,9 +121,9 @@ def test_topk_is_the_stable_sorts(
 ) -> None:
     """Widths that are and that are not multiples of groups and chunks; k up to all latents."""
     monkeypatch.setattr(select, "CHUNK_LATENTS", chunk)
-    for n in (4, 16, 60, 100, 256, 340):
+    for n in (4, 60, 100, 256):
         pre_acts = CASES[case](n)
-        for k in (1, 3, 5, 16):
+        for k in (1, 5, 16):
             for shards in (1, 2, 4):
                 found = selected(pre_acts, k, shards=shards, implementation=kernels(implementation))
                 assert found == oracle(pre_acts, k), (n, k, shards)
@@ -219,7 +219,7 @@ def test_the_largest_of_a_batch_are_all_there(
 ) -> None:
     """And of each value, the lower latents before the higher ones."""
     monkeypatch.setattr(select, "CHUNK_LATENTS", chunk)
-    for n in (4, 16, 60, 340):
+    for n in (4, 60, 256):
         pre_acts = CASES[case](n)
         monkeypatch.setattr(select, "CHUNK_BYTES", 4 * min(chunk, n) * block_rows)
         for count in (1, 5, 40, ROWS * n):
