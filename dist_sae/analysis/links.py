@@ -121,10 +121,10 @@ def coactive_pairs(index: Index, firings: NDArray[np.float64]) -> Pairs:
 
 
 def _coactive(index: Index, firings: NDArray[np.float64]) -> Iterator[tuple[NDArray[Any], ...]]:
-    """Yield latent, other, common rows and phi of the pairs with more of these than by chance.
+    """Yield latent, other, common rows and phi of the pairs that fire together beyond chance.
 
-    Bucket by bucket. By the Chernoff bound of a Poisson tail, in nats, no pair of independent
-    latents is expected to have so many.
+    One bucket at a time. By the Chernoff bound of a Poisson tail, in nats, no pair of independent
+    latents is expected to have so many common rows.
     """
     for bucket in range(index.manifest.n_buckets):
         table = index.bucket_pairs(bucket)

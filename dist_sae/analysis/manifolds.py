@@ -178,8 +178,8 @@ def _caveats(numbers: Mapping[str, Any], index: Index) -> Iterator[str]:
     if before := numbers["rings_before_the_origin"]:
         yield (
             f"{before:,} of the rings lie before the origin, where features that add up in pairs "
-            "look much like one. The limit that tells them apart is of simulations: look at the "
-            "picture, and whether the latents have an order, as numbers have."
+            "look much like one. The limit that tells them apart was set on simulations: look at "
+            "the picture, and whether the latents have an order, as numbers have."
         )
     if not numbers["rings"]:
         yield (

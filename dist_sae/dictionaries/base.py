@@ -200,9 +200,9 @@ class Dictionary(Weights):
         Args:
             rows: This rank's part of the first batch.
             seed: Seed of the directions.
-            rescale: Give the encoder its length. `initialise_from_data` does so again, so before it
-                recipes may leave that out; where the directions would change by rounding, they do
-                not.
+            rescale: False if `initialise_from_data` follows, which gives the encoder its length. It
+                saves a product of all rows and latents. Penalised recipes ignore it, since their
+                directions are rounded at that length, and so do CLTs, which take none from data.
         """
         raise NotImplementedError
 

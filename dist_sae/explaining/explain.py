@@ -69,7 +69,7 @@ class Outcome(NamedTuple):
     judged_passages: int
     """Passages that the judge was asked about."""
     unanswered_passages: int
-    """Those of them without a verdict that can be read."""
+    """Passages among these for which the judge's answer could not be read."""
     mean_balanced_accuracy: float | None
 
 

@@ -122,9 +122,9 @@ def _auxk(basis: Basis) -> int:
 
 
 def _new_start(basis: Basis, device: torch.device) -> int:
-    """What a penalised recipe takes to give dead latents new weights: it encodes the batch.
+    """Memory in which a penalised recipe encodes a batch, to give dead latents new weights.
 
-    A block of products and as many pre-activations; malloc holds them beside a step's chunks.
+    A block of products, and one of pre-activations. Added to a step's, since malloc keeps both.
     """
     sae, rows = basis.run.sae, basis.replica_rows
     if isinstance(sae, CountsLatentsConfig):

@@ -134,7 +134,7 @@ def test_intervals_of_tail_and_floor_hold_the_truth(
         pytest.param(
             *(128, 2048, 256, 6, 3000, 400),
             marks=pytest.mark.xfail(
-                reason="the tail is held in 86 % (75 % with 800 rows): a bias, not explained",
+                reason="holds the tail in 86 %: several latents describe a feature together",
                 strict=True,
             ),
         ),
