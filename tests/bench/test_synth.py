@@ -4,6 +4,7 @@ import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from dist_sae.bench.peers.environments import Peer, PeerError
 from dist_sae.bench.peers.processes import run_script
 from dist_sae.bench.synth import run_dist_sae
 from dist_sae.bench.synth.detection import f1_at_l0
+from dist_sae.bench.synth.drawing import sampler
 from dist_sae.bench.synth.orthogonal import orthogonalised
 from dist_sae.bench.synth.rows import HELDOUT, TRAINING, Rows, RowsWriter
 from dist_sae.bench.synth.worlds import DIST_SAE, SAE_LENS, Trainer, find_world, parse_trainer
@@ -107,6 +109,87 @@ def test_directions_are_those_of_the_loss_over_all_pairs() -> None:
     expected = (expected / expected.norm(dim=1, keepdim=True)).detach()
     torch.testing.assert_close(orthogonalised(start, 20, 1e-2), expected, atol=1e-12, rtol=0)
     assert orthogonalised(start, 0, 1e-2).allclose(start / start.norm(dim=1, keepdim=True))
+
+
+def node(feature: int | None, *children: Any, excludes: bool, scales: bool) -> SimpleNamespace:
+    return SimpleNamespace(
+        feature_index=feature,
+        children=children,
+        mutually_exclusive_children=excludes,
+        scale_children_by_parent=scales,
+    )
+
+
+def leaves(*features: int) -> list[SimpleNamespace]:
+    return [node(feature, excludes=False, scales=False) for feature in features]
+
+
+def generator_of(n_features: int) -> SimpleNamespace:
+    """As sae-lens's: each feature in .4 to .9 of the rows, if its parents do not matter."""
+    random = torch.Generator().manual_seed(0)
+    factor = 0.3 * torch.randn(n_features, 2, generator=random)
+    return SimpleNamespace(
+        low_rank_correlation=(factor, (1 - factor.square().sum(1)).sqrt()),
+        correlation_thresholds=torch.linspace(-1.3, 0.3, n_features),
+        mean_firing_magnitudes=torch.linspace(1, 2, n_features),
+        std_firing_magnitudes=torch.full((n_features,), 1.5),
+        sample=lambda rows: f"{rows} of its own",
+    )
+
+
+def drawn_by_definition(generator: Any, nodes: list[Any], rows: int) -> Tensor:
+    """As sae-lens: all features of all rows, then level by level children, then siblings."""
+    (factor, scale), n_features = generator.low_rank_correlation, 12
+    common, own = torch.randn(rows, factor.shape[1]), torch.randn(rows, n_features)
+    row, feature = (common @ factor.T + own * scale > generator.correlation_thresholds).nonzero().T
+    strengths, mean = torch.zeros(rows, n_features), generator.mean_firing_magnitudes
+    noise = torch.randn(len(row)) * generator.std_firing_magnitudes[feature]
+    strengths[row, feature] = (mean[feature] + noise).relu()
+    levels = [nodes[:2], nodes[2:7], nodes[7:]]
+    for level in levels:
+        conflicts = [
+            (r, of, fire)
+            for r in range(rows)
+            for of in level
+            if of.mutually_exclusive_children and strengths[r, of.feature_index] > 0
+            if len(fire := [c for c in of.children if strengths[r, c.feature_index] > 0]) > 1
+        ]
+        for (r, of, fire), scores in zip(conflicts, torch.rand(len(conflicts), 3), strict=True):
+            score_of = {c.feature_index: s for c, s in zip(of.children, scores, strict=False)}
+            winner = max(fire, key=lambda c: score_of[c.feature_index])
+            for loser in fire:
+                strengths[r, loser.feature_index] *= loser is winner
+        for of in level:
+            parent = strengths[:, of.feature_index]
+            by = parent / mean[of.feature_index] if of.scale_children_by_parent else parent > 0
+            for child in of.children:
+                strengths[:, child.feature_index] *= by
+    return strengths
+
+
+def test_rows_are_drawn_as_if_every_feature_were_looked_at() -> None:
+    deep = node(9, *leaves(1, 0, 3), excludes=False, scales=False)
+    tall = node(7, *leaves(11, 2), excludes=True, scales=True)
+    roots = [
+        node(10, tall, *leaves(4), excludes=True, scales=False),
+        node(5, deep, *leaves(6, 8), excludes=True, scales=True),
+    ]
+    nodes = [*roots, *roots[0].children, *roots[1].children, *tall.children, *deep.children]
+    generator = generator_of(12)
+    sample = sampler(generator, SimpleNamespace(roots=roots))
+    for rows in (1, 60, 7):
+        torch.manual_seed(rows)
+        expected, then = drawn_by_definition(generator, nodes, rows), torch.rand(1)
+        torch.manual_seed(rows)
+        assert torch.equal(sample(rows).to_dense(), expected)
+        assert torch.equal(torch.rand(1), then)  # as many random numbers were drawn
+    # a world without trees, one where nothing fires, and one that sae-lens has to draw
+    assert (sampler(generator, None)(50).to_dense() > 0).float().mean() > 0.5
+    generator.correlation_thresholds = torch.full((12,), 99.0)
+    assert sample(3).to_dense().count_nonzero() > 0
+    assert sampler(generator, SimpleNamespace(roots=roots))(3).to_dense().count_nonzero() == 0
+    unnamed = SimpleNamespace(roots=[node(None, *leaves(1), excludes=False, scales=False)])
+    assert sampler(generator, unnamed)(3) == "3 of its own"
 
 
 def test_f1_at_an_l0_leaves_the_largest_codes_of_all_latents() -> None:

@@ -7,6 +7,7 @@ its users get it, by its own metrics, on the same held-out rows.
     worlds.py         named worlds, and what is trained in them
     rows.py           the rows, on disk
     orthogonal.py     the features' directions
+    drawing.py        which features fire
     detection.py      F1 at one L0
     run_dist_sae.py   our trainer, on one rank or several
     run_sae_lens.py   sae-lens's part, run with its own Python (`bench.peers.environments`)

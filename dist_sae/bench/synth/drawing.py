@@ -1,0 +1,116 @@
+"""Which features fire, drawn as sae-lens's `ActivationGenerator` draws them with a hierarchy.
+
+sae-lens's Python reads this too, where dist_sae is not installed: numpy and torch alone.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+
+def sampler(generator: Any, hierarchy: Any) -> Callable[[int], Tensor]:
+    """Draws so many rows of a generator, dense or sparse: with `Draw` where that can be.
+
+    Args:
+        generator: sae-lens's `ActivationGenerator`.
+        hierarchy: sae-lens's `Hierarchy` of its features, or None.
+    """
+    roots = hierarchy.roots if hierarchy else ()
+    nodes = list(roots)
+    for node in nodes:  # level by level
+        nodes.extend(node.children)
+    if generator.low_rank_correlation is None or any(n.feature_index is None for n in nodes):
+        sample: Callable[[int], Tensor] = generator.sample
+        return sample
+    return Draw(generator, nodes).sample
+
+
+class Draw:
+    """Draws rows of a generator whose features form trees.
+
+    Random numbers are drawn as sae-lens draws them, in the same order, so rows are the same bit for
+    bit. In SynthSAEBench-16k 7,166 features of a row would fire, and 35 do, for most of the others
+    have a parent that does not. sae-lens computes all of them, and here a feature is looked at
+    after its parent.
+
+    Args:
+        generator: sae-lens's, with a correlation of low rank.
+        nodes: All nodes of the trees, level by level; each is a feature. A child fires where its
+            parent does, in proportion to it if the parent scales its children; of children that
+            exclude each other one at most.
+    """
+
+    def __init__(self, generator: Any, nodes: Sequence[Any]) -> None:
+        self._factor, self._scale = generator.low_rank_correlation
+        self._thresholds: Tensor = generator.correlation_thresholds
+        self._mean: Tensor = generator.mean_firing_magnitudes
+        self._std: Tensor = generator.std_firing_magnitudes
+        shape = len(self._mean), max((len(node.children) for node in nodes), default=0)
+        self._children = torch.full(shape, -1)
+        self._order = torch.zeros(shape[0], dtype=torch.int64)
+        self._excludes, self._scales = (torch.zeros(shape[0], dtype=torch.bool) for _ in range(2))
+        for number, node in enumerate(nodes):
+            children = [child.feature_index for child in node.children]
+            feature = node.feature_index
+            self._children[feature, : len(children)] = torch.tensor(children, dtype=torch.int64)
+            self._order[feature] = number
+            self._excludes[feature] = node.mutually_exclusive_children
+            self._scales[feature] = node.scale_children_by_parent
+        of_families = (len(node.children) for node in nodes if node.mutually_exclusive_children)
+        self._siblings = max(of_families, default=0)
+        free = torch.ones(shape[0], dtype=torch.bool)
+        free[self._children[self._children >= 0]] = False
+        self._free = free.nonzero()[:, 0]
+        """Features without a parent."""
+
+    def sample(self, rows: int) -> Tensor:
+        """How strongly each feature fires, sparse [rows, features]."""
+        n_features = len(self._mean)
+        common = torch.randn(rows, self._factor.shape[1])
+        field = torch.randn(rows, n_features).mul_(self._scale).add_(common @ self._factor.T)
+        exceeds = field > self._thresholds
+        places = np.flatnonzero(exceeds.numpy())
+        noise = torch.randn(len(places))
+
+        def strength(row: Tensor, feature: Tensor) -> Tensor:
+            number = np.searchsorted(places, (row * n_features + feature).numpy())
+            strengths = self._mean[feature] + noise[number] * self._std[feature]
+            return strengths.relu()
+
+        row, number = exceeds[:, self._free].nonzero(as_tuple=True)
+        feature = self._free[number]
+        value = strength(row, feature)
+        found = list[tuple[Tensor, Tensor, Tensor]]()
+        while len(row) or not found:
+            fires = value > 0
+            row, feature, value = row[fires], feature[fires], value[fires]
+            found.append((row, feature, value))
+            children = self._children[feature]  # [features that fire, children]
+            fires = exceeds[row[:, None], children] & (children >= 0)
+            parent, child = fires.nonzero(as_tuple=True)
+            values = torch.zeros(children.shape)
+            values[parent, child] = strength(row[parent], children[parent, child])
+            self._exclude(values, row, feature)
+            parent, child = values.nonzero(as_tuple=True)
+            share = torch.where(self._scales[feature], value / self._mean[feature], 1)[parent]
+            value = values[parent, child] * share
+            row, feature = row[parent], children[parent, child]
+        row, feature, value = (torch.cat(part) for part in zip(*found, strict=True))
+        places_found, size = torch.stack([row, feature]), (rows, n_features)
+        return torch.sparse_coo_tensor(places_found, value, size, check_invariants=True)
+
+    def _exclude(self, values: Tensor, row: Tensor, feature: Tensor) -> None:
+        """Leave one child of each row and feature, at random, where they exclude each other."""
+        several = self._excludes[feature] & ((values > 0).sum(1) > 1)
+        conflicts = several.nonzero()[:, 0]
+        order = row[conflicts] * len(self._mean) + self._order[feature[conflicts]]
+        conflicts = conflicts[order.argsort()]  # as sae-lens has them
+        scores = torch.rand(len(conflicts), self._siblings)
+        competing = values[conflicts, : self._siblings]
+        scores[competing == 0] = -1
+        winner = scores.argmax(1, keepdim=True) if len(scores) else conflicts[:, None]
+        kept = torch.zeros_like(competing).scatter_(1, winner, competing.gather(1, winner))
+        values[conflicts, : self._siblings] = kept
