@@ -9,11 +9,12 @@ it needs, so the number of ranks may change between save and load.
 
 import hashlib
 import logging
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from typing import Any, Literal, NamedTuple
 
+import safetensors
 import safetensors.torch
 import torch
 from torch import Tensor
@@ -21,15 +22,22 @@ from torch import Tensor
 from dist_sae.checkpoint import older
 from dist_sae.errors import CorruptObjectError, StoreError
 from dist_sae.storage import ObjectStore
+from dist_sae.storage.local import LocalStore
 from dist_sae.storage.own import OwnKeys
 from dist_sae.storage.records import READS, Record, digest, read_record, seal
 
 logger = logging.getLogger(__name__)
 
 PART_BYTES = 64 * 2**20
-"""Size of a part; also the most that a rank reads in vain where its rows begin."""
+"""Largest size of a part; also the most that a rank reads in vain where its rows begin."""
 _COPIES = 8  # parts in flight
 _MANIFEST = "manifest.json"
+
+
+def part_rows(row_bytes: int) -> int:
+    """Rows of a part: a power of 2, so that few chunks of latents lie in two (`StoredEncoder`)."""
+    fitting = max(1, PART_BYTES // max(1, row_bytes))
+    return 1 << fitting.bit_length() - 1
 
 
 class Part(Record):
@@ -107,7 +115,7 @@ class Checkpoint(NamedTuple):
         """
         record = self.manifest.tensors[name]
         if not record.shape:
-            return self._rows(record.parts[0])[0]
+            return self.rows(record.parts[0])[0]
         stop = record.shape[0] if stop is None else stop
         pieces = (rows for _, rows in self.pieces(name, start, stop))
         return torch.cat(list(pieces)).reshape(-1, *record.shape[1:])
@@ -124,8 +132,16 @@ class Checkpoint(NamedTuple):
         for first, rows in self.pieces(name, start, start + len(tensor)):
             tensor[first - start : first - start + len(rows)] = rows.to(tensor.device)
 
-    def pieces(self, name: str, start: int, stop: int) -> Iterator[tuple[int, Tensor]]:
+    def pieces(
+        self, name: str, start: int, stop: int, read: Callable[[Part], Tensor] | None = None
+    ) -> Iterator[tuple[int, Tensor]]:
         """Yield rows `[start, stop)` part by part, each as (first row number, rows).
+
+        Args:
+            name: Of the tensor.
+            start: First row.
+            stop: Row after the last.
+            read: Gives the rows of a part; None fetches them.
 
         Raises:
             CorruptObjectError: A part does not match its checksum, or rows are missing.
@@ -134,7 +150,7 @@ class Checkpoint(NamedTuple):
         at = start
         for part in record.parts:
             if part.start <= at < min(part.stop, stop):
-                rows = self._rows(part)[at - part.start : stop - part.start]
+                rows = (read or self.rows)(part)[at - part.start : stop - part.start]
                 rows = rows.reshape(-1, *record.shape[1:])
                 yield at, self._modern(name, at, rows) if record.older else rows
                 at += len(rows)
@@ -155,7 +171,7 @@ class Checkpoint(NamedTuple):
         record = self.manifest.tensors[name]
         at = 0
         for part in record.parts:
-            rows = len(self._rows(part))
+            rows = len(self.rows(part))
             if (part.start, part.stop) != (at, at + rows):
                 break
             at = part.stop
@@ -167,8 +183,24 @@ class Checkpoint(NamedTuple):
             f"step {self.step}: {name} lacks rows from {at}", url=self.store.url
         )
 
-    def _rows(self, part: Part) -> Tensor:
+    def rows(self, part: Part) -> Tensor:
+        """Fetch the rows of a part; raises like `data`."""
         return safetensors.torch.load(self.data(part))["rows"]
+
+    def mapped(self, part: Part) -> Tensor | None:
+        """The rows of a part in its file, mapped; None if the store is no local folder.
+
+        They stay if the file is deleted. Raises like `data`.
+        """
+        if not isinstance(self.store, LocalStore):
+            return None
+        with self.store.file(part.key) as path:
+            with path.open("rb") as file:
+                if hashlib.file_digest(file, "sha256").hexdigest() != part.sha256:
+                    raise self._damaged(part)
+            with safetensors.safe_open(path, "pt") as stored:
+                rows: Tensor = stored.get_tensor("rows")
+                return rows
 
     def data(self, part: Part) -> bytes:
         """Fetch the bytes of a part's object.
@@ -180,7 +212,10 @@ class Checkpoint(NamedTuple):
             data = self.store.get(part.key)
             if hashlib.sha256(data).hexdigest() == part.sha256:
                 return data
-        raise CorruptObjectError(
+        raise self._damaged(part)
+
+    def _damaged(self, part: Part) -> CorruptObjectError:
+        return CorruptObjectError(
             "does not match its checksum; delete its folder to use the checkpoint before",
             url=self.store.url,
             key=part.key,
@@ -244,7 +279,7 @@ class Checkpoints:
         records: dict[str, TensorRecord] = {}
         for name, tensor, first, total in pieces:
             rows = tensor.reshape(tensor.shape or (1,)).detach()
-            per_part = max(1, PART_BYTES // max(1, rows[:1].nbytes))
+            per_part = part_rows(rows[:1].nbytes)
             parts = []
             for start in range(0, len(rows), per_part):
                 piece = rows[start : start + per_part].contiguous().cpu()

@@ -20,7 +20,7 @@ from dist_sae.dictionaries import build_sae
 from dist_sae.dictionaries.axis import WHOLE, LatentAxis, PageAxis
 from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.interface import Codes, Inferred, Rows, Widths
-from dist_sae.kernels import Entries, select, starts_of
+from dist_sae.kernels import Entries, select
 from dist_sae.kernels.keys import NOTHING, from_keys, to_keys
 
 SLICE_ROWS = 4096
@@ -97,11 +97,6 @@ class PagedDictionary:
         return torch.device("cpu" if self._in_memory is None else self._device)
 
     @property
-    def in_memory(self) -> bool:
-        """Whether the dictionary, or this rank's shard of it, is kept in memory."""
-        return self._in_memory is not None
-
-    @property
     def n_latents(self) -> int:
         """Width of the whole dictionary."""
         return self._config.n_latents
@@ -170,27 +165,6 @@ class PagedDictionary:
                         part[:n] = new[fits:]
         if n:
             yield Rows(*(part[:n] for part in joined))
-
-    @torch.no_grad()
-    def encode(self, x: Float[Tensor, "batch d_in"]) -> Codes:
-        """Codes of a few rows, as of the whole dictionary: see `Dictionary.encode`. Not for ranks.
-
-        One turn over the pages, which reads the encoder alone.
-        """
-        if self._in_memory is not None:
-            return self._in_memory.encode(x.to(self._device))
-        if self._row_limit:
-            return self._largest(x, self._row_limit).codes(slice(None), range(self.n_latents))
-        found = []
-        for page in self._pages(self._decoder):
-            for rows in _slices(x, self._slice_rows):
-                acts, latents, starts = page.encode(x[rows])
-                places = Entries(latents, starts, self._page_latents).rows + rows.start
-                found.append(select.Candidates(acts, places, latents + page.first_latent))
-        acts, places, latents = select.by_row(
-            select.Candidates(*map(torch.cat, zip(*found, strict=True)))
-        )
-        return Codes(acts, latents, starts_of(places, len(x)))
 
     @torch.no_grad()
     def coded(self, x: Float[Tensor, "batch d_in"]) -> Iterator[Coded]:

@@ -49,8 +49,8 @@ class Dictionary(Weights):
     """Tensors per latent that decoding needs, and encoding does not."""
     unit_rows: bool = True
     """Whether decoder rows are held at unit norm."""
-    encoder_copy: Tensor | None = None
-    """W_enc in `product_dtype`, while someone keeps it up to date."""
+    encoder_copy: Tensor | select.EncoderRows | None = None
+    """W_enc in `product_dtype`, while someone keeps it up to date, or where it is stored."""
 
     def __init__(
         self,
@@ -91,7 +91,7 @@ class Dictionary(Weights):
         """This shard's part of x_hat - b_dec, with gradients: `autograd.decode`."""
         return autograd.decode(acts, self.kernels, entries, W_dec, unit_rows=self.unit_rows)
 
-    def encoder_for(self, dtype: torch.dtype) -> Float[Tensor, "n_local read"]:
+    def encoder_for(self, dtype: torch.dtype) -> Float[Tensor, "n_local read"] | select.EncoderRows:
         """W_enc for products in a precision: in this if such a copy is at hand, else as it is."""
         copy = self.encoder_copy
         return self.W_enc if copy is None or copy.dtype != dtype else copy

@@ -4,7 +4,7 @@ Only `[batch, chunk]` pre-activations are ever held. Selections are exact (`keys
 """
 
 from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol, runtime_checkable
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -27,6 +27,22 @@ class Candidates(NamedTuple):
     values: Float[Tensor, " entries"]
     rows: Int[Tensor, " entries"]
     latents: Int[Tensor, " entries"]
+
+
+@runtime_checkable
+class EncoderRows(Protocol):
+    """Encoder rows that are not in memory; slices are neither."""
+
+    @property
+    def dtype(self) -> torch.dtype: ...
+
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, place: slice | Tensor, /) -> "EncoderRows": ...
+
+    def to(self, dtype: torch.dtype, /) -> Tensor:
+        """Read them, in a precision."""
+        ...
 
 
 def at_once(on_a_cpu: int, device: torch.device) -> int:
@@ -54,7 +70,7 @@ class Block(NamedTuple):
 
 def products(
     x: Float[Tensor, "batch d_in"],
-    W_enc: Float[Tensor, "n_latents d_read"],
+    W_enc: Float[Tensor, "n_latents d_read"] | EncoderRows,
     product_dtype: torch.dtype,
     among: Int[Tensor, " some"] | None = None,
     *,

@@ -8,13 +8,14 @@ from typing import TYPE_CHECKING, Any, overload
 import torch
 
 from dist_sae.checkpoint import folder
-from dist_sae.checkpoint.layout import Checkpoints
+from dist_sae.checkpoint.encoder import StoredEncoder
+from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.checkpoint.trained import (
-    Trained,
-    find_checkpoint,
     none_yet,
+    normalisers_of,
     read_trained,
-    use_trained,
+    trained_run,
+    use_checkpoint,
 )
 from dist_sae.config import Run, jobs_of
 from dist_sae.config.data import HuggingFaceModel
@@ -67,7 +68,7 @@ class OpenedRun:
         self.config = config
         self._runs = open_store(config.store.runs, config.store.s3)
         self._store = open_store(config.store.activations, config.store.s3)
-        self._held: Trained | None = None  # that of the last text
+        self._encoder: StoredEncoder | None = None  # that of the last text
 
     def __repr__(self) -> str:
         sae = self.config.sae
@@ -104,8 +105,8 @@ class OpenedRun:
     def active_on(self, text: str, top: int = 5, step: int | None = None) -> list[TokenLatents]:
         """Find the strongest latents on each token: `RawDictionary.active_on` at any width.
 
-        A dictionary that takes over half of `evaluate.memory_bytes` is read part by part, for each
-        text anew. Another stays in memory for the next text.
+        Reads of the checkpoint only the encoder, where it is stored (`StoredEncoder`); of routed
+        dictionaries only that of the experts which the text comes to.
 
         Args:
             text: Any text.
@@ -117,20 +118,20 @@ class OpenedRun:
         self._check(step)
         rows = self._reader.read(text)
 
-        def find(trained: Trained) -> list[TokenLatents]:
-            self._held = trained if trained.pages.in_memory else None
-            normalisers = trained.normalisers
+        def find(checkpoint: Checkpoint) -> list[TokenLatents]:
+            own = trained_run(checkpoint, self.config)
+            normalisers = normalisers_of(own, checkpoint)
+            if self._encoder is None or self._encoder.checkpoint.digest != checkpoint.digest:
+                memory_bytes = self.config.evaluate.memory_bytes // 2
+                widths = normalisers.widths
+                self._encoder = StoredEncoder(own.sae, widths, checkpoint, memory_bytes)
             parts = torch.split(rows.acts.cpu(), list(normalisers.widths.reads), 1)
             of_sites = dict(zip(normalisers.reads, parts, strict=True))
-            codes = trained.pages.encode(normalisers.inputs(of_sites))
-            shape = (len(rows.acts), trained.pages.n_latents)
+            codes = self._encoder.encode(normalisers.inputs(of_sites))
+            shape = (len(rows.acts), own.sae.n_latents)
             return strongest(rows, SparseCodes.of(codes, shape), top)
 
-        newest = find_checkpoint(self._runs, self.config, step) if self._held else None
-        if self._held and newest and newest.digest == self._held.checkpoint.digest:
-            return find(self._held)
-        memory_bytes = self.config.evaluate.memory_bytes
-        found = use_trained(self._runs, self.config, step, find, memory_bytes=memory_bytes)
+        found = use_checkpoint(self._runs, self.config, step, find)
         if found is None:
             raise none_yet(self._runs, self.config)
         return found

@@ -6,7 +6,7 @@ from collections import Counter
 from collections.abc import Sequence
 from itertools import accumulate
 
-from dist_sae.checkpoint.layout import PART_BYTES
+from dist_sae.checkpoint.layout import part_rows
 from dist_sae.checkpoint.lease import RENEW_SECONDS
 from dist_sae.config.dictionary import CountsLatentsConfig
 from dist_sae.data.backlog import LOOK_EVERY_SECONDS
@@ -128,7 +128,8 @@ def _saves(basis: Basis) -> int:
 def _parts(basis: Basis) -> int:
     """Objects of a checkpoint's tensors: every rank has a part of each."""
     extra = 1 if isinstance(basis.run.sae, CountsLatentsConfig) else 2
-    whole = math.ceil(checkpoint_bytes(basis) / PART_BYTES)
+    row_bytes = 4 * max(basis.widths.d_in, basis.widths.d_out)
+    whole = math.ceil(checkpoint_bytes(basis) / (part_rows(row_bytes) * row_bytes))
     return whole + 3 * (3 + extra) * basis.run.processes.trainers
 
 

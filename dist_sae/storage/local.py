@@ -42,6 +42,12 @@ class LocalStore:
             file.seek(start)
             return file.read(-1 if stop is None else max(0, stop - start))
 
+    @contextmanager
+    def file(self, key: str) -> Iterator[Path]:
+        """An object's file, to be read in other ways within a `with` block."""
+        with self._errors(key):
+            yield self.root / key
+
     def put(self, key: str, data: bytes, *, if_absent: bool = False) -> bool:
         return self._write(key, (data,), if_absent=if_absent)
 

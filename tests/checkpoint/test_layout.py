@@ -66,7 +66,7 @@ class Counting(Wrapped):
 def test_any_rows_are_read_from_the_parts_that_hold_them(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(layout, "PART_BYTES", 12 * 20)  # 20 rows of W_enc: 0-20, 20-40, 40-50
+    monkeypatch.setattr(layout, "PART_BYTES", 12 * 20)  # of 20 rows of W_enc, so 16
     store = Counting(open_store(str(tmp_path)))
     checkpoints = Checkpoints(store, "run", keep=2)
     save(checkpoints, 7, TENSORS, {})
@@ -75,9 +75,9 @@ def test_any_rows_are_read_from_the_parts_that_hold_them(
         for stop in range(start + 1, 51):
             assert torch.equal(checkpoint.read("W_enc", start, stop), W_enc[start:stop])
     for rows, parts in (
-        ((20, 40), ["020"]),
-        ((19, 20), ["000"]),
-        ((19, 41), ["000", "020", "040"]),
+        ((16, 32), ["016"]),
+        ((15, 16), ["000"]),
+        ((15, 33), ["000", "016", "032"]),
     ):
         store.fetched.clear()
         checkpoint.read("W_enc", *rows)

@@ -64,6 +64,16 @@ def dense(codes: Codes) -> Tensor:
     return matrix
 
 
+def coded(some: PagedDictionary, x: Tensor) -> Tensor:
+    """Codes of each row, [rows, n_latents], from all pages."""
+    matrix = torch.zeros(len(x), N_LATENTS, dtype=x.dtype)
+    for page, here, codes in some.coded(x):
+        found = dense(codes)
+        latents = page.axis.latents(N_LATENTS)
+        matrix[here, latents.start : latents.stop] = found[:, : len(latents)]
+    return matrix
+
+
 @pytest.mark.system
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("kind", RECIPES)
@@ -83,7 +93,7 @@ def test_pages_equal_the_whole(
     for latents in (12, 3):
         some = paged(checkpoint, config, latents, dtype)
         assert len(list(some.parts("W_dec"))) > 3
-        found, found_codes = some.infer(x), dense(some.encode(x))
+        found, found_codes = some.infer(x), coded(some, x)
         assert torch.equal(found_codes > 0, codes > 0)
         assert relative_error(found_codes, codes) <= TOLERANCE[dtype]
         assert torch.equal(found.firings, expected.firings)
@@ -103,7 +113,7 @@ def test_of_equal_codes_on_several_pages_the_lower_latent_is_kept(tmp_path: Path
     positive = x @ sae.W_enc[0] > 0
     assert 0 < int(positive.sum()) < BATCH
     expected = positive[:, None] & (torch.arange(N_LATENTS) < K)
-    assert torch.equal(dense(some.encode(x)) > 0, expected)
+    assert torch.equal(coded(some, x) > 0, expected)
     assert torch.equal(some.infer(x).firings, expected.sum(0))
 
 

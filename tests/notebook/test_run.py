@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -17,7 +18,6 @@ import webdataset
 import dist_sae
 from dist_sae import DistSaeError, OpenedRun, open_run
 from dist_sae.checkpoint.layout import Checkpoints
-from dist_sae.checkpoint.pages import PagedDictionary
 from dist_sae.config import Run
 from dist_sae.data.consumers import Retired
 from dist_sae.data.shard import SHARDS, manifest_key
@@ -319,20 +319,21 @@ def test_the_latents_of_a_text_are_those_of_its_rows(
         dictionary.active_on("")
 
 
-def test_the_latents_of_a_text_need_no_whole_dictionary(
-    language: Run, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """Read in parts of the checkpoint where it does not fit into `evaluate.memory_bytes`."""
-    opened = open_run(Path(language.store.runs) / "language")
-    expected = opened.dictionary().active_on("some text", top=3)
-    assert opened.active_on("some text", top=3) == expected
-    little = opened.config.evaluate.model_copy(update={"memory_bytes": 8 * 64 * 24})
-    narrow = OpenedRun(opened.config.model_copy(update={"evaluate": little}))
-    monkeypatch.setattr(PagedDictionary, "whole", None)
-    found = narrow.active_on("some text", top=3, step=7)
-    assert [token.latents for token in found] == [token.latents for token in expected]
-    for one, other in zip(found, expected, strict=True):
-        assert one.acts == pytest.approx(other.acts, rel=1e-5)
+def test_the_latents_of_a_text_need_no_decoder(language: Run, tmp_path: Path) -> None:
+    """Nor is its encoder read again for the next text: the files may be gone."""
+    runs = tmp_path / "r"
+    shutil.copytree(language.store.runs, runs)
+    opened = open_run(runs / "language")
+    dictionary = opened.dictionary()
+    for weight in ("W_dec", "W_enc"):
+        for part in runs.rglob(f"{weight}-*"):
+            part.unlink()
+        for text in ("some text", "other words"):
+            expected = dictionary.active_on(text, top=3)
+            found = opened.active_on(text, top=3, step=7)
+            assert [token.latents for token in found] == [token.latents for token in expected]
+            for one, other in zip(found, expected, strict=True):
+                assert one.acts == pytest.approx(other.acts, rel=1e-5)
     with pytest.raises(DistSaeError, match=r"has no checkpoint of step 5; it has: 7$"):
         opened.active_on("some text", step=5)
 
