@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch.nn.functional import normalize
 
-from dist_sae.analysis.graph import Groups, components
+from dist_sae.analysis.graph import Groups, components, together
 from dist_sae.analysis.links import Pairs
 from dist_sae.index.decoder import Decoder
 
@@ -23,6 +23,7 @@ FLATNESS = 0.1
 exactly, 1 if they are at right angles. Three that are equally near have 1 - cosine."""
 NEAR = 0.8
 """Cosine of latents that are too near each other to span a plane with a third."""
+_MOSTLY = 0.5  # share of a direction in a plane, from which a mixed latent is the plane's
 _SKETCH = 128  # dimensions that directions are projected to, if they have more
 _PRODUCTS = 2**24  # numbers of a block's sketches
 
@@ -31,7 +32,9 @@ def coplanar_groups(decoder: Decoder, pairs: Pairs, least: int, most: int) -> Gr
     """Groups of latents in a plane, in which each shares a plane with two that it is coactive with.
 
     Sets of three are of the same plane if they have two latents in common that span it. A latent
-    may be in several groups.
+    may be in several groups. A dictionary may have mixed one of a plane's latents with another
+    feature. So a group is also given with the latents that are mostly in its plane, and coactive
+    with two of it.
 
     Args:
         decoder: Of the latents.
@@ -56,7 +59,27 @@ def coplanar_groups(decoder: Decoder, pairs: Pairs, least: int, most: int) -> Gr
     sizes = np.bincount(group, minlength=n_groups)
     kept = (sizes >= least) & (sizes <= most)
     too_many = len(np.unique(latents[(sizes > most)[group]]))
-    return Groups(latents[kept[group]], sizes[kept], too_many)
+    flat = Groups(latents[kept[group]], sizes[kept], too_many)
+    return together([flat, _with_mixed(flat, sketches, pairs, most)])
+
+
+def _with_mixed(flat: Groups, sketches: NDArray[np.float16], pairs: Pairs, most: int) -> Groups:
+    """Groups that have latents which are mostly, but not wholly in their plane: with these."""
+    order = np.argsort(pairs.latent, kind="stable")
+    others, starts = pairs.other[order], np.searchsorted(pairs.latent[order], flat.latents)
+    stops = np.searchsorted(pairs.latent[order], flat.latents, side="right")
+    found, first = [np.zeros(0, np.int64)], 0
+    for size in flat.sizes:
+        here = slice(first, first := first + size)
+        latents = flat.latents[here]
+        listed = [others[a:b] for a, b in zip(starts[here], stops[here], strict=True)]
+        near, members = np.unique(np.concatenate(listed), return_counts=True)
+        near = np.setdiff1d(near[members > 1], latents)
+        plane = np.linalg.svd(sketches[latents].astype(np.float32), full_matrices=False)[2][:2]
+        share = ((sketches[near].astype(np.float32) @ plane.T) ** 2).sum(1)
+        if (mixed := near[share > _MOSTLY]).size and size + len(mixed) <= most:
+            found.append(np.union1d(latents, mixed))
+    return Groups(np.concatenate(found), np.array([len(each) for each in found[1:]], np.int64), 0)
 
 
 def sketch(decoder: Decoder) -> NDArray[np.float16]:

@@ -224,6 +224,23 @@ def test_latents_in_a_plane_are_grouped_and_may_be_in_two_planes(tmp_path: Path)
     assert [group.tolist() for group in found] == [[0, 1, 2, 3], [0, 2, 4, 5]]
 
 
+def test_a_group_in_a_plane_is_also_given_with_what_is_mostly_in_it(tmp_path: Path) -> None:
+    """The fourth and fifth latents are mixed with other features: .56 and .36 are in the plane."""
+    angles = np.radians([0, 60, 120, 240, 240])
+    inside = np.array([1, 1, 1, 0.75, 0.6])
+    apart = np.diag(np.sqrt(1 - inside**2))[:, 3:]
+    directions = np.column_stack([inside * np.cos(angles), inside * np.sin(angles), apart])
+    rows, pairs = np.arange(4000), [(0, 1), (1, 2), (0, 3), (2, 3), (0, 4), (2, 4)]
+    which = np.array(pairs)[rows % len(pairs)]
+    codes = Codes(np.tile(rows, 2), which.T.ravel(), np.ones(2 * len(rows)))
+    index, decoder, _ = simulate(tmp_path, directions, codes, n_rows=5 * len(rows))
+    pairs_found = coactive_pairs(index, index.firings.astype(np.float64))
+    groups = coplanar_groups(decoder, pairs_found, 3, 10)
+    found = np.split(groups.latents, groups.sizes.cumsum()[:-1])
+    assert [group.tolist() for group in found] == [[0, 1, 2], [0, 1, 2, 3]]
+    assert coplanar_groups(decoder, pairs_found, 3, 3).sizes.tolist() == [3]
+
+
 def test_a_random_dictionary_has_no_manifolds(tmp_path: Path) -> None:
     draw = np.random.default_rng(0)
     n, rows = 600, 4000

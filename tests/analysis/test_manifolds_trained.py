@@ -60,8 +60,8 @@ BATCHTOPK = BatchTopKConfig(n_latents=320, k=6, auxk=64, dead_after_rows=100_000
 WIDE = TopKConfig(n_latents=1024, k=8, auxk=64, dead_after_rows=100_000)
 TRIALS = {
     "topk 1": Trial(1, TOPK),
-    "topk 2": Trial(2, TOPK),
     "batchtopk 1": Trial(1, BATCHTOPK, rings=15),
+    "batchtopk 2": Trial(2, BATCHTOPK, rings=16),
     "seven points": Trial(100, TOPK, corners=7),
     "stated size": Trial(100, WIDE, 128, 1000, 6, steps=3000),
 }
