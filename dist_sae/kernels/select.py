@@ -19,6 +19,7 @@ _GROUP = 16  # latents
 CHUNK_BYTES = 64 * 2**20
 """Pre-activations of a block: still in a CPU's cache when they are looked at."""
 _ON_CUDA = 8
+_FEW_ROWS = 8
 
 
 class Candidates(NamedTuple):
@@ -106,8 +107,16 @@ def products(
             rows = slice(top, min(top + height, len(x)))
             shape = rows.stop - top, len(weights)
             block = out[: shape[0] * shape[1]].view(shape)
-            torch.mm(parts[layer][rows], weights.T, out=block)
+            _multiply(parts[layer][rows], weights, block)
             yield Block(rows, latents, block, opens and top == 0)
+
+
+def _multiply(x: Tensor, weights: Tensor, out: Tensor) -> None:
+    """Compute x W^T; of few rows on a CPU as (W x^T)^T, in a third to four fifths of the time."""
+    if len(x) <= _FEW_ROWS and x.device.type == "cpu" and x.dtype == torch.float32:
+        out.copy_(torch.mm(weights, x.T).T)
+    else:
+        torch.mm(x, weights.T, out=out)
 
 
 _Chunk = tuple[int, slice | Tensor, Tensor, bool]
