@@ -51,6 +51,7 @@ MOST_BATCHES = 1000
 MOST_TEXTS = 20
 """Largest activations of a latent whose texts are written."""
 _REACH = 64  # tokens on either side of an activation
+_PACKING = 6  # of gzip: a fifth of the time of 9, for files 4 % larger
 _LAST = "source.jsonl"
 
 _Row = dict[str, Any]
@@ -335,4 +336,4 @@ def _lines(rows: Iterable[Mapping[str, Any]]) -> bytes:
 
 
 def _packed(rows: Iterable[Mapping[str, Any]]) -> bytes:
-    return gzip.compress(_lines(rows), mtime=0)
+    return gzip.compress(_lines(rows), _PACKING, mtime=0)

@@ -4,7 +4,7 @@ import contextlib
 import logging
 import re
 from collections.abc import Iterator, Sequence
-from itertools import islice
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -31,6 +31,9 @@ logger = logging.getLogger(__name__)
 
 _PART = "\ufffd"  # decoding of an incomplete character
 _MOST_TOGETHER = 6  # tokens that may have to be decoded together
+_KEPT_PIECES = (
+    2**17
+)  # texts of tokens, most of a vocabulary; decoding one takes tens of times as long
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
@@ -61,6 +64,7 @@ class _HuggingFaceTokenizer:
         self.mask: int | None = tokenizer.mask_token_id
         """Id of the mask token of an encoder, or None."""
         self.special = frozenset(tokenizer.all_special_ids)
+        self._decode = lru_cache(_KEPT_PIECES)(lambda *ids: str(tokenizer.decode(list(ids))))
 
     @property
     def ordinary(self) -> list[int]:
@@ -77,14 +81,15 @@ class _HuggingFaceTokenizer:
 
     def text(self, tokens: Sequence[int]) -> list[str]:
         texts: list[str] = []
-        while len(texts) < len(tokens):
-            rest = tokens[len(texts) :]
-            pieces = (str(self._tokenizer.decode(rest[: n + 1])) for n in range(len(rest)))
-            whole = (
-                n for n, piece in enumerate(islice(pieces, _MOST_TOGETHER)) if _PART not in piece
-            )
-            n = next(whole, 0)
-            texts += [str(self._tokenizer.decode(rest[: n + 1])), *n * [""]]
+        while (at := len(texts)) < len(tokens):
+            piece, n = self._decode(tokens[at]), 1
+            if _PART in piece:
+                most = min(_MOST_TOGETHER, len(tokens) - at)
+                starts = (tokens[at : at + n] for n in range(2, most + 1))
+                whole = (start for start in starts if _PART not in self._decode(*start))
+                together = next(whole, tokens[at : at + 1])
+                piece, n = self._decode(*together), len(together)
+            texts += [piece, *(n - 1) * [""]]
         return texts
 
 

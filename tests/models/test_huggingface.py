@@ -466,6 +466,23 @@ def test_the_tokenizer_adds_nothing_and_knows_special_tokens(
     assert tokenizer.text([3, 40]) == ["w3", "w40"]
 
 
+def test_a_token_is_decoded_once(
+    models: dict[str, HuggingFaceModel], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    base, decoded = transformers.PreTrainedTokenizerBase, list[Any]()
+    decode: Any = base.decode
+
+    def noted(self: Any, ids: Any) -> Any:
+        decoded.append(ids)
+        return decode(self, ids)
+
+    monkeypatch.setattr(base, "decode", noted)
+    tokenizer = load_tokenizer(models["llama"])
+    for _ in range(2):
+        assert tokenizer.text([3, 40, 3]) == ["w3", "w40", "w3"]
+    assert decoded == [[3], [40]]
+
+
 def test_an_encoders_cls_stands_at_the_front(models: dict[str, HuggingFaceModel]) -> None:
     tokenizer = load_tokenizer(models["bert"])
     assert (tokenizer.bos, tokenizer.special) == (0, frozenset({0, 1, 2}))
