@@ -21,6 +21,7 @@ _COUNTS = (
     ("--most-tokens", "longest answer, in tokens", 500),
 )
 """Options that are numbers from 1: meaning and default."""
+_SCORE = "mean_balanced_accuracy"
 
 
 def add(commands: shared.Commands) -> None:
@@ -70,6 +71,8 @@ def main(options: argparse.Namespace) -> None:
     index = Index(open_store(run.store.runs, run.store.s3), run.name, options.index)
     found = _from_delphi(options, index) if options.from_delphi else _explained(options, run, index)
     if found is not None:
+        if found[_SCORE] is None and not options.json:
+            found[_SCORE] = "none: no explanation was judged"
         shared.print_result(options, found)
 
 

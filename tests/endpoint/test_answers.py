@@ -1,5 +1,6 @@
 """Questions to an endpoint: what they cost, that each is paid once, and what goes wrong."""
 
+import re
 import threading
 import time
 from collections.abc import Iterator
@@ -100,15 +101,21 @@ def test_tokens_are_counted_with_the_chat_template(
     assert (estimate.input_tokens, estimate.is_exact) == (8, True)
 
 
-def test_it_waits_for_an_endpoint_that_is_away(server: OpenAIServer, tmp_path: Path) -> None:
+def test_it_waits_for_an_endpoint_that_is_away(
+    server: OpenAIServer, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """And says at once what the endpoint answers, in case waiting does not help."""
     server.faults = [
+        (500, {}, {"error": "no such model"}),
         (0, {}, b""),
         (503, {}, b"<html>Bad Gateway</html>"),
         (429, {"Retry-After": "0.05"}, {"error": {"message": "slow down", "code": "rate_limit"}}),
     ]
     (answer,) = opened(server, tmp_path).ask([question("a b")])
     assert answer.text == "b"
-    assert len(server.bodies) == 4
+    assert len(server.bodies) == 5
+    (said,) = caplog.messages
+    assert re.search(r": HTTP 500 \(no such model\); .*; asking again for up to \d+ s$", said)
 
 
 def test_its_patience_ends_and_answers_stay(server: OpenAIServer, tmp_path: Path) -> None:

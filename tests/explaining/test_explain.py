@@ -209,6 +209,8 @@ def test_answers_that_cannot_be_read_are_counted(
     assert "vague: no explanation in 1 answers, 0 of them cut" in said
     assert "no list of verdicts in 1 answers, 0 of them cut at --most-tokens" in said
     assert "the first begins 'yes to all'" in said
+    assert asking("--latents", "1", "--yes") == 0
+    assert "mean_balanced_accuracy none: no explanation was judged\n" in capsys.readouterr().out
     told = asking.told(2, "vague").score
     assert told.unanswered == 10
     assert told.active.of + told.random.of + told.near.of == 50
