@@ -90,7 +90,7 @@ def write_run(folder: Path, world: dict[str, Any] = WORLD, **sections: Any) -> P
     """Write the run file of a world into its folder."""
     path = folder / "run.yaml"
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(yaml.safe_dump(build_settings(folder, world, sections)))
+    path.write_text(yaml.dump(build_settings(folder, world, sections), Dumper=yaml.CSafeDumper))
     return path
 
 

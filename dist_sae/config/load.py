@@ -162,7 +162,7 @@ def sections_of(run: Run) -> dict[str, Any]:
 
 def dump_run(run: Run) -> str:
     """Write the resolved run as YAML; `load_run` reads it back to an equal run."""
-    return yaml.safe_dump(sections_of(run), sort_keys=False)
+    return yaml.dump(sections_of(run), Dumper=yaml.CSafeDumper, sort_keys=False)
 
 
 def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = "") -> list[str]:
@@ -177,7 +177,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
     return lines
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(yaml.CSafeLoader):
     """YAML loader that refuses a repeated key and reads 1e6 as a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002

@@ -69,7 +69,7 @@ class ClusterObjects(NamedTuple):
 def configured_run(configuration: Object) -> Run:
     """Read the run in a ConfigMap, also in one that an earlier version has rendered."""
     name = f"ConfigMap {configuration['metadata']['name']}"
-    return validate_run(yaml.safe_load(configuration["data"][RUN_KEY]), name)
+    return validate_run(yaml.load(configuration["data"][RUN_KEY], Loader=yaml.CSafeLoader), name)
 
 
 def find_objects(cluster: Cluster, run: Run) -> ClusterObjects:

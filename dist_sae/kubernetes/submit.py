@@ -10,8 +10,10 @@ import difflib
 import logging
 import uuid
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
 from itertools import chain
-from typing import Any, NamedTuple
+from typing import Any
 
 from dist_sae.config import Run, differences, dump_run
 from dist_sae.errors import (
@@ -170,7 +172,8 @@ def cancel(run: Run, cluster: Cluster, say: Say) -> dict[str, Any]:
     return {"outcome": "cancelled", "objects": {_name(obj): "deleted" for obj in there.objects}}
 
 
-class _Change(NamedTuple):
+@dataclass(frozen=True)
+class _Change:
     """The effect of applying an object."""
 
     obj: Object
@@ -182,7 +185,7 @@ class _Change(NamedTuple):
     def name(self) -> str:
         return _name(self.obj)
 
-    @property
+    @cached_property
     def what(self) -> str:
         if self.live is None:
             return "create"

@@ -193,7 +193,7 @@ def test_override_errors_name_the_override(tmp_path: Path, override: str, messag
     [
         ("name: a\nname: b\n", ":2:1: not valid YAML: key 'name' appears twice"),
         ("sae:\n  k: 1\n  k: 2\n", ":3:3: not valid YAML: key 'k' appears twice"),
-        ("sae: [1\nname: x\n", ":2:5: not valid YAML: expected ',' or ']', but got ':'"),
+        ("sae: [1\nname: x\n", ":2:5: not valid YAML: did not find expected ',' or ']'"),
         ("name: \x07\n", ": not valid YAML: unacceptable character #x0007"),
         ("? [a, b]\n: 1\n", ":1:3: not valid YAML: found unhashable key"),
         ("- a\n", ": must hold a mapping with keys name, store, model"),

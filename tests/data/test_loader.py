@@ -17,6 +17,7 @@ from dist_sae.data.streams import Stream
 from dist_sae.distributed.mesh import ALONE
 from dist_sae.training.batches import open_loader as open_loader_of_rank
 from tests.data.numbered import LateUnits, World
+from tests.forks import HANG_SECONDS
 from tests.world import Wrapped, batches, only, open_activation_set, open_loader, same
 
 
@@ -110,15 +111,16 @@ def test_leaving_the_loader_ends_its_thread(world: World) -> None:
 
 
 def test_waiting_is_measured(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A unit that takes .3 s to appear costs the first batch that, and the next ones nothing."""
+    """A unit that takes .3 s to appear costs the first batch that; no wait is counted twice."""
     monkeypatch.setattr(dist_sae.data.activation_set, "POLL_SECONDS", (0.3, 0.3))
     store = LateUnits(world.store, 0)
     store.hidden = [manifest_key(0)]
     since = time.monotonic()
     with open_loader(open_activation_set(world.run, store=store), range(3)) as loader:
         first, *rest = loader
-    assert 0.25 < first.waited_seconds <= time.monotonic() - since
-    assert sum(batch.waited_seconds for batch in rest) < 0.25
+    elapsed = time.monotonic() - since
+    assert first.waited_seconds > 0.25
+    assert first.waited_seconds + sum(batch.waited_seconds for batch in rest) <= elapsed
     assert [first.step, *(batch.step for batch in rest)] == [0, 1, 2]
 
 
@@ -126,20 +128,29 @@ def test_whoever_waits_for_a_batch_is_told_while_it_lasts(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The reporter counts the time: after a long wait there may be nobody to count it."""
-    monkeypatch.setattr(dist_sae.data.activation_set, "POLL_SECONDS", (0.3, 0.3))
     monkeypatch.setattr(dist_sae.data.loader, "LOOK_UP_SECONDS", 0.05)
-    store = LateUnits(world.store, 0)
-    store.hidden = [manifest_key(0)]
     told: list[float] = []
-    with open_loader(open_activation_set(world.run, store=store), range(2)) as loader:
-        first = loader.next(told.append)
-        n_told = len(told)
-        second = loader.next(told.append)
+    told_twice = threading.Event()
+
+    class Held(Wrapped):
+        """A unit cannot be read before the reporter has been told twice."""
+
+        def get(self, key: str, start: int = 0, stop: int | None = None) -> bytes:
+            if key == manifest_key(0):
+                assert told_twice.wait(HANG_SECONDS)
+            return super().get(key, start, stop)
+
+    def tell(seconds: float) -> None:
+        told.append(seconds)
+        if len(told) == 2:
+            told_twice.set()
+
+    units = open_activation_set(world.run, store=Held(world.store))
+    with open_loader(units, range(1)) as loader:
+        first = loader.next(tell)
     assert first is not None
-    assert second is not None
-    assert n_told >= 2
-    assert told[:n_told] == sorted(told[:n_told])  # for how long it has lasted
-    assert len(told) <= n_told + 1
+    assert told == sorted(told)  # for how long it has lasted
+    assert 0.05 <= told[0] < told[-1] <= first.waited_seconds
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -1,8 +1,8 @@
 """Rendered runs on a cluster; pods are started from their manifests alone.
 
 The world is small, the programs, the S3 server and the signals are real. A calm run is what every
-disturbed one is compared with; in the others programs start from preloaded modules. A run that is
-to be disturbed cannot end before: units are withheld.
+disturbed one is compared with; its planner, producers and trainers start as on a cluster, all
+others from preloaded modules. A run that is to be disturbed cannot end before: units are withheld.
 """
 
 import json
@@ -162,10 +162,14 @@ class Calm(NamedTuple):
 def calm(runs: Runs) -> Calm:
     run = runs.run("calm")
     jobset = runs.submit(run)
+    trainer = runs.job(run, "trainer")
+    runs.cluster.wait(
+        lambda: jobset.condition or sum(pod.has_started for pod in trainer.active.values()) == 2
+    )
+    runs.cluster.preload()  # index and reporter import little that these have not
     runs.cluster.wait(lambda: jobset.condition)
     assert jobset.condition == COMPLETED, runs.cluster.story()
     runs.cluster.delete(run.name)
-    runs.cluster.preload()
     return Calm(run, jobset, runs.outcome(run))
 
 

@@ -147,7 +147,7 @@ def kustomized(folder: str) -> list[Object]:
     built = subprocess.run(
         [kubectl, "kustomize", ROOT / "k8s" / folder], capture_output=True, text=True, check=True
     )
-    return list(yaml.safe_load_all(built.stdout))
+    return list(yaml.load_all(built.stdout, yaml.CSafeLoader))
 
 
 @pytest.mark.parametrize("folder", KUSTOMIZED)

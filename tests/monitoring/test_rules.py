@@ -89,7 +89,7 @@ def test_links_of_a_cluster_lead_to_the_runbook_from_anywhere() -> None:
     built = subprocess.run(
         [kubectl, "kustomize", MONITORING], capture_output=True, text=True, check=True
     )
-    objects = list(yaml.safe_load_all(built.stdout))
+    objects = list(yaml.load_all(built.stdout, yaml.CSafeLoader))
     assert {obj["metadata"]["name"] for obj in objects} == {"dist-sae", "dist-sae-dashboards"}
     (rule,) = (obj for obj in objects if obj["kind"] == "PrometheusRule")
     check(rule)
