@@ -290,7 +290,12 @@ def test_a_run_goes_on_with_more_ranks_and_ends_though_a_node_is_lost(
     assert resumed_at(first[0]) == stopped_at
     (rank,) = [pid for pid, words in first[0].processes() if words[-2:] == ["--port-offset", "2"]]
     os.kill(rank, SIGKILL)
-    cluster.wait(lambda: len(trainer.pods) == 4)
+
+    def all_have_come_back() -> bool:
+        pod = trainer.active.get(0, first[0])
+        return pod is not first[0] and "resuming at step" in pod.log()
+
+    runs.until(all_have_come_back)
     second = dict(trainer.active)
     second[1].cut_off = True
     window_3()
@@ -301,8 +306,10 @@ def test_a_run_goes_on_with_more_ranks_and_ends_though_a_node_is_lost(
     assert jobset.condition == COMPLETED, cluster.story()
     assert trainer.counted == [], cluster.story()
     assert exit_code(first[0]) == 137
-    assert set(trainer.ignored) == {first[0], first[1], second[1]}, cluster.story()
-    assert exit_code(first[1]) == 75
+    assert set(trainer.ignored) >= {first[0], first[1], second[1]}, cluster.story()
+    # a pod that came back before the killed rank's pod had ended has met its store, and comes again
+    others = set(trainer.ignored) - {first[0], second[1]}
+    assert {exit_code(pod) for pod in others} == {75}, cluster.story()
     assert "starting" not in trainer.succeeded[1].log()
     found = runs.outcome(run)
     assert found.fvu == pytest.approx(calm.outcome.fvu, rel=1e-5)
