@@ -3,7 +3,7 @@
 import io
 import threading
 from collections.abc import Callable, Iterator
-from functools import cached_property, partial
+from functools import cached_property, lru_cache, partial
 from typing import TypeVar
 
 import pyarrow as pa
@@ -39,6 +39,8 @@ class LatentTable:
         self._stored = stored
         self._whole: bytes | None = None
         self._lock = threading.Lock()  # guards the footer and kept bytes
+        # kept, since latents are often asked for in their order
+        self._group = lru_cache(1)(lambda group: self._parsed(partial(self._read, group)))
 
     def of(self, latent: int) -> Iterator[pa.Table]:
         """Yield a latent's rows, one row group after the other; an empty table if it has none.
@@ -51,7 +53,7 @@ class LatentTable:
         if not groups:
             yield self._footer.schema.to_arrow_schema().empty_table()
         for group in groups:
-            rows = self._parsed(partial(self._read, group))
+            rows = self._group(group)
             yield rows.filter(pc.equal(rows["latent"], latent))
 
     @cached_property

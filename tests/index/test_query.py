@@ -132,7 +132,7 @@ def test_a_page_reads_only_the_row_groups_of_its_latent(
     place = Path(make_index(run)["index"])
     store = store_of(run)
     index = Index(store, run.name)
-    index.latent(30)  # footers are kept
+    index.latent(47)  # of the same bucket: footers are kept
     reads = reads_of(store, monkeypatch)
     index.latent(31)
     found = {key.split("/")[-2] for key, _ in reads}
@@ -141,6 +141,9 @@ def test_a_page_reads_only_the_row_groups_of_its_latent(
     assert spans <= 3 * 3  # a latent's rows may begin in one group and end in the next
     for key, size in reads:
         assert size < (place.parents[2] / key).stat().st_size / 2
+    reads.clear()
+    index.latent(32)  # the last group is kept, of `latents/` that of 24 to 33
+    assert "latents" not in {key.split("/")[-2] for key, _ in reads}
 
 
 @pytest.mark.system
