@@ -134,6 +134,7 @@ def measure(run: Run) -> Iterator[str]:
     letters = "abcdefghijklmnopqrst"
     sorts = ["density", "rarity", "max", "norm", "latent"]
     words = ["".join(draw.choice(list(letters), 5)) for _ in range(400)]
+    texts = [f"/search?kind=text&asked={'+'.join(words[i : i + 10])}" for i in range(0, 400, 10)]
     asked = {
         "list, sorted anew": [f"/?sort={sort}" for sort in sorts],
         "list, another page or filter": [
@@ -145,10 +146,9 @@ def measure(run: Run) -> Iterator[str]:
         "latent of a list": [f"/latent/{i}?sort=max" for i in draw.integers(0, n, 20)],
         "token": [f"/search?kind=token&asked={letter}" for letter in letters],
         "regex": [f"/search?kind=regex&asked=^{letter}" for letter in [*letters[:9], "."]],
-        "text, the first": ["/search?kind=text&asked=some+words"],
-        "text of 10 words": [
-            f"/search?kind=text&asked={'+'.join(words[i : i + 10])}" for i in (0, 10, 20)
-        ],
+        "text of 10 words, the first of them": [texts[0]],
+        "the next, which read more of the encoder": texts[1:10],
+        "text of 10 words": texts[10:],
     }
     with served(pages) as (url, _):
         for what, places in asked.items():
