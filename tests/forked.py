@@ -19,7 +19,3 @@ import dist_sae.producing.loop
 import dist_sae.producing.planner
 import dist_sae.storage.s3
 import dist_sae.training.loop  # noqa: F401
-from dist_sae.config.data import S3Config
-from dist_sae.storage.s3_client import make_client
-
-make_client("s3://bucket", S3Config(), 1)  # for what botocore reads; nothing is connected

@@ -2,6 +2,8 @@
 
 import threading
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -11,6 +13,7 @@ import dist_sae.training.batches
 from dist_sae.checkpoint.layout import Checkpoint, Checkpoints
 from dist_sae.config import Run, jobs_of, load_run
 from dist_sae.data.consumers import Consumers
+from dist_sae.data.shard import CLAIMS, manifest_key
 from dist_sae.distributed.mesh import join_mesh
 from dist_sae.distributed.rendezvous import Ranks
 from dist_sae.distributed.watch import Watch
@@ -206,6 +209,20 @@ def test_jobs_of_several_kinds_share_ranks(tmp_path: Path, activations: str) -> 
         check_alike(tmp_path / name, tmp_path, f"world-{name}")
 
 
+@contextmanager
+def withheld(activations: str, unit: int) -> Iterator[None]:
+    """Put a unit into another producer's hand: no run can end, however fast it is."""
+    store, key = open_store(activations), manifest_key(unit)
+    manifest = store.get(key)
+    store.put(CLAIMS.key(unit), b"{}")
+    store.delete(key)
+    try:
+        yield
+    finally:
+        store.put(key, manifest)
+        store.delete(CLAIMS.key(unit))
+
+
 def test_jobs_that_are_spread_over_ranks_are_those_of_each_alone(
     tmp_path: Path, activations: str, alone: Path
 ) -> None:
@@ -216,7 +233,8 @@ def test_jobs_that_are_spread_over_ranks_are_those_of_each_alone(
     jobs = {name: JOBS[name] for name in ("topk", "wide")}
     spread = {"placement": "spread", "jobs": jobs}
     path = run_file(tmp_path, activations, sweep=spread, processes={"trainers": 2})
-    train_ranks(path, world=2, stop_at=15)
+    with withheld(activations, unit=8):  # of a second window
+        train_ranks(path, world=2, stop_at=15)
     spread["jobs"] = jobs | {"wild": {"train.lr": 1e37, "train.clip_norm": None}}
     path = run_file(tmp_path, activations, sweep=spread, processes={"trainers": 2})
     ranks = start_ranks("train", str(path), world=2)
