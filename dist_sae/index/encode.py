@@ -27,12 +27,11 @@ from dist_sae.dictionaries.base import Dictionary
 from dist_sae.dictionaries.normaliser import SiteNormalisers
 from dist_sae.index.codes import rounded
 from dist_sae.index.opened import Opened
-from dist_sae.kernels import Entries
+from dist_sae.kernels import Entries, select
 from dist_sae.kernels.choice import choose_kernels
 
 ENCODE_ROWS = 4096
 """Rows that are encoded at a time."""
-_PADDED_TO = 16  # rows: the product of very few rows rounds otherwise (measured: 1 to 3, fp32)
 _BLOCKS_AHEAD = 2
 _MOST_READERS = 8
 
@@ -78,7 +77,7 @@ class Encoder:
         self._closed = threading.Event()
         self._activations = activations.until(self._closed)
         self._normalisers = normalisers
-        self._height = math.lcm(_PADDED_TO, sae.axis.shards)
+        self._height = math.lcm(select.ALIKE_ROWS, sae.axis.shards)
         readers = min(len(normalisers.of), _MOST_READERS)
         self._pool = ThreadPoolExecutor(1 + readers, "blocks")  # one thread may wait for a unit
         self._begun: dict[int, Future[_Begun]] = {}
