@@ -77,8 +77,7 @@ class _Rows:
         return _Rows(self._parts, self._rows[place])
 
     def to(self, dtype: torch.dtype) -> Tensor:
-        rows = self._rows
-        return self._parts.read(rows.start, rows[-1] + 1)[:: rows.step].to(dtype)
+        return self._parts.read(self._rows).to(dtype)
 
 
 class _Parts:
@@ -90,11 +89,11 @@ class _Parts:
         self._room = memory_bytes
         self._kept: dict[str, Tensor] = {}
 
-    def read(self, start: int, stop: int) -> Tensor:
-        """Rows `[start, stop)`; a view where one part has them."""
-        found = self._checkpoint.pieces(self._name, start, stop, self._of)
-        rows = [rows for _, rows in found]
-        return rows[0] if len(rows) == 1 else torch.cat(rows)
+    def read(self, rows: range) -> Tensor:
+        """Some rows; a view where one part has them. No others are copied."""
+        found = self._checkpoint.pieces(self._name, rows.start, rows[-1] + 1, self._of)
+        some = [part[(rows.start - first) % rows.step :: rows.step] for first, part in found]
+        return some[0] if len(some) == 1 else torch.cat(some)
 
     def _of(self, part: Part) -> Tensor:
         rows = self._kept.get(part.key)

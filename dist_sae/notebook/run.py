@@ -105,8 +105,8 @@ class OpenedRun:
     def active_on(self, text: str, top: int = 5, step: int | None = None) -> list[TokenLatents]:
         """Find the strongest latents on each token: `RawDictionary.active_on` at any width.
 
-        Reads of the checkpoint only the encoder, where it is stored (`StoredEncoder`); of routed
-        dictionaries only that of the experts which the text comes to.
+        Of the checkpoint it reads only the encoder, as far as it is needed (`StoredEncoder`): in
+        routed dictionaries, the experts that the text's tokens are sent to.
 
         Args:
             text: Any text.
@@ -121,13 +121,14 @@ class OpenedRun:
         def find(checkpoint: Checkpoint) -> list[TokenLatents]:
             own = trained_run(checkpoint, self.config)
             normalisers = normalisers_of(own, checkpoint)
-            if self._encoder is None or self._encoder.checkpoint.digest != checkpoint.digest:
+            encoder = self._encoder
+            if encoder is None or encoder.checkpoint.digest != checkpoint.digest:
                 memory_bytes = self.config.evaluate.memory_bytes // 2
-                widths = normalisers.widths
-                self._encoder = StoredEncoder(own.sae, widths, checkpoint, memory_bytes)
+                encoder = StoredEncoder(own.sae, normalisers.widths, checkpoint, memory_bytes)
+                self._encoder = encoder
             parts = torch.split(rows.acts.cpu(), list(normalisers.widths.reads), 1)
             of_sites = dict(zip(normalisers.reads, parts, strict=True))
-            codes = self._encoder.encode(normalisers.inputs(of_sites))
+            codes = encoder.encode(normalisers.inputs(of_sites))
             shape = (len(rows.acts), own.sae.n_latents)
             return strongest(rows, SparseCodes.of(codes, shape), top)
 

@@ -3,9 +3,11 @@
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from dist_sae.checkpoint import layout
 from dist_sae.checkpoint.encoder import StoredEncoder
@@ -19,7 +21,7 @@ from dist_sae.storage import UNMETERED, ObjectStore
 from dist_sae.storage.local import LocalStore
 from dist_sae.storage.metered import MeteredStore
 from tests.checkpoint.test_pages import RECIPES, dense, saved
-from tests.dictionaries.recipes import CONFIGS, D_IN, make, relative_error, rows, widths
+from tests.dictionaries.recipes import CONFIGS, D_IN, LAYERS, make, relative_error, rows, widths
 
 ROW_BYTES = 4 * D_IN
 PART_ROWS = 8
@@ -108,6 +110,24 @@ def test_parts_from_elsewhere_are_kept_while_they_fit(folder: Folder) -> None:
     for expected in (range(0, 64, 8), range(24, 64, 8)):
         assert_same(some.encode(x), sae.encode(x))
         assert [*dict.fromkeys(folder.of_encoder())] == [*expected]
+
+
+def test_of_layers_that_take_turns_only_one_is_copied(
+    folder: Folder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Five latents of one layer lie among 20 rows, some of which are in two parts."""
+    sae, x = make(CONFIGS["clt"], torch.float32), rows(torch.float32)
+    stored_encoder = encoder(stored(sae, folder), sae)
+    copied, cat = list[torch.Size](), torch.cat
+
+    def noted(*arguments: Any, **more: Any) -> Tensor:
+        copied.append((joined := cat(*arguments, **more)).shape)
+        return joined
+
+    monkeypatch.setattr(torch, "cat", noted)
+    found = stored_encoder.encode(x)
+    assert {shape[0] for shape in copied if shape[1:] == (D_IN // len(LAYERS),)} == {5}
+    assert_same(found, sae.encode(x))
 
 
 def test_a_mapped_part_outlives_its_file_and_a_damaged_one_is_found(folder: Folder) -> None:
