@@ -233,7 +233,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override}: write it as section.key=value")
     try:
         value = yaml.load(text, Loader=_Loader)
-    except yaml.YAMLError as exc:
+    except (yaml.YAMLError, UnicodeEncodeError) as exc:  # an argument may be bytes of no text
         raise ConfigError(f"--set {override}: the value is not valid YAML") from exc
     section = data
     for key in keys[:-1]:

@@ -179,6 +179,7 @@ def test_overrides_create_the_sections_they_need(tmp_path: Path) -> None:
         ("=3", "--set =3: write it as section.key=value"),
         ("sae..k=3", "--set sae..k=3: write it as section.key=value"),
         ("sae.k=[", "--set sae.k=[: the value is not valid YAML"),
+        ("name=\udcff", "--set name=\udcff: the value is not valid YAML"),  # a byte of no text
         ("sae.k.x=1", "--set sae.k.x=1: k is a value, not a section"),
     ],
 )
