@@ -190,7 +190,8 @@ class Checkpoint(NamedTuple):
     def mapped(self, part: Part) -> Tensor | None:
         """The rows of a part in its file, mapped; None if the store is no local folder.
 
-        They stay if the file is deleted. Raises like `data`.
+        They stay if the file is deleted, but on NFS not if another machine deletes it: reading them
+        then ends the process (SIGBUS). Raises like `data`.
         """
         if not isinstance(self.store, LocalStore):
             return None

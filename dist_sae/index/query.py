@@ -34,7 +34,7 @@ from dist_sae.index.ranged import LatentTable
 from dist_sae.storage import ObjectStore
 
 _OPEN_TABLES = 64
-"""Tables that stay open, with their footer or all their bytes in memory."""
+"""Tables that stay open, with a row group, and their footer or all their bytes, in memory."""
 
 
 class Firing(NamedTuple):

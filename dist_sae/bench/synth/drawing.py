@@ -32,9 +32,9 @@ class Draw:
     """Draws rows of a generator whose features form trees.
 
     Random numbers are drawn as sae-lens draws them, in the same order, so rows are the same bit for
-    bit. In SynthSAEBench-16k 7,166 features of a row would fire, and 35 do, for most of the others
-    have a parent that does not. sae-lens computes all of them, and here a feature is looked at
-    after its parent.
+    bit. In SynthSAEBench-16k 7,166 features of a row exceed their threshold, but only 35 fire, for
+    most have a parent that does not. sae-lens computes all 7,166; here a feature is looked at only
+    where its parent fires.
 
     Args:
         generator: sae-lens's, with a correlation of low rank.
