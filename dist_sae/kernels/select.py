@@ -23,9 +23,9 @@ _FEW_ROWS = 8
 ALIKE_ROWS = 16
 """Blocks have a multiple of these rows if the batch has.
 
-A product of few rows is rounded differently (measured for 1 to 3; up to `_FEW_ROWS` are multiplied
-the other way round). So no such block may be left over: its bits would depend on the height of the
-blocks before, which differs between shards of different widths.
+A product of few rows is rounded differently (measured: 1 to 3, fp32). So no such block may be left
+over: its bits would depend on the height of the blocks before, which differs between shards of
+different widths.
 """
 
 
