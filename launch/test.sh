@@ -43,4 +43,4 @@ $bin/python -m pytest --collect-only --quiet > /dev/null & # so that not each wo
 $bin/mypy
 $bin/lint-imports
 wait
-OMP_NUM_THREADS=1 exec $bin/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder "$@"
+exec $bin/python -m pytest -n 4 --dist loadfile --no-loadscope-reorder "$@"

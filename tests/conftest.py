@@ -19,6 +19,10 @@ import torch
 from tests.preloaded import preloaded_programs
 from tests.servers import OWNER, SERVERS, Server
 
+# Several workers with a thread for each core would spend most of their time on one another.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
+
 # Without a GPU the Triton kernels run in Triton's interpreter. Triton reads this when a kernel is
 # defined, so it is set before any test can import one; torch and DeepSpeed work with it either way.
 if not torch.cuda.is_available():
