@@ -70,7 +70,7 @@ def encoder(checkpoint: Checkpoint, sae: Dictionary, memory_bytes: int = 0) -> S
 
 
 def assert_same(found: Codes, expected: Codes) -> None:
-    """The same latents are active; where a part lies in memory may change the last bit."""
+    """The same latents are active. Activations may differ in the last bits (`select.products`)."""
     assert expected.acts.any()
     one, other = dense(found), dense(expected)
     assert torch.equal(one > 0, other > 0)

@@ -104,5 +104,5 @@ def test_large_weights_are_there_four_times_and_no_more(
 ) -> None:
     """A weight is 64 MiB; its values, its gradient, two moments and W_enc in bf16 are the state."""
     if kind not in BY_DEFAULT and not pytestconfig.getoption("--long"):
-        pytest.skip("its weights are used as another's that is tried; needs --long")
+        pytest.skip("a recipe that uses its weights alike is tried; this one needs --long")
     assert beyond_state(tmp_path, kind, 32_768, 512, 16, steps=2) <= 60 * MIB

@@ -238,7 +238,7 @@ def test_the_largest_of_a_batch_are_all_there(
 def test_of_a_multiple_of_sixteen_rows_no_few_are_left_over(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    """They would be rounded differently than in a shard whose blocks are higher."""
+    """A product of few rows is rounded differently, and shards have blocks of different heights."""
     monkeypatch.setattr(select, "CHUNK_BYTES", 4 * 30 * 20)
     for n, heights in ((30, [16, 16, 16]), (15, [32, 16]), (60, [10, 10, 10, 10, 8])):
         blocks = select.products(torch.zeros(48, 5), torch.zeros(n, 5), torch.float32)

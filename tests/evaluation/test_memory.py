@@ -74,7 +74,7 @@ def test_evaluation_and_report_stay_within_their_budget(
 ) -> None:
     """Beyond it are numbers of each latent, of which there are few, and a part that is read."""
     if kind == "topk" and not pytestconfig.getoption("--long"):
-        pytest.skip("jumprelu, which has an array more, is tried; needs --long")
+        pytest.skip("jumprelu is tried, which has one tensor more; topk needs --long")
     monkeypatch.setattr(layout, "PART_BYTES", 4 * MIB)
     tiny, small, wide = (write(tmp_path, kind, n) for n in (1024, SMALL, WIDE))
     for program in (evaluate, report):
