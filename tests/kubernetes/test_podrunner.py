@@ -25,7 +25,7 @@ RULES = [
     {"action": "Ignore", "onPodConditions": [{"type": "DisruptionTarget", "status": "True"}]},
     {"action": "Ignore", "onExitCodes": {"operator": "In", "values": [75]}},
 ]
-UNTIL_TOLD = "trap 'exit 75' TERM; echo up; sleep 60 & wait"
+UNTIL_TOLD = "trap 'exit 75' TERM; sleep 60 & echo up; wait"
 UNTIL_TOLD_WRONG = UNTIL_TOLD.replace("75", "2")
 
 
