@@ -1,1 +1,1 @@
-"""`dist-sae bench`: measurements relative to the limit of the same machine in the same run."""
+"""`dist-sae bench`: benchmarks against the limit of the same machine, measured in the same run."""

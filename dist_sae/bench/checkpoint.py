@@ -1,8 +1,8 @@
-"""`dist-sae bench checkpoint`: cost of saving during training, and of loading.
+"""`dist-sae bench checkpoint`: the cost of saving during training, and of loading.
 
-One rank trains and saves into the store through the trainer's `Saver`. A save costs the time that
-training stalls, plus the slowdown of the steps during it. Then separate processes load a rank's
-share of a dictionary of 1, 2 and 4 shards.
+One rank trains and saves to the store with the trainer's `Saver`. A save costs the time that
+training stalls, plus the slowdown of the steps during the save. Then a separate process loads one
+shard of a dictionary with 1, 2 and 4 shards.
 """
 
 import multiprocessing
@@ -36,22 +36,23 @@ _RUN = "bench"
 def bench_checkpoint(
     shape: StepShape, mesh: Mesh, place: StoreConfig, *, every: int, rounds: int
 ) -> dict[str, Any]:
-    """Time background saves and loads in the store of runs; deletes what it writes.
+    """Time background saves and loads in the store of runs, then delete what was written.
 
     Args:
         mesh: A mesh of one rank.
-        every: Steps between two saves in a real run, for `share`; only steps during a save are run.
+        every: Steps between two saves in a real run. Used only to compute `share`.
         rounds: Number of saves.
 
     Returns:
-        Medians over `rounds`: `step_seconds` without a save; `stall_seconds` in which training
-        stood still; `slowed_seconds`, lost besides by the steps during a save; `durable_seconds`
-        until the manifest was written; `share` of the time of `every` steps that a save costs,
-        with `share_low` and `share_high`. `load_1_of_4_seconds` and `load_1_of_4_peak_bytes` are
-        for a rank with a quarter of the latents; the bytes exclude the parameters themselves.
+        Medians over `rounds`: `step_seconds` without a save; `stall_seconds`, in which training
+        stopped; `slowed_seconds`, by which the steps during a save were slower in total;
+        `durable_seconds` until the manifest was written; `share`, the cost of a save relative to
+        the time of `every` steps, with the extremes `share_low` and `share_high`.
+        `load_1_of_4_seconds` and `load_1_of_4_peak_bytes` are for a rank with a quarter of the
+        latents. The bytes exclude the parameters themselves.
 
     Raises:
-        ConfigError: The dictionary cannot be cut into these shards.
+        ConfigError: The dictionary cannot be divided into 1, 2 and 4 shards.
     """
     for shards in _SHARDS:
         bench_run(shape, shards, shards)
@@ -81,11 +82,11 @@ def bench_checkpoint(
 def _time_saves(
     shape: StepShape, mesh: Mesh, store: ObjectStore, rounds: int
 ) -> tuple[list[tuple[float, float, float]], float, int]:
-    """Time saves; returns (stall, slowdown, durable) seconds each, seconds of a step, and bytes."""
+    """Time saves. Returns (stall, slowdown, durable) seconds of each, step seconds and bytes."""
     (rows,) = random_batches(shape, mesh, 1)
     step = TrainingStep(shape, mesh)
     step.initialise(rows)
-    step(rows)  # warm-up: makes Adam's moments and maps memory
+    step(rows)  # warm-up: allocates Adam's moments and maps memory
     saves, undisturbed, durable = [], [], list[Saved]()
     with Saver(
         checkpoints=Checkpoints(store, _RUN, keep=1),
@@ -111,7 +112,7 @@ def _time_saves(
 
 
 def _time_load(shape: StepShape, url: str, s3: S3Config, shards: int) -> tuple[float, float]:
-    """Load the last shard; returns its seconds and peak bytes of memory."""
+    """Load the last shard. Returns the seconds and the peak increase of memory in bytes."""
     axis = LatentAxis(shard=shards - 1, shards=shards)
     run = bench_run(shape, shards, shards)
     sae = build_sae(run.sae, shape.widths, axis)

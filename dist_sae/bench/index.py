@@ -1,8 +1,9 @@
-"""`dist-sae bench index`: both stages of a latent index, and what one latent's page takes.
+"""`dist-sae bench index`: both stages of a latent index, and reading one latent's page.
 
-Stage 1 reads units, encodes and decodes them, sorts and stores the codes; the bare encode runs the
-same rows, in memory beforehand, through the same dictionary. Both are timed in turn, unit by unit,
-and the ratio of each pair is taken. Stage 2 is timed bucket by bucket, and its parts one by one.
+Stage 1 reads units, encodes and decodes them, then sorts and stores the codes. The bare encode runs
+the same rows, already in memory, through the same dictionary. Both are timed alternately, unit by
+unit, and compared by the ratio of each pair. Stage 2 is timed bucket by bucket, each part
+separately.
 """
 
 import statistics
@@ -42,18 +43,18 @@ Some = TypeVar("Some")
 
 
 def bench_index(run: Run, *, units: int) -> dict[str, Any]:
-    """Index the first units of a run's newest checkpoint, beside its indexes, then delete it all.
+    """Index the first units with a run's newest checkpoint, then delete this temporary index.
 
     Args:
-        units: Number of units; the first one is not timed.
+        units: Number of units. The first one is not timed.
 
     Returns:
-        `rows`; `rows_per_second` of stage 1 and `bare_rows_per_second`, `ratio` of these with
-        quartiles; `entries`, `merged_entries_per_second` of stage 2 without what follows;
-        `weights_seconds` (norms, nearest latents, output tokens) and `pairs_seconds`;
-        `postings_bytes_per_entry`; `page_seconds` and `page_seconds_high` (median and largest of a
-        latent's page, the first read of its bucket included); `stage_2_peak_bytes`, beyond what was
-        in memory before.
+        `rows`; `rows_per_second` of stage 1 and `bare_rows_per_second` of the bare encode, with
+        their `ratio` and its quartiles; `entries`; `merged_entries_per_second` of stage 2, without
+        its other parts, `weights_seconds` (norms, nearest latents, output tokens) and
+        `pairs_seconds`; `postings_bytes_per_entry`; `page_seconds` and `page_seconds_high`, the
+        median and the longest time to read a latent's page, including the first read of its
+        bucket; `stage_2_peak_bytes`, the peak increase of memory during stage 2.
     """
     device = own_device()
     with _opened(run, units) as opened:
@@ -81,7 +82,7 @@ def bench_index(run: Run, *, units: int) -> dict[str, Any]:
 
 @contextmanager
 def _opened(run: Run, units: int) -> Iterator[Opened]:
-    """Begin an index of the first units, which is deleted at the end."""
+    """Open a temporary index of the first units, and delete it on exit."""
     name = f"bench-{uuid.uuid4().hex[:12]}"
     run = run.model_copy(update={"index": run.index.model_copy(update={"name": name})})
     telemetry = Telemetry(run.name, "index", None)
@@ -97,9 +98,9 @@ def _opened(run: Run, units: int) -> Iterator[Opened]:
 def _stage_1(
     opened: Opened, encoder: Encoder
 ) -> tuple[list[UnitRecord], list[tuple[float, float]]]:
-    """Encode and store the units; returns their records and seconds of stage 1 and bare encode.
+    """Encode and store the units. Returns their records, and (stage 1, bare encode) seconds.
 
-    A unit's codes are stored while the next one is encoded, as a worker does.
+    Like a worker, stores a unit's codes while encoding the next unit. The first unit is not timed.
     """
     store, folder, manifest, *_ = opened
     records: list[UnitRecord] = []
@@ -160,7 +161,7 @@ def _stage_2(opened: Opened, records: list[UnitRecord], device: torch.device) ->
 
 
 def _pages(opened: Opened) -> list[float]:
-    """Seconds of latents' pages, evenly spaced."""
+    """Return the seconds to read each of `_PAGES` pages, of evenly spaced latents."""
     index = Index(opened.store, opened.run.name, opened.manifest.name)
     latents = torch.linspace(0, index.n_latents - 1, _PAGES).long().tolist()
     return [_timed(partial(index.latent, latent))[0] for latent in latents]

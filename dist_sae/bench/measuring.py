@@ -1,4 +1,4 @@
-"""Shared by measurements: pairs of timings, peak memory, a temporary location in a store."""
+"""Helpers of the benchmarks: pairs of timings, peak memory, a temporary location in a store."""
 
 import shutil
 import statistics
@@ -16,11 +16,11 @@ from dist_sae.telemetry.process import resident_bytes
 
 
 def compare(pairs: Sequence[tuple[float, float]], name: str = "ratio") -> dict[str, float]:
-    """Summarise first / second of pairs that were timed in turn: median and quartiles.
+    """Return the median and quartiles of first / second over pairs that were timed in turn.
 
     Args:
-        pairs: Seconds of both.
-        name: Key of the median; those of the quartiles end in `_low` and `_high`.
+        pairs: Seconds of the first and of the second.
+        name: Key of the median. The keys of the quartiles add `_low` and `_high`.
     """
     ratios = sorted(one / other for one, other in pairs)
     quarter = len(ratios) // 4
@@ -32,7 +32,7 @@ def compare(pairs: Sequence[tuple[float, float]], name: str = "ratio") -> dict[s
 
 
 def medians(pairs: Sequence[tuple[float, float]]) -> tuple[float, float]:
-    """Median of the first and of the second of pairs."""
+    """Return the median of the first elements of the pairs, and of the second elements."""
     first, second = zip(*pairs, strict=True)
     return statistics.median(first), statistics.median(second)
 
@@ -57,9 +57,9 @@ def peak_memory(measured: Callable[[], int] = resident_bytes) -> Iterator[list[i
 
 @contextmanager
 def peak_device_memory(device: torch.device) -> Iterator[list[int]]:
-    """Track the peak memory inside the `with`: what is allocated on a GPU, else `peak_memory`.
+    """Track the peak memory inside the `with`: allocated GPU memory, or else `peak_memory`.
 
-    A GPU's peak is there when the block is left.
+    On a GPU, the yielded list is updated only when the block exits.
     """
     if device.type != "cuda":
         with peak_memory() as peak:
@@ -72,13 +72,13 @@ def peak_device_memory(device: torch.device) -> Iterator[list[int]]:
 
 
 def used_bytes(device: torch.device) -> int:
-    """Memory in use: what is allocated on a GPU, else the resident memory."""
+    """Return the bytes of memory in use: allocated GPU memory, or else resident memory."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else resident_bytes()
 
 
 @contextmanager
 def scratch(url: str, s3: S3Config) -> Iterator[ObjectStore]:
-    """Open a new location under `url`, and delete all of it at the end, also after an error."""
+    """Open a new location under `url`, and delete all of it on exit, even after an error."""
     store = open_store(f"{url}/bench-{uuid.uuid4().hex[:12]}", s3)
     try:
         yield store

@@ -1,8 +1,8 @@
-"""`dist-sae bench metrics`: cost of metrics per training step and per scrape.
+"""`dist-sae bench metrics`: the cost of metrics per training step and per scrape.
 
-Windows of `train.log_every_steps` steps alternate with and without a run's reporter, so each window
-has one report with all its collectives. On a CPU, where only the Python thread runs, the time
-inside the reporter gives the same cost without the machine's noise.
+Windows of `train.log_every_steps` steps run alternately with and without a run's reporter. So each
+window with a reporter has exactly one report, with all its collectives. On a CPU, where only the
+Python thread runs, the time inside the reporter measures the same cost with less noise.
 """
 
 import statistics
@@ -27,14 +27,15 @@ _SCRAPES = 50
 
 
 def bench_metrics(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any]:
-    """Time steps alternately with and without reports, then scrapes of the resulting page.
+    """Time steps alternately with and without reports, then time scrapes of the resulting page.
 
     Returns:
         Medians over `rounds`: `step_seconds` without reports; `ratio` of steps with reports to
-        steps without, with its quartiles `ratio_low` and `ratio_high`; `reporting_share`, the time
-        inside the reporter over that of the steps; `product_seconds` as the reporter samples it.
-        For the page: `series`, `page_bytes`, `scrape_seconds` and its maximum; for a pod of eight
-        such ranks (here in one process) `pod_scrape_seconds` and its maximum.
+        steps without, with its quartiles `ratio_low` and `ratio_high`. `reporting_share` is the
+        time inside the reporter divided by the time of the steps without reports;
+        `product_seconds` is the reporter's own sample. For the page: `series`, `page_bytes`,
+        `scrape_seconds` and its maximum. For a pod of eight such ranks (here in one process):
+        `pod_scrape_seconds` and its maximum.
     """
     (rows,) = random_batches(shape, mesh, 1)
     step = TrainingStep(shape, mesh)
@@ -58,7 +59,7 @@ def bench_metrics(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any
             for rank in ranks
         ]
         report = reports[0]
-        for other in reports:  # warm-up: one report of each rank, and memory is mapped
+        for other in reports:  # warm-up: one report per rank; also maps memory
             step.done = window - 1
             step(rows, other)
 
@@ -95,7 +96,7 @@ def bench_metrics(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any
 
 
 class _Timed(TrainingReporter):
-    """Reporter that measures the time spent inside it."""
+    """Reporter that measures the time spent in its own methods."""
 
     spent = 0.0
 
@@ -111,7 +112,7 @@ class _Timed(TrainingReporter):
 
 
 def _scrapes(port: int | None) -> list[float]:
-    """Time a number of scrapes; returns the seconds of each."""
+    """Scrape the page `_SCRAPES` times. Returns the seconds of each scrape."""
     times = []
     for _ in range(_SCRAPES):
         since = time.perf_counter()

@@ -1,9 +1,10 @@
 """`dist-sae bench produce`: a producer against the bare forward pass to the same layer.
 
-The real producer reads, tokenises, runs, packs, checks and stores text. The bare pass runs the same
-batches, tokenised beforehand, through the same model and drops the result. Both are timed in turn,
-and the ratio of each pair is taken. A producer's time starts when it is about to load the model,
-since earlier work happens once per run, and ends with its last unit.
+The real producer reads and tokenizes text, runs the model, then packs, checks and stores the
+activations. The bare pass runs the same batches, already tokenized, through the same model and
+drops the result. Both are timed alternately and compared by the ratio of each pair. The producer's
+time starts when it is about to load the model, because earlier work happens once per run, and ends
+with its last unit.
 """
 
 import threading
@@ -31,17 +32,18 @@ from dist_sae.telemetry.process import resident_bytes
 
 
 def bench_produce(run: Run, *, units: int, rounds: int) -> dict[str, Any]:
-    """Produce the first units of a run's plan beside its activation set, then delete them.
+    """Produce the first units of a run's plan at a temporary location, then delete them.
 
     Args:
+        units: Number of units; at most all of the plan's training units are produced.
         rounds: Number of timed pairs.
 
     Returns:
         Medians over `rounds`: `rows_per_second` of the producer and `bare_rows_per_second`;
-        `ratio` with `ratio_low` and `ratio_high` (quartiles of the pairs); `padding` as a share of
-        the model's tokens; `model_bytes`, the resident memory after a bare pass, and
-        `beyond_model_bytes`, the rise above it; `busy`, the share of the last round in which each
-        stage was at work.
+        `ratio` with `ratio_low` and `ratio_high` (quartiles of the pairs). `padding` is a share of
+        the model's tokens; `model_bytes` is the resident memory after a bare pass, and
+        `beyond_model_bytes` the peak increase above it; `busy` is the share of the last round in
+        which each stage was working.
     """
     source = build_source(run.model, run.activations.sites)
     begun, pairs = [0.0], []
@@ -90,7 +92,7 @@ def bench_produce(run: Run, *, units: int, rounds: int) -> dict[str, Any]:
 
 
 def _run(source: ActivationSource, batches: Iterable[TokenBatch]) -> float:
-    """Run the bare forward pass; returns its seconds."""
+    """Run the bare forward pass. Returns its seconds."""
     since = time.perf_counter()
     for batch in batches:
         source.run(batch.tokens, batch.mask)

@@ -1,10 +1,10 @@
-"""`dist-sae bench step` and `routed`: a training step against the bare encoder product or another.
+"""`dist-sae bench step` and `routed`: a training step against the bare product, or exact vs routed.
 
 The step is the real one: the recipe's loss, DeepSpeed's engine, clipping, Adam, the constraint,
 the count of dead latents. The product is the bare `x W_enc^T` in the step's precision, in the
-fastest chunking found in the same run. Both are timed in turn, and the ratio of each pair is taken,
-so that a machine that is busy for a while does not distort it. A routed dictionary is compared with
-the same product, though it skips most of it, so that its ratio compares with an exact one's.
+fastest chunking found in the same run. Both are timed alternately and compared by the ratio of each
+pair, so that other load on the machine does not distort the result. A routed dictionary skips most
+of the product, but is compared with all of it, so that its ratio is comparable to an exact one's.
 """
 
 import time
@@ -41,7 +41,7 @@ _OPERATORS = {
     "product": "aten::mm",
     "norms": "aten::linalg_vector_norm",
 }
-"""Phases that are one operator of torch."""
+"""Phases that are a single torch operator."""
 _STATE_BYTES = 4 * 4  # per parameter: fp32 weight, gradient and two moments
 
 
@@ -59,11 +59,11 @@ class StepShape(NamedTuple):
     experts: int | None = None
     """Experts of a routed dictionary."""
     reads: int = 1
-    """Number of sites that are read."""
+    """Number of sites that the dictionary reads."""
     writes: int = 0
-    """Number of other sites that are written; 0: those that are read are."""
+    """Number of other sites that the dictionary writes; 0 if it writes the sites that it reads."""
     settings: tuple[str, ...] = ()
-    """Further settings of the recipe, `KEY=VALUE`."""
+    """Further settings of the recipe, as `KEY=VALUE`."""
     lr: float = 1e-4
     seed: int = 0
 
@@ -74,10 +74,11 @@ class StepShape(NamedTuple):
 
 
 class TrainingStep:
-    """One optimiser step as in `train()`, on given rows.
+    """One optimizer step as in `train()`, on given rows.
 
     Args:
-        mesh: This rank's place; `shape.batch` rows are shared by all ranks.
+        shape: The step's sizes and settings. All ranks together take `shape.batch` rows.
+        mesh: This rank's mesh.
     """
 
     def __init__(self, shape: StepShape, mesh: Mesh) -> None:
@@ -101,24 +102,25 @@ class TrainingStep:
         self._engine: Engine | None = None
         self._shape = shape
         self.load_ratio = 1.0
-        """Rows of the busiest expert over the mean, in the last step."""
+        """Rows of the busiest expert divided by the mean over experts, in the last step."""
         self.done = 0
-        """Steps."""
+        """Steps done."""
 
     def initialise(self, rows: Rows) -> None:
-        """Initialise the dictionary from this rank's part of the first batch."""
+        """Initialize the dictionary from this rank's part of the first batch."""
         self.sae.initialise(rows, self._shape.seed)
         self._engine = self.build_engine()
 
     def build_engine(self) -> Engine:
-        """The engine that updates the weights."""
+        """Build the engine that updates the weights."""
         return DeepSpeedEngine(self.run, self.sae, self.mesh)
 
     def __call__(self, rows: Rows, report: TrainingReporter | None = None) -> float:
-        """Take a step on this rank's part of a batch, scaled to E|x|^2 = width; returns its FVU.
+        """Take a step on this rank's part of a batch. Returns the FVU.
 
         Args:
-            report: Is told of it, as in a run; as a rule none is.
+            rows: Rows scaled to E|x|^2 = width.
+            report: Reporter that the step is reported to, as in a real run; None by default.
         """
         engine = self._engine
         assert engine is not None, "initialise first"
@@ -144,7 +146,7 @@ class TrainingStep:
 
     @property
     def state(self) -> TrainingState:
-        """State that a checkpoint holds."""
+        """The state that a checkpoint stores."""
         assert self._engine is not None, "initialise first"
         return TrainingState(self.sae, self._engine, self.dead, None)
 
@@ -155,10 +157,10 @@ class TrainingStep:
 
 @contextmanager
 def step_mesh(shape: StepShape, world: int = 1, shards: int = 1) -> Iterator[Mesh]:
-    """Join this rank's mesh of `world` ranks; settings that cannot be are reported before.
+    """Check the settings, then join a mesh of `world` ranks.
 
     Raises:
-        ConfigError: There can be no such step.
+        ConfigError: The settings are invalid.
     """
     bench_run(shape, world, shards)
     with rendezvous(world) as ranks, join_mesh(ranks, shards) as mesh:
@@ -166,7 +168,7 @@ def step_mesh(shape: StepShape, world: int = 1, shards: int = 1) -> Iterator[Mes
 
 
 def random_batches(shape: StepShape, mesh: Mesh, n: int) -> list[Rows]:
-    """Draw this rank's part of `n` batches."""
+    """Draw this rank's part of `n` random batches."""
     generator = torch.Generator().manual_seed(shape.seed)
     local, widths = shape.batch // mesh.world, shape.widths
 
@@ -178,7 +180,7 @@ def random_batches(shape: StepShape, mesh: Mesh, n: int) -> list[Rows]:
 
 
 def program_bytes() -> int:
-    """Resident memory of a trainer that has made steps of a tiny dictionary: its libraries."""
+    """Return a trainer's resident memory after a step of a tiny dictionary, mostly libraries."""
     import dist_sae.training.loop  # noqa: F401 - with all that a trainer imports
 
     shape = StepShape(d_in=8, n_latents=16, k=2, batch=16)
@@ -194,9 +196,10 @@ def bench_step(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any]:
 
     Returns:
         Medians over `rounds`: `step_seconds`, `product_seconds`, `rows_per_second`; `ratio` with
-        `ratio_low` and `ratio_high` (quartiles of the pairs); `product_chunk`; `phases`, seconds of
-        one profiled step by kind of work, on a GPU of its own time; `beyond_state_bytes`, how far
-        the memory rose above parameters, gradients and moments: the GPU's, or the resident one.
+        `ratio_low` and `ratio_high` (quartiles of the pairs). Also `product_chunk`; `phases`, the
+        seconds of one profiled step by kind of work, in device time on a GPU;
+        `beyond_state_bytes`, the peak memory beyond parameters, gradients and moments (the GPU's,
+        or else resident memory); `expert_load_ratio`, see `TrainingStep.load_ratio`.
     """
     batches = random_batches(shape, mesh, 2)
     step = TrainingStep(shape, mesh)
@@ -206,7 +209,7 @@ def bench_step(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any]:
     held = 4 * sum(p.numel() for p in step.sae.parameters())  # weights, counted in `before`
     with peak_device_memory(mesh.device) as peak:
         for rows in batches:
-            step(rows)  # warm-up: makes Adam's moments and maps memory
+            step(rows)  # warm-up: allocates Adam's moments and maps memory
     product, chunk = _fastest_product(shape, mesh, batches[0].inputs, step.sae.W_enc.detach())
     pairs = []
     for number in range(rounds):
@@ -231,14 +234,14 @@ def bench_step(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any]:
 
 
 def bench_routed(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any]:
-    """Time a routed step and an exact one of the same width in turn.
+    """Time a routed step and an exact step of the same width alternately.
 
     Both dictionaries and their Adam states are in memory at once.
 
     Returns:
-        Medians over `rounds`: `exact_seconds`, `routed_seconds`; `speedup`, the first over the
-        second, with its quartiles `speedup_low` and `speedup_high`; `expert_load_ratio`, rows of
-        the busiest expert over the mean.
+        Medians over `rounds`: `exact_seconds`, `routed_seconds`; `speedup`, exact / routed, with
+        its quartiles `speedup_low` and `speedup_high`. Also `expert_load_ratio`, the rows of the
+        busiest expert divided by the mean over experts.
     """
     batches = random_batches(shape, mesh, 2)
     exact = TrainingStep(shape._replace(kind="topk", experts=None), mesh)
@@ -246,7 +249,7 @@ def bench_routed(shape: StepShape, mesh: Mesh, *, rounds: int) -> dict[str, Any]
     for step in (exact, routed):
         step.initialise(batches[0])
         for rows in batches:
-            step(rows)  # warm-up: makes Adam's moments and maps memory
+            step(rows)  # warm-up: allocates Adam's moments and maps memory
     pairs = []
     for number in range(rounds):
         rows = batches[number % 2]
@@ -271,10 +274,17 @@ def bench_run(
     url: str | None = None,
     endpoint_url: str | None = None,
 ) -> Run:
-    """Build a run at `url` that trains by this step, with AuxK; its data are never read.
+    """Build a run with this training step, with AuxK if the recipe has it. Its data is never read.
+
+    Args:
+        shape: The step's sizes and settings.
+        world: Number of ranks.
+        shards: Latent shards of the dictionary.
+        url: Both stores of the run; None for a folder that does not exist.
+        endpoint_url: S3 endpoint of the stores.
 
     Raises:
-        ConfigError: There can be no such step.
+        ConfigError: The settings are invalid.
     """
     url = url or str(Path("nowhere").absolute())
     reads = [f"mlp_in.{layer}" for layer in range(shape.reads)]
@@ -315,7 +325,10 @@ def bench_run(
 def _fastest_product(
     shape: StepShape, mesh: Mesh, x: Tensor, W_enc: Tensor
 ) -> tuple[Callable[[], None], int]:
-    """Find the fastest chunking of the bare encoder product: the replica's rows by this shard."""
+    """Return the bare product of the replica's rows and this shard's W_enc in its fastest chunking.
+
+    Also returns the number of latents in a chunk.
+    """
     dtype, x = PRODUCT_DTYPES[shape.products], x[:, : W_enc.shape[1]]  # a latent may read one site
     rows, weights = mesh.axis.gather(x).to(dtype), W_enc.to(dtype)
     timed = []
@@ -339,7 +352,7 @@ def _fastest_product(
 
 
 def seconds(work: Callable[[], Any], mesh: Mesh) -> float:
-    """Time a call on all ranks, including their devices."""
+    """Time a call that all ranks make together, including the work on their devices."""
     mesh.barrier()
     _synchronise(mesh)
     since = time.perf_counter()
@@ -354,7 +367,7 @@ def _synchronise(mesh: Mesh) -> None:
 
 
 def _phases(step: TrainingStep, rows: Rows) -> dict[str, float]:
-    """Profile one step; returns its seconds by phase, of the device's own time."""
+    """Profile one step. Returns the seconds of each phase, in device time."""
     kernels, device, clock = step.sae.kernels, step.mesh.device, Clock(step.mesh.device)
     marks: list[tuple[str, Any, Any]] = []
 

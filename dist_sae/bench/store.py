@@ -1,10 +1,10 @@
 """`dist-sae bench store`: writing and reading activations, against raw transfers.
 
-Writing is `write_shard` (encode, put, checksums), one unit after the other, against uploads of the
-same bytes with the same part size and concurrency. Reading is the trainer's `Loader` over the whole
-set, against GETs of the same ranges by as many threads, without decoding. Raw transfers are boto3's
-on S3, and the operating system's in a folder. Both are timed in turn, and the
-ratio of each pair is taken.
+Writing is `write_shard` (encode, put, checksums), one unit after the other. It is compared with
+uploads of the same bytes, on S3 with the same part size and concurrency. Reading is the trainer's
+`Loader` over the whole set. It is compared with reads of the same ranges by as many threads,
+without decoding. Raw transfers use boto3 on S3, and plain system calls in a folder. Both are timed
+alternately and compared by the ratio of each pair.
 """
 
 import io
@@ -44,14 +44,14 @@ from dist_sae.storage.records import seal
 if TYPE_CHECKING:
     from dist_sae.storage.s3 import S3Store
 
-_FETCHERS = 8  # threads of the Loader's pool
+_FETCHERS = 8  # threads, as many as in the Loader's pool
 WRITE_BYTES = 16 * 2**20
-"""Parts of a folder's raw writes; on S3 they are the store's."""
+"""Part size of raw writes to a folder. On S3 the store's own part size is used."""
 _SITE = SYNTHETIC_SITE
 
 
 class StoreShape(NamedTuple):
-    """Sizes: `units` units of `unit_rows` random rows, read in batches of `batch`."""
+    """Sizes of the set: `units` units of `unit_rows` random rows, read in batches of `batch`."""
 
     d_in: int
     units: int
@@ -68,15 +68,17 @@ def bench_store(run: Run, shape: StoreShape, *, rounds: int, cached: bool) -> di
     """Time writing and reading a temporary set under `run.store.activations`, then delete it.
 
     Args:
-        run: From `bench_run`.
-        rounds: Number of timed pairs each way.
+        run: The run that `bench_run` returns.
+        shape: Sizes of the set.
+        rounds: Number of timed pairs, for writing and for reading.
         cached: Keep a folder's files in the page cache; otherwise they are read from disk.
 
     Returns:
-        `write_` and `read_`: `seconds` of the project and `raw_seconds`, medians over `rounds`;
-        `ratio`, raw / project, with `ratio_low` and `ratio_high` (quartiles of the pairs);
-        `rows_per_second`, `bytes_per_second` of the project. `payload_bytes` are activations,
-        tokens, positions and documents; `overhead` is everything else stored, relative to them.
+        With the prefixes `write_` and `read_`: `seconds` of dist_sae and `raw_seconds`, medians
+        over `rounds`; `ratio`, raw / dist_sae, with `ratio_low` and `ratio_high` (quartiles of the
+        pairs); `rows_per_second` and `bytes_per_second` of dist_sae. `payload_bytes` counts
+        activations, tokens, positions and documents; `overhead` is everything else that is stored,
+        relative to the payload.
     """
     with scratch(run.store.activations, run.store.s3) as store:
         raw = RawFolder(store) if isinstance(store, LocalStore) else _RawS3(store)  # type: ignore[arg-type]
@@ -110,10 +112,10 @@ def bench_store(run: Run, shape: StoreShape, *, rounds: int, cached: bool) -> di
 
 
 def bench_run(shape: StoreShape, url: str, endpoint_url: str | None) -> Run:
-    """Build a run over such an activation set; it is never trained.
+    """Build a run over an activation set of this shape. It is never trained.
 
     Raises:
-        ConfigError: There can be no such set.
+        ConfigError: The sizes are invalid.
     """
     run = validate_run(
         {
@@ -156,7 +158,7 @@ class _RawS3:
     """Raw boto3 transfers, with the store's connections and settings."""
 
     def __init__(self, store: "S3Store") -> None:
-        # boto3 takes .7 s to import; the uploads to compare with are its own
+        # imported here because boto3 takes 0.7 s to import; its own uploads are the baseline
         from boto3.s3.transfer import TransferConfig  # noqa: TID251
 
         from dist_sae.storage.s3 import CONCURRENT_PARTS, PART_BYTES
@@ -184,11 +186,11 @@ class _RawS3:
         return data
 
     def forget(self) -> None:
-        """Do nothing: the server's caches are out of reach."""
+        """Do nothing, because a client cannot drop the server's caches."""
 
 
 class RawFolder:
-    """Raw file reads and writes, as `_RawS3`."""
+    """Raw file reads and writes, with the interface of `_RawS3`."""
 
     def __init__(self, store: LocalStore) -> None:
         self._root = store.root
@@ -218,7 +220,7 @@ class RawFolder:
 
 
 _Raw = _RawS3 | RawFolder
-"""Raw transfers to the same store, the fastest plain way."""
+"""Raw transfers to the same store, by the fastest plain method."""
 
 
 def _document_rows(shape: StoreShape) -> int:
@@ -226,7 +228,7 @@ def _document_rows(shape: StoreShape) -> int:
 
 
 def _random_rows(shape: StoreShape, unit: int) -> SiteRows:
-    """Draw a unit's rows as a producer holds them: in the storage type, except for int8."""
+    """Draw a unit's rows in the dtype of a producer: the stored dtype, or fp32 for int8."""
     generator = torch.Generator().manual_seed(shape.seed + unit)
     acts = torch.randn(shape.unit_rows, shape.d_in, generator=generator)
     if shape.dtype != "int8":
@@ -257,7 +259,7 @@ def _write_unit(store: ObjectStore, plan: Plan, shape: StoreShape, unit: int) ->
 def _time_writing(
     number: int, store: ObjectStore, raw: _Raw, shape: StoreShape, shards: list[SiteShard]
 ) -> tuple[float, float]:
-    """Time writing all units again, raw and by the project in turn."""
+    """Time writing all units again, alternately. Returns (raw, dist_sae) seconds."""
     theirs = ours = 0.0
     for unit, shard in enumerate(shards):
         rows, tar = _random_rows(shape, unit), store.get(shard.key)
@@ -276,7 +278,7 @@ def _time_writing(
 
 
 def _read(store: ObjectStore, plan: Plan, shape: StoreShape) -> None:
-    """Read every batch, as a trainer that takes no time."""
+    """Read every batch, like a trainer whose steps take no time."""
     activation_set = ActivationSet(store, plan, (_SITE,))
     steps = range(shape.units * shape.unit_rows // shape.batch)
     with Loader(
@@ -304,7 +306,7 @@ def _in_turn(
     theirs: Callable[[], None],
     before: Callable[[], None] = lambda: None,
 ) -> tuple[float, float]:
-    """Time both; the order alternates with `number`. Returns the seconds of theirs and ours."""
+    """Time both, in an order that alternates with `number`. Returns (theirs, ours) seconds."""
     seconds = {}
     for work in (ours, theirs) if number % 2 == 0 else (theirs, ours):
         before()

@@ -1,9 +1,9 @@
-"""`dist-sae estimate --measure`: a short run like the planned one, made here by the real commands.
+"""`dist-sae estimate --measure`: a short version of the planned run, by the real commands.
 
-This trial has the recipe, ranks and batches of the run, and fewer steps. The schedules of learning
-rate, sparsity and k, and the rows after which a latent is dead, are the same share of it as of the
-run. So latents die in it, and penalised recipes come to the L0 that they aim at. It produces a few
-rows and goes over them several times.
+This trial has the recipe, ranks and batches of the run, but fewer steps. The schedules of learning
+rate, sparsity and k, and `dead_after_rows`, are scaled to the same share of the trial as of the
+run. So latents die in the trial, and penalized recipes reach their target L0. The trial produces
+only a few rows and trains on them several times.
 """
 
 import math
@@ -27,19 +27,19 @@ from dist_sae.storage import open_store
 from dist_sae.telemetry.history import read_history
 from dist_sae.telemetry.metric import STANDING
 
-_PASSES = 4  # over the rows of the trial
-_WINDOWS = 16  # of steps, each with a record
-_SPARE = 1.2  # rows are estimated, and streams end with the shortest
+_PASSES = 4  # passes over the rows of the trial
+_WINDOWS = 16  # windows of steps, each with one record in the history
+_SPARE = 1.2  # extra rows: their number is an estimate, and a pass ends with the shortest stream
 _LEAST_DOCUMENTS = 64
-_LEAST_DEAD_SHARE = 0.25  # of the trial: in less time, latents that are only rare would be dead
+_LEAST_DEAD_SHARE = 0.25  # of the trial: with a shorter time, rare latents would count as dead
 
 
 def trial(run: Run, groups: Sequence[Sequence[Basis]], steps: int) -> Rates:
-    """Make a short run like this one, and take its rates.
+    """Run a short version of this run, and return the rates that it measured.
 
     Args:
         run: The run, or a sweep.
-        groups: Its jobs, those together that share ranks.
+        groups: The run's jobs; jobs that share ranks are in one group.
         steps: Steps of the trial.
 
     Raises:
@@ -87,7 +87,7 @@ def trial(run: Run, groups: Sequence[Sequence[Basis]], steps: int) -> Rates:
 
 
 def shortened(run: Run, groups: Sequence[Sequence[Basis]], steps: int, folder: str) -> Run:
-    """The trial: a run of so many steps, with stores in the folder."""
+    """Return the run of the trial: the same run with `steps` steps and its stores in `folder`."""
     jobs = list(chain.from_iterable(groups))
     sections, trained = sections_of(run), steps * run.train.batch_rows
     sections["store"] |= {
@@ -120,7 +120,7 @@ def shortened(run: Run, groups: Sequence[Sequence[Basis]], steps: int, folder: s
 
 
 def _own_settings(job: Basis, steps: int) -> dict[str, Any]:
-    """Settings of a job by key, where the trial's are others."""
+    """Return the settings of a job, by key, that differ in the trial."""
     run, trained = job.run, steps * job.run.train.batch_rows
     settings: dict[str, Any] = {
         "train.rows": trained,
@@ -137,12 +137,12 @@ def _own_settings(job: Basis, steps: int) -> dict[str, Any]:
 
 
 def _dead_share(job: Basis) -> float:
-    """Share of the run in which no latent can be dead yet."""
+    """Return the share of the run before the first latent can be dead."""
     return min(1.0, job.run.dead_after_rows / job.run.rows)
 
 
 def _documents(run: Run, job: Basis, rows: int) -> dict[str, int]:
-    """Setting of the corpus that gives about so many rows to train on."""
+    """Return the corpus setting that gives about `rows` rows for training."""
     wanted = _SPARE * rows / (1 - run.activations.heldout_share)
     if run.corpus.kind == "synthetic":
         return {"documents": max(_LEAST_DOCUMENTS, math.ceil(wanted / run.corpus.document_rows))}
@@ -153,7 +153,7 @@ def _documents(run: Run, job: Basis, rows: int) -> dict[str, int]:
 
 
 def _producer_rate(short: Run) -> tuple[float, int]:
-    """Rows per second from the first unit that was made to the last one, and all rows."""
+    """Return the rows per second between the first finished unit and the last, and all rows."""
     store = open_store(short.store.activations)
     ages = MANIFESTS.ages(store)
     rows = {unit: read_manifest(store, unit).rows for unit in ages}
@@ -163,13 +163,14 @@ def _producer_rate(short: Run) -> tuple[float, int]:
 
 
 def time_of(records: Sequence[Mapping[str, Any]], dead_share: float) -> tuple[float, float]:
-    """Seconds of a step of the run, in the mean, and of all steps of the trial.
+    """Return the mean step time of the run, and the time of all steps of the trial, in seconds.
 
-    The steps of the first record are left out: they map memory, and load what is loaded late.
+    The measured time of the first record's steps is ignored, because they also map memory and load
+    code lazily. They are counted at the mean step time instead.
 
     Args:
         records: The trial's history.
-        dead_share: Share of the run in which no latent can be dead yet.
+        dead_share: Share of the run before the first latent can be dead.
     """
     records = [record for record in records if "phases" in record]
     ends = [record["step"] for record in records]
@@ -180,7 +181,7 @@ def time_of(records: Sequence[Mapping[str, Any]], dead_share: float) -> tuple[fl
     ]
 
     def mean(first: float, last: float) -> float:
-        """Mean seconds of a step from `first` to `last`; of all steps if none lie between."""
+        """Return the mean step time from step `first` to `last`; of all steps if there are none."""
         there = range(1, len(ends))
         chosen = [i for i in there if first <= ends[i] - counts[i] and ends[i] <= last] or there
         return float(sum(seconds[i] for i in chosen) / sum(counts[i] for i in chosen))
@@ -191,7 +192,7 @@ def time_of(records: Sequence[Mapping[str, Any]], dead_share: float) -> tuple[fl
 
 
 def _timed(arguments: Sequence[str], environment: Mapping[str, str]) -> float:
-    """Run a command of dist-sae; returns its seconds."""
+    """Run a dist-sae command. Returns its seconds."""
     since = time.perf_counter()
     done = subprocess.run(
         [sys.executable, "-m", "dist_sae", *arguments],

@@ -1,5 +1,5 @@
-"""`launch/gpu_check.sh`: what of this project holds on the GPU at hand, in a few minutes.
+"""`launch/gpu_check.sh`: checks of this project on the local GPU, in a few minutes.
 
-Every stage is a process with a time limit of its own. Its results are printed as JSON lines as they
-come; a table and the exit code say at the end whether all held.
+Each stage is a separate process with its own time limit. Results are printed as JSON lines as they
+arrive. At the end, a table and the exit code show whether all checks passed.
 """

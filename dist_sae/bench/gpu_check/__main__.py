@@ -1,6 +1,6 @@
-"""Runs the stages, each in a process with a limit, and sums up.
+"""Command that runs the stages, each in a process with a time limit, and prints a summary.
 
-python -m dist_sae.bench.gpu_check [--device cpu] [--only STAGE,STAGE] [--keep FOLDER]
+python -m dist_sae.bench.gpu_check [--device cpu] [--only STAGE,STAGE]
 """
 
 import argparse
@@ -26,13 +26,13 @@ LIMITS_SECONDS = {
     "pipeline": 90,
     "ranks": 90,
 }
-"""The stages, in order, and the limit of each; an H100 should need half of it."""
+"""The stages, in order, with their time limits. An H100 should need half of each."""
 _DRY_LIMIT_SECONDS = 600
 _SHOWN = ("error", "ratio", "speedup", "bytes_per_second", "fvu", "reason")
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Run the chosen stages; returns 0 if all checks held, else 1."""
+    """Run the chosen stages. Returns 0 if all checks passed, else 1."""
     parser = argparse.ArgumentParser(prog="gpu_check.sh", description="check this project on a GPU")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda", help="cpu: a dry run")
     parser.add_argument("--only", metavar="STAGES", help=f"some of {','.join(LIMITS_SECONDS)}")
@@ -50,14 +50,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
         for record in _results(stage, options.device):
             print(json.dumps(record), flush=True)  # noqa: T201 - its output
             found.append(record)
-        if stage == "machine" and not found[-1]["ok"]:  # no GPU: all others would fail alike
+        if stage == "machine" and not found[-1]["ok"]:  # no GPU: all others would fail too
             break
     _print_table(found)
     return 0 if all(record["ok"] for record in found) else 1
 
 
 def _run_here(options: argparse.Namespace) -> None:
-    """Be the process of a stage, or one of its ranks."""
+    """Run a stage, or one of its ranks, in this process."""
     import torch
 
     from dist_sae.bench.gpu_check.check import Check
@@ -68,7 +68,7 @@ def _run_here(options: argparse.Namespace) -> None:
     with tempfile.TemporaryDirectory(prefix="gpu_check.") as folder:
         check = Check(device, Path(folder))
         stage = options.stage or options.rank_of
-        module = importlib.import_module(f"{__package__}.{stage}")  # others take seconds
+        module = importlib.import_module(f"{__package__}.{stage}")  # the others are slow to import
         if options.rank_of:
             module.one_of_two(check)
             return
@@ -77,7 +77,7 @@ def _run_here(options: argparse.Namespace) -> None:
 
 
 def _results(stage: str, device: str) -> Iterator[dict[str, Any]]:
-    """Run a stage; yields its records as they come, and one that says why it broke off, if so."""
+    """Run a stage. Yields its records as they arrive, and one with the reason if it fails."""
     since = time.monotonic()
     limit = LIMITS_SECONDS[stage] if device == "cuda" else _DRY_LIMIT_SECONDS
     command = [sys.executable, "-m", __package__, "--device", device, "--stage", stage]
@@ -89,7 +89,7 @@ def _results(stage: str, device: str) -> Iterator[dict[str, Any]]:
 
         def end() -> None:
             with suppress(ProcessLookupError):
-                os.killpg(process.pid, signal.SIGKILL)  # its ranks and programs too
+                os.killpg(process.pid, signal.SIGKILL)  # also kills its ranks and programs
 
         def end_late() -> None:
             late.set()
@@ -109,7 +109,7 @@ def _results(stage: str, device: str) -> Iterator[dict[str, Any]]:
             code = process.wait()
         finally:
             timer.cancel()
-            end()  # what it has left would keep its pipes open
+            end()  # processes it left running would keep its pipes open
             listener.join()
     if late.is_set() or code:
         reason = f"took more than {limit} s" if late.is_set() else _last(said, code)
@@ -117,7 +117,7 @@ def _results(stage: str, device: str) -> Iterator[dict[str, Any]]:
 
 
 def _listen(stderr: IO[str], said: list[str]) -> None:
-    """Pass on what a stage says, and keep the end."""
+    """Copy a stage's stderr to ours, and keep its last 100 lines in `said`."""
     for line in stderr:
         sys.stderr.write(line)
         said.append(line.strip())
@@ -129,7 +129,7 @@ def _last(said: Sequence[str], code: int) -> str:
 
 
 def _print_table(found: Sequence[dict[str, Any]]) -> None:
-    """Print a line for each check: whether it held, its stage, its name, its chief numbers."""
+    """Print a line per check: whether it passed, its stage, name and main numbers."""
     for record in found:
         numbers = [
             f"{name} {_short(record[name])}" for name in _SHOWN if record.get(name) is not None

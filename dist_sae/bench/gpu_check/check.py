@@ -1,4 +1,4 @@
-"""Shared by the stages: device and folder, records of results, timing, comparison."""
+"""Helpers of the stages: device and folder, result records, timing, comparison."""
 
 import statistics
 import time
@@ -10,15 +10,15 @@ import torch
 from torch import Tensor
 
 Record = dict[str, Any]
-"""A result: `check`, its name; `ok`, whether it held; and numbers."""
+"""A result: `check`, the name; `ok`, whether the check passed; and numbers."""
 
 
 class Check(NamedTuple):
-    """Where a stage runs."""
+    """The device and folder of a stage."""
 
     device: torch.device
     folder: Path
-    """A folder of its own, for files; deleted at the end."""
+    """A temporary folder for this stage's files, deleted at the end."""
 
     @property
     def is_dry(self) -> bool:
@@ -27,13 +27,13 @@ class Check(NamedTuple):
 
 
 def synchronise(device: torch.device) -> None:
-    """Wait until a device has done all its work."""
+    """Wait until a device has finished all its work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def seconds_of(work: Callable[[], object], device: torch.device, repeats: int = 5) -> float:
-    """Median time of a call with its device's work, after one that is not timed."""
+    """Return the median seconds of a call, including device work, after one untimed call."""
     work()
     times = []
     for _ in range(repeats):
@@ -46,16 +46,16 @@ def seconds_of(work: Callable[[], object], device: torch.device, repeats: int = 
 
 
 def relative_error(value: Tensor, expected: Tensor) -> float:
-    """|value - expected| / |expected|, in fp64 on the CPU."""
+    """Return |value - expected| / |expected|, computed in fp64 on the CPU."""
     value, expected = value.detach().double().cpu(), expected.detach().double().cpu()
     return float((value - expected).norm() / expected.norm().clamp(min=1e-300))
 
 
 def held(check: str, error: float, bound: float, **numbers: Any) -> Record:
-    """The record of a comparison, which held if the error is within the bound (NaN is not)."""
+    """Return the record of a comparison, which passes if error <= bound. NaN fails."""
     return {"check": check, "ok": bool(error <= bound), "error": error, "bound": bound, **numbers}
 
 
 def measured(check: str, **numbers: Any) -> Record:
-    """The record of a measurement, which has no bound."""
+    """Return the record of a measurement, which has no bound and always passes."""
     return {"check": check, "ok": True, **numbers}

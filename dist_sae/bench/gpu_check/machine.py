@@ -1,4 +1,4 @@
-"""Stage `machine`: versions, and the rates that bound everything else."""
+"""Stage `machine`: versions, and the hardware rates that limit everything else."""
 
 import importlib.util
 from collections.abc import Iterator
@@ -10,11 +10,11 @@ from dist_sae.bench.gpu_check.check import Check, Record, held, measured, second
 from dist_sae.device import copied_to_cpu, settle_device
 from dist_sae.environment import hardware, versions
 
-_WIDTHS = (1024, 4096, 8192, 16_384, 65_536)  # latents of a chunk
+_WIDTHS = (1024, 4096, 8192, 16_384, 65_536)  # latents per chunk
 
 
 def machine(check: Check) -> Iterator[Record]:
-    """Tell versions, then rates: copies on, to and off the device, and products by chunk width."""
+    """Report versions, then rates of copies on, to and off the device, and of products."""
     settle_device("cpu" if check.is_dry else "cuda")
     yield _versions(check)
     yield _copy(check)
@@ -42,7 +42,7 @@ def _copy(check: Check) -> Record:
 
 
 def _products(check: Check) -> Iterator[Record]:
-    """Rates of x W^T, as a training step has it, by the latents that are multiplied at a time."""
+    """Measure FLOP/s of a training step's x W^T, by the number of latents multiplied at once."""
     rows = 64 if check.is_dry else 16_384
     for d_in in (16,) if check.is_dry else (768, 4096):
         for dtype in (torch.bfloat16, torch.float32):
@@ -58,7 +58,7 @@ def _products(check: Check) -> Iterator[Record]:
 
 
 def _to_device(check: Check) -> Iterator[Record]:
-    """Bring a batch to the device: as it comes from the store, and as fp32 made on the CPU."""
+    """Time copies of a batch to the device: pageable bf16 as stored, fp32, and pinned bf16."""
     rows, d_in = (64, 16) if check.is_dry else (16_384, 4096)
     pageable = torch.randn(rows, d_in).bfloat16()
     ways = {"pageable bf16": pageable.to, "fp32 made on the CPU": pageable.float().to}
@@ -74,7 +74,7 @@ def _to_device(check: Check) -> Iterator[Record]:
 
 
 def _off_device(check: Check) -> Record:
-    """Copy a tensor off the device as checkpoints do, in several pieces."""
+    """Check and time a copy off the device in several pieces, as checkpoints do it."""
     rows, d_in = (64, 16) if check.is_dry else (65_537, 1024)
     tensor = torch.randn(rows, d_in, device=check.device)
     wrong = int((copied_to_cpu(tensor) != tensor.cpu()).sum())

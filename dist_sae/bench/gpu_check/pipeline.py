@@ -1,4 +1,4 @@
-"""Stage `pipeline`: a small random Llama planned, produced, trained on, stopped and resumed."""
+"""Stage `pipeline`: plan, produce and train with a small random Llama, then stop and resume."""
 
 import itertools
 import json
@@ -33,12 +33,12 @@ from dist_sae.telemetry.exporter import Telemetry
 _SITE = "resid_post.1"
 _WORDS = 500
 _ROWS_BOUND = 1e-4
-"""Relative difference of fp32 activations."""
-_LIMIT_SECONDS = 600.0  # the stage has its own
+"""Largest relative difference of fp32 activations."""
+_LIMIT_SECONDS = 600.0  # a fallback: the stage has its own limit
 
 
 def pipeline(check: Check) -> Iterator[Record]:
-    """Run the programs themselves where a new process is the point, else their functions."""
+    """Run programs as processes where the check needs a new process, else call their functions."""
     path = _make(check)
     run = load_run(path)
     plan(run)
@@ -71,7 +71,7 @@ def pipeline(check: Check) -> Iterator[Record]:
 
 
 def _make(check: Check) -> Path:
-    """Write the model, its tokenizer, a text and the run file; returns the last one's path."""
+    """Write the model, its tokenizer, a text and the run file. Returns the run file's path."""
     import transformers  # takes seconds
     from tokenizers import Tokenizer, models, pre_tokenizers
 
@@ -128,7 +128,7 @@ def _make(check: Check) -> Path:
 
 
 def _start(program: str, path: Path, *overrides: str) -> "subprocess.Popen[str]":
-    """Start a program, which tells its steps as JSON lines."""
+    """Start a program that logs its steps as JSON lines."""
     options = [word for override in overrides for word in ("--set", override)]
     command = [sys.executable, "-m", "dist_sae", program, str(path), *options]
     environment = os.environ | {SUPERVISED: "1"}
@@ -136,7 +136,7 @@ def _start(program: str, path: Path, *overrides: str) -> "subprocess.Popen[str]"
 
 
 def _stop(process: "subprocess.Popen[str]") -> int:
-    """Tell a training run to save and end once it has done some steps; returns how many."""
+    """Send SIGTERM to a training run after five steps or more. Returns the number of steps."""
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("{") and (done := json.loads(line).get("done", 0)) >= 5:
@@ -146,7 +146,7 @@ def _stop(process: "subprocess.Popen[str]") -> int:
 
 
 def _same_rows(run: Run, on_cpu: Run) -> Record:
-    """Compare all rows of the device with those of the CPU."""
+    """Compare all rows produced on the device with the rows produced on the CPU."""
     error, n_rows = 0.0, 0
     for one, other in itertools.zip_longest(*map(_rows, (run, on_cpu))):
         if one is None or other is None or one.shape != other.shape:
@@ -164,7 +164,7 @@ def _rows(run: Run) -> Iterator[torch.Tensor]:
 
 
 def _same_weights(run: Run) -> Record:
-    """Compare everything in the last checkpoints of the run that was stopped and of the other."""
+    """Compare the last checkpoints of the stopped and the uninterrupted run, tensor by tensor."""
     runs = open_store(run.store.runs)
     one, other = (Checkpoints(runs, name, 1).latest() for name in ("straight", "stopped"))
     assert one is not None

@@ -1,4 +1,4 @@
-"""Stage `products`: the sparse products and updates of this device against fp64."""
+"""Stage `products`: this device's sparse products and updates, compared with fp64."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -12,18 +12,18 @@ from dist_sae.kernels.choice import choose_kernels
 from dist_sae.kernels.keys import NOTHING
 from dist_sae.kernels.torch import KERNELS as TORCH
 
-_BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 4e-3}  # sums are in fp32, then rounded once
+_BOUNDS = {torch.float32: 1e-6, torch.bfloat16: 4e-3}  # sums are fp32, then rounded once
 
 
 class _Shape(NamedTuple):
     rows: int
     n_latents: int
     d_in: int
-    """770 is no multiple of what a kernel reads at a time."""
+    """770 tests a width that is not a multiple of a kernel's block."""
 
 
 def products(check: Check) -> Iterator[Record]:
-    """Compare each product of each pattern and updates; selections must be the same to a bit."""
+    """Compare products of each pattern, and updates. Selections must be bitwise equal."""
     kernels = choose_kernels("auto", check.device)
     shapes = (
         [_Shape(32, 64, 20)]
@@ -73,7 +73,7 @@ def _errors(
 def _entries(
     shape: _Shape, pattern: str, generator: torch.Generator, device: torch.device
 ) -> Entries:
-    """Latents of each row, ascending, in one of the patterns that kernels get wrong."""
+    """Return latents for each row, ascending, in a pattern that kernels tend to get wrong."""
     k = 1 if pattern == "k = 1" else 16
     width = shape.n_latents // k
     latents = torch.randint(width, (shape.rows, k), generator=generator) + width * torch.arange(k)
@@ -88,7 +88,7 @@ def _entries(
 
 
 def _selection(kernels: Kernels, shape: _Shape, k: int, device: torch.device) -> Record:
-    """Many equal products: of these the lower latent is to be kept."""
+    """Compare a selection with many ties. Of equal products, the lower latent must be selected."""
     generator = torch.Generator().manual_seed(k)
     width = min(shape.n_latents, 8192)
     chunks = [
@@ -109,7 +109,7 @@ def _selection(kernels: Kernels, shape: _Shape, k: int, device: torch.device) ->
 
 
 def _update(kernels: Kernels, shape: _Shape, device: torch.device, *, unit_rows: bool) -> Record:
-    """Against torch's Adam in fp64; the copy of the weights must be these, rounded."""
+    """Compare Adam with the torch kernels in fp64. The bf16 copy must be the rounded weights."""
     size = min(shape.n_latents, 8192), shape.d_in
     given = torch.randn(4, *size, generator=torch.Generator().manual_seed(0))
     given[3].square_()  # exp_avg_sq

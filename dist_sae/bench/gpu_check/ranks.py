@@ -1,4 +1,4 @@
-"""Stage `ranks`: two ranks on one device over gloo against one, and NCCL's collectives alone."""
+"""Stage `ranks`: two ranks on one device (gloo) vs. one rank, and NCCL with one rank."""
 
 import json
 import os
@@ -18,15 +18,15 @@ from dist_sae.distributed.mesh import ALONE, Mesh, join_mesh
 from dist_sae.distributed.rendezvous import rendezvous
 
 _BOUND = 1e-3
-"""Relative difference of the FVU; as for another device, near ties fall differently."""
-_LIMIT_SECONDS = 600.0  # the stage has its own
+"""Largest relative difference of the FVU. Near ties select different latents, as in `recipes`."""
+_LIMIT_SECONDS = 600.0  # a fallback: the stage has its own limit
 LAYOUTS = {"1 x 2, topk": ("topk", 2), "1 x 2, routed": ("routed", 2), "2 x 1, topk": ("topk", 1)}
-"""Recipe and latent shards by name; DeepSpeed, which averages replicas, comes last: it keeps the
-process groups of its first mesh."""
+"""Recipe and number of latent shards, by name. The layout with two replicas uses DeepSpeed. It is
+last because DeepSpeed keeps the process groups of its first mesh."""
 
 
 def ranks(check: Check) -> Iterator[Record]:
-    """Compare the FVUs of both ranks' steps with those of one rank on all rows."""
+    """Compare the FVUs of two ranks with the FVUs of one rank that has all rows."""
     steps = _steps(check)
     alone = ALONE._replace(device=check.device)
     expected = {
@@ -55,7 +55,7 @@ def ranks(check: Check) -> Iterator[Record]:
 
 
 def one_of_two(check: Check) -> None:
-    """Train as one of two ranks in every layout; rank 0 prints the FVUs."""
+    """Train as one of two ranks in every layout. Rank 0 prints the FVUs."""
     found = {}
     with rendezvous(2, _LIMIT_SECONDS) as joined:
         for name, (kind, shards) in LAYOUTS.items():
@@ -71,14 +71,14 @@ def _steps(check: Check) -> int:
 
 
 def _train(shape: StepShape, mesh: Mesh, steps: int) -> list[float]:
-    """FVUs of the steps of `train`, on this rank's half of the rows."""
+    """Make the steps of `recipes.train` on this rank's half of the rows. Returns their FVUs."""
     kind = PlainStep if mesh.axis.replicas == 1 else TrainingStep
     step = kind(shape, mesh)
     batches = [_half(on(rows, mesh), mesh) for rows in random_batches(shape, ALONE, 2)]
     step.initialise(batches[0])
     fvus = []
     for number in range(steps):
-        share = torch.tensor(step(batches[number % 2]))  # ranks of a replica have parts of its FVU
+        share = torch.tensor(step(batches[number % 2]))  # a replica's FVU is a sum over its ranks
         fvus.append(float(mesh.axis.total(share)) / mesh.axis.replicas)
     return fvus
 
@@ -89,7 +89,7 @@ def _half(rows: Rows, mesh: Mesh) -> Rows:
 
 
 def _nccl() -> Record:
-    """Each collective of a step, with one rank: as much of NCCL as one GPU can show."""
+    """Check each collective of a step with one rank, which is all of NCCL that one GPU can test."""
     with rendezvous(1) as alone, join_mesh(alone) as mesh:
         x = torch.arange(8.0, device=mesh.device)
         gathered, scattered, exchanged = (torch.empty_like(x) for _ in range(3))

@@ -1,4 +1,4 @@
-"""Stage `recipes`: training steps of every recipe on the CPU and on the device, and once more."""
+"""Stage `recipes`: training steps of every recipe, on the CPU and twice on the device."""
 
 from collections.abc import Iterator
 from typing import NamedTuple
@@ -15,8 +15,8 @@ from dist_sae.distributed.engine import Engine
 from dist_sae.distributed.mesh import ALONE, Mesh
 
 _LOSS_BOUND = 1e-3
-"""Relative difference of the FVU: products are summed in another order, so near ties fall
-differently."""
+"""Largest relative difference of the FVU. The device sums products in another order, so near ties
+select different latents."""
 _SITES = {
     "transcoder": (1, 1),
     "crosscoder": (2, 0),
@@ -24,25 +24,25 @@ _SITES = {
     "clt": (2, 2),
     "clt_jumprelu": (2, 2),
 }
-"""Numbers of sites that are read, and of others that are written, if not one and none."""
+"""Numbers of sites read, and of other sites written, for recipes where they are not 1 and 0."""
 
 
 class PlainStep(TrainingStep):
-    """A training step by plain torch, on a mesh of any device, without process groups."""
+    """A training step in plain torch, on any device, without process groups."""
 
     def build_engine(self) -> Engine:
         return Engine(self.run, self.sae)
 
 
 class Trained(NamedTuple):
-    """FVUs and parameters after some steps."""
+    """FVU of every step, and the parameters after the last one."""
 
     fvus: list[float]
     parameters: list[Tensor]
 
 
 def recipes(check: Check) -> Iterator[Record]:
-    """Compare FVUs at every step with the CPU's; a second time they must be equal to a bit."""
+    """Compare every step's FVU with the CPU's. A second run must give bitwise equal weights."""
     steps = 3 if check.is_dry else 20
     here = ALONE._replace(device=check.device)
     for kind in sections_by_kind(Run.model_fields["sae"].annotation):
@@ -56,7 +56,7 @@ def recipes(check: Check) -> Iterator[Record]:
 
 
 def shape_of(kind: str, *, dry: bool) -> StepShape:
-    """A small dictionary of a recipe, some of whose latents are soon dead."""
+    """Return the shape of a small dictionary of a recipe, in which some latents soon die."""
     reads, writes = _SITES.get(kind, (1, 0))
     d_in, n_latents, k, batch = (16, 64, 4, 64) if dry else (256, 4096, 16, 1024)
     return StepShape(
@@ -75,7 +75,7 @@ def shape_of(kind: str, *, dry: bool) -> StepShape:
 
 
 def train(shape: StepShape, mesh: Mesh, steps: int) -> Trained:
-    """Train for some steps from the weights that the CPU initialises."""
+    """Train for some steps, from weights initialized on the CPU."""
     batches = random_batches(shape, ALONE, 2)
     start = PlainStep(shape, ALONE)
     start.initialise(batches[0])
@@ -88,13 +88,13 @@ def train(shape: StepShape, mesh: Mesh, steps: int) -> Trained:
 
 
 def on(rows: Rows, mesh: Mesh) -> Rows:
-    """Rows on the device of a mesh; targets that are the inputs stay so."""
+    """Copy rows to a mesh's device. Targets that are the inputs remain the same tensor."""
     inputs = rows.inputs.to(mesh.device)
     same = rows.targets is rows.inputs
     return Rows(inputs, inputs if same else rows.targets.to(mesh.device))
 
 
 def difference(one: Trained, other: Trained) -> float:
-    """Largest relative difference of the FVU at a step."""
+    """Return the largest relative difference of the FVU over all steps."""
     pairs = zip(one.fvus, other.fvus, strict=True)
     return max(abs(a - b) / abs(b) for a, b in pairs)

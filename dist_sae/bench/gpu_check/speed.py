@@ -1,4 +1,4 @@
-"""Stage `speed`: a step against its product, memory beyond state, routed against exact."""
+"""Stage `speed`: step vs. product, memory beyond the state, and routed vs. exact."""
 
 from collections.abc import Iterator
 
@@ -6,11 +6,11 @@ from dist_sae.bench.gpu_check.check import Check, Record, measured
 from dist_sae.bench.step import StepShape, bench_routed, bench_step, step_mesh
 
 _GOALS = {(768, 65_536): 2.8, (4096, 131_072): 2.0}
-"""Goals of step / product on an H100."""
+"""Goals for step / product time on an H100, by d_in and n_latents."""
 
 
 def speed(check: Check) -> Iterator[Record]:
-    """Measure with DeepSpeed's engine; on a GPU over NCCL with one rank."""
+    """Measure steps of DeepSpeed's engine, on one rank. On a GPU the rank uses NCCL."""
     batch, rounds = (64, 1) if check.is_dry else (16_384, 5)
     for d_in, n_latents in [(16, 256)] if check.is_dry else _GOALS:
         shape = StepShape(d_in, n_latents, k=8 if check.is_dry else 32, batch=batch)

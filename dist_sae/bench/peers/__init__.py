@@ -2,11 +2,12 @@
 
     environments.py  peers, versions, and a separate environment for each
     activations.py   the rows
-    protocol.py      code shared by the runners run_*.py, one per peer, run with the peer's Python
+    protocol.py      code shared by the runners run_*.py, one per peer, run by the peer's Python
     processes.py     runs a script with a peer's Python
 
-Speed comes from short, interleaved runs: each round runs every peer once, ours first. FVU comes
-from one longer run each, over equal rows, by one definition. Everything runs on the CPU.
+Speed is measured in short, interleaved runs: each round runs every peer once, dist_sae first. FVU
+is measured in one longer run per peer, on the same rows and by the same definition. Everything runs
+on the CPU.
 """
 
 import logging
@@ -89,20 +90,20 @@ def bench_peers(
     transcoder: bool = False,
     settings: Sequence[str] = SETTINGS,
 ) -> list[dict[str, object]]:
-    """Measure every peer in every setting; returns one row each, with an error if it failed.
+    """Measure every peer in every setting. Returns a row for each, with an error if it failed.
 
     Args:
-        steps: Steps that are timed in each round, after a warm-up.
-        rounds: Times that every peer is timed; 0 skips the timing.
-        rows: A .npy file [rows, d_in] of float32 in random order; None makes synthetic ones.
+        steps: Steps timed in each round, after a warm-up step.
+        rounds: Number of times that every peer is timed; 0 skips the timing.
+        rows: A .npy file of float32 [rows, d_in] in random order; None generates synthetic rows.
             For transcoders [rows, 2 d_in]: inputs, then targets.
         folder: Folder of the peers' environments.
         fvu_rows: Rows that every peer trains on before FVU is measured; 0 skips FVU.
-        transcoder: Train transcoders, with matched settings, by the peers that can.
-        settings: Which settings to run peers in, of those that they have.
+        transcoder: Train transcoders in matched settings, with the peers that support them.
+        settings: Settings to run. A peer runs only in those that it has.
 
     Raises:
-        ConfigError: The rows cannot be used, or there are too few rows or steps.
+        ConfigError: The rows file is invalid, or there are too few rows or steps.
     """
     fvu_steps = fvu_rows // batch
     if rounds and steps < 1:
@@ -199,7 +200,7 @@ def _number(value: float | None, spec: str) -> str:
 
 
 def _ensure_environments(entries: Sequence[Entry], folder: Path) -> dict[str, Path]:
-    """Find or install each peer's Python; a failed installation is noted in the peer's entries."""
+    """Find or install each peer's Python. A failure is stored as `error` in the peer's entries."""
     pythons: dict[str, Path] = {}
     for peer in dict.fromkeys(entry.peer for entry in entries):
         try:
@@ -214,7 +215,7 @@ def _ensure_environments(entries: Sequence[Entry], folder: Path) -> dict[str, Pa
 def _run(
     entry: Entry, pythons: Mapping[str, Path], spec: Spec, work: Path
 ) -> dict[str, Any] | None:
-    """Run a peer's runner; returns its measurements, or None after a failure (`entry.error`)."""
+    """Run a peer. Returns its measurements, or None after a failure, which sets `entry.error`."""
     if entry.error:
         return None
     try:

@@ -1,4 +1,4 @@
-"""Rows for all peers, from a file or synthetic."""
+"""The rows that all peers train on, from a file or synthetic."""
 
 from collections.abc import Iterator
 from pathlib import Path
@@ -24,11 +24,12 @@ def write_synthetic(
     n_active: int,
     transcoder: bool = False,
 ) -> None:
-    """Write two files of rows that superpose the same sparse directions with Zipf frequencies.
+    """Write two files of rows, each a sum of a few of the same directions with Zipf frequencies.
 
-    x = c (sum_i a_i v_i + mean + noise): the v_i are unit vectors, drawn by rank with probability
-    ~ 1 / (rank + n_active), the a_i exponential; E|x|^2 is about d_in. For a transcoder each row is
-    followed by its targets y = W_2 relu(W_1 x), of random weights and 4 d_in hidden units.
+    x = c (sum_i a_i v_i + mean + noise). The v_i are unit vectors, drawn by rank with probability
+    ~ 1 / (rank + n_active), and the a_i are exponential. E|x|^2 is about d_in. For a transcoder,
+    each row is followed by its target y = W_2 relu(W_1 x), with random weights and 4 d_in hidden
+    units.
     """
     random = np.random.default_rng(0)
     directions = random.standard_normal((n_directions, d_in), dtype=np.float32)
@@ -36,9 +37,8 @@ def write_synthetic(
     mean = random.standard_normal(d_in, dtype=np.float32) * (n_active / d_in) ** 0.5
     frequencies = 1 / (np.arange(n_directions) + n_active)
     cumulative = np.cumsum(frequencies / frequencies.sum())
-    scale = (
-        d_in / (3 * n_active)
-    ) ** 0.5  # E|sum|^2 is n_active E a^2 = 2 n_active, the mean's n_active
+    # E|sum|^2 = n_active E[a^2] = 2 n_active, and E|mean|^2 = n_active
+    scale = (d_in / (3 * n_active)) ** 0.5
 
     mlp = np.random.default_rng(1)
     w_1 = mlp.standard_normal((d_in, 4 * d_in), dtype=np.float32) / d_in**0.5
@@ -66,10 +66,10 @@ def write_synthetic(
 
 
 def split_file(path: Path, heldout: Path, *, n_rows: int, width: int) -> None:
-    """Copy the file's last rows to `heldout`; training takes the first `n_rows`, in their order.
+    """Copy the file's last rows to `heldout`. Training reads its first `n_rows` rows in order.
 
     Raises:
-        ConfigError: The file is no [rows, width] array of floats, or has too few rows.
+        ConfigError: The file is not a [rows, width] array of floats, or has too few rows.
     """
     try:
         rows = np.load(path, mmap_mode="r")

@@ -1,4 +1,4 @@
-"""The peers, their versions and their separate environments."""
+"""The peers, their versions, and a virtual environment for each."""
 
 import json
 import logging
@@ -20,10 +20,10 @@ class Peer:
 
     Attributes:
         name: Name on PyPI.
-        version: Release; None is this copy of dist_sae.
-        script: Runner, beside this file.
-        settings: Settings to run it in.
-        transcoders: Whether it trains transcoders too.
+        version: Release; None for this copy of dist_sae.
+        script: File name of the runner, in this folder.
+        settings: Settings that the peer can run in.
+        transcoders: Whether the peer also trains transcoders.
         removed: Requirements to uninstall after the installation.
     """
 
@@ -43,19 +43,19 @@ PEERS = (
         "dictionary-learning",
         "0.1.0",
         "run_dictionary_learning.py",
-        # unused, but transformers imports it if present, and its compiled part does not load with
-        # a CPU build of torch
+        # torchvision is unused, but transformers imports it if it is installed, and its compiled
+        # part does not load with a CPU build of torch
         removed=("torchvision",),
     ),
 )
 
 
 class PeerError(Exception):
-    """A peer could not be installed or run; reported as a row of the result."""
+    """A peer could not be installed or run. Reported in the peer's row of the result."""
 
 
 def ensure_environment(peer: Peer, folder: Path) -> Path:
-    """Return the peer's Python, after building its environment if it is incomplete.
+    """Return the peer's Python, after building its environment if it is missing or outdated.
 
     Raises:
         PeerError: The installation failed.
@@ -72,7 +72,7 @@ def ensure_environment(peer: Peer, folder: Path) -> Path:
     home.mkdir(parents=True, exist_ok=True)
     pip = [str(python), "-m", "pip", "--quiet", "--disable-pip-version-check"]
     _call([sys.executable, "-m", "venv", "--clear", str(home)])
-    # torch first and alone: a local CPU build is taken if pip is pointed at one, and kept
+    # torch first and alone, so that a local CPU build that pip is pointed at stays installed
     _call([*pip, "install", TORCH])
     _call([*pip, "install", f"{peer.name}=={peer.version}", TORCH])
     if peer.removed:
@@ -82,7 +82,7 @@ def ensure_environment(peer: Peer, folder: Path) -> Path:
 
 
 def last_words(text: str) -> str:
-    """Last non-empty line, where Python and pip put the reason."""
+    """Return the last non-empty line, where Python and pip put the reason of a failure."""
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     return lines[-1] if lines else "it said nothing"
 

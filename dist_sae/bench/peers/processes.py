@@ -27,16 +27,16 @@ def run_script(
     ranks: Sequence[Mapping[str, str]] = ({},),
     limit_seconds: float = RUN_LIMIT_SECONDS,
 ) -> dict[str, Any]:
-    """Run a script in one process or several; returns the JSON object that the first prints last.
+    """Run a script in one or more processes. Returns the JSON object on the first one's last line.
 
     Args:
-        peer: Whose script it is.
+        peer: The peer that the script belongs to.
         python: The peer's Python.
-        script: Takes the path of a JSON file as its argument.
-        spec: Content of that file.
-        work: Folder that the script starts in, and that the JSON file is written to.
+        script: Script that takes the path of a JSON file as its argument.
+        spec: Content of the JSON file.
+        work: Working directory of the script, which also gets the JSON file.
         threads: CPU threads of each process.
-        ranks: Further environment variables, for each process.
+        ranks: Additional environment variables, one mapping per process.
         limit_seconds: Time after which the processes are killed.
 
     Raises:
@@ -44,7 +44,7 @@ def run_script(
     """
     path = work / "spec.json"
     path.write_text(json.dumps(spec), encoding="utf-8")
-    # -E -s hide our own environment from the peer
+    # -E and -s hide our PYTHON* variables and user site-packages from the peer
     isolation = [] if peer.version is None else ["-E", "-s"]
     command = [str(python), *isolation, str(script), str(path)]
     deadline = time.monotonic() + limit_seconds

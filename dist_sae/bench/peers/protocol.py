@@ -1,7 +1,7 @@
-"""Protocol of the runners: read a spec, take batches from one file, print one JSON line.
+"""Protocol of the runners: read a spec, train on batches from one file, print one JSON line.
 
 A runner is executed by path with its peer's own Python, where dist_sae is not installed. So this
-file imports only the standard library, numpy and torch, and lies beside the runner.
+file is in the runner's folder, and imports only the standard library, numpy and torch.
 """
 
 import json
@@ -21,7 +21,7 @@ AS_SHIPPED, MATCHED = "as_shipped", "matched"
 BF16 = "_bf16"
 
 Trained = tuple[Callable[[Tensor], Tensor], Sequence[str]]
-"""Function from rows in the trainer's scale to reconstructions; notes on the settings."""
+"""A function from rows in the trainer's scale to reconstructions, and notes on the settings."""
 
 BETAS = (0.9, 0.999)
 EPS = 6.25e-10
@@ -29,7 +29,7 @@ AUXK_COEFFICIENT = 1 / 32
 DEAD_AFTER_ROWS = 10_000_000
 
 _SCALE_ROWS = 65_536
-_FVU_CHUNK_ROWS = 512  # peers hold [rows, n_latents] when they encode
+_FVU_CHUNK_ROWS = 512  # peers allocate [rows, n_latents] to encode
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Spec:
     """Settings of one run of a peer, passed as JSON."""
 
     rows: str
-    """File of rows [n, d_in]; of a transcoder inputs and targets side by side, [n, 2 d_in]."""
+    """File of rows [n, d_in]; for a transcoder [n, 2 d_in], inputs and targets side by side."""
     heldout: str | None
     d_in: int
     n_latents: int
@@ -59,17 +59,18 @@ class Spec:
         return self.setting.endswith(BF16)
 
     def split(self, rows: Tensor) -> tuple[Tensor, Tensor]:
-        """Inputs and targets of rows; those of an autoencoder are the same."""
+        """Split rows into inputs and targets, which are the same for an autoencoder."""
         return rows[:, : self.d_in], rows[:, -self.d_in :]
 
 
 class Batches(Iterator[Tensor]):
-    """The first `spec.steps` batches of rows; stamps the clock whenever one is requested.
+    """Iterator over the first `spec.steps` batches, which records when each is requested.
 
-    The trainer pulls batches, so the time between two stamps is one whole step.
+    The trainer pulls batches, so the time between two requests is one whole step.
 
     Args:
-        scale: Factor on the rows, or on each of their columns.
+        spec: The run.
+        scale: Factor for the rows, or one for each column.
     """
 
     def __init__(self, spec: Spec, scale: Tensor | float = 1.0) -> None:
@@ -89,22 +90,22 @@ class Batches(Iterator[Tensor]):
         return self._spec.steps
 
     def read(self, number: int) -> Tensor:
-        """Read batch `number` without a stamp."""
+        """Read batch `number` without recording the time."""
         return read_rows(self._spec, number * self._spec.batch, self._spec.batch) * self._scale
 
     def finish(self) -> None:
-        """Stamp the end of the last step; later calls change nothing."""
+        """Record the end of the last step. Later calls do nothing."""
         if len(self._stamps) == self._spec.steps:
             self._stamps.append(time.perf_counter())
 
     @property
     def seconds_per_step(self) -> list[float]:
-        """Duration of each step."""
+        """Seconds of each step."""
         return [b - a for a, b in zip(self._stamps, self._stamps[1:], strict=False)]
 
 
 def read_spec(arguments: Sequence[str] | None = None) -> Spec:
-    """Read the spec that the first argument names; also sets threads and seed."""
+    """Read the spec at the path in the first argument, and set the threads and the seed."""
     path = (sys.argv if arguments is None else arguments)[1]
     spec = Spec(**json.loads(Path(path).read_text(encoding="utf-8")))
     torch.set_num_threads(spec.threads)
@@ -113,13 +114,13 @@ def read_spec(arguments: Sequence[str] | None = None) -> Spec:
 
 
 def read_rows(spec: Spec, first: int, n_rows: int) -> Tensor:
-    """Read rows as a new float32 tensor; unmaps the file, so its pages do not count as memory."""
+    """Read rows as a new float32 tensor. Unmaps the file, so its pages do not count as memory."""
     mapped = np.load(spec.rows, mmap_mode="r")
     return torch.from_numpy(np.array(mapped[first : first + n_rows], dtype=np.float32))
 
 
 def common_scale(spec: Spec) -> Tensor:
-    """Factors on the columns that scale the rows, or inputs and targets, to E|x|^2 = d_in."""
+    """Return column factors that scale rows (or inputs and targets each) to E|x|^2 = d_in."""
     rows = read_rows(spec, 0, min(_SCALE_ROWS, spec.steps * spec.batch))
     squares = rows.square().mean(0, dtype=torch.float64).view(-1, spec.d_in).sum(1, keepdim=True)
     return (spec.d_in / squares).sqrt().float().expand(-1, spec.d_in).flatten()
@@ -129,11 +130,13 @@ def common_scale(spec: Spec) -> Tensor:
 def heldout_fvu(
     spec: Spec, reconstruct: Callable[[Tensor], Tensor], scale: Tensor | float = 1.0
 ) -> float | None:
-    """Sum |y - y_hat|^2 / sum |y - mean|^2 over the held-out targets, in their own units.
+    """Return sum |y - y_hat|^2 / sum |y - mean|^2 over the held-out targets, in their own units.
+
+    Returns None if the run has no held-out rows.
 
     Args:
-        spec: The run; returns None if it has no held-out rows.
-        reconstruct: Maps inputs in the trainer's units to targets in the same.
+        spec: The run.
+        reconstruct: Function from inputs to reconstructed targets, both in the trainer's units.
         scale: Factor from the rows' own units to the trainer's, or one for each column.
     """
     if spec.heldout is None:
@@ -155,10 +158,11 @@ def heldout_fvu(
 def measure(version: str, train: Callable[[Spec, Batches], Trained]) -> int:
     """Train a peer by the spec and print the result as one JSON line, the last of stdout.
 
-    If settings are matched, rows are scaled to E|x|^2 = d_in, and so are targets.
+    In matched settings, rows (or inputs and targets each) are scaled to E|x|^2 = d_in.
 
     Args:
-        train: Trains it on the batches.
+        version: The peer's version.
+        train: Function that trains the peer on the batches.
     """
     spec = read_spec()
     scale = common_scale(spec) if spec.matched else 1.0
@@ -179,7 +183,7 @@ def measure(version: str, train: Callable[[Spec, Batches], Trained]) -> int:
 
 
 def rows_per_second(seconds_per_step: Sequence[float], batch: int, warmup_steps: int) -> float:
-    """Rows per second of the median step after the warm-up."""
+    """Return rows per second at the median step time, without the warm-up steps."""
     return batch / statistics.median(seconds_per_step[warmup_steps:])
 
 

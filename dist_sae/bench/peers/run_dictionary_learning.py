@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 else:
     import protocol
 
-_WARMUP_STEPS = 1000  # its default
+_WARMUP_STEPS = 1000  # dictionary-learning's default
 
 _NOTES = [
     "Adam's eps is set in its parameter groups: no setting reaches it",
@@ -31,7 +31,7 @@ _BF16_NOTES = [
 
 
 class Bf16TopKTrainer(TopKTrainer):  # type: ignore[misc]
-    """Trainer that updates under autocast, as trainSAE does on a GPU."""
+    """Trainer whose updates run under autocast, as trainSAE runs them on a GPU."""
 
     def update(self, step: int, x: Tensor) -> Any:
         with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -39,7 +39,7 @@ class Bf16TopKTrainer(TopKTrainer):  # type: ignore[misc]
 
 
 def train(spec: protocol.Spec, batches: protocol.Batches) -> protocol.Trained:
-    """Train by the spec."""
+    """Train a dictionary with the spec's settings."""
     trainers: list[Any] = []  # trainSAE returns nothing
 
     def build(**settings: Any) -> Any:
@@ -68,7 +68,7 @@ def _build(spec: protocol.Spec, settings: dict[str, Any]) -> Any:
         "lm_name": "rows",
         "seed": spec.seed,
         "device": "cpu",
-        "steps": max(spec.steps, _WARMUP_STEPS + 1),  # it refuses a run shorter than its warm-up
+        "steps": max(spec.steps, _WARMUP_STEPS + 1),  # runs shorter than the warm-up fail
     }
     if not spec.matched:
         return trainer_class(**settings)

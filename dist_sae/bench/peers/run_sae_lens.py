@@ -24,12 +24,12 @@ _SHIPPED_NOTES = ["Adam at lr 3e-4 for any width; rows in their own scale"]
 
 
 def train(spec: protocol.Spec, batches: protocol.Batches) -> protocol.Trained:
-    """Train by the spec."""
+    """Train a dictionary with the spec's settings."""
     sae: dict[str, Any] = {"d_in": spec.d_in, "d_sae": spec.n_latents, "k": spec.k}
     training: dict[str, Any] = {
         "total_training_samples": spec.steps * spec.batch,
         "train_batch_size_samples": spec.batch,
-        "lr_end": spec.lr,  # has no default, and no effect: the schedule is constant
+        "lr_end": spec.lr,  # required, but unused: the schedule is constant
         "autocast": spec.bf16,
         "logger": LoggingConfig(log_to_wandb=False),
     }

@@ -1,7 +1,7 @@
-"""Runner for eai-sparsify: its `Trainer`, on a stand-in for the language model that gives the rows.
+"""Runner for eai-sparsify: its `Trainer`, with a stand-in for the language model.
 
-The trainer takes activations from a hook on a module of a model. Here the model has one module,
-and what goes in and comes out of it is the next batch; row numbers stand for tokens.
+The trainer takes activations from a hook on a module of the model. The stand-in has one module,
+whose inputs and outputs are the next batch. Row numbers stand in for tokens.
 """
 
 import os
@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # read at import; its kernels cannot run on a CPU
+os.environ["SPARSIFY_DISABLE_TRITON"] = "1"  # read at import; Triton kernels cannot run on a CPU
 
 from sparsify import SparseCoderConfig, TrainConfig, Trainer  # type: ignore[import-not-found]
 
@@ -35,14 +35,14 @@ _BF16_NOTES = [
 
 
 class Site(nn.Module):
-    """Module with given inputs and outputs."""
+    """Hooked module that returns the given outputs."""
 
     def forward(self, _inputs: Tensor, outputs: Tensor) -> Tensor:
         return outputs
 
 
 class Rows(nn.Module):
-    """Stand-in for the language model."""
+    """Stand-in for the language model, which passes the next batch through its one module."""
 
     def __init__(self, spec: protocol.Spec, batches: protocol.Batches) -> None:
         super().__init__()
@@ -57,14 +57,14 @@ class Rows(nn.Module):
         return self
 
     def forward(self, input_ids: Tensor) -> Tensor:
-        asked = bool(input_ids.numel())  # without row numbers the trainer wants the site's width
+        asked = bool(input_ids.numel())  # without row numbers, only the width is wanted
         rows = next(self._batches) if asked else torch.zeros(0, self._spec.d_in)
         outputs: Tensor = self.site(*(part[None] for part in self._spec.split(rows)))
         return outputs
 
 
 class RowNumbers(Dataset[dict[str, Tensor]]):
-    """Data set whose item i holds the row numbers of batch i."""
+    """Data set whose item i is the row numbers of batch i."""
 
     def __init__(self, spec: protocol.Spec) -> None:
         self._spec = spec
@@ -80,14 +80,14 @@ class RowNumbers(Dataset[dict[str, Tensor]]):
 
 
 class UnsavedTrainer(Trainer):  # type: ignore[misc]
-    """Trainer without checkpoints, which would add to a step's time."""
+    """Trainer that saves no checkpoints, because saving would add to a step's time."""
 
     def save(self) -> None:
         """Do nothing."""
 
 
 def train(spec: protocol.Spec, batches: protocol.Batches) -> protocol.Trained:
-    """Train by the spec."""
+    """Train a dictionary with the spec's settings."""
     with tempfile.TemporaryDirectory() as folder:
         trainer = _build(spec, batches, folder)
         trainer.fit()
@@ -109,7 +109,7 @@ def train(spec: protocol.Spec, batches: protocol.Batches) -> protocol.Trained:
 def _build(spec: protocol.Spec, batches: protocol.Batches, folder: str) -> Any:
     settings: dict[str, Any] = {
         "sae": SparseCoderConfig(num_latents=spec.n_latents, k=spec.k, transcode=spec.transcoder),
-        "batch_size": 1,  # sequences; one holds a batch of rows
+        "batch_size": 1,  # sequences, each of which is a whole batch of rows
         "hookpoints": ["site"],
         "init_seeds": [spec.seed],
         "log_to_wandb": False,

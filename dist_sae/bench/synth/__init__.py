@@ -1,16 +1,17 @@
 """`dist-sae bench synth`: SynthSAEBench (Chanin and Garriga-Alonso 2026, arXiv:2602.14687).
 
-sae-lens makes a world with known features and draws its rows. Our trainer and sae-lens's own train
-on them, in the same order; ours is exported to sae-lens. Then sae-lens scores every dictionary, as
-its users get it, by its own metrics, on the same held-out rows.
+sae-lens generates a world with known features and draws its rows. Our trainer and sae-lens's
+trainer train on these rows in the same order, and our dictionaries are exported to sae-lens. Then
+sae-lens scores every dictionary, as its users would load it, with its own metrics on the same
+held-out rows.
 
-    worlds.py         named worlds, and what is trained in them
+    worlds.py         named worlds, and the trainers compared in them
     rows.py           the rows, on disk
     orthogonal.py     the features' directions
     drawing.py        which features fire
-    detection.py      F1 at one L0
+    detection.py      F1 at the same L0 for every dictionary
     run_dist_sae.py   our trainer, on one rank or several
-    run_sae_lens.py   sae-lens's part, run with its own Python (`bench.peers.environments`)
+    run_sae_lens.py   sae-lens's part, run by its own Python (`bench.peers.environments`)
 """
 
 import hashlib
@@ -38,12 +39,12 @@ _OURS, _THEIRS = (
     next(peer for peer in PEERS if peer.name == name) for name in ("dist-sae", "sae-lens")
 )
 _COMPLETE = "complete.json"
-_ROW_SEED = 0  # of the rows of a world; a trainer's seed decides their order
+_ROW_SEED = 0  # for drawing a world's rows; a trainer's seed decides only their order
 _TRAIN = "train."
 
 
 class Comparison(NamedTuple):
-    """The trainers to compare, and the world, rows and seeds they share."""
+    """The trainers to compare, and the world, rows and seeds that they share."""
 
     world: World
     trainers: Sequence[Trainer]
@@ -53,28 +54,28 @@ class Comparison(NamedTuple):
     lr: float
     seeds: Sequence[int]
     shards: Sequence[int]
-    """Latent shards of our dictionaries; each is trained once with each number."""
+    """Numbers of latent shards. Each of our dictionaries is trained once with each of them."""
     products: str
     """Precision of our encoder products."""
     threads: int
-    """CPU threads of a trainer; those of several shards share them."""
+    """CPU threads of a trainer, divided among its shards."""
     l0: float
-    """Active latents per row at which every dictionary's F1 is given, beside its own."""
+    """L0 at which every dictionary's F1 is reported, in addition to the F1 at its own L0."""
 
     @property
     def steps(self) -> int:
-        """Steps of a run."""
+        """Steps of each run."""
         return self.rows // self.batch
 
     def jobs(self) -> Iterator[tuple[Trainer, int, int]]:
-        """Trainer, shards and seed of each run."""
+        """Yield the trainer, shards and seed of each run."""
         for seed in self.seeds:
             for trainer in self.trainers:
                 for shards in self.shards if trainer.library == DIST_SAE else (1,):
                     yield trainer, shards, seed
 
     def spec(self, trainer: Trainer, shards: int, seed: int) -> dict[str, Any]:
-        """Settings for the process that trains one dictionary, without its folders."""
+        """Return the settings for the process that trains one dictionary, without its folders."""
         own = {key: value for key, value in trainer.settings.items() if key.startswith(_TRAIN)}
         return {
             "action": "train",
@@ -96,15 +97,15 @@ def bench_synth(comparison: Comparison, folder: Path | None = None) -> dict[str,
     """Train and score every dictionary.
 
     Args:
-        comparison: What is trained.
-        folder: Folder of sae-lens's environment and of worlds, which are made once.
+        comparison: The trainers, world and settings.
+        folder: Folder of sae-lens's environment and of worlds, which are generated once.
 
     Returns:
-        The world and `dictionaries`, a row for each; one that failed has an `error`.
+        The world and `dictionaries`, one row each. The row of a run that failed has an `error`.
 
     Raises:
-        ConfigError: A run of ours is impossible, sae-lens cannot be installed, or it cannot make
-            the world.
+        ConfigError: The settings of one of our runs are invalid, sae-lens cannot be installed, or
+            sae-lens cannot generate the world.
     """
     _check(comparison)
     home = (folder or DEFAULT_FOLDER).expanduser()
@@ -173,7 +174,7 @@ def render_table(result: Mapping[str, Any]) -> str:
 
 
 def _check(comparison: Comparison) -> None:
-    """Refuse what cannot be trained before anything is installed or made."""
+    """Reject runs that cannot be trained, before anything is installed or generated."""
     from dist_sae.bench.synth.run_dist_sae import run_of  # imports torch
     from dist_sae.interop.export import problem
 
@@ -189,7 +190,7 @@ def _check(comparison: Comparison) -> None:
 
 
 def _ensure_world(comparison: Comparison, python: Path, home: Path) -> Path:
-    """The world's folder, made if it is not there."""
+    """Return the world's folder, after generating the world if it is missing."""
     rows, model = comparison.steps * comparison.batch, comparison.world.model
     saved = (
         [_digest(file) for file in sorted(Path(model).iterdir())] if isinstance(model, str) else []
@@ -218,7 +219,7 @@ def _ensure_world(comparison: Comparison, python: Path, home: Path) -> Path:
             _run(_THEIRS, python, spec, Path(work))
     except PeerError as error:
         raise ConfigError(f"sae-lens made no world {comparison.world.name}: {error}") from error
-    (folder / _COMPLETE).write_text(content, encoding="utf-8")  # last
+    (folder / _COMPLETE).write_text(content, encoding="utf-8")  # written last
     return folder
 
 

@@ -1,8 +1,8 @@
-"""How well latents detect features, for every dictionary at the same L0.
+"""F1 of latents as detectors of features, at the same L0 for every dictionary.
 
-F1 falls with each further active latent, so dictionaries with other L0s do not compare by it.
+F1 falls with every additional active latent, so F1s at different L0s are not comparable.
 
-sae-lens's Python reads this too, where dist_sae is not installed: torch alone.
+Imports only torch, because sae-lens's Python, where dist_sae is not installed, imports this too.
 """
 
 from collections.abc import Iterable
@@ -16,20 +16,20 @@ from torch.nn.functional import normalize
 def f1_at_l0(
     batches: Iterable[tuple[Tensor, Tensor]], W_dec: Tensor, directions: Tensor, l0: float
 ) -> float | None:
-    """Mean F1 over latents, each for the feature that its decoder row is most like.
+    """Return the mean F1 over latents, each scored on the feature closest to its decoder row.
 
-    A latent counts as active where its code times its decoder norm exceeds a threshold, the same
-    for all latents, which is exceeded `l0` times per row. At a dictionary's own L0 this is the F1
-    of SynthSAEBench.
+    A latent counts as active where its code times its decoder norm exceeds a threshold. The
+    threshold is the same for all latents, and is exceeded `l0` times per row on average. At a
+    dictionary's own L0 this is the F1 of SynthSAEBench.
 
     Args:
-        batches: Codes [rows, latents], and how strongly each feature fires [rows, features].
-        W_dec: [latents, d_in]
-        directions: The features' directions, [features, d_in].
+        batches: Codes [rows, latents], and the strength of each feature [rows, features].
+        W_dec: Decoder rows, [latents, d_in].
+        directions: Directions of the features, [features, d_in].
         l0: Active latents per row.
 
     Returns:
-        F1, or None if fewer latents than `l0` are active.
+        F1, or None if fewer than `l0` latents are active per row.
     """
     best = (normalize(W_dec, dim=1) @ normalize(directions, dim=1).T).abs().argmax(1)
     n_rows, sizes, latents, right = 0, list[Tensor](), list[Tensor](), list[Tensor]()

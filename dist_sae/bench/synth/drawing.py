@@ -1,6 +1,7 @@
-"""Which features fire, drawn as sae-lens's `ActivationGenerator` draws them with a hierarchy.
+"""A faster way to draw which features fire, with the results of sae-lens's `ActivationGenerator`.
 
-sae-lens's Python reads this too, where dist_sae is not installed: numpy and torch alone.
+Imports only numpy and torch, because sae-lens's Python, where dist_sae is not installed, imports
+this too.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,15 +13,17 @@ from torch import Tensor
 
 
 def sampler(generator: Any, hierarchy: Any) -> Callable[[int], Tensor]:
-    """Draws so many rows of a generator, dense or sparse: with `Draw` where that can be.
+    """Return a function that draws n rows of a generator, dense or sparse.
+
+    Uses `Draw` where it applies: with a correlation of low rank, and a feature at every node.
 
     Args:
         generator: sae-lens's `ActivationGenerator`.
-        hierarchy: sae-lens's `Hierarchy` of its features, or None.
+        hierarchy: sae-lens's `Hierarchy` of the features, or None.
     """
     roots = hierarchy.roots if hierarchy else ()
     nodes = list(roots)
-    for node in nodes:  # level by level
+    for node in nodes:  # the list grows level by level
         nodes.extend(node.children)
     if generator.low_rank_correlation is None or any(n.feature_index is None for n in nodes):
         sample: Callable[[int], Tensor] = generator.sample
@@ -29,18 +32,18 @@ def sampler(generator: Any, hierarchy: Any) -> Callable[[int], Tensor]:
 
 
 class Draw:
-    """Draws rows of a generator whose features form trees.
+    """A sampler for a generator whose features form trees.
 
-    Random numbers are drawn as sae-lens draws them, in the same order, so rows are the same bit for
-    bit. In SynthSAEBench-16k 7,166 features of a row exceed their threshold, but only 35 fire, for
-    most have a parent that does not. sae-lens computes all 7,166; here a feature is looked at only
-    where its parent fires.
+    Draws the same random numbers as sae-lens in the same order, so rows are bitwise equal. In
+    SynthSAEBench-16k, 7,166 features per row exceed their threshold, but only 35 fire, because the
+    parents of most others do not fire. sae-lens computes all 7,166. This class computes a feature
+    only where its parent fires.
 
     Args:
-        generator: sae-lens's, with a correlation of low rank.
-        nodes: All nodes of the trees, level by level; each is a feature. A child fires where its
-            parent does, in proportion to it if the parent scales its children; of children that
-            exclude each other one at most.
+        generator: sae-lens's generator, with a correlation of low rank.
+        nodes: All nodes of the trees, level by level, with one feature each. A child fires only
+            where its parent fires. If the parent scales its children, their strength is
+            proportional to its own. At most one of mutually exclusive children fires.
     """
 
     def __init__(self, generator: Any, nodes: Sequence[Any]) -> None:
@@ -67,7 +70,7 @@ class Draw:
         """Features without a parent."""
 
     def sample(self, rows: int) -> Tensor:
-        """How strongly each feature fires, sparse [rows, features]."""
+        """Draw the strength of each feature, as sparse [rows, features]."""
         n_features = len(self._mean)
         common = torch.randn(rows, self._factor.shape[1])
         field = torch.randn(rows, n_features).mul_(self._scale).add_(common @ self._factor.T)
@@ -103,11 +106,11 @@ class Draw:
         return torch.sparse_coo_tensor(places_found, value, size, check_invariants=True)
 
     def _exclude(self, values: Tensor, row: Tensor, feature: Tensor) -> None:
-        """Leave one child of each row and feature, at random, where they exclude each other."""
+        """Keep one random child per row and feature where children exclude each other, in place."""
         several = self._excludes[feature] & ((values > 0).sum(1) > 1)
         conflicts = several.nonzero()[:, 0]
         order = row[conflicts] * len(self._mean) + self._order[feature[conflicts]]
-        conflicts = conflicts[order.argsort()]  # as sae-lens has them
+        conflicts = conflicts[order.argsort()]  # in sae-lens's order
         scores = torch.rand(len(conflicts), self._siblings)
         competing = values[conflicts, : self._siblings]
         scores[competing == 0] = -1

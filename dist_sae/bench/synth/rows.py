@@ -1,10 +1,11 @@
-"""Rows of a synthetic world, kept as the features that fire in each.
+"""Rows of a synthetic world, stored as the features that fire in each row.
 
-A row is x = sum over its features i of a_i d_i, plus a bias. A folder holds the directions d_i, the
-bias and, for training and for scoring, which features fire how strongly: a tenth of the bytes of
-the rows, and the ground truth as well.
+A row is x = sum_i a_i d_i + bias, over its features i. A world's folder contains the directions
+d_i, the bias and, for training and for scoring, which features fire and their strengths a_i. This
+takes a tenth of the bytes of the rows, and is also the ground truth.
 
-sae-lens's Python reads this too, where dist_sae is not installed: numpy and torch alone.
+Imports only numpy and torch, because sae-lens's Python, where dist_sae is not installed, imports
+this too.
 """
 
 from collections.abc import Iterator
@@ -30,7 +31,7 @@ class Rows:
 
     def __init__(self, folder: Path, part: str) -> None:
         self.directions = torch.from_numpy(np.load(folder / "directions.npy"))
-        """[features, d_in]"""
+        """Directions of the features, [features, d_in]."""
         self._bias = torch.from_numpy(np.load(folder / "bias.npy"))
         self._starts, self._features, self._strengths = (
             np.load(folder / f"{part}-{name}.npy", mmap_mode="r") for name in _PARTS
@@ -45,7 +46,7 @@ class Rows:
         return self.directions.shape[1]
 
     def batch(self, which: NDArray[np.int64]) -> Tensor:
-        """The rows with these numbers, [rows, d_in], in their own scale."""
+        """Return the rows with these numbers, [rows, d_in], unscaled."""
         starts, features, strengths = self._fired(which)
         x = F.embedding_bag(
             features, self.directions, starts, mode="sum", per_sample_weights=strengths
@@ -53,7 +54,7 @@ class Rows:
         return x + self._bias
 
     def truth(self, which: NDArray[np.int64]) -> Tensor:
-        """How strongly each feature fires in the rows with these numbers, [rows, features]."""
+        """Return the strength of each feature in the rows with these numbers, [rows, features]."""
         starts, features, strengths = self._fired(which)
         counts = starts.diff(append=starts.new_tensor([len(features)]))
         fired = torch.zeros(len(which), len(self.directions))
@@ -61,7 +62,7 @@ class Rows:
         return fired
 
     def batches(self, size: int, steps: int, seed: int) -> Iterator[Tensor]:
-        """The first `steps` batches of the rows in an order of the seed's; whole passes repeat."""
+        """Yield `steps` batches. Every pass over the rows has another random order, from `seed`."""
         left, order = np.empty(0, np.int64), np.random.default_rng(seed)
         for _ in range(steps):
             while len(left) < size:
@@ -70,7 +71,7 @@ class Rows:
             left = left[size:]
 
     def _fired(self, which: NDArray[np.int64]) -> tuple[Tensor, Tensor, Tensor]:
-        """Where each row's entries start, and the features and strengths of all entries."""
+        """Return the first entry of each row, and the features and strengths of all entries."""
         first = self._starts[which]
         counts = self._starts[which + 1] - first
         starts = np.cumsum(counts) - counts
@@ -83,7 +84,7 @@ class Rows:
 
 
 class RowsWriter:
-    """Collects the features that fire, and writes the part of a world's folder."""
+    """Writer that collects the features that fire, and saves them as one part of a world."""
 
     def __init__(self) -> None:
         self._counts: list[NDArray[np.int64]] = []
@@ -91,7 +92,7 @@ class RowsWriter:
         self._strengths: list[NDArray[np.float32]] = []
 
     def add(self, fired: Tensor) -> None:
-        """Take in rows: how strongly each feature fires, [rows, features], dense or sparse."""
+        """Add rows, given as the strength of each feature, [rows, features], dense or sparse."""
         entries = fired.to_sparse().coalesce() if not fired.is_sparse else fired.coalesce()
         active = entries.values() > 0
         row, feature = entries.indices()[:, active]
@@ -100,7 +101,7 @@ class RowsWriter:
         self._strengths.append(entries.values()[active].float().numpy())
 
     def write(self, folder: Path, part: str) -> None:
-        """Write all rows taken in."""
+        """Write all added rows."""
         starts = np.concatenate([np.zeros(1, np.int64), np.cumsum(np.concatenate(self._counts))])
         arrays = (starts, np.concatenate(self._features), np.concatenate(self._strengths))
         for name, array in zip(_PARTS, arrays, strict=True):

@@ -1,6 +1,6 @@
-"""Our part of `bench synth`: trains one rank's share of a dictionary, and exports it for sae-lens.
+"""Our part of `bench synth`: trains one rank's shard of a dictionary, and exports it for sae-lens.
 
-The steps are those of `dist-sae train`, with its initial weights, schedules, dead latents and
+Training is the same as in `dist-sae train`: initial weights, steps, schedules, dead latents and
 checkpoint. Only the rows come from the world's files instead of an activation set.
 """
 
@@ -43,10 +43,10 @@ _NORMALISER_ROWS = 65_536
 
 
 def run_of(spec: dict[str, Any]) -> Run:
-    """The run that the file describes.
+    """Build the run that a spec describes.
 
     Raises:
-        ConfigError: There can be no such run.
+        ConfigError: The settings are invalid.
     """
     url = str(Path(spec["work"]).absolute())
     return resolve_run(
@@ -73,7 +73,7 @@ def run_of(spec: dict[str, Any]) -> Run:
 
 
 def normalisers_of(rows: WorldRows) -> SiteNormalisers:
-    """Scale and mean of the first rows."""
+    """Measure the scale and the mean on the first rows."""
     x = rows.batch(np.arange(min(len(rows), _NORMALISER_ROWS))).double()
     mean, mean_square = x.mean(0), float(x.square().sum(1).mean())
     scale = (rows.d_in / mean_square) ** 0.5
@@ -84,7 +84,7 @@ def normalisers_of(rows: WorldRows) -> SiteNormalisers:
 
 
 def train(run: Run, mesh: Mesh, world: WorldRows, order_seed: int) -> tuple[TrainingState, float]:
-    """Train this rank's share; returns it, and the seconds of the steps."""
+    """Train this rank's shard. Returns its state, and the seconds of the steps."""
     normalisers, config = normalisers_of(world), run.train
 
     def batches(steps: int) -> Iterator[Rows]:
@@ -129,7 +129,7 @@ def train(run: Run, mesh: Mesh, world: WorldRows, order_seed: int) -> tuple[Trai
 
 
 def save(run: Run, mesh: Mesh, world: WorldRows, state: TrainingState) -> str:
-    """Save the checkpoint and export it for sae-lens; returns the folder. Collective."""
+    """Save a checkpoint and export it for sae-lens. Returns the folder. Collective."""
     saver = Saver(
         checkpoints=Checkpoints(open_store(run.store.runs, run.store.s3), run.name, keep=1),
         state=state,
@@ -146,7 +146,7 @@ def save(run: Run, mesh: Mesh, world: WorldRows, state: TrainingState) -> str:
 
 
 def main(path: str) -> int:
-    """Do what the file says; the first rank prints a JSON line."""
+    """Train by the spec in the file. The first rank prints a JSON line."""
     spec = json.loads(Path(path).read_text(encoding="utf-8"))
     torch.set_num_threads(spec["threads"])
     run, world = run_of(spec), WorldRows(Path(spec["folder"]), TRAINING)

@@ -1,6 +1,6 @@
-"""sae-lens's part of `bench synth`: makes the world, trains its own dictionaries, scores all.
+"""sae-lens's part of `bench synth`: generates the world, trains its dictionaries, scores all.
 
-Run with sae-lens's Python; takes the path of a JSON file and prints one JSON line.
+Runs in sae-lens's Python. Takes the path of a JSON file and prints one JSON line.
 """
 
 import json
@@ -48,11 +48,11 @@ _SECTIONS = {
     "std_firing_magnitudes": FoldedNormalMagnitudeConfig,
 }
 _CHUNK_ROWS = 1024
-_DRAWN_ROWS = 128  # at once; of 16,384 features 8 MiB
+_DRAWN_ROWS = 128  # drawn at once; 8 MiB for 16,384 features
 
 
 def make(spec: dict[str, Any]) -> dict[str, Any]:
-    """Make or load the model, and draw the rows of both parts."""
+    """Build or load the model, and draw the training and held-out rows."""
     folder, model = Path(spec["folder"]), spec["model"]
     if isinstance(model, str):
         world = SyntheticModel.load_from_source(model)
@@ -74,7 +74,7 @@ def make(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 def _features(config: Any) -> Any:
-    """The features that sae-lens makes of the configuration; its own way takes hours at 16,384."""
+    """Build sae-lens's features for a configuration. Its own code takes hours for 16,384."""
     settings = config.orthogonalization
 
     def make_orthogonal(features: Any) -> None:
@@ -91,7 +91,7 @@ def _features(config: Any) -> Any:
 
 
 def train(spec: dict[str, Any]) -> dict[str, Any]:
-    """Train a dictionary, and save it as users get it."""
+    """Train a dictionary, and save it in the form that users load."""
     torch.manual_seed(spec["seed"])
     training = rows.Rows(Path(spec["folder"]), rows.TRAINING)
     kind, config = get_sae_training_class(spec["kind"])
@@ -101,7 +101,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
         "total_training_samples": steps * batch,
         "train_batch_size_samples": batch,
         "lr": spec["lr"],
-        "lr_end": spec["lr"] / 10,  # has no default; the schedule is constant unless set
+        "lr_end": spec["lr"] / 10,  # required, but unused unless a schedule is set
         "n_checkpoints": 0,
         "checkpoint_path": None,
         "device": "cpu",
@@ -121,7 +121,7 @@ def train(spec: dict[str, Any]) -> dict[str, Any]:
 
 
 class _Replayed:
-    """Stands for the generator of features: gives those of the held-out rows, in order."""
+    """Stand-in for the feature generator that returns the held-out rows' features in order."""
 
     def __init__(self, part: rows.Rows) -> None:
         self._part, self._done = part, 0
@@ -155,7 +155,7 @@ _ACTIONS = {"make": make, "train": train, "score": score}
 
 
 def main(path: str) -> int:
-    """Do what the file says."""
+    """Run the action that the file names, and print its result."""
     spec = json.loads(Path(path).read_text(encoding="utf-8"))
     torch.set_num_threads(spec["threads"])
     result = _ACTIONS[spec["action"]](spec) | {"version": version("sae-lens")}

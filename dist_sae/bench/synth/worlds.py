@@ -1,4 +1,4 @@
-"""Named worlds: configurations of sae-lens's synthetic models, and what is trained in them."""
+"""Named worlds: configurations of sae-lens's synthetic models, and the trainers compared."""
 
 import os
 from collections.abc import Sequence
@@ -15,29 +15,29 @@ class Trainer(NamedTuple):
     library: str
     """`DIST_SAE` or `SAE_LENS`."""
     kind: str
-    """`sae.kind`, or the architecture's name in sae-lens."""
+    """`sae.kind`, or the name of sae-lens's architecture."""
     settings: dict[str, Any]
-    """Settings of the dictionary, and of the trainer where a key begins with `train.`."""
+    """Settings of the dictionary. Keys that begin with `train.` are settings of the trainer."""
 
     def __str__(self) -> str:
         return " ".join([self.kind, *(f"{key}={value}" for key, value in self.settings.items())])
 
 
 class World(NamedTuple):
-    """A world, and defaults of the comparison in it."""
+    """A world, and the defaults of a comparison in it."""
 
     name: str
     model: dict[str, Any] | str
-    """Arguments of sae-lens's configuration, or the folder of a saved model."""
+    """Arguments of sae-lens's configuration, or the folder of a model that sae-lens saved."""
     n_latents: int
     rows: int
     trainers: tuple[Trainer, ...]
     l0: float
-    """Active latents per row at which all are compared; below what their settings ask for."""
+    """L0 at which all dictionaries are compared, below the L0 that their settings aim for."""
 
 
 def _model(features: int, width: int, roots: int, steps: int) -> dict[str, Any]:
-    """SynthSAEBench-16k's configuration (arXiv:2602.14687), at another size."""
+    """Return SynthSAEBench-16k's configuration (arXiv:2602.14687), at another size."""
     return {
         "num_features": features,
         "hidden_dim": width,
@@ -61,14 +61,17 @@ def _model(features: int, width: int, roots: int, steps: int) -> dict[str, Any]:
 
 
 def _trainers(k: int, ours: dict[str, Any], theirs: dict[str, Any]) -> tuple[Trainer, ...]:
-    """Each kind in both libraries. Scores compare at like L0, which penalties do not fix.
+    """Return trainers of each kind in both libraries.
+
+    Scores are comparable only at similar L0, which a penalty's coefficient does not fix.
 
     Args:
-        k: Active latents of a row, where a setting of them is one.
-        ours: Coefficient of relu.
-        theirs: Coefficients of standard and jumprelu, and the widths of the nested dictionaries.
+        k: Active latents per row, for kinds with a setting for them.
+        ours: Settings of our `relu`: the coefficient of its penalty.
+        theirs: sae-lens's coefficients of `standard` (`l1`) and `jumprelu` (`l0`), and the
+            `widths` of its nested dictionaries.
     """
-    norm = {"decoder_init_norm": 1.0}  # at sae-lens's own .1 every kind of it scores less
+    norm = {"decoder_init_norm": 1.0}  # sae-lens's kinds score lower at its default of 0.1
     return (
         Trainer(DIST_SAE, "topk", {"k": k}),
         Trainer(SAE_LENS, "topk", {"k": k} | norm),
@@ -118,10 +121,10 @@ NAMES = tuple(_WORLDS)
 
 
 def find_world(name: str) -> World:
-    """The named world, or that of a folder with a model that sae-lens saved.
+    """Return the world with this name, or of this folder with a model that sae-lens saved.
 
     Raises:
-        ConfigError: There is neither.
+        ConfigError: The name is neither a known world nor a folder with such a model.
     """
     if name in _WORLDS:
         return _WORLDS[name]
@@ -135,10 +138,10 @@ def find_world(name: str) -> World:
 
 
 def parse_trainer(library: str, words: Sequence[str]) -> Trainer:
-    """Parse `KIND KEY=VALUE ...`; values are read as YAML.
+    """Parse `KIND KEY=VALUE ...`, with values in YAML.
 
     Raises:
-        ConfigError: Something is not KEY=VALUE.
+        ConfigError: A setting is not KEY=VALUE, or its value is not YAML.
     """
     import yaml
 
