@@ -1,7 +1,7 @@
 """The run file: one YAML document that describes a whole run, on a laptop or a cluster.
 
-Imports pydantic, PyYAML and the standard library only, so that `--help`, rendering and CI
-need no torch.
+Only imports pydantic, PyYAML and the standard library, so that `--help`, rendering and CI need no
+torch.
 """
 
 from dist_sae.config.load import (

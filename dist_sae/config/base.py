@@ -1,4 +1,4 @@
-"""Base class and types of the sections of a run file."""
+"""Base class and field types for the sections of a run file."""
 
 import os
 import re
@@ -18,13 +18,13 @@ from pydantic_core import core_schema
 
 
 def _require_kind(schema: JsonDict) -> None:
-    """Make `kind` required in the schema: it selects the member of a union, so has no default."""
+    """Make `kind` required in the schema, since it selects the member of a union."""
     if "kind" in cast("JsonDict", schema.get("properties", {})):
         schema["required"] = ["kind", *cast("list[str]", schema.get("required", []))]
 
 
 class Section(BaseModel):
-    """An immutable part of the run file; unknown keys are errors."""
+    """An immutable section of the run file. Unknown keys are errors."""
 
     model_config = ConfigDict(
         frozen=True,
@@ -37,7 +37,7 @@ class Section(BaseModel):
 
 @dataclass(frozen=True)
 class Shape:
-    """Required form of a string: a regular expression for the schema, a hint for the user."""
+    """Required form of a string: a regular expression for the schema and a hint for the user."""
 
     pattern: str
     words: str
@@ -78,9 +78,9 @@ def _check_store_url(url: str) -> str:
 
 
 def folder_of(url: str) -> str | None:
-    """Absolute path of a local store's folder; None for S3.
+    """Return the absolute path of a local store's folder, or None for S3.
 
-    A file:// URL is a path, percent-encoded or not: "#" and "?" are part of it.
+    The path of a file:// URL may be percent-encoded. "#" and "?" are part of the path.
     """
     if url.startswith("s3://"):
         return None

@@ -1,4 +1,4 @@
-"""Sections of cross-layer transcoders."""
+"""Sections for cross-layer transcoders."""
 
 from collections.abc import Mapping, Sequence
 from itertools import pairwise
@@ -11,14 +11,14 @@ from dist_sae.config.dictionary import DictionaryConfig, KeepsThresholdConfig
 
 
 class CrossLayerConfig(DictionaryConfig):
-    """Settings of cross-layer transcoders, whose latents read a layer and write it and later ones.
+    """Settings of cross-layer transcoders. A latent reads one layer and writes it and later ones.
 
-    `reads` and `writes` name a site for each layer, in the order of the layers. With the same sites
-    in both, of the residual stream say, this is a weakly causal crosscoder.
+    `reads` and `writes` name one site per layer, in the order of the layers. If both name the same
+    sites, for example of the residual stream, the dictionary is a weakly causal crosscoder.
     """
 
     init: Literal["random"] = "random"
-    """Initial directions of the encoder; the decoder starts at 0."""
+    """Initial encoder directions. The decoder starts at 0."""
 
     def sites_problem(self, reads: Sequence[str], writes: Sequence[str]) -> str | None:
         if len(reads) != len(writes):
@@ -30,7 +30,7 @@ class CrossLayerConfig(DictionaryConfig):
 
     @property
     def layers(self) -> int:
-        """Layers that are read; latent n reads layer n % layers."""
+        """Number of layers that are read. Latent n reads layer n % layers."""
         return len(self.reads or (None,))
 
     @property
@@ -72,7 +72,7 @@ class CrossLayerConfig(DictionaryConfig):
 class CLTConfig(CrossLayerConfig, KeepsThresholdConfig):
     """Cross-layer transcoder with BatchTopK (Anthropic, March 2025; arXiv:2412.06410).
 
-    With the same sites in `reads` and `writes` it is a weakly causal crosscoder.
+    It is a weakly causal crosscoder if `reads` and `writes` name the same sites.
     """
 
     kind: Literal["clt"] = "clt"

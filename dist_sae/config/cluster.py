@@ -1,4 +1,4 @@
-"""Settings of a run on Kubernetes; a local run ignores them."""
+"""Settings of a run on Kubernetes. A local run ignores them."""
 
 from typing import Annotated, Any, Literal
 
@@ -13,7 +13,7 @@ Quantity = Annotated[
         r"^[0-9]+(\.[0-9]+)?(m|k|M|G|T|P|Ki|Mi|Gi|Ti|Pi)?$", "write a number and a unit, as in 16Gi"
     ),
 ]
-"""Amount of memory or disk in Kubernetes' notation: 16Gi."""
+"""An amount of memory or disk in Kubernetes' notation, such as 16Gi."""
 DnsLabel = Annotated[
     str,
     Shape(
@@ -42,7 +42,7 @@ Image = Annotated[
 
 
 def kubernetes_name(name: str) -> str:
-    """A run's name as its objects on Kubernetes have it, where host names have no dots."""
+    """Return a run's name without dots, which Kubernetes does not allow in host names."""
     return name.replace(".", "-")
 
 
@@ -54,140 +54,141 @@ TemplateKey = Annotated[
 
 
 class Toleration(Section):
-    """A taint that pods tolerate, in Kubernetes' terms."""
+    """A taint that pods tolerate, written as in Kubernetes."""
 
     key: str | None = None
-    """Key of the taint; null with `Exists` tolerates every taint."""
+    """Key of the taint. null with `Exists` tolerates every taint."""
     operator: Literal["Exists", "Equal"] = "Exists"
-    """`Exists` ignores the taint's value, `Equal` compares it."""
+    """`Exists` ignores the taint's value; `Equal` compares it."""
     value: str | None = None
-    """Value of the taint, for `Equal`."""
+    """Value of the taint, used with `Equal`."""
     effect: Literal["NoSchedule", "PreferNoSchedule", "NoExecute"] | None = None
-    """Effect of the taint; null tolerates all of them."""
+    """Effect of the taint. null tolerates all effects."""
 
 
 class PodsConfig(Section):
-    """Resources and placement of the pods of one part of a run."""
+    """Resources and placement of the pods of one part of a run, such as its producers."""
 
     cpus: PositiveFloat = 4.0
-    """CPU cores requested."""
+    """CPU cores that a pod requests."""
     memory: Quantity = "16Gi"
-    """Memory request and limit of a pod; a pod that exceeds it is killed, not its neighbours."""
+    """Memory request and limit of a pod. A pod that exceeds it is killed; other pods are not."""
     gpus: NonNegativeInt = 0
-    """GPUs of a pod."""
+    """GPUs per pod."""
     gpu_resource: LabelKey = "nvidia.com/gpu"
-    """Resource name of the nodes' GPUs."""
+    """Kubernetes resource name of the GPUs."""
     scratch: Quantity = "20Gi"
-    """Space for caches and temporary files (/tmp) on the node's disk; lost with the pod. A pod that
-    takes more is evicted. The planner's holds the whole text, unpacked."""
+    """Space on the node's disk for caches and temporary files (/tmp). Its content is lost when the
+    pod ends, and a pod that uses more is evicted. The planner needs room for the whole uncompressed
+    text."""
     node_selector: dict[LabelKey, str] = Field(default_factory=dict)
-    """Labels that nodes must have."""
+    """Labels that a node must have to run these pods."""
     tolerations: tuple[Toleration, ...] = ()
     """Taints that pods tolerate."""
     priority_class: Name | None = None
-    """PriorityClass of the pods; null takes the cluster's default."""
+    """PriorityClass of the pods. null: the cluster's default."""
     grace_seconds: PositiveInt = 60
     """Seconds between SIGTERM and SIGKILL."""
     retries: NonNegativeInt = 6
-    """Lives in a row of one pod and its successors, after a first one, that may end without
-    progress, however they end; then the run fails. Progress is a new checkpoint (trainer), a unit
-    (producer), a unit or a bucket (index); of the planner only crashes count. Of the reporter
-    crashes count, in all. An exit with 2 fails the run at once."""
+    """How many times in a row a pod is restarted without progress before the run fails. A new
+    checkpoint (trainer), a unit (producer), or a unit or bucket (index) is progress and resets the
+    count. Preemptions count too, except for the planner and the reporter, where only crashes count;
+    the reporter's count is never reset. Exit code 2 fails the run at once."""
     pod_patch: dict[TemplateKey, dict[str, Any]] = Field(default_factory=dict)
-    """A patch of the pod template, merged as `kubectl patch` does (strategic merge): annotations, a
-    runtimeClassName, volumes, huge pages, IPC_LOCK, hostNetwork. The container of the program is
-    named `main`."""
+    """Patch for the pod template, applied as a strategic merge, as `kubectl patch` does by default.
+    Use it for annotations, a runtimeClassName, volumes, huge pages, IPC_LOCK or hostNetwork. The
+    program's container is named `main`."""
 
 
 class SpreadPods(PodsConfig):
-    """Pods that do not need one another."""
+    """Pods that work independently of each other."""
 
     spread_over: LabelKey | None = "kubernetes.io/hostname"
-    """Node label (host or zone) over which pods are spread, where possible."""
+    """Node label, such as the host or the zone, over which pods are spread where possible."""
 
 
 class ProducerPods(SpreadPods):
-    """Producer pods; each holds one producer, with all its `model.tensor_parallel` ranks."""
+    """Producer pods. Each runs one producer, with all its `model.tensor_parallel` ranks."""
 
     apart: bool = False
-    """A Job of their own beside the JobSet: Kueue admits and preempts it apart from the trainers,
-    and `submit --replace` resizes it without touching them. Its pods begin at once and hold their
-    devices while they wait for the plan, so plan first. false: a part of the JobSet."""
+    """true: producers get their own Job outside the JobSet. Kueue then admits and preempts them
+    independently of the trainers, and `submit --replace` resizes them without touching the
+    trainers. Their pods start at once and occupy their GPUs while they wait for the plan, so run
+    `dist-sae plan` first. false: producers are part of the JobSet."""
     queue: DnsLabel | None = None
-    """Kueue's LocalQueue of producers that are apart; null takes `cluster.queue`."""
+    """Kueue LocalQueue for producers with `apart: true`. null: `cluster.queue`."""
     least: PositiveInt | None = None
-    """Kueue may admit so few of the producers that are apart, if it has no room for all (partial
-    admission); it does not add to them later. null: all or none."""
+    """Least number of producers that Kueue may admit if there is no room for all (partial
+    admission). Kueue does not add the others later. Needs `apart: true`. null: all or none."""
     elastic: bool = False
-    """Kueue lets more producers join those that run, and fewer go, without a restart (elastic Jobs:
-    by default on from Kueue 0.18). Excludes `least`."""
+    """Let Kueue add or remove producers without restarting the others (elastic Jobs, on by default
+    from Kueue 0.18). Needs `apart: true`. Cannot be combined with `least`."""
 
 
 class IndexPods(SpreadPods):
-    """Pods of the latent index; each holds one worker, with all its `index.latent_shards` ranks."""
+    """Pods of the latent index. Each runs one worker with all its `index.latent_shards` ranks."""
 
 
 class TrainerPods(PodsConfig):
-    """Trainer pods; each holds `ranks` of the `processes.trainers` ranks."""
+    """Trainer pods. Each runs `ranks` of the `processes.trainers` ranks."""
 
     ranks: PositiveInt = 1
-    """Ranks in a pod; with GPUs, each rank has its own."""
+    """Ranks per pod. If the pod has GPUs, each rank has its own."""
     grace_seconds: PositiveInt = 600
-    """Seconds between SIGTERM and SIGKILL; must exceed two steps plus a checkpoint. `dist-sae
-    status` warns when the last checkpoint took over half of it."""
+    """Seconds between SIGTERM and SIGKILL. Must exceed the time of two steps and a checkpoint.
+    `dist-sae status` warns if the last checkpoint took over half of it."""
     rdma: NonNegativeInt = 0
-    """RDMA devices in a pod. If there are any and NCCL uses sockets, trainers stop with exit 2."""
+    """RDMA devices per pod. If above 0 and NCCL uses sockets, trainers stop with exit code 2."""
     rdma_resource: LabelKey = "rdma/hca"
-    """Resource name of the nodes' RDMA devices."""
+    """Kubernetes resource name of the RDMA devices."""
     close_by: LabelKey | None = None
-    """Node label whose value all trainer pods share, such as topology.kubernetes.io/zone; they wait
-    until there is room for them."""
+    """Node label, such as topology.kubernetes.io/zone, that must have the same value for all
+    trainer pods. The pods wait until there is room for them."""
 
 
 class ClusterConfig(Section):
-    """Kubernetes settings (`dist-sae submit`)."""
+    """Settings of a run on Kubernetes (`dist-sae submit`)."""
 
     image: Image | None = None
-    """Container image built from `launch/Dockerfile`, by digest or tag; `submit` needs it."""
+    """Container image built from `launch/Dockerfile`, by digest or tag. `submit` requires it."""
     pull_policy: Literal["Always", "IfNotPresent", "Never"] = "IfNotPresent"
-    """Policy by which nodes pull the image."""
+    """Kubernetes' imagePullPolicy."""
     pull_secrets: tuple[Name, ...] = ()
-    """Secrets with which nodes pull the image."""
+    """Names of the imagePullSecrets."""
     namespace: DnsLabel = "dist-sae"
-    """Namespace of all objects of the run."""
+    """Namespace of all of the run's objects."""
     service_account: Name = "dist-sae"
-    """Service account of the pods; its web identity (IRSA and the like) gives access to the
-    store."""
+    """Service account of the pods. Its web identity, such as IRSA, gives access to the store."""
     context: str | None = None
-    """Context of the kubeconfig; null takes the current one."""
+    """Context in the kubeconfig. null: the current one."""
     jobset: bool = True
-    """Create one JobSet; false creates plain Indexed Jobs, for clusters without JobSet."""
+    """true: create one JobSet. false: create plain Indexed Jobs, for clusters without JobSet."""
     queue: DnsLabel | None = None
-    """Kueue's LocalQueue; null does not queue."""
+    """Kueue LocalQueue. null: do not use Kueue."""
     env: dict[str, str] = Field(default_factory=dict)
-    """Environment variables of all pods; put secrets into `secrets` instead."""
+    """Environment variables of all pods. Use `secrets` for secret values."""
     secrets: tuple[Name, ...] = ()
-    """Secrets whose keys become environment variables, for example AWS keys or a hub's token."""
+    """Secrets whose keys become environment variables, such as AWS keys or a hub token."""
     config_maps: tuple[Name, ...] = ()
     """ConfigMaps whose keys become environment variables."""
     port: Annotated[int, Field(ge=1024, le=65_535)] = 9400
-    """Metrics port of a pod, if `telemetry.port` is null."""
+    """Metrics port of each pod if `telemetry.port` is null."""
     rendezvous_port: Annotated[int, Field(ge=1024, le=65_535)] = 29_500
-    """Port of the trainer ranks' rendezvous, on the first pod."""
+    """Port on the first trainer pod at which the trainer ranks meet."""
     keep_hours: PositiveFloat = 72.0
-    """Hours for which a finished JobSet, and with it the pods' logs, is kept."""
+    """Hours after which a finished JobSet is deleted, with its pods and their logs."""
     cache: Annotated[dict[VolumeKind, dict[str, Any]], Field(min_length=1, max_length=1)] | None = (
         None
     )
-    """A volume that keeps model files when a pod ends, in Kubernetes' terms, mounted at /cache:
-    {persistentVolumeClaim: {claimName: models}}. Models from the hub and from stores are kept
-    there; `model.path` may also be a folder in it, as it must be in an `image` volume. null: each
-    new pod fetches the model again."""
+    """Volume for model files that outlives the pods, written as in Kubernetes and mounted at
+    /cache: {persistentVolumeClaim: {claimName: models}}. Models from the hub and from stores are
+    cached there. `model.path` may also be a folder in the volume, and must be one in an `image`
+    volume. null: each new pod downloads the model again."""
     planner: PodsConfig = PodsConfig(cpus=2.0, memory="8Gi")
-    """Reads the corpus once."""
+    """Reads the corpus once and writes the plan."""
     producer: ProducerPods = ProducerPods()
     trainer: TrainerPods = TrainerPods()
     index: IndexPods = IndexPods()
-    """Make the latent index after training, unless `index.workers` is 0."""
+    """Builds the latent index after training, unless `index.workers` is 0."""
     reporter: PodsConfig | None = PodsConfig()
-    """Evaluates, exports and reports after training and the index; null does none of them."""
+    """Evaluates, exports and reports after training and the index. null: none of these."""

@@ -1,4 +1,4 @@
-"""Sections of crosscoders; the mathematics is in `dictionaries/recipes/crosscoder.py`."""
+"""Sections for crosscoders. The equations are in `dictionaries/recipes/crosscoder.py`."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
@@ -9,16 +9,18 @@ from dist_sae.config.dictionary import DictionaryConfig, KeepsThresholdConfig
 
 
 class AcrossSitesConfig(DictionaryConfig):
-    """Settings shared by crosscoders."""
+    """Settings shared by all crosscoders."""
 
     weighting: Literal["l2", "l1"] = "l2"
     """Weight of a latent's codes. l2: the norm of its decoder row over all sites. l1: the sum of
-    its norms at the sites, so that a latent of many sites costs more, and more are exclusive."""
+    its norms at the sites. With l1 a latent of many sites costs more, so more latents become
+    exclusive to one site."""
     shared_latents: float = Field(0.0, ge=0, lt=1)
-    """Share of the latents that have the same decoder row at every site, for sites of one width:
-    what models to be compared have in common (Anthropic, February 2025: .04)."""
+    """Share of the latents that have the same decoder row at every site. They represent what the
+    compared models have in common (Anthropic, February 2025: .04). All sites must have the same
+    width."""
     shared_penalty: float = Field(0.15, gt=0, le=1)
-    """Cost of a shared latent's code, as a multiple of the cost of other codes."""
+    """Cost of a shared latent's code, as a multiple of the cost of any other code."""
 
     def sites_problem(self, reads: Sequence[str], writes: Sequence[str]) -> str | None:
         if tuple(reads) != tuple(writes):
@@ -40,12 +42,12 @@ class AcrossSitesConfig(DictionaryConfig):
 
 
 class CrosscoderConfig(AcrossSitesConfig, KeepsThresholdConfig):
-    """Crosscoder of several sites, TopK or BatchTopK over all of them (Anthropic, October 2024)."""
+    """Crosscoder of several sites, with TopK or BatchTopK (Anthropic, October 2024)."""
 
     kind: Literal["crosscoder"] = "crosscoder"
     selection: Literal["row", "batch"] = "batch"
-    """row: the `k` largest codes of each row are kept (TopK). batch: the largest codes of the
-    global batch, `k` per row on average (BatchTopK); only this uses `threshold_decay`."""
+    """row: keep the `k` largest codes of each row (TopK). batch: keep the largest codes of the
+    global batch, `k` per row on average (BatchTopK). Only batch uses `threshold_decay`."""
 
     @property
     def over_batch(self) -> bool:

@@ -1,4 +1,4 @@
-"""Sections about activations: store, model, corpus, activation set."""
+"""Sections for the store, the model, the corpus and the activation set."""
 
 import os
 import re
@@ -20,11 +20,11 @@ from dist_sae.config.base import Section, StoreUrl
 SITE_NAMES = ("resid_pre", "resid_post", "mlp_in", "mlp_inner", "mlp_out", "attn_out", "attn_z")
 SYNTHETIC_SITE = "synthetic"
 _OTHER = "@other"
-"""Ends the names of sites of `model.other`."""
+"""Suffix of the names of sites in `model.other`."""
 
 
 _LAYERS = r"(?:transformer\.|model\.)*(?:layers|h|blocks)\.(?P<layer>\d+)"
-_SAME_ROWS = {  # hooks of TransformerLens and modules that give the same activations as a site
+_SAME_ROWS = {  # TransformerLens hooks and module names with the same activations as a site
     r"blocks\.(?P<layer>\d+)\.hook_resid_pre": "resid_pre",
     r"blocks\.(?P<layer>\d+)\.hook_resid_post": "resid_post",
     r"blocks\.(?P<layer>\d+)\.hook_mlp_out": "mlp_out",
@@ -65,7 +65,7 @@ Site = Annotated[str, AfterValidator(_check_site)]
 
 
 def layer_of(site: str) -> int:
-    """Layer number in the name of a language model's site."""
+    """Return the layer number in the name of a language model's site."""
     return int(site.rpartition(".")[2])
 
 
@@ -102,46 +102,47 @@ def _check_revision(path: str, revision: str | None) -> None:
 
 
 class S3Config(Section):
-    """S3-compatible endpoint. Credentials come from the usual AWS chain."""
+    """Connection to S3 or an S3-compatible store. Credentials come from the usual AWS chain."""
 
     endpoint_url: Annotated[str, AfterValidator(_check_endpoint)] | None = None
-    """URL of an endpoint other than AWS, for example http://127.0.0.1:8333."""
+    """URL of the endpoint if the store is not AWS, for example http://127.0.0.1:8333."""
     region: str | None = None
-    """Region; null takes the AWS chain's, else us-east-1."""
+    """Region. null: the AWS chain's, or else us-east-1."""
     path_style: bool = True
-    """Address buckets as endpoint/bucket; most S3-compatible servers need it."""
+    """Address buckets as endpoint/bucket. Most S3-compatible servers need this."""
     ca_bundle: str | None = None
-    """File with the certificates to trust; null takes the AWS chain's."""
+    """File with the certificates to trust. null: the AWS chain's."""
     encryption: Literal["AES256", "aws:kms", "aws:kms:dsse"] | None = None
-    """Server-side encryption of new objects; null takes the bucket's setting."""
+    """Server-side encryption of new objects. null: the bucket's setting."""
     kms_key_id: str | None = None
-    """Key for the aws:kms encryptions; null takes the bucket's."""
+    """Key for the aws:kms encryptions. null: the bucket's key."""
     deadline_seconds: PositiveFloat = 300.0
-    """Seconds for which a call that the endpoint cannot answer is retried."""
+    """Seconds for which a request is retried while the endpoint is unavailable."""
 
 
 class StoreConfig(Section):
     """Locations of the activation set and of runs."""
 
     activations: StoreUrl
-    """Location of the activation set; any number of training runs may read it."""
+    """Location of the activation set. Any number of training runs may read it."""
     runs: StoreUrl
-    """Location of runs; this run's folder is <runs>/<name>."""
+    """Location of all runs. This run's folder is <runs>/<name>."""
     s3: S3Config = S3Config()
     max_ahead_units: PositiveInt | None = None
-    """Units that producers may be ahead of the slowest run before they wait; null: no limit."""
+    """Number of units by which producers may be ahead of the slowest run. null: no limit."""
     retention: Literal["keep", "delete_consumed"] = "keep"
-    """delete_consumed deletes training shards that no run's last checkpoint needs any more."""
+    """keep: keep all shards. delete_consumed: delete a training shard once no run's last checkpoint
+    needs it."""
     consumer_expiry_hours: PositiveFloat = 72.0
-    """Hours of silence after which a run no longer holds producers back, and its shards may be
-    deleted."""
+    """Hours without a sign of life after which a run counts as abandoned. Producers no longer wait
+    for it, and shards that only it needs may be deleted."""
 
 
 class OtherModel(Section):
-    """A second language model, compared with the first."""
+    """A second language model to compare with the first."""
 
     path: ModelPath
-    """Name on the model hub, a local folder, or a folder of a store, s3://bucket/folder."""
+    """Name on the model hub, a local folder, or a folder in a store (s3://bucket/folder)."""
     revision: str | None = None
     """Commit, tag or branch on the hub."""
 
@@ -156,19 +157,21 @@ class HuggingFaceModel(Section):
 
     kind: Literal["huggingface"] = "huggingface"
     path: ModelPath
-    """Name on the model hub, a local folder, or a folder of a store, s3://bucket/folder: it has
-    config.json, a tokenizer and safetensors, and is fetched once into HF_HOME (`cluster.cache`)."""
+    """Name on the model hub, a local folder, or a folder in a store (s3://bucket/folder). A folder
+    needs config.json, a tokenizer and safetensors. A folder in a store is downloaded once into
+    HF_HOME (see `cluster.cache`)."""
     revision: str | None = None
     """Commit, tag or branch on the hub; name a commit to make the plan reproducible."""
     dtype: Literal["bf16", "fp16", "fp32"] = "bf16"
     """Precision of the forward pass."""
     batch_tokens: PositiveInt = 4096
-    """Tokens in one forward pass, padding included."""
+    """Tokens in one forward pass, including padding."""
     tensor_parallel: PositiveInt = 1
-    """Ranks that share one copy of the model; each producer consists of this many processes, and so
-    does `evaluate` in a local run."""
+    """Number of ranks that share one copy of the model. Each producer consists of this many
+    processes, and so does `evaluate` in a local run."""
     other: OtherModel | None = Field(None, exclude_if=lambda of: of is None)
-    """A second model with the same tokens, run on the same text; its sites are NAME.LAYER@other."""
+    """A second model that is run on the same text. It must have the same tokens. Its sites are
+    named NAME.LAYER@other."""
     _s3: S3Config = PrivateAttr(default_factory=S3Config)
 
     @model_validator(mode="after")
@@ -178,20 +181,20 @@ class HuggingFaceModel(Section):
 
     @property
     def s3(self) -> S3Config:
-        """How a store is reached that `path` is in: as the run reaches its own (`store.s3`)."""
+        """S3 settings for a `path` in a store: the run's own (`store.s3`)."""
         return self._s3
 
     def bind(self, s3: S3Config) -> None:
-        """Let the model be reached as the run's stores are; `Run` calls it."""
+        """Use the run's S3 settings to read the model. Called by `Run`."""
         self._s3 = s3
 
     @property
     def is_stored(self) -> bool:
-        """True if it is a folder of a store."""
+        """True if the model is a folder in a store."""
         return self.path.startswith("s3://")
 
     def of_site(self, site: str) -> tuple[Self, str]:
-        """Return the model that a site is in, and the site's name there."""
+        """Return the model that has a site, and the site's name in that model."""
         name, at, _ = site.partition("@")
         model: dict[str, object] = {"other": None}
         if at and self.other:
@@ -200,11 +203,11 @@ class HuggingFaceModel(Section):
 
     @property
     def parts(self) -> tuple[Self, ...]:
-        """The model, and the other one if there is one, each by itself."""
+        """The model, followed by `other` if it is set, each as a single model."""
         return tuple(self.of_site(end)[0] for end in ("", "@")[: 2 if self.other else 1])
 
     def by_model(self, sites: Iterable[str]) -> list[tuple[Self, dict[str, str]]]:
-        """Return the models that have any of these sites, and the sites by their names there."""
+        """Group sites by their model: a mapping from the site's name in the model to the site."""
         found: dict[bool, tuple[Self, dict[str, str]]] = {}
         for site in sites:
             model, name = self.of_site(site)
@@ -213,16 +216,16 @@ class HuggingFaceModel(Section):
 
     @property
     def place(self) -> str:
-        """`path` with ~ expanded; of a model in a store see `storage.model_files`."""
+        """`path` with ~ expanded. For a model in a store see `storage.model_files`."""
         return os.path.expanduser(self.path)
 
 
 class SyntheticModel(Section):
     """Activations of a known dictionary: x = sum_i a_i D_i + b, with Zipf-distributed firing.
 
-    Feature i is active with probability proportional to rank^-zipf, scaled so that `l0`
-    features are active on average; its intensity is 1 + 0.25 N(0, 1), at least 0.1; the rows
-    of D are random unit vectors.
+    Feature i is active with probability proportional to rank^-zipf, scaled so that `l0` features
+    are active on average. Its intensity a_i is 1 + 0.25 N(0, 1), but at least 0.1. The rows of D
+    are random unit vectors.
     """
 
     kind: Literal["synthetic"] = "synthetic"
@@ -233,11 +236,11 @@ class SyntheticModel(Section):
     l0: PositiveFloat = 4.0
     """Mean number of active features in a row."""
     zipf: float = 1.0
-    """Exponent of the features' frequencies; 0 makes them equal."""
+    """Zipf exponent of the features' frequencies. 0 makes all frequencies equal."""
     p_max: float = Field(0.5, gt=0, le=1)
     """Highest probability that a feature is active."""
     seed: NonNegativeInt = 0
-    """Seed of the features and of their activity."""
+    """Seed of the features and of the rows on which they are active."""
 
     @model_validator(mode="after")
     def _l0_is_reachable(self) -> Self:
@@ -261,15 +264,15 @@ class FilesCorpus(Section):
     ]
     """Paths, glob patterns, or URLs of single objects (s3://bucket/key)."""
     text_field: str = "text"
-    """The key (jsonl) or column (parquet) that holds the text."""
+    """Key (jsonl) or column (parquet) with the text."""
     txt_documents: Literal["paragraph", "line", "file"] = "paragraph"
-    """Unit of a .txt file that counts as one document."""
+    """What counts as one document in a .txt file."""
     max_documents: PositiveInt | None = None
     """Use only about this many documents, sampled by activations.seed; null uses all."""
 
     @property
     def label(self) -> str:
-        """Name of the text in reports and exports."""
+        """Name of the corpus in reports and exports."""
         return ", ".join(self.files)
 
 
@@ -280,13 +283,13 @@ class DatasetCorpus(Section):
     name: str
     """Name on the hub."""
     subset: str | None = None
-    """Configuration of the data set; null if it has only one."""
+    """Configuration of the data set. Needed only if it has several."""
     split: str = "train"
     """Split of the data set."""
     revision: str | None = None
     """Commit, tag or branch on the hub; name a commit to make the plan reproducible."""
     text_field: str = "text"
-    """Column that holds the text."""
+    """Column with the text."""
     max_documents: PositiveInt | None = None
     """Use only about this many documents, sampled by activations.seed; null uses all."""
 
@@ -296,13 +299,13 @@ class DatasetCorpus(Section):
 
 
 class SyntheticCorpus(Section):
-    """Documents of the synthetic model: no text, `document_rows` rows each."""
+    """Documents of the synthetic model. They have no text, and `document_rows` rows each."""
 
     kind: Literal["synthetic"] = "synthetic"
     documents: PositiveInt = 1024
-    """Documents of the corpus."""
+    """Number of documents in the corpus."""
     document_rows: PositiveInt = 128
-    """Rows of each document."""
+    """Rows per document."""
 
     @property
     def label(self) -> str:
@@ -313,44 +316,46 @@ CorpusConfig = Annotated[FilesCorpus | DatasetCorpus | SyntheticCorpus, Field(di
 
 
 class ExcludeConfig(Section):
-    """Rows left out of the activation set, counted by reason."""
+    """Rows that are left out of the activation set. They are counted by reason."""
 
     special_tokens: bool = True
-    """Leave out BOS, EOS, pad and every other special token of the tokenizer."""
+    """Leave out the tokenizer's special tokens, such as BOS, EOS and padding."""
     first_positions: NonNegativeInt = 1
-    """Leave out this many first positions of every context (attention sinks live there)."""
+    """Leave out this many positions at the start of every context, where attention sinks are."""
     over_norm: PositiveFloat | None = 10.0
-    """Leave out rows with a norm above this multiple of their unit's median norm, at any site."""
+    """Leave out rows whose norm at any site is above this multiple of the unit's median norm. null:
+    leave out none."""
 
 
 class ActivationsConfig(Section):
-    """The activation set: what is recorded, and its layout. All of it enters the plan."""
+    """What the activation set contains, and its layout. The plan records all of these settings."""
 
     sites: Annotated[tuple[Site, ...], Field(min_length=1)]
-    """Places in the model where activations are read, for example [resid_post.7]."""
+    """Sites in the model whose activations are recorded, for example [resid_post.7]."""
     context_tokens: Annotated[int, Field(ge=2)] = 256
-    """Most tokens in a context; longer documents are cut into several."""
+    """Maximum number of tokens in a context. Longer documents are cut into several contexts."""
     prepend_bos: bool = True
     """Start every context with the tokenizer's BOS token, if it has one."""
     dtype: Literal["bf16", "fp16", "fp32", "int8"] = "bf16"
-    """Storage type; int8 adds a scale per row and takes half the bytes of bf16."""
+    """Data type in storage. int8 takes about half the bytes of bf16, with one scale per row."""
     unit_rows: PositiveInt | None = None
-    """Approximate rows in a unit, the work item of producers. null: chosen by the size of the
-    corpus, at most 65,536; the first units are smaller, so that training starts early."""
+    """Approximate number of rows in a unit, which is the work item of producers. null: chosen from
+    the size of the corpus, at most 65,536. The first units are then smaller, so that training can
+    start early."""
     block_rows: PositiveInt = 4096
-    """Most rows in a block, the smallest piece that a reader fetches. Small units are cut into
-    four blocks, of 256 rows at least, so that training starts early."""
+    """Maximum number of rows in a block, which is the smallest piece that a reader fetches. Small
+    units are cut into four blocks of at least 256 rows, so that training can start early."""
     streams: PositiveInt | None = None
     """Number of streams. Any number of ranks can read them, but ranks that share a stream each read
-    all of it. null: 8, or the number nearest to it that suits processes.trainers, train.batch_rows
-    and the longest document."""
+    all of it. null: the largest multiple of processes.trainers up to 8 that divides
+    train.batch_rows and suits the longest document, but at least processes.trainers."""
     window_units: PositiveInt = 4
-    """Units of one stream that are mixed row by row."""
+    """Number of units of one stream whose rows are shuffled together."""
     heldout_share: float = Field(0.05, ge=0, lt=1)
-    """Share of the rows kept from training for evaluation, in whole documents."""
+    """Share of the rows that is held out for evaluation. Whole documents are held out."""
     exclude: ExcludeConfig = ExcludeConfig()
     seed: NonNegativeInt = 0
-    """Seed of the assignment of documents to units, and of the order of rows."""
+    """Seed of the assignment of documents to units and of the order of rows."""
 
     @model_validator(mode="after")
     def _sites_are_distinct(self) -> Self:

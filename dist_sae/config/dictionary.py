@@ -1,4 +1,4 @@
-"""Bases of the sections of the recipes (`sae.py`)."""
+"""Base classes for the sections of the recipes (see `sae.py`)."""
 
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
@@ -21,25 +21,26 @@ class DictionaryConfig(Section):
     """Settings of every recipe."""
 
     init_cosine: ClassVar[float] = 1.0
-    """A row gives an initial direction if its cosine with those that gave one before is lower; at 1
-    every row does."""
+    """With `init: data`, a row becomes an initial direction if its cosine with every earlier one is
+    below this. At 1 every row does."""
 
     kind: str
     n_latents: PositiveInt
     """Number of latents in the dictionary."""
     dead_after_rows: PositiveInt | None = None
-    """Rows without firing after which a latent is dead; null gives a tenth of train.rows, at most
-    10 million."""
+    """A latent counts as dead if it has not fired for this many rows. null: a tenth of train.rows,
+    at most 10 million."""
     init: Literal["random", "data"] = "data"
-    """Initial directions: random, or near those of the first `n_latents` rows. With an L1 penalty a
-    row at a cosine of .5 or more with an earlier one gives none, and its latent's is random."""
+    """Initial directions of the latents. random: random directions. data: near the directions of
+    the first rows, one row per latent. With an L1 penalty, a row with a cosine of .5 or more to an
+    earlier one is not used, and its latent gets a random direction."""
     reads: Annotated[tuple[Site, ...], Field(min_length=1)] | None = None
-    """Sites that the encoder reads; null reads `train.site`, or the only one there is."""
+    """Sites that the encoder reads. null: `train.site`, or the only site of the activation set."""
     writes: Annotated[tuple[Site, ...], Field(min_length=1)] | None = None
-    """Sites that the decoder reconstructs; null reconstructs the sites that are read."""
+    """Sites that the decoder reconstructs. null: the sites in `reads`."""
 
     def sites_problem(self, reads: Sequence[str], writes: Sequence[str]) -> str | None:
-        """Why a dictionary of this kind cannot read and write these sites; None if it can."""
+        """Return why this kind cannot read and write these sites, or None if it can."""
         if len(reads) == 1 and tuple(reads) == tuple(writes):
             return None
         return (
@@ -54,76 +55,79 @@ class DictionaryConfig(Section):
 
     @property
     def is_causal(self) -> bool:
-        """True if what is written at a site depends on no site that the model reaches later."""
+        """True if the reconstruction of a site does not depend on sites in later layers."""
         return False
 
     @property
     def sparsity_key(self) -> str:
-        """The setting that decides how many latents are active."""
+        """Name of the setting that decides how many latents are active."""
         return "sparsity"
 
     @property
     def init_rows(self) -> int:
-        """Rows from which initial directions are taken; 0 if they are random."""
+        """Number of rows that the initial directions are taken from; 0 if they are random."""
         return self.n_latents if self.init == "data" else 0
 
     @property
     def latents_met(self) -> int:
-        """Latents whose pre-activations are computed for a row."""
+        """Number of latents whose pre-activations are computed for a row."""
         return self.n_latents
 
     @property
     def skips(self) -> bool:
-        """True if a part of the reconstruction comes straight from what is read."""
+        """True if a linear map from the inputs adds a part of the reconstruction."""
         return False
 
     @property
     def n_experts(self) -> int | None:
-        """Equal parts of the latents that rows are routed to; None: every row meets all latents."""
+        """Number of experts, to which rows are routed; None if every row meets all latents."""
         return None
 
     @property
     def prefix_widths(self) -> tuple[int, ...]:
-        """Latents of each nested dictionary, ascending; none if latents are not nested."""
+        """Number of latents in each nested dictionary, ascending; empty if there are none."""
         return ()
 
     @property
     def together(self) -> int:
-        """Neighbouring latents that lie on one shard, and on one page."""
+        """Size of the groups of neighbouring latents that must share a shard and a page."""
         return self.n_latents // (self.n_experts or self.n_latents)
 
     def divides_over(self, shards: int) -> bool:
-        """True if shards of equal size can hold the latents, with those that stay together."""
+        """True if shards of equal size can hold the latents without splitting a group."""
         return self.n_latents % (self.together * shards) == 0
 
     def shards_problem(self, shards: int) -> tuple[str, str] | None:  # noqa: ARG002
-        """The setting that keeps shards of equal size from training, and why; None if they can."""
+        """Return the setting that rules out this number of shards, and why, or None."""
         return None
 
     def parent_problem(self, parent: Mapping[str, Any]) -> str | None:  # noqa: ARG002
-        """Why latents of a dictionary of the same kind with these settings cannot be taken over.
+        """Return why the latents of a parent of the same kind cannot be taken over, or None.
 
-        None if they can.
+        Args:
+            parent: Settings of the parent.
         """
         return None
 
 
 class CountsLatentsConfig(DictionaryConfig):
-    """Settings shared by TopK, BatchTopK, Matryoshka and routed dictionaries."""
+    """Settings shared by the recipes that keep `k` latents per row."""
 
     k: PositiveInt
-    """Latents kept for each row (BatchTopK: on average)."""
+    """Number of active latents per row (for BatchTopK: on average)."""
     k_start: PositiveInt | None = None
-    """Value of `k` at the start, reduced linearly to `k`; null keeps `k` constant."""
+    """Value of `k` at the start of training. It is reduced linearly to `k`. null: `k` is
+    constant."""
     k_anneal_share: float = Field(0.1, gt=0, le=1)
     """Share of the run over which `k_start` is reduced to `k`."""
     auxk: NonNegativeInt = Field(
         default_factory=lambda known: min(_AUXK, known.get("n_latents", _AUXK))
     )
-    """Dead latents per row that reconstruct its error; 0 turns AuxK off. By default 512, or all
-    latents if they are fewer."""
+    """Number of dead latents per row that reconstruct the row's error in the AuxK loss. 0 turns
+    AuxK off. The default is 512, or all latents if there are fewer."""
     auxk_coefficient: NonNegativeFloat = 1 / 32
-    """Weight of the AuxK loss; above Gao et al.'s 1/32 fewer latents die, but FVU is worse."""
+    """Weight of the AuxK loss. With more than Gao et al.'s 1/32 fewer latents die, but FVU is
+    worse."""
 
     @property
     def sparsity_key(self) -> str:
@@ -131,7 +135,7 @@ class CountsLatentsConfig(DictionaryConfig):
 
     @property
     def over_batch(self) -> bool:
-        """True if the largest codes of a whole batch are kept, and not those of each row."""
+        """True if `k` is an average over the batch instead of a number for each row."""
         return False
 
     @model_validator(mode="after")
@@ -144,10 +148,11 @@ class CountsLatentsConfig(DictionaryConfig):
 
 
 class KeepsThresholdConfig(CountsLatentsConfig):
-    """Settings of recipes that select over a batch, and keep a threshold for inference."""
+    """Settings of recipes that can select over a batch and learn a threshold for inference."""
 
     threshold_decay: float = Field(0.99, ge=0, lt=1)
-    """Decay per step of the running mean of a batch's smallest code, the threshold at inference."""
+    """Decay per step of the running mean of each batch's smallest active code. This mean is the
+    threshold at inference."""
 
     @property
     def over_batch(self) -> bool:

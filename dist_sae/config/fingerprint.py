@@ -1,7 +1,6 @@
-"""The run's fingerprint: the settings that decide its result, as against how it is computed.
+"""The run's fingerprint: the settings that decide the result, not those about how to compute it.
 
-Every checkpoint carries it. Whoever reads a checkpoint compares the fingerprint with the run file
-at hand and refuses it if they differ.
+Every checkpoint stores it. A checkpoint is refused if its fingerprint differs from the run file.
 """
 
 from collections.abc import Mapping, Sequence
@@ -11,7 +10,7 @@ from dist_sae.config import Run, differences, sections_of, validate_run
 from dist_sae.config.renamed import with_new_names
 from dist_sae.errors import PlanMismatchError
 
-_OLD_DEAD_AFTER_ROWS = 10_000_000  # the default of runs that began before it followed train.rows
+_OLD_DEAD_AFTER_ROWS = 10_000_000  # default of older runs; it depends on train.rows now
 _OLD_DEFAULTS: dict[str, dict[str, tuple[Any, ...]]] = {
     "jumprelu": {
         "sparsity": (6e-4, 1e-3, 2e-3),
@@ -35,7 +34,7 @@ _FREE_SETTINGS = {
     "telemetry",
     "cluster",
     "export",
-    "train.max_passes",  # later passes follow earlier ones: no batch before them changes
+    "train.max_passes",  # more passes change no batch of the earlier ones
     "train.log_every_steps",
     "train.save_every_steps",
     "train.save_in_background",
@@ -45,11 +44,11 @@ _FREE_SETTINGS = {
     "train.heldout_rows",
 }
 PLAN_SECTIONS = ("model", "corpus", "activations")
-"""Compared with the plan of the activation set, which knows their content; see `data.plan`."""
+"""Sections that `data.plan` compares with the plan of the activation set instead."""
 
 
 def run_fingerprint(run: Run) -> dict[str, Any]:
-    """The settings that decide the result; every checkpoint carries them."""
+    """Return the settings that decide the result. Every checkpoint stores them."""
     settings = sections_of(run.resolved())
     for free in _FREE_SETTINGS:
         section, _, key = free.partition(".")
@@ -60,12 +59,12 @@ def run_fingerprint(run: Run) -> dict[str, Any]:
 def changes(stored: Mapping[str, Any], run: Run, *, but: Sequence[str] = ()) -> list[str]:
     """List how a run's settings differ from a checkpoint's: `["train.lr: 0.001 -> 0.002"]`.
 
-    Both are compared as this version reads them: a key that older settings lack has its default,
-    and a value that follows from others is written out.
+    Both sides are first resolved by this version: missing keys of older settings get their
+    defaults, and values that follow from other settings are filled in.
 
     Args:
-        stored: What `run_fingerprint` gave, perhaps in an older version.
-        run: As the run file says.
+        stored: Result of `run_fingerprint`, perhaps from an older version.
+        run: The run, from its run file.
         but: Sections that are not compared.
 
     Raises:
@@ -79,16 +78,16 @@ def changes(stored: Mapping[str, Any], run: Run, *, but: Sequence[str] = ()) -> 
 
 
 def check_same_run(stored: Mapping[str, Any], run: Run, place: str, remedy: str = "") -> Run:
-    """The run that a checkpoint's settings are of, once a run file is known to mean the same.
+    """Return the run with a checkpoint's settings, after checking that the run file agrees.
 
     Args:
-        stored: What `run_fingerprint` gave, perhaps in an older version.
-        run: As the run file says. `PLAN_SECTIONS` are not compared here.
-        place: Where the settings are from, for messages.
-        remedy: What to do, if not `restore them or choose another name`.
+        stored: Result of `run_fingerprint`, perhaps from an older version.
+        run: The run, from its run file. Its `PLAN_SECTIONS` are not compared.
+        place: Location of the checkpoint, for messages.
+        remedy: Advice for the user; by default `restore them or choose another name`.
 
     Raises:
-        PlanMismatchError: They differ.
+        PlanMismatchError: The settings differ.
         ConfigError: This version cannot read the stored settings.
     """
     if changed := changes(stored, run, but=PLAN_SECTIONS):
@@ -100,7 +99,7 @@ def check_same_run(stored: Mapping[str, Any], run: Run, place: str, remedy: str 
 
 
 def as_begun(run: Run, stored: Mapping[str, Any]) -> Run:
-    """The run with the numbers that it began with, where its file leaves them open."""
+    """Return the run with its original values for settings that its file leaves open."""
     run = run.filled(stored)
     fields = type(run.sae).model_fields
     was_default = {
@@ -109,7 +108,7 @@ def as_begun(run: Run, stored: Mapping[str, Any]) -> Run:
         if stored["sae"].get(key, key) in values and getattr(run.sae, key) == fields[key].default
     }
     run = run.model_copy(update={"sae": run.sae.model_copy(update=was_default)})
-    if run.train.rows == "all":  # neither has a plan yet
+    if run.train.rows == "all":  # no plan yet, so dead_after_rows is open too
         return run
     left_open = run.sae.model_copy(update={"dead_after_rows": None})
     follows = run.model_copy(update={"sae": left_open}).dead_after_rows
@@ -120,10 +119,10 @@ def as_begun(run: Run, stored: Mapping[str, Any]) -> Run:
 
 
 def stored_run(stored: Mapping[str, Any], run: Run, origin: str) -> Run:
-    """The run of stored settings; the stores and the free keys of `train` come from a run file.
+    """Build a run from stored settings. Stores and free keys of `train` come from the run file.
 
     Raises:
-        ConfigError: This version cannot read them.
+        ConfigError: This version cannot read the stored settings.
     """
     stores = {"activations": run.store.activations, "runs": run.store.runs}
     keys = {free.removeprefix("train.") for free in _FREE_SETTINGS if free.startswith("train.")}
@@ -135,7 +134,7 @@ def stored_run(stored: Mapping[str, Any], run: Run, origin: str) -> Run:
 
 def _compared(run: Run) -> dict[str, Any]:
     settings = run_fingerprint(run)
-    one = len(run.reads) == 1 and run.reads == run.writes  # however it is written
+    one = len(run.reads) == 1 and run.reads == run.writes  # may be given by train.site or reads
     settings["train"]["site"] = run.site if one else None
     sites = {"reads": list(run.reads), "writes": list(run.writes)}
     settings["sae"] |= dict.fromkeys(sites) if one else sites

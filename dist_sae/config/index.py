@@ -1,4 +1,4 @@
-"""The section `index`: content of the latent index, and the processes that make it."""
+"""The section `index`: the content of the latent index and the processes that build it."""
 
 from typing import Annotated, Any, Literal
 
@@ -17,35 +17,35 @@ IndexName = Annotated[
 
 
 class IndexConfig(Section):
-    """Content of the latent index of a trained dictionary, and the processes that make it."""
+    """Content of the latent index of a trained dictionary, and the processes that build it."""
 
     name: IndexName | None = None
-    """Folder of the index within the run's `index/`; null takes the checkpoint's step, so indexes
-    of several checkpoints lie side by side."""
+    """Folder of the index within the run's `index/`. null: the checkpoint's step, so that each
+    checkpoint can have its own index."""
     rows: PositiveInt | Literal["all"] = "all"
-    """Rows of the activation set to index, of whole units, held-out ones first; all takes every
-    unit that has not been deleted."""
+    """Number of rows of the activation set to index, in whole units, starting with the held-out
+    units. all: every unit that has not been deleted."""
     examples: PositiveInt = Field(64, le=4096)
-    """Largest activations of each latent that are kept with their text's place."""
+    """Number of largest activations to store per latent, with their places in the text."""
     decile_examples: NonNegativeInt = Field(2, le=100)
-    """Further examples of each latent from each tenth of its activations, by chance."""
+    """Number of further examples per latent, drawn at random from each tenth of its activations."""
     postings: Literal["all", "none"] | Annotated[float, Field(gt=0, lt=1)] = "all"
-    """Whether all activations of each latent are kept, none, or those of this share of the rows."""
+    """Which activations of each latent to store. A number: those on this share of the rows."""
     pairs: NonNegativeInt = 200_000
-    """Rows on which latents that are active together are counted; 0 counts none."""
+    """Number of rows on which to count which latents are active together. 0 turns this off."""
     neighbours: NonNegativeInt = Field(16, le=256)
-    """Latents with the nearest decoder directions that are kept for each; 0 leaves them out. The
-    search takes 20 minutes of one core at a million latents, whatever their number."""
+    """Number of nearest latents, by decoder direction, to store per latent. 0 turns this off. At a
+    million latents the search takes 20 minutes of one core, for any number above 0."""
     output_tokens: NonNegativeInt = 10
-    """Tokens whose logits a latent's decoder row raises most, and as many that it lowers most, by
-    the model's head; 0 leaves them out (their cost is n_latents x vocabulary x width)."""
+    """Number of tokens to store per latent whose logits its decoder row raises most, and as many
+    that it lowers most. 0 turns this off. The cost is n_latents x vocabulary x width."""
     workers: NonNegativeInt = 1
-    """Number of workers in a local run and on a cluster, each of `latent_shards` processes; with 0
-    a run makes no index, and `dist-sae index` still does."""
+    """Number of workers, each with `latent_shards` processes, in a local run and on a cluster. 0: a
+    run builds no index, but `dist-sae index` still does."""
     latent_shards: PositiveInt = 1
-    """Ranks over which a worker shards the dictionary; more than 1 where a device cannot hold
-    it."""
+    """Number of ranks over which a worker shards the dictionary. Use more than 1 if the dictionary
+    does not fit on one device."""
 
     def deciding(self) -> dict[str, Any]:
-        """The settings that decide what is in an index."""
+        """Return the settings that decide the content of an index."""
         return self.model_dump(mode="json", exclude={"name", "workers", "latent_shards"})

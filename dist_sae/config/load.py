@@ -1,4 +1,4 @@
-"""Reading run files: YAML, overrides, messages; and writing the resolved run."""
+"""Reading and validating run files with overrides, and writing the resolved run."""
 
 import math
 import os
@@ -18,17 +18,18 @@ from dist_sae.config.run import Run
 from dist_sae.errors import ConfigError
 
 _SECTIONS_OF_KEYS: dict[tuple[str, ...], int] = {("sweep", "over"): 2, ("sweep", "jobs"): 3}
-"""Sections whose keys are keys of the run file, as `sae.k`, by how deep they are."""
+"""Sections whose keys are dotted keys of the run file, such as `sae.k`, with their depth."""
 
 
 def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
     """Read and validate a run file.
 
     Args:
-        overrides: `section.key=value` strings; the value is YAML.
+        overrides: Strings `section.key=value`, where the value is YAML.
 
     Raises:
-        ConfigError: One line for every problem, each with the path as the user gave it.
+        ConfigError: The run file or an override is not valid. The message has one line per
+            problem, each with the path as the user gave it.
     """
     data = _read_yaml(Path(path))
     for section, keys in data.items():
@@ -38,9 +39,9 @@ def load_run(path: str | Path, overrides: Sequence[str] = ()) -> Run:
 
 
 def resolve_run(data: dict[str, Any], overrides: Sequence[str], origin: str) -> Run:
-    """Validate a run given as sections and overrides; raises like `load_run`."""
+    """Validate a run given as sections and overrides. Raises the same errors as `load_run`."""
     try:
-        data = with_new_names(data)  # first, so that an override by either name replaces the value
+        data = with_new_names(data)  # first, so that overrides may use either name
     except ValueError as exc:
         lines = str(exc).splitlines()
         raise ConfigError("\n".join(f"{origin}: {line}" for line in lines)) from exc
@@ -59,7 +60,7 @@ def resolve_run(data: dict[str, Any], overrides: Sequence[str], origin: str) -> 
 
 
 def parse_overrides(overrides: Sequence[str]) -> dict[str, Any]:
-    """Turn `section.key=value` strings into sections."""
+    """Parse `section.key=value` strings into sections."""
     data: dict[str, Any] = {}
     for override in overrides:
         _apply_override(data, override)
@@ -70,10 +71,10 @@ def validate_run(data: Mapping[str, Any], origin: str) -> Run:
     """Validate and resolve a run given as sections.
 
     Args:
-        origin: Where they come from, for messages.
+        origin: Source of the sections, for messages.
 
     Raises:
-        ConfigError: One line for every problem.
+        ConfigError: The sections are not valid. The message has one line per problem.
     """
     try:
         run = Run.model_validate(data).resolved()
@@ -88,10 +89,10 @@ def validate_run(data: Mapping[str, Any], origin: str) -> Run:
 
 
 def jobs_of(run: Run) -> tuple[Run, ...]:
-    """The runs of a sweep, each with what follows from its own settings; a run without jobs itself.
+    """Return a sweep's jobs as resolved runs, or the run itself if it is not a sweep.
 
     Raises:
-        ConfigError: With one line for every problem of a job.
+        ConfigError: A job is not valid. The message has one line per problem.
     """
     if run.sweep is None:
         return (run,)
@@ -121,9 +122,9 @@ def jobs_of(run: Run) -> tuple[Run, ...]:
 
 
 def groups_of(run: Run) -> tuple[tuple[Run, ...], ...]:
-    """The runs of a sweep by the group of neighbouring ranks that trains them; raises as `jobs_of`.
+    """Group a sweep's runs by the neighbouring ranks that train them. Raises like `jobs_of`.
 
-    Together, and of a run that is no sweep, there is one group of all ranks.
+    There is one group with all ranks unless the sweep has `placement: spread`.
     """
     jobs = jobs_of(run)
     n = run.processes.trainers // jobs[0].processes.trainers
@@ -131,10 +132,10 @@ def groups_of(run: Run) -> tuple[tuple[Run, ...], ...]:
 
 
 def _ranks_of_a_job(run: Run) -> int:
-    """Ranks that train a job: all, or those of a group.
+    """Return the number of ranks that train a job: all ranks, or the size of a group.
 
     Raises:
-        ConfigError: The ranks cannot be divided into groups of one size.
+        ConfigError: The ranks cannot be divided into groups of equal size.
     """
     trainers, sweep = run.processes.trainers, run.sweep
     if sweep is None or sweep.placement == "together":
@@ -153,15 +154,15 @@ def _ranks_of_a_job(run: Run) -> int:
 
 
 def sections_of(run: Run) -> dict[str, Any]:
-    """The run's settings as sections, which `validate_run` makes an equal run of.
+    """Return the run's settings as sections; `validate_run` turns them into an equal run.
 
-    Of a sweep only the keys that were given: the others follow for each job.
+    For a sweep these are only the keys that were given, since other values depend on the job.
     """
     return run.model_dump(mode="json", exclude_unset=run.sweep is not None)
 
 
 def dump_run(run: Run) -> str:
-    """Write the resolved run as YAML; `load_run` reads it back to an equal run."""
+    """Return the resolved run as YAML; `load_run` reads it back as an equal run."""
     return yaml.dump(sections_of(run), Dumper=yaml.CSafeDumper, sort_keys=False)
 
 
@@ -178,7 +179,7 @@ def differences(old: Mapping[str, Any], new: Mapping[str, Any], prefix: str = ""
 
 
 class _Loader(yaml.CSafeLoader):
-    """YAML loader that refuses a repeated key and reads 1e6 as a number."""
+    """YAML loader that rejects duplicate keys and reads 1e6 as a number."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:  # noqa: FBT001, FBT002
         keys = [key for key, _ in node.value if isinstance(key, yaml.ScalarNode)]
@@ -189,7 +190,7 @@ class _Loader(yaml.CSafeLoader):
         return super().construct_mapping(node, deep)
 
 
-# PyYAML follows YAML 1.1, where 1e6 and 1e-3 are strings; a float is 1.0e+6
+# PyYAML follows YAML 1.1, where 1e6 and 1e-3 are strings and only 1.0e+6 is a float
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float", re.compile(r"^[-+]?\d+(\.\d*)?[eE][-+]?\d+$"), list("-+0123456789")
 )
@@ -233,11 +234,11 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
         raise ConfigError(f"--set {override}: write it as section.key=value")
     try:
         value = yaml.load(text, Loader=_Loader)
-    except (yaml.YAMLError, UnicodeEncodeError) as exc:  # an argument may be bytes of no text
+    except (yaml.YAMLError, UnicodeEncodeError) as exc:  # of bytes that are not UTF-8
         raise ConfigError(f"--set {override}: the value is not valid YAML") from exc
     section = data
     for key in keys[:-1]:
-        if section.get(key) is None:  # absent, or there without a value
+        if section.get(key) is None:  # absent, or without a value
             section[key] = {}
         section = section[key]
         if not isinstance(section, dict):
@@ -246,7 +247,7 @@ def _apply_override(data: dict[str, Any], override: str) -> None:
 
 
 def _with_absolute_stores(run: Run) -> Run:
-    """Make stores that are folders absolute: the resolved run must mean the same anywhere."""
+    """Make the paths of local stores absolute, so that the run means the same in any folder."""
     store = run.store
     resolved = {
         name: folder_of(url) or url
@@ -256,7 +257,7 @@ def _with_absolute_stores(run: Run) -> Run:
 
 
 def with_absolute_paths(run: Run) -> Run:
-    """The run with its local model and text by absolute paths, so that it can be read anywhere."""
+    """Return the run with absolute paths of its model and text, so that it works in any folder."""
     model, corpus = run.model, run.corpus
     if model.kind == "huggingface" and (folder := Path(model.path).expanduser()).is_dir():
         model = model.model_copy(update={"path": os.path.abspath(folder)})

@@ -1,4 +1,4 @@
-"""The section of Matryoshka dictionaries; the mathematics is in `recipes/matryoshka.py`."""
+"""The section for Matryoshka dictionaries. The equations are in `recipes/matryoshka.py`."""
 
 import math
 from bisect import bisect_right
@@ -12,7 +12,7 @@ from dist_sae.config.dictionary import KeepsThresholdConfig
 
 
 class MatryoshkaConfig(KeepsThresholdConfig):
-    """BatchTopK with prefixes that are dictionaries (Bussmann et al. 2025, arXiv:2503.17547)."""
+    """Matryoshka: BatchTopK with nested dictionaries (Bussmann et al. 2025, arXiv:2503.17547)."""
 
     kind: Literal["matryoshka"] = "matryoshka"
     prefixes: Annotated[tuple[PositiveFloat, ...], Field(min_length=1)] = (
@@ -22,16 +22,16 @@ class MatryoshkaConfig(KeepsThresholdConfig):
         15 / 32,
         1.0,
     )
-    """Latents of the nested dictionaries, ascending: numbers, or shares of `n_latents` if the last
-    is at most 1. The whole is added if it is not the last. Numbers of latents must be multiples of
-    `processes.latent_shards`."""
+    """Sizes of the nested dictionaries, ascending. They are shares of `n_latents` if the last one
+    is at most 1, and numbers of latents otherwise. The whole dictionary is added if it is missing.
+    Every size must be a multiple of `processes.latent_shards`."""
     prefix_weights: tuple[NonNegativeFloat, ...] | None = None
-    """Weight of each nested dictionary's squared error in the loss, the whole's last; null gives
-    each 1."""
+    """Weight of each nested dictionary's squared error in the loss, the whole dictionary's last.
+    null: 1 for each."""
 
     @property
     def _unit(self) -> int:
-        """Latents that one unit of `prefixes` stands for: all if they are shares, else one."""
+        """Number of latents that 1 stands for in `prefixes`: all for shares, else one."""
         return self.n_latents if self.prefixes[-1] <= 1 else 1
 
     @property
@@ -41,21 +41,21 @@ class MatryoshkaConfig(KeepsThresholdConfig):
 
     @property
     def weights(self) -> tuple[float, ...]:
-        """Weight of each nested dictionary's squared error."""
+        """Weight of each nested dictionary's squared error in the loss."""
         return self.prefix_weights or (1.0,) * len(self.prefix_widths)
 
     @property
     def prefix_pattern(self) -> tuple[int, ...]:
-        """Number of latents of each prefix in a block of neighbours, whose size is the last number.
+        """Number of latents of each prefix in a block of neighbours; the last is the block's size.
 
-        All blocks are alike, so each prefix is spread evenly over the latents, and over shards of
-        equal size if its width is a multiple of their number.
+        All blocks have the same pattern, so each prefix is spread evenly over the latents. It is
+        spread evenly over n equal shards if its width is a multiple of n.
         """
         periods = math.gcd(*self.prefix_widths)
         return tuple(width // periods for width in self.prefix_widths)
 
     def prefix_of(self, latent: int) -> int:
-        """Number, from 0, of the smallest prefix that a latent is in."""
+        """Return the index, from 0, of the smallest prefix that contains a latent."""
         pattern = self.prefix_pattern
         return bisect_right(pattern, latent % pattern[-1])
 

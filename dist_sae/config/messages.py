@@ -1,4 +1,4 @@
-"""Translation of pydantic's errors into the user's terms, one line per problem."""
+"""Translation of pydantic's errors into one line per problem, in the user's terms."""
 
 import difflib
 from collections.abc import Iterator, Mapping, Sequence
@@ -43,7 +43,7 @@ _ELSEWHERE = {
     "train.warmup_steps": "lr_warm_up_steps lr_warmup_steps warmup",
 }
 OTHER_NAMES = {name: key for key, names in _ELSEWHERE.items() for name in names.split()}
-"""Our key for each name that SAELens, dictionary_learning, eai-sparsify and others use."""
+"""Mapping from names in SAELens, dictionary_learning, eai-sparsify and others to our keys."""
 _UNITS = {
     "expansion_factor": "that factor times the model's width",
     **dict.fromkeys(("steps", "num_steps", "max_steps", "total_training_steps"), "steps x batch"),
@@ -61,7 +61,7 @@ def explain(errors: Sequence[ErrorDetails], root: type[Section]) -> Iterator[str
 
 
 def _innermost(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
-    """Drop errors that follow from others: a list of bad items is "too short" as well."""
+    """Drop errors that follow from others, such as "too short" for a list with bad items."""
     inner = {error["loc"][:depth] for error in errors for depth in range(len(error["loc"]))}
     numbers = {error["loc"][:-1] for error in errors if error["type"].startswith("int_")}
     return [
@@ -69,7 +69,7 @@ def _innermost(errors: Sequence[ErrorDetails]) -> list[ErrorDetails]:
         for error in errors
         if error["loc"] not in inner
         and error["type"] != "default_factory_not_called"  # it needs another key, which is wrong
-        # where a number or a word may stand, one error is enough
+        # for a key that takes a number or a word, one error is enough
         and not (error["type"] == "literal_error" and error["loc"][:-1] in numbers)
     ]
 
@@ -92,7 +92,7 @@ def _explain(error: ErrorDetails, root: type[Section]) -> Iterator[str]:
             yield f"{dotted}.kind: unknown kind {kind}; {hint}"
         case "model_type" | "model_attributes_type":
             yield f"{dotted}: must be a section with keys of its own (got {error['input']!r})"
-        case "value_error" if not path:  # the cross-section check: it carries its own paths
+        case "value_error" if not path:  # from the check across sections, whose lines contain paths
             yield from message.splitlines()
         case "value_error":
             yield f"{dotted}: {message}"
@@ -121,7 +121,7 @@ def _hint(path: Sequence[str], known: Sequence[str], root: type[Section]) -> str
 
 
 def dotted_keys(root: type[Section]) -> Iterator[str]:
-    """Yield the keys of a section and its subsections, of every kind, as `--set` takes them."""
+    """Yield the dotted keys of a section and its subsections, of every kind, for `--set`."""
     for name, field in root.model_fields.items():
         sections = sections_by_kind(field.annotation)
         for section in sections.values():
@@ -131,7 +131,7 @@ def dotted_keys(root: type[Section]) -> Iterator[str]:
 
 
 def sections_by_key(root: type[Section], prefix: str = "") -> dict[str, dict[str, list[str]]]:
-    """Map each key to the sections that have it, with their kinds; without `cluster`."""
+    """Map each key to the sections that have it, with their kinds. Leaves out `cluster`."""
     found: dict[str, dict[str, list[str]]] = {}
     for name, field in root.model_fields.items():
         if name == "cluster":
@@ -147,21 +147,21 @@ def sections_by_key(root: type[Section], prefix: str = "") -> dict[str, dict[str
 
 
 def _locate(loc: tuple[int | str, ...], root: type[Section]) -> tuple[list[str], list[str]]:
-    """Find the user's path of an error, and the keys or kinds that are valid there.
+    """Find the path of an error as the user wrote it, and the keys or kinds that are valid there.
 
-    pydantic puts the tag of a union into the path (`sae.topk.k`), which the user did not write.
+    pydantic adds the tag of a union to the path (`sae.topk.k`), which the user did not write.
 
     Returns:
-        The path and its section's keys; for the path of a union its kinds.
+        The path, and the keys of its section. If the path is of a union, the union's kinds.
     """
     path: list[str] = []
     known: list[str] = []
-    sections: Mapping[Any, type[Section]] = {None: root}  # what may be here, by kind
+    sections: Mapping[Any, type[Section]] = {None: root}  # sections that may be here, by kind
     plain_union = False
     for key in loc:
-        if key == "[key]":  # of a mapping: the key itself came before
+        if key == "[key]":  # pydantic's marker; the key itself came before
             continue
-        if plain_union:  # its members' names
+        if plain_union:  # pydantic's names of the union's members
             continue
         if key in sections:
             sections = {None: sections[key]}
@@ -177,7 +177,7 @@ def _locate(loc: tuple[int | str, ...], root: type[Section]) -> tuple[list[str],
 
 
 def sections_by_kind(annotation: Any) -> dict[Any, type[Section]]:
-    """Map kinds to the sections that a field may hold; a section outside a union is under None."""
+    """Map kinds to the sections that a field may have. A section outside a union is under None."""
     sections = list(_sections_in(annotation))
     if sections and "kind" not in sections[0].model_fields:
         return {None: sections[0]}

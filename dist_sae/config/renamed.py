@@ -1,4 +1,4 @@
-"""Old names of run-file keys; they still work, with one warning each."""
+"""Old names of run-file keys. They still work, with one warning each."""
 
 import logging
 from collections.abc import Mapping
@@ -16,16 +16,16 @@ RENAMED = {
     "train.hung_seconds": "timeouts.hung_seconds",
     "train.save_beside": "train.save_in_background",
 }
-"""New `section.key` by the old one."""
+"""Mapping from old to new `section.key`."""
 warned = set[str]()
-"""Old names that this process has warned of."""
+"""Old names for which this process has logged a warning."""
 
 
 def with_new_names(data: Mapping[str, Any]) -> dict[str, Any]:
     """Move the values of renamed keys to their new names.
 
     Args:
-        data: The sections of a run file, stored or typed, not validated yet.
+        data: Sections of a run file that have not been validated yet.
 
     Raises:
         ValueError: A key is given under both names.
@@ -38,7 +38,7 @@ def with_new_names(data: Mapping[str, Any]) -> dict[str, Any]:
             continue
         target = {} if renamed.get(new_section) is None else renamed[new_section]
         if not isinstance(target, Mapping):
-            continue  # validation says what is wrong with it
+            continue  # validation reports it
         if new_key in target:
             problems.append(f"{old}: is called {new} now, which is given too; leave {old} out")
         renamed[section] = {name: value for name, value in there.items() if name != key}
@@ -55,6 +55,6 @@ def say_renamed(old: str, origin: str) -> None:
     Args:
         old: The key as the user wrote it.
     """
-    if old in RENAMED and old not in warned and not is_supervised():  # `dist-sae run` has said so
+    if old in RENAMED and old not in warned and not is_supervised():  # its parent has warned
         warned.add(old)
         logger.warning("%s: %s is called %s now", origin, old, RENAMED[old])

@@ -1,4 +1,4 @@
-"""The root of a run file, and what its sections must agree on."""
+"""The root of a run file, and checks that its sections agree."""
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from itertools import accumulate, repeat, takewhile
@@ -45,7 +45,7 @@ RunName = Annotated[
 
 
 def describe_sites(reads: Sequence[str], writes: Sequence[str]) -> str:
-    """`a, b` for a dictionary that reconstructs the sites that it reads, else `a, b -> c`."""
+    """Return `a, b` for a dictionary that writes the sites that it reads, otherwise `a, b -> c`."""
     both = [", ".join(sites) for sites in (reads, writes)]
     return both[0] if both[0] == both[1] else " -> ".join(both)
 
@@ -54,7 +54,8 @@ class Run(Section):
     """The root of a run file."""
 
     name: RunName
-    """Names the run's folder and its Kubernetes objects: lower-case letters, digits, '-', '.'."""
+    """Name of the run, its folder and its Kubernetes objects. Use lower-case letters, digits, '-'
+    and '.'."""
     store: StoreConfig
     model: ModelConfig
     corpus: CorpusConfig
@@ -62,7 +63,7 @@ class Run(Section):
     sae: SaeConfig
     train: TrainConfig
     sweep: SweepConfig | None = None
-    """Several dictionaries from one stream; null trains the one of `sae` and `train`."""
+    """Several dictionaries to train on the same batches. null: one, as in `sae` and `train`."""
     evaluate: EvaluateConfig = EvaluateConfig()
     index: IndexConfig = IndexConfig()
     export: ExportConfig = ExportConfig()
@@ -78,7 +79,7 @@ class Run(Section):
 
     @property
     def tensor_parallel(self) -> int:
-        """Ranks that share one copy of the language model: the ranks of one producer."""
+        """Number of ranks that share one copy of the language model: the ranks of one producer."""
         return self.model.tensor_parallel if self.model.kind == "huggingface" else 1
 
     @property
@@ -103,12 +104,12 @@ class Run(Section):
 
     @property
     def described_sites(self) -> str:
-        """The sites, for messages: see `describe_sites`."""
+        """Description of the sites for messages; see `describe_sites`."""
         return describe_sites(self.reads, self.writes)
 
     @property
     def left_open(self) -> list[tuple[str, str]]:
-        """Section and key of the settings that the file leaves to the plan."""
+        """Section and key of each setting that the file leaves to the plan."""
         return [
             (section, key)
             for section, keys in _LEFT_TO_THE_PLAN.items()
@@ -117,7 +118,11 @@ class Run(Section):
         ]
 
     def filled(self, values: Mapping[str, Mapping[str, Any]]) -> Self:
-        """The run with these values (by section and key) where the file leaves one to the plan."""
+        """Return the run with these values for the settings that the file leaves to the plan.
+
+        Args:
+            values: Values by section and key.
+        """
         sections: dict[str, dict[str, Any]] = {}
         for section, key in self.left_open:
             if key in values.get(section, {}):
@@ -134,7 +139,7 @@ class Run(Section):
         """`train.rows` as a number.
 
         Raises:
-            ConfigError: It is `all`, and only a plan knows how many those are: `Plan.resolve`.
+            ConfigError: `train.rows` is `all`, which only `Plan.resolve` can turn into a number.
         """
         if self.train.rows == "all":
             raise ConfigError("train.rows: all is not known before there is a plan; run plan first")
@@ -142,29 +147,29 @@ class Run(Section):
 
     @property
     def steps(self) -> int:
-        """Training steps: full batches within `train.rows`."""
+        """Number of training steps: the full batches within `train.rows`."""
         return self.rows // self.train.batch_rows
 
     @property
     def replicas(self) -> int:
-        """Copies of the dictionary that the trainer ranks hold."""
+        """Number of copies of the dictionary on the trainer ranks."""
         return self.processes.trainers // self.processes.latent_shards
 
     @property
     def lr(self) -> float:
-        """Peak learning rate: `train.lr`, or the fit of Gao et al. scaled as 1/sqrt(n_latents)."""
+        """Peak learning rate: `train.lr`, or Gao et al.'s fit, scaled as 1/sqrt(n_latents)."""
         return self.train.lr or float(2e-4 * (2**14 / self.sae.n_latents) ** 0.5)
 
     @property
     def dead_after_rows(self) -> int:
-        """`sae.dead_after_rows`, or ten windows in a run, of at most the 10 M rows of Gao et al."""
+        """`sae.dead_after_rows`, or a tenth of the run's rows, at most Gao et al.'s 10 M rows."""
         return self.sae.dead_after_rows or max(1, min(10_000_000, self.rows // 10))
 
     def resolved(self) -> Self:
-        """The run with numbers for settings that follow from others (null in the file).
+        """Return the run with values for the settings that are null and follow from other settings.
 
-        Settings that the plan decides stay open, with all that follows from them: `Plan.resolve`.
-        Those of a sweep follow from each job's own: `jobs_of`.
+        Settings that depend on the plan stay open; see `Plan.resolve`. A sweep is returned
+        unchanged, since its values depend on each job; see `jobs_of`.
         """
         if self.sweep:
             return self
@@ -176,7 +181,7 @@ class Run(Section):
 
     @model_validator(mode="after")
     def _sections_agree(self) -> Self:
-        """Check settings across sections; reports all problems at once."""
+        """Check settings across sections, and report all problems at once."""
         problems = [f"{path}: {problem}" for path, problem in self._disagreements()]
         if problems:
             raise ValueError("\n".join(problems))
@@ -217,13 +222,13 @@ class Run(Section):
     def ahead_problem(
         self, rows: int, first_windows: int, unit_rows: Iterable[int], most: int | None = None
     ) -> str | None:
-        """Why `store.max_ahead_units` would stop the run before its first step; None if not.
+        """Return why `store.max_ahead_units` would stop the run before its first step, or None.
 
         Args:
-            rows: Rows that the run reads before it reports any progress.
-            first_windows: Units in the first windows of its streams.
-            unit_rows: Rows of each unit, in order, from where it begins to read.
-            most: Number of units in the set.
+            rows: Number of rows that the run reads before it reports any progress.
+            first_windows: Number of units in the first windows of its streams.
+            unit_rows: Rows of each unit, in order, from the first one that the run reads.
+            most: Number of units in the activation set.
         """
         ahead = self.store.max_ahead_units
         if ahead is None:
@@ -238,15 +243,15 @@ class Run(Section):
         )
 
     def least_ahead(self, rows: int, first_windows: int, unit_rows: Iterable[int]) -> int:
-        """The least `store.max_ahead_units` that lets the run begin; see `ahead_problem`."""
+        """Return the least `store.max_ahead_units` that lets the run start; see `ahead_problem`."""
         rows += self.rows_ahead
-        # units differ in length, so streams may be a window apart
+        # units differ in length, so one stream may be a window ahead of another
         least = 2 * first_windows + 1
         return least + sum(1 for _ in takewhile(rows.__gt__, accumulate(unit_rows)))
 
     @property
     def rows_ahead(self) -> int:
-        """Rows in hand: two batches wait, one is assembled, one is trained on."""
+        """Rows in memory: two batches in the queue, one being assembled, one being trained on."""
         return 4 * self.train.batch_rows
 
     def _retention_problems(self) -> Iterator[tuple[str, str]]:
@@ -258,7 +263,7 @@ class Run(Section):
             )
         activations = self.activations
         if activations.streams is None or activations.unit_rows is None:
-            return  # sizes that only the plan knows
+            return  # only the plan knows these sizes
         problem = self.ahead_problem(
             max(self.train.normaliser_rows or 0, self.sae.init_rows),
             activations.streams * activations.window_units,

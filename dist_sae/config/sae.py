@@ -1,4 +1,4 @@
-"""Sections of the recipes, one per `kind`; the mathematics is in `dictionaries/recipes/`."""
+"""Sections for the recipes, one per `kind`. The equations are in `dictionaries/recipes/`."""
 
 import math
 from collections.abc import Mapping
@@ -22,10 +22,11 @@ class TopKConfig(CountsLatentsConfig):
 
     kind: Literal["topk"] = "topk"
     multi_factor: int | None = Field(None, ge=2)
-    """Multi-TopK: the `multi_factor * k` largest codes of a row have to reconstruct it as well, so
-    that a dictionary can be used with more latents than `k`; published: 4. null: off."""
+    """Multi-TopK: also train the reconstruction from the `multi_factor * k` largest codes of a row,
+    so that the dictionary can be used with more latents than `k`. The published value is 4. null:
+    off."""
     multi_weight: NonNegativeFloat = 1 / 8
-    """Weight of the squared error of that reconstruction."""
+    """Weight of Multi-TopK's squared error in the loss."""
 
     @model_validator(mode="after")
     def _multiple_fits(self) -> Self:
@@ -45,30 +46,33 @@ class BatchTopKConfig(KeepsThresholdConfig):
 
 
 class RoutedConfig(KeepsThresholdConfig):
-    """Routed experts: a row meets only a few (Switch SAE, Mudide et al. 2024, arXiv:2410.08201)."""
+    """Routed experts: each row uses a few (Switch SAE, Mudide et al. 2024, arXiv:2410.08201)."""
 
     kind: Literal["routed"] = "routed"
     selection: Literal["row", "batch"] = "row"
-    """row: each expert keeps its `k / experts_per_row` largest codes of a row (TopK). batch: the
-    largest codes of the global batch are kept, `k` per row on average (BatchTopK); only this uses
+    """row: each expert keeps its `k / experts_per_row` largest codes of a row (TopK). batch: keep
+    the largest codes of the global batch, `k` per row on average (BatchTopK). Only batch uses
     `threshold_decay`."""
     experts: PositiveInt = 16
-    """Number of experts, equal parts of the latents; a multiple of `processes.latent_shards`."""
+    """Number of experts, which are equal parts of the latents. Must be a multiple of
+    `processes.latent_shards`."""
     experts_per_row: PositiveInt = 1
-    """Experts to which a row is sent."""
+    """Number of experts that each row is sent to."""
     gate: Literal["straight_through", "probability"] = "straight_through"
-    """Factor of an expert's codes. probability: its router probability p (Mudide et al.).
-    straight_through: p over the sum of the chosen experts' p, with that sum held fixed."""
+    """Factor that multiplies an expert's codes. probability: its router probability p (Mudide et
+    al.). straight_through: p divided by the sum of p over the chosen experts. No gradient flows
+    through this sum."""
     balance: Literal["loss", "bias"] = "loss"
-    """Method that keeps experts equally busy: a loss term, or a bias on the choice of experts."""
+    """Method that keeps experts equally busy. loss: a loss term. bias: a bias on the choice of
+    experts."""
     balance_coefficient: NonNegativeFloat = 0.03
     """Weight of the balance loss."""
     balance_rate: PositiveFloat = 1e-2
-    """Change per step of the bias of an expert with too few or too many rows."""
+    """Change per step of the bias of an expert that gets too few or too many rows."""
     capacity: float | None = Field(None, ge=1)
-    """Most rows that an expert takes, as a multiple of its even share of a batch; null: no limit.
+    """Maximum number of rows per expert, as a multiple of its even share of a batch. null: none.
 
-    Rows beyond it get no reconstruction from that expert, and are counted. The share is of a
+    Rows above the limit get no reconstruction from that expert, and are counted. The share is of a
     replica's rows, so the result depends on the number of replicas.
     """
 
@@ -135,25 +139,27 @@ _COST_AT_TARGET = (
 )
 _OLD_TANH_COST = 5e-4
 _LEAST_COST = 1e-5  # a smaller lambda gives no useful initial values
-_COST_AT_START = 0.1  # penalty on the initially active latents, in units of FVU
-_L1_AT_START = 0.8  # the same for an L1 penalty; about that of as many orthogonal features
+_COST_AT_START = 0.1  # penalty on all initially active latents, in units of FVU
+_L1_AT_START = 0.8  # the same for an L1 penalty, about that of as many orthogonal features
 
 
 class PenalisedConfig(DictionaryConfig):
     """Settings shared by recipes with a sparsity penalty."""
 
     sparsity_warmup_share: float = Field(0.1, ge=0, le=1)
-    """The penalty's coefficient rises linearly from 0 over this first share of the run."""
+    """Share of the run, from its start, over which the penalty's coefficient rises linearly from
+    0."""
     initial_l0: PositiveFloat | None = None
-    """Active latents per row at the start, at most half of all; null chooses twice the target L0,
-    or else the number whose penalty is a tenth of the rows' variance (L1: eight tenths)."""
+    """Number of active latents per row at the start, at most half of all latents. null: twice
+    `target_l0`, or without it the number whose penalty is a tenth of the rows' variance (with an L1
+    penalty: eight tenths)."""
 
     def l0_at_start(self, d_in: int) -> float:
-        """`initial_l0`, or the value derived from the coefficient and the width of the rows."""
+        """Return `initial_l0`, or derive it from the coefficient and the width of the rows."""
         return self.initial_l0 or _COST_AT_START / max(self.cost(d_in), _LEAST_COST)
 
     def cost(self, d_in: int) -> float:
-        """Penalty per active latent, in units of FVU."""
+        """Return the penalty per active latent, in units of FVU."""
         raise NotImplementedError
 
 
@@ -162,18 +168,19 @@ class JumpReLUConfig(PenalisedConfig):
 
     kind: Literal["jumprelu"] = "jumprelu"
     sparsity: NonNegativeFloat | None = None
-    """lambda: penalty per active latent, in units of FVU; null gives .002, unless `target_l0` is
+    """lambda, the penalty per active latent in units of FVU. null: .002, unless `target_l0` is
     set."""
     target_l0: PositiveFloat | None = None
-    """Active latents per row wanted at the end of the run, instead of `sparsity`."""
+    """Number of active latents per row to reach at the end of the run. Use it instead of
+    `sparsity`."""
     sparsity_warmup_share: float = Field(0.1, ge=0, le=1)
-    """Over this first share of the run the penalty's coefficient rises linearly from 0; with
-    `target_l0`, the L0 aimed at goes from `initial_l0` to the target."""
+    """Share of the run, from its start, over which the penalty's coefficient rises linearly from 0.
+    With `target_l0`, the desired L0 moves linearly from `initial_l0` to the target instead."""
     initial_threshold: PositiveFloat | None = None
-    """Initial threshold, in units of the rows' root mean square norm; null gives sqrt(lambda), the
-    smallest code that can explain as much as it costs, times the length of the encoder's rows."""
+    """Initial threshold, in units of the rows' root mean square norm. null: sqrt(lambda) times the
+    length of the encoder's rows. A code below sqrt(lambda) cannot explain as much as it costs."""
     bandwidth: PositiveFloat | None = None
-    """Width of the window in which a threshold gets a gradient, in the same units; null gives
+    """Width of the window in which a threshold gets a gradient, in the same units. null:
     sqrt(lambda)."""
 
     @property
@@ -182,7 +189,7 @@ class JumpReLUConfig(PenalisedConfig):
 
     @property
     def coefficient(self) -> float:
-        """`sparsity` or its default; with `target_l0` about what lambda would have to be."""
+        """`sparsity` or its default; with `target_l0`, an estimate of lambda at the target."""
         if self.target_l0 is not None:
             return _COST_AT_TARGET / self.target_l0
         return _JUMP_COST if self.sparsity is None else self.sparsity
@@ -213,15 +220,16 @@ class JumpReLUTanhConfig(PenalisedConfig):
 
     kind: Literal["jumprelu_tanh"] = "jumprelu_tanh"
     sparsity: NonNegativeFloat | Literal["auto"] | None = "auto"
-    """Final lambda_S, for rows of squared norm d_in (published: 20). auto gives .002 d_in, with
-    which an active latent costs the same share of the variance at any d_in; null gives .0005 d_in,
-    the default of older runs."""
+    """Final lambda_S, for rows of squared norm d_in (published: 20). auto: .002 d_in, so that an
+    active latent costs the same share of the variance at any d_in. null: .0005 d_in, the default of
+    older runs."""
     tanh_scale: PositiveFloat = 4.0
-    """c, the factor of codes inside the tanh penalty."""
+    """c, the factor that multiplies codes inside the tanh penalty."""
     pre_act: NonNegativeFloat = 3e-6
-    """lambda_P, the pre-activation penalty's coefficient, which keeps latents alive; 0: off."""
+    """lambda_P, the coefficient of the pre-activation penalty, which keeps latents alive. 0:
+    off."""
     initial_threshold: PositiveFloat = 0.1
-    """Threshold of every latent at the start."""
+    """Initial threshold of every latent."""
     bandwidth: PositiveFloat = 2.0
     """Width of the window in which thresholds and pre-activations get a gradient."""
 
@@ -235,16 +243,17 @@ class L1Config(PenalisedConfig):
     """Settings of recipes with an L1 penalty."""
 
     reconstructions: ClassVar[int] = 1
-    """Errors in the loss, which the penalty competes with."""
-    init_cosine: ClassVar[float] = 0.5  # latents that begin alike are not parted by the penalty
+    """Number of reconstruction errors in the loss, which the penalty competes with."""
+    init_cosine: ClassVar[float] = 0.5  # the penalty does not separate latents that start equal
 
     sparsity: NonNegativeFloat = 5.0
     """lambda, the L1 coefficient, for rows of squared norm d_in."""
     sparsity_warmup_share: float = Field(0.05, ge=0, le=1)
-    """The penalty's coefficient rises linearly from 0 over this first share of the run."""
+    """Share of the run, from its start, over which the penalty's coefficient rises linearly from
+    0."""
 
     def l0_at_start(self, d_in: int) -> float:
-        """`initial_l0`, or derived: codes of l0 orthogonal features sum to sqrt(l0 d_in)."""
+        """Return or derive `initial_l0`: codes of l0 orthogonal features sum to sqrt(l0 d_in)."""
         share = self.reconstructions * _L1_AT_START / max(self.sparsity, _LEAST_COST)
         return self.initial_l0 or d_in * share * share
 
@@ -258,14 +267,14 @@ class ReLUConfig(L1Config):
 
 
 class GatedConfig(L1Config):
-    """Gated, with an L1 penalty on the gates (Rajamanoharan et al. 2024, arXiv:2404.16014)."""
+    """Gated SAE with an L1 penalty on the gates (Rajamanoharan et al. 2024, arXiv:2404.16014)."""
 
     reconstructions: ClassVar[int] = 2
 
     kind: Literal["gated"] = "gated"
     sparsity: NonNegativeFloat = 10.0
-    """lambda, the L1 coefficient, for rows of squared norm d_in: about twice that of relu, since
-    two reconstructions compete with it."""
+    """lambda, the L1 coefficient, for rows of squared norm d_in. It should be about twice that of
+    relu, because two reconstruction errors compete with it."""
 
 
 class CLTJumpReLUConfig(CrossLayerConfig, JumpReLUConfig):
@@ -275,7 +284,7 @@ class CLTJumpReLUConfig(CrossLayerConfig, JumpReLUConfig):
 
 
 class CrosscoderReLUConfig(AcrossSitesConfig, ReLUConfig):
-    """Crosscoder of several sites, ReLU with an L1 penalty (Anthropic, October 2024)."""
+    """Crosscoder of several sites, with ReLU and an L1 penalty (Anthropic, October 2024)."""
 
     kind: Literal["crosscoder_relu"] = "crosscoder_relu"  # type: ignore[assignment]
 

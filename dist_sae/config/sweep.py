@@ -1,4 +1,4 @@
-"""A sweep: several dictionaries from one stream, each a run of its own."""
+"""The section `sweep`: several dictionaries trained on one stream, each a separate run."""
 
 import re
 from collections.abc import Iterator, Mapping, Sequence
@@ -56,7 +56,7 @@ def _progression(
     )
     if unknown or not grows or last < first:
         raise ValueError("a range needs first, a last that is not below it, and plus or times")
-    value, almost = first, 1 + 1e-9  # floating point must not lose the last value
+    value, almost = first, 1 + 1e-9  # tolerance, so that rounding does not lose the last value
     for _ in range(_MOST_JOBS):
         if value > last * almost:
             return
@@ -77,26 +77,26 @@ Values = Annotated[Any, AfterValidator(_check_values)]
 
 
 class SweepConfig(Section):
-    """Several dictionaries that are trained on the same batches, each a run of its own.
+    """Several dictionaries that are trained on the same batches. Each is a separate run.
 
-    Job `k32` of a run `small` is the run `small-k32`. With both `jobs` and `over`, each job is
-    trained with each combination.
+    Job `k32` of the run `small` is the run `small-k32`. With both `jobs` and `over`, each job is
+    trained with each combination of values.
     """
 
     jobs: dict[JobName, dict[Key, Any]] = Field(default_factory=dict)
-    """Jobs by name, each with the keys in which it differs: {k32: {sae.k: 32}}. `sae` as a whole
-    may be replaced, for example by one of another kind."""
+    """Jobs by name, each with the keys that it changes: {k32: {sae.k: 32}}. A job may also replace
+    the whole section `sae`, for example to use another kind."""
     over: dict[Key, Values] = Field(default_factory=dict)
-    """Values of keys, of which every combination is a job: a list, or a range such as {first: 16,
-    last: 128, times: 2} or {first: 0, last: 7, plus: 1}. Jobs are named by their values: k32,
-    seed1, batchtopk-k32."""
+    """Values to try for each key. Every combination becomes a job. Values are a list, or a range
+    such as {first: 16, last: 128, times: 2} or {first: 0, last: 7, plus: 1}. Jobs are named after
+    their values: k32, seed1, batchtopk-k32."""
     placement: Literal["together", "spread"] = "together"
-    """`together`: every rank trains all jobs, one after the other, on one batch. `spread`: the
-    trainer ranks are divided into as many groups as there are jobs, or as the ranks allow, and each
-    group trains its share of the jobs by itself."""
+    """`together`: every rank trains all jobs, one after the other, on each batch. `spread`: the
+    trainer ranks are divided into one group per job, or into fewer groups if there are not enough
+    ranks. Each group trains its share of the jobs."""
 
     def overrides(self) -> dict[str, dict[str, Any]]:
-        """The keys that each job sets, with their values, by the job's name."""
+        """Return the keys and values that each job sets, by the job's name."""
         return dict(self._named())
 
     def _named(self) -> Iterator[tuple[str, dict[str, Any]]]:
@@ -123,7 +123,7 @@ class SweepConfig(Section):
 
 
 def _word(key: str, value: Any) -> str:
-    """A job's name by one of its values: `k32`, `batchtopk`."""
+    """Return the part of a job's name for one of its values: `k32`, `batchtopk`."""
     if isinstance(value, bool) or not isinstance(value, int | float):
         values = value if isinstance(value, list) else [value]
         words = "-".join(str(each).lower() for each in values)
