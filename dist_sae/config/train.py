@@ -39,7 +39,7 @@ class ParentConfig(Section):
 
 
 class TrainConfig(Section):
-    """How one dictionary is trained."""
+    """How the dictionary is trained."""
 
     site: Site | None = None
     """Site to train on. May be omitted if the activation set has only one. Excludes `sae.reads`."""

@@ -1,1 +1,1 @@
-"""Runs in a notebook: what `import dist_sae` gives."""
+"""The notebook API, which `import dist_sae` provides."""

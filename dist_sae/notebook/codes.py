@@ -1,4 +1,4 @@
-"""Codes of rows, as their active entries."""
+"""Sparse codes: the active entries of the codes of a batch of rows."""
 
 import math
 from typing import NamedTuple
@@ -12,15 +12,15 @@ from dist_sae.kernels import Entries
 
 
 class SparseCodes(NamedTuple):
-    """The active entries of codes `[*rows, n_latents]`: row after row, latents ascending."""
+    """The active entries of codes `[*rows, n_latents]`, sorted by row and then by latent."""
 
     acts: Float[Tensor, " entries"]
     """Activations, above 0."""
     latents: Int[Tensor, " entries"]
     rows: Int[Tensor, " entries"]
-    """Row of each entry; leading dimensions are counted as one."""
+    """Row index of each entry, with all leading dimensions flattened."""
     shape: tuple[int, ...]
-    """Shape of the dense codes: `(*rows, n_latents)`."""
+    """Shape of the dense codes, `(*rows, n_latents)`."""
 
     @property
     def counts(self) -> Int[Tensor, " rows"]:
@@ -28,12 +28,12 @@ class SparseCodes(NamedTuple):
         return torch.bincount(self.rows, minlength=math.prod(self.shape[:-1]))
 
     def dense(self) -> Float[Tensor, "*rows n_latents"]:
-        """Codes with their zeros: rows times n_latents numbers."""
+        """Return the dense codes, with zeros. They take rows x n_latents numbers."""
         codes = self.acts.new_zeros(math.prod(self.shape[:-1]), self.shape[-1])
         return codes.index_put((self.rows, self.latents), self.acts).view(self.shape)
 
     def csr(self) -> Tensor:
-        """A `torch.sparse_csr` tensor `[rows, n_latents]`."""
+        """Return the codes as a `torch.sparse_csr` tensor `[rows, n_latents]`."""
         counts = self.counts
         starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
         size = (len(counts), self.shape[-1])
@@ -41,7 +41,12 @@ class SparseCodes(NamedTuple):
 
     @classmethod
     def of(cls, codes: Codes, shape: tuple[int, ...]) -> "SparseCodes":
-        """The active entries of a dictionary's codes, whose dense shape is given."""
+        """Select the active entries of a dictionary's codes.
+
+        Args:
+            codes: Codes from `Dictionary.encode`.
+            shape: Shape of the dense codes.
+        """
         rows = Entries(codes.latents, codes.starts, shape[-1]).rows
         on = codes.acts > 0
         acts, latents, rows = codes.acts[on], codes.latents[on].long(), rows[on]

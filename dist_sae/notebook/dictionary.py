@@ -1,4 +1,4 @@
-"""A trained dictionary as a torch module on raw activations."""
+"""A trained dictionary as a torch module for raw activations."""
 
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -20,43 +20,43 @@ from dist_sae.notebook.texts import TextReader, TokenLatents, strongest
 
 RawRows = Float[Tensor, "*rows d"] | NDArray[Any]
 Inputs = RawRows | Mapping[str, RawRows]
-"""Raw activations of the sites that a dictionary reads, side by side; or by site."""
+"""Raw activations of the sites that a dictionary reads: concatenated, or a mapping by site."""
 Latents = int | Sequence[int] | Int[Tensor, "..."]
-"""Numbers of one or several latents."""
+"""Index of one latent, or of several."""
 
 
 class RawDictionary(nn.Module):
-    """A trained dictionary that takes and gives raw activations, as the model has them.
+    """A trained dictionary that reads and reconstructs the model's raw activations.
 
-    The factor s between them and the activations that it was trained on, one for each site, is
-    inside:
+    Training multiplied the activations of each site by a constant s. This module does it for you:
 
-        f     = codes of s x, as at inference
+        f     = codes of s x, selected as at inference
         x_hat = W_dec^T f + b_dec
 
-    f is in the scale of training, as in reports. `W_dec` and `b_dec` are those of training over s;
-    `W_enc` is s times that of training, and `b_enc` is unchanged. A pre-activation is `W_enc` x +
-    `b_enc`, or `W_enc` (x - `b_dec`) + `b_enc` in a recipe that centres its inputs.
+    The codes f have the scale of training, as in reports. `W_dec` and `b_dec` are the trained ones
+    divided by s, `W_enc` is the trained one times s, and `b_enc` is the trained one. A
+    pre-activation is `W_enc` x + `b_enc`, or `W_enc` (x - `b_dec`) + `b_enc` if the recipe centers
+    its inputs.
 
-    Activations of several sites lie side by side, in the order of `reads` or `writes`.
+    Activations of several sites are concatenated in the order of `reads` or `writes`.
 
-    The parameters are frozen. `encode` and `forward` give no gradients; `decode` gives those of the
-    codes. `to` moves it between devices; arguments are moved to its device.
+    The parameters are frozen. `encode` and `forward` have no gradients. `decode` is differentiable
+    with respect to the codes. `to` moves the module to a device; inputs are then moved there too.
 
     Attributes:
-        sae: The dictionary, on scaled activations.
-        scales: s of each site.
-        reads: Sites where it reads activations.
-        writes: Sites whose activations it reconstructs.
-        step: Training step of its checkpoint.
-        mean: Mean of the raw activations that it reconstructs.
-        idle_rows: Rows since each latent last fired, at the end of training.
+        sae: The dictionary for scaled activations.
+        scales: The factor s of each site.
+        reads: Sites whose activations are encoded.
+        writes: Sites whose activations are reconstructed.
+        step: Training step of the checkpoint.
+        mean: Mean of the raw activations of the reconstructed sites.
+        idle_rows: Number of rows since each latent last fired, at that step.
     """
 
     mean: Float[Tensor, " d_out"]
     idle_rows: Int[Tensor, " n_latents"]
     read_scales: Float[Tensor, " d_in"]
-    """s of each column of the inputs."""
+    """The factor s of each column of the inputs."""
     write_scales: Float[Tensor, " d_out"]
 
     def __init__(
@@ -67,12 +67,14 @@ class RawDictionary(nn.Module):
         idle_rows: Int[Tensor, " n_latents"],
         reader: Callable[[], TextReader],
     ) -> None:
-        """Wrap a dictionary; see the attributes, and `OpenedRun.dictionary`, which does it.
+        """Wrap a dictionary. Use `OpenedRun.dictionary` instead of calling this.
 
         Args:
-            sae: Frozen by this.
-            normalisers: Of its sites.
-            reader: Loads the language model and its tokenizer, for `active_on`.
+            sae: The dictionary, whose parameters this call freezes.
+            normalisers: Normalisers of the dictionary's sites.
+            step: See the attribute.
+            idle_rows: See the attribute.
+            reader: Function that loads the language model and its tokenizer for `active_on`.
         """
         super().__init__()
         self.sae = sae.requires_grad_(requires_grad=False).eval()
@@ -93,27 +95,27 @@ class RawDictionary(nn.Module):
 
     @property
     def d_in(self) -> int:
-        """Width of the activations that it reads."""
+        """Width of the input: the widths of the read sites, added up."""
         return self.sae.widths.d_in
 
     @property
     def n_latents(self) -> int:
-        """Width of the dictionary."""
+        """Number of latents in the dictionary."""
         return self.sae.n_latents
 
     @property
     def W_dec(self) -> Float[Tensor, "n_latents d_out"]:  # noqa: N802 - the field's names
-        """Decoder, for raw activations; made anew each time: `decoder_rows` gives some rows."""
+        """Decoder for raw activations, computed on each access; see `decoder_rows` for a few."""
         return self.sae.decoder_rows() / self.write_scales
 
     @property
     def b_dec(self) -> Float[Tensor, " d_out"]:
-        """Bias of the decoder, for raw activations."""
+        """Decoder bias for raw activations."""
         return self.sae.b_dec / self.write_scales
 
     @property
     def W_enc(self) -> Float[Tensor, "n_latents d_in"]:  # noqa: N802
-        """Encoder, for raw activations; made anew each time."""
+        """Encoder for raw activations, computed on each access."""
         W_enc = self.read_scales.new_zeros(self.n_latents, self.d_in)
         for latents, columns in self.sae.tiles(self.n_latents):
             W_enc[latents, columns] = self.sae.W_enc[latents]
@@ -121,14 +123,16 @@ class RawDictionary(nn.Module):
 
     @property
     def b_enc(self) -> Float[Tensor, " n_latents"]:
-        """Bias of the encoder."""
+        """Encoder bias."""
         return self.sae.b_enc
 
     def decoder_rows(self, latents: Latents) -> Float[Tensor, "latents d_out"]:
-        """Raw activations that an activation of 1 of each latent adds.
+        """Return the decoder rows of some latents, for raw activations.
+
+        A latent with activation 1 adds its row to the reconstruction.
 
         Raises:
-            LatentNotFoundError: There is no such latent.
+            LatentNotFoundError: A latent is not in the dictionary.
         """
         return self.sae.decoder_rows(self.check_latents(latents)) / self.write_scales
 
@@ -141,14 +145,14 @@ class RawDictionary(nn.Module):
     def encode(
         self, x: Inputs, *, dense: bool = False
     ) -> SparseCodes | Float[Tensor, "*rows n_latents"]:
-        """Encode raw activations, in the precision of the parameters. No gradients.
+        """Encode raw activations in the precision of the parameters. No gradients.
 
         Args:
-            x: Raw activations: sites side by side, or by site.
+            x: Raw activations, concatenated over sites or as a mapping by site.
             dense: Return a matrix of all codes instead of the active entries.
 
         Raises:
-            ArgumentError: They have another width than the dictionary.
+            ArgumentError: The width of x differs from the dictionary's d_in.
         """
         x = self._inputs(x)
         codes = self.sae.encode(x.reshape(-1, self.d_in) * self.read_scales)
@@ -158,15 +162,14 @@ class RawDictionary(nn.Module):
     def decode(
         self, codes: SparseCodes | Float[Tensor, "*rows n_latents"], x: Inputs | None = None
     ) -> Float[Tensor, "*rows d_out"]:
-        """Reconstruct raw activations from codes; differentiable in these.
+        """Reconstruct raw activations from codes. Differentiable with respect to the codes.
 
         Args:
-            codes: As from `encode`.
-            x: The raw activations that they are of; only a transcoder with a skip needs them.
+            codes: Codes from `encode`, sparse or dense.
+            x: The raw activations that were encoded. Only a transcoder with a skip needs them.
 
         Raises:
-            ArgumentError: The codes are of another dictionary: they have another width. Or x is
-                needed.
+            ArgumentError: The width of the codes differs from n_latents, or x is missing.
         """
         offset: Tensor = self.sae.b_dec
         if self.sae.config.skips:
@@ -192,32 +195,32 @@ class RawDictionary(nn.Module):
 
     @torch.no_grad()
     def forward(self, x: Inputs) -> Float[Tensor, "*rows d_out"]:
-        """Reconstruct raw activations: `decode(encode(x))` in bounded memory. No gradients.
+        """Reconstruct raw activations, as `decode(encode(x))` but in bounded memory. No gradients.
 
         Args:
-            x: As of `encode`.
+            x: Raw activations, concatenated over sites or as a mapping by site.
 
         Raises:
-            ArgumentError: They have another width than the dictionary.
+            ArgumentError: The width of x differs from the dictionary's d_in.
         """
         x = self._inputs(x)
         x_hat = self.sae.infer(x.reshape(-1, self.d_in) * self.read_scales).x_hat
         return (x_hat / self.write_scales).view(*x.shape[:-1], -1)
 
     def active_on(self, text: str, top: int = 5) -> list[TokenLatents]:
-        """Find the strongest latents on each token of a text, as training saw such text.
+        """Find the strongest latents on each token of a text, which is read as in training.
 
-        Loads the language model up to the site, once per run. A text longer than a context is read
-        as several, with a warning.
+        The first call loads the language model up to the site. A text that is longer than a context
+        is cut into several contexts, with a warning.
 
         Args:
             text: Any text.
-            top: Most latents of a token.
+            top: Maximum number of latents per token.
 
         Raises:
             ArgumentError: The text has no tokens.
-            ConfigError: The run's activations are not of a language model.
-            ModelError: The model is not where the run file says.
+            ConfigError: The run's activations are synthetic.
+            ModelError: The language model cannot be loaded.
         """
         rows = self._reader().read(text)
         return strongest(rows, self.encode(rows.acts), top)
@@ -231,22 +234,22 @@ class RawDictionary(nn.Module):
         *,
         generated: bool = True,
     ) -> AbstractContextManager[None]:
-        """Add a latent's decoder row to a model's activations, within a `with` block.
+        """Add a latent's decoder row to a model's activations within a `with` block.
 
             x + strength W_dec[latent]
 
         Args:
             model: A `transformers` model, with or without a head.
-            latent: Its number.
-            strength: How much higher its activation is to look.
-            positions: Mask of the tokens that are changed, `[seq]` or `[batch, seq]`, from the
-                first of a sequence on, padding included; all if None.
-            generated: Whether tokens after the last of `positions` are changed.
+            latent: Index of the latent.
+            strength: Amount by which the latent's activation seems to rise.
+            positions: Mask of the tokens to change, `[seq]` or `[batch, seq]`. It starts at the
+                first token of a sequence and includes padding. None changes all tokens.
+            generated: Whether to change tokens after the end of `positions`.
 
         Raises:
-            LatentNotFoundError: There is no such latent.
-            ArgumentError: The model has another width.
-            ModelError: The model has no such site.
+            LatentNotFoundError: The latent is not in the dictionary.
+            ArgumentError: The width of the model differs from the dictionary's.
+            ModelError: The model does not have the site.
         """
         row = self.decoder_rows(latent)
         where, site = Where(positions, generated=generated), self.site
@@ -260,23 +263,22 @@ class RawDictionary(nn.Module):
         *,
         generated: bool = True,
     ) -> AbstractContextManager[None]:
-        """Set latents' activations to values, within a `with` block; keeps the error.
+        """Set latents' activations to given values within a `with` block.
 
-            x + sum_i (value_i - a_i) W_dec[i],  a_i the activation of latent i on x
+            x + sum_i (value_i - a_i) W_dec[i],  where a_i is the activation of latent i on x
 
-        What the dictionary does not reconstruct, and all other latents, stay as they are. Gradients
-        of a_i are not followed.
+        The reconstruction error and all other latents stay the same. No gradient flows through a_i.
 
         Args:
-            model: As in `steer`.
-            values: Activation that each latent gets.
-            positions: As in `steer`.
-            generated: As in `steer`.
+            model: See `steer`.
+            values: The new activation of each latent, by its index.
+            positions: See `steer`.
+            generated: See `steer`.
 
         Raises:
-            LatentNotFoundError: There is no such latent.
-            ArgumentError: The model has another width.
-            ModelError: The model has no such site.
+            LatentNotFoundError: A latent is not in the dictionary.
+            ArgumentError: The width of the model differs from the dictionary's.
+            ModelError: The model does not have a site of the dictionary.
         """
         latents = self.check_latents(list(values))
         directions = self.decoder_rows(list(values))
@@ -303,18 +305,18 @@ class RawDictionary(nn.Module):
         *,
         generated: bool = True,
     ) -> AbstractContextManager[None]:
-        """Remove latents' contributions, within a `with` block: `clamp` at 0.
+        """Remove latents' contributions within a `with` block, as `clamp` to 0 does.
 
-        Where none of them is active, nothing changes, bit for bit.
+        Activations on which none of the latents is active stay the same, bit for bit.
         """
         zeros = dict.fromkeys(self.check_latents(latents).tolist(), 0.0)
         return self.clamp(model, zeros, positions, generated=generated)
 
     def check_latents(self, latents: Latents) -> Int[Tensor, " latents"]:
-        """Return latents' numbers as a tensor.
+        """Return latent indices as a tensor, after checking them.
 
         Raises:
-            LatentNotFoundError: There is no such latent.
+            LatentNotFoundError: A latent is not in the dictionary.
         """
         numbers = torch.as_tensor(latents, dtype=torch.int64).reshape(-1)
         for latent in numbers[(numbers < 0) | (numbers >= self.n_latents)].tolist():
@@ -325,10 +327,10 @@ class RawDictionary(nn.Module):
 
     @property
     def site(self) -> str:
-        """The one site that it writes, which steering changes.
+        """The site that the dictionary writes, which steering changes.
 
         Raises:
-            ArgumentError: It writes several.
+            ArgumentError: The dictionary writes several sites.
         """
         if len(self.writes) > 1:
             raise ArgumentError(
@@ -342,7 +344,7 @@ class RawDictionary(nn.Module):
         return {site: known[site] for site in sites}
 
     def _inputs(self, x: Inputs) -> Tensor:
-        """Raw activations of the sites that are read, side by side."""
+        """Concatenate the raw activations of the read sites, and check their widths."""
         if not isinstance(x, Mapping):
             return self._tensor(x, self.d_in, "activations")
         if missing := [site for site in self.reads if site not in x]:
@@ -360,7 +362,7 @@ class RawDictionary(nn.Module):
         return tensor.to(self.sae.W_dec.device, self.sae.W_dec.dtype)
 
     def extra_repr(self) -> str:
-        """Facts that `print` shows."""
+        """Return the description that `print` shows."""
         sites = describe_sites(self.reads, self.writes)
         return f"{self.n_latents} latents, d_in={self.d_in}, {sites}, step {self.step}"
 

@@ -1,4 +1,4 @@
-"""A run's latent index, with the model's tokenizer at hand."""
+"""A run's latent index, with searches that need the tokenizer or the model."""
 
 from collections.abc import Callable
 
@@ -11,7 +11,7 @@ from dist_sae.storage import ObjectStore
 
 
 class OpenedIndex(Index):
-    """A complete latent index of an opened run; see `OpenedRun.index`."""
+    """A complete latent index of an opened run. `OpenedRun.index` returns it."""
 
     def __init__(
         self,
@@ -27,9 +27,9 @@ class OpenedIndex(Index):
         Args:
             runs: The store of runs.
             run: Name of the run.
-            name: Name of the index; None takes the complete one of the last step.
-            tokenizer: Loads the model's tokenizer.
-            active_on: `OpenedRun.active_on`.
+            name: Name of the index. None: the complete index of the latest step.
+            tokenizer: Function that loads the model's tokenizer.
+            active_on: The method `OpenedRun.active_on`.
         """
         super().__init__(runs, run, name)
         self._tokenizer = tokenizer
@@ -38,19 +38,20 @@ class OpenedIndex(Index):
     def search(
         self, token: str | None = None, *, regex: str | None = None, top: int = 20
     ) -> list[Match]:
-        """Find latents by the tokens of their largest activations; the highest share first.
+        """Find latents by the tokens of their largest activations.
 
-        Latents with fewer than 8 largest activations are left out.
+        Latents with the highest share of matching tokens come first. Latents with fewer than 8
+        stored largest activations are left out.
 
         Args:
-            token: Text of one token, as `" dog"`.
-            regex: In place of it: a regular expression that is looked for in tokens.
-            top: Most latents.
+            token: Text of one token, such as `" dog"`.
+            regex: Regular expression to search for in tokens, instead of `token`.
+            top: Maximum number of latents.
 
         Raises:
-            ArgumentError: The text is not one token of the model, the pattern not a regular
-                expression, or not one of them is given.
-            ModelError: The tokenizer is not at hand.
+            ArgumentError: The text is not exactly one token of the model, the pattern is not a
+                regular expression, or not exactly one of `token` and `regex` is given.
+            ModelError: The tokenizer cannot be loaded.
             CorruptObjectError: A table is damaged.
         """
         if (token is None) == (regex is None):
@@ -62,8 +63,8 @@ class OpenedIndex(Index):
         return search(self, has_pattern(lambda each: tokenizer.text([each])[0], regex))[:top]
 
     def active_on(self, text: str, top: int = 5) -> list[TokenLatents]:
-        """Find the strongest latents on each token of a text, by the index's checkpoint.
+        """Find the strongest latents on each token of a text, with the index's checkpoint.
 
-        Raises: As `OpenedRun.active_on`.
+        Raises the errors of `OpenedRun.active_on`.
         """
         return self._active_on(text, top, self.manifest.step)

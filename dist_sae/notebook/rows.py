@@ -1,4 +1,4 @@
-"""Rows of an activation set, in batches."""
+"""Batches of rows from an activation set."""
 
 import logging
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,33 +23,33 @@ logger = logging.getLogger(__name__)
 
 
 class RowBatch(NamedTuple):
-    """Raw activations with their origin."""
+    """Raw activations, with the token, document and unit of each row."""
 
     acts: Float[Tensor, "batch d_in"]
-    """In fp32; sites side by side."""
+    """Raw activations in fp32, concatenated over sites."""
     tokens: Int[Tensor, " batch"]
     positions: Int[Tensor, " batch"]
-    """Position within the document, in tokens."""
+    """Token position within the document."""
     documents: Int[Tensor, " batch"]
-    """Number of the document over the corpus."""
+    """Number of the document within the corpus."""
     units: Int[Tensor, " batch"]
     rows: Int[Tensor, " batch"]
-    """Number within the unit; with the unit it identifies the row."""
+    """Row number within the unit. Unit and row number together identify a row."""
 
     def numpy(self) -> dict[str, NDArray[Any]]:
-        """The columns as NumPy arrays, by name."""
+        """Return the columns as NumPy arrays, by name."""
         return {name: column.numpy() for name, column in self._asdict().items()}
 
 
 def find_units(
     activations: ActivationSet, units: int | Iterable[int] | None, *, heldout: bool
 ) -> list[int]:
-    """Find the units to read; by default all that are there of one part.
+    """Find the units to read. By default these are all existing training or held-out units.
 
     Args:
-        activations: The set.
-        units: Numbers of units, or None.
-        heldout: Take the held-out units instead of those to train on, if `units` is None.
+        activations: The activation set.
+        units: Numbers of the units, or None for the default.
+        heldout: By default, read the held-out units instead of the training units.
 
     Raises:
         ArgumentError: A unit is not in the plan.
@@ -99,10 +99,10 @@ def read_rows(
     """Yield the rows of units in order.
 
     Args:
-        activations: The set.
-        units: From `find_units`.
-        batch_rows: Rows of a batch, of which the last may have fewer; None: a batch per unit.
-        limit: Most rows.
+        activations: The activation set.
+        units: Units from `find_units`.
+        batch_rows: Rows per batch; the last batch may have fewer. None: one batch per unit.
+        limit: Maximum number of rows. None: no limit.
     """
     left = limit
     held: list[RowBatch] = []
@@ -136,7 +136,7 @@ def _blocks(activations: ActivationSet, unit: int) -> Iterator[RowBatch]:
         try:
             found = [read_block(activations.store, shard, number) for shard in shards.values()]
         except CorruptObjectError:
-            _check_kept(activations, unit)  # a trainer may have deleted it meanwhile
+            _check_kept(activations, unit)  # a trainer may have just deleted it
             raise
         rows = torch.arange(first, first + block.rows)
         acts = torch.cat([of_site.acts.float() for of_site in found], 1)

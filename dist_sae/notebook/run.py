@@ -1,4 +1,4 @@
-"""A run, opened to be read: its checkpoints, its rows, its texts and its model."""
+"""A run opened for reading: its checkpoints, rows, texts, index and language model."""
 
 import os
 from collections.abc import Iterable, Iterator, Sequence
@@ -38,13 +38,15 @@ def open_run(place: str | os.PathLike[str], overrides: Sequence[str] = ()) -> "O
     """Open a run.
 
     Args:
-        place: The run's folder (`<store.runs>/<name>`), as a path or an `s3://` URL, or its run
-            file.
-        overrides: As `--set` of the commands: `["store.s3.endpoint_url=http://127.0.0.1:8333"]`,
-            or `["model.path=/models/smollm2"]` if the model has moved.
+        place: The run's folder (`<store.runs>/<name>`) as a path or an `s3://` URL, or the path of
+            its run file.
+        overrides: Settings to override, like the commands' `--set`. For example
+            `["store.s3.endpoint_url=http://127.0.0.1:8333"]`, or `["model.path=/models/smollm2"]`
+            if the model has moved.
 
     Raises:
-        ConfigError: It is neither; a line for every problem.
+        ConfigError: The place is not a run, or its settings are not valid. The message has one
+            line per problem.
         StoreError: The folder cannot be read.
     """
     argument = os.fspath(place)
@@ -58,17 +60,17 @@ def open_run(place: str | os.PathLike[str], overrides: Sequence[str] = ()) -> "O
 
 
 class OpenedRun:
-    """A run as its files are now; a trainer or producers may still be at work on them.
+    """A run, read from its files as they are now. Training or production may still be going on.
 
     Attributes:
-        config: The run file.
+        config: The run's settings.
     """
 
     def __init__(self, config: Run) -> None:
         self.config = config
         self._runs = open_store(config.store.runs, config.store.s3)
         self._store = open_store(config.store.activations, config.store.s3)
-        self._encoder: StoredEncoder | None = None  # that of the last text
+        self._encoder: StoredEncoder | None = None  # of the last call of `active_on`
 
     def __repr__(self) -> str:
         sae = self.config.sae
@@ -76,17 +78,17 @@ class OpenedRun:
         return f"OpenedRun({self._place}: {kind})"
 
     def steps(self) -> list[int]:
-        """Steps with a complete checkpoint, ascending."""
+        """Return the steps that have a complete checkpoint, in ascending order."""
         return Checkpoints(self._runs, self.config.name, 1).steps()
 
     def dictionary(self, step: int | None = None) -> RawDictionary:
-        """Read the whole dictionary of a checkpoint into memory, on the CPU.
+        """Read the whole dictionary of a checkpoint into CPU memory.
 
         Args:
-            step: Step of the checkpoint; None takes the newest readable one.
+            step: Step of the checkpoint. None: the newest readable one.
 
         Raises:
-            ConfigError: There is no checkpoint, or none of that step.
+            ConfigError: The run has no checkpoint, or none of that step.
             PlanMismatchError: The run was trained with other settings.
             CorruptObjectError: The checkpoint is damaged.
         """
@@ -103,17 +105,17 @@ class OpenedRun:
         )
 
     def active_on(self, text: str, top: int = 5, step: int | None = None) -> list[TokenLatents]:
-        """Find the strongest latents on each token: `RawDictionary.active_on` at any width.
+        """Find the strongest latents on each token of a text, for a dictionary of any width.
 
-        Of the checkpoint it reads only the encoder, as far as it is needed (`StoredEncoder`): in
-        routed dictionaries, the experts that the text's tokens are sent to.
+        Unlike `RawDictionary.active_on`, this reads only the encoder from the checkpoint. From a
+        routed dictionary it reads only the experts that the tokens are sent to.
 
         Args:
             text: Any text.
-            top: Most latents of a token.
-            step: Step of the checkpoint; None takes the newest readable one.
+            top: Maximum number of latents per token.
+            step: Step of the checkpoint. None: the newest readable one.
 
-        Raises: As `dictionary` and `RawDictionary.active_on`.
+        Raises the errors of `dictionary` and of `RawDictionary.active_on`.
         """
         self._check(step)
         rows = self._reader.read(text)
@@ -148,21 +150,21 @@ class OpenedRun:
     ) -> Iterator[RowBatch]:
         """Iterate over activation rows in the order of the plan, with token, position, document.
 
-        Only units that are there are read; how many are not is logged as a warning.
+        By default all units that exist are read, and a warning counts the missing ones.
 
         Args:
-            units: Numbers of units; None takes all training units.
-            heldout: Take the held-out units instead, if `units` is None.
-            batch_rows: Rows of a batch; None gives a batch per unit.
-            limit: Most rows in all.
-            site: A site of the activation set; None takes those that the dictionary reads, side by
-                side.
+            units: Number of a unit, or several. None: all training units.
+            heldout: Read the held-out units instead of the training units, if `units` is None.
+            batch_rows: Rows per batch. None: one batch per unit.
+            limit: Maximum number of rows in total.
+            site: A site of the activation set. None: the sites that the dictionary reads,
+                concatenated.
 
         Raises:
-            ArgumentError: The plan has no such unit, or the set no such site.
+            ArgumentError: A unit is not in the plan, or the activation set does not have the site.
             DataExhaustedError: A unit's rows were deleted after use.
-            UnitMissingError: A unit, or every unit, has not been produced.
-            PlanMismatchError: There is no activation set, or one of other settings.
+            UnitMissingError: One of `units` has not been produced, or no unit at all has been.
+            PlanMismatchError: The activation set does not exist, or has other settings.
         """
         sites = (site,) if site else self.config.reads
         for each in sites:
@@ -177,16 +179,16 @@ class OpenedRun:
         return read_rows(activations, found, batch_rows, limit)
 
     def shards(self, *, heldout: bool = False, site: str | None = None) -> list[str]:
-        """List the shards of a site as webdataset reads them: paths, or `s3://` URLs.
+        """List the shards of a site for webdataset, as paths or `s3://` URLs.
 
         Args:
-            heldout: List the held-out units' instead of those to train on.
-            site: A site of the activation set; None takes the first that the dictionary reads.
+            heldout: List the shards of the held-out units instead of the training units.
+            site: A site of the activation set. None: the first site that the dictionary reads.
 
         Raises:
-            ConfigError: The activation set has no such site.
-            DataExhaustedError: There are no such units.
-            PlanMismatchError: There is no activation set, or one of other settings.
+            ConfigError: The activation set does not have the site.
+            DataExhaustedError: None of these units exist.
+            PlanMismatchError: The activation set does not exist, or has other settings.
         """
         return urls(self.config, site or self.config.site, heldout=heldout)
 
@@ -196,15 +198,15 @@ class OpenedRun:
     def text(self, of: Origin) -> RowText: ...
 
     def text(self, of: RowBatch | Origin, row: int = 0) -> RowText:
-        """Read the text around a row, from the corpus.
+        """Read the text around a row from the corpus.
 
         Args:
-            of: Rows of this run, or an example of its index.
-            row: Index into the rows.
+            of: A batch of rows of this run, or an example from its index.
+            row: Index into the batch. Not used for an example.
 
         Raises:
-            CorpusError: The text is gone, or is not what the activations were made from.
-            ModelError: The model's tokenizer is gone.
+            CorpusError: The text no longer exists, or differs from what the model was run on.
+            ModelError: The model's tokenizer cannot be loaded.
         """
         if isinstance(of, RowBatch):
             unit = int(of.units[row])
@@ -222,14 +224,14 @@ class OpenedRun:
     def index(self, name: str | None = None) -> "OpenedIndex":
         """Open a latent index: pages of latents, their examples, neighbours and all activations.
 
-        Its `search` and `active_on` need the model's tokenizer, and the model.
+        The index's `search` loads the model's tokenizer, and its `active_on` loads the model.
 
         Args:
-            name: Its name; None takes the complete one of the last step.
+            name: Name of the index. None: the complete index of the latest step.
 
         Raises:
-            NoIndexError: There is none, or it is not complete.
-            CorruptObjectError: It is damaged, or of another version of dist-sae.
+            NoIndexError: The index does not exist or is not complete.
+            CorruptObjectError: The index is damaged, or from another version of dist-sae.
         """
         from dist_sae.notebook.index import OpenedIndex  # needs pyarrow
 
@@ -240,13 +242,13 @@ class OpenedRun:
         )
 
     def model(self) -> Any:
-        """Load the whole language model with its head, as `transformers` has it.
+        """Load the whole language model with its head, as a `transformers` model.
 
-        In the run's precision, on the GPU if there is one.
+        The model has the run's precision and is on the GPU if there is one.
 
         Raises:
-            ConfigError: The run's activations are not of a language model.
-            HeadlessError: The model predicts no tokens.
+            ConfigError: The run's activations are synthetic.
+            HeadlessError: The model has no head that predicts tokens.
             ModelError: The model cannot be loaded.
         """
         config = self._language_model
@@ -258,7 +260,7 @@ class OpenedRun:
         return model
 
     def tokenizer(self) -> Any:
-        """Load the language model's tokenizer, as `transformers` has it; raises like `model`."""
+        """Load the language model's tokenizer from `transformers`. Raises like `model`."""
         config = self._language_model
         from dist_sae.models.loading import load_plain_tokenizer  # takes 3 s
 
@@ -288,7 +290,7 @@ class OpenedRun:
 
     @property
     def _as_planned(self) -> Run:
-        """The run with the model's commit on the hub pinned, if its activation set is at hand."""
+        """The run with the model's commit on the hub, if the activation set is in the store."""
         if self._store.size(PLAN_KEY) is None:
             return self.config
         return as_planned(self.config, self._plan)

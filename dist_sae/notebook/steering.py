@@ -1,4 +1,4 @@
-"""Changes to a model's activations at a site, by hooks that leave with their `with` block."""
+"""Changes to a model's activations at a site, with hooks that last as long as a `with` block."""
 
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -13,19 +13,19 @@ from dist_sae.errors import ArgumentError
 from dist_sae.models.sites import attach, place, width
 
 Change = Callable[[Mapping[str, Float[Tensor, "rows d"]]], Float[Tensor, "#rows d"]]
-"""Computes the change to add to raw activations of a site from those of the sites that are read."""
+"""Function that maps raw activations by site to the change to add at the steered site."""
 
 Positions = Shaped[Tensor, "*batch seq"]
-"""A mask of booleans; others are refused, as they may be numbers of tokens."""
+"""A mask of booleans. Integers are refused, since they could be token positions."""
 
 
 class Where:
-    """Tokens that are changed.
+    """The tokens to change.
 
     Args:
-        positions: Mask, `[seq]` or `[batch, seq]`, from the first token of a sequence on, padding
-            included; all if None.
-        generated: Whether tokens after the last of `positions` are changed.
+        positions: Mask of the tokens to change, `[seq]` or `[batch, seq]`. It starts at the first
+            token of a sequence and includes padding. None changes all tokens.
+        generated: Whether to change tokens after the end of `positions`.
     """
 
     def __init__(self, positions: Positions | None, *, generated: bool) -> None:
@@ -41,10 +41,10 @@ class Where:
         self._before = 0
 
     def look(self, _: nn.Module, __: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        """Note, before a forward pass, how many tokens of the sequences came before it.
+        """Before a forward pass, count the tokens that earlier passes have put into the cache.
 
         Raises:
-            ArgumentError: The model keeps another state than past keys and values.
+            ArgumentError: The model's cache is not one of keys and values, so it has no length.
         """
         past = kwargs.get("past_key_values")
         if kwargs.get("cache_params") is not None:
@@ -55,10 +55,10 @@ class Where:
         self._before = 0 if past is None else int(past.get_seq_length())
 
     def mask(self, batch: int, seq: int) -> Bool[Tensor, "batch seq"]:
-        """Mask of a forward pass.
+        """Return the mask for the tokens of a forward pass.
 
         Raises:
-            ArgumentError: `positions` are of another number of sequences.
+            ArgumentError: `positions` has neither one sequence nor `batch` sequences.
         """
         if self.positions is None:
             return torch.ones(batch, seq, dtype=torch.bool)
@@ -83,15 +83,16 @@ def editing(
 
     Args:
         model: A `transformers` model.
-        site: The site.
-        widths: Widths of its rows, and of those of the sites that `change` reads.
-        change: Gets the rows that are changed, at these sites, in fp32 and without gradients.
-        where: Which rows these are.
+        site: The site to change.
+        widths: Widths of that site and of all sites that `change` reads.
+        change: Function that gets the rows to change at each of these sites, in fp32 and without
+            gradients.
+        where: The tokens to change.
 
     Raises:
-        ArgumentError: It is no `transformers` model, its activations have another width, or it
-            reaches a site that is read only after the one that is changed.
-        ModelError: The model has no such site.
+        ArgumentError: The model is not a `transformers` model, its activations have another width,
+            or it computes a site that `change` reads only after the site to change.
+        ModelError: The model does not have one of the sites.
     """
     if not hasattr(getattr(model, "config", None), "get_text_config"):
         raise ArgumentError(
@@ -118,7 +119,7 @@ def editing(
         delta = torch.zeros(acts.shape, dtype=torch.float32, device=acts.device)
         delta[mask] = change(read).expand(read[site].shape).to(delta)
         read.clear()
-        # exact where delta is 0
+        # adding 0 leaves other rows bitwise the same
         return (acts + delta).to(acts.dtype)
 
     with ExitStack() as hooks:

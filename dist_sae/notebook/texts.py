@@ -1,4 +1,4 @@
-"""Texts: a row's surroundings, and the latents that are active on a text."""
+"""The text around a row, and the latents that are active on a text."""
 
 import logging
 from collections import Counter
@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 
 @runtime_checkable
 class Origin(Protocol):
-    """Where a row is from, as examples of an index say it."""
+    """The origin of a row. Examples from a latent index have these properties."""
 
     @property
     def unit(self) -> int: ...
@@ -34,7 +34,7 @@ class Origin(Protocol):
 
 
 class RowText(NamedTuple):
-    """A row's token, and the text around it."""
+    """A row's token and the text around it."""
 
     before: str
     token: str
@@ -45,14 +45,14 @@ class RowText(NamedTuple):
 
 
 class TokenLatents(NamedTuple):
-    """A token, and the latents that are most active on it, strongest first."""
+    """A token and the latents that are most active on it, strongest first."""
 
     token: str
-    """Its text; empty if it is part of the character before."""
+    """Text of the token; empty if the token only completes the character before it."""
     latents: list[int]
-    """Empty where training left the row out, such as a context's first."""
+    """Latent indices. Empty if training leaves out this row, such as a context's first."""
     acts: list[float]
-    """Activations of these latents."""
+    """Activation of each of these latents."""
 
 
 class TextRows(NamedTuple):
@@ -61,12 +61,12 @@ class TextRows(NamedTuple):
     tokens: list[str]
     acts: Float[Tensor, "rows d_in"]
     trained: list[int]
-    """Tokens that the rows are of: training leaves out others."""
+    """Index into `tokens` for each row. Training leaves out the other tokens."""
 
 
 @runtime_checkable
 class Codes(Protocol):
-    """Active entries: see `SparseCodes`."""
+    """Active entries of codes; see `SparseCodes`."""
 
     @property
     def acts(self) -> Tensor: ...
@@ -77,13 +77,13 @@ class Codes(Protocol):
 
 
 class TextReader:
-    """The run's model and tokenizer, reading texts as producers do.
+    """The run's model and tokenizer, which read texts the way producers do.
 
     Args:
-        run: The run, as planned.
+        run: The run, with the model's commit pinned.
 
     Raises:
-        ConfigError: Its model is synthetic.
+        ConfigError: The run's model is synthetic.
         ModelError: The model cannot be loaded.
     """
 
@@ -98,7 +98,7 @@ class TextReader:
         self._source = build_source(run.model.model_copy(update={"tensor_parallel": 1}), run.reads)
 
     def read(self, text: str) -> TextRows:
-        """Compute a text's activations at the sites that are read, side by side.
+        """Compute a text's activations at the read sites, concatenated.
 
         Raises:
             ArgumentError: The text has no tokens.
@@ -130,7 +130,7 @@ class TextReader:
 
 
 def strongest(rows: TextRows, codes: Codes, top: int) -> list[TokenLatents]:
-    """Find the most active latents of each token, at most `top`."""
+    """Find up to `top` most active latents of each token."""
     found = [TokenLatents(token, [], []) for token in rows.tokens]
     order = codes.acts.argsort(descending=True, stable=True)
     for row, latent, act in zip(
