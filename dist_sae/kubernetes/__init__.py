@@ -1,1 +1,1 @@
-"""A run on Kubernetes, the cluster's side of it, and dashboards: rendered, without torch."""
+"""Rendering, submission and status of runs on Kubernetes, and Grafana dashboards. No torch."""

@@ -1,6 +1,6 @@
-"""A namespace of a cluster; the only module that uses the official Kubernetes client.
+"""Client for one namespace of a cluster. No other module uses the official Kubernetes client.
 
-Objects are plain mappings, as `jobs.py` renders them. Errors of the client are mapped here.
+Objects are plain mappings, as `jobs.py` renders them. The client's exceptions are mapped to ours.
 """
 
 import copy
@@ -27,23 +27,23 @@ from dist_sae.kubernetes.jobs import JOBSET_VERSION
 from dist_sae.kubernetes.pods import Object
 
 MANAGER = "dist-sae"
-"""Field manager of applied objects."""
+"""Field manager for server-side apply."""
 
 _KUBECONFIG = "~/.kube/config"
 _ROLE = "role dist-sae-researcher of k8s/base"
 _NODES_ROLE = "cluster role dist-sae-nodes of k8s/base"
 _CONNECT_SECONDS, _ANSWER_SECONDS = 5.0, 30.0
+"""Connect and read timeouts of requests to the API server."""
 POD_SECONDS = 3.0
-"""A pod that takes longer to answer is passed over."""
-"""Time limit for a pod's answer: a network policy may drop it silently."""
+"""Read timeout of requests to a pod. Short, because a network policy may drop them silently."""
 PAGE_OBJECTS = 500
-"""Objects that are asked for at a time: pods take about 10 kB each."""
+"""Number of objects per page of a list. A pod takes about 10 kB."""
 _WATCH_SECONDS = 20
 _UNREADABLE = (ConfigException, OSError, yaml.YAMLError)
 _NO_CONTENT = 204
 _NOT_FOUND = 404
 _EXPIRED = 410
-"""Status of a watch that starts before what the server remembers."""
+"""HTTP status of a watch whose resource version is older than the server's history."""
 
 
 class _Resource(NamedTuple):
@@ -68,13 +68,13 @@ _RESOURCES = {
 
 
 class Cluster:
-    """A namespace, accessed with the user's kubeconfig at the first request.
+    """Client for a namespace. Loads the user's kubeconfig at the first request.
 
-    Every method raises a `ClusterError` if there is no such kubeconfig or context, if the cluster
-    does not answer, or if it refuses access.
+    Every method raises a `ClusterError` if the kubeconfig or its context does not exist, or if the
+    cluster does not respond or denies access.
 
     Args:
-        config: Names the namespace, and the context of the kubeconfig.
+        config: Namespace, and context of the kubeconfig.
     """
 
     def __init__(self, config: ClusterConfig) -> None:
@@ -86,7 +86,7 @@ class Cluster:
     def _client(self) -> ApiClient:
         settings = Configuration()
         settings.retries = urllib3.Retry(2, backoff_factor=0.2)
-        # no messages about attempts that are retried
+        # urllib3 would log every attempt that is retried
         logging.getLogger("urllib3.connectionpool").setLevel(logging.ERROR)
         try:
             load_kube_config(self._file, context=self._context, client_configuration=settings)
@@ -99,14 +99,14 @@ class Cluster:
 
     @cached_property
     def _hasty_client(self) -> ApiClient:
-        """A client that does not retry."""
+        """Client that does not retry."""
         settings = copy.copy(self._client.configuration)
         settings.retries = urllib3.Retry(0)
         return ApiClient(settings)
 
     @property
     def _origin(self) -> str:
-        """Kubeconfig and context, for messages."""
+        """Context and kubeconfig, for error messages."""
         name = self._context
         if name is None:
             with suppress(*_UNREADABLE):
@@ -114,10 +114,10 @@ class Cluster:
         return f"context {name} of {self._file}" if name else self._file
 
     def apply(self, obj: Object, *, dry_run: bool = False) -> Object:
-        """Server-side apply; returns the resulting object.
+        """Apply an object on the server side and return the result.
 
         Raises:
-            RejectedError: It is invalid, or changes an immutable field.
+            RejectedError: The object is invalid, or changes an immutable field.
         """
         query = {"fieldManager": MANAGER, "fieldValidation": "Strict"}
         query |= {"dryRun": "All"} if dry_run else {}
@@ -127,20 +127,20 @@ class Cluster:
         return applied
 
     def get(self, kind: str, name: str) -> Object | None:
-        """Get an object; None if it does not exist."""
+        """Return an object, or None if it does not exist."""
         return self._ask("GET", self._path(kind, name), may_lack=True)
 
     def find(self, kind: str, selector: Mapping[str, str]) -> list[Object]:
-        """List objects with these labels, oldest first; empty if the kind is not installed."""
+        """Return objects with these labels, oldest first. Empty if the kind is not installed."""
         return self._list(kind, selector)[0]
 
     def warnings(self) -> list[Object]:
-        """Warning events of the namespace, oldest first."""
+        """Return the namespace's warning events, oldest first."""
         events = self._list_all(self._path("Event"), {"fieldSelector": "type=Warning"})[0]
         return sorted(events, key=lambda event: event["metadata"]["creationTimestamp"])
 
     def follow(self, kind: str, selector: Mapping[str, str]) -> Iterator[list[Object]]:
-        """Yield the result of `find` at once and after every change, sometimes unchanged."""
+        """Yield the result of `find` immediately and after every change, sometimes unchanged."""
         while True:
             found, version = self._list(kind, selector)
             yield found
@@ -158,7 +158,7 @@ class Cluster:
                     continue
 
     def delete(self, obj: Object) -> None:
-        """Begin to delete this object (by uid); it goes after the objects that it owns."""
+        """Start to delete the object with this uid. The objects that it owns are deleted first."""
         metadata = obj["metadata"]
         body = {
             "apiVersion": "v1",
@@ -172,7 +172,9 @@ class Cluster:
     def logs(
         self, pod: str, container: str, *, follow: bool, tail: int | None, stamped: bool = False
     ) -> Iterator[str]:
-        """Log lines of a container, with times if `stamped`; with `follow` until it ends.
+        """Yield a container's log lines, with timestamps if `stamped`.
+
+        With `follow`, also yields new lines until the container ends.
 
         Raises:
             NotStartedError: The container has not started.
@@ -191,7 +193,7 @@ class Cluster:
                 yield line.decode(errors="replace").rstrip("\n")
 
     def proxy(self, pod: str, port: int, path: str) -> str:
-        """Ask a pod through the API server, without retries, and return its answer."""
+        """Send a GET request to a pod through the API server and return the body. Not retried."""
         whole = f"{self._path('Pod', f'{pod}:{port}')}/proxy/{path}"
         with self._mapped(whole):
             try:
@@ -206,10 +208,10 @@ class Cluster:
             return text
 
     def nodes(self) -> list[Object]:
-        """The nodes of the cluster.
+        """Return the cluster's nodes.
 
         Raises:
-            ForbiddenError: The user may only see the namespace.
+            ForbiddenError: The user may not list nodes.
         """
         return self._list_all("/api/v1/nodes", {})[0]
 
@@ -224,7 +226,10 @@ class Cluster:
     def _list_all(
         self, path: str, query: Mapping[str, str], *, may_lack: bool = False
     ) -> tuple[list[Object], str]:
-        """Items of a list, page by page, and their version; empty if `may_lack` and it lacks."""
+        """Return the items of all pages and the list's resource version.
+
+        Both are empty if the list does not exist and `may_lack` is set.
+        """
         items, token = list[Object](), ""
         while True:
             page = {**query, "limit": str(PAGE_OBJECTS)} | ({"continue": token} if token else {})
@@ -255,7 +260,7 @@ class Cluster:
         *,
         may_lack: bool = False,
     ) -> Object | None:
-        """Send a request and return the answer; None if `may_lack` and it does not exist."""
+        """Send a request and return the JSON of the response; None for a 404 if `may_lack`."""
         with self._mapped(path):
             try:
                 answer = self._send(method, path, query, body, content)
@@ -293,7 +298,7 @@ class Cluster:
 
     @contextmanager
     def _mapped(self, path: str) -> Iterator[None]:
-        """Map the client's errors about this path to ours."""
+        """Raise the client's exceptions about this path as ours."""
         try:
             yield
         except ApiException as exc:
@@ -316,7 +321,7 @@ class Cluster:
                 return self._forbidden(said)
             case 404:
                 return self._not_found(status, said, path)
-            case 400 if path.endswith("/log"):  # a node's answer
+            case 400 if path.endswith("/log"):  # the kubelet's response
                 return NotStartedError(f"{self._origin}: {_line(said)}")
             case 422:
                 return RejectedError(_line(said))
@@ -335,7 +340,7 @@ class Cluster:
                 f"namespace {self.namespace} does not exist; create it "
                 f"(kubectl apply -k k8s/base) or correct cluster.namespace"
             )
-        if kind == "pods/log":  # a node that does not know the pod yet
+        if kind == "pods/log":  # the kubelet does not know the pod yet
             return NotStartedError(f"{self._origin}: {_line(said)}")
         return ClusterError(f"{self._origin}: {_line(said)}")
 
@@ -356,13 +361,13 @@ class Cluster:
 
 
 def amount(quantity: str | float) -> Decimal:
-    """Parse a quantity as Kubernetes writes it."""
+    """Parse a Kubernetes quantity, such as `500m` or `2Gi`."""
     number: Decimal = parse_quantity(quantity)
     return number
 
 
 def _status_of(exc: ApiException) -> dict[str, Any]:
-    """The `Status` in the API server's answer; empty if there is none."""
+    """Return the `Status` object in the API server's response, or an empty mapping."""
     with suppress(ValueError, TypeError):
         status = json.loads(exc.body)
         if isinstance(status, dict) and status.get("kind") == "Status":
@@ -371,7 +376,7 @@ def _status_of(exc: ApiException) -> dict[str, Any]:
 
 
 def _reason(exc: BaseException) -> BaseException:
-    """The cause that urllib3 wraps."""
+    """Return the cause that urllib3 wrapped in the exception, or the exception itself."""
     return getattr(exc, "reason", None) or exc
 
 

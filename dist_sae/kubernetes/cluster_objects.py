@@ -1,4 +1,4 @@
-"""Find and delete a run's objects on a cluster. Objects of others are never touched."""
+"""Find and delete a run's objects on a cluster. Objects of other runs are never changed."""
 
 from collections.abc import Callable, Mapping
 from typing import Literal, NamedTuple
@@ -19,17 +19,17 @@ State = Literal["absent", "running", "ending", "complete", "failed"]
 
 
 class ClusterObjects(NamedTuple):
-    """The objects of a run, without the objects that these own."""
+    """The objects that `submit` applied for a run, without those that controllers created."""
 
     configuration: Object | None
     workloads: list[Object]
-    """JobSet of the run, and its plain Jobs."""
+    """JobSet and plain Jobs."""
     network: list[Object]
-    """Its NetworkPolicy, and its Service without JobSet."""
+    """NetworkPolicy, and the Service if there is no JobSet."""
 
     @property
     def objects(self) -> list[Object]:
-        """All objects, in the order of their deletion."""
+        """All objects, in the order in which they are deleted."""
         return [*self.workloads, *self.network, *filter(None, [self.configuration])]
 
     @property
@@ -39,7 +39,7 @@ class ClusterObjects(NamedTuple):
 
     @property
     def state(self) -> State:
-        """State of the run, from the conditions that its controllers report."""
+        """State of the run, according to its workloads' conditions."""
         if any("deletionTimestamp" in obj["metadata"] for obj in self.workloads):
             return "ending"
         ended = [set(_true_conditions(obj)) for obj in self.workloads]
@@ -52,7 +52,7 @@ class ClusterObjects(NamedTuple):
 
     @property
     def conditions(self) -> list[str]:
-        """True conditions of the workloads, as their controllers report them."""
+        """Conditions of the workloads that are true, one line each."""
         return [
             f"{obj['kind']} {obj['metadata']['name']} {kind}: {told}"
             for obj in self.workloads
@@ -61,13 +61,13 @@ class ClusterObjects(NamedTuple):
 
     @property
     def failure(self) -> str:
-        """Why the run failed, as its controllers report it."""
+        """Why the run failed, according to its workloads' conditions."""
         told = [_true_conditions(obj).get("Failed") for obj in self.workloads]
         return "; ".join(filter(None, told))
 
 
 def configured_run(configuration: Object) -> Run:
-    """Read the run in a ConfigMap, also in one that an earlier version has rendered."""
+    """Read the run from a ConfigMap, which an earlier version may have rendered."""
     name = f"ConfigMap {configuration['metadata']['name']}"
     return validate_run(yaml.load(configuration["data"][RUN_KEY], Loader=yaml.CSafeLoader), name)
 
@@ -85,7 +85,7 @@ def find_objects(cluster: Cluster, run: Run) -> ClusterObjects:
 
 
 def remove(cluster: Cluster, run: Run, there: ClusterObjects, say: Say) -> None:
-    """Delete the run's objects, and wait until its pods have saved and are gone."""
+    """Delete the run's objects, and wait until its pods have saved and exited."""
     for obj in there.objects:
         cluster.delete(obj)
     if there.workloads:
@@ -93,7 +93,7 @@ def remove(cluster: Cluster, run: Run, there: ClusterObjects, say: Say) -> None:
 
 
 def remove_part(cluster: Cluster, run: Run, part: Part, job: Object, say: Say) -> None:
-    """Delete the Job of a part that is apart, and wait until its pods have saved and are gone."""
+    """Delete a part's separate Job, and wait until its pods have saved and exited."""
     cluster.delete(job)
     await_end(cluster, selector(run, part), [job], say)
 
@@ -101,7 +101,7 @@ def remove_part(cluster: Cluster, run: Run, part: Part, job: Object, say: Say) -
 def await_end(
     cluster: Cluster, labels: Mapping[str, str], workloads: list[Object], say: Say
 ) -> None:
-    """Wait until workloads that are being deleted are gone, pods with these labels first."""
+    """Wait until pods with these labels are gone, then until their deleted workloads are."""
     said = ""
     for pods in cluster.follow("Pod", labels):
         if not pods:
@@ -121,10 +121,10 @@ def await_end(
 def existing_objects(
     cluster: Cluster, run: Run, objects: list[Object]
 ) -> dict[tuple[str, str], Object]:
-    """Get the objects that exist under these names, by kind and name.
+    """Return the cluster's objects with the kinds and names of these, by kind and name.
 
     Raises:
-        ClusterError: One of them does not belong to this run.
+        ClusterError: One of the cluster's objects does not belong to this run.
     """
     found = {}
     for obj in objects:
@@ -143,12 +143,12 @@ def existing_objects(
 
 
 def describe(run: Run, cluster: Cluster) -> str:
-    """Namespace and name of the run, for messages."""
+    """Return the run's namespace and name, for messages."""
     return f"{cluster.namespace}/{object_name(run)}"
 
 
 def is_ours(obj: Object) -> bool:
-    """True if the object was applied, not made by a controller for another object."""
+    """Return whether `submit` applied the object; False if a controller created it."""
     return not obj["metadata"].get("ownerReferences")
 
 

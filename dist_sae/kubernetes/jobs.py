@@ -1,27 +1,27 @@
 """The objects of a run: Run -> ConfigMap, NetworkPolicy and JobSet, or plain Indexed Jobs. Pure.
 
-With `cluster.producer.apart` producers are a plain Job beside the JobSet.
+With `cluster.producer.apart`, producers are a plain Job alongside the JobSet.
 
-How a pod ends decides what happens next:
+A pod's exit code decides what happens next:
 
     0       done
-    2       something for the user to fix: the job fails, and the run with it
-    evicted, preempted, drained (DisruptionTarget): a new pod, not counted
-    75      stopped and resumable (preempted, a rank lost, the store away): the same
+    2       the user must fix something: the Job fails, and the run with it
+    evicted, preempted, drained (DisruptionTarget): replaced, not counted
+    75      stopped and resumable (preempted, a rank lost, the store unreachable): the same
     143     SIGTERM before the program handled it: the same
     else    a crash. Reporter: counted against `retries`.
-            All others: a new pod, not counted by Kubernetes; but 1, 126 and 127, with which a
-            program ends that has not come to work, are counted against `retries`
+            Other parts: replaced, and not counted by Kubernetes. But 1, 126 and 127 are counted
+            against `retries`, because a program that could not start its work ends with these.
 
-All but the reporter count by themselves (`storage/lives.py`): `retries` lives in a row without
-progress, however they ended, and the next one ends with 2. Kubernetes' own count of an index is
-never set back. Where parts are Jobs by themselves, one that ends with 2 tells the others
-(`storage/failure.py`).
+Kubernetes never resets its failure count of an index, however much progress the pods make. So all
+parts except the reporter count for themselves (`storage/lives.py`): after `retries` pods in a row
+that ended without progress, for any reason, the next pod exits with 2. If parts are separate Jobs,
+a part that exits with 2 notifies the others (`storage/failure.py`).
 
-The Job controller waits before it replaces a pod: 10 s, doubled with every failure, at most 10 min,
-and failures that are not counted lengthen the wait as others do (kubernetes#130881). It counts over
-the whole Job unless there is a `backoffLimitPerIndex`: 16 pods that end together would wait for 10
-min, and among a thousand producers one ends before the wait for the last is over.
+The Job controller waits before it replaces a pod: 10 s, doubled at every failure, at most 10 min.
+Failures that are not counted lengthen the wait too (kubernetes#130881). Without a
+`backoffLimitPerIndex`, it counts failures over the whole Job. Then 16 pods that end together would
+wait for 10 min, and of a thousand producers one would always end before the wait is over.
 """
 
 import signal
@@ -46,17 +46,17 @@ from dist_sae.storage.lives import Part as LivingPart
 JOBSET_VERSION = "jobset.x-k8s.io/v1alpha2"
 RUN_KEY = "run.yaml"
 LEAST = "kueue.x-k8s.io/job-min-parallelism"
-"""Annotation of a Job whose `parallelism` Kueue may reduce."""
+"""Annotation of a Job whose `parallelism` Kueue may reduce to this number."""
 _ELASTIC = "kueue.x-k8s.io/elastic-job"
 _TERMINATED = 128 + signal.SIGTERM
 _NOT_STARTED = (126, 127)  # by the container's runtime
 
 
 def render_objects(run: Run) -> list[Object]:
-    """Render everything that `submit` applies, in order.
+    """Render all objects that `submit` applies, in order.
 
     Raises:
-        ConfigError: The run cannot run on a cluster; one line per reason.
+        ConfigError: The run cannot run on a cluster. The message has one line per reason.
     """
     if problems := list(_problems(run)):
         raise ConfigError("\n".join(problems))
@@ -68,7 +68,7 @@ def render_objects(run: Run) -> list[Object]:
     service = _object(run, "v1", "Service") | {
         "spec": {
             "clusterIP": "None",
-            "publishNotReadyAddresses": True,  # ranks meet before they are ready
+            "publishNotReadyAddresses": True,  # the rendezvous comes before ranks are ready
             "selector": selector(run),
         }
     }
@@ -76,10 +76,10 @@ def render_objects(run: Run) -> list[Object]:
 
 
 def _network_policy(run: Run) -> Object:
-    """Close the run's pods to all others of the namespace.
+    """Render a policy by which only the run's own pods reach its pods, except for metrics.
 
-    Ranks trust one another (rendezvous, NCCL and gloo know no passwords). The policy of the
-    namespace cannot say "of the same run", so each run brings its own.
+    Ranks trust each other, because the rendezvous, NCCL and gloo have no authentication. A policy
+    for the whole namespace cannot say "of the same run", so each run has its own.
     """
     own = {"matchLabels": selector(run)}
     return _object(run, "networking.k8s.io/v1", "NetworkPolicy") | {
@@ -92,13 +92,16 @@ def _network_policy(run: Run) -> Object:
 
 
 def parts(run: Run) -> list[Part]:
-    """Parts of the run on a cluster, in the order of a JobSet."""
+    """Return the run's parts on a cluster, in the order of the JobSet."""
     left_out = {"index": not run.index.workers, "reporter": run.cluster.reporter is None}
     return [part for part in get_args(Part) if not left_out.get(part)]
 
 
 def _before(run: Run, part: Part) -> Part | None:
-    """The part after whose end this one begins; the pods of a Job by itself wait (`--wait`)."""
+    """Return the part that must complete before this one starts, or None.
+
+    Only a JobSet enforces this order. Pods of plain Jobs wait by themselves (`--wait`).
+    """
     last: Part = "index" if run.index.workers else "trainer"
     before: dict[Part, Part] = {
         "producer": "planner",
@@ -110,7 +113,7 @@ def _before(run: Run, part: Part) -> Part | None:
 
 
 def job_name(run: Run, part: Part) -> str:
-    """The name of a part's Job, with JobSet and without."""
+    """Return the name of a part's Job. It is the same with and without JobSet."""
     return f"{object_name(run)}-{part}-0"
 
 
@@ -123,7 +126,7 @@ def _jobset(run: Run) -> Object:
                 "subdomain": object_name(run),
                 "publishNotReadyAddresses": True,
             },
-            # a job that fails has used its retries, or would fail the same way again
+            # a Job that fails has used its retries, or would fail again for the same reason
             "failurePolicy": {
                 "maxRestarts": 0,
                 "rules": [{"name": "stop", "action": "FailJobSet"}],
@@ -151,7 +154,7 @@ def _plain_job(run: Run, part: Part) -> Object:
         job["metadata"] |= _of_kueue(run)
     spec = _job(run, part)
     spec["template"]["spec"]["subdomain"] = object_name(run)
-    # no time to live: a deleted job would look like one that has not begun
+    # no TTL: a Job that was deleted would look like one that has not started
     return job | {"spec": spec}
 
 
@@ -169,8 +172,8 @@ def _job(run: Run, part: Part) -> Object:
         "completions": n_pods(run, part),
         "parallelism": n_pods(run, part),
         "backoffLimitPerIndex": pods_of(run, part).retries,
-        "maxFailedIndexes": 0,  # no part can do without one of its pods
-        "podReplacementPolicy": "Failed",  # never two pods of one index: they would be one rank
+        "maxFailedIndexes": 0,  # every part needs all of its pods
+        "podReplacementPolicy": "Failed",  # two pods with one index would be the same rank twice
         "podFailurePolicy": {
             "rules": [
                 exits("FailJob", EXIT_USER),
@@ -192,30 +195,33 @@ def _object(run: Run, version: str, kind: str) -> Object:
 
 
 def _queued(run: Run, workload: Object, queue: str | None = None) -> Object:
-    """Add the label of the Kueue queue: a JobSet is admitted whole, plain Jobs one by one."""
+    """Add the Kueue queue's label. Kueue admits a JobSet as a whole, and plain Jobs one by one."""
     if queue := queue or run.cluster.queue:
         workload["metadata"]["labels"]["kueue.x-k8s.io/queue-name"] = queue
     return workload
 
 
 def _of_kueue(run: Run) -> Object:
-    """How Kueue may admit producers that are apart. It takes one of these annotations at most."""
+    """Return the annotations by which Kueue may admit only some of the producers.
+
+    Kueue accepts at most one of the two.
+    """
     producer = run.cluster.producer
     if producer.least is not None:
-        # without the annotation that reduces completions, too: who comes later finds less to do,
-        # and no share of the units is left out where a store has no conditional writes
+        # `completions` is not reduced as well: producers that start later find less to do, and
+        # without conditional writes, the share of a producer that never starts would be left out
         return {"annotations": {LEAST: str(producer.least)}}
     return {"annotations": {_ELASTIC: "true"}} if producer.elastic else {}
 
 
 def in_pods(run: Run) -> Run:
-    """The run as pods read it: with a metrics port, for Prometheus and probes."""
+    """Return the run as pods read it: with a metrics port for Prometheus and the probes."""
     telemetry = run.telemetry.model_copy(update={"port": run.telemetry.port or run.cluster.port})
     return run.model_copy(update={"telemetry": telemetry})
 
 
 def _problems(run: Run) -> list[str]:
-    """Settings that are invalid on a cluster."""
+    """List settings that are invalid on a cluster."""
     problems = []
     if run.cluster.image is None:
         problems.append("cluster.image: missing; build launch/Dockerfile and name what you pushed")
@@ -244,7 +250,7 @@ def _problems(run: Run) -> list[str]:
 
 
 def _admission_problems(run: Run) -> Iterator[str]:
-    """Settings of the producers' queue that are invalid."""
+    """Yield invalid settings of the producers' queue."""
     producer, producers = run.cluster.producer, run.processes.producers
     set_ = [name for name in ("queue", "least", "elastic") if getattr(producer, name)]
     if set_ and not is_apart(run, "producer"):

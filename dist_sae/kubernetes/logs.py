@@ -1,4 +1,4 @@
-"""Logs of a run's pods, also of those that were replaced."""
+"""Logs of a run's pods, including pods that were replaced."""
 
 import heapq
 import logging
@@ -18,7 +18,7 @@ from dist_sae.kubernetes.pods import Object, Part
 logger = logging.getLogger(__name__)
 
 _Source = tuple[Object, str]
-"""A pod, and the name of one of its containers."""
+"""A pod and the name of one of its containers."""
 
 
 def read_logs(
@@ -30,16 +30,16 @@ def read_logs(
     previous: bool = False,
     tail: int | None = None,
 ) -> Iterator[str]:
-    """Lines in order of time; with several pods, each begins with the name of its pod.
+    """Return log lines in order of time. With several pods, the pod's name is prepended to each.
 
     Args:
-        which: A part, one index of it (`trainer-0`), or a pod's name.
-        follow: Wait for the pods to begin, and go on until they end.
-        previous: Logs of the pods that the present ones replaced.
-        tail: Number of last lines of each container; None for all.
+        which: A part, a part and an index (`trainer-0`), or a pod's name.
+        follow: Wait for the pods to start, and yield lines until they end.
+        previous: Read the logs of the pods that the current ones replaced.
+        tail: Number of last lines per container; None for all.
 
     Raises:
-        ClusterError: There are no such pods, or they have no logs yet.
+        ClusterError: The pods do not exist, or have no logs yet.
     """
     pods = _chosen(cluster.find("Pod", selector(run)), which, previous=previous)
     if not pods:
@@ -73,7 +73,7 @@ def _chosen(pods: list[Object], which: str, *, previous: bool) -> list[Object]:
 def _one_after_another(
     cluster: Cluster, sources: list[_Source], tail: int | None, *, follow: bool
 ) -> Iterator[str]:
-    """Lines of the containers of one pod, in the order in which they run."""
+    """Yield the lines of one pod's containers, in the order in which they run."""
     for number, (pod, container) in enumerate(sources):
         try:
             if follow:
@@ -83,18 +83,18 @@ def _one_after_another(
         except NotStartedError:
             if not number:
                 raise
-            return  # containers run one after the other
+            return  # the containers after this one have not started either
 
 
 def _follow(cluster: Cluster, pod: Object, container: str, tail: int | None) -> Iterator[str]:
-    """Lines of a container until it ends, once it has begun."""
+    """Wait until a container starts, and yield its lines until it ends."""
     name, waits = name_of(pod), False
     for pods in cluster.follow("Pod", pod["metadata"]["labels"]):
         try:
             yield from cluster.logs(name, container, follow=True, tail=tail)
         except NotStartedError as exc:
             if not any(name_of(there) == name and not has_ended(there) for there in pods):
-                raise  # it never will start
+                raise  # the pod has ended or is gone, so the container will never start
             if not waits:
                 logger.info("waiting: %s", exc)
             waits = True
@@ -109,7 +109,7 @@ def _by_time(cluster: Cluster, sources: list[_Source], tail: int | None) -> Iter
             for line in cluster.logs(pod, container, follow=False, tail=tail, stamped=True):
                 stamp, _, text = line.partition(" ")
                 yield stamp, f"{pod}: {text}"
-        except ClusterError as exc:  # of one pod; the others' lines still come
+        except ClusterError as exc:  # concerns one pod; the others' lines are still shown
             yield stamp, f"{pod}: ({exc})"
 
     for _, line in heapq.merge(*(lines(*source) for source in sources), key=lambda item: item[0]):
@@ -123,7 +123,7 @@ def _as_they_come(cluster: Cluster, sources: list[_Source], tail: int | None) ->
         try:
             for line in _follow(cluster, pod, container, tail):
                 said.put(f"{name_of(pod)}: {line}")
-        except ClusterError as exc:  # of one pod; the others go on
+        except ClusterError as exc:  # concerns one pod; the others continue
             said.put(f"{name_of(pod)}: ({exc})")
         finally:
             said.put(None)

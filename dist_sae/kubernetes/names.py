@@ -1,4 +1,4 @@
-"""Names and labels of a run's objects, by which they are found again."""
+"""Names and labels of a run's objects, which later commands use to find them."""
 
 from dist_sae import __version__
 from dist_sae.config import Run
@@ -6,14 +6,14 @@ from dist_sae.config.cluster import kubernetes_name
 from dist_sae.errors import ConfigError
 
 PART = "app.kubernetes.io/component"
-"""The label that names the part of the run."""
+"""Label with the name of the part."""
 TRIAL = "-new"
-"""Suffix of the names under which objects are validated on the cluster."""
-_LONGEST = 63 - len(f"{TRIAL}-producer-0-0000-abcde")  # a pod's name is a host's name
+"""Suffix of the object names that are used to validate objects on the cluster (dry run)."""
+_LONGEST = 63 - len(f"{TRIAL}-producer-0-0000-abcde")  # a pod's name is also its host name
 
 
 def object_name(run: Run) -> str:
-    """The name of the run's JobSet, ConfigMap, NetworkPolicy and Service.
+    """Return the name of the run's JobSet, ConfigMap, NetworkPolicy and Service.
 
     Raises:
         ConfigError: The run's name is not valid in names of pods.
@@ -28,7 +28,7 @@ def object_name(run: Run) -> str:
 
 
 def labels(run: Run, part: str | None = None) -> dict[str, str]:
-    """Labels of an object of the run, or of the pods of a part."""
+    """Return the labels of the run's objects, or of a part's pods."""
     return selector(run, part) | {
         "app.kubernetes.io/version": __version__,
         "app.kubernetes.io/managed-by": "dist-sae",
@@ -36,6 +36,6 @@ def labels(run: Run, part: str | None = None) -> dict[str, str]:
 
 
 def selector(run: Run, part: str | None = None) -> dict[str, str]:
-    """Labels that select the objects of a run, or the pods of a part."""
+    """Return the labels that select the run's objects, or a part's pods."""
     found = {"app.kubernetes.io/name": "dist-sae", "app.kubernetes.io/instance": run.name}
     return found | ({PART: part} if part else {})

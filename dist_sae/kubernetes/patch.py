@@ -1,8 +1,8 @@
-"""Strategic merge of a patch into a pod template, as `kubectl patch` does it. Pure.
+"""Strategic merge of a patch into a pod template, as in `kubectl patch`. Pure.
 
 Mappings are merged, and null removes a key. Lists that Kubernetes merges (`containers` by name,
-`volumeMounts` by path) are merged item by item; every other list takes the place of the old one.
-`$patch: delete` in an item removes it, `$patch: replace` in a mapping takes its place whole.
+`volumeMounts` by path) are merged item by item. Every other list is replaced. `$patch: delete` in
+an item of a list removes the item. `$patch: replace` in a mapping replaces the whole mapping.
 https://kubernetes.io/docs/tasks/manage-kubernetes-objects/update-api-object-kubectl-patch/
 """
 
@@ -24,15 +24,15 @@ _MERGED_BY = {
     "hostAliases": "ip",
     "topologySpreadConstraints": "topologyKey",
 }
-"""The key that tells items of a list of a pod apart (`patchMergeKey` of the API)."""
+"""Key that identifies the items of each merged list (`patchMergeKey` in the Kubernetes API)."""
 _DIRECTIVE = "$patch"
 
 
 def merge_patch(original: Any, patch: Any, path: str) -> Any:
-    """Merge a patch into a mapping, a list or a value; neither of them is changed.
+    """Merge a patch into a mapping, a list or a value, and return the result as a new object.
 
     Args:
-        path: Where the patch is in the run file, for messages.
+        path: Place of the patch in the run file, for messages.
 
     Raises:
         ConfigError: An item of a merged list lacks its key, or a directive is unknown.

@@ -1,4 +1,4 @@
-"""Status of a run's pods by part: what runs, and why others do not. Pure."""
+"""Status of a run's pods by part: which run, and why the others do not. Pure."""
 
 from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
@@ -20,19 +20,19 @@ _STARTING = ("ContainerCreating", "PodInitializing")
 
 
 def describe_parts(run: Run, pods: Iterable[Object], jobs: Iterable[Object]) -> dict[str, Any]:
-    """Status of all parts of a run, from its pods and Jobs.
+    """Return the status of all parts of a run, from its pods and Jobs.
 
     Returns:
-        For each part its pods by number: `wanted`, `running`, `ready`, `done` (finished with their
-        work) and `restarts` (failed and replaced); `last_end`, why the last failed pod ended, or
-        None; `pending`, the pods that do not run yet, each with the reason.
+        For each part, the number of pods that are `wanted`, `running`, `ready`, `done` (completed)
+        and `restarts` (failed and replaced). `last_end` is why the last failed pod ended, or None.
+        `pending` lists the pods that do not run yet, with the reasons.
     """
     pods, jobs = list(pods), list(jobs)
     return {part: _part(n_pods(run, part), _of(part, pods), _of(part, jobs)) for part in parts(run)}
 
 
 def newest_pods(pods: Iterable[Object], before: int = 0) -> list[Object]:
-    """The newest pod of each index, or the one that has been replaced `before` times."""
+    """Return each index's newest pod, or the pod that was followed by `before` newer ones."""
     by_index: dict[int, list[Object]] = {}
     for pod in sorted(pods, key=lambda pod: pod["metadata"]["creationTimestamp"]):
         by_index.setdefault(index_of(pod), []).append(pod)
@@ -40,7 +40,7 @@ def newest_pods(pods: Iterable[Object], before: int = 0) -> list[Object]:
 
 
 def index_of(pod: Object) -> int:
-    """Index of the pod within its Job."""
+    """Return the pod's index in its Job."""
     metadata = pod["metadata"]
     for where in ("labels", "annotations"):  # a label since Kubernetes 1.28
         if (index := (metadata.get(where) or {}).get(INDEX)) is not None:
@@ -49,18 +49,18 @@ def index_of(pod: Object) -> int:
 
 
 def name_of(obj: Object) -> str:
-    """Name of the object."""
+    """Return the object's name."""
     name: str = obj["metadata"]["name"]
     return name
 
 
 def has_ended(pod: Object) -> bool:
-    """True if none of the pod's containers will run again."""
+    """Return whether the pod has ended, so that none of its containers will run again."""
     return pod["status"].get("phase") in _ENDED
 
 
 def part_of(obj: Object) -> str:
-    """The part that a pod or Job belongs to."""
+    """Return the part that a pod or Job belongs to."""
     part: str = obj["metadata"]["labels"].get(PART, "")
     return part
 
@@ -80,14 +80,14 @@ def _part(wanted: int, pods: list[Object], jobs: list[Object]) -> dict[str, Any]
         "running": phases.count("Running"),
         "ready": sum(_condition(pod, "Ready").get("status") == "True" for pod in alive),
         "done": sum((job.get("status") or {}).get("succeeded", 0) for job in jobs),
-        "restarts": max(len(failed), counted),  # nodes take pods along; Jobs miss ends
+        "restarts": max(len(failed), counted),  # lost nodes lose pods; Jobs miss some failures
         "last_end": f"{name_of(ends[-1])}: {describe_end(ends[-1])}" if ends else None,
         "pending": [f"{name_of(pod)}: {why}" for pod in alive for why in _waits(pod)],
     }
 
 
 def describe_end(pod: Object) -> str:
-    """Why a pod ended: a disruption, a signal, or the last line of its program."""
+    """Return why a pod ended: a disruption, an eviction, or exit code and last line of output."""
     status = pod["status"]
     disruption = _condition(pod, "DisruptionTarget")
     if disruption.get("status") == "True":
@@ -104,7 +104,7 @@ def describe_end(pod: Object) -> str:
 
 
 def _waits(pod: Object) -> Iterator[str]:
-    """Reasons why a pod does not run."""
+    """Yield the reasons why a pod does not run."""
     scheduled = _condition(pod, "PodScheduled")
     if scheduled.get("status") == "False":
         yield f"{scheduled.get('reason', 'Unschedulable')}: {scheduled.get('message', '')}"
@@ -122,7 +122,7 @@ def _containers(status: Mapping[str, Any]) -> list[Any]:
 
 
 def _end_time(pod: Object) -> str:
-    """Time at which the pod ended, as Kubernetes writes it; such times sort as text."""
+    """Return the time when the pod ended, in Kubernetes' text format, which sorts by time."""
     times = [
         ((container.get("state") or {}).get("terminated") or {}).get("finishedAt") or ""
         for container in _containers(pod["status"])

@@ -1,14 +1,14 @@
 """The pods of a run: Run -> pod templates. Pure.
 
     planner     reads the corpus once
-    producer    one pod is one producer: all `model.tensor_parallel` ranks of it
-    trainer     `cluster.trainer.ranks` ranks; pod 0 holds the rendezvous
-    index       one pod is one worker: all `index.latent_shards` ranks of it
-    reporter    evaluate (with several ranks, where these are needed), export, report, in turn
+    producer    each pod is one producer, with all of its `model.tensor_parallel` ranks
+    trainer     each pod has `cluster.trainer.ranks` ranks; pod 0 hosts the rendezvous
+    index       each pod is one worker, with all of its `index.latent_shards` ranks
+    reporter    runs evaluate (on several ranks if needed), export and report, one after the other
 
-They meet the restricted pod security standard (unless `pod_patch` says otherwise): no root, no
-privileges, a read-only root file system. Caches and temporary files are in /scratch, which has a
-limit and is deleted with the pod; model files may be in a volume that stays (`cluster.cache`).
+Pods meet the restricted pod security standard, unless `pod_patch` changes that: no root, no
+privileges, a read-only root file system. Caches and temporary files go to /scratch, which has a
+size limit and is deleted with the pod. Model files can be in a persistent volume (`cluster.cache`).
 """
 
 from typing import Any, Literal, get_args
@@ -25,39 +25,39 @@ from dist_sae.storage.lives import JOB
 from dist_sae.storage.lives import Part as LivingPart
 
 Part = Literal["planner", "trainer", "producer", "index", "reporter"]
-"""In the order of a JobSet: Kueue takes the priority of the first part that has one."""
+"""The parts in the order of the JobSet. Kueue takes the priority of the first that has one."""
 Object = dict[str, Any]
 
 RUN_FILE = "/etc/dist-sae/run.yaml"
 ATTEMPT_KEY = "attempt"
-"""Key of the ConfigMap under which `submit` names the attempt."""
+"""Key of the attempt's name in the ConfigMap. `submit` writes it."""
 SCRATCH = "/scratch"
 CACHE = "/cache"
 METRICS = "metrics"
 """Name of the port that Prometheus scrapes."""
 _COMPUTING = ("produce", "train", "index", "evaluate")
-"""Programs that need the GPUs of their pods. In a Job by itself they wait for the part before."""
+"""Programs that use their pods' GPUs. In a plain Job, they wait for the preceding part."""
 USER_ID = 10001
-"""The user that the image creates."""
+"""Id of the user that the image creates."""
 
-_START_SECONDS = 600  # torch is imported slowly from a freshly pulled image
-_LIVE_SECONDS = 120  # without an answer; `/livez` reports a rank that hangs
+_START_SECONDS = 600  # importing torch from a freshly pulled image is slow
+_LIVE_SECONDS = 120  # of failed probes until a restart; `/livez` fails while a rank hangs
 
 
 def n_pods(run: Run, part: Part) -> int:
-    """Number of pods of a part."""
+    """Return a part's number of pods."""
     trainers = run.processes.trainers // run.cluster.trainer.ranks
     workers = {"producer": run.processes.producers, "index": run.index.workers}
     return (workers | {"trainer": trainers}).get(part, 1)
 
 
 def is_apart(run: Run, part: Part) -> bool:
-    """True if the part is a Job by itself, not one of the JobSet."""
+    """Return whether the part is a plain Job instead of a Job of the JobSet."""
     return not run.cluster.jobset or (part == "producer" and run.cluster.producer.apart)
 
 
 def n_ranks(run: Run, part: Part) -> int:
-    """Number of ranks in each pod of a part."""
+    """Return the number of ranks in each of a part's pods."""
     return {
         "producer": run.tensor_parallel,
         "trainer": run.cluster.trainer.ranks,
@@ -67,9 +67,9 @@ def n_ranks(run: Run, part: Part) -> int:
 
 
 def _evaluation_ranks(run: Run) -> int:
-    """Ranks that evaluate: as many as share the language model, or one for each GPU.
+    """Return the number of ranks that evaluate: `model.tensor_parallel`, or else one per GPU.
 
-    One alone where GPUs are too few, or the latents cannot be divided among them.
+    It is 1 if there are too few GPUs, or if the latents cannot be divided among the ranks.
     """
     gpus = run.cluster.reporter.gpus if run.cluster.reporter else 0
     ranks = run.tensor_parallel if run.tensor_parallel > 1 else max(1, gpus)
@@ -78,7 +78,7 @@ def _evaluation_ranks(run: Run) -> int:
 
 
 def pods_of(run: Run, part: Part) -> PodsConfig:
-    """Settings of a part's pods."""
+    """Return the settings of a part's pods."""
     pods: PodsConfig | None = getattr(run.cluster, part)
     assert pods is not None
     return pods
@@ -119,12 +119,12 @@ def pod_template(run: Run, part: Part) -> Object:
     own = {"labels": labels(run, part)}
     template = {"metadata": own, "spec": without_empty(spec)}
     patched: Object = merge_patch(template, pods.pod_patch, f"cluster.{part}.pod_patch")
-    # by the labels the pods are found again
+    # a patch must not change these labels, because commands find the pods by them
     return patched | {"metadata": merge_patch(patched["metadata"], own, "metadata")}
 
 
 def _containers(run: Run, part: Part) -> list[Object]:
-    """Containers in the order in which they run; all but the last are init containers."""
+    """Render a pod's containers in the order in which they run; all but the last as init ones."""
     match part:
         case "planner":
             return [_container(run, part, "main", ["plan", RUN_FILE])]
@@ -174,7 +174,7 @@ def _container(run: Run, part: Part, name: str, arguments: list[str]) -> Object:
         "volumeMounts": [
             {"name": "run", "mountPath": RUN_FILE.rpartition("/")[0], "readOnly": True},
             {"name": "scratch", "mountPath": SCRATCH},
-            {"name": "scratch", "mountPath": "/tmp", "subPath": "tmp"},  # under the same limit
+            {"name": "scratch", "mountPath": "/tmp", "subPath": "tmp"},  # shares /scratch's limit
             {"name": "shm", "mountPath": "/dev/shm"},
             *[{"name": "cache", "mountPath": CACHE}][: cluster.cache is not None],
         ],
@@ -183,7 +183,7 @@ def _container(run: Run, part: Part, name: str, arguments: list[str]) -> Object:
 
 
 def _serving(run: Run, container: Object) -> Object:
-    """The container with its metrics port and its probes, `/livez` and `/readyz`."""
+    """Add the metrics port and the probes `/livez` and `/readyz` to a container."""
     port = run.telemetry.port or run.cluster.port
 
     def probe(path: str, every: int, limit: int) -> Object:
@@ -208,7 +208,7 @@ def _environment(run: Run, part: Part, ranks: int) -> list[Object]:
         "HOME": f"{SCRATCH}/home",  # caches of compiled kernels, and of model files
         "OMP_NUM_THREADS": str(processes.threads or max(1, int(pods.cpus) // ranks)),
     }
-    if run.cluster.cache and "image" not in run.cluster.cache:  # which cannot be written
+    if run.cluster.cache and "image" not in run.cluster.cache:  # image volumes are read-only
         values["HF_HOME"] = CACHE
     if part == "trainer":
         values |= {
@@ -224,7 +224,7 @@ def _environment(run: Run, part: Part, ranks: int) -> list[Object]:
     known: list[Object] = [
         {"name": name, "valueFrom": {"fieldRef": {"fieldPath": path}}} for name, path in own.items()
     ]
-    if is_apart(run, "producer"):  # no controller ends all parts when one of them fails
+    if is_apart(run, "producer"):  # no controller ends the other parts when one fails
         key = {"name": object_name(run), "key": ATTEMPT_KEY, "optional": True}
         known.append({"name": ATTEMPT, "valueFrom": {"configMapKeyRef": key}})
     return [*known, *({"name": k, "value": v} for k, v in (values | run.cluster.env).items())]
@@ -253,5 +253,5 @@ def _affinity(run: Run, part: Part) -> Object | None:
 
 
 def without_empty(mapping: Object) -> Object:
-    """Drop empty values: for Kubernetes an absent key has its default."""
+    """Return a mapping without its empty values. Kubernetes gives absent keys their defaults."""
     return {key: value for key, value in mapping.items() if value not in (None, "", [], {})}

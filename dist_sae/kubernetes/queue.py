@@ -1,15 +1,15 @@
-"""Why pods of a run are not there: Kueue's conditions, and warnings about its Jobs. Pure."""
+"""Reasons why pods are missing: Kueue's conditions, and warnings about the run's Jobs. Pure."""
 
 from collections.abc import Collection, Iterable, Iterator
 
 from dist_sae.kubernetes.pods import Object
 
 UID_LABEL = "kueue.x-k8s.io/job-uid"
-"""The label of Kueue's Workload that names the object for which it was made."""
+"""Label of a Kueue Workload with the uid of the JobSet or Job that it stands for."""
 
 
 def describe_workloads(workloads: Iterable[Object]) -> list[str]:
-    """Say why Kueue does not admit these workloads, or not all of their pods."""
+    """List the reasons why Kueue does not admit these workloads, or not all of their pods."""
     return [
         f"queue {workload['spec'].get('queueName', '')}: {why}"
         for workload in workloads
@@ -18,7 +18,7 @@ def describe_workloads(workloads: Iterable[Object]) -> list[str]:
 
 
 def describe_warnings(events: Iterable[Object], owners: Collection[str]) -> list[str]:
-    """The last warning of each reason about these objects.
+    """Return the last warning about each of these objects, per reason.
 
     Args:
         events: Warning events, oldest first.

@@ -13,7 +13,7 @@ from dist_sae.telemetry.dashboards import render_dashboards
 
 
 def _dashboards(_: Run) -> dict[str, Any]:
-    """Grafana dashboards by file name: the same for every run."""
+    """Return the Grafana dashboards by file name. They are the same for every run."""
     return {name: json.loads(text) for name, text in render_dashboards().items()}
 
 
@@ -25,12 +25,13 @@ WHAT: dict[str, Callable[[Run], Any]] = {
 
 
 def render(run: Run, only: str | None = None) -> dict[str, Any]:
-    """Render the run by target; Kubernetes only if it names an image.
+    """Render the run for each target.
 
-    Dashboards, which are long and the same for all runs, are rendered only when asked for.
+    By default, Kubernetes is rendered only if the run names an image. Dashboards are rendered only
+    on request, because they are long and the same for all runs.
 
     Args:
-        only: One of `WHAT`.
+        only: Target, a key of `WHAT`; None for the default targets.
 
     Raises:
         ConfigError: The run cannot run on a cluster.
@@ -41,12 +42,12 @@ def render(run: Run, only: str | None = None) -> dict[str, Any]:
 
 
 def to_yaml(objects: list[dict[str, Any]]) -> str:
-    """Write objects as YAML for kubectl."""
+    """Return objects as multi-document YAML for kubectl."""
     return yaml.dump_all(objects, Dumper=_Dumper, sort_keys=False, width=100)
 
 
 class _Dumper(yaml.CSafeDumper):
-    """Writes texts of several lines as blocks, and no anchors for repeated values."""
+    """YAML dumper that writes multi-line strings as blocks, and never uses anchors."""
 
     def ignore_aliases(self, data: Any) -> bool:  # noqa: ARG002
         return True

@@ -1,7 +1,7 @@
-"""Change producers alone, where they are a Job by themselves (`cluster.producer.apart`).
+"""Changes of the producers alone, if they are a separate Job (`cluster.producer.apart`).
 
-Nobody else reads what the run file says of them, so the other pods stay. The API server changes the
-number of pods of a Job in place; for all else the Job is replaced.
+Other parts do not read the producers' settings, so their pods are not replaced. The number of
+producers is changed in place. For any other change, the producers' Job is replaced.
 """
 
 import logging
@@ -18,16 +18,16 @@ logger = logging.getLogger(__name__)
 
 
 def producers_object(run: Run) -> str:
-    """Kind and name of the producers' Job."""
+    """Return kind and name of the producers' Job."""
     return f"Job {job_name(run, 'producer')}"
 
 
 def concerns_producers_only(run: Run, old: Run | None, objects: Collection[str]) -> bool:
-    """True if a change concerns nothing but producers, which are a Job by themselves before it too.
+    """Return whether a change affects only producers that are and were a separate Job.
 
     Args:
-        run: The run as it shall be.
-        old: The run as it was submitted.
+        run: The run after the change.
+        old: The run that was submitted.
         objects: Kinds and names of the objects that change.
     """
     if old is None or not (is_apart(run, "producer") and is_apart(old, "producer")):
@@ -41,9 +41,10 @@ def concerns_producers_only(run: Run, old: Run | None, objects: Collection[str])
 
 
 def as_admitted(obj: Object, live: Object | None) -> Object | None:
-    """The object as Kueue has changed it; None if it can be changed no more.
+    """Return the object with Kueue's change to it; None if it cannot be changed any more.
 
-    Of a Job that it admitted in part Kueue has reduced `parallelism`, which nobody else may change.
+    If Kueue admitted only some of a Job's pods, it has reduced `parallelism`, which must then stay
+    as it is.
     """
     if live is None or LEAST not in (live["metadata"].get("annotations") or {}):
         return obj
@@ -58,16 +59,17 @@ def as_admitted(obj: Object, live: Object | None) -> Object | None:
 
 
 def can_stay(run: Run, old: Run | None) -> bool:
-    """True if producers that run already may go on under the new number of producers.
+    """Return whether running producers may continue under the new number of producers.
 
-    Where a store has no conditional writes, each makes its share of the units by the number that it
-    has read. More producers leave no unit out; fewer would.
+    In a store without conditional writes, each producer computes its share of the units from the
+    number of producers that it read at its start. After an increase, every unit still has a
+    producer. After a decrease, some would have none.
     """
     return old is None or run.processes.producers >= old.processes.producers
 
 
 def warn_of_idle_producers(run: Run) -> None:
-    """Warn if producers will hold GPUs while the planner is at work."""
+    """Warn if producers will occupy GPUs while the planner is still running."""
     gpus = run.processes.producers * run.cluster.producer.gpus
     if not gpus or not is_apart(run, "producer"):
         return

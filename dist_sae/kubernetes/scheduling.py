@@ -8,17 +8,17 @@ from dist_sae.kubernetes.pods import Object
 
 
 def check_schedulable(templates: Mapping[str, Object], nodes: list[Object]) -> list[str]:
-    """Check that a node is large enough for each part's pods.
+    """Check that for each part, some node is large enough for a pod.
 
     Args:
-        templates: The pods' templates, by part.
+        templates: Pod templates, by part.
         nodes: All nodes of the cluster.
 
     Returns:
-        Warnings about parts that no node admits now; an autoscaler may add one.
+        Warnings about parts that no current node admits. An autoscaler may add a node.
 
     Raises:
-        ConfigError: Nodes admit a part's pods, but none is large enough.
+        ConfigError: Some nodes admit a part's pods, but none of these is large enough.
     """
     warnings, problems = [], []
     for part, template in templates.items():
@@ -50,7 +50,7 @@ def _admits(node: Object, spec: Object) -> bool:
         taint["effect"] == "PreferNoSchedule"
         or any(_tolerates(toleration, taint) for toleration in spec.get("tolerations", []))
         for taint in taints
-        if not taint["key"].startswith("node.kubernetes.io/")  # a temporary state
+        if not taint["key"].startswith("node.kubernetes.io/")  # temporary, such as not-ready
     )
 
 
@@ -63,7 +63,7 @@ def _tolerates(toleration: Object, taint: Object) -> bool:
 
 
 def requests_of(spec: Object) -> dict[str, str]:
-    """Resources of a pod: the largest request, since its containers run one after the other."""
+    """Return a pod's resource requests: the maximum over its containers, which run in sequence."""
     needed: dict[str, str] = {}
     for container in [*spec.get("initContainers", []), *spec["containers"]]:
         for name, quantity in container.get("resources", {}).get("requests", {}).items():
@@ -72,7 +72,7 @@ def requests_of(spec: Object) -> dict[str, str]:
 
 
 def _lacks(node: Object, needed: Mapping[str, str]) -> str:
-    """Resources that the node lacks, for messages; empty if the pod fits."""
+    """Describe the resources that the node lacks. Empty if the pod fits."""
     has = node["status"]["allocatable"]
     return ", ".join(
         f"{name} {quantity}, it has {has.get(name, 0)}"

@@ -1,6 +1,6 @@
-"""Status of a run from its pods, its store and its metrics.
+"""Status of a run from the cluster, its store and its metrics.
 
-If one of them is out of reach, the others are still shown.
+If one of the three is unreachable, the status of the others is still shown.
 """
 
 from collections import defaultdict
@@ -27,11 +27,17 @@ def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]
     """Read the status of a run.
 
     Returns:
-        `state`, `parts` and `conditions` (from the cluster), `queued` and `events` (why pods of a
-        running run are not there: Kueue's reasons, and warnings about Jobs), `store`, `numbers`
-        (the last ones of training, and where they are `from`), `jobs` (the same of each job of a
-        sweep), `index_rows_per_second` (of a worker), `limit` (what limits the run) and what that
-        is judged by (`limit_of`), `warnings`, and `out_of_reach`: what could not be asked, and why.
+        A mapping with these keys:
+
+        - `state`, `parts` and `conditions`, from the cluster
+        - `queued` and `events`: why a running run lacks pods, by Kueue and by warnings about Jobs
+        - `store`: progress according to the store
+        - `numbers`: the last metrics of training, and where they are `from`
+        - `jobs`: the same for each job of a sweep
+        - `index_rows_per_second`: speed of the first index worker
+        - `limit`: what limits the run's speed, and `limit_of`, the period that this is judged by
+        - `warnings`
+        - `out_of_reach`: which of the sources could not be reached, and why
     """
     out_of_reach: dict[str, str] = {}
     status: dict[str, Any] = {"run": run.name, "namespace": cluster.namespace}
@@ -60,7 +66,7 @@ def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]
         of_jobs |= _live_numbers(run, cluster, pods)
         slowest_stage = _slowest_stage(run, cluster, pods)
         index_pace = _index_pace(run, cluster, pods)
-    except (ClusterError, ValueError) as exc:  # or what came is no page of metrics
+    except (ClusterError, ValueError) as exc:  # ValueError: the response is not a metrics page
         out_of_reach["metrics"] = str(exc)
     try:
         status["store"] = stored.progress()
@@ -74,7 +80,7 @@ def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]
     except DistSaeError as exc:
         out_of_reach["store"] = str(exc)
         status["store"] = None
-    numbers = next(filter(None, of_jobs.values()), None)  # of a sweep those of its first job
+    numbers = next(filter(None, of_jobs.values()), None)  # a sweep's first job that has any
     return status | {
         "jobs": of_jobs if run.sweep else {},
         "numbers": numbers,
@@ -89,8 +95,8 @@ def read_status(run: Run, cluster: Cluster, stored: StoredRun) -> dict[str, Any]
 def _waiting(
     cluster: Cluster, owners: list[Object], out_of_reach: dict[str, str]
 ) -> dict[str, list[str]]:
-    """Why pods of these objects are not there: `queued` by Kueue, and `events`."""
-    uids = {owner["metadata"]["uid"]: None for owner in owners}  # plain Jobs are both
+    """Return why pods of these objects are missing: `queued` by Kueue, and `events`."""
+    uids = {owner["metadata"]["uid"]: None for owner in owners}  # plain Jobs occur twice
     found: dict[str, list[str]] = {}
     try:
         workloads = [w for uid in uids for w in cluster.find("Workload", {UID_LABEL: uid})]
@@ -102,7 +108,7 @@ def _waiting(
 
 
 def _live_numbers(run: Run, cluster: Cluster, pods: list[Object]) -> dict[str, dict[str, Any]]:
-    """Numbers of each job from the metrics of the first trainer; empty if it does not run."""
+    """Return each job's metrics from the first trainer pod. Empty if that pod is not running."""
     pod, page = _page(run, cluster, pods, "trainer")
     if not page:
         return {}
@@ -111,9 +117,9 @@ def _live_numbers(run: Run, cluster: Cluster, pods: list[Object]) -> dict[str, d
         own = [sample for sample in page if sample.labels.get("run") == job.name]
         values = {sample.name: sample.value for sample in own if "phase" not in sample.labels}
         found = {m.short: values[m.name] for m in listed("status") if m.name in values}
-        if run.sweep and not found:  # it has not begun, or had ended before this pod began
+        if run.sweep and not found:  # not started yet, or ended before this pod started
             continue
-        phases = _sums(own, "dist_sae_train_phase_share", "phase")  # of all ranks, by the first
+        phases = _sums(own, "dist_sae_train_phase_share", "phase")  # rank 0 reports all ranks
         slow = (
             describe_slow(sample.labels["slowest"], sample.labels["host"], sample.value)
             for sample in own
@@ -125,14 +131,14 @@ def _live_numbers(run: Run, cluster: Cluster, pods: list[Object]) -> dict[str, d
 
 
 def _slowest_stage(run: Run, cluster: Cluster, pods: list[Object]) -> str | None:
-    """Slowest stage of the first producer; None if it does not run."""
+    """Return the first producer's slowest stage, or None if that pod is not running."""
     _, page = _page(run, cluster, pods, "producer")
     stages = _sums(page, "dist_sae_produce_seconds_total", "stage")
     return max(stages, key=lambda stage: stages[stage]) if any(stages.values()) else None
 
 
 def _index_pace(run: Run, cluster: Cluster, pods: list[Object]) -> float | None:
-    """Rows per second of the first worker of the index; None if it does not encode."""
+    """Return the first index worker's rows per second, or None if it is not encoding."""
     _, page = _page(run, cluster, pods, "index")
     pace = [sample.value for sample in page if sample.name == "dist_sae_index_rows_per_second"]
     return max(pace, default=None)
@@ -141,7 +147,7 @@ def _index_pace(run: Run, cluster: Cluster, pods: list[Object]) -> float | None:
 def _page(
     run: Run, cluster: Cluster, pods: list[Object], part: Part
 ) -> tuple[str | None, list[Sample]]:
-    """Name and metrics of the first pod of a part; empty if it does not run."""
+    """Return name and metrics of a part's first pod. None and empty if it is not running."""
     for pod in newest_pods(pod for pod in pods if part_of(pod) == part)[:1]:
         if pod["status"].get("phase") == "Running":
             port = run.telemetry.port or run.cluster.port
@@ -150,7 +156,7 @@ def _page(
 
 
 def _sums(page: list[Sample], name: str, label: str) -> dict[str, float]:
-    """Sums of a metric over the ranks of a pod by label, since its processes began."""
+    """Sum a metric over the ranks of a pod, by label."""
     sums: defaultdict[str, float] = defaultdict(float)
     for sample in page:
         if sample.name == name:
@@ -170,7 +176,7 @@ def _stored_numbers(stored: StoredRun) -> dict[str, Any] | None:
 def _limit(
     numbers: Mapping[str, Any] | None, slowest_stage: str | None, store: Mapping[str, Any]
 ) -> str | None:
-    """The present limit of the run; None if there are no numbers yet."""
+    """Return what currently limits the run, or None if there are no metrics yet."""
     if not numbers and not slowest_stage:
         return None
     known = numbers or {}
@@ -184,7 +190,7 @@ def _limit(
 
 
 def _limit_of(numbers: Mapping[str, Any] | None, slowest_stage: str | None) -> str | None:
-    """The period that the limit covers: of producers there are sums only."""
+    """Describe the period that the limit was judged by. Producers report only running totals."""
     since = "all time since the pods began" if slowest_stage else None
     if not numbers:
         return since

@@ -1,4 +1,4 @@
-"""A run's state in its stores, without retries while a store is out of reach."""
+"""A run's state in its stores. Requests to an unreachable store are not retried."""
 
 import threading
 from functools import cached_property
@@ -33,41 +33,43 @@ class StoredRun:
         self._checkpoints = Checkpoints(self._runs, run.name, run.train.keep_checkpoints)
         self.url = f"{self._runs.url}/{run.name}"
         self.jobs = {job.name: StoredRun(job) for job in jobs_of(run)} if run.sweep else {}
-        """Jobs of a sweep by their runs' names."""
+        """Jobs of a sweep by run name; empty for a single run."""
 
     @property
     def steps(self) -> int | None:
-        """Steps of the whole run; None while the plan that decides them is missing.
+        """Steps of the whole run; None if they depend on a plan that does not exist yet.
 
-        Those of a sweep are the steps of its longest job.
+        For a sweep, the steps of its longest job.
         """
         if self.jobs:
             steps = [job.steps for job in self.jobs.values()]
             return None if None in steps else max(filter(None, steps))
         if self._run.train.rows == "all" and (begun := self.begun()):
-            self._run = self._run.filled(begun.model_dump(mode="json"))  # a child's are the rest
+            # for a child run, "all" means the rows that its parent left
+            self._run = self._run.filled(begun.model_dump(mode="json"))
         if self._run.train.rows == "all" and (resolved := planned(self._run, self._activations)):
             self._run = resolved
         return None if self._run.train.rows == "all" else self._run.steps
 
     def begun(self) -> Run | None:
-        """The run file of the last start of training; None before the first."""
+        """Return the run file with which training last started, or None before the first start."""
         return begun_run(self._runs, self._run.name)
 
     def is_planned(self) -> bool:
-        """True if the activation set has a plan, of whatever settings."""
+        """Return whether the activation set has a plan, even one with other settings."""
         return self._activations.size(PLAN_KEY) is not None
 
     def is_complete(self) -> bool:
-        """True if training is complete, and so are the index and the report, if a run makes them.
+        """Return whether training is complete, and the index and the report if the run has them.
 
-        A report older than the last checkpoint does not count. A sweep is if all of its jobs are.
+        A report older than the last checkpoint does not count. A sweep is complete if all of its
+        jobs are.
         """
         if self.jobs:
             return all(job.is_complete() for job in self.jobs.values())
         key = report_key(self._run)
         reports = {entry.age_seconds for entry in self._runs.entries(key) if entry.key == key}
-        ages = self._checkpoints.ages()  # read after the reports, so an age is not too low
+        ages = self._checkpoints.ages()  # read after the reports, else a new report could look old
         trained = None if self.steps is None else ages.get(self.steps)
         if trained is None or not self._is_indexed():
             return False
@@ -76,10 +78,10 @@ class StoredRun:
         return any(age <= trained for age in reports)
 
     def changes(self, other: Run | None) -> list[str]:
-        """List settings that decide the outcome and differ between this run file and another.
+        """List settings that affect the outcome and differ between this run file and another.
 
-        Text and model are compared by content if there is a plan, else by their resolved paths. The
-        jobs of two sweeps are compared by name; only one of them may have others.
+        Text and model are compared by content if there is a plan, else by their resolved paths.
+        Jobs of two sweeps are compared by name. A job that only one of them has is no difference.
         """
         if other is None:
             return []
@@ -99,14 +101,14 @@ class StoredRun:
         if moved := moved_places(other, run):
             try:
                 load_plan(self._activations, run)
-            except (PlanMismatchError, StoreError, HubUnavailableError):  # or there is no plan
+            except (PlanMismatchError, StoreError, HubUnavailableError):  # also if there is no plan
                 changed += moved
         return changed
 
     def progress(self) -> dict[str, Any]:
-        """Progress of producers, trainers and the index, from what they have stored.
+        """Return the progress of producers, trainers and the index, from their stored objects.
 
-        Without a valid plan, `plan` says what is wrong, and there are no numbers of units.
+        Without a valid plan, `plan` is the error message, and there are no counts of units.
         """
         ages = self._checkpoints.ages()
         newest = max(ages, default=None)
@@ -124,12 +126,12 @@ class StoredRun:
         }
 
     def last_numbers(self) -> dict[str, Any] | None:
-        """The last report in the run's history; None if there is none."""
+        """Return the last metrics in the run's history, or None if there are none."""
         history = read_history(self._runs, self._run.name)
         return next((record for record in reversed(history) if "fvu" in record), None)
 
     def _is_indexed(self) -> bool:
-        """True if the last step has its index, or gets none."""
+        """Return whether the last step's index is complete, or the run has no index."""
         if not self._run.index.workers or self.steps is None:
             return not self._run.index.workers
         there = index_progress(self._runs, self._run, self.steps)
@@ -154,7 +156,7 @@ class StoredRun:
         store: ObjectStore = self._activations
         try:
             plan = self._plan
-        except PlanMismatchError as exc:  # or there is none yet
+        except PlanMismatchError as exc:  # also if there is no plan yet
             return {"plan": str(exc)}
         ready = sum(unit in plan.train_units for unit in existing_units(store))
         consumers = Consumers(store, self._run.store.consumer_expiry_hours).all()

@@ -1,8 +1,9 @@
 """Submit, resume and cancel a run on a cluster.
 
 A pod's template cannot be changed, and pods read the run file when they start. So a changed run is
-replaced as a whole: its pods save and end, and new pods continue. Only producers that are a Job by
-themselves can be changed alone: the others do not read what is said of them.
+replaced as a whole: its pods save and exit, and new pods continue. The exception is a change of
+producers that are a separate Job. Only they are replaced, because no other part reads their
+settings.
 """
 
 import copy
@@ -65,22 +66,22 @@ def submit(
     replace: bool = False,
     ignore_nodes: bool = False,
 ) -> dict[str, Any]:
-    """Apply the run's objects to the cluster; do nothing if they are there already.
+    """Apply the run's objects to the cluster. Does nothing if the cluster has them already.
 
     Args:
-        say: Prints changes, and what is waited for.
-        dry_run: Only say what would be done.
-        replace: Replace a run whose settings differ, if none of them decides the outcome.
+        say: Function that prints a line: a change, or what the command waits for.
+        dry_run: Only print the changes.
+        replace: Replace a run whose settings differ, if none of these affects the outcome.
         ignore_nodes: Do not check whether pods fit on nodes.
 
     Returns:
-        `outcome` (with `dry_run` the outcome it would have), and the change of each object.
+        `outcome`, and each object's change. With `dry_run`, those that a submit would have.
 
     Raises:
-        PlanMismatchError: The name belongs to a run of another configuration.
+        PlanMismatchError: The name belongs to a run with another configuration.
         ConfigError: The run cannot run on a cluster, or its pods fit on no node.
-        ClusterError: The cluster is out of reach or refuses; or the run is there with other
-            settings and `replace` is not set.
+        ClusterError: The cluster is unreachable or refuses the objects, or it has the run with
+            other settings and `replace` is not set.
     """
     objects = render_objects(run)
     live = existing_objects(cluster, run, objects)
@@ -136,11 +137,12 @@ def submit(
 
 
 def resume(run: Run, cluster: Cluster, say: Say, *, ignore_nodes: bool = False) -> dict[str, Any]:
-    """Continue a run that was cancelled, has failed or is gone.
+    """Continue a run that was cancelled, has failed or is gone from the cluster.
 
     Raises:
-        ClusterError: It is still running.
-        PlanMismatchError: It is complete, or the name belongs to a run of another configuration.
+        ClusterError: The run is still running.
+        PlanMismatchError: The run is complete, or its name belongs to a run with another
+            configuration.
     """
     render_objects(run)  # reports problems before anything is deleted
     there = find_objects(cluster, run)
@@ -162,7 +164,7 @@ def resume(run: Run, cluster: Cluster, say: Say, *, ignore_nodes: bool = False) 
 
 
 def cancel(run: Run, cluster: Cluster, say: Say) -> dict[str, Any]:
-    """Delete the run's objects from the cluster; its pods save, and the store keeps everything."""
+    """Delete the run's objects from the cluster. Its pods save, and the store is not touched."""
     there = find_objects(cluster, run)
     if not there.objects:
         say(f"{describe(run, cluster)} is not on the cluster: nothing to cancel")
@@ -174,7 +176,7 @@ def cancel(run: Run, cluster: Cluster, say: Say) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class _Change:
-    """The effect of applying an object."""
+    """The effect that applying an object has."""
 
     obj: Object
     live: Object | None
@@ -194,7 +196,7 @@ class _Change:
         return "unchanged" if _requested(self.live) == _requested(self.would) else "change"
 
     def lines(self) -> Iterator[str]:
-        """The change as `diff` shows it."""
+        """Yield the change as a unified diff."""
         if self.what == "unchanged":
             return
         yield f"{self.what} {self.name}"
@@ -207,25 +209,28 @@ class _Change:
 
 
 def _name_attempt(run: Run, objects: list[Object], there: ClusterObjects | None = None) -> None:
-    """Name the attempt in the ConfigMap, as the run that is `there` does, or anew.
+    """Write the attempt's name to the ConfigMap: that of the run on the cluster, or a new one.
 
-    A failure in an earlier one then ends nobody (`storage/failure.py`).
+    A new name makes pods ignore failures of earlier attempts (`storage/failure.py`).
     """
     if not is_apart(run, "producer"):
         return
     configuration = there.configuration if there and there.workloads else None
     name = configuration["data"].get(ATTEMPT_KEY) if configuration else uuid.uuid4().hex[:8]
-    if name:  # of an earlier version there is none
+    if name:  # earlier versions wrote none
         objects[0]["data"][ATTEMPT_KEY] = name
 
 
 def _change(
     cluster: Cluster, obj: Object, live: dict[tuple[str, str], Object], *, fixed: bool = False
 ) -> _Change:
-    """Ask the server for the effect of applying an object; a `fixed` one may not be changeable."""
+    """Find out by a dry run what applying an object would change.
+
+    With `fixed`, a rejection means that the existing object must be replaced.
+    """
     there = live.get((obj["kind"], obj["metadata"]["name"]))
     admitted = as_admitted(obj, there)
-    # a JobSet's Job goes with it, and nobody else may change it
+    # a Job of a JobSet is deleted with the JobSet, and only the JobSet controller may change it
     if admitted is None or (there and not is_ours(there)):
         return _Change(obj, there, None)
     try:
@@ -245,7 +250,7 @@ def _make_room(
     *,
     alone: bool,
 ) -> None:
-    """Delete what is to be replaced: the run, or `alone` its producers, if they cannot stay."""
+    """Delete what will be replaced: the run, or with `alone` its producers if they cannot stay."""
     if not alone:
         remove(cluster, run, there, say)
         return
@@ -255,7 +260,7 @@ def _make_room(
 
 
 def _validate(cluster: Cluster, objects: list[Object]) -> None:
-    """Validate objects on the server under other names, before a running run is deleted."""
+    """Validate objects on the server under other names. Done before a running run is deleted."""
     for obj in objects:
         trial = copy.deepcopy(obj)
         trial["metadata"]["name"] += TRIAL
@@ -270,17 +275,17 @@ def _invalid(obj: Object, exc: RejectedError) -> ClusterError:
 
 
 def _completed_step(run: Run, cluster: Cluster, there: ClusterObjects) -> int | None:
-    """The last step if the store says that the run is complete (on any cluster), else None.
+    """Return the last step if the run is complete according to the store, else None.
 
     Raises:
-        PlanMismatchError: The cluster or the store holds another run of that name.
+        PlanMismatchError: The cluster or the store has another run with this name.
     """
     stored = StoredRun(run)
     _check_same(stored, there.run, f"{describe(run, cluster)} on the cluster")
     try:
         _check_same(stored, stored.begun(), stored.url)
         return stored.steps if stored.is_complete() else None
-    except StoreError as exc:  # only the cluster may reach it; trainers check again
+    except StoreError as exc:  # perhaps reachable only from the cluster; trainers check again
         logger.warning("cannot tell from here whether the run is complete, or another one: %s", exc)
         return None
 
@@ -305,16 +310,19 @@ def _check_nodes(run: Run, cluster: Cluster) -> None:
 
 
 def _settings(old: Run | None, new: Run) -> list[str]:
-    """Settings that differ from the run on the cluster; if none do, the version does."""
+    """List settings that differ from the run on the cluster.
+
+    If none differs, another version of dist_sae rendered the objects, and the list says so.
+    """
     there = old.model_dump(mode="json") if old else {}
     changed = differences(there, in_pods(new).model_dump(mode="json"))
     return changed or ["rendered by another version of dist_sae"]
 
 
 def _requested(obj: Object) -> Object:
-    """An object without status and metadata that the server adds.
+    """Return an object without its status and the metadata that the server adds.
 
-    The run file in a ConfigMap is written anew: pods read old names of keys as they read new ones.
+    The run file in a ConfigMap is normalized, because pods accept both old and new names of keys.
     """
     metadata = {key: value for key, value in obj["metadata"].items() if key not in _SERVERS}
     kept = {key: value for key, value in obj.items() if key != "status"} | {"metadata": metadata}

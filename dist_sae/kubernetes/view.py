@@ -11,7 +11,7 @@ from dist_sae.telemetry.metrics import listed
 
 
 def render_status(status: Mapping[str, Any]) -> RenderableType:
-    """Render the whole view."""
+    """Render a status (`read_status`) as text and a table."""
     head = f"{status['run']} in {status['namespace']}: {status['state']}"
     lines = [Text(line) for line in _lines(status)]
     bad = [Text(line, style="yellow") for line in _troubles(status)]
