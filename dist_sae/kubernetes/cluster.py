@@ -172,7 +172,7 @@ class Cluster:
     def logs(
         self, pod: str, container: str, *, follow: bool, tail: int | None, stamped: bool = False
     ) -> Iterator[str]:
-        """Yield a container's log lines, with timestamps if `stamped`.
+        """Yield a container's log lines, prefixed with timestamps if `stamped`.
 
         With `follow`, also yields new lines until the container ends.
 

@@ -1,4 +1,4 @@
-"""Sources of activations: language models and the synthetic one."""
+"""Sources of activations: language models and synthetic ones."""
 
 from typing import assert_never
 
@@ -31,7 +31,7 @@ def build_tokenizer(run: Run) -> Tokenizer:
 
 
 def check_sites(model: ModelConfig, activations: ActivationsConfig) -> dict[str, int]:
-    """Check that a model can be recorded with these settings; returns the width of each site.
+    """Check that a model can be recorded with these settings, and return the width of each site.
 
     Raises:
         ModelError: The model cannot be recorded.
@@ -53,9 +53,9 @@ def check_sites(model: ModelConfig, activations: ActivationsConfig) -> dict[str,
 
 
 def build_source(model: ModelConfig, sites: tuple[str, ...]) -> ActivationSource:
-    """Load the model up to the deepest of `sites`, ready to give activations.
+    """Load the model up to the deepest of `sites`, to compute activations there.
 
-    With `model.tensor_parallel` loads this rank's part. Collective over the default process group.
+    With `model.tensor_parallel`, loads this rank's part. Collective over the default process group.
     """
     match model:
         case HuggingFaceModel():

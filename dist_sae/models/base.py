@@ -13,12 +13,12 @@ class Tokenizer(Protocol):
 
     @property
     def bos(self) -> int | None:
-        """Id of the token that may begin a context, or None."""
+        """Id of the token that can be prepended to a context, or None."""
         ...
 
     @property
     def special(self) -> frozenset[int]:
-        """Ids of tokens without text: BOS, EOS, pad and the like."""
+        """Ids of tokens without text, such as BOS, EOS and padding."""
         ...
 
     def __call__(self, texts: Sequence[str]) -> list[list[int]]:
@@ -26,9 +26,9 @@ class Tokenizer(Protocol):
         ...
 
     def text(self, tokens: Sequence[int]) -> list[str]:
-        """Text of each token, for readers.
+        """Return the text of each token, for display.
 
-        If several tokens form one character, the first gets it and the others are empty.
+        If several tokens form one character, the first gets the character and the others are empty.
         """
         ...
 
@@ -42,16 +42,16 @@ class ActivationSource(Protocol):
     ) -> dict[str, Float[Tensor, "batch seq d_in"]]:
         """Compute activations at every site, on the model's device.
 
-        Values at padding (mask False) are undefined.
+        Values at padding (where the mask is False) are undefined.
         """
         ...
 
 
 class JoinedSources:
-    """One or two models that are run on the same tokens.
+    """One or two models that run on the same tokens.
 
     Args:
-        sources: Each model with its sites: the set's name of a site by its name in the model.
+        sources: Each model with a map from its own names of sites to those of the activation set.
     """
 
     def __init__(self, sources: Iterable[tuple[ActivationSource, Mapping[str, str]]]) -> None:

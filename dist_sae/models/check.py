@@ -1,4 +1,4 @@
-"""Check before planning that a language model can be recorded."""
+"""Checks, before planning, that a language model's activations can be recorded."""
 
 import logging
 from collections.abc import Iterator
@@ -18,7 +18,7 @@ logger = logging.getLogger(__name__)
 _MOST_COMPARED = 10**9
 """Most parameters of a model that is run whole: 4 GB in fp32, which fits a planner's pod."""
 _LENGTHS = (16, 9, 5)
-_MOST_WORK = 2 * 10**10  # parameters times tokens of the longest context: takes seconds
+_MOST_WORK = 2 * 10**10  # limit on parameters times tokens of the longest context; takes seconds
 _ROUNDING = 1e-3  # relative error; correct models stayed below 1e-5, wrong ones above 1e-2
 _LEAST_NORM = 0.01  # relative to the median row's norm
 
@@ -27,8 +27,8 @@ def check(config: HuggingFaceModel, activations: ActivationsConfig) -> dict[str,
     """Raise `ModelError` unless recorded rows would equal the model's own activations.
 
     Sites, positions and vocabulary are checked for every model. A small model is also run in fp32,
-    cut off above the sites, on a padded batch and again after another batch: its rows must equal
-    those of each context run alone through the whole model.
+    cut off above the sites, on a padded batch, and again after another batch. Its rows must equal
+    those of the whole model on each context alone.
 
     Returns:
         The width of each site.
@@ -51,7 +51,7 @@ def check(config: HuggingFaceModel, activations: ActivationsConfig) -> dict[str,
 
 
 def check_same_tokens(config: HuggingFaceModel) -> None:
-    """Raise `ModelError` unless both models of a run have the same tokens."""
+    """Raise `ModelError` unless a run's two models have the same vocabulary."""
     if config.other is None:
         return
     other, _ = config.of_site("@")
@@ -86,7 +86,7 @@ def _limits(description: Description) -> Iterator[tuple[int, str]]:
     layers = set(blocks(description.skeleton).modules())
     for name, module in description.skeleton.named_modules():
         if isinstance(module, nn.Embedding) and "position" in name and module not in layers:
-            # RoBERTa and relatives number positions from the padding id + 1
+            # RoBERTa and its relatives number positions from the padding id + 1
             skipped = 0 if module.padding_idx is None else module.padding_idx + 1
             most = min(module.num_embeddings, positions or module.num_embeddings) - skipped
             yield most, f"has {most} learned positions"
@@ -110,7 +110,7 @@ def _limits(description: Description) -> Iterator[tuple[int, str]]:
 
 
 def _check_vocabulary(config: HuggingFaceModel, description: Description) -> Tensor:
-    """Check that every token has an embedding; returns the token ids of ordinary text."""
+    """Check that every token has an embedding, and return the token ids of ordinary text."""
     tokenizer = load_tokenizer(config)
     ids = tokenizer.ordinary or list(range(description.vocabulary))
     largest = max(ids[-1], -1 if tokenizer.bos is None else tokenizer.bos)
@@ -153,10 +153,11 @@ def _made_up(shape: tuple[int, ...], ordinary: Tensor) -> Tensor:
 
 
 def relative_error(acts: Tensor, wanted: Tensor) -> float:
-    """Largest relative error of a row; relative to its own norm, so that sinks hide no other row.
+    """Return the largest relative error of a row.
 
-    Rows much shorter than the median row, whose terms cancel, are measured against a share of its
-    norm.
+    Each row's error is relative to its own norm, so that attention sinks, with their huge norms, do
+    not hide errors of other rows. Rows much shorter than the median row have large relative errors,
+    because their terms cancel. Their errors are relative to a share of the median norm.
     """
     norms = wanted.norm(dim=1)
     norms = norms.maximum(_LEAST_NORM * norms.median()).clamp_min(1e-30)

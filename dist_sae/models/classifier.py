@@ -14,14 +14,14 @@ _BATCH = 32
 
 
 class Classifier:
-    """Chances that texts have a label. It computes on the CPU, in fp32.
+    """A classifier that computes the probability of a label for texts. Runs on the CPU, in fp32.
 
     Args:
-        path: Folder or name on the hub of a model with a head for sequence classification.
-        label: Name of the label; None takes the second of two, or the one that there is.
+        path: Folder, or name on the hub, of a model with a head for sequence classification.
+        label: Name of the label. None takes the only label, or the second of two.
 
     Raises:
-        ModelError: It cannot be loaded, or has no such label.
+        ModelError: The model cannot be loaded, or does not have the label.
     """
 
     def __init__(self, path: str, label: str | None) -> None:
@@ -50,7 +50,7 @@ class Classifier:
 
     @torch.no_grad()
     def chances(self, texts: Sequence[str]) -> list[float]:
-        """Chance of the label for each text. What is longer than the model reads is cut."""
+        """Return the label's probability for each text. Texts beyond the model's limit are cut."""
         found = []
         for start in range(0, len(texts), _BATCH):
             batch = self._tokenizer(
@@ -71,4 +71,4 @@ class Classifier:
         limits = [self._tokenizer.model_max_length]
         limits += [getattr(self._model.config, "max_position_embeddings", None) or limits[0]]
         least = min(limits)
-        return int(least) if least < 1 << 30 else None  # tokenizers without a limit say 1e30
+        return int(least) if least < 1 << 30 else None  # 1e30 in tokenizers without a limit

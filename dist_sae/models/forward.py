@@ -1,4 +1,4 @@
-"""Forward passes: rows are copied off the device meanwhile; batches are split to fit memory."""
+"""Forward passes with asynchronous copies of rows to the CPU. Batches are split to fit memory."""
 
 import logging
 import threading
@@ -19,7 +19,7 @@ logger = logging.getLogger(__name__)
 Work = Callable[[Tensor, Tensor], dict[str, Tensor]]
 """Maps (tokens, mask) to activations at every site."""
 
-_MOST_UNDER_WAY = 2  # batches that a GPU may be ahead of its copies; bounds their memory
+_MOST_UNDER_WAY = 2  # batches whose copies may be unfinished; bounds their memory
 
 
 @runtime_checkable
@@ -35,21 +35,21 @@ class RowTransfer:
     def __init__(self, rows: dict[str, Tensor], copied: Event | None) -> None:
         self._rows = rows
         self._copied = copied
-        self._one_at_a_time = threading.Lock()  # the model's thread and the consumer's both wait
+        self._one_at_a_time = threading.Lock()  # the model's and the consumer's thread both wait
 
     def wait(self) -> dict[str, Tensor]:
-        """Wait for the copy; returns `[rows, d_in]` at every site, on the CPU."""
+        """Wait for the copy, and return `[rows, d_in]` at every site, on the CPU."""
         with self._one_at_a_time:
             if self._copied is not None:
                 self._copied.synchronize()
                 self._copied = None
-                # pinned memory is never released, so the next batch reuses this one's
+                # torch never releases pinned memory; after this clone, the next batch reuses it
                 self._rows = {site: rows.clone() for site, rows in self._rows.items()}
             return self._rows
 
 
 class Forward:
-    """Runs a model over batches, in smaller parts once memory is short.
+    """Runs a model over batches, and splits them after an out-of-memory error.
 
     Args:
         source: The model.
@@ -60,10 +60,10 @@ class Forward:
         self._source = source
         self._dtype = dtype
         self._parts = 1
-        """Parts of a batch; doubled, for good, when memory is short."""
+        """Number of parts of a batch; doubled, permanently, when memory runs out."""
         self._under_way: deque[RowTransfer] = deque()
         self._stream: torch.cuda.Stream | None = None
-        self._device = torch.device("cpu")  # of the previous batch
+        self._device = torch.device("cpu")  # device of the previous batch's activations
 
     def __call__(
         self,
@@ -71,10 +71,10 @@ class Forward:
         mask: Bool[Tensor, "batch seq"],
         keep: Bool[Tensor, "batch seq"],
     ) -> list[RowTransfer]:
-        """Run a batch; returns the rows that `keep` marks, in order, in one or more parts.
+        """Run a batch, and return the rows that `keep` marks, in order, in one or more parts.
 
         Raises:
-            ModelError: Not even a single context fits into memory.
+            ModelError: Memory does not suffice for a single context.
         """
         while True:
             try:
@@ -90,7 +90,7 @@ class Forward:
                         f"into memory; lower activations.context_tokens, or use a narrower "
                         f"model.dtype or a larger device"
                     ) from exc
-            if torch.cuda.is_available():  # only now: the exception held references to tensors
+            if torch.cuda.is_available():  # not in the handler: the exception references tensors
                 torch.cuda.empty_cache()
             self._parts *= 2
             logger.warning(
@@ -102,7 +102,7 @@ class Forward:
         while len(self._under_way) >= _MOST_UNDER_WAY:
             self._under_way.popleft().wait()
         index = keep.flatten().nonzero()[:, 0]
-        index = moved(index, self._device)  # before the model is queued, so it does not wait
+        index = moved(index, self._device)  # before the model's kernels, else it waits for them
         acts = self._source.run(tokens, mask)
         self._device = next(iter(acts.values())).device
         index = index.to(self._device)
@@ -115,7 +115,7 @@ class Forward:
         return transfer
 
     def send(self, rows: dict[str, Tensor]) -> RowTransfer:
-        """Copy rows off a GPU into pinned memory, on their own stream: the model need not wait."""
+        """Copy rows from a GPU to pinned memory, on a separate stream so the model need not wait."""
         if not next(iter(rows.values())).is_cuda:
             return RowTransfer(rows, None)
         if self._stream is None:
@@ -125,15 +125,15 @@ class Forward:
             copies = {site: of_site.to("cpu", non_blocking=True) for site, of_site in rows.items()}
             copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
             copied.record()
-        for of_site in rows.values():  # keeps their memory from reuse until the copy is done
+        for of_site in rows.values():  # the allocator must not reuse them until the copy is done
             of_site.record_stream(self._stream)
         return RowTransfer(copies, copied)
 
 
 def in_step(run: Work) -> Work:
-    """Wrap a model's `run` that is collective, where one rank alone must not retry.
+    """Wrap the `run` of a model on several ranks, where one rank must not retry alone.
 
-    The wrapped function raises `ModelError` when memory is short.
+    The wrapped function raises `ModelError` when memory runs out, so that nothing is retried.
     """
 
     def work(tokens: Tensor, mask: Tensor) -> dict[str, Tensor]:
@@ -150,7 +150,10 @@ def in_step(run: Work) -> Work:
 
 
 def _is_out_of_memory(exc: BaseException) -> bool:
-    """True for an out-of-memory error of device or machine; torch often tells only by its text."""
+    """Return whether an exception means that device or host memory ran out.
+
+    Often only the text of torch's exceptions shows this.
+    """
     said = str(exc)
     signs = ("can't allocate", "out of memory", "ALLOC_FAILED")
     return isinstance(exc, torch.OutOfMemoryError | MemoryError) or any(s in said for s in signs)

@@ -1,4 +1,4 @@
-"""The end of a language model: its final norm and its unembedding, without any layer."""
+"""The end of a language model: its final norm and its unembedding, without layers."""
 
 import gc
 from collections.abc import Iterable, Sequence
@@ -15,33 +15,32 @@ from dist_sae.models.loading import HEADS, describe, errors_of, load, without_la
 from dist_sae.models.sites import blocks
 
 WRITE_TO_RESIDUAL = ("resid_pre", "resid_post", "mlp_out", "attn_out")
-"""Names of sites whose activations are, or are added to, the residual stream."""
+"""Kinds of sites whose activations are the residual stream or are added to it."""
 _FINAL_NORM = ("norm", "ln_f", "final_layer_norm", "final_layernorm", "final_norm", "norm_f")
-"""Names of the final norm, beside the stack of layers, over the common architectures."""
+"""Names of the final norm in common architectures. Its parent is that of the stack of layers."""
 
 
 class Head(NamedTuple):
     """A linear head behind a final norm."""
 
     unembedding: Float[Tensor, "vocabulary d"]
-    """In the model's precision."""
+    """Unembedding matrix, in the model's precision."""
     gain: Float[Tensor, " d"]
     """Factor of each channel in the final norm, fp32."""
     mean: Float[Tensor, " d"]
     """Mean of the unembedding over the vocabulary, fp32."""
     digest: str
-    """Digest of norm and unembedding: heads with the same one give the same tokens."""
+    """Digest of norm and unembedding. Heads with the same digest predict the same tokens."""
     centres: bool
-    """True if the norm subtracts the mean over channels, as LayerNorm does and RMSNorm does not."""
+    """True if the norm subtracts the mean over channels (LayerNorm), False if not (RMSNorm)."""
 
 
 def reaching(sites: Sequence[str]) -> tuple[str, ...]:
-    """The sites that together are what a dictionary adds to the residual stream at its end.
-
-    The last residual stream, if there is any among them, else all outputs of MLPs and attention.
+    """Select the sites that together are a dictionary's contribution to the final residual stream.
 
     Returns:
-        The first site, if none of them is written to the residual stream.
+        The last residual stream if the sites include one, else all outputs of MLPs and attention.
+        If no site is written to the residual stream, the first site.
     """
     names = {site: site.rpartition(".")[0] for site in sites}
     streams = [site for site, name in names.items() if name.startswith("resid")]
@@ -52,11 +51,11 @@ def reaching(sites: Sequence[str]) -> tuple[str, ...]:
 
 
 def load_head(config: HuggingFaceModel, site: str) -> Head:
-    """Load the head of a model: no weights of its layers are read.
+    """Load a model's head. The weights of its layers are not read.
 
     Raises:
-        HeadlessError: It has no linear head behind a final norm, or the site's activations do not
-            go there directly.
+        HeadlessError: The model has no linear head after a final norm, or the site's activations
+            are not added to the residual stream directly.
         ModelError: The model cannot be loaded, or lacks the site.
     """
     name, _, _ = site.rpartition(".")
@@ -94,7 +93,8 @@ def _head(model: Any, path: str) -> Head:
     digest = _digest([*norm.state_dict().values(), unembedding])  # before float() changes the norm
     gain, centres = _measure(norm.float(), unembedding.shape[1], unembedding.device)
     del model, beside, stack
-    gc.collect()  # a model is full of cycles, and its input embedding is as large as the head
+    # models contain reference cycles, and the input embedding is as large as the head
+    gc.collect()
     mean = unembedding.mean(0, dtype=torch.float32)
     return Head(unembedding, gain, mean, digest, centres)
 
@@ -107,13 +107,14 @@ def _digest(tensors: Iterable[Tensor]) -> str:
 
 
 def _measure(norm: nn.Module, width: int, device: torch.device) -> tuple[Float[Tensor, " d"], bool]:
-    """Find a norm's gain and whether it centres, by what it does to two rows.
+    """Measure a norm's gain and whether it centres, by applying it to test rows.
 
-    So no list of norms is needed: Gemma's gain is 1 + its weight, others' is the weight.
+    This needs no list of norm classes. For example, Gemma's gain is 1 + its weight, while other
+    norms' gain is the weight.
     """
     sign = torch.ones(1, 1, width, device=device)
     sign[..., 1::2] = -1
-    row = 1000 * sign  # of mean 0, and so large that the norm's epsilon is nothing
-    gain = (norm(row) - norm(-row)) / 2 / sign  # without a bias
+    row = 1000 * sign  # mean 0, and so large that the norm's epsilon is negligible
+    gain = (norm(row) - norm(-row)) / 2 / sign  # the difference cancels the bias
     shifted = (norm(row + 3000) - norm(-row - 3000)) / 2
     return gain[0, 0], bool((shifted - gain * sign).norm() < 0.01 * gain.norm())

@@ -26,11 +26,11 @@ logger = logging.getLogger(__name__)
 
 
 class _Reached(Exception):  # noqa: N818 - no error: all sites have been seen
-    """Ends a forward pass early."""
+    """Raised to end a forward pass early."""
 
 
 class HuggingFaceSource:
-    """A model with a hook at each site; layers above the deepest site are neither loaded nor run.
+    """A model with a hook at each site. Layers above the deepest site are neither loaded nor run.
 
     Args:
         config: The model.
@@ -56,7 +56,7 @@ class HuggingFaceSource:
             self.model = load(kind, config, description, divider)
             """The language model, without weights above the deepest site."""
             self._widths = {}
-            """Full widths of sites that may be divided over ranks."""
+            """Full widths of sites whose activations can be divided over ranks."""
             if divider is not None:
                 logger.info(
                     "%s: held by %d ranks (%s)", config.path, config.tensor_parallel, divider
@@ -64,10 +64,10 @@ class HuggingFaceSource:
                 for site in sites:
                     if site.startswith(("attn_z.", "mlp_inner.")):
                         weight = place(self.model, site).module.get_parameter("weight")
-                        self._widths[site] = weight.shape[1]  # width of all parts
+                        self._widths[site] = weight.shape[1]  # full width, over all ranks
         if divider == "deepspeed":
             for layer in range(1 + max(map(layer_of, sites)), len(blocks(self.model))):
-                blocks(self.model)[layer] = nn.Module()  # DeepSpeed would divide missing weights
+                blocks(self.model)[layer] = nn.Module()  # else DeepSpeed divides missing weights
             buffers = buffers_of(self.model, description.config, DTYPES[config.dtype])
             self.model = divide(self.model, DTYPES[config.dtype], buffers)
         self._fresh = _States(self.model)
@@ -83,7 +83,7 @@ class HuggingFaceSource:
     ) -> dict[str, Float[Tensor, "batch seq d_in"]]:
         check_tokens(tokens, self._vocabulary, self._name)
         self._fresh.restore()
-        self._seen = {}  # left by a batch that did not fit into memory
+        self._seen = {}  # a batch that ran out of memory may have left entries
         with contextlib.suppress(_Reached):
             self.model(**inputs(self.model, tokens, mask))
         for site in self._sites:
@@ -122,7 +122,7 @@ class HuggingFaceSource:
 
 
 class _States:
-    """State that modules carry between batches: rotary frequencies for the longest seen."""
+    """State that modules carry between batches: rotary frequencies for the longest one so far."""
 
     def __init__(self, model: nn.Module) -> None:
         self._kept = [
@@ -137,4 +137,4 @@ class _States:
             for name, buffer in buffers.items():
                 setattr(module, name, buffer)
             for name in [name for name in vars(module) if name.endswith("max_seq_len_cached")]:
-                setattr(module, name, length)  # some have one per type of layer
+                setattr(module, name, length)  # some models have one per type of layer

@@ -1,4 +1,4 @@
-"""Loading of models and tokenizers by `transformers`; the only module that talks to it."""
+"""Loading of models and tokenizers with `transformers`."""
 
 import contextlib
 import logging
@@ -29,25 +29,25 @@ from dist_sae.storage.model_files import place_of
 
 logger = logging.getLogger(__name__)
 
-_PART = "\ufffd"  # decoding of an incomplete character
-_MOST_TOGETHER = 6  # tokens that may have to be decoded together
-_KEPT_PIECES = 2**17  # decoded texts that are kept; decoding anew takes 20 times as long
+_PART = "\ufffd"  # an incomplete character decodes to this
+_MOST_TOGETHER = 6  # maximum number of tokens that together form one character
+_KEPT_PIECES = 2**17  # size of the cache of decoded texts; decoding again takes 20 times as long
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 
 _THEIRS = (OSError, ValueError, LookupError, ImportError, RuntimeError, TypeError, AttributeError)
-"""Errors that transformers raises for a model that it cannot load or run."""
+"""Exceptions that transformers raises for a model that it cannot load or run."""
 HEADS = (
     (transformers.MODEL_FOR_CAUSAL_LM_MAPPING, False),
     (transformers.MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, False),
     (transformers.MODEL_FOR_MASKED_LM_MAPPING, True),
 )
-"""Mappings from configurations to models with a token head; True if it predicts masked tokens."""
-_NO_SAFETENSORS = "file named model.safetensors"  # in transformers' errors for a folder and the hub
+"""Mappings from configurations to models with a token head. True if these predict masked tokens."""
+_NO_SAFETENSORS = "file named model.safetensors"  # in transformers' errors, for folders and the hub
 _POST_NORM = re.compile(r"post_(feedforward|mlp)_.*norm")  # Gemma 2 and 3, OLMo 2, GLM 4
 _OF_RANKS = re.compile(r"gloo|nccl|connection closed by peer|connection reset", re.IGNORECASE)
 
-# unused weights are expected: upper layers are left out
+# transformers would warn of unused weights, which are expected: upper layers are left out
 transformers.logging.set_verbosity_error()  # type: ignore[no-untyped-call]
 transformers.logging.disable_progress_bar()  # type: ignore[no-untyped-call]
 logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
@@ -58,7 +58,7 @@ class _HuggingFaceTokenizer:
         self._tokenizer = tokenizer
         self.bos: int | None = tokenizer.bos_token_id
         if self.bos is None:
-            self.bos = tokenizer.cls_token_id  # encoders
+            self.bos = tokenizer.cls_token_id  # in encoders
         self.mask: int | None = tokenizer.mask_token_id
         """Id of the mask token of an encoder, or None."""
         self.special = frozenset(tokenizer.all_special_ids)
@@ -66,7 +66,7 @@ class _HuggingFaceTokenizer:
 
     @property
     def ordinary(self) -> list[int]:
-        """Ids of ordinary text, ascending; without added tokens, which text may never contain."""
+        """Ids of ordinary text, ascending. Excludes added tokens, which text may never contain."""
         added = self._tokenizer.added_tokens_encoder
         return sorted(i for token, i in self._tokenizer.get_vocab().items() if token not in added)
 
@@ -98,7 +98,7 @@ def load_tokenizer(config: HuggingFaceModel) -> _HuggingFaceTokenizer:
 
 
 def load_plain_tokenizer(config: HuggingFaceModel) -> Any:
-    """Load the model's own tokenizer as `transformers` has it."""
+    """Load the model's own tokenizer as a `transformers` object."""
     with errors_of(config):
         place = place_of(config, weights=False)
         return transformers.AutoTokenizer.from_pretrained(place, revision=config.revision)
@@ -120,7 +120,7 @@ def describe(config: HuggingFaceModel, sites: tuple[str, ...]) -> Description:
     """Describe a model, and check that it has the sites and can be divided over the ranks.
 
     Raises:
-        ModelError: It lacks a site, cannot be divided, or cannot be described.
+        ModelError: The model lacks a site, cannot be divided, or cannot be described.
     """
     with errors_of(config):
         place = place_of(config, weights=False)
@@ -130,9 +130,9 @@ def describe(config: HuggingFaceModel, sites: tuple[str, ...]) -> Description:
                 f"model.path {config.path}: {own.model_type} is an encoder-decoder, which needs "
                 f"two texts; use a decoder or an encoder"
             )
-        own.get_text_config().use_cache = False  # nothing is generated
-        own.output_attentions = False  # it selects another attention, wrong in Falcon
-        # None lets transformers choose: eager adds Falcon's ALiBi twice
+        own.get_text_config().use_cache = False  # no text is generated
+        own.output_attentions = False  # True selects another attention, which is wrong in Falcon
+        # None lets transformers choose. Eager attention adds Falcon's ALiBi twice.
         own._attn_implementation = None  # noqa: SLF001
         with torch.device("meta"):
             skeleton = transformers.AutoModel.from_config(own)  # type: ignore[no-untyped-call]
@@ -145,7 +145,7 @@ def describe(config: HuggingFaceModel, sites: tuple[str, ...]) -> Description:
 
 
 def has_post_norms(config: HuggingFaceModel) -> bool | None:
-    """Tell whether layers normalise what attention and MLP give before they add it.
+    """Return whether layers normalise the outputs of attention and MLP before they add them.
 
     Returns:
         None if the model's configuration is not on this machine.
@@ -161,7 +161,7 @@ def has_post_norms(config: HuggingFaceModel) -> bool | None:
 
 
 def check_tokens(tokens: Int[Tensor, "batch seq"], vocabulary: int, name: str) -> None:
-    """Raise `ModelError` for a token without an embedding, which would crash a device."""
+    """Raise `ModelError` for a token without an embedding, which would crash a GPU."""
     if int(tokens.max()) >= vocabulary:
         raise ModelError(
             f"model.path {name}: the tokenizer gives token {int(tokens.max())}, but the model has "
@@ -170,7 +170,7 @@ def check_tokens(tokens: Int[Tensor, "batch seq"], vocabulary: int, name: str) -
 
 
 def inputs(model: Any, tokens: Tensor, mask: Tensor) -> dict[str, Tensor | None]:
-    """Build a model's arguments on its device; without padding it needs no mask."""
+    """Build a model's arguments on its device. Without padding, the mask is None."""
     attention_mask = None if mask.all() else moved(mask, model.device).long()
     return {"input_ids": moved(tokens, model.device).long(), "attention_mask": attention_mask}
 
@@ -178,10 +178,11 @@ def inputs(model: Any, tokens: Tensor, mask: Tensor) -> dict[str, Tensor | None]
 def load(
     kind: Any, config: HuggingFaceModel, description: Description, divider: Divider | None = None
 ) -> Any:
-    """Load a model onto its device, or for DeepSpeed map it from its files in their precision.
+    """Load a model onto its device. For DeepSpeed, map it from its files in their precision.
 
     Raises:
-        ModelError: They are not safetensors: a pickle can run any code when it is read.
+        ModelError: The files are not safetensors. Pickles are refused, because reading one can run
+            any code.
         LacksWeightsError: The files lack some of the weights.
     """
     device = own_device()
@@ -202,7 +203,7 @@ def load(
         use_safetensors=True,
         **how,
     )
-    # transformers would use random weights; a pooler above the layers is not needed
+    # transformers gives missing weights random values. A pooler above the layers is not needed.
     missing = sorted(name for name in loading["missing_keys"] if not name.startswith("pooler."))
     if missing:
         raise LacksWeightsError(config.path, missing)
@@ -210,9 +211,9 @@ def load(
 
 
 def without_layers(kind: type[Any], *, above: int) -> type[Any]:
-    """Derive a class whose layers above this one have no weights, so that none are read.
+    """Derive a model class whose layers above `above` have no weights, so that none are read.
 
-    The rest follows the configuration unchanged, so the layers below compute the same.
+    Everything else follows the unchanged configuration, so the remaining layers compute the same.
     """
 
     def init(self: Any, *args: Any, **kwargs: Any) -> None:
@@ -227,20 +228,20 @@ def without_layers(kind: type[Any], *, above: int) -> type[Any]:
             name: to for name, to in self.all_tied_weights_keys.items() if {name, to} <= here
         }
 
-    # transformers looks at the names of classes and modules
+    # transformers uses the names of classes and modules
     return type(kind.__name__, (kind,), {"__init__": init, "__module__": kind.__module__})
 
 
 def buffers_of(
     model: nn.Module, own: Any, dtype: torch.dtype, kind: Any = None
 ) -> dict[str, Tensor]:
-    """Buffers of a model made in `dtype`; those stored in files are kept as stored.
+    """Return a model's buffers as if it was built in `dtype`. Buffers from files are unchanged.
 
     Args:
         model: The model.
-        own: Its configuration.
+        own: The model's configuration.
         dtype: The precision.
-        kind: Its class, if it has a head.
+        kind: The model's class, if it has a head.
     """
     with accelerate.init_empty_weights(include_buffers=False):
         if kind is None:
@@ -256,12 +257,12 @@ def buffers_of(
 
 @contextlib.contextmanager
 def errors_of(config: HuggingFaceModel, what: str = "cannot be loaded") -> Iterator[None]:
-    """Raise third-party errors about a model as ours, in one line."""
+    """Raise third-party exceptions about a model as ours, with a message of one line."""
     try:
         yield
     except (*_THEIRS, SafetensorError) as exc:
         if isinstance(exc, dist.DistError) or _OF_RANKS.search(str(exc)):
-            raise  # a lost rank, not a fault of the model
+            raise  # a rank was lost; the model is fine
         reason = str(exc).strip().splitlines()[0] if str(exc).strip() else type(exc).__name__
         kind = HubUnavailableError if is_out_of_reach(exc) else ModelError
         if kind is ModelError and _NO_SAFETENSORS in reason:

@@ -1,9 +1,9 @@
 """Tensor parallelism of `transformers` models over several ranks.
 
-transformers' own plan is used if heads and widths divide evenly: each rank reads only its slices.
-Otherwise, or without such a plan, DeepSpeed's AutoTP divides the model, also unevenly. It finds
-layers by name, so it is allowed only for architectures that were verified. The weights that it
-slices are mapped from their files: no rank ever holds them all.
+If heads and widths divide evenly, transformers' own plan is used, and each rank reads only its
+slices. Otherwise, or if the model has no plan, DeepSpeed's AutoTP divides the model, if necessary
+unevenly. AutoTP finds layers by name, so it is allowed only for architectures that were verified.
+It slices weights that are memory-mapped from their files, so no rank has all of them in memory.
 """
 
 import contextlib
@@ -37,7 +37,8 @@ def choose_divider(config: HuggingFaceModel, description: Any) -> Divider:
         description: The model's own configuration.
 
     Raises:
-        ModelError: The model cannot be divided so; the message names numbers of ranks that work.
+        ModelError: The model cannot be divided over this many ranks. The message lists the numbers
+            of ranks that work.
     """
     text = description.get_text_config()
     name = description.model_type
@@ -70,15 +71,15 @@ def choose_divider(config: HuggingFaceModel, description: Any) -> Divider:
 
 
 def divide(model: nn.Module, dtype: torch.dtype, buffers: Mapping[str, Tensor]) -> nn.Module:
-    """Divide a model by AutoTP and keep this rank's slices as `dtype`. Collective.
+    """Divide a model with AutoTP, and convert this rank's slices to `dtype`. Collective.
 
     Args:
-        model: The model, with weights mapped from its files, so that they take no memory.
+        model: The model. Its weights are memory-mapped from its files, so they take no memory.
         dtype: Precision of the slices.
-        buffers: Final buffers. DeepSpeed rounds the model's own like weights, rotary angles too,
-            and they were made in the precision of the files.
+        buffers: Buffers of the result. The model's own cannot be used: they were built in the
+            precision of the files, and DeepSpeed rounds them like weights, even rotary angles.
     """
-    with contextlib.redirect_stdout(io.StringIO()):  # AutoTP prints its findings
+    with contextlib.redirect_stdout(io.StringIO()):  # AutoTP prints to stdout
         engine = import_deepspeed().init_inference(
             model,
             tensor_parallel={"tp_size": dist.get_world_size()},
@@ -95,17 +96,17 @@ def divide(model: nn.Module, dtype: torch.dtype, buffers: Mapping[str, Tensor]) 
 
 
 def gather(acts: Tensor, width: int) -> Tensor:
-    """Concatenate the ranks' parts of activations, if they are divided. Collective in that case.
+    """Concatenate the ranks' parts of activations. Collective if the activations are divided.
 
     Args:
-        acts: `[batch, seq, part or width]`; parts may differ in size.
+        acts: `[batch, seq, part or width]`. Parts may differ in size.
         width: Full width.
     """
     return whole_of_ranks(acts, width)[0]
 
 
 def whole_of_ranks(acts: Tensor, width: int) -> tuple[Tensor, slice]:
-    """Return what `gather` does, and this rank's columns of it."""
+    """Return the concatenated activations (see `gather`) and the slice of this rank's columns."""
     if acts.shape[-1] == width:
         return acts, slice(None)
     here = torch.tensor([acts.shape[-1]], device=acts.device)

@@ -11,13 +11,13 @@ from torch.utils.hooks import RemovableHandle
 from dist_sae.config.data import layer_of
 from dist_sae.errors import ModelError
 
-# paths of modules within a block, over the common architectures; the first that exists is taken
+# paths of modules within a block, in common architectures; the first existing path is used
 _MLP_IN = ("mlp", "feed_forward", "ffn", "block_sparse_moe", "intermediate")
 _MLP_OUTPUT = (  # the output projection
     *("mlp.down_proj", "mlp.c_proj", "mlp.dense_4h_to_h", "mlp.fc2", "mlp.fc_out"),
     *("feed_forward.w2", "ffn.lin2", "output.dense"),
 )
-# in BLOOM and BERT the whole MLP adds the residual; its output projection does not
+# in BLOOM and BERT, the MLP module adds the residual stream; its output projection does not
 _MLP_OUT = ("mlp.dense_4h_to_h", "output.dense", "mlp", "feed_forward", "ffn", "block_sparse_moe")
 _ATTENTION_OUTPUT = tuple(
     f"{attention}.{projection}"
@@ -28,7 +28,7 @@ _ATTENTION_OUTPUT = tuple(
     for projection in ("o_proj", "c_proj", "out_proj", "dense", "wo", "out_lin")
 )
 
-# (paths within the block, or none for the block itself; True if the site is the module's input)
+# (paths within the block, empty for the block itself; True if the site is the module's input)
 _SITES: dict[str, tuple[tuple[str, ...], bool]] = {  # in the order in which they are reached
     "resid_pre": ((), True),
     "attn_z": (_ATTENTION_OUTPUT, True),
@@ -39,31 +39,32 @@ _SITES: dict[str, tuple[tuple[str, ...], bool]] = {  # in the order in which the
     "resid_post": ((), False),
 }
 
-_OF_SEVERAL = 4  # tensor dimensions of activations with several residual streams
+_OF_SEVERAL = 4  # number of dimensions of activations with several residual streams
 
 Edit = Callable[[Float[Tensor, "batch seq d_in"]], Float[Tensor, "batch seq d_in"]]
 
 
 class Place(NamedTuple):
-    """A site: the input or the output of a module."""
+    """Where a site is: the input or the output of a module."""
 
     module: nn.Module
     goes_in: bool
 
 
 def depth(site: str) -> tuple[int, int]:
-    """Place of a site in the order in which a model reaches its sites."""
+    """Return a sort key for sites: the order in which a model computes them."""
     return layer_of(site), list(_SITES).index(site.rpartition(".")[0])
 
 
 def blocks(model: nn.Module) -> nn.ModuleList:
     """Find the stack of text layers.
 
-    A vision tower may be as deep, and a list within a layer as long. The stack is inside the
-    module with the text configuration, and has the most parameters of all lists of that length.
+    A vision tower can have the same number of layers, and a list within a layer the same length.
+    So this takes, inside the module with the text configuration, the list of the right length that
+    has the most parameters.
 
     Raises:
-        ModelError: There is no such stack.
+        ModelError: The model has no list of the right length.
     """
     text = model.config.get_text_config()  # type: ignore[operator, union-attr]
     depth = getattr(text, "num_hidden_layers", None)
@@ -83,7 +84,7 @@ def place(model: nn.Module, site: str) -> Place:
     """Find the module of a site.
 
     Raises:
-        ModelError: The architecture has no such part under a known name, or too few layers.
+        ModelError: The architecture has no such module under a known name, or too few layers.
     """
     name, _, _ = site.rpartition(".")
     if name not in _SITES:
@@ -97,10 +98,10 @@ def place(model: nn.Module, site: str) -> Place:
 
 
 def width(model: nn.Module, site: str) -> int:
-    """Width of a row at a site."""
+    """Return the width of a row at a site."""
     text = model.config.get_text_config()  # type: ignore[operator, union-attr]
     name, _, _ = site.rpartition(".")
-    if name in ("attn_z", "mlp_inner"):  # input of a projection; Conv1D's weight is transposed
+    if name in ("attn_z", "mlp_inner"):  # a projection's input; Conv1D's weight is transposed
         weight = place(model, site).module.get_parameter("weight")
         return int(weight.shape[0 if hasattr(place(model, site).module, "nx") else 1])
     several = getattr(text, "altup_num_inputs", 1) if name.startswith("resid") else 1
@@ -108,12 +109,12 @@ def width(model: nn.Module, site: str) -> int:
 
 
 def attach(model: nn.Module, site: str, edit: Edit) -> RemovableHandle:
-    """Hook `edit` into a site: it gets the activations, and its result replaces them.
+    """Hook `edit` into a site. It is called with the activations, and its result replaces them.
 
-    Several residual streams (AltUp, hyper-connections) are passed as one, concatenated.
+    Several residual streams (AltUp, hyper-connections) are concatenated.
 
     Returns:
-        Removes the hook.
+        Handle that removes the hook.
     """
     module, goes_in = place(model, site)
     text = model.config.get_text_config()  # type: ignore[operator, union-attr]

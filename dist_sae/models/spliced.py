@@ -1,4 +1,4 @@
-"""A whole model with its head, whose activations at some sites can be replaced."""
+"""A whole language model with its head, whose activations at some sites can be replaced."""
 
 import logging
 from collections.abc import Mapping
@@ -29,17 +29,17 @@ from dist_sae.models.sites import Edit, attach, width
 
 logger = logging.getLogger(__name__)
 
-_EVERY = 7  # one token in 7 is masked, close to the 15 % of BERT's training
+_EVERY = 7  # one in 7 tokens is masked, close to the 15 % of BERT's training
 _CHANGES = {torch.float32: 1e-4}
-"""Relative change of the first token's logits up to which it is rounding (as with experts)."""
+"""Largest relative change of the first token's logits that counts as rounding (with experts)."""
 _CHANGES_OF_HALF = 0.03
 
 
 class SplicedModel:
-    """A language model that predicts tokens with activations at some sites edited.
+    """A language model that predicts tokens while activations at some sites are edited.
 
     Attributes:
-        masked: True if it predicts masked tokens, as encoders do, instead of the next ones.
+        masked: True if the model predicts masked tokens, as encoders do, instead of the next ones.
     """
 
     def __init__(
@@ -50,7 +50,7 @@ class SplicedModel:
         Args:
             config: The model.
             sites: Sites that can be edited.
-            divided: Divide the model over `config.tensor_parallel` ranks; all methods are then
+            divided: Divide the model over `config.tensor_parallel` ranks. Then all methods are
                 collective.
 
         Raises:
@@ -71,17 +71,17 @@ class SplicedModel:
             raise HeadlessError(f"model.path {config.path}: its tokenizer has no mask token")
         self._edits: Mapping[str, Edit] = {}
         self._widths = {site: width(description.skeleton, site) for site in sites}
-        """Widths of whole rows; a rank may hold parts of them."""
+        """Widths of whole rows. In a divided model, a rank may have only parts of them."""
         for site in sites:
             attach(self._model, site, partial(self._replace, site))
 
     def predicted(
         self, tokens: Int[Tensor, "batch seq"], mask: Bool[Tensor, "batch seq"]
     ) -> Bool[Tensor, "batch next"]:
-        """Mask of the tokens after a context's first that have a loss.
+        """Return the mask of the tokens that have a loss, without the context's first token.
 
-        A bidirectional model predicts every seventh, with an offset that depends only on the
-        context's own tokens, so that batching does not change it.
+        A bidirectional model predicts every seventh token. The offset depends only on the context's
+        own tokens, so batching does not change it.
         """
         if self._mask_token is None:
             return mask[:, 1:]
@@ -96,15 +96,16 @@ class SplicedModel:
         mask: Bool[Tensor, "batch seq"],
         edits: Mapping[str, Edit] | None = None,
     ) -> Float[Tensor, "batch next"]:
-        """Cross-entropy in nats of every predicted token after the first, fp32; NaN elsewhere.
+        """Compute the cross-entropy in nats of every predicted token, fp32; NaN elsewhere.
 
-        All masked tokens of a context are masked at once.
+        The result excludes the context's first token. All masked tokens of a context are masked at
+        the same time.
 
         Args:
             tokens: Token ids.
             mask: False at padding.
-            edits: Functions that replace the activations at some of the sites, called in the order
-                in which the model reaches these.
+            edits: Functions that replace the activations at some of the sites. They are called in
+                the order in which the model computes the sites.
         """
         check_tokens(tokens, self._vocabulary, self._name)
         self._edits = edits or {}
@@ -114,7 +115,7 @@ class SplicedModel:
             shown[:, 1:][predicted] = self._mask_token
         logits = self._model(**inputs(self._model, shown, mask)).logits
         logits = logits[:, :-1] if self._mask_token is None else logits[:, 1:]
-        losses = [  # one context at a time: fp32 logits of a whole batch would be large
+        losses = [  # one context at a time, because fp32 logits of a whole batch are large
             nn.functional.cross_entropy(of_context.float(), wanted, reduction="none")
             for of_context, wanted in zip(logits, moved(targets, logits.device), strict=True)
         ]
@@ -133,7 +134,7 @@ class SplicedModel:
 def load_with_head(
     config: HuggingFaceModel, description: Description, divider: Divider | None = None
 ) -> tuple[Any, bool]:
-    """Load the model with a token head; returns it, and True if it predicts masked tokens.
+    """Load the model with a token head. Returns the model, and True if it predicts masked tokens.
 
     Raises:
         HeadlessError: The model predicts no tokens.
@@ -164,7 +165,7 @@ def load_with_head(
 
 @torch.inference_mode()
 def _looks_ahead(model: Any, vocabulary: int) -> bool:
-    """True if a token's prediction depends on the tokens after it."""
+    """Return whether a token's prediction depends on the tokens after it."""
     one = torch.arange(8)[None] % vocabulary
     other = torch.cat([one[:, :1], one[:, 1:].flip(1)], dim=1)
     mask = torch.ones_like(one, dtype=torch.bool)

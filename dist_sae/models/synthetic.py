@@ -1,4 +1,4 @@
-"""Synthetic activations of a known dictionary, for demo, tests and the recovery benchmark."""
+"""Synthetic activations from a known dictionary, for demos, tests and the recovery benchmark."""
 
 from collections.abc import Callable, Sequence
 
@@ -8,11 +8,11 @@ from torch import Tensor
 
 from dist_sae.config.data import SYNTHETIC_SITE, SyntheticModel
 
-_BLOCK_ROWS = 64  # rows drawn together; another number gives other rows
+_BLOCK_ROWS = 64  # rows drawn together; changing this changes all rows
 
 
 class SyntheticTokenizer:
-    """Tokenizer of synthetic documents: text "17" is document 17, its tokens are row numbers."""
+    """Tokenizer of synthetic documents. Text "17" is document 17; its tokens are row numbers."""
 
     bos = None
     special: frozenset[int] = frozenset()
@@ -28,11 +28,11 @@ class SyntheticTokenizer:
 
 
 class SyntheticSource:
-    """Source of rows x = sum_i a_i D_i + b; `SyntheticModel` describes the distribution.
+    """Source of rows x = sum_i a_i D_i + b. `SyntheticModel` describes the distribution.
 
-    Row r is a pure function of (seed, r), however rows are grouped into contexts and batches:
-    rows are drawn in blocks, each with its own generator. The dictionary's seed differs from
-    every seed of a trainer, so that an initial dictionary never starts near the truth.
+    Row r is a pure function of (seed, r), however rows are grouped into contexts and batches,
+    because rows are drawn in fixed blocks, each with its own generator. The dictionary's seed
+    differs from all seeds of trainers, so no trained dictionary starts near the true one.
 
     Attributes:
         directions: The dictionary D, `[n_features, d_in]`, unit rows.
@@ -62,11 +62,11 @@ class SyntheticSource:
         return {SYNTHETIC_SITE: acts}
 
     def intensities(self, first_row: int, n: int) -> Float[Tensor, "n n_features"]:
-        """True a_i of rows `[first_row, first_row + n)`."""
+        """Return the true a_i of rows `[first_row, first_row + n)`."""
         return self._rows(first_row, n, lambda a: a)
 
     def _rows(self, first: int, n: int, of: Callable[[Tensor], Tensor]) -> Tensor:
-        # `of` sees whole blocks: a product's last bits depend on its shape
+        # `of` is applied to whole blocks, because a product's last bits depend on its shape
         blocks = range(first // _BLOCK_ROWS, (first + n - 1) // _BLOCK_ROWS + 1)
         return torch.cat([of(self._block(b)) for b in blocks])[first % _BLOCK_ROWS :][:n]
 
@@ -79,7 +79,7 @@ class SyntheticSource:
 
 
 def _zipf(config: SyntheticModel) -> Tensor:
-    """p_i proportional to i^-zipf, at most p_max, summing to l0 (the excess goes to the rest)."""
+    """Return p_i ~ i^-zipf, at most p_max, with sum l0. The excess above p_max goes to the rest."""
     p = torch.arange(1, config.n_features + 1, dtype=torch.float64) ** -config.zipf
     capped = torch.zeros_like(p, dtype=torch.bool)
     while True:
@@ -92,7 +92,7 @@ def _zipf(config: SyntheticModel) -> Tensor:
 
 
 def _mix(seed: int, number: int) -> int:
-    """Mix two numbers into one 64-bit seed (splitmix64's finaliser)."""
+    """Mix two numbers into one 63-bit seed (splitmix64's finalizer)."""
     z = (seed * 0x9E3779B97F4A7C15 + (number + 2) * 0xBF58476D1CE4E5B9 + 0xD1B54A32D192ED03) % 2**64
     z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) % 2**64
     z = ((z ^ (z >> 27)) * 0x94D049BB133111EB) % 2**64

@@ -1,1 +1,1 @@
-"""Forecasts of a run before it is made: memory, bytes, requests, time, cost, risk."""
+"""Forecasts of a run before it starts: memory, bytes, requests, time, cost, risk."""

@@ -1,4 +1,4 @@
-"""Settings that a run's sizes suggest, each with its reason."""
+"""Recommended settings for a run of this size, each with its reason."""
 
 import math
 from collections.abc import Iterator, Sequence
@@ -12,19 +12,20 @@ from dist_sae.planning.memory import trainer_memory
 from dist_sae.planning.rates import Rates
 from dist_sae.planning.traffic import step_traffic
 
-_FILLED = 0.9  # of a device's memory, at most
-_UNIT_SECONDS = (5.0, 600.0)  # of a producer for a unit: less is queueing, more is lost with a pod
+_FILLED = 0.9  # largest share of a device's memory to plan for
+# a producer's time per unit: below, queueing dominates; above, a lost pod loses too much
+_UNIT_SECONDS = (5.0, 600.0)
 _LEAST_BATCH = 4096
-_MOST_DOUBLINGS = 20  # of the ranks, to make a dictionary fit
+_MOST_DOUBLINGS = 20  # of the number of ranks, to make a dictionary fit
 
 
 def advice(jobs: Sequence[Basis], rates: Rates, device_bytes: float | None) -> list[str]:
     """Advise on `latent_shards`, batch, streams, unit size, `max_ahead_units` and producers.
 
     Args:
-        jobs: A run, or the jobs of a sweep that share ranks; these get no advice on shards.
-        rates: Of single processes.
-        device_bytes: Memory of a rank's device; None if it is not known.
+        jobs: A run, or the jobs of a sweep that share ranks. Sweeps get no advice on shards.
+        rates: Speeds of single processes.
+        device_bytes: Memory of a rank's device; None if unknown.
     """
     first = jobs[0]
     ranks = _ranks(first, device_bytes) if device_bytes and len(jobs) == 1 else ()
@@ -33,7 +34,7 @@ def advice(jobs: Sequence[Basis], rates: Rates, device_bytes: float | None) -> l
 
 
 def fits(basis: Basis, shards: int, trainers: int) -> int:
-    """Bytes on the device of a rank, with other numbers of ranks."""
+    """Return the bytes that a rank's device would need with these numbers of ranks."""
     ranks = {"latent_shards": shards, "trainers": trainers}
     processes = basis.run.processes.model_copy(update=ranks)
     other = basis._replace(run=basis.run.model_copy(update={"processes": processes}))

@@ -1,4 +1,4 @@
-"""Inputs of a forecast: the run with numbers for all settings, its units, its widths."""
+"""Inputs of a forecast: the run with all settings resolved, its units and its widths."""
 
 from collections.abc import Collection, Mapping, Sequence
 from typing import NamedTuple
@@ -21,34 +21,34 @@ from dist_sae.producing.planner import count_rows, row_bytes
 from dist_sae.storage import open_store
 from dist_sae.training.memory import StateBytes, state_bytes
 
-_MOST_DOCUMENTS = 100_000  # that stand for a corpus of which only the rows are given
+_MOST_DOCUMENTS = 100_000  # in the made-up plan, if only the number of rows is given
 _DTYPE_BYTES = {"bf16": 2, "fp16": 2, "fp32": 4}
 
 
 class Model(NamedTuple):
-    """The part of the language model that a producer runs."""
+    """Sizes of the part of the language model that a producer runs."""
 
     widths: Mapping[str, int]
     """Width of each site of the activation set."""
     parameters: int
-    """Parameters that a token meets on its way to the deepest site, without the embedding."""
+    """Parameters of the layers up to the deepest site, without the embedding."""
     stored_bytes: int
-    """Bytes of the loaded part, the embedding included."""
+    """Bytes of the loaded part, including the embedding."""
 
 
 class Basis(NamedTuple):
-    """A run before it is made, or a job of a sweep."""
+    """Sizes of a planned run, or of a job of a sweep."""
 
     run: Run
-    """With numbers for all settings that a plan decides."""
+    """The run, with all settings resolved that depend on a plan."""
     model: Model
     unit_rows: Sequence[int]
     """Rows of each training unit, in the order of the plan."""
     heldout_unit_rows: Sequence[int]
     pass_rows: int
-    """Rows that one pass gives to training."""
+    """Training rows of one pass."""
     source: str
-    """Where the rows are known from."""
+    """Where the number of rows comes from, for the report."""
 
     @property
     def widths(self) -> Widths:
@@ -58,17 +58,17 @@ class Basis(NamedTuple):
 
     @property
     def axis(self) -> LatentAxis:
-        """The place of the first rank."""
+        """The first rank's place among shards and replicas."""
         return LatentAxis(0, self.run.processes.latent_shards, 0, self.run.replicas)
 
     @property
     def state(self) -> StateBytes:
-        """Bytes of what a rank trains."""
+        """Bytes of a rank's weights and training state."""
         return state_bytes(self.run, self.widths, self.axis)
 
     @property
     def active(self) -> float:
-        """Latents that are active on a row: k, or what a penalised recipe begins with."""
+        """Active latents per row: k, or the initial number in a penalised recipe."""
         sae = self.run.sae
         if isinstance(sae, CountsLatentsConfig):
             return sae.k
@@ -82,7 +82,7 @@ class Basis(NamedTuple):
 
     @property
     def replica_rows(self) -> int:
-        """Rows of a batch that meet each latent shard."""
+        """Rows of a batch that each latent shard encodes."""
         return self.run.train.batch_rows // self.run.replicas
 
     @property
@@ -91,7 +91,7 @@ class Basis(NamedTuple):
         return [*self.unit_rows, *self.heldout_unit_rows]
 
     def row_bytes(self, sites: Collection[str] | None = None) -> int:
-        """Bytes of a stored row at these sites, or at all."""
+        """Return the bytes of a stored row, over these sites or over all."""
         widths = self.model.widths
         return row_bytes(self.run.activations.dtype, {s: widths[s] for s in sites or widths})
 
@@ -103,34 +103,34 @@ class Basis(NamedTuple):
 
     @property
     def first_windows(self) -> int:
-        """Units without which no training begins."""
+        """Number of units that training needs to start: one window of each stream."""
         return min(len(self.unit_rows), self.streams * self.run.activations.window_units)
 
     @property
     def sharing(self) -> int:
-        """Trainer ranks that read all of a stream together."""
+        """Number of trainer ranks that share a stream. Each of them reads all of it."""
         return max(1, self.run.processes.trainers // self.streams)
 
 
 def sites_of(jobs: Sequence[Basis]) -> set[str]:
-    """Sites that jobs read together."""
+    """Return all sites that any of the jobs reads or writes."""
     return {site for job in jobs for site in job.run.sites}
 
 
 def find_basis(
     run: Run, rows: int | None = None, width: int | None = None, parameters: int | None = None
 ) -> list[Basis]:
-    """Find the sizes of a run, or of each job: from its plan, its corpus, or the rows given.
+    """Find the sizes of a run, or of each job, from its plan, its corpus, or a number of rows.
 
     Args:
-        run: As the file has it.
-        rows: Rows of the activation set. Then neither the store nor the corpus is looked at.
-        width: Width of every site. Then the model is not looked at.
-        parameters: See `Model.parameters`; goes with `width`.
+        run: The run file.
+        rows: Rows of the activation set. If given, neither the store nor the corpus is read.
+        width: Width of every site. If given, the model is not read.
+        parameters: See `Model.parameters`; used only with `width`.
 
     Raises:
-        ConfigError: There is no batch of rows, or settings contradict each other.
-        DataExhaustedError: A run asks for more rows than there are.
+        ConfigError: There are fewer rows than a batch, or settings contradict each other.
+        DataExhaustedError: A run needs more rows than the activation set has.
         CorpusError: The text cannot be read.
         ModelError: The model cannot be described.
         StoreError: The store cannot be reached.
@@ -156,7 +156,7 @@ def find_basis(
 
 
 def _of_rows(run: Run, rows: int) -> Plan:
-    """A plan of documents of one length that have so many rows."""
+    """Make a plan with this many rows, from documents of equal length."""
     activations, batch_rows = run.activations, run.train.batch_rows
     heldout = int(rows * activations.heldout_share)
     documents = max(1, min(_MOST_DOCUMENTS, (rows - heldout) // activations.context_tokens))

@@ -1,8 +1,9 @@
-"""Simulated time, and a store whose requests take simulated time only.
+"""Simulated time, and a store whose requests take only simulated time.
 
-The code that runs in it is the real one, in a single thread. A process runs up to its next pause at
-once, with a time of its own that its requests move on; then the one is resumed that is furthest
-behind. A store shows nobody what is written after their own time.
+The simulation runs the real code in a single thread (a discrete-event simulation). Each process has
+its own time, which its requests advance, and runs without interruption until its next pause. Then
+the process with the earliest time resumes. The store hides objects that were written later than the
+time of the process that reads.
 """
 
 import heapq
@@ -24,7 +25,7 @@ _NAME, _SUFFIX = -len("00000000.json"), -len(".json")  # of a numbered key
 
 Result = TypeVar("Result")
 Process = Generator[float, None, Result]
-"""Yields the seconds for which it pauses."""
+"""A simulated process: a generator that yields the seconds for which it pauses."""
 
 
 class Clock:
@@ -32,10 +33,10 @@ class Clock:
 
     def __init__(self) -> None:
         self.now = 0.0
-        """Seconds since the beginning, of the process that runs."""
+        """Time of the running process, in seconds since the start."""
 
     def run(self, processes: Iterable[Process[None]], over: Callable[[], bool]) -> None:
-        """Run these until all have ended, or until it is over."""
+        """Run processes until all have ended, or until `over` returns True."""
         due = [(self.now, number, process) for number, process in enumerate(processes)]
         while due:
             self.now, number, process = due[0]
@@ -49,7 +50,7 @@ class Clock:
 
 
 class Pause(Exception):  # noqa: N818 - no error
-    """Leaves a call that would wait."""
+    """Raised to leave a call that would wait."""
 
     def __init__(self, seconds: float) -> None:
         super().__init__(seconds)
@@ -57,14 +58,14 @@ class Pause(Exception):  # noqa: N818 - no error
 
 
 class Stopping(threading.Event):
-    """Is never set. A call that would wait for it is left by `Pause`."""
+    """An event that is never set. Waiting for it raises `Pause`."""
 
     def wait(self, timeout: float | None = None) -> bool:
         raise Pause(timeout or 0.0)
 
 
 class Pipe:
-    """Transfers that share a bandwidth, one after the other; an infinite one takes no time."""
+    """A link with one transfer at a time. With infinite bandwidth, transfers take no time."""
 
     def __init__(self, clock: Clock, bytes_per_second: float) -> None:
         self._clock = clock
@@ -72,17 +73,17 @@ class Pipe:
         self._free = 0.0
 
     def book(self, size: float) -> float:
-        """Begin a transfer; returns the second when it ends."""
+        """Add a transfer to the queue, and return the time when it ends."""
         self._free = max(self._clock.now, self._free) + size / self._bytes_per_second
         return self._free
 
 
 class Times(NumberedKeys):
-    """Numbered keys for which a simulated store keeps the times of writing and no content.
+    """Numbered keys for which a simulated store keeps only the times of writing, no content.
 
     Args:
         keys: The real keys.
-        n: Their number.
+        n: Number of keys.
     """
 
     def __init__(self, keys: NumberedKeys, n: int) -> None:
@@ -99,7 +100,7 @@ class Times(NumberedKeys):
     def _listed(
         self, store: ObjectStore, page: int | None
     ) -> tuple[NDArray[np.intp], NDArray[np.float64]]:
-        """Numbers that are there, and their ages."""
+        """Return the numbers of the existing objects, and the objects' ages in seconds."""
         assert isinstance(store, SimulatedStore)
         first, last = (0, len(self.written)) if page is None else (page * PAGE, page * PAGE + PAGE)
         seconds = store.listed() - self.written[first:last]
@@ -108,10 +109,11 @@ class Times(NumberedKeys):
 
 
 class SimulatedStore:
-    """Objects in memory; each request takes its time, and is counted.
+    """A store in memory. Its requests are counted and take simulated time.
 
     Args:
-        times: Keys whose contents do not matter.
+        clock: The simulated time.
+        times: Keys whose objects' contents do not matter.
         slowdown: Factor on the time of every request.
     """
 
@@ -126,11 +128,11 @@ class SimulatedStore:
         self.requests: Counter[str] = Counter()
 
     def holds(self, key: str) -> bool:
-        """Tell whether an object exists, without a request."""
+        """Return whether an object exists, without a request."""
         return self._find(key)[1] <= self._clock.now
 
     def listed(self) -> float:
-        """Count the request for a page of a listing; returns the time when it was asked for."""
+        """Count a request for a page of a listing, and return the time when it was sent."""
         now = self._clock.now
         self._ask("list")
         return now
@@ -176,7 +178,7 @@ class SimulatedStore:
         raise NotImplementedError
 
     def _find(self, key: str) -> tuple[bytes, float]:
-        """Content of an object and the time of writing, which is infinite if there is none."""
+        """Return an object's content and time of writing; infinite if it does not exist."""
         folder, number = key[:_NAME], key[_NAME:_SUFFIX]
         if keys := self._times.get(folder):
             return b"{}", float(keys.written[int(number)])

@@ -1,4 +1,4 @@
-"""Cost of a run's pods, store and requests, by prices that the user gives."""
+"""Cost of a run's pods, storage and requests, from the user's prices."""
 
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,18 +11,18 @@ from dist_sae.config.base import Section
 from dist_sae.errors import ConfigError
 
 _MONTH_HOURS = 730.0
-_LEFT_OUT = "pods of the planner, the index and the reporter"  # their time is not forecast
+_LEFT_OUT = "pods of the planner, the index and the reporter"  # no forecast of their time exists
 
 
 class Prices(Section):
-    """A price file. A price that is left out is 0, and the cost says so."""
+    """Content of a price file. A missing price counts as 0, and the cost lists it as missing."""
 
     currency: str
     producer_pod_hour: NonNegativeFloat = 0.0
     trainer_pod_hour: NonNegativeFloat = 0.0
     stored_gb_month: NonNegativeFloat = 0.0
     thousand_puts: NonNegativeFloat = 0.0
-    """PUT, POST and LIST requests."""
+    """Price of 1000 PUT, POST or LIST requests."""
     thousand_gets: NonNegativeFloat = 0.0
 
 
@@ -30,7 +30,7 @@ def read_prices(path: Path) -> Prices:
     """Read a price file.
 
     Raises:
-        ConfigError: It cannot be read, or a key or value is wrong; one line.
+        ConfigError: The file cannot be read, or a key or value is wrong. The message is one line.
     """
     try:
         return Prices.model_validate(yaml.safe_load(path.read_text(encoding="utf-8")))
@@ -46,12 +46,12 @@ def read_prices(path: Path) -> Prices:
 
 
 def cost_of(prices: Prices, told: Mapping[str, Any], *, held_back: bool) -> dict[str, Any]:
-    """Cost by part, in the prices' currency.
+    """Compute the cost by part, in the prices' currency.
 
     Args:
-        prices: Of pods, store and requests.
-        told: The forecast.
-        held_back: Whether producers wait for trainers, and so stay until the end.
+        prices: Prices of pods, storage and requests.
+        told: The forecast (`estimate`).
+        held_back: Whether producers wait for trainers, and so run until the end.
     """
     hours, producing = (told["pace"][f"{what}_seconds"] / 3600 for what in ("total", "producing"))
     pods, over_time, asked = told["pods"], told["set_over_time"].values(), told["requests"]

@@ -1,4 +1,4 @@
-"""A run's forecast as one table: what `dist-sae estimate` prints."""
+"""A run's forecast as one table. `dist-sae estimate` prints it."""
 
 import math
 from collections import Counter
@@ -28,15 +28,15 @@ def estimate(
     """Forecast a run, or a sweep.
 
     Args:
-        groups: The run; or the jobs of a sweep, those together that share ranks and batches.
-        rates: Of single processes; a step is that of all jobs of the slowest group.
-        program_bytes: Memory of a program with its libraries, on the host.
-        trainer_bytes: The same of a trainer, which has more of them.
+        groups: The run; or the jobs of a sweep, one group per set of jobs that share ranks.
+        rates: Speeds of single processes. A step is that of all jobs of the slowest group.
+        program_bytes: Host memory of a program with its libraries.
+        trainer_bytes: Host memory of a trainer, which has more libraries.
         accelerator: Key of `ACCELERATORS`, or None for CPUs.
-        prices: For the cost; without them none is told.
+        prices: Prices for the cost; None leaves it out.
 
     Returns:
-        Sections of numbers by name; units are in the names.
+        Named sections of numbers. The names of the numbers contain the units.
     """
     jobs, gpu = list(chain.from_iterable(groups)), accelerator is not None
     of_groups = [memory.trainer_memory(group, trainer_bytes, gpu=gpu) for group in groups]
@@ -100,7 +100,10 @@ def estimate(
 
 
 def pace_of(groups: Sequence[Sequence[Basis]], rates: Rates) -> dict[str, Any]:
-    """Rows per second of each part, what limits the run, and its time; empty if not known."""
+    """Compute each part's rows per second, what limits the run, and the run's time.
+
+    Figures that the known rates do not determine are left out.
+    """
     basis = max(chain.from_iterable(groups), key=lambda job: job.run.steps)
     run = basis.run
     bytes_read = sum(basis.row_bytes(sites_of(group)) for group in groups)
@@ -144,7 +147,7 @@ def _times(rate: float | None, factor: float) -> float | None:
 
 
 def _sent(jobs: Sequence[Basis]) -> Counter[str]:
-    """Bytes that a rank sends in a step by collective, for all jobs."""
+    """Return the bytes that a rank sends in a step, by collective, summed over jobs."""
     sent = Counter[str]()
     for job in jobs:
         sent.update(traffic.step_traffic(job))
@@ -157,7 +160,7 @@ def _all(parts: Mapping[str, int]) -> int:
 
 
 def _with_sums(parts: dict[str, dict[str, int]]) -> dict[str, int]:
-    """Names with their place; the sum of each place is last."""
+    """Flatten `{place: {name: bytes}}` to one level, with the sum of each place after its parts."""
     told: dict[str, int] = {}
     for place, of in parts.items():
         told |= {f"{place}_{name}_bytes": size for name, size in of.items() if size}

@@ -1,4 +1,4 @@
-"""Memory of each process by part. Peaks: parts that are never held together are not added up."""
+"""Peak memory of each process, by part. Parts that never coexist are not added up."""
 
 from collections import Counter
 from collections.abc import Sequence
@@ -17,16 +17,16 @@ from dist_sae.planning.basis import Basis, sites_of
 from dist_sae.training.memory import state_bytes
 
 CUDA_BYTES = 700 * 10**6
-"""Memory of a CUDA context and its libraries on a GPU; an assumption."""
+"""GPU memory of a CUDA context and its libraries; an assumption."""
 _FP32 = 4
-_ENTRY_BYTES = 80  # of a code: value, row, latent, their sorts, gradients
-_DENSE_CHUNKS = 8  # that a dense penalised step holds at once (`dictionaries.penalised`)
+_ENTRY_BYTES = 80  # per entry of a code: value, row, latent, their sorts, gradients
+_DENSE_CHUNKS = 8  # chunks that a dense penalised step has at once (`dictionaries.penalised`)
 _BATCHES = 4  # `config.run.rows_ahead`: two wait, one is assembled, one is trained on
-_COPIES = 2  # for saving, of a sweep's jobs: one is stored while the next one is made
-_ENCODED = 2  # copies of a part of a tensor while it becomes a file
-_HEAP_BYTES = 64 * 2**20  # free, and kept by malloc: above this it gives back
-_BLOCKS = 3  # of a unit: one in use, one fetched, one of the next window
-_UNITS = 6  # that a producer holds, copies included: two in work, and one that is being stored
+_COPIES = 2  # checkpoint copies in a sweep: one is stored while the next job's is made
+_ENCODED = 2  # copies of a part of a tensor while it is written to a file
+_HEAP_BYTES = 64 * 2**20  # free memory that malloc keeps before it returns any
+_BLOCKS = 3  # per unit: one in use, one being fetched, one of the next window
+_UNITS = 6  # in a producer, with copies: two being computed, one being stored
 
 Parts = dict[str, int]
 """Bytes by part."""
@@ -35,13 +35,15 @@ Parts = dict[str, int]
 def trainer_memory(
     jobs: Sequence[Basis], program_bytes: int, *, gpu: bool
 ) -> dict[str, dict[str, int]]:
-    """Bytes of a trainer rank by part, on its `device` and its `host`: one place without a GPU.
+    """Return the bytes of a trainer rank by part, on its `device` and its `host`.
+
+    Without a GPU, everything is on the `host`.
 
     Args:
-        jobs: The run, or the jobs of a sweep on this rank: each has its state, and one at a time
-            makes a step.
-        program_bytes: What the program itself takes on the host.
-        gpu: Whether it computes on a GPU.
+        jobs: The run, or the jobs of a sweep on this rank. Each job has its own state, and one job
+            at a time makes a step.
+        program_bytes: Host memory of the program and its libraries.
+        gpu: Whether the rank computes on a GPU.
     """
     states = [each.state for each in jobs]
     device = dict(sum((Counter(state._asdict()) for state in states), Counter()))
@@ -65,14 +67,14 @@ def trainer_memory(
 
 
 def producer_memory(basis: Basis, program_bytes: int, *, gpu: bool) -> dict[str, Parts]:
-    """Bytes of a producer's rank by part; see `trainer_memory`. Attention is left out."""
+    """Return the bytes of a producer's rank by part, as `trainer_memory`. Attention is left out."""
     host = {"program": program_bytes, "units": _UNITS * max(basis.units) * basis.row_bytes()}
     model = basis.model.stored_bytes // basis.run.tensor_parallel
     return _placed(host, {"model": model}, gpu=gpu)
 
 
 def index_memory(basis: Basis, program_bytes: int, *, gpu: bool) -> dict[str, Parts]:
-    """Bytes of an index worker's rank in stage 1 by part; see `trainer_memory`."""
+    """Return the bytes of an index worker's rank in stage 1 by part, as `trainer_memory`."""
     run, width = basis.run, basis.widths.d_in + basis.widths.d_out
     dictionary = basis.state.weights * run.processes.latent_shards
     block = _block(basis, torch.device("cpu"), ENCODE_ROWS)
@@ -85,9 +87,10 @@ def index_memory(basis: Basis, program_bytes: int, *, gpu: bool) -> dict[str, Pa
 
 
 def checkpoint_bytes(basis: Basis, axis: LatentAxis = WHOLE) -> int:
-    """Bytes of a checkpoint: weights, both moments, the running mean, the counts of idle rows.
+    """Return a checkpoint's bytes: weights, both moments, running mean, counts of idle rows.
 
-    Of a rank's part if its place is given; the replicas of a shard share its rows.
+    If a rank's place (`axis`) is given, returns the bytes of its part. The replicas of a shard
+    each save some of the shard's rows.
     """
     weights = state_bytes(basis.run, basis.widths, axis).weights
     tensors = 3 + bool(basis.run.train.ema_decay)
@@ -101,7 +104,7 @@ def _placed(host: Parts, device: Parts, *, gpu: bool) -> dict[str, Parts]:
 
 
 def _step(basis: Basis, device: torch.device) -> int:
-    """Memory of a step beyond the state: rows that are read and written, products, codes."""
+    """Return the bytes of a step in addition to the state: rows, products, codes."""
     sae, rows, own = basis.run.sae, basis.replica_rows, basis.rank_rows
     d_in, d_out = basis.widths.d_in, basis.widths.d_out
     product = PRODUCT_DTYPES[basis.run.train.products].itemsize
@@ -114,7 +117,7 @@ def _step(basis: Basis, device: torch.device) -> int:
 
 
 def _auxk(basis: Basis) -> int:
-    """The codes of AuxK."""
+    """Return the bytes of AuxK's codes."""
     sae = basis.run.sae
     if not isinstance(sae, CountsLatentsConfig):
         return 0
@@ -122,9 +125,10 @@ def _auxk(basis: Basis) -> int:
 
 
 def _new_start(basis: Basis, device: torch.device) -> int:
-    """Memory in which a penalised recipe encodes a batch, to give dead latents new weights.
+    """Return the bytes with which a penalised recipe encodes a batch to reinitialize dead latents.
 
-    A block of products, and one of pre-activations. Added to a step's, since malloc keeps both.
+    They are a block of products and a block of pre-activations. They come on top of a step's
+    memory, because malloc keeps both.
     """
     sae, rows = basis.run.sae, basis.replica_rows
     if isinstance(sae, CountsLatentsConfig):
@@ -134,7 +138,7 @@ def _new_start(basis: Basis, device: torch.device) -> int:
 
 
 def _block(basis: Basis, device: torch.device, rows: int) -> int:
-    """A block of products, and its part of the encoder in the product's precision."""
+    """Return the bytes of a block of products, and of its encoder rows in the same precision."""
     sae, product = basis.run.sae, PRODUCT_DTYPES[basis.run.train.products].itemsize
     part = sae.together if sae.n_experts else sae.n_latents // basis.axis.shards
     width = min(at_once(CHUNK_LATENTS, device), part)
@@ -146,11 +150,12 @@ def _block(basis: Basis, device: torch.device, rows: int) -> int:
 
 
 def _batches(jobs: Sequence[Basis]) -> int:
-    """Batches that wait as they are stored, and blocks that are being read."""
+    """Return the bytes of batches in the queue, in their stored precision, and of blocks in use."""
     basis, activations = jobs[0], jobs[0].run.activations
     sites = sites_of(jobs)
     width = sum(basis.model.widths[site] for site in sites)
-    stored = DTYPES["fp32" if activations.dtype == "int8" else activations.dtype]  # as it is read
+    # int8 rows become fp32 when they are read
+    stored = DTYPES["fp32" if activations.dtype == "int8" else activations.dtype]
     streams = max(1, basis.streams // basis.run.processes.trainers)
     rows = rows_of_block(max(basis.unit_rows), activations.block_rows)
     block = rows * (width * stored.itemsize + ORIGIN_BYTES * len(sites))

@@ -1,13 +1,13 @@
-"""How fast producers and trainers are, by `dist-sae bench` figures or an accelerator's data sheet.
+"""Speed of producers and trainers, from `dist-sae bench` figures or an accelerator's data sheet.
 
-A trainer's step from bench figures of another shape is scaled: its product and selection with the
-products' FLOPs, Adam and the norms with the parameters. From data sheets it is
+A bench result for another shape is scaled: its product and selection by the products' FLOPs, and
+Adam and the norms by the number of parameters. From a data sheet, a training step takes
 
-    2 FLOPs per weight met and row / (peak x EFFICIENCY)  +  bytes moved / (bandwidth x BANDWIDTH)
-    +  bytes sent / network
+    2 FLOPs per row and weight it meets / (peak x STEP_EFFICIENCY)
+    +  bytes moved / (memory bandwidth x BANDWIDTH_EFFICIENCY)  +  bytes sent / network bandwidth
 
-None of the accelerator figures below was measured by this project, and no overlap is counted. Jobs
-of a sweep that share ranks make their steps one after the other.
+This assumes no overlap of the three. This project has measured none of the accelerator figures
+below. Jobs of a sweep that share ranks make their steps one after the other.
 """
 
 import json
@@ -20,24 +20,26 @@ from dist_sae.planning.basis import Basis
 from dist_sae.planning.traffic import step_traffic
 
 STEP_EFFICIENCY = 0.5
-"""Share of the peak that the encoder product reaches; an assumption."""
+"""Share of the peak FLOPs that the encoder product reaches; an assumption."""
 FORWARD_EFFICIENCY = 0.35
-"""Share of the peak that a language model's forward pass reaches; an assumption."""
+"""Share of the peak FLOPs that a language model's forward pass reaches; an assumption."""
 BANDWIDTH_EFFICIENCY = 0.7
-"""Share of the memory's bandwidth that is reached; an assumption."""
-_STATE_PASSES = 9  # over a parameter: gradients are summed, then their norm; Adam reads 4, writes 3
-_CODE_PASSES = 4  # over an encoder or decoder row: the code's gradient, decode, both weights'
+"""Share of the memory bandwidth that is reached; an assumption."""
+# accesses per parameter: 1 to sum gradients, 1 for their norm, 4 reads and 3 writes by Adam
+_STATE_PASSES = 9
+# accesses per active encoder or decoder row: the code's gradient, decoding, both weights' gradients
+_CODE_PASSES = 4
 _FP32 = 4
 
 
 class Accelerator(NamedTuple):
-    """Public figures of a device: its vendor's data sheet, dense, without sparsity."""
+    """Figures of a device from its vendor's data sheet, without sparsity."""
 
     bf16_flops: float
     fp32_flops: float
     memory_bytes: float
     bytes_per_second: float
-    """Bandwidth of its memory."""
+    """Memory bandwidth."""
     source: str
 
 
@@ -52,51 +54,51 @@ ACCELERATORS = {
 
 
 class Rates(NamedTuple):
-    """Rates of single processes; None where nothing is known."""
+    """Speeds of single processes. An unknown speed is None."""
 
     step_seconds: float | None = None
-    """A training step, of all ranks at once, in the mean of the run."""
+    """Time of a training step of all ranks together, averaged over the run."""
     producer_rows_per_second: float | None = None
-    """One producer, with all its ranks."""
+    """Speed of one producer with all its ranks."""
     read_bytes_per_second: float | None = None
-    """Reads from the store by all trainers together."""
+    """Speed of reads from the store by all trainers together."""
     write_bytes_per_second: float | None = None
-    """Writes to the store by all producers together."""
+    """Speed of writes to the store by all producers together."""
     trainer_begin_seconds: float | None = None
-    """Of a trainer beside its steps: from its start to its first step, and its end."""
+    """Time of a trainer outside its steps: from its start to the first step, and at its end."""
     producer_begin_seconds: float | None = None
-    """From a producer's start to its first unit."""
+    """Time from a producer's start to its first unit."""
     sources: tuple[str, ...] = ()
 
     def over(self, other: "Rates") -> "Rates":
-        """These rates, and the other's where these have none."""
+        """Return these rates, with unknown ones taken from `other`."""
         known = {key: rate for key, rate in self._asdict().items() if rate is not None}
         return other._replace(**known | {"sources": (*self.sources, *other.sources)})
 
 
 def step_flops(basis: Basis) -> float:
-    """FLOPs of a rank's encoder product in a step."""
+    """Return the FLOPs of a rank's encoder product in a step."""
     met = basis.run.sae.latents_met / basis.axis.shards
     return 2.0 * basis.replica_rows * met * basis.widths.d_in
 
 
 def slowest(groups: Sequence[Sequence[Basis]], step: Callable[[Basis], float]) -> float:
-    """Seconds of a step of all jobs of the slowest group, by those of each job."""
+    """Return the step time of the slowest group, given each job's. A group's jobs take turns."""
     return max(sum(map(step, group)) for group in groups)
 
 
 def of_accelerator(
     groups: Sequence[Sequence[Basis]], name: str, network_bytes_per_second: float
 ) -> Rates:
-    """Rates by an accelerator's data sheet.
+    """Compute rates from an accelerator's data sheet.
 
     Args:
-        groups: A run; or the jobs of a sweep, those together that share ranks.
+        groups: A run; or the jobs of a sweep, one group per set of jobs that share ranks.
         name: Key of `ACCELERATORS`.
-        network_bytes_per_second: That a rank sends.
+        network_bytes_per_second: Network bandwidth with which a rank sends.
 
     Raises:
-        ConfigError: There is no such accelerator in the table.
+        ConfigError: The table has no accelerator with this name.
     """
     if name not in ACCELERATORS:
         raise ConfigError(f"--accelerator: {name} is not one of {', '.join(ACCELERATORS)}")
@@ -130,14 +132,15 @@ def of_accelerator(
 
 
 def of_bench(groups: Sequence[Sequence[Basis]], found: Mapping[str, Any], said: str) -> Rates:
-    """Rates from the JSON of one `dist-sae bench` of step, produce or store.
+    """Compute rates from the JSON result of one `dist-sae bench` of step, produce or store.
 
     Args:
-        groups: As of `of_accelerator`.
-        said: Where it is from, for people.
+        groups: See `of_accelerator`.
+        found: The result.
+        said: Source of the result, for people.
 
     Raises:
-        ConfigError: It is the result of something else.
+        ConfigError: The JSON is not a result of one of these.
     """
     if {"step_seconds", "product_seconds", "n_latents"} <= found.keys():
         return Rates(slowest(groups, lambda job: scaled_step(job, found)), sources=(said,))
@@ -152,10 +155,10 @@ def of_bench(groups: Sequence[Sequence[Basis]], found: Mapping[str, Any], said: 
 
 
 def read_bench(paths: Iterable[Path]) -> list[tuple[str, Mapping[str, Any]]]:
-    """Read results of `dist-sae bench ... --json`, each with its file's name.
+    """Read results of `dist-sae bench ... --json`. Returns each with the name of its file.
 
     Raises:
-        ConfigError: A file cannot be read, or holds no JSON object.
+        ConfigError: A file cannot be read, or its last line is not a JSON object.
     """
     found: list[tuple[str, Mapping[str, Any]]] = []
     for path in paths:
@@ -172,7 +175,7 @@ def read_bench(paths: Iterable[Path]) -> list[tuple[str, Mapping[str, Any]]]:
 
 
 def scaled_step(basis: Basis, found: Mapping[str, Any]) -> float:
-    """Seconds of a step of this shape, from a `bench step` of another."""
+    """Scale the step time of a `bench step` result to this run's shape."""
     phases, whole = found.get("phases", {}), found["step_seconds"]
     of_state = sum(phases.get(phase, 0.0) for phase in ("adam", "norms"))
     of_state = min(whole - found["product_seconds"], of_state)

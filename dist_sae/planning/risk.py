@@ -1,4 +1,4 @@
-"""How well a run can fill its dictionary: rows per latent, firings of rare features, dead ones."""
+"""Risk that a run has too few rows: rows per latent, firings of rare features, dead latents."""
 
 import math
 from typing import Any
@@ -8,18 +8,18 @@ import numpy as np
 from dist_sae.planning.basis import Basis
 
 ROWS_PER_LATENT = 2500
-"""Rows per latent below which wide dictionaries are thought to be short of data."""
+"""Rows per latent below which a wide dictionary is considered to be short of data."""
 _FREQUENCIES = (1e-4, 1e-5, 1e-6, 1e-7, 1e-8)
-_LEARNT_FIRINGS = 1000  # of a feature in training; a rule of thumb
-_STEPS = 10_000  # ranks at which Zipf's law is looked at, at most
+_LEARNT_FIRINGS = 1000  # that a feature needs in training to be learned; a rule of thumb
+_STEPS = 10_000  # maximum number of ranks at which Zipf's law is evaluated
 
 
 def risk_of(basis: Basis) -> dict[str, Any]:
-    """Rows per latent, expected firings, and the share of latents that chance alone leaves dead.
+    """Compute rows per latent, expected firings, and the share of latents that are dead by chance.
 
-    The last one supposes that firings follow Zipf's law: latent i fires on a share p_i ~ 1 / i of
-    the rows, at most half, with sum p_i = L0. A latent counts as dead if it is idle for
-    `sae.dead_after_rows`, which happens by chance with (1 - p_i) ^ rows.
+    The share of dead latents assumes that firings follow Zipf's law: latent i fires on a share
+    p_i ~ 1 / i of the rows, at most half, with sum p_i = L0. A latent counts as dead if it does not
+    fire for `sae.dead_after_rows` rows. By chance, that has the probability (1 - p_i) ^ rows.
     """
     run = basis.run
     n, rows, l0 = run.sae.n_latents, run.steps * run.train.batch_rows, basis.active

@@ -1,4 +1,4 @@
-"""What may go wrong with a run: simulated as planned, and with one thing changed at a time."""
+"""Simulations of a run as planned, and with one thing changed at a time, such as a slow store."""
 
 import math
 from typing import Any
@@ -9,15 +9,15 @@ from dist_sae.planning.basis import Basis
 from dist_sae.planning.rates import Rates
 from dist_sae.planning.simulate import HOUR, Fleet, Simulation, plan_of
 
-_UNITS_EACH = 2  # that a producer makes in the part of a long run that is simulated
-_WINDOWS = 2  # of every stream, at least
+_UNITS_EACH = 2  # units per producer in the part of a long run that is simulated
+_WINDOWS = 2  # minimum number of windows of every stream in that part
 
 
 def fleet_of(basis: Basis, rates: Rates) -> Fleet:
-    """The processes of a run, with nothing that goes wrong.
+    """Return the processes of a run in which nothing goes wrong.
 
     Raises:
-        ConfigError: The rates lack a producer's or a step's.
+        ConfigError: The speed of a producer or of a step is unknown.
     """
     run, produced, step = basis.run, rates.producer_rows_per_second, rates.step_seconds
     if produced is None or step is None:
@@ -44,11 +44,11 @@ def fleet_of(basis: Basis, rates: Rates) -> Fleet:
 
 
 def simulate(basis: Basis, fleet: Fleet) -> dict[str, float]:
-    """Simulate a run, or its first part if it is long; the rest is taken to go on as the part did.
+    """Simulate a run. Of a long run, only the first part is simulated, and the rest extrapolated.
 
     Returns:
-        `total_seconds` of the whole run, `producer_hours` until its last unit, shares of the part's
-        time in which trainers and producers work, and counts of the part.
+        `total_seconds` of the whole run, and `producer_hours` until its last unit. For the
+        simulated part: shares of the time in which trainers and producers work, and counts.
     """
     streams, windows = basis.run.activations.streams, basis.run.activations.window_units
     assert streams is not None, "the basis has numbers"

@@ -1,8 +1,9 @@
 """A run in simulated time: producers, the store, trainers; preemption, lost nodes, a slow store.
 
-The work queue, the progress of runs and the order of the units are the real ones. The times of a
-unit, a step and a request are given. Trainer ranks go in step, so they are one worker here: all
-wait for the slowest, and all begin again from the last checkpoint when a node is lost.
+The work queue, the consumers' progress and the order of units are the real code. The times of a
+unit, a step and a request are inputs. All trainer ranks are simulated as one process, because they
+run in lockstep: all wait for the slowest, and all restart from the last checkpoint when a node is
+lost.
 """
 
 import itertools
@@ -24,80 +25,82 @@ from dist_sae.data.work_queue import LEASE_SECONDS, Worker, WorkQueue
 from dist_sae.planning.clock import Clock, Pause, Pipe, Process, SimulatedStore, Stopping, Times
 from dist_sae.producing.unit_queue import unit_queue
 
-_POLL_SECONDS = 2.0  # between two looks of a trainer that waits
+_POLL_SECONDS = 2.0  # of a trainer that waits for a unit
 _EXPIRY_HOURS = 72.0
 HOUR = 3600.0
 _OF_FOLDER = 0.01
 
 
 class Fleet(NamedTuple):
-    """The processes of a run, and how long they take."""
+    """A run's processes and how long they take."""
 
     producers: int
     unit_seconds: float
-    """Time of a producer's model for the largest unit, give or take a tenth."""
+    """Time of a producer's model for the largest unit. It varies by up to a tenth."""
     step_seconds: float = 0.0
     """Time of a training step of all ranks together."""
     batch_rows: int = 1
     rows: int = 0
-    """Rows to train on, in one pass; 0: there is no trainer."""
+    """Rows to train on in one pass. With 0, there are no trainers."""
     row_bytes: float = 0.0
     write_bytes_per_second: float = math.inf
     read_bytes_per_second: float = math.inf
     slowdown: float = 1.0
     """Factor on the time of every request and transfer."""
     in_folder: bool = False
-    """Whether the store is a folder, whose requests take a hundredth of an object store's time."""
+    """Whether the store is a folder. Its requests take a hundredth of an object store's time."""
     max_ahead_units: int | None = None
     save_every_steps: int = 1000
     producer_hours: float = math.inf
-    """Mean life of a producer; then it gives back its units, as on SIGTERM, and is replaced."""
+    """Mean lifetime of a producer. At its end, it releases its claims as on SIGTERM, and is
+    replaced.
+    """
     trainer_nodes: int = 1
     node_hours: float = math.inf
-    """Mean life of a trainer's node."""
+    """Mean lifetime of a trainer's node."""
     restart_seconds: float = 120.0
-    """Until a pod is replaced and has loaded what it needs."""
+    """Time until a pod is replaced and the new one is ready to work."""
     producer_begin_seconds: float = 0.0
-    """From a producer's start until it is ready for its first unit."""
+    """Time from a producer's start until it is ready for its first unit."""
     trainer_begin_seconds: float = 0.0
-    """Of the trainers beside their steps: from their start to their end."""
+    """Time of the trainers outside their steps, at their start and end together."""
 
 
 class Outcome(NamedTuple):
     """Times and counts of a simulated run."""
 
     first_step_seconds: float
-    """Until the trainers had their first rows."""
+    """Time until the trainers have their first rows."""
     seconds: float
-    """Until the last step, or without a trainer until the last unit."""
+    """Time until the last step, or until the last unit if there are no trainers."""
     rows: int
     """Rows trained on."""
     waited_seconds: float
-    """Of the trainers for units."""
+    """Time that trainers waited for units."""
     repeated_seconds: float
-    """Of the trainers, for steps made again and for restarts."""
+    """Time of the trainers for repeated steps and for restarts."""
     producer_busy_share: float
     producer_seconds: float
-    """Of producers while they had something to do, restarts included."""
+    """Time that producers worked or restarted, summed over producers."""
     units: int
-    """Units made."""
+    """Number of units produced."""
     lost_units: int
-    """Units begun and not finished by the producer that began them."""
+    """Number of units that a producer started and did not finish."""
     preemptions: int
     lost_nodes: int
     requests: int
-    """Of producers and trainers, transfers of rows aside."""
+    """Number of requests of producers and trainers, without the transfers of rows."""
 
 
 class Simulation:
     """One run in simulated time.
 
     Args:
-        plan: Whose units are made and read.
-        fleet: Who makes and reads them.
-        seconds: When to stop at the latest.
-        counted_from: Second from which requests and work are counted.
-        seed: Of lives and of the times of units.
+        plan: Plan with the units.
+        fleet: Processes that produce and read the units.
+        seconds: Time limit, in simulated seconds.
+        counted_from: Time after which requests and work are counted.
+        seed: Seed for lifetimes and for the times of units.
     """
 
     def __init__(
@@ -115,7 +118,7 @@ class Simulation:
         slowdown = fleet.slowdown * (_OF_FOLDER if fleet.in_folder else 1)
         self.store = SimulatedStore(self.clock, times, slowdown)
         self.begun: Counter[int] = Counter()
-        """How often each unit was begun."""
+        """Number of times that each unit was started."""
         self.busy_seconds = 0.0
         self._plan, self._fleet, self._seed = plan, fleet, seed
         self._counted_from, self._stops = counted_from, seconds
@@ -135,7 +138,7 @@ class Simulation:
 
     @property
     def seconds(self) -> float:
-        """Counted time."""
+        """Time since `counted_from`."""
         return min(self._stops, self.clock.now) - self._counted_from
 
     @property
@@ -163,7 +166,7 @@ class Simulation:
         self._counts["manifests"] = 0
 
     def _produce(self, number: int) -> Process[None]:
-        """One producer and those that replace it."""
+        """Simulate one producer and its replacements."""
         fleet, clock, chance = self._fleet, self.clock, random.Random(f"{self._seed}-{number}")
         yield fleet.producer_begin_seconds + chance.uniform(0, fleet.unit_seconds)
         for life in itertools.count():
@@ -182,10 +185,10 @@ class Simulation:
             yield fleet.restart_seconds
 
     def _work(self, queue: WorkQueue, dies: float, chance: random.Random) -> Process[bool]:
-        """Produce until everything is done, or until this producer dies; tell which.
+        """Produce until everything is done (True) or until this producer dies (False).
 
-        As in `producing.loop`, the next unit is claimed, and the last one stored, while the model
-        works on the present one.
+        As in `producing.loop`, the next unit is claimed and the previous one stored while the model
+        runs on the current one.
         """
         rows, clock = self._plan.rows_of_units, self.clock
         last, unit = None, (yield from self._taken(queue))
@@ -211,9 +214,9 @@ class Simulation:
         return True
 
     def _taken(self, queue: WorkQueue) -> Process[int | None]:
-        """A unit, as soon as one is free; None if others have all that is left in hand.
+        """Wait for a free unit and return it; None if others have claimed all that are left.
 
-        Those that replace them make it again if they die.
+        If one of these producers dies, its replacement produces the unit again.
         """
         while queue.reserved or self._has_free:
             try:
@@ -227,7 +230,7 @@ class Simulation:
 
     @property
     def _has_free(self) -> bool:
-        """Whether a unit is neither made nor in hand; a look would tell a producer the same."""
+        """Whether a unit is neither stored nor claimed. A real producer would list the store."""
         return bool(np.isinf(np.minimum(self._claims.written, self._made.written)).any())
 
     def _finish(self, queue: WorkQueue, unit: int) -> Process[None]:
@@ -242,14 +245,14 @@ class Simulation:
             self._ended = self.clock.now
 
     def _sleep_until(self, second: float, queue: WorkQueue) -> Process[None]:
-        """Pause, and renew the claims in hand every third of their lease."""
+        """Pause until this time. Renews the claims three times per lease."""
         while (left := second - self.clock.now) > LEASE_SECONDS / 3:
             yield LEASE_SECONDS / 3
             queue.renew()
         yield max(0.0, left)
 
     def _train(self) -> Process[None]:
-        """Read window after window of all streams in step, and train on their rows."""
+        """Read window after window of all streams together, and train on their rows."""
         plan, fleet, clock = self._plan, self._fleet, self.clock
         chance = random.Random(f"{self._seed}-trainers")
         units_of = [plan.stream_units(stream) for stream in range(plan.streams)]
@@ -278,7 +281,7 @@ class Simulation:
         self._ended = self._stops = clock.now
 
     def _step_seconds(self, seconds: float, chance: random.Random) -> float:
-        """Time of so many seconds of steps; what a lost node undoes is done again."""
+        """Return how long steps of this duration take, with the work that lost nodes undo."""
         fleet, lost = self._fleet, 0.0
         since_save = fleet.save_every_steps * fleet.step_seconds  # at most
         while (lives := _lifetime(chance, fleet.node_hours / fleet.trainer_nodes)) < seconds:
@@ -291,13 +294,13 @@ class Simulation:
 
 
 def _lifetime(chance: random.Random, mean_hours: float) -> float:
-    """Draw a lifetime in seconds; an infinite one draws nothing."""
+    """Draw a lifetime in seconds. An infinite mean uses no random number."""
     return chance.expovariate(1 / (mean_hours * HOUR)) if mean_hours < math.inf else math.inf
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the queue's warnings, which are of a simulated world."""
+    """Suppress the work queue's warnings, because they are about simulated events."""
     queue = logging.getLogger("dist_sae.data.work_queue")
     before, queue.disabled = queue.disabled, True
     try:
@@ -309,7 +312,13 @@ def _quiet() -> Iterator[None]:
 def plan_of(
     unit_rows: Sequence[int], heldout_unit_rows: Sequence[int] = (), /, **activations: Any
 ) -> Plan:
-    """A plan of units of which only the rows matter; `activations` are its settings."""
+    """Make a plan of units without documents, with these numbers of rows.
+
+    Args:
+        unit_rows: Rows of each training unit.
+        heldout_unit_rows: Rows of each held-out unit.
+        **activations: Settings of the plan.
+    """
     rows = (*unit_rows, *heldout_unit_rows)
     return Plan(
         settings={"activations": {"seed": 0, **activations}},

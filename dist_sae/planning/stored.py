@@ -1,4 +1,4 @@
-"""Bytes in the store, requests to it, and how full it is over time."""
+"""Bytes in the store, requests to it, and its fill level over time."""
 
 import math
 from bisect import bisect_left
@@ -16,15 +16,15 @@ from dist_sae.planning.memory import checkpoint_bytes
 from dist_sae.storage.s3 import MULTIPART_FROM_BYTES
 from dist_sae.storage.s3 import PART_BYTES as S3_PART_BYTES
 
-_BLOCK_BYTES = 4128  # of a tar: headers, JSON, padding
-_TAR_BYTES = 10_240  # a tar is a multiple of this
-_NUMBER_BYTES = 21  # of a number of a shard's sum in a manifest
+_BLOCK_BYTES = 4128  # overhead per block in a tar: headers, JSON, padding
+_TAR_BYTES = 10_240  # the size of a tar is a multiple of this
+_NUMBER_BYTES = 21  # per number of a shard's sum in a manifest
 _MANIFEST_BYTES = 1200
-_LATENT_BYTES, _EXAMPLE_BYTES, _ENTRY_BYTES, _ROW_BYTES = 120, 8, 5, 6  # of an index, compressed
+_LATENT_BYTES, _EXAMPLE_BYTES, _ENTRY_BYTES, _ROW_BYTES = 120, 8, 5, 6  # of a compressed index
 
 
 def unit_bytes(basis: Basis, rows: int) -> int:
-    """Bytes of a unit of so many rows: the shards of all sites, and the manifest."""
+    """Return the bytes of a unit with this many rows: the shards of all sites and the manifest."""
     headers = _BLOCK_BYTES * _blocks(basis, rows)
     contents = (rows * basis.row_bytes([site]) + headers for site in basis.model.widths)
     tars = sum(_TAR_BYTES * math.ceil(content / _TAR_BYTES) for content in contents)
@@ -42,10 +42,10 @@ def _blocks(basis: Basis, rows: int) -> int:
 
 
 def first_step_bytes(jobs: Sequence[Basis]) -> int:
-    """Bytes that trainers must read before the first step of jobs that read one stream.
+    """Return the bytes that trainers must read before the first step of jobs that share ranks.
 
     The first batch mixes rows of all units in the first windows, so it needs the first block of
-    each. Their manifests are read twice, by the normaliser too.
+    each. The manifests are read twice, because the normaliser reads them too.
     """
     basis, block_rows = jobs[0], jobs[0].run.activations.block_rows
     row = basis.row_bytes(sites_of(jobs))
@@ -56,19 +56,19 @@ def first_step_bytes(jobs: Sequence[Basis]) -> int:
 
 
 def set_bytes(basis: Basis) -> int:
-    """Bytes of the whole activation set."""
+    """Return the bytes of the whole activation set."""
     return sum(n * unit_bytes(basis, rows) for rows, n in Counter(basis.units).items())
 
 
 def checkpoints_kept(basis: Basis) -> int:
-    """Checkpoints at the end of the run."""
+    """Return the number of checkpoints that remain at the end of the run."""
     train, steps = basis.run.train, basis.run.steps
     every = steps // train.keep_every_steps if train.keep_every_steps else 0
     return min(_saves(basis), train.keep_checkpoints + every + train.keep_best)
 
 
 def index_bytes(basis: Basis) -> int:
-    """Bytes of the latent index, about: compressed sizes of earlier indexes (docs/measured.md)."""
+    """Estimate the bytes of the index, from sizes of earlier indexes (docs/measured.md)."""
     index, sae, rows = basis.run.index, basis.run.sae, sum(basis.units)
     rows = rows if index.rows == "all" else min(index.rows, rows)
     entries = rows * basis.active
@@ -82,11 +82,11 @@ def index_bytes(basis: Basis) -> int:
 
 
 def requests(jobs: Sequence[Basis], seconds: float = 0.0) -> dict[str, dict[str, int]]:
-    """Requests of producers and trainers, by kind; those of retries and of waits are left out.
+    """Return the numbers of requests of producers and trainers, by kind, without retries and waits.
 
     Args:
-        jobs: The run, or the jobs of a sweep, which read the rows once.
-        seconds: Time of training, in which leases are renewed and ready units counted.
+        jobs: The run, or the jobs of a sweep that share ranks. Jobs of a sweep read the rows once.
+        seconds: Time of training, during which leases are renewed and ready units are counted.
     """
     basis, run = jobs[0], jobs[0].run
     train, units = run.train, len(basis.units)
@@ -104,7 +104,7 @@ def requests(jobs: Sequence[Basis], seconds: float = 0.0) -> dict[str, dict[str,
     saves = sum(_saves(each) for each in jobs)
     retired = len(basis.unit_rows) if run.store.retention == "delete_consumed" else 0
     return {
-        "producers": {  # claim, manifest; is it done?; both pages
+        "producers": {  # puts claim and manifest; gets if the unit is done; lists claims, manifests
             "put": units * (2 + len(basis.model.widths) * puts),
             "get": units,
             "list": 2 * units,
@@ -126,7 +126,7 @@ def _saves(basis: Basis) -> int:
 
 
 def _parts(basis: Basis) -> int:
-    """Objects of a checkpoint's tensors: every rank has a part of each."""
+    """Estimate the number of objects in a checkpoint. Every rank has a part of each tensor."""
     extra = 1 if isinstance(basis.run.sae, CountsLatentsConfig) else 2
     row_bytes = 4 * max(basis.widths.d_in, basis.widths.d_out)
     whole = math.ceil(checkpoint_bytes(basis) / (part_rows(row_bytes) * row_bytes))
@@ -134,11 +134,12 @@ def _parts(basis: Basis) -> int:
 
 
 def stored_over_time(basis: Basis, producer_lead_units: int | None) -> dict[str, int]:
-    """Bytes of the activation set when a share of the run is done, with its retention.
+    """Return the bytes of the activation set at several shares of the run, given its retention.
 
     Args:
-        producer_lead_units: Units that producers are ahead of the trainers, at most; None: they
-            are done before the trainers have begun.
+        basis: The run.
+        producer_lead_units: Most units that producers are ahead of the trainers. None if producers
+            are done before training starts.
     """
     run, n = basis.run, len(basis.unit_rows)
     heldout = sum(unit_bytes(basis, rows) for rows in basis.heldout_unit_rows)

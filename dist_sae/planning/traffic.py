@@ -1,4 +1,4 @@
-"""Bytes that a trainer rank sends in a step, by collective of `distributed.axis`."""
+"""Bytes that a trainer rank sends in a step, by collective (see `distributed.axis`)."""
 
 import torch
 
@@ -10,16 +10,16 @@ from dist_sae.distributed.zero import deepspeed_config
 from dist_sae.planning.basis import Basis
 
 _FP32, _INT64 = 4, 8
-_DIGITS = 3  # rounds of 2,048 counts in which a selection over the batch finds its bound
+_DIGITS = 3  # rounds in which a selection over the batch finds its threshold, 2,048 counts each
 _COUNTS = 2048
 
 
 def step_traffic(basis: Basis) -> dict[str, int]:
-    """Bytes that a rank sends in a step without dead latents, by collective.
+    """Return the bytes that a rank sends in a step without dead latents, by collective.
 
-    A ring of n ranks is taken: of what a rank has at the end, a gather or a scatter moves
-    (n - 1) / n, a sum twice that. Entries are taken to lie evenly on shards. What is a few bytes
-    (norms, counts of dead latents) is left out.
+    Assumes rings of n ranks: an all-gather or reduce-scatter sends (n - 1) / n of the whole tensor,
+    an all-reduce twice that. Also assumes that active latents are spread evenly over shards.
+    Collectives of a few bytes (norms, counts of dead latents) are left out.
     """
     run, sae = basis.run, basis.run.sae
     shards, replicas = basis.axis.shards, basis.axis.replicas
@@ -50,7 +50,9 @@ def step_traffic(basis: Basis) -> dict[str, int]:
 
 
 def _gradients_over_replicas(basis: Basis, weights: int) -> dict[str, float]:
-    """Bytes of gradients, those of W_enc and W_dec by entry where that is less.
+    """Return the bytes of gradients that a rank sends to the other replicas of its shard.
+
+    Gradients of W_enc and W_dec are sent as sparse entries if that is less.
 
     Args:
         basis: The run.
@@ -80,7 +82,7 @@ def _gradients_over_replicas(basis: Basis, weights: int) -> dict[str, float]:
 
 
 def auxk_traffic(basis: Basis) -> int:
-    """Bytes that a rank sends besides while latents are dead and AuxK is on."""
+    """Return the bytes that a rank also sends while latents are dead, if the recipe has AuxK."""
     sae = basis.run.sae
     if not isinstance(sae, CountsLatentsConfig) or not sae.auxk:
         return 0
